@@ -1,0 +1,146 @@
+"""Which array library owns an array: NumPy on the host, CuPy on a GPU.
+
+Every public function of the data plane starts with ``xp = namespace(x)`` and then speaks the dialect
+that NumPy 2 and CuPy 14 share. This file holds that question, the few operations that the two spell
+differently, and nothing that NumPy already spells.
+
+Left out: a wrapper module. A reader who steps into ``xp.max`` lands in NumPy itself.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+Array = Any  # an ndarray of NumPy, of CuPy, or of any array-API library
+
+NAMES = ("numpy", "cupy")
+ENVIRONMENT_VARIABLE = "REFLLM_BACKEND"
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend asked for cannot run on this machine; the message says why and what to install."""
+
+
+def namespace(*arrays: Array) -> ModuleType:
+    """Return the array module that owns all of ``arrays``.
+
+    Python scalars and ``None`` belong to nobody and are passed over.
+
+    Raises
+    ------
+    TypeError
+        if two libraries own them (nothing moves silently between host and device), or if nobody does.
+    """
+    owners: list[ModuleType] = []
+    for x in arrays:
+        if x is None or isinstance(x, (bool, int, float)):
+            continue
+        owner = _owner(x)
+        if owner not in owners:
+            owners.append(owner)
+    if len(owners) == 1:
+        return owners[0]
+    if not owners:
+        raise TypeError("namespace() needs at least one array; got only scalars")
+    names = " and ".join(sorted(o.__name__ for o in owners))
+    raise TypeError(f"arrays of {names} are mixed; move them with refllm.backend.asarray_like first")
+
+
+def _owner(x: Array) -> ModuleType:
+    if isinstance(x, (np.ndarray, np.generic)):
+        return np
+    cupy = sys.modules.get("cupy")  # cupy.ndarray has no __array_namespace__ (14.2): ask by type
+    if cupy is not None and isinstance(x, cupy.ndarray):
+        return cupy
+    if hasattr(x, "__array_namespace__"):
+        module: ModuleType = x.__array_namespace__()
+        return module
+    raise TypeError(f"{type(x).__name__} is not an array of NumPy, CuPy or an array-API library")
+
+
+def get(name: str | None = None) -> ModuleType:
+    """Return the module called ``name`` (``"numpy"`` or ``"cupy"``); ``None`` reads ``REFLLM_BACKEND``.
+
+    Raises
+    ------
+    ValueError
+        for any other name.
+    BackendUnavailable
+        if CuPy is missing or finds no usable GPU.
+    """
+    name = name or os.environ.get(ENVIRONMENT_VARIABLE) or "numpy"
+    if name not in NAMES:
+        raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(NAMES)}")
+    if name == "numpy":
+        return np
+    if "cupy" not in sys.modules and importlib.util.find_spec("cupy") is None:
+        raise BackendUnavailable(
+            "the cupy package is not installed: pip install 'refllm[gpu]' (CUDA 12) or 'refllm[gpu-cuda13]'"
+        )
+    try:
+        import cupy
+    except Exception as error:  # a broken install fails in many ways: say which
+        raise BackendUnavailable(f"the cupy package does not import: {error}") from error
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except Exception as error:  # cudaErrorInsufficientDriver, cudaErrorNoDevice
+        raise BackendUnavailable(
+            f"CuPy {cupy.__version__} finds no usable GPU: {error}. Install NVIDIA's driver and the cupy "
+            "package of the same CUDA major version, or use --backend numpy"
+        ) from error
+    if count == 0:
+        raise BackendUnavailable(f"CuPy {cupy.__version__} finds no GPU; use --backend numpy")
+    module: ModuleType = cupy
+    return module
+
+
+def to_numpy(x: Array) -> np.ndarray:
+    """Copy ``x`` to host memory (a NumPy array is returned as it is); on a GPU this waits for the device."""
+    if isinstance(x, (np.ndarray, np.generic)):
+        return np.asarray(x)
+    if hasattr(x, "get"):
+        host: np.ndarray = x.get()
+        return host
+    return np.asarray(x)
+
+
+def asarray_like(x: Array, like: Array, dtype: Any = None) -> Array:
+    """Return host array ``x`` (or nested list) in the library, and on the device, of ``like``."""
+    return namespace(like).asarray(x, dtype=dtype)
+
+
+def bitcast(x: Array, dtype: Any) -> Array:
+    """Reinterpret the bits of ``x`` as ``dtype`` of the same item size; no value is converted."""
+    if np.dtype(x.dtype).itemsize != np.dtype(dtype).itemsize:
+        raise ValueError(f"bitcast keeps the item size: {x.dtype} has not the size of {np.dtype(dtype)}")
+    return x.view(dtype)
+
+
+def scatter_add(out: Array, index: Array, values: Array) -> None:
+    """``out[index[i]] += values[i]`` for every i, repeated indices summed (plain assignment loses them)."""
+    xp = namespace(out, values)
+    xp.add.at(out, index, values)
+
+
+def top_k(x: Array, k: int) -> tuple[Array, Array]:
+    """Return the ``k`` largest values along the last axis, largest first, and their indices.
+
+    x[..., V] → values[..., k], indices[..., k]. Equal values come in order of their index, on both
+    libraries (``argpartition`` would leave ties to chance).
+    """
+    xp = namespace(x)
+    if not 1 <= k <= x.shape[-1]:
+        raise ValueError(f"top_k: k = {k} is not within 1..{x.shape[-1]}")
+    order = xp.argsort(-x, axis=-1, kind="stable")[..., :k]
+    return xp.take_along_axis(x, order, axis=-1), order
+
+
+def normal(rng: np.random.Generator, shape: tuple[int, ...], like: Array, dtype: Any = "float32") -> Array:
+    """Standard normal draws, made on the host so that every backend sees the same ones."""
+    return asarray_like(rng.standard_normal(shape).astype(dtype), like)

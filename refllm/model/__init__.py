@@ -1,0 +1,1 @@
+"""What the network computes: configuration, layers, forward and backward, checkpoints, training."""

@@ -1,0 +1,101 @@
+"""The layers of a Llama-like decoder as functions of arrays: RMSNorm, RoPE, attention, SwiGLU.
+
+Sources: RMSNorm, Zhang & Sennrich 2019, eq. 4; RoPE, Su et al. 2021, eq. 34 (half-split pairing, as the
+checkpoints of the four families use it) and Llama 3.1's frequency scaling; grouped-query attention,
+Ainslie et al. 2023; SwiGLU, Shazeer 2020, eq. 6.
+
+| symbol | name        | shape                                                        |
+|--------|-------------|--------------------------------------------------------------|
+| x      | residual    | [T, N]                                                       |
+| q      | queries     | [T, H, D]                                                    |
+| k, v   | keys/values | [S, G, D]: head h of H reads head h // (H/G) of G            |
+| θ_i    | frequency   | [D/2], θ^(-2i/D)                                             |
+
+Left out: ALiBi, learned positions, partial rotary, dropout, soft-capping.
+"""
+
+from __future__ import annotations
+
+import math
+
+from refllm.backend import Array, namespace
+from refllm.model.config import ModelConfig, RopeScaling
+
+
+def rms_norm(x: Array, gain: Array, eps: float) -> Array:
+    """y = x / sqrt(mean(x²) + ε) · g over the last axis; x[..., N], gain[N] → [..., N].
+
+    ``rms_norm(c·x) = rms_norm(x)`` for c > 0, up to ε. A zero row gives a zero row, because ε > 0.
+    """
+    xp = namespace(x, gain)
+    mean_square = xp.einsum("...n,...n->...", x, x)[..., None] * (1.0 / x.shape[-1])
+    return x * (1.0 / xp.sqrt(mean_square + eps)) * gain
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> list[float]:
+    """The D/2 angular frequencies, radians per position, as Python floats (float64).
+
+    Llama 3's scaling: wavelengths above ``original/low_freq_factor`` are slowed by ``factor``, those below
+    ``original/high_freq_factor`` are kept, and the band between is interpolated.
+    """
+    frequencies = [theta ** (-2.0 * i / head_dim) for i in range(head_dim // 2)]
+    if scaling is None:
+        return frequencies
+    return [_llama3(f, scaling) for f in frequencies]
+
+
+def _llama3(frequency: float, s: RopeScaling) -> float:
+    turns = s.original_max_position_embeddings * frequency / (2 * math.pi)  # turns within the old context
+    if turns < s.low_freq_factor:
+        return frequency / s.factor
+    if turns > s.high_freq_factor:
+        return frequency
+    smooth = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    return (1 - smooth) * frequency / s.factor + smooth * frequency
+
+
+def rope_table(config: ModelConfig, positions: Array, dtype: object) -> tuple[Array, Array]:
+    """cos and sin of position · θ_i: positions[T] integers → two arrays [T, D/2] of ``dtype``.
+
+    Angles are taken in float64: at position 100,000 a float32 angle is off by 0.004 radians.
+    """
+    xp = namespace(positions)
+    frequencies = xp.asarray(
+        rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling), dtype=xp.float64
+    )
+    angles = positions.astype(xp.float64)[:, None] * frequencies[None, :]
+    return xp.cos(angles).astype(dtype), xp.sin(angles).astype(dtype)
+
+
+def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotate each pair (x_i, x_{i+D/2}) by its angle: x[T, H, D], cos/sin[T, D/2] → [T, H, D].
+
+    The score of a rotated query and key depends on the difference of their positions only. The inverse
+    rotation, which is also the backward pass, is ``apply_rope(x, cos, -sin)``.
+    """
+    xp = namespace(x, cos, sin)
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    out = xp.empty_like(x)
+    xp.subtract(first * cos, second * sin, out=out[..., :half])
+    xp.add(second * cos, first * sin, out=out[..., half:])
+    return out
+
+
+def sigmoid(x: Array) -> Array:
+    """σ(x) = ½ (1 + tanh(x/2)), the form that never overflows."""
+    xp = namespace(x)
+    out = xp.multiply(x, 0.5)
+    xp.tanh(out, out=out)
+    out += 1.0
+    out *= 0.5
+    return out
+
+
+def swiglu(gate: Array, up: Array) -> Array:
+    """silu(gate) · up, elementwise; [T, F] → [T, F]."""
+    out = sigmoid(gate)
+    out *= gate
+    out *= up
+    return out
