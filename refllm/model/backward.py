@@ -18,23 +18,26 @@ Left out: Qwen's biases and query/key norms, sliding windows, dropout, mixed pre
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
-from refllm.backend import Array, namespace, scatter_add
+from refllm.backend import Array, asarray_like, namespace, scatter_add
 from refllm.model.config import ModelConfig, UnsupportedModel
-from refllm.model.layers import apply_rope, rope_table, sigmoid
+from refllm.model.layers import apply_rope, rope_frequencies, rope_table, sigmoid
 
 Tensors = dict[str, Array]
+Rows = Callable[[slice], Array]  # slice of the B·S flattened positions → target probabilities [rows, V]
+Teacher = Callable[[Array], Rows]  # tokens[B, S+1], inputs and answers, → the Rows of that batch
 _LOSS_ROWS = 256  # rows of logits at a time: 256 × V floats stay in the cache
 
 
 def loss_and_gradients(
-    params: Tensors, config: ModelConfig, tokens: Array, teacher: Any = None
+    params: Tensors, config: ModelConfig, tokens: Array, teacher: Rows | None = None
 ) -> tuple[float, Tensors]:
     """Mean cross-entropy (nats) of predicting ``tokens[:, 1:]`` from ``tokens[:, :-1]``, and its gradients.
 
     tokens[B, S+1] integers. ``teacher(rows)``, if given, returns target probabilities [rows, V] for a slice
-    of the flattened positions, and the loss is the cross-entropy against them (distillation).
+    of the flattened positions, and the loss is the cross-entropy against them (see ``distill``).
 
     Raises
     ------
@@ -45,7 +48,7 @@ def loss_and_gradients(
     inputs, targets = tokens[:, :-1], tokens[:, 1:].reshape(-1)
     hidden, norm_saved, kept = _forward(params, config, inputs)
     grads: Tensors = {}
-    head_name = _head_name(config)
+    head_name = output_name(config)
     loss, d_hidden, grads[head_name] = _cross_entropy(hidden, params[head_name], targets, teacher)
     dx, grads["model.norm.weight"] = _norm_backward(d_hidden, norm_saved)
     for i in reversed(range(config.num_hidden_layers)):
@@ -58,30 +61,41 @@ def loss_and_gradients(
 
 def mean_loss(params: Tensors, config: ModelConfig, tokens: Array) -> float:
     """The loss of ``loss_and_gradients`` without the gradients; tokens[B, S+1] → nats per token."""
-    hidden, _, _ = _forward(params, config, tokens[:, :-1])
-    loss, _, _ = _cross_entropy(hidden, params[_head_name(config)], tokens[:, 1:].reshape(-1), None)
+    hidden = hidden_states(params, config, tokens[:, :-1])
+    loss, _, _ = _cross_entropy(hidden, params[output_name(config)], tokens[:, 1:].reshape(-1), None)
     return loss
 
 
-def _head_name(config: ModelConfig) -> str:
+def hidden_states(params: Tensors, config: ModelConfig, inputs: Array) -> Array:
+    """Run the network up to the last norm: tokens[B, S] → [B·S, N]; logits are this times the head's transpose."""
+    return _forward(params, config, inputs, keep=False)[0]
+
+
+def output_name(config: ModelConfig) -> str:
+    """Name of the matrix [V, N] that turns hidden states into logits."""
     return "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
 
 
-def _forward(params: Tensors, config: ModelConfig, inputs: Array) -> tuple[Array, Any, list[Any]]:
-    """tokens[B, S] → last norm's output [B·S, N], what its backward needs, and what each layer's needs."""
+def _forward(
+    params: Tensors, config: ModelConfig, inputs: Array, *, keep: bool = True
+) -> tuple[Array, Any, list[Any]]:
+    """tokens[B, S] → last norm's output [B·S, N], what its backward needs, and (``keep``) what each layer's needs."""
     if config.attention_bias or config.qk_norm or config.sliding_window:
         raise UnsupportedModel("training supports the plain llama network: no biases, query/key norms or window")
     xp = namespace(inputs, *params.values())
     batch, length = inputs.shape
     embedding = params["model.embed_tokens.weight"]
-    cos, sin = rope_table(config, xp.arange(length), embedding.dtype)
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    cos, sin = rope_table(asarray_like(frequencies, inputs, "float64"), xp.arange(length), embedding.dtype)
     cos, sin = (xp.tile(t, (batch, 1)) for t in (cos, sin))  # [B·S, D/2]
     mask = _causal_mask(xp, length, embedding.dtype)
     x = embedding[inputs.reshape(-1)]  # [B·S, N]
     kept = []
     for i in range(config.num_hidden_layers):
         x, saved = _layer(params, f"model.layers.{i}.", config, x, (batch, length, cos, sin, mask))
-        kept.append(saved)
+        if keep:  # else each layer's memory is free for the next one, and stays in the cache
+            kept.append(saved)
+        del saved
     hidden, norm_saved = _norm(x, params["model.norm.weight"], config.rms_norm_eps)
     return hidden, norm_saved, kept
 
@@ -210,7 +224,7 @@ def _attention_backward(config: ModelConfig, d_attended: Array, saved: Any) -> t
 
 
 def _cross_entropy(
-    hidden: Array, head: Array, targets: Array, teacher: Any
+    hidden: Array, head: Array, targets: Array, teacher: Rows | None
 ) -> tuple[float, Array, Array]:
     """Mean −Σ t log softmax(h Wᵀ), and its gradients for h and W: d logits = softmax − t."""
     xp = namespace(hidden)
@@ -224,6 +238,8 @@ def _cross_entropy(
         z -= xp.max(z, axis=-1, keepdims=True)
         at = (xp.arange(target.shape[0]), target)
         wanted = None if teacher is None else teacher(rows)
+        if wanted is not None and wanted.shape != z.shape:
+            raise ValueError(f"the teacher's probabilities are {wanted.shape}, the network's logits {z.shape}")
         score = z[at] if wanted is None else xp.einsum("tv,tv->t", wanted, z)
         xp.exp(z, out=z)
         mass = xp.sum(z, axis=-1, keepdims=True)

@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 from threadpoolctl import threadpool_limits
 
 from refllm.backend import Array, asarray_like, namespace, to_numpy
-from refllm.model.backward import loss_and_gradients, mean_loss
+from refllm.model.backward import Teacher, loss_and_gradients, mean_loss
 from refllm.model.config import ModelConfig
 from refllm.model.optimizer import AdamW, clip_by_global_norm, learning_rate
 
@@ -144,14 +144,14 @@ def train(
     *,
     like: Array | None = None,
     held_out: np.ndarray | None = None,
-    teacher: Callable[[Array], Callable[[slice], Array]] | None = None,
+    teacher: Teacher | None = None,
     report: Callable[[dict[str, float]], None] = lambda record: None,
 ) -> State:
     """Train a network from random weights, or from the checkpoint in ``output`` if there is one.
 
     ``streams`` are 1-D integer token arrays, mixed as ``Phase.repeats`` says. ``like`` is any array of the
-    library to train on (default NumPy). ``teacher(tokens[B, S])`` returns a function of rows that gives the
-    target distribution (see ``backward``). ``report`` is called with the record of each evaluation.
+    library to train on (default NumPy). ``teacher(tokens[B, S+1])`` returns a function of rows that gives the
+    target distribution (see ``distill``). ``report`` is called with the record of each evaluation.
     """
     output.mkdir(parents=True, exist_ok=True)
     state = _resume(output / "state.safetensors", config, plan)
@@ -197,7 +197,7 @@ def train(
 
 
 def _data_parallel(
-    params: Tensors, config: ModelConfig, tokens: np.ndarray, workers: int, pool: ThreadPoolExecutor, teacher: Any
+    params: Tensors, config: ModelConfig, tokens: np.ndarray, workers: int, pool: ThreadPoolExecutor, teacher: Teacher | None
 ) -> tuple[float, Tensors]:
     """Loss and gradients averaged over equal shares of the batch, one share a thread."""
     workers = math.gcd(workers, len(tokens))
@@ -205,7 +205,7 @@ def _data_parallel(
 
     def share(part: np.ndarray) -> tuple[float, Tensors]:
         on_device = asarray_like(part, like)
-        target = None if teacher is None else teacher(on_device[:, :-1])
+        target = None if teacher is None else teacher(on_device)
         return loss_and_gradients(params, config, on_device, target)
 
     losses, grads = zip(*pool.map(share, np.split(tokens, workers)), strict=True)
