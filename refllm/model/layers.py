@@ -17,9 +17,10 @@ Left out: ALiBi, learned positions, partial rotary, dropout, soft-capping.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from refllm.backend import Array, namespace
-from refllm.model.config import ModelConfig, RopeScaling
+from refllm.model.config import RopeScaling
 
 
 def rms_norm(x: Array, gain: Array, eps: float) -> Array:
@@ -54,17 +55,14 @@ def _llama3(frequency: float, s: RopeScaling) -> float:
     return (1 - smooth) * frequency / s.factor + smooth * frequency
 
 
-def rope_table(config: ModelConfig, positions: Array, dtype: object) -> tuple[Array, Array]:
-    """cos and sin of position · θ_i: positions[T] integers → two arrays [T, D/2] of ``dtype``.
+def rope_table(frequencies: Array, positions: Array, dtype: Any) -> tuple[Array, Array]:
+    """cos and sin of position · θ_i: frequencies[D/2] float64, positions[T] → two arrays [T, D/2] of ``dtype``.
 
     Angles are taken in float64: at position 100,000 a float32 angle is off by 0.004 radians.
     """
-    xp = namespace(positions)
-    frequencies = xp.asarray(
-        rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling), dtype=xp.float64
-    )
-    angles = positions.astype(xp.float64)[:, None] * frequencies[None, :]
-    return xp.cos(angles).astype(dtype), xp.sin(angles).astype(dtype)
+    xp = namespace(frequencies, positions)
+    angles = xp.astype(positions, xp.float64)[:, None] * frequencies[None, :]
+    return xp.astype(xp.cos(angles), dtype), xp.astype(xp.sin(angles), dtype)
 
 
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:

@@ -1,0 +1,193 @@
+"""Causal grouped-query attention three ways: naive, online softmax (flash), and merged from partitions.
+
+Sources: Vaswani et al. 2017, eq. 1; online softmax, Milakov & Gimelshein 2018, algorithm 3; FlashAttention-2,
+Dao 2023, algorithm 1 (one division, at the end); merging by log-sum-exp, FlashInfer, Ye et al. 2025, §2.2.
+
+| symbol | name                                         | shape     |
+|--------|----------------------------------------------|-----------|
+| q      | queries of T new tokens                      | [T, H, D] |
+| k, v   | keys and values of S tokens, the new included| [S, G, D] |
+| o      | output                                       | [T, H, D] |
+| lse    | log Σ exp of a query's scores (natural log)  | [T, H]    |
+| m, l   | running maximum and mass of the online form  | [G, R·T]  |
+
+Query t stands at position ``start + t`` and sees key j (at position ``first_key + j``) where
+``position − window < j's position ≤ position``. A query that sees no key gives o = 0 and lse = −∞, the
+identity of ``merge``.
+
+Left out: padding (batches are ragged), dropout, soft-capping, attention sinks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+from refllm.backend import Array, namespace
+
+NEGATIVE = -1e30  # a masked score: finite, so that NaN cannot arise from −∞ − (−∞)
+
+
+class Attend(Protocol):
+    """The seam between network and memory: store the new keys and values, return what the queries read.
+
+    ``attend(layer, q[T, H, D], k[T, G, D], v[T, G, D]) -> [T, H, D]``. The arguments are the callee's to keep
+    or overwrite; the result is valid until the next call.
+    """
+
+    def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array: ...
+
+
+def attention(
+    q: Array, k: Array, v: Array, *, start: int, window: int | None = None, first_key: int = 0
+) -> tuple[Array, Array]:
+    """The naive form: all scores at once. Returns o[T, H, D] and lse[T, H]."""
+    xp = namespace(q, k, v)
+    count, groups = q.shape[0], k.shape[1]
+    grouped = _group_queries(q, groups)  # [G, R·T, D], scaled by 1/√D
+    if k.shape[0] == 0:
+        return xp.zeros_like(q), xp.full(q.shape[:2], -math.inf, dtype=q.dtype)
+    scores = grouped @ _heads_first(k).swapaxes(-1, -2)  # [G, R·T, S]
+    bias = causal_bias(xp, count, k.shape[0], start - first_key, window, q.dtype)
+    if bias is not None:
+        rows = scores.reshape(groups, -1, count, k.shape[0])  # a view: R·T is R-major
+        rows += bias
+    top = xp.max(scores, axis=-1, keepdims=True)
+    scores -= top
+    p = xp.exp(scores)
+    mass = xp.sum(p, axis=-1, keepdims=True)  # ≥ 1: the maximum contributes exp(0)
+    o = (p @ _heads_first(v)) / mass
+    lse = top + xp.log(mass)
+    seen = top > 0.5 * NEGATIVE  # else every key was masked
+    o = xp.where(seen, o, xp.zeros_like(o))
+    lse = xp.where(seen, lse, xp.full_like(lse, -math.inf))
+    return _ungroup(o, count), _ungroup(lse, count)[..., 0]
+
+
+def flash_attention(
+    q: Array, k: Array, v: Array, *, start: int, window: int | None = None, first_key: int = 0,
+    tile_q: int = 128, tile_k: int = 512,
+) -> tuple[Array, Array]:  # fmt: skip
+    """The same function of the same arguments, in tiles: never more than tile_q × tile_k scores at a time.
+
+    For each tile of keys: m' = max(m, max s), l' = l·e^(m−m') + Σ e^(s−m'), o' = o·e^(m−m') + Σ e^(s−m') v.
+    Tiles that the causal mask or the window hides wholly are skipped, which halves the work of a prefill.
+    """
+    xp = namespace(q, k, v)
+    outputs, sums = [], []
+    for t in range(0, q.shape[0], tile_q):
+        queries = q[t : t + tile_q]
+        first, last = start + t, start + t + queries.shape[0] - 1  # positions of this tile
+        low = 0 if window is None else max(0, first - window + 1 - first_key)
+        high = min(k.shape[0], last + 1 - first_key)
+        o, lse = _flash_rows(queries, k, v, range(low, max(low, high), tile_k), high, first, window, first_key)
+        outputs.append(o)
+        sums.append(lse)
+    if not outputs:
+        return xp.zeros_like(q), xp.zeros(q.shape[:2], dtype=q.dtype)
+    return xp.concat(outputs, axis=0), xp.concat(sums, axis=0)
+
+
+def _flash_rows(
+    queries: Array, k: Array, v: Array, tiles: range, high: int, first: int, window: int | None, first_key: int
+) -> tuple[Array, Array]:
+    """One tile of queries over its tiles of keys [low, high): the loop of FlashAttention-2's algorithm 1."""
+    xp = namespace(queries)
+    count, groups = queries.shape[0], k.shape[1]
+    grouped = _group_queries(queries, groups)
+    m = xp.full((*grouped.shape[:2], 1), NEGATIVE, dtype=queries.dtype)
+    l = xp.zeros_like(m)  # noqa: E741 (the paper's symbol)
+    o = xp.zeros_like(grouped)
+    for s in tiles:
+        keys = slice(s, min(s + tiles.step, high))
+        scores = grouped @ _heads_first(k[keys]).swapaxes(-1, -2)
+        bias = causal_bias(xp, count, scores.shape[-1], first - first_key - s, window, queries.dtype)
+        if bias is not None:
+            rows = scores.reshape(groups, -1, count, scores.shape[-1])
+            rows += bias
+        new_m = xp.maximum(m, xp.max(scores, axis=-1, keepdims=True))
+        scores -= new_m
+        p = xp.exp(scores)
+        shrink = xp.exp(m - new_m)
+        l = l * shrink + xp.sum(p, axis=-1, keepdims=True)  # noqa: E741
+        o = o * shrink + p @ _heads_first(v[keys])
+        m = new_m
+    seen = m > 0.5 * NEGATIVE  # a wholly masked row has m = NEGATIVE and a meaningless mass
+    safe = xp.where(seen, l, xp.ones_like(l))
+    o = xp.where(seen, o / safe, xp.zeros_like(o))
+    lse = xp.where(seen, m + xp.log(safe), xp.full_like(m, -math.inf))
+    return _ungroup(o, count), _ungroup(lse, count)[..., 0]
+
+
+def merge(o_a: Array, lse_a: Array, o_b: Array, lse_b: Array) -> tuple[Array, Array]:
+    """Join attention over two disjoint sets of keys: o[T, H, D], lse[T, H] each → the same of their union.
+
+    lse = log(e^a + e^b), o = e^(a−lse) o_a + e^(b−lse) o_b. Commutative, associative up to rounding, with
+    identity (0, −∞).
+    """
+    xp = namespace(o_a, lse_a, o_b, lse_b)
+    top = xp.maximum(lse_a, lse_b)
+    anchor = xp.where(top == -math.inf, xp.zeros_like(top), top)  # both empty: avoid −∞ − (−∞)
+    a, b = xp.exp(lse_a - anchor), xp.exp(lse_b - anchor)
+    mass = a + b
+    safe = xp.where(mass > 0, mass, xp.ones_like(mass))
+    o = (a / safe)[..., None] * o_a + (b / safe)[..., None] * o_b
+    lse = xp.where(mass > 0, anchor + xp.log(safe), xp.full_like(top, -math.inf))
+    return o, lse
+
+
+def causal_bias(xp: Any, count: int, keys: int, offset: int, window: int | None, dtype: Any) -> Array | None:
+    """[T, S] of 0 (seen) and −10³⁰ (hidden): query t sees key j iff offset+t−window < j ≤ offset+t.
+
+    None if every query sees every key (a decode step, a tile below the diagonal).
+    """
+    hides_future = keys - 1 > offset
+    hides_past = window is not None and offset + count - 1 - window >= 0
+    if not hides_future and not hides_past:
+        return None
+    j = xp.arange(keys)[None, :]
+    t = xp.arange(count)[:, None] + offset
+    hidden = j > t
+    if window is not None:
+        hidden = hidden | (j <= t - window)
+    return xp.where(hidden, xp.asarray(NEGATIVE, dtype=dtype), xp.asarray(0.0, dtype=dtype))
+
+
+class CausalAttend:
+    """The plain ``attend`` with no memory: each sequence of the ragged batch sees its own past in full.
+
+    ``lengths[b]`` tokens of sequence b stand one after the other in T = Σ lengths; positions start at 0.
+    """
+
+    def __init__(self, lengths: list[int], window: int | None = None):
+        self.lengths, self.window = lengths, window
+
+    def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
+        outputs, at = [], 0
+        for length in self.lengths:
+            rows = slice(at, at + length)
+            outputs.append(flash_attention(q[rows], k[rows], v[rows], start=0, window=self.window)[0])
+            at += length
+        if at != q.shape[0]:
+            raise ValueError(f"CausalAttend: lengths sum to {at}, the batch has {q.shape[0]} tokens")
+        return outputs[0] if len(outputs) == 1 else namespace(q).concat(outputs, axis=0)
+
+
+def _group_queries(q: Array, groups: int) -> Array:
+    """[T, H, D] → [G, R·T, D], scaled by 1/√D: the queries that share a key head under each other."""
+    xp = namespace(q)
+    count, heads, dim = q.shape
+    grouped = xp.permute_dims(xp.reshape(q, (count, groups, heads // groups, dim)), (1, 2, 0, 3))
+    return xp.reshape(grouped * (1.0 / math.sqrt(dim)), (groups, -1, dim))
+
+
+def _ungroup(x: Array, count: int) -> Array:
+    """[G, R·T, D] → [T, H, D], the inverse of ``_group_queries`` but for the scale."""
+    xp = namespace(x)
+    groups, _, dim = x.shape
+    return xp.reshape(xp.permute_dims(xp.reshape(x, (groups, -1, count, dim)), (2, 0, 1, 3)), (count, -1, dim))
+
+
+def _heads_first(x: Array) -> Array:
+    """[S, G, D] → [G, S, D], as a view: BLAS takes any stride between rows."""
+    return namespace(x).permute_dims(x, (1, 0, 2))
