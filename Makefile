@@ -1,0 +1,118 @@
+# Everything that is done with this repository, from a fresh clone, with Python >= 3.11, pip and make:
+#
+#   make tour        create .venv if it is missing, install refllm, run `refllm tour`
+#   make test        the same with the test packages, then the test suite (ARGS='-k attention -x' is passed on)
+#   make help        the other commands
+#
+# make PYTHON=python3.12 … names another interpreter; uv installs where it is on the PATH, pip elsewhere.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+ARGS   ?=
+PYTEST  = $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
+
+# --- environment -----------------------------------------------------------------------------------------------
+# One stamp for each set of packages, older than pyproject.toml when that has changed. The stamps live inside the
+# environment, so that removing it removes them. The sets add to each other and never undo one another.
+
+UV := $(shell command -v uv 2>/dev/null)
+
+# `venv --without-pip` and the outer pip, because Debian's python3 comes without ensurepip.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "refllm needs Python 3.11 or newer, and '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 || echo not there)." >&2; \
+	  echo "Name another interpreter: make PYTHON=python3.12 ..." >&2; exit 1; }
+ifeq ($(UV),)
+	@$(PYTHON) -m pip --version >/dev/null 2>&1 || { \
+	  echo "'$(PYTHON)' has no pip. Install it (Debian, Ubuntu: apt-get install python3-pip), or install uv." >&2; exit 1; }
+	@$(PYTHON) -c 'import venv' 2>/dev/null || { \
+	  echo "'$(PYTHON)' has no venv module. Install it (Debian, Ubuntu: apt-get install python3-venv)." >&2; exit 1; }
+	$(PYTHON) -m venv --without-pip $(VENV)
+else
+	$(UV) venv --quiet --python $(PYTHON) $(VENV)
+endif
+
+ifeq ($(UV),)
+INSTALL = $(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check
+else
+INSTALL = $(UV) pip install --quiet --python $(BIN)/python
+endif
+
+$(VENV)/.stamp-base: pyproject.toml | $(BIN)/python
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.stamp-%: pyproject.toml | $(BIN)/python
+	$(INSTALL) --editable '.[$*]'
+	@touch $@
+
+.PHONY: environment clean
+environment: $(VENV)/.stamp-dev ## everything a contributor needs, the oracles included
+clean: ## remove the environment and the caches
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- the two main commands -------------------------------------------------------------------------------------
+
+.PHONY: tour test
+tour: $(VENV)/.stamp-base ## what refllm does, on the bundled model, in 90 seconds
+	$(BIN)/refllm tour $(ARGS)
+
+test: $(VENV)/.stamp-test ## the test suite; tests against torch and transformers are skipped where those are missing
+	$(PYTEST) $(ARGS)
+
+# --- more tests ------------------------------------------------------------------------------------------------
+
+.PHONY: test-oracles test-gpu test-llamacpp notebooks lint types theorems theorems-check
+test-oracles: $(VENV)/.stamp-test $(VENV)/.stamp-oracles ## the comparisons with torch and transformers (a large install)
+	REFLLM_REQUIRE_ORACLES=1 $(PYTEST) -m oracle $(ARGS)
+
+test-gpu: $(VENV)/.stamp-test ## the same tests on real CuPy (install refllm[gpu] or refllm[gpu-cuda13] first)
+	$(PYTEST) -m gpu $(ARGS)
+
+test-llamacpp: $(VENV)/.stamp-test ## the comparisons with llama.cpp (compiles it: five minutes, a C++ compiler)
+	@if grep -rqs 'mark.llamacpp' tests; then \
+	  set -e; $(INSTALL) 'llama-cpp-python>=0.3.16'; REFLLM_REQUIRE_ORACLES=1 $(PYTEST) -m llamacpp $(ARGS); \
+	else echo "no test is marked llamacpp"; fi
+
+notebooks: $(VENV)/.stamp-test $(VENV)/.stamp-notebooks ## execute every notebook
+	@if ls notebooks/*.ipynb >/dev/null 2>&1; then \
+	  OPENBLAS_NUM_THREADS=1 $(PYTEST) --nbmake --nbmake-timeout=300 -W default notebooks $(ARGS); \
+	else echo "there is no notebook"; fi
+
+lint: $(VENV)/.stamp-test ## formatting and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.stamp-test ## mypy, strict, on the package
+	$(BIN)/mypy
+
+theorems: $(VENV)/.stamp-test ## write THEOREMS.md from the tests' theorem markers
+	$(PYTEST) -q --theorems-write
+
+theorems-check: $(VENV)/.stamp-test
+	$(PYTEST) -q --theorems-check
+
+# --- use -------------------------------------------------------------------------------------------------------
+
+.PHONY: lab bench figures figures-check
+lab: $(VENV)/.stamp-notebooks ## open the notebooks
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+bench: $(VENV)/.stamp-base $(VENV)/.stamp-oracles ## the benchmarks, each against its peers, as ratios (minutes)
+	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
+
+figures: $(VENV)/.stamp-base ## draw the committed figures anew
+	$(BIN)/refllm figures $(ARGS)
+
+figures-check: $(VENV)/.stamp-base
+	@if $(BIN)/refllm figures --help >/dev/null 2>&1; then $(BIN)/refllm figures --check; \
+	else echo "refllm has no figures command"; fi
