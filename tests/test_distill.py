@@ -28,9 +28,7 @@ def softmax(z):
     return z / z.sum(axis=-1, keepdims=True)
 
 
-@given(
-    st.integers(0, 2**32 - 1), st.sampled_from([0.5, 1.0, 3.0]), st.sampled_from([0.0, 0.3, 1.0]), st.booleans()
-)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.5, 1.0, 3.0]), st.sampled_from([0.0, 0.3, 1.0]), st.booleans())
 def test_targets_are_the_mixture_of_tempered_softmax_and_label(seed, temperature, alpha, tied):
     params, config = network(seed, tied=tied)
     tokens = np.random.default_rng(seed).integers(0, V, (2, 8))

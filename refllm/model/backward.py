@@ -76,9 +76,7 @@ def output_name(config: ModelConfig) -> str:
     return "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
 
 
-def _forward(
-    params: Tensors, config: ModelConfig, inputs: Array, *, keep: bool = True
-) -> tuple[Array, Any, list[Any]]:
+def _forward(params: Tensors, config: ModelConfig, inputs: Array, *, keep: bool = True) -> tuple[Array, Any, list[Any]]:
     """tokens[B, S] → last norm's output [B·S, N], what its backward needs, and (``keep``) what each layer's needs."""
     if config.attention_bias or config.qk_norm or config.sliding_window:
         raise UnsupportedModel("training supports the plain llama network: no biases, query/key norms or window")
@@ -138,9 +136,7 @@ def _layer(params: Tensors, at: str, config: ModelConfig, x: Array, shape: Any) 
     return x, (norm1, attention_in, attention, attended, norm2, mlp_in, gate, up, sig, act)
 
 
-def _layer_backward(
-    params: Tensors, at: str, config: ModelConfig, dx: Array, saved: Any, grads: Tensors
-) -> Array:
+def _layer_backward(params: Tensors, at: str, config: ModelConfig, dx: Array, saved: Any, grads: Tensors) -> Array:
     norm1, attention_in, attention, attended, norm2, mlp_in, gate, up, sig, act = saved
 
     def linear(name: str, inputs: Array, d_out: Array) -> Array:
@@ -223,9 +219,7 @@ def _attention_backward(config: ModelConfig, d_attended: Array, saved: Any) -> t
     return tuple(t.reshape(batch * length, -1) for t in (d_q, d_k, d_v))  # type: ignore[return-value]
 
 
-def _cross_entropy(
-    hidden: Array, head: Array, targets: Array, teacher: Rows | None
-) -> tuple[float, Array, Array]:
+def _cross_entropy(hidden: Array, head: Array, targets: Array, teacher: Rows | None) -> tuple[float, Array, Array]:
     """Mean −Σ t log softmax(h Wᵀ), and its gradients for h and W: d logits = softmax − t."""
     xp = namespace(hidden)
     count = hidden.shape[0]

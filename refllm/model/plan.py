@@ -1,0 +1,105 @@
+"""The plan of a training run: phases, rates and, derived from them, the windows of text that each step sees.
+
+| symbol | name                                  | value                              |
+|--------|---------------------------------------|------------------------------------|
+| B      | ``Phase.batch``, windows in a step    |                                    |
+| S      | ``Phase.length``, tokens in a window  | a window holds S + 1: S predictions |
+
+All of it is plain Python: a plan can be tested and drawn without a network. The batch of step i depends on the
+plan, its seed and the lengths of the streams alone, so a resumed run sees what an unbroken one would have seen.
+
+Left out: packing by document (windows are cut from the concatenated stream and may span several documents,
+which ``<|endoftext|>`` separates), and weights for single documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Window = tuple[int, int]  # (stream, offset of its first token)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with one batch shape and one mixture of streams.
+
+    ``repeats[j]`` is how often stream j is passed through in one epoch of the mixture; 0 leaves it out.
+    """
+
+    steps: int
+    batch: int
+    length: int
+    repeats: tuple[int, ...] = (1,)
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.batch < 1 or self.length < 1 or min(self.repeats, default=0) < 0:
+            raise ValueError(f"a phase needs steps ≥ 0, batch ≥ 1, length ≥ 1 and repeats ≥ 0: {self}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides a run except the data and the network's shape."""
+
+    phases: tuple[Phase, ...]
+    peak_rate: float = 3e-3
+    warmup: int = 100
+    schedule: str = "cosine"
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 0
+    workers: int = 2
+    evaluate_every: int = 200
+    save_every: int = 500
+
+    def __post_init__(self) -> None:
+        if min(self.workers, self.evaluate_every, self.save_every) < 1:
+            raise ValueError("a plan needs workers, evaluate_every and save_every of at least 1")
+
+    @property
+    def steps(self) -> int:
+        return sum(p.steps for p in self.phases)
+
+
+def window_starts(lengths: Sequence[int], phase: Phase, rng: np.random.Generator) -> list[Window]:
+    """Every window of a phase, in training order: steps · batch pairs (stream, offset).
+
+    ``lengths[j]`` is the number of tokens of stream j. Each pass cuts a stream at a fresh random offset into
+    windows that do not overlap, so a target is seen at most once a pass and fewer than 2·length are left out;
+    the windows of all streams are then shuffled.
+
+    Raises
+    ------
+    ValueError
+        if a stream is shorter than a window, or the phase uses no stream.
+    """
+    if len(lengths) != len(phase.repeats):
+        raise ValueError(f"the phase mixes {len(phase.repeats)} streams, but {len(lengths)} are given")
+    if phase.steps and not any(phase.repeats):
+        raise ValueError("every stream is left out: a phase needs at least one repeat above zero")
+    wanted = phase.steps * phase.batch
+    starts: list[Window] = []
+    while len(starts) < wanted:
+        epoch: list[Window] = []
+        for stream, (count, repeats) in enumerate(zip(lengths, phase.repeats, strict=True)):
+            for _ in range(repeats):
+                spare = count - 1 - phase.length
+                if spare < 0:
+                    raise ValueError(f"stream {stream} has {count} tokens: too few for windows of {phase.length}")
+                first = int(rng.integers(0, min(phase.length, spare + 1)))
+                epoch += [(stream, at) for at in range(first, count - phase.length, phase.length)]
+        starts += [epoch[i] for i in rng.permutation(len(epoch))]
+    return starts[:wanted]
+
+
+def batches(plan: Plan, lengths: Sequence[int], first: int = 0) -> Iterator[tuple[int, Phase, list[Window]]]:
+    """(step, its phase, the windows of its batch) for every step of the plan from ``first`` on."""
+    step = 0
+    for number, phase in enumerate(plan.phases):
+        if first < step + phase.steps:  # a phase that is done costs nothing on resume
+            starts = window_starts(lengths, phase, np.random.default_rng([plan.seed, 1, number]))
+            for i in range(max(0, first - step), phase.steps):
+                yield step + i, phase, starts[i * phase.batch : (i + 1) * phase.batch]
+        step += phase.steps
