@@ -29,8 +29,10 @@ def rms_norm(x: Array, gain: Array, eps: float) -> Array:
     ``rms_norm(c·x) = rms_norm(x)`` for c > 0, up to ε. A zero row gives a zero row, because ε > 0.
     """
     xp = namespace(x, gain)
-    mean_square = xp.einsum("...n,...n->...", x, x)[..., None] * (1.0 / x.shape[-1])
-    return x * (1.0 / xp.sqrt(mean_square + eps)) * gain
+    mean_square = xp.einsum("...n,...n->...", x, x) * (1.0 / x.shape[-1])
+    y = x / xp.sqrt(mean_square + eps)[..., None]
+    y *= gain
+    return y
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> list[float]:
@@ -72,13 +74,12 @@ def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
     rotation, which is also the backward pass, is ``apply_rope(x, cos, -sin)``.
     """
     xp = namespace(x, cos, sin)
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    out = xp.empty_like(x)
-    xp.subtract(first * cos, second * sin, out=out[..., :half])
-    xp.add(second * cos, first * sin, out=out[..., half:])
-    return out
+    pairs = xp.reshape(x, (*x.shape[:-1], 2, -1))  # [T, H, 2, D/2]: first and second half
+    out = pairs * cos[:, None, None, :]
+    crossed = pairs * sin[:, None, None, :]
+    out[..., 0, :] -= crossed[..., 1, :]  # x₁ cos − x₂ sin
+    out[..., 1, :] += crossed[..., 0, :]  # x₂ cos + x₁ sin
+    return xp.reshape(out, x.shape)
 
 
 def sigmoid(x: Array) -> Array:

@@ -3,16 +3,23 @@
 Byte-level means that every byte is a symbol of the base alphabet: any text round-trips, and nothing is ever
 unknown. A token may therefore end in the middle of a UTF-8 character; see ``Utf8Stream`` in ``decode.text``.
 
-Left out: other tokenizer kinds are loaded as they are (``tokenizers`` knows them) but never trained here.
+The literal text of a special token, such as ``<|endoftext|>`` inside a document, is ordinary text here and never
+becomes the special token: text from outside must not end a document or open a system turn. The ``tokenizers``
+library and ``transformers`` do the opposite by default; ``parse_special=True`` asks for that, for prompts which
+are written with control tokens (chat templates). Either way the ids decode to the same text.
+
+Left out: other tokenizer kinds are loaded as they are (``tokenizers`` knows them) but never trained here; chat
+templates; truncation and padding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer as _Tokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -20,8 +27,16 @@ END_OF_TEXT = "<|endoftext|>"
 class Tokenizer:
     """Text ↔ token ids, a thin face over ``tokenizers.Tokenizer`` (kept in ``.inner``)."""
 
-    def __init__(self, inner: _Tokenizer):
+    def __init__(self, inner: _Tokenizer) -> None:
         self.inner = inner
+        self.inner.encode_special_tokens = True  # the literal text of a special token is ordinary text
+        self.inner.no_truncation()  # some published files ask for it, and would cut a text in silence
+        self.inner.no_padding()
+
+    @cached_property
+    def _parsing(self) -> _Tokenizer:
+        """A twin that reads special tokens; a twin, because a flag flipped in place would race between threads."""
+        return _Tokenizer.from_str(self.inner.to_str())  # the flag is no part of the file, so it is off here
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
@@ -36,10 +51,16 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Train byte-level BPE with GPT-2's word split; id 0 is ``<|endoftext|>``."""
+        """Train byte-level BPE with GPT-2's word split; id 0 is ``<|endoftext|>``.
+
+        The vocabulary is smaller than ``vocab_size`` if the texts have too few distinct pairs to merge. The same
+        texts give the same tokenizer. ValueError if ``vocab_size`` cannot hold the 256 bytes and the end token.
+        """
+        if vocab_size < 257:
+            raise ValueError(f"a byte-level vocabulary needs at least 257 tokens, got {vocab_size}")
         inner = _Tokenizer(models.BPE())
-        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-        inner.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[END_OF_TEXT],
@@ -47,16 +68,25 @@ class Tokenizer:
             show_progress=False,
         )
         inner.train_from_iterator(texts, trainer)
+        # documents began with the end token in training, so an encoded prompt begins with it too
+        inner.post_processor = processors.TemplateProcessing(
+            single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
+        )
         return cls(inner)
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest id in use."""
-        return max(self.inner.get_vocab(with_added_tokens=True).values()) + 1
+        return max(self.inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``; no special token is added."""
-        ids: list[int] = self.inner.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, *, special: bool = False, parse_special: bool = False) -> list[int]:
+        """Token ids of ``text``.
+
+        With ``special``, also what the tokenizer's file puts before and after it. With ``parse_special``, the
+        literal text of a special token becomes that token (see the module's docstring).
+        """
+        inner = self._parsing if parse_special else self.inner
+        ids: list[int] = inner.encode(text, add_special_tokens=special).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -64,9 +94,13 @@ class Tokenizer:
         return [e.ids for e in self.inner.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``; bytes that form no UTF-8 character become U+FFFD, special tokens are kept."""
+        """Text of ``ids``; bytes that form no UTF-8 character become U+FFFD, special tokens are kept.
+
+        An id that the tokenizer does not know gives no text: some models have more rows than tokens (padding).
+        """
         text: str = self.inner.decode([int(i) for i in ids], skip_special_tokens=False)
         return text
 
     def save(self, path: str | Path) -> None:
+        """Write ``tokenizer.json``."""
         self.inner.save(str(path))

@@ -1,0 +1,159 @@
+"""``load`` and ``Model``: network, tokenizer and decoding behind one small face."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refllm.backend import Array, asarray_like, to_numpy
+from refllm.decode.generate import Sampling, generate_tokens
+from refllm.decode.text import StopStrings, Utf8Stream
+from refllm.model import checkpoint
+from refllm.model.attention import CausalAttend
+from refllm.model.config import ModelConfig
+from refllm.model.llama import Weights, forward, logits
+from refllm.model.tokenizer import Tokenizer
+
+BUNDLED = Path(__file__).parent / "models"
+
+
+def bundled() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(p.parent.name for p in BUNDLED.glob("*/config.json"))
+
+
+def load(path_or_name: str | os.PathLike[str], backend: str | None = None, dtype: str = "float32") -> Model:
+    """Load a model onto a backend.
+
+    Parameters
+    ----------
+    path_or_name
+        ``"stdlib"`` or ``"stdlib-draft"`` (bundled), or a Hugging Face directory (Llama, Mistral, Qwen2,
+        Qwen3) with ``config.json``, safetensors and ``tokenizer.json``.
+    backend
+        ``"numpy"`` or ``"cupy"``; None reads the environment variable ``REFLLM_BACKEND``.
+    dtype
+        ``"float32"``, ``"float64"`` (proofs use it), or ``"float16"`` (CuPy only).
+
+    Raises
+    ------
+    CheckpointError
+        for anything wrong with the files.
+    BackendUnavailable
+        if the backend cannot run here.
+    """
+    path = Path(path_or_name)
+    if isinstance(path_or_name, str) and path_or_name in bundled():
+        path = BUNDLED / path_or_name
+    elif not path.exists():
+        raise checkpoint.CheckpointError(
+            f"{os.fspath(path_or_name)!r} is neither a folder nor a bundled model ({', '.join(bundled())})"
+        )
+    loaded = checkpoint.load(path, backend=backend, dtype=dtype)
+    return Model(loaded.config, loaded.weights, loaded.tokenizer)
+
+
+class Model:
+    """A network with its tokenizer. ``weights`` is the tree that ``refllm.model.llama.build`` describes."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, tokenizer: Tokenizer):
+        self.config, self.weights, self.tokenizer = config, weights, tokenizer
+
+    def logits(self, tokens: Sequence[int] | Array) -> Array:
+        """Full causal forward of one sequence: tokens[T] → [T, V], in the model's dtype and on its device."""
+        like = self.weights["norm"]
+        ids = to_numpy(tokens) if hasattr(tokens, "shape") else np.asarray(tokens, dtype=np.int64)
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"logits: tokens must be a 1-D array of integers, got {ids.dtype} of shape {ids.shape}")
+        if ids.size and not (0 <= ids.min() and ids.max() < self.config.vocab_size):
+            raise ValueError(f"logits: a token lies outside the vocabulary of {self.config.vocab_size}")
+        attend = CausalAttend([len(ids)], self.config.sliding_window)
+        positions = asarray_like(np.arange(len(ids)), like)
+        hidden = forward(self.weights, self.config, asarray_like(ids, like), positions, attend)
+        return logits(self.weights, hidden)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        rng: np.random.Generator | int | None = None,
+    ) -> Any:
+        """Continue ``prompt`` by at most ``max_tokens`` tokens and return only what is new.
+
+        Text for text, a list of token ids for token ids. The end token is not part of the result. Text is
+        encoded as the tokenizer's file says (with its beginning token, if it has one). ``stop`` strings end
+        the text before their first occurrence (text prompts only). ``rng`` is a Generator or a seed; None
+        draws a fresh seed. Temperature 0 is the argmax and uses no randomness.
+        """
+        how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        if isinstance(prompt, str):
+            return "".join(self.stream(prompt, max_tokens, how=how, stop=stop, ignore_eos=ignore_eos, rng=rng))
+        if stop:
+            raise ValueError("stop strings need a text prompt; token prompts end at max_tokens or the end token")
+        return self.generate_batch([list(prompt)], max_tokens, how=how, ignore_eos=ignore_eos, rng=rng)[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        *,
+        how: Sampling = Sampling(),
+        ignore_eos: bool = False,
+        rng: np.random.Generator | int | None = None,
+    ) -> list[list[int]]:
+        """``generate`` of B token prompts as one static batch; each result ends before its own end token."""
+        ends = frozenset() if ignore_eos else frozenset(self.config.eos_token_ids)
+        results: list[list[int]] = [[] for _ in prompts]
+        running = set(range(len(prompts)))
+        for step in generate_tokens(
+            self.weights, self.config, prompts, max_tokens, how, np.random.default_rng(rng)
+        ):
+            for b in list(running):
+                if step[b] in ends:
+                    running.discard(b)
+                else:
+                    results[b].append(step[b])
+            if not running:
+                break
+        return results
+
+    def stream(
+        self,
+        prompt: str,
+        max_tokens: int,
+        *,
+        how: Sampling = Sampling(),
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        rng: np.random.Generator | int | None = None,
+    ) -> Iterator[str]:
+        """Yield the new text piece by piece: whole characters only, never a part of a stop string."""
+        ends = frozenset() if ignore_eos else frozenset(self.config.eos_token_ids)
+        ids = self.tokenizer.encode(prompt, special=True)
+        characters, stops = Utf8Stream(self.tokenizer), StopStrings(stop)
+        for (token,) in generate_tokens(
+            self.weights, self.config, [ids], max_tokens, how, np.random.default_rng(rng)
+        ):
+            if token in ends:
+                break
+            if piece := stops.push(characters.push(token)):
+                yield piece
+            if stops.stopped:
+                return
+        rest = stops.push(characters.flush())
+        if not stops.stopped:
+            rest += stops.flush()
+        if rest:
+            yield rest

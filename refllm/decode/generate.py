@@ -1,0 +1,135 @@
+"""Autoregressive decoding of a static batch: one prefill, then one token a sequence and step.
+
+The two phases of serving in their plainest form. *Prefill* runs all prompt tokens at once and yields one
+token; *decode* runs one token a sequence against the cache. A sequence that has ended stays in the batch,
+computed and ignored, until all have ended: that waste is what continuous batching removes.
+
+| symbol | name                      | shape     |
+|--------|---------------------------|-----------|
+| B      | sequences                 | len(prompts) |
+| z      | logits of the last tokens | [B, V]    |
+| u      | uniforms, drawn on the host | [B]     |
+
+Left out: continuous batching, paging, speculation, beam search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from refllm.backend import Array, asarray_like, namespace, to_numpy
+from refllm.decode import sampling
+from refllm.kv.contiguous import ContiguousCache
+from refllm.model.config import ModelConfig
+from refllm.model.llama import Weights, forward, logits
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; the defaults are greedy."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or more, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be within (0, 1], got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be within [0, 1], got {self.min_p}")
+        if not self.repetition_penalty > 0:
+            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+
+
+def generate_tokens(
+    weights: Weights,
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    how: Sampling,
+    rng: np.random.Generator,
+) -> Iterator[list[int]]:
+    """Yield ``max_tokens`` times the next token of each of the B prompts, as Python ints.
+
+    The caller decides when a sequence has ended. A step moves the tokens and their positions to the device
+    and the chosen tokens back, and nothing else.
+
+    Raises
+    ------
+    ValueError
+        for an empty prompt, an id outside the vocabulary, or more positions than the model was made for.
+    """
+    _check(prompts, max_tokens, config)
+    if max_tokens == 0:
+        return
+    like = weights["norm"]
+    capacity = max(len(p) for p in prompts) + max_tokens
+    cache = ContiguousCache(config, len(prompts), capacity, like=like)
+    seen = _Seen(prompts, config.vocab_size, like) if how.repetition_penalty != 1 else None
+    tokens = [t for prompt in prompts for t in prompt]
+    counts = [len(p) for p in prompts]
+    for _ in range(max_tokens):
+        placed = asarray_like([tokens, cache.positions(counts)], like, "int64")  # one transfer for both
+        hidden = forward(weights, config, placed[0], placed[1], cache.view(counts))
+        cache.advance(counts)
+        if len(tokens) > len(prompts):  # after prefill: only the last token of each prompt is sampled from
+            hidden = hidden[asarray_like(np.cumsum(counts) - 1, like)]
+        z = logits(weights, hidden)
+        if seen is not None:
+            z = sampling.apply_repetition_penalty(z, seen.mask, how.repetition_penalty)
+        tokens = _choose(z, how, rng)
+        if seen is not None:
+            seen.add(tokens)
+        counts = [1] * len(prompts)
+        yield tokens
+
+
+def _choose(z: Array, how: Sampling, rng: np.random.Generator) -> list[int]:
+    """z[B, V] → one token a row; the only synchronisation of a step."""
+    if how.temperature == 0:
+        chosen = namespace(z).argmax(z, axis=-1)
+    else:
+        p = sampling.warp(z, how.temperature, how.top_k, how.top_p, how.min_p)
+        chosen = sampling.sample(p, asarray_like(rng.random(z.shape[0]), z, "float64"))
+    ids: list[int] = to_numpy(chosen).tolist()
+    return ids
+
+
+class _Seen:
+    """Which tokens stand in each sequence so far: mask[B, V]."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], vocab: int, like: Array):
+        host = np.zeros((len(prompts), vocab), dtype=bool)
+        for row, prompt in zip(host, prompts, strict=True):
+            row[list(prompt)] = True
+        self.mask = asarray_like(host, like)
+        self.rows = asarray_like(np.arange(len(prompts)), like)
+
+    def add(self, tokens: list[int]) -> None:
+        self.mask[self.rows, asarray_like(tokens, self.mask, "int64")] = True
+
+
+def _check(prompts: Sequence[Sequence[int]], max_tokens: int, config: ModelConfig) -> None:
+    if not prompts:
+        raise ValueError("no prompt was given")
+    if max_tokens < 0:
+        raise ValueError(f"max_tokens must be 0 or more, got {max_tokens}")
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {i} is empty: a model needs at least one token to continue")
+        if not all(0 <= t < config.vocab_size for t in prompt):
+            raise ValueError(f"prompt {i} has a token outside the vocabulary of {config.vocab_size}")
+        if len(prompt) + max_tokens > config.max_position_embeddings:
+            raise ValueError(
+                f"prompt {i} of {len(prompt)} tokens plus max_tokens {max_tokens} exceeds the model's "
+                f"{config.max_position_embeddings} positions; shorten one of them"
+            )
