@@ -9,26 +9,34 @@ the derivative that it implements. Parameters and gradients are flat dicts under
 | P      | attention probabilities               | [B, G, R·S, S], R = H/G |
 | dY     | derivative of the loss for Y          | shape of Y              |
 
-Sources: the chain rule; the identity Σ_j dP_ij P_ij = Σ_d dO_id O_id (FlashAttention, Dao et al. 2022,
-eq. 4 of its appendix B) saves one pass over the S×S matrix.
+Sources: the chain rule; the identity Σ_j dP_ij P_ij = Σ_d dO_id O_id (Dao et al. 2022, FlashAttention,
+appendix B.2) saves one pass over the S×S matrix.
 
-Left out: Qwen's biases and query/key norms, sliding windows, dropout, mixed precision, recomputation.
+Left out: the loss itself (see ``loss``); Qwen's biases and query/key norms and sliding windows, which are all
+refused; dropout, mixed precision, recomputation.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from refllm.backend import Array, asarray_like, namespace, scatter_add
 from refllm.model.config import ModelConfig, UnsupportedModel
 from refllm.model.layers import apply_rope, rope_frequencies, rope_table, sigmoid
+from refllm.model.loss import Rows, cross_entropy, cross_entropy_and_gradients
 
 Tensors = dict[str, Array]
-Rows = Callable[[slice], Array]  # slice of the B·S flattened positions → target probabilities [rows, V]
-Teacher = Callable[[Array], Rows]  # tokens[B, S+1], inputs and answers, → the Rows of that batch
-_LOSS_ROWS = 256  # rows of logits at a time: 256 × V floats stay in the cache
+
+
+class _Batch(NamedTuple):
+    """What every layer needs to know about the batch."""
+
+    size: int  # B
+    length: int  # S
+    cos: Array  # [B·S, D/2]
+    sin: Array  # [B·S, D/2]
+    mask: Array  # [S, S]
 
 
 def loss_and_gradients(
@@ -45,25 +53,24 @@ def loss_and_gradients(
         for what the module docstring leaves out.
     """
     xp = namespace(tokens, *params.values())
-    inputs, targets = tokens[:, :-1], tokens[:, 1:].reshape(-1)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].reshape(-1)  # [B, S], [B·S]
     hidden, norm_saved, kept = _forward(params, config, inputs)
     grads: Tensors = {}
     head_name = output_name(config)
-    loss, d_hidden, grads[head_name] = _cross_entropy(hidden, params[head_name], targets, teacher)
+    loss, d_hidden, grads[head_name] = cross_entropy_and_gradients(hidden, params[head_name], targets, teacher)
     dx, grads["model.norm.weight"] = _norm_backward(d_hidden, norm_saved)
     for i in reversed(range(config.num_hidden_layers)):
         dx = _layer_backward(params, f"model.layers.{i}.", config, dx, kept.pop(), grads)
     embedding = params["model.embed_tokens.weight"]
     d_embedding = grads.setdefault("model.embed_tokens.weight", xp.zeros_like(embedding))
-    scatter_add(d_embedding, inputs.reshape(-1), dx)
+    scatter_add(d_embedding, inputs.reshape(-1), dx)  # a tied head has left its own share there already
     return loss, grads
 
 
 def mean_loss(params: Tensors, config: ModelConfig, tokens: Array) -> float:
     """The loss of ``loss_and_gradients`` without the gradients; tokens[B, S+1] → nats per token."""
     hidden = hidden_states(params, config, tokens[:, :-1])
-    loss, _, _ = _cross_entropy(hidden, params[output_name(config)], tokens[:, 1:].reshape(-1), None)
-    return loss
+    return cross_entropy(hidden, params[output_name(config)], tokens[:, 1:].reshape(-1))
 
 
 def hidden_states(params: Tensors, config: ModelConfig, inputs: Array) -> Array:
@@ -81,16 +88,16 @@ def _forward(params: Tensors, config: ModelConfig, inputs: Array, *, keep: bool 
     if config.attention_bias or config.qk_norm or config.sliding_window:
         raise UnsupportedModel("training supports the plain llama network: no biases, query/key norms or window")
     xp = namespace(inputs, *params.values())
-    batch, length = inputs.shape
+    size, length = inputs.shape
     embedding = params["model.embed_tokens.weight"]
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     cos, sin = rope_table(asarray_like(frequencies, inputs, "float64"), xp.arange(length), embedding.dtype)
-    cos, sin = (xp.tile(t, (batch, 1)) for t in (cos, sin))  # [B·S, D/2]
-    mask = _causal_mask(xp, length, embedding.dtype)
+    cos, sin = (xp.tile(t, (size, 1)) for t in (cos, sin))  # [B·S, D/2]
+    batch = _Batch(size, length, cos, sin, _causal_mask(xp, length, embedding.dtype))
     x = embedding[inputs.reshape(-1)]  # [B·S, N]
-    kept = []
+    kept: list[Any] = []
     for i in range(config.num_hidden_layers):
-        x, saved = _layer(params, f"model.layers.{i}.", config, x, (batch, length, cos, sin, mask))
+        x, saved = _layer(params, f"model.layers.{i}.", config, x, batch)
         if keep:  # else each layer's memory is free for the next one, and stays in the cache
             kept.append(saved)
         del saved
@@ -105,6 +112,7 @@ def _causal_mask(xp: Any, length: int, dtype: Any) -> Array:
 
 
 def _norm(x: Array, gain: Array, eps: float) -> tuple[Array, tuple[Array, ...]]:
+    """RMSNorm of x[T, N], keeping x̂ = x / rms and 1 / rms."""
     xp = namespace(x)
     inverse = 1.0 / xp.sqrt(xp.einsum("tn,tn->t", x, x)[:, None] * (1.0 / x.shape[1]) + eps)
     unit = x * inverse
@@ -122,22 +130,24 @@ def _norm_backward(dy: Array, saved: tuple[Array, ...]) -> tuple[Array, Array]:
     return dx, d_gain
 
 
-def _layer(params: Tensors, at: str, config: ModelConfig, x: Array, shape: Any) -> tuple[Array, Any]:
+def _layer(params: Tensors, at: str, config: ModelConfig, x: Array, batch: _Batch) -> tuple[Array, Any]:
     """One decoder layer: x + Attention(norm(x)), then x + MLP(norm(x))."""
     attention_in, norm1 = _norm(x, params[at + "input_layernorm.weight"], config.rms_norm_eps)
-    attended, attention = _attention(params, at + "self_attn.", config, attention_in, shape)
+    attended, attention = _attention(params, at + "self_attn.", config, attention_in, batch)
     x = attended @ params[at + "self_attn.o_proj.weight"].T + x
     mlp_in, norm2 = _norm(x, params[at + "post_attention_layernorm.weight"], config.rms_norm_eps)
     gate = mlp_in @ params[at + "mlp.gate_proj.weight"].T
     up = mlp_in @ params[at + "mlp.up_proj.weight"].T
     sig = sigmoid(gate)
     act = gate * sig
+    # The product and not its factor is cheap to make again: act · up is not kept.
     x = (act * up) @ params[at + "mlp.down_proj.weight"].T + x
-    return x, (norm1, attention_in, attention, attended, norm2, mlp_in, gate, up, sig, act)
+    return x, (norm1, attention_in, attention, attended, norm2, mlp_in, up, sig, act)
 
 
 def _layer_backward(params: Tensors, at: str, config: ModelConfig, dx: Array, saved: Any, grads: Tensors) -> Array:
-    norm1, attention_in, attention, attended, norm2, mlp_in, gate, up, sig, act = saved
+    """The derivative for the layer's output → for its input; the weights' own go into ``grads``."""
+    norm1, attention_in, attention, attended, norm2, mlp_in, up, sig, act = saved
 
     def linear(name: str, inputs: Array, d_out: Array) -> Array:
         grads[at + name] = d_out.T @ inputs  # Y = X Wᵀ: dW = dYᵀ X, dX = dY W
@@ -145,7 +155,7 @@ def _layer_backward(params: Tensors, at: str, config: ModelConfig, dx: Array, sa
 
     d_product = linear("mlp.down_proj.weight", act * up, dx)
     d_up = d_product * act
-    d_gate = d_product
+    d_gate = d_product  # the same memory: d_product is not needed again
     d_gate *= up
     d_gate *= sig + act * (1.0 - sig)  # silu'(g) = σ + g σ (1 − σ), and act = g σ
     d_mlp_in = linear("mlp.gate_proj.weight", mlp_in, d_gate)
@@ -163,50 +173,50 @@ def _layer_backward(params: Tensors, at: str, config: ModelConfig, dx: Array, sa
     return dx
 
 
-def _heads_first(x: Array, batch: int, length: int, groups: int) -> Array:
+def _heads_first(x: Array, size: int, length: int, groups: int) -> Array:
     """[B·S, G·R, D] → [B, G, R·S, D]: the queries of one key head under each other."""
     xp = namespace(x)
     heads, dim = x.shape[1] // groups, x.shape[2]
-    x = x.reshape(batch, length, groups, heads, dim).transpose(0, 2, 3, 1, 4)
-    return xp.ascontiguousarray(x).reshape(batch, groups, heads * length, dim)
+    x = x.reshape(size, length, groups, heads, dim).transpose(0, 2, 3, 1, 4)
+    return xp.ascontiguousarray(x).reshape(size, groups, heads * length, dim)
 
 
-def _tokens_first(x: Array, batch: int, length: int, groups: int) -> Array:
+def _tokens_first(x: Array, size: int, length: int, groups: int) -> Array:
     """The inverse of ``_heads_first``: [B, G, R·S, D] → [B·S, G·R, D]."""
     dim = x.shape[-1]
-    x = x.reshape(batch, groups, -1, length, dim).transpose(0, 3, 1, 2, 4)
-    return x.reshape(batch * length, -1, dim)
+    x = x.reshape(size, groups, -1, length, dim).transpose(0, 3, 1, 2, 4)
+    return x.reshape(size * length, -1, dim)
 
 
-def _attention(params: Tensors, at: str, config: ModelConfig, x: Array, shape: Any) -> tuple[Array, Any]:
+def _attention(params: Tensors, at: str, config: ModelConfig, x: Array, batch: _Batch) -> tuple[Array, Any]:
     """Causal grouped-query attention of whole sequences; x[B·S, N] → [B·S, H·D]."""
     xp = namespace(x)
-    batch, length, cos, sin, mask = shape
+    size, length, cos, sin, mask = batch
     groups, dim = config.num_key_value_heads, config.head_dim
     q, k, v = (
-        (x @ params[at + name + "_proj.weight"].T).reshape(batch * length, heads, dim)
+        (x @ params[at + name + "_proj.weight"].T).reshape(size * length, heads, dim)
         for name, heads in (("q", config.num_attention_heads), ("k", groups), ("v", groups))
     )
     q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
     q *= 1.0 / math.sqrt(dim)
-    q, k, v = (_heads_first(t, batch, length, groups) for t in (q, k, v))
+    q, k, v = (_heads_first(t, size, length, groups) for t in (q, k, v))
     p = q @ k.swapaxes(-1, -2)  # [B, G, R·S, S]
-    rows = p.reshape(batch, groups, -1, length, length)
+    rows = p.reshape(size, groups, -1, length, length)  # a view: the R heads of a group share the mask
     rows += mask
     p -= xp.max(p, axis=-1, keepdims=True)
     xp.exp(p, out=p)
     p *= 1.0 / xp.sum(p, axis=-1, keepdims=True)
     out = p @ v  # [B, G, R·S, D]
-    attended = _tokens_first(out, batch, length, groups).reshape(batch * length, -1)
-    return attended, (shape, q, k, v, p, out)
+    attended = _tokens_first(out, size, length, groups).reshape(size * length, -1)
+    return attended, (batch, q, k, v, p, out)
 
 
 def _attention_backward(config: ModelConfig, d_attended: Array, saved: Any) -> tuple[Array, Array, Array]:
     """dV = Pᵀ dO;  dS = P ∘ (dO Vᵀ − rowsum(dO ∘ O));  dQ = dS K;  dK = dSᵀ Q."""
     xp = namespace(d_attended)
-    (batch, length, cos, sin, _), q, k, v, p, out = saved
+    (size, length, cos, sin, _), q, k, v, p, out = saved
     groups, dim = config.num_key_value_heads, config.head_dim
-    d_out = _heads_first(d_attended.reshape(batch * length, -1, dim), batch, length, groups)
+    d_out = _heads_first(d_attended.reshape(size * length, -1, dim), size, length, groups)
     d_v = p.swapaxes(-1, -2) @ d_out
     d_s = d_out @ v.swapaxes(-1, -2)
     d_s -= xp.einsum("bgrd,bgrd->bgr", d_out, out)[..., None]
@@ -214,36 +224,7 @@ def _attention_backward(config: ModelConfig, d_attended: Array, saved: Any) -> t
     d_q = d_s @ k
     d_k = d_s.swapaxes(-1, -2) @ q  # q already carries 1/√D
     d_q *= 1.0 / math.sqrt(dim)
-    d_q, d_k, d_v = (_tokens_first(t, batch, length, groups) for t in (d_q, d_k, d_v))
-    d_q, d_k = apply_rope(d_q, cos, -sin), apply_rope(d_k, cos, -sin)
-    return tuple(t.reshape(batch * length, -1) for t in (d_q, d_k, d_v))  # type: ignore[return-value]
-
-
-def _cross_entropy(hidden: Array, head: Array, targets: Array, teacher: Rows | None) -> tuple[float, Array, Array]:
-    """Mean −Σ t log softmax(h Wᵀ), and its gradients for h and W: d logits = softmax − t."""
-    xp = namespace(hidden)
-    count = hidden.shape[0]
-    d_hidden, d_head = xp.empty_like(hidden), xp.zeros_like(head)
-    total = 0.0
-    for start in range(0, count, _LOSS_ROWS):
-        rows = slice(start, min(start + _LOSS_ROWS, count))
-        target = targets[rows]
-        z = hidden[rows] @ head.T  # [rows, V]
-        z -= xp.max(z, axis=-1, keepdims=True)
-        at = (xp.arange(target.shape[0]), target)
-        wanted = None if teacher is None else teacher(rows)
-        if wanted is not None and wanted.shape != z.shape:
-            raise ValueError(f"the teacher's probabilities are {wanted.shape}, the network's logits {z.shape}")
-        score = z[at] if wanted is None else xp.einsum("tv,tv->t", wanted, z)
-        xp.exp(z, out=z)
-        mass = xp.sum(z, axis=-1, keepdims=True)
-        total += float(xp.sum(xp.log(mass[:, 0]) - score))
-        z *= 1.0 / mass
-        if wanted is None:
-            z[at] -= 1.0
-        else:
-            z -= wanted
-        z *= 1.0 / count
-        xp.matmul(z, head, out=d_hidden[rows])
-        d_head += z.T @ hidden[rows]
-    return total / count, d_hidden, d_head
+    d_q, d_k, d_v = (_tokens_first(t, size, length, groups) for t in (d_q, d_k, d_v))
+    d_q, d_k = apply_rope(d_q, cos, -sin), apply_rope(d_k, cos, -sin)  # a rotation's transpose is its inverse
+    rows = size * length
+    return d_q.reshape(rows, -1), d_k.reshape(rows, -1), d_v.reshape(rows, -1)

@@ -27,7 +27,7 @@ ARCHITECTURES = {
 }
 
 
-class UnsupportedModel(ValueError):
+class UnsupportedModel(ValueError):  # noqa: N818 (it names the thing refused)
     """The configuration asks for something that refllm does not compute."""
 
 

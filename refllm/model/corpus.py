@@ -4,6 +4,9 @@ Read from the running interpreter, never copied into the repository: the standar
 ``pydoc_data.topics`` and, where it is installed, the ``test`` package. The held-out modules are excluded by
 name from everything that is trained on, and so are their tests.
 
+The text differs a little between Python versions, so a measurement on it names the version. Within one
+installation the documents and their order are always the same.
+
 Left out: files that are tables rather than code (the charmap codecs), lib2to3's test data, and any file
 that is not UTF-8.
 """
@@ -11,6 +14,8 @@ that is not UTF-8.
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +31,9 @@ HELD_OUT = (
     "sched.py",
     "fractions.py",
 )
-_TESTS_OF_HELD_OUT = tuple("test_" + Path(n).stem for n in HELD_OUT) + ("test_http_cookiejar",)
-_NOT_TEXT = ("site-packages", "__pycache__", "dist-packages")
+_TESTS_OF_HELD_OUT = (*("test_" + Path(name).stem for name in HELD_OUT), "test_http_cookiejar")
+_SKIPPED_FOLDERS = ("site-packages", "dist-packages", "__pycache__")
+_CHARMAPS = ("cp", "iso8859", "mac_", "koi8", "kz1048", "ptcp", "tis_", "hp_")
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class Document:
 
     @property
     def sha256(self) -> str:
+        """Hexadecimal digest of the UTF-8 text: which text a model has seen can be recorded without copying it."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
@@ -46,17 +53,56 @@ def _root() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
+def held_out_documents() -> list[Document]:
+    """The held-out modules of the running interpreter, sorted by name (479 kB in CPython 3.11.7).
+
+    Raises
+    ------
+    FileNotFoundError
+        if the interpreter carries no source of one of them (embedded and trimmed builds).
+    """
+    root, found = _root(), []
+    for name in HELD_OUT:
+        candidates = [root / name] if name.endswith(".py") else [root / f"{name}.py", *(root / name).rglob("*.py")]
+        present = [path for path in candidates if path.is_file()]
+        if not present:
+            version = ".".join(map(str, sys.version_info[:3]))
+            raise FileNotFoundError(f"Python {version} in {root} carries no source of the held-out module {name}")
+        found += present
+    return _read(root, found)
+
+
+def training_documents(*, tests: bool = False) -> list[Document]:
+    """Everything that may be trained on: the library and its topics, or (``tests=True``) its test package."""
+    root, found = _root(), []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]  # os.walk goes no deeper
+        for path in (Path(folder, file) for file in files if file.endswith(".py")):
+            name = path.relative_to(root).as_posix()
+            if _is_held_out(name) or _is_table(name) or _is_test(name) != tests:
+                continue
+            if tests and any(part in name for part in _TESTS_OF_HELD_OUT):
+                continue
+            found.append(path)
+    documents = _read(root, found)
+    return documents if tests else documents + _topics()
+
+
 def _is_held_out(name: str) -> bool:
     return any(name in (h, h + ".py") or name.startswith(h + "/") for h in HELD_OUT)
 
 
 def _is_table(name: str) -> bool:
-    stem = name.removeprefix("encodings/")
-    charmap = stem != name and stem.startswith(("cp", "iso8859", "mac_", "koi8", "kz1048", "ptcp", "tis_", "hp_"))
-    return charmap or name.startswith(("lib2to3/tests/data", "pydoc_data/")) or "lib2to3/tests/" in name
+    charmap = name.startswith(tuple("encodings/" + c for c in _CHARMAPS))
+    return charmap or name.startswith(("lib2to3/tests/", "pydoc_data/"))  # the topics are read by name instead
+
+
+def _is_test(name: str) -> bool:
+    return name.startswith(("test/", "tests/")) or any(part in name for part in ("/test/", "/tests/", "idle_test"))
 
 
 def _read(root: Path, paths: list[Path]) -> list[Document]:
+    """The documents at ``paths`` in the order of their names; what is not UTF-8, or empty, is passed over."""
     documents = []
     for path in sorted(paths):
         try:
@@ -68,35 +114,8 @@ def _read(root: Path, paths: list[Path]) -> list[Document]:
     return documents
 
 
-def held_out_documents() -> list[Document]:
-    """The held-out modules of the running interpreter, sorted by name (about 390 kB in CPython 3.11)."""
-    root = _root()
-    paths = [p for h in HELD_OUT for p in ([root / h] if h.endswith(".py") else [root / f"{h}.py"])]
-    paths += [p for h in HELD_OUT if not h.endswith(".py") for p in (root / h).rglob("*.py")]
-    return _read(root, [p for p in paths if p.is_file()])
-
-
-def training_documents(*, tests: bool = False) -> list[Document]:
-    """Everything that may be trained on: the library and its topics, or (``tests=True``) its test package."""
-    root = _root()
-    found = []
-    for path in root.rglob("*.py"):
-        name = path.relative_to(root).as_posix()
-        first = name.split("/", 1)[0]
-        if first in _NOT_TEXT or "__pycache__" in name or _is_held_out(name) or _is_table(name):
-            continue
-        in_tests = first in ("test", "tests") or "/test/" in name or "/tests/" in name or "idle_test" in name
-        if in_tests != tests:
-            continue
-        if in_tests and any(part in name for part in _TESTS_OF_HELD_OUT):
-            continue
-        found.append(path)
-    documents = _read(root, found)
-    return documents if tests else documents + _topics()
-
-
 def _topics() -> list[Document]:
     """The language reference as ``help()`` carries it: prose about Python, one document a topic."""
     from pydoc_data.topics import topics
 
-    return [Document(f"pydoc_data/topics/{k}", v) for k, v in sorted(topics.items()) if v.strip()]
+    return [Document(f"pydoc_data/topics/{name}", text) for name, text in sorted(topics.items()) if text.strip()]

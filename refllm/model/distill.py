@@ -23,8 +23,9 @@ from __future__ import annotations
 import math
 
 from refllm.backend import Array, namespace
-from refllm.model.backward import Rows, Teacher, Tensors, hidden_states, output_name
+from refllm.model.backward import Tensors, hidden_states, output_name
 from refllm.model.config import ModelConfig
+from refllm.model.loss import Rows, Teacher
 
 
 def teacher_of(params: Tensors, config: ModelConfig, temperature: float = 1.0, alpha: float = 1.0) -> Teacher:

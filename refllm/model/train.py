@@ -36,8 +36,9 @@ from safetensors.numpy import save_file
 from threadpoolctl import threadpool_limits
 
 from refllm.backend import Array, asarray_like, namespace, to_numpy
-from refllm.model.backward import Teacher, loss_and_gradients, mean_loss
+from refllm.model.backward import loss_and_gradients, mean_loss
 from refllm.model.config import ModelConfig
+from refllm.model.loss import Teacher
 from refllm.model.optimizer import AdamW, clip_by_global_norm, learning_rate
 from refllm.model.plan import Phase, Plan, batches
 
