@@ -18,6 +18,7 @@ Left out: everything that a model card calls "extra": dropout, soft-capping, mix
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from refllm.backend import Array, asarray_like, namespace
@@ -40,7 +41,7 @@ PROJECTIONS = {
 }
 
 
-def build(config: ModelConfig, tensors: dict[str, Array]) -> Weights:
+def build(config: ModelConfig, tensors: Mapping[str, Array]) -> Weights:
     """Arrange tensors under Hugging Face's names as the weight tree that ``forward`` walks.
 
     A tied head is the embedding object itself: one copy in memory serves lookup and product.

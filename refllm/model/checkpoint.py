@@ -1,0 +1,188 @@
+"""Checkpoints: a Hugging Face directory read into a weight tree, and written so that transformers loads it.
+
+Reading is here and in ``shards`` (the tensors' files); writing is in ``writer``.
+
+| file                   | read                                     | written                                   |
+|------------------------|------------------------------------------|-------------------------------------------|
+| config.json            | ``ModelConfig.from_hf``                  | ``to_hf`` and the stored type             |
+| model.safetensors      | or shards with an index (``shards``)     | one file, or shards of a given size       |
+| tokenizer.json         | ``Tokenizer.from_file``                  | as the tokenizers library saves it        |
+| generation_config.json | its end-of-text ids win over the config's| end and beginning of text                 |
+| tokenizer_config.json  | not read                                 | the class and special tokens              |
+
+Every tensor is read, checked, converted and laid out before the next one is read, so loading needs one model
+of memory and one tensor, never two models. Weights are never unpickled.
+
+Left out: quantised checkpoints, chat templates, downloading, tensors that the network does not use (refused,
+but for the rotary tables of old Llama files, which are recomputed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refllm.backend import Array, get
+from refllm.model.config import ModelConfig
+from refllm.model.llama import Weights, build
+from refllm.model.shards import (
+    CheckpointError,
+    TensorFiles,
+    check_tensors,
+    check_tied,
+    check_vocabulary,
+    converted,
+    read_json,
+    tensor_shapes,
+)
+from refllm.model.tokenizer import Tokenizer
+from refllm.model.writer import save
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "build_weights",
+    "iter_tensors",
+    "load",
+    "read_config",
+    "read_tensor",
+    "save",
+]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What the lower floors pass around: the network's shape, its weight tree, its tokenizer, its origin."""
+
+    config: ModelConfig
+    weights: Weights
+    tokenizer: Tokenizer
+    path: Path
+
+
+def load(path: str | Path, *, backend: str | None = None, dtype: str = "float32") -> Checkpoint:
+    """Load a directory for ``backend`` (``"numpy"``, ``"cupy"``, None: the environment's) in ``dtype``.
+
+    Raises
+    ------
+    CheckpointError
+        for every kind of bad input, naming the file and what to do.
+    ValueError
+        for a dtype that the backend does not compute in.
+    BackendUnavailable
+        if CuPy is asked for and cannot run.
+    """
+    xp = get(backend)
+    types = ("float32", "float64") if xp is np else ("float16", "float32", "float64")
+    if dtype not in types:
+        raise ValueError(f"load: dtype {dtype!r} is not computed in on {xp.__name__}; choose one of {', '.join(types)}")
+    directory = _directory(path)
+    config = read_config(directory)
+    tokenizer = _read_tokenizer(directory, config)
+    with TensorFiles(directory) as files:
+        check_tensors(config, files, directory)
+        check_tied(config, files, directory)
+        weights = build(config, _OnDevice(files, xp, dtype))
+    return Checkpoint(config, weights, tokenizer, directory)
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The network's shape from ``config.json``, with the end-of-text ids of ``generation_config.json``."""
+    directory = _directory(path)
+    file = directory / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{directory} has no config.json: pass the directory of a Hugging Face checkpoint")
+    raw = read_json(file)
+    if raw.get("quantization_config") is not None:
+        raise CheckpointError(f"{file} has a quantization_config: quantised checkpoints are not supported yet; "
+                              "use the model that it was made from")  # fmt: skip
+    try:
+        config = ModelConfig.from_hf(raw)
+    except KeyError as error:
+        raise CheckpointError(f"{file}: the entry {error} is missing") from error
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:  # UnsupportedModel, or a wrong JSON type
+        raise CheckpointError(f"{file}: {error}") from error
+    eos = _generation_eos(directory / "generation_config.json")
+    return config if eos is None else replace(config, eos_token_ids=eos)
+
+
+def build_weights(config: ModelConfig, tensors: Mapping[str, Array]) -> Weights:
+    """``llama.build`` after a check of names and shapes; CheckpointError says which tensor is wrong."""
+    check_tensors(config, tensors, Path("tensors"))
+    return build(config, tensors)
+
+
+def iter_tensors(path: str | Path, dtype: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, host array) of every tensor of a checkpoint, layer by layer, one in memory at a time.
+
+    ``dtype`` None keeps the stored type (bfloat16 is ml_dtypes').
+    """
+    directory = _directory(path)
+    config = read_config(directory)
+    with TensorFiles(directory) as files:
+        check_tensors(config, files, directory)
+        for name, _ in tensor_shapes(config):
+            yield name, _checked(files, name, dtype)
+
+
+def read_tensor(path: str | Path, name: str, dtype: str | None = None) -> np.ndarray:
+    """One tensor of a checkpoint directory by its Hugging Face name."""
+    directory = _directory(path)
+    with TensorFiles(directory) as files:
+        if name not in files:
+            raise CheckpointError(f"{directory} holds no tensor {name!r}")
+        return _checked(files, name, dtype)
+
+
+class _OnDevice(Mapping[str, Array]):
+    """The tensors of some files as arrays of a library, read and converted at the moment of the look-up."""
+
+    def __init__(self, files: TensorFiles, xp: Any, dtype: str):
+        self.files, self.xp, self.dtype = files, xp, dtype
+
+    def __getitem__(self, name: str) -> Array:
+        # converted on the host: CuPy has no bfloat16
+        return self.xp.asarray(_checked(self.files, name, self.dtype))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def _checked(files: TensorFiles, name: str, dtype: str | None) -> np.ndarray:
+    tensor = files[name]
+    return converted(tensor, dtype or tensor.dtype.name, name, files.file(name))
+
+
+def _directory(path: str | Path) -> Path:
+    directory = Path(path).expanduser()
+    if not directory.exists():
+        raise CheckpointError(f"{directory} does not exist: pass the directory of a Hugging Face checkpoint")
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file: pass the directory that holds it and config.json")
+    return directory
+
+
+def _generation_eos(file: Path) -> tuple[int, ...] | None:
+    if not file.is_file():
+        return None
+    eos = read_json(file).get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise CheckpointError(f"{file}: eos_token_id must be a token id or a list of them, got {eos!r}")
+    return tuple(ids) or None
+
+
+def _read_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    check_vocabulary(tokenizer, config, directory / "tokenizer.json")
+    return tokenizer
