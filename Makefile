@@ -14,6 +14,7 @@ PYTEST  = $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+.NOTPARALLEL: # two installs into one environment would collide
 
 .PHONY: help
 help: ## list the commands
@@ -47,10 +48,12 @@ INSTALL = $(UV) pip install --quiet --python $(BIN)/python
 endif
 
 $(VENV)/.stamp-base: pyproject.toml | $(BIN)/python
+	@echo "installing refllm and what it runs on into $(VENV)"
 	$(INSTALL) --editable .
 	@touch $@
 
 $(VENV)/.stamp-%: pyproject.toml | $(BIN)/python
+	@echo "installing refllm[$*] into $(VENV)"
 	$(INSTALL) --editable '.[$*]'
 	@touch $@
 

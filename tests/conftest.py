@@ -1,0 +1,178 @@
+"""What every test shares: Hypothesis profiles, the array libraries to run on, oracles and the theorem table.
+
+A data-plane test takes ``xp`` and runs once per array library::
+
+    def test_softmax_sums_to_one(xp):
+        x = xp.asarray(host_array)                 # move to the library's device
+        assert to_host(softmax(x)).sum() == ...    # and back, with ``from conftest import to_host``
+
+``xp`` is NumPy, the CPU stand-in for CuPy (``fakecupy``) and, with ``-m gpu``, CuPy itself; ``xp_kind`` is
+its name. ``pure_xp`` adds ``array_api_strict`` for modules of pure mathematics. A test against a peer is marked
+``oracle`` and imports the peer with ``oracle("torch")``. ``pytest --theorems`` lists what is proved.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before NumPy is imported: on a busy machine two BLAS threads wait for each other longer than they compute.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import importlib
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import hypothesis
+import numpy
+import pytest
+
+import fakecupy
+from refllm import backend
+
+ROOT = Path(__file__).resolve().parent.parent
+REQUIRE_ORACLES = "REFLLM_REQUIRE_ORACLES"
+to_host = backend.to_numpy  # tests read `to_host(x)`: copy to the host and compare there
+
+hypothesis.settings.register_profile("dev", max_examples=25, deadline=None)
+hypothesis.settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile("nightly", max_examples=2000, deadline=None)
+hypothesis.settings.load_profile(
+    os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") == "true" else "dev")
+)
+
+# --- array libraries -----------------------------------------------------------------------------------------
+
+_LIBRARIES = ["numpy", "fakecupy", pytest.param("cupy", marks=pytest.mark.gpu)]
+
+
+def _library(kind: str) -> ModuleType:
+    if kind == "cupy":
+        try:
+            return backend.get("cupy")
+        except backend.BackendUnavailable as error:
+            pytest.skip(str(error))
+    if kind == "array_api_strict":
+        return pytest.importorskip("array_api_strict")
+    return {"numpy": numpy, "fakecupy": fakecupy}[kind]
+
+
+# Module scope, because Hypothesis refuses fixtures that are made anew for each test function.
+@pytest.fixture(scope="module", params=_LIBRARIES)
+def xp_kind(request: pytest.FixtureRequest) -> str:
+    """The name of the array library that the test runs on."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def xp(xp_kind: str) -> ModuleType:
+    """The array library that the test runs on: the dialect that NumPy and CuPy share."""
+    return _library(xp_kind)
+
+
+@pytest.fixture(scope="module", params=[*_LIBRARIES, "array_api_strict"])
+def pure_xp(request: pytest.FixtureRequest) -> ModuleType:
+    """As ``xp``, and the array-API standard's strict reference: for modules of pure mathematics."""
+    return _library(request.param)
+
+
+# --- oracles -------------------------------------------------------------------------------------------------
+
+_running: list[pytest.Item] = []  # the item under way, for `oracle` to look at its marks
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Any:
+    _running.append(item)
+    try:
+        return (yield)
+    finally:
+        _running.pop()
+
+
+def oracle(name: str, install: str = "pip install 'refllm[oracles]'") -> ModuleType:
+    """Import a peer to compare with; skip the test with the install line where it is missing.
+
+    Call it inside a test or a fixture. ``REFLLM_REQUIRE_ORACLES=1`` turns the skip into a failure, which is how
+    continuous integration knows that every comparison was made.
+    """
+    if not _running or not any(_running[-1].iter_markers("oracle")) and not any(_running[-1].iter_markers("llamacpp")):
+        pytest.fail("oracle() belongs inside a test marked @pytest.mark.oracle, or `make test-oracles` misses it")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a peer warns of while it is imported is not ours to mend
+            return importlib.import_module(name)
+    except ImportError as error:
+        if os.environ.get(REQUIRE_ORACLES) == "1":
+            pytest.fail(f"{REQUIRE_ORACLES}=1 and the oracle {name} is missing ({error}): {install}")
+        pytest.skip(f"oracle {name} is missing: {install}")
+
+
+# --- theorems ------------------------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("theorems")
+    group.addoption("--theorems", action="store_true", help="print the theorems that the tests check; run nothing")
+    group.addoption("--theorems-write", action="store_true", help="write them to THEOREMS.md; run nothing")
+    group.addoption("--theorems-check", action="store_true", help="fail if THEOREMS.md is stale; run nothing")
+
+
+def theorem_rows(items: list[pytest.Item]) -> list[tuple[str, str, str, str]]:
+    """(test file, test, statement, source) for each marker, one row a test function, in the order of the files."""
+    rows: dict[tuple[str, str, str, str], None] = {}  # a dict keeps the order and drops the parametrised repeats
+    for item in sorted(items, key=lambda item: (item.path.name, item.location[1] or 0)):
+        for mark in item.iter_markers("theorem"):
+            if len(mark.args) != 1 or set(mark.kwargs) != {"source"}:
+                raise pytest.UsageError(f'{item.nodeid}: write @pytest.mark.theorem("statement", source="where from")')
+            test = getattr(item, "originalname", item.name)
+            rows[item.path.name, test, mark.args[0], mark.kwargs["source"]] = None
+    return list(rows)
+
+
+def theorem_page(rows: list[tuple[str, str, str, str]]) -> str:
+    """THEOREMS.md as text."""
+    lines = [
+        "# What the tests prove",
+        "",
+        "Generated from the tests' `theorem` markers by `make theorems`; `pytest --theorems` prints it.",
+        "A statement about real numbers is checked in floating point within a derived tolerance, on inputs that",
+        "Hypothesis draws; a statement about finite sets is checked by enumeration where the test says so.",
+        "",
+        f"{len(rows)} statements.",
+    ]
+    for file in dict.fromkeys(row[0] for row in rows):
+        lines += ["", f"## [{file}](tests/{file})", "", "| statement | source | test |", "|---|---|---|"]
+        for _, test, statement, source in (row for row in rows if row[0] == file):
+            cells = (" ".join(text.split()).replace("|", "\\|") for text in (statement, source))
+            lines.append("| {} | {} | `{}` |".format(*cells, test))
+    return "\n".join(lines) + "\n"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the GPU's tests out unless they are asked for: a machine without one would skip a third of the suite."""
+    if "gpu" in (config.option.markexpr or ""):
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    option = session.config.option
+    if not (option.theorems or option.theorems_write or option.theorems_check):
+        return None  # the usual loop runs
+    if session.testsfailed:
+        raise session.Interrupted("a test file does not import: the table would be incomplete")
+    page = theorem_page(theorem_rows(session.items))
+    path = ROOT / "THEOREMS.md"
+    if option.theorems:
+        print("\n" + page)
+    if option.theorems_check and (not path.exists() or path.read_text(encoding="utf-8") != page):
+        raise pytest.UsageError("THEOREMS.md is stale: run `make theorems` and commit it")
+    if option.theorems_write:
+        path.write_text(page, encoding="utf-8")
+    return True
