@@ -6,7 +6,7 @@ the derivative that it implements. Parameters and gradients are flat dicts under
 | symbol | name                                  | shape                   |
 |--------|---------------------------------------|-------------------------|
 | x      | residual stream                       | [B·S, N]                |
-| P      | attention probabilities               | [B, G, R·S, S], R = H/G |
+| P      | attention probabilities of C queries  | [B, G, R·C, ≤S], R = H/G|
 | dY     | derivative of the loss for Y          | shape of Y              |
 
 Sources: the chain rule; the identity Σ_j dP_ij P_ij = Σ_d dO_id O_id (Dao et al. 2022, FlashAttention,
@@ -27,6 +27,7 @@ from refllm.model.layers import apply_rope, rope_frequencies, rope_table, sigmoi
 from refllm.model.loss import Rows, cross_entropy, cross_entropy_and_gradients
 
 Tensors = dict[str, Array]
+_TILE = 256  # queries at a time: their probabilities stay in the cache, and the upper triangle is skipped
 
 
 class _Batch(NamedTuple):
@@ -36,7 +37,7 @@ class _Batch(NamedTuple):
     length: int  # S
     cos: Array  # [B·S, D/2]
     sin: Array  # [B·S, D/2]
-    mask: Array  # [S, S]
+    mask: Array  # [C, C]: the tile on the diagonal
 
 
 def loss_and_gradients(
@@ -93,7 +94,7 @@ def _forward(params: Tensors, config: ModelConfig, inputs: Array, *, keep: bool 
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     cos, sin = rope_table(asarray_like(frequencies, inputs, "float64"), xp.arange(length), embedding.dtype)
     cos, sin = (xp.tile(t, (size, 1)) for t in (cos, sin))  # [B·S, D/2]
-    batch = _Batch(size, length, cos, sin, _causal_mask(xp, length, embedding.dtype))
+    batch = _Batch(size, length, cos, sin, _causal_mask(xp, min(length, _TILE), embedding.dtype))
     x = embedding[inputs.reshape(-1)]  # [B·S, N]
     kept: list[Any] = []
     for i in range(config.num_hidden_layers):
@@ -188,6 +189,24 @@ def _tokens_first(x: Array, size: int, length: int, groups: int) -> Array:
     return x.reshape(size * length, -1, dim)
 
 
+def _query_tiles(length: int) -> list[range]:
+    """Positions in tiles: a tile's queries see keys up to the tile's end, so the upper triangle is skipped."""
+    return [range(a, min(a + _TILE, length)) for a in range(0, length, _TILE)]
+
+
+def _rows(x: Array, tile: range, length: int) -> Array:
+    """The tile's rows of x[B, G, R·S, D], for all R heads: [B, G, R·C, D]."""
+    size, groups, _, dim = x.shape
+    return x.reshape(size, groups, -1, length, dim)[:, :, :, tile.start : tile.stop].reshape(size, groups, -1, dim)
+
+
+def _put_rows(x: Array, tile: range, length: int, values: Array) -> None:
+    """The inverse of ``_rows``: write values[B, G, R·C, D] into their places in x[B, G, R·S, D]."""
+    size, groups, _, dim = x.shape
+    places = x.reshape(size, groups, -1, length, dim)[:, :, :, tile.start : tile.stop]
+    places[...] = values.reshape(places.shape)
+
+
 def _attention(params: Tensors, at: str, config: ModelConfig, x: Array, batch: _Batch) -> tuple[Array, Any]:
     """Causal grouped-query attention of whole sequences; x[B·S, N] → [B·S, H·D]."""
     xp = namespace(x)
@@ -200,29 +219,36 @@ def _attention(params: Tensors, at: str, config: ModelConfig, x: Array, batch: _
     q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
     q *= 1.0 / math.sqrt(dim)
     q, k, v = (_heads_first(t, size, length, groups) for t in (q, k, v))
-    p = q @ k.swapaxes(-1, -2)  # [B, G, R·S, S]
-    rows = p.reshape(size, groups, -1, length, length)  # a view: the R heads of a group share the mask
-    rows += mask
-    p -= xp.max(p, axis=-1, keepdims=True)
-    xp.exp(p, out=p)
-    p *= 1.0 / xp.sum(p, axis=-1, keepdims=True)
-    out = p @ v  # [B, G, R·S, D]
+    out, tiles = xp.empty_like(q), []
+    for tile in _query_tiles(length):
+        rows = _rows(q, tile, length)
+        p = rows @ k[:, :, : tile.stop].swapaxes(-1, -2)  # [B, G, R·C, keys up to the tile's end]
+        diagonal = p.reshape(size, groups, -1, len(tile), tile.stop)[..., tile.start :]
+        diagonal += mask[: len(tile), : len(tile)]  # a view: the R heads of a group share the mask
+        p -= xp.max(p, axis=-1, keepdims=True)
+        xp.exp(p, out=p)
+        p *= 1.0 / xp.sum(p, axis=-1, keepdims=True)
+        _put_rows(out, tile, length, p @ v[:, :, : tile.stop])
+        tiles.append((tile, rows, p))
     attended = _tokens_first(out, size, length, groups).reshape(size * length, -1)
-    return attended, (batch, q, k, v, p, out)
+    return attended, (batch, k, v, out, tiles)
 
 
 def _attention_backward(config: ModelConfig, d_attended: Array, saved: Any) -> tuple[Array, Array, Array]:
     """dV = Pᵀ dO;  dS = P ∘ (dO Vᵀ − rowsum(dO ∘ O));  dQ = dS K;  dK = dSᵀ Q."""
     xp = namespace(d_attended)
-    (size, length, cos, sin, _), q, k, v, p, out = saved
+    (size, length, cos, sin, _), k, v, out, tiles = saved
     groups, dim = config.num_key_value_heads, config.head_dim
     d_out = _heads_first(d_attended.reshape(size * length, -1, dim), size, length, groups)
-    d_v = p.swapaxes(-1, -2) @ d_out
-    d_s = d_out @ v.swapaxes(-1, -2)
-    d_s -= xp.einsum("bgrd,bgrd->bgr", d_out, out)[..., None]
-    d_s *= p
-    d_q = d_s @ k
-    d_k = d_s.swapaxes(-1, -2) @ q  # q already carries 1/√D
+    d_q, d_k, d_v = xp.empty_like(out), xp.zeros_like(k), xp.zeros_like(v)
+    for tile, rows, p in tiles:
+        seen, d_o = slice(0, tile.stop), _rows(d_out, tile, length)
+        d_v[:, :, seen] += p.swapaxes(-1, -2) @ d_o
+        d_s = d_o @ v[:, :, seen].swapaxes(-1, -2)
+        d_s -= xp.einsum("bgrd,bgrd->bgr", d_o, _rows(out, tile, length))[..., None]
+        d_s *= p
+        _put_rows(d_q, tile, length, d_s @ k[:, :, seen])
+        d_k[:, :, seen] += d_s.swapaxes(-1, -2) @ rows  # rows already carry 1/√D
     d_q *= 1.0 / math.sqrt(dim)
     d_q, d_k, d_v = (_tokens_first(t, size, length, groups) for t in (d_q, d_k, d_v))
     d_q, d_k = apply_rope(d_q, cos, -sin), apply_rope(d_k, cos, -sin)  # a rotation's transpose is its inverse
