@@ -9,12 +9,15 @@ One dataclass covers the four supported families, which differ in five switches 
 | qwen2   | q, k, v        | no      | no             | hidden / heads      |
 | qwen3   | no             | yes     | no             | stated in the file  |
 
-Left out: other families, MLP biases, mixture of experts, RoPE scalings other than ``llama3``
-(``yarn``, ``dynamic``, ``linear`` …). Each is refused by name.
+Source: the configuration classes of Hugging Face's ``transformers``, whose defaults hold where a file is silent.
+
+Left out: other families, MLP biases, mixture of experts, windows in some layers only, RoPE over a part of the
+head, RoPE scalings other than ``llama3`` (``yarn``, ``dynamic``, ``linear`` …). Each is refused by name.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,6 +28,15 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
+# What transformers assumes where config.json is silent. A stated null is not silence: it overrides these.
+_QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32_768}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 2048},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "bos_token_id": 1, "eos_token_id": 2,
+                "max_position_embeddings": 131_072},
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"head_dim": 128},
+}  # fmt: skip
 
 
 class UnsupportedModel(ValueError):  # noqa: N818 (it names the thing refused)
@@ -39,6 +51,12 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        sizes = (self.factor, self.low_freq_factor, self.original_max_position_embeddings)
+        # high > low: the band between them is divided by their difference
+        if not (min(sizes) > 0 and self.low_freq_factor < self.high_freq_factor < math.inf):
+            raise UnsupportedModel(f"config: llama3 RoPE scaling needs positive factors and low < high, got {self}")
 
 
 @dataclass(frozen=True)
@@ -65,11 +83,14 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                     "num_attention_heads", "num_key_value_heads", "head_dim"):  # fmt: skip
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UnsupportedModel(f"config: {name} must be a positive integer, got {value!r}")
+        for name in ("rms_norm_eps", "rope_theta"):  # ε > 0, or a row of zeros is divided by zero
+            if not 0 < getattr(self, name) < math.inf:
+                raise UnsupportedModel(f"config: {name} must be positive and finite, got {getattr(self, name)!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UnsupportedModel(
                 f"config: {self.num_attention_heads} attention heads do not divide into "
@@ -77,45 +98,44 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UnsupportedModel(f"config: head_dim must be even for RoPE, got {self.head_dim}")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise UnsupportedModel(f"config: sliding_window must be positive, got {self.sliding_window}")
+        window = self.sliding_window
+        if window is not None and (not isinstance(window, int) or window < 1):
+            raise UnsupportedModel(f"config: sliding_window must be a positive integer or null, got {window!r}")
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
-        """Read a Hugging Face ``config.json`` (both the flat and the ``rope_parameters`` spelling)."""
+        """Read a Hugging Face ``config.json`` (both the flat and the ``rope_parameters`` spelling).
+
+        Raises
+        ------
+        UnsupportedModel
+            for an unknown architecture, a part that refllm does not compute, or a value that makes no sense.
+        """
         family = _family(raw)
-        try:
-            hidden, heads = int(raw["hidden_size"]), int(raw["num_attention_heads"])
-            sizes = {k: int(raw[k]) for k in ("vocab_size", "intermediate_size", "num_hidden_layers")}
-        except KeyError as missing:
-            raise UnsupportedModel(f"config: {missing} is missing") from missing
-        if raw.get("mlp_bias") or (raw.get("attention_bias") and family != "qwen2"):
-            raise UnsupportedModel(f"config: biases are supported in qwen2's q, k, v only, not in {family}")
-        if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-            raise UnsupportedModel(f"config: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
+        raw = _DEFAULTS[family] | dict(raw)
+        _refuse_what_is_left_out(family, raw)
+        hidden, heads = _integer(raw, "hidden_size"), _integer(raw, "num_attention_heads")
         theta, scaling = _rope(raw)
-        # Qwen carries a window that is off unless use_sliding_window says so; Mistral's is on if present.
-        windowed = family == "mistral" or bool(raw.get("use_sliding_window"))
-        if windowed and family != "mistral":
-            raise UnsupportedModel(f"config: use_sliding_window is supported in mistral only, not in {family}")
-        eos = raw.get("eos_token_id")
         return cls(
             family=family,
+            vocab_size=_integer(raw, "vocab_size"),
             hidden_size=hidden,
+            intermediate_size=_integer(raw, "intermediate_size"),
+            num_hidden_layers=_integer(raw, "num_hidden_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=int(raw.get("num_key_value_heads") or heads),
-            head_dim=int(raw.get("head_dim") or hidden // max(heads, 1)),
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            num_key_value_heads=_integer(raw, "num_key_value_heads", heads),
+            head_dim=_integer(raw, "head_dim", hidden // max(heads, 1)),
+            rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             attention_bias=family == "qwen2",
             qk_norm=family == "qwen3",
-            sliding_window=raw.get("sliding_window") if windowed else None,
-            max_position_embeddings=int(raw.get("max_position_embeddings", 2048)),
+            # Qwen's files carry a window that is off; Mistral's is on where it is present
+            sliding_window=raw["sliding_window"] if family == "mistral" else None,
+            max_position_embeddings=_integer(raw, "max_position_embeddings"),
             bos_token_id=raw.get("bos_token_id"),
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),),
-            **sizes,
+            eos_token_ids=_end_tokens(raw.get("eos_token_id")),
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -137,7 +157,7 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Stored parameters: specs §1, N = L·N_l + V·d·(1 if tied else 2) plus the norms and biases."""
+        """Stored parameters: L layers, V·N for the embedding (and the head, if it is not tied), norms and biases."""
         n, d = self.hidden_size, self.head_dim
         h, g = self.num_attention_heads, self.num_key_value_heads
         per_layer = n * d * (2 * h + 2 * g) + 3 * n * self.intermediate_size + 2 * n
@@ -156,18 +176,58 @@ def _family(raw: Mapping[str, Any]) -> str:
     return ARCHITECTURES[names[0]]
 
 
+def _refuse_what_is_left_out(family: str, raw: Mapping[str, Any]) -> None:
+    if raw.get("mlp_bias") or (raw.get("attention_bias") and family != "qwen2"):
+        raise UnsupportedModel(f"config: biases are supported in qwen2's q, k, v only, not in {family}")
+    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise UnsupportedModel(f"config: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
+    layers = raw.get("layer_types") or ()
+    if family != "mistral" and (raw.get("use_sliding_window") or any(kind != "full_attention" for kind in layers)):
+        raise UnsupportedModel(f"config: a sliding window is supported in mistral only, not in {family}")
+
+
 def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """Return (theta, scaling) from ``rope_parameters`` (transformers ≥ 5) or the older flat keys."""
-    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = float(parameters.get("rope_theta", raw.get("rope_theta", 10_000.0)))
+    parameters = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    flat = {key: raw[key] for key in ("rope_theta", "partial_rotary_factor") if key in raw}
+    parameters = flat | parameters
+    theta = _number(parameters, "rope_theta", 10_000.0)
+    if _number(parameters, "partial_rotary_factor", 1.0) != 1.0:
+        raise UnsupportedModel("config: RoPE over a part of the head (partial_rotary_factor) is not supported")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "llama3":
         raise UnsupportedModel(f"config: RoPE scaling {kind!r} is not supported; supported are 'default', 'llama3'")
     return theta, RopeScaling(
-        factor=float(parameters["factor"]),
-        low_freq_factor=float(parameters["low_freq_factor"]),
-        high_freq_factor=float(parameters["high_freq_factor"]),
-        original_max_position_embeddings=int(parameters["original_max_position_embeddings"]),
+        factor=_number(parameters, "factor"),
+        low_freq_factor=_number(parameters, "low_freq_factor"),
+        high_freq_factor=_number(parameters, "high_freq_factor"),
+        original_max_position_embeddings=_integer(parameters, "original_max_position_embeddings"),
     )
+
+
+def _number(raw: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """The number under ``key``; ``default`` if the key is missing or null."""
+    value = raw.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise UnsupportedModel(f"config: {key!r} is missing")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UnsupportedModel(f"config: {key} must be a number, got {value!r}")
+    return float(value)
+
+
+def _integer(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """The whole number under ``key``; ``default`` if the key is missing or null."""
+    value = _number(raw, key, default)
+    if not value.is_integer():  # also what inf and nan answer
+        raise UnsupportedModel(f"config: {key} must be a whole number, got {value!r}")
+    return int(value)
+
+
+def _end_tokens(value: Any) -> tuple[int, ...]:
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise UnsupportedModel(f"config: eos_token_id must be an integer or a list of them, got {value!r}")
+    return tuple(ids)

@@ -247,7 +247,7 @@ def _resume(path: Path, config: ModelConfig, plan: Plan) -> State:
         params = initialize(config, np.random.default_rng([plan.seed, 0]))
         return State(params, AdamW(weight_decay=plan.weight_decay))
     state, about = load_state(path)
-    if json.loads(about["config"]) != json.loads(json.dumps(config.to_hf())):
+    if ModelConfig.from_hf(json.loads(about["config"])) != config:
         raise ValueError(f"{path} is a checkpoint of another network; choose another output folder")
     state.optimizer.weight_decay = plan.weight_decay
     return state

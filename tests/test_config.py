@@ -1,0 +1,218 @@
+"""``ModelConfig``: round trips, each refusal, and the same reading as transformers' configuration classes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import oracle
+from hypothesis import given
+from strategies import model_configs
+
+from refllm.model.config import ARCHITECTURES, ModelConfig, RopeScaling, UnsupportedModel
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+CLASSES = {
+    "LlamaForCausalLM": "LlamaConfig",
+    "MistralForCausalLM": "MistralConfig",
+    "Qwen2ForCausalLM": "Qwen2Config",
+    "Qwen3ForCausalLM": "Qwen3Config",
+}
+
+
+def raw(architecture: str = "LlamaForCausalLM", **changes: object) -> dict[str, object]:
+    """A small, whole config.json; a change to ``...`` takes the key out."""
+    base: dict[str, object] = {
+        "architectures": [architecture],
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 5e5,
+        "bos_token_id": 3,
+        "eos_token_id": 4,
+    } | changes
+    return {key: value for key, value in base.items() if value is not ...}
+
+
+@given(model_configs())
+def test_reading_what_was_written_gives_the_same_record(config):
+    assert ModelConfig.from_hf(config.to_hf()) == config
+    assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config  # through the file's text
+
+
+@pytest.mark.parametrize("ends", [(), (7,), (7, 9)])
+def test_end_tokens_round_trip_as_none_number_or_list(ends):
+    config = ModelConfig("llama", 97, 48, 80, 3, 6, 2, 8, bos_token_id=None, eos_token_ids=ends)
+    assert config.to_hf()["eos_token_id"] == {0: None, 1: 7, 2: [7, 9]}[len(ends)]
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+@pytest.mark.parametrize("kind_key", ["rope_type", "type"])
+@pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
+def test_llama3_scaling_is_read_from_either_spelling(place, kind_key):
+    scaling = {key if key != "rope_type" else kind_key: value for key, value in LLAMA3.items()}
+    config = ModelConfig.from_hf(raw(**{place: scaling}))
+    assert config.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 64)
+    assert config.rope_theta == 5e5
+    nested = ModelConfig.from_hf(raw(rope_theta=..., rope_parameters=LLAMA3 | {"rope_theta": 7e3}))
+    assert nested.rope_theta == 7e3
+
+
+def test_the_five_switches_are_set_by_the_family():
+    read = {name: ModelConfig.from_hf(raw(name, sliding_window=16)) for name in ARCHITECTURES}
+    assert {name: (c.attention_bias, c.qk_norm, c.sliding_window) for name, c in read.items()} == {
+        "LlamaForCausalLM": (False, False, None),
+        "MistralForCausalLM": (False, False, 16),
+        "Qwen2ForCausalLM": (True, False, None),
+        "Qwen3ForCausalLM": (False, True, None),
+    }
+
+
+def test_a_stated_null_is_not_silence():
+    assert ModelConfig.from_hf(raw("MistralForCausalLM", sliding_window=None)).sliding_window is None
+    assert ModelConfig.from_hf(raw("MistralForCausalLM", sliding_window=...)).sliding_window == 4096
+    assert ModelConfig.from_hf(raw(num_key_value_heads=None, head_dim=None)).num_key_value_heads == 6
+    assert ModelConfig.from_hf(raw(eos_token_id=None)).eos_token_ids == ()
+    assert ModelConfig.from_hf(raw(eos_token_id=...)).eos_token_ids == (2,)
+
+
+REFUSALS = {
+    "no architectures": (raw() | {"architectures": None}, "no 'architectures'"),
+    "architectures is a word": (raw() | {"architectures": "LlamaForCausalLM"}, "no 'architectures'"),
+    "unknown architecture": (raw("GPT2LMHeadModel"), "'GPT2LMHeadModel' is not supported; supported are LlamaFor"),
+    "size missing": (raw(hidden_size=...), "'hidden_size' is missing"),
+    "vocabulary missing": (raw(vocab_size=...), "'vocab_size' is missing"),
+    "size null": (raw(intermediate_size=None), "'intermediate_size' is missing"),
+    "size is a word": (raw(hidden_size="48"), "hidden_size must be a number"),
+    "size is true": (raw(vocab_size=True), "vocab_size must be a number"),
+    "size broken": (raw(num_hidden_layers=2.5), "num_hidden_layers must be a whole number"),
+    "size infinite": (raw(num_hidden_layers=float("inf")), "num_hidden_layers must be a whole number"),
+    "size zero": (raw(vocab_size=0), "vocab_size must be a positive integer"),
+    "size negative": (raw(num_hidden_layers=-1), "num_hidden_layers must be a positive integer"),
+    "no heads": (raw(num_attention_heads=0), "num_attention_heads must be a positive integer"),
+    "heads do not divide": (raw(num_key_value_heads=4), "6 attention heads do not divide into 4"),
+    "odd head": (raw(head_dim=7), "head_dim must be even"),
+    "epsilon zero": (raw(rms_norm_eps=0), "rms_norm_eps must be positive"),
+    "epsilon nan": (raw(rms_norm_eps=float("nan")), "rms_norm_eps must be positive"),
+    "theta negative": (raw(rope_theta=-1.0), "rope_theta must be positive"),
+    "theta is a word": (raw(rope_theta="1e4"), "rope_theta must be a number"),
+    "MLP bias": (raw(mlp_bias=True), "biases are supported in qwen2"),
+    "attention bias": (raw(attention_bias=True), "biases are supported in qwen2"),
+    "activation": (raw(hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
+    "window in qwen2": (raw("Qwen2ForCausalLM", use_sliding_window=True), "sliding window is supported in mistral"),
+    "window in some layers": (
+        raw("Qwen3ForCausalLM", layer_types=["full_attention", "sliding_attention", "full_attention"]),
+        "sliding window is supported in mistral",
+    ),
+    "window zero": (raw("MistralForCausalLM", sliding_window=0), "sliding_window must be a positive integer or null"),
+    "window is a word": (raw("MistralForCausalLM", sliding_window="8"), "sliding_window must be a positive integer"),
+    "yarn": (raw(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "RoPE scaling 'yarn' is not supported"),
+    "linear": (raw(rope_scaling={"type": "linear", "factor": 2.0}), "RoPE scaling 'linear' is not supported"),
+    "partial RoPE": (raw(partial_rotary_factor=0.5), "partial_rotary_factor"),
+    "llama3 without factor": (
+        raw(rope_scaling={k: v for k, v in LLAMA3.items() if k != "factor"}),
+        "'factor' is missing",
+    ),
+    "llama3 with an empty band": (
+        raw(rope_scaling=LLAMA3 | {"high_freq_factor": 1.0}),
+        "llama3 RoPE scaling needs positive factors and low < high",
+    ),
+    "llama3 with factor zero": (raw(rope_scaling=LLAMA3 | {"factor": 0.0}), "llama3 RoPE scaling needs positive"),
+    "end token is a word": (raw(eos_token_id="</s>"), "eos_token_id must be an integer or a list"),
+    "no positions": (raw(max_position_embeddings=0), "max_position_embeddings must be a positive integer"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refuses(case):
+    values, message = REFUSALS[case]
+    with pytest.raises(UnsupportedModel) as error:
+        ModelConfig.from_hf(values)
+    assert message in str(error.value)
+
+
+SHAPES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+          "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings",
+          "bos_token_id")  # fmt: skip
+
+
+def agrees_with_transformers(ours: ModelConfig, theirs) -> None:
+    for name in SHAPES:
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    rope = theirs.rope_parameters
+    assert ours.rope_theta == rope["rope_theta"]
+    assert (ours.rope_scaling is None) == (rope["rope_type"] == "default")
+    if ours.rope_scaling is not None:
+        assert vars(ours.rope_scaling) == {key: rope[key] for key in vars(ours.rope_scaling)}
+    window = theirs.sliding_window if theirs.model_type == "mistral" else None
+    assert ours.sliding_window == window
+    ends = theirs.eos_token_id
+    assert list(ours.eos_token_ids) == ([] if ends is None else ends if isinstance(ends, list) else [ends])
+
+
+def build(architecture: str, values: dict[str, object]):
+    transformers = oracle("transformers")
+    return getattr(transformers, CLASSES[architecture])(**values)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("architecture", CLASSES)
+@pytest.mark.parametrize("scaling", [None, LLAMA3])
+def test_oracle_every_spelling_that_transformers_writes_is_read_as_it_means(architecture, scaling):
+    values = raw(architecture, **({} if scaling is None else {"rope_scaling": scaling}))
+    theirs = build(architecture, values)
+    for written in (
+        theirs.to_dict(),
+        json.loads(theirs.to_json_string(use_diff=True)),  # what save_pretrained puts into config.json
+        values,  # the flat keys of older versions
+    ):
+        agrees_with_transformers(ModelConfig.from_hf(written), theirs)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("architecture", CLASSES)
+def test_oracle_what_we_write_transformers_reads_as_we_mean(architecture):
+    scaling = {"rope_scaling": LLAMA3} if architecture == "LlamaForCausalLM" else {}
+    ours = ModelConfig.from_hf(raw(architecture, tie_word_embeddings=True, eos_token_id=[4, 5], **scaling))
+    agrees_with_transformers(ours, build(architecture, ours.to_hf()))
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("architecture", CLASSES)
+@pytest.mark.parametrize(
+    "silent",
+    ["num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "bos_token_id",
+     "eos_token_id", "sliding_window", "tie_word_embeddings"],
+)  # fmt: skip
+def test_oracle_where_the_file_is_silent_the_defaults_are_those_of_transformers(architecture, silent):
+    # 64 heads of width 128, so that every default (8 or 32 key/value heads, head width 128) fits
+    values = raw(architecture, hidden_size=64 * 16, num_attention_heads=64, num_key_value_heads=32, head_dim=16)
+    if silent == "head_dim" and architecture in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"):
+        values["hidden_size"] = 64 * 24  # their default is the quotient
+    values.pop(silent, None)
+    agrees_with_transformers(ModelConfig.from_hf(values), build(architecture, values))
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("architecture", CLASSES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_oracle_the_number_of_parameters_is_that_of_the_network_which_transformers_builds(architecture, tied):
+    torch, transformers = oracle("torch"), oracle("transformers")
+    values = raw(architecture, tie_word_embeddings=tied)
+    with torch.device("meta"):  # shapes without memory
+        network = getattr(transformers, architecture)(build(architecture, values))
+    # A shared tensor counts once; ``parameters`` gives each tensor once.
+    assert ModelConfig.from_hf(values).num_parameters == sum(p.numel() for p in network.parameters())
