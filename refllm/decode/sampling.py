@@ -1,0 +1,309 @@
+"""From logits to the next token: temperature, top-k, top-p, min-p, penalties, and sampling by inverse CDF.
+
+Sources: top-k, Fan et al. 2018; top-p (nucleus), Holtzman et al. 2020, §3.1; min-p, Nguyen et al. 2024; the
+repetition penalty, Keskar et al. 2019 (CTRL), §4.1.
+
+The order is: penalties → temperature → top-k → top-p → min-p → renormalise. transformers has the same order. vLLM
+applies min-p before top-k and top-p; since min-p compares with the largest probability, only the mass that
+top-p takes its share of differs, and vLLM never keeps more tokens than this file does.
+
+Every filter keeps a prefix of the tokens ranked by probability, so the three together are one number a row:
+**how many tokens stay**. Ties are ranked by token id, lowest first, so exactly that many stay:
+
+- top-k keeps exactly k tokens. transformers and vLLM keep every token that equals the k-th largest; here the
+  count is what was asked for, and no library's way of sorting equal values can change the set.
+- top-p keeps the smallest prefix whose mass reaches ``top_p``, so at least one token, and the one that crosses.
+  transformers and vLLM define the same set, but leave ties at the cut to the sort.
+- min-p keeps what is at least ``min_p`` times the largest probability, equality included.
+- temperature 0 is one token: the argmax, of equal logits the lowest id. It is the limit of temperature → 0
+  where the largest logit is unique; where it is not, that limit would share the mass.
+
+| symbol | name                                   | shape        |
+|--------|----------------------------------------|--------------|
+| z      | logits; -inf masks a token             | [..., V]     |
+| τ      | temperature                            | 1 or [B, 1]  |
+| w      | weights exp((z - max z) / τ), so max 1 | [..., V]     |
+| s      | w ranked, largest first                | [..., V]     |
+| n      | tokens that stay                       | [..., 1]     |
+| u      | uniforms in [0, 1), drawn on the host  | [...]        |
+
+Probabilities are float64 whatever the logits are: they are compared, summed and inverted from here on. Each
+public function waits for the device once, to refuse what is not a number.
+
+Left out: typical, eta, top-h, mirostat, DRY and XTC sampling; beam search.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from refllm.backend import Array, asarray_like, namespace, to_numpy
+
+Parameter = float | Sequence[float]  # one number, or one for each row of logits[B, V]: a list or host array
+
+_COLDEST = 1e-200  # below it, two different float32 logits are as far apart as they can be; keeps 1/τ finite
+_FAR = 700.0  # exp(-700) is nothing beside 1: `margin` looks no farther
+
+
+def warp(
+    logits: Array,
+    temperature: Parameter = 1.0,
+    top_k: Parameter = 0,
+    top_p: Parameter = 1.0,
+    min_p: Parameter = 0.0,
+) -> Array:
+    """The distribution that the next token is drawn from: logits[..., V] → float64 probabilities[..., V].
+
+    Parameters
+    ----------
+    temperature
+        τ ≥ 0; 0 is the one-hot argmax by definition, whatever the other parameters say.
+    top_k
+        keep the k most probable tokens; 0 is off.
+    top_p
+        within (0, 1]: keep the fewest tokens whose mass, of what top-k left, reaches ``top_p``; 1 is off.
+    min_p
+        within [0, 1]: keep tokens of at least ``min_p`` times the largest probability; 0 is off.
+
+    Each is a number, or a list of B numbers for logits[B, V]: a batch of requests with their own settings.
+
+    Raises
+    ------
+    ValueError
+        for a parameter outside its range, and for a row with NaN, with +inf, or with every token masked.
+    """
+    xp = namespace(logits)
+    knobs = _knobs(logits, temperature, top_k, top_p, min_p)
+    weights = _weights(logits, knobs.temperature)
+    if knobs.filtering:
+        ranked = _ranked(weights)
+        weights = xp.where(_largest(weights, ranked, _count(ranked, knobs)), weights, 0.0)
+    return weights / xp.sum(weights, axis=-1, keepdims=True)
+
+
+def log_probabilities(logits: Array) -> Array:
+    """log softmax: z - max z - log Σ exp(z - max z); logits[..., V] → float64[..., V], -inf where masked.
+
+    ValueError for a row with NaN, with +inf, or with every token masked.
+    """
+    xp = namespace(logits)
+    z = xp.asarray(logits, dtype=xp.float64)
+    shifted = z - _peak(z)
+    return shifted - xp.log(xp.sum(xp.exp(shifted), axis=-1, keepdims=True))
+
+
+def apply_repetition_penalty(logits: Array, seen: Array, penalty: Parameter) -> Array:
+    """Make tokens that were seen less likely (``penalty`` above 1); logits[..., V], in their own dtype.
+
+    ``seen`` is a boolean mask of the logits' shape: prompt and output, as transformers and vLLM count. A seen
+    token pays once, however often it came. The paper divides every seen logit by θ, which *raises* a negative
+    one; as its successors do, negative logits are multiplied instead. This is not invariant to a shift of the
+    logits: what counts as zero is an accident of training.
+
+    ValueError if a penalty is not a finite number above 0.
+    """
+    xp = namespace(logits, seen)
+    numbers = _numbers("repetition_penalty", penalty, logits, lambda x: 0 < x < math.inf, "finite and above 0")
+    theta = _placed(numbers, logits, logits.dtype)
+    return xp.where(seen, xp.where(logits > 0, logits / theta, logits * theta), logits)
+
+
+def apply_count_penalties(logits: Array, counts: Array, presence: Parameter = 0.0, frequency: Parameter = 0.0) -> Array:
+    """z - frequency · count - presence · [count > 0], the two penalties of OpenAI's interface; [..., V].
+
+    ``counts`` holds how often each token came in the *output* (the prompt does not count), integers of the
+    logits' shape. Unlike the repetition penalty these do not care where zero is.
+
+    ValueError if a penalty is not finite.
+    """
+    xp = namespace(logits, counts)
+    alpha = _placed(_numbers("presence", presence, logits, math.isfinite, "finite"), logits, logits.dtype)
+    beta = _placed(_numbers("frequency", frequency, logits, math.isfinite, "finite"), logits, logits.dtype)
+    return logits - beta * xp.astype(counts, logits.dtype) - alpha * xp.astype(counts > 0, logits.dtype)
+
+
+def sample(probabilities: Array, uniforms: Array | float) -> Array:
+    """Draw one token a row by inverse CDF: probabilities[..., V], uniforms[...] → ids int64[...].
+
+    Token t is drawn for u in [F(t-1), F(t)) / F(V-1), F the cumulative sum in the order of token ids, so its
+    share of the uniforms is its probability. A token of probability zero is never drawn, at u = 0 as at the
+    largest float below 1 and however the sum rounds. Rows are divided by their sum. The uniforms are
+    drawn on the host, by ``rng.random(shape)``, so that every backend sees the same ones.
+
+    ValueError for a uniform outside [0, 1), a negative or non-finite probability, or a row of zeros.
+    """
+    xp = namespace(probabilities)
+    p = xp.asarray(probabilities, dtype=xp.float64)
+    u = xp.asarray(uniforms, dtype=xp.float64)
+    if u.shape != p.shape[:-1]:
+        raise ValueError(f"sample: probabilities {p.shape} need uniforms {p.shape[:-1]}, got {u.shape}")
+    # Zero where p is zero: a parallel sum rounds each entry its own way, so a dead token could stand out by
+    # an ulp. After this, only live tokens exceed u · total ≥ 0, and the largest entry always does.
+    cdf = xp.where(p > 0, xp.cumulative_sum(p, axis=-1), 0.0)
+    total = xp.max(cdf, axis=-1)
+    # 1e-300: u · total < total for every u < 1 holds in float64 as long as total is a normal number
+    sound = (xp.min(p, axis=-1) >= 0) & (total > 1e-300) & xp.isfinite(total) & (u >= 0) & (u < 1)
+    if not bool(xp.all(sound)):
+        row = int(to_numpy(sound).reshape(-1).argmin())
+        raise ValueError(
+            f"sample: row {row} (of the flattened rows) needs probabilities that are finite, not negative and "
+            "not all zero, and a uniform within [0, 1)"
+        )
+    return xp.argmax(xp.astype(cdf > (u * total)[..., None], xp.int8), axis=-1)  # the first that exceeds
+
+
+def margin(
+    logits: Array,
+    uniforms: Array | float,
+    temperature: Parameter = 1.0,
+    top_k: Parameter = 0,
+    top_p: Parameter = 1.0,
+    min_p: Parameter = 0.0,
+) -> Array:
+    """How far every logit may move, each its own way, before ``sample(warp(...), u)`` can change; [...].
+
+    In the unit of the logits. Two backends whose logits differ by less than this draw the same token. At
+    temperature 0 it is half the gap between the two largest logits, and the uniform does not matter.
+
+    If no logit moves by more than δ, a ratio of weights, or of sums of weights, moves by at most the factor
+    exp(±2δ/τ). Three kinds of ratio decide, and the nearest to its threshold sets the margin:
+    the last token that stays against the first that does not; the odds of each prefix against the odds
+    of ``top_p`` (and each weight against ``min_p``); the odds of each edge of the CDF against those of u.
+    """
+    xp = namespace(logits)
+    knobs = _knobs(logits, temperature, top_k, top_p, min_p)
+    weights = _weights(logits, knobs.temperature)
+    u = xp.asarray(uniforms, dtype=xp.float64)[..., None]
+    ranked = _ranked(weights)
+    count, V = _count(ranked, knobs), ranked.shape[-1]
+    first_out = xp.take_along_axis(ranked, xp.minimum(count, V - 1), axis=-1)
+    last_in = xp.take_along_axis(ranked, count - 1, axis=-1)
+    slack = _log_gap(last_in, xp.where(count < V, first_out, 0.0))
+    mass = _mass(ranked, knobs.top_k)
+    cdf = xp.cumulative_sum(xp.where(_largest(weights, ranked, count), weights, 0.0), axis=-1)
+    for gaps in (
+        _log_gap(mass * (1 - knobs.top_p), (mass[..., -1:] - mass) * knobs.top_p),
+        _log_gap(ranked, knobs.min_p * ranked[..., :1]),
+        _log_gap(cdf * (1 - u), (cdf[..., -1:] - cdf) * u),
+    ):
+        slack = xp.minimum(slack, xp.min(gaps, axis=-1, keepdims=True))
+    return (0.5 * knobs.temperature * slack)[..., 0]
+
+
+class _Knobs(NamedTuple):
+    """Parameters checked and made ready: Python numbers, or columns [B, 1] on the logits' device."""
+
+    temperature: Array  # 1 in greedy rows
+    top_k: Array  # 1 in greedy rows, V where off
+    top_p: Array  # 2 where off: a share that no prefix reaches
+    min_p: Array
+    filtering: bool  # can any row lose a token?
+
+
+def _knobs(logits: Array, temperature: Parameter, top_k: Parameter, top_p: Parameter, min_p: Parameter) -> _Knobs:
+    xp = namespace(logits)
+    V = logits.shape[-1] if logits.ndim else 0
+    if V == 0:
+        raise ValueError(f"logits of shape {logits.shape} have no tokens to choose from")
+    t = _numbers("temperature", temperature, logits, lambda x: 0 <= x < math.inf, "0 (greedy) or finite and above")
+    k = _numbers("top_k", top_k, logits, lambda x: 0 <= x == x // 1, "0 (off) or a whole number above")
+    p = _numbers("top_p", top_p, logits, lambda x: 0 < x <= 1, "within (0, 1]")
+    m = _numbers("min_p", min_p, logits, lambda x: 0 <= x <= 1, "within [0, 1]")
+    # Greedy is top-1 at temperature 1: one token stays, the lowest id of the largest, with probability 1.
+    rows = max(len(t), len(k))
+    k = [1 if t[i % len(t)] == 0 else int(min(k[i % len(k)] or V, V)) for i in range(rows)]
+    t = [max(x, _COLDEST) if x > 0 else 1.0 for x in t]
+    filtering = min(k) < V or min(p) < 1 or max(m) > 0
+    p = [x if x < 1 else 2.0 for x in p]
+    temperature_, top_p_, min_p_ = (_placed(x, logits, xp.float64) for x in (t, p, m))
+    return _Knobs(temperature_, _placed(k, logits, xp.int64), top_p_, min_p_, filtering)
+
+
+def _numbers(name: str, value: Parameter, logits: Array, allowed: Callable[[float], bool], rule: str) -> list[float]:
+    """The numbers of a parameter, checked: one, or one for each row."""
+    numbers: Any = value.tolist() if hasattr(value, "tolist") else value  # NumPy's arrays and scalars
+    if isinstance(numbers, (int, float)):
+        numbers = [numbers]
+    elif logits.ndim != 2 or len(numbers) != logits.shape[0]:
+        raise ValueError(f"{name} is a list of {len(numbers)}: that needs logits[B, V] with B rows, got {logits.shape}")
+    for row, x in enumerate(numbers):
+        if not allowed(x):
+            raise ValueError(f"{name} must be {rule}, got {x}" + (f" in row {row}" if len(numbers) > 1 else ""))
+    return list(numbers)
+
+
+def _placed(numbers: list[float], logits: Array, dtype: Any) -> Array:
+    """A Python number where one serves all rows, else a column [B, 1]."""
+    if len(numbers) == 1:
+        return numbers[0]
+    return asarray_like(numbers, logits, dtype)[:, None]
+
+
+def _peak(z: Array) -> Array:
+    """The largest logit of each row, [..., 1]: finite in every row that can be sampled, and only there.
+
+    NaN and +inf are passed on by ``max``, and -inf comes out where all are masked: one look finds all three.
+    """
+    xp = namespace(z)
+    peak = xp.max(z, axis=-1, keepdims=True)
+    if bool(xp.all(xp.isfinite(peak))):
+        return peak
+    for row, logits in enumerate(to_numpy(z).reshape(-1, z.shape[-1])):
+        for kind, bad in (("NaN", logits != logits), ("+inf", logits == math.inf)):
+            if bad.any():
+                raise ValueError(f"logits: token {int(bad.argmax())} of row {row} (of the flattened rows) is {kind}")
+        if logits.max() == -math.inf:
+            raise ValueError(f"logits: every token of row {row} (of the flattened rows) is masked (-inf)")
+    raise AssertionError("a row whose largest logit is not finite has NaN, +inf, or nothing but -inf")
+
+
+def _weights(logits: Array, temperature: Array) -> Array:
+    """w = exp((z - max z) / τ), float64[..., V]; the largest is exactly 1, a masked one exactly 0."""
+    xp = namespace(logits)
+    z = xp.asarray(logits, dtype=xp.float64)
+    return xp.exp((z - _peak(z)) / temperature)
+
+
+def _ranked(weights: Array) -> Array:
+    """The weights, largest first. Values only: the order of equal ones is settled in ``_largest``."""
+    xp = namespace(weights)
+    return xp.flip(xp.sort(weights, axis=-1), axis=-1)
+
+
+def _mass(ranked: Array, top_k: Array) -> Array:
+    """Mass of the first j tokens, j = 1..V, of those that top-k leaves, [..., V]; the last is its total."""
+    xp = namespace(ranked)
+    return xp.cumulative_sum(xp.where(xp.arange(ranked.shape[-1]) < top_k, ranked, 0.0), axis=-1)
+
+
+def _count(ranked: Array, knobs: _Knobs) -> Array:
+    """n, how many tokens stay: the smallest of what the three filters allow, int64[..., 1], at least 1."""
+    xp = namespace(ranked)
+    mass = _mass(ranked, knobs.top_k)
+    reaching = 1 + _how_many(mass < knobs.top_p * mass[..., -1:])  # the prefixes that fall short, and one more
+    likely = _how_many(ranked >= knobs.min_p)  # the largest weight is 1, so min_p is its own threshold
+    return xp.minimum(xp.minimum(reaching, likely), knobs.top_k)
+
+
+def _largest(weights: Array, ranked: Array, count: Array) -> Array:
+    """Mask of the ``count`` largest weights of each row, of equal ones the lowest ids; bool[..., V]."""
+    xp = namespace(weights)
+    cut = xp.take_along_axis(ranked, count - 1, axis=-1)  # the smallest weight that stays
+    above, at_cut = weights > cut, weights == cut
+    room = count - _how_many(above)
+    return above | (at_cut & (xp.cumulative_sum(xp.astype(at_cut, xp.int64), axis=-1) <= room))
+
+
+def _how_many(mask: Array) -> Array:
+    xp = namespace(mask)
+    return xp.sum(xp.astype(mask, xp.int64), axis=-1, keepdims=True)
+
+
+def _log_gap(a: Array, b: Array) -> Array:
+    """|log(a / b)|, at most 700; 700 too where either is not above 0: no ratio of two weights to compare."""
+    xp = namespace(a, b)
+    both = (a > 0) & (b > 0)
+    gap = xp.abs(xp.log(xp.where(both, a, 1.0)) - xp.log(xp.where(both, b, 1.0)))
+    return xp.where(both, xp.minimum(gap, _FAR), _FAR)
