@@ -101,6 +101,7 @@ def train(
     held_out: TokenArray | None = None,
     teacher: Teacher | None = None,
     report: Callable[[dict[str, float]], None] | None = None,
+    on_step: Callable[[int, float], None] | None = None,
 ) -> State:
     """Train a network from random weights, or from the checkpoint in ``output`` if there is one.
 
@@ -108,6 +109,7 @@ def train(
     of the library to train on (default NumPy). ``teacher(tokens[B, S+1])`` returns a function of rows that gives
     the target distribution (see ``distill``). ``report`` is called with the record of each evaluation: step,
     loss (nats per token of the last batch), norm (of the gradient, before clipping), rate, seconds, held_out.
+    ``on_step`` is called after every step with the steps done and the batch's loss (for a progress bar).
 
     Raises
     ------
@@ -131,6 +133,8 @@ def train(
             tokens = np.stack([streams[s][a : a + phase.length + 1] for s, a in windows])  # [B, S+1]
             loss, grads = _data_parallel(state.params, config, tokens, workers, pool, teacher)
             record = {"step": step + 1, "loss": loss} | _update(state, grads, loss, step, plan)
+            if on_step is not None:
+                on_step(step + 1, loss)
             if (step + 1) % plan.evaluate_every == 0 or step + 1 == plan.steps:
                 record["seconds"] = time.perf_counter() - began
                 if held_out is not None:
