@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 from refllm.backend import Array, namespace
 
-NEGATIVE = -1e30  # a masked score: finite, so that NaN cannot arise from −∞ − (−∞)
+NEGATIVE = -1e30  # a masked score: finite, so that NaN cannot arise from −∞ − (−∞); see ``masked_score``
 
 
 class Attend(Protocol):
@@ -47,20 +47,20 @@ def attention(
     grouped = _group_queries(q, groups)  # [G, R·T, D], scaled by 1/√D
     if k.shape[0] == 0:
         return xp.zeros_like(q), xp.full(q.shape[:2], -math.inf, dtype=q.dtype)
-    scores = grouped @ _heads_first(k).swapaxes(-1, -2)  # [G, R·T, S]
+    scores = grouped @ _keys_last(k)  # [G, R·T, S]
     bias = causal_bias(xp, count, k.shape[0], start - first_key, window, q.dtype)
     if bias is not None:
-        rows = scores.reshape(groups, -1, count, k.shape[0])  # a view: R·T is R-major
+        rows = xp.reshape(scores, (groups, -1, count, k.shape[0]))  # a view: R·T is R-major
         rows += bias
-    top = xp.max(scores, axis=-1, keepdims=True)
+    lowest = masked_score(xp, q.dtype)
+    top = xp.maximum(xp.max(scores, axis=-1, keepdims=True), lowest)  # no −∞ − (−∞) where all scores are −∞
     scores -= top
     p = xp.exp(scores)
-    mass = xp.sum(p, axis=-1, keepdims=True)  # ≥ 1: the maximum contributes exp(0)
-    o = (p @ _heads_first(v)) / mass
-    lse = top + xp.log(mass)
-    seen = top > 0.5 * NEGATIVE  # else every key was masked
-    o = xp.where(seen, o, xp.zeros_like(o))
-    lse = xp.where(seen, lse, xp.full_like(lse, -math.inf))
+    mass = xp.sum(p, axis=-1, keepdims=True)  # ≥ 1 where a key is seen: the maximum contributes exp(0)
+    seen = top > 0.5 * lowest
+    safe = xp.where(seen, mass, xp.ones_like(mass))
+    o = xp.where(seen, (p @ _heads_first(v)) / safe, xp.zeros_like(grouped))
+    lse = xp.where(seen, top + xp.log(safe), xp.full_like(top, -math.inf))
     return _ungroup(o, count), _ungroup(lse, count)[..., 0]
 
 
@@ -76,7 +76,7 @@ def flash_attention(
     xp = namespace(q, k, v)
     outputs, sums = [], []
     for t in range(0, q.shape[0], tile_q):
-        queries = q[t : t + tile_q]
+        queries = q[t : min(t + tile_q, q.shape[0]), ...]
         first, last = start + t, start + t + queries.shape[0] - 1  # positions of this tile
         low = 0 if window is None else max(0, first - window + 1 - first_key)
         high = min(k.shape[0], last + 1 - first_key)
@@ -95,24 +95,25 @@ def _flash_rows(
     xp = namespace(queries)
     count, groups = queries.shape[0], k.shape[1]
     grouped = _group_queries(queries, groups)
-    m = xp.full((*grouped.shape[:2], 1), NEGATIVE, dtype=queries.dtype)
+    lowest = masked_score(xp, queries.dtype)
+    m = xp.full((*grouped.shape[:2], 1), lowest, dtype=queries.dtype)
     l = xp.zeros_like(m)  # noqa: E741 (the paper's symbol)
     o = xp.zeros_like(grouped)
     for s in tiles:
         keys = slice(s, min(s + tiles.step, high))
-        scores = grouped @ _heads_first(k[keys]).swapaxes(-1, -2)
+        scores = grouped @ _keys_last(k[keys, ...])
         bias = causal_bias(xp, count, scores.shape[-1], first - first_key - s, window, queries.dtype)
         if bias is not None:
-            rows = scores.reshape(groups, -1, count, scores.shape[-1])
+            rows = xp.reshape(scores, (groups, -1, count, scores.shape[-1]))
             rows += bias
         new_m = xp.maximum(m, xp.max(scores, axis=-1, keepdims=True))
         scores -= new_m
         p = xp.exp(scores)
         shrink = xp.exp(m - new_m)
         l = l * shrink + xp.sum(p, axis=-1, keepdims=True)  # noqa: E741
-        o = o * shrink + p @ _heads_first(v[keys])
+        o = o * shrink + p @ _heads_first(v[keys, ...])
         m = new_m
-    seen = m > 0.5 * NEGATIVE  # a wholly masked row has m = NEGATIVE and a meaningless mass
+    seen = m > 0.5 * lowest  # a wholly masked row has m = lowest and a meaningless mass
     safe = xp.where(seen, l, xp.ones_like(l))
     o = xp.where(seen, o / safe, xp.zeros_like(o))
     lse = xp.where(seen, m + xp.log(safe), xp.full_like(m, -math.inf))
@@ -150,7 +151,12 @@ def causal_bias(xp: Any, count: int, keys: int, offset: int, window: int | None,
     hidden = j > t
     if window is not None:
         hidden = hidden | (j <= t - window)
-    return xp.where(hidden, xp.asarray(NEGATIVE, dtype=dtype), xp.asarray(0.0, dtype=dtype))
+    return xp.where(hidden, xp.asarray(masked_score(xp, dtype), dtype=dtype), xp.asarray(0.0, dtype=dtype))
+
+
+def masked_score(xp: Any, dtype: Any) -> float:
+    """The score of a hidden key: far below every real score, and finite in ``dtype`` (float16 ends at −65,504)."""
+    return max(NEGATIVE, 0.9 * float(xp.finfo(dtype).min))
 
 
 class CausalAttend:
@@ -166,7 +172,7 @@ class CausalAttend:
         outputs, at = [], 0
         for length in self.lengths:
             rows = slice(at, at + length)
-            outputs.append(flash_attention(q[rows], k[rows], v[rows], start=0, window=self.window)[0])
+            outputs.append(flash_attention(q[rows, ...], k[rows, ...], v[rows, ...], start=0, window=self.window)[0])
             at += length
         if at != q.shape[0]:
             raise ValueError(f"CausalAttend: lengths sum to {at}, the batch has {q.shape[0]} tokens")
@@ -186,6 +192,11 @@ def _ungroup(x: Array, count: int) -> Array:
     xp = namespace(x)
     groups, _, dim = x.shape
     return xp.reshape(xp.permute_dims(xp.reshape(x, (groups, -1, count, dim)), (2, 0, 1, 3)), (count, -1, dim))
+
+
+def _keys_last(k: Array) -> Array:
+    """[S, G, D] → [G, D, S], the right-hand side of q kᵀ, as a view."""
+    return namespace(k).permute_dims(k, (1, 2, 0))
 
 
 def _heads_first(x: Array) -> Array:
