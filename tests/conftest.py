@@ -98,7 +98,7 @@ def oracle(name: str, install: str = "pip install 'refllm[oracles]'") -> ModuleT
     Call it inside a test or a fixture. ``REFLLM_REQUIRE_ORACLES=1`` turns the skip into a failure, which is how
     continuous integration knows that every comparison was made.
     """
-    if not _running or not any(_running[-1].iter_markers("oracle")) and not any(_running[-1].iter_markers("llamacpp")):
+    if not any(_running[-1].get_closest_marker(mark) for mark in ("oracle", "llamacpp") if _running):
         pytest.fail("oracle() belongs inside a test marked @pytest.mark.oracle, or `make test-oracles` misses it")
     try:
         with warnings.catch_warnings():

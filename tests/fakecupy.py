@@ -102,7 +102,9 @@ def _check_cast(source: np.ndarray, dtype: Any) -> None:
     whole = np.trunc(source.astype(np.float64))
     low, high = float(np.iinfo(dtype).min), float(np.iinfo(dtype).max + 1)
     if not np.all((whole >= low) & (whole < high)):  # NaN fails both
-        raise ValueError(f"cast of {source.dtype} to {dtype}: a value does not fit, the result is undefined: clip first")
+        raise ValueError(
+            f"cast of {source.dtype} to {dtype}: a value does not fit, the result is undefined: clip first"
+        )
 
 
 # --- calls -----------------------------------------------------------------------------------------------------
@@ -310,7 +312,7 @@ class ndarray:
     __hash__ = None  # type: ignore[assignment]
 
     def __init__(self, host: np.ndarray):
-        if host.dtype.kind not in "biufc" and host.dtype.name != "bfloat16" or host.dtype.char in "gG":
+        if (host.dtype.kind not in "biufc" and host.dtype.name != "bfloat16") or host.dtype.char in "gG":
             raise TypeError(f"CuPy has no arrays of dtype {host.dtype}")
         self._host = host
 

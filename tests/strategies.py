@@ -7,6 +7,7 @@ things that can be typed in, and the kinds hold what breaks numerical code.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ def partitions(draw: st.DrawFn, total: int | st.SearchStrategy[int], *, empty: b
     n = total if isinstance(total, int) else draw(total)
     cuts = draw(st.lists(st.integers(0, n), max_size=8)) if n else []
     edges = sorted([0, *cuts, n])
-    parts = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [b - a for a, b in pairwise(edges)]
     return parts if empty else [p for p in parts if p > 0]
 
 

@@ -16,7 +16,17 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "refllm"
-FLOORS = [["backend"], ["formats", "kernels"], ["model"], ["quant", "kv"], ["decode"], ["api"], ["serve"], ["study"], ["cli"]]
+FLOORS = [
+    ["backend"],
+    ["formats", "kernels"],
+    ["model"],
+    ["quant", "kv"],
+    ["decode"],
+    ["api"],
+    ["serve"],
+    ["study"],
+    ["cli"],
+]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 BESIDE = {frozenset({"formats", "kernels"})}  # rooms on one floor that may know each other
 
@@ -131,7 +141,15 @@ def test_what_knows_no_model_reaches_none():
 
 # --- nothing happens at import ---------------------------------------------------------------------------------
 
-_DEFINITIONS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+_DEFINITIONS = (
+    ast.Import,
+    ast.ImportFrom,
+    ast.FunctionDef,
+    ast.AsyncFunctionDef,
+    ast.ClassDef,
+    ast.Assign,
+    ast.AnnAssign,
+)
 
 
 def _only_defines(node: ast.stmt) -> bool:
