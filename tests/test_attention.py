@@ -8,11 +8,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from conftest import to_host
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import partitions, seeds
 
+from conftest import to_host
 from refllm.model.attention import (
     NEGATIVE,
     CausalAttend,
@@ -22,6 +21,7 @@ from refllm.model.attention import (
     masked_score,
     merge,
 )
+from strategies import partitions, seeds
 
 EPS = float(np.finfo(np.float64).eps)
 windows = st.one_of(st.none(), st.integers(1, 7))

@@ -83,10 +83,10 @@ class Dense:
         """x[T, N] → x Wᵀ [T, M]."""
         if not self.blocked:
             return x @ self._data.T
-        rows = x.shape[0]
-        out = np.empty((rows, self._shape[0]), dtype=np.result_type(x, self._data))
+        rows, columns = x.shape[0], self._shape[0]
+        out = np.empty((rows, columns), dtype=np.result_type(x, self._data))
         # [M/64, T, 64], written straight into the columns of out[T, M] where they belong
-        np.matmul(x, self._data, out=out.reshape(rows, -1, BLOCK).transpose(1, 0, 2))
+        np.matmul(x, self._data, out=out.reshape(rows, columns // BLOCK, BLOCK).transpose(1, 0, 2))
         return out
 
     def rows(self, index: Array) -> Array:
@@ -98,5 +98,6 @@ class Dense:
     def dequantize(self) -> Array:
         """W[M, N], a new array."""
         if self.blocked:
-            return self._data.transpose(0, 2, 1).reshape(self._shape)
+            # a copy by name: of a single block, reshape alone would return a view
+            return np.array(self._data.transpose(0, 2, 1), order="C").reshape(self._shape)
         return self._data.copy()
