@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from refllm.backend import Array, asarray_like, namespace
-from refllm.model.attention import NEGATIVE, Attend, flash_attention
+from refllm.model.attention import Attend, flash_attention, masked_score
 from refllm.model.config import ModelConfig
 
 
@@ -64,7 +64,7 @@ class ContiguousCache:
         for b, n in enumerate(counts):
             if n < 0 or self.lengths[b] + n > self.capacity:
                 raise ValueError(f"sequence {b}: {self.lengths[b]} cached + {n} new tokens exceed {self.capacity}")
-        if all(n == 1 for n in counts):
+        if counts and all(n == 1 for n in counts):
             return _DecodeView(self, len(counts))
         return _RaggedView(self, counts)
 
@@ -125,7 +125,8 @@ class _DecodeView:
         hidden = j > at
         if window is not None:
             hidden = hidden | (j <= at - window)
-        bias = xp.where(hidden, xp.asarray(NEGATIVE), xp.asarray(0.0)).astype(self.cache.keys.dtype)
+        dtype = self.cache.keys.dtype
+        bias = xp.where(hidden, xp.asarray(masked_score(xp, dtype), dtype=dtype), xp.asarray(0.0, dtype=dtype))
         return bias[:, None, None, :]
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:

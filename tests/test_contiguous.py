@@ -1,0 +1,224 @@
+"""The contiguous cache against a dictionary of every key and value that was appended."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+import fakecupy
+from conftest import to_host
+from refllm.kv.contiguous import ContiguousCache
+from refllm.model.config import ModelConfig
+from strategies import seeds
+
+EPS = float(np.finfo(np.float64).eps)
+L, H, G, D, CAPACITY = 2, 4, 2, 3, 9
+
+
+def network(window: int | None = None, *, layers: int = L, groups: int = G, dim: int = 2 * D) -> ModelConfig:
+    return ModelConfig("mistral", 5, 8, 8, layers, 2 * groups, groups, dim, sliding_window=window)
+
+
+def tokens(rng: np.random.Generator, count: int, dim: int = 2 * D, groups: int = G):
+    """Queries, keys and values of ``count`` tokens."""
+    return [rng.standard_normal((count, heads, dim)) for heads in (2 * groups, groups, groups)]
+
+
+def looked_up(q: np.ndarray, pairs: dict[int, tuple], position: int, window: int | None) -> np.ndarray:
+    """One query [H, D] over the dictionary's (key, value) at the positions that it may see."""
+    seen = [j for j in sorted(pairs) if position - (window or math.inf) < j <= position]
+    k, v = (np.repeat(np.stack([pairs[j][i] for j in seen]), 2, axis=1) for i in (0, 1))  # [S, H, D]
+    scores = np.einsum("hd,shd->hs", q, k) / math.sqrt(q.shape[-1])
+    p = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return np.einsum("hs,shd->hd", p / p.sum(axis=1, keepdims=True), v)
+
+
+class Machine(RuleBasedStateMachine):
+    """Append, roll back and overflow in any order; ``self.model[layer][b][position] = (key, value)``."""
+
+    xp = np
+
+    @initialize(sequences=st.integers(1, 3), window=st.one_of(st.none(), st.integers(1, 4)), seed=seeds)
+    def start(self, sequences, window, seed):
+        self.rng, self.window = np.random.default_rng(seed), window
+        self.cache = ContiguousCache(network(window), sequences, CAPACITY, like=self.xp.zeros(1, dtype="float64"))
+        self.model = [[{} for _ in range(sequences)] for _ in range(L)]
+
+    def lengths(self) -> list[int]:
+        return [len(pairs) for pairs in self.model[0]]
+
+    def step(self, counts: list[int]) -> None:
+        positions = self.cache.positions(counts)
+        owners = [b for b, n in enumerate(counts) for _ in range(n)]
+        assert positions == [self.lengths()[b] + i for b, n in enumerate(counts) for i in range(n)]
+        attend = self.cache.view(counts)
+        for layer in range(L):
+            q, k, v = tokens(self.rng, sum(counts))
+            out = to_host(attend(layer, *(self.xp.asarray(x.copy()) for x in (q, k, v))))
+            for t, (b, position) in enumerate(zip(owners, positions, strict=True)):
+                self.model[layer][b][position] = (k[t], v[t])
+            for t, (b, position) in enumerate(zip(owners, positions, strict=True)):
+                expected = looked_up(q[t], self.model[layer][b], position, self.window)
+                # scores here are below 64, so their error, and that of a weight, is below 64·(D+4)·eps
+                np.testing.assert_allclose(out[t], expected, rtol=0, atol=64 * (2 * D + 4) * EPS * 8)
+        self.cache.advance(counts)
+
+    @rule(data=st.data())
+    def append(self, data):
+        self.step([data.draw(st.integers(0, min(4, CAPACITY - n))) for n in self.lengths()])
+
+    @precondition(lambda self: min(self.lengths()) < CAPACITY)
+    @rule()
+    def decode(self):
+        """One token for each of the first sequences that have room: the batched path."""
+        full = [n == CAPACITY for n in self.lengths()]
+        self.step([1] * (full.index(True) if True in full else len(full)))
+
+    @rule(data=st.data())
+    def roll_back(self, data):
+        b = data.draw(st.integers(0, len(self.lengths()) - 1))
+        keep = data.draw(st.integers(0, self.lengths()[b]))
+        self.cache.truncate(b, keep)
+        for layer in self.model:
+            layer[b] = {j: pair for j, pair in layer[b].items() if j < keep}
+
+    @rule(data=st.data())
+    def refuse(self, data):
+        """Too many tokens, too many sequences, a length that is not there: an error, and nothing has changed."""
+        lengths = self.lengths()
+        before = to_host(self.cache.keys).copy(), to_host(self.cache.values).copy()
+        b = data.draw(st.integers(0, len(lengths) - 1))
+        counts = [0] * len(lengths)
+        counts[b] = data.draw(st.sampled_from([CAPACITY - lengths[b] + 1, -1]))
+        for bad in (counts, [0] * (len(lengths) + 1)):
+            with pytest.raises(ValueError, match="sequence"):
+                self.cache.view(bad)
+        for length in (lengths[b] + 1, -1):
+            with pytest.raises(ValueError, match="cannot keep"):
+                self.cache.truncate(b, length)
+        for old, new in zip(before, (self.cache.keys, self.cache.values), strict=True):
+            np.testing.assert_array_equal(to_host(new), old)
+
+    @invariant()
+    def holds_what_was_appended(self):
+        if not hasattr(self, "model"):
+            return
+        assert self.cache.lengths == self.lengths()
+        strips = to_host(self.cache.keys), to_host(self.cache.values)
+        for layer, sequences in enumerate(self.model):
+            for b, pairs in enumerate(sequences):
+                for j, pair in pairs.items():
+                    assert all((strip[layer, b, :, j] == x).all() for strip, x in zip(strips, pair, strict=True))
+
+
+@pytest.mark.theorem(
+    "after any sequence of appends, rollbacks and refused steps the cache answers as a dictionary from "
+    "(layer, sequence, position) to (key, value) does",
+    source="state machine; specification of the attend seam",
+)
+def test_cache_is_a_dictionary(xp):
+    machine = type("Machine", (Machine,), {"xp": xp})
+    run_state_machine_as_test(machine, settings=settings(stateful_step_count=12))
+
+
+@pytest.mark.theorem(
+    "truncate and append again = never having appended, bit for bit", source="rollback of a rejected draft"
+)
+@given(st.data())
+def test_rollback_leaves_no_trace(xp, data):
+    window = data.draw(st.one_of(st.none(), st.integers(1, 4)))
+    prompt, rejected, kept, after = (data.draw(st.integers(low, 4)) for low in (1, 1, 0, 1))
+    kept = min(kept, rejected)
+    rng = np.random.default_rng(data.draw(seeds))
+    steps = [tokens(rng, n) for n in (prompt, rejected, after, 1)]
+
+    def play(with_rejected: bool):
+        cache = ContiguousCache(network(window), 1, 16, like=xp.zeros(1, dtype="float64"))
+
+        def push(step, count: int | None = None):
+            mine = [xp.asarray(x[:count].copy()) for x in step]
+            counts = [len(step[0][:count])]
+            attend = cache.view(counts)
+            outs = [to_host(attend(layer, *(x.copy() for x in mine))) for layer in range(L)]
+            cache.advance(counts)
+            return outs
+
+        push(steps[0])
+        if with_rejected:
+            push(steps[1])
+            cache.truncate(0, prompt + kept)
+        else:
+            push(steps[1], kept)
+        return [push(step) for step in steps[2:]], cache.lengths
+
+    (after_rollback, lengths), (straight, same_lengths) = play(True), play(False)
+    np.testing.assert_equal(after_rollback, straight)
+    assert lengths == same_lengths
+
+
+@pytest.mark.theorem(
+    "bytes allocated = 2 · L · G · D · bytes of a number, a token, exactly (invariant I1.3)",
+    source="serving arithmetic",
+)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 20),
+       st.sampled_from(["float16", "float32", "float64"]))  # fmt: skip
+def test_bytes_are_the_formula(xp, layers, groups, half_dim, sequences, capacity, dtype):
+    config = network(layers=layers, groups=groups, dim=2 * half_dim)
+    cache = ContiguousCache(config, sequences, capacity, like=xp.zeros(1), dtype=dtype)
+    per_token = 2 * layers * groups * 2 * half_dim * np.dtype(dtype).itemsize
+    assert cache.nbytes == per_token * sequences * capacity
+    assert cache.keys.nbytes + cache.values.nbytes == cache.nbytes
+
+
+@pytest.mark.parametrize("counts", [[1, 1], [3, 2]], ids=["decode", "ragged"])
+def test_keys_may_be_stored_narrower_than_they_are_computed(xp, counts):
+    """float16 strips under float32 queries: the answer is that of the rounded keys and values."""
+    rng, like = np.random.default_rng(0), xp.zeros(1, dtype="float32")
+    cache = ContiguousCache(network(window=2), 2, CAPACITY, like=like, dtype="float16")
+    exact = ContiguousCache(network(window=2), 2, CAPACITY, like=xp.zeros(1, dtype="float64"))
+    for step in ([2, 3], counts):
+        q, k, v = tokens(rng, sum(step))
+        q, k, v = q.astype("float32"), k.astype("float16"), v.astype("float16")
+        narrow = cache.view(step)(0, *(xp.asarray(x.astype("float32")) for x in (q, k, v)))
+        wide = exact.view(step)(0, *(xp.asarray(x.astype("float64")) for x in (q, k, v)))
+        eps = float(np.finfo("float32").eps)
+        np.testing.assert_allclose(to_host(narrow), to_host(wide), rtol=0, atol=64 * (2 * D + 4) * eps * 8)
+        cache.advance(step)
+        exact.advance(step)
+
+
+@pytest.mark.parametrize("lengths", [[3, 3], [1, 3]], ids=["same length", "ragged"])
+def test_decoding_waits_for_nothing_and_moves_positions_once_a_step(lengths):
+    """On a device: no copy to the host and no wait; what goes to it goes once a step, not once a layer."""
+    rng = np.random.default_rng(0)
+    cache = ContiguousCache(network(), 2, CAPACITY, like=fakecupy.zeros(1, dtype="float64"))
+    fill = [fakecupy.asarray(x) for x in tokens(rng, sum(lengths))]
+    cache.view(lengths)(0, *fill)
+    cache.advance(lengths)
+    step = [fakecupy.asarray(x) for x in tokens(rng, 2)]
+    with fakecupy.counting() as counted:
+        attend = cache.view([1, 1])
+        to_device = counted.h2d
+        for layer in range(L):
+            attend(layer, *(x.copy() for x in step))
+    assert counted.d2h == counted.syncs == 0
+    assert counted.h2d == to_device
+    assert to_device <= (0 if lengths[0] == lengths[1] else 4)  # the slots, the bias and its two constants
+
+
+@pytest.mark.parametrize(("sequences", "capacity"), [(0, 4), (2, 0)])
+def test_a_cache_without_room_is_refused(sequences, capacity):
+    with pytest.raises(ValueError, match="room"):
+        ContiguousCache(network(), sequences, capacity, like=np.zeros(1))
