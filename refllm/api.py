@@ -1,16 +1,27 @@
-"""``load`` and ``Model``: network, tokenizer and decoding behind one small face."""
+"""``load`` and ``Model``: network, tokenizer and decoding behind one small face.
+
+| call                                  | gives                                                        |
+|---------------------------------------|--------------------------------------------------------------|
+| ``load(path_or_name)``                | a ``Model`` on a backend                                     |
+| ``model.logits(tokens[T])``           | [T, V], one full causal forward                              |
+| ``model.generate(prompt, n)``         | what is new: text for text, ids for ids                      |
+| ``model.generate_batch(prompts, n)``  | the same for a static batch of token prompts                 |
+| ``model.stream(prompt, n)``           | the new text piece by piece                                  |
+
+Left out: chat templates, beam search, log-probabilities of what was generated (take ``logits`` of it).
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from refllm.backend import Array, asarray_like, to_numpy
-from refllm.decode.generate import Sampling, generate_tokens
+from refllm.decode.generate import GREEDY, Sampling, generate_tokens
 from refllm.decode.text import StopStrings, Utf8Stream
 from refllm.model import checkpoint
 from refllm.model.attention import CausalAttend
@@ -24,6 +35,19 @@ BUNDLED = Path(__file__).parent / "models"
 def bundled() -> list[str]:
     """Names of the models that come with the package."""
     return sorted(p.parent.name for p in BUNDLED.glob("*/config.json"))
+
+
+def locate(path_or_name: str | os.PathLike[str]) -> Path:
+    """The directory of a bundled model, or the path itself; CheckpointError if it is neither."""
+    if isinstance(path_or_name, str) and path_or_name in bundled():
+        return BUNDLED / path_or_name
+    path = Path(path_or_name).expanduser()
+    if not path.exists():
+        names = ", ".join(bundled()) or "none is installed"
+        raise checkpoint.CheckpointError(
+            f"{os.fspath(path_or_name)!r} is neither a folder nor a bundled model ({names})"
+        )
+    return path
 
 
 def load(path_or_name: str | os.PathLike[str], backend: str | None = None, dtype: str = "float32") -> Model:
@@ -46,14 +70,7 @@ def load(path_or_name: str | os.PathLike[str], backend: str | None = None, dtype
     BackendUnavailable
         if the backend cannot run here.
     """
-    path = Path(path_or_name)
-    if isinstance(path_or_name, str) and path_or_name in bundled():
-        path = BUNDLED / path_or_name
-    elif not path.exists():
-        raise checkpoint.CheckpointError(
-            f"{os.fspath(path_or_name)!r} is neither a folder nor a bundled model ({', '.join(bundled())})"
-        )
-    loaded = checkpoint.load(path, backend=backend, dtype=dtype)
+    loaded = checkpoint.load(locate(path_or_name), backend=backend, dtype=dtype)
     return Model(loaded.config, loaded.weights, loaded.tokenizer)
 
 
@@ -64,12 +81,17 @@ class Model:
         self.config, self.weights, self.tokenizer = config, weights, tokenizer
 
     def logits(self, tokens: Sequence[int] | Array) -> Array:
-        """Full causal forward of one sequence: tokens[T] → [T, V], in the model's dtype and on its device."""
+        """Full causal forward of one sequence: tokens[T], T ≥ 1 → [T, V], in the model's dtype and on its device.
+
+        ValueError for what is no such sequence, or holds an id outside the vocabulary.
+        """
         like = self.weights["norm"]
-        ids = to_numpy(tokens) if hasattr(tokens, "shape") else np.asarray(tokens, dtype=np.int64)
+        ids = to_numpy(tokens) if hasattr(tokens, "shape") else np.asarray(tokens)
+        if ids.size == 0:
+            raise ValueError("logits: needs at least one token")
         if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(f"logits: tokens must be a 1-D array of integers, got {ids.dtype} of shape {ids.shape}")
-        if ids.size and not (0 <= ids.min() and ids.max() < self.config.vocab_size):
+        if not (ids.min() >= 0 and ids.max() < self.config.vocab_size):
             raise ValueError(f"logits: a token lies outside the vocabulary of {self.config.vocab_size}")
         attend = CausalAttend([len(ids)], self.config.sliding_window)
         positions = asarray_like(np.arange(len(ids)), like)
@@ -86,7 +108,7 @@ class Model:
         top_p: float = 1.0,
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         rng: np.random.Generator | int | None = None,
     ) -> Any:
@@ -109,7 +131,7 @@ class Model:
         prompts: Sequence[Sequence[int]],
         max_tokens: int,
         *,
-        how: Sampling = Sampling(),
+        how: Sampling = GREEDY,
         ignore_eos: bool = False,
         rng: np.random.Generator | int | None = None,
     ) -> list[list[int]]:
@@ -117,9 +139,7 @@ class Model:
         ends = frozenset() if ignore_eos else frozenset(self.config.eos_token_ids)
         results: list[list[int]] = [[] for _ in prompts]
         running = set(range(len(prompts)))
-        for step in generate_tokens(
-            self.weights, self.config, prompts, max_tokens, how, np.random.default_rng(rng)
-        ):
+        for step in generate_tokens(self.weights, self.config, prompts, max_tokens, how, np.random.default_rng(rng)):
             for b in list(running):
                 if step[b] in ends:
                     running.discard(b)
@@ -134,18 +154,24 @@ class Model:
         prompt: str,
         max_tokens: int,
         *,
-        how: Sampling = Sampling(),
-        stop: Sequence[str] = (),
+        how: Sampling = GREEDY,
+        stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         rng: np.random.Generator | int | None = None,
+        on_token: Callable[[int], object] | None = None,
     ) -> Iterator[str]:
-        """Yield the new text piece by piece: whole characters only, never a part of a stop string."""
+        """Yield the new text piece by piece: whole characters only, never a part of a stop string.
+
+        ``on_token`` is called with every token that was sampled, the end token included, before its text:
+        a piece of text is not a token, so whoever counts or times tokens needs it.
+        """
         ends = frozenset() if ignore_eos else frozenset(self.config.eos_token_ids)
         ids = self.tokenizer.encode(prompt, special=True)
-        characters, stops = Utf8Stream(self.tokenizer), StopStrings(stop)
-        for (token,) in generate_tokens(
-            self.weights, self.config, [ids], max_tokens, how, np.random.default_rng(rng)
-        ):
+        # one string is one stop, not a stop for each of its letters
+        characters, stops = Utf8Stream(self.tokenizer), StopStrings([stop] if isinstance(stop, str) else stop)
+        for (token,) in generate_tokens(self.weights, self.config, [ids], max_tokens, how, np.random.default_rng(rng)):
+            if on_token is not None:
+                on_token(token)
             if token in ends:
                 break
             if piece := stops.push(characters.push(token)):

@@ -50,6 +50,9 @@ class Sampling:
             raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
 
 
+GREEDY = Sampling()
+
+
 def generate_tokens(
     weights: Weights,
     config: ModelConfig,
@@ -126,8 +129,8 @@ def _check(prompts: Sequence[Sequence[int]], max_tokens: int, config: ModelConfi
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompt {i} is empty: a model needs at least one token to continue")
-        if not all(0 <= t < config.vocab_size for t in prompt):
-            raise ValueError(f"prompt {i} has a token outside the vocabulary of {config.vocab_size}")
+        if not all(isinstance(t, (int, np.integer)) and 0 <= t < config.vocab_size for t in prompt):
+            raise ValueError(f"prompt {i} has a token that is no integer within 0..{config.vocab_size - 1}")
         if len(prompt) + max_tokens > config.max_position_embeddings:
             raise ValueError(
                 f"prompt {i} of {len(prompt)} tokens plus max_tokens {max_tokens} exceeds the model's "

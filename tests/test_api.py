@@ -1,0 +1,279 @@
+"""``load``, ``Model`` and the static batch: what is generated is what the network says, however it is computed.
+
+Equality of tokens across batch sizes and cache layouts is asserted in float64, where the two largest logits of
+these networks are never within rounding of each other: the helper ``greedy_by_hand`` asserts that they were not.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fakecupy
+import refllm
+from conftest import to_host
+from refllm.api import BUNDLED, Model, bundled, load
+from refllm.decode.generate import Sampling, generate_tokens
+from refllm.model.checkpoint import CheckpointError, save
+from study_models import byte_tokenizer, tiny_config, tiny_model, tiny_params
+
+V = 257
+prompts = st.lists(st.integers(0, V - 1), min_size=1, max_size=12)
+
+
+def network(seed: int = 0, *, xp=np, dtype: str = "float64", **changes) -> Model:
+    made = tiny_model(seed, xp=xp, dtype=dtype, **changes)
+    return Model(made.config, made.weights, made.tokenizer)
+
+
+MODEL = network()
+ENDLESS = network(eos_token_ids=())
+
+
+def greedy_by_hand(model: Model, prompt: list[int], count: int) -> list[int]:
+    """The argmax of a full forward, again and again: no cache, no batch."""
+    tokens = list(prompt)
+    for _ in range(count):
+        z = np.sort(model.logits(tokens)[-1])
+        assert z[-1] - z[-2] > 1e-9 * np.abs(z).max(), "a tie: the test could not tell right from wrong"
+        tokens.append(int(model.logits(tokens)[-1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    config = tiny_config()
+    save(path, config, tiny_params(config, 0, "float32"), byte_tokenizer(), dtype="float32")
+    return path
+
+
+# --- loading -------------------------------------------------------------------------------------------------
+
+
+def test_a_directory_gives_config_weights_and_tokenizer(directory):
+    model = refllm.load(directory, backend="numpy", dtype="float64")
+    assert model.config == tiny_config()
+    assert model.weights["norm"].dtype == np.float64
+    assert model.tokenizer.decode(model.tokenizer.encode("def f():")) == "def f():"
+    expected = network(dtype="float32")  # the same seed: what was saved
+    np.testing.assert_array_equal(
+        load(directory, backend="numpy").logits([0, 5, 9]), expected.logits([0, 5, 9]), strict=True
+    )
+
+
+def test_a_path_may_begin_with_the_home_directory(directory, monkeypatch):
+    monkeypatch.setenv("HOME", str(directory.parent))
+    assert load("~/tiny").config == tiny_config()
+
+
+@pytest.mark.parametrize("name", ["stdlib", "stdlib-draft"])
+def test_a_bundled_model_is_found_by_its_name(name):
+    if name not in bundled():
+        pytest.skip(f"refllm/models/{name} is not there yet")
+    model = load(name)
+    assert model.config.vocab_size == model.tokenizer.vocab_size == 4096
+    assert (BUNDLED / name / "model.safetensors").stat().st_size < 12e6
+    assert isinstance(model.generate("import ", 3), str)
+
+
+def test_what_is_neither_a_folder_nor_bundled_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="neither a folder nor a bundled model"):
+        load(str(tmp_path / "nowhere"))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="is a file"):
+        load(tmp_path / "file")
+
+
+# --- logits --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.theorem("A token's logits do not depend on what comes after it", source="Vaswani et al. 2017, §3.2.3")
+@given(prompts, st.integers(0, V - 1))
+def test_logits_are_causal(tokens, extra):
+    z = MODEL.logits(tokens)
+    # sums over at most 24 products in 2 layers of 7 products each: 24 · 14 · eps, and the softmax's own share
+    np.testing.assert_allclose(MODEL.logits([*tokens, extra])[:-1], z, rtol=0, atol=1e-12 * np.abs(z).max())
+
+
+@pytest.mark.parametrize(
+    "tokens", [[], [-1], [V], [1.5], [[1, 2]], np.array([0.0]), np.array([[1]]), np.array([], np.int64)]
+)
+def test_logits_refuses_what_is_no_sequence_of_known_tokens(tokens):
+    with pytest.raises(ValueError, match="logits:"):
+        MODEL.logits(tokens)
+
+
+# --- generation ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.theorem(
+    "Greedy decoding against the cache gives the tokens of the full forward pass repeated", source="specs §1, I1.2"
+)
+@given(prompts, st.integers(0, 8))
+def test_cached_generation_equals_repeated_full_forward(prompt, count):
+    assert ENDLESS.generate(prompt, count) == greedy_by_hand(ENDLESS, prompt, count)
+
+
+@pytest.mark.theorem("A sequence's tokens do not depend on its neighbours in the batch", source="ragged batching")
+@given(st.lists(prompts, min_size=1, max_size=5))
+def test_a_ragged_batch_gives_what_each_prompt_gives_alone(batch):
+    together = ENDLESS.generate_batch(batch, 6)
+    assert together == [greedy_by_hand(ENDLESS, prompt, 6) for prompt in batch]
+
+
+def test_a_batch_goes_on_until_its_last_sequence_has_ended():
+    """The end token is made of what each prompt alone says at one step, so the sequences end at different steps."""
+    batch = [[0, 7], [3], [9, 8, 7, 6]]
+    free = ENDLESS.generate_batch(batch, 12)
+    end = free[0][2]
+    model = network(eos_token_ids=(end,))
+    cut = [ids[: ids.index(end)] if end in ids else ids for ids in free]
+    assert len({len(ids) for ids in cut}) > 1, "all ended at once: the test says nothing"
+    assert model.generate_batch(batch, 12) == cut
+    assert model.generate_batch(batch, 12, ignore_eos=True) == free
+
+
+def test_text_gives_text_and_only_what_is_new():
+    ids = MODEL.tokenizer.encode("def f", special=True)
+    assert ids[0] == MODEL.config.bos_token_id  # the prompt begins as the tokenizer's file says
+    expected = MODEL.tokenizer.decode(MODEL.generate(ids, 20))
+    assert MODEL.generate("def f", 20) == expected
+    assert "".join(MODEL.stream("def f", 20)) == expected
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0.5, 2.0))
+def test_streamed_pieces_join_to_the_decoded_tokens_and_every_token_is_reported(seed, temperature):
+    """Half of these tokens are single bytes of broken UTF-8: no piece may end inside a character."""
+    tokens: list[int] = []
+    how = Sampling(temperature=temperature)
+    pieces = list(ENDLESS.stream("x", 24, how=how, rng=seed, on_token=tokens.append))
+    assert len(tokens) == 24
+    assert "".join(pieces) == ENDLESS.tokenizer.decode(tokens)
+    assert all(pieces)
+    assert tokens == ENDLESS.generate(
+        ENDLESS.tokenizer.encode("x", special=True), 24, temperature=temperature, rng=seed
+    )
+
+
+@given(st.integers(0, 23), st.integers(1, 3))
+def test_generation_ends_before_the_first_stop_string(start, length):
+    whole = ENDLESS.generate("x", 24)
+    stop = whole[start : start + length]
+    if stop:
+        assert ENDLESS.generate("x", 24, stop=[stop]) == whole[: whole.index(stop)]
+        assert ENDLESS.generate("x", 24, stop=stop) == whole[: whole.index(stop)]  # one string is one stop
+
+
+def test_the_end_token_is_reported_but_no_part_of_the_text():
+    prompt = ENDLESS.tokenizer.encode("x", special=True)
+    free = ENDLESS.generate(prompt, 5)
+    model, seen = network(eos_token_ids=(free[2],)), []
+    first = free.index(free[2])
+    assert model.generate(prompt, 5) == free[:first]
+    list(model.stream("x", 5, on_token=seen.append))
+    assert seen == free[: first + 1]
+
+
+def test_the_same_seed_gives_the_same_tokens_and_another_gives_others():
+    runs = [ENDLESS.generate([0, 1], 30, temperature=1.5, rng=seed) for seed in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_greedy_generation_uses_no_randomness():
+    rng = np.random.default_rng(0)
+    before = rng.bit_generator.state
+    ENDLESS.generate([0, 1], 5, rng=rng)
+    assert rng.bit_generator.state == before
+
+
+@given(prompts, st.integers(0, 2**32 - 1))
+def test_top_one_is_greedy_at_any_temperature(prompt, seed):
+    expected = ENDLESS.generate(prompt, 5)
+    assert ENDLESS.generate(prompt, 5, temperature=2.0, top_k=1, rng=seed) == expected
+    assert ENDLESS.generate(prompt, 5, temperature=2.0, top_p=1e-9, rng=seed) == expected
+    assert ENDLESS.generate(prompt, 5, temperature=2.0, min_p=1.0, rng=seed) == expected
+
+
+@given(prompts)
+def test_the_repetition_penalty_counts_prompt_and_output(prompt):
+    penalty, tokens = 1.7, list(prompt)
+    for _ in range(5):
+        z = ENDLESS.logits(tokens)[-1].copy()
+        for t in set(tokens):
+            z[t] = z[t] / penalty if z[t] > 0 else z[t] * penalty
+        tokens.append(int(z.argmax()))
+    assert ENDLESS.generate(prompt, 5, repetition_penalty=penalty) == tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "count", "options", "message"),
+    [
+        ([], 1, {}, "empty"),
+        ([0.5], 1, {}, "no integer"),
+        ([V], 1, {}, f"within 0..{V - 1}"),
+        ([-1], 1, {}, "within 0"),
+        ([0], -1, {}, "max_tokens"),
+        ([0], 2048, {}, "positions"),
+        ([0], 1, {"temperature": -1.0}, "temperature"),
+        ([0], 1, {"temperature": float("nan")}, "temperature"),
+        ([0], 1, {"temperature": float("inf")}, "temperature"),
+        ([0], 1, {"top_k": -1}, "top_k"),
+        ([0], 1, {"top_p": 0.0}, "top_p"),
+        ([0], 1, {"top_p": 1.1}, "top_p"),
+        ([0], 1, {"min_p": 1.1}, "min_p"),
+        ([0], 1, {"repetition_penalty": 0.0}, "repetition_penalty"),
+        ([0], 1, {"stop": ["x"]}, "text prompt"),
+    ],
+)
+def test_bad_requests_are_refused_by_name(prompt, count, options, message):
+    with pytest.raises(ValueError, match=message):
+        MODEL.generate(prompt, count, **options)
+
+
+def test_no_prompt_at_all_is_refused():
+    with pytest.raises(ValueError, match="no prompt"):
+        MODEL.generate_batch([], 3)
+
+
+def test_no_new_tokens_is_an_empty_answer():
+    assert MODEL.generate("x", 0) == ""
+    assert MODEL.generate([0], 0) == []
+
+
+# --- on every array library ----------------------------------------------------------------------------------
+
+
+def test_every_library_gives_the_same_tokens(xp):
+    batch = [[0, 9, 8], [5]]
+    expected = network(dtype="float32").generate_batch(batch, 8)
+    model = network(xp=xp, dtype="float32")
+    assert model.generate_batch(batch, 8) == expected
+    for how in (Sampling(temperature=0.9, top_k=20, top_p=0.9), Sampling(repetition_penalty=1.3)):
+        host = network(dtype="float32").generate_batch(batch, 8, how=how, rng=3)
+        assert model.generate_batch(batch, 8, how=how, rng=3) == host
+    z = to_host(model.logits(xp.asarray([0, 9, 8])))
+    # float32 products of at most 24 terms; the two libraries may sum in another order
+    np.testing.assert_allclose(z, network(dtype="float32").logits([0, 9, 8]), rtol=0, atol=2e-6 * np.abs(z).max())
+
+
+@pytest.mark.parametrize(("count", "how"), [(1, Sampling()), (3, Sampling()), (3, Sampling(temperature=1.0))])
+def test_a_decode_step_crosses_the_border_a_fixed_number_of_times(count, how):
+    """Tokens and positions go over in one copy, the chosen tokens come back in one, whatever the context is.
+
+    Sampling adds the uniforms (one copy in) and two looks at whether its numbers are sound (two booleans back).
+    """
+    model = network(xp=fakecupy, dtype="float32", eos_token_ids=())
+    steps = generate_tokens(model.weights, model.config, [[0, 5]] * count, 12, how, np.random.default_rng(0))
+    next(steps)  # prefill
+    costs = []
+    for _ in range(11):
+        with fakecupy.counting() as c:
+            next(steps)
+        costs.append((c.h2d, c.d2h, c.syncs))
+    sampled = how.temperature > 0
+    assert set(costs) == {(1 + sampled, 1 + 2 * sampled, 1 + 2 * sampled)}
