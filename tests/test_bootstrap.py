@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import seeds
 
 from refllm.study.bootstrap import Interval, blocks, bootstrap
+from strategies import seeds
 
 runs = st.lists(st.integers(1, 30), min_size=0, max_size=6)
 

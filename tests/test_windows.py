@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from study_models import byte_tokenizer, tiny_model
 from tokenizers import Tokenizer as Inner
 from tokenizers import decoders, models
 
 from refllm.model.corpus import Document
 from refllm.model.tokenizer import Tokenizer
 from refllm.study.windows import plan, token_bytes, windows
+from study_models import byte_tokenizer, tiny_model
 
 shapes = st.tuples(st.integers(0, 60), st.integers(1, 24), st.integers(1, 24)).map(
     lambda t: (t[0], max(t[1], t[2]), min(t[1], t[2]))
