@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import oracle
 from hypothesis import given
-from strategies import model_configs
 
+from conftest import oracle
 from refllm.model.config import ARCHITECTURES, ModelConfig, RopeScaling, UnsupportedModel
+from strategies import model_configs
 
 LLAMA3 = {
     "rope_type": "llama3",

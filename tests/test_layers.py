@@ -6,13 +6,13 @@ import math
 
 import numpy as np
 import pytest
-from conftest import oracle, to_host
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import KINDS, arrays, seeds
 
+from conftest import oracle, to_host
 from refllm.model.config import RopeScaling
 from refllm.model.layers import apply_rope, rms_norm, rope_frequencies, rope_table, sigmoid, swiglu
+from strategies import KINDS, arrays, seeds
 
 EPS32, EPS64 = float(np.finfo("float32").eps), float(np.finfo("float64").eps)
 

@@ -90,6 +90,8 @@ def _forward(params: Tensors, config: ModelConfig, inputs: Array, *, keep: bool 
         raise UnsupportedModel("training supports the plain llama network: no biases, query/key norms or window")
     xp = namespace(inputs, *params.values())
     size, length = inputs.shape
+    if size * length == 0:
+        raise ValueError("there are no positions to predict: a batch needs a sequence of two tokens or more")
     embedding = params["model.embed_tokens.weight"]
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     cos, sin = rope_table(asarray_like(frequencies, inputs, "float64"), xp.arange(length), embedding.dtype)
