@@ -74,7 +74,7 @@ def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
     rotation, which is also the backward pass, is ``apply_rope(x, cos, -sin)``.
     """
     xp = namespace(x, cos, sin)
-    pairs = xp.reshape(x, (*x.shape[:-1], 2, -1))  # [T, H, 2, D/2]: first and second half
+    pairs = xp.reshape(x, (*x.shape[:-1], 2, x.shape[-1] // 2))  # [T, H, 2, D/2]: first and second half
     out = pairs * cos[:, None, None, :]
     crossed = pairs * sin[:, None, None, :]
     out[..., 0, :] -= crossed[..., 1, :]  # x₁ cos − x₂ sin

@@ -78,7 +78,7 @@ def forward(weights: Weights, config: ModelConfig, tokens: Array, positions: Arr
         h = rms_norm(x, layer["input_layernorm"], config.rms_norm_eps)
         q, k, v = _heads(layer, config, h, rotation)
         attended = attend(index, q, k, v)
-        x = x + layer["o_proj"].matmul(xp.reshape(attended, (x.shape[0], -1)))
+        x = x + layer["o_proj"].matmul(xp.reshape(attended, (x.shape[0], config.num_attention_heads * config.head_dim)))
         h = rms_norm(x, layer["post_attention_layernorm"], config.rms_norm_eps)
         x = x + layer["down_proj"].matmul(swiglu(layer["gate_proj"].matmul(h), layer["up_proj"].matmul(h)))
     return rms_norm(x, weights["norm"], config.rms_norm_eps)
@@ -96,7 +96,7 @@ def _heads(layer: Layer, config: ModelConfig, h: Array, rotation: Any) -> tuple[
     q, k, v = (layer[name].matmul(h) for name in ("q_proj", "k_proj", "v_proj"))
     if config.attention_bias:
         q, k, v = q + layer["q_bias"], k + layer["k_bias"], v + layer["v_bias"]
-    q, k, v = (xp.reshape(t, (h.shape[0], -1, config.head_dim)) for t in (q, k, v))
+    q, k, v = (xp.reshape(t, (t.shape[0], t.shape[1] // config.head_dim, config.head_dim)) for t in (q, k, v))
     if config.qk_norm:  # over D, one gain for all heads, before the rotation
         q = rms_norm(q, layer["q_norm"], config.rms_norm_eps)
         k = rms_norm(k, layer["k_norm"], config.rms_norm_eps)
