@@ -39,9 +39,8 @@ FORMAT = 1  # raised when a field of a record changes its meaning
 
 def environment(packages: Iterable[str], threads: Mapping[str, int]) -> dict[str, Any]:
     """Hardware, versions and load; ``threads[engine]`` is how many threads compute in that engine."""
-    from threadpoolctl import threadpool_info
-
     import numpy  # noqa: F401 (brings its BLAS, which the next line asks about)
+    from threadpoolctl import threadpool_info
 
     blas = [f"{p['internal_api']} {p['version']} ({p.get('architecture', '?')})" for p in threadpool_info()
             if p["user_api"] == "blas"]  # fmt: skip

@@ -18,8 +18,8 @@ from typing import Any
 import gguf
 import llama_cpp
 import numpy as np
-from engines.decoding import Tokens, serve
 
+from engines.decoding import Tokens, serve
 from refllm.model import checkpoint
 from refllm.model.config import ModelConfig
 

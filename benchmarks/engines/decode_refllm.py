@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 from engines.decoding import Tokens, serve
-
 from refllm.api import load
 
 model = load(sys.argv[1], backend="numpy")

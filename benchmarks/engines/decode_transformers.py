@@ -14,6 +14,7 @@ import warnings
 
 import torch
 import transformers
+
 from engines.decoding import Tokens, serve
 
 warnings.filterwarnings("ignore")
