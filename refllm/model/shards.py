@@ -147,9 +147,9 @@ def converted(tensor: np.ndarray, dtype: str, name: str, where: Path) -> np.ndar
         )
     with np.errstate(over="ignore", invalid="ignore"):  # both are looked for below, by name
         out = np.ascontiguousarray(tensor.astype(host_dtype(dtype), copy=False)).reshape(tensor.shape)
-    if np.isfinite(out).all():
-        return out
-    bad = ~np.isfinite(tensor)
+        if np.isfinite(out).all():
+            return out
+        bad = ~np.isfinite(tensor)
     if bad.any():
         first = tuple(int(i) for i in np.unravel_index(int(bad.argmax()), tensor.shape))
         raise CheckpointError(
@@ -227,10 +227,9 @@ def check_tied(config: ModelConfig, tensors: Mapping[str, Array], where: Path) -
 
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: Path) -> None:
     """A smaller tokenizer is common (models pad their vocabulary); a larger one would index past the end."""
-    try:
-        size = tokenizer.vocab_size
-    except ValueError as error:  # the maximum of nothing
-        raise CheckpointError(f"{where}: the tokenizer has no tokens") from error
+    size = tokenizer.vocab_size
+    if size == 0:
+        raise CheckpointError(f"{where}: the tokenizer has no tokens")
     if size > config.vocab_size:
         raise CheckpointError(f"{where}: the tokenizer has ids up to {size - 1}, the model a vocabulary of "
                               f"{config.vocab_size}: they belong to different checkpoints")  # fmt: skip

@@ -99,5 +99,5 @@ class Dense:
         """W[M, N], a new array."""
         if self.blocked:
             # a copy by name: of a single block, reshape alone would return a view
-            return np.array(self._data.transpose(0, 2, 1), order="C").reshape(self._shape)
+            return self._data.transpose(0, 2, 1).copy().reshape(self._shape)
         return self._data.copy()
