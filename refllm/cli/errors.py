@@ -1,0 +1,75 @@
+"""What becomes of an exception: one sentence and exit code 2 for bad input, a traceback for a bug.
+
+| what was raised                                              | what the user sees             | exit |
+|--------------------------------------------------------------|--------------------------------|------|
+| a wrong option; ``BackendUnavailable``; a file that is not   | one sentence on stderr         | 2    |
+| there; a ``ValueError`` that a ``raise`` in refllm made      |                                |      |
+| Ctrl-C                                                       | nothing                        | 130  |
+| the reader of a pipe went away                               | nothing                        | 1    |
+| anything else                                                | Python's traceback             | 1    |
+
+A ``ValueError`` that NumPy raises inside refllm is a bug in refllm, and is shown as one: what tells the two apart
+is the source line that the traceback ends on.
+"""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from refllm.backend import BackendUnavailable
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+class Commands(TyperGroup):
+    """The group of all commands, with the table above as its policy."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command and leave by ``SystemExit``."""
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8 shows '?', and no error
+                stream.reconfigure(errors="replace")
+        try:
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except (KeyboardInterrupt, typer.Abort):
+            sys.exit(130)
+        except Exception as error:
+            sentence = explain(error)
+            if sentence is None:
+                raise
+            print(f"Error: {sentence}", file=sys.stderr)
+            sys.exit(2)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def explain(error: Exception) -> str | None:
+    """One sentence for bad input; None for a bug."""
+    if hasattr(error, "format_message"):  # a usage error of click, which newer typers bring along under another name
+        context = getattr(error, "ctx", None)
+        hint = f" (see {context.command_path} --help)" if context is not None else ""
+        return f"{error.format_message()}{hint}"
+    if isinstance(error, BackendUnavailable):
+        return str(error)
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    if isinstance(error, (ValueError, FloatingPointError)) and _raised_by_refllm(error.__traceback__):
+        return str(error)
+    return None
+
+
+def _raised_by_refllm(traceback: TracebackType | None) -> bool:
+    """Does the traceback end on a ``raise`` statement in this package?"""
+    if traceback is None:
+        return False
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    file = traceback.tb_frame.f_code.co_filename
+    line = linecache.getline(file, traceback.tb_lineno).strip()
+    return Path(file).resolve().is_relative_to(_PACKAGE) and line.startswith("raise ")

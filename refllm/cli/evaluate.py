@@ -1,0 +1,129 @@
+"""``refllm eval``: how well a model predicts text, and how far it is from a reference model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from refllm.cli.shared import BackendOption, JsonOption, ModelOption, note, opt, progress
+from refllm.study.terminal import console, table
+
+if TYPE_CHECKING:
+    from refllm.study.perplexity import Comparison, Score
+
+
+def evaluate(
+    model: ModelOption = "stdlib",
+    text: Annotated[
+        list[Path] | None,
+        opt("Text files or folders; may be repeated.", metavar="PATH", show_default="the held-out modules"),
+    ] = None,
+    reference: Annotated[str | None, opt("Also KL and top-1 agreement with this model.", metavar="NAME|DIR")] = None,
+    window: Annotated[
+        int | None, opt("Tokens that the model sees at once.", min=1, show_default="1024, or the model's context")
+    ] = None,
+    stride: Annotated[int | None, opt("How far the window moves.", min=1, show_default="half a window")] = None,
+    max_tokens: Annotated[int | None, opt("Score the first so many tokens only.", min=1)] = None,
+    seed: Annotated[int, opt("Of the resampling behind the intervals.", min=0)] = 0,
+    as_json: JsonOption = False,
+    backend: BackendOption = "numpy",
+) -> None:
+    """Measure how well a model predicts text.
+
+    In bits per byte and perplexity, on text that it was not trained on.
+
+    The default text is the modules of the running Python's standard library that the bundled models were not trained
+    on; the Python version is part of the result. Bits per byte compare models of any vocabulary, perplexity does not.
+
+    \b
+    Examples:
+      refllm eval
+      refllm eval --text README.md --text src/ --window 512
+      refllm eval --model stdlib-draft --reference stdlib --max-tokens 20000
+    """
+    import numpy as np
+
+    from refllm.api import load
+    from refllm.model.corpus import held_out_documents
+    from refllm.model.streams import read_files
+    from refllm.study.perplexity import compare
+    from refllm.study.perplexity import evaluate as score_of
+
+    documents = read_files(text) if text else held_out_documents()
+    loaded = load(model, backend)
+    window = window or min(1024, loaded.config.max_position_embeddings)
+    how: dict[str, Any] = {"window": window, "stride": stride or max(1, window // 2), "max_tokens": max_tokens}
+    if window > loaded.config.max_position_embeddings:
+        note(f"the window of {window} is longer than the model's {loaded.config.max_position_embeddings} positions")
+    with progress("scoring") as advance:
+        if reference is None:
+            score, against = score_of(loaded, documents, **how, progress=advance), None
+        else:
+            other, rng = load(reference, backend), np.random.default_rng(seed)
+            against = compare(loaded, other, documents, rng=rng, **how, progress=advance)
+            score = against.model
+    if as_json:
+        typer.echo(json.dumps(as_data(model, score, reference, against), indent=2, ensure_ascii=False))
+    else:
+        _show(model, score, "the held-out modules" if not text else "the given text", reference, against)
+
+
+def as_data(model: str, score: Score, reference: str | None, against: Comparison | None) -> dict[str, Any]:
+    """The result as plain data, with the same names as the model cards."""
+    facts: dict[str, Any] = {
+        "model": model, "python": score.python, "window": score.window, "stride": score.stride,
+        "tokens": score.tokens, "bytes": score.bytes, "seconds": score.seconds,
+        "nats per token": score.nats_per_token, "perplexity": score.perplexity, "bits per byte": score.bits_per_byte,
+        "documents": [
+            {"name": d.name, "tokens": d.tokens, "bytes": d.bytes, "bits per byte": d.bits_per_byte}
+            for d in score.documents if d.tokens
+        ],
+    }  # fmt: skip
+    if against is not None:
+        facts["against"] = {
+            "reference": reference,
+            "interval": against.method,
+            "reference bits per byte": against.reference.bits_per_byte,
+        } | {
+            name: {"mean": i.mean, "low": i.low, "high": i.high}
+            for name, i in (
+                ("KL", against.kl), ("top-1 agreement", against.agreement), ("difference in nats", against.difference),
+            )
+        }  # fmt: skip
+    return facts
+
+
+def _show(model: str, score: Score, what: str, reference: str | None, against: Comparison | None) -> None:
+    out = console()
+    made = table("document", "tokens", "bytes", "bits/byte", "perplexity")
+    rows = [d for d in score.documents if d.tokens]
+    for d in rows:
+        made.add_row(d.name, f"{d.tokens:,}", f"{d.bytes:,}", f"{d.bits_per_byte:.3f}", f"{_perplexity(d):.2f}")
+    if len(rows) > 1:
+        made.add_section()
+    total = ("all", f"{score.tokens:,}", f"{score.bytes:,}", f"{score.bits_per_byte:.3f}", f"{score.perplexity:.2f}")
+    made.add_row(*total, style="bold")
+    out.print(f"{model} on {what}, Python {score.python}", style="bold")
+    out.print(made)
+    out.print(f"windows of {score.window:,} tokens every {score.stride:,}; {score.seconds:.1f} s")
+    if against is not None:
+        near = table("against " + str(reference), "mean", "low", "high")
+        for name, interval, digits in (
+            ("KL, nats per token", against.kl, 5),
+            ("same first choice", against.agreement, 4),
+            ("loss − reference's, nats", against.difference, 5),
+        ):
+            near.add_row(name, *(f"{x:.{digits}f}" for x in (interval.mean, interval.low, interval.high)))
+        out.print()
+        out.print(near)
+        out.print(f"intervals: {against.method}")
+
+
+def _perplexity(d: Any) -> float:
+    import math
+
+    nats: float = d.nats / d.tokens
+    return math.exp(nats) if nats < 700 else math.inf

@@ -1,0 +1,40 @@
+"""``refllm figures``: draw the committed figures anew, or check that they are up to date."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from refllm.cli.shared import BackendOption
+
+
+def figures(
+    check: Annotated[bool, typer.Option("--check", help="Draw nothing; fail if a figure is out of date.")] = False,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="The folder of the figures.")] = Path("figures"),
+    backend: BackendOption = "numpy",
+) -> None:
+    """Draw the project's figures anew.
+
+    They are drawn from the recorded numbers in the folder's data/, each with the command that made them. --check ends
+    with exit code 1 and one sentence for each figure that is missing or out of date.
+
+    \b
+    Examples:
+      refllm figures
+      refllm figures --check
+    """
+    from refllm.backend import get
+    from refllm.study import figures as study
+
+    get(backend)
+    if not (output / "data").is_dir():
+        raise ValueError(f"{output} has no data/ to draw from: run this in the repository, or name it with --output")
+    if check:
+        complaints = study.check(output)
+        for complaint in complaints:
+            typer.echo(complaint)
+        raise typer.Exit(1 if complaints else 0)
+    for path in study.redraw(folder=output):
+        typer.echo(path)

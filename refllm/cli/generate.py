@@ -1,0 +1,91 @@
+"""``refllm generate``: text from a prompt, as it comes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from refllm.cli.shared import BackendOption, ModelOption, emit, flag, note, opt, progress
+from refllm.study.terminal import printable
+
+DEFAULT_TOKENS = 128
+
+
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="Text to continue; - reads it from standard input.")
+    ] = None,
+    prompt_file: Annotated[Path | None, opt("Read the prompt from a file.", metavar="FILE")] = None,
+    model: ModelOption = "stdlib",
+    max_tokens: Annotated[
+        int | None, opt("New tokens at most.", "--max-tokens", "-n", min=0, show_default=str(DEFAULT_TOKENS))
+    ] = None,
+    temperature: Annotated[float, opt("0 takes the most probable token.", "--temperature", "-t", metavar="X")] = 0.0,
+    top_k: Annotated[int, opt("Keep the N most probable tokens; 0 is off.")] = 0,
+    top_p: Annotated[float, opt("Keep the fewest tokens of this joint probability; 1 is off.", metavar="X")] = 1.0,
+    min_p: Annotated[float, opt("Keep tokens of this share of the largest probability.", metavar="X")] = 0.0,
+    repetition_penalty: Annotated[float, opt("Above 1, tokens that occurred become less likely.", metavar="X")] = 1.0,
+    seed: Annotated[int | None, opt("The same seed gives the same text.", min=0, show_default="a fresh one")] = None,
+    stop: Annotated[list[str] | None, opt("End before this text; may be repeated.", metavar="TEXT")] = None,
+    ignore_eos: Annotated[bool, flag("Go on after an end token.", "--ignore-eos")] = False,
+    backend: BackendOption = "numpy",
+) -> None:
+    """Continue a prompt, token by token.
+
+    The new text goes to standard output; on a terminal the prompt is shown before it, dimmed. Counts and times go to
+    standard error.
+
+    \b
+    Examples:
+      refllm generate 'def fibonacci(n):' --max-tokens 200
+      refllm generate 'import os' -t 0.8 --top-p 0.95 --seed 1
+      git show HEAD:setup.py | refllm generate - --stop 'def '
+    """
+    import numpy as np
+
+    from refllm.api import load
+    from refllm.decode.generate import Sampling
+    from refllm.study.timing import Stopwatch
+
+    text = read_prompt(prompt, prompt_file)
+    how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    loaded = load(model, backend)
+    length = len(loaded.tokenizer.encode(text, special=True))
+    if max_tokens is None:
+        max_tokens = min(DEFAULT_TOKENS, max(1, loaded.config.max_position_embeddings - length))
+    seed = int(np.random.default_rng().integers(2**32)) if seed is None else seed
+    if sys.stdout.isatty():
+        typer.secho(printable(text), dim=True, nl=False)
+    watch = Stopwatch()
+    pieces = loaded.stream(
+        text, max_tokens, how=how, stop=stop or (), ignore_eos=ignore_eos, rng=seed, on_token=watch.tick
+    )
+    if sys.stdout.isatty():
+        for piece in pieces:
+            emit(piece)
+        emit("\n")
+    else:  # the text itself shows nobody that it is being written
+        with progress("generating") as advance:
+            for piece in pieces:
+                emit(piece)
+                advance(watch.tokens, max_tokens)
+    if watch.tokens:
+        drawn = f", seed {seed}" if temperature > 0 else ""
+        speed = f", then {watch.tokens_per_second:,.0f} tokens/s" if watch.tokens > 1 else ""
+        note(f"{length} + {watch.tokens} tokens, the first after {1e3 * watch.ttft:.0f} ms{speed}{drawn}")
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt from exactly one of its three sources; ValueError if there is none, two, or it is not text."""
+    if (prompt is None) == (file is None):
+        raise ValueError("give one prompt: as an argument, as - for standard input, or with --prompt-file")
+    try:
+        if file is not None:
+            return file.read_text(encoding="utf-8")
+        return sys.stdin.read() if prompt == "-" else str(prompt)
+    except UnicodeDecodeError as error:
+        where = file or "standard input"
+        raise ValueError(f"{where} is not UTF-8 text (byte {error.start})") from error

@@ -1,0 +1,36 @@
+"""``refllm tour``: what refllm does, on the bundled model, in about a minute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from refllm.cli.shared import BackendOption, ModelOption, flag, opt
+from refllm.study.terminal import console
+
+
+def tour(
+    stop: Annotated[list[str] | None, opt("Visit this stop only; may be repeated.", metavar="NAME")] = None,
+    listed: Annotated[bool, flag("List the stops and leave.", "--list")] = False,
+    output: Annotated[Path, opt("The folder that figures go to.", metavar="DIR")] = Path("figures"),
+    model: ModelOption = "stdlib",
+    backend: BackendOption = "numpy",
+) -> None:
+    """See refllm at work, in about a minute.
+
+    Every number is computed while you watch, on this machine.
+
+    \b
+    Examples:
+      refllm tour
+      refllm tour --stop write --stop measure
+      refllm tour --model ./my-model --output /tmp/figures
+    """
+    from refllm.study.tour import STOPS, Tour, run
+
+    out = console()
+    if listed:
+        for place in STOPS:
+            out.print(f"{place.name:10} {place.title}")
+        return
+    run(Tour(model, backend, output, out), stop or ())

@@ -1,0 +1,199 @@
+"""``refllm train``: one's own small model, from text files to a directory that ``transformers`` loads."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from refllm.cli.shared import BackendOption, flag, note, opt
+from refllm.study.terminal import bytes_text, console, pairs
+
+if TYPE_CHECKING:
+    from refllm.study.launch import Run
+
+_ROW = "{:>8}  {:>7}  {:>8}  {:>9}  {:>8}  {:>9}  {:>8}"
+
+
+def train(
+    context: typer.Context,
+    output: Annotated[Path, opt("Where the finished model goes.", "--output", "-o", metavar="DIR")],
+    data: Annotated[
+        list[Path] | None,
+        opt("Text files or folders; may be repeated.", metavar="PATH", show_default="the standard library"),
+    ] = None,
+    held_out: Annotated[
+        list[Path] | None, opt("Text to measure on.", metavar="PATH", show_default="5 % of the data")
+    ] = None,
+    tests: Annotated[bool, flag("Read the standard library's test package too.", "--tests/--no-tests")] = True,
+    vocab_size: Annotated[int, opt("Tokens of the vocabulary.", min=257)] = 4096,
+    width: Annotated[int, opt("Width of the network.", min=2)] = 256,
+    layers: Annotated[int, opt("Number of layers.", min=1)] = 4,
+    heads: Annotated[int | None, opt("Query heads.", min=1, show_default="width / 64")] = None,
+    kv_heads: Annotated[int | None, opt("Key/value heads.", min=1, show_default="heads / 2")] = None,
+    mlp: Annotated[int | None, opt("Width of the MLP.", min=1, show_default="3 x width")] = None,
+    positions: Annotated[int, opt("Longest context that the model states.", "--context", min=1)] = 2048,
+    steps: Annotated[int, opt("Steps in all.", min=1)] = 12_500,
+    batch: Annotated[int, opt("Windows in a step.", min=1)] = 8,
+    length: Annotated[int, opt("Tokens in a window.", min=1)] = 256,
+    long_steps: Annotated[
+        int | None, opt("Steps at the end with long windows.", min=0, show_default="15 % of --steps")
+    ] = None,
+    long_length: Annotated[int, opt("Tokens in a long window; as many tokens a step as before.", min=1)] = 1024,
+    rate: Annotated[float, opt("Highest learning rate.", metavar="X")] = 3e-3,
+    warmup: Annotated[int, opt("Steps of warm-up.", min=0)] = 200,
+    schedule: Annotated[str, opt("From the highest rate to zero.", metavar="linear|cosine")] = "linear",
+    seed: Annotated[int, opt("Decides the first weights and the order of the windows.", min=0)] = 0,
+    workers: Annotated[int, opt("Threads; the result depends on them by rounding only.", min=1)] = 2,
+    teacher: Annotated[
+        str | None, opt("Distil from this model, with its tokenizer.", "--teacher", "--draft-of", metavar="NAME|DIR")
+    ] = None,
+    alpha: Annotated[float, opt("Weight of the teacher against the text.", metavar="X", min=0, max=1)] = 1.0,
+    evaluate_every: Annotated[int, opt("Steps between looks at the held-out text.", min=1)] = 200,
+    save_every: Annotated[int, opt("Steps between checkpoints.", min=1)] = 500,
+    work: Annotated[
+        Path | None, opt("Where the run keeps its state.", metavar="DIR", show_default="OUTPUT.training")
+    ] = None,
+    overwrite: Annotated[bool, flag("Replace a finished model.", "--overwrite")] = False,
+    backend: BackendOption = "numpy",
+) -> None:
+    """Train a small model of one's own.
+
+    It starts from random weights and ends as a Hugging Face directory with tokenizer, card, manifest and curve.
+
+    An interrupted run goes on from its last checkpoint when the same command is given again. Windows of --length
+    tokens come first, then windows of --long-length; of the standard library's own text, its code is read four times
+    for each time that its tests are, and alone at the end.
+
+    \b
+    A small model in a few minutes, then a look at it:
+      refllm train --output tiny --width 128 --layers 2 --steps 600
+      refllm generate --model ./tiny 'def main(' --temperature 0.8
+    The bundled models (hours):
+      refllm train --output stdlib
+      refllm train --output stdlib-draft --width 64 --layers 2 --teacher ./stdlib
+    One's own text:
+      refllm train --output mine --data ~/notes --vocab-size 2048 --steps 2000
+    """
+    from refllm.api import locate
+    from refllm.backend import get
+    from refllm.model.optimizer import SCHEDULES
+    from refllm.model.plan import Plan
+    from refllm.model.streams import own_files, standard_library
+    from refllm.study import launch
+
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
+    if not 0 < rate < 1:
+        raise ValueError(f"the learning rate must be within (0, 1), got {rate}")
+    get(backend)  # before the text is read: an unavailable GPU should not take a minute to find out
+    if held_out and not data:
+        raise ValueError("--held-out belongs to --data; the standard library has its own held-out modules")
+    source = own_files(data, held_out or ()) if data else standard_library(tests=tests)
+    shape = launch.Shape(
+        vocab_size, width, layers, heads, kv_heads, mlp, positions, steps, batch, length, long_steps, long_length
+    )
+    plan = Plan(
+        (), peak_rate=rate, warmup=warmup, schedule=schedule, seed=seed, workers=workers,
+        evaluate_every=evaluate_every, save_every=save_every,
+    )  # fmt: skip
+    run = launch.prepare(
+        output, work or output.with_name(output.name + ".training"), source, shape, plan, overwrite=overwrite,
+        teacher=None if teacher is None else locate(teacher), alpha=alpha, note=note,
+    )  # fmt: skip
+    _announce(run)
+    with _display(run) as shown:
+        record = launch.go(run, command=command_line(context), backend=backend, overwrite=overwrite, **shown)
+    measured = record["measured"]
+    print(f"{output}: {measured['bits per byte']:.3f} bits per byte on {measured['tokens']:,} held-out tokens")
+    note(f"the state of the run stays in {run.work} ({bytes_text(_size(run.work))}); remove it when you are done")
+
+
+def command_line(context: typer.Context) -> str:
+    """The command with every setting that decides the result spelled out, so that later defaults do not matter."""
+    left_out = {"output", "work", "overwrite", "backend", "evaluate_every", "save_every"}
+    words = ["refllm", "train", "--output", Path(context.params["output"]).name]
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        value = context.params.get(name)
+        if name in left_out or value is None or name not in context.params:
+            continue
+        flag = next(iter(parameter.opts))
+        if isinstance(value, bool):
+            words += [] if value else [parameter.secondary_opts[0]]
+        elif isinstance(value, (list, tuple)):
+            words += [word for item in value for word in (flag, str(item))]
+        else:
+            words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
+    return shlex.join(words)
+
+
+def _announce(run: Run) -> None:
+    from refllm.study.bundle import architecture
+
+    out = console(stderr=True)
+    out.print(run.output.name, style="bold")
+    text = "; ".join(
+        f"{name}: {len(documents):,} documents, {len(stream):,} tokens"
+        for (name, documents), stream in zip(run.data.streams.items(), run.streams, strict=True)
+    )
+    phases = ", then ".join(f"{p.steps:,} steps of {p.batch} × {p.length} tokens" for p in run.plan.phases if p.steps)
+    lines = {
+        "network": f"{architecture(run.config)}; {run.config.num_parameters:,} parameters",
+        "text": f"{text}; held out: {len(run.held_out):,} tokens",
+        "plan": phases,
+        "state": f"{run.work}" + (f", continued after {run.done:,} steps" if run.done else ""),
+    }
+    if run.teacher is not None:
+        lines["teacher"] = run.teacher.name
+    pairs(out, lines)
+
+
+@contextmanager
+def _display(run: Run) -> Iterator[dict[str, Any]]:
+    """Callbacks that print a row for each evaluation and, on a terminal, keep a bar below them; all to stderr."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    out = console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TextColumn("{task.fields[what]}"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    bar = Progress(*columns, console=out, transient=True, disable=not out.is_terminal)
+    task = bar.add_task("training", total=run.plan.steps, completed=run.done, what="")
+    tokens_of = [p.batch * p.length for p in run.plan.phases for _ in range(p.steps)]
+    meter = {"began": time.perf_counter(), "tokens": 0.0}
+
+    def speed() -> float:
+        return meter["tokens"] / max(1e-9, time.perf_counter() - meter["began"])
+
+    def on_step(step: int, loss: float) -> None:
+        meter["tokens"] += tokens_of[step - 1]
+        bar.update(task, completed=step, what=f"loss {loss:.3f}  {speed():,.0f} tokens/s")
+
+    def report(record: dict[str, float]) -> None:
+        minutes, seconds = divmod(int(record["seconds"]), 60)
+        held = record.get("held_out", float("nan"))
+        row = (
+            f"{int(record['step']):,}", f"{record['loss']:.3f}", f"{held:.3f}", f"{run.bits_per_byte(held):.3f}",
+            f"{record['rate']:.2g}", f"{speed():,.0f}", f"{minutes}:{seconds:02}",
+        )  # fmt: skip
+        bar.console.print(_ROW.format(*row))
+
+    def progress(what: str, done: int, total: int) -> None:
+        bar.update(task, description=f"measuring: {what}", completed=done, total=total, what="")
+
+    with bar:
+        if run.done < run.plan.steps:
+            head = ("step", "loss", "held out", "bits/byte", "rate", "tokens/s", "time")
+            bar.console.print(_ROW.format(*head), style="dim")
+        yield {"report": report, "on_step": on_step, "progress": progress}
+
+
+def _size(directory: Path) -> int:
+    return sum(p.stat().st_size for p in directory.iterdir() if p.is_file())

@@ -1,0 +1,137 @@
+"""From a training state to a finished model directory: weights, tokenizer, card, manifest, curve.
+
+| file           | what it holds                                                                        |
+|----------------|--------------------------------------------------------------------------------------|
+| README.md      | the card as a page, made from card.json                                              |
+| card.json      | data, training and measurements (see ``card``)                                       |
+| curve.json     | the record of every evaluation during training                                       |
+| manifest.json  | SHA-256 of each file here and of each text trained on or held out, by name; no text  |
+
+What is measured is what is stored: the weights are rounded to the stored type first.
+
+Left out: uploading; anything that a number could be typed into.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import refllm
+from refllm.api import Model, load
+from refllm.model.checkpoint import build_weights, save
+from refllm.model.config import ModelConfig
+from refllm.model.corpus import Document
+from refllm.model.plan import Phase, Plan, batches
+from refllm.model.shards import converted
+from refllm.model.streams import Data, encode, file_sha256, fingerprint
+from refllm.model.tokenizer import Tokenizer
+from refllm.model.train import load_state
+from refllm.study import card
+
+LISTED = "manifest.json"
+
+
+def finish(
+    state_path: Path, tokenizer: Tokenizer, output: Path, data: Data, *, command: str, teacher: Path | None = None,
+    dtype: str = "float16", overwrite: bool = False, progress: card.Progress = lambda what, done, total: None,
+) -> card.Record:  # fmt: skip
+    """Write ``output`` from the state of a finished run and return the card's record.
+
+    ``data`` must be what the run was trained on: its documents are counted and hashed here. ``command`` goes into
+    the card. ``teacher`` is the directory of the model that it was distilled from.
+
+    Raises
+    ------
+    ValueError
+        if the run is not finished, or the state is damaged.
+    CheckpointError
+        if ``output`` must not be replaced, or the weights are not finite in ``dtype``.
+    """
+    state, about = load_state(state_path)
+    config, plan = ModelConfig.from_hf(json.loads(about["config"])), read_plan(about)
+    if state.optimizer.step < plan.steps:
+        raise ValueError(f"{state_path} has done {state.optimizer.step} of {plan.steps} steps: let it train on first")
+    stored = {name: converted(w, dtype, name, state_path) for name, w in state.params.items()}
+    model = Model(config, build_weights(config, {n: w.astype(np.float32) for n, w in stored.items()}), tokenizer)
+    record = {
+        "name": output.resolve().name,
+        "architecture": architecture(config),
+        "parameters": config.num_parameters,
+        "stored as": dtype,
+        "made with": {"refllm": refllm.__version__, "python": platform.python_version(), "numpy": np.__version__},
+        "data": _data(data, tokenizer, plan),
+        "training": {
+            "command": command, "teacher": None if teacher is None else teacher.resolve().name, "steps": plan.steps,
+            "tokens": sum(p.steps * p.batch * p.length for p in plan.phases),
+            "seconds": state.curve[-1]["seconds"] if state.curve else 0.0, "plan": json.loads(about["plan"]),
+        },
+        "measured": card.measure(
+            model, data.held_out, code=data.code, seed=plan.seed, progress=progress,
+            teacher=None if teacher is None else load(teacher, backend="numpy"),
+        ),
+    }  # fmt: skip
+    texts = {
+        "README.md": card.page(record),
+        "card.json": json.dumps(record, indent=2, ensure_ascii=False) + "\n",
+        "curve.json": json.dumps(state.curve, indent=1) + "\n",
+    }
+    save(output, config, stored, tokenizer, dtype=dtype, extra_files=texts, overwrite=overwrite)
+    (output / LISTED).write_text(json.dumps(manifest(output, data), indent=1, ensure_ascii=False) + "\n", "utf-8")
+    return record
+
+
+def read_plan(about: Mapping[str, str]) -> Plan:
+    """The plan in a training state's metadata."""
+    raw = json.loads(about["plan"])
+    phases = tuple(Phase(**{**p, "repeats": tuple(p["repeats"])}) for p in raw.pop("phases"))
+    return Plan(phases, **raw)
+
+
+def architecture(config: ModelConfig) -> str:
+    """One line: family, layers, width, heads, MLP, vocabulary, context."""
+    tied = "tied" if config.tie_word_embeddings else "separate"
+    return (
+        f"{config.family} network of {config.num_hidden_layers} layers, width {config.hidden_size}, "
+        f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads of {config.head_dim}, "
+        f"MLP {config.intermediate_size}, {config.vocab_size:,} tokens ({tied} head), "
+        f"context {config.max_position_embeddings:,}"
+    )
+
+
+def manifest(directory: Path, data: Data) -> dict[str, Any]:
+    """What is in the directory and what was read, by SHA-256."""
+    files = sorted(p for p in directory.iterdir() if p.is_file() and p.name != LISTED)
+    return {
+        "python": platform.python_version(),
+        "files": {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files},
+        "trained on": {name: fingerprint(documents) for name, documents in data.streams.items()},
+        "held out": fingerprint(data.held_out),
+    }
+
+
+def _data(data: Data, tokenizer: Tokenizer, plan: Plan) -> card.Record:
+    """Counts of each stream. The plan says which windows were seen, so the passes are counted, not estimated."""
+    lengths = {name: len(encode(tokenizer, documents)) for name, documents in data.streams.items()}
+    seen = dict.fromkeys(range(len(lengths)), 0)
+    for _, phase, windows in batches(plan, list(lengths.values())):
+        for stream, _ in windows:
+            seen[stream] += phase.length
+    return {
+        "name": data.name,
+        "code": data.code,
+        "streams": {
+            name: _count(documents) | {"tokens": lengths[name], "passes": seen[i] / lengths[name]}
+            for i, (name, documents) in enumerate(data.streams.items())
+        },
+        "held out": _count(data.held_out) | {"tokens": len(encode(tokenizer, data.held_out))},
+    }
+
+
+def _count(documents: Sequence[Document]) -> card.Record:
+    return {"documents": len(documents), "bytes": sum(len(d.text.encode()) for d in documents)}

@@ -1,0 +1,176 @@
+"""A training run from start to finish: data, tokenizer, plan, training, and the finished directory.
+
+| step      | what happens                                                                             |
+|-----------|------------------------------------------------------------------------------------------|
+| prepare   | read the text, train or reuse the tokenizer, encode, lay out network and plan            |
+| train     | ``model.train.train`` in ``work``, which continues from the state that it finds there    |
+| finish    | ``bundle.finish``: measure, write the card and the directory                              |
+
+``work`` keeps the tokenizer and the state (three times the float32 weights), so that an interrupted run goes on
+where its last checkpoint was, with the same tokens.
+
+Left out: searching for good settings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refllm.backend import get
+from refllm.model.checkpoint import CheckpointError, iter_tensors, read_config
+from refllm.model.config import ModelConfig
+from refllm.model.distill import teacher_of
+from refllm.model.loss import Teacher
+from refllm.model.plan import Phase, Plan
+from refllm.model.streams import Data, encode
+from refllm.model.tokenizer import Tokenizer
+from refllm.model.train import load_state, train
+from refllm.study import bundle, card
+
+STATE, TOKENIZER = "state.safetensors", "tokenizer.json"
+LONG_SHARE = 0.15  # of the steps, at the end, read long windows
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The network and the schedule as a user gives them; None is derived from the others."""
+
+    vocab_size: int = 4096
+    width: int = 256
+    layers: int = 4
+    heads: int | None = None  # one for 64 columns of width
+    kv_heads: int | None = None  # half the heads
+    mlp: int | None = None  # three times the width
+    context: int = 2048
+    steps: int = 12_500
+    batch: int = 8
+    length: int = 256
+    long_steps: int | None = None  # of the steps
+    long_length: int = 1024
+
+    def config(self, vocab_size: int, begin: int) -> ModelConfig:
+        """The network; ValueError if the numbers make none."""
+        heads = self.heads or max(1, self.width // 64)
+        if self.width % heads:
+            raise ValueError(f"a width of {self.width} does not divide into {heads} heads")
+        return ModelConfig(
+            "llama", vocab_size, self.width, self.mlp or 3 * self.width, self.layers, heads,
+            self.kv_heads or max(1, heads // 2), self.width // heads, tie_word_embeddings=True,
+            max_position_embeddings=self.context, bos_token_id=begin, eos_token_ids=(begin,),
+        )  # fmt: skip
+
+    def phases(self, data: Data) -> tuple[Phase, ...]:
+        """Short windows, then long ones with about as many tokens a step; ValueError if they do not fit."""
+        if self.steps < 1:
+            raise ValueError(f"a run needs at least one step, got {self.steps}")
+        long = int(LONG_SHARE * self.steps) if self.long_steps is None else self.long_steps
+        if not 0 <= long <= self.steps:
+            raise ValueError(f"{long} long steps do not fit into {self.steps} steps")
+        longest = max(self.length, self.long_length if long else 0)
+        if longest > self.context:
+            raise ValueError(f"windows of {longest} tokens are longer than the context of {self.context}")
+        long_batch = max(1, self.batch * self.length // self.long_length)
+        short = Phase(self.steps - long, self.batch, self.length, data.repeats)
+        return (short, Phase(long, long_batch, self.long_length, data.last_repeats)) if long else (short,)
+
+
+@dataclass
+class Run:
+    """Everything that ``go`` needs."""
+
+    output: Path
+    work: Path
+    data: Data
+    tokenizer: Tokenizer
+    config: ModelConfig
+    plan: Plan
+    streams: list[NDArray[np.int32]]
+    held_out: NDArray[np.int32]
+    teacher: Path | None = None
+    alpha: float = 1.0
+    done: int = 0  # steps of an earlier start
+    notes: list[str] = field(default_factory=list)
+
+    def bits_per_byte(self, nats: float) -> float:
+        """Nats per token of the held-out stream as bits per byte of its text."""
+        size = sum(len(d.text.encode()) for d in self.data.held_out)
+        return nats / math.log(2) * (len(self.held_out) - len(self.data.held_out)) / size
+
+
+def prepare(
+    output: Path, work: Path, data: Data, shape: Shape, plan: Plan, *, teacher: Path | None = None,
+    alpha: float = 1.0, overwrite: bool = False, note: Note = lambda text: None,
+) -> Run:  # fmt: skip
+    """Make a run ready; ``plan``'s phases are replaced by those of ``shape``.
+
+    Raises
+    ------
+    ValueError
+        for a network, a plan, or data that do not fit together.
+    CheckpointError
+        if ``output`` is taken, found out now and not after hours of training.
+    """
+    if not overwrite and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output} exists already: choose another --output, or pass --overwrite")
+    plan = replace(plan, phases=shape.phases(data))
+    taught = None if teacher is None else read_config(teacher)
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer(work, data, shape.vocab_size, teacher, note)
+    begin = 0 if taught is None or taught.bos_token_id is None else taught.bos_token_id
+    config = shape.config(tokenizer.vocab_size if taught is None else taught.vocab_size, begin)
+    note("encoding the text")
+    streams = [encode(tokenizer, documents, begin) for documents in data.streams.values()]
+    run = Run(output, work, data, tokenizer, config, plan, streams, encode(tokenizer, data.held_out, begin))
+    run.teacher, run.alpha = teacher, alpha
+    if (work / STATE).exists():
+        state, about = load_state(work / STATE)
+        run.done = state.optimizer.step
+        if bundle.read_plan(about) != plan and run.done < plan.steps:
+            note(f"{work} was begun with another plan; it goes on with this one")
+    return run
+
+
+def go(
+    run: Run, *, command: str, backend: str = "numpy", overwrite: bool = False,
+    report: Callable[[dict[str, float]], None] | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+    progress: card.Progress = lambda what, done, total: None,
+) -> card.Record:  # fmt: skip
+    """Train to the end of the plan, finish the directory, and return the card's record."""
+    xp = get(backend)
+    if run.done < run.plan.steps:
+        train(
+            run.config, run.streams, run.plan, run.work, like=xp.zeros(1, dtype=xp.float32), held_out=run.held_out,
+            teacher=_teacher(run, xp), report=report, on_step=on_step,
+        )  # fmt: skip
+    return bundle.finish(
+        run.work / STATE, run.tokenizer, run.output, run.data, command=command, teacher=run.teacher,
+        overwrite=overwrite, progress=progress,
+    )  # fmt: skip
+
+
+def _tokenizer(work: Path, data: Data, vocab_size: int, teacher: Path | None, note: Note) -> Tokenizer:
+    """The teacher's; or the one that the run began with; or a new one, trained on the first stream."""
+    if teacher is not None:  # a student that is compared token by token must read the same tokens
+        return Tokenizer.from_file(teacher / TOKENIZER)
+    path = work / TOKENIZER
+    if not path.exists():
+        note(f"training a tokenizer of {vocab_size:,} tokens")
+        Tokenizer.train((d.text for d in next(iter(data.streams.values()))), vocab_size).save(path)
+    return Tokenizer.from_file(path)
+
+
+def _teacher(run: Run, xp: Any) -> Teacher | None:
+    if run.teacher is None:
+        return None
+    params = {name: xp.asarray(w) for name, w in iter_tensors(run.teacher, "float32")}
+    return teacher_of(params, read_config(run.teacher), alpha=run.alpha)

@@ -1,0 +1,89 @@
+"""Quick measurements: the loss from a random sample of windows, and the time of one step.
+
+| symbol | name                                                             | shape      |
+|--------|------------------------------------------------------------------|------------|
+| U      | windows drawn without replacement from those of an evaluation    |            |
+| x      | bits of each byte: its token's loss, shared out evenly           | [bytes]    |
+
+The sample's mean estimates what ``perplexity.evaluate`` would find on all windows; the interval is a bootstrap that
+draws whole windows, since neighbouring tokens depend on each other.
+
+Left out: a correction for the finite number of windows (the interval is a little too wide when most are drawn).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from refllm.api import Model
+from refllm.backend import asarray_like, namespace, to_numpy
+from refllm.decode.sampling import log_probabilities
+from refllm.kv.contiguous import ContiguousCache
+from refllm.model.corpus import Document
+from refllm.model.llama import forward, logits
+from refllm.study import windows
+from refllm.study.bootstrap import Interval, bootstrap
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Bits per byte from a random sample of windows, with its interval."""
+
+    bits: Interval
+    tokens: int
+    bytes: int
+    windows: int
+    of: int
+
+
+def sample_bits_per_byte(model: Model, documents: Sequence[Document], count: int, rng: np.random.Generator) -> Sample:
+    """Score ``count`` of the windows that ``perplexity.evaluate`` would score, drawn without replacement.
+
+    The mean is one over bytes: each byte carries its token's share of the loss, so that the interval is one of bits
+    per byte too. ``count`` may exceed the number of windows: then all are scored.
+    """
+    window = min(1024, model.config.max_position_embeddings)
+    whole = windows.plan(model, documents, window, max(1, window // 2))
+    sizes = [w.end - w.begin - w.first for w in whole.windows]  # scored tokens of each window
+    starts = np.cumsum([0, *sizes])
+    chosen = sorted(rng.permutation(len(whole.windows))[:count])
+    bits, units, tokens = [], [], 0
+    for unit, index in enumerate(chosen):
+        w, rows = whole.windows[index], slice(starts[index], starts[index + 1])
+        z = log_probabilities(model.logits(whole.tokens[w.document][w.begin : w.end])[w.first :])
+        target = asarray_like(whole.targets[rows], z)
+        xp = namespace(z)
+        nats = -to_numpy(xp.take_along_axis(z, target[:, None], axis=-1))[:, 0]
+        size = whole.token_bytes[rows]
+        some = size > 0  # special tokens stand for no text
+        bits.append(np.repeat(nats[some] / math.log(2) / size[some], size[some]))
+        units.append(np.full(len(bits[-1]), unit))
+        tokens += len(nats)
+    each = np.concatenate(bits)
+    interval = bootstrap([each], np.concatenate(units), rng)[0]
+    return Sample(interval, tokens, len(each), len(chosen), len(whole.windows))
+
+
+def time_step(model: Model, batch: Sequence[tuple[int, int]], repeats: int = 15) -> float:
+    """Median seconds of one step over (past, new) of each sequence, with the logits of each last token."""
+    like = model.weights["norm"]
+    rng = np.random.default_rng(0)
+    capacity = max(past + new for past, new in batch)
+    cache = ContiguousCache(model.config, len(batch), capacity, like=like)
+    cache.lengths[:] = [past for past, _ in batch]  # zeros stand for a past: the products are the same
+    counts = [new for _, new in batch]
+    tokens = asarray_like(rng.integers(0, model.config.vocab_size, sum(counts)), like)
+    positions = asarray_like(cache.positions(counts), like)
+    last = asarray_like(np.cumsum(counts) - 1, like)
+    times = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        hidden = forward(model.weights, model.config, tokens, positions, cache.view(counts))
+        to_numpy(logits(model.weights, hidden[last])[:1, :1])  # waits for a GPU
+        times.append(time.perf_counter() - began)
+    return float(np.median(times[1:]))

@@ -1,0 +1,232 @@
+"""The tour: what refllm does, on a real model, in about a minute; every number is computed while you watch.
+
+One function a stop, in ``STOPS``: each prints to the tour's console, may leave figures, takes less than ten seconds
+on two cores, and can be visited alone. A later capability adds a function and a line to the list.
+
+Kinds of number (design, §4): counted (parameters, FLOP, bytes), measured here (seconds, GFLOP/s), never projected.
+
+Left out: comparisons with other programs (``benchmarks/``), explanations (``notebooks/``).
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from refllm.api import Model, load, locate
+from refllm.backend import namespace
+from refllm.decode.generate import GREEDY, Sampling, generate_tokens
+from refllm.model.corpus import held_out_documents
+from refllm.study.bundle import architecture
+from refllm.study.memory import kv_bytes_per_token
+from refllm.study.quick import sample_bits_per_byte, time_step
+from refllm.study.records import Record
+from refllm.study.records import write as write_record
+from refllm.study.roofline import Device, mbu, measure_machine, mfu, roofline_data, step_cost
+from refllm.study.terminal import bytes_text, printable, table
+from refllm.study.timing import Stopwatch
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PROMPT = 'class Stack:\n    """A list with a top."""\n\n    def __init__(self, items=()):\n        self.'
+WRITTEN = 128  # tokens
+SAMPLE_WINDOWS = 16  # of 1,024 tokens each: two to five seconds
+CONTEXT = 256  # tokens cached in the steps that are timed
+REPEATS = 15
+
+
+@dataclass
+class Tour:
+    """What the stops share: the model, where to print, where figures go."""
+
+    name: str
+    backend: str
+    output: Path
+    out: Console
+    figures: list[Path] = field(default_factory=list)
+
+    @cached_property
+    def model(self) -> Model:
+        return load(self.name, self.backend)
+
+    @cached_property
+    def machine(self) -> Device:
+        """The limits of one core: the stops run on one BLAS thread, where two would wait for each other."""
+        return measure_machine(threads=1)
+
+    def say(self, text: str = "") -> None:
+        self.out.print(text)
+
+    def draw(self, name: str, values: dict[str, Any], kind: str, hardware: str) -> None:
+        """Record the numbers below ``output/data`` and draw the registered figure ``name`` from them."""
+        from refllm.study import figures  # matplotlib takes a second to import
+
+        record = Record(f"refllm tour --model {self.name}", kind, hardware, values)
+        write_record(self.output / "data" / f"{name}.json", record)
+        self.figures += figures.redraw([name], self.output)
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A name to visit it by, a title to print above it, and what happens there."""
+
+    name: str
+    title: str
+    visit: Callable[[Tour], None]
+
+
+def run(tour: Tour, names: Sequence[str] = ()) -> None:
+    """Visit the named stops, or all, in their order.
+
+    Raises
+    ------
+    ValueError
+        for a name that no stop has.
+    """
+    from threadpoolctl import threadpool_limits
+
+    known = [stop.name for stop in STOPS]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"the tour has no stop {name!r}; its stops are {', '.join(known)}")
+    chosen = [stop for stop in STOPS if not names or stop.name in names]
+    began = time.perf_counter()
+    with threadpool_limits(limits=1, user_api="blas"):
+        for stop in chosen:
+            tour.out.print(f"\n{known.index(stop.name) + 1}  {stop.title}", style="bold")
+            stop.visit(tour)
+    tour.say()
+    for path in tour.figures:
+        tour.say(f"figure: {path}")
+    tour.say(f"{time.perf_counter() - began:.0f} s in all")
+
+
+def meet(tour: Tour) -> None:
+    """Load the model and say what it is."""
+    began = time.perf_counter()
+    model = tour.model
+    seconds = time.perf_counter() - began
+    directory, config = locate(tour.name), model.config
+    size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    xp = namespace(model.weights["norm"])
+    tour.say(f"{tour.name}, a {architecture(config)}.")
+    tour.say(
+        f"{config.num_parameters:,} parameters, {bytes_text(size)} on disk, loaded in {seconds:.2f} s; each token of "
+        f"context will keep {kv_bytes_per_token(config, 32):,.0f} bytes of keys and values (float32)."
+    )
+    tour.say(f"It runs in {xp.__name__} {xp.__version__} on Python {platform.python_version()}.")
+    _draw_curve(tour, directory)
+
+
+def _draw_curve(tour: Tour, directory: Path) -> None:
+    """The training curve, where the model comes with one."""
+    curve, card = directory / "curve.json", directory / "card.json"
+    if not (curve.is_file() and card.is_file()):
+        return
+    about, step, marks = json.loads(card.read_text(encoding="utf-8")), 0, []
+    for phase in about["training"]["plan"]["phases"]:
+        step += phase["steps"]
+        marks.append([step, f"{phase['batch']} × {phase['length']}"])
+    runs = {tour.name: json.loads(curve.read_text(encoding="utf-8"))}
+    made = about["made with"]
+    tour.draw("training_curve", {"runs": runs, "phases": marks}, "B", f"Python {made['python']}, NumPy {made['numpy']}")
+
+
+def write(tour: Tour) -> None:
+    """Write code from a prompt, shown token by token."""
+    how, watch = Sampling(temperature=0.5, top_p=0.95), Stopwatch()
+    tour.out.print(PROMPT, end="", style="dim", soft_wrap=True)
+    for piece in tour.model.stream(PROMPT, WRITTEN, how=how, rng=1, on_token=watch.tick):
+        tour.out.print(printable(piece), end="", soft_wrap=True)
+    tour.say("\n")
+    tour.say(
+        f"{watch.tokens} tokens at temperature {how.temperature}: the first after {1e3 * watch.ttft:.0f} ms, then one "
+        f"every {1e3 * watch.tpot:.2f} ms, which is {watch.tokens_per_second:,.0f} tokens/s. It has the look of Python "
+        "and no meaning."
+    )
+
+
+def measure(tour: Tour) -> None:
+    """Bits per byte on text that the model never saw, from a random sample of the evaluation's own windows."""
+    documents = held_out_documents()
+    began = time.perf_counter()
+    sample = sample_bits_per_byte(tour.model, documents, SAMPLE_WINDOWS, np.random.default_rng(0))
+    seconds = time.perf_counter() - began
+    bits = sample.bits
+    tour.say(
+        f"{len(documents)} modules of Python {platform.python_version()} were kept out of training. From the "
+        f"{sample.of} windows that cover them, {sample.windows} drawn at random: {sample.tokens:,} tokens, "
+        f"{bytes_text(sample.bytes)} of text, {seconds:.1f} s."
+    )
+    tour.out.print(f"{bits.mean:.3f} bits per byte, 95 % interval {bits.low:.3f} to {bits.high:.3f}", style="bold")
+    tour.say("The interval is a bootstrap over those windows; `refllm eval` scores every token.")
+
+
+def cost(tour: Tour) -> None:
+    """What a step costs in FLOP and bytes, against what this machine can do."""
+    machine, config = tour.machine, tour.model.config
+    steps = {f"decode, {b} sequence{'s' * (b > 1)}": [(CONTEXT, 1)] * b for b in (1, 8, 32)}
+    steps[f"prefill, {CONTEXT} tokens"] = [(0, CONTEXT)]
+    counted = {
+        name: step_cost(config, batch, weight_bytes_per_param=4, kv_bytes_per_number=4) for name, batch in steps.items()
+    }
+    tour.say(
+        f"Limits of one core, measured: {machine.peak_flops / 1e9:.0f} GFLOP/s and {machine.peak_bandwidth / 1e9:.0f} "
+        f"GB/s. A step of fewer than {machine.ridge:.1f} FLOP a byte waits for memory."
+    )
+    made = table("step", "MFLOP", "MB", "FLOP/byte", "waits for", "ms", "MFU", "MBU")
+    points = []
+    for name, c in counted.items():
+        seconds = time_step(tour.model, steps[name], REPEATS)
+        limit = "memory" if c.intensity < machine.ridge else "products"
+        made.add_row(
+            name, f"{c.flops / 1e6:,.1f}", f"{c.bytes / 1e6:,.1f}", f"{c.intensity:.2f}", limit, f"{1e3 * seconds:.2f}",
+            f"{mfu(c, seconds, machine):.0%}", f"{mbu(c, seconds, machine):.0%}",
+        )  # fmt: skip
+        points.append({"label": name, "intensity": c.intensity, "flops_per_second": c.flops / seconds})
+    tour.out.print(made)
+    tour.say(
+        f"{CONTEXT} tokens of context. FLOP and bytes are counted; times are measured, medians of {REPEATS}. MFU and "
+        "MBU are the shares of the two limits that were used (weights that stay in the cache can exceed the second). "
+        "A step reads every weight once, however many sequences share it: that is what batching buys."
+    )
+    tour.draw("roofline", roofline_data([machine], {}) | {"points": points}, "B", f"{machine.name}. {machine.source}")
+
+
+def phases(tour: Tour) -> None:
+    """Prefill and decode of one request: the same network at two speeds."""
+    model = tour.model
+    text = "".join(d.text for d in held_out_documents())
+    prompt = model.tokenizer.encode(text[: 8 * CONTEXT], special=True)[:CONTEXT]
+    watch = Stopwatch()
+    for _ in generate_tokens(model.weights, model.config, [prompt], WRITTEN, GREEDY, np.random.default_rng(0)):
+        watch.tick()
+    prefill, decode = watch.ttft, watch.e2el - watch.ttft
+    made = table("phase", "tokens", "ms", "ms a token", "tokens/s")
+    for name, count, seconds in (("prefill", len(prompt), prefill), ("decode", watch.tokens - 1, decode)):
+        each = seconds / count
+        made.add_row(name, f"{count}", f"{1e3 * seconds:.1f}", f"{1e3 * each:.3f}", f"{1 / each:,.0f}")
+    tour.out.print(made)
+    tour.say(
+        f"First token after {1e3 * watch.ttft:.0f} ms (TTFT), each further one {1e3 * watch.tpot:.2f} ms (TPOT), the "
+        f"request {1e3 * watch.e2el:.0f} ms. A generated token costs {watch.tpot * len(prompt) / prefill:.1f} times a "
+        "prompt token: prefill reads the weights once for all of its tokens, decode once for each."
+    )
+
+
+STOPS = [
+    Stop("meet", "The model", meet),
+    Stop("write", "Writing code from a prompt", write),
+    Stop("measure", "Predicting text that it never saw", measure),
+    Stop("cost", "What a step costs", cost),
+    Stop("phases", "Prefill and decode", phases),
+]
