@@ -36,14 +36,10 @@ Left out: typical, eta, top-h, mirostat, DRY and XTC sampling; beam search.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
-from refllm.backend import Array, asarray_like, namespace, to_numpy
+from refllm.backend import Array, namespace, to_numpy
+from refllm.decode.parameters import Knobs, Parameter, column, knobs
 
-Parameter = float | Sequence[float]  # one number, or one for each row of logits[B, V]: a list or host array
-
-_COLDEST = 1e-200  # below it, two different float32 logits are as far apart as they can be; keeps 1/τ finite
 _FAR = 700.0  # exp(-700) is nothing beside 1: `margin` looks no farther
 
 
@@ -75,11 +71,11 @@ def warp(
         for a parameter outside its range, and for a row with NaN, with +inf, or with every token masked.
     """
     xp = namespace(logits)
-    knobs = _knobs(logits, temperature, top_k, top_p, min_p)
-    weights = _weights(logits, knobs.temperature)
-    if knobs.filtering:
+    how = knobs(logits, temperature, top_k, top_p, min_p)
+    weights = _weights(logits, how.temperature)
+    if how.filtering:
         ranked = _ranked(weights)
-        weights = xp.where(_largest(weights, ranked, _count(ranked, knobs)), weights, 0.0)
+        weights = xp.where(_largest(weights, ranked, _count(ranked, how)), weights, 0.0)
     return weights / xp.sum(weights, axis=-1, keepdims=True)
 
 
@@ -105,8 +101,7 @@ def apply_repetition_penalty(logits: Array, seen: Array, penalty: Parameter) -> 
     ValueError if a penalty is not a finite number above 0.
     """
     xp = namespace(logits, seen)
-    numbers = _numbers("repetition_penalty", penalty, logits, lambda x: 0 < x < math.inf, "finite and above 0")
-    theta = _placed(numbers, logits, logits.dtype)
+    theta = column("repetition_penalty", penalty, logits, lambda x: 0 < x < math.inf, "finite and above 0")
     return xp.where(seen, xp.where(logits > 0, logits / theta, logits * theta), logits)
 
 
@@ -119,8 +114,8 @@ def apply_count_penalties(logits: Array, counts: Array, presence: Parameter = 0.
     ValueError if a penalty is not finite.
     """
     xp = namespace(logits, counts)
-    alpha = _placed(_numbers("presence", presence, logits, math.isfinite, "finite"), logits, logits.dtype)
-    beta = _placed(_numbers("frequency", frequency, logits, math.isfinite, "finite"), logits, logits.dtype)
+    alpha = column("presence", presence, logits, math.isfinite, "finite")
+    beta = column("frequency", frequency, logits, math.isfinite, "finite")
     return logits - beta * xp.astype(counts, logits.dtype) - alpha * xp.astype(counts > 0, logits.dtype)
 
 
@@ -173,72 +168,21 @@ def margin(
     of ``top_p`` (and each weight against ``min_p``); the odds of each edge of the CDF against those of u.
     """
     xp = namespace(logits)
-    knobs = _knobs(logits, temperature, top_k, top_p, min_p)
-    weights = _weights(logits, knobs.temperature)
-    u = xp.asarray(uniforms, dtype=xp.float64)[..., None]
+    how = knobs(logits, temperature, top_k, top_p, min_p)
+    weights = _weights(logits, how.temperature)
     ranked = _ranked(weights)
-    count, V = _count(ranked, knobs), ranked.shape[-1]
-    first_out = xp.take_along_axis(ranked, xp.minimum(count, V - 1), axis=-1)
+    count, V = _count(ranked, how), ranked.shape[-1]
     last_in = xp.take_along_axis(ranked, count - 1, axis=-1)
+    first_out = xp.take_along_axis(ranked, xp.minimum(count, V - 1), axis=-1)
+    kept = xp.where(_largest(weights, ranked, count), weights, 0.0)
     slack = _log_gap(last_in, xp.where(count < V, first_out, 0.0))
-    mass = _mass(ranked, knobs.top_k)
-    cdf = xp.cumulative_sum(xp.where(_largest(weights, ranked, count), weights, 0.0), axis=-1)
     for gaps in (
-        _log_gap(mass * (1 - knobs.top_p), (mass[..., -1:] - mass) * knobs.top_p),
-        _log_gap(ranked, knobs.min_p * ranked[..., :1]),
-        _log_gap(cdf * (1 - u), (cdf[..., -1:] - cdf) * u),
+        _log_gap(ranked, how.min_p * ranked[..., :1]),
+        _odds_gap(_first(ranked, how.top_k), how.top_p),
+        _odds_gap(kept, xp.asarray(uniforms, dtype=xp.float64)[..., None]),
     ):
         slack = xp.minimum(slack, xp.min(gaps, axis=-1, keepdims=True))
-    return (0.5 * knobs.temperature * slack)[..., 0]
-
-
-class _Knobs(NamedTuple):
-    """Parameters checked and made ready: Python numbers, or columns [B, 1] on the logits' device."""
-
-    temperature: Array  # 1 in greedy rows
-    top_k: Array  # 1 in greedy rows, V where off
-    top_p: Array  # 2 where off: a share that no prefix reaches
-    min_p: Array
-    filtering: bool  # can any row lose a token?
-
-
-def _knobs(logits: Array, temperature: Parameter, top_k: Parameter, top_p: Parameter, min_p: Parameter) -> _Knobs:
-    xp = namespace(logits)
-    V = logits.shape[-1] if logits.ndim else 0
-    if V == 0:
-        raise ValueError(f"logits of shape {logits.shape} have no tokens to choose from")
-    t = _numbers("temperature", temperature, logits, lambda x: 0 <= x < math.inf, "0 (greedy) or finite and above")
-    k = _numbers("top_k", top_k, logits, lambda x: 0 <= x == x // 1, "0 (off) or a whole number above")
-    p = _numbers("top_p", top_p, logits, lambda x: 0 < x <= 1, "within (0, 1]")
-    m = _numbers("min_p", min_p, logits, lambda x: 0 <= x <= 1, "within [0, 1]")
-    # Greedy is top-1 at temperature 1: one token stays, the lowest id of the largest, with probability 1.
-    rows = max(len(t), len(k))
-    k = [1 if t[i % len(t)] == 0 else int(min(k[i % len(k)] or V, V)) for i in range(rows)]
-    t = [max(x, _COLDEST) if x > 0 else 1.0 for x in t]
-    filtering = min(k) < V or min(p) < 1 or max(m) > 0
-    p = [x if x < 1 else 2.0 for x in p]
-    temperature_, top_p_, min_p_ = (_placed(x, logits, xp.float64) for x in (t, p, m))
-    return _Knobs(temperature_, _placed(k, logits, xp.int64), top_p_, min_p_, filtering)
-
-
-def _numbers(name: str, value: Parameter, logits: Array, allowed: Callable[[float], bool], rule: str) -> list[float]:
-    """The numbers of a parameter, checked: one, or one for each row."""
-    numbers: Any = value.tolist() if hasattr(value, "tolist") else value  # NumPy's arrays and scalars
-    if isinstance(numbers, (int, float)):
-        numbers = [numbers]
-    elif logits.ndim != 2 or len(numbers) != logits.shape[0]:
-        raise ValueError(f"{name} is a list of {len(numbers)}: that needs logits[B, V] with B rows, got {logits.shape}")
-    for row, x in enumerate(numbers):
-        if not allowed(x):
-            raise ValueError(f"{name} must be {rule}, got {x}" + (f" in row {row}" if len(numbers) > 1 else ""))
-    return list(numbers)
-
-
-def _placed(numbers: list[float], logits: Array, dtype: Any) -> Array:
-    """A Python number where one serves all rows, else a column [B, 1]."""
-    if len(numbers) == 1:
-        return numbers[0]
-    return asarray_like(numbers, logits, dtype)[:, None]
+    return (0.5 * how.temperature * slack)[..., 0]
 
 
 def _peak(z: Array) -> Array:
@@ -272,19 +216,19 @@ def _ranked(weights: Array) -> Array:
     return xp.flip(xp.sort(weights, axis=-1), axis=-1)
 
 
-def _mass(ranked: Array, top_k: Array) -> Array:
-    """Mass of the first j tokens, j = 1..V, of those that top-k leaves, [..., V]; the last is its total."""
+def _first(ranked: Array, k: Array) -> Array:
+    """The first k weights, and zeros after them; [..., V]."""
     xp = namespace(ranked)
-    return xp.cumulative_sum(xp.where(xp.arange(ranked.shape[-1]) < top_k, ranked, 0.0), axis=-1)
+    return xp.where(xp.arange(ranked.shape[-1]) < k, ranked, 0.0)
 
 
-def _count(ranked: Array, knobs: _Knobs) -> Array:
+def _count(ranked: Array, how: Knobs) -> Array:
     """n, how many tokens stay: the smallest of what the three filters allow, int64[..., 1], at least 1."""
     xp = namespace(ranked)
-    mass = _mass(ranked, knobs.top_k)
-    reaching = 1 + _how_many(mass < knobs.top_p * mass[..., -1:])  # the prefixes that fall short, and one more
-    likely = _how_many(ranked >= knobs.min_p)  # the largest weight is 1, so min_p is its own threshold
-    return xp.minimum(xp.minimum(reaching, likely), knobs.top_k)
+    mass = xp.cumulative_sum(_first(ranked, how.top_k), axis=-1)  # of each prefix; the last is what top-k left
+    reaching = 1 + _how_many(mass < how.top_p * mass[..., -1:])  # the prefixes that fall short, and one more
+    likely = _how_many(ranked >= how.min_p)  # the largest weight is 1, so min_p is its own threshold
+    return xp.minimum(xp.minimum(reaching, likely), how.top_k)
 
 
 def _largest(weights: Array, ranked: Array, count: Array) -> Array:
@@ -307,3 +251,15 @@ def _log_gap(a: Array, b: Array) -> Array:
     both = (a > 0) & (b > 0)
     gap = xp.abs(xp.log(xp.where(both, a, 1.0)) - xp.log(xp.where(both, b, 1.0)))
     return xp.where(both, xp.minimum(gap, _FAR), _FAR)
+
+
+def _odds_gap(weights: Array, share: Array) -> Array:
+    """How far the odds of each prefix of ``weights`` lie from those of ``share``, as |log|; [..., V].
+
+    The weights after a prefix are summed by themselves: total - before would lose them beside a large one.
+    """
+    xp = namespace(weights)
+    before = xp.cumulative_sum(weights, axis=-1)
+    onward = xp.flip(xp.cumulative_sum(xp.flip(weights, axis=-1), axis=-1), axis=-1)
+    after = xp.concat([onward[..., 1:], xp.zeros_like(onward[..., :1])], axis=-1)
+    return _log_gap(before * (1 - share), after * share)

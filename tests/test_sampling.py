@@ -1,0 +1,502 @@
+"""Sampling: the filters against brute force and transformers, the law of the draw by exact interval edges.
+
+A filter's cut is a comparison of floats. Where a test compares two ways to compute the same cut, it draws cases
+whose distance from the threshold is far above the rounding of either way, or whose arithmetic is exact.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+import fakecupy
+from conftest import oracle, to_host
+from refllm.decode.sampling import (
+    apply_count_penalties,
+    apply_repetition_penalty,
+    log_probabilities,
+    margin,
+    sample,
+    warp,
+)
+from strategies import arrays, build, seeds
+
+EPS = float(np.finfo(np.float64).eps)
+LARGEST_UNIFORM = 1 - 2**-53
+
+temperatures = st.sampled_from([0.3, 0.7, 1.0, 1.8])
+top_ks = st.integers(0, 12)
+top_ps = st.sampled_from([1e-9, 0.1, 0.5, 0.8, 0.95, 0.999, 1.0])
+min_ps = st.sampled_from([0.0, 0.01, 0.2, 0.6, 1.0])
+settings_ = st.fixed_dictionaries({"temperature": temperatures, "top_k": top_ks, "top_p": top_ps, "min_p": min_ps})
+
+
+@st.composite
+def logits(draw: st.DrawFn, rows: int = 1, masked: bool = True) -> np.ndarray:
+    """float32 [rows, V] with ties more often than not, and masked tokens (never all of a row)."""
+    z = draw(arrays(rows, st.integers(1, 12), kinds=("normal", "outlier_column", "zero", "constant", "one_sided")))
+    if draw(st.booleans()):
+        z = np.round(2 * z) / 2  # few different values: ties
+    if masked and draw(st.booleans()):
+        rng = np.random.default_rng(draw(seeds))
+        dead = rng.random(z.shape) < 0.4
+        dead[np.arange(rows), rng.integers(z.shape[1], size=rows)] = False
+        z = np.where(dead, np.float32(-np.inf), z)
+    return z
+
+
+def brute_force(z: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> list[float]:
+    """The definition, in Python floats over sorted lists; one row."""
+    row = [float(x) for x in z]
+    if temperature == 0:
+        return [float(i == row.index(max(row))) for i in range(len(row))]
+    weight = [math.exp((x - max(row)) / temperature) for x in row]
+    ranked = sorted(range(len(row)), key=lambda i: (-weight[i], i))  # of equal ones the lowest id first
+    if top_k:
+        ranked = ranked[:top_k]
+    if top_p < 1:
+        total, mass, nucleus = math.fsum(weight[i] for i in ranked), 0.0, []
+        for i in ranked:
+            nucleus.append(i)
+            mass += weight[i]
+            if mass >= top_p * total:
+                break
+            # nearer than rounding may bring it, except where every weight is 1 and sums are exact
+            assume(all(weight[j] == 1 for j in ranked) or abs(mass / total - top_p) > 1e-12)
+        assume(all(weight[j] == 1 for j in ranked) or abs(mass / total - top_p) > 1e-12)
+        ranked = nucleus
+    ranked = [i for i in ranked if weight[i] >= min_p * max(weight)]
+    total = math.fsum(weight[i] for i in ranked)
+    return [weight[i] / total if i in ranked else 0.0 for i in range(len(row))]
+
+
+# --- the filters ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.theorem(
+    "warp is temperature, then the k largest, then the smallest prefix of mass ≥ top_p, then ≥ min_p · max, "
+    "renormalised; of equal tokens the lowest id stays",
+    source="Holtzman et al. 2020, §3.1; Fan et al. 2018; Nguyen et al. 2024",
+)
+@given(z=logits(rows=3), how=settings_ | st.fixed_dictionaries({"temperature": st.just(0.0)}))
+def test_filters_equal_brute_force_over_sorted_lists(pure_xp, z, how):
+    how = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, **how}
+    p = to_host(warp(pure_xp.asarray(z), **how))
+    expected = [brute_force(row, **how) for row in z]
+    assert (p > 0).tolist() == [[x > 0 for x in row] for row in expected]
+    # each weight is off by the rounding of (z - max)/τ, at most |log w| ≤ 745 half-ulps, and a few of its own
+    np.testing.assert_allclose(p, expected, rtol=1000 * EPS, atol=0)
+
+
+@pytest.mark.theorem(
+    "warp is a distribution: no entry negative, sum 1 within V·eps, zero where masked", source="definition"
+)
+@given(z=arrays(4, st.integers(1, 40)), how=settings_)
+def test_warp_is_a_distribution_for_logits_of_every_kind(pure_xp, z, how):
+    p = to_host(warp(pure_xp.asarray(z), **how))
+    assert p.dtype == np.float64
+    assert (p >= 0).all()
+    assert (abs(p.sum(axis=-1) - 1) <= z.shape[1] * EPS).all()
+
+
+@pytest.mark.theorem(
+    "top_k keeps exactly min(k, V) tokens however many are equal; top_p keeps the fewest that reach it",
+    source="definition; transformers and vLLM keep all that equal the k-th",
+)
+@given(z=logits(masked=False), k=st.integers(1, 14), top_p=top_ps)
+def test_the_counts_that_stay_are_exact(pure_xp, z, k, top_p):
+    x = pure_xp.asarray(z)
+    V = z.shape[1]
+    assert (to_host(warp(x, top_k=k)) > 0).sum() == min(k, V)
+    full, kept = to_host(warp(x))[0], to_host(warp(x, top_p=top_p))[0] > 0
+    if top_p == 1:
+        assert kept.all()
+        return
+    assert full[kept].sum() >= top_p - V * EPS
+    assert full[kept].sum() - full[kept].min() < top_p + V * EPS  # one fewer falls short
+    assert not (~kept).any() or full[kept].min() >= full[~kept].max()
+
+
+@pytest.mark.theorem(
+    "the support grows with top_k and top_p and shrinks with min_p: the sets are nested", source="prefixes of one order"
+)
+@given(z=logits(), how=settings_, more=st.integers(1, 5), share=st.floats(0, 1))
+def test_supports_are_nested(pure_xp, z, how, more, share):
+    x = pure_xp.asarray(z)
+
+    def support(**change):
+        return to_host(warp(x, **{**how, **change})) > 0
+
+    small = support()
+    for wider in (
+        support(top_k=how["top_k"] + more if how["top_k"] else 0),
+        support(top_p=how["top_p"] + share * (1 - how["top_p"])),
+        support(min_p=how["min_p"] * share),
+    ):
+        assert (small <= wider).all()
+
+
+@pytest.mark.theorem(
+    "min-p before top-k and top-p, vLLM's order, never keeps a token that this order drops", source="vLLM's v1 sampler"
+)
+@given(z=logits(), how=settings_)
+def test_vllms_order_keeps_a_subset(pure_xp, z, how):
+    x = pure_xp.asarray(z)
+    first = warp(x, how["temperature"], min_p=how["min_p"])
+    brute_force(z[0], **how)  # passes over cases at a cut of top-p
+    log_first = np.where(to_host(first) > 0, z, -np.inf)
+    theirs = to_host(warp(pure_xp.asarray(log_first), how["temperature"], how["top_k"], how["top_p"]))
+    assert ((theirs > 0) <= (to_host(warp(x, **how)) > 0)).all()
+
+
+@pytest.mark.theorem(
+    "temperature 0 is the one-hot argmax, of equal logits the lowest id, whatever the filters; it is the limit of "
+    "temperature → 0 where the largest is unique",
+    source="definition",
+)
+@given(z=logits(rows=2), how=settings_)
+def test_temperature_0_is_the_argmax_and_the_limit(pure_xp, z, how):
+    x = pure_xp.asarray(z)
+    greedy = to_host(warp(x, **{**how, "temperature": 0}))
+    assert (greedy == np.eye(z.shape[1])[z.argmax(axis=-1)]).all()
+    for row, one_hot in zip(z, greedy, strict=True):
+        if (row == row.max()).sum() == 1:
+            for cold in (1e-12, 5e-324):  # float32 logits differ by 1e-8 or more here: exp(-1e4) is 0
+                assert (to_host(warp(pure_xp.asarray(row), cold)) == one_hot).all()
+
+
+@pytest.mark.theorem("warp(z + c) = warp(z)", source="softmax is invariant to a shift")
+@given(z=logits(), how=settings_, c=st.integers(-1000, 1000))
+def test_a_shift_of_all_logits_changes_nothing(pure_xp, z, how, c):
+    z = np.round(z.astype(np.float64) * 8) / 8  # eighths: adding c is exact, so equality is too
+    assert (to_host(warp(pure_xp.asarray(z), **how)) == to_host(warp(pure_xp.asarray(z + c), **how))).all()
+
+
+@pytest.mark.theorem("warp(P z) = P warp(z) for a permutation P of tokens without ties", source="definition")
+@given(z=logits(), how=settings_, seed=seeds)
+def test_renaming_the_tokens_renames_the_probabilities(pure_xp, z, how, seed):
+    live = z[np.isfinite(z)]
+    assume(len(np.unique(live)) == len(live))
+    order = np.random.default_rng(seed).permutation(z.shape[1])
+    p, q = to_host(warp(pure_xp.asarray(z), **how)), to_host(warp(pure_xp.asarray(z[:, order]), **how))
+    assert ((p > 0)[:, order] == (q > 0)).all()
+    np.testing.assert_allclose(p[:, order], q, rtol=z.shape[1] * EPS)  # the normaliser is summed in another order
+
+
+@given(z=logits(rows=3), hows=st.lists(settings_, min_size=3, max_size=3), greedy=st.integers(0, 2))
+def test_a_batch_with_its_own_parameters_equals_its_rows_alone(pure_xp, z, hows, greedy):
+    hows[greedy]["temperature"] = 0.0
+    x = pure_xp.asarray(z)
+    together = {name: [how[name] for how in hows] for name in hows[0]}
+    u = pure_xp.asarray(np.array([0.1, 0.5, 0.9]))
+    alone = [to_host(warp(pure_xp.asarray(row), **how)) for row, how in zip(z, hows, strict=True)]
+    assert (to_host(warp(x, **together)) == np.stack(alone)).all()
+    apart = [margin(pure_xp.asarray(z[i]), (0.1, 0.5, 0.9)[i], **hows[i]) for i in range(3)]
+    assert to_host(margin(x, u, **together)).tolist() == [float(m) for m in apart]
+    arrays_ = {name: np.array(values) for name, values in together.items()}
+    assert (to_host(warp(x, **arrays_)) == np.stack(alone)).all()
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ([0.0, math.nan, 1.0], "token 1 of row 1 .* is NaN"),
+        ([math.nan, math.inf, 1.0], "token 0 of row 1 .* is NaN"),
+        ([0.0, 2.0, math.inf], r"token 2 of row 1 .* is \+inf"),
+        ([-math.inf] * 3, "every token of row 1 .* is masked"),
+    ],
+)
+def test_what_is_not_a_logit_is_refused_with_its_place(pure_xp, row, says):
+    x, u = pure_xp.asarray(np.array([[1.0, 2.0, -math.inf], row], dtype=np.float32)), pure_xp.asarray(np.zeros(2))
+    for function in (warp, lambda x: warp(x, 0), lambda x: margin(x, u), log_probabilities):
+        with pytest.raises(ValueError, match=says):
+            function(x)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *({"temperature": t} for t in (-0.1, math.nan, math.inf)),
+        *({"top_k": k} for k in (-1, 1.5, math.inf, math.nan)),
+        *({"top_p": p} for p in (0, 1.01, -0.5, math.nan)),
+        *({"min_p": m} for m in (-0.1, 1.1, math.nan)),
+        {"temperature": [1.0, -1.0]},
+        {"top_k": [1, 2, 3]},
+    ],
+)
+def test_parameters_outside_their_range_are_refused_by_name(how):
+    with pytest.raises(ValueError, match=next(iter(how))):
+        warp(np.zeros((2, 4)), **how)
+
+
+def test_a_list_of_parameters_needs_rows_and_a_row_needs_tokens():
+    with pytest.raises(ValueError, match="needs logits"):
+        warp(np.zeros(4), temperature=[1.0])
+    for shape in ((), (0,), (2, 0)):
+        with pytest.raises(ValueError, match="no tokens"):
+            warp(np.zeros(shape))
+    assert warp(np.zeros((0, 4)), top_k=2).shape == (0, 4)  # no rows is no mistake
+
+
+# --- log-probabilities and penalties -------------------------------------------------------------------------
+
+
+@pytest.mark.theorem("exp(log_probabilities) = warp at temperature 1, and sums to 1", source="definition")
+@given(z=logits(rows=2))
+def test_log_probabilities_are_the_logarithm_of_warp(pure_xp, z):
+    lp = to_host(log_probabilities(pure_xp.asarray(z)))
+    # |lp| ≤ 745 for what is not rounded to zero: exp turns half an ulp of it into 745/2 · eps
+    np.testing.assert_allclose(np.exp(lp), to_host(warp(pure_xp.asarray(z))), rtol=1000 * EPS, atol=1e-300)
+    assert (lp[np.isneginf(z)] == -np.inf).all()
+    assert (lp <= 0).all()
+
+
+@pytest.mark.theorem(
+    "a repetition penalty θ ≥ 1 never raises a logit, leaves unseen ones alone, counts once, and is undone by 1/θ",
+    source="Keskar et al. 2019, §4.1, with the sign rule of transformers",
+)
+@given(z=arrays(2, 6, kinds=("normal", "zero", "one_sided", "outlier_column")), seed=seeds, power=st.integers(0, 3))
+def test_the_repetition_penalty_lowers_what_was_seen_and_only_that(pure_xp, z, seed, power):
+    theta = 2.0**power  # division and product are exact
+    seen = np.random.default_rng(seed).random(z.shape) < 0.5
+    x, mask = pure_xp.asarray(z), pure_xp.asarray(seen)
+    y = apply_repetition_penalty(x, mask, theta)
+    assert y.dtype == x.dtype
+    expected = [
+        [v if not s else v / theta if v > 0 else v * theta for v, s in zip(*r, strict=True)]
+        for r in zip(z, seen, strict=True)
+    ]
+    assert to_host(y).tolist() == expected
+    assert (to_host(y) <= z).all()
+    assert (to_host(apply_repetition_penalty(y, mask, 1 / theta)) == z).all()
+    each = to_host(apply_repetition_penalty(x, mask, [1.0, theta]))
+    assert (each[0] == z[0]).all()
+    assert each[1].tolist() == expected[1]
+
+
+@given(z=arrays(2, 5, kinds=("normal",), dtype="float64"), seed=seeds)
+def test_count_penalties_are_openais_formula(pure_xp, z, seed):
+    counts = np.random.default_rng(seed).integers(0, 4, z.shape)
+    y = to_host(apply_count_penalties(pure_xp.asarray(z), pure_xp.asarray(counts), 0.5, [0.25, -0.125]))
+    expected = z - np.array([[0.25], [-0.125]]) * counts - 0.5 * (counts > 0)
+    assert (y == expected).all()  # both are z minus exact numbers, in the same order
+
+
+@pytest.mark.parametrize("penalty", [0.0, -1.0, math.nan, math.inf])
+def test_penalties_that_are_no_penalty_are_refused(penalty):
+    z = np.zeros((1, 3))
+    with pytest.raises(ValueError, match="repetition_penalty"):
+        apply_repetition_penalty(z, z > 0, penalty)
+    if not math.isfinite(penalty):
+        with pytest.raises(ValueError, match="presence"):
+            apply_count_penalties(z, z.astype(int), presence=penalty)
+
+
+# --- the draw ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.theorem(
+    "the set of u with sample(p, u) = t is the interval [F(t-1), F(t)): its measure is p(t), exactly",
+    source="inverse transform; enumeration in sixty-fourths, where every sum is exact",
+)
+@given(cuts=st.lists(st.integers(0, 64), min_size=0, max_size=6))
+def test_each_token_has_its_probability_of_the_uniforms(pure_xp, cuts):
+    edges = [0, *sorted(cuts), 64]
+    p = [Fraction(b - a, 64) for a, b in itertools.pairwise(edges)]
+    row = np.array([float(x) for x in p])
+    # ascending uniforms: each edge and the float just below it, so that every interval's ends are seen
+    u = sorted({x for e in range(64) for x in (e / 64, math.nextafter((e + 1) / 64, 0))})
+    ids = to_host(sample(pure_xp.asarray(np.tile(row, (len(u), 1))), pure_xp.asarray(np.array(u))))
+    assert ids.dtype == np.int64
+    assert (np.diff(ids) >= 0).all()  # one interval for each token, in the order of ids
+    for a, b, t in zip(u[::2], u[1::2], ids[::2], strict=True):
+        assert ids[u.index(b)] == t  # [e, e+1) / 64 is one token's from its first float to its last
+        assert edges[t] <= 64 * a < edges[t + 1]
+    counts = np.bincount(ids[::2], minlength=len(p))
+    assert [Fraction(int(c), 64) for c in counts] == p
+
+
+@pytest.mark.theorem(
+    "the edges of the intervals are the cumulative sums within V·eps for any float probabilities",
+    source="each of V additions rounds by eps/2 of at most 1",
+)
+@given(z=logits(), how=settings_)
+def test_the_edges_of_the_intervals_are_the_cumulative_sums(pure_xp, z, how):
+    p = warp(pure_xp.asarray(z[0]), **how)
+    exact = [Fraction(float(x)) for x in to_host(p)]
+    total = sum(exact)
+    for t in range(len(exact) - 1):
+        edge = sum(exact[: t + 1]) / total
+        slack = 2 * len(exact) * EPS
+        low, high = float(edge) - slack, float(edge) + slack
+        if low >= 0:
+            assert int(sample(p, low)) <= t
+        if high < 1:
+            assert int(sample(p, high)) > t
+
+
+@pytest.mark.theorem(
+    "no token of probability zero is drawn, at u = 0, at the largest float below 1, however the sum rounds",
+    source="u · total < total in float64 for u ≤ 1 - 2^-53",
+)
+@given(n=st.integers(1, 30), seed=seeds, scale=st.sampled_from([1e-12, 1.0, 7.0]), u=st.floats(0, LARGEST_UNIFORM))
+def test_a_token_of_probability_zero_is_never_drawn(pure_xp, n, seed, scale, u):
+    rng = np.random.default_rng(seed)
+    p = scale * rng.random(n) ** 8 * (rng.random(n) < 0.4)
+    p[rng.integers(n)] = scale
+    for uniform in (0.0, LARGEST_UNIFORM, u):
+        assert p[int(sample(pure_xp.asarray(p), uniform))] > 0
+
+
+@given(seed=seeds)
+def test_a_token_of_probability_zero_is_not_drawn_by_a_parallel_sum_either(seed):
+    rng = np.random.default_rng(seed)
+    p = rng.random(20) * (rng.random(20) < 0.5)
+    p[3] = 1.0
+
+    def parallel(x, axis):  # each entry summed in an order of its own: dead tokens stand out by an ulp or two
+        return np.array([math.fsum(x[: i + 1]) for i in range(len(x))]) * (1 + EPS * rng.integers(-2, 3, len(x)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np, "cumulative_sum", parallel)
+        for u in [0.0, LARGEST_UNIFORM, *rng.random(20), *(np.cumsum(p) / p.sum()).clip(0, LARGEST_UNIFORM)]:
+            assert p[int(sample(p, u))] > 0
+
+
+def test_what_is_no_distribution_or_no_uniform_is_refused(pure_xp):
+    good = [0.5, 0.5]
+    for bad in ([-0.5, 1.5], [math.nan, 1.0], [0.5, math.nan], [math.inf, 1.0], [0.0, 0.0]):
+        with pytest.raises(ValueError, match="row 1"):
+            sample(pure_xp.asarray(np.array([good, bad])), pure_xp.asarray(np.array([0.5, 0.5])))
+    for u in (1.0, -1e-9, math.nan, math.inf):
+        with pytest.raises(ValueError, match="row 0"):
+            sample(pure_xp.asarray(np.array(good)), u)
+    with pytest.raises(ValueError, match="need uniforms"):
+        sample(pure_xp.asarray(np.array([good, good])), 0.5)
+
+
+def test_a_draw_waits_for_the_device_twice_and_moves_nothing():
+    z, u = fakecupy.asarray(build("normal", (4, 50), 0)), fakecupy.asarray(np.full(4, 0.5))
+    with fakecupy.counting() as cost:
+        sample(warp(z, 0.8, 40, 0.95, 0.05), u)
+        assert (cost.syncs, cost.h2d) == (2, 0)  # one look at the logits, one at the probabilities
+
+
+# --- the margin ----------------------------------------------------------------------------------------------
+
+
+def draw_token(xp, z, u, how):
+    return int(sample(warp(xp.asarray(z), **how), u))
+
+
+@pytest.mark.theorem(
+    "if every logit moves by less than margin(z, u), the sampled token is the same, filters and all",
+    source="ratios of (sums of) weights move by at most exp(±2δ/τ)",
+)
+@given(z=logits(), how=settings_, u=st.integers(0, 999), greedy=st.booleans(), seed=seeds)
+# exp(-108) is lost beside 1: the mass after the first token has to be summed by itself
+@example(
+    z=np.array([[0.3, 0.8, 33.0]]),
+    how={"temperature": 0.3, "top_k": 0, "top_p": 0.5, "min_p": 0.0},
+    u=0,
+    greedy=False,
+    seed=0,
+)
+def test_within_the_margin_the_token_is_the_same(pure_xp, z, how, u, greedy, seed):
+    how = {**how, "temperature": 0.0 if greedy else how["temperature"]}
+    z, u = z[0].astype(np.float64), u / 1000
+    delta = float(margin(pure_xp.asarray(z), u, **how))
+    assert delta >= 0
+    assume(delta > 1e-6)  # far above the rounding of the sums
+    token, rng = draw_token(pure_xp, z, u, how), np.random.default_rng(seed)
+    signs = [np.sign(rng.standard_normal(z.shape)) for _ in range(20)]
+    # the worst that can happen: all mass moves to one side of some token, in id order or in rank
+    rank = np.argsort(np.argsort(-z))
+    signs += [np.where(o <= i, s, -s) for o in (np.arange(len(z)), rank) for i in range(len(z)) for s in (1.0, -1.0)]
+    moved = pure_xp.asarray(z + 0.999 * delta * np.stack(signs))
+    assert (to_host(sample(warp(moved, **how), pure_xp.asarray(np.full(len(signs), u)))) == token).all()
+
+
+@pytest.mark.theorem(
+    "the margin is tight without filters and at temperature 0: logits that move by a little more change the token",
+    source="move all before the edge up, all after it down",
+)
+@given(z=logits(masked=False), u=st.integers(1, 999), temperature=temperatures | st.just(0.0))
+def test_beyond_the_margin_the_token_changes(pure_xp, z, u, temperature):
+    z, u, how = z[0].astype(np.float64), u / 1000, {"temperature": temperature}
+    assume(len(z) > 1)
+    delta = float(margin(pure_xp.asarray(z), u, **how))
+    assume(delta < 300 * (temperature or 1))
+    token = draw_token(pure_xp, z, u, how)
+    if temperature == 0:
+        pushes = [np.where(np.arange(len(z)) == token, -1.0, 1.0)]
+    else:
+        pushes = [np.where(np.arange(len(z)) <= t, s, -s) for t in (token - 1, token) for s in (1.0, -1.0)]
+    moved = [draw_token(pure_xp, z + (1.001 * delta + 1e-9) * push, u, how) for push in pushes]
+    assert any(t != token for t in moved)
+
+
+@given(seed=seeds)
+def test_two_backends_agree_wherever_the_margin_exceeds_their_difference(pure_xp, seed):
+    # another backend's float32 logits, as another order of summation leaves them
+    rng = np.random.default_rng(seed)
+    z, u = 4 * rng.standard_normal((64, 256)), pure_xp.asarray(rng.random(64))
+    other = z + rng.uniform(-2e-5, 2e-5, z.shape)
+    how = {"temperature": 0.8, "top_k": 100, "top_p": 0.9, "min_p": 0.01}
+    safe = to_host(margin(pure_xp.asarray(z), u, **how)) > 2e-5
+    a, b = (to_host(sample(warp(pure_xp.asarray(x), **how), u)) for x in (z, other))
+    assert (a == b)[safe].all()
+    assert safe.mean() > 0.9  # and the claim is about nearly all of them
+
+
+# --- peers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.oracle
+@pytest.mark.theorem("warp = softmax of transformers' warpers in its order, without ties", source="transformers 5")
+@given(seed=seeds, how=settings_)
+def test_warp_equals_transformers(pure_xp, seed, how):
+    torch, processors = oracle("torch"), oracle("transformers.generation.logits_process")
+    z = 3 * np.random.default_rng(seed).standard_normal((4, 50))
+    chain = [processors.TemperatureLogitsWarper(how["temperature"])]
+    if how["top_k"]:
+        chain.append(processors.TopKLogitsWarper(how["top_k"]))
+    if how["top_p"] < 1:
+        chain.append(processors.TopPLogitsWarper(how["top_p"]))
+    if how["min_p"]:
+        chain.append(processors.MinPLogitsWarper(how["min_p"]))
+    theirs = torch.tensor(z)
+    for warper in chain:
+        theirs = warper(None, theirs)
+    expected = torch.softmax(theirs, dim=-1).numpy()
+    p = to_host(warp(pure_xp.asarray(z), **how))
+    assert ((p > 0) == (expected > 0)).all()
+    np.testing.assert_allclose(p, expected, rtol=1e-13)
+
+
+@pytest.mark.oracle
+def test_of_equal_tokens_transformers_keeps_all_and_warp_the_first_k():
+    torch, processors = oracle("torch"), oracle("transformers.generation.logits_process")
+    z = np.array([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]])
+    theirs = processors.TopKLogitsWarper(2)(None, torch.tensor(z)).numpy()
+    assert np.isfinite(theirs).tolist() == [[False, True, True, True, True, False]]
+    assert (warp(z, top_k=2) > 0).tolist() == [[False, True, True, False, False, False]]
+
+
+@pytest.mark.oracle
+@given(seed=seeds, penalty=st.sampled_from([0.7, 1.0, 1.3]))
+def test_the_repetition_penalty_equals_transformers(pure_xp, seed, penalty):
+    torch, processors = oracle("torch"), oracle("transformers.generation.logits_process")
+    rng = np.random.default_rng(seed)
+    z, ids = rng.standard_normal((3, 20)).astype("float32"), rng.integers(0, 20, (3, 15))  # with repeats
+    theirs = processors.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor(ids), torch.tensor(z)).numpy()
+    seen = np.zeros(z.shape, dtype=bool)
+    seen[np.arange(3)[:, None], ids] = True
+    ours = to_host(apply_repetition_penalty(pure_xp.asarray(z), pure_xp.asarray(seen), penalty))
+    assert (ours == theirs).all()
