@@ -28,7 +28,8 @@ DATA_PLANE = ("formats", "kernels", "model", "kv", "decode", "quant")
 HOST = {
     "model.streams": "tokenised text is cut and joined on the host",
     "model.plan": "the order of the training windows is drawn on the host",
-    "model.train": "initial weights, batches and checkpoint files; the step itself is model.backward's",
+    "model.train": "initial weights and batches; the step itself is model.backward's",
+    "model.state": "a checkpoint is a host file",
     "model.shards": "files hold host bytes; tensors are moved once they are checked",
     "model.weights:Dense.__init__": "the blocked layout is a cure for OpenBLAS and exists on the host only",
     "model.weights:Dense.matmul": "the blocked layout is a cure for OpenBLAS and exists on the host only",

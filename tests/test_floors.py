@@ -26,6 +26,7 @@ FLOORS = [
     ["serve"],
     ["study"],
     ["cli"],
+    ["__main__"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 BESIDE = {frozenset({"formats", "kernels"})}  # rooms on one floor that may know each other

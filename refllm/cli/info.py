@@ -101,11 +101,11 @@ def device(backend: str) -> str:
     """What a backend computes on; BackendUnavailable if it cannot run here."""
     from refllm.backend import get
 
-    xp = get(backend)
-    if xp.__name__ == "numpy":
-        return f"NumPy {xp.__version__} on the CPU"
-    name = xp.cuda.runtime.getDeviceProperties(xp.cuda.Device().id)["name"].decode()
-    return f"CuPy {xp.__version__} on {name}"
+    library = get(backend)
+    if library.__name__ == "numpy":
+        return f"NumPy {library.__version__} on the CPU"
+    name = library.cuda.runtime.getDeviceProperties(library.cuda.Device().id)["name"].decode()
+    return f"CuPy {library.__version__} on {name}"
 
 
 def _spelling(tokenizer: Any, token: int | None) -> str | None:
