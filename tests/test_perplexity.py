@@ -109,23 +109,6 @@ def test_uniform_tokens_cost_log_v(text, vocab):
     assert score.perplexity == pytest.approx(vocab, rel=rounding * math.log(vocab))
 
 
-@given(token_lists, windowings)
-def test_positions_conserve_tokens_bytes_and_loss(tokens, shape):
-    score = evaluate(tiny_model(), tokens, **shape)
-    for edges in (None, [1, 4, 6]):
-        bins = bits_by_position(score, edges)
-        assert sum(b.tokens for b in bins) == score.tokens
-        assert sum(b.tokens * b.nats_per_token for b in bins) == pytest.approx(score.nats.sum())
-        assert all(b.low <= b.high for b in bins)
-    ends = [b.high for b in bits_by_position(score)][:-1]
-    assert all(e & (e - 1) == 0 for e in ends)  # every bin but the last ends at a power of two
-
-
-def test_equal_windows_show_every_context_equally_often():
-    score = evaluate(tiny_model(), [1] * 30, window=10, stride=10)
-    assert np.bincount(score.context).tolist() == [0] + [3] * 10
-
-
 @given(st.integers(1, 6), st.integers(1, 9), seeds, st.sampled_from([0.0, 1e-9, 1.0, 30.0, 300.0]))
 @pytest.mark.theorem("KL(p ‖ q) ≥ 0, and = 0 where p = q", source="Gibbs' inequality")
 def test_divergence_is_that_of_brute_force(rows, vocab, seed, spread):

@@ -16,25 +16,23 @@ from refllm.kv.contiguous import ContiguousCache
 from refllm.model.attention import attention, flash_attention
 from refllm.model.config import ModelConfig
 from refllm.model.llama import build, forward, logits
-from refllm.study import roofline
+from refllm.study.memory import LLAMA_8B
 from refllm.study.roofline import (
     DEVICES,
     Cost,
     Device,
+    decode_cost_data,
     keys_seen,
     layer_parameters,
     mbu,
-    measure_machine,
     mfu,
+    plot_roofline,
     projected_seconds,
+    roofline_data,
     step_cost,
 )
 from strategies import model_configs, partitions, seeds
 
-LLAMA_3_8B = ModelConfig(
-    "llama", vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32,
-    num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-)  # fmt: skip
 BYTES = 8  # the instrumented network runs in float64
 batches = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=4)
 decodes = st.lists(st.integers(0, 50), min_size=1, max_size=5)
@@ -183,23 +181,23 @@ def test_decode_attention_intensity_is_independent_of_batch_and_context(config, 
 
 @given(batches, batches)
 def test_costs_of_sequences_add_up_but_weights_are_read_once(a, b):
-    together, apart = step_cost(LLAMA_3_8B, a + b), step_cost(LLAMA_3_8B, a) + step_cost(LLAMA_3_8B, b)
+    together, apart = step_cost(LLAMA_8B, a + b), step_cost(LLAMA_8B, a) + step_cost(LLAMA_8B, b)
     assert together.flops == apart.flops
     assert together.kv_read_bytes + together.kv_write_bytes == apart.kv_read_bytes + apart.kv_write_bytes
     if all(any(new for _, new in x) for x in (a, b)):
-        stored = 2.0 * (LLAMA_3_8B.num_parameters - LLAMA_3_8B.vocab_size * LLAMA_3_8B.hidden_size)
+        stored = 2.0 * (LLAMA_8B.num_parameters - LLAMA_8B.vocab_size * LLAMA_8B.hidden_size)
         assert apart.weight_bytes - together.weight_bytes == stored
 
 
 def test_constants_of_the_literature():
     """Llama-3-8B: 8.03 B parameters, 128 KiB of cache a token in fp16; its linear intensity is the batch size."""
-    assert LLAMA_3_8B.num_parameters == 8_030_261_248
-    assert layer_parameters(LLAMA_3_8B) == 218_103_808
-    one = step_cost(LLAMA_3_8B, [(0, 1)])
+    assert LLAMA_8B.num_parameters == 8_030_261_248
+    assert layer_parameters(LLAMA_8B) == 218_103_808
+    one = step_cost(LLAMA_8B, [(0, 1)])
     assert one.kv_write_bytes == 128 * 1024
     assert one.linear_flops == 2 * (32 * 218_103_808 + 128_256 * 4096)
-    assert step_cost(LLAMA_3_8B, [(0, 1)] * 64).linear_intensity == pytest.approx(64, rel=1e-3)
-    assert step_cost(LLAMA_3_8B, [(0, 1)] * 64, weight_bytes_per_param=0.5).linear_intensity == pytest.approx(
+    assert step_cost(LLAMA_8B, [(0, 1)] * 64).linear_intensity == pytest.approx(64, rel=1e-3)
+    assert step_cost(LLAMA_8B, [(0, 1)] * 64, weight_bytes_per_param=0.5).linear_intensity == pytest.approx(
         256, rel=1e-3
     )
     assert DEVICES["h200"].ridge == pytest.approx(206, abs=0.5)
@@ -208,7 +206,7 @@ def test_constants_of_the_literature():
 
 @given(batches, st.floats(1e9, 1e15), st.floats(1e9, 1e13), st.floats(0, 1))
 def test_projection_is_the_slower_limit(batch, flops, bandwidth, overhead):
-    device, cost = Device("a device", flops, bandwidth, overhead), step_cost(LLAMA_3_8B, batch)
+    device, cost = Device("a device", flops, bandwidth, overhead), step_cost(LLAMA_8B, batch)
     seconds = projected_seconds(cost, device)
     assert seconds - overhead >= cost.flops / flops * (1 - 1e-6) - 1e-12
     assert seconds - overhead >= cost.bytes / bandwidth * (1 - 1e-6) - 1e-12
@@ -222,8 +220,8 @@ def test_projection_is_the_slower_limit(batch, flops, bandwidth, overhead):
 
 
 def test_the_empty_step_costs_nothing():
-    cost = step_cost(LLAMA_3_8B, [(5, 0)])
-    assert cost == step_cost(LLAMA_3_8B, []) == Cost(0, 0, 0, 0, 0)
+    cost = step_cost(LLAMA_8B, [(5, 0)])
+    assert cost == step_cost(LLAMA_8B, []) == Cost(0, 0, 0, 0, 0)
     assert cost.intensity == cost.linear_intensity == cost.attention_intensity == math.inf
     assert projected_seconds(cost, Device("a device", 1, 1, 0.5)) == 0.5
 
@@ -231,22 +229,24 @@ def test_the_empty_step_costs_nothing():
 @pytest.mark.parametrize(("batch", "rows"), [([(-1, 1)], None), ([(1, -1)], None), ([(0, 2)], 3), ([(0, 2)], -1)])
 def test_impossible_steps_are_refused(batch, rows):
     with pytest.raises(ValueError, match="step_cost"):
-        step_cost(LLAMA_3_8B, batch, logits_rows=rows)
+        step_cost(LLAMA_8B, batch, logits_rows=rows)
 
 
-def test_this_machine_is_measured_and_says_how(monkeypatch):
-    device = measure_machine(1, size=64, megabytes=1, repeats=3)
-    assert device.peak_flops > 1e6
-    assert device.peak_bandwidth > 1e6
-    assert "1 thread" in device.name
-    assert all(word in device.source for word in ("sgemm 64³", "1 MB", "medians of 3", "NumPy", "1 threads"))
-    # a clock that gives 2 s a call: the rate is 2·64³ / 2 s, and the measurement stops at once
-    ticks = iter(2.0 * i for i in range(100))
-    monkeypatch.setattr(roofline.time, "perf_counter", lambda: next(ticks))
-    slow = measure_machine(1, size=64, megabytes=1)
-    assert slow.peak_flops == 2 * 64**3 / 2
-    assert slow.peak_bandwidth == 1e6 / 2
-    assert next(ticks) == 8.0  # one timed call each
+@given(batches.filter(lambda b: any(new for _, new in b)), st.floats(1e12, 1e16), st.floats(0, 1e-3))
+def test_parts_of_a_step_sum_to_its_projected_time(batch, flops, overhead):
+    device, cost = Device("a device", flops, 4.8e12, overhead), step_cost(LLAMA_8B, batch)
+    (row,) = decode_cost_data("a step", device, {"the step": cost})["rows"]
+    assert sum(row["parts"].values()) == pytest.approx(1e3 * projected_seconds(cost, device))
+    assert min(row["parts"].values()) > 0
+
+
+def test_the_figure_has_the_devices_and_the_points():
+    points = {"decode": step_cost(LLAMA_8B, [(100, 1)]), "prefill": step_cost(LLAMA_8B, [(0, 1000)])}
+    figure = plot_roofline(list(DEVICES.values()), points)
+    texts = {t.get_text() for t in figure.axes[0].texts}
+    assert texts == set(points)
+    data = roofline_data(list(DEVICES.values()), points)
+    assert [p["intensity"] for p in data["points"]] == [c.intensity for c in points.values()]
 
 
 @given(seeds)

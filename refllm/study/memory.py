@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from refllm.model.config import ModelConfig
+from refllm.study.records import Record, write
 
 # The shape of Llama 2 70B: 80 layers, 64 heads of 128, 8 key/value heads.
 LLAMA_70B = ModelConfig(
@@ -150,7 +151,7 @@ def long_context_example(context: int = 100_000) -> dict[str, int]:
 
 
 def kv_memory_data(contexts: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000)) -> dict[str, Any]:
-    """Numbers behind the figure of cache size against context, for one sequence in fp16."""
+    """Values of the figure ``kv_memory``: the cache of one sequence against its context, fp16 unless stated."""
     every = replace(LLAMA_70B, num_key_value_heads=64)
     lines = {
         "70B shape, 64 KV heads": (every, 16),
@@ -160,6 +161,7 @@ def kv_memory_data(contexts: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_00
     }
     return {
         "contexts": list(contexts),
+        "marked": 100_000,
         "lines": {name: [kv_bytes(c, s, bits=bits) for s in contexts] for name, (c, bits) in lines.items()},
         "weights": {"70B weights, fp16": weight_bytes(LLAMA_70B), "70B weights, 4-bit": weight_bytes(LLAMA_70B, 4)},
     }
@@ -175,3 +177,12 @@ def _positive(name: str, bits: float) -> float:
     if not (bits > 0 and math.isfinite(bits)):
         raise ValueError(f"{name} must be positive and finite, got {bits}")
     return bits
+
+
+def main(folder: str = "figures/data") -> None:
+    """Write the data of the figure ``kv_memory``."""
+    write(f"{folder}/kv_memory.json", Record("python -m refllm.study.memory", "A", "none", kv_memory_data()))
+
+
+if __name__ == "__main__":
+    main()

@@ -21,19 +21,20 @@ communication between devices; what a kernel wastes (masked tiles, keys read onc
 
 from __future__ import annotations
 
-import platform
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from threadpoolctl import threadpool_info, threadpool_limits
-
 from refllm.model.config import ModelConfig
+from refllm.study.machine import DEVICES, Device, measure_machine
+from refllm.study.memory import LLAMA_8B
+from refllm.study.records import Record, write
 
-_MEASURE_SECONDS = 1.0
+__all__ = [
+    "DEVICES", "Batch", "Cost", "Device", "decode_cost_data", "keys_seen", "layer_parameters", "mbu", "measure_machine",
+    "mfu", "plot_roofline", "projected_seconds", "roofline_data", "step_cost",
+]  # fmt: skip
+
 Batch = Sequence[tuple[int, int]]  # (past, new) of every sequence
 
 
@@ -139,29 +140,6 @@ def step_cost(
     )
 
 
-@dataclass(frozen=True)
-class Device:
-    """What the roofline knows of a device."""
-
-    name: str
-    peak_flops: float  # FLOP/s of dense products in the precision that the name states
-    peak_bandwidth: float  # bytes/s of main memory
-    overhead: float = 0.0  # seconds a step that neither limit explains: launches, the interpreter
-    source: str = ""
-
-    @property
-    def ridge(self) -> float:
-        """FLOP a byte at which compute and memory take equally long."""
-        return self.peak_flops / self.peak_bandwidth
-
-
-# Peaks of the vendor's data sheets, without structured sparsity (with it the sheets print twice as much).
-DEVICES = {
-    "h200": Device("H200 SXM, bf16 dense", 989e12, 4.8e12, source="NVIDIA H200 data sheet: 1,979 TFLOP/s sparse"),
-    "a100": Device("A100 SXM 80 GB, bf16 dense", 312e12, 2.039e12, source="NVIDIA A100 data sheet"),
-}
-
-
 def projected_seconds(cost: Cost, device: Device) -> float:
     """max(FLOP / peak FLOP/s, bytes / peak bytes/s) + overhead: a lower bound, kind C (projected)."""
     return max(cost.flops / device.peak_flops, cost.bytes / device.peak_bandwidth) + device.overhead
@@ -177,56 +155,15 @@ def mbu(cost: Cost, seconds: float, device: Device) -> float:
     return (cost.weight_bytes + cost.kv_read_bytes) / seconds / device.peak_bandwidth
 
 
-def measure_machine(threads: int = 1, *, size: int = 1024, megabytes: int = 256, repeats: int = 5) -> Device:
-    """Measure this machine in about a second: sgemm rate and memory bandwidth, kind B (measured here).
-
-    ``threads`` BLAS threads. The rate is that of a float32 product of two matrices of ``size``; the bandwidth
-    that of a dot product of two float32 vectors of ``megabytes`` together, beyond any last-level cache. Both are
-    medians of ``repeats`` calls after one to warm up, or of as many as a busy machine does in a second each.
-    """
-    with threadpool_limits(limits=threads, user_api="blas"):
-        a = np.ones((size, size), np.float32)
-        out = np.empty_like(a)
-        gemm = _median_seconds(lambda: np.matmul(a, a, out=out), repeats)
-        x, y = np.ones((2, megabytes * 1_000_000 // 8), np.float32)
-        read = _median_seconds(lambda: np.dot(x, y), repeats)
-        blas: dict[str, Any] = next((p for p in threadpool_info() if p.get("user_api") == "blas"), {})
-    name = f"{_processor()}, float32, {threads} thread{'s' if threads > 1 else ''}"
-    how = f"sgemm {size}³ and dot of {megabytes} MB, medians of {repeats}; NumPy {np.__version__}, "
-    how += (
-        f"{blas.get('internal_api', 'unknown BLAS')} {blas.get('version', '')}, {blas.get('num_threads', '?')} threads"
-    )
-    return Device(name, 2.0 * size**3 / gemm, (x.nbytes + y.nbytes) / read, source=how)
-
-
-def _median_seconds(call: Callable[[], Any], repeats: int) -> float:
-    call()
-    times: list[float] = []
-    while not times or (len(times) < repeats and sum(times) < _MEASURE_SECONDS):
-        began = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - began)
-    return float(np.median(times))
-
-
-def _processor() -> str:
-    """The processor's own name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def plot_roofline(devices: Sequence[Device], points: Mapping[str, Cost]) -> Any:
     """The roofline of one or more devices with steps as points on the first one's: a matplotlib Figure."""
-    from refllm.study import figures
+    from refllm.study.figures import roofline  # here, since matplotlib takes half a second to import
 
-    return figures.roofline(roofline_data(devices, points))
+    return roofline(roofline_data(devices, points))
 
 
 def roofline_data(devices: Sequence[Device], points: Mapping[str, Cost]) -> dict[str, Any]:
-    """The numbers behind ``plot_roofline``, ready for a figure's data file."""
+    """Values of the figure ``roofline``: each device's roof, and where each step stands on the first one's."""
     return {
         "devices": [
             {"name": d.name, "peak_flops": d.peak_flops, "peak_bandwidth": d.peak_bandwidth, "source": d.source}
@@ -234,3 +171,44 @@ def roofline_data(devices: Sequence[Device], points: Mapping[str, Cost]) -> dict
         ],
         "points": [{"label": label, "intensity": c.intensity} for label, c in points.items()],
     }
+
+
+def decode_cost_data(title: str, device: Device, steps: Mapping[str, Cost]) -> dict[str, Any]:
+    """Values of the figure ``decode_cost``: what each step's projected time consists of, in milliseconds.
+
+    Memory traffic first, by what is read; then the arithmetic that does not hide behind it; then the overhead.
+    The parts sum to ``projected_seconds``.
+    """
+    rows = []
+    for label, cost in steps.items():
+        moving = cost.bytes / device.peak_bandwidth
+        parts = {
+            "weights": cost.weight_bytes / device.peak_bandwidth,
+            "keys and values": (cost.kv_read_bytes + cost.kv_write_bytes) / device.peak_bandwidth,
+            "arithmetic not hidden by it": max(0.0, cost.flops / device.peak_flops - moving),
+            "overhead": device.overhead,
+        }
+        rows.append({"label": label, "parts": {k: 1e3 * v for k, v in parts.items() if v}})
+    return {"title": title, "unit": "ms", "rows": rows}
+
+
+def main(folder: str = "figures/data") -> None:
+    """Write the data of the projected figures: a Llama-3-8B shape with bf16 weights and cache on an H200."""
+    command, hardware = "python -m refllm.study.roofline", "H200 SXM and A100 SXM 80 GB by their data sheets, bf16"
+    h200 = DEVICES["h200"]
+    points = {f"decode, batch {b}": step_cost(LLAMA_8B, [(2048, 1)] * b) for b in (1, 8, 64)}
+    points |= {f"prefill, {n:,} tokens": step_cost(LLAMA_8B, [(0, n)]) for n in (128, 2048)}
+    values = roofline_data([h200, DEVICES["a100"]], points)
+    values["title"] = "Llama-3-8B shape, bf16: decoding at 2,048 tokens of context, and prefill"
+    write(f"{folder}/roofline.json", Record(command, "C", hardware, values))
+    steps = {
+        f"batch {b}, context {s:,}": step_cost(LLAMA_8B, [(s, 1)] * b) for b in (1, 16, 64) for s in (1024, 32_768)
+    }
+    steps["prefill of 2,048 tokens"] = step_cost(LLAMA_8B, [(0, 2048)])
+    title = "Where a step's time goes at best: Llama-3-8B shape on an H200"
+    hardware = "H200 SXM by its data sheet, bf16, no overhead"
+    write(f"{folder}/decode_cost.json", Record(command, "C", hardware, decode_cost_data(title, h200, steps)))
+
+
+if __name__ == "__main__":
+    main()

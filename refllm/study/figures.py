@@ -1,0 +1,279 @@
+"""The project's figures: one style, drawn from committed data, byte for byte the same each time.
+
+``figures/data/NAME.json`` is a record (see ``records``): numbers with the command that made them, their kind and
+the hardware. ``redraw`` turns each into ``figures/NAME.png``; ``check`` tells which are stale. A picture carries a
+digest of its data and of the code that drew it, so staleness does not depend on the version of matplotlib.
+
+Colours mean the same everywhere (the palette of Okabe & Ito 2008, told apart by the colour-blind): grey is full
+precision or the baseline, orange round-to-nearest, blue the technique that the figure is about.
+
+Left out: ``pyplot`` and its global state. Every function returns a ``Figure``, which a notebook shows as it is
+(after ``%matplotlib inline``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from refllm.study.records import Record, read
+
+FULL, NEAREST, TECHNIQUE = "#6b6b6b", "#e69f00", "#0072b2"
+MORE = ("#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # further series, in this order
+SERIES = (TECHNIQUE, NEAREST, FULL, *MORE)
+STYLE: Any = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters on every machine
+    "font.size": 10,
+    "axes.titlesize": 11.5,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.7,
+    "lines.linewidth": 2,
+    "legend.frameon": True,  # a white ground without an edge: text stays readable over lines
+    "legend.framealpha": 0.9,
+    "legend.edgecolor": "none",
+    "legend.fancybox": False,
+    "figure.figsize": (7.2, 4.2),
+    "figure.dpi": 100,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",  # readable on a dark page too
+}
+_KEY = "refllm-digest"
+_DPI = 160  # 1,152 pixels wide: sharp where a repository page shows 800
+
+Values = Mapping[str, Any]
+Draw = Callable[[Values], Figure]
+
+
+def styled(draw: Draw) -> Draw:
+    """Run ``draw`` under the project's style, whatever the caller's own is."""
+
+    @wraps(draw)
+    def wrapper(values: Values) -> Figure:
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            matplotlib.rcParams.update(STYLE)
+            return draw(values)
+
+    return wrapper
+
+
+def axes(title: str, x: str, y: str, **figure: Any) -> tuple[Figure, Axes]:
+    """A figure with one pair of axes; labels name the unit."""
+    fig = Figure(layout="constrained", **figure)
+    ax = fig.add_subplot()
+    ax.set(title=title, xlabel=x, ylabel=y)
+    return fig, ax
+
+
+@styled
+def training_curve(values: Values) -> Figure:
+    """{"runs": {name: [record of ``train``, …]}, "phases": [[last step, label], …], "bytes_per_token"} → loss by step.
+
+    With ``bytes_per_token`` of the held-out text a second scale gives bits per byte.
+    """
+    fig, ax = axes("Training: loss of the batch (thin) and on held-out modules", "step", "loss (nats per token)")
+    for colour, (name, curve) in zip(SERIES, values["runs"].items(), strict=False):
+        ax.plot([r["step"] for r in curve], [r["loss"] for r in curve], color=colour, lw=0.8, alpha=0.45)
+        held = [(r["step"], r["held_out"]) for r in curve if "held_out" in r]
+        if held:
+            ax.plot(*zip(*held, strict=True), color=colour, label=f"{name}: {held[-1][1]:.3f} held out at the end")
+    for step, label in values.get("phases", []):
+        ax.axvline(step, color=FULL, lw=0.8, ls=":")
+        ax.annotate(label, (step, 1), xycoords=("data", "axes fraction"), xytext=(-4, -4),
+                    textcoords="offset points", ha="right", va="top", fontsize=8, color=FULL)  # fmt: skip
+    if size := values.get("bytes_per_token"):
+        factor = 1 / (np.log(2) * size)
+        right = ax.secondary_yaxis("right", functions=(lambda y: y * factor, lambda y: y / factor))
+        right.set_ylabel("bits per byte")
+        right.spines["right"].set_visible(True)
+    ax.set_xlim(left=0)
+    ax.xaxis.set_major_formatter(lambda v, _: f"{v:,.0f}")
+    ax.legend(loc="upper right", bbox_to_anchor=(1, 0.93))
+    return fig
+
+
+@styled
+def bits_by_position(values: Values) -> Figure:
+    """{"lines": {name: [bin of ``score.bits_by_position`` as [low, high, tokens, nats, bits], …]}}."""
+    fig, ax = axes("What context buys", "tokens of context", "bits per byte of held-out text")
+    ticks: set[int] = set()
+    for colour, (name, bins) in zip(SERIES, values["lines"].items(), strict=False):
+        # a bin from 5 to 8 is drawn above 8: "up to 8 tokens of context"
+        ax.plot([b[1] for b in bins], [b[4] for b in bins], color=colour, marker="o", ms=4, label=name)
+        ticks |= {b[1] for b in bins}
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sorted(ticks), [str(t) if t == 1 else f"≤{t}" for t in sorted(ticks)])
+    ax.minorticks_off()
+    ax.set_ylim(bottom=0)
+    ax.legend()
+    return fig
+
+
+@styled
+def roofline(values: Values) -> Figure:
+    """{"devices": [{name, peak_flops, peak_bandwidth}], "points": [{label, intensity, flops_per_second?}]}.
+
+    A point without a measured rate stands on the first device's roof: the most that it can reach.
+    """
+    title = values.get("title", "Roofline")
+    fig, ax = axes(title, "arithmetic intensity (FLOP per byte)", "rate (FLOP per second)")
+    devices, points = values["devices"], values["points"]
+    ridges = [d["peak_flops"] / d["peak_bandwidth"] for d in devices]
+    shown = [p["intensity"] for p in points] + ridges
+    x = np.geomspace(min(shown) / 20, max(shown) * 4, 400)  # room for the labels on the left
+    for colour, device, ridge in zip((FULL, NEAREST, *MORE), devices, ridges, strict=False):
+        roof = np.minimum(device["peak_flops"], x * device["peak_bandwidth"])
+        ax.plot(x, roof, color=colour, label=f"{device['name']}: ridge at {ridge:.3g} FLOP/byte")
+        ax.axvline(ridge, color=colour, lw=0.8, ls=":")
+    for point in points:
+        intensity, slope = point["intensity"], point["intensity"] < ridges[0]
+        roof = min(devices[0]["peak_flops"], intensity * devices[0]["peak_bandwidth"])
+        rate = point.get("flops_per_second", roof)
+        ax.plot(intensity, rate, "o", color=TECHNIQUE, ms=7, zorder=3)
+        # above the roof nothing is drawn: to the left of its slope, or over its flat part
+        offset, ha, va = ((-9, 0), "right", "center") if slope else ((0, 8), "center", "bottom")
+        ax.annotate(point["label"], (intensity, rate), xytext=offset, textcoords="offset points",
+                    ha=ha, va=va, fontsize=8.5, zorder=4)  # fmt: skip
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlim(x[0], x[-1])
+    ax.set_ylim(top=4 * max(d["peak_flops"] for d in devices))
+    ax.legend(loc="lower right", fontsize=8.5)
+    return fig
+
+
+@styled
+def decode_cost(values: Values) -> Figure:
+    """{"title", "unit", "rows": [{"label", "parts": {part: time}}]} → where a step's time goes, stacked bars."""
+    rows: Sequence[Any] = values["rows"]
+    fig, ax = axes(values["title"], f"time per step ({values['unit']})", "", figsize=(7.2, 1.6 + 0.42 * len(rows)))
+    names = list(dict.fromkeys(part for row in rows for part in row["parts"]))
+    left = np.zeros(len(rows))
+    for colour, name in zip((FULL, TECHNIQUE, NEAREST, *MORE), names, strict=False):
+        widths = np.asarray([row["parts"].get(name, 0.0) for row in rows])
+        ax.barh(range(len(rows)), widths, left=left, color=colour, label=name, height=0.68)
+        left += widths
+    for y, total in enumerate(left):
+        ax.annotate(f"{total:.3g}", (total, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5)
+    ax.set_yticks(range(len(rows)), [row["label"] for row in rows])
+    ax.invert_yaxis()
+    ax.grid(visible=False, axis="y")
+    ax.set_xlim(0, 1.1 * max(left))  # room for the number behind the longest bar
+    fig.legend(loc="outside upper right", ncols=len(names), fontsize=8.5)
+    return fig
+
+
+@styled
+def kv_memory(values: Values) -> Figure:
+    """{"contexts", "lines": {name: bytes at each context}, "weights": {name: bytes}, "marked": context}.
+
+    The legend gives the sizes at the ``marked`` context.
+    """
+    fig, ax = axes("Cache of one sequence, beside the weights", "context (tokens)", "memory (GB = 10⁹ bytes)")
+    contexts = values["contexts"]
+    for colour, (name, sizes) in zip((FULL, TECHNIQUE, NEAREST, *MORE), values["lines"].items(), strict=False):
+        if (marked := values.get("marked")) in contexts:
+            name += f": {sizes[contexts.index(marked)] / 1e9:.3g} GB at {marked:,}"
+        ax.plot(contexts, [s / 1e9 for s in sizes], color=colour, marker="o", ms=4, label=name)
+    for name, size in values.get("weights", {}).items():
+        ax.axhline(size / 1e9, color="black", lw=0.9, ls="--")
+        ax.annotate(f"{name}: {size / 1e9:.0f} GB", (0.01, size / 1e9), xycoords=("axes fraction", "data"),
+                    xytext=(0, 3), textcoords="offset points", fontsize=8.5)  # fmt: skip
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.xaxis.set_major_formatter(lambda v, _: f"{v:,.0f}")
+    ax.yaxis.set_major_formatter(lambda v, _: f"{v:,g}")
+    ax.legend(fontsize=8.5)
+    return fig
+
+
+FIGURES: dict[str, tuple[str, Draw]] = {
+    "training_curve": ("training_curve.json", training_curve),
+    "bits_by_position": ("bits_by_position.json", bits_by_position),
+    "roofline": ("roofline.json", roofline),
+    "decode_cost": ("decode_cost.json", decode_cost),
+    "kv_memory": ("kv_memory.json", kv_memory),
+}
+
+
+def save(figure: Figure, path: str | Path, digest: str = "") -> Path:
+    """Write a PNG of 1,152 or so pixels' width; the same figure gives the same bytes (no date, no version).
+
+    ``digest`` is stored in the file for ``check``.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"Software": None} | ({_KEY: digest} if digest else {})
+    with matplotlib.rc_context():  # some settings are read when the figure is drawn, not when it is made
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        figure.savefig(path, format="png", dpi=_DPI, metadata=metadata)
+    return path
+
+
+def redraw(names: Iterable[str] | None = None, folder: str | Path = "figures") -> list[Path]:
+    """Draw the named figures (default: all that have data) from ``folder/data`` and return what was written.
+
+    Raises
+    ------
+    KeyError
+        for a name that is not registered.
+    FileNotFoundError
+        if a figure asked for by name has no data.
+    """
+    folder, written = Path(folder), []
+    for name in FIGURES if names is None else names:
+        file, draw = FIGURES[name]
+        source = folder / "data" / file
+        if names is None and not source.exists():
+            continue
+        record = read(source)
+        figure = draw(record.values)
+        _caption(figure, record)
+        written.append(save(figure, folder / f"{name}.png", _digest(source, draw)))
+    return written
+
+
+def check(folder: str | Path = "figures") -> list[str]:
+    """What is wrong with the committed figures, one sentence each; an empty list if they are up to date."""
+    folder, complaints = Path(folder), []
+    for name, (file, draw) in FIGURES.items():
+        source, picture = folder / "data" / file, folder / f"{name}.png"
+        if not source.exists():
+            complaints.append(f"{source} is missing: the figure {name} has no data")
+        elif not picture.exists():
+            complaints.append(f"{picture} is missing: run `make figures`")
+        elif f"{_KEY}\0{_digest(source, draw)}".encode() not in picture.read_bytes():
+            complaints.append(f"{picture} is stale: its data or its code changed; run `make figures`")
+    known = {f"{name}.png" for name in FIGURES}
+    stray = sorted(p for p in folder.glob("*.png") if p.name not in known)
+    return complaints + [f"{p} is drawn from no data: register it or remove it" for p in stray]
+
+
+def _digest(source: Path, draw: Draw) -> str:
+    """Of the data and of all code that decides what the picture looks like."""
+    code = "".join(inspect.getsource(f) for f in (draw, styled, axes, save, _caption))
+    content = source.read_bytes() + repr((code, STYLE, SERIES, _DPI)).encode()
+    return hashlib.sha256(content).hexdigest()
+
+
+def _caption(figure: Figure, record: Record) -> None:
+    """The provenance of the numbers, small, below the axes."""
+    text = textwrap.fill(record.provenance(), 135)
+    figure.supxlabel(text, x=0.01, ha="left", fontsize=6.5, color=FULL)

@@ -1,0 +1,82 @@
+"""Numbers with their provenance: the JSON files that figures and tables are made from.
+
+A record says which command made it, of which kind its numbers are, and on what hardware. Kinds are never mixed:
+
+| kind | meaning                                                        |
+|------|----------------------------------------------------------------|
+| A    | counted, the same on every machine                             |
+| B    | measured, with hardware, threads and versions                  |
+| C    | projected for a named device by the roofline                   |
+
+Left out: a database, units in the file (the figure that draws a record names them).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+KINDS = {"A": "counted", "B": "measured", "C": "projected"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """The values of a figure or table, and where they come from."""
+
+    command: str  # what to type to make them again
+    kind: str  # "A", "B", "C", or several where a figure shows a measurement beside a projection: "B, C"
+    hardware: str  # "none" for kind A
+    values: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        unknown = [k for k in self.kind.split(", ") if k not in KINDS]
+        if unknown:
+            raise ValueError(f"record: kind {self.kind!r} is not made of A (counted), B (measured), C (projected)")
+        for name in ("command", "hardware"):
+            if not getattr(self, name).strip():
+                raise ValueError(f"record: {name} is empty; say where the numbers come from")
+
+    def provenance(self) -> str:
+        """One sentence for a caption."""
+        kinds = " and ".join(f"{KINDS[k]} ({k})" for k in self.kind.split(", "))
+        where = "" if self.hardware == "none" else f" {self.hardware.rstrip('.')}."
+        return f"{kinds[0].upper()}{kinds[1:]}.{where} Made by: {self.command}"
+
+
+def write(path: str | Path, record: Record) -> None:
+    """Write a record as JSON: the same record gives the same bytes.
+
+    Raises
+    ------
+    ValueError
+        for a number that is not finite: JSON has no spelling for it, and no figure a place.
+    """
+    _refuse_non_finite(record.values, "values")
+    text = json.dumps(vars(record), indent=1, ensure_ascii=False, allow_nan=False)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def read(path: str | Path) -> Record:
+    """Read a record; ValueError naming the file if it is none."""
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        return Record(**raw)
+    except (TypeError, ValueError) as error:  # JSON's errors are ValueErrors
+        raise ValueError(f"{path}: not a record of command, kind, hardware and values: {error}") from error
+
+
+def _refuse_non_finite(value: Any, place: str) -> None:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _refuse_non_finite(inner, f"{place}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for i, inner in enumerate(value):
+            _refuse_non_finite(inner, f"{place}[{i}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"record: {place} is {value}")

@@ -1,0 +1,167 @@
+"""Pictures are a function of their data: same bytes each time, and stale ones are told apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+from refllm.study import figures, memory, roofline
+from refllm.study.figures import FIGURES, SERIES, check, redraw, save
+from refllm.study.records import Record, write
+
+ROOT = Path(__file__).resolve().parent.parent
+CURVE = [{"step": s, "loss": 5 - s / 100, "norm": 1.0, "held_out": 5.2 - s / 100} for s in (100, 200)]
+EXAMPLES = {
+    "training_curve": {
+        "runs": {"target": CURVE, "draft": [{k: v for k, v in r.items() if k != "held_out"} for r in CURVE]},
+        "phases": [[150, "256 tokens"]],
+        "bytes_per_token": 3.6,
+    },
+    "bits_by_position": {"lines": {"target": [[1, 1, 20, 3.0, 2.0], [2, 2, 20, 2.5, 1.5], [3, 4, 40, 2.0, 1.0]]}},
+    "roofline": {
+        "devices": [{"name": "a device", "peak_flops": 1e12, "peak_bandwidth": 1e10}],
+        "points": [{"label": "left", "intensity": 1.0}, {"label": "right", "intensity": 1e4, "flops_per_second": 5e11}],
+    },
+    "decode_cost": {
+        "title": "a step",
+        "unit": "ms",
+        "rows": [{"label": "batch 1", "parts": {"weights": 1.0}}, {"label": "batch 2", "parts": {"KV": 2.0}}],
+    },
+    "kv_memory": {"contexts": [10, 100], "lines": {"a": [1e9, 1e10]}, "weights": {"w": 5e9}, "marked": 100},
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of figures with data for every registered one."""
+    for name, (file, _) in FIGURES.items():
+        write(tmp_path / "data" / file, Record(f"make {name}", "A", "none", EXAMPLES[name]))
+    return tmp_path
+
+
+def digests(paths):
+    return [hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in paths]
+
+
+def test_same_data_gives_the_same_bytes(folder):
+    first = redraw(folder=folder)
+    assert [p.name for p in first] == [f"{name}.png" for name in FIGURES]
+    before = digests(first)
+    assert digests(redraw(folder=folder)) == before
+    assert len(set(before)) == len(before)
+
+
+def test_bytes_do_not_depend_on_the_reader_s_own_style(folder):
+    before = digests(redraw(folder=folder))
+    with matplotlib.rc_context({"font.size": 20, "axes.grid": False, "savefig.dpi": 30, "lines.linewidth": 9}):
+        mine = dict(matplotlib.rcParams)
+        assert digests(redraw(folder=folder)) == before
+        assert dict(matplotlib.rcParams) == mine  # and that style is left as it was
+
+
+def test_no_date_and_no_version_is_written(folder):
+    for path in redraw(folder=folder):
+        raw = path.read_bytes()
+        assert b"matplotlib" not in raw
+        assert raw.count(b"tEXt") == 1  # the digest alone
+
+
+def test_check_is_silent_after_a_redraw_and_names_what_changed(folder):
+    assert all("is missing: run" in c for c in check(folder))
+    assert len(check(folder)) == len(FIGURES)
+    redraw(folder=folder)
+    assert check(folder) == []
+    changed = json.loads((folder / "data" / "kv_memory.json").read_text())
+    changed["values"]["lines"]["a"][1] = 2e10
+    (folder / "data" / "kv_memory.json").write_text(json.dumps(changed))
+    (complaint,) = check(folder)
+    assert "kv_memory.png is stale" in complaint
+    (folder / "data" / "roofline.json").unlink()
+    assert any("roofline has no data" in c for c in check(folder))
+
+
+def test_check_sees_a_change_of_the_code_and_of_the_style(folder, monkeypatch):
+    redraw(folder=folder)
+
+    def other(values):
+        return figures.kv_memory(values)
+
+    monkeypatch.setitem(FIGURES, "kv_memory", ("kv_memory.json", other))
+    assert len(check(folder)) == 1
+    monkeypatch.setattr(figures, "STYLE", figures.STYLE | {"font.size": 11})
+    assert len(check(folder)) == len(FIGURES)
+
+
+def test_a_picture_without_data_is_named(folder):
+    redraw(folder=folder)
+    (folder / "drawn_by_hand.png").write_bytes(b"")
+    (complaint,) = check(folder)
+    assert "drawn_by_hand.png is drawn from no data" in complaint
+
+
+def test_redraw_draws_what_has_data_and_refuses_what_is_asked_for_without(folder):
+    (folder / "data" / "roofline.json").unlink()
+    assert "roofline.png" not in [p.name for p in redraw(folder=folder)]
+    with pytest.raises(FileNotFoundError):
+        redraw(["roofline"], folder)
+    with pytest.raises(KeyError):
+        redraw(["no such figure"], folder)
+    assert [p.name for p in redraw(["kv_memory"], folder)] == ["kv_memory.png"]
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_axes_are_labelled_with_units_and_the_caption_names_the_command(name, folder, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(figures, "save", lambda figure, path, digest="": drawn.setdefault(Path(path).stem, figure))
+    redraw([name], folder)
+    ax = drawn[name].axes[0]
+    assert ax.get_title(loc="left")
+    assert any(unit in ax.get_xlabel() for unit in ("step", "tokens", "FLOP per byte", "ms"))
+    assert name == "decode_cost" or ax.get_ylabel()
+    assert f"make {name}" in drawn[name].get_supxlabel()
+
+
+def test_size_is_that_of_a_page(folder):
+    for path in redraw(folder=folder):
+        raw = path.read_bytes()
+        width, height = (int.from_bytes(raw[i : i + 4], "big") for i in (16, 20))  # the PNG's IHDR chunk
+        assert width == 1152
+        assert 300 < height < 1000
+        assert len(raw) < 200_000
+
+
+def test_colours_are_distinct_in_grey_too():
+    """The three concepts differ in lightness, for readers who see no colour."""
+    light = [sum(w * int(c[i : i + 2], 16) for w, i in ((0.30, 1), (0.59, 3), (0.11, 5))) for c in SERIES[:2]]
+    assert abs(light[0] - light[1]) > 40
+    assert len(set(SERIES)) == len(SERIES)
+
+
+def test_save_takes_any_figure(tmp_path):
+    fig, ax = figures.axes("title", "x (s)", "y (s)")
+    ax.plot([0, 1], [0, 1])
+    assert save(fig, tmp_path / "deep" / "a.png").read_bytes().count(b"tEXt") == 0
+
+
+def test_pyplot_is_never_imported():
+    code = "import refllm.study.figures as f, sys; f.kv_memory({'contexts': [1], 'lines': {}}); "
+    code += "assert 'matplotlib.pyplot' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_data_of_the_counted_and_projected_figures_is_up_to_date(tmp_path):
+    """The committed numbers are those that the command in the file makes now."""
+    memory.main(str(tmp_path))
+    roofline.main(str(tmp_path))
+    for path in tmp_path.glob("*.json"):
+        assert path.read_text() == (ROOT / "figures" / "data" / path.name).read_text(), path.name
+
+
+def test_committed_pictures_are_not_stale():
+    assert [c for c in check(ROOT / "figures") if "stale" in c] == []
