@@ -39,7 +39,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class UnsupportedModel(ValueError):  # noqa: N818 (it names the thing refused)
+class UnsupportedModel(ValueError):
     """The configuration asks for something that refllm does not compute."""
 
 

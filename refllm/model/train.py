@@ -5,14 +5,13 @@ Two Python threads with half a batch each and one BLAS thread per product beat t
 batch: NumPy releases the interpreter lock inside products and ufuncs, and elementwise work is shared too.
 On CuPy one worker is used.
 
-| symbol | name                                                     |
-|--------|----------------------------------------------------------|
-| B, S   | windows in a batch, predictions in a window (see ``plan``) |
-| w      | parameters, ``State.params``                             |
-| m, v   | AdamW's moments, ``State.optimizer``                     |
+| symbol | name                                        | shape      |
+|--------|---------------------------------------------|------------|
+| B, S   | windows in a batch, predictions in a window | (``plan``) |
+| tokens | a batch: inputs and answers                 | [B, S+1]   |
+| rate   | AdamW's learning rate at a step             | scalar     |
 
-A checkpoint is one safetensors file: tensors ``w.NAME``, ``m.NAME``, ``v.NAME`` and, as metadata, the steps done,
-the curve, the config and the plan. A run resumed with the same plan ends with the bits of an unbroken one.
+A run that is resumed with the same plan ends with the bits of an unbroken one (see ``state``).
 
 Left out: mixed precision, several devices.
 """
@@ -21,40 +20,28 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from threadpoolctl import threadpool_limits
 
-from refllm.backend import Array, asarray_like, namespace, to_numpy
+from refllm.backend import Array, asarray_like, namespace
 from refllm.model.backward import loss_and_gradients, mean_loss
 from refllm.model.config import ModelConfig
 from refllm.model.loss import Teacher
 from refllm.model.optimizer import AdamW, clip_by_global_norm, learning_rate
 from refllm.model.plan import Phase, Plan, batches
+from refllm.model.state import State, load_state, save_state
 
 __all__ = ["Phase", "Plan", "State", "initialize", "load_state", "save_state", "train"]
 
 Tensors = dict[str, Array]
 TokenArray = NDArray[np.integer[Any]]  # host memory: the data plane begins at the batch
-
-
-@dataclass
-class State:
-    """What a checkpoint holds: parameters, moments, steps done and the curve so far."""
-
-    params: Tensors
-    optimizer: AdamW
-    curve: list[dict[str, float]] = field(default_factory=list)
 
 
 def initialize(config: ModelConfig, rng: np.random.Generator) -> Tensors:
@@ -114,13 +101,12 @@ def train(
     Raises
     ------
     ValueError
-        for a token outside the vocabulary, a checkpoint that is damaged or of another network, and a plan
-        that does not fit the streams.
+        for a token outside the vocabulary, a checkpoint that is damaged or of another network, a plan that does
+        not fit the streams, and a held-out stream shorter than a window.
     FloatingPointError
         if the loss or a gradient is not finite.
     """
-    for stream in [*streams, *([] if held_out is None else [held_out])]:
-        _check_tokens(stream, config.vocab_size)
+    _check_streams(streams, held_out, config, plan)
     output.mkdir(parents=True, exist_ok=True)
     path = output / "state.safetensors"
     state = _resume(path, config, plan)
@@ -147,12 +133,18 @@ def train(
     return state
 
 
-def _check_tokens(tokens: TokenArray, vocab_size: int) -> None:
-    """Refuse ids outside the vocabulary here, on the host: NumPy would raise late, and CuPy wraps silently."""
-    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise ValueError(f"a stream is a 1-D array of integers, got {tokens.dtype}{list(tokens.shape)}")
-    if len(tokens) and not (tokens.min() >= 0 and tokens.max() < vocab_size):
-        raise ValueError(f"token ids {tokens.min()}..{tokens.max()} are not within the vocabulary of {vocab_size}")
+def _check_streams(streams: Sequence[TokenArray], held_out: TokenArray | None, config: ModelConfig, plan: Plan) -> None:
+    """Refuse bad tokens here, on the host and before the first step: NumPy would raise late, CuPy wraps silently."""
+    for tokens in (*streams, *(() if held_out is None else (held_out,))):
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise ValueError(f"a stream is a 1-D array of integers, got {tokens.dtype}{list(tokens.shape)}")
+        if len(tokens) and not (tokens.min() >= 0 and tokens.max() < config.vocab_size):
+            raise ValueError(
+                f"token ids {tokens.min()}..{tokens.max()} are not within the vocabulary of {config.vocab_size}"
+            )
+    longest = max((phase.length for phase in plan.phases), default=0)
+    if held_out is not None and len(held_out) <= longest:
+        raise ValueError(f"the held-out stream has {len(held_out)} tokens: too few for windows of {longest}")
 
 
 def _move(state: State, like: Array) -> None:
@@ -199,50 +191,11 @@ def _data_parallel(
 
 def _evaluate(params: Tensors, config: ModelConfig, tokens: TokenArray, length: int, windows: int = 32) -> float:
     """Mean nats per token over evenly spread windows of ``length`` (a quick look, not the reported figure)."""
-    spread = np.linspace(0, len(tokens) - length - 1, max(1, windows * 256 // length)).astype(int)
+    count = min(max(1, windows * 256 // length), len(tokens) // length)  # no more than lie side by side
+    spread = np.linspace(0, len(tokens) - length - 1, count).astype(int)
     like = next(iter(params.values()))
     losses = [mean_loss(params, config, asarray_like(tokens[None, a : a + length + 1], like)) for a in spread]
     return sum(losses) / len(losses)
-
-
-def save_state(state: State, path: Path, config: ModelConfig, plan: Plan) -> None:
-    """Write a checkpoint under a temporary name, then rename it: a kill at any moment leaves a whole one."""
-    groups = {"w": state.params, "m": state.optimizer.m, "v": state.optimizer.v}
-    tensors = {
-        f"{kind}.{name}": np.ascontiguousarray(to_numpy(t)) for kind in groups for name, t in groups[kind].items()
-    }
-    about = {
-        "step": str(state.optimizer.step),
-        "curve": json.dumps(state.curve),
-        "config": json.dumps(config.to_hf()),
-        "plan": json.dumps(asdict(plan)),
-    }
-    temporary = path.with_suffix(".partial")
-    save_file(tensors, temporary, metadata=about)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())  # the bytes reach the disk before the name does, even if the power fails
-    os.replace(temporary, path)
-
-
-def load_state(path: Path) -> tuple[State, dict[str, str]]:
-    """Read a checkpoint; the second value is its metadata (step, curve, config, plan).
-
-    Raises
-    ------
-    ValueError
-        if the file is damaged, or was not written by ``save_state``.
-    """
-    groups: dict[str, Tensors] = {"w": {}, "m": {}, "v": {}}
-    try:
-        with safe_open(path, framework="numpy") as file:
-            about = file.metadata() or {}
-            for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                kind, name = key.split(".", 1)
-                groups[kind][name] = file.get_tensor(key)
-        step, curve = int(about["step"]), json.loads(about["curve"])
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or no training checkpoint ({error}); delete it to start anew") from error
-    return State(groups["w"], AdamW(step=step, m=groups["m"], v=groups["v"]), curve), about
 
 
 def _resume(path: Path, config: ModelConfig, plan: Plan) -> State:
