@@ -133,7 +133,7 @@ def test_a_tied_head_is_stored_once(tmp_path, tokenizer, tensors):
 
 def test_a_checkpoint_is_copied_without_being_held(tmp_path, tokenizer):
     """``tensors`` may be files: each is read, converted and written before the next."""
-    config = replace(CONFIG, hidden_size=64, intermediate_size=256, num_hidden_layers=8)
+    config = replace(CONFIG, hidden_size=128, intermediate_size=512, num_hidden_layers=16)
     tensors = random_tensors(config, 0, "float32")
     save(tmp_path / "m", config, tensors, tokenizer, dtype="float32")
     total, largest = sum(t.nbytes for t in tensors.values()), max(t.nbytes for t in tensors.values())
@@ -141,11 +141,11 @@ def test_a_checkpoint_is_copied_without_being_held(tmp_path, tokenizer):
     with TensorFiles(tmp_path / "m") as files:
         tracemalloc.start()
         try:
-            save(tmp_path / "n", config, files, tokenizer, dtype="bfloat16", max_shard_bytes=100_000)
+            save(tmp_path / "n", config, files, tokenizer, dtype="bfloat16", max_shard_bytes=2_000_000)
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-    assert peak < 4 * largest + 200_000 < total / 2
+    assert peak < 4 * largest + 3_000_000 < total / 2  # the rest is what pytest allocates meanwhile
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
