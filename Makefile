@@ -111,7 +111,7 @@ lab: $(VENV)/.stamp-notebooks ## open the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
 bench: $(VENV)/.stamp-base $(VENV)/.stamp-oracles ## the benchmarks, each against its peers, as ratios (minutes)
-	@set -e; for file in $$(grep -l __main__ benchmarks/*.py); do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
+	@set -e; for file in $$(grep -l "^if __name__" benchmarks/*.py); do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
 
 figures: $(VENV)/.stamp-base ## draw the committed figures anew
 	$(BIN)/refllm figures $(ARGS)

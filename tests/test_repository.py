@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -50,6 +51,21 @@ def test_nothing_is_unpickled():
             if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
                 found.append(f"refllm/{MODULES[name].relative_to(PACKAGE)}:{node.value.lineno}")
     assert not found, f"a weight file must not be able to run code: {found}"
+
+
+def test_what_the_package_imports_is_what_it_declares():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {re.match(r"[\w-]+", requirement)[0].replace("-", "_") for requirement in project["dependencies"]}
+    imported = {}
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            imported |= {m.split(".")[0]: f"refllm/{MODULES[name].relative_to(PACKAGE)}:{node.lineno}" for m in modules}
+    optional = {"cupy", "cupyx"}  # the extras gpu and gpu-cuda13
+    third = {m: where for m, where in imported.items() if m not in sys.stdlib_module_names and m != "refllm"}
+    assert not {m: where for m, where in third.items() if m not in declared | optional}, "declare or drop these imports"
+    assert not declared - set(third), "declared, but nothing imports it"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
