@@ -189,7 +189,7 @@ def kv_memory(values: Values) -> Figure:
     contexts = values["contexts"]
     for colour, (name, sizes) in zip((FULL, TECHNIQUE, NEAREST, *MORE), values["lines"].items(), strict=False):
         if (marked := values.get("marked")) in contexts:
-            name += f": {sizes[contexts.index(marked)] / 1e9:.3g} GB at {marked:,}"
+            name += f": {sizes[contexts.index(marked)] / 1e9:.3g} GB at {marked:,} tokens"
         ax.plot(contexts, [s / 1e9 for s in sizes], color=colour, marker="o", ms=4, label=name)
     for name, size in values.get("weights", {}).items():
         ax.axhline(size / 1e9, color="black", lw=0.9, ls="--")
