@@ -15,6 +15,7 @@ from refllm.cli.shared import BackendOption, flag, note, opt
 from refllm.study.terminal import bytes_text, console, pairs
 
 if TYPE_CHECKING:
+    from refllm.model.plan import Phase
     from refllm.study.launch import Run
 
 _ROW = "{:>8}  {:>7}  {:>8}  {:>9}  {:>8}  {:>9}  {:>8}"
@@ -45,6 +46,13 @@ def train(
         int | None, opt("Steps at the end with long windows.", min=0, show_default="15 % of --steps")
     ] = None,
     long_length: Annotated[int, opt("Tokens in a long window; as many tokens a step as before.", min=1)] = 1024,
+    phase: Annotated[
+        list[str] | None,
+        opt(
+            "A phase spelled out, in place of the options above; may be repeated.",
+            metavar="STEPS,BATCH,LENGTH[,REPEATS…]",
+        ),
+    ] = None,
     rate: Annotated[float, opt("Highest learning rate.", metavar="X")] = 3e-3,
     warmup: Annotated[int, opt("Steps of warm-up.", min=0)] = 200,
     schedule: Annotated[str, opt("From the highest rate to zero.", metavar="linear|cosine")] = "linear",
@@ -54,6 +62,7 @@ def train(
         str | None, opt("Distil from this model, with its tokenizer.", "--teacher", "--draft-of", metavar="NAME|DIR")
     ] = None,
     alpha: Annotated[float, opt("Weight of the teacher against the text.", metavar="X", min=0, max=1)] = 1.0,
+    teacher_from: Annotated[int, opt("Step at which distillation begins; the text alone before.", min=0)] = 0,
     evaluate_every: Annotated[int, opt("Steps between looks at the held-out text.", min=1)] = 200,
     save_every: Annotated[int, opt("Steps between checkpoints.", min=1)] = 500,
     work: Annotated[
@@ -96,7 +105,19 @@ def train(
         raise ValueError("--held-out belongs to --data; the standard library has its own held-out modules")
     source = own_files(data, held_out or ()) if data else standard_library(tests=tests)
     shape = launch.Shape(
-        vocab_size, width, layers, heads, kv_heads, mlp, positions, steps, batch, length, long_steps, long_length
+        vocab_size,
+        width,
+        layers,
+        heads,
+        kv_heads,
+        mlp,
+        positions,
+        steps,
+        batch,
+        length,
+        long_steps,
+        long_length,
+        tuple(_phase(text) for text in phase or ()),
     )
     plan = Plan(
         (), peak_rate=rate, warmup=warmup, schedule=schedule, seed=seed, workers=workers,
@@ -104,7 +125,8 @@ def train(
     )  # fmt: skip
     run = launch.prepare(
         output, work or output.with_name(output.name + ".training"), source, shape, plan, overwrite=overwrite,
-        teacher=None if teacher is None else locate(teacher), alpha=alpha, note=note,
+        teacher=None if teacher is None else locate(teacher), alpha=alpha,
+        teacher_from=teacher_from, note=note,
     )  # fmt: skip
     _announce(run)
     with _display(run) as shown:
@@ -112,6 +134,17 @@ def train(
     measured = record["measured"]
     print(f"{output}: {measured['bits per byte']:.3f} bits per byte on {measured['tokens']:,} held-out tokens")
     note(f"the state of the run stays in {run.work} ({bytes_text(_size(run.work))}); remove it when you are done")
+
+
+def _phase(text: str) -> Phase:
+    """``2500,8,256,4,1`` → 2,500 steps of 8 windows of 256 tokens, the streams repeated 4 and 1 times an epoch."""
+    from refllm.model.plan import Phase
+
+    try:
+        steps, batch, length, *repeats = (int(word) for word in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"--phase takes STEPS,BATCH,LENGTH and the repeats of each stream, got {text!r}") from error
+    return Phase(steps, batch, length, tuple(repeats))
 
 
 def command_line(context: typer.Context) -> str:

@@ -87,6 +87,7 @@ def train(
     like: Array | None = None,
     held_out: TokenArray | None = None,
     teacher: Teacher | None = None,
+    teacher_from: int = 0,
     report: Callable[[dict[str, float]], None] | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> State:
@@ -94,7 +95,8 @@ def train(
 
     ``streams`` are 1-D integer token arrays on the host, mixed as ``Phase.repeats`` says. ``like`` is any array
     of the library to train on (default NumPy). ``teacher(tokens[B, S+1])`` returns a function of rows that gives
-    the target distribution (see ``distill``). ``report`` is called with the record of each evaluation: step,
+    the target distribution (see ``distill``); before step ``teacher_from`` the labels alone are learnt, which is
+    several times cheaper a token. ``report`` is called with the record of each evaluation: step,
     loss (nats per token of the last batch), norm (of the gradient, before clipping), rate, seconds, held_out.
     ``on_step`` is called after every step with the steps done and the batch's loss (for a progress bar).
 
@@ -117,7 +119,8 @@ def train(
     with threadpool_limits(limits=1 if workers > 1 else None), ThreadPoolExecutor(workers) as pool:
         for step, phase, windows in batches(plan, [len(s) for s in streams], first=state.optimizer.step):
             tokens = np.stack([streams[s][a : a + phase.length + 1] for s, a in windows])  # [B, S+1]
-            loss, grads = _data_parallel(state.params, config, tokens, workers, pool, teacher)
+            target = teacher if step >= teacher_from else None
+            loss, grads = _data_parallel(state.params, config, tokens, workers, pool, target)
             record = {"step": step + 1, "loss": loss} | _update(state, grads, loss, step, plan)
             if on_step is not None:
                 on_step(step + 1, loss)

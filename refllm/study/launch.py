@@ -56,6 +56,7 @@ class Shape:
     length: int = 256
     long_steps: int | None = None  # of the steps
     long_length: int = 1024
+    explicit: tuple[Phase, ...] = ()  # phases spelled out; they replace everything from ``steps`` on
 
     def config(self, vocab_size: int, begin: int) -> ModelConfig:
         """The network; ValueError if the numbers make none."""
@@ -70,6 +71,8 @@ class Shape:
 
     def phases(self, data: Data) -> tuple[Phase, ...]:
         """Short windows, then long ones with about as many tokens a step; ValueError if they do not fit."""
+        if self.explicit:
+            return self._checked(data)
         if self.steps < 1:
             raise ValueError(f"a run needs at least one step, got {self.steps}")
         long = int(LONG_SHARE * self.steps) if self.long_steps is None else self.long_steps
@@ -81,6 +84,16 @@ class Shape:
         long_batch = max(1, self.batch * self.length // self.long_length)
         short = Phase(self.steps - long, self.batch, self.length, data.repeats)
         return (short, Phase(long, long_batch, self.long_length, data.last_repeats)) if long else (short,)
+
+    def _checked(self, data: Data) -> tuple[Phase, ...]:
+        """The explicit phases, their repeats filled in from the data where they give none."""
+        phases = tuple(p if p.repeats else replace(p, repeats=data.repeats) for p in self.explicit)
+        for p in phases:
+            if p.length > self.context:
+                raise ValueError(f"windows of {p.length} tokens are longer than the context of {self.context}")
+            if len(p.repeats) != len(data.streams):
+                raise ValueError(f"a phase has {len(p.repeats)} repeats for {len(data.streams)} streams of text")
+        return phases
 
 
 @dataclass
@@ -97,6 +110,7 @@ class Run:
     held_out: NDArray[np.int32]
     teacher: Path | None = None
     alpha: float = 1.0
+    teacher_from: int = 0  # the step at which distillation begins
     done: int = 0  # steps of an earlier start
     notes: list[str] = field(default_factory=list)
 
@@ -108,7 +122,7 @@ class Run:
 
 def prepare(
     output: Path, work: Path, data: Data, shape: Shape, plan: Plan, *, teacher: Path | None = None,
-    alpha: float = 1.0, overwrite: bool = False, note: Note = lambda text: None,
+    alpha: float = 1.0, teacher_from: int = 0, overwrite: bool = False, note: Note = lambda text: None,
 ) -> Run:  # fmt: skip
     """Make a run ready; ``plan``'s phases are replaced by those of ``shape``.
 
@@ -130,7 +144,7 @@ def prepare(
     note("encoding the text")
     streams = [encode(tokenizer, documents, begin) for documents in data.streams.values()]
     run = Run(output, work, data, tokenizer, config, plan, streams, encode(tokenizer, data.held_out, begin))
-    run.teacher, run.alpha = teacher, alpha
+    run.teacher, run.alpha, run.teacher_from = teacher, alpha, teacher_from
     if (work / STATE).exists():
         state, about = load_state(work / STATE)
         run.done = state.optimizer.step
@@ -150,7 +164,7 @@ def go(
     if run.done < run.plan.steps:
         train(
             run.config, run.streams, run.plan, run.work, like=xp.zeros(1, dtype=xp.float32), held_out=run.held_out,
-            teacher=_teacher(run, xp), report=report, on_step=on_step,
+            teacher=_teacher(run, xp), teacher_from=run.teacher_from, report=report, on_step=on_step,
         )  # fmt: skip
     return bundle.finish(
         run.work / STATE, run.tokenizer, run.output, run.data, command=command, teacher=run.teacher,
