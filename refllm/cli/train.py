@@ -150,6 +150,8 @@ def _phase(text: str) -> Phase:
 def command_line(context: typer.Context) -> str:
     """The command with every setting that decides the result spelled out, so that later defaults do not matter."""
     left_out = {"output", "work", "overwrite", "backend", "evaluate_every", "save_every"}
+    if context.params.get("phase"):  # they replace these
+        left_out |= {"steps", "batch", "length", "long_steps", "long_length"}
     words = ["refllm", "train", "--output", Path(context.params["output"]).name]
     for parameter in context.command.params:
         name = str(parameter.name)
