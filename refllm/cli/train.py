@@ -105,20 +105,10 @@ def train(
         raise ValueError("--held-out belongs to --data; the standard library has its own held-out modules")
     source = own_files(data, held_out or ()) if data else standard_library(tests=tests)
     shape = launch.Shape(
-        vocab_size,
-        width,
-        layers,
-        heads,
-        kv_heads,
-        mlp,
-        positions,
-        steps,
-        batch,
-        length,
-        long_steps,
-        long_length,
-        tuple(_phase(text) for text in phase or ()),
-    )
+        vocab_size=vocab_size, width=width, layers=layers, heads=heads, kv_heads=kv_heads, mlp=mlp, context=positions,
+        steps=steps, batch=batch, length=length, long_steps=long_steps, long_length=long_length,
+        explicit=tuple(_phase(text) for text in phase or ()),
+    )  # fmt: skip
     plan = Plan(
         (), peak_rate=rate, warmup=warmup, schedule=schedule, seed=seed, workers=workers,
         evaluate_every=evaluate_every, save_every=save_every,

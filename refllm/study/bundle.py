@@ -29,9 +29,9 @@ from refllm.model.config import ModelConfig
 from refllm.model.corpus import Document
 from refllm.model.plan import Phase, Plan, batches
 from refllm.model.shards import converted
+from refllm.model.state import load_state
 from refllm.model.streams import Data, encode, file_sha256, fingerprint
 from refllm.model.tokenizer import Tokenizer
-from refllm.model.train import load_state
 from refllm.study import card
 
 LISTED = "manifest.json"

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,10 @@ from refllm.model.config import ModelConfig
 from refllm.model.distill import teacher_of
 from refllm.model.loss import Teacher
 from refllm.model.plan import Phase, Plan
+from refllm.model.state import load_state
 from refllm.model.streams import Data, encode
 from refllm.model.tokenizer import Tokenizer
-from refllm.model.train import load_state, train
+from refllm.model.train import train
 from refllm.study import bundle, card
 
 STATE, TOKENIZER = "state.safetensors", "tokenizer.json"
@@ -112,7 +113,6 @@ class Run:
     alpha: float = 1.0
     teacher_from: int = 0  # the step at which distillation begins
     done: int = 0  # steps of an earlier start
-    notes: list[str] = field(default_factory=list)
 
     def bits_per_byte(self, nats: float) -> float:
         """Nats per token of the held-out stream as bits per byte of its text."""
