@@ -8,14 +8,57 @@ from __future__ import annotations
 
 import cmath
 import math
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from refllm.model.config import ModelConfig
+from refllm.backend import to_numpy
+from refllm.model.attention import CausalAttend
+from refllm.model.config import ModelConfig, RopeScaling
+from refllm.model.llama import forward, logits
 from refllm.model.shards import tensor_shapes
+from refllm.model.tokenizer import Tokenizer
 
 EPS = float(np.finfo(np.float64).eps)
+
+# One network of each kind that is loaded, and a prompt longer than their windows and "original" RoPE contexts.
+VOCAB = 300
+TOKENS = np.random.default_rng(7).integers(0, VOCAB, 40)
+SIZES = {"vocab_size": VOCAB, "hidden_size": 40, "intermediate_size": 72, "num_hidden_layers": 3,
+         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+LLAMA3 = RopeScaling(8.0, 1.0, 4.0, 32)
+NETWORKS = {
+    "llama": ModelConfig("llama", **SIZES, head_dim=10, bos_token_id=0, eos_token_ids=(0,)),
+    "llama-tied-mha": ModelConfig("llama", **SIZES | {"num_key_value_heads": 4}, head_dim=10, tie_word_embeddings=True),
+    "llama3-rope": ModelConfig(
+        "llama", **SIZES, head_dim=10, rope_theta=500.0, rope_scaling=LLAMA3, eos_token_ids=(1, 2)
+    ),
+    "mistral-window": ModelConfig("mistral", **SIZES, head_dim=16, sliding_window=7),
+    "mistral-no-window": ModelConfig("mistral", **SIZES, head_dim=10),
+    "qwen2": ModelConfig("qwen2", **SIZES, head_dim=10, attention_bias=True, rope_theta=1e6),
+    "qwen3-tied": ModelConfig("qwen3", **SIZES, head_dim=16, qk_norm=True, tie_word_embeddings=True, rms_norm_eps=1e-6),
+    "qwen3": ModelConfig("qwen3", **SIZES, head_dim=16, qk_norm=True),
+}
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    """A small tokenizer: fewer ids than ``VOCAB``."""
+    return Tokenizer.train(["def f(x):\n    return x\n" * 3], 280)
+
+
+def full_logits(weights: Any, config: ModelConfig, xp: Any = np) -> np.ndarray:
+    """Host logits [T, V] of ``TOKENS`` by the library, without a cache."""
+    attend = CausalAttend([len(TOKENS)], config.sliding_window)
+    hidden = forward(weights, config, xp.asarray(TOKENS), xp.asarray(np.arange(len(TOKENS))), attend)
+    return to_numpy(logits(weights, hidden))
+
+
+def close(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    """Within 2e-5 of the largest logit: the bound that the project states for float32."""
+    assert ours.shape == theirs.shape
+    return bool(np.abs(ours.astype(np.float64) - theirs).max() <= 2e-5 * np.abs(theirs).max())
 
 
 def random_tensors(config: ModelConfig, seed: int, dtype: Any = "float64") -> dict[str, np.ndarray]:
