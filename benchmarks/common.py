@@ -132,12 +132,15 @@ class Worker:
     def close(self) -> None:
         """Let the engine end (it reads the end of its input), or end it."""
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        assert self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended, with a request unread
+            self.process.stdin.close()
         try:
             self.process.wait(timeout=10)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self.process.stdout.close()
 
 
 class Channel:

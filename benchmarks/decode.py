@@ -10,7 +10,7 @@ the median of this run, is the peer. The prefill counts, as it does for a user.
 The engines must give the same tokens, or the comparison is void: they may part only where the two best logits
 are closer than rounding in float32 can tell apart (checked in float64).
 
-llama.cpp takes part if it is installed (``make bench-llamacpp`` compiles it). Left out: sampling other than
+llama.cpp takes part where it is installed (``make test-llamacpp`` compiles it). Left out: sampling other than
 greedy, prompts of different lengths, GPU.
 """
 

@@ -1,0 +1,281 @@
+"""The benchmarks run, say what they measured on, and refuse to compare engines that compute different things.
+
+Nothing here looks at a speed: a benchmark is tried at its smallest size, and its record is held to the schema.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import ROOT, oracle
+
+BENCHMARKS = ROOT / "benchmarks"
+COMMITTED = sorted((BENCHMARKS / "results").glob("*.json"))
+ENVIRONMENT = {"cpu", "cores", "memory_gib", "system", "libc", "python", "blas", "versions", "threads", "load_before",
+               "load_after", "quiet", "date"}  # fmt: skip
+TINY = {
+    "layout": ["--rows", "1", "2", "--rounds", "1"],
+    "step": ["--batch", "1", "2", "--prompt", "3", "--new", "4", "--rounds", "1"],
+    "decode": ["--batch", "1", "2", "--prompt", "3", "--new", "4", "--rounds", "2", "--seconds", "0", "--engines"],
+    "training": ["--batch", "2", "--length", "8", "--steps", "1", "--layers", "1", "--rounds", "2", "--engines"],
+}
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import a benchmark's module by name, as its program finds it."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint for the tests that must not depend on the bundled one."""
+    path = tmp_path_factory.mktemp("benchmark") / "random"
+    code = "import sys, pathlib, common; common.random_checkpoint(pathlib.Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", code, str(path)], cwd=BENCHMARKS, check=True)
+    return path
+
+
+def run(name: str, folder: Path, *more: str) -> tuple[dict[str, Any], str]:
+    """Run a benchmark as a user does, at its smallest; returns the record and what was printed."""
+    output = folder / f"{name}.json"
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *TINY[name], *more, "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return json.loads(output.read_text()), done.stdout
+
+
+def check_record(record: dict[str, Any], name: str) -> None:
+    """The schema that figures and readers rely on."""
+    assert (record["format"], record["benchmark"], record["kind"]) == (1, name, "B")
+    about = record["environment"]
+    assert set(about) == ENVIRONMENT
+    assert about["cpu"]
+    assert about["versions"]["refllm"]
+    assert about["versions"]["numpy"]
+    assert about["threads"]
+    assert all(count >= 1 for count in about["threads"].values())
+    assert record["settings"]["rounds"] >= 1
+    assert record["results"]
+    for spread in spreads(record["results"]):
+        assert 0 < spread["low"] <= spread["median"] <= spread["high"]
+
+
+def spreads(tree: Any) -> list[dict[str, float]]:
+    """Every {median, low, high} in the results."""
+    if isinstance(tree, dict):
+        found = [tree] if "median" in tree else []
+        return found + [s for value in tree.values() for s in spreads(value)]
+    return [s for value in tree for s in spreads(value)] if isinstance(tree, list) else []
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_committed_results_state_machine_versions_and_peers(path: Path) -> None:
+    record = json.loads(path.read_text())
+    check_record(record, path.stem)
+    if path.stem in ("decode", "training"):  # measured against a peer, whose version is known
+        assert record["environment"]["versions"]["torch"]
+        assert not {"transformers", "torch"} & set(record["skipped"])
+
+
+def test_layout_compares_both_layouts_at_every_row_count(tmp_path: Path) -> None:
+    record, printed = run("layout", tmp_path)
+    check_record(record, "layout")
+    assert [(r["m"], r["n"], r["rows"]) for r in record["results"]] == [
+        (m, n, rows) for m, n in ((4096, 256), (768, 256), (256, 768)) for rows in (1, 2)
+    ]
+    assert "plain / blocked" in printed
+
+
+def test_parts_of_a_step_sum_to_the_step(tmp_path: Path, checkpoint: Path) -> None:
+    record, _ = run("step", tmp_path, "--model", str(checkpoint))
+    check_record(record, "step")
+    for row in record["results"]:
+        parts = row["parts_us"]
+        assert list(parts) == ["products", "attention", "elementwise", "choosing", "rest"]
+        assert all(value > 0 for name, value in parts.items() if name != "rest")  # every clock was reached
+        assert sum(parts.values()) >= row["whole_us"] - 1  # more, where watching took longer than the step itself
+        assert row["floor_us"] > 0
+
+
+def test_decode_measures_every_round_of_every_batch(tmp_path: Path, checkpoint: Path) -> None:
+    record, printed = run("decode", tmp_path, "refllm", "--model", str(checkpoint))
+    check_record(record, "decode")
+    assert [row["batch"] for row in record["results"]] == [1, 2]
+    for clock in ("wall", "processor"):
+        assert {batch: len(of["refllm"]) for batch, of in record["rates"][clock].items()} == {"1": 2, "2": 2}
+    assert str(checkpoint) in printed
+
+
+def test_training_reports_every_turn_and_its_page_faults(tmp_path: Path) -> None:
+    record, _ = run("training", tmp_path, "refllm")
+    check_record(record, "training")
+    turns = record["rounds"]["refllm"]
+    assert len(turns) == 2
+    assert all(turn["page_faults"] >= 0 and turn["rate"] > 0 and np.isfinite(turn["loss"]) for turn in turns)
+
+
+@pytest.mark.oracle
+def test_decode_against_transformers(tmp_path: Path, checkpoint: Path) -> None:
+    oracle("transformers")
+    engines = ("refllm", "transformers", "transformers, static cache")
+    record, _ = run("decode", tmp_path, *engines, "--model", str(checkpoint))
+    check_record(record, "decode")
+    for row in record["results"]:
+        assert set(row["ratio"]) == set(engines[1:])
+        assert row["ratio_to_peer"] == row["ratio"][row["peer"]]
+        for name in engines:
+            agreement = record["agreement"][str(row["batch"])][name]
+            assert agreement["equal"] + len(agreement["near_ties"]) == row["batch"]
+
+
+@pytest.mark.oracle
+def test_training_against_torch_starts_from_the_same_loss(tmp_path: Path) -> None:
+    oracle("torch")
+    oracle("transformers")
+    record, _ = run("training", tmp_path, "refllm", "torch")  # exits with an error if the losses part
+    check_record(record, "training")
+    assert record["results"][0]["ratio_to_torch"]["median"] > 0
+
+
+@pytest.mark.llamacpp
+def test_decode_against_llamacpp(tmp_path: Path, checkpoint: Path) -> None:
+    install = "pip install llama-cpp-python gguf"
+    oracle("llama_cpp", install)
+    oracle("gguf", install)
+    record, _ = run("decode", tmp_path, "refllm", "llama.cpp", "--model", str(checkpoint))  # exits if the tokens part
+    check_record(record, "decode")
+    assert all(row["ratio"]["llama.cpp"]["median"] > 0 for row in record["results"])
+
+
+def test_a_missing_peer_is_named_with_its_install_line(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = module("decode")
+    missing = decode.Engine("decode_refllm", (), ("no_such_package",), "pip install no-such-package")
+    monkeypatch.setitem(decode.ENGINES, "absent", missing)
+    workers, skipped = decode.start(["absent"], Path("nowhere"), None)
+    assert workers == {}
+    assert skipped == {"absent": "pip install no-such-package"}
+
+
+# --- the comparison is void if the engines compute different things ----------------------------------------------
+
+
+def scripted(tokens: list[list[int]]) -> SimpleNamespace:
+    """An engine that always gives the same tokens."""
+    return SimpleNamespace(ask=lambda **request: {"tokens": tokens})
+
+
+def model_with(logits: list[float]) -> SimpleNamespace:
+    return SimpleNamespace(logits=lambda tokens: np.array([logits]))
+
+
+OPTIONS = SimpleNamespace(batch=[1], new=2)
+
+
+def test_equal_tokens_agree(module: Any) -> None:
+    engines = {"refllm": scripted([[1, 2]]), "peer": scripted([[1, 2]])}
+    out = module("decode").agreement(engines, model_with([0.0]), [[5]], OPTIONS)
+    assert out["1"]["peer"] == {"equal": 1, "near_ties": []}
+
+
+def test_engines_may_part_at_a_near_tie(module: Any) -> None:
+    engines = {"refllm": scripted([[1, 2]]), "peer": scripted([[1, 0]])}
+    out = module("decode").agreement(engines, model_with([10.0, 0.0, 10.0 + 3e-4]), [[5]], OPTIONS)
+    assert out["1"]["peer"]["equal"] == 0
+    assert out["1"]["peer"]["near_ties"] == [{"token": 1, "margin": pytest.approx(3e-4)}]
+
+
+@pytest.mark.parametrize("margin", [5e-4, -5e-4])
+def test_engines_that_part_by_a_clear_margin_end_the_benchmark(module: Any, margin: float) -> None:
+    engines = {"refllm": scripted([[1, 2]]), "peer": scripted([[1, 0]])}
+    with pytest.raises(SystemExit, match="peer parts from refllm at token 1"):
+        module("decode").agreement(engines, model_with([10.0, 0.0, 10.0 + margin]), [[5]], OPTIONS)
+
+
+def test_an_engine_that_stops_early_ends_the_benchmark(module: Any) -> None:
+    engines = {"refllm": scripted([[1, 2]]), "peer": scripted([[1]])}
+    with pytest.raises(SystemExit, match="gave 1 tokens where 2 were expected"):
+        module("decode").agreement(engines, model_with([0.0]), [[5]], OPTIONS)
+
+
+@pytest.mark.parametrize(("second", "turn"), [(5.001, 0), (5.1, 1)])
+def test_losses_that_part_end_the_benchmark(module: Any, second: float, turn: int) -> None:
+    training = module("training")
+    training.check([5.0, 5.0004], 0)
+    training.check([5.0, 5.04], 1)
+    with pytest.raises(SystemExit, match="losses part"):
+        training.check([5.0, second], turn)
+
+
+def test_layouts_that_disagree_end_the_benchmark(module: Any) -> None:
+    layout = module("layout")
+    plain = np.full((2, 64), 3.0, np.float32)
+    layout.check(plain, plain * (1 + 1e-7))
+    with pytest.raises(SystemExit, match="disagree"):
+        layout.check(plain, plain * (1 + 1e-4))
+
+
+# --- the shared parts --------------------------------------------------------------------------------------------
+
+
+def test_a_ratio_is_formed_within_a_round(module: Any) -> None:
+    # The machine slows tenfold in the second round: a ratio of medians would see 2.2, the rounds see 2, 2 and 4.
+    ratio = module("common").ratios([200.0, 20.0, 440.0], [100.0, 10.0, 110.0])
+    assert ratio == {"median": 2.0, "low": 2.0, "high": 4.0}
+
+
+def engine(folder: Path, name: str, code: str, common: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A worker that runs ``code``, written into a package ``engines`` of its own."""
+    (folder / "engines").mkdir()
+    (folder / "engines" / f"{name}.py").write_text(f"from common import Channel\nchannel = Channel()\n{code}")
+    (folder / "common.py").write_text((BENCHMARKS / "common.py").read_text())
+    monkeypatch.setattr(common, "HERE", folder)
+    return common.Worker(name, (), threads=1)
+
+
+def test_what_a_library_prints_does_not_reach_the_pipe(
+    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "print('noise')\nchannel.send(name='loud')\n"
+        "while (r := channel.receive()) is not None:\n    print('more noise')\n    channel.send(double=2 * r['x'])\n"
+    )
+    worker = engine(tmp_path, "loud", code, module("common"), monkeypatch)
+    assert worker.about == {"name": "loud"}
+    assert [worker.ask(x=x)["double"] for x in (1, 21)] == [2, 42]
+    worker.close()
+    assert worker.process.returncode == 0
+
+
+def test_an_engine_that_dies_is_an_error_and_no_hang(
+    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = module("common")
+    code = "channel.send()\nchannel.receive()\nraise SystemExit(3)\n"
+    worker = engine(tmp_path, "mortal", code, common, monkeypatch)
+    with pytest.raises(common.EngineError, match="mortal ended with status 3"):
+        worker.ask(x=1)
+    worker.close()
+
+
+def test_an_engine_computes_with_the_threads_it_was_given(
+    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    code = (
+        "import os\nchannel.send(**{k: os.environ[k] for k in "
+        "('OPENBLAS_NUM_THREADS', 'OMP_NUM_THREADS', 'MKL_NUM_THREADS')})\n"
+    )
+    worker = engine(tmp_path, "counting", code, module("common"), monkeypatch)
+    assert worker.about == {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    worker.close()
