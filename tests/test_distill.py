@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import to_host
 from refllm.model.backward import hidden_states, loss_and_gradients, output_name
 from refllm.model.config import ModelConfig
 from refllm.model.distill import teacher_of
@@ -53,6 +54,18 @@ def test_alpha_zero_is_training_without_a_teacher(seed):
         np.testing.assert_allclose(grads[name], g, rtol=0, atol=1e-13 * np.abs(g).max())
 
 
+def test_invariance_every_array_library_gives_the_same_targets(xp):
+    params, config = network(0)
+    tokens = np.random.default_rng(0).integers(0, V, (2, 8))
+    expected = teacher_of(params, config, 0.7, 0.4)(tokens)(slice(3, 9))
+    on_device = {name: xp.asarray(w) for name, w in params.items()}
+    got = teacher_of(on_device, config, 0.7, 0.4)(xp.asarray(tokens))(slice(3, 9))
+    np.testing.assert_allclose(to_host(got), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.theorem(
+    "∇ cross-entropy(p, q) = ∇ KL(p ‖ q), and it is zero at q = p", source="Hinton et al. 2015, section 2"
+)
 @given(st.integers(0, 2**32 - 1))
 def test_a_student_equal_to_its_teacher_has_no_gradient(seed):
     """softmax(z) − p = 0 at q = p, and the loss there is the entropy of p (Gibbs' inequality's equality case)."""

@@ -25,7 +25,14 @@ from strategies import model_configs, seeds
 
 V = 19
 CONFIG = ModelConfig("llama", V, 16, 24, 2, 4, 2, 4, tie_word_embeddings=True)
-PLAN = Plan((Phase(6, 4, 8, (2, 1)), Phase(5, 2, 16, (1, 0))), warmup=3, seed=5, evaluate_every=4, save_every=2)
+PLAN = Plan(
+    (Phase(6, 4, 8, (2, 1)), Phase(5, 2, 16, (1, 0))),
+    warmup=3,
+    weight_decay=0.05,
+    seed=5,
+    evaluate_every=4,
+    save_every=2,
+)
 
 
 def streams(seed: int = 0) -> list[np.ndarray]:
@@ -276,3 +283,30 @@ def test_a_teacher_sees_the_batch_of_its_worker(tmp_path_factory, data):
     plain = train(CONFIG, streams(), plan, tmp_path_factory.mktemp("plain"))
     for name, w in plain.params.items():  # a teacher that is certain of the label is no teacher
         np.testing.assert_allclose(taught.params[name], w, rtol=0, atol=1e-4)
+
+
+def test_a_teacher_that_sets_in_later_is_not_asked_before_also_in_a_resumed_run(tmp_path):
+    """Steps before ``teacher_from`` are those of a run without a teacher; a kill in between changes nothing."""
+    asked: list[int] = []
+
+    def run(folder: str, kill_at: int = 0) -> State:
+        done = [0]
+
+        def on_step(step: int, _: float) -> None:
+            done[0] = step
+            if step == kill_at:
+                raise Killed
+
+        def teacher(tokens):
+            asked.append(done[0])
+            return lambda rows: np.full((rows.stop - rows.start, V), 1 / V, dtype="float32")
+
+        return train(CONFIG, streams(), plan, tmp_path / folder, teacher=teacher, teacher_from=5, on_step=on_step)
+
+    plan = Plan(PLAN.phases, workers=1, save_every=2)
+    whole = run("whole")
+    assert asked == list(range(5, PLAN.steps))
+    for kill_at in (3, 7):
+        with pytest.raises(Killed):
+            run(f"killed at {kill_at}", kill_at)
+        assert bits(run(f"killed at {kill_at}")) == bits(whole)
