@@ -26,11 +26,12 @@ def figures(
       refllm figures --check
     """
     from refllm.backend import get
-    from refllm.study import figures as study
 
     get(backend)
     if not (output / "data").is_dir():
         raise ValueError(f"{output} has no data/ to draw from: run this in the repository, or name it with --output")
+    from refllm.study import figures as study
+
     if check:
         complaints = study.check(output)
         for complaint in complaints:

@@ -100,7 +100,8 @@ def train(
         raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
     if not 0 < rate < 1:
         raise ValueError(f"the learning rate must be within (0, 1), got {rate}")
-    get(backend)  # before the text is read: an unavailable GPU should not take a minute to find out
+    get(backend)  # this and the next before the text is read: what cannot end well should end at once
+    launch.check_output(output, overwrite)
     if held_out and not data:
         raise ValueError("--held-out belongs to --data; the standard library has its own held-out modules")
     source = own_files(data, held_out or ()) if data else standard_library(tests=tests)

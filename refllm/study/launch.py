@@ -14,6 +14,8 @@ Left out: searching for good settings.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,12 +32,12 @@ from refllm.model.distill import teacher_of
 from refllm.model.loss import Teacher
 from refllm.model.plan import Phase, Plan
 from refllm.model.state import load_state
-from refllm.model.streams import Data, encode
+from refllm.model.streams import Data, encode, fingerprint
 from refllm.model.tokenizer import Tokenizer
 from refllm.model.train import train
 from refllm.study import bundle, card
 
-STATE, TOKENIZER = "state.safetensors", "tokenizer.json"
+STATE, TOKENIZER, TEXT = "state.safetensors", "tokenizer.json", "text.sha256"
 LONG_SHARE = 0.15  # of the steps, at the end, read long windows
 
 Note = Callable[[str], None]
@@ -120,6 +122,12 @@ class Run:
         return nats / math.log(2) * (len(self.held_out) - len(self.data.held_out)) / size
 
 
+def check_output(output: Path, overwrite: bool) -> None:
+    """CheckpointError if ``output`` is taken: to be asked before hours of training, not after."""
+    if not overwrite and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output} exists already: choose another --output, or pass --overwrite")
+
+
 def prepare(
     output: Path, work: Path, data: Data, shape: Shape, plan: Plan, *, teacher: Path | None = None,
     alpha: float = 1.0, teacher_from: int = 0, overwrite: bool = False, note: Note = lambda text: None,
@@ -131,19 +139,22 @@ def prepare(
     ValueError
         for a network, a plan, or data that do not fit together.
     CheckpointError
-        if ``output`` is taken, found out now and not after hours of training.
+        if ``output`` is taken.
     """
-    if not overwrite and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output} exists already: choose another --output, or pass --overwrite")
+    check_output(output, overwrite)
     plan = replace(plan, phases=shape.phases(data))
     taught = None if teacher is None else read_config(teacher)
-    work.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(work, data, shape.vocab_size, teacher, note)
     begin = 0 if taught is None or taught.bos_token_id is None else taught.bos_token_id
     config = shape.config(tokenizer.vocab_size if taught is None else taught.vocab_size, begin)
     note("encoding the text")
     streams = [encode(tokenizer, documents, begin) for documents in data.streams.values()]
     run = Run(output, work, data, tokenizer, config, plan, streams, encode(tokenizer, data.held_out, begin))
+    _check_lengths(run)
+    _check_text(run)
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(work / TOKENIZER)
+    (work / TEXT).write_text(_digest(data) + "\n", "utf-8")
     run.teacher, run.alpha, run.teacher_from = teacher, alpha, teacher_from
     if (work / STATE).exists():
         state, about = load_state(work / STATE)
@@ -172,15 +183,38 @@ def go(
     )  # fmt: skip
 
 
+def _check_lengths(run: Run) -> None:
+    """Every stream must hold a window of every phase that reads it: the last phase comes after hours."""
+    for phase in run.plan.phases:
+        read = [s for s, repeats in zip(run.streams, phase.repeats, strict=True) if repeats]
+        shortest = min(map(len, [*read, run.held_out]))
+        if phase.steps and shortest <= phase.length:
+            raise ValueError(
+                f"a stream of the text has {shortest} tokens, too few for windows of {phase.length}: give more text "
+                "to train on or to hold out, or shorten --length and --long-length"
+            )
+
+
+def _check_text(run: Run) -> None:
+    """A run that goes on must go on with the same text: its card will name every document that it read."""
+    digest = run.work / TEXT
+    if (run.work / STATE).exists() and digest.exists() and digest.read_text("utf-8").strip() != _digest(run.data):
+        raise ValueError(f"{run.work} was begun with other text, or another Python: choose another --work")
+
+
+def _digest(data: Data) -> str:
+    documents = {name: fingerprint(part) for name, part in {**data.streams, "held out": data.held_out}.items()}
+    return hashlib.sha256(json.dumps(documents, sort_keys=True).encode()).hexdigest()
+
+
 def _tokenizer(work: Path, data: Data, vocab_size: int, teacher: Path | None, note: Note) -> Tokenizer:
     """The teacher's; or the one that the run began with; or a new one, trained on the first stream."""
     if teacher is not None:  # a student that is compared token by token must read the same tokens
         return Tokenizer.from_file(teacher / TOKENIZER)
-    path = work / TOKENIZER
-    if not path.exists():
-        note(f"training a tokenizer of {vocab_size:,} tokens")
-        Tokenizer.train((d.text for d in next(iter(data.streams.values()))), vocab_size).save(path)
-    return Tokenizer.from_file(path)
+    if (work / STATE).exists():
+        return Tokenizer.from_file(work / TOKENIZER)
+    note(f"training a tokenizer of {vocab_size:,} tokens")
+    return Tokenizer.train((d.text for d in next(iter(data.streams.values()))), vocab_size)
 
 
 def _teacher(run: Run, xp: Any) -> Teacher | None:

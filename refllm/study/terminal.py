@@ -9,6 +9,7 @@ Left out: progress bars and command-line options (``cli.shared``).
 from __future__ import annotations
 
 import sys
+import unicodedata
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -43,6 +44,11 @@ def pairs(out: Console, lines: dict[str, str]) -> None:
     """Names on the left, what they are on the right; long text is wrapped under itself on a terminal."""
     from rich.table import Table
 
+    if not out.is_terminal:
+        width = max(map(len, lines), default=0)
+        for name, text in lines.items():
+            out.print(f"{name:{width}}  {text}")
+        return
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -52,8 +58,12 @@ def pairs(out: Console, lines: dict[str, str]) -> None:
 
 
 def printable(text: str) -> str:
-    """``text`` with control characters written out as escapes, so that none of them steers the terminal."""
-    return "".join(c if c in "\n\t" or c.isprintable() or (c.isspace() and c > "\x7f") else repr(c)[1:-1] for c in text)
+    """``text`` with control characters written out as escapes, so that none of them steers the terminal.
+
+    Line breaks and tabs stay; marks that reverse the direction of writing count as control characters.
+    """
+    kept = (c if c in "\n\t" or c.isprintable() or unicodedata.category(c) == "Zs" else repr(c)[1:-1] for c in text)
+    return "".join(kept)
 
 
 def bytes_text(count: float) -> str:
