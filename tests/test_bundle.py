@@ -18,7 +18,9 @@ from refllm.study import bundle, card
 from refllm.study.perplexity import evaluate
 from study_models import byte_tokenizer, tiny_config, tiny_model
 
-TEXT = [Document(f"part{i}.py", f"def function_number_{i}(argument):\n    return argument + {i}\n" * 8) for i in range(4)]
+TEXT = [
+    Document(f"part{i}.py", f"def function_number_{i}(argument):\n    return argument + {i}\n" * 8) for i in range(4)
+]
 DATA = Data("a few functions", {"code": TEXT[:2], "more": TEXT[2:3]}, TEXT[3:], (2, 1), (1, 0), code=True)
 PLAN = Plan((Phase(3, 2, 32, (2, 1)), Phase(1, 1, 64, (1, 0))), warmup=1, workers=1, evaluate_every=2)
 CONFIG = tiny_config(tie_word_embeddings=True, max_position_embeddings=64)
@@ -147,6 +149,16 @@ def test_acceptance_is_the_overlap_of_both_distributions():
     got = card.acceptance(draft, target, [Document("x", text)], window=64)
     assert got == pytest.approx(np.mean(overlaps), rel=1e-11)
     assert got == pytest.approx(card.acceptance(target, draft, [Document("x", text)], window=64), rel=1e-11)
+
+
+def test_samples_are_measured_beside_real_text(finished):
+    """63 tokens fit behind the beginning token; the functions above are cut within a line, which is trimmed."""
+    samples = finished[2]["measured"]["samples"]
+    assert samples["count"] == 100
+    assert [x["tokens"] for x in samples["by length"]] == [63]
+    assert samples["by length"][0]["share of real text"] == 1.0
+    model = load(finished[1], backend="numpy")
+    assert samples == card.sample_record(model, TEXT[:3], np.random.default_rng(PLAN.seed))
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,9 @@ def _show_record(out: Any, card: dict[str, Any]) -> None:
         lines["distilled from"] = training["teacher"]
         lines["acceptance"] = f"{measured['against the teacher']['acceptance']:.3f} by {training['teacher']}"
     if "samples" in measured:
-        lines["samples"] = f"{measured['samples']['share that tokenizes']:.0%} pass Python's tokenize"
+        lines["samples"] = "pass Python's tokenize: " + ", ".join(
+            f"{x['share']:.0%} of {x['tokens']} tokens (real files {x['share of real text']:.0%})"
+            for x in measured["samples"]["by length"]
+        )
     out.print("\ntraining", style="bold")
     pairs(out, lines)

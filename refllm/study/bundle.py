@@ -72,7 +72,7 @@ def finish(
             "seconds": state.curve[-1]["seconds"] if state.curve else 0.0, "plan": json.loads(about["plan"]),
         },
         "measured": card.measure(
-            model, data.held_out, code=data.code, seed=plan.seed, progress=progress,
+            model, data.held_out, code=_python(data), seed=plan.seed, progress=progress,
             teacher=None if teacher is None else load(teacher, backend="numpy"),
         ),
     }  # fmt: skip
@@ -131,6 +131,11 @@ def _data(data: Data, tokenizer: Tokenizer, plan: Plan) -> card.Record:
         },
         "held out": _count(data.held_out) | {"tokens": len(encode(tokenizer, data.held_out))},
     }
+
+
+def _python(data: Data) -> list[Document]:
+    """The Python files that were trained on."""
+    return [d for part in data.streams.values() for d in part if data.code and d.name.endswith(".py")]
 
 
 def _count(documents: Sequence[Document]) -> card.Record:

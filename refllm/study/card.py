@@ -31,14 +31,15 @@ from refllm.study.windows import plan as windows_of
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 Record = dict[str, Any]
-SAMPLES, SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 100, 256, 0.8
+SAMPLES, SAMPLE_TEMPERATURE = 100, 0.8
+SAMPLE_LENGTHS = (64, 128, 256)  # tokens: the shorter are beginnings of the longest
 
 
 def measure(
-    model: Model, held_out: Sequence[Document], *, code: bool, teacher: Model | None = None,
+    model: Model, held_out: Sequence[Document], *, code: Sequence[Document] = (), teacher: Model | None = None,
     seed: int = 0, progress: Progress = lambda what, done, total: None,
 ) -> Record:  # fmt: skip
-    """The ``measured`` part of a card. ``code``: is the text Python, so that samples should tokenize?"""
+    """The ``measured`` part of a card. ``code`` is Python that samples are compared with, if that is what it writes."""
     window = min(1024, model.config.max_position_embeddings)
 
     def scored(stride: int, what: str) -> Any:
@@ -62,20 +63,34 @@ def measure(
     ]
     if code:
         progress("samples", 0, 1)
-        record["samples"] = sample_record(model, np.random.default_rng(seed))
+        record["samples"] = sample_record(model, code, np.random.default_rng(seed))
     if teacher is not None:
         record["against the teacher"] = _against(model, teacher, held_out, window, seed, progress)
     return record
 
 
-def sample_record(model: Model, rng: np.random.Generator) -> Record:
-    """Free samples, and the share of them that Python's own tokenizer reads once the last line is trimmed."""
+def sample_record(model: Model, real: Sequence[Document], rng: np.random.Generator) -> Record:
+    """The share of free samples that Python's own tokenizer reads once the last line is trimmed, by length.
+
+    A text that is cut inside brackets or a long string does not pass, however good it is. So the same is measured
+    on the beginnings of documents drawn from ``real``: that is what could be reached.
+    """
     begin = model.config.bos_token_id or 0
-    room = min(SAMPLE_TOKENS, model.config.max_position_embeddings - 1)
+    longest = min(SAMPLE_LENGTHS[-1], model.config.max_position_embeddings - 1)
     how = Sampling(temperature=SAMPLE_TEMPERATURE)
-    ids = model.generate_batch([[begin]] * SAMPLES, room, how=how, rng=rng)
-    share = sum(tokenizes(model.tokenizer.decode(i)) for i in ids) / SAMPLES
-    return {"count": SAMPLES, "tokens": room, "temperature": SAMPLE_TEMPERATURE, "share that tokenizes": share}
+    ids = model.generate_batch([[begin]] * SAMPLES, longest, how=how, rng=rng)
+    chosen = [real[i] for i in rng.permutation(len(real))[:SAMPLES]]
+    texts = [model.tokenizer.encode(d.text[: 40 * longest])[:longest] for d in chosen]
+
+    def share(parts: Sequence[Sequence[int]], length: int) -> float:
+        return sum(tokenizes(model.tokenizer.decode(part[:length])) for part in parts) / len(parts)
+
+    lengths = sorted({min(length, longest) for length in SAMPLE_LENGTHS})
+    return {
+        "count": SAMPLES,
+        "temperature": SAMPLE_TEMPERATURE,
+        "by length": [{"tokens": n, "share": share(ids, n), "share of real text": share(texts, n)} for n in lengths],
+    }
 
 
 def tokenizes(text: str) -> bool:
@@ -200,14 +215,22 @@ def _measured(m: Record, python: str) -> str:
         f"By the number of tokens read before (windows of {m['window']:,} without overlap):",
         _table(
             ["tokens before", "scored", "bits per byte"],
-            [[f"{b['from']:,}–{b['to']:,}", f"{b['tokens']:,}", f"{b['bits per byte']:.3f}"] for b in m["by context"]],
+            [[_range(b["from"], b["to"]), f"{b['tokens']:,}", f"{b['bits per byte']:.3f}"] for b in m["by context"]],
         ),
     ]
     if samples := m.get("samples"):
-        lines.append(
-            f"Of {samples['count']} samples of {samples['tokens']} tokens at temperature {samples['temperature']}, "
-            f"{samples['share that tokenizes']:.0%} pass Python's `tokenize` once their last line is trimmed."
-        )
+        lines += [
+            f"Share of {samples['count']} samples at temperature {samples['temperature']} that pass Python {python}'s "
+            "`tokenize` once their last line is trimmed, and of the beginnings of real files, which may be cut inside "
+            "brackets or a long string too:",
+            _table(
+                ["tokens", "samples", "real files"],
+                [
+                    [f"{x['tokens']}", f"{x['share']:.0%}", f"{x['share of real text']:.0%}"]
+                    for x in samples["by length"]
+                ],
+            ),
+        ]
     if near := m.get("against the teacher"):
         lines.append(
             f"Against its teacher, on {near['tokens']:,} held-out tokens: acceptance Σ min(p, q) "
@@ -215,6 +238,10 @@ def _measured(m: Record, python: str) -> str:
             f"KL {near['KL'][0]:.3f} nats."
         )
     return "\n\n".join(lines)
+
+
+def _range(low: int, high: int) -> str:
+    return f"{low:,}" if low == high else f"{low:,}–{high:,}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
