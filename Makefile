@@ -83,7 +83,7 @@ test-gpu: $(VENV)/.stamp-test ## the same tests on real CuPy (install refllm[gpu
 
 test-llamacpp: $(VENV)/.stamp-test ## the comparisons with llama.cpp (compiles it: five minutes, a C++ compiler)
 	@if grep -rqs 'mark.llamacpp' tests; then \
-	  set -e; $(INSTALL) 'llama-cpp-python>=0.3.16'; REFLLM_REQUIRE_ORACLES=1 $(PYTEST) -m llamacpp $(ARGS); \
+	  set -e; $(INSTALL) 'llama-cpp-python>=0.3.16' gguf; REFLLM_REQUIRE_ORACLES=1 $(PYTEST) -m llamacpp $(ARGS); \
 	else echo "no test is marked llamacpp"; fi
 
 notebooks: $(VENV)/.stamp-test $(VENV)/.stamp-notebooks ## execute every notebook

@@ -4,7 +4,7 @@ As fast as the library's own settings make it without a compiler: float32, scale
 inference mode, no padding (all prompts are equally long), no end token to look for. ``dynamic`` grows the
 cache with each token, ``static`` preallocates it.
 
-Left out: ``torch.compile``, which takes half a minute a shape here and pays on a GPU; IPEX and other plug-ins.
+Left out: ``torch.compile``, IPEX and other plug-ins.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 transformers' ``LlamaForCausalLM`` with scaled-dot-product attention, cross-entropy over float32 logits, gradient
 clipping and the fused AdamW: what a user gets on a CPU without a compiler.
 
-Left out: ``torch.compile`` (no gain here after half a minute of compiling), bfloat16 autocast.
+Left out: ``torch.compile``, bfloat16 autocast.
 """
 
 from __future__ import annotations
