@@ -14,7 +14,7 @@ from refllm.model.corpus import Document
 from refllm.model.plan import Phase, Plan
 from refllm.model.streams import Data, encode, file_sha256
 from refllm.model.train import train
-from refllm.study import bundle, card
+from refllm.study import bundle, card, curves, figures
 from refllm.study.perplexity import evaluate
 from study_models import byte_tokenizer, tiny_config, tiny_model
 
@@ -89,6 +89,20 @@ def test_the_manifest_lists_every_file_and_every_document(finished):
         name: {d.name: d.sha256 for d in documents} for name, documents in DATA.streams.items()
     }
     assert manifest["held out"] == {d.name: d.sha256 for d in DATA.held_out}
+
+
+def test_figures_are_drawn_from_the_directory(finished):
+    _, output, record = finished
+    assert curves.has_record(output)
+    values = curves.curve_values([output])
+    assert values["runs"] == {"model": json.loads((output / "curve.json").read_text())}
+    assert values["phases"] == [[3, "2 × 32 tokens"], [4, "1 × 64 tokens"]]
+    bins = curves.position_values([output])["lines"]["model"]
+    assert sum(b[2] for b in bins) == record["measured"]["tokens"]
+    assert sum(b[2] * b[3] for b in bins) > 0
+    for name, draw in (("training_curve", values), ("bits_by_position", {"lines": {"model": bins}})):
+        assert figures.FIGURES[name][1](draw).axes
+    assert not curves.has_record(output.parent)
 
 
 def test_no_line_of_the_text_is_in_the_directory(finished):

@@ -144,6 +144,7 @@ def _show(facts: dict[str, Any]) -> None:
     )
     if facts["card"]:
         _show_record(out, facts["card"])
+    out.print()
     files = table("file", "bytes", "sha256", "")
     for file in facts["files"]:
         files.add_row(file["name"], f"{file['bytes']:,}", (file["sha256"] or "")[:16], file["state"])
@@ -157,7 +158,7 @@ def _show_record(out: Any, card: dict[str, Any]) -> None:
     lines = {
         "trained on": f"{data['name']}, {tokens:,} tokens",
         "for": f"{training['steps']:,} steps, {training['tokens']:,} tokens, {training['seconds'] / 60:.0f} minutes",
-        "by": f"refllm {card['made with']['refllm']}, Python {card['made with']['python']}, "
+        "made with": f"refllm {card['made with']['refllm']}, Python {card['made with']['python']}, "
         f"NumPy {card['made with']['numpy']}",
         "held out": f"{measured['bits per byte']:.3f} bits per byte, perplexity {measured['perplexity']:.2f}, "
         f"on {measured['tokens']:,} tokens",

@@ -32,6 +32,13 @@ ModelOption = Annotated[str, opt("A bundled model or a Hugging Face directory.",
 JsonOption = Annotated[bool, flag("Print one JSON object instead of text.", "--json")]
 
 
+def bar_column() -> Any:
+    """The bar itself, in one quiet colour."""
+    from rich.progress import BarColumn
+
+    return BarColumn(30, complete_style="cyan", finished_style="cyan", pulse_style="cyan")
+
+
 @contextmanager
 def progress(what: str) -> Iterator[Advance]:
     """A bar on stderr while the block runs; yields what moves it. Nothing where stderr is no terminal."""
@@ -39,9 +46,9 @@ def progress(what: str) -> Iterator[Advance]:
     if not err.is_terminal:
         yield lambda done, total: None
         return
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(30), TaskProgressColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), bar_column(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

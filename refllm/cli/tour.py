@@ -12,7 +12,7 @@ from refllm.study.terminal import console
 def tour(
     stop: Annotated[list[str] | None, opt("Visit this stop only; may be repeated.", metavar="NAME")] = None,
     listed: Annotated[bool, flag("List the stops and leave.", "--list")] = False,
-    output: Annotated[Path, opt("The folder that figures go to.", metavar="DIR")] = Path("figures"),
+    output: Annotated[Path, opt("The folder that figures go to.", metavar="DIR")] = Path("figures/tour"),
     model: ModelOption = "stdlib",
     backend: BackendOption = "numpy",
 ) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from refllm.cli.shared import BackendOption, flag, note, opt
+from refllm.cli.shared import BackendOption, bar_column, flag, note, opt
 from refllm.study.terminal import bytes_text, console, pairs
 
 if TYPE_CHECKING:
@@ -183,11 +183,11 @@ def _announce(run: Run) -> None:
 @contextmanager
 def _display(run: Run) -> Iterator[dict[str, Any]]:
     """Callbacks that print a row for each evaluation and, on a terminal, keep a bar below them; all to stderr."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     out = console(stderr=True)
     columns = (
-        TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TextColumn("{task.fields[what]}"),
+        TextColumn("{task.description}"), bar_column(), MofNCompleteColumn(), TextColumn("{task.fields[what]}"),
         TimeRemainingColumn(),
     )  # fmt: skip
     bar = Progress(*columns, console=out, transient=True, disable=not out.is_terminal)

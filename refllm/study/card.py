@@ -59,7 +59,14 @@ def measure(
     }  # fmt: skip
     by_length = bits_by_position(scored(window, "by length of the context"))
     record["by context"] = [
-        {"from": b.low, "to": b.high, "tokens": b.tokens, "bits per byte": b.bits_per_byte} for b in by_length
+        {
+            "from": b.low,
+            "to": b.high,
+            "tokens": b.tokens,
+            "nats per token": b.nats_per_token,
+            "bits per byte": b.bits_per_byte,
+        }
+        for b in by_length
     ]
     if code:
         progress("samples", 0, 1)

@@ -10,7 +10,6 @@ Left out: comparisons with other programs (``benchmarks/``), explanations (``not
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from refllm.api import Model, load, locate
 from refllm.backend import namespace
 from refllm.decode.generate import GREEDY, Sampling, generate_tokens
 from refllm.model.corpus import held_out_documents
+from refllm.study import curves
 from refllm.study.bundle import architecture
 from refllm.study.memory import kv_bytes_per_token
 from refllm.study.quick import sample_bits_per_byte, time_step
@@ -124,21 +124,8 @@ def meet(tour: Tour) -> None:
         f"context will keep {kv_bytes_per_token(config, 32):,.0f} bytes of keys and values (float32)."
     )
     tour.say(f"It runs in {xp.__name__} {xp.__version__} on Python {platform.python_version()}.")
-    _draw_curve(tour, directory)
-
-
-def _draw_curve(tour: Tour, directory: Path) -> None:
-    """The training curve, where the model comes with one."""
-    curve, card = directory / "curve.json", directory / "card.json"
-    if not (curve.is_file() and card.is_file()):
-        return
-    about, step, marks = json.loads(card.read_text(encoding="utf-8")), 0, []
-    for phase in about["training"]["plan"]["phases"]:
-        step += phase["steps"]
-        marks.append([step, f"{phase['batch']} × {phase['length']}"])
-    runs = {tour.name: json.loads(curve.read_text(encoding="utf-8"))}
-    made = about["made with"]
-    tour.draw("training_curve", {"runs": runs, "phases": marks}, "B", f"Python {made['python']}, NumPy {made['numpy']}")
+    if curves.has_record(directory):
+        tour.draw("training_curve", curves.curve_values([directory]), "B", curves.hardware([directory]))
 
 
 def write(tour: Tour) -> None:
@@ -194,12 +181,14 @@ def cost(tour: Tour) -> None:
         )  # fmt: skip
         points.append({"label": name, "intensity": c.intensity, "flops_per_second": c.flops / seconds})
     tour.out.print(made)
+    tour.say()
     tour.say(
         f"{CONTEXT} tokens of context. FLOP and bytes are counted; times are measured, medians of {REPEATS}. MFU and "
         "MBU are the shares of the two limits that were used (weights that stay in the cache can exceed the second). "
         "A step reads every weight once, however many sequences share it: that is what batching buys."
     )
-    tour.draw("roofline", roofline_data([machine], {}) | {"points": points}, "B", f"{machine.name}. {machine.source}")
+    values = roofline_data([machine], {}) | {"points": points, "title": f"Steps of {tour.name} on this machine"}
+    tour.draw("roofline", values, "B", f"{machine.name}. {machine.source}")
 
 
 def phases(tour: Tour) -> None:
@@ -216,6 +205,7 @@ def phases(tour: Tour) -> None:
         each = seconds / count
         made.add_row(name, f"{count}", f"{1e3 * seconds:.1f}", f"{1e3 * each:.3f}", f"{1 / each:,.0f}")
     tour.out.print(made)
+    tour.say()
     tour.say(
         f"First token after {1e3 * watch.ttft:.0f} ms (TTFT), each further one {1e3 * watch.tpot:.2f} ms (TPOT), the "
         f"request {1e3 * watch.e2el:.0f} ms. A generated token costs {watch.tpot * len(prompt) / prefill:.1f} times a "
