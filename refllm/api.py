@@ -124,11 +124,11 @@ class Model:
             return "".join(self.stream(prompt, max_tokens, how=how, stop=stop, ignore_eos=ignore_eos, rng=rng))
         if stop:
             raise ValueError("stop strings need a text prompt; token prompts end at max_tokens or the end token")
-        return self.generate_batch([list(prompt)], max_tokens, how=how, ignore_eos=ignore_eos, rng=rng)[0]
+        return self.generate_batch([prompt], max_tokens, how=how, ignore_eos=ignore_eos, rng=rng)[0]
 
     def generate_batch(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int]] | Array,
         max_tokens: int,
         *,
         how: Sampling = GREEDY,
@@ -136,6 +136,7 @@ class Model:
         rng: np.random.Generator | int | None = None,
     ) -> list[list[int]]:
         """``generate`` of B token prompts as one static batch; each result ends before its own end token."""
+        prompts = _token_lists(prompts)
         ends = frozenset() if ignore_eos else frozenset(self.config.eos_token_ids)
         results: list[list[int]] = [[] for _ in prompts]
         running = set(range(len(prompts)))
@@ -183,3 +184,14 @@ class Model:
             rest += stops.flush()
         if rest:
             yield rest
+
+
+def _token_lists(prompts: Sequence[Sequence[int]] | Array) -> list[list[int]]:
+    """Plain lists of what may be lists, arrays or iterators; ValueError for what is no sequence of ids."""
+    try:
+        rows = [to_numpy(row) if hasattr(row, "shape") else row for row in prompts]
+        if any(isinstance(row, (str, bytes, bytearray)) for row in rows):  # bytes would pass for small ids
+            raise TypeError("text")
+        return [list(row) for row in rows]
+    except TypeError as error:
+        raise ValueError("a prompt must be a sequence of token ids, or, outside a batch, a str") from error

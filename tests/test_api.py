@@ -218,11 +218,24 @@ def test_the_repetition_penalty_counts_prompt_and_output(prompt):
         ([V], 1, {}, f"within 0..{V - 1}"),
         ([-1], 1, {}, "within 0"),
         ([0], -1, {}, "max_tokens"),
+        ([0], 2.0, {}, "max_tokens must be a whole number"),
+        ([0], "3", {}, "max_tokens must be a whole number"),
+        ([0], None, {}, "max_tokens must be a whole number"),
+        (b"ab", 1, {}, "sequence of token ids"),  # two bytes would pass for two ids
+        (7, 1, {}, "sequence of token ids"),
+        (None, 1, {}, "sequence of token ids"),
+        ([[0, 1]], 1, {}, "no integer"),
+        ("a\ud800", 1, {}, "character 1 of the text is no Unicode"),
         ([0], 2048, {}, "positions"),
         ([0], 1, {"temperature": -1.0}, "temperature"),
         ([0], 1, {"temperature": float("nan")}, "temperature"),
         ([0], 1, {"temperature": float("inf")}, "temperature"),
+        ([0], 0, {"temperature": "1"}, "temperature must be a number, got '1'"),
+        ([0], 0, {"temperature": float("inf")}, "temperature"),  # also where nothing is drawn
         ([0], 1, {"top_k": -1}, "top_k"),
+        ([0], 0, {"top_k": 1.5}, "top_k must be 0"),
+        ([0], 0, {"top_p": None}, "top_p must be a number"),
+        ([0], 0, {"repetition_penalty": float("inf")}, "repetition_penalty must be finite"),
         ([0], 1, {"top_p": 0.0}, "top_p"),
         ([0], 1, {"top_p": 1.1}, "top_p"),
         ([0], 1, {"min_p": 1.1}, "min_p"),
@@ -238,6 +251,31 @@ def test_bad_requests_are_refused_by_name(prompt, count, options, message):
 def test_no_prompt_at_all_is_refused():
     with pytest.raises(ValueError, match="no prompt"):
         MODEL.generate_batch([], 3)
+
+
+@pytest.mark.parametrize("prompts", ["ab", b"ab", ["ab"], [b"ab"], [1, 2], [None], None, [np.array(1)]])
+def test_a_batch_of_what_is_no_token_prompt_is_refused(prompts):
+    with pytest.raises(ValueError, match="a prompt must be a sequence of token ids"):
+        MODEL.generate_batch(prompts, 1)
+
+
+def test_a_batch_may_be_an_array_or_made_of_iterators_and_is_left_as_it_was(xp):
+    batch = [[1, 2], [3, 4]]
+    expected = ENDLESS.generate_batch(batch, 3)
+    array = np.array(batch, np.uint8)
+    assert ENDLESS.generate_batch(array, 3) == ENDLESS.generate_batch(xp.asarray(batch), 3) == expected
+    assert ENDLESS.generate_batch((iter(row) for row in batch), 3) == expected
+    assert ENDLESS.generate(iter(batch[0]), 3) == ENDLESS.generate(xp.asarray(batch[0]), 3) == expected[0]
+    assert batch == array.tolist() == [[1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_degenerate_input_logits_without_a_largest_one_end_with_an_error_and_not_with_token_0(xp, value):
+    model = network(xp=xp, dtype="float32")
+    model.weights["norm"] = model.weights["norm"] * value  # ±inf and NaN, as an overflow leaves them
+    for temperature in (0.0, 1.0):
+        with np.errstate(invalid="ignore"), pytest.raises(ValueError, match="logits"):
+            model.generate([1, 2], 3, temperature=temperature, rng=0)
 
 
 def test_no_new_tokens_is_an_empty_answer():

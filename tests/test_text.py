@@ -231,8 +231,8 @@ def test_without_stop_strings_every_piece_passes_at_once(pieces):
     assert not filter_.stopped
 
 
-@pytest.mark.parametrize("stops", ["", [""], ["ok", ""]])
-def test_an_empty_stop_string_is_refused(stops):
+@pytest.mark.parametrize("stops", ["", [""], ["ok", ""], ["ok", None], [b"ok"], b"ok", [1]])
+def test_a_stop_string_that_is_empty_or_no_text_is_refused(stops):
     with pytest.raises(ValueError, match="must not be empty"):
         StopStrings(stops)
 

@@ -89,6 +89,17 @@ def test_bytes_that_form_no_character_are_shown_as_replacement():
     assert "\ufffd" in tokenizer.decode(ids[:-1])
 
 
+@pytest.mark.parametrize("text", ["ab\ud800", "ab\udcff", b"ab", None, 5])
+def test_what_is_no_unicode_text_is_refused(text):
+    """Bytes that are not UTF-8 come from a command line as halves of characters."""
+    said = "character 2 of the text is no Unicode" if isinstance(text, str) else "only a str can be encoded"
+    for parse_special in (False, True):
+        with pytest.raises(ValueError, match=said):
+            tokenizer.encode(text, parse_special=parse_special)
+    with pytest.raises(ValueError, match=said):
+        tokenizer.encode_batch(["fine", text])
+
+
 def test_an_unknown_id_gives_no_text():
     assert tokenizer.decode([*tokenizer.encode("ab"), 10**6]) == "ab"
     assert tokenizer.decode([]) == ""

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
+from numbers import Real
 
 import numpy as np
 
@@ -38,16 +40,19 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (off) or more, got {self.top_k}")
+        for name, value in vars(self).items():
+            if not isinstance(value, Real):
+                raise ValueError(f"{name} must be a number, got {value!r}")
+        if not 0 <= self.temperature < inf:
+            raise ValueError(f"temperature must be 0 (greedy) or finite and above, got {self.temperature}")
+        if not 0 <= self.top_k == self.top_k // 1:
+            raise ValueError(f"top_k must be 0 (off) or a whole number above, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be within (0, 1], got {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be within [0, 1], got {self.min_p}")
-        if not self.repetition_penalty > 0:
-            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        if not 0 < self.repetition_penalty < inf:
+            raise ValueError(f"repetition_penalty must be finite and above 0, got {self.repetition_penalty}")
 
 
 GREEDY = Sampling()
@@ -69,7 +74,8 @@ def generate_tokens(
     Raises
     ------
     ValueError
-        for an empty prompt, an id outside the vocabulary, or more positions than the model was made for.
+        for an empty prompt, an id outside the vocabulary, more positions than the model was made for, or logits
+        that are not finite (an overflow: there is no largest one to choose).
     """
     _check(prompts, max_tokens, config)
     if max_tokens == 0:
@@ -99,11 +105,15 @@ def generate_tokens(
 def _choose(z: Array, how: Sampling, rng: np.random.Generator) -> list[int]:
     """z[B, V] → one token a row; the only synchronisation of a step."""
     if how.temperature == 0:
-        chosen = namespace(z).argmax(z, axis=-1)
+        xp = namespace(z)
+        # argmax would call a NaN the largest; −1 travels in the same copy as the ids
+        chosen = xp.where(xp.isfinite(xp.max(z, axis=-1)), xp.argmax(z, axis=-1), -1)
     else:
         p = sampling.warp(z, how.temperature, how.top_k, how.top_p, how.min_p)
         chosen = sampling.sample(p, asarray_like(rng.random(z.shape[0]), z, "float64"))
     ids: list[int] = to_numpy(chosen).tolist()
+    if min(ids) < 0:
+        raise ValueError(f"the logits of sequence {ids.index(-1)} have no largest one: NaN, +inf or nothing but -inf")
     return ids
 
 
@@ -124,8 +134,8 @@ class _Seen:
 def _check(prompts: Sequence[Sequence[int]], max_tokens: int, config: ModelConfig) -> None:
     if not prompts:
         raise ValueError("no prompt was given")
-    if max_tokens < 0:
-        raise ValueError(f"max_tokens must be 0 or more, got {max_tokens}")
+    if not isinstance(max_tokens, (int, np.integer)) or max_tokens < 0:
+        raise ValueError(f"max_tokens must be a whole number, 0 or more, got {max_tokens!r}")
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompt {i} is empty: a model needs at least one token to continue")

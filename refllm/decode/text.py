@@ -94,8 +94,8 @@ class StopStrings:
     def __init__(self, stops: str | Iterable[str] = ()):
         """``stops``: one string or several; ValueError for an empty one, which would match everywhere."""
         self.stops = (stops,) if isinstance(stops, str) else tuple(stops)
-        if not all(self.stops):
-            raise ValueError(f"a stop string must not be empty: {self.stops}")
+        if not all(isinstance(s, str) and s for s in self.stops):
+            raise ValueError(f"a stop string must be text, and must not be empty: {self.stops}")
         self.stopped = False
         self.matched: str | None = None
         self._held = ""

@@ -80,18 +80,25 @@ class Tokenizer:
         return max(self.inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str, *, special: bool = False, parse_special: bool = False) -> list[int]:
-        """Token ids of ``text``.
+        """Token ids of ``text``; ValueError for what is no Unicode text.
 
         With ``special``, also what the tokenizer's file puts before and after it. With ``parse_special``, the
         literal text of a special token becomes that token (see the module's docstring).
         """
         inner = self._parsing if parse_special else self.inner
-        ids: list[int] = inner.encode(text, add_special_tokens=special).ids
+        try:
+            ids: list[int] = inner.encode(text, add_special_tokens=special).ids
+        except TypeError as error:  # of the library: the text has no UTF-8
+            raise ValueError(_no_text(text)) from error
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """``encode`` of many texts, in parallel."""
-        return [e.ids for e in self.inner.encode_batch(list(texts), add_special_tokens=False)]
+        texts = list(texts)
+        try:
+            return [e.ids for e in self.inner.encode_batch(texts, add_special_tokens=False)]
+        except TypeError:
+            return [self.encode(text) for text in texts]  # says which part of which text is none
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; bytes that form no UTF-8 character become U+FFFD, special tokens are kept.
@@ -104,3 +111,11 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Write ``tokenizer.json``."""
         self.inner.save(str(path))
+
+
+def _no_text(text: object) -> str:
+    """Why ``text`` cannot be encoded."""
+    if not isinstance(text, str):
+        return f"only a str can be encoded, got {type(text).__name__}"
+    at = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), 0)
+    return f"character {at} of the text is no Unicode ({text[at : at + 1]!r}, half a character): is its source UTF-8?"
