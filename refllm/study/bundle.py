@@ -95,9 +95,9 @@ def read_plan(about: Mapping[str, str]) -> Plan:
 
 def architecture(config: ModelConfig) -> str:
     """One line: family, layers, width, heads, MLP, vocabulary, context."""
-    tied = "tied" if config.tie_word_embeddings else "separate"
+    layers, tied = config.num_hidden_layers, "tied" if config.tie_word_embeddings else "separate"
     return (
-        f"{config.family} network of {config.num_hidden_layers} layers, width {config.hidden_size}, "
+        f"{config.family} network of {layers} layer{'s' * (layers > 1)}, width {config.hidden_size}, "
         f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads of {config.head_dim}, "
         f"MLP {config.intermediate_size}, {config.vocab_size:,} tokens ({tied} head), "
         f"context {config.max_position_embeddings:,}"
