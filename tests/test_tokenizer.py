@@ -89,7 +89,7 @@ def test_bytes_that_form_no_character_are_shown_as_replacement():
     assert "\ufffd" in tokenizer.decode(ids[:-1])
 
 
-@pytest.mark.parametrize("text", ["ab\ud800", "ab\udcff", b"ab", None, 5])
+@pytest.mark.parametrize("text", ["ab\ud800", "ab\udcff", b"ab", None, 5])  # noqa: PT014 (two surrogates)
 def test_what_is_no_unicode_text_is_refused(text):
     """Bytes that are not UTF-8 come from a command line as halves of characters."""
     said = "character 2 of the text is no Unicode" if isinstance(text, str) else "only a str can be encoded"

@@ -77,7 +77,7 @@ def _numbers(name: str, value: Parameter, logits: Array, allowed: Callable[[floa
     return list(numbers)
 
 
-def _placed(numbers: list[float], logits: Array, dtype: Any) -> Array:
+def _placed(numbers: Sequence[float], logits: Array, dtype: Any) -> Array:
     if len(numbers) == 1:
         return numbers[0]  # a Python number takes no transfer and decides no dtype
     return namespace(logits).asarray(numbers, dtype=dtype)[:, None]

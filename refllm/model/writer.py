@@ -158,7 +158,7 @@ def _write_tensors(
             out.write(_header({name: shapes[name] for name in names}, dtype))
             for name in names:
                 tensor = converted(to_numpy(tensors[name]), dtype, name, where)
-                out.write(tensor.reshape(-1).view("uint8"))  # bfloat16 has no buffer protocol, its bytes have
+                out.write(tensor.reshape(-1).view("uint8").data)  # bfloat16 has no buffer protocol, its bytes have
             _settle(out)
     if count > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
