@@ -164,7 +164,7 @@ def _layer_backward(params: Tensors, at: str, config: ModelConfig, dx: Array, sa
     d_mlp_in = linear("mlp.gate_proj.weight", mlp_in, d_gate)
     d_mlp_in += linear("mlp.up_proj.weight", mlp_in, d_up)
     d_norm, grads[at + "post_attention_layernorm.weight"] = _norm_backward(d_mlp_in, norm2)
-    dx = dx + d_norm
+    dx += d_norm
 
     d_attended = linear("self_attn.o_proj.weight", attended, dx)
     d_q, d_k, d_v = _attention_backward(config, d_attended, attention)
