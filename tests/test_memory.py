@@ -47,7 +47,7 @@ def tree_bytes(node, seen):
 @given(model_configs())
 @pytest.mark.theorem(
     "Weight bytes by formula are the bytes of the built tree, a tied head counted once",
-    source="specs/serving.md §1, N = L·N_l + V·d·(1 if tied else 2), plus norms and biases",
+    source="counting: N = L·N_l + V·d·(1 if tied else 2), plus norms and biases",
 )
 def test_weight_bytes_are_those_of_the_tree(config):
     tensors = {k: v.bare.astype(np.float32) for k, v in weight_tensors(config, CountingModule()).items()}
@@ -57,8 +57,8 @@ def test_weight_bytes_are_those_of_the_tree(config):
 
 @given(model_configs(), st.integers(1, 5), st.integers(1, 40), st.sampled_from(["float16", "float32", "float64"]))
 @pytest.mark.theorem(
-    "I1.3: KV bytes by formula, 2·L·G·D·b a token, are the bytes that the cache allocated",
-    source="specs/serving.md §1, I1.3",
+    "KV bytes by formula, 2·L·G·D·b a token, are the bytes that the cache allocated",
+    source="counting: a key and a value for each layer, key head and dimension",
 )
 def test_kv_bytes_are_those_of_the_cache(config, sequences, tokens, dtype):
     cache = ContiguousCache(config, sequences, tokens, like=np.zeros(1, dtype))

@@ -82,7 +82,7 @@ def with_attention(monkeypatch, function):
 @given(model_configs(), st.integers(1, 4), st.integers(0, 20))
 @pytest.mark.theorem(
     "A decode step's FLOP and bytes, by formula, are those that the network executed",
-    source="specs: 2·N_mm a token, 4·L·H·D·s for attention, one read of the weights, 2·L·G·D·b·s of the cache",
+    source="counting: 2·N_mm a token, 4·L·H·D·s for attention, one read of the weights, 2·L·G·D·b·s of the cache",
 )
 def test_decode_step_costs_what_was_executed(config, sequences, past):
     config = dataclasses.replace(config, sliding_window=None)  # the padded decode step reads the whole strip
@@ -100,7 +100,7 @@ def test_decode_step_costs_what_was_executed(config, sequences, past):
 @given(model_configs(), batches, st.data())
 @pytest.mark.theorem(
     "A ragged step's FLOP (causal attention, windows included) and bytes, by formula, are those executed",
-    source="specs: 4·L·H·D·(n·p + n(n+1)/2) for n new tokens after p",
+    source="counting: 4·L·H·D·(n·p + n(n+1)/2) for n new tokens after p",
 )
 def test_ragged_step_costs_what_was_executed(config, batch, data):
     assume(any(new > 1 for _, new in batch))
@@ -148,8 +148,8 @@ def test_keys_seen_is_the_sum_over_queries(past, new, window):
 
 @given(model_configs(), st.integers(1, 40), st.integers(0, 20), st.data())
 @pytest.mark.theorem(
-    "I1.1: the FLOP of a prompt's chunks sum to those of the whole prompt, but for the LM head's term",
-    source="specs/serving.md §1, I1.1",
+    "The FLOP of a prompt's chunks sum to those of the whole prompt, but for the LM head's term",
+    source="counting: causal attention is additive over chunks",
 )
 def test_chunking_conserves_flops(config, length, past, data):
     chunks = data.draw(partitions(length))
@@ -169,7 +169,7 @@ def test_chunking_conserves_flops(config, length, past, data):
 @given(model_configs(), st.integers(1, 60), st.integers(1, 9), st.sampled_from([1, 2, 4]))
 @pytest.mark.theorem(
     "Decode attention does 2·(H/G)/b FLOP a byte, whatever the batch and the context",
-    source="specs/serving.md §1",
+    source="counting: 4·H·D·s FLOP over 2·G·D·s·b bytes",
 )
 def test_decode_attention_intensity_is_independent_of_batch_and_context(config, past, sequences, b):
     config = dataclasses.replace(config, sliding_window=None)

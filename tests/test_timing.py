@@ -20,7 +20,7 @@ def run(start: int, gaps: list[int]) -> Stopwatch:
     return watch
 
 
-@pytest.mark.theorem("TTFT ≤ E2EL = TTFT + Σ ITL, and O = 1 + len(ITL)", source="specs §1, I1.4; vLLM bench serve")
+@pytest.mark.theorem("TTFT ≤ E2EL = TTFT + Σ ITL, and O = 1 + len(ITL)", source="definitions of vLLM's bench serve")
 @given(st.integers(0, 1000), st.lists(st.integers(0, 1000), min_size=1, max_size=20))
 def test_times_of_a_request_add_up(start, gaps):
     watch = run(start, gaps)
