@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+import fakecupy
 from refllm.api import Model, bundled, load
 from refllm.cli import app
 from refllm.decode.generate import Sampling
@@ -19,7 +20,7 @@ from refllm.study import figures, tour
 from refllm.study.records import read
 from refllm.study.roofline import Device, step_cost
 from refllm.study.terminal import printable
-from study_models import byte_tokenizer, tiny_config, tiny_params
+from study_models import byte_tokenizer, tiny_config, tiny_model, tiny_params
 
 NAMES = [stop.name for stop in tour.STOPS]
 
@@ -104,6 +105,16 @@ def test_the_costs_are_those_that_the_roofline_counts(guide):
         assert ("memory" in row) == (c.intensity < 10)  # the ridge of the round machine
     values = read(guide.output / "data" / "roofline.json").values
     assert [p["label"] for p in values["points"]] == [line for line in _first_column(text) if "," in line]
+
+
+def test_a_gpu_is_timed_without_limits_that_were_not_measured(guide):
+    made = tiny_model(xp=fakecupy, dtype="float32", max_position_embeddings=512)
+    guide.__dict__["model"] = Model(made.config, made.weights, made.tokenizer)
+    text = visit(guide, "cost")
+    assert "The limits of a GPU are not measured here." in text
+    assert "MFU" not in text
+    assert len(_first_column(text)) == 4
+    assert guide.figures == []
 
 
 def _first_column(text: str) -> list[str]:

@@ -26,11 +26,12 @@ from refllm.decode.generate import GREEDY, Sampling, generate_tokens
 from refllm.model.corpus import held_out_documents
 from refllm.study import curves
 from refllm.study.bundle import architecture
+from refllm.study.machine import Device, measure_machine
 from refllm.study.memory import kv_bytes_per_token
 from refllm.study.quick import sample_bits_per_byte, time_step
 from refllm.study.records import Record
 from refllm.study.records import write as write_record
-from refllm.study.roofline import Device, mbu, measure_machine, mfu, roofline_data, step_cost
+from refllm.study.roofline import Cost, mbu, mfu, roofline_data, step_cost
 from refllm.study.terminal import bytes_text, printable, table
 from refllm.study.timing import Stopwatch
 
@@ -160,33 +161,43 @@ def measure(tour: Tour) -> None:
 
 def cost(tour: Tour) -> None:
     """What a step costs in FLOP and bytes, against what this machine can do."""
-    machine, config = tour.machine, tour.model.config
+    config, on_host = tour.model.config, namespace(tour.model.weights["norm"]) is np
     steps = {f"decode, {b} sequence{'s' * (b > 1)}": [(CONTEXT, 1)] * b for b in (1, 8, 32)}
     steps[f"prefill, {CONTEXT} tokens"] = [(0, CONTEXT)]
-    counted = {
-        name: step_cost(config, batch, weight_bytes_per_param=4, kv_bytes_per_number=4) for name, batch in steps.items()
-    }
+    costs = {name: step_cost(config, b, weight_bytes_per_param=4, kv_bytes_per_number=4) for name, b in steps.items()}
+    times = {name: time_step(tour.model, batch, REPEATS) for name, batch in steps.items()}
+    rows = [
+        [n, f"{c.flops / 1e6:,.1f}", f"{c.bytes / 1e6:,.1f}", f"{c.intensity:.2f}", f"{1e3 * times[n]:.2f}"]
+        for n, c in costs.items()
+    ]
+    header = ["step", "MFLOP", "MB", "FLOP/byte", "ms"]
+    if on_host:
+        header += ["waits for", "MFU", "MBU"]
+        _against_limits(tour, costs, times, rows)
+    made = table(*header)
+    for row in rows:
+        made.add_row(*row)
+    tour.out.print(made)
+    tour.say()
+    shares = "MFU and MBU are the shares of both limits that were used; weights that stay in a cache exceed the second."
+    tour.say(
+        f"{CONTEXT} tokens of context. FLOP and bytes are counted; times are measured, medians of {REPEATS}. "
+        + (shares if on_host else "The limits of a GPU are not measured here.")
+    )
+    tour.say("A step reads every weight once, however many sequences share it: that is what batching buys.")
+
+
+def _against_limits(tour: Tour, costs: dict[str, Cost], times: dict[str, float], rows: list[list[str]]) -> None:
+    """Say this machine's limits, add to each row how near it came to them, and draw the roofline."""
+    machine, points = tour.machine, []
     tour.say(
         f"Limits of one core, measured: {machine.peak_flops / 1e9:.0f} GFLOP/s and {machine.peak_bandwidth / 1e9:.0f} "
         f"GB/s. A step of fewer than {machine.ridge:.1f} FLOP a byte waits for memory."
     )
-    made = table("step", "MFLOP", "MB", "FLOP/byte", "waits for", "ms", "MFU", "MBU")
-    points = []
-    for name, c in counted.items():
-        seconds = time_step(tour.model, steps[name], REPEATS)
-        limit = "memory" if c.intensity < machine.ridge else "products"
-        made.add_row(
-            name, f"{c.flops / 1e6:,.1f}", f"{c.bytes / 1e6:,.1f}", f"{c.intensity:.2f}", limit, f"{1e3 * seconds:.2f}",
-            f"{mfu(c, seconds, machine):.0%}", f"{mbu(c, seconds, machine):.0%}",
-        )  # fmt: skip
-        points.append({"label": name, "intensity": c.intensity, "flops_per_second": c.flops / seconds})
-    tour.out.print(made)
-    tour.say()
-    tour.say(
-        f"{CONTEXT} tokens of context. FLOP and bytes are counted; times are measured, medians of {REPEATS}. MFU and "
-        "MBU are the shares of the two limits that were used (weights that stay in the cache can exceed the second). "
-        "A step reads every weight once, however many sequences share it: that is what batching buys."
-    )
+    for row, (name, c) in zip(rows, costs.items(), strict=True):
+        row.append("memory" if c.intensity < machine.ridge else "products")
+        row += [f"{mfu(c, times[name], machine):.0%}", f"{mbu(c, times[name], machine):.0%}"]
+        points.append({"label": name, "intensity": c.intensity, "flops_per_second": c.flops / times[name]})
     values = roofline_data([machine], {}) | {"points": points, "title": f"Steps of {tour.name} on this machine"}
     tour.draw("roofline", values, "B", f"{machine.name}. {machine.source}")
 
@@ -196,9 +207,10 @@ def phases(tour: Tour) -> None:
     model = tour.model
     text = "".join(d.text for d in held_out_documents())
     prompt = model.tokenizer.encode(text[: 8 * CONTEXT], special=True)[:CONTEXT]
-    watch = Stopwatch()
-    for _ in generate_tokens(model.weights, model.config, [prompt], WRITTEN, GREEDY, np.random.default_rng(0)):
-        watch.tick()
+    for count in (1, WRITTEN):  # one token first: what is touched for the first time is not what is measured
+        watch = Stopwatch()
+        for _ in generate_tokens(model.weights, model.config, [prompt], count, GREEDY, np.random.default_rng(0)):
+            watch.tick()
     prefill, decode = watch.ttft, watch.e2el - watch.ttft
     made = table("phase", "tokens", "ms", "ms a token", "tokens/s")
     for name, count, seconds in (("prefill", len(prompt), prefill), ("decode", watch.tokens - 1, decode)):
