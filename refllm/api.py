@@ -41,8 +41,8 @@ def locate(path_or_name: str | os.PathLike[str]) -> Path:
     """The directory of a bundled model, or the path itself; CheckpointError if it is neither."""
     if isinstance(path_or_name, str) and path_or_name in bundled():
         return BUNDLED / path_or_name
-    path = Path(path_or_name).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(path_or_name))  # unlike Path's, leaves an unknown ~user as it is
+    if not os.path.exists(path):  # unlike Path's, False for a name that the file system cannot hold
         names = ", ".join(bundled()) or "none is installed"
         raise checkpoint.CheckpointError(
             f"{os.fspath(path_or_name)!r} is neither a folder nor a bundled model ({names})"

@@ -84,6 +84,9 @@ def test_a_bundled_model_is_found_by_its_name(name):
 def test_what_is_neither_a_folder_nor_bundled_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="neither a folder nor a bundled model"):
         load(str(tmp_path / "nowhere"))
+    for name in ("x" * 5000, "~nobody-of-that-name/x"):
+        with pytest.raises(CheckpointError, match="neither a folder nor a bundled model"):
+            load(name)
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match="is a file"):
         load(tmp_path / "file")
@@ -112,7 +115,7 @@ def test_logits_refuses_what_is_no_sequence_of_known_tokens(tokens):
 
 
 @pytest.mark.theorem(
-    "Greedy decoding against the cache gives the tokens of the full forward pass repeated", source="specs §1, I1.2"
+    "Greedy decoding against the cache gives the tokens of the full forward pass repeated", source="causality: what is cached is what would be recomputed"
 )
 @given(prompts, st.integers(0, 8))
 def test_cached_generation_equals_repeated_full_forward(prompt, count):

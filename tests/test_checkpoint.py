@@ -201,6 +201,10 @@ BAD = {
         lambda p: (p / "generation_config.json").write_text('{"eos_token_id": "<eos>"}'),
         r"generation_config\.json: eos_token_id must be a token id or a list",
     ),
+    "generation eos below zero": (
+        lambda p: (p / "generation_config.json").write_text('{"eos_token_id": [2, -1]}'),
+        r"generation_config\.json: eos_token_id must be a token id or a list",
+    ),
     "no tokenizer": (lambda p: (p / "tokenizer.json").unlink(), r"tokenizer\.json is missing"),
     "tokenizer broken": (lambda p: (p / "tokenizer.json").write_text("{}"), r"tokenizer\.json is not a valid"),
     "tokenizer empty": (
@@ -263,6 +267,21 @@ def test_bad_input_has_its_own_error(good, case):
     load(good)
     damage(good)
     with pytest.raises(CheckpointError, match=message):
+        load(good)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-that-name/x", "a\0b"], ids=["long", "home", "nul"])
+def test_a_path_that_the_file_system_cannot_hold_does_not_exist(name):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load(name)
+
+
+def test_a_file_that_must_not_be_read_is_named(good, monkeypatch):
+    def refuse(self: Path, encoding: str) -> str:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_text", refuse)  # whoever runs this may be allowed everything
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read: Permission denied"):
         load(good)
 
 

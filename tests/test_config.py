@@ -91,6 +91,7 @@ def test_a_stated_null_is_not_silence():
 REFUSALS = {
     "no architectures": (raw() | {"architectures": None}, "no 'architectures'"),
     "architectures is a word": (raw() | {"architectures": "LlamaForCausalLM"}, "no 'architectures'"),
+    "architecture in a list of its own": (raw(architectures=[["LlamaForCausalLM"]]), "is not supported; supported"),
     "unknown architecture": (raw("GPT2LMHeadModel"), "'GPT2LMHeadModel' is not supported; supported are LlamaFor"),
     "size missing": (raw(hidden_size=...), "'hidden_size' is missing"),
     "vocabulary missing": (raw(vocab_size=...), "'vocab_size' is missing"),
@@ -107,6 +108,8 @@ REFUSALS = {
     "epsilon zero": (raw(rms_norm_eps=0), "rms_norm_eps must be positive"),
     "epsilon nan": (raw(rms_norm_eps=float("nan")), "rms_norm_eps must be positive"),
     "theta negative": (raw(rope_theta=-1.0), "rope_theta must be positive"),
+    "theta beyond a float": (raw(rope_theta=10**400), "rope_theta is too large a number"),
+    "theta's inverse beyond a float": (raw(rope_theta=1e-320), "rope_theta must be positive"),
     "theta is a word": (raw(rope_theta="1e4"), "rope_theta must be a number"),
     "MLP bias": (raw(mlp_bias=True), "biases are supported in qwen2"),
     "attention bias": (raw(attention_bias=True), "biases are supported in qwen2"),
@@ -116,9 +119,20 @@ REFUSALS = {
         raw("Qwen3ForCausalLM", layer_types=["full_attention", "sliding_attention", "full_attention"]),
         "sliding window is supported in mistral",
     ),
+    "windows in some of mistral's layers": (
+        raw("MistralForCausalLM", layer_types=["full_attention", "sliding_attention", "full_attention"]),
+        "layer_types must be a list of one and the same kind",
+    ),
+    "layer types no list": (raw(layer_types=5), "layer_types must be a list"),
+    "window is true": (raw("MistralForCausalLM", sliding_window=True), "sliding_window must be a positive integer"),
     "window zero": (raw("MistralForCausalLM", sliding_window=0), "sliding_window must be a positive integer or null"),
     "window is a word": (raw("MistralForCausalLM", sliding_window="8"), "sliding_window must be a positive integer"),
     "yarn": (raw(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "RoPE scaling 'yarn' is not supported"),
+    "RoPE no object": (raw(rope_scaling="yarn"), "RoPE's parameters must be one object"),
+    "RoPE by kind of layer": (
+        raw(rope_parameters={"full_attention": {"rope_type": "yarn", "factor": 4.0}}),
+        "RoPE's parameters must be one object for all layers",
+    ),
     "linear": (raw(rope_scaling={"type": "linear", "factor": 2.0}), "RoPE scaling 'linear' is not supported"),
     "partial RoPE": (raw(partial_rotary_factor=0.5), "partial_rotary_factor"),
     "llama3 without factor": (
@@ -131,6 +145,10 @@ REFUSALS = {
     ),
     "llama3 with factor zero": (raw(rope_scaling=LLAMA3 | {"factor": 0.0}), "llama3 RoPE scaling needs positive"),
     "end token is a word": (raw(eos_token_id="</s>"), "eos_token_id must be an integer or a list"),
+    "end token below zero": (raw(eos_token_id=-1), "eos_token_id must be token ids, got -1"),
+    "beginning token is a word": (raw(bos_token_id="1"), "bos_token_id and eos_token_id must be token ids, got '1'"),
+    "beginning token below zero": (raw(bos_token_id=-1), "must be token ids, got -1"),  # the last row, to NumPy
+    "tied is a word": (raw(tie_word_embeddings="false"), "tie_word_embeddings must be true or false, got 'false'"),
     "no positions": (raw(max_position_embeddings=0), "max_position_embeddings must be a positive integer"),
 }
 

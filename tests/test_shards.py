@@ -192,6 +192,13 @@ def test_a_shard_that_lacks_its_tensor_is_named(tmp_path):
         opened(tmp_path)
 
 
+def test_a_shard_that_holds_another_shards_tensor_is_named(tmp_path):
+    shards = {"a.safetensors": {"x": np.zeros(1)}, "b.safetensors": {"x": np.ones(1), "y": np.ones(1)}}
+    write_sharded(tmp_path, shards, {"x": "a.safetensors", "y": "b.safetensors"})
+    with pytest.raises(CheckpointError, match=r"b\.safetensors holds 'x', which .* puts into another shard"):
+        opened(tmp_path)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -296,6 +303,12 @@ def test_a_value_that_would_become_infinite_is_refused(largest, beyond, dtype):
 def test_only_floating_point_is_a_weight(dtype):
     with pytest.raises(CheckpointError, match=f"'w' has type {dtype}"):
         converted(np.ones(2, dtype=dtype), "float32", "w", Path("here"))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "nonsense", ""])
+def test_weights_become_floating_point_only(dtype):
+    with pytest.raises(ValueError, match="weights are one of float64, float32, float16, bfloat16, not"):
+        converted(np.ones(2), dtype, "w", Path("here"))
 
 
 def test_conversion_gives_contiguous_arrays_of_the_same_shape():

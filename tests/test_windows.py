@@ -135,3 +135,21 @@ def test_an_array_of_the_wrong_kind_is_refused():
         plan(tiny_model(), [np.zeros((2, 3), np.int64)], 8, 4)
     with pytest.raises(ValueError, match="float64"):
         plan(tiny_model(), [np.zeros(3)], 8, 4)
+
+
+@pytest.mark.parametrize("documents", [b"ab", bytearray(b"ab"), [b"ab"], ["ab\ud800"], [None]])
+def test_what_is_neither_text_nor_ids_is_refused(documents):
+    """Bytes would pass for token ids, a byte each."""
+    with pytest.raises(ValueError, match="not bytes|expected a text|no Unicode"):
+        plan(tiny_model(), documents, 8, 4)
+
+
+@pytest.mark.parametrize("most", [0, -5])
+def test_a_budget_without_a_token_is_refused(most):
+    with pytest.raises(ValueError, match="max_tokens must be at least 1"):
+        plan(tiny_model(), ["some text", "and more"], 8, 4, most)
+
+
+def test_a_beginning_token_outside_the_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="bos_token_id 257 lies outside"):
+        plan(tiny_model(bos_token_id=257), ["some text"], 8, 4)

@@ -19,6 +19,7 @@ but for the rotary tables of old Llama files, which are recomputed).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -161,8 +162,8 @@ def _checked(files: TensorFiles, name: str, dtype: str | None) -> np.ndarray:
 
 
 def _directory(path: str | Path) -> Path:
-    directory = Path(path).expanduser()
-    if not directory.exists():
+    directory = Path(os.path.expanduser(path))  # unlike Path's, leaves an unknown ~user as it is
+    if not os.path.exists(directory):  # unlike Path's, False for a name that the file system cannot hold
         raise CheckpointError(f"{directory} does not exist: pass the directory of a Hugging Face checkpoint")
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is a file: pass the directory that holds it and config.json")
@@ -174,7 +175,7 @@ def _generation_eos(file: Path) -> tuple[int, ...] | None:
         return None
     eos = read_json(file).get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in ids):
         raise CheckpointError(f"{file}: eos_token_id must be a token id or a list of them, got {eos!r}")
     return tuple(ids) or None
 

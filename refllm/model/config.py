@@ -18,6 +18,7 @@ head, RoPE scalings other than ``llama3`` (``yarn``, ``dynamic``, ``linear`` …
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -89,7 +90,8 @@ class ModelConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UnsupportedModel(f"config: {name} must be a positive integer, got {value!r}")
         for name in ("rms_norm_eps", "rope_theta"):  # ε > 0, or a row of zeros is divided by zero
-            if not 0 < getattr(self, name) < math.inf:
+            # the smallest normal number: 1/theta must be finite
+            if not sys.float_info.min <= getattr(self, name) < math.inf:
                 raise UnsupportedModel(f"config: {name} must be positive and finite, got {getattr(self, name)!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UnsupportedModel(
@@ -99,8 +101,12 @@ class ModelConfig:
         if self.head_dim % 2:
             raise UnsupportedModel(f"config: head_dim must be even for RoPE, got {self.head_dim}")
         window = self.sliding_window
-        if window is not None and (not isinstance(window, int) or window < 1):
+        if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
             raise UnsupportedModel(f"config: sliding_window must be a positive integer or null, got {window!r}")
+        for token in (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,))):
+            # beyond the vocabulary is common where a file is silent; -1 would be the last row of the embedding
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < 2**31:
+                raise UnsupportedModel(f"config: bos_token_id and eos_token_id must be token ids, got {token!r}")
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
@@ -128,7 +134,7 @@ class ModelConfig:
             rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
             attention_bias=family == "qwen2",
             qk_norm=family == "qwen3",
             # Qwen's files carry a window that is off; Mistral's is on where it is present
@@ -171,7 +177,7 @@ def _family(raw: Mapping[str, Any]) -> str:
     supported = ", ".join(ARCHITECTURES)
     if not isinstance(names, list) or not names:
         raise UnsupportedModel(f"config: no 'architectures' entry; supported are {supported}")
-    if names[0] not in ARCHITECTURES:
+    if not isinstance(names[0], str) or names[0] not in ARCHITECTURES:
         raise UnsupportedModel(f"config: architecture {names[0]!r} is not supported; supported are {supported}")
     return ARCHITECTURES[names[0]]
 
@@ -181,16 +187,20 @@ def _refuse_what_is_left_out(family: str, raw: Mapping[str, Any]) -> None:
         raise UnsupportedModel(f"config: biases are supported in qwen2's q, k, v only, not in {family}")
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
         raise UnsupportedModel(f"config: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
-    layers = raw.get("layer_types") or ()
+    layers = raw.get("layer_types") or []
+    if not isinstance(layers, list) or (family == "mistral" and any(kind != layers[0] for kind in layers)):
+        raise UnsupportedModel(f"config: layer_types must be a list of one and the same kind, got {layers!r}")
     if family != "mistral" and (raw.get("use_sliding_window") or any(kind != "full_attention" for kind in layers)):
         raise UnsupportedModel(f"config: a sliding window is supported in mistral only, not in {family}")
 
 
 def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """Return (theta, scaling) from ``rope_parameters`` (transformers ≥ 5) or the older flat keys."""
-    parameters = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(parameters, Mapping) or any(isinstance(value, Mapping) for value in parameters.values()):
+        raise UnsupportedModel(f"config: RoPE's parameters must be one object for all layers, got {parameters!r}")
     flat = {key: raw[key] for key in ("rope_theta", "partial_rotary_factor") if key in raw}
-    parameters = flat | parameters
+    parameters = flat | dict(parameters)
     theta = _number(parameters, "rope_theta", 10_000.0)
     if _number(parameters, "partial_rotary_factor", 1.0) != 1.0:
         raise UnsupportedModel("config: RoPE over a part of the head (partial_rotary_factor) is not supported")
@@ -215,7 +225,18 @@ def _number(raw: Mapping[str, Any], key: str, default: float | None = None) -> f
         raise UnsupportedModel(f"config: {key!r} is missing")
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UnsupportedModel(f"config: {key} must be a number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise UnsupportedModel(f"config: {key} is too large a number") from error
+
+
+def _flag(raw: Mapping[str, Any], key: str) -> bool:
+    """The truth value under ``key``, false if it is missing or null; the word "false" is none."""
+    value = raw.get(key)
+    if value not in (None, False, True):
+        raise UnsupportedModel(f"config: {key} must be true or false, got {value!r}")
+    return bool(value)
 
 
 def _integer(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:

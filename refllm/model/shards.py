@@ -55,6 +55,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, nesting without end
         raise CheckpointError(f"{path} is not valid JSON ({error}): download the file again") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} holds a JSON {type(raw).__name__}, not an object: is it another file?")
     return raw
@@ -95,6 +97,10 @@ class TensorFiles(Mapping[str, np.ndarray]):
                 raise CheckpointError(f"{paths[file]} does not hold {name!r}, which {index} says it does: "
                                       "index and shards belong to different checkpoints")  # fmt: skip
             self._where[name] = paths[file]
+        for file, names in held.items():  # two tensors of one name: which one is meant, the index may not know
+            if twice := [name for name in sorted(names) if weight_map.get(name, file) != file]:
+                raise CheckpointError(f"{paths[file]} holds {twice[0]!r}, which {index} puts into another shard: "
+                                      "index and shards belong to different checkpoints")  # fmt: skip
 
     def _open(self, path: Path) -> Any:
         try:
@@ -141,6 +147,8 @@ class TensorFiles(Mapping[str, np.ndarray]):
 
 def converted(tensor: np.ndarray, dtype: str, name: str, where: Path) -> np.ndarray:
     """``tensor`` as a contiguous array of ``dtype``; CheckpointError if a value is, or becomes, NaN or ±∞."""
+    if dtype not in FLOATS.values():
+        raise ValueError(f"weights are one of {', '.join(FLOATS.values())}, not {dtype!r}")
     if tensor.dtype.name not in FLOATS.values():
         raise CheckpointError(
             f"{where}: {name!r} has type {tensor.dtype}; weights are one of {', '.join(FLOATS.values())}"

@@ -110,8 +110,12 @@ def plan(
     Raises
     ------
     ValueError
-        if there is nothing to score or a token lies outside the vocabulary.
+        if there is nothing to score, a token lies outside the vocabulary, or ``max_tokens`` is below 1.
     """
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    if model.config.bos_token_id is not None and model.config.bos_token_id >= model.config.vocab_size:
+        raise ValueError(f"bos_token_id {model.config.bos_token_id} lies outside the model's vocabulary")
     lengths_of = token_bytes(model.tokenizer, model.config.vocab_size)
     names, tokens, sizes = [], [], []
     budget = max_tokens
@@ -167,6 +171,8 @@ def as_documents(documents: Iterable[Text] | Text) -> list[Text]:
     """One text, or one array of token ids, alone is a list of one document."""
     if isinstance(documents, (str, Document)) or (isinstance(documents, np.ndarray) and documents.ndim == 1):
         return [documents]
+    if isinstance(documents, (bytes, bytearray)):  # they would pass for token ids
+        raise ValueError("a document is a str or token ids, not bytes: decode it first")
     items: list[Text] = list(documents)  # type: ignore[arg-type]
     if items and all(isinstance(x, (int, np.integer)) for x in items):
         return [np.asarray(items)]
