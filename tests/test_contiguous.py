@@ -169,7 +169,7 @@ def test_rollback_leaves_no_trace(xp, data):
 
 
 @pytest.mark.theorem(
-    "bytes allocated = 2 · L · G · D · bytes of a number, a token, exactly (invariant I1.3)",
+    "bytes allocated = 2 · L · G · D · bytes of a number, a token, exactly",
     source="serving arithmetic",
 )
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 20),

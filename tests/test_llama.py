@@ -104,7 +104,7 @@ def test_each_switch_changes_the_output(without):
 
 
 @pytest.mark.theorem(
-    "prefill in any chunks, decode included, of any ragged batch = one causal forward of each sequence alone (I1.2)",
+    "prefill in any chunks, decode included, of any ragged batch = one causal forward of each sequence alone",
     source="serving arithmetic; the attend seam",
 )
 @given(batches(), st.data())
@@ -118,7 +118,7 @@ def test_chunked_prefill_and_decode_are_the_full_forward(xp, batch, data):
 
 
 @pytest.mark.theorem(
-    "decoding token by token, sequences of different lengths in one batch = the full forward (I1.2)",
+    "decoding token by token, sequences of different lengths in one batch = the full forward",
     source="serving arithmetic",
 )
 @given(batches(), st.data())
