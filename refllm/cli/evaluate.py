@@ -104,8 +104,8 @@ def _show(model: str, score: Score, what: str, reference: str | None, against: C
         made.add_row(d.name, f"{d.tokens:,}", f"{d.bytes:,}", f"{d.bits_per_byte:.3f}", f"{_perplexity(d):.2f}")
     if len(rows) > 1:
         made.add_section()
-    total = ("all", f"{score.tokens:,}", f"{score.bytes:,}", f"{score.bits_per_byte:.3f}", f"{score.perplexity:.2f}")
-    made.add_row(*total, style="bold")
+        whole = (f"{score.tokens:,}", f"{score.bytes:,}", f"{score.bits_per_byte:.3f}", f"{score.perplexity:.2f}")
+        made.add_row("all", *whole, style="bold")
     out.print(f"{model} on {what}, Python {score.python}", style="bold")
     out.print(made)
     out.print(f"windows of {score.window:,} tokens every {score.stride:,}; {score.seconds:.1f} s")

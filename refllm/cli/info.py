@@ -145,7 +145,7 @@ def _show(facts: dict[str, Any]) -> None:
     if facts["card"]:
         _show_record(out, facts["card"])
     out.print()
-    files = table("file", "bytes", "sha256", "")
+    files = table("file", "bytes", "sha256", "state")
     for file in facts["files"]:
         files.add_row(file["name"], f"{file['bytes']:,}", (file["sha256"] or "")[:16], file["state"])
     out.print(files)
