@@ -54,7 +54,7 @@ def explain(error: Exception) -> str | None:
     if hasattr(error, "format_message"):  # a usage error of click, which newer typers bring along under another name
         context = getattr(error, "ctx", None)
         hint = f" (see {context.command_path} --help)" if context is not None else ""
-        return error.format_message().rstrip(".") + hint
+        return f"{error.format_message().rstrip('.')}{hint}"
     if isinstance(error, BackendUnavailable):
         return str(error)
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
