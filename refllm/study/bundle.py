@@ -39,12 +39,14 @@ LISTED = "manifest.json"
 
 def finish(
     state_path: Path, tokenizer: Tokenizer, output: Path, data: Data, *, command: str, teacher: Path | None = None,
-    dtype: str = "float16", overwrite: bool = False, progress: card.Progress = lambda what, done, total: None,
+    remark: str = "", dtype: str = "float16", overwrite: bool = False,
+    progress: card.Progress = lambda what, done, total: None,
 ) -> card.Record:  # fmt: skip
     """Write ``output`` from the state of a finished run and return the card's record.
 
     ``data`` must be what the run was trained on: its documents are counted and hashed here. ``command`` goes into
-    the card. ``teacher`` is the directory of the model that it was distilled from.
+    the card, and ``remark`` beside it (where the run departed from it). ``teacher`` is the directory of the model
+    that it was distilled from.
 
     Raises
     ------
@@ -67,7 +69,8 @@ def finish(
         "made with": {"refllm": refllm.__version__, "python": platform.python_version(), "numpy": np.__version__},
         "data": _data(data, tokenizer, plan),
         "training": {
-            "command": command, "teacher": None if teacher is None else teacher.resolve().name, "steps": plan.steps,
+            "command": command, "remark": remark, "steps": plan.steps,
+            "teacher": None if teacher is None else teacher.resolve().name,
             "tokens": sum(p.steps * p.batch * p.length for p in plan.phases),
             "seconds": state.curve[-1]["seconds"] if state.curve else 0.0, "plan": json.loads(about["plan"]),
         },

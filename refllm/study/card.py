@@ -206,7 +206,7 @@ def _training(training: Record) -> str:
         f"{phases} tokens ({training['tokens']:,} in all, {training['seconds'] / 60:.0f} minutes). AdamW, peak rate "
         f"{plan['peak_rate']:g} after {plan['warmup']} steps of warm-up, then {plan['schedule']} to zero; weight decay "
         f"{plan['weight_decay']:g}, gradients clipped at {plan['clip']:g}, seed {plan['seed']}.{taught} The curve is "
-        f"in `curve.json`.\n\n```sh\n{training['command']}\n```"
+        f"in `curve.json`.{' ' + training['remark'] if training['remark'] else ''}\n\n```sh\n{training['command']}\n```"
     )
 
 
