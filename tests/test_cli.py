@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,6 +115,12 @@ def bad_commands() -> list[tuple[str, str]]:
         ("eval --model MODEL --text TEXT --reference NOWHERE", "neither a folder"),
         ("train", "--output"),
         ("train --output MODEL", "exists already"),
+        ("train --output FOLDER --overwrite --data TEXT", "holds no config.json: only a checkpoint is replaced"),
+        ("train --output TEXT --overwrite --data TEXT", "is a file"),
+        ("train --output NOWHERE --data TEXT --width 1000000000000", "more than is trained here"),
+        ("train --output NOWHERE --data TEXT --vocab-size 100000000000", "more than is trained here"),
+        ("train --output NOWHERE --data TEXT --phase 0,2,4", "at least one step"),
+        ("train --output NOWHERE --data TEXT --phase 1,2,4,0", "leaves out every stream"),
         ("train --output NOWHERE --data NOWHERE", "No such file"),
         ("train --output NOWHERE --held-out TEXT", "belongs to --data"),
         ("train --output NOWHERE --schedule flat", "unknown schedule"),
@@ -133,8 +140,10 @@ def bad_commands() -> list[tuple[str, str]]:
 def test_bad_input_is_one_sentence_and_exit_code_2(command, message, model, text_file, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "precious").touch()
     names = {"MODEL": model, "TEXT": text_file, "EMPTY": tmp_path / "empty", "BINARY": tmp_path / "binary"}
-    names["NOWHERE"] = tmp_path / "nowhere"
+    names |= {"NOWHERE": tmp_path / "nowhere", "FOLDER": tmp_path / "folder"}
     result = run(*(names.get(word, word) for word in shlex.split(command)))
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
@@ -142,7 +151,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2(command, message, model, text
     assert last.startswith("Error: ")
     assert message in last
     assert "Traceback" not in result.stderr
-    assert not list(tmp_path.glob("nowhere*"))  # what is refused leaves nothing behind
+    # what is refused leaves nothing behind
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["binary", "empty", "folder"]
 
 
 def test_an_unavailable_backend_says_why(model, monkeypatch):
@@ -179,6 +189,7 @@ def test_a_bug_is_not_taken_for_bad_input():
     assert explain(backend.BackendUnavailable("no GPU")) == "no GPU"
     assert explain(raised(lambda: Path("/nonexistent").read_text())) == "/nonexistent: No such file or directory"
     assert explain(BrokenPipeError()) is None
+    assert "out of memory: Unable to allocate" in str(explain(raised(lambda: np.zeros(2**60, np.int8))))
 
 
 def test_a_bug_shows_its_traceback(model, monkeypatch):
@@ -269,6 +280,23 @@ def test_info_verifies_the_manifest(model, tmp_path):
     assert states.pop("lost.txt") == "missing"
     assert states.pop("manifest.json") == "not recorded"
     assert set(states.values()) == {"verified"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code", "said"),
+    [
+        ("manifest.json", '{"files": 5}', 2, "is no manifest"),
+        ("manifest.json", '{"files": {"x": 5}}', 2, "is no manifest"),
+        ("manifest.json", '{"files": {"config.json": {"sha256": 5}}}', 1, "differs"),
+        ("card.json", '{"data": 5}', 0, "no training record of refllm's"),
+    ],
+)
+def test_another_tool_s_files_are_no_bug(model, tmp_path, name, content, code, said):
+    path = shutil.copytree(model, tmp_path / "copy")
+    (path / name).write_text(content)
+    result = run("info", "--model", path, "--verify")
+    assert result.exit_code == code
+    assert said in result.output
 
 
 @pytest.mark.parametrize("name", ["stdlib", "stdlib-draft"])
@@ -380,6 +408,13 @@ def test_eval_compares_with_a_reference(model, text_file, tmp_path):
 # --- train ---------------------------------------------------------------------------------------------------
 
 
+def test_json_has_null_for_what_is_not_finite(model, text_file):
+    """One block of tokens has no interval; -Infinity would be no JSON."""
+    result = run("eval", "--model", model, "--text", text_file, "--reference", model, "--max-tokens", "1", "--json")
+    facts = json.loads(result.stdout, parse_constant=pytest.fail)
+    assert facts["against"]["KL"] == {"mean": 0.0, "low": None, "high": None}
+
+
 def test_the_defaults_are_the_plan_and_the_network_of_the_bundled_model():
     data = standard_library()
     if len(data.streams) == 1:
@@ -463,6 +498,16 @@ def test_a_finished_run_is_only_finished_again(trained, text_file):
     result = run("train", "--output", output, "--data", text_file, *SMALL, "--overwrite")
     assert result.exit_code == 0
     assert (output / "model.safetensors").read_bytes() == before
+
+
+def test_a_home_directory_is_found_also_where_the_shell_leaves_it(text_file, tmp_path, monkeypatch):
+    """``--output=~/tiny`` reaches the program as it is typed."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    result = run("train", "--output", "~/tiny", "--data", text_file, *SMALL)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "home" / "tiny" / "manifest.json").is_file()
+    assert [p.name for p in tmp_path.iterdir()] == ["home"]
 
 
 def test_a_run_is_not_continued_with_other_text(trained, text_file, tmp_path):

@@ -119,6 +119,15 @@ def test_redraw_draws_what_has_data_and_refuses_what_is_asked_for_without(folder
         redraw(["no such figure"], folder)
 
 
+def test_data_of_another_shape_is_refused_by_file_and_the_old_picture_stays(folder):
+    redraw(["kv_memory"], folder)
+    before, path = (folder / "kv_memory.png").read_bytes(), folder / "data" / "kv_memory.json"
+    path.write_text('{"command": "x", "kind": "A", "hardware": "none", "values": {"contexts": [1]}}')
+    with pytest.raises(ValueError, match=r"kv_memory\.json holds other values than kv_memory is drawn from.*lines"):
+        redraw(folder=folder)
+    assert (folder / "kv_memory.png").read_bytes() == before
+
+
 @pytest.mark.parametrize("name", FIGURES)
 def test_axes_are_labelled_with_units_and_the_caption_names_the_command(name, folder, monkeypatch):
     drawn = {}

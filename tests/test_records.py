@@ -45,7 +45,8 @@ def test_a_record_without_provenance_is_refused(command, kind, hardware):
         Record(command, kind, hardware, {})
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"command": "x"}', '{"command": 1, "kind": "A", "oops": 2}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"command": "x"}', '{"command": 1, "kind": "A", "oops": 2}',
+                                  '{"command": 1, "kind": "A", "hardware": "none", "values": {}}'])  # fmt: skip
 def test_a_file_that_is_no_record_is_named(tmp_path, text):
     path = tmp_path / "broken.json"
     path.write_text(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,22 @@ def test_a_write_that_breaks_off_leaves_the_old_checkpoint_whole(monkeypatch, tm
     save_state(some_state(seed=3), path, CONFIG, PLAN)  # and the broken rest is no obstacle
     assert same(load_state(path)[0], some_state(seed=3))
     assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the limit is POSIX's")
+def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path, whole):
+    import resource
+
+    path = tmp_path / "state.safetensors"
+    save_state(some_state(seed=1), path, CONFIG, PLAN)
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, limits[1]))  # Python ignores its signal
+    try:
+        with pytest.raises(OSError, match=r"state\.safetensors cannot be written"):
+            save_state(some_state(seed=2), path, CONFIG, PLAN)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {path.name: before}
 
 
 def test_the_bytes_are_on_the_disk_before_the_name_is(monkeypatch, tmp_path):

@@ -75,6 +75,12 @@ def test_a_vocabulary_too_small_for_the_bytes_is_refused():
         Tokenizer.train(TEXTS, 256)
 
 
+def test_a_vocabulary_beyond_all_memory_is_refused():
+    """The library would end the process."""
+    with pytest.raises(ValueError, match="at most 2"):
+        Tokenizer.train(TEXTS, 10**12)
+
+
 def test_the_same_texts_train_the_same_tokenizer():
     assert Tokenizer.train(TEXTS, 300).inner.to_str() == tokenizer.inner.to_str()
 

@@ -3,7 +3,8 @@
 | what was raised                                              | what the user sees             | exit |
 |--------------------------------------------------------------|--------------------------------|------|
 | a wrong option; ``BackendUnavailable``; a file that is not   | one sentence on stderr         | 2    |
-| there; a ``ValueError`` that a ``raise`` in refllm made      |                                |      |
+| there; too little memory; a ``ValueError`` that a ``raise``  |                                |      |
+| in refllm made                                               |                                |      |
 | Ctrl-C                                                       | nothing                        | 130  |
 | the reader of a pipe went away                               | nothing                        | 1    |
 | anything else                                                | Python's traceback             | 1    |
@@ -57,6 +58,8 @@ def explain(error: Exception) -> str | None:
         return f"{error.format_message().rstrip('.')}{hint}"
     if isinstance(error, BackendUnavailable):
         return str(error)
+    if isinstance(error, MemoryError):  # NumPy's and CuPy's say how much was asked for
+        return f"out of memory: {error}" if str(error) else "out of memory"
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
         return f"{error.filename}: {error.strerror}" if error.filename else str(error)
     if isinstance(error, (ValueError, FloatingPointError)) and _raised_by_refllm(error.__traceback__):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,7 +67,8 @@ def evaluate(
             against = compare(loaded, other, documents, rng=rng, **how, progress=advance)
             score = against.model
     if as_json:
-        typer.echo(json.dumps(as_data(model, score, reference, against), indent=2, ensure_ascii=False))
+        facts = finite(as_data(model, score, reference, against))
+        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False))
     else:
         _show(model, score, "the held-out modules" if not text else "the given text", reference, against)
 
@@ -96,6 +98,15 @@ def as_data(model: str, score: Score, reference: str | None, against: Comparison
     return facts
 
 
+def finite(value: Any) -> Any:
+    """``value`` with None for each number that is not finite: JSON has no spelling for it."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _show(model: str, score: Score, what: str, reference: str | None, against: Comparison | None) -> None:
     out = console()
     made = table("document", "tokens", "bytes", "bits/byte", "perplexity")
@@ -123,7 +134,5 @@ def _show(model: str, score: Score, what: str, reference: str | None, against: C
 
 
 def _perplexity(d: Any) -> float:
-    import math
-
     nats: float = d.nats / d.tokens
     return math.exp(nats) if nats < 700 else math.inf

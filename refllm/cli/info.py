@@ -83,10 +83,13 @@ def list_files(directory: Path, *, verify: bool) -> list[dict[str, Any]]:
     from refllm.model.streams import file_sha256
 
     recorded = (_json(directory / "manifest.json") or {}).get("files", {})
+    if not isinstance(recorded, dict) or not all(isinstance(entry, dict) for entry in recorded.values()):
+        raise ValueError(f"{directory / 'manifest.json'} is no manifest of files with their hashes")
     present = {p.name: p for p in directory.iterdir() if p.is_file() and not p.name.startswith(".")}
     found = []
     for name in sorted({*present, *recorded}):
         known = recorded.get(name, {}).get("sha256")
+        known = None if known is None else str(known)
         state = "not recorded" if known is None else "recorded"
         if name not in present:
             state = "missing"
@@ -143,7 +146,10 @@ def _show(facts: dict[str, Any]) -> None:
         },
     )
     if facts["card"]:
-        _show_record(out, facts["card"])
+        try:
+            _show_record(out, facts["card"])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            out.print("\ncard.json is no training record of refllm's")
     out.print()
     files = table("file", "bytes", "sha256", "state")
     for file in facts["files"]:

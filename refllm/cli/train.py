@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Iterator
@@ -101,6 +102,8 @@ def train(
     if not 0 < rate < 1:
         raise ValueError(f"the learning rate must be within (0, 1), got {rate}")
     get(backend)  # this and the next before the text is read: what cannot end well should end at once
+    output = Path(os.path.expanduser(output))  # the shell leaves the ~ of --output=~/tiny as it is
+    work = output.with_name(output.name + ".training") if work is None else Path(os.path.expanduser(work))
     launch.check_output(output, overwrite)
     if held_out and not data:
         raise ValueError("--held-out belongs to --data; the standard library has its own held-out modules")
@@ -115,7 +118,7 @@ def train(
         evaluate_every=evaluate_every, save_every=save_every,
     )  # fmt: skip
     run = launch.prepare(
-        output, work or output.with_name(output.name + ".training"), source, shape, plan, overwrite=overwrite,
+        output, work, source, shape, plan, overwrite=overwrite,
         teacher=None if teacher is None else locate(teacher), alpha=alpha,
         teacher_from=teacher_from, note=note,
     )  # fmt: skip

@@ -42,7 +42,10 @@ class State:
 
 
 def save_state(state: State, path: Path, config: ModelConfig, plan: Plan) -> None:
-    """Write a checkpoint under a temporary name, then rename it: a kill at any moment leaves a whole one."""
+    """Write a checkpoint under a temporary name, then rename it: a kill at any moment leaves a whole one.
+
+    OSError if the disk is full.
+    """
     groups = {"w": state.params, "m": state.optimizer.m, "v": state.optimizer.v}
     tensors = {
         f"{kind}.{name}": np.ascontiguousarray(to_numpy(t)) for kind in groups for name, t in groups[kind].items()
@@ -54,7 +57,11 @@ def save_state(state: State, path: Path, config: ModelConfig, plan: Plan) -> Non
         "plan": json.dumps(asdict(plan)),
     }
     temporary = path.with_suffix(".partial")
-    save_file(tensors, temporary, metadata=about)
+    try:
+        save_file(tensors, temporary, metadata=about)
+    except SafetensorError as error:  # a full disk, say
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written ({error}); what was saved before is whole") from error
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())  # the bytes reach the disk before the name does, even if the power fails
     os.replace(temporary, path)

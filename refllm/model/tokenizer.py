@@ -54,10 +54,11 @@ class Tokenizer:
         """Train byte-level BPE with GPT-2's word split; id 0 is ``<|endoftext|>``.
 
         The vocabulary is smaller than ``vocab_size`` if the texts have too few distinct pairs to merge. The same
-        texts give the same tokenizer. ValueError if ``vocab_size`` cannot hold the 256 bytes and the end token.
+        texts give the same tokenizer. ValueError if ``vocab_size`` cannot hold the 256 bytes and the end token, or
+        is beyond 2²⁰: the library reserves memory for all of it, and a failure there ends the process.
         """
-        if vocab_size < 257:
-            raise ValueError(f"a byte-level vocabulary needs at least 257 tokens, got {vocab_size}")
+        if not 257 <= vocab_size <= 2**20:
+            raise ValueError(f"a byte-level vocabulary needs at least 257 tokens, got {vocab_size}; at most 2**20")
         inner = _Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = decoders.ByteLevel()

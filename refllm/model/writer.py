@@ -62,8 +62,8 @@ def save(
         raise ValueError(f"save: dtype {dtype!r} is not stored; choose one of {', '.join(STORED_TYPES)}")
     if max_shard_bytes is not None and max_shard_bytes < 1:
         raise ValueError(f"save: max_shard_bytes must be positive, got {max_shard_bytes}")
-    target = Path(path).expanduser().resolve()
-    _check_target(target, overwrite)
+    target = Path(os.path.realpath(os.path.expanduser(path)))
+    check_target(target, overwrite)
     check_tensors(config, tensors, target)
     check_tied(config, tensors, target)
     check_vocabulary(tokenizer, config, target)
@@ -105,7 +105,8 @@ def _documents(config: ModelConfig, tokenizer: Tokenizer, dtype: str, extra: Map
     return documents | dict(extra)
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
+    """CheckpointError if ``save`` would refuse to write there."""
     if not target.exists():
         return
     if not target.is_dir():

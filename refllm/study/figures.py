@@ -236,6 +236,8 @@ def redraw(names: Iterable[str] | None = None, folder: str | Path = "figures") -
         for a name that is not registered.
     FileNotFoundError
         if a figure asked for by name has no data.
+    ValueError
+        for data that is not what the figure is drawn from; the old picture stays.
     """
     folder, written = Path(folder), []
     for name in FIGURES if names is None else names:
@@ -244,7 +246,10 @@ def redraw(names: Iterable[str] | None = None, folder: str | Path = "figures") -
         if names is None and not source.exists():
             continue
         record = read(source)
-        figure = draw(record.values)
+        try:
+            figure = draw(record.values)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{source} holds other values than {name} is drawn from: {error!r}") from error
         _caption(figure, record)
         written.append(save(figure, folder / f"{name}.png", _digest(source, draw)))
     return written

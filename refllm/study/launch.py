@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,10 +36,12 @@ from refllm.model.state import load_state
 from refllm.model.streams import Data, encode, fingerprint
 from refllm.model.tokenizer import Tokenizer
 from refllm.model.train import train
+from refllm.model.writer import check_target
 from refllm.study import bundle, card
 
 STATE, TOKENIZER, TEXT = "state.safetensors", "tokenizer.json", "text.sha256"
 LONG_SHARE = 0.15  # of the steps, at the end, read long windows
+LARGEST = 10**10  # parameters; with gradients and moments, 16 bytes each: more than any one device holds
 
 Note = Callable[[str], None]
 
@@ -66,11 +69,14 @@ class Shape:
         heads = self.heads or max(1, self.width // 64)
         if self.width % heads:
             raise ValueError(f"a width of {self.width} does not divide into {heads} heads")
-        return ModelConfig(
+        config = ModelConfig(
             "llama", vocab_size, self.width, self.mlp or 3 * self.width, self.layers, heads,
             self.kv_heads or max(1, heads // 2), self.width // heads, tie_word_embeddings=True,
             max_position_embeddings=self.context, bos_token_id=begin, eos_token_ids=(begin,),
         )  # fmt: skip
+        if config.num_parameters > LARGEST:
+            raise ValueError(f"{config.num_parameters:,} parameters are more than is trained here: {LARGEST:,}")
+        return config
 
     def phases(self, data: Data) -> tuple[Phase, ...]:
         """Short windows, then long ones with about as many tokens a step; ValueError if they do not fit."""
@@ -96,6 +102,10 @@ class Shape:
                 raise ValueError(f"windows of {p.length} tokens are longer than the context of {self.context}")
             if len(p.repeats) != len(data.streams):
                 raise ValueError(f"a phase has {len(p.repeats)} repeats for {len(data.streams)} streams of text")
+            if p.steps and not any(p.repeats):
+                raise ValueError("a phase leaves out every stream of text: it needs a repeat above zero")
+        if not any(p.steps for p in phases):
+            raise ValueError("a run needs at least one step, the phases have none")
         return phases
 
 
@@ -126,6 +136,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     """CheckpointError if ``output`` is taken: to be asked before hours of training, not after."""
     if not overwrite and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output} exists already: choose another --output, or pass --overwrite")
+    check_target(Path(os.path.realpath(output)), overwrite=True)  # only a checkpoint is replaced, even so
 
 
 def prepare(
@@ -143,6 +154,7 @@ def prepare(
     """
     check_output(output, overwrite)
     plan = replace(plan, phases=shape.phases(data))
+    shape.config(shape.vocab_size, 0)  # numbers that make no network, before a tokenizer is trained
     taught = None if teacher is None else read_config(teacher)
     tokenizer = _tokenizer(work, data, shape.vocab_size, teacher, note)
     begin = 0 if taught is None or taught.bos_token_id is None else taught.bos_token_id

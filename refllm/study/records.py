@@ -67,7 +67,7 @@ def read(path: str | Path) -> Record:
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
         return Record(**raw)
-    except (TypeError, ValueError) as error:  # JSON's errors are ValueErrors
+    except (TypeError, ValueError, AttributeError) as error:  # JSON's errors are ValueErrors
         raise ValueError(f"{path}: not a record of command, kind, hardware and values: {error}") from error
 
 
