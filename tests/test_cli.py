@@ -29,7 +29,7 @@ from refllm.decode.generate import Sampling
 from refllm.model.checkpoint import CheckpointError, save
 from refllm.model.config import ModelConfig
 from refllm.model.corpus import Document
-from refllm.model.plan import Phase, Plan
+from refllm.model.plan import Phase
 from refllm.model.streams import file_sha256, standard_library
 from refllm.model.weights import Dense
 from refllm.study import launch
@@ -395,8 +395,8 @@ def test_eval_compares_with_a_reference(model, text_file, tmp_path):
     save(tmp_path / "other", config, tiny_params(config, 1, "float32"), byte_tokenizer(), dtype="float32")
     pair = load(tmp_path / "other", "numpy"), load(model, "numpy")
     rng = np.random.default_rng(3)
-    expected = compare(*pair, [Document("code.py", TEXT)], rng=rng, window=32, stride=16, max_tokens=400)
-    options = ("--model", tmp_path / "other", "--reference", model, "--text", text_file, "--max-tokens", "400")
+    expected = compare(*pair, [Document("code.py", TEXT)], rng=rng, window=32, stride=16)
+    options = ("--model", tmp_path / "other", "--reference", model, "--text", text_file)
     facts = json.loads(run("eval", *options, "--window", "32", "--seed", "3", "--json").stdout)["against"]
     assert facts["KL"] == {"mean": expected.kl.mean, "low": expected.kl.low, "high": expected.kl.high}
     assert facts["top-1 agreement"]["mean"] == expected.agreement.mean
@@ -542,11 +542,15 @@ def test_a_draft_reads_its_teachers_tokens(trained, text_file, tmp_path):
 
 def test_phases_can_be_spelled_out(text_file, tmp_path):
     phases = ["--phase", "2,1,16", "--phase", "1,2,8,1"]
-    result = run("train", "--output", tmp_path / "m", "--data", text_file, *SMALL, *phases)
+    result = run("train", "--output", tmp_path / "m", "--data", text_file, "--no-tests", *SMALL, *phases)
     assert result.exit_code == 0, result.output
-    plan = json.loads((tmp_path / "m" / "card.json").read_text())["training"]["plan"]
+    training = json.loads((tmp_path / "m" / "card.json").read_text())["training"]
+    words = shlex.split(training["command"])
+    assert words.count("--phase") == 2
+    assert "--no-tests" in words
+    assert not {"--steps", "--tests", "--work", "--overwrite", "--backend"} & set(words)
+    plan = training["plan"]
     assert [list(p.values()) for p in plan["phases"]] == [[2, 1, 16, [1]], [1, 2, 8, [1]]]
-    assert isinstance(Plan((), warmup=plan["warmup"]), Plan)
 
 
 # --- figures -------------------------------------------------------------------------------------------------
