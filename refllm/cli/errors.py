@@ -16,6 +16,7 @@ is the source line that the traceback ends on.
 from __future__ import annotations
 
 import linecache
+import os
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +35,9 @@ class Commands(TyperGroup):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run a command and leave by ``SystemExit``."""
+        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+            if getattr(sys, name) is None:  # closed by the caller, as by `>&-`
+                setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (open to the end)
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8 shows '?', and no error
                 stream.reconfigure(errors="replace")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -58,7 +59,10 @@ def generate(
         max_tokens = min(DEFAULT_TOKENS, max(1, loaded.config.max_position_embeddings - length))
     seed = int(np.random.default_rng().integers(2**32)) if seed is None else seed
     if sys.stdout.isatty():
-        typer.secho(printable(text), dim=True, nl=False)
+        if os.environ.get("TERM") == "dumb":
+            emit(text)
+        else:
+            typer.secho(printable(text), dim=True, nl=False)
     watch = Stopwatch()
     pieces = loaded.stream(
         text, max_tokens, how=how, stop=stop or (), ignore_eos=ignore_eos, rng=seed, on_token=watch.tick

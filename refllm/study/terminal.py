@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 WIDE = 10_000  # columns of a pipe
+NARROW = 72  # columns that the numbers of a table need: a narrower terminal breaks the lines itself
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -26,17 +27,19 @@ def console(*, stderr: bool = False) -> Console:
     made = Console(file=sys.stderr if stderr else sys.stdout, highlight=False, markup=False, emoji=False)
     if not made.is_terminal:
         made.width = WIDE
+    elif not stderr:
+        made.width = max(made.width, NARROW)
     return made
 
 
 def table(*columns: str) -> Table:
-    """A table without a frame: the first column to the left, numbers to the right."""
+    """A table without a frame: names to the left, numbers to the right. A long name is folded, a number never cut."""
     from rich import box
     from rich.table import Table
 
     made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="dim", border_style="dim")
     for i, name in enumerate(columns):
-        made.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+        made.add_column(name, justify="left" if i == 0 else "right", no_wrap=i > 0, overflow="fold")
     return made
 
 
