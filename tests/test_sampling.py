@@ -202,6 +202,10 @@ def test_a_batch_with_its_own_parameters_equals_its_rows_alone(pure_xp, z, hows,
     assert to_host(margin(x, u, **together)).tolist() == [float(m) for m in apart]
     arrays_ = {name: np.array(values) for name, values in together.items()}
     assert (to_host(warp(x, **arrays_)) == np.stack(alone)).all()
+    for name in together:  # one parameter a row, the others shared
+        shared = {**hows[0], name: together[name]}
+        rows = [to_host(warp(pure_xp.asarray(z[i]), **{**hows[0], name: together[name][i]})) for i in range(3)]
+        assert (to_host(warp(x, **shared)) == np.stack(rows)).all()
 
 
 @pytest.mark.parametrize(
@@ -237,8 +241,9 @@ def test_parameters_outside_their_range_are_refused_by_name(how):
 
 
 def test_a_list_of_parameters_needs_rows_and_a_row_needs_tokens():
-    with pytest.raises(ValueError, match="needs logits"):
-        warp(np.zeros(4), temperature=[1.0])
+    for shape, rows in (((4,), 1), ((4,), 4), ((2, 4), 1), ((2, 3, 4), 2)):
+        with pytest.raises(ValueError, match="needs logits"):
+            warp(np.zeros(shape), temperature=[1.0] * rows)
     for shape in ((), (0,), (2, 0)):
         with pytest.raises(ValueError, match="no tokens"):
             warp(np.zeros(shape))
@@ -402,12 +407,13 @@ def draw_token(xp, z, u, how):
 )
 @given(z=logits(), how=settings_, u=st.integers(0, 999), greedy=st.booleans(), seed=seeds)
 # exp(-108) is lost beside 1: the mass after the first token has to be summed by itself
+@example(np.array([[0.3, 0.8, 33.0]]), {"temperature": 0.3, "top_k": 0, "top_p": 0.5, "min_p": 0.0}, 0, False, 0)
+# the threshold of one filter is nearer than any other: top-p lets the second token in, min-p throws it out
+@example(np.array([[0.0, -1.0]]), {"temperature": 1.0, "top_k": 0, "top_p": 0.7, "min_p": 0.0}, 900, False, 0)
+@example(np.array([[0.0, -1.2, -5.0]]), {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.2}, 900, False, 0)
+# top-p's share is of what top-k leaves, not of everything
 @example(
-    z=np.array([[0.3, 0.8, 33.0]]),
-    how={"temperature": 0.3, "top_k": 0, "top_p": 0.5, "min_p": 0.0},
-    u=0,
-    greedy=False,
-    seed=0,
+    np.array([[0.0, -1.0, -1.0, -1.0]]), {"temperature": 1.0, "top_k": 2, "top_p": 0.7, "min_p": 0.0}, 900, False, 0
 )
 def test_within_the_margin_the_token_is_the_same(pure_xp, z, how, u, greedy, seed):
     how = {**how, "temperature": 0.0 if greedy else how["temperature"]}
