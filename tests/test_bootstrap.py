@@ -30,6 +30,8 @@ def test_blocks_are_runs_of_one_document(lengths, size):
 
 def test_a_block_needs_a_token():
     with pytest.raises(ValueError, match="block"):
+        blocks(np.zeros(3, np.int64), 1.5)
+    with pytest.raises(ValueError, match="block"):
         blocks(np.zeros(3), 0)
 
 

@@ -128,6 +128,19 @@ def test_data_of_another_shape_is_refused_by_file_and_the_old_picture_stays(fold
     assert (folder / "kv_memory.png").read_bytes() == before
 
 
+def test_no_series_is_left_out_for_want_of_a_colour():
+    draw = FIGURES["kv_memory"][1]
+    lines = {str(i): [1.0, 2.0] for i in range(len(figures.SERIES) + 1)}
+    with pytest.raises(ValueError, match="tells 7 series apart, got 8"):
+        draw({"contexts": [1, 2], "lines": lines})
+    lines.popitem()
+    assert len(draw({"contexts": [1, 2], "lines": lines}).axes[0].lines) == 7
+
+
+def test_one_name_is_one_figure(folder):
+    assert [p.name for p in redraw("kv_memory", folder)] == ["kv_memory.png"]
+
+
 @pytest.mark.parametrize("name", FIGURES)
 def test_axes_are_labelled_with_units_and_the_caption_names_the_command(name, folder, monkeypatch):
     drawn = {}

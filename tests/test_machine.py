@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from refllm.study import machine
-from refllm.study.machine import DEVICES, measure_machine
+from refllm.study.machine import DEVICES, Device, measure_machine
 
 
 def test_this_machine_is_measured_and_says_how(monkeypatch):
@@ -40,3 +42,9 @@ def test_a_quiet_machine_gives_as_many_repeats_as_asked_for_and_their_median(mon
 
 def test_named_devices_say_where_their_peaks_come_from():
     assert all("data sheet" in d.source and d.peak_flops > 1e14 and d.overhead == 0 for d in DEVICES.values())
+
+
+@pytest.mark.parametrize("numbers", [(0, 1), (1, 0), (-1, 1), (1, float("nan")), (float("inf"), 1), (1, 1, -1)])
+def test_a_device_without_speed_is_refused(numbers):
+    with pytest.raises(ValueError, match="a device needs finite peaks"):
+        Device("broken", *numbers)

@@ -240,6 +240,26 @@ def test_parts_of_a_step_sum_to_its_projected_time(batch, flops, overhead):
     assert min(row["parts"].values()) > 0
 
 
+@pytest.mark.parametrize("bytes_", [-1, float("nan"), float("inf")])
+def test_bytes_are_finite_and_not_negative(bytes_):
+    for name in ("weight_bytes_per_param", "kv_bytes_per_number"):
+        with pytest.raises(ValueError, match="step_cost"):
+            step_cost(LLAMA_8B, [(0, 1)], **{name: bytes_})
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
+def test_a_share_of_the_peak_needs_a_time(seconds):
+    for share in (mfu, mbu):
+        with pytest.raises(ValueError, match="finite time above 0"):
+            share(step_cost(LLAMA_8B, [(0, 1)]), seconds, DEVICES["h200"])
+
+
+def test_a_roofline_needs_a_device_and_steps_that_do_something():
+    for devices, batch in (([], [(0, 1)]), ([DEVICES["h200"]], [])):
+        with pytest.raises(ValueError, match="roofline: needs"):
+            roofline_data(devices, {"a step": step_cost(LLAMA_8B, batch)})
+
+
 def test_the_figure_has_the_devices_and_the_points():
     points = {"decode": step_cost(LLAMA_8B, [(100, 1)]), "prefill": step_cost(LLAMA_8B, [(0, 1000)])}
     figure = plot_roofline(list(DEVICES.values()), points)

@@ -111,6 +111,18 @@ def test_an_unknown_id_gives_no_text():
     assert tokenizer.decode([]) == ""
 
 
+@pytest.mark.parametrize("ids", [[-1], [2**32], [2**70], (2**32 - 1, 2**32)])
+def test_an_id_that_no_vocabulary_can_hold_is_refused(ids):
+    with pytest.raises(ValueError, match="a token id lies within"):
+        tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("ids", [[65.7], ["65"], [None]])
+def test_an_id_is_an_integer(ids):
+    with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+        tokenizer.decode(ids)
+
+
 def test_round_trip_through_the_file(tmp_path):
     tokenizer.save(tmp_path / "tokenizer.json")
     again = Tokenizer.from_file(tmp_path / "tokenizer.json")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -137,10 +139,10 @@ def test_an_array_of_the_wrong_kind_is_refused():
         plan(tiny_model(), [np.zeros(3)], 8, 4)
 
 
-@pytest.mark.parametrize("documents", [b"ab", bytearray(b"ab"), [b"ab"], ["ab\ud800"], [None]])
+@pytest.mark.parametrize("documents", [b"ab", bytearray(b"ab"), [b"ab"], ["ab\ud800"], [None], None, 5, Path("x")])
 def test_what_is_neither_text_nor_ids_is_refused(documents):
     """Bytes would pass for token ids, a byte each."""
-    with pytest.raises(ValueError, match="not bytes|expected a text|no Unicode"):
+    with pytest.raises(ValueError, match="texts or token ids, not|expected a text|no Unicode"):
         plan(tiny_model(), documents, 8, 4)
 
 

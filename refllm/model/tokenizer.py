@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from operator import index
 from pathlib import Path
 
 from tokenizers import Tokenizer as _Tokenizer
@@ -105,8 +106,12 @@ class Tokenizer:
         """Text of ``ids``; bytes that form no UTF-8 character become U+FFFD, special tokens are kept.
 
         An id that the tokenizer does not know gives no text: some models have more rows than tokens (padding).
+        ValueError for what no vocabulary can hold.
         """
-        text: str = self.inner.decode([int(i) for i in ids], skip_special_tokens=False)
+        try:
+            text: str = self.inner.decode([index(i) for i in ids], skip_special_tokens=False)
+        except OverflowError as error:
+            raise ValueError("a token id lies within 0..2**32 - 1") from error
         return text
 
     def save(self, path: str | Path) -> None:

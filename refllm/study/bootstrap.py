@@ -43,8 +43,8 @@ def blocks(documents: np.ndarray, size: int) -> np.ndarray:
 
     documents[T], the document of each token, in order → unit[T], numbered from 0 without gaps.
     """
-    if size < 1:
-        raise ValueError(f"blocks: a block needs at least one token, got {size}")
+    if not 1 <= size == size // 1:
+        raise ValueError(f"blocks: a block needs a whole number of tokens, at least one, got {size}")
     if len(documents) == 0:
         return np.zeros(0, np.int64)
     begins = np.concatenate(([True], documents[1:] != documents[:-1]))

@@ -81,6 +81,14 @@ def axes(title: str, x: str, y: str, **figure: Any) -> tuple[Figure, Axes]:
     return fig, ax
 
 
+def coloured(colours: Sequence[str], items: Iterable[Any]) -> list[tuple[str, Any]]:
+    """Each item with its colour; ValueError rather than a figure that leaves the last ones out."""
+    drawn = list(items)
+    if len(drawn) > len(colours):
+        raise ValueError(f"a figure tells {len(colours)} series apart, got {len(drawn)}")
+    return list(zip(colours, drawn, strict=False))
+
+
 @styled
 def training_curve(values: Values) -> Figure:
     """{"runs": {name: [record of ``train``, …]}, "phases": [[last step, label], …], "bytes_per_token"} → loss by step.
@@ -88,7 +96,7 @@ def training_curve(values: Values) -> Figure:
     With ``bytes_per_token`` of the held-out text a second scale gives bits per byte.
     """
     fig, ax = axes("Training: loss of the batch (thin) and on held-out modules", "step", "loss (nats per token)")
-    for colour, (name, curve) in zip(SERIES, values["runs"].items(), strict=False):
+    for colour, (name, curve) in coloured(SERIES, values["runs"].items()):
         ax.plot([r["step"] for r in curve], [r["loss"] for r in curve], color=colour, lw=0.8, alpha=0.45)
         held = [(r["step"], r["held_out"]) for r in curve if "held_out" in r]
         if held:
@@ -113,7 +121,7 @@ def bits_by_position(values: Values) -> Figure:
     """{"lines": {name: [bin of ``score.bits_by_position`` as [low, high, tokens, nats, bits], …]}}."""
     fig, ax = axes("What context buys", "tokens of context", "bits per byte of held-out text")
     ticks: set[int] = set()
-    for colour, (name, bins) in zip(SERIES, values["lines"].items(), strict=False):
+    for colour, (name, bins) in coloured(SERIES, values["lines"].items()):
         # a bin from 5 to 8 is drawn above 8: "up to 8 tokens of context"
         ax.plot([b[1] for b in bins], [b[4] for b in bins], color=colour, marker="o", ms=4, label=name)
         ticks |= {b[1] for b in bins}
@@ -137,7 +145,7 @@ def roofline(values: Values) -> Figure:
     ridges = [d["peak_flops"] / d["peak_bandwidth"] for d in devices]
     shown = [p["intensity"] for p in points] + ridges
     x = np.geomspace(min(shown) / 20, max(shown) * 4, 400)  # room for the labels on the left
-    for colour, device, ridge in zip((FULL, NEAREST, *MORE), devices, ridges, strict=False):
+    for colour, (device, ridge) in coloured((FULL, NEAREST, *MORE), zip(devices, ridges, strict=True)):
         roof = np.minimum(device["peak_flops"], x * device["peak_bandwidth"])
         ax.plot(x, roof, color=colour, label=f"{device['name']}: ridge at {ridge:.3g} FLOP/byte")
         ax.axvline(ridge, color=colour, lw=0.8, ls=":")
@@ -165,7 +173,7 @@ def decode_cost(values: Values) -> Figure:
     fig, ax = axes(values["title"], f"time per step ({values['unit']})", "", figsize=(7.2, 1.6 + 0.42 * len(rows)))
     names = list(dict.fromkeys(part for row in rows for part in row["parts"]))
     left = np.zeros(len(rows))
-    for colour, name in zip((FULL, TECHNIQUE, NEAREST, *MORE), names, strict=False):
+    for colour, name in coloured((FULL, TECHNIQUE, NEAREST, *MORE), names):
         widths = np.asarray([row["parts"].get(name, 0.0) for row in rows])
         ax.barh(range(len(rows)), widths, left=left, color=colour, label=name, height=0.68)
         left += widths
@@ -187,7 +195,7 @@ def kv_memory(values: Values) -> Figure:
     """
     fig, ax = axes("Cache of one sequence, beside the weights", "context (tokens)", "memory (GB = 10⁹ bytes)")
     contexts = values["contexts"]
-    for colour, (name, sizes) in zip((FULL, TECHNIQUE, NEAREST, *MORE), values["lines"].items(), strict=False):
+    for colour, (name, sizes) in coloured((FULL, TECHNIQUE, NEAREST, *MORE), values["lines"].items()):
         if (marked := values.get("marked")) in contexts:
             name += f": {sizes[contexts.index(marked)] / 1e9:.3g} GB at {marked:,} tokens"
         ax.plot(contexts, [s / 1e9 for s in sizes], color=colour, marker="o", ms=4, label=name)
@@ -240,7 +248,7 @@ def redraw(names: Iterable[str] | None = None, folder: str | Path = "figures") -
         for data that is not what the figure is drawn from; the old picture stays.
     """
     folder, written = Path(folder), []
-    for name in FIGURES if names is None else names:
+    for name in FIGURES if names is None else [names] if isinstance(names, str) else names:
         file, draw = FIGURES[name]
         source = folder / "data" / file
         if names is None and not source.exists():
@@ -273,7 +281,7 @@ def check(folder: str | Path = "figures") -> list[str]:
 
 def _digest(source: Path, draw: Draw) -> str:
     """Of the data and of all code that decides what the picture looks like."""
-    code = "".join(inspect.getsource(f) for f in (draw, styled, axes, save, _caption))
+    code = "".join(inspect.getsource(f) for f in (draw, styled, axes, coloured, save, _caption))
     content = source.read_bytes() + repr((code, STYLE, SERIES, _DPI)).encode()
     return hashlib.sha256(content).hexdigest()
 

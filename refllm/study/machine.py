@@ -16,6 +16,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ class Device:
     peak_bandwidth: float  # bytes/s of main memory
     overhead: float = 0.0  # seconds a step that neither limit explains: launches, the interpreter
     source: str = ""
+
+    def __post_init__(self) -> None:
+        if not (0 < self.peak_flops < inf and 0 < self.peak_bandwidth < inf and 0 <= self.overhead < inf):
+            raise ValueError(f"a device needs finite peaks above 0 and an overhead of 0 or more, got {self}")
 
     @property
     def ridge(self) -> float:

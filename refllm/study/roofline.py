@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from refllm.model.config import ModelConfig
@@ -112,8 +113,10 @@ def step_cost(
     Raises
     ------
     ValueError
-        for a negative past or new, or for more rows of logits than tokens.
+        for a negative past or new, for more rows of logits than tokens, or for bytes that are negative or not finite.
     """
+    if not (0 <= weight_bytes_per_param < inf and 0 <= kv_bytes_per_number < inf):
+        raise ValueError(f"step_cost: {weight_bytes_per_param} bytes a weight, {kv_bytes_per_number} a cached number")
     if any(past < 0 or new < 0 for past, new in batch):
         raise ValueError(f"step_cost: past and new must not be negative, got {list(batch)}")
     tokens = sum(new for _, new in batch)
@@ -147,12 +150,18 @@ def projected_seconds(cost: Cost, device: Device) -> float:
 
 def mfu(cost: Cost, seconds: float, device: Device) -> float:
     """Model FLOP utilisation: the share of the peak FLOP/s that a step of ``seconds`` used."""
-    return cost.flops / seconds / device.peak_flops
+    return cost.flops / _measured(seconds) / device.peak_flops
 
 
 def mbu(cost: Cost, seconds: float, device: Device) -> float:
     """Model bandwidth utilisation: (weights + KV read) / seconds / peak bandwidth."""
-    return (cost.weight_bytes + cost.kv_read_bytes) / seconds / device.peak_bandwidth
+    return (cost.weight_bytes + cost.kv_read_bytes) / _measured(seconds) / device.peak_bandwidth
+
+
+def _measured(seconds: float) -> float:
+    if not 0 < seconds < inf:
+        raise ValueError(f"a step takes a finite time above 0, got {seconds} seconds")
+    return seconds
 
 
 def plot_roofline(devices: Sequence[Device], points: Mapping[str, Cost]) -> Any:
@@ -163,7 +172,13 @@ def plot_roofline(devices: Sequence[Device], points: Mapping[str, Cost]) -> Any:
 
 
 def roofline_data(devices: Sequence[Device], points: Mapping[str, Cost]) -> dict[str, Any]:
-    """Values of the figure ``roofline``: each device's roof, and where each step stands on the first one's."""
+    """Values of the figure ``roofline``: each device's roof, and where each step stands on the first one's.
+
+    ValueError without a device, or for a step that computes or moves nothing: a logarithmic axis has no place for it.
+    """
+    if not devices or not all(0 < c.intensity < inf for c in points.values()):
+        raise ValueError(f"roofline: needs a device, and steps of finite intensity above 0, got {len(devices)} devices "
+                         f"and {({label: c.intensity for label, c in points.items()})}")  # fmt: skip
     return {
         "devices": [
             {"name": d.name, "peak_flops": d.peak_flops, "peak_bandwidth": d.peak_bandwidth, "source": d.source}

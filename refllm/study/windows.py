@@ -171,8 +171,8 @@ def as_documents(documents: Iterable[Text] | Text) -> list[Text]:
     """One text, or one array of token ids, alone is a list of one document."""
     if isinstance(documents, (str, Document)) or (isinstance(documents, np.ndarray) and documents.ndim == 1):
         return [documents]
-    if isinstance(documents, (bytes, bytearray)):  # they would pass for token ids
-        raise ValueError("a document is a str or token ids, not bytes: decode it first")
+    if isinstance(documents, (bytes, bytearray)) or not isinstance(documents, Iterable):  # bytes would pass for ids
+        raise ValueError(f"documents are texts or token ids, not {type(documents).__name__}: read or decode it first")
     items: list[Text] = list(documents)  # type: ignore[arg-type]
     if items and all(isinstance(x, (int, np.integer)) for x in items):
         return [np.asarray(items)]
