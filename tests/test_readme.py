@@ -1,0 +1,65 @@
+"""The README's code prints what the README says, and its numbers are those of the recorded data."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import platform
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import refllm
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MODELS = ROOT / "refllm" / "models"
+
+
+def card(name: str) -> dict:
+    return json.loads((MODELS / name / "card.json").read_text(encoding="utf-8"))
+
+
+def test_the_code_prints_what_stands_below_it():
+    """Text is compared where rounding cannot change it; the last line where the standard library is the same one."""
+    code, output = (re.search(rf"```{kind}\n(.*?)```", README, re.S)[1] for kind in ("python", "text"))
+    prompt, count = re.search(r'generate\("(.*?)", (\d+)\)', code).groups()
+    prompt = prompt.encode().decode("unicode_escape")
+    model = refllm.load("stdlib")
+    begin = model.tokenizer.encode(prompt, special=True)
+    written = model.generate(begin, int(count))
+    z = np.sort(model.logits(begin + written)[len(begin) - 1 : -1], axis=-1)
+    # greedy text is the same on every machine if its closest decision is far above float32 rounding (about 2e-5)
+    assert float(np.min(z[:, -1] - z[:, -2])) > 1e-3, "choose a prompt whose greedy continuation is decided clearly"
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "README.md", "exec"), {})
+    lines, stated = printed.getvalue().splitlines(), output.splitlines()
+    if platform.python_version() != card("stdlib")["made with"]["python"]:
+        lines, stated = lines[:-1], stated[:-1]
+    assert lines == stated
+
+
+@pytest.mark.parametrize("name", ["stdlib", "stdlib-draft"])
+def test_the_models_have_the_figures_of_their_cards(name: str):
+    row = next(line for line in README.splitlines() if line.startswith(f"| [`{name}`]"))
+    record = card(name)
+    assert f"{record['parameters']:,}" in row
+    assert f"{record['measured']['bits per byte']:.3f}" in row
+    assert f"{record['training']['tokens'] / 1e6:.1f} M tokens" in row
+
+
+def test_the_speeds_are_the_recorded_ones():
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "decode.json").read_text(encoding="utf-8"))
+    assert recorded["results"]
+    for row in recorded["results"]:
+        figures = row["ratio_to_peer"]
+        line = next(x for x in README.splitlines() if x.startswith(f"| {row['batch']} |"))
+        assert f"{figures['median']:.1f}×" in line
+        assert f"{row['tokens_per_second']['refllm']['median']:,.0f}" in line
+    training = json.loads((ROOT / "benchmarks" / "results" / "training.json").read_text(encoding="utf-8"))
+    assert f"{training['results'][0]['ratio_to_torch']['median']:.1f}× the tokens/s of PyTorch" in README
