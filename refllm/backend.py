@@ -143,7 +143,8 @@ def top_k(x: Array, k: int) -> tuple[Array, Array]:
     xp = namespace(x)
     if not 1 <= k <= x.shape[-1]:
         raise ValueError(f"top_k: k = {k} is not within 1..{x.shape[-1]}")
-    order = xp.argsort(-x, axis=-1, kind="stable")[..., :k]
+    falling = -x if np.dtype(x.dtype).kind == "f" else ~x  # −x overflows in an integer type, ~x reverses its order
+    order = xp.argsort(falling, axis=-1, kind="stable")[..., :k]
     return xp.take_along_axis(x, order, axis=-1), order
 
 

@@ -216,6 +216,15 @@ def test_top_k_is_the_stable_sort_so_ties_come_in_order_of_their_index(xp, data,
     assert to_host(top)[1].tolist() == to_host(top)[0].tolist()
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int64", "bool"])
+def test_top_k_of_integers_is_right_at_the_ends_of_their_range(xp, dtype):
+    """There −x is no falling key: −(−128) is −128 in int8, and −1 is 255 in uint8."""
+    low, high = (0, 1) if dtype == "bool" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+    values, index = backend.top_k(xp.asarray(np.array([low, high, low, high], dtype)), 3)
+    assert to_host(index).tolist() == [1, 3, 0]
+    assert to_host(values).tolist() == [high, high, low]
+
+
 @pytest.mark.parametrize("k", [0, 5, -1])
 def test_top_k_refuses_more_than_there_is(xp, k):
     with pytest.raises(ValueError, match=f"k = {k} is not within 1..4"):

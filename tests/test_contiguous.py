@@ -222,3 +222,13 @@ def test_decoding_waits_for_nothing_and_moves_positions_once_a_step(lengths):
 def test_a_cache_without_room_is_refused(sequences, capacity):
     with pytest.raises(ValueError, match="room"):
         ContiguousCache(network(), sequences, capacity, like=np.zeros(1))
+
+
+@pytest.mark.parametrize("sequence", [-1, 2])
+def test_a_sequence_that_is_not_there_is_not_truncated(sequence):
+    """To Python, -1 would be the last one."""
+    cache = ContiguousCache(network(None), 2, 4, like=np.zeros(1))
+    cache.advance([1, 1])
+    with pytest.raises(ValueError, match=r"sequences 0\.\.1, got"):
+        cache.truncate(sequence, 0)
+    assert cache.lengths == [1, 1]

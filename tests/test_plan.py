@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -130,3 +131,20 @@ def test_a_phase_of_nothing_is_refused(values):
 def test_a_plan_that_never_works_evaluates_or_saves_is_refused(name):
     with pytest.raises(ValueError, match="at least 1"):
         Plan((Phase(1, 1, 1),), **{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("peak_rate", [-1e-3, math.nan, math.inf]),
+        ("weight_decay", [-0.1, math.nan, math.inf]),
+        ("clip", [0.0, -1.0, math.nan]),
+        ("warmup", [-1]),
+        ("seed", [-1]),
+    ],
+)
+def test_numbers_that_would_climb_the_loss_are_refused(name, values):
+    for value in values:
+        with pytest.raises(ValueError, match="a plan needs"):
+            Plan((), **{name: value})
+    assert Plan((), clip=math.inf).clip == math.inf  # no clipping at all

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from safetensors.numpy import save_file
 
+from refllm.model import shards
 from refllm.model.shards import INDEX, SINGLE, CheckpointError, TensorFiles, converted, tensor_shapes
 from strategies import model_configs
 
@@ -177,6 +178,19 @@ def test_other_types_are_refused_by_name(tmp_path, dtype):
     header = {"q": {"dtype": dtype, "shape": [1], "data_offsets": [0, size]}}
     (tmp_path / SINGLE).write_bytes(raw_file(header, b"\0" * size))
     with pytest.raises(CheckpointError, match=rf"model\.safetensors: 'q' is stored as {dtype}.*[Qq]uantised"):
+        opened(tmp_path)
+
+
+def test_a_file_that_must_not_be_read_says_so(tmp_path, monkeypatch):
+    """The library's own words are "No such file". Whoever runs this may be allowed everything, so both are made up."""
+
+    def refuse(path, framework):
+        raise FileNotFoundError("No such file or directory")
+
+    (tmp_path / SINGLE).touch()
+    monkeypatch.setattr(shards, "safe_open", refuse)
+    monkeypatch.setattr(shards.os, "access", lambda path, mode: False)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read: permission denied"):
         opened(tmp_path)
 
 

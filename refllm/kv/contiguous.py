@@ -75,6 +75,8 @@ class ContiguousCache:
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget everything of a sequence from position ``length`` on (rollback of a rejected draft)."""
+        if not 0 <= sequence < len(self.lengths):
+            raise ValueError(f"the cache holds sequences 0..{len(self.lengths) - 1}, got {sequence}")
         if not 0 <= length <= self.lengths[sequence]:
             raise ValueError(f"sequence {sequence} has {self.lengths[sequence]} tokens, cannot keep {length}")
         self.lengths[sequence] = length

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
@@ -57,6 +58,14 @@ class Plan:
     def __post_init__(self) -> None:
         if min(self.workers, self.evaluate_every, self.save_every) < 1:
             raise ValueError("a plan needs workers, evaluate_every and save_every of at least 1")
+        # a rate or a limit below zero would climb the loss, and no comparison with NaN would ever clip
+        if not (0 <= self.peak_rate < inf and 0 <= self.weight_decay < inf and self.clip > 0):
+            raise ValueError(
+                f"a plan needs a rate and a decay that are finite and not negative, and a clip above 0: "
+                f"{self.peak_rate}, {self.weight_decay}, {self.clip}"
+            )
+        if self.warmup < 0 or self.seed < 0:
+            raise ValueError(f"a plan needs warmup and seed of 0 or more, got {self.warmup} and {self.seed}")
 
     @property
     def steps(self) -> int:

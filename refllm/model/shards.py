@@ -106,6 +106,8 @@ class TensorFiles(Mapping[str, np.ndarray]):
         try:
             self._shards[path] = safe_open(path, framework="numpy")
         except (SafetensorError, OSError) as error:
+            if not os.access(path, os.R_OK):  # the library says that there is no such file
+                raise CheckpointError(f"{path} cannot be read: permission denied") from error
             raise CheckpointError(
                 f"{path} is truncated or no safetensors file ({error}): download or write it again"
             ) from error

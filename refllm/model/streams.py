@@ -80,7 +80,8 @@ def own_files(paths: Sequence[Path], held_out: Sequence[Path] = (), share: float
 def read_files(paths: Iterable[Path]) -> list[Document]:
     """One document for each non-empty UTF-8 file in ``paths``, folders walked in the order of names.
 
-    In a folder, hidden files and what is no UTF-8 text are passed over; a file named outright must be text.
+    In a folder, hidden files and what is no UTF-8 text are passed over; a file named outright must be text. Every
+    kind of line end is read as ``\\n``: a text's bytes are counted without the carriage returns.
     """
     documents = []
     for path in paths:
