@@ -104,6 +104,8 @@ def test_decode_step_costs_what_was_executed(config, sequences, past):
 )
 def test_ragged_step_costs_what_was_executed(config, batch, data):
     assume(any(new > 1 for _, new in batch))
+    # a window in half of the cases, of any family: few random configurations bring one that is short enough
+    config = dataclasses.replace(config, sliding_window=data.draw(st.none() | st.integers(1, 6)))
     tokens = sum(new for _, new in batch)
     rows = data.draw(st.integers(0, tokens))
     cost = step_cost(config, batch, weight_bytes_per_param=BYTES, kv_bytes_per_number=BYTES, logits_rows=rows)
