@@ -106,9 +106,9 @@ def test_angles_are_taken_in_float64_also_for_a_float32_table(xp):
     frequencies = rope_frequencies(64, 10_000.0)
     cos, sin = rope_table(xp.asarray(np.array(frequencies)), xp.asarray(np.array([position])), xp.float32)
     assert to_host(cos).dtype == np.float32
-    for table, exact in ((cos, math.cos), (sin, math.sin)):
+    for table, exact in ((cos, math.cos), (sin, math.sin)):  # the last of sin's two halves is the positive one
         expected = np.array([exact(position * f) for f in frequencies])
-        assert np.abs(to_host(table)[0] - expected).max() <= EPS32  # the one rounding to float32
+        assert np.abs(to_host(table)[0, 0, -1] - expected).max() <= EPS32  # the one rounding to float32
 
 
 SCALINGS = [(8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192), (2.0, 0.5, 16.0, 128), (4.0, 1.0, 1.5, 4096)]

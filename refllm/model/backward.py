@@ -35,8 +35,8 @@ class _Batch(NamedTuple):
 
     size: int  # B
     length: int  # S
-    cos: Array  # [B·S, D/2]
-    sin: Array  # [B·S, D/2]
+    cos: Array  # [B·S, 1, 1, D/2], see ``rope_table``
+    sin: Array  # [B·S, 1, 2, D/2]
     mask: Array  # [C, C]: the tile on the diagonal
 
 
@@ -95,7 +95,7 @@ def _forward(params: Tensors, config: ModelConfig, inputs: Array, *, keep: bool 
     embedding = params["model.embed_tokens.weight"]
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     cos, sin = rope_table(asarray_like(frequencies, inputs, "float64"), xp.arange(length), embedding.dtype)
-    cos, sin = (xp.tile(t, (size, 1)) for t in (cos, sin))  # [B·S, D/2]
+    cos, sin = (xp.tile(t, (size, 1, 1, 1)) for t in (cos, sin))  # of all B·S tokens
     batch = _Batch(size, length, cos, sin, _causal_mask(xp, min(length, _TILE), embedding.dtype))
     x = embedding[inputs.reshape(-1)]  # [B·S, N]
     kept: list[Any] = []

@@ -58,27 +58,27 @@ def _llama3(frequency: float, s: RopeScaling) -> float:
 
 
 def rope_table(frequencies: Array, positions: Array, dtype: Any) -> tuple[Array, Array]:
-    """cos and sin of position · θ_i: frequencies[D/2] float64, positions[T] → two arrays [T, D/2] of ``dtype``.
+    """cos and signed sin of position · θ_i: frequencies[D/2] float64, positions[T] → [T, 1, 1, D/2], [T, 1, 2, D/2].
 
+    The sine is (−sin, sin), one sign for each half of a head, ready to be multiplied with all heads of a token.
     Angles are taken in float64: at position 100,000 a float32 angle is off by 0.004 radians.
     """
     xp = namespace(frequencies, positions)
-    angles = xp.astype(positions, xp.float64)[:, None] * frequencies[None, :]
-    return xp.astype(xp.cos(angles), dtype), xp.astype(xp.sin(angles), dtype)
+    angles = xp.astype(positions, xp.float64)[:, None, None, None] * frequencies
+    sin = xp.sin(angles)
+    return xp.astype(xp.cos(angles), dtype), xp.astype(xp.concat([-sin, sin], axis=2), dtype)
 
 
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotate each pair (x_i, x_{i+D/2}) by its angle: x[T, H, D], cos/sin[T, D/2] → [T, H, D].
+    """Rotate each pair (x_i, x_{i+D/2}) by its angle: x[T, H, D] and the two of ``rope_table`` → [T, H, D].
 
     The score of a rotated query and key depends on the difference of their positions only. The inverse
     rotation, which is also the backward pass, is ``apply_rope(x, cos, -sin)``.
     """
     xp = namespace(x, cos, sin)
     pairs = xp.reshape(x, (*x.shape[:-1], 2, x.shape[-1] // 2))  # [T, H, 2, D/2]: first and second half
-    out = pairs * cos[:, None, None, :]
-    crossed = pairs * sin[:, None, None, :]
-    out[..., 0, :] -= crossed[..., 1, :]  # x₁ cos − x₂ sin
-    out[..., 1, :] += crossed[..., 0, :]  # x₂ cos + x₁ sin
+    out = pairs * cos
+    out += pairs[..., ::-1, :] * sin  # x₁ cos − x₂ sin, x₂ cos + x₁ sin
     return xp.reshape(out, x.shape)
 
 
