@@ -563,11 +563,25 @@ def test_a_run_is_not_continued_with_other_text(trained, text_file, tmp_path):
 
 def test_another_plan_is_told(trained, text_file, tmp_path):
     output, _ = trained
-    work = output.with_name(output.name + ".training")
+    work = shutil.copytree(output.with_name(output.name + ".training"), tmp_path / "work")  # the others need it
     longer = [word if word != "6" else "8" for word in SMALL]
     result = run("train", "--output", tmp_path / "longer", "--work", work, "--data", text_file, *longer)
     assert result.exit_code == 0
     assert "begun with another plan" in result.stderr
+
+
+@pytest.mark.parametrize(("option", "said"), [("--mlp", "of another network"), ("--seed", "6 steps of another plan")])
+def test_a_finished_run_is_not_passed_off_as_another(trained, text_file, tmp_path, option, said):
+    """Nothing would be trained, and the card would record a command that never ran."""
+    work = trained[0].with_name(trained[0].name + ".training")
+    before = {p.name: p.read_bytes() for p in work.iterdir()}
+    command = ("train", "--output", tmp_path / "other", "--work", work, "--data", text_file, *SMALL)
+    result = run(*command, option, "10")
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert not (tmp_path / "other").exists()
+    assert {p.name: p.read_bytes() for p in work.iterdir()} == before
+    assert run(*command, "--evaluate-every", "1").exit_code == 0  # what is reported does not matter
 
 
 def test_a_draft_reads_its_teachers_tokens(trained, text_file, tmp_path):

@@ -22,6 +22,8 @@ from pathlib import Path
 from tokenizers import Tokenizer as _Tokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from refllm.model.files import write_whole
+
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -115,8 +117,8 @@ class Tokenizer:
         return text
 
     def save(self, path: str | Path) -> None:
-        """Write ``tokenizer.json``."""
-        self.inner.save(str(path))
+        """Write ``tokenizer.json``; OSError leaves the old one as it was."""
+        write_whole(Path(path), self.inner.to_str(pretty=True))
 
 
 def _no_text(text: object) -> str:

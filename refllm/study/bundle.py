@@ -27,6 +27,7 @@ from refllm.api import Model, load
 from refllm.model.checkpoint import build_weights, save
 from refllm.model.config import ModelConfig
 from refllm.model.corpus import Document
+from refllm.model.files import write_whole
 from refllm.model.plan import Phase, Plan, batches
 from refllm.model.shards import converted
 from refllm.model.state import load_state
@@ -85,7 +86,7 @@ def finish(
         "curve.json": json.dumps(state.curve, indent=1) + "\n",
     }
     save(output, config, stored, tokenizer, dtype=dtype, extra_files=texts, overwrite=overwrite)
-    (output / LISTED).write_text(json.dumps(manifest(output, data), indent=1, ensure_ascii=False) + "\n", "utf-8")
+    write_whole(output / LISTED, json.dumps(manifest(output, data), indent=1, ensure_ascii=False) + "\n")
     return record
 
 

@@ -30,6 +30,7 @@ from refllm.backend import get
 from refllm.model.checkpoint import CheckpointError, iter_tensors, read_config
 from refllm.model.config import ModelConfig
 from refllm.model.distill import teacher_of
+from refllm.model.files import write_whole
 from refllm.model.loss import Teacher
 from refllm.model.plan import Phase, Plan
 from refllm.model.state import load_state
@@ -164,15 +165,12 @@ def prepare(
     run = Run(output, work, data, tokenizer, config, plan, streams, encode(tokenizer, data.held_out, begin))
     _check_lengths(run)
     _check_text(run)
+    if (work / STATE).exists():
+        _continue(run, note)
     work.mkdir(parents=True, exist_ok=True)
     tokenizer.save(work / TOKENIZER)
-    (work / TEXT).write_text(_digest(data) + "\n", "utf-8")
+    write_whole(work / TEXT, _digest(data) + "\n")
     run.teacher, run.alpha, run.teacher_from = teacher, alpha, teacher_from
-    if (work / STATE).exists():
-        state, about = load_state(work / STATE)
-        run.done = state.optimizer.step
-        if bundle.read_plan(about) != plan and run.done < plan.steps:
-            note(f"{work} was begun with another plan; it goes on with this one")
     return run
 
 
@@ -212,6 +210,22 @@ def _check_text(run: Run) -> None:
     digest = run.work / TEXT
     if (run.work / STATE).exists() and digest.exists() and digest.read_text("utf-8").strip() != _digest(run.data):
         raise ValueError(f"{run.work} was begun with other text, or another Python: choose another --work")
+
+
+def _continue(run: Run, note: Note) -> None:
+    """Take up the state in ``work``. A finished run is not trained again, so it must be the one that is asked for."""
+    state, about = load_state(run.work / STATE)
+    run.done = state.optimizer.step
+    if ModelConfig.from_hf(json.loads(about["config"])) != run.config:
+        raise ValueError(f"{run.work} holds a run of another network: choose another --work, or remove it")
+    # what is left out here decides nothing but rounding and what is reported
+    began, asked = (replace(p, workers=1, evaluate_every=1, save_every=1) for p in (bundle.read_plan(about), run.plan))
+    if began != asked:
+        if run.done >= run.plan.steps:
+            raise ValueError(
+                f"{run.work} holds {run.done:,} steps of another plan: choose another --work, or remove it"
+            )
+        note(f"{run.work} was begun with another plan; it goes on with this one")
 
 
 def _digest(data: Data) -> str:
