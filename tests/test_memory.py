@@ -134,10 +134,13 @@ def test_the_figure_shows_the_formula():
         lambda: weight_bytes(LLAMA_8B, 4, other_bits=math.inf),
         lambda: kv_bytes(LLAMA_8B, 1, bits=math.nan),
         lambda: kv_bytes(LLAMA_8B, -1),
+        lambda: kv_bytes(LLAMA_8B, math.inf),
+        lambda: max_tokens(LLAMA_8B, math.inf),
+        lambda: max_sequences(LLAMA_8B, math.nan, 8),
         lambda: max_tokens(LLAMA_8B, 1e9, sequences=0),
         lambda: max_sequences(LLAMA_8B, 1e9, 0),
     ],
 )
 def test_impossible_sizes_are_refused(call):
-    with pytest.raises(ValueError, match=r"must be positive|sequence|context"):
+    with pytest.raises(ValueError, match=r"must be positive|sequence|context|budget"):
         call()

@@ -103,7 +103,7 @@ def kv_bytes(
 
     ``forget_window``: a sliding-window model's cache that drops what no query can see any more.
     """
-    if tokens < 0 or sequences < 0:
+    if not (0 <= tokens < math.inf and 0 <= sequences < math.inf):
         raise ValueError(f"kv_bytes: {sequences} sequences of {tokens} tokens")
     if forget_window and config.sliding_window is not None:
         tokens = min(tokens, config.sliding_window)
@@ -169,6 +169,8 @@ def kv_memory_data(contexts: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_00
 
 def _fits(config: ModelConfig, budget: float, bits: float, kv_bits: float) -> int:
     """Tokens of cache that fit beside the weights."""
+    if not math.isfinite(budget):
+        raise ValueError(f"the budget must be a finite number of bytes, got {budget}")
     left = budget - weight_bytes(config, bits)
     return max(0, math.floor(left / kv_bytes_per_token(config, kv_bits)))
 
