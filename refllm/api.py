@@ -83,6 +83,7 @@ class Model:
     def logits(self, tokens: Sequence[int] | Array) -> Array:
         """Full causal forward of one sequence: tokens[T], T ≥ 1 → [T, V], in the model's dtype and on its device.
 
+        More tokens than the model has positions are computed all the same, at positions that training never saw.
         ValueError for what is no such sequence, or holds an id outside the vocabulary.
         """
         like = self.weights["norm"]

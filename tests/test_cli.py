@@ -551,6 +551,18 @@ def test_a_home_directory_is_found_also_where_the_shell_leaves_it(text_file, tmp
     assert [p.name for p in tmp_path.iterdir()] == ["home"]
 
 
+def test_the_folder_that_one_stands_in_is_an_output_if_it_is_empty(text_file, tmp_path, monkeypatch):
+    home = tmp_path / "mine"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    for name, refused in ((".", False), (".", True), ("..", True), ("/", True)):
+        result = run("train", "--output", name, "--data", text_file, *SMALL)
+        assert result.exit_code == (2 if refused else 0), result.output
+        assert ("exists already" in result.stderr) == refused
+        monkeypatch.chdir(home)  # it is a new folder now
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "mine.training"]
+
+
 def test_a_run_is_not_continued_with_other_text(trained, text_file, tmp_path):
     output, _ = trained
     other = tmp_path / "code.py"

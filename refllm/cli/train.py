@@ -103,8 +103,10 @@ def train(
         raise ValueError(f"the learning rate must be within (0, 1), got {rate}")
     get(backend)  # this and the next before the text is read: what cannot end well should end at once
     output = Path(os.path.expanduser(output))  # the shell leaves the ~ of --output=~/tiny as it is
-    work = output.with_name(output.name + ".training") if work is None else Path(os.path.expanduser(work))
+    if output.name in ("", ".."):  # the folder that one stands in, or the one above
+        output = Path(os.path.abspath(output))
     launch.check_output(output, overwrite)
+    work = output.with_name(output.name + ".training") if work is None else Path(os.path.expanduser(work))
     if held_out and not data:
         raise ValueError("--held-out belongs to --data; the standard library has its own held-out modules")
     source = own_files(data, held_out or ()) if data else standard_library(tests=tests)
