@@ -190,8 +190,26 @@ def test_invariance_every_array_library_trains_the_same_network(xp, xp_kind, tmp
     for ours, theirs in zip(state.curve, expected.curve, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         assert ours["held_out"] == pytest.approx(theirs["held_out"], rel=1e-4)
-    again = train(CONFIG, streams(), plan, tmp_path / xp_kind, like=xp.zeros(1))  # resumed onto the device
-    assert bits(again) == bits(state)
+
+
+def test_exact_resume_onto_a_device(xp, tmp_path):
+    """Parameters and both moments go back to where the run was; also from a checkpoint of another library."""
+    plan = Plan(PLAN.phases, workers=1, save_every=2)
+    whole = train(CONFIG, streams(), plan, tmp_path / "whole", like=xp.zeros(1))
+
+    def kill(step: int, _: float) -> None:
+        if step == 5:
+            raise Killed
+
+    for begun_on in dict.fromkeys((xp, np)):
+        folder = tmp_path / f"begun on {begun_on.__name__}"
+        with pytest.raises(Killed):
+            train(CONFIG, streams(), plan, folder, like=begun_on.zeros(1), on_step=kill)
+        state = train(CONFIG, streams(), plan, folder, like=xp.zeros(1))
+        for group in (state.params, state.optimizer.m, state.optimizer.v):
+            assert namespace(*group.values()).__name__ == xp.__name__
+        if begun_on is xp:
+            assert bits(state) == bits(whole)
 
 
 # --- learning ------------------------------------------------------------------------------------------------
