@@ -115,7 +115,8 @@ def test_logits_refuses_what_is_no_sequence_of_known_tokens(tokens):
 
 
 @pytest.mark.theorem(
-    "Greedy decoding against the cache gives the tokens of the full forward pass repeated", source="causality: what is cached is what would be recomputed"
+    "Greedy decoding against the cache gives the tokens of the full forward pass repeated",
+    source="causality: what is cached is what would be recomputed",
 )
 @given(prompts, st.integers(0, 8))
 def test_cached_generation_equals_repeated_full_forward(prompt, count):

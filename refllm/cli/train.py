@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from refllm.cli.allocator import keep_freed_memory
 from refllm.cli.shared import BackendOption, bar_column, flag, note, opt
 from refllm.study.terminal import bytes_text, console, pairs
 
@@ -84,9 +85,9 @@ def train(
     A small model in a few minutes, then a look at it:
       refllm train --output tiny --width 128 --layers 2 --steps 600
       refllm generate --model ./tiny 'def main(' --temperature 0.8
-    The bundled models (hours):
+    The bundled models (hours; each card has its own command, with the phases of its run):
       refllm train --output stdlib
-      refllm train --output stdlib-draft --width 64 --layers 2 --teacher ./stdlib
+      refllm train --output stdlib-draft --width 64 --layers 2 --heads 4 --teacher ./stdlib --teacher-from 8000
     One's own text:
       refllm train --output mine --data ~/notes --vocab-size 2048 --steps 2000
     """
@@ -124,6 +125,7 @@ def train(
         teacher=None if teacher is None else locate(teacher), alpha=alpha,
         teacher_from=teacher_from, note=note,
     )  # fmt: skip
+    keep_freed_memory()
     _announce(run)
     with _display(run) as shown:
         record = launch.go(run, command=command_line(context), backend=backend, overwrite=overwrite, **shown)

@@ -100,7 +100,11 @@ def training_curve(values: Values) -> Figure:
         ax.plot([r["step"] for r in curve], [r["loss"] for r in curve], color=colour, lw=0.8, alpha=0.45)
         held = [(r["step"], r["held_out"]) for r in curve if "held_out" in r]
         if held:
-            ax.plot(*zip(*held, strict=True), color=colour, label=f"{name}: {held[-1][1]:.3f} held out at the end")
+            ax.plot(
+                *zip(*held, strict=True),
+                color=colour,
+                label=f"{name}: {held[-1][1]:.2f} at the end (a few held-out windows)",
+            )
     for step, label in values.get("phases", []):
         ax.axvline(step, color=FULL, lw=0.8, ls=":")
         ax.annotate(label, (step, 1), xycoords=("data", "axes fraction"), xytext=(-4, -4),

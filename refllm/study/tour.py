@@ -108,7 +108,7 @@ def run(tour: Tour, names: Sequence[str] = ()) -> None:
     tour.say()
     for path in tour.figures:
         tour.say(f"figure: {path}")
-    tour.say(f"{time.perf_counter() - began:.0f} s in all")
+    tour.say(f"{time.perf_counter() - began:.0f} s in all. Next: `refllm --help`, or the notebooks.")
 
 
 def meet(tour: Tour) -> None:
