@@ -89,6 +89,7 @@ def test_the_manifest_lists_every_file_and_every_document(finished):
         name: {d.name: d.sha256 for d in documents} for name, documents in DATA.streams.items()
     }
     assert manifest["held out"] == {d.name: d.sha256 for d in DATA.held_out}
+    assert bundle.manifest(output, DATA) == manifest  # it does not list itself
 
 
 def test_figures_are_drawn_from_the_directory(finished):

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from refllm.api import Model
 from refllm.model.corpus import Document
+from refllm.model.llama import forward
+from refllm.study import quick
 from refllm.study.perplexity import evaluate
 from refllm.study.quick import sample_bits_per_byte, time_step
 from study_models import tiny_model
@@ -24,9 +26,9 @@ def network(**changes) -> Model:
 @pytest.mark.theorem(
     "A sample of every window has the mean that the full evaluation has", source="sampling without replacement"
 )
-@given(st.lists(st.text("defabc =\n", min_size=1, max_size=80), min_size=1, max_size=4))
+@given(st.lists(st.text("def return self\n", min_size=1, max_size=80), min_size=1, max_size=4))
 def test_a_sample_of_all_windows_is_the_evaluation(items):
-    model = network(max_position_embeddings=16)
+    model = network(max_position_embeddings=16, vocab_size=290)  # tokens of one byte, and of several
     documents = [Document(str(i), text) for i, text in enumerate(items)]
     whole = evaluate(model, documents, window=16, stride=8)
     sample = sample_bits_per_byte(model, documents, 10_000, np.random.default_rng(0))
@@ -49,5 +51,13 @@ def test_a_smaller_sample_draws_windows_without_replacement():
 
 
 @pytest.mark.parametrize("batch", [[(8, 1)], [(8, 1)] * 3, [(0, 6)], [(4, 3), (0, 2)]])
-def test_a_step_of_any_shape_is_timed(batch):
+def test_a_step_of_any_shape_is_timed_behind_its_past(batch, monkeypatch):
+    seen = []
+
+    def watched(weights, config, tokens, positions, attend):
+        seen.append(positions.tolist())
+        return forward(weights, config, tokens, positions, attend)
+
+    monkeypatch.setattr(quick, "forward", watched)
     assert time_step(network(), batch, repeats=2) > 0
+    assert seen == 3 * [[past + i for past, new in batch for i in range(new)]]  # one to warm up

@@ -55,7 +55,7 @@ class Shape:
     width: int = 256
     layers: int = 4
     heads: int | None = None  # one for 64 columns of width
-    kv_heads: int | None = None  # half the heads
+    kv_heads: int | None = None  # half the heads, or the next smaller number that divides them
     mlp: int | None = None  # three times the width
     context: int = 2048
     steps: int = 12_500
@@ -70,9 +70,10 @@ class Shape:
         heads = self.heads or max(1, self.width // 64)
         if self.width % heads:
             raise ValueError(f"a width of {self.width} does not divide into {heads} heads")
+        shared = next(g for g in range(max(1, heads // 2), 0, -1) if heads % g == 0)
         config = ModelConfig(
             "llama", vocab_size, self.width, self.mlp or 3 * self.width, self.layers, heads,
-            self.kv_heads or max(1, heads // 2), self.width // heads, tie_word_embeddings=True,
+            self.kv_heads or shared, self.width // heads, tie_word_embeddings=True,
             max_position_embeddings=self.context, bos_token_id=begin, eos_token_ids=(begin,),
         )  # fmt: skip
         if config.num_parameters > LARGEST:
