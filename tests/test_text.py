@@ -10,7 +10,7 @@ import itertools
 import os.path
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models
@@ -182,6 +182,8 @@ def feed(stops: list[str], pieces: list[str]) -> tuple[str, StopStrings]:
     source="definition: str.find on the whole text",
 )
 @given(text=st.text("ab", max_size=8), stops=stop_lists)
+@example(text="aabb", stops=["ab", "aabb"])  # the longer begins first and ends last
+@example(text="aaba", stops=["ab", "aabb"])  # as before, but it does not come
 def test_stop_strings_are_found_for_every_cut_of_the_text(text, stops):
     found = [(text.find(s), len(s), s) for s in stops if s in text]
     for cuts in itertools.product([False, True], repeat=max(0, len(text) - 1)):
@@ -198,6 +200,8 @@ def test_stop_strings_are_found_for_every_cut_of_the_text(text, stops):
     source="enumeration of all continuations up to the longest stop string",
 )
 @given(text=st.text("abc", max_size=7), stops=stop_lists)
+@example(text="aabb", stops=["ab", "aabb"])
+@example(text="aaba", stops=["ab", "aabb"])
 def test_no_more_is_held_back_than_may_still_be_stopped(text, stops):
     longest = max(map(len, stops), default=0)
     continuations = ["".join(c) for n in range(longest + 1) for c in itertools.product("abc", repeat=n)]

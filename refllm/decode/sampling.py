@@ -27,8 +27,8 @@ Every filter keeps a prefix of the tokens ranked by probability, so the three to
 | n      | tokens that stay                       | [..., 1]     |
 | u      | uniforms in [0, 1), drawn on the host  | [...]        |
 
-Probabilities are float64 whatever the logits are: they are compared, summed and inverted from here on. Each
-public function waits for the device once, to refuse what is not a number.
+Probabilities are float64 whatever the logits are: they are compared, summed and inverted from here on. All but
+the penalties wait for the device once, to refuse what is not a number.
 
 Left out: typical, eta, top-h, mirostat, DRY and XTC sampling; beam search.
 """

@@ -126,6 +126,6 @@ class StopStrings:
         """The first place from which ``held`` may run on into a stop string; its length if there is none."""
         longest = max(map(len, self.stops), default=1)
         for i in range(max(0, len(held) - longest + 1), len(held)):
-            if any(len(s) > len(held) - i and s.startswith(held[i:]) for s in self.stops):
+            if any(s.startswith(held[i:]) for s in self.stops):
                 return i
         return len(held)
