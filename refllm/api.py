@@ -169,8 +169,7 @@ class Model:
         """
         ends = frozenset() if ignore_eos else frozenset(self.config.eos_token_ids)
         ids = self.tokenizer.encode(prompt, special=True)
-        # one string is one stop, not a stop for each of its letters
-        characters, stops = Utf8Stream(self.tokenizer), StopStrings([stop] if isinstance(stop, str) else stop)
+        characters, stops = Utf8Stream(self.tokenizer), StopStrings(stop)
         for (token,) in generate_tokens(self.weights, self.config, [ids], max_tokens, how, np.random.default_rng(rng)):
             if on_token is not None:
                 on_token(token)
