@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 PROMPT = 'class Stack:\n    """A list with a top."""\n\n    def __init__(self, items=()):\n        self.'
 WRITTEN = 128  # tokens
+WRITING = Sampling(temperature=0.8, top_p=0.95)
 SAMPLE_WINDOWS = 16  # of 1,024 tokens each: two to five seconds
 CONTEXT = 256  # tokens cached in the steps that are timed
 REPEATS = 15
@@ -131,13 +132,13 @@ def meet(tour: Tour) -> None:
 
 def write(tour: Tour) -> None:
     """Write code from a prompt, shown token by token."""
-    how, watch = Sampling(temperature=0.5, top_p=0.95), Stopwatch()
+    watch = Stopwatch()
     tour.out.print(PROMPT, end="", style="dim", soft_wrap=True)
-    for piece in tour.model.stream(PROMPT, WRITTEN, how=how, rng=1, on_token=watch.tick):
+    for piece in tour.model.stream(PROMPT, WRITTEN, how=WRITING, rng=1, on_token=watch.tick):
         tour.out.print(printable(piece), end="", soft_wrap=True)
     tour.say("\n")
     tour.say(
-        f"{watch.tokens} tokens at temperature {how.temperature}: the first after {1e3 * watch.ttft:.0f} ms, then one "
+        f"{watch.tokens} tokens at temperature {WRITING.temperature}: the first after {1e3 * watch.ttft:.0f} ms, then one "
         f"every {1e3 * watch.tpot:.2f} ms, which is {watch.tokens_per_second:,.0f} tokens/s. It has the look of Python "
         "and no meaning."
     )
