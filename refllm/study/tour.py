@@ -138,8 +138,8 @@ def write(tour: Tour) -> None:
         tour.out.print(printable(piece), end="", soft_wrap=True)
     tour.say("\n")
     tour.say(
-        f"{watch.tokens} tokens at temperature {WRITING.temperature}: the first after {1e3 * watch.ttft:.0f} ms, then one "
-        f"every {1e3 * watch.tpot:.2f} ms, which is {watch.tokens_per_second:,.0f} tokens/s. It has the look of Python "
+        f"{watch.tokens} tokens at temperature {WRITING.temperature}: the first after {1e3 * watch.ttft:.0f} ms, then "
+        f"one every {1e3 * watch.tpot:.2f} ms, which is {watch.tokens_per_second:,.0f} tokens/s. It has the look of Python "
         "and no meaning."
     )
 
