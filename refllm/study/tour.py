@@ -139,9 +139,9 @@ def write(tour: Tour) -> None:
     tour.say("\n")
     tour.say(
         f"{watch.tokens} tokens at temperature {WRITING.temperature}: the first after {1e3 * watch.ttft:.0f} ms, then "
-        f"one every {1e3 * watch.tpot:.2f} ms, which is {watch.tokens_per_second:,.0f} tokens/s. It has the look of Python "
-        "and no meaning."
+        f"one every {1e3 * watch.tpot:.2f} ms, which is {watch.tokens_per_second:,.0f} tokens/s."
     )
+    tour.say("It has the look of Python and no meaning.")
 
 
 def measure(tour: Tour) -> None:
