@@ -78,11 +78,16 @@ def test_round_trip(tmp_path_factory, tokenizer, config, seed, dtype, limit, dat
     np.testing.assert_array_equal(checkpoint.weights["lm_head"].dequantize(), head.astype(kind).astype(np.float64))
 
     shards = sorted(path.glob("*.safetensors"))
+    previous = None  # bytes of the shard before
     for shard in shards:
         with safe_open(shard, framework="numpy") as file:  # the library's own reader, and its own checks
             assert file.metadata() == {"format": "pt"}
             sizes = [stored[name].nbytes for name in file.keys()]  # noqa: SIM118 (it is no mapping)
         assert limit is None or sum(sizes) <= limit or len(sizes) == 1
+        with TensorFiles(path) as files:
+            first = next(stored[name].nbytes for name in given_tensors if files.file(name) == shard)
+        assert previous is None or previous + first > limit  # a shard is full before the next begins
+        previous = sum(sizes)
     if len(shards) > 1:
         index = json.loads((path / INDEX).read_text())
         assert set(index["weight_map"].values()) == {shard.name for shard in shards}
