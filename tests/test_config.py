@@ -68,6 +68,8 @@ def test_llama3_scaling_is_read_from_either_spelling(place, kind_key):
     assert config.rope_theta == 5e5
     nested = ModelConfig.from_hf(raw(rope_theta=..., rope_parameters=LLAMA3 | {"rope_theta": 7e3}))
     assert nested.rope_theta == 7e3
+    both = ModelConfig.from_hf(raw(rope_theta=5e5, rope_parameters={"rope_theta": 7e3}))
+    assert both.rope_theta == 7e3  # the newer spelling wins
 
 
 def test_the_five_switches_are_set_by_the_family():

@@ -97,6 +97,14 @@ def test_distillation_brings_the_student_nearer_to_its_teacher_in_acceptance(tmp
     assert acceptance(state.params) > before + 0.05
 
 
+def test_bound_a_teacher_of_enormous_logits_does_not_overflow(xp):
+    """A cold teacher is certain: its targets are one-hot, not NaN."""
+    params, config = network(0, dtype="float32")
+    tokens = xp.asarray(np.random.default_rng(0).integers(0, V, (2, 8)))
+    p = to_host(teacher_of({n: xp.asarray(w) for n, w in params.items()}, config, 1e-6)(tokens)(slice(0, 14)))
+    np.testing.assert_allclose(np.sort(p, axis=-1)[:, -2:], np.tile([0.0, 1.0], (14, 1)), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_temperature_that_is_not_positive_and_finite_is_refused(temperature):
     with pytest.raises(ValueError, match="temperature"):

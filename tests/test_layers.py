@@ -146,6 +146,8 @@ def test_bound_llama3_slows_each_frequency_by_at_most_the_factor_and_keeps_the_o
     turns = original * plain / (2 * math.pi)
     assert np.array_equal(scaled[turns > high], plain[turns > high])
     assert np.array_equal(scaled[turns < low], plain[turns < low] / factor)
+    between = (turns > low) & (turns < high)
+    assert np.all((scaled[between] < plain[between]) & (scaled[between] > plain[between] / factor))
 
 
 # --- sigmoid, SwiGLU -----------------------------------------------------------------------------------------
