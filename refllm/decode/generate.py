@@ -68,8 +68,8 @@ def generate_tokens(
 ) -> Iterator[list[int]]:
     """Yield ``max_tokens`` times the next token of each of the B prompts, as Python ints.
 
-    The caller decides when a sequence has ended. A step moves the tokens and their positions to the device
-    and the chosen tokens back, and nothing else.
+    The caller decides when a sequence has ended. A greedy step moves the tokens and their positions to the
+    device and the chosen tokens back, and nothing else; sampling also moves its uniforms and checks.
 
     Raises
     ------
@@ -103,7 +103,7 @@ def generate_tokens(
 
 
 def _choose(z: Array, how: Sampling, rng: np.random.Generator) -> list[int]:
-    """z[B, V] → one token a row; the only synchronisation of a step."""
+    """z[B, V] → one token a row. Greedy waits for the device once; sampling also to refuse what is no number."""
     if how.temperature == 0:
         xp = namespace(z)
         # argmax would call a NaN the largest; −1 travels in the same copy as the ids

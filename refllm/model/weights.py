@@ -4,7 +4,7 @@ Every quantised form has the same face, so the network never asks what a weight 
 
 ``Dense`` chooses its layout. A product of 2 to 32 rows with a weight stored as one matrix makes OpenBLAS
 repack the whole weight, which costs five times the product itself; stored as blocks of 64 output columns,
-[M/64, N, 64], and multiplied as one batched matmul, it does not (``benchmarks/decode.py`` measures it). The
+[M/64, N, 64], and multiplied as one batched matmul, it does not (``benchmarks/layout.py`` measures it). The
 blocks cost nothing at 1 row and a few per cent above 64 rows. On a GPU, or where M is no multiple of 64,
 the weight stays one matrix.
 
