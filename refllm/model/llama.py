@@ -71,17 +71,30 @@ def build(config: ModelConfig, tensors: Mapping[str, Array]) -> Weights:
 
 def forward(weights: Weights, config: ModelConfig, tokens: Array, positions: Array, attend: Attend) -> Array:
     """tokens[T], positions[T] (integers) → hidden states after the last norm, [T, N]."""
-    xp = namespace(tokens, positions, weights["norm"])
+    namespace(tokens, positions, weights["norm"])  # refuses a mix of libraries
     x = weights["embed_tokens"].rows(tokens)
     rotation = rope_table(weights["rope_frequencies"], positions, x.dtype)
     for index, layer in enumerate(weights["layers"]):
-        h = rms_norm(x, layer["input_layernorm"], config.rms_norm_eps)
-        q, k, v = _heads(layer, config, h, rotation)
-        attended = attend(index, q, k, v)
-        x = x + layer["o_proj"].matmul(xp.reshape(attended, (x.shape[0], config.num_attention_heads * config.head_dim)))
-        h = rms_norm(x, layer["post_attention_layernorm"], config.rms_norm_eps)
-        x = x + layer["down_proj"].matmul(swiglu(layer["gate_proj"].matmul(h), layer["up_proj"].matmul(h)))
+        x = decoder_layer(layer, config, x, rotation, attend, index)
     return rms_norm(x, weights["norm"], config.rms_norm_eps)
+
+
+def decoder_layer(layer: Layer, config: ModelConfig, x: Array, rotation: Any, attend: Attend, index: int) -> Array:
+    """One layer of the residual stream, x[T, N] → [T, N]; ``rotation`` is ``rope_table``'s pair for these tokens.
+
+    x ← x + attention(norm(x)), then x ← x + mlp(norm(x)).
+    """
+    h = rms_norm(x, layer["input_layernorm"], config.rms_norm_eps)
+    x = x + layer["o_proj"].matmul(mixed_heads(layer, config, h, rotation, attend, index))
+    h = rms_norm(x, layer["post_attention_layernorm"], config.rms_norm_eps)
+    return x + layer["down_proj"].matmul(swiglu(layer["gate_proj"].matmul(h), layer["up_proj"].matmul(h)))
+
+
+def mixed_heads(layer: Layer, config: ModelConfig, h: Array, rotation: Any, attend: Attend, index: int) -> Array:
+    """h[T, N] → what each head read, side by side, [T, H·D]: the input of ``o_proj``."""
+    xp = namespace(h)
+    attended = attend(index, *_heads(layer, config, h, rotation))
+    return xp.reshape(attended, (h.shape[0], config.num_attention_heads * config.head_dim))
 
 
 def logits(weights: Weights, hidden: Array) -> Array:
