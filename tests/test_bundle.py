@@ -71,6 +71,19 @@ def test_the_record_counts_what_the_plan_did(finished):
     assert record["data"]["streams"]["code"]["bytes"] == sum(len(d.text) for d in TEXT[:2])
 
 
+def test_the_card_names_the_weights_that_a_run_began_with(finished, tmp_path):
+    state, before, _ = finished
+    record = bundle.finish(
+        state, byte_tokenizer(), tmp_path / "model", DATA, command="refllm train --start ./model", start=before
+    )
+    start = record["training"]["start"]
+    assert start["sha256"] == {"model.safetensors": file_sha256(before / "model.safetensors")}
+    assert start["training"]["command"] == "refllm train --output model"
+    page = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert start["sha256"]["model.safetensors"][:12] in page
+    assert "which had seen 256 tokens: `refllm train --output model`" in page
+
+
 def test_the_curve_is_that_of_the_run(finished):
     _, output, _ = finished
     curve = json.loads((output / "curve.json").read_text())

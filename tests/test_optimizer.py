@@ -1,4 +1,4 @@
-"""AdamW, clipping and the schedules, against PyTorch step by step and against their definitions."""
+"""AdamW, Muon, clipping and the schedules, against PyTorch step by step and against their definitions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import oracle, to_host
-from refllm.model.optimizer import SCHEDULES, AdamW, clip_by_global_norm, learning_rate
+from refllm.model.optimizer import (
+    SCHEDULES,
+    AdamW,
+    Muon,
+    clip_by_global_norm,
+    learning_rate,
+    optimizer,
+    orthogonalize,
+)
 from strategies import seeds
 
 EPS32, EPS64 = float(np.finfo("float32").eps), float(np.finfo("float64").eps)
@@ -96,6 +104,87 @@ def test_bound_no_step_is_longer_than_the_rate_over_the_root_of_one_minus_beta2(
         before = {name: to_host(w).copy() for name, w in ours.items()}
         optimizer.update(ours, moved(xp, draw(int(rng.integers(2**31)), scale=float(10.0 ** rng.integers(-4, 5)))), 1.0)
         assert all(np.abs(to_host(w) - before[name]).max() <= 3.2 for name, w in ours.items())
+
+
+# --- Muon ----------------------------------------------------------------------------------------------------
+
+matrix_shapes = st.tuples(st.integers(1, 9), st.integers(1, 9))
+
+
+@pytest.mark.theorem(
+    "Newton and Schulz's iteration changes the singular values of a matrix and neither basis",
+    source="Jordan et al. 2024, Muon",
+)
+@given(shape=matrix_shapes, seed=seeds)
+def test_exact_value_orthogonalize_is_an_odd_polynomial_of_the_singular_values(xp, shape, seed):
+    x = np.random.default_rng(seed).standard_normal(shape)
+    u, s, vt = np.linalg.svd(x, full_matrices=False)
+    s = s / np.sqrt((s * s).sum())
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    got = to_host(orthogonalize(xp.asarray(x)))
+    # five steps enlarge an error of the first by at most 3.45^5 = 490
+    np.testing.assert_allclose(got, (u * s) @ vt, rtol=0, atol=490 * 64 * EPS64 * max(shape))
+
+
+@given(seed=seeds, exponent=st.integers(-60, 60))
+def test_bound_singular_values_above_a_hundredth_of_the_norm_end_near_one(xp, seed, exponent):
+    rng = np.random.default_rng(seed)
+    u, v = (np.linalg.qr(rng.standard_normal((8, 8)))[0] for _ in "uv")
+    s = rng.uniform(0.03, 1.0, 8)  # the norm is at most √8: each is above 0.03/2.9 of it
+    got = to_host(orthogonalize(xp.asarray(2.0**exponent * (u * s) @ v)))
+    singular = np.linalg.svd(got, compute_uv=False)
+    assert singular.min() > 0.6
+    assert singular.max() < 1.25
+
+
+def test_degenerate_a_matrix_of_zeros_stays_one(xp):
+    assert np.array_equal(to_host(orthogonalize(xp.zeros((3, 5), dtype=xp.float32))), np.zeros((3, 5), "float32"))
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
+def test_oracle_muon_takes_the_steps_of_torch(xp, shape):
+    torch = oracle("torch")
+    rng = np.random.default_rng(0)
+    name = "model.layers.0.mlp.up_proj.weight"
+    start = rng.standard_normal(shape).astype("float32")
+    theirs = torch.nn.Parameter(torch.from_numpy(start.copy()))
+    reference = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
+    ours, mine = {name: xp.array(start)}, Muon(weight_decay=0.3)
+    for step in range(1, 5):
+        grad = rng.standard_normal(shape).astype("float32")
+        theirs.grad = torch.from_numpy(grad.copy())
+        reference.step()
+        mine.update(ours, {name: xp.array(grad)}, 0.1)
+        # torch iterates in bfloat16 (8 bits); an update's largest element is below 0.1 · 0.2 · √9 · 1.2 = 0.07
+        np.testing.assert_allclose(to_host(ours[name]), theirs.detach().numpy(), rtol=0, atol=step * 0.07 * 2**-3)
+
+
+def test_muon_leaves_embedding_head_and_gains_to_adamw(xp):
+    names = {
+        "model.embed_tokens.weight": (4, 3),
+        "lm_head.weight": (4, 3),
+        "model.layers.0.input_layernorm.weight": (3,),
+    }
+    rng = np.random.default_rng(1)
+    params = {n: rng.standard_normal(s) for n, s in names.items()} | {
+        "model.layers.0.o.weight": rng.standard_normal((3, 3))
+    }
+    grads = {n: rng.standard_normal(w.shape) for n, w in params.items()}
+    one, other = moved(xp, params), moved(xp, params)
+    AdamW().update(one, moved(xp, grads), 0.1)
+    muon = Muon()
+    muon.update(other, moved(xp, grads), 0.1)
+    for n in names:
+        assert np.array_equal(to_host(one[n]), to_host(other[n]))
+    assert not np.allclose(to_host(one["model.layers.0.o.weight"]), to_host(other["model.layers.0.o.weight"]))
+    assert muon.v.keys() == names.keys()  # one moment is enough for a matrix
+
+
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(ValueError, match="unknown optimizer 'sgd'; choose one of adamw, muon"):
+        optimizer("sgd")
 
 
 # --- clipping ------------------------------------------------------------------------------------------------

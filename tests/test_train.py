@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,32 @@ def bits(state: State) -> tuple[object, ...]:
     groups = (state.params, state.optimizer.m, state.optimizer.v)
     curve = [{key: value for key, value in record.items() if key != "seconds"} for record in state.curve]
     return [{name: to_host(t).tobytes() for name, t in group.items()} for group in groups], state.optimizer.step, curve
+
+
+# --- Muon, and weights to go on from --------------------------------------------------------------------------
+
+
+def test_a_run_with_muon_resumes_to_the_bits_of_an_unbroken_one(tmp_path):
+    plan = replace(PLAN, optimizer="muon")
+    whole = train(CONFIG, streams(), plan, tmp_path / "whole")
+
+    def die(step: int, _: float) -> None:
+        if step == 7:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(CONFIG, streams(), plan, tmp_path / "part", on_step=die)
+    state = load_state(tmp_path / "part" / "state.safetensors")[0]
+    assert state.optimizer.step == 6
+    assert state.optimizer.m.keys() == state.params.keys() > state.optimizer.v.keys()  # a matrix has one moment
+    assert bits(train(CONFIG, streams(), plan, tmp_path / "part")) == bits(whole)
+
+
+def test_given_weights_are_where_a_run_begins(tmp_path):
+    start = initialize(CONFIG, np.random.default_rng(77))
+    still = replace(PLAN, peak_rate=0.0)
+    state = train(CONFIG, streams(), still, tmp_path, start={name: w.copy() for name, w in start.items()})
+    assert all(np.array_equal(to_host(state.params[name]), w) for name, w in start.items())
 
 
 # --- first weights -------------------------------------------------------------------------------------------

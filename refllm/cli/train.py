@@ -58,10 +58,15 @@ def train(
     rate: Annotated[float, opt("Highest learning rate.", metavar="X")] = 3e-3,
     warmup: Annotated[int, opt("Steps of warm-up.", min=0)] = 200,
     schedule: Annotated[str, opt("From the highest rate to zero.", metavar="linear|cosine")] = "linear",
+    optimizer: Annotated[str, opt("What turns gradients into steps.", metavar="adamw|muon")] = "adamw",
+    decay: Annotated[float, opt("Weight decay of the matrices.", metavar="X", min=0)] = 0.1,
     seed: Annotated[int, opt("Decides the first weights and the order of the windows.", min=0)] = 0,
     workers: Annotated[int, opt("Threads; the result depends on them by rounding only.", min=1)] = 2,
     teacher: Annotated[
         str | None, opt("Distil from this model, with its tokenizer.", "--teacher", "--draft-of", metavar="NAME|DIR")
+    ] = None,
+    start: Annotated[
+        str | None, opt("Go on from this model's weights, with its tokenizer.", metavar="NAME|DIR")
     ] = None,
     alpha: Annotated[float, opt("Weight of the teacher against the text.", metavar="X", min=0, max=1)] = 1.0,
     teacher_from: Annotated[int, opt("Step at which distillation begins; the text alone before.", min=0)] = 0,
@@ -93,13 +98,15 @@ def train(
     """
     from refllm.api import locate
     from refllm.backend import get
-    from refllm.model.optimizer import SCHEDULES
+    from refllm.model.optimizer import OPTIMIZERS, SCHEDULES
     from refllm.model.plan import Plan
     from refllm.model.streams import own_files, standard_library
     from refllm.study import launch
 
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {optimizer!r}; choose one of {', '.join(OPTIMIZERS)}")
     if not 0 < rate < 1:
         raise ValueError(f"the learning rate must be within (0, 1), got {rate}")
     get(backend)  # this and the next before the text is read: what cannot end well should end at once
@@ -117,13 +124,14 @@ def train(
         explicit=tuple(_phase(text) for text in phase or ()),
     )  # fmt: skip
     plan = Plan(
-        (), peak_rate=rate, warmup=warmup, schedule=schedule, seed=seed, workers=workers,
+        (), peak_rate=rate, warmup=warmup, schedule=schedule, optimizer=optimizer, weight_decay=decay, seed=seed,
+        workers=workers,
         evaluate_every=evaluate_every, save_every=save_every,
     )  # fmt: skip
     run = launch.prepare(
         output, work, source, shape, plan, overwrite=overwrite,
         teacher=None if teacher is None else locate(teacher), alpha=alpha,
-        teacher_from=teacher_from, note=note,
+        teacher_from=teacher_from, start=None if start is None else locate(start), note=note,
     )  # fmt: skip
     keep_freed_memory()
     _announce(run)

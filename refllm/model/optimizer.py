@@ -1,7 +1,9 @@
-"""AdamW with decoupled weight decay, gradient clipping and the learning-rate schedules.
+"""AdamW with decoupled weight decay, Muon, gradient clipping and the learning-rate schedules.
 
 Sources: Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019, algorithm 2 (decay is multiplied by the
-learning rate, as PyTorch does); clipping by global norm, Pascanu et al. 2013, algorithm 1.
+learning rate, as PyTorch does); Jordan et al. 2024, "Muon", with the scale of Liu et al. 2025 (arXiv:2502.16982,
+eq. 4), which gives its updates the size of AdamW's, so that one rate serves both; clipping by global norm,
+Pascanu et al. 2013, algorithm 1.
 
 | symbol | name                                    | shape          |
 |--------|-----------------------------------------|----------------|
@@ -9,6 +11,7 @@ learning rate, as PyTorch does); clipping by global norm, Pascanu et al. 2013, a
 | m, v   | running means of g and g²               | shape of w     |
 | m̂, v̂   | m/(1 − β₁ᵗ), v/(1 − β₂ᵗ) after t steps  | shape of w     |
 | lr, λ  | ``rate``, ``weight_decay``              | scalars        |
+| O      | U Vᵀ of a matrix U Σ Vᵀ, nearly         | [M, N]         |
 
 Left out: parameter groups beyond "matrices decay, vectors do not"; mixed-precision master copies.
 """
@@ -16,12 +19,22 @@ Left out: parameter groups beyond "matrices decay, vectors do not"; mixed-precis
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from refllm.backend import Array, namespace
 
 Tensors = dict[str, Array]
+Each = Callable[[Callable[[str], None], list[str]], Iterable[None]]
 SCHEDULES = ("cosine", "linear")
+OPTIMIZERS = ("adamw", "muon")
+
+
+def optimizer(name: str) -> type[AdamW]:
+    """The class of ``OPTIMIZERS`` by its name; ValueError for another name."""
+    if name not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}")
+    return {"adamw": AdamW, "muon": Muon}[name]
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, total: int, schedule: str = "cosine") -> float:
@@ -63,29 +76,93 @@ class AdamW:
     m: Tensors = field(default_factory=dict)
     v: Tensors = field(default_factory=dict)
 
-    def update(self, params: Tensors, grads: Tensors, rate: float) -> None:
-        """One step; ``grads`` is used as scratch space and holds no meaning afterwards."""
+    def update(self, params: Tensors, grads: Tensors, rate: float, each: Each = map) -> None:
+        """One step; ``grads`` is used as scratch space and holds no meaning afterwards.
+
+        ``each`` maps over the parameters, which do not depend on each other: the ``map`` of a thread pool will do.
+        """
         self.step += 1
+        for name, w in params.items():
+            if name not in self.m:
+                self.begin(name, w)
+        for _ in each(lambda name: self._one(name, params[name], grads[name], rate), list(params)):
+            pass
+
+    def begin(self, name: str, w: Array) -> None:
+        """Moments of zeros for a parameter."""
+        xp = namespace(w)
+        self.m[name], self.v[name] = xp.zeros_like(w), xp.zeros_like(w)
+
+    def _one(self, name: str, w: Array, g: Array, rate: float) -> None:
+        xp = namespace(w)
         correct1 = 1 - self.beta1**self.step
         correct2 = 1 - self.beta2**self.step
-        for name, w in params.items():
-            xp = namespace(w)
-            g = grads[name]
-            if name not in self.m:
-                self.m[name], self.v[name] = xp.zeros_like(w), xp.zeros_like(w)
-            m, v = self.m[name], self.v[name]
-            # In place throughout, g is the only scratch: a step writes no array but w, m, v and one product.
-            m *= self.beta1
-            m += (1 - self.beta1) * g
-            g *= g
-            g *= 1 - self.beta2
-            v *= self.beta2
-            v += g
-            xp.sqrt(v, out=g)
-            g *= 1.0 / math.sqrt(correct2)  # √v̂
-            g += self.eps
-            xp.divide(m, g, out=g)
-            if w.ndim == 2:  # vectors are norm gains: no decay pulls them to zero
-                w *= 1 - rate * self.weight_decay
-            g *= rate / correct1  # lr·m̂ / (√v̂ + ε)
-            w -= g
+        m, v = self.m[name], self.v[name]
+        # In place throughout, g is the only scratch: a step writes no array but w, m, v and one product.
+        m *= self.beta1
+        m += (1 - self.beta1) * g
+        g *= g
+        g *= 1 - self.beta2
+        v *= self.beta2
+        v += g
+        xp.sqrt(v, out=g)
+        g *= 1.0 / math.sqrt(correct2)  # √v̂
+        g += self.eps
+        xp.divide(m, g, out=g)
+        if w.ndim == 2:  # vectors are norm gains: no decay pulls them to zero
+            w *= 1 - rate * self.weight_decay
+        g *= rate / correct1  # lr·m̂ / (√v̂ + ε)
+        w -= g
+
+
+@dataclass
+class Muon(AdamW):
+    """m ← μm + (1−μ)g;  O ≈ UVᵀ of (1−μ)g + μm = UΣVᵀ;  w ← w − lr·(0.2·√max(M,N)·O + λw) for the layers' matrices.
+
+    The embedding, the head and the norms are AdamW's. O has singular values near 1, so every direction of a weight
+    moves by about as much, the rare ones too; 0.2·√max(M,N) makes its root mean square 0.2, as AdamW's is about.
+    """
+
+    momentum: float = 0.95
+
+    def begin(self, name: str, w: Array) -> None:
+        """One moment of zeros for a matrix in a layer, two for the rest."""
+        if self.is_orthogonal(name, w):
+            self.m[name] = namespace(w).zeros_like(w)
+        else:
+            super().begin(name, w)
+
+    @staticmethod
+    def is_orthogonal(name: str, w: Array) -> bool:
+        """Whether ``name`` is a matrix inside a layer; a row of an embedding or of a head belongs to one token."""
+        return bool(w.ndim == 2) and ".layers." in name
+
+    def _one(self, name: str, w: Array, g: Array, rate: float) -> None:
+        if not self.is_orthogonal(name, w):
+            super()._one(name, w, g, rate)
+            return
+        m = self.m[name]
+        m *= self.momentum
+        m += (1 - self.momentum) * g
+        g *= 1 - self.momentum
+        g += self.momentum * m  # Nesterov's look ahead
+        w *= 1 - rate * self.weight_decay
+        w -= rate * 0.2 * math.sqrt(max(w.shape)) * orthogonalize(g)
+
+
+def orthogonalize(x: Array, iterations: int = 5) -> Array:
+    """The matrix with the singular vectors of ``x[M, N]`` and singular values within about [0.7, 1.2].
+
+    Newton and Schulz's iteration X ← aX + (bA + cA²)X, A = XXᵀ, is the odd polynomial ax + bx³ + cx⁵ on every
+    singular value; Jordan's a, b, c trade an exact limit of 1 for a steep rise from zero. A singular value below
+    1e-3 of the norm of ``x`` is still on its way up after five. A matrix of zeros stays one.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    xp = namespace(x)
+    tall = x.shape[0] > x.shape[1]
+    y = x.T if tall else x  # A is the smaller square
+    y = y / (xp.sqrt(xp.sum(y * y)) + 1e-30)
+    for _ in range(iterations):
+        gram = y @ y.T
+        y = a * y + (b * gram + c * (gram @ gram)) @ y
+    return y.T if tall else y

@@ -48,6 +48,7 @@ class Plan:
     peak_rate: float = 3e-3
     warmup: int = 100
     schedule: str = "cosine"
+    optimizer: str = "adamw"
     weight_decay: float = 0.1
     clip: float = 1.0
     seed: int = 0

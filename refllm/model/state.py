@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 
 from refllm.backend import Array, to_numpy
 from refllm.model.config import ModelConfig
-from refllm.model.optimizer import AdamW
+from refllm.model.optimizer import AdamW, optimizer
 from refllm.model.plan import Plan
 
 Tensors = dict[str, Array]
@@ -85,8 +85,12 @@ def load_state(path: Path) -> tuple[State, dict[str, str]]:
         if missing := {"step", "curve", "config", "plan"} - about.keys():
             raise ValueError(f"no {', '.join(sorted(missing))}")
         step, curve = int(about["step"]), json.loads(about["curve"])
-        if step and not groups["w"].keys() == groups["m"].keys() == groups["v"].keys():
+        kind = optimizer(json.loads(about["plan"]).get("optimizer", "adamw"))
+        fresh = kind()
+        for name, w in groups["w"].items():
+            fresh.begin(name, w)
+        if step and not (fresh.m.keys() == groups["m"].keys() and fresh.v.keys() == groups["v"].keys()):
             raise ValueError("the moments are not those of the parameters")
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged or no training checkpoint ({error}); delete it to start anew") from error
-    return State(groups["w"], AdamW(step=step, m=groups["m"], v=groups["v"]), curve), about
+    return State(groups["w"], kind(step=step, m=groups["m"], v=groups["v"]), curve), about

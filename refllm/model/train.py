@@ -34,7 +34,7 @@ from refllm.backend import Array, asarray_like, namespace
 from refllm.model.backward import loss_and_gradients, mean_loss
 from refllm.model.config import ModelConfig
 from refllm.model.loss import Teacher
-from refllm.model.optimizer import AdamW, clip_by_global_norm, learning_rate
+from refllm.model.optimizer import Each, clip_by_global_norm, learning_rate, optimizer
 from refllm.model.plan import Phase, Plan, batches
 from refllm.model.state import State, load_state, save_state
 
@@ -88,6 +88,7 @@ def train(
     held_out: TokenArray | None = None,
     teacher: Teacher | None = None,
     teacher_from: int = 0,
+    start: Tensors | None = None,
     report: Callable[[dict[str, float]], None] | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> State:
@@ -96,7 +97,8 @@ def train(
     ``streams`` are 1-D integer token arrays on the host, mixed as ``Phase.repeats`` says. ``like`` is any array
     of the library to train on (default NumPy). ``teacher(tokens[B, S+1])`` returns a function of rows that gives
     the target distribution (see ``distill``); before step ``teacher_from`` the labels alone are learnt, which is
-    several times cheaper a token. ``report`` is called with the record of each evaluation: step,
+    several times cheaper a token. ``start`` are the first weights, float32 on the host, in place of random ones.
+    ``report`` is called with the record of each evaluation: step,
     loss (nats per token of the last batch), norm (of the gradient, before clipping), rate, seconds, held_out.
     ``on_step`` is called after every step with the steps done and the batch's loss (for a progress bar).
 
@@ -111,7 +113,7 @@ def train(
     _check_streams(streams, held_out, config, plan)
     output.mkdir(parents=True, exist_ok=True)
     path = output / "state.safetensors"
-    state = _resume(path, config, plan)
+    state = _resume(path, config, plan, start)
     if like is not None:
         _move(state, like)
     began = time.perf_counter() - (state.curve[-1]["seconds"] if state.curve else 0.0)
@@ -121,7 +123,7 @@ def train(
             tokens = np.stack([streams[s][a : a + phase.length + 1] for s, a in windows])  # [B, S+1]
             target = teacher if step >= teacher_from else None
             loss, grads = _data_parallel(state.params, config, tokens, workers, pool, target)
-            record = {"step": step + 1, "loss": loss} | _update(state, grads, loss, step, plan)
+            record = {"step": step + 1, "loss": loss} | _update(state, grads, loss, step, plan, pool.map)
             if on_step is not None:
                 on_step(step + 1, loss)
             if (step + 1) % plan.evaluate_every == 0 or step + 1 == plan.steps:
@@ -157,13 +159,13 @@ def _move(state: State, like: Array) -> None:
             tensors[name] = asarray_like(t, like)
 
 
-def _update(state: State, grads: Tensors, loss: float, step: int, plan: Plan) -> dict[str, float]:
+def _update(state: State, grads: Tensors, loss: float, step: int, plan: Plan, each: Each) -> dict[str, float]:
     """Clip and take one optimizer step; returns the norm before clipping and the rate."""
     norm = clip_by_global_norm(grads, plan.clip)
     if not math.isfinite(loss + norm):
         raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}: lower the rate")
     rate = learning_rate(step, peak=plan.peak_rate, warmup=plan.warmup, total=plan.steps, schedule=plan.schedule)
-    state.optimizer.update(state.params, grads, rate)
+    state.optimizer.update(state.params, grads, rate, each)
     return {"norm": norm, "rate": rate}
 
 
@@ -201,11 +203,11 @@ def _evaluate(params: Tensors, config: ModelConfig, tokens: TokenArray, length: 
     return sum(losses) / len(losses)
 
 
-def _resume(path: Path, config: ModelConfig, plan: Plan) -> State:
+def _resume(path: Path, config: ModelConfig, plan: Plan, start: Tensors | None) -> State:
     """The checkpoint at ``path``, or a fresh start; a ``.partial`` file beside it is a broken write: ignored."""
     if not path.exists():
-        params = initialize(config, np.random.default_rng([plan.seed, 0]))
-        return State(params, AdamW(weight_decay=plan.weight_decay))
+        params = initialize(config, np.random.default_rng([plan.seed, 0])) if start is None else dict(start)
+        return State(params, optimizer(plan.optimizer)(weight_decay=plan.weight_decay))
     state, about = load_state(path)
     if ModelConfig.from_hf(json.loads(about["config"])) != config:
         raise ValueError(f"{path} is a checkpoint of another network; choose another output folder")

@@ -40,14 +40,14 @@ LISTED = "manifest.json"
 
 def finish(
     state_path: Path, tokenizer: Tokenizer, output: Path, data: Data, *, command: str, teacher: Path | None = None,
-    remark: str = "", dtype: str = "float16", overwrite: bool = False,
+    start: Path | None = None, remark: str = "", dtype: str = "float16", overwrite: bool = False,
     progress: card.Progress = lambda what, done, total: None,
 ) -> card.Record:  # fmt: skip
     """Write ``output`` from the state of a finished run and return the card's record.
 
     ``data`` must be what the run was trained on: its documents are counted and hashed here. ``command`` goes into
     the card, and ``remark`` beside it (where the run departed from it). ``teacher`` is the directory of the model
-    that it was distilled from.
+    that it was distilled from, ``start`` that of the model whose weights it began with.
 
     Raises
     ------
@@ -72,6 +72,7 @@ def finish(
         "training": {
             "command": command, "remark": remark, "steps": plan.steps,
             "teacher": None if teacher is None else teacher.resolve().name,
+            "start": None if start is None else _origin(start),
             "tokens": sum(p.steps * p.batch * p.length for p in plan.phases),
             "seconds": state.curve[-1]["seconds"] if state.curve else 0.0, "plan": json.loads(about["plan"]),
         },
@@ -88,6 +89,19 @@ def finish(
     save(output, config, stored, tokenizer, dtype=dtype, extra_files=texts, overwrite=overwrite)
     write_whole(output / LISTED, json.dumps(manifest(output, data), indent=1, ensure_ascii=False) + "\n")
     return record
+
+
+def _origin(directory: Path) -> dict[str, Any]:
+    """Which weights a run began with: their name and digest, and how they were trained if their card says so."""
+    file = directory / "card.json"
+    training = json.loads(file.read_text("utf-8")).get("training", {}) if file.is_file() else {}
+    weights = sorted(directory.glob("*.safetensors"))
+    told = ("command", "remark", "steps", "tokens", "start")
+    return {
+        "name": directory.resolve().name,
+        "sha256": {p.name: file_sha256(p) for p in weights},
+        "training": {key: training[key] for key in told if key in training},
+    }
 
 
 def read_plan(about: Mapping[str, str]) -> Plan:

@@ -202,12 +202,30 @@ def _training(training: Record) -> str:
     plan = training["plan"]
     phases = "; ".join(f"{p['steps']:,} steps of {p['batch']} × {p['length']}" for p in plan["phases"] if p["steps"])
     taught = f" Distilled from {training['teacher']}." if training["teacher"] else ""
+    name = {"adamw": "AdamW", "muon": "Muon for the layers' matrices and AdamW for the rest"}[
+        plan.get("optimizer", "adamw")
+    ]
+    remark = f" {training['remark']}" if training["remark"] else ""
     return (
-        f"{phases} tokens ({training['tokens']:,} in all, {training['seconds'] / 60:.0f} minutes). AdamW, peak rate "
+        f"{phases} tokens ({training['tokens']:,} in all, {training['seconds'] / 60:.0f} minutes). {name}, peak rate "
         f"{plan['peak_rate']:g} after {plan['warmup']} steps of warm-up, then {plan['schedule']} to zero; weight decay "
-        f"{plan['weight_decay']:g}, gradients clipped at {plan['clip']:g}, seed {plan['seed']}.{taught} The curve is "
-        f"in `curve.json`.{' ' + training['remark'] if training['remark'] else ''}\n\n```sh\n{training['command']}\n```"
+        f"{plan['weight_decay']:g}, gradients clipped at {plan['clip']:g}, seed {plan['seed']}.{taught}"
+        f"{_start(training)} The curve is in `curve.json`.{remark}\n\n```sh\n{training['command']}\n```"
     )
+
+
+def _start(training: Record) -> str:
+    """Where a run went on from, in a sentence; the counts above are those of the run itself."""
+    start = training.get("start")
+    if not start:
+        return ""
+    before = start["training"]
+    digest = next(iter(start["sha256"].values()), "")[:12]
+    text = f" It went on from weights called {start['name']} (SHA-256 {digest}…)"
+    if before:
+        text += f", which had seen {before['tokens']:,} tokens: `{before['command']}`"
+        text += f" ({before['remark']})" if before.get("remark") else ""
+    return text + "."
 
 
 def _measured(m: Record, python: str) -> str:

@@ -33,6 +33,7 @@ from refllm.model.distill import teacher_of
 from refllm.model.files import write_whole
 from refllm.model.loss import Teacher
 from refllm.model.plan import Phase, Plan
+from refllm.model.shards import tensor_shapes
 from refllm.model.state import load_state
 from refllm.model.streams import Data, encode, fingerprint
 from refllm.model.tokenizer import Tokenizer
@@ -126,6 +127,7 @@ class Run:
     teacher: Path | None = None
     alpha: float = 1.0
     teacher_from: int = 0  # the step at which distillation begins
+    start: Path | None = None  # the model whose weights the first step finds
     done: int = 0  # steps of an earlier start
 
     def bits_per_byte(self, nats: float) -> float:
@@ -143,9 +145,13 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 def prepare(
     output: Path, work: Path, data: Data, shape: Shape, plan: Plan, *, teacher: Path | None = None,
-    alpha: float = 1.0, teacher_from: int = 0, overwrite: bool = False, note: Note = lambda text: None,
+    alpha: float = 1.0, teacher_from: int = 0, start: Path | None = None, overwrite: bool = False,
+    note: Note = lambda text: None,
 ) -> Run:  # fmt: skip
     """Make a run ready; ``plan``'s phases are replaced by those of ``shape``.
+
+    ``start`` is the directory of a model of the same shape to go on from, with its tokenizer; None starts from
+    random weights.
 
     Raises
     ------
@@ -157,11 +163,14 @@ def prepare(
     check_output(output, overwrite)
     plan = replace(plan, phases=shape.phases(data))
     shape.config(shape.vocab_size, 0)  # numbers that make no network, before a tokenizer is trained
-    taught = None if teacher is None else read_config(teacher)
-    tokenizer = _tokenizer(work, data, shape.vocab_size, teacher, note)
+    given = teacher or start  # whose tokenizer is kept
+    taught = None if given is None else read_config(given)
+    tokenizer = _tokenizer(work, data, shape.vocab_size, given, note)
     begin = 0 if taught is None or taught.bos_token_id is None else taught.bos_token_id
     config = shape.config(tokenizer.vocab_size if taught is None else taught.vocab_size, begin)
     note("encoding the text")
+    if start is not None and shape_of(read_config(start)) != shape_of(config):
+        raise ValueError(f"{start} is not of the shape that the options describe: it cannot be the start")
     streams = [encode(tokenizer, documents, begin) for documents in data.streams.values()]
     run = Run(output, work, data, tokenizer, config, plan, streams, encode(tokenizer, data.held_out, begin))
     _check_lengths(run)
@@ -171,7 +180,7 @@ def prepare(
     work.mkdir(parents=True, exist_ok=True)
     tokenizer.save(work / TOKENIZER)
     write_whole(work / TEXT, _digest(data) + "\n")
-    run.teacher, run.alpha, run.teacher_from = teacher, alpha, teacher_from
+    run.teacher, run.alpha, run.teacher_from, run.start = teacher, alpha, teacher_from, start
     return run
 
 
@@ -187,11 +196,17 @@ def go(
         train(
             run.config, run.streams, run.plan, run.work, like=xp.zeros(1, dtype=xp.float32), held_out=run.held_out,
             teacher=_teacher(run, xp), teacher_from=run.teacher_from, report=report, on_step=on_step,
+            start=None if run.start is None else dict(iter_tensors(run.start, "float32")),
         )  # fmt: skip
     return bundle.finish(
         run.work / STATE, run.tokenizer, run.output, run.data, command=command, teacher=run.teacher,
-        overwrite=overwrite, progress=progress,
+        start=run.start, overwrite=overwrite, progress=progress,
     )  # fmt: skip
+
+
+def shape_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """What two networks must share for one to take the other's weights."""
+    return dict(tensor_shapes(config))
 
 
 def _check_lengths(run: Run) -> None:
@@ -234,10 +249,10 @@ def _digest(data: Data) -> str:
     return hashlib.sha256(json.dumps(documents, sort_keys=True).encode()).hexdigest()
 
 
-def _tokenizer(work: Path, data: Data, vocab_size: int, teacher: Path | None, note: Note) -> Tokenizer:
-    """The teacher's; or the one that the run began with; or a new one, trained on the first stream."""
-    if teacher is not None:  # a student that is compared token by token must read the same tokens
-        return Tokenizer.from_file(teacher / TOKENIZER)
+def _tokenizer(work: Path, data: Data, vocab_size: int, given: Path | None, note: Note) -> Tokenizer:
+    """The given model's; or the one that the run began with; or a new one, trained on the first stream."""
+    if given is not None:  # a student that is compared token by token must read the same tokens
+        return Tokenizer.from_file(given / TOKENIZER)
     if (work / STATE).exists():
         return Tokenizer.from_file(work / TOKENIZER)
     note(f"training a tokenizer of {vocab_size:,} tokens")
