@@ -47,17 +47,7 @@ def build(config: ModelConfig, tensors: Mapping[str, Array]) -> Weights:
     A tied head is the embedding object itself: one copy in memory serves lookup and product.
     """
     embedding = Dense(tensors["model.embed_tokens.weight"])
-    layers: list[Layer] = []
-    for i in range(config.num_hidden_layers):
-        at = f"model.layers.{i}."
-        layer: Layer = {key: Dense(tensors[f"{at}{name}.weight"]) for key, name in PROJECTIONS.items()}
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            layer[norm] = tensors[f"{at}{norm}.weight"]
-        if config.attention_bias:
-            layer |= {f"{c}_bias": tensors[f"{at}self_attn.{c}_proj.bias"] for c in "qkv"}
-        if config.qk_norm:
-            layer |= {f"{c}_norm": tensors[f"{at}self_attn.{c}_norm.weight"] for c in "qk"}
-        layers.append(layer)
+    layers = [build_layer(config, tensors, i) for i in range(config.num_hidden_layers)]
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     norm = tensors["model.norm.weight"]
     return {
@@ -67,6 +57,19 @@ def build(config: ModelConfig, tensors: Mapping[str, Array]) -> Weights:
         "lm_head": embedding if config.tie_word_embeddings else Dense(tensors["lm_head.weight"]),
         "rope_frequencies": asarray_like(frequencies, norm, "float64"),
     }
+
+
+def build_layer(config: ModelConfig, tensors: Mapping[str, Array], index: int) -> Layer:
+    """Layer ``index`` alone, for those who work layer by layer and hold one at a time."""
+    at = f"model.layers.{index}."
+    layer: Layer = {key: Dense(tensors[f"{at}{name}.weight"]) for key, name in PROJECTIONS.items()}
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        layer[norm] = tensors[f"{at}{norm}.weight"]
+    if config.attention_bias:
+        layer |= {f"{c}_bias": tensors[f"{at}self_attn.{c}_proj.bias"] for c in "qkv"}
+    if config.qk_norm:
+        layer |= {f"{c}_norm": tensors[f"{at}self_attn.{c}_norm.weight"] for c in "qk"}
+    return layer
 
 
 def forward(weights: Weights, config: ModelConfig, tokens: Array, positions: Array, attend: Attend) -> Array:

@@ -1,0 +1,1 @@
+"""Which code each value gets: calibration, rounding, transforms, and whole models."""
