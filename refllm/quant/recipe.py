@@ -15,29 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from refllm.backend import Array
-from refllm.model.config import ModelConfig
 from refllm.model.llama import Layer
+from refllm.quant.calibrate import Source
 from refllm.quant.report import Report, TensorReport
 
 __all__ = ["Progress", "Report", "Sink", "Source", "TensorReport"]
 
 Progress = Callable[[int, int, TensorReport], None]  # tensors done, tensors in all, the row of the newest
-
-
-class Source(Protocol):
-    """Where layers come from: a model in memory, or a checkpoint that is read as it is needed."""
-
-    @property
-    def config(self) -> ModelConfig: ...
-
-    def rows(self, tokens: Array) -> Array:
-        """Embedding rows of host token ids[T] → [T, N], in the dtype and library that is computed in."""
-        ...
-
-    def layer(self, index: int) -> Layer:
-        """A new dict of layer ``index`` in floating point: projections as ``Dense``, norms and biases as arrays."""
-        ...
 
 
 class Sink(Protocol):
