@@ -18,7 +18,7 @@ the order in which they compute, and each sees what its already quantised predec
 Memory: one layer, the residual stream of all the text [T, N], and for stage 1 the heads' outputs [T, H·D]. The MLP's
 hidden layer [T, F] is computed for one batch at a time, twice (to observe it, and to go on with it).
 
-Which text: ``text``. Left out: keeping streams on disk, layers of experts.
+Which text: ``passages``. Left out: keeping streams on disk, layers of experts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from refllm.model.config import ModelConfig
 from refllm.model.layers import rms_norm, rope_frequencies, rope_table, swiglu
 from refllm.model.llama import PROJECTIONS, Layer, mixed_heads
 from refllm.model.weights import Linear
-from refllm.quant.text import calibration_windows, sequences
+from refllm.quant.passages import calibration_windows, sequences
 
 __all__ = ["STAGES", "Batch", "LayerRun", "Source", "Tap", "calibration_windows", "sequences", "tapped", "walk"]
 
@@ -137,6 +137,7 @@ def walk(source: Source, calibration: Any) -> Iterator[LayerRun]:
         yield run
         if index + 1 < config.num_hidden_layers:  # nobody reads what comes out of the last
             run.finish()
+        run.layer = {}  # whoever still holds the run must not hold its weights beside the next layer's
 
 
 def embed(source: Source, ids: Sequence[Sequence[int]]) -> list[Batch]:
