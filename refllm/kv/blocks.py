@@ -1,0 +1,242 @@
+"""Blocks of key/value memory: a reference-counted pool, and the table that maps a sequence onto it.
+
+Sources: PagedAttention, Kwon et al. 2023, sections 4.2 to 4.5 (tables, sharing, copy on write); the free list that
+remembers contents, vLLM's automatic prefix caching.
+
+| symbol | name                                   | value                                                   |
+|--------|----------------------------------------|---------------------------------------------------------|
+| b      | ``block_size``, tokens in a block      |                                                         |
+| p      | position of a token in its sequence    | lies in block ``table[p // b]``, at slot p mod b of it  |
+| slot   | place of a token in the whole pool     | ``table[p // b] · b + p mod b``                         |
+
+A block is *owned* (one reference a table that holds it) or *free*. A free block may still be *remembered* under a
+key: its contents are good until it is allocated again, and ``fork`` takes it back. Free blocks are taken in the
+order in which they became free, so what is remembered is forgotten least recently used first.
+
+Everything here is Python integers: it can be tested, traced and drawn without a model. ``kv.paged`` holds the arrays.
+
+Left out: a null block (a table knows its length), swapping (``serve`` moves whole sequences), more than one pool.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+
+Key = Hashable
+
+
+class OutOfBlocks(RuntimeError):
+    """The pool has too few free blocks; nothing was changed. Free some, or wait until a sequence ends."""
+
+
+class BlockPool:
+    """``num_blocks`` blocks of ``block_size`` tokens with reference counts; every operation is O(1)."""
+
+    def __init__(self, num_blocks: int, block_size: int, *, on_vacant: Callable[[int], None] | None = None):
+        """``on_vacant(id)`` is called when nobody can read a block any more: no owner and no key is left."""
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"BlockPool: needs a block of at least one token, got {num_blocks} of {block_size}")
+        self.num_blocks, self.block_size, self.on_vacant = num_blocks, block_size, on_vacant
+        self._references = [0] * num_blocks
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # the next to go stands first
+        self._key_of: dict[int, Key] = {}
+        self._holders: dict[Key, dict[int, None]] = {}  # blocks with equal contents, the first one answers
+        self.allocated = self.revived = self.forgotten = self.peak = 0  # counted, for whoever wants to show the cost
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that ``allocate`` could give, the remembered ones included."""
+        return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that somebody owns."""
+        return self.num_blocks - len(self._free)
+
+    def ref_count(self, block: int) -> int:
+        """How many tables own the block."""
+        return self._references[self._checked(block)]
+
+    def allocate(self) -> int:
+        """Take the block that has been free the longest; what it remembered is forgotten. OutOfBlocks if none is."""
+        if not self._free:
+            raise OutOfBlocks(f"all {self.num_blocks} blocks are in use")
+        block, _ = self._free.popitem(last=False)
+        self._forget(block)
+        self._references[block] = 1
+        self.allocated += 1
+        self.peak = max(self.peak, self.num_used)
+        return block
+
+    def fork(self, block: int) -> int:
+        """One more owner; a free block that is remembered is taken back. ValueError for a free one that is not."""
+        if self._references[self._checked(block)] == 0:
+            if block not in self._key_of:
+                raise ValueError(f"block {block} is free and holds nothing: allocate it first")
+            del self._free[block]
+            self.revived += 1
+            self.peak = max(self.peak, self.num_used)
+        self._references[block] += 1
+        return block
+
+    def free(self, block: int) -> None:
+        """One owner less; without owners the block is free, last in line to be allocated if it is remembered.
+
+        ValueError for a block that nobody owns. A block without a key goes to the front: nothing is lost with it.
+        """
+        if self._references[self._checked(block)] == 0:
+            raise ValueError(f"block {block} is free already")
+        self._references[block] -= 1
+        if self._references[block]:
+            return
+        self._free[block] = None
+        if block not in self._key_of:
+            self._free.move_to_end(block, last=False)
+            self._vacant(block)
+
+    # --- contents that outlive their owners ----------------------------------------------------------------------
+
+    def remember(self, block: int, key: Key) -> None:
+        """Say what an owned block holds, so that ``find(key)`` gives it; a second block may hold the same."""
+        if self._references[self._checked(block)] == 0:
+            raise ValueError(f"block {block} is free: what it holds may be overwritten")
+        if block in self._key_of:
+            raise ValueError(f"block {block} is remembered already")
+        self._key_of[block] = key
+        self._holders.setdefault(key, {})[block] = None
+
+    def find(self, key: Key) -> int | None:
+        """The first of the blocks remembered under a key, owned or free; None if there is none."""
+        return next(iter(self._holders.get(key, ())), None)
+
+    def key_of(self, block: int) -> Key | None:
+        """What a block is remembered under."""
+        return self._key_of.get(self._checked(block))
+
+    def _forget(self, block: int) -> None:
+        if block not in self._key_of:
+            return
+        key = self._key_of.pop(block)
+        del self._holders[key][block]
+        if not self._holders[key]:
+            del self._holders[key]
+        self.forgotten += 1
+        self._vacant(block)
+
+    def _vacant(self, block: int) -> None:
+        if self.on_vacant is not None:
+            self.on_vacant(block)
+
+    def _checked(self, block: int) -> int:
+        if not 0 <= block < self.num_blocks:  # −1 would be the last block
+            raise ValueError(f"the pool has blocks 0..{self.num_blocks - 1}, got {block}")
+        return block
+
+    def check(self) -> None:
+        """AssertionError if the books do not balance: free and owned are a partition, every key has its block."""
+        owned = {b for b, count in enumerate(self._references) if count > 0}
+        assert min(self._references) >= 0, "a reference count is negative"
+        assert owned.isdisjoint(self._free), "a block is both owned and free"
+        assert len(owned) + len(self._free) == self.num_blocks, "a block is lost"
+        assert {b: key for key, blocks in self._holders.items() for b in blocks} == self._key_of, "keys disagree"
+        assert all(self._holders.values()), "a key without a block"
+
+
+class BlockTable:
+    """The blocks of one sequence, in order: positions [0, length) lie in them, [length, capacity) are free to write.
+
+    A block before the last is full and never written again, so sharing it is safe; the last one, if it is partly
+    filled and shared, is copied before the first write (``reserve`` says what to copy).
+    """
+
+    def __init__(self, pool: BlockPool):
+        self.pool = pool
+        self.blocks: list[int] = []
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit into the blocks held."""
+        return len(self.blocks) * self.pool.block_size
+
+    def _copies(self, count: int) -> bool:
+        """Whether writing ``count`` tokens begins within a block that others read too."""
+        return bool(count and self.length % self.pool.block_size
+                    and self.pool.ref_count(self.blocks[self.length // self.pool.block_size]) > 1)  # fmt: skip
+
+    def needs(self, count: int) -> int:
+        """How many free blocks ``reserve(count)`` would take."""
+        whole = -(-(self.length + count) // self.pool.block_size)
+        return max(0, whole - len(self.blocks)) + self._copies(count)
+
+    def reserve(self, count: int) -> list[tuple[int, int]]:
+        """Make positions [length, length + count) writable. Returns (from, to) of blocks whose contents to copy.
+
+        The copies must be made, in all layers, before anything is written. OutOfBlocks if the pool is too small at
+        the moment; nothing has changed then.
+        """
+        if count < 0:
+            raise ValueError(f"reserve: count must be 0 or more, got {count}")
+        if (needed := self.needs(count)) > self.pool.num_free:
+            raise OutOfBlocks(f"{needed} blocks are needed for {count} tokens, {self.pool.num_free} are free")
+        copies = []
+        if self._copies(count):
+            at = self.length // self.pool.block_size
+            fresh = self.pool.allocate()
+            copies.append((self.blocks[at], fresh))
+            self.pool.free(self.blocks[at])  # it has another owner: never the last reference
+            self.blocks[at] = fresh
+        while self.capacity < self.length + count:
+            self.blocks.append(self.pool.allocate())
+        return copies
+
+    def adopt(self, blocks: list[int]) -> None:
+        """Begin with full blocks that somebody else filled (a prefix-cache hit); the table must be empty."""
+        if self.blocks:
+            raise ValueError("only an empty table can begin with the blocks of another")
+        self.blocks = [self.pool.fork(block) for block in blocks]
+        self.length = self.capacity
+
+    def commit(self, count: int) -> None:
+        """``count`` tokens have been written at the end."""
+        if not 0 <= count <= self.capacity - self.length:
+            raise ValueError(f"{count} tokens were not reserved: {self.length} of {self.capacity} are used")
+        self.length += count
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from position ``length`` on; blocks that are empty then are freed, the last one first."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"the sequence has {self.length} tokens, cannot keep {length}")
+        self.length = length
+        while len(self.blocks) > -(-length // self.pool.block_size):
+            self.pool.free(self.blocks.pop())
+
+    def fork(self) -> BlockTable:
+        """A second sequence with the same tokens: every block gets one more owner, nothing is copied."""
+        child = BlockTable(self.pool)
+        # what was reserved and not written stays with the parent
+        child.blocks = [self.pool.fork(b) for b in self.blocks[: -(-self.length // self.pool.block_size)]]
+        child.length = self.length
+        return child
+
+    def free(self) -> None:
+        """Give all blocks back, the last one first: of a remembered prefix, its end is then forgotten first."""
+        self.truncate(0)
+
+    def slot(self, position: int) -> int:
+        """Where in the pool a position lies."""
+        if not 0 <= position < self.capacity:
+            raise ValueError(f"position {position} is not within the {self.capacity} reserved")
+        b = self.pool.block_size
+        return self.blocks[position // b] * b + position % b
+
+    def slots(self, start: int, stop: int) -> list[int]:
+        """The slots of positions [start, stop), in order."""
+        return [self.slot(p) for p in range(start, stop)]
+
+    def check(self) -> None:
+        """AssertionError if the table breaks its promises."""
+        assert 0 <= self.length <= self.capacity
+        assert len(set(self.blocks)) == len(self.blocks), "a block stands twice in a table"
+        assert all(self.pool.ref_count(b) > 0 for b in self.blocks), "a table holds a free block"
