@@ -14,7 +14,7 @@ from refllm.model.attention import CausalAttend
 from refllm.model.backward import mean_loss
 from refllm.model.llama import build, forward, logits
 from refllm.study import perplexity
-from refllm.study.perplexity import bits_by_position, compare, divergence, evaluate
+from refllm.study.perplexity import bits_by_position, compare, divergence, evaluate, keep
 from strategies import seeds
 from study_models import Record, byte_tokenizer, tiny_config, tiny_model, tiny_params, uniform_model
 
@@ -167,6 +167,29 @@ def test_a_model_does_not_differ_from_itself(tokens, seed):
     for interval, value in ((c.kl, 0.0), (c.difference, 0.0), (c.agreement, 1.0)):
         assert interval.mean == value
         assert len(tokens) <= 2 or (interval.low, interval.high) == (value, value)
+
+
+@given(st.lists(token_lists, min_size=1, max_size=3), seeds, windowings)
+def test_a_reference_that_was_kept_is_the_reference(documents, seed, shape):
+    model, reference = tiny_model(seed), tiny_model(seed ^ 1)
+    kept = keep(reference, documents, **shape)
+    for first in (model, tiny_model(seed ^ 2)):  # one run of the reference, several comparisons
+        plain, again = (
+            compare(first, other, documents, rng=np.random.default_rng(0), **shape) for other in (reference, kept)
+        )
+        np.testing.assert_allclose(again.token_kl, plain.token_kl, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(again.reference.nats, plain.reference.nats, rtol=0, atol=TOLERANCE)
+        assert again.difference.mean == pytest.approx(plain.difference.mean, abs=TOLERANCE)
+        assert again.kl.high == pytest.approx(plain.kl.high, abs=TOLERANCE)
+
+
+def test_a_reference_that_was_kept_otherwise_is_refused():
+    model, tokens, rng = tiny_model(), list(range(1, 30)), np.random.default_rng(0)
+    kept = keep(model, tokens, window=8, stride=4)
+    with pytest.raises(ValueError, match="another window or stride"):
+        compare(model, kept, tokens, rng=rng, window=8, stride=8)
+    with pytest.raises(ValueError, match="read different tokens"):
+        compare(model, kept, tokens[:-1], rng=rng, window=8, stride=4)
 
 
 def test_the_unit_of_the_interval_is_stated():

@@ -33,7 +33,8 @@ from refllm.study.score import DocumentScore, PositionBin, Score, bits_by_positi
 from refllm.study.windows import Network, Plan, Text, Window, as_documents, plan
 
 __all__ = [
-    "Comparison", "DocumentScore", "PositionBin", "Score", "bits_by_position", "compare", "divergence", "evaluate",
+    "Comparison", "DocumentScore", "Kept", "PositionBin", "Score", "bits_by_position", "compare", "divergence",
+    "evaluate", "keep",
 ]  # fmt: skip
 
 Memory = Callable[[list[int]], Attend]  # lengths of the windows in a ragged batch → their ``attend``
@@ -53,6 +54,25 @@ class Comparison:
     token_kl: np.ndarray  # [T]
     token_agreement: np.ndarray  # [T] bool
     method: str  # how the intervals were made, in words
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """A reference whose hidden states on some text are kept: it runs once, however many models are compared."""
+
+    network: Network
+    plan: Plan
+    hidden: Array  # [T, N] of the scored tokens
+
+
+def keep(
+    reference: Network, documents: Iterable[Text] | Text, *, window: int = 1024, stride: int = 512,
+    max_tokens: int | None = None,
+) -> Kept:  # fmt: skip
+    """Run ``reference`` for ``compare(model, kept, …)`` on the same documents, window, stride and ``max_tokens``."""
+    whole = plan(reference, documents, window, stride, max_tokens)
+    parts = [_hidden(reference, whole, batch, None) for batch in whole.batches()]
+    return Kept(reference, whole, namespace(*parts).concat(parts, axis=0))
 
 
 def evaluate(
@@ -87,7 +107,7 @@ def evaluate(
 
 def compare(
     model: Network,
-    reference: Network,
+    reference: Network | Kept,
     documents: Iterable[Text] | Text,
     *,
     rng: np.random.Generator,
@@ -104,7 +124,7 @@ def compare(
 
     The intervals resample runs of ``block`` consecutive tokens, or whole documents if ``block`` is None (wider,
     and of use from a dozen documents on). ``attend`` is the memory of ``model``; the reference has the plain one.
-    Both models must live in the same array library.
+    Both models must live in the same array library. What ``keep`` returned may stand for the reference.
 
     Raises
     ------
@@ -114,15 +134,21 @@ def compare(
     began = time.perf_counter()
     texts = as_documents(documents)
     whole = plan(model, texts, window, stride, max_tokens)
-    other = plan(reference, texts, window, stride, max_tokens)
-    if model.config.vocab_size != reference.config.vocab_size or not np.array_equal(whole.targets, other.targets):
+    kept = reference if isinstance(reference, Kept) else None
+    network = reference.network if isinstance(reference, Kept) else reference
+    other = plan(network, texts, window, stride, max_tokens) if kept is None else kept.plan
+    if model.config.vocab_size != network.config.vocab_size or not np.array_equal(whole.targets, other.targets):
         raise ValueError("compare: the two models read different tokens; KL needs one vocabulary and tokenizer")
+    if whole.windows != other.windows:
+        raise ValueError("compare: the reference was kept with another window or stride")
     count = len(whole.targets)
     nats_q, nats_p, kl, same = np.empty(count), np.empty(count), np.empty(count), np.empty(count, bool)
-    for rows, hidden in _passes(whole, progress, [(model, attend), (reference, None)]):
-        xp = namespace(*hidden)
+    for rows, hidden in _passes(whole, progress, [(model, attend)] if kept else [(model, attend), (network, None)]):
+        hidden_p = kept.hidden[rows] if kept else hidden[1]
+        xp = namespace(hidden[0], hidden_p)
         targets = whole.targets[rows]
-        log_q, log_p = (_log_softmax(m, h, whole, rows.start) for m, h in zip((model, reference), hidden, strict=True))
+        log_q = _log_softmax(model, hidden[0], whole, rows.start)
+        log_p = _log_softmax(network, hidden_p, whole, rows.start)
         nats_q[rows], nats_p[rows] = to_numpy(_loss(log_q, targets)), to_numpy(_loss(log_p, targets))
         kl[rows] = to_numpy(divergence(log_p, log_q))
         same[rows] = to_numpy(xp.argmax(log_q, axis=-1) == xp.argmax(log_p, axis=-1))
