@@ -1,0 +1,1 @@
+"""How a number becomes bits: uniform grids, dense bit streams, integer products. Knows nothing of models."""
