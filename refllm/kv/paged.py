@@ -1,0 +1,197 @@
+"""The paged cache: keys and values in blocks that any sequence may own, read through block tables.
+
+Source: PagedAttention, Kwon et al. 2023, sections 4.1 and 4.3; split keys, its kernel's second version and
+Flash-Decoding. The tables and the pool are ``kv.blocks``; here are the arrays, and the ``attend`` that reads them.
+
+| symbol | name                                        | shape                     |
+|--------|---------------------------------------------|---------------------------|
+| K, V   | the pool of a layer, slot by slot           | [num_blocks · b, G, D]    |
+| b      | ``block_size``                              |                           |
+| n_i    | new tokens of sequence i                    | ``counts[i]``             |
+| slot   | where position p of a sequence lies         | ``table.slot(p)``         |
+
+A step is: ``reserve`` (allocates, and copies what would be written while shared), ``view`` (an ``attend`` that
+writes positions [length, length + n) and reads [0, length + n) of each table), the forward pass, ``advance``.
+
+A gather copies what it reads, which a kernel of its own does not: on a CPU a paged step is therefore somewhat
+slower than a contiguous one of the same batch. What paging buys is the batch.
+
+Left out: freeing blocks that a sliding window has passed; quantised blocks (``kv.kivi``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from refllm.backend import Array, asarray_like, namespace
+from refllm.kv.blocks import BlockPool, BlockTable
+from refllm.model.attention import Attend, attention, flash_attention, masked_score, merge
+from refllm.model.config import ModelConfig
+
+
+class PagedKVCache:
+    """``num_blocks`` blocks of ``block_size`` tokens for all layers of one network.
+
+    ``poison`` fills a block with NaN as soon as nobody can read it any more: one wrong slot then reaches the logits
+    as NaN instead of as a plausible number.
+    """
+
+    def __init__(
+        self, config: ModelConfig, num_blocks: int, block_size: int = 16, *, like: Array, dtype: Any = None,
+        poison: bool = False,
+    ):  # fmt: skip
+        """``like`` is any array of the library to live on; ``dtype`` defaults to its dtype."""
+        self.pool = BlockPool(num_blocks, block_size, on_vacant=self._poison if poison else None)
+        xp = namespace(like)
+        shape = (config.num_hidden_layers, num_blocks * block_size, config.num_key_value_heads, config.head_dim)
+        empty = math.nan if poison else 0.0
+        self.keys: Array = xp.full(shape, empty, dtype=dtype or like.dtype)
+        self.values: Array = xp.full(shape, empty, dtype=dtype or like.dtype)
+        self.window = config.sliding_window
+        self.copied = 0  # blocks copied before a write
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole pool, whatever is used."""
+        return int(self.keys.nbytes + self.values.nbytes)
+
+    @property
+    def block_nbytes(self) -> int:
+        """Bytes of one block in all layers."""
+        return self.nbytes // self.pool.num_blocks
+
+    def table(self) -> BlockTable:
+        """A new, empty sequence."""
+        return BlockTable(self.pool)
+
+    def reserve(self, table: BlockTable, count: int) -> None:
+        """Make room for ``count`` more tokens of a sequence. OutOfBlocks if there is none; nothing has changed then."""
+        self.copy(table.reserve(count))
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks (from, to) in all layers, as ``BlockTable.reserve`` asks before a shared one is written."""
+        b = self.pool.block_size
+        for source, target in pairs:
+            for strip in (self.keys, self.values):
+                strip[:, target * b : (target + 1) * b] = strip[:, source * b : (source + 1) * b]
+        self.copied += len(pairs)
+
+    def positions(self, tables: Sequence[BlockTable], counts: Sequence[int]) -> list[int]:
+        """Positions of the next ``counts[i]`` tokens of every sequence, in the order of the ragged batch."""
+        return [p for t, n in zip(tables, counts, strict=True) for p in range(t.length, t.length + n)]
+
+    def view(self, tables: Sequence[BlockTable], counts: Sequence[int]) -> Attend:
+        """An ``attend`` for a step in which sequence i brings ``counts[i]`` ≥ 0 tokens, reserved before.
+
+        Raises
+        ------
+        ValueError
+            if a token has no slot, or two have the same (a block that is shared and was not copied).
+        """
+        slots = [t.slots(t.length, t.length + n) for t, n in zip(tables, counts, strict=True)]
+        flat = [s for part in slots for s in part]
+        if len(set(flat)) != len(flat):  # duplicate indices in an assignment are undefined on a GPU
+            raise ValueError("two tokens of the step have the same slot: reserve each sequence before the view")
+        for table, part in zip(tables, slots, strict=True):
+            if any(self.pool.ref_count(s // self.pool.block_size) > 1 for s in part):
+                raise ValueError(f"a block of {table.blocks} is shared and would be written: reserve it first")
+        return _View(self, tables, counts, flat)
+
+    def advance(self, tables: Sequence[BlockTable], counts: Sequence[int]) -> None:
+        """Commit what the last view wrote."""
+        for table, count in zip(tables, counts, strict=True):
+            table.commit(count)
+
+    def _poison(self, block: int) -> None:
+        rows = slice(block * self.pool.block_size, (block + 1) * self.pool.block_size)
+        self.keys[:, rows] = math.nan
+        self.values[:, rows] = math.nan
+
+
+class _View:
+    """Writes the step's keys and values, then reads: sequences with one new token together, the others one by one."""
+
+    def __init__(self, cache: PagedKVCache, tables: Sequence[BlockTable], counts: Sequence[int], write: list[int]):
+        self.cache, like = cache, cache.keys
+        self.write = asarray_like(write, like, "int64")
+        starts, at = [], 0
+        for n in counts:
+            starts.append(at)
+            at += n
+        one = [i for i, n in enumerate(counts) if n == 1]
+        self.many = [
+            (slice(starts[i], starts[i] + n), tables[i].length,
+             asarray_like(tables[i].slots(0, tables[i].length + n), like, "int64"))
+            for i, n in enumerate(counts) if n > 1
+        ]  # fmt: skip
+        self.one: Any = None
+        if one:
+            self.one = slice(0, len(one)) if len(one) == at else asarray_like([starts[i] for i in one], like, "int64")
+            self.slots, self.bias = self._gathered([tables[i] for i in one])
+
+    def _gathered(self, tables: list[BlockTable]) -> tuple[Array, Array | None]:
+        """Slots [B, S] of B sequences that bring one token each, and the bias [B, 1, 1, S] that hides the padding.
+
+        A shorter sequence is padded with a slot of its own: what is hidden is multiplied by 0, and 0 · NaN is NaN.
+        """
+        lengths, window, like = [t.length for t in tables], self.cache.window, self.cache.keys
+        longest = max(lengths) + 1
+        rows = [t.slots(0, n + 1) for t, n in zip(tables, lengths, strict=True)]
+        slots = asarray_like([row + [row[0]] * (longest - len(row)) for row in rows], like, "int64")
+        if min(lengths) == max(lengths) and (window is None or longest <= window):
+            return slots, None
+        xp = namespace(like)
+        at, j = asarray_like(lengths, like, "int64")[:, None], xp.arange(longest)[None, :]
+        hidden = j > at
+        if window is not None:
+            hidden = hidden | (j <= at - window)
+        low, zero = (xp.asarray(v, dtype=like.dtype) for v in (masked_score(xp, like.dtype), 0.0))
+        return slots, xp.where(hidden, low, zero)[:, None, None, :]
+
+    def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
+        xp, cache = namespace(q), self.cache
+        keys, values = cache.keys[layer], cache.values[layer]
+        keys[self.write] = k
+        values[self.write] = v
+        if self.one is not None and not self.many:
+            return self._decode(q, keys, values)
+        out = xp.empty_like(q)
+        if self.one is not None:
+            out[self.one] = self._decode(q[self.one], keys, values)
+        for rows, start, slots in self.many:
+            seen = xp.take(keys, slots, axis=0), xp.take(values, slots, axis=0)
+            out[rows] = flash_attention(q[rows], *seen, start=start, window=cache.window)[0]
+        return out
+
+    def _decode(self, q: Array, keys: Array, values: Array) -> Array:
+        """q[B, H, D], one query a sequence → [B, H, D], as one batched product."""
+        xp = namespace(q)
+        batch, heads, dim = q.shape
+        k, v = (xp.take(pool, self.slots, axis=0).transpose(0, 2, 1, 3) for pool in (keys, values))  # [B, G, S, D]
+        grouped = (q * (1.0 / math.sqrt(dim))).reshape(batch, k.shape[1], -1, dim)  # [B, G, R, D]
+        p = xp.matmul(grouped, k.swapaxes(-1, -2))  # [B, G, R, S]
+        if self.bias is not None:
+            p += self.bias
+        p -= p.max(axis=-1, keepdims=True)
+        xp.exp(p, out=p)
+        p /= p.sum(axis=-1, keepdims=True)
+        return xp.matmul(p, v).reshape(batch, heads, dim)
+
+
+def split_attention(
+    q: Array, keys: Array, values: Array, slots: Array, *, start: int, window: int | None = None, parts: int = 512
+) -> tuple[Array, Array]:
+    """Attention of q[T, H, D] over ``slots`` of a pool [slots, G, D], ``parts`` tokens at a time, merged by lse.
+
+    Each part needs nothing of the others, so a GPU computes them side by side where one sequence would leave it
+    idle; returns o[T, H, D] and lse[T, H] as ``attention`` does. Equal to one pass for every size of the parts.
+    """
+    xp = namespace(q, keys, values, slots)
+    o, lse = xp.zeros_like(q), xp.full(q.shape[:2], -math.inf, dtype=q.dtype)
+    for first in range(0, int(slots.shape[0]), parts):
+        part = slots[first : first + parts]
+        seen = xp.take(keys, part, axis=0), xp.take(values, part, axis=0)
+        o, lse = merge(o, lse, *attention(q, *seen, start=start, window=window, first_key=first))
+    return o, lse
