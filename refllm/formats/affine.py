@@ -50,7 +50,7 @@ __all__ = [
 
 _ADD_FIRST = ("half_integer", "asymmetric_signed")
 # Numbers at a time. On a CPU all steps of a piece run within its cache; on a GPU a piece should fill the device.
-_PIECE_HOST, _PIECE_DEVICE = 1 << 16, 1 << 26
+_PIECE_HOST, _PIECE_DEVICE = 1 << 17, 1 << 26
 _TILE_HOST, _TILE_DEVICE = 1 << 18, 1 << 26
 
 

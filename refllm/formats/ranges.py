@@ -16,6 +16,8 @@ Left out: where a range comes from, if not from the smallest and the largest num
 
 from __future__ import annotations
 
+import numpy as np
+
 from refllm.backend import Array, namespace
 from refllm.formats.scheme import Scheme, as_blocks
 
@@ -40,11 +42,22 @@ def ranges(x: Array, scheme: Scheme, *, name: str = "x") -> tuple[Array, Array]:
         raise ValueError(f"{name}: {error}") from None
     if 0 in x.shape[-1:] or (x.size == 0 and scheme.granularity in ("tensor", "block")):
         raise ValueError(f"{name}: an array of shape {tuple(x.shape)} has no range")
-    blocks = as_blocks(x, scheme)
-    lo, hi = xp.min(blocks, axis=(1, 3)), xp.max(blocks, axis=(1, 3))
+    lo, hi = _extremes(x, scheme)
     if not bool(xp.all(xp.isfinite(lo) & xp.isfinite(hi))):  # min and max pass NaN on
         refuse_non_finite(x, name)
     return xp.reshape(lo, shape), xp.reshape(hi, shape)
+
+
+def _extremes(x: Array, scheme: Scheme) -> tuple[Array, Array]:
+    """min and max of each range, in any shape; a range that holds NaN gives NaN."""
+    xp = namespace(x)
+    if xp is np and scheme.granularity == "group" and x.size:
+        # NumPy's max along a short last axis takes twice as long as the same through reduceat
+        flat = x.reshape(-1)
+        starts = np.arange(0, flat.size, scheme.block[1])
+        return np.minimum.reduceat(flat, starts), np.maximum.reduceat(flat, starts)
+    blocks = as_blocks(x, scheme)
+    return xp.min(blocks, axis=(1, 3)), xp.max(blocks, axis=(1, 3))
 
 
 def qparams(x: Array, scheme: Scheme, *, name: str = "x") -> tuple[Array, Array]:
