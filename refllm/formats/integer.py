@@ -1,0 +1,147 @@
+"""Integer products by floating-point units: exact sums of 8-bit codes, and the scaled products made of them.
+
+NumPy has no integer matrix product worth the name (its loop is many times slower than a BLAS call), and a float32
+product of whole numbers is exact as long as no partial sum can exceed 2²⁴ = 16,777,216, whatever the order of
+summation: all whole numbers up to there are float32 numbers. With codes of at most p and q in size that holds for
+
+    K ≤ ⌊2²⁴ / (p·q)⌋      127·127: 1,040   128·128: 1,024   255·127: 518   255·255: 258
+
+and one more is one too many: 1,041 products of 127·127 are 16,790,289, which is odd and no float32. A longer sum
+is split along N, and the parts are added as integers.
+
+A product of two quantised matrices, x̂ = s_x (q_x − z_x) a row (token) and ŵ = s_w (q_w − z_w) a row (channel), is
+made of one integer product and of sums of codes:
+
+    Y = s_x s_w (Q_x Q_wᵀ − z_x Σq_w − z_w Σq_x + N z_x z_w)
+
+Steps of a row factor out of the sum over N, steps of an input channel do not (that is why SmoothQuant moves them
+into the weight); steps of groups need one such product a group.
+
+| symbol   | name                              | shape                      |
+|----------|-----------------------------------|----------------------------|
+| Q_x, Q_w | codes of activations and weight   | [T, N], [M, N] int8, uint8 |
+| s_x, z_x | scale, zero point of activations  | [T, 1] or ()               |
+| s_w, z_w | scale, zero point of the weight   | [M, 1], () or [M, N/g]     |
+
+On a GPU the product must not be run in TF32 (CuPy does so only if asked to by ``CUPY_TF32=1``).
+
+Left out: activations in groups, accumulators of fewer than 32 bits, saturation (there is none: the result is the
+exact sum).
+"""
+
+from __future__ import annotations
+
+from refllm.backend import Array, namespace
+
+__all__ = ["exact_length", "integer_matmul", "scaled_matmul"]
+
+EXACT = 1 << 24  # every whole number up to this size is a float32
+_TILE = 1 << 20  # weight codes turned to float32 at a time, so that no float copy of the weight exists
+
+
+def exact_length(p: int, q: int) -> int:
+    """The longest sum of products of numbers of at most p and q in size that float32 adds exactly: ⌊2²⁴/(p·q)⌋."""
+    if p < 0 or q < 0:
+        raise ValueError(f"exact_length: sizes are not negative, got {p} and {q}")
+    length = EXACT // max(1, p * q)
+    if length == 0:
+        raise ValueError(f"exact_length: one product of {p}·{q} may exceed 2²⁴: float32 cannot hold it")
+    return length
+
+
+def integer_matmul(qx: Array, qw: Array, *, sizes: tuple[int, int] | None = None) -> Array:
+    """Q_x[T, N], Q_w[M, N] of whole numbers → Q_x Q_wᵀ [T, M], exactly; int32, or int64 where int32 may overflow.
+
+    ``sizes`` are bounds of |Q_x| and |Q_w|, if known; else the codes are searched for their largest (which makes a
+    GPU wait).
+
+    Raises
+    ------
+    TypeError
+        if a matrix is not of integers.
+    ValueError
+        if the lengths of the rows differ, or a single product is beyond float32 (codes of more than 12 bits).
+    """
+    xp = namespace(qx, qw)
+    for name, codes in (("qx", qx), ("qw", qw)):
+        if codes.ndim != 2 or codes.dtype.kind not in "iu":
+            raise TypeError(f"integer_matmul: {name} is a matrix of integers, got {codes.dtype} {tuple(codes.shape)}")
+    (rows, n), (outputs, k) = qx.shape, qw.shape
+    if n != k:
+        raise ValueError(f"integer_matmul: rows of {n} and of {k} codes do not fit")
+    p, q = sizes if sizes is not None else (_size(qx), _size(qw))
+    step = min(max(1, n), exact_length(p, q))
+    dtype = xp.int32 if n * p * q < 1 << 31 else xp.int64
+    out = xp.zeros((rows, outputs), dtype=dtype)
+    tile = max(1, _TILE // step)
+    for i in range(0, n, step):
+        left = xp.astype(qx[:, i : i + step], xp.float32)
+        for j in range(0, outputs, tile):
+            right = xp.astype(qw[j : j + tile, i : i + step], xp.float32)
+            out[:, j : j + tile] += xp.astype(left @ right.T, dtype)
+    return out
+
+
+def scaled_matmul(
+    qx: Array,
+    x_scale: Array,
+    x_zero: Array | None,
+    qw: Array,
+    w_scale: Array,
+    w_zero: Array | None,
+    *,
+    sizes: tuple[int, int] | None = None,
+) -> Array:
+    """Y[T, M] = s_x s_w (Q_x − z_x)(Q_w − z_w)ᵀ in the scales' dtype, through exact integers.
+
+    s_x is [T, 1] or (), s_w is [M, 1], () or, in groups along N, [M, N/g]; a zero point is shaped like its scale, and
+    None stands for zeros.
+
+    Raises
+    ------
+    ValueError
+        if a scale's shape is none of these.
+    """
+    xp = namespace(qx, x_scale, qw, w_scale)
+    (rows, n), outputs = qx.shape, int(qw.shape[0])
+    if tuple(x_scale.shape) not in ((), (1, 1), (rows, 1)):
+        raise ValueError(f"scaled_matmul: a scale of activations is [T, 1] or (), got {tuple(x_scale.shape)}")
+    groups = int(w_scale.shape[1]) if w_scale.ndim == 2 else 1
+    if tuple(w_scale.shape) not in ((), (1, 1), (outputs, groups)) or groups == 0 or n % groups:
+        raise ValueError(f"scaled_matmul: a scale of a weight is [M, 1], () or [M, N/g], got {tuple(w_scale.shape)}")
+    size = n // groups
+    total = None
+    for group in range(groups):
+        at = slice(group * size, (group + 1) * size)
+        column = slice(group, group + 1)
+        s = w_scale if w_scale.ndim == 0 else w_scale[:, column].T  # [1, M]
+        z = w_zero if w_zero is None or w_zero.ndim == 0 else w_zero[:, column].T
+        part = _centred(qx[:, at], x_zero, qw[:, at], z, sizes)
+        part = xp.astype(part, x_scale.dtype) * s
+        total = part if total is None else total + part
+    assert total is not None, "there is at least one group"
+    return total * x_scale
+
+
+def _centred(qx: Array, zx: Array | None, qw: Array, zw: Array | None, sizes: tuple[int, int] | None) -> Array:
+    """(Q_x − z_x)(Q_w − z_w)ᵀ [T, M] as exact int64 numbers, for z_x [T, 1] or (), z_w [1, M] or ()."""
+    xp = namespace(qx, qw)
+    out = integer_matmul(qx, qw, sizes=sizes)
+    if zx is None and zw is None:
+        return out
+    out = xp.astype(out, xp.int64)
+    zx = None if zx is None else xp.astype(zx, xp.int64)
+    zw = None if zw is None else xp.astype(zw, xp.int64)
+    if zx is not None:
+        out = out - zx * xp.sum(qw, axis=1, dtype=xp.int64)[None, :]
+    if zw is not None:
+        out = out - zw * xp.sum(qx, axis=1, dtype=xp.int64)[:, None]
+    if zx is not None and zw is not None:
+        out = out + int(qx.shape[1]) * zx * zw
+    return out
+
+
+def _size(codes: Array) -> int:
+    """max |q|, as a Python integer (|−128| is no int8)."""
+    xp = namespace(codes)
+    return max(int(xp.max(codes)), -int(xp.min(codes))) if codes.size else 0
