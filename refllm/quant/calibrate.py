@@ -79,22 +79,25 @@ class LayerRun:
             yield STAGES[self.stage]
             self._advance()
 
-    def inputs(self) -> Iterator[Array]:
-        """What the projections of this stage read, [T, N] batch by batch; nothing where there is no text.
+    def inputs(self, batches: Sequence[Batch] | None = None) -> Iterator[Array]:
+        """What the projections of this stage read, [T, N] batch by batch (all, or some of ``self.batches``).
 
         Raises
         ------
         ValueError
             naming layer and tensor, if a number is not finite.
         """
-        for batch in self.batches:
+        for batch in self.batches if batches is None else batches:
             x = self._input(batch)
             xp = namespace(x)
             if not bool(xp.all(xp.isfinite(x))):
-                tensor = f"model.layers.{self.index}.{PROJECTIONS[STAGES[self.stage][0]]}"
-                raise ValueError(f"calibration: the input of {tensor} is not finite: a weight before it is too large "
-                                 "or broken, or the compute dtype is too narrow")  # fmt: skip
+                raise ValueError(f"calibration: the input of {self.tensor(STAGES[self.stage][0])} is not finite: a "
+                                 "weight before it is too large or broken, or the dtype too narrow")  # fmt: skip
             yield x
+
+    def tensor(self, name: str) -> str:
+        """The name of a projection in the checkpoint, without ``.weight``."""
+        return f"model.layers.{self.index}.{PROJECTIONS[name]}"
 
     def finish(self) -> None:
         """Let the text go through what is left of the layer."""

@@ -12,10 +12,15 @@ Left out: losses of a whole layer or model (``study.quality`` measures what text
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from refllm.backend import Array, namespace
+from refllm.formats.affine import Scheme
 from refllm.model.llama import PROJECTIONS
+from refllm.model.weights import Linear
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Report:
     """Every row, in the order of the network, and what was asked for."""
 
     method: str
-    scheme: str
+    scheme: Scheme
     tensors: tuple[TensorReport, ...]
     seconds: float
 
@@ -79,6 +84,34 @@ class Report:
         lines = [header, *(_cells(t) for t in self.tensors)]
         lines.append(("all", f"{self.weights:,}", f"{self.bits_per_weight:.3f}", "", "", "", f"{self.seconds:.2f}"))
         return _aligned(lines)
+
+
+class Clock:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __call__(self) -> float:
+        return time.perf_counter() - self.began
+
+
+def row(
+    layer: int, name: str, method: str, dense: Array, made: Linear, x: Array | None, seconds: float,
+    loss: float | None = None, note: str = "",
+) -> TensorReport:  # fmt: skip
+    """The row of a projection: W[M, N] as it was, the ``Linear`` that it became, inputs x[T, N] to compare them on."""
+    output_error = None if x is None else relative_error(x @ dense.T, made.matmul(x))
+    weight_error = relative_error(dense, made.dequantize())
+    return TensorReport(layer, name, method, made.shape, made.nbytes, weight_error, output_error, loss, seconds, note)
+
+
+def relative_error(exact: Array, rounded: Array) -> float:
+    """‖rounded − exact‖² / ‖exact‖², summed in float64; 0 where both are zero."""
+    xp = namespace(exact, rounded)
+    error = float(xp.sum(xp.square(rounded - exact), dtype=xp.float64))
+    size = float(xp.sum(xp.square(exact), dtype=xp.float64))
+    return error / size if size else 0.0 if error == 0 else math.inf
 
 
 def _cells(t: TensorReport) -> tuple[str, ...]:
