@@ -27,6 +27,7 @@ from refllm.formats.scheme import Scheme
 __all__ = ["SCALE_DTYPES", "load_scale", "load_zero", "pack_codes", "store_scale", "store_zero", "unpack_codes"]
 
 SCALE_DTYPES = ("float16", "bfloat16", "float32", "float64")
+ZERO_DTYPES = ("float16", "float32", "int32")  # all codes are exact in them
 
 
 def store_scale(scale: Array, dtype: str | None, *, name: str = "scale") -> Array:
@@ -62,7 +63,8 @@ def load_scale(stored: Array, dtype: Any) -> Array:
     """What ``store_scale`` made → floats of ``dtype``."""
     xp = namespace(stored)
     if stored.dtype == xp.uint16:
-        stored = bitcast(xp.astype(stored, xp.uint32) << 16, xp.float32)
+        flat = xp.astype(xp.reshape(stored, (stored.size,)), xp.uint32)
+        stored = xp.reshape(bitcast(flat << 16, xp.float32), stored.shape)
     return xp.astype(stored, dtype, copy=False)
 
 
@@ -85,9 +87,13 @@ def store_zero(zero_point: Array, scheme: Scheme, dtype: str | None) -> Array | 
     """Zero points of asymmetric rules as one stream of b bits each, or as numbers of ``dtype``."""
     xp = namespace(zero_point)
     if scheme.symmetric:
+        if not bool(xp.all(zero_point == scheme.zero)):
+            raise ValueError(f"zero points of rule {scheme.rule!r} are all {scheme.zero}; use an asymmetric rule")
         return None
     if dtype is not None:
-        return xp.astype(zero_point, dtype)
+        if dtype not in ZERO_DTYPES:
+            raise ValueError(f"zero_dtype {dtype!r} is unknown; choose one of {', '.join(ZERO_DTYPES)}, or None")
+        return xp.astype(zero_point, getattr(xp, dtype))
     return pack(xp.reshape(zero_point, (zero_point.size,)) + scheme.offset, scheme.bits)
 
 
