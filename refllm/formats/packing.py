@@ -90,7 +90,7 @@ def unpack(words: Array, bits: int, count: int) -> Array:
     for j in range(bits // unit):
         spread[..., j] = source[..., j]
     codes = _spread(spread.reshape((*lead, 8 * eights // unit)).view(xp.uint64), bits).view(xp.uint8)
-    return codes if count == 8 * eights else xp.ascontiguousarray(codes[..., :count])
+    return codes if count == 8 * eights else xp.copy(codes[..., :count])
 
 
 def _squeeze(v: Array, bits: int) -> Array:
@@ -125,7 +125,7 @@ def _fit(stream: Array, size: int) -> Array:
     if have == size:
         return stream
     if have > size:
-        return xp.ascontiguousarray(stream[..., :size])
+        return xp.copy(stream[..., :size])  # of a single row, ascontiguousarray would keep the longer buffer
     out = xp.zeros((*stream.shape[:-1], size), dtype=xp.uint8)
     out[..., :have] = stream
     return out
