@@ -1,0 +1,107 @@
+"""The experiment that AWQ starts from: keep 1 % of the input channels in full precision, chosen in three ways.
+
+Source: Lin et al. 2023, §3.1 and table 1. Chosen by the size of their activations, the kept channels repair most
+of what rounding broke; chosen by the size of their weights, or at random, hardly anything. Rows of mixed precision
+are awkward for hardware, which is why AWQ scales the channels instead of keeping them.
+
+| symbol | name                                          | shape  |
+|--------|-----------------------------------------------|--------|
+| x      | inputs                                        | [T, N] |
+| W      | weight                                        | [M, N] |
+| kept   | indices of the kept input channels, ascending | [k]    |
+
+Left out: choosing single weights or output rows, sparse layouts of what is kept.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from refllm.backend import Array, asarray_like, namespace
+from refllm.formats.affine import Quantized, Scheme, quantize
+from refllm.model.weights import Linear
+from refllm.quant.awq import channel_magnitude
+
+BY = ("activation", "weight", "random")
+
+
+def salient_channels(
+    x: Array, weight: Array, by: str, *, fraction: float = 0.01, rng: np.random.Generator | None = None
+) -> Array:
+    """Indices of the ⌈fraction·N⌉ most salient input channels, ascending: x[T, N], W[M, N] → [k].
+
+    ``by`` is ``"activation"`` (mean |x_j|), ``"weight"`` (the length of column j) or ``"random"`` (needs ``rng``).
+    """
+    xp = namespace(x, weight)
+    columns = int(weight.shape[1])
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"salient_channels: fraction {fraction} is not within 0..1")
+    if by == "activation":
+        size = channel_magnitude(x)
+    elif by == "weight":
+        size = xp.sum(xp.astype(weight, xp.float64) ** 2, axis=0)
+    elif by == "random" and rng is not None:
+        size = asarray_like(rng.permutation(columns), weight, "float64")
+    else:
+        raise ValueError(f"salient_channels: choose by one of {', '.join(BY)} (random needs rng), not {by!r}")
+    count = math.ceil(fraction * columns)
+    return xp.sort(xp.argsort(-size, kind="stable")[:count])
+
+
+class Protected:
+    """A quantised weight of which some input channels are kept as they were: a ``Linear``.
+
+    The steps of the other weights are those of the whole matrix, so that only the kept columns differ from rounding
+    to nearest, and an error that falls fell for that reason alone.
+    """
+
+    def __init__(self, weight: Array, scheme: Scheme, kept: Array):
+        self.quantized: Quantized = quantize(weight, scheme)
+        self.kept, self.columns = kept, weight[:, kept]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.quantized.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Codes and scales of all columns, the kept columns in their own type, and their indices."""
+        return int(self.quantized.nbytes + self.columns.nbytes + self.kept.nbytes)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8.0 * self.nbytes / (self.shape[0] * self.shape[1])
+
+    def matmul(self, x: Array) -> Array:
+        """x[T, N] → [T, M]: the kept channels are taken out of x, multiplied on their own, and added."""
+        rest = x.copy()
+        rest[:, self.kept] = 0.0
+        return self.quantized.matmul(rest) + x[:, self.kept] @ self.columns.T
+
+    def dequantize(self) -> Array:
+        """W[M, N], the kept columns exact."""
+        weight = self.quantized.dequantize()
+        weight[:, self.kept] = self.columns
+        return weight
+
+
+def output_error(x: Array, weight: Array, approximation: Linear) -> float:
+    """‖x Wᵀ − x Ŵᵀ‖² / ‖x Wᵀ‖² for x[T, N], W[M, N]; 0 where both are zero."""
+    xp = namespace(x, weight)
+    exact = xp.astype(x @ weight.T, xp.float64)
+    error = float(xp.sum((exact - approximation.matmul(x)) ** 2))
+    size = float(xp.sum(exact**2))
+    return error / size if size else (0.0 if error == 0 else math.inf)
+
+
+def experiment(
+    x: Array, weight: Array, scheme: Scheme, *, fraction: float = 0.01, rng: np.random.Generator
+) -> dict[str, float]:
+    """Output error with nothing kept (``"none"``) and with a fraction kept by each of ``BY``."""
+    errors = {"none": output_error(x, weight, quantize(weight, scheme))}
+    for by in BY:
+        kept = salient_channels(x, weight, by, fraction=fraction, rng=rng)
+        errors[by] = output_error(x, weight, Protected(weight, scheme, kept))
+    return errors
