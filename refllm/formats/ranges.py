@@ -94,8 +94,9 @@ def range_to_qparams(lo: Array, hi: Array, scheme: Scheme, *, name: str = "range
         return xp.reshape(scale, shape), xp.full(shape, scheme.zero, dtype=xp.int32)
     if scheme.rule == "asymmetric":  # GPTQ gives an all-zero row the range ±1
         lo, hi = xp.where(empty, -1.0, lo), xp.where(empty, 1.0, hi)
-    # the difference of halves: as exact as hi − lo, and never infinite
-    half = xp.clip(0.5 * hi - 0.5 * lo, 0.5 * AWQ_RANGE if scheme.rule == "awq" else 0.0, largest * 0.5)
+    # the difference of halves: as exact as hi − lo, and never infinite; nor is its quotient, where L is 1
+    least = 0.5 * AWQ_RANGE if scheme.rule == "awq" else 0.0
+    half = xp.clip(0.5 * hi - 0.5 * lo, least, largest * min(1.0, 0.5 * scheme.steps))
     scale = xp.clip(half / (0.5 * scheme.steps), smallest, largest)
     if scheme.rule == "asymmetric_signed":
         scale = xp.where(empty, _empty_step(scheme, scale), scale)
