@@ -23,6 +23,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
@@ -175,9 +176,11 @@ def settings(method: str, scheme: Scheme | None, calibration: Any, **options: An
         ids = sequences(calibration, 2**31)
         digest = hashlib.sha256(repr(ids).encode()).hexdigest()
         text = {"sequences": len(ids), "tokens": sum(map(len, ids)), "sha256": digest}
-    return {
+    found = {
         "method": method,
         "options": dataclasses.asdict(how),  # type: ignore[call-overload]
         "scheme": dataclasses.asdict(default_scheme(method) if scheme is None else scheme),
         "calibration": text,
     }
+    plain: dict[str, Any] = json.loads(json.dumps(found))  # tuples become lists, as they do in a file
+    return plain
