@@ -1,0 +1,162 @@
+"""A weight in codes: its product, its bytes, what comes back, and how little of it is ever in floats."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import to_host
+from refllm.formats import quantized
+from refllm.formats.affine import Quantized, Scheme, decode, effective_bits, encode, quantize
+from schemes import columns, rows, schemes
+from strategies import build, seeds
+
+KINDS = ("normal", "outlier_column", "zero", "constant", "denormal", "one_sided")
+dtypes = st.sampled_from(["float32", "float64"])
+
+
+@pytest.mark.theorem(
+    "Quantized.matmul(x) = x Ŵᵀ for the Ŵ that dequantize() gives, whatever the tile, in float64 where x or W is",
+    source="design: the weight seam",
+)
+@given(schemes(), rows, columns, st.integers(0, 4), st.sampled_from(KINDS), dtypes, dtypes, st.integers(1, 50), seeds)
+def test_matmul_is_the_product_of_what_comes_back(xp, scheme, m, n, t, kind, dtype, other, tile, seed):
+    weight = quantize(xp.asarray(build(kind, (m, n), seed, dtype)), scheme)
+    x = np.random.default_rng(seed).standard_normal((t, n)).astype(other)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantized, "TILE", (tile, tile))
+        got = to_host(weight.matmul(xp.asarray(x)))
+    back = to_host(weight.dequantize())
+    assert got.shape == (t, m)
+    assert got.dtype == np.result_type(dtype, other)
+    wide = x.astype(np.longdouble) @ back.T.astype(np.longdouble)
+    info = np.finfo(got.dtype)
+    bound = n * float(info.eps) * (np.abs(x).astype(np.longdouble) @ np.abs(back).T.astype(np.longdouble))
+    assert (np.abs(got - wide) <= bound + n * float(info.smallest_subnormal)).all()
+
+
+@given(schemes(), rows, columns, dtypes, seeds)
+def test_what_is_held_comes_back(xp, scheme, m, n, dtype, seed):
+    x = xp.asarray(build("normal", (m, n), seed, dtype))
+    weight = quantize(x, scheme)
+    assert weight.shape == (m, n)
+    assert weight.dtype == weight.scale.dtype == x.dtype
+    assert weight.scale.shape == weight.zero_point.shape == scheme.scale_shape((m, n))
+    assert weight.packed().shape == (m, -(-n * scheme.bits // 32))
+    back = decode(weight.codes, weight.scale, weight.zero_point, scheme)
+    np.testing.assert_array_equal(to_host(weight.dequantize()), to_host(back))
+
+
+@given(schemes(), rows, columns, st.sampled_from([None, "float16", "bfloat16"]), seeds)
+def test_from_codes_is_the_same_weight(xp, scheme, m, n, scale_dtype, seed):
+    first = quantize(xp.asarray(build("normal", (m, n), seed)), scheme, scale_dtype=scale_dtype)
+    again = Quantized.from_codes(first.codes, first.scale, first.zero_point, scheme, scale_dtype)
+    np.testing.assert_array_equal(to_host(again.packed()), to_host(first.packed()))
+    np.testing.assert_array_equal(to_host(again.dequantize()), to_host(first.dequantize()))
+    assert again.nbytes == first.nbytes
+    if scheme.symmetric:
+        bare = Quantized.from_codes(first.codes, first.scale, None, scheme, scale_dtype)
+        np.testing.assert_array_equal(to_host(bare.zero_point), to_host(first.zero_point))
+
+
+@given(schemes(), st.sampled_from(["float16", "bfloat16"]), dtypes, seeds)
+def test_codes_are_made_with_the_scale_that_is_stored(xp, scheme, scale_dtype, dtype, seed):
+    x = xp.asarray(build("normal", (5, 12), seed, dtype))
+    weight = quantize(x, scheme, scale_dtype=scale_dtype)
+    codes = encode(x, weight.scale, weight.zero_point, scheme)
+    np.testing.assert_array_equal(to_host(weight.codes), to_host(codes))
+
+
+@given(schemes(), seeds)
+def test_given_steps_are_used(xp, scheme, seed):
+    x = xp.asarray(build("normal", (5, 12), seed))
+    own = quantize(x, scheme)
+    wide = quantize(x, scheme, scale=own.scale * 2.0, zero_point=own.zero_point)
+    np.testing.assert_array_equal(to_host(wide.scale), 2.0 * to_host(own.scale))
+    codes = encode(x, own.scale * 2.0, own.zero_point, scheme)
+    np.testing.assert_array_equal(to_host(wide.codes), to_host(codes))
+    if scheme.symmetric:
+        bare = quantize(x, scheme, scale=own.scale)
+        np.testing.assert_array_equal(to_host(bare.packed()), to_host(own.packed()))
+
+
+# --- bytes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.theorem(
+    "nbytes = 4 M ⌈N·b/32⌉ + bytes of the scales + 4 ⌈ranges·b/32⌉ of asymmetric zero points; nothing else is held",
+    source="design: the weight seam",
+)
+@given(schemes(), rows, columns, st.sampled_from([(None, 4), ("float16", 2), ("bfloat16", 2), ("float64", 8)]), seeds)
+def test_bytes(xp, scheme, m, n, scale_dtype, seed):
+    weight = quantize(xp.asarray(build("normal", (m, n), seed)), scheme, scale_dtype=scale_dtype[0])
+    steps = int(np.prod(scheme.scale_shape((m, n))))
+    zeros = 0 if scheme.symmetric else 4 * -(-steps * scheme.bits // 32)
+    assert weight.nbytes == 4 * m * -(-n * scheme.bits // 32) + scale_dtype[1] * steps + zeros
+    assert weight.bits_per_weight == 8 * weight.nbytes / (m * n)
+    held = [v for v in vars(weight).values() if hasattr(v, "nbytes")]
+    assert sum(v.nbytes for v in held) == weight.nbytes
+
+
+@pytest.mark.theorem(
+    "The article's 4 + 32/128 = 4.25 bits a weight, and the other accountings, are what the bytes held come to",
+    source="specs §1, effective bits",
+)
+@pytest.mark.parametrize(
+    ("bits", "rule", "group", "zero_dtype", "zero_bits", "total"),
+    [
+        (4, "asymmetric", 128, "float16", 16, 4.25),
+        (4, "asymmetric", 128, None, 4, 4.15625),
+        (4, "half_integer", 128, None, 0, 4.125),
+        (4, "half_integer", 32, None, 0, 4.5),
+        (4, "asymmetric", 32, "float16", 16, 5.0),
+        (3, "asymmetric", 128, None, 3, 3 + 19 / 128),
+        (8, "restricted", 512, None, 0, 8 + 16 / 512),
+    ],
+)
+def test_effective_bits_are_real_bytes(bits, rule, group, zero_dtype, zero_bits, total):
+    x = build("normal", (64, 512), 0)
+    weight = quantize(x, Scheme(bits, rule, "group", group), scale_dtype="float16", zero_dtype=zero_dtype)
+    assert weight.bits_per_weight == effective_bits(bits, group, zero_bits=zero_bits) == total
+    np.testing.assert_array_equal(weight.zero_point, quantize(x, weight.scheme).zero_point)
+
+
+def test_no_float_copy_of_the_weight_is_ever_made():
+    """A product with 4 M weights (16 MiB of float32) needs less than 4 MiB beside what it returns."""
+    weight = quantize(build("normal", (2048, 2048), 0), Scheme(4, "asymmetric", "group", 128), scale_dtype="float16")
+    assert weight.nbytes < 2.2 * 2**20
+    x = np.ones((1, 2048), dtype=np.float32)
+    tracemalloc.start()
+    weight.matmul(x)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * 2**20
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------
+
+
+def test_codes_that_do_not_fit_are_refused(xp):
+    scheme = Scheme(4, "half_integer", "channel")
+    codes, scale = xp.asarray(np.full((2, 8), 7, dtype=np.int32)), xp.asarray(np.ones((2, 1), dtype=np.float32))
+    for wrong in (codes + 1, codes - 16):
+        with pytest.raises(ValueError, match=r"codes lie in -8\.\.7"):
+            Quantized.from_codes(wrong, scale, None, scheme)
+    with pytest.raises(ValueError, match=r"codes \(2, 8\) and scale \(1, 2\) do not fit"):
+        Quantized.from_codes(codes, scale.T, None, scheme)
+    with pytest.raises(ValueError, match=r"codes \(8,\) and scale"):
+        Quantized.from_codes(codes[0, :], scale, None, scheme)
+    with pytest.raises(ValueError, match="zero points of rule 'half_integer' are all 0"):
+        Quantized.from_codes(codes, scale, xp.asarray(np.ones((2, 1), dtype=np.int32)), scheme)
+    with pytest.raises(TypeError, match="the scale is float32 or float64 .* got float16"):
+        Quantized.from_codes(codes, xp.asarray(np.ones((2, 1), dtype=np.float16)), None, scheme)
+
+
+def test_it_says_what_it_is():
+    weight = quantize(build("normal", (2, 8), 0), Scheme(4, "half_integer", "channel"))
+    assert repr(weight).startswith("Quantized(2×8, Scheme(bits=4, rule='half_integer'")
+    assert repr(weight).endswith("8.000 bits per weight)")
