@@ -67,7 +67,7 @@ def measure_machine(threads: int = 1, *, size: int = 1024, megabytes: int = 256,
         x, y = np.ones((2, megabytes * 1_000_000 // 8), np.float32)
         read = _median_seconds(lambda: np.dot(x, y), repeats)
         blas: dict[str, Any] = next((p for p in threadpool_info() if p.get("user_api") == "blas"), {})
-    name = f"{_processor()}, float32, {threads} thread{'s' if threads > 1 else ''}"
+    name = f"{processor()}, float32, {threads} thread{'s' if threads > 1 else ''}"
     how = f"sgemm {size}³ and dot of {megabytes} MB, medians of {repeats}; NumPy {np.__version__}, "
     how += (
         f"{blas.get('internal_api', 'unknown BLAS')} {blas.get('version', '')}, {blas.get('num_threads', '?')} threads"
@@ -85,7 +85,7 @@ def _median_seconds(call: Callable[[], Any], repeats: int) -> float:
     return float(np.median(times))
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's own name where the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
