@@ -6,6 +6,7 @@ these networks are never within rounding of each other: the helper ``greedy_by_h
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import fakecupy
 import refllm
 from conftest import to_host
 from refllm.api import BUNDLED, Model, bundled, load
+from refllm.decode import generate
 from refllm.decode.generate import Sampling, generate_tokens
 from refllm.model.checkpoint import CheckpointError, save
 from study_models import byte_tokenizer, tiny_config, tiny_model, tiny_params
@@ -128,6 +130,33 @@ def test_cached_generation_equals_repeated_full_forward(prompt, count):
 def test_a_ragged_batch_gives_what_each_prompt_gives_alone(batch):
     together = ENDLESS.generate_batch(batch, 6)
     assert together == [greedy_by_hand(ENDLESS, prompt, 6) for prompt in batch]
+
+
+@pytest.mark.theorem(
+    "A prefill in any passes gives the tokens of one pass: chunked prefill = prefill", source="serving arithmetic"
+)
+@given(st.lists(prompts, min_size=1, max_size=5), st.integers(1, 9))
+def test_a_prefill_in_several_passes_is_one_prefill(batch, budget):
+    together = ENDLESS.generate_batch(batch, 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "PREFILL", budget)
+        assert ENDLESS.generate_batch(batch, 4) == together
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.integers(1, 30))
+def test_conservation_passes_bring_every_token_once_and_cut_only_what_fills_a_pass(lengths, budget):
+    plan = list(generate.passes(lengths, budget))
+    assert [sum(column) for column in zip(*plan, strict=True)] == lengths
+    assert all(0 < sum(counts) <= budget for counts in plan)
+    begun = [0] * len(lengths)
+    for counts in plan:
+        for b, n in enumerate(counts):
+            begun[b] += n
+            if n and begun[b] < lengths[b]:
+                assert n == budget  # cut, and alone in its pass
+    for one, two in pairwise(plan):  # no pass has room for the prompt that follows it
+        following = next(b for b, n in enumerate(two) if n)
+        assert sum(one) + lengths[following] > budget
 
 
 def test_a_batch_goes_on_until_its_last_sequence_has_ended():

@@ -86,6 +86,17 @@ class Machine(RuleBasedStateMachine):
         full = [n == CAPACITY for n in self.lengths()]
         self.step([1] * (full.index(True) if True in full else len(full)))
 
+    @precondition(lambda self: min(self.lengths()) < CAPACITY)
+    @rule(data=st.data())
+    def prefill(self, data):
+        """The same number of tokens for some neighbours: the batched path, wherever each of them stands."""
+        room = [CAPACITY - n for n in self.lengths()]
+        first = data.draw(st.sampled_from([b for b, n in enumerate(room) if n]))
+        count = data.draw(st.integers(1, min(4, room[first])))
+        end = next((b for b in range(first, len(room)) if room[b] < count), len(room))
+        last = data.draw(st.integers(first + 1, end))
+        self.step([count if first <= b < last else 0 for b in range(len(room))])
+
     @rule(data=st.data())
     def roll_back(self, data):
         b = data.draw(st.integers(0, len(self.lengths()) - 1))
@@ -116,7 +127,7 @@ class Machine(RuleBasedStateMachine):
         if not hasattr(self, "model"):
             return
         assert self.cache.lengths == self.lengths()
-        strips = to_host(self.cache.keys), to_host(self.cache.values)
+        strips = to_host(self.cache.keys).swapaxes(-1, -2), to_host(self.cache.values)
         for layer, sequences in enumerate(self.model):
             for b, pairs in enumerate(sequences):
                 for j, pair in pairs.items():

@@ -34,6 +34,7 @@ HOST = {
     "model.shards": "files hold host bytes; tensors are moved once they are checked",
     "model.weights:Dense.__init__": "the blocked layout is a cure for OpenBLAS and exists on the host only",
     "model.weights:Dense.matmul": "the blocked layout is a cure for OpenBLAS and exists on the host only",
+    "model.weights:Room": "the blocked layout is a cure for OpenBLAS and exists on the host only",
     "quant.passages": "token ids are host data until they are embedded",
     "decode.generate": "prompts are lists; what the device needs is moved in one array a step",
 }

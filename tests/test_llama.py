@@ -18,6 +18,7 @@ from refllm.model.attention import CausalAttend
 from refllm.model.backward import hidden_states
 from refllm.model.config import ModelConfig, RopeScaling
 from refllm.model.llama import build, forward, logits
+from refllm.model.weights import Dense
 from strategies import model_configs, partitions, seeds
 
 
@@ -79,6 +80,41 @@ def test_network_is_its_definition(xp, batch):
     ours = to_host(logits(weights, xp.asarray(hidden)))
     expected = naive_logits(config, random_tensors(config, seed), tokens)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=tolerance(config, len(tokens), expected))
+
+
+@pytest.mark.parametrize("dropped", [(), ("k_proj",), ("up_proj",)], ids=["joint", "k alone", "up alone"])
+def test_weights_side_by_side_are_the_definition_too(xp, dropped):
+    """Widths of 64, which are stored in blocks and multiplied together, unless one of them was exchanged."""
+    config = ModelConfig("qwen3", 64, 64, 128, 2, 4, 2, 32, attention_bias=True, qk_norm=True)
+    tensors, tokens = random_tensors(config, 0), list(range(9))
+    weights = built(xp, config, 0)
+    for layer in weights["layers"]:
+        assert (layer["k_proj"].joint is not None) == (xp is np)
+        layer |= {name: Dense(xp.asarray(layer[name].dequantize())) for name in dropped}
+    ours = to_host(logits(weights, xp.asarray(run(xp, weights, config, [tokens])[0])))
+    expected = naive_logits(config, tensors, tokens)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=tolerance(config, len(tokens), expected))
+
+
+@pytest.mark.theorem(
+    "forward(…, rows) = forward(…)[rows]: the last layer may leave out what is not asked for", source="row by row"
+)
+@given(batches(), st.data())
+def test_chosen_rows_are_the_rows_of_the_full_forward(xp, batch, data):
+    config, seed, sequences = batch
+    weights = built(xp, config, seed)
+    tokens = [t for sequence in sequences for t in sequence]
+    positions = [i for sequence in sequences for i in range(len(sequence))]
+    rows = data.draw(st.lists(st.integers(0, len(tokens) - 1), max_size=4))
+
+    def hidden(*chosen):
+        attend = CausalAttend([len(sequence) for sequence in sequences], config.sliding_window)
+        return to_host(forward(weights, config, ids(xp, tokens), ids(xp, positions), attend, *chosen))
+
+    full = hidden()
+    some = hidden(ids(xp, rows))
+    assert some.shape == (len(rows), config.hidden_size)
+    np.testing.assert_allclose(some, full[rows], rtol=0, atol=tolerance(config, len(tokens), full))
 
 
 @pytest.mark.parametrize(

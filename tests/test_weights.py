@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import to_host
-from refllm.model.weights import BLOCK, Dense
+from refllm.model import weights
+from refllm.model.weights import BLOCK, Dense, Room, product, side_by_side
 from strategies import arrays, seeds
 
 # one block and several, one row less and one more, and sizes that are no multiple of the block
@@ -24,10 +25,12 @@ def matrices(draw):
 
 
 @pytest.mark.theorem("Dense.matmul(x) = x Wᵀ in either layout, for every M, N and T", source="design: the weight seam")
-@given(matrices(), st.integers(0, 70), seeds)
-def test_matmul_is_the_plain_product(xp, weight, rows, seed):
+@given(matrices(), st.integers(0, 70), st.sampled_from([0, 3, 4, 5, 16, 10**6]), seeds)
+def test_matmul_is_the_plain_product(xp, weight, rows, most, seed):
     x = np.random.default_rng(seed).standard_normal((rows, weight.shape[1])).astype(weight.dtype)
-    got = to_host(Dense(xp.asarray(weight)).matmul(xp.asarray(x)))
+    with pytest.MonkeyPatch.context() as patch:  # groups of at most so many rows; below 4 there are no groups
+        patch.setattr(weights, "SMALL", most * BLOCK * weight.shape[1])
+        got = to_host(Dense(xp.asarray(weight)).matmul(xp.asarray(x)))
     assert got.shape == (rows, weight.shape[0])
     assert got.dtype == weight.dtype
     exact = x.astype(np.longdouble) @ weight.T.astype(np.longdouble)
@@ -71,6 +74,61 @@ def test_layout_is_chosen_by_library_and_shape(xp):
     multiple, other = xp.zeros((2 * BLOCK, 3)), xp.zeros((2 * BLOCK + 1, 3))
     assert Dense(multiple).blocked == (xp is np)
     assert not Dense(other).blocked
+
+
+# --- side by side ----------------------------------------------------------------------------------------------
+
+
+def laid_out(xp, sizes, columns, seed, dtype="float64", room_dtype="float64"):
+    """Host weights [M, N] of ``sizes`` rows, the same in a room of their own, and that room."""
+    rng = np.random.default_rng(seed)
+    host = [rng.standard_normal((m, columns)).astype(dtype) for m in sizes]
+    room = Room([w.shape for w in host], xp.zeros(1, dtype=room_dtype))
+    return host, side_by_side((xp.asarray(w) for w in host), room), room
+
+
+@pytest.mark.theorem(
+    "product(x, W₁, W₂, …) = [x W₁ᵀ | x W₂ᵀ | …], joint or one by one, of any of the weights in any order",
+    source="design: the weight seam",
+)
+@given(st.data(), st.integers(1, 9), st.integers(0, 5), seeds)
+def test_product_of_several_weights_is_the_products_side_by_side(xp, data, columns, rows, seed):
+    sizes = data.draw(st.lists(st.sampled_from([BLOCK, 2 * BLOCK, 3 * BLOCK, 5]), min_size=1, max_size=4))
+    host, dense, _ = laid_out(xp, sizes, columns, seed)
+    chosen = data.draw(st.lists(st.integers(0, len(sizes) - 1), min_size=1, max_size=4))
+    mine = [Dense(xp.asarray(host[i])) if data.draw(st.booleans()) else dense[i] for i in chosen]
+    for indices, weights_there in ((range(len(sizes)), dense), (chosen, mine)):
+        x = np.random.default_rng(seed).standard_normal((rows, columns))
+        got = to_host(product(xp.asarray(x), *weights_there))
+        expected = np.concatenate([x @ host[i].T for i in indices], axis=1)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=columns * 40 * np.finfo(float).eps)
+    for w, d in zip(host, dense, strict=True):
+        np.testing.assert_array_equal(to_host(d.dequantize()), w)
+        assert d.nbytes == w.nbytes
+
+
+def test_weights_side_by_side_are_one_product_and_share_the_room(xp, monkeypatch):
+    _, dense, room = laid_out(xp, (2 * BLOCK, BLOCK), 3, 0)
+    multiplied = []
+    monkeypatch.setattr(Dense, "matmul", lambda self, x, f=Dense.matmul: (multiplied.append(self.shape), f(self, x))[1])
+    x = xp.ones((2, 3))
+    product(x, *dense)
+    assert multiplied == ([(3 * BLOCK, 3)] if xp is np else [(2 * BLOCK, 3), (BLOCK, 3)])
+    assert room.used == (9 * BLOCK if xp is np else 0)
+    for others in (dense[:1], dense[::-1], [dense[0], Dense(xp.ones((BLOCK, 3)))]):
+        multiplied.clear()
+        product(x, *others)
+        assert multiplied == [w.shape for w in others]  # never the joint one
+
+
+def test_a_room_takes_only_blocks_of_its_own_type():
+    for sizes, types in (((BLOCK, BLOCK + 1), {}), ((BLOCK, BLOCK), {"dtype": "float32"})):
+        _, dense, _ = laid_out(np, sizes, 3, 0, **types)
+        assert all(w.joint is None for w in dense)
+    _, (first, second), room = laid_out(np, (BLOCK, BLOCK), 3, 0)
+    assert room.numbers.__array_interface__["data"][0] % 64 == 0
+    assert np.shares_memory(first.joint._data, second._data)
+    assert room.numbers.size == room.used == 6 * BLOCK
 
 
 def test_mixed_types_follow_numpys_promotion():

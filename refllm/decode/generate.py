@@ -56,6 +56,9 @@ class Sampling:
 
 
 GREEDY = Sampling()
+PREFILL = (
+    256  # prompt tokens a pass on the host: what they compute stays in the caches, and in memory that malloc keeps
+)
 
 
 def generate_tokens(
@@ -84,30 +87,64 @@ def generate_tokens(
     capacity = max(len(p) for p in prompts) + max_tokens
     cache = ContiguousCache(config, len(prompts), capacity, like=like)
     seen = _Seen(prompts, config.vocab_size, like) if how.repetition_penalty != 1 else None
-    tokens = [t for prompt in prompts for t in prompt]
-    counts = [len(p) for p in prompts]
+    tokens: list[int] = []
     for _ in range(max_tokens):
-        placed = asarray_like([tokens, cache.positions(counts)], like, "int64")  # one transfer for both
-        hidden = forward(weights, config, placed[0], placed[1], cache.view(counts))
-        cache.advance(counts)
-        if len(tokens) > len(prompts):  # after prefill: only the last token of each prompt is sampled from
-            hidden = hidden[asarray_like(np.cumsum(counts) - 1, like)]
-        z = logits(weights, hidden)
+        z = logits(
+            weights, _decode(weights, config, tokens, cache) if tokens else _prefill(weights, config, prompts, cache)
+        )
         if seen is not None:
             z = sampling.apply_repetition_penalty(z, seen.mask, how.repetition_penalty)
         tokens = _choose(z, how, rng)
         if seen is not None:
             seen.add(tokens)
-        counts = [1] * len(prompts)
         yield tokens
+
+
+def _decode(weights: Weights, config: ModelConfig, tokens: list[int], cache: ContiguousCache) -> Array:
+    """One token a sequence → hidden[B, N]."""
+    counts = [1] * len(tokens)
+    placed = asarray_like([tokens, cache.positions(counts)], cache.keys, "int64")  # one transfer for both
+    hidden = forward(weights, config, placed[0], placed[1], cache.view(counts))
+    cache.advance(counts)
+    return hidden
+
+
+def _prefill(weights: Weights, config: ModelConfig, prompts: Sequence[Sequence[int]], cache: ContiguousCache) -> Array:
+    """All tokens of all prompts → hidden[B, N] of the last of each, the only ones that are sampled from."""
+    like = cache.keys
+    total = sum(len(prompt) for prompt in prompts)
+    ends = []
+    for counts in passes([len(prompt) for prompt in prompts], PREFILL if namespace(like) is np else total):
+        begins, last = cache.lengths[:], np.cumsum(counts) - 1
+        parts = [prompt[b : b + n] for prompt, b, n in zip(prompts, begins, counts, strict=True)]
+        placed = asarray_like([[t for part in parts for t in part], cache.positions(counts)], like, "int64")
+        done = [n > 0 and b + n == len(p) for p, b, n in zip(prompts, begins, counts, strict=True)]
+        rows = asarray_like(last[done], like)
+        ends.append(forward(weights, config, placed[0], placed[1], cache.view(counts), rows))
+        cache.advance(counts)
+    return ends[0] if len(ends) == 1 else namespace(like).concat(ends)
+
+
+def passes(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """How many tokens each prompt brings to each pass, at most ``budget`` together; only longer prompts are cut."""
+    left = list(lengths)
+    while any(left):
+        counts, room = [0] * len(left), budget
+        for b, n in enumerate(left):
+            if n > room and room < budget:
+                break
+            counts[b] = min(n, room)
+            room -= counts[b]
+        left = [n - c for n, c in zip(left, counts, strict=True)]
+        yield counts
 
 
 def _choose(z: Array, how: Sampling, rng: np.random.Generator) -> list[int]:
     """z[B, V] → one token a row. Greedy waits for the device once; sampling also to refuse what is no number."""
     if how.temperature == 0:
         xp = namespace(z)
-        # argmax would call a NaN the largest; −1 travels in the same copy as the ids
-        chosen = xp.where(xp.isfinite(xp.max(z, axis=-1)), xp.argmax(z, axis=-1), -1)
+        chosen = xp.argmax(z, axis=-1)  # calls a NaN the largest; −1 travels in the same copy as the ids
+        chosen = xp.where(xp.isfinite(z[xp.arange(z.shape[0]), chosen]), chosen, -1)
     else:
         p = sampling.warp(z, how.temperature, how.top_k, how.top_p, how.min_p)
         chosen = sampling.sample(p, asarray_like(rng.random(z.shape[0]), z, "float64"))

@@ -93,8 +93,11 @@ def sigmoid(x: Array) -> Array:
 
 
 def swiglu(gate: Array, up: Array) -> Array:
-    """silu(gate) · up, elementwise; [T, F] → [T, F]."""
-    out = sigmoid(gate)
-    out *= gate
+    """silu(gate) · up, elementwise; [T, F] → [T, F]. silu(x) = x σ(x) = h (1 + tanh h) with h = x/2."""
+    xp = namespace(gate, up)
+    half = xp.multiply(gate, 0.5)
+    out = xp.tanh(half)
+    out += 1.0
+    out *= half
     out *= up
     return out

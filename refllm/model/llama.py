@@ -25,7 +25,7 @@ from refllm.backend import Array, asarray_like, namespace
 from refllm.model.attention import Attend
 from refllm.model.config import ModelConfig
 from refllm.model.layers import apply_rope, rms_norm, rope_frequencies, rope_table, swiglu
-from refllm.model.weights import Dense
+from refllm.model.weights import Dense, Room, as_linear, product, side_by_side
 
 Layer = dict[str, Any]  # norm gains and biases as arrays, projections as Linear
 Weights = dict[str, Any]  # "embed_tokens", "layers": list[Layer], "norm", "lm_head", "rope_frequencies"
@@ -40,6 +40,9 @@ PROJECTIONS = {
     "down_proj": "mlp.down_proj",
 }
 
+# Keys whose weights multiply the same input, in the order of PROJECTIONS
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
 
 def build(config: ModelConfig, tensors: Mapping[str, Array]) -> Weights:
     """Arrange tensors under Hugging Face's names as the weight tree that ``forward`` walks.
@@ -47,22 +50,27 @@ def build(config: ModelConfig, tensors: Mapping[str, Array]) -> Weights:
     A tied head is the embedding object itself: one copy in memory serves lookup and product.
     """
     embedding = Dense(tensors["model.embed_tokens.weight"])
-    layers = [build_layer(config, tensors, i) for i in range(config.num_hidden_layers)]
-    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     norm = tensors["model.norm.weight"]
+    stored_quantized = getattr(tensors, "quantization", None) is not None  # such weights need no room for floats
+    room = None if stored_quantized else Room(projection_shapes(config) * config.num_hidden_layers, norm)
+    layers = [build_layer(config, tensors, i, room) for i in range(config.num_hidden_layers)]
+    frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     return {
         "embed_tokens": embedding,
         "layers": layers,
         "norm": norm,
-        "lm_head": embedding if config.tie_word_embeddings else Dense(tensors["lm_head.weight"]),
+        "lm_head": embedding if config.tie_word_embeddings else as_linear(tensors["lm_head.weight"]),
         "rope_frequencies": asarray_like(frequencies, norm, "float64"),
     }
 
 
-def build_layer(config: ModelConfig, tensors: Mapping[str, Array], index: int) -> Layer:
+def build_layer(config: ModelConfig, tensors: Mapping[str, Array], index: int, room: Room | None = None) -> Layer:
     """Layer ``index`` alone, for those who work layer by layer and hold one at a time."""
     at = f"model.layers.{index}."
-    layer: Layer = {key: Dense(tensors[f"{at}{name}.weight"]) for key, name in PROJECTIONS.items()}
+    layer: Layer = {}
+    for keys in SAME_INPUT:
+        weights = (tensors[f"{at}{PROJECTIONS[key]}.weight"] for key in keys)
+        layer |= zip(keys, side_by_side(weights, room), strict=True)
     for norm in ("input_layernorm", "post_attention_layernorm"):
         layer[norm] = tensors[f"{at}{norm}.weight"]
     if config.attention_bias:
@@ -72,32 +80,64 @@ def build_layer(config: ModelConfig, tensors: Mapping[str, Array], index: int) -
     return layer
 
 
-def forward(weights: Weights, config: ModelConfig, tokens: Array, positions: Array, attend: Attend) -> Array:
-    """tokens[T], positions[T] (integers) → hidden states after the last norm, [T, N]."""
+def projection_shapes(config: ModelConfig) -> list[tuple[int, int]]:
+    """[M, N] of a layer's projections, in the order of ``PROJECTIONS``."""
+    n, f, d = config.hidden_size, config.intermediate_size, config.head_dim
+    wide, narrow = config.num_attention_heads * d, config.num_key_value_heads * d
+    return [(wide, n), (narrow, n), (narrow, n), (n, wide), (f, n), (f, n), (n, f)]
+
+
+def forward(
+    weights: Weights,
+    config: ModelConfig,
+    tokens: Array,
+    positions: Array,
+    attend: Attend,
+    rows: Array | None = None,
+) -> Array:
+    """tokens[T], positions[T] (integers) → hidden states after the last norm, [T, N].
+
+    ``rows`` (integers), if given, are the tokens whose hidden states are wanted, [len(rows), N]: after its keys and
+    values the last layer works for these alone. A prefill samples from the last token of each prompt only, and so
+    saves nearly a whole layer.
+    """
     namespace(tokens, positions, weights["norm"])  # refuses a mix of libraries
     x = weights["embed_tokens"].rows(tokens)
     rotation = rope_table(weights["rope_frequencies"], positions, x.dtype)
+    last = config.num_hidden_layers - 1
     for index, layer in enumerate(weights["layers"]):
-        x = decoder_layer(layer, config, x, rotation, attend, index)
+        x = decoder_layer(layer, config, x, rotation, attend, index, rows if index == last else None)
     return rms_norm(x, weights["norm"], config.rms_norm_eps)
 
 
-def decoder_layer(layer: Layer, config: ModelConfig, x: Array, rotation: Any, attend: Attend, index: int) -> Array:
+def decoder_layer(
+    layer: Layer,
+    config: ModelConfig,
+    x: Array,
+    rotation: Any,
+    attend: Attend,
+    index: int,
+    rows: Array | None = None,
+) -> Array:
     """One layer of the residual stream, x[T, N] → [T, N]; ``rotation`` is ``rope_table``'s pair for these tokens.
 
-    x ← x + attention(norm(x)), then x ← x + mlp(norm(x)).
+    x ← x + attention(norm(x)), then x ← x + mlp(norm(x)); for ``rows`` of the tokens only, if given.
     """
     h = rms_norm(x, layer["input_layernorm"], config.rms_norm_eps)
-    x = x + layer["o_proj"].matmul(mixed_heads(layer, config, h, rotation, attend, index))
+    heads = mixed_heads(layer, config, h, rotation, attend, index)
+    if rows is not None:
+        x, heads = x[rows], heads[rows]
+    x = x + layer["o_proj"].matmul(heads)
     h = rms_norm(x, layer["post_attention_layernorm"], config.rms_norm_eps)
-    return x + layer["down_proj"].matmul(swiglu(layer["gate_proj"].matmul(h), layer["up_proj"].matmul(h)))
+    gate_up = product(h, layer["gate_proj"], layer["up_proj"])
+    f = config.intermediate_size
+    return x + layer["down_proj"].matmul(swiglu(gate_up[:, :f], gate_up[:, f:]))
 
 
 def mixed_heads(layer: Layer, config: ModelConfig, h: Array, rotation: Any, attend: Attend, index: int) -> Array:
     """h[T, N] → what each head read, side by side, [T, H·D]: the input of ``o_proj``."""
-    xp = namespace(h)
     attended = attend(index, *_heads(layer, config, h, rotation))
-    return xp.reshape(attended, (h.shape[0], config.num_attention_heads * config.head_dim))
+    return attended.reshape(h.shape[0], config.num_attention_heads * config.head_dim)
 
 
 def logits(weights: Weights, hidden: Array) -> Array:
@@ -107,13 +147,16 @@ def logits(weights: Weights, hidden: Array) -> Array:
 
 
 def _heads(layer: Layer, config: ModelConfig, h: Array, rotation: Any) -> tuple[Array, Array, Array]:
-    """h[T, N] → rotated q[T, H, D], rotated k[T, G, D], v[T, G, D]."""
-    xp = namespace(h)
-    q, k, v = (layer[name].matmul(h) for name in ("q_proj", "k_proj", "v_proj"))
+    """h[T, N] → rotated q[T, H, D], rotated k[T, G, D], v[T, G, D]: views of an array or two."""
+    wide, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    y = product(h, layer["q_proj"], layer["k_proj"], layer["v_proj"])
+    y = y.reshape(y.shape[0], wide + 2 * groups, dim)  # heads of q, then of k, then of v
+    q, k, v = slice(0, wide), slice(wide, wide + groups), slice(wide + groups, None)
     if config.attention_bias:
-        q, k, v = q + layer["q_bias"], k + layer["k_bias"], v + layer["v_bias"]
-    q, k, v = (xp.reshape(t, (t.shape[0], t.shape[1] // config.head_dim, config.head_dim)) for t in (q, k, v))
+        for heads, bias in ((q, "q_bias"), (k, "k_bias"), (v, "v_bias")):
+            y[:, heads] += layer[bias].reshape(-1, dim)
     if config.qk_norm:  # over D, one gain for all heads, before the rotation
-        q = rms_norm(q, layer["q_norm"], config.rms_norm_eps)
-        k = rms_norm(k, layer["k_norm"], config.rms_norm_eps)
-    return apply_rope(q, *rotation), apply_rope(k, *rotation), v
+        y[:, q] = rms_norm(y[:, q], layer["q_norm"], config.rms_norm_eps)
+        y[:, k] = rms_norm(y[:, k], layer["k_norm"], config.rms_norm_eps)
+    rotated = apply_rope(y[:, : wide + groups], *rotation)  # q and k in one go
+    return rotated[:, q], rotated[:, k], y[:, v]

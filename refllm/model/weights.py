@@ -2,17 +2,26 @@
 
 Every quantised form has the same face, so the network never asks what a weight is made of.
 
-``Dense`` chooses its layout. A product of 2 to 32 rows with a weight stored as one matrix makes OpenBLAS
-repack the whole weight, which costs five times the product itself; stored as blocks of 64 output columns,
-[M/64, N, 64], and multiplied as one batched matmul, it does not (``benchmarks/layout.py`` measures it). The
-blocks cost nothing at 1 row and a few per cent above 64 rows. On a GPU, or where M is no multiple of 64,
-the weight stays one matrix.
+``Dense`` chooses its layout and cuts its products (``benchmarks/layout.py`` measures both). OpenBLAS packs the
+operands of a product anew each time, which for a few rows costs five times the product itself, unless both are
+small: up to 10⁶ multiply-adds AVX-512 kernels read them where they lie. So on the host
 
-Left out: biases (the network adds them), sharding.
+- a weight is stored as blocks of 64 output columns, [M/64, N, 64], and multiplied as one batched matmul;
+- many rows are cut into groups that stay below 10⁶ with a block: 5 % faster than one large product, too;
+- 1 and 3 rows are multiplied as 2 and 4: the matrix-vector kernel, and three rows, take twice and 1.4 times as long.
+
+Two more savings belong to a whole network. ``Room`` lays its weights side by side in one array; and ``product``
+makes one product of those that multiply the same input (q, k and v; gate and up), each still a weight of its own.
+
+On a GPU, or where M is no multiple of 64, the weight stays one matrix.
+
+Left out: biases (the network adds them), sharding; blocks where N is above 3,906, which no 4 rows fit with.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from math import prod
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +29,8 @@ import numpy as np
 from refllm.backend import Array, namespace
 
 BLOCK = 64  # output columns a block: the widest that OpenBLAS multiplies without repacking
+SMALL = 10**6  # multiply-adds of a product that OpenBLAS does not pack (sgemm_small_kernel_permit, SkylakeX)
+_LINE = 64  # bytes of a cache line, and of a vector: one that straddles two lines is read twice
 
 
 class Linear(Protocol):
@@ -49,19 +60,55 @@ class Linear(Protocol):
         ...
 
 
-class Dense:
-    """A floating-point weight W[M, N]; the array passed in is copied only if the layout changes."""
+class Room:
+    """One array for the blocks of many weights, in the order in which they are laid out.
 
-    def __init__(self, weight: Array):
+    From 4 MB on NumPy asks for huge pages. In pages of 4 KB the weights of a small model, each below 4 MB, are
+    more pages than a processor's table of them holds: a tenth of a decode step at batch 1.
+    """
+
+    def __init__(self, shapes: Iterable[tuple[int, ...]], like: Array):
+        """``shapes`` of all weights to come; those that are not stored in blocks, as on a GPU, take no room."""
+        count = sum(prod(shape) for shape in shapes if _blocked(shape)) if namespace(like) is np else 0
+        spare = np.empty(count + _LINE, dtype=like.dtype)
+        first = -spare.__array_interface__["data"][0] % _LINE // spare.itemsize
+        self.numbers, self.used = spare[first : first + count], 0
+
+    def take(self, count: int) -> Array:
+        """The next ``count`` numbers."""
+        self.used += count
+        return self.numbers[self.used - count : self.used]
+
+
+class Dense:
+    """A floating-point weight W[M, N]; the array passed in is copied only if the layout changes.
+
+    ``room`` gives the place of its blocks; without one, or for another dtype, they are an array of their own.
+    """
+
+    joint: Dense | None = None  # the weight that this one is a part of, see ``side_by_side``
+    first = 0  # its first output column there
+
+    def __init__(self, weight: Array, room: Room | None = None):
         if weight.ndim != 2:
             raise ValueError(f"Dense: a weight is a matrix [M, N], got shape {tuple(weight.shape)}")
         self._shape: tuple[int, int] = (int(weight.shape[0]), int(weight.shape[1]))
-        m, n = self._shape
-        self.blocked = namespace(weight) is np and m % BLOCK == 0
-        if self.blocked:
-            self._data = np.ascontiguousarray(weight.reshape(m // BLOCK, BLOCK, n).transpose(0, 2, 1))
-        else:
+        self.blocked = namespace(weight) is np and _blocked(self._shape)
+        if not self.blocked:
             self._data = weight
+            return
+        m, n = self._shape
+        fits = room is not None and room.numbers.dtype == weight.dtype
+        numbers = room.take(m * n) if room is not None and fits else np.empty(m * n, dtype=weight.dtype)
+        self._data = numbers.reshape(m // BLOCK, n, BLOCK)
+        self._data[...] = weight.reshape(m // BLOCK, BLOCK, n).transpose(0, 2, 1)
+
+    @classmethod
+    def _of_blocks(cls, data: Array) -> Dense:
+        """The weight whose blocks [M/64, N, 64] are laid out already."""
+        dense = cls.__new__(cls)
+        dense._shape, dense.blocked, dense._data = (data.shape[0] * BLOCK, data.shape[1]), True, data
+        return dense
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -83,11 +130,24 @@ class Dense:
         """x[T, N] → x Wᵀ [T, M]."""
         if not self.blocked:
             return x @ self._data.T
-        rows, columns = x.shape[0], self._shape[0]
-        out = np.empty((rows, columns), dtype=np.result_type(x, self._data))
-        # [M/64, T, 64], written straight into the columns of out[T, M] where they belong
-        np.matmul(x, self._data, out=out.reshape(rows, columns // BLOCK, BLOCK).transpose(1, 0, 2))
-        return out
+        rows, (columns, n) = x.shape[0], self._shape
+        if rows in (1, 3):
+            return self.matmul(np.concatenate((x, x[-1:])))[:rows]
+        dtype = x.dtype if x.dtype == self._data.dtype else np.result_type(x, self._data)
+        out = np.empty((rows, columns // BLOCK, BLOCK), dtype=dtype)
+        most = SMALL // (BLOCK * n)  # rows that OpenBLAS multiplies with a block as they lie
+        groups = -(-rows // most) if most >= 4 else 1
+        group = -(-rows // groups) if rows else 1  # as even as they can be
+        whole = rows - rows % group
+        # [groups, 1, group, N] by [M/64, N, 64], each product written straight to where it belongs in out
+        np.matmul(
+            x[:whole].reshape(-1, 1, group, n),
+            self._data,
+            out=out[:whole].reshape(-1, group, columns // BLOCK, BLOCK).transpose(0, 2, 1, 3),
+        )
+        if whole < rows:
+            np.matmul(x[whole:], self._data, out=out[whole:].transpose(1, 0, 2))
+        return out.reshape(rows, columns)
 
     def rows(self, index: Array) -> Array:
         """W[index] for index[T] → [T, N]: the embedding lookup, also of a tied head (one copy serves both)."""
@@ -101,3 +161,48 @@ class Dense:
             # a copy by name: of a single block, reshape alone would return a view
             return self._data.transpose(0, 2, 1).copy().reshape(self._shape)
         return self._data.copy()
+
+
+def as_linear(weight: Any, room: Room | None = None) -> Any:
+    """A ``Dense`` of an array; what is a ``Linear`` already, such as a quantised weight of a file, as it is."""
+    return weight if hasattr(weight, "dequantize") else Dense(weight, room)
+
+
+def side_by_side(weights: Iterable[Any], room: Room | None = None) -> list[Any]:
+    """A ``Dense`` each; those that come to lie one after another in ``room`` are also views of one joint weight.
+
+    ``weights``, arrays of the same N, may be a generator: each is laid out before the next one is asked for. A
+    ``Linear`` among them stays what it is.
+    """
+    start = room.used if room is not None else 0
+    parts = [as_linear(weight, room) for weight in weights]
+    count = sum(prod(part.shape) for part in parts)
+    if room is None or len(parts) == 1 or room.used - start != count:  # a GPU, a ragged M, another dtype
+        return parts
+    joint, first = Dense._of_blocks(room.numbers[start : room.used].reshape(-1, parts[0].shape[1], BLOCK)), 0
+    for part in parts:
+        part.joint, part.first = joint, first
+        first += part.shape[0]
+    return parts
+
+
+def product(x: Array, *weights: Linear) -> Array:
+    """x[T, N] times each of the weights, the results side by side in a new array, [T, ΣM].
+
+    One product where they are a joint weight, whole and in order. Where one of them was exchanged, for a quantised
+    one say, they are multiplied one by one.
+    """
+    joint: Dense | None = getattr(weights[0], "joint", None)
+    edge = 0
+    for weight in weights if joint is not None else ():
+        if getattr(weight, "joint", None) is not joint or getattr(weight, "first", None) != edge:
+            joint = None
+            break
+        edge += weight.shape[0]
+    if joint is not None and edge == joint.shape[0]:
+        return joint.matmul(x)
+    return namespace(x).concat([weight.matmul(x) for weight in weights], axis=1)
+
+
+def _blocked(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and shape[0] % BLOCK == 0
