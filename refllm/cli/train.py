@@ -34,6 +34,9 @@ def train(
         list[Path] | None, opt("Text to measure on.", metavar="PATH", show_default="5 % of the data")
     ] = None,
     tests: Annotated[bool, flag("Read the standard library's test package too.", "--tests/--no-tests")] = True,
+    installers: Annotated[
+        bool, flag("Read the installers that Python carries too: pip and setuptools.", "--installers/--no-installers")
+    ] = False,
     vocab_size: Annotated[int, opt("Tokens of the vocabulary.", min=257)] = 4096,
     width: Annotated[int, opt("Width of the network.", min=2)] = 256,
     layers: Annotated[int, opt("Number of layers.", min=1)] = 4,
@@ -117,7 +120,7 @@ def train(
     work = output.with_name(output.name + ".training") if work is None else Path(os.path.expanduser(work))
     if held_out and not data:
         raise ValueError("--held-out belongs to --data; the standard library has its own held-out modules")
-    source = own_files(data, held_out or ()) if data else standard_library(tests=tests)
+    source = own_files(data, held_out or ()) if data else standard_library(tests=tests, installers=installers)
     shape = launch.Shape(
         vocab_size=vocab_size, width=width, layers=layers, heads=heads, kv_heads=kv_heads, mlp=mlp, context=positions,
         steps=steps, batch=batch, length=length, long_steps=long_steps, long_length=long_length,

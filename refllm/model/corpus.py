@@ -1,14 +1,15 @@
 """The text that every CPython installation carries: training and held-out documents.
 
 Read from the running interpreter, never copied into the repository: the standard library's ``.py`` files,
-``pydoc_data.topics`` and, where it is installed, the ``test`` package. The held-out modules are excluded by
-name from everything that is trained on, and so are their tests.
+``pydoc_data.topics`` and, where they are there, the ``test`` package and the installers (pip, setuptools and what
+they carry) that ``ensurepip`` brings as wheels. The held-out modules are excluded by name from everything that is
+trained on, and so are their tests and what copies them.
 
 The text differs a little between Python versions, so a measurement on it names the version. Within one
 installation the documents and their order are always the same.
 
-Left out: files that are tables rather than code (the charmap codecs), lib2to3's test data, and any file
-that is not UTF-8.
+Left out: files that are tables rather than code (the charmap codecs, and in the wheels what is digits for more
+than a tenth), lib2to3's test data, and any file that is not UTF-8.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import hashlib
 import os
 import sys
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import ZipFile
 
 HELD_OUT = (
     "argparse.py",
@@ -33,6 +36,8 @@ HELD_OUT = (
 )
 _TESTS_OF_HELD_OUT = (*("test_" + Path(name).stem for name in HELD_OUT), "test_http_cookiejar")
 _SKIPPED_FOLDERS = ("site-packages", "dist-packages", "__pycache__")
+_COPIES_OF_HELD_OUT = ("zipp.py", "zipp/")  # the package from which zipfile took its Path, line for line
+_TABLE_DIGITS = 0.1  # share of digits among the characters of a file that is data
 _CHARMAPS = ("cp", "iso8859", "mac_", "koi8", "kz1048", "ptcp", "tis_", "hp_")
 
 
@@ -86,6 +91,31 @@ def training_documents(*, tests: bool = False) -> list[Document]:
             found.append(path)
     documents = _read(root, found)
     return documents if tests else documents + _topics()
+
+
+def installer_documents() -> list[Document]:
+    """The Python source in the wheels that ``ensurepip`` carries, a text that stands there twice once.
+
+    Empty where the interpreter's packager has taken the wheels out, as Debian does.
+    """
+    documents: dict[str, Document] = {}
+    for wheel in sorted((_root() / "ensurepip" / "_bundled").glob("*.whl")):
+        for document in _python_in(wheel):
+            documents.setdefault(document.sha256, document)
+    return sorted(documents.values(), key=lambda d: d.name)
+
+
+def _python_in(wheel: Path) -> Iterator[Document]:
+    with ZipFile(wheel) as archive:
+        for name in sorted(archive.namelist()):
+            if not name.endswith(".py") or any("/" + copy in name for copy in _COPIES_OF_HELD_OUT):
+                continue
+            try:
+                text = archive.read(name).decode("utf-8").replace("\r\n", "\n")
+            except UnicodeDecodeError:
+                continue
+            if text.strip() and sum(c.isdigit() for c in text) < _TABLE_DIGITS * len(text):
+                yield Document(f"ensurepip/{wheel.name.split('-')[0]}/{name}", text)
 
 
 def _is_held_out(name: str) -> bool:

@@ -28,6 +28,7 @@ from refllm.model.corpus import Document
 from refllm.model.tokenizer import Tokenizer
 
 LIBRARY_PASSES = 4  # through the library for each pass through its tests
+INSTALLER_PASSES = 3  # through pip and setuptools for each pass through the tests
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,22 @@ class Data:
     code: bool = False  # is it Python?
 
 
-def standard_library(*, tests: bool = True) -> Data:
-    """The running interpreter's own library; without its test package where that is absent or not wanted."""
-    library, held_out = corpus.training_documents(), corpus.held_out_documents()
-    test_package = corpus.training_documents(tests=True) if tests else []
-    if not test_package:
-        return Data("the Python standard library", {"library": library}, held_out, (1,), (1,), code=True)
-    streams = {"library": library, "tests": test_package}
-    return Data("the Python standard library and its tests", streams, held_out, (LIBRARY_PASSES, 1), (1, 0), code=True)
+def standard_library(*, tests: bool = True, installers: bool = False) -> Data:
+    """The running interpreter's own library; without its test package, or the installers that ``ensurepip`` carries,
+    where they are absent or not wanted.
+    """
+    streams = {"library": corpus.training_documents()}
+    name, repeats, last = "the Python standard library", [LIBRARY_PASSES], [1]
+    if tests and (documents := corpus.training_documents(tests=True)):
+        streams["tests"], name = documents, name + ", its tests"
+        repeats, last = [*repeats, 1], [*last, 0]
+    if installers and (documents := corpus.installer_documents()):
+        streams["installers"], name = documents, name + ", the installers that it carries"
+        repeats, last = [*repeats, INSTALLER_PASSES], [*last, 1]
+    name = " and ".join(name.rsplit(", ", 1))
+    if len(streams) == 1:
+        repeats = [1]
+    return Data(name, streams, corpus.held_out_documents(), tuple(repeats), tuple(last), code=True)
 
 
 def own_files(paths: Sequence[Path], held_out: Sequence[Path] = (), share: float = 0.05) -> Data:
