@@ -193,7 +193,7 @@ def test_nothing_to_restore_weights_stay_bit_identical_whatever_inspect_does(xp,
     rng = np.random.default_rng(seed)
     host = [rng.standard_normal((m, 8)).astype("float32") for m in (5, 3)]
     x, weights = arrays_on(xp, rng.standard_normal((9, 8)).astype("float32"), host)
-    calls = []
+    before, calls = [w.tobytes() for w in host], []
 
     def inspect(given):
         calls.append(1)
@@ -209,7 +209,7 @@ def test_nothing_to_restore_weights_stay_bit_identical_whatever_inspect_does(xp,
             search_scale(x, weights, W4, inspect=inspect)
     else:
         search_scale(x, weights, W4, inspect=inspect)
-    assert all(to_host(w).tobytes() == h.tobytes() for w, h in zip(weights, host, strict=True))
+    assert [to_host(w).tobytes() for w in weights] == before
 
 
 def test_candidates_beyond_the_dtype_lose_without_a_warning(xp):
@@ -321,6 +321,23 @@ def test_clipping_lowers_the_error_where_a_large_weight_is_rarely_met(xp):
               for v in (xp.asarray(w), clip(xp.asarray(w), limits))]  # fmt: skip
     assert np.all(to_host(limits)[:, 0] < 8)
     assert errors[1] < 0.6 * errors[0]
+
+
+def test_exact_value_the_deepest_clip_is_055_of_the_largest_weight(xp):
+    w = np.random.default_rng(1).standard_normal((6, 400))
+    w[:, 0] = 100.0
+    x = np.eye(400)[1:]  # the large weight is never met: the less of it, the finer the 399 others
+    limits = search_clip(xp.asarray(x), xp.asarray(w), Scheme(8, "asymmetric", "channel"))
+    assert np.array_equal(to_host(limits), np.full((6, 1), 100.0 * (1.0 - 9 / 20)))
+
+
+def test_long_texts_are_thinned_evenly(xp):
+    rng = np.random.default_rng(2)
+    x, w = xp.asarray(rng.standard_normal((23, 8))), xp.asarray(rng.standard_normal((40, 8)))
+    thinned, whole = (to_host(search_clip(x, w, W4, max_tokens=n)) for n in (10, 512))
+    assert np.array_equal(thinned, to_host(search_clip(x[::2, :], w, W4)))
+    assert not np.array_equal(thinned, whole)
+    assert not np.array_equal(thinned, to_host(search_clip(x[:10, :], w, W4)))
 
 
 def test_a_tie_keeps_the_wider_range(xp):

@@ -34,6 +34,16 @@ EXAMPLES = {
         "unit": "ms",
         "rows": [{"label": "batch 1", "parts": {"weights": 1.0}}, {"label": "batch 2", "parts": {"KV": 2.0}}],
     },
+    "quantization": {
+        "rows": [
+            {"method": m, "bits": b, "group": g, "seed": s, "kl": [k, 0.9 * k, 1.2 * k], "bits per weight": b + 0.1}
+            for m, k in (("rtn", 0.2), ("gptq", 0.1))
+            for b in (4, 8)
+            for g in (0, 32)
+            for s in (0, 1)
+        ]
+        + [{"method": "int8", "bits": 8, "group": 0, "seed": None, "kl": [0.1, 0.1, 0.1], "bits per weight": 8.1}],
+    },
     "kv_memory": {"contexts": [10, 100], "lines": {"a": [1e9, 1e10]}, "weights": {"w": 5e9}, "marked": 100},
 }
 
@@ -148,7 +158,7 @@ def test_axes_are_labelled_with_units_and_the_caption_names_the_command(name, fo
     redraw([name], folder)
     ax = drawn[name].axes[0]
     assert ax.get_title(loc="left")
-    assert any(unit in ax.get_xlabel() for unit in ("step", "tokens", "FLOP per byte", "ms"))
+    assert any(unit in ax.get_xlabel() for unit in ("step", "tokens", "FLOP per byte", "ms", "weights a scale"))
     assert name == "decode_cost" or ax.get_ylabel()
     assert f"make {name}" in drawn[name].get_supxlabel()
 

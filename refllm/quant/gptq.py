@@ -47,6 +47,7 @@ def gptq(
     mse: bool = False,
     upstream_quirks: bool = False,
     scale_dtype: str | None = None,
+    zero_dtype: str | None = None,
     name: str = "weight",
 ) -> Solution:
     """Quantise W[M, N] for inputs with the Hessian H[N, N].
@@ -69,8 +70,8 @@ def gptq(
     upstream_quirks
         as the published code does: a dynamic group's scale is found from columns that lack the errors of its own
         block; one-sided ranges of "half_integer_unsigned" get half of the step; a row's scale sees dead columns.
-    scale_dtype
-        round the scales to what they will be stored in ("float16", …) before anything is rounded with them.
+    scale_dtype, zero_dtype
+        what scales and zero points are stored in (``affine.quantize``); everything is rounded with the stored scales.
 
     Returns
     -------
@@ -90,12 +91,20 @@ def gptq(
     whole_rows = scheme.granularity in ("tensor", "channel")
     grids = Grids(weight if upstream_quirks and whole_rows else alive, scheme, order=f.order, static=static_groups,
                   mse=mse, one_sided=upstream_quirks, scale_dtype=scale_dtype, name=name)  # fmt: skip
-    work = xp.ascontiguousarray((alive if f.order is None else alive[:, f.order]).T)  # [N, M], a copy
+    # [N, M], to be overwritten; where it is no copy, it is a view of ``alive``, which ``where`` has made
+    work = xp.ascontiguousarray((alive if f.order is None else alive[:, f.order]).T)
     walk = _stale_walk if upstream_quirks and grids.dynamic else _walk
     codes = xp.empty(work.shape, dtype=xp.int8 if scheme.signed else xp.uint8)
     walk(work, upper, grids, codes, block_size)
-    loss = 0.5 * sum(float(xp.sum(xp.square(work[i : i + 128]), dtype=xp.float64)) for i in range(0, len(work), 128))
-    return Solution.collect(codes.T, grids, loss=loss, damp=f.damp, dead=f.dead, scale_dtype=scale_dtype)
+    report = {"loss": _loss(work), "damp": f.damp, "dead": f.dead}
+    return Solution.collect(codes.T, grids, scale_dtype=scale_dtype, zero_dtype=zero_dtype, **report)
+
+
+def _loss(errors: Array) -> float:
+    """½ Σ e², summed in float64, some columns at a time."""
+    xp = namespace(errors)
+    pieces = (xp.astype(errors[i : i + 128], xp.float64) for i in range(0, errors.shape[0], 128))
+    return 0.5 * sum(float(xp.sum(xp.square(piece))) for piece in pieces)
 
 
 def _walk(work: Array, upper: Array, grids: Grids, codes: Array, block: int) -> None:
@@ -103,11 +112,8 @@ def _walk(work: Array, upper: Array, grids: Grids, codes: Array, block: int) -> 
 
     Two levels of blocks, [c, d) and within it [a, b): a dynamic group is one of them, ``block`` the other.
     """
-    n, outer, inner = work.shape[0], block, block
-    if grids.dynamic:
-        outer, inner = (
-            (grids.width, block) if grids.width >= block else (block // grids.width * grids.width, grids.width)
-        )
+    n, width = work.shape[0], grids.width if grids.dynamic else block
+    outer, inner = (width, block) if width >= block else (block // width * width, width)
     for c in range(0, n, outer):
         d = min(c + outer, n)
         _catch_up(work, upper, 0, c, d)

@@ -26,7 +26,8 @@ import dataclasses
 from typing import Any
 
 from refllm.backend import Array, namespace
-from refllm.formats.affine import Quantized, Scheme, decode, encode
+from refllm.formats.affine import Scheme, decode, encode
+from refllm.formats.reordered import Reordered
 from refllm.formats.storage import load_scale, store_scale
 from refllm.quant.rtn import params
 
@@ -55,7 +56,10 @@ class Grids:
     ):
         if scheme.granularity == "token":
             raise ValueError(f"{name}: granularity 'token' is for activations; a weight takes 'channel'")
-        scheme.scale_shape(tuple(weight.shape))  # refuses ragged groups, naming the sizes that fit
+        try:
+            scheme.scale_shape(tuple(weight.shape))
+        except ValueError as error:  # ragged groups: it names the sizes that fit
+            raise ValueError(f"{name}: {error}") from None
         self.scheme, self.name, self.rows = scheme, name, int(weight.shape[0])
         self.width = scheme.block[1] if scheme.granularity in ("group", "block") else int(weight.shape[1])
         self.dynamic = scheme.granularity in ("group", "block") and not static
@@ -113,58 +117,25 @@ class Grids:
             self._grids.append(self._as_column(s[:, g], z[:, g]))
 
 
-class Solution(Quantized):
+class Solution(Reordered):
     """A weight that was rounded column by column, and what it cost.
 
-    Where ``g_idx`` is not None, groups are groups of columns in the order of their visit: ``scale[:, g_idx[j]]`` is
-    that of column j. ``packed()`` then holds the codes in that order, which keeps groups together; ``codes``,
-    ``dequantize`` and ``matmul`` are in the weight's own order, and ``nbytes`` counts 4 bytes a column for ``g_idx``.
+    With dynamic groups in another order than the weight's own there is an ``order`` and a ``g_idx``, see ``Reordered``.
     """
 
     loss: float  # Σ = ½ tr(E H Eᵀ), E = W − Ŵ with the dead columns of W at zero, H damped
     damp: float  # the damping that was used, as a share of the mean diagonal
     dead: Array  # columns that calibration never reached, bool[N]
-    order: Array | None = None  # of the columns in ``packed()``, int64[N]; None: the weight's own
 
     @classmethod
-    def collect(
-        cls, codes: Array, grids: Grids, *, loss: float, damp: float, dead: Array, scale_dtype: str | None = None
-    ) -> Solution:
-        """codes[M, N] in the order of the visit, and the grids that they were rounded with."""
+    def collect(cls, codes: Array, grids: Grids, *, loss: float, damp: float, dead: Array, **stored: Any) -> Solution:
+        """codes[M, N] in the order of the visit and their grids; ``stored`` as ``Quantized.from_codes`` takes it."""
         xp = namespace(codes)
         scale, zero_point = grids.arrays()
         order = None if grids.order is None else xp.asarray(grids.order)
         if order is not None and not grids.dynamic:
             codes, order = codes[:, xp.argsort(order)], None
-        self = cls.from_codes(codes, scale, zero_point, grids.scheme, scale_dtype)
+        self = cls.from_codes(codes, scale, zero_point, grids.scheme, **stored)
         assert isinstance(self, Solution)
         self.loss, self.damp, self.dead, self.order = loss, damp, dead, order
         return self
-
-    @property
-    def g_idx(self) -> Array | None:
-        """The group of each column, int32[N]; None where column j belongs to group j // g."""
-        if self.order is None:
-            return None
-        xp = namespace(self.order)
-        return xp.astype(xp.argsort(self.order) // self.scheme.block[1], xp.int32)
-
-    @property
-    def codes(self) -> Array:
-        """q[M, N] in the weight's own order, unpacked anew at each call."""
-        codes = super().codes
-        return codes if self.order is None else codes[:, namespace(codes).argsort(self.order)]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of words, scales, zero points, and of ``g_idx`` where there is one."""
-        return super().nbytes + (0 if self.order is None else 4 * self.shape[1])
-
-    def dequantize(self) -> Array:
-        """W[M, N] in ``dtype``, a new array."""
-        weight = super().dequantize()
-        return weight if self.order is None else weight[:, namespace(weight).argsort(self.order)]
-
-    def matmul(self, x: Array) -> Array:
-        """x[T, N] → x Wᵀ [T, M]."""
-        return super().matmul(x if self.order is None else x[:, self.order])

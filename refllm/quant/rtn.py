@@ -103,5 +103,10 @@ def _error(weight: Array, s: Array, z: Array, unit: Array, scheme: Scheme) -> Ar
     xp = namespace(weight, s)
     off = decode(encode(weight, s, z, scheme, check=False), s, z, scheme)
     off -= weight
+    if scheme.granularity == "block":  # ragged blocks are filled up with no error, not with copies of their edge
+        (rows, columns), (m, n) = scheme.block, off.shape
+        whole = xp.zeros((s.shape[0] * rows, s.shape[1] * columns), dtype=off.dtype)
+        whole[:m, :n] = off
+        off = whole
     blocks = xp.abs(as_blocks(off, scheme) / unit)
     return xp.reshape(xp.sum(xp.power(blocks, NORM), axis=(1, 3)), s.shape)
