@@ -193,8 +193,8 @@ BAD = {
     "rope no object": (lambda p: edit_config(p, rope_scaling=3), r"config\.json: "),
     "rope kind": (lambda p: edit_config(p, rope_scaling={"type": "yarn"}), r"config\.json.*'yarn' is not supported"),
     "quantised": (
-        lambda p: edit_config(p, quantization_config={"quant_method": "gptq"}),
-        r"config\.json has a quantization_config: .*not supported yet",
+        lambda p: edit_config(p, quantization_config={"quant_method": "fp6"}),
+        r"config\.json: quantization_config: quant_method 'fp6' is not supported; supported are compressed-tensors",
     ),
     "generation no JSON": (lambda p: (p / "generation_config.json").write_text("x"), r"generation_config\.json is not"),
     "generation eos": (

@@ -1,10 +1,12 @@
 """Checkpoints: a Hugging Face directory read into a weight tree, and written so that transformers loads it.
 
-Reading is here and in ``shards`` (the tensors' files); writing is in ``writer``.
+Reading is here, in ``shards`` (the tensors' files) and ``quantized`` (weights of several tensors); writing is in
+``writer``.
 
 | file                   | read                                     | written                                   |
 |------------------------|------------------------------------------|-------------------------------------------|
-| config.json            | ``ModelConfig.from_hf``                  | ``to_hf`` and the stored type             |
+| config.json            | ``ModelConfig.from_hf``, and its         | ``to_hf`` and the stored type             |
+|                        | ``quantization_config``                  |                                           |
 | model.safetensors      | or shards with an index (``shards``)     | one file, or shards of a given size       |
 | tokenizer.json         | ``Tokenizer.from_file``                  | as the tokenizers library saves it        |
 | generation_config.json | its end-of-text ids win over the config's| end and beginning of text                 |
@@ -13,7 +15,9 @@ Reading is here and in ``shards`` (the tensors' files); writing is in ``writer``
 Every tensor is read, checked, converted and laid out before the next one is read, so loading needs one model
 of memory and one tensor, never two models. Weights are never unpickled.
 
-Left out: quantised checkpoints, chat templates, downloading, tensors that the network does not use (refused,
+Quantised weights stay quantised: they multiply in the form in which they are stored.
+
+Left out: chat templates, downloading, tensors that the network does not use (refused,
 but for the rotary tables of old Llama files, which are recomputed).
 """
 
@@ -28,18 +32,11 @@ from typing import Any
 import numpy as np
 
 from refllm.backend import Array, get
+from refllm.model import quantized
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights, build
-from refllm.model.shards import (
-    CheckpointError,
-    TensorFiles,
-    check_tensors,
-    check_tied,
-    check_vocabulary,
-    converted,
-    read_json,
-    tensor_shapes,
-)
+from refllm.model.quantized import NetworkTensors
+from refllm.model.shards import CheckpointError, TensorFiles, check_tensors, check_vocabulary, read_json
 from refllm.model.tokenizer import Tokenizer
 from refllm.model.writer import save
 
@@ -85,9 +82,7 @@ def load(path: str | Path, *, backend: str | None = None, dtype: str = "float32"
     config = read_config(directory)
     tokenizer = _read_tokenizer(directory, config)
     with TensorFiles(directory) as files:
-        check_tensors(config, files, directory)
-        check_tied(config, files, directory)
-        weights = build(config, _OnDevice(files, xp, dtype))
+        weights = build(config, NetworkTensors(files, config, quantized.read(directory), xp, dtype).check())
     return Checkpoint(config, weights, tokenizer, directory)
 
 
@@ -98,9 +93,6 @@ def read_config(path: str | Path) -> ModelConfig:
     if not file.is_file():
         raise CheckpointError(f"{directory} has no config.json: pass the directory of a Hugging Face checkpoint")
     raw = read_json(file)
-    if raw.get("quantization_config") is not None:
-        raise CheckpointError(f"{file} has a quantization_config: quantised checkpoints are not supported yet; "
-                              "use the model that it was made from")  # fmt: skip
     try:
         config = ModelConfig.from_hf(raw)
     except KeyError as error:
@@ -118,47 +110,33 @@ def build_weights(config: ModelConfig, tensors: Mapping[str, Array]) -> Weights:
 
 
 def iter_tensors(path: str | Path, dtype: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, host array) of every tensor of a checkpoint, layer by layer, one in memory at a time.
+    """(name, host array) of every tensor of a network, layer by layer, one in memory at a time.
 
-    ``dtype`` None keeps the stored type (bfloat16 is ml_dtypes').
+    ``dtype`` None keeps the stored type (bfloat16 is ml_dtypes'); what is stored quantised comes as the floats that
+    it stands for, float32 then.
     """
     directory = _directory(path)
     config = read_config(directory)
     with TensorFiles(directory) as files:
-        check_tensors(config, files, directory)
-        for name, _ in tensor_shapes(config):
-            yield name, _checked(files, name, dtype)
+        tensors = NetworkTensors(files, config, quantized.read(directory), None, dtype).check()
+        for name in tensors:
+            yield name, _floats(tensors[name])
 
 
 def read_tensor(path: str | Path, name: str, dtype: str | None = None) -> np.ndarray:
-    """One tensor of a checkpoint directory by its Hugging Face name."""
+    """One tensor of a checkpoint directory by its Hugging Face name, as ``iter_tensors`` gives it."""
     directory = _directory(path)
+    config = read_config(directory)
     with TensorFiles(directory) as files:
-        if name not in files:
+        tensors = NetworkTensors(files, config, quantized.read(directory), None, dtype).check()
+        if name not in tensors:
             raise CheckpointError(f"{directory} holds no tensor {name!r}")
-        return _checked(files, name, dtype)
+        return _floats(tensors[name])
 
 
-class _OnDevice(Mapping[str, Array]):
-    """The tensors of some files as arrays of a library, read and converted at the moment of the look-up."""
-
-    def __init__(self, files: TensorFiles, xp: Any, dtype: str):
-        self.files, self.xp, self.dtype = files, xp, dtype
-
-    def __getitem__(self, name: str) -> Array:
-        # converted on the host: CuPy has no bfloat16
-        return self.xp.asarray(_checked(self.files, name, self.dtype))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-
-def _checked(files: TensorFiles, name: str, dtype: str | None) -> np.ndarray:
-    tensor = files[name]
-    return converted(tensor, dtype or tensor.dtype.name, name, files.file(name))
+def _floats(tensor: Any) -> np.ndarray:
+    floats: np.ndarray = tensor.dequantize() if hasattr(tensor, "dequantize") else tensor
+    return floats
 
 
 def _directory(path: str | Path) -> Path:

@@ -12,15 +12,14 @@ files that hold pickles are never opened. A sharded checkpoint adds ``model.safe
 | tensor_shapes | name and shape of every tensor that a network has                   |
 | check_…       | what is there against what there must be                            |
 
-Left out: 8-bit and integer tensors (the layouts of quantised checkpoints), big-endian hosts. Writing is
-``writer``'s.
+Left out: 8-bit floats, big-endian hosts. Quantised weights are ``quantized``'s, writing is ``writer``'s.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -35,6 +34,7 @@ from refllm.model.tokenizer import Tokenizer
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names and NumPy's
+INTEGERS = {"I64": "int64", "I32": "int32", "I8": "int8"}  # of quantised weights
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 Shape = tuple[int, ...]
@@ -74,11 +74,11 @@ class TensorFiles(Mapping[str, np.ndarray]):
         for missing, truncated or unsafe files.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, file: str = SINGLE):
         self.directory = Path(directory)
         self._shards: dict[Path, Any] = {}
         self._where: dict[str, Path] = {}
-        single, index = self.directory / SINGLE, self.directory / INDEX
+        single, index = self.directory / file, self.directory / INDEX
         if single.is_file():
             self._where = dict.fromkeys(self._open(single).keys(), single)
         elif index.is_file():
@@ -117,10 +117,31 @@ class TensorFiles(Mapping[str, np.ndarray]):
         if self.dtype(name) not in FLOATS:
             raise CheckpointError(
                 f"{self._where[name]}: {name!r} is stored as {self.dtype(name)}; supported are "
-                f"{', '.join(sorted(FLOATS))}. Quantised checkpoints are not supported yet: use the original one"
+                f"{', '.join(sorted(FLOATS))}. A quantised checkpoint says so in config.json's quantization_config"
             )
+        return self.raw(name)
+
+    def integers(self, name: str, dtype: str | None = None) -> np.ndarray:
+        """A tensor of whole numbers, which ``__getitem__`` refuses; of ``dtype`` (narrower ones are widened), if given.
+
+        Raises
+        ------
+        CheckpointError
+            if it holds anything else.
+        """
+        kind = INTEGERS.get(self.dtype(name))
+        if kind is None or not np.can_cast(kind, dtype or kind):
+            raise CheckpointError(f"{self._where[name]}: {name!r} is stored as {self.dtype(name)}, not as "
+                                  f"{dtype or 'whole numbers'}: the file is damaged, or of another layout")  # fmt: skip
+        return self.raw(name).astype(dtype or kind, copy=False)
+
+    def raw(self, name: str) -> np.ndarray:
+        """A tensor as it is stored, of any type that NumPy has."""
         tensor: np.ndarray = self._shards[self._where[name]].get_tensor(name)
         return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._where  # Mapping's own would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
@@ -208,10 +229,17 @@ def shapes_of(tensors: Mapping[str, Array]) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def check_tensors(config: ModelConfig, tensors: Mapping[str, Array], where: Path) -> None:
-    """Compare what is there with what the network needs: nothing missing, misshapen or left over."""
+def check_tensors(
+    config: ModelConfig, tensors: Mapping[str, Array], where: Path, *,
+    wanted: Iterable[tuple[str, Shape]] | None = None, spare: tuple[str, ...] = (),
+) -> list[str]:  # fmt: skip
+    """Compare what is there with what the network needs: nothing missing, misshapen or left over.
+
+    ``wanted`` replaces ``tensor_shapes(config)``, for files that store some weights as several tensors. Names that end
+    on one of ``spare`` may be left over, and are returned.
+    """
     shapes, needed = shapes_of(tensors), set()
-    for name, shape in tensor_shapes(config):
+    for name, shape in tensor_shapes(config) if wanted is None else wanted:
         if name not in shapes:
             raise CheckpointError(f"{where}: the tensor {name!r} is missing, which a {config.family} of "
                                   f"{config.num_hidden_layers} layers needs: compare it with config.json")  # fmt: skip
@@ -219,11 +247,13 @@ def check_tensors(config: ModelConfig, tensors: Mapping[str, Array], where: Path
             raise CheckpointError(f"{where}: {name!r} has shape {shapes[name]}, but config.json says {shape}: "
                                   "they belong to different checkpoints")  # fmt: skip
         needed.add(name)
-    ignored = {HEAD} if config.tie_word_embeddings else set()
-    left = [name for name in shapes if name not in needed | ignored and not name.endswith("rotary_emb.inv_freq")]
-    if left:
-        raise CheckpointError(f"{where}: {len(left)} tensors are not part of a {config.family} network as config.json "
-                              f"describes it, such as {left[0]!r}: ignoring them would change the output")  # fmt: skip
+    if config.tie_word_embeddings:
+        needed.add(HEAD)
+    left = [name for name in shapes if name not in needed and not name.endswith("rotary_emb.inv_freq")]
+    if lost := [name for name in left if not name.endswith(spare)]:
+        raise CheckpointError(f"{where}: {len(lost)} tensors are not part of a {config.family} network as config.json "
+                              f"describes it, such as {lost[0]!r}: ignoring them would change the output")  # fmt: skip
+    return left
 
 
 def check_tied(config: ModelConfig, tensors: Mapping[str, Array], where: Path) -> None:

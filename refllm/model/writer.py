@@ -4,40 +4,36 @@ What is written is what ``transformers``, vLLM and llama.cpp's converter expect 
 ``config.json``, ``generation_config.json``, ``tokenizer.json``, ``tokenizer_config.json`` and the weights as
 safetensors (the format is described in ``shards``), in one file or in shards. A tied head is stored once.
 
-Left out: model cards (pass one in ``extra_files``), quantised layouts, uploading.
+Left out: model cards (pass one in ``extra_files``), uploading. Quantised layouts are ``quant.export``'s, which
+writes through ``write_directory`` too; the tensors' files are ``tensorfile``'s.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import secrets
 import shutil
-import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from refllm.backend import Array, to_numpy
 from refllm.model.config import ModelConfig
 from refllm.model.shards import (
-    FLOATS,
-    INDEX,
-    SINGLE,
     CheckpointError,
-    Shape,
     check_tensors,
     check_tied,
     check_vocabulary,
     converted,
-    host_dtype,
     tensor_shapes,
 )
+from refllm.model.tensorfile import Plan, flush, write_tensors, write_text
 from refllm.model.tokenizer import Tokenizer
 
 STORED_TYPES = ("float16", "bfloat16", "float32")
-_CODES = {name: code for code, name in FLOATS.items()}
 
 
 def save(
@@ -62,27 +58,54 @@ def save(
         raise ValueError(f"save: dtype {dtype!r} is not stored; choose one of {', '.join(STORED_TYPES)}")
     if max_shard_bytes is not None and max_shard_bytes < 1:
         raise ValueError(f"save: max_shard_bytes must be positive, got {max_shard_bytes}")
-    target = Path(os.path.realpath(os.path.expanduser(path)))
+    target = resolved(path)
     check_target(target, overwrite)
     check_tensors(config, tensors, target)
     check_tied(config, tensors, target)
     check_vocabulary(tokenizer, config, target)
+
+    def read(name: str) -> np.ndarray:
+        return converted(to_numpy(tensors[name]), dtype, name, target)
+
+    texts = documents(config, tokenizer, dtype, extra_files or {})
+    plan = {name: (dtype, shape) for name, shape in tensor_shapes(config)}
+    write_directory(target, texts, plan, read, max_shard_bytes=max_shard_bytes)
+
+
+def write_directory(
+    target: Path, texts: Mapping[str, str], plan: Plan, read: Callable[[str], np.ndarray], *,
+    max_shard_bytes: int | None = None, temporary: Path | None = None, finish: Callable[[Path], None] | None = None,
+) -> None:  # fmt: skip
+    """Write text files and tensors in a new directory, then give it the name ``target`` (see ``save``).
+
+    ``temporary`` is what it is called meanwhile; ``finish`` is shown it, whole, before it takes its name.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
+    if temporary is None:
+        temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
     temporary.mkdir()
     try:
-        for name, text in _documents(config, tokenizer, dtype, extra_files or {}).items():
-            _write_text(temporary / name, text)
-        _write_tensors(temporary, config, tensors, dtype, max_shard_bytes, where=target)
-        _flush_directory(temporary)
+        for name, text in texts.items():
+            write_text(temporary / name, text)
+        write_tensors(temporary, plan, read, max_shard_bytes)
+        if finish is not None:
+            finish(temporary)
+        flush(temporary)
         _put_in_place(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # after a success it is no longer there
 
 
-def _documents(config: ModelConfig, tokenizer: Tokenizer, dtype: str, extra: Mapping[str, str]) -> dict[str, str]:
-    """The text files of a checkpoint, by name."""
-    raw = config.to_hf() | {"torch_dtype": dtype}
+def resolved(path: str | Path) -> Path:
+    """The directory that ``path`` means, links and ~ followed."""
+    return Path(os.path.realpath(os.path.expanduser(path)))
+
+
+def documents(
+    config: ModelConfig, tokenizer: Tokenizer, dtype: str, extra: Mapping[str, str], **entries: Any
+) -> dict[str, str]:
+    """The text files of a checkpoint, by name; ``entries`` are added to config.json."""
+    raw = config.to_hf() | {"torch_dtype": dtype} | entries
     special = {"bos_token": config.bos_token_id, "eos_token": next(iter(config.eos_token_ids), None)}
     words = {key: tokenizer.inner.id_to_token(i) for key, i in special.items() if i is not None}
     about_tokens = {
@@ -92,7 +115,7 @@ def _documents(config: ModelConfig, tokenizer: Tokenizer, dtype: str, extra: Map
         "clean_up_tokenization_spaces": False,  # else decode(encode(x)) would drop spaces before punctuation
     }
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": raw["eos_token_id"]}
-    documents = {
+    texts = {
         "config.json": json.dumps(raw, indent=2) + "\n",
         "generation_config.json": json.dumps({k: v for k, v in generation.items() if v is not None}, indent=2) + "\n",
         "tokenizer_config.json": json.dumps(about_tokens, indent=2, ensure_ascii=False) + "\n",
@@ -100,9 +123,9 @@ def _documents(config: ModelConfig, tokenizer: Tokenizer, dtype: str, extra: Map
     }
     for name in extra:
         plain = Path(name).name == name and name not in ("", "..")
-        if not plain or name in documents or name.startswith(("model.", "model-")):
+        if not plain or name in texts or name.startswith(("model.", "model-")):
             raise CheckpointError(f"save: the extra file {name!r} must be a plain new file name in the directory")
-    return documents | dict(extra)
+    return texts | dict(extra)
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -132,77 +155,4 @@ def _put_in_place(temporary: Path, target: Path) -> None:
             os.rename(old, target)
             raise
         shutil.rmtree(old)
-    _flush_directory(target.parent)
-
-
-def _flush_directory(path: Path) -> None:
-    """Wait until a directory's entries are on the disk (POSIX; elsewhere a rename is durable by itself)."""
-    if os.name != "posix":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write_tensors(
-    directory: Path, config: ModelConfig, tensors: Mapping[str, Array], dtype: str, limit: int | None, where: Path
-) -> None:
-    """Write the tensors that ``config`` names, in its order; each is looked up, converted, written, dropped."""
-    shapes, size = dict(tensor_shapes(config)), host_dtype(dtype).itemsize
-    shards = _share_out({name: size * math.prod(shape) for name, shape in shapes.items()}, limit)
-    count = len(shards)
-    files = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    for file, names in zip(files, shards, strict=True):
-        with (directory / file).open("wb") as out:
-            out.write(_header({name: shapes[name] for name in names}, dtype))
-            for name in names:
-                tensor = converted(to_numpy(tensors[name]), dtype, name, where)
-                out.write(tensor.reshape(-1).view("uint8").data)  # bfloat16 has no buffer protocol, its bytes have
-            _settle(out)
-    if count > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        total = size * sum(math.prod(shape) for shape in shapes.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_text(directory / INDEX, json.dumps(index, indent=2) + "\n")
-
-
-def _share_out(sizes: Mapping[str, int], limit: int | None) -> list[list[str]]:
-    """Names in order, cut into runs of at most ``limit`` bytes, or of one name that is larger alone."""
-    if limit is None:
-        return [list(sizes)]
-    runs: list[list[str]] = [[]]
-    used = 0
-    for name, size in sizes.items():
-        if runs[-1] and used + size > limit:
-            runs.append([])
-            used = 0
-        runs[-1].append(name)
-        used += size
-    return runs
-
-
-def _header(shapes: Mapping[str, Shape], dtype: str) -> bytes:
-    """The length and the JSON with which a safetensors file begins; tensors follow without gaps."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file that lacks it
-    at, size = 0, host_dtype(dtype).itemsize
-    for name, shape in shapes.items():
-        end = at + size * math.prod(shape)
-        entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data begins at a multiple of eight, so that it can be mapped as it is
-    return struct.pack("<Q", len(text)) + text
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        _settle(file)
-
-
-def _settle(file: Any) -> None:
-    """Wait until a file is on the disk: a rename may reach it before the data does."""
-    file.flush()
-    os.fsync(file.fileno())
+    flush(target.parent)

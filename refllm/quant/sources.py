@@ -19,7 +19,8 @@ from refllm.backend import Array, asarray_like, get
 from refllm.model.checkpoint import read_config
 from refllm.model.config import ModelConfig
 from refllm.model.llama import PROJECTIONS, Layer, Weights, build_layer
-from refllm.model.shards import EMBEDDING, TensorFiles, check_tensors, check_tied, converted
+from refllm.model.quantized import read
+from refllm.model.shards import EMBEDDING, CheckpointError, TensorFiles, check_tensors, check_tied, converted
 from refllm.model.weights import Dense
 from refllm.quant.report import TensorReport
 
@@ -53,6 +54,8 @@ class CheckpointSource:
 
     def __init__(self, path: str | Path, *, backend: str | None = None, dtype: str = "float32"):
         self.config = read_config(path)
+        if read(Path(path).expanduser()) is not None:
+            raise CheckpointError(f"{path} is quantised already: start from the model that it was made from")
         self.files = TensorFiles(Path(path).expanduser())
         check_tensors(self.config, self.files, self.files.directory)
         check_tied(self.config, self.files, self.files.directory)

@@ -1,0 +1,214 @@
+"""Quantised weights in the byte layouts that other programs read: compressed-tensors, GPTQ and AWQ, tensor by tensor.
+
+For a weight W[M, N] in b bits whose rows have G groups (N/g of them, or one):
+
+| layout         | tensors of a weight                                                                              |
+|----------------|--------------------------------------------------------------------------------------------------|
+| pack-quantized | weight_packed int32 [M, ⌈N·b/32⌉], weight_scale [M, G], weight_shape int64 [2]; if asymmetric       |
+|                | weight_zero_point int32 [⌈M·b/32⌉, G]                                                              |
+| int-quantized  | weight int8 [M, N], weight_scale [M, G]; activations are quantised to 8 bits a token at a time    |
+| naive-quantized| the same, activations as they are                                                                |
+| gptq_v2, gptq  | qweight int32 [N·b/32, M], qzeros int32 [G, M·b/32], scales [G, M], g_idx int32 [N]                |
+| awq            | qweight int32 [N, M/8], qzeros int32 [G, M/8], scales [G, M]; 4 bits                               |
+
+All pack the same way: code C = q + 2^(b−1) (q if unsigned) number i of a stream takes the bits [i·b, (i+1)·b) of it,
+as in ``packing``. pack-quantized has a stream for each row; so has GPTQ, stored as columns: its 3-bit layout of 32
+codes in three words, usually drawn as 10 codes, a split one, 10, a split one and 10, is nothing else. AWQ has a stream
+for each input column, in which each eight rows of W stand in the order 0 2 4 6 1 3 5 7. Zero points are
+Z = z + 2^(b−1) (z if unsigned); ``gptq`` ("v1") stores Z − 1, which has no room for Z = 0; ``gptq_v2`` stores Z.
+
+Sources: the compressed-tensors library; AutoGPTQ's and GPTQModel's QuantLinear; AutoAWQ's WQLinear_GEMM.
+
+Left out: AWQ's GEMV layouts and TinyChat's v2, Marlin's (made by kernels when they load), 8-bit floats, experts, scales
+in blocks, zero points in a float type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from refllm.backend import Array, bitcast, namespace
+from refllm.formats.packing import pack, unpack
+from refllm.formats.quantized import Quantized
+from refllm.formats.reordered import Reordered, order_of
+from refllm.formats.scheme import Scheme
+from refllm.formats.storage import store_scale, store_zero
+from refllm.formats.stored import LAYOUTS, Stored, stored_as, tensor_specs
+from refllm.formats.w8a8 import W8A8Linear
+
+__all__ = ["LAYOUTS", "Stored", "from_tensors", "stored_as", "tensor_specs", "to_tensor", "to_tensors"]
+
+SCALES = ("weight_scale", "scales")
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight rows of W stands at each place of a word
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+def to_tensors(
+    weight: Quantized | W8A8Linear, stored: Stored, *, dtype: str = "float16", name: str = "weight"
+) -> dict[str, Array]:
+    """The tensors of a weight by suffix, in the order of ``tensor_specs``; see ``to_tensor``."""
+    return {s: to_tensor(weight, stored, s, dtype=dtype) for s in tensor_specs(stored, weight.shape, name)}
+
+
+def to_tensor(weight: Quantized | W8A8Linear, stored: Stored, suffix: str, *, dtype: str = "float16") -> Array:
+    """One tensor of a weight whose scheme ``stored_as`` accepted.
+
+    Scales are rounded to ``dtype`` ("bfloat16" comes as the uint16 of its bits); a weight that was quantised with that
+    ``scale_dtype`` is stored exactly.
+    """
+    inner = weight.weight if isinstance(weight, W8A8Linear) else weight
+    xp, (m, n) = namespace(inner.packed()), inner.shape
+    if suffix == "weight_packed":
+        return bitcast(inner.packed(), xp.int32)
+    if suffix == "weight_shape":
+        return xp.asarray([m, n], dtype=xp.int64)
+    if suffix == "weight":
+        return bitcast(unpack(inner.packed(), 8, n) - 128, xp.int8)  # C − 128 = q − z, whatever the rule
+    if suffix in SCALES:
+        scale = store_scale(_by_row(inner.scale, m), dtype, name="scale")
+        return xp.ascontiguousarray(scale.T) if stored.transposed else scale
+    if suffix == "qweight":
+        if stored.layout == "awq":
+            return _interleaved(xp.ascontiguousarray(unpack(inner.packed(), 4, n).T))
+        return bitcast(xp.ascontiguousarray(_own_order(inner).T), xp.int32)
+    if suffix == "qzeros":
+        zeros = xp.astype(_by_row(inner.zero_point, m) + inner.scheme.offset, xp.uint8)
+        zeros = xp.ascontiguousarray(zeros.T)  # Z[G, M]
+        if stored.layout == "awq":
+            return _interleaved(zeros)
+        return bitcast(pack(zeros - _lost(stored), stored.bits), xp.int32)
+    if suffix == "g_idx":
+        g_idx = inner.g_idx if isinstance(inner, Reordered) else None
+        return xp.astype(xp.arange(n) // (stored.group_size or n), xp.int32) if g_idx is None else g_idx
+    raise ValueError(f"{stored.layout} has no tensor {suffix!r}")
+
+
+def _own_order(weight: Quantized) -> Array:
+    """Its words with the columns in the weight's own order."""
+    if not isinstance(weight, Reordered) or weight.order is None:
+        return weight.packed()
+    codes = unpack(weight.packed(), weight.scheme.bits, weight.shape[1])
+    xp = namespace(codes)
+    return pack(xp.ascontiguousarray(codes[:, xp.argsort(weight.order)]), weight.scheme.bits)
+
+
+def _by_row(parameter: Array, rows: int) -> Array:
+    """A scale or zero point of () as one for each row, [M, 1]; others as they are."""
+    xp = namespace(parameter)
+    return parameter if parameter.ndim else xp.ascontiguousarray(xp.broadcast_to(parameter, (rows, 1)))
+
+
+def _lost(stored: Stored) -> int:
+    """What GPTQ's first version takes off its zero points."""
+    return 1 if stored.layout == "gptq" else 0
+
+
+def _interleaved(codes: Array) -> Array:
+    """4-bit codes[K, M] → AWQ's words, int32 [K, M/8]."""
+    xp = namespace(codes)
+    k, m = codes.shape
+    # indexed by a list of Python ints: eight slices that CuPy and NumPy both take
+    eights = xp.reshape(codes, (k, m // 8, 8))
+    placed = xp.stack([eights[:, :, row] for row in AWQ_ORDER], axis=2)
+    return bitcast(pack(xp.reshape(placed, (k, m)), 4), xp.int32)
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def from_tensors(
+    tensors: Mapping[str, Array], stored: Stored, shape: tuple[int, int], *, scale_dtype: str | None = None,
+    dtype: str = "float32", name: str = "weight",
+) -> Quantized | W8A8Linear:  # fmt: skip
+    """A weight W[M, N] from its tensors by suffix, of the shapes of ``tensor_specs``; scales in float32 or float64.
+
+    ``scale_dtype`` is what the scales were stored in (they are held so again), ``dtype`` what the weight comes back
+    in. Zero points that are all 2^(b−1) are not kept: the weight is symmetric then.
+
+    Raises
+    ------
+    ValueError
+        naming ``name`` if the tensors contradict each other, or ask for what is left out.
+    """
+    m, n = shape
+    scale, half = tensors["scales"].T if stored.transposed else tensors["weight_scale"], 1 << (stored.bits - 1)
+    xp = namespace(scale)
+    if not bool(xp.all(scale >= 0)):
+        raise ValueError(f"{name}: a scale is negative: the file is damaged")
+    words, zero, order = _stream(tensors, stored, shape, name), _zeros(tensors, stored, m), None
+    if "g_idx" in tensors:
+        order = _order(tensors["g_idx"], stored.groups(n), name)
+    if order is not None:
+        words = pack(unpack(words, stored.bits, n)[:, order], stored.bits)
+    symmetric = zero is None or bool(xp.all(zero == half))  # codes are stored as C either way
+    granularity = ("channel", None) if stored.group_size is None else ("group", stored.group_size)
+    scheme = Scheme(stored.bits, "half_integer" if symmetric else "asymmetric", *granularity)
+    kept = None if symmetric else store_zero(zero, scheme, None)
+    scale = xp.ascontiguousarray(scale)
+    held = store_scale(scale, scale_dtype, name=f"{name}'s scale")
+    held = xp.where(scale > 0, held, 0)  # some writers give groups of zeros a scale of zero
+    made = (Quantized if order is None else Reordered)(words, held, kept, scheme, (m, n), getattr(xp, dtype))
+    if isinstance(made, Reordered):
+        made.order = order
+    return W8A8Linear(made, name=f"the input of {name}") if stored.activations else made
+
+
+def _order(g_idx: Array, groups: int, name: str) -> Array | None:
+    """The order of the columns that puts groups together; None if it is their own."""
+    xp = namespace(g_idx)
+    columns = int(g_idx.shape[0])
+    if bool(xp.all(g_idx == xp.arange(columns) // (columns // groups))):
+        return None
+    return order_of(g_idx, groups, name=name)
+
+
+def _stream(tensors: Mapping[str, Array], stored: Stored, shape: tuple[int, int], name: str) -> Array:
+    """C as a bit stream a row, uint32 [M, ⌈N·b/32⌉]."""
+    m, n = shape
+    if stored.layout == "pack-quantized":
+        said = [int(size) for size in tensors["weight_shape"]]
+        if said != [m, n]:
+            raise ValueError(f"{name}: weight_shape says {said}, but the network needs {[m, n]}")
+        return _words(tensors["weight_packed"])
+    if not stored.transposed:
+        return pack(bitcast(tensors["weight"], "uint8") + 128, 8)
+    if stored.layout != "awq":
+        return _words(tensors["qweight"].T)
+    codes = _separated(tensors["qweight"])
+    return pack(namespace(codes).ascontiguousarray(codes.T), 4)
+
+
+def _zeros(tensors: Mapping[str, Array], stored: Stored, rows: int) -> Array | None:
+    """Z[M, G], int32; None where the layout stores none."""
+    if stored.transposed:
+        words = tensors["qzeros"]
+        xp = namespace(words)
+        if stored.layout == "awq":
+            zeros = _separated(words)
+        else:  # what was −1 came back as the largest code
+            zeros = (unpack(_words(words), stored.bits, rows) + _lost(stored)) & ((1 << stored.bits) - 1)
+        return xp.ascontiguousarray(xp.astype(zeros.T, xp.int32))
+    if stored.symmetric:
+        return None
+    given = tensors["weight_zero_point"]
+    xp = namespace(given)
+    if stored.layout != "pack-quantized":
+        return xp.astype(given, xp.int32) + 128
+    return xp.ascontiguousarray(xp.astype(unpack(_words(given.T), stored.bits, rows).T, xp.int32))
+
+
+def _separated(words: Array) -> Array:
+    """AWQ's words, int32 [K, M/8] → codes[K, M], the inverse of ``_interleaved``."""
+    xp = namespace(words)
+    k, eighth = words.shape
+    placed = xp.reshape(unpack(_words(words), 4, 8 * eighth), (k, eighth, 8))
+    eights = xp.stack([placed[:, :, AWQ_ORDER.index(row)] for row in range(8)], axis=2)
+    return xp.reshape(eights, (k, 8 * eighth))
+
+
+def _words(tensor: Array) -> Array:
+    """int32 words as the uint32 that ``packing`` speaks."""
+    xp = namespace(tensor)
+    return bitcast(xp.ascontiguousarray(tensor), xp.uint32)
