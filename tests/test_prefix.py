@@ -180,6 +180,8 @@ def test_tenants_do_not_see_each_other():
     filled(pool, cache, [1, 2], salt="a")
     assert cache.match([1, 2, 3], salt="b") == cache.match([1, 2, 3], salt="") == cache.match([1, 2, 3]) == []
     assert len(cache.match([1, 2, 3], salt="a")) == 2
+    filled(pool, cache, [1, 2])
+    assert cache.match([1, 2, 3], salt="") == []  # an empty salt is a salt
 
 
 def test_what_a_weak_hash_does_another_prompt_is_served_somebody_elses_keys():

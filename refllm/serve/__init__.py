@@ -1,0 +1,1 @@
+"""Who runs when: requests, the scheduler's plans, the memory behind them, metrics, workloads, simulation."""

@@ -1,0 +1,104 @@
+"""What one step computes, as plain data: which branch how many tokens, in which blocks, after which copies.
+
+A plan is made of Python ints, strings and tuples. It can be checked, traced and drawn without a model, and an
+engine that executes it decides nothing.
+
+| field    | meaning                                                                                          |
+|----------|--------------------------------------------------------------------------------------------------|
+| start    | tokens of the branch whose keys and values are cached already                                    |
+| count    | tokens that it computes now: positions [start, start + count)                                    |
+| blocks   | where its positions lie: p in block ``blocks[p // b]`` at slot p mod b; b = ``block_size``. With  |
+|          | b = 0 memory is one contiguous run and p lies in slot ``blocks[0] + p``                          |
+| samples  | rows of logits that it needs: its last ones; 0 while a prompt is not finished, 1 + drafts after  |
+| pad      | positions before its first token that a padded batch computes and masks (static batching)       |
+
+Left out: the order of execution within a step (the engine's: a ragged batch has none).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+Name = tuple[Hashable, int]  # (a request's id, which of its branches)
+
+
+class Item(NamedTuple):
+    """One branch's share of a step."""
+
+    name: Name
+    start: int
+    count: int
+    blocks: tuple[int, ...]
+    samples: int
+    pad: int = 0
+
+
+@dataclass
+class Plan:
+    """A step. ``items`` in the order in which they were planned; copies are made first, in their order."""
+
+    step: int
+    items: list[Item]
+    copies: list[tuple[int, int]] = field(default_factory=list)  # (from, to): blocks to copy in all layers
+    admitted: list[Name] = field(default_factory=list)  # left the queue in this step
+    preempted: list[Name] = field(default_factory=list)  # lost their memory and went back to the queue
+    ghosts: list[tuple[int, int]] = field(default_factory=list)  # (past, new) of rows that compute nothing useful
+    waiting: int = 0  # branches still in the queue
+    budget: int | None = None  # tokens that the step may compute; None: no limit
+    seats: int | None = None  # sequences that may run
+    block_size: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the step computes for somebody, padding not counted."""
+        return sum(item.count for item in self.items)
+
+    @property
+    def sampling(self) -> list[Item]:
+        """The items that yield tokens, in order: ``update`` wants an outcome for each."""
+        return [item for item in self.items if item.samples]
+
+    def batch(self) -> list[tuple[int, int]]:
+        """(past, new) of every row, padding included: what the step costs."""
+        rows = [(item.start + item.pad, item.count) if item.start else (0, item.count + item.pad)
+                for item in self.items]  # fmt: skip
+        return rows + self.ghosts
+
+    def slots(self, item: Item, start: int | None = None) -> list[int]:
+        """The slots that an item writes; or those of positions [start, its end), so all that it reads from 0."""
+        positions = range(item.start if start is None else start, item.start + item.count)
+        b = self.block_size
+        if b == 0:
+            return [item.blocks[0] + p for p in positions]
+        return [item.blocks[p // b] * b + p % b for p in positions]
+
+    def check(self) -> None:
+        """AssertionError if the plan breaks a promise."""
+        names = [item.name for item in self.items]
+        assert len(set(names)) == len(names), "a branch stands twice in a plan"
+        assert self.budget is None or self.tokens <= self.budget, "more tokens than the budget"
+        assert self.seats is None or len(names) + len(self.ghosts) <= self.seats, "more branches than seats"
+        assert not (self.preempted and self.admitted), "admitted in a step that preempted"
+        assert not set(self.preempted) & set(names), "a preempted branch computes"
+        assert set(self.admitted) <= set(names), "admitted for nothing"
+        for item in self.items:
+            assert min(item.start, item.pad) >= 0
+            assert 0 <= item.samples <= item.count, "an item computes no token, or samples more than it computes"
+            assert item.count >= 1
+            assert self.block_size == 0 or len(set(item.blocks)) == len(item.blocks), "a block twice in a table"
+            assert self.block_size == 0 or item.start + item.count <= len(item.blocks) * self.block_size
+        written = [slot for item in self.items for slot in self.slots(item)]
+        assert len(set(written)) == len(written), "two branches write one slot"
+        targets = [target for _, target in self.copies]
+        assert len(set(targets)) == len(targets), "two copies into one block"
+        _check_readers(self.items, written, self.block_size)
+
+
+def _check_readers(items: Sequence[Item], written: list[int], b: int) -> None:
+    """Nobody else holds a block that is written in this step."""
+    if b:
+        touched = {slot // b for slot in written}
+        holders = [block for item in items for block in item.blocks if block in touched]
+        assert len(set(holders)) == len(holders), "a block that is written is shared"

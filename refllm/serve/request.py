@@ -1,0 +1,159 @@
+"""What a user asks for, and the state of one continuation while it is served: plain Python, no model, no arrays.
+
+| name      | meaning                                                                                   |
+|-----------|-------------------------------------------------------------------------------------------|
+| request   | a prompt and how to continue it; never changes                                            |
+| branch    | one of a request's n continuations: its tokens, and how many have keys and values cached  |
+| tokens    | prompt + output so far                                                                    |
+| drafts    | guesses for the next tokens (speculation); they count to ``total`` until they are judged  |
+| computed  | tokens [0, computed) have their keys and values in memory                                 |
+| total     | len(tokens) + len(drafts): what a step tries to compute up to                             |
+
+A branch does not know whether it is in prefill or in decode, and nothing here asks: it is ``total - computed``
+tokens behind. Prefill, decode, a resumed request and a verification of drafts differ in these two numbers only
+(vLLM's second scheduler has it so).
+
+Left out: the model's limits (its vocabulary, its longest context): the engine checks them on ``submit``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from math import inf
+from numbers import Integral, Real
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and how to continue it. ValueError names the field that makes no sense.
+
+    ``max_tokens`` 0 is allowed and ends at once, with nothing. ``n`` continuations of the prompt share its memory;
+    with ``together`` they advance in step (beam search: the engine decides which go on). Lower ``priority`` first.
+    ``arrival`` is in seconds. Requests with different ``salt`` never share cached prefixes. ``prompt`` may be a
+    ``range`` where only lengths matter.
+    """
+
+    prompt: Sequence[int]
+    max_tokens: int = 16
+    id: Hashable = None  # None: the scheduler gives one
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    ignore_eos: bool = False
+    n: int = 1
+    together: bool = False
+    priority: int = 0
+    arrival: float = 0.0
+    salt: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", _tokens(self.prompt))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        rules: dict[str, tuple[bool, str]] = {
+            "max_tokens": (_whole(self.max_tokens) and self.max_tokens >= 0, "a whole number, 0 or more"),
+            "temperature": (_number(self.temperature) and self.temperature >= 0, "0 (greedy) or finite and above"),
+            "top_k": (_whole(self.top_k) and self.top_k >= 0, "0 (off) or a whole number above"),
+            "top_p": (_number(self.top_p) and 0 < self.top_p <= 1, "within (0, 1]"),
+            "min_p": (_number(self.min_p) and 0 <= self.min_p <= 1, "within [0, 1]"),
+            "repetition_penalty": (_number(self.repetition_penalty) and self.repetition_penalty > 0, "above 0"),
+            "seed": (self.seed is None or (_whole(self.seed) and self.seed >= 0), "None or a whole number, 0 or more"),
+            "stop": (all(isinstance(s, str) and s for s in self.stop), "strings that are not empty"),
+            "n": (_whole(self.n) and self.n >= 1, "a whole number, 1 or more"),
+            "priority": (_whole(self.priority), "a whole number, lower first"),
+            "arrival": (_number(self.arrival) and self.arrival >= 0, "seconds, 0 or more"),
+            "salt": (self.salt is None or isinstance(self.salt, str), "None or a string"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise ValueError(f"request {self.id!r}: {name} must be {rule}, got {getattr(self, name)!r}")
+        if not self.prompt:
+            raise ValueError(f"request {self.id!r}: the prompt is empty: a model needs a token to continue")
+        try:
+            hash(self.id)
+        except TypeError as error:
+            raise ValueError(f"a request's id must be hashable, got {self.id!r}") from error
+
+    @property
+    def longest(self) -> int:
+        """Tokens that can need memory at one time: the last one that is sampled is never computed."""
+        return len(self.prompt) + max(0, self.max_tokens - 1)
+
+
+def _tokens(prompt: Any) -> Sequence[int]:
+    if isinstance(prompt, range):
+        if prompt and min(prompt[0], prompt[-1]) < 0:
+            raise ValueError(f"prompt must be token ids, 0 or more, got {prompt}")
+        return prompt
+    ids: Any = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # arrays of the host
+    if isinstance(ids, (str, bytes)) or not hasattr(ids, "__iter__"):
+        raise ValueError(f"prompt must be token ids, got {type(prompt).__name__}: tokenise text first")
+    ids = tuple(ids)
+    wrong = next((i for i, t in enumerate(ids) if not _whole(t) or t < 0), None)
+    if wrong is not None:
+        raise ValueError(f"prompt must be token ids, 0 or more, got {ids[wrong]!r} at position {wrong}")
+    return tuple(int(t) for t in ids)
+
+
+def _whole(x: Any) -> bool:
+    return isinstance(x, Integral) and not isinstance(x, bool)
+
+
+def _number(x: Any) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool) and -inf < x < inf
+
+
+class Status(Enum):
+    """Where a branch is."""
+
+    WAITING = "waiting"  # in the queue: new, or preempted
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+class Branch:
+    """One continuation of a request while it is served; the scheduler alone changes it."""
+
+    __slots__ = (
+        "computed", "drafts", "held", "index", "order", "preemptions", "reason", "request", "seats", "status", "tokens",
+    )  # fmt: skip
+
+    def __init__(self, request: Request, index: int, order: int):
+        self.request, self.index, self.order = request, index, order
+        self.tokens = list(request.prompt)
+        self.drafts: list[int] = []
+        self.computed = 0
+        self.seats = request.n if index == 0 else 1  # branches that it will become once its prompt is computed
+        self.held = False  # its logits are known, its next token is not decided yet
+        self.status = Status.WAITING
+        self.reason: str | None = None  # why it ended: "length", or what the engine said
+        self.preemptions = 0
+
+    @property
+    def total(self) -> int:
+        """What a step tries to compute up to."""
+        return len(self.tokens) + len(self.drafts)
+
+    @property
+    def output(self) -> list[int]:
+        """The tokens so far without the prompt."""
+        return self.tokens[len(self.request.prompt) :]
+
+    @property
+    def left(self) -> int:
+        """How many more tokens it may get."""
+        return len(self.request.prompt) + self.request.max_tokens - len(self.tokens)
+
+    @property
+    def key(self) -> tuple[Hashable, int]:
+        """(request's id, index): its name in plans."""
+        return self.request.id, self.index
+
+    def __repr__(self) -> str:
+        return f"Branch({self.request.id!r}.{self.index}, {self.computed}/{self.total}, {self.status.value})"
