@@ -4,11 +4,7 @@
 the hardware. ``redraw`` turns each into ``figures/NAME.png``; ``check`` tells which are stale. A picture carries a
 digest of its data and of the code that drew it, so staleness does not depend on the version of matplotlib.
 
-Colours mean the same everywhere (the palette of Okabe & Ito 2008, told apart by the colour-blind): grey is full
-precision or the baseline, orange round-to-nearest, blue the technique that the figure is about.
-
-Left out: ``pyplot`` and its global state. Every function returns a ``Figure``, which a notebook shows as it is
-(after ``%matplotlib inline``).
+The figures of the network stand here, those of other rooms in ``figures_*.py``; what they share is in ``drawing``.
 """
 
 from __future__ import annotations
@@ -16,77 +12,32 @@ from __future__ import annotations
 import hashlib
 import inspect
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from refllm.study.drawing import (
+    FULL,
+    MORE,
+    NEAREST,
+    SERIES,
+    STYLE,
+    TECHNIQUE,
+    Draw,
+    Values,
+    axes,
+    coloured,
+    styled,
+)
+from refllm.study.figures_quant import quantization
 from refllm.study.records import Record, read
 
-FULL, NEAREST, TECHNIQUE = "#6b6b6b", "#e69f00", "#0072b2"
-MORE = ("#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # further series, in this order
-SERIES = (TECHNIQUE, NEAREST, FULL, *MORE)
-STYLE: Any = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters on every machine
-    "font.size": 10,
-    "axes.titlesize": 11.5,
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.7,
-    "lines.linewidth": 2,
-    "legend.frameon": True,  # a white ground without an edge: text stays readable over lines
-    "legend.framealpha": 0.9,
-    "legend.edgecolor": "none",
-    "legend.fancybox": False,
-    "figure.figsize": (7.2, 4.2),
-    "figure.dpi": 100,
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",  # readable on a dark page too
-}
 _KEY = "refllm-digest"
 _DPI = 160  # 1,152 pixels wide: sharp where a repository page shows 800
-
-Values = Mapping[str, Any]
-Draw = Callable[[Values], Figure]
-
-
-def styled(draw: Draw) -> Draw:
-    """Run ``draw`` under the project's style, whatever the caller's own is."""
-
-    @wraps(draw)
-    def wrapper(values: Values) -> Figure:
-        with matplotlib.rc_context():
-            matplotlib.rcdefaults()
-            matplotlib.rcParams.update(STYLE)
-            return draw(values)
-
-    return wrapper
-
-
-def axes(title: str, x: str, y: str, **figure: Any) -> tuple[Figure, Axes]:
-    """A figure with one pair of axes; labels name the unit."""
-    fig = Figure(layout="constrained", **figure)
-    ax = fig.add_subplot()
-    ax.set(title=title, xlabel=x, ylabel=y)
-    return fig, ax
-
-
-def coloured(colours: Sequence[str], items: Iterable[Any]) -> list[tuple[str, Any]]:
-    """Each item with its colour; ValueError rather than a figure that leaves the last ones out."""
-    drawn = list(items)
-    if len(drawn) > len(colours):
-        raise ValueError(f"a figure tells {len(colours)} series apart, got {len(drawn)}")
-    return list(zip(colours, drawn, strict=False))
 
 
 @styled
@@ -212,45 +163,6 @@ def kv_memory(values: Values) -> Figure:
     ax.xaxis.set_major_formatter(lambda v, _: f"{v:,.0f}")
     ax.yaxis.set_major_formatter(lambda v, _: f"{v:,g}")
     ax.legend(fontsize=8.5)
-    return fig
-
-
-@styled
-def quantization(values: Values) -> Figure:
-    """{"rows": [{"method", "bits", "group", "kl": [mean, low, high], "bits per weight"}]} → KL, a panel for each bits.
-
-    Rows that differ in the seed alone are one point: their mean, and whiskers around all of their intervals.
-    """
-    rows: Sequence[Any] = values["rows"]
-    colours = {"rtn": NEAREST, "gptq": TECHNIQUE, "awq": MORE[0], "smoothquant": MORE[1], "int8": MORE[3]}
-    groups = sorted({row["group"] for row in rows}, key=lambda g: (g > 0, -g))  # 0, a scale a row, first
-    widths = sorted({row["bits"] for row in rows}, reverse=True)
-    fig = Figure(layout="constrained", figsize=(7.2, 5.6))
-    panels = [fig.add_subplot(-(-len(widths) // 2), min(2, len(widths)), i + 1) for i in range(len(widths))]
-    for panel, bits in zip(panels, widths, strict=True):
-        inside = [row for row in rows if row["bits"] == bits]
-        methods = [m for m in colours if any(row["method"] == m for row in inside)]
-        for at, method in enumerate(methods):
-            shift, points = 0.1 * (at - (len(methods) - 1) / 2), []  # whiskers stand beside each other
-            for place, group in enumerate(groups):
-                kl = [row["kl"] for row in inside if (row["method"], row["group"]) == (method, group)]
-                if kl:
-                    mean = sum(k[0] for k in kl) / len(kl)
-                    points.append((place + shift, mean, mean - min(k[1] for k in kl), max(k[2] for k in kl) - mean))
-            x, y, below, above = zip(*points, strict=True)
-            panel.errorbar(x, y, yerr=(below, above), color=colours[method], marker="o", ms=4, lw=1.4, label=method)
-        panel.set(
-            title=f"{bits} bits: KL from full precision",
-            ylabel="KL (nats per token)",
-            xlabel="weights a scale; below, stored bits a weight",
-        )
-        size = [min(row["bits per weight"] for row in inside if row["group"] == g) for g in groups]
-        names = [f"{g or 'row'}\n{b:.2f}" for g, b in zip(groups, size, strict=True)]
-        panel.set_xticks(range(len(groups)), names)
-        panel.set_xlim(-0.5, len(groups) - 0.5)
-        panel.set_ylim(bottom=0)
-    labels = {label: handle for p in panels for handle, label in zip(*p.get_legend_handles_labels(), strict=True)}
-    fig.legend(labels.values(), labels.keys(), loc="outside upper left", ncols=len(labels))
     return fig
 
 
