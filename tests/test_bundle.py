@@ -82,12 +82,18 @@ def test_the_card_names_the_weights_that_a_run_began_with(finished, tmp_path):
     page = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
     assert start["sha256"]["model.safetensors"][:12] in page
     assert "which had seen 256 tokens: `refllm train --output model`" in page
+    first, whole = (json.loads((d / "curve.json").read_text()) for d in (before, tmp_path / "model"))
+    assert whole[:2] == first
+    assert [(point["step"], point["tokens"]) for point in whole] == [(2, 128), (4, 256), (2, 256 + 128), (4, 512)]
+    assert curves.curve_values([tmp_path / "model"])["phases"] == [
+        [256, "begun with"], [256 + 192, "2 × 32 tokens"], [512, "1 × 64 tokens"]
+    ]  # fmt: skip
 
 
 def test_the_curve_is_that_of_the_run(finished):
     _, output, _ = finished
     curve = json.loads((output / "curve.json").read_text())
-    assert [point["step"] for point in curve] == [2, 4]
+    assert [(point["step"], point["tokens"]) for point in curve] == [(2, 128), (4, 256)]
     assert all(point["held_out"] > 0 for point in curve)
 
 
@@ -110,7 +116,7 @@ def test_figures_are_drawn_from_the_directory(finished):
     assert curves.has_record(output)
     values = curves.curve_values([output])
     assert values["runs"] == {"model": json.loads((output / "curve.json").read_text())}
-    assert values["phases"] == [[3, "2 × 32 tokens"], [4, "1 × 64 tokens"]]
+    assert values["phases"] == [[192, "2 × 32 tokens"], [256, "1 × 64 tokens"]]
     bins = curves.position_values([output])["lines"]["model"]
     assert sum(b[2] for b in bins) == record["measured"]["tokens"]
     assert sum(b[2] * b[3] for b in bins) > 0

@@ -17,11 +17,11 @@ from refllm.study.figures import FIGURES, SERIES, check, redraw, save
 from refllm.study.records import Record, write
 
 ROOT = Path(__file__).resolve().parent.parent
-CURVE = [{"step": s, "loss": 5 - s / 100, "norm": 1.0, "held_out": 5.2 - s / 100} for s in (100, 200)]
+CURVE = [{"tokens": 1000 * s, "loss": 5 - s / 100, "norm": 1.0, "held_out": 5.2 - s / 100} for s in (100, 200)]
 EXAMPLES = {
     "training_curve": {
         "runs": {"target": CURVE, "draft": [{k: v for k, v in r.items() if k != "held_out"} for r in CURVE]},
-        "phases": [[150, "256 tokens"]],
+        "phases": [[150_000, "256 tokens"]],
         "bytes_per_token": 3.6,
     },
     "bits_by_position": {"lines": {"target": [[1, 1, 20, 3.0, 2.0], [2, 2, 20, 2.5, 1.5], [3, 4, 40, 2.0, 1.0]]}},
@@ -158,7 +158,7 @@ def test_axes_are_labelled_with_units_and_the_caption_names_the_command(name, fo
     redraw([name], folder)
     ax = drawn[name].axes[0]
     assert ax.get_title(loc="left")
-    assert any(unit in ax.get_xlabel() for unit in ("step", "tokens", "FLOP per byte", "ms", "weights a scale"))
+    assert any(unit in ax.get_xlabel() for unit in ("tokens", "FLOP per byte", "ms", "weights a scale"))
     assert name == "decode_cost" or ax.get_ylabel()
     assert f"make {name}" in drawn[name].get_supxlabel()
 

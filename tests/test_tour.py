@@ -127,7 +127,7 @@ def test_the_interval_holds_the_sample_mean(guide):
 
 
 def test_a_model_with_a_record_shows_its_training_curve(guide, directory, tmp_path):
-    curve = [{"step": 2, "loss": 3.0, "held_out": 3.5}, {"step": 4, "loss": 2.0, "held_out": 2.5}]
+    curve = [{"tokens": 64, "loss": 3.0, "held_out": 3.5}, {"tokens": 128, "loss": 2.0, "held_out": 2.5}]
     card = {"training": {"plan": {"phases": [{"steps": 4, "batch": 2, "length": 8}]}},
             "made with": {"python": "3.11", "numpy": "2"}}  # fmt: skip
     try:
@@ -139,7 +139,7 @@ def test_a_model_with_a_record_shows_its_training_curve(guide, directory, tmp_pa
         (directory / "card.json").unlink()
     record = read(guide.output / "data" / "training_curve.json")
     assert list(record.values["runs"].values()) == [curve]
-    assert record.values["phases"] == [[4, "2 × 8 tokens"]]
+    assert record.values["phases"] == [[64, "begun with"], [128, "2 × 8 tokens"]]
     assert guide.figures == [guide.output / "training_curve.png"]
 
 

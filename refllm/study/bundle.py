@@ -4,7 +4,7 @@
 |----------------|--------------------------------------------------------------------------------------|
 | README.md      | the card as a page, made from card.json                                              |
 | card.json      | data, training and measurements (see ``card``)                                       |
-| curve.json     | the record of every evaluation during training                                       |
+| curve.json     | the record of every evaluation during training, that of the weights begun with first |
 | manifest.json  | SHA-256 of each file here and of each text trained on or held out, by name; no text  |
 
 What is measured is what is stored: the weights are rounded to the stored type first.
@@ -36,6 +36,7 @@ from refllm.model.tokenizer import Tokenizer
 from refllm.study import card
 
 LISTED = "manifest.json"
+Curve = list[dict[str, Any]]
 
 
 def finish(
@@ -84,7 +85,7 @@ def finish(
     texts = {
         "README.md": card.page(record),
         "card.json": json.dumps(record, indent=2, ensure_ascii=False) + "\n",
-        "curve.json": json.dumps(state.curve, indent=1) + "\n",
+        "curve.json": json.dumps(_history(start) + with_tokens(state.curve, plan, _seen(start)), indent=1) + "\n",
     }
     save(output, config, stored, tokenizer, dtype=dtype, extra_files=texts, overwrite=overwrite)
     write_whole(output / LISTED, json.dumps(manifest(output, data), indent=1, ensure_ascii=False) + "\n")
@@ -102,6 +103,32 @@ def _origin(directory: Path) -> dict[str, Any]:
         "sha256": {p.name: file_sha256(p) for p in weights},
         "training": {key: training[key] for key in told if key in training},
     }
+
+
+def with_tokens(curve: Curve, plan: Plan, before: int = 0) -> Curve:
+    """The records of a run's evaluations, each with the tokens that had been read by then, ``before`` the run included.
+
+    Steps of different phases read different numbers of tokens: loss is drawn over what was read.
+    """
+    read, of = [before], [p.batch * p.length for p in plan.phases for _ in range(p.steps)]
+    for tokens in of:
+        read.append(read[-1] + tokens)
+    return [record | {"tokens": read[int(record["step"])]} for record in curve]
+
+
+def _history(start: Path | None) -> Curve:
+    """How the weights that a run began with were trained, if their directory tells."""
+    if start is None or not ((start / "card.json").is_file() and (start / "curve.json").is_file()):
+        return []
+    curve: Curve = json.loads((start / "curve.json").read_text("utf-8"))
+    if all("tokens" in record for record in curve):
+        return curve
+    training = json.loads((start / "card.json").read_text("utf-8"))["training"]
+    return with_tokens(curve, read_plan({"plan": json.dumps(training["plan"])}))
+
+
+def _seen(start: Path | None) -> int:
+    return int(max((record["tokens"] for record in _history(start)), default=0))
 
 
 def read_plan(about: Mapping[str, str]) -> Plan:

@@ -2,7 +2,7 @@
 
 | figure           | from                                     | shows                                          |
 |------------------|------------------------------------------|------------------------------------------------|
-| training_curve   | curve.json, and the plan in card.json    | loss by step, where the phases end             |
+| training_curve   | curve.json, and the plan in card.json    | loss by tokens read, where the phases end      |
 | bits_by_position | ``by context`` in card.json              | what more context buys                         |
 
 Left out: models without a record (somebody else's checkpoints have none).
@@ -26,15 +26,17 @@ def has_record(directory: Path) -> bool:
 
 
 def curve_values(directories: Sequence[Path]) -> dict[str, Any]:
-    """Values of the figure ``training_curve``; the phases marked are those of the first directory."""
-    marks, step = [], 0
-    for phase in read_json(directories[0] / "card.json")["training"]["plan"]["phases"]:
-        step += phase["steps"]
-        marks.append([step, f"{phase['batch']} × {phase['length']} tokens"])
-    return {
-        "runs": {d.resolve().name: json.loads((d / "curve.json").read_text("utf-8")) for d in directories},
-        "phases": marks,
-    }
+    """Values of the figure ``training_curve``; the phases marked are those of the first directory's last run."""
+    runs = {d.resolve().name: json.loads((d / "curve.json").read_text("utf-8")) for d in directories}
+    phases = [p for p in read_json(directories[0] / "card.json")["training"]["plan"]["phases"] if p["steps"]]
+    end = next(iter(runs.values()))[-1]["tokens"]
+    marks: list[list[Any]] = []
+    for phase in reversed(phases):
+        marks.insert(0, [end, f"{phase['batch']} × {phase['length']} tokens"])
+        end -= phase["steps"] * phase["batch"] * phase["length"]
+    if end > 0:
+        marks.insert(0, [end, "begun with"])
+    return {"runs": runs, "phases": marks}
 
 
 def position_values(directories: Sequence[Path]) -> dict[str, Any]:

@@ -42,23 +42,25 @@ _DPI = 160  # 1,152 pixels wide: sharp where a repository page shows 800
 
 @styled
 def training_curve(values: Values) -> Figure:
-    """{"runs": {name: [record of ``train``, …]}, "phases": [[last step, label], …], "bytes_per_token"} → loss by step.
+    """{"runs": {name: [record of curve.json, …]}, "phases": [[tokens, label], …], "bytes_per_token"} → loss by tokens.
 
     With ``bytes_per_token`` of the held-out text a second scale gives bits per byte.
     """
-    fig, ax = axes("Training: loss of the batch (thin) and on held-out modules", "step", "loss (nats per token)")
+    fig, ax = axes(
+        "Training: loss of the batch (thin) and on held-out modules", "tokens read (millions)", "loss (nats per token)"
+    )
     for colour, (name, curve) in coloured(SERIES, values["runs"].items()):
-        ax.plot([r["step"] for r in curve], [r["loss"] for r in curve], color=colour, lw=0.8, alpha=0.45)
-        held = [(r["step"], r["held_out"]) for r in curve if "held_out" in r]
+        ax.plot([1e-6 * r["tokens"] for r in curve], [r["loss"] for r in curve], color=colour, lw=0.8, alpha=0.45)
+        held = [(1e-6 * r["tokens"], r["held_out"]) for r in curve if "held_out" in r]
         if held:
             ax.plot(
                 *zip(*held, strict=True),
                 color=colour,
                 label=f"{name}: {held[-1][1]:.2f} at the end (a few held-out windows)",
             )
-    for step, label in values.get("phases", []):
-        ax.axvline(step, color=FULL, lw=0.8, ls=":")
-        ax.annotate(label, (step, 1), xycoords=("data", "axes fraction"), xytext=(-4, -4),
+    for tokens, label in values.get("phases", []):
+        ax.axvline(1e-6 * tokens, color=FULL, lw=0.8, ls=":")
+        ax.annotate(label, (1e-6 * tokens, 1), xycoords=("data", "axes fraction"), xytext=(-4, -4),
                     textcoords="offset points", ha="right", va="top", fontsize=8, color=FULL)  # fmt: skip
     if size := values.get("bytes_per_token"):
         factor = 1 / (np.log(2) * size)
@@ -66,7 +68,6 @@ def training_curve(values: Values) -> Figure:
         right.set_ylabel("bits per byte")
         right.spines["right"].set_visible(True)
     ax.set_xlim(left=0)
-    ax.xaxis.set_major_formatter(lambda v, _: f"{v:,.0f}")
     ax.legend(loc="upper right", bbox_to_anchor=(1, 0.93))
     return fig
 
