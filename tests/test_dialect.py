@@ -27,11 +27,13 @@ DATA_PLANE = ("formats", "kernels", "model", "kv", "decode", "quant")
 # Where NumPy itself is meant: a module, or a function or class in one, and why nothing there lives on a device.
 HOST = {
     "formats.ranges:_extremes": "reduceat is twice as fast on the host; CuPy has none and takes the other branch",
+    "formats.gguf.search:quietly": "NumPy warns of overflow and 0/0; CuPy has no errstate, and warns of nothing",
     "model.streams": "tokenised text is cut and joined on the host",
     "model.plan": "the order of the training windows is drawn on the host",
     "model.train": "initial weights and batches; the step itself is model.backward's",
     "model.state": "a checkpoint is a host file",
     "model.shards": "files hold host bytes; tensors are moved once they are checked",
+    "model.tensorfile": "files hold host bytes; what is written has come to the host before",
     "model.weights:Dense.__init__": "the blocked layout is a cure for OpenBLAS and exists on the host only",
     "model.weights:Dense.matmul": "the blocked layout is a cure for OpenBLAS and exists on the host only",
     "model.weights:Room": "the blocked layout is a cure for OpenBLAS and exists on the host only",

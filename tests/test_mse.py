@@ -21,15 +21,13 @@ SCHEMES = [
     Scheme(4, "awq", "group", 8),
 ]
 schemes = st.sampled_from(SCHEMES)
-# not "extreme": −8 steps of a/7.5 are more than a, which is the largest number already
-kinds = ("normal", "outlier_column", "zero", "constant", "denormal", "one_sided")
-weights = arrays(st.integers(1, 5), st.sampled_from([8, 16]), dtype="float64", kinds=kinds)
+weights = arrays(st.integers(1, 5), st.sampled_from([8, 16]), dtype="float64")
 
 
 def error(x, lo, hi, scheme, norm):
-    """Σ|x̂ − x|^norm over each range, by slicing, shaped like the scale."""
+    """Σ|x̂ − x|^norm over each range, by slicing, shaped like the scale; in halves: x̂ may overflow."""
     scale, zero = range_to_qparams(np.asarray(lo), np.asarray(hi), scheme)  # NumPy makes numbers of 0-d arrays
-    e = np.abs(decode(encode(x, scale, zero, scheme), scale, zero, scheme) - x)
+    e = np.abs(decode(encode(x, scale, zero, scheme), np.asarray(0.5 * scale), zero, scheme) - 0.5 * x)
     e = e / (np.abs(x).max() or 1.0)  # powers of the largest numbers overflow, of the smallest vanish
     e = e**norm
     if scheme.granularity == "tensor":

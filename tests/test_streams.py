@@ -46,6 +46,14 @@ def test_a_single_document_is_cut_between_lines(count, share):
     (train,), (held,) = split([Document("one", text)], share)
     assert train.text + held.text == text
     assert train.text.endswith("\n")
+    lines = held.text.count("\n")
+    # the share, rounded to lines, but never all of them and never none
+    assert 1 <= lines < count
+    assert abs(lines - share * count) <= 1
+
+
+def test_of_a_single_line_nothing_is_left_to_train_on():
+    assert split([Document("one", "no end")], 0.5) == ([], [Document("one (end)", "no end")])
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -1.0, float("nan")])

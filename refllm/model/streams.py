@@ -122,7 +122,8 @@ def split(documents: Sequence[Document], share: float) -> tuple[list[Document], 
         raise ValueError(f"the held-out share must be within (0, 1), got {share}")
     if len(documents) == 1:
         lines = documents[0].text.splitlines(keepends=True)
-        cut = len(lines) - max(1, round(share * len(lines)))
+        kept = max(1, len(lines) - max(1, round(share * len(lines))))  # both sides get a line where there are two
+        cut = kept if len(lines) > 1 else 0
         name = documents[0].name
         parts = Document(name, "".join(lines[:cut])), Document(f"{name} (end)", "".join(lines[cut:]))
         return ([parts[0]] if cut else []), [parts[1]]

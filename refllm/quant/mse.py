@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from refllm.backend import Array, namespace
 from refllm.formats.affine import Scheme, decode, encode, range_to_qparams, ranges
+from refllm.formats.ranges import reachable
 from refllm.formats.scheme import as_blocks
 
 __all__ = ["mse_range"]
@@ -62,16 +63,21 @@ def mse_range(
 
 
 def _error(x: Array, lo: Array, hi: Array, unit: Array, scheme: Scheme, norm: float) -> Array:
-    """Σ |(x̂ − x)/unit|^norm over each of the ranges lo, hi, unit, one axis each."""
+    """Σ |(x̂ − x)/(2 unit)|^norm over each of the ranges lo, hi, unit, one axis each.
+
+    In halves, because x̂ may lie a step beyond the largest number: −8 steps of 2a/15 are more than a. An error of more
+    than 1024 steps (AWQ's rule, whose range need not hold zero) counts as 1024: no candidate is of use then.
+    """
     xp = namespace(x)
     shape = scheme.scale_shape(tuple(x.shape))
-    scale, zero_point = (xp.reshape(v, shape) for v in range_to_qparams(lo, hi, scheme))
+    step, zero_point = range_to_qparams(lo, hi, scheme)
+    scale, half, zero_point = (xp.reshape(v, shape) for v in (step, 0.5 * step, zero_point))
     codes = encode(x, scale, zero_point, scheme, check=scheme.rule == "awq")
-    e = decode(codes, scale, zero_point, scheme) - x
+    e = decode(codes, half, zero_point, scheme) - 0.5 * x
     if scheme.granularity == "block":  # a ragged edge is filled up with nothing
         rows, columns = scheme.block
         e = xp.concat([e, xp.zeros((-e.shape[0] % rows, e.shape[1]), dtype=e.dtype)], axis=0)
         e = xp.concat([e, xp.zeros((e.shape[0], -e.shape[1] % columns), dtype=e.dtype)], axis=1)
     blocks = as_blocks(e, scheme)
     steps = xp.reshape(unit, (blocks.shape[0], 1, blocks.shape[2], 1))
-    return xp.reshape(xp.sum(xp.abs(blocks / steps) ** norm, axis=(1, 3)), unit.shape)
+    return xp.reshape(xp.sum(xp.abs(reachable(blocks, steps) / steps) ** norm, axis=(1, 3)), unit.shape)
