@@ -1,0 +1,292 @@
+"""The searches for a block's step: what ggml minimises, in the arithmetic that its bytes depend on.
+
+Dividing by the largest number wastes codes: a little more error at the extremes buys less everywhere else. So each
+sub-block tries some steps, and for the codes that each gives, the best step in closed form. Blocks are columns here,
+x[S, C] holds position i of all of them in row i: searches run side by side, and only sums go position by position.
+
+| search       | model of x      | minimises                         | tries                                      |
+|--------------|-----------------|-----------------------------------|--------------------------------------------|
+| asymmetric   | s·L + m, m ≤ 0  | Σ w (s·L + m − x)², or Σ w |…|  | that range in n + first + i·step steps     |
+| symmetric    | s·(L − n)       | Σ w (s·(L − n) − x)²              | n ± 0.1 … 0.9 steps for the extreme        |
+| swept        | s·(L − n)       | the same, w = x²                  | one start, then each code anew, five times |
+| positive     | s·L, x ≥ 0      | Σ w (s·L − x)²                    | n ± 0.1 … 0.4 steps, then each code anew   |
+
+For given codes the squares are least at s = Σwxl / Σwl² (symmetric), which leaves Σwx² − (Σwxl)²/Σwl²; hence what is
+compared is (Σwxl)²/Σwl², and no error is ever computed. The asymmetric fit is the straight line of weighted regression.
+
+Quirks, all part of the format's bytes:
+
+- Sums are strictly sequential in float32. Another order of additions changes a last bit, that changes which candidate
+  wins, and that changes the codes.
+- ``asymmetric`` moves its lower end to each better fit's offset, and later candidates start from there: the candidates
+  are not the grid that the parameters describe.
+- With ``mad`` (Q2_K) candidates are fitted by squares and compared by absolute errors.
+- ``swept`` only takes up a code if the other codes' Σwxl is positive. With a positive extreme the step is negative
+  and Σwxl is too: such blocks are never refined.
+
+Source: ggml's quantisers (ggml-quants.c), behaviour checked against the library byte for byte.
+
+Left out: the searches of the lattice types.
+"""
+
+from __future__ import annotations
+
+import struct
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import numpy as np
+
+from refllm.backend import Array, bitcast, namespace
+
+__all__ = [
+    "IMPORTANT",
+    "TINY",
+    "Grid",
+    "asymmetric",
+    "divided",
+    "extreme",
+    "least",
+    "nearest",
+    "positive",
+    "quietly",
+    "sequential_sum",
+    "swept",
+    "symmetric",
+]
+
+TINY = 1e-15  # a block whose numbers are all smaller is stored as zero
+_MAGIC = 12582912.0  # 1.5 · 2²³: adding it leaves the whole part in the last 22 bits of a float32
+_MANY = 8  # columns from which NumPy's reduction runs along rows, one after another
+
+
+def single(x: float) -> float:
+    """The nearest float32; of a sum or a product of float32 numbers it is what float32 arithmetic gives."""
+    rounded: float = struct.unpack("f", struct.pack("f", x))[0]
+    return rounded
+
+
+def tenths(levels: int, i: int) -> float:
+    """levels + i/10, in float32."""
+    return single(single(single(0.1) * i) + levels)
+
+
+class Grid(NamedTuple):
+    """Which candidates ``asymmetric`` tries."""
+
+    first: float
+    step: float
+    tries: int
+
+    def steps(self, levels: int, i: int) -> float:
+        """levels + first + i·step, in float32."""
+        return single(single(single(self.first) + single(single(self.step) * i)) + levels)
+
+
+IMPORTANT = Grid(-0.9, 0.05, 36)  # with an importance, whatever the type
+
+
+def quietly(like: Array) -> AbstractContextManager[object]:
+    """No warnings of overflow and 0/0 from NumPy; a GPU never gives any.
+
+    The searches divide and overflow as their source does, and look at the outcome afterwards.
+    """
+    return np.errstate(all="ignore") if namespace(like) is np else nullcontext()
+
+
+def sequential_sum(terms: Array) -> Array:
+    """Σ over rows, terms[S, C] → [C]: ((0 + t₀) + t₁) + …, each sum rounded to float32."""
+    xp = namespace(terms)
+    if xp is np and terms.shape[1] >= _MANY and terms.flags.c_contiguous:
+        # Where the summed axis is the slow one, NumPy adds whole rows to its result, one after another: the same sums
+        # in the same order in a third of the time (a test holds it to that).
+        total: Array = xp.add.reduce(terms, axis=0)
+        return total
+    total = terms[0] + 0.0  # −0 becomes +0, as in a sum that starts at 0
+    for row in terms[1:]:
+        total += row
+    return total
+
+
+def nearest(x: Array) -> Array:
+    """float32 → int32: the nearest whole number, ties to even, for |x| < 2²²; what ggml's bit trick gives beyond.
+
+    NaN gives 0 there, ±∞ gives −2²².
+    """
+    xp = namespace(x)
+    bits = bitcast(xp.ascontiguousarray(x + _MAGIC), xp.int32)
+    return (bits & 0x7FFFFF) - 0x400000
+
+
+def extreme(x: Array) -> Array:
+    """The signed number of largest size in each column of x[S, C], the first of several; +0 of zeros: [C]."""
+    xp = namespace(x)
+    first = xp.argmax(xp.abs(x), axis=0)
+    return xp.take_along_axis(x, first[None, :], axis=0)[0] + 0.0
+
+
+def least(x: Array) -> Array:
+    """The smallest number of each column of x[S, C], the first of several (−0 equals 0): [C]."""
+    xp = namespace(x)
+    return xp.take_along_axis(x, xp.argmin(x, axis=0)[None, :], axis=0)[0]
+
+
+def divided(a: Array | float, b: Array, where: Array, otherwise: float = 0.0) -> Array:
+    """a / b where ``where`` holds, ``otherwise`` elsewhere."""
+    xp = namespace(b)
+    return xp.where(where, a / xp.where(where, b, 1.0), otherwise)
+
+
+def asymmetric(x: Array, w: Array, levels: int, grid: Grid, *, mad: bool = False) -> tuple[Array, Array, Array]:
+    """x[S, C], weights w[S, C] → codes in 0 … levels (as float32 [S, C]), s[C] and −m[C] of x ≈ s·L + m.
+
+    The start puts ``levels`` steps between the ends; candidate i puts levels + first + i·step there, i = 0 … tries.
+    """
+    xp = namespace(x, w)
+    hi, sw, sx = xp.max(x, axis=0), sequential_sum(w), sequential_sum(w * x)
+    lo = least(x)
+    lo = xp.where(lo > 0, 0.0, lo)
+    some = hi > lo
+    t, code = xp.empty_like(x), xp.empty_like(x)  # reused: what fits into the cache need not leave it
+
+    def encode(inverse: Array, low: Array) -> None:
+        """code = clip(nearest((x − low) · inverse)); an inverse that is no number gives 0 as upstream's trick does."""
+        xp.subtract(x, low, out=code)
+        xp.multiply(code, xp.where(xp.isfinite(inverse), inverse, 0.0), out=code)
+        xp.rint(code, out=code)
+        xp.clip(code, 0.0, float(levels), out=code)
+
+    def error(s: Array, m: Array) -> Array:
+        xp.multiply(code, s, out=t)
+        xp.add(t, m, out=t)
+        xp.subtract(t, x, out=t)
+        xp.abs(t, out=t) if mad else xp.multiply(t, t, out=t)
+        xp.multiply(t, w, out=t)
+        return sequential_sum(t)
+
+    best_inverse, best_lo = float(levels) / (hi - lo), lo
+    scale = 1.0 / best_inverse
+    encode(best_inverse, lo)
+    best = error(scale, lo)
+    for i in range(grid.tries + 1):
+        inverse = grid.steps(levels, i) / (hi - lo)
+        encode(inverse, lo)
+        xp.multiply(w, code, out=t)
+        sl = sequential_sum(t)
+        xp.multiply(t, code, out=t)
+        sll = sequential_sum(t)
+        xp.multiply(w, code, out=t)
+        xp.multiply(t, x, out=t)
+        sxl = sequential_sum(t)
+        d = sw * sll - sl * sl
+        s, m = (sw * sxl - sx * sl) / d, (sll * sx - sl * sxl) / d
+        above = m > 0  # the offset may only lower
+        s, m = xp.where(above, sxl / sll, s), xp.where(above, 0.0, m)
+        e = error(s, m)
+        better = (d > 0) & (e < best) & some
+        best, scale = xp.where(better, e, best), xp.where(better, s, scale)
+        best_inverse, best_lo = xp.where(better, inverse, best_inverse), xp.where(better, lo, best_lo)
+        lo = xp.where(better, m, lo)  # the quirk: later candidates start here
+    encode(best_inverse, best_lo)  # the winner's codes again, cheaper than keeping each winner's
+    return xp.where(some, code, 0.0), xp.where(some, scale, 0.0), -lo
+
+
+def symmetric(x: Array, levels: int, w: Array | None = None) -> tuple[Array, Array]:
+    """x[S, C], weights (x² if None) → codes in 0 … 2·levels − 1 (as float32 [S, C]) and s[C] of x ≈ s·(L − levels)."""
+    xp = namespace(x, w)
+    w = x * x if w is None else w
+    m = extreme(x)
+    some = xp.abs(m) >= TINY
+    wx, t, code = w * x, xp.empty_like(x), xp.empty_like(x)
+
+    def fit(inverse: Array) -> tuple[Array, Array]:
+        """Σwxl, Σwl² of the codes that 1/step = ``inverse`` gives."""
+        xp.multiply(x, inverse, out=code)
+        xp.rint(code, out=code)
+        xp.clip(code, -float(levels), float(levels - 1), out=code)
+        xp.multiply(wx, code, out=t)
+        sx = sequential_sum(t)
+        xp.multiply(w, code, out=t)
+        xp.multiply(t, code, out=t)
+        return sx, sequential_sum(t)
+
+    best_inverse = divided(-float(levels), m, some)
+    sx, sl = fit(best_inverse)
+    scale = divided(sx, sl, sl != 0)
+    best = scale * sx
+    for i in range(-9, 10):
+        if i == 0:
+            continue
+        inverse = divided(-tenths(levels, i), m, some)
+        sx, sl = fit(inverse)
+        better = (sl > 0) & (sx * sx > best * sl)
+        scale = xp.where(better, sx / sl, scale)
+        best, best_inverse = xp.where(better, scale * sx, best), xp.where(better, inverse, best_inverse)
+    fit(best_inverse)
+    return xp.where(some, code + float(levels), 0.0), xp.where(some, scale, 0.0)
+
+
+def swept(x: Array, levels: int) -> tuple[Array, Array]:
+    """x[S, C] → codes in 0 … 2·levels − 1 (as float32 [S, C]) and s[C]; one start, then sweeps over the codes."""
+    xp = namespace(x)
+    m = extreme(x)
+    some = xp.abs(m) >= TINY
+    w = x * x
+    wx = w * x
+    inverse = divided(-float(levels), m, some)
+    code = xp.clip(xp.rint(x * inverse), -float(levels), float(levels - 1))
+    sx, sl = sequential_sum(wx * code), sequential_sum(w * code * code)
+    code, sx, sl = _sweep(x, w, wx, code, sx, sl, -float(levels), float(levels - 1), others=False)
+    return xp.where(some, code + float(levels), 0.0), xp.where(some, divided(sx, sl, sl > 0), 0.0)
+
+
+def positive(x: Array, levels: int, w: Array) -> tuple[Array, Array]:
+    """x[S, C] ≥ 0, weights w[S, C] → codes in 0 … levels (as float32 [S, C]) and s[C] of x ≈ s·L."""
+    xp = namespace(x, w)
+    m = xp.maximum(xp.max(x, axis=0), 0.0)
+    some = m >= TINY
+    best_inverse = divided(float(levels), m, some)
+    wx, best = w * x, None
+    for i in (0, -4, -3, -2, -1, 1, 2, 3, 4):
+        inverse = best_inverse if i == 0 else divided(tenths(levels, i), m, some)
+        difference = x - divided(1.0, inverse, some) * _at_most(x * inverse, levels)
+        e = sequential_sum(w * difference * difference)
+        better = e < best if best is not None else some
+        best = e if best is None else xp.where(better, e, best)
+        best_inverse = xp.where(better, inverse, best_inverse)
+    code = _at_most(x * best_inverse, levels)
+    sx, sl = sequential_sum(wx * code), sequential_sum(w * code * code)
+    code, sx, sl = _sweep(x, w, wx, code, sx, sl, -float(1 << 22), float(levels), others=True)
+    return xp.where(some, code, 0.0), xp.where(some, divided(sx, sl, sl > 0), 0.0)
+
+
+def _at_most(x: Array, levels: int) -> Array:
+    """min(nearest(x), levels) as float32."""
+    xp = namespace(x)
+    return xp.minimum(xp.astype(nearest(x), xp.float32), float(levels))
+
+
+def _sweep(
+    x: Array, w: Array, wx: Array, code: Array, sx: Array, sl: Array, low: float, high: float, *, others: bool
+) -> tuple[Array, Array, Array]:
+    """Up to five times over all positions: each code anew, given all others, and kept if (Σwxl)²/Σwl² grows.
+
+    ``others`` demands Σwl² > 0 of the other codes before, the rest of them after the change.
+    """
+    xp = namespace(x, w, code)
+    for _ in range(5):
+        changed = None
+        for i in range(x.shape[0]):
+            a = sx - wx[i] * code[i]
+            b = sl - w[i] * code[i] * code[i]
+            able = (a > 0) & (b > 0) if others else a > 0
+            anew = xp.clip(xp.astype(nearest(divided(x[i] * b, a, able)), xp.float32), low, high)
+            a, b = a + wx[i] * anew, b + w[i] * anew * anew
+            better = able & (anew != code[i]) & (a * a * sl > sx * sx * b)
+            if not others:
+                better &= b > 0
+            code[i], sx, sl = xp.where(better, anew, code[i]), xp.where(better, a, sx), xp.where(better, b, sl)
+            changed = better if changed is None else changed | better
+        if not bool(xp.any(changed)):
+            break
+    return code, sx, sl
