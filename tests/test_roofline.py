@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from counting import CountingModule
-from refllm.kv import contiguous
+from refllm.kv import contiguous, together
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.attention import attention, flash_attention
 from refllm.model.config import ModelConfig
@@ -73,7 +73,7 @@ def run_counted(config, batch, rows):
     tokens = module.array(np.zeros(sum(counts), np.int64))
     positions = module.array(np.asarray(cache.positions(counts), np.int64))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contiguous, "SCORES", 0)
+        patch.setattr(together, "SCORES", 0)
         hidden = forward(weights, config, tokens, positions, cache.view(counts))
     if rows:
         logits(weights, hidden[:rows])

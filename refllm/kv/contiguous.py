@@ -21,28 +21,35 @@ Left out: growing, sharing, a sliding window that forgets (masked keys are kept)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from refllm.backend import Array, asarray_like, namespace
-from refllm.model.attention import Attend, flash_attention, masked_score
+from refllm.kv.together import attend_together, bias_together, even, fits_together
+from refllm.model.attention import Attend, flash_attention
 from refllm.model.config import ModelConfig
-
-SCORES = 2**20  # of a prefill at once; a larger one goes sequence by sequence, in tiles
 
 
 class ContiguousCache:
     """Keys and values of up to ``max_sequences`` sequences of up to ``capacity`` tokens."""
 
-    def __init__(self, config: ModelConfig, max_sequences: int, capacity: int, *, like: Array, dtype: Any = None):
-        """``like`` is any array of the library to live on; ``dtype`` defaults to its dtype."""
+    def __init__(
+        self, config: ModelConfig, max_sequences: int, capacity: int, *, like: Array, dtype: Any = None,
+        columns: bool = True,
+    ):  # fmt: skip
+        """``like`` is any array of the library to live on; ``dtype`` defaults to its dtype.
+
+        ``columns=False`` lays the keys in memory row by row, token after token, as a pool of slots must: the same
+        numbers in the same products, which BLAS then reads, and rounds, in another order.
+        """
         if max_sequences < 1 or capacity < 1:
             raise ValueError(f"ContiguousCache: needs room for a token, got {max_sequences} × {capacity}")
         xp = namespace(like)
         heads, dim = (config.num_hidden_layers, max_sequences, config.num_key_value_heads), config.head_dim
         # zeros, not empty: what is masked is multiplied by a probability of 0, and 0 · NaN is NaN
-        self.keys: Array = xp.zeros((*heads, dim, capacity), dtype=dtype or like.dtype)
+        across = (dim, capacity) if columns else (capacity, dim)
+        keys = xp.zeros((*heads, *across), dtype=dtype or like.dtype)
+        self.keys: Array = keys if columns else keys.swapaxes(-1, -2)
         self.values: Array = xp.zeros((*heads, capacity, dim), dtype=dtype or like.dtype)
         self.window = config.sliding_window
         self.heads = config.num_attention_heads
@@ -72,10 +79,9 @@ class ContiguousCache:
             if n < 0 or self.lengths[b] + n > self.capacity:
                 raise ValueError(f"sequence {b}: {self.lengths[b]} cached + {n} new tokens exceed {self.capacity}")
         busy = [b for b, n in enumerate(counts) if n]
-        if busy and _even([counts[b] for b in busy]) and busy[-1] - busy[0] < len(busy):
-            count, longest = counts[busy[0]], max(self.lengths[b] for b in busy) + counts[busy[0]]
-            if count == 1 or len(busy) * self.heads * count * longest <= SCORES:
-                return _EvenView(self, slice(busy[0], busy[-1] + 1), count)
+        together = fits_together([counts[b] for b in busy], [self.lengths[b] for b in busy], self.heads)
+        if together and busy[-1] - busy[0] < len(busy):  # neighbours, so that their strips are one array
+            return _EvenView(self, slice(busy[0], busy[-1] + 1), counts[busy[0]])
         return _RaggedView(self, counts)
 
     def advance(self, counts: Sequence[int]) -> None:
@@ -115,23 +121,22 @@ class _RaggedView:
 
 
 class _EvenView:
-    """Some neighbours bring n tokens each (decode: one): two batched products over their strips up to the longest."""
+    """Some neighbours bring n tokens each (decode: one): they attend together, up to the longest strip."""
 
     def __init__(self, cache: ContiguousCache, sequences: slice, count: int):
         lengths = cache.lengths[sequences]
         self.count, longest = count, max(lengths) + count
         self.keys = cache.keys[:, sequences, :, :, :longest]  # [L, B, G, D, S]
         self.values = cache.values[:, sequences, :, :longest]  # [L, B, G, S, D]
-        xp = namespace(cache.keys)
-        at = None  # [B, n], positions of the new tokens
-        if not _even(lengths) or count > 1 or (cache.window is not None and longest > cache.window):
-            at = asarray_like(lengths, cache.keys, "int64")[:, None] + xp.arange(count)
-        self.bias = None if at is None else _hides(xp, at, longest, cache.window, cache.keys.dtype)
-        # the last columns where all stand at the same position, else a slot each
-        self.slots = None if _even(lengths) else (xp.arange(len(lengths))[:, None], at)
+        self.bias = bias_together(lengths, count, cache.window, cache.keys)
+        self.slots: Any = None  # the last columns where all stand at the same position, else a slot each
+        if not even(lengths):
+            xp = namespace(cache.keys)
+            at = asarray_like(lengths, cache.keys, "int64")[:, None] + xp.arange(count)  # [B, n]
+            self.slots = xp.arange(len(lengths))[:, None], at
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
-        xp, n, (groups, dim) = namespace(q), self.count, k.shape[1:]
+        n, (groups, dim) = self.count, k.shape[1:]
         keys, values = self.keys[layer], self.values[layer]
         k, v = k.reshape(-1, n, groups, dim), v.reshape(-1, n, groups, dim)
         if self.slots is None:
@@ -141,27 +146,4 @@ class _EvenView:
             sequence, slot = self.slots
             keys[sequence, :, :, slot] = k
             values[sequence, :, slot] = v
-        q *= 1.0 / math.sqrt(dim)
-        rows = q.reshape(-1, n, groups, q.shape[1] // groups, dim).transpose(0, 2, 3, 1, 4)  # [B, G, R, n, D]
-        p = xp.matmul(rows.reshape(*rows.shape[:2], -1, dim), keys)  # [B, G, R·n, S]
-        if self.bias is not None:
-            p = p.reshape(*rows.shape[:4], -1)
-            p += self.bias
-            p = p.reshape(*rows.shape[:2], -1, p.shape[-1])
-        p -= p.max(axis=-1, keepdims=True)
-        xp.exp(p, out=p)
-        p /= p.sum(axis=-1, keepdims=True)
-        return xp.matmul(p, values).reshape(rows.shape).transpose(0, 3, 1, 2, 4).reshape(q.shape)
-
-
-def _hides(xp: Any, at: Array, keys: int, window: int | None, dtype: Any) -> Array:
-    """[B, 1, 1, n, S]: what lies after a token's position at[B, n], or before its window, gets a score of −10³⁰."""
-    j, at = xp.arange(keys), at[:, None, None, :, None]
-    hidden = j > at
-    if window is not None:
-        hidden = hidden | (j <= at - window)
-    return xp.where(hidden, xp.asarray(masked_score(xp, dtype), dtype=dtype), xp.asarray(0.0, dtype=dtype))
-
-
-def _even(numbers: Sequence[int]) -> bool:
-    return min(numbers) == max(numbers)
+        return attend_together(q, keys, values, self.bias)

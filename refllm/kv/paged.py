@@ -27,7 +27,8 @@ from typing import Any
 
 from refllm.backend import Array, asarray_like, namespace
 from refllm.kv.blocks import BlockPool, BlockTable
-from refllm.model.attention import Attend, attention, flash_attention, masked_score, merge
+from refllm.kv.together import attend_together, bias_together, fits_together
+from refllm.model.attention import Attend, attention, flash_attention, merge
 from refllm.model.config import ModelConfig
 
 
@@ -49,7 +50,7 @@ class PagedKVCache:
         empty = math.nan if poison else 0.0
         self.keys: Array = xp.full(shape, empty, dtype=dtype or like.dtype)
         self.values: Array = xp.full(shape, empty, dtype=dtype or like.dtype)
-        self.window = config.sliding_window
+        self.window, self.heads = config.sliding_window, config.num_attention_heads
         self.copied = 0  # blocks copied before a write
 
     @property
@@ -111,7 +112,10 @@ class PagedKVCache:
 
 
 class _View:
-    """Writes the step's keys and values, then reads: sequences with one new token together, the others one by one."""
+    """Writes the step's keys and values, then reads: those that bring one token together, the others one by one.
+
+    Where all bring equally many, they attend together, as in a contiguous cache.
+    """
 
     def __init__(self, cache: PagedKVCache, tables: Sequence[BlockTable], counts: Sequence[int], write: list[int]):
         self.cache, like = cache, cache.keys
@@ -120,64 +124,50 @@ class _View:
         for n in counts:
             starts.append(at)
             at += n
-        one = [i for i, n in enumerate(counts) if n == 1]
-        self.many = [
-            (slice(starts[i], starts[i] + n), tables[i].length,
-             asarray_like(tables[i].slots(0, tables[i].length + n), like, "int64"))
-            for i, n in enumerate(counts) if n > 1
+        busy = [i for i, n in enumerate(counts) if n]
+        all_together = fits_together([counts[i] for i in busy], [tables[i].length for i in busy], cache.heads)
+        joined = busy if all_together else [i for i in busy if counts[i] == 1]
+        self.apart = [
+            (slice(starts[i], starts[i] + counts[i]), tables[i].length,
+             asarray_like(tables[i].slots(0, tables[i].length + counts[i]), like, "int64"))
+            for i in busy if i not in set(joined)
         ]  # fmt: skip
-        self.one: Any = None
-        if one:
-            self.one = slice(0, len(one)) if len(one) == at else asarray_like([starts[i] for i in one], like, "int64")
-            self.slots, self.bias = self._gathered([tables[i] for i in one])
+        self.joined: Any = None  # the rows that attend together
+        if joined:
+            self.joined = slice(0, at) if all_together else asarray_like([starts[i] for i in joined], like, "int64")
+            self.slots, self.bias = self._gathered([tables[i] for i in joined], counts[joined[0]])
 
-    def _gathered(self, tables: list[BlockTable]) -> tuple[Array, Array | None]:
-        """Slots [B, S] of B sequences that bring one token each, and the bias [B, 1, 1, S] that hides the padding.
+    def _gathered(self, tables: list[BlockTable], count: int) -> tuple[Array, Array | None]:
+        """Slots [B, S] of B sequences that bring ``count`` tokens each, and the bias that hides the padding.
 
         A shorter sequence is padded with a slot of its own: what is hidden is multiplied by 0, and 0 · NaN is NaN.
         """
-        lengths, window, like = [t.length for t in tables], self.cache.window, self.cache.keys
-        longest = max(lengths) + 1
-        rows = [t.slots(0, n + 1) for t, n in zip(tables, lengths, strict=True)]
-        slots = asarray_like([row + [row[0]] * (longest - len(row)) for row in rows], like, "int64")
-        if min(lengths) == max(lengths) and (window is None or longest <= window):
-            return slots, None
-        xp = namespace(like)
-        at, j = asarray_like(lengths, like, "int64")[:, None], xp.arange(longest)[None, :]
-        hidden = j > at
-        if window is not None:
-            hidden = hidden | (j <= at - window)
-        low, zero = (xp.asarray(v, dtype=like.dtype) for v in (masked_score(xp, like.dtype), 0.0))
-        return slots, xp.where(hidden, low, zero)[:, None, None, :]
+        lengths = [t.length for t in tables]
+        longest = max(lengths) + count
+        rows = [t.slots(0, n + count) for t, n in zip(tables, lengths, strict=True)]
+        slots = asarray_like([row + [row[0]] * (longest - len(row)) for row in rows], self.cache.keys, "int64")
+        return slots, bias_together(lengths, count, self.cache.window, self.cache.keys)
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
         xp, cache = namespace(q), self.cache
         keys, values = cache.keys[layer], cache.values[layer]
         keys[self.write] = k
         values[self.write] = v
-        if self.one is not None and not self.many:
-            return self._decode(q, keys, values)
+        if self.joined is not None and not self.apart:
+            return self._together(q, keys, values)
         out = xp.empty_like(q)
-        if self.one is not None:
-            out[self.one] = self._decode(q[self.one], keys, values)
-        for rows, start, slots in self.many:
+        if self.joined is not None:
+            out[self.joined] = self._together(q[self.joined], keys, values)
+        for rows, start, slots in self.apart:
             seen = xp.take(keys, slots, axis=0), xp.take(values, slots, axis=0)
             out[rows] = flash_attention(q[rows], *seen, start=start, window=cache.window)[0]
         return out
 
-    def _decode(self, q: Array, keys: Array, values: Array) -> Array:
-        """q[B, H, D], one query a sequence → [B, H, D], as one batched product."""
+    def _together(self, q: Array, keys: Array, values: Array) -> Array:
+        """Gather the strips of the sequences, [B, S, G, D], and read them as columns and rows, without a copy."""
         xp = namespace(q)
-        batch, heads, dim = q.shape
-        k, v = (xp.take(pool, self.slots, axis=0).transpose(0, 2, 1, 3) for pool in (keys, values))  # [B, G, S, D]
-        grouped = (q * (1.0 / math.sqrt(dim))).reshape(batch, k.shape[1], -1, dim)  # [B, G, R, D]
-        p = xp.matmul(grouped, k.swapaxes(-1, -2))  # [B, G, R, S]
-        if self.bias is not None:
-            p += self.bias
-        p -= p.max(axis=-1, keepdims=True)
-        xp.exp(p, out=p)
-        p /= p.sum(axis=-1, keepdims=True)
-        return xp.matmul(p, v).reshape(batch, heads, dim)
+        k, v = xp.take(keys, self.slots, axis=0), xp.take(values, self.slots, axis=0)
+        return attend_together(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), self.bias)
 
 
 def split_attention(

@@ -1,0 +1,78 @@
+"""Sequences that bring equally many tokens attend together: two products for the whole batch.
+
+What a decode step does, and a prefill of equally long prompts. It is the arithmetic that all caches share: they
+differ in where keys and values lie, and hand them over as B strips of one length.
+
+| symbol | name                                         | shape        |
+|--------|----------------------------------------------|--------------|
+| q      | queries, n of each sequence                  | [B·n, H, D]  |
+| K      | keys in columns, the right-hand side of q Kᵀ | [B, G, D, S] |
+| V      | values                                       | [B, G, S, D] |
+| bias   | 0, or −10³⁰ for what a query does not see    | [B, 1, 1, n, S] |
+
+Left out: sequences of different counts (``model.attention``, one after the other, in tiles).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from refllm.backend import Array, asarray_like, namespace
+from refllm.model.attention import masked_score
+
+SCORES = 2**20  # of a prefill at once; a larger one goes sequence by sequence, in tiles
+
+
+def fits_together(counts: Sequence[int], lengths: Sequence[int], heads: int) -> bool:
+    """Do sequences of ``lengths`` cached tokens bring equally many new ones, and few enough scores?"""
+    if not counts or not even(counts):
+        return False
+    return counts[0] == 1 or len(counts) * heads * counts[0] * (max(lengths) + counts[0]) <= SCORES
+
+
+def attend_together(q: Array, keys: Array, values: Array, bias: Array | None = None) -> Array:
+    """softmax(q K / √D + bias) V, [B·n, H, D]; q is overwritten."""
+    xp = namespace(q, keys, values)
+    batch, groups, dim, _ = keys.shape
+    n, heads = q.shape[0] // batch, q.shape[1]
+    q *= 1.0 / math.sqrt(dim)
+    if n == 1:  # heads that share a key head lie beside each other
+        rows = q.reshape(batch, groups, -1, dim)  # [B, G, R, D]
+    else:
+        shape = (batch, groups, heads // groups, n, dim)
+        rows = q.reshape(batch, n, groups, -1, dim).transpose(0, 2, 3, 1, 4).reshape(batch, groups, -1, dim)
+    p = xp.matmul(rows, keys)  # [B, G, R·n, S]
+    if bias is not None:
+        apart = p.reshape(batch, groups, -1, n, p.shape[-1])
+        apart += bias
+    p -= p.max(axis=-1, keepdims=True)
+    xp.exp(p, out=p)
+    p /= p.sum(axis=-1, keepdims=True)
+    o = xp.matmul(p, values)
+    if n > 1:
+        o = o.reshape(shape).transpose(0, 3, 1, 2, 4)
+    return o.reshape(-1, heads, dim)
+
+
+def bias_together(lengths: Sequence[int], count: int, window: int | None, like: Array) -> Array | None:
+    """[B, 1, 1, n, S] for sequences of ``lengths`` cached tokens and ``count`` new ones, S = the longest after them.
+
+    None where every query sees every key: a decode step at equal lengths, within the window.
+    """
+    longest = max(lengths) + count
+    if count == 1 and even(lengths) and (window is None or longest <= window):
+        return None
+    xp = namespace(like)
+    at = asarray_like(lengths, like, "int64")[:, None, None, None, None] + xp.arange(count)[:, None]
+    j = xp.arange(longest)
+    hidden = j > at
+    if window is not None:
+        hidden = hidden | (j <= at - window)
+    low, zero = (xp.asarray(v, dtype=like.dtype) for v in (masked_score(xp, like.dtype), 0.0))
+    return xp.where(hidden, low, zero)
+
+
+def even(numbers: Sequence[int]) -> bool:
+    """Are all numbers the same?"""
+    return min(numbers) == max(numbers)
