@@ -200,6 +200,13 @@ def _chances(p: Array, q: Array | None, draft: Sequence[int] | Array) -> list[tu
     return list(zip(targets, drafted, strict=True))
 
 
+def check_rows(name: str, rows: Array) -> None:
+    """ValueError if a row of rows[..., V] is no distribution."""
+    xp = namespace(rows)
+    facts = to_numpy(xp.concat([xp.sum(rows, axis=-1), xp.min(rows, axis=-1)])).tolist()
+    _check_rows(name, facts[: rows.shape[0]], facts[rows.shape[0] :])
+
+
 def _check_rows(name: str, sums: Sequence[float], least: Sequence[float]) -> None:
     """ValueError if a row is no distribution; NaN fails both comparisons."""
     for i, (total, low) in enumerate(zip(sums, least, strict=True)):
