@@ -27,7 +27,9 @@ DATA_PLANE = ("formats", "kernels", "model", "kv", "decode", "quant")
 # Where NumPy itself is meant: a module, or a function or class in one, and why nothing there lives on a device.
 HOST = {
     "formats.ranges:_extremes": "reduceat is twice as fast on the host; CuPy has none and takes the other branch",
-    "formats.gguf.search:quietly": "NumPy warns of overflow and 0/0; CuPy has no errstate, and warns of nothing",
+    "formats.gguf.arithmetic:quietly": "NumPy warns of overflow and 0/0; CuPy has no errstate, and warns of nothing",
+    "formats.gguf.container": "files hold host bytes; tensors are moved once they are checked",
+    "formats.gguf.writer": "files hold host bytes",
     "model.streams": "tokenised text is cut and joined on the host",
     "model.plan": "the order of the training windows is drawn on the host",
     "model.train": "initial weights and batches; the step itself is model.backward's",

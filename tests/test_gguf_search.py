@@ -10,19 +10,8 @@ from hypothesis import strategies as st
 from conftest import to_host
 from gguf_data import special
 from refllm.formats.gguf import kbits
-from refllm.formats.gguf.search import (
-    IMPORTANT,
-    Grid,
-    asymmetric,
-    extreme,
-    least,
-    nearest,
-    positive,
-    quietly,
-    sequential_sum,
-    swept,
-    symmetric,
-)
+from refllm.formats.gguf.arithmetic import extreme, least, nearest, quietly, sequential_sum
+from refllm.formats.gguf.search import IMPORTANT, Grid, asymmetric, positive, swept, symmetric
 from strategies import build, seeds
 
 F = np.float32

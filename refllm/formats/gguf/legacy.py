@@ -25,9 +25,10 @@ Left out: Q8_1 (activations only).
 from __future__ import annotations
 
 from refllm.backend import Array, bitcast, namespace
+from refllm.formats.gguf.arithmetic import divided, extreme, least, sequential_sum
 from refllm.formats.gguf.kbits import combine, separate
 from refllm.formats.gguf.kquants import half_bytes
-from refllm.formats.gguf.search import IMPORTANT, asymmetric, divided, extreme, least, sequential_sum, symmetric
+from refllm.formats.gguf.search import IMPORTANT, asymmetric, symmetric
 
 __all__ = ["DECODERS", "ENCODERS", "halves"]
 

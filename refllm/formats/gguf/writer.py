@@ -1,0 +1,102 @@
+"""GGUF files, written: version 3, one tensor in memory at a time, byte for byte what the ``gguf`` package writes.
+
+Metadata carry their types: str, bool, NumPy scalars and arrays, lists of str. A plain int or float is refused, since a
+reader asks for a width. The format is described in ``container``.
+
+Left out: other alignments than 32, files in several parts.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refllm.formats.gguf.container import ALIGNMENT, ARRAY, LONGEST_NAME, MOST_DIMENSIONS, SCALARS, STRING
+from refllm.formats.gguf.kinds import kind, row_bytes
+
+__all__ = ["Plan", "header_bytes", "plan_bytes", "write"]
+
+Plan = Mapping[str, tuple[str, tuple[int, ...]]]  # name → type's name and shape
+_NUMBERS = {name: number for number, name in SCALARS.items()}
+
+
+def write(path: str | Path, metadata: Mapping[str, Any], plan: Plan, read: Callable[[str], np.ndarray]) -> None:
+    """Write the tensors of ``plan``, in its order; ``read`` is asked for the bytes of each when its turn comes.
+
+    The file is written under a temporary name beside ``path`` and takes its name when it is whole and on the disk.
+
+    Raises
+    ------
+    ValueError
+        for metadata without a type, and for a tensor that its type or the format cannot hold.
+    """
+    target = Path(path)
+    header = header_bytes(metadata, plan)
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with partial.open("wb") as out:
+            out.write(header)
+            for name in plan:
+                size, tensor = plan_bytes(plan, name), np.ascontiguousarray(read(name))
+                if (tensor.dtype, tensor.nbytes) != (np.dtype("uint8"), size):
+                    raise AssertionError(f"{name}: {tensor.dtype} of {tensor.nbytes} bytes, not the {size} of the plan")
+                out.write(tensor.data)
+                out.write(b"\0" * (-size % ALIGNMENT))
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def plan_bytes(plan: Plan, name: str) -> int:
+    """Bytes of a planned tensor."""
+    type, shape = plan[name]
+    rows = 1
+    for size in shape[:-1]:
+        rows *= size
+    return rows * row_bytes(type, shape[-1])
+
+
+def header_bytes(metadata: Mapping[str, Any], plan: Plan) -> bytes:
+    """What stands before the tensors, padded."""
+    parts = [b"GGUF", struct.pack("<IQQ", 3, len(plan), len(metadata))]
+    parts += [_string(key) + _value(key, value) for key, value in metadata.items()]
+    at = 0
+    for name, (type, shape) in plan.items():
+        if len(name.encode()) > LONGEST_NAME or not 1 <= len(shape) <= MOST_DIMENSIONS or 0 in shape:
+            raise ValueError(f"write: GGUF has no place for {name!r} of shape {shape}")
+        record = struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], kind(type).number, at)
+        parts.append(_string(name) + record)
+        size = plan_bytes(plan, name)
+        at += size + -size % ALIGNMENT
+    text = b"".join(parts)
+    return text + b"\0" * (-len(text) % ALIGNMENT)
+
+
+def _string(text: str) -> bytes:
+    raw = text.encode("utf-8")
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _value(key: str, value: Any) -> bytes:
+    """Type and value of an entry."""
+    if isinstance(value, str):
+        return struct.pack("<I", STRING) + _string(value)
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        head = struct.pack("<IIQ", ARRAY, STRING, len(value))
+        return head + b"".join(map(_string, value))
+    if isinstance(value, bool):
+        value = np.bool_(value)
+    if isinstance(value, (np.generic, np.ndarray)) and value.dtype.name in _NUMBERS and value.ndim <= 1:
+        number = _NUMBERS[value.dtype.name]
+        head = struct.pack("<I", number) if value.ndim == 0 else struct.pack("<IIQ", ARRAY, number, value.size)
+        return head + value.astype(value.dtype.newbyteorder("<")).tobytes()
+    raise ValueError(f"write: the value of {key!r} has no type of GGUF's: pass str, bool, a NumPy scalar or array, or "
+                     f"a list of str, not {type(value).__name__}")  # fmt: skip
