@@ -3,11 +3,11 @@
 Sources: Knuth, The Art of Computer Programming 1, section 2.5; Kwon et al. 2023, section 6.1, whose baselines keep
 each request in one run that a buddy allocator gives.
 
-| symbol   | name                        | first fit                     | buddies                                      |
-|----------|-----------------------------|-------------------------------|----------------------------------------------|
-| run      | slots [start, start + size) | as large as it was asked for  | the next power of two, aligned to its size   |
-| internal | given and never used        | nothing (the reservation is)  | up to half of each run                       |
-| external | free, in holes too small    | what lies between runs        | what has no free buddy                       |
+| symbol   | name                        | first fit                    | buddies                                    |
+|----------|-----------------------------|------------------------------|--------------------------------------------|
+| run      | slots [start, start + size) | as large as it was asked for | the next power of two, aligned to its size |
+| internal | given and never used        | nothing (the reservation is) | up to half of each run                     |
+| external | free, in holes too small    | what lies between runs       | what has no free buddy                     |
 
 A number of slots that is no power of two is a row of buddies of its own: 15,700 = 8192 + 4096 + 2048 + 1024 + ….
 

@@ -1,7 +1,7 @@
-"""The books of the scheduler: which requests live, and what a step's results do to them.
+"""The books of a scheduler: which requests live, and what a step's results do to them.
 
-``serve.scheduler`` decides what a step computes; here is what comes before and after: requests are submitted and
-aborted, branches fork and end, outcomes become tokens, rejected drafts are taken back.
+``serve.scheduler`` and ``serve.static`` decide what a step computes; here is what comes before and after: requests
+are submitted and aborted, branches fork and end, outcomes become tokens, rejected drafts are taken back.
 
 | state    | memory                   | becomes                                                                     |
 |----------|--------------------------|-----------------------------------------------------------------------------|
@@ -10,58 +10,37 @@ aborted, branches fork and end, outcomes become tokens, rejected drafts are take
 | ended    | none                     | nothing; a request has ended when all its branches have                     |
 
 An outcome is a list of continuations of one branch: one as a rule; up to n for the first token of a request with n
-branches, which fork there; none drops the branch (a beam that lost). None instead of a list holds it: its logits are
-known, and a later ``update`` says under ``resolved`` how it goes on. After γ drafts a continuation has 1 to γ + 1
-tokens: the drafts that were accepted, then one that was sampled.
+branches, which fork there; and in a beam search, whose beams are sampled all in one step, any number as long as they
+remain n in all: none drops the beam. After γ drafts a continuation has 1 to γ + 1 tokens: the drafts that were
+accepted, then one that was sampled; what was computed for the others is taken back.
 
 Left out: text. When one ends before ``max_tokens`` the engine says so, with a continuation's ``reason``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from itertools import count
-from typing import NamedTuple
 
-from refllm.serve.memory import Copies, Memory
+from refllm.serve.memory import Memory
 from refllm.serve.order import Order
-from refllm.serve.plan import Item, Name, Plan
+from refllm.serve.plan import Name, Plan
 from refllm.serve.request import Branch, Request, Status
+from refllm.serve.step import Continuation, Event, Outcome, Step, check_outcomes
 
 
-class Continuation(NamedTuple):
-    """How a branch goes on: its next tokens, and why it ends with them if it does."""
+class Ledger(ABC):
+    """Requests come and go; ``plan`` and ``update`` alternate, and one plan at a time is under way (``step``)."""
 
-    tokens: Sequence[int]
-    reason: str | None = None  # "length" is the scheduler's own
-
-
-class Event(NamedTuple):
-    """What came of a step for one branch."""
-
-    branch: Branch
-    tokens: list[int]
-    reason: str | None
-
-
-Outcome = Sequence[Continuation] | None
-
-
-class Step:
-    """A plan in the making: what each branch does in it, and how much of the budget is left."""
-
-    def __init__(self, plan: Plan, room: int | None):
-        self.plan, self.room = plan, room
-        self.items: dict[Branch, Item] = {}
-        self.copies: dict[Branch, Copies] = {}
-
-
-class Ledger:
-    """Requests come and go; one plan at a time is under way (``step``)."""
-
-    def __init__(self, memory: Memory, order: Order, max_sequences: int | None):
-        self.memory, self.order, self.max_sequences = memory, order, max_sequences
+    def __init__(self, memory: Memory, order: Order, max_batch_tokens: int | None, max_sequences: int | None):
+        """``None`` lifts a limit."""
+        for name, limit in (("max_batch_tokens", max_batch_tokens), ("max_sequences", max_sequences)):
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name} must be at least 1, or None for no limit, got {limit}")
+        self.memory, self.order = memory, order
+        self.max_batch_tokens, self.max_sequences = max_batch_tokens, max_sequences
         self.waiting: list[Branch] = []
         self.running: list[Branch] = []  # in the order of admission, a request's branches side by side
         self.step: Step | None = None
@@ -108,6 +87,8 @@ class Ledger:
             return f"asks for {request.n} branches, which this memory cannot share: submit {request.n} requests"
         if self.max_sequences is not None and request.n > self.max_sequences:
             return f"asks for {request.n} branches, and at most {self.max_sequences} sequences run at a time"
+        if request.beam and self.max_batch_tokens is not None and request.n > self.max_batch_tokens:
+            return f"has {request.n} beams, which advance in one step, and its budget is {self.max_batch_tokens} tokens"
         return self.memory.refuses(request)
 
     def abort(self, name: Hashable) -> list[Branch]:
@@ -123,108 +104,89 @@ class Ledger:
     def propose(self, name: Name, drafts: Sequence[int]) -> int:
         """Guess a running branch's next tokens, for the next plan. Returns how many of them can be of use."""
         branch = next((b for b in self._live.get(name[0], ()) if b.index == name[1]), None)
-        if branch is None or branch.status is not Status.RUNNING or branch.computed != len(branch.tokens) - 1:
-            return 0  # nothing is drafted for who is in the middle of a prompt, or gone
+        if branch is None or branch.status is not Status.RUNNING or branch.request.beam or branch.seats > 1:
+            return 0  # who is to fork goes on in several ways
+        if branch.computed != len(branch.tokens) - 1:
+            return 0  # nothing is drafted in the middle of a prompt
         branch.drafts = [int(t) for t in drafts[: branch.left - 1]]
         return len(branch.drafts)
 
-    # --- what came of it -----------------------------------------------------------------------------------------
+    # --- steps ---------------------------------------------------------------------------------------------------
 
-    def update(
-        self, plan: Plan, outcomes: Sequence[Outcome], resolved: Mapping[Name, Sequence[Continuation]] | None = None
-    ) -> list[Event]:
-        """Carry a plan's results over: outcomes[i] for plan.sampling[i]; ``resolved`` for branches held before.
+    @abstractmethod
+    def plan(self) -> Plan:
+        """Decide the next step; it computes a token for somebody, if anybody is there.
+
+        RuntimeError if the last plan was neither carried out (``update``) nor given up (``withdraw``).
+        """
+
+    def _begin(self) -> Step:
+        if self.step is not None:
+            raise RuntimeError("the last plan is still under way: update or withdraw it first")
+        return Step(Plan(self.steps, [], budget=self.max_batch_tokens, seats=self.max_sequences,
+                         block_size=self.memory.block_size))  # fmt: skip
+
+    def _finish(self, step: Step) -> Plan:
+        step.plan.items = list(step.items.values())
+        step.plan.copies = [pair for copies in step.copies.values() for pair in copies]
+        step.plan.waiting = len(self.waiting)
+        self.step = step
+        return step.plan
+
+    def update(self, plan: Plan, outcomes: Sequence[Outcome]) -> list[Event]:
+        """Carry a plan's results over: outcomes[i] for plan.sampling[i].
 
         Returns one event for each branch that got tokens or ended. ValueError, before anything has changed, for an
         outcome that does not fit its item. Branches that were aborted since the plan are passed over.
         """
-        step = self._carried_out(plan)
-        held = {name: self._held(name) for name in resolved or ()}
-        pairs = self._pair(step, outcomes)
-        self._check_outcomes([*pairs, *((held[name], out) for name, out in (resolved or {}).items())])
+        step = self._under_way(plan)
+        sampling = [branch for branch, item in step.items.items() if item.samples]
+        check_outcomes(sampling, outcomes, {b.request.id: len(self._live.get(b.request.id, ())) for b in sampling})
         self.step = None
         self.steps += 1
         events, self._ended = self._ended, []
-        results = dict(pairs)
+        self.computed += plan.tokens
         for branch, item in step.items.items():
-            self.computed += item.count
-            if branch.status is not Status.RUNNING:
-                continue
-            branch.computed = item.start + item.count
-            if not item.samples:
+            if branch.status is Status.RUNNING and not item.samples:
+                branch.computed = item.start + item.count
                 self.memory.commit(branch)
-            else:
-                self._go_on(branch, results[branch], events)
-        for name, outcome in (resolved or {}).items():
-            self._go_on(held[name], outcome, events)
+        for branch, outcome in zip(sampling, outcomes, strict=True):
+            if branch.status is Status.RUNNING:
+                self._go_on(branch, outcome, events)
         return events
 
     def withdraw(self, plan: Plan) -> None:
         """Give a plan up that could not be carried out (the model failed): its branches start over."""
-        step = self._carried_out(plan)
+        step = self._under_way(plan)
         self.step = None
         for branch in reversed(step.items):  # so that they stand in the queue as they ran
             if branch.status is Status.RUNNING:
-                self._start_over(branch)
+                for beam in self._beams(branch):
+                    self._start_over(beam)
 
-    def _carried_out(self, plan: Plan) -> Step:
+    def _under_way(self, plan: Plan) -> Step:
         if self.step is None or self.step.plan is not plan:
             raise RuntimeError("this is not the plan under way")
         return self.step
 
-    def _held(self, name: Name) -> Branch:
-        branch = next((b for b in self._live.get(name[0], ()) if b.index == name[1] and b.held), None)
-        if branch is None:
-            raise ValueError(f"branch {name} is not held: it has ended, or was preempted and will be sampled again")
-        return branch
-
-    def _pair(self, step: Step, outcomes: Sequence[Outcome]) -> list[tuple[Branch, Outcome]]:
-        sampling = [branch for branch, item in step.items.items() if item.samples]
-        if len(sampling) != len(outcomes):
-            raise ValueError(f"{len(sampling)} branches were sampled, got {len(outcomes)} outcomes")
-        return list(zip(sampling, outcomes, strict=True))
-
-    def _check_outcomes(self, pairs: Sequence[tuple[Branch, Outcome]]) -> None:
-        grown: dict[Hashable, int] = {}
-        for branch, outcome in pairs:
-            if outcome is None:
-                continue
-            if len(outcome) != 1:
-                grown[branch.request.id] = grown.get(branch.request.id, 0) + len(outcome) - 1
-                if branch.drafts:
-                    raise ValueError(f"{branch} has drafts: it goes on in one way, got {len(outcome)}")
-            for tokens, _ in outcome:
-                if not 1 <= len(tokens) <= 1 + len(branch.drafts):
-                    raise ValueError(f"{branch} yields 1 to {1 + len(branch.drafts)} tokens, got {len(tokens)}")
-                if len(tokens) > 1 and list(tokens[:-1]) != branch.drafts[: len(tokens) - 1]:
-                    raise ValueError(f"{branch}: accepted {list(tokens[:-1])}, but its drafts were {branch.drafts}")
-        for name, more in grown.items():
-            branches = self._live.get(name, [])
-            if branches and len(branches) + more > branches[0].request.n:
-                raise ValueError(f"request {name!r} has n = {branches[0].request.n} branches, not more")
-
     def _go_on(self, branch: Branch, outcome: Outcome, events: list[Event]) -> None:
-        if outcome is None:
-            branch.held = True
-            self.memory.commit(branch)
-            return
-        branch.held = False
-        branch.seats = 1
-        if not outcome:
-            self.memory.commit(branch)
-            self._end(branch, "dropped")
-            events.append(Event(branch, [], "dropped"))
-            return
-        prompt = len(branch.tokens)
-        tokens = list(outcome[0].tokens[: branch.left])
-        if branch.drafts or len(tokens) > 1:
-            branch.computed = prompt + len(tokens) - 1  # behind it lie drafts that were rejected
-            branch.drafts = []
+        """A branch takes the first continuation, forks of it the others; without any it is dropped."""
+        length = len(branch.tokens)
+        first = outcome[0] if outcome else Continuation((), "dropped")
+        tokens = list(first.tokens[: branch.left])
+        # verified are its own tokens and the drafts among the new ones; the last one is not computed yet
+        branch.computed, branch.drafts = length + max(0, len(tokens) - 1), []
         branch.tokens += tokens
-        self.memory.commit(branch)
-        told = [(branch, tokens, outcome[0].reason)]
+        if tokens:
+            self.memory.commit(branch)
+        told = [(branch, tokens, first.reason)]
         for other in outcome[1:]:
-            told.append((self._fork(branch, prompt, other), list(other.tokens), other.reason))
+            told.append((self._fork(branch, length, other), list(other.tokens), other.reason))
+        if branch.request.beam:  # a search keeps n seats, however many beams it has at the moment
+            beams = self._live[branch.request.id]
+            beams[0].seats = branch.request.n + 1 - len(beams)
+        else:
+            branch.seats = 1
         for one, new, reason in told:
             self.sampled += len(new)
             if reason is None and one.left == 0:
@@ -246,6 +208,19 @@ class Ledger:
         self.running.insert(last + 1, child)
         return child
 
+    def _beams(self, branch: Branch) -> list[Branch]:
+        """The branches that advance in step with this one: the beams of its search, itself alone otherwise."""
+        return list(self._live[branch.request.id]) if branch.request.beam else [branch]
+
+    def _start_over(self, branch: Branch) -> None:
+        """Back to the queue, with its tokens and without their memory."""
+        self.running.remove(branch)
+        self.memory.release(branch, preempted=True)
+        branch.computed, branch.drafts, branch.status = 0, [], Status.WAITING
+        branch.preemptions += 1
+        self.preemptions += 1
+        self.order.push(self.waiting, branch)
+
     def _end(self, branch: Branch, reason: str) -> None:
         """A branch ends; its memory is given back, whatever state it is in."""
         (self.running if branch.status is Status.RUNNING else self.waiting).remove(branch)
@@ -253,6 +228,8 @@ class Ledger:
         _ended(branch, reason)
         branches = self._live[branch.request.id]
         branches.remove(branch)
+        if branches and branch.request.beam:
+            branches[0].seats += branch.seats
         if not branches:
             del self._live[branch.request.id], self._forked[branch.request.id]
 
@@ -267,19 +244,14 @@ class Ledger:
         assert self.max_sequences is None or sum(b.seats for b in self.running) <= self.max_sequences
         for branch in live:
             assert len(branch.tokens) < len(branch.request.prompt) + branch.request.max_tokens, "should have ended"
-            assert branch.computed < len(branch.tokens) or branch.held, "computed, and not sampled"
+            assert 0 <= branch.computed < len(branch.tokens), "computed, and not sampled"
             assert not branch.drafts or branch.computed == len(branch.tokens) - 1
+        for branches in self._live.values():
+            assert branches, "a request without branches"
+            if branches[0].request.beam:
+                assert len({b.status for b in branches}) == 1, "beams of one search are apart"
+                assert sum(b.seats for b in branches) == branches[0].request.n
         assert len({b.key for b in live}) == len(live)
-        assert all(self._live.values()), "a request without branches"
-
-    def _start_over(self, branch: Branch) -> None:
-        """Back to the queue, with its tokens and without their memory."""
-        self.running.remove(branch)
-        self.memory.release(branch, preempted=True)
-        branch.computed, branch.drafts, branch.held, branch.status = 0, [], False, Status.WAITING
-        branch.preemptions += 1
-        self.preemptions += 1
-        self.order.push(self.waiting, branch)
 
 
 def _ended(branch: Branch, reason: str) -> Branch:

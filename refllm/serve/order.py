@@ -18,7 +18,7 @@ others that share keep coming.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from refllm.serve.memory import Memory
@@ -115,8 +115,7 @@ def named(order: str | Order) -> Order:
     """An order by its name; one that is an order already is returned as it is."""
     if not isinstance(order, str):
         return order
-    kinds = {"fcfs": FirstCome, "priority": Priority, "lpm": LongestPrefix}
+    kinds: dict[str, Callable[[], Order]] = {"fcfs": FirstCome, "priority": Priority, "lpm": LongestPrefix}
     if order not in kinds:
         raise ValueError(f"unknown order {order!r}; choose one of {', '.join(kinds)}")
-    made: Order = kinds[order]()
-    return made
+    return kinds[order]()

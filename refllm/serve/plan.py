@@ -29,7 +29,7 @@ class Item(NamedTuple):
 
     name: Name
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
     blocks: tuple[int, ...]
     samples: int
     pad: int = 0
@@ -42,7 +42,7 @@ class Plan:
     step: int
     items: list[Item]
     copies: list[tuple[int, int]] = field(default_factory=list)  # (from, to): blocks to copy in all layers
-    admitted: list[Name] = field(default_factory=list)  # left the queue in this step
+    admitted: list[Name] = field(default_factory=list)  # left the queue; beams may have to wait for room all the same
     preempted: list[Name] = field(default_factory=list)  # lost their memory and went back to the queue
     ghosts: list[tuple[int, int]] = field(default_factory=list)  # (past, new) of rows that compute nothing useful
     waiting: int = 0  # branches still in the queue
@@ -82,7 +82,6 @@ class Plan:
         assert self.seats is None or len(names) + len(self.ghosts) <= self.seats, "more branches than seats"
         assert not (self.preempted and self.admitted), "admitted in a step that preempted"
         assert not set(self.preempted) & set(names), "a preempted branch computes"
-        assert set(self.admitted) <= set(names), "admitted for nothing"
         for item in self.items:
             assert min(item.start, item.pad) >= 0
             assert 0 <= item.samples <= item.count, "an item computes no token, or samples more than it computes"

@@ -31,9 +31,10 @@ class Request:
     """A prompt and how to continue it. ValueError names the field that makes no sense.
 
     ``max_tokens`` 0 is allowed and ends at once, with nothing. ``n`` continuations of the prompt share its memory;
-    with ``together`` they advance in step (beam search: the engine decides which go on). Lower ``priority`` first.
-    ``arrival`` is in seconds. Requests with different ``salt`` never share cached prefixes. ``prompt`` may be a
-    ``range`` where only lengths matter.
+    with ``beam`` they are the beams of one search, which advance in step: hypotheses are ranked by the sum of their
+    log-probabilities divided by length ** ``length_penalty``. Lower ``priority`` first. ``arrival`` is in seconds.
+    Requests with different ``salt`` never share cached prefixes. ``prompt`` may be a ``range`` where only lengths
+    matter.
     """
 
     prompt: Sequence[int]
@@ -48,7 +49,8 @@ class Request:
     stop: Sequence[str] = ()
     ignore_eos: bool = False
     n: int = 1
-    together: bool = False
+    beam: bool = False
+    length_penalty: float = 1.0
     priority: int = 0
     arrival: float = 0.0
     salt: str | None = None
@@ -66,6 +68,7 @@ class Request:
             "seed": (self.seed is None or (_whole(self.seed) and self.seed >= 0), "None or a whole number, 0 or more"),
             "stop": (all(isinstance(s, str) and s for s in self.stop), "strings that are not empty"),
             "n": (_whole(self.n) and self.n >= 1, "a whole number, 1 or more"),
+            "length_penalty": (_number(self.length_penalty), "a finite number"),
             "priority": (_whole(self.priority), "a whole number, lower first"),
             "arrival": (_number(self.arrival) and self.arrival >= 0, "seconds, 0 or more"),
             "salt": (self.salt is None or isinstance(self.salt, str), "None or a string"),
@@ -106,7 +109,7 @@ def _whole(x: Any) -> bool:
 
 
 def _number(x: Any) -> bool:
-    return isinstance(x, Real) and not isinstance(x, bool) and -inf < x < inf
+    return not isinstance(x, bool) and isinstance(x, Real) and -inf < float(x) < inf
 
 
 class Status(Enum):
@@ -121,7 +124,7 @@ class Branch:
     """One continuation of a request while it is served; the scheduler alone changes it."""
 
     __slots__ = (
-        "computed", "drafts", "held", "index", "order", "preemptions", "reason", "request", "seats", "status", "tokens",
+        "computed", "drafts", "index", "order", "preemptions", "reason", "request", "seats", "status", "tokens",
     )  # fmt: skip
 
     def __init__(self, request: Request, index: int, order: int):
@@ -129,10 +132,9 @@ class Branch:
         self.tokens = list(request.prompt)
         self.drafts: list[int] = []
         self.computed = 0
-        self.seats = request.n if index == 0 else 1  # branches that it will become once its prompt is computed
-        self.held = False  # its logits are known, its next token is not decided yet
+        self.seats = request.n if index == 0 else 1  # it will become so many once its prompt is computed
         self.status = Status.WAITING
-        self.reason: str | None = None  # why it ended: "length", or what the engine said
+        self.reason: str | None = None  # why it ended: "length", "aborted", "dropped", or what the engine said
         self.preemptions = 0
 
     @property

@@ -17,6 +17,8 @@ Left out: sharing (a run cannot be shared: n continuations are n requests here).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from refllm.kv.runs import Buddies, FirstFit
 from refllm.serve.memory import Copies
 from refllm.serve.request import Branch, Request
@@ -24,16 +26,12 @@ from refllm.serve.request import Branch, Request
 RULES = ("max", "pow2", "oracle")
 
 
+@dataclass
 class Run:
-    """Where a branch lies: slots [first, first + length) are written. Has what ``PagedKVCache.view`` reads of a table."""
+    """Where a branch lies: slots [first, first + length) are written."""
 
-    def __init__(self, first: int):
-        self.first, self.length = first, 0
-        self.blocks = [first]
-
-    def slots(self, start: int, stop: int) -> list[int]:
-        """The slots of positions [start, stop)."""
-        return list(range(self.first + start, self.first + stop))
+    first: int
+    length: int = 0
 
 
 class _Contiguous:
@@ -56,10 +54,6 @@ class _Contiguous:
 
     def fork(self, parent: Branch, child: Branch) -> None:
         raise ValueError("a contiguous run cannot be shared: submit n requests instead of one with n")
-
-    def table(self, branch: Branch) -> Run:
-        """The run itself, for a cache of blocks of one token."""
-        return self._runs[branch]
 
     def blocks(self, branch: Branch) -> tuple[int, ...]:
         return (self._runs[branch].first,)
@@ -124,11 +118,12 @@ class Rectangle(_Contiguous):
     last member of the batch has been released.
     """
 
-    def __init__(self, slots: int):
+    def __init__(self, slots: int, *, longest: int | None = None):
+        """``longest`` closes a batch whose rows would be wider, as vLLM's benchmark of its predecessors does."""
         super().__init__()
-        if slots < 1:
-            raise ValueError(f"needs at least one slot, got {slots}")
-        self.slots = slots
+        if slots < 1 or (longest is not None and longest < 1):
+            raise ValueError(f"needs at least one slot a row and in all, got {longest} and {slots}")
+        self.slots, self.longest = slots, slots if longest is None else min(slots, longest)
         self.prompt = self.output = 0  # columns: of the longest prompt and of the longest output
         self._rows: dict[Branch, int] = {}
 
@@ -138,20 +133,24 @@ class Rectangle(_Contiguous):
 
     def refuses(self, request: Request) -> str | None:
         width = len(request.prompt) + request.max_tokens
-        return None if width <= self.slots else f"needs a row of {width} slots, and there are {self.slots}"
+        return None if width <= self.longest else f"needs a row of {width} slots, and a row may have {self.longest}"
 
     def admit(self, branch: Branch, count: int, *, alone: bool) -> bool:
         prompt = max(self.prompt, len(branch.request.prompt))
         output = max(self.output, branch.request.max_tokens)
-        if (len(self._rows) + 1) * (prompt + output) > self.slots:
+        if (len(self._rows) + 1) * (prompt + output) > self.slots or prompt + output > self.longest:
             return False
         self.prompt, self.output = prompt, output
         self._rows[branch] = len(self._rows)
         self._runs[branch] = Run(0)
         for member, row in self._rows.items():  # a wider batch has its rows further apart
-            first = row * (prompt + output) + self.pad(member)
-            self._runs[member].first, self._runs[member].blocks = first, [first]
+            self._runs[member].first = row * (prompt + output) + self.pad(member)
         return True
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch, those of members that have ended included."""
+        return len(self._rows)
 
     def pad(self, branch: Branch) -> int:
         """Columns before its first token."""

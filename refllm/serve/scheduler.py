@@ -13,27 +13,29 @@ A step, in order:
    that does not fit ends it, so nobody is overtaken for being large.
 
 A preempted branch keeps its tokens, loses their keys and values, and computes them anew when it is admitted again:
-to the scheduler it is a longer prompt. The oldest running branch is never preempted for another, and every request
-that is accepted fits alone: so each step computes at least a token for somebody, and everybody ends.
+to the scheduler it is a longer prompt. The beams of one search are admitted and preempted together, and their last
+tokens are computed in one step, so that they are ranked against each other.
 
-How it is driven (``plan`` and ``update`` alternate)::
+The oldest (or most urgent) running branch is never preempted for another, and every request that is accepted fits
+alone: so each step computes at least a token for somebody, and everybody ends.
+
+How it is driven (``plan`` and ``update`` alternate; what an outcome is, ``serve.ledger`` says)::
 
     plan = scheduler.plan()
     # copy plan.copies, compute plan.items, sample item.samples rows of each of plan.sampling
     events = scheduler.update(plan, outcomes)   # outcomes[i] for plan.sampling[i]
-
-What an outcome is, ``serve.ledger`` says.
 
 Left out: what only a model can know: when a text ends before ``max_tokens`` (the engine says so in a continuation).
 """
 
 from __future__ import annotations
 
-from refllm.serve.ledger import Ledger, Step
-from refllm.serve.memory import Copies, Memory
+from refllm.serve.ledger import Ledger
+from refllm.serve.memory import Memory
 from refllm.serve.order import Order, named
-from refllm.serve.plan import Item, Plan
+from refllm.serve.plan import Plan
 from refllm.serve.request import Branch, Request, Status
+from refllm.serve.step import Step
 
 
 class Scheduler(Ledger):
@@ -47,13 +49,10 @@ class Scheduler(Ledger):
 
         Not ``chunked``: a prompt is computed in one step or not yet, as Orca did.
         """
-        for name, limit in (("max_batch_tokens", max_batch_tokens), ("max_sequences", max_sequences)):
-            if limit is not None and limit < 1:
-                raise ValueError(f"{name} must be at least 1, or None for no limit, got {limit}")
+        super().__init__(memory, named(order), max_batch_tokens, max_sequences)
         if long_prefill < 0:
             raise ValueError(f"long_prefill must be 0 (off) or more, got {long_prefill}")
-        super().__init__(memory, named(order), max_sequences)
-        self.max_batch_tokens, self.chunked, self.long_prefill = max_batch_tokens, chunked, long_prefill
+        self.chunked, self.long_prefill = chunked, long_prefill
 
     def refuses(self, request: Request) -> str | None:
         # a preempted branch comes back with its output: that too must fit into one step if it is not cut
@@ -62,108 +61,113 @@ class Scheduler(Ledger):
         return super().refuses(request)
 
     def plan(self) -> Plan:
-        """Decide the next step. It may be empty: nobody is there, or all that run are held.
-
-        RuntimeError if the last plan was neither carried out (``update``) nor given up (``withdraw``).
-        """
         step = self._begin()
-        behind = []
+        self._run(step)
+        if not step.plan.preempted:
+            self._admit(step)
+            if not step.items:  # beams came back whole from a cache: their last tokens go together
+                self._run(step)
+        return self._finish(step)
+
+    def _run(self, step: Step) -> None:
+        """Those that run already: decodes, then the rest of prompts."""
+        behind: list[tuple[Branch, int]] = []
         for branch in self.running[:]:
             if branch.status is not Status.RUNNING:
                 continue  # preempted for an earlier one
-            if branch.computed + 1 == len(branch.tokens):
-                self._advance(step, branch)
-            elif branch.computed < len(branch.tokens):
-                behind.append(branch)
-        for branch in behind:
+            missing = len(branch.tokens) - branch.computed
+            if branch.request.beam:
+                self._run_beam(step, branch, behind)
+            elif missing == 1:
+                self._advance(step, branch, 1 + len(branch.drafts))
+            else:
+                behind.append((branch, missing))
+        for branch, missing in behind:
             if branch.status is Status.RUNNING:
-                self._advance(step, branch)
-        if not step.plan.preempted:
-            self._admit(step)
-        if not step.items and self.waiting and self.running:
-            self._preempt(step, self.order.victim(self.running))  # all are held, and wait for one who waits
-        return self._finish(step)
+                self._advance(step, branch, missing)
 
-    def _begin(self) -> Step:
-        if self.step is not None:
-            raise RuntimeError("the last plan is still under way: update or withdraw it first")
-        plan = Plan(self.steps, [], budget=self.max_batch_tokens, seats=self.max_sequences,
-                    block_size=self.memory.block_size)  # fmt: skip
-        return Step(plan, self.max_batch_tokens)
+    def _run_beam(self, step: Step, branch: Branch, behind: list[tuple[Branch, int]]) -> None:
+        """The last tokens of all beams in one step; what comes before them whenever there is room."""
+        beams = self._beams(branch)
+        missing = len(branch.tokens) - branch.computed
+        if any(b.computed + 1 < len(b.tokens) for b in beams):
+            wanted = missing - (len(beams) > 1)
+            if wanted:
+                behind.append((branch, wanted))
+        elif branch is beams[0] and (step.room is None or len(beams) <= step.room):
+            for beam in beams:
+                if beam.status is Status.RUNNING:
+                    self._advance(step, beam, 1)
 
-    def _finish(self, step: Step) -> Plan:
-        step.plan.items = list(step.items.values())
-        step.plan.copies = [pair for copies in step.copies.values() for pair in copies]
-        step.plan.waiting = len(self.waiting)
-        self.step = step
-        return step.plan
-
-    def _advance(self, step: Step, branch: Branch) -> None:
+    def _advance(self, step: Step, branch: Branch, wanted: int) -> None:
         """Give a running branch its share of the step, at the cost of others if it must be."""
-        count = self._share(step, branch.total - branch.computed)
+        count = self._share(step, wanted, branch)
         if count < 1:
             return
         copies = self.memory.reserve(branch, count)
         if copies is None and branch.drafts:  # nobody is preempted for a guess
-            count = min(count, len(branch.tokens) - branch.computed)
+            count = 1
             copies = self.memory.reserve(branch, count)
         while copies is None:
-            victim = self.order.victim(self.running)
-            self._preempt(step, victim)
-            if victim is branch:
+            victims = self._beams(self.order.victim(self.running))
+            self._preempt(step, victims)
+            if branch in victims:
                 return
             copies = self.memory.reserve(branch, count)
-        self._put(step, branch, count, copies)
+        step.put(branch, count, self.memory.blocks(branch), copies)
 
-    def _share(self, step: Step, wanted: int) -> int:
+    def _share(self, step: Step, wanted: int, branch: Branch) -> int:
+        """How many of the tokens it wants a branch may compute now."""
         if 0 < self.long_prefill < wanted:
             wanted = self.long_prefill
-        return wanted if step.room is None else min(wanted, step.room)
+        if step.room is None or wanted <= step.room:
+            return wanted
+        return step.room if self.chunked or branch.drafts else 0
 
-    def _put(self, step: Step, branch: Branch, count: int, copies: Copies, pad: int = 0) -> None:
-        ahead = branch.computed + count - len(branch.tokens)  # drafts among the tokens; below 0: not finished yet
-        if branch.drafts:
-            del branch.drafts[max(0, ahead) :]
-        blocks = self.memory.blocks(branch)
-        step.items[branch] = Item(branch.key, branch.computed, count, blocks, max(0, ahead + 1), pad)
-        if copies:
-            step.copies[branch] = copies
-        if step.room is not None:
-            step.room -= count
-
-    def _preempt(self, step: Step, branch: Branch) -> None:
-        """Take a branch's memory, and its share of this step if it had one already."""
-        item = step.items.pop(branch, None)
-        step.copies.pop(branch, None)
-        if item is not None and step.room is not None:
-            step.room += item.count
-        step.plan.preempted.append(branch.key)
-        self._start_over(branch)
+    def _preempt(self, step: Step, branches: list[Branch]) -> None:
+        """Take their memory, and their shares of this step if they had any already."""
+        for branch in reversed(branches):
+            step.take_back(branch)
+            step.plan.preempted.append(branch.key)
+            self._start_over(branch)
 
     def _admit(self, step: Step) -> None:
         free = None if self.max_sequences is None else self.max_sequences - sum(b.seats for b in self.running)
         if not self.waiting or step.room == 0 or free == 0:
             return
         for branch in self.order.candidates(self.waiting, self.memory):
-            if step.room == 0 or (free is not None and branch.seats > free):
+            if branch.status is not Status.WAITING:
+                continue  # it came with another beam of its search
+            seats = sum(b.seats for b in self._beams(branch))
+            if step.room == 0 or (free is not None and seats > free) or not self._enter(step, branch):
                 return
-            hit = self.memory.match(branch)
-            missing = len(branch.tokens) - hit
-            if not self.chunked and step.room is not None and missing > step.room:
-                return
-            count = self._share(step, missing) if self.chunked else missing
-            if not self.memory.admit(branch, count, alone=not self.running):
-                return
-            self._enter(step, branch, hit)
-            self._put(step, branch, count, [])
             if free is not None:
-                free -= branch.seats
+                free -= seats
 
-    def _enter(self, step: Step, branch: Branch, hit: int) -> None:
-        self.waiting.remove(branch)
-        self.running.append(branch)
-        branch.status, branch.computed = Status.RUNNING, hit
-        step.plan.admitted.append(branch.key)
+    def _enter(self, step: Step, branch: Branch) -> bool:
+        """Admit a branch, with all beams of its search; nobody if there is no room for the first one's share."""
+        beams = self._beams(branch)
+        for beam in beams:
+            hit = self.memory.match(beam)
+            wanted = len(beam.tokens) - hit - (len(beams) > 1)  # the last tokens of all beams go together
+            count, first = self._share(step, wanted, beam), beam is beams[0]
+            if first and count == 0 < wanted:
+                return False
+            if not self.memory.admit(beam, count, alone=not self.running):
+                if first:
+                    return False
+                count = 0  # this one computes from the next step on, as those do that run
+                self.memory.admit(beam, 0, alone=True)
+            self.waiting.remove(beam)
+            self.running.append(beam)
+            beam.status, beam.computed = Status.RUNNING, hit
+            self._count(beam, hit)
+            step.plan.admitted.append(beam.key)
+            if count:
+                step.put(beam, count, self.memory.blocks(beam), [])
+        return True
+
+    def _count(self, branch: Branch, hit: int) -> None:
         if branch.preemptions:
             self.resumed_cached += hit
             self.resumed_queried += len(branch.tokens)
