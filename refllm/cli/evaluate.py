@@ -70,7 +70,10 @@ def evaluate(
         facts = finite(as_data(model, score, reference, against))
         typer.echo(json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False))
     else:
-        _show(model, score, "the held-out modules" if not text else "the given text", reference, against)
+        what = "the held-out modules" if not text else "the given text"
+        if max_tokens is not None and score.tokens == max_tokens:
+            what = f"the first {max_tokens:,} tokens of {what}"
+        _show(model, score, what, reference, against)
 
 
 def as_data(model: str, score: Score, reference: str | None, against: Comparison | None) -> dict[str, Any]:

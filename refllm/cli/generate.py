@@ -36,8 +36,8 @@ def generate(
 ) -> None:
     """Continue a prompt, token by token.
 
-    The new text goes to standard output; on a terminal the prompt is shown before it, dimmed. Counts and times go to
-    standard error.
+    The new text goes to standard output and ends with a newline; on a terminal the prompt is shown before it, dimmed.
+    Counts and times go to standard error.
 
     \b
     Examples:
@@ -72,10 +72,14 @@ def generate(
             emit(piece)
         emit("\n")
     else:  # the text itself shows nobody that it is being written
+        end = "\n"  # of nothing at all
         with progress("generating") as advance:
             for piece in pieces:
                 emit(piece)
+                end = piece[-1]
                 advance(watch.tokens, max_tokens)
+        if end != "\n":  # a file of text ends with a line
+            emit("\n")
     if watch.tokens:
         drawn = f", seed {seed}" if temperature > 0 else ""
         speed = f", then {watch.tokens_per_second:,.0f} tokens/s" if watch.tokens > 1 else ""

@@ -188,7 +188,10 @@ def cost(tour: Tour) -> None:
         made.add_row(*row)
     tour.out.print(made)
     tour.say()
-    shares = "MFU and MBU are the shares of both limits that were used; weights that stay in a cache exceed the second."
+    shares = (
+        "MFU and MBU are the shares of both limits that were used. More than 100 % is no error: weights that stay in a "
+        "cache never wait for memory, and on a busy machine the limits were measured at another moment."
+    )
     tour.say(
         f"{CONTEXT} tokens of context. FLOP and bytes are counted; times are measured, medians of {REPEATS}. "
         + (shares if on_host else "The limits of a GPU are not measured here.")
@@ -231,6 +234,11 @@ def phases(tour: Tour) -> None:
         f"First token after {1e3 * watch.ttft:.0f} ms (TTFT), each further one {1e3 * watch.tpot:.2f} ms (TPOT), the "
         f"request {1e3 * watch.e2el:.0f} ms. A generated token costs {watch.tpot * len(prompt) / prefill:.1f} times a "
         "prompt token: prefill reads the weights once for all of its tokens, decode once for each."
+    )
+    tour.say(
+        "Decoding has another speed at each stop, because the work is another: stop 2 draws from probabilities over "
+        f"the whole vocabulary, at a short context; stop 4 repeats one step at {CONTEXT} tokens; here the context "
+        f"grows from {CONTEXT} to {CONTEXT + WRITTEN}, and the largest logit is taken."
     )
 
 
