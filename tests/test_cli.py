@@ -19,21 +19,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner, Result
 
 import refllm
 from conftest import ROOT
 from refllm import backend
-from refllm.api import bundled, load
+from refllm.api import Model, bundled, load
 from refllm.cli import app
 from refllm.cli.errors import explain
 from refllm.cli.generate import read_prompt
 from refllm.decode.generate import Sampling
+from refllm.model import streams
 from refllm.model.checkpoint import CheckpointError, save
 from refllm.model.config import ModelConfig
 from refllm.model.corpus import Document
 from refllm.model.plan import Phase
-from refllm.model.streams import file_sha256, standard_library
+from refllm.model.streams import Data, file_sha256, standard_library
 from refllm.model.weights import Dense
 from refllm.study import launch
 from refllm.study.perplexity import compare, evaluate
@@ -294,7 +296,7 @@ def test_info_verifies_the_manifest(model, tmp_path):
     states = {f["name"]: f["state"] for f in json.loads(result.stdout)["files"]}
     assert states.pop("generation_config.json") == "differs"
     assert states.pop("lost.txt") == "missing"
-    assert states.pop("manifest.json") == "not recorded"
+    assert states.pop("manifest.json") == "the record"
     assert set(states.values()) == {"verified"}
 
 
@@ -342,8 +344,13 @@ def test_half_of_the_short_samples_of_the_bundled_model_tokenize():
 # --- generate ------------------------------------------------------------------------------------------------
 
 
+def as_lines(text: str) -> str:
+    """What is printed: the text, and a newline where it does not end with one."""
+    return text if text.endswith("\n") else text + "\n"
+
+
 def test_generate_prints_only_what_is_new(model, text_file):
-    expected = load(model, "numpy").generate("def f", 20)
+    expected = as_lines(load(model, "numpy").generate("def f", 20))
     result = run("generate", "def f", "--model", model, "--max-tokens", "20")
     assert result.stdout == expected
     assert "6 + 20 tokens, the first after" in result.stderr
@@ -359,11 +366,18 @@ def test_generate_passes_every_knob_on(model):
     expected = "".join(load(model, "numpy").stream("x", 30, how=how, rng=5, ignore_eos=True))
     knobs = shlex.split("-t 0.9 --top-k 30 --top-p 0.95 --min-p 0.001 --repetition-penalty 1.2 --seed 5 --ignore-eos")
     result = run("generate", "x", "--model", model, "-n", "30", *knobs)
-    assert result.stdout == expected
+    assert result.stdout == as_lines(expected)
     assert "seed 5" in result.stderr
     stop = expected[4:6]
     cut = run("generate", "x", "--model", model, "-n", "30", *knobs, "--stop", "\0", "--stop", stop)
-    assert cut.stdout == expected[: expected.index(stop)]
+    assert cut.stdout == as_lines(expected[: expected.index(stop)])
+
+
+def test_what_is_piped_ends_with_one_newline(model, monkeypatch):
+    for text, printed in (("a", "a\n"), ("a\n", "a\n"), ("a\n\n", "a\n\n"), ("", "")):
+        pieces = list(text)
+        monkeypatch.setattr(Model, "stream", lambda *a, pieces=pieces, **k: iter(pieces))
+        assert run("generate", "x", "--model", model).stdout == printed
 
 
 def test_a_fresh_seed_is_told_so_that_the_text_can_be_had_again(model):
@@ -428,6 +442,8 @@ def test_eval_prints_what_perplexity_measures(model, text_file):
     assert f"{score.bits_per_byte:.3f}" in shown
     assert "code.py" in shown
     assert facts["python"] in shown
+    assert "the first 300 tokens of the given text" in shown
+    assert "the first" not in run("eval", "--model", model, "--text", text_file).stdout
     assert "\x1b" not in shown
 
 
@@ -607,6 +623,71 @@ def test_a_draft_reads_its_teachers_tokens(trained, text_file, tmp_path):
     assert "--teacher" in card["training"]["command"]
 
 
+def test_another_teacher_is_noticed(trained, text_file, tmp_path):
+    """While there is something left to train it is told; a finished run is not passed off as another's."""
+    output, _ = trained
+    command = ("train", "--output", tmp_path / "m", "--work", tmp_path / "w", "--data", text_file, *SMALL)
+    taught = (*command, "--teacher", output, "--overwrite")
+    assert run(*taught).exit_code == 0
+    assert run(*taught).exit_code == 0  # the same again: nothing is left to do
+    for other in ((*command, "--overwrite", "--vocab-size", "281"), (*taught, "--alpha", "0.5")):
+        result = run(*other)
+        assert result.exit_code == 2, result.output
+    assert "6 steps of another teacher, or weight of it" in result.stderr
+    longer = [word if word != "6" else "8" for word in taught]
+    result = run(*longer, "--alpha", "0.5")
+    assert result.exit_code == 0
+    assert "begun with another teacher, or weight of it" in result.stderr
+    (tmp_path / "w" / launch.LESSON).unlink()  # of a run that an earlier version began, nothing is known
+    assert run(*longer, "--alpha", "1").exit_code == 0
+
+
+def test_a_run_goes_on_from_the_weights_that_it_began_with(trained, text_file, tmp_path):
+    output, _ = trained
+    command = (
+        "train",
+        "--output",
+        tmp_path / "m",
+        "--work",
+        tmp_path / "w",
+        "--data",
+        text_file,
+        *SMALL,
+        "--overwrite",
+    )
+    assert run(*command, "--start", output).exit_code == 0
+    assert run(*command, "--start", output).exit_code == 0
+    other = tmp_path / "other"
+    shutil.copytree(output, other)
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: t + 1 for name, t in tensors.items()}, other / "model.safetensors")
+    result = run(*command, "--start", other)
+    assert result.exit_code == 2
+    assert "begun from other weights" in result.stderr
+
+
+def test_the_installers_are_read_where_they_are_asked_for(monkeypatch, tmp_path):
+    """And the card's command says so, either way."""
+    asked, commands = [], []
+
+    def read(**how):
+        asked.append(how)
+        return Data("letters", {"library": [Document("a", TEXT)]}, [Document("b", TEXT)], (1,), (1,), code=False)
+
+    def keep(run, *, command, **rest):
+        commands.append(shlex.split(command))
+        return {"measured": {"bits per byte": 1.0, "tokens": 1}}
+
+    monkeypatch.setattr(streams, "standard_library", read)
+    monkeypatch.setattr(launch, "go", keep)
+    for option in ((), ("--installers",), ("--no-installers", "--no-tests")):
+        assert run("train", "--output", tmp_path / "m", *SMALL, *option).exit_code == 0
+    assert asked == [{"tests": True, "installers": False}, {"tests": True, "installers": True},
+                     {"tests": False, "installers": False}]  # fmt: skip
+    said = [[word for word in words if "installers" in word or "tests" in word] for words in commands]
+    assert said == [["--tests", "--no-installers"], ["--tests", "--installers"], ["--no-tests", "--no-installers"]]
+
+
 def test_phases_can_be_spelled_out(text_file, tmp_path):
     phases = ["--phase", "2,1,16", "--phase", "1,2,8,1"]
     result = run("train", "--output", tmp_path / "m", "--data", text_file, "--no-tests", *SMALL, *phases)
@@ -615,6 +696,7 @@ def test_phases_can_be_spelled_out(text_file, tmp_path):
     words = shlex.split(training["command"])
     assert words.count("--phase") == 2
     assert "--no-tests" in words
+    assert "--no-installers" in words
     assert not {"--steps", "--tests", "--work", "--overwrite", "--backend"} & set(words)
     plan = training["plan"]
     assert [list(p.values()) for p in plan["phases"]] == [[2, 1, 16, [1]], [1, 2, 8, [1]]]

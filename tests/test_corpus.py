@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
 from conftest import ROOT
 from refllm.model import corpus
-from refllm.model.corpus import HELD_OUT, Document, held_out_documents, training_documents
+from refllm.model.corpus import HELD_OUT, Document, held_out_documents, installer_documents, training_documents
 
 STEMS = ("argparse", "heapq", "textwrap", "statistics", "zipfile", "cookiejar", "difflib", "sched", "fractions")
 
@@ -24,8 +25,8 @@ def held_out() -> list[Document]:
 
 @pytest.fixture(scope="module")
 def trained_on() -> list[Document]:
-    """All that may be trained on: the library, its topics and, where it is installed, its test package."""
-    return training_documents() + training_documents(tests=True)
+    """All that may be trained on: the library, its topics, and, where they are there, its tests and installers."""
+    return training_documents() + training_documents(tests=True) + installer_documents()
 
 
 def test_every_held_out_module_is_there_and_they_are_enough(held_out):
@@ -72,6 +73,7 @@ def test_library_and_tests_do_not_overlap_and_names_are_unique(trained_on):
     library = {d.name for d in training_documents()}
     assert not any(name.startswith("test/") for name in library)
     assert {"ast.py", "json/decoder.py", "pydoc_data/topics/if"} <= library
+    assert all(d.name.startswith("ensurepip/") for d in installer_documents())
 
 
 def test_documents_are_text_and_no_tables(trained_on):
@@ -90,7 +92,7 @@ def test_the_documents_and_their_order_are_the_same_in_every_process(held_out, t
     """Another process, with another seed of Python's string hash and another folder to stand in."""
     program = (
         "from refllm.model.corpus import *; import hashlib;"
-        "d = training_documents() + training_documents(tests=True) + held_out_documents();"
+        "d = training_documents() + training_documents(tests=True) + installer_documents() + held_out_documents();"
         "print(hashlib.sha256('\\n'.join(f'{x.name} {x.sha256}' for x in d).encode()).hexdigest())"
     )
     environment = {"PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
@@ -149,3 +151,45 @@ def test_a_small_library_by_hand(monkeypatch, tmp_path):
     library = [d.name for d in training_documents() if not d.name.startswith("pydoc_data/topics/")]
     assert library == ["a.py", "encodings/ascii.py", "heapq_like.py", "http/server.py"]
     assert [d.name for d in training_documents(tests=True)] == ["test/test_ast.py", "unittest/test/test_case.py"]
+
+
+# --- the installers ----------------------------------------------------------------------------------------------
+
+
+def wheel(root: Path, name: str, files: dict[str, str | bytes]) -> None:
+    """A wheel as ``ensurepip`` carries it."""
+    folder = root / "ensurepip" / "_bundled"
+    folder.mkdir(parents=True, exist_ok=True)
+    with ZipFile(folder / name, "w") as archive:
+        for path, text in files.items():
+            archive.writestr(path, text)
+
+
+def test_two_installers_by_hand(monkeypatch, tmp_path):
+    """Each rule once; of a text that stands in both wheels the first is read."""
+    files = {
+        "pip/a.py": "a = b\r\n",
+        "pip/_vendor/zipp.py": "what zipfile took its Path from\n",
+        "pip/_vendor/zipp/glob.py": "the same, as a package\n",
+        "pip/_vendor/zipped.py": "another name\n",
+        "pip/table.py": "X = [0x1234567, 0x89]\n",
+        "pip/empty.py": " \n",
+        "pip/latin.py": b"# \xe9\n",
+        "pip-1.dist-info/METADATA": "no Python\n",
+    }
+    wheel(tmp_path, "pip-1-py3-none-any.whl", files)
+    wheel(tmp_path, "setuptools-2-py3-none-any.whl", {"setuptools/same.py": "a = b\n", "setuptools/b.py": "c = d\n"})
+    monkeypatch.setattr(corpus, "_root", lambda: tmp_path)
+    assert [(d.name, d.text) for d in installer_documents()] == [
+        ("ensurepip/pip/pip/_vendor/zipped.py", "another name\n"),
+        ("ensurepip/pip/pip/a.py", "a = b\n"),
+        ("ensurepip/setuptools/setuptools/b.py", "c = d\n"),
+    ]
+
+
+@pytest.mark.parametrize("folder", ["", "ensurepip", "ensurepip/_bundled"])
+def test_an_interpreter_without_wheels_has_no_installers(monkeypatch, tmp_path, folder):
+    """Debian's, for one."""
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    monkeypatch.setattr(corpus, "_root", lambda: tmp_path)
+    assert installer_documents() == []

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refllm.model import corpus
 from refllm.model.corpus import Document
 from refllm.model.streams import encode, file_sha256, fingerprint, own_files, read_files, split, standard_library
 from study_models import byte_tokenizer
@@ -113,6 +114,22 @@ def test_the_standard_library_keeps_its_held_out_modules_apart():
     alone = standard_library(tests=False)
     assert list(alone.streams) == ["library"]
     assert alone.repeats == alone.last_repeats == (1,)
+
+
+def test_the_installers_are_a_third_stream_where_they_are_wanted_and_there(monkeypatch):
+    pieces = {"tests": [Document("t", "t")], "installers": [Document("i", "i")], "library": [Document("l", "l")]}
+    monkeypatch.setattr(corpus, "training_documents", lambda tests=False: pieces["tests" if tests else "library"])
+    monkeypatch.setattr(corpus, "installer_documents", lambda: pieces["installers"])
+    both = standard_library(installers=True)
+    assert list(both.streams) == ["library", "tests", "installers"]
+    assert (both.repeats, both.last_repeats) == ((4, 1, 3), (1, 0, 1))
+    assert both.name == "the Python standard library, its tests and the installers that it carries"
+    alone = standard_library(tests=False, installers=True)
+    assert list(alone.streams) == ["library", "installers"]
+    assert (alone.repeats, alone.last_repeats) == ((4, 3), (1, 1))
+    assert list(standard_library().streams) == ["library", "tests"]
+    pieces["installers"] = []
+    assert list(standard_library(installers=True).streams) == ["library", "tests"]
 
 
 def test_fingerprints_are_of_the_bytes(tmp_path: Path):

@@ -169,7 +169,7 @@ def command_line(context: typer.Context) -> str:
             continue
         flag = next(iter(parameter.opts))
         if isinstance(value, bool):
-            words += [] if value else [parameter.secondary_opts[0]]
+            words.append(flag if value else parameter.secondary_opts[0])
         elif isinstance(value, (list, tuple)):
             words += [word for item in value for word in (flag, str(item))]
         else:

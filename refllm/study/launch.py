@@ -35,13 +35,14 @@ from refllm.model.loss import Teacher
 from refllm.model.plan import Phase, Plan
 from refllm.model.shards import tensor_shapes
 from refllm.model.state import load_state
-from refllm.model.streams import Data, encode, fingerprint
+from refllm.model.streams import Data, encode, file_sha256, fingerprint
 from refllm.model.tokenizer import Tokenizer
 from refllm.model.train import train
 from refllm.model.writer import check_target
 from refllm.study import bundle, card
 
 STATE, TOKENIZER, TEXT = "state.safetensors", "tokenizer.json", "text.sha256"
+LESSON = "lesson.json"  # by whom the run was taught, and which weights it began with
 LONG_SHARE = 0.15  # of the steps, at the end, read long windows
 LARGEST = 10**10  # parameters; with gradients and moments, 16 bytes each: more than any one device holds
 
@@ -172,7 +173,8 @@ def prepare(
     if start is not None and shape_of(read_config(start)) != shape_of(config):
         raise ValueError(f"{start} is not of the shape that the options describe: it cannot be the start")
     streams = [encode(tokenizer, documents, begin) for documents in data.streams.values()]
-    run = Run(output, work, data, tokenizer, config, plan, streams, encode(tokenizer, data.held_out, begin))
+    run = Run(output, work, data, tokenizer, config, plan, streams, encode(tokenizer, data.held_out, begin),
+              teacher, alpha, teacher_from, start)  # fmt: skip
     _check_lengths(run)
     _check_text(run)
     if (work / STATE).exists():
@@ -180,7 +182,7 @@ def prepare(
     work.mkdir(parents=True, exist_ok=True)
     tokenizer.save(work / TOKENIZER)
     write_whole(work / TEXT, _digest(data) + "\n")
-    run.teacher, run.alpha, run.teacher_from, run.start = teacher, alpha, teacher_from, start
+    write_whole(work / LESSON, json.dumps(_lesson(run), indent=1) + "\n")
     return run
 
 
@@ -234,14 +236,29 @@ def _continue(run: Run, note: Note) -> None:
     run.done = state.optimizer.step
     if ModelConfig.from_hf(json.loads(about["config"])) != run.config:
         raise ValueError(f"{run.work} holds a run of another network: choose another --work, or remove it")
+    lesson, path = _lesson(run), run.work / LESSON
+    known = json.loads(path.read_text("utf-8")) if path.exists() else lesson
+    if known["start"] != lesson["start"]:
+        raise ValueError(f"{run.work} was begun from other weights: give its --start, or choose another --work")
     # what is left out here decides nothing but rounding and what is reported
     began, asked = (replace(p, workers=1, evaluate_every=1, save_every=1) for p in (bundle.read_plan(about), run.plan))
-    if began != asked:
-        if run.done >= run.plan.steps:
+    for what, same in (("plan", began == asked), ("teacher, or weight of it", known == lesson)):
+        if not same and run.done >= run.plan.steps:
             raise ValueError(
-                f"{run.work} holds {run.done:,} steps of another plan: choose another --work, or remove it"
+                f"{run.work} holds {run.done:,} steps of another {what}: choose another --work, or remove it"
             )
-        note(f"{run.work} was begun with another plan; it goes on with this one")
+        if not same:
+            note(f"{run.work} was begun with another {what}; it goes on with this one")
+
+
+def _lesson(run: Run) -> dict[str, Any]:
+    """What decides the weights beside text and plan: the other models, by their files, and how they are used."""
+    hashes = {
+        role: None if path is None else {f.name: file_sha256(f) for f in sorted(path.glob("*.safetensors"))}
+        for role, path in (("teacher", run.teacher), ("start", run.start))
+    }
+    how = {"alpha": run.alpha, "teacher_from": run.teacher_from} if run.teacher is not None else {}
+    return {**hashes, **how}
 
 
 def _digest(data: Data) -> str:
