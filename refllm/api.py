@@ -15,13 +15,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from refllm.backend import Array, asarray_like, to_numpy
+from refllm.decode.drafts import Drafter, ModelDrafter, check_vocabulary
 from refllm.decode.generate import GREEDY, Sampling, generate_tokens
+from refllm.decode.speculate import Step, speculate
 from refllm.decode.text import StopStrings, Utf8Stream
 from refllm.model import checkpoint
 from refllm.model.attention import CausalAttend
@@ -112,6 +115,7 @@ class Model:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         rng: np.random.Generator | int | None = None,
+        drafter: Drafter | Model | None = None,
     ) -> Any:
         """Continue ``prompt`` by at most ``max_tokens`` tokens and return only what is new.
 
@@ -119,13 +123,19 @@ class Model:
         encoded as the tokenizer's file says (with its beginning token, if it has one). ``stop`` strings end
         the text before their first occurrence (text prompts only). ``rng`` is a Generator or a seed; None
         draws a fresh seed. Temperature 0 is the argmax and uses no randomness.
+
+        A ``drafter`` (see ``refllm.decode.drafts``; a ``Model`` drafts with 4 tokens a step) changes how many steps
+        that takes. It does not change the text at temperature 0, nor its law at others.
         """
         how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         if isinstance(prompt, str):
-            return "".join(self.stream(prompt, max_tokens, how=how, stop=stop, ignore_eos=ignore_eos, rng=rng))
+            options: Any = {"how": how, "stop": stop, "ignore_eos": ignore_eos, "rng": rng, "drafter": drafter}
+            return "".join(self.stream(prompt, max_tokens, **options))
         if stop:
             raise ValueError("stop strings need a text prompt; token prompts end at max_tokens or the end token")
-        return self.generate_batch([prompt], max_tokens, how=how, ignore_eos=ignore_eos, rng=rng)[0]
+        ids, ends = _token_lists([prompt])[0], frozenset() if ignore_eos else frozenset(self.config.eos_token_ids)
+        tokens = self._tokens(ids, max_tokens, how, np.random.default_rng(rng), drafter)
+        return list(takewhile(lambda token: token not in ends, tokens))
 
     def generate_batch(
         self,
@@ -161,16 +171,19 @@ class Model:
         ignore_eos: bool = False,
         rng: np.random.Generator | int | None = None,
         on_token: Callable[[int], object] | None = None,
+        drafter: Drafter | Model | None = None,
+        on_step: Callable[[Step], object] | None = None,
     ) -> Iterator[str]:
         """Yield the new text piece by piece: whole characters only, never a part of a stop string.
 
         ``on_token`` is called with every token that was sampled, the end token included, before its text:
-        a piece of text is not a token, so whoever counts or times tokens needs it.
+        a piece of text is not a token, so whoever counts or times tokens needs it. ``on_step`` is called with every
+        step of the target if there is a ``drafter``: what was drafted, and how much of it was accepted.
         """
         ends = frozenset() if ignore_eos else frozenset(self.config.eos_token_ids)
         ids = self.tokenizer.encode(prompt, special=True)
         characters, stops = Utf8Stream(self.tokenizer), StopStrings(stop)
-        for (token,) in generate_tokens(self.weights, self.config, [ids], max_tokens, how, np.random.default_rng(rng)):
+        for token in self._tokens(ids, max_tokens, how, np.random.default_rng(rng), drafter, on_step):
             if on_token is not None:
                 on_token(token)
             if token in ends:
@@ -184,6 +197,29 @@ class Model:
             rest += stops.flush()
         if rest:
             yield rest
+
+    def _tokens(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        how: Sampling,
+        rng: np.random.Generator,
+        drafter: Drafter | Model | None,
+        on_step: Callable[[Step], object] | None = None,
+    ) -> Iterator[int]:
+        """New tokens of one prompt one by one, those of an accepted run together."""
+        if drafter is None:
+            for (token,) in generate_tokens(self.weights, self.config, [prompt], max_tokens, how, rng):
+                yield token
+            return
+        if isinstance(drafter, Model):
+            drafter = ModelDrafter(drafter)
+        if isinstance(drafter, ModelDrafter):
+            check_vocabulary(self, drafter.model)
+        for step in speculate(self.weights, self.config, prompt, max_tokens, how, rng, drafter):
+            if on_step is not None:
+                on_step(step)
+            yield from step.tokens
 
 
 def _token_lists(prompts: Sequence[Sequence[int]] | Array) -> list[list[int]]:

@@ -30,6 +30,9 @@ HOST = {
     "formats.gguf.arithmetic:quietly": "NumPy warns of overflow and 0/0; CuPy has no errstate, and warns of nothing",
     "formats.gguf.container": "files hold host bytes; tensors are moved once they are checked",
     "formats.gguf.writer": "files hold host bytes",
+    "model.gguf": "files hold host bytes; tensors are moved once they are checked",
+    "model.gguf_names": "metadata and orders of rows are host data",
+    "model.gguf_tokenizer": "metadata are host data",
     "model.streams": "tokenised text is cut and joined on the host",
     "model.plan": "the order of the training windows is drawn on the host",
     "model.train": "initial weights and batches; the step itself is model.backward's",
@@ -39,7 +42,10 @@ HOST = {
     "model.weights:Dense.__init__": "the blocked layout is a cure for OpenBLAS and exists on the host only",
     "model.weights:Dense.matmul": "the blocked layout is a cure for OpenBLAS and exists on the host only",
     "model.weights:Room": "the blocked layout is a cure for OpenBLAS and exists on the host only",
+    "quant.convert": "from files to files; encoders are formats.gguf's",
     "quant.passages": "token ids are host data until they are embedded",
+    "decode.lean": "removes Python's overhead between small products; a GPU captures the step in a graph instead",
+    "decode.speculate:penalised": "which tokens stand before each draft is known on the host, and moved once",
     "decode.generate": "prompts are lists; what the device needs is moved in one array a step",
 }
 TYPES = {"ndarray", "generic", "number", "integer", "floating", "dtype", "random.Generator", "bool_"}

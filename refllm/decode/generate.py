@@ -10,7 +10,7 @@ computed and ignored, until all have ended: that waste is what continuous batchi
 | z      | logits of the last tokens | [B, V]    |
 | u      | uniforms, drawn on the host | [B]     |
 
-Left out: continuous batching, paging, speculation, beam search.
+Left out: speculation (``decode.speculate``), continuous batching and paging (``serve``).
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def generate_tokens(
         for an empty prompt, an id outside the vocabulary, more positions than the model was made for, or logits
         that are not finite (an overflow: there is no largest one to choose).
     """
-    _check(prompts, max_tokens, config)
+    check_prompts(prompts, max_tokens, config)
     if max_tokens == 0:
         return
     like = weights["norm"]
@@ -90,11 +90,11 @@ def generate_tokens(
     tokens: list[int] = []
     for _ in range(max_tokens):
         z = logits(
-            weights, _decode(weights, config, tokens, cache) if tokens else _prefill(weights, config, prompts, cache)
+            weights, _decode(weights, config, tokens, cache) if tokens else prefill(weights, config, prompts, cache)
         )
         if seen is not None:
             z = sampling.apply_repetition_penalty(z, seen.mask, how.repetition_penalty)
-        tokens = _choose(z, how, rng)
+        tokens = choose(z, how, rng)
         if seen is not None:
             seen.add(tokens)
         yield tokens
@@ -109,7 +109,7 @@ def _decode(weights: Weights, config: ModelConfig, tokens: list[int], cache: Con
     return hidden
 
 
-def _prefill(weights: Weights, config: ModelConfig, prompts: Sequence[Sequence[int]], cache: ContiguousCache) -> Array:
+def prefill(weights: Weights, config: ModelConfig, prompts: Sequence[Sequence[int]], cache: ContiguousCache) -> Array:
     """All tokens of all prompts → hidden[B, N] of the last of each, the only ones that are sampled from."""
     like = cache.keys
     total = sum(len(prompt) for prompt in prompts)
@@ -139,7 +139,7 @@ def passes(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield counts
 
 
-def _choose(z: Array, how: Sampling, rng: np.random.Generator) -> list[int]:
+def choose(z: Array, how: Sampling, rng: np.random.Generator) -> list[int]:
     """z[B, V] → one token a row. Greedy waits for the device once; sampling also to refuse what is no number."""
     if how.temperature == 0:
         xp = namespace(z)
@@ -168,7 +168,8 @@ class _Seen:
         self.mask[self.rows, asarray_like(tokens, self.mask, "int64")] = True
 
 
-def _check(prompts: Sequence[Sequence[int]], max_tokens: int, config: ModelConfig) -> None:
+def check_prompts(prompts: Sequence[Sequence[int]], max_tokens: int, config: ModelConfig) -> None:
+    """ValueError for what cannot be generated from; see ``generate_tokens``."""
     if not prompts:
         raise ValueError("no prompt was given")
     if not isinstance(max_tokens, (int, np.integer)) or max_tokens < 0:

@@ -1,0 +1,233 @@
+"""Drafters: guesses of the next tokens, each with the distribution that it was really sampled from.
+
+Sources: small models, Leviathan et al. 2023; prompt lookup, Saxena 2023; Jacobi decoding, Santilli et al. 2023 (the
+N = 2 case of lookahead decoding, Fu et al. 2024).
+
+| drafter           | guesses                                              | q       | cost of a guess             |
+|-------------------|------------------------------------------------------|---------|-----------------------------|
+| ``ModelDrafter``  | what a small model samples (temperature 0: argmax)   | its own | a step of that model        |
+| ``NGramDrafter``  | what followed the last tokens when they stood before | one-hot | none                        |
+| ``JacobiDrafter`` | what the target itself said after the last guesses   | one-hot | none                        |
+| ``PerfectDrafter``| what the target will say: the control, all accepted  | its own | a step of the target        |
+| ``Adversary``     | the least likely tokens: the other control           | one-hot | a step of the target        |
+
+A drafter is asked with *all* tokens of the sequence and keeps what it can use again: it compares them with what it
+has seen, so nothing has to be told to it about rejection, preemption or a new prompt. Lossless is whoever tells the
+truth: the returned q has every warp of the drafter in it; a draft that was not sampled has none (``None``: one-hot).
+
+``confidence`` ends a draft where the model's largest probability is below it: a guess that will be rejected costs as
+much as one that will not. The decision looks at q before the token is drawn from it; looking at the token that was
+drawn, and taking it back, would change what was sampled.
+
+Left out: EAGLE's heads (``decode.eagle``), the 2-D window of lookahead decoding, drafters that learn as they go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from refllm.backend import Array, asarray_like, namespace
+from refllm.decode import lean, sampling, speculative
+from refllm.decode.generate import Sampling
+from refllm.kv.contiguous import ContiguousCache
+from refllm.model.llama import forward, logits
+
+
+class Proposal(NamedTuple):
+    """Drafted tokens, and row for row what they were sampled from: q[len(tokens), V]; None: one-hot."""
+
+    tokens: list[int]
+    q: Array | None
+
+
+NOTHING = Proposal([], None)
+
+
+class Drafter(Protocol):
+    """What generation and engine ask of a drafter."""
+
+    gamma: int  # drafts a step, if nobody asks for fewer
+
+    def propose(self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator) -> Proposal:
+        """At most ``count`` guesses of what follows ``tokens``, where the target samples as ``how`` says."""
+
+    def observe(self, best: Sequence[int], accepted: int) -> None:
+        """What came of the last proposal: the target's argmax in each place, and how many guesses were accepted."""
+
+
+class NGramDrafter:
+    """Prompt lookup: finds the last n tokens earlier in the text, the longest n first, and copies what followed.
+
+    The tie rule: of several places with the same n the latest counts. (vLLM takes the earliest.) A table of the
+    n-grams grows with the text, so a step costs the same however long it is.
+    """
+
+    def __init__(self, gamma: int = 8, *, longest: int = 4, shortest: int = 2):
+        if not 1 <= shortest <= longest:
+            raise ValueError(
+                f"n-grams of {shortest} to {longest} tokens: the shortest must be at least 1, and no longer"
+            )
+        self.gamma, self.sizes = _gamma(gamma), range(longest, shortest - 1, -1)
+        self._text: list[int] = []
+        self._after: dict[tuple[int, ...], int] = {}  # an n-gram → the place after its latest occurrence
+
+    def propose(self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator) -> Proposal:
+        self._read(tokens)
+        end = len(tokens)
+        for n in self.sizes:
+            if n < end and (place := self._after.get(tuple(tokens[end - n :]))) is not None:
+                return Proposal(list(tokens[place : place + count]), None)
+        return NOTHING
+
+    def observe(self, best: Sequence[int], accepted: int) -> None:
+        pass
+
+    def _read(self, tokens: Sequence[int]) -> None:
+        """Note every n-gram that something follows: those that end before the last token."""
+        known = len(self._text)
+        if len(tokens) < known or list(tokens[:known]) != self._text:
+            self._text, self._after, known = [], {}, 0
+        for end in range(max(1, known), len(tokens)):
+            for n in self.sizes:
+                if n <= end:
+                    self._after[tuple(tokens[end - n : end])] = end
+        self._text += tokens[known:]
+
+
+class JacobiDrafter:
+    """Guesses γ tokens at once and lets the target mend them: y_i ← argmax p(· | y_<i), all i in one step.
+
+    Each step makes at least the first of them right, so the fixed point is the greedy text. Guesses behind the first
+    wrong one were judged after a wrong token, and are kept as better guesses than none.
+    """
+
+    def __init__(self, gamma: int = 4):
+        self.gamma = _gamma(gamma)
+        self._window: list[int] = []
+
+    def propose(self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator) -> Proposal:
+        guesses = self._window[:count]
+        return Proposal(guesses + [int(tokens[-1])] * (count - len(guesses)), None)
+
+    def observe(self, best: Sequence[int], accepted: int) -> None:
+        self._window = [int(t) for t in best[accepted + 1 :]]  # best[accepted] is the token that is emitted now
+
+
+class ModelDrafter:
+    """A small model with its own cache; it samples as the target does, or as ``how`` says.
+
+    ``model`` is any record with ``config``, ``weights`` and ``tokenizer``, of the target's vocabulary.
+    The last draft of a step is not computed: its keys and values are missing when all were accepted, and are computed
+    with the next step's tokens, as is everything that the cache does not have.
+    """
+
+    def __init__(self, model: Any, gamma: int = 4, *, confidence: float = 0.0, how: Sampling | None = None):
+        if not 0 <= confidence < 1:
+            raise ValueError(f"confidence is a probability within [0, 1), got {confidence}")
+        self.model, self.config, self.gamma = model, model.config, _gamma(gamma)
+        self.confidence, self.how = confidence, how
+        self.cache = ContiguousCache(model.config, 1, model.config.max_position_embeddings, like=model.weights["norm"])
+        self._fed: list[int] = []  # the tokens whose keys and values the cache holds
+        self._lean: lean.LeanStep | None = None
+        if lean.fits(model.config, model.weights):
+            self._lean = lean.LeanStep(model.weights, model.config, self.cache)
+        self.computed = 0  # tokens that the model computed, to tell what drafting costs
+
+    def propose(self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator) -> Proposal:
+        how = self.how or how
+        count = min(count, self.cache.capacity - len(tokens))
+        drafts: list[int] = []
+        rows: list[Array] = []
+        feed = self._behind(tokens) if count > 0 else []
+        while len(drafts) < count:
+            z = self._feed(feed)
+            token, row = self._choose(z, how, rng)
+            if token is None:
+                break
+            drafts.append(token)
+            if row is not None:
+                rows.append(row)
+            feed = [token]
+        return Proposal(drafts, namespace(rows[0]).stack(rows) if rows else None)
+
+    def observe(self, best: Sequence[int], accepted: int) -> None:
+        pass
+
+    def _behind(self, tokens: Sequence[int]) -> list[int]:
+        """Roll the cache back to what it shares with ``tokens`` and return the rest, at least the last one."""
+        same = min(common_prefix(self._fed, tokens), len(tokens) - 1)
+        self.cache.truncate(0, same)
+        del self._fed[same:]
+        return list(tokens[same:])
+
+    def _feed(self, tokens: list[int]) -> Array:
+        """Compute tokens after those of the cache → logits[V] after the last."""
+        self._fed += tokens
+        self.computed += len(tokens)
+        if self._lean is not None and len(tokens) <= 4:
+            for token in tokens[:-1]:
+                self._lean.step(token, head=False)
+            return self._lean.step(tokens[-1])
+        weights, counts = self.model.weights, [len(tokens)]
+        placed = asarray_like([tokens, self.cache.positions(counts)], self.cache.keys, "int64")
+        last = asarray_like([len(tokens) - 1], self.cache.keys, "int64")
+        hidden = forward(weights, self.config, placed[0], placed[1], self.cache.view(counts), last)
+        self.cache.advance(counts)
+        return logits(weights, hidden)[0]
+
+    def _choose(self, z: Array, how: Sampling, rng: np.random.Generator) -> tuple[int | None, Array | None]:
+        """The next draft of z[V] and what it was sampled from; (None, None) where the model is not sure enough."""
+        xp = namespace(z)
+        if how.temperature == 0:
+            token = int(xp.argmax(z))
+            if self.confidence and float(xp.sum(xp.exp(z - z[token]))) * self.confidence > 1:
+                return None, None
+            return token, None
+        row = sampling.warp(z, how.temperature, how.top_k, how.top_p, how.min_p)
+        if self.confidence and float(xp.max(row)) < self.confidence:
+            return None, None
+        return speculative.draw(row, rng.random()), row
+
+
+class PerfectDrafter(ModelDrafter):
+    """The target drafts for itself, so p = q: every draft is accepted, and nothing is gained."""
+
+
+class Adversary(ModelDrafter):
+    """Drafts what the model finds least likely: as wrong as a drafter can be, and the text must not change."""
+
+    def _choose(self, z: Array, how: Sampling, rng: np.random.Generator) -> tuple[int | None, Array | None]:
+        return int(namespace(z).argmin(z)), None
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many first tokens two sequences share."""
+    n = min(len(a), len(b))
+    same = max(0, n - 16)  # they differ near the end, if at all: the rest is compared at once
+    if list(a[:same]) != list(b[:same]):
+        same = 0
+    while same < n and a[same] == b[same]:
+        same += 1
+    return same
+
+
+def check_vocabulary(target: Any, draft: Any) -> None:
+    """ValueError if a draft model does not speak the target's vocabulary: the same ids for the same text."""
+    sizes = target.config.vocab_size, draft.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"the draft model has a vocabulary of {sizes[1]} tokens and the target of {sizes[0]}: "
+                         "a draft needs the target's tokenizer")  # fmt: skip
+    ours, theirs = (m.tokenizer.inner.get_vocab(with_added_tokens=True) for m in (target, draft))
+    if ours != theirs:
+        word = min(w for w in {*ours, *theirs} if ours.get(w) != theirs.get(w))
+        raise ValueError(f"the draft model's vocabulary is not the target's: {word!r} is token {theirs.get(word)} "
+                         f"in the draft and {ours.get(word)} in the target")  # fmt: skip
+
+
+def _gamma(gamma: int) -> int:
+    if not isinstance(gamma, (int, np.integer)) or gamma < 1:
+        raise ValueError(f"gamma, the number of drafts a step, must be 1 or more, got {gamma!r}")
+    return int(gamma)

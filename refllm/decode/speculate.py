@@ -1,0 +1,118 @@
+"""Speculative generation of one sequence: draft, compute all drafts in one step of the target, keep what it agrees to.
+
+Source: Leviathan et al. 2023, algorithm 1; Chen et al. 2023, algorithm 2.
+
+A step, with text = prompt + output, of which [0, s) are cached and the last token is not:
+
+1. the drafter guesses γ tokens; fewer near ``max_tokens``, as a step emits up to γ + 1;
+2. the target computes [last, x_1 … x_γ] at positions s … s + γ: one forward, γ + 1 rows of logits;
+3. row i is penalised for the text *with* x_1 … x_{i−1}, warped, and ``verify`` judges (temperature 0: the argmax);
+4. a drafts are accepted and one token follows: the cache is longer by 1 + a. What lies behind, keys and values of
+   rejected drafts, is garbage that no query sees and the next step overwrites.
+
+Left out: batches (``serve``), trees (``decode.tree``), stop strings and end tokens (whoever reads the tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from refllm.backend import Array, asarray_like, namespace, to_numpy
+from refllm.decode import sampling
+from refllm.decode.drafts import NOTHING, Drafter, Proposal
+from refllm.decode.generate import Sampling, check_prompts, choose, prefill
+from refllm.decode.speculative import verify, verify_greedy
+from refllm.kv.contiguous import ContiguousCache
+from refllm.model.config import ModelConfig
+from refllm.model.llama import Weights, forward, logits
+
+Law = Callable[[Array, Array | None, Sequence[int], np.random.Generator], tuple[int, int]]
+
+
+class Step(NamedTuple):
+    """What a step of the target brought: of its drafts the first ``accepted``, then ``token``."""
+
+    drafts: list[int]
+    accepted: int
+    token: int
+
+    @property
+    def tokens(self) -> list[int]:
+        """What is emitted."""
+        return [*self.drafts[: self.accepted], self.token]
+
+
+def speculate(
+    weights: Weights,
+    config: ModelConfig,
+    prompt: Sequence[int],
+    max_tokens: int,
+    how: Sampling,
+    rng: np.random.Generator,
+    drafter: Drafter,
+    law: Law = verify,
+) -> Iterator[Step]:
+    """Yield steps of ``max_tokens`` tokens in all; the first is the prefill's, without drafts.
+
+    The tokens have the law that ``generate_tokens`` draws them from; at temperature 0 they are the same tokens.
+
+    ValueError for what ``generate_tokens`` refuses, and for a proposal that ``verify`` refuses.
+    """
+    check_prompts([prompt], max_tokens, config)
+    if max_tokens == 0:
+        return
+    like = weights["norm"]
+    cache = ContiguousCache(config, 1, len(prompt) + max_tokens, like=like)
+    text, end = [int(t) for t in prompt], len(prompt) + max_tokens
+    z = logits(weights, prefill(weights, config, [text], cache))
+    step = Step([], 0, choose(penalised(z, text, [], how.repetition_penalty), how, rng)[0])
+    while True:
+        yield step
+        text += step.tokens
+        if len(text) == end:
+            return
+        count = min(drafter.gamma, end - len(text) - 1)
+        proposal = drafter.propose(text, count, how, rng) if count > 0 else NOTHING
+        z = _rows(weights, config, [text[-1], *proposal.tokens], cache)
+        step, best = judge(z, text, proposal, how, rng, law)
+        drafter.observe(best, step.accepted)
+        cache.advance([step.accepted + 1])
+
+
+def judge(
+    z: Array, text: Sequence[int], proposal: Proposal, how: Sampling, rng: np.random.Generator, law: Law = verify
+) -> tuple[Step, list[int]]:
+    """Verify a proposal after ``text`` by its logits z[γ+1, V]: the step, and the target's argmax in each place."""
+    xp = namespace(z)
+    drafts = proposal.tokens
+    z = penalised(z, text, drafts, how.repetition_penalty)
+    best = xp.argmax(z, axis=-1)
+    if how.temperature == 0:
+        # calls a NaN the largest; −1 travels in the same copy as the ids
+        found: list[int] = to_numpy(xp.where(xp.isfinite(xp.max(z, axis=-1)), best, -1)).tolist()
+        if min(found) < 0:
+            raise ValueError("the logits of a step have no largest one: NaN, +inf or nothing but -inf")
+        return Step(drafts, *verify_greedy(found, drafts)), found
+    p = sampling.warp(z, how.temperature, how.top_k, how.top_p, how.min_p)
+    return Step(drafts, *law(p, proposal.q, drafts, rng)), to_numpy(best).tolist()
+
+
+def penalised(z: Array, text: Sequence[int], drafts: Sequence[int], penalty: float) -> Array:
+    """z[γ+1, V] with the repetition penalty: row i pays for the text and the drafts before it."""
+    if penalty == 1:
+        return z
+    seen = np.zeros(z.shape, dtype=bool)
+    seen[:, list(text)] = True
+    for i, token in enumerate(drafts):
+        seen[i + 1 :, token] = True
+    return sampling.apply_repetition_penalty(z, asarray_like(seen, z), penalty)
+
+
+def _rows(weights: Weights, config: ModelConfig, tokens: list[int], cache: ContiguousCache) -> Array:
+    """Logits after each of the tokens, [γ+1, V]; the cache holds their keys and values, and is not longer yet."""
+    counts = [len(tokens)]
+    placed = asarray_like([tokens, cache.positions(counts)], cache.keys, "int64")
+    return logits(weights, forward(weights, config, placed[0], placed[1], cache.view(counts)))
