@@ -23,13 +23,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from refllm.backend import Array, asarray_like, namespace
 from refllm.kv.blocks import BlockPool, BlockTable
 from refllm.kv.together import attend_together, bias_together, fits_together
 from refllm.model.attention import Attend, attention, flash_attention, merge
 from refllm.model.config import ModelConfig
+
+
+class Table(Protocol):
+    """What a view reads of a sequence: ``BlockTable`` has it, and so has an item of a plan that says where it lies."""
+
+    @property
+    def blocks(self) -> Sequence[int]: ...
+    @property
+    def length(self) -> int: ...
+    def slots(self, start: int, stop: int) -> list[int]: ...
 
 
 class PagedKVCache:
@@ -79,11 +89,11 @@ class PagedKVCache:
                 strip[:, target * b : (target + 1) * b] = strip[:, source * b : (source + 1) * b]
         self.copied += len(pairs)
 
-    def positions(self, tables: Sequence[BlockTable], counts: Sequence[int]) -> list[int]:
+    def positions(self, tables: Sequence[Table], counts: Sequence[int]) -> list[int]:
         """Positions of the next ``counts[i]`` tokens of every sequence, in the order of the ragged batch."""
         return [p for t, n in zip(tables, counts, strict=True) for p in range(t.length, t.length + n)]
 
-    def view(self, tables: Sequence[BlockTable], counts: Sequence[int]) -> Attend:
+    def view(self, tables: Sequence[Table], counts: Sequence[int]) -> Attend:
         """An ``attend`` for a step in which sequence i brings ``counts[i]`` ≥ 0 tokens, reserved before.
 
         Raises
@@ -117,7 +127,7 @@ class _View:
     Where all bring equally many, they attend together, as in a contiguous cache.
     """
 
-    def __init__(self, cache: PagedKVCache, tables: Sequence[BlockTable], counts: Sequence[int], write: list[int]):
+    def __init__(self, cache: PagedKVCache, tables: Sequence[Table], counts: Sequence[int], write: list[int]):
         self.cache, like = cache, cache.keys
         self.write = asarray_like(write, like, "int64")
         starts, at = [], 0
@@ -137,7 +147,7 @@ class _View:
             self.joined = slice(0, at) if all_together else asarray_like([starts[i] for i in joined], like, "int64")
             self.slots, self.bias = self._gathered([tables[i] for i in joined], counts[joined[0]])
 
-    def _gathered(self, tables: list[BlockTable], count: int) -> tuple[Array, Array | None]:
+    def _gathered(self, tables: list[Table], count: int) -> tuple[Array, Array | None]:
         """Slots [B, S] of B sequences that bring ``count`` tokens each, and the bias that hides the padding.
 
         A shorter sequence is padded with a slot of its own: what is hidden is multiplied by 0, and 0 · NaN is NaN.

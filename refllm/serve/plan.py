@@ -35,6 +35,14 @@ class Item(NamedTuple):
     pad: int = 0
 
 
+class Ghost(NamedTuple):
+    """A row of a padded batch whose request has ended: it is computed, and nobody wants the result."""
+
+    start: int  # columns before it, padding included
+    count: int  # type: ignore[assignment]  # hides tuple.count
+    first: int  # slot of its column 0
+
+
 @dataclass
 class Plan:
     """A step. ``items`` in the order in which they were planned; copies are made first, in their order."""
@@ -44,7 +52,7 @@ class Plan:
     copies: list[tuple[int, int]] = field(default_factory=list)  # (from, to): blocks to copy in all layers
     admitted: list[Name] = field(default_factory=list)  # left the queue; beams may have to wait for room all the same
     preempted: list[Name] = field(default_factory=list)  # lost their memory and went back to the queue
-    ghosts: list[tuple[int, int]] = field(default_factory=list)  # (past, new) of rows that compute nothing useful
+    ghosts: list[Ghost] = field(default_factory=list)  # rows that compute nothing useful (static batching)
     waiting: int = 0  # branches still in the queue
     budget: int | None = None  # tokens that the step may compute; None: no limit
     seats: int | None = None  # sequences that may run
@@ -64,15 +72,11 @@ class Plan:
         """(past, new) of every row, padding included: what the step costs."""
         rows = [(item.start + item.pad, item.count) if item.start else (0, item.count + item.pad)
                 for item in self.items]  # fmt: skip
-        return rows + self.ghosts
+        return rows + [(ghost.start, ghost.count) for ghost in self.ghosts]
 
-    def slots(self, item: Item, start: int | None = None) -> list[int]:
-        """The slots that an item writes; or those of positions [start, its end), so all that it reads from 0."""
-        positions = range(item.start if start is None else start, item.start + item.count)
-        b = self.block_size
-        if b == 0:
-            return [item.blocks[0] + p for p in positions]
-        return [item.blocks[p // b] * b + p % b for p in positions]
+    def slots(self, item: Item) -> list[int]:
+        """The slots that an item writes."""
+        return place(item.blocks, self.block_size, item.start, item.start + item.count)
 
     def check(self) -> None:
         """AssertionError if the plan breaks a promise."""
@@ -89,10 +93,22 @@ class Plan:
             assert self.block_size == 0 or len(set(item.blocks)) == len(item.blocks), "a block twice in a table"
             assert self.block_size == 0 or item.start + item.count <= len(item.blocks) * self.block_size
         written = [slot for item in self.items for slot in self.slots(item)]
+        written += [ghost.first + ghost.start for ghost in self.ghosts]
         assert len(set(written)) == len(written), "two branches write one slot"
         targets = [target for _, target in self.copies]
         assert len(set(targets)) == len(targets), "two copies into one block"
         _check_readers(self.items, written, self.block_size)
+
+
+def place(blocks: Sequence[int], block_size: int, start: int, stop: int) -> list[int]:
+    """The slots of positions [start, stop) of a sequence that lies in ``blocks`` (one run where block_size is 0)."""
+    b = block_size
+    if b == 0:
+        return list(range(blocks[0] + start, blocks[0] + stop))
+    if stop == start + 1:  # a decode step: called for every sequence
+        return [blocks[start // b] * b + start % b]
+    whole = [slot for block in blocks[start // b : -(-stop // b)] for slot in range(block * b, block * b + b)]
+    return whole[start % b : start % b + stop - start]
 
 
 def _check_readers(items: Sequence[Item], written: list[int], b: int) -> None:

@@ -25,7 +25,7 @@ from refllm.serve.static import Static
 CONTINUOUS = ("fcfs", "priority", "lpm")
 ORCA = ("orca-max", "orca-pow2", "orca-oracle")
 POLICIES = (*CONTINUOUS, *ORCA, "static")
-PREFIX_CACHES = (None, "hash", "radix")
+PREFIX_CACHES = ("auto", "hash", "radix", None)
 
 
 def make(
@@ -38,7 +38,8 @@ def make(
     Parameters
     ----------
     prefix_cache
-        None, ``"hash"`` or ``"radix"``; ``eviction`` is the radix tree's order. What reserves its memory has none.
+        ``"hash"``, ``"radix"`` (``eviction`` is its tree's order) or None; ``"auto"`` is ``"hash"`` where memory is
+        in blocks. What reserves its memory has none.
     max_batch_tokens
         the budget of a step; those that compute prompts whole (``orca-…``, ``static``) have none.
     watermark
@@ -51,6 +52,8 @@ def make(
     """
     if policy not in POLICIES:
         raise ValueError(f"unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")
+    if prefix_cache == "auto":
+        prefix_cache = "hash" if policy in CONTINUOUS else None
     if prefix_cache not in PREFIX_CACHES:
         raise ValueError(f"unknown prefix cache {prefix_cache!r}; choose hash, radix or None")
     if prefix_cache is not None and policy not in CONTINUOUS:

@@ -147,10 +147,9 @@ class Rectangle(_Contiguous):
             self._runs[member].first = row * (prompt + output) + self.pad(member)
         return True
 
-    @property
-    def rows(self) -> int:
-        """Rows of the batch, those of members that have ended included."""
-        return len(self._rows)
+    def ended(self) -> list[int]:
+        """Where the rows of members that have been released begin."""
+        return [row * (self.prompt + self.output) for branch, row in self._rows.items() if branch not in self._runs]
 
     def pad(self, branch: Branch) -> int:
         """Columns before its first token."""

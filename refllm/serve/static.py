@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from refllm.serve.ledger import Ledger
 from refllm.serve.order import FirstCome
-from refllm.serve.plan import Plan
+from refllm.serve.plan import Ghost, Plan
 from refllm.serve.request import Status
 from refllm.serve.reservations import Rectangle
 
@@ -49,5 +49,5 @@ class Static(Ledger):
         if self.running:
             first = self.running[0]
             past = self.memory.pad(first) + first.computed  # all outputs stand in one column
-            step.plan.ghosts = [(past, 1)] * (self.memory.rows - len(self.running))
+            step.plan.ghosts = [Ghost(past, 1, slot) for slot in self.memory.ended()]
         return self._finish(step)

@@ -1,0 +1,263 @@
+"""The serving engine: requests in, tokens out, one plan a step over the real network.
+
+Sources: Yu et al. 2022 (Orca), Kwon et al. 2023 (vLLM), Zheng et al. 2024 (SGLang). Who runs when is
+``serve.scheduler``'s, where keys and values lie ``kv.paged``'s, how a plan is computed ``serve.executor``'s.
+
+A step: drafts are proposed, the scheduler makes a plan, ``execute`` turns it into rows of logits, ``choose`` (or a beam
+search) turns those into outcomes, the scheduler books them, and whoever listens is told. A step that fails is
+withdrawn: its requests start over, with the tokens that they have, and the error is the caller's.
+
+The tokens of a request depend on its prompt, its settings and its seed, and on nothing else: not on who is in the
+batch, the budget, chunks, cached prefixes or preemption. (But for rounding: a product rounds otherwise in another
+shape, and where two logits are as close as that, either may win.)
+
+Left out: several devices, planning while the device computes, structured output, log-probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from refllm.backend import Array, asarray_like
+from refllm.kv.paged import PagedKVCache
+from refllm.serve import policies
+from refllm.serve.choosing import Seat, choose, penalised
+from refllm.serve.executor import execute
+from refllm.serve.ledger import Ledger
+from refllm.serve.live import Drafter, Listener, Live, Record, refuse
+from refllm.serve.plan import Name, Plan
+from refllm.serve.request import Branch, Request
+from refllm.serve.results import Counts, Piece, Result
+from refllm.serve.step import Continuation, Event, Outcome
+
+FAILED = [Continuation((), "error")]
+
+
+class Engine(Counts):
+    """Serves requests with ``model`` from ``num_blocks`` blocks of keys and values; what it counts are attributes."""
+
+    def __init__(
+        self, model: Record, *, num_blocks: int, block_size: int = 16, max_batch_tokens: int | None = 2048,
+        max_sequences: int | None = 128, policy: str = "fcfs", prefix_cache: str | None = "auto",
+        scheduler: Callable[[Any], Ledger] | None = None, drafter: Drafter | None = None, poison: bool = False,
+        seed: int | None = None, on_plan: Callable[[Plan], object] | None = None, **options: Any,
+    ):  # fmt: skip
+        """``model`` is a ``Model``, or any record of config, weights and tokenizer.
+
+        Parameters
+        ----------
+        policy, prefix_cache, options
+            as ``policies.make`` describes them (``chunked``, ``long_prefill``, ``watermark``, ``eviction``, …).
+        scheduler
+            makes another scheduler from the block pool instead: ``lambda pool: Scheduler(Paged(pool), order=…)``.
+        drafter
+            guesses next tokens, which are verified in one step.
+        seed
+            draws seeds for the requests that bring none; None: fresh ones.
+        poison
+            fill blocks that nobody can read with NaN: a wrong slot then shows.
+        on_plan
+            sees every plan before it is executed.
+        """
+        self.model, self.drafter, self.on_plan = model, drafter, on_plan
+        self.cache = PagedKVCache(model.config, num_blocks, block_size, like=model.weights["norm"], poison=poison)
+        self.pool = self.cache.pool
+        self.scheduler = policies.make(
+            policy, self.pool, prefix_cache=prefix_cache, max_batch_tokens=max_batch_tokens,
+            max_sequences=max_sequences, **options,
+        ) if scheduler is None else scheduler(self.pool)  # fmt: skip
+        self.results: dict[Hashable, Result] = {}  # ended, until somebody takes them; ``run`` does
+        self._live: dict[Hashable, Live] = {}
+        self._drafted: dict[Name, Array | None] = {}  # the q that a branch's drafts were sampled from
+        self._seeds = np.random.default_rng(seed)
+        self._ids = count()
+        self._stepping = False
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether any request has not ended."""
+        return bool(self._live)
+
+    def submit(self, request: Request, listener: Listener | None = None) -> Hashable:
+        """Queue a request; returns its id. ``listener(piece)`` hears what is new after each step.
+
+        A listener may submit and abort, but not step; one that raises ends its own request, with ``"error"``.
+        A beam search is heard once, at its end.
+
+        Raises
+        ------
+        ValueError
+            for a request that can never be served (what is wrong is named), or an id that is in use: one is until
+            its result has been taken. The engine is as it was before.
+        """
+        if request.id is None:
+            free = next(i for i in self._ids if i not in self._live and i not in self.results)
+            request = replace(request, id=free)
+        if request.id in self.results:
+            raise ValueError(f"request {request.id!r} has ended and its result was not taken: use another id")
+        refuse(request, self.model.config)
+        name = self.scheduler.submit(request)
+        seed = int(self._seeds.integers(2**63)) if request.seed is None else request.seed
+        self._live[name] = Live(request, listener, seed, self.model)
+        return name
+
+    def abort(self, name: Hashable) -> bool:
+        """End a request now; its result has what it said so far. False if it is unknown or has ended already.
+
+        Its listener hears nothing of that: whoever aborts knows.
+        """
+        if name not in self._live:
+            return False
+        self._close(name, self.scheduler.abort(name), "aborted")
+        return True
+
+    def run(self) -> dict[Hashable, Result]:
+        """Step until every request has ended; returns, and lets go of, all results that nobody has taken."""
+        while self.unfinished:
+            self.step()
+        taken, self.results = self.results, {}
+        return taken
+
+    def step(self) -> list[Piece]:
+        """Compute one plan; returns what is new, which listeners have heard by then."""
+        if self._stepping:
+            raise RuntimeError("a listener called step: it may submit and abort, the step under way goes on by itself")
+        self._stepping = True
+        try:
+            return self._tell(self._compute())
+        finally:
+            self._stepping = False
+
+    def check(self) -> None:
+        """AssertionError if the books of scheduler, memory and engine do not agree."""
+        self.scheduler.check()
+        booked = {branch.request.id for branch in (*self.scheduler.running, *self.scheduler.waiting)}
+        assert booked <= set(self._live), "a branch without a request"
+        assert not set(self._live) & set(self.results)
+
+    # --- a step --------------------------------------------------------------------------------------------------
+
+    def _compute(self) -> list[Event]:
+        self._draft()
+        plan = self.scheduler.plan()
+        assert self.scheduler.step is not None
+        branches = list(self.scheduler.step.items)
+        try:
+            if self.on_plan is not None:
+                self.on_plan(plan)
+            tokens = {b.key: [*b.tokens, *b.drafts] if b.drafts else b.tokens for b in branches}
+            z = execute(plan, tokens, self.model.weights, self.model.config, self.cache)
+            outcomes = [] if z is None else self._outcomes(plan, branches, z)
+        except BaseException:
+            self.scheduler.withdraw(plan)
+            for branch in branches:
+                self._live[branch.request.id].rewind(branch)
+            raise
+        return self.scheduler.update(plan, outcomes)
+
+    def _draft(self) -> None:
+        self._drafted.clear()
+        if self.drafter is None:
+            return
+        for branch in self.scheduler.running:
+            if branch.left > 1 and self.scheduler.propose(branch.key, [0]):  # whether a draft is of use at all
+                drafts, q = self.drafter.propose(branch.key, branch.tokens, branch.left - 1)
+                self.scheduler.propose(branch.key, drafts)
+                self._drafted[branch.key] = q
+
+    def _outcomes(self, plan: Plan, branches: Sequence[Branch], z: Array) -> list[Outcome]:
+        """z[R, V] → what becomes of each branch that was sampled, in the order of the plan."""
+        seats: list[Seat] = []
+        sampled = [branch for branch, item in zip(branches, plan.items, strict=True) if item.samples]
+        at = 0
+        for branch, item in zip(sampled, plan.sampling, strict=True):
+            q = self._drafted.get(branch.key) if branch.drafts else None
+            voices = self._live[branch.request.id].voices_of(branch)
+            seats.append(Seat(branch.request, branch.tokens, voices, branch.drafts, q, slice(at, at + item.samples)))
+            at += item.samples
+        z = penalised(z, seats)
+        outcomes: list[Outcome] = []
+        for branch, seat, chosen in zip(sampled, seats, choose(z, seats), strict=True):
+            if chosen is None:
+                self._live[
+                    branch.request.id
+                ].result.error = "the logits have no largest one: NaN, +inf or nothing but -inf"
+                outcomes.append(FAILED)
+            else:
+                outcomes.append([voice.hear(new) for voice, new in zip(seat.voices, chosen, strict=True)])
+        self._search(sampled, seats, z, outcomes)
+        return outcomes
+
+    def _search(self, sampled: Sequence[Branch], seats: Sequence[Seat], z: Array, outcomes: list[Outcome]) -> None:
+        """Replace the outcomes of beams by what their search says; they are sampled all in one step."""
+        groups: dict[Hashable, list[int]] = {}
+        for i, branch in enumerate(sampled):
+            if branch.request.beam:
+                groups.setdefault(branch.request.id, []).append(i)
+        for name, places in groups.items():
+            search = self._live[name].search
+            assert search is not None
+            if any(outcomes[i] is FAILED for i in places):
+                decided: Sequence[Outcome] = [FAILED] * len(places)
+            else:
+                rows = asarray_like([seats[i].rows.start for i in places], z, "int64")
+                decided = search.advance([sampled[i] for i in places], z[rows])
+            for i, outcome in zip(places, decided, strict=True):
+                outcomes[i] = outcome
+
+    # --- who hears of it -----------------------------------------------------------------------------------------
+
+    def _tell(self, events: Sequence[Event]) -> list[Piece]:
+        told: list[Piece] = []
+        beams: dict[Hashable, list[Event]] = {}
+        for event in events:
+            name, live = event.branch.request.id, self._live.get(event.branch.request.id)
+            if live is None:
+                continue  # a listener has aborted it meanwhile
+            if live.search is not None and event.reason in (None, "dropped"):
+                beams.setdefault(name, []).append(event)
+                continue
+            if event.reason is not None and self.drafter is not None:
+                self.drafter.forget(event.branch.key)
+            told.append(live.hear(event))
+            self._pass_on(name, live, told[-1:])
+        for name, some in beams.items():
+            live = self._live.get(name)
+            if live is None or live.search is None:
+                continue
+            survivors = [event.branch for event in some if event.reason is None]
+            if survivors:
+                live.search.follow(survivors)
+                continue
+            pieces = live.found([event.branch for event in some])
+            told += pieces
+            self._pass_on(name, live, pieces)
+        return told
+
+    def _pass_on(self, name: Hashable, live: Live, pieces: Sequence[Piece]) -> None:
+        """To the listener; one that raises ends its own request, and no other."""
+        try:
+            if live.listener is not None:
+                for piece in pieces:
+                    live.listener(piece)
+        except Exception as error:
+            live.listener, live.result.error = None, f"the listener raised {type(error).__name__}: {error}"
+            if self._live.get(name) is live:
+                self._close(name, self.scheduler.abort(name), "error")
+        if live.complete and self._live.get(name) is live:
+            self._close(name, [], "")
+
+    def _close(self, name: Hashable, branches: Sequence[Branch], reason: str) -> None:
+        """A request has ended: its result, with what ``branches``, cut off now, have said."""
+        live = self._live.pop(name)
+        for branch in branches:
+            if self.drafter is not None:
+                self.drafter.forget(branch.key)
+            live.hear(Event(branch, [], reason))
+        live.result.outputs.sort(key=lambda output: output.index)
+        self.results[name] = live.result

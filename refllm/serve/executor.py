@@ -1,0 +1,73 @@
+"""Execution of a plan: copies, one ragged batch through the network, the rows of logits that are sampled.
+
+| symbol | name                                                     | shape     |
+|--------|----------------------------------------------------------|-----------|
+| T      | tokens of the step: those of all items, then padding     |           |
+| R      | rows that are sampled from, Σ ``item.samples``           |           |
+| z      | logits, item by item in the order of ``plan.sampling``   | [R, V]    |
+
+Nothing is decided here: blocks, counts and copies are the plan's, and what the tokens are is the engine's. A padded
+batch is computed with its padding: the padded positions of a prompt as a sequence of their own, a row that has ended
+as the one token it still costs. (Only the attention of the others to their padding is saved.)
+
+Left out: overlapping a step with the planning of the next one; capturing it in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from refllm.backend import Array, asarray_like
+from refllm.kv.paged import PagedKVCache
+from refllm.model.config import ModelConfig
+from refllm.model.llama import Weights, forward, logits
+from refllm.serve.plan import Name, Plan, place
+
+
+class Placed(NamedTuple):
+    """A sequence where a plan says that it lies: what ``PagedKVCache.view`` reads of a block table."""
+
+    blocks: tuple[int, ...]
+    block_size: int
+    length: int
+
+    def slots(self, start: int, stop: int) -> list[int]:
+        """The slots of positions [start, stop), in order."""
+        return place(self.blocks, self.block_size, start, stop)
+
+
+def execute(
+    plan: Plan, tokens: Mapping[Name, Sequence[int]], weights: Weights, config: ModelConfig, cache: PagedKVCache
+) -> Array | None:
+    """``tokens[name]``: a branch's tokens and drafts, to the end of its item at least → z[R, V]; None if R = 0."""
+    cache.copy(plan.copies)
+    if not plan.items:
+        return None
+    tables: list[Placed] = []
+    counts: list[int] = []
+    ids: list[int] = []
+    positions: list[int] = []
+    rows: list[int] = []
+    for item in plan.items:
+        end = item.start + item.count
+        tables.append(Placed(item.blocks, plan.block_size, item.start))
+        counts.append(item.count)
+        ids += tokens[item.name][item.start : end]
+        positions += range(item.start, end)
+        rows += range(len(ids) - item.samples, len(ids))
+    for first, start, count in _padding(plan):
+        tables.append(Placed((first,), 0, start))
+        counts.append(count)
+        ids += [0] * count
+        positions += range(start, start + count)
+    placed = asarray_like([ids, positions], cache.keys, "int64")  # one transfer for both
+    wanted = None if len(rows) == len(ids) else asarray_like(rows, cache.keys, "int64")
+    hidden = forward(weights, config, placed[0], placed[1], cache.view(tables, counts), wanted)
+    return logits(weights, hidden) if rows else None
+
+
+def _padding(plan: Plan) -> list[tuple[int, int, int]]:
+    """(slot of column 0, columns before, columns computed) of everything that a padded batch computes for nobody."""
+    pads = [(item.blocks[0] - item.pad, 0, item.pad) for item in plan.items if item.pad and not item.start]
+    return pads + [(ghost.first, ghost.start, ghost.count) for ghost in plan.ghosts]
