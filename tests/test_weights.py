@@ -25,11 +25,12 @@ def matrices(draw):
 
 
 @pytest.mark.theorem("Dense.matmul(x) = x Wᵀ in either layout, for every M, N and T", source="design: the weight seam")
-@given(matrices(), st.integers(0, 70), st.sampled_from([0, 3, 4, 5, 16, 10**6]), seeds)
-def test_matmul_is_the_plain_product(xp, weight, rows, most, seed):
+@given(matrices(), st.integers(0, 70), st.sampled_from([0, 3, 4, 5, 16, 10**6]), st.booleans(), seeds)
+def test_matmul_is_the_plain_product(xp, weight, rows, most, in_place, seed):
     x = np.random.default_rng(seed).standard_normal((rows, weight.shape[1])).astype(weight.dtype)
-    with pytest.MonkeyPatch.context() as patch:  # groups of at most so many rows; below 4 there are no groups
+    with pytest.MonkeyPatch.context() as patch:  # of any processor; groups of so many rows; below 4 there are none
         patch.setattr(weights, "SMALL", most * BLOCK * weight.shape[1])
+        patch.setattr(weights, "reads_in_place", lambda: in_place)
         got = to_host(Dense(xp.asarray(weight)).matmul(xp.asarray(x)))
     assert got.shape == (rows, weight.shape[0])
     assert got.dtype == weight.dtype

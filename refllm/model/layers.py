@@ -29,8 +29,10 @@ def rms_norm(x: Array, gain: Array, eps: float) -> Array:
     ``rms_norm(c·x) = rms_norm(x)`` for c > 0, up to ε. A zero row gives a zero row, because ε > 0.
     """
     xp = namespace(x, gain)
-    mean_square = xp.einsum("...n,...n->...", x, x) * (1.0 / x.shape[-1])
-    y = x / xp.sqrt(mean_square + eps)[..., None]
+    size = xp.einsum("...n,...n->...", x, x)[..., None]
+    size *= 1.0 / x.shape[-1]
+    size += eps
+    y = x / xp.sqrt(size, out=size)
     y *= gain
     return y
 
@@ -76,10 +78,11 @@ def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
     rotation, which is also the backward pass, is ``apply_rope(x, cos, -sin)``.
     """
     xp = namespace(x, cos, sin)
-    pairs = xp.reshape(x, (*x.shape[:-1], 2, x.shape[-1] // 2))  # [T, H, 2, D/2]: first and second half
-    out = pairs * cos
-    out += pairs[..., ::-1, :] * sin  # x₁ cos − x₂ sin, x₂ cos + x₁ sin
-    return xp.reshape(out, x.shape)
+    tokens, heads, dim = x.shape
+    pairs = x.reshape(tokens, heads, 2, dim // 2)  # first and second half
+    out = xp.multiply(pairs, cos)
+    out += pairs[:, :, ::-1] * sin  # x₁ cos − x₂ sin, x₂ cos + x₁ sin
+    return out.reshape(tokens, heads, dim)
 
 
 def sigmoid(x: Array) -> Array:
