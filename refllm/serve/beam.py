@@ -98,4 +98,5 @@ class Search:
             return False
         # divided by as much as it can be: at the longest length if that is rewarded, else at the next one
         most = self.request.max_tokens if self.request.length_penalty > 0 else length + 1
-        return self.best[-1].score >= score / float(most) ** self.request.length_penalty
+        bound: float = score / most**self.request.length_penalty
+        return self.best[-1].score >= bound

@@ -38,6 +38,7 @@ class Seat:
     drafts: Sequence[int] = ()
     q: Array | None = None
     rows: slice = field(default_factory=lambda: slice(0, 0))  # of z
+    best: Sequence[int] = ()  # the argmax of each row, once they were chosen from
 
 
 def penalised(z: Array, seats: Sequence[Seat]) -> Array:
@@ -64,7 +65,7 @@ def choose(z: Array, seats: Sequence[Seat]) -> list[list[list[int]] | None]:
     chosen: list[list[list[int]] | None] = [None] * len(seats)
     drawn = []
     for i, seat in enumerate(seats):
-        rows = tops[seat.rows]
+        rows = seat.best = tops[seat.rows]
         if min(rows) >= 0 and seat.request.temperature == 0:
             chosen[i] = [_agreed(rows, seat.drafts)] * len(seat.voices)
         elif min(rows) >= 0:

@@ -24,12 +24,13 @@ from typing import Any
 import numpy as np
 
 from refllm.backend import Array, asarray_like
+from refllm.decode.drafts import Drafter
 from refllm.kv.paged import PagedKVCache
 from refllm.serve import policies
 from refllm.serve.choosing import Seat, choose, penalised
 from refllm.serve.executor import execute
 from refllm.serve.ledger import Ledger
-from refllm.serve.live import Drafter, Listener, Live, Record, refuse
+from refllm.serve.live import Listener, Live, Record, refuse
 from refllm.serve.plan import Name, Plan
 from refllm.serve.request import Branch, Request
 from refllm.serve.results import Counts, Piece, Result
@@ -44,8 +45,8 @@ class Engine(Counts):
     def __init__(
         self, model: Record, *, num_blocks: int, block_size: int = 16, max_batch_tokens: int | None = 2048,
         max_sequences: int | None = 128, policy: str = "fcfs", prefix_cache: str | None = "auto",
-        scheduler: Callable[[Any], Ledger] | None = None, drafter: Drafter | None = None, poison: bool = False,
-        seed: int | None = None, on_plan: Callable[[Plan], object] | None = None, **options: Any,
+        scheduler: Callable[[Any], Ledger] | None = None, drafter: Callable[[], Drafter] | None = None,
+        poison: bool = False, seed: int | None = None, on_plan: Callable[[Plan], object] | None = None, **options: Any,
     ):  # fmt: skip
         """``model`` is a ``Model``, or any record of config, weights and tokenizer.
 
@@ -56,7 +57,7 @@ class Engine(Counts):
         scheduler
             makes another scheduler from the block pool instead: ``lambda pool: Scheduler(Paged(pool), order=…)``.
         drafter
-            guesses next tokens, which are verified in one step.
+            makes a drafter (``decode.drafts``) for each branch: what it guesses is verified in one step.
         seed
             draws seeds for the requests that bring none; None: fresh ones.
         poison
@@ -103,7 +104,7 @@ class Engine(Counts):
         refuse(request, self.model.config)
         name = self.scheduler.submit(request)
         seed = int(self._seeds.integers(2**63)) if request.seed is None else request.seed
-        self._live[name] = Live(request, listener, seed, self.model)
+        self._live[name] = Live(request, listener, seed, self.model, self.drafter)
         return name
 
     def abort(self, name: Hashable) -> bool:
@@ -165,8 +166,11 @@ class Engine(Counts):
         if self.drafter is None:
             return
         for branch in self.scheduler.running:
-            if branch.left > 1 and self.scheduler.propose(branch.key, [0]):  # whether a draft is of use at all
-                drafts, q = self.drafter.propose(branch.key, branch.tokens, branch.left - 1)
+            if self.scheduler.propose(branch.key, [0]):  # whether a draft is of use at all
+                voice = self._live[branch.request.id].voice(branch.index)
+                assert voice.drafter is not None
+                limit = min(voice.drafter.gamma, branch.left - 1)
+                drafts, q = voice.drafter.propose(branch.tokens, limit, voice.how, voice.rng)
                 self.scheduler.propose(branch.key, drafts)
                 self._drafted[branch.key] = q
 
@@ -190,6 +194,8 @@ class Engine(Counts):
                 outcomes.append(FAILED)
             else:
                 outcomes.append([voice.hear(new) for voice, new in zip(seat.voices, chosen, strict=True)])
+                if seat.drafts and (drafter := seat.voices[0].drafter) is not None:
+                    drafter.observe(seat.best, len(chosen[0]) - 1)
         self._search(sampled, seats, z, outcomes)
         return outcomes
 
@@ -222,8 +228,6 @@ class Engine(Counts):
             if live.search is not None and event.reason in (None, "dropped"):
                 beams.setdefault(name, []).append(event)
                 continue
-            if event.reason is not None and self.drafter is not None:
-                self.drafter.forget(event.branch.key)
             told.append(live.hear(event))
             self._pass_on(name, live, told[-1:])
         for name, some in beams.items():
@@ -256,8 +260,6 @@ class Engine(Counts):
         """A request has ended: its result, with what ``branches``, cut off now, have said."""
         live = self._live.pop(name)
         for branch in branches:
-            if self.drafter is not None:
-                self.drafter.forget(branch.key)
             live.hear(Event(branch, [], reason))
         live.result.outputs.sort(key=lambda output: output.index)
         self.results[name] = live.result

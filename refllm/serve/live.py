@@ -3,7 +3,7 @@
 | seam       | who fills it                                                                       |
 |------------|------------------------------------------------------------------------------------|
 | Record     | what is served: a ``Model``, or any record of config, weights and tokenizer        |
-| Drafter    | guesses next tokens; the engine verifies them in one step                          |
+| Drafter    | ``decode.drafts``: guesses next tokens; the engine verifies them in one step       |
 | Listener   | hears each ``Piece`` as it comes                                                   |
 """
 
@@ -12,12 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from refllm.backend import Array
+from refllm.decode.drafts import Drafter
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights
 from refllm.model.tokenizer import Tokenizer
 from refllm.serve.beam import Search
-from refllm.serve.plan import Name
 from refllm.serve.request import Branch, Request
 from refllm.serve.results import Output, Piece, Result
 from refllm.serve.step import Event
@@ -32,21 +31,6 @@ class Record(Protocol):
     config: ModelConfig
     weights: Weights
     tokenizer: Tokenizer
-
-
-class Drafter(Protocol):
-    """Guesses what a branch says next."""
-
-    def propose(self, name: Name, tokens: Sequence[int], limit: int) -> tuple[Sequence[int], Array | None]:
-        """At most ``limit`` drafts after ``tokens``, and the q[γ, V] that they were *really* sampled from.
-
-        None for q: they were not sampled (n-gram, argmax). A place of ``tokens`` may be asked for again, and with other
-        tokens than the drafts before: what was rejected, or computed by a step that failed. ``name`` is the branch, for
-        a drafter that keeps a cache.
-        """
-
-    def forget(self, name: Name) -> None:
-        """The branch has ended."""
 
 
 def refuse(request: Request, config: ModelConfig) -> None:
@@ -73,8 +57,12 @@ def refuse(request: Request, config: ModelConfig) -> None:
 class Live:
     """What the engine knows of a request beside its branches."""
 
-    def __init__(self, request: Request, listener: Listener | None, seed: int, model: Record):
+    def __init__(
+        self, request: Request, listener: Listener | None, seed: int, model: Record,
+        drafter: Callable[[], Drafter] | None = None,
+    ):  # fmt: skip
         self.request, self.listener, self.seed, self.tokenizer = request, listener, seed, model.tokenizer
+        self._drafter = drafter
         self.ends = frozenset() if request.ignore_eos else frozenset(model.config.eos_token_ids)
         self.search = Search(request, self.ends) if request.beam else None
         self.result = Result(request)
@@ -85,7 +73,9 @@ class Live:
         """The voice of branch ``index``."""
         if index not in self._voices:
             text = self.listener is not None and self.search is None
-            self._voices[index] = Voice(self.request, index, self.seed, self.tokenizer, self.ends, text)
+            voice = Voice(self.request, index, self.seed, self.tokenizer, self.ends, text)
+            voice.drafter = None if self._drafter is None else self._drafter()
+            self._voices[index] = voice
         return self._voices[index]
 
     def voices_of(self, branch: Branch) -> list[Voice]:

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from refllm.decode.drafts import Drafter
+from refllm.decode.generate import Sampling
 from refllm.decode.text import StopStrings, Utf8Stream
 from refllm.model.tokenizer import Tokenizer
 from refllm.serve.request import Request
@@ -30,6 +32,10 @@ class Voice:
         self.request, self.tokenizer, self.ends = request, tokenizer, ends
         self.streams = text or bool(request.stop)  # text is made while it grows only if somebody looks
         self.rng = np.random.default_rng(seed if index == 0 else [seed, index])
+        self.drafter: Drafter | None = None
+        self.how = Sampling(
+            request.temperature, request.top_k, request.top_p, request.min_p, request.repetition_penalty
+        )
         self._uniforms: list[float] = []
         self.text = self._piece = ""  # taken, and heard since
         self._characters, self._stops = Utf8Stream(tokenizer), StopStrings(request.stop)
