@@ -25,7 +25,8 @@ the other tokens of the batch.
 | θ        | threshold; ∞ or 0: no decomposition    |                 |
 
 Left out: bitsandbytes' arithmetic in float16 (here it is x's own, float32 at least), its constant 6.200124e-05 for
-1/127² (0.0018 % too large), training.
+1/127² (0.0018 % too large), training; and what it does on a CPU unless it is told that it does not train: x times the
+dequantised weight, with no integer of x at all.
 """
 
 from __future__ import annotations
@@ -158,6 +159,7 @@ class Int8Linear:
         """x[T, N] → [T, M]. ValueError if a number of x is not finite."""
         xp = namespace(x, self.codes)
         work = xp.astype(x, xp.result_type(x.dtype, self.dtype, xp.float32), copy=False)
+        refuse_non_finite(work, "x")  # infinity would pass for an outlier
         columns = self._outliers(work)
         self.multiplied += x.size
         self.in_float += int(x.shape[0]) * int(columns.size)

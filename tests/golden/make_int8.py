@@ -57,6 +57,7 @@ def main() -> None:
         w_codes, w_absmax, _ = bnb.functional.int8_vectorwise_quant(torch.from_numpy(weight.copy()))
         state = bnb.MatmulLtState()
         state.CB, state.SCB, state.has_fp16_weights, state.threshold = w_codes, w_absmax, False, threshold
+        state.is_training = False  # on a CPU it multiplies by the dequantised weight otherwise: no LLM.int8() at all
         y = bnb.matmul(torch.from_numpy(x.copy()), w_codes, threshold=threshold, state=state)
         found = {
             "codes": codes.numpy(),
