@@ -24,11 +24,17 @@ def matrices(draw):
     return draw(arrays(draw(outputs), st.integers(1, 9), dtype=draw(dtypes), kinds=kinds))
 
 
-@pytest.mark.theorem("Dense.matmul(x) = x Wᵀ in either layout, for every M, N and T", source="design: the weight seam")
+@pytest.fixture(params=[True, False], ids=["AVX-512", "no AVX-512"])
+def processor(request, monkeypatch):
+    """Both kinds of processor: which layout a weight gets depends on it."""
+    monkeypatch.setattr(weights, "reads_in_place", lambda: request.param)
+
+
+@pytest.mark.theorem("Dense.matmul(x) = x Wᵀ in every layout, for every M, N and T", source="design: the weight seam")
 @given(matrices(), st.integers(0, 70), st.sampled_from([0, 3, 4, 5, 16, 10**6]), st.booleans(), seeds)
 def test_matmul_is_the_plain_product(xp, weight, rows, most, in_place, seed):
     x = np.random.default_rng(seed).standard_normal((rows, weight.shape[1])).astype(weight.dtype)
-    with pytest.MonkeyPatch.context() as patch:  # of any processor; groups of so many rows; below 4 there are none
+    with pytest.MonkeyPatch.context() as patch:  # groups of at most so many rows; below 4 there are no groups
         patch.setattr(weights, "SMALL", most * BLOCK * weight.shape[1])
         patch.setattr(weights, "reads_in_place", lambda: in_place)
         got = to_host(Dense(xp.asarray(weight)).matmul(xp.asarray(x)))
@@ -42,6 +48,7 @@ def test_matmul_is_the_plain_product(xp, weight, rows, most, in_place, seed):
     assert (np.abs(got - exact) <= bound + n * float(info.smallest_subnormal)).all()
 
 
+@pytest.mark.usefixtures("processor")
 @given(matrices(), st.data())
 def test_rows_are_the_rows_of_the_matrix(xp, weight, data):
     index = data.draw(st.lists(st.integers(0, weight.shape[0] - 1), max_size=8))
@@ -53,6 +60,7 @@ def test_rows_are_the_rows_of_the_matrix(xp, weight, data):
 @pytest.mark.theorem(
     "Dense.dequantize() is the matrix, bit for bit, and shares no memory with the weight", source="design"
 )
+@pytest.mark.usefixtures("processor")
 @given(matrices())
 def test_dequantize_is_exact_and_a_new_array(xp, weight):
     dense = Dense(xp.asarray(weight.copy()))
@@ -62,6 +70,7 @@ def test_dequantize_is_exact_and_a_new_array(xp, weight):
     np.testing.assert_array_equal(to_host(dense.dequantize()), weight)
 
 
+@pytest.mark.usefixtures("processor")
 @given(matrices())
 def test_storage_is_counted_and_the_layout_costs_none(xp, weight):
     dense = Dense(xp.asarray(weight))
@@ -92,6 +101,7 @@ def laid_out(xp, sizes, columns, seed, dtype="float64", room_dtype="float64"):
     "product(x, W₁, W₂, …) = [x W₁ᵀ | x W₂ᵀ | …], joint or one by one, of any of the weights in any order",
     source="design: the weight seam",
 )
+@pytest.mark.usefixtures("processor")
 @given(st.data(), st.integers(1, 9), st.integers(0, 5), seeds)
 def test_product_of_several_weights_is_the_products_side_by_side(xp, data, columns, rows, seed):
     sizes = data.draw(st.lists(st.sampled_from([BLOCK, 2 * BLOCK, 3 * BLOCK, 5]), min_size=1, max_size=4))
@@ -108,6 +118,7 @@ def test_product_of_several_weights_is_the_products_side_by_side(xp, data, colum
         assert d.nbytes == w.nbytes
 
 
+@pytest.mark.usefixtures("processor")
 def test_weights_side_by_side_are_one_product_and_share_the_room(xp, monkeypatch):
     _, dense, room = laid_out(xp, (2 * BLOCK, BLOCK), 3, 0)
     multiplied = []
@@ -122,11 +133,13 @@ def test_weights_side_by_side_are_one_product_and_share_the_room(xp, monkeypatch
         assert multiplied == [w.shape for w in others]  # never the joint one
 
 
+@pytest.mark.usefixtures("processor")
 def test_a_room_takes_only_blocks_of_its_own_type():
     for sizes, types in (((BLOCK, BLOCK + 1), {}), ((BLOCK, BLOCK), {"dtype": "float32"})):
         _, dense, _ = laid_out(np, sizes, 3, 0, **types)
         assert all(w.joint is None for w in dense)
     _, (first, second), room = laid_out(np, (BLOCK, BLOCK), 3, 0)
+    assert first.blocked
     assert room.numbers.__array_interface__["data"][0] % 64 == 0
     assert np.shares_memory(first.joint._data, second._data)
     assert room.numbers.size == room.used == 6 * BLOCK

@@ -4,13 +4,14 @@ Every quantised form has the same face, so the network never asks what a weight 
 
 ``Dense`` chooses its layout and cuts its products (``benchmarks/layout.py`` measures both). OpenBLAS packs the
 operands of a product anew each time, which for a few rows costs five times the product itself, unless both are
-small: up to 10⁶ multiply-adds AVX-512 kernels read them where they lie. So on the host
+small: with AVX-512 it reads up to 10⁶ multiply-adds where they lie. There, on the host,
 
 - a weight is stored as blocks of 64 output columns, [M/64, N, 64], and multiplied as one batched matmul;
 - many rows are cut into groups that stay below 10⁶ with a block: 5 % faster than one large product, too;
-- 1 and 3 rows are multiplied as 2 and 4: the matrix-vector kernel, and three rows, take twice and 1.4 times as long;
-- without AVX-512, where OpenBLAS packs always, up to 3 rows go through the matrix-vector kernel one by one, block by
-  block, so that the second row finds the block in the nearest cache: two to three times as fast at 1 row.
+- 1 and 3 rows are multiplied as 2 and 4: the matrix-vector kernel, and three rows, take twice and 1.4 times as long.
+
+Without AVX-512 it packs whatever is a matrix. There a weight is one block of all columns, [1, N, M], for packing many
+at a time costs least, and up to 3 rows go through the matrix-vector kernel, which never packs, one by one.
 
 Two more savings belong to a whole network. ``Room`` lays its weights side by side in one array; and ``product``
 makes one product of those that multiply the same input (q, k and v; gate and up), each still a weight of its own.
@@ -79,6 +80,10 @@ class Room:
         first = -spare.__array_interface__["data"][0] % _LINE // spare.itemsize
         self.numbers, self.used = spare[first : first + count], 0
 
+    def holds(self, weight: Any) -> bool:
+        """Is it a host array of the type that is laid out here?"""
+        return isinstance(weight, np.ndarray) and weight.dtype == self.numbers.dtype
+
     def take(self, count: int) -> Array:
         """The next ``count`` numbers."""
         self.used += count
@@ -103,17 +108,22 @@ class Dense:
             self._data = weight
             return
         m, n = self._shape
-        fits = room is not None and room.numbers.dtype == weight.dtype
-        numbers = room.take(m * n) if room is not None and fits else np.empty(m * n, dtype=weight.dtype)
-        self._data = numbers.reshape(m // BLOCK, n, BLOCK)
-        self._data[...] = weight.reshape(m // BLOCK, BLOCK, n).transpose(0, 2, 1)
+        numbers = room.take(m * n) if room is not None and room.holds(weight) else np.empty(m * n, dtype=weight.dtype)
+        self._fill(numbers.reshape(-1, n, block_width(m)), weight)
 
     @classmethod
-    def _of_blocks(cls, data: Array) -> Dense:
-        """The weight whose blocks [M/64, N, 64] are laid out already."""
+    def _of_blocks(cls, data: Array, weight: Array | None = None) -> Dense:
+        """The weight whose blocks [M/w, N, w] lie at ``data``, or are to be written there."""
         dense = cls.__new__(cls)
-        dense._shape, dense.blocked, dense._data = (data.shape[0] * BLOCK, data.shape[1]), True, data
+        dense._shape, dense.blocked, dense._data = (data.shape[0] * data.shape[2], data.shape[1]), True, data
+        if weight is not None:
+            dense._fill(data, weight)
         return dense
+
+    def _fill(self, data: Array, weight: Array) -> None:
+        blocks, n, width = data.shape
+        self._data = data
+        data[...] = weight.reshape(blocks, width, n).transpose(0, 2, 1)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -136,9 +146,8 @@ class Dense:
         if not self.blocked:
             return x @ self._data.T
         rows, (columns, n) = x.shape[0], self._shape
-        if rows <= FEW and not reads_in_place():
-            # [T, 1, N] by [M/64, 1, N, 64]
-            return np.matmul(x[:, None, :], self._data[:, None]).swapaxes(0, 1).reshape(rows, columns)
+        if self._data.shape[2] == columns:  # one block
+            return np.matmul(x[:, None], self._data[0])[:, 0] if rows <= FEW else x @ self._data[0]
         if rows in (1, 3):
             return self.matmul(np.concatenate((x, x[-1:])))[:rows]
         dtype = x.dtype if x.dtype == self._data.dtype else np.result_type(x, self._data)
@@ -160,15 +169,21 @@ class Dense:
     def rows(self, index: Array) -> Array:
         """W[index] for index[T] → [T, N]: the embedding lookup, also of a tied head (one copy serves both)."""
         if self.blocked:
-            return self._data[index // BLOCK, :, index % BLOCK]
+            width = self._data.shape[2]
+            return self._data[index // width, :, index % width]
         return self._data[index]
 
     def dequantize(self) -> Array:
         """W[M, N], a new array."""
         if self.blocked:
-            # a copy by name: of a single block, reshape alone would return a view
+            # a copy by name: of a block as wide as it is high, reshape alone would return a view
             return self._data.transpose(0, 2, 1).copy().reshape(self._shape)
         return self._data.copy()
+
+
+def block_width(columns: int) -> int:
+    """Output columns of a block: 64 where small products are not packed, else all."""
+    return BLOCK if reads_in_place() else columns
 
 
 @cache
@@ -186,20 +201,28 @@ def as_linear(weight: Any, room: Room | None = None) -> Any:
 
 
 def side_by_side(weights: Iterable[Any], room: Room | None = None) -> list[Any]:
-    """A ``Dense`` each; those that come to lie one after another in ``room`` are also views of one joint weight.
+    """A ``Dense`` each of arrays of the same N; those that find ``room`` together are also views of a joint weight.
 
-    ``weights``, arrays of the same N, may be a generator: each is laid out before the next one is asked for. A
-    ``Linear`` among them stays what it is.
+    A ``Linear`` among them stays what it is.
     """
-    start = room.used if room is not None else 0
-    parts = [as_linear(weight, room) for weight in weights]
-    count = sum(prod(part.shape) for part in parts)
-    if room is None or len(parts) == 1 or room.used - start != count:  # a GPU, a ragged M, another dtype
-        return parts
-    joint, first = Dense._of_blocks(room.numbers[start : room.used].reshape(-1, parts[0].shape[1], BLOCK)), 0
-    for part in parts:
+    given = list(weights)
+    shapes = [(int(w.shape[0]), int(w.shape[1])) for w in given]
+    if (
+        room is None
+        or len(given) == 1
+        or not all(room.holds(weight) and _blocked(shape) for weight, shape in zip(given, shapes, strict=True))
+    ):  # a GPU, a ragged M, another dtype
+        return [as_linear(weight, room) for weight in given]
+    m, n = sum(shape[0] for shape in shapes), shapes[0][1]
+    width, first, parts = block_width(m), 0, []
+    joint = Dense._of_blocks(room.take(m * n).reshape(-1, n, width))
+    for weight, (rows, _) in zip(given, shapes, strict=True):
+        last = first + rows
+        place = joint._data[:, :, first:last] if width == m else joint._data[first // width : last // width]
+        part = Dense._of_blocks(place, weight)
         part.joint, part.first = joint, first
-        first += part.shape[0]
+        first = last
+        parts.append(part)
     return parts
 
 
