@@ -78,6 +78,20 @@ def pure_xp(request: pytest.FixtureRequest) -> ModuleType:
     return _library(request.param)
 
 
+@pytest.fixture(scope="session")
+def make_checkpoint() -> Any:
+    """``make_checkpoint(config, path)``: a Hugging Face directory of random float32 weights."""
+    from networks import random_tensors
+    from refllm.model.checkpoint import save
+    from study_models import byte_tokenizer
+
+    def make(config: Any, path: Path) -> Path:
+        save(path, config, random_tensors(config, 0, "float32"), byte_tokenizer(), dtype="float32")
+        return path
+
+    return make
+
+
 # --- oracles -------------------------------------------------------------------------------------------------
 
 _running: list[pytest.Item] = []  # the item under way, for `oracle` to look at its marks

@@ -1,4 +1,4 @@
-"""The command line: ``refllm info | generate | eval | train | tour | figures``.
+"""The command line: ``refllm info | generate | eval | train | convert | tour | figures``.
 
 One file a command; what they share is in ``terminal`` (what is printed, and where) and ``errors`` (what becomes
 of bad input). A command imports what it needs when it runs, so that ``refllm --help`` is there at once.
@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from refllm import __version__
+from refllm.cli.convert import convert as convert_command
 from refllm.cli.errors import Commands
 from refllm.cli.evaluate import evaluate as evaluate_command
 from refllm.cli.figures import figures as figures_command
@@ -49,4 +50,5 @@ app.command("info")(info_command)
 app.command("generate")(generate_command)
 app.command("eval")(evaluate_command)
 app.command("train")(train_command)
+app.command("convert")(convert_command)
 app.command("figures")(figures_command)

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from refllm.backend import Array, get
-from refllm.model import quantized
+from refllm.model import gguf, quantized
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights, build
 from refllm.model.quantized import NetworkTensors
@@ -48,6 +48,7 @@ __all__ = [
     "load",
     "read_config",
     "read_tensor",
+    "read_tokenizer",
     "save",
 ]
 
@@ -63,7 +64,7 @@ class Checkpoint:
 
 
 def load(path: str | Path, *, backend: str | None = None, dtype: str = "float32") -> Checkpoint:
-    """Load a directory for ``backend`` (``"numpy"``, ``"cupy"``, None: the environment's) in ``dtype``.
+    """Load a directory or a GGUF file for ``backend`` ("numpy", "cupy", None: the environment's) in ``dtype``.
 
     Raises
     ------
@@ -78,9 +79,11 @@ def load(path: str | Path, *, backend: str | None = None, dtype: str = "float32"
     types = ("float32", "float64") if xp is np else ("float16", "float32", "float64")
     if dtype not in types:
         raise ValueError(f"load: dtype {dtype!r} is not computed in on {xp.__name__}; choose one of {', '.join(types)}")
+    if gguf.is_gguf(path):
+        return Checkpoint(*gguf.load(path, xp, dtype), Path(path))
     directory = _directory(path)
     config = read_config(directory)
-    tokenizer = _read_tokenizer(directory, config)
+    tokenizer = read_tokenizer(directory, config)
     with TensorFiles(directory) as files:
         weights = build(config, NetworkTensors(files, config, quantized.read(directory), xp, dtype).check())
     return Checkpoint(config, weights, tokenizer, directory)
@@ -158,7 +161,8 @@ def _generation_eos(file: Path) -> tuple[int, ...] | None:
     return tuple(ids) or None
 
 
-def _read_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer:
+def read_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer:
+    """The tokenizer of a directory; CheckpointError if it is broken, or has ids beyond the model's vocabulary."""
     try:
         tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
     except ValueError as error:

@@ -25,7 +25,7 @@ from refllm.backend import Array, asarray_like, namespace
 from refllm.model.attention import Attend
 from refllm.model.config import ModelConfig
 from refllm.model.layers import apply_rope, rms_norm, rope_frequencies, rope_table, swiglu
-from refllm.model.weights import Dense, Room, as_linear, product, side_by_side
+from refllm.model.weights import Room, as_linear, product, side_by_side
 
 Layer = dict[str, Any]  # norm gains and biases as arrays, projections as Linear
 Weights = dict[str, Any]  # "embed_tokens", "layers": list[Layer], "norm", "lm_head", "rope_frequencies"
@@ -49,7 +49,7 @@ def build(config: ModelConfig, tensors: Mapping[str, Array]) -> Weights:
 
     A tied head is the embedding object itself: one copy in memory serves lookup and product.
     """
-    embedding = Dense(tensors["model.embed_tokens.weight"])
+    embedding = as_linear(tensors["model.embed_tokens.weight"])
     norm = tensors["model.norm.weight"]
     stored_quantized = getattr(tensors, "quantization", None) is not None  # such weights need no room for floats
     room = None if stored_quantized else Room(projection_shapes(config) * config.num_hidden_layers, norm)

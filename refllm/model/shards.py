@@ -121,6 +121,13 @@ class TensorFiles(Mapping[str, np.ndarray]):
             )
         return self.raw(name)
 
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows ``start`` to ``stop`` of a tensor of floats, in its stored type; nothing else is read. Vectors whole."""
+        if self.dtype(name) not in FLOATS or len(self.shape(name)) == 1:
+            return self[name]
+        part: np.ndarray = self._shards[self._where[name]].get_slice(name)[start:stop]
+        return part
+
     def integers(self, name: str, dtype: str | None = None) -> np.ndarray:
         """A tensor of whole numbers, which ``__getitem__`` refuses; of ``dtype`` (narrower ones are widened), if given.
 

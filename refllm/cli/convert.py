@@ -1,0 +1,75 @@
+"""``refllm convert``: a checkpoint as one GGUF file, for llama.cpp and for refllm itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from refllm.cli.shared import BackendOption, ModelOption, flag, note, opt, progress
+from refllm.study.terminal import bytes_text, console, pairs
+
+
+def convert(
+    to: Annotated[Path, opt("The file to write.", "--to", metavar="FILE")],
+    model: ModelOption = "stdlib",
+    type: Annotated[str, opt("Which types its tensors get: Q4_K_M, Q8_0, F16 …", "--type", metavar="TYPE")] = "Q4_K_M",
+    imatrix: Annotated[bool, flag("Weigh errors by the activations of calibration text.", "--imatrix")] = False,
+    windows: Annotated[int, opt("Windows of calibration text, with --imatrix.", min=1)] = 64,
+    length: Annotated[int, opt("Tokens of each.", min=2)] = 256,
+    seed: Annotated[int, opt("Of their choice.", min=0)] = 0,
+    workers: Annotated[int | None, opt("Processes that encode side by side.", min=1, show_default="one a core")] = None,
+    overwrite: Annotated[bool, flag("Replace the file if it is there.", "--overwrite")] = False,
+    backend: BackendOption = "numpy",
+) -> None:
+    """Convert a checkpoint to GGUF.
+
+    From a Hugging Face directory, or a GGUF file of F32, F16 or BF16, to a file that llama.cpp opens and
+    refllm loads. The tokenizer goes with it. The calibration text is the standard library's source.
+
+    \b
+    Examples:
+      refllm convert --to stdlib.gguf
+      refllm convert --model ./Llama-3.2-1B --to llama.gguf --type Q5_K_M --imatrix
+      refllm generate --model stdlib.gguf
+    """
+    from refllm.api import locate
+    from refllm.quant.convert import convert as convert_file
+
+    source = locate(model)
+    weights = _importance(source, windows, length, seed, backend) if imatrix else None
+    with progress("converting") as advance:
+        made = convert_file(
+            source, to, type, importance=weights, workers=workers, overwrite=overwrite, progress=advance
+        )
+    counts: dict[str, int] = {}
+    for stored in made.types.values():
+        counts[stored] = counts.get(stored, 0) + 1
+    pairs(
+        console(),
+        {
+            "written": str(made.path),
+            "size": f"{bytes_text(made.nbytes)}, {made.bits_per_weight:.3f} bits per weight",
+            "tensors": ", ".join(f"{count} {stored}" for stored, count in sorted(counts.items())),
+        },
+    )
+
+
+def _importance(source: Path, windows: int, length: int, seed: int, backend: str) -> Any:
+    """Mean squares of the activations on training text."""
+    from refllm.model.gguf import is_gguf
+    from refllm.quant.calibrate import calibration_windows
+    from refllm.quant.convert import open_source
+    from refllm.quant.importance import importance
+    from refllm.quant.sources import CheckpointSource, ModelSource
+
+    config, tokenizer = open_source(source)
+    text = calibration_windows(tokenizer, windows, length, seed, begin=config.bos_token_id)
+    note(f"importance from {windows} windows of {length} tokens of the standard library's source")
+    with progress("observing") as advance:
+        if is_gguf(source):
+            from refllm.api import load
+
+            loaded = load(source, backend)
+            return importance(ModelSource(loaded.config, loaded.weights), text, advance)
+        with CheckpointSource(source, backend=backend) as layers:
+            return importance(layers, text, advance)
