@@ -1,0 +1,272 @@
+"""Small floating-point formats: FP16, BF16, FP8 (E4M3, E5M2), FP4 (E2M1) and the scale E8M0, from float32's own bits.
+
+A code is sign, exponent field E and mantissa field M of m bits; with the bias B it stands for
+
+    (−1)^S · 2^(E − B) · (1 + M/2^m)   if E > 0,        (−1)^S · 2^(1 − B) · M/2^m   if E = 0 (subnormal)
+
+| format | bits | m  | B   | largest    | smallest normal | smallest | ∞    | NaN         | |x̂ − x|/|x| ≤ (normal) |
+|--------|------|----|-----|------------|-----------------|----------|------|-------------|-------------------------|
+| fp16   | 16   | 10 | 15  | 65,504     | 2^−14           | 2^−24    | yes  | many codes  | 1/2,049                 |
+| bf16   | 16   | 7  | 127 | 3.39·10^38 | 2^−126          | 2^−133   | yes  | many codes  | 1/257                   |
+| e4m3   | 8    | 3  | 7   | 448        | 2^−6            | 2^−9     | none | 0x7F, 0xFF  | 1/17                    |
+| e5m2   | 8    | 2  | 15  | 57,344     | 2^−14           | 2^−16    | yes  | 6 codes     | 1/9                     |
+| e2m1   | 4    | 1  | 1   | 6          | 1               | 1/2      | none | none        | 1/5                     |
+| e8m0   | 8    | 0  | 127 | 2^127      | 2^−127          | 2^−127   | none | 0xFF        | 1/3                     |
+
+E4M3 has the precision (an error of at most 1/17) and E5M2 the range (2^32 from largest to smallest, where E4M3 has
+2^18), whichever of the two a text may call the precise one. E4M3 gives up infinity, and all NaNs but one, for the
+numbers from 256 to 448. E8M0 has no sign, no mantissa and no zero: a power of two, for scales.
+
+Rounding is to the nearest number, of two that are equally near to the even code (E8M0: to the larger one), once and
+directly from the input: by way of FP16 it would be rounded twice. What exceeds the largest number after rounding, and
+infinity, is ``overflow``'s: "saturate" gives the largest number (torch's casts to E4M3), "nan" infinity, or NaN where
+there is none (ml_dtypes' casts), "raise" an error. E8M0 has no code for zero: it counts as too small, and is the
+smallest number, an error or NaN; negative numbers are NaN.
+
+Sources: Micikevicius et al. 2022 (FP8 formats for deep learning), table 1; OCP Microscaling Formats 1.0; IEEE 754.
+
+Left out: E4M3 with infinities (IEEE style), the FNUZ forms, E2M3 and E3M2, stochastic rounding, payloads of NaNs.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from refllm.backend import Array, bitcast, namespace
+from refllm.formats.codes import PIECE
+
+__all__ = ["FORMATS", "OVERFLOW", "Format", "decode", "encode", "float_format", "nearest", "table"]
+
+OVERFLOW = ("saturate", "nan", "raise")
+_SIZE, _INFINITY = 0x7FFFFFFF, 0x7F800000  # all bits but the sign; infinity: what is above is NaN
+
+
+@dataclass(frozen=True)
+class Format:
+    """A small float: ``largest`` is the code of its largest number, ``infinity`` and ``nan`` codes or None."""
+
+    name: str
+    bits: int
+    mantissa: int
+    bias: int
+    largest: int
+    infinity: int | None
+    nan: int | None
+
+    @property
+    def signed(self) -> bool:
+        """Whether the top bit is a sign."""
+        return self.mantissa > 0
+
+    @property
+    def max(self) -> float:
+        """The largest number."""
+        return self.value(self.largest)
+
+    @property
+    def smallest_normal(self) -> float:
+        """2^(1 − B); below it the spacing is constant."""
+        return 2.0 ** (1 - self.bias if self.signed else -self.bias)
+
+    @property
+    def smallest(self) -> float:
+        """The smallest number above zero."""
+        return self.smallest_normal / (1 << self.mantissa)
+
+    @property
+    def relative_error(self) -> float:
+        """|x̂ − x| ≤ this · |x| for normal x: half a spacing, at a number half a spacing above a power of two."""
+        return 1.0 / ((2 << self.mantissa) + 1)
+
+    def value(self, code: int) -> float:
+        """What a code stands for, by the formula above; exact in a Python float."""
+        sign = -1.0 if self.signed and code >> (self.bits - 1) else 1.0
+        size = code & ((1 << (self.bits - self.signed)) - 1)
+        if size > self.largest:
+            return sign * float("inf") if size == self.infinity else float("nan")
+        if not self.signed:
+            return 2.0 ** (size - self.bias)
+        exponent, fraction = size >> self.mantissa, size & ((1 << self.mantissa) - 1)
+        normal = exponent > 0
+        return sign * 2.0 ** (max(exponent, 1) - self.bias) * (normal + fraction / (1 << self.mantissa))
+
+
+FORMATS = {
+    f.name: f
+    for f in (
+        Format("fp16", 16, 10, 15, 0x7BFF, 0x7C00, 0x7E00),
+        Format("bf16", 16, 7, 127, 0x7F7F, 0x7F80, 0x7FC0),
+        Format("e4m3", 8, 3, 7, 0x7E, None, 0x7F),
+        Format("e5m2", 8, 2, 15, 0x7B, 0x7C, 0x7E),
+        Format("e2m1", 4, 1, 1, 0x7, None, None),
+        Format("e8m0", 8, 0, 127, 0xFE, None, 0xFF),
+    )
+}
+
+
+def float_format(name: str) -> Format:
+    """The format of that name; ValueError listing those that are."""
+    if name not in FORMATS:
+        raise ValueError(f"unknown float format {name!r}; choose one of {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+@cache
+def table(fmt: str) -> tuple[float, ...]:
+    """The value of each code of a format, 2^bits of them."""
+    found = float_format(fmt)
+    return tuple(found.value(code) for code in range(1 << found.bits))
+
+
+# --- numbers to codes ----------------------------------------------------------------------------------------------
+
+
+def encode(x: Array, fmt: str, overflow: str = "saturate", *, name: str = "x") -> Array:
+    """Codes of x, rounded to nearest even: uint8, or uint16 for fp16 and bf16; shaped like x. NaN stays NaN.
+
+    x is float16, float32 or float64.
+
+    Raises
+    ------
+    ValueError
+        naming ``name`` and the number, for what is out of range with ``overflow="raise"``, and always for what has
+        no code at all: NaN in E2M1, and with ``overflow="nan"`` what is out of E2M1's range.
+    """
+    xp, found = namespace(x), float_format(fmt)
+    if overflow not in OVERFLOW:
+        raise ValueError(f"encode: unknown overflow {overflow!r}; choose one of {', '.join(OVERFLOW)}")
+    flat = xp.ascontiguousarray(xp.reshape(_as_float32(x, name), (-1,)))
+    if overflow == "raise" or found.nan is None:
+        _refuse(flat, found, name, all=overflow != "saturate")
+    out = xp.empty(flat.shape, dtype=xp.uint16 if found.bits == 16 else xp.uint8)
+    codes = _codes if found.signed else _exponents
+    step = PIECE[0 if xp is np else 1] >> 1  # all steps of a piece find it in the cache
+    for i in range(0, int(flat.size), step):
+        out[i : i + step] = xp.astype(codes(bitcast(flat[i : i + step], xp.int32), found, overflow), out.dtype)
+    return xp.reshape(out, x.shape)
+
+
+def _codes(bits: Array, fmt: Format, overflow: str) -> Array:
+    """Bits of float32 numbers, int32 [n] → codes, int32 [n]."""
+    xp = namespace(bits)
+    size, drop = bits & _SIZE, 23 - fmt.mantissa  # |x|, and how many bits of its mantissa go
+    # Half a unit of the last place that stays, less one if that place is even: adding it carries where rounding is
+    # up, into the exponent too. 127 − B is the distance of the two exponents' zeros.
+    code = (size >> drop) & 1
+    code += size
+    code += (1 << (drop - 1)) - 1 - ((127 - fmt.bias) << 23)
+    code >>= drop
+    if fmt.bias != 127:
+        # Below the smallest normal number the spacing is constant, and that of float32 at 2^23 times as much: adding
+        # so much leaves |x|, rounded to nearest even, in the last bits. What stands in ``code`` is never more there.
+        base = fmt.smallest * 2.0**23
+        small = bitcast(xp.minimum(size, _bits(fmt.smallest_normal)), xp.float32) + base
+        xp.maximum(code, bitcast(small, xp.int32) - _bits(base), out=code)
+    if overflow == "saturate" or fmt.nan is None:
+        code = xp.minimum(code, fmt.largest)
+    else:
+        code = xp.where(code > fmt.largest, fmt.nan if fmt.infinity is None else fmt.infinity, code)
+    if fmt.nan is not None:
+        code = xp.where(size > _INFINITY, fmt.nan, code)
+    return code | ((bits >> 31) & (1 << (fmt.bits - 1)))
+
+
+def _exponents(bits: Array, fmt: Format, overflow: str) -> Array:
+    """Bits of float32 numbers → codes of E8M0: the exponent field, one more from 1.5 times its power of two on."""
+    xp = namespace(bits)
+    size = bits & _SIZE
+    # 2^−127 is subnormal in float32, 0x400000 units of 2^−149: code 0 reaches to 1.5 times that
+    code = xp.where(size < 0x600000, 0, (size + 0x400000) >> 23)
+    if overflow == "saturate":
+        code = xp.minimum(code, fmt.largest)
+    else:
+        code = xp.where((size == 0) | (code > fmt.largest), fmt.nan, code)
+    return xp.where((size > _INFINITY) | ((bits < 0) & (size > 0)), fmt.nan, code)
+
+
+def _bits(value: float) -> int:
+    """The bits of a float32 number, as a Python integer."""
+    bits: int = struct.unpack("<i", struct.pack("<f", value))[0]
+    return bits
+
+
+def _as_float32(x: Array, name: str) -> Array:
+    """x as float32; float64 is rounded to odd, so that rounding it once more is as good as rounding once."""
+    xp = namespace(x)
+    if x.dtype in (xp.float32, xp.float16):
+        return xp.astype(x, xp.float32, copy=False)
+    if x.dtype != xp.float64:
+        raise TypeError(f"{name}: encode takes float16, float32 or float64, got {x.dtype}")
+    flat, largest = xp.reshape(x, (-1,)), float(xp.finfo(xp.float32).max)
+    near = xp.astype(xp.where(xp.isinf(flat), flat, xp.clip(flat, -largest, largest)), xp.float32)
+    back = xp.astype(near, xp.float64)
+    # Cut off towards zero, and the last bit set if anything went (Boldo & Melquiond 2008): no tie can arise by it.
+    bits = bitcast(near, xp.int32) - xp.astype(xp.abs(back) > xp.abs(flat), xp.int32)
+    cut = (back != flat) & ~xp.isnan(flat)
+    return xp.reshape(bitcast(bits | xp.astype(cut, xp.int32), xp.float32), x.shape)
+
+
+def _refuse(flat: Array, fmt: Format, name: str, *, all: bool) -> None:
+    """ValueError for a number without a code: NaN where there is none, and with ``all`` what is out of range."""
+    xp = namespace(flat)
+    wrong = xp.isnan(flat) if fmt.nan is None else xp.zeros(flat.shape, dtype=xp.bool_)
+    if all:
+        # The tie above the largest number goes up from an odd code, and in E8M0 always; from an even code it does not.
+        limit = 1.5 * fmt.max - 0.5 * (fmt.value(fmt.largest - 1) if fmt.signed else 0.0)
+        size = xp.abs(flat)
+        wrong = wrong | (size > limit) | ((size == limit) & (fmt.largest % 2 == 1 or not fmt.signed))
+        if not fmt.signed:
+            wrong = wrong | (flat <= 0)
+    if bool(xp.any(wrong)):
+        at = int(xp.argmax(wrong))
+        low = -fmt.max if fmt.signed else fmt.smallest
+        raise ValueError(f"{name}: number {at} is {float(flat[at]):g}, which {fmt.name} has no code for: it reaches "
+                         f"from {low:g} to {fmt.max:g}")  # fmt: skip
+
+
+def nearest(x: Array, fmt: str) -> Array:
+    """The naive twin of ``encode``: finite x[n] is compared with every finite code; codes, int64 [n].
+
+    Differences are exact in float64 wherever they decide. 2^bits comparisons a number: for tests, and to be read.
+    """
+    xp, found = namespace(x), float_format(fmt)
+    # even codes first, so that argmin takes them of two that are equally near; in E8M0 the larger ones
+    order = sorted(range(1 << found.bits), key=lambda c: c % 2 if found.signed else -c)
+    finite = [c for c in order if abs(found.value(c)) <= found.max]
+    values = xp.asarray([found.value(c) for c in finite], dtype=xp.float64)
+    x = xp.astype(x, xp.float64)
+    best = xp.take(xp.asarray(finite), xp.argmin(xp.abs(x[:, None] - values[None, :]), axis=1))
+    if not found.signed:
+        return best
+    size = (1 << (found.bits - 1)) - 1  # ±0 are equally near to everything: the sign is that of x
+    return xp.where(xp.signbit(x), (best & size) | (size + 1), best & size)
+
+
+# --- codes to numbers ----------------------------------------------------------------------------------------------
+
+
+def decode(codes: Array, fmt: str) -> Array:
+    """Codes, uint8 or uint16 → float32, exactly; shaped like the codes.
+
+    Raises
+    ------
+    TypeError
+        if the codes are of another type.
+    ValueError
+        if a code of E2M1 is above 15.
+    """
+    xp, found = namespace(codes), float_format(fmt)
+    wanted = xp.uint16 if found.bits == 16 else xp.uint8
+    if codes.dtype != wanted:
+        raise TypeError(f"decode: codes of {fmt} are {'uint16' if found.bits == 16 else 'uint8'}, got {codes.dtype}")
+    if fmt == "bf16":  # the upper half of a float32
+        return bitcast(xp.astype(codes, xp.uint32) << 16, xp.float32)
+    if fmt == "fp16":
+        return xp.astype(bitcast(codes, xp.float16), xp.float32)
+    if found.bits < 8 and codes.size and int(xp.max(codes)) >> found.bits:
+        raise ValueError(f"decode: codes of {fmt} are 0 to {(1 << found.bits) - 1}, got {int(xp.max(codes))}")
+    return xp.take(xp.asarray(table(fmt), dtype=xp.float32), codes)
