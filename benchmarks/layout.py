@@ -1,10 +1,12 @@
-"""Why ``Dense`` stores blocks of 64 output columns: one product, plain against blocked, for 1 to 512 rows.
+"""Why ``Dense`` stores a weight in blocks of output columns: one product, plain against blocked, for 1 to 512 rows.
 
     python benchmarks/layout.py --output benchmarks/results/layout.json
 
 x[rows, N] times W[M, N] transposed, once with W as one matrix (``x @ W.T``), once as ``refllm.model.weights.Dense``
-stores it ([M/64, N, 64], a batched product). From 2 rows on OpenBLAS packs the whole plain weight anew for every
-product, which costs more than the few products that it then does; a block of 64 columns it multiplies as it is.
+stores it on this processor: with AVX-512 in blocks of 64 columns ([M/64, N, 64], a batched product), without it in
+one block of all ([1, N, M]). From 2 rows on OpenBLAS packs the whole plain weight anew for every product, which costs
+more than the few products that it then does. With AVX-512 it multiplies a block of 64 columns as it is; without, it
+packs columns that stand side by side faster than rows, and up to 3 rows are multiplied one by one.
 
 The shapes are the bundled model's: the head, the gate, the way back. Each layout walks through copies of the
 weight that fill 16 MB together, as the weights of a decode step do: a single one would sit in the first caches
@@ -79,18 +81,19 @@ def check(plain: np.ndarray, blocked: np.ndarray) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     rng = np.random.default_rng(0)
+    layout = f"blocks of {options.block} columns" if weights.reads_in_place() else "one block of all columns"
     with threadpool_limits(1), mock.patch.object(weights, "BLOCK", options.block):
         record = {
             "benchmark": "layout",
             "environment": environment((), {"numpy": 1}),
             "settings": {"rows": options.rows, "rounds": options.rounds, "block": options.block,
-                         "working_set_bytes": WORKING_SET},
+                         "layout": layout, "working_set_bytes": WORKING_SET},
             "results": [r for shape in SHAPES for r in measure(shape, options.rows, options.rounds, rng)],
         }  # fmt: skip
     for m, n in SHAPES:
         rows = [[r["rows"], f"{r['plain_us']:.0f}", f"{r['blocked_us']:.0f}", f"{r['ratio']:.2f}x"]
                 for r in record["results"] if (r["m"], r["n"]) == (m, n)]  # fmt: skip
-        title = f"x[rows, {n}] by W[{m}, {n}] transposed, microseconds, blocks of {options.block} columns (kind B)"
+        title = f"x[rows, {n}] by W[{m}, {n}] transposed, microseconds, blocked: {layout} (kind B)"
         table(title, ["rows", "plain", "blocked", "plain / blocked"], rows)
     finish(record, options.output)
     return 0
@@ -100,7 +103,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Plain against blocked weights, by rows.")
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--block", type=int, default=weights.BLOCK, help="output columns a block")
+    parser.add_argument("--block", type=int, default=weights.BLOCK, help="output columns a block, with AVX-512")
     parser.add_argument("--output", type=Path, help="where to write the record as JSON")
     return parser.parse_args(arguments)
 

@@ -168,10 +168,12 @@ class Dense:
 
     def rows(self, index: Array) -> Array:
         """W[index] for index[T] → [T, N]: the embedding lookup, also of a tied head (one copy serves both)."""
-        if self.blocked:
-            width = self._data.shape[2]
-            return self._data[index // width, :, index % width]
-        return self._data[index]
+        if not self.blocked:
+            return self._data[index]
+        width = self._data.shape[2]
+        if width == self._shape[0]:  # one block: a column each
+            return self._data[0].T[index]
+        return self._data[index // width, :, index % width]
 
     def dequantize(self) -> Array:
         """W[M, N], a new array."""
