@@ -1,4 +1,4 @@
-"""The command line: ``refllm info | generate | eval | train | convert | tour | figures``.
+"""The command line: ``refllm info | generate | eval | train | quantize | convert | tour | figures``.
 
 One file a command; what they share is in ``terminal`` (what is printed, and where) and ``errors`` (what becomes
 of bad input). A command imports what it needs when it runs, so that ``refllm --help`` is there at once.
@@ -17,6 +17,7 @@ from refllm.cli.evaluate import evaluate as evaluate_command
 from refllm.cli.figures import figures as figures_command
 from refllm.cli.generate import generate as generate_command
 from refllm.cli.info import info as info_command
+from refllm.cli.quantize import quantize as quantize_command
 from refllm.cli.tour import tour as tour_command
 from refllm.cli.train import train as train_command
 
@@ -51,4 +52,5 @@ app.command("generate")(generate_command)
 app.command("eval")(evaluate_command)
 app.command("train")(train_command)
 app.command("convert")(convert_command)
+app.command("quantize")(quantize_command)
 app.command("figures")(figures_command)

@@ -43,14 +43,15 @@ def info(
 def describe(directory: Path, *, verify: bool = False) -> dict[str, Any]:
     """Everything that ``info`` prints, as plain data; CheckpointError for what is no checkpoint."""
     from refllm.model.checkpoint import read_config
-    from refllm.model.shards import TensorFiles, check_tensors, host_dtype
+    from refllm.model.quantized import NetworkTensors, read
+    from refllm.model.shards import FLOATS, INTEGERS, TensorFiles, host_dtype
     from refllm.model.tokenizer import Tokenizer
     from refllm.study.memory import kv_bytes_per_token
 
     config = read_config(directory)
-    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    names, quantization = FLOATS | INTEGERS, read(directory)
     with TensorFiles(directory) as files:
-        check_tensors(config, files, directory)
+        NetworkTensors(files, config, quantization, None, None).check()
         types = {name: names.get(files.dtype(name), files.dtype(name)) for name in files}
         stored = sum(
             math.prod(files.shape(n)) * host_dtype(types[n]).itemsize for n in files if types[n] in names.values()
@@ -64,6 +65,7 @@ def describe(directory: Path, *, verify: bool = False) -> dict[str, Any]:
             "types": sorted(set(types.values())),
             "bytes": stored,
             "bits per weight": 8 * stored / config.num_parameters,
+            "quantised": None if quantization is None else str(quantization),
         },
         "KV cache bytes per token": {name: int(kv_bytes_per_token(config, bits)) for name, bits in
                                      (("float16", 16), ("float32", 32))},
@@ -140,6 +142,7 @@ def _show(facts: dict[str, Any]) -> None:
             "parameters": f"{facts['parameters']:,}",
             "weights": f"{bytes_text(weights['bytes'])} in {', '.join(weights['types'])}, "
             f"{weights['bits per weight']:.2f} bits per weight",
+            "quantised": weights["quantised"] or "no",
             "KV cache": f"{kv['float16']:,} bytes a token in float16 ({kv['float32']:,} in float32); "
             f"{bytes_text(full)} for the full context in float16",
             "tokenizer": f"{tokenizer['kind']}, {tokenizer['tokens']:,} tokens, text begins with {tokenizer['begin']} "

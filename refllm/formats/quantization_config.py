@@ -42,6 +42,9 @@ class Quantization:
     groups: tuple[tuple[tuple[str, ...], Stored], ...]
     ignore: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        return f"{self.method}: {', '.join(str(stored) for _, stored in self.groups)}"
+
     def of(self, module: str, names: Container[str]) -> Stored | None:
         """How the weight of a linear ``module`` is stored, in a checkpoint with tensors ``names``; None: plainly."""
         if self.method != "compressed-tensors":

@@ -43,6 +43,10 @@ class Stored:
     symmetric: bool = True
     reordered: bool = False
 
+    def __str__(self) -> str:
+        share = "a scale a row" if self.group_size is None else f"groups of {self.group_size}"
+        return f"{self.layout}, {self.bits} bits, {share}" + (", activations in 8 bits" if self.activations else "")
+
     @property
     def activations(self) -> bool:
         """Whether the inputs are quantised too, 8 bits, a scale a token."""

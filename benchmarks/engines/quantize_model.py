@@ -1,0 +1,72 @@
+"""A checkpoint quantised in this process: seconds by stage, and the most memory that it ever held."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import Channel
+
+from refllm.formats.affine import Scheme
+from refllm.quant import calibrate, layerfiles, methods, sources
+from refllm.study import quantizing
+
+# what belongs to which stage; whatever is called inside another stage counts there and not here
+STAGES = {
+    "reading": [(sources.CheckpointSource, "layer"), (sources.CheckpointSource, "rows")],
+    "calibration forward": [(calibrate.LayerRun, "_advance"), (calibrate.LayerRun, "_input")],
+    "Hessian": [(methods.Hessian, "add")],
+    "factor": [(methods, "factor")],
+    "rounding": [(methods, "gptq"), (methods, "rtn")],
+    "errors of the report": [(methods, "row")],
+    "layer files": [(layerfiles.LayerFiles, "put")],
+    "writing": [(quantizing, "assemble")],
+}
+
+
+class Stages:
+    """Exclusive seconds of each stage."""
+
+    def __init__(self) -> None:
+        self.seconds, self.open = dict.fromkeys(STAGES, 0.0), [0.0]
+
+    def timed(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            self.open.append(0.0)
+            try:
+                return function(*arguments, **named)
+            finally:
+                whole = time.perf_counter() - began
+                self.seconds[stage] += whole - self.open.pop()
+                self.open[-1] += whole
+
+        return run
+
+
+def main() -> None:
+    channel, stages = Channel(), Stages()
+    for stage, places in STAGES.items():
+        for owner, name in places:
+            setattr(owner, name, stages.timed(stage, getattr(owner, name)))
+    channel.send(engine="refllm")
+    request = channel.receive()
+    assert request is not None
+    source, output = Path(request["source"]), Path(request["output"])
+    began = time.perf_counter()
+    scheme = Scheme(4, "half_integer", "group", request["group"])
+    job = quantizing.prepare(source, output, request["method"], scheme, length=request["length"],
+                             samples=request["samples"])  # fmt: skip
+    record = quantizing.go(job, measure=None)
+    whole = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    channel.send(seconds=whole, stages=stages.seconds | {"rest": whole - sum(stages.seconds.values())},
+                 peak_bytes=peak, bits_per_weight=record["bits per weight"], bytes=record["bytes"])  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Round to nearest with packing, and what the memory gives: bytes read a second."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from common import Channel
+
+from refllm.formats.affine import Scheme, quantize
+
+
+def main() -> None:
+    channel = Channel()
+    channel.send(engine="refllm")
+    while (request := channel.receive()) is not None:
+        weight = np.random.default_rng(0).standard_normal((request["size"], request["size"]), dtype=np.float32)
+        began = time.perf_counter()
+        quantize(weight, Scheme(request["bits"], "half_integer", "group", request["group"]), scale_dtype="float16")
+        rounded = time.perf_counter() - began
+        began = time.perf_counter()
+        weight.sum()
+        channel.send(rtn=weight.nbytes / rounded, memory=weight.nbytes / (time.perf_counter() - began))
+
+
+if __name__ == "__main__":
+    main()

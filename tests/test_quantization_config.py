@@ -1,0 +1,122 @@
+"""quantization_config: what is written is read again, and what would change the output is refused, not ignored."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+from conftest import oracle
+from refllm.formats.quantization_config import UnsupportedQuantization, parse, quantization_config
+from refllm.formats.stored import GPTQ_BITS, Stored
+
+WRITTEN = [
+    *(Stored("pack-quantized", bits, group) for bits in (2, 3, 4, 8) for group in (None, 32)),
+    *(Stored("naive-quantized", 8, group) for group in (None, 32)),
+    Stored("int-quantized", 8),
+    *(Stored(layout, bits, 32, symmetric=False) for layout in ("gptq", "gptq_v2") for bits in GPTQ_BITS),
+    Stored("gptq_v2", 4, 128, symmetric=False, reordered=True),
+    Stored("awq", 4, None, symmetric=False),
+]
+COMPRESSED = quantization_config(Stored("pack-quantized", 4, 32))
+W8A8 = quantization_config(Stored("int-quantized", 8))
+GPTQ = quantization_config(Stored("gptq_v2", 4, 32))
+AWQ = quantization_config(Stored("awq", 4, 32))
+
+
+@pytest.mark.parametrize("stored", WRITTEN, ids=str)
+def test_what_is_written_is_read_again(stored):
+    entry = quantization_config(stored, ["lm_head", r"re:.*\.o_proj$"])
+    read = parse(json.loads(json.dumps(entry)))
+    names = {"model.layers.0.mlp.up_proj.qweight"}
+    assert read.of("model.layers.0.mlp.up_proj", names) == stored
+    if read.method == "compressed-tensors":
+        assert read.of("lm_head", names) is None
+        assert read.of("model.layers.3.self_attn.o_proj", names) is None
+    else:  # theirs have no list of what is quantised: what has no qweight is not
+        assert read.of("lm_head", names) is None
+
+
+def test_own_names_come_before_patterns_and_patterns_before_classes():
+    raw = copy.deepcopy(COMPRESSED)
+    group = raw["config_groups"]["group_0"]
+    for number, (target, bits) in enumerate((("re:.*up_proj", 3), ("a.up_proj", 2)), 1):
+        raw["config_groups"][f"group_{number}"] = copy.deepcopy(group) | {"targets": [target]}
+        raw["config_groups"][f"group_{number}"]["weights"]["num_bits"] = bits
+    read = parse(raw)
+    assert [read.of(name, ()).bits for name in ("a.q_proj", "b.up_proj", "a.up_proj")] == [4, 3, 2]
+
+
+def changed(raw, path: str, value):
+    """``raw`` with another value at a dotted path; group_0 is meant by a dot in front."""
+    raw = copy.deepcopy(raw)
+    at = raw["config_groups"]["group_0"] if path.startswith(".") else raw
+    *before, last = path.strip(".").split(".")
+    for key in before:
+        at = at[key]
+    at[last] = value
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("raw", "path", "value", "sentence"),
+    [
+        (COMPRESSED, "quant_method", "bitsandbytes", "'bitsandbytes' is not supported; supported are compressed-ten"),
+        (COMPRESSED, ".format", "float-quantized", "format 'float-quantized' .* pack-quantized, int-quantized"),
+        (COMPRESSED, "quantization_status", "frozen", "supported: compressed"),
+        (COMPRESSED, "quantization_status", None, "supported: compressed"),
+        (COMPRESSED, "kv_cache_scheme", {"num_bits": 8}, "kv_cache_scheme"),
+        (COMPRESSED, "config_groups", {}, "config_groups"),
+        (COMPRESSED, "config_groups", {"a": 3}, "groups with 'targets' and 'weights'"),
+        (COMPRESSED, "sparsity_config", {"format": "sparse-24"}, "dense weights"),
+        (COMPRESSED, "ignore", "lm_head", "lists of names"),
+        (COMPRESSED, "ignore", ["re:("], "is no pattern"),
+        (COMPRESSED, ".targets", None, "lists of names"),
+        (COMPRESSED, ".weights.type", "float", "integers by channel or group"),
+        (COMPRESSED, ".weights.strategy", "block", "integers by channel or group"),
+        (COMPRESSED, ".weights.dynamic", True, "integers by channel or group"),
+        (COMPRESSED, ".weights.num_bits", 16, "num_bits of pack-quantized 16"),
+        (COMPRESSED, ".weights.num_bits", True, "num_bits"),
+        (COMPRESSED, ".weights.actorder", "group", "actorder"),
+        (COMPRESSED, ".weights.group_size", 0, "group_size 0"),
+        (COMPRESSED, ".output_activations", {"num_bits": 8}, "output_activations"),
+        (COMPRESSED, ".input_activations", W8A8["config_groups"]["group_0"]["input_activations"], "of pack-quantized"),
+        (W8A8, ".input_activations.dynamic", False, "dynamic symmetric 8-bit integers a token"),
+        (W8A8, ".input_activations.num_bits", 4, "dynamic symmetric 8-bit integers a token"),
+        (W8A8, ".weights.symmetric", False, "symmetric ones by channel"),
+        (W8A8, ".weights.num_bits", 4, "num_bits of int-quantized"),
+        (GPTQ, "checkpoint_format", "marlin", "gptq and gptq_v2"),
+        (GPTQ, "is_marlin_format", True, "gptq and gptq_v2"),
+        (GPTQ, "bits", 5, "2, 3, 4 and 8"),
+        (GPTQ, "dynamic", {"-:.*": {}}, "one scheme for all modules"),
+        (GPTQ, "group_size", 0, "-1 for a scale a row"),
+        (AWQ, "version", "gemv", "supported: gemm"),
+        (AWQ, "bits", 8, "supported: 4"),
+        (AWQ, "zero_point", False, "supported: true"),
+    ],
+)
+def test_what_would_change_the_output_is_refused(raw, path, value, sentence):
+    with pytest.raises(UnsupportedQuantization, match=sentence):
+        parse(changed(raw, path, value)).of("lm_head", ())
+
+
+def test_what_is_no_object_is_refused():
+    with pytest.raises(UnsupportedQuantization, match="must be an object"):
+        parse([])
+
+
+def test_an_int_quantized_file_without_activations_is_a_naive_one():
+    read = parse(changed(W8A8, ".input_activations", None))
+    assert read.groups[0][1] == Stored("naive-quantized", 8)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("stored", [s for s in WRITTEN if "quantized" in s.layout], ids=str)
+def test_compressed_tensors_takes_what_is_written(stored):
+    """It refuses entries that it does not know."""
+    module = oracle("compressed_tensors.quantization")
+    entry = quantization_config(stored, ["lm_head", r"re:.*\.o_proj$"])
+    scheme = module.QuantizationConfig.model_validate(entry).config_groups["group_0"]
+    assert (scheme.weights.num_bits, scheme.weights.group_size) == (stored.bits, stored.group_size)
+    assert (scheme.input_activations is not None) == stored.activations
