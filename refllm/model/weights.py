@@ -145,11 +145,14 @@ class Dense:
         """x[T, N] → x Wᵀ [T, M]."""
         if not self.blocked:
             return x @ self._data.T
-        rows, (columns, n) = x.shape[0], self._shape
-        if self._data.shape[2] == columns:  # one block
+        rows = x.shape[0]
+        if self._data.shape[2] == self._shape[0]:  # one block
             return np.matmul(x[:, None], self._data[0])[:, 0] if rows <= FEW else x @ self._data[0]
-        if rows in (1, 3):
-            return self.matmul(np.concatenate((x, x[-1:])))[:rows]
+        return self._by_blocks(np.concatenate((x, x[-1:])))[:rows] if rows in (1, 3) else self._by_blocks(x)
+
+    def _by_blocks(self, x: Array) -> Array:
+        """x[T, N] → x Wᵀ [T, M], by blocks of 64 columns."""
+        rows, (columns, n) = x.shape[0], self._shape
         dtype = x.dtype if x.dtype == self._data.dtype else np.result_type(x, self._data)
         out = np.empty((rows, columns // BLOCK, BLOCK), dtype=dtype)
         most = SMALL // (BLOCK * n)  # rows that OpenBLAS multiplies with a block as they lie
