@@ -135,7 +135,9 @@ def repeats(x, type):
     raw = quantize(x, type)
     blocks, d = x.reshape(x.shape[0], -1, 32), steps(raw, type)[..., 0]
     if not type.endswith("_1"):
-        return np.isfinite(d) & ((d != 0) | (blocks == 0).all(axis=2))
+        codes = raw.reshape(*d.shape, -1)[..., 2:]
+        nothing = codes == quantize(np.zeros((1, 32), np.float32), type)[0, 2:]
+        return np.isfinite(d) & ((d != 0) | nothing.all(axis=2))
     m, known = steps(raw, type)[..., 1], levels(raw, type)
     with np.errstate(all="ignore"):
         told = (known[..., -1] - m) / np.float32(known.shape[-1] - 1)
@@ -151,7 +153,7 @@ def repeats(x, type):
 
 @pytest.mark.theorem(
     "Q4_0, Q5_0 and Q8_0: encode(decode(encode(x))) = encode(x) exactly where the stored step is finite, and not 0 "
-    "unless all numbers are; Q4_1 and Q5_1: where the levels q·d + m, rounded to float32, give back d and each used q",
+    "unless all codes are those of zeros; Q4_1 and Q5_1: where the levels q·d + m, rounded to float32, give back d and each used q",
     source="ggml's quantisers; the condition is refllm's",
 )
 @settings(max_examples=100)

@@ -68,6 +68,9 @@ def nearest(x: Array) -> Array:
 def extreme(x: Array) -> Array:
     """The signed number of largest size in each column of x[S, C], the first of several; +0 of zeros: [C]."""
     xp = namespace(x)
+    high, low = xp.max(x, axis=0), xp.min(x, axis=0)
+    if not bool(xp.any((high == -low) & (high != 0))):  # of different sizes: no place need be known
+        return xp.where(high > -low, high, low) + 0.0
     first = xp.argmax(xp.abs(x), axis=0)
     return xp.take_along_axis(x, first[None, :], axis=0)[0] + 0.0
 
@@ -75,6 +78,9 @@ def extreme(x: Array) -> Array:
 def least(x: Array) -> Array:
     """The smallest number of each column of x[S, C], the first of several (−0 equals 0): [C]."""
     xp = namespace(x)
+    low = xp.min(x, axis=0)
+    if bool(xp.all(low != 0)):  # only zeros can be equal and not the same
+        return low
     return xp.take_along_axis(x, xp.argmin(x, axis=0)[None, :], axis=0)[0]
 
 

@@ -23,7 +23,7 @@ from refllm.formats.ranges import refuse_non_finite
 
 __all__ = ["dequantize", "quantize"]
 
-PIECE = (1 << 17, 1 << 24)  # numbers at a time (host, device): a search's few arrays stay near a processor
+PIECE = (1 << 18, 1 << 24)  # numbers at a time (host, device): a search's few arrays stay near a processor
 DECODERS = plain.DECODERS | legacy.DECODERS | kvalues.DECODERS
 
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from refllm.backend import Array, bitcast, namespace
 from refllm.formats.gguf.arithmetic import divided, extreme, least, sequential_sum
-from refllm.formats.gguf.kbits import combine, separate
+from refllm.formats.gguf.kbits import separate
 from refllm.formats.gguf.kquants import half_bytes
 from refllm.formats.gguf.search import IMPORTANT, asymmetric, symmetric
 
@@ -54,23 +54,23 @@ def around_zero(x: Array, bits: int, weights: Array | None) -> Array:
     columns = xp.ascontiguousarray(x.T)
     if weights is not None:
         codes, d = symmetric(columns, middle, xp.ascontiguousarray(weights.T))
-        return _packed(xp.astype(codes.T, xp.uint8), bits, half_bytes(d))
+        return _packed(xp.astype(codes, xp.uint8), bits, half_bytes(d))
     d = extreme(columns) / -float(middle)
-    codes = _shifted(x * divided(1.0, d, d != 0)[:, None], middle + 0.5, 2 * middle - 1)
-    return _packed(codes, bits, half_bytes(d))
+    return _packed(_shifted(columns, d, middle + 0.5, 2 * middle - 1), bits, half_bytes(d))
 
 
 def from_offset(x: Array, bits: int, weights: Array | None) -> Array:
     """Q4_1 and Q5_1: x[B, 32] → bytes[B, 4 + 4·bits]."""
     xp = namespace(x, weights)
     top = (1 << bits) - 1
+    columns = xp.ascontiguousarray(x.T)
     if weights is not None:
-        found, d, below = asymmetric(xp.ascontiguousarray(x.T), xp.ascontiguousarray(weights.T), top, IMPORTANT)
-        codes, m = xp.astype(found.T, xp.uint8), -below
+        found, d, below = asymmetric(columns, xp.ascontiguousarray(weights.T), top, IMPORTANT)
+        codes, m = xp.astype(found, xp.uint8), -below
     else:
-        m = least(xp.ascontiguousarray(x.T))
-        d = (xp.max(x, axis=1) - m + 0.0) / float(top)  # +0 of zeros of both signs
-        codes = _shifted((x - m[:, None]) * divided(1.0, d, d != 0)[:, None], 0.5, top)
+        m = least(columns)
+        d = (xp.max(columns, axis=0) - m + 0.0) / float(top)  # +0 of zeros of both signs
+        codes = _shifted(columns - m, d, 0.5, top)
     return _packed(codes, bits, xp.concat([half_bytes(d), half_bytes(m)], axis=1))
 
 
@@ -82,25 +82,32 @@ def weighted(x: Array, importance: Array) -> Array:
     return importance * xp.sqrt(variance[:, None] + squares)
 
 
-def _shifted(t: Array, by: float, top: int) -> Array:
-    """⌊t + by⌋ of what is not negative, at most ``top``, as uint8: halves are rounded up. 0 of what is not finite."""
-    xp = namespace(t)
-    whole = xp.clip(xp.trunc(t + by), 0.0, float(top))
-    return xp.astype(xp.where(xp.isfinite(t), whole, 0.0), xp.uint8)
+def _shifted(x: Array, d: Array, by: float, top: int) -> Array:
+    """⌊x/d + by⌋, which is not negative, at most ``top``, as uint8: halves are rounded up. x[32, B], d[B].
+
+    0 where 1/d is infinite, as it is of a denormal d, and where d is: infinity as a whole number is 0 on an x86.
+    """
+    xp = namespace(x, d)
+    inverse = divided(1.0, d, d != 0)
+    sound = xp.isfinite(inverse) & xp.isfinite(d)
+    t = x * xp.where(sound, inverse, 0.0)
+    t += by
+    xp.clip(xp.where(sound, t, 0.0) if not bool(xp.all(sound)) else t, 0.0, float(top), out=t)
+    return xp.astype(t, xp.uint8)  # cuts off
 
 
 def _packed(codes: Array, bits: int, head: Array) -> Array:
-    """Codes[B, 32] of 4 or 5 bits behind the bytes of step and offset."""
+    """Codes[32, B] of 4 or 5 bits behind the bytes of step and offset → bytes[B, …]."""
     xp = namespace(codes, head)
-    parts = [head, combine(codes & 15, 4, 16)]
-    if bits == 5:
-        parts.insert(1, combine_bits(codes >> 4))
+    nibbles = (codes[:16] & 15) | ((codes[16:] & 15) << 4)
+    parts = [head, nibbles.T]
+    if bits == 5:  # the four bytes of a little-endian word with bit i of number i
+        fifth = xp.reshape(codes >> 4, (4, 8, -1))
+        word = fifth[:, 0]
+        for i in range(1, 8):
+            word = word | (fifth[:, i] << i)
+        parts.insert(1, word.T)
     return xp.concat(parts, axis=1)
-
-
-def combine_bits(bits: Array) -> Array:
-    """bits[B, 32] → the four bytes of a little-endian word with bit i at place i."""
-    return combine(bits, 1, 1)
 
 
 def halves(data: Array) -> Array:
@@ -112,9 +119,12 @@ def halves(data: Array) -> Array:
 def _nibbles(data: Array, bits: int) -> Array:
     """The inverse of ``_packed`` without its head: float32 codes[B, 32]."""
     xp = namespace(data)
-    codes = separate(data[:, data.shape[1] - 16 :], 4, 16)
+    low = data[:, data.shape[1] - 16 :]
+    codes = xp.empty((data.shape[0], 32), dtype=xp.uint8)
+    xp.bitwise_and(low, 15, out=codes[:, :16])
+    xp.right_shift(low, 4, out=codes[:, 16:])
     if bits == 5:
-        codes = codes | (separate(data[:, :4], 1, 1) << 4)
+        codes |= separate(data[:, :4], 1, 1) << 4
     return xp.astype(codes, xp.float32)
 
 
@@ -127,13 +137,19 @@ def decode_q8_0(data: Array) -> Array:
 
 def decode_around_zero(data: Array, bits: int) -> Array:
     """bytes[B, 2 + 4·bits] → float32 [B, 32]."""
-    return halves(data[:, :2]) * (_nibbles(data[:, 2:], bits) - float(1 << (bits - 1)))
+    out = _nibbles(data[:, 2:], bits)
+    out -= float(1 << (bits - 1))
+    out *= halves(data[:, :2])
+    return out
 
 
 def decode_from_offset(data: Array, bits: int) -> Array:
     """bytes[B, 4 + 4·bits] → float32 [B, 32]."""
     head = halves(data[:, :4])
-    return head[:, :1] * _nibbles(data[:, 4:], bits) + head[:, 1:]
+    out = _nibbles(data[:, 4:], bits)
+    out *= head[:, :1]
+    out += head[:, 1:]
+    return out
 
 
 ENCODERS = {"Q8_0": (q8_0, 8), "Q4_0": (around_zero, 4), "Q5_0": (around_zero, 5), "Q4_1": (from_offset, 4),

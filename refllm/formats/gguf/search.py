@@ -195,22 +195,37 @@ def _sweep(
 ) -> tuple[Array, Array, Array]:
     """Up to five times over all positions: each code anew, given all others, and kept if (Σwxl)²/Σwl² grows.
 
-    ``others`` demands Σwl² > 0 of the other codes before, the rest of them after the change.
+    ``others`` demands Σwl² > 0 of the other codes before, the rest of them after the change. A block in which a sweep
+    changed nothing is done, and so is one whose Σwxl is not positive (the quirk above): the sweeps go on with the rest.
     """
     xp = namespace(x, w, code)
+    at = xp.nonzero(sx > 0)[0]
     for _ in range(5):
-        changed = None
-        for i in range(x.shape[0]):
-            a = sx - wx[i] * code[i]
-            b = sl - w[i] * code[i] * code[i]
-            able = (a > 0) & (b > 0) if others else a > 0
-            anew = xp.clip(xp.astype(nearest(divided(x[i] * b, a, able)), xp.float32), low, high)
-            a, b = a + wx[i] * anew, b + w[i] * anew * anew
-            better = able & (anew != code[i]) & (a * a * sl > sx * sx * b)
-            if not others:
-                better &= b > 0
-            code[i], sx, sl = xp.where(better, anew, code[i]), xp.where(better, a, sx), xp.where(better, b, sl)
-            changed = better if changed is None else changed | better
-        if not bool(xp.any(changed)):
+        if not at.size:
             break
+        some, some_w, some_wx, new = (xp.take(rows, at, axis=1) for rows in (x, w, wx, code))
+        new, total, squares, changed = _one_sweep(some, some_w, some_wx, new, sx[at], sl[at], low, high, others=others)
+        code[:, at], sx[at], sl[at] = new, total, squares
+        at = at[changed]
     return code, sx, sl
+
+
+def _one_sweep(
+    x: Array, w: Array, wx: Array, code: Array, sx: Array, sl: Array, low: float, high: float, *, others: bool
+) -> tuple[Array, Array, Array, Array]:
+    """One time over all positions; ``code`` is written into. Also which blocks changed, bool [C]."""
+    xp = namespace(x, w, code)
+    changed = xp.zeros(sx.shape, dtype=bool)
+    for i in range(x.shape[0]):
+        a, b = sx - wx[i] * code[i], sl - w[i] * code[i] * code[i]
+        anew = xp.clip(xp.astype(nearest(x[i] * b / a), xp.float32), low, high)  # not used where a is not positive
+        able = (a > 0) & (anew != code[i])
+        if others:
+            able &= b > 0
+        a, b = a + wx[i] * anew, b + w[i] * anew * anew
+        better = able & (a * a * sl > sx * sx * b)
+        if not others:
+            better &= b > 0
+        code[i], sx, sl = xp.where(better, anew, code[i]), xp.where(better, a, sx), xp.where(better, b, sl)
+        changed |= better
+    return code, sx, sl, changed
