@@ -145,17 +145,29 @@ def arrivals(rng: np.random.Generator, count: int, rate: float, shape: float = 1
     return np.cumsum(gaps)
 
 
+class Distinct:
+    """Prompts where lengths alone matter: every token a number of its own, so that nothing is shared."""
+
+    def __init__(self) -> None:
+        self.at = 0
+
+    def __call__(self, count: int) -> range:
+        self.at += count
+        return range(self.at - count, self.at)
+
+
 def requests(
     traffic: Traffic, count: int, rng: np.random.Generator, *, rate: float = inf, shape: float = 1.0,
-    tokens: Callable[[int], Sequence[int]] = range, scale: float = 1.0,
+    tokens: Callable[[int], Sequence[int]] | None = None, scale: float = 1.0,
 ) -> list[Request]:  # fmt: skip
     """``count`` requests in the order of their arrival, each of which runs to its ``max_tokens``.
 
-    ``tokens(n)`` makes a prompt of n tokens; by default they are 0, 1, 2, …, where lengths alone matter.
+    ``tokens(n)`` makes a prompt of n tokens; by default they are numbers that nobody else has (``Distinct``).
     ``scale`` multiplies all lengths, for a model with a short context.
     """
     if scale != 1:
         traffic = Traffic(_Scaled(traffic.prompt, scale), _Scaled(traffic.output, scale), traffic.longest * scale)
+    tokens = Distinct() if tokens is None else tokens
     P, output = traffic.sample(rng, count)
     when = arrivals(rng, count, rate, shape)
     return [
