@@ -128,7 +128,7 @@ def test_a_cache_that_goes_on_is_one_that_begins_anew(xp, name, seed, rounds):
         else:
             text = [*text, *mine[:accepted], int(rng.integers(300))]
     # what the cache holds is what the network writes for these tokens
-    fed = drafter._fed
+    [fed] = drafter._fed
     assert drafter.cache.lengths == [len(fed)]
     if fed:
         fresh = ContiguousCache(model.config, 1, len(fed), like=model.weights["norm"])

@@ -30,18 +30,18 @@ def test_a_lean_step_is_the_network_at_every_position(config, seed):
     tokens = rng.integers(0, config.vocab_size, 7)
     expected = logits(weights, forward(weights, config, tokens, np.arange(7), CausalAttend([7])))
     cache = ContiguousCache(config, 2, 9, like=weights["norm"])
-    step = LeanStep(weights, config, cache, sequence=1)
+    step = LeanStep(weights, config, cache)
     for i, token in enumerate(tokens):
-        found = step.step(int(token))
+        found = step.step(int(token), 1)
         np.testing.assert_allclose(found, expected[i], rtol=0, atol=tolerance(config, 7, expected))
     assert cache.lengths == [0, 7]
     cache.truncate(1, 3)  # a rollback is the cache's business
     for i, token in enumerate(tokens[3:], 3):
-        assert step.step(int(token), head=False) is None or i == 6
-    np.testing.assert_allclose(step.step(0), step.logits)
-    step.step(0)
+        assert step.step(int(token), 1, head=False) is None or i == 6
+    np.testing.assert_allclose(step.step(0, 1), step.logits)
+    step.step(0, 1)
     with pytest.raises(ValueError, match="holds 9 tokens and is full"):
-        step.step(0)
+        step.step(0, 1)
 
 
 def test_it_continues_a_prefill_of_the_network():

@@ -124,26 +124,33 @@ class ModelDrafter:
     with the next step's tokens, as is everything that the cache does not have.
     """
 
-    def __init__(self, model: Any, gamma: int = 4, *, confidence: float = 0.0, how: Sampling | None = None):
+    def __init__(
+        self, model: Any, gamma: int = 4, *, confidence: float = 0.0, how: Sampling | None = None, sequences: int = 1
+    ):  # fmt: skip
+        """``sequences`` have caches side by side; each proposal says for which of them it is."""
         if not 0 <= confidence < 1:
             raise ValueError(f"confidence is a probability within [0, 1), got {confidence}")
         self.model, self.config, self.gamma = model, model.config, _gamma(gamma)
         self.confidence, self.how = confidence, how
-        self.cache = ContiguousCache(model.config, 1, model.config.max_position_embeddings, like=model.weights["norm"])
-        self._fed: list[int] = []  # the tokens whose keys and values the cache holds
+        self.cache = ContiguousCache(
+            model.config, sequences, model.config.max_position_embeddings, like=model.weights["norm"]
+        )
+        self._fed: list[list[int]] = [[] for _ in range(sequences)]  # the tokens whose keys and values are cached
         self._lean: lean.LeanStep | None = None
         if lean.fits(model.config, model.weights):
             self._lean = lean.LeanStep(model.weights, model.config, self.cache)
         self.computed = 0  # tokens that the model computed, to tell what drafting costs
 
-    def propose(self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator) -> Proposal:
+    def propose(
+        self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator, sequence: int = 0
+    ) -> Proposal:
         how = self.how or how
         count = min(count, self.cache.capacity - len(tokens))
         drafts: list[int] = []
         rows: list[Array] = []
-        feed = self._behind(tokens) if count > 0 else []
+        feed = self._behind(tokens, sequence) if count > 0 else []
         while len(drafts) < count:
-            z = self._feed(feed)
+            z = self._feed(feed, sequence)
             token, row = self._choose(z, how, rng)
             if token is None:
                 break
@@ -156,22 +163,24 @@ class ModelDrafter:
     def observe(self, best: Sequence[int], accepted: int) -> None:
         pass
 
-    def _behind(self, tokens: Sequence[int]) -> list[int]:
+    def _behind(self, tokens: Sequence[int], sequence: int) -> list[int]:
         """Roll the cache back to what it shares with ``tokens`` and return the rest, at least the last one."""
-        same = min(common_prefix(self._fed, tokens), len(tokens) - 1)
-        self.cache.truncate(0, same)
-        del self._fed[same:]
+        fed = self._fed[sequence]
+        same = min(common_prefix(fed, tokens), len(tokens) - 1)
+        self.cache.truncate(sequence, same)
+        del fed[same:]
         return list(tokens[same:])
 
-    def _feed(self, tokens: list[int]) -> Array:
+    def _feed(self, tokens: list[int], sequence: int) -> Array:
         """Compute tokens after those of the cache → logits[V] after the last."""
-        self._fed += tokens
+        self._fed[sequence] += tokens
         self.computed += len(tokens)
         if self._lean is not None and len(tokens) <= 4:
             for token in tokens[:-1]:
-                self._lean.step(token, head=False)
-            return self._lean.step(tokens[-1])
-        weights, counts = self.model.weights, [len(tokens)]
+                self._lean.step(token, sequence, head=False)
+            return self._lean.step(tokens[-1], sequence)
+        weights, counts = self.model.weights, [0] * len(self._fed)
+        counts[sequence] = len(tokens)
         placed = asarray_like([tokens, self.cache.positions(counts)], self.cache.keys, "int64")
         last = asarray_like([len(tokens) - 1], self.cache.keys, "int64")
         hidden = forward(weights, self.config, placed[0], placed[1], self.cache.view(counts), last)

@@ -47,8 +47,8 @@ def fits(config: ModelConfig, weights: Weights) -> bool:
 class LeanStep:
     """``step(token)`` → logits[V] of the next token, valid until the next call; the cache is one token longer."""
 
-    def __init__(self, weights: Weights, config: ModelConfig, cache: ContiguousCache, sequence: int = 0):
-        self.config, self.cache, self.sequence = config, cache, sequence
+    def __init__(self, weights: Weights, config: ModelConfig, cache: ContiguousCache):
+        self.config, self.cache = config, cache
         self.embedding = weights["embed_tokens"].dequantize()
         self.head = weights["lm_head"].dequantize() * weights["norm"]
         self.layers = [self._layer(layer) for layer in weights["layers"]]
@@ -73,9 +73,9 @@ class LeanStep:
         o, down = layer["o_proj"].dequantize(), layer["down_proj"].dequantize()
         return tuple(np.ascontiguousarray(w.T) for w in (joint, o, gate_up, down))
 
-    def step(self, token: int, *, head: bool = True) -> Array | None:
-        """The token at the cache's next position; without ``head`` its keys and values only."""
-        config, cache, b = self.config, self.cache, self.sequence
+    def step(self, token: int, sequence: int = 0, *, head: bool = True) -> Array | None:
+        """The token at the next position of a sequence; without ``head`` its keys and values only."""
+        config, cache, b = self.config, self.cache, sequence
         at, n, eps = cache.lengths[b], 1.0 / config.hidden_size, config.rms_norm_eps
         if at >= cache.capacity:
             raise ValueError(f"the cache of the draft holds {cache.capacity} tokens and is full")

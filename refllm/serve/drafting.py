@@ -1,0 +1,173 @@
+"""Drafts in the engine: a drafter for every branch, and how many drafts are worth while, measured.
+
+Sources: Leviathan et al. 2023 (what is gained), Liu et al. 2024 (SmartSpec: how many drafts, by load and acceptance).
+
+The engine takes a drafter for each branch (``Engine(…, drafter=Drafting(…))``), asks it in each step, and tells it
+how many drafts were accepted. Nobody tells of preemption, failed steps or the end: a place may be asked for again.
+
+How many drafts γ a branch of acceptance α gets in a batch of B is the γ of the largest
+
+    B · E[τ](α, γ) / (t(B (1 + γ)) + B γ c)
+
+t(n) is the measured time of a step of n tokens, c that of a draft. For one sequence t is nearly flat and drafts pay;
+for many the step is bound by its products, t grows with n, and the best γ is 0: speculation is then off. A branch
+without drafts still drafts one token now and then, lest a bad beginning be the last word on it.
+
+Caches of a draft model are kept for the branches that asked last; who lost his is only slower once.
+
+A draft model samples by the request's own settings: at a temperature more are accepted so, and the law is kept. With
+``ModelDrafter(…, how=GREEDY)`` drafts are one-hot: fewer are accepted, but each request gets the very tokens that it
+gets without drafts (``serve.choosing``).
+
+Left out: drafting for all branches in one step of the draft model, trees in the engine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refllm.decode.acceptance import Acceptance, expected_length
+from refllm.decode.drafts import NOTHING, Drafter, ModelDrafter, NGramDrafter, Proposal, check_vocabulary
+from refllm.decode.generate import GREEDY, Sampling
+from refllm.kv.contiguous import ContiguousCache
+from refllm.model.llama import forward, logits
+
+PROBE = 32  # steps after which a branch without drafts tries one again
+MEMORY = 0.9  # what an earlier draft counts for beside a later one
+PRIOR = (0.5, 4.0)  # α before anything was seen, and how many drafts that belief is worth
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Measured: t(n) at some n, in rising order, and the time of one draft, in seconds."""
+
+    steps: Sequence[tuple[int, float]]
+    draft: float
+
+    def step(self, tokens: float) -> float:
+        """t(n) by lines between the measured points; beyond the last one in proportion to n."""
+        sizes, times = zip(*self.steps, strict=True)
+        if tokens > sizes[-1]:
+            return float(times[-1] * tokens / sizes[-1])
+        return float(np.interp(tokens, sizes, times))
+
+    def best_gamma(self, alpha: float, batch: int, most: int) -> int:
+        """The γ ≤ ``most`` of the most tokens a second for ``batch`` sequences of acceptance ``alpha``."""
+        rates = [
+            expected_length(alpha, g) / (self.step(batch * (1 + g)) + batch * g * self.draft) for g in range(most + 1)
+        ]
+        return max(range(most + 1), key=lambda g: rates[g])
+
+
+class Drafting:
+    """Makes the drafters of an engine's branches. ``stats``: what came of all; ``gammas``: how often each γ was."""
+
+    def __init__(self, source: ModelDrafter | Callable[[], Drafter] = NGramDrafter, *, costs: Costs | None = None):
+        """``source`` is a ``ModelDrafter`` with some ``sequences``, or makes a drafter for each branch.
+
+        Without ``costs`` every branch gets the drafter's own γ.
+        """
+        self.source, self.costs = source, costs
+        self.stats = Acceptance()
+        self.gammas: dict[int, int] = {}
+        self.batch = 1  # branches that ask in a step
+        self._asked: set[BranchDrafter] = set()  # since somebody asked for the second time
+        places = len(source.cache.lengths) if isinstance(source, ModelDrafter) else 0
+        self._owners: dict[int, BranchDrafter | None] = dict.fromkeys(range(places))  # who asked last stands last
+
+    def __call__(self) -> BranchDrafter:
+        """The drafter of one more branch."""
+        return BranchDrafter(self, self.source if isinstance(self.source, ModelDrafter) else self.source())
+
+    def count(self, branch: BranchDrafter) -> None:
+        """A branch asks: who asks twice begins another step."""
+        if branch in self._asked:
+            self.batch, self._asked = len(self._asked), set()
+        self._asked.add(branch)
+        self.batch = max(self.batch, len(self._asked))
+
+    def place(self, branch: BranchDrafter) -> int:
+        """The sequence of the shared model that is this branch's; taken from who asked longest ago if need be."""
+        mine = next((place for place, owner in self._owners.items() if owner is branch), next(iter(self._owners)))
+        del self._owners[mine]
+        self._owners[mine] = branch
+        return mine
+
+
+class BranchDrafter:
+    """A branch's drafter: the source's, asked for as many drafts as pay."""
+
+    def __init__(self, drafting: Drafting, drafter: Drafter):
+        self.drafting, self.drafter, self.gamma = drafting, drafter, drafter.gamma
+        self.accepted, self.judged = PRIOR[0] * PRIOR[1], PRIOR[1]
+        self.idle = 0
+
+    def propose(self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator) -> Proposal:
+        self.drafting.count(self)
+        gamma = self._worth()
+        self.drafting.gammas[gamma] = self.drafting.gammas.get(gamma, 0) + 1
+        count = min(count, gamma)
+        if count < 1:
+            proposal = NOTHING
+        elif isinstance(self.drafter, ModelDrafter):
+            proposal = self.drafter.propose(tokens, count, how, rng, self.drafting.place(self))
+        else:
+            proposal = self.drafter.propose(tokens, count, how, rng)
+        return proposal
+
+    def observe(self, best: Sequence[int], accepted: int) -> None:
+        self.drafter.observe(best, accepted)
+        proposed = len(best) - 1  # those that the scheduler had room for
+        self.drafting.stats.add(proposed, accepted)
+        self.accepted = MEMORY * self.accepted + accepted
+        self.judged = MEMORY * self.judged + min(accepted + 1, proposed)
+
+    def _worth(self) -> int:
+        costs, batch = self.drafting.costs, self.drafting.batch
+        if costs is None:
+            return self.gamma
+        gamma = costs.best_gamma(min(1.0, self.accepted / self.judged), batch, self.gamma)
+        self.idle = 0 if gamma else self.idle + 1
+        if self.idle >= PROBE and costs.best_gamma(1.0, batch, 1):  # no probe where even α = 1 loses
+            self.idle = 0
+            return 1
+        return gamma
+
+
+def measure(
+    model: Any, draft: ModelDrafter | None = None, *, most: int = 128, context: int = 128, rounds: int = 7
+) -> Costs:
+    """t(n) of ``model`` for n = 1, 2, 3, 4, 6, 8, 12, … up to ``most`` tokens, one a sequence, and the time of a draft.
+
+    Medians of ``rounds`` in turn, on this machine, now: as much as an engine needs to know at its start.
+    """
+    config, rng = model.config, np.random.default_rng(0)
+    sizes = sorted({n for k in range(most.bit_length()) for n in (2**k, 3 * 2**k // 2) if n <= most})
+    context = min(context, config.max_position_embeddings - 1)
+    cache = ContiguousCache(config, sizes[-1], context + 1, like=model.weights["norm"])
+    times: dict[int, list[float]] = {n: [] for n in sizes}
+    for _ in range(rounds):
+        for n in sizes:
+            cache.lengths = [context] * n + [0] * (sizes[-1] - n)
+            tokens, counts = rng.integers(0, config.vocab_size, n), [1] * n
+            began = time.perf_counter()
+            hidden = forward(model.weights, config, tokens, np.full(n, context), cache.view(counts))
+            logits(model.weights, hidden).argmax(axis=-1)
+            times[n].append(time.perf_counter() - began)
+    each = 0.0
+    if draft is not None:
+        check_vocabulary(model, draft.model)
+        text = rng.integers(0, config.vocab_size, context).tolist()
+        draft.propose(text, 1, GREEDY, rng)
+        spent = []
+        for _ in range(rounds):
+            began = time.perf_counter()
+            count = len(draft.propose(text, draft.gamma, GREEDY, rng).tokens)
+            spent.append((time.perf_counter() - began) / max(1, count))
+        each = float(np.median(spent))
+    return Costs([(n, float(np.median(times[n]))) for n in sizes], each)

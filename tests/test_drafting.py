@@ -1,0 +1,264 @@
+"""Drafting in the engine: the same tokens whatever is drafted, the books and caches sound after every step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import enumeration
+from enumeration import distance, law
+from networks import NETWORKS
+from refllm.api import load
+from refllm.decode import speculative
+from refllm.decode.acceptance import expected_length
+from refllm.decode.drafts import Adversary, JacobiDrafter, ModelDrafter, NGramDrafter, PerfectDrafter
+from refllm.decode.generate import GREEDY, Sampling
+from refllm.kv.contiguous import ContiguousCache
+from refllm.model.corpus import held_out_documents
+from refllm.model.llama import forward
+from refllm.serve import choosing
+from refllm.serve.drafting import PROBE, Costs, Drafting, measure
+from refllm.serve.engine import Engine
+from refllm.serve.request import Request
+from test_drafts import SMALL, record
+from test_speculate import PROMPT, text_law
+
+CONFIG = NETWORKS["llama"]
+TARGET, DRAFT = record(CONFIG, 1), record(CONFIG, 2)
+KINDS = {
+    "n-gram": lambda: Drafting(lambda: NGramDrafter(4, shortest=1)),
+    "Jacobi": lambda: Drafting(lambda: JacobiDrafter(3)),
+    "model": lambda: Drafting(ModelDrafter(DRAFT, 3, how=GREEDY, sequences=2)),  # fewer caches than branches
+    "perfect": lambda: Drafting(PerfectDrafter(TARGET, 3, how=GREEDY, sequences=8)),
+    "adversary": lambda: Drafting(Adversary(TARGET, 3, sequences=8)),
+}
+
+
+def requests(seed: int, count: int, sampled: bool) -> list[Request]:
+    rng = np.random.default_rng(seed)
+    shared = rng.integers(0, 300, 9).tolist()
+    out = []
+    for i in range(count):
+        prompt = shared[: rng.integers(1, 10)] + rng.integers(0, 300, rng.integers(1, 8)).tolist()
+        how = {"temperature": 0.8, "top_k": 20, "seed": 100 + i} if sampled and i % 2 else {}
+        how |= {"repetition_penalty": 1.3} if i % 3 == 2 else {}
+        out.append(Request(prompt * (1 + i % 2), int(rng.integers(1, 14)), id=i, **how))
+    return out
+
+
+def served(drafter, asked, each_step=None, **options):
+    """Tokens and reasons of all, and the engine."""
+    settings_ = {"num_blocks": 24, "block_size": 4, "seed": 0, "poison": True, **options}
+    engine = Engine(TARGET, drafter=drafter, **settings_)
+    for request in asked:
+        engine.submit(request)
+    results = {}
+    while engine.unfinished:
+        engine.step()
+        engine.check()
+        if each_step is not None:
+            each_step(engine)
+        results |= engine.results
+        engine.results = {}
+    return {name: (r.tokens, r.text, r.reason) for name, r in results.items()}, engine
+
+
+@pytest.mark.theorem(
+    "With one-hot drafts each request gets the tokens that it gets without, greedy and sampled, in a ragged batch of "
+    "paged memory, with preemption, prefix caches, chunks and drafts of any quality",
+    source="draft i stands if it is what place i draws",
+)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cache", [None, "hash", "radix"])
+@settings(max_examples=1)
+@given(seed=st.integers(0, 999), blocks=st.integers(10, 24), budget=st.integers(4, 40))
+def test_tokens_are_those_without_drafts(kind, cache, seed, blocks, budget):
+    asked = requests(seed, 4, sampled=True)
+    options = {"prefix_cache": cache, "max_batch_tokens": budget, "num_blocks": blocks}
+    plain, _ = served(None, asked, **options)
+    found, engine = served(KINDS[kind](), asked, **options)
+    assert found == plain
+    assert engine.used_blocks == 0
+
+
+def test_preemption_drafts_and_forgotten_caches_all_occur():
+    """The test above would mean little if its cases had none of these."""
+    asked = requests(3, 6, sampled=False)
+    drafting = KINDS["perfect"]()
+    found, engine = served(drafting, asked, num_blocks=12, prefix_cache=None)
+    plain, slow = served(None, asked, num_blocks=12, prefix_cache=None)
+    assert found == plain
+    assert engine.preemptions > 0
+    assert drafting.stats.accepted > 10
+    assert drafting.stats.rate > 0.8  # a penalty of one request is unknown to the drafter
+    assert engine.steps < slow.steps
+    wrong = KINDS["adversary"]()
+    served(wrong, asked)
+    assert wrong.stats.accepted == 0 < wrong.stats.proposed
+
+
+@pytest.mark.theorem(
+    "Keys and values in the blocks of a branch are those of its verified tokens, and the prefix caches hold no others",
+    source="Kwon et al. 2023, section 4.3; vLLM: only verified tokens are hashed",
+)
+@pytest.mark.parametrize("kind", ["model", "adversary"])
+@pytest.mark.parametrize("cache", ["hash", "radix"])
+def test_caches_hold_verified_tokens_only(kind, cache):
+    texts: list[list[int]] = []
+
+    def right(engine, tokens, slots):
+        fresh = ContiguousCache(CONFIG, 1, len(tokens), like=TARGET.weights["norm"])
+        ids = np.asarray(tokens)
+        forward(TARGET.weights, CONFIG, ids, np.arange(len(ids)), fresh.view([len(ids)]))
+        mine = engine.cache.keys[:, slots].transpose(0, 2, 3, 1)  # [L, G, D, S]
+        np.testing.assert_allclose(mine, fresh.keys[:, 0], rtol=0, atol=1e-9 * abs(fresh.keys).max())
+
+    def look(engine):
+        for branch in engine.scheduler.running:
+            if branch.computed:
+                blocks = engine.scheduler.memory.blocks(branch)
+                slots = [blocks[p // 4] * 4 + p % 4 for p in range(branch.computed)]
+                right(engine, branch.tokens[: branch.computed], slots)
+            texts[:] = [t for t in texts if t[: len(branch.tokens)] != branch.tokens[: len(t)]] + [list(branch.tokens)]
+
+    asked = requests(5, 3, sampled=False)
+    _, engine = served(KINDS[kind](), asked, look, prefix_cache=cache, num_blocks=60)
+    memory = engine.scheduler.memory
+    found = 0
+    for text in texts:  # what a later request would find for the text of an earlier one
+        if cache == "radix":
+            slots = memory.cache.match(text, record=False).slots
+        else:
+            blocks = memory.cache.match([*text, 0], keys=[])
+            slots = [b * 4 + i for b in blocks for i in range(4)]
+        found += len(slots)
+        if slots:
+            right(engine, text[: len(slots)], slots)
+    assert found > 0
+
+
+def test_greedy_text_is_the_same_on_the_real_model_in_a_batch_with_preemption():
+    target, draft = load("stdlib", dtype="float64"), load("stdlib-draft", dtype="float64")
+    documents = held_out_documents()
+    asked = [Request(target.tokenizer.encode(documents[i].text)[:40], 20, id=i, ignore_eos=True) for i in range(3)]
+    plain = {r.id: target.generate(list(r.prompt), 20, ignore_eos=True) for r in asked}
+    for drafter in (Drafting(ModelDrafter(draft, 3, sequences=4)), Drafting(lambda: NGramDrafter(4))):
+        engine = Engine(target, num_blocks=11, drafter=drafter, prefix_cache=None)
+        for request in asked:
+            engine.submit(request)
+        found = {name: r.tokens for name, r in engine.run().items()}
+        assert found == plain
+        assert engine.preemptions > 0
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_a_stop_or_an_end_within_an_accepted_run_ends_the_text(stop):
+    """Everything is drafted and accepted, eight tokens a step; what follows the end is discarded."""
+    plain, _ = served(None, [Request([7, 8], 16, id=0)])
+    tokens, text, _ = plain[0]
+    options = {"stop": [text[3:6]]} if stop else {}
+    from dataclasses import replace
+    from types import SimpleNamespace
+
+    config = CONFIG if stop else replace(CONFIG, eos_token_ids=(tokens[4],))
+    model = SimpleNamespace(config=config, weights=TARGET.weights, tokenizer=TARGET.tokenizer)
+    asked = Request([7, 8], 16, id=0, **options)
+    results = []
+    for drafter in (None, Drafting(PerfectDrafter(TARGET, 8))):
+        engine = Engine(model, num_blocks=24, block_size=4, drafter=drafter, poison=True)
+        engine.submit(asked)
+        results.append(engine.run()[0])
+        engine.check()
+    assert results[0] == results[1]
+    assert results[1].reason == ("stop" if stop else "end")
+    assert len(results[1].tokens) < 16
+
+
+@pytest.mark.theorem(
+    "With sampled drafts the law of a request's text is that of plain sampling, in the engine too",
+    source="Leviathan et al. 2023; by enumeration of every uniform",
+)
+def test_sampled_drafts_keep_the_law_in_the_engine(monkeypatch):
+    monkeypatch.setattr(speculative, "draw", enumeration.draw)
+    target = record(SMALL, 4)
+
+    def run(rng):
+        engine = Engine(target, num_blocks=8, block_size=4, drafter=Drafting(ModelDrafter(record(SMALL, 9), 2)), seed=0)
+        engine.submit(Request(PROMPT, 3, id=0, temperature=1.0))
+        engine._live[0].voice(0).rng = rng
+        engine._live[0].voice(0).uniform = lambda place: 0.5
+        monkeypatch.setattr(choosing.sampling, "sample", lambda p, u: np.asarray(
+            [enumeration.draw(row, rng.random()) for row in p]))  # fmt: skip
+        return tuple(engine.run()[0].tokens)
+
+    assert distance(law(run), text_law(target, Sampling(temperature=1.0), 3)) <= 1e-11
+
+
+# --- how many drafts ----------------------------------------------------------------------------------------------
+
+FLAT = Costs([(1, 1.0), (1000, 1.0)], 0.05)
+STEEP = Costs([(1, 1.0), (1000, 1000.0)], 0.05)
+
+
+def test_costs_are_lines_between_what_was_measured():
+    costs = Costs([(1, 1.0), (2, 1.5), (4, 2.0)], 0.1)
+    assert [costs.step(n) for n in (1, 2, 3, 4, 8)] == [1.0, 1.5, 1.75, 2.0, 4.0]
+
+
+@given(alpha=st.floats(0, 1), batch=st.integers(1, 64), most=st.integers(0, 6))
+def test_gamma_is_the_best_and_zero_where_all_lose(alpha, batch, most):
+    costs = Costs([(1, 1.0), (8, 1.2), (64, 4.0), (512, 30.0)], 0.05)
+    rates = [expected_length(alpha, g) / (costs.step(batch * (1 + g)) + batch * g * 0.05) for g in range(most + 1)]
+    assert rates[costs.best_gamma(alpha, batch, most)] == max(rates)
+    assert STEEP.best_gamma(alpha, batch, most) == 0  # a step that costs in proportion to its tokens gains nothing
+    assert FLAT.best_gamma(1.0, 1, most) == most
+
+
+def drive(drafting, good: bool, names: int, rounds: int) -> list[int]:
+    """γ by round of the first of ``names`` branches whose drafts are all accepted, or none."""
+    branches = [drafting() for _ in range(names)]
+    gammas = []
+    for _ in range(rounds):
+        for i, branch in enumerate(branches):
+            # there is always something to look up
+            drafts = branch.propose([1, 2, 3, 4, 5, 1], 100, GREEDY, np.random.default_rng(0)).tokens
+            if i == 0:
+                gammas.append(len(drafts))
+            if drafts:
+                branch.observe([0] * (len(drafts) + 1), len(drafts) if good else 0)
+    return gammas
+
+
+def test_gamma_follows_acceptance_and_probes():
+    def make(costs):
+        return Drafting(lambda: NGramDrafter(4, shortest=1), costs=costs)
+
+    on = drive(make(FLAT), good=True, names=1, rounds=8)
+    costly = Costs([(1, 1.0), (2, 1.4), (8, 3.8)], 0.0)
+    off = drive(make(costly), good=False, names=1, rounds=3 * PROBE)
+    assert on[-1] == 4
+    assert off[0] > 0
+    assert set(off[8:]) == {0, 1}
+    assert 1 <= sum(off[8:]) <= 3  # a probe now and then
+    assert make(None)().propose([1, 2, 1], 9, GREEDY, np.random.default_rng(0)).tokens == [2, 1]
+
+
+def test_drafting_is_off_in_a_large_batch_and_on_in_a_small_one():
+    costs = Costs([(1, 1.0), (4, 1.1), (16, 1.6), (64, 6.0), (256, 24.0)], 0.01)
+    drafting = Drafting(lambda: NGramDrafter(3, shortest=1), costs=costs)
+    small = drive(drafting, good=True, names=1, rounds=8)
+    assert small[-1] > 0
+    large = Drafting(lambda: NGramDrafter(3, shortest=1), costs=costs)
+    assert drive(large, good=True, names=64, rounds=8)[-1] == 0
+    assert large.batch == 64
+
+
+def test_measured_costs_are_usable():
+    costs = measure(TARGET, ModelDrafter(DRAFT, 2), most=6, context=16, rounds=2)
+    assert [n for n, _ in costs.steps] == [1, 2, 3, 4, 6]
+    assert min(t for _, t in costs.steps) > 0
+    assert costs.draft > 0
+    with pytest.raises(ValueError, match="vocabulary"):
+        measure(TARGET, ModelDrafter(record(SMALL, 1)), most=2, rounds=1)
