@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import to_host
+from refllm.kv import together
 from refllm.kv.together import SCORES, attend_together, bias_together, even, fits_together
 from refllm.model.attention import attention
 from strategies import seeds
@@ -19,16 +21,19 @@ windows = st.one_of(st.none(), st.integers(1, 6))
 
 @given(
     lengths=st.lists(st.integers(0, 6), min_size=1, max_size=4), count=st.integers(1, 4), groups=st.integers(1, 2),
-    sharing=st.integers(1, 3), dim=st.sampled_from([2, 4]), window=windows, seed=seeds,
+    sharing=st.integers(1, 3), dim=st.sampled_from([2, 4]), window=windows, in_place=st.booleans(), seed=seeds,
 )  # fmt: skip
-def test_invariance_together_is_each_alone(xp, lengths, count, groups, sharing, dim, window, seed):
+def test_invariance_together_is_each_alone(xp, lengths, count, groups, sharing, dim, window, in_place, seed):
+    """On either kind of processor: with AVX-512 the heads of a key head are one product, without it a product each."""
     rng, batch, longest = np.random.default_rng(seed), len(lengths), max(lengths) + count
     q = rng.standard_normal((batch * count, groups * sharing, dim))
     k, v = (rng.standard_normal((batch, longest, groups, dim)) for _ in "kv")  # what lies past a sequence is garbage
     bias = bias_together(lengths, count, window, xp.zeros(1))
-    o = attend_together(
-        xp.asarray(q.copy()), xp.asarray(k).transpose(0, 2, 3, 1), xp.asarray(v).transpose(0, 2, 1, 3), bias
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(together, "reads_in_place", lambda: in_place)
+        o = attend_together(
+            xp.asarray(q.copy()), xp.asarray(k).transpose(0, 2, 3, 1), xp.asarray(v).transpose(0, 2, 1, 3), bias
+        )
     assert o.shape == q.shape
     for b, past in enumerate(lengths):
         rows, seen = slice(b * count, (b + 1) * count), past + count

@@ -18,8 +18,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from refllm.backend import Array, asarray_like, namespace
 from refllm.model.attention import masked_score
+from refllm.model.weights import reads_in_place
 
 SCORES = 2**20  # of a prefill at once; a larger one goes sequence by sequence, in tiles
 
@@ -42,7 +45,9 @@ def attend_together(q: Array, keys: Array, values: Array, bias: Array | None = N
     else:
         shape = (batch, groups, heads // groups, n, dim)
         rows = q.reshape(batch, n, groups, -1, dim).transpose(0, 2, 3, 1, 4).reshape(batch, groups, -1, dim)
-    p = xp.matmul(rows, keys)  # [B, G, R·n, S]
+    if n == 1 and xp is np and not reads_in_place():  # a head at a time: a matrix-vector product packs nothing
+        rows, keys, values = rows[..., None, :], keys[:, :, None], values[:, :, None]
+    p = xp.matmul(rows, keys)  # [B, G, R·n, S], or [B, G, R, 1, S]
     if bias is not None:
         apart = p.reshape(batch, groups, -1, n, p.shape[-1])
         apart += bias
