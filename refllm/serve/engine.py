@@ -241,6 +241,9 @@ class Engine(Counts):
             pieces = live.found([event.branch for event in some])
             told += pieces
             self._pass_on(name, live, pieces)
+        for name in {event.branch.request.id for event in events}:
+            if name in self._live and not self.scheduler.serves(name):
+                self._close(name, [], "")
         return told
 
     def _pass_on(self, name: Hashable, live: Live, pieces: Sequence[Piece]) -> None:
@@ -253,8 +256,6 @@ class Engine(Counts):
             live.listener, live.result.error = None, f"the listener raised {type(error).__name__}: {error}"
             if self._live.get(name) is live:
                 self._close(name, self.scheduler.abort(name), "error")
-        if live.complete and self._live.get(name) is live:
-            self._close(name, [], "")
 
     def _close(self, name: Hashable, branches: Sequence[Branch], reason: str) -> None:
         """A request has ended: its result, with what ``branches``, cut off now, have said."""

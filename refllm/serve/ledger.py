@@ -60,6 +60,10 @@ class Ledger(ABC):
         """Whether another step has anything to do or to tell."""
         return bool(self._live or self._ended)
 
+    def serves(self, name: Hashable) -> bool:
+        """Whether a branch of the request has not ended."""
+        return name in self._live
+
     def submit(self, request: Request) -> Hashable:
         """Queue a request; returns its id. ValueError, and nothing happens, if it could never be served."""
         name = request.id

@@ -66,7 +66,6 @@ class Live:
         self.ends = frozenset() if request.ignore_eos else frozenset(model.config.eos_token_ids)
         self.search = Search(request, self.ends) if request.beam else None
         self.result = Result(request)
-        self.complete = False
         self._voices: dict[int, Voice] = {}
 
     def voice(self, index: int) -> Voice:
@@ -97,13 +96,11 @@ class Live:
             said, whole = voice.said(branch.output, reason)
             self.result.outputs.append(Output(branch.index, said, whole, reason))
             self.result.preemptions += branch.preemptions
-            self.complete = len(self.result.outputs) == self.request.n
         return Piece(self.request.id, branch.index, tokens, text, reason)
 
     def found(self, beams: Sequence[Branch]) -> list[Piece]:
         """The search is over, ``beams`` were dropped: its hypotheses, the best first."""
         assert self.search is not None
-        self.complete = True
         pieces = []
         for index, (score, tokens, reason) in enumerate(self.search.best):
             said = tokens[:-1] if reason == "end" else tokens

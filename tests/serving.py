@@ -1,0 +1,58 @@
+"""What the tests of serving share: a model, and what each request says if it is served alone, without a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from refllm.api import Model
+from refllm.decode import sampling
+from refllm.serve.request import Request
+from study_models import tiny_model
+
+TOLERANCE = 1e-9  # of a logit: hundreds of times what float64 sums of these sizes can differ by
+
+
+@cache
+def served_model(vocab: int = 257, xp: Any = np) -> Model:
+    """A random network in float64 whose end token comes now and then."""
+    record = tiny_model(3, xp=xp, vocab_size=vocab, max_position_embeddings=96, eos_token_ids=(5,))
+    return Model(record.config, record.weights, record.tokenizer)
+
+
+@cache
+def last_logits(tokens: tuple[int, ...], vocab: int = 257) -> np.ndarray:
+    """z[V] after a text, by one full forward."""
+    return np.asarray(served_model(vocab).logits(list(tokens))[-1])
+
+
+def alone(request: Request, index: int = 0) -> tuple[list[int], float]:
+    """The output of branch ``index`` (end token included) and how near a logit came to changing a token of it.
+
+    One token after the other, each from a full forward of the whole text.
+    """
+    rng = np.random.default_rng(request.seed if index == 0 else [request.seed, index])
+    text, nearest = list(request.prompt), np.inf
+    how = request.temperature, request.top_k, request.top_p, request.min_p
+    for _ in range(request.max_tokens):
+        z = last_logits(tuple(text))[None]
+        if request.repetition_penalty != 1:
+            seen = np.zeros(z.shape, dtype=bool)
+            seen[0, text] = True
+            z = sampling.apply_repetition_penalty(z, seen, request.repetition_penalty)
+        u = rng.random(1)
+        token = int(z.argmax()) if request.temperature == 0 else int(sampling.sample(sampling.warp(z, *how), u)[0])
+        nearest = min(nearest, float(sampling.margin(z, u, *how)[0]))
+        text.append(token)
+        if token == 5 and not request.ignore_eos:
+            break
+    return text[len(request.prompt) :], nearest
+
+
+def said(tokens: Sequence[int], request: Request) -> list[int]:
+    """An output as results have it: without its end token."""
+    ended = tokens and tokens[-1] == 5 and not request.ignore_eos
+    return list(tokens[:-1] if ended else tokens)
