@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from refllm.cli.shared import BackendOption, ModelOption, emit, flag, note, opt, progress
+from refllm.cli.speculation import Speculation, draft_named
 from refllm.study.terminal import printable
 
 DEFAULT_TOKENS = 128
@@ -32,6 +33,10 @@ def generate(
     seed: Annotated[int | None, opt("The same seed gives the same text.", min=0, show_default="a fresh one")] = None,
     stop: Annotated[list[str] | None, opt("End before this text; may be repeated.", metavar="TEXT")] = None,
     ignore_eos: Annotated[bool, flag("Go on after an end token.", "--ignore-eos")] = False,
+    draft: Annotated[
+        str | None, opt("Speculate: a draft model, or ngram.", metavar="NAME|DIR|ngram", show_default="off")
+    ] = None,
+    gamma: Annotated[int | None, opt("Drafted tokens a step.", min=1, show_default="4; ngram: 8")] = None,
     backend: BackendOption = "numpy",
 ) -> None:
     """Continue a prompt, token by token.
@@ -44,6 +49,10 @@ def generate(
       refllm generate 'def fibonacci(n):' --max-tokens 200
       refllm generate 'import os' -t 0.8 --top-p 0.95 --seed 1
       git show HEAD:setup.py | refllm generate - --stop 'def '
+      refllm generate 'import os' --draft stdlib-draft --gamma 3
+
+    With --draft the text is the same at temperature 0 and has the same law at others; on a terminal drafted tokens are
+    shown as they are judged, accepted ones in green, rejected ones struck through in red.
     """
     import numpy as np
 
@@ -53,7 +62,10 @@ def generate(
 
     text = read_prompt(prompt, prompt_file)
     how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    if gamma is not None and draft is None:
+        raise ValueError("--gamma is the number of drafted tokens: say who drafts with --draft")
     loaded = load(model, backend)
+    speculation = None if draft is None else Speculation(draft_named(draft, gamma, backend), loaded.tokenizer)
     length = len(loaded.tokenizer.encode(text, special=True))
     if max_tokens is None:
         max_tokens = min(DEFAULT_TOKENS, max(1, loaded.config.max_position_embeddings - length))
@@ -65,11 +77,12 @@ def generate(
             typer.secho(printable(text), dim=True, nl=False)
     watch = Stopwatch()
     pieces = loaded.stream(
-        text, max_tokens, how=how, stop=stop or (), ignore_eos=ignore_eos, rng=seed, on_token=watch.tick
-    )
+        text, max_tokens, how=how, stop=stop or (), ignore_eos=ignore_eos, rng=seed, on_token=watch.tick,
+        drafter=None if speculation is None else speculation.drafter, on_step=None if speculation is None else speculation.judged,
+    )  # fmt: skip
     if sys.stdout.isatty():
-        for piece in pieces:
-            emit(piece)
+        for piece in pieces if speculation is None else speculation.shown(pieces):
+            emit(piece) if speculation is None else typer.echo(piece, nl=False)
         emit("\n")
     else:  # the text itself shows nobody that it is being written
         end = "\n"  # of nothing at all
@@ -84,6 +97,8 @@ def generate(
         drawn = f", seed {seed}" if temperature > 0 else ""
         speed = f", then {watch.tokens_per_second:,.0f} tokens/s" if watch.tokens > 1 else ""
         note(f"{length} + {watch.tokens} tokens, the first after {1e3 * watch.ttft:.0f} ms{speed}{drawn}")
+    if speculation is not None:
+        note(speculation.summary())
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
