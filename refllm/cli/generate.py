@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -76,10 +76,10 @@ def generate(
         else:
             typer.secho(printable(text), dim=True, nl=False)
     watch = Stopwatch()
+    drafted: Any = {} if speculation is None else {"drafter": speculation.drafter, "on_step": speculation.judged}
     pieces = loaded.stream(
-        text, max_tokens, how=how, stop=stop or (), ignore_eos=ignore_eos, rng=seed, on_token=watch.tick,
-        drafter=None if speculation is None else speculation.drafter, on_step=None if speculation is None else speculation.judged,
-    )  # fmt: skip
+        text, max_tokens, how=how, stop=stop or (), ignore_eos=ignore_eos, rng=seed, on_token=watch.tick, **drafted
+    )
     if sys.stdout.isatty():
         for piece in pieces if speculation is None else speculation.shown(pieces):
             emit(piece) if speculation is None else typer.echo(piece, nl=False)
