@@ -18,6 +18,7 @@ from refllm.cli.figures import figures as figures_command
 from refllm.cli.generate import generate as generate_command
 from refllm.cli.info import info as info_command
 from refllm.cli.quantize import quantize as quantize_command
+from refllm.cli.simulate import simulate as simulate_command
 from refllm.cli.tour import tour as tour_command
 from refllm.cli.train import train as train_command
 
@@ -53,4 +54,5 @@ app.command("eval")(evaluate_command)
 app.command("train")(train_command)
 app.command("convert")(convert_command)
 app.command("quantize")(quantize_command)
+app.command("simulate")(simulate_command)
 app.command("figures")(figures_command)

@@ -1,0 +1,234 @@
+"""``refllm simulate``: serving without a model, by the roofline's clock."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from refllm.cli.shared import BackendOption, JsonOption, opt, progress
+from refllm.study.terminal import console, pairs, table
+
+if TYPE_CHECKING:
+    from refllm.model.config import ModelConfig
+    from refllm.serve.ledger import Ledger
+    from refllm.serve.simulate import Run
+    from refllm.study.machine import Device
+
+SHAPES = ("llama-8b", "llama-70b")
+
+
+def simulate(
+    model: Annotated[
+        str, opt("A bundled model, a directory with a config.json, llama-8b or llama-70b.", "--model", "-m",
+                 metavar="NAME|DIR")
+    ] = "llama-8b",
+    device: Annotated[str, opt("h200, a100, or here: this machine, measured.", metavar="NAME")] = "h200",
+    traffic: Annotated[
+        str, opt("Lengths: sharegpt, alpaca, azure-chat, azure-code. Or one of the programs that share prefixes: "
+                 "few-shot, self-consistency, chat, tree, rag, unique.", metavar="NAME")
+    ] = "sharegpt",
+    requests: Annotated[int, opt("Requests of the traffic; questions of a program.", min=1)] = 500,
+    rate: Annotated[float | None, opt("Arrivals a second.", min=0, show_default="all at once")] = None,
+    burstiness: Annotated[float, opt("Shape of the gaps: 1 is Poisson, less is bursty.", min=0)] = 1.0,
+    policy: Annotated[
+        str, opt("fcfs, priority, lpm; orca-max, orca-pow2, orca-oracle; static.", metavar="NAME")
+    ] = "fcfs",
+    prefix_cache: Annotated[str | None, opt("hash or radix.", metavar="NAME")] = None,
+    preempt: Annotated[str, opt("recompute, or swap to host memory.", metavar="NAME")] = "recompute",
+    slots: Annotated[
+        int | None, opt("Tokens of keys and values that fit.", min=1, show_default="what the device has beside "
+                        "the weights")
+    ] = None,
+    block_size: Annotated[int, opt("Tokens in a block.", min=1)] = 16,
+    max_batch_tokens: Annotated[int, opt("Tokens that a step may compute.", min=1)] = 2048,
+    max_sequences: Annotated[int, opt("Requests that may run at a time.", min=1)] = 256,
+    bits: Annotated[float, opt("Bits of a weight; keys and values have 16.", min=1)] = 16,
+    ttft: Annotated[float | None, opt("Limit on the time to the first token, ms, for the goodput.", min=0)] = None,
+    tpot: Annotated[float | None, opt("Limit on the time of each further token, ms.", min=0)] = None,
+    seed: Annotated[int, opt("Of lengths and arrivals.", min=0)] = 0,
+    trace: Annotated[
+        Path | None, opt("Write every step, the first 200 block tables and the radix tree.", metavar="FILE")
+    ] = None,
+    as_json: JsonOption = False,
+    backend: BackendOption = "numpy",
+) -> None:  # fmt: skip
+    """Simulate serving: the real scheduler and memory, with a clock instead of a model.
+
+    Steps take the time of the roofline for the device: a lower bound, projected, not measured. No weight is read.
+
+    \b
+    Examples:
+      refllm simulate
+      refllm simulate --model llama-70b --bits 4 --rate 2 --ttft 500 --tpot 50
+      refllm simulate --traffic chat --prefix-cache radix --policy lpm --trace run.json
+    """
+    from refllm.backend import get
+    from refllm.serve.metrics import Limits
+    from refllm.serve.simulate import Simulator
+    from refllm.study.clock import RooflineClock
+
+    get(backend)
+    config, machine = _config(model), _device(device)
+    clock = RooflineClock(config, machine, weight_bytes_per_param=bits / 8)
+    room = _slots(clock, device) if slots is None else slots
+    scheduler = _scheduler(policy, room, block_size, prefix_cache, preempt, config,
+                           {"max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences})  # fmt: skip
+    asked, follow = _asked(traffic, requests, rate, burstiness, seed)
+    watcher = _watcher(scheduler, trace)
+    simulator = Simulator(scheduler, clock, jumps=trace is None, on_step=watcher)
+    with progress("serving") as advance:
+        run = simulator.run(asked, follow, advance)
+    if trace is not None:
+        _write(trace, watcher, scheduler, machine)
+    inf = float("inf")
+    limits = Limits(inf if ttft is None else ttft / 1e3, inf if tpot is None else tpot / 1e3)
+    facts = _facts(run, limits) | {"slots": room, "device": machine.name, "policy": policy}
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        _show(facts)
+
+
+def _config(name: str) -> ModelConfig:
+    from refllm.study import memory
+
+    if name in SHAPES:
+        return {"llama-8b": memory.LLAMA_8B, "llama-70b": memory.LLAMA_70B}[name]
+    from refllm.api import locate
+    from refllm.model.checkpoint import read_config
+
+    return read_config(locate(name))
+
+
+def _device(name: str) -> Device:
+    from refllm.study.machine import DEVICES, measure_machine
+
+    if name == "here":
+        return measure_machine()
+    if name not in DEVICES:
+        raise ValueError(f"unknown device {name!r}; choose one of {', '.join(DEVICES)}, here")
+    return DEVICES[name]
+
+
+def _slots(clock: Any, device: str) -> int:
+    from refllm.study.clock import MEMORY
+
+    if device not in MEMORY:
+        raise ValueError(f"the memory of {device!r} is not known: say how many tokens fit with --slots")
+    return int(clock.slots(0.9 * MEMORY[device]))  # a tenth for activations, as servers keep it
+
+
+def _scheduler(
+    policy: str, slots: int, block_size: int, cache: str | None, preempt: str, config: ModelConfig, limits: Any
+) -> Ledger:
+    from refllm.kv.blocks import BlockPool
+    from refllm.serve import policies
+    from refllm.serve.scheduler import Scheduler
+    from refllm.serve.swapping import Swapping
+
+    if slots < block_size:
+        raise ValueError(f"{slots} slots hold no block of {block_size}: take more slots or smaller blocks")
+    pool = BlockPool(slots // block_size, block_size)
+    if preempt not in ("recompute", "swap"):
+        raise ValueError(f"unknown way to preempt {preempt!r}; choose recompute or swap")
+    if preempt == "swap":
+        if cache is not None or policy not in policies.CONTINUOUS:
+            raise ValueError("--preempt swap goes with fcfs, priority or lpm, and without a prefix cache")
+        return Scheduler(Swapping(pool), order=policy, **limits)
+    longest = min(2048, config.max_position_embeddings)
+    if policy == "static":
+        limits = {"max_sequences": limits["max_sequences"]}
+    return policies.make(policy, pool, prefix_cache=cache, longest=longest, **limits)
+
+
+def _asked(name: str, count: int, rate: float | None, shape: float, seed: int) -> tuple[Any, Any]:
+    """(requests, what follows from their answers)"""
+    import numpy as np
+
+    from refllm.serve import programs
+    from refllm.serve.workload import TRAFFIC, Distinct, requests
+
+    rng, tokens = np.random.default_rng(seed), Distinct()
+    rate = float("inf") if rate is None else rate
+    if name in TRAFFIC:
+        return requests(TRAFFIC[name], count, rng, rate=rate, shape=shape), None
+    made = {
+        "few-shot": lambda: programs.few_shot(tokens, count),
+        "self-consistency": lambda: programs.self_consistency(tokens, count),
+        "chat": lambda: programs.chat(tokens, count),
+        "tree": lambda: programs.tree_of_thought(tokens, count),
+        "rag": lambda: programs.rag(tokens, count, rng),
+        "unique": lambda: programs.unique(tokens, count),
+    }
+    if name not in made:
+        raise ValueError(f"unknown traffic {name!r}; choose one of {', '.join([*TRAFFIC, *made])}")
+    if rate != float("inf"):
+        raise ValueError(f"--rate is for traffic: the requests of {name} come together, and when answers call for them")
+    program = made[name]()
+    return program.requests, program.follow
+
+
+def _watcher(scheduler: Ledger, trace: Path | None) -> Any:
+    from refllm.serve.memory import Paged
+    from refllm.serve.trace import Trace
+
+    if trace is None:
+        return None
+    return Trace(scheduler, blocks=200 if isinstance(scheduler.memory, Paged) else 0)
+
+
+def _write(path: Path, watcher: Any, scheduler: Ledger, machine: Device) -> None:
+    import sys
+
+    from refllm.serve.prefixes import Radix
+    from refllm.serve.trace import tree
+    from refllm.study.records import Record, write
+
+    values = {"occupancy": watcher.occupancy(), "blocks": watcher.blocks()}
+    if isinstance(scheduler.memory, Radix):
+        values["tree"] = tree(scheduler.memory.cache)
+    write(path, Record(f"refllm {' '.join(sys.argv[1:])}", "C", f"{machine.name}, by the roofline", values))
+
+
+def _facts(run: Run, limits: Any) -> dict[str, Any]:
+    report = run.summary(limits)
+    times = {name: spread and spread._asdict() for name in ("ttft", "tpot", "itl", "e2el")
+             for spread in [getattr(report, name)]}  # fmt: skip
+    rest = {key: value for key, value in vars(report).items() if key not in times}
+    steps = max(1, run.all.steps)  # none where nobody asked for a token
+    return rest | {
+        "times": times,
+        "steps": run.all.steps,
+        "tokens": run.all.tokens,
+        "batch": run.all.rows / steps,
+        "held": run.all.allocated / (steps * run.all.slots),
+        "hit rate": run.hit_rate,
+        "preemptions": run.preemptions,
+        "swapped tokens": run.moved.tokens,
+    }
+
+
+def _show(facts: dict[str, Any]) -> None:
+    out = console()
+    out.print(f"{facts['completed']} requests, projected for {facts['device']} (kind C)", style="bold")
+    pairs(
+        out,
+        {
+            "duration": f"{facts['duration']:.4g} s, {facts['steps']:,} steps over {facts['slots']:,} slots",
+            "throughput": f"{facts['request_throughput']:.4g} requests/s, {facts['output_throughput']:,.0f} tokens/s "
+            f"written, {facts['total_throughput']:,.0f} with those read",
+            "goodput": f"{facts['goodput']:.4g} requests/s within the limits",
+            "batch": f"{facts['batch']:.1f} requests a step; {facts['held']:.0%} of the slots are held",
+            "found cached": f"{facts['hit rate']:.1%} of the prompt tokens",
+            "preemptions": f"{facts['preemptions']}, {facts['swapped tokens']:,} tokens moved by swapping",
+        },
+    )
+    out.print()
+    shown = table("time (ms)", "mean", "median", "p90", "p99", "longest")
+    for name, spread in facts["times"].items():
+        if spread is not None:
+            shown.add_row(name.upper(), *(f"{1e3 * value:,.2f}" for value in spread.values()))
+    out.print(shown)
