@@ -44,6 +44,57 @@ EXAMPLES = {
         ]
         + [{"method": "int8", "bits": 8, "group": 0, "seed": None, "kl": [0.1, 0.1, 0.1], "bits per weight": 8.1}],
     },
+    "observers": {
+        "tensor": "a tensor",
+        "edges": [0.1, 1.0, 10.0],
+        "density": [0.9, 0.0],
+        "rows": [
+            {"observer": n, "bits": b, "cut": c, "beyond": 0.1, "error": 0.1 / c}
+            for b in (8, 4)
+            for n, c in (("min-max", 9.0), ("MSE", 5.0))
+        ],
+    },
+    "smoothquant": {
+        "factor": 128.0,
+        "rows": [
+            {"outliers": o, "level": v, "alpha": a, "keep": k, "bits per byte": 1.1, "full precision": 1.0}
+            for o in ("nothing", "norms", "MLP hidden")
+            for v in ("O1", "O2")
+            for a in (None, 0.0, 0.5)
+            for k in ([], ["down_proj"], ["o_proj", "down_proj"])
+        ],
+    },
+    "salience": {
+        "bits": 3,
+        "factor": 8.0,
+        "rows": [
+            {"network": n, "by": by, "fraction": f, "seed": s, "kl": [0.1, 0.05, 0.2]}
+            for n in ("as it is", "planted")
+            for by in (None, "activation", "weight", "random")
+            for f in (0.01, 0.1)
+            for s in (0, 1)
+        ],
+    },
+    "gguf_layouts": {
+        "types": [
+            {
+                "type": "a",
+                "numbers": n,
+                "bits": 4.5,
+                "fields": [
+                    {"role": "step", "size": 2, "holds": "d"},
+                    {"role": "codes", "size": n // 2, "holds": "two numbers"},
+                ],
+            }
+            for n in (32, 256)
+        ],
+    },
+    "gguf_mixes": {
+        "rows": [
+            {"mix": "a", "base": 4.5, "model": 4.6, "article": None},
+            {"mix": "b", "base": 5.5, "model": 5.7, "article": 5.5},
+        ]
+    },
     "kv_memory": {"contexts": [10, 100], "lines": {"a": [1e9, 1e10]}, "weights": {"w": 5e9}, "marked": 100},
 }
 

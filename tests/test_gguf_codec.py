@@ -24,6 +24,7 @@ from gguf_data import (
     matrices,
 )
 from refllm.formats.gguf import TYPES, codec, dequantize, quantize, row_bytes
+from refllm.formats.gguf.kinds import FIELDS
 from strategies import build, seeds
 
 
@@ -153,7 +154,8 @@ def repeats(x, type):
 
 @pytest.mark.theorem(
     "Q4_0, Q5_0 and Q8_0: encode(decode(encode(x))) = encode(x) exactly where the stored step is finite, and not 0 "
-    "unless all codes are those of zeros; Q4_1 and Q5_1: where the levels q·d + m, rounded to float32, give back d and each used q",
+    "unless all codes are those of zeros; Q4_1 and Q5_1: where the levels q·d + m, rounded to float32, give back d and "
+    "each q that is used",
     source="ggml's quantisers; the condition is refllm's",
 )
 @settings(max_examples=100)
@@ -276,6 +278,57 @@ def test_importance_moves_the_error_to_where_it_costs_nothing():
     for type in (*K_QUANTS, "Q4_0", "Q4_1", "Q5_0", "Q5_1"):
         plain, weighted = ((dequantize(quantize(x, type, i), type) - x) ** 2 @ w for i in (None, w))
         assert weighted.sum() < plain.sum(), type
+
+
+# --- fields --------------------------------------------------------------------------------------------------------
+
+# What a byte of a field holds, by the sentence that the figure shows: byte → numbers of the block
+HOLDS = {
+    "low half: number j, high half: number j + 16": lambda j: {j, j + 16},
+    "bit i of the 32: number i": lambda j: set(range(8 * j, 8 * j + 8)),
+    "number j, signed": lambda j: {j},
+    "byte 32c + l: numbers 64c + l and 64c + 32 + l": lambda j: {j // 32 * 64 + j % 32 + t for t in (0, 32)},
+    "byte 32h + l: numbers 128h + l + 0, 32, 64, 96": lambda j: {j // 32 * 128 + j % 32 + t for t in (0, 32, 64, 96)},
+    "byte 32h + l: 128h + l + 0, 32, 64, 96": lambda j: {j // 32 * 128 + j % 32 + t for t in (0, 32, 64, 96)},
+    "byte l, bit t: number 32t + l": lambda j: set(range(j, 256, 32)),
+    "byte 64h + l: numbers 128h + l and 128h + 64 + l": lambda j: {j // 64 * 128 + j % 64 + t for t in (0, 64)},
+}
+
+
+@pytest.mark.theorem("A byte of a block's codes changes the numbers that its field names, and no others",
+                     source="ggml's block structures")  # fmt: skip
+@given(st.sampled_from(list(FIELDS)), seeds)
+def test_fields_hold_what_they_say(type, seed):
+    rng, at = np.random.default_rng(seed), 0
+    raw = quantize(rng.uniform(1, 2, (1, TYPES[type].block)).astype(np.float32) * rng.choice([-1, 1]), type)
+    plain = decode(raw, type)[0]
+    for field in FIELDS[type]:
+        place = int(rng.integers(field.size))
+        changed = raw.copy()
+        changed[0, at + place] ^= 0xFF
+        with np.errstate(all="ignore"):
+            numbers = set(np.flatnonzero(decode(changed, type)[0] != plain).tolist())
+        if field.holds in HOLDS:
+            assert numbers <= HOLDS[field.holds](place)
+            assert len(numbers) >= len(HOLDS[field.holds](place)) - 1  # −0 and 0 of MXFP4 are equal
+        elif field.role == "scales" and field.size == 16:  # one sub-block of 16 each
+            assert numbers <= set(range(16 * place, 16 * place + 16))
+        else:
+            assert field.role in ("step", "offset", "scales")
+        at += field.size
+    assert at == TYPES[type].size
+
+
+def test_without_a_step_only_the_offset_is_left():
+    x = build("normal", (1, 256), 0)
+    for type, fields in FIELDS.items():
+        raw, at = quantize(x, type).reshape(-1, TYPES[type].size), 0
+        for field in fields:
+            if field.role == "step" or (field.role == "offset" and type.endswith("_K")):
+                raw[:, at : at + field.size] = 0
+            at += field.size
+        values = np.abs(decode(raw.reshape(1, -1), type)).reshape(-1, TYPES[type].block)
+        assert (values.max(axis=1) < 1e-30).all() or (type.endswith("_1") and (np.ptp(values, axis=1) == 0).all()), type
 
 
 # --- plain floats, edges, refusals ---------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ from refllm.study.drawing import (
     coloured,
     styled,
 )
-from refllm.study.figures_quant import quantization
+from refllm.study.figures_formats import gguf_layouts, gguf_mixes
+from refllm.study.figures_quant import observers, quantization, salience, smoothquant
 from refllm.study.records import Record, read
 
 _KEY = "refllm-digest"
@@ -174,6 +175,11 @@ FIGURES: dict[str, tuple[str, Draw]] = {
     "decode_cost": ("decode_cost.json", decode_cost),
     "kv_memory": ("kv_memory.json", kv_memory),
     "quantization": ("quantization.json", quantization),
+    "observers": ("observers.json", observers),
+    "smoothquant": ("smoothquant.json", smoothquant),
+    "salience": ("salience.json", salience),
+    "gguf_layouts": ("gguf_layouts.json", gguf_layouts),
+    "gguf_mixes": ("gguf_mixes.json", gguf_mixes),
 }
 
 

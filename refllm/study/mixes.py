@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from refllm.formats.gguf.kinds import kind
+from refllm.formats.gguf.kinds import FIELDS, kind
 from refllm.formats.gguf.mixes import MIXES, Heads, bits_per_weight, mix
 from refllm.model.config import ModelConfig
 from refllm.model.gguf_names import architecture, gguf_name
 from refllm.model.shards import tensor_shapes
 from refllm.study.records import Record, write
 
-__all__ = ["ARTICLE", "LLAMA_2_7B", "LLAMA_31_8B", "mix_bits", "table"]
+__all__ = ["ARTICLE", "LLAMA_2_7B", "LLAMA_31_8B", "layouts", "mix_bits", "table"]
 
 LLAMA_2_7B = ModelConfig("llama", 32_000, 4096, 11_008, 32, 32, 32, 128)
 LLAMA_31_8B = ModelConfig("llama", 128_256, 4096, 14_336, 32, 32, 8, 128)
@@ -50,14 +50,28 @@ def table() -> list[dict[str, Any]]:
     ]
 
 
+def layouts() -> dict[str, Any]:
+    """The bytes of each block format, for the figure ``gguf_layouts``."""
+    return {
+        "types": [
+            {
+                "type": name, "numbers": kind(name).block, "bits": kind(name).bits_per_weight,
+                "fields": [{"role": f.role, "size": f.size, "holds": f.holds} for f in fields],
+            }
+            for name, fields in FIELDS.items()
+        ]
+    }  # fmt: skip
+
+
 def main(folder: str = "figures/data") -> None:
-    """Print the table and write the data of the figure ``gguf_mixes``."""
+    """Print the table, and write the data of the figures ``gguf_mixes`` and ``gguf_layouts``."""
     rows = table()
     print("mix     base type  " + "  ".join(MODELS) + "  article")
     for row in rows:
         bits = "  ".join(f"{row[model]:>{len(model)}.4f}" for model in MODELS)
         print(f"{row['mix']:<7} {row['base']:>9.4f}  {bits}  {row['article'] or ''}")
-    write(f"{folder}/gguf_mixes.json", Record("python -m refllm.study.mixes", "A", "none", {"rows": rows}))
+    for name, values in (("gguf_mixes", {"rows": rows}), ("gguf_layouts", layouts())):
+        write(f"{folder}/{name}.json", Record("python -m refllm.study.mixes", "A", "none", values))
 
 
 if __name__ == "__main__":

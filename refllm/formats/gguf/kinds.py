@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["TYPES", "Kind", "kind", "row_bytes"]
+__all__ = ["FIELDS", "TYPES", "Field", "Kind", "kind", "row_bytes"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,43 @@ TYPES = {
         Kind("Q3_K", 11, 256, 110), Kind("Q4_K", 12, 256, 144), Kind("Q5_K", 13, 256, 176),
         Kind("Q6_K", 14, 256, 210), Kind("BF16", 30, 1, 2), Kind("MXFP4", 39, 32, 17),
     )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Field:
+    """Some bytes of a block: ``role`` is "step", "offset", "scales", "high bits" or "codes"; ``holds`` says of what.
+
+    Numbers of a block are counted from 0, sub-blocks too; j is the byte's place in the field.
+    """
+
+    role: str
+    size: int
+    holds: str
+
+
+_D, _M = Field("step", 2, "d"), Field("offset", 2, "m")
+_DMIN = Field("offset", 2, "dmin")
+_NIBBLES = Field("codes", 16, "low half: number j, high half: number j + 16")
+_FIFTH = Field("high bits", 4, "bit i of the 32: number i")
+_SIX = Field("scales", 12, "8 scales and 8 offsets of 6 bits")
+_PAIRS = Field("codes", 128, "byte 32c + l: numbers 64c + l and 64c + 32 + l")
+_QUARTERS = Field("codes", 64, "byte 32h + l: numbers 128h + l + 0, 32, 64, 96")
+FIELDS: dict[str, tuple[Field, ...]] = {
+    "Q4_0": (_D, _NIBBLES),
+    "Q4_1": (_D, _M, _NIBBLES),
+    "Q5_0": (_D, _FIFTH, _NIBBLES),
+    "Q5_1": (_D, _M, _FIFTH, _NIBBLES),
+    "Q8_0": (_D, Field("codes", 32, "number j, signed")),
+    "MXFP4": (Field("step", 1, "E"), _NIBBLES),
+    "Q2_K": (Field("scales", 16, "low half: scale j, high half: offset j"), _QUARTERS, _D, _DMIN),
+    "Q3_K": (Field("high bits", 32, "byte l, bit t: number 32t + l"), _QUARTERS,
+             Field("scales", 12, "16 scales of 6 bits"), _D),
+    "Q4_K": (_D, _DMIN, _SIX, _PAIRS),
+    "Q5_K": (_D, _DMIN, _SIX, Field("high bits", 32, "byte l, bit t: number 32t + l"), _PAIRS),
+    "Q6_K": (Field("codes", 128, "byte 64h + l: numbers 128h + l and 128h + 64 + l"),
+             Field("high bits", 64, "byte 32h + l: 128h + l + 0, 32, 64, 96"),
+             Field("scales", 16, "scale j, signed"), _D),
 }  # fmt: skip
 
 
