@@ -27,6 +27,7 @@ import hashlib
 import json
 import math
 import platform
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -184,13 +185,20 @@ def table(bench: Bench, wanted: Sequence[Cell], cache: Path) -> Iterator[dict[st
 
 
 def code_digest() -> str:
-    """Of the modules that quantise: a cell that other code has made is not this code's."""
-    root = Path(refllm.__file__).parent
-    digest = hashlib.sha256()
-    for folder in ("formats", "quant"):
-        for path in sorted((root / folder).glob("*.py")):
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
+    """Of the modules that quantise: a cell that other code has made is not this code's.
+
+    ``quant.recipe`` and what it imports of ``formats`` and ``quant``, so that export formats may change.
+    """
+    root, todo, seen = Path(refllm.__file__).parent, ["quant/recipe.py"], set[str]()
+    while todo:
+        path = todo.pop()
+        if path not in seen and (root / path).is_file():
+            seen.add(path)
+            todo += [f"{m[1]}/{m[2]}.py" for m in _IMPORT.finditer((root / path).read_text("utf-8"))]
+    return hashlib.sha256(b"".join(path.encode() + (root / path).read_bytes() for path in sorted(seen))).hexdigest()
+
+
+_IMPORT = re.compile(r"^from refllm\.(formats|quant)\.(\w+) import", re.MULTILINE)
 
 
 def values(bench: Bench, name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
