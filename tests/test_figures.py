@@ -75,6 +75,26 @@ EXAMPLES = {
             for s in (0, 1)
         ],
     },
+    "gguf_layouts": {
+        "types": [
+            {
+                "type": "a",
+                "numbers": n,
+                "bits": 4.5,
+                "fields": [
+                    {"role": "step", "size": 2, "holds": "d"},
+                    {"role": "codes", "size": n // 2, "holds": "two numbers"},
+                ],
+            }
+            for n in (32, 256)
+        ],
+    },
+    "gguf_mixes": {
+        "rows": [
+            {"mix": "a", "base": 4.5, "model": 4.6, "article": None},
+            {"mix": "b", "base": 5.5, "model": 5.7, "article": 5.5},
+        ]
+    },
     "kv_memory": {"contexts": [10, 100], "lines": {"a": [1e9, 1e10]}, "weights": {"w": 5e9}, "marked": 100},
 }
 

@@ -33,6 +33,7 @@ from refllm.study.drawing import (
     coloured,
     styled,
 )
+from refllm.study.figures_formats import gguf_layouts, gguf_mixes
 from refllm.study.figures_quant import observers, quantization, salience, smoothquant
 from refllm.study.records import Record, read
 
@@ -177,6 +178,8 @@ FIGURES: dict[str, tuple[str, Draw]] = {
     "observers": ("observers.json", observers),
     "smoothquant": ("smoothquant.json", smoothquant),
     "salience": ("salience.json", salience),
+    "gguf_layouts": ("gguf_layouts.json", gguf_layouts),
+    "gguf_mixes": ("gguf_mixes.json", gguf_mixes),
 }
 
 
