@@ -39,7 +39,7 @@ import numpy as np
 from refllm.backend import Array, bitcast, namespace
 from refllm.formats.codes import PIECE
 
-__all__ = ["FORMATS", "OVERFLOW", "Format", "decode", "encode", "float_format", "nearest", "table"]
+__all__ = ["FORMATS", "OVERFLOW", "Format", "decode", "encode", "float_format", "nearest", "rounded", "table"]
 
 OVERFLOW = ("saturate", "nan", "raise")
 _SIZE, _INFINITY = 0x7FFFFFFF, 0x7F800000  # all bits but the sign; infinity: what is above is NaN
@@ -226,6 +226,35 @@ def _refuse(flat: Array, fmt: Format, name: str, *, all: bool) -> None:
         low = -fmt.max if fmt.signed else fmt.smallest
         raise ValueError(f"{name}: number {at} is {float(flat[at]):g}, which {fmt.name} has no code for: it reaches "
                          f"from {low:g} to {fmt.max:g}")  # fmt: skip
+
+
+def rounded(x: Array, fmt: str) -> Array:
+    """decode(encode(x)) of finite float32 numbers, saturating, without the codes: a third of the time.
+
+    The same two roundings as in ``_codes``, in place of the bits; for simulating a format in float32.
+    """
+    xp, found = namespace(x), float_format(fmt)
+    if not found.signed or x.dtype != xp.float32:
+        raise TypeError(f"rounded: float32 numbers in a format with a sign, got {x.dtype} and {fmt}")
+    flat = xp.ascontiguousarray(xp.reshape(x, (-1,)))
+    out = xp.empty(flat.shape, dtype=xp.float32)
+    step, drop = PIECE[0 if xp is np else 1] >> 1, 23 - found.mantissa
+    base = 1.5 * found.smallest * 2.0**23  # its spacing is the smallest number; 1.5, so that −|x| changes no binade
+    for i in range(0, int(flat.size), step):
+        piece = xp.clip(flat[i : i + step], -found.max, found.max)
+        bits = bitcast(piece, xp.int32)
+        carried = (bits >> drop) & 1
+        carried += bits
+        carried += (1 << (drop - 1)) - 1
+        carried &= -1 << drop
+        normal = bitcast(carried, xp.float32)
+        if found.bias != 127:
+            small = piece + base
+            small -= base
+            xp.copysign(small, piece, out=small)  # −0 is kept
+            normal = xp.where(xp.abs(piece) < found.smallest_normal, small, normal)
+        out[i : i + step] = normal
+    return xp.reshape(out, x.shape)
 
 
 def nearest(x: Array, fmt: str) -> Array:

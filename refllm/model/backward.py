@@ -12,14 +12,17 @@ the derivative that it implements. Parameters and gradients are flat dicts under
 Sources: the chain rule; the identity Σ_j dP_ij P_ij = Σ_d dO_id O_id (Dao et al. 2022, FlashAttention,
 appendix B.2) saves one pass over the S×S matrix.
 
+The products of the projections, forward and backward, are a ``Product``'s: float32 matrices unless told otherwise,
+8-bit ones in ``fp8``. Those of the attention and of the output head are always float32.
+
 Left out: the loss itself (see ``loss``); Qwen's biases and query/key norms and sliding windows, which are all
-refused; dropout, mixed precision, recomputation.
+refused; dropout, recomputation.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from refllm.backend import Array, asarray_like, namespace, scatter_add
 from refllm.model.config import ModelConfig, UnsupportedModel
@@ -30,6 +33,33 @@ Tensors = dict[str, Array]
 _TILE = 256  # queries at a time: their probabilities stay in the cache, and the upper triangle is skipped
 
 
+class Product(Protocol):
+    """How a projection Y = X Wᵀ and its two derivatives are computed."""
+
+    def forward(self, x: Array, weight: Array) -> Array:
+        """x[T, N], weight[M, N] → x Wᵀ [T, M], a new array."""
+        ...
+
+    def backward(self, x: Array, weight: Array, d_out: Array) -> tuple[Array, Array]:
+        """dY[T, M] → dX = dY W [T, N] and dW = dYᵀ X [M, N]."""
+        ...
+
+
+class Plain:
+    """The products as they are."""
+
+    def forward(self, x: Array, weight: Array) -> Array:
+        """X Wᵀ"""
+        return x @ weight.T
+
+    def backward(self, x: Array, weight: Array, d_out: Array) -> tuple[Array, Array]:
+        """dX, dW"""
+        return d_out @ weight, d_out.T @ x
+
+
+PLAIN = Plain()
+
+
 class _Batch(NamedTuple):
     """What every layer needs to know about the batch."""
 
@@ -38,10 +68,11 @@ class _Batch(NamedTuple):
     cos: Array  # [B·S, 1, 1, D/2], see ``rope_table``
     sin: Array  # [B·S, 1, 2, D/2]
     mask: Array  # [C, C]: the tile on the diagonal
+    product: Product
 
 
 def loss_and_gradients(
-    params: Tensors, config: ModelConfig, tokens: Array, teacher: Rows | None = None
+    params: Tensors, config: ModelConfig, tokens: Array, teacher: Rows | None = None, product: Product = PLAIN
 ) -> tuple[float, Tensors]:
     """Mean cross-entropy (nats) of predicting ``tokens[:, 1:]`` from ``tokens[:, :-1]``, and its gradients.
 
@@ -55,7 +86,7 @@ def loss_and_gradients(
     """
     xp = namespace(tokens, *params.values())
     inputs, targets = tokens[:, :-1], tokens[:, 1:].reshape(-1)  # [B, S], [B·S]
-    hidden, norm_saved, kept = _forward(params, config, inputs)
+    hidden, norm_saved, kept = _forward(params, config, inputs, product=product)
     grads: Tensors = {}
     head_name = output_name(config)
     loss, d_hidden, grads[head_name] = cross_entropy_and_gradients(hidden, params[head_name], targets, teacher)
@@ -84,7 +115,9 @@ def output_name(config: ModelConfig) -> str:
     return "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
 
 
-def _forward(params: Tensors, config: ModelConfig, inputs: Array, *, keep: bool = True) -> tuple[Array, Any, list[Any]]:
+def _forward(
+    params: Tensors, config: ModelConfig, inputs: Array, *, keep: bool = True, product: Product = PLAIN
+) -> tuple[Array, Any, list[Any]]:
     """tokens[B, S] → last norm's output [B·S, N], what its backward needs, and (``keep``) what each layer's needs."""
     if config.attention_bias or config.qk_norm or config.sliding_window:
         raise UnsupportedModel("training supports the plain llama network: no biases, query/key norms or window")
@@ -96,7 +129,7 @@ def _forward(params: Tensors, config: ModelConfig, inputs: Array, *, keep: bool 
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     cos, sin = rope_table(asarray_like(frequencies, inputs, "float64"), xp.arange(length), embedding.dtype)
     cos, sin = (xp.tile(t, (size, 1, 1, 1)) for t in (cos, sin))  # of all B·S tokens
-    batch = _Batch(size, length, cos, sin, _causal_mask(xp, min(length, _TILE), embedding.dtype))
+    batch = _Batch(size, length, cos, sin, _causal_mask(xp, min(length, _TILE), embedding.dtype), product)
     x = embedding[inputs.reshape(-1)]  # [B·S, N]
     kept: list[Any] = []
     for i in range(config.num_hidden_layers):
@@ -137,24 +170,26 @@ def _layer(params: Tensors, at: str, config: ModelConfig, x: Array, batch: _Batc
     """One decoder layer: x + Attention(norm(x)), then x + MLP(norm(x))."""
     attention_in, norm1 = _norm(x, params[at + "input_layernorm.weight"], config.rms_norm_eps)
     attended, attention = _attention(params, at + "self_attn.", config, attention_in, batch)
-    x = attended @ params[at + "self_attn.o_proj.weight"].T + x
+    forward = batch.product.forward
+    x = forward(attended, params[at + "self_attn.o_proj.weight"]) + x
     mlp_in, norm2 = _norm(x, params[at + "post_attention_layernorm.weight"], config.rms_norm_eps)
-    gate = mlp_in @ params[at + "mlp.gate_proj.weight"].T
-    up = mlp_in @ params[at + "mlp.up_proj.weight"].T
+    gate = forward(mlp_in, params[at + "mlp.gate_proj.weight"])
+    up = forward(mlp_in, params[at + "mlp.up_proj.weight"])
     sig = sigmoid(gate)
     act = gate * sig
     # The product and not its factor is cheap to make again: act · up is not kept.
-    x = (act * up) @ params[at + "mlp.down_proj.weight"].T + x
+    x = forward(act * up, params[at + "mlp.down_proj.weight"]) + x
     return x, (norm1, attention_in, attention, attended, norm2, mlp_in, up, sig, act)
 
 
 def _layer_backward(params: Tensors, at: str, config: ModelConfig, dx: Array, saved: Any, grads: Tensors) -> Array:
     """The derivative for the layer's output → for its input; the weights' own go into ``grads``."""
     norm1, attention_in, attention, attended, norm2, mlp_in, up, sig, act = saved
+    backward = attention[0].product.backward
 
     def linear(name: str, inputs: Array, d_out: Array) -> Array:
-        grads[at + name] = d_out.T @ inputs  # Y = X Wᵀ: dW = dYᵀ X, dX = dY W
-        return d_out @ params[at + name]
+        d_in, grads[at + name] = backward(inputs, params[at + name], d_out)
+        return d_in
 
     d_product = linear("mlp.down_proj.weight", act * up, dx)
     d_up = d_product * act
@@ -212,10 +247,10 @@ def _put_rows(x: Array, tile: range, length: int, values: Array) -> None:
 def _attention(params: Tensors, at: str, config: ModelConfig, x: Array, batch: _Batch) -> tuple[Array, Any]:
     """Causal grouped-query attention of whole sequences; x[B·S, N] → [B·S, H·D]."""
     xp = namespace(x)
-    size, length, cos, sin, mask = batch
+    size, length, cos, sin, mask, product = batch
     groups, dim = config.num_key_value_heads, config.head_dim
     q, k, v = (
-        (x @ params[at + name + "_proj.weight"].T).reshape(size * length, heads, dim)
+        product.forward(x, params[at + name + "_proj.weight"]).reshape(size * length, heads, dim)
         for name, heads in (("q", config.num_attention_heads), ("k", groups), ("v", groups))
     )
     q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
@@ -239,7 +274,7 @@ def _attention(params: Tensors, at: str, config: ModelConfig, x: Array, batch: _
 def _attention_backward(config: ModelConfig, d_attended: Array, saved: Any) -> tuple[Array, Array, Array]:
     """dV = Pᵀ dO;  dS = P ∘ (dO Vᵀ − rowsum(dO ∘ O));  dQ = dS K;  dK = dSᵀ Q."""
     xp = namespace(d_attended)
-    (size, length, cos, sin, _), k, v, out, tiles = saved
+    (size, length, cos, sin, _, _), k, v, out, tiles = saved
     groups, dim = config.num_key_value_heads, config.head_dim
     d_out = _heads_first(d_attended.reshape(size * length, -1, dim), size, length, groups)
     d_q, d_k, d_v = xp.empty_like(out), xp.zeros_like(k), xp.zeros_like(v)

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from refllm.backend import Array, asarray_like, namespace
-from refllm.model.backward import loss_and_gradients, mean_loss
+from refllm.model.backward import PLAIN, Product, loss_and_gradients, mean_loss
 from refllm.model.config import ModelConfig
 from refllm.model.loss import Teacher
 from refllm.model.optimizer import Each, clip_by_global_norm, learning_rate, optimizer
@@ -89,6 +89,7 @@ def train(
     teacher: Teacher | None = None,
     teacher_from: int = 0,
     start: Tensors | None = None,
+    product: Product = PLAIN,
     report: Callable[[dict[str, float]], None] | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> State:
@@ -98,6 +99,7 @@ def train(
     of the library to train on (default NumPy). ``teacher(tokens[B, S+1])`` returns a function of rows that gives
     the target distribution (see ``distill``); before step ``teacher_from`` the labels alone are learnt, which is
     several times cheaper a token. ``start`` are the first weights, float32 on the host, in place of random ones.
+    ``product`` computes the projections' products (see ``backward``); evaluation is in float32 always.
     ``report`` is called with the record of each evaluation: step,
     loss (nats per token of the last batch), norm (of the gradient, before clipping), rate, seconds, held_out.
     ``on_step`` is called after every step with the steps done and the batch's loss (for a progress bar).
@@ -122,7 +124,7 @@ def train(
         for step, phase, windows in batches(plan, [len(s) for s in streams], first=state.optimizer.step):
             tokens = np.stack([streams[s][a : a + phase.length + 1] for s, a in windows])  # [B, S+1]
             target = teacher if step >= teacher_from else None
-            loss, grads = _data_parallel(state.params, config, tokens, workers, pool, target)
+            loss, grads = _data_parallel(state.params, config, tokens, workers, pool, target, product)
             record = {"step": step + 1, "loss": loss} | _update(state, grads, loss, step, plan, pool.map)
             if on_step is not None:
                 on_step(step + 1, loss)
@@ -176,6 +178,7 @@ def _data_parallel(
     workers: int,
     pool: ThreadPoolExecutor,
     teacher: Teacher | None,
+    product: Product = PLAIN,
 ) -> tuple[float, Tensors]:
     """Loss and gradients of tokens[B, S+1], averaged over equal shares of the batch, one share a thread."""
     workers = math.gcd(workers, len(tokens))  # unequal shares would need weights
@@ -183,7 +186,7 @@ def _data_parallel(
 
     def share(part: TokenArray) -> tuple[float, Tensors]:
         on_device = asarray_like(part, like)
-        return loss_and_gradients(params, config, on_device, None if teacher is None else teacher(on_device))
+        return loss_and_gradients(params, config, on_device, None if teacher is None else teacher(on_device), product)
 
     losses, grads = zip(*pool.map(share, np.split(tokens, workers)), strict=True)
     total: Tensors = grads[0]
