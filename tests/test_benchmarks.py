@@ -26,6 +26,23 @@ TINY = {
     "layout": ["--rows", "1", "2", "--rounds", "1"],
     "step": ["--batch", "1", "2", "--prompt", "3", "--new", "4", "--rounds", "1"],
     "decode": ["--batch", "1", "2", "--prompt", "3", "--new", "4", "--rounds", "2", "--seconds", "0", "--engines"],
+    "quantize": [
+        "--size",
+        "64",
+        "--group",
+        "32",
+        "--layers",
+        "2",
+        "--gptq-layers",
+        "1",
+        "--tokens",
+        "128",
+        "--small",
+        "--rounds",
+        "1",
+        "--threads",
+        "1",
+    ],
     "training": ["--batch", "2", "--length", "8", "--steps", "1", "--layers", "1", "--rounds", "2", "--engines"],
 }
 
@@ -123,6 +140,34 @@ def test_training_reports_every_turn_and_its_page_faults(tmp_path: Path) -> None
     turns = record["rounds"]["refllm"]
     assert len(turns) == 2
     assert all(turn["page_faults"] >= 0 and turn["rate"] > 0 and np.isfinite(turn["loss"]) for turn in turns)
+
+
+def test_quantize_times_every_stage_and_projects_what_it_did_not_do(tmp_path: Path) -> None:
+    record, printed = run("quantize", tmp_path)
+    check_record(record, "quantize")
+    layer, rtn, *models = record["results"]
+    assert (layer["part"], rtn["part"]) == ("layer", "rtn")
+    assert set(layer["seconds"]) == {"refllm", "torch"} - set(record["skipped"])
+    assert [(m["method"], m["layers"], m["projected"]) for m in models] == [("rtn", 2, True), ("gptq", 1, True)]
+    for row in models:
+        assert sum(row["shares"].values()) == pytest.approx(1)
+        text = {"Hessian", "factor"}
+        reached = {name for name, share in row["shares"].items() if share > 0}
+        assert reached >= {"reading", "rounding", "errors of the report", "layer files", "writing"}
+        assert bool(reached & text) == (row["method"] == "gptq")
+        writing = row["shares"]["writing"] * row["seconds"]
+        whole = writing + (row["seconds"] - writing) * 16 / row["layers"]
+        assert row["minutes_of_16_layers"] == pytest.approx(whole / 60)
+        assert row["bits_per_weight"] == pytest.approx(4.5)  # 4 + 16/32
+    assert "projected (kind C)" in printed
+
+
+@pytest.mark.parametrize("other", [1.03, 0.97])
+def test_losses_of_two_quantisers_that_part_end_the_benchmark(module: Any, other: float) -> None:
+    quantize = module("quantize")
+    quantize.check([1.0, 1.01])
+    with pytest.raises(SystemExit, match="the comparison is void"):
+        quantize.check([1.0, other])
 
 
 @pytest.mark.oracle

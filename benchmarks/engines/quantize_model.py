@@ -57,15 +57,16 @@ def main() -> None:
     request = channel.receive()
     assert request is not None
     source, output = Path(request["source"]), Path(request["output"])
-    began = time.perf_counter()
+    began, computing = time.perf_counter(), time.process_time()
     scheme = Scheme(4, "half_integer", "group", request["group"])
     job = quantizing.prepare(source, output, request["method"], scheme, length=request["length"],
                              samples=request["samples"])  # fmt: skip
     record = quantizing.go(job, measure=None)
     whole = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    channel.send(seconds=whole, stages=stages.seconds | {"rest": whole - sum(stages.seconds.values())},
-                 peak_bytes=peak, bits_per_weight=record["bits per weight"], bytes=record["bytes"])  # fmt: skip
+    cpu, rest = time.process_time() - computing, whole - sum(stages.seconds.values())
+    channel.send(seconds=whole, cpu=cpu, stages=stages.seconds | {"rest": rest}, peak_bytes=peak,
+                 bits_per_weight=record["bits per weight"], bytes=record["bytes"])  # fmt: skip
 
 
 if __name__ == "__main__":
