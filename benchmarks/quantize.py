@@ -1,6 +1,7 @@
 """How fast weights are quantised: one large layer by GPTQ, a whole checkpoint, rounding beside the memory.
 
-    python benchmarks/quantize.py --output benchmarks/results/quantize.json
+    python benchmarks/quantize.py --threads 1 --output benchmarks/results/quantize.json
+    python benchmarks/quantize.py --layers 16 --gptq-layers 16          # the whole model, nothing projected: an hour
 
 | part  | what                                                                 | beside                          |
 |-------|----------------------------------------------------------------------|---------------------------------|
@@ -61,8 +62,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="How fast weights are quantised.")
     parser.add_argument("--size", type=int, default=4096, help="rows and columns of the single weight")
     parser.add_argument("--group", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=WHOLE, help="decoder layers for rtn; fewer are projected")
-    parser.add_argument("--gptq-layers", type=int, default=WHOLE, help="the same for gptq")
+    parser.add_argument("--layers", type=int, default=4, help="decoder layers for rtn; fewer than 16 are projected")
+    parser.add_argument("--gptq-layers", type=int, default=1, help="the same for gptq")
     parser.add_argument("--tokens", type=int, default=8192, help="of calibration text, in windows of 512 or fewer")
     parser.add_argument("--methods", nargs="*", choices=("rtn", "gptq"), default=["rtn", "gptq"])
     parser.add_argument("--small", action="store_true", help="a tiny model (to try the program)")
