@@ -87,11 +87,12 @@ class Plan:
         assert not (self.preempted and self.admitted), "admitted in a step that preempted"
         assert not set(self.preempted) & set(names), "a preempted branch computes"
         for item in self.items:
-            assert min(item.start, item.pad) >= 0
-            assert 0 <= item.samples <= item.count, "an item computes no token, or samples more than it computes"
-            assert item.count >= 1
+            assert min(item.start, item.pad) >= 0, "a position below 0"
+            assert item.count >= 1, "an item that computes no token"
+            assert 0 <= item.samples <= item.count, "an item samples more than it computes"
             assert self.block_size == 0 or len(set(item.blocks)) == len(item.blocks), "a block twice in a table"
-            assert self.block_size == 0 or item.start + item.count <= len(item.blocks) * self.block_size
+            end, room = item.start + item.count, len(item.blocks) * self.block_size
+            assert self.block_size == 0 or end <= room, "a token lies beyond its blocks"
         written = [slot for item in self.items for slot in self.slots(item)]
         written += [ghost.first + ghost.start for ghost in self.ghosts]
         assert len(set(written)) == len(written), "two branches write one slot"
