@@ -18,6 +18,15 @@ from refllm.study.records import Record, write
 
 ROOT = Path(__file__).resolve().parent.parent
 CURVE = [{"tokens": 1000 * s, "loss": 5 - s / 100, "norm": 1.0, "held_out": 5.2 - s / 100} for s in (100, 200)]
+BLOCKS = {
+    "types": [
+        {
+            "type": name, "numbers": 32, "bits": 4.5,
+            "fields": [{"role": "step", "size": 2, "holds": "d"}, {"role": "codes", "size": 16, "holds": "low: high"}],
+        }
+        for name in ("a", "b")
+    ]
+}  # fmt: skip
 EXAMPLES = {
     "training_curve": {
         "runs": {"target": CURVE, "draft": [{k: v for k, v in r.items() if k != "held_out"} for r in CURVE]},
@@ -75,20 +84,8 @@ EXAMPLES = {
             for s in (0, 1)
         ],
     },
-    "gguf_layouts": {
-        "types": [
-            {
-                "type": "a",
-                "numbers": n,
-                "bits": 4.5,
-                "fields": [
-                    {"role": "step", "size": 2, "holds": "d"},
-                    {"role": "codes", "size": n // 2, "holds": "two numbers"},
-                ],
-            }
-            for n in (32, 256)
-        ],
-    },
+    "gguf_layouts": BLOCKS,
+    "gguf_kquants": BLOCKS,
     "gguf_mixes": {
         "rows": [
             {"mix": "a", "base": 4.5, "model": 4.6, "article": None},
@@ -209,7 +206,7 @@ def test_axes_are_labelled_with_units_and_the_caption_names_the_command(name, fo
     redraw([name], folder)
     ax = drawn[name].axes[0]
     assert ax.get_title(loc="left")
-    assert any(unit in ax.get_xlabel() for unit in ("tokens", "FLOP per byte", "ms", "weights a scale"))
+    assert any(unit in ax.get_xlabel() for unit in ("tokens", "FLOP per byte", "ms", "weights a scale", "bit", "byte"))
     assert name == "decode_cost" or ax.get_ylabel()
     assert f"make {name}" in drawn[name].get_supxlabel()
 

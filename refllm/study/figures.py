@@ -179,6 +179,7 @@ FIGURES: dict[str, tuple[str, Draw]] = {
     "smoothquant": ("smoothquant.json", smoothquant),
     "salience": ("salience.json", salience),
     "gguf_layouts": ("gguf_layouts.json", gguf_layouts),
+    "gguf_kquants": ("gguf_kquants.json", gguf_layouts),
     "gguf_mixes": ("gguf_mixes.json", gguf_mixes),
 }
 

@@ -17,15 +17,11 @@ ROLES = {"step": NEAREST, "offset": MORE[3], "scales": MORE[0], "high bits": MOR
 def gguf_layouts(values: Values) -> Figure:
     """{"types": [{"type", "numbers", "bits", "fields": [{"role", "size", "holds"}]}]} → every byte of every block."""
     types: Sequence[Any] = values["types"]
-    sizes = sorted({t["numbers"] for t in types})
-    groups = [[t for t in types if t["numbers"] == size] for size in sizes]
-    fig = Figure(layout="constrained", figsize=(7.2, 10.4))
-    panels = fig.subplots(
-        len(groups), 1, gridspec_kw={"height_ratios": [sum(1 + len(t["fields"]) for t in g) for g in groups]}
-    )
-    for panel, group in zip(panels, groups, strict=True):
-        _blocks(panel, group)
-    handles = [panels[0].barh(0, 0, color=colour, label=role) for role, colour in ROLES.items()]
+    title = f"Blocks of {types[0]['numbers']} numbers, byte by byte"
+    fig, ax = axes(title, "byte of the block", "type, bits a weight", figsize=(7.2, 6.1))
+    _blocks(ax, types)
+    present = {field["role"] for t in types for field in t["fields"]}
+    handles = [ax.barh(0, 0, color=colour, label=role) for role, colour in ROLES.items() if role in present]
     fig.legend(handles=handles, loc="outside upper left", ncols=len(ROLES))
     return fig
 
@@ -50,8 +46,7 @@ def _blocks(panel: Axes, types: Sequence[Any]) -> None:
         lines = ["   ".join(head), *(s for s in said if ":" in s)]
         panel.annotate("\n".join(lines), (0, row + 0.21), va="top", fontsize=6.4, color="#333333", linespacing=1.1)
     panel.set_yticks(range(len(types)), [f"{t['type']}\n{t['bits']:g} bits" for t in types])
-    panel.set(title=f"Blocks of {types[0]['numbers']} numbers", xlabel="byte of the block", xlim=(0, 1.13 * width),
-              ylim=(len(types) - 0.1, -0.45))  # fmt: skip
+    panel.set(xlim=(0, 1.13 * width), ylim=(len(types) - 0.1, -0.45))
     panel.grid(visible=False)
     panel.spines["left"].set_visible(False)
 
@@ -61,7 +56,7 @@ def gguf_mixes(values: Values) -> Figure:
     """{"rows": [{"mix", "base", model: bits, …, "article"}]} → bits per weight of each mix, a bar a model."""
     rows: Sequence[Any] = values["rows"]
     models = [key for key in rows[0] if key not in ("mix", "base", "article")]
-    fig, ax = axes("What GGUF's mixes weigh", "bits per weight, all tensors counted", "", figsize=(7.2, 5.4))
+    fig, ax = axes("What GGUF's mixes weigh", "bits per weight, all tensors counted", "mix", figsize=(7.2, 5.4))
     for i, (colour, model) in enumerate(coloured((TECHNIQUE, MORE[2]), models)):
         ink = ("white", "black")[i % 2]  # readable on the dark bar and on the light one
         places = [row + 0.38 * (i - (len(models) - 1) / 2) for row in range(len(rows))]

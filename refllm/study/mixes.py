@@ -50,8 +50,8 @@ def table() -> list[dict[str, Any]]:
     ]
 
 
-def layouts() -> dict[str, Any]:
-    """The bytes of each block format, for the figure ``gguf_layouts``."""
+def layouts(numbers: int) -> dict[str, Any]:
+    """The bytes of each format with blocks of so many numbers, for ``gguf_layouts`` (32) and ``gguf_kquants`` (256)."""
     return {
         "types": [
             {
@@ -59,18 +59,20 @@ def layouts() -> dict[str, Any]:
                 "fields": [{"role": f.role, "size": f.size, "holds": f.holds} for f in fields],
             }
             for name, fields in FIELDS.items()
+            if kind(name).block == numbers
         ]
     }  # fmt: skip
 
 
 def main(folder: str = "figures/data") -> None:
-    """Print the table, and write the data of the figures ``gguf_mixes`` and ``gguf_layouts``."""
+    """Print the table, and write the data of the figures ``gguf_mixes``, ``gguf_layouts`` and ``gguf_kquants``."""
     rows = table()
     print("mix     base type  " + "  ".join(MODELS) + "  article")
     for row in rows:
         bits = "  ".join(f"{row[model]:>{len(model)}.4f}" for model in MODELS)
         print(f"{row['mix']:<7} {row['base']:>9.4f}  {bits}  {row['article'] or ''}")
-    for name, values in (("gguf_mixes", {"rows": rows}), ("gguf_layouts", layouts())):
+    drawn = {"gguf_mixes": {"rows": rows}, "gguf_layouts": layouts(32), "gguf_kquants": layouts(256)}
+    for name, values in drawn.items():
         write(f"{folder}/{name}.json", Record("python -m refllm.study.mixes", "A", "none", values))
 
 
