@@ -271,7 +271,12 @@ def test_info_states_the_sizes(model):
     config = tiny_config(max_position_embeddings=64)
     assert ModelConfig.from_hf(facts["config"]) == config
     assert facts["parameters"] == config.num_parameters
-    assert facts["weights"] == {"types": ["float32"], "bytes": 4 * config.num_parameters, "bits per weight": 32.0}
+    assert facts["weights"] == {
+        "types": ["float32"],
+        "bytes": 4 * config.num_parameters,
+        "bits per weight": 32.0,
+        "quantised": None,
+    }
     assert facts["KV cache bytes per token"] == {"float16": 2 * 2 * 2 * 4 * 2, "float32": 2 * 2 * 2 * 4 * 4}
     assert facts["tokenizer"] == {"kind": "BPE", "tokens": 257, "begin": "<|endoftext|>", "end": ["<|endoftext|>"]}
     text = run("info", "--model", model).stdout

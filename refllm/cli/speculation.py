@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from refllm.decode.acceptance import Acceptance
-from refllm.decode.speculate import Step
-from refllm.decode.text import Utf8Stream
-from refllm.model.tokenizer import Tokenizer
 from refllm.study.terminal import printable
+
+if TYPE_CHECKING:
+    from refllm.decode.speculate import Step
+    from refllm.model.tokenizer import Tokenizer
 
 
 def draft_named(name: str, gamma: int | None, backend: str) -> Any:
@@ -32,6 +32,9 @@ class Speculation:
     """Counts steps as they are judged, and colours the text by them."""
 
     def __init__(self, drafter: Any, tokenizer: Tokenizer):
+        from refllm.decode.acceptance import Acceptance
+        from refllm.decode.text import Utf8Stream
+
         self.drafter, self.tokenizer = drafter, tokenizer
         self.stats = Acceptance()
         self._characters = Utf8Stream(tokenizer)
