@@ -42,7 +42,7 @@ from refllm.study.perplexity import compare, evaluate
 from refllm.study.terminal import NARROW, bytes_text, printable, table
 from study_models import byte_tokenizer, tiny_config, tiny_params
 
-COMMANDS = ("tour", "info", "generate", "eval", "train", "simulate", "figures")
+COMMANDS = ("tour", "info", "generate", "eval", "train", "quantize", "simulate", "figures")
 TEXT = "".join(f"def function_{i}(x):\n    return x + {i}\n" for i in range(40))
 
 
