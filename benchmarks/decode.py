@@ -21,7 +21,7 @@ import contextlib
 import importlib.util
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,12 +98,14 @@ def held_out_prompts(model: Model, count: int, length: int) -> list[list[int]]:
     raise ValueError(f"the held-out text has {len(ids)} tokens, fewer than {count} prompts of {length}")
 
 
-def start(names: Sequence[str], path: Path, stack: contextlib.ExitStack) -> tuple[dict[str, Worker], dict[str, str]]:
+def start(
+    names: Sequence[str], path: Path, stack: contextlib.ExitStack, engines: Mapping[str, Engine] = ENGINES
+) -> tuple[dict[str, Worker], dict[str, str]]:
     """Workers of the engines that are installed, and the install line of each that is not."""
     workers: dict[str, Worker] = {}
     skipped: dict[str, str] = {}
     for name in names:
-        engine = ENGINES[name]
+        engine = engines[name]
         if any(importlib.util.find_spec(package) is None for package in engine.needs):
             skipped[name] = engine.install
             print(f"{name} is not installed and takes no part: {engine.install}", file=sys.stderr)

@@ -23,9 +23,14 @@ COMMITTED = sorted((BENCHMARKS / "results").glob("*.json"))
 ENVIRONMENT = {"cpu", "cores", "memory_gib", "system", "libc", "python", "blas", "versions", "threads", "load_before",
                "load_after", "quiet", "date"}  # fmt: skip
 TINY = {
+    "simulation": ["--requests", "20", "--rounds", "1"],
     "layout": ["--rows", "1", "2", "--rounds", "1"],
     "step": ["--batch", "1", "2", "--prompt", "3", "--new", "4", "--rounds", "1"],
     "decode": ["--batch", "1", "2", "--prompt", "3", "--new", "4", "--rounds", "2", "--seconds", "0", "--engines"],
+    "serving": [
+        *["--batch", "1", "2", "--prompt", "3", "--new", "4", "--rounds", "1", "--seconds", "0", "--running", "8"],
+        "--engines",
+    ],
     "quantize": [
         "--size",
         "64",
@@ -100,7 +105,7 @@ def spreads(tree: Any) -> list[dict[str, float]]:
 def test_committed_results_state_machine_versions_and_peers(path: Path) -> None:
     record = json.loads(path.read_text())
     check_record(record, path.stem)
-    if path.stem in ("decode", "training"):  # measured against a peer, whose version is known
+    if path.stem in ("decode", "serving", "training"):  # measured against a peer, whose version is known
         assert record["environment"]["versions"]["torch"]
         assert not {"transformers", "torch"} & set(record["skipped"])
 
@@ -112,6 +117,14 @@ def test_layout_compares_both_layouts_at_every_row_count(tmp_path: Path) -> None
         (m, n, rows) for m, n in ((4096, 256), (768, 256), (256, 768)) for rows in (1, 2)
     ]
     assert "plain / blocked" in printed
+
+
+def test_the_simulator_is_timed_with_and_without_jumps(tmp_path: Path) -> None:
+    record, printed = run("simulation", tmp_path)
+    check_record(record, "simulation")
+    assert len(record["results"]) == 3
+    assert all(set(row["token_steps_per_second"]) == {"wall", "processor"} for row in record["results"])
+    assert "target 200,000 token-steps a second" in printed
 
 
 def test_parts_of_a_step_sum_to_the_step(tmp_path: Path, checkpoint: Path) -> None:
@@ -132,6 +145,16 @@ def test_decode_measures_every_round_of_every_batch(tmp_path: Path, checkpoint: 
     for clock in ("wall", "processor"):
         assert {batch: len(of["refllm"]) for batch, of in record["rates"][clock].items()} == {"1": 2, "2": 2}
     assert str(checkpoint) in printed
+
+
+def test_serving_measures_engine_control_plane_and_books(tmp_path: Path, checkpoint: Path) -> None:
+    record, printed = run("serving", tmp_path, "engine", "static", "--model", str(checkpoint))
+    check_record(record, "serving")
+    results = record["results"]
+    assert [(row["batch"], list(row["ratio"])) for row in results["throughput"]] == [(1, ["static"]), (2, ["static"])]
+    assert all(0 < share["median"] < 1 for share in results["control_plane_share"].values())
+    assert results["books"]["running"] == 8
+    assert "A plan for 8 running requests" in printed
 
 
 def test_training_reports_every_turn_and_its_page_faults(tmp_path: Path) -> None:

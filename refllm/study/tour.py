@@ -29,7 +29,7 @@ from refllm.model.config import ModelConfig
 from refllm.model.corpus import held_out_documents
 from refllm.quant.passages import calibration_windows
 from refllm.quant.recipe import quantize_model
-from refllm.study import curves
+from refllm.study import burst, curves, guessing
 from refllm.study.bundle import architecture
 from refllm.study.machine import Device, measure_machine
 from refllm.study.memory import kv_bytes_per_token
@@ -52,6 +52,8 @@ CONTEXT = 256  # tokens cached in the steps that are timed
 REPEATS = 15
 SHRUNK_TEXT = (8, 256)  # excerpts of so many tokens, to judge quantised weights by
 CALIBRATION = (8, 512)  # windows of so many tokens that GPTQ looks at
+BURST = (192, 16, 16, 24)  # tokens that all prompts share, tokens of their own, prompts, new tokens each
+SCARCE = 0.2  # of the blocks that the burst needs side by side
 
 
 @dataclass
@@ -274,6 +276,11 @@ def shrink(tour: Tour) -> None:
     tour.say("NumPy multiplies no faster for it: on a CPU quantisation saves memory, on a GPU also time.")
 
 
+def speculate(tour: Tour) -> None:
+    """A small model and a table of n-grams guess, the model checks: the same text in fewer steps."""
+    guessing.visit(tour.model, "stdlib-draft", tour.backend, tour.say, tour.out)
+
+
 def _four_bits(config: ModelConfig) -> Scheme:
     """Four bits, a scale for as many weights as divide every row, 128 at most."""
     columns = math.gcd(config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim)
@@ -283,6 +290,34 @@ def _four_bits(config: ModelConfig) -> Scheme:
     return Scheme(4, "half_integer", "group", group)
 
 
+def serve(tour: Tour) -> None:
+    """A burst of prompts that begin alike, through the serving engine: with and without a prefix cache."""
+    shared, own, count, new = BURST
+    text = "".join(d.text for d in held_out_documents())
+    tokens = tour.model.tokenizer.encode(text[: 8 * (shared + own * count)], special=True)
+    texts = burst.prompts(tokens, shared, own, count)
+    kinds = {"no prefix cache": (False, 1.0), "radix tree": (True, 1.0), "radix tree, few blocks": (True, SCARCE)}
+    made = table("engine", "steps", "tokens computed", "found in cache", "preemptions", "blocks at most", "s")
+    runs = []
+    for name, (cached, share) in kinds.items():
+        run = burst.serve(tour.model, texts, new, cached=cached, share=share)
+        runs.append(run)
+        made.add_row(
+            name, f"{run.steps}", f"{run.computed:,}", f"{run.cached / run.prompt_tokens:.0%}", f"{run.preemptions}",
+            f"{run.peak_blocks} of {run.blocks}", f"{run.seconds:.2f}",
+        )  # fmt: skip
+    tour.out.print(made)
+    tour.say()
+    same = sum(a == b == c for a, b, c in zip(*(run.outputs for run in runs), strict=True))
+    tour.say(
+        f"{count} prompts with the same first {shared} tokens and {own} of their own, {new} new tokens each, all at "
+        f"once. A plan a step says who computes what in which blocks of {burst.BLOCK} tokens. With a tree the first "
+        "prompt goes ahead and the others find what it computed; with few blocks they wait, or give theirs up and "
+        f"compute them again. {same} of {count} say the same three times; others part where two logits are as good as "
+        "equal in float32."
+    )
+
+
 STOPS = [
     Stop("meet", "The model", meet),
     Stop("write", "Writing code from a prompt", write),
@@ -290,4 +325,6 @@ STOPS = [
     Stop("cost", "What a step costs", cost),
     Stop("phases", "Prefill and decode", phases),
     Stop("shrink", "Four bits a weight", shrink),
+    Stop("speculate", "Several tokens a step", speculate),
+    Stop("serve", "Serving a burst of prompts", serve),
 ]
