@@ -400,6 +400,29 @@ def test_draw_is_sample(seed, vocab, zeros):
         REAL_DRAW(np.zeros(vocab), 0.5)
 
 
+@pytest.mark.theorem(
+    "A draw in two levels, blocks and then tokens, is the draw in one: token t for u within its share of the mass",
+    source="the same intervals, cut in two steps",
+)
+@given(
+    seed=seeds, vocab=st.integers(16 * 1024, 20_000), gaps=st.booleans(), dtype=st.sampled_from(["float32", "float64"])
+)
+def test_draw_from_a_long_row(seed, vocab, gaps, dtype):
+    rng = np.random.default_rng(seed)
+    w = rng.random(vocab)
+    if gaps:
+        w *= rng.random(vocab) < 0.001
+        w[rng.integers(vocab, size=3)] = 1.0
+    w = w.astype(dtype)
+    edges = np.concatenate(([0.0], np.cumsum(w, dtype=np.float64)))
+    for u in (0.0, 1 - 2**-53, *rng.random(20)):
+        token = REAL_DRAW(w, float(u))
+        assert w[token] > 0
+        # sums of up to 20,000 float64 in two orders: within n·eps of each other
+        slack = vocab * EPS * edges[-1]
+        assert edges[token] - slack <= u * edges[-1] <= edges[token + 1] + slack
+
+
 def test_the_residual_of_equal_distributions_is_the_target(pure_xp):
     p = pure_xp.asarray([0.25, 0.75])
     assert to_host(residual(p, p)).tolist() == [0.25, 0.75]
