@@ -121,7 +121,7 @@ class Traffic(NamedTuple):
         return float(p @ np.arange(len(p))), float(o @ np.arange(len(o)))
 
 
-SHAREGPT = Traffic(LogNormal(4.635, 1.1, 4, 1024), LogNormal(5.41, 1.1, 4, 1900), longest=2048)
+SHAREGPT = Traffic(LogNormal(4.69, 1.0, 4, 1024), LogNormal(5.462, 1.0, 4, 1900), longest=2048)
 ALPACA = Traffic(LogNormal(2.465, 0.9, 4, 200), LogNormal(3.675, 0.9, 4, 600))
 # Answers of the conversation service end at either of two lengths: most below 200 tokens, others near 400.
 AZURE_CHAT = Traffic(

@@ -109,10 +109,10 @@ def swapping_data(count: int, slots: int = 6000) -> list[dict[str, Any]]:
     return rows
 
 
-def batching_data(count: int = 600) -> dict[str, Any]:
+def batching_data(count: int = 400) -> dict[str, Any]:
     """Values of the figure ``batching``."""
     return {
-        "useful": useful_data(range(5), 1024 if count >= 600 else 64),
+        "useful": useful_data(range(5), 1024 if count >= 400 else 64),
         "chunks": chunks_data(count // 2),
         "goodput": goodput_data(count),
         "swapping": swapping_data(count // 3),

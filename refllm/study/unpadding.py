@@ -94,7 +94,7 @@ def serve_once(model: Model, asked: Sequence[Request], name: str, scale: float) 
     }  # fmt: skip
 
 
-def unpadding_data(model: Model, *, count: int = 48, rounds: int = 3, scale: float = 0.25) -> dict[str, Any]:
+def unpadding_data(model: Model, *, count: int = 40, rounds: int = 3, scale: float = 0.25) -> dict[str, Any]:
     """Values of the figure ``unpadding``. In every round each run takes its turn; a ratio is formed within a round."""
     asked = requests(SHAREGPT, count, np.random.default_rng(0), tokens=held_out(model), scale=scale)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in RUNS}
