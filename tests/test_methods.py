@@ -48,7 +48,7 @@ def test_int8_is_that_of_each_tensor():
 def test_each_method_has_a_scheme_of_its_own():
     for method, made in METHODS.items():
         made().check(default_scheme(method))
-        assert default_scheme(method).bits == (8 if method in ("smoothquant", "int8") else 4)
+        assert default_scheme(method).bits == (8 if method in ("smoothquant", "int8", "fp8") else 4)
     assert default_scheme("awq").rule == "awq"
 
 

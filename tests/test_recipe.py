@@ -81,7 +81,8 @@ def test_every_method_takes_every_family(xp, method, config):
         assert all(isinstance(old[name], Dense) and not isinstance(new[name], Dense) for name in PROJECTIONS)
     np.testing.assert_array_equal(output(model, xp=xp), before)  # the model given is left as it was
     distance = np.abs(output(quantised, xp=xp) - before).mean() / np.abs(before).mean()
-    assert 0 < distance < (0.8 if method in WEIGHT_ONLY else 0.1), distance
+    # 8-bit floats have 3 bits of mantissa: 2.6 % an operand, where 8-bit integers have 0.8 % here
+    assert 0 < distance < (0.8 if method in WEIGHT_ONLY else 0.3 if method == "fp8" else 0.1), distance
     order = [(i, name) for i in range(config.num_hidden_layers) for names in STAGES for name in names]
     assert [(t.layer, t.name) for t in report.tensors] == order
     for t in report.tensors:
@@ -122,7 +123,7 @@ def test_eight_bits_are_nearly_the_original(method):
     scheme = Scheme(8, "restricted", "channel")
     quantised, _ = quantize_model(model, method, scheme, IDS)
     off = np.abs(output(quantised) - output(model)).mean() / np.abs(output(model)).mean()
-    assert off < 0.04
+    assert off < (0.2 if method == "fp8" else 0.04)  # 3 bits of mantissa are not 7
 
 
 def test_the_kind_of_record_is_kept(tmp_path):

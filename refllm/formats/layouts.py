@@ -17,10 +17,12 @@ codes in three words, usually drawn as 10 codes, a split one, 10, a split one an
 for each input column, in which each eight rows of W stand in the order 0 2 4 6 1 3 5 7. Zero points are
 Z = z + 2^(b−1) (z if unsigned); ``gptq`` ("v1") stores Z − 1, which has no room for Z = 0; ``gptq_v2`` stores Z.
 
+8-bit floats (float-quantized, fp8) are in ``float_layouts``.
+
 Sources: the compressed-tensors library; AutoGPTQ's and GPTQModel's QuantLinear; AutoAWQ's WQLinear_GEMM.
 
-Left out: AWQ's GEMV layouts and TinyChat's v2, Marlin's (made by kernels when they load), 8-bit floats, experts, scales
-in blocks, zero points in a float type.
+Left out: AWQ's GEMV layouts and TinyChat's v2, Marlin's (made by kernels when they load), experts, scales in
+blocks, zero points in a float type.
 """
 
 from __future__ import annotations

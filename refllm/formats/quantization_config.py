@@ -3,6 +3,8 @@
 | quant_method       | format                                              | which weights                            |
 |--------------------|-----------------------------------------------------|------------------------------------------|
 | compressed-tensors | pack-quantized, int-quantized, naive-quantized       | by ``targets`` and ``ignore``            |
+| compressed-tensors | float-quantized                                      | by ``targets`` and ``ignore``            |
+| fp8                | E4M3 in blocks (DeepSeek-V3)                         | those that have a ``weight_scale_inv``   |
 | gptq               | ``checkpoint_format`` gptq (v1) or gptq_v2           | those that have a ``qweight``            |
 | awq                | ``version`` gemm                                     | those that have a ``qweight``            |
 
@@ -12,7 +14,8 @@ refused, with the reason, wherever ignoring an entry would change the output.
 
 Sources: compressed-tensors' QuantizationConfig, transformers' GPTQConfig and AwqConfig.
 
-Left out: 8-bit floats, per-module overrides of GPTQModel ("dynamic"), schemes by the name of a preset, sparsity.
+Left out: 8-bit floats with static activations or a scale a tensor, per-module overrides of GPTQModel ("dynamic"),
+schemes by the name of a preset, sparsity.
 """
 
 from __future__ import annotations
@@ -22,12 +25,14 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from refllm.formats.stored import GPTQ_BITS, Stored
+from refllm.formats.stored import FLOATS, GPTQ_BITS, Stored
 
 __all__ = ["SUPPORTED", "Quantization", "UnsupportedQuantization", "parse", "quantization_config"]
 
 COMPRESSED = ("pack-quantized", "int-quantized", "naive-quantized")
-SUPPORTED = f"compressed-tensors ({', '.join(COMPRESSED)}), gptq (v1 and v2) and awq (gemm)"
+SUPPORTED = (
+    f"compressed-tensors ({', '.join(COMPRESSED)}, float-quantized), fp8 (in blocks), gptq (v1 and v2) and awq (gemm)"
+)
 
 
 class UnsupportedQuantization(ValueError):
@@ -48,7 +53,8 @@ class Quantization:
     def of(self, module: str, names: Container[str]) -> Stored | None:
         """How the weight of a linear ``module`` is stored, in a checkpoint with tensors ``names``; None: plainly."""
         if self.method != "compressed-tensors":
-            return self.groups[0][1] if f"{module}.qweight" in names else None
+            sign = "weight_scale_inv" if self.method == "fp8" else "qweight"
+            return self.groups[0][1] if f"{module}.{sign}" in names else None
         if any(_matches(entry, module) for entry in self.ignore):
             return None
         found = [(rank, stored) for targets, stored in self.groups for t in targets if (rank := _matches(t, module))]
@@ -79,9 +85,30 @@ def quantization_config(stored: Stored, ignore: Sequence[str] = ("lm_head",)) ->
     if stored.layout in ("gptq", "gptq_v2"):
         return {"quant_method": "gptq", "bits": stored.bits, "group_size": group, "desc_act": stored.reordered,
                 "sym": stored.symmetric, "checkpoint_format": stored.layout, "lm_head": False}  # fmt: skip
+    if stored.layout == "fp8":
+        return {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+                "weight_block_size": [stored.group_size] * 2, "modules_to_not_convert": list(ignore)}  # fmt: skip
+    if stored.floats:
+        weights, inputs = _float_arguments(stored)
+        return _entry(stored, weights, inputs, ignore)
     weights = {"num_bits": stored.bits, "type": "int", "symmetric": stored.symmetric, "dynamic": False,
                "strategy": "group" if stored.group_size else "channel", "group_size": stored.group_size}  # fmt: skip
     inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    return _entry(stored, weights, inputs, ignore)
+
+
+def _float_arguments(stored: Stored) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How compressed-tensors spells 8-bit floats: by row and token, or in blocks with tiles."""
+    number = {"num_bits": 8, "type": "float", "symmetric": True}
+    size = stored.group_size
+    if size is None:
+        return number | {"strategy": "channel", "dynamic": False}, number | {"strategy": "token", "dynamic": True}
+    block = {"strategy": "block", "dynamic": False, "block_structure": [size, size]}
+    return number | block, number | {"strategy": "group", "group_size": size, "dynamic": True}
+
+
+def _entry(stored: Stored, weights: Any, inputs: Any, ignore: Sequence[str]) -> dict[str, Any]:
+    """compressed-tensors' entry of one group of modules."""
     scheme = {"targets": ["Linear"], "weights": weights, "input_activations": inputs if stored.activations else None,
               "output_activations": None, "format": stored.layout}  # fmt: skip
     return {"quant_method": "compressed-tensors", "format": stored.layout, "quantization_status": "compressed",
@@ -105,6 +132,8 @@ def parse(raw: Any) -> Quantization:
     method = raw.get("quant_method")
     if method == "compressed-tensors":
         return _compressed(raw)
+    if method == "fp8":
+        return Quantization("fp8", ((("Linear",), _deepseek(raw)),))
     if method not in ("gptq", "awq"):
         raise UnsupportedQuantization(f"quantization_config: quant_method {method!r} is not supported; "
                                       f"supported are {SUPPORTED}")  # fmt: skip
@@ -136,6 +165,39 @@ def _awq(raw: Mapping[str, Any]) -> tuple[str, int, bool]:
     return "awq", 4, False
 
 
+def _deepseek(raw: Mapping[str, Any]) -> Stored:
+    for key, value in (("fmt", "e4m3"), ("activation_scheme", "dynamic")):
+        if raw.get(key, value) != value:
+            _refuse(key, raw[key], value)
+    if raw.get("scale_fmt") not in (None, "float", "ue8m0"):  # a power of two is a float32 number, too
+        _refuse("scale_fmt", raw["scale_fmt"], "float and ue8m0")
+    return Stored("fp8", 8, _square(raw.get("weight_block_size"), "weight_block_size"))
+
+
+def _square(sizes: Any, key: str) -> int:
+    """b of a block of [b, b]."""
+    if not isinstance(sizes, list) or len(sizes) != 2 or sizes[0] != sizes[1]:
+        _refuse(key, sizes, "[128, 128] and other square blocks")
+    return _size(sizes[0])
+
+
+def _float_group(weights: Mapping[str, Any], inputs: Any) -> Stored:
+    """A group of 8-bit floats: rows with tokens, or blocks with tiles."""
+    if (weights.get("num_bits"), weights.get("symmetric", True)) != (8, True) or weights.get("dynamic"):
+        _refuse("weights of float-quantized", dict(weights), "symmetric 8-bit floats")
+    strategy = weights.get("strategy")
+    if strategy not in ("channel", "block"):
+        _refuse("weights of float-quantized", dict(weights), "a scale a row, or a block")
+    size = _square(weights.get("block_structure"), "block_structure") if strategy == "block" else None
+    stored = Stored("float-quantized", 8, size, plain_inputs=inputs is None)
+    wanted = _float_arguments(stored)[1]
+    if inputs is not None and not (
+        isinstance(inputs, Mapping) and all(inputs.get(key) == value for key, value in wanted.items())
+    ):
+        _refuse("input_activations of float-quantized", inputs, f"null, or dynamic 8-bit floats like {wanted}")
+    return stored
+
+
 def _compressed(raw: Mapping[str, Any]) -> Quantization:
     for key in ("kv_cache_scheme", "transform_config", "moe_sparsity_config"):
         if raw.get(key):
@@ -155,10 +217,12 @@ def _group(group: Any, raw: Mapping[str, Any]) -> tuple[tuple[str, ...], Stored]
     if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
         _refuse("config_groups", group, "groups with 'targets' and 'weights'")
     layout, weights, inputs = group.get("format") or raw.get("format"), group["weights"], group.get("input_activations")
-    if layout not in COMPRESSED:
-        _refuse("format", layout, ", ".join(COMPRESSED))
     if group.get("output_activations"):
         _refuse("output_activations", group["output_activations"], "null")
+    if layout in FLOATS[:1] and weights.get("type") == "float":
+        return _strings(group.get("targets")), _float_group(weights, inputs)
+    if layout not in COMPRESSED:
+        _refuse("format", layout, ", ".join((*COMPRESSED, *FLOATS[:1])))
     if layout == "int-quantized" and inputs is None:
         layout = "naive-quantized"
     if (layout == "int-quantized") != (inputs is not None) or (inputs is not None and not _dynamic(inputs)):

@@ -8,10 +8,15 @@
 | gptq_v2         | 2, 3, 4, 8 | all        | any, or row | as they are | GPTQModel, newer vLLM                       |
 | gptq            | 2, 3, 4, 8 | symmetric  | any, or row | as they are | GPTQModel, AutoGPTQ, vLLM                   |
 | awq             | 4          | all        | any, or row | as they are | GPTQModel, AutoAWQ, vLLM                    |
+| float-quantized | 8, E4M3    |            | row, block  | 8 bits      | compressed-tensors: transformers, vLLM      |
+| fp8             | 8, E4M3    |            | block       | 8 bits      | DeepSeek-V3's: transformers, vLLM           |
+
+In the last two, weights are 8-bit floats, and blocks are square: b × b weights share a scale. A row goes with a scale a
+token of the activations, a block with 1 × b tiles; float-quantized may leave activations as they are.
 
 What a foreign file may hold besides (asymmetric compressed-tensors weights, ``g_idx``) is read, see ``layouts``.
 
-Left out: scales in blocks, weights of different schemes in one matrix.
+Left out: blocks of integers, scales in E8M0, weights of different schemes in one matrix.
 """
 
 from __future__ import annotations
@@ -21,10 +26,12 @@ from dataclasses import dataclass
 from refllm.formats.packing import words_per_row
 from refllm.formats.scheme import Scheme
 
-__all__ = ["FLOAT", "LAYOUTS", "Spec", "Stored", "stored_as", "tensor_specs"]
+__all__ = ["FLOAT", "FLOAT8", "LAYOUTS", "Spec", "Stored", "stored_as", "tensor_specs"]
 
-LAYOUTS = ("pack-quantized", "int-quantized", "naive-quantized", "gptq_v2", "gptq", "awq")
+FLOATS = ("float-quantized", "fp8")
+LAYOUTS = ("pack-quantized", "int-quantized", "naive-quantized", "gptq_v2", "gptq", "awq", *FLOATS)
 FLOAT = "float"  # in a spec: the floating-point type that the checkpoint is stored in
+FLOAT8 = "float8_e4m3fn"
 GPTQ_BITS = (2, 3, 4, 8)
 
 Spec = tuple[str, tuple[int, ...]]  # dtype's name, shape
@@ -42,15 +49,22 @@ class Stored:
     group_size: int | None = None
     symmetric: bool = True
     reordered: bool = False
+    plain_inputs: bool = False  # float-quantized: activations as they are
 
     def __str__(self) -> str:
         share = "a scale a row" if self.group_size is None else f"groups of {self.group_size}"
+        share = f"blocks of {self.group_size} × {self.group_size}" if self.floats and self.group_size else share
         return f"{self.layout}, {self.bits} bits, {share}" + (", activations in 8 bits" if self.activations else "")
 
     @property
     def activations(self) -> bool:
         """Whether the inputs are quantised too, 8 bits, a scale a token."""
-        return self.layout == "int-quantized"
+        return self.layout == "int-quantized" or (self.floats and not self.plain_inputs)
+
+    @property
+    def floats(self) -> bool:
+        """Whether codes are 8-bit floats."""
+        return self.layout in FLOATS
 
     @property
     def transposed(self) -> bool:
@@ -87,6 +101,8 @@ def stored_as(scheme: Scheme, layout: str, *, activations: bool = False, reorder
 
 def _obstacle(scheme: Scheme, layout: str, activations: bool, reordered: bool) -> str | None:
     """What the layout has no place for; None if it holds all of it."""
+    if layout in FLOATS:
+        return "whole numbers, only 8-bit floats"
     if scheme.granularity not in ("tensor", "channel", "group"):
         return f"a scale for each {scheme.granularity}"
     if reordered and layout not in ("gptq", "gptq_v2"):
@@ -117,6 +133,14 @@ def tensor_specs(stored: Stored, shape: tuple[int, int], name: str = "weight") -
         naming ``name`` if the layout has no place for a weight of this shape.
     """
     (m, n), b = shape, stored.bits
+    if stored.floats:
+        size = stored.group_size
+        if size is not None and n % size and stored.layout != "fp8" and stored.activations:
+            raise ValueError(f"{name}: the readers of {stored.layout} cut activations into whole tiles of {size}, "
+                             f"which do not divide its {n} columns; fp8 takes any shape")  # fmt: skip
+        steps = (m, 1) if size is None else (-(-m // size), -(-n // size))
+        scale = "weight_scale_inv" if stored.layout == "fp8" else "weight_scale"  # a multiplier, despite the name
+        return {"weight": (FLOAT8, (m, n)), scale: (FLOAT, steps)}
     g = stored.groups(n)
     if stored.group_size is not None and n % stored.group_size:
         raise ValueError(f"{name}: groups of {stored.group_size} do not divide its {n} columns")

@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 
 from refllm.backend import Array
+from refllm.formats import float_layouts
 from refllm.formats.layouts import from_tensors
 from refllm.formats.quantization_config import Quantization, UnsupportedQuantization, parse
-from refllm.formats.stored import FLOAT, Spec, Stored, tensor_specs
+from refllm.formats.stored import FLOAT, FLOAT8, Spec, Stored, tensor_specs
 from refllm.model.config import ModelConfig
 from refllm.model.shards import (
     EMBEDDING,
@@ -137,8 +138,13 @@ class NetworkTensors(Mapping[str, Any]):
                 host = converted(scale, wide, full, self.files.file(full))
             else:
                 host = self.files.integers(full, kind)
+                host = host.view("uint8") if kind == FLOAT8 else host  # codes: neither library computes with the type
             tensors[suffix] = self._moved(host)
         try:
+            if stored.floats:
+                return float_layouts.from_tensors(
+                    tensors, stored, shape, dtype=self.dtype or "float32", name=module[:-1]
+                )
             return from_tensors(
                 tensors, stored, shape, scale_dtype=scale_dtype, dtype=self.dtype or "float32", name=module[:-1]
             )

@@ -34,7 +34,7 @@ from refllm.model.tokenizer import Tokenizer
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names and NumPy's
-INTEGERS = {"I64": "int64", "I32": "int32", "I8": "int8"}  # of quantised weights
+INTEGERS = {"I64": "int64", "I32": "int32", "I8": "int8", "F8_E4M3": "float8_e4m3fn"}  # codes of quantised weights
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 Shape = tuple[int, ...]
@@ -129,7 +129,9 @@ class TensorFiles(Mapping[str, np.ndarray]):
         return part
 
     def integers(self, name: str, dtype: str | None = None) -> np.ndarray:
-        """A tensor of whole numbers, which ``__getitem__`` refuses; of ``dtype`` (narrower ones are widened), if given.
+        """A tensor of whole numbers, or of 8-bit floats, which ``__getitem__`` refuses.
+
+        ``dtype``, if given, is what it comes as: narrower whole numbers are widened.
 
         Raises
         ------
@@ -137,15 +139,25 @@ class TensorFiles(Mapping[str, np.ndarray]):
             if it holds anything else.
         """
         kind = INTEGERS.get(self.dtype(name))
-        if kind is None or not np.can_cast(kind, dtype or kind):
+        if kind is None or not (kind == (dtype or kind) or _widens(kind, str(dtype))):
             raise CheckpointError(f"{self._where[name]}: {name!r} is stored as {self.dtype(name)}, not as "
                                   f"{dtype or 'whole numbers'}: the file is damaged, or of another layout")  # fmt: skip
         return self.raw(name).astype(dtype or kind, copy=False)
 
     def raw(self, name: str) -> np.ndarray:
-        """A tensor as it is stored, of any type that NumPy has."""
+        """A tensor as it is stored, of any type that NumPy has, or in 8-bit floats."""
+        if self.dtype(name) == "F8_E4M3":  # safetensors' NumPy reader has no such type (0.8)
+            return self._bytes(name).view(host_dtype("float8_e4m3fn")).reshape(self.shape(name))
         tensor: np.ndarray = self._shards[self._where[name]].get_tensor(name)
         return tensor
+
+    def _bytes(self, name: str) -> np.ndarray:
+        """A tensor's bytes, from where the header says that they are; opening the file has checked that it can be."""
+        with self._where[name].open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            begin, end = json.loads(file.read(length))[name]["data_offsets"]
+            file.seek(8 + length + begin)
+            return np.frombuffer(file.read(end - begin), dtype=np.uint8)
 
     def __contains__(self, name: object) -> bool:
         return name in self._where  # Mapping's own would read the tensor
@@ -173,6 +185,11 @@ class TensorFiles(Mapping[str, np.ndarray]):
 
     def __exit__(self, *exception: object) -> None:
         self._shards.clear()  # drops the last references, which unmaps the files
+
+
+def _widens(kind: str, dtype: str) -> bool:
+    """Whether whole numbers of one type are all numbers of the other; an 8-bit float is none."""
+    return "float8_e4m3fn" not in (kind, dtype) and bool(np.can_cast(kind, dtype))
 
 
 def converted(tensor: np.ndarray, dtype: str, name: str, where: Path) -> np.ndarray:

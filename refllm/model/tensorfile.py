@@ -3,7 +3,7 @@
 The format is described in ``shards``. Each tensor is written where its type may be mapped: the widest types come
 first, as the format's own library does it, so that none begins at an odd place.
 
-Left out: types that a checkpoint has not (booleans, 8-bit floats).
+Left out: types that a checkpoint has not (booleans, 8-bit floats but E4M3).
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@
 | int-quantized   | smoothquant                   | 8 bits, a step a token (absmax/127.5)      |
 | gptq_v2         | gptq, rtn, awq                | as they are                                |
 | awq             | awq                           | as they are                                |
+| float-quantized | fp8, by row or block          | 8-bit floats, a scale a token or tile      |
+| fp8             | fp8, by block                 | 8-bit floats, a scale a tile               |
 
 ``export`` writes a model in memory, ``assemble`` the layers that a run left in files. Both write all files in a new
 directory, which takes its name only when it is whole (``model.writer``).
@@ -13,7 +15,7 @@ directory, which takes its name only when it is whole (``model.writer``).
 Readers of "int-quantized" round activations to absmax/127.5, SmoothQuant to absmax/127: what is loaded computes as the
 format's readers do, which is not bit for bit what was quantised.
 
-Left out: GGUF, 8-bit floats, several layouts in one checkpoint.
+Left out: GGUF, several layouts in one checkpoint.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from typing import Any
 import numpy as np
 
 from refllm.backend import to_numpy
-from refllm.formats.stored import stored_as
+from refllm.formats.float_layouts import stored_as as stored_floats
+from refllm.formats.fp8 import Fp8Linear
+from refllm.formats.stored import Stored, stored_as
 from refllm.formats.w8a8 import W8A8Linear
 from refllm.model.llama import PROJECTIONS
 from refllm.model.shards import EMBEDDING, HEAD, CheckpointError, check_vocabulary, converted
@@ -78,6 +82,9 @@ def storing_of(weights: Mapping[str, Any], layout: str | None = None, dtype: str
             plain.add((key, isinstance(layer[key], Dense)))
             if not isinstance(layer[key], Dense):
                 made = storable(layer[key], name)
+                if isinstance(made, Fp8Linear):
+                    kinds.setdefault((stored_floats(made, layout), True, False), name)
+                    continue
                 inner = made.weight if isinstance(made, W8A8Linear) else made
                 reordered = getattr(inner, "g_idx", None) is not None
                 kinds.setdefault((inner.scheme, made is not inner, reordered), name)
@@ -86,6 +93,8 @@ def storing_of(weights: Mapping[str, Any], layout: str | None = None, dtype: str
         found = ", ".join(f"{kind[0]} ({name})" for kind, name in kinds.items()) or "none"
         raise CheckpointError(f"export: all projections of a name must be quantised alike; found {found}")
     scheme, activations, reordered = next(iter(kinds))
+    if isinstance(scheme, Stored):
+        return Storing(scheme, dtype, keep)
     layout = layout or default_layout(scheme, activations=activations, reordered=reordered)
     return Storing(stored_as(scheme, layout, activations=activations, reordered=reordered), dtype, keep)
 

@@ -10,7 +10,7 @@ see its errors and can make up for them. The others look at the layer as it was,
 ``scale_dtype`` is what scales are rounded to before anything is encoded with them: two bytes a group, as the files
 have it. None keeps the dtype that is computed in.
 
-Left out: the arithmetic of each technique (its own module), fp8.
+Left out: the arithmetic of each technique (its own module).
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from refllm.model.attention import CausalAttend
 from refllm.model.llama import PROJECTIONS, Layer
 from refllm.quant.awq_model import awq_layer, fold, scale_groups
 from refllm.quant.calibrate import STAGES, Batch, LayerRun
+from refllm.quant.fp8 import check as check_fp8
+from refllm.quant.fp8 import fp8
 from refllm.quant.gptq import Factor, Hessian, Solution, factor, gptq
 from refllm.quant.observers import MinMax
 from refllm.quant.outliers import Int8Linear
@@ -34,7 +36,7 @@ from refllm.quant.report import Clock, TensorReport, row
 from refllm.quant.rtn import rtn
 from refllm.quant.smoothquant import LEVELS, smooth_layer, w8a8
 
-__all__ = ["AWQ", "GPTQ", "METHODS", "RTN", "Int8", "Method", "SmoothQuant", "default_scheme", "make"]
+__all__ = ["AWQ", "FP8", "GPTQ", "METHODS", "RTN", "Int8", "Method", "SmoothQuant", "default_scheme", "make"]
 
 Tell = Callable[[TensorReport], None]
 CHECKED = 512  # tokens on which the output error of a projection is taken
@@ -244,7 +246,35 @@ class Int8:
         return run.layer
 
 
-METHODS: dict[str, type[Any]] = {"rtn": RTN, "gptq": GPTQ, "awq": AWQ, "smoothquant": SmoothQuant, "int8": Int8}
+@dataclass(frozen=True)
+class FP8:
+    """Weights and activations in 8-bit floats; see ``fp8``. Of the scheme only what shares a scale counts.
+
+    ``activations`` False leaves those as they are. Scales are float32, or powers of two with ``scale="ue8m0"``.
+    """
+
+    format: str = "e4m3"
+    scale: str = "float32"
+    activations: bool = True
+    calibrates: ClassVar[bool] = False
+    sequential: ClassVar[bool] = True
+
+    def check(self, scheme: Scheme) -> None:
+        check_fp8(scheme, self.format)
+
+    def quantize(self, run: LayerRun, scheme: Scheme, tell: Tell) -> Layer:
+        for names in run.stages():
+            sample = _sample(run)
+            for name in names:
+                clock, dense = Clock(), run.layer[name].dequantize()
+                run.layer[name] = fp8(dense, scheme, **dataclasses.asdict(self), name=run.tensor(name))
+                tell(row(run.index, name, "fp8", dense, run.layer[name], sample, clock()))
+        return run.layer
+
+
+METHODS: dict[str, type[Any]] = {
+    "rtn": RTN, "gptq": GPTQ, "awq": AWQ, "smoothquant": SmoothQuant, "int8": Int8, "fp8": FP8,
+}  # fmt: skip
 
 
 def make(method: str, **options: Any) -> Method:
@@ -263,6 +293,8 @@ def default_scheme(method: str) -> Scheme:
     """What a method is used with unless told otherwise."""
     if method in ("smoothquant", "int8"):
         return Scheme(8, "restricted", "channel")
+    if method == "fp8":
+        return Scheme(8, "restricted", "block", 128)
     if method == "awq":
         return Scheme(4, "awq", "group", 128)
     return Scheme(4, "half_integer", "group", 128)

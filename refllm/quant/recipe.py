@@ -12,10 +12,11 @@ sink has not written yet. A sink that keeps finished layers lets a run resume: t
 | awq         | scaled, clipped, rounded      | as they are    | the layer as it was      | yes        |
 | smoothquant | 8 bits, a scale a row         | 8 bits         | the layer as it was      | yes        |
 | int8        | 8 bits, a scale a row         | 8 bits, but for outliers | the quantised layer | no    |
+| fp8         | 8-bit floats, in blocks       | 8-bit floats   | the quantised layer      | no         |
 
 The embedding, the norms' precision and the head stay as they are; a tied head stays the embedding itself.
 
-Left out: fp8 (it comes with ``formats.floats``), mixed schemes by layer, quantising the head.
+Left out: mixed schemes by layer, quantising the head.
 """
 
 from __future__ import annotations
@@ -78,8 +79,8 @@ def quantize_model(
     Parameters
     ----------
     method
-        ``"rtn"``, ``"gptq"``, ``"awq"``, ``"smoothquant"`` or ``"int8"``; ``options`` are the fields of its class in
-        ``methods``.
+        ``"rtn"``, ``"gptq"``, ``"awq"``, ``"smoothquant"``, ``"int8"`` or ``"fp8"``; ``options`` are the
+        fields of its class in ``methods``.
     scheme
         of the weights; None is ``default_scheme(method)``.
     calibration

@@ -25,11 +25,13 @@ from typing import Any
 import numpy as np
 
 from refllm.backend import to_numpy
+from refllm.formats import float_layouts
+from refllm.formats.fp8 import Fp8Linear
 from refllm.formats.layouts import to_tensor
 from refllm.formats.quantization_config import Quantization, parse, quantization_config
 from refllm.formats.quantized import Quantized
 from refllm.formats.scheme import Scheme
-from refllm.formats.stored import FLOAT, Stored
+from refllm.formats.stored import FLOAT, FLOAT8, Stored
 from refllm.formats.w8a8 import W8A8Linear
 from refllm.model.config import ModelConfig
 from refllm.model.llama import PROJECTIONS, Layer
@@ -71,7 +73,12 @@ class Storing:
     def plan(self, config: ModelConfig) -> Plan:
         """Every tensor of the files; CheckpointError naming a weight that the layout has no place for."""
         specs = stored_specs(config, self.of)
-        return {name: (self.dtype if dtype == FLOAT else dtype, shape) for name, (dtype, shape) in specs}
+        # Scales of 8-bit floats stay in float32: rounding them would be a second error in every weight.
+        scales = ("weight_scale", "weight_scale_inv") if self.stored.floats else ()
+        return {
+            name: (dtype if dtype != FLOAT else "float32" if name.endswith(scales) else self.dtype, shape)
+            for name, (dtype, shape) in specs
+        }
 
     def reader(self, tensors: Mapping[str, Any], where: Path) -> Read:
         """What looks up the stored tensors of ``tensors`` (plain names; arrays, or a ``Linear`` each), on the host.
@@ -84,6 +91,9 @@ class Storing:
             module, _, suffix = name.rpartition(".")
             weight = linears.get(f"{module}.weight")
             if weight is not None and suffix != "bias":
+                if isinstance(weight, Fp8Linear):
+                    host = to_numpy(float_layouts.to_tensor(weight, suffix))
+                    return host.view(host_dtype(FLOAT8)) if suffix == "weight" else host
                 host = to_numpy(to_tensor(weight, self.stored, suffix, dtype=self.dtype))
                 return host.view(host_dtype("bfloat16")) if host.dtype.name == "uint16" else host
             plain = tensors[name]
@@ -93,7 +103,7 @@ class Storing:
         return read
 
 
-def storable(weight: Linear, name: str = "weight") -> Quantized | W8A8Linear:
+def storable(weight: Linear, name: str = "weight") -> Quantized | W8A8Linear | Fp8Linear:
     """``weight`` in a form that ``formats.layouts`` stores.
 
     Raises
@@ -106,7 +116,7 @@ def storable(weight: Linear, name: str = "weight") -> Quantized | W8A8Linear:
     if isinstance(weight, W8A8Linear) and (weight.scheme.granularity, weight.scheme.bits) != ("token", 8):
         raise CheckpointError(f"{name}: stored activations have 8 bits and a step a token, found anew (level O1), not "
                               f"{weight.scheme.bits} bits {'static' if weight.static else 'a tensor'}")  # fmt: skip
-    if not isinstance(weight, (Quantized, W8A8Linear)):
+    if not isinstance(weight, (Quantized, W8A8Linear, Fp8Linear)):
         raise CheckpointError(f"{name}: {type(weight).__name__} is not quantised: quantise it, or name it in keep")
     return weight
 

@@ -110,7 +110,7 @@ def prepare(
     dtype = _dtype(source) if dtype is None else dtype
     if dtype not in STORED_TYPES:
         raise ValueError(f"dtype {dtype!r} is not stored; choose one of {', '.join(STORED_TYPES)}")
-    options |= {"scale_dtype": dtype} if method != "int8" else {}
+    options |= {"scale_dtype": dtype} if method not in ("int8", "fp8") else {}
     if method == "smoothquant":
         options = {"rule": "half_integer"} | options  # activations as the readers of the file round them
     how = make(method, **options)

@@ -1,0 +1,85 @@
+"""Weights in 8-bit floats as other programs store them: compressed-tensors' float-quantized, and DeepSeek-V3's fp8.
+
+| layout          | tensors of a weight W[M, N]                                                                     |
+|-----------------|-------------------------------------------------------------------------------------------------|
+| float-quantized | weight E4M3 [M, N], weight_scale [M, 1], or [⌈M/b⌉, ⌈N/b⌉] in blocks                              |
+| fp8             | weight E4M3 [M, N], weight_scale_inv [⌈M/b⌉, ⌈N/b⌉]: a multiplier, despite its name               |
+
+Scales are written in float32, so that what is stored is what was quantised; of a file any type is read.
+
+Blocks at the edges may be ragged. transformers 5, when it dequantises fp8 on a CPU, then shares the rows out evenly
+among the scales and gets other weights.
+
+Sources: the compressed-tensors library; DeepSeek-V3's README_WEIGHTS; transformers' FineGrainedFP8Config.
+
+Left out: scales a tensor, E5M2, static scales of activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from refllm.backend import Array, namespace
+from refllm.formats.fp8 import Fp8Linear
+from refllm.formats.scaled import FloatScheme, Scaled
+from refllm.formats.stored import FLOATS, Stored
+
+__all__ = ["from_tensors", "stored_as", "to_tensor"]
+
+SCALES = ("weight_scale", "weight_scale_inv")
+
+
+def stored_as(weight: Fp8Linear, layout: str | None = None) -> Stored:
+    """How a weight is stored; None is compressed-tensors' layout.
+
+    Raises
+    ------
+    ValueError
+        if the layout cannot hold it, saying what it can hold.
+    """
+    scheme, activation = weight.weight.scheme, weight.activation
+    layout = layout or "float-quantized"
+    if layout not in FLOATS:
+        raise ValueError(f"{layout} cannot hold 8-bit floats; what can: {', '.join(FLOATS)}")
+    size = scheme.blocks.block if scheme.granularity == "block" else (0, 0)
+    held = (scheme.granularity == "channel" and layout != "fp8") or (size[0] == size[1] > 0)
+    if scheme.format != "e4m3" or not held:
+        raise ValueError(f"{layout} holds e4m3 in square blocks{' or by channel' if layout != 'fp8' else ''}, not "
+                         f"{scheme.format} by {scheme.granularity}")  # fmt: skip
+    wanted = "tile" if size[0] else "token"
+    if activation != wanted and (activation is not None or layout == "fp8"):
+        raise ValueError(f"{layout} goes with activations by {wanted}, not {activation}")
+    if activation == "tile" and size[0] != 128:
+        raise ValueError(f"{layout}: tiles of {size[0]} columns of the activations are left out, only 128")
+    return Stored(layout, 8, size[0] or None, plain_inputs=activation is None)
+
+
+def to_tensor(weight: Fp8Linear, suffix: str) -> Array:
+    """One tensor of a weight: codes as uint8, scales float32."""
+    xp, inner = namespace(weight.weight.codes), weight.weight
+    return inner.codes if suffix == "weight" else xp.ascontiguousarray(inner.scale)
+
+
+def from_tensors(
+    tensors: Mapping[str, Array], stored: Stored, shape: tuple[int, int], *, dtype: str = "float32",
+    name: str = "weight",
+) -> Fp8Linear:  # fmt: skip
+    """A weight W[M, N] from its tensors by suffix; ``dtype`` is what it comes back in.
+
+    Raises
+    ------
+    ValueError
+        naming ``name`` for a code that is NaN, or a scale that is not a finite number of 0 or more.
+    """
+    codes = tensors["weight"]
+    xp, scale = namespace(codes), next(tensors[key] for key in SCALES if key in tensors)
+    if not bool(xp.all((scale >= 0) & xp.isfinite(scale))):
+        raise ValueError(f"{name}: a scale is negative or not finite: the file is damaged")
+    if codes.size and bool(xp.any((codes & 0x7F) == 0x7F)):
+        raise ValueError(f"{name}: a code is NaN: the file is damaged")
+    size = stored.group_size
+    scheme = FloatScheme("e4m3", "channel") if size is None else FloatScheme("e4m3", "block", size)
+    made = Scaled(codes, xp.astype(scale, xp.float32), scheme, shape)
+    made.dtype = dtype
+    activation = None if stored.plain_inputs else "token" if size is None else "tile"
+    return Fp8Linear(made, activation, name=f"the input of {name}")
