@@ -99,6 +99,12 @@ def importances(draw: st.DrawFn, columns: int = 512) -> np.ndarray:
     return np.where(rng.random(columns) < draw(st.sampled_from([0.0, 0.1])), 0.0, w).astype(np.float32)
 
 
+def edge_inputs() -> dict[str, np.ndarray]:
+    """Named matrices (3, 512), every kind once; ``extreme`` is ± the largest float32."""
+    made = {name: special(name, (3, 512), 1) for name in (*SPECIAL, "offset")}
+    return made | {name: build(name, (3, 512), 1) for name in (*USUAL, "extreme")}
+
+
 # --- ggml ----------------------------------------------------------------------------------------------------------
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import oracle, to_host
+from conftest import ROOT, oracle, to_host
 from gguf_data import (
     BLOCKS,
     DIGESTS,
@@ -17,6 +19,7 @@ from gguf_data import (
     SPECIAL,
     USUAL,
     digest,
+    edge_inputs,
     ggml_quantize,
     golden_importance,
     golden_input,
@@ -48,6 +51,15 @@ def test_the_golden_input_is_what_the_digests_were_made_of():
 def test_golden_digests(xp, type):
     x, w = golden_input(), golden_importance()
     assert (digest(encode(xp, x, type)), digest(encode(xp, x, type, w))) == DIGESTS[type]
+
+
+@pytest.mark.parametrize("name", edge_inputs())
+def test_golden_digests_of_edges(xp, name):
+    """Ties, zeros of both signs, denormals, the ends of float32: recorded by ``tests/golden/make_gguf.py``."""
+    x, w = edge_inputs()[name], golden_importance()
+    for type, recorded in json.loads((ROOT / "tests" / "golden" / "gguf.json").read_text())[name].items():
+        found = [digest(encode(xp, x, type, weights)) for weights in (None, w)[: len(recorded)]]
+        assert found == recorded, type
 
 
 @pytest.mark.parametrize("type", ["Q4_K", "Q3_K", "Q4_0", "Q5_1"])

@@ -67,52 +67,62 @@ def asymmetric(x: Array, w: Array, levels: int, grid: Grid, *, mad: bool = False
     The start puts ``levels`` steps between the ends; candidate i puts levels + first + i·step there, i = 0 … tries.
     """
     xp = namespace(x, w)
-    hi, sw, sx = xp.max(x, axis=0), sequential_sum(w), sequential_sum(w * x)
-    lo = least(x)
+    hi, lo = xp.max(x, axis=0), least(x)
     lo = xp.where(lo > 0, 0.0, lo)
     some = hi > lo
-    t, code = xp.empty_like(x), xp.empty_like(x)  # reused: what fits into the cache need not leave it
-
-    def encode(inverse: Array, low: Array) -> None:
-        """code = clip(nearest((x − low) · inverse)); an inverse that is no number gives 0 as upstream's trick does."""
-        xp.subtract(x, low, out=code)
-        xp.multiply(code, xp.where(xp.isfinite(inverse), inverse, 0.0), out=code)
-        xp.rint(code, out=code)
-        xp.clip(code, 0.0, float(levels), out=code)
-
-    def error(s: Array, m: Array) -> Array:
-        xp.multiply(code, s, out=t)
-        xp.add(t, m, out=t)
-        xp.subtract(t, x, out=t)
-        xp.abs(t, out=t) if mad else xp.multiply(t, t, out=t)
-        xp.multiply(t, w, out=t)
-        return sequential_sum(t)
-
+    sw, sx = sequential_sum(w), sequential_sum(w * x)
+    code, room = xp.empty_like(x), xp.empty_like(x)  # reused: what fits into the cache need not leave it
     best_inverse, best_lo = float(levels) / (hi - lo), lo
     scale = 1.0 / best_inverse
-    encode(best_inverse, lo)
-    best = error(scale, lo)
+    _encode(x, lo, best_inverse, levels, code)
+    best = _error(x, w, code, scale, lo, mad, room)
     for i in range(grid.tries + 1):
         inverse = grid.steps(levels, i) / (hi - lo)
-        encode(inverse, lo)
-        xp.multiply(w, code, out=t)
-        sl = sequential_sum(t)
-        xp.multiply(t, code, out=t)
-        sll = sequential_sum(t)
-        xp.multiply(w, code, out=t)
-        xp.multiply(t, x, out=t)
-        sxl = sequential_sum(t)
+        _encode(x, lo, inverse, levels, code)
+        sl, sll, sxl = _moments(x, w, code, room)
         d = sw * sll - sl * sl
         s, m = (sw * sxl - sx * sl) / d, (sll * sx - sl * sxl) / d
         above = m > 0  # the offset may only lower
         s, m = xp.where(above, sxl / sll, s), xp.where(above, 0.0, m)
-        e = error(s, m)
+        e = _error(x, w, code, s, m, mad, room)
         better = (d > 0) & (e < best) & some
         best, scale = xp.where(better, e, best), xp.where(better, s, scale)
         best_inverse, best_lo = xp.where(better, inverse, best_inverse), xp.where(better, lo, best_lo)
         lo = xp.where(better, m, lo)  # the quirk: later candidates start here
-    encode(best_inverse, best_lo)  # the winner's codes again, cheaper than keeping each winner's
+    _encode(x, best_lo, best_inverse, levels, code)  # again, which is cheaper than keeping every winner's codes
     return xp.where(some, code, 0.0), xp.where(some, scale, 0.0), -lo
+
+
+def _encode(x: Array, lo: Array, inverse: Array, levels: int, code: Array) -> None:
+    """code = clip(nearest((x − lo) · inverse)); an infinite inverse gives 0, as upstream's rounding makes of it."""
+    xp = namespace(x, code)
+    xp.subtract(x, lo, out=code)
+    xp.multiply(code, xp.where(xp.isfinite(inverse), inverse, 0.0), out=code)
+    xp.rint(code, out=code)
+    xp.clip(code, 0.0, float(levels), out=code)
+
+
+def _moments(x: Array, w: Array, code: Array, room: Array) -> tuple[Array, Array, Array]:
+    """Σwl, Σwl², Σwlx of each column; products go through ``room``."""
+    xp = namespace(x, w)
+    xp.multiply(w, code, out=room)
+    sl = sequential_sum(room)
+    xp.multiply(room, code, out=room)
+    sll = sequential_sum(room)
+    xp.multiply(w, code, out=room)
+    xp.multiply(room, x, out=room)
+    return sl, sll, sequential_sum(room)
+
+
+def _error(x: Array, w: Array, code: Array, s: Array, m: Array, mad: bool, room: Array) -> Array:
+    """Σ w (s·code + m − x)², or Σ w |…| with ``mad``."""
+    xp = namespace(x, w)
+    xp.multiply(code, s, out=room)
+    xp.add(room, m, out=room)
+    xp.subtract(room, x, out=room)
+    xp.abs(room, out=room) if mad else xp.multiply(room, room, out=room)
+    xp.multiply(room, w, out=room)
+    return sequential_sum(room)
 
 
 def symmetric(x: Array, levels: int, w: Array | None = None) -> tuple[Array, Array]:
