@@ -66,7 +66,15 @@ EXAMPLES = {
     "smoothquant": {
         "factor": 128.0,
         "rows": [
-            {"outliers": o, "level": v, "alpha": a, "keep": k, "bits per byte": 1.1, "full precision": 1.0}
+            {
+                "outliers": o,
+                "level": v,
+                "alpha": a,
+                "keep": k,
+                "bits per byte": 1.1,
+                "full precision": 1.0,
+                "kl": [0.1, 0.05, 0.2],
+            }
             for o in ("nothing", "norms", "MLP hidden")
             for v in ("O1", "O2")
             for a in (None, 0.0, 0.5)

@@ -57,9 +57,9 @@ def observers(values: Values) -> Figure:
     A panel above for each width of codes: the tensor's density with every observer's cut; below, what that costs.
     """
     rows: Sequence[Any] = values["rows"]
-    names = list(dict.fromkeys(row["observer"] for row in rows))
+    names = _distinct(rows, "observer")
     colours = {name: colour for colour, name in coloured((FULL, NEAREST, MORE[0], MORE[3], TECHNIQUE, MORE[1]), names)}
-    widths = list(dict.fromkeys(row["bits"] for row in rows))
+    widths = _distinct(rows, "bits")
     fig = Figure(layout="constrained", figsize=(7.2, 6.0))
     middle = [(a * b) ** 0.5 for a, b in pairwise(values["edges"])]
     for i, bits in enumerate(widths):
@@ -89,52 +89,55 @@ def observers(values: Values) -> Figure:
 
 @styled
 def smoothquant(values: Values) -> Figure:
-    """{"rows": [{"outliers", "level", "alpha", "keep", "bits per byte", "full precision"}]} → loss over α; where not.
+    """{"rows": [{"outliers", "level", "alpha", "keep", "kl", "bits per byte", "full precision"}]}.
 
-    Loss is the increase of bits per byte over full precision, in per cent.
+    Above, KL over α; below, where it helps and where not. KL tells networks apart whose bits per byte differ by less
+    than chance; those stand beside it, in per cent.
     """
     rows: Sequence[Any] = values["rows"]
 
-    def loss(outliers: str, level: str, alpha: float | None, keep: Sequence[str] = ()) -> float:
-        found = [r for r in rows if (r["outliers"], r["level"], r["alpha"]) == (outliers, level, alpha)
-                 and list(r["keep"]) == list(keep)]  # fmt: skip
-        return 100.0 * (float(found[0]["bits per byte"]) / float(found[0]["full precision"]) - 1.0)
+    def row(outliers: str, level: str, alpha: float | None, keep: Sequence[str] = ()) -> Any:
+        wanted = (outliers, level, alpha, list(keep))
+        return next(r for r in rows if (r["outliers"], r["level"], r["alpha"], list(r["keep"])) == wanted)
 
-    levels = list(dict.fromkeys(row["level"] for row in rows))
-    colours = {level: colour for colour, level in coloured((TECHNIQUE, MORE[0], MORE[1]), levels)}
-    fig = Figure(layout="constrained", figsize=(7.2, 6.4))
-    top = fig.add_subplot(2, 1, 1)
-    for level in levels:
+    def loss(r: Any) -> str:
+        return f"{100 * (r['bits per byte'] / r['full precision'] - 1):+.3g} %"
+
+    colours = {level: colour for colour, level in coloured((TECHNIQUE, MORE[0], MORE[1]), _distinct(rows, "level"))}
+    fig = Figure(layout="constrained", figsize=(7.2, 7.2))
+    top, bottom = fig.add_subplot(2, 1, 1), fig.add_subplot(2, 1, 2)
+    for level, colour in colours.items():
         smooth = [r for r in rows if (r["outliers"], r["level"], list(r["keep"])) == ("norms", level, [])]
-        alphas = sorted(r["alpha"] for r in smooth if r["alpha"] is not None)
-        top.plot(alphas, [loss("norms", level, a) for a in alphas], color=colours[level], marker="o", ms=4,
-                 label=f"{level}, smoothed")  # fmt: skip
-        top.axhline(loss("norms", level, None), color=colours[level], ls="--", lw=1.2,
-                    label=f"{level}, not smoothed: +{loss('norms', level, None):.3g} %")  # fmt: skip
-    top.set(title=f"Outliers of {values['factor']:g}× behind the norms: 8-bit weights and activations", xlabel="α",
-            ylabel="loss in bits per byte (%)", yscale="log")  # fmt: skip
-    top.legend(fontsize=8, ncols=2, loc="center right", bbox_to_anchor=(1.0, 0.55))
-    keep, hidden = ["o_proj", "down_proj"], ["down_proj"]
-    bars = [("no outliers, not smoothed", "nothing", None, []), ("norms, smoothed", "norms", 0.5, []),
-            ("norms, smoothed; o, down in floats", "norms", 0.5, keep), ("norms, not smoothed", "norms", None, []),
-            ("norms, not smoothed; o, down in floats", "norms", None, keep),
+        curve = sorted((r["alpha"], r["kl"][0]) for r in smooth if r["alpha"] is not None)
+        top.plot(*zip(*curve, strict=True), color=colour, marker="o", ms=4, label=f"{level}, smoothed")
+        plain = row("norms", level, None)
+        top.axhline(plain["kl"][0], color=colour, ls="--", lw=1.2, label=f"{level}, not: {loss(plain)}")
+    top.set(title=f"W8A8, outliers of {values['factor']:g}× behind the norms", xlabel="α", yscale="log")
+    top.set_ylabel("KL (nats per token)")
+    fig.legend(loc="outside upper left", ncols=3, fontsize=8.5)
+    keep = ["o_proj", "down_proj"]
+    bars = [("no outliers, not smoothed", "nothing", None, []), ("norms, not smoothed", "norms", None, []),
+            ("norms, not smoothed, o and down kept", "norms", None, keep), ("norms, smoothed", "norms", 0.5, []),
+            ("norms, smoothed, o and down kept", "norms", 0.5, keep),
             ("MLP hidden, not smoothed", "MLP hidden", None, []), ("MLP hidden, smoothed", "MLP hidden", 0.5, []),
-            ("MLP hidden, smoothed; down in floats", "MLP hidden", 0.5, hidden)]  # fmt: skip
-    bottom = fig.add_subplot(2, 1, 2)
-    at = [loss(outliers, "O1", alpha, kept) for _, outliers, alpha, kept in bars]
-    shown = [max(value, 1e-3) for value in at]  # a loss below 0 has no place on this axis; its label says it
-    bottom.barh(range(len(bars)), shown, color=[TECHNIQUE if bar[2] is not None else FULL for bar in bars], height=0.7)
-    for y, value in enumerate(at):
-        bottom.annotate(
-            f"{value:+.2g} %", (shown[y], y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
-        )
+            ("MLP hidden, smoothed, down kept", "MLP hidden", 0.5, ["down_proj"])]  # fmt: skip
+    found = [row(outliers, "O1", alpha, kept) for _, outliers, alpha, kept in bars]
+    length = [max(r["kl"][0], 1e-9) for r in found]
+    bottom.barh(range(len(bars)), length, color=[FULL if bar[2] is None else TECHNIQUE for bar in bars], height=0.7)
+    for y, r in enumerate(found):
+        bottom.annotate(loss(r), (length[y], y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
     bottom.set_yticks(range(len(bars)), [bar[0] for bar in bars])
-    bottom.set(title="A step a token (O1), α = ½: where it helps, and where not", xscale="log",
-               xlabel="loss in bits per byte (%)")  # fmt: skip
-    bottom.set_xlim(min(shown) / 2, 5 * max(shown))
+    bottom.set(title="O1: where it helps, and where not", xscale="log")
+    bottom.set_xlabel("KL (nats per token); beside it, bits per byte")
+    bottom.set_xlim(min(length) / 2, 6 * max(length))
     bottom.invert_yaxis()
     bottom.grid(visible=False, axis="y")
     return fig
+
+
+def _distinct(rows: Sequence[Any], key: str) -> list[Any]:
+    """The values of a column, in the order in which they occur."""
+    return list(dict.fromkeys(row[key] for row in rows))
 
 
 @styled
@@ -158,7 +161,16 @@ def salience(values: Values) -> Figure:
                 low, high = mean - min(k[1] for k in kl), max(k[2] for k in kl) - mean
                 points.append((place + 0.08 * (at - 1), mean, low, high))
             x, y, below, above = zip(*points, strict=True)
-            panel.errorbar(x, y, yerr=(below, above), color=colour, marker="o", ms=4, lw=1.4, label=f"by {by}")
+            panel.errorbar(
+                x,
+                y,
+                yerr=(below, above),
+                color=colour,
+                marker="o",
+                ms=4,
+                lw=1.4,
+                label="at random" if by == "random" else f"by {by}",
+            )
         panel.set(title=title, xlabel="input channels kept in floats", ylim=(0, None))
         panel.set_xticks(range(len(fractions)), [f"{fraction:.0%}" for fraction in fractions])
         panel.set_xlim(-0.5, len(fractions) - 0.5)
