@@ -223,6 +223,18 @@ def test_swept_never_refines_a_positive_extreme():
     assert changed[extreme(x) < 0].mean() > 0.2
 
 
+def test_all_five_sweeps_are_made():
+    """A code that only the fifth sweep changes is one in 10,000: these blocks have one."""
+    rng = np.random.default_rng(0)
+    x = np.ascontiguousarray(rng.standard_normal((16, 30000)).astype(F))
+    w = np.random.default_rng(3).uniform(0, 1, x.shape).astype(F)
+    late, later = x[:, [4650, 5455]], [4839, 7365, 22794, 27064]
+    compare(swept(late, 4), [naive_swept(c, 4) for c in late.T])
+    few, weights = np.abs(x[:, later]), w[:, later]
+    with quietly(x):
+        compare(positive(few, 63, weights), [naive_positive(c, 63, v) for c, v in zip(few.T, weights.T, strict=True)])
+
+
 # --- sums, rounding, extremes --------------------------------------------------------------------------------------
 
 
