@@ -51,7 +51,6 @@ from refllm.study.records import Record
 from refllm.study.records import write as write_record
 
 GRAM = 8
-COMMAND = "python benchmarks/speculative.py --figure figures/data/speculative.json"
 
 
 # --- tasks ---------------------------------------------------------------------------------------------------------
@@ -290,11 +289,11 @@ def show(record: dict[str, Any]) -> None:
               f"{best['temperature']} (target {target}x)")  # fmt: skip
 
 
-def figure(record: dict[str, Any], path: Path) -> None:
+def figure(record: dict[str, Any], path: Path, command: str) -> None:
     about = record["environment"]
     values = {name: record[name] for name in ("results", "batches", "costs_us", "bytes_share_of_draft")}
     hardware = f"{about['cpu']}, one thread, load {about['load_before']}"
-    write_record(path, Record(COMMAND, "A, B, C", hardware, values))
+    write_record(path, Record(command, "A, B, C", hardware, values))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -304,7 +303,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show(record)
     finish(record, options.output)
     if options.figure is not None:
-        figure(record, options.figure)
+        typed = sys.argv[1:] if arguments is None else arguments
+        figure(record, options.figure, " ".join(["python benchmarks/speculative.py", *typed]))
     return 0
 
 

@@ -100,6 +100,32 @@ EXAMPLES = {
             {"mix": "b", "base": 5.5, "model": 5.7, "article": 5.5},
         ]
     },
+    "speculative": {
+        "results": [
+            {
+                "task": t,
+                "drafter": d,
+                "temperature": h,
+                "gamma": g,
+                "alpha": 0.5,
+                "length": 1.5 + 0.1 * g - 0.2 * h,
+                "speedup": {"median": 1.2, "low": 1.1, "high": 1.3},
+                "formula": 1.25,
+                "flat": 1.4 + 0.1 * g,
+            }
+            for t, d in (("code", "model"), ("copy", "n-gram"))
+            for h in (0.0, 1.0)
+            for g in (1, 3)
+        ],
+        "batches": [{"batch": b, "fixed": {"median": 1.3 / b}, "adaptive": {"median": 1.0}} for b in (1, 4)],
+    },
+    "float_formats": {
+        "data": {kind: {"int8": 0.1, "e4m3": 0.2, "e5m2": 0.3} for kind in ("normal", "outliers")},
+        "lengths": [128, 256],
+        "accumulator": {name: [1e-4, 2e-4] for name in "abc"},
+        "growths": [1.0, 1.5],
+        "delayed": [0.0, 0.2],
+    },
     "kv_memory": {"contexts": [10, 100], "lines": {"a": [1e9, 1e10]}, "weights": {"w": 5e9}, "marked": 100},
 }
 

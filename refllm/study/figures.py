@@ -35,6 +35,7 @@ from refllm.study.drawing import (
 )
 from refllm.study.figures_formats import gguf_layouts, gguf_mixes
 from refllm.study.figures_quant import observers, quantization, salience, smoothquant
+from refllm.study.figures_speculative import speculative
 from refllm.study.records import Record, read
 
 _KEY = "refllm-digest"
@@ -174,6 +175,7 @@ FIGURES: dict[str, tuple[str, Draw]] = {
     "roofline": ("roofline.json", roofline),
     "decode_cost": ("decode_cost.json", decode_cost),
     "kv_memory": ("kv_memory.json", kv_memory),
+    "speculative": ("speculative.json", speculative),
     "quantization": ("quantization.json", quantization),
     "observers": ("observers.json", observers),
     "smoothquant": ("smoothquant.json", smoothquant),
