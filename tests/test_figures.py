@@ -126,6 +126,13 @@ EXAMPLES = {
         "growths": [1.0, 1.5],
         "delayed": [0.0, 0.2],
     },
+    "float_formats": {
+        "data": {kind: {"int8": 0.1, "e4m3": 0.2, "e5m2": 0.3} for kind in ("normal", "outliers")},
+        "lengths": [128, 256],
+        "accumulator": {name: [1e-4, 2e-4] for name in "abc"},
+        "growths": [1.0, 1.5],
+        "delayed": [0.0, 0.2],
+    },
     "kv_memory": {"contexts": [10, 100], "lines": {"a": [1e9, 1e10]}, "weights": {"w": 5e9}, "marked": 100},
 }
 

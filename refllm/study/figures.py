@@ -33,6 +33,7 @@ from refllm.study.drawing import (
     coloured,
     styled,
 )
+from refllm.study.figures_floats import float_formats
 from refllm.study.figures_formats import gguf_layouts, gguf_mixes
 from refllm.study.figures_quant import observers, quantization, salience, smoothquant
 from refllm.study.figures_speculative import speculative
@@ -183,6 +184,7 @@ FIGURES: dict[str, tuple[str, Draw]] = {
     "gguf_layouts": ("gguf_layouts.json", gguf_layouts),
     "gguf_kquants": ("gguf_kquants.json", gguf_layouts),
     "gguf_mixes": ("gguf_mixes.json", gguf_mixes),
+    "float_formats": ("float_formats.json", float_formats),
 }
 
 
