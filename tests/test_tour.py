@@ -160,3 +160,14 @@ def test_a_tour_loads_its_model_once(guide, monkeypatch):
 
 def _model(guide: tour.Tour) -> Model:
     return load(guide.name, "numpy")
+
+
+def test_formats_prints_bits_and_error_of_the_matrix_itself(guide):
+    from refllm.study import floats
+
+    text = visit(guide, "formats")
+    weight = guide.model.weights["layers"][0]["down_proj"].dequantize()
+    found = floats.rows(weight)
+    assert len(found) >= 3
+    for name, bits, error, _ in found:
+        assert re.search(rf"{re.escape(name)} +{bits:.3f} +{error:.2%}", text), name

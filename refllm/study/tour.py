@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from refllm.api import Model, load, locate
-from refllm.backend import namespace
+from refllm.backend import namespace, to_numpy
 from refllm.decode.generate import GREEDY, Sampling, generate_tokens
 from refllm.formats.affine import Scheme
 from refllm.model.config import ModelConfig
@@ -318,6 +318,32 @@ def serve(tour: Tour) -> None:
     )
 
 
+def formats(tour: Tour) -> None:
+    """One weight matrix in every format: bits, error, and a few of its numbers as each has them."""
+    from refllm.study import floats  # the block formats are not needed at the other stops
+
+    weight = to_numpy(tour.model.weights["layers"][0]["down_proj"].dequantize()).astype(np.float32)
+    shown = weight[0, :8]
+    made = table("format", "bits a weight", "error", f"8 of its {weight.size:,} numbers, in thousandths")
+    made.add_row("float32", "32.00", "0", _thousandths(shown))
+    rows = floats.rows(weight)
+    for name, bits, error, back in rows:
+        made.add_row(name, f"{bits:.3f}", f"{error:.2%}", _thousandths(back[0, :8]))
+    tour.out.print(made)
+    tour.say()
+    tour.say(
+        f"The down projection of the first layer, {weight.shape[0]} × {weight.shape[1]}. Bits are counted with scales; "
+        "the error is that of the whole matrix, ‖Ŵ − W‖ / ‖W‖."
+    )
+    eight = {name: error for name, bits, error, _ in rows if 8 <= bits < 9}
+    best, worst = min(eight, key=lambda name: eight[name]), max(eight, key=lambda name: eight[name])
+    tour.say(f"Of about eight bits, {best} is nearest and {worst} farthest: an exponent costs mantissa.")
+
+
+def _thousandths(numbers: np.ndarray) -> str:
+    return " ".join(f"{1e3 * x:5.0f}" for x in numbers.tolist())
+
+
 STOPS = [
     Stop("meet", "The model", meet),
     Stop("write", "Writing code from a prompt", write),
@@ -325,6 +351,7 @@ STOPS = [
     Stop("cost", "What a step costs", cost),
     Stop("phases", "Prefill and decode", phases),
     Stop("shrink", "Four bits a weight", shrink),
+    Stop("formats", "One matrix in every format", formats),
     Stop("speculate", "Several tokens a step", speculate),
     Stop("serve", "Serving a burst of prompts", serve),
 ]
