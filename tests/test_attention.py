@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from conftest import to_host
@@ -282,6 +282,18 @@ def test_rows_that_see_nothing_give_zero(pure_xp, problem, start, window, tile_k
         ):
             assert not to_host(o).any()
             assert np.isneginf(to_host(lse)).all()
+
+
+@given(problems(), st.data())
+def test_a_key_that_is_no_number_shows_in_every_query_that_sees_it(pure_xp, problem, data):
+    q, k, v = problem
+    assume(len(k) > 0)
+    k = k.copy()
+    k[data.draw(st.integers(0, len(k) - 1))] = np.nan
+    for form in (attention, flash_attention):
+        o, lse = form(*on(pure_xp, q, k, v), start=len(k))  # every query sees every key
+        assert np.isnan(to_host(o)).all()
+        assert np.isnan(to_host(lse)).all()
 
 
 @given(st.integers(1, 6), st.integers(1, 8), st.integers(-3, 9), windows)

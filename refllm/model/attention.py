@@ -57,10 +57,10 @@ def attention(
     scores -= top
     p = xp.exp(scores)
     mass = xp.sum(p, axis=-1, keepdims=True)  # ≥ 1 where a key is seen: the maximum contributes exp(0)
-    seen = top > 0.5 * lowest
-    safe = xp.where(seen, mass, xp.ones_like(mass))
-    o = xp.where(seen, (p @ _heads_first(v)) / safe, xp.zeros_like(grouped))
-    lse = xp.where(seen, top + xp.log(safe), xp.full_like(top, -math.inf))
+    blind = top <= 0.5 * lowest  # not true of a NaN, which shows in the output
+    safe = xp.where(blind, xp.ones_like(mass), mass)
+    o = xp.where(blind, xp.zeros_like(grouped), (p @ _heads_first(v)) / safe)
+    lse = xp.where(blind, xp.full_like(top, -math.inf), top + xp.log(safe))
     return _ungroup(o, count), _ungroup(lse, count)[..., 0]
 
 
@@ -113,10 +113,10 @@ def _flash_rows(
         l = l * shrink + xp.sum(p, axis=-1, keepdims=True)  # noqa: E741
         o = o * shrink + p @ _heads_first(v[keys, ...])
         m = new_m
-    seen = m > 0.5 * lowest  # a wholly masked row has m = lowest and a meaningless mass
-    safe = xp.where(seen, l, xp.ones_like(l))
-    o = xp.where(seen, o / safe, xp.zeros_like(o))
-    lse = xp.where(seen, m + xp.log(safe), xp.full_like(m, -math.inf))
+    blind = m <= 0.5 * lowest  # a wholly masked row has m = lowest and a meaningless mass; a NaN must show
+    safe = xp.where(blind, xp.ones_like(l), l)
+    o = xp.where(blind, xp.zeros_like(o), o / safe)
+    lse = xp.where(blind, xp.full_like(m, -math.inf), m + xp.log(safe))
     return _ungroup(o, count), _ungroup(lse, count)[..., 0]
 
 
