@@ -17,7 +17,7 @@ _COLOURS = (TECHNIQUE, NEAREST, MORE[0])
 @styled
 def speculative(values: Values) -> Figure:
     """The record of ``benchmarks/speculative.py``: tokens a step over γ, speed-up over γ, and over the batch."""
-    fig = Figure(layout="constrained", figsize=(7.2, 8.4))
+    fig = Figure(layout="constrained", figsize=(7.2, 6.2))
     grid = fig.add_gridspec(3, 2)
     panels = [fig.add_subplot(grid[i // 2, i % 2]) for i in range(4)]
     for column, (task, drafter, title) in enumerate(_TASKS):
@@ -44,7 +44,7 @@ def _lengths(ax: Axes, rows: Sequence[Mapping[str, Any]], title: str) -> None:
         ax.plot([], [], color="black", lw=1, ls=":", label="formula, if independent")
     ax.set_xticks(sorted({r["gamma"] for r in rows}))
     ax.set_ylim(bottom=1)
-    ax.legend(fontsize=7.5)
+    ax.legend(fontsize=6.5)
 
 
 def _speeds(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -59,13 +59,15 @@ def _speeds(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     ax.errorbar(gammas, median, yerr=(below, above), color=TECHNIQUE, marker="o", ms=4, label="measured (B)")
     ax.plot(gammas, [r["formula"] for r in some], color=TECHNIQUE, lw=1, ls="--", label="τ t(1) / (t(γ+1) + γ c)")
     ax.plot(gammas, [r["flat"] for r in some], color=MORE[3], lw=1.4, ls=":", label="t flat: waits for memory (C)")
-    ax.set_ylim(bottom=0)
-    ax.legend(title=f"temperature {temperature:g}", fontsize=7.5, title_fontsize=7.5)
+    ax.set_ylim(0, 1.65 * max(r["flat"] for r in some))  # room for the legend above the lines
+    ax.set_xticks(gammas)
+    ax.set_title(f"temperature {temperature:g}", fontsize=8.5, pad=3)
+    ax.legend(fontsize=6.5, loc="upper center", ncols=2)
 
 
 def _batches(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     ax.set(title="In the engine: where speculation begins to lose (B)", xlabel="sequences in the batch",
-           ylabel="times the engine without drafts")  # fmt: skip
+           ylabel="times without drafts")  # fmt: skip
     sizes = [r["batch"] for r in rows]
     ax.axhline(1, color=FULL, lw=1)
     for name, colour, label in (
