@@ -4,7 +4,9 @@
     python benchmarks/formats.py --whole Llama-3.2-1B --output benchmarks/results/formats_whole.json
 
 Both work on the same float32 matrix, in this process, one thread each, in turns; a ratio is formed within each round,
-and its median over the rounds is shown (kind B). ``peer`` is ggml_quantize_chunk and dequantize_row of the shared
+and its median over the rounds is shown (kind B). The clock is the process's processor time: a millisecond of C fits
+between two interruptions by other programs and a hundred of NumPy do not, which would count against the latter.
+``peer`` is ggml_quantize_chunk and dequantize_row of the shared
 library that llama-cpp-python brings; bytes are compared before anything is timed.
 
 ``--whole`` writes a float32 checkpoint of random numbers in a published model's shapes (5 GB for 1B) into a temporary
@@ -70,9 +72,9 @@ def race(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> tup
     for number in range(rounds + 1):
         lap = []
         for function in (ours, theirs) if number % 2 else (theirs, ours):
-            began = time.perf_counter()
+            began = time.process_time()
             function()
-            lap.append(time.perf_counter() - began)
+            lap.append(time.process_time() - began)
         if number:  # the first is the warm-up
             times.append((lap[0], lap[1]) if number % 2 else (lap[1], lap[0]))
     a, b = (statistics.median(t[i] for t in times) for i in (0, 1))
