@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import enumeration
@@ -188,6 +188,7 @@ def test_mask_depth_and_paths_agree(tree):
 )
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen3"])
 @given(tree=trees(), seed=seeds, before=st.integers(0, 9))
+@example(tree=Tree.chain(9), seed=0, before=2)  # longer than the window
 def test_tree_step_equals_each_path_alone(xp, name, tree, seed, before):
     config = NETWORKS[name]
     rng = np.random.default_rng(seed)
