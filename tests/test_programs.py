@@ -52,6 +52,9 @@ def test_a_program_asks_the_same_whoever_is_served_first(name, data):
 def test_best_hit_rate_counts_distinct_prefixes(prompts):
     prefixes = {tuple(p[: i + 1]) for p in prompts for i in range(len(p))}
     assert best_hit_rate(prompts) == 1 - len(prefixes) / sum(map(len, prompts))
+    answers = [p[:2] for p in prompts]  # what an answer has computed need not be read: all but its last token
+    said = {tuple([*p, *a][:i]) for p, a in zip(prompts, answers, strict=True) for i in range(len(p) + 1, len(p + a))}
+    assert best_hit_rate(prompts, answers) == 1 - len(prefixes - said) / sum(map(len, prompts))
 
 
 def test_what_is_shared_has_its_closed_form():

@@ -164,20 +164,26 @@ def shuffled(program: Program, rng: np.random.Generator) -> Program:
     return replace(program, requests=[program.requests[i] for i in rng.permutation(len(program.requests))])
 
 
-def best_hit_rate(prompts: Sequence[Sequence[int]]) -> float:
-    """The most that any order and any cache can save: 1 − (distinct prefixes) / (tokens asked), page 1.
+def best_hit_rate(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]] = ()) -> float:
+    """The most that any order and any cache can save of the ``prompts``, page 1.
 
-    Every distinct prefix must be computed once. (The last token of a prompt is computed always, for its logits: where
-    a prompt is the prefix of another, or its equal, not even this rate can be had.)
+    1 − (distinct prefixes that no answer has computed) / (tokens asked): each of these must be read once.
+    ``answers[i]`` follows prompts[i]; all of it but its last token has been computed when somebody repeats it. (The
+    last token of a prompt is computed always, for its logits: where a prompt is the prefix of another, even this rate
+    is out of reach.)
     """
-    asked, computed = 0, 0
-    before: Sequence[int] = ()
-    for prompt in sorted(map(tuple, prompts)):  # neighbours in this order share the longest prefixes
-        shared = next((i for i, (x, y) in enumerate(zip(before, prompt, strict=False)) if x != y), None)
-        computed += len(prompt) - (min(len(before), len(prompt)) if shared is None else shared)
-        asked += len(prompt)
-        before = prompt
-    return 1 - computed / asked
+    nodes: dict[tuple[int, int], int] = {}  # (node above, token) → node, of the trie of all texts
+    read: set[int] = set()
+    written: set[int] = set()
+    for i, prompt in enumerate(prompts):
+        at = 0
+        for token in prompt:
+            at = nodes.setdefault((at, token), len(nodes) + 1)
+            read.add(at)
+        for token in answers[i][:-1] if answers else ():
+            at = nodes.setdefault((at, token), len(nodes) + 1)
+            written.add(at)
+    return 1 - len(read - written) / sum(map(len, prompts))
 
 
 def _request(name: tuple[int, ...], prompt: Sequence[int], answer: int) -> Request:

@@ -77,7 +77,7 @@ class Taken(NamedTuple):
 
 
 class Tally:
-    """Sums over steps. ``batch``, ``utilisation`` and ``filled`` are means over steps, of ``steps`` > 0."""
+    """Sums over steps. ``batch`` and ``utilisation`` are means over steps; ValueError where there were none."""
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
@@ -96,17 +96,22 @@ class Tally:
     @property
     def batch(self) -> float:
         """Mean number of requests that run."""
-        return self.rows / self.steps
+        return self.rows / self._some()
 
     @property
     def utilisation(self) -> float:
         """Share of the memory that holds tokens."""
-        return self.used / (self.steps * self.slots)
+        return self.used / (self._some() * self.slots)
 
     @property
     def filled(self) -> float:
         """Share of what is allocated that holds tokens (within a jump: of what is allocated after it)."""
-        return self.used / self.allocated
+        return self.used / self.allocated if self._some() else 0.0
+
+    def _some(self) -> int:
+        if self.steps == 0:
+            raise ValueError("no step was counted, so there is no mean: nobody ever had to wait, or nobody came")
+        return self.steps
 
 
 class Run(NamedTuple):
@@ -214,7 +219,8 @@ class Simulator:
             stamps = stamps[:count]
         for branch in running:
             self.scheduler.propose(branch.key, [_says(branch, 0)] * (count - 1))
-        budget, self.scheduler.max_batch_tokens = self.scheduler.max_batch_tokens, None  # it is one of a single step
+        # The budget is one of a single step; this much leaves no room for anybody who waits, as none of the steps does
+        budget, self.scheduler.max_batch_tokens = self.scheduler.max_batch_tokens, count * len(running)
         plan = self.scheduler.plan()
         self.scheduler.max_batch_tokens = budget
         assert not plan.admitted and not plan.preempted, "a jump that is not steady"  # noqa: PT018

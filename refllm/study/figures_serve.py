@@ -20,7 +20,7 @@ def paging(values: Values) -> Figure:
     """Values of ``study.paging``: mean batch by policy beside the paper's, and by the size of a block."""
     rows, blocks = values["policies"], values["blocks"]
     fig = Figure(layout="constrained", figsize=(7.2, 4.4))
-    left, right = fig.subplots(1, 2, width_ratios=(3, 2))
+    left, right = fig.subplots(1, 2, width_ratios=(4, 3))
     for y, row in enumerate(rows):
         batch, colour = mean(row["batch"]), TECHNIQUE if row["policy"] == "paged" else FULL
         left.barh(y, batch, color=colour, height=0.62)
@@ -29,9 +29,10 @@ def paging(values: Values) -> Figure:
         text = f"{batch:.1f}, {mean(row['utilisation']):.0%} of the slots used"
         if row["paper"]:
             left.plot(row["paper"], y, "D", color=NEAREST, ms=6, zorder=3)
-        inside = batch > 20
-        left.annotate(text, (batch, y), xytext=(-8 if inside else 8, 0), textcoords="offset points", va="center",
-                      ha="right" if inside else "left", color="white" if inside else "black", fontsize=8.5)  # fmt: skip
+        at, inside = max(batch, row["paper"] or 0), batch > 20
+        left.annotate(text, (min(batch, row["paper"] or batch) if inside else at, y), xytext=(-10 if inside else 10, 0),
+                      textcoords="offset points", va="center", ha="right" if inside else "left",
+                      color="white" if inside else "black", fontsize=8.5)  # fmt: skip
     left.plot([], [], "D", color=NEAREST, ms=6, label="the paper's measurement")
     left.set_yticks(range(len(rows)), [row["policy"].replace(", ", ",\n") for row in rows])
     left.invert_yaxis()
@@ -44,7 +45,7 @@ def paging(values: Values) -> Figure:
         right.annotate(f"{mean(row['utilisation']):.0%}", (row["block"], mean(row["batch"])), xytext=(0, 7),
                        textcoords="offset points", ha="center", fontsize=8.5)  # fmt: skip
     right.set_xscale("log", base=2)
-    right.set_xticks(sizes, [str(size) for size in sizes])
+    right.set_xticks(sizes, [str(size) for size in sizes], fontsize=8)
     right.minorticks_off()
     right.set_ylim(0, 1.15 * max(mean(row["batch"]) for row in blocks))
     right.set(title="By size of a block", xlabel="tokens in a block", ylabel="mean batch; share of slots used")

@@ -72,19 +72,20 @@ def run(
     began, busy = time.perf_counter(), time.process_time()
     for request in program.requests:
         engine.submit(request)
-    prompts = []
+    prompts, answers = [], []
     while engine.unfinished:
         engine.step()
         for name in list(engine.results):
             result = engine.results.pop(name)
             prompts.append(result.request.prompt)
+            answers.append(result.tokens)
             for request in program.follow(result.request, result.tokens):
                 engine.submit(request)
     busy = time.process_time() - busy
     return {
         "seconds": time.perf_counter() - began, "processor": busy, "inside": inside[0] / busy, "hit": engine.hit_rate,
-        "P": sum(map(len, prompts)), "O": engine.sampled_tokens, "steps": engine.steps, "best": best_hit_rate(prompts),
-        "computed": engine.computed_tokens, "preemptions": engine.preemptions,
+        "P": sum(map(len, prompts)), "O": engine.sampled_tokens, "steps": engine.steps,
+        "best": best_hit_rate(prompts, answers), "computed": engine.computed_tokens, "preemptions": engine.preemptions,
     }  # fmt: skip
 
 
