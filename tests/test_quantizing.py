@@ -17,6 +17,7 @@ from networks import VOCAB, random_tensors, tokenizer
 from refllm.api import load
 from refllm.cli import app
 from refllm.formats.affine import Scheme
+from refllm.formats.fp8 import Fp8Linear
 from refllm.formats.quantized import Quantized
 from refllm.formats.w8a8 import W8A8Linear
 from refllm.model.checkpoint import CheckpointError, save
@@ -42,7 +43,7 @@ def model(tmp_path_factory):
 
 
 def scheme(method: str) -> Scheme:
-    return scheme_of(method, None, 32 if method in ("rtn", "gptq", "awq") else None, None)
+    return scheme_of(method, None, {"fp8": 0, "smoothquant": None, "int8": None}.get(method, 32), None)
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_every_method_from_files_to_files(model, tmp_path, method):
     record = go(job, measure=200, progress=lambda *row: seen.append(row), measuring=lambda *at: seen.append(at))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["q"]  # no folder of layers, nothing half-written
     read = load(os.fspath(tmp_path / "q"))
-    kind = W8A8Linear if method == "smoothquant" else Quantized
+    kind = {"smoothquant": W8A8Linear, "fp8": Fp8Linear}.get(method, Quantized)
     assert all(isinstance(layer["down_proj"], kind) for layer in read.weights["layers"])
     assert (tmp_path / "q" / "chat_template.jinja").read_text() == "{{ messages }}"
     assert json.loads((tmp_path / "q" / "quantization.json").read_text())["tensors"] == json.loads(
@@ -186,7 +187,7 @@ def test_one_layer_is_read_at_a_time(model, tmp_path, monkeypatch):
 def test_bad_input_ends_in_one_sentence(model, tmp_path, run):
     """As a user sees it; all others below, faster."""
     sentence = refused(run, "-m", model, "-o", tmp_path / "q", "--method", "best")
-    assert "unknown method 'best'; choose one of rtn, gptq, awq, smoothquant, int8" in sentence
+    assert "unknown method 'best'; choose one of rtn, gptq, awq, smoothquant, int8, fp8" in sentence
     broken = tmp_path / "broken"
     tensors = random_tensors(CONFIG, 0, "float32")
     save(broken, CONFIG, tensors, tokenizer(), dtype="float32")
@@ -214,6 +215,10 @@ def test_bad_input_ends_in_one_sentence(model, tmp_path, run):
         ("smoothquant", {"bits": 4}, {}, "int-quantized cannot hold 4-bit weights"),
         ("smoothquant", {}, {"keep": ("x_proj",)}, "no projection is called x_proj"),
         ("int8", {"bits": 4}, {}, "int8 has one scheme"),
+        ("fp8", {}, {}, "whole tiles of 128, which do not divide its 64 columns; fp8 takes any shape"),
+        ("fp8", {"group_size": 0}, {"layout": "fp8"}, "fp8 holds e4m3 in square blocks, not e4m3 by channel"),
+        ("fp8", {}, {"layout": "pack-quantized"}, "pack-quantized cannot hold 8-bit floats; what can: float-quantized"),
+        ("fp8", {"bits": 4}, {}, "fp8 takes 8 bits"),
     ],
 )  # fmt: skip
 def test_what_would_fail_later_is_refused_before_anything_is_written(model, tmp_path, method, given, more, sentence):
@@ -245,5 +250,8 @@ def test_schemes_are_the_methods_own_with_what_was_asked_for():
     assert scheme_of("awq", None, None, None) == Scheme(4, "awq", "group", 128)
     assert scheme_of("awq", None, 64, True) == Scheme(4, "half_integer", "group", 64)
     assert scheme_of("smoothquant", None, None, True) == Scheme(8, "restricted", "channel")
+    assert scheme_of("fp8", None, None, None) == Scheme(8, "restricted", "block", 128)
+    with pytest.raises(ValueError, match="fp8 has no zero points"):
+        scheme_of("fp8", None, None, False)
     with pytest.raises(ValueError, match="unknown method 'nope'"):
         scheme_of("nope", None, None, None)

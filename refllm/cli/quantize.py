@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from refllm.study.quantizing import Job
 
 _ROW = "{:>5}  {:>12}  {:>12}  {:>12}  {:>8}"
-_METHODS = "rtn|gptq|awq|smoothquant|int8"
-_LAYOUTS = "pack-quantized|int-quantized|naive-quantized|gptq_v2|gptq|awq"
+_METHODS = "rtn|gptq|awq|smoothquant|int8|fp8"
+_LAYOUTS = "pack-quantized|int-quantized|naive-quantized|gptq_v2|gptq|awq|float-quantized|fp8"
 
 
 def quantize(
@@ -29,7 +29,7 @@ def quantize(
     method: Annotated[str, opt("How codes are chosen.", metavar=_METHODS)] = "rtn",
     bits: Annotated[int | None, opt("Bits a weight.", min=1, max=8, show_default="4; 8 with activations")] = None,
     group_size: Annotated[
-        int | None, opt("Columns that share a scale; 0 is a scale a row.", min=-1, show_default="128, or a row")
+        int | None, opt("Columns (fp8: and rows) that share a scale; 0: a row.", min=-1, show_default="128, or a row")
     ] = None,
     symmetric: Annotated[
         bool | None, opt("Without or with zero points.", "--symmetric/--asymmetric", show_default="the method's")
@@ -67,8 +67,8 @@ def quantize(
     Layer by layer, so that memory holds one decoder layer in floats; only measuring needs a whole model.
 
     An interrupted run goes on after its last whole layer when the same command is given again. Layouts:
-    pack-quantized and int-quantized are compressed-tensors', which transformers and vLLM load; gptq_v2, gptq and awq
-    are GPTQModel's and AutoAWQ's.
+    pack-quantized, int-quantized and float-quantized are compressed-tensors', which transformers and vLLM load;
+    gptq_v2, gptq and awq are GPTQModel's and AutoAWQ's, fp8 is DeepSeek's.
 
     \b
     Examples:
@@ -109,7 +109,11 @@ def _announce(job: Job) -> None:
     ids, stored = job.calibration, job.storing.stored
     lines = {
         "method": f"{job.method}, {job.scheme.bits} bits, "
-        + (f"groups of {stored.group_size}" if stored.group_size else "a scale a row"),
+        + (
+            f"{'blocks' if stored.floats else 'groups'} of {stored.group_size}"
+            if stored.group_size
+            else "a scale a row"
+        ),
         "layout": f"{stored.layout}, floats in {job.storing.dtype}",
         "text": "none is needed" if ids is None else f"{ids.shape[0]} windows of {ids.shape[1]} tokens",
         "layers": f"wait in {job.work}",

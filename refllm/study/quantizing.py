@@ -29,6 +29,7 @@ import numpy as np
 from refllm import __version__
 from refllm.api import load
 from refllm.formats.affine import Scheme
+from refllm.formats.float_layouts import stored_as as stored_floats
 from refllm.formats.stored import stored_as
 from refllm.model.checkpoint import CheckpointError, read_config
 from refllm.model.config import ModelConfig
@@ -40,6 +41,7 @@ from refllm.model.tokenizer import Tokenizer
 from refllm.model.writer import STORED_TYPES, check_target, documents, resolved
 from refllm.quant import recipe
 from refllm.quant.export import assemble, default_layout
+from refllm.quant.fp8 import fp8
 from refllm.quant.layerfiles import LayerFiles
 from refllm.quant.methods import make
 from refllm.quant.passages import calibration_windows
@@ -86,7 +88,10 @@ def scheme_of(method: str, bits: int | None, group_size: int | None, symmetric: 
     rule = usual.rule
     if symmetric is not None and symmetric != usual.symmetric:
         rule = "half_integer" if symmetric else "asymmetric"
-    return Scheme(usual.bits if bits is None else bits, rule, "channel" if group is None else "group", group)
+    if method == "fp8" and symmetric is False:
+        raise ValueError("fp8 has no zero points: its codes are floats, leave --asymmetric out")
+    shared = "block" if usual.granularity == "block" else "group"
+    return Scheme(usual.bits if bits is None else bits, rule, "channel" if group is None else shared, group)
 
 
 def prepare(
@@ -145,8 +150,12 @@ def _storing(
              "reordered": bool(options.get("act_order")) and not options.get("static_groups")}  # fmt: skip
     if about["reordered"] and scheme.granularity != "group":
         about["reordered"] = False
-    layout = layout or default_layout(scheme, **about)
-    storing = Storing(stored_as(scheme, layout, **about), dtype, tuple(options.get("keep", ())))
+    if method == "fp8":
+        side = scheme.block[0] if scheme.granularity == "block" else 1
+        stored = stored_floats(fp8(np.zeros((side, side), np.float32), scheme), layout)  # a block tells of all
+    else:
+        stored = stored_as(scheme, layout or default_layout(scheme, **about), **about)
+    storing = Storing(stored, dtype, tuple(options.get("keep", ())))
     storing.plan(config)  # refuses shapes that the layout has no place for
     return storing
 
