@@ -38,7 +38,7 @@ def quantization(values: Values) -> Figure:
         panel.set(
             title=f"{bits} bits: KL from full precision",
             ylabel="KL (nats per token)",
-            xlabel="weights a scale; below, stored bits a weight",
+            xlabel="weights a scale, stored bits a weight",
         )
         size = [min(row["bits per weight"] for row in inside if row["group"] == g) for g in groups]
         names = [f"{g or 'row'}\n{b:.2f}" for g, b in zip(groups, size, strict=True)]
