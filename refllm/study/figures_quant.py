@@ -104,7 +104,7 @@ def smoothquant(values: Values) -> Figure:
         return f"{100 * (r['bits per byte'] / r['full precision'] - 1):+.3g} %"
 
     colours = {level: colour for colour, level in coloured((TECHNIQUE, MORE[0], MORE[1]), _distinct(rows, "level"))}
-    fig = Figure(layout="constrained", figsize=(7.2, 7.2))
+    fig = Figure(layout="constrained", figsize=(7.2, 6.2))
     top, bottom = fig.add_subplot(2, 1, 1), fig.add_subplot(2, 1, 2)
     for level, colour in colours.items():
         smooth = [r for r in rows if (r["outliers"], r["level"], list(r["keep"])) == ("norms", level, [])]
@@ -171,7 +171,7 @@ def salience(values: Values) -> Figure:
                 lw=1.4,
                 label="at random" if by == "random" else f"by {by}",
             )
-        panel.set(title=title, xlabel="input channels kept in floats", ylim=(0, None))
+        panel.set(title=title, xlabel=f"input channels kept; others in {values['bits']} bits", ylim=(0, None))
         panel.set_xticks(range(len(fractions)), [f"{fraction:.0%}" for fraction in fractions])
         panel.set_xlim(-0.5, len(fractions) - 0.5)
         if i == 0:
