@@ -299,6 +299,24 @@ def test_what_cannot_be_quantised_is_refused_by_name(xp):
         decode(fine, one, xp.asarray(np.zeros((1, 2), dtype=np.int32)), scheme)
 
 
+@pytest.mark.parametrize("size", [3, 7, (1, 100), 10**12, (10**12, 2)])
+def test_a_block_may_be_larger_than_what_it_holds(pure_xp, size):
+    x = build("normal", (3, 5), 0)
+    bounds = (size, size) if isinstance(size, int) else size
+    fits = Scheme(4, "asymmetric", "block", (min(bounds[0], 3), min(bounds[1], 5)))
+    big = to_host(fake_quantize(pure_xp.asarray(x), Scheme(4, "asymmetric", "block", size)))
+    np.testing.assert_array_equal(big, to_host(fake_quantize(pure_xp.asarray(x), fits)))
+
+
+@pytest.mark.parametrize("odd", [True, 4.0, "4", None])
+def test_sizes_of_a_scheme_are_whole_numbers(odd):
+    with pytest.raises(ValueError, match="bits is a whole number in 1..8, got"):
+        Scheme(odd, "asymmetric", "channel")
+    for granularity in ("group", "block"):
+        with pytest.raises(ValueError, match=f"'{granularity}' takes a positive number"):
+            Scheme(4, "asymmetric", granularity, odd)
+
+
 # --- accounting ----------------------------------------------------------------------------------------------------
 
 

@@ -77,6 +77,7 @@ def test_a_trace_is_a_record_of_every_step(tmp_path):
         ("--policy static --prefix-cache hash", "it can share no prefixes"),
         ("--slots 7", "hold no block of 16"),
         ("--slots 64", "and the pool has 64"),
+        ("--slots 99999999999999999999999", "take fewer slots or larger blocks"),
         ("--traffic rag --rate 3", "come together"),
         ("--model llama-70b --device a100", "too little for"),
         ("--model NOWHERE", "neither a folder nor a bundled model"),

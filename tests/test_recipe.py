@@ -266,6 +266,17 @@ def test_schemes_that_do_not_fit_are_refused_before_anything_is_computed():
         quantize_layers(source, MemorySink(), "int8", GROUPS_OF_8)
 
 
+@pytest.mark.parametrize(
+    ("method", "option", "wrong"),
+    [("gptq", "damp", (-1.0, np.nan, np.inf)), ("smoothquant", "alpha", (-0.1, 2.0, np.nan))],
+)
+def test_options_out_of_range_are_refused_before_anything_is_computed(method, option, wrong):
+    source = ModelSource(network(NETWORKS["llama"]).config, {})  # has nothing to compute with
+    for value in wrong:
+        with pytest.raises(ValueError, match=f"{method}: {option} .* got {value}"):
+            quantize_layers(source, MemorySink(), method, scheme_of(method), IDS, **{option: value})
+
+
 def test_what_is_quantised_is_not_quantised_again():
     once, _ = quantize_model(network(NETWORKS["llama"]), "rtn", GROUPS_OF_8)
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj is quantised already"):

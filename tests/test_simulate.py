@@ -110,6 +110,15 @@ def test_no_jump_right_after_a_preemption():
     assert facts(plain) == facts(jumped)
 
 
+@pytest.mark.parametrize(("budget", "chunked"), [(1, True), (3, True), (12, False)])
+def test_nobody_is_admitted_in_a_jump_for_want_of_a_budget(budget, chunked):
+    # The budget, and nothing else, keeps the later ones out: all of it is used, or a whole prompt does not fit
+    asked = [Request(range(50 * i, 50 * i + 4), 9, id=i) for i in range(14)]
+    make = lambda: scheduler("paged", 140, 2, budget, None, chunked)  # noqa: E731 (a fresh one for each)
+    plain, jumped = (Simulator(make(), Whole(), jumps=j).run(asked) for j in (False, True))
+    assert facts(plain) == facts(jumped)
+
+
 def test_jumps_save_plans():
     asked = requests(ALPACA, 40, np.random.default_rng(0))
     plans = []

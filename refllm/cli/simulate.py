@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from refllm.study.machine import Device
 
 SHAPES = ("llama-8b", "llama-70b")
+MOST_BLOCKS = 1 << 22  # a few hundred MB of Python's integers; a device that holds more than this is never full
 
 
 def simulate(
@@ -73,7 +74,7 @@ def simulate(
     get(backend)
     config, machine = _config(model), _device(device)
     clock = RooflineClock(config, machine, weight_bytes_per_param=bits / 8)
-    room = _slots(clock, device) if slots is None else slots
+    room = min(_slots(clock, device), MOST_BLOCKS * block_size) if slots is None else slots
     scheduler = _scheduler(policy, room, block_size, prefix_cache, preempt, config,
                            {"max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences})  # fmt: skip
     asked, follow = _asked(traffic, requests, rate, burstiness, seed)
@@ -131,6 +132,9 @@ def _scheduler(
 
     if slots < block_size:
         raise ValueError(f"{slots} slots hold no block of {block_size}: take more slots or smaller blocks")
+    if slots // block_size > MOST_BLOCKS:
+        raise ValueError(f"{slots:,} slots in blocks of {block_size} are more than {MOST_BLOCKS:,} blocks, of which "
+                         "books can be kept: take fewer slots or larger blocks")  # fmt: skip
     pool = BlockPool(slots // block_size, block_size)
     if preempt not in ("recompute", "swap"):
         raise ValueError(f"unknown way to preempt {preempt!r}; choose recompute or swap")

@@ -55,7 +55,7 @@ class Scheme:
     group_size: int | tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if self.bits not in range(1, 9):
+        if isinstance(self.bits, bool | float) or self.bits not in range(1, 9):
             raise ValueError(f"Scheme: bits is a whole number in 1..8, got {self.bits!r}")
         if self.rule not in RULES:
             raise ValueError(f"Scheme: unknown rule {self.rule!r}; choose one of {', '.join(RULES)}")
@@ -68,7 +68,7 @@ class Scheme:
         if self.granularity not in ("group", "block"):
             if self.group_size is not None:
                 raise ValueError(f"Scheme: granularity {self.granularity!r} takes no group_size")
-        elif not all(isinstance(n, int) and n > 0 for n in sizes) or (
+        elif not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes) or (
             len(sizes) != 1 if self.granularity == "group" else len(sizes) > 2
         ):
             wanted = "a positive number" if self.granularity == "group" else "a positive number or a pair of them"
@@ -163,6 +163,7 @@ def as_blocks(x: Array, scheme: Scheme) -> Array:
     if scheme.granularity == "group":
         return xp.reshape(x, (lead, 1, n // columns, columns))
     down, right = scheme.scale_shape(tuple(x.shape))
+    rows, columns = min(rows, lead), min(columns, n)  # a block that is larger than all there is needs no filling
     x = xp.concat([x] + [x[-1:, :]] * (down * rows - lead), axis=0)
     x = xp.concat([x] + [x[:, -1:]] * (right * columns - n), axis=1)
     return xp.reshape(x, (down, rows, right, columns))

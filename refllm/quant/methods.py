@@ -95,6 +95,10 @@ class GPTQ(_ByRow):
     calibrates: ClassVar[bool] = True
     sequential: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.damp < float("inf"):
+            raise ValueError(f"gptq: damp is a share of the mean diagonal, 0 or more, got {self.damp}")
+
     def quantize(self, run: LayerRun, scheme: Scheme, tell: Tell) -> Layer:
         options = {field: getattr(self, field) for field in ("block_size", "act_order", "static_groups", "mse")}
         for names in run.stages():
@@ -196,6 +200,8 @@ class SmoothQuant(_ByRow):
             raise ValueError(f"keep: no projection is called {', '.join(unknown)}; they are {', '.join(PROJECTIONS)}")
         if self.level not in LEVELS:
             raise ValueError(f"unknown level {self.level!r}; choose one of {', '.join(LEVELS)}")
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise ValueError(f"smoothquant: alpha lies within 0..1, or is None to smooth nothing, got {self.alpha}")
 
     def quantize(self, run: LayerRun, scheme: Scheme, tell: Tell) -> Layer:
         clock = Clock()
