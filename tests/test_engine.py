@@ -321,7 +321,7 @@ def test_a_listener_may_submit_and_abort_but_not_step(busy):
 @pytest.mark.parametrize(("cache", "count"), [("hash", 500), ("radix", 2000)])
 def test_conservation_a_flood_with_random_aborts_ends_with_every_block_free(cache, count):
     rng = random.Random(cache)
-    engine = Engine(served_model(), num_blocks=40, block_size=4, prefix_cache=cache, max_batch_tokens=256)
+    engine = Engine(served_model(), num_blocks=24, block_size=4, prefix_cache=cache, max_batch_tokens=256)
     names, ended = [], Counter()
     for name in range(count):
         prompt = PROMPTS[rng.randrange(len(PROMPTS))] + [rng.randrange(257) for _ in range(rng.randint(0, 8))]

@@ -25,7 +25,7 @@ def card(name: str) -> dict:
 
 def test_the_code_prints_what_stands_below_it():
     """Text is compared where rounding cannot change it; the last line where the standard library is the same one."""
-    code, output = (re.search(rf"```{kind}\n(.*?)```", README, re.S)[1] for kind in ("python", "text"))
+    code, output = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", README, re.S).groups()
     prompt, count = re.search(r'generate\("(.*?)", (\d+)\)', code).groups()
     prompt = prompt.encode().decode("unicode_escape")
     model = refllm.load("stdlib")
@@ -42,6 +42,16 @@ def test_the_code_prints_what_stands_below_it():
     if platform.python_version() != card("stdlib")["made with"]["python"]:
         lines, stated = lines[:-1], stated[:-1]
     assert lines == stated
+
+
+def test_the_further_examples_print_what_stands_below_them():
+    examples = re.findall(r"```python\n((?:(?!```).)*)```\n\n```text\n(.*?)```", README, re.S)
+    assert len(examples) > 1
+    for code, output in examples[1:]:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, "README.md", "exec"), {})
+        assert printed.getvalue() == output
 
 
 @pytest.mark.parametrize("name", ["stdlib", "stdlib-draft"])
@@ -63,3 +73,15 @@ def test_the_speeds_are_the_recorded_ones():
         assert f"{row['tokens_per_second']['refllm']['median']:,.0f}" in line
     training = json.loads((ROOT / "benchmarks" / "results" / "training.json").read_text(encoding="utf-8"))
     assert f"{training['results'][0]['ratio_to_torch']['median']:.1f}× the tokens/s of PyTorch" in README
+
+
+def test_the_costs_of_quantisation_are_the_recorded_ones():
+    """KL at 8, 4, 3 and 2 bits in groups of 128, a mean over the calibration seeds, and bits per byte at 4 bits."""
+    rows = json.loads((ROOT / "figures/data/quantization.json").read_text("utf-8"))["values"]["rows"]
+    for name, method in (("round to nearest", "rtn"), ("AWQ", "awq"), ("GPTQ", "gptq")):
+        line = next(x for x in README.splitlines() if x.startswith(f"| {name} |"))
+        *stated, bits_per_byte = (float(cell) for cell in line.split("|")[2:-1])
+        cells = [[r for r in rows if (r["method"], r["bits"], r["group"]) == (method, b, 128)] for b in (8, 4, 3, 2)]
+        for value, cell in zip(stated, cells, strict=True):
+            assert value == pytest.approx(np.mean([r["kl"][0] for r in cell]), rel=0.04)
+        assert bits_per_byte == pytest.approx(np.mean([r["bits per byte"] for r in cells[1]]), abs=5.1e-4)

@@ -14,6 +14,7 @@ Left out: files in several parts, adapters, experts.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -37,8 +38,11 @@ __all__ = ["GGUFTensors", "is_gguf", "load", "open_file"]
 
 def is_gguf(path: str | Path) -> bool:
     """Whether a path names a file that calls itself GGUF, by its suffix or by its first bytes."""
-    path = Path(path).expanduser()
-    if not path.is_file():
+    path = Path(os.path.expanduser(path))  # unlike Path's, leaves an unknown ~user as it is
+    try:
+        if not path.is_file():
+            return False
+    except OSError:  # a name that the file system cannot hold
         return False
     with path.open("rb") as file:
         return file.read(4) == b"GGUF" or path.suffix == ".gguf"
