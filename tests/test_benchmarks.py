@@ -23,7 +23,6 @@ COMMITTED = sorted((BENCHMARKS / "results").glob("*.json"))
 ENVIRONMENT = {"cpu", "cores", "memory_gib", "system", "libc", "python", "blas", "versions", "threads", "load_before",
                "load_after", "quiet", "date"}  # fmt: skip
 TINY = {
-    "simulation": ["--requests", "20", "--rounds", "1"],
     "layout": ["--rows", "1", "2", "--rounds", "1"],
     "step": ["--batch", "1", "2", "--prompt", "3", "--new", "4", "--rounds", "1"],
     "decode": ["--batch", "1", "2", "--prompt", "3", "--new", "4", "--rounds", "2", "--seconds", "0", "--engines"],
@@ -117,14 +116,6 @@ def test_layout_compares_both_layouts_at_every_row_count(tmp_path: Path) -> None
         (m, n, rows) for m, n in ((4096, 256), (768, 256), (256, 768)) for rows in (1, 2)
     ]
     assert "plain / blocked" in printed
-
-
-def test_the_simulator_is_timed_with_and_without_jumps(tmp_path: Path) -> None:
-    record, printed = run("simulation", tmp_path)
-    check_record(record, "simulation")
-    assert len(record["results"]) == 3
-    assert all(set(row["token_steps_per_second"]) == {"wall", "processor"} for row in record["results"])
-    assert "target 200,000 token-steps a second" in printed
 
 
 def test_parts_of_a_step_sum_to_the_step(tmp_path: Path, checkpoint: Path) -> None:

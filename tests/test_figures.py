@@ -14,7 +14,8 @@ import pytest
 
 from refllm.study import figures, memory, roofline
 from refllm.study.figures import FIGURES, SERIES, check, redraw, save
-from refllm.study.records import Record, write
+from refllm.study.records import Record, read, write
+from serving_examples import SERVING
 
 ROOT = Path(__file__).resolve().parent.parent
 CURVE = [{"tokens": 1000 * s, "loss": 5 - s / 100, "norm": 1.0, "held_out": 5.2 - s / 100} for s in (100, 200)]
@@ -126,14 +127,8 @@ EXAMPLES = {
         "growths": [1.0, 1.5],
         "delayed": [0.0, 0.2],
     },
-    "float_formats": {
-        "data": {kind: {"int8": 0.1, "e4m3": 0.2, "e5m2": 0.3} for kind in ("normal", "outliers")},
-        "lengths": [128, 256],
-        "accumulator": {name: [1e-4, 2e-4] for name in "abc"},
-        "growths": [1.0, 1.5],
-        "delayed": [0.0, 0.2],
-    },
     "kv_memory": {"contexts": [10, 100], "lines": {"a": [1e9, 1e10]}, "weights": {"w": 5e9}, "marked": 100},
+    **SERVING,
 }
 
 
@@ -209,8 +204,8 @@ def test_a_picture_without_data_is_named(folder):
 
 
 def test_redraw_draws_what_has_data_and_refuses_what_is_asked_for_without(folder):
-    for name in FIGURES.keys() - {"kv_memory"}:
-        (folder / "data" / f"{name}.json").unlink()
+    for file in {FIGURES[name][0] for name in FIGURES} - {"kv_memory.json"}:
+        (folder / "data" / file).unlink()
     assert [p.name for p in redraw(folder=folder)] == ["kv_memory.png"]
     with pytest.raises(FileNotFoundError):
         redraw(["roofline"], folder)
@@ -245,11 +240,13 @@ def test_axes_are_labelled_with_units_and_the_caption_names_the_command(name, fo
     drawn = {}
     monkeypatch.setattr(figures, "save", lambda figure, path, digest="": drawn.setdefault(Path(path).stem, figure))
     redraw([name], folder)
-    ax = drawn[name].axes[0]
-    assert ax.get_title(loc="left")
-    assert any(unit in ax.get_xlabel() for unit in ("tokens", "FLOP per byte", "ms", "weights a scale", "bit", "byte"))
-    assert name == "decode_cost" or ax.get_ylabel()
-    assert f"make {name}" in drawn[name].get_supxlabel()
+    every = drawn[name].axes
+    assert any(ax.get_title(loc="left") for ax in every)
+    assert all(ax.get_xlabel() or ax.get_ylabel() or ax.get_title(loc="left") for ax in every if ax.axison)
+    words = " ".join([*(ax.get_xlabel() + " " + ax.get_ylabel() for ax in every), drawn[name].get_suptitle()])
+    units = ("tokens", "FLOP per byte", "ms", "weights a scale", "bit", "byte", "slots", "step", "times", "batch")
+    assert any(unit in words for unit in units)
+    assert read(folder / "data" / FIGURES[name][0]).command in drawn[name].get_supxlabel()
 
 
 def test_size_is_that_of_a_page(original):

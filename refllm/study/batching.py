@@ -18,6 +18,7 @@ Left out: other devices and shapes (``refllm simulate``); the time of the schedu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,7 +91,11 @@ def goodput_data(count: int) -> dict[str, Any]:
             run = Simulator(scheduler, CLOCK).run(asked)
             met[float(rate)] = attainment(run.recorder.timelines.values(), LIMITS)
         lines[name] = {"met": list(met.values()), "capacity": capacity(met)}
-    return {"rates": list(RATES), "limits": LIMITS._asdict(), "lines": lines}
+    return {
+        "rates": list(RATES),
+        "limits": {name: limit for name, limit in LIMITS._asdict().items() if limit < math.inf},
+        "lines": lines,
+    }
 
 
 def swapping_data(count: int, slots: int = 6000) -> list[dict[str, Any]]:

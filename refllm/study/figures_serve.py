@@ -55,7 +55,7 @@ def paging(values: Values) -> Figure:
 @styled
 def batching(values: Values) -> Figure:
     """Values of ``study.batching``: useful slots, chunks, goodput and swapping, a panel each."""
-    fig = Figure(layout="constrained", figsize=(7.2, 6.4))
+    fig = Figure(layout="constrained", figsize=(7.2, 6.1))
     panels = fig.subplots(2, 2)
     _useful(panels[0, 0], values["useful"])
     _chunks(panels[0, 1], values["chunks"])
@@ -151,7 +151,7 @@ def unpadding(values: Values) -> Figure:
             f"{middle:.2f}×", (x, high), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8.5
         )
     right.axhline(1, color="black", lw=0.8, ls=":")
-    right.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
+    right.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names], fontsize=9)
     right.grid(visible=False, axis="x")
     right.set_ylim(0, 1.15 * max(high for _, _, high in factors.values()))
     right.set(title="What it is made of", ylabel="times as fast")
@@ -162,12 +162,29 @@ def unpadding(values: Values) -> Figure:
 def prefixes(values: Values) -> Figure:
     """Values of ``study.prefixes``: hit rates by program and memory, and speedups beside the formula's."""
     programs = values["programs"]
-    fig = Figure(layout="constrained", figsize=(7.2, 6.8))
-    grid = fig.add_gridspec(2, 6, height_ratios=(1, 1.25))
-    first: Axes | None = None
-    for i, (name, rows) in enumerate(programs.items()):
-        ax = fig.add_subplot(grid[0, i], sharey=first)
-        first = first or ax
+    fig = Figure(layout="constrained", figsize=(7.2, 6.2))
+    parts: Any = fig.subfigures(2, 1, height_ratios=(4, 5))
+    upper, lower = parts
+    _hit_rates(upper.subplots(1, len(programs), sharey=True), programs)
+    upper.supxlabel("memory, in longest requests", fontsize=10)
+    left, right = lower.subplots(1, 2, width_ratios=(5, 4))
+    _speedups(left, programs)
+    rows = [row for some in programs.values() for row in some if _way(row) != "none fcfs"]
+    most = max(max(row["formula"], row["speedup, processor"][0]) for row in rows)
+    for row in rows:
+        right.plot(row["formula"], row["speedup, processor"][0], "o", color=WAYS[_way(row)], ms=4, alpha=0.8)
+    right.plot([0.5, 1.1 * most], [0.5, 1.1 * most], color="black", lw=0.8, ls=":")
+    right.set(title="Beside the formula (B)", xlabel="speedup by the formula", ylabel="times as fast, measured")
+    for way, colour in WAYS.items():
+        if way != "none fcfs":
+            left.plot([], [], color=colour, marker="o", ms=4, label=way.replace(" ", ", "))
+    upper.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8.5)
+    return fig
+
+
+def _hit_rates(panels: Sequence[Axes], programs: Values) -> None:
+    """A panel a program: hit rates by memory, and the best that any cache could have."""
+    for ax, (name, rows) in zip(panels, programs.items(), strict=True):
         for way, colour in WAYS.items():
             mine = [row for row in rows if _way(row) == way]
             if way != "none fcfs":
@@ -176,26 +193,8 @@ def prefixes(values: Values) -> Figure:
         ax.axhline(rows[0]["best"], color="black", lw=0.9, ls=":")
         ax.set_xticks(sorted({row["memory"] for row in rows}))
         ax.set_title(name.replace(" of ", " of\n").replace("-", "-\n"), fontsize=9)
-        ax.set_ylim(-0.03, 1.03)
-        if i:
-            ax.tick_params(labelleft=False)
-    assert first is not None
-    first.set_ylabel("hit rate (A); dotted: best possible")
-    fig.text(0.5, 0.565, "memory, in longest requests", ha="center", fontsize=9)
-    left, right = fig.add_subplot(grid[1, :3]), fig.add_subplot(grid[1, 3:])
-    _speedups(left, programs)
-    most = max(max(row["formula"], row["speedup, processor"][0]) for rows in programs.values() for row in rows)
-    for rows in programs.values():
-        for row in rows:
-            right.plot(row["formula"], row["speedup, processor"][0], "o", color=WAYS[_way(row)], ms=5)
-    right.plot([0.5, 1.1 * most], [0.5, 1.1 * most], color="black", lw=0.8, ls=":")
-    right.set(title="Measured beside the formula (B)", xlabel="(c_p·P + c_d·O) / (c_p·P·(1 − h) + c_d·O)",
-              ylabel="times as fast")  # fmt: skip
-    for way, colour in WAYS.items():
-        if way != "none fcfs":
-            left.plot([], [], color=colour, marker="o", ms=4, label=way.replace(" ", ", "))
-    fig.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8.5)
-    return fig
+    panels[0].set_ylim(-0.03, 1.03)
+    panels[0].set_ylabel("hit rate (A), best dotted", fontsize=9)
 
 
 def _speedups(ax: Axes, programs: Values) -> None:
