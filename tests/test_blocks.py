@@ -130,7 +130,7 @@ def test_a_block_that_the_pool_does_not_have_is_refused(block):
             operation(block)
 
 
-@pytest.mark.parametrize("size", [(0, 4), (4, 0), (-1, 1)])
+@pytest.mark.parametrize("size", [(0, 4), (4, 0), (-1, 1), (2.5, 4), (2, 1.5), (None, 4)])
 def test_a_pool_of_nothing_is_refused(size):
     with pytest.raises(ValueError, match="at least one token"):
         BlockPool(*size)

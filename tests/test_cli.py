@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -194,6 +195,8 @@ def test_a_bug_is_not_taken_for_bad_input():
     assert explain(backend.BackendUnavailable("no GPU")) == "no GPU"
     assert explain(raised(lambda: Path("/nonexistent").read_text())) == "/nonexistent: No such file or directory"
     assert explain(BrokenPipeError()) is None
+    full = str(explain(OSError(errno.ENOSPC, "No space left on device")))
+    assert full == "the output: no space is left on its disk: make room, or choose another disk"
     assert "out of memory: Unable to allocate" in str(explain(raised(lambda: np.zeros(2**60, np.int8))))
 
 

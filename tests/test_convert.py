@@ -464,3 +464,7 @@ def test_the_command(source, tmp_path):
     again = run(app, ["convert", "--model", str(source), "--to", str(tmp_path / "x.gguf")])
     assert again.exit_code == 2
     assert run(app, ["convert", "--model", str(source), "--to", str(tmp_path / "y"), "--type", "Q9"]).exit_code == 2
+    far = run(app, ["convert", "--model", str(source), "--to", str(tmp_path / "y"), "--imatrix", "--length", "99999"])
+    assert far.exit_code == 2
+    assert "windows of 99999 tokens are longer than the model's" in far.stderr
+    assert not (tmp_path / "y").exists()

@@ -295,6 +295,28 @@ def test_a_listener_that_raises_ends_its_own_request(busy):
     assert_serves_on(busy)
 
 
+def test_ctrl_c_in_a_listener_is_raised_and_the_next_run_serves_what_is_left():
+    engine, calls = Engine(served_model(), num_blocks=40), []
+
+    def interrupted(piece: Piece) -> None:
+        calls.append(piece)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    # Its first piece is its last as well: the scheduler has let go of it by then
+    short, long = engine.submit(Request([1, 2], 1, ignore_eos=True), interrupted), engine.submit(Request([3], 4))
+    with pytest.raises(KeyboardInterrupt):
+        engine.run()
+    engine.check()
+    for _ in range(4):
+        engine.step()
+    assert not engine.unfinished
+    results = engine.run()
+    assert results[short].reason == "length"
+    assert len(results[short].outputs[0].tokens) == 1
+    assert results[long].outputs[0].tokens == alone(Request([3], 4))[0]
+
+
 def test_a_listener_may_submit_and_abort_but_not_step(busy):
     errors = []
 

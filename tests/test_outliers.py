@@ -197,6 +197,9 @@ def test_degenerate_zero_rows_and_no_rows(xp):
         ([[1.0, 1.0]], [1.0, 1.0], {}, r"weight is a matrix \[M, N\]"),
         ([[1.0, 1.0]], [[1.0, 1.0]], {"threshold": -1.0}, "threshold is 0 or more"),
         ([[1.0, 1.0]], [[1.0, 1.0]], {"threshold": np.nan}, "threshold is 0 or more"),
+        ([[1, 1]], [[0.3, 0.3]], {}, r"x is of floats \[T, N\], got int64 \(1, 2\)"),
+        ([1.0, 1.0], [[1.0, 1.0]], {}, r"x is of floats \[T, N\], got float64 \(2,\)"),
+        ([[1.0, 1.0]], [[1, 1]], {}, "weight is of floats, got int64"),
         ([[1.0, 1.0]], [[1.0, 1.0]], {"rule": "mine"}, "unknown rule 'mine'; choose one of bitsandbytes, paper"),
     ],
 )

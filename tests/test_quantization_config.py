@@ -78,6 +78,7 @@ def changed(raw, path: str, value):
         (COMPRESSED, ".weights.dynamic", True, "integers by channel or group"),
         (COMPRESSED, ".weights.num_bits", 16, "num_bits of pack-quantized 16"),
         (COMPRESSED, ".weights.num_bits", True, "num_bits"),
+        (COMPRESSED, ".weights.symmetric", "false", "symmetric 'false' .* true and false"),
         (COMPRESSED, ".weights.actorder", "group", "actorder"),
         (COMPRESSED, ".weights.group_size", 0, "group_size 0"),
         (COMPRESSED, ".output_activations", {"num_bits": 8}, "output_activations"),

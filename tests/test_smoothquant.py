@@ -113,11 +113,13 @@ def test_degenerate_floors_are_the_authors(xp):
         (np.array([1.0, np.inf, 1.0]), np.ones((2, 3)), 0.5, "must be finite, and not negative"),
         (np.array([1.0, -1.0, 1.0]), np.ones((2, 3)), 0.5, "must be finite, and not negative"),
         (np.ones(3), np.full((2, 3), np.nan), 0.5, "must be finite"),
+        (np.ones(3, dtype=np.int64), np.full((2, 3), 0.3), 0.5, "absmax is of floats, got int64"),
+        (np.ones(3), [np.ones((0, 3))], 0.5, "without rows"),
     ],
 )
 def test_refused(xp, a, w, alpha, message):
     with pytest.raises(ValueError, match=message):
-        migration_scale(xp.asarray(a), xp.asarray(w) if len(w) else [], alpha)
+        migration_scale(xp.asarray(a), [xp.asarray(v) for v in w] if isinstance(w, list) else xp.asarray(w), alpha)
 
 
 # --- folding -------------------------------------------------------------------------------------------------------

@@ -63,6 +63,9 @@ def _importance(source: Path, windows: int, length: int, seed: int, backend: str
     from refllm.quant.sources import CheckpointSource, ModelSource
 
     config, tokenizer = open_source(source)
+    if length > config.max_position_embeddings:
+        longest = config.max_position_embeddings
+        raise ValueError(f"windows of {length} tokens are longer than the model's {longest} positions: lower --length")
     text = calibration_windows(tokenizer, windows, length, seed, begin=config.bos_token_id)
     note(f"importance from {windows} windows of {length} tokens of the standard library's source")
     with progress("observing") as advance:

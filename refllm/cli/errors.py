@@ -15,6 +15,7 @@ is the source line that the traceback ends on.
 
 from __future__ import annotations
 
+import errno
 import linecache
 import os
 import sys
@@ -65,6 +66,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, MemoryError):  # NumPy's and CuPy's say how much was asked for
         return f"out of memory: {error}" if str(error) else "out of memory"
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+        if error.errno == errno.ENOSPC:  # a write does not know its file
+            return f"{error.filename or 'the output'}: no space is left on its disk: make room, or choose another disk"
         return f"{error.filename}: {error.strerror}" if error.filename else str(error)
     if isinstance(error, (ValueError, FloatingPointError)) and _raised_by_refllm(error.__traceback__):
         return str(error)

@@ -233,12 +233,14 @@ def _group(group: Any, raw: Mapping[str, Any]) -> tuple[tuple[str, ...], Stored]
     if weights.get("actorder") in ("group", "dynamic"):
         _refuse("actorder", weights["actorder"], "null and weight")
     bits, symmetric = weights.get("num_bits"), weights.get("symmetric", True)
+    if not isinstance(symmetric, bool):
+        _refuse("symmetric", symmetric, "true and false")
     allowed = range(1, 9) if layout == "pack-quantized" else (8,)
     if not isinstance(bits, int) or isinstance(bits, bool) or bits not in allowed:
         _refuse(f"num_bits of {layout}", bits, f"{allowed[0]} to {allowed[-1]}")
     if layout == "int-quantized" and (strategy == "group" or not symmetric):
         _refuse("weights of int-quantized", dict(weights), "symmetric ones by channel")
-    stored = Stored(layout, bits, _size(size) if strategy == "group" else None, bool(symmetric))
+    stored = Stored(layout, bits, _size(size) if strategy == "group" else None, symmetric)
     return _strings(group.get("targets")), stored
 
 

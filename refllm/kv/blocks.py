@@ -35,8 +35,8 @@ class BlockPool:
 
     def __init__(self, num_blocks: int, block_size: int, *, on_vacant: Callable[[int], None] | None = None):
         """``on_vacant(id)`` is called when nobody can read a block any more: no owner and no key is left."""
-        if num_blocks < 1 or block_size < 1:
-            raise ValueError(f"BlockPool: needs a block of at least one token, got {num_blocks} of {block_size}")
+        if not (isinstance(num_blocks, int) and isinstance(block_size, int) and num_blocks > 0 < block_size):
+            raise ValueError(f"BlockPool: needs a block of at least one token, got {num_blocks!r} of {block_size!r}")
         self.num_blocks, self.block_size, self.on_vacant = num_blocks, block_size, on_vacant
         self._references = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # the next to go stands first

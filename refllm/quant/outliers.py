@@ -120,6 +120,8 @@ class Int8Linear:
     def __init__(self, weight: Array, threshold: float = 6.0, rule: str = "bitsandbytes", *, name: str = "weight"):
         if weight.ndim != 2:
             raise ValueError(f"Int8Linear: {name} is a matrix [M, N], got shape {tuple(weight.shape)}")
+        if weight.dtype.kind != "f":
+            raise ValueError(f"Int8Linear: {name} is of floats, got {weight.dtype}: convert it first")
         if rule not in RULES:
             raise ValueError(f"Int8Linear: unknown rule {rule!r}; choose one of {', '.join(RULES)}")
         if not threshold >= 0:
@@ -158,6 +160,8 @@ class Int8Linear:
     def matmul(self, x: Array) -> Array:
         """x[T, N] → [T, M]. ValueError if a number of x is not finite."""
         xp = namespace(x, self.codes)
+        if x.ndim != 2 or x.dtype.kind != "f":
+            raise ValueError(f"int8: x is of floats [T, N], got {x.dtype} {tuple(x.shape)}")
         work = xp.astype(x, xp.result_type(x.dtype, self.dtype, xp.float32), copy=False)
         refuse_non_finite(work, "x")  # infinity would pass for an outlier
         columns = self._outliers(work)

@@ -77,6 +77,10 @@ def migration_scale(act_absmax: Array, weights: Array | Sequence[Array], alpha: 
         raise ValueError(
             f"migration_scale: weights {shapes or 'of none'} do not read {tuple(act_absmax.shape)} channels"
         )
+    if act_absmax.dtype.kind != "f":
+        raise ValueError(f"migration_scale: absmax is of floats, got {act_absmax.dtype}: whole numbers hold no scale")
+    if any(w.shape[0] == 0 for w in group):
+        raise ValueError("migration_scale: a weight without rows has no absmax")
     w = _column_absmax(group, act_absmax.dtype)
     if not bool(xp.all(xp.isfinite(act_absmax) & (act_absmax >= 0))) or not bool(xp.all(xp.isfinite(w))):
         raise ValueError("migration_scale: absmax of activations and weights must be finite, and not negative")

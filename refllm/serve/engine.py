@@ -78,6 +78,7 @@ class Engine(Counts):
         self._seeds = np.random.default_rng(seed)
         self._ids = count()
         self._stepping = False
+        self._interrupt: BaseException | None = None  # Ctrl-C in a listener: raised once the step is in the books
 
     @property
     def unfinished(self) -> bool:
@@ -128,11 +129,14 @@ class Engine(Counts):
         """Compute one plan; returns what is new, which listeners have heard by then."""
         if self._stepping:
             raise RuntimeError("a listener called step: it may submit and abort, the step under way goes on by itself")
-        self._stepping = True
+        self._stepping, self._interrupt = True, None
         try:
-            return self._tell(self._compute())
+            told = self._tell(self._compute())
         finally:
             self._stepping = False
+        if self._interrupt is not None:
+            raise self._interrupt
+        return told
 
     def check(self) -> None:
         """AssertionError if the books of scheduler, memory and engine do not agree."""
@@ -256,6 +260,8 @@ class Engine(Counts):
             live.listener, live.result.error = None, f"the listener raised {type(error).__name__}: {error}"
             if self._live.get(name) is live:
                 self._close(name, self.scheduler.abort(name), "error")
+        except BaseException as interrupt:
+            self._interrupt = interrupt
 
     def _close(self, name: Hashable, branches: Sequence[Branch], reason: str) -> None:
         """A request has ended: its result, with what ``branches``, cut off now, have said."""
