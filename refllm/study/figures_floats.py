@@ -13,7 +13,7 @@ from refllm.study.drawing import FULL, MORE, NEAREST, TECHNIQUE, Values, axes, s
 @styled
 def float_formats(values: Values) -> Figure:
     """{"data": {kind: {format: error}}, "lengths", "accumulator": {name: errors}, "growths", "delayed"} → 3 panels."""
-    fig = Figure(layout="constrained", figsize=(7.2, 7.6))
+    fig = Figure(layout="constrained", figsize=(7.2, 6.2))
     grid = fig.add_gridspec(2, 2)
     top, left, right = (fig.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1]))
     kinds = values["data"]
