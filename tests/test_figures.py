@@ -257,7 +257,8 @@ def test_axes_are_labelled_with_units_and_the_caption_names_the_command(name, fo
         "batch",
         "nats",
         "%",
-    )
+        "‖² / ‖",
+    )  # the last: a ratio has no unit
     assert any(unit in words for unit in units)
     assert read(folder / "data" / FIGURES[name][0]).command in drawn[name].get_supxlabel()
 
