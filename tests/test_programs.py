@@ -52,7 +52,10 @@ def test_a_program_asks_the_same_whoever_is_served_first(name, data):
 def test_best_hit_rate_counts_distinct_prefixes(prompts):
     prefixes = {tuple(p[: i + 1]) for p in prompts for i in range(len(p))}
     assert best_hit_rate(prompts) == 1 - len(prefixes) / sum(map(len, prompts))
-    answers = [p[:2] for p in prompts]  # what an answer has computed need not be read: all but its last token
+    prompts = [*prompts, [*prompts[0], 3, 4, 5, 1]]  # what an answer has computed need not be read: 3 and 4 here
+    prefixes |= {tuple(prompts[-1][: i + 1]) for i in range(len(prompts[-1]))}
+    answers = [[3, 4, 5] for _ in prompts]
+    assert best_hit_rate(prompts, answers) > best_hit_rate(prompts)
     said = {tuple([*p, *a][:i]) for p, a in zip(prompts, answers, strict=True) for i in range(len(p) + 1, len(p + a))}
     assert best_hit_rate(prompts, answers) == 1 - len(prefixes - said) / sum(map(len, prompts))
 

@@ -46,6 +46,15 @@ def test_the_recorded_batches_are_the_papers_within_eight_percent():
     assert paging.serve("Orca (Max)", paging.load(0, record.values["requests"])).saturated.batch == row["batch"][0]
 
 
+def test_the_recorded_shares_are_those_of_the_article():
+    useful = {row["batch"]: row for row in read(ROOT / "figures" / "data" / "batching.json").values["useful"]}
+    for batch, share in {4: 0.49, 8: 0.37, 16: 0.30, 32: 0.25}.items():
+        assert mean(useful[batch]["counted"]) == pytest.approx(share, abs=0.03)
+    # what a cache costs where nothing is shared
+    inside = read(ROOT / "figures" / "data" / "prefixes.json").values["inside"]
+    assert all(share <= 0.02 for shares in inside.values() for share in shares)
+
+
 def test_memory_is_given_out_as_the_table_says():
     asked = Request(range(100), 300)
     sizes = {name: paging.scheduler(name, 15_700).memory.size(asked) for name in paging.PAPER if name != "paged"}

@@ -40,8 +40,8 @@ from refllm.study.records import Record, write
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 BUDGETS: tuple[int | None, ...] = (128, 256, 512, 1024, 2048, None)  # None: prompts whole
-RATES = (0.5, 1, 2, 4, 6, 8, 12, 16, 24)
-LIMITS = Limits(ttft=1.0, tpot=0.05)
+RATES = (0.5, 1, 2, 4, 8, 16, 32, 48, 64, 96)
+LIMITS = Limits(ttft=0.5, tpot=0.02)
 SLOTS = 131_072  # of a Llama-3-8B shape beside its weights: 17 GB
 CLOCK = RooflineClock(LLAMA_8B, DEVICES["a100"])
 
@@ -114,7 +114,7 @@ def swapping_data(count: int, slots: int = 6000) -> list[dict[str, Any]]:
     return rows
 
 
-def batching_data(count: int = 400) -> dict[str, Any]:
+def batching_data(count: int = 600) -> dict[str, Any]:
     """Values of the figure ``batching``."""
     return {
         "useful": useful_data(range(5), 1024 if count >= 400 else 64),

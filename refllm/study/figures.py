@@ -36,7 +36,7 @@ from refllm.study.drawing import (
 from refllm.study.figures_floats import float_formats
 from refllm.study.figures_formats import gguf_layouts, gguf_mixes
 from refllm.study.figures_quant import observers, quantization, salience, smoothquant
-from refllm.study.figures_serve import paging
+from refllm.study.figures_serve import batching, paging, prefixes, unpadding
 from refllm.study.figures_speculative import speculative
 from refllm.study.figures_trace import serving_blocks, serving_occupancy, serving_tree
 from refllm.study.records import Record, read
@@ -188,6 +188,9 @@ FIGURES: dict[str, tuple[str, Draw]] = {
     "gguf_mixes": ("gguf_mixes.json", gguf_mixes),
     "float_formats": ("float_formats.json", float_formats),
     "paging": ("paging.json", paging),
+    "batching": ("batching.json", batching),
+    "unpadding": ("unpadding.json", unpadding),
+    "prefixes": ("prefixes.json", prefixes),
     "serving_occupancy": ("serving_trace.json", serving_occupancy),
     "serving_blocks": ("serving_trace.json", serving_blocks),
     "serving_tree": ("serving_trace.json", serving_tree),

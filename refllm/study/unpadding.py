@@ -11,10 +11,12 @@ which forms padded batches in the order of arrival; Kwon et al. 2023, section 6.
 | paged          | as many as there is memory for            | blocks                   | batch                      |
 
 The product of the three factors is the whole, exactly. The batch is paging's; the padding is iteration-level
-scheduling's, which Orca had before it. The kernel's factor is near one here, since the engine gathers the keys of a run
-and those of scattered blocks by the same indices; on a GPU the paper has its attention kernel 20 to 26 % slower for it.
-The factor two or so that better kernels and a faster host had in the announcement is not here: all runs share one
-network. And a batch counts for less than its size where a larger step takes longer, as on this processor.
+scheduling's, which Orca had before it; the kernel is what paging costs: keys gathered through a table. The factor two
+or so that better kernels and a faster host had in the announcement is not here: all runs share one network.
+
+Where it loses: a batch counts for less than its size where a larger step takes longer, as on two cores; and paging
+admits whoever fits at the moment, so it preempts, and what is computed again costs in full (``tokens``). Reservations
+of the exact length, which nobody knows beforehand, are then as fast.
 
 Memory is stated in tokens: 15,700 slots and lengths of at most 2,048, as in the paper, both scaled to the context of
 the bundled model. Requests run to their lengths (``ignore_eos``). Kind B: seconds; A: steps and batches.
