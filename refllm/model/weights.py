@@ -11,7 +11,8 @@ small: with AVX-512 it reads up to 10⁶ multiply-adds where they lie. There, on
 - 1 and 3 rows are multiplied as 2 and 4: the matrix-vector kernel, and three rows, take twice and 1.4 times as long.
 
 Without AVX-512 it packs whatever is a matrix. There a weight is one block of all columns, [1, N, M], for packing many
-at a time costs least, and up to 3 rows go through the matrix-vector kernel, which never packs, one by one.
+at a time costs least, and up to 3 rows go through the matrix-vector kernel, which never packs, one by one. From
+there on its AVX2 kernel takes rows in fours: 5 to 7 rows cost more than 8, so a rest is filled up.
 
 Two more savings belong to a whole network. ``Room`` lays its weights side by side in one array; and ``product``
 makes one product of those that multiply the same input (q, k and v; gate and up), each still a weight of its own.
@@ -35,6 +36,8 @@ from refllm.backend import Array, namespace
 
 BLOCK = 64  # output columns a block: the widest that OpenBLAS multiplies without repacking
 FEW = 3  # rows that are multiplied one by one, where each product would pack the weight
+TILE = 4  # rows that the AVX2 kernel takes at a time; 1 to 3 over are multiplied in halves, and cost more than 4
+MANY = 64  # rows from which the rest no longer shows
 SMALL = 10**6  # multiply-adds of a product that OpenBLAS does not pack (sgemm_small_kernel_permit, SkylakeX)
 _LINE = 64  # bytes of a cache line, and of a vector: one that straddles two lines is read twice
 
@@ -147,7 +150,10 @@ class Dense:
             return x @ self._data.T
         rows = x.shape[0]
         if self._data.shape[2] == self._shape[0]:  # one block
-            return np.matmul(x[:, None], self._data[0])[:, 0] if rows <= FEW else x @ self._data[0]
+            if rows <= FEW:
+                return np.matmul(x[:, None], self._data[0])[:, 0]
+            rest = -rows % TILE if rows < MANY else 0
+            return (np.concatenate((x, x[-rest:])) @ self._data[0])[:rows] if rest else x @ self._data[0]
         return self._by_blocks(np.concatenate((x, x[-1:])))[:rows] if rows in (1, 3) else self._by_blocks(x)
 
     def _by_blocks(self, x: Array) -> Array:
