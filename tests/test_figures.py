@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+from matplotlib.figure import SubFigure
 
 from refllm.study import figures, memory, roofline
 from refllm.study.figures import FIGURES, SERIES, check, redraw, save
@@ -235,31 +237,42 @@ def test_one_name_is_one_figure(folder):
     assert [p.name for p in redraw("kv_memory", folder)] == ["kv_memory.png"]
 
 
+# a quantity's label names its unit, as a word of its own; these are what figures count and measure in
+_COUNTED = "tokens bits bytes byte slots requests sequences batch step block channels weights times share"
+UNITS = {*_COUNTED.split(), "ms", "seconds", "second", "nats", "FLOP", "%"}
+# and these have none
+PURE = ("α", "|x|", "density of |x|", "error ‖x̂ − x‖² / ‖x‖²", "K", "relative error (rms)", "speedup by the formula")
+PURE_OF = {"prefixes": "hit rate (A), best dotted"}
+
+
+def quantities(ax):
+    """The labels of those axes of a plot that have numbers at their ticks; of shared ones, where they are written."""
+    for axis, near, label in (
+        (ax.xaxis, ax.get_shared_x_axes(), "get_xlabel"),
+        (ax.yaxis, ax.get_shared_y_axes(), "get_ylabel"),
+    ):
+        texts = [tick.label1.get_text() for tick in axis.get_major_ticks() if tick.label1.get_visible()]
+        numbers = [text for text in texts if re.fullmatch(r"[\d.,\u2212×k%]+|\$.*\$", text)]
+        if axis.get_visible() and numbers and len(numbers) == len([text for text in texts if text]):
+            own = max((getattr(other, label)() for other in near.get_siblings(ax)), key=len)
+            part = ax.get_figure()  # a row of plots may share one label, which is then its subfigure's
+            yield own or (getattr(part, f"get_sup{label[4:]}")() if isinstance(part, SubFigure) else "")
+
+
 @pytest.mark.parametrize("name", FIGURES)
-def test_axes_are_labelled_with_units_and_the_caption_names_the_command(name, folder, monkeypatch):
+def test_every_quantity_has_its_unit_every_plot_its_title_and_the_caption_the_command(name, folder, monkeypatch):
     drawn = {}
     monkeypatch.setattr(figures, "save", lambda figure, path, digest="": drawn.setdefault(Path(path).stem, figure))
     redraw([name], folder)
-    every = drawn[name].axes
-    assert any(ax.get_title(loc="left") for ax in every)
-    assert all(ax.get_xlabel() or ax.get_ylabel() or ax.get_title(loc="left") for ax in every if ax.axison)
-    words = " ".join([*(ax.get_xlabel() + " " + ax.get_ylabel() for ax in every), drawn[name].get_suptitle()])
-    units = (
-        "tokens",
-        "FLOP per byte",
-        "ms",
-        "weights a scale",
-        "bit",
-        "byte",
-        "slots",
-        "step",
-        "times",
-        "batch",
-        "nats",
-        "%",
-        "‖² / ‖",
-    )  # the last: a ratio has no unit
-    assert any(unit in words for unit in units)
+    drawn[name].draw_without_rendering()  # which writes the tick labels
+    every = [ax for ax in drawn[name].axes if ax.axison]
+    for ax in every:
+        for label in quantities(ax):
+            words = re.findall(r"%|\w+", label)
+            assert label in (*PURE, PURE_OF.get(name)) or set(words) & set(UNITS), (ax.get_title(loc="left"), label)
+        shared = [*ax.get_shared_x_axes().get_siblings(ax)]  # stacked plots over one axis share a title, too
+        assert any(other.get_title(loc="left") for other in shared), f"a plot without a title: {ax.get_ylabel()}"
+    assert any(label for ax in every for label in quantities(ax)), "no quantity at all"
     assert read(folder / "data" / FIGURES[name][0]).command in drawn[name].get_supxlabel()
 
 

@@ -77,7 +77,7 @@ def observers(values: Values) -> Figure:
         for y, row in enumerate(inside):
             below.annotate(f"{row['error']:.2g}, clips {100 * row['beyond']:.2g} %", (row["error"], y), xytext=(4, 0),
                            textcoords="offset points", va="center", fontsize=8)  # fmt: skip
-        below.set(xscale="log", xlabel="error ‖x̂ − x‖² / ‖x‖²")
+        below.set(xscale="log", xlabel="error ‖x̂ − x‖² / ‖x‖²", title=f"{bits} bits: what that costs")
         below.set_yticks(range(len(inside)), [row["observer"] for row in inside] if i == 0 else [""] * len(inside))
         least, most = (f(row["error"] for row in inside) for f in (min, max))
         below.set_xlim(0.5 * least, most * (most / least) ** 1.1)  # room for what the bars are labelled with
@@ -172,10 +172,10 @@ def salience(values: Values) -> Figure:
                 label="at random" if by == "random" else f"by {by}",
             )
         panel.set(title=title, xlabel=f"input channels kept; others in {values['bits']} bits", ylim=(0, None))
+        panel.set_ylabel("KL from full precision (nats per token)" if i == 0 else "KL (nats per token)")
         panel.set_xticks(range(len(fractions)), [f"{fraction:.0%}" for fraction in fractions])
         panel.set_xlim(-0.5, len(fractions) - 0.5)
         if i == 0:
-            panel.set_ylabel("KL from full precision (nats per token)")
             labels = panel.get_legend_handles_labels()
     fig.legend(*labels, loc="outside upper left", ncols=4, fontsize=8.5)
     return fig
