@@ -85,3 +85,44 @@ def test_the_costs_of_quantisation_are_the_recorded_ones():
         for value, cell in zip(stated, cells, strict=True):
             assert value == pytest.approx(np.mean([r["kl"][0] for r in cell]), rel=0.04)
         assert bits_per_byte == pytest.approx(np.mean([r["bits per byte"] for r in cells[1]]), abs=5.1e-4)
+
+
+def stated(pattern: str) -> list[float]:
+    """The numbers of a sentence, which may run over several lines."""
+    found = re.search(pattern, " ".join(README.split()))
+    assert found, f"the README no longer says: {pattern}"
+    return [float(number) for number in found.groups()]
+
+
+def values(name: str) -> dict:
+    return json.loads((ROOT / "figures" / "data" / f"{name}.json").read_text("utf-8"))["values"]
+
+
+def test_the_24_times_are_taken_apart_as_recorded():
+    padding, whole, batch = stated(r"padding makes ([\d.]+)× of the ([\d.]+)× measured here, .* batch ([\d.]+)×")
+    factors = {name: np.median(rounds) for name, rounds in values("unpadding")["factors"]["processor"].items()}
+    assert [padding, whole, batch] == [round(float(factors[k]), 1) for k in ("padding", "all three", "batch")]
+    assert "gathering through tables costs a tenth" in " ".join(README.split())
+    assert 0.85 < factors["kernel"] < 0.95
+
+
+def test_what_outliers_cost_and_what_smoothing_leaves_are_the_recorded_ones():
+    loss, left = stated(r"they cost W8A8 (\d+) % in bits per byte, and SmoothQuant brings that down to ([\d.]+) %")
+    assert values("smoothquant")["factor"] == stated(r"exact rescaling of (\d+)×")[0]
+    rows = [r for r in values("smoothquant")["rows"] if (r["outliers"], r["level"], r["keep"]) == ("norms", "O1", [])]
+    cost = {row["alpha"]: 100 * (row["bits per byte"] / row["full precision"] - 1) for row in rows}
+    assert loss == round(cost[None])
+    assert left == round(cost[0.5], 2)
+
+
+def test_what_speculation_buys_is_what_was_recorded():
+    copied, drafted = stated(
+        r"only n-grams on copied text win \(([\d.]+)× at the best γ\), the draft model loses \(([\d.]+)×"
+    )
+    rows = json.loads((ROOT / "benchmarks" / "results" / "speculative.json").read_text("utf-8"))["results"]
+    best = {
+        key: max(r["speedup"]["median"] for r in rows if (r["task"], r["drafter"]) == key)
+        for key in (("copy", "n-gram"), ("code", "model"), ("code", "n-gram"))
+    }
+    assert (copied, drafted) == (round(best["copy", "n-gram"], 2), round(best["code", "model"], 2))
+    assert best["code", "n-gram"] < 1.05  # "only n-grams on copied text win"
