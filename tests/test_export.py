@@ -99,6 +99,21 @@ def their_model(path):
     return model.eval()
 
 
+def products_of(theirs, ids):
+    """Logits of a model of transformers, and of each of its linears (layer, key) → the input and what it made."""
+    torch = oracle("torch")
+    seen: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]] = {}
+    for index, layer in enumerate(theirs.model.layers):
+        for key, place in PROJECTIONS.items():
+
+            def note(module, inputs, made, at=(index, key)):
+                seen[at] = inputs[0].numpy(), made.numpy()
+
+            layer.get_submodule(place).register_forward_hook(note)
+    with torch.no_grad():
+        return theirs(torch.from_numpy(ids)).logits.numpy(), seen
+
+
 # --- read back -----------------------------------------------------------------------------------------------------
 
 
@@ -167,19 +182,9 @@ def test_weight_only_checkpoints_in_transformers(exported, name):
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", ["w8a8", "w8a8-keep"])
 def test_w8a8_checkpoints_in_transformers(exported, name):
-    torch = oracle("torch")
     _, path = exported(name)
-    read, theirs = load(path), their_model(path)
-    seen: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]] = {}
-    for index, layer in enumerate(theirs.model.layers):
-        for key, place in PROJECTIONS.items():
-
-            def note(module, inputs, made, at=(index, key)):
-                seen[at] = inputs[0].numpy(), made.numpy()
-
-            layer.get_submodule(place).register_forward_hook(note)
-    with torch.no_grad():
-        got = theirs(torch.from_numpy(IDS)).logits.numpy()
+    read = load(path)
+    got, seen = products_of(their_model(path), IDS)
     own: dict[tuple[int, str], np.ndarray] = {}
     ours = output(read, tapped(read.weights, lambda index, key, x: own.setdefault((index, key), x)))
     same = np.ones(len(IDS), dtype=bool)  # sequences whose activations have equal codes in every linear

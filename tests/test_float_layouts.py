@@ -22,7 +22,7 @@ from refllm.model.shards import TensorFiles
 from refllm.quant.export import export
 from refllm.quant.fp8 import fp8
 from refllm.quant.recipe import quantize_model
-from test_export import output, their_model
+from test_export import output, products_of, their_model
 
 # 144 and 160 are no multiples of 128: blocks at the edges are ragged
 CONFIG = ModelConfig("llama", VOCAB, 144, 160, 2, 3, 1, 48, bos_token_id=0, eos_token_ids=(0,))
@@ -130,19 +130,9 @@ def test_logits_in_transformers(exported, name):
 @pytest.mark.parametrize("name", ["channel", "block"])
 def test_linears_with_rounded_activations_in_transformers(exported, name):
     """On equal inputs each linear gives our product within 1e-4 of its size, but where a code is a tie in one."""
-    torch = oracle("torch")
     _, path = exported(name)
-    read, theirs = load(path), their_model(path)
-    seen = {}
-    for index, layer in enumerate(theirs.model.layers):
-        for key, place in PROJECTIONS.items():
-
-            def note(module, inputs, made, at=(index, key)):
-                seen[at] = inputs[0].numpy(), made.numpy()
-
-            layer.get_submodule(place).register_forward_hook(note)
-    with torch.no_grad():
-        theirs(torch.from_numpy(IDS))
+    read = load(path)
+    _, seen = products_of(their_model(path), IDS)
     for (index, key), (x, y) in seen.items():
         linear = read.weights["layers"][index][key]
         off = np.abs(linear.matmul(x.reshape(-1, x.shape[-1])).reshape(y.shape) - y)
