@@ -76,6 +76,7 @@ class Drafting:
         self.stats = Acceptance()
         self.gammas: dict[int, int] = {}
         self.batch = 1  # branches that ask in a step
+        self._worth: dict[tuple[int, int, int], int] = {}
         self._asked: set[BranchDrafter] = set()  # since somebody asked for the second time
         places = len(source.cache.lengths) if isinstance(source, ModelDrafter) else 0
         self._owners: dict[int, BranchDrafter | None] = dict.fromkeys(range(places))  # who asked last stands last
@@ -90,6 +91,17 @@ class Drafting:
             self.batch, self._asked = len(self._asked), set()
         self._asked.add(branch)
         self.batch = max(self.batch, len(self._asked))
+
+    def worth(self, alpha: float, most: int) -> int:
+        """The best γ by the measured costs for ``alpha``, in hundredths, in the batch of now; each is worked out once.
+
+        32 branches that ask anew in every step would take longer than the draft model.
+        """
+        assert self.costs is not None
+        case = (round(100 * alpha), self.batch, most)
+        if case not in self._worth:
+            self._worth[case] = self.costs.best_gamma(case[0] / 100, self.batch, most)
+        return self._worth[case]
 
     def place(self, branch: BranchDrafter) -> int:
         """The sequence of the shared model that is this branch's; taken from who asked longest ago if need be."""
@@ -128,12 +140,11 @@ class BranchDrafter:
         self.judged = MEMORY * self.judged + min(accepted + 1, proposed)
 
     def _worth(self) -> int:
-        costs, batch = self.drafting.costs, self.drafting.batch
-        if costs is None:
+        if self.drafting.costs is None:
             return self.gamma
-        gamma = costs.best_gamma(min(1.0, self.accepted / self.judged), batch, self.gamma)
+        gamma = self.drafting.worth(min(1.0, self.accepted / self.judged), self.gamma)
         self.idle = 0 if gamma else self.idle + 1
-        if self.idle >= PROBE and costs.best_gamma(1.0, batch, 1):  # no probe where even α = 1 loses
+        if self.idle >= PROBE and self.drafting.worth(1.0, 1):  # no probe where even α = 1 loses
             self.idle = 0
             return 1
         return gamma
