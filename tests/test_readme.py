@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import refllm
+from refllm.cli import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -85,6 +87,20 @@ def test_the_costs_of_quantisation_are_the_recorded_ones():
         for value, cell in zip(stated, cells, strict=True):
             assert value == pytest.approx(np.mean([r["kl"][0] for r in cell]), rel=0.04)
         assert bits_per_byte == pytest.approx(np.mean([r["bits per byte"] for r in cells[1]]), abs=5.1e-4)
+
+
+def test_the_command_that_quantises_prints_what_stands_below_it(tmp_path):
+    command, output = re.search(r"```text\n\$ refllm (quantize .*?)\n…\n(.*?)```", README, re.S).groups()
+    arguments = command.replace("stdlib-w4", "w4").split()
+    with contextlib.chdir(tmp_path):
+        printed = CliRunner().invoke(app, arguments, catch_exceptions=False).output.splitlines()[-3:]
+    lines = output.splitlines()
+    assert printed[:2] == lines[:2]
+    if platform.python_version() == card("stdlib")["made with"]["python"]:  # the text is that of this Python
+        (*numbers, _), (*given, _) = (re.findall(r"\d[\d,.]*\d", line) for line in (printed[2], lines[2]))
+        assert [float(n.replace(",", "")) for n in numbers] == pytest.approx(
+            [float(n.replace(",", "")) for n in given], abs=2e-3
+        )
 
 
 def stated(pattern: str) -> list[float]:
