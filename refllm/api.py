@@ -214,6 +214,10 @@ class Model:
             return
         if isinstance(drafter, Model):
             drafter = ModelDrafter(drafter)
+        if not hasattr(drafter, "propose"):
+            raise TypeError(
+                f"a drafter is a Model, or one of refllm.decode.drafts such as NGramDrafter(), got {drafter!r}"
+            )
         if isinstance(drafter, ModelDrafter):
             check_vocabulary(self, drafter.model)
         for step in speculate(self.weights, self.config, prompt, max_tokens, how, rng, drafter):

@@ -287,6 +287,11 @@ def test_bad_requests_are_refused_by_name(prompt, count, options, message):
         MODEL.generate(prompt, count, **options)
 
 
+def test_a_drafter_is_an_object():
+    with pytest.raises(TypeError, match=r"a drafter is a Model, or one of refllm.decode.drafts .* got 'ngram'"):
+        MODEL.generate([1], 2, drafter="ngram")
+
+
 def test_no_prompt_at_all_is_refused():
     with pytest.raises(ValueError, match="no prompt"):
         MODEL.generate_batch([], 3)

@@ -229,6 +229,8 @@ def test_candidates_beyond_the_dtype_lose_without_a_warning(xp):
         (lambda x, w: (x, [w[0], w[0] + math.inf]), r"weights\[1\]: holds NaN"),
         (lambda x, w: (x[:0, :], w), "at least one token"),
         (lambda x, w: (x, []), "and weights"),
+        (lambda x, w: (x, w[0]), r"a list of the weights that share x, got one array of .*: write \[weight\]"),
+        (lambda x, w: (x.astype("int32"), w), "AWQ scales floating-point numbers, got x of int32"),
         (lambda x, w: (x[:, :4], w), r"weights\[0\] of shape \(3, 8\) does not take inputs of shape \(2, 4\)"),
         (lambda x, w: (x[:, :6], [w[0][:, :6]]), "the nearest sizes that do are 3 and 6"),
     ],

@@ -196,6 +196,11 @@ def test_an_abort_ends_with_what_was_said_and_is_false_for_nobody(busy):
     assert_serves_on(busy)
 
 
+def test_a_seed_is_none_or_a_whole_number():
+    with pytest.raises(ValueError, match="the engine's seed is None or a whole number, 0 or more, got -1"):
+        Engine(served_model(), num_blocks=1, seed=-1)
+
+
 def test_a_pool_of_one_block_serves_one_at_a_time():
     engine = Engine(served_model(), num_blocks=1, block_size=16)
     names = [engine.submit(Request(prompt, 4, ignore_eos=True)) for prompt in PROMPTS[:3]]

@@ -380,6 +380,7 @@ def test_float32_comes_close_to_float64(xp):
     [
         ({"weight": np.ones((2, 5))}, r"up: shape \(2, 5\) does not fit a Hessian of 24 columns"),
         ({"weight": np.ones(24)}, r"up: shape \(24,\) does not fit"),
+        ({"weight": np.ones((2, 24), dtype=int)}, "up: GPTQ rounds floating-point weights, got int"),
         ({"weight": np.full((2, 24), np.nan)}, r"up: holds NaN or infinity, first at index \(0, 0\)"),
         ({"scheme": Scheme(4, "power", "group", 7)}, "up: groups of 7 do not divide a row of 24.* 6 and 8"),
         ({"scheme": Scheme(4, "power", "token")}, "up: granularity 'token' is for activations"),

@@ -85,6 +85,8 @@ def test_inputs_that_are_not_finite_are_refused_by_name(xp, bad):
 def test_no_token_and_another_width_are_refused(xp):
     with pytest.raises(ValueError, match="x has seen no token"):
         hessian(xp.zeros((0, 4)))
+    with pytest.raises(ValueError, match=r"x needs columns, x\[\.\.\., N\], got shape \(4, 0\)"):
+        hessian(xp.zeros((4, 0)))
     accumulator = Hessian()
     accumulator.add(xp.ones((1, 4)))
     with pytest.raises(ValueError, match="x has 3 columns, earlier 4"):

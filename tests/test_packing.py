@@ -75,7 +75,7 @@ def test_a_code_that_does_not_fit_is_refused(xp, bad):
         pack(xp.asarray(np.array([[0, 1, bad]])), 3)
 
 
-@pytest.mark.parametrize("bits", [0, 9, -1])
+@pytest.mark.parametrize("bits", [0, 9, -1, 4.0])
 def test_other_widths_are_refused(xp, bits):
     codes = xp.asarray(np.zeros(4, dtype=np.uint8))
     for call in (lambda: pack(codes, bits), lambda: words_per_row(4, bits)):

@@ -200,5 +200,7 @@ def test_bad_calls_are_refused():
     cache = RadixCache()
     with pytest.raises(ValueError, match="2 tokens need as many slots, got 1"):
         cache.insert([1, 2], [0])
+    with pytest.raises(ValueError, match="one of the 2 slots stands twice"):
+        cache.insert([1, 2], [0, 0])
     with pytest.raises(ValueError, match="not locked"):
         cache.unlock(cache.match([]).node)

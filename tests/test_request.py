@@ -40,6 +40,10 @@ def test_a_prompt_that_is_none_is_refused(prompt, why):
         Request(prompt)
 
 
+def test_no_stop_string_is_none_or_empty():
+    assert Request([1], stop=None).stop == Request([1]).stop == ()
+
+
 def test_an_id_is_a_name():
     with pytest.raises(ValueError, match="hashable"):
         Request([1], id=[])

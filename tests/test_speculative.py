@@ -465,6 +465,12 @@ def test_bad_input_is_named(case, judge):
         judge(p, q, drafts, np.random.default_rng(0))
 
 
+@pytest.mark.parametrize("judge", LAWS.values(), ids=LAWS)
+def test_randomness_is_a_generator(judge):
+    with pytest.raises(TypeError, match=r"rng is a generator, numpy.random.default_rng\(seed\), got 3"):
+        judge(GOOD, GOOD[:2], [0, 1], 3)
+
+
 def test_rounding_of_float32_passes_and_more_does_not():
     rows = warp(np.random.default_rng(0).standard_normal((3, 1000)).astype("float32")).astype("float32")
     assert verify(rows, rows[:2], [1, 2], np.random.default_rng(0))[0] == 2

@@ -55,7 +55,7 @@ def verify(p: Array, q: Array | None, draft: Sequence[int] | Array, rng: np.rand
         and a draft that q gave no probability: then it was not sampled from q, and nothing here would be exact.
     """
     accepted = 0
-    chances = _chances(p, q, draft)
+    chances = _chances(p, q, draft, rng)
     for target, drafted in chances:
         if not rng.random() < target / drafted:  # a uniform of its own for each: one for all correlates them
             break
@@ -71,7 +71,7 @@ def verify_block(p: Array, q: Array | None, draft: Sequence[int] | Array, rng: n
     The longest that is kept counts, and the token comes from the residual of P_i p_{i+1}. It accepts at least as many
     as ``verify`` in expectation, whatever p and q are.
     """
-    chances = _chances(p, q, draft)
+    chances = _chances(p, q, draft, rng)
     reach = [1.0]
     for target, drafted in chances:
         reach.append(min(1.0, reach[-1] * target / drafted))
@@ -110,7 +110,7 @@ def verify_typical(
     It asks whether a draft is plausible, not how often it should occur: likely tokens come too often.
     """
     xp, accepted = namespace(p), 0
-    for i, (target, _) in enumerate(_chances(p, None, draft)):
+    for i, (target, _) in enumerate(_chances(p, None, draft, rng)):
         row = p[i, ...]
         entropy = -float(xp.sum(row * xp.log(xp.where(row > 0, row, xp.ones_like(row)))))
         if not target > min(epsilon, delta * math.exp(-entropy)):
@@ -188,8 +188,12 @@ def _edges(weights: Array) -> Array:
     return xp.cumulative_sum(xp.concat([blocks, rest]) if n > whole else blocks)
 
 
-def _chances(p: Array, q: Array | None, draft: Sequence[int] | Array) -> list[tuple[float, float]]:
+def _chances(
+    p: Array, q: Array | None, draft: Sequence[int] | Array, rng: np.random.Generator
+) -> list[tuple[float, float]]:
     """(p_i(x_i), q_i(x_i)) for each draft as Python floats, after everything was checked; one transfer in all."""
+    if not hasattr(rng, "random"):
+        raise TypeError(f"rng is a generator, numpy.random.default_rng(seed), got {rng!r}")
     xp = namespace(p, q)
     x = _host(draft)
     count, vocab = len(x), p.shape[-1] if p.ndim else 0

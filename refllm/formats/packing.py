@@ -132,5 +132,5 @@ def _fit(stream: Array, size: int) -> Array:
 
 
 def _check_bits(bits: int) -> None:
-    if bits not in range(1, 9):
+    if bits not in range(1, 9) or not hasattr(bits, "__index__"):
         raise ValueError(f"packing: bits is a whole number in 1..8, got {bits!r}")

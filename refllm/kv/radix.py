@@ -112,10 +112,13 @@ class RadixCache:
         """Give the tree the whole pages of ``tokens`` with their ``slots``; returns how many tokens it had already.
 
         The slots of [0, returned) stay the caller's (see the ownership above), those of [returned, whole pages) go
-        to the tree. ValueError if the lengths differ.
+        to the tree. ValueError if the lengths differ, or a slot
+        stands twice.
         """
         if len(tokens) != len(slots):
             raise ValueError(f"insert: {len(tokens)} tokens need as many slots, got {len(slots)}")
+        if len(set(slots)) != len(slots):
+            raise ValueError(f"insert: a slot holds one token, but one of the {len(slots)} slots stands twice")
         now, node, at = self._tick(), self._root(salt), 0
         for child, common in self._walk(node, tokens):
             node = child if common == len(child) else self._split(child, common)

@@ -211,10 +211,16 @@ def _groups(scheme: Scheme, weight: Array) -> int:
 
 
 def _check_inputs(x: Array, weights: Sequence[Array]) -> None:
+    if hasattr(weights, "ndim"):
+        raise ValueError(
+            f"AWQ takes a list of the weights that share x, got one array of {type(weights).__name__}: write [weight]"
+        )
     if x.ndim != 2 or x.shape[0] == 0 or not weights:
         raise ValueError(f"AWQ needs inputs x[T, N] of at least one token, and weights; got x {tuple(x.shape)}")
     for i, w in enumerate(weights):
         if w.ndim != 2 or w.shape[1] != x.shape[1]:
             raise ValueError(f"weights[{i}] of shape {tuple(w.shape)} does not take inputs of shape {tuple(x.shape)}")
+        if w.dtype.kind != "f" or x.dtype.kind != "f":
+            raise ValueError(f"AWQ scales floating-point numbers, got x of {x.dtype} and weights[{i}] of {w.dtype}")
         refuse_non_finite(w, f"weights[{i}]")
     refuse_non_finite(x, "x")

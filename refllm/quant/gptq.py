@@ -161,6 +161,8 @@ def _round_columns(work: Array, upper: Array, grids: Grids, codes: Array, start:
 def _check(weight: Array, f: Factor, act_order: bool, block: int, name: str) -> None:
     if weight.ndim != 2 or weight.shape[1] != f.upper.shape[0]:
         raise ValueError(f"{name}: shape {tuple(weight.shape)} does not fit a Hessian of {f.upper.shape[0]} columns")
+    if weight.dtype.kind != "f":
+        raise ValueError(f"{name}: GPTQ rounds floating-point weights, got {weight.dtype}")
     refuse_non_finite(weight, name)
     if act_order != (f.order is not None):
         raise ValueError(f"{name}: act_order={act_order}, but the factor was made with act_order={not act_order}")

@@ -54,8 +54,10 @@ class Hessian:
         self._sum: Array = None  # Σ xᵀx
 
     def add(self, x: Array) -> None:
-        """One more batch x[..., N], any number of tokens; ValueError if a number is not finite."""
+        """One more batch x[..., N], any number of tokens; ValueError if a number is not finite, or x has no columns."""
         xp = namespace(x)
+        if x.ndim == 0 or x.shape[-1] == 0:
+            raise ValueError(f"hessian: {self.name} needs columns, x[..., N], got shape {tuple(x.shape)}")
         x = xp.reshape(x, (-1, x.shape[-1]))
         if x.dtype.itemsize < 4:
             x = xp.astype(x, xp.float32)  # sums of float16 overflow at 65,504

@@ -65,6 +65,8 @@ class Engine(Counts):
         on_plan
             sees every plan before it is executed.
         """
+        if seed is not None and seed < 0:
+            raise ValueError(f"the engine's seed is None or a whole number, 0 or more, got {seed}")
         self.model, self.drafter, self.on_plan = model, drafter, on_plan
         self.cache = PagedKVCache(model.config, num_blocks, block_size, like=model.weights["norm"], poison=poison)
         self.pool = self.cache.pool

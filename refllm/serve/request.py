@@ -57,7 +57,7 @@ class Request:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", _tokens(self.prompt))
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
         rules: dict[str, tuple[bool, str]] = {
             "max_tokens": (_whole(self.max_tokens) and self.max_tokens >= 0, "a whole number, 0 or more"),
             "temperature": (_number(self.temperature) and self.temperature >= 0, "0 (greedy) or finite and above"),
