@@ -16,6 +16,7 @@ from refllm.api import Model, bundled, load
 from refllm.cli import app
 from refllm.model.checkpoint import save
 from refllm.study import figures, tour
+from refllm.study import guide as guides
 from refllm.study.records import read
 from refllm.study.roofline import Device, step_cost
 from refllm.study.terminal import printable
@@ -33,16 +34,16 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def guide(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tour.Tour:
+def guide(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> guides.Tour:
     """A tour of a tiny model on a machine of round numbers, which prints into ``guide.out.file``."""
-    made = tour.Tour(str(directory), "numpy", tmp_path / "figures", Console(file=io.StringIO(), width=10_000))
+    made = guides.Tour(str(directory), "numpy", tmp_path / "figures", Console(file=io.StringIO(), width=10_000))
     made.__dict__["machine"] = Device("a machine of round numbers", 1e11, 1e10)  # measuring one takes a second
     monkeypatch.setattr(tour, "REPEATS", 2)
     monkeypatch.setattr(tour, "SAMPLE_WINDOWS", 2)
     return made
 
 
-def visit(guide: tour.Tour, *names: str) -> str:
+def visit(guide: guides.Tour, *names: str) -> str:
     tour.run(guide, names)
     text: str = guide.out.file.getvalue()
     return text
@@ -153,12 +154,12 @@ def test_the_bundled_model_is_shown_without_options():
 
 def test_a_tour_loads_its_model_once(guide, monkeypatch):
     loads = []
-    monkeypatch.setattr(tour, "load", lambda *a: loads.append(a) or _model(guide))
+    monkeypatch.setattr(guides, "load", lambda *a: loads.append(a) or _model(guide))
     visit(guide, "meet", "write")
     assert len(loads) == 1
 
 
-def _model(guide: tour.Tour) -> Model:
+def _model(guide: guides.Tour) -> Model:
     return load(guide.name, "numpy")
 
 

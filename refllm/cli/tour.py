@@ -26,7 +26,8 @@ def tour(
       refllm tour --stop write --stop measure
       refllm tour --model ./my-model --output /tmp/figures
     """
-    from refllm.study.tour import STOPS, Tour, run
+    from refllm.study.guide import Tour
+    from refllm.study.tour import STOPS, run
 
     out = console()
     if listed:

@@ -1,7 +1,8 @@
 """The tour: what refllm does, on a real model, in about a minute; every number is computed while you watch.
 
 One function a stop, in ``STOPS``: each prints to the tour's console, may leave figures, takes less than ten seconds
-on two cores, and can be visited alone. A later capability adds a function and a line to the list.
+on two cores, and can be visited alone. A later capability adds a function and a line to the list; those that show a
+technique are in ``techniques``.
 
 Kinds of number (design, §4): counted (parameters, FLOP, bytes), measured here (seconds, GFLOP/s), never projected.
 
@@ -10,39 +11,30 @@ Left out: comparisons with other programs (``benchmarks/``), explanations (``not
 
 from __future__ import annotations
 
-import math
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from refllm.api import Model, load, locate
-from refllm.backend import namespace, to_numpy
+from refllm.api import locate
+from refllm.backend import namespace
 from refllm.decode.generate import GREEDY, Sampling, generate_tokens
-from refllm.formats.affine import Scheme
-from refllm.model.config import ModelConfig
 from refllm.model.corpus import held_out_documents
-from refllm.quant.passages import calibration_windows
-from refllm.quant.recipe import quantize_model
-from refllm.study import burst, curves, guessing
+from refllm.study import curves
 from refllm.study.bundle import architecture
-from refllm.study.machine import Device, measure_machine
+from refllm.study.guide import Tour
 from refllm.study.memory import kv_bytes_per_token
-from refllm.study.perplexity import compare, keep
 from refllm.study.quick import sample_bits_per_byte, time_step
-from refllm.study.records import Record
-from refllm.study.records import write as write_record
 from refllm.study.roofline import Cost, mbu, mfu, roofline_data, step_cost
+from refllm.study.techniques import formats, serve, shrink, speculate
 from refllm.study.terminal import bytes_text, printable, table
 from refllm.study.timing import Stopwatch
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    pass
 
 PROMPT = 'class Stack:\n    """A list with a top."""\n\n    def __init__(self, items=()):\n        self.'
 WRITTEN = 128  # tokens
@@ -50,41 +42,6 @@ WRITING = Sampling(temperature=0.8, top_p=0.95)
 SAMPLE_WINDOWS = 16  # of 1,024 tokens each: two to five seconds
 CONTEXT = 256  # tokens cached in the steps that are timed
 REPEATS = 15
-SHRUNK_TEXT = (8, 256)  # excerpts of so many tokens, to judge quantised weights by
-CALIBRATION = (8, 512)  # windows of so many tokens that GPTQ looks at
-BURST = (192, 16, 16, 24)  # tokens that all prompts share, tokens of their own, prompts, new tokens each
-SCARCE = 0.2  # of the blocks that the burst needs side by side
-
-
-@dataclass
-class Tour:
-    """What the stops share: the model, where to print, where figures go."""
-
-    name: str
-    backend: str
-    output: Path
-    out: Console
-    figures: list[Path] = field(default_factory=list)
-
-    @cached_property
-    def model(self) -> Model:
-        return load(self.name, self.backend)
-
-    @cached_property
-    def machine(self) -> Device:
-        """The limits of one core: the stops run on one BLAS thread, where two would wait for each other."""
-        return measure_machine(threads=1)
-
-    def say(self, text: str = "") -> None:
-        self.out.print(text)
-
-    def draw(self, name: str, values: dict[str, Any], kind: str, hardware: str) -> None:
-        """Record the numbers below ``output/data`` and draw the registered figure ``name`` from them."""
-        from refllm.study import figures  # matplotlib takes a second to import
-
-        record = Record(f"refllm tour --model {self.name}", kind, hardware, values)
-        write_record(self.output / "data" / f"{name}.json", record)
-        self.figures += figures.redraw([name], self.output)
 
 
 @dataclass(frozen=True)
@@ -242,106 +199,6 @@ def phases(tour: Tour) -> None:
         f"the whole vocabulary, at a short context; stop 4 repeats one step at {CONTEXT} tokens; here the context "
         f"grows from {CONTEXT} to {CONTEXT + WRITTEN}, and the largest logit is taken."
     )
-
-
-def shrink(tour: Tour) -> None:
-    """Four bits a weight, by rounding to nearest and by GPTQ: how many bytes it saves, and what it costs."""
-    model, scheme = tour.model, _four_bits(tour.model.config)
-    text = list(calibration_windows(model.tokenizer, *SHRUNK_TEXT, 0, documents=held_out_documents()))
-    calibration = calibration_windows(model.tokenizer, *CALIBRATION, 0, begin=model.config.bos_token_id)
-    reference = keep(model, text)
-    made = table("weights", "bits a weight", "size", "quantised in", "bits per byte", "KL", "same first choice")
-    kls = []
-    for method in ("rtn", "gptq"):
-        quantised, report = quantize_model(model, method, scheme, calibration if method == "gptq" else None)
-        found = compare(quantised, reference, text, rng=np.random.default_rng(0))
-        kls.append(found.kl.mean)
-        if method == "rtn":
-            size = bytes_text(4 * report.weights)
-            made.add_row("as they were", "32.00", size, "", f"{found.reference.bits_per_byte:.4f}", "0", "100%")
-        made.add_row(
-            {"rtn": "rounded to nearest", "gptq": "GPTQ"}[method], f"{report.bits_per_weight:.2f}",
-            bytes_text(report.nbytes), f"{report.seconds:.2f} s", f"{found.model.bits_per_byte:.4f}",
-            f"{found.kl.mean:.4f}", f"{found.agreement.mean:.1%}",
-        )  # fmt: skip
-    tour.out.print(made)
-    tour.say()
-    share = f"{scheme.group_size} weights" if scheme.group_size else "the weights of a row"
-    tour.say(
-        f"All projections, 4 bits and a scale for {share}; embedding and norms stay as they were. {len(text)} excerpts "
-        f"of held-out text; GPTQ saw {calibration.size:,} tokens of training text, none of these."
-    )
-    if kls[1] < kls[0]:
-        tour.say(f"GPTQ lets the weights to come make up for each rounding: {kls[0] / kls[1]:.1f} times less KL.")
-    tour.say("NumPy multiplies no faster for it: on a CPU quantisation saves memory, on a GPU also time.")
-
-
-def speculate(tour: Tour) -> None:
-    """A small model and a table of n-grams guess, the model checks: the same text in fewer steps."""
-    guessing.visit(tour.model, "stdlib-draft", tour.backend, tour.say, tour.out)
-
-
-def _four_bits(config: ModelConfig) -> Scheme:
-    """Four bits, a scale for as many weights as divide every row, 128 at most."""
-    columns = math.gcd(config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim)
-    group = next((g for g in (128, 64, 32, 16, 8) if columns % g == 0), None)
-    if group is None:
-        return Scheme(4, "half_integer", "channel")
-    return Scheme(4, "half_integer", "group", group)
-
-
-def serve(tour: Tour) -> None:
-    """A burst of prompts that begin alike, through the serving engine: with and without a prefix cache."""
-    shared, own, count, new = BURST
-    text = "".join(d.text for d in held_out_documents())
-    tokens = tour.model.tokenizer.encode(text[: 8 * (shared + own * count)], special=True)
-    texts = burst.prompts(tokens, shared, own, count)
-    kinds = {"no prefix cache": (False, 1.0), "radix tree": (True, 1.0), "radix tree, few blocks": (True, SCARCE)}
-    made = table("engine", "steps", "tokens computed", "found in cache", "preemptions", "blocks at most", "s")
-    runs = []
-    for name, (cached, share) in kinds.items():
-        run = burst.serve(tour.model, texts, new, cached=cached, share=share)
-        runs.append(run)
-        made.add_row(
-            name, f"{run.steps}", f"{run.computed:,}", f"{run.cached / run.prompt_tokens:.0%}", f"{run.preemptions}",
-            f"{run.peak_blocks} of {run.blocks}", f"{run.seconds:.2f}",
-        )  # fmt: skip
-    tour.out.print(made)
-    tour.say()
-    same = sum(a == b == c for a, b, c in zip(*(run.outputs for run in runs), strict=True))
-    tour.say(
-        f"{count} prompts with the same first {shared} tokens and {own} of their own, {new} new tokens each, all at "
-        f"once. A plan a step says who computes what in which blocks of {burst.BLOCK} tokens. With a tree the first "
-        "prompt goes ahead and the others find what it computed; with few blocks they wait, or give theirs up and "
-        f"compute them again. {same} of {count} say the same three times; others part where two logits are as good as "
-        "equal in float32."
-    )
-
-
-def formats(tour: Tour) -> None:
-    """One weight matrix in every format: bits, error, and a few of its numbers as each has them."""
-    from refllm.study import floats  # the block formats are not needed at the other stops
-
-    weight = to_numpy(tour.model.weights["layers"][0]["down_proj"].dequantize()).astype(np.float32)
-    shown = weight[0, :8]
-    made = table("format", "bits a weight", "error", f"8 of its {weight.size:,} numbers, in thousandths")
-    made.add_row("float32", "32.00", "0", _thousandths(shown))
-    rows = floats.rows(weight)
-    for name, bits, error, back in rows:
-        made.add_row(name, f"{bits:.3f}", f"{error:.2%}", _thousandths(back[0, :8]))
-    tour.out.print(made)
-    tour.say()
-    tour.say(
-        f"The down projection of the first layer, {weight.shape[0]} × {weight.shape[1]}. Bits are counted with scales; "
-        "the error is that of the whole matrix, ‖Ŵ − W‖ / ‖W‖."
-    )
-    eight = {name: error for name, bits, error, _ in rows if 8 <= bits < 9}
-    best, worst = min(eight, key=lambda name: eight[name]), max(eight, key=lambda name: eight[name])
-    tour.say(f"Of about eight bits, {best} is nearest and {worst} farthest: an exponent costs mantissa.")
-
-
-def _thousandths(numbers: np.ndarray) -> str:
-    return " ".join(f"{1e3 * x:5.0f}" for x in numbers.tolist())
 
 
 STOPS = [
