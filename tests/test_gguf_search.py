@@ -223,6 +223,12 @@ def test_swept_never_refines_a_positive_extreme():
     assert changed[extreme(x) < 0].mean() > 0.2
 
 
+def test_no_sixth_sweep_is_made():
+    """One block in 200,000 would change once more; this is one."""
+    x = np.random.default_rng(9).standard_normal((16, 20000)).astype(F)[:, [19316]]
+    compare(swept(x, 4), [naive_swept(x[:, 0], 4)])
+
+
 def test_all_five_sweeps_are_made():
     """A code that only the fifth sweep changes is one in 10,000: these blocks have one."""
     rng = np.random.default_rng(0)

@@ -55,6 +55,10 @@ def quantize(x: Array, type: str, importance: Array | None = None, *, overflow: 
     if not out.size:
         return out
     step = max(1, PIECE[0 if xp is np else 1] // columns)
+    if xp is np:
+        # glibc gives freed memory back beyond twice the largest block that was ever freed, and pages taken anew cost
+        # more than the arithmetic on them. A block that is never touched costs nothing and raises that limit.
+        xp.empty(64 * PIECE[0], dtype=xp.uint8)
     with quietly(x):
         for start in range(0, rows, step):
             piece = xp.ascontiguousarray(xp.astype(x[start : start + step], xp.float32))

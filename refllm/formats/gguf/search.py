@@ -170,7 +170,7 @@ def swept(x: Array, levels: int) -> tuple[Array, Array]:
     inverse = divided(-float(levels), m, some)
     code = xp.clip(xp.rint(x * inverse), -float(levels), float(levels - 1))
     sx, sl = sequential_sum(wx * code), sequential_sum(w * code * code)
-    code, sx, sl = _sweep(x, w, wx, code, sx, sl, -float(levels), float(levels - 1), others=False)
+    code, sx, sl = _sweep(x, w, wx, code, sx, sl, -levels, levels - 1, others=False)
     return xp.where(some, code + float(levels), 0.0), xp.where(some, divided(sx, sl, sl > 0), 0.0)
 
 
@@ -190,7 +190,7 @@ def positive(x: Array, levels: int, w: Array) -> tuple[Array, Array]:
         best_inverse = xp.where(better, inverse, best_inverse)
     code = _at_most(x * best_inverse, levels)
     sx, sl = sequential_sum(wx * code), sequential_sum(w * code * code)
-    code, sx, sl = _sweep(x, w, wx, code, sx, sl, -float(1 << 22), float(levels), others=True)
+    code, sx, sl = _sweep(x, w, wx, code, sx, sl, -(1 << 22), levels, others=True)
     return xp.where(some, code, 0.0), xp.where(some, divided(sx, sl, sl > 0), 0.0)
 
 
@@ -201,41 +201,40 @@ def _at_most(x: Array, levels: int) -> Array:
 
 
 def _sweep(
-    x: Array, w: Array, wx: Array, code: Array, sx: Array, sl: Array, low: float, high: float, *, others: bool
+    x: Array, w: Array, wx: Array, code: Array, sx: Array, sl: Array, low: int, high: int, *, others: bool
 ) -> tuple[Array, Array, Array]:
     """Up to five times over all positions: each code anew, given all others, and kept if (Σwxl)²/Σwl² grows.
 
-    ``others`` demands Σwl² > 0 of the other codes before, the rest of them after the change. A block in which a sweep
-    changed nothing is done, and so is one whose Σwxl is not positive (the quirk above): the sweeps go on with the rest.
+    A sweep that changes nothing is a block's last. Between two changes a block's sums stand still: so all its positions
+    are tried at once, and the next in turn that would be kept is the next change. Blocks with none are done, and so
+    are those whose Σwxl is not positive (the quirk above).
     """
-    xp = namespace(x, w, code)
-    at = xp.nonzero(sx > 0)[0]
-    for _ in range(5):
-        if not at.size:
-            break
-        some, some_w, some_wx, new = (xp.take(rows, at, axis=1) for rows in (x, w, wx, code))
-        new, total, squares, changed = _one_sweep(some, some_w, some_wx, new, sx[at], sl[at], low, high, others=others)
-        code[:, at], sx[at], sl[at] = new, total, squares
-        at = at[changed]
+    xp, size = namespace(x, w, code), int(x.shape[0])
+    positions = xp.arange(size, dtype=xp.int16)[:, None]
+    at = xp.flatnonzero(sx > 0)
+    turn = xp.zeros(at.shape, dtype=xp.int32)  # of the positions in five sweeps, the one to go on with
+    while at.size:
+        some, some_w, some_wx, now = (xp.take(rows, at, axis=1) for rows in (x, w, wx, code))
+        kept, anew, total, squares = _trial(some, some_w, some_wx, now, sx[at], sl[at], low, high, others=others)
+        here = xp.astype(turn % size, xp.int16)
+        turns = positions + size * xp.astype(positions < here, xp.int16) + 2 * size * xp.astype(~kept, xp.int16)
+        following = xp.astype(xp.min(turns, axis=0), xp.int32)
+        turn += following - here
+        going = xp.flatnonzero((following < 2 * size) & (turn < 5 * size))
+        at, turn = at[going], turn[going]
+        i = turn % size
+        code[i, at], sx[at], sl[at] = anew[i, going], total[i, going], squares[i, going]
+        turn += 1
     return code, sx, sl
 
 
-def _one_sweep(
-    x: Array, w: Array, wx: Array, code: Array, sx: Array, sl: Array, low: float, high: float, *, others: bool
+def _trial(
+    x: Array, w: Array, wx: Array, code: Array, sx: Array, sl: Array, low: int, high: int, *, others: bool
 ) -> tuple[Array, Array, Array, Array]:
-    """One time over all positions; ``code`` is written into. Also which blocks changed, bool [C]."""
+    """Of each code, were it alone to change: whether to keep that, the new code, and Σwxl, Σwl² with it; all [S, C]."""
     xp = namespace(x, w, code)
-    changed = xp.zeros(sx.shape, dtype=bool)
-    for i in range(x.shape[0]):
-        a, b = sx - wx[i] * code[i], sl - w[i] * code[i] * code[i]
-        anew = xp.clip(xp.astype(nearest(x[i] * b / a), xp.float32), low, high)  # not used where a is not positive
-        able = (a > 0) & (anew != code[i])
-        if others:
-            able &= b > 0
-        a, b = a + wx[i] * anew, b + w[i] * anew * anew
-        better = able & (a * a * sl > sx * sx * b)
-        if not others:
-            better &= b > 0
-        code[i], sx, sl = xp.where(better, anew, code[i]), xp.where(better, a, sx), xp.where(better, b, sl)
-        changed |= better
-    return code, sx, sl, changed
+    a, b = sx - wx * code, sl - w * code * code  # of the other codes
+    anew = xp.astype(xp.clip(nearest(x * b / a), low, high), xp.float32)  # not used where a is not positive
+    total, squares = a + wx * anew, b + w * anew * anew
+    kept = (a > 0) & (anew != code) & ((b if others else squares) > 0)
+    return kept & (total * total * sl > sx * sx * squares), anew, total, squares
