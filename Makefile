@@ -74,7 +74,7 @@ test: $(VENV)/.stamp-test ## the test suite; tests against torch and transformer
 
 # --- more tests ------------------------------------------------------------------------------------------------
 
-.PHONY: test-oracles test-gpu test-llamacpp notebooks lint types theorems theorems-check
+.PHONY: test-oracles test-gpu test-llamacpp nightly notebooks lint types theorems theorems-check
 test-oracles: $(VENV)/.stamp-test $(VENV)/.stamp-oracles ## the comparisons with torch and transformers (a large install)
 	REFLLM_REQUIRE_ORACLES=1 $(PYTEST) -m oracle $(ARGS)
 
@@ -85,6 +85,9 @@ test-llamacpp: $(VENV)/.stamp-test ## the comparisons with llama.cpp (compiles i
 	@if grep -rqs 'mark.llamacpp' tests; then \
 	  set -e; $(INSTALL) 'llama-cpp-python>=0.3.16' gguf; REFLLM_REQUIRE_ORACLES=1 $(PYTEST) -m llamacpp $(ARGS); \
 	else echo "no test is marked llamacpp"; fi
+
+nightly: $(VENV)/.stamp-test ## the state machines of serving, 100,000 steps each (half an hour)
+	HYPOTHESIS_PROFILE=nightly $(PYTEST) -rP -k state_machine $(addprefix tests/test_,blocks.py prefix.py radix.py runs.py scheduler.py) $(ARGS)
 
 notebooks: $(VENV)/.stamp-test $(VENV)/.stamp-notebooks ## execute every notebook
 	@if ls notebooks/*.ipynb >/dev/null 2>&1; then \

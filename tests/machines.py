@@ -2,22 +2,48 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Hashable
-from typing import Any
+from collections.abc import Hashable, Iterable
+from typing import Any, ClassVar
 
-from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, run_state_machine_as_test
 
 from refllm.serve.ledger import Ledger
 from refllm.serve.plan import Plan, place
 from refllm.serve.request import Branch
 
+NIGHTLY = 100_000  # steps of every machine under the nightly profile
 
-def run(machine: type[RuleBasedStateMachine], examples: int, steps: int = 50) -> None:
-    """``examples`` runs of ``steps`` rules; the nightly profile's 2,000 if that is more."""
-    how = settings(max_examples=max(examples, settings.default.max_examples), stateful_step_count=steps)
-    run_state_machine_as_test(machine, settings=how)
+
+def run(machine: type[RuleBasedStateMachine], examples: int, steps: int = 50, see: Iterable[str] = ()) -> None:
+    """``examples`` runs of ``steps`` rules, then more if ``machine.seen`` lacks anything that is to be seen.
+
+    The nightly profile runs 100,000 rules and says how long that took (``make nightly``).
+    """
+    goal = NIGHTLY if settings.default.max_examples >= settings.get_profile("nightly").max_examples else 0
+
+    class Counted(machine):  # type: ignore[misc, valid-type]
+        seen: ClassVar[Counter[str]] = Counter()
+        taken: ClassVar[Counter[str]] = Counter()
+
+        @invariant()
+        def one_more(self) -> None:
+            self.taken["steps"] += 1
+
+    Counted.__name__ = machine.__name__  # what failed is printed under its name
+    began = time.perf_counter()
+    for more in (1, 2, 4, 8):  # what is rare has come by then; the first half is not new in CI's profile
+        runs = max(examples, -(-goal * 11 // (10 * steps))) * more  # a tenth more: long draws end a run early
+        how = settings(max_examples=runs, stateful_step_count=steps, suppress_health_check=[HealthCheck.too_slow])
+        run_state_machine_as_test(Counted, settings=how)
+        missing = [what for what in see if not Counted.seen[what]]
+        if not missing and Counted.taken["steps"] >= goal:
+            break
+    print(f"{machine.__name__}: {Counted.taken['steps']:,} steps in {time.perf_counter() - began:.0f} s;",
+          ", ".join(f"{what} {count:,}" for what, count in sorted(Counted.seen.items())))  # fmt: skip
+    assert not missing, f"the machine has not seen: {missing}"
 
 
 class ShadowMemory:

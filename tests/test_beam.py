@@ -160,6 +160,14 @@ def test_a_long_text_may_still_win_where_length_is_rewarded():
         assert steps == len(expected)
 
 
+def test_where_length_is_penalised_a_beam_may_win_as_long_as_the_next_length_may():
+    table = {(): [0.06, 0.9, 0.03, 0.01], (1,): [0.5, 0.48, 0.01, 0.01]}
+    request = Request([1], 9, n=2, beam=True, length_penalty=-1.0)
+    found, steps = drive(request, frozenset([0]), lambda text: np.log(table[text]) if text in table else certain(1))
+    # the second best is log 0.06 = -2.8: better than 4 log(0.9 · 0.48) = -3.4, but not than three times as much
+    assert ([h.tokens for h in found], steps) == ([[1, 0], [0]], 3)
+
+
 def test_equal_candidates_are_ranked_by_beam_then_by_token():
     request = Request([1], 2, n=3, beam=True, ignore_eos=True)
     found, _ = drive(request, frozenset(), lambda text: np.zeros(4))

@@ -6,17 +6,11 @@ from collections import Counter
 from typing import ClassVar
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from machines import run
 from refllm.kv.blocks import BlockPool, BlockTable, OutOfBlocks
 
 # --- the pool ------------------------------------------------------------------------------------------------
@@ -24,6 +18,8 @@ from refllm.kv.blocks import BlockPool, BlockTable, OutOfBlocks
 
 class PoolMachine(RuleBasedStateMachine):
     """The model: a multiset of owners, the order in which blocks became free, and a dictionary of keys."""
+
+    seen: ClassVar[Counter[str]] = Counter()
 
     @initialize(count=st.integers(1, 6))
     def begin(self, count: int) -> None:
@@ -33,6 +29,12 @@ class PoolMachine(RuleBasedStateMachine):
         self.line = list(range(count))  # free blocks, the next to be taken first
         self.keys: dict[int, int] = {}
         self.told: list[int] = []  # what ``on_vacant`` should have said
+        self.counted: Counter[str] = Counter()  # what the pool should have counted
+        self.peak = 0
+
+    def note(self, what: str) -> None:
+        self.counted[what] += 1
+        self.seen[what] += 1
 
     def owned(self) -> list[int]:
         return sorted(self.owners)
@@ -42,11 +44,14 @@ class PoolMachine(RuleBasedStateMachine):
         if not self.line:
             with pytest.raises(OutOfBlocks, match="in use"):
                 self.pool.allocate()
+            self.seen["exhausted"] += 1
             return
         expected = self.line.pop(0)
         if self.keys.pop(expected, None) is not None:
             self.told.append(expected)
+            self.note("forgotten")
         assert self.pool.allocate() == expected
+        self.note("allocated")
         self.owners[expected] = 1
 
     @rule(data=st.data())
@@ -59,6 +64,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.pool.fork(block) == block
             if not self.owners[block]:
                 self.line.remove(block)
+                self.note("revived")
             self.owners[block] += 1
         self.owners += Counter()  # drops zeros
 
@@ -86,6 +92,7 @@ class PoolMachine(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="remembered already"):
                 self.pool.remember(block, key)
         else:
+            self.seen["twins"] += key in self.keys.values()
             self.pool.remember(block, key)
             self.keys[block] = key
 
@@ -103,9 +110,24 @@ class PoolMachine(RuleBasedStateMachine):
             holders = [b for b, k in self.keys.items() if k == key]  # in the order in which they were remembered
             assert found == (holders[0] if holders else None)
         assert self.vacant == self.told
+        assert all(getattr(self.pool, what) == self.counted[what] for what in ("allocated", "forgotten", "revived"))
+        self.peak = max(self.peak, len(self.owners))
+        assert (self.pool.peak, self.pool.num_used) == (self.peak, len(self.owners))
+
+    def teardown(self) -> None:
+        for block in list(getattr(self, "owners", Counter()).elements()):
+            self.pool.free(block)
+        if hasattr(self, "pool"):
+            assert self.pool.num_free == self.pool.num_blocks
 
 
-TestPool = PoolMachine.TestCase
+@pytest.mark.theorem(
+    "A pool gives its nameless free blocks first, then the named ones in the order in which they became free; a name "
+    "finds its first block until that is given away; no block is lost",
+    source="Kwon et al. 2023, section 4.2; vLLM, automatic prefix caching",
+)
+def test_state_machine_the_pool_is_a_queue_with_a_dictionary():
+    run(PoolMachine, examples=50, see={"exhausted", "forgotten", "revived", "twins"})
 
 
 def test_a_free_block_that_is_remembered_is_forgotten_only_when_it_is_taken():
@@ -234,9 +256,7 @@ class TablesMachine(RuleBasedStateMachine):
     source="Kwon et al. 2023, section 4.4",
 )
 def test_state_machine_tables_over_one_pool():
-    TablesMachine.seen.clear()
-    run_state_machine_as_test(TablesMachine, settings=settings(max_examples=60, stateful_step_count=40))
-    assert {"copied", "exhausted"} <= TablesMachine.seen.keys()
+    run(TablesMachine, examples=60, steps=40, see={"copied", "exhausted"})
 
 
 @given(size=st.integers(1, 5), lengths=st.lists(st.integers(0, 20), max_size=5))

@@ -6,17 +6,11 @@ from collections import Counter
 from typing import Any, ClassVar
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from machines import run
 from refllm.kv.blocks import BlockPool, BlockTable, Key
 from refllm.kv.prefix import ROOT, PrefixCache, sha256_key
 
@@ -105,6 +99,12 @@ class PrefixMachine(RuleBasedStateMachine):
         assert len(set(keys.values())) == len(set(self.holds.values()))
         assert len({(keys[b], self.holds[b]) for b in named}) == len(set(keys.values()))
 
+    def teardown(self) -> None:
+        for _, _, table, _ in getattr(self, "running", []):
+            table.free()
+        if hasattr(self, "pool"):
+            assert self.pool.num_free == self.pool.num_blocks
+
 
 @pytest.mark.theorem(
     "Blocks named by a hash chain are found exactly for the prefixes, under the salt, that filled them; a hit is whole "
@@ -112,9 +112,7 @@ class PrefixMachine(RuleBasedStateMachine):
     source="vLLM, automatic prefix caching; Kwon et al. 2023, section 4.4",
 )
 def test_state_machine_the_cache_is_a_dictionary_of_prefixes():
-    PrefixMachine.seen.clear()
-    run_state_machine_as_test(PrefixMachine, settings=settings(max_examples=60, stateful_step_count=30))
-    assert {"exhausted", "evicted", "revived", "shared"} <= {k for k, n in PrefixMachine.seen.items() if n}
+    run(PrefixMachine, examples=60, steps=30, see={"exhausted", "evicted", "revived", "shared"})
 
 
 def filled(pool: BlockPool, cache: PrefixCache, text: list[int], salt: str | None = None) -> BlockTable:

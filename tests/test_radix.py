@@ -6,17 +6,11 @@ from collections import Counter
 from typing import Any, ClassVar
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from machines import run
 from refllm.kv.radix import POLICIES, Match, RadixCache
 
 texts = st.lists(st.integers(0, 2), max_size=9)
@@ -106,6 +100,14 @@ class RadixMachine(RuleBasedStateMachine):
             assert self.cached(salt, list(text)) == found.slots
             assert spelled(found) == text
 
+    def teardown(self) -> None:
+        for _, _, found in getattr(self, "handles", []):
+            self.cache.unlock(found.node)
+        if hasattr(self, "cache"):
+            assert self.cache.evictable == len(self.slot_of)
+            assert self.cache.evict(len(self.slot_of)) == len(self.slot_of)
+            assert not list(self.cache.nodes()), "unlocked, and nothing can make it go"
+
 
 def spelled(found: Match) -> tuple[int, ...]:
     """The tokens on the way from the root to a node."""
@@ -121,9 +123,7 @@ def spelled(found: Match) -> tuple[int, ...]:
     source="Zheng et al. 2024, section 3",
 )
 def test_state_machine_the_cache_is_a_dictionary_of_prefixes():
-    RadixMachine.seen.clear()
-    run_state_machine_as_test(RadixMachine, settings=settings(max_examples=80, stateful_step_count=40))
-    assert {"split", "evicted", "locked out"} <= {k for k, n in RadixMachine.seen.items() if n}
+    run(RadixMachine, examples=80, steps=40, see={"split", "evicted", "locked out"})
 
 
 @given(first=texts, second=texts, probe=texts)

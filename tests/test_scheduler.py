@@ -217,13 +217,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 )
 @pytest.mark.parametrize("kind", SEEN)
 def test_state_machine_the_scheduler_over_every_memory(kind):
-    machine = type("Machine", (SchedulerMachine,), {"kind": kind, "seen": Counter()})
-    for examples in (25, 50, 100, 200):  # what is rare has come by then; the first 25 of 50 are not new in CI's profile
-        run(machine, examples=examples)
-        missing = [what for what in SEEN[kind] if not machine.seen[what]]
-        if not missing:
-            return
-    pytest.fail(f"the run has not seen: {missing}")
+    run(type(f"Scheduler over {kind}", (SchedulerMachine,), {"kind": kind}), examples=25, see=SEEN[kind])
 
 
 # --- by hand -------------------------------------------------------------------------------------------------
