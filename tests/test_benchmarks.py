@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, oracle
+from refllm.api import load
 
 BENCHMARKS = ROOT / "benchmarks"
 COMMITTED = sorted((BENCHMARKS / "results").glob("*.json"))
@@ -215,6 +216,33 @@ def test_decode_against_llamacpp(tmp_path: Path, checkpoint: Path) -> None:
     record, _ = run("decode", tmp_path, "refllm", "llama.cpp", "--model", str(checkpoint))  # exits if the tokens part
     check_record(record, "decode")
     assert all(row["ratio"]["llama.cpp"]["median"] > 0 for row in record["results"])
+
+
+@pytest.mark.llamacpp
+def test_serving_against_llamacpp(tmp_path: Path, checkpoint: Path, module: Any) -> None:
+    install = "pip install llama-cpp-python gguf"
+    oracle("llama_cpp", install)
+    oracle("gguf", install)
+    record, _ = run("serving", tmp_path, "engine", "llama.cpp", "--model", str(checkpoint))  # exits if the tokens part
+    check_record(record, "serving")
+    assert all(row["ratio"]["llama.cpp"]["median"] > 0 for row in record["results"]["throughput"])
+
+
+@pytest.mark.llamacpp
+@pytest.mark.parametrize(("slots", "budget"), [(None, 2048), (2, 2048), (2, 7), (3, 4), (1, 2048)])
+def test_whoever_waits_for_a_slot_of_llamacpp_says_what_he_says_alone(
+    tmp_path: Path, checkpoint: Path, module: Any, slots: int | None, budget: int
+) -> None:
+    install = "pip install llama-cpp-python gguf"
+    oracle("llama_cpp", install)
+    oracle("gguf", install)
+    peer = module("engines.serving_llamacpp")
+    peer.write_gguf(str(checkpoint), tmp_path / "model.gguf")
+    server, model = peer.Server(tmp_path / "model.gguf"), load(str(checkpoint))
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 512, length).tolist() for length in (5, 17, 3, 40, 9)]
+    expected = [list(model.generate(prompt, 6, ignore_eos=True)) for prompt in prompts]
+    assert server.generate(prompts, 6, slots, budget) == expected
 
 
 def test_a_missing_peer_is_named_with_its_install_line(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:

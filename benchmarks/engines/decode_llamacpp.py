@@ -112,26 +112,34 @@ class Engine:
         columns: Tokens = []
         step, first = prompts, 0
         for _ in range(new):
-            self.fill(batch, step, first)
-            if status := llama_cpp.llama_decode(context, batch):
-                raise RuntimeError(f"llama_decode failed with status {status}")
-            logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (size, self.vocab))
-            columns.append(logits.argmax(axis=1).tolist())
+            batch.n_tokens = 0
+            for sequence, tokens in enumerate(step):
+                put(batch, sequence, first, tokens, True)
+            columns.append(self.decode(context, batch, size))
             first += len(step[0])
             step = [[t] for t in columns[-1]]
         llama_cpp.llama_batch_free(batch)
         return [list(row) for row in zip(*columns, strict=True)]
 
-    def fill(self, batch: Any, step: Tokens, first: int) -> None:
-        """Every sequence's tokens at positions from ``first`` on; logits of each one's last token."""
-        at = 0
-        for sequence, tokens in enumerate(step):
-            for i, token in enumerate(tokens):
-                batch.token[at], batch.pos[at] = token, first + i
-                batch.n_seq_id[at], batch.seq_id[at][0] = 1, sequence
-                batch.logits[at] = i == len(tokens) - 1
-                at += 1
-        batch.n_tokens = at
+    def decode(self, context: Any, batch: Any, rows: int) -> list[int]:
+        """Compute a batch; the likeliest token of each of its ``rows`` rows of logits."""
+        if status := llama_cpp.llama_decode(context, batch):
+            raise RuntimeError(f"llama_decode failed with status {status}")
+        if not rows:
+            return []
+        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (rows, self.vocab))
+        best: list[int] = logits.argmax(axis=1).tolist()
+        return best
+
+
+def put(batch: Any, sequence: int, first: int, tokens: list[int], samples: bool) -> None:
+    """Append a sequence's next tokens, at positions from ``first`` on; ``samples``: logits of the last one."""
+    at = batch.n_tokens
+    for i, token in enumerate(tokens):
+        batch.token[at + i], batch.pos[at + i], batch.logits[at + i] = token, first + i, False
+        batch.n_seq_id[at + i], batch.seq_id[at + i][0] = 1, sequence
+    batch.n_tokens = at + len(tokens)
+    batch.logits[batch.n_tokens - 1] = samples
 
 
 _QUIET = llama_cpp.llama_log_callback(lambda level, text, data: None)
