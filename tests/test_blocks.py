@@ -294,6 +294,20 @@ def test_a_table_begins_with_blocks_that_another_filled():
         second.adopt(first.blocks)
 
 
+def test_what_is_reserved_and_not_written_stays_with_the_parent_and_the_block_being_filled_is_copied():
+    pool = BlockPool(6, 2)
+    parent = BlockTable(pool)
+    parent.reserve(4)
+    parent.commit(1)
+    child = parent.fork()
+    assert (child.blocks, child.length) == (parent.blocks[:1], 1)
+    assert [pool.ref_count(block) for block in parent.blocks] == [2, 1]
+    shared, ahead = parent.blocks
+    assert parent.needs(3) == 1  # the copy alone
+    ((source, target),) = parent.reserve(3)  # its last block is its own, and not the one that it writes first
+    assert (source, parent.blocks, child.blocks) == (shared, [target, ahead], [shared])
+
+
 def test_bad_calls_are_refused():
     table = BlockTable(BlockPool(2, 2))
     table.reserve(1)

@@ -229,6 +229,17 @@ def test_a_text_that_is_matched_again_is_not_hashed_again():
     assert calls == [(1,), (2,), (3,)]  # up to the first that is not found, once
 
 
+def test_the_salt_is_hashed_into_the_first_block_and_reaches_the_others_through_the_chain():
+    heard: list[Any] = []
+
+    def listening(parent: Key, tokens: Any, salt: Any) -> Key:
+        heard.append((parent, tuple(tokens), salt))
+        return sha256_key(parent, tokens, salt)
+
+    keys = PrefixCache(BlockPool(4, 2), listening).extend([], [1, 2, 3, 4, 5], "a")
+    assert heard == [(ROOT, (1, 2), "a"), (keys[0], (3, 4), None)]
+
+
 def test_bad_calls_are_refused():
     with pytest.raises(ValueError, match="salt that is a string, got 7"):
         sha256_key(ROOT, [1], 7)

@@ -76,12 +76,13 @@ class RadixMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(0, 12))
     def evict(self, count: int) -> None:
-        before, free = len(self.slot_of), self.cache.evictable
+        before, free, total = len(self.slot_of), self.cache.evictable, self.cache.evicted
         self.gone.clear()
         freed = self.cache.evict(count)
         assert freed == len(self.gone)
         assert freed >= min(count, free)  # as much as was asked for, or everything that may go
         assert freed <= free
+        assert self.cache.evicted == total + freed
         self.slot_of = {k: s for k, s in self.slot_of.items() if s not in set(self.gone)}
         assert before - len(self.slot_of) == freed
         self.seen["evicted"] += freed
@@ -161,6 +162,33 @@ def test_each_policy_evicts_in_its_order(policy, first):
         cache.match([slot])
     cache.evict(1)
     assert gone == ["abc".index(first)]
+
+
+def test_both_parts_of_a_node_that_is_split_have_its_whole_history():
+    cache = RadixCache()
+    cache.insert([1, 2, 3, 4], [0, 1, 2, 3], priority=5)
+    for _ in range(3):
+        cache.match([1, 2, 3, 4])
+    (whole,) = cache.nodes()
+    history = (whole.created, whole.used, whole.hits, whole.priority)
+    upper = cache.match([1, 2], record=False).node
+    assert upper is not whole
+    for part in (upper, whole):
+        assert (part.created, part.used, part.hits, part.priority) == history
+
+
+def test_what_is_inserted_again_is_used_again_and_its_priority_never_falls():
+    cache, gone = RadixCache(), []
+    cache.on_evict = gone.extend
+    cache.insert([0], [0], priority=5)
+    cache.insert([1], [1])
+    cache.insert([0], [2], priority=1)
+    assert {node.key: node.priority for node in cache.nodes()} == {(0,): 5, (1,): 0}
+    cache.insert([1], [3], priority=9)
+    assert {node.key: node.priority for node in cache.nodes()} == {(0,): 5, (1,): 9}
+    cache.insert([0], [4])
+    cache.evict(1)
+    assert gone == [1]  # the least recently inserted
 
 
 def test_the_segmented_order_keeps_what_was_found_twice_over_what_was_used_last():

@@ -270,6 +270,28 @@ def test_decodes_go_first_and_prompts_share_what_is_left():
     ]
 
 
+def test_a_long_prompt_is_cut_to_long_prefill_and_leaves_the_rest_of_the_budget():
+    scheduler, plans = paged(40, max_batch_tokens=16, long_prefill=5), []
+    scheduler.submit(Request(range(12), 1, id="long"))
+    scheduler.submit(Request(range(4), 1, id="short"))
+    served(scheduler, plans)
+    assert [[(item.name[0], item.count, item.samples) for item in plan.items] for plan in plans] == [
+        [("long", 5, 0), ("short", 4, 1)],
+        [("long", 5, 0)],
+        [("long", 2, 1)],
+    ]
+
+
+def test_a_prompt_that_is_not_chunked_is_computed_in_one_step_or_waits():
+    scheduler, plans = paged(40, max_batch_tokens=8, chunked=False), []
+    for name, length in (("first", 5), ("second", 5), ("third", 3)):
+        scheduler.submit(Request(range(length), 1, id=name))
+    served(scheduler, plans)
+    # the second would not fit whole, and nobody overtakes it
+    assert [[item.name[0] for item in plan.items] for plan in plans] == [["first"], ["second", "third"]]
+    assert all(item.samples for plan in plans for item in plan.items)
+
+
 def test_the_youngest_is_preempted_comes_back_first_and_keeps_its_tokens():
     scheduler, plans = paged(4, 2), []
     for name in ("old", "young", "last"):
