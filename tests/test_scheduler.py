@@ -292,6 +292,15 @@ def test_a_prompt_that_is_not_chunked_is_computed_in_one_step_or_waits():
     assert all(item.samples for plan in plans for item in plan.items)
 
 
+def test_the_watermark_holds_for_who_is_admitted_beside_others_and_not_for_who_is_alone():
+    scheduler = Scheduler(Paged(BlockPool(4, 4), watermark=0.5))
+    for name, length in (("all", 16), ("one", 4), ("two", 4), ("three", 4)):
+        scheduler.submit(Request(range(length), 1, id=name))
+    plans: list[Plan] = []
+    served(scheduler, plans)
+    assert [[name for name, _ in plan.admitted] for plan in plans] == [["all"], ["one", "two"], ["three"]]
+
+
 def test_the_youngest_is_preempted_comes_back_first_and_keeps_its_tokens():
     scheduler, plans = paged(4, 2), []
     for name in ("old", "young", "last"):
