@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from refllm.study.drawing import FULL, MORE, NEAREST, TECHNIQUE, Values, axes, styled
+from refllm.study.drawing import FULL, MORE, NEAREST, TECHNIQUE, Values, styled
 
 
 @styled
@@ -44,23 +45,47 @@ def float_formats(values: Values) -> Figure:
 
 @styled
 def fp8_training(values: Values) -> Figure:
-    """``study.fp8_training.values`` → how far each run's mean loss is from float32 of the same seed."""
-    fig, ax = axes(
-        f"Training in 8 bits: mean loss of the last {values['last']} of {values['steps']} steps",
-        "difference to float32 of the same seed (%)", "",
-    )  # fmt: skip
+    """``study.fp8_training.values`` and what is measured without training → a panel a start, and one of outliers."""
+    fig = Figure(layout="constrained", figsize=(7.2, 6.1))
+    grid = fig.add_gridspec(2, 2, height_ratios=(1.4, 1))
+    names = {"tile": TECHNIQUE, "tensor": NEAREST, "E5M2 gradients": MORE[0], "nudged": FULL}
+    said = {"tile": "tiles", "tensor": "one scale a tensor", "E5M2 gradients": "tiles, E5M2 gradients",
+            "nudged": "float32,\nbegun 10⁻⁶ away"}  # fmt: skip
+    errors: Any = values["gradient error"]
+    said |= {name: f"{said[name]}\n(gradient off {100 * off:.1f} %)" for name, off in errors.items()}
     against: Any = values["against float32"]
-    spread = 100 * values["spread of seeds"]
-    ax.axvspan(-0.25, 0.25, color="#e4e4e4", label="DeepSeek-V3's bound: ±0.25 %")
-    names = list(against)
-    for place, (name, colour) in enumerate(zip(names, (TECHNIQUE, NEAREST, *MORE), strict=False)):
-        points = [100 * off for off in against[name].values()]
-        ax.plot(points, [place] * len(points), "o", ms=8, color=colour)
-        ax.annotate(f"gradient off by {100 * values['gradient error'][name]:.1f} %", (points[0], place), xytext=(0, 10),
-                    textcoords="offset points", ha="center", fontsize=8)  # fmt: skip
-    ax.axvline(0, color=FULL, lw=1)
-    ax.plot([], [], " ", label=f"seeds of float32 differ by up to {spread:.2g} %")
-    ax.set_yticks(range(len(names)), names)
-    ax.set_ylim(len(names) - 0.4, -0.8)
-    ax.legend(loc="lower right")
+    for at, start in enumerate(against):
+        ax = fig.add_subplot(grid[0, at])
+        ax.axvspan(-0.25, 0.25, color="#e4e4e4", label="DeepSeek-V3: within 0.25 %")
+        ax.axvline(0, color=FULL, lw=1)
+        for place, (name, colour) in enumerate(names.items()):
+            points = [100 * off for off in against[start].get(name, {}).values()]
+            ax.plot(points, [place] * len(points), "o", ms=8, color=colour, alpha=0.8)
+            if points:
+                text = ", ".join(f"{point:+.2g}".replace("-", "−") for point in points) + " %"
+                ax.annotate(text, (sum(points) / len(points), place), xytext=(0, 8), textcoords="offset points",
+                            ha="center", fontsize=8)  # fmt: skip
+        ax.set_yticks(range(len(names)), list(said.values()) if at == 0 else [""] * len(names), fontsize=9)
+        ax.set_ylim(len(names), -0.7)
+        ax.margins(x=0.2)
+        if spread := values["spread of seeds"].get(start):
+            ax.plot([], [], " ", label=f"float32's seeds: {100 * spread:.2g} % apart")
+        ax.legend(loc="lower center", fontsize=8)
+        ax.set(title=f"{values['steps']} steps from {start}", xlabel="mean loss against float32's (%)")
+    _outliers(fig.add_subplot(grid[1, :]), values)
     return fig
+
+
+def _outliers(ax: Axes, values: Values) -> None:
+    """What the loss of one reading rises by."""
+    factors = [2.0**power for power in values["powers"]]
+    for (name, row), colour in zip(values["planted"].items(), (TECHNIQUE, NEAREST), strict=True):
+        label = {"tile": "tiles", "tensor": "one scale a tensor"}[name]
+        ax.plot(factors, [100 * rise for rise in row], marker="o", ms=4, color=colour, label=label)
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("symlog", linthresh=1, linscale=0.6)
+    ax.set_ylim(min(-0.5, 100 * min(map(min, values["planted"].values()))), 200)
+    ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    ax.set(title="Two channels made larger: one scale a tensor leaves the range",
+           xlabel="planted channels (times as large)", ylabel="loss above float32's (%)")  # fmt: skip
+    ax.legend(loc="upper left")

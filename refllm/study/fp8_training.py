@@ -1,30 +1,39 @@
-"""Training in 8 bits against training in float32: how far the loss moves, beside how far another seed moves it.
+"""Training in 8 bits against training in float32: how far the loss moves, beside how far chance moves it.
 
     python -m refllm.study.fp8_training       # writes figures/data/fp8_training.json; `refllm figures` draws it
 
-The whole bundled architecture learns the standard library from random weights, once for each row of ``RUNS``; those
-of one seed begin with the same weights and read the same windows in the same order. Its number is the mean loss of the
-last ``LAST`` steps. Runs are kept in ``--work`` with a checkpoint every ``SAVE`` steps, so the command goes on where
-it was stopped; finished ones are not run again.
+The whole bundled architecture learns the standard library, once for each row of ``RUNS``. Its number is the mean loss
+of the last ``LAST`` steps, beside that of float32 with the same first weights and, as in every run, the same windows
+in the same order: so what differs is the arithmetic, and what seeds differ in is the first weights, not the text. Runs
+are kept in ``--work`` with a checkpoint every ``SAVE`` steps: the command goes on where it was stopped.
 
 | run             | products of the projections                                             |
 |-----------------|-------------------------------------------------------------------------|
 | float32         | as they are                                                             |
+| nudged          | as they are, from weights that differ by 10⁻⁶ of themselves             |
 | tile            | all three in E4M3, scales by 1 × 128 tiles and 128 × 128 blocks         |
 | tensor          | all three in E4M3, one scale a tensor                                   |
 | E5M2 gradients  | as "tile", but dY in E5M2                                               |
 
-A short run cannot tell methods apart that differ by less than the order of float32's sums does. What can is the error
-of one gradient: ‖g₈ − g‖ / ‖g‖ over all projections, at the weights of the bundled model, on the same text.
+Two starts: random weights, where gradients are large and the loss falls fast, and the bundled ones, where most of a
+difference is the rounding of the forward. Batches of 512 tokens and a slow warm-up keep early training from being
+chaotic, which "nudged" tests: what it differs in is chance, and no method can be told from another by less. Smaller
+batches at a higher rate move that to percents, and then nothing can be told.
+
+Two measures need no training: ‖g₈ − g‖ / ‖g‖ of one gradient over all projections, and the loss of one reading of
+held-out text while two channels are made 2ᵉ times as large without changing the network (``planting``). The first
+hardly tells "tile" from "tensor": a trained small network has no outliers, and a float forgives a bad scale. The second
+shows how wide E4M3's range is, and where one scale a tensor leaves it.
 
 Source: DeepSeek-V3 (2024), §3.3 (relative error of the loss below 0.25 % of BF16's) and appendix B.
 
-Left out: networks large enough to grow outliers; there one scale a tensor loses more.
+Left out: networks large enough to grow outliers by themselves.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import platform
 import sys
@@ -37,39 +46,54 @@ from numpy.typing import NDArray
 
 from refllm.api import locate
 from refllm.model.backward import PLAIN, Product, Tensors, loss_and_gradients
-from refllm.model.checkpoint import iter_tensors, read_config
+from refllm.model.checkpoint import build_weights, iter_tensors, read_config
 from refllm.model.config import ModelConfig
-from refllm.model.corpus import training_documents
+from refllm.model.corpus import held_out_documents, training_documents
 from refllm.model.fp8 import Fp8
+from refllm.model.llama import PROJECTIONS
 from refllm.model.plan import Phase, Plan
 from refllm.model.streams import encode
 from refllm.model.tokenizer import Tokenizer
-from refllm.model.train import train
+from refllm.model.train import initialize, train
 from refllm.study.machine import processor
+from refllm.study.planting import PLACES, plant
 from refllm.study.records import Record, write
 
-STEPS, BATCH, LENGTH, LAST, SAVE = 320, 1, 256, 50, 20
+STEPS, BATCH, LENGTH, WARMUP, LAST, SAVE = 320, 4, 128, 60, 50, 40
+RATES = {"random weights": 1e-3, "bundled weights": 3e-4}  # at the peak
 DOCUMENTS = 120  # of the training text: more tokens than the runs read
+NUDGE = 1e-6  # about ten float32 roundings
 METHODS: dict[str, Product] = {
-    "float32": PLAIN, "tile": Fp8(), "tensor": Fp8("tensor"), "E5M2 gradients": Fp8(gradients="e5m2"),
+    "float32": PLAIN, "nudged": PLAIN, "tile": Fp8(), "tensor": Fp8("tensor"), "E5M2 gradients": Fp8(gradients="e5m2"),
 }  # fmt: skip
 # In the order of what they are worth if there is no time for all.
 RUNS = (
-    *(("float32", 0), ("tile", 0), ("float32", 1), ("tensor", 0), ("E5M2 gradients", 0), ("float32", 2)),
-    *(("tile", 1), ("tile", 2)),
+    *(("random weights", method, 0) for method in METHODS),
+    *(("bundled weights", method, 0) for method in METHODS),
+    *(("random weights", method, 1) for method in ("float32", "tile", "tensor")),
+    *(("random weights", method, 2) for method in ("float32", "tile")),
 )
+CHANNELS, POWERS, WINDOWS = (3, 77), (0, 4, 8, 10, 12, 14, 16), 16  # planted channels, of the first tile
+
+
+def first_weights(config: ModelConfig, bundled: Tensors, start: str, method: str, seed: int) -> Tensors:
+    """What a run begins with: copies, since training writes into them."""
+    random = start == "random weights"
+    params = initialize(config, np.random.default_rng([seed, 0])) if random else bundled
+    rng, size = np.random.default_rng([seed, 1]), NUDGE if method == "nudged" else 0.0
+    return {n: (t * (1 + size * rng.standard_normal(t.shape))).astype(np.float32) for n, t in params.items()}
 
 
 def losses(
-    config: ModelConfig, text: NDArray[Any], method: str, seed: int, work: Path, *, steps: int = STEPS,
-    batch: int = BATCH, length: int = LENGTH,
+    config: ModelConfig, text: NDArray[Any], first: Tensors, method: str, rate: float, work: Path, *,
+    steps: int = STEPS, batch: int = BATCH, length: int = LENGTH,
 ) -> list[float]:  # fmt: skip
     """The loss of every step of a run, nats per token; goes on from the checkpoint in ``work``, if there is one."""
     plan = Plan(
-        (Phase(steps, batch, length),), peak_rate=2e-3, warmup=min(30, steps // 4), seed=seed, workers=1,
-        evaluate_every=1, save_every=SAVE,
+        (Phase(steps, batch, length),), peak_rate=rate, warmup=min(WARMUP, steps // 4), workers=1, evaluate_every=1,
+        save_every=SAVE,
     )  # fmt: skip
-    state = train(config, [text], plan, work / f"{method.replace(' ', '-')}-{seed}", product=METHODS[method])
+    state = train(config, [text], plan, work, start=first, product=METHODS[method])
     return [record["loss"] for record in state.curve]
 
 
@@ -87,23 +111,45 @@ def gradient_errors(params: Tensors, config: ModelConfig, tokens: NDArray[Any]) 
     return found
 
 
-def values(runs: dict[str, dict[str, list[float]]], errors: dict[str, float], last: int = LAST) -> dict[str, Any]:
-    """What the figure draws: {method: {seed: losses}}, the means of the last steps, and how far they are apart.
+def planted(params: Tensors, config: ModelConfig, factor: float, channels: Sequence[int] = CHANNELS) -> Tensors:
+    """The same network with ``channels`` of all inputs of a norm and of down_proj ``factor`` times as large."""
+    layers = plant(build_weights(config, params), channels, factor, tuple(PLACES))["layers"]
+    made = dict(params)
+    for i, layer in enumerate(layers):
+        at = f"model.layers.{i}."
+        made |= {f"{at}{name}.weight": layer[key].dequantize() for key, name in PROJECTIONS.items()}
+        made |= {f"{at}{key}.weight": layer[key] for key in ("input_layernorm", "post_attention_layernorm")}
+    return made
 
-    "against float32" is the relative difference to float32 of the same seed; "spread of seeds" the largest relative
-    difference between two seeds of float32.
+
+def outliers(
+    params: Tensors, config: ModelConfig, tokens: NDArray[Any], powers: Sequence[int] = POWERS
+) -> dict[str, list[float]]:
+    """How far above float32's the loss of tokens[B, S+1] lies (0.01 = 1 %), channels planted 2ᵉ times as large."""
+    exact, _ = loss_and_gradients(params, config, tokens)
+    found: dict[str, list[float]] = {"tile": [], "tensor": []}
+    for power in powers:
+        network = planted(params, config, 2.0**power)
+        for method, row in found.items():
+            row.append(loss_and_gradients(network, config, tokens, product=METHODS[method])[0] / exact - 1)
+    return found
+
+
+def values(runs: dict[str, dict[str, dict[str, list[float]]]], last: int = LAST) -> dict[str, Any]:
+    """{start: {method: {seed: losses}}} → the means of the last steps, and how far they are apart.
+
+    "against float32" is the relative difference to float32 with the same first weights; "spread of seeds" the largest
+    relative difference between two seeds of float32.
     """
-    means = {m: {s: sum(curve[-last:]) / last for s, curve in by.items()} for m, by in runs.items()}
-    plain = means["float32"]
+    means = {
+        s: {m: {k: sum(c[-last:]) / last for k, c in by.items()} for m, by in of.items()} for s, of in runs.items()
+    }
     against = {
-        m: {s: mean / plain[s] - 1 for s, mean in by.items() if s in plain}
-        for m, by in means.items() if m != "float32"
-    }  # fmt: skip
-    rounded = {m: {s: [round(x, 5) for x in curve] for s, curve in by.items()} for m, by in runs.items()}
-    return {
-        "losses": rounded, "last": last, "means": means, "against float32": against,
-        "spread of seeds": max(plain.values()) / min(plain.values()) - 1, "gradient error": errors,
-    }  # fmt: skip
+        start: {m: {k: x / of["float32"][k] - 1 for k, x in by.items()} for m, by in of.items() if m != "float32"}
+        for start, of in means.items()
+    }
+    spread = {start: max(of["float32"].values()) / min(of["float32"].values()) - 1 for start, of in means.items()}
+    return {"last": last, "means": means, "against float32": against, "spread of seeds": spread}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -118,20 +164,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from threadpoolctl import threadpool_limits
 
     directory = locate(chosen.model)
-    runs: dict[str, dict[str, list[float]]] = {}
     config, tokenizer = read_config(directory), Tokenizer.from_file(directory / "tokenizer.json")
+    bundled = {name: np.asarray(t) for name, t in iter_tensors(directory, dtype="float32")}
     text = encode(tokenizer, training_documents()[:DOCUMENTS], config.bos_token_id or 0)
     print(f"{len(text):,} tokens; a run reads {chosen.steps * BATCH * LENGTH:,}", file=sys.stderr)
+    digest = hashlib.sha256(b"".join(t.tobytes() for t in bundled.values())).hexdigest()[:8]
+    runs: dict[str, dict[str, dict[str, list[float]]]] = {}
     with threadpool_limits(limits=1, user_api="blas"):
-        for method, seed in RUNS[: chosen.runs]:
-            curve = losses(config, text, method, seed, chosen.work, steps=chosen.steps)
-            runs.setdefault(method, {})[str(seed)] = curve
-            print(f"{method}, seed {seed}: {sum(curve[-LAST:]) / LAST:.4f}", file=sys.stderr, flush=True)
-        params = {name: np.asarray(t) for name, t in iter_tensors(directory, dtype="float32")}
-        window = text[-4 * LENGTH - 4 :].reshape(4, LENGTH + 1)
-        errors = gradient_errors(params, config, window)
+        for start, method, seed in RUNS[: chosen.runs]:
+            first = first_weights(config, bundled, start, method, seed)
+            of = start if start == "random weights" else f"{start} {digest}"  # other weights are another run
+            work = chosen.work / f"{of} {method} {seed}".replace(" ", "-")
+            curve = losses(config, text, first, method, RATES[start], work, steps=chosen.steps)
+            runs.setdefault(start, {}).setdefault(method, {})[str(seed)] = curve
+            print(f"{start}, {method}, {seed}: {sum(curve[-LAST:]) / LAST:.4f}", file=sys.stderr, flush=True)
+        held = encode(tokenizer, held_out_documents(), config.bos_token_id or 0)
+        window = held[: WINDOWS * (LENGTH + 1)].reshape(WINDOWS, LENGTH + 1)
+        measured = {"gradient error": gradient_errors(bundled, config, window), "powers": list(POWERS),
+                    "planted": outliers(bundled, config, window)}  # fmt: skip
     hardware = f"{processor()}, one thread, NumPy {np.__version__}, Python {platform.python_version()}"
-    made = values(runs, errors) | {"steps": chosen.steps, "batch": BATCH, "length": LENGTH, "model": chosen.model}
+    made = values(runs) | measured | {"steps": chosen.steps, "batch": BATCH, "length": LENGTH, "model": chosen.model}
     write(chosen.output, Record("python -m refllm.study.fp8_training", "A, B", hardware, made))
 
 
