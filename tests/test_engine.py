@@ -258,6 +258,54 @@ def test_a_step_that_fails_is_withdrawn_and_nothing_is_lost(busy):
     assert_serves_on(busy)
 
 
+def test_a_step_that_fails_before_its_copies_leaves_no_block_half_shared():
+    request = Request(PROMPTS[2][:3], 5, n=3, temperature=1.0, seed=2, ignore_eos=True)
+    engine = Engine(served_model(), num_blocks=20, block_size=4, prefix_cache=None, poison=True)
+    failed: list[int] = []
+
+    def fail(plan: Any) -> None:
+        if plan.copies and not failed:
+            failed.append(len(plan.copies))
+            raise MemoryError("no room to copy")
+
+    engine.submit(request)
+    engine.on_plan = fail
+    with pytest.raises(MemoryError, match="no room"):
+        engine.run()
+    (result,) = engine.run().values()
+    assert failed == [2]  # one of three keeps the block
+    assert [output.tokens for output in result.outputs] == [alone(request, i)[0] for i in range(3)]
+
+
+def test_what_was_heard_in_a_step_that_fails_was_not_said(monkeypatch):
+    request = Request(PROMPTS[0], 6, seed=1, temperature=1.0, ignore_eos=True, stop="\0\0")
+    engine, heard = Engine(served_model(), num_blocks=40), []
+    engine.submit(request, heard.append)
+    engine.step()
+
+    def fail(*arguments: Any) -> None:
+        raise MemoryError("after the tokens were chosen")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_search", fail)
+        with pytest.raises(MemoryError, match="were chosen"):
+            engine.step()
+    (result,) = engine.run().values()
+    assert result.tokens == alone(request)[0]
+    assert "".join(piece.text for piece in heard) == result.text == engine.model.tokenizer.decode(result.tokens)
+
+
+def test_outputs_stand_in_the_order_of_their_branches_whoever_ended_first():
+    engine, ended = Engine(served_model(9), num_blocks=200, block_size=4), []
+    for seed in range(12):
+        request = Request([1, 2], 20, id=seed, n=3, seed=seed, temperature=1.0)
+        engine.submit(request, lambda piece: ended.append((piece.id, piece.index)) if piece.reason else None)
+    results = engine.run()
+    for result in results.values():
+        assert [output.index for output in result.outputs] == [0, 1, 2]
+    assert any([i for s, i in ended if s == seed] != [0, 1, 2] for seed in results), "nobody ended out of order"
+
+
 # --- listeners -------------------------------------------------------------------------------------------------
 
 

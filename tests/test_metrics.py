@@ -128,6 +128,12 @@ def test_nobody_is_no_share():
         attainment([], Limits())
 
 
+def test_an_answer_that_was_cut_off_meets_nothing_however_fast_it_was():
+    whole, cut = Timeline(0.0, 1, [1.0], 1, True), Timeline(0.0, 1, [1.0], 1, False)
+    assert (whole.meets(Limits()), cut.meets(Limits())) == (True, False)
+    assert attainment([whole, cut], Limits()) == 0.5
+
+
 def test_a_recorder_keeps_what_it_is_told():
     book = Recorder()
     book.sent("a", 7, 1.0)
@@ -139,3 +145,5 @@ def test_a_recorder_keeps_what_it_is_told():
     report = book.summarise(10.0)
     assert (report.completed, report.output_throughput, report.total_throughput) == (2, 0.3, 1.3)
     assert report.normalised_latency == 2 / 3
+    book.came("a", 0, 5.0)
+    assert book.timelines["a"].completed  # once is for good

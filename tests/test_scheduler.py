@@ -18,7 +18,7 @@ from refllm.kv.radix import POLICIES
 from refllm.serve import policies
 from refllm.serve.memory import Paged
 from refllm.serve.plan import Plan
-from refllm.serve.prefixes import Radix
+from refllm.serve.prefixes import Hashed, Radix
 from refllm.serve.request import Request, Status
 from refllm.serve.scheduler import Scheduler
 from refllm.serve.step import Continuation, Event, Outcome
@@ -365,6 +365,19 @@ def test_beams_are_preempted_together_and_ranked_together():
     for plan in plans:
         sampled = {item.name for item in plan.sampling if item.name[0] == "beams"}
         assert len(sampled) in (0, 2)
+
+
+def test_beams_that_come_back_whole_from_a_cache_advance_in_the_step_that_admits_them():
+    scheduler = Scheduler(Hashed(BlockPool(12, 1)))
+    scheduler.submit(Request(range(3), 4, id="beams", n=2, beam=True))
+    scheduler.update(scheduler.plan(), [[Continuation([7]), Continuation([8])]])
+    scheduler.withdraw(scheduler.plan())
+    assert not scheduler.running
+    plan = scheduler.plan()
+    assert plan.admitted == [("beams", 0), ("beams", 1)]
+    assert [(item.start, item.count, item.samples) for item in plan.items] == [(3, 1, 1)] * 2
+    scheduler.update(plan, [[Continuation([9])]] * 2)
+    scheduler.check()
 
 
 def test_a_plan_is_carried_out_or_given_up_before_the_next():

@@ -235,6 +235,47 @@ def test_a_tally_is_what_the_steps_say():
     assert all(a.end == b.start or a.end < b.start for a, b in pairwise(taken))
 
 
+def test_a_jump_counts_what_is_allocated_for_each_of_its_steps():
+    taken = []
+    asked = [Request(range(5), 9, id=i) for i in range(2)]
+    run = Simulator(scheduler("paged", 60, 8, None, None, True), Ticks(), on_step=taken.append).run(asked)
+    assert max(t.steps for t in taken) > 1
+    assert run.all.allocated == sum(t.steps * t.allocated for t in taken)
+
+
+@pytest.mark.parametrize("jumps", [False, True])
+def test_who_arrives_as_a_step_ends_is_in_the_next_and_time_never_goes_back(jumps):
+    def first_tokens(*asked):
+        run = Simulator(scheduler("paged", 60, 8, None, None, True), Ticks(), jumps=jumps).run(asked)
+        return [run.recorder.timelines[request.id, 0].times[0] for request in asked]
+
+    long = Request(range(3), 10, id="long")
+    assert first_tokens(long, Request([1], 2, id="late", arrival=4.0)) == [1.0, 5.0]
+    assert first_tokens(long, Request([1], 2, id="late", arrival=4.5)) == [1.0, 6.0]
+    assert first_tokens(Request([1], 1, id="short"), Request([1], 1, id="late", arrival=0.5)) == [1.0, 2.0]
+    assert first_tokens(Request([1], 1, id="short"), Request([1], 1, id="idle", arrival=7.5)) == [1.0, 8.5]
+
+
+def test_what_follows_an_answer_is_sent_when_that_has_come():
+    asked = Request([1], 4, id="question", arrival=2.0)
+    more = {"question": [Request([2], 1, id="follow-up")], "follow-up": []}
+    simulator = Simulator(scheduler("paged", 60, 8, None, None, True), Ticks())
+    lines = simulator.run([asked], lambda request, answer: more[request.id]).recorder.timelines
+    assert (lines["question", 0].sent, lines["question", 0].times) == (2.0, [3.0, 4.0, 5.0, 6.0])
+    assert (lines["follow-up", 0].sent, lines["follow-up", 0].ttft) == (6.0, 1.0)
+
+
+def test_every_block_that_is_moved_is_charged_once():
+    class Moving(Ticks):
+        def move(self, tokens, blocks):
+            return float(tokens + 1000 * blocks)
+
+    asked = [Request(range(100 * i, 100 * i + 8), 20, id=i) for i in range(4)]
+    run = Simulator(scheduler("swapping", 10, 4, None, None, True), Moving()).run(asked)
+    assert run.moved.blocks > 0
+    assert run.duration == run.all.steps + run.moved.tokens + 1000 * run.moved.blocks
+
+
 def test_what_cannot_be_served_is_refused_by_name():
     simulator = Simulator(scheduler("paged", 2, 4, None, None, True), Ticks())
     with pytest.raises(ValueError, match="request 'long' needs"):
