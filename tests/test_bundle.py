@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from refllm.api import Model, load
 from refllm.model.checkpoint import CheckpointError
@@ -71,6 +73,22 @@ def test_the_record_counts_what_the_plan_did(finished):
     assert record["data"]["streams"]["code"]["bytes"] == sum(len(d.text) for d in TEXT[:2])
 
 
+def test_what_is_stored_is_the_mean_of_both_ends_where_a_share_is_asked_for(finished, tmp_path):
+    state, before, _ = finished
+    first = load_file(before / "model.safetensors")
+    save_file({name: 3 * w for name, w in first.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    for name in ("config.json", "tokenizer.json", "card.json", "curve.json"):
+        shutil.copy(before / name, tmp_path / name)
+    share = {"start": tmp_path, "start_share": 0.25}
+    bundle.finish(state, byte_tokenizer(), tmp_path / "model", DATA, command="x", **share)
+    mixed = load_file(tmp_path / "model" / "model.safetensors")
+    for name, w in first.items():  # 0.75 w + 0.25 · 3 w, both ends rounded to float16 first
+        np.testing.assert_allclose(mixed[name].astype(float), 1.5 * w.astype(float), rtol=2**-9, atol=2**-23)
+    assert "0.75 of the last weights and 0.25 of those." in (tmp_path / "model" / "README.md").read_text("utf-8")
+    with pytest.raises(ValueError, match=r"a share of 0\.25 for the first weights needs the model"):
+        bundle.finish(state, byte_tokenizer(), tmp_path / "n", DATA, command="x", start_share=0.25)
+
+
 def test_the_card_names_the_weights_that_a_run_began_with(finished, tmp_path):
     state, before, _ = finished
     record = bundle.finish(
@@ -86,7 +104,7 @@ def test_the_card_names_the_weights_that_a_run_began_with(finished, tmp_path):
     assert whole[:2] == first
     assert [(point["step"], point["tokens"]) for point in whole] == [(2, 128), (4, 256), (2, 256 + 128), (4, 512)]
     assert curves.curve_values([tmp_path / "model"])["phases"] == [
-        [256, "begun with"], [256 + 192, "2 × 32 tokens"], [512, "1 × 64 tokens"]
+        [256, "earlier runs"], [256 + 192, "2 × 32 tokens"], [512, "1 × 64 tokens"]
     ]  # fmt: skip
 
 

@@ -338,15 +338,15 @@ def test_bundled_models_have_a_record_and_the_files_that_it_names(name):
     assert facts["card"]["name"] == name
 
 
-@pytest.mark.parametrize(("name", "bits"), [("stdlib", 1.12), ("stdlib-draft", 1.79)])
+@pytest.mark.parametrize(("name", "bits"), [("stdlib", 1.05), ("stdlib-draft", 1.79)])
 def test_bundled_models_predict_no_worse_than_when_they_were_bundled(name, bits):
     assert bundled_facts(name)["card"]["measured"]["bits per byte"] <= bits
 
 
-def test_half_of_the_short_samples_of_the_bundled_model_tokenize():
+def test_most_of_the_short_samples_of_the_bundled_model_tokenize():
     """Real files cut at the same lengths tokenize in four cases of five: a cut may fall inside brackets."""
     samples = bundled_facts("stdlib")["card"]["measured"]["samples"]
-    assert samples["by length"][0]["share"] >= 0.5
+    assert samples["by length"][0]["share"] >= 0.6
 
 
 # --- generate ------------------------------------------------------------------------------------------------
@@ -663,7 +663,10 @@ def test_a_run_goes_on_from_the_weights_that_it_began_with(trained, text_file, t
         *SMALL,
         "--overwrite",
     )
-    assert run(*command, "--start", output).exit_code == 0
+    assert run(*command, "--start", output, "--start-share", 0.5).exit_code == 0
+    assert "--start-share 0.5" in (tmp_path / "m" / "card.json").read_text("utf-8")
+    alone = run(*command, "--start-share", 0.5)
+    assert (alone.exit_code, "name that model, too" in alone.stderr) == (2, True)
     assert run(*command, "--start", output).exit_code == 0
     other = tmp_path / "other"
     shutil.copytree(output, other)

@@ -71,6 +71,9 @@ def train(
     start: Annotated[
         str | None, opt("Go on from this model's weights, with its tokenizer.", metavar="NAME|DIR")
     ] = None,
+    start_share: Annotated[
+        float, opt("Share of those first weights in what is stored: a mean of two ends.", metavar="X", min=0, max=1)
+    ] = 0.0,
     alpha: Annotated[float, opt("Weight of the teacher against the text.", metavar="X", min=0, max=1)] = 1.0,
     teacher_from: Annotated[int, opt("Step at which distillation begins; the text alone before.", min=0)] = 0,
     evaluate_every: Annotated[int, opt("Steps between looks at the held-out text.", min=1)] = 200,
@@ -118,6 +121,8 @@ def train(
         output = Path(os.path.abspath(output))
     launch.check_output(output, overwrite)
     work = output.with_name(output.name + ".training") if work is None else Path(os.path.expanduser(work))
+    if start_share and start is None:
+        raise ValueError("--start-share is a share of the weights of --start: name that model, too")
     if held_out and not data:
         raise ValueError("--held-out belongs to --data; the standard library has its own held-out modules")
     source = own_files(data, held_out or ()) if data else standard_library(tests=tests, installers=installers)
@@ -139,7 +144,8 @@ def train(
     keep_freed_memory()
     _announce(run)
     with _display(run) as shown:
-        record = launch.go(run, command=command_line(context), backend=backend, overwrite=overwrite, **shown)
+        record = launch.go(run, command=command_line(context), backend=backend, overwrite=overwrite,
+                           start_share=start_share, **shown)  # fmt: skip
     measured = record["measured"]
     print(f"{output}: {measured['bits per byte']:.3f} bits per byte on {measured['tokens']:,} held-out tokens")
     note(f"the state of the run stays in {run.work} ({bytes_text(_size(run.work))}); remove it when you are done")

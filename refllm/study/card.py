@@ -225,6 +225,8 @@ def _start(training: Record) -> str:
     if before:
         text += f", which had seen {before['tokens']:,} tokens: `{before['command']}`"
         text += f" ({before['remark']})" if before.get("remark") else ""
+    if share := training.get("start share"):
+        text += f". What is stored is {1 - share:g} of the last weights and {share:g} of those"
     return text + "."
 
 

@@ -35,7 +35,7 @@ def curve_values(directories: Sequence[Path]) -> dict[str, Any]:
         marks.insert(0, [end, f"{phase['batch']} × {phase['length']} tokens"])
         end -= phase["steps"] * phase["batch"] * phase["length"]
     if end > 0:
-        marks.insert(0, [end, "begun with"])
+        marks.insert(0, [end, "earlier runs"])
     return {"runs": runs, "phases": marks}
 
 

@@ -63,9 +63,10 @@ def training_curve(values: Values) -> Figure:
                 color=colour,
                 label=f"{name}: {held[-1][1]:.2f} at the end (a few held-out windows)",
             )
-    for tokens, label in values.get("phases", []):
+    phases = values.get("phases", [])
+    for i, (tokens, label) in enumerate(phases):
         ax.axvline(1e-6 * tokens, color=FULL, lw=0.8, ls=":")
-        ax.annotate(label, (1e-6 * tokens, 1), xycoords=("data", "axes fraction"), xytext=(-4, -4),
+        ax.annotate(label, (1e-6 * tokens, 1), xycoords=("data", "axes fraction"), xytext=(-4, -4 - 12 * i),
                     textcoords="offset points", ha="right", va="top", fontsize=8, color=FULL)  # fmt: skip
     if size := values.get("bytes_per_token"):
         factor = 1 / (np.log(2) * size)
@@ -73,7 +74,7 @@ def training_curve(values: Values) -> Figure:
         right.set_ylabel("bits per byte")
         right.spines["right"].set_visible(True)
     ax.set_xlim(left=0)
-    ax.legend(loc="upper right", bbox_to_anchor=(1, 0.93))
+    ax.legend(loc="upper right", bbox_to_anchor=(1, 0.97 - 0.045 * max(1, len(phases))))
     return fig
 
 

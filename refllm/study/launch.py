@@ -187,7 +187,7 @@ def prepare(
 
 
 def go(
-    run: Run, *, command: str, backend: str = "numpy", overwrite: bool = False,
+    run: Run, *, command: str, backend: str = "numpy", overwrite: bool = False, start_share: float = 0.0,
     report: Callable[[dict[str, float]], None] | None = None,
     on_step: Callable[[int, float], None] | None = None,
     progress: card.Progress = lambda what, done, total: None,
@@ -202,7 +202,7 @@ def go(
         )  # fmt: skip
     return bundle.finish(
         run.work / STATE, run.tokenizer, run.output, run.data, command=command, teacher=run.teacher,
-        start=run.start, overwrite=overwrite, progress=progress,
+        start=run.start, start_share=start_share, overwrite=overwrite, progress=progress,
     )  # fmt: skip
 
 
