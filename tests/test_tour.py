@@ -140,7 +140,7 @@ def test_a_model_with_a_record_shows_its_training_curve(guide, directory, tmp_pa
         (directory / "card.json").unlink()
     record = read(guide.output / "data" / "training_curve.json")
     assert list(record.values["runs"].values()) == [curve]
-    assert record.values["phases"] == [[64, "begun with"], [128, "2 × 8 tokens"]]
+    assert record.values["phases"] == [[64, "earlier runs"], [128, "2 × 8 tokens"]]
     assert guide.figures == [guide.output / "training_curve.png"]
 
 
