@@ -39,7 +39,7 @@ def coded(x, scheme, xp):
 
 @pytest.mark.theorem(
     "|x̂ − x| ≤ s/2 for every rule that forces zero into the range, ≤ s for the power form, whatever the granularity",
-    source="specs §1, table of scale rules and property 1",
+    source="formats/affine.py, table of rules",
 )
 @given(schemes(rules=FORCED), rows, columns, st.sampled_from(FINITE), dtypes, seeds)
 def test_error_bound(pure_xp, scheme, m, n, kind, dtype, seed):
@@ -53,7 +53,7 @@ def test_error_bound(pure_xp, scheme, m, n, kind, dtype, seed):
 
 @pytest.mark.theorem(
     "The bounds are attained: half a step at +a by half_integer, a whole one at +a by the power form",
-    source="specs §1, table of scale rules",
+    source="formats/affine.py, table of rules",
 )
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_error_bound_is_attained(pure_xp, bits):
@@ -66,7 +66,7 @@ def test_error_bound_is_attained(pure_xp, bits):
 
 @pytest.mark.theorem(
     "AWQ's asymmetric rule errs by s/2 if min ≤ 0 ≤ max, and by more than any multiple of the range if not",
-    source="specs §1, AWQ quirk",
+    source="AWQ 2023, published code: one-sided groups",
 )
 @given(schemes(rules=["awq"]), rows, columns, seeds)
 def test_error_of_awq(pure_xp, scheme, m, n, seed):
@@ -94,7 +94,8 @@ def test_the_widest_numbers_have_codes_and_half_of_them_come_back(pure_xp, schem
 
 
 @pytest.mark.theorem(
-    "A constant group comes back as it was, to rounding, under both asymmetric rules", source="specs §1, edge cases"
+    "A constant group comes back as it was, to rounding, under both asymmetric rules",
+    source="formats/affine.py, definition of the rules",
 )
 @given(schemes(rules=["asymmetric", "asymmetric_signed"]), rows, columns, dtypes, seeds)
 def test_constant_groups_are_exact(pure_xp, scheme, m, n, dtype, seed):
@@ -106,7 +107,9 @@ def test_constant_groups_are_exact(pure_xp, scheme, m, n, dtype, seed):
 # --- codes ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.theorem("Zero comes back as exactly zero, under every rule", source="specs §1, property 2")
+@pytest.mark.theorem(
+    "Zero comes back as exactly zero, under every rule", source="formats/affine.py, definition of the rules"
+)
 @given(schemes(), rows, columns, st.sampled_from(FINITE), dtypes, seeds)
 def test_zero_is_exact(pure_xp, scheme, m, n, kind, dtype, seed):
     x = build(kind, (m, n), seed, dtype)
@@ -126,7 +129,7 @@ def test_codes_are_small_integers_within_the_scheme(xp, scheme, m, n, kind, dtyp
 
 @pytest.mark.theorem(
     "encode(decode(q)) = q for every code q, zero point z and step s (all q and z up to 4 bits enumerated)",
-    source="specs §1, property 3",
+    source="formats/affine.py, definition of the rules",
 )
 @given(schemes(layouts=[("channel", None)]), st.floats(-30, 30), dtypes, seeds)
 def test_idempotence(pure_xp, scheme, exponent, dtype, seed):
@@ -142,7 +145,9 @@ def test_idempotence(pure_xp, scheme, exponent, dtype, seed):
     np.testing.assert_array_equal(to_host(encode(x, scale, zero, scheme)), codes)
 
 
-@pytest.mark.theorem("x₁ ≤ x₂ implies q₁ ≤ q₂, inside the range and outside", source="specs §1, property 4")
+@pytest.mark.theorem(
+    "x₁ ≤ x₂ implies q₁ ≤ q₂, inside the range and outside", source="formats/affine.py, definition of the rules"
+)
 @given(schemes(layouts=[("tensor", None)]), st.sampled_from(FINITE), dtypes, st.floats(0.1, 10), seeds)
 def test_monotone(pure_xp, scheme, kind, dtype, wider, seed):
     scale, zero = qparams(pure_xp.asarray(build(kind, (3, 20), seed, dtype)), scheme)
@@ -154,7 +159,7 @@ def test_monotone(pure_xp, scheme, kind, dtype, wider, seed):
     assert (np.diff(codes) >= 0).all()
 
 
-@pytest.mark.theorem("q(2^k x) = q(x) for every whole k", source="specs §1, property 5")
+@pytest.mark.theorem("q(2^k x) = q(x) for every whole k", source="formats/affine.py, definition of the rules")
 @given(
     schemes(rules=FORCED),
     rows,
@@ -172,7 +177,7 @@ def test_power_of_two_equivariance(pure_xp, scheme, m, n, kind, dtype, k, seed):
 @pytest.mark.theorem(
     "q(−x) − z = −(q(x) − z) for symmetric rules, except where one of the two is clipped at the one code without an "
     "opposite; for the restricted rule without exception",
-    source="specs §1, property 6",
+    source="formats/affine.py, definition of the rules",
 )
 @given(
     schemes(rules=["restricted", "half_integer", "half_integer_unsigned", "power"]),
@@ -218,7 +223,7 @@ def test_numbers_far_outside_are_clipped_before_they_become_integers(xp):
 @pytest.mark.theorem(
     "Groups as long as a row are channels; the channel of a single row is the tensor; channels are tokens; blocks of "
     "1×g are groups and one block of all is the tensor: bit for bit",
-    source="specs §1, property 9",
+    source="formats/affine.py, definition of the rules",
 )
 @given(st.sampled_from(RULES), st.integers(2, 8), rows, columns, st.sampled_from(FINITE), dtypes, seeds)
 def test_granularities_agree_where_they_are_the_same(pure_xp, rule, bits, m, n, kind, dtype, seed):

@@ -311,7 +311,8 @@ def test_causal_bias_is_the_rule_and_none_where_it_hides_nothing(pure_xp, count,
 
 
 @pytest.mark.theorem(
-    "a sequence's output does not depend on its neighbours in the ragged batch", source="design: the attend seam"
+    "a sequence's output does not depend on its neighbours in the ragged batch",
+    source="ARCHITECTURE.md: the attend seam",
 )
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=4), windows, seeds)
 def test_ragged_batch_is_its_sequences_one_by_one(pure_xp, lengths, window, seed):

@@ -54,7 +54,7 @@ def holds(engine: Engine, request: Request) -> bool:
 @pytest.mark.theorem(
     "The tokens of a request depend on its prompt, settings and seed alone: not on batch, budget, chunks, order of "
     "arrival, policy, cached prefixes, preemption or n-gram drafts",
-    source="Kwon et al. 2023; Yu et al. 2022; design of serve.engine",
+    source="Kwon et al. 2023; Yu et al. 2022; serve/engine.py",
 )
 def test_invariance_what_a_request_says_depends_on_nothing_else():
     seen: Counter[str] = Counter()

@@ -232,7 +232,7 @@ def test_k_quants_do_not_repeat(type):
 @pytest.mark.theorem(
     "|x − x̂| ≤ 0.563 d for Q8_0; ≤ 1.01 d for Q4_0 and Q5_0 (the opposite extreme is clipped); ≤ 0.52 d and half a "
     "float16 ulp of m for Q4_1 and Q5_1",
-    source="ggml; specs of the formats",
+    source="ggml",
 )
 @given(matrices(columns=64, kinds=("normal", "one_sided", "outlier_column", "sparse", "sign_runs")),
        st.sampled_from(LEGACY))  # fmt: skip

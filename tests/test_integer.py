@@ -110,7 +110,7 @@ def test_what_cannot_be_exact_is_refused(xp):
 @pytest.mark.theorem(
     "Y = s_x s_w (Q_x Q_wᵀ − z_x Σq_w − z_w Σq_x + N z_x z_w) is the product of the dequantised matrices, for steps "
     "of tokens and channels, and group by group for steps of groups",
-    source="Jacob et al. 2018, eq. 7; specs §1",
+    source="Jacob et al. 2018, eq. 7",
 )
 @given(
     st.sampled_from(FORCED),

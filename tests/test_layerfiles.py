@@ -82,7 +82,7 @@ def forget_digest(path):
 @pytest.mark.theorem(
     "a layer is trusted only if its record is whole and its tensors have the recorded digest; all others are done "
     "again, and the run ends with the same bytes",
-    source="design",
+    source="ARCHITECTURE.md",
 )
 @pytest.mark.parametrize(
     ("name", "damage", "found"),

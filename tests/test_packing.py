@@ -20,7 +20,10 @@ def codes_of(bits, lead, count, seed, dtype="uint8"):
     return np.random.default_rng(seed).integers(0, 1 << bits, (*lead, count)).astype(dtype)
 
 
-@pytest.mark.theorem("unpack(pack(q)) = q for 1 to 8 bits, any row length and any shape", source="specs §1, property 8")
+@pytest.mark.theorem(
+    "unpack(pack(q)) = q for 1 to 8 bits, any row length and any shape",
+    source="formats/packing.py, definition of the stream",
+)
 @given(widths, leads, counts, seeds, st.sampled_from(["uint8", "int8", "int32", "int64"]))
 def test_round_trip(xp, bits, lead, count, seed, dtype):
     codes = codes_of(bits, lead, count, seed, "uint8" if bits == 8 and dtype == "int8" else dtype)

@@ -21,7 +21,7 @@ dtypes = st.sampled_from(["float32", "float64"])
 
 @pytest.mark.theorem(
     "Quantized.matmul(x) = x Ŵᵀ for the Ŵ that dequantize() gives, whatever the tile, in float64 where x or W is",
-    source="design: the weight seam",
+    source="ARCHITECTURE.md: the weight seam",
 )
 @given(schemes(), rows, columns, st.integers(0, 4), st.sampled_from(KINDS), dtypes, dtypes, st.integers(1, 50), seeds)
 def test_matmul_is_the_product_of_what_comes_back(xp, scheme, m, n, t, kind, dtype, other, tile, seed):
@@ -89,7 +89,7 @@ def test_given_steps_are_used(xp, scheme, seed):
 
 @pytest.mark.theorem(
     "nbytes = 4 M ⌈N·b/32⌉ + bytes of the scales + 4 ⌈ranges·b/32⌉ of asymmetric zero points; nothing else is held",
-    source="design: the weight seam",
+    source="ARCHITECTURE.md: the weight seam",
 )
 @given(schemes(), rows, columns, st.sampled_from([(None, 4), ("float16", 2), ("bfloat16", 2), ("float64", 8)]), seeds)
 def test_bytes(xp, scheme, m, n, scale_dtype, seed):
@@ -104,7 +104,7 @@ def test_bytes(xp, scheme, m, n, scale_dtype, seed):
 
 @pytest.mark.theorem(
     "The article's 4 + 32/128 = 4.25 bits a weight, and the other accountings, are what the bytes held come to",
-    source="specs §1, effective bits",
+    source="definition, from the real bytes",
 )
 @pytest.mark.parametrize(
     ("bits", "rule", "group", "zero_dtype", "zero_bits", "total"),

@@ -130,7 +130,7 @@ def test_the_table_the_totals_and_the_commands_that_read_the_result(model, tmp_p
 @pytest.mark.theorem(
     "a process killed between two layers goes on when it is started again: finished layers are not redone, the result "
     "is that of an undisturbed run, byte for byte",
-    source="design",
+    source="ARCHITECTURE.md",
 )
 @pytest.mark.skipif(os.name != "posix", reason="there is no SIGKILL")
 def test_a_killed_process_goes_on_where_it_was(model, tmp_path, run):
@@ -248,6 +248,9 @@ def test_schemes_are_the_methods_own_with_what_was_asked_for():
     assert scheme_of("rtn", 3, 0, None) == Scheme(3, "half_integer", "channel")
     assert scheme_of("rtn", 3, -1, False) == Scheme(3, "asymmetric", "channel")
     assert scheme_of("awq", None, None, None) == Scheme(4, "awq", "group", 128)
+    assert scheme_of("rtn", 1, 32, False).bits == 1
+    with pytest.raises(ValueError, match="no other level than 0: take --bits 2, or --asymmetric"):
+        scheme_of("rtn", 1, 32, None)
     assert scheme_of("awq", None, 64, True) == Scheme(4, "half_integer", "group", 64)
     assert scheme_of("smoothquant", None, None, True) == Scheme(8, "restricted", "channel")
     assert scheme_of("fp8", None, None, None) == Scheme(8, "restricted", "block", 128)

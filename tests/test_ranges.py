@@ -64,7 +64,8 @@ def test_formulas_of_the_table(pure_xp, scheme, kind, seed):
 
 
 @pytest.mark.theorem(
-    "Zero points are codes of the scheme, for every rule and every kind of input", source="specs §1, property 2"
+    "Zero points are codes of the scheme, for every rule and every kind of input",
+    source="formats/affine.py, definition of the rules",
 )
 @given(schemes(), arrays(rows, columns, dtype="float32"))
 def test_zero_points_are_codes_and_steps_are_normal_numbers(pure_xp, scheme, x):
@@ -77,7 +78,7 @@ def test_zero_points_are_codes_and_steps_are_normal_numbers(pure_xp, scheme, x):
 
 @pytest.mark.theorem(
     "Scaling the input by 2^k scales the step by 2^k and leaves the zero point, bit for bit",
-    source="specs §1, property 5",
+    source="formats/affine.py, definition of the rules",
 )
 @given(schemes(), rows, columns, st.sampled_from(PLAIN), dtypes, st.integers(-12, 12), seeds)
 def test_power_of_two_equivariance(pure_xp, scheme, m, n, kind, dtype, k, seed):
@@ -91,7 +92,7 @@ def test_power_of_two_equivariance(pure_xp, scheme, m, n, kind, dtype, k, seed):
 
 @pytest.mark.theorem(
     "A step never grows when its range shrinks: groups within channels within the tensor",
-    source="specs §1, property 7",
+    source="formats/affine.py, definition of the rules",
 )
 @given(
     st.sampled_from(FORCED), st.integers(2, 8), rows, st.sampled_from(["normal", "outlier_column", "one_sided"]), seeds

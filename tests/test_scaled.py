@@ -42,7 +42,7 @@ def test_rounded_is_the_round_trip(xp, fmt, x, k):
 @pytest.mark.theorem(
     "with s = absmax / largest, or the power of two above it, |x̂ − x| ≤ max(r·|x|, s·smallest/2), r the format's "
     "bound, and nothing saturates",
-    source="specs §8",
+    source="definition: a product of what was stored",
 )
 @given(
     float_schemes(("float32", "ue8m0")), st.integers(1, 6), st.sampled_from([4, 8, 12]), st.sampled_from(FINITE), seeds

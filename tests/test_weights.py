@@ -30,7 +30,9 @@ def processor(request, monkeypatch):
     monkeypatch.setattr(weights, "reads_in_place", lambda: request.param)
 
 
-@pytest.mark.theorem("Dense.matmul(x) = x Wᵀ in every layout, for every M, N and T", source="design: the weight seam")
+@pytest.mark.theorem(
+    "Dense.matmul(x) = x Wᵀ in every layout, for every M, N and T", source="ARCHITECTURE.md: the weight seam"
+)
 @given(matrices(), st.integers(0, 70), st.sampled_from([0, 3, 4, 5, 16, 10**6]), st.booleans(), seeds)
 def test_matmul_is_the_plain_product(xp, weight, rows, most, in_place, seed):
     x = np.random.default_rng(seed).standard_normal((rows, weight.shape[1])).astype(weight.dtype)
@@ -58,7 +60,7 @@ def test_rows_are_the_rows_of_the_matrix(xp, weight, data):
 
 
 @pytest.mark.theorem(
-    "Dense.dequantize() is the matrix, bit for bit, and shares no memory with the weight", source="design"
+    "Dense.dequantize() is the matrix, bit for bit, and shares no memory with the weight", source="ARCHITECTURE.md"
 )
 @pytest.mark.usefixtures("processor")
 @given(matrices())
@@ -99,7 +101,7 @@ def laid_out(xp, sizes, columns, seed, dtype="float64", room_dtype="float64"):
 
 @pytest.mark.theorem(
     "product(x, W₁, W₂, …) = [x W₁ᵀ | x W₂ᵀ | …], joint or one by one, of any of the weights in any order",
-    source="design: the weight seam",
+    source="ARCHITECTURE.md: the weight seam",
 )
 @pytest.mark.usefixtures("processor")
 @given(st.data(), st.integers(1, 9), st.integers(0, 5), seeds)

@@ -90,7 +90,7 @@ def simulate(
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:
-        _show(facts)
+        _show(facts, limited=ttft is not None or tpot is not None)
 
 
 def _config(name: str) -> ModelConfig:
@@ -215,16 +215,17 @@ def _facts(run: Run, limits: Any) -> dict[str, Any]:
     }
 
 
-def _show(facts: dict[str, Any]) -> None:
+def _show(facts: dict[str, Any], *, limited: bool) -> None:
     out = console()
     out.print(f"{facts['completed']} requests, projected for {facts['device']} (kind C)", style="bold")
+    within = {"goodput": f"{facts['goodput']:.4g} requests/s within the limits"} if limited else {}
     pairs(
         out,
         {
             "duration": f"{facts['duration']:.4g} s, {facts['steps']:,} steps over {facts['slots']:,} slots",
             "throughput": f"{facts['request_throughput']:.4g} requests/s, {facts['output_throughput']:,.0f} tokens/s "
             f"written, {facts['total_throughput']:,.0f} with those read",
-            "goodput": f"{facts['goodput']:.4g} requests/s within the limits",
+            **within,
             "batch": f"{facts['batch']:.1f} requests a step; {facts['held']:.0%} of the slots are held",
             "found cached": f"{facts['hit rate']:.1%} of the prompt tokens",
             "preemptions": f"{facts['preemptions']}, {facts['swapped tokens']:,} tokens moved by swapping",

@@ -1,4 +1,4 @@
-"""``refllm tour``: what refllm does, on the bundled model, in about a minute."""
+"""``refllm tour``: what refllm does, on the bundled model, in a minute and a half."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def tour(
     model: ModelOption = "stdlib",
     backend: BackendOption = "numpy",
 ) -> None:
-    """See refllm at work, in about a minute.
+    """See refllm at work, in a minute and a half.
 
     Every number is computed while you watch, on this machine.
 

@@ -66,7 +66,7 @@ def _speeds(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _batches(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    ax.set(title="In the engine: where speculation begins to lose (B)", xlabel="sequences in the batch",
+    ax.set(title="In the engine: time without drafts ÷ with them (B)", xlabel="sequences in the batch",
            ylabel="times without drafts")  # fmt: skip
     sizes = [r["batch"] for r in rows]
     ax.axhline(1, color=FULL, lw=1)

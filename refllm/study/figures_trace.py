@@ -56,7 +56,7 @@ def serving_blocks(values: Values) -> Figure:
     names = {FREE: "free", CACHED: "cached, nobody runs in it", SHARED: "shared by several"}
     patches = [Patch(facecolor=special[code], edgecolor="#999999", label=name) for code, name in names.items()]
     patches.append(Patch(facecolor=TECHNIQUE, label="a request's own (colours in turn)"))
-    fig.legend(handles=patches, loc="outside lower center", ncols=4, fontsize=8)
+    fig.legend(handles=patches, loc="outside upper left", ncols=4, fontsize=8)
     return fig
 
 
@@ -72,7 +72,7 @@ def serving_tree(values: Values) -> Figure:
     ax.grid(visible=False)
     found = [Patch(facecolor=colour, edgecolor="white", label=name) for name, colour in
              (("found again", TECHNIQUE), ("never found", FULL), ("locked: somebody runs in it", NEAREST))]  # fmt: skip
-    fig.legend(handles=found, loc="outside lower center", ncols=3, fontsize=8.5)
+    fig.legend(handles=found, loc="outside upper left", ncols=3, fontsize=8.5)
     return fig
 
 

@@ -90,6 +90,8 @@ def scheme_of(method: str, bits: int | None, group_size: int | None, symmetric: 
         rule = "half_integer" if symmetric else "asymmetric"
     if method == "fp8" and symmetric is False:
         raise ValueError("fp8 has no zero points: its codes are floats, leave --asymmetric out")
+    if bits == 1 and rule != "asymmetric":
+        raise ValueError("one bit around zero has no other level than 0: take --bits 2, or --asymmetric")
     shared = "block" if usual.granularity == "block" else "group"
     return Scheme(usual.bits if bits is None else bits, rule, "channel" if group is None else shared, group)
 

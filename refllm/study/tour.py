@@ -1,4 +1,4 @@
-"""The tour: what refllm does, on a real model, in about a minute; every number is computed while you watch.
+"""The tour: what refllm does, on a real model, in a minute and a half; every number is computed while you watch.
 
 One function a stop, in ``STOPS``: each prints to the tour's console, may leave figures, takes less than ten seconds
 on two cores, and can be visited alone. A later capability adds a function and a line to the list; those that show a
