@@ -129,6 +129,17 @@ EXAMPLES = {
         "growths": [1.0, 1.5],
         "delayed": [0.0, 0.2],
     },
+    "fp8_training": {
+        "steps": 320,
+        "against float32": {
+            "random weights": {m: {"0": 0.001, "1": -0.002} for m in ("nudged", "tile", "tensor", "E5M2 gradients")},
+            "bundled weights": {m: {"0": 0.0001} for m in ("nudged", "tile", "tensor", "E5M2 gradients")},
+        },
+        "spread of seeds": {"random weights": 0.01, "bundled weights": 0.0},
+        "gradient error": dict.fromkeys(("tile", "tensor", "E5M2 gradients"), 0.1),
+        "powers": [0, 8, 16],
+        "planted": {"tile": [0.001, 0.002, 0.003], "tensor": [0.001, 0.002, 0.5]},
+    },
     "kv_memory": {"contexts": [10, 100], "lines": {"a": [1e9, 1e10]}, "weights": {"w": 5e9}, "marked": 100},
     **SERVING,
 }

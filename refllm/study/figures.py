@@ -33,7 +33,7 @@ from refllm.study.drawing import (
     coloured,
     styled,
 )
-from refllm.study.figures_floats import float_formats
+from refllm.study.figures_floats import float_formats, fp8_training
 from refllm.study.figures_formats import gguf_layouts, gguf_mixes
 from refllm.study.figures_quant import observers, quantization, salience, smoothquant
 from refllm.study.figures_serve import batching, paging, prefixes, unpadding
@@ -188,6 +188,7 @@ FIGURES: dict[str, tuple[str, Draw]] = {
     "gguf_kquants": ("gguf_kquants.json", gguf_layouts),
     "gguf_mixes": ("gguf_mixes.json", gguf_mixes),
     "float_formats": ("float_formats.json", float_formats),
+    "fp8_training": ("fp8_training.json", fp8_training),
     "paging": ("paging.json", paging),
     "batching": ("batching.json", batching),
     "unpadding": ("unpadding.json", unpadding),

@@ -54,19 +54,19 @@ def fp8_training(values: Values) -> Figure:
     errors: Any = values["gradient error"]
     said |= {name: f"{said[name]}\n(gradient off {100 * off:.1f} %)" for name, off in errors.items()}
     against: Any = values["against float32"]
+    panels = grid[0, :].subgridspec(1, len(against))
     for at, start in enumerate(against):
-        ax = fig.add_subplot(grid[0, at])
+        ax = fig.add_subplot(panels[at])
         ax.axvspan(-0.25, 0.25, color="#e4e4e4", label="DeepSeek-V3: within 0.25 %")
         ax.axvline(0, color=FULL, lw=1)
         for place, (name, colour) in enumerate(names.items()):
             points = [100 * off for off in against[start].get(name, {}).values()]
             ax.plot(points, [place] * len(points), "o", ms=8, color=colour, alpha=0.8)
-            if points:
-                text = ", ".join(f"{point:+.2g}".replace("-", "−") for point in points) + " %"
-                ax.annotate(text, (sum(points) / len(points), place), xytext=(0, 8), textcoords="offset points",
-                            ha="center", fontsize=8)  # fmt: skip
+            for point in points:
+                ax.annotate(f"{point:+.2g} %".replace("-", "−"), (point, place), xytext=(0, 8),
+                            textcoords="offset points", ha="center", fontsize=8)  # fmt: skip
         ax.set_yticks(range(len(names)), list(said.values()) if at == 0 else [""] * len(names), fontsize=9)
-        ax.set_ylim(len(names), -0.7)
+        ax.set_ylim(len(names) + 0.3, -0.7)
         ax.margins(x=0.2)
         if spread := values["spread of seeds"].get(start):
             ax.plot([], [], " ", label=f"float32's seeds: {100 * spread:.2g} % apart")

@@ -15,10 +15,11 @@ are kept in ``--work`` with a checkpoint every ``SAVE`` steps: the command goes 
 | tensor          | all three in E4M3, one scale a tensor                                   |
 | E5M2 gradients  | as "tile", but dY in E5M2                                               |
 
-Two starts: random weights, where gradients are large and the loss falls fast, and the bundled ones, where most of a
-difference is the rounding of the forward. Batches of 512 tokens and a slow warm-up keep early training from being
-chaotic, which "nudged" tests: what it differs in is chance, and no method can be told from another by less. Smaller
-batches at a higher rate move that to percents, and then nothing can be told.
+Two starts: random weights, where the loss falls fast, and the bundled ones, where most of a difference is the rounding
+of the forward. Batches of 512 tokens and a slow warm-up keep float32 itself from being chaotic, which "nudged" tests.
+Eight bits are a far larger nudge: from random weights, runs of one method and two seeds end as far apart as two seeds
+of float32 do, some tenths of a percent. So at this size and length the losing controls do not lose: neither tiles, nor
+one scale a tensor, nor gradients in E5M2 can be told from chance there, and neither can a bound of 0.25 %.
 
 Two measures need no training: ‖g₈ − g‖ / ‖g‖ of one gradient over all projections, and the loss of one reading of
 held-out text while two channels are made 2ᵉ times as large without changing the network (``planting``). The first
@@ -69,9 +70,9 @@ METHODS: dict[str, Product] = {
 # In the order of what they are worth if there is no time for all.
 RUNS = (
     *(("random weights", method, 0) for method in METHODS),
+    *(("random weights", method, 1) for method in ("float32", "tile")),
     *(("bundled weights", method, 0) for method in METHODS),
-    *(("random weights", method, 1) for method in ("float32", "tile", "tensor")),
-    *(("random weights", method, 2) for method in ("float32", "tile")),
+    *(("random weights", method, seed) for method, seed in (("tensor", 1), ("float32", 2), ("tile", 2))),
 )
 CHANNELS, POWERS, WINDOWS = (3, 77), (0, 4, 8, 10, 12, 14, 16), 16  # planted channels, of the first tile
 
@@ -184,7 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     "planted": outliers(bundled, config, window)}  # fmt: skip
     hardware = f"{processor()}, one thread, NumPy {np.__version__}, Python {platform.python_version()}"
     made = values(runs) | measured | {"steps": chosen.steps, "batch": BATCH, "length": LENGTH, "model": chosen.model}
-    write(chosen.output, Record("python -m refllm.study.fp8_training", "A, B", hardware, made))
+    some = f" --runs {chosen.runs}" if chosen.runs < len(RUNS) else ""
+    write(chosen.output, Record(f"python -m refllm.study.fp8_training{some}", "A, B", hardware, made))
 
 
 if __name__ == "__main__":
