@@ -149,14 +149,15 @@ def agreement(workers: dict[str, Worker], model: Model, prompts: list[list[int]]
 def near_tie(model: Model, prompt: list[int], ours: list[int], theirs: list[int], name: str) -> dict[str, float]:
     """Where two continuations part, and by how little the choice was made; SystemExit if it was clear.
 
-    Logits of two float32 engines differ by up to 2 · 10⁻⁵ of the largest (the bound of the tests), and each of
-    the two best may move.
+    Logits of two float32 engines differ by up to 2 · 10⁻⁵ of the largest, those of llama.cpp by 3 · 10⁻⁴ (the bounds of
+    the tests), and each of the two best may move.
     """
     at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
     if at is None:
         raise SystemExit(f"{name} gave {len(theirs)} tokens where {len(ours)} were expected")
     z = model.logits([*prompt, *ours[:at]])[-1]
-    margin, tolerance = abs(float(z[ours[at]] - z[theirs[at]])), 4e-5 * float(np.abs(z).max())
+    margin = abs(float(z[ours[at]] - z[theirs[at]]))
+    tolerance = 6e-4 if name.startswith("llama.cpp") else 4e-5 * float(np.abs(z).max())
     if margin > tolerance:
         raise SystemExit(f"{name} parts from refllm at token {at} by a margin of {margin:.1e}: the comparison is void")
     return {"token": at, "margin": margin}

@@ -100,6 +100,7 @@ class Engine:
             parameters.n_seq_max = size
             parameters.n_threads = parameters.n_threads_batch = 1
             parameters.type_k = parameters.type_v = 0  # GGML_TYPE_F32
+            parameters.flash_attn_type = 0  # off, as in the tests that compare logits
             self.contexts[size, length] = llama_cpp.llama_init_from_model(self.model, parameters)
         return self.contexts[size, length]
 
