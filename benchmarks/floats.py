@@ -51,13 +51,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path)
     chosen = parser.parse_args()
-    record: dict[str, Any] = {"benchmark": "floats", "numbers": chosen.numbers, "rounds": chosen.rounds}
+    settings = {"numbers": chosen.numbers, "rounds": chosen.rounds}
+    record: dict[str, Any] = {"benchmark": "floats", "settings": settings}
     record["environment"] = common.environment(["ml_dtypes"], {"refllm": 1, "ml_dtypes": 1})
     x = np.abs(np.random.default_rng(0).standard_normal(chosen.numbers).astype(np.float32)) + np.float32(1e-3)
-    record["formats"] = {fmt: measure(fmt, x, chosen.rounds) for fmt in PEERS}
+    record["results"] = {fmt: measure(fmt, x, chosen.rounds) for fmt in PEERS}
     rows = [(fmt, *(cell for name in ("encode", "decode") for cell in
                     (common.shown(f[name]["ratio"]), f"{f[name]['ns']['median']:.2f}"))) for fmt, f in
-            record["formats"].items()]  # fmt: skip
+            record["results"].items()]  # fmt: skip
     common.table("Times as fast as ml_dtypes (range of the rounds), and our nanoseconds a number",
                  ("format", "encode", "ns", "decode", "ns"), rows)  # fmt: skip
     common.finish(record, chosen.output)
