@@ -63,7 +63,7 @@ def fp8_training(values: Values) -> Figure:
             points = [100 * off for off in against[start].get(name, {}).values()]
             ax.plot(points, [place] * len(points), "o", ms=8, color=colour, alpha=0.8)
             for point in points:
-                ax.annotate(f"{point:+.2g} %".replace("-", "−"), (point, place), xytext=(0, 8),
+                ax.annotate(f"{round(point, 2) + 0.0:+.2f} %".replace("-", "−"), (point, place), xytext=(0, 8),
                             textcoords="offset points", ha="center", fontsize=8)  # fmt: skip
         ax.set_yticks(range(len(names)), list(said.values()) if at == 0 else [""] * len(names), fontsize=9)
         ax.set_ylim(len(names) + 0.3, -0.7)

@@ -17,9 +17,10 @@ are kept in ``--work`` with a checkpoint every ``SAVE`` steps: the command goes 
 
 Two starts: random weights, where the loss falls fast, and the bundled ones, where most of a difference is the rounding
 of the forward. Batches of 512 tokens and a slow warm-up keep float32 itself from being chaotic, which "nudged" tests.
-Eight bits are a far larger nudge: from random weights, runs of one method and two seeds end as far apart as two seeds
-of float32 do, some tenths of a percent. So at this size and length the losing controls do not lose: neither tiles, nor
-one scale a tensor, nor gradients in E5M2 can be told from chance there, and neither can a bound of 0.25 %.
+Eight bits are a far larger nudge: from random weights, runs of one method and several seeds end as far apart as seeds
+of float32 do, some tenths of a percent. So there, at this size and length, the losing controls do not lose: no method
+can be told from chance, and a bound of 0.25 % cannot be tested. From the bundled weights it can: all methods stay
+within it, and tiles are the nearest to float32, one scale a tensor next, E5M2 gradients last, but by very little.
 
 Two measures need no training: ‖g₈ − g‖ / ‖g‖ of one gradient over all projections, and the loss of one reading of
 held-out text while two channels are made 2ᵉ times as large without changing the network (``planting``). The first
