@@ -156,6 +156,11 @@ class BlockTable:
         self.length = 0
 
     @property
+    def block_size(self) -> int:
+        """Tokens in a block."""
+        return self.pool.block_size
+
+    @property
     def capacity(self) -> int:
         """Tokens that fit into the blocks held."""
         return len(self.blocks) * self.pool.block_size

@@ -38,6 +38,8 @@ class Table(Protocol):
     @property
     def blocks(self) -> Sequence[int]: ...
     @property
+    def block_size(self) -> int: ...
+    @property
     def length(self) -> int: ...
     def slots(self, start: int, stop: int) -> list[int]: ...
 
@@ -105,9 +107,13 @@ class PagedKVCache:
         flat = [s for part in slots for s in part]
         if len(set(flat)) != len(flat):  # duplicate indices in an assignment are undefined on a GPU
             raise ValueError("two tokens of the step have the same slot: reserve each sequence before the view")
-        for table, part in zip(tables, slots, strict=True):
-            if any(self.pool.ref_count(s // self.pool.block_size) > 1 for s in part):
-                raise ValueError(f"a block of {table.blocks} is shared and would be written: reserve it first")
+        b, holders = self.pool.block_size, self.pool.ref_count
+        shared = [s // b for s in flat if holders(s // b) > 1]
+        if shared:
+            blocks = next(
+                t.blocks for t, part in zip(tables, slots, strict=True) if shared[0] in {s // b for s in part}
+            )
+            raise ValueError(f"a block of {blocks} is shared and would be written: reserve it first")
         return _View(self, tables, counts, flat)
 
     def advance(self, tables: Sequence[BlockTable], counts: Sequence[int]) -> None:
@@ -137,10 +143,11 @@ class _View:
         busy = [i for i, n in enumerate(counts) if n]
         all_together = fits_together([counts[i] for i in busy], [tables[i].length for i in busy], cache.heads)
         joined = busy if all_together else [i for i in busy if counts[i] == 1]
+        alone = [] if all_together else [i for i in busy if counts[i] != 1]
         self.apart = [
             (slice(starts[i], starts[i] + counts[i]), tables[i].length,
              asarray_like(tables[i].slots(0, tables[i].length + counts[i]), like, "int64"))
-            for i in busy if i not in set(joined)
+            for i in alone
         ]  # fmt: skip
         self.joined: Any = None  # the rows that attend together
         if joined:
@@ -154,9 +161,18 @@ class _View:
         """
         lengths = [t.length for t in tables]
         longest = max(lengths) + count
-        rows = [t.slots(0, n + count) for t, n in zip(tables, lengths, strict=True)]
-        slots = asarray_like([row + [row[0]] * (longest - len(row)) for row in rows], self.cache.keys, "int64")
-        return slots, bias_together(lengths, count, self.cache.window, self.cache.keys)
+        bias = bias_together(lengths, count, self.cache.window, self.cache.keys)
+        xp, b = namespace(self.cache.keys), self.cache.pool.block_size
+        if any(t.block_size != b for t in tables):  # runs of slots, in the baselines before paging
+            rows = [t.slots(0, n + count) for t, n in zip(tables, lengths, strict=True)]
+            rows = [row + [row[0]] * (longest - len(row)) for row in rows]
+            return asarray_like(rows, self.cache.keys, "int64"), bias
+        wide = -(-longest // b)  # blocks; as a list of slots this would be B · S Python numbers a step
+        known = [(n + count, *t.blocks[:wide]) for t, n in zip(tables, lengths, strict=True)]
+        host = [(*row, *row[1:2] * (1 + wide - len(row))) for row in known]
+        placed = asarray_like(host, self.cache.keys, "int64")  # one transfer for both
+        slots = xp.reshape(placed[:, 1:, None] * b + xp.arange(b), (len(tables), -1))[:, :longest]
+        return xp.where(xp.arange(longest) < placed[:, :1], slots, slots[:, :1]), bias
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
         xp, cache = namespace(q), self.cache

@@ -98,6 +98,8 @@ class PrefixCache:
         Only what is written and verified may be in the table by now: a block that is named is found at once.
         """
         full = table.length // self.pool.block_size
+        if not full or (len(keys) >= full and self.pool.key_of(table.blocks[full - 1]) is not None):
+            return  # nothing has become full since
         new = full
         while new and self.pool.key_of(table.blocks[new - 1]) is None:  # blocks are named in order: [0, new) are
             new -= 1

@@ -60,7 +60,7 @@ def choose(z: Array, seats: Sequence[Seat]) -> list[list[list[int]] | None]:
     """z[R, V], penalised → for each seat its voices' next tokens; None if its logits have no largest one."""
     xp = namespace(z)
     best = xp.argmax(z, axis=-1)  # calls a NaN the largest
-    sound = xp.isfinite(xp.take_along_axis(z, best[:, None], axis=-1)[:, 0])
+    sound = xp.isfinite(z[xp.arange(z.shape[0]), best])
     tops: list[int] = to_numpy(xp.where(sound, best, -1)).tolist()  # −1 travels in the same copy as the ids
     chosen: list[list[list[int]] | None] = [None] * len(seats)
     drawn = []
