@@ -141,4 +141,8 @@ def test_what_speculation_buys_is_what_was_recorded():
         for key in (("copy", "n-gram"), ("code", "model"), ("code", "n-gram"))
     }
     assert (copied, drafted) == (round(best["copy", "n-gram"], 2), round(best["code", "model"], 2))
+    least, most = stated(r"which itself costs it (\d+) to (\d+) %")
+    record = json.loads((ROOT / "benchmarks" / "results" / "speculative.json").read_text("utf-8"))
+    losses = [100 - 100 * row["adaptive"]["median"] for row in record["batches"]]
+    assert (least, most) == pytest.approx((min(losses), max(losses)), abs=2)
     assert best["code", "n-gram"] < 1.05  # "only n-grams on copied text win"
