@@ -146,6 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record: dict[str, Any] = {"benchmark": "formats"}
     if options.whole:
         record["environment"] = environment((), {"refllm": 1})
+        record["settings"] = {"whole": options.whole, "type": options.type, "workers": options.workers, "rounds": 1}
         found = record["results"] = whole(options.whole, options.type, options.workers)
         print("\n" + ", ".join(f"{key} {value}" for key, value in found.items()))
         finish(record, options.output)
