@@ -247,6 +247,17 @@ def test_gamma_follows_acceptance_and_probes():
     assert make(None)().propose([1, 2, 1], 9, GREEDY, np.random.default_rng(0)).tokens == [2, 1]
 
 
+def test_what_was_worked_out_for_one_batch_and_acceptance_is_not_taken_for_another():
+    costs = Costs([(1, 1.0), (8, 1.2), (64, 4.0), (512, 30.0)], 0.05)
+    drafting = Drafting(lambda: NGramDrafter(4), costs=costs)
+    cases = [(alpha, batch, most) for alpha in (0.1, 0.9) for batch in (1, 64) for most in (1, 4)] * 2
+    found = []
+    for alpha, drafting.batch, most in cases:
+        found.append(drafting.worth(alpha, most))
+    assert found == [costs.best_gamma(*case) for case in cases]
+    assert len(set(found)) > 1
+
+
 def test_drafting_is_off_in_a_large_batch_and_on_in_a_small_one():
     costs = Costs([(1, 1.0), (4, 1.1), (16, 1.6), (64, 6.0), (256, 24.0)], 0.01)
     drafting = Drafting(lambda: NGramDrafter(3, shortest=1), costs=costs)

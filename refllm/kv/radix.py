@@ -112,8 +112,7 @@ class RadixCache:
         """Give the tree the whole pages of ``tokens`` with their ``slots``; returns how many tokens it had already.
 
         The slots of [0, returned) stay the caller's (see the ownership above), those of [returned, whole pages) go
-        to the tree. ValueError if the lengths differ, or a slot
-        stands twice.
+        to the tree. ValueError if the lengths differ, or a slot stands twice.
         """
         if len(tokens) != len(slots):
             raise ValueError(f"insert: {len(tokens)} tokens need as many slots, got {len(slots)}")
