@@ -97,11 +97,11 @@ def test_invariance_siblings_are_independent(xp, prompt, tails, block, seed):
 
     alone = []
     for tail in more:
-        cache = PagedKVCache(config, 20, block, like=like)
+        cache = PagedKVCache(config, 40, block, like=like)
         table = cache.table()
         write(cache, table, start)
         alone.append([write(cache, table, new) for new in tail])
-    cache = PagedKVCache(config, 20, block, like=like, poison=True)
+    cache = PagedKVCache(config, 40, block, like=like, poison=True)
     parent = cache.table()
     write(cache, parent, start)
     both = [parent, parent.fork()]
@@ -116,7 +116,7 @@ def test_invariance_siblings_are_independent(xp, prompt, tails, block, seed):
     for table in both:
         table.free()
     cache.pool.check()
-    assert cache.pool.num_free == 20
+    assert cache.pool.num_free == 40
 
 
 @given(chunks=partitions(len(TOKENS)), block=st.integers(1, 7), name=st.sampled_from(sorted(NETWORKS)))

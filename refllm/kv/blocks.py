@@ -21,7 +21,7 @@ Left out: a null block (a table knows its length), swapping (``serve`` moves who
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 Key = Hashable
 
@@ -57,6 +57,10 @@ class BlockPool:
     def ref_count(self, block: int) -> int:
         """How many tables own the block."""
         return self._references[self._checked(block)]
+
+    def shared(self, blocks: Sequence[int]) -> list[int]:
+        """Those of ``blocks`` that several tables own."""
+        return [block for block in blocks if self._references[block] > 1]
 
     def allocate(self) -> int:
         """Take the block that has been free the longest; what it remembered is forgotten. OutOfBlocks if none is."""

@@ -103,18 +103,16 @@ class PagedKVCache:
         ValueError
             if a token has no slot, or two have the same (a block that is shared and was not copied).
         """
-        slots = [t.slots(t.length, t.length + n) for t, n in zip(tables, counts, strict=True)]
-        flat = [s for part in slots for s in part]
-        if len(set(flat)) != len(flat):  # duplicate indices in an assignment are undefined on a GPU
+        slots: list[int] = []
+        for table, n in zip(tables, counts, strict=True):
+            slots += table.slots(table.length, table.length + n)
+        if len(set(slots)) != len(slots):  # duplicate indices in an assignment are undefined on a GPU
             raise ValueError("two tokens of the step have the same slot: reserve each sequence before the view")
-        b, holders = self.pool.block_size, self.pool.ref_count
-        shared = [s // b for s in flat if holders(s // b) > 1]
-        if shared:
-            blocks = next(
-                t.blocks for t, part in zip(tables, slots, strict=True) if shared[0] in {s // b for s in part}
-            )
+        b = self.pool.block_size
+        if shared := self.pool.shared([slot // b for slot in slots]):
+            blocks = next(table.blocks for table in tables if shared[0] in table.blocks)
             raise ValueError(f"a block of {blocks} is shared and would be written: reserve it first")
-        return _View(self, tables, counts, flat)
+        return _View(self, tables, counts, slots)
 
     def advance(self, tables: Sequence[BlockTable], counts: Sequence[int]) -> None:
         """Commit what the last view wrote."""
@@ -168,8 +166,10 @@ class _View:
             rows = [row + [row[0]] * (longest - len(row)) for row in rows]
             return asarray_like(rows, self.cache.keys, "int64"), bias
         wide = -(-longest // b)  # blocks; as a list of slots this would be B · S Python numbers a step
-        known = [(n + count, *t.blocks[:wide]) for t, n in zip(tables, lengths, strict=True)]
-        host = [(*row, *row[1:2] * (1 + wide - len(row))) for row in known]
+        host = [
+            (n + count, *t.blocks[:wide], *([t.blocks[0]] * (wide - len(t.blocks))))
+            for t, n in zip(tables, lengths, strict=True)
+        ]
         placed = asarray_like(host, self.cache.keys, "int64")  # one transfer for both
         slots = xp.reshape(placed[:, 1:, None] * b + xp.arange(b), (len(tables), -1))[:, :longest]
         return xp.where(xp.arange(longest) < placed[:, :1], slots, slots[:, :1]), bias

@@ -28,7 +28,7 @@ from refllm.serve.request import Request
 from refllm.serve.voice import Voice
 
 
-@dataclass
+@dataclass(slots=True)
 class Seat:
     """A branch that is sampled: its tokens, its drafts and their q if it has one, and a voice for each continuation."""
 
@@ -66,10 +66,12 @@ def choose(z: Array, seats: Sequence[Seat]) -> list[list[list[int]] | None]:
     drawn = []
     for i, seat in enumerate(seats):
         rows = seat.best = tops[seat.rows]
-        if min(rows) >= 0 and seat.request.temperature == 0:
-            chosen[i] = [_agreed(rows, seat.drafts)] * len(seat.voices)
-        elif min(rows) >= 0:
+        if min(rows) < 0:
+            continue
+        if seat.request.temperature:
             drawn.append(i)
+        else:
+            chosen[i] = [_agreed(rows, seat.drafts)] * len(seat.voices)
     if drawn:
         for i, tokens in zip(drawn, _draw(z, [seats[i] for i in drawn]), strict=True):
             chosen[i] = tokens
@@ -78,6 +80,8 @@ def choose(z: Array, seats: Sequence[Seat]) -> list[list[list[int]] | None]:
 
 def _agreed(tokens: Sequence[int], drafts: Sequence[int]) -> list[int]:
     """The tokens of rows 0, 1, … as long as the drafts before them are what was chosen there."""
+    if not drafts:
+        return list(tokens[:1])
     kept = next((i for i, draft in enumerate(drafts) if draft != tokens[i]), len(drafts))
     return list(tokens[: kept + 1])
 

@@ -157,7 +157,10 @@ class Engine(Counts):
         try:
             if self.on_plan is not None:
                 self.on_plan(plan)
-            tokens = {b.key: [*b.tokens, *b.drafts] if b.drafts else b.tokens for b in branches}
+            tokens = {
+                item.name: [*branch.tokens, *branch.drafts] if branch.drafts else branch.tokens
+                for branch, item in self.scheduler.step.items.items()
+            }
             z = execute(plan, tokens, self.model.weights, self.model.config, self.cache)
             outcomes = [] if z is None else self._outcomes(plan, branches, z)
         except BaseException:
@@ -183,12 +186,15 @@ class Engine(Counts):
     def _outcomes(self, plan: Plan, branches: Sequence[Branch], z: Array) -> list[Outcome]:
         """z[R, V] → what becomes of each branch that was sampled, in the order of the plan."""
         seats: list[Seat] = []
-        sampled = [branch for branch, item in zip(branches, plan.items, strict=True) if item.samples]
+        sampled: list[Branch] = []
         at = 0
-        for branch, item in zip(sampled, plan.sampling, strict=True):
-            q = self._drafted.get(branch.key) if branch.drafts else None
-            voices = self._live[branch.request.id].voices_of(branch)
-            seats.append(Seat(branch.request, branch.tokens, voices, branch.drafts, q, slice(at, at + item.samples)))
+        for branch, item in zip(branches, plan.items, strict=True):
+            if not item.samples:
+                continue
+            request, drafts, rows = branch.request, branch.drafts, slice(at, at + item.samples)
+            q = self._drafted.get(branch.key) if drafts else None
+            seats.append(Seat(request, branch.tokens, self._live[request.id].voices_of(branch), drafts, q, rows))
+            sampled.append(branch)
             at += item.samples
         z = penalised(z, seats)
         outcomes: list[Outcome] = []
@@ -234,8 +240,10 @@ class Engine(Counts):
             if live.search is not None and event.reason in (None, "dropped"):
                 beams.setdefault(name, []).append(event)
                 continue
-            told.append(live.hear(event))
-            self._pass_on(name, live, told[-1:])
+            piece = live.hear(event)
+            told.append(piece)
+            if live.listener is not None:
+                self._pass_on(name, live, [piece])
         for name, some in beams.items():
             live = self._live.get(name)
             if live is None or live.search is None:

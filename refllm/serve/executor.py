@@ -49,13 +49,17 @@ def execute(
     ids: list[int] = []
     positions: list[int] = []
     rows: list[int] = []
-    for item in plan.items:
-        end = item.start + item.count
-        tables.append(Placed(item.blocks, plan.block_size, item.start))
-        counts.append(item.count)
-        ids += tokens[item.name][item.start : end]
-        positions += range(item.start, end)
-        rows += range(len(ids) - item.samples, len(ids))
+    for name, start, count, blocks, samples, _ in plan.items:
+        end = start + count
+        tables.append(Placed(blocks, plan.block_size, start))
+        counts.append(count)
+        if count == 1:  # nearly all of a step
+            ids.append(tokens[name][start])
+            positions.append(start)
+        else:
+            ids += tokens[name][start:end]
+            positions += range(start, end)
+        rows += range(len(ids) - samples, len(ids))
     for first, start, count in _padding(plan):
         tables.append(Placed((first,), 0, start))
         counts.append(count)

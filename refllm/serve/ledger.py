@@ -145,7 +145,7 @@ class Ledger(ABC):
         """
         step = self._under_way(plan)
         sampling = [branch for branch, item in step.items.items() if item.samples]
-        check_outcomes(sampling, outcomes, {b.request.id: len(self._live.get(b.request.id, ())) for b in sampling})
+        check_outcomes(sampling, outcomes, self._live)
         self.step = None
         self.steps += 1
         events, self._ended = self._ended, []
@@ -175,29 +175,30 @@ class Ledger(ABC):
 
     def _go_on(self, branch: Branch, outcome: Outcome, events: list[Event]) -> None:
         """A branch takes the first continuation, forks of it the others; without any it is dropped."""
-        length = len(branch.tokens)
+        length, left = len(branch.tokens), branch.left
         first = outcome[0] if outcome else Continuation((), "dropped")
-        tokens = list(first.tokens[: branch.left])
+        tokens = list(first.tokens[:left])
         # verified are its own tokens and the drafts among the new ones; the last one is not computed yet
         branch.computed, branch.drafts = length + max(0, len(tokens) - 1), []
         branch.tokens += tokens
         if tokens:
             self.memory.commit(branch)
-        told = [(branch, tokens, first.reason)]
+        told = [Event(branch, tokens, first.reason)]
         for other in outcome[1:]:
-            told.append((self._fork(branch, length, other), list(other.tokens), other.reason))
+            told.append(Event(self._fork(branch, length, other), list(other.tokens), other.reason))
         if branch.request.beam:  # a search keeps n seats, however many beams it has at the moment
             beams = self._live[branch.request.id]
             beams[0].seats = branch.request.n + 1 - len(beams)
         else:
             branch.seats = 1
-        for one, new, reason in told:
+        for event in told:
+            one, new, reason = event
             self.sampled += len(new)
             if reason is None and one.left == 0:
-                reason = "length"
-            if reason is not None:
-                self._end(one, reason)
-            events.append(Event(one, new, reason))
+                event = Event(one, new, "length")
+            if event.reason is not None:
+                self._end(one, event.reason)
+            events.append(event)
 
     def _fork(self, parent: Branch, length: int, how: Continuation) -> Branch:
         """Another branch with the parent's first ``length`` tokens that goes on differently."""

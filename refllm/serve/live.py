@@ -70,16 +70,18 @@ class Live:
 
     def voice(self, index: int) -> Voice:
         """The voice of branch ``index``."""
-        if index not in self._voices:
+        voice = self._voices.get(index)
+        if voice is None:
             text = self.listener is not None and self.search is None
-            voice = Voice(self.request, index, self.seed, self.tokenizer, self.ends, text)
+            voice = self._voices[index] = Voice(self.request, index, self.seed, self.tokenizer, self.ends, text)
             voice.drafter = None if self._drafter is None else self._drafter()
-            self._voices[index] = voice
-        return self._voices[index]
+        return voice
 
     def voices_of(self, branch: Branch) -> list[Voice]:
         """One for each continuation that the branch's next token may have: n where it is to fork into n."""
         together = branch.seats if self.search is None else 1
+        if together == 1:  # as a rule
+            return [self.voice(branch.index)]
         return [self.voice(branch.index + i) for i in range(together)]
 
     def rewind(self, branch: Branch) -> None:

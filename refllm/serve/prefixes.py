@@ -52,8 +52,11 @@ class Hashed(Paged):
         return True
 
     def commit(self, branch: Branch) -> None:
+        table = self._tables[branch]
+        full = table.length // self.block_size
         super().commit(branch)
-        self.cache.insert(self._tables[branch], branch.tokens, self._keys[branch], salt=branch.request.salt)
+        if table.length // self.block_size > full:
+            self.cache.insert(table, branch.tokens, self._keys[branch], salt=branch.request.salt)
 
     def fork(self, parent: Branch, child: Branch) -> None:
         super().fork(parent, child)

@@ -124,11 +124,12 @@ class Branch:
     """One continuation of a request while it is served; the scheduler alone changes it."""
 
     __slots__ = (
-        "computed", "drafts", "index", "order", "preemptions", "reason", "request", "seats", "status", "tokens",
+        "computed", "drafts", "index", "key", "order", "preemptions", "reason", "request", "seats", "status", "tokens",
     )  # fmt: skip
 
     def __init__(self, request: Request, index: int, order: int):
         self.request, self.index, self.order = request, index, order
+        self.key: tuple[Hashable, int] = (request.id, index)  # its name in plans
         self.tokens = list(request.prompt)
         self.drafts: list[int] = []
         self.computed = 0
@@ -151,11 +152,6 @@ class Branch:
     def left(self) -> int:
         """How many more tokens it may get."""
         return len(self.request.prompt) + self.request.max_tokens - len(self.tokens)
-
-    @property
-    def key(self) -> tuple[Hashable, int]:
-        """(request's id, index): its name in plans."""
-        return self.request.id, self.index
 
     def __repr__(self) -> str:
         return f"Branch({self.request.id!r}.{self.index}, {self.computed}/{self.total}, {self.status.value})"

@@ -48,6 +48,8 @@ class Voice:
 
     def hear(self, tokens: Sequence[int]) -> Continuation:
         """The next tokens as far as the text goes: up to an end token, or the one that completes a stop string."""
+        if not self.streams and self.ends.isdisjoint(tokens):
+            return Continuation(tokens)
         for i, token in enumerate(tokens):
             if token in self.ends:
                 self._flush()
@@ -60,6 +62,8 @@ class Voice:
 
     def take(self, ended: bool) -> str:
         """The text that is new since it was taken the last time; all of it if no more will come."""
+        if not self.streams:
+            return ""
         if ended:
             self._flush()
         piece, self._piece = self._piece, ""
