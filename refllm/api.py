@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from refllm.backend import Array, asarray_like, to_numpy
-from refllm.decode.drafts import Drafter, ModelDrafter, check_vocabulary
+from refllm.decode.drafts import Drafter, ModelDrafter, check_drafter
 from refllm.decode.generate import GREEDY, Sampling, generate_tokens
 from refllm.decode.speculate import Step, speculate
 from refllm.decode.text import StopStrings, Utf8Stream
@@ -214,12 +214,7 @@ class Model:
             return
         if isinstance(drafter, Model):
             drafter = ModelDrafter(drafter)
-        if not hasattr(drafter, "propose"):
-            raise TypeError(
-                f"a drafter is a Model, or one of refllm.decode.drafts such as NGramDrafter(), got {drafter!r}"
-            )
-        if isinstance(drafter, ModelDrafter):
-            check_vocabulary(self, drafter.model)
+        check_drafter(self, drafter)
         for step in speculate(self.weights, self.config, prompt, max_tokens, how, rng, drafter):
             if on_step is not None:
                 on_step(step)

@@ -8,6 +8,7 @@ N = 2 case of lookahead decoding, Fu et al. 2024).
 | ``ModelDrafter``  | what a small model samples (temperature 0: argmax)   | its own | a step of that model        |
 | ``NGramDrafter``  | what followed the last tokens when they stood before | one-hot | none                        |
 | ``JacobiDrafter`` | what the target itself said after the last guesses   | one-hot | none                        |
+| ``Cascade``       | those of the first drafter that has any              | its     | its                         |
 | ``PerfectDrafter``| what the target will say: the control, all accepted  | its own | a step of the target        |
 | ``Adversary``     | the least likely tokens: the other control           | one-hot | a step of the target        |
 
@@ -19,7 +20,7 @@ truth: the returned q has every warp of the drafter in it; a draft that was not 
 much as one that will not. The decision looks at q before the token is drawn from it; looking at the token that was
 drawn, and taking it back, would change what was sampled.
 
-Left out: EAGLE's heads (``decode.eagle``), the 2-D window of lookahead decoding, drafters that learn as they go.
+Trees are ``decode.tree_drafts``. Left out: EAGLE's heads, the 2-D window of lookahead decoding, drafters that learn.
 """
 
 from __future__ import annotations
@@ -32,15 +33,20 @@ import numpy as np
 from refllm.backend import Array, asarray_like, namespace
 from refllm.decode import lean, sampling, speculative
 from refllm.decode.generate import Sampling
+from refllm.decode.tree import Tree
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.llama import forward, logits
 
 
 class Proposal(NamedTuple):
-    """Drafted tokens, and row for row what they were sampled from: q[len(tokens), V]; None: one-hot."""
+    """Drafted tokens, and row for row what they were sampled from: q[len(tokens), V]; None: one-hot.
+
+    With a ``tree`` they are its nodes, and row i of q[len(tokens) + 1, V] is what the children of row i are drawn from.
+    """
 
     tokens: list[int]
     q: Array | None
+    tree: Tree | None = None  # None: a chain, each token behind the one before
 
 
 NOTHING = Proposal([], None)
@@ -201,6 +207,31 @@ class ModelDrafter:
         return speculative.draw(row, rng.random()), row
 
 
+class Cascade:
+    """Asks drafters in turn, the cheapest first, and takes the first proposal that is one.
+
+    ``Cascade(NGramDrafter(3), TreeDrafter(draft))``: where the text repeats itself the guess is free and mostly right;
+    elsewhere the model guesses.
+    """
+
+    def __init__(self, *drafters: Drafter):
+        if not drafters:
+            raise ValueError("a cascade needs a drafter")
+        self.drafters, self.gamma = drafters, max(drafter.gamma for drafter in drafters)
+        self._asked = drafters[0]  # whose proposal is judged
+
+    def propose(self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator) -> Proposal:
+        for drafter in self.drafters:
+            proposal = drafter.propose(tokens, min(count, drafter.gamma), how, rng)
+            if proposal.tokens:
+                self._asked = drafter
+                return proposal
+        return NOTHING
+
+    def observe(self, best: Sequence[int], accepted: int) -> None:
+        self._asked.observe(best, accepted)
+
+
 class PerfectDrafter(ModelDrafter):
     """The target drafts for itself, so p = q: every draft is accepted, and nothing is gained."""
 
@@ -221,6 +252,17 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     while same < n and a[same] == b[same]:
         same += 1
     return same
+
+
+def check_drafter(target: Any, drafter: Any) -> None:
+    """TypeError for what is no drafter; ValueError if a model in it does not speak the target's vocabulary."""
+    if not hasattr(drafter, "propose"):
+        raise TypeError(f"a drafter is a Model, or one of refllm.decode.drafts such as NGramDrafter(), got {drafter!r}")
+    if isinstance(drafter, Cascade):
+        for one in drafter.drafters:
+            check_drafter(target, one)
+    if isinstance(drafter, ModelDrafter):
+        check_vocabulary(target, drafter.model)
 
 
 def check_vocabulary(target: Any, draft: Any) -> None:

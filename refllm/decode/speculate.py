@@ -10,7 +10,9 @@ A step, with text = prompt + output, of which [0, s) are cached and the last tok
 4. a drafts are accepted and one token follows: the cache is longer by 1 + a. What lies behind, keys and values of
    rejected drafts, is garbage that no query sees and the next step overwrites.
 
-Left out: batches (``serve``), trees (``decode.tree``), stop strings and end tokens (whoever reads the tokens).
+A tree takes the same way: the rows see their ancestors, and of its nodes the accepted path is moved together.
+
+Left out: batches (``serve``), stop strings and end tokens (whoever reads the tokens).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from refllm.decode import sampling
 from refllm.decode.drafts import NOTHING, Drafter, Proposal
 from refllm.decode.generate import Sampling, check_prompts, choose, prefill
 from refllm.decode.speculative import verify, verify_greedy
+from refllm.decode.tree import Tree, TreeView, compact, verify_tree, verify_tree_greedy
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights, forward, logits
@@ -76,10 +79,14 @@ def speculate(
             return
         count = min(drafter.gamma, end - len(text) - 1)
         proposal = drafter.propose(text, count, how, rng) if count > 0 else NOTHING
-        z = _rows(weights, config, [text[-1], *proposal.tokens], cache)
-        step, best = judge(z, text, proposal, how, rng, law)
-        drafter.observe(best, step.accepted)
-        cache.advance([step.accepted + 1])
+        z = _rows(weights, config, [text[-1], *proposal.tokens], cache, proposal.tree)
+        if proposal.tree is None:
+            step, best = judge(z, text, proposal, how, rng, law)
+            drafter.observe(best, step.accepted)
+            cache.advance([step.accepted + 1])
+        else:
+            step, path = judge_tree(z, text, proposal, how, rng)
+            compact(cache, 0, path)
 
 
 def judge(
@@ -91,28 +98,54 @@ def judge(
     z = penalised(z, text, drafts, how.repetition_penalty)
     best = xp.argmax(z, axis=-1)
     if how.temperature == 0:
-        # calls a NaN the largest; −1 travels in the same copy as the ids
-        found: list[int] = to_numpy(xp.where(xp.isfinite(xp.max(z, axis=-1)), best, -1)).tolist()
-        if min(found) < 0:
-            raise ValueError("the logits of a step have no largest one: NaN, +inf or nothing but -inf")
+        found = _sound(z, best)
         return Step(drafts, *verify_greedy(found, drafts)), found
     p = sampling.warp(z, how.temperature, how.top_k, how.top_p, how.min_p)
     return Step(drafts, *law(p, proposal.q, drafts, rng)), to_numpy(best).tolist()
 
 
-def penalised(z: Array, text: Sequence[int], drafts: Sequence[int], penalty: float) -> Array:
-    """z[γ+1, V] with the repetition penalty: row i pays for the text and the drafts before it."""
+def judge_tree(
+    z: Array, text: Sequence[int], proposal: Proposal, how: Sampling, rng: np.random.Generator
+) -> tuple[Step, list[int]]:
+    """Verify a tree after ``text`` by its logits z[m+1, V]: the step, its path first among the drafts, and the path."""
+    nodes, tree = proposal.tokens, proposal.tree
+    assert tree is not None
+    z = penalised(z, text, nodes, how.repetition_penalty, tree)
+    if how.temperature == 0:
+        path, token = verify_tree_greedy(_sound(z, namespace(z).argmax(z, axis=-1)), tree, nodes)
+    else:
+        p = sampling.warp(z, how.temperature, how.top_k, how.top_p, how.min_p)
+        path, token = verify_tree(p, proposal.q, tree, nodes, rng)
+    kept = set(path)
+    order = path + [node for node in range(len(nodes)) if node not in kept]
+    return Step([nodes[node] for node in order], len(path), token), path
+
+
+def penalised(z: Array, text: Sequence[int], drafts: Sequence[int], penalty: float, tree: Tree | None = None) -> Array:
+    """z[γ+1, V] with the repetition penalty: row i pays for the text and the drafts before it, in a tree above it."""
     if penalty == 1:
         return z
     seen = np.zeros(z.shape, dtype=bool)
     seen[:, list(text)] = True
+    above = np.asarray((tree or Tree.chain(len(drafts))).mask())  # [γ+1, γ+1], of itself too
     for i, token in enumerate(drafts):
-        seen[i + 1 :, token] = True
+        seen[above[:, i + 1], token] = True
     return sampling.apply_repetition_penalty(z, asarray_like(seen, z), penalty)
 
 
-def _rows(weights: Weights, config: ModelConfig, tokens: list[int], cache: ContiguousCache) -> Array:
+def _sound(z: Array, best: Array) -> list[int]:
+    """The argmax of each row on the host; ValueError if one is no largest number."""
+    xp = namespace(z)  # argmax calls a NaN the largest; −1 travels in the same copy as the ids
+    found: list[int] = to_numpy(xp.where(xp.isfinite(xp.max(z, axis=-1)), best, -1)).tolist()
+    if min(found) < 0:
+        raise ValueError("the logits of a step have no largest one: NaN, +inf or nothing but -inf")
+    return found
+
+
+def _rows(weights: Weights, config: ModelConfig, tokens: list[int], cache: ContiguousCache, tree: Tree | None) -> Array:
     """Logits after each of the tokens, [γ+1, V]; the cache holds their keys and values, and is not longer yet."""
     counts = [len(tokens)]
-    placed = asarray_like([tokens, cache.positions(counts)], cache.keys, "int64")
-    return logits(weights, forward(weights, config, placed[0], placed[1], cache.view(counts)))
+    at = cache.positions(counts) if tree is None else tree.positions(cache.lengths[0])
+    placed = asarray_like([tokens, at], cache.keys, "int64")
+    view = cache.view(counts) if tree is None else TreeView(cache, 0, tree)
+    return logits(weights, forward(weights, config, placed[0], placed[1], view))

@@ -179,7 +179,9 @@ class Engine(Counts):
                 voice = self._live[branch.request.id].voice(branch.index)
                 assert voice.drafter is not None
                 limit = min(voice.drafter.gamma, branch.left - 1)
-                drafts, q = voice.drafter.propose(branch.tokens, limit, voice.how, voice.rng)
+                drafts, q, tree = voice.drafter.propose(branch.tokens, limit, voice.how, voice.rng)
+                if tree is not None:
+                    raise ValueError("the engine verifies chains: give it a ModelDrafter where this one grows trees")
                 self.scheduler.propose(branch.key, drafts)
                 self._drafted[branch.key] = q
 

@@ -1,0 +1,91 @@
+"""Trees from a draft model: a chain as long as the model is sure, and a fan where it is not.
+
+Sources: the trade between depth and width is that of Chen et al. 2024 (Sequoia), section 3.1; that the draft's own
+probability tells which node will be accepted, Li et al. 2024 (EAGLE-2), section 3.1.
+
+A step of the draft model costs the same for one guess or for several of the same place, and on a processor a step of
+the target costs nearly the same for 2 to 4 tokens. So of a budget of γ nodes, from the root down:
+
+- max q ≥ ``confidence`` and more than one node left: one child, and the draft goes on below it;
+- else all nodes that are left become children here, and the draft is ready.
+
+| temperature | children                            | q in the proposal                     | judged by              |
+|-------------|-------------------------------------|---------------------------------------|------------------------|
+| 0           | the most likely tokens of q         | none                                  | ``verify_tree_greedy`` |
+| above 0     | drawn from q without replacement    | row by row, what they were drawn from | ``verify_tree``        |
+
+How many children a node gets depends on q alone and not on what is drawn from it, so the law stays the target's.
+
+Left out: expanding several nodes of a level at once (EAGLE-2), trees in the batches of ``serve``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from refllm.backend import Array, namespace
+from refllm.decode import sampling
+from refllm.decode.drafts import NOTHING, ModelDrafter, Proposal
+from refllm.decode.generate import Sampling
+from refllm.decode.tree import Tree, draw_children
+
+
+class TreeDrafter(ModelDrafter):
+    """A draft model that proposes trees of ``gamma`` nodes; ``confidence`` is where it begins to fan out."""
+
+    def __init__(self, model: Any, gamma: int = 3, *, confidence: float = 0.5, how: Sampling | None = None):
+        super().__init__(model, gamma, confidence=confidence, how=how)
+
+    def propose(
+        self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator, sequence: int = 0
+    ) -> Proposal:
+        how = self.how or how
+        count = min(count, self.cache.capacity - len(tokens))
+        parents: list[int] = []
+        nodes: list[int] = []
+        rows: dict[int, Array] = {}  # of q, by the row of the node whose children were drawn from it
+        parent, feed = -1, self._behind(tokens, sequence) if count > 0 else []
+        while len(nodes) < count:
+            z, left = self._feed(feed, sequence), count - len(nodes)
+            if how.temperature == 0:
+                children = _likeliest(z, left if self._fans(z, left) else 1)
+            else:
+                q = rows[parent + 1] = sampling.warp(z, how.temperature, how.top_k, how.top_p, how.min_p)
+                children = draw_children(q, left if float(namespace(q).max(q)) < self.confidence else 1, rng)
+            parents += [parent] * len(children)
+            parent = len(nodes)
+            nodes += children
+            if len(children) > 1:
+                break
+            feed = children
+        return Proposal(nodes, _stacked(rows, 1 + len(nodes)), Tree(parents)) if nodes else NOTHING
+
+    def _fans(self, z: Array, left: int) -> bool:
+        """Whether the largest probability of softmax(z[V]) is below ``confidence``, where it matters."""
+        xp = namespace(z)
+        return left > 1 and float(xp.sum(xp.exp(z - xp.max(z)))) * self.confidence > 1
+
+
+def _likeliest(z: Array, count: int) -> list[int]:
+    """The tokens of the ``count`` largest logits of z[V]; of equal ones the first."""
+    xp = namespace(z)
+    best = [int(xp.argmax(z))]
+    if count > 1:
+        z = z * 1.0
+    while len(best) < min(count, z.shape[0]):  # a handful: each is a pass over z, a sort would be many
+        z[best[-1]] = -math.inf
+        best.append(int(xp.argmax(z)))
+    return best
+
+
+def _stacked(rows: dict[int, Array], count: int) -> Array | None:
+    """q[m+1, V] with zeros in the rows of leaves; None if nothing was sampled."""
+    if not rows:
+        return None
+    first = rows[0]
+    xp = namespace(first)
+    return xp.stack([rows.get(i, xp.zeros_like(first)) for i in range(count)])
