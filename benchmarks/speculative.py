@@ -128,7 +128,7 @@ def race(
                     began = began or time.perf_counter()
                 spent[name] += time.perf_counter() - began
                 for step in steps[1:]:
-                    stats[name].add(len(step.drafts), step.accepted)
+                    stats[name].add(len(step.drafts), step.accepted, step.judged)
                 if how.temperature == 0:
                     parted[name] += [t for step in steps for t in step.tokens] != text
         for name, seconds in spent.items():

@@ -15,13 +15,25 @@ from networks import EPS
 from refllm.api import Model, load
 from refllm.decode import speculate as module
 from refllm.decode import speculative
-from refllm.decode.drafts import Adversary, JacobiDrafter, ModelDrafter, NGramDrafter, PerfectDrafter, Proposal
+from refllm.decode.drafts import (
+    Adversary,
+    Cascade,
+    JacobiDrafter,
+    ModelDrafter,
+    NGramDrafter,
+    PerfectDrafter,
+    Proposal,
+    TreeProposal,
+)
 from refllm.decode.generate import GREEDY, Sampling, generate_tokens
 from refllm.decode.sampling import apply_repetition_penalty, warp
-from refllm.decode.speculate import judge, speculate
+from refllm.decode.speculate import judge, judge_tree, speculate
 from refllm.decode.speculative import verify_block
+from refllm.decode.tree import Tree
+from refllm.decode.tree_drafts import TreeDrafter
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.corpus import held_out_documents
+from strategies import seeds
 from test_drafts import SMALL, next_logits, record
 
 PROMPT = [0, 2]
@@ -35,6 +47,9 @@ DRAFTERS = {
     "a model with warps of its own": lambda target: ModelDrafter(record(SMALL, 9), 2, how=Sampling(0.5, top_k=2)),
     "a model that stops": lambda target: ModelDrafter(record(SMALL, 9), 2, confidence=0.5),
     "n-gram": lambda target: NGramDrafter(2, shortest=1),
+    "a tree that is a chain": lambda target: TreeDrafter(record(SMALL, 9), 2, confidence=0.0),
+    "a tree that fans out": lambda target: TreeDrafter(record(SMALL, 9), 2, confidence=0.99),
+    "n-gram, else a tree": lambda target: Cascade(NGramDrafter(2), TreeDrafter(record(SMALL, 9), 2, confidence=0.99)),
     "Jacobi": lambda target: JacobiDrafter(2),
     "perfect": lambda target: PerfectDrafter(target, 2),
     "adversary": lambda target: Adversary(target, 2),
@@ -92,13 +107,17 @@ def prompts(model: Model, count: int, length: int = 60) -> list[list[int]]:
     "At temperature 0 the text is plain greedy text, token for token, on the bundled model in float64",
     source="Leviathan et al. 2023, section 2.2",
 )
-@pytest.mark.parametrize("kind", ["model", "confident", "n-gram", "Jacobi", "perfect", "adversary"])
+@pytest.mark.parametrize(
+    "kind", ["model", "confident", "n-gram", "Jacobi", "perfect", "adversary", "tree", "fan", "cascade"]
+)
 def test_greedy_text_is_the_same_on_the_real_model(models, kind):
     target, draft = models
     drafter = {
         "model": lambda: ModelDrafter(draft, 3), "confident": lambda: ModelDrafter(draft, 6, confidence=0.3),
         "n-gram": lambda: NGramDrafter(6), "Jacobi": lambda: JacobiDrafter(3),
         "perfect": lambda: PerfectDrafter(target, 3), "adversary": lambda: Adversary(target, 3),
+        "tree": lambda: TreeDrafter(draft, 5), "fan": lambda: TreeDrafter(draft, 3, confidence=0.99),
+        "cascade": lambda: Cascade(NGramDrafter(4), TreeDrafter(draft)),
     }[kind]()  # fmt: skip
     for prompt in prompts(target, 1 + (kind == "model")):
         plain = target.generate(prompt, 32, ignore_eos=True)
@@ -115,7 +134,8 @@ def test_greedy_text_is_the_same_on_the_real_model(models, kind):
     "After every step the target's cache holds the keys and values of the text, and what a fresh forward writes",
     source="rollback is a length that is lower",
 )
-def test_the_cache_after_verification_is_that_of_the_text(models, monkeypatch):
+@pytest.mark.parametrize("kind", [ModelDrafter, TreeDrafter])
+def test_the_cache_after_verification_is_that_of_the_text(models, kind, monkeypatch):
     target, draft = models
     kept = []
 
@@ -127,7 +147,7 @@ def test_the_cache_after_verification_is_that_of_the_text(models, monkeypatch):
     monkeypatch.setattr(module, "ContiguousCache", Kept)
     [prompt] = prompts(target, 1)
     text = list(prompt)
-    drafter = ModelDrafter(draft, 3)
+    drafter = kind(draft, 4)
     for step in speculate(target.weights, target.config, prompt, 24, Sampling(0.9), np.random.default_rng(3), drafter):
         cache = kept[0]
         text += step.tokens
@@ -187,6 +207,8 @@ def test_what_is_no_number_is_refused():
     for how in (GREEDY, Sampling(1.0)):
         with pytest.raises(ValueError, match="NaN"):
             judge(z, [0], Proposal([0], None), how, np.random.default_rng(0))
+        with pytest.raises(ValueError, match="NaN"):
+            judge_tree(z, [0], TreeProposal([0], None, Tree.chain(1)), how, np.random.default_rng(0))
 
 
 @settings(max_examples=10)
@@ -199,3 +221,13 @@ def test_penalties_in_vectorised_rows_are_those_of_each_prefix(seed):
         seen[0, [*text, *drafts[:i]]] = True
         np.testing.assert_allclose(row, apply_repetition_penalty(z[i : i + 1], seen, 1.5)[0], rtol=EPS)
     assert module.penalised(z, text, drafts, 1) is z
+
+
+@given(seed=seeds, parents=st.sampled_from([[-1, -1, -1], [-1, 0, 0], [-1, 0, -1], [-1, 0, 1]]))
+def test_penalties_in_a_tree_are_those_of_each_path(seed, parents):
+    rng, tree = np.random.default_rng(seed), Tree(parents)
+    z, text, nodes = rng.standard_normal((4, 9)), rng.integers(0, 9, 3).tolist(), rng.integers(0, 9, 3).tolist()
+    for i, row in enumerate(module.penalised(z, text, nodes, 1.5, tree)):
+        seen = np.zeros((1, 9), dtype=bool)
+        seen[0, text + [nodes[a] for a in tree.ancestors(i - 1)]] = True
+        np.testing.assert_allclose(row, apply_repetition_penalty(z[i : i + 1], seen, 1.5)[0], rtol=EPS)

@@ -12,6 +12,7 @@ from refllm.cli import app
 from refllm.cli.speculation import Speculation, draft_named
 from refllm.decode.drafts import ModelDrafter, NGramDrafter
 from refllm.decode.speculate import Step
+from refllm.decode.tree_drafts import TreeDrafter
 from refllm.model.checkpoint import save
 from study_models import byte_tokenizer, tiny_config, tiny_params
 
@@ -33,8 +34,8 @@ def run(*arguments: str):
 def test_the_text_is_the_same_with_a_draft_model_and_with_ngrams(directory):
     common = ["x = x = x", "-m", str(directory), "-n", "40"]
     plain = run(*common)
-    for draft in (str(directory), "ngram"):
-        drafted = run(*common, "--draft", draft, "--gamma", "3")
+    for draft, more in ((str(directory), []), ("ngram", []), (str(directory), ["--tree"]), (f"ngram, {directory}", [])):
+        drafted = run(*common, "--draft", draft, "--gamma", "3", *more)
         assert drafted.exit_code == 0, drafted.output
         assert drafted.stdout == plain.stdout
         assert re.search(r"\d+ of \d+ drafted tokens accepted \(\d+%; \d+% of those that were judged\)", drafted.stderr)
@@ -50,14 +51,21 @@ def test_bad_settings_are_one_sentence(directory):
         (["--draft", "nobody"], "neither a folder nor a bundled model"),
         (["--draft", "ngram", "--gamma", "0"], "gamma"),
         (["--draft", "stdlib-draft"], "vocabulary"),
+        (["--draft", "ngram,stdlib-draft", "--tree"], "vocabulary"),
+        (["--tree"], "say which with --draft"),
+        (["--draft", "ngram", "--tree"], "n-grams are none"),
+        (["--draft", "ngram,"], "with commas between them"),
     ):
         result = run(*model, *arguments)
         assert result.exit_code == 2
         assert message in result.output
-    assert isinstance(draft_named("ngram", None, "numpy"), NGramDrafter)
-    drafter = draft_named(str(directory), 3, "numpy")
+    assert isinstance(draft_named("ngram", None, False, "numpy"), NGramDrafter)
+    drafter = draft_named(str(directory), 3, False, "numpy")
     assert isinstance(drafter, ModelDrafter)
     assert drafter.gamma == 3
+    both = draft_named(f"ngram,{directory}", None, True, "numpy")
+    assert [type(one) for one in both.drafters] == [NGramDrafter, TreeDrafter]
+    assert both.gamma == 8
 
 
 def test_accepted_tokens_are_green_and_rejected_ones_red_and_struck_through():

@@ -34,9 +34,15 @@ def generate(
     stop: Annotated[list[str] | None, opt("End before this text; may be repeated.", metavar="TEXT")] = None,
     ignore_eos: Annotated[bool, flag("Go on after an end token.", "--ignore-eos")] = False,
     draft: Annotated[
-        str | None, opt("Speculate: a draft model, or ngram.", metavar="NAME|DIR|ngram", show_default="off")
+        str | None,
+        opt(
+            "Speculate: a draft model, ngram, or both with a comma between them, asked in turn.",
+            metavar="NAME|DIR|ngram[,…]",
+            show_default="off",
+        ),
     ] = None,
-    gamma: Annotated[int | None, opt("Drafted tokens a step.", min=1, show_default="4; ngram: 8")] = None,
+    gamma: Annotated[int | None, opt("Drafted tokens a step.", min=1, show_default="4; ngram: 8; tree: 3")] = None,
+    tree: Annotated[bool, flag("Draft a tree: a chain as long as the draft is sure, then a fan.", "--tree")] = False,
     backend: BackendOption = "numpy",
 ) -> None:
     """Continue a prompt, token by token.
@@ -50,6 +56,7 @@ def generate(
       refllm generate 'import os' -t 0.8 --top-p 0.95 --seed 1
       git show HEAD:setup.py | refllm generate - --stop 'def '
       refllm generate 'import os' --draft stdlib-draft --gamma 3
+      refllm generate 'import os' --draft ngram,stdlib-draft --tree
 
     With --draft the text is the same at temperature 0 and has the same law at others; on a terminal drafted tokens are
     shown as they are judged, accepted ones in green, rejected ones struck through in red.
@@ -64,8 +71,10 @@ def generate(
     how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     if gamma is not None and draft is None:
         raise ValueError("--gamma is the number of drafted tokens: say who drafts with --draft")
+    if tree and draft is None:
+        raise ValueError("--tree says how a model drafts: say which with --draft")
     loaded = load(model, backend)
-    speculation = None if draft is None else Speculation(draft_named(draft, gamma, backend), loaded.tokenizer)
+    speculation = None if draft is None else Speculation(draft_named(draft, gamma, tree, backend), loaded.tokenizer)
     length = len(loaded.tokenizer.encode(text, special=True))
     if max_tokens is None:
         max_tokens = min(DEFAULT_TOKENS, max(1, loaded.config.max_position_embeddings - length))

@@ -19,13 +19,24 @@ if TYPE_CHECKING:
     from refllm.model.tokenizer import Tokenizer
 
 
-def draft_named(name: str, gamma: int | None, backend: str) -> Any:
-    """The drafter that ``--draft`` names: ``ngram``, or a draft model; γ as given, or its own."""
+def draft_named(names: str, gamma: int | None, tree: bool, backend: str) -> Any:
+    """The drafter that ``--draft`` names: ``ngram``, a draft model, or several, asked in turn; γ as given, or its own.
+
+    With ``tree`` a model proposes trees.
+    """
     from refllm.api import load
-    from refllm.decode.drafts import ModelDrafter, NGramDrafter
+    from refllm.decode.drafts import Cascade, ModelDrafter, NGramDrafter
+    from refllm.decode.tree_drafts import TreeDrafter
 
     options: Any = {} if gamma is None else {"gamma": gamma}
-    return NGramDrafter(**options) if name == "ngram" else ModelDrafter(load(name, backend), **options)
+    kind = TreeDrafter if tree else ModelDrafter
+    wanted = [name.strip() for name in names.split(",")]
+    if not all(wanted):
+        raise ValueError(f"--draft names drafters with commas between them, got {names!r}")
+    if tree and set(wanted) == {"ngram"}:
+        raise ValueError("--tree says how a draft model drafts, and n-grams are none: name one with --draft")
+    drafters = [NGramDrafter(**options) if name == "ngram" else kind(load(name, backend), **options) for name in wanted]
+    return drafters[0] if len(drafters) == 1 else Cascade(*drafters)
 
 
 class Speculation:
@@ -42,7 +53,7 @@ class Speculation:
 
     def judged(self, step: Step) -> None:
         """A step of the target; the first is the prefill's, which drafts nothing."""
-        self.stats.add(len(step.drafts), step.accepted)
+        self.stats.add(len(step.drafts), step.accepted, step.judged)
         for token in step.drafts[: step.accepted]:
             self._marked.append((self._characters.push(token), "accepted"))
         if rejected := step.drafts[step.accepted :]:

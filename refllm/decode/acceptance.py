@@ -32,17 +32,21 @@ class Acceptance:
     accepted: int = 0
     by_place: list[list[int]] = field(default_factory=list)  # [judged, accepted] of the first draft, the second, …
 
-    def add(self, proposed: int, accepted: int) -> None:
-        """A target step that judged ``proposed`` ≥ 0 drafts and accepted the first ``accepted`` of them."""
+    def add(self, proposed: int, accepted: int, judged: int | None = None) -> None:
+        """A target step that judged ``proposed`` ≥ 0 drafts and accepted the first ``accepted`` of them.
+
+        Of a tree ``judged`` levels were looked at, and ``accepted`` of them had a node that stays.
+        """
         if not 0 <= accepted <= proposed:
             raise ValueError(f"{accepted} of {proposed} drafts cannot be accepted")
+        judged = min(accepted + 1, proposed) if judged is None else judged
         self.steps += 1
         self.proposed += proposed
         self.accepted += accepted
-        self.judged += min(accepted + 1, proposed)
+        self.judged += judged
         while len(self.by_place) < proposed:
             self.by_place.append([0, 0])
-        for i in range(min(accepted + 1, proposed)):
+        for i in range(judged):
             self.by_place[i][0] += 1
             self.by_place[i][1] += i < accepted
 

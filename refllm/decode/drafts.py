@@ -39,14 +39,18 @@ from refllm.model.llama import forward, logits
 
 
 class Proposal(NamedTuple):
-    """Drafted tokens, and row for row what they were sampled from: q[len(tokens), V]; None: one-hot.
-
-    With a ``tree`` they are its nodes, and row i of q[len(tokens) + 1, V] is what the children of row i are drawn from.
-    """
+    """Drafted tokens, and row for row what they were sampled from: q[len(tokens), V]; None: one-hot."""
 
     tokens: list[int]
     q: Array | None
-    tree: Tree | None = None  # None: a chain, each token behind the one before
+
+
+class TreeProposal(NamedTuple):
+    """The nodes of a tree; row i of q[len(tokens) + 1, V] is what the children of row i were drawn from."""
+
+    tokens: list[int]
+    q: Array | None
+    tree: Tree
 
 
 NOTHING = Proposal([], None)
@@ -57,7 +61,9 @@ class Drafter(Protocol):
 
     gamma: int  # drafts a step, if nobody asks for fewer
 
-    def propose(self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator) -> Proposal:
+    def propose(
+        self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator
+    ) -> Proposal | TreeProposal:
         """At most ``count`` guesses of what follows ``tokens``, where the target samples as ``how`` says."""
 
     def observe(self, best: Sequence[int], accepted: int) -> None:
@@ -215,12 +221,14 @@ class Cascade:
     """
 
     def __init__(self, *drafters: Drafter):
-        if not drafters:
-            raise ValueError("a cascade needs a drafter")
+        if not drafters or not all(hasattr(drafter, "propose") for drafter in drafters):
+            raise ValueError(f"a cascade needs drafters, such as NGramDrafter(), got {drafters!r}")
         self.drafters, self.gamma = drafters, max(drafter.gamma for drafter in drafters)
         self._asked = drafters[0]  # whose proposal is judged
 
-    def propose(self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator) -> Proposal:
+    def propose(
+        self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator
+    ) -> Proposal | TreeProposal:
         for drafter in self.drafters:
             proposal = drafter.propose(tokens, min(count, drafter.gamma), how, rng)
             if proposal.tokens:

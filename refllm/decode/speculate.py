@@ -24,7 +24,7 @@ import numpy as np
 
 from refllm.backend import Array, asarray_like, namespace, to_numpy
 from refllm.decode import sampling
-from refllm.decode.drafts import NOTHING, Drafter, Proposal
+from refllm.decode.drafts import NOTHING, Drafter, Proposal, TreeProposal
 from refllm.decode.generate import Sampling, check_prompts, choose, prefill
 from refllm.decode.speculative import verify, verify_greedy
 from refllm.decode.tree import Tree, TreeView, compact, verify_tree, verify_tree_greedy
@@ -41,6 +41,7 @@ class Step(NamedTuple):
     drafts: list[int]
     accepted: int
     token: int
+    judged: int | None = None  # levels of a tree that were looked at
 
     @property
     def tokens(self) -> list[int]:
@@ -79,8 +80,8 @@ def speculate(
             return
         count = min(drafter.gamma, end - len(text) - 1)
         proposal = drafter.propose(text, count, how, rng) if count > 0 else NOTHING
-        z = _rows(weights, config, [text[-1], *proposal.tokens], cache, proposal.tree)
-        if proposal.tree is None:
+        z = _rows(weights, config, [text[-1], *proposal.tokens], cache, getattr(proposal, "tree", None))
+        if not isinstance(proposal, TreeProposal):
             step, best = judge(z, text, proposal, how, rng, law)
             drafter.observe(best, step.accepted)
             cache.advance([step.accepted + 1])
@@ -105,20 +106,20 @@ def judge(
 
 
 def judge_tree(
-    z: Array, text: Sequence[int], proposal: Proposal, how: Sampling, rng: np.random.Generator
+    z: Array, text: Sequence[int], proposal: TreeProposal, how: Sampling, rng: np.random.Generator
 ) -> tuple[Step, list[int]]:
     """Verify a tree after ``text`` by its logits z[m+1, V]: the step, its path first among the drafts, and the path."""
-    nodes, tree = proposal.tokens, proposal.tree
-    assert tree is not None
+    nodes, q, tree = proposal
     z = penalised(z, text, nodes, how.repetition_penalty, tree)
     if how.temperature == 0:
         path, token = verify_tree_greedy(_sound(z, namespace(z).argmax(z, axis=-1)), tree, nodes)
     else:
         p = sampling.warp(z, how.temperature, how.top_k, how.top_p, how.min_p)
-        path, token = verify_tree(p, proposal.q, tree, nodes, rng)
+        path, token = verify_tree(p, q, tree, nodes, rng)
     kept = set(path)
     order = path + [node for node in range(len(nodes)) if node not in kept]
-    return Step([nodes[node] for node in order], len(path), token), path
+    judged = len(path) + bool(tree.children[path[-1] + 1 if path else 0])
+    return Step([nodes[node] for node in order], len(path), token, judged), path
 
 
 def penalised(z: Array, text: Sequence[int], drafts: Sequence[int], penalty: float, tree: Tree | None = None) -> Array:

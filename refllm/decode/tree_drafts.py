@@ -29,7 +29,7 @@ import numpy as np
 
 from refllm.backend import Array, namespace
 from refllm.decode import sampling
-from refllm.decode.drafts import NOTHING, ModelDrafter, Proposal
+from refllm.decode.drafts import NOTHING, ModelDrafter, Proposal, TreeProposal
 from refllm.decode.generate import Sampling
 from refllm.decode.tree import Tree, draw_children
 
@@ -40,9 +40,9 @@ class TreeDrafter(ModelDrafter):
     def __init__(self, model: Any, gamma: int = 3, *, confidence: float = 0.5, how: Sampling | None = None):
         super().__init__(model, gamma, confidence=confidence, how=how)
 
-    def propose(
+    def propose(  # type: ignore[override]  # of trees
         self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator, sequence: int = 0
-    ) -> Proposal:
+    ) -> Proposal | TreeProposal:
         how = self.how or how
         count = min(count, self.cache.capacity - len(tokens))
         parents: list[int] = []
@@ -62,7 +62,7 @@ class TreeDrafter(ModelDrafter):
             if len(children) > 1:
                 break
             feed = children
-        return Proposal(nodes, _stacked(rows, 1 + len(nodes)), Tree(parents)) if nodes else NOTHING
+        return TreeProposal(nodes, _stacked(rows, 1 + len(nodes)), Tree(parents)) if nodes else NOTHING
 
     def _fans(self, z: Array, left: int) -> bool:
         """Whether the largest probability of softmax(z[V]) is below ``confidence``, where it matters."""

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from refllm.decode.acceptance import Acceptance, expected_length
-from refllm.decode.drafts import NOTHING, Drafter, ModelDrafter, NGramDrafter, Proposal, check_vocabulary
+from refllm.decode.drafts import NOTHING, Drafter, ModelDrafter, NGramDrafter, Proposal, TreeProposal, check_vocabulary
 from refllm.decode.generate import GREEDY, Sampling
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.llama import forward, logits
@@ -119,18 +119,18 @@ class BranchDrafter:
         self.accepted, self.judged = PRIOR[0] * PRIOR[1], PRIOR[1]
         self.idle = 0
 
-    def propose(self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator) -> Proposal:
+    def propose(
+        self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator
+    ) -> Proposal | TreeProposal:
         self.drafting.count(self)
         gamma = self._worth()
         self.drafting.gammas[gamma] = self.drafting.gammas.get(gamma, 0) + 1
         count = min(count, gamma)
         if count < 1:
-            proposal = NOTHING
-        elif isinstance(self.drafter, ModelDrafter):
-            proposal = self.drafter.propose(tokens, count, how, rng, self.drafting.place(self))
-        else:
-            proposal = self.drafter.propose(tokens, count, how, rng)
-        return proposal
+            return NOTHING
+        if isinstance(self.drafter, ModelDrafter):
+            return self.drafter.propose(tokens, count, how, rng, self.drafting.place(self))
+        return self.drafter.propose(tokens, count, how, rng)
 
     def observe(self, best: Sequence[int], accepted: int) -> None:
         self.drafter.observe(best, accepted)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from refllm.backend import Array, asarray_like
-from refllm.decode.drafts import Drafter
+from refllm.decode.drafts import Drafter, TreeProposal
 from refllm.kv.paged import PagedKVCache
 from refllm.serve import policies
 from refllm.serve.choosing import Seat, choose, penalised
@@ -179,11 +179,11 @@ class Engine(Counts):
                 voice = self._live[branch.request.id].voice(branch.index)
                 assert voice.drafter is not None
                 limit = min(voice.drafter.gamma, branch.left - 1)
-                drafts, q, tree = voice.drafter.propose(branch.tokens, limit, voice.how, voice.rng)
-                if tree is not None:
+                proposal = voice.drafter.propose(branch.tokens, limit, voice.how, voice.rng)
+                if isinstance(proposal, TreeProposal):
                     raise ValueError("the engine verifies chains: give it a ModelDrafter where this one grows trees")
-                self.scheduler.propose(branch.key, drafts)
-                self._drafted[branch.key] = q
+                self.scheduler.propose(branch.key, proposal.tokens)
+                self._drafted[branch.key] = proposal.q
 
     def _outcomes(self, plan: Plan, branches: Sequence[Branch], z: Array) -> list[Outcome]:
         """z[R, V] → what becomes of each branch that was sampled, in the order of the plan."""
