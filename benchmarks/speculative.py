@@ -174,22 +174,19 @@ def batches(
     shared = {name: ModelDrafter(draft, 3, how=GREEDY, sequences=sequences) for name in ("fixed", "adaptive")}
     rows = []
     for size in sizes:
+        drafting = {name: Drafting(shared[name], costs=costs if name == "adaptive" else None) for name in shared}
         times: dict[str, list[float]] = {"plain": [], "fixed": [], "adaptive": []}
-        chosen: dict[int, int] = {}
         for _ in range(rounds):
             for name, spent in times.items():
-                drafting = (
-                    None if name == "plain" else Drafting(shared[name], costs=costs if name == "adaptive" else None)
-                )
-                engine = Engine(model, num_blocks=sequences * 24, drafter=drafting, prefix_cache=None)
+                drafter = drafting.get(name)  # one for all rounds, as a server has it: it knows what is accepted
+                engine = Engine(model, num_blocks=sequences * 24, drafter=drafter, prefix_cache=None)
                 for i in range(size):
                     engine.submit(Request(prompts[i % len(prompts)][:64], new, id=i, ignore_eos=True))
                 engine.step()  # the prefill
                 began = time.perf_counter()
                 engine.run()
                 spent.append(time.perf_counter() - began)
-                if name == "adaptive" and drafting is not None:
-                    chosen = drafting.gammas
+        chosen = drafting["adaptive"].gammas
         rows.append({"batch": size, "gammas": {str(g): n for g, n in sorted(chosen.items())}}
                     | {name: ratios(times["plain"], times[name]) for name in shared})  # fmt: skip
     return rows

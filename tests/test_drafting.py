@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,14 +14,14 @@ from enumeration import distance, law
 from networks import NETWORKS
 from refllm.api import load
 from refllm.decode import speculative
-from refllm.decode.acceptance import expected_length
+from refllm.decode.acceptance import Acceptance, expected_length
 from refllm.decode.drafts import Adversary, JacobiDrafter, ModelDrafter, NGramDrafter, PerfectDrafter
 from refllm.decode.generate import GREEDY, Sampling
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.corpus import held_out_documents
 from refllm.model.llama import forward
 from refllm.serve import choosing
-from refllm.serve.drafting import PROBE, Costs, Drafting, measure
+from refllm.serve.drafting import PRIOR, PROBE, Costs, Drafting, measure
 from refllm.serve.engine import Engine
 from refllm.serve.request import Request
 from test_drafts import SMALL, record
@@ -207,6 +209,11 @@ STEEP = Costs([(1, 1.0), (1000, 1000.0)], 0.05)
 def test_costs_are_lines_between_what_was_measured():
     costs = Costs([(1, 1.0), (2, 1.5), (4, 2.0)], 0.1)
     assert [costs.step(n) for n in (1, 2, 3, 4, 8)] == [1.0, 1.5, 1.75, 2.0, 4.0]
+    flat = [(1, 1.0), (1000, 1.0)]
+    assert Costs(flat, 0.1).best_gamma(0.5, 1, 4) == 2
+    assert Costs(flat, 0.1, 0.1).best_gamma(0.5, 1, 4) == 2
+    assert Costs(flat, 0.1, 0.9).best_gamma(0.5, 1, 4) == 0  # the first costs too much: 1.5 / 1.9, 1.75 / 2, …
+    assert Costs(flat, 0.0, 0.5).best_gamma(0.5, 1, 4) == 4  # those after it cost nothing
 
 
 @given(alpha=st.floats(0, 1), batch=st.integers(1, 64), most=st.integers(0, 6))
@@ -247,6 +254,21 @@ def test_gamma_follows_acceptance_and_probes():
     assert make(None)().propose([1, 2, 1], 9, GREEDY, np.random.default_rng(0)).tokens == [2, 1]
 
 
+def test_a_new_branch_believes_what_all_have_accepted_and_probes_in_vain_are_ever_rarer():
+    costly = Costs([(1, 1.0), (2, 1.4), (8, 3.8)], 0.0)
+    drafting = Drafting(lambda: NGramDrafter(4, shortest=1), costs=costly)
+    assert drafting.alpha == PRIOR[0]
+    tried = drive(drafting, good=False, names=1, rounds=8 * PROBE)
+    assert drafting.alpha < 0.3
+    probes = [i for i, drafts in enumerate(tried) if drafts and i > 8]
+    waits = [b - a for a, b in itertools.pairwise(probes)]
+    assert len(probes) >= 3
+    assert all(b == 2 * a for a, b in itertools.pairwise(waits))
+    assert drive(drafting, good=False, names=1, rounds=PROBE // 2) == [0] * (PROBE // 2)  # it need not find out itself
+    drafting.stats = Acceptance(steps=900, proposed=900, judged=900, accepted=890)
+    assert drive(drafting, good=True, names=1, rounds=1)[0] >= 3
+
+
 def test_what_was_worked_out_for_one_batch_and_acceptance_is_not_taken_for_another():
     costs = Costs([(1, 1.0), (8, 1.2), (64, 4.0), (512, 30.0)], 0.05)
     drafting = Drafting(lambda: NGramDrafter(4), costs=costs)
@@ -272,6 +294,6 @@ def test_measured_costs_are_usable():
     costs = measure(TARGET, ModelDrafter(DRAFT, 2), most=6, context=16, rounds=2)
     assert [n for n, _ in costs.steps] == [1, 2, 3, 4, 6]
     assert min(t for _, t in costs.steps) > 0
-    assert costs.draft > 0
+    assert costs.first > costs.draft > 0  # the first computes what the model has not seen
     with pytest.raises(ValueError, match="vocabulary"):
         measure(TARGET, ModelDrafter(record(SMALL, 1)), most=2, rounds=1)

@@ -7,11 +7,14 @@ how many drafts were accepted. Nobody tells of preemption, failed steps or the e
 
 How many drafts γ a branch of acceptance α gets in a batch of B is the γ of the largest
 
-    B · E[τ](α, γ) / (t(B (1 + γ)) + B γ c)
+    B · E[τ](α, γ) / (t(B (1 + γ)) + B (c₁ + (γ − 1) c))
 
-t(n) is the measured time of a step of n tokens, c that of a draft. For one sequence t is nearly flat and drafts pay;
-for many the step is bound by its products, t grows with n, and the best γ is 0: speculation is then off. A branch
-without drafts still drafts one token now and then, lest a bad beginning be the last word on it.
+t(n) is the measured time of a step of n tokens, c that of a draft, c₁ that of a step's first, which also computes
+what the draft model has not seen yet, from caches that the target's step has filled with its own weights. For one
+sequence t is nearly flat and drafts pay; for many the step is bound by its products, t grows with n, and the best γ
+is 0: speculation is then off. A branch without drafts still drafts one token now and then, lest a bad beginning be
+the last word on it; each time in vain doubles the wait. What a branch is believed to accept begins with what all have
+accepted so far: a ``Drafting`` that serves for long knows its draft model, and no branch pays for finding out.
 
 Caches of a draft model are kept for the branches that asked last; who lost his is only slower once.
 
@@ -37,17 +40,19 @@ from refllm.decode.generate import GREEDY, Sampling
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.llama import forward, logits
 
-PROBE = 32  # steps after which a branch without drafts tries one again
-MEMORY = 0.9  # what an earlier draft counts for beside a later one
+PROBE = 32  # steps after which a branch without drafts tries one again, the first time
+MEMORY = 0.9  # what an earlier draft of a branch counts for beside a later one
 PRIOR = (0.5, 4.0)  # α before anything was seen, and how many drafts that belief is worth
+BELIEF = 16.0  # how many drafts of a branch what is believed of all is worth
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Measured: t(n) at some n, in rising order, and the time of one draft, in seconds."""
+    """Measured: t(n) at some n, in rising order, the time of a draft, and of the first one of a step, in seconds."""
 
     steps: Sequence[tuple[int, float]]
     draft: float
+    first: float | None = None  # None: as any other
 
     def step(self, tokens: float) -> float:
         """t(n) by lines between the measured points; beyond the last one in proportion to n."""
@@ -58,9 +63,9 @@ class Costs:
 
     def best_gamma(self, alpha: float, batch: int, most: int) -> int:
         """The γ ≤ ``most`` of the most tokens a second for ``batch`` sequences of acceptance ``alpha``."""
-        rates = [
-            expected_length(alpha, g) / (self.step(batch * (1 + g)) + batch * g * self.draft) for g in range(most + 1)
-        ]
+        first = self.draft if self.first is None else self.first
+        drafts = [0.0, *(first + g * self.draft for g in range(most))]
+        rates = [expected_length(alpha, g) / (self.step(batch * (1 + g)) + batch * drafts[g]) for g in range(most + 1)]
         return max(range(most + 1), key=lambda g: rates[g])
 
 
@@ -84,6 +89,11 @@ class Drafting:
     def __call__(self) -> BranchDrafter:
         """The drafter of one more branch."""
         return BranchDrafter(self, self.source if isinstance(self.source, ModelDrafter) else self.source())
+
+    @property
+    def alpha(self) -> float:
+        """What is believed of a branch of which nothing is known: α of all drafts so far."""
+        return (PRIOR[0] * PRIOR[1] + self.stats.accepted) / (PRIOR[1] + self.stats.judged)
 
     def count(self, branch: BranchDrafter) -> None:
         """A branch asks: who asks twice begins another step."""
@@ -116,8 +126,13 @@ class BranchDrafter:
 
     def __init__(self, drafting: Drafting, drafter: Drafter):
         self.drafting, self.drafter, self.gamma = drafting, drafter, drafter.gamma
-        self.accepted, self.judged = PRIOR[0] * PRIOR[1], PRIOR[1]
-        self.idle = 0
+        self.accepted = self.judged = 0.0  # of its own drafts, the later ones counting more
+        self.idle, self.wait = 0, PROBE  # steps without a draft, and how many of them until the next
+
+    @property
+    def alpha(self) -> float:
+        """What it is believed to accept: its own drafts, beside what is believed of all."""
+        return (BELIEF * self.drafting.alpha + self.accepted) / (BELIEF + self.judged)
 
     def propose(
         self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator
@@ -142,12 +157,15 @@ class BranchDrafter:
     def _worth(self) -> int:
         if self.drafting.costs is None:
             return self.gamma
-        gamma = self.drafting.worth(min(1.0, self.accepted / self.judged), self.gamma)
-        self.idle = 0 if gamma else self.idle + 1
-        if self.idle >= PROBE and self.drafting.worth(1.0, 1):  # no probe where even α = 1 loses
-            self.idle = 0
+        gamma = self.drafting.worth(min(1.0, self.alpha), self.gamma)
+        if gamma:
+            self.idle, self.wait = 0, PROBE
+            return gamma
+        self.idle += 1
+        if self.idle >= self.wait and self.drafting.worth(1.0, 1):  # no probe where even α = 1 loses
+            self.idle, self.wait = 0, 2 * self.wait
             return 1
-        return gamma
+        return 0
 
 
 def measure(
@@ -157,28 +175,45 @@ def measure(
 
     Medians of ``rounds`` in turn, on this machine, now: as much as an engine needs to know at its start.
     """
-    config, rng = model.config, np.random.default_rng(0)
+    config = model.config
     sizes = sorted({n for k in range(most.bit_length()) for n in (2**k, 3 * 2**k // 2) if n <= most})
     context = min(context, config.max_position_embeddings - 1)
     cache = ContiguousCache(config, sizes[-1], context + 1, like=model.weights["norm"])
     times: dict[int, list[float]] = {n: [] for n in sizes}
     for _ in range(rounds):
         for n in sizes:
-            cache.lengths = [context] * n + [0] * (sizes[-1] - n)
-            tokens, counts = rng.integers(0, config.vocab_size, n), [1] * n
             began = time.perf_counter()
-            hidden = forward(model.weights, config, tokens, np.full(n, context), cache.view(counts))
-            logits(model.weights, hidden).argmax(axis=-1)
+            _step(model, cache, context, n)
             times[n].append(time.perf_counter() - began)
-    each = 0.0
+    each = first = 0.0
     if draft is not None:
         check_vocabulary(model, draft.model)
-        text = rng.integers(0, config.vocab_size, context).tolist()
-        draft.propose(text, 1, GREEDY, rng)
-        spent = []
-        for _ in range(rounds):
+        each, first = _draft_times(draft, lambda: _step(model, cache, context, 1), context, rounds)
+    return Costs([(n, float(np.median(times[n]))) for n in sizes], each, first)
+
+
+def _step(model: Any, cache: ContiguousCache, context: int, n: int) -> None:
+    """A step of n sequences after ``context`` tokens each."""
+    cache.lengths = [context] * n + [0] * (len(cache.lengths) - n)
+    tokens = np.arange(n) % model.config.vocab_size
+    hidden = forward(model.weights, model.config, tokens, np.full(n, context), cache.view([1] * n))
+    logits(model.weights, hidden).argmax(axis=-1)
+
+
+def _draft_times(draft: ModelDrafter, between: Callable[[], None], context: int, rounds: int) -> tuple[float, float]:
+    """(c, c₁): a step of the target lies ``between``; what is to be computed first are one token and two in turn."""
+    rng = np.random.default_rng(0)
+    text = rng.integers(0, draft.config.vocab_size, context).tolist()
+    draft.propose(text, 1, GREEDY, rng)
+    firsts: list[float] = []
+    all_: list[float] = []
+    for count, spent in [(1, firsts), (draft.gamma, all_)] * rounds:
+        for behind in (1, 2):
+            draft.propose(text[: context - behind], 1, GREEDY, rng)  # the cache ends there
+            between()
             began = time.perf_counter()
-            count = len(draft.propose(text, draft.gamma, GREEDY, rng).tokens)
-            spent.append((time.perf_counter() - began) / max(1, count))
-        each = float(np.median(spent))
-    return Costs([(n, float(np.median(times[n]))) for n in sizes], each)
+            draft.propose(text, count, GREEDY, rng)
+            spent.append(time.perf_counter() - began)
+    first = float(np.mean([np.median(firsts[0::2]), np.median(firsts[1::2])]))
+    whole = float(np.mean([np.median(all_[0::2]), np.median(all_[1::2])]))
+    return max(0.0, whole - first) / max(1, draft.gamma - 1) if draft.gamma > 1 else first, first

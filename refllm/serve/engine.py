@@ -175,15 +175,16 @@ class Engine(Counts):
         if self.drafter is None:
             return
         for branch in self.scheduler.running:
-            if self.scheduler.propose(branch.key, [0]):  # whether a draft is of use at all
+            if self.scheduler.drafts(branch):
                 voice = self._live[branch.request.id].voice(branch.index)
                 assert voice.drafter is not None
                 limit = min(voice.drafter.gamma, branch.left - 1)
                 proposal = voice.drafter.propose(branch.tokens, limit, voice.how, voice.rng)
                 if isinstance(proposal, TreeProposal):
                     raise ValueError("the engine verifies chains: give it a ModelDrafter where this one grows trees")
-                self.scheduler.propose(branch.key, proposal.tokens)
-                self._drafted[branch.key] = proposal.q
+                if proposal.tokens:
+                    self.scheduler.propose(branch.key, proposal.tokens)
+                    self._drafted[branch.key] = proposal.q
 
     def _outcomes(self, plan: Plan, branches: Sequence[Branch], z: Array) -> list[Outcome]:
         """z[R, V] → what becomes of each branch that was sampled, in the order of the plan."""

@@ -108,12 +108,20 @@ class Ledger(ABC):
     def propose(self, name: Name, drafts: Sequence[int]) -> int:
         """Guess a running branch's next tokens, for the next plan. Returns how many of them can be of use."""
         branch = next((b for b in self._live.get(name[0], ()) if b.index == name[1]), None)
-        if branch is None or branch.status is not Status.RUNNING or branch.request.beam or branch.seats > 1:
-            return 0  # who is to fork goes on in several ways
-        if branch.computed != len(branch.tokens) - 1:
-            return 0  # nothing is drafted in the middle of a prompt
+        if branch is None or not self.drafts(branch):
+            return 0
         branch.drafts = [int(t) for t in drafts[: branch.left - 1]]
         return len(branch.drafts)
+
+    def drafts(self, branch: Branch) -> bool:
+        """Whether a guess of what a branch says next is of use to the next plan."""
+        return (
+            branch.status is Status.RUNNING
+            and branch.computed == len(branch.tokens) - 1  # nothing is drafted in the middle of a prompt
+            and branch.seats == 1  # who is to fork goes on in several ways
+            and branch.left > 1
+            and not branch.request.beam
+        )
 
     # --- steps ---------------------------------------------------------------------------------------------------
 
