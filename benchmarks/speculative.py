@@ -12,11 +12,15 @@ texts are compared token for token; where two float32 sums of another order part
 | copy      | a piece of a held-out module, and then how it begins again  | the same, and outputs of which fewer |
 |           |                                                             | than 30 % of 8-grams are the prompt's|
 
+Drafters: ``model``, a chain of γ tokens of the draft model; ``tree``, a chain as long as it is sure and a fan of what
+is left of γ nodes (``TreeDrafter``); ``n-gram``; ``n-gram, tree``, the tree where no n-gram is found.
+
 An output loops if more than a fifth of its 8-grams stood in it before: prompt lookup looks wonderful on those. The
 tasks are picked by the plain greedy output, before anything is drafted; a temperature above 0 uses the same prompts.
 
-Beside each measurement stands the formula τ t(1) / (t(γ+1) + γ c) with the τ, t and c of this run, and the projection
-for a device on which t is flat and a step costs its bytes: τ / (1 + γ b), b the draft's share of the target's bytes.
+Beside each measurement stands the formula τ t(1) / (t(γ+1) + d c) with the τ, t and c of this run, d the calls of the
+draft model a step (γ in a chain), and the projection for a device on which t is flat and a step costs its bytes:
+τ / (1 + d b), b the draft's share of the target's bytes.
 Then batches in the engine: the size from which drafting loses, without and with γ chosen by cost.
 Last, ``verify`` alone at V = 128k, γ = 8, against p.sum() + q.sum().
 """
@@ -37,10 +41,11 @@ from threadpoolctl import threadpool_limits
 
 from refllm.api import Model, load
 from refllm.decode.acceptance import Acceptance, speedup
-from refllm.decode.drafts import Drafter, ModelDrafter, NGramDrafter
+from refllm.decode.drafts import Cascade, Drafter, ModelDrafter, NGramDrafter
 from refllm.decode.generate import GREEDY, Sampling, generate_tokens
 from refllm.decode.speculate import speculate
 from refllm.decode.speculative import verify, verify_block
+from refllm.decode.tree_drafts import TreeDrafter
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.corpus import held_out_documents
 from refllm.model.llama import forward, logits
@@ -110,6 +115,10 @@ def race(
     drafters = {name: one() for name, one in make.items()}
     times: dict[str, list[float]] = {name: [] for name in ("plain", *drafters)}
     stats = {name: Acceptance() for name in drafters}
+    models = {
+        name: next((d for d in getattr(one, "drafters", [one]) if isinstance(d, ModelDrafter)), None)
+        for name, one in drafters.items()
+    }
     parted = dict.fromkeys(drafters, 0)
     for number in range(rounds):
         spent = dict.fromkeys(times, 0.0)
@@ -137,6 +146,7 @@ def race(
         name: {
             "speedup": ratios(times["plain"], times[name]), "rate": s.rate, "alpha": s.alpha, "length": s.length,
             "by_place": s.by_place[:12], "parted": parted[name], "proposed_a_step": s.proposed / s.steps,
+            "passes_a_step": 0.0 if (one := models[name]) is None else one.passes / s.steps,
         } for name, s in stats.items()
     }  # fmt: skip
 
@@ -239,18 +249,22 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 ("model", g): lambda g=g: ModelDrafter(draft, g) for g in options.gammas
             }
             make |= {("n-gram", g): lambda g=g: NGramDrafter(g) for g in sorted({*options.gammas, 8, 16})}
+            for g in (g for g in options.gammas if g > 1):  # a tree of one node is a chain
+                make["tree", g] = lambda g=g: TreeDrafter(draft, g)
+                make["n-gram, tree", g] = lambda g=g: Cascade(NGramDrafter(g), TreeDrafter(draft, g))
             how = Sampling(temperature=temperature)
             results = race(model, make, found[task]["prompts"], options.new, how, options.rounds)
             for (drafter, gamma), result in results.items():
-                paid = result["proposed_a_step"]  # n-grams propose when they find something
-                time_of = float(np.interp(1 + paid, range(1, len(cost) + 1), cost)) + (
-                    c * paid if drafter == "model" else 0
-                )
-                flat = 1 + (paid * share if drafter == "model" else 0)
+                paid, passes = (
+                    result["proposed_a_step"],
+                    result["passes_a_step"],
+                )  # n-grams do not always find something
+                time_of = float(np.interp(1 + paid, range(1, len(cost) + 1), cost)) + c * passes
+                flat = 1 + passes * share
                 record["results"].append(
                     {"task": task, "temperature": temperature, "drafter": drafter, "gamma": gamma, **result,
                      "formula": result["length"] * cost[0] / time_of, "flat": result["length"] / flat,
-                     "independent": speedup(result["alpha"], gamma, cost, c if drafter == "model" else 0)}
+                     "independent": speedup(result["alpha"], gamma, cost, 0 if drafter == "n-gram" else c)}
                 )  # fmt: skip
     record["batches"] = batches(model, draft, found["code"]["prompts"], options.batch, options.new, options.rounds)
     record["verify"] = verification(15 * options.rounds)
@@ -279,11 +293,14 @@ def show(record: dict[str, Any]) -> None:
     ]
     table("V = 131,072, γ = 8, validation included, over p.sum() + q.sum() (target: 3x)",
           ["dtype", "sums", "verify", "verify_block"], rows)  # fmt: skip
-    for task, drafter, target in (("code", "model", 1.3), ("copy", "n-gram", 2.0)):
-        best = max((r for r in record["results"] if (r["task"], r["drafter"]) == (task, drafter)),
-                   key=lambda r: r["speedup"]["median"])  # fmt: skip
-        print(f"\nbest on {task} with {drafter}: {shown(best['speedup'])} at γ = {best['gamma']}, temperature "
-              f"{best['temperature']} (target {target}x)")  # fmt: skip
+    for task, drafters, target in (
+        ("code", ("model", "tree"), 1.3), ("code", ("n-gram, tree",), 1.3), ("copy", ("n-gram", "n-gram, tree"), 2.0)
+    ):  # fmt: skip
+        some = [r for r in record["results"] if r["task"] == task and r["drafter"] in drafters]
+        if some:
+            best = max(some, key=lambda r: r["speedup"]["median"])
+            print(f"\nbest on {task} with {best['drafter']}: {shown(best['speedup'])} at γ = {best['gamma']}, temperature "
+                  f"{best['temperature']} (target {target}x)")  # fmt: skip
 
 
 def figure(record: dict[str, Any], path: Path, command: str) -> None:

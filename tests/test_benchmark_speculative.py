@@ -44,7 +44,7 @@ def test_the_smallest_run_gives_a_record_and_a_figure(benchmark, monkeypatch, tm
     record = json.loads(result.read_text())
     assert record["benchmark"] == "speculative"
     assert {(r["task"], r["drafter"]) for r in record["results"]} == {
-        (task, drafter) for task in ("code", "copy") for drafter in ("model", "n-gram")
+        (task, drafter) for task in ("code", "copy") for drafter in ("model", "n-gram", "tree", "n-gram, tree")
     }
     for r in record["results"]:
         assert 1 <= r["length"] <= r["gamma"] + 1

@@ -151,7 +151,7 @@ class ModelDrafter:
         self._lean: lean.LeanStep | None = None
         if lean.fits(model.config, model.weights):
             self._lean = lean.LeanStep(model.weights, model.config, self.cache)
-        self.computed = 0  # tokens that the model computed, to tell what drafting costs
+        self.computed = self.passes = 0  # tokens that the model computed, and in how many calls: what drafting costs
 
     def propose(
         self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator, sequence: int = 0
@@ -187,6 +187,7 @@ class ModelDrafter:
         """Compute tokens after those of the cache → logits[V] after the last."""
         self._fed[sequence] += tokens
         self.computed += len(tokens)
+        self.passes += 1
         if self._lean is not None and len(tokens) <= 4:
             for token in tokens[:-1]:
                 self._lean.step(token, sequence, head=False)

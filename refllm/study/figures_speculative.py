@@ -23,7 +23,8 @@ def speculative(values: Values) -> Figure:
     for column, (task, drafter, title) in enumerate(_TASKS):
         rows = [r for r in values["results"] if (r["task"], r["drafter"]) == (task, drafter)]
         _lengths(panels[column], rows, title)
-        _speeds(panels[2 + column], rows)
+        others = [r for r in values["results"] if r["task"] == task and r["drafter"] not in ("model", "n-gram")]
+        _speeds(panels[2 + column], rows, others)
     _batches(fig.add_subplot(grid[2, :]), values["batches"])
     return fig
 
@@ -47,7 +48,7 @@ def _lengths(ax: Axes, rows: Sequence[Mapping[str, Any]], title: str) -> None:
     ax.legend(fontsize=6.5)
 
 
-def _speeds(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+def _speeds(ax: Axes, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> None:
     ax.set(xlabel="γ, drafted tokens a step", ylabel="times plain decoding")
     temperature = min(r["temperature"] for r in rows)
     some = sorted((r for r in rows if r["temperature"] == temperature), key=lambda r: r["gamma"])
@@ -57,6 +58,12 @@ def _speeds(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     above = [r["speedup"]["high"] - m for m, r in zip(median, some, strict=True)]
     ax.axhline(1, color=FULL, lw=1)
     ax.errorbar(gammas, median, yerr=(below, above), color=TECHNIQUE, marker="o", ms=4, label="measured (B)")
+    for name, colour, mark in (("tree", NEAREST, "^"), ("n-gram, tree", MORE[0], "s")):
+        drawn = sorted((r for r in others if (r["drafter"], r["temperature"]) == (name, temperature)),
+                       key=lambda r: r["gamma"])  # fmt: skip
+        if drawn:
+            ax.plot([r["gamma"] for r in drawn], [r["speedup"]["median"] for r in drawn], color=colour, marker=mark,
+                    ms=4, label=f"{name} (B)")  # fmt: skip
     ax.plot(gammas, [r["formula"] for r in some], color=TECHNIQUE, lw=1, ls="--", label="τ t(1) / (t(γ+1) + γ c)")
     ax.plot(gammas, [r["flat"] for r in some], color=MORE[3], lw=1.4, ls=":", label="t flat: waits for memory (C)")
     ax.set_ylim(0, 1.65 * max(r["flat"] for r in some))  # room for the legend above the lines
