@@ -299,8 +299,10 @@ def show(record: dict[str, Any]) -> None:
         some = [r for r in record["results"] if r["task"] == task and r["drafter"] in drafters]
         if some:
             best = max(some, key=lambda r: r["speedup"]["median"])
-            print(f"\nbest on {task} with {best['drafter']}: {shown(best['speedup'])} at γ = {best['gamma']}, temperature "
-                  f"{best['temperature']} (target {target}x)")  # fmt: skip
+            print(
+                f"\nbest on {task} with {best['drafter']}: {shown(best['speedup'])} at γ = {best['gamma']}, "
+                f"temperature {best['temperature']} (target {target}x)"
+            )
 
 
 def figure(record: dict[str, Any], path: Path, command: str) -> None:
