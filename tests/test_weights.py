@@ -33,11 +33,16 @@ def processor(request, monkeypatch):
 @pytest.mark.theorem(
     "Dense.matmul(x) = x Wᵀ in every layout, for every M, N and T", source="ARCHITECTURE.md: the weight seam"
 )
-@given(matrices(), st.integers(0, 70), st.sampled_from([0, 3, 4, 5, 16, 10**6]), st.booleans(), seeds)
-def test_matmul_is_the_plain_product(xp, weight, rows, most, in_place, seed):
+@given(
+    matrices(), st.integers(0, 70), st.sampled_from([0, 3, 4, 5, 16, 10**6]),
+    st.sampled_from([2, 30, weights.PREFILL]), st.sampled_from([1, 3, weights.WIDE]), st.booleans(), seeds,
+)  # fmt: skip
+def test_matmul_is_the_plain_product(xp, weight, rows, most, many, wide, in_place, seed):
     x = np.random.default_rng(seed).standard_normal((rows, weight.shape[1])).astype(weight.dtype)
     with pytest.MonkeyPatch.context() as patch:  # groups of at most so many rows; below 4 there are no groups
         patch.setattr(weights, "SMALL", most * BLOCK * weight.shape[1])
+        patch.setattr(weights, "PREFILL", many)
+        patch.setattr(weights, "WIDE", wide * BLOCK * weight.shape[1])  # blocks side by side at a time
         patch.setattr(weights, "reads_in_place", lambda: in_place)
         got = to_host(Dense(xp.asarray(weight)).matmul(xp.asarray(x)))
     assert got.shape == (rows, weight.shape[0])
