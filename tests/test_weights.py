@@ -35,7 +35,7 @@ def processor(request, monkeypatch):
 )
 @given(
     matrices(), st.integers(0, 70), st.sampled_from([0, 3, 4, 5, 16, 10**6]),
-    st.sampled_from([2, 30, weights.PREFILL]), st.sampled_from([1, 3, weights.WIDE]), st.booleans(), seeds,
+    st.sampled_from([2, 30, weights.PREFILL]), st.sampled_from([0, 1, 3, weights.WIDE]), st.booleans(), seeds,
 )  # fmt: skip
 def test_matmul_is_the_plain_product(xp, weight, rows, most, many, wide, in_place, seed):
     x = np.random.default_rng(seed).standard_normal((rows, weight.shape[1])).astype(weight.dtype)
