@@ -55,6 +55,15 @@ def test_matmul_is_the_plain_product(xp, weight, rows, most, many, wide, in_plac
     assert (np.abs(got - exact) <= bound + n * float(info.smallest_subnormal)).all()
 
 
+@pytest.mark.parametrize("blocks", [0, 1, 2, 3, 9])
+def test_many_rows_see_every_block_however_many_lie_side_by_side(blocks, monkeypatch):
+    monkeypatch.setattr(weights, "PREFILL", 4)
+    monkeypatch.setattr(weights, "WIDE", blocks * BLOCK * 7)  # 0: not even one fits, and one is taken
+    monkeypatch.setattr(weights, "reads_in_place", lambda: True)
+    w, x = np.arange(5 * BLOCK * 7.0).reshape(-1, 7), np.arange(28.0).reshape(4, 7)
+    np.testing.assert_array_equal(Dense(w).matmul(x), x @ w.T)  # whole numbers
+
+
 @pytest.mark.usefixtures("processor")
 @given(matrices(), st.data())
 def test_rows_are_the_rows_of_the_matrix(xp, weight, data):
