@@ -180,8 +180,8 @@ def batches(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Engine time without drafts over engine time with: γ fixed at 3, and chosen by measured costs."""
     sequences = max(sizes)
-    costs = measure(model, ModelDrafter(draft, 3), most=4 * sequences)
     shared = {name: ModelDrafter(draft, 3, how=GREEDY, sequences=sequences) for name in ("fixed", "adaptive")}
+    costs = measure(model, shared["adaptive"], most=4 * sequences)
     rows = []
     for size in sizes:
         drafting = {name: Drafting(shared[name], costs=costs if name == "adaptive" else None) for name in shared}

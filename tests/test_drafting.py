@@ -202,23 +202,29 @@ def test_sampled_drafts_keep_the_law_in_the_engine(monkeypatch):
 
 # --- how many drafts ----------------------------------------------------------------------------------------------
 
-FLAT = Costs([(1, 1.0), (1000, 1.0)], 0.05)
-STEEP = Costs([(1, 1.0), (1000, 1000.0)], 0.05)
+
+def priced(steps, draft: float, first: float | None = None) -> Costs:
+    """Each branch drafts by itself: B times the cost of one."""
+    return Costs(steps, [(b, b * (draft if first is None else first), b * draft) for b in (1, 1024)])
+
+
+FLAT = priced([(1, 1.0), (1000, 1.0)], 0.05)
+STEEP = priced([(1, 1.0), (1000, 1000.0)], 0.05)
 
 
 def test_costs_are_lines_between_what_was_measured():
-    costs = Costs([(1, 1.0), (2, 1.5), (4, 2.0)], 0.1)
+    costs = priced([(1, 1.0), (2, 1.5), (4, 2.0)], 0.1)
     assert [costs.step(n) for n in (1, 2, 3, 4, 8)] == [1.0, 1.5, 1.75, 2.0, 4.0]
     flat = [(1, 1.0), (1000, 1.0)]
-    assert Costs(flat, 0.1).best_gamma(0.5, 1, 4) == 2
-    assert Costs(flat, 0.1, 0.1).best_gamma(0.5, 1, 4) == 2
-    assert Costs(flat, 0.1, 0.9).best_gamma(0.5, 1, 4) == 0  # the first costs too much: 1.5 / 1.9, 1.75 / 2, …
-    assert Costs(flat, 0.0, 0.5).best_gamma(0.5, 1, 4) == 4  # those after it cost nothing
+    assert priced(flat, 0.1).best_gamma(0.5, 1, 4) == 2
+    assert priced(flat, 0.1, 0.1).best_gamma(0.5, 1, 4) == 2
+    assert priced(flat, 0.1, 0.9).best_gamma(0.5, 1, 4) == 0  # the first costs too much: 1.5 / 1.9, 1.75 / 2, …
+    assert priced(flat, 0.0, 0.5).best_gamma(0.5, 1, 4) == 4  # those after it cost nothing
 
 
 @given(alpha=st.floats(0, 1), batch=st.integers(1, 64), most=st.integers(0, 6))
 def test_gamma_is_the_best_and_zero_where_all_lose(alpha, batch, most):
-    costs = Costs([(1, 1.0), (8, 1.2), (64, 4.0), (512, 30.0)], 0.05)
+    costs = priced([(1, 1.0), (8, 1.2), (64, 4.0), (512, 30.0)], 0.05)
     rates = [expected_length(alpha, g) / (costs.step(batch * (1 + g)) + batch * g * 0.05) for g in range(most + 1)]
     assert rates[costs.best_gamma(alpha, batch, most)] == max(rates)
     assert STEEP.best_gamma(alpha, batch, most) == 0  # a step that costs in proportion to its tokens gains nothing
@@ -245,7 +251,7 @@ def test_gamma_follows_acceptance_and_probes():
         return Drafting(lambda: NGramDrafter(4, shortest=1), costs=costs)
 
     on = drive(make(FLAT), good=True, names=1, rounds=8)
-    costly = Costs([(1, 1.0), (2, 1.4), (8, 3.8)], 0.0)
+    costly = priced([(1, 1.0), (2, 1.4), (8, 3.8)], 0.0)
     off = drive(make(costly), good=False, names=1, rounds=3 * PROBE)
     assert on[-1] == 4
     assert off[0] > 0
@@ -255,7 +261,7 @@ def test_gamma_follows_acceptance_and_probes():
 
 
 def test_a_new_branch_believes_what_all_have_accepted_and_probes_in_vain_are_ever_rarer():
-    costly = Costs([(1, 1.0), (2, 1.4), (8, 3.8)], 0.0)
+    costly = priced([(1, 1.0), (2, 1.4), (8, 3.8)], 0.0)
     drafting = Drafting(lambda: NGramDrafter(4, shortest=1), costs=costly)
     assert drafting.alpha == PRIOR[0]
     tried = drive(drafting, good=False, names=1, rounds=8 * PROBE)
@@ -270,7 +276,7 @@ def test_a_new_branch_believes_what_all_have_accepted_and_probes_in_vain_are_eve
 
 
 def test_what_was_worked_out_for_one_batch_and_acceptance_is_not_taken_for_another():
-    costs = Costs([(1, 1.0), (8, 1.2), (64, 4.0), (512, 30.0)], 0.05)
+    costs = priced([(1, 1.0), (8, 1.2), (64, 4.0), (512, 30.0)], 0.05)
     drafting = Drafting(lambda: NGramDrafter(4), costs=costs)
     cases = [(alpha, batch, most) for alpha in (0.1, 0.9) for batch in (1, 64) for most in (1, 4)] * 2
     found = []
@@ -281,7 +287,7 @@ def test_what_was_worked_out_for_one_batch_and_acceptance_is_not_taken_for_anoth
 
 
 def test_drafting_is_off_in_a_large_batch_and_on_in_a_small_one():
-    costs = Costs([(1, 1.0), (4, 1.1), (16, 1.6), (64, 6.0), (256, 24.0)], 0.01)
+    costs = priced([(1, 1.0), (4, 1.1), (16, 1.6), (64, 6.0), (256, 24.0)], 0.01)
     drafting = Drafting(lambda: NGramDrafter(3, shortest=1), costs=costs)
     small = drive(drafting, good=True, names=1, rounds=8)
     assert small[-1] > 0
@@ -294,6 +300,12 @@ def test_measured_costs_are_usable():
     costs = measure(TARGET, ModelDrafter(DRAFT, 2), most=6, context=16, rounds=2)
     assert [n for n, _ in costs.steps] == [1, 2, 3, 4, 6]
     assert min(t for _, t in costs.steps) > 0
-    assert costs.first > costs.draft > 0  # the first computes what the model has not seen
+    [(batch, first, further)] = costs.drafts
+    assert batch == 1
+    assert first > further > 0  # the first computes what the model has not seen
+    costs = measure(TARGET, ModelDrafter(DRAFT, 2, sequences=3), most=6, context=16, rounds=1)
+    assert [b for b, _, _ in costs.drafts] == [1, 2, 3]
+    assert costs.drafting(6, 2) == 2 * costs.drafting(3, 2)  # two turns
+    assert costs.drafting(3, 0) == measure(TARGET, most=2, rounds=1).drafting(3, 2) == 0
     with pytest.raises(ValueError, match="vocabulary"):
         measure(TARGET, ModelDrafter(record(SMALL, 1)), most=2, rounds=1)

@@ -16,6 +16,7 @@ from networks import EPS, NETWORKS, random_tensors, tokenizer, tolerance
 from refllm.decode import speculative
 from refllm.decode.drafts import (
     Adversary,
+    Ask,
     JacobiDrafter,
     ModelDrafter,
     NGramDrafter,
@@ -210,3 +211,52 @@ def test_common_prefix(a, b):
     assert a[:n] == b[:n]
     assert n == min(len(a), len(b)) or a[n] != b[n]
     assert common_prefix(a * 3 + b, a * 3 + [9]) == 3 * len(a)
+
+
+# --- several sequences at once --------------------------------------------------------------------------------------
+
+
+@pytest.mark.theorem(
+    "What a model drafts for several sequences in one step is what it drafts for each alone, whatever their lengths, "
+    "what is cached of them, and who sits between them",
+    source="the rows of a batch do not see each other",
+)
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+@given(data=st.data(), seed=seeds, sampled=st.booleans(), confidence=st.sampled_from([0.0, 0.01]))
+def test_drafts_made_together_are_those_made_alone(xp, name, data, seed, sampled, confidence):
+    config, rng = NETWORKS[name], np.random.default_rng(seed)
+    model, how = record(config, seed % 7, xp), SAMPLED if sampled else GREEDY
+    together = ModelDrafter(model, 3, confidence=confidence, sequences=5)
+    texts = [rng.integers(0, config.vocab_size, rng.integers(1, 9)).tolist() for _ in range(5)]
+    for turn in range(3):
+        asked = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=5, unique=True))
+        asks = [Ask(texts[s], int(rng.integers(0, 4)), how, np.random.default_rng([turn, s]), s) for s in asked]
+        made = together.propose_together(asks)
+        for ask, proposal in zip(asks, made, strict=True):
+            alone = ModelDrafter(model, 3, confidence=confidence)
+            expected = alone.propose(ask.tokens, ask.most, how, np.random.default_rng([turn, ask.sequence]))
+            assert proposal.tokens == expected.tokens
+            assert (proposal.q is None) == (expected.q is None)
+            if expected.q is not None:
+                np.testing.assert_allclose(to_host(proposal.q), to_host(expected.q), rtol=0, atol=1e-11)
+            # some of the drafts are accepted, and a token follows
+            kept = expected.tokens[: rng.integers(0, 4)]
+            texts[ask.sequence] = [*ask.tokens, *kept, *rng.integers(0, config.vocab_size, 1).tolist()]
+
+
+def test_a_full_sequence_between_others_and_a_text_of_one_token_are_no_obstacle():
+    model, rng = record(SMALL, 1), np.random.default_rng(0)  # 32 positions
+    drafter = ModelDrafter(model, 2, sequences=3)
+    drafter.propose([0] * 31, 1, GREEDY, rng, 1)
+    assert drafter.cache.lengths[1] == 31
+    for middle, length in (([0] * 31, 31), ([0] * 32, 31)):
+        asks = [Ask([0, 1, 2], 2, GREEDY, rng, 0), Ask(middle, 2, GREEDY, rng, 1), Ask([2], 2, GREEDY, rng, 2)]
+        found = [p.tokens for p in drafter.propose_together(asks)]
+        expected = [ModelDrafter(model, 2).propose(ask.tokens, 2, GREEDY, rng).tokens for ask in asks]
+        assert found == expected
+        assert drafter.cache.lengths[1] == length
+    found = drafter.propose_together([Ask([0, 1, 2], 2, GREEDY, rng, 0), Ask([1, 1, 2], 2, GREEDY, rng, 2)])
+    assert [p.tokens for p in found] == [
+        ModelDrafter(model, 2).propose(text, 2, GREEDY, rng).tokens for text in ([0, 1, 2], [1, 1, 2])
+    ]
+    assert drafter.propose_together([]) == []

@@ -56,6 +56,16 @@ class TreeProposal(NamedTuple):
 NOTHING = Proposal([], None)
 
 
+class Ask(NamedTuple):
+    """What ``propose`` is asked for a sequence, where several are asked for at once."""
+
+    tokens: Sequence[int]
+    most: int
+    how: Sampling
+    rng: np.random.Generator
+    sequence: int
+
+
 class Drafter(Protocol):
     """What generation and engine ask of a drafter."""
 
@@ -172,8 +182,66 @@ class ModelDrafter:
             feed = [token]
         return Proposal(drafts, namespace(rows[0]).stack(rows) if rows else None)
 
+    def propose_together(self, asks: Sequence[Ask]) -> list[Proposal]:
+        """``propose`` for different sequences, in as many steps of the model as the longest proposal has drafts.
+
+        All are brought up to their last two tokens one by one; those two are then computed together. Where one of them
+        is cached already it gets the same keys and values once more, and all rows of the batch have the same shape.
+        """
+        counts = [min(ask.most, self.cache.capacity - len(ask.tokens)) for ask in asks]
+        drafts: list[list[int]] = [[] for _ in asks]
+        rows: list[list[Array]] = [[] for _ in asks]
+        feeds: dict[int, list[int]] = {}
+        for i, ask in enumerate(asks):
+            if counts[i] < 1:
+                continue
+            behind = self._behind(ask.tokens, ask.sequence)
+            if len(behind) > 2:
+                self._feed(behind[:-2], ask.sequence)
+            elif len(behind) == 1 < len(ask.tokens):
+                self._behind(ask.tokens[:-1], ask.sequence)
+            feeds[i] = list(ask.tokens[-2:])
+        while feeds:
+            z = self._feed_together([(asks[i].sequence, tokens) for i, tokens in feeds.items()])
+            asked, feeds = list(feeds), {}
+            for b, i in enumerate(asked):
+                token, row = self._choose(z[b, ...], self.how or asks[i].how, asks[i].rng)
+                if token is None:
+                    continue
+                drafts[i].append(token)
+                if row is not None:
+                    rows[i].append(row)
+                if len(drafts[i]) < counts[i]:
+                    feeds[i] = [token]
+        return [Proposal(d, namespace(q[0]).stack(q) if q else None) for d, q in zip(drafts, rows, strict=True)]
+
     def observe(self, best: Sequence[int], accepted: int) -> None:
         pass
+
+    def _feed_together(self, feeds: Sequence[tuple[int, list[int]]]) -> Array:
+        """Compute equally many tokens of each sequence → logits[B, V] after the last ones.
+
+        The sequences between the first and the last compute token 0 for nobody: behind the length of a sequence its
+        cache holds nothing that is read, and one batch without gaps is what a contiguous cache attends to at once.
+        """
+        fed = dict(feeds)
+        n = max(len(tokens) for tokens in fed.values())
+        if n != min(len(tokens) for tokens in fed.values()):  # a text of one token beside others
+            return namespace(self.cache.keys).stack([self._feed(tokens, s) * 1.0 for s, tokens in feeds])
+        places = range(min(fed), max(fed) + 1)
+        if any(self.cache.lengths[s] + n > self.cache.capacity for s in places):  # somebody between is full
+            return namespace(self.cache.keys).stack([self._feed(tokens, s) * 1.0 for s, tokens in feeds])
+        counts = [n if s in places else 0 for s in range(len(self._fed))]
+        ids = [t for s in places for t in fed.get(s, [0] * n)]
+        placed = asarray_like([ids, self.cache.positions(counts)], self.cache.keys, "int64")
+        last = asarray_like([(s - places[0]) * n + n - 1 for s, _ in feeds], self.cache.keys, "int64")
+        hidden = forward(self.model.weights, self.config, placed[0], placed[1], self.cache.view(counts), last)
+        for s, tokens in feeds:
+            self.cache.lengths[s] += n
+            self._fed[s] += tokens
+        self.computed += n * len(fed)
+        self.passes += 1
+        return logits(self.model.weights, hidden)
 
     def _behind(self, tokens: Sequence[int], sequence: int) -> list[int]:
         """Roll the cache back to what it shares with ``tokens`` and return the rest, at least the last one."""

@@ -7,10 +7,11 @@ how many drafts were accepted. Nobody tells of preemption, failed steps or the e
 
 How many drafts γ a branch of acceptance α gets in a batch of B is the γ of the largest
 
-    B · E[τ](α, γ) / (t(B (1 + γ)) + B (c₁ + (γ − 1) c))
+    B · E[τ](α, γ) / (t(B (1 + γ)) + c₁(B) + (γ − 1) c(B))
 
-t(n) is the measured time of a step of n tokens, c that of a draft, c₁ that of a step's first, which also computes
-what the draft model has not seen yet, from caches that the target's step has filled with its own weights. For one
+t(n) is the measured time of a step of n tokens, c(B) that of a draft for each of B branches, which one step of the
+draft model makes; c₁(B) that of a step's first, which also computes what the draft model has not seen yet, from
+caches that the target's step has filled with its own weights. For one
 sequence t is nearly flat and drafts pay; for many the step is bound by its products, t grows with n, and the best γ
 is 0: speculation is then off. A branch without drafts still drafts one token now and then, lest a bad beginning be
 the last word on it; each time in vain doubles the wait. What a branch is believed to accept begins with what all have
@@ -22,7 +23,7 @@ A draft model samples by the request's own settings: at a temperature more are a
 ``ModelDrafter(…, how=GREEDY)`` drafts are one-hot: fewer are accepted, but each request gets the very tokens that it
 gets without drafts (``serve.choosing``).
 
-Left out: drafting for all branches in one step of the draft model, trees in the engine.
+Left out: trees in the engine.
 """
 
 from __future__ import annotations
@@ -35,7 +36,16 @@ from typing import Any
 import numpy as np
 
 from refllm.decode.acceptance import Acceptance, expected_length
-from refllm.decode.drafts import NOTHING, Drafter, ModelDrafter, NGramDrafter, Proposal, TreeProposal, check_vocabulary
+from refllm.decode.drafts import (
+    NOTHING,
+    Ask,
+    Drafter,
+    ModelDrafter,
+    NGramDrafter,
+    Proposal,
+    TreeProposal,
+    check_vocabulary,
+)
 from refllm.decode.generate import GREEDY, Sampling
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.llama import forward, logits
@@ -48,11 +58,10 @@ BELIEF = 16.0  # how many drafts of a branch what is believed of all is worth
 
 @dataclass(frozen=True)
 class Costs:
-    """Measured: t(n) at some n, in rising order, the time of a draft, and of the first one of a step, in seconds."""
+    """Measured, in seconds: t(n) at some n, rising, and (B, c₁(B), c(B)) at some B; without any drafts cost nothing."""
 
     steps: Sequence[tuple[int, float]]
-    draft: float
-    first: float | None = None  # None: as any other
+    drafts: Sequence[tuple[int, float, float]] = ()
 
     def step(self, tokens: float) -> float:
         """t(n) by lines between the measured points; beyond the last one in proportion to n."""
@@ -63,10 +72,18 @@ class Costs:
 
     def best_gamma(self, alpha: float, batch: int, most: int) -> int:
         """The γ ≤ ``most`` of the most tokens a second for ``batch`` sequences of acceptance ``alpha``."""
-        first = self.draft if self.first is None else self.first
-        drafts = [0.0, *(first + g * self.draft for g in range(most))]
-        rates = [expected_length(alpha, g) / (self.step(batch * (1 + g)) + batch * drafts[g]) for g in range(most + 1)]
+        rates = [
+            expected_length(alpha, g) / (self.step(batch * (1 + g)) + self.drafting(batch, g)) for g in range(most + 1)
+        ]
         return max(range(most + 1), key=lambda g: rates[g])
+
+    def drafting(self, batch: int, gamma: int) -> float:
+        """The time of ``gamma`` drafts for each of ``batch`` branches, by lines between the measured points."""
+        if not self.drafts or gamma == 0:
+            return 0.0
+        sizes, first, further = zip(*self.drafts, strict=True)
+        more = max(1.0, batch / sizes[-1])  # more branches than were measured take turns
+        return float(more * (np.interp(batch, sizes, first) + (gamma - 1) * np.interp(batch, sizes, further)))
 
 
 class Drafting:
@@ -113,6 +130,35 @@ class Drafting:
             self._worth[case] = self.costs.best_gamma(case[0] / 100, self.batch, most)
         return self._worth[case]
 
+    def propose_together(self, asks: Sequence[tuple[BranchDrafter, Ask]]) -> list[Proposal | TreeProposal]:
+        """``BranchDrafter.propose`` for all branches of a step; a model drafts for all of them at once.
+
+        At most as many at a time as it has caches.
+        """
+        proposals: list[Proposal | TreeProposal] = [NOTHING] * len(asks)
+        wanting: list[tuple[int, BranchDrafter, Ask]] = []
+        for branch, _ in asks:
+            self.count(branch)
+        for i, (branch, ask) in enumerate(asks):
+            count = min(ask.most, branch.wants())
+            if count < 1:
+                continue
+            if isinstance(self.source, ModelDrafter):
+                wanting.append((i, branch, ask._replace(most=count)))
+            else:
+                proposals[i] = branch.drafter.propose(ask.tokens, count, ask.how, ask.rng)
+        while wanting:
+            some, wanting = wanting[: len(self._owners)], wanting[len(self._owners) :]
+            assert isinstance(self.source, ModelDrafter)
+            placed = [ask._replace(sequence=self.place(branch)) for _, branch, ask in some]
+            if len(some) == 1:
+                made = [self.source.propose(*placed[0])]
+            else:
+                made = self.source.propose_together(placed)
+            for (i, _, _), proposal in zip(some, made, strict=True):
+                proposals[i] = proposal
+        return proposals
+
     def place(self, branch: BranchDrafter) -> int:
         """The sequence of the shared model that is this branch's; taken from who asked longest ago if need be."""
         mine = next((place for place, owner in self._owners.items() if owner is branch), next(iter(self._owners)))
@@ -137,15 +183,8 @@ class BranchDrafter:
     def propose(
         self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator
     ) -> Proposal | TreeProposal:
-        self.drafting.count(self)
-        gamma = self._worth()
-        self.drafting.gammas[gamma] = self.drafting.gammas.get(gamma, 0) + 1
-        count = min(count, gamma)
-        if count < 1:
-            return NOTHING
-        if isinstance(self.drafter, ModelDrafter):
-            return self.drafter.propose(tokens, count, how, rng, self.drafting.place(self))
-        return self.drafter.propose(tokens, count, how, rng)
+        """As a ``Drafter`` by itself: for this branch alone."""
+        return self.drafting.propose_together([(self, Ask(tokens, count, how, rng, 0))])[0]
 
     def observe(self, best: Sequence[int], accepted: int) -> None:
         self.drafter.observe(best, accepted)
@@ -154,9 +193,13 @@ class BranchDrafter:
         self.accepted = MEMORY * self.accepted + accepted
         self.judged = MEMORY * self.judged + min(accepted + 1, proposed)
 
+    def wants(self) -> int:
+        """How many drafts it asks for in this step."""
+        gamma = self.gamma if self.drafting.costs is None else self._worth()
+        self.drafting.gammas[gamma] = self.drafting.gammas.get(gamma, 0) + 1
+        return gamma
+
     def _worth(self) -> int:
-        if self.drafting.costs is None:
-            return self.gamma
         gamma = self.drafting.worth(min(1.0, self.alpha), self.gamma)
         if gamma:
             self.idle, self.wait = 0, PROBE
@@ -185,11 +228,15 @@ def measure(
             began = time.perf_counter()
             _step(model, cache, context, n)
             times[n].append(time.perf_counter() - began)
-    each = first = 0.0
+    drafts: list[tuple[int, float, float]] = []
     if draft is not None:
         check_vocabulary(model, draft.model)
-        each, first = _draft_times(draft, lambda: _step(model, cache, context, 1), context, rounds)
-    return Costs([(n, float(np.median(times[n]))) for n in sizes], each, first)
+        places = len(draft.cache.lengths)
+        for batch in sorted({min(2**k, places) for k in range(places.bit_length() + 1)}):
+            drafts.append(
+                (batch, *_draft_times(draft, lambda: _step(model, cache, context, 1), batch, context, rounds))
+            )
+    return Costs([(n, float(np.median(times[n]))) for n in sizes], drafts)
 
 
 def _step(model: Any, cache: ContiguousCache, context: int, n: int) -> None:
@@ -200,20 +247,28 @@ def _step(model: Any, cache: ContiguousCache, context: int, n: int) -> None:
     logits(model.weights, hidden).argmax(axis=-1)
 
 
-def _draft_times(draft: ModelDrafter, between: Callable[[], None], context: int, rounds: int) -> tuple[float, float]:
-    """(c, c₁): a step of the target lies ``between``; what is to be computed first are one token and two in turn."""
+def _draft_times(
+    draft: ModelDrafter, between: Callable[[], None], batch: int, context: int, rounds: int
+) -> tuple[float, float]:
+    """(c₁, c) for ``batch`` sequences; a step of the target lies ``between``, one or two tokens are to be computed."""
     rng = np.random.default_rng(0)
     text = rng.integers(0, draft.config.vocab_size, context).tolist()
-    draft.propose(text, 1, GREEDY, rng)
-    firsts: list[float] = []
-    all_: list[float] = []
-    for count, spent in [(1, firsts), (draft.gamma, all_)] * rounds:
-        for behind in (1, 2):
-            draft.propose(text[: context - behind], 1, GREEDY, rng)  # the cache ends there
+
+    def propose(behind: int, count: int) -> None:
+        asks = [Ask(text[: context - behind], count, GREEDY, rng, s) for s in range(batch)]
+        if batch == 1:
+            draft.propose(*asks[0])
+        else:
+            draft.propose_together(asks)
+
+    spent: dict[tuple[int, int], list[float]] = {(b, n): [] for b in (1, 2) for n in (1, max(2, draft.gamma))}
+    propose(2, 1)
+    for _ in range(rounds):
+        for (behind, count), times in spent.items():
+            propose(behind, 1)  # the caches end there
             between()
             began = time.perf_counter()
-            draft.propose(text, count, GREEDY, rng)
-            spent.append(time.perf_counter() - began)
-    first = float(np.mean([np.median(firsts[0::2]), np.median(firsts[1::2])]))
-    whole = float(np.mean([np.median(all_[0::2]), np.median(all_[1::2])]))
-    return max(0.0, whole - first) / max(1, draft.gamma - 1) if draft.gamma > 1 else first, first
+            propose(0, count)
+            times.append(time.perf_counter() - began)
+    first, whole = (sum(float(np.median(spent[b, n])) for b in (1, 2)) / 2 for n in (1, max(2, draft.gamma)))
+    return first, max(0.0, whole - first) / (max(2, draft.gamma) - 1)

@@ -24,10 +24,11 @@ from typing import Any
 import numpy as np
 
 from refllm.backend import Array, asarray_like
-from refllm.decode.drafts import Drafter, TreeProposal
+from refllm.decode.drafts import Ask, Drafter, TreeProposal
 from refllm.kv.paged import PagedKVCache
 from refllm.serve import policies
 from refllm.serve.choosing import Seat, choose, penalised
+from refllm.serve.drafting import Drafting
 from refllm.serve.executor import execute
 from refllm.serve.ledger import Ledger
 from refllm.serve.live import Listener, Live, Record, refuse
@@ -174,17 +175,23 @@ class Engine(Counts):
         self._drafted.clear()
         if self.drafter is None:
             return
-        for branch in self.scheduler.running:
-            if self.scheduler.drafts(branch):
-                voice = self._live[branch.request.id].voice(branch.index)
-                assert voice.drafter is not None
-                limit = min(voice.drafter.gamma, branch.left - 1)
-                proposal = voice.drafter.propose(branch.tokens, limit, voice.how, voice.rng)
-                if isinstance(proposal, TreeProposal):
-                    raise ValueError("the engine verifies chains: give it a ModelDrafter where this one grows trees")
-                if proposal.tokens:
-                    self.scheduler.propose(branch.key, proposal.tokens)
-                    self._drafted[branch.key] = proposal.q
+        asking = [branch for branch in self.scheduler.running if self.scheduler.drafts(branch)]
+        asks: list[tuple[Any, Ask]] = []
+        for branch in asking:
+            voice = self._live[branch.request.id].voice(branch.index)
+            assert voice.drafter is not None
+            limit = min(voice.drafter.gamma, branch.left - 1)
+            asks.append((voice.drafter, Ask(branch.tokens, limit, voice.how, voice.rng, 0)))
+        if isinstance(self.drafter, Drafting):
+            proposals = self.drafter.propose_together(asks)
+        else:
+            proposals = [drafter.propose(*ask[:4]) for drafter, ask in asks]
+        for branch, proposal in zip(asking, proposals, strict=True):
+            if isinstance(proposal, TreeProposal):
+                raise ValueError("the engine verifies chains: give it a ModelDrafter where this one grows trees")
+            if proposal.tokens:
+                self.scheduler.propose(branch.key, proposal.tokens)
+                self._drafted[branch.key] = proposal.q
 
     def _outcomes(self, plan: Plan, branches: Sequence[Branch], z: Array) -> list[Outcome]:
         """z[R, V] → what becomes of each branch that was sampled, in the order of the plan."""
