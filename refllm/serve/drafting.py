@@ -13,9 +13,9 @@ t(n) is the measured time of a step of n tokens, c(B) that of a draft for each o
 draft model makes; c₁(B) that of a step's first, which also computes what the draft model has not seen yet, from
 caches that the target's step has filled with its own weights. For one
 sequence t is nearly flat and drafts pay; for many the step is bound by its products, t grows with n, and the best γ
-is 0: speculation is then off. A branch without drafts still drafts one token now and then, lest a bad beginning be
-the last word on it; each time in vain doubles the wait. What a branch is believed to accept begins with what all have
-accepted so far: a ``Drafting`` that serves for long knows its draft model, and no branch pays for finding out.
+is 0: speculation is then off. Now and then one branch drafts one token all the same, lest a bad beginning be the
+last word; each time in vain doubles the wait. What a branch is believed to accept begins with what all have accepted
+so far: a ``Drafting`` that serves for long knows its draft model, and no branch pays for finding out.
 
 Caches of a draft model are kept for the branches that asked last; who lost his is only slower once.
 
@@ -50,7 +50,8 @@ from refllm.decode.generate import GREEDY, Sampling
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.llama import forward, logits
 
-PROBE = 32  # steps after which a branch without drafts tries one again, the first time
+PROBE = 32  # times that branches go without drafts before one of them tries again, at first
+MARGIN = 1.05  # what drafting must promise: it also takes verifying, and rows of unequal length
 MEMORY = 0.9  # what an earlier draft of a branch counts for beside a later one
 PRIOR = (0.5, 4.0)  # α before anything was seen, and how many drafts that belief is worth
 BELIEF = 16.0  # how many drafts of a branch what is believed of all is worth
@@ -72,10 +73,11 @@ class Costs:
 
     def best_gamma(self, alpha: float, batch: int, most: int) -> int:
         """The γ ≤ ``most`` of the most tokens a second for ``batch`` sequences of acceptance ``alpha``."""
-        rates = [
-            expected_length(alpha, g) / (self.step(batch * (1 + g)) + self.drafting(batch, g)) for g in range(most + 1)
-        ]
-        return max(range(most + 1), key=lambda g: rates[g])
+        return max(range(most + 1), key=lambda g: self.rate(alpha, batch, g))
+
+    def rate(self, alpha: float, batch: int, gamma: int) -> float:
+        """Tokens a second of each of ``batch`` sequences that draft ``gamma`` tokens a step."""
+        return expected_length(alpha, gamma) / (self.step(batch * (1 + gamma)) + self.drafting(batch, gamma))
 
     def drafting(self, batch: int, gamma: int) -> float:
         """The time of ``gamma`` drafts for each of ``batch`` branches, by lines between the measured points."""
@@ -98,6 +100,7 @@ class Drafting:
         self.stats = Acceptance()
         self.gammas: dict[int, int] = {}
         self.batch = 1  # branches that ask in a step
+        self.idle, self.wait = 0, PROBE  # asked for since the last draft, and how often that may be until the next
         self._worth: dict[tuple[int, int, int], int] = {}
         self._asked: set[BranchDrafter] = set()  # since somebody asked for the second time
         places = len(source.cache.lengths) if isinstance(source, ModelDrafter) else 0
@@ -120,14 +123,17 @@ class Drafting:
         self.batch = max(self.batch, len(self._asked))
 
     def worth(self, alpha: float, most: int) -> int:
-        """The best γ by the measured costs for ``alpha``, in hundredths, in the batch of now; each is worked out once.
+        """The best γ by the measured costs for ``alpha``, in hundredths, in the batch of now; 0 if it gains too little.
 
-        32 branches that ask anew in every step would take longer than the draft model.
+        Each is worked out once: 32 branches that ask anew in every step would take longer than the draft model.
         """
         assert self.costs is not None
         case = (round(100 * alpha), self.batch, most)
         if case not in self._worth:
-            self._worth[case] = self.costs.best_gamma(case[0] / 100, self.batch, most)
+            alpha = case[0] / 100
+            gamma = self.costs.best_gamma(alpha, self.batch, most)
+            worth = self.costs.rate(alpha, self.batch, gamma) > MARGIN * self.costs.rate(alpha, self.batch, 0)
+            self._worth[case] = gamma if worth else 0
         return self._worth[case]
 
     def propose_together(self, asks: Sequence[tuple[BranchDrafter, Ask]]) -> list[Proposal | TreeProposal]:
@@ -173,7 +179,6 @@ class BranchDrafter:
     def __init__(self, drafting: Drafting, drafter: Drafter):
         self.drafting, self.drafter, self.gamma = drafting, drafter, drafter.gamma
         self.accepted = self.judged = 0.0  # of its own drafts, the later ones counting more
-        self.idle, self.wait = 0, PROBE  # steps without a draft, and how many of them until the next
 
     @property
     def alpha(self) -> float:
@@ -200,13 +205,14 @@ class BranchDrafter:
         return gamma
 
     def _worth(self) -> int:
-        gamma = self.drafting.worth(min(1.0, self.alpha), self.gamma)
+        drafting = self.drafting
+        gamma = drafting.worth(min(1.0, self.alpha), self.gamma)
         if gamma:
-            self.idle, self.wait = 0, PROBE
+            drafting.idle, drafting.wait = 0, PROBE
             return gamma
-        self.idle += 1
-        if self.idle >= self.wait and self.drafting.worth(1.0, 1):  # no probe where even α = 1 loses
-            self.idle, self.wait = 0, 2 * self.wait
+        drafting.idle += 1
+        if drafting.idle >= drafting.wait and drafting.worth(1.0, 1):  # no probe where even α = 1 loses
+            drafting.idle, drafting.wait = 0, 2 * drafting.wait
             return 1
         return 0
 
