@@ -163,15 +163,14 @@ class TreeView:
             raise ValueError(f"{self.start} cached + {len(tree) + 1} tokens of a tree exceed {cache.capacity}")
         like = cache.keys
         xp = namespace(like)
-        at = asarray_like(tree.positions(self.start), like, "int64")
-        sees = asarray_like(tree.mask(), like, "bool")
+        self.first, sees = self.start, asarray_like(tree.mask(), like, "bool")  # what is cached all of them see
         if cache.window is not None:  # distances are those of positions, not of rows
-            sees = sees & (at[None, :] > at[:, None] - cache.window)
-        cached = xp.ones((len(tree) + 1, self.start), dtype=bool)
-        if cache.window is not None:
-            cached = xp.arange(self.start)[None, :] > at[:, None] - cache.window
+            at = asarray_like(tree.positions(self.start), like, "int64")
+            since = at[:, None] - cache.window
+            self.first = 0
+            sees = xp.concat([xp.arange(self.start)[None, :] > since, sees & (at[None, :] > since)], axis=1)
         low, zero = (xp.asarray(v, dtype=like.dtype) for v in (masked_score(xp, like.dtype), 0.0))
-        self.bias = xp.where(xp.concat([cached, sees], axis=1), zero, low)  # [m+1, S]
+        self.bias = xp.where(sees, zero, low)  # [m+1, S − first]
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
         xp, cache, (count, heads, dim) = namespace(q), self.cache, q.shape
@@ -181,9 +180,10 @@ class TreeView:
         values[:, self.start :] = v.transpose(1, 0, 2)
         groups = keys.shape[0]
         rows = (q * (1.0 / math.sqrt(dim))).reshape(count, groups, heads // groups, dim).transpose(1, 2, 0, 3)
-        scores = xp.matmul(rows, keys[:, None]) + self.bias  # [G, R, m+1, S]
-        scores -= scores.max(axis=-1, keepdims=True)
-        p = xp.exp(scores)
+        p = xp.matmul(rows, keys[:, None])  # [G, R, m+1, S]
+        p[..., self.first :] += self.bias
+        p -= p.max(axis=-1, keepdims=True)
+        xp.exp(p, out=p)
         p /= p.sum(axis=-1, keepdims=True)
         return xp.matmul(p, values[:, None]).transpose(2, 0, 1, 3).reshape(q.shape)
 

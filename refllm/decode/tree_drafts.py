@@ -52,7 +52,7 @@ class TreeDrafter(ModelDrafter):
         while len(nodes) < count:
             z, left = self._feed(feed, sequence), count - len(nodes)
             if how.temperature == 0:
-                children = _likeliest(z, left if self._fans(z, left) else 1)
+                children = self._likeliest(z, left)
             else:
                 q = rows[parent + 1] = sampling.warp(z, how.temperature, how.top_k, how.top_p, how.min_p)
                 children = draw_children(q, left if float(namespace(q).max(q)) < self.confidence else 1, rng)
@@ -64,22 +64,17 @@ class TreeDrafter(ModelDrafter):
             feed = children
         return TreeProposal(nodes, _stacked(rows, 1 + len(nodes)), Tree(parents)) if nodes else NOTHING
 
-    def _fans(self, z: Array, left: int) -> bool:
-        """Whether the largest probability of softmax(z[V]) is below ``confidence``, where it matters."""
+    def _likeliest(self, z: Array, left: int) -> list[int]:
+        """The argmax of z[V] alone where its probability reaches ``confidence``, else the ``left`` largest."""
         xp = namespace(z)
-        return left > 1 and float(xp.sum(xp.exp(z - xp.max(z)))) * self.confidence > 1
-
-
-def _likeliest(z: Array, count: int) -> list[int]:
-    """The tokens of the ``count`` largest logits of z[V]; of equal ones the first."""
-    xp = namespace(z)
-    best = [int(xp.argmax(z))]
-    if count > 1:
+        best = [int(xp.argmax(z))]
+        if left == 1 or float(xp.sum(xp.exp(z - z[best[0]]))) * self.confidence <= 1:
+            return best
         z = z * 1.0
-    while len(best) < min(count, z.shape[0]):  # a handful: each is a pass over z, a sort would be many
-        z[best[-1]] = -math.inf
-        best.append(int(xp.argmax(z)))
-    return best
+        while len(best) < min(left, z.shape[0]):  # a handful: each is a pass over z, a sort would be many
+            z[best[-1]] = -math.inf
+            best.append(int(xp.argmax(z)))
+        return best
 
 
 def _stacked(rows: dict[int, Array], count: int) -> Array | None:
