@@ -6,8 +6,9 @@ import io
 
 from rich.console import Console
 
-from refllm.decode.drafts import ModelDrafter, NGramDrafter
+from refllm.decode.drafts import Cascade, ModelDrafter, NGramDrafter
 from refllm.decode.speculate import Step
+from refllm.decode.tree_drafts import TreeDrafter
 from refllm.study import guessing
 from study_models import tiny_model
 
@@ -35,4 +36,4 @@ def test_the_bundled_models_draft_for_each_other():
     from refllm.api import load
 
     found = guessing.drafters(load("stdlib"), "stdlib-draft", "numpy")
-    assert [type(d) for d in found.values()] == [ModelDrafter, NGramDrafter]
+    assert [type(d) for d in found.values()] == [ModelDrafter, TreeDrafter, Cascade, NGramDrafter]

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from refllm.api import Model, load
-from refllm.decode.acceptance import acceptance_stats
-from refllm.decode.drafts import Drafter, ModelDrafter, NGramDrafter, check_vocabulary
+from refllm.decode.drafts import Cascade, Drafter, ModelDrafter, NGramDrafter, check_vocabulary
 from refllm.decode.generate import GREEDY, generate_tokens
 from refllm.decode.speculate import Step, speculate
+from refllm.decode.tree_drafts import TreeDrafter
 from refllm.model.corpus import held_out_documents
 from refllm.study.terminal import table
 
@@ -58,20 +58,23 @@ def visit(model: Model, draft: str, backend: str, say: Callable[[str], Any], out
 
 def row(steps: list[Step], plain: list[int]) -> tuple[str, str, str]:
     """Steps, tokens a step, accepted of guessed; the prefill's token took no step."""
-    stats = acceptance_stats((len(s.drafts), s.accepted) for s in steps[1:])
-    return f"{len(steps)}", f"{len(plain) / len(steps):.2f}", f"{stats.accepted} of {stats.proposed}"
+    accepted, guessed = sum(s.accepted for s in steps[1:]), sum(len(s.drafts) for s in steps[1:])
+    return f"{len(steps)}", f"{len(plain) / len(steps):.2f}", f"{accepted} of {guessed}"
 
 
 def drafters(model: Model, draft: str, backend: str) -> dict[str, Drafter]:
-    """A small model, if there is one of this vocabulary, and n-grams."""
+    """A small model, as a chain and as a tree, if there is one of this vocabulary; n-grams; and both in turn."""
+    chain, ngrams = GAMMA["model"], NGramDrafter(GAMMA["n-grams"])
     found: dict[str, Drafter] = {}
     try:
         small = load(draft, backend)
         check_vocabulary(model, small)
-        found[f"{draft}, {GAMMA['model']} a step"] = ModelDrafter(small, GAMMA["model"])
+        found[f"{draft}, {chain} a step"] = ModelDrafter(small, chain)
+        found[f"{draft}, trees of {chain}"] = TreeDrafter(small, chain)
+        found["n-grams, else such a tree"] = Cascade(NGramDrafter(chain), TreeDrafter(small, chain))
     except ValueError:  # it is not there, or speaks another vocabulary
         pass
-    found[f"n-grams of the text, {GAMMA['n-grams']} a step"] = NGramDrafter(GAMMA["n-grams"])
+    found[f"n-grams of the text, {GAMMA['n-grams']} a step"] = ngrams
     return found
 
 
