@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.decode.acceptance import acceptance_stats, best_gamma, expected_length, speedup
+from refllm.decode.acceptance import Acceptance, acceptance_stats, best_gamma, expected_length, speedup
 from refllm.decode.speculative import acceptance_stats as same
 from strategies import seeds
 
@@ -77,3 +77,11 @@ def test_best_gamma_is_the_best_of_all(alpha, seed, draft, count):
     assert gains[0] == 1.0
     with pytest.raises(ValueError, match=f"cost of 1 to {count + 1} tokens"):
         speedup(alpha, count, cost, draft)
+
+
+@pytest.mark.parametrize("counts", [(1, 0, 3), (3, 3, 1), (2, 1, 0)])
+def test_no_more_are_judged_than_proposed_and_no_fewer_than_accepted(counts):
+    stats = Acceptance()
+    with pytest.raises(ValueError, match="cannot be judged"):
+        stats.add(*counts)
+    assert stats == Acceptance()

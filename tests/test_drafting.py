@@ -15,8 +15,9 @@ from networks import NETWORKS
 from refllm.api import load
 from refllm.decode import speculative
 from refllm.decode.acceptance import Acceptance, expected_length
-from refllm.decode.drafts import Adversary, JacobiDrafter, ModelDrafter, NGramDrafter, PerfectDrafter
+from refllm.decode.drafts import Adversary, Ask, JacobiDrafter, ModelDrafter, NGramDrafter, PerfectDrafter
 from refllm.decode.generate import GREEDY, Sampling
+from refllm.decode.tree_drafts import TreeDrafter
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.corpus import held_out_documents
 from refllm.model.llama import forward
@@ -234,15 +235,14 @@ def test_gamma_is_the_best_and_zero_where_all_lose(alpha, batch, most):
 def drive(drafting, good: bool, names: int, rounds: int) -> list[int]:
     """γ by round of the first of ``names`` branches whose drafts are all accepted, or none."""
     branches = [drafting() for _ in range(names)]
+    asks = [(branch, Ask([1, 2, 3, 4, 5, 1], 100, GREEDY, np.random.default_rng(0), 0)) for branch in branches]
     gammas = []
-    for _ in range(rounds):
-        for i, branch in enumerate(branches):
-            # there is always something to look up
-            drafts = branch.propose([1, 2, 3, 4, 5, 1], 100, GREEDY, np.random.default_rng(0)).tokens
-            if i == 0:
-                gammas.append(len(drafts))
+    for _ in range(rounds):  # there is always something to look up
+        made = [len(proposal.tokens) for proposal in drafting.propose_together(asks)]
+        gammas.append(made[0])
+        for branch, drafts in zip(branches, made, strict=True):
             if drafts:
-                branch.observe([0] * (len(drafts) + 1), len(drafts) if good else 0)
+                branch.observe([0] * (drafts + 1), drafts if good else 0)
     return gammas
 
 
@@ -310,3 +310,107 @@ def test_measured_costs_are_usable():
     assert costs.drafting(3, 0) == measure(TARGET, most=2, rounds=1).drafting(3, 2) == 0
     with pytest.raises(ValueError, match="vocabulary"):
         measure(TARGET, ModelDrafter(record(SMALL, 1)), most=2, rounds=1)
+
+
+def test_the_batch_is_who_asks_now_and_nobody_is_kept():
+    costs = priced([(1, 1.0), (4, 1.05), (16, 1.6), (64, 6.0), (256, 24.0)], 0.01)
+    drafting = Drafting(lambda: NGramDrafter(3, shortest=1), costs=costs)
+    engine = Engine(TARGET, num_blocks=64, drafter=drafting)
+    for i in range(40):  # each branch asks once
+        engine.submit(Request([5, 6, 5, 6, 5], 3, id=i, ignore_eos=True))
+        engine.run()
+    assert drafting.batch == 1
+    assert drafting.worth(0.9, 3) > 0
+
+
+def test_a_branch_that_began_badly_is_tried_again_beside_one_that_drafts():
+    drafting = Drafting(lambda: NGramDrafter(1, shortest=1), costs=Costs([(1, 1.0), (9, 1.0)], [(1, 0.6, 0.5), (9, 0.6, 0.5)]))
+    drafting.stats = Acceptance(steps=1000, proposed=1000, judged=1000, accepted=900)
+    asks = [(drafting(), Ask([1, 2, 1], 1, GREEDY, np.random.default_rng(0), 0)) for _ in range(2)]
+    drafted = []
+    for step in range(20 * PROBE):
+        for i, ((branch, _), proposal) in enumerate(zip(asks, drafting.propose_together(asks), strict=True)):
+            if proposal.tokens:
+                good = i == 0 or step > PROBE
+                branch.observe([0, 0], int(good))
+                if i == 1:
+                    drafted.append(step)
+    assert 0 in drafted  # it began,
+    assert not set(range(20, PROBE)) & set(drafted)  # was bad, and went without
+    assert len([step for step in drafted if step > 10 * PROBE]) > 8 * PROBE  # and is back
+
+
+def test_a_probe_that_finds_nothing_and_one_among_many_do_not_lengthen_the_wait():
+    costly = priced([(1, 1.0), (2, 1.4), (1000, 500.0)], 0.0)
+    drafting = Drafting(lambda: NGramDrafter(4, shortest=1), costs=costly)
+    drafting.stats = Acceptance(steps=1000, proposed=1000, judged=1000, accepted=0)
+    ask = Ask([1, 2, 3, 4], 4, GREEDY, np.random.default_rng(0), 0)  # nothing repeats
+    asks = [(drafting(), ask)]
+    for _ in range(5 * PROBE):
+        assert drafting.propose_together(asks)[0].tokens == []
+    assert drafting.wait == PROBE
+
+
+def test_who_has_no_cache_left_goes_without_drafts_and_the_others_keep_theirs():
+    source = ModelDrafter(DRAFT, 3, how=GREEDY, sequences=2)
+    asked = [Request([7 + i] * 40, 12, id=i, ignore_eos=True) for i in range(3)]
+    plain, _ = served(None, asked, num_blocks=60)
+    found, _ = served(Drafting(source), asked, num_blocks=60)
+    assert found == plain
+    assert source.computed < 3 * (40 + 12) + 12 * 3 * 3  # every prompt once, and what was drafted
+
+    with pytest.raises(ValueError, match="vocabulary"):
+        Engine(TARGET, num_blocks=8, drafter=Drafting(ModelDrafter(record(SMALL, 1))))
+    for wrong, error in ((NGramDrafter(3), TypeError), (TreeDrafter(DRAFT), ValueError)):
+        with pytest.raises(error, match="ModelDrafter"):
+            Drafting(wrong)
+
+
+def test_costs_of_a_draft_model_that_is_rarely_sure_are_not_nothing():
+    draft = ModelDrafter(DRAFT, 3, confidence=0.9, sequences=3)
+    for _, first, further in measure(TARGET, draft, most=2, context=16, rounds=2).drafts:
+        assert first > 0
+        assert further >= 0
+    assert draft.confidence == 0.9
+    assert draft.computed >= 2 * 2 * 3 * 3
+    for bad in ({"most": 0}, {"context": 2}, {"rounds": 0}):
+        with pytest.raises(ValueError, match="at least 1 and context 3"):
+            measure(TARGET, **bad)
+    with pytest.raises(ValueError, match="a measured step at least"):
+        Costs([])
+
+
+def test_a_failure_while_drafting_is_made_up_for(monkeypatch):
+    """Whatever fails, in the draft model, in the making of a drafter: the next step begins where that one did."""
+    from refllm.decode import drafts as module
+
+    real, failed = module.forward, []
+
+    def fails_once(*arguments):
+        if not failed:
+            failed.append(1)
+            raise MemoryError
+        return real(*arguments)
+
+    asked = Request(list(range(1, 13)), 6, id=0, ignore_eos=True)
+    [plain] = served(None, [asked])[0].values()
+
+    def made():
+        if len(failed) == 1:
+            failed.append(1)
+            raise MemoryError
+        return NGramDrafter(3, shortest=1)
+
+    monkeypatch.setattr(module, "forward", fails_once)
+    for drafter in (Drafting(ModelDrafter(DRAFT, 3, how=GREEDY)), made):
+        engine = Engine(TARGET, num_blocks=24, block_size=4, drafter=drafter, seed=0)
+        engine.submit(asked)
+        errors = 0
+        while engine.unfinished:
+            try:
+                engine.step()
+            except MemoryError:
+                errors += 1
+            engine.check()
+        assert errors == 1
+        assert engine.run()[0].tokens == plain[0]

@@ -260,3 +260,9 @@ def test_a_full_sequence_between_others_and_a_text_of_one_token_are_no_obstacle(
         ModelDrafter(model, 2).propose(text, 2, GREEDY, rng).tokens for text in ([0, 1, 2], [1, 1, 2])
     ]
     assert drafter.propose_together([]) == []
+
+
+def test_a_sequence_drafts_once_in_a_step():
+    drafter, rng = ModelDrafter(record(SMALL, 1), 2, sequences=3), np.random.default_rng(0)
+    with pytest.raises(ValueError, match="drafts once in a step"):
+        drafter.propose_together([Ask([0, 1], 2, GREEDY, rng, 0), Ask([1, 1], 2, GREEDY, rng, 0)])

@@ -145,7 +145,8 @@ def test_a_model_within_a_cascade_must_speak_the_vocabulary():
 
 def test_the_engine_refuses_trees_and_goes_on_without_them():
     model = load("stdlib")
-    engine = Engine(model, num_blocks=16, drafter=lambda: TreeDrafter(load("stdlib-draft")))
+    draft = load("stdlib-draft")
+    engine = Engine(model, num_blocks=16, drafter=lambda: TreeDrafter(draft))
     engine.submit(Request(model.tokenizer.encode("import os"), 6, id="a"))
     engine.step()
     with pytest.raises(ValueError, match="the engine verifies chains"):
@@ -170,3 +171,11 @@ def test_of_a_tree_the_levels_that_were_judged_are_counted():
         stats = Acceptance()
         stats.add(len(step.drafts), step.accepted, step.judged)
         assert (stats.judged, stats.proposed, stats.length) == (judged, 4, 1 + len(kept))
+
+
+def test_what_is_left_of_q_may_be_too_little_to_draw_from():
+    model = record(SMALL, 33)
+    z = next_logits(model, [0, 2])
+    how = Sampling(float(np.sort(z)[-1] - np.sort(z)[-2]) / 750)  # e^−750: the second token has next to nothing
+    proposal = TreeDrafter(model, 3, confidence=0.99).propose([0, 2], 3, how, draw(0))
+    assert proposal.tokens[0] == int(z.argmax())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -30,7 +31,7 @@ def draft_named(names: str, gamma: int | None, tree: bool, backend: str) -> Any:
 
     options: Any = {} if gamma is None else {"gamma": gamma}
     kind = TreeDrafter if tree else ModelDrafter
-    wanted = [name.strip() for name in names.split(",")]
+    wanted = [names] if Path(names).is_dir() else [name.strip() for name in names.split(",")]
     if not all(wanted):
         raise ValueError(f"--draft names drafters with commas between them, got {names!r}")
     if tree and set(wanted) == {"ngram"}:

@@ -40,6 +40,8 @@ class Acceptance:
         if not 0 <= accepted <= proposed:
             raise ValueError(f"{accepted} of {proposed} drafts cannot be accepted")
         judged = min(accepted + 1, proposed) if judged is None else judged
+        if not accepted <= judged <= proposed:
+            raise ValueError(f"{judged} of {proposed} drafts cannot be judged where {accepted} are accepted")
         self.steps += 1
         self.proposed += proposed
         self.accepted += accepted

@@ -188,6 +188,10 @@ class ModelDrafter:
         All are brought up to their last two tokens one by one; those two are then computed together. Where one of them
         is cached already it gets the same keys and values once more, and all rows of the batch have the same shape.
         """
+        if len({ask.sequence for ask in asks}) < len(asks):
+            raise ValueError(f"each sequence drafts once in a step, got {[ask.sequence for ask in asks]}")
+        if self._lean is not None and len(asks) <= 2:  # as fast one after the other
+            return [self.propose(*ask) for ask in asks]
         counts = [min(ask.most, self.cache.capacity - len(ask.tokens)) for ask in asks]
         drafts: list[list[int]] = [[] for _ in asks]
         rows: list[list[Array]] = [[] for _ in asks]
@@ -226,10 +230,13 @@ class ModelDrafter:
         """
         fed = dict(feeds)
         n = max(len(tokens) for tokens in fed.values())
-        if n != min(len(tokens) for tokens in fed.values()):  # a text of one token beside others
-            return namespace(self.cache.keys).stack([self._feed(tokens, s) * 1.0 for s, tokens in feeds])
         places = range(min(fed), max(fed) + 1)
-        if any(self.cache.lengths[s] + n > self.cache.capacity for s in places):  # somebody between is full
+        apart = (
+            any(len(tokens) != n for tokens in fed.values())  # a text of one token beside others
+            or any(self.cache.lengths[s] + n > self.cache.capacity for s in places)  # somebody between is full
+            or len(places) > 2 * len(fed)  # more for nobody than for somebody
+        )
+        if apart:
             return namespace(self.cache.keys).stack([self._feed(tokens, s) * 1.0 for s, tokens in feeds])
         counts = [n if s in places else 0 for s in range(len(self._fed))]
         ids = [t for s in places for t in fed.get(s, [0] * n)]
@@ -253,9 +260,13 @@ class ModelDrafter:
 
     def _feed(self, tokens: list[int], sequence: int) -> Array:
         """Compute tokens after those of the cache → logits[V] after the last."""
-        self._fed[sequence] += tokens
+        z = self._computed(tokens, sequence)
+        self._fed[sequence] += tokens  # last: what failed half-way is computed again
         self.computed += len(tokens)
         self.passes += 1
+        return z
+
+    def _computed(self, tokens: list[int], sequence: int) -> Array:
         if self._lean is not None and len(tokens) <= 4:
             for token in tokens[:-1]:
                 self._lean.step(token, sequence, head=False)

@@ -148,7 +148,7 @@ def draw_children(q: Array, count: int, rng: np.random.Generator, *, replacement
         children.append(speculative.draw(q, rng.random()))
         if not replacement:
             q = _without(q, children[-1])
-            if not float(namespace(q).sum(q)) > 0:
+            if not float(namespace(q).sum(q)) > speculative.EMPTY:
                 break
     return children
 

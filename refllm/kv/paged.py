@@ -108,10 +108,15 @@ class PagedKVCache:
             slots += table.slots(table.length, table.length + n)
         if len(set(slots)) != len(slots):  # duplicate indices in an assignment are undefined on a GPU
             raise ValueError("two tokens of the step have the same slot: reserve each sequence before the view")
-        b = self.pool.block_size
+        b, most = self.pool.block_size, self.pool.num_blocks * self.pool.block_size
+        if slots and (min(slots) < 0 or max(slots) >= most):  # −1 would be the last slot
+            raise ValueError(f"a token lies outside the {most} slots of the pool: {min(slots)}..{max(slots)}")
         if shared := self.pool.shared([slot // b for slot in slots]):
-            blocks = next(table.blocks for table in tables if shared[0] in table.blocks)
-            raise ValueError(f"a block of {blocks} is shared and would be written: reserve it first")
+            written = (
+                t.blocks for t, n in zip(tables, counts, strict=True)
+                if any(slot // b == shared[0] for slot in t.slots(t.length, t.length + n))
+            )  # fmt: skip
+            raise ValueError(f"a block of {next(written)} is shared and would be written: reserve it first")
         return _View(self, tables, counts, slots)
 
     def advance(self, tables: Sequence[BlockTable], counts: Sequence[int]) -> None:

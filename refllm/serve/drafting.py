@@ -11,13 +11,13 @@ How many drafts γ a branch of acceptance α gets in a batch of B is the γ of t
 
 t(n) is the measured time of a step of n tokens, c(B) that of a draft for each of B branches, which one step of the
 draft model makes; c₁(B) that of a step's first, which also computes what the draft model has not seen yet, from
-caches that the target's step has filled with its own weights. For one
-sequence t is nearly flat and drafts pay; for many the step is bound by its products, t grows with n, and the best γ
-is 0: speculation is then off. Now and then one branch drafts one token all the same, lest a bad beginning be the
-last word; each time in vain doubles the wait. What a branch is believed to accept begins with what all have accepted
-so far: a ``Drafting`` that serves for long knows its draft model, and no branch pays for finding out.
+caches that the target's step has filled with its own weights. For one sequence t is nearly flat and drafts pay; for
+many the step is bound by its products, t grows with n, and the best γ is 0: speculation is then off. A branch that
+has gone without drafts for a while tries one all the same, lest a bad beginning be the last word; each time in vain
+doubles that while, for all. What a branch is believed to accept begins with what all have accepted so far: a
+``Drafting`` that serves for long knows its draft model, and no branch pays for finding out.
 
-Caches of a draft model are kept for the branches that asked last; who lost his is only slower once.
+Caches of a draft model are kept for the branches that asked last. Where more ask than it has, some go without drafts.
 
 A draft model samples by the request's own settings: at a temperature more are accepted so, and the law is kept. With
 ``ModelDrafter(…, how=GREEDY)`` drafts are one-hot: fewer are accepted, but each request gets the very tokens that it
@@ -47,10 +47,11 @@ from refllm.decode.drafts import (
     check_vocabulary,
 )
 from refllm.decode.generate import GREEDY, Sampling
+from refllm.decode.tree_drafts import TreeDrafter
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.llama import forward, logits
 
-PROBE = 32  # times that branches go without drafts before one of them tries again, at first
+PROBE = 32  # steps that a branch goes without drafts before it tries one again, at first
 MARGIN = 1.05  # what drafting must promise: it also takes verifying, and rows of unequal length
 MEMORY = 0.9  # what an earlier draft of a branch counts for beside a later one
 PRIOR = (0.5, 4.0)  # α before anything was seen, and how many drafts that belief is worth
@@ -63,6 +64,10 @@ class Costs:
 
     steps: Sequence[tuple[int, float]]
     drafts: Sequence[tuple[int, float, float]] = ()
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise ValueError("costs need a measured step at least: (tokens, seconds), as measure(model) returns them")
 
     def step(self, tokens: float) -> float:
         """t(n) by lines between the measured points; beyond the last one in proportion to n."""
@@ -84,7 +89,7 @@ class Costs:
         if not self.drafts or gamma == 0:
             return 0.0
         sizes, first, further = zip(*self.drafts, strict=True)
-        more = max(1.0, batch / sizes[-1])  # more branches than were measured take turns
+        more = max(1.0, batch / sizes[-1])  # beyond what was measured, in proportion
         return float(more * (np.interp(batch, sizes, first) + (gamma - 1) * np.interp(batch, sizes, further)))
 
 
@@ -96,13 +101,19 @@ class Drafting:
 
         Without ``costs`` every branch gets the drafter's own γ.
         """
+        if isinstance(source, TreeDrafter):
+            raise ValueError("the engine verifies chains: give it a ModelDrafter where this one grows trees")
+        if not (isinstance(source, ModelDrafter) or callable(source)):
+            raise TypeError(
+                f"Drafting takes a ModelDrafter, or what makes a drafter for each branch, as "
+                f"lambda: NGramDrafter(8) does, got {source!r}"
+            )
         self.source, self.costs = source, costs
         self.stats = Acceptance()
         self.gammas: dict[int, int] = {}
         self.batch = 1  # branches that ask in a step
-        self.idle, self.wait = 0, PROBE  # asked for since the last draft, and how often that may be until the next
+        self.wait, self.probing = PROBE, False  # steps without drafts until a branch probes, and whether one does now
         self._worth: dict[tuple[int, int, int], int] = {}
-        self._asked: set[BranchDrafter] = set()  # since somebody asked for the second time
         places = len(source.cache.lengths) if isinstance(source, ModelDrafter) else 0
         self._owners: dict[int, BranchDrafter | None] = dict.fromkeys(range(places))  # who asked last stands last
 
@@ -114,13 +125,6 @@ class Drafting:
     def alpha(self) -> float:
         """What is believed of a branch of which nothing is known: α of all drafts so far."""
         return (PRIOR[0] * PRIOR[1] + self.stats.accepted) / (PRIOR[1] + self.stats.judged)
-
-    def count(self, branch: BranchDrafter) -> None:
-        """A branch asks: who asks twice begins another step."""
-        if branch in self._asked:
-            self.batch, self._asked = len(self._asked), set()
-        self._asked.add(branch)
-        self.batch = max(self.batch, len(self._asked))
 
     def worth(self, alpha: float, most: int) -> int:
         """The best γ by the measured costs for ``alpha``, in hundredths, in the batch of now; 0 if it gains too little.
@@ -137,39 +141,39 @@ class Drafting:
         return self._worth[case]
 
     def propose_together(self, asks: Sequence[tuple[BranchDrafter, Ask]]) -> list[Proposal | TreeProposal]:
-        """``BranchDrafter.propose`` for all branches of a step; a model drafts for all of them at once.
-
-        At most as many at a time as it has caches.
-        """
+        """The drafts of all branches that ask in a step; a model drafts for all of them at once."""
+        if not asks:
+            return []
+        self.batch, self.probing = len(asks), False
         proposals: list[Proposal | TreeProposal] = [NOTHING] * len(asks)
-        wanting: list[tuple[int, BranchDrafter, Ask]] = []
-        for branch, _ in asks:
-            self.count(branch)
+        wanting: dict[BranchDrafter, tuple[int, Ask]] = {}
         for i, (branch, ask) in enumerate(asks):
             count = min(ask.most, branch.wants())
             if count < 1:
                 continue
             if isinstance(self.source, ModelDrafter):
-                wanting.append((i, branch, ask._replace(most=count)))
+                wanting[branch] = i, ask._replace(most=count)
             else:
                 proposals[i] = branch.drafter.propose(ask.tokens, count, ask.how, ask.rng)
-        while wanting:
-            some, wanting = wanting[: len(self._owners)], wanting[len(self._owners) :]
-            assert isinstance(self.source, ModelDrafter)
-            placed = [ask._replace(sequence=self.place(branch)) for _, branch, ask in some]
-            if len(some) == 1:
-                made = [self.source.propose(*placed[0])]
-            else:
-                made = self.source.propose_together(placed)
-            for (i, _, _), proposal in zip(some, made, strict=True):
-                proposals[i] = proposal
+        if isinstance(self.source, ModelDrafter) and wanting:
+            placed = {b: wanting[b][1]._replace(sequence=place) for b, place in self._places(list(wanting)).items()}
+            for branch, proposal in zip(placed, self.source.propose_together(list(placed.values())), strict=True):
+                proposals[wanting[branch][0]] = proposal
         return proposals
 
-    def place(self, branch: BranchDrafter) -> int:
-        """The sequence of the shared model that is this branch's; taken from who asked longest ago if need be."""
-        mine = next((place for place, owner in self._owners.items() if owner is branch), next(iter(self._owners)))
-        del self._owners[mine]
-        self._owners[mine] = branch
+    def _places(self, branches: Sequence[BranchDrafter]) -> dict[BranchDrafter, int]:
+        """Which sequence of the model is whose: they keep theirs, and the others get those of who does not ask.
+
+        Those that asked longest ago are taken first. Where there are more branches than sequences, some go without.
+        """
+        asking = set(branches)
+        mine = {owner: place for place, owner in self._owners.items() if owner in asking and owner is not None}
+        free = [place for place, owner in self._owners.items() if owner not in asking]
+        for branch, place in zip([b for b in branches if b not in mine], free, strict=False):
+            mine[branch] = place
+        for branch, place in mine.items():
+            del self._owners[place]
+            self._owners[place] = branch
         return mine
 
 
@@ -179,6 +183,7 @@ class BranchDrafter:
     def __init__(self, drafting: Drafting, drafter: Drafter):
         self.drafting, self.drafter, self.gamma = drafting, drafter, drafter.gamma
         self.accepted = self.judged = 0.0  # of its own drafts, the later ones counting more
+        self.idle, self.probes = 0, False  # steps without a draft, and whether this step's is a probe
 
     @property
     def alpha(self) -> float:
@@ -195,6 +200,8 @@ class BranchDrafter:
         self.drafter.observe(best, accepted)
         proposed = len(best) - 1  # those that the scheduler had room for
         self.drafting.stats.add(proposed, accepted)
+        if self.probes:
+            self.drafting.wait = PROBE if accepted else 2 * self.drafting.wait
         self.accepted = MEMORY * self.accepted + accepted
         self.judged = MEMORY * self.judged + min(accepted + 1, proposed)
 
@@ -207,14 +214,12 @@ class BranchDrafter:
     def _worth(self) -> int:
         drafting = self.drafting
         gamma = drafting.worth(min(1.0, self.alpha), self.gamma)
-        if gamma:
-            drafting.idle, drafting.wait = 0, PROBE
-            return gamma
-        drafting.idle += 1
-        if drafting.idle >= drafting.wait and drafting.worth(1.0, 1):  # no probe where even α = 1 loses
-            drafting.idle, drafting.wait = 0, 2 * drafting.wait
-            return 1
-        return 0
+        self.idle = 0 if gamma else self.idle + 1
+        # one at a time, and none where even α = 1 loses
+        self.probes = self.idle >= drafting.wait and not drafting.probing and drafting.worth(1.0, 1) > 0
+        if self.probes:
+            self.idle, drafting.probing = 0, True
+        return 1 if self.probes else gamma
 
 
 def measure(
@@ -222,8 +227,11 @@ def measure(
 ) -> Costs:
     """t(n) of ``model`` for n = 1, 2, 3, 4, 6, 8, 12, … up to ``most`` tokens, one a sequence, and the time of a draft.
 
-    Medians of ``rounds`` in turn, on this machine, now: as much as an engine needs to know at its start.
+    Medians of ``rounds`` in turn, on this machine, now: as much as an engine needs to know at its start. ValueError for
+    ``most`` or ``rounds`` below 1, or a ``context`` below 3.
     """
+    if min(most, rounds) < 1 or context < 3:
+        raise ValueError(f"most and rounds must be at least 1 and context 3, got {most}, {rounds} and {context}")
     config = model.config
     sizes = sorted({n for k in range(most.bit_length()) for n in (2**k, 3 * 2**k // 2) if n <= most})
     context = min(context, config.max_position_embeddings - 1)
@@ -257,8 +265,10 @@ def _draft_times(
     draft: ModelDrafter, between: Callable[[], None], batch: int, context: int, rounds: int
 ) -> tuple[float, float]:
     """(c₁, c) for ``batch`` sequences; a step of the target lies ``between``, one or two tokens are to be computed."""
-    rng = np.random.default_rng(0)
+    rng, gamma = np.random.default_rng(0), max(2, draft.gamma)
+    context = max(3, min(context, draft.cache.capacity - gamma))
     text = rng.integers(0, draft.config.vocab_size, context).tolist()
+    confidence, draft.confidence = draft.confidence, 0.0  # random text: it would be sure of nothing
 
     def propose(behind: int, count: int) -> None:
         asks = [Ask(text[: context - behind], count, GREEDY, rng, s) for s in range(batch)]
@@ -267,14 +277,17 @@ def _draft_times(
         else:
             draft.propose_together(asks)
 
-    spent: dict[tuple[int, int], list[float]] = {(b, n): [] for b in (1, 2) for n in (1, max(2, draft.gamma))}
-    propose(2, 1)
-    for _ in range(rounds):
-        for (behind, count), times in spent.items():
-            propose(behind, 1)  # the caches end there
-            between()
-            began = time.perf_counter()
-            propose(0, count)
-            times.append(time.perf_counter() - began)
-    first, whole = (sum(float(np.median(spent[b, n])) for b in (1, 2)) / 2 for n in (1, max(2, draft.gamma)))
-    return first, max(0.0, whole - first) / (max(2, draft.gamma) - 1)
+    spent: dict[tuple[int, int], list[float]] = {(behind, count): [] for behind in (1, 2) for count in (1, gamma)}
+    try:
+        propose(2, 1)
+        for _ in range(rounds):
+            for (behind, count), times in spent.items():
+                propose(behind, 1)  # the caches end there
+                between()
+                began = time.perf_counter()
+                propose(0, count)
+                times.append(time.perf_counter() - began)
+    finally:
+        draft.confidence = confidence
+    first, whole = (sum(float(np.median(spent[behind, n])) for behind in (1, 2)) / 2 for n in (1, gamma))
+    return first, max(0.0, whole - first) / (gamma - 1)

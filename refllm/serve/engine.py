@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from refllm.backend import Array, asarray_like
-from refllm.decode.drafts import Ask, Drafter, TreeProposal
+from refllm.decode.drafts import Ask, Drafter, ModelDrafter, TreeProposal, check_vocabulary
 from refllm.kv.paged import PagedKVCache
 from refllm.serve import policies
 from refllm.serve.choosing import Seat, choose, penalised
@@ -68,6 +68,8 @@ class Engine(Counts):
         """
         if seed is not None and seed < 0:
             raise ValueError(f"the engine's seed is None or a whole number, 0 or more, got {seed}")
+        if isinstance(drafter, Drafting) and isinstance(drafter.source, ModelDrafter):
+            check_vocabulary(model, drafter.source.model)
         self.model, self.drafter, self.on_plan = model, drafter, on_plan
         self.cache = PagedKVCache(model.config, num_blocks, block_size, like=model.weights["norm"], poison=poison)
         self.pool = self.cache.pool
@@ -186,12 +188,13 @@ class Engine(Counts):
             proposals = self.drafter.propose_together(asks)
         else:
             proposals = [drafter.propose(*ask[:4]) for drafter, ask in asks]
-        for branch, proposal in zip(asking, proposals, strict=True):
-            if isinstance(proposal, TreeProposal):
-                raise ValueError("the engine verifies chains: give it a ModelDrafter where this one grows trees")
-            if proposal.tokens:
-                self.scheduler.propose(branch.key, proposal.tokens)
-                self._drafted[branch.key] = proposal.q
+        chains = [proposal for proposal in proposals if not isinstance(proposal, TreeProposal)]
+        if len(chains) < len(proposals):
+            raise ValueError("the engine verifies chains: give it a ModelDrafter where this one grows trees")
+        for branch, chain in zip(asking, chains, strict=True):
+            if chain.tokens or branch.drafts:  # those of a step that did not come about are replaced
+                self.scheduler.propose(branch.key, chain.tokens)
+                self._drafted[branch.key] = chain.q
 
     def _outcomes(self, plan: Plan, branches: Sequence[Branch], z: Array) -> list[Outcome]:
         """z[R, V] → what becomes of each branch that was sampled, in the order of the plan."""

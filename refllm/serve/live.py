@@ -73,8 +73,9 @@ class Live:
         voice = self._voices.get(index)
         if voice is None:
             text = self.listener is not None and self.search is None
-            voice = self._voices[index] = Voice(self.request, index, self.seed, self.tokenizer, self.ends, text)
+            voice = Voice(self.request, index, self.seed, self.tokenizer, self.ends, text)
             voice.drafter = None if self._drafter is None else self._drafter()
+            self._voices[index] = voice
         return voice
 
     def voices_of(self, branch: Branch) -> list[Voice]:
