@@ -91,6 +91,8 @@ class LeanStep:
             keys, values = cache.keys[index, b, :, :, : at + 1], cache.values[index, b, :, : at + 1]
             keys[:, :, at] = qk[wide:].reshape(groups, dim)
             values[:, at] = y[rotating : rotating + groups * dim].reshape(groups, dim)
+            if not head and index == len(self.layers) - 1:
+                break  # of the last layer nobody wants more
             p = qk[:wide].reshape(groups, -1, dim) @ keys  # [G, R, S]
             p -= p.max(axis=-1, keepdims=True)
             np.exp(p, out=p)
