@@ -52,7 +52,7 @@ from refllm.kv.contiguous import ContiguousCache
 from refllm.model.llama import forward, logits
 
 PROBE = 32  # steps that a branch goes without drafts before it tries one again, at first
-MARGIN = 1.05  # what drafting must promise: it also takes verifying, and rows of unequal length
+MARGIN = 1.2  # what drafting must promise: its costs leave out verifying, the books, and rows of unequal length
 MEMORY = 0.9  # what an earlier draft of a branch counts for beside a later one
 PRIOR = (0.5, 4.0)  # α before anything was seen, and how many drafts that belief is worth
 BELIEF = 16.0  # how many drafts of a branch what is believed of all is worth
