@@ -324,7 +324,7 @@ def test_the_batch_is_who_asks_now_and_nobody_is_kept():
 
 
 def test_a_branch_that_began_badly_is_tried_again_beside_one_that_drafts():
-    costs = Costs([(1, 1.0), (9, 1.0)], [(1, 0.6, 0.5), (9, 0.6, 0.5)])
+    costs = Costs([(1, 1.0), (9, 1.0)], [(1, 0.4, 0.4), (9, 0.4, 0.4)])
     drafting = Drafting(lambda: NGramDrafter(1, shortest=1), costs=costs)
     drafting.stats = Acceptance(steps=1000, proposed=1000, judged=1000, accepted=900)
     asks = [(drafting(), Ask([1, 2, 1], 1, GREEDY, np.random.default_rng(0), 0)) for _ in range(2)]
