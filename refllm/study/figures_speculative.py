@@ -56,8 +56,9 @@ def _speeds(ax: Axes, rows: Sequence[Mapping[str, Any]], others: Sequence[Mappin
     median = [r["speedup"]["median"] for r in some]
     below = [m - r["speedup"]["low"] for m, r in zip(median, some, strict=True)]
     above = [r["speedup"]["high"] - m for m, r in zip(median, some, strict=True)]
+    way = "chain" if some[0]["drafter"] == "model" else some[0]["drafter"]
     ax.axhline(1, color=FULL, lw=1)
-    ax.errorbar(gammas, median, yerr=(below, above), color=TECHNIQUE, marker="o", ms=4, label="measured (B)")
+    ax.errorbar(gammas, median, yerr=(below, above), color=TECHNIQUE, marker="o", ms=4, label=f"{way} (B)")
     for name, colour, mark in (("tree", NEAREST, "^"), ("n-gram, tree", MORE[0], "s")):
         drawn = sorted((r for r in others if (r["drafter"], r["temperature"]) == (name, temperature)),
                        key=lambda r: r["gamma"])  # fmt: skip
