@@ -53,6 +53,11 @@ def golden_importance() -> np.ndarray:
 SPECIAL = ("signed_zeros", "ties", "lone", "tiny_steps", "sign_runs", "near_float16_max", "equal_pairs", "sparse")
 
 
+def tens(exponents: np.ndarray) -> np.ndarray:
+    """10 to the power of each, float32, one by one: NumPy's own power differs by processor in the last bit."""
+    return np.array([10.0 ** float(e) for e in exponents.ravel()], dtype=np.float32).reshape(exponents.shape)
+
+
 def special(name: str, shape: tuple[int, int], seed: int) -> np.ndarray:
     """Inputs on which encoders disagree: ties, zeros of both signs, steps that round to 0, one number alone."""
     rng = np.random.default_rng(seed)
@@ -66,15 +71,15 @@ def special(name: str, shape: tuple[int, int], seed: int) -> np.ndarray:
         x[:] = 0
         x[np.arange(shape[0]), rng.integers(0, shape[1], shape[0])] = rng.standard_normal(shape[0])
     elif name == "tiny_steps":
-        x *= np.float32(10) ** rng.uniform(-12, -5, (shape[0], 1)).astype(np.float32)
+        x *= tens(rng.uniform(-12, -5, (shape[0], 1)).astype(np.float32))
     elif name == "sign_runs":
         x = np.where(np.arange(shape[1]) // 16 % 2, np.abs(x), -np.abs(x))
     elif name == "near_float16_max":
-        x *= np.float32(10) ** rng.uniform(4, 7, (shape[0], 1)).astype(np.float32)
+        x *= tens(rng.uniform(4, 7, (shape[0], 1)).astype(np.float32))
     elif name == "equal_pairs":
         x = np.repeat(x[:, ::2], 2, axis=1) * np.where(np.arange(shape[1]) % 2, np.float32(-1), np.float32(1))
     elif name == "offset":  # numbers a few units in the last place apart
-        base = (10.0 ** rng.uniform(-3, 4.8, (shape[0], 1))).astype(np.float32) * rng.choice([-1, 1])
+        base = tens(rng.uniform(-3, 4.8, (shape[0], 1))) * rng.choice([-1, 1])
         x = base + rng.integers(0, rng.integers(2, 3000), shape) * np.spacing(np.abs(base))
     elif name == "sparse":
         x[rng.random(shape) < 0.9] = 0
