@@ -26,58 +26,30 @@ Trees are ``decode.tree_drafts``. Left out: EAGLE's heads, the 2-D window of loo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 
 from refllm.backend import Array, asarray_like, namespace
 from refllm.decode import lean, sampling, speculative
 from refllm.decode.generate import Sampling
-from refllm.decode.tree import Tree
+from refllm.decode.proposals import (
+    NOTHING,
+    Ask,
+    Drafter,
+    Proposal,
+    TreeProposal,
+    check_vocabulary,
+    checked_gamma,
+    common_prefix,
+)  # fmt: skip
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.llama import forward, logits
 
-
-class Proposal(NamedTuple):
-    """Drafted tokens, and row for row what they were sampled from: q[len(tokens), V]; None: one-hot."""
-
-    tokens: list[int]
-    q: Array | None
-
-
-class TreeProposal(NamedTuple):
-    """The nodes of a tree; row i of q[len(tokens) + 1, V] is what the children of row i were drawn from."""
-
-    tokens: list[int]
-    q: Array | None
-    tree: Tree
-
-
-NOTHING = Proposal([], None)
-
-
-class Ask(NamedTuple):
-    """What ``propose`` is asked for a sequence, where several are asked for at once."""
-
-    tokens: Sequence[int]
-    most: int
-    how: Sampling
-    rng: np.random.Generator
-    sequence: int
-
-
-class Drafter(Protocol):
-    """What generation and engine ask of a drafter."""
-
-    gamma: int  # drafts a step, if nobody asks for fewer
-
-    def propose(
-        self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator
-    ) -> Proposal | TreeProposal:
-        """At most ``count`` guesses of what follows ``tokens``, where the target samples as ``how`` says."""
-
-    def observe(self, best: Sequence[int], accepted: int) -> None:
-        """What came of the last proposal: the target's argmax in each place, and how many guesses were accepted."""
+__all__ = [
+    "NOTHING", "Adversary", "Ask", "Cascade", "Drafter", "JacobiDrafter", "ModelDrafter", "NGramDrafter",
+    "PerfectDrafter", "Proposal", "TreeProposal", "check_drafter", "check_vocabulary", "common_prefix",
+]  # fmt: skip
 
 
 class NGramDrafter:
@@ -92,7 +64,7 @@ class NGramDrafter:
             raise ValueError(
                 f"n-grams of {shortest} to {longest} tokens: the shortest must be at least 1, and no longer"
             )
-        self.gamma, self.sizes = _gamma(gamma), range(longest, shortest - 1, -1)
+        self.gamma, self.sizes = checked_gamma(gamma), range(longest, shortest - 1, -1)
         self._text: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}  # an n-gram → the place after its latest occurrence
 
@@ -127,7 +99,7 @@ class JacobiDrafter:
     """
 
     def __init__(self, gamma: int = 4):
-        self.gamma = _gamma(gamma)
+        self.gamma = checked_gamma(gamma)
         self._window: list[int] = []
 
     def propose(self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator) -> Proposal:
@@ -152,7 +124,7 @@ class ModelDrafter:
         """``sequences`` have caches side by side; each proposal says for which of them it is."""
         if not 0 <= confidence < 1:
             raise ValueError(f"confidence is a probability within [0, 1), got {confidence}")
-        self.model, self.config, self.gamma = model, model.config, _gamma(gamma)
+        self.model, self.config, self.gamma = model, model.config, checked_gamma(gamma)
         self.confidence, self.how = confidence, how
         self.cache = ContiguousCache(
             model.config, sequences, model.config.max_position_embeddings, like=model.weights["norm"]
@@ -166,50 +138,29 @@ class ModelDrafter:
     def propose(
         self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator, sequence: int = 0
     ) -> Proposal:
-        how = self.how or how
-        count = min(count, self.cache.capacity - len(tokens))
-        drafts: list[int] = []
-        rows: list[Array] = []
-        feed = self._behind(tokens, sequence) if count > 0 else []
-        while len(drafts) < count:
-            z = self._feed(feed, sequence)
-            token, row = self._choose(z, how, rng)
-            if token is None:
-                break
-            drafts.append(token)
-            if row is not None:
-                rows.append(row)
-            feed = [token]
-        return Proposal(drafts, namespace(rows[0]).stack(rows) if rows else None)
+        return self._draft([Ask(tokens, count, how, rng, sequence)], together=False)[0]
 
     def propose_together(self, asks: Sequence[Ask]) -> list[Proposal]:
-        """``propose`` for different sequences, in as many steps of the model as the longest proposal has drafts.
-
-        All are brought up to their last two tokens one by one; those two are then computed together. Where one of them
-        is cached already it gets the same keys and values once more, and all rows of the batch have the same shape.
-        """
+        """``propose`` for different sequences, in as many steps of the model as the longest proposal has drafts."""
         if len({ask.sequence for ask in asks}) < len(asks):
             raise ValueError(f"each sequence drafts once in a step, got {[ask.sequence for ask in asks]}")
-        if self._lean is not None and len(asks) <= 2:  # as fast one after the other
-            return [self.propose(*ask) for ask in asks]
+        return self._draft(asks, together=self._lean is None or len(asks) > 2)  # two are as fast one after the other
+
+    def _draft(self, asks: Sequence[Ask], together: bool) -> list[Proposal]:
+        """Guess token by token for all that ask, in one step of the model each time or one after the other."""
         counts = [min(ask.most, self.cache.capacity - len(ask.tokens)) for ask in asks]
         drafts: list[list[int]] = [[] for _ in asks]
         rows: list[list[Array]] = [[] for _ in asks]
         feeds: dict[int, list[int]] = {}
         for i, ask in enumerate(asks):
-            if counts[i] < 1:
-                continue
-            behind = self._behind(ask.tokens, ask.sequence)
-            if len(behind) > 2:
-                self._feed(behind[:-2], ask.sequence)
-            elif len(behind) == 1 < len(ask.tokens):
-                self._behind(ask.tokens[:-1], ask.sequence)
-            feeds[i] = list(ask.tokens[-2:])
+            if counts[i] > 0:
+                feeds[i] = self._last_two(ask) if together else self._behind(ask.tokens, ask.sequence)
+        feed = self._feed_together if together else self._feed_apart
         while feeds:
-            z = self._feed_together([(asks[i].sequence, tokens) for i, tokens in feeds.items()])
+            z = feed([(asks[i].sequence, tokens) for i, tokens in feeds.items()])
             asked, feeds = list(feeds), {}
             for b, i in enumerate(asked):
-                token, row = self._choose(z[b, ...], self.how or asks[i].how, asks[i].rng)
+                token, row = self._choose(z[b], self.how or asks[i].how, asks[i].rng)
                 if token is None:
                     continue
                 drafts[i].append(token)
@@ -222,7 +173,26 @@ class ModelDrafter:
     def observe(self, best: Sequence[int], accepted: int) -> None:
         pass
 
-    def _feed_together(self, feeds: Sequence[tuple[int, list[int]]]) -> Array:
+    def _last_two(self, ask: Ask) -> list[int]:
+        """The last two tokens of a sequence, after everything before them was computed.
+
+        Where one of them is cached already it gets the same keys and values once more, and all sequences of a batch
+        bring equally many.
+        """
+        behind = self._behind(ask.tokens, ask.sequence)
+        if len(behind) > 2:
+            self._feed(behind[:-2], ask.sequence)
+        elif len(behind) == 1 < len(ask.tokens):
+            self._behind(ask.tokens[:-1], ask.sequence)
+        return list(ask.tokens[-2:])
+
+    def _feed_apart(self, feeds: Sequence[tuple[int, list[int]]]) -> Array | list[Array]:
+        """Compute tokens of each sequence, one after the other → logits[V] of each after its last."""
+        if len(feeds) == 1:
+            return [self._feed(feeds[0][1], feeds[0][0])]
+        return [self._feed(tokens, s) * 1.0 for s, tokens in feeds]  # a lean step's logits last until the next
+
+    def _feed_together(self, feeds: Sequence[tuple[int, list[int]]]) -> Array | list[Array]:
         """Compute equally many tokens of each sequence → logits[B, V] after the last ones.
 
         The sequences between the first and the last compute token 0 for nobody: behind the length of a sequence its
@@ -237,7 +207,7 @@ class ModelDrafter:
             or len(places) > 2 * len(fed)  # more for nobody than for somebody
         )
         if apart:
-            return namespace(self.cache.keys).stack([self._feed(tokens, s) * 1.0 for s, tokens in feeds])
+            return self._feed_apart(feeds)
         counts = [n if s in places else 0 for s in range(len(self._fed))]
         ids = [t for s in places for t in fed.get(s, [0] * n)]
         placed = asarray_like([ids, self.cache.positions(counts)], self.cache.keys, "int64")
@@ -331,17 +301,6 @@ class Adversary(ModelDrafter):
         return int(namespace(z).argmin(z)), None
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many first tokens two sequences share."""
-    n = min(len(a), len(b))
-    same = max(0, n - 16)  # they differ near the end, if at all: the rest is compared at once
-    if list(a[:same]) != list(b[:same]):
-        same = 0
-    while same < n and a[same] == b[same]:
-        same += 1
-    return same
-
-
 def check_drafter(target: Any, drafter: Any) -> None:
     """TypeError for what is no drafter; ValueError if a model in it does not speak the target's vocabulary."""
     if not hasattr(drafter, "propose"):
@@ -351,22 +310,3 @@ def check_drafter(target: Any, drafter: Any) -> None:
             check_drafter(target, one)
     if isinstance(drafter, ModelDrafter):
         check_vocabulary(target, drafter.model)
-
-
-def check_vocabulary(target: Any, draft: Any) -> None:
-    """ValueError if a draft model does not speak the target's vocabulary: the same ids for the same text."""
-    sizes = target.config.vocab_size, draft.config.vocab_size
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"the draft model has a vocabulary of {sizes[1]} tokens and the target of {sizes[0]}: "
-                         "a draft needs the target's tokenizer")  # fmt: skip
-    ours, theirs = (m.tokenizer.inner.get_vocab(with_added_tokens=True) for m in (target, draft))
-    if ours != theirs:
-        word = min(w for w in {*ours, *theirs} if ours.get(w) != theirs.get(w))
-        raise ValueError(f"the draft model's vocabulary is not the target's: {word!r} is token {theirs.get(word)} "
-                         f"in the draft and {ours.get(word)} in the target")  # fmt: skip
-
-
-def _gamma(gamma: int) -> int:
-    if not isinstance(gamma, (int, np.integer)) or gamma < 1:
-        raise ValueError(f"gamma, the number of drafts a step, must be 1 or more, got {gamma!r}")
-    return int(gamma)
