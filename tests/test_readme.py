@@ -78,6 +78,12 @@ def test_the_speeds_are_the_recorded_ones():
     assert f"{training['results'][0]['ratio_to_torch']['median']:.1f}× the tokens/s of PyTorch" in README
 
 
+def test_the_share_of_products_is_the_recorded_one():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "step.json").read_text("utf-8"))["results"]
+    share = {row["batch"]: round(100 * row["parts_us"]["products"] / row["whole_us"]) for row in rows}
+    assert stated(r"products take (\d+) % of its time there, and (\d+) % with 32 sequences") == [share[1], share[32]]
+
+
 def test_the_costs_of_quantisation_are_the_recorded_ones():
     """KL at 8, 4, 3 and 2 bits in groups of 128, a mean over the calibration seeds, and bits per byte at 4 bits."""
     rows = json.loads((ROOT / "figures/data/quantization.json").read_text("utf-8"))["values"]["rows"]

@@ -9,7 +9,7 @@ small: with AVX-512 it reads up to 10⁶ multiply-adds where they lie. There, on
 - a weight is stored as blocks of 64 output columns, [M/64, N, 64], and multiplied as one batched matmul;
 - rows are cut into groups that stay below 10⁶ with a block;
 - from 128 rows on packing pays, and wide operands pay best: the blocks are laid side by side for the product, a copy
-  that costs little of it, and a prefill multiplies 1.3 times as fast;
+  that costs little of it, and it is as fast as that of one matrix;
 - 1 and 3 rows are multiplied as 2 and 4: the matrix-vector kernel, and three rows, take twice and 1.4 times as long.
 
 Without AVX-512 it packs whatever is a matrix. There a weight is one block of all columns, [1, N, M], for packing many
