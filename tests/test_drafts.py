@@ -255,10 +255,10 @@ def test_a_full_sequence_between_others_and_a_text_of_one_token_are_no_obstacle(
         expected = [ModelDrafter(model, 2).propose(ask.tokens, 2, GREEDY, rng).tokens for ask in asks]
         assert found == expected
         assert drafter.cache.lengths[1] == length
-    found = drafter.propose_together([Ask([0, 1, 2], 2, GREEDY, rng, 0), Ask([1, 1, 2], 2, GREEDY, rng, 2)])
-    assert [p.tokens for p in found] == [
-        ModelDrafter(model, 2).propose(text, 2, GREEDY, rng).tokens for text in ([0, 1, 2], [1, 1, 2])
-    ]
+    texts = [0, 1, 2], [0] * 32, [1, 1, 2]  # two tokens of the first and the last at once, around a full one
+    found = drafter.propose_together([Ask(text, 2, GREEDY, rng, s) for s, text in enumerate(texts)])
+    assert [p.tokens for p in found] == [ModelDrafter(model, 2).propose(t, 2, GREEDY, rng).tokens for t in texts]
+    assert drafter.cache.lengths[1] == 31
     assert drafter.propose_together([]) == []
 
 

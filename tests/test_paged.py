@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -184,6 +186,14 @@ def test_a_block_that_is_shared_is_not_written():
         cache.view([other], [1])
     with pytest.raises(ValueError, match="same slot"):
         cache.view([table, other], [1, 1])
+
+
+@pytest.mark.parametrize("slot", [-1, 16])
+def test_a_slot_outside_the_pool_is_refused(slot):
+    """A table of somebody else's: −1 would be the last slot."""
+    cache, table = PagedKVCache(network(), 4, 4, like=np.zeros(1)), SimpleNamespace(length=0, slots=lambda a, b: [slot])
+    with pytest.raises(ValueError, match="outside the 16 slots of the pool"):
+        cache.view([table], [1])
 
 
 def test_the_pools_bytes_are_two_numbers_a_slot_head_dimension_and_layer():

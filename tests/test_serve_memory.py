@@ -158,3 +158,14 @@ def test_what_never_fits_is_refused_beams_side_by_side(make: Make):
     assert memory.refuses(Request([1] * 3, 1, n=2)) is None
     assert memory.refuses(Request([1] * 3, 1, n=2, beam=True)) is None
     assert memory.refuses(Request([1] * 3, 1, n=3, beam=True)) is not None
+
+
+@pytest.mark.parametrize("make", [Hashed, Radix])
+def test_a_prompt_that_is_computed_token_by_token_is_found_block_by_block(make: Make):
+    memory = make(BlockPool(20, 2))
+    one = branch([1, 2, 3, 4, 5, 6, 7])
+    memory.admit(one, 1, alone=True)
+    for computed in range(1, 7):
+        compute(memory, one, 1)
+        assert memory.match(branch([1, 2, 3, 4, 5, 6, 9], computed)) == computed // 2 * 2
+        assert memory.reserve(one, 1) == []
