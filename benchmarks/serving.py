@@ -6,8 +6,8 @@
    second over those of transformers' ``generate`` for the same prompts (padded to nothing: all are equally long, which
    is the peer's best case), and over those of a loop of continuous batching with llama.cpp where that is installed.
    Also over refllm's own static ``generate_batch``: what paging and planning cost.
-2. The control plane: of a decode step, the share that is not ``forward`` and ``logits``: plan, tables, choosing
-   tokens, books, results. The clock is around the two calls, within the same steps.
+2. The control plane: of a decode step, the share that is not the network: plan, tables, choosing tokens, books,
+   results. The clock is around the network, within the same steps.
 3. The books alone: a pool operation in pools of 10³ and 10⁵ blocks (O(1): a ratio near 1), a radix match and insert a
    token at prompts of 10³ and 8·10³ tokens (linear: a ratio near 1), a plan for 256 running requests.
 
@@ -120,6 +120,7 @@ def control_plane(model: Model, prompts: list[list[int]], options: argparse.Name
     ):
         for _ in range(options.rounds):
             engine = ServingEngine(model, num_blocks=10 * len(prompts), max_sequences=len(prompts))
+            engine._stepper = timed(engine._stepper)  # a decode step; a prefill goes through the two above
             for prompt in prompts:
                 engine.submit(Request(prompt, options.new, ignore_eos=True))
             shares = []

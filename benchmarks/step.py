@@ -31,7 +31,7 @@ from common import environment, finish, network, table
 from threadpoolctl import threadpool_limits
 
 from refllm.api import load
-from refllm.decode import generate
+from refllm.decode import captured, generate
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model import llama
 from refllm.model.config import ModelConfig
@@ -39,7 +39,7 @@ from refllm.model.train import initialize
 from refllm.model.weights import Dense
 
 PARTS = ("products", "attention", "elementwise", "choosing", "rest")
-ELEMENTWISE = ("rms_norm", "apply_rope", "rope_table", "swiglu")  # as ``llama`` imports them
+ELEMENTWISE = ("norm", "rotate", "activate")
 
 
 class Clock:
@@ -64,11 +64,11 @@ class Clock:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Put the clock around the parts of a decode step for as long as the block runs."""
-        view = ContiguousCache.view
-        patches = [mock.patch.object(llama, name, self.around("elementwise", getattr(llama, name)))
+        view, bind = ContiguousCache.view, Dense.bind
+        patches = [mock.patch.object(captured, name, self.around("elementwise", getattr(captured, name)))
                    for name in ELEMENTWISE]  # fmt: skip
         patches += [
-            mock.patch.object(Dense, "matmul", self.around("products", Dense.matmul)),
+            mock.patch.object(Dense, "bind", lambda *a: self.around("products", bind(*a))),
             mock.patch.object(ContiguousCache, "view", lambda *a: self.around("attention", view(*a))),
             mock.patch.object(generate, "choose", self.around("choosing", generate.choose)),
         ]

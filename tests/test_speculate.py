@@ -33,6 +33,7 @@ from refllm.decode.tree import Tree
 from refllm.decode.tree_drafts import TreeDrafter
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.corpus import held_out_documents
+from refllm.model.llama import forward
 from strategies import seeds
 from test_drafts import SMALL, next_logits, record
 
@@ -154,7 +155,7 @@ def test_the_cache_after_verification_is_that_of_the_text(models, kind, monkeypa
         assert cache.lengths == [len(text) - 1]  # the token that was just emitted has no keys and values yet
     fresh = ContiguousCache(target.config, 1, len(text), like=target.weights["norm"])
     ids = np.asarray(text[: cache.lengths[0]])
-    module.forward(target.weights, target.config, ids, np.arange(len(ids)), fresh.view([len(ids)]))
+    forward(target.weights, target.config, ids, np.arange(len(ids)), fresh.view([len(ids)]))
     for mine, theirs in ((cache.keys, fresh.keys[..., : len(ids)]), (cache.values, fresh.values[..., : len(ids), :])):
         mine = mine[..., : len(ids)] if mine.shape[3] == 64 else mine[..., : len(ids), :]
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-10 * abs(theirs).max())

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from conftest import to_host
 from refllm.model import weights
-from refllm.model.weights import BLOCK, Dense, Room, product, side_by_side
+from refllm.model.joint import bound, product, side_by_side
+from refllm.model.weights import BLOCK, Dense, Room
 from strategies import arrays, seeds
 
 # one block and several, one row less and one more, and sizes that are no multiple of the block
@@ -132,6 +133,38 @@ def test_product_of_several_weights_is_the_products_side_by_side(xp, data, colum
     for w, d in zip(host, dense, strict=True):
         np.testing.assert_array_equal(to_host(d.dequantize()), w)
         assert d.nbytes == w.nbytes
+
+
+@pytest.mark.theorem(
+    "A bound product multiplies what x holds when it is called, for every layout, T and choice of weights",
+    source="ARCHITECTURE.md: the weight seam",
+)
+@pytest.mark.usefixtures("processor")
+@given(st.data(), st.integers(1, 9), st.integers(1, 9), st.sampled_from([0, 4, 10**6]), seeds)
+def test_a_bound_product_is_the_product_of_the_moment(data, columns, rows, most, seed):
+    sizes = data.draw(st.lists(st.sampled_from([BLOCK, 2 * BLOCK, 5]), min_size=1, max_size=3))
+    _, dense, _ = laid_out(np, sizes, columns, seed)
+    mine = dense if data.draw(st.booleans()) else dense[::-1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "SMALL", most * BLOCK * columns)
+        x, out = np.zeros((rows, columns)), np.full((rows, sum(sizes)), np.nan)
+        call = bound(x, out, mine)
+        for _ in range(2):
+            x[...] = np.random.default_rng(seed).standard_normal(x.shape)
+            call()
+            expected = np.concatenate([x @ w.dequantize().T for w in mine], axis=1)
+            np.testing.assert_allclose(out, expected, rtol=0, atol=columns * 40 * np.finfo(float).eps)
+            seed += 1
+
+
+@pytest.mark.parametrize(
+    ("in_place", "full"), [(True, [0, 2, 2, 4, 4, 5, 6, 7, 8, 9]), (False, [0, 1, 2, 3, 4, 8, 8, 8, 8, 12])]
+)
+def test_rows_are_filled_up_to_what_is_fastest(in_place, full, monkeypatch):
+    monkeypatch.setattr(weights, "reads_in_place", lambda: in_place)
+    blocked, plain = Dense(np.ones((2 * BLOCK, 3))), Dense(np.ones((BLOCK + 1, 3)))
+    assert [blocked.full(rows) for rows in range(10)] == full
+    assert [plain.full(rows) for rows in range(10)] == list(range(10))
 
 
 @pytest.mark.usefixtures("processor")

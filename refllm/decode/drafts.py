@@ -32,6 +32,7 @@ import numpy as np
 
 from refllm.backend import Array, asarray_like, namespace
 from refllm.decode import lean, sampling, speculative
+from refllm.decode.captured import stepper
 from refllm.decode.generate import Sampling
 from refllm.decode.proposals import (
     NOTHING,
@@ -130,6 +131,7 @@ class ModelDrafter:
             model.config, sequences, model.config.max_position_embeddings, like=model.weights["norm"]
         )
         self._fed: list[list[int]] = [[] for _ in range(sequences)]  # the tokens whose keys and values are cached
+        self._step = stepper(model.weights, model.config)
         self._lean: lean.LeanStep | None = None
         if lean.fits(model.config, model.weights):
             self._lean = lean.LeanStep(model.weights, model.config, self.cache)
@@ -210,15 +212,14 @@ class ModelDrafter:
             return self._feed_apart(feeds)
         counts = [n if s in places else 0 for s in range(len(self._fed))]
         ids = [t for s in places for t in fed.get(s, [0] * n)]
-        placed = asarray_like([ids, self.cache.positions(counts)], self.cache.keys, "int64")
-        last = asarray_like([(s - places[0]) * n + n - 1 for s, _ in feeds], self.cache.keys, "int64")
-        hidden = forward(self.model.weights, self.config, placed[0], placed[1], self.cache.view(counts), last)
+        z = self._step(ids, self.cache.positions(counts), self.cache.view(counts))
+        last = [(s - places[0]) * n + n - 1 for s, _ in feeds]
         for s, tokens in feeds:
             self.cache.lengths[s] += n
             self._fed[s] += tokens
         self.computed += n * len(fed)
         self.passes += 1
-        return logits(self.model.weights, hidden)
+        return z if last == list(range(z.shape[0])) else z[asarray_like(last, z, "int64")]
 
     def _behind(self, tokens: Sequence[int], sequence: int) -> list[int]:
         """Roll the cache back to what it shares with ``tokens`` and return the rest, at least the last one."""
@@ -243,11 +244,15 @@ class ModelDrafter:
             return self._lean.step(tokens[-1], sequence)
         weights, counts = self.model.weights, [0] * len(self._fed)
         counts[sequence] = len(tokens)
-        placed = asarray_like([tokens, self.cache.positions(counts)], self.cache.keys, "int64")
-        last = asarray_like([len(tokens) - 1], self.cache.keys, "int64")
-        hidden = forward(weights, self.config, placed[0], placed[1], self.cache.view(counts), last)
+        positions, view = self.cache.positions(counts), self.cache.view(counts)
+        if len(tokens) <= 2:  # nearly always
+            z = self._step(tokens, positions, view)
+        else:
+            placed = asarray_like([tokens, positions], self.cache.keys, "int64")
+            last = asarray_like([len(tokens) - 1], self.cache.keys, "int64")
+            z = logits(weights, forward(weights, self.config, placed[0], placed[1], view, last))
         self.cache.advance(counts)
-        return logits(weights, hidden)[0]
+        return z[-1]
 
     def _choose(self, z: Array, how: Sampling, rng: np.random.Generator) -> tuple[int | None, Array | None]:
         """The next draft of z[V] and what it was sampled from; (None, None) where the model is not sure enough."""

@@ -24,6 +24,7 @@ import numpy as np
 
 from refllm.backend import Array, asarray_like, namespace, to_numpy
 from refllm.decode import sampling
+from refllm.decode.captured import stepper
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights, forward, logits
@@ -87,26 +88,20 @@ def generate_tokens(
     capacity = max(len(p) for p in prompts) + max_tokens
     cache = ContiguousCache(config, len(prompts), capacity, like=like)
     seen = _Seen(prompts, config.vocab_size, like) if how.repetition_penalty != 1 else None
+    step, counts = stepper(weights, config), [1] * len(prompts)
     tokens: list[int] = []
     for _ in range(max_tokens):
-        z = logits(
-            weights, _decode(weights, config, tokens, cache) if tokens else prefill(weights, config, prompts, cache)
-        )
+        if tokens:
+            z = step(tokens, cache.positions(counts), cache.view(counts))
+            cache.advance(counts)
+        else:
+            z = logits(weights, prefill(weights, config, prompts, cache))
         if seen is not None:
             z = sampling.apply_repetition_penalty(z, seen.mask, how.repetition_penalty)
         tokens = choose(z, how, rng)
         if seen is not None:
             seen.add(tokens)
         yield tokens
-
-
-def _decode(weights: Weights, config: ModelConfig, tokens: list[int], cache: ContiguousCache) -> Array:
-    """One token a sequence → hidden[B, N]."""
-    counts = [1] * len(tokens)
-    placed = asarray_like([tokens, cache.positions(counts)], cache.keys, "int64")  # one transfer for both
-    hidden = forward(weights, config, placed[0], placed[1], cache.view(counts))
-    cache.advance(counts)
-    return hidden
 
 
 def prefill(weights: Weights, config: ModelConfig, prompts: Sequence[Sequence[int]], cache: ContiguousCache) -> Array:
@@ -142,13 +137,10 @@ def passes(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 def choose(z: Array, how: Sampling, rng: np.random.Generator) -> list[int]:
     """z[B, V] → one token a row. Greedy waits for the device once; sampling also to refuse what is no number."""
     if how.temperature == 0:
-        xp = namespace(z)
-        chosen = xp.argmax(z, axis=-1)  # calls a NaN the largest; −1 travels in the same copy as the ids
-        chosen = xp.where(xp.isfinite(z[xp.arange(z.shape[0]), chosen]), chosen, -1)
+        ids = sampling.best(z)
     else:
         p = sampling.warp(z, how.temperature, how.top_k, how.top_p, how.min_p)
-        chosen = sampling.sample(p, asarray_like(rng.random(z.shape[0]), z, "float64"))
-    ids: list[int] = to_numpy(chosen).tolist()
+        ids = to_numpy(sampling.sample(p, asarray_like(rng.random(z.shape[0]), z, "float64"))).tolist()
     if min(ids) < 0:
         raise ValueError(f"the logits of sequence {ids.index(-1)} have no largest one: NaN, +inf or nothing but -inf")
     return ids

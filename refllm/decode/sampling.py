@@ -119,6 +119,15 @@ def apply_count_penalties(logits: Array, counts: Array, presence: Parameter = 0.
     return logits - beta * xp.astype(counts, logits.dtype) - alpha * xp.astype(counts > 0, logits.dtype)
 
 
+def best(logits: Array) -> list[int]:
+    """logits[R, V] → the argmax of each row, on the host; −1 where there is no largest one: NaN, +inf or only −inf."""
+    xp = namespace(logits)
+    ids = xp.argmax(logits, axis=-1)  # calls a NaN the largest
+    sound = xp.isfinite(logits[xp.arange(logits.shape[0]), ids])
+    found: list[int] = to_numpy(xp.where(sound, ids, -1)).tolist()  # one copy for both
+    return found
+
+
 def sample(probabilities: Array, uniforms: Array | float) -> Array:
     """Draw one token a row by inverse CDF: probabilities[..., V], uniforms[...] → ids int64[...].
 

@@ -24,13 +24,14 @@ import numpy as np
 
 from refllm.backend import Array, asarray_like, namespace, to_numpy
 from refllm.decode import sampling
+from refllm.decode.captured import stepper
 from refllm.decode.drafts import NOTHING, Drafter, Proposal, TreeProposal
 from refllm.decode.generate import Sampling, check_prompts, choose, prefill
 from refllm.decode.speculative import verify, verify_greedy
 from refllm.decode.tree import Tree, TreeView, compact, verify_tree, verify_tree_greedy
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.config import ModelConfig
-from refllm.model.llama import Weights, forward, logits
+from refllm.model.llama import Weights, logits
 
 Law = Callable[[Array, Array | None, Sequence[int], np.random.Generator], tuple[int, int]]
 
@@ -71,6 +72,7 @@ def speculate(
     like = weights["norm"]
     cache = ContiguousCache(config, 1, len(prompt) + max_tokens, like=like)
     text, end = [int(t) for t in prompt], len(prompt) + max_tokens
+    compute = stepper(weights, config)
     z = logits(weights, prefill(weights, config, [text], cache))
     step = Step([], 0, choose(penalised(z, text, [], how.repetition_penalty), how, rng)[0])
     while True:
@@ -80,12 +82,15 @@ def speculate(
             return
         count = min(drafter.gamma, end - len(text) - 1)
         proposal = drafter.propose(text, count, how, rng) if count > 0 else NOTHING
-        z = _rows(weights, config, [text[-1], *proposal.tokens], cache, getattr(proposal, "tree", None))
+        tokens = [text[-1], *proposal.tokens]
         if not isinstance(proposal, TreeProposal):
+            z = compute(tokens, cache.positions([len(tokens)]), cache.view([len(tokens)]))
             step, best = judge(z, text, proposal, how, rng, law)
             drafter.observe(best, step.accepted)
             cache.advance([step.accepted + 1])
         else:
+            tree = proposal.tree
+            z = compute(tokens, tree.positions(cache.lengths[0]), TreeView(cache, 0, tree))
             step, path = judge_tree(z, text, proposal, how, rng)
             compact(cache, 0, path)
 
@@ -94,15 +99,13 @@ def judge(
     z: Array, text: Sequence[int], proposal: Proposal, how: Sampling, rng: np.random.Generator, law: Law = verify
 ) -> tuple[Step, list[int]]:
     """Verify a proposal after ``text`` by its logits z[γ+1, V]: the step, and the target's argmax in each place."""
-    xp = namespace(z)
     drafts = proposal.tokens
     z = penalised(z, text, drafts, how.repetition_penalty)
-    best = xp.argmax(z, axis=-1)
     if how.temperature == 0:
-        found = _sound(z, best)
+        found = _sound(z)
         return Step(drafts, *verify_greedy(found, drafts)), found
     p = sampling.warp(z, how.temperature, how.top_k, how.top_p, how.min_p)
-    return Step(drafts, *law(p, proposal.q, drafts, rng)), to_numpy(best).tolist()
+    return Step(drafts, *law(p, proposal.q, drafts, rng)), to_numpy(namespace(z).argmax(z, axis=-1)).tolist()
 
 
 def judge_tree(
@@ -112,7 +115,7 @@ def judge_tree(
     nodes, q, tree = proposal
     z = penalised(z, text, nodes, how.repetition_penalty, tree)
     if how.temperature == 0:
-        path, token = verify_tree_greedy(_sound(z, namespace(z).argmax(z, axis=-1)), tree, nodes)
+        path, token = verify_tree_greedy(_sound(z), tree, nodes)
     else:
         p = sampling.warp(z, how.temperature, how.top_k, how.top_p, how.min_p)
         path, token = verify_tree(p, q, tree, nodes, rng)
@@ -134,19 +137,9 @@ def penalised(z: Array, text: Sequence[int], drafts: Sequence[int], penalty: flo
     return sampling.apply_repetition_penalty(z, asarray_like(seen, z), penalty)
 
 
-def _sound(z: Array, best: Array) -> list[int]:
+def _sound(z: Array) -> list[int]:
     """The argmax of each row on the host; ValueError if one is no largest number."""
-    xp = namespace(z)  # argmax calls a NaN the largest; −1 travels in the same copy as the ids
-    found: list[int] = to_numpy(xp.where(xp.isfinite(xp.max(z, axis=-1)), best, -1)).tolist()
+    found = sampling.best(z)
     if min(found) < 0:
         raise ValueError("the logits of a step have no largest one: NaN, +inf or nothing but -inf")
     return found
-
-
-def _rows(weights: Weights, config: ModelConfig, tokens: list[int], cache: ContiguousCache, tree: Tree | None) -> Array:
-    """Logits after each of the tokens, [γ+1, V]; the cache holds their keys and values, and is not longer yet."""
-    counts = [len(tokens)]
-    at = cache.positions(counts) if tree is None else tree.positions(cache.lengths[0])
-    placed = asarray_like([tokens, at], cache.keys, "int64")
-    view = cache.view(counts) if tree is None else TreeView(cache, 0, tree)
-    return logits(weights, forward(weights, config, placed[0], placed[1], view))

@@ -16,18 +16,16 @@ Without AVX-512 it packs whatever is a matrix. There a weight is one block of al
 at a time costs least, and up to 3 rows go through the matrix-vector kernel, which never packs, one by one. From
 there on its AVX2 kernel takes rows in fours: 5 to 7 rows cost more than 8, so a rest is filled up.
 
-Two more savings belong to a whole network. ``Room`` lays its weights side by side in one array; and ``product``
-makes one product of those that multiply the same input (q, k and v; gate and up), each still a weight of its own.
-
-On a GPU, or where M is no multiple of 64, the weight stays one matrix.
+On a GPU, or where M is no multiple of 64, the weight stays one matrix. ``Room`` lays the weights of a network side by
+side in memory; those that multiply the same input are one product in ``model.joint``.
 
 Left out: biases (the network adds them), sharding; blocks where N is above 3,906, which no 4 rows fit with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import cache
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from math import prod
 from typing import Any, Protocol
 
@@ -82,7 +80,7 @@ class Room:
 
     def __init__(self, shapes: Iterable[tuple[int, ...]], like: Array):
         """``shapes`` of all weights to come; those that are not stored in blocks, as on a GPU, take no room."""
-        count = sum(prod(shape) for shape in shapes if _blocked(shape)) if namespace(like) is np else 0
+        count = sum(prod(shape) for shape in shapes if in_blocks(shape)) if namespace(like) is np else 0
         spare = np.empty(count + _LINE, dtype=like.dtype)
         first = -spare.__array_interface__["data"][0] % _LINE // spare.itemsize
         self.numbers, self.used = spare[first : first + count], 0
@@ -103,14 +101,14 @@ class Dense:
     ``room`` gives the place of its blocks; without one, or for another dtype, they are an array of their own.
     """
 
-    joint: Dense | None = None  # the weight that this one is a part of, see ``side_by_side``
+    joint: Dense | None = None  # the weight that this one is a part of, see ``joint.side_by_side``
     first = 0  # its first output column there
 
     def __init__(self, weight: Array, room: Room | None = None):
         if weight.ndim != 2:
             raise ValueError(f"Dense: a weight is a matrix [M, N], got shape {tuple(weight.shape)}")
         self._shape: tuple[int, int] = (int(weight.shape[0]), int(weight.shape[1]))
-        self.blocked = namespace(weight) is np and _blocked(self._shape)
+        self.blocked = namespace(weight) is np and in_blocks(self._shape)
         if not self.blocked:
             self._data = weight
             return
@@ -153,36 +151,63 @@ class Dense:
         if not self.blocked:
             return x @ self._data.T
         rows = x.shape[0]
-        if self._data.shape[2] == self._shape[0]:  # one block
-            if rows <= FEW:
-                return np.matmul(x[:, None], self._data[0])[:, 0]
-            rest = -rows % TILE if rows < MANY else 0
-            return (np.concatenate((x, x[-rest:])) @ self._data[0])[:rows] if rest else x @ self._data[0]
-        return self._by_blocks(np.concatenate((x, x[-1:])))[:rows] if rows in (1, 3) else self._by_blocks(x)
+        if rows >= PREFILL and not self._one_block:
+            return self._side_by_side(x)
+        if more := self.full(rows) - rows:
+            x = np.concatenate((x, x[-more:]))
+        out = np.empty((rows + more, self._shape[0]), dtype=self._dtype(x))
+        for left, right, result in self._cut(x, out):
+            np.matmul(left, right, out=result)
+        return out[:rows] if more else out
 
-    def _by_blocks(self, x: Array) -> Array:
-        """x[T, N] → x Wᵀ [T, M], by blocks of 64 columns."""
+    def bind(self, x: Array, out: Array) -> Callable[[], object]:
+        """A call multiplies what x[T, N] holds by then, and writes x Wᵀ to out[T, M]; on the host, T < 128.
+
+        All that depends on shapes alone is done here, once. T = ``full(T)`` is fastest.
+        """
+        products = [partial(np.matmul, left, right, out=result) for left, right, result in self._cut(x, out)]
+        return products[0] if len(products) == 1 else lambda: [product() for product in products]
+
+    def full(self, rows: int) -> int:
+        """The number of rows from ``rows`` on that is multiplied fastest."""
+        if not self.blocked:
+            return rows
+        if self._one_block:
+            return rows + -rows % TILE if FEW < rows < MANY else rows
+        return rows + 1 if rows in (1, 3) else rows
+
+    @property
+    def _one_block(self) -> bool:
+        return bool(self._data.shape[2] == self._shape[0])
+
+    def _dtype(self, x: Array) -> Any:
+        return x.dtype if x.dtype == self._data.dtype else np.result_type(x, self._data)
+
+    def _cut(self, x: Array, out: Array) -> list[tuple[Array, Array, Array]]:
+        """The products (left, right, result) that write x[T, N] Wᵀ to out[T, M], as views of the three."""
+        if not self.blocked:
+            return [(x, self._data.T, out)]
         rows, (columns, n) = x.shape[0], self._shape
-        dtype = x.dtype if x.dtype == self._data.dtype else np.result_type(x, self._data)
-        if rows >= PREFILL:
-            return self._side_by_side(x, np.empty((rows, columns), dtype=dtype))
-        out = np.empty((rows, columns // BLOCK, BLOCK), dtype=dtype)
+        if self._one_block:
+            one_by_one = slice(None), None
+            return [(x[one_by_one], self._data[0], out[one_by_one]) if rows <= FEW else (x, self._data[0], out)]
         most = SMALL // (BLOCK * n)  # rows that OpenBLAS multiplies with a block as they lie
         groups = -(-rows // most) if most >= 4 else 1
         group = -(-rows // groups) if rows else 1  # as even as they can be
         whole = rows - rows % group
         # [groups, 1, group, N] by [M/64, N, 64], each product written straight to where it belongs in out
-        np.matmul(
+        cut = [(
             x[:whole].reshape(-1, 1, group, n),
             self._data,
-            out=out[:whole].reshape(-1, group, columns // BLOCK, BLOCK).transpose(0, 2, 1, 3),
-        )
+            out[:whole].reshape(-1, group, columns // BLOCK, BLOCK).transpose(0, 2, 1, 3),
+        )]  # fmt: skip
         if whole < rows:
-            np.matmul(x[whole:], self._data, out=out[whole:].transpose(1, 0, 2))
-        return out.reshape(rows, columns)
+            cut.append((x[whole:], self._data, out[whole:].reshape(-1, columns // BLOCK, BLOCK).transpose(1, 0, 2)))
+        return cut
 
-    def _side_by_side(self, x: Array, out: Array) -> Array:
-        """The same for many rows, into out[T, M]: some blocks at a time become a matrix [N, columns]."""
+    def _side_by_side(self, x: Array) -> Array:
+        """``matmul`` of many rows: some blocks at a time become a matrix [N, columns]."""
+        out = np.empty((x.shape[0], self._shape[0]), dtype=self._dtype(x))
         n, at = self._shape[1], 0
         step = max(1, WIDE // (BLOCK * n))
         for first in range(0, self._data.shape[0], step):
@@ -227,49 +252,6 @@ def as_linear(weight: Any, room: Room | None = None) -> Any:
     return weight if hasattr(weight, "dequantize") else Dense(weight, room)
 
 
-def side_by_side(weights: Iterable[Any], room: Room | None = None) -> list[Any]:
-    """A ``Dense`` each of arrays of the same N; those that find ``room`` together are also views of a joint weight.
-
-    A ``Linear`` among them stays what it is.
-    """
-    given = list(weights)
-    shapes = [(int(w.shape[0]), int(w.shape[1])) for w in given]
-    if (
-        room is None
-        or len(given) == 1
-        or not all(room.holds(weight) and _blocked(shape) for weight, shape in zip(given, shapes, strict=True))
-    ):  # a GPU, a ragged M, another dtype
-        return [as_linear(weight, room) for weight in given]
-    m, n = sum(shape[0] for shape in shapes), shapes[0][1]
-    width, first, parts = block_width(m), 0, []
-    joint = Dense._of_blocks(room.take(m * n).reshape(-1, n, width))
-    for weight, (rows, _) in zip(given, shapes, strict=True):
-        last = first + rows
-        place = joint._data[:, :, first:last] if width == m else joint._data[first // width : last // width]
-        part = Dense._of_blocks(place, weight)
-        part.joint, part.first = joint, first
-        first = last
-        parts.append(part)
-    return parts
-
-
-def product(x: Array, *weights: Linear) -> Array:
-    """x[T, N] times each of the weights, the results side by side in a new array, [T, ΣM].
-
-    One product where they are a joint weight, whole and in order. Where one of them was exchanged, for a quantised
-    one say, they are multiplied one by one.
-    """
-    joint: Dense | None = getattr(weights[0], "joint", None)
-    edge = 0
-    for weight in weights if joint is not None else ():
-        if getattr(weight, "joint", None) is not joint or getattr(weight, "first", None) != edge:
-            joint = None
-            break
-        edge += weight.shape[0]
-    if joint is not None and edge == joint.shape[0]:
-        return joint.matmul(x)
-    return namespace(x).concat([weight.matmul(x) for weight in weights], axis=1)
-
-
-def _blocked(shape: tuple[int, ...]) -> bool:
+def in_blocks(shape: tuple[int, ...]) -> bool:
+    """Is a weight of this shape stored in blocks on the host?"""
     return len(shape) == 2 and shape[0] % BLOCK == 0

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from refllm.backend import Array, asarray_like, namespace, to_numpy
+from refllm.backend import Array, asarray_like, to_numpy
 from refllm.decode import sampling
 from refllm.decode.speculative import verify
 from refllm.serve.request import Request
@@ -58,10 +58,7 @@ def penalised(z: Array, seats: Sequence[Seat]) -> Array:
 
 def choose(z: Array, seats: Sequence[Seat]) -> list[list[list[int]] | None]:
     """z[R, V], penalised → for each seat its voices' next tokens; None if its logits have no largest one."""
-    xp = namespace(z)
-    best = xp.argmax(z, axis=-1)  # calls a NaN the largest
-    sound = xp.isfinite(z[xp.arange(z.shape[0]), best])
-    tops: list[int] = to_numpy(xp.where(sound, best, -1)).tolist()  # −1 travels in the same copy as the ids
+    tops = sampling.best(z)
     chosen: list[list[list[int]] | None] = [None] * len(seats)
     drawn = []
     for i, seat in enumerate(seats):

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from refllm.backend import Array, asarray_like
+from refllm.decode.captured import stepper
 from refllm.decode.drafts import Ask, Drafter, ModelDrafter, TreeProposal, check_vocabulary
 from refllm.kv.paged import PagedKVCache
 from refllm.serve import policies
@@ -72,7 +73,7 @@ class Engine(Counts):
             check_vocabulary(model, drafter.source.model)
         self.model, self.drafter, self.on_plan = model, drafter, on_plan
         self.cache = PagedKVCache(model.config, num_blocks, block_size, like=model.weights["norm"], poison=poison)
-        self.pool = self.cache.pool
+        self._stepper, self.pool = stepper(model.weights, model.config), self.cache.pool
         self.scheduler = policies.make(
             policy, self.pool, prefix_cache=prefix_cache, max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences, **options,
@@ -164,7 +165,7 @@ class Engine(Counts):
                 item.name: [*branch.tokens, *branch.drafts] if branch.drafts else branch.tokens
                 for branch, item in self.scheduler.step.items.items()
             }
-            z = execute(plan, tokens, self.model.weights, self.model.config, self.cache)
+            z = execute(plan, tokens, self.model.weights, self.model.config, self.cache, self._stepper)
             outcomes = [] if z is None else self._outcomes(plan, branches, z)
         except BaseException:
             self.scheduler.withdraw(plan)

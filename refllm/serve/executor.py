@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from refllm.backend import Array, asarray_like
+from refllm.decode.captured import Stepper
 from refllm.kv.paged import PagedKVCache
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights, forward, logits
@@ -38,9 +39,17 @@ class Placed(NamedTuple):
 
 
 def execute(
-    plan: Plan, tokens: Mapping[Name, Sequence[int]], weights: Weights, config: ModelConfig, cache: PagedKVCache
+    plan: Plan,
+    tokens: Mapping[Name, Sequence[int]],
+    weights: Weights,
+    config: ModelConfig,
+    cache: PagedKVCache,
+    step: Stepper | None = None,
 ) -> Array | None:
-    """``tokens[name]``: a branch's tokens and drafts, to the end of its item at least → z[R, V]; None if R = 0."""
+    """``tokens[name]``: a branch's tokens and drafts, to the end of its item at least → z[R, V]; None if R = 0.
+
+    ``step``, of ``captured.stepper``, computes a step that samples from all its tokens; z is then valid until the next.
+    """
     cache.copy(plan.copies)
     if not plan.items:
         return None
@@ -65,9 +74,12 @@ def execute(
         counts.append(count)
         ids += [0] * count
         positions += range(start, start + count)
+    view = cache.view(tables, counts)
+    if step is not None and len(rows) == len(ids):
+        return step(ids, positions, view)
     placed = asarray_like([ids, positions], cache.keys, "int64")  # one transfer for both
     wanted = None if len(rows) == len(ids) else asarray_like(rows, cache.keys, "int64")
-    hidden = forward(weights, config, placed[0], placed[1], cache.view(tables, counts), wanted)
+    hidden = forward(weights, config, placed[0], placed[1], view, wanted)
     return logits(weights, hidden) if rows else None
 
 
