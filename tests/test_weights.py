@@ -56,6 +56,17 @@ def test_matmul_is_the_plain_product(xp, weight, rows, most, many, wide, in_plac
     assert (np.abs(got - exact) <= bound + n * float(info.smallest_subnormal)).all()
 
 
+@pytest.mark.parametrize("rows", range(12))
+def test_every_row_is_in_a_group_whatever_is_left_over(rows, monkeypatch):
+    monkeypatch.setattr(weights, "SMALL", 4 * BLOCK * 7)  # groups of at most 4 rows
+    monkeypatch.setattr(weights, "reads_in_place", lambda: True)
+    w, x = np.arange(2 * BLOCK * 7.0).reshape(-1, 7), np.arange(7.0 * rows).reshape(rows, 7)
+    dense, out = Dense(w), np.full((rows, 2 * BLOCK), np.nan)
+    dense.bind(x, out)()
+    np.testing.assert_array_equal(out, x @ w.T)  # whole numbers
+    np.testing.assert_array_equal(dense.matmul(x), out)
+
+
 @pytest.mark.parametrize("blocks", [0, 1, 2, 3, 9])
 def test_many_rows_see_every_block_however_many_lie_side_by_side(blocks, monkeypatch):
     monkeypatch.setattr(weights, "PREFILL", 4)
