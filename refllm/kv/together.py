@@ -8,7 +8,7 @@ differ in where keys and values lie, and hand them over as B strips of one lengt
 | q      | queries, n of each sequence                  | [B·n, H, D]  |
 | K      | keys in columns, the right-hand side of q Kᵀ | [B, G, D, S] |
 | V      | values                                       | [B, G, S, D] |
-| bias   | 0, or −10³⁰ for what a query does not see    | [B, 1, 1, n, S] |
+| bias   | 0, or −10³⁰ for what a query does not see    | [B, 1, 1, n, C] |
 
 Left out: sequences of different counts (``model.attention``, one after the other, in tiles).
 """
@@ -35,7 +35,7 @@ def fits_together(counts: Sequence[int], lengths: Sequence[int], heads: int) -> 
 
 
 def attend_together(q: Array, keys: Array, values: Array, bias: Array | None = None) -> Array:
-    """softmax(q K / √D + bias) V, [B·n, H, D]; q is overwritten."""
+    """softmax(q K / √D + bias) V, [B·n, H, D]; q is overwritten. ``bias`` is that of the last C of the S slots."""
     xp = namespace(q, keys, values)
     batch, groups, dim, _ = keys.shape
     n, heads = q.shape[0] // batch, q.shape[1]
@@ -49,7 +49,7 @@ def attend_together(q: Array, keys: Array, values: Array, bias: Array | None = N
         rows, keys, values = rows[..., None, :], keys[:, :, None], values[:, :, None]
     p = xp.matmul(rows, keys)  # [B, G, R·n, S], or [B, G, R, 1, S]
     if bias is not None:
-        apart = p.reshape(batch, groups, -1, n, p.shape[-1])
+        apart = p.reshape(batch, groups, -1, n, p.shape[-1])[..., -bias.shape[-1] :]
         apart += bias
     p -= p.max(axis=-1, keepdims=True)
     xp.exp(p, out=p)
@@ -61,16 +61,19 @@ def attend_together(q: Array, keys: Array, values: Array, bias: Array | None = N
 
 
 def bias_together(lengths: Sequence[int], count: int, window: int | None, like: Array) -> Array | None:
-    """[B, 1, 1, n, S] for sequences of ``lengths`` cached tokens and ``count`` new ones, S = the longest after them.
+    """[B, 1, 1, n, C] for sequences of ``lengths`` cached tokens and ``count`` new ones: of the last C slots.
 
-    None where every query sees every key: a decode step at equal lengths, within the window.
+    None where every query sees every key: a decode step at equal lengths, within the window. At equal lengths within
+    the window only the n new keys are hidden from some, the same for all: [1, 1, 1, n, n].
     """
-    longest = max(lengths) + count
-    if count == 1 and even(lengths) and (window is None or longest <= window):
-        return None
+    longest, first = max(lengths) + count, 0
+    if even(lengths) and (window is None or longest <= window):
+        if count == 1:
+            return None
+        lengths, first = lengths[:1], longest - count
     xp = namespace(like)
     at = asarray_like(lengths, like, "int64")[:, None, None, None, None] + xp.arange(count)[:, None]
-    j = xp.arange(longest)
+    j = xp.arange(first, longest)
     hidden = j > at
     if window is not None:
         hidden = hidden | (j <= at - window)
