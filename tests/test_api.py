@@ -147,7 +147,9 @@ def test_a_prefill_in_several_passes_is_one_prefill(batch, budget):
 def test_conservation_passes_bring_every_token_once_and_cut_only_what_fills_a_pass(lengths, budget):
     plan = list(generate.passes(lengths, budget))
     assert [sum(column) for column in zip(*plan, strict=True)] == lengths
-    assert all(0 < sum(counts) <= budget for counts in plan)
+    assert all(0 < sum(counts) <= budget for counts in plan[:-1])
+    assert 0 < sum(plan[-1]) <= budget + budget // 4
+    assert all(sum(map(sum, plan[i:])) > budget + budget // 4 for i in range(len(plan) - 1))  # a small rest goes along
     begun = [0] * len(lengths)
     for counts in plan:
         for b, n in enumerate(counts):

@@ -22,10 +22,15 @@ windows = st.one_of(st.none(), st.integers(1, 6))
 @given(
     lengths=st.lists(st.integers(0, 6), min_size=1, max_size=4), count=st.integers(1, 4), groups=st.integers(1, 2),
     sharing=st.integers(1, 3), dim=st.sampled_from([2, 4]), window=windows, in_place=st.booleans(),
-    equal=st.booleans(), seed=seeds,
+    queries=st.sampled_from([1, 2, 3, 64]), equal=st.booleans(), seed=seeds,
 )  # fmt: skip
-def test_invariance_together_is_each_alone(xp, lengths, count, groups, sharing, dim, window, in_place, equal, seed):
-    """On either kind of processor: with AVX-512 the heads of a key head are one product, without it a product each."""
+def test_invariance_together_is_each_alone(
+    xp, lengths, count, groups, sharing, dim, window, in_place, queries, equal, seed
+):
+    """On either kind of processor: with AVX-512 the heads of a key head are one product, without it a product each.
+
+    However many queries are taken at a time.
+    """
     lengths = lengths[:1] * len(lengths) if equal else lengths
     rng, batch, longest = np.random.default_rng(seed), len(lengths), max(lengths) + count
     q = rng.standard_normal((batch * count, groups * sharing, dim))
@@ -33,6 +38,7 @@ def test_invariance_together_is_each_alone(xp, lengths, count, groups, sharing, 
     bias = bias_together(lengths, count, window, xp.zeros(1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(together, "reads_in_place", lambda: in_place)
+        patch.setattr(together, "QUERIES", queries)
         o = attend_together(
             xp.asarray(q.copy()), xp.asarray(k).transpose(0, 2, 3, 1), xp.asarray(v).transpose(0, 2, 1, 3), bias
         )

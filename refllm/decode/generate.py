@@ -121,12 +121,16 @@ def prefill(weights: Weights, config: ModelConfig, prompts: Sequence[Sequence[in
 
 
 def passes(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """How many tokens each prompt brings to each pass, at most ``budget`` together; only longer prompts are cut."""
+    """How many tokens each prompt brings to each pass, at most ``budget`` together; only longer prompts are cut.
+
+    A rest of up to a quarter of the budget goes with the pass before it: a pass reads all weights, however few rows.
+    """
     left = list(lengths)
     while any(left):
-        counts, room = [0] * len(left), budget
+        room = sum(left) if sum(left) <= budget + budget // 4 else budget
+        counts, most = [0] * len(left), room
         for b, n in enumerate(left):
-            if n > room and room < budget:
+            if n > room and room < most:
                 break
             counts[b] = min(n, room)
             room -= counts[b]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from refllm.model.attention import masked_score
 from refllm.model.weights import reads_in_place
 
 SCORES = 2**20  # of a prefill at once; a larger one goes sequence by sequence, in tiles
+QUERIES = 64  # of a sequence at a time
 
 
 def fits_together(counts: Sequence[int], lengths: Sequence[int], heads: int) -> bool:
@@ -35,8 +37,29 @@ def fits_together(counts: Sequence[int], lengths: Sequence[int], heads: int) -> 
 
 
 def attend_together(q: Array, keys: Array, values: Array, bias: Array | None = None) -> Array:
-    """softmax(q K / √D + bias) V, [B·n, H, D]; q is overwritten. ``bias`` is that of the last C of the S slots."""
+    """softmax(q K / √D + bias) V, [B·n, H, D]; q is overwritten. ``bias`` is that of the last C of the S slots.
+
+    Many queries of a sequence are taken some at a time: of the keys behind the last of them none is seen, and nearly
+    half of the scores of a prompt are not computed.
+    """
     xp = namespace(q, keys, values)
+    rows, heads, dim = q.shape
+    n, slots = rows // keys.shape[0], keys.shape[-1]
+    if n <= QUERIES or bias is None:
+        return _attend(xp, q, keys, values, bias)
+    out = xp.empty(q.shape, dtype=q.dtype)
+    asking, found = q.reshape(-1, n, heads, dim), out.reshape(-1, n, heads, dim)
+    for first in range(0, n, QUERIES):
+        last = min(first + QUERIES, n)
+        hidden = n - last  # keys behind this tile
+        tile = asking[:, first:last].reshape(-1, heads, dim)
+        some = bias[..., first:last, : bias.shape[-1] - hidden]
+        o = _attend(xp, tile, keys[..., : slots - hidden], values[:, :, : slots - hidden], some)
+        found[:, first:last] = o.reshape(-1, last - first, heads, dim)
+    return out
+
+
+def _attend(xp: Any, q: Array, keys: Array, values: Array, bias: Array | None) -> Array:
     batch, groups, dim, _ = keys.shape
     n, heads = q.shape[0] // batch, q.shape[1]
     q *= 1.0 / math.sqrt(dim)
