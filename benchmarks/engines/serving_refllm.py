@@ -9,9 +9,11 @@ import sys
 
 from engines.decoding import Tokens, serve
 from refllm.api import load
+from refllm.cli.allocator import keep_freed_memory
 from refllm.serve.engine import Engine
 from refllm.serve.request import Request
 
+keep_freed_memory()  # as the commands do
 model = load(sys.argv[1], backend="numpy")
 
 

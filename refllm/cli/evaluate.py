@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from refllm.cli.allocator import keep_freed_memory
 from refllm.cli.shared import BackendOption, JsonOption, ModelOption, note, opt, progress
 from refllm.study.terminal import console, table
 
@@ -54,6 +55,7 @@ def evaluate(
     from refllm.study.perplexity import evaluate as score_of
 
     documents = read_files(text) if text else held_out_documents()
+    keep_freed_memory()
     loaded = load(model, backend)
     window = window or min(1024, loaded.config.max_position_embeddings)
     how: dict[str, Any] = {"window": window, "stride": stride or max(1, window // 2), "max_tokens": max_tokens}

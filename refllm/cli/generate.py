@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from refllm.cli.allocator import keep_freed_memory
 from refllm.cli.shared import BackendOption, ModelOption, emit, flag, note, opt, progress
 from refllm.cli.speculation import Speculation, draft_named
 from refllm.study.terminal import printable
@@ -73,6 +74,7 @@ def generate(
         raise ValueError("--gamma is the number of drafted tokens: say who drafts with --draft")
     if tree and draft is None:
         raise ValueError("--tree says how a model drafts: say which with --draft")
+    keep_freed_memory()
     loaded = load(model, backend)
     speculation = None if draft is None else Speculation(draft_named(draft, gamma, tree, backend), loaded.tokenizer)
     length = len(loaded.tokenizer.encode(text, special=True))
