@@ -41,14 +41,15 @@ from threadpoolctl import threadpool_limits
 
 from refllm.api import Model, load
 from refllm.decode.acceptance import Acceptance, speedup
+from refllm.decode.captured import stepper
 from refllm.decode.drafts import Cascade, Drafter, ModelDrafter, NGramDrafter
 from refllm.decode.generate import GREEDY, Sampling, generate_tokens
+from refllm.decode.sampling import best
 from refllm.decode.speculate import speculate
 from refllm.decode.speculative import verify, verify_block
 from refllm.decode.tree_drafts import TreeDrafter
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.corpus import held_out_documents
-from refllm.model.llama import forward, logits
 from refllm.serve.drafting import Drafting, measure
 from refllm.serve.engine import Engine
 from refllm.serve.request import Request
@@ -160,15 +161,14 @@ def step_costs(model: Model, draft: Model, most: int, rounds: int, context: int 
     drafter = ModelDrafter(draft, 4)
     text = rng.integers(1, model.config.vocab_size, context).tolist()
     drafter.propose(text, 4, GREEDY, rng)
+    compute = stepper(model.weights, model.config)
     times: dict[int, list[float]] = {n: [] for n in range(1, most + 1)}
     drafts = []
     for _ in range(rounds):
         for n, spent in times.items():
-            tokens = rng.integers(1, model.config.vocab_size, n)
+            tokens = rng.integers(1, model.config.vocab_size, n).tolist()
             began = time.perf_counter()
-            placed = np.asarray([tokens, cache.positions([n])])
-            z = logits(model.weights, forward(model.weights, model.config, placed[0], placed[1], cache.view([n])))
-            z.argmax(axis=-1)
+            best(compute(tokens, cache.positions([n]), cache.view([n])))
             spent.append(time.perf_counter() - began)
         began = time.perf_counter()
         drafter.propose(text, 4, GREEDY, rng)

@@ -42,6 +42,7 @@ from refllm.model.llama import Weights
 from refllm.model.weights import Dense
 
 ROWS = 64  # beyond, products take the time
+LEAST = 8  # rows that there is memory for, at least
 ANGLES = 256  # positions whose angles are looked up, at first
 
 
@@ -126,7 +127,7 @@ class CapturedStep:
         wide, groups = config.num_attention_heads, config.num_key_value_heads
         full = max(weight.full(rows) for weight in (head, *layers[0].values()) if isinstance(weight, Dense))
         if full > self.room:  # all numbers of rows share what is written before it is read
-            self.room, self.memory, self.captured = 1 << (full - 1).bit_length(), {}, {}
+            self.room, self.memory, self.captured = max(LEAST, 1 << (full - 1).bit_length()), {}, {}
 
         def shared(name: str, *shape: int) -> Array:
             if name not in self.memory:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -89,18 +90,27 @@ def bias_together(lengths: Sequence[int], count: int, window: int | None, like: 
     None where every query sees every key: a decode step at equal lengths, within the window. At equal lengths within
     the window only the n new keys are hidden from some, the same for all: [1, 1, 1, n, n].
     """
-    longest, first = max(lengths) + count, 0
+    longest = max(lengths) + count
     if even(lengths) and (window is None or longest <= window):
-        if count == 1:
-            return None
-        lengths, first = lengths[:1], longest - count
+        return None if count == 1 else _triangle(namespace(like), count, like.dtype)
     xp = namespace(like)
     at = asarray_like(lengths, like, "int64")[:, None, None, None, None] + xp.arange(count)[:, None]
-    j = xp.arange(first, longest)
+    j = xp.arange(longest)
     hidden = j > at
     if window is not None:
         hidden = hidden | (j <= at - window)
-    low, zero = (xp.asarray(v, dtype=like.dtype) for v in (masked_score(xp, like.dtype), 0.0))
+    return _masked(xp, hidden, like.dtype)
+
+
+@lru_cache(maxsize=16)  # a verification asks for the same ones at each step
+def _triangle(xp: Any, count: int, dtype: Any) -> Array:
+    """[1, 1, 1, n, n]: of n new tokens each sees itself and those before it. To be read only."""
+    j = xp.arange(count)
+    return _masked(xp, j > j[:, None], dtype)[None, None, None]
+
+
+def _masked(xp: Any, hidden: Array, dtype: Any) -> Array:
+    low, zero = (xp.asarray(v, dtype=dtype) for v in (masked_score(xp, dtype), 0.0))
     return xp.where(hidden, low, zero)
 
 

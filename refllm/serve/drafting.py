@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 
 from refllm.decode.acceptance import Acceptance, expected_length
+from refllm.decode.captured import stepper
 from refllm.decode.drafts import (
     NOTHING,
     Ask,
@@ -47,9 +48,9 @@ from refllm.decode.drafts import (
     check_vocabulary,
 )
 from refllm.decode.generate import GREEDY, Sampling
+from refllm.decode.sampling import best
 from refllm.decode.tree_drafts import TreeDrafter
 from refllm.kv.contiguous import ContiguousCache
-from refllm.model.llama import forward, logits
 
 PROBE = 32  # steps that a branch goes without drafts before it tries one again, at first
 MARGIN = 1.2  # what drafting must promise: its costs leave out verifying, the books, and rows of unequal length
@@ -236,29 +237,27 @@ def measure(
     sizes = sorted({n for k in range(most.bit_length()) for n in (2**k, 3 * 2**k // 2) if n <= most})
     context = min(context, config.max_position_embeddings - 1)
     cache = ContiguousCache(config, sizes[-1], context + 1, like=model.weights["norm"])
+    compute = stepper(model.weights, config)
+
+    def step(n: int) -> None:
+        """n sequences after ``context`` tokens each."""
+        cache.lengths = [context] * n + [0] * (len(cache.lengths) - n)
+        tokens = [i % config.vocab_size for i in range(n)]
+        best(compute(tokens, [context] * n, cache.view([1] * n)))  # waits for a GPU
+
     times: dict[int, list[float]] = {n: [] for n in sizes}
     for _ in range(rounds):
         for n in sizes:
             began = time.perf_counter()
-            _step(model, cache, context, n)
+            step(n)
             times[n].append(time.perf_counter() - began)
     drafts: list[tuple[int, float, float]] = []
     if draft is not None:
         check_vocabulary(model, draft.model)
         places = len(draft.cache.lengths)
         for batch in sorted({min(2**k, places) for k in range(places.bit_length() + 1)}):
-            drafts.append(
-                (batch, *_draft_times(draft, lambda: _step(model, cache, context, 1), batch, context, rounds))
-            )
+            drafts.append((batch, *_draft_times(draft, lambda: step(1), batch, context, rounds)))
     return Costs([(n, float(np.median(times[n]))) for n in sizes], drafts)
-
-
-def _step(model: Any, cache: ContiguousCache, context: int, n: int) -> None:
-    """A step of n sequences after ``context`` tokens each."""
-    cache.lengths = [context] * n + [0] * (len(cache.lengths) - n)
-    tokens = np.arange(n) % model.config.vocab_size
-    hidden = forward(model.weights, model.config, tokens, np.full(n, context), cache.view([1] * n))
-    logits(model.weights, hidden).argmax(axis=-1)
 
 
 def _draft_times(
