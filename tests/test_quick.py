@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refllm.api import Model
+from refllm.decode.captured import stepper
 from refllm.model.corpus import Document
 from refllm.model.llama import forward
 from refllm.study import quick
@@ -58,6 +59,11 @@ def test_a_step_of_any_shape_is_timed_behind_its_past(batch, monkeypatch):
         seen.append(positions.tolist())
         return forward(weights, config, tokens, positions, attend)
 
+    def captured(weights, config):
+        step = stepper(weights, config)
+        return lambda tokens, positions, attend: (seen.append(positions), step(tokens, positions, attend))[1]
+
     monkeypatch.setattr(quick, "forward", watched)
+    monkeypatch.setattr(quick, "stepper", captured)
     assert time_step(network(), batch, repeats=2) > 0
     assert seen == 3 * [[past + i for past, new in batch for i in range(new)]]  # one to warm up

@@ -98,7 +98,7 @@ def train(
       refllm generate --model ./tiny 'def main(' --temperature 0.8
     The bundled models (hours; each card has its own command, with the phases of its run):
       refllm train --output stdlib
-      refllm train --output stdlib-draft --width 128 --layers 2 --heads 4 --teacher ./stdlib --teacher-from 3000
+      refllm train --output stdlib-draft --width 64 --layers 2 --heads 4 --teacher ./stdlib --teacher-from 3000
     One's own text:
       refllm train --output mine --data ~/notes --vocab-size 2048 --steps 2000
     """

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from refllm.api import Model
-from refllm.backend import asarray_like, namespace, to_numpy
+from refllm.backend import Array, asarray_like, namespace, to_numpy
+from refllm.decode.captured import stepper
 from refllm.decode.sampling import log_probabilities
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.corpus import Document
@@ -70,20 +71,29 @@ def sample_bits_per_byte(model: Model, documents: Sequence[Document], count: int
 
 
 def time_step(model: Model, batch: Sequence[tuple[int, int]], repeats: int = 15) -> float:
-    """Median seconds of one step over (past, new) of each sequence, with the logits of each last token."""
-    like = model.weights["norm"]
-    rng = np.random.default_rng(0)
+    """Median seconds of one step over (past, new) of each sequence, with the logits of each last token.
+
+    A decode step, of one new token each, is computed as ``generate`` does: captured where the network can be.
+    """
+    like, config = model.weights["norm"], model.config
     capacity = max(past + new for past, new in batch)
-    cache = ContiguousCache(model.config, len(batch), capacity, like=like)
+    cache = ContiguousCache(config, len(batch), capacity, like=like)
     cache.lengths[:] = [past for past, _ in batch]  # zeros stand for a past: the products are the same
     counts = [new for _, new in batch]
-    tokens = asarray_like(rng.integers(0, model.config.vocab_size, sum(counts)), like)
-    positions = asarray_like(cache.positions(counts), like)
-    last = asarray_like(np.cumsum(counts) - 1, like)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, sum(counts))
+    at = cache.positions(counts)
+    last, captured = asarray_like(np.cumsum(counts) - 1, like), stepper(model.weights, config)
+
+    def step() -> Array:
+        if max(counts) == 1:
+            return captured(tokens.tolist(), at, cache.view(counts))
+        placed = asarray_like([tokens, at], like, "int64")
+        hidden = forward(model.weights, config, placed[0], placed[1], cache.view(counts))
+        return logits(model.weights, hidden[last])
+
     times = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
-        hidden = forward(model.weights, model.config, tokens, positions, cache.view(counts))
-        to_numpy(logits(model.weights, hidden[last])[:1, :1])  # waits for a GPU
+        to_numpy(step()[:1, :1])  # waits for a GPU
         times.append(time.perf_counter() - began)
     return float(np.median(times[1:]))
