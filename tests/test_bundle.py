@@ -99,7 +99,10 @@ def test_the_card_names_the_weights_that_a_run_began_with(finished, tmp_path):
     assert start["training"]["command"] == "refllm train --output model"
     page = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
     assert start["sha256"]["model.safetensors"][:12] in page
-    assert "which had seen 256 tokens: `refllm train --output model`" in page
+    assert "trained in several runs" in page
+    assert "Before it 256 tokens were read in 1 run" in page
+    assert "\n1. 4 steps, 256 tokens, which gave SHA-256 " in page
+    assert "…: `refllm train --output model`\n\nThe last run:\n\n```sh\nrefllm train --start ./model\n```" in page
     first, whole = (json.loads((d / "curve.json").read_text()) for d in (before, tmp_path / "model"))
     assert whole[:2] == first
     assert [(point["step"], point["tokens"]) for point in whole] == [(2, 128), (4, 256), (2, 256 + 128), (4, 512)]

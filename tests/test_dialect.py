@@ -43,7 +43,7 @@ HOST = {
     "model.weights:Dense.matmul": "the blocked layout is a cure for OpenBLAS and exists on the host only",
     "model.weights:Dense._dtype": "the blocked layout is a cure for OpenBLAS and exists on the host only",
     "model.weights:Dense.bind": "the blocked layout is a cure for OpenBLAS and exists on the host only",
-    "model.weights:Dense._side_by_side": "the blocked layout is a cure for OpenBLAS and exists on the host only",
+    "model.weights:Dense._by_matrices": "the blocked layout is a cure for OpenBLAS and exists on the host only",
     "model.weights:Room": "the blocked layout is a cure for OpenBLAS and exists on the host only",
     "quant.convert": "from files to files; encoders are formats.gguf's",
     "quant.passages": "token ids are host data until they are embedded",

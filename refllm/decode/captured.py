@@ -1,8 +1,8 @@
 """A small batch through the network, again and again, with as few array calls as there can be.
 
 ``model.llama.forward`` serves any batch of any family, and makes its arrays anew each time. In a decode step of a small
-model half of the time goes by between the products. What depends on shapes alone is done here once for each number of
-rows, as a GPU captures a graph:
+model a good part of the time goes by between the products. What depends on shapes alone is done here once for each
+number of rows, as a GPU captures a graph:
 
 - arrays of a step are written in place, and the views of them that the calls take are kept;
 - products are bound to their operands (``joint.bound``), with rows added where more are multiplied faster: such a row
@@ -17,7 +17,10 @@ rows, as a GPU captures a graph:
 | T      | rows: tokens of the step        |                 |
 | x, h   | residual stream, normed         | [T, N]          |
 | y      | q, k and v of all heads         | [T, H + 2G, D]  |
-| r      | the rotated q and k             | [T, H + G, D]   |
+| z      | logits                          | [T, V]          |
+| nudge  | N ε                             |                 |
+
+For one token at a time through a draft model there is ``decode.lean``, with the weights themselves rearranged.
 
 Left out: biases, norms of heads, quantised weights, and GPUs: ``stepper`` gives the network itself for these.
 """
@@ -71,8 +74,8 @@ def whole(
 def fits(config: ModelConfig, weights: Weights) -> bool:
     """Whether a network can be captured: on the host, unquantised, and of the plain family."""
     plain = not (config.attention_bias or config.qk_norm)
-    layers = [w for layer in weights["layers"] for name, w in layer.items() if name.endswith("_proj")]
-    dense = all(type(w) is Dense for w in (*layers, weights["lm_head"], weights["embed_tokens"]))
+    projections = [w for layer in weights["layers"] for name, w in layer.items() if name.endswith("_proj")]
+    dense = all(type(w) is Dense for w in (*projections, weights["lm_head"], weights["embed_tokens"]))
     return plain and dense and namespace(weights["norm"]) is np
 
 
@@ -172,14 +175,14 @@ def norm(c: SimpleNamespace, gain: Array, nudge: float) -> None:
 
 
 def rotate(c: SimpleNamespace, cos: Array, sin: Array) -> None:
-    """r = x₁ cos − x₂ sin, x₂ cos + x₁ sin of the pairs of q and k, as ``layers.apply_rope``."""
+    """x₁ cos − x₂ sin, x₂ cos + x₁ sin for the pairs of q and k, as ``layers.apply_rope``."""
     np.multiply(c.pairs, cos, out=c.rotated)
     np.multiply(c.swapped, sin, out=c.turned)
     c.rotated += c.turned
 
 
 def activate(c: SimpleNamespace) -> None:
-    """silu(gate) · up = h (1 + tanh h) · up with h = gate/2, as ``layers.swiglu``."""
+    """silu(gate) · up = ½ gate (1 + tanh ½ gate) · up, as ``layers.swiglu``."""
     np.multiply(c.gate, 0.5, out=c.half)
     np.tanh(c.half, out=c.act)
     c.act += 1.0

@@ -17,7 +17,8 @@ About 20 calls a layer. ``forward`` is its oracle: equal within rounding at ever
 | y      | q, k, v and the rotated q, k           | [(H + 2G + H + G) · D]       |
 | K, V   | the cache's strips of this sequence    | [G, D, cap], [G, cap, D]     |
 
-Left out: batches, biases, norms of heads, windows, quantised weights, GPUs (a captured graph does this there).
+Left out: batches (``decode.captured``, which leaves the weights as they are), biases, norms of heads, windows,
+quantised weights, GPUs (a captured graph does this there).
 """
 
 from __future__ import annotations

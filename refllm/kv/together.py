@@ -8,7 +8,8 @@ differ in where keys and values lie, and hand them over as B strips of one lengt
 | q      | queries, n of each sequence                  | [B·n, H, D]  |
 | K      | keys in columns, the right-hand side of q Kᵀ | [B, G, D, S] |
 | V      | values                                       | [B, G, S, D] |
-| bias   | 0, or −10³⁰ for what a query does not see    | [B, 1, 1, n, C] |
+| C      | the last slots, those that a bias is for     |              |
+| bias   | 0, or ``masked_score`` for what a query does not see | [B, 1, 1, n, C], or one for all |
 
 Left out: sequences of different counts (``model.attention``, one after the other, in tiles).
 """
@@ -52,10 +53,10 @@ def attend_together(q: Array, keys: Array, values: Array, bias: Array | None = N
     asking, found = q.reshape(-1, n, heads, dim), out.reshape(-1, n, heads, dim)
     for first in range(0, n, QUERIES):
         last = min(first + QUERIES, n)
-        hidden = n - last  # keys behind this tile
+        behind = n - last  # keys that nobody in this tile sees
         tile = asking[:, first:last].reshape(-1, heads, dim)
-        some = bias[..., first:last, : bias.shape[-1] - hidden]
-        o = _attend(xp, tile, keys[..., : slots - hidden], values[:, :, : slots - hidden], some)
+        some = bias[..., first:last, : bias.shape[-1] - behind]
+        o = _attend(xp, tile, keys[..., : slots - behind], values[:, :, : slots - behind], some)
         found[:, first:last] = o.reshape(-1, last - first, heads, dim)
     return out
 

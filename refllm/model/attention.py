@@ -31,8 +31,9 @@ NEGATIVE = -1e30  # a masked score: finite, so that NaN cannot arise from −∞
 class Attend(Protocol):
     """The seam between network and memory: store the new keys and values, return what the queries read.
 
-    ``attend(layer, q[T, H, D], k[T, G, D], v[T, G, D]) -> [T, H, D]``. The arguments are the callee's to keep
-    or overwrite; the result is valid until the next call.
+    ``attend(layer, q[T, H, D], k[T, G, D], v[T, G, D]) -> [T, H, D]``. The arguments are the callee's to overwrite and
+    last until it returns: what it keeps, it copies, for a captured step uses their memory again. The result is valid
+    until the next call.
     """
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array: ...

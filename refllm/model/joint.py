@@ -1,14 +1,15 @@
 """Weights that multiply the same input, q, k and v or gate and up, as one product.
 
-``side_by_side`` makes views of a joint weight of them, each still a weight of its own; ``product`` multiplies by all
-at once, and ``bound`` does so again and again.
+``side_by_side`` lays them out as one joint weight, of which each is a part that can still be used by itself;
+``product`` multiplies by all at once, and ``bound`` does so again and again.
 
 | symbol | name                     | shape    |
 |--------|--------------------------|----------|
 | x      | what all of them multiply| [T, N]   |
 | M_i    | outputs of weight i      |          |
 
-Left out: joint weights on a GPU or of an M that is no multiple of 64, which are multiplied one by one.
+Left out: joint weights on a GPU, without a ``Room``, or where one of them is quantised or its M no multiple of 64:
+these are multiplied one by one.
 """
 
 from __future__ import annotations

@@ -16,10 +16,11 @@ Without AVX-512 it packs whatever is a matrix. There a weight is one block of al
 at a time costs least, and up to 3 rows go through the matrix-vector kernel, which never packs, one by one. From
 there on its AVX2 kernel takes rows in fours: 5 to 7 rows cost more than 8, so a rest is filled up.
 
-On a GPU, or where M is no multiple of 64, the weight stays one matrix. ``Room`` lays the weights of a network side by
-side in memory; those that multiply the same input are one product in ``model.joint``.
+On a GPU, or where M is no multiple of 64 (the keys of a small draft model), the weight stays one matrix. ``Room`` lays
+the weights of a network side by side in memory; those that multiply the same input are one product in ``model.joint``.
 
-Left out: biases (the network adds them), sharding; blocks where N is above 3,906, which no 4 rows fit with.
+Left out: biases (the network adds them), sharding; cutting rows into groups where N is above 3,906, for then no 4 rows
+and a block stay below 10⁶.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ class Dense:
             return x @ self._data.T
         rows = x.shape[0]
         if rows >= PREFILL and not self._one_block:
-            return self._side_by_side(x)
+            return self._by_matrices(x)
         if more := self.full(rows) - rows:
             x = np.concatenate((x, x[-more:]))
         out = np.empty((rows + more, self._shape[0]), dtype=self._dtype(x))
@@ -169,7 +170,7 @@ class Dense:
         return products[0] if len(products) == 1 else lambda: [product() for product in products]
 
     def full(self, rows: int) -> int:
-        """The number of rows from ``rows`` on that is multiplied fastest."""
+        """``rows``, or a few more where these take less time."""
         if not self.blocked:
             return rows
         if self._one_block:
@@ -178,7 +179,8 @@ class Dense:
 
     @property
     def _one_block(self) -> bool:
-        return bool(self._data.shape[2] == self._shape[0])
+        width = self._data.shape[2]
+        return bool(width == self._shape[0] and (width != BLOCK or not reads_in_place()))
 
     def _dtype(self, x: Array) -> Any:
         return x.dtype if x.dtype == self._data.dtype else np.result_type(x, self._data)
@@ -205,8 +207,8 @@ class Dense:
             cut.append((x[whole:], self._data, out[whole:].reshape(-1, columns // BLOCK, BLOCK).transpose(1, 0, 2)))
         return cut
 
-    def _side_by_side(self, x: Array) -> Array:
-        """``matmul`` of many rows: some blocks at a time become a matrix [N, columns]."""
+    def _by_matrices(self, x: Array) -> Array:
+        """``matmul`` of many rows: some blocks at a time are laid side by side, as a matrix [N, columns]."""
         out = np.empty((x.shape[0], self._shape[0]), dtype=self._dtype(x))
         n, at = self._shape[1], 0
         step = max(1, WIDE // (BLOCK * n))

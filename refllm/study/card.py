@@ -176,12 +176,13 @@ def _front(record: Record) -> str:
 
 
 def _what_it_is(record: Record) -> str:
-    made = record["made with"]
+    made, went_on = record["made with"], bool(record["training"].get("start"))
     return (
         f"A {record['architecture']}. {record['parameters']:,} parameters, stored as {record['stored as']}, "
-        f"trained from random weights by refllm {made['refllm']} (NumPy {made['numpy']}, Python {made['python']}); "
-        "`transformers` loads this directory as it is. Every number on this page is computed by the command below; "
-        "`card.json` holds them for programs."
+        f"trained {'in several runs' if went_on else 'from random weights'} by refllm {made['refllm']} "
+        f"(NumPy {made['numpy']}, Python {made['python']}); `transformers` loads this directory as it is. Every number on "
+        f"this page was computed by {'the last of the commands' if went_on else 'the command'} below; `card.json` holds "
+        "them for programs."
     )
 
 
@@ -215,19 +216,33 @@ def _training(training: Record) -> str:
 
 
 def _start(training: Record) -> str:
-    """Where a run went on from, in a sentence; the counts above are those of the run itself."""
+    """Where a run went on from, back to random weights; the counts above are those of the last run itself."""
     start = training.get("start")
     if not start:
         return ""
-    before = start["training"]
-    digest = next(iter(start["sha256"].values()), "")[:12]
-    text = f" It went on from weights called {start['name']} (SHA-256 {digest}…)"
-    if before:
-        text += f", which had seen {before['tokens']:,} tokens: `{before['command']}`"
-        text += f" ({before['remark']})" if before.get("remark") else ""
+    text = f" It went on from weights called {start['name']} ({_digest(start)})"
     if share := training.get("start share"):
         text += f". What is stored is {1 - share:g} of the last weights and {share:g} of those"
-    return text + "."
+    runs = []  # the latest first
+    while start and start["training"]:
+        runs.append((start["training"], _digest(start)))
+        start = start["training"].get("start")
+    if not runs:
+        return text + "."
+    lines = [
+        f"{i}. {run['steps']:,} steps, {run['tokens']:,} tokens, which gave {digest}: `{run['command']}` "
+        f"{run.get('remark') or ''}".rstrip()
+        for i, (run, digest) in enumerate(reversed(runs), 1)
+    ]
+    count = sum(run["tokens"] for run, _ in runs)
+    before = (
+        f"Before it {count:,} tokens were read in {len(runs)} run{'s' if len(runs) > 1 else ''}, each from the end of"
+    )
+    return f"{text}.\n\n{before} the one above it:\n\n" + "\n".join(lines) + "\n\nThe last run:"
+
+
+def _digest(start: Record) -> str:
+    return f"SHA-256 {next(iter(start['sha256'].values()), '')[:12]}…"
 
 
 def _measured(m: Record, python: str) -> str:
