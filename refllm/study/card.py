@@ -180,9 +180,9 @@ def _what_it_is(record: Record) -> str:
     return (
         f"A {record['architecture']}. {record['parameters']:,} parameters, stored as {record['stored as']}, "
         f"trained {'in several runs' if went_on else 'from random weights'} by refllm {made['refllm']} "
-        f"(NumPy {made['numpy']}, Python {made['python']}); `transformers` loads this directory as it is. Every number on "
-        f"this page was computed by {'the last of the commands' if went_on else 'the command'} below; `card.json` holds "
-        "them for programs."
+        f"(NumPy {made['numpy']}, Python {made['python']}); `transformers` loads this directory as it is. Every number "
+        f"on this page was computed by {'the last of the commands' if went_on else 'the command'} below; `card.json` "
+        "holds them for programs."
     )
 
 
@@ -211,7 +211,7 @@ def _training(training: Record) -> str:
         f"{phases} tokens ({training['tokens']:,} in all, {training['seconds'] / 60:.0f} minutes). {name}, peak rate "
         f"{plan['peak_rate']:g} after {plan['warmup']} steps of warm-up, then {plan['schedule']} to zero; weight decay "
         f"{plan['weight_decay']:g}, gradients clipped at {plan['clip']:g}, seed {plan['seed']}.{taught}"
-        f"{_start(training)} The curve is in `curve.json`.{remark}\n\n```sh\n{training['command']}\n```"
+        f" The curve is in `curve.json`.{remark}{_start(training)}\n\n```sh\n{training['command']}\n```"
     )
 
 
@@ -234,11 +234,9 @@ def _start(training: Record) -> str:
         f"{run.get('remark') or ''}".rstrip()
         for i, (run, digest) in enumerate(reversed(runs), 1)
     ]
-    count = sum(run["tokens"] for run, _ in runs)
-    before = (
-        f"Before it {count:,} tokens were read in {len(runs)} run{'s' if len(runs) > 1 else ''}, each from the end of"
-    )
-    return f"{text}.\n\n{before} the one above it:\n\n" + "\n".join(lines) + "\n\nThe last run:"
+    count, plural = sum(run["tokens"] for run, _ in runs), "s" if len(runs) > 1 else ""
+    before = f"Before it {count:,} tokens were read in {len(runs)} run{plural}, each from the end of the one above it"
+    return f"{text}.\n\n{before}:\n\n" + "\n".join(lines) + "\n\nThe last run:"
 
 
 def _digest(start: Record) -> str:
