@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from refllm.cli.shared import BackendOption, ModelOption, flag, note, opt, progress
+from refllm.cli.shared import AnyModelOption, BackendOption, flag, note, opt, progress
 from refllm.study.terminal import bytes_text, console, pairs
 
 
 def convert(
     to: Annotated[Path, opt("The file to write.", "--to", metavar="FILE")],
-    model: ModelOption = "stdlib",
+    model: AnyModelOption = "stdlib",
     type: Annotated[str, opt("Which types its tensors get: Q4_K_M, Q8_0, F16 …", "--type", metavar="TYPE")] = "Q4_K_M",
     imatrix: Annotated[bool, flag("Weigh errors by the activations of calibration text.", "--imatrix")] = False,
     windows: Annotated[int, opt("Windows of calibration text, with --imatrix.", min=1)] = 64,
@@ -34,8 +34,9 @@ def convert(
     """
     from refllm.api import locate
     from refllm.quant.convert import convert as convert_file
+    from refllm.quant.convert import free
 
-    source = locate(model)
+    source, to = locate(model), free(to, overwrite)
     weights = _importance(source, windows, length, seed, backend) if imatrix else None
     with progress("converting") as advance:
         made = convert_file(

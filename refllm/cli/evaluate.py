@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from refllm.cli.allocator import keep_freed_memory
-from refllm.cli.shared import BackendOption, JsonOption, ModelOption, note, opt, progress
+from refllm.cli.shared import AnyModelOption, BackendOption, JsonOption, note, opt, progress
 from refllm.study.terminal import console, table
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: ModelOption = "stdlib",
+    model: AnyModelOption = "stdlib",
     text: Annotated[
         list[Path] | None,
         opt("Text files or folders; may be repeated.", metavar="PATH", show_default="the held-out modules"),

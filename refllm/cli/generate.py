@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from refllm.cli.allocator import keep_freed_memory
-from refllm.cli.shared import BackendOption, ModelOption, emit, flag, note, opt, progress
+from refllm.cli.shared import AnyModelOption, BackendOption, emit, flag, note, opt, progress
 from refllm.cli.speculation import Speculation, draft_named
 from refllm.study.terminal import printable
 
@@ -22,7 +22,7 @@ def generate(
         str | None, typer.Argument(metavar="PROMPT", help="Text to continue; - reads it from standard input.")
     ] = None,
     prompt_file: Annotated[Path | None, opt("Read the prompt from a file.", metavar="FILE")] = None,
-    model: ModelOption = "stdlib",
+    model: AnyModelOption = "stdlib",
     max_tokens: Annotated[
         int | None, opt("New tokens at most.", "--max-tokens", "-n", min=0, show_default=str(DEFAULT_TOKENS))
     ] = None,

@@ -29,6 +29,9 @@ BackendOption = Annotated[
     str, opt("Compute with NumPy, or CuPy on a GPU.", "--backend", metavar="numpy|cupy", envvar=ENVIRONMENT_VARIABLE)
 ]
 ModelOption = Annotated[str, opt("A bundled model or a Hugging Face directory.", "--model", "-m", metavar="NAME|DIR")]
+AnyModelOption = Annotated[
+    str, opt("A bundled model, a Hugging Face directory or a GGUF file.", "--model", "-m", metavar="NAME|DIR|FILE")
+]
 JsonOption = Annotated[bool, flag("Print one JSON object instead of text.", "--json")]
 
 

@@ -235,5 +235,10 @@ def _show(facts: dict[str, Any], *, limited: bool) -> None:
     shown = table("time (ms)", "mean", "median", "p90", "p99", "longest")
     for name, spread in facts["times"].items():
         if spread is not None:
-            shown.add_row(name.upper(), *(f"{1e3 * value:,.2f}" for value in spread.values()))
+            shown.add_row(name.upper(), *(_digits(1e3 * value) for value in spread.values()))
     out.print(shown)
+
+
+def _digits(number: float) -> str:
+    """Two decimals, or two digits of what is smaller: a step of a small model on a large device takes microseconds."""
+    return f"{number:,.2f}" if number >= 0.1 else f"{number:.2g}"

@@ -96,7 +96,7 @@ def train(
     A small model in a few minutes, then a look at it:
       refllm train --output tiny --width 128 --layers 2 --steps 600
       refllm generate --model ./tiny 'def main(' --temperature 0.8
-    The bundled models (hours; each card has its own command, with the phases of its run):
+    Models like the bundled ones (hours; their cards have the commands in full, with all runs and phases):
       refllm train --output stdlib
       refllm train --output stdlib-draft --width 64 --layers 2 --heads 4 --teacher ./stdlib --teacher-from 3000
     One's own text:

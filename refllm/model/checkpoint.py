@@ -146,6 +146,11 @@ def _directory(path: str | Path) -> Path:
     directory = Path(os.path.expanduser(path))  # unlike Path's, leaves an unknown ~user as it is
     if not os.path.exists(directory):  # unlike Path's, False for a name that the file system cannot hold
         raise CheckpointError(f"{directory} does not exist: pass the directory of a Hugging Face checkpoint")
+    if directory.is_file() and directory.suffix == ".gguf":
+        raise CheckpointError(
+            f"{directory} is a GGUF file: here a Hugging Face directory is needed; load, generate, eval and convert "
+            "read GGUF"
+        )
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is a file: pass the directory that holds it and config.json")
     return directory

@@ -67,6 +67,15 @@ class Slab:
     weights: np.ndarray | None = None
 
 
+def free(target: str | Path, overwrite: bool) -> Path:
+    """Where a file may be written. CheckpointError if something stands there that is not to be replaced."""
+    target = Path(os.path.expanduser(target))
+    if target.exists() and not (overwrite and target.is_file()):
+        how = ", or replace it with --overwrite (overwrite=True)" if target.is_file() else ""
+        raise CheckpointError(f"{target} is there already: choose another name{how}")
+    return target
+
+
 def convert(
     source: str | Path, target: str | Path, type: str = "Q4_K_M", *, importance: Mapping[str, np.ndarray] | None = None,
     executor: Executor | Callable[[], Executor] | None = None, workers: int | None = None, overwrite: bool = False,
@@ -88,9 +97,7 @@ def convert(
     CheckpointError
         for what is wrong with the source, a target that is there, and weights that the type cannot hold.
     """
-    target = Path(os.path.expanduser(target))
-    if target.exists() and not (overwrite and target.is_file()):
-        raise CheckpointError(f"{target} is there already: choose another name, or ask for it to be replaced")
+    target = free(target, overwrite)
     config, tokenizer = open_source(source)
     shapes = {gguf_name(name): shape for name, shape in _ordered(config)}
     heads = Heads(
