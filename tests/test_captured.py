@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 
@@ -38,7 +39,7 @@ def whole(weights, config: ModelConfig, tokens) -> np.ndarray:
 
 @pytest.mark.theorem(
     "A captured step is the network: for any rows of any sequences, of a contiguous or a paged cache, in any order",
-    source="x/√(Σx²/N + ε) · g = x/√(Σx² + Nε) · √N g; what a call writes the next one reads",
+    source="what a call writes the next one reads",
 )
 @given(
     config=model_configs(families=["llama", "mistral"]) | st.just(BLOCKED), in_place=st.booleans(), paged=st.booleans(),
@@ -50,6 +51,7 @@ def test_a_captured_step_is_the_network(config, in_place, paged, steps, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "reads_in_place", lambda: in_place)
         patch.setattr(captured, "ANGLES", 2)
+        patch.setattr(captured, "MOST_ANGLES", 9)
         weights = network(config, seed)
         assert fits(config, weights)
         step = CapturedStep(weights, config)
@@ -153,6 +155,90 @@ def test_quantised_networks_and_other_libraries_are_left_to_the_network(xp):
     assert isinstance(stepper(weights, config), CapturedStep) == (xp is np)
     weights["layers"][0]["q_proj"] = object()
     assert not fits(config, weights)
+
+
+@pytest.mark.parametrize("change", ["a weight", "a gain", "a gain in place", "a layer", "a quantised weight"])
+def test_weights_that_are_exchanged_count_from_the_next_step_on(change):
+    config = NETWORKS["llama"]
+    weights, other = network(config, 0), network(config, 1)
+    step = CapturedStep(weights, config)
+
+    def logits_of() -> np.ndarray:
+        return step([5, 6], [0, 0], ContiguousCache(config, 2, 1, like=weights["norm"]).view([1, 1])).copy()
+
+    def expected() -> np.ndarray:
+        view = ContiguousCache(config, 2, 1, like=weights["norm"]).view([1, 1])
+        return logits(weights, forward(weights, config, np.array([5, 6]), np.zeros(2, int), view))
+
+    before = logits_of()
+    layer = weights["layers"][0]
+    if change == "a weight":
+        layer["up_proj"] = other["layers"][0]["up_proj"]
+    elif change == "a gain":
+        layer["input_layernorm"] = other["layers"][0]["input_layernorm"]
+    elif change == "a gain in place":
+        layer["input_layernorm"] *= 3.0
+    elif change == "a layer":
+        weights["layers"][0] = other["layers"][0]
+    else:
+        layer["up_proj"] = _Twice(layer["up_proj"])
+    assert np.abs(logits_of() - before).max() > 1e-3
+    np.testing.assert_allclose(logits_of(), expected(), rtol=0, atol=tolerance(config, 2, before))
+
+
+class _Twice:
+    """A ``Linear`` that is no ``Dense``."""
+
+    def __init__(self, weight: Dense):
+        self.weight, self.shape = weight, weight.shape
+
+    def matmul(self, x):
+        return 2 * self.weight.matmul(x)
+
+    def dequantize(self):
+        return 2 * self.weight.dequantize()
+
+
+def test_a_copy_computes_by_itself():
+    config = NETWORKS["llama"]
+    weights = network(config, 0)
+    step = CapturedStep(weights, config)
+
+    def logits_of(one: CapturedStep, token: int) -> np.ndarray:
+        return one([token], [0], ContiguousCache(config, 1, 1, like=weights["norm"]).view([1]))
+
+    first = logits_of(step, 3).copy()
+    copied = copy.deepcopy(step)
+    np.testing.assert_array_equal(logits_of(copied, 3), first)
+    kept = logits_of(step, 3)
+    assert np.abs(logits_of(copied, 4) - first).max() > 1e-3
+    np.testing.assert_array_equal(kept, first)
+
+
+def test_far_positions_cost_no_table():
+    config = NETWORKS["llama"]
+    weights = network(config, 0)
+    step = CapturedStep(weights, config)
+    for at in (10**6, captured.MOST_ANGLES, captured.MOST_ANGLES - 1):
+        views = (ContiguousCache(config, 1, 1, like=weights["norm"]).view([1]) for _ in range(2))
+        expected = logits(weights, forward(weights, config, np.array([3]), np.array([at]), next(views)))
+        np.testing.assert_allclose(step([3], [at], next(views)), expected, rtol=0, atol=tolerance(config, 1, expected))
+        assert len(step.angles[0]) <= captured.MOST_ANGLES
+    assert len(step.angles[0]) == captured.MOST_ANGLES
+
+
+def test_a_network_of_two_types_is_left_as_it_is():
+    config = NETWORKS["llama"]
+    weights = network(config, 0)
+    weights["layers"][1]["input_layernorm"] = weights["layers"][1]["input_layernorm"].astype(np.float32)
+    assert not fits(config, weights)
+
+
+def test_tokens_of_any_integer_type():
+    config = NETWORKS["llama"]
+    weights = network(config, 0)
+    view = ContiguousCache(config, 2, 1, like=weights["norm"]).view([1, 1])
+    assert np.isfinite(CapturedStep(weights, config)([1, np.uint64(2)], [0, 0], view)).all()
 
 
 def test_an_empty_step_is_the_networks():

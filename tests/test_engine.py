@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from refllm.api import Model
 from refllm.decode.drafts import ModelDrafter, NGramDrafter
 from refllm.serve import policies
 from refllm.serve.engine import Engine
 from refllm.serve.request import Request
 from refllm.serve.results import Piece
 from serving import TOLERANCE, alone, said, served_model
+from study_models import tiny_model
 
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [1, 2, 3, 4, 5, 6, 7, 8, 20], [1, 2, 3, 30], [40, 41] * 7, [50]]
 
@@ -436,3 +438,25 @@ def test_what_is_counted():
     assert engine.computed_tokens == 14 + 14 - 8
     assert engine.peak_blocks == 4
     assert engine.used_blocks == engine.cached_blocks == 0
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["the model's weights", "a weight of a layer"])
+def test_weights_that_are_exchanged_between_requests_are_those_of_the_next(whole):
+    first, other = (tiny_model(seed, vocab_size=257, max_position_embeddings=96) for seed in (3, 4))
+    model = Model(first.config, first.weights, first.tokenizer)
+    engine = Engine(model, num_blocks=40, block_size=4, prefix_cache=None)
+
+    def run() -> list[int]:
+        name = engine.submit(Request([1, 2, 3], 8, ignore_eos=True))
+        return engine.run()[name].tokens
+
+    assert run() == model.generate([1, 2, 3], 8, ignore_eos=True)
+    if whole:
+        model.weights = other.weights
+    else:
+        model.weights["layers"][0]["up_proj"] = other.weights["layers"][0]["up_proj"]
+    fresh = Model(model.config, model.weights, model.tokenizer)
+    text = [1, 2, 3]
+    for _ in range(8):
+        text.append(int(fresh.logits(text)[-1].argmax()))
+    assert run() == text[3:]

@@ -7,10 +7,10 @@ number of rows, as a GPU captures a graph:
 - arrays of a step are written in place, and the views of them that the calls take are kept;
 - products are bound to their operands (``joint.bound``), with rows added where more are multiplied faster: such a row
   is zeros from the embedding to the logits;
-- √N is multiplied into the norms' gains, x/√(Σx²/N + ε) · g = x/√(Σx² + Nε) · √N g;
-- angles are looked up.
+- angles are looked up, those of the first positions.
 
-``forward`` is its oracle: equal within rounding, for any tokens at any positions of any cache.
+``forward`` is its oracle: equal within rounding, for any tokens at any positions of any cache, and of the weights as
+they are at the call: where one was exchanged everything is captured anew.
 
 | symbol | name                            | shape           |
 |--------|---------------------------------|-----------------|
@@ -18,7 +18,6 @@ number of rows, as a GPU captures a graph:
 | x, h   | residual stream, normed         | [T, N]          |
 | y      | q, k and v of all heads         | [T, H + 2G, D]  |
 | z      | logits                          | [T, V]          |
-| nudge  | N ε                             |                 |
 
 For one token at a time through a draft model there is ``decode.lean``, with the weights themselves rearranged.
 
@@ -27,11 +26,10 @@ Left out: biases, norms of heads, quantised weights, and GPUs: ``stepper`` gives
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -44,9 +42,11 @@ from refllm.model.layers import rope_table
 from refllm.model.llama import Weights
 from refllm.model.weights import Dense
 
+ENDS = ("embed_tokens", "norm", "lm_head")
 ROWS = 64  # beyond, products take the time
 LEAST = 8  # rows that there is memory for, at least
 ANGLES = 256  # positions whose angles are looked up, at first
+MOST_ANGLES = 2048  # and at most; those of later ones are worked out at each step
 
 
 class Stepper(Protocol):
@@ -72,11 +72,18 @@ def whole(
 
 
 def fits(config: ModelConfig, weights: Weights) -> bool:
-    """Whether a network can be captured: on the host, unquantised, and of the plain family."""
-    plain = not (config.attention_bias or config.qk_norm)
-    projections = [w for layer in weights["layers"] for name, w in layer.items() if name.endswith("_proj")]
-    dense = all(type(w) is Dense for w in (*projections, weights["lm_head"], weights["embed_tokens"]))
-    return plain and dense and namespace(weights["norm"]) is np
+    """Whether a network can be captured: on the host, unquantised, of one type, and of the plain family."""
+    norm = weights["norm"]
+    if config.attention_bias or config.qk_norm or namespace(norm) is not np:
+        return False
+    parts = [
+        weights["lm_head"],
+        weights["embed_tokens"],
+        *(part for layer in weights["layers"] for part in layer.values()),
+    ]
+    return all(isinstance(part, np.ndarray) or type(part) is Dense for part in parts) and all(
+        part.dtype == norm.dtype for part in parts
+    )
 
 
 class CapturedStep:
@@ -84,48 +91,59 @@ class CapturedStep:
 
     def __init__(self, weights: Weights, config: ModelConfig):
         self.weights, self.config = weights, config
-        self.nudge = config.hidden_size * config.rms_norm_eps  # Nε
-        gains = [(layer["input_layernorm"], layer["post_attention_layernorm"]) for layer in weights["layers"]]
-        root = math.sqrt(config.hidden_size)
-        self.gains, self.last_gain = [(a * root, b * root) for a, b in gains], weights["norm"] * root
-        self.angles = self._angles(ANGLES)
+        self.parts: list[int] = []  # which weights everything is bound to
+        self.angles = self._angles(np.arange(ANGLES))
         self.room, self.memory = 0, dict[str, Array]()
         self.captured: dict[int, SimpleNamespace] = {}  # by number of rows
 
+    def __reduce__(self) -> Any:  # a copy binds anew: views and bound products cannot be copied
+        return type(self), (self.weights, self.config)
+
     def __call__(self, tokens: Sequence[int], positions: Sequence[int], attend: Attend) -> Array:
-        rows = len(tokens)
-        if not 0 < rows <= ROWS:
+        rows, layers = len(tokens), self.weights["layers"]
+        parts = [id(self.weights[name]) for name in ENDS] + [id(part) for layer in layers for part in layer.values()]
+        if parts != self.parts:
+            self.parts, self.captured = parts if fits(self.config, self.weights) else [], {}
+        if not (self.parts and 0 < rows <= ROWS):
             return whole(self.weights, self.config, tokens, positions, attend)
-        if max(positions) >= len(self.angles[0]):
-            self.angles = self._angles(2 * max(positions))
-        at = np.asarray(positions)
-        cos, sin = self.angles[0][at], self.angles[1][at]
+        cos, sin = self._turns(np.asarray(positions, dtype=np.int64))
         c = self.captured.get(rows) or self._capture(rows)
-        c.first[...] = self.weights["embed_tokens"].rows(np.asarray(tokens))
-        for index, (before, after) in enumerate(self.gains):
+        c.first[...] = self.weights["embed_tokens"].rows(np.asarray(tokens, dtype=np.int64))
+        eps = self.config.rms_norm_eps
+        for index, layer in enumerate(layers):
             qkv, o, gate_up, down = c.products[index]
-            norm(c, before, self.nudge)
+            norm(c, layer["input_layernorm"], eps)
             qkv()
             rotate(c, cos, sin)
             c.mixed[...] = attend(index, c.q, c.k, c.v)
             o()
             c.x += c.delta
-            norm(c, after, self.nudge)
+            norm(c, layer["post_attention_layernorm"], eps)
             gate_up()
             activate(c)
             down()
             c.x += c.delta
-        norm(c, self.last_gain, self.nudge)
+        norm(c, self.weights["norm"], eps)
         c.head()
         logits: Array = c.logits
         return logits
 
-    def _angles(self, positions: int) -> tuple[Array, Array]:
-        return rope_table(self.weights["rope_frequencies"], np.arange(positions), self.last_gain.dtype)
+    def _turns(self, positions: Array) -> tuple[Array, Array]:
+        """cos and sin of each token's angles."""
+        last = int(positions.max())
+        if last >= MOST_ANGLES:
+            return self._angles(positions)
+        if last >= len(self.angles[0]):
+            self.angles = self._angles(np.arange(min(2 * last, MOST_ANGLES)))
+        return self.angles[0][positions], self.angles[1][positions]
+
+    def _angles(self, positions: Array) -> tuple[Array, Array]:
+        return rope_table(self.weights["rope_frequencies"], positions, self.weights["norm"].dtype)
 
     def _capture(self, rows: int) -> SimpleNamespace:
         """The arrays of a step of so many rows, the views of them that calls take, and the products bound to them."""
         config, layers, head = self.config, self.weights["layers"], self.weights["lm_head"]
+        dtype = self.weights["norm"].dtype
         n, f, d = config.hidden_size, config.intermediate_size, config.head_dim
         wide, groups = config.num_attention_heads, config.num_key_value_heads
         full = max(weight.full(rows) for weight in (head, *layers[0].values()) if isinstance(weight, Dense))
@@ -134,11 +152,11 @@ class CapturedStep:
 
         def shared(name: str, *shape: int) -> Array:
             if name not in self.memory:
-                self.memory[name] = np.zeros((self.room, *shape), dtype=self.last_gain.dtype)
+                self.memory[name] = np.zeros((self.room, *shape), dtype=dtype)
             return self.memory[name][:full]
 
         # rows that were added are zeros here, and so they are everywhere
-        x, mixed = (np.zeros((full, width), dtype=self.last_gain.dtype) for width in (n, wide * d))
+        x, mixed = (np.zeros((full, width), dtype=dtype) for width in (n, wide * d))
         h, delta, act, z = shared("h", n), shared("delta", n), shared("act", f), shared("z", head.shape[0])
         y, gate_up, size = shared("y", (wide + 2 * groups) * d), shared("gate_up", 2 * f), shared("size")
         heads = y[:rows].reshape(rows, -1, d)
@@ -165,10 +183,11 @@ class CapturedStep:
         return c
 
 
-def norm(c: SimpleNamespace, gain: Array, nudge: float) -> None:
-    """h = x / √(Σx² + Nε) · √N g, as ``layers.rms_norm``."""
+def norm(c: SimpleNamespace, gain: Array, eps: float) -> None:
+    """h = x / √(Σx²/N + ε) · g, as ``layers.rms_norm``."""
     np.vecdot(c.x, c.x, out=c.size)
-    c.size += nudge
+    c.size *= 1.0 / c.x.shape[1]
+    c.size += eps
     np.sqrt(c.size, out=c.size)
     np.divide(c.x, c.column, out=c.h)
     c.h *= gain

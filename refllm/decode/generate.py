@@ -121,9 +121,9 @@ def prefill(weights: Weights, config: ModelConfig, prompts: Sequence[Sequence[in
 
 
 def passes(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """How many tokens each prompt brings to each pass, at most ``budget`` together; only longer prompts are cut.
+    """How many tokens each prompt brings to each pass, about ``budget`` together at most; only longer prompts are cut.
 
-    A rest of up to a quarter of the budget goes with the pass before it: a pass reads all weights, however few rows.
+    A rest of up to a quarter of it goes with the last pass: a pass reads all weights, however few its tokens are.
     """
     left = list(lengths)
     while any(left):

@@ -73,7 +73,8 @@ class Engine(Counts):
             check_vocabulary(model, drafter.source.model)
         self.model, self.drafter, self.on_plan = model, drafter, on_plan
         self.cache = PagedKVCache(model.config, num_blocks, block_size, like=model.weights["norm"], poison=poison)
-        self._stepper, self.pool = stepper(model.weights, model.config), self.cache.pool
+        self._weights, self._stepper = model.weights, stepper(model.weights, model.config)
+        self.pool = self.cache.pool
         self.scheduler = policies.make(
             policy, self.pool, prefix_cache=prefix_cache, max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences, **options,
@@ -157,6 +158,8 @@ class Engine(Counts):
         self._draft()
         plan = self.scheduler.plan()
         assert self.scheduler.step is not None
+        if self.model.weights is not self._weights:
+            self._weights, self._stepper = self.model.weights, stepper(self.model.weights, self.model.config)
         branches = list(self.scheduler.step.items)
         try:
             if self.on_plan is not None:
