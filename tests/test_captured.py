@@ -157,7 +157,10 @@ def test_quantised_networks_and_other_libraries_are_left_to_the_network(xp):
     assert not fits(config, weights)
 
 
-@pytest.mark.parametrize("change", ["a weight", "a gain", "a gain in place", "a layer", "a quantised weight"])
+@pytest.mark.parametrize(
+    "change",
+    ["a weight", "a gain", "a gain in place", "a layer", "a quantised weight", "norm", "lm_head", "embed_tokens"],
+)
 def test_weights_that_are_exchanged_count_from_the_next_step_on(change):
     config = NETWORKS["llama"]
     weights, other = network(config, 0), network(config, 1)
@@ -180,8 +183,10 @@ def test_weights_that_are_exchanged_count_from_the_next_step_on(change):
         layer["input_layernorm"] *= 3.0
     elif change == "a layer":
         weights["layers"][0] = other["layers"][0]
-    else:
+    elif change == "a quantised weight":
         layer["up_proj"] = _Twice(layer["up_proj"])
+    else:
+        weights[change] = other[change]
     assert np.abs(logits_of() - before).max() > 1e-3
     np.testing.assert_allclose(logits_of(), expected(), rtol=0, atol=tolerance(config, 2, before))
 

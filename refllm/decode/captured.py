@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from operator import is_
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -91,7 +92,7 @@ class CapturedStep:
 
     def __init__(self, weights: Weights, config: ModelConfig):
         self.weights, self.config = weights, config
-        self.parts: list[int] = []  # which weights everything is bound to
+        self.parts: list[Any] = []  # the weights that everything is bound to
         self.angles = self._angles(np.arange(ANGLES))
         self.room, self.memory = 0, dict[str, Array]()
         self.captured: dict[int, SimpleNamespace] = {}  # by number of rows
@@ -101,8 +102,8 @@ class CapturedStep:
 
     def __call__(self, tokens: Sequence[int], positions: Sequence[int], attend: Attend) -> Array:
         rows, layers = len(tokens), self.weights["layers"]
-        parts = [id(self.weights[name]) for name in ENDS] + [id(part) for layer in layers for part in layer.values()]
-        if parts != self.parts:
+        parts = [self.weights[name] for name in ENDS] + [part for layer in layers for part in layer.values()]
+        if len(parts) != len(self.parts) or not all(map(is_, parts, self.parts)):
             self.parts, self.captured = parts if fits(self.config, self.weights) else [], {}
         if not (self.parts and 0 < rows <= ROWS):
             return whole(self.weights, self.config, tokens, positions, attend)
