@@ -170,8 +170,12 @@ def test_what_speculation_buys_is_what_was_recorded():
     assert there[0] < here[0]
     assert "Haswell" in records[1]["environment"]["blas"]
     batches = [row for row in records[0]["batches"] if row["batch"] > 1]
+    chosen = {row["batch"]: row["adaptive"]["median"] for row in records[0]["batches"]}
+    brought = stated(r"drafts bring ([\d.]+)× for one sequence and ([\d.]+)× for two, cost a tenth for four")
+    assert brought == [round(chosen[1], 2), round(chosen[2], 2)]
+    assert 0.85 < chosen[4] < 0.95
     silent = [row for row in batches if set(row["gammas"]) == {"0"}]
-    assert stated(r"drafts stop from a batch of (\d+) on") == [min(row["batch"] for row in silent)]
+    assert stated(r"and stop from a batch of (\d+) on") == [min(row["batch"] for row in silent)]
     assert [row["batch"] for row in silent] == [row["batch"] for row in batches if row["batch"] >= silent[0]["batch"]]
     for name, rows, digits, pattern in (
         ("fixed", batches, 1, r"γ = 3 always takes ([\d.]+) to ([\d.]+) times as long"),
