@@ -59,8 +59,8 @@ def shrink(tour: Tour) -> None:
     )
     if kls[1] < kls[0]:
         tour.say(
-            f"GPTQ lets the weights to come make up for each rounding: {kls[0] / kls[1]:.1f} times less KL. Bits per byte "
-            "of so short a text are too blunt to tell the two apart."
+            f"GPTQ lets the weights to come make up for each rounding: {kls[0] / kls[1]:.1f} times less KL. Bits per "
+            "byte of so short a text are too blunt to tell the two apart."
         )
     tour.say("NumPy multiplies no faster for it: on a CPU quantisation saves memory, on a GPU also time.")
 
