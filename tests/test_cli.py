@@ -30,6 +30,7 @@ from refllm.api import Model, bundled, load
 from refllm.cli import app
 from refllm.cli.errors import explain
 from refllm.cli.generate import read_prompt
+from refllm.cli.simulate import _digits
 from refllm.decode.generate import Sampling
 from refllm.model import streams
 from refllm.model.checkpoint import CheckpointError, save
@@ -159,6 +160,28 @@ def test_bad_input_is_one_sentence_and_exit_code_2(command, message, model, text
     assert "Traceback" not in result.stderr
     # what is refused leaves nothing behind
     assert sorted(p.name for p in tmp_path.iterdir()) == ["binary", "empty", "folder"]
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is_computed(text_file, monkeypatch):
+    def late(*_: object) -> None:
+        raise AssertionError("importance was computed for a file that is not written")
+
+    monkeypatch.setattr("refllm.cli.convert._importance", late)
+    result = run("convert", "--to", text_file, "--imatrix")
+    assert result.exit_code == 2
+    assert "is there already: choose another name, or replace it with --overwrite" in result.stderr
+    assert text_file.read_text(encoding="utf-8") == TEXT
+
+
+def test_a_gguf_file_is_told_who_reads_it(tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    result = run("info", "--model", tmp_path / "x.gguf")
+    assert result.exit_code == 2
+    assert "is a GGUF file: here a Hugging Face directory is needed; load, generate, eval and convert" in result.stderr
+
+
+def test_small_times_keep_two_digits():
+    assert [_digits(ms) for ms in (1234.5678, 0.1, 0.01234, 0.0)] == ["1,234.57", "0.10", "0.012", "0"]
 
 
 def test_an_unavailable_backend_says_why(model, monkeypatch):

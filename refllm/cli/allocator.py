@@ -1,8 +1,8 @@
 """Memory that a step frees is kept for the next one.
 
 glibc gives large blocks back to the kernel when they are freed and asks for zeroed pages again a moment later. A step
-of training or of a prefill frees and asks for the same arrays hundreds of times: 12,800 page faults a training step,
-against about 100 when the memory is kept (``benchmarks/training.py`` measures both); a sixth of ``refllm eval``.
+of training or of a prefill frees and asks for the same arrays hundreds of times: thousands of page faults a training
+step, against about 100 when the memory is kept (``benchmarks/training.py`` measures both).
 
 It changes the whole process, so it belongs to a command, not to the library.
 """

@@ -92,7 +92,11 @@ class CapturedStep:
 
     def __init__(self, weights: Weights, config: ModelConfig):
         self.weights, self.config = weights, config
-        self.parts: list[Any] = []  # the weights that everything is bound to
+        self._begin()
+
+    def _begin(self, parts: Sequence[Any] = ()) -> None:
+        """Everything anew, for the weights as they are now."""
+        self.parts = parts  # what is bound: all weights, or nothing where they cannot be captured
         self.angles = self._angles(np.arange(ANGLES))
         self.room, self.memory = 0, dict[str, Array]()
         self.captured: dict[int, SimpleNamespace] = {}  # by number of rows
@@ -104,7 +108,7 @@ class CapturedStep:
         rows, layers = len(tokens), self.weights["layers"]
         parts = [self.weights[name] for name in ENDS] + [part for layer in layers for part in layer.values()]
         if len(parts) != len(self.parts) or not all(map(is_, parts, self.parts)):
-            self.parts, self.captured = parts if fits(self.config, self.weights) else [], {}
+            self._begin(parts if fits(self.config, self.weights) else ())
         if not (self.parts and 0 < rows <= ROWS):
             return whole(self.weights, self.config, tokens, positions, attend)
         cos, sin = self._turns(np.asarray(positions, dtype=np.int64))

@@ -155,11 +155,11 @@ class Engine(Counts):
     # --- a step --------------------------------------------------------------------------------------------------
 
     def _compute(self) -> list[Event]:
+        if self.model.weights is not self._weights:
+            self._weights, self._stepper = self.model.weights, stepper(self.model.weights, self.model.config)
         self._draft()
         plan = self.scheduler.plan()
         assert self.scheduler.step is not None
-        if self.model.weights is not self._weights:
-            self._weights, self._stepper = self.model.weights, stepper(self.model.weights, self.model.config)
         branches = list(self.scheduler.step.items)
         try:
             if self.on_plan is not None:

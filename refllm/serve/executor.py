@@ -44,7 +44,7 @@ def execute(
     weights: Weights,
     config: ModelConfig,
     cache: PagedKVCache,
-    step: Stepper | None = None,
+    step: Stepper,
 ) -> Array | None:
     """``tokens[name]``: a branch's tokens and drafts, to the end of its item at least → z[R, V]; None if R = 0.
 
@@ -75,11 +75,10 @@ def execute(
         ids += [0] * count
         positions += range(start, start + count)
     view = cache.view(tables, counts)
-    if step is not None and len(rows) == len(ids):
+    if len(rows) == len(ids):
         return step(ids, positions, view)
     placed = asarray_like([ids, positions], cache.keys, "int64")  # one transfer for both
-    wanted = None if len(rows) == len(ids) else asarray_like(rows, cache.keys, "int64")
-    hidden = forward(weights, config, placed[0], placed[1], view, wanted)
+    hidden = forward(weights, config, placed[0], placed[1], view, asarray_like(rows, cache.keys, "int64"))
     return logits(weights, hidden) if rows else None
 
 
