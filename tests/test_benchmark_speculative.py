@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from typing import Any
 
 import pytest
@@ -51,5 +52,7 @@ def test_the_smallest_run_gives_a_record_and_a_figure(benchmark, monkeypatch, tm
         assert r["rate"] <= r["alpha"] <= 1
         assert min(r["speedup"]["low"], r["formula"], r["flat"]) > 0
     assert [r["batch"] for r in record["batches"]] == [1, 2]
-    assert "best on code with model" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for target in ("1.3x", "2.0x"):  # which drafter and which γ are best depends on the machine and the minute
+        assert re.search(rf"^best on (code|copy) with .*: \d.* at γ = [12], .*target {target}", printed, re.MULTILINE)
     speculative(read(figure).values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from conftest import to_host
@@ -15,6 +15,7 @@ from refllm.quant.gptq import damped, factor, gptq, hessian
 from refllm.quant.rtn import params, rtn
 from strategies import KINDS, arrays, seeds
 from test_hessian import inputs, positive
+from ties import settled
 
 EPS32, EPS64 = (float(np.finfo(dtype).eps) for dtype in ("float32", "float64"))
 M, N = 5, 24
@@ -155,8 +156,10 @@ def test_bound_of_the_error_without_clipping(xp, seed, n, act_order):
 def test_invariance_of_the_block_size(xp, seed, scheme, how, block):
     w, h = (xp.asarray(a) for a in problem(seed))
     whole, blocks = gptq(w, h, scheme, **how), gptq(w, h, scheme, block_size=block, **how)
-    assert np.array_equal(to_host(whole.codes), to_host(blocks.codes))
-    np.testing.assert_allclose(to_host(blocks.scale), to_host(whole.scale), rtol=1e4 * EPS64)
+    same = settled(whole, to_host(w), to_host(h), act_order=how["act_order"])
+    assert np.array_equal(to_host(whole.codes)[:, same], to_host(blocks.codes)[:, same])
+    if same.all():
+        np.testing.assert_allclose(to_host(blocks.scale), to_host(whole.scale), rtol=1e4 * EPS64)
 
 
 @pytest.mark.theorem(
@@ -170,12 +173,14 @@ def test_equivariance_of_act_order(xp, seed, rule, shape):
     q = gptq(xp.asarray(w), xp.asarray(h), scheme, act_order=True)
     p = np.argsort(-np.diag(h), kind="stable")
     plain = gptq(xp.asarray(w[:, p]), xp.asarray(h[np.ix_(p, p)]), scheme)
-    assert np.array_equal(to_host(q.codes)[:, p], to_host(plain.codes))
-    np.testing.assert_allclose(to_host(q.dequantize())[:, p], to_host(plain.dequantize()), rtol=1e4 * EPS64)
+    same = settled(q, w, h, act_order=True)
+    assert np.array_equal(to_host(q.codes)[:, p][:, same[p]], to_host(plain.codes)[:, same[p]])
+    if same.all():
+        np.testing.assert_allclose(to_host(q.dequantize())[:, p], to_host(plain.dequantize()), rtol=1e4 * EPS64)
 
     mixed = np.random.default_rng(seed).permutation(N)  # diagonals differ: the visit is the same
     again = gptq(xp.asarray(w[:, mixed]), xp.asarray(h[np.ix_(mixed, mixed)]), scheme, act_order=True)
-    assert np.array_equal(to_host(again.codes), to_host(q.codes)[:, mixed])
+    assert np.array_equal(to_host(again.codes)[:, same[mixed]], to_host(q.codes)[:, mixed][:, same[mixed]])
     if q.g_idx is not None:
         assert np.array_equal(to_host(again.g_idx), to_host(q.g_idx)[mixed])
 
@@ -197,9 +202,13 @@ def test_invariance_rows_do_not_see_each_other_and_share_a_factor(xp, seed, rule
     (w, h), (v, _) = problem(seed), problem(seed + 1)
     f = factor(xp.asarray(h), 0.01, how["act_order"])
     alone = [gptq(xp.asarray(a), f, scheme, **how) for a in (w, v)]
-    stacked = gptq(xp.asarray(np.concatenate([w, v])), xp.asarray(h), scheme, **how)
-    assert np.array_equal(np.concatenate([to_host(q.codes) for q in alone]), to_host(stacked.codes))
-    assert abs(sum(q.loss for q in alone) - stacked.loss) <= 1e4 * EPS64 * stacked.loss
+    both = np.concatenate([w, v])
+    stacked = gptq(xp.asarray(both), xp.asarray(h), scheme, **how)
+    same = settled(stacked, both, h, act_order=how["act_order"])
+    codes = np.concatenate([to_host(q.codes) for q in alone])
+    assert np.array_equal(codes[:, same], to_host(stacked.codes)[:, same])
+    if same.all():
+        assert abs(sum(q.loss for q in alone) - stacked.loss) <= 1e4 * EPS64 * stacked.loss
 
 
 def test_weight_and_hessian_stay_as_they_are(xp):
@@ -260,6 +269,8 @@ def published(w, h, scheme, *, block, act_order=False, static=False, damp=0.01):
     how=options,
     kind=st.sampled_from(["normal", "one-sided", "dead"]),
 )
+@example(seed=25, rule="half_integer_unsigned", group=2, block=8, how={"act_order": False, "static_groups": False},
+         kind="dead")  # fmt: skip
 def test_equality_with_the_published_order_of_operations(xp, seed, rule, group, block, how, kind):
     w, h = problem(seed, dead=kind == "dead")
     w = np.abs(w) if kind == "one-sided" else w
@@ -267,8 +278,10 @@ def test_equality_with_the_published_order_of_operations(xp, seed, rule, group, 
     scheme = Scheme(3, rule, "group" if group else "channel", group)
     got = gptq(xp.asarray(w), xp.asarray(h), scheme, block_size=block, upstream_quirks=True, **how)
     codes, loss, order = published(w, h, scheme, block=block, act_order=how["act_order"], static=how["static_groups"])
-    assert np.array_equal(to_host(got.codes)[:, order], codes)
-    assert close(got.loss, loss, damped(h, 0.01))
+    same = settled(got, w, h, act_order=how["act_order"])[order]
+    assert np.array_equal(to_host(got.codes)[:, order][:, same], codes[:, same])
+    if same.all():
+        assert close(got.loss, loss, damped(h, 0.01))
 
 
 def test_the_quirks_make_a_difference_that_the_clean_form_does_not_have(xp):
