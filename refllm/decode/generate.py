@@ -26,6 +26,8 @@ from refllm.backend import Array, asarray_like, namespace, to_numpy
 from refllm.decode import sampling
 from refllm.decode.captured import stepper
 from refllm.kv.contiguous import ContiguousCache
+from refllm.kv.kivi import Kivi
+from refllm.kv.kivi_cache import KiviCache
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights, forward, logits
 
@@ -69,11 +71,13 @@ def generate_tokens(
     max_tokens: int,
     how: Sampling,
     rng: np.random.Generator,
+    kivi: Kivi | None = None,
 ) -> Iterator[list[int]]:
     """Yield ``max_tokens`` times the next token of each of the B prompts, as Python ints.
 
     The caller decides when a sequence has ended. A greedy step moves the tokens and their positions to the
-    device and the chosen tokens back, and nothing else; sampling also moves its uniforms and checks.
+    device and the chosen tokens back, and nothing else; sampling also moves its uniforms and checks. With ``kivi`` the
+    keys and values of all but the newest tokens are kept in few bits, and the text is another one.
 
     Raises
     ------
@@ -86,7 +90,7 @@ def generate_tokens(
         return
     like = weights["norm"]
     capacity = max(len(p) for p in prompts) + max_tokens
-    cache = ContiguousCache(config, len(prompts), capacity, like=like)
+    cache = new_cache(config, len(prompts), capacity, like, kivi)
     seen = _Seen(prompts, config.vocab_size, like) if how.repetition_penalty != 1 else None
     step, counts = stepper(weights, config), [1] * len(prompts)
     tokens: list[int] = []
@@ -104,9 +108,20 @@ def generate_tokens(
         yield tokens
 
 
-def prefill(weights: Weights, config: ModelConfig, prompts: Sequence[Sequence[int]], cache: ContiguousCache) -> Array:
+def new_cache(
+    config: ModelConfig, sequences: int, capacity: int, like: Array, kivi: Kivi | None
+) -> ContiguousCache | KiviCache:
+    """An empty cache of numbers, or with ``kivi`` of codes."""
+    if kivi is None:
+        return ContiguousCache(config, sequences, capacity, like=like)
+    return KiviCache(config, sequences, capacity, like=like, kivi=kivi)
+
+
+def prefill(
+    weights: Weights, config: ModelConfig, prompts: Sequence[Sequence[int]], cache: ContiguousCache | KiviCache
+) -> Array:
     """All tokens of all prompts → hidden[B, N] of the last of each, the only ones that are sampled from."""
-    like = cache.keys
+    like = weights["norm"]
     total = sum(len(prompt) for prompt in prompts)
     ends = []
     for counts in passes([len(prompt) for prompt in prompts], PREFILL if namespace(like) is np else total):

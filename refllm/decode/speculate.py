@@ -26,10 +26,11 @@ from refllm.backend import Array, asarray_like, namespace, to_numpy
 from refllm.decode import sampling
 from refllm.decode.captured import stepper
 from refllm.decode.drafts import NOTHING, Drafter, Proposal, TreeProposal
-from refllm.decode.generate import Sampling, check_prompts, choose, prefill
+from refllm.decode.generate import Sampling, check_prompts, choose, new_cache, prefill
 from refllm.decode.speculative import verify, verify_greedy
 from refllm.decode.tree import Tree, TreeView, compact, verify_tree, verify_tree_greedy
 from refllm.kv.contiguous import ContiguousCache
+from refllm.kv.kivi import Kivi
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights, logits
 
@@ -59,6 +60,7 @@ def speculate(
     rng: np.random.Generator,
     drafter: Drafter,
     law: Law = verify,
+    kivi: Kivi | None = None,
 ) -> Iterator[Step]:
     """Yield steps of ``max_tokens`` tokens in all; the first is the prefill's, without drafts.
 
@@ -70,7 +72,7 @@ def speculate(
     if max_tokens == 0:
         return
     like = weights["norm"]
-    cache = ContiguousCache(config, 1, len(prompt) + max_tokens, like=like)
+    cache = new_cache(config, 1, len(prompt) + max_tokens, like, kivi)
     text, end = [int(t) for t in prompt], len(prompt) + max_tokens
     compute = stepper(weights, config)
     z = logits(weights, prefill(weights, config, [text], cache))
@@ -89,6 +91,8 @@ def speculate(
             drafter.observe(best, step.accepted)
             cache.advance([step.accepted + 1])
         else:
+            if not isinstance(cache, ContiguousCache):
+                raise ValueError("a tree of drafts is verified in a cache of numbers: draft chains, or leave kivi out")
             tree = proposal.tree
             z = compute(tokens, tree.positions(cache.lengths[0]), TreeView(cache, 0, tree))
             step, path = judge_tree(z, text, proposal, how, rng)
