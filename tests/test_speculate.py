@@ -13,6 +13,7 @@ import enumeration
 from enumeration import distance, law
 from networks import EPS
 from refllm.api import Model, load
+from refllm.decode import generate as generation
 from refllm.decode import speculate as module
 from refllm.decode import speculative
 from refllm.decode.drafts import (
@@ -145,7 +146,7 @@ def test_the_cache_after_verification_is_that_of_the_text(models, kind, monkeypa
             super().__init__(*args, **kwargs)
             kept.append(self)
 
-    monkeypatch.setattr(module, "ContiguousCache", Kept)
+    monkeypatch.setattr(generation, "ContiguousCache", Kept)
     [prompt] = prompts(target, 1)
     text = list(prompt)
     drafter = kind(draft, 4)

@@ -104,14 +104,16 @@ class KiviCache:
             at += view.counts[b]
         self._view = None
 
-    def read(self, layer: int, b: int) -> tuple[Array, Array]:
-        """What sequence b's next query reads of the cache: K̂[G, D, s] and V̂[G, s, D], decoded."""
+    def read(self, layer: int, b: int, dtype: Any = None) -> tuple[Array, Array]:
+        """What sequence b's next query reads of the cache: K̂[G, D, s] and V̂[G, s, D], decoded in ``dtype``."""
         xp, kivi, s = namespace(self.key_rest), self.kivi, self.lengths[b]
         k, v, dim = kivi.quantised_keys(s), kivi.quantised_values(s), self.key_rest.shape[-2]
         codes = unpack(self.key_words[layer, b, :, :, : k * kivi.key_bits // 32], kivi.key_bits, k)
-        keys = decode(codes, *self.key_steps[:, layer, b, :, :, : k // kivi.group])
+        step, low = self.key_steps[:, layer, b, :, :, : k // kivi.group]
+        keys = decode(codes, step, low, dtype)
         codes = unpack(self.value_words[layer, b, :, :v], kivi.value_bits, dim)
-        values = decode(codes, *self.value_steps[:, layer, b, :, :v])
+        step, low = self.value_steps[:, layer, b, :, :v]
+        values = decode(codes, step, low, dtype)
         waiting = [self.value_rest[layer, b, :, rows] for rows in self._rows(v, s)]
         return (
             xp.concat([keys, self.key_rest[layer, b, :, :, : s - k]], axis=-1),
@@ -172,7 +174,7 @@ class _View:
             if n == 0:
                 continue
             rows = slice(at, at + n)
-            keys, values = (xp.astype(a, q.dtype) for a in cache.read(layer, b))
+            keys, values = cache.read(layer, b, q.dtype)
             seen = xp.concat([keys, k[rows].transpose(1, 2, 0)], axis=-1)
             read = xp.concat([values, v[rows].transpose(1, 0, 2)], axis=1)
             out[rows] = flash_attention(
