@@ -12,27 +12,15 @@ from __future__ import annotations
 import hashlib
 import inspect
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from refllm.study.drawing import (
-    FULL,
-    MORE,
-    NEAREST,
-    SERIES,
-    STYLE,
-    TECHNIQUE,
-    Draw,
-    Values,
-    axes,
-    coloured,
-    styled,
-)
+from refllm.study.drawing import FULL, SERIES, STYLE, Draw, Values, axes, coloured, styled
+from refllm.study.figures_costs import decode_cost, kv_memory, roofline
 from refllm.study.figures_floats import float_formats, fp8_training
 from refllm.study.figures_formats import gguf_layouts, gguf_mixes
 from refllm.study.figures_quant import observers, quantization, salience, smoothquant
@@ -92,84 +80,6 @@ def bits_by_position(values: Values) -> Figure:
     ax.minorticks_off()
     ax.set_ylim(bottom=0)
     ax.legend()
-    return fig
-
-
-@styled
-def roofline(values: Values) -> Figure:
-    """{"devices": [{name, peak_flops, peak_bandwidth}], "points": [{label, intensity, flops_per_second?}]}.
-
-    A point without a measured rate stands on the first device's roof: the most that it can reach.
-    """
-    title = values.get("title", "Roofline")
-    fig, ax = axes(title, "arithmetic intensity (FLOP per byte)", "rate (FLOP per second)")
-    devices, points = values["devices"], values["points"]
-    ridges = [d["peak_flops"] / d["peak_bandwidth"] for d in devices]
-    shown = [p["intensity"] for p in points] + ridges
-    x = np.geomspace(min(shown) / 20, max(shown) * 4, 400)  # room for the labels on the left
-    for colour, (device, ridge) in coloured((FULL, NEAREST, *MORE), zip(devices, ridges, strict=True)):
-        roof = np.minimum(device["peak_flops"], x * device["peak_bandwidth"])
-        ax.plot(x, roof, color=colour, label=f"{device['name']}: ridge at {ridge:.3g} FLOP/byte")
-        ax.axvline(ridge, color=colour, lw=0.8, ls=":")
-    for point in points:
-        intensity, slope = point["intensity"], point["intensity"] < ridges[0]
-        roof = min(devices[0]["peak_flops"], intensity * devices[0]["peak_bandwidth"])
-        rate = point.get("flops_per_second", roof)
-        ax.plot(intensity, rate, "o", color=TECHNIQUE, ms=7, zorder=3)
-        # above the roof nothing is drawn: to the left of its slope, or over its flat part
-        offset, ha, va = ((-9, 0), "right", "center") if slope else ((0, 8), "center", "bottom")
-        ax.annotate(point["label"], (intensity, rate), xytext=offset, textcoords="offset points",
-                    ha=ha, va=va, fontsize=8.5, zorder=4)  # fmt: skip
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set_xlim(x[0], x[-1])
-    ax.set_ylim(top=4 * max(d["peak_flops"] for d in devices))
-    ax.legend(loc="lower right", fontsize=8.5)
-    return fig
-
-
-@styled
-def decode_cost(values: Values) -> Figure:
-    """{"title", "unit", "rows": [{"label", "parts": {part: time}}]} → where a step's time goes, stacked bars."""
-    rows: Sequence[Any] = values["rows"]
-    fig, ax = axes(values["title"], f"time per step ({values['unit']})", "", figsize=(7.2, 1.6 + 0.42 * len(rows)))
-    names = list(dict.fromkeys(part for row in rows for part in row["parts"]))
-    left = np.zeros(len(rows))
-    for colour, name in coloured((FULL, TECHNIQUE, NEAREST, *MORE), names):
-        widths = np.asarray([row["parts"].get(name, 0.0) for row in rows])
-        ax.barh(range(len(rows)), widths, left=left, color=colour, label=name, height=0.68)
-        left += widths
-    for y, total in enumerate(left):
-        ax.annotate(f"{total:.3g}", (total, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5)
-    ax.set_yticks(range(len(rows)), [row["label"] for row in rows])
-    ax.invert_yaxis()
-    ax.grid(visible=False, axis="y")
-    ax.set_xlim(0, 1.1 * max(left))  # room for the number behind the longest bar
-    fig.legend(loc="outside upper right", ncols=len(names), fontsize=8.5)
-    return fig
-
-
-@styled
-def kv_memory(values: Values) -> Figure:
-    """{"contexts", "lines": {name: bytes at each context}, "weights": {name: bytes}, "marked": context}.
-
-    The legend gives the sizes at the ``marked`` context.
-    """
-    fig, ax = axes("Cache of one sequence, beside the weights", "context (tokens)", "memory (GB = 10⁹ bytes)")
-    contexts = values["contexts"]
-    for colour, (name, sizes) in coloured((FULL, TECHNIQUE, NEAREST, *MORE), values["lines"].items()):
-        if (marked := values.get("marked")) in contexts:
-            name += f": {sizes[contexts.index(marked)] / 1e9:.3g} GB at {marked:,} tokens"
-        ax.plot(contexts, [s / 1e9 for s in sizes], color=colour, marker="o", ms=4, label=name)
-    for name, size in values.get("weights", {}).items():
-        ax.axhline(size / 1e9, color="black", lw=0.9, ls="--")
-        ax.annotate(f"{name}: {size / 1e9:.0f} GB", (0.01, size / 1e9), xycoords=("axes fraction", "data"),
-                    xytext=(0, 3), textcoords="offset points", fontsize=8.5)  # fmt: skip
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.xaxis.set_major_formatter(lambda v, _: f"{v:,.0f}")
-    ax.yaxis.set_major_formatter(lambda v, _: f"{v:,g}")
-    ax.legend(fontsize=8.5)
     return fig
 
 

@@ -166,7 +166,7 @@ def _measured(seconds: float) -> float:
 
 def plot_roofline(devices: Sequence[Device], points: Mapping[str, Cost]) -> Any:
     """The roofline of one or more devices with steps as points on the first one's: a matplotlib Figure."""
-    from refllm.study.figures import roofline  # here, since matplotlib takes half a second to import
+    from refllm.study.figures_costs import roofline  # here, since matplotlib takes half a second to import
 
     return roofline(roofline_data(devices, points))
 
