@@ -68,6 +68,21 @@ def axes(title: str, x: str, y: str, **figure: Any) -> tuple[Figure, Axes]:
     return fig, ax
 
 
+def end_labels(ax: Axes, ends: Iterable[tuple[float, float, str, str]], gap: float, **text: Any) -> None:
+    """(x, y, name, colour) of each line's end → the name to the right of the axes, after a dot in the line's colour.
+
+    Names stand at least ``gap`` of the axes' height apart, the higher end's above; limits are to be set before.
+    """
+    ax.get_ylim()  # from here on the limits are known
+    place, lowest = ax.transScale + ax.transLimits, 2.0
+    known = [(float(place.transform((x, y))[1]), name, colour) for x, y, name, colour in ends]
+    for height, name, colour in sorted(known, reverse=True):
+        lowest = min(height, lowest - gap)
+        for at, part, ink in ((4, "●", colour), (15, name, "black")):  # letters in a light colour are hard to read
+            ax.annotate(part, (1, lowest), xycoords="axes fraction", xytext=(at, 0), textcoords="offset points",
+                        va="center", color=ink, **{"fontsize": 8.5} | text)  # fmt: skip
+
+
 def coloured(colours: Sequence[str], items: Iterable[Any]) -> list[tuple[str, Any]]:
     """Each item with its colour; ValueError rather than a figure that leaves the last ones out."""
     drawn = list(items)

@@ -12,11 +12,13 @@ from __future__ import annotations
 import hashlib
 import inspect
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from refllm.study.drawing import FULL, SERIES, STYLE, Draw, Values, axes, coloured, styled
@@ -51,19 +53,34 @@ def training_curve(values: Values) -> Figure:
                 color=colour,
                 label=f"{name}: {held[-1][1]:.2f} at the end (a few held-out windows)",
             )
-    phases = values.get("phases", [])
-    for i, (tokens, label) in enumerate(phases):
-        ax.axvline(1e-6 * tokens, color=FULL, lw=0.8, ls=":")
-        ax.annotate(label, (1e-6 * tokens, 1), xycoords=("data", "axes fraction"), xytext=(-4, -4 - 12 * i),
-                    textcoords="offset points", ha="right", va="top", fontsize=8, color=FULL)  # fmt: skip
+    phases, end = values.get("phases", []), 1e-6 * max(r["tokens"] for c in values["runs"].values() for r in c)
+    ax.set_xlim(0, 1.05 * end)
+    _phases(ax, phases, end)
     if size := values.get("bytes_per_token"):
         factor = 1 / (np.log(2) * size)
         right = ax.secondary_yaxis("right", functions=(lambda y: y * factor, lambda y: y / factor))
         right.set_ylabel("bits per byte")
         right.spines["right"].set_visible(True)
-    ax.set_xlim(left=0)
-    ax.legend(loc="upper right", bbox_to_anchor=(1, 0.97 - 0.045 * max(1, len(phases))))
+    late = [1e-6 * tokens / ax.get_xlim()[1] for tokens, _ in phases if 1e-6 * tokens > 0.8 * end]
+    # under the names of the phases, and to the left of the last ones' lines
+    ax.legend(loc="upper right", bbox_to_anchor=(min(late, default=1), 0.96 - 0.06 * len(phases)), fontsize=9)
     return fig
+
+
+def _phases(ax: Axes, phases: Sequence[Any], end: float) -> None:
+    """A line where each phase ends, and its name to the left; a strip too narrow for that has an arrow to it."""
+    begin = wide = 0.0
+    for i, (tokens, label) in enumerate(phases):
+        till, height, arrow = 1e-6 * tokens, 0.96 - 0.06 * i, None
+        if till - begin > 0.1 * end:
+            wide = till
+        else:  # the name stands before the last wide strip's end, where no line strikes it
+            arrow = {"arrowstyle": "->", "color": FULL, "lw": 0.8, "shrinkA": 1, "shrinkB": 0}
+        ax.axvline(till, color=FULL, lw=0.8, ls=":")
+        ax.annotate(label, ((begin + till) / 2, height), (wide - 0.005 * end, height),
+                    ("data", "axes fraction"), arrowprops=arrow, ha="right", va="center", fontsize=8,
+                    color=FULL)  # fmt: skip
+        begin = till
 
 
 @styled

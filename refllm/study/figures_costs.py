@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from refllm.study.drawing import FULL, MORE, NEAREST, TECHNIQUE, Values, axes, coloured, styled
+from refllm.study.drawing import FULL, MORE, NEAREST, TECHNIQUE, Values, axes, coloured, end_labels, styled
 
 
 @styled
@@ -28,20 +31,34 @@ def roofline(values: Values) -> Figure:
         ax.plot(x, roof, color=colour, label=f"{device['name']}: ridge at {ridge:.3g} FLOP/byte")
         ax.axvline(ridge, color=colour, lw=0.8, ls=":")
     for point in points:
-        intensity, slope = point["intensity"], point["intensity"] < ridges[0]
-        roof = min(devices[0]["peak_flops"], intensity * devices[0]["peak_bandwidth"])
-        rate = point.get("flops_per_second", roof)
-        ax.plot(intensity, rate, "o", color=TECHNIQUE, ms=7, zorder=3)
-        # above the roof nothing is drawn: to the left of its slope, or over its flat part
-        offset, ha, va = ((-9, 0), "right", "center") if slope else ((0, 8), "center", "bottom")
-        ax.annotate(point["label"], (intensity, rate), xytext=offset, textcoords="offset points",
-                    ha=ha, va=va, fontsize=8.5, zorder=4)  # fmt: skip
+        _point(ax, point, devices[0], points)
+    if any("flops_per_second" not in point for point in points):
+        ax.plot([], [], "o", color=TECHNIQUE, ms=7, label=f"the most that {devices[0]['name']} can reach, not measured")
+    if any("flops_per_second" in point for point in points):
+        ax.plot([], [], "o", color=TECHNIQUE, ms=7, label="measured")
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xlim(x[0], x[-1])
     ax.set_ylim(top=4 * max(d["peak_flops"] for d in devices))
     ax.legend(loc="lower right", fontsize=8.5)
     return fig
+
+
+def _point(ax: Axes, point: Values, device: Values, points: Sequence[Values]) -> None:
+    """A step, named where the roof does not pass: beside or over its roof if it stands on it, else under it."""
+    intensity, slope = point["intensity"], point["intensity"] < device["peak_flops"] / device["peak_bandwidth"]
+    rate = point.get("flops_per_second", min(device["peak_flops"], intensity * device["peak_bandwidth"]))
+    ax.plot(intensity, rate, "o", color=TECHNIQUE, ms=7, zorder=3)
+    text: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8.5, "zorder": 4}
+    if "flops_per_second" in point:
+        # lower where the next point stands close by, so that their names do not meet
+        close = [p for p in points if 1 < p["intensity"] / intensity < 8 and p.get("flops_per_second", inf) < 3 * rate]
+        offset, ha = ((8, -2 - 12 * len(close)), "left") if slope else ((0, -8), "center")
+        text |= {"va": "top", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.5}}
+    else:
+        offset, ha = ((-9, 0), "right") if slope else ((0, 8), "center")
+        text |= {"va": "center" if slope else "bottom"}
+    ax.annotate(point["label"], (intensity, rate), xytext=offset, ha=ha, **text)
 
 
 @styled
@@ -69,14 +86,17 @@ def decode_cost(values: Values) -> Figure:
 def kv_memory(values: Values) -> Figure:
     """{"contexts", "lines": {name: bytes at each context}, "weights": {name: bytes}, "marked": context}.
 
-    The legend gives the sizes at the ``marked`` context.
+    A line's name gives the size at the ``marked`` context.
     """
     fig, ax = axes("Cache of one sequence, beside the weights", "context (tokens)", "memory (GB = 10⁹ bytes)")
-    contexts = values["contexts"]
+    contexts, marked, ends = values["contexts"], values.get("marked"), []
+    if marked in contexts:
+        ax.set_title(f"{ax.get_title(loc='left')}; sizes at {marked:,} tokens")
     for colour, (name, sizes) in coloured((FULL, TECHNIQUE, NEAREST, *MORE), values["lines"].items()):
-        if (marked := values.get("marked")) in contexts:
-            name += f": {sizes[contexts.index(marked)] / 1e9:.3g} GB at {marked:,} tokens"
-        ax.plot(contexts, [s / 1e9 for s in sizes], color=colour, marker="o", ms=4, label=name)
+        ax.plot(contexts, [s / 1e9 for s in sizes], color=colour, marker="o", ms=4)
+        size = f": {sizes[contexts.index(marked)] / 1e9:.3g} GB" if marked in contexts else ""
+        said = re.sub("heads([:,]) ", r"heads\1\n", name + size)  # in two lines
+        ends.append((contexts[-1], sizes[-1] / 1e9, said, colour))
     for name, size in values.get("weights", {}).items():
         ax.axhline(size / 1e9, color="black", lw=0.9, ls="--")
         ax.annotate(f"{name}: {size / 1e9:.0f} GB", (0.01, size / 1e9), xycoords=("axes fraction", "data"),
@@ -85,5 +105,5 @@ def kv_memory(values: Values) -> Figure:
     ax.set_yscale("log")
     ax.xaxis.set_major_formatter(lambda v, _: f"{v:,.0f}")
     ax.yaxis.set_major_formatter(lambda v, _: f"{v:,g}")
-    ax.legend(fontsize=8.5)
+    end_labels(ax, ends, gap=0.1)
     return fig
