@@ -14,6 +14,10 @@ from refllm.study.drawing import FULL, MORE, NEAREST, TECHNIQUE, Values, coloure
 
 WAYS = {"none fcfs": FULL, "hash fcfs": NEAREST, "hash lpm": MORE[3], "radix fcfs": MORE[2], "radix lpm": TECHNIQUE}
 
+# which rows of ``unpadding`` a factor compares: their rates divided
+DIVIDED = {"padding": "Orca (Max) ÷ static", "kernel": "paged, as few ÷ Orca (Max)", "batch": "paged ÷ paged, as few",
+           "all three": "paged ÷ static"}  # fmt: skip
+
 
 @styled
 def paging(values: Values) -> Figure:
@@ -24,32 +28,38 @@ def paging(values: Values) -> Figure:
     for y, row in enumerate(rows):
         batch, colour = mean(row["batch"]), TECHNIQUE if row["policy"] == "paged" else FULL
         left.barh(y, batch, color=colour, height=0.62)
-        low, high = batch - min(row["batch"]), max(row["batch"]) - batch
-        left.errorbar(batch, y, xerr=[[low], [high]], color="black", lw=1, capsize=2)
-        text = f"{batch:.1f}, {mean(row['utilisation']):.0%} of the slots used"
-        if row["paper"]:
-            left.plot(row["paper"], y, "D", color=NEAREST, ms=6, zorder=3)
-        at, inside = max(batch, row["paper"] or 0), batch > 20
-        left.annotate(text, (min(batch, row["paper"] or batch) if inside else at, y), xytext=(-10 if inside else 10, 0),
-                      textcoords="offset points", va="center", ha="right" if inside else "left",
-                      color="white" if inside else "black", fontsize=8.5)  # fmt: skip
-    left.plot([], [], "D", color=NEAREST, ms=6, label="the paper's measurement")
+        low, high = min(row["batch"]), max(row["batch"])
+        left.errorbar(batch, y, xerr=[[batch - low], [high - batch]], color="black", lw=1, capsize=2)
+        if row["paper"]:  # at the bar's lower edge: the whiskers stay in sight
+            left.plot(row["paper"], y + 0.31, "D", color=NEAREST, ms=5.5, zorder=3)
+        inside = batch > 20
+        left.annotate(f"{batch:.1f}, {mean(row['utilisation']):.0%} of the slots used", (low if inside else high, y),
+                      xytext=(-6 if inside else 6, 0), textcoords="offset points", va="center",
+                      ha="right" if inside else "left", color="white" if inside else "black", fontsize=8.5)  # fmt: skip
+    left.plot([], [], "D", color=NEAREST, ms=5.5, label="the paper's measurement")
     left.set_yticks(range(len(rows)), [row["policy"].replace(", ", ",\n") for row in rows])
     left.invert_yaxis()
     left.grid(visible=False, axis="y")
+    left.set_xlim(0, 1.2 * max(mean(row["batch"]) for row in rows))  # room for what stands behind the bars
     left.set(title=f"Requests that run in {values['slots']:,} slots", xlabel="mean batch while somebody waits")
     left.legend(loc="upper right", fontsize=8.5)
-    sizes = [row["block"] for row in blocks]
-    right.plot(sizes, [mean(row["batch"]) for row in blocks], color=TECHNIQUE, marker="o")
-    for row in blocks:
-        right.annotate(f"{mean(row['utilisation']):.0%}", (row["block"], mean(row["batch"])), xytext=(0, 7),
-                       textcoords="offset points", ha="center", fontsize=8.5)  # fmt: skip
-    right.set_xscale("log", base=2)
-    right.set_xticks(sizes, [str(size) for size in sizes], fontsize=8)
-    right.minorticks_off()
-    right.set_ylim(0, 1.15 * max(mean(row["batch"]) for row in blocks))
-    right.set(title="By size of a block", xlabel="tokens in a block", ylabel="mean batch; share of slots used")
+    _block_sizes(right, blocks)
     return fig
+
+
+def _block_sizes(ax: Axes, blocks: Sequence[Any]) -> None:
+    """The mean batch by the tokens in a block, and the share of slots used at each point."""
+    sizes = [row["block"] for row in blocks]
+    ax.plot(sizes, [mean(row["batch"]) for row in blocks], color=TECHNIQUE, marker="o")
+    for row in blocks:  # under the line, which falls to the right
+        ax.annotate(f"{mean(row['utilisation']):.0%}", (row["block"], mean(row["batch"])), xytext=(0, -8),
+                    textcoords="offset points", ha="center", va="top", fontsize=7)  # fmt: skip
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sizes, [str(size) for size in sizes], fontsize=8)
+    ax.minorticks_off()
+    ax.set_xlim(min(sizes) / 1.8, max(sizes) * 1.8)
+    ax.set_ylim(0, 1.15 * max(mean(row["batch"]) for row in blocks))
+    ax.set(title="By size of a block", xlabel="tokens in a block", ylabel="mean batch; share of slots used")
 
 
 @styled
@@ -108,10 +118,11 @@ def _goodput(ax: Axes, values: Values) -> None:
     ax.set_xticks(shown, [f"{rate:g}" for rate in shown])
     ax.minorticks_off()
     limits = values["limits"]
-    ax.set(title="Requests within their limits (C)", ylim=(0, 1.05))
-    ax.set_xlabel(f"arrivals a second; TTFT ≤ {limits['ttft']:g} s, TPOT ≤ {1e3 * limits['tpot']:g} ms")
-    ax.set_ylabel("share")
-    ax.legend(fontsize=8, loc="center left", title="capacity at 90 %", title_fontsize=8)
+    title = f"Requests within their limits (C):\nTTFT ≤ {limits['ttft']:g} s, TPOT ≤ {1e3 * limits['tpot']:g} ms"
+    ax.set(title=title, xlabel="requests that arrive in a second", ylabel="share of requests", ylim=(0, 1.05))
+    # between the falling lines: lower it would hide the first point of those that fail at once
+    ax.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(0.02, 0.85), handlelength=1.3, borderaxespad=0,
+              title="capacity, 90 % within", title_fontsize=7.5, alignment="left")  # fmt: skip
 
 
 def _swapping(ax: Axes, rows: Sequence[Any]) -> None:
@@ -127,37 +138,39 @@ def _swapping(ax: Axes, rows: Sequence[Any]) -> None:
 @styled
 def unpadding(values: Values) -> Figure:
     """Values of ``study.unpadding``: requests a second by policy, and the factors between them."""
-    rows, factors = values["rows"], values["factors"]["processor"]
-    fig = Figure(layout="constrained", figsize=(7.2, 3.9))
-    left, right = fig.subplots(1, 2, width_ratios=(3, 2))
+    fig = Figure(layout="constrained", figsize=(7.2, 4.85))
+    upper, lower = fig.subplots(2, 1, height_ratios=(6, 4))
+    rows = values["rows"]
     for y, row in enumerate(rows):
-        rates = [values["requests"] / seconds for seconds in row["processor"]]
-        rate = float(np.median(rates))
-        left.barh(y, rate, color=TECHNIQUE if row["run"].startswith("paged") else FULL, height=0.62)
-        left.errorbar(rate, y, xerr=[[rate - min(rates)], [max(rates) - rate]], color="black", lw=1, capsize=2)
-        left.annotate(f"batch {row['batch']:.1f}, {row['steps']:,} steps", (max(rates), y), xytext=(6, 0),
-                      textcoords="offset points", va="center", fontsize=8.5)  # fmt: skip
-    left.set_yticks(range(len(rows)), [row["run"] for row in rows])
-    left.invert_yaxis()
-    left.grid(visible=False, axis="y")
-    left.set_xlim(0, 1.5 * max(values["requests"] / min(row["processor"]) for row in rows))
-    left.set(title=f"One model, one budget of {values['slots']:,} tokens",
-             xlabel="requests per second of processor time")  # fmt: skip
-    names = list(factors)
+        rates = sorted(values["requests"] / seconds for seconds in row["processor"])
+        colour = TECHNIQUE if row["run"].startswith("paged") else FULL
+        _bar(upper, y, float(np.median(rates)), rates[0], rates[-1], colour)
+        upper.annotate(f"batch {row['batch']:.1f}, {row['steps']:,} steps", (rates[-1], y), xytext=(6, 0),
+                       textcoords="offset points", va="center", fontsize=8.5)  # fmt: skip
+    upper.set_yticks(range(len(rows)), [row["run"] for row in rows])
+    upper.set_xlim(0, 1.45 * max(values["requests"] / min(row["processor"]) for row in rows))
+    upper.set(title=f"One model, one budget of {values['slots']:,} tokens",
+              xlabel="requests per second of processor time")  # fmt: skip
+    factors = values["factors"]["processor"]
     colours = {"padding": FULL, "kernel": NEAREST, "batch": TECHNIQUE, "all three": "black"}
-    for x, name in enumerate(names):
-        middle, low, high = factors[name]
-        right.bar(x, middle, color=colours.get(name, FULL), width=0.62)
-        right.errorbar(x, middle, yerr=[[middle - low], [high - middle]], color=MORE[3], lw=1, capsize=2)
-        right.annotate(
-            f"{middle:.2f}×", (x, high), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8.5
-        )
-    right.axhline(1, color="black", lw=0.8, ls=":")
-    right.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names], fontsize=9)
-    right.grid(visible=False, axis="x")
-    right.set_ylim(0, 1.15 * max(high for _, _, high in factors.values()))
-    right.set(title="What it is made of", ylabel="times as fast")
+    for y, (name, (middle, low, high)) in enumerate(factors.items()):
+        _bar(lower, y, middle, low, high, colours.get(name, FULL))
+        lower.annotate(f"{middle:.2f}×", (high, y), xytext=(6, 0), textcoords="offset points", va="center",
+                       fontsize=8.5)  # fmt: skip
+    lower.axvline(1, color="black", lw=0.8, ls=":")
+    lower.set_yticks(range(len(factors)), [f"{name}: {DIVIDED[name]}" for name in factors], fontsize=9)
+    lower.set_xlim(0, 1.15 * max(high for _, _, high in factors.values()))
+    lower.set(title="What it is made of", xlabel="times as fast: median of the ratios within a round")
+    for ax in (upper, lower):
+        ax.invert_yaxis()
+        ax.grid(visible=False, axis="y")
     return fig
+
+
+def _bar(ax: Axes, y: float, middle: float, low: float, high: float, colour: str) -> None:
+    """A bar to the middle, and whiskers around it that are seen on a dark bar, too."""
+    ax.barh(y, middle, color=colour, height=0.62)
+    ax.errorbar(middle, y, xerr=[[middle - low], [high - middle]], color=MORE[3], lw=1.2, capsize=2.5)
 
 
 @styled
@@ -179,8 +192,9 @@ def prefixes(values: Values) -> Figure:
     right.set(title="Beside the formula (B)", xlabel="speedup by the formula", ylabel="times as fast, measured")
     for way, colour in WAYS.items():
         if way != "none fcfs":
-            left.plot([], [], color=colour, marker="o", ms=4, label=way.replace(" ", ", "))
-    upper.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8.5)
+            left.plot([], [], color=colour, label=way.replace(" ", ", "), **_line(way))
+    upper.suptitle("Hit rates by program (A)", x=0.01, ha="left", fontsize=11.5)
+    upper.legend(*left.get_legend_handles_labels(), loc="outside upper right", ncols=4, fontsize=8.5)
     return fig
 
 
@@ -190,13 +204,20 @@ def _hit_rates(panels: Sequence[Axes], programs: Values) -> None:
         for way, colour in WAYS.items():
             mine = [row for row in rows if _way(row) == way]
             if way != "none fcfs":
-                ax.plot([row["memory"] for row in mine], [row["hit"] for row in mine], color=colour, marker="o", ms=4,
-                        lw=1.5)  # fmt: skip
+                ax.plot([row["memory"] for row in mine], [row["hit"] for row in mine], color=colour, **_line(way))
         ax.axhline(rows[0]["best"], color="black", lw=0.9, ls=":")
         ax.set_xticks(sorted({row["memory"] for row in rows}))
+        ax.margins(x=0.15)  # rings are not cut off
         ax.set_title(name.replace(" of ", " of\n").replace("-", "-\n"), fontsize=9)
-    panels[0].set_ylim(-0.03, 1.03)
+    panels[0].set_ylim(-0.06, 1.03)
     panels[0].set_ylabel("hit rate (A), best dotted", fontsize=9)
+
+
+def _line(way: str) -> dict[str, Any]:
+    """Where a hash and a radix cache agree, the radix cache's line is seen through the other's rings and dashes."""
+    if way.startswith("hash"):
+        return {"lw": 1.1, "ls": (0, (3, 2)), "marker": "o", "ms": 7, "mfc": "none", "zorder": 3}
+    return {"lw": 1.8, "marker": "o", "ms": 4}
 
 
 def _speedups(ax: Axes, programs: Values) -> None:

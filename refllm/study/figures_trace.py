@@ -9,12 +9,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.legend_handler import HandlerTuple
 from matplotlib.patches import Patch, Rectangle
 
 from refllm.serve.trace import CACHED, FREE, SHARED
 from refllm.study.drawing import FULL, MORE, NEAREST, TECHNIQUE, Values, axes, styled
 
 HOLDERS = (TECHNIQUE, NEAREST, MORE[0], MORE[1], MORE[2], MORE[3], "#f0e442", "#8c6bb1")  # taken in turn
+FOUND, NEVER, LOCKED = "found again", "never found again", "locked: somebody runs in it"
+STATES = {FOUND: TECHNIQUE, NEVER: FULL, LOCKED: NEAREST}  # of a node of the tree
 
 
 @styled
@@ -30,9 +33,9 @@ def serving_occupancy(values: Values) -> Figure:
     upper.legend(loc="upper right")
     lower.fill_between(time, steps["allocated"], step="pre", color=FULL, alpha=0.35, label="held by who runs")
     lower.axhline(steps["slots"], color="black", lw=0.9, ls="--")
-    lower.annotate(f"{steps['slots']:,} slots", (time[-1], steps["slots"]), xytext=(0, 3), ha="right", va="bottom",
-                   textcoords="offset points", fontsize=8.5)  # fmt: skip
-    lower.step(time, steps["used"], color=TECHNIQUE, where="pre", label="tokens, shared ones for each who shares")
+    lower.annotate(f"{steps['slots']:,}\nslots", (1, steps["slots"]), xycoords=("axes fraction", "data"),
+                   xytext=(3, 0), textcoords="offset points", va="center", fontsize=8.5)  # fmt: skip
+    lower.step(time, steps["used"], color=TECHNIQUE, where="pre", label="tokens, if nothing were shared")
     lower.set(xlabel="time (ms)", ylabel="slots")
     lower.set_ylim(0, 1.2 * max(steps["slots"], *steps["used"]))
     lower.legend(loc="upper left", fontsize=8.5, ncols=2)
@@ -54,9 +57,10 @@ def serving_blocks(values: Values) -> Figure:
     ax.imshow(picture.T, aspect="auto", interpolation="nearest", cmap=colours, vmin=0, vmax=colours.N - 1)
     ax.grid(visible=False)
     names = {FREE: "free", CACHED: "cached, nobody runs in it", SHARED: "shared by several"}
-    patches = [Patch(facecolor=special[code], edgecolor="#999999", label=name) for code, name in names.items()]
-    patches.append(Patch(facecolor=TECHNIQUE, label="a request's own (colours in turn)"))
-    fig.legend(handles=patches, loc="outside upper left", ncols=4, fontsize=8)
+    patches: list[Any] = [Patch(facecolor=special[code], edgecolor="#999999") for code in names]
+    patches.append(tuple(Patch(facecolor=colour) for colour in HOLDERS[:4]))
+    fig.legend(patches, [*names.values(), "one request's own: a colour each, in turn"], loc="outside upper left",
+               ncols=4, fontsize=8, handler_map={tuple: HandlerTuple(ndivide=None, pad=0)})  # fmt: skip
     return fig
 
 
@@ -70,18 +74,28 @@ def serving_tree(values: Values) -> Figure:
     ax.set_ylim(_depth(values["tree"]), 0)
     ax.set_xticks([])
     ax.grid(visible=False)
-    found = [Patch(facecolor=colour, edgecolor="white", label=name) for name, colour in
-             (("found again", TECHNIQUE), ("never found", FULL), ("locked: somebody runs in it", NEAREST))]  # fmt: skip
+    # which of the states occur: no colour is explained that the picture does not have
+    present = {_state(node) for node in _every(values["tree"])}
+    found = [Patch(facecolor=STATES[name], edgecolor="white", label=name) for name in STATES if name in present]
     fig.legend(handles=found, loc="outside upper left", ncols=3, fontsize=8.5)
+    about = "number: the node's tokens, where there is room; width: how many branches end below it"
+    ax.set_xlabel(about, fontsize=9)
     return fig
+
+
+def _state(node: Values) -> str:
+    return LOCKED if node["locks"] else FOUND if node["hits"] else NEVER
+
+
+def _every(nodes: Sequence[Any]) -> list[Any]:
+    return [*nodes, *(below for node in nodes for below in _every(node["children"]))]
 
 
 def _hang(ax: Axes, nodes: Sequence[Any], x: float, y: int, width: int) -> None:
     """Draw nodes beside each other from (x, y) on, each as wide as its leaves, their children below them."""
     for node in nodes:
         leaves, tokens = _leaves(node), node["tokens"]
-        colour = NEAREST if node["locks"] else TECHNIQUE if node["hits"] else FULL
-        ax.add_patch(Rectangle((x, y), leaves, tokens, facecolor=colour, edgecolor="white", lw=1))
+        ax.add_patch(Rectangle((x, y), leaves, tokens, facecolor=STATES[_state(node)], edgecolor="white", lw=1))
         if leaves / width > 0.05:
             ax.annotate(str(tokens), (x + leaves / 2, y + tokens / 2), ha="center", va="center", color="white",
                         fontsize=8)  # fmt: skip
