@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from refllm.study.drawing import FULL, MORE, NEAREST, TECHNIQUE, Values, styled
+
+BAND = "#e4e4e4"
+WAYS = {
+    "tile": ("tiles", TECHNIQUE),
+    "tensor": ("one scale a tensor", NEAREST),
+    "E5M2 gradients": ("tiles, E5M2 gradients", MORE[0]),
+    "nudged": ("float32,\nbegun 10⁻⁶ away", FULL),
+}
 
 
 @styled
@@ -46,34 +54,40 @@ def float_formats(values: Values) -> Figure:
 @styled
 def fp8_training(values: Values) -> Figure:
     """``study.fp8_training.values`` and what is measured without training → a panel a start, and one of outliers."""
-    fig = Figure(layout="constrained", figsize=(7.2, 6.1))
+    fig = Figure(layout="constrained", figsize=(7.2, 6.2))
     grid = fig.add_gridspec(2, 2, height_ratios=(1.4, 1))
-    names = {"tile": TECHNIQUE, "tensor": NEAREST, "E5M2 gradients": MORE[0], "nudged": FULL}
-    said = {"tile": "tiles", "tensor": "one scale a tensor", "E5M2 gradients": "tiles, E5M2 gradients",
-            "nudged": "float32,\nbegun 10⁻⁶ away"}  # fmt: skip
-    errors: Any = values["gradient error"]
-    said |= {name: f"{said[name]}\n(gradient off {100 * off:.1f} %)" for name, off in errors.items()}
-    against: Any = values["against float32"]
-    panels = grid[0, :].subgridspec(1, len(against))
+    against, panels = values["against float32"], grid[0, :].subgridspec(1, len(values["against float32"]))
+    first = None
     for at, start in enumerate(against):
-        ax = fig.add_subplot(panels[at])
-        ax.axvspan(-0.25, 0.25, color="#e4e4e4", label="DeepSeek-V3: within 0.25 %")
-        ax.axvline(0, color=FULL, lw=1)
-        for place, (name, colour) in enumerate(names.items()):
-            points = [100 * off for off in against[start].get(name, {}).values()]
-            ax.plot(points, [place] * len(points), "o", ms=8, color=colour, alpha=0.8)
-            for point in points:
-                ax.annotate(f"{round(point, 2) + 0.0:+.2f} %".replace("-", "−"), (point, place), xytext=(0, 8),
-                            textcoords="offset points", ha="center", fontsize=8)  # fmt: skip
-        ax.set_yticks(range(len(names)), list(said.values()) if at == 0 else [""] * len(names), fontsize=9)
-        ax.set_ylim(len(names) + 0.3, -0.7)
-        ax.margins(x=0.2)
+        ax = first = fig.add_subplot(panels[at], sharex=first)
+        _starts(ax, against[start], values["gradient error"], named=at == 0)
         if spread := values["spread of seeds"].get(start):
-            ax.plot([], [], " ", label=f"float32's seeds: {100 * spread:.2g} % apart")
-        ax.legend(loc="lower center", fontsize=8)
+            said = f"float32's seeds:\n{100 * spread:.2g} % apart"
+            ax.annotate(said, (1, 0.02), xycoords="axes fraction", ha="right", va="bottom", fontsize=8,
+                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # fmt: skip
         ax.set(title=f"{values['steps']} steps from {start}", xlabel="mean loss against float32's (%)")
     _outliers(fig.add_subplot(grid[1, :]), values)
+    dot = Line2D([], [], color=FULL, marker="o", ms=8, lw=0, alpha=0.8)
+    fig.legend([Patch(color=BAND), dot], ["DeepSeek-V3: within 0.25 %", "a dot is a seed"], loc="outside upper left",
+               ncols=2, fontsize=8.5)  # fmt: skip
     return fig
+
+
+def _starts(ax: Axes, runs: Values, errors: Values, *, named: bool) -> None:
+    """A row of dots each way of training, above it how far each lies from float32."""
+    said = {name: f"{text}\n(gradient off {100 * errors[name]:.1f} %)" if name in errors else text
+            for name, (text, _) in WAYS.items()}  # fmt: skip
+    ax.axvspan(-0.25, 0.25, color=BAND)
+    for place, (name, (_, colour)) in enumerate(WAYS.items()):
+        ax.vlines(0, place - 0.15, place + 0.45, color=FULL, lw=1)  # leaves out where the numbers stand
+        points = [100 * off for off in runs.get(name, {}).values()]
+        ax.plot(points, [place] * len(points), "o", ms=8, color=colour, alpha=0.8)
+        for point in points:
+            ax.annotate(f"{round(point, 2) + 0.0:+.2f} %".replace("-", "−"), (point, place), xytext=(0, 8),
+                        textcoords="offset points", ha="center", fontsize=8)  # fmt: skip
+    ax.set_yticks(range(len(WAYS)), list(said.values()) if named else [""] * len(WAYS), fontsize=9)
+    ax.set_ylim(len(WAYS) - 0.4, -0.7)
+    ax.margins(x=0.13)
 
 
 def _outliers(ax: Axes, values: Values) -> None:

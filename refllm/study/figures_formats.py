@@ -8,9 +8,15 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from refllm.study.drawing import FULL, MORE, NEAREST, TECHNIQUE, Values, axes, coloured, styled
+from refllm.study.drawing import MORE, NEAREST, TECHNIQUE, Values, axes, coloured, styled
 
 ROLES = {"step": NEAREST, "offset": MORE[3], "scales": MORE[0], "high bits": MORE[2], "codes": TECHNIQUE}
+NOTES = {
+    "d": "d: the step, float16",
+    "m": "m: what is added to step × code, float16",
+    "E": "E: the step is 2 to the power E − 127",
+    "dmin": "dmin: the step of the offsets, which are subtracted, float16",
+}
 
 
 @styled
@@ -22,7 +28,10 @@ def gguf_layouts(values: Values) -> Figure:
     _blocks(ax, types)
     present = {field["role"] for t in types for field in t["fields"]}
     handles = [ax.barh(0, 0, color=colour, label=role) for role, colour in ROLES.items() if role in present]
-    fig.legend(handles=handles, loc="outside upper left", ncols=len(ROLES))
+    held = {field["holds"] for t in types for field in t["fields"]}
+    notes = {**NOTES, "d": "d: the step of the scales, float16"} if "scales" in present else NOTES
+    fig.legend(handles=handles, loc="outside upper left", ncols=len(ROLES), alignment="left", title_fontsize=8,
+               title="     ".join(note for name, note in notes.items() if name in held))  # fmt: skip
     return fig
 
 
@@ -34,7 +43,7 @@ def _blocks(panel: Axes, types: Sequence[Any]) -> None:
         for field in t["fields"]:
             size = field["size"]
             for byte in range(at, at + size):  # a cell each: the layout byte by byte
-                panel.barh(row, 1, left=byte, height=0.36, color=ROLES[field["role"]], edgecolor="white",
+                panel.barh(row, 1, left=byte, height=0.3, color=ROLES[field["role"]], edgecolor="white",
                            linewidth=0.9 if width < 100 else 0.25)  # fmt: skip
             if field["role"] not in ("step", "offset"):
                 said.append(f"{field['role']} {at}–{at + size - 1}: {field['holds']}")
@@ -44,7 +53,7 @@ def _blocks(panel: Axes, types: Sequence[Any]) -> None:
         panel.annotate(f"{at} bytes", (at, row), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
         head = [s for s in said if ":" not in s]
         lines = ["   ".join(head), *(s for s in said if ":" in s)]
-        panel.annotate("\n".join(lines), (0, row + 0.21), va="top", fontsize=6.4, color="#333333", linespacing=1.1)
+        panel.annotate("\n".join(lines), (0, row + 0.18), va="top", fontsize=7, color="#333333", linespacing=1.1)
     panel.set_yticks(range(len(types)), [f"{t['type']}\n{t['bits']:g} bits" for t in types])
     panel.set(xlim=(0, 1.13 * width), ylim=(len(types) - 0.1, -0.45))
     panel.grid(visible=False)
@@ -65,7 +74,9 @@ def gguf_mixes(values: Values) -> Figure:
             ax.annotate(f"{r[model]:.3f}", (0, place), xytext=(4, 0), textcoords="offset points", va="center",
                         fontsize=7.5, color=ink)  # fmt: skip
     for row, r in enumerate(rows):
-        ax.plot([r["base"]] * 2, [row - 0.4, row + 0.4], color=FULL, lw=1.6, label="" if row else "its base type alone")
+        # black, which is seen on both bars; an edge would hide how little some bars reach beyond
+        ax.plot([r["base"]] * 2, [row - 0.42, row + 0.42], color="black", lw=1.4,
+                label="" if row else "its base type alone")  # fmt: skip
     stated = [(row, r["article"]) for row, r in enumerate(rows) if r["article"]]
     ax.plot([bits for _, bits in stated], [row for row, _ in stated], "D", color=NEAREST, ms=6,
             label="the article's figure, where files differ")  # fmt: skip
