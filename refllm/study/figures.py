@@ -25,6 +25,7 @@ from refllm.study.drawing import FULL, SERIES, STYLE, Draw, Values, axes, colour
 from refllm.study.figures_costs import decode_cost, kv_memory, roofline
 from refllm.study.figures_floats import float_formats, fp8_training
 from refllm.study.figures_formats import gguf_layouts, gguf_mixes
+from refllm.study.figures_kv import kv_quantization
 from refllm.study.figures_quant import observers, quantization, salience, smoothquant
 from refllm.study.figures_serve import batching, paging, prefixes, unpadding
 from refllm.study.figures_speculative import speculative
@@ -106,6 +107,7 @@ FIGURES: dict[str, tuple[str, Draw]] = {
     "roofline": ("roofline.json", roofline),
     "decode_cost": ("decode_cost.json", decode_cost),
     "kv_memory": ("kv_memory.json", kv_memory),
+    "kv_quantization": ("kv_quantization.json", kv_quantization),
     "speculative": ("speculative.json", speculative),
     "quantization": ("quantization.json", quantization),
     "observers": ("observers.json", observers),

@@ -19,6 +19,9 @@ same bit for bit, in any floating point. This is SmoothQuant's migration run bac
 | "attention input", "MLP input"     | the gain of the norm      | yes                     |
 | "MLP hidden"                       | the rows of up_proj       | no: no norm makes it    |
 
+Keys have outliers of their own, between k_proj and the scores. There the queries take the opposite factor, and both
+channels of a rotary pair get the same one, since the rotation mixes them: q_j k_j stays what it was (``plant_keys``).
+
 Left out: the heads' output (with grouped queries its channels share rows of v_proj), outliers in a few tokens only.
 """
 
@@ -30,10 +33,12 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from refllm.backend import asarray_like, namespace
+from refllm.model.config import ModelConfig
 from refllm.model.llama import Layer, Weights
+from refllm.model.weights import Dense
 from refllm.quant.awq_model import ATTENTION_INPUT, MLP_HIDDEN, MLP_INPUT, ScaleGroup, fold
 
-__all__ = ["NORMS", "PLACES", "choose", "plant"]
+__all__ = ["NORMS", "PLACES", "choose", "plant", "plant_keys"]
 
 PLACES = {group.name: group for group in (ATTENTION_INPUT, MLP_INPUT, MLP_HIDDEN)}
 NORMS = (ATTENTION_INPUT.name, MLP_INPUT.name)
@@ -57,8 +62,7 @@ def plant(weights: Weights, channels: Sequence[int], factor: float = 128.0, inpu
         for a factor that is no power of two, an input or channel that does not exist, or a weight so small that it
         loses bits when it is divided.
     """
-    if not 0 < factor < math.inf or math.frexp(factor)[0] != 0.5:
-        raise ValueError(f"planting: a factor of {factor} is no power of two, so it would round")
+    _check_power(factor)
     if unknown := sorted(set(inputs) - set(PLACES)):
         raise ValueError(f"planting: no input is called {', '.join(unknown)}; they are {', '.join(PLACES)}")
     layers = []
@@ -67,6 +71,46 @@ def plant(weights: Weights, channels: Sequence[int], factor: float = 128.0, inpu
             layer = _plant(layer, PLACES[name], channels, factor, index)
         layers.append(layer)
     return weights | {"layers": layers}
+
+
+def plant_keys(weights: Weights, config: ModelConfig, pairs: Sequence[int], factor: float = 8.0) -> Weights:
+    """A weight tree of the same function whose keys are ``factor`` times as large in some rotary ``pairs``.
+
+    Pair i of a head of D channels is channels i and i + D/2; the same ones in every head of every layer.
+
+    Raises
+    ------
+    ValueError
+        for a factor that is no power of two, a pair that does not exist, weights so small that they lose bits, and
+        for networks that norm their keys: there the gain of that norm says how large they are.
+    """
+    _check_power(factor)
+    half = config.head_dim // 2
+    if config.qk_norm:
+        raise ValueError("planting: keys that are normed take no factor from k_proj")
+    if pairs and not 0 <= min(pairs) <= max(pairs) < half:
+        raise ValueError(f"planting: a head has pairs 0 to {half - 1}, got {list(pairs)}")
+    of_head = np.ones(config.head_dim)
+    of_head[[*pairs, *(i + half for i in pairs)]] = factor
+    layers = []
+    for index, layer in enumerate(weights["layers"]):
+        planted = dict(layer)
+        for name, scale in (("k_proj", of_head), ("q_proj", 1.0 / of_head)):
+            weight = layer[name].dequantize()
+            rows = asarray_like(np.tile(scale, weight.shape[0] // config.head_dim), weight, weight.dtype)
+            planted[name] = Dense(weight * rows[:, None])
+            if not bool(namespace(weight).all(planted[name].dequantize() / rows[:, None] == weight)):
+                raise ValueError(f"planting: layer {index}'s {name} has weights too small to be divided by {factor:g}")
+            bias = name.replace("proj", "bias")
+            if bias in layer:
+                planted[bias] = layer[bias] * rows
+        layers.append(planted)
+    return weights | {"layers": layers}
+
+
+def _check_power(factor: float) -> None:
+    if not 0 < factor < math.inf or math.frexp(factor)[0] != 0.5:
+        raise ValueError(f"planting: a factor of {factor} is no power of two, so it would round")
 
 
 def _plant(layer: Layer, group: ScaleGroup, channels: Sequence[int], factor: float, index: int) -> Layer:

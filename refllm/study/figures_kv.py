@@ -1,0 +1,70 @@
+"""Figures of quantised caches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from refllm.study.drawing import FULL, MORE, NEAREST, TECHNIQUE, Values, styled
+
+COLOURS = {"KIVI": TECHNIQUE, "keys by token": NEAREST, "values by channel": MORE[0]}
+
+
+@styled
+def kv_quantization(values: Values) -> Figure:
+    """A record of ``study.kv_quantization`` → KL by bits in both networks; by position and R; bytes by length."""
+    fig = Figure(layout="constrained", figsize=(7.2, 6.2))
+    panels = fig.subplots(2, 2)
+    rows: Sequence[Any] = values["rows"]
+    most = max(row["kl"][2] for row in rows)
+    for panel, network, title in (
+        (panels[0, 0], "as it is", "Keys as they are"),
+        (panels[0, 1], "planted", f"Keys with channels {values['factor']:g}× as large"),
+    ):
+        _choices(panel, [row for row in rows if row["network"] == network and row["residual"] == 128])
+        panel.set(title=title, ylim=(1e-6, 2 * most))
+    panels[0, 0].legend(fontsize=8)
+    _by_position(panels[1, 0], rows, values["length"])
+    _memory(panels[1, 1], values)
+    return fig
+
+
+def _choices(panel: Axes, rows: Sequence[Any]) -> None:
+    for at, (name, colour) in enumerate(COLOURS.items()):
+        mine = sorted((row for row in rows if row["choice"] == name), key=lambda row: row["bits"])
+        means = [row["kl"][0] for row in mine]
+        spread = [[mean - row["kl"][1] for mean, row in zip(means, mine, strict=True)],
+                  [row["kl"][2] - mean for mean, row in zip(means, mine, strict=True)]]  # fmt: skip
+        places = [row["bits"] + 0.12 * (at - 1) for row in mine]  # side by side: equal ones would hide each other
+        panel.errorbar(places, means, yerr=spread, color=colour, marker="o", ms=4, lw=1.4, label=name)
+    panel.set(xlabel="bits a code", ylabel="KL (nats per token, log)", yscale="log")
+    panel.set_xticks([2, 3, 4, 8])
+
+
+def _by_position(panel: Axes, rows: Sequence[Any], length: int) -> None:
+    mine = sorted(
+        (row for row in rows if (row["network"], row["choice"], row["bits"]) == ("as it is", "KIVI", 2)),
+        key=lambda row: row["residual"],
+    )
+    for row, colour in zip(mine, (MORE[3], NEAREST, TECHNIQUE, MORE[0], MORE[1]), strict=False):
+        parts = row["kl by position"]
+        places = [length * (i + 0.5) / len(parts) for i in range(len(parts))]
+        panel.plot(places, parts, color=colour, marker="o", ms=3, lw=1.4, label=f"{row['residual']}")
+    panel.set(title="2 bits: the newest tokens wait", xlabel="position in the text (tokens)",
+              ylabel="KL (nats per token)", ylim=(0, None))  # fmt: skip
+    panel.legend(title="R, tokens that wait", fontsize=8, title_fontsize=8, ncols=2, loc="upper left")
+    panel.set_ylim(top=1.6 * panel.get_ylim()[1])  # room for the legend above the lines
+
+
+def _memory(panel: Axes, values: Values) -> None:
+    for (name, shares), colour in zip(values["memory"].items(), (MORE[0], TECHNIQUE), strict=False):
+        panel.plot(values["lengths"], [100 * share for share in shares], color=colour, marker="o", ms=3, lw=1.4)
+        panel.annotate(f"{name}: {100 * shares[-1]:.0f} %", (values["lengths"][-1], 100 * shares[-1]), xytext=(0, 6),
+                       textcoords="offset points", ha="right", fontsize=8, color=colour)  # fmt: skip
+    panel.axhline(100, color=FULL, lw=1.4, ls="--")
+    panel.set(title="Bytes of a cache, R = 128", xlabel="tokens (log)", ylabel="share of float16's (%)", xscale="log",
+              ylim=(0, 110))  # fmt: skip
+    panel.set_xticks([100, 1000, 10000], ["100", "1,000", "10,000"])

@@ -1,0 +1,153 @@
+"""What a quantised cache costs, and what it saves: KIVI beside the two choices that it was compared with.
+
+    python -m refllm.study.kv_quantization    # writes figures/data/kv_quantization.json; `refllm figures` draws it
+
+| part     | what varies                       | network               | question                           |
+|----------|-----------------------------------|-----------------------|------------------------------------|
+| choices  | bits × what shares a step         | as it is, and planted | by channel or by token?            |
+| waiting  | R, in 2 bits                      | as it is              | what do the newest tokens buy?     |
+| position | every row, by position            | both                  | does it get worse with the length? |
+| memory   | bits, by length                   | LLaMA-70B's shapes    | how many bytes are left?           |
+
+What is measured is KL to the same network with a cache of numbers, over windows of held-out text that are read as they
+would be read token by token (``kivi.KiviAttend``), paired as in ``quality``.
+
+KIVI's choice was made for keys with a few large channels. The bundled model has none, so they are planted as well
+(``planting.plant_keys``: the same function bit for bit), ``FACTOR`` times their size in ``PAIRS`` of 32 rotary pairs.
+
+Left out: downstream tasks; speed (``benchmarks/kv_cache.py``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import refllm
+from refllm.api import Model, load
+from refllm.kv.kivi import Kivi, KiviAttend
+from refllm.model.corpus import held_out_documents
+from refllm.quant.passages import calibration_windows
+from refllm.study.machine import processor
+from refllm.study.memory import LLAMA_70B, kv_bytes
+from refllm.study.perplexity import Comparison, Kept, compare, keep
+from refllm.study.planting import choose, plant_keys
+from refllm.study.records import Record, write
+
+BITS = (8, 4, 3, 2)
+CHOICES = {
+    "KIVI": ("channel", "token"),
+    "keys by token": ("token", "token"),
+    "values by channel": ("channel", "channel"),
+}
+WAITING = (32, 64, 128, 256, 512)
+GROUP = 32
+FACTOR, PAIRS = 8.0, 2
+TEXTS, LENGTH, BINS = 8, 1024, 8
+LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+NETWORKS = ("as it is", "planted")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cache: in which network, with how many bits, how many tokens wait, and what shares a step."""
+
+    network: str
+    choice: str
+    bits: int
+    residual: int = 128
+
+    @property
+    def kivi(self) -> Kivi:
+        return Kivi(self.bits, self.bits, GROUP, self.residual)
+
+
+def cases() -> list[Case]:
+    """Every row of the table, the choices first."""
+    found = [Case(network, choice, bits) for network in NETWORKS for choice in CHOICES for bits in BITS]
+    return found + [Case("as it is", "KIVI", 2, r) for r in WAITING if r != Case("", "", 2).residual]
+
+
+class Experiment:
+    """A network as it is and with planted keys, and the text that both are judged by."""
+
+    def __init__(self, model: Model, texts: int = TEXTS, length: int = LENGTH):
+        self.model, self.length = model, length
+        self.pairs = choose(model.config.head_dim // 2, PAIRS, np.random.default_rng(0))
+        self.text = list(calibration_windows(model.tokenizer, texts, length, 0, documents=held_out_documents()))
+        planted = Model(model.config, plant_keys(model.weights, model.config, self.pairs, FACTOR), model.tokenizer)
+        self.networks = {"as it is": model, "planted": planted}
+        self._kept: dict[str, Kept] = {}
+
+    def compare(self, case: Case) -> Comparison:
+        """The network with this cache against itself with a cache of numbers."""
+        network, (keys, values) = self.networks[case.network], CHOICES[case.choice]
+        if case.network not in self._kept:
+            self._kept[case.network] = keep(network, self.text, window=self.length)
+
+        def memory(lengths: list[int]) -> KiviAttend:
+            return KiviAttend(lengths, case.kivi, network.config.sliding_window, keys=keys, values=values)
+
+        kept = self._kept[case.network]
+        return compare(network, kept, self.text, rng=np.random.default_rng(0), window=self.length, attend=memory)
+
+    def row(self, case: Case) -> dict[str, Any]:
+        """A row of the table; KL by position is the mean over texts of equally long runs of tokens."""
+        found = self.compare(case)
+        by_position = found.token_kl.reshape(len(self.text), -1)
+        return asdict(case) | {
+            "bits a number": case.kivi.bits_per_number(),
+            "kl": [found.kl.mean, found.kl.low, found.kl.high],
+            "agreement": found.agreement.mean,
+            "difference": [found.difference.mean, found.difference.low, found.difference.high],
+            "kl by position": [float(part.mean()) for part in np.array_split(by_position, BINS, axis=1)],
+        }  # fmt: skip
+
+    def table(self, wanted: Sequence[Case]) -> Iterator[dict[str, Any]]:
+        return map(self.row, wanted)
+
+
+def memory(lengths: Sequence[int] = LENGTHS) -> dict[str, list[float]]:
+    """Bytes of one sequence's cache as a share of float16's, by length: codes, steps and what waits."""
+
+    def share(bits: int, length: int) -> float:
+        return Kivi(bits, bits, GROUP).nbytes(LLAMA_70B, length) / kv_bytes(LLAMA_70B, length)
+
+    return {f"{bits} bits": [share(bits, length) for length in lengths] for bits in (4, 2)}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure every case and write the record."""
+    parser = argparse.ArgumentParser(prog="python -m refllm.study.kv_quantization", description=main.__doc__)
+    parser.add_argument("--model", default="stdlib", help="a bundled name or a checkpoint")
+    parser.add_argument("--output", type=Path, default=Path("figures/data/kv_quantization.json"))
+    parser.add_argument("--texts", type=int, default=TEXTS, help="held-out windows")
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens in each")
+    chosen = parser.parse_args(arguments)
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(limits=1, user_api="blas"):
+        experiment = Experiment(load(chosen.model, backend="numpy"), chosen.texts, chosen.length)
+        wanted, rows = cases(), []
+        for case, row in zip(wanted, experiment.table(wanted), strict=True):
+            rows.append(row)
+            print(f"[{len(rows)}/{len(wanted)}] {case.network}, {case.choice}, {case.bits} bits, R = {case.residual}: "
+                  f"KL {row['kl'][0]:.5f}", file=sys.stderr)  # fmt: skip
+    values = {
+        "model": Path(chosen.model).name, "group": GROUP, "factor": FACTOR, "pairs": experiment.pairs,
+        "texts": chosen.texts, "length": chosen.length, "rows": rows, "lengths": list(LENGTHS), "memory": memory(),
+        "versions": {"refllm": refllm.__version__, "python": platform.python_version(), "numpy": np.__version__},
+    }  # fmt: skip
+    hardware = f"{processor()}, one thread, NumPy {np.__version__}, Python {platform.python_version()}"
+    write(chosen.output, Record("python -m refllm.study.kv_quantization", "A", hardware, values))
+
+
+if __name__ == "__main__":
+    main()
