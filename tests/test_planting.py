@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import to_host
-from networks import NETWORKS, full_logits, random_tensors
-from refllm.model.llama import build
+from networks import NETWORKS, TOKENS, full_logits, random_tensors
+from refllm.model.attention import CausalAttend
+from refllm.model.llama import build, forward
 from refllm.quant.calibrate import tapped
 from refllm.quant.smoothquant import migration_scale, smooth_layer
-from refllm.study.planting import NORMS, PLACES, choose, plant
+from refllm.study.planting import NORMS, PLACES, choose, plant, plant_keys
 from strategies import seeds
 
 FACTORS = st.sampled_from([2.0**k for k in (-3, 0, 1, 7, 10)])
@@ -103,6 +104,62 @@ def test_what_is_planted_in_stays_as_it_was():
     plant(weights, [0, 7], 128.0, PLACES)
     assert [(layer["input_layernorm"].tobytes(), layer["up_proj"].dequantize().tobytes())
             for layer in weights["layers"]] == before  # fmt: skip
+
+
+@pytest.mark.theorem(
+    "Keys measured in another power of two, and queries in its inverse, leave every bit of the output as it was",
+    source="products by powers of two are exact; a rotation mixes the two channels of a pair, and no others",
+)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "llama3-rope", "mistral-window", "llama-tied-mha"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@settings(max_examples=4)
+@given(seed=seeds, factor=FACTORS)
+def test_invariance_planting_in_keys_is_bit_exact(xp, family, dtype, seed, factor):
+    config, weights = weights_of(family, seed, xp, dtype)
+    pairs = choose(config.head_dim // 2, 2, np.random.default_rng(seed))
+    still, planted = (plant_keys(weights, config, pairs, by) for by in (1.0, factor))
+    assert np.array_equal(full_logits(planted, config, xp), full_logits(still, config, xp))
+
+
+def keys_of(config, weights):
+    """The keys that the network hands to its memory, [L, S, G, D]."""
+    kept, plain = [], CausalAttend([len(TOKENS)], config.sliding_window)
+
+    def attend(layer, q, k, v):
+        kept.append(k.copy())
+        return plain(layer, q, k, v)
+
+    forward(weights, config, TOKENS, np.arange(len(TOKENS)), attend)
+    return np.stack(kept)
+
+
+@settings(max_examples=8)
+@given(seed=seeds, factor=FACTORS, family=st.sampled_from(["llama", "qwen2", "mistral-window"]))
+def test_exact_value_both_channels_of_a_planted_pair_grow_and_no_others(seed, factor, family):
+    config, weights = weights_of(family, seed, dtype="float64")
+    pairs = choose(config.head_dim // 2, 2, np.random.default_rng(seed))
+    grown = np.ones(config.head_dim)
+    grown[[*pairs, *(i + config.head_dim // 2 for i in pairs)]] = factor
+    before = keys_of(config, weights)
+    after = keys_of(config, plant_keys(weights, config, pairs, factor))
+    np.testing.assert_allclose(after, before * grown, rtol=0, atol=1e-12 * np.abs(before * grown).max())
+
+
+def test_keys_that_cannot_be_planted_are_refused():
+    config, weights = weights_of("llama")
+    for pairs in ([-1], [5]):
+        with pytest.raises(ValueError, match="a head has pairs 0 to 4, got"):
+            plant_keys(weights, config, pairs)
+    with pytest.raises(ValueError, match="a factor of 3 is no power of two"):
+        plant_keys(weights, config, [0], 3)
+    config, weights = weights_of("qwen3")
+    with pytest.raises(ValueError, match="keys that are normed take no factor"):
+        plant_keys(weights, config, [0])
+    tiny = replace(NETWORKS["llama"], num_hidden_layers=1)
+    tensors = random_tensors(tiny, 0, "float32")
+    tensors["model.layers.0.self_attn.q_proj.weight"][2, 1] = np.finfo("float32").smallest_subnormal * 3
+    with pytest.raises(ValueError, match="layer 0's q_proj has weights too small to be divided by 8"):
+        plant_keys(build(tiny, tensors), tiny, [2])
 
 
 def test_channels_are_drawn_without_repetition():

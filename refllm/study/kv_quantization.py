@@ -90,13 +90,13 @@ class Experiment:
         """The network with this cache against itself with a cache of numbers."""
         network, (keys, values) = self.networks[case.network], CHOICES[case.choice]
         if case.network not in self._kept:
-            self._kept[case.network] = keep(network, self.text, window=self.length)
+            self._kept[case.network] = keep(network, self.text, window=self.length, stride=self.length)
 
         def memory(lengths: list[int]) -> KiviAttend:
             return KiviAttend(lengths, case.kivi, network.config.sliding_window, keys=keys, values=values)
 
-        kept = self._kept[case.network]
-        return compare(network, kept, self.text, rng=np.random.default_rng(0), window=self.length, attend=memory)
+        kept, rng, length = self._kept[case.network], np.random.default_rng(0), self.length
+        return compare(network, kept, self.text, rng=rng, window=length, stride=length, attend=memory)
 
     def row(self, case: Case) -> dict[str, Any]:
         """A row of the table; KL by position is the mean over texts of equally long runs of tokens."""
