@@ -24,6 +24,7 @@ COMMITTED = sorted((BENCHMARKS / "results").glob("*.json"))
 ENVIRONMENT = {"cpu", "cores", "memory_gib", "system", "libc", "python", "blas", "versions", "threads", "load_before",
                "load_after", "quiet", "date"}  # fmt: skip
 TINY = {
+    "kv_cache": ["--contexts", "160", "--bits", "2", "3", "--steps", "2", "--rounds", "1"],
     "layout": ["--rows", "1", "2", "--rounds", "1"],
     "step": ["--batch", "1", "2", "--prompt", "3", "--new", "4", "--rounds", "1"],
     "decode": ["--batch", "1", "2", "--prompt", "3", "--new", "4", "--rounds", "2", "--seconds", "0", "--engines"],
@@ -118,6 +119,16 @@ def test_layout_compares_both_layouts_at_every_row_count(tmp_path: Path) -> None
         (m, n, rows) for m, n in ((4096, 256), (768, 256), (256, 768)) for rows in (1, 2)
     ]
     assert "plain / blocked" in printed
+
+
+def test_a_quantised_cache_is_timed_beside_a_full_one(tmp_path: Path) -> None:
+    record, printed = run("kv_cache", tmp_path)
+    check_record(record, "kv_cache")
+    assert [(r["context"], r["bits"]) for r in record["results"]] == [(160, 2), (160, 3)]
+    for r in record["results"]:
+        assert r["bytes"] < r["full_bytes"] == 160 * 4 * 2 * 2 * 64 * 4
+        assert 0 < r["ratio"]["low"] <= r["ratio"]["median"] <= r["ratio"]["high"]
+    assert "KIVI / full" in printed
 
 
 def test_parts_of_a_step_sum_to_the_step(tmp_path: Path, checkpoint: Path) -> None:

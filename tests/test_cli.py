@@ -32,6 +32,7 @@ from refllm.cli.errors import explain
 from refllm.cli.generate import read_prompt
 from refllm.cli.simulate import _digits
 from refllm.decode.generate import Sampling
+from refllm.kv.kivi import Kivi, KiviAttend
 from refllm.model import streams
 from refllm.model.checkpoint import CheckpointError, save
 from refllm.model.config import ModelConfig
@@ -40,6 +41,7 @@ from refllm.model.plan import Phase
 from refllm.model.streams import Data, file_sha256, standard_library
 from refllm.model.weights import Dense
 from refllm.study import launch
+from refllm.study.memory import human
 from refllm.study.perplexity import compare, evaluate
 from refllm.study.terminal import NARROW, bytes_text, printable, table
 from study_models import byte_tokenizer, tiny_config, tiny_params
@@ -476,6 +478,50 @@ def test_eval_prints_what_perplexity_measures(model, text_file):
     assert "the first 300 tokens of the given text" in shown
     assert "the first" not in run("eval", "--model", model, "--text", text_file).stdout
     assert "\x1b" not in shown
+
+
+def test_a_cache_in_few_bits_is_what_the_options_say(model, text_file):
+    """The model's heads have 4 channels: groups of 4, and R = 8 is the least that fills words of 4-bit codes."""
+    few = ("--kv-bits", "4", "--kv-group", "4", "--kv-residual", "8")
+    kivi = Kivi(4, 4, 4, 8)
+    loaded = load(model, "numpy")
+    result = run("generate", "def f(x): return x", "--model", model, "-n", "20", "--ignore-eos", *few)
+    plain = run("generate", "def f(x): return x", "--model", model, "-n", "20", "--ignore-eos")
+    assert result.stdout == as_lines(loaded.generate("def f(x): return x", 20, ignore_eos=True, kivi=kivi))
+    assert "cache: 4-bit codes of all but the newest 8 tokens" in result.stderr
+    assert human(kivi.nbytes(loaded.config, 39, full=32)) in result.stderr  # 18 + 1 + 20 tokens
+    assert "cache:" not in plain.stderr
+
+    document, rng = [Document("code.py", TEXT)], np.random.default_rng(0)
+    memory = partial(KiviAttend, kivi=kivi)
+    expected = compare(loaded, loaded, document, rng=rng, window=64, stride=32, max_tokens=300, attend=memory)
+    options = ("eval", "--model", model, "--text", text_file, "--max-tokens", "300", *few)
+    facts = json.loads(run(*options, "--reference", model, "--json").stdout)
+    assert facts["against"]["KL"]["mean"] == expected.kl.mean > 0
+    assert facts["kv cache"] == {"key_bits": 4, "value_bits": 4, "group": 4, "residual": 8}
+    alone = run(*options)
+    assert "keys and values in 4 bits, 4 a step, the newest 8 in full" in alone.stdout
+    assert f"{expected.model.bits_per_byte:.3f}" in alone.stdout
+    assert "never quantised" in run(*options[:-1], "64").stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--kv-group", "8"], "say to how many --kv-bits"),
+        (["--kv-bits", "2"], "a head of 4 channels does not divide into groups of 32; 4 would fit"),
+        (["--kv-bits", "2", "--kv-residual", "40"], "residual 40 is no multiple of group 32"),
+        (["--kv-bits", "9"], "--kv-bits"),
+    ],
+)
+def test_cache_options_that_fit_nothing_are_refused(model, options, message):
+    for command in (["generate", "x"], ["eval"]):
+        result = run(*command, "--model", model, *options)
+        assert result.exit_code == 2
+        assert message in " ".join(result.stderr.split())
+    tree = run("generate", "x", "--model", model, "--kv-bits", "4", "--draft", model, "--tree")
+    assert tree.exit_code == 2
+    assert "--tree verifies in a cache of numbers" in tree.stderr
 
 
 def test_eval_compares_with_a_reference(model, text_file, tmp_path):

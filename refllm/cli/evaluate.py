@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from refllm.cli.allocator import keep_freed_memory
+from refllm.cli.cache import KvBitsOption, KvGroupOption, KvResidualOption, kivi_of
 from refllm.cli.shared import AnyModelOption, BackendOption, JsonOption, note, opt, progress
 from refllm.study.terminal import console, table
 
@@ -29,6 +31,9 @@ def evaluate(
     ] = None,
     stride: Annotated[int | None, opt("How far the window moves.", min=1, show_default="half a window")] = None,
     max_tokens: Annotated[int | None, opt("Score the first so many tokens only.", min=1)] = None,
+    kv_bits: KvBitsOption = None,
+    kv_group: KvGroupOption = None,
+    kv_residual: KvResidualOption = None,
     seed: Annotated[int, opt("Of the resampling behind the intervals.", min=0)] = 0,
     as_json: JsonOption = False,
     backend: BackendOption = "numpy",
@@ -45,10 +50,15 @@ def evaluate(
       refllm eval
       refllm eval --text README.md --text src/ --window 512
       refllm eval --model stdlib-draft --reference stdlib --max-tokens 20000
+      refllm eval --kv-bits 2 --reference stdlib --max-tokens 8000
+
+    With --kv-bits the model reads each window as it would token by token, with all but the newest keys and values in
+    few bits; the reference reads its own in full.
     """
     import numpy as np
 
     from refllm.api import load
+    from refllm.kv.kivi import KiviAttend
     from refllm.model.corpus import held_out_documents
     from refllm.model.streams import read_files
     from refllm.study.perplexity import compare
@@ -57,10 +67,15 @@ def evaluate(
     documents = read_files(text) if text else held_out_documents()
     keep_freed_memory()
     loaded = load(model, backend)
+    kivi = kivi_of(loaded.config, kv_bits, kv_group, kv_residual)
     window = window or min(1024, loaded.config.max_position_embeddings)
     how: dict[str, Any] = {"window": window, "stride": stride or max(1, window // 2), "max_tokens": max_tokens}
     if window > loaded.config.max_position_embeddings:
         note(f"the window of {window} is longer than the model's {loaded.config.max_position_embeddings} positions")
+    if kivi is not None:
+        how["attend"] = partial(KiviAttend, kivi=kivi, window=loaded.config.sliding_window)
+        if window <= kivi.residual:
+            note(f"a window of {window} tokens is never quantised: the newest {kivi.residual} stay as they are")
     with progress("scoring") as advance:
         if reference is None:
             score, against = score_of(loaded, documents, **how, progress=advance), None
@@ -70,12 +85,17 @@ def evaluate(
             score = against.model
     if as_json:
         facts = finite(as_data(model, score, reference, against))
+        if kivi is not None:
+            facts["kv cache"] = vars(kivi)
         typer.echo(json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False))
     else:
         what = "the held-out modules" if not text else "the given text"
         if max_tokens is not None and score.tokens == max_tokens:
             what = f"the first {max_tokens:,} tokens of {what}"
-        _show(model, score, what, reference, against)
+        cache = "" if kivi is None else (
+            f"keys and values in {kivi.key_bits} bits, {kivi.group} a step, the newest {kivi.residual} in full"
+        )  # fmt: skip
+        _show(model, score, what, reference, against, cache)
 
 
 def as_data(model: str, score: Score, reference: str | None, against: Comparison | None) -> dict[str, Any]:
@@ -112,7 +132,7 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _show(model: str, score: Score, what: str, reference: str | None, against: Comparison | None) -> None:
+def _show(model: str, score: Score, what: str, reference: str | None, against: Comparison | None, cache: str) -> None:
     out = console()
     made = table("document", "tokens", "bytes", "bits/byte", "perplexity")
     rows = [d for d in score.documents if d.tokens]
@@ -125,6 +145,8 @@ def _show(model: str, score: Score, what: str, reference: str | None, against: C
     out.print(f"{model} on {what}, Python {score.python}", style="bold")
     out.print(made)
     out.print(f"windows of {score.window:,} tokens every {score.stride:,}; {score.seconds:.1f} s")
+    if cache:
+        out.print(cache)
     if against is not None:
         near = table("against " + str(reference), "mean", "low", "high")
         for name, interval, digits in (

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from refllm.cli.allocator import keep_freed_memory
+from refllm.cli.cache import KvBitsOption, KvGroupOption, KvResidualOption, kivi_of, told
 from refllm.cli.shared import AnyModelOption, BackendOption, emit, flag, note, opt, progress
 from refllm.cli.speculation import Speculation, draft_named
 from refllm.study.terminal import printable
@@ -44,6 +45,9 @@ def generate(
     ] = None,
     gamma: Annotated[int | None, opt("Drafted tokens a step.", min=1, show_default="4; ngram: 8; tree: 3")] = None,
     tree: Annotated[bool, flag("Draft a tree: a chain as long as the draft is sure, then a fan.", "--tree")] = False,
+    kv_bits: KvBitsOption = None,
+    kv_group: KvGroupOption = None,
+    kv_residual: KvResidualOption = None,
     backend: BackendOption = "numpy",
 ) -> None:
     """Continue a prompt, token by token.
@@ -58,6 +62,7 @@ def generate(
       git show HEAD:setup.py | refllm generate - --stop 'def '
       refllm generate 'import os' --draft stdlib-draft --gamma 3
       refllm generate 'import os' --draft ngram,stdlib-draft --tree
+      refllm generate --prompt-file long.py --kv-bits 4
 
     With --draft the text is the same at temperature 0 and has the same law at others; on a terminal drafted tokens are
     shown as they are judged, accepted ones in green, rejected ones struck through in red.
@@ -74,8 +79,11 @@ def generate(
         raise ValueError("--gamma is the number of drafted tokens: say who drafts with --draft")
     if tree and draft is None:
         raise ValueError("--tree says how a model drafts: say which with --draft")
+    if tree and kv_bits is not None:
+        raise ValueError("--tree verifies in a cache of numbers: leave --kv-bits out, or draft without --tree")
     keep_freed_memory()
     loaded = load(model, backend)
+    kivi = kivi_of(loaded.config, kv_bits, kv_group, kv_residual)
     speculation = None if draft is None else Speculation(draft_named(draft, gamma, tree, backend), loaded.tokenizer)
     length = len(loaded.tokenizer.encode(text, special=True))
     if max_tokens is None:
@@ -89,8 +97,9 @@ def generate(
     watch = Stopwatch()
     drafted: Any = {} if speculation is None else {"drafter": speculation.drafter, "on_step": speculation.judged}
     pieces = loaded.stream(
-        text, max_tokens, how=how, stop=stop or (), ignore_eos=ignore_eos, rng=seed, on_token=watch.tick, **drafted
-    )
+        text, max_tokens, how=how, stop=stop or (), ignore_eos=ignore_eos, rng=seed, on_token=watch.tick, kivi=kivi,
+        **drafted,
+    )  # fmt: skip
     if sys.stdout.isatty():
         for piece in pieces if speculation is None else speculation.shown(pieces):
             emit(piece) if speculation is None else typer.echo(piece, nl=False)
@@ -108,6 +117,8 @@ def generate(
         drawn = f", seed {seed}" if temperature > 0 else ""
         speed = f", then {watch.tokens_per_second:,.0f} tokens/s" if watch.tokens > 1 else ""
         note(f"{length} + {watch.tokens} tokens, the first after {1e3 * watch.ttft:.0f} ms{speed}{drawn}")
+    if kivi is not None:
+        note(told(kivi, loaded.config, length + watch.tokens))
     if speculation is not None:
         note(speculation.summary())
 

@@ -80,7 +80,10 @@ class Kivi:
     def check(self, head_dim: int) -> None:
         """ValueError if groups of channels do not divide a value."""
         if head_dim % self.group:
-            raise ValueError(f"Kivi: a head of {head_dim} channels does not divide into groups of {self.group}")
+            fits = max(g for g in range(1, min(self.group, head_dim) + 1) if not head_dim % g)
+            raise ValueError(
+                f"Kivi: a head of {head_dim} channels does not divide into groups of {self.group}; {fits} would fit"
+            )
 
     def quantised_keys(self, tokens: int) -> int:
         """Of ``tokens`` cached ones, the first so many keys are codes."""
