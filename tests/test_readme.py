@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import refllm
 from refllm.cli import app
+from refllm.kv.kivi import Kivi
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -179,3 +180,18 @@ def test_what_speculation_buys_is_what_was_recorded():
     ):
         times = [1 / row[name]["median"] for row in batches]
         assert stated(pattern) == [round(min(times), digits), round(max(times), digits)]
+
+
+def test_the_cost_of_a_quantised_cache_is_that_of_its_record():
+    values = json.loads((ROOT / "figures/data/kv_quantization.json").read_text(encoding="utf-8"))["values"]
+    text = " ".join(README[README.index("## A cache in few bits") : README.index("## Serving and speculation")].split())
+    kl = {(r["network"], r["choice"], r["bits"]): r["kl"][0] for r in values["rows"] if r["residual"] == 128}
+    assert f"that costs KL {kl['as it is', 'KIVI', 2]:.3f} at 2 bits and {kl['as it is', 'KIVI', 4]:.4f} at 4" in text
+    assert f"keys by token would cost less, {kl['as it is', 'keys by token', 2]:.3f}" in text
+    assert f"they cost {kl['planted', 'keys by token', 2]:.2f}, and KIVI's the same as before" in text
+    assert kl["planted", "KIVI", 2] == pytest.approx(kl["as it is", "KIVI", 2], rel=1e-3)
+    assert f"two pairs of channels made {values['factor']:g} times as large" in text
+    assert len(values["pairs"]) == 2
+    share = dict(zip(values["lengths"], values["memory"]["2 bits"], strict=True))
+    assert f"{100 * share[4096]:.0f} % of float16's bytes at 4,096 tokens, {100 * share[128]:.0f} % at 128" in text
+    assert f"{Kivi(2, 2).bits_per_number():g} bits a number with 2-bit codes" in text

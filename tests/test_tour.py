@@ -60,7 +60,7 @@ def test_the_list_names_every_stop_once():
 def test_a_stop_can_be_visited_alone(guide, name):
     text = visit(guide, name)
     number = NAMES.index(name) + 1
-    assert re.findall(r"^(\d)  ", text, flags=re.M) == [str(number)]
+    assert re.findall(r"^(\d+)  ", text, flags=re.M) == [str(number)]
     assert tour.STOPS[number - 1].title in text
     assert "nan" not in text.lower().split()
     assert "\x1b" not in text
@@ -68,7 +68,7 @@ def test_a_stop_can_be_visited_alone(guide, name):
 
 def test_the_whole_tour_visits_all_stops_in_order_and_lists_its_figures(guide):
     text = visit(guide)
-    assert re.findall(r"^(\d)  (.*)", text, flags=re.M) == [(str(i + 1), s.title) for i, s in enumerate(tour.STOPS)]
+    assert re.findall(r"^(\d+)  (.*)", text, flags=re.M) == [(str(i + 1), s.title) for i, s in enumerate(tour.STOPS)]
     assert guide.figures
     for path in guide.figures:
         assert f"figure: {path}" in text

@@ -29,7 +29,7 @@ from refllm.study.guide import Tour
 from refllm.study.memory import kv_bytes_per_token
 from refllm.study.quick import sample_bits_per_byte, time_step
 from refllm.study.roofline import Cost, mbu, mfu, roofline_data, step_cost
-from refllm.study.techniques import formats, serve, shrink, speculate
+from refllm.study.techniques import cache, formats, serve, shrink, speculate
 from refllm.study.terminal import bytes_text, printable, table
 from refllm.study.timing import Stopwatch
 
@@ -209,6 +209,7 @@ STOPS = [
     Stop("phases", "Prefill and decode", phases),
     Stop("shrink", "Four bits a weight", shrink),
     Stop("formats", "One matrix in every format", formats),
+    Stop("cache", "Two bits a key and a value", cache),
     Stop("speculate", "Several tokens a step", speculate),
     Stop("serve", "Serving a burst of prompts", serve),
 ]
