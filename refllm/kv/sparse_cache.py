@@ -1,0 +1,213 @@
+"""A cache that drops tokens: each key head keeps those that ``kv.sparse`` chooses, at the positions they came from.
+
+| symbol | name                                                      | shape         |
+|--------|-----------------------------------------------------------|---------------|
+| K, V   | what a key head keeps, in the order of positions          | [G, S, D]     |
+| place  | their positions, which differ from head to head           | [G, S]        |
+| merit  | their scores so far                                       | [G, S]        |
+| a      | attention of the step's queries, mean of a key head's     | [G, n, S + n] |
+
+A prompt is read in full, in as many steps as it takes; ``settle`` says that it has been read, and the policy drops
+down to its budget. From then on, a policy that drops at every step does so in ``advance``. What a step brings counts
+only as far as ``advance`` keeps it, so a rejected draft has neither read nor been read.
+
+Memory is what is kept: arrays are cut at every drop. Attention is the naive form, since its weights are the scores; a
+fused kernel never has them, which is why H2O costs speed where SnapKV does not.
+
+Left out: blocks and shared prefixes (what one sequence drops another may need), dropping within a prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refllm.backend import Array, asarray_like, namespace
+from refllm.kv.sparse import Sparse, choose, pooled
+from refllm.model.attention import Attend, masked_score
+from refllm.model.config import ModelConfig
+
+
+@dataclass
+class Kept:
+    """What one sequence keeps in one layer; ``asked`` are the last queries [H, w, D], if they will vote."""
+
+    keys: Array
+    values: Array
+    place: Array
+    merit: Array
+    asked: Array | None
+
+
+class SparseCache:
+    """Keys and values of ``max_sequences`` sequences, each at most ``policy.budget`` tokens a head once it settled."""
+
+    def __init__(
+        self, config: ModelConfig, max_sequences: int, *, like: Array, policy: Sparse,
+        rng: np.random.Generator | None = None,
+    ):  # fmt: skip
+        """``like`` is any array of the library and type to live in; ``rng`` draws the scores of ``at_random``."""
+        if max_sequences < 1:
+            raise ValueError(f"SparseCache: needs room for a sequence, got {max_sequences}")
+        if policy.score == "random" and rng is None:
+            raise ValueError("SparseCache: a policy that drops at random needs rng=")
+        self.policy, self.rng = policy, rng
+        self.budgets = policy.budgets(config.num_hidden_layers)
+        self.window = config.sliding_window
+        xp, shape = namespace(like), (config.num_key_value_heads, 0, config.head_dim)
+        queries = (config.num_attention_heads, 0, config.head_dim)
+
+        def empty() -> Kept:
+            none, at = xp.zeros(shape, dtype=like.dtype), xp.zeros(shape[:2], dtype=xp.int64)
+            asked = xp.zeros(queries, dtype=like.dtype) if policy.score == "votes" else None
+            return Kept(none, none, at, none[:, :, 0], asked)
+
+        self.layers = [[empty() for _ in range(max_sequences)] for _ in range(config.num_hidden_layers)]
+        self.lengths = [0] * max_sequences  # tokens read, kept or not
+        self.settled = [False] * max_sequences
+        self.dropped = 0  # tokens of a layer, mean of its heads
+        self._view: _View | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values that are kept, and of their positions and scores."""
+        held = [a for layer in self.layers for kept in layer for a in (kept.keys, kept.values, kept.place, kept.merit)]
+        return int(sum(a.nbytes for a in held))
+
+    def positions(self, counts: Sequence[int]) -> list[int]:
+        """Positions of the next ``counts[b]`` tokens of every sequence, in the order of the ragged batch."""
+        return [s + i for s, n in zip(self.lengths, counts, strict=False) for i in range(n)]
+
+    def view(self, counts: Sequence[int]) -> Attend:
+        """An ``attend`` for a step in which sequence b brings ``counts[b]`` new tokens (0 is allowed)."""
+        if len(counts) > len(self.lengths):
+            raise ValueError(f"the cache holds {len(self.lengths)} sequences, the batch has {len(counts)}")
+        if min(counts) < 0:
+            raise ValueError(f"a sequence brings 0 tokens or more, got {list(counts)}")
+        self._view = _View(self, counts)
+        return self._view
+
+    def advance(self, counts: Sequence[int]) -> None:
+        """Commit the first ``counts[b]`` tokens that the last view brought; drop what the policy drops at every step.
+
+        ValueError if it brought fewer, or has not gone through all layers.
+        """
+        view = self._view
+        if view is None or len(view.brought) != len(self.layers):
+            raise ValueError(f"advance commits what a view brought to {len(self.layers)} layers: run the step first")
+        if len(counts) > len(view.counts) or any(not 0 <= n <= m for n, m in zip(counts, view.counts, strict=False)):
+            raise ValueError(f"the step brought {view.counts} tokens, {list(counts)} cannot be committed")
+        self._view = None
+        for b, n in enumerate(counts):
+            if n:
+                for layer, sequences in enumerate(self.layers):
+                    self._append(sequences[b], n, self.lengths[b], *view.brought[layer][b])
+                    if self.settled[b] and self.policy.always:
+                        self._drop(layer, b, sequences[b].merit)
+                self.lengths[b] += n
+
+    def settle(self) -> None:
+        """The prompts have been read: each sequence that has not settled drops down to its budget."""
+        for b, done in enumerate(self.settled):
+            if not done and self.lengths[b]:
+                for layer, sequences in enumerate(self.layers):
+                    kept = sequences[b]
+                    self._drop(layer, b, kept.merit if kept.asked is None else self._votes(kept, self.lengths[b]))
+                    kept.asked = None
+                self.settled[b] = True
+
+    def _append(self, kept: Kept, n: int, start: int, q: Array, k: Array, v: Array, a: Array) -> None:
+        """The first n of a step's tokens join what is kept; q[H, ·, D], k, v[G, ·, D], a[G, ·, S + ·]."""
+        xp, size = namespace(k), kept.keys.shape[1]
+        kept.keys = xp.concat([kept.keys, k[:, :n]], axis=1)
+        kept.values = xp.concat([kept.values, v[:, :n]], axis=1)
+        new = xp.broadcast_to(xp.arange(start, start + n), (k.shape[0], n))
+        kept.place = xp.concat([kept.place, new], axis=1)
+        a = a[:, :n, : size + n]
+        if self.policy.score == "mass":
+            kept.merit = xp.concat([kept.merit, xp.zeros_like(a[:, 0, size:])], axis=1) + xp.sum(a, axis=1)
+        elif self.policy.score == "last":
+            kept.merit = a[:, -1]
+        elif self.policy.score == "random":
+            assert self.rng is not None
+            drawn = asarray_like(self.rng.random((k.shape[0], n)), k, kept.merit.dtype)
+            kept.merit = xp.concat([kept.merit, drawn], axis=1)
+        else:
+            kept.merit = xp.concat([kept.merit, xp.zeros_like(a[:, 0, size:])], axis=1)
+        if kept.asked is not None:
+            kept.asked = xp.concat([kept.asked, q[:, :n]], axis=1)[:, -self.policy.window :]
+
+    def _drop(self, layer: int, b: int, score: Array) -> None:
+        kept, policy, budget = self.layers[layer][b], self.policy, self.budgets[layer]
+        size = int(kept.keys.shape[1])
+        if size <= budget:
+            return
+        xp = namespace(score)
+        if policy.alike:
+            score = xp.broadcast_to(xp.mean(score, axis=0), score.shape)
+        stay = choose(score, budget, policy.first, policy.newest)
+        kept.place = xp.take_along_axis(kept.place, stay, axis=1)
+        kept.merit = xp.take_along_axis(kept.merit, stay, axis=1)
+        kept.keys = xp.take_along_axis(kept.keys, stay[:, :, None], axis=1)
+        kept.values = xp.take_along_axis(kept.values, stay[:, :, None], axis=1)
+        self.dropped += size - budget
+
+    def _votes(self, kept: Kept, length: int) -> Array:
+        """SnapKV's C: what the last w queries read of the tokens before them, summed and pooled; [G, S]."""
+        xp, policy = namespace(kept.keys), self.policy
+        assert kept.asked is not None
+        w = int(kept.asked.shape[1])
+        a = _weights(kept.asked, kept.keys, kept.place, length - w, self.window)
+        before = xp.sum(xp.mean(a, axis=1), axis=1)[:, : length - w]  # the mean over heads, the sum over queries
+        votes = pooled(before, policy.kernel, policy.pool)
+        return xp.concat([votes, xp.zeros((votes.shape[0], w), dtype=votes.dtype)], axis=1)
+
+
+class _View:
+    """Each sequence over what its key heads keep, and what the step brings."""
+
+    def __init__(self, cache: SparseCache, counts: Sequence[int]):
+        self.cache, self.counts = cache, list(counts)
+        self.brought: dict[
+            int, list[Any]
+        ] = {}  # by layer: q, k, v and a of each sequence, None where it brings nothing
+
+    def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
+        xp, cache, at = namespace(q), self.cache, 0
+        out, brought = xp.empty_like(q), self.brought.setdefault(layer, [])
+        brought.clear()
+        for b, n in enumerate(self.counts):
+            if n == 0:
+                brought.append(None)
+                continue
+            rows, kept, start = slice(at, at + n), cache.layers[layer][b], cache.lengths[b]
+            asks, new_k, new_v = (xp.copy(x[rows].transpose(1, 0, 2)) for x in (q, k, v))  # theirs to overwrite
+            keys = xp.concat([kept.keys, new_k], axis=1)
+            values = xp.concat([kept.values, new_v], axis=1)
+            new = xp.broadcast_to(xp.arange(start, start + n), (keys.shape[0], n))
+            a = _weights(asks, keys, xp.concat([kept.place, new], axis=1), start, cache.window)  # [G, R, n, S+n]
+            o = xp.matmul(a, values[:, None])  # [G, R, n, D]
+            out[rows] = o.reshape(-1, n, o.shape[-1]).transpose(1, 0, 2)
+            brought.append((asks, new_k, new_v, xp.mean(a, axis=1)))
+            at += n
+        return out
+
+
+def _weights(q: Array, keys: Array, place: Array, start: int, window: int | None) -> Array:
+    """softmax(q K / √D) of q[H, n, D] at positions ``start`` + i over keys[G, S, D] at ``place``: [G, R, n, S]."""
+    xp = namespace(q, keys)
+    groups, dim = keys.shape[0], keys.shape[2]
+    rows = q.reshape(groups, -1, *q.shape[1:]) * (1.0 / math.sqrt(dim))
+    scores = xp.matmul(rows, keys.transpose(0, 2, 1)[:, None])
+    t = xp.arange(start, start + q.shape[1])[:, None]
+    hidden = place[:, None, None, :] > t
+    if window is not None:
+        hidden = hidden | (place[:, None, None, :] <= t - window)
+    scores = xp.where(hidden, xp.asarray(masked_score(xp, q.dtype), dtype=q.dtype), scores)
+    p = xp.exp(scores - xp.max(scores, axis=-1, keepdims=True))
+    p /= xp.sum(p, axis=-1, keepdims=True)
+    return p
