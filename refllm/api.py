@@ -23,10 +23,9 @@ import numpy as np
 
 from refllm.backend import Array, asarray_like, to_numpy
 from refllm.decode.drafts import Drafter, ModelDrafter, check_drafter
-from refllm.decode.generate import GREEDY, Sampling, generate_tokens
+from refllm.decode.generate import GREEDY, CachePolicy, Sampling, generate_tokens
 from refllm.decode.speculate import Step, speculate
 from refllm.decode.text import StopStrings, Utf8Stream
-from refllm.kv.kivi import Kivi
 from refllm.model import checkpoint
 from refllm.model.attention import CausalAttend
 from refllm.model.config import ModelConfig
@@ -117,7 +116,7 @@ class Model:
         ignore_eos: bool = False,
         rng: np.random.Generator | int | None = None,
         drafter: Drafter | Model | None = None,
-        kivi: Kivi | None = None,
+        cache: CachePolicy | None = None,
     ) -> Any:
         """Continue ``prompt`` by at most ``max_tokens`` tokens and return only what is new.
 
@@ -129,18 +128,20 @@ class Model:
         A ``drafter`` (see ``refllm.decode.drafts``; a ``Model`` drafts with 4 tokens a step) changes how many steps
         that takes. It does not change the text at temperature 0, nor its law at others.
 
-        ``kivi`` keeps keys and values of all but the newest tokens in few bits (``refllm.kv.kivi``): less memory, and
-        another text.
+        A ``cache`` policy changes what is remembered, and with it the text: ``refllm.kv.kivi.Kivi(...)`` keeps keys
+        and values of all but the newest tokens in few bits, one of ``refllm.kv.sparse`` keeps some of the tokens.
+        What is read depends on where steps begin, so with both a cache policy and a drafter the text may be another
+        one than with the policy alone.
         """
         how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         if isinstance(prompt, str):
             options: Any = {"how": how, "stop": stop, "ignore_eos": ignore_eos, "rng": rng, "drafter": drafter,
-                            "kivi": kivi}  # fmt: skip
+                            "cache": cache}  # fmt: skip
             return "".join(self.stream(prompt, max_tokens, **options))
         if stop:
             raise ValueError("stop strings need a text prompt; token prompts end at max_tokens or the end token")
         ids, ends = _token_lists([prompt])[0], frozenset() if ignore_eos else frozenset(self.config.eos_token_ids)
-        tokens = self._tokens(ids, max_tokens, how, np.random.default_rng(rng), drafter, kivi=kivi)
+        tokens = self._tokens(ids, max_tokens, how, np.random.default_rng(rng), drafter, cache=cache)
         return list(takewhile(lambda token: token not in ends, tokens))
 
     def generate_batch(
@@ -151,7 +152,7 @@ class Model:
         how: Sampling = GREEDY,
         ignore_eos: bool = False,
         rng: np.random.Generator | int | None = None,
-        kivi: Kivi | None = None,
+        cache: CachePolicy | None = None,
     ) -> list[list[int]]:
         """``generate`` of B token prompts as one static batch; each result ends before its own end token."""
         prompts = _token_lists(prompts)
@@ -159,7 +160,7 @@ class Model:
         results: list[list[int]] = [[] for _ in prompts]
         running = set(range(len(prompts)))
         rng = np.random.default_rng(rng)
-        for step in generate_tokens(self.weights, self.config, prompts, max_tokens, how, rng, kivi):
+        for step in generate_tokens(self.weights, self.config, prompts, max_tokens, how, rng, cache):
             for b in list(running):
                 if step[b] in ends:
                     running.discard(b)
@@ -181,7 +182,7 @@ class Model:
         on_token: Callable[[int], object] | None = None,
         drafter: Drafter | Model | None = None,
         on_step: Callable[[Step], object] | None = None,
-        kivi: Kivi | None = None,
+        cache: CachePolicy | None = None,
     ) -> Iterator[str]:
         """Yield the new text piece by piece: whole characters only, never a part of a stop string.
 
@@ -192,7 +193,7 @@ class Model:
         ends = frozenset() if ignore_eos else frozenset(self.config.eos_token_ids)
         ids = self.tokenizer.encode(prompt, special=True)
         characters, stops = Utf8Stream(self.tokenizer), StopStrings(stop)
-        for token in self._tokens(ids, max_tokens, how, np.random.default_rng(rng), drafter, on_step, kivi):
+        for token in self._tokens(ids, max_tokens, how, np.random.default_rng(rng), drafter, on_step, cache):
             if on_token is not None:
                 on_token(token)
             if token in ends:
@@ -215,17 +216,17 @@ class Model:
         rng: np.random.Generator,
         drafter: Drafter | Model | None,
         on_step: Callable[[Step], object] | None = None,
-        kivi: Kivi | None = None,
+        cache: CachePolicy | None = None,
     ) -> Iterator[int]:
         """New tokens of one prompt one by one, those of an accepted run together."""
         if drafter is None:
-            for (token,) in generate_tokens(self.weights, self.config, [prompt], max_tokens, how, rng, kivi):
+            for (token,) in generate_tokens(self.weights, self.config, [prompt], max_tokens, how, rng, cache):
                 yield token
             return
         if isinstance(drafter, Model):
             drafter = ModelDrafter(drafter)
         check_drafter(self, drafter)
-        for step in speculate(self.weights, self.config, prompt, max_tokens, how, rng, drafter, kivi=kivi):
+        for step in speculate(self.weights, self.config, prompt, max_tokens, how, rng, drafter, policy=cache):
             if on_step is not None:
                 on_step(step)
             yield from step.tokens

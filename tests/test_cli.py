@@ -487,9 +487,9 @@ def test_a_cache_in_few_bits_is_what_the_options_say(model, text_file):
     loaded = load(model, "numpy")
     result = run("generate", "def f(x): return x", "--model", model, "-n", "20", "--ignore-eos", *few)
     plain = run("generate", "def f(x): return x", "--model", model, "-n", "20", "--ignore-eos")
-    assert result.stdout == as_lines(loaded.generate("def f(x): return x", 20, ignore_eos=True, kivi=kivi))
-    assert "cache: 4-bit codes of all but the newest 8 tokens" in result.stderr
-    assert human(kivi.nbytes(loaded.config, 39, full=32)) in result.stderr  # 18 + 1 + 20 tokens
+    assert result.stdout == as_lines(loaded.generate("def f(x): return x", 20, ignore_eos=True, cache=kivi))
+    assert "in 4-bit codes but for the newest tokens, 8 at most" in result.stderr
+    assert human(kivi.nbytes(loaded.config, 38, full=32)) in result.stderr  # 18 + 1 + 20 tokens, the last never read
     assert "cache:" not in plain.stderr
 
     document, rng = [Document("code.py", TEXT)], np.random.default_rng(0)
@@ -502,7 +502,11 @@ def test_a_cache_in_few_bits_is_what_the_options_say(model, text_file):
     alone = run(*options)
     assert "keys and values in 4 bits, 4 a step, the newest 8 in full" in alone.stdout
     assert f"{expected.model.bits_per_byte:.3f}" in alone.stdout
-    assert "never quantised" in run(*options[:-1], "64").stderr
+    assert "nothing was quantised: the newest 64 tokens" in run(*options[:-1], "64").stderr
+    assert "nothing was quantised" not in alone.stderr
+    short = run("generate", "x", "--model", model, "-n", "3", "--ignore-eos", *few)
+    assert "nothing of it quantised: 4 tokens are fewer than the 8 that wait" in short.stderr
+    assert "cache:" not in run("generate", "x", "--model", model, "-n", "0", *few).stderr
 
 
 @pytest.mark.parametrize(

@@ -106,11 +106,14 @@ def test_rows_that_are_not_whole_groups_are_refused(xp):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, 2, 32, 128), "key_bits is a whole number above 0, got 0"),
-        ((2, 2.0, 32, 128), "value_bits is a whole number above 0, got 2.0"),
+        ((0, 2, 32, 128), "key_bits is a whole number, 1 or more, got 0"),
+        ((2, 2.0, 32, 128), "value_bits is a whole number, 1 or more, got 2.0"),
+        ((2, True, 32, 128), "value_bits is a whole number, 1 or more, got True"),
+        ((2, 2, np.array([32]), 128), r"group is a whole number, 1 or more, got array\(\[32\]\)"),
         ((9, 2, 32, 128), "codes have 1 to 8 bits, got 9 and 2"),
         ((2, 2, 32, 100), "residual 100 is no multiple of group 32; take 96"),
-        ((2, 2, 8, 8), "8 keys of 2 bits fill no whole 32-bit words; take residual 32"),
+        ((2, 2, 8, 8), "8 keys of 2 bits fill no whole 32-bit words; take residual 16"),
+        ((1, 1, 8, 20), "20 is no multiple of group 8; take 32"),
         ((3, 2, 20, 20), "take residual 160"),
     ],
 )
@@ -161,6 +164,9 @@ def test_exact_value_bits_and_bytes_of_the_specification():
     per_side = 160 * 1024
     expected = (4096 + (4096 - 128)) * per_side * 3 / 16 + 128 * per_side
     assert Kivi(2, 2, 32, 128).nbytes(LLAMA_70B, 4096) == expected
+    # keys and values of other widths: 128 · 2 / 32 words a channel, 1 · 128 · 8 / 32 a token
+    one = ModelConfig("llama", 8, 128, 128, 1, 1, 1, 128)
+    assert Kivi(2, 8, 32, 128).nbytes(one, 129) == 4 * (128 * 8 + 32) + 2 * (2 * 129 * 4 + 1 * 128 + 128 * 128)
     # 3-bit values leave the end of a row's last word unused: 8 · 3 = 24 of 32 bits
     small = ModelConfig("llama", 8, 16, 16, 1, 2, 1, 8)
     assert Kivi(4, 3, 8, 8).nbytes(small, 9) == 4 * (8 * 1 + 1) + 2 * (2 * 9 + (18 - 9) * 8)
@@ -184,11 +190,11 @@ def hat(x: np.ndarray, bits: int, group: int, by: str, whole: int) -> np.ndarray
 
 def one_by_one(q, k, v, kivi: Kivi, window: int | None, keys: str, values: str) -> np.ndarray:
     """Each query over keys and values that are laid out for it alone."""
-    count = {"channel": kivi.quantised_keys, "token": kivi.quantised_values}
+    coded = kivi.quantised_values if values == "token" else kivi.quantised_keys
     rows = []
     for t in range(len(q)):
-        seen = hat(k[: t + 1], kivi.key_bits, kivi.group, keys, count[keys](t))
-        read = hat(v[: t + 1], kivi.value_bits, kivi.group, values, count[values](t))
+        seen = hat(k[: t + 1], kivi.key_bits, kivi.group, keys, kivi.quantised_keys(t))
+        read = hat(v[: t + 1], kivi.value_bits, kivi.group, values, coded(t))
         rows.append(attention(q[t : t + 1], seen, read, start=t, window=window)[0])
     return np.concatenate(rows)
 
@@ -248,6 +254,24 @@ def test_keys_with_large_channels_want_steps_by_channel_and_those_with_large_tok
             assert np.allclose(back, hat(k, 2, 8, by, 128), rtol=0, atol=1e3 * EPS64)
             error[by] = np.square(back - k)[factor == 1].mean()  # the large ones are as well off either way
         assert error[worse] > 20 * error[better]
+
+
+def test_scores_may_be_as_large_as_they_are(xp):
+    """exp of a score of a thousand is infinite: the largest is taken off before."""
+    q, k, v = text(1, 50)
+    expected = one_by_one(1e3 * q, k, v, Kivi(2, 2, 8, 32), None, "channel", "token")
+    got = to_host(attend_as_decoded(*(xp.asarray(a) for a in (1e3 * q, k, v)), Kivi(2, 2, 8, 32)))
+    assert np.isfinite(got).all()
+    assert np.abs(got - expected).max() <= 1e-8  # scores of up to 10⁴, each with an error of 10⁴ eps
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int64, np.uint64])
+def test_settings_of_numpy_s_integers_are_those_of_python(kind):
+    kivi = Kivi(*(kind(value) for value in (2, 4, 8, 32)))
+    assert [type(value) for value in vars(kivi).values()] == [int] * 4
+    assert kivi == Kivi(2, 4, 8, 32)
+    assert (kivi.quantised_values(5), kivi.quantised_keys(70)) == (0, 64)
+    assert kivi.nbytes(LLAMA_70B, 32768) == Kivi(2, 4, 8, 32).nbytes(LLAMA_70B, 32768) > 2**32
 
 
 def test_what_does_not_fit_is_refused(xp):

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 import fakecupy
 from conftest import to_host
 from networks import NETWORKS, TOKENS, full_logits, random_tensors
-from refllm.decode.drafts import NGramDrafter
+from refllm.decode.drafts import Cascade, ModelDrafter, NGramDrafter, PerfectDrafter
+from refllm.decode.generate import GREEDY, new_cache
+from refllm.decode.speculate import speculate
 from refllm.decode.tree_drafts import TreeDrafter
 from refllm.kv.kivi import Kivi, KiviAttend, attend_as_decoded
 from refllm.kv.kivi_cache import KiviCache
@@ -70,16 +72,17 @@ steps = st.lists(st.tuples(st.integers(0, 70), st.integers(0, 70)), min_size=1, 
     "What the cache holds is a function of the length: no cut into steps, neighbour or rejected draft changes a bit",
     source="Liu et al. 2024, algorithm 1: flushes at multiples of R from position 0",
 )
-@given(seed=seeds, kivi=kivis, counts=steps, data=st.data())
-def test_invariance_of_the_way_to_a_length(xp, seed, kivi, counts, data):
+@given(seed=seeds, kivi=kivis, counts=steps, data=st.data(), dtype=st.sampled_from(["float16", "float64"]))
+def test_invariance_of_the_way_to_a_length(xp, seed, kivi, counts, data, dtype):
+    """In float16 what waits is rounded, so what becomes a code at once is rounded before."""
     texts_of = texts(seed, 2)
-    cache = poisoned(xp, kivi, 2)
+    cache = poisoned(xp, kivi, 2, dtype=dtype)
     for pair in counts:
         brought = [min(n, CAPACITY - s) for n, s in zip(pair, cache.lengths, strict=True)]
         kept = [data.draw(st.integers(0, n)) for n in brought]
         if sum(brought):
             run(xp, cache, texts_of, brought, kept)
-    straight = poisoned(xp, kivi, 2)
+    straight = poisoned(xp, kivi, 2, dtype=dtype)
     if sum(cache.lengths):
         run(xp, straight, texts_of, cache.lengths)
     assert straight.lengths == cache.lengths
@@ -144,7 +147,7 @@ def test_conservation_bytes_are_those_of_the_formula_and_the_room_that_is_left(x
     kivi = Kivi(bits, bits, 8, 32)
     cache = KiviCache(config(), 3, capacity, like=xp.zeros(1), kivi=kivi, dtype=dtype)
     item = np.dtype(dtype).itemsize
-    unused = 32 - capacity % 32 + max(0, 32 - capacity)  # columns of keys and rows of values in which nothing waits
+    unused = 32 - capacity % 32 if capacity >= 32 else 0  # columns of keys in which nothing waits
     expected = kivi.nbytes(config(), capacity, full=8 * item) + L * G * D * unused * item
     assert cache.nbytes == 3 * expected
 
@@ -159,6 +162,12 @@ def test_a_cache_in_float16_serves_queries_in_float32(xp):
     assert a[0][0].dtype == "float32"
     assert 0 < np.abs(a[1][0] - b[1][0]).max() < 0.02
     assert half.nbytes < whole.nbytes
+    exact, rounded = (half.read(0, 0, dtype)[0] for dtype in ("float32", None))
+    assert (exact.dtype, rounded.dtype) == ("float32", "float16")
+    codes = half.key_steps[0, 0, 0] * 0 + 1  # a step of float16 times a code, computed in float32
+    assert codes.dtype == "float16"
+    assert not np.array_equal(to_host(exact), to_host(rounded).astype("float32"))
+    np.testing.assert_allclose(to_host(exact), to_host(rounded), rtol=0, atol=0.01)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -177,6 +186,8 @@ def test_what_the_cache_cannot_do_is_refused_and_nothing_is_lost(xp):
     for counts, message in (([111, 0], "sequence 0: 40 cached"), ([1, -1], "sequence 1"), ([1, 1, 1], "holds 2")):
         with pytest.raises(ValueError, match=message):
             cache.view(counts)
+    with pytest.raises(ValueError, match="the view is for 5 tokens, the step has 2"):
+        cache.view([5, 0])(0, *(xp.zeros((2, heads, D)) for heads in (H, G, G)))
     cache.view([1, 1])(0, *(xp.zeros((2, heads, D)) for heads in (H, G, G)))
     with pytest.raises(ValueError, match="to 2 layers: run the step first"):
         cache.advance([1, 1])  # of one layer only
@@ -245,19 +256,53 @@ def by_hand(prompt: list[int], count: int, kivi: Kivi) -> list[int]:
 
 def test_generation_reads_what_the_cache_holds_alone_and_in_a_batch():
     expected = [by_hand(prompt, 25, COARSE) for prompt in PROMPTS]
-    assert ENDLESS.generate_batch(PROMPTS, 25, kivi=COARSE) == expected
-    assert [ENDLESS.generate(prompt, 25, kivi=COARSE) for prompt in PROMPTS] == expected
+    assert ENDLESS.generate_batch(PROMPTS, 25, cache=COARSE) == expected
+    assert [ENDLESS.generate(prompt, 25, cache=COARSE) for prompt in PROMPTS] == expected
     plain = ENDLESS.generate_batch(PROMPTS, 25)
     assert [a == b for a, b in zip(plain, expected, strict=True)] == [False, False, True]  # 30 tokens wait
-    assert "".join(ENDLESS.stream("abc" * 30, 20, kivi=COARSE)) == ENDLESS.generate("abc" * 30, 20, kivi=COARSE)
+    assert "".join(ENDLESS.stream("abc" * 30, 20, cache=COARSE)) == ENDLESS.generate("abc" * 30, 20, cache=COARSE)
 
 
 def test_while_everything_waits_the_text_is_the_plain_one_with_drafts_and_without():
     plain = ENDLESS.generate(PROMPTS[0], 60)
     for drafter in (None, ENDLESS, NGramDrafter(4)):
-        assert ENDLESS.generate(PROMPTS[0], 60, kivi=PATIENT, drafter=drafter) == plain
+        assert ENDLESS.generate(PROMPTS[0], 60, cache=PATIENT, drafter=drafter) == plain
 
 
-def test_a_tree_of_drafts_is_refused():
-    with pytest.raises(ValueError, match="a tree of drafts is verified in a cache of numbers"):
-        ENDLESS.generate(PROMPTS[0], 8, kivi=COARSE, drafter=TreeDrafter(ENDLESS, 3))
+def test_a_step_of_drafts_reads_the_cache_that_it_found():
+    """Chains of drafts over several flushes: each step again by hand, on the same cache."""
+    c, w, prompt, accepted = ENDLESS.config, ENDLESS.weights, PROMPTS[0], 0
+    for drafter in (NGramDrafter(5), ModelDrafter(network(1, eos_token_ids=()), 3), PerfectDrafter(ENDLESS, 4)):
+        taken = list(speculate(w, c, prompt, 60, GREEDY, np.random.default_rng(0), drafter, policy=COARSE))
+        cache, text = KiviCache(c, 1, 160, like=np.zeros(1), kivi=COARSE), list(prompt)
+        for i, step in enumerate(taken):
+            fed = [text[-1], *step.drafts] if i else text
+            at = np.arange(cache.lengths[0], cache.lengths[0] + len(fed))
+            z = logits(w, forward(w, c, np.asarray(fed), at, cache.view([len(fed)])))
+            found = z.argmax(axis=-1).tolist() if i else z[-1:].argmax(axis=-1).tolist()
+            assert step.drafts[: step.accepted] == found[: step.accepted]
+            assert step.token == found[step.accepted]
+            assert step.accepted == len(step.drafts) or step.drafts[step.accepted] != step.token
+            cache.advance([1 + step.accepted if i else len(prompt)])
+            text += step.tokens
+        accepted += sum(step.accepted for step in taken)
+        assert COARSE.quantised_keys(len(text)) >= COARSE.quantised_keys(len(prompt)) + 32  # over a flush
+        assert ENDLESS.generate(prompt, 60, cache=COARSE, drafter=drafter) == text[len(prompt) :]
+    assert accepted > 0
+
+
+def test_a_long_prompt_reads_itself_as_it_came_whoever_its_neighbours_are():
+    prompts = [np.random.default_rng(n).integers(1, 257, n).tolist() for n in (300, 200, 400)]
+    model = network(eos_token_ids=(), max_position_embeddings=512)
+    together = model.generate_batch(prompts, 12, cache=COARSE)
+    assert together == [model.generate(prompt, 12, cache=COARSE) for prompt in prompts]
+    for prompt, new in zip(prompts, together, strict=True):  # the first token is chosen as without a policy
+        assert new[:1] == model.generate(prompt, 1)
+    assert new_cache(model.config, 1, 9, np.zeros(1), COARSE).key_rest.dtype == "float64"
+
+
+def test_a_tree_of_drafts_is_refused_before_anything_is_computed():
+    for drafter in (TreeDrafter(ENDLESS, 3), Cascade(NGramDrafter(3), TreeDrafter(ENDLESS, 3))):
+        for count in (0, 1, 8):
+            with pytest.raises(ValueError, match="a tree of drafts is verified in a cache that keeps"):
+                ENDLESS.generate(PROMPTS[0], count, cache=COARSE, drafter=drafter)

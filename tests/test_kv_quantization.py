@@ -97,10 +97,10 @@ def test_what_the_committed_record_says():
     values = read(Path(ROOT) / "figures/data/kv_quantization.json").values
     kl = {(r["network"], r["choice"], r["bits"]): r["kl"] for r in values["rows"] if r["residual"] == 128}
     for bits in (4, 3, 2):
-        assert kl["as it is", "keys by token", bits][2] < kl["as it is", "KIVI", bits][1]
+        assert kl["as it is", "keys by token", bits][0] > kl["as it is", "KIVI", bits][0]
         assert kl["planted", "keys by token", bits][1] > kl["planted", "KIVI", bits][2]
         assert kl["planted", "KIVI", bits][0] == pytest.approx(kl["as it is", "KIVI", bits][0], rel=1e-3)
-    assert kl["planted", "keys by token", 2][0] > 30 * kl["planted", "KIVI", 2][0]
+    assert kl["planted", "keys by token", 2][0] > 40 * kl["planted", "KIVI", 2][0]
     waiting = {r["residual"]: r["kl"][0] for r in values["rows"]
                if (r["network"], r["choice"], r["bits"]) == ("as it is", "KIVI", 2)}  # fmt: skip
     assert [waiting[r] for r in sorted(waiting)] == sorted(waiting.values(), reverse=True)

@@ -158,8 +158,13 @@ def test_keys_that_cannot_be_planted_are_refused():
     tiny = replace(NETWORKS["llama"], num_hidden_layers=1)
     tensors = random_tensors(tiny, 0, "float32")
     tensors["model.layers.0.self_attn.q_proj.weight"][2, 1] = np.finfo("float32").smallest_subnormal * 3
-    with pytest.raises(ValueError, match="layer 0's q_proj has weights too small to be divided by 8"):
+    with pytest.raises(ValueError, match="layer 0's q_proj has numbers that 8 rounds"):
         plant_keys(build(tiny, tensors), tiny, [2])
+    config, weights = weights_of("qwen2")
+    for name, value in (("q_bias", np.finfo("float32").smallest_subnormal), ("k_bias", np.float32(3e38))):
+        layers = [layer | {name: np.full_like(layer[name], value)} for layer in weights["layers"]]
+        with np.errstate(over="ignore"), pytest.raises(ValueError, match=f"layer 0's {name} has numbers that 8 rounds"):
+            plant_keys(weights | {"layers": layers}, config, [2])
 
 
 def test_channels_are_drawn_without_repetition():

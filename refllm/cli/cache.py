@@ -35,11 +35,14 @@ def kivi_of(config: ModelConfig, bits: int | None, group: int | None, residual: 
 
 
 def told(kivi: Kivi, config: ModelConfig, tokens: int) -> str:
-    """How large the cache of so many tokens is, and would be in full."""
+    """What is used of the cache after so many tokens, and would be in full."""
     from refllm.study.memory import human, kv_bytes
 
     small, full = kivi.nbytes(config, tokens, full=32), kv_bytes(config, tokens, bits=32)
+    if small == full:
+        why = f"{tokens} tokens are fewer than the {kivi.residual} that wait"
+        return f"cache: {human(full)}, nothing of it quantised: {why}"
     return (
-        f"cache: {kivi.key_bits}-bit codes of all but the newest {kivi.residual} tokens, {human(small)} "
-        f"instead of {human(full)}"
+        f"cache: {human(small)} instead of {human(full)}, in {kivi.key_bits}-bit codes but for the newest tokens, "
+        f"{kivi.residual} at most"
     )

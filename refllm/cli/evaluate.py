@@ -74,8 +74,6 @@ def evaluate(
         note(f"the window of {window} is longer than the model's {loaded.config.max_position_embeddings} positions")
     if kivi is not None:
         how["attend"] = partial(KiviAttend, kivi=kivi, window=loaded.config.sliding_window)
-        if window <= kivi.residual:
-            note(f"a window of {window} tokens is never quantised: the newest {kivi.residual} stay as they are")
     with progress("scoring") as advance:
         if reference is None:
             score, against = score_of(loaded, documents, **how, progress=advance), None
@@ -83,6 +81,12 @@ def evaluate(
             other, rng = load(reference, backend), np.random.default_rng(seed)
             against = compare(loaded, other, documents, rng=rng, **how, progress=advance)
             score = against.model
+    longest = min(window, max(d.tokens for d in score.documents) + 1)
+    if kivi is not None and longest <= kivi.residual:
+        note(
+            f"nothing was quantised: the newest {kivi.residual} tokens stay as they are, and the longest text read at "
+            f"once has {longest}"
+        )
     if as_json:
         facts = finite(as_data(model, score, reference, against))
         if kivi is not None:

@@ -65,7 +65,8 @@ def generate(
       refllm generate --prompt-file long.py --kv-bits 4
 
     With --draft the text is the same at temperature 0 and has the same law at others; on a terminal drafted tokens are
-    shown as they are judged, accepted ones in green, rejected ones struck through in red.
+    shown as they are judged, accepted ones in green, rejected ones struck through in red. With --kv-bits it may be
+    another one: all tokens of a step read the cache that the step found.
     """
     import numpy as np
 
@@ -97,7 +98,7 @@ def generate(
     watch = Stopwatch()
     drafted: Any = {} if speculation is None else {"drafter": speculation.drafter, "on_step": speculation.judged}
     pieces = loaded.stream(
-        text, max_tokens, how=how, stop=stop or (), ignore_eos=ignore_eos, rng=seed, on_token=watch.tick, kivi=kivi,
+        text, max_tokens, how=how, stop=stop or (), ignore_eos=ignore_eos, rng=seed, on_token=watch.tick, cache=kivi,
         **drafted,
     )  # fmt: skip
     if sys.stdout.isatty():
@@ -117,8 +118,8 @@ def generate(
         drawn = f", seed {seed}" if temperature > 0 else ""
         speed = f", then {watch.tokens_per_second:,.0f} tokens/s" if watch.tokens > 1 else ""
         note(f"{length} + {watch.tokens} tokens, the first after {1e3 * watch.ttft:.0f} ms{speed}{drawn}")
-    if kivi is not None:
-        note(told(kivi, loaded.config, length + watch.tokens))
+    if kivi is not None and watch.tokens:
+        note(told(kivi, loaded.config, length + watch.tokens - 1))  # the last token was never read
     if speculation is not None:
         note(speculation.summary())
 

@@ -279,6 +279,7 @@ class Cascade:
         if not drafters or not all(hasattr(drafter, "propose") for drafter in drafters):
             raise ValueError(f"a cascade needs drafters, such as NGramDrafter(), got {drafters!r}")
         self.drafters, self.gamma = drafters, max(drafter.gamma for drafter in drafters)
+        self.trees = any(getattr(drafter, "trees", False) for drafter in drafters)
         self._asked = drafters[0]  # whose proposal is judged
 
     def propose(

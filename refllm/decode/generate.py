@@ -28,6 +28,8 @@ from refllm.decode.captured import stepper
 from refllm.kv.contiguous import ContiguousCache
 from refllm.kv.kivi import Kivi
 from refllm.kv.kivi_cache import KiviCache
+from refllm.kv.sparse import Sparse
+from refllm.kv.sparse_cache import SparseCache
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights, forward, logits
 
@@ -59,6 +61,8 @@ class Sampling:
 
 
 GREEDY = Sampling()
+Cache = ContiguousCache | KiviCache | SparseCache
+CachePolicy = Kivi | Sparse  # what a cache keeps where it does not keep everything
 PREFILL = (
     256  # prompt tokens a pass on the host: what they compute stays in the caches, and in memory that malloc keeps
 )
@@ -71,13 +75,13 @@ def generate_tokens(
     max_tokens: int,
     how: Sampling,
     rng: np.random.Generator,
-    kivi: Kivi | None = None,
+    policy: CachePolicy | None = None,
 ) -> Iterator[list[int]]:
     """Yield ``max_tokens`` times the next token of each of the B prompts, as Python ints.
 
     The caller decides when a sequence has ended. A greedy step moves the tokens and their positions to the
-    device and the chosen tokens back, and nothing else; sampling also moves its uniforms and checks. With ``kivi`` the
-    keys and values of all but the newest tokens are kept in few bits, and the text is another one.
+    device and the chosen tokens back, and nothing else; sampling also moves its uniforms and checks. A ``policy`` for
+    the cache keeps less than all, and the text is another one.
 
     Raises
     ------
@@ -90,7 +94,7 @@ def generate_tokens(
         return
     like = weights["norm"]
     capacity = max(len(p) for p in prompts) + max_tokens
-    cache = new_cache(config, len(prompts), capacity, like, kivi)
+    cache = new_cache(config, len(prompts), capacity, like, policy, rng)
     seen = _Seen(prompts, config.vocab_size, like) if how.repetition_penalty != 1 else None
     step, counts = stepper(weights, config), [1] * len(prompts)
     tokens: list[int] = []
@@ -109,22 +113,25 @@ def generate_tokens(
 
 
 def new_cache(
-    config: ModelConfig, sequences: int, capacity: int, like: Array, kivi: Kivi | None
-) -> ContiguousCache | KiviCache:
-    """An empty cache of numbers, or with ``kivi`` of codes."""
-    if kivi is None:
+    config: ModelConfig, sequences: int, capacity: int, like: Array, policy: CachePolicy | None,
+    rng: np.random.Generator | None = None,
+) -> Cache:  # fmt: skip
+    """An empty cache: of all numbers, or as the policy says. ``rng`` is for one that drops at random."""
+    if policy is None:
         return ContiguousCache(config, sequences, capacity, like=like)
-    return KiviCache(config, sequences, capacity, like=like, kivi=kivi)
+    if isinstance(policy, Kivi):
+        return KiviCache(config, sequences, capacity, like=like, kivi=policy)
+    return SparseCache(config, sequences, like=like, policy=policy, rng=rng)
 
 
-def prefill(
-    weights: Weights, config: ModelConfig, prompts: Sequence[Sequence[int]], cache: ContiguousCache | KiviCache
-) -> Array:
+def prefill(weights: Weights, config: ModelConfig, prompts: Sequence[Sequence[int]], cache: Cache) -> Array:
     """All tokens of all prompts → hidden[B, N] of the last of each, the only ones that are sampled from."""
     like = weights["norm"]
     total = sum(len(prompt) for prompt in prompts)
     ends = []
-    for counts in passes([len(prompt) for prompt in prompts], PREFILL if namespace(like) is np else total):
+    # KIVI's prompt reads itself as it came, whoever its neighbours are: in one pass
+    budget = PREFILL if namespace(like) is np and not isinstance(cache, KiviCache) else total
+    for counts in passes([len(prompt) for prompt in prompts], budget):
         begins, last = cache.lengths[:], np.cumsum(counts) - 1
         parts = [prompt[b : b + n] for prompt, b, n in zip(prompts, begins, counts, strict=True)]
         placed = asarray_like([[t for part in parts for t in part], cache.positions(counts)], like, "int64")
@@ -132,6 +139,8 @@ def prefill(
         rows = asarray_like(last[done], like)
         ends.append(forward(weights, config, placed[0], placed[1], cache.view(counts), rows))
         cache.advance(counts)
+    if isinstance(cache, SparseCache):
+        cache.settle()
     return ends[0] if len(ends) == 1 else namespace(like).concat(ends)
 
 

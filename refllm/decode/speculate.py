@@ -8,7 +8,7 @@ A step, with text = prompt + output, of which [0, s) are cached and the last tok
 2. the target computes [last, x_1 … x_γ] at positions s … s + γ: one forward, γ + 1 rows of logits;
 3. row i is penalised for the text *with* x_1 … x_{i−1}, warped, and ``verify`` judges (temperature 0: the argmax);
 4. a drafts are accepted and one token follows: the cache is longer by 1 + a. What lies behind, keys and values of
-   rejected drafts, is garbage that no query sees and the next step overwrites.
+   rejected drafts, is garbage that no query sees and the next step overwrites (a cache of codes never keeps it).
 
 A tree takes the same way: the rows see their ancestors, and of its nodes the accepted path is moved together.
 
@@ -26,11 +26,10 @@ from refllm.backend import Array, asarray_like, namespace, to_numpy
 from refllm.decode import sampling
 from refllm.decode.captured import stepper
 from refllm.decode.drafts import NOTHING, Drafter, Proposal, TreeProposal
-from refllm.decode.generate import Sampling, check_prompts, choose, new_cache, prefill
+from refllm.decode.generate import CachePolicy, Sampling, check_prompts, choose, new_cache, prefill
 from refllm.decode.speculative import verify, verify_greedy
 from refllm.decode.tree import Tree, TreeView, compact, verify_tree, verify_tree_greedy
 from refllm.kv.contiguous import ContiguousCache
-from refllm.kv.kivi import Kivi
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights, logits
 
@@ -60,19 +59,22 @@ def speculate(
     rng: np.random.Generator,
     drafter: Drafter,
     law: Law = verify,
-    kivi: Kivi | None = None,
+    policy: CachePolicy | None = None,
 ) -> Iterator[Step]:
     """Yield steps of ``max_tokens`` tokens in all; the first is the prefill's, without drafts.
 
-    The tokens have the law that ``generate_tokens`` draws them from; at temperature 0 they are the same tokens.
+    The tokens have the law that ``generate_tokens`` draws them from; at temperature 0 they are the same tokens. Under a
+    ``policy`` for the cache this holds given what the cache held when each step began: all tokens of a step read that.
 
     ValueError for what ``generate_tokens`` refuses, and for a proposal that ``verify`` refuses.
     """
     check_prompts([prompt], max_tokens, config)
+    if policy is not None and getattr(drafter, "trees", False):
+        raise ValueError("a tree of drafts is verified in a cache that keeps everything: draft chains instead")
     if max_tokens == 0:
         return
     like = weights["norm"]
-    cache = new_cache(config, 1, len(prompt) + max_tokens, like, kivi)
+    cache = new_cache(config, 1, len(prompt) + max_tokens, like, policy, rng)
     text, end = [int(t) for t in prompt], len(prompt) + max_tokens
     compute = stepper(weights, config)
     z = logits(weights, prefill(weights, config, [text], cache))
@@ -91,8 +93,7 @@ def speculate(
             drafter.observe(best, step.accepted)
             cache.advance([step.accepted + 1])
         else:
-            if not isinstance(cache, ContiguousCache):
-                raise ValueError("a tree of drafts is verified in a cache of numbers: draft chains, or leave kivi out")
+            assert isinstance(cache, ContiguousCache), "the drafter proposes trees, and did not say so"
             tree = proposal.tree
             z = compute(tokens, tree.positions(cache.lengths[0]), TreeView(cache, 0, tree))
             step, path = judge_tree(z, text, proposal, how, rng)

@@ -37,6 +37,8 @@ from refllm.decode.tree import Tree, draw_children
 class TreeDrafter(ModelDrafter):
     """A draft model that proposes trees of ``gamma`` nodes; ``confidence`` is where it begins to fan out."""
 
+    trees = True  # only a cache that keeps everything verifies them
+
     def __init__(self, model: Any, gamma: int = 3, *, confidence: float = 0.4, how: Sampling | None = None):
         super().__init__(model, gamma, confidence=confidence, how=how)
 

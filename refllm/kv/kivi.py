@@ -6,8 +6,9 @@ A few channels of the keys are large in every token, so a step that channels sha
 share a step among g consecutive *tokens* of one channel, after RoPE. Values have no such channels, and a value is read
 as a whole, weighted by one probability: they share a step among g channels of one *token*. With b bits
 
-    s = (max − min) / (2^b − 1),   q = rint((x − min) / s) in 0 … 2^b − 1,   x̂ = q s + min,   |x̂ − x| ≤ s / 2.
+    s = (max − min) / (2^b − 1),   q = rint((x − min) / s) in 0 … 2^b − 1,   x̂ = q s + min,   |x̂ − x| ≤ s / 2,
 
+up to rounding: in float16 and 8 bits, that of min alone may be more than a step.
 A group of keys is complete only after g tokens, so the newest tokens wait in full precision. With s cached tokens
 
 | of s tokens | are quantised                    | wait as they came                 |
@@ -15,8 +16,10 @@ A group of keys is complete only after g tokens, so the newest tokens wait in fu
 | keys        | [0, ⌊s/R⌋ R): R tokens at a time | [⌊s/R⌋ R, s): 0 … R − 1 of them   |
 | values      | [0, s − R): one token at a time  | [s − R, s): the last R, exactly   |
 
-and the tokens of a step are read as they came by the queries of that step. What is in the cache is thus a function of
-s alone, however the text was cut into steps; keys are quantised once and never again.
+and the tokens of a step are read as they came by the queries of that step: a prompt that is one step reads itself in
+full, as in the paper. Given K and V, what is in the cache is thus a function of s alone, however the text was cut into
+steps; keys are quantised once and never again. What a query reads depends on where its step began, and with it the keys
+and values of the layers above.
 
 | symbol | name                                  | shape              |
 |--------|---------------------------------------|--------------------|
@@ -36,6 +39,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from refllm.backend import Array, namespace
 from refllm.formats.packing import words_per_row
@@ -63,16 +68,15 @@ class Kivi:
     residual: int = 128
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not hasattr(value, "__index__") or value < 1:
-                raise ValueError(f"Kivi: {name} is a whole number above 0, got {value!r}")
+        for name, value in list(vars(self).items()):
+            object.__setattr__(self, name, whole_number(f"Kivi: {name}", value, 1))
         if max(self.key_bits, self.value_bits) > 8:
             raise ValueError(f"Kivi: codes have 1 to 8 bits, got {self.key_bits} and {self.value_bits}")
+        unit = math.lcm(self.group, 32 // math.gcd(32, self.key_bits))
+        near = unit * max(1, round(self.residual / unit))
         if self.residual % self.group:
-            near = self.group * max(1, round(self.residual / self.group))
             raise ValueError(f"Kivi: residual {self.residual} is no multiple of group {self.group}; take {near}")
-        if self.residual * self.key_bits % 32:
-            near = math.lcm(self.group, 32)
+        if self.residual % unit:
             raise ValueError(
                 f"Kivi: {self.residual} keys of {self.key_bits} bits fill no whole 32-bit words; take residual {near}"
             )
@@ -105,14 +109,22 @@ class Kivi:
         return config.num_hidden_layers * config.num_key_value_heads * (4 * words + full // 8 * numbers)
 
 
+def whole_number(what: str, value: Any, least: int) -> int:
+    """``value`` as a Python int; ValueError naming ``what`` if it is none, or below ``least``."""
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least:
+        return int(value)
+    raise ValueError(f"{what} is a whole number, {least} or more, got {value!r}")
+
+
 # --- numbers -----------------------------------------------------------------------------------------------------
 
 
 def encode(x: Array, bits: int, group: int, dtype: Any = None) -> tuple[Array, Array, Array]:
     """x[..., n] → codes uint8[..., n], s[..., n/g] and min[..., n/g], in ``dtype`` (that of x).
 
-    Codes are made with s and min as they are stored. A group of equal numbers has s = 1 and codes of 0: it comes back
-    exactly (the published code divides 0 by 0 there). So has a group whose step is too small for ``dtype``.
+    Codes are made with s and min as they are stored, so that a ``dtype`` of fewer bits costs no more than its own
+    rounding. A group of equal numbers has s = 1: it comes back exactly (the published code divides 0 by 0 there). So
+    has a group whose step is too small for ``dtype``. The range of a group, max − min, must be finite.
 
     ValueError if n is no multiple of the group.
     """
@@ -147,7 +159,8 @@ class KiviAttend:
 
     ``lengths`` as of ``CausalAttend``; with it ``study.perplexity`` measures what a cache costs, without a cache.
     ``keys`` and ``values`` say what shares a step: "channel", g tokens of a channel, or "token", g channels of a token.
-    KIVI's choice is the default; the other ones are what it is compared with.
+    KIVI's choice is the default; the other ones are what it is compared with. As many keys wait either way; values by
+    channel wait for whole runs of R, as keys do, half as many on average as values by token.
     """
 
     def __init__(
@@ -180,7 +193,7 @@ def attend_as_decoded(
     total, heads, dim = q.shape
     groups = k.shape[1]
     kivi.check(dim)
-    boundary = {"channel": kivi.quantised_keys, "token": kivi.quantised_values}
+    coded = kivi.quantised_values if values == "token" else kivi.quantised_keys
     k_hat = xp.permute_dims(_there_and_back(k, kivi.key_bits, kivi.group, keys), (1, 2, 0))  # [G, D, S]
     v_hat = xp.permute_dims(_there_and_back(v, kivi.value_bits, kivi.group, values), (1, 0, 2))  # [G, S, D]
     k, v = xp.permute_dims(k, (1, 2, 0)), xp.permute_dims(v, (1, 0, 2))
@@ -190,7 +203,8 @@ def attend_as_decoded(
         rows = xp.reshape(q[first : first + count, ...], (count, groups, heads // groups, dim))
         rows = xp.permute_dims(rows, (1, 2, 0, 3)) * (1.0 / math.sqrt(dim))  # [G, R, T, D]
         of_keys, of_values = (
-            j < xp.asarray([boundary[by](t) for t in range(first, first + count)])[:, None] for by in (keys, values)
+            j < xp.asarray([boundary(t) for t in range(first, first + count)])[:, None]
+            for boundary in (kivi.quantised_keys, coded)
         )
         scores = xp.where(of_keys, rows @ k_hat[:, None], rows @ k[:, None])  # [G, R, T, S]
         bias = causal_bias(xp, count, total, first, window, q.dtype)

@@ -6,14 +6,14 @@ Source: Liu et al. 2024 (arXiv:2402.02750), algorithm 1; words as in their code,
 |-------------|--------------------------------------------------|-----------------------------|
 | key_words   | codes of keys, a stream of tokens for a channel  | [L, B, G, D, ⌊C/R⌋ R b/32]  |
 | key_steps   | s and min of g tokens of a channel               | [2, L, B, G, D, ⌊C/R⌋ R/g]  |
-| key_rest    | keys that wait, position p in column p mod R     | [L, B, G, D, R]             |
+| key_rest    | keys that wait, position p in column p mod R     | [L, B, G, D, min(R, C)]     |
 | value_words | codes of values, a stream of channels for a token| [L, B, G, C − R, ⌈D b/32⌉]  |
 | value_steps | s and min of g channels of a token               | [2, L, B, G, C − R, D/g]    |
-| value_rest  | values that wait, position p in row p mod R      | [L, B, G, R, D]             |
+| value_rest  | values that wait, position p in row p mod R      | [L, B, G, min(R, C), D]     |
 
 C is the capacity. Ownership: positions [0, s) are committed. What a step brings is kept as it came until ``advance``
 says how much of it stays, so a rejected draft leaves no trace; that also means that a long prompt which comes as one
-step is held in full until then, and one that comes in passes is not.
+step is held in full until then. In passes it would not be, and would read itself as codes.
 
 A step decodes what it reads: on a CPU that is slower than reading numbers, and the longer the text, the slower. What
 few bits buy is room.
@@ -53,10 +53,11 @@ class KiviCache:
         k, v, g = kivi.quantised_keys(capacity), kivi.quantised_values(capacity), kivi.group
         self.key_words: Array = xp.zeros((*heads, dim, k * kivi.key_bits // 32), dtype=xp.uint32)
         self.key_steps: Array = xp.zeros((2, *heads, dim, k // g), dtype=dtype)
-        self.key_rest: Array = xp.zeros((*heads, dim, kivi.residual), dtype=dtype)
+        waiting = min(kivi.residual, capacity)
+        self.key_rest: Array = xp.zeros((*heads, dim, waiting), dtype=dtype)
         self.value_words: Array = xp.zeros((*heads, v, words_per_row(dim, kivi.value_bits)), dtype=xp.uint32)
         self.value_steps: Array = xp.zeros((2, *heads, v, dim // g), dtype=dtype)
-        self.value_rest: Array = xp.zeros((*heads, kivi.residual, dim), dtype=dtype)
+        self.value_rest: Array = xp.zeros((*heads, waiting, dim), dtype=dtype)
         self.window, self.capacity = config.sliding_window, capacity
         self.lengths = [0] * max_sequences  # committed tokens a sequence
         self._view: _View | None = None
@@ -168,6 +169,8 @@ class _View:
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
         xp, cache, at = namespace(q), self.cache, 0
+        if q.shape[0] != sum(self.counts):
+            raise ValueError(f"the view is for {sum(self.counts)} tokens, the step has {q.shape[0]}")
         self.brought[layer] = xp.copy(k), xp.copy(v)
         out = xp.empty_like(q)
         for b, n in enumerate(self.counts):

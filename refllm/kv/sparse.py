@@ -37,6 +37,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from refllm.backend import Array, namespace, top_k
+from refllm.kv.kivi import whole_number
 
 __all__ = ["Sparse", "at_random", "choose", "h2o", "pooled", "pyramidkv", "recent_only", "snapkv", "streaming", "tova"]
 
@@ -66,9 +67,8 @@ class Sparse:
 
     def __post_init__(self) -> None:
         for name in ("budget", "first", "newest", "window", "kernel"):
-            value, least = getattr(self, name), 0 if name in ("first", "newest") else 1
-            if not hasattr(value, "__index__") or value < least:
-                raise ValueError(f"Sparse: {name} is a whole number, {least} or more, got {value!r}")
+            least = 0 if name in ("first", "newest") else 1
+            object.__setattr__(self, name, whole_number(f"Sparse: {name}", getattr(self, name), least))
         if self.score not in SCORES:
             raise ValueError(f"Sparse: no score is called {self.score!r}; they are {', '.join(SCORES)}")
         if self.score == "votes" and (self.always or self.newest < self.window):

@@ -178,6 +178,8 @@ class _View:
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
         xp, cache, at = namespace(q), self.cache, 0
+        if q.shape[0] != sum(self.counts):
+            raise ValueError(f"the view is for {sum(self.counts)} tokens, the step has {q.shape[0]}")
         out, brought = xp.empty_like(q), self.brought.setdefault(layer, [])
         brought.clear()
         for b, n in enumerate(self.counts):

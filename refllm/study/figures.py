@@ -21,7 +21,19 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from refllm.study.drawing import FULL, SERIES, STYLE, Draw, Values, axes, coloured, styled
+from refllm.study.drawing import (  # noqa: F401 (the notebooks take their colours from here)
+    FULL,
+    MORE,
+    NEAREST,
+    SERIES,
+    STYLE,
+    TECHNIQUE,
+    Draw,
+    Values,
+    axes,
+    coloured,
+    styled,
+)
 from refllm.study.figures_costs import decode_cost, kv_memory, roofline
 from refllm.study.figures_floats import float_formats, fp8_training
 from refllm.study.figures_formats import gguf_layouts, gguf_mixes

@@ -14,6 +14,7 @@ would be read token by token (``kivi.KiviAttend``), paired as in ``quality``.
 
 KIVI's choice was made for keys with a few large channels. The bundled model has none, so they are planted as well
 (``planting.plant_keys``: the same function bit for bit), ``FACTOR`` times their size in ``PAIRS`` of 32 rotary pairs.
+As many keys wait by token as by channel, so that the steps alone differ; values by channel wait in runs, half as many.
 
 Left out: downstream tasks; speed (``benchmarks/kv_cache.py``).
 """

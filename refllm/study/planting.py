@@ -81,8 +81,8 @@ def plant_keys(weights: Weights, config: ModelConfig, pairs: Sequence[int], fact
     Raises
     ------
     ValueError
-        for a factor that is no power of two, a pair that does not exist, weights so small that they lose bits, and
-        for networks that norm their keys: there the gain of that norm says how large they are.
+        for a factor that is no power of two, a pair that does not exist, numbers so small or large that they lose bits,
+        and for networks that norm their keys: there the gain of that norm says how large they are.
     """
     _check_power(factor)
     half = config.head_dim // 2
@@ -98,12 +98,14 @@ def plant_keys(weights: Weights, config: ModelConfig, pairs: Sequence[int], fact
         for name, scale in (("k_proj", of_head), ("q_proj", 1.0 / of_head)):
             weight = layer[name].dequantize()
             rows = asarray_like(np.tile(scale, weight.shape[0] // config.head_dim), weight, weight.dtype)
-            planted[name] = Dense(weight * rows[:, None])
-            if not bool(namespace(weight).all(planted[name].dequantize() / rows[:, None] == weight)):
-                raise ValueError(f"planting: layer {index}'s {name} has weights too small to be divided by {factor:g}")
-            bias = name.replace("proj", "bias")
+            parts, bias = {name: (weight, rows[:, None])}, name.replace("proj", "bias")
             if bias in layer:
-                planted[bias] = layer[bias] * rows
+                parts[bias] = layer[bias], rows
+            for part, (numbers, by) in parts.items():
+                grown = numbers * by
+                if not bool(namespace(weight).all(grown / by == numbers)):
+                    raise ValueError(f"planting: layer {index}'s {part} has numbers that {factor:g} rounds")
+                planted[part] = Dense(grown) if part == name else grown
         layers.append(planted)
     return weights | {"layers": layers}
 
