@@ -25,7 +25,7 @@ import argparse
 import platform
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from refllm.api import Model, load
 from refllm.kv.kivi import Kivi, KiviAttend
 from refllm.model.corpus import held_out_documents
 from refllm.quant.passages import calibration_windows
+from refllm.study.bootstrap import blocks, bootstrap
 from refllm.study.machine import processor
 from refllm.study.memory import LLAMA_70B, kv_bytes
 from refllm.study.perplexity import Comparison, Kept, compare, keep
@@ -51,9 +52,10 @@ CHOICES = {
 WAITING = (32, 64, 128, 256, 512)
 GROUP = 32
 FACTOR, PAIRS = 8.0, 2
-TEXTS, LENGTH, BINS = 8, 1024, 8
+TEXTS, LENGTH, BINS = 16, 1024, 8
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 NETWORKS = ("as it is", "planted")
+BLOCK = 128  # tokens a block of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Experiment:
         planted = Model(model.config, plant_keys(model.weights, model.config, self.pairs, FACTOR), model.tokenizer)
         self.networks = {"as it is": model, "planted": planted}
         self._kept: dict[str, Kept] = {}
+        self._kivi: dict[Case, np.ndarray] = {}  # KL of each token
 
     def compare(self, case: Case) -> Comparison:
         """The network with this cache against itself with a cache of numbers."""
@@ -100,12 +103,21 @@ class Experiment:
         return compare(network, kept, self.text, rng=rng, window=length, stride=length, attend=memory)
 
     def row(self, case: Case) -> dict[str, Any]:
-        """A row of the table; KL by position is the mean over texts of equally long runs of tokens."""
-        found = self.compare(case)
+        """A row of the table; KL by position is the mean over texts of equally long runs of tokens.
+
+        "against KIVI" is the KL minus that of KIVI at the same bits and R, in pairs of tokens.
+        """
+        found, same = self.compare(case), replace(case, choice="KIVI")
+        if same not in self._kivi:
+            self._kivi[same] = (found if same == case else self.compare(same)).token_kl
+        more = found.token_kl - self._kivi[same]
+        texts = np.repeat(np.arange(len(self.text)), len(more) // len(self.text))
+        paired = bootstrap([more], blocks(texts, BLOCK), np.random.default_rng(0))[0]
         by_position = found.token_kl.reshape(len(self.text), -1)
         return asdict(case) | {
             "bits a number": case.kivi.bits_per_number(),
             "kl": [found.kl.mean, found.kl.low, found.kl.high],
+            "against KIVI": [paired.mean, paired.low, paired.high],
             "agreement": found.agreement.mean,
             "difference": [found.difference.mean, found.difference.low, found.difference.high],
             "kl by position": [float(part.mean()) for part in np.array_split(by_position, BINS, axis=1)],
