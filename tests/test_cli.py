@@ -33,6 +33,7 @@ from refllm.cli.generate import read_prompt
 from refllm.cli.simulate import _digits
 from refllm.decode.generate import Sampling
 from refllm.kv.kivi import Kivi, KiviAttend
+from refllm.kv.sparse import h2o, recent_only, snapkv, streaming, tova
 from refllm.model import streams
 from refllm.model.checkpoint import CheckpointError, save
 from refllm.model.config import ModelConfig
@@ -525,7 +526,31 @@ def test_cache_options_that_fit_nothing_are_refused(model, options, message):
         assert message in " ".join(result.stderr.split())
     tree = run("generate", "x", "--model", model, "--kv-bits", "4", "--draft", model, "--tree")
     assert tree.exit_code == 2
-    assert "--tree verifies in a cache of numbers" in tree.stderr
+    assert "--tree verifies in a cache that keeps everything" in tree.stderr
+
+
+def test_a_cache_of_some_tokens_is_what_the_options_say(model):
+    loaded, text = load(model, "numpy"), "def f(x): return x + 1"  # 23 tokens
+    for name, policy, held in (("h2o", h2o(12), 12), ("tova", tova(12), 12), ("streaming", streaming(12), 12),
+                               ("recent", recent_only(12), 12)):  # fmt: skip
+        got = run(
+            "generate", text, "--model", model, "-n", "20", "--ignore-eos", "--kv-keep", "12", "--kv-policy", name
+        )
+        assert got.stdout == as_lines(loaded.generate(text, 20, ignore_eos=True, cache=policy))
+        assert f"{held} of 42 tokens a key head" in got.stderr
+    got = run("generate", text * 2, "--model", model, "-n", "3", "--ignore-eos", "--kv-keep", "40")
+    assert got.stdout == as_lines(loaded.generate(text * 2, 3, ignore_eos=True, cache=snapkv(40)))
+    assert "42 of 47 tokens a key head" in got.stderr
+    for options, message in (
+        (["--kv-keep", "16"], "16 tokens do not hold the first 0 and the newest 32; raise the budget"),
+        (["--kv-policy", "h2o"], "say how many with --kv-keep"),
+        (["--kv-keep", "16", "--kv-policy", "luck"], "choose one of snapkv, h2o, tova"),
+        (["--kv-keep", "16", "--kv-policy", "h2o", "--kv-bits", "4"], "choose one"),
+        (["--kv-keep", "16", "--kv-policy", "h2o", "--draft", model, "--tree"], "keeps everything"),
+    ):
+        refused = run("generate", "x", "--model", model, *options)
+        assert refused.exit_code == 2
+        assert message in " ".join(refused.stderr.split())
 
 
 def test_eval_compares_with_a_reference(model, text_file, tmp_path):

@@ -10,11 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import to_host
+from refllm.decode.drafts import NGramDrafter
+from refllm.decode.tree_drafts import TreeDrafter
 from refllm.kv.sparse import Sparse, at_random, h2o, pooled, pyramidkv, recent_only, snapkv, streaming, tova
 from refllm.kv.sparse_cache import SparseCache
 from refllm.model.attention import CausalAttend
 from refllm.model.config import ModelConfig
+from refllm.model.llama import forward, logits
 from strategies import seeds
+from test_api import network
 
 L, H, G, D = 2, 4, 2, 8
 EPS = float(np.finfo("float64").eps)
@@ -283,3 +287,47 @@ def test_what_the_cache_cannot_do_is_refused(xp):
     run(xp, late, data, [5, 0])
     late.settle()
     assert late.settled == [True, False]  # the second has no prompt yet
+
+
+# --- generation --------------------------------------------------------------------------------------------------
+
+
+ENDLESS = network(eos_token_ids=())
+PROMPTS = [np.random.default_rng(i).integers(1, 257, n).tolist() for i, n in enumerate((70, 33, 5))]
+
+
+def by_hand(prompt: list[int], count: int, policy: Sparse) -> tuple[list[int], SparseCache]:
+    """The prompt in one step, then token by token."""
+    c, w = ENDLESS.config, ENDLESS.weights
+    cache, new = SparseCache(c, 1, like=np.zeros(1), policy=policy), list(prompt)
+    for _ in range(count):
+        fed = np.asarray(new[cache.lengths[0] :])
+        at = np.arange(cache.lengths[0], len(new))
+        z = logits(w, forward(w, c, fed, at, cache.view([len(fed)])))
+        cache.advance([len(fed)])
+        cache.settle()
+        new.append(int(z[-1].argmax()))
+    return new[len(prompt) :], cache
+
+
+@pytest.mark.parametrize("policy", [h2o(12), tova(12), streaming(12), snapkv(20, window=8), recent_only(12)])
+def test_generation_reads_what_the_cache_keeps_alone_and_in_a_batch(policy):
+    expected, caches = zip(*(by_hand(prompt, 25, policy) for prompt in PROMPTS), strict=True)
+    assert ENDLESS.generate_batch(PROMPTS, 25, cache=policy) == list(expected)
+    assert [ENDLESS.generate(prompt, 25, cache=policy) for prompt in PROMPTS] == list(expected)
+    assert expected[0] != ENDLESS.generate(PROMPTS[0], 25)
+    for prompt, cache in zip(PROMPTS, caches, strict=True):
+        layers = ENDLESS.config.num_hidden_layers
+        held = sum(layer[0].place.shape[1] for layer in cache.layers)
+        assert policy.held(len(prompt), 24, layers) == held
+
+
+def test_within_the_budget_the_text_is_the_plain_one_with_drafts_and_without():
+    plain = ENDLESS.generate(PROMPTS[0], 40)
+    for policy in (h2o(120), snapkv(120), at_random(120)):
+        for drafter in (None, ENDLESS, NGramDrafter(4)):
+            assert ENDLESS.generate(PROMPTS[0], 40, cache=policy, drafter=drafter) == plain
+    with pytest.raises(ValueError, match="a tree of drafts is verified in a cache that keeps everything"):
+        ENDLESS.generate(PROMPTS[0], 8, cache=h2o(12), drafter=TreeDrafter(ENDLESS, 3))
+    drawn = [ENDLESS.generate(PROMPTS[0], 40, cache=at_random(12), rng=seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]

@@ -10,7 +10,16 @@ from typing import Annotated, Any
 import typer
 
 from refllm.cli.allocator import keep_freed_memory
-from refllm.cli.cache import KvBitsOption, KvGroupOption, KvResidualOption, kivi_of, told
+from refllm.cli.cache import (
+    KvBitsOption,
+    KvGroupOption,
+    KvKeepOption,
+    KvPolicyOption,
+    KvResidualOption,
+    kivi_of,
+    sparse_of,
+    told,
+)
 from refllm.cli.shared import AnyModelOption, BackendOption, emit, flag, note, opt, progress
 from refllm.cli.speculation import Speculation, draft_named
 from refllm.study.terminal import printable
@@ -48,6 +57,8 @@ def generate(
     kv_bits: KvBitsOption = None,
     kv_group: KvGroupOption = None,
     kv_residual: KvResidualOption = None,
+    kv_keep: KvKeepOption = None,
+    kv_policy: KvPolicyOption = None,
     backend: BackendOption = "numpy",
 ) -> None:
     """Continue a prompt, token by token.
@@ -63,10 +74,11 @@ def generate(
       refllm generate 'import os' --draft stdlib-draft --gamma 3
       refllm generate 'import os' --draft ngram,stdlib-draft --tree
       refllm generate --prompt-file long.py --kv-bits 4
+      refllm generate --prompt-file long.py --kv-keep 256 --kv-policy h2o
 
     With --draft the text is the same at temperature 0 and has the same law at others; on a terminal drafted tokens are
-    shown as they are judged, accepted ones in green, rejected ones struck through in red. With --kv-bits it may be
-    another one: all tokens of a step read the cache that the step found.
+    shown as they are judged, accepted ones in green, rejected ones struck through in red. With --kv-bits or
+    --kv-keep it may be another one: all tokens of a step read the cache that the step found.
     """
     import numpy as np
 
@@ -80,11 +92,14 @@ def generate(
         raise ValueError("--gamma is the number of drafted tokens: say who drafts with --draft")
     if tree and draft is None:
         raise ValueError("--tree says how a model drafts: say which with --draft")
-    if tree and kv_bits is not None:
-        raise ValueError("--tree verifies in a cache of numbers: leave --kv-bits out, or draft without --tree")
+    sparse = sparse_of(kv_keep, kv_policy)
+    if sparse is not None and kv_bits is not None:
+        raise ValueError("--kv-bits keeps all tokens in few bits, --kv-keep some of them in full: choose one")
+    if tree and (sparse is not None or kv_bits is not None):
+        raise ValueError("--tree verifies in a cache that keeps everything: draft without --tree, or leave --kv-… out")
     keep_freed_memory()
     loaded = load(model, backend)
-    kivi = kivi_of(loaded.config, kv_bits, kv_group, kv_residual)
+    cache = sparse or kivi_of(loaded.config, kv_bits, kv_group, kv_residual)
     speculation = None if draft is None else Speculation(draft_named(draft, gamma, tree, backend), loaded.tokenizer)
     length = len(loaded.tokenizer.encode(text, special=True))
     if max_tokens is None:
@@ -98,7 +113,7 @@ def generate(
     watch = Stopwatch()
     drafted: Any = {} if speculation is None else {"drafter": speculation.drafter, "on_step": speculation.judged}
     pieces = loaded.stream(
-        text, max_tokens, how=how, stop=stop or (), ignore_eos=ignore_eos, rng=seed, on_token=watch.tick, cache=kivi,
+        text, max_tokens, how=how, stop=stop or (), ignore_eos=ignore_eos, rng=seed, on_token=watch.tick, cache=cache,
         **drafted,
     )  # fmt: skip
     if sys.stdout.isatty():
@@ -118,8 +133,8 @@ def generate(
         drawn = f", seed {seed}" if temperature > 0 else ""
         speed = f", then {watch.tokens_per_second:,.0f} tokens/s" if watch.tokens > 1 else ""
         note(f"{length} + {watch.tokens} tokens, the first after {1e3 * watch.ttft:.0f} ms{speed}{drawn}")
-    if kivi is not None and watch.tokens:
-        note(told(kivi, loaded.config, length + watch.tokens - 1))  # the last token was never read
+    if cache is not None and watch.tokens:
+        note(told(cache, loaded.config, length, watch.tokens - 1))  # the last token was never read
     if speculation is not None:
         note(speculation.summary())
 

@@ -93,6 +93,12 @@ class Sparse:
         ends = [round(sum(2 * self.budget - low - i * fall for i in range(n))) for n in range(layers + 1)]
         return [b - a for a, b in pairwise(ends)]
 
+    def held(self, prompt: int, new: int, layers: int) -> int:
+        """Tokens that the key heads of all layers hold, one head each, after a prompt and ``new`` tokens more."""
+        if self.always:
+            return sum(min(budget, prompt + new) for budget in self.budgets(layers))
+        return sum(min(budget, prompt) + new for budget in self.budgets(layers))
+
 
 def recent_only(budget: int) -> Sparse:
     """The newest ``budget`` tokens, a sliding window."""

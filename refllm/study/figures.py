@@ -37,7 +37,7 @@ from refllm.study.drawing import (  # noqa: F401 (the notebooks take their colou
 from refllm.study.figures_costs import decode_cost, kv_memory, roofline
 from refllm.study.figures_floats import float_formats, fp8_training
 from refllm.study.figures_formats import gguf_layouts, gguf_mixes
-from refllm.study.figures_kv import kv_quantization
+from refllm.study.figures_kv import kv_quantization, kv_sparsity
 from refllm.study.figures_quant import observers, quantization, salience, smoothquant
 from refllm.study.figures_serve import batching, paging, prefixes, unpadding
 from refllm.study.figures_speculative import speculative
@@ -120,6 +120,7 @@ FIGURES: dict[str, tuple[str, Draw]] = {
     "decode_cost": ("decode_cost.json", decode_cost),
     "kv_memory": ("kv_memory.json", kv_memory),
     "kv_quantization": ("kv_quantization.json", kv_quantization),
+    "kv_sparsity": ("kv_sparsity.json", kv_sparsity),
     "speculative": ("speculative.json", speculative),
     "quantization": ("quantization.json", quantization),
     "observers": ("observers.json", observers),

@@ -1,4 +1,4 @@
-"""Figures of quantised caches."""
+"""Figures of caches that keep less: quantised, and sparse."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 
 from refllm.study.drawing import FULL, MORE, NEAREST, TECHNIQUE, Values, styled
 
+POLICIES = {"newest only": FULL, "at random": NEAREST, "StreamingLLM": MORE[2], "H2O": MORE[0], "TOVA": MORE[1],
+            "SnapKV": TECHNIQUE, "PyramidKV": MORE[3]}  # fmt: skip
 COLOURS = {"KIVI": TECHNIQUE, "keys by token": NEAREST, "values by channel": MORE[0]}
 
 
@@ -68,3 +70,32 @@ def _memory(panel: Axes, values: Values) -> None:
     panel.set(title="Bytes of a cache, R = 128", xlabel="tokens (log)", ylabel="share of float16's (%)", xscale="log",
               ylim=(0, 110))  # fmt: skip
     panel.set_xticks([100, 1000, 10000], ["100", "1,000", "10,000"])
+
+
+@styled
+def kv_sparsity(values: Values) -> Figure:
+    """A record of ``study.kv_sparsity`` → KL by tokens held, and the attention that is kept, a column for each task."""
+    fig = Figure(layout="constrained", figsize=(7.2, 6.0))
+    rows: Sequence[Any] = values["rows"]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    panels = fig.subplots(2, len(tasks), sharex=True, sharey="row", squeeze=False)
+    for column, task in enumerate(tasks):
+        for name, colour in POLICIES.items():
+            mine = [row for row in rows if (row["task"], row["policy"]) == (task, name)]
+            held = [row["held"] for row in mine]
+            style: Any = {"color": colour, "marker": "o", "ms": 4, "lw": 1.4, "label": name}
+            dashed = "--" if name in ("newest only", "at random") else "-"  # the controls
+            means = [row["kl"][0] for row in mine]
+            spread = [[row["kl"][0] - row["kl"][1] for row in mine], [row["kl"][2] - row["kl"][0] for row in mine]]
+            panels[0, column].errorbar(held, means, yerr=spread, ls=dashed, **style)
+            panels[1, column].plot(held, [row["mass"] for row in mine], ls=dashed, **style)
+        title = task[0].upper() + task[1:]
+        panels[0, column].set(title=f"{title}: KL", xscale="log", yscale="log")
+        panels[1, column].set(title=f"{title}: attention kept", xlabel="tokens that a key head holds (log)")
+        panels[1, column].set_xticks([64, 128, 256, 512], ["64", "128", "256", "512"])
+        panels[1, column].minorticks_off()
+    panels[0, 0].set_ylabel("KL to all tokens (nats, log)")
+    panels[1, 0].set(ylabel="share of the last query's", ylim=(None, 1.0))
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside upper left", ncols=4, fontsize=8.5)
+    return fig
