@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -44,7 +46,7 @@ def poisoned(xp, kivi: Kivi, sequences: int, window: int | None = None, dtype: s
     return cache
 
 
-def run(xp, cache: KiviCache, data, counts: list[int], kept: list[int] | None = None) -> list[list[np.ndarray]]:
+def run(xp, cache: Any, data, counts: list[int], kept: list[int] | None = None) -> list[list[np.ndarray]]:
     """One step of the texts in all layers, of which ``kept`` tokens (all) are committed; outputs by layer and text."""
     starts, view, outputs = cache.lengths[:], cache.view(counts), []
     for layer in range(L):

@@ -184,7 +184,7 @@ def test_what_speculation_buys_is_what_was_recorded():
 
 def test_the_cost_of_a_quantised_cache_is_that_of_its_record():
     values = json.loads((ROOT / "figures/data/kv_quantization.json").read_text(encoding="utf-8"))["values"]
-    text = " ".join(README[README.index("## A cache in few bits") : README.index("## Serving and speculation")].split())
+    text = " ".join(README[README.index("## A smaller cache") : README.index("## Serving and speculation")].split())
     kl = {(r["network"], r["choice"], r["bits"]): r["kl"][0] for r in values["rows"] if r["residual"] == 128}
     assert f"that costs KL {kl['as it is', 'KIVI', 2]:.3f} at 2 bits and {kl['as it is', 'KIVI', 4]:.4f} at 4" in text
     assert f"with keys by token, {kl['as it is', 'keys by token', 2]:.3f} at 2 bits" in text
@@ -195,3 +195,20 @@ def test_the_cost_of_a_quantised_cache_is_that_of_its_record():
     share = dict(zip(values["lengths"], values["memory"]["2 bits"], strict=True))
     assert f"{100 * share[4096]:.0f} % of float16's bytes at 4,096 tokens, {100 * share[128]:.0f} % at 128" in text
     assert f"{Kivi(2, 2).bits_per_number():g} bits a number with 2-bit codes" in text
+
+    steps = json.loads((ROOT / "benchmarks/results/kv_cache.json").read_text(encoding="utf-8"))["results"]
+    ratio = next(r["ratio"]["median"] for r in steps if (r["context"], r["bits"]) == (1024, 2))
+    assert f"a step behind 1,024 tokens takes {ratio:.1f} times as long in 2 bits" in text
+
+    rows = json.loads((ROOT / "figures/data/kv_sparsity.json").read_text(encoding="utf-8"))["values"]["rows"]
+    cost = {(r["task"], r["policy"], r["budget"]): r["kl"][0] for r in rows}
+    near = [cost["as it comes", name, 256] for name in ("newest only", "H2O", "at random")]
+    assert (
+        "the newest 256 tokens cost KL {:.3f}, H2O's choice {:.3f}, and as many at random {:.3f}".format(*near) in text
+    )
+    far = [cost["a far copy", name, 512] for name in ("newest only", "H2O", "TOVA", "at random", "SnapKV")]
+    held = next(r["held"] for r in rows if (r["task"], r["policy"], r["budget"]) == ("a far copy", "SnapKV", 512))
+    assert (
+        "512 tokens cost {:.3f} if they are the newest, {:.3f} by H2O, {:.3f} by TOVA, {:.3f} at random; SnapKV, which "
+        "holds {:.0f} there, {:.3f}".format(*far[:4], held, far[4])
+    ) in text

@@ -19,6 +19,7 @@ from refllm.model.config import ModelConfig
 from refllm.model.llama import forward, logits
 from strategies import seeds
 from test_api import network
+from test_kivi_cache import run
 
 L, H, G, D = 2, 4, 2, 8
 EPS = float(np.finfo("float64").eps)
@@ -44,22 +45,6 @@ def new_cache(xp, policy: Sparse, sequences: int = 1, window: int | None = None)
     return SparseCache(
         config(window), sequences, like=xp.zeros(1), policy=policy, rng=np.random.default_rng(5)
     )  # fmt: skip
-
-
-def run(xp, cache: SparseCache, data, counts: list[int], kept: list[int] | None = None) -> list[list[np.ndarray]]:
-    """One step in all layers, of which ``kept`` tokens (all) are committed; outputs by layer and text."""
-    starts, view, outputs = cache.lengths[:], cache.view(counts), []
-    for layer in range(L):
-        parts = [
-            np.concatenate([a[layer, b, s : s + n] for b, (s, n) in enumerate(zip(starts, counts, strict=True))])
-            for a in data
-        ]
-        moved = [xp.asarray(part) for part in parts]
-        outputs.append(np.split(to_host(view(layer, *moved)).copy(), np.cumsum(counts)[:-1]))
-        for array in moved:
-            array[...] = np.nan  # a captured step uses this memory again
-    cache.advance(counts if kept is None else kept)
-    return outputs
 
 
 def places(cache: SparseCache) -> list[list[np.ndarray]]:
