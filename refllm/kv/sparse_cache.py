@@ -105,7 +105,7 @@ class SparseCache:
         for b, n in enumerate(counts):
             if n:
                 for layer, sequences in enumerate(self.layers):
-                    self._append(sequences[b], n, self.lengths[b], *view.brought[layer][b])
+                    self._append(sequences[b], n, *view.brought[layer][b])
                     if self.settled[b] and self.policy.always:
                         self._drop(layer, b, sequences[b].merit)
                 self.lengths[b] += n
@@ -120,13 +120,10 @@ class SparseCache:
                     kept.asked = None
                 self.settled[b] = True
 
-    def _append(self, kept: Kept, n: int, start: int, q: Array, k: Array, v: Array, a: Array) -> None:
-        """The first n of a step's tokens join what is kept; q[H, ·, D], k, v[G, ·, D], a[G, ·, S + ·]."""
-        xp, size = namespace(k), kept.keys.shape[1]
-        kept.keys = xp.concat([kept.keys, k[:, :n]], axis=1)
-        kept.values = xp.concat([kept.values, v[:, :n]], axis=1)
-        new = xp.broadcast_to(xp.arange(start, start + n), (k.shape[0], n))
-        kept.place = xp.concat([kept.place, new], axis=1)
+    def _append(self, kept: Kept, n: int, q: Array, keys: Array, values: Array, place: Array, a: Array) -> None:
+        """The first n of a step's tokens join what is kept: q[H, ·, D] of the step, K, V[G, S + ·, D] of both."""
+        xp, size = namespace(keys), kept.keys.shape[1]
+        kept.keys, kept.values, kept.place = keys[:, : size + n], values[:, : size + n], place[:, : size + n]
         a = a[:, :n, : size + n]
         if self.policy.score == "mass":
             kept.merit = xp.concat([kept.merit, xp.zeros_like(a[:, 0, size:])], axis=1) + xp.sum(a, axis=1)
@@ -134,7 +131,7 @@ class SparseCache:
             kept.merit = a[:, -1]
         elif self.policy.score == "random":
             assert self.rng is not None
-            drawn = asarray_like(self.rng.random((k.shape[0], n)), k, kept.merit.dtype)
+            drawn = asarray_like(self.rng.random((keys.shape[0], n)), keys, kept.merit.dtype)
             kept.merit = xp.concat([kept.merit, drawn], axis=1)
         else:
             kept.merit = xp.concat([kept.merit, xp.zeros_like(a[:, 0, size:])], axis=1)
@@ -172,9 +169,7 @@ class _View:
 
     def __init__(self, cache: SparseCache, counts: Sequence[int]):
         self.cache, self.counts = cache, list(counts)
-        self.brought: dict[
-            int, list[Any]
-        ] = {}  # by layer: q, k, v and a of each sequence, None where it brings nothing
+        self.brought: dict[int, list[Any]] = {}  # by layer, of each sequence: q, K, V, place, a, or None
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
         xp, cache, at = namespace(q), self.cache, 0
@@ -191,10 +186,11 @@ class _View:
             keys = xp.concat([kept.keys, new_k], axis=1)
             values = xp.concat([kept.values, new_v], axis=1)
             new = xp.broadcast_to(xp.arange(start, start + n), (keys.shape[0], n))
-            a = _weights(asks, keys, xp.concat([kept.place, new], axis=1), start, cache.window)  # [G, R, n, S+n]
+            place = xp.concat([kept.place, new], axis=1)
+            a = _weights(asks, keys, place, start, cache.window)  # [G, R, n, S+n]
             o = xp.matmul(a, values[:, None])  # [G, R, n, D]
             out[rows] = o.reshape(-1, n, o.shape[-1]).transpose(1, 0, 2)
-            brought.append((asks, new_k, new_v, xp.mean(a, axis=1)))
+            brought.append((asks, keys, values, place, xp.mean(a, axis=1)))
             at += n
         return out
 

@@ -84,6 +84,8 @@ def kv_sparsity(values: Values) -> Figure:
             mine = [row for row in rows if (row["task"], row["policy"]) == (task, name)]
             held = [row["held"] for row in mine]
             style: Any = {"color": colour, "marker": "o", "ms": 4, "lw": 1.4, "label": name}
+            if name == "newest only":  # beneath StreamingLLM's line, and to be seen
+                style |= {"ms": 7, "mfc": "none", "zorder": 5}
             dashed = "--" if name in ("newest only", "at random") else "-"  # the controls
             means = [row["kl"][0] for row in mine]
             spread = [[row["kl"][0] - row["kl"][1] for row in mine], [row["kl"][2] - row["kl"][0] for row in mine]]
@@ -95,7 +97,7 @@ def kv_sparsity(values: Values) -> Figure:
         panels[1, column].set_xticks([64, 128, 256, 512], ["64", "128", "256", "512"])
         panels[1, column].minorticks_off()
     panels[0, 0].set_ylabel("KL to all tokens (nats, log)")
-    panels[1, 0].set(ylabel="share of the last query's", ylim=(None, 1.0))
+    panels[1, 0].set(ylabel="share of the last query's attention", ylim=(None, 1.0))
     handles, labels = panels[0, 0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside upper left", ncols=4, fontsize=8.5)
     return fig
