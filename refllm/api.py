@@ -131,7 +131,7 @@ class Model:
         A ``cache`` policy changes what is remembered, and with it the text: ``refllm.kv.kivi.Kivi(...)`` keeps keys
         and values of all but the newest tokens in few bits, one of ``refllm.kv.sparse`` keeps some of the tokens.
         What is read depends on where steps begin, so with both a cache policy and a drafter the text may be another
-        one than with the policy alone.
+        one than with the policy alone. A policy that drops at random draws from ``rng``, at temperature 0 too.
         """
         how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         if isinstance(prompt, str):

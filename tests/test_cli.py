@@ -542,7 +542,7 @@ def test_a_cache_of_some_tokens_is_what_the_options_say(model):
     assert got.stdout == as_lines(loaded.generate(text * 2, 3, ignore_eos=True, cache=snapkv(40)))
     assert "42 of 47 tokens a key head" in got.stderr
     for options, message in (
-        (["--kv-keep", "16"], "16 tokens do not hold the first 0 and the newest 32; raise the budget"),
+        (["--kv-keep", "16"], "16 tokens do not hold the first 0 and the newest 32; raise the budget to 32"),
         (["--kv-policy", "h2o"], "say how many with --kv-keep"),
         (["--kv-keep", "16", "--kv-policy", "luck"], "choose one of snapkv, h2o, tova"),
         (["--kv-keep", "16", "--kv-policy", "h2o", "--kv-bits", "4"], "choose one"),

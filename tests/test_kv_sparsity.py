@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 
 from conftest import ROOT
 from refllm.api import Model
-from refllm.kv.sparse import h2o, recent_only, snapkv
+from refllm.kv.sparse import at_random, h2o, recent_only, snapkv
 from refllm.kv.sparse_cache import SparseCache
+from refllm.model.attention import CausalAttend
 from refllm.model.checkpoint import save
 from refllm.model.llama import forward, logits
 from refllm.study import kv_sparsity
@@ -36,8 +38,10 @@ def test_texts_of_a_far_copy_end_as_they_began(model):
         assert copy[1:21] == copy[-20:] == text[1:21]
         assert copy[21:52] != text[21:52]  # other code between
     whole, without = copies.loss
-    assert whole > 0
-    assert without > 0
+    rest = np.stack([model.logits(text[21:])[-13:-1] for text in copies.texts])
+    rest -= np.logaddexp.reduce(rest, axis=-1, keepdims=True)
+    assert without == pytest.approx(-np.mean([rest[b, i, text[60 + i]] for b, text in enumerate(copies.texts)
+                                              for i in range(12)]))  # fmt: skip
     exact = np.stack([model.logits(text)[59:71] for text in copies.texts])
     log_p = exact - np.logaddexp.reduce(exact, axis=-1, keepdims=True)
     assert whole == pytest.approx(-np.mean([log_p[b, i, text[60 + i]] for b, text in enumerate(copies.texts)
@@ -70,6 +74,39 @@ def test_a_run_is_what_the_cache_answers_text_by_text(model, policy):
     assert run.kl[:, 1:].max() > 1e-6
 
 
+def test_the_share_of_attention_is_that_of_each_text_s_own_query(model):
+    """From the attention of the whole text, layer by layer, of the last query."""
+    experiment, config = Experiment(model, TASKS[0], **SIZES), model.config
+    expected, plain = [], CausalAttend([71])
+    for text in experiment.texts:
+        seen = {}
+
+        def attend(layer, q, k, v, seen=seen):
+            grouped = q[-1].reshape(config.num_key_value_heads, -1, config.head_dim)
+            scores = np.einsum("grd,sgd->grs", grouped, k) / np.sqrt(config.head_dim)
+            p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+            seen[layer] = (p / p.sum(axis=-1, keepdims=True))[..., -24:].sum(axis=-1).mean()
+            return plain(layer, q, k, v)
+
+        forward(model.weights, config, np.asarray(text[:-1]), np.arange(71), attend)
+        expected += seen.values()
+    assert experiment.run(recent_only(24)).mass == pytest.approx(np.mean(expected))
+
+
+def test_what_drops_once_has_a_control_that_holds_as_many(model):
+    experiment = Experiment(model, TASKS[0], **SIZES)
+    rows = kv_sparsity.rows(experiment, TASKS[0], [40])
+    snap = next(row for row in rows if row["policy"] == "SnapKV")
+    control = experiment.run(replace(recent_only(40), always=False))
+    assert (control.held, control.last) == (snap["held"], snap["held at the end"]) == (40 + 5, 40 + 11)
+    own = experiment.run(snapkv(40))
+    assert snap["against control"][0] == pytest.approx((own.kl - control.kl).mean(), abs=1e-12)
+    draws = [experiment.run(at_random(40), seed) for seed in range(kv_sparsity.DRAWS)]
+    chance = next(row for row in rows if row["policy"] == "at random")
+    assert chance["kl"][0] == pytest.approx(np.mean([run.kl for run in draws]), abs=1e-12)
+    assert len({run.mass for run in draws}) > 1
+
+
 def test_everything_kept_costs_nothing(model):
     run = Experiment(model, TASKS[1], **SIZES).run(h2o(72))
     assert np.abs(run.kl).max() < 1e-9
@@ -98,6 +135,10 @@ def test_a_small_run_writes_a_record_that_is_drawn(tmp_path):
     assert found == [(task, name, budget) for task in TASKS for budget in (16, 40) for name in fits[budget]]
     for row in values["rows"]:
         assert (row["against control"] == [0, 0, 0]) == (row["policy"] == CONTROL)
+        if row["policy"] != "SnapKV":
+            control = next(r for r in values["rows"] if r["policy"] == CONTROL
+                           and (r["task"], r["budget"]) == (row["task"], row["budget"]))  # fmt: skip
+            assert row["against control"][0] == pytest.approx(row["kl"][0] - control["kl"][0], abs=1e-12)
     assert len(drawn(values).axes) == 4
 
 

@@ -56,6 +56,7 @@ def test_exact_value_pooling_counts_the_zeros_beyond_the_ends(xp, seed, size, ke
 def test_conservation_a_pyramid_keeps_as_much_as_equal_budgets(budget, layers, beta):
     budgets = pyramidkv(budget, beta=beta).budgets(layers)
     assert sum(budgets) == budget * layers
+    assert min(budgets) >= int(budget / beta) >= 8 or beta == 20.0
     assert all(a >= b - 1 for a, b in pairwise(budgets))  # up to rounding
     assert abs(budgets[-1] - budget / beta) <= 1
     assert abs(budgets[0] - (2 * budget - budget / beta)) <= 1
@@ -74,10 +75,12 @@ def test_policies_are_those_of_the_papers():
     ("make", "message"),
     [
         (lambda: h2o(0), "budget is a whole number, 1 or more, got 0"),
-        (lambda: streaming(3), "newest is a whole number, 0 or more, got -1"),
-        (lambda: h2o(8, 9), "8 tokens do not hold the first 0 and the newest 9; raise the budget"),
+        (lambda: streaming(3), "a budget of 3 has no room for the first 4 and a newest one"),
+        (lambda: h2o(8, 9), "8 tokens do not hold the first 0 and the newest 9; raise the budget to 9"),
         (lambda: snapkv(16), "16 tokens do not hold the first 0 and the newest 32"),
-        (lambda: pyramidkv(100), "5 tokens do not hold the first 0 and the newest 8"),
+        (lambda: pyramidkv(100), "5 tokens do not hold the first 0 and the newest 8; raise the budget to 160"),
+        (lambda: pyramidkv(15, beta=2.0), "7 tokens do not hold the first 0 and the newest 8; raise the budget to 16"),
+        (lambda: Sparse(4, beta=100.0), "0 tokens do not hold the first 0 and the newest 0; raise the budget to 100"),
         (lambda: snapkv(64, kernel=4), "pools by mean or max of an odd number, got 'mean' of 4"),
         (lambda: snapkv(64, pool="sum"), "got 'sum' of 5"),
         (lambda: pyramidkv(400, beta=0.5), "beta 0.5"),

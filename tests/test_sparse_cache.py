@@ -117,6 +117,9 @@ class Simulated:
     def drop(self, scores: list[dict[int, float]]) -> None:
         for g in range(G):
             kept = self.kept[g]
+            if self.window is not None:  # what the next query cannot see goes first
+                next_one = max(kept) + 1
+                scores[g] = {j: -math.inf if j <= next_one - self.window else s for j, s in scores[g].items()}
             must = [j for i, j in enumerate(kept) if i < self.policy.first or i >= len(kept) - self.policy.newest]
             rest = sorted((j for j in kept if j not in must), key=lambda j: (-scores[g][j], j))
             self.kept[g] = sorted((must + rest)[: self.budget])
@@ -256,6 +259,17 @@ def test_what_the_cache_cannot_do_is_refused(xp):
     with pytest.raises(ValueError, match="drops at random needs rng="):
         SparseCache(config(), 1, like=xp.zeros(1), policy=at_random(8))
     cache, data = new_cache(xp, h2o(8), 2), texts(0, 2, 9)
+    cache.view([1, 1])(0, *(xp.zeros((2, heads, D)) for heads in (H, G, G)))
+    with pytest.raises(ValueError, match="to 2 layers: run the step first"):
+        cache.advance([1, 1])  # of one layer only
+    broken = cache.view([1, 1])
+    broken(0, *(xp.zeros((2, heads, D)) for heads in (H, G, G)))
+    broken.brought[1] = [broken.brought[0][0]]  # as if the second sequence had failed
+    with pytest.raises(ValueError, match="to 2 layers: run the step first"):
+        cache.advance([1, 1])
+    with pytest.raises(ValueError, match="the view is for 2 tokens, the step has 3"):
+        cache.view([1, 1])(0, *(xp.zeros((3, heads, D)) for heads in (H, G, G)))
+    cache = new_cache(xp, h2o(8), 2)
     for step in (lambda: cache.advance([1, 1]), lambda: cache.view([1, 1, 1]), lambda: cache.view([1, -1])):
         with pytest.raises(ValueError, match=r"run the step first|holds 2 sequences|0 tokens or more"):
             step()
@@ -272,6 +286,45 @@ def test_what_the_cache_cannot_do_is_refused(xp):
     run(xp, late, data, [5, 0])
     late.settle()
     assert late.settled == [True, False]  # the second has no prompt yet
+
+
+def test_one_set_for_all_heads_is_chosen_by_the_mean_of_all(xp):
+    """The second key head reads what the first does not: both count."""
+    cache = new_cache(xp, tova(2))
+    q, k, v = np.zeros((4, H, D)), np.zeros((4, G, D)), np.zeros((4, G, D))
+    q[3] = 1.0
+    k[0, 0], k[1, 1], k[2, 1] = 1.0, 8.5, 9.0  # head 0 reads token 0 most, and the others alike; head 1 tokens 2 and 1
+    for layer, view in enumerate([cache.view([4])] * L):
+        view(layer, *(xp.asarray(a) for a in (q, k, v)))
+    cache.advance([4])
+    cache.settle()
+    assert places(cache)[0][0].tolist() == [[0, 2]] * 2  # means: about 0.42, 0.12, 0.43 and 0.03
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_sums_of_attention_are_no_narrower_than_float32(xp, dtype):
+    cache = SparseCache(config(), 1, like=xp.zeros(1, dtype=dtype), policy=h2o(5000))
+    one = [xp.zeros((50, heads, D), dtype=dtype) for heads in (H, G, G)]
+    view = cache.view([50])
+    for layer in range(L):
+        view(layer, *one)
+    cache.advance([50])
+    merit = cache.layers[0][0].merit
+    assert merit.dtype == "float32"
+    exact = np.cumsum(1 / np.arange(50, 0, -1))[::-1]  # token j: Σ_{t ≥ j} 1/(t + 1)
+    np.testing.assert_allclose(to_host(merit)[0], exact, rtol=2e-3 if dtype == "float16" else 1e-6)
+
+
+@pytest.mark.parametrize("name", ["tova", "h2o", "snapkv"])
+def test_nothing_is_held_that_is_not_counted(name):
+    """A view of a step's weights or queries would keep all of them alive."""
+    data = texts(0, 1, 80)
+    cache = new_cache(np, POLICIES[name])
+    for n in (40, 30, 1):
+        run(np, cache, data, [n])
+    for layer in cache.layers:
+        for array in (layer[0].merit, layer[0].asked):
+            assert array is None or array.base is None or array.base.size <= array.size
 
 
 # --- generation --------------------------------------------------------------------------------------------------
@@ -314,5 +367,11 @@ def test_within_the_budget_the_text_is_the_plain_one_with_drafts_and_without():
             assert ENDLESS.generate(PROMPTS[0], 40, cache=policy, drafter=drafter) == plain
     with pytest.raises(ValueError, match="a tree of drafts is verified in a cache that keeps everything"):
         ENDLESS.generate(PROMPTS[0], 8, cache=h2o(12), drafter=TreeDrafter(ENDLESS, 3))
+    for wrong in ("h2o", h2o, 256):
+        for count in (0, 8):
+            with pytest.raises(ValueError, match=r"a cache policy is a Kivi\(...\) or one of refllm.kv.sparse"):
+                ENDLESS.generate(PROMPTS[0], count, cache=wrong)
+            with pytest.raises(ValueError, match="a cache policy is"):
+                ENDLESS.generate(PROMPTS[0], count, cache=wrong, drafter=NGramDrafter(4))
     drawn = [ENDLESS.generate(PROMPTS[0], 40, cache=at_random(12), rng=seed) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]

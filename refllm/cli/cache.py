@@ -17,7 +17,9 @@ KvBitsOption = Annotated[
 ]
 KvGroupOption = Annotated[int | None, opt("Numbers that share a step.", min=1, show_default="32")]
 KvResidualOption = Annotated[int | None, opt("Newest tokens that stay as they are.", min=1, show_default="128")]
-KvKeepOption = Annotated[int | None, opt("Keep N tokens a key head, and drop the others.", min=1, show_default="all")]
+KvKeepOption = Annotated[
+    int | None, opt("Keep N tokens a key head (snapkv, pyramidkv: of the prompt).", min=1, show_default="all")
+]
 KvPolicyOption = Annotated[
     str | None,
     opt("Which tokens are kept.", metavar="snapkv|h2o|tova|streaming|pyramidkv|recent", show_default="snapkv"),

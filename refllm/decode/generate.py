@@ -90,6 +90,7 @@ def generate_tokens(
         that are not finite (an overflow: there is no largest one to choose).
     """
     check_prompts(prompts, max_tokens, config)
+    check_policy(policy)
     if max_tokens == 0:
         return
     like = weights["norm"]
@@ -112,6 +113,12 @@ def generate_tokens(
         yield tokens
 
 
+def check_policy(policy: CachePolicy | None) -> None:
+    """ValueError for what is no policy of a cache."""
+    if not (policy is None or isinstance(policy, (Kivi, Sparse))):
+        raise ValueError(f"a cache policy is a Kivi(...) or one of refllm.kv.sparse, such as h2o(256), got {policy!r}")
+
+
 def new_cache(
     config: ModelConfig, sequences: int, capacity: int, like: Array, policy: CachePolicy | None,
     rng: np.random.Generator | None = None,
@@ -129,8 +136,9 @@ def prefill(weights: Weights, config: ModelConfig, prompts: Sequence[Sequence[in
     like = weights["norm"]
     total = sum(len(prompt) for prompt in prompts)
     ends = []
-    # KIVI's prompt reads itself as it came, whoever its neighbours are: in one pass
-    budget = PREFILL if namespace(like) is np and not isinstance(cache, KiviCache) else total
+    # KIVI's prompt reads itself as it came, whoever its neighbours are: in one pass; scores of tokens are quadratic
+    cut = isinstance(cache, SparseCache) or (namespace(like) is np and not isinstance(cache, KiviCache))
+    budget = PREFILL if cut else total
     for counts in passes([len(prompt) for prompt in prompts], budget):
         begins, last = cache.lengths[:], np.cumsum(counts) - 1
         parts = [prompt[b : b + n] for prompt, b, n in zip(prompts, begins, counts, strict=True)]

@@ -26,7 +26,7 @@ from refllm.backend import Array, asarray_like, namespace, to_numpy
 from refllm.decode import sampling
 from refllm.decode.captured import stepper
 from refllm.decode.drafts import NOTHING, Drafter, Proposal, TreeProposal
-from refllm.decode.generate import CachePolicy, Sampling, check_prompts, choose, new_cache, prefill
+from refllm.decode.generate import CachePolicy, Sampling, check_policy, check_prompts, choose, new_cache, prefill
 from refllm.decode.speculative import verify, verify_greedy
 from refllm.decode.tree import Tree, TreeView, compact, verify_tree, verify_tree_greedy
 from refllm.kv.contiguous import ContiguousCache
@@ -69,6 +69,7 @@ def speculate(
     ValueError for what ``generate_tokens`` refuses, and for a proposal that ``verify`` refuses.
     """
     check_prompts([prompt], max_tokens, config)
+    check_policy(policy)
     if policy is not None and getattr(drafter, "trees", False):
         raise ValueError("a tree of drafts is verified in a cache that keeps everything: draft chains instead")
     if max_tokens == 0:

@@ -24,10 +24,11 @@ score, and in when they drop:
 | w, k   | ``window`` of queries that vote, ``kernel`` of pooling |           |
 
 A dropped token never comes back. Keys were rotated at their positions and keep them. Sums of attention favour the old,
-which more queries have read: that is H2O's rule, and not mended here.
+which more queries have read: that is H2O's rule, and not mended here. Of a network with a sliding window, tokens that
+the window has passed are dropped before all others, but for the first.
 
 Left out: rolling positions (StreamingLLM beyond the trained context), selection without dropping (Quest), H2O's ratios
-of the prompt's length. ``sparse_cache`` holds the tokens.
+of the prompt's length, what PyramidKV does for short prompts. ``sparse_cache`` holds the tokens.
 """
 
 from __future__ import annotations
@@ -77,11 +78,11 @@ class Sparse:
             raise ValueError(f"Sparse: pools by mean or max of an odd number, got {self.pool!r} of {self.kernel}")
         if self.beta is not None and not self.beta >= 1:
             raise ValueError(f"Sparse: the lowest layer's share is at least the highest's, got beta {self.beta}")
-        least = min(self.budgets(2))
-        if least < self.first + self.newest:
+        least, must = int(self.budget / (self.beta or 1)), max(1, self.first + self.newest)
+        if least < must:
             raise ValueError(
                 f"Sparse: {least} tokens do not hold the first {self.first} and the newest {self.newest}; "
-                "raise the budget"
+                f"raise the budget to {math.ceil(must * (self.beta or 1))}"
             )
 
     def budgets(self, layers: int) -> list[int]:
@@ -107,6 +108,8 @@ def recent_only(budget: int) -> Sparse:
 
 def streaming(budget: int, first: int = 4) -> Sparse:
     """StreamingLLM: the first tokens, which softmax needs as a place for what is left over, and the newest."""
+    if not budget > first:
+        raise ValueError(f"streaming: a budget of {budget} has no room for the first {first} and a newest one")
     return Sparse(budget, "none", first, budget - first)
 
 
@@ -126,7 +129,10 @@ def snapkv(budget: int, window: int = 32, kernel: int = 5, pool: str = "mean") -
 
 
 def pyramidkv(budget: int, window: int = 8, kernel: int = 5, pool: str = "mean", beta: float = 20.0) -> Sparse:
-    """PyramidKV: SnapKV with ``budget`` tokens a layer on average, from 2B − B/β at the bottom to B/β at the top."""
+    """PyramidKV: SnapKV with ``budget`` tokens a layer on average, from 2B − B/β at the bottom to B/β at the top.
+
+    On average of prompts that are long enough: what a low layer has no tokens for is not given to the others.
+    """
     return Sparse(budget, "votes", 0, window, always=False, window=window, kernel=kernel, pool=pool, beta=beta)
 
 

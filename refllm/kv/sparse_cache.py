@@ -4,7 +4,7 @@
 |--------|-----------------------------------------------------------|---------------|
 | K, V   | what a key head keeps, in the order of positions          | [G, S, D]     |
 | place  | their positions, which differ from head to head           | [G, S]        |
-| merit  | their scores so far                                       | [G, S]        |
+| merit  | their scores so far, in float32 at least                  | [G, S]        |
 | a      | attention of the step's queries, mean of a key head's     | [G, n, S + n] |
 
 A prompt is read in full, in as many steps as it takes; ``settle`` says that it has been read, and the policy drops
@@ -14,7 +14,8 @@ only as far as ``advance`` keeps it, so a rejected draft has neither read nor be
 Memory is what is kept: arrays are cut at every drop. Attention is the naive form, since its weights are the scores; a
 fused kernel never has them, which is why H2O costs speed where SnapKV does not.
 
-Left out: blocks and shared prefixes (what one sequence drops another may need), dropping within a prompt.
+Left out: blocks and shared prefixes (what one sequence drops another may need), dropping within a prompt, a second
+prompt (it stays whole under a policy that drops once). What is drawn by lot depends on the batch and on its steps.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ class Kept:
 
 
 class SparseCache:
-    """Keys and values of ``max_sequences`` sequences, each at most ``policy.budget`` tokens a head once it settled."""
+    """Keys and values of ``max_sequences`` sequences: once settled, ``policy.budget`` tokens a head at most.
+
+    Under a policy that drops once, also those that came later.
+    """
 
     def __init__(
         self, config: ModelConfig, max_sequences: int, *, like: Array, policy: Sparse,
@@ -64,7 +68,9 @@ class SparseCache:
         def empty() -> Kept:
             none, at = xp.zeros(shape, dtype=like.dtype), xp.zeros(shape[:2], dtype=xp.int64)
             asked = xp.zeros(queries, dtype=like.dtype) if policy.score == "votes" else None
-            return Kept(none, none, at, none[:, :, 0], asked)
+            # a float16 sum of shares stands still at 2,048
+            merit = xp.zeros(shape[:2], dtype="float32" if like.dtype == "float16" else like.dtype)
+            return Kept(none, none, at, merit, asked)
 
         self.layers = [[empty() for _ in range(max_sequences)] for _ in range(config.num_hidden_layers)]
         self.lengths = [0] * max_sequences  # tokens read, kept or not
@@ -97,7 +103,7 @@ class SparseCache:
         ValueError if it brought fewer, or has not gone through all layers.
         """
         view = self._view
-        if view is None or len(view.brought) != len(self.layers):
+        if view is None or any(len(view.brought.get(i, ())) < len(view.counts) for i in range(len(self.layers))):
             raise ValueError(f"advance commits what a view brought to {len(self.layers)} layers: run the step first")
         if len(counts) > len(view.counts) or any(not 0 <= n <= m for n, m in zip(counts, view.counts, strict=False)):
             raise ValueError(f"the step brought {view.counts} tokens, {list(counts)} cannot be committed")
@@ -120,23 +126,22 @@ class SparseCache:
                     kept.asked = None
                 self.settled[b] = True
 
-    def _append(self, kept: Kept, n: int, q: Array, keys: Array, values: Array, place: Array, a: Array) -> None:
+    def _append(self, kept: Kept, n: int, q: Array, keys: Array, values: Array, place: Array, a: Any) -> None:
         """The first n of a step's tokens join what is kept: q[H, ·, D] of the step, K, V[G, S + ·, D] of both."""
         xp, size = namespace(keys), kept.keys.shape[1]
         kept.keys, kept.values, kept.place = keys[:, : size + n], values[:, : size + n], place[:, : size + n]
-        a = a[:, :n, : size + n]
-        if self.policy.score == "mass":
-            kept.merit = xp.concat([kept.merit, xp.zeros_like(a[:, 0, size:])], axis=1) + xp.sum(a, axis=1)
-        elif self.policy.score == "last":
-            kept.merit = a[:, -1]
-        elif self.policy.score == "random":
+        dtype = kept.merit.dtype
+        new = xp.zeros((keys.shape[0], n), dtype=dtype)
+        if self.policy.score == "random":
             assert self.rng is not None
-            drawn = asarray_like(self.rng.random((keys.shape[0], n)), keys, kept.merit.dtype)
-            kept.merit = xp.concat([kept.merit, drawn], axis=1)
-        else:
-            kept.merit = xp.concat([kept.merit, xp.zeros_like(a[:, 0, size:])], axis=1)
+            new = asarray_like(self.rng.random((keys.shape[0], n)), keys, dtype)
+        kept.merit = xp.concat([kept.merit, new], axis=1)
+        if self.policy.score == "mass":
+            kept.merit += xp.sum(a[:, :n, : size + n], axis=1, dtype=dtype)
+        elif self.policy.score == "last":
+            kept.merit = xp.astype(a[:, n - 1, : size + n], dtype)  # a copy: a view would hold all of a
         if kept.asked is not None:
-            kept.asked = xp.concat([kept.asked, q[:, :n]], axis=1)[:, -self.policy.window :]
+            kept.asked = xp.copy(xp.concat([kept.asked, q[:, :n]], axis=1)[:, -self.policy.window :])
 
     def _drop(self, layer: int, b: int, score: Array) -> None:
         kept, policy, budget = self.layers[layer][b], self.policy, self.budgets[layer]
@@ -146,6 +151,9 @@ class SparseCache:
         xp = namespace(score)
         if policy.alike:
             score = xp.broadcast_to(xp.mean(score, axis=0), score.shape)
+        if self.window is not None:  # the next query, at the newest's position + 1, sees the last ``window``
+            passed = kept.place <= kept.place[:, -1:] + 1 - self.window
+            score = xp.where(passed, xp.asarray(-math.inf, dtype=score.dtype), score)
         stay = choose(score, budget, policy.first, policy.newest)
         kept.place = xp.take_along_axis(kept.place, stay, axis=1)
         kept.merit = xp.take_along_axis(kept.merit, stay, axis=1)
@@ -190,7 +198,8 @@ class _View:
             a = _weights(asks, keys, place, start, cache.window)  # [G, R, n, S+n]
             o = xp.matmul(a, values[:, None])  # [G, R, n, D]
             out[rows] = o.reshape(-1, n, o.shape[-1]).transpose(1, 0, 2)
-            brought.append((asks, keys, values, place, xp.mean(a, axis=1)))
+            scored = cache.policy.score in ("mass", "last")
+            brought.append((asks, keys, values, place, xp.mean(a, axis=1) if scored else None))
             at += n
         return out
 

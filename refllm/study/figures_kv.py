@@ -90,7 +90,8 @@ def kv_sparsity(values: Values) -> Figure:
             means = [row["kl"][0] for row in mine]
             spread = [[row["kl"][0] - row["kl"][1] for row in mine], [row["kl"][2] - row["kl"][0] for row in mine]]
             panels[0, column].errorbar(held, means, yerr=spread, ls=dashed, **style)
-            panels[1, column].plot(held, [row["mass"] for row in mine], ls=dashed, **style)
+            ends = [row["held at the end"] for row in mine]
+            panels[1, column].plot(ends, [row["mass"] for row in mine], ls=dashed, **style)
         title = task[0].upper() + task[1:]
         panels[0, column].set(title=f"{title}: KL", xscale="log", yscale="log")
         panels[1, column].set(title=f"{title}: attention kept", xlabel="tokens that a key head holds (log)")

@@ -1,10 +1,10 @@
-"""What dropping tokens costs: the policies of ``kv.sparse`` beside two controls, at equal numbers of kept tokens.
+"""What dropping tokens costs: the policies of ``kv.sparse`` beside two controls that hold as many.
 
     python -m refllm.study.kv_sparsity        # writes figures/data/kv_sparsity.json; `refllm figures` draws it
 
 Held-out texts of ``PROMPT`` + ``NEW`` tokens: the prompt is read in full, then the policy drops, and the rest is read
 token by token, each given the true ones before. What is measured is KL to the same network with all tokens in its
-cache, over those ``NEW`` tokens, paired with the control that keeps the newest tokens only.
+cache, over those ``NEW`` tokens, in pairs with a control that keeps the newest tokens only.
 
 | task          | text                                                   | what it asks for              |
 |---------------|--------------------------------------------------------|-------------------------------|
@@ -16,8 +16,9 @@ techniques lose to it. They were made for something far back that is asked for a
 ``without`` says how much worse the network is when the first copy is not in the text at all.
 
 SnapKV and PyramidKV drop once, after the prompt, and keep what comes then: they hold more tokens than their budget.
-Policies are therefore set side by side by the tokens that a key head held at a step, in the mean. ``mass`` is the share
-of a text's last query's attention, with all tokens there, that falls on what a policy kept at the end.
+Their control does the same. All are drawn by the tokens that a key head held at a step, in the mean. ``mass`` is the
+share of a text's last query's attention, with all tokens there, that falls on what a policy kept at the end, drawn by
+what it held then. What is kept at random is the mean of ``DRAWS`` draws; intervals are those of the texts.
 
 PyramidKV has SnapKV's window here, so that the budgets alone differ, and β = 4: with the paper's 20 its top layer would
 hold fewer tokens than vote.
@@ -31,7 +32,7 @@ import argparse
 import platform
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ from refllm.study.bootstrap import Interval, blocks, bootstrap
 from refllm.study.machine import processor
 from refllm.study.records import Record, write
 
-PROMPT, NEW, TEXTS, COPY = 768, 128, 12, 192
+PROMPT, NEW, TEXTS, COPY = 768, 128, 24, 192
+DRAWS = 3
 BUDGETS = (64, 128, 256, 512)
 TASKS = ("as it comes", "a far copy")
 CONTROL = "newest only"
@@ -64,10 +66,11 @@ BLOCK = 64  # tokens a block of the bootstrap
 
 @dataclass(frozen=True)
 class Run:
-    """One policy over all texts: KL of each token [texts, new], tokens held a key head and step, share of attention."""
+    """One policy over all texts: KL of each token [texts, new], tokens held a key head, share of attention."""
 
     kl: np.ndarray
-    held: float
+    held: float  # mean of the steps
+    last: float  # at the end
     mass: float
 
 
@@ -136,7 +139,16 @@ class Experiment:
             z = self._step(cache, [1] * count, [text[self.prompt + i] for text in self.texts])
             kl.append(self._kl(z, i + 1))
         heads = count * len(cache.layers) * model.config.num_key_value_heads
-        return Run(np.stack(kl, axis=1), float(np.mean(held)) / heads, self._mass(cache))
+        last = sum(k.place.size for layer in cache.layers for k in layer)
+        return Run(np.stack(kl, axis=1), float(np.mean(held)) / heads, last / heads, self._mass(cache))
+
+    def drawn(self, policy: Sparse) -> Run:
+        """``run``, or the mean of some if the policy drops at random."""
+        if policy.score != "random":
+            return self.run(policy)
+        runs = [self.run(policy, seed) for seed in range(DRAWS)]
+        kl, mass = np.mean([r.kl for r in runs], axis=0), float(np.mean([r.mass for r in runs]))
+        return replace(runs[0], kl=kl, mass=mass)
 
     def _step(self, cache: SparseCache, counts: list[int], tokens: Sequence[int]) -> np.ndarray:
         weights, config = self.model.weights, self.model.config
@@ -173,17 +185,20 @@ def rows(experiment: Experiment, task: str, budgets: Sequence[int] = BUDGETS) ->
     """The table of a task: every policy at every budget that holds what it must."""
     found = []
     for budget in budgets:
-        control: Run | None = None
+        controls: dict[bool, Run] = {}  # by whether tokens are dropped at every step
         for name, make in POLICIES.items():
             try:
                 policy = make(budget)
             except ValueError:  # its window is larger than the budget
                 continue
-            run = experiment.run(policy)
-            control = run if name == CONTROL else control
-            assert control is not None
+            run = experiment.drawn(policy)
+            if policy.always not in controls:
+                newest = replace(recent_only(budget), always=policy.always)
+                controls[policy.always] = run if newest == policy else experiment.run(newest)
+            control = controls[policy.always]
             found.append({
-                "task": task, "policy": name, "budget": budget, "held": run.held, "mass": run.mass,
+                "task": task, "policy": name, "budget": budget, "held": run.held, "held at the end": run.last,
+                "mass": run.mass,
                 "kl": _interval(run.kl), "against control": _interval(run.kl - control.kl),
             })  # fmt: skip
             print(f"{task}: {name}, {budget} tokens: holds {run.held:.0f}, KL {run.kl.mean():.4f}", file=sys.stderr)
