@@ -48,11 +48,27 @@ def test_texts_of_a_far_copy_end_as_they_began(model):
                                             for i in range(12)]))  # fmt: skip
 
 
+def share_of_attention(experiment, caches) -> float:
+    """What the last query of each text reads of the whole text, and how much of that is still in its cache."""
+    config, shares, plain = experiment.model.config, [], CausalAttend([71])
+    for text, cache in zip(experiment.texts, caches, strict=True):
+
+        def attend(layer, q, k, v, cache=cache):
+            for g, kept in enumerate(cache.layers[layer][0].place):
+                heads = q[-1].reshape(config.num_key_value_heads, -1, config.head_dim)[g]
+                p = np.exp(heads @ k[:, g].T / np.sqrt(config.head_dim))  # [R, S]
+                shares.append((p[:, kept].sum(axis=1) / p.sum(axis=1)).mean())
+            return plain(layer, q, k, v)
+
+        forward(experiment.model.weights, config, np.asarray(text[:-1]), np.arange(71), attend)
+    return float(np.mean(shares))
+
+
 @pytest.mark.parametrize("policy", [h2o(24), recent_only(24), snapkv(24, window=8)])
 def test_a_run_is_what_the_cache_answers_text_by_text(model, policy):
     experiment = Experiment(model, TASKS[0], **SIZES)
     run, config = experiment.run(policy), model.config
-    held, kept, shares = [], [], []
+    held, kept, caches = [], [], []
     for b, text in enumerate(experiment.texts):
         cache = SparseCache(config, 1, like=np.zeros(1), policy=policy)
         exact = model.logits(text)
@@ -66,31 +82,12 @@ def test_a_run_is_what_the_cache_answers_text_by_text(model, policy):
                 held.pop()
             log_p, log_q = (a - np.logaddexp.reduce(a) for a in (exact[stop - 1], z))
             kept.append((b, stop - 60, np.sum(np.exp(log_p) * (log_p - log_q))))
-        shares.append(cache)
+        caches.append(cache)
     for b, i, kl in kept:
         assert run.kl[b, i] == pytest.approx(kl, abs=1e-9)
     assert run.held == pytest.approx(np.mean(held))
-    assert 0 < run.mass < 1
+    assert run.mass == pytest.approx(share_of_attention(experiment, caches))
     assert run.kl[:, 1:].max() > 1e-6
-
-
-def test_the_share_of_attention_is_that_of_each_text_s_own_query(model):
-    """From the attention of the whole text, layer by layer, of the last query."""
-    experiment, config = Experiment(model, TASKS[0], **SIZES), model.config
-    expected, plain = [], CausalAttend([71])
-    for text in experiment.texts:
-        seen = {}
-
-        def attend(layer, q, k, v, seen=seen):
-            grouped = q[-1].reshape(config.num_key_value_heads, -1, config.head_dim)
-            scores = np.einsum("grd,sgd->grs", grouped, k) / np.sqrt(config.head_dim)
-            p = np.exp(scores - scores.max(axis=-1, keepdims=True))
-            seen[layer] = (p / p.sum(axis=-1, keepdims=True))[..., -24:].sum(axis=-1).mean()
-            return plain(layer, q, k, v)
-
-        forward(model.weights, config, np.asarray(text[:-1]), np.arange(71), attend)
-        expected += seen.values()
-    assert experiment.run(recent_only(24)).mass == pytest.approx(np.mean(expected))
 
 
 def test_what_drops_once_has_a_control_that_holds_as_many(model):

@@ -133,17 +133,19 @@ class Simulated:
 @pytest.mark.parametrize("name", POLICIES)
 @settings(max_examples=6)
 @given(
-    seed=seeds, window=st.sampled_from([None, 9]), prompt=st.lists(st.integers(1, 14), min_size=1, max_size=3),
+    seed=seeds, window=st.sampled_from([None, 9]),
+    prompt=st.lists(st.tuples(st.integers(1, 14), st.integers(0, 2)), min_size=1, max_size=3),
     steps=st.lists(st.tuples(st.integers(1, 3), st.integers(0, 3)), max_size=12),
 )  # fmt: skip
 def test_equality_with_a_simulation_head_by_head(xp, name, seed, window, prompt, steps):
     policy = POLICIES[name]
-    cache, length = new_cache(xp, policy, 1, window), sum(prompt) + 3 * len(steps)
+    prompt = [(n, max(1, n - rejected)) for n, rejected in prompt]
+    cache, length = new_cache(xp, policy, 1, window), sum(n for n, _ in prompt) + 3 * len(steps)
     q, k, v = data = texts(seed, 1, length)
     draws = np.random.default_rng(5)
     drawn: list[dict] = [{g: {} for g in range(G)} for _ in range(L)]
     model = [Simulated(policy, cache.budgets[layer], window, drawn[layer]) for layer in range(L)]
-    for phase, n, kept in [("prompt", n, n) for n in prompt] + [("decode", n, min(n, m)) for n, m in steps]:
+    for phase, n, kept in [("prompt", n, m) for n, m in prompt] + [("decode", n, min(n, m)) for n, m in steps]:
         if phase == "decode" and not model[0].settled:
             cache.settle()
             for layer, one in enumerate(model):
@@ -325,6 +327,29 @@ def test_nothing_is_held_that_is_not_counted(name):
     for layer in cache.layers:
         for array in (layer[0].merit, layer[0].asked):
             assert array is None or array.base is None or array.base.size <= array.size
+    cache.settle()
+    assert all(layer[0].asked is None for layer in cache.layers)
+
+
+def test_a_step_that_is_computed_again_counts_once(xp):
+    """After an error half-way the same view may go through all layers anew."""
+    data, garbage = texts(0, 1, 20), texts(1, 1, 20)
+    once, twice = (new_cache(xp, h2o(6)) for _ in range(2))
+    for step, n in enumerate((15, 1, 1)):
+        start = once.lengths[0]
+        view = twice.view([n])
+        for some in (garbage, data):
+            for layer in range(L):
+                view(layer, *(xp.asarray(a[layer, 0, start : start + n].copy()) for a in some))
+        twice.advance([n])
+        run(xp, once, data, [n])
+        if not step:
+            once.settle()
+            twice.settle()
+    for a, b in zip(places(once), places(twice), strict=True):
+        assert np.array_equal(a[0], b[0])
+    for a, b in zip(once.layers, twice.layers, strict=True):
+        assert np.array_equal(to_host(a[0].keys), to_host(b[0].keys))
 
 
 # --- generation --------------------------------------------------------------------------------------------------
