@@ -77,7 +77,7 @@ def run(files: int, seed: int) -> collections.Counter[str]:
     for _ in range(files):
         bad = mutated(data, header, draw)
         seen["past the magic"] += bad[:4] == b"GGUF"
-        began = time.perf_counter()
+        began = time.process_time()
         try:
             found = parse(bad)
             for record in found.tensors.values():
@@ -89,7 +89,7 @@ def run(files: int, seed: int) -> collections.Counter[str]:
             seen["refused"] += 1
             if "\n" in str(error):
                 raise AssertionError(f"more than one line: {error}") from error
-        slowest = max(slowest, time.perf_counter() - began)
+        slowest = max(slowest, time.process_time() - began)
     seen["slowest"] = slowest  # type: ignore[assignment]
     return seen
 

@@ -140,6 +140,41 @@ EXAMPLES = {
         "powers": [0, 8, 16],
         "planted": {"tile": [0.001, 0.002, 0.003], "tensor": [0.001, 0.002, 0.5]},
     },
+    "kv_quantization": {
+        "factor": 8.0,
+        "length": 64,
+        "lengths": [32, 64],
+        "memory": {"4 bits": [1.0, 0.5], "2 bits": [1.0, 0.4]},
+        "rows": [
+            {
+                "network": network,
+                "choice": choice,
+                "bits": bits,
+                "residual": r,
+                "kl": [0.02 / bits, 0.01 / bits, 0.03 / bits],
+                "kl by position": [0.0, 0.01, 0.02],
+            }
+            for network in ("as it is", "planted")
+            for choice in ("KIVI", "keys by token", "values by channel")
+            for bits in (2, 8)
+            for r in (32, 128)
+        ],
+    },
+    "kv_sparsity": {
+        "rows": [
+            {
+                "task": task,
+                "policy": policy,
+                "held": float(b),
+                "held at the end": b + 1.0,
+                "mass": 1 - 1 / b,
+                "kl": [1 / b, 0.9 / b, 1.2 / b],
+            }
+            for task in ("as it comes", "a far copy")
+            for b in (64, 512)
+            for policy in ("newest only", "at random", "StreamingLLM", "H2O", "TOVA", "SnapKV", "PyramidKV")
+        ],
+    },
     "kv_memory": {"contexts": [10, 100], "lines": {"a": [1e9, 1e10]}, "weights": {"w": 5e9}, "marked": 100},
     **SERVING,
 }

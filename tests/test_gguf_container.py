@@ -166,10 +166,10 @@ def test_a_lie_ends_in_one_sentence_and_costs_nothing(said, tmp_path):
     data = LIES[said]
     (tmp_path / "x.gguf").write_bytes(data)
     tracemalloc.start()
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(GGUFError) as error:
         GGUFFile(tmp_path / "x.gguf")
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
     assert tracemalloc.get_traced_memory()[1] < 1 << 20  # the file itself is mapped, not read
     tracemalloc.stop()
     assert said in str(error.value)

@@ -143,9 +143,11 @@ def test_what_the_committed_record_says():
     """The sentences of the README and the notebook."""
     values = read(Path(ROOT) / "figures/data/kv_sparsity.json").values
     rows = {(r["task"], r["policy"], r["budget"]): r for r in values["rows"]}
-    for budget in (64, 128, 256, 512):  # on code as it comes the newest tokens are better than the most read
-        assert rows["as it comes", "H2O", budget]["against control"][1] > 0
-        assert rows["as it comes", "H2O", budget]["kl"][0] > rows["as it comes", "at random", budget]["kl"][0]
+    for budget in (64, 128, 256, 512):  # on code as it comes none beats the newest tokens by what could matter
+        found = {name: rows["as it comes", name, budget] for name in POLICIES if ("as it comes", name, budget) in rows}
+        assert all(row["against control"][2] > -0.001 for row in found.values())
+        assert found["SnapKV"]["against control"][1] > 0
+        assert budget == 512 or found["H2O"]["against control"][1] > 0
     for name in ("H2O", "TOVA", "SnapKV", "at random"):  # with something far back they are not, nor is chance
         assert rows["a far copy", name, 512]["against control"][2] < 0
     assert rows["a far copy", "StreamingLLM", 512]["against control"][1] > -0.01  # its first tokens hold no copy

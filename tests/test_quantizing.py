@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import ml_dtypes  # noqa: F401 (bfloat16 for safetensors' NumPy reader)
 import numpy as np
@@ -136,13 +135,27 @@ def test_the_table_the_totals_and_the_commands_that_read_the_result(model, tmp_p
 def test_a_killed_process_goes_on_where_it_was(model, tmp_path, run):
     words = ("-m", model, "--method", "gptq", "--group-size", 16, "--samples", 16, "--length", 64, "--no-evaluate")
     work, output = tmp_path / "q.quantizing", tmp_path / "q"
-    command = [sys.executable, "-m", "refllm", "quantize", *map(str, words), "-o", str(output)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (work / "layer-00001.json").exists():
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    program = f"""
+import sys
+from refllm.cli import app
+from refllm.quant.layerfiles import LayerFiles
+put = LayerFiles.put
+def told(self, index, *rest):
+    put(self, index, *rest)
+    print("stored", index, flush=True)
+    if index == 1:
+        sys.stdin.read()  # until it is killed
+LayerFiles.put = told
+app({["quantize", *map(str, words), "-o", str(output)]!r})
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        while process.stdout.readline().strip() not in ("stored 1", ""):
+            pass
+        os.kill(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
     records = {path.name: path.read_text() for path in sorted(work.glob("layer-*.json"))}
     assert 2 <= len(records) < LAYERS
     assert not output.exists()

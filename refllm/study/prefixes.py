@@ -158,20 +158,20 @@ def _reading(program: Program) -> Program:
 
 
 def _watch(engine: Engine) -> list[float]:
-    """Add up the time inside the cache's own calls, from now on."""
+    """Add up the processor's time inside the cache's own calls, from now on."""
     memory, total, depth = engine.scheduler.memory, [0.0], [0]
     assert isinstance(memory, (Hashed, Radix))
 
     def watched(call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*arguments: Any, **more: Any) -> Any:
             depth[0] += 1
-            began = time.perf_counter()
+            began = time.process_time()
             try:
                 return call(*arguments, **more)
             finally:
                 depth[0] -= 1
                 if depth[0] == 0:  # calls of a cache to itself count once
-                    total[0] += time.perf_counter() - began
+                    total[0] += time.process_time() - began
 
         return wrapper
 
