@@ -24,7 +24,7 @@ COMMITTED = sorted((BENCHMARKS / "results").glob("*.json"))
 ENVIRONMENT = {"cpu", "cores", "memory_gib", "system", "libc", "python", "blas", "versions", "threads", "load_before",
                "load_after", "quiet", "date"}  # fmt: skip
 TINY = {
-    "kv_cache": ["--contexts", "160", "--bits", "2", "3", "--steps", "2", "--rounds", "1"],
+    "kivi": ["--contexts", "160", "--bits", "2", "3", "--steps", "2", "--rounds", "1"],
     "layout": ["--rows", "1", "2", "--rounds", "1"],
     "step": ["--batch", "1", "2", "--prompt", "3", "--new", "4", "--rounds", "1"],
     "decode": ["--batch", "1", "2", "--prompt", "3", "--new", "4", "--rounds", "2", "--seconds", "0", "--engines"],
@@ -122,8 +122,8 @@ def test_layout_compares_both_layouts_at_every_row_count(tmp_path: Path) -> None
 
 
 def test_a_quantised_cache_is_timed_beside_a_full_one(tmp_path: Path) -> None:
-    record, printed = run("kv_cache", tmp_path)
-    check_record(record, "kv_cache")
+    record, printed = run("kivi", tmp_path)
+    check_record(record, "kivi")
     assert [(r["context"], r["bits"]) for r in record["results"]] == [(160, 2), (160, 3)]
     for r in record["results"]:
         assert r["bytes"] < r["full_bytes"] == 160 * 4 * 2 * 2 * 64 * 4

@@ -16,7 +16,7 @@ KIVI's choice was made for keys with a few large channels. The bundled model has
 (``planting.plant_keys``: the same function bit for bit), ``FACTOR`` times their size in ``PAIRS`` of 32 rotary pairs.
 As many keys wait by token as by channel, so that the steps alone differ; values by channel wait in runs, half as many.
 
-Left out: downstream tasks; speed (``benchmarks/kv_cache.py``).
+Left out: downstream tasks; speed (``benchmarks/kivi.py``).
 """
 
 from __future__ import annotations

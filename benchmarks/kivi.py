@@ -1,6 +1,6 @@
 """What a decode step costs with keys and values in few bits: KIVI's cache against a cache of numbers.
 
-    python benchmarks/kv_cache.py --output benchmarks/results/kv_cache.json
+    python benchmarks/kivi.py --output benchmarks/results/kivi.json
 
 The bundled model decodes one token after another behind a prompt of ``--contexts`` tokens, once with every number in
 float32 (``refllm.kv.contiguous``), once with codes of ``--bits`` bits (``refllm.kv.kivi_cache``, groups of 32, the
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with network(options.model) as (path, what), threadpool_limits(1):
         model = load(str(path), backend="numpy")
         record = {
-            "benchmark": "kv_cache",
+            "benchmark": "kivi",
             "environment": environment((), {"refllm": 1}),
             "settings": {"model": what, "contexts": options.contexts, "bits": options.bits, "steps": options.steps,
                          "rounds": options.rounds, "group": Kivi().group, "residual": Kivi().residual},
