@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ import matplotlib
 import pytest
 from matplotlib.figure import SubFigure
 
-from refllm.study import figures, memory, roofline
+from refllm.study import drawing, figures, figures_kv, memory, roofline
 from refllm.study.figures import FIGURES, SERIES, check, redraw, save
 from refllm.study.records import Record, read, write
 from serving_examples import SERVING
@@ -243,6 +244,16 @@ def test_check_sees_a_change_of_the_code_and_of_the_style(folder, monkeypatch):
     assert len(check(folder)) == 1
     monkeypatch.setattr(figures, "STYLE", figures.STYLE | {"font.size": 11})
     assert len(check(folder)) == len(FIGURES)
+
+
+def test_a_helper_that_changed_makes_the_figures_of_its_module_stale(folder, monkeypatch):
+    """Not the drawing function alone decides what a picture looks like."""
+    source = inspect.getsource
+    changed = {figures_kv: {"kv_quantization", "kv_sparsity"}, drawing: set(FIGURES)}
+    for module, stale in changed.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(inspect, "getsource", lambda part, module=module: source(part) + "#" * (part is module))
+            assert {Path(complaint.split()[0]).stem for complaint in check(folder)} == stale
 
 
 def test_a_picture_without_data_is_named(folder):

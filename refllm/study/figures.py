@@ -21,6 +21,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from refllm.study import drawing
 from refllm.study.drawing import (  # noqa: F401 (the notebooks take their colours from here)
     FULL,
     MORE,
@@ -201,8 +202,10 @@ def check(folder: str | Path = "figures") -> list[str]:
 
 
 def _digest(source: Path, draw: Draw) -> str:
-    """Of the data and of all code that decides what the picture looks like."""
-    code = "".join(inspect.getsource(f) for f in (draw, styled, axes, coloured, save, _caption))
+    """Of the data and of all code that decides what the picture looks like: with the figure, its helpers beside it."""
+    module = inspect.getmodule(draw)
+    assert module is not None
+    code = "".join(inspect.getsource(part) for part in (module, drawing, draw, save, _caption))
     content = source.read_bytes() + repr((code, STYLE, SERIES, _DPI)).encode()
     return hashlib.sha256(content).hexdigest()
 
