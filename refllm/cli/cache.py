@@ -22,7 +22,11 @@ KvKeepOption = Annotated[
 ]
 KvPolicyOption = Annotated[
     str | None,
-    opt("Which tokens are kept.", metavar="snapkv|h2o|tova|streaming|pyramidkv|recent", show_default="snapkv"),
+    opt(
+        "Which tokens are kept; settings as in the papers.",
+        metavar="snapkv|h2o|tova|streaming|pyramidkv|recent",
+        show_default="snapkv",
+    ),
 ]
 
 
@@ -38,6 +42,8 @@ def kivi_of(config: ModelConfig, bits: int | None, group: int | None, residual: 
             raise ValueError("--kv-group and --kv-residual say how the cache is quantised: say to how many --kv-bits")
         return None
     given = {name: value for name, value in (("group", group), ("residual", residual)) if value is not None}
+    if group is not None:
+        Kivi(bits, bits, group, 32 * group).check(config.head_dim)  # before a residual is asked for that fits it
     kivi = Kivi(bits, bits, **given)
     kivi.check(config.head_dim)
     return kivi
@@ -70,12 +76,12 @@ def told(policy: Kivi | Sparse, config: ModelConfig, prompt: int, new: int) -> s
     if not isinstance(policy, Kivi):
         held = policy.held(prompt, new, config.num_hidden_layers) / config.num_hidden_layers
         size = human(full * held / tokens)
-        return f"cache: {size} instead of {human(full)}, {held:,.0f} of {tokens:,} tokens a key head"
+        return f"cache: {size} of float32 instead of {human(full)}, {held:,.0f} of {tokens:,} tokens a key head"
     kivi, small = policy, policy.nbytes(config, tokens, full=32)
     if small == full:
         why = f"{tokens} tokens are fewer than the {kivi.residual} that wait"
         return f"cache: {human(full)}, nothing of it quantised: {why}"
     return (
-        f"cache: {human(small)} instead of {human(full)}, in {kivi.key_bits}-bit codes but for the newest tokens, "
-        f"{kivi.residual} at most"
+        f"cache: {human(small)} instead of {human(full)} of float32, in {kivi.key_bits}-bit codes but for the newest "
+        f"tokens, {kivi.residual} at most"
     )

@@ -109,7 +109,10 @@ def recent_only(budget: int) -> Sparse:
 def streaming(budget: int, first: int = 4) -> Sparse:
     """StreamingLLM: the first tokens, which softmax needs as a place for what is left over, and the newest."""
     if not budget > first:
-        raise ValueError(f"streaming: a budget of {budget} has no room for the first {first} and a newest one")
+        raise ValueError(
+            f"streaming: a budget of {budget} has no room for the first {first} and a newest one; take {first + 1} "
+            "or more"
+        )
     return Sparse(budget, "none", first, budget - first)
 
 

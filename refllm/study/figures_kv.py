@@ -42,7 +42,7 @@ def _choices(panel: Axes, rows: Sequence[Any]) -> None:
                   [row["kl"][2] - mean for mean, row in zip(means, mine, strict=True)]]  # fmt: skip
         places = [row["bits"] + 0.12 * (at - 1) for row in mine]  # side by side: equal ones would hide each other
         panel.errorbar(places, means, yerr=spread, color=colour, marker="o", ms=4, lw=1.4, label=name)
-    panel.set(xlabel="bits a code", ylabel="KL (nats per token, log)", yscale="log")
+    panel.set(xlabel="bits a code (points side by side)", ylabel="KL (nats per token, log)", yscale="log")
     panel.set_xticks([2, 3, 4, 8])
 
 
@@ -78,7 +78,7 @@ def kv_sparsity(values: Values) -> Figure:
     fig = Figure(layout="constrained", figsize=(7.2, 6.0))
     rows: Sequence[Any] = values["rows"]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    panels = fig.subplots(2, len(tasks), sharex=True, sharey="row", squeeze=False)
+    panels = fig.subplots(2, len(tasks), sharey="row", squeeze=False)
     for column, task in enumerate(tasks):
         for name, colour in POLICIES.items():
             mine = [row for row in rows if (row["task"], row["policy"]) == (task, name)]
@@ -93,10 +93,13 @@ def kv_sparsity(values: Values) -> Figure:
             ends = [row["held at the end"] for row in mine]
             panels[1, column].plot(ends, [row["mass"] for row in mine], ls=dashed, **style)
         title = task[0].upper() + task[1:]
-        panels[0, column].set(title=f"{title}: KL", xscale="log", yscale="log")
-        panels[1, column].set(title=f"{title}: attention kept", xlabel="tokens that a key head holds (log)")
-        panels[1, column].set_xticks([64, 128, 256, 512], ["64", "128", "256", "512"])
-        panels[1, column].minorticks_off()
+        panels[0, column].set(title=f"{title}: KL", yscale="log", xlabel="tokens a head holds, mean of steps (log)")
+        panels[1, column].set(title=f"{title}: attention kept", xlabel="tokens a head holds at the end (log)")
+        for panel in panels[:, column]:
+            panel.set_xscale("log")
+            panel.set_xlim(56, 720)
+            panel.set_xticks([64, 128, 256, 512], ["64", "128", "256", "512"])
+            panel.minorticks_off()
     panels[0, 0].set_ylabel("KL to all tokens (nats, log)")
     panels[1, 0].set(ylabel="share of the last query's attention", ylim=(None, 1.0))
     handles, labels = panels[0, 0].get_legend_handles_labels()
