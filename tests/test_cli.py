@@ -515,6 +515,7 @@ def test_a_cache_in_few_bits_is_what_the_options_say(model, text_file):
     [
         (["--kv-group", "8"], "say to how many --kv-bits"),
         (["--kv-bits", "2"], "a head of 4 channels does not divide into groups of 32; 4 would fit"),
+        (["--kv-bits", "2", "--kv-group", "3"], "a head of 4 channels does not divide into groups of 3; 2 would fit"),
         (["--kv-bits", "2", "--kv-residual", "40"], "residual 40 is no multiple of group 32"),
         (["--kv-bits", "9"], "--kv-bits"),
     ],

@@ -56,7 +56,7 @@ def test_exact_value_pooling_counts_the_zeros_beyond_the_ends(xp, seed, size, ke
 def test_conservation_a_pyramid_keeps_as_much_as_equal_budgets(budget, layers, beta):
     budgets = pyramidkv(budget, beta=beta).budgets(layers)
     assert sum(budgets) == budget * layers
-    assert min(budgets) >= int(budget / beta) >= 8 or beta == 20.0
+    assert min(budgets) >= int(budget / beta)  # what the refusal of a budget that is too small counts on
     assert all(a >= b - 1 for a, b in pairwise(budgets))  # up to rounding
     assert abs(budgets[-1] - budget / beta) <= 1
     assert abs(budgets[0] - (2 * budget - budget / beta)) <= 1

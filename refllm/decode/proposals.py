@@ -51,7 +51,7 @@ class Ask(NamedTuple):
 
 
 class Drafter(Protocol):
-    """What generation and engine ask of a drafter."""
+    """What generation and engine ask of a drafter. One that may propose a tree says so: ``trees = True``."""
 
     gamma: int  # drafts a step, if nobody asks for fewer
 

@@ -91,12 +91,11 @@ class KiviCache:
         ValueError if it brought fewer, or has not gone through all layers.
         """
         view, layers = self._view, self.key_rest.shape[0]
-        if view is None or len(view.brought) != layers:
+        if view is None or len(view.done) != layers:
             raise ValueError(f"advance commits what a view brought to {layers} layers: run the step first")
         if len(counts) > len(view.counts) or any(not 0 <= n <= m for n, m in zip(counts, view.counts, strict=False)):
             raise ValueError(f"the step brought {view.counts} tokens, {list(counts)} cannot be committed")
-        xp, at = namespace(self.key_rest), 0
-        k, v = (xp.stack([view.brought[layer][i] for layer in range(layers)]) for i in (0, 1))  # [L, T, G, D]
+        (k, v), at = view.brought, 0
         for b, n in enumerate(counts):
             if n:
                 self._keep_keys(b, k[:, at : at + n].transpose(0, 2, 3, 1))
@@ -165,13 +164,16 @@ class _View:
 
     def __init__(self, cache: KiviCache, counts: Sequence[int]):
         self.cache, self.counts = cache, list(counts)
-        self.brought: dict[int, tuple[Array, Array]] = {}  # by layer
+        self.brought: Array = None  # keys and values, [2, L, T, G, D]
+        self.done: set[int] = set()  # layers
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
         xp, cache, at = namespace(q), self.cache, 0
         if q.shape[0] != sum(self.counts):
             raise ValueError(f"the view is for {sum(self.counts)} tokens, the step has {q.shape[0]}")
-        self.brought[layer] = xp.copy(k), xp.copy(v)
+        if self.brought is None:
+            self.brought = xp.empty((2, cache.key_rest.shape[0], *k.shape), dtype=k.dtype)
+        self.brought[0, layer], self.brought[1, layer] = k, v
         out = xp.empty_like(q)
         for b, n in enumerate(self.counts):
             if n == 0:
@@ -184,4 +186,5 @@ class _View:
                 q[rows], seen.transpose(2, 0, 1), read.transpose(1, 0, 2), start=cache.lengths[b], window=cache.window
             )[0]
             at += n
+        self.done.add(layer)
         return out

@@ -65,7 +65,7 @@ class Case:
     network: str
     choice: str
     bits: int
-    residual: int = 128
+    residual: int = Kivi.residual
 
     @property
     def kivi(self) -> Kivi:
@@ -75,7 +75,7 @@ class Case:
 def cases() -> list[Case]:
     """Every row of the table, the choices first."""
     found = [Case(network, choice, bits) for network in NETWORKS for choice in CHOICES for bits in BITS]
-    return found + [Case("as it is", "KIVI", 2, r) for r in WAITING if r != Case("", "", 2).residual]
+    return found + [Case("as it is", "KIVI", 2, r) for r in WAITING if r != Kivi.residual]
 
 
 class Experiment:
