@@ -10,6 +10,7 @@ import pytest
 
 from conftest import ROOT
 from refllm.api import Model
+from refllm.serve.engine import Engine
 from refllm.serve.request import Request
 from refllm.serve.workload import SHAREGPT
 from refllm.study import batching, figures_serve, figures_trace, paging, prefixes, unpadding
@@ -144,6 +145,20 @@ def _requests(rows, row):
     """How many requests a program has: the last token of each answer is never computed."""
     plain = rows[0]
     return plain["P"] + plain["O"] - plain["computed"] if not plain["preemptions"] else 0
+
+
+def test_a_cache_that_calls_itself_is_timed_once(model, monkeypatch):
+    """On a clock that goes on by one at every look: the inner calls look when they begin, and add nothing."""
+    engine = Engine(model, num_blocks=8, block_size=4, prefix_cache="radix")
+    cache, ticks = engine.scheduler.memory.cache, iter(range(100))
+    cache.available = lambda: 7
+    cache.match = lambda: cache.available() + cache.available()
+    inside = prefixes._watch(engine)
+    monkeypatch.setattr(prefixes.time, "process_time", lambda: next(ticks))
+    assert cache.match() == 14
+    assert inside == [3]  # from 0 to 3; the inner ones began at 1 and 2
+    assert cache.available() == 7
+    assert inside == [3 + 1]
 
 
 def test_the_formula_at_its_ends():
