@@ -189,12 +189,13 @@ def random_checkpoint(path: Path) -> None:
     """Initial weights; the tokenizer is trained on a single module and knows few words."""
     import numpy as np
 
-    from refllm.model import checkpoint, corpus
-    from refllm.model.tokenizer import Tokenizer
-    from refllm.model.train import initialize
+    from refllm import corpus
+    from refllm.checkpoints import loading
+    from refllm.checkpoints.tokenizer import Tokenizer
+    from refllm.train.loop import initialize
 
     tokenizer = Tokenizer.train((d.text for d in corpus.held_out_documents()[:1]), 512)
-    checkpoint.save(path, bundled_shape(), initialize(bundled_shape(), np.random.default_rng(0)), tokenizer)
+    loading.save(path, bundled_shape(), initialize(bundled_shape(), np.random.default_rng(0)), tokenizer)
 
 
 # --- results -----------------------------------------------------------------------------------------------------

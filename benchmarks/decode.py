@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from common import Worker, environment, finish, network, ratios, shown, spread, table
 
+from refllm import corpus
 from refllm.api import Model, load
-from refllm.model import corpus
 
 
 class Engine(NamedTuple):

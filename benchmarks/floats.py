@@ -18,7 +18,7 @@ import common
 import ml_dtypes
 import numpy as np
 
-from refllm.formats.floats import decode, encode
+from refllm.formats.minifloat import decode, encode
 
 PEERS = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "e2m1": "float4_e2m1fn", "e8m0": "float8_e8m0fnu",
          "bf16": "bfloat16"}  # fmt: skip

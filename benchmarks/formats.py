@@ -116,11 +116,11 @@ def lap(found: tuple[float, float, float], x: np.ndarray) -> dict[str, float]:
 
 def whole(name: str, type: str, workers: int) -> dict[str, Any]:
     """Seconds of a conversion of random weights in a published model's shapes."""
-    from refllm.model.checkpoint import save
+    from refllm.checkpoints.loading import save
+    from refllm.checkpoints.tensor_files import tensor_shapes
+    from refllm.checkpoints.tokenizer import Tokenizer
     from refllm.model.config import ModelConfig
-    from refllm.model.shards import tensor_shapes
-    from refllm.model.tokenizer import Tokenizer
-    from refllm.quant.convert import convert
+    from refllm.quant.to_gguf import convert
 
     config = ModelConfig("llama", *WHOLE[name], tie_word_embeddings=True, bos_token_id=0, eos_token_ids=(0,))
 

@@ -24,10 +24,10 @@ from common import environment, finish, network, ratios, shown, table
 from threadpoolctl import threadpool_limits
 
 from refllm.api import Model, load
-from refllm.decode.captured import stepper
+from refllm.decode.fast.captured_step import stepper
 from refllm.decode.generate import new_cache, prefill
 from refllm.kv.kivi import Kivi
-from refllm.study.memory import kv_bytes
+from refllm.measure.memory import kv_bytes
 
 
 def measure(model: Model, context: int, bits: Sequence[int], steps: int, rounds: int) -> list[dict[str, Any]]:

@@ -158,14 +158,15 @@ class Repeated(Mapping[str, np.ndarray]):
 
 def random_model(path: Path, layers: int, sizes: Mapping[str, int]) -> Any:
     """A checkpoint in bfloat16 with a tokenizer of few words; returns its config."""
-    from refllm.model import checkpoint, corpus
+    from refllm import corpus
+    from refllm.checkpoints import loading
+    from refllm.checkpoints.tensor_files import tensor_shapes
+    from refllm.checkpoints.tokenizer import Tokenizer
     from refllm.model.config import ModelConfig
-    from refllm.model.shards import tensor_shapes
-    from refllm.model.tokenizer import Tokenizer
 
     config = ModelConfig("llama", **sizes, num_hidden_layers=layers, tie_word_embeddings=True, eos_token_ids=(0,))
     tokenizer = Tokenizer.train((d.text for d in corpus.held_out_documents()[:1]), 512)
-    checkpoint.save(path, config, Repeated(dict(tensor_shapes(config))), tokenizer, dtype="bfloat16")
+    loading.save(path, config, Repeated(dict(tensor_shapes(config))), tokenizer, dtype="bfloat16")
     return config
 
 

@@ -27,15 +27,15 @@ from typing import Any
 from unittest import mock
 
 from common import environment, finish, network, ratios, shown, spread, table
-from decode import ORACLES, PEER_PACKAGES, Engine, agreement, held_out_prompts, measure, start
 from threadpoolctl import threadpool_limits
 
+from decode import ORACLES, PEER_PACKAGES, Engine, agreement, held_out_prompts, measure, start
 from refllm.api import Model, load
-from refllm.kv.blocks import BlockPool
-from refllm.kv.radix import RadixCache
+from refllm.kv.block_pool import BlockPool
+from refllm.kv.radix_tree import RadixCache
 from refllm.serve import executor
 from refllm.serve.engine import Engine as ServingEngine
-from refllm.serve.memory import Paged
+from refllm.serve.kv_manager import Paged
 from refllm.serve.request import Request
 from refllm.serve.scheduler import Scheduler
 from refllm.serve.step import Continuation

@@ -24,14 +24,14 @@ from typing import Any
 import numpy as np
 from common import environment, finish, ratios, shown, spread, table
 
-from refllm.kv.blocks import BlockPool
-from refllm.serve import policies
+from refllm.kv.block_pool import BlockPool
+from refllm.measure.device import DEVICES
+from refllm.measure.memory import LLAMA_8B
+from refllm.measure.roofline_clock import RooflineClock
+from refllm.serve import factory
 from refllm.serve.request import Request
-from refllm.serve.simulate import Simulator
-from refllm.serve.workload import SHAREGPT, requests
-from refllm.study.clock import RooflineClock
-from refllm.study.machine import DEVICES
-from refllm.study.memory import LLAMA_8B
+from refllm.simulate.simulator import Simulator
+from refllm.simulate.workload import SHAREGPT, requests
 
 # name → (policy, slots, requests that may run)
 SETTINGS: dict[str, tuple[str, int, int | None]] = {
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def once(name: str, asked: Sequence[Request], jumps: bool) -> dict[str, float]:
     """One simulation: its counts, and what it took."""
     policy, slots, seats = SETTINGS[name]
-    scheduler = policies.make(policy, BlockPool(slots // 16, 16), max_sequences=seats)
+    scheduler = factory.make(policy, BlockPool(slots // 16, 16), max_sequences=seats)
     simulator = Simulator(scheduler, RooflineClock(LLAMA_8B, DEVICES["a100"]), jumps=jumps)
     wall, busy = time.perf_counter(), time.process_time()
     run = simulator.run(asked)

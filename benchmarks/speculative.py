@@ -40,21 +40,21 @@ from common import environment, finish, ratios, shown, table
 from threadpoolctl import threadpool_limits
 
 from refllm.api import Model, load
-from refllm.decode.acceptance import Acceptance, speedup
-from refllm.decode.captured import stepper
-from refllm.decode.drafts import Cascade, Drafter, ModelDrafter, NGramDrafter
+from refllm.corpus import held_out_documents
+from refllm.decode.fast.captured_step import stepper
 from refllm.decode.generate import GREEDY, Sampling, generate_tokens
 from refllm.decode.sampling import best
-from refllm.decode.speculate import speculate
-from refllm.decode.speculative import verify, verify_block
-from refllm.decode.tree_drafts import TreeDrafter
+from refllm.decode.speculative.acceptance import Acceptance, speedup
+from refllm.decode.speculative.drafters import Cascade, Drafter, ModelDrafter, NGramDrafter
+from refllm.decode.speculative.loop import speculate
+from refllm.decode.speculative.tree_drafter import TreeDrafter
+from refllm.decode.speculative.verification import verify, verify_block
 from refllm.kv.contiguous import ContiguousCache
-from refllm.model.corpus import held_out_documents
-from refllm.serve.drafting import Drafting, measure
+from refllm.measure.records import Record
+from refllm.measure.records import write as write_record
+from refllm.serve.adaptive_drafts import Drafting, measure
 from refllm.serve.engine import Engine
 from refllm.serve.request import Request
-from refllm.study.records import Record
-from refllm.study.records import write as write_record
 
 GRAM = 8
 LONG = (7, 15)  # drafts that cost nothing may be many: with the token before them, 8 and 16 rows

@@ -31,12 +31,13 @@ from common import environment, finish, network, table
 from threadpoolctl import threadpool_limits
 
 from refllm.api import load
-from refllm.decode import captured, generate
+from refllm.decode import generate
+from refllm.decode.fast import captured_step
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model import llama
 from refllm.model.config import ModelConfig
-from refllm.model.train import initialize
 from refllm.model.weights import Dense
+from refllm.train.loop import initialize
 
 PARTS = ("products", "attention", "elementwise", "choosing", "rest")
 ELEMENTWISE = ("norm", "rotate", "activate")
@@ -65,7 +66,7 @@ class Clock:
     def watching(self) -> Iterator[None]:
         """Put the clock around the parts of a decode step for as long as the block runs."""
         view, bind = ContiguousCache.view, Dense.bind
-        patches = [mock.patch.object(captured, name, self.around("elementwise", getattr(captured, name)))
+        patches = [mock.patch.object(captured_step, name, self.around("elementwise", getattr(captured_step, name)))
                    for name in ELEMENTWISE]  # fmt: skip
         patches += [
             mock.patch.object(Dense, "bind", lambda *a: self.around("products", bind(*a))),

@@ -22,15 +22,15 @@ from typing import Any
 import numpy as np
 
 from refllm.backend import Array, asarray_like, to_numpy
-from refllm.decode.drafts import Drafter, ModelDrafter, check_drafter
+from refllm.checkpoints import loading
+from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.decode.generate import GREEDY, CachePolicy, Sampling, generate_tokens
-from refllm.decode.speculate import Step, speculate
+from refllm.decode.speculative.drafters import Drafter, ModelDrafter, check_drafter
+from refllm.decode.speculative.loop import Step, speculate
 from refllm.decode.text import StopStrings, Utf8Stream
-from refllm.model import checkpoint
 from refllm.model.attention import CausalAttend
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights, forward, logits
-from refllm.model.tokenizer import Tokenizer
 
 BUNDLED = Path(__file__).parent / "models"
 
@@ -47,7 +47,7 @@ def locate(path_or_name: str | os.PathLike[str]) -> Path:
     path = Path(os.path.expanduser(path_or_name))  # unlike Path's, leaves an unknown ~user as it is
     if not os.path.exists(path):  # unlike Path's, False for a name that the file system cannot hold
         names = ", ".join(bundled()) or "none is installed"
-        raise checkpoint.CheckpointError(
+        raise loading.CheckpointError(
             f"{os.fspath(path_or_name)!r} is neither a folder nor a bundled model ({names})"
         )
     return path
@@ -73,7 +73,7 @@ def load(path_or_name: str | os.PathLike[str], backend: str | None = None, dtype
     BackendUnavailable
         if the backend cannot run here.
     """
-    loaded = checkpoint.load(locate(path_or_name), backend=backend, dtype=dtype)
+    loaded = loading.load(locate(path_or_name), backend=backend, dtype=dtype)
     return Model(loaded.config, loaded.weights, loaded.tokenizer)
 
 
@@ -125,7 +125,7 @@ class Model:
         the text before their first occurrence (text prompts only). ``rng`` is a Generator or a seed; None
         draws a fresh seed. Temperature 0 is the argmax and uses no randomness.
 
-        A ``drafter`` (see ``refllm.decode.drafts``; a ``Model`` drafts with 4 tokens a step) changes how many steps
+        A ``drafter`` (see ``refllm.decode.speculative.drafters``; a ``Model`` drafts with 4 tokens a step) changes how many steps
         that takes. It does not change the text at temperature 0, nor its law at others.
 
         A ``cache`` policy changes what is remembered, and with it the text: ``refllm.kv.kivi.Kivi(...)`` keeps keys

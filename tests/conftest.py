@@ -82,7 +82,7 @@ def pure_xp(request: pytest.FixtureRequest) -> ModuleType:
 def make_checkpoint() -> Any:
     """``make_checkpoint(config, path)``: a Hugging Face directory of random float32 weights."""
     from networks import random_tensors
-    from refllm.model.checkpoint import save
+    from refllm.checkpoints.loading import save
     from study_models import byte_tokenizer
 
     def make(config: Any, path: Path) -> Path:
@@ -137,12 +137,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def theorem_rows(items: list[pytest.Item]) -> list[tuple[str, str, str, str]]:
     """(test file, test, statement, source) for each marker, one row a test function, in the order of the files."""
     rows: dict[tuple[str, str, str, str], None] = {}  # a dict keeps the order and drops the parametrised repeats
-    for item in sorted(items, key=lambda item: (item.path.name, item.location[1] or 0)):
+    for item in sorted(items, key=lambda item: (item.path.as_posix(), item.location[1] or 0)):
         for mark in item.iter_markers("theorem"):
             if len(mark.args) != 1 or set(mark.kwargs) != {"source"}:
                 raise pytest.UsageError(f'{item.nodeid}: write @pytest.mark.theorem("statement", source="where from")')
             test = getattr(item, "originalname", item.name)
-            rows[item.path.name, test, mark.args[0], mark.kwargs["source"]] = None
+            rows[item.path.relative_to(ROOT / "tests").as_posix(), test, mark.args[0], mark.kwargs["source"]] = None
     return list(rows)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from refllm.formats.gguf import dequantize, quantize
-from refllm.formats.gguf.container import GGUFError, parse
+from refllm.formats.gguf.reader import GGUFError, parse
 from refllm.formats.gguf.writer import header_bytes
 
 HURTING = (0, 1, 2, 7, 8, 31, 32, 63, 64, 255, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**61, 2**62,

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, run_state_machine_as_test
 
-from refllm.serve.ledger import Ledger
+from refllm.serve.base_scheduler import Ledger
 from refllm.serve.plan import Plan, place
 from refllm.serve.request import Branch
 

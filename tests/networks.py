@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from refllm.backend import to_numpy
+from refllm.checkpoints.tensor_files import tensor_shapes
+from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.model.attention import CausalAttend
 from refllm.model.config import ModelConfig, RopeScaling
 from refllm.model.llama import forward, logits
-from refllm.model.shards import tensor_shapes
-from refllm.model.tokenizer import Tokenizer
 
 EPS = float(np.finfo(np.float64).eps)
 

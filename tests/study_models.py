@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.model.config import ModelConfig
 from refllm.model.llama import build
-from refllm.model.tokenizer import Tokenizer
-from refllm.model.train import initialize
+from refllm.train.loop import initialize
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ import fakecupy
 import refllm
 from conftest import to_host
 from refllm.api import BUNDLED, Model, bundled, load
+from refllm.checkpoints.loading import CheckpointError, save
 from refllm.decode import generate
 from refllm.decode.generate import Sampling, generate_tokens
-from refllm.model.checkpoint import CheckpointError, save
 from study_models import byte_tokenizer, tiny_config, tiny_model, tiny_params
 
 V = 257
@@ -290,7 +290,7 @@ def test_bad_requests_are_refused_by_name(prompt, count, options, message):
 
 
 def test_a_drafter_is_an_object():
-    with pytest.raises(TypeError, match=r"a drafter is a Model, or one of refllm.decode.drafts .* got 'ngram'"):
+    with pytest.raises(TypeError, match=r"a drafter is a Model, or one of refllm.decode.speculative.drafters .* got 'ngram'"):
         MODEL.generate([1], 2, drafter="ngram")
 
 

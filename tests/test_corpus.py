@@ -12,8 +12,8 @@ from zipfile import ZipFile
 import pytest
 
 from conftest import ROOT
-from refllm.model import corpus
-from refllm.model.corpus import HELD_OUT, Document, held_out_documents, installer_documents, training_documents
+from refllm import corpus
+from refllm.corpus import HELD_OUT, Document, held_out_documents, installer_documents, training_documents
 
 STEMS = ("argparse", "heapq", "textwrap", "statistics", "zipfile", "cookiejar", "difflib", "sched", "fractions")
 
@@ -91,7 +91,7 @@ def digest(documents: list[Document]) -> str:
 def test_the_documents_and_their_order_are_the_same_in_every_process(held_out, trained_on):
     """Another process, with another seed of Python's string hash and another folder to stand in."""
     program = (
-        "from refllm.model.corpus import *; import hashlib;"
+        "from refllm.corpus import *; import hashlib;"
         "d = training_documents() + training_documents(tests=True) + installer_documents() + held_out_documents();"
         "print(hashlib.sha256('\\n'.join(f'{x.name} {x.sha256}' for x in d).encode()).hexdigest())"
     )
@@ -109,7 +109,7 @@ def test_nothing_of_the_text_is_copied_into_the_repository(passages):
             name for name in subfolders if not name.startswith(".") and name not in ("runs", "build", "dist")
         ]
         files += [Path(folder, n) for n in names if n.endswith((".py", ".txt", ".md", ".json", ".ipynb", ".toml"))]
-    assert ROOT / "refllm/model/corpus.py" in files
+    assert ROOT / "refllm/corpus.py" in files
     own = {run: path for path in files for run in runs_of_lines(path.read_text(encoding="utf-8", errors="replace"))}
     for name, runs in passages.items():
         copied = [str(own[run]) for run in runs & own.keys()]

@@ -20,7 +20,7 @@ import llama_cpp
 import numpy as np
 
 from engines.decoding import Tokens, serve
-from refllm.model import checkpoint
+from refllm.checkpoints import loading
 from refllm.model.config import ModelConfig
 
 NAMES = {
@@ -41,7 +41,7 @@ NAMES = {
 
 def write_gguf(source: str, target: Path) -> None:
     """A plain Llama checkpoint as float32 GGUF, without a vocabulary."""
-    config = checkpoint.read_config(source)
+    config = loading.read_config(source)
     if config.family != "llama" or config.rope_scaling is not None:
         raise ValueError("this benchmark writes plain Llama networks only")
     writer = gguf.GGUFWriter(target, "llama")
@@ -59,7 +59,7 @@ def write_gguf(source: str, target: Path) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("no_vocab")
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    for name, tensor in checkpoint.iter_tensors(source, "float32"):
+    for name, tensor in loading.iter_tensors(source, "float32"):
         writer.add_tensor(_name(name), _rows(name, tensor, config))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -12,19 +12,19 @@ from typing import Any
 from common import Channel
 
 from refllm.formats.affine import Scheme
-from refllm.quant import calibrate, layerfiles, methods, sources
-from refllm.study import quantizing
+from refllm.jobs import quantize
+from refllm.quant import layer_inputs, layer_sources, methods, resumable_layers
 
 # what belongs to which stage; whatever is called inside another stage counts there and not here
 STAGES = {
-    "reading": [(sources.CheckpointSource, "layer"), (sources.CheckpointSource, "rows")],
-    "calibration forward": [(calibrate.LayerRun, "_advance"), (calibrate.LayerRun, "_input")],
+    "reading": [(layer_sources.CheckpointSource, "layer"), (layer_sources.CheckpointSource, "rows")],
+    "calibration forward": [(layer_inputs.LayerRun, "_advance"), (layer_inputs.LayerRun, "_input")],
     "Hessian": [(methods.Hessian, "add")],
     "factor": [(methods, "factor")],
     "rounding": [(methods, "gptq"), (methods, "rtn")],
     "errors of the report": [(methods, "row")],
-    "layer files": [(layerfiles.LayerFiles, "put")],
-    "writing": [(quantizing, "assemble")],
+    "layer files": [(resumable_layers.LayerFiles, "put")],
+    "writing": [(quantize, "assemble")],
 }
 
 
@@ -59,9 +59,9 @@ def main() -> None:
     source, output = Path(request["source"]), Path(request["output"])
     began, computing = time.perf_counter(), time.process_time()
     scheme = Scheme(4, "half_integer", "group", request["group"])
-    job = quantizing.prepare(source, output, request["method"], scheme, length=request["length"],
+    job = quantize.prepare(source, output, request["method"], scheme, length=request["length"],
                              samples=request["samples"])  # fmt: skip
-    record = quantizing.go(job, measure=None)
+    record = quantize.go(job, measure=None)
     whole = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     cpu, rest = time.process_time() - computing, whole - sum(stages.seconds.values())

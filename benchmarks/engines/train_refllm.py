@@ -1,4 +1,4 @@
-"""refllm's training loop, as ``refllm.model.train.train`` runs it: ``python -m engines.train_refllm``.
+"""refllm's training loop, as ``refllm.train.loop.train`` runs it: ``python -m engines.train_refllm``.
 
 The loop reports after every ``turn`` steps, and the report waits for the next request: so the loop itself is
 what is measured, data, clipping, optimizer and all, with nothing of it written a second time.
@@ -14,7 +14,7 @@ from pathlib import Path
 from common import Channel
 
 from engines.training import Task
-from refllm.model.train import train
+from refllm.train.loop import train
 
 
 def main() -> None:

@@ -18,9 +18,9 @@ import transformers
 from common import Channel
 
 from engines.training import Task
-from refllm.model.optimizer import learning_rate
-from refllm.model.plan import batches
-from refllm.model.train import initialize
+from refllm.train.loop import initialize
+from refllm.train.optimizer import learning_rate
+from refllm.train.schedule import batches
 
 
 def build(task: Task) -> Any:
@@ -35,7 +35,7 @@ def build(task: Task) -> Any:
 
 
 def losses(task: Task) -> Iterator[float]:
-    """One optimizer step each, as ``refllm.model.train`` takes it."""
+    """One optimizer step each, as ``refllm.train.loop`` takes it."""
     model, plan, stream = build(task), task.plan(), task.stream()
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim != 2]

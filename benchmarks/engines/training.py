@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from refllm.model.config import ModelConfig
-from refllm.model.plan import Phase, Plan
+from refllm.train.schedule import Phase, Plan
 
 
 @dataclass(frozen=True)

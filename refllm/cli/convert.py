@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from refllm.cli.shared import AnyModelOption, BackendOption, flag, note, opt, progress
-from refllm.study.terminal import bytes_text, console, pairs
+from refllm.cli.options import AnyModelOption, BackendOption, flag, note, opt, progress
+from refllm.tour.terminal import bytes_text, console, pairs
 
 
 def convert(
@@ -33,8 +33,8 @@ def convert(
       refllm generate --model stdlib.gguf
     """
     from refllm.api import locate
-    from refllm.quant.convert import convert as convert_file
-    from refllm.quant.convert import free
+    from refllm.quant.to_gguf import convert as convert_file
+    from refllm.quant.to_gguf import free
 
     source, to = locate(model), free(to, overwrite)
     weights = _importance(source, windows, length, seed, backend) if imatrix else None
@@ -57,11 +57,11 @@ def convert(
 
 def _importance(source: Path, windows: int, length: int, seed: int, backend: str) -> Any:
     """Mean squares of the activations on training text."""
-    from refllm.model.gguf import is_gguf
-    from refllm.quant.calibrate import calibration_windows
-    from refllm.quant.convert import open_source
-    from refllm.quant.importance import importance
-    from refllm.quant.sources import CheckpointSource, ModelSource
+    from refllm.checkpoints.gguf import is_gguf
+    from refllm.quant.imatrix import importance
+    from refllm.quant.layer_inputs import calibration_windows
+    from refllm.quant.layer_sources import CheckpointSource, ModelSource
+    from refllm.quant.to_gguf import open_source
 
     config, tokenizer = open_source(source)
     if length > config.max_position_embeddings:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from refllm.cli.allocator import keep_freed_memory
-from refllm.cli.cache import KvBitsOption, KvGroupOption, KvResidualOption, kivi_of
-from refllm.cli.shared import AnyModelOption, BackendOption, JsonOption, note, opt, progress
-from refllm.study.terminal import console, table
+from refllm.cli.cache_options import KvBitsOption, KvGroupOption, KvResidualOption, kivi_of
+from refllm.cli.options import AnyModelOption, BackendOption, JsonOption, note, opt, progress
+from refllm.tour.terminal import console, table
 
 if TYPE_CHECKING:
-    from refllm.study.perplexity import Comparison, Score
+    from refllm.measure.perplexity import Comparison, Score
 
 
 def evaluate(
@@ -58,11 +58,11 @@ def evaluate(
     import numpy as np
 
     from refllm.api import load
+    from refllm.corpus import held_out_documents
     from refllm.kv.kivi import KiviAttend
-    from refllm.model.corpus import held_out_documents
-    from refllm.model.streams import read_files
-    from refllm.study.perplexity import compare
-    from refllm.study.perplexity import evaluate as score_of
+    from refllm.measure.perplexity import compare
+    from refllm.measure.perplexity import evaluate as score_of
+    from refllm.train.data import read_files
 
     documents = read_files(text) if text else held_out_documents()
     keep_freed_memory()

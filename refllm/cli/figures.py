@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from refllm.cli.shared import BackendOption
+from refllm.cli.options import BackendOption
 
 
 def figures(
@@ -30,7 +30,7 @@ def figures(
     get(backend)
     if not (output / "data").is_dir():
         raise ValueError(f"{output} has no data/ to draw from: run this in the repository, or name it with --output")
-    from refllm.study import figures as study
+    from refllm.figures import registry as study
 
     if check:
         complaints = study.check(output)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from refllm.cli.allocator import keep_freed_memory
-from refllm.cli.cache import (
+from refllm.cli.cache_options import (
     KvBitsOption,
     KvGroupOption,
     KvKeepOption,
@@ -20,9 +20,9 @@ from refllm.cli.cache import (
     sparse_of,
     told,
 )
-from refllm.cli.shared import AnyModelOption, BackendOption, emit, flag, note, opt, progress
-from refllm.cli.speculation import Speculation, draft_named
-from refllm.study.terminal import printable
+from refllm.cli.draft_options import Speculation, draft_named
+from refllm.cli.options import AnyModelOption, BackendOption, emit, flag, note, opt, progress
+from refllm.tour.terminal import printable
 
 DEFAULT_TOKENS = 128
 
@@ -84,7 +84,7 @@ def generate(
 
     from refllm.api import load
     from refllm.decode.generate import Sampling
-    from refllm.study.timing import Stopwatch
+    from refllm.measure.latency import Stopwatch
 
     text = read_prompt(prompt, prompt_file)
     how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from refllm.cli.shared import BackendOption, JsonOption, ModelOption, flag
-from refllm.study.terminal import bytes_text, console, pairs, table
+from refllm.cli.options import BackendOption, JsonOption, ModelOption, flag
+from refllm.tour.terminal import bytes_text, console, pairs, table
 
 
 def info(
@@ -42,11 +42,11 @@ def info(
 
 def describe(directory: Path, *, verify: bool = False) -> dict[str, Any]:
     """Everything that ``info`` prints, as plain data; CheckpointError for what is no checkpoint."""
-    from refllm.model.checkpoint import read_config
-    from refllm.model.quantized import NetworkTensors, read
-    from refllm.model.shards import FLOATS, INTEGERS, TensorFiles, host_dtype
-    from refllm.model.tokenizer import Tokenizer
-    from refllm.study.memory import kv_bytes_per_token
+    from refllm.checkpoints.loading import read_config
+    from refllm.checkpoints.stored_tensors import NetworkTensors, read
+    from refllm.checkpoints.tensor_files import FLOATS, INTEGERS, TensorFiles, host_dtype
+    from refllm.checkpoints.tokenizer import Tokenizer
+    from refllm.measure.memory import kv_bytes_per_token
 
     config = read_config(directory)
     names, quantization = FLOATS | INTEGERS, read(directory)
@@ -82,7 +82,7 @@ def describe(directory: Path, *, verify: bool = False) -> dict[str, Any]:
 
 def list_files(directory: Path, *, verify: bool) -> list[dict[str, Any]]:
     """Each file with its size, the hash in the manifest, and, if asked for, whether it still has that hash."""
-    from refllm.model.streams import file_sha256
+    from refllm.train.data import file_sha256
 
     recorded = (_json(directory / "manifest.json") or {}).get("files", {})
     if not isinstance(recorded, dict) or not all(isinstance(entry, dict) for entry in recorded.values()):
@@ -121,14 +121,14 @@ def _spelling(tokenizer: Any, token: int | None) -> str | None:
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    from refllm.model.shards import read_json
+    from refllm.checkpoints.tensor_files import read_json
 
     return read_json(path) if path.is_file() else None
 
 
 def _show(facts: dict[str, Any]) -> None:
+    from refllm.jobs.publish import architecture
     from refllm.model.config import ModelConfig
-    from refllm.study.bundle import architecture
 
     config = ModelConfig.from_hf(facts["config"])
     weights, kv, tokenizer = (facts[key] for key in ("weights", "KV cache bytes per token", "tokenizer"))

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from refllm.cli.allocator import keep_freed_memory
-from refllm.cli.shared import BackendOption, JsonOption, ModelOption, bar_column, flag, note, opt
-from refllm.study.terminal import bytes_text, console, pairs
+from refllm.cli.options import BackendOption, JsonOption, ModelOption, bar_column, flag, note, opt
+from refllm.tour.terminal import bytes_text, console, pairs
 
 if TYPE_CHECKING:
+    from refllm.jobs.quantize import Job
     from refllm.quant.report import TensorReport
-    from refllm.study.quantizing import Job
 
 _ROW = "{:>5}  {:>12}  {:>12}  {:>12}  {:>8}"
 _METHODS = "rtn|gptq|awq|smoothquant|int8|fp8"
@@ -79,16 +79,16 @@ def quantize(
     """
     from refllm.api import locate
     from refllm.backend import get
-    from refllm.model.streams import read_files
-    from refllm.study import quantizing
+    from refllm.jobs import quantize
+    from refllm.train.data import read_files
 
     get(backend)
     asked = {"damp": damp, "act_order": act_order or None, "static_groups": static_groups or None, "alpha": alpha,
              "keep": tuple(keep) if keep else None}  # fmt: skip
     options = {name: value for name, value in asked.items() if value is not None}
-    scheme = quantizing.scheme_of(method, bits, group_size, symmetric)
+    scheme = quantize.scheme_of(method, bits, group_size, symmetric)
     work = None if work is None else Path(os.path.expanduser(work))
-    job = quantizing.prepare(
+    job = quantize.prepare(
         locate(model), output, method, scheme, work=work, layout=layout, dtype=dtype,
         texts=read_files(text) if text else None, samples=samples, length=length, seed=seed, overwrite=overwrite,
         **options,
@@ -96,7 +96,7 @@ def quantize(
     keep_freed_memory()
     _announce(job)
     with _display(job) as shown:
-        record = quantizing.go(job, backend=backend, measure=max_tokens if evaluate else None, **shown)
+        record = quantize.go(job, backend=backend, measure=max_tokens if evaluate else None, **shown)
     if as_json:
         import json
 

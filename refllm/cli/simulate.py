@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from refllm.cli.shared import BackendOption, JsonOption, opt, progress
-from refllm.study.terminal import console, pairs, table
+from refllm.cli.options import BackendOption, JsonOption, opt, progress
+from refllm.tour.terminal import console, pairs, table
 
 if TYPE_CHECKING:
+    from refllm.measure.device import Device
     from refllm.model.config import ModelConfig
-    from refllm.serve.ledger import Ledger
-    from refllm.serve.simulate import Run
-    from refllm.study.machine import Device
+    from refllm.serve.base_scheduler import Ledger
+    from refllm.simulate.simulator import Run
 
 SHAPES = ("llama-8b", "llama-70b")
 MOST_BLOCKS = 1 << 22  # a few hundred MB of Python's integers; a device that holds more than this is never full
@@ -67,9 +67,9 @@ def simulate(
       refllm simulate --traffic chat --prefix-cache radix --policy lpm --trace run.json
     """
     from refllm.backend import get
-    from refllm.serve.metrics import Limits
-    from refllm.serve.simulate import Simulator
-    from refllm.study.clock import RooflineClock
+    from refllm.measure.roofline_clock import RooflineClock
+    from refllm.simulate.metrics import Limits
+    from refllm.simulate.simulator import Simulator
 
     get(backend)
     config, machine = _config(model), _device(device)
@@ -94,18 +94,18 @@ def simulate(
 
 
 def _config(name: str) -> ModelConfig:
-    from refllm.study import memory
+    from refllm.measure import memory
 
     if name in SHAPES:
         return {"llama-8b": memory.LLAMA_8B, "llama-70b": memory.LLAMA_70B}[name]
     from refllm.api import locate
-    from refllm.model.checkpoint import read_config
+    from refllm.checkpoints.loading import read_config
 
     return read_config(locate(name))
 
 
 def _device(name: str) -> Device:
-    from refllm.study.machine import DEVICES, measure_machine
+    from refllm.measure.device import DEVICES, measure_machine
 
     if name == "here":
         return measure_machine()
@@ -115,7 +115,7 @@ def _device(name: str) -> Device:
 
 
 def _slots(clock: Any, device: str) -> int:
-    from refllm.study.clock import MEMORY
+    from refllm.measure.roofline_clock import MEMORY
 
     if device not in MEMORY:
         raise ValueError(f"the memory of {device!r} is not known: say how many tokens fit with --slots")
@@ -125,8 +125,8 @@ def _slots(clock: Any, device: str) -> int:
 def _scheduler(
     policy: str, slots: int, block_size: int, cache: str | None, preempt: str, config: ModelConfig, limits: Any
 ) -> Ledger:
-    from refllm.kv.blocks import BlockPool
-    from refllm.serve import policies
+    from refllm.kv.block_pool import BlockPool
+    from refllm.serve import factory
     from refllm.serve.scheduler import Scheduler
     from refllm.serve.swapping import Swapping
 
@@ -139,21 +139,21 @@ def _scheduler(
     if preempt not in ("recompute", "swap"):
         raise ValueError(f"unknown way to preempt {preempt!r}; choose recompute or swap")
     if preempt == "swap":
-        if cache is not None or policy not in policies.CONTINUOUS:
+        if cache is not None or policy not in factory.CONTINUOUS:
             raise ValueError("--preempt swap goes with fcfs, priority or lpm, and without a prefix cache")
         return Scheduler(Swapping(pool), order=policy, **limits)
     longest = min(2048, config.max_position_embeddings)
     if policy == "static":
         limits = {"max_sequences": limits["max_sequences"]}
-    return policies.make(policy, pool, prefix_cache=cache, longest=longest, **limits)
+    return factory.make(policy, pool, prefix_cache=cache, longest=longest, **limits)
 
 
 def _asked(name: str, count: int, rate: float | None, shape: float, seed: int) -> tuple[Any, Any]:
     """(requests, what follows from their answers)"""
     import numpy as np
 
-    from refllm.serve import programs
-    from refllm.serve.workload import TRAFFIC, Distinct, requests
+    from refllm.simulate import programs
+    from refllm.simulate.workload import TRAFFIC, Distinct, requests
 
     rng, tokens = np.random.default_rng(seed), Distinct()
     rate = float("inf") if rate is None else rate
@@ -176,8 +176,8 @@ def _asked(name: str, count: int, rate: float | None, shape: float, seed: int) -
 
 
 def _watcher(scheduler: Ledger, trace: Path | None) -> Any:
-    from refllm.serve.memory import Paged
-    from refllm.serve.trace import Trace
+    from refllm.serve.kv_manager import Paged
+    from refllm.simulate.timeline import Trace
 
     if trace is None:
         return None
@@ -187,9 +187,9 @@ def _watcher(scheduler: Ledger, trace: Path | None) -> Any:
 def _write(path: Path, watcher: Any, scheduler: Ledger, machine: Device) -> None:
     import sys
 
-    from refllm.serve.prefixes import Radix
-    from refllm.serve.trace import tree
-    from refllm.study.records import Record, write
+    from refllm.measure.records import Record, write
+    from refllm.serve.prefix_caching import Radix
+    from refllm.simulate.timeline import tree
 
     values = {"occupancy": watcher.occupancy(), "blocks": watcher.blocks()}
     if isinstance(scheduler.memory, Radix):

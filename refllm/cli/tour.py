@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from refllm.cli.shared import BackendOption, ModelOption, flag, opt
-from refllm.study.terminal import console
+from refllm.cli.options import BackendOption, ModelOption, flag, opt
+from refllm.tour.terminal import console
 
 
 def tour(
@@ -26,8 +26,8 @@ def tour(
       refllm tour --stop write --stop measure
       refllm tour --model ./my-model --output /tmp/figures
     """
-    from refllm.study.guide import Tour
-    from refllm.study.tour import STOPS, run
+    from refllm.tour.context import Tour
+    from refllm.tour.stops import STOPS, run
 
     out = console()
     if listed:

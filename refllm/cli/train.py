@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from refllm.cli.allocator import keep_freed_memory
-from refllm.cli.shared import BackendOption, bar_column, flag, note, opt
-from refllm.study.terminal import bytes_text, console, pairs
+from refllm.cli.options import BackendOption, bar_column, flag, note, opt
+from refllm.tour.terminal import bytes_text, console, pairs
 
 if TYPE_CHECKING:
-    from refllm.model.plan import Phase
-    from refllm.study.launch import Run
+    from refllm.jobs.train import Run
+    from refllm.train.schedule import Phase
 
 _ROW = "{:>8}  {:>7}  {:>8}  {:>9}  {:>8}  {:>9}  {:>8}"
 
@@ -104,10 +104,10 @@ def train(
     """
     from refllm.api import locate
     from refllm.backend import get
-    from refllm.model.optimizer import OPTIMIZERS, SCHEDULES
-    from refllm.model.plan import Plan
-    from refllm.model.streams import own_files, standard_library
-    from refllm.study import launch
+    from refllm.jobs import train
+    from refllm.train.data import own_files, standard_library
+    from refllm.train.optimizer import OPTIMIZERS, SCHEDULES
+    from refllm.train.schedule import Plan
 
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
@@ -119,14 +119,14 @@ def train(
     output = Path(os.path.expanduser(output))  # the shell leaves the ~ of --output=~/tiny as it is
     if output.name in ("", ".."):  # the folder that one stands in, or the one above
         output = Path(os.path.abspath(output))
-    launch.check_output(output, overwrite)
+    train.check_output(output, overwrite)
     work = output.with_name(output.name + ".training") if work is None else Path(os.path.expanduser(work))
     if start_share and start is None:
         raise ValueError("--start-share is a share of the weights of --start: name that model, too")
     if held_out and not data:
         raise ValueError("--held-out belongs to --data; the standard library has its own held-out modules")
     source = own_files(data, held_out or ()) if data else standard_library(tests=tests, installers=installers)
-    shape = launch.Shape(
+    shape = train.Shape(
         vocab_size=vocab_size, width=width, layers=layers, heads=heads, kv_heads=kv_heads, mlp=mlp, context=positions,
         steps=steps, batch=batch, length=length, long_steps=long_steps, long_length=long_length,
         explicit=tuple(_phase(text) for text in phase or ()),
@@ -136,7 +136,7 @@ def train(
         workers=workers,
         evaluate_every=evaluate_every, save_every=save_every,
     )  # fmt: skip
-    run = launch.prepare(
+    run = train.prepare(
         output, work, source, shape, plan, overwrite=overwrite,
         teacher=None if teacher is None else locate(teacher), alpha=alpha,
         teacher_from=teacher_from, start=None if start is None else locate(start), note=note,
@@ -144,7 +144,7 @@ def train(
     keep_freed_memory()
     _announce(run)
     with _display(run) as shown:
-        record = launch.go(run, command=command_line(context), backend=backend, overwrite=overwrite,
+        record = train.go(run, command=command_line(context), backend=backend, overwrite=overwrite,
                            start_share=start_share, **shown)  # fmt: skip
     measured = record["measured"]
     print(f"{output}: {measured['bits per byte']:.3f} bits per byte on {measured['tokens']:,} held-out tokens")
@@ -153,7 +153,7 @@ def train(
 
 def _phase(text: str) -> Phase:
     """``2500,8,256,4,1`` → 2,500 steps of 8 windows of 256 tokens, the streams repeated 4 and 1 times an epoch."""
-    from refllm.model.plan import Phase
+    from refllm.train.schedule import Phase
 
     try:
         steps, batch, length, *repeats = (int(word) for word in text.split(","))
@@ -184,7 +184,7 @@ def command_line(context: typer.Context) -> str:
 
 
 def _announce(run: Run) -> None:
-    from refllm.study.bundle import architecture
+    from refllm.jobs.publish import architecture
 
     out = console(stderr=True)
     out.print(run.output.name, style="bold")

@@ -10,7 +10,7 @@ computed and ignored, until all have ended: that waste is what continuous batchi
 | z      | logits of the last tokens | [B, V]    |
 | u      | uniforms, drawn on the host | [B]     |
 
-Left out: speculation (``decode.speculate``), continuous batching and paging (``serve``).
+Left out: speculation (``decode.speculative.loop``), continuous batching and paging (``serve``).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 
 from refllm.backend import Array, asarray_like, namespace, to_numpy
 from refllm.decode import sampling
-from refllm.decode.captured import stepper
+from refllm.decode.fast.captured_step import stepper
 from refllm.kv.contiguous import ContiguousCache
 from refllm.kv.kivi import Kivi
 from refllm.kv.kivi_cache import KiviCache

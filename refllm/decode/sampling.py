@@ -38,7 +38,7 @@ from __future__ import annotations
 import math
 
 from refllm.backend import Array, namespace, to_numpy
-from refllm.decode.parameters import Knobs, Parameter, column, knobs
+from refllm.decode.sampling_parameters import Knobs, Parameter, column, knobs
 
 _FAR = 700.0  # exp(-700) is nothing beside 1: `margin` looks no farther
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from refllm.model.tokenizer import Tokenizer
+from refllm.checkpoints.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"  # what decode() writes for bytes that form no character
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # SentencePiece's byte fallback: one token, one byte

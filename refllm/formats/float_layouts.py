@@ -20,8 +20,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from refllm.backend import Array, namespace
-from refllm.formats.fp8 import Fp8Linear
-from refllm.formats.scaled import FloatScheme, Scaled
+from refllm.formats.block_float import FloatScheme, Scaled
+from refllm.formats.fp8_linear import Fp8Linear
 from refllm.formats.stored import FLOATS, Stored
 
 __all__ = ["from_tensors", "stored_as", "to_tensor"]

@@ -36,7 +36,7 @@ from refllm.formats.reordered import Reordered, order_of
 from refllm.formats.scheme import Scheme
 from refllm.formats.storage import store_scale, store_zero
 from refllm.formats.stored import LAYOUTS, Stored, stored_as, tensor_specs
-from refllm.formats.w8a8 import W8A8Linear
+from refllm.formats.w8a8_linear import W8A8Linear
 
 __all__ = ["LAYOUTS", "Stored", "from_tensors", "stored_as", "tensor_specs", "to_tensor", "to_tensors"]
 

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from refllm.backend import Array, asarray_like, namespace
-from refllm.kv.together import attend_together, bias_together, even, fits_together
+from refllm.kv.batched_attention import attend_together, bias_together, even, fits_together
 from refllm.model.attention import Attend, flash_attention
 from refllm.model.config import ModelConfig
 

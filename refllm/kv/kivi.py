@@ -157,7 +157,7 @@ def decode(codes: Array, step: Array, low: Array, dtype: Any = None) -> Array:
 class KiviAttend:
     """``attend`` over whole texts, each query reading what a cache would hold when its token comes.
 
-    ``lengths`` as of ``CausalAttend``; with it ``study.perplexity`` measures what a cache costs, without a cache.
+    ``lengths`` as of ``CausalAttend``; with it ``measure.perplexity`` measures what a cache costs, without a cache.
     ``keys`` and ``values`` say what shares a step: "channel", g tokens of a channel, or "token", g channels of a token.
     KIVI's choice is the default; the other ones are what it is compared with. As many keys wait either way; values by
     channel wait for whole runs of R, as keys do, half as many on average as values by token.

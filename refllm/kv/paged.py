@@ -1,7 +1,7 @@
 """The paged cache: keys and values in blocks that any sequence may own, read through block tables.
 
 Source: PagedAttention, Kwon et al. 2023, sections 4.1 and 4.3; split keys, its kernel's second version and
-Flash-Decoding. The tables and the pool are ``kv.blocks``; here are the arrays, and the ``attend`` that reads them.
+Flash-Decoding. The tables and the pool are ``kv.block_pool``; here are the arrays, and the ``attend`` that reads them.
 
 | symbol | name                                        | shape                     |
 |--------|---------------------------------------------|---------------------------|
@@ -26,8 +26,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from refllm.backend import Array, asarray_like, namespace
-from refllm.kv.blocks import BlockPool, BlockTable
-from refllm.kv.together import attend_together, bias_together, fits_together
+from refllm.kv.batched_attention import attend_together, bias_together, fits_together
+from refllm.kv.block_pool import BlockPool, BlockTable
 from refllm.model.attention import Attend, attention, flash_attention, merge
 from refllm.model.config import ModelConfig
 

@@ -10,7 +10,7 @@
 | fp8             | fp8, by block                 | 8-bit floats, a scale a tile               |
 
 ``export`` writes a model in memory, ``assemble`` the layers that a run left in files. Both write all files in a new
-directory, which takes its name only when it is whole (``model.writer``).
+directory, which takes its name only when it is whole (``checkpoints.directory_writer``).
 
 Readers of "int-quantized" round activations to absmax/127.5, SmoothQuant to absmax/127: what is loaded computes as the
 format's readers do, which is not bit for bit what was quantised.
@@ -28,16 +28,16 @@ from typing import Any
 import numpy as np
 
 from refllm.backend import to_numpy
+from refllm.checkpoints.directory_writer import STORED_TYPES, check_target, documents, resolved, write_directory
+from refllm.checkpoints.tensor_files import EMBEDDING, HEAD, CheckpointError, check_vocabulary, converted
 from refllm.formats.float_layouts import stored_as as stored_floats
-from refllm.formats.fp8 import Fp8Linear
+from refllm.formats.fp8_linear import Fp8Linear
 from refllm.formats.stored import Stored, stored_as
-from refllm.formats.w8a8 import W8A8Linear
+from refllm.formats.w8a8_linear import W8A8Linear
 from refllm.model.llama import PROJECTIONS
-from refllm.model.shards import EMBEDDING, HEAD, CheckpointError, check_vocabulary, converted
 from refllm.model.weights import Dense
-from refllm.model.writer import STORED_TYPES, check_target, documents, resolved, write_directory
-from refllm.quant.layerfiles import LayerFiles
-from refllm.quant.storing import Storing, named, storable
+from refllm.quant.export_spec import Storing, named, storable
+from refllm.quant.resumable_layers import LayerFiles
 
 __all__ = ["LayerFiles", "Storing", "assemble", "default_layout", "export", "storing_of"]
 

@@ -9,7 +9,7 @@ What shares a scale decides which activations go with a weight:
 | "block", 128 × 128      | "tile", 1 × 128     | DeepSeek-V3                                     |
 | "group"                 | "tile"              |                                                 |
 
-Scales are absmax / 448 (``formats.scaled``). *Current* scaling takes absmax from the tensor itself, which must be
+Scales are absmax / 448 (``formats.block_float``). *Current* scaling takes absmax from the tensor itself, which must be
 read twice. *Delayed* scaling takes the largest of the last H steps, which is known before the tensor is: one pass, and
 wrong whenever the range grows. What is then beyond it saturates.
 
@@ -21,7 +21,7 @@ wrong whenever the range grows. What is then beyond it saturates.
 Sources: Micikevicius et al. 2022 (FP8 formats for deep learning), §4; DeepSeek-V3 (2024), §3.3; NVIDIA's Transformer
 Engine, its recipe ``DelayedScaling``.
 
-Left out: margins of a delayed scale, static scales of activations, training (``model.fp8``).
+Left out: margins of a delayed scale, static scales of activations, training (``train.fp8``).
 """
 
 from __future__ import annotations
@@ -32,8 +32,18 @@ from typing import Any
 from refllm.backend import Array, namespace
 from refllm.formats.affine import Scheme
 from refllm.formats.affine import fake_quantize as fake_integers
-from refllm.formats.fp8 import Accumulator, Fp8Linear, scaled_matmul
-from refllm.formats.scaled import MXFP4, MXFP8, NVFP4, FloatScheme, Scaled, absmax, fake_quantize, quantize, scale_of
+from refllm.formats.block_float import (
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    FloatScheme,
+    Scaled,
+    absmax,
+    fake_quantize,
+    quantize,
+    scale_of,
+)
+from refllm.formats.fp8_linear import Accumulator, Fp8Linear, scaled_matmul
 
 __all__ = [
     "ACTIVATIONS_OF", "MXFP4", "MXFP8", "NVFP4", "Accumulator", "DelayedScale", "FloatScheme", "Fp8Linear", "Scaled",

@@ -34,7 +34,7 @@ from refllm.backend import Array, namespace
 from refllm.formats.affine import Scheme, range_to_qparams
 from refllm.formats.ranges import refuse_non_finite
 from refllm.quant.histogram import count_bins, entropy_cut, percentile_cut
-from refllm.quant.mse import mse_range
+from refllm.quant.mse_range import mse_range
 
 __all__ = ["MSE", "Entropy", "Histogram", "MinMax", "MovingAverage", "Observer", "Percentile", "mse_range"]
 

@@ -7,7 +7,7 @@
 | output error | Σ ‖ŷ − y‖² / Σ ‖y‖² of the product on calibration inputs; none where nothing was calibrated    |
 | loss         | the method's own objective: GPTQ's Σ, AWQ's best loss; none where a method has none            |
 
-Left out: losses of a whole layer or model (``study.quality`` measures what text costs).
+Left out: losses of a whole layer or model (``experiments.quantization_quality`` measures what text costs).
 """
 
 from __future__ import annotations

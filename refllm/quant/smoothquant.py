@@ -39,10 +39,10 @@ from collections.abc import Collection, Mapping, Sequence
 
 from refllm.backend import Array, namespace
 from refllm.formats.affine import Scheme, quantize
-from refllm.formats.w8a8 import W8A8Linear
+from refllm.formats.w8a8_linear import W8A8Linear
 from refllm.model.llama import PROJECTIONS, Layer, Weights
 from refllm.quant.awq_model import ATTENTION_INPUT, MLP_INPUT, fold
-from refllm.quant.calibrate import Source, walk
+from refllm.quant.layer_inputs import Source, walk
 from refllm.quant.observers import MinMax
 
 __all__ = [

@@ -24,18 +24,18 @@ from typing import Any
 import numpy as np
 
 from refllm.backend import Array, asarray_like
-from refllm.decode.captured import stepper
-from refllm.decode.drafts import Ask, Drafter, ModelDrafter, TreeProposal, check_vocabulary
+from refllm.decode.fast.captured_step import stepper
+from refllm.decode.speculative.drafters import Ask, Drafter, ModelDrafter, TreeProposal, check_vocabulary
 from refllm.kv.paged import PagedKVCache
-from refllm.serve import policies
-from refllm.serve.choosing import Seat, choose, penalised
-from refllm.serve.drafting import Drafting
+from refllm.serve import factory
+from refllm.serve.adaptive_drafts import Drafting
+from refllm.serve.base_scheduler import Ledger
 from refllm.serve.executor import execute
-from refllm.serve.ledger import Ledger
 from refllm.serve.live import Listener, Live, Record, refuse
+from refllm.serve.outputs import Counts, Piece, Result
 from refllm.serve.plan import Name, Plan
 from refllm.serve.request import Branch, Request
-from refllm.serve.results import Counts, Piece, Result
+from refllm.serve.sampler import Seat, choose, penalised
 from refllm.serve.step import Continuation, Event, Outcome
 
 FAILED = [Continuation((), "error")]
@@ -59,7 +59,7 @@ class Engine(Counts):
         scheduler
             makes another scheduler from the block pool instead: ``lambda pool: Scheduler(Paged(pool), order=…)``.
         drafter
-            makes a drafter (``decode.drafts``) for each branch: what it guesses is verified in one step.
+            makes a drafter (``decode.speculative.drafters``) for each branch: what it guesses is verified in one step.
         seed
             draws seeds for the requests that bring none; None: fresh ones.
         poison
@@ -75,7 +75,7 @@ class Engine(Counts):
         self.cache = PagedKVCache(model.config, num_blocks, block_size, like=model.weights["norm"], poison=poison)
         self._weights, self._stepper = model.weights, stepper(model.weights, model.config)
         self.pool = self.cache.pool
-        self.scheduler = policies.make(
+        self.scheduler = factory.make(
             policy, self.pool, prefix_cache=prefix_cache, max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences, **options,
         ) if scheduler is None else scheduler(self.pool)  # fmt: skip

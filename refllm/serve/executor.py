@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from refllm.backend import Array, asarray_like
-from refllm.decode.captured import Stepper
+from refllm.decode.fast.captured_step import Stepper
 from refllm.kv.paged import PagedKVCache
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights, forward, logits

@@ -3,7 +3,7 @@
 | seam       | who fills it                                                                       |
 |------------|------------------------------------------------------------------------------------|
 | Record     | what is served: a ``Model``, or any record of config, weights and tokenizer        |
-| Drafter    | ``decode.drafts``: guesses next tokens; the engine verifies them in one step       |
+| Drafter    | ``decode.speculative.drafters``: guesses next tokens; the engine verifies them in one step       |
 | Listener   | hears each ``Piece`` as it comes                                                   |
 """
 
@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from refllm.decode.drafts import Drafter
+from refllm.checkpoints.tokenizer import Tokenizer
+from refllm.decode.speculative.drafters import Drafter
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights
-from refllm.model.tokenizer import Tokenizer
-from refllm.serve.beam import Search
+from refllm.serve.beam_search import Search
+from refllm.serve.outputs import Output, Piece, Result
 from refllm.serve.request import Branch, Request
-from refllm.serve.results import Output, Piece, Result
 from refllm.serve.step import Event
 from refllm.serve.voice import Voice
 

@@ -19,7 +19,7 @@ tokens are computed in one step, so that they are ranked against each other.
 The oldest (or most urgent) running branch is never preempted for another, and every request that is accepted fits
 alone: so each step computes at least a token for somebody, and everybody ends.
 
-How it is driven (``plan`` and ``update`` alternate; what an outcome is, ``serve.ledger`` says)::
+How it is driven (``plan`` and ``update`` alternate; what an outcome is, ``serve.base_scheduler`` says)::
 
     plan = scheduler.plan()
     # copy plan.copies, compute plan.items, sample item.samples rows of each of plan.sampling
@@ -30,9 +30,9 @@ Left out: what only a model can know: when a text ends before ``max_tokens`` (th
 
 from __future__ import annotations
 
-from refllm.serve.ledger import Ledger
-from refllm.serve.memory import Memory
-from refllm.serve.order import Order, named
+from refllm.serve.admission import Order, named
+from refllm.serve.base_scheduler import Ledger
+from refllm.serve.kv_manager import Memory
 from refllm.serve.plan import Plan
 from refllm.serve.request import Branch, Request, Status
 from refllm.serve.step import Step

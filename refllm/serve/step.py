@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
-from refllm.serve.memory import Copies
+from refllm.serve.kv_manager import Copies
 from refllm.serve.plan import Item, Plan
 from refllm.serve.request import Branch
 

@@ -9,7 +9,7 @@ the device has: what finds no room there is computed anew.
 | swapping     | its blocks over the link  | its blocks over the link again                   |
 
 To the scheduler a branch that was swapped out is one with a cached prefix, which nobody else can find. Here only
-numbers move; ``serve.simulate`` puts a clock to them. The engine recomputes.
+numbers move; ``simulate.simulator`` puts a clock to them. The engine recomputes.
 
 Left out: branches of one request that share blocks stay apart on the host (each moves all of its own).
 """
@@ -18,8 +18,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from refllm.kv.blocks import BlockPool, BlockTable
-from refllm.serve.memory import Paged
+from refllm.kv.block_pool import BlockPool, BlockTable
+from refllm.serve.kv_manager import Paged
 from refllm.serve.request import Branch
 
 

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from refllm.decode.drafts import Drafter
+from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.decode.generate import Sampling
+from refllm.decode.speculative.drafters import Drafter
 from refllm.decode.text import StopStrings, Utf8Stream
-from refllm.model.tokenizer import Tokenizer
 from refllm.serve.request import Request
 from refllm.serve.step import Continuation
 

@@ -18,7 +18,7 @@ import numpy as np
 from refllm.backend import Array, namespace
 from refllm.formats.gguf import kquants, kvalues, legacy, plain
 from refllm.formats.gguf.arithmetic import quietly
-from refllm.formats.gguf.kinds import kind, row_bytes
+from refllm.formats.gguf.types import kind, row_bytes
 from refllm.formats.ranges import refuse_non_finite
 
 __all__ = ["dequantize", "quantize"]

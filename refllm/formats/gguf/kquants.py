@@ -33,7 +33,7 @@ from __future__ import annotations
 from refllm.backend import Array, bitcast, namespace
 from refllm.formats.gguf.arithmetic import divided, extreme, nearest, sequential_sum
 from refllm.formats.gguf.kbits import combine, join_scales4, join_scales6
-from refllm.formats.gguf.search import IMPORTANT, TINY, Grid, asymmetric, positive, swept, symmetric
+from refllm.formats.gguf.scale_search import IMPORTANT, TINY, Grid, asymmetric, positive, swept, symmetric
 
 __all__ = ["ENCODERS", "half", "half_bytes"]
 

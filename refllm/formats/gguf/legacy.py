@@ -28,7 +28,7 @@ from refllm.backend import Array, bitcast, namespace
 from refllm.formats.gguf.arithmetic import divided, extreme, least, sequential_sum
 from refllm.formats.gguf.kbits import separate
 from refllm.formats.gguf.kquants import half_bytes
-from refllm.formats.gguf.search import IMPORTANT, asymmetric, symmetric
+from refllm.formats.gguf.scale_search import IMPORTANT, asymmetric, symmetric
 
 __all__ = ["DECODERS", "ENCODERS", "halves"]
 

@@ -29,7 +29,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from refllm.formats.gguf.kinds import kind
+from refllm.formats.gguf.types import kind
 
 __all__ = ["FILE_TYPES", "MIXES", "Heads", "bits_per_weight", "mix"]
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from refllm.formats.gguf.container import ALIGNMENT, ARRAY, LONGEST_NAME, MOST_DIMENSIONS, SCALARS, STRING
-from refllm.formats.gguf.kinds import kind, row_bytes
+from refllm.formats.gguf.reader import ALIGNMENT, ARRAY, LONGEST_NAME, MOST_DIMENSIONS, SCALARS, STRING
+from refllm.formats.gguf.types import kind, row_bytes
 
 __all__ = ["Plan", "header_bytes", "plan_bytes", "write"]
 

@@ -1,0 +1,158 @@
+"""Checkpoints written: all files in a new directory that takes its name only when it is whole.
+
+What is written is what ``transformers``, vLLM and llama.cpp's converter expect of a Hugging Face directory:
+``config.json``, ``generation_config.json``, ``tokenizer.json``, ``tokenizer_config.json`` and the weights as
+safetensors (the format is described in ``shards``), in one file or in shards. A tied head is stored once.
+
+Left out: model cards (pass one in ``extra_files``), uploading. Quantised layouts are ``quant.export``'s, which
+writes through ``write_directory`` too; the tensors' files are ``tensorfile``'s.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refllm.backend import Array, to_numpy
+from refllm.checkpoints.safetensors_writer import Plan, flush, write_tensors, write_text
+from refllm.checkpoints.tensor_files import (
+    CheckpointError,
+    check_tensors,
+    check_tied,
+    check_vocabulary,
+    converted,
+    tensor_shapes,
+)
+from refllm.checkpoints.tokenizer import Tokenizer
+from refllm.model.config import ModelConfig
+
+STORED_TYPES = ("float16", "bfloat16", "float32")
+
+
+def save(
+    path: str | Path, config: ModelConfig, tensors: Mapping[str, Array], tokenizer: Tokenizer, *,
+    dtype: str = "float16", max_shard_bytes: int | None = None, extra_files: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> None:  # fmt: skip
+    """Write a directory that ``load`` and transformers read. ``tensors`` go under Hugging Face's names.
+
+    All files are written and flushed in a new directory beside ``path``, which is then renamed: a reader, or
+    a crash, finds the old checkpoint or the new one and never a part. With ``overwrite`` the old directory
+    goes as a whole, whatever else it held; between two renames it waits under ``.NAME.*.old``.
+    ``extra_files`` maps plain file names to text (a model card, say).
+
+    Raises
+    ------
+    CheckpointError
+        for tensors that do not fit the config, values that are not finite in ``dtype``, and a ``path`` that
+        must not be replaced. Nothing has changed then.
+    """
+    if dtype not in STORED_TYPES:
+        raise ValueError(f"save: dtype {dtype!r} is not stored; choose one of {', '.join(STORED_TYPES)}")
+    if max_shard_bytes is not None and max_shard_bytes < 1:
+        raise ValueError(f"save: max_shard_bytes must be positive, got {max_shard_bytes}")
+    target = resolved(path)
+    check_target(target, overwrite)
+    check_tensors(config, tensors, target)
+    check_tied(config, tensors, target)
+    check_vocabulary(tokenizer, config, target)
+
+    def read(name: str) -> np.ndarray:
+        return converted(to_numpy(tensors[name]), dtype, name, target)
+
+    texts = documents(config, tokenizer, dtype, extra_files or {})
+    plan = {name: (dtype, shape) for name, shape in tensor_shapes(config)}
+    write_directory(target, texts, plan, read, max_shard_bytes=max_shard_bytes)
+
+
+def write_directory(
+    target: Path, texts: Mapping[str, str], plan: Plan, read: Callable[[str], np.ndarray], *,
+    max_shard_bytes: int | None = None, temporary: Path | None = None, finish: Callable[[Path], None] | None = None,
+) -> None:  # fmt: skip
+    """Write text files and tensors in a new directory, then give it the name ``target`` (see ``save``).
+
+    ``temporary`` is what it is called meanwhile; ``finish`` is shown it, whole, before it takes its name.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if temporary is None:
+        temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
+    temporary.mkdir()
+    try:
+        for name, text in texts.items():
+            write_text(temporary / name, text)
+        write_tensors(temporary, plan, read, max_shard_bytes)
+        if finish is not None:
+            finish(temporary)
+        flush(temporary)
+        _put_in_place(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # after a success it is no longer there
+
+
+def resolved(path: str | Path) -> Path:
+    """The directory that ``path`` means, links and ~ followed."""
+    return Path(os.path.realpath(os.path.expanduser(path)))
+
+
+def documents(
+    config: ModelConfig, tokenizer: Tokenizer, dtype: str, extra: Mapping[str, str], **entries: Any
+) -> dict[str, str]:
+    """The text files of a checkpoint, by name; ``entries`` are added to config.json."""
+    raw = config.to_hf() | {"torch_dtype": dtype} | entries
+    special = {"bos_token": config.bos_token_id, "eos_token": next(iter(config.eos_token_ids), None)}
+    words = {key: tokenizer.inner.id_to_token(i) for key, i in special.items() if i is not None}
+    about_tokens = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{key: word for key, word in words.items() if word is not None},
+        "model_max_length": config.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,  # else decode(encode(x)) would drop spaces before punctuation
+    }
+    generation = {"bos_token_id": config.bos_token_id, "eos_token_id": raw["eos_token_id"]}
+    texts = {
+        "config.json": json.dumps(raw, indent=2) + "\n",
+        "generation_config.json": json.dumps({k: v for k, v in generation.items() if v is not None}, indent=2) + "\n",
+        "tokenizer_config.json": json.dumps(about_tokens, indent=2, ensure_ascii=False) + "\n",
+        "tokenizer.json": tokenizer.inner.to_str(pretty=True),
+    }
+    for name in extra:
+        plain = Path(name).name == name and name not in ("", "..")
+        if not plain or name in texts or name.startswith(("model.", "model-")):
+            raise CheckpointError(f"save: the extra file {name!r} must be a plain new file name in the directory")
+    return texts | dict(extra)
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """CheckpointError if ``save`` would refuse to write there."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise CheckpointError(f"{target} is a file: choose the name of a directory")
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise CheckpointError(f"{target} is not empty: choose another name, or pass overwrite=True to replace it")
+    if not (target / "config.json").is_file():  # a mistyped path must not cost a home directory
+        raise CheckpointError(f"{target} holds no config.json: only a checkpoint is replaced; remove it yourself")
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    """Rename ``temporary`` to ``target``; an old ``target`` is moved aside first, and back if that fails."""
+    if not target.exists():
+        os.rename(temporary, target)
+    else:
+        old = temporary.with_suffix(".old")
+        os.rename(target, old)
+        try:
+            os.rename(temporary, target)
+        except BaseException:
+            os.rename(old, target)
+            raise
+        shutil.rmtree(old)
+    flush(target.parent)

@@ -1,0 +1,201 @@
+"""A network in GGUF's words: names of tensors, order of q's and k's rows, shape of the network as metadata.
+
+| GGUF                          | Hugging Face                                                               |
+|-------------------------------|----------------------------------------------------------------------------|
+| token_embd, output_norm, output | model.embed_tokens, model.norm, lm_head                                  |
+| blk.N.attn_q, _k, _v, _output | model.layers.N.self_attn.q_proj, k_proj, v_proj, o_proj                    |
+| blk.N.ffn_gate, _up, _down    | model.layers.N.mlp.gate_proj, up_proj, down_proj                           |
+| blk.N.attn_norm, ffn_norm     | model.layers.N.input_layernorm, post_attention_layernorm                   |
+| blk.N.attn_q_norm, _k_norm    | model.layers.N.self_attn.q_norm, k_norm                                    |
+| rope_freqs                    | none: Llama 3's stretched wavelengths as one factor for each pair          |
+
+Architecture "llama" (Llama, Mistral) rotates neighbouring pairs, Hugging Face's code pairs the halves of a head. So the
+rows of q and k stand in another order: row (h, i, s) of GGUF is row (h, s, i) of Hugging Face, s the half, i the pair.
+Qwen's architectures rotate halves in both and keep their rows.
+
+Source: the GGUF specification's keys and llama.cpp's converter.
+
+Left out: RoPE scalings other than Llama 3's, windows in llama.cpp (it ignores Mistral's; the key is written for us).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from refllm.checkpoints.tensor_files import CheckpointError
+from refllm.model.config import ModelConfig, RopeScaling
+from refllm.model.layers import rope_frequencies
+
+__all__ = [
+    "ROPE_FACTORS",
+    "architecture",
+    "config_of",
+    "gguf_name",
+    "hf_name",
+    "metadata_of",
+    "permutation",
+    "rope_factors",
+]
+
+ROPE_FACTORS = "rope_freqs.weight"
+_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_PLAIN = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_LAYER = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+}  # fmt: skip
+_BACK = {short: long for long, short in (_PLAIN | _LAYER).items()}
+_SCALING = "refllm.rope_scaling"  # GGUF keeps the factors, not the four numbers that they come from
+
+
+def architecture(config: ModelConfig) -> str:
+    """``general.architecture`` of a network."""
+    return _ARCHITECTURES[config.family]
+
+
+def gguf_name(name: str) -> str:
+    """Hugging Face's name of a tensor → GGUF's."""
+    stem, _, suffix = name.rpartition(".")
+    if stem in _PLAIN:
+        return f"{_PLAIN[stem]}.{suffix}"
+    layer, _, part = stem.removeprefix("model.layers.").partition(".")
+    return f"blk.{layer}.{_LAYER[part]}.{suffix}"
+
+
+def hf_name(name: str) -> str | None:
+    """GGUF's name of a tensor → Hugging Face's; None for what no such network has."""
+    stem, _, suffix = name.rpartition(".")
+    if stem.startswith("blk."):
+        _, layer, part = stem.split(".", 2) if stem.count(".") >= 2 else ("", "", "")
+        return f"model.layers.{layer}.{_BACK[part]}.{suffix}" if layer.isdigit() and part in _BACK else None
+    return f"{_BACK[stem]}.{suffix}" if stem in _PLAIN.values() else None
+
+
+def permutation(config: ModelConfig, name: str) -> np.ndarray | None:
+    """Which Hugging Face row each row of the GGUF tensor ``name`` (Hugging Face's name) is; None: the same."""
+    part = name.split(".")[-2] if "." in name else name
+    if architecture(config) != "llama" or part not in ("q_proj", "k_proj"):
+        return None
+    heads = config.num_attention_heads if part == "q_proj" else config.num_key_value_heads
+    rows = np.arange(heads * config.head_dim).reshape(heads, 2, config.head_dim // 2)
+    order: np.ndarray = rows.swapaxes(1, 2).reshape(-1)
+    return order
+
+
+def rope_factors(config: ModelConfig) -> np.ndarray | None:
+    """float32 [D/2]: by how much each pair's rotation is slowed; None without scaling."""
+    if config.rope_scaling is None:
+        return None
+    plain = np.array(rope_frequencies(config.head_dim, config.rope_theta))
+    factors: np.ndarray = plain / rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    return factors.astype(np.float32)
+
+
+def metadata_of(config: ModelConfig, name: str) -> dict[str, Any]:
+    """The entries that describe the network."""
+    arch, u32 = architecture(config), np.uint32
+    made: dict[str, Any] = {
+        "general.architecture": arch,
+        "general.name": name,
+        f"{arch}.vocab_size": u32(config.vocab_size),
+        f"{arch}.context_length": u32(config.max_position_embeddings),
+        f"{arch}.embedding_length": u32(config.hidden_size),
+        f"{arch}.block_count": u32(config.num_hidden_layers),
+        f"{arch}.feed_forward_length": u32(config.intermediate_size),
+        f"{arch}.attention.head_count": u32(config.num_attention_heads),
+        f"{arch}.attention.head_count_kv": u32(config.num_key_value_heads),
+        f"{arch}.attention.key_length": u32(config.head_dim),
+        f"{arch}.attention.value_length": u32(config.head_dim),
+        f"{arch}.attention.layer_norm_rms_epsilon": np.float32(config.rms_norm_eps),
+        f"{arch}.rope.dimension_count": u32(config.head_dim),
+        f"{arch}.rope.freq_base": np.float32(config.rope_theta),
+    }
+    if config.sliding_window is not None:
+        made[f"{arch}.attention.sliding_window"] = u32(config.sliding_window)
+    if (s := config.rope_scaling) is not None:
+        numbers = (s.factor, s.low_freq_factor, s.high_freq_factor, s.original_max_position_embeddings)
+        made[_SCALING] = np.array(numbers, dtype=np.float64)
+    return made
+
+
+def config_of(metadata: Mapping[str, Any], names: Mapping[str, tuple[int, ...]], where: str) -> ModelConfig:
+    """The network that a file describes; ``names`` are its tensors and their shapes.
+
+    Raises
+    ------
+    CheckpointError
+        naming the entry that is missing or makes no sense.
+    """
+    arch = metadata.get("general.architecture")
+    if not isinstance(arch, str) or arch not in _ARCHITECTURES.values():
+        known = ", ".join(sorted(set(_ARCHITECTURES.values())))
+        raise CheckpointError(f"{where}: general.architecture is {arch!r:.60}; read are {known}")
+    entries = _Entries(metadata, arch, where)
+    window = entries.whole("attention.sliding_window", 0) or None
+    width, heads = entries.whole("embedding_length"), entries.whole("attention.head_count")
+    if (scaled := metadata.get(f"{arch}.rope.scaling.type", "none")) != "none":
+        raise CheckpointError(f"{where}: RoPE scaling {scaled!r:.40} is not computed here")
+    embedding = names.get("token_embd.weight", (0,))
+    scaling = metadata.get(_SCALING)
+    try:
+        return ModelConfig(
+            family="mistral" if window and arch == "llama" else arch,
+            vocab_size=embedding[0],
+            hidden_size=width,
+            intermediate_size=entries.whole("feed_forward_length"),
+            num_hidden_layers=entries.whole("block_count"),
+            num_attention_heads=heads,
+            num_key_value_heads=entries.whole("attention.head_count_kv", heads),
+            head_dim=entries.whole("attention.key_length", width // max(1, heads)),
+            rms_norm_eps=entries.number("attention.layer_norm_rms_epsilon"),
+            rope_theta=entries.number("rope.freq_base", 10_000.0),
+            rope_scaling=_scaling(scaling) if scaling is not None and ROPE_FACTORS in names else None,
+            tie_word_embeddings="output.weight" not in names,
+            attention_bias=arch == "qwen2",
+            qk_norm=arch == "qwen3",
+            sliding_window=window if arch == "llama" else None,
+            max_position_embeddings=entries.whole("context_length"),
+            bos_token_id=entries.token("bos_token_id"),
+            eos_token_ids=tuple(
+                dict.fromkeys(
+                    i for key in ("eos_token_id", "eot_token_id") if (i := entries.token(key)) is not None
+                )
+            ),
+        )  # fmt: skip
+    except (ValueError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def _scaling(numbers: Any) -> RopeScaling:
+    factor, low, high, original = (float(n) for n in numbers)
+    return RopeScaling(factor, low, high, int(original))
+
+
+class _Entries:
+    """Entries of one architecture, each of the kind that is asked for."""
+
+    def __init__(self, metadata: Mapping[str, Any], arch: str, where: str):
+        self.metadata, self.arch, self.where = metadata, arch, where
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        value = self.metadata.get(f"{self.arch}.{key}", default)
+        if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
+            value = value[0]  # some files have one number a layer
+        if value is None or isinstance(value, (str, list, np.bool_, np.floating, np.ndarray)):
+            raise CheckpointError(f"{self.where}: the entry {self.arch}.{key} is {value!r:.40}, not a whole number")
+        return int(value)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.metadata.get(f"{self.arch}.{key}", default)
+        if value is None or isinstance(value, (str, list, np.bool_, np.ndarray)):
+            raise CheckpointError(f"{self.where}: the entry {self.arch}.{key} is {value!r:.40}, not a number")
+        return float(str(value))  # the shortest decimal that is this float32: 1e-05, not 9.99999975e-06
+
+    def token(self, key: str) -> int | None:
+        value = self.metadata.get(f"tokenizer.ggml.{key}")
+        return int(value) if isinstance(value, np.integer) else None

@@ -1,0 +1,327 @@
+"""Tensors on disk: safetensors in one file or in shards, which there must be, and reading one at a time.
+
+Format: eight bytes of header length (little-endian), a JSON header ``{name: {dtype, shape, data_offsets}}``
+padded with spaces to a multiple of eight, then the tensors' bytes without gaps. Nothing in it can run code;
+files that hold pickles are never opened. A sharded checkpoint adds ``model.safetensors.index.json``, whose
+``weight_map`` names the shard of each tensor.
+
+| name          | meaning                                                             |
+|---------------|---------------------------------------------------------------------|
+| TensorFiles   | the tensors of a directory, each read when it is asked for          |
+| converted     | a tensor in another float type, refused where a value is not finite |
+| tensor_shapes | name and shape of every tensor that a network has                   |
+| check_…       | what is there against what there must be                            |
+
+Left out: 8-bit floats, big-endian hosts. Quantised weights are ``quantized``'s, writing is ``writer``'s.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import ml_dtypes  # also teaches safetensors' NumPy reader the bfloat16 type
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from refllm.backend import Array, to_numpy
+from refllm.checkpoints.tokenizer import Tokenizer
+from refllm.model.config import ModelConfig
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names and NumPy's
+INTEGERS = {"I64": "int64", "I32": "int32", "I8": "int8", "F8_E4M3": "float8_e4m3fn"}  # codes of quantised weights
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+Shape = tuple[int, ...]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read or written; the message names the file and says what to do."""
+
+
+def host_dtype(name: str) -> np.dtype[Any]:
+    """The NumPy type of a name; ``"bfloat16"`` is ml_dtypes', since NumPy has none."""
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, nesting without end
+        raise CheckpointError(f"{path} is not valid JSON ({error}): download the file again") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(raw).__name__}, not an object: is it another file?")
+    return raw
+
+
+class TensorFiles(Mapping[str, np.ndarray]):
+    """The tensors of a checkpoint directory by name; ``files[name]`` reads one, in its stored type.
+
+    Only headers are read on opening: ``shape`` and ``dtype`` cost nothing, and memory holds what the caller
+    keeps. A context manager, since it keeps the files open.
+
+    Raises
+    ------
+    CheckpointError
+        for missing, truncated or unsafe files.
+    """
+
+    def __init__(self, directory: str | Path, file: str = SINGLE):
+        self.directory = Path(directory)
+        self._shards: dict[Path, Any] = {}
+        self._where: dict[str, Path] = {}
+        single, index = self.directory / file, self.directory / INDEX
+        if single.is_file():
+            self._where = dict.fromkeys(self._open(single).keys(), single)
+        elif index.is_file():
+            self._follow(index)
+        else:
+            raise CheckpointError(_no_weights(self.directory))
+
+    def _follow(self, index: Path) -> None:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise CheckpointError(f"{index} has no 'weight_map' from tensor names to file names: download it again")
+        paths = {file: _inside(self.directory, file, index) for file in dict.fromkeys(weight_map.values())}
+        held = {file: set(self._open(path).keys()) for file, path in paths.items()}
+        for name, file in weight_map.items():
+            if name not in held[file]:
+                raise CheckpointError(f"{paths[file]} does not hold {name!r}, which {index} says it does: "
+                                      "index and shards belong to different checkpoints")  # fmt: skip
+            self._where[name] = paths[file]
+        for file, names in held.items():  # two tensors of one name: which one is meant, the index may not know
+            if twice := [name for name in sorted(names) if weight_map.get(name, file) != file]:
+                raise CheckpointError(f"{paths[file]} holds {twice[0]!r}, which {index} puts into another shard: "
+                                      "index and shards belong to different checkpoints")  # fmt: skip
+
+    def _open(self, path: Path) -> Any:
+        try:
+            self._shards[path] = safe_open(path, framework="numpy")
+        except (SafetensorError, OSError) as error:
+            if not os.access(path, os.R_OK):  # the library says that there is no such file
+                raise CheckpointError(f"{path} cannot be read: permission denied") from error
+            raise CheckpointError(
+                f"{path} is truncated or no safetensors file ({error}): download or write it again"
+            ) from error
+        return self._shards[path]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if self.dtype(name) not in FLOATS:
+            raise CheckpointError(
+                f"{self._where[name]}: {name!r} is stored as {self.dtype(name)}; supported are "
+                f"{', '.join(sorted(FLOATS))}. A quantised checkpoint says so in config.json's quantization_config"
+            )
+        return self.raw(name)
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows ``start`` to ``stop`` of a tensor of floats, in its stored type; nothing else is read. Vectors whole."""
+        if self.dtype(name) not in FLOATS or len(self.shape(name)) == 1:
+            return self[name]
+        part: np.ndarray = self._shards[self._where[name]].get_slice(name)[start:stop]
+        return part
+
+    def integers(self, name: str, dtype: str | None = None) -> np.ndarray:
+        """A tensor of whole numbers, or of 8-bit floats, which ``__getitem__`` refuses.
+
+        ``dtype``, if given, is what it comes as: narrower whole numbers are widened.
+
+        Raises
+        ------
+        CheckpointError
+            if it holds anything else.
+        """
+        kind = INTEGERS.get(self.dtype(name))
+        if kind is None or not (kind == (dtype or kind) or _widens(kind, str(dtype))):
+            raise CheckpointError(f"{self._where[name]}: {name!r} is stored as {self.dtype(name)}, not as "
+                                  f"{dtype or 'whole numbers'}: the file is damaged, or of another layout")  # fmt: skip
+        return self.raw(name).astype(dtype or kind, copy=False)
+
+    def raw(self, name: str) -> np.ndarray:
+        """A tensor as it is stored, of any type that NumPy has, or in 8-bit floats."""
+        if self.dtype(name) == "F8_E4M3":  # safetensors' NumPy reader has no such type (0.8)
+            return self._bytes(name).view(host_dtype("float8_e4m3fn")).reshape(self.shape(name))
+        tensor: np.ndarray = self._shards[self._where[name]].get_tensor(name)
+        return tensor
+
+    def _bytes(self, name: str) -> np.ndarray:
+        """A tensor's bytes, from where the header says that they are; opening the file has checked that it can be."""
+        with self._where[name].open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            begin, end = json.loads(file.read(length))[name]["data_offsets"]
+            file.seek(8 + length + begin)
+            return np.frombuffer(file.read(end - begin), dtype=np.uint8)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._where  # Mapping's own would read the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._where[name]
+
+    def shape(self, name: str) -> Shape:
+        """A tensor's shape, from the header."""
+        return tuple(self._shards[self._where[name]].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """A tensor's type as safetensors writes it: ``"F32"``, ``"F16"``, ``"BF16"`` …"""
+        return str(self._shards[self._where[name]].get_slice(name).get_dtype())
+
+    def __enter__(self) -> TensorFiles:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._shards.clear()  # drops the last references, which unmaps the files
+
+
+def _widens(kind: str, dtype: str) -> bool:
+    """Whether whole numbers of one type are all numbers of the other; an 8-bit float is none."""
+    return "float8_e4m3fn" not in (kind, dtype) and bool(np.can_cast(kind, dtype))
+
+
+def converted(tensor: np.ndarray, dtype: str, name: str, where: Path) -> np.ndarray:
+    """``tensor`` as a contiguous array of ``dtype``; CheckpointError if a value is, or becomes, NaN or ±∞."""
+    if dtype not in FLOATS.values():
+        raise ValueError(f"weights are one of {', '.join(FLOATS.values())}, not {dtype!r}")
+    if tensor.dtype.name not in FLOATS.values():
+        raise CheckpointError(
+            f"{where}: {name!r} has type {tensor.dtype}; weights are one of {', '.join(FLOATS.values())}"
+        )
+    with np.errstate(over="ignore", invalid="ignore"):  # both are looked for below, by name
+        out = np.ascontiguousarray(tensor.astype(host_dtype(dtype), copy=False)).reshape(tensor.shape)
+        if np.isfinite(out).all():
+            return out
+        bad = ~np.isfinite(tensor)
+    if bad.any():
+        first = tuple(int(i) for i in np.unravel_index(int(bad.argmax()), tensor.shape))
+        raise CheckpointError(
+            f"{where}: {name!r} holds {int(bad.sum())} values that are NaN or infinite, the first at {first}: "
+            "the weights are damaged, or their training diverged"
+        )
+    limit = float(ml_dtypes.finfo(host_dtype(dtype)).max)
+    raise CheckpointError(
+        f"{where}: {name!r} holds {float(np.abs(tensor).max()):.6g}, beyond the largest {dtype}, {limit:g}: "
+        "choose float32 or bfloat16"
+    )
+
+
+def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    """Name and shape of each stored tensor, in the order in which the network uses them.
+
+    A generator: a config that claims a billion layers fails at the first that is missing.
+    """
+    n, d, f = config.hidden_size, config.head_dim, config.intermediate_size
+    wide, narrow = config.num_attention_heads * d, config.num_key_value_heads * d
+    yield EMBEDDING, (config.vocab_size, n)
+    for i in range(config.num_hidden_layers):
+        at = f"model.layers.{i}."
+        yield at + "input_layernorm.weight", (n,)
+        for letter, rows in (("q", wide), ("k", narrow), ("v", narrow)):
+            yield f"{at}self_attn.{letter}_proj.weight", (rows, n)
+            if config.attention_bias:
+                yield f"{at}self_attn.{letter}_proj.bias", (rows,)
+        if config.qk_norm:
+            yield at + "self_attn.q_norm.weight", (d,)
+            yield at + "self_attn.k_norm.weight", (d,)
+        yield at + "self_attn.o_proj.weight", (n, wide)
+        yield at + "post_attention_layernorm.weight", (n,)
+        yield at + "mlp.gate_proj.weight", (f, n)
+        yield at + "mlp.up_proj.weight", (f, n)
+        yield at + "mlp.down_proj.weight", (n, f)
+    yield "model.norm.weight", (n,)
+    if not config.tie_word_embeddings:
+        yield HEAD, (config.vocab_size, n)
+
+
+def shapes_of(tensors: Mapping[str, Array]) -> dict[str, Shape]:
+    """Name → shape; of files, without reading a tensor."""
+    if isinstance(tensors, TensorFiles):
+        return {name: tensors.shape(name) for name in tensors}
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_tensors(
+    config: ModelConfig, tensors: Mapping[str, Array], where: Path, *,
+    wanted: Iterable[tuple[str, Shape]] | None = None, spare: tuple[str, ...] = (),
+) -> list[str]:  # fmt: skip
+    """Compare what is there with what the network needs: nothing missing, misshapen or left over.
+
+    ``wanted`` replaces ``tensor_shapes(config)``, for files that store some weights as several tensors. Names that end
+    on one of ``spare`` may be left over, and are returned.
+    """
+    shapes, needed = shapes_of(tensors), set()
+    for name, shape in tensor_shapes(config) if wanted is None else wanted:
+        if name not in shapes:
+            raise CheckpointError(f"{where}: the tensor {name!r} is missing, which a {config.family} of "
+                                  f"{config.num_hidden_layers} layers needs: compare it with config.json")  # fmt: skip
+        if shapes[name] != shape:
+            raise CheckpointError(f"{where}: {name!r} has shape {shapes[name]}, but config.json says {shape}: "
+                                  "they belong to different checkpoints")  # fmt: skip
+        needed.add(name)
+    if config.tie_word_embeddings:
+        needed.add(HEAD)
+    left = [name for name in shapes if name not in needed and not name.endswith("rotary_emb.inv_freq")]
+    if lost := [name for name in left if not name.endswith(spare)]:
+        raise CheckpointError(f"{where}: {len(lost)} tensors are not part of a {config.family} network as config.json "
+                              f"describes it, such as {lost[0]!r}: ignoring them would change the output")  # fmt: skip
+    return left
+
+
+def check_tied(config: ModelConfig, tensors: Mapping[str, Array], where: Path) -> None:
+    """Some files store a tied head all the same: it must be the embedding."""
+    if not config.tie_word_embeddings or HEAD not in tensors:
+        return
+    if not np.array_equal(to_numpy(tensors[HEAD]), to_numpy(tensors[EMBEDDING])):
+        raise CheckpointError(f"{where}: {HEAD} differs from {EMBEDDING}, though config.json says that they are "
+                              "tied: set tie_word_embeddings to false")  # fmt: skip
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: Path) -> None:
+    """A smaller tokenizer is common (models pad their vocabulary); a larger one would index past the end."""
+    size = tokenizer.vocab_size
+    if size == 0:
+        raise CheckpointError(f"{where}: the tokenizer has no tokens")
+    if size > config.vocab_size:
+        raise CheckpointError(f"{where}: the tokenizer has ids up to {size - 1}, the model a vocabulary of "
+                              f"{config.vocab_size}: they belong to different checkpoints")  # fmt: skip
+
+
+def _inside(directory: Path, name: str, index: Path) -> Path:
+    """The path of a shard, refused unless it stays in the directory: an index is somebody else's text."""
+    for kind in (PurePosixPath(name), PureWindowsPath(name)):
+        if kind.anchor or ".." in kind.parts:
+            raise CheckpointError(f"{index} names the shard {name!r}, which points outside {directory}: refused")
+    path = directory / name
+    if not os.path.isfile(path):  # unlike Path.is_file, False for a name that the file system cannot hold
+        raise CheckpointError(f"{path} is missing, though {index.name} names it: download that shard")
+    home, real = directory.resolve(), path.resolve()
+    roots = [home]
+    if home.parent.name == "snapshots":  # Hugging Face's download cache links each file to ../../blobs/<hash>
+        roots.append(home.parent.parent / "blobs")
+    if not any(real.is_relative_to(root) for root in roots):
+        raise CheckpointError(f"{path} is a link to {real}, outside {directory}: refused; copy the file instead")
+    return path
+
+
+def _no_weights(directory: Path) -> str:
+    pickled = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    pickled += [p.name for p in directory.iterdir() if p.name.endswith(".bin.index.json")]
+    if pickled:
+        return (
+            f"{directory} holds {pickled[0]} but no {SINGLE}: pickled weights can run code and are never opened. "
+            "Convert them once, where you trust them: AutoModelForCausalLM.from_pretrained(path).save_pretrained(new)"
+        )
+    return f"{directory} holds neither {SINGLE} nor {INDEX}: is the download complete?"

@@ -1,0 +1,88 @@
+"""Trees from a draft model: a chain as long as the model is sure, and a fan where it is not.
+
+Sources: the trade between depth and width is that of Chen et al. 2024 (Sequoia), section 3.1; that the draft's own
+probability tells which node will be accepted, Li et al. 2024 (EAGLE-2), section 3.1.
+
+A step of the draft model costs the same for one guess or for several of the same place, and on a processor a step of
+the target costs nearly the same for 2 to 4 tokens. So of a budget of γ nodes, from the root down:
+
+- max q ≥ ``confidence`` and more than one node left: one child, and the draft goes on below it;
+- else all nodes that are left become children here, and the draft is ready.
+
+| temperature | children                            | q in the proposal                     | judged by              |
+|-------------|-------------------------------------|---------------------------------------|------------------------|
+| 0           | the most likely tokens of q         | none                                  | ``verify_tree_greedy`` |
+| above 0     | drawn from q without replacement    | row by row, what they were drawn from | ``verify_tree``        |
+
+How many children a node gets depends on q alone and not on what is drawn from it, so the law stays the target's.
+
+Left out: expanding several nodes of a level at once (EAGLE-2), trees in the batches of ``serve``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from refllm.backend import Array, namespace
+from refllm.decode import sampling
+from refllm.decode.generate import Sampling
+from refllm.decode.speculative.drafters import NOTHING, ModelDrafter, Proposal, TreeProposal
+from refllm.decode.speculative.tree import Tree, draw_children
+
+
+class TreeDrafter(ModelDrafter):
+    """A draft model that proposes trees of ``gamma`` nodes; ``confidence`` is where it begins to fan out."""
+
+    trees = True  # only a cache that keeps everything verifies them
+
+    def __init__(self, model: Any, gamma: int = 3, *, confidence: float = 0.4, how: Sampling | None = None):
+        super().__init__(model, gamma, confidence=confidence, how=how)
+
+    def propose(  # type: ignore[override]  # of trees
+        self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator, sequence: int = 0
+    ) -> Proposal | TreeProposal:
+        how = self.how or how
+        count = min(count, self.cache.capacity - len(tokens))
+        parents: list[int] = []
+        nodes: list[int] = []
+        rows: dict[int, Array] = {}  # of q, by the row of the node whose children were drawn from it
+        parent, feed = -1, self._behind(tokens, sequence) if count > 0 else []
+        while len(nodes) < count:
+            z, left = self._feed(feed, sequence), count - len(nodes)
+            if how.temperature == 0:
+                children = self._likeliest(z, left)
+            else:
+                q = rows[parent + 1] = sampling.warp(z, how.temperature, how.top_k, how.top_p, how.min_p)
+                children = draw_children(q, left if float(namespace(q).max(q)) < self.confidence else 1, rng)
+            parents += [parent] * len(children)
+            parent = len(nodes)
+            nodes += children
+            if len(children) > 1:
+                break
+            feed = children
+        return TreeProposal(nodes, _stacked(rows, 1 + len(nodes)), Tree(parents)) if nodes else NOTHING
+
+    def _likeliest(self, z: Array, left: int) -> list[int]:
+        """The argmax of z[V] alone where its probability reaches ``confidence``, else the ``left`` largest."""
+        xp = namespace(z)
+        best = [int(xp.argmax(z))]
+        if left == 1 or float(xp.sum(xp.exp(z - z[best[0]]))) * self.confidence <= 1:
+            return best
+        z = z * 1.0
+        while len(best) < min(left, z.shape[0]):  # a handful: each is a pass over z, a sort would be many
+            z[best[-1]] = -math.inf
+            best.append(int(xp.argmax(z)))
+        return best
+
+
+def _stacked(rows: dict[int, Array], count: int) -> Array | None:
+    """q[m+1, V] with zeros in the rows of leaves; None if nothing was sampled."""
+    if not rows:
+        return None
+    first = rows[0]
+    xp = namespace(first)
+    return xp.stack([rows.get(i, xp.zeros_like(first)) for i in range(count)])

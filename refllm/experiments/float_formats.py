@@ -1,0 +1,126 @@
+"""What formats cost, on one weight matrix and on data of three kinds; and why FP8 sums are promoted.
+
+    python -m refllm.experiments.float_formats            # writes figures/data/float_formats.json; `refllm figures` draws it
+
+| part        | what is counted                                                                            |
+|-------------|--------------------------------------------------------------------------------------------|
+| data        | ‖x̂ − x‖ / ‖x‖ of INT8, E4M3 and E5M2, a scale a token: normal, heavy-tailed, with outliers |
+| accumulator | error of a sum of K products relative to its size, in 14 bits, promoted or not             |
+| delayed     | share of numbers beyond a scale from the past, while the range of a tensor grows           |
+
+``FORMATS`` lists every form of a weight; ``rows`` tells bits and error of each on a matrix of the reader's choice.
+
+Left out: speed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from refllm.backend import Array
+from refllm.formats.affine import Scheme, quantize
+from refllm.formats.block_float import MXFP4, MXFP8, NVFP4, FloatScheme
+from refllm.formats.block_float import quantize as to_floats
+from refllm.formats.gguf import quantize as to_blocks
+from refllm.formats.gguf.linear import BlockWeight
+from refllm.measure.records import Record, write
+from refllm.quant.fp8 import Accumulator, DelayedScale, integers_or_floats
+
+LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
+GROWTHS = (1.0, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0)  # of the range, a step
+
+
+def _gguf(type: str, weight: Array) -> BlockWeight:
+    return BlockWeight(to_blocks(weight, type), type)
+
+
+def _integers(bits: int, group: int, weight: Array) -> Any:
+    return quantize(weight, Scheme(bits, "half_integer", "group", group), scale_dtype="float16")
+
+
+# Name → a weight [M, N] in that format; further formats add a line.
+FORMATS: dict[str, Callable[[Array], Any]] = {
+    "INT8, a scale a row": lambda w: quantize(w, Scheme(8, "restricted", "channel"), scale_dtype="float16"),
+    "FP8 E4M3, blocks of 128 × 128": lambda w: to_floats(w, FloatScheme("e4m3", "block", 128)),
+    "FP8 E5M2, blocks of 128 × 128": lambda w: to_floats(w, FloatScheme("e5m2", "block", 128)),
+    "MXFP8": lambda w: to_floats(w, MXFP8),
+    "INT4, groups of 128": partial(_integers, 4, 128),
+    "INT4, groups of 32": partial(_integers, 4, 32),
+    "NVFP4": lambda w: to_floats(w, NVFP4),
+    "MXFP4": lambda w: to_floats(w, MXFP4),
+    **{f"GGUF {t}": partial(_gguf, t) for t in ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "Q3_K", "Q2_K")},
+}
+
+
+def rows(weight: Array, formats: Sequence[str] = tuple(FORMATS)) -> list[tuple[str, float, float, Array]]:
+    """(name, stored bits a weight, ‖Ŵ − W‖ / ‖W‖, Ŵ) of W[M, N] in each format whose groups fit its rows."""
+    found = []
+    for name in formats:
+        try:
+            made = FORMATS[name](weight)
+        except ValueError:  # groups that do not divide a row
+            continue
+        back = np.asarray(made.dequantize())
+        error = float(np.linalg.norm(back - weight) / np.linalg.norm(weight))
+        found.append((name, float(made.bits_per_weight), error, back))
+    return found
+
+
+def data(rng: np.random.Generator, tokens: int = 64, channels: int = 1024) -> dict[str, np.ndarray]:
+    """x[T, N] of four kinds."""
+    normal = rng.standard_normal((tokens, channels))
+    outlier = np.where(np.arange(channels) == 5, 60.0, 1.0)  # a channel, as large models have them
+    kinds = {
+        "uniform": rng.uniform(-1, 1, (tokens, channels)), "normal": normal,
+        "heavy tail (t, 2 d.o.f.)": rng.standard_t(2, (tokens, channels)), "one outlier channel": normal * outlier,
+    }  # fmt: skip
+    return {name: x.astype(np.float32) for name, x in kinds.items()}
+
+
+def accumulator_errors(rng: np.random.Generator, lengths: Sequence[int] = LENGTHS) -> dict[str, list[float]]:
+    """Root mean square error of 256 sums of K products, relative to that of the sums."""
+    kinds = {"14 bits, never promoted": Accumulator(14, 16, None), "14 bits, promoted every 128": Accumulator(14, 16),
+             "float32": Accumulator(24, 16, None)}  # fmt: skip
+    found: dict[str, list[float]] = {name: [] for name in kinds}
+    for k in lengths:
+        x, w = (rng.standard_normal((16, k)).astype(np.float32) for _ in range(2))
+        exact = x.astype(np.float64) @ w.astype(np.float64).T
+        for name, accumulator in kinds.items():
+            off = accumulator.product(x, w) - exact
+            found[name].append(math.sqrt(float(np.mean(off**2)) / float(np.mean(exact**2))))
+    return found
+
+
+def delayed_shares(rng: np.random.Generator, steps: int = 40) -> list[float]:
+    """Share of numbers that a delayed scale saturates, for each growth of the range a step."""
+    shares = []
+    for growth in GROWTHS:
+        scale, x = DelayedScale(), rng.uniform(-1, 1, (32, 256)).astype(np.float32)
+        for step in range(steps):
+            scale.quantize(x * np.float32(growth**step))
+        shares.append(scale.saturated / scale.seen)
+    return shares
+
+
+def values() -> dict[str, Any]:
+    """What the figure draws; counted, the same on every machine but for the last digit."""
+    rng = np.random.default_rng(0)
+    return {
+        "data": {name: {f: math.sqrt(e) for f, e in integers_or_floats(x).items()} for name, x in data(rng).items()},
+        "lengths": list(LENGTHS), "accumulator": accumulator_errors(rng),
+        "growths": list(GROWTHS), "delayed": delayed_shares(rng),
+    }  # fmt: skip
+
+
+def main(path: str = "figures/data/float_formats.json") -> None:
+    """Write the record that the figure is drawn from."""
+    write(path, Record("python -m refllm.experiments.float_formats", "A", "none", values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""What a quantised cache costs, and what it saves: KIVI beside the two choices that it was compared with.
+
+    python -m refllm.experiments.kv_quantization    # writes figures/data/kv_quantization.json; `refllm figures` draws it
+
+| part     | what varies                       | network               | question                           |
+|----------|-----------------------------------|-----------------------|------------------------------------|
+| choices  | bits × what shares a step         | as it is, and planted | by channel or by token?            |
+| waiting  | R, in 2 bits                      | as it is              | what do the newest tokens buy?     |
+| position | every row, by position            | both                  | does it get worse with the length? |
+| memory   | bits, by length                   | LLaMA-70B's shapes    | how many bytes are left?           |
+
+What is measured is KL to the same network with a cache of numbers, over windows of held-out text that are read as they
+would be read token by token (``kivi.KiviAttend``), paired as in ``quality``.
+
+KIVI's choice was made for keys with a few large channels. The bundled model has none, so they are planted as well
+(``planting.plant_keys``: the same function bit for bit), ``FACTOR`` times their size in ``PAIRS`` of 32 rotary pairs.
+As many keys wait by token as by channel, so that the steps alone differ; values by channel wait in runs, half as many.
+
+Left out: downstream tasks; speed (``benchmarks/kivi.py``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import refllm
+from refllm.api import Model, load
+from refllm.corpus import held_out_documents
+from refllm.experiments.outlier_injection import choose, plant_keys
+from refllm.kv.kivi import Kivi, KiviAttend
+from refllm.measure.bootstrap import blocks, bootstrap
+from refllm.measure.device import processor
+from refllm.measure.memory import LLAMA_70B, kv_bytes
+from refllm.measure.perplexity import Comparison, Kept, compare, keep
+from refllm.measure.records import Record, write
+from refllm.quant.calibration_data import calibration_windows
+
+BITS = (8, 4, 3, 2)
+CHOICES = {
+    "KIVI": ("channel", "token"),
+    "keys by token": ("token", "token"),
+    "values by channel": ("channel", "channel"),
+}
+WAITING = (32, 64, 128, 256, 512)
+GROUP = 32
+FACTOR, PAIRS = 8.0, 2
+TEXTS, LENGTH, BINS = 16, 1024, 8
+LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+NETWORKS = ("as it is", "planted")
+BLOCK = 128  # tokens a block of the bootstrap
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cache: in which network, with how many bits, how many tokens wait, and what shares a step."""
+
+    network: str
+    choice: str
+    bits: int
+    residual: int = Kivi.residual
+
+    @property
+    def kivi(self) -> Kivi:
+        return Kivi(self.bits, self.bits, GROUP, self.residual)
+
+
+def cases() -> list[Case]:
+    """Every row of the table, the choices first."""
+    found = [Case(network, choice, bits) for network in NETWORKS for choice in CHOICES for bits in BITS]
+    return found + [Case("as it is", "KIVI", 2, r) for r in WAITING if r != Kivi.residual]
+
+
+class Experiment:
+    """A network as it is and with planted keys, and the text that both are judged by."""
+
+    def __init__(self, model: Model, texts: int = TEXTS, length: int = LENGTH):
+        self.model, self.length = model, length
+        self.pairs = choose(model.config.head_dim // 2, PAIRS, np.random.default_rng(0))
+        self.text = list(calibration_windows(model.tokenizer, texts, length, 0, documents=held_out_documents()))
+        planted = Model(model.config, plant_keys(model.weights, model.config, self.pairs, FACTOR), model.tokenizer)
+        self.networks = {"as it is": model, "planted": planted}
+        self._kept: dict[str, Kept] = {}
+        self._kivi: dict[Case, np.ndarray] = {}  # KL of each token
+
+    def compare(self, case: Case) -> Comparison:
+        """The network with this cache against itself with a cache of numbers."""
+        network, (keys, values) = self.networks[case.network], CHOICES[case.choice]
+        if case.network not in self._kept:
+            self._kept[case.network] = keep(network, self.text, window=self.length, stride=self.length)
+
+        def memory(lengths: list[int]) -> KiviAttend:
+            return KiviAttend(lengths, case.kivi, network.config.sliding_window, keys=keys, values=values)
+
+        kept, rng, length = self._kept[case.network], np.random.default_rng(0), self.length
+        return compare(network, kept, self.text, rng=rng, window=length, stride=length, attend=memory)
+
+    def row(self, case: Case) -> dict[str, Any]:
+        """A row of the table; KL by position is the mean over texts of equally long runs of tokens.
+
+        "against KIVI" is the KL minus that of KIVI at the same bits and R, in pairs of tokens.
+        """
+        found, same = self.compare(case), replace(case, choice="KIVI")
+        if same not in self._kivi:
+            self._kivi[same] = (found if same == case else self.compare(same)).token_kl
+        more = found.token_kl - self._kivi[same]
+        texts = np.repeat(np.arange(len(self.text)), len(more) // len(self.text))
+        paired = bootstrap([more], blocks(texts, BLOCK), np.random.default_rng(0))[0]
+        by_position = found.token_kl.reshape(len(self.text), -1)
+        return asdict(case) | {
+            "bits a number": case.kivi.bits_per_number(),
+            "kl": [found.kl.mean, found.kl.low, found.kl.high],
+            "against KIVI": [paired.mean, paired.low, paired.high],
+            "agreement": found.agreement.mean,
+            "difference": [found.difference.mean, found.difference.low, found.difference.high],
+            "kl by position": [float(part.mean()) for part in np.array_split(by_position, BINS, axis=1)],
+        }  # fmt: skip
+
+    def table(self, wanted: Sequence[Case]) -> Iterator[dict[str, Any]]:
+        return map(self.row, wanted)
+
+
+def memory(lengths: Sequence[int] = LENGTHS) -> dict[str, list[float]]:
+    """Bytes of one sequence's cache as a share of float16's, by length: codes, steps and what waits."""
+
+    def share(bits: int, length: int) -> float:
+        return Kivi(bits, bits, GROUP).nbytes(LLAMA_70B, length) / kv_bytes(LLAMA_70B, length)
+
+    return {f"{bits} bits": [share(bits, length) for length in lengths] for bits in (4, 2)}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure every case and write the record."""
+    parser = argparse.ArgumentParser(prog="python -m refllm.experiments.kv_quantization", description=main.__doc__)
+    parser.add_argument("--model", default="stdlib", help="a bundled name or a checkpoint")
+    parser.add_argument("--output", type=Path, default=Path("figures/data/kv_quantization.json"))
+    parser.add_argument("--texts", type=int, default=TEXTS, help="held-out windows")
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens in each")
+    chosen = parser.parse_args(arguments)
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(limits=1, user_api="blas"):
+        experiment = Experiment(load(chosen.model, backend="numpy"), chosen.texts, chosen.length)
+        wanted, rows = cases(), []
+        for case, row in zip(wanted, experiment.table(wanted), strict=True):
+            rows.append(row)
+            print(f"[{len(rows)}/{len(wanted)}] {case.network}, {case.choice}, {case.bits} bits, R = {case.residual}: "
+                  f"KL {row['kl'][0]:.5f}", file=sys.stderr)  # fmt: skip
+    values = {
+        "model": Path(chosen.model).name, "group": GROUP, "factor": FACTOR, "pairs": experiment.pairs,
+        "texts": chosen.texts, "length": chosen.length, "rows": rows, "lengths": list(LENGTHS), "memory": memory(),
+        "versions": {"refllm": refllm.__version__, "python": platform.python_version(), "numpy": np.__version__},
+    }  # fmt: skip
+    hardware = f"{processor()}, one thread, NumPy {np.__version__}, Python {platform.python_version()}"
+    write(chosen.output, Record("python -m refllm.experiments.kv_quantization", "A", hardware, values))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""What SmoothQuant buys: 8-bit weights and activations with outliers planted, over α, and where it does not help.
+
+The bundled model has no outlier channels, so some are planted (``planting``: exact, the same function bit for bit),
+``FACTOR`` times their size, where large networks have them: behind the norms. Then every product rounds its inputs.
+
+    python -m refllm.experiments.smoothquant          # writes figures/data/smoothquant.json; `refllm figures` draws it
+
+| outliers in | α         | levels     | kept in floating point         | question                                  |
+|-------------|-----------|------------|--------------------------------|-------------------------------------------|
+| nothing     | none      | O1, O2, O3 | nothing                        | what 8 bits cost without outliers         |
+| norms       | none      | O1, O2, O3 | nothing; o_proj and down_proj  | what outliers break                       |
+| norms       | 0 … 1     | O1, O2, O3 | nothing                        | what smoothing repairs                    |
+| norms       | ½         | O1, O2, O3 | o_proj and down_proj           | what the inputs that it leaves alone cost |
+| MLP hidden  | none and ½| O1         | nothing; down_proj             | where it does not help                    |
+
+Smoothing does not see what was planted behind a norm (s is ``FACTOR`` times as large there), so the curves over α are
+also those of the network without outliers.
+
+Text, calibration and intervals are those of ``quality``; finished cases are kept in ``--cache`` as there. Left out:
+q, k, v rounded for the attention's own products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import refllm
+from refllm.api import Model, load, locate
+from refllm.checkpoints.atomic import write_whole
+from refllm.experiments.outlier_injection import NORMS, choose, plant
+from refllm.experiments.quantization_quality import BLOCK, LENGTH, RESAMPLES, WINDOW, WINDOWS, Bench, increase
+from refllm.measure.device import processor
+from refllm.measure.perplexity import compare
+from refllm.measure.records import Record, write
+from refllm.model.llama import Weights
+from refllm.quant.recipe import ModelSource
+from refllm.quant.smoothquant import LEVELS, activation_absmax, smoothquant
+
+FACTOR = 128.0
+SHARE = 1 / 64  # of the channels are outliers: 4 of 256
+ALPHAS = (0.0, 0.15, 0.3, 0.5, 0.7, 0.85, 1.0)
+PLANTED: dict[str, Sequence[str]] = {"nothing": (), "norms": NORMS, "MLP hidden": ("MLP hidden",)}
+UNSMOOTHED = ("o_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network: where its outliers are, how its inputs are rounded, α (None: not smoothed), what is kept."""
+
+    outliers: str
+    level: str
+    alpha: float | None
+    keep: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """As a line of progress says it."""
+        smoothed = "not smoothed" if self.alpha is None else f"alpha {self.alpha}"
+        return f"outliers in {self.outliers}, {self.level}, {smoothed}" + "".join(f", {n} kept" for n in self.keep)
+
+
+def cases(alphas: Sequence[float] = ALPHAS) -> list[Case]:
+    """All that the module's table names."""
+    found = [Case("nothing", level, None) for level in LEVELS]
+    for level in LEVELS:
+        found += [Case("norms", level, alpha, keep) for alpha in (None, 0.5) for keep in ((), UNSMOOTHED)]
+        found += [Case("norms", level, alpha) for alpha in alphas if alpha != 0.5]
+    return found + [Case("MLP hidden", "O1", alpha, keep) for alpha in (None, 0.5) for keep in ((), ("down_proj",))]
+
+
+class Experiment:
+    """A bench, and the planted networks with their calibration, made once each."""
+
+    def __init__(self, bench: Bench, factor: float = FACTOR, share: float = SHARE, seed: int = 0):
+        self.bench, self.factor, self.share, self.seed = bench, factor, share, seed
+        self._made: dict[str, tuple[Weights, Any]] = {}
+
+    def channels(self, outliers: str) -> list[int]:
+        """The channels that are planted."""
+        config, rng = self.bench.model.config, np.random.default_rng(self.seed)
+        width = config.intermediate_size if outliers == "MLP hidden" else config.hidden_size
+        return choose(width, max(1, round(self.share * width)), rng)
+
+    def planted(self, outliers: str) -> tuple[Weights, Any]:
+        """The weights with their outliers, and the absmax of all inputs over the calibration text."""
+        if outliers not in self._made:
+            model = self.bench.model
+            weights = plant(model.weights, self.channels(outliers), self.factor, PLANTED[outliers])
+            seen = activation_absmax(ModelSource(model.config, weights), self.bench.calibration(self.seed))
+            self._made[outliers] = weights, seen
+        return self._made[outliers]
+
+    def measure(self, case: Case) -> dict[str, Any]:
+        """A row of the table."""
+        weights, absmax = self.planted(case.outliers)
+        model = self.bench.model
+        made = smoothquant(weights, absmax, alpha=case.alpha, level=case.level, keep=case.keep)
+        found = compare(
+            Model(model.config, made, model.tokenizer), self.bench.reference, self.bench.text,
+            rng=np.random.default_rng(0), block=BLOCK, resamples=RESAMPLES,
+        )  # fmt: skip
+        more = increase(found)
+        return asdict(case) | {
+            "bits per byte": found.model.bits_per_byte,
+            "full precision": found.reference.bits_per_byte,
+            "increase": [more.mean, more.low, more.high],
+            "kl": [found.kl.mean, found.kl.low, found.kl.high],
+        }
+
+    def key(self, case: Case) -> str:
+        """The name of a case's file in the cache."""
+        settings = [self.bench.settings, asdict(case), self.factor, self.share, self.seed]
+        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:20]
+
+    def table(self, wanted: Sequence[Case], cache: Path) -> Iterator[dict[str, Any]]:
+        """The rows of ``wanted``, each computed or taken from ``cache``."""
+        for case in wanted:
+            file = cache / f"{self.key(case)}.json"
+            if not file.is_file():
+                cache.mkdir(parents=True, exist_ok=True)
+                write_whole(file, json.dumps(self.measure(case)))
+            yield json.loads(file.read_text("utf-8"))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure every case, or what is missing of them, and write the record that the figure is drawn from."""
+    parser = argparse.ArgumentParser(prog="python -m refllm.experiments.smoothquant", description=main.__doc__)
+    parser.add_argument("--model", default="stdlib", help="a bundled model's name, or a checkpoint's folder")
+    parser.add_argument("--output", type=Path, default=Path("figures/data/smoothquant.json"))
+    parser.add_argument("--cache", type=Path, default=Path("build/smoothing"), help="where finished cases are kept")
+    parser.add_argument("--alphas", nargs="+", type=float, default=ALPHAS)
+    parser.add_argument("--excerpts", type=int, default=16, help=f"held-out excerpts of {LENGTH} tokens")
+    chosen = parser.parse_args(arguments)
+    from threadpoolctl import threadpool_limits
+
+    weights = sorted(locate(chosen.model).glob("*.safetensors"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()
+    with threadpool_limits(limits=1, user_api="blas"):
+        model = load(chosen.model, backend="numpy")
+        experiment = Experiment(Bench(model, digest, chosen.excerpts, LENGTH, WINDOWS, WINDOW))
+        wanted, rows = cases(chosen.alphas), []
+        for case, row in zip(wanted, experiment.table(wanted, chosen.cache), strict=True):
+            rows.append(row)
+            worse = row["increase"][0] / row["full precision"]
+            print(f"[{len(rows)}/{len(wanted)}] {case.name}: {row['bits per byte']:.4f} bits per byte, {worse:+.1%}",
+                  file=sys.stderr)  # fmt: skip
+    values = {
+        "model": Path(chosen.model).name, "factor": FACTOR, "settings": experiment.bench.settings,
+        "channels": {name: experiment.channels(name) for name, inputs in PLANTED.items() if inputs}, "rows": rows,
+        "versions": {"refllm": refllm.__version__, "python": platform.python_version(), "numpy": np.__version__},
+    }  # fmt: skip
+    hardware = f"{processor()}, one thread, NumPy {np.__version__}, Python {platform.python_version()}"
+    write(chosen.output, Record("python -m refllm.experiments.smoothquant", "A", hardware, values))
+
+
+if __name__ == "__main__":
+    main()

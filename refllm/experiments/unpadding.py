@@ -1,0 +1,148 @@
+"""The 24x of paged serving over plain generation, on the real engine, taken apart: padding × batch × kernel.
+
+Sources: vLLM's announcement of 2023 (24 times the throughput of Hugging Face's generation) and the benchmark behind it,
+which forms padded batches in the order of arrival; Kwon et al. 2023, section 6.
+
+| run            | batch                                     | memory of a request      | compared with the one above |
+|----------------|-------------------------------------------|--------------------------|----------------------------|
+| static, padded | closed until the longest member has ended | a row of a rectangle     |                            |
+| Orca (Max)     | joined and left at every step             | the longest allowed      | padding                    |
+| paged, as few  | the same, at most as many as Orca (Max)   | blocks                   | kernel: contiguous to paged |
+| paged          | as many as there is memory for            | blocks                   | batch                      |
+
+The product of the three factors is the whole, exactly. The batch is paging's; the padding is iteration-level
+scheduling's, which Orca had before it; the kernel is what paging costs: keys gathered through a table. The factor two
+or so that better kernels and a faster host had in the announcement is not here: all runs share one network.
+
+Where it loses: a batch counts for less than its size where a larger step takes longer, as on two cores; and paging
+admits whoever fits at the moment, so it preempts, and what is computed again costs in full (``tokens``). Reservations
+of the exact length, which nobody knows beforehand, are then as fast.
+
+Memory is stated in tokens: 15,700 slots and lengths of at most 2,048, as in the paper, both scaled to the context of
+the bundled model. Requests run to their lengths (``ignore_eos``). Kind B: seconds; A: steps and batches.
+
+Left out: arrivals over time; a GPU, where a step of a larger batch takes hardly longer (``experiments.batching``).
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from refllm.api import Model, load
+from refllm.corpus import held_out_documents
+from refllm.experiments.paging import SLOTS, scheduler
+from refllm.kv.block_pool import BlockPool
+from refllm.measure.device import processor
+from refllm.measure.records import Record, write
+from refllm.serve.base_scheduler import Ledger
+from refllm.serve.engine import Engine
+from refllm.serve.plan import Plan
+from refllm.serve.request import Request
+from refllm.simulate.programs import Passages
+from refllm.simulate.workload import SHAREGPT, requests
+
+RUNS = ("static", "Orca (Max)", "Orca (Pow2)", "Orca (Oracle)", "paged, as few", "paged")
+FACTORS = {
+    "padding": ("static", "Orca (Max)"),
+    "kernel": ("Orca (Max)", "paged, as few"),
+    "batch": ("paged, as few", "paged"),
+}
+
+
+def held_out(model: Model) -> Passages:
+    """Text for prompts that the bundled model has not seen."""
+    return Passages([token for document in held_out_documents() for token in model.tokenizer.encode(document.text)])
+
+
+class Counted:
+    """Hears of every plan of an engine: rows computed, of which useful."""
+
+    def __init__(self) -> None:
+        self.steps = self.rows = self.computed = self.padded = 0
+
+    def __call__(self, plan: Plan) -> None:
+        self.steps += 1
+        self.rows += len(plan.items)
+        self.computed += plan.tokens
+        self.padded += sum(new for _, new in plan.batch())
+
+
+def serve_once(model: Model, asked: Sequence[Request], name: str, scale: float) -> dict[str, Any]:
+    """One run of the real engine over everybody: seconds of the clock and of the processor, steps, batch."""
+    slots, longest = int(SLOTS * scale) // 16 * 16, int(2048 * scale)  # whole blocks
+    few = slots // longest
+
+    def make(pool: BlockPool) -> Ledger:
+        seats = few if name == "paged, as few" else None
+        return scheduler(name.split(",")[0], slots, longest=longest, seats=seats, pool=pool)
+
+    counted = Counted()
+    engine = Engine(model, num_blocks=slots // 16, block_size=16, scheduler=make, on_plan=counted)
+    for request in asked:
+        engine.submit(request)
+    began, busy = time.perf_counter(), time.process_time()
+    results = engine.run()
+    seconds, processor = time.perf_counter() - began, time.process_time() - busy
+    assert all(len(results[r.id].tokens) == r.max_tokens for r in asked)
+    return {
+        "seconds": seconds, "processor": processor, "steps": counted.steps, "batch": counted.rows / counted.steps,
+        "tokens": counted.computed, "with padding": counted.padded,
+    }  # fmt: skip
+
+
+def unpadding_data(model: Model, *, count: int = 160, rounds: int = 3, scale: float = 0.25) -> dict[str, Any]:
+    """Values of the figure ``unpadding``. In every round each run takes its turn; a ratio is formed within a round."""
+    asked = requests(SHAREGPT, count, np.random.default_rng(0), tokens=held_out(model), scale=scale)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in RUNS}
+    with threadpool_limits(limits=1, user_api="blas"):
+        for _ in range(rounds):
+            for name in RUNS:
+                runs[name].append(serve_once(model, asked, name, scale))
+    rows = [
+        {"run": name, "seconds": [r["seconds"] for r in several], "processor": [r["processor"] for r in several],
+         **{key: several[0][key] for key in ("steps", "batch", "tokens", "with padding")}}
+        for name, several in runs.items()
+    ]  # fmt: skip
+    return {
+        "requests": count, "slots": int(SLOTS * scale) // 16 * 16, "longest": int(2048 * scale), "rows": rows,
+        "factors": {clock: factors(runs, clock) for clock in ("seconds", "processor")},
+    }  # fmt: skip
+
+
+def factors(runs: dict[str, list[dict[str, Any]]], clock: str) -> dict[str, list[float]]:
+    """name → [median, lowest, highest] of the rounds' ratios; "all three" is their product, round by round."""
+    pairs = FACTORS | {"all three": (RUNS[0], RUNS[-1])}
+    out = {}
+    for name, (slow, fast) in pairs.items():
+        ratios = [a[clock] / b[clock] for a, b in zip(runs[slow], runs[fast], strict=True)]
+        out[name] = [statistics.median(ratios), min(ratios), max(ratios)]
+    return out
+
+
+def hardware() -> str:
+    """Where a measurement was made, and how busy the machine was."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    return (
+        f"{processor()}, {os.cpu_count()} cores, one BLAS thread, float32, NumPy {np.__version__}, load average "
+        f"{load:.1f} before"
+    )
+
+
+def main(folder: str = "figures/data", rounds: int = 3) -> None:
+    """Write the data of the figure ``unpadding``: minutes."""
+    where = hardware()
+    values = unpadding_data(load("stdlib", backend="numpy"), rounds=rounds)
+    command = f"python -m refllm.experiments.unpadding {rounds}"
+    write(f"{folder}/unpadding.json", Record(command, "A, B", where, values))
+
+
+if __name__ == "__main__":
+    main(rounds=int(sys.argv[1]) if sys.argv[1:] else 3)

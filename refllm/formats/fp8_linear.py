@@ -1,0 +1,176 @@
+"""Products of small floats: codes are multiplied, sums leave the narrow accumulator in time, scales come last.
+
+    Y[t, m] = Σ_k  s_x[t, k] · s_w[m, k] · ( Σ_{i in slice k} q_x[t, i] · q_w[m, i] )
+
+A slice is what shares a scale along the sum, 128 in DeepSeek-V3. The inner sum is what a tensor core computes; at its
+end the partial sum is *promoted*: multiplied by its scales and added to a float32 number in ordinary registers.
+
+Why promotion is more than a way to apply scales: Hopper's tensor cores keep about 14 bits when they add products of
+8-bit floats. Each addition cuts off what is below 2^−13 of the sum so far, always towards zero. Over K = 4096 these
+cuts add up to about 2 % of a sum; over 128 they cannot. ``Accumulator`` simulates it:
+
+| field   | meaning                                                                                    |
+|---------|--------------------------------------------------------------------------------------------|
+| bits    | significant bits that a sum keeps (24: float32)                                            |
+| every   | products that are added exactly before the sum is cut: 16 to 32 in one instruction         |
+| promote | products after which the sum moves to float32 and begins anew; None: never                 |
+
+| symbol   | name                          | shape                          |
+|----------|-------------------------------|--------------------------------|
+| q_x, s_x | codes, scales of activations  | [T, N], [T, ⌈N/128⌉]           |
+| q_w, s_w | codes, scales of the weight   | [M, N], [⌈M/128⌉, ⌈N/128⌉]     |
+| Y        | product                       | [T, M]                         |
+
+Sources: DeepSeek-V3 (2024), §3.3.2 and figure 7; its ``fp8_gemm`` for the order of operations.
+
+Left out: how the hardware aligns products before it adds them (the sum of ``every`` of them is exact here).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from refllm.backend import Array, bitcast, namespace
+from refllm.formats.block_float import FloatScheme, Scaled, quantize
+from refllm.formats.codes import row_pieces
+from refllm.formats.minifloat import decode
+
+__all__ = ["ACTIVATIONS", "Accumulator", "Fp8Linear", "scaled_matmul", "truncate"]
+
+TILE = 128
+_WEIGHTS = (1 << 18, 1 << 26)  # weights in floats at a time (host, device)
+# what shares a scale of the activations
+ACTIVATIONS: dict[str, tuple[str, tuple[int, int] | None]] = {
+    "tensor": ("tensor", None), "token": ("token", None), "tile": ("block", (1, TILE)),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Accumulator:
+    """A sum of products as a tensor core makes it; see the module's docstring."""
+
+    bits: int = 14
+    every: int = 32
+    promote: int | None = TILE
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 24 or self.every < 1 or (self.promote is not None and self.promote < 1):
+            raise ValueError(f"Accumulator: 1 to 24 bits, every and promote of at least 1, got {self}")
+
+    def product(self, x: Array, w: Array) -> Array:
+        """x[T, K], w[M, K] float32 → x wᵀ [T, M] float32."""
+        xp, k = namespace(x, w), int(x.shape[1])
+        total = xp.zeros((x.shape[0], w.shape[0]), dtype=xp.float32)
+        stretch = self.promote or max(1, k)
+        for first in range(0, k, stretch):
+            last, acc = min(first + stretch, k), xp.zeros_like(total)
+            for i in range(first, last, self.every):
+                at = slice(i, min(i + self.every, last))
+                acc = truncate(acc + x[:, at] @ w[:, at].T, self.bits)
+            total += acc
+        return total
+
+
+def truncate(x: Array, bits: int) -> Array:
+    """float32 numbers cut towards zero to ``bits`` significant bits."""
+    xp = namespace(x)
+    return bitcast(bitcast(x, xp.int32) & (-1 << (24 - bits)), xp.float32)
+
+
+def scaled_matmul(x: Scaled, w: Scaled, accumulator: Accumulator | None = None) -> Array:
+    """Codes x[T, N] times codes w[M, N] → Y[T, M] float32, slice by slice as in the formula above.
+
+    ``accumulator`` None adds within a slice in float32.
+
+    Raises
+    ------
+    ValueError
+        if rows differ in length, or the slices of the two do not nest.
+    """
+    xp, (rows, n), (outputs, k) = namespace(x.codes, w.codes), x.shape, w.shape
+    if n != k:
+        raise ValueError(f"scaled_matmul: rows of {n} and of {k} codes do not fit")
+    across = _slice(x), _slice(w)
+    step = min(across)
+    if max(across) % step and max(across) < n:
+        raise ValueError(f"scaled_matmul: scales of {across[0]} and of {across[1]} columns do not nest")
+    out = xp.zeros((rows, outputs), dtype=xp.float32)
+    x_scale, w_scale, x_codes, w_codes = x.scale, w.scale, x.codes, w.codes
+    for top, bottom in row_pieces(w_codes, w.shape, w.scheme.blocks, _WEIGHTS):
+        for first in range(0, n, step):
+            at = slice(first, min(first + step, n))
+            left = decode(x_codes[:, at], x.scheme.format)
+            right = decode(w_codes[top:bottom, at], w.scheme.format)
+            part = left @ right.T if accumulator is None else accumulator.product(left, right)
+            part *= _of_rows(x_scale, x, first, 0, rows)
+            part *= _of_rows(w_scale, w, first, top, bottom).T
+            out[:, top:bottom] += part
+    return out
+
+
+def _slice(x: Scaled) -> int:
+    """Columns that share a scale."""
+    blocks = x.scheme.blocks
+    return blocks.block[1] if blocks.granularity in ("group", "block") else max(1, x.shape[1])
+
+
+def _of_rows(scale: Array, x: Scaled, column: int, start: int, stop: int) -> Array:
+    """The scale of these rows at this column, [rows, 1] or [1, 1]."""
+    xp, blocks = namespace(scale), x.scheme.blocks
+    if scale.ndim == 0:
+        return xp.reshape(scale, (1, 1))
+    found = scale[:, column // _slice(x) :][:, :1]
+    high = blocks.block[0] if blocks.granularity == "block" else 1
+    return xp.repeat(found, high, axis=0)[start:stop, :] if high > 1 else found[start:stop, :]
+
+
+class Fp8Linear:
+    """A weight in 8-bit floats times activations that are rounded to 8-bit floats first; satisfies ``Linear``.
+
+    ``activation`` says what shares a scale of x, found anew in each call: "tile" (1 × 128, with weights in blocks of
+    128 × 128), "token" or "tensor"; None leaves x as it is. ``name`` is the activations', for messages.
+    """
+
+    def __init__(
+        self, weight: Scaled, activation: str | None = "tile", *, accumulator: Accumulator | None = None,
+        name: str = "activations",
+    ):  # fmt: skip
+        if activation is not None and activation not in ACTIVATIONS:
+            raise ValueError(f"Fp8Linear: activation is None or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        self.weight, self.activation, self.accumulator, self.name = weight, activation, accumulator, name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, N)"""
+        return self.weight.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.weight.nbytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """8 · nbytes / (M · N)"""
+        return self.weight.bits_per_weight
+
+    def dequantize(self) -> Array:
+        """W[M, N] in floating point, a new array."""
+        return self.weight.dequantize()
+
+    def quantize_activations(self, x: Array) -> Scaled:
+        """x[T, N] in E4M3 with the scales of ``activation``; ValueError naming them if a number is not finite."""
+        assert self.activation is not None, "x stays as it is"
+        granularity, size = ACTIVATIONS[self.activation]
+        xp = namespace(x)
+        return quantize(xp.astype(x, xp.float32, copy=False), FloatScheme("e4m3", granularity, size), name=self.name)
+
+    def matmul(self, x: Array) -> Array:
+        """x[T, N] → [T, M], in x's dtype (float32 at least if x stays as it is)."""
+        xp = namespace(x)
+        if self.activation is None:
+            return self.weight.matmul(x)
+        if not x.shape[0]:
+            return xp.zeros((0, self.shape[0]), dtype=x.dtype)
+        y = scaled_matmul(self.quantize_activations(x), self.weight, self.accumulator)
+        return xp.astype(y, x.dtype, copy=False)

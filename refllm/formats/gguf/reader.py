@@ -1,0 +1,262 @@
+"""GGUF files, read: metadata and tensors, every number of the file checked before it is believed.
+
+Files come from strangers. Whatever a header claims, nothing is allocated, and nothing is looped over, that the file is
+too short to hold; so a hostile file costs one sentence and no memory.
+
+| bytes                          | what                                                                             |
+|--------------------------------|----------------------------------------------------------------------------------|
+| ``GGUF``, u32 version          | 3; 2 is the same but for its number                                              |
+| u64 tensors, u64 entries       | how many                                                                         |
+| entries                        | key (string), u32 type, value                                                    |
+| tensor records                 | name (string), u32 dimensions, u64 each of them, u32 type, u64 offset            |
+| padding, tensors               | each tensor begins at a multiple of the alignment, right after the one before it |
+
+A string is a u64 of bytes and that many bytes of UTF-8. An array is a u32 type, a u64 count, and the elements. All is
+little-endian. Dimensions stand innermost first, NumPy's shape backwards. Offsets count from the first tensor.
+
+Metadata come as NumPy scalars and arrays of their own type, strings as str, arrays of strings as lists.
+
+Source: the GGUF specification; what llama.cpp's reader refuses is refused (gaps, doubled names, nested arrays).
+
+Left out: big-endian files, version 1, files in several parts, types without a codec here.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refllm.formats.gguf.types import TYPES, Kind
+
+__all__ = ["ALIGNMENT", "SCALARS", "GGUFError", "GGUFFile", "Header", "TensorRecord", "parse"]
+
+SCALARS = {0: "uint8", 1: "int8", 2: "uint16", 3: "int16", 4: "uint32", 5: "int32", 6: "float32", 7: "bool",
+           10: "uint64", 11: "int64", 12: "float64"}  # fmt: skip
+STRING, ARRAY = 8, 9
+ALIGNMENT = 32
+MOST_ENTRIES, MOST_TENSORS, MOST_STRINGS = 1 << 16, 1 << 17, 1 << 22  # far beyond any model: what is looped over
+LONGEST_KEY, LONGEST_NAME, MOST_DIMENSIONS = 65535, 63, 4
+_BY_NUMBER = {kind.number: kind for kind in TYPES.values()}
+_FOREIGN = {9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
+            22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0",
+            35: "TQ2_0", 40: "NVFP4", 41: "Q1_0", 42: "Q2_0"}  # fmt: skip
+
+
+class GGUFError(ValueError):
+    """The file is no GGUF file that can be read; the message says where, and what to do."""
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """What a file says of a tensor; ``start`` is its first byte in the file."""
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage."""
+        return math.prod(self.shape) // self.kind.block * self.kind.size
+
+
+@dataclass(frozen=True)
+class Header:
+    """All that stands before the tensors."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorRecord]
+    alignment: int
+
+
+class _Cursor:
+    """A place in the file's bytes that cannot leave them."""
+
+    def __init__(self, data: Any, where: str):
+        self.data, self.where, self.at, self.strings = data, where, 0, 0
+
+    def fail(self, what: str) -> GGUFError:
+        return GGUFError(f"{self.where}: {what} (byte {self.at:,} of {len(self.data):,}): download or convert it again")
+
+    def need(self, count: int, what: str) -> None:
+        """GGUFError unless ``count`` more bytes are there."""
+        if count > len(self.data) - self.at:
+            raise self.fail(f"{what} needs {count:,} bytes, which the file does not have")
+
+    def number(self, code: str, what: str) -> Any:
+        """One little-endian number."""
+        self.need(struct.calcsize("<" + code), what)
+        value = struct.unpack_from("<" + code, self.data, self.at)[0]
+        self.at += struct.calcsize("<" + code)
+        return value
+
+    def string(self, what: str, longest: int | None = None) -> str:
+        length = self.number("Q", f"the length of {what}")
+        if longest is not None and length > longest:
+            raise self.fail(f"{what} claims to be {length:,} bytes long, at most {longest:,} are allowed")
+        self.need(length, what)
+        raw = bytes(self.data[self.at : self.at + length])
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.fail(f"{what} is no UTF-8") from error
+        self.at += length
+        return text
+
+    def numbers(self, kind: str, count: int, what: str) -> np.ndarray:
+        dtype = np.dtype("uint8" if kind == "bool" else kind).newbyteorder("<")
+        self.need(count * dtype.itemsize, what)
+        raw = np.frombuffer(self.data, dtype=dtype, count=count, offset=self.at)
+        self.at += count * dtype.itemsize
+        if kind != "bool":
+            return raw.astype(kind)
+        if raw.size and raw.max() > 1:
+            raise self.fail(f"{what} holds a truth value that is neither 0 nor 1")
+        return raw.astype(bool)
+
+    def value(self, kind: int, what: str) -> Any:
+        if kind in SCALARS:
+            return self.numbers(SCALARS[kind], 1, what)[0]
+        if kind == STRING:
+            return self.string(what)
+        if kind != ARRAY:
+            raise self.fail(f"{what} has type {kind}, which does not exist")
+        inner, count = self.number("I", what), self.number("Q", what)
+        if inner in SCALARS:
+            return self.numbers(SCALARS[inner], count, what)
+        if inner != STRING:
+            raise self.fail(f"{what} is an array of type {inner}; arrays hold numbers or strings")
+        self.need(8 * count, what)  # each string has a length, at least
+        self.strings += count
+        if self.strings > MOST_STRINGS:
+            raise self.fail(f"{what} claims {count:,} strings, more than any vocabulary has")
+        return [self.string(what) for _ in range(count)]
+
+
+def parse(data: Any, where: str = "the file") -> Header:
+    """The header of a GGUF file, given all its bytes (bytes, or a memory map, of which only the header is touched).
+
+    Raises
+    ------
+    GGUFError
+        for whatever contradicts the format or the file's own length.
+    """
+    cursor = _Cursor(data, where)
+    if bytes(data[:4]) != b"GGUF":
+        raise GGUFError(f"{where} does not begin with 'GGUF': it is another kind of file")
+    cursor.at = 4
+    version = cursor.number("I", "the version")
+    if version & 0xFFFF == 0 and version:
+        raise GGUFError(f"{where} is a big-endian GGUF file: convert it for little-endian machines")
+    if version not in (2, 3):
+        raise GGUFError(f"{where} is of GGUF version {version}; versions 2 and 3 are read")
+    tensors, entries = cursor.number("Q", "the number of tensors"), cursor.number("Q", "the number of entries")
+    for count, most, size, what in ((entries, MOST_ENTRIES, 13, "entries"), (tensors, MOST_TENSORS, 24, "tensors")):
+        if count > most or count * size > len(data) - cursor.at:
+            raise cursor.fail(f"the header claims {count:,} {what}, more than the file has room for")
+    metadata = _metadata(cursor, entries)
+    alignment = _alignment(cursor, metadata)
+    records = [_record(cursor, f"tensor record {i}") for i in range(tensors)]
+    return Header(metadata, _placed(cursor, records, alignment), alignment)
+
+
+def _metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
+    metadata: dict[str, Any] = {}
+    for i in range(count):
+        key = cursor.string(f"the key of entry {i}", LONGEST_KEY)
+        if not key or key in metadata:
+            raise cursor.fail(f"entry {i} has no key" if not key else f"the key {key[:80]!r} occurs twice")
+        metadata[key] = cursor.value(cursor.number("I", f"the type of {key[:80]!r}"), f"the value of {key[:80]!r}")
+    return metadata
+
+
+def _alignment(cursor: _Cursor, metadata: Mapping[str, Any]) -> int:
+    value = metadata.get("general.alignment", np.uint32(ALIGNMENT))
+    if not isinstance(value, np.uint32) or value == 0 or value & (value - 1) or value > 1 << 20:
+        raise cursor.fail(f"general.alignment is {value!r:.40}; it must be a power of two, as a u32")
+    return int(value)
+
+
+def _record(cursor: _Cursor, what: str) -> tuple[str, Kind, tuple[int, ...], int]:
+    name = cursor.string(f"the name in {what}", LONGEST_NAME)
+    count = cursor.number("I", f"the dimensions of {name!r}")
+    if not 1 <= count <= MOST_DIMENSIONS:
+        raise cursor.fail(f"{name!r} has {count} dimensions; one to {MOST_DIMENSIONS} are allowed")
+    shape = tuple(cursor.number("Q", f"the shape of {name!r}") for _ in range(count))[::-1]
+    number, offset = cursor.number("I", f"the type of {name!r}"), cursor.number("Q", f"the offset of {name!r}")
+    if number not in _BY_NUMBER:
+        found = _FOREIGN.get(number, f"type {number}")
+        raise cursor.fail(f"{name!r} is stored as {found}, which is not read; what is: {', '.join(TYPES)}")
+    kind = _BY_NUMBER[number]
+    if 0 in shape or shape[-1] % kind.block:
+        raise cursor.fail(f"{name!r} has shape {shape}, which {kind.name} cannot store: rows are whole blocks of "
+                          f"{kind.block}")  # fmt: skip
+    # Python's integers do not overflow: what is too large for the file is found, however large it is
+    if math.prod(shape) // kind.block * kind.size > len(cursor.data):
+        raise cursor.fail(f"{name!r} has shape {shape}, more than the whole file")
+    return name, kind, shape, offset
+
+
+def _placed(cursor: _Cursor, records: list[Any], alignment: int) -> dict[str, TensorRecord]:
+    """The tensors with their places: one after another from the next multiple of the alignment on."""
+    first = cursor.at + -cursor.at % alignment
+    placed: dict[str, TensorRecord] = {}
+    at = 0
+    for name, kind, shape, offset in records:
+        if name in placed:
+            raise cursor.fail(f"the tensor {name!r} occurs twice")
+        if offset != at:
+            raise cursor.fail(
+                f"{name!r} begins at {offset:,} after the first tensor, but the one before it ends at {at:,}"
+            )
+        placed[name] = record = TensorRecord(name, kind, shape, first + at)
+        if record.start + record.nbytes > len(cursor.data):
+            raise cursor.fail(f"{name!r} ends beyond the end of the file: it is truncated")
+        at += record.nbytes + -record.nbytes % alignment
+    return placed
+
+
+class GGUFFile(Mapping[str, np.ndarray]):
+    """A GGUF file on disk: ``file[name]`` is a tensor's bytes, uint8 [rows…, row_bytes], not copied.
+
+    Only the header is read on opening. A context manager; arrays taken from it keep the file mapped.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(os.path.expanduser(path))
+        with self.path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < 24:
+                raise GGUFError(f"{self.path} has {size} bytes, fewer than the shortest GGUF file: download it again")
+            self._data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+        header = parse(self._data, str(self.path))
+        self.metadata, self.tensors, self.alignment = header.metadata, header.tensors, header.alignment
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        record = self.tensors[name]
+        width = record.shape[-1] // record.kind.block * record.kind.size
+        return self._data[record.start : record.start + record.nbytes].reshape((*record.shape[:-1], width))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def __enter__(self) -> GGUFFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        del self._data

@@ -1,0 +1,198 @@
+"""From a training state to a finished model directory: weights, tokenizer, card, manifest, curve.
+
+| file           | what it holds                                                                        |
+|----------------|--------------------------------------------------------------------------------------|
+| README.md      | the card as a page, made from card.json                                              |
+| card.json      | data, training and measurements (see ``card``)                                       |
+| curve.json     | the record of every evaluation during training, that of the weights begun with first |
+| manifest.json  | SHA-256 of each file here and of each text trained on or held out, by name; no text  |
+
+What is measured is what is stored: the weights are rounded to the stored type first.
+
+Left out: uploading; anything that a number could be typed into.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import refllm
+from refllm.api import Model, load
+from refllm.checkpoints.atomic import write_whole
+from refllm.checkpoints.loading import build_weights, iter_tensors, save
+from refllm.checkpoints.tensor_files import converted
+from refllm.checkpoints.tokenizer import Tokenizer
+from refllm.corpus import Document
+from refllm.jobs import model_card
+from refllm.model.config import ModelConfig
+from refllm.train.data import Data, encode, file_sha256, fingerprint
+from refllm.train.schedule import Phase, Plan, batches
+from refllm.train.state import load_state
+
+LISTED = "manifest.json"
+Curve = list[dict[str, Any]]
+
+
+def finish(
+    state_path: Path, tokenizer: Tokenizer, output: Path, data: Data, *, command: str, teacher: Path | None = None,
+    start: Path | None = None, start_share: float = 0.0, remark: str = "", dtype: str = "float16",
+    overwrite: bool = False,
+    progress: model_card.Progress = lambda what, done, total: None,
+) -> model_card.Record:  # fmt: skip
+    """Write ``output`` from the state of a finished run and return the card's record.
+
+    ``data`` must be what the run was trained on: its documents are counted and hashed here. ``command`` goes into
+    the card, and ``remark`` beside it (where the run departed from it). ``teacher`` is the directory of the model
+    that it was distilled from, ``start`` that of the model whose weights it began with.
+
+    What is stored is (1 − ``start_share``) · the run's last weights + ``start_share`` · those it began with. Where
+    both ends were annealed their mean lies in a flatter place and generalises better (Izmailov et al. 2018).
+
+    Raises
+    ------
+    ValueError
+        if the run is not finished, or the state is damaged, or there is no start to share with.
+    CheckpointError
+        if ``output`` must not be replaced, or the weights are not finite in ``dtype``.
+    """
+    state, about = load_state(state_path)
+    config, plan = ModelConfig.from_hf(json.loads(about["config"])), read_plan(about)
+    if state.optimizer.step < plan.steps:
+        raise ValueError(f"{state_path} has done {state.optimizer.step} of {plan.steps} steps: let it train on first")
+    params = state.params
+    if start_share:
+        if start is None:
+            raise ValueError(f"a share of {start_share:g} for the first weights needs the model that they came from")
+        first = dict(iter_tensors(start, "float32"))
+        params = {name: (1 - start_share) * w + start_share * first[name] for name, w in params.items()}
+    stored = {name: converted(w, dtype, name, state_path) for name, w in params.items()}
+    model = Model(config, build_weights(config, {n: w.astype(np.float32) for n, w in stored.items()}), tokenizer)
+    record = {
+        "name": output.resolve().name,
+        "architecture": architecture(config),
+        "parameters": config.num_parameters,
+        "stored as": dtype,
+        "made with": {"refllm": refllm.__version__, "python": platform.python_version(), "numpy": np.__version__},
+        "data": _data(data, tokenizer, plan),
+        "training": {
+            "command": command, "remark": remark, "steps": plan.steps,
+            "teacher": None if teacher is None else teacher.resolve().name,
+            "start": None if start is None else _origin(start),
+            **({"start share": start_share} if start_share else {}),
+            "tokens": sum(p.steps * p.batch * p.length for p in plan.phases),
+            "seconds": state.curve[-1]["seconds"] if state.curve else 0.0, "plan": json.loads(about["plan"]),
+        },
+        "measured": model_card.measure(
+            model, data.held_out, code=_python(data), seed=plan.seed, progress=progress,
+            teacher=None if teacher is None else load(teacher, backend="numpy"),
+        ),
+    }  # fmt: skip
+    texts = {
+        "README.md": model_card.page(record),
+        "card.json": json.dumps(record, indent=2, ensure_ascii=False) + "\n",
+        "curve.json": json.dumps(_history(start) + with_tokens(state.curve, plan, _seen(start)), indent=1) + "\n",
+    }
+    save(output, config, stored, tokenizer, dtype=dtype, extra_files=texts, overwrite=overwrite)
+    write_whole(output / LISTED, json.dumps(manifest(output, data), indent=1, ensure_ascii=False) + "\n")
+    return record
+
+
+def _origin(directory: Path) -> dict[str, Any]:
+    """Which weights a run began with: their name and digest, and how they were trained if their card says so."""
+    file = directory / "card.json"
+    training = json.loads(file.read_text("utf-8")).get("training", {}) if file.is_file() else {}
+    weights = sorted(directory.glob("*.safetensors"))
+    told = ("command", "remark", "steps", "tokens", "start")
+    return {
+        "name": directory.resolve().name,
+        "sha256": {p.name: file_sha256(p) for p in weights},
+        "training": {key: training[key] for key in told if key in training},
+    }
+
+
+def with_tokens(curve: Curve, plan: Plan, before: int = 0) -> Curve:
+    """The records of a run's evaluations, each with the tokens that had been read by then, ``before`` the run included.
+
+    Steps of different phases read different numbers of tokens: loss is drawn over what was read.
+    """
+    read, of = [before], [p.batch * p.length for p in plan.phases for _ in range(p.steps)]
+    for tokens in of:
+        read.append(read[-1] + tokens)
+    return [record | {"tokens": read[int(record["step"])]} for record in curve]
+
+
+def _history(start: Path | None) -> Curve:
+    """How the weights that a run began with were trained, if their directory tells."""
+    if start is None or not ((start / "card.json").is_file() and (start / "curve.json").is_file()):
+        return []
+    curve: Curve = json.loads((start / "curve.json").read_text("utf-8"))
+    if all("tokens" in record for record in curve):
+        return curve
+    training = json.loads((start / "card.json").read_text("utf-8"))["training"]
+    return with_tokens(curve, read_plan({"plan": json.dumps(training["plan"])}))
+
+
+def _seen(start: Path | None) -> int:
+    return int(max((record["tokens"] for record in _history(start)), default=0))
+
+
+def read_plan(about: Mapping[str, str]) -> Plan:
+    """The plan in a training state's metadata."""
+    raw = json.loads(about["plan"])
+    phases = tuple(Phase(**{**p, "repeats": tuple(p["repeats"])}) for p in raw.pop("phases"))
+    return Plan(phases, **raw)
+
+
+def architecture(config: ModelConfig) -> str:
+    """One line: family, layers, width, heads, MLP, vocabulary, context."""
+    layers, tied = config.num_hidden_layers, "tied" if config.tie_word_embeddings else "separate"
+    return (
+        f"{config.family} network of {layers} layer{'s' * (layers > 1)}, width {config.hidden_size}, "
+        f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads of {config.head_dim}, "
+        f"MLP {config.intermediate_size}, {config.vocab_size:,} tokens ({tied} head), "
+        f"context {config.max_position_embeddings:,}"
+    )
+
+
+def manifest(directory: Path, data: Data) -> dict[str, Any]:
+    """What is in the directory and what was read, by SHA-256."""
+    files = sorted(p for p in directory.iterdir() if p.is_file() and p.name != LISTED)
+    return {
+        "python": platform.python_version(),
+        "files": {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files},
+        "trained on": {name: fingerprint(documents) for name, documents in data.streams.items()},
+        "held out": fingerprint(data.held_out),
+    }
+
+
+def _data(data: Data, tokenizer: Tokenizer, plan: Plan) -> model_card.Record:
+    """Counts of each stream. The plan says which windows were seen, so the passes are counted, not estimated."""
+    lengths = {name: len(encode(tokenizer, documents)) for name, documents in data.streams.items()}
+    seen = dict.fromkeys(range(len(lengths)), 0)
+    for _, phase, windows in batches(plan, list(lengths.values())):
+        for stream, _ in windows:
+            seen[stream] += phase.length
+    return {
+        "name": data.name,
+        "code": data.code,
+        "streams": {
+            name: _count(documents) | {"tokens": lengths[name], "passes": seen[i] / lengths[name]}
+            for i, (name, documents) in enumerate(data.streams.items())
+        },
+        "held out": _count(data.held_out) | {"tokens": len(encode(tokenizer, data.held_out))},
+    }
+
+
+def _python(data: Data) -> list[Document]:
+    """The Python files that were trained on."""
+    return [d for part in data.streams.values() for d in part if data.code and d.name.endswith(".py")]
+
+
+def _count(documents: Sequence[Document]) -> model_card.Record:
+    return {"documents": len(documents), "bytes": sum(len(d.text.encode()) for d in documents)}

@@ -1,0 +1,228 @@
+"""What a step costs, in operations and bytes, and how fast a device could do it: the roofline model.
+
+A step is a ragged batch of (past, new): sequence i brings ``new`` tokens after ``past`` that are cached. One
+multiply-add is 2 FLOP. All counts are elementary and exact; they are tested against the operations counted
+from the shapes that an instrumented array module executed (``tests/counting.py``).
+
+| symbol   | name                                | formula                                                   |
+|----------|-------------------------------------|-----------------------------------------------------------|
+| N_l      | products' parameters in a layer     | N·D·(2H + 2G) + 3·N·F, F the width of the MLP             |
+| linear   | FLOP of products with weights       | 2·L·N_l·n + 2·V·N·rows, n new tokens, rows of logits      |
+| attention| FLOP of q·kᵀ and p·v                | 4·L·H·D·Σ keys seen, causal: n·p + n(n+1)/2 a sequence    |
+| kv       | bytes of K and V of a token         | 2·L·G·D·b                                                 |
+| ridge    | intensity where both limits meet    | peak FLOP/s ÷ peak bytes/s                                |
+| MFU, MBU | share of the peak that is used      | FLOP/t/peak, (weights + KV read)/t/peak                   |
+
+Sources: Williams et al. 2009 (roofline); Pope et al. 2022, "Efficiently scaling transformer inference", §3.
+
+Left out: elementwise work (norms, softmax, SwiGLU) and activations, whose bytes count in a large prefill only;
+communication between devices; what a kernel wastes (masked tiles, keys read once for each tile of queries).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+from refllm.measure.device import DEVICES, Device, measure_machine
+from refllm.measure.memory import LLAMA_8B
+from refllm.measure.records import Record, write
+from refllm.model.config import ModelConfig
+
+__all__ = [
+    "DEVICES", "Batch", "Cost", "Device", "decode_cost_data", "keys_seen", "layer_parameters", "mbu", "measure_machine",
+    "mfu", "plot_roofline", "projected_seconds", "roofline_data", "step_cost",
+]  # fmt: skip
+
+Batch = Sequence[tuple[int, int]]  # (past, new) of every sequence
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Operations and memory traffic of one step; costs add up."""
+
+    linear_flops: int
+    attention_flops: int
+    weight_bytes: float  # every weight once a step, however many sequences share it
+    kv_read_bytes: float
+    kv_write_bytes: float
+
+    @property
+    def flops(self) -> int:
+        return self.linear_flops + self.attention_flops
+
+    @property
+    def bytes(self) -> float:
+        return self.weight_bytes + self.kv_read_bytes + self.kv_write_bytes
+
+    @property
+    def intensity(self) -> float:
+        """FLOP a byte; infinite for a step that moves nothing."""
+        return self.flops / self.bytes if self.bytes else float("inf")
+
+    @property
+    def linear_intensity(self) -> float:
+        """Of the products with weights: about 2·n/b for n tokens in the step and b bytes a weight."""
+        return self.linear_flops / self.weight_bytes if self.weight_bytes else float("inf")
+
+    @property
+    def attention_intensity(self) -> float:
+        """Of attention over the cache: 2·(H/G)/b in a decode step, whatever the batch and the context."""
+        return self.attention_flops / self.kv_read_bytes if self.kv_read_bytes else float("inf")
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.linear_flops + other.linear_flops,
+            self.attention_flops + other.attention_flops,
+            self.weight_bytes + other.weight_bytes,
+            self.kv_read_bytes + other.kv_read_bytes,
+            self.kv_write_bytes + other.kv_write_bytes,
+        )
+
+
+def layer_parameters(config: ModelConfig) -> int:
+    """N_l: parameters of one layer's seven products (norms and biases multiply nothing)."""
+    n, d = config.hidden_size, config.head_dim
+    heads = config.num_attention_heads + config.num_key_value_heads
+    return 2 * n * d * heads + 3 * n * config.intermediate_size
+
+
+def keys_seen(past: int, new: int, window: int | None = None) -> int:
+    """Σ over the new queries of the keys that each sees: min(past + t + 1, window) for t = 0 … new − 1."""
+    growing = new if window is None else min(new, max(0, window - past))  # queries whose window is not full
+    full = (new - growing) * (window or 0)
+    return growing * past + growing * (growing + 1) // 2 + full
+
+
+def step_cost(
+    config: ModelConfig,
+    batch: Batch,
+    *,
+    weight_bytes_per_param: float = 2.0,
+    kv_bytes_per_number: float = 2.0,
+    logits_rows: int | None = None,
+) -> Cost:
+    """Operations and bytes of one step over a ragged batch [(past, new), …].
+
+    ``logits_rows`` is the number of rows that meet the LM head: by default one a sequence with new tokens, the
+    row that is sampled from. The head counts also where it is tied; the embedding lookup costs its rows' bytes
+    and no FLOP. Keys and values are read once a step, the new ones included.
+
+    Raises
+    ------
+    ValueError
+        for a negative past or new, for more rows of logits than tokens, or for bytes that are negative or not finite.
+    """
+    if not (0 <= weight_bytes_per_param < inf and 0 <= kv_bytes_per_number < inf):
+        raise ValueError(f"step_cost: {weight_bytes_per_param} bytes a weight, {kv_bytes_per_number} a cached number")
+    if any(past < 0 or new < 0 for past, new in batch):
+        raise ValueError(f"step_cost: past and new must not be negative, got {list(batch)}")
+    tokens = sum(new for _, new in batch)
+    rows = sum(new > 0 for _, new in batch) if logits_rows is None else logits_rows
+    if not 0 <= rows <= tokens:
+        raise ValueError(f"step_cost: {rows} rows of logits from {tokens} tokens")
+    if tokens == 0:
+        return Cost(0, 0, 0, 0, 0)
+    layers, width = config.num_hidden_layers, config.hidden_size
+    head = config.vocab_size * width
+    window = config.sliding_window
+    seen = sum(keys_seen(past, new, window) for past, new in batch)
+    # a window's queries reach back window − 1 tokens before the first of them
+    read = sum(past + new if window is None else min(past + new, new + window - 1) for past, new in batch if new)
+    stored = config.num_parameters - head * (1 if config.tie_word_embeddings else 2)  # layers, norms, biases
+    weights = stored + (head if rows else 0) + tokens * width
+    kv = 2 * layers * config.num_key_value_heads * config.head_dim * kv_bytes_per_number
+    return Cost(
+        linear_flops=2 * layers * layer_parameters(config) * tokens + 2 * head * rows,
+        attention_flops=4 * layers * config.num_attention_heads * config.head_dim * seen,
+        weight_bytes=weights * weight_bytes_per_param,
+        kv_read_bytes=kv * read,
+        kv_write_bytes=kv * tokens,
+    )
+
+
+def projected_seconds(cost: Cost, device: Device) -> float:
+    """max(FLOP / peak FLOP/s, bytes / peak bytes/s) + overhead: a lower bound, kind C (projected)."""
+    return max(cost.flops / device.peak_flops, cost.bytes / device.peak_bandwidth) + device.overhead
+
+
+def mfu(cost: Cost, seconds: float, device: Device) -> float:
+    """Model FLOP utilisation: the share of the peak FLOP/s that a step of ``seconds`` used."""
+    return cost.flops / _measured(seconds) / device.peak_flops
+
+
+def mbu(cost: Cost, seconds: float, device: Device) -> float:
+    """Model bandwidth utilisation: (weights + KV read) / seconds / peak bandwidth."""
+    return (cost.weight_bytes + cost.kv_read_bytes) / _measured(seconds) / device.peak_bandwidth
+
+
+def _measured(seconds: float) -> float:
+    if not 0 < seconds < inf:
+        raise ValueError(f"a step takes a finite time above 0, got {seconds} seconds")
+    return seconds
+
+
+def plot_roofline(devices: Sequence[Device], points: Mapping[str, Cost]) -> Any:
+    """The roofline of one or more devices with steps as points on the first one's: a matplotlib Figure."""
+    from refllm.figures.costs import roofline  # here, since matplotlib takes half a second to import
+
+    return roofline(roofline_data(devices, points))
+
+
+def roofline_data(devices: Sequence[Device], points: Mapping[str, Cost]) -> dict[str, Any]:
+    """Values of the figure ``roofline``: each device's roof, and where each step stands on the first one's.
+
+    ValueError without a device, or for a step that computes or moves nothing: a logarithmic axis has no place for it.
+    """
+    if not devices or not all(0 < c.intensity < inf for c in points.values()):
+        raise ValueError(f"roofline: needs a device, and steps of finite intensity above 0, got {len(devices)} devices "
+                         f"and {({label: c.intensity for label, c in points.items()})}")  # fmt: skip
+    return {
+        "devices": [
+            {"name": d.name, "peak_flops": d.peak_flops, "peak_bandwidth": d.peak_bandwidth, "source": d.source}
+            for d in devices
+        ],
+        "points": [{"label": label, "intensity": c.intensity} for label, c in points.items()],
+    }
+
+
+def decode_cost_data(title: str, device: Device, steps: Mapping[str, Cost]) -> dict[str, Any]:
+    """Values of the figure ``decode_cost``: what each step's projected time consists of, in milliseconds.
+
+    Memory traffic first, by what is read; then the arithmetic that does not hide behind it; then the overhead.
+    The parts sum to ``projected_seconds``.
+    """
+    rows = []
+    for label, cost in steps.items():
+        moving = cost.bytes / device.peak_bandwidth
+        parts = {
+            "weights": cost.weight_bytes / device.peak_bandwidth,
+            "keys and values": (cost.kv_read_bytes + cost.kv_write_bytes) / device.peak_bandwidth,
+            "arithmetic not hidden by it": max(0.0, cost.flops / device.peak_flops - moving),
+            "overhead": device.overhead,
+        }
+        rows.append({"label": label, "parts": {k: 1e3 * v for k, v in parts.items() if v}})
+    return {"title": title, "unit": "ms", "rows": rows}
+
+
+def main(folder: str = "figures/data") -> None:
+    """Write the data of the projected figures: a Llama-3-8B shape with bf16 weights and cache on an H200."""
+    command, hardware = "python -m refllm.measure.roofline", "H200 SXM and A100 SXM 80 GB by their data sheets, bf16"
+    h200 = DEVICES["h200"]
+    points = {f"decode, batch {b}": step_cost(LLAMA_8B, [(2048, 1)] * b) for b in (1, 8, 64)}
+    points |= {f"prefill, {n:,} tokens": step_cost(LLAMA_8B, [(0, n)]) for n in (128, 2048)}
+    values = roofline_data([h200, DEVICES["a100"]], points)
+    values["title"] = "Llama-3-8B shape, bf16: decoding at 2,048 tokens of context, and prefill"
+    write(f"{folder}/roofline.json", Record(command, "C", hardware, values))
+    pairs = [(1, 1024), (1, 32_768), (16, 1024), (16, 32_768), (64, 1024), (64, 8192)]  # all fit into 141 GB
+    steps = {f"batch {b}, context {s:,}": step_cost(LLAMA_8B, [(s, 1)] * b) for b, s in pairs}
+    steps["prefill of 2,048 tokens"] = step_cost(LLAMA_8B, [(0, 2048)])
+    title = "Where a step's time goes at best: Llama-3-8B shape on an H200"
+    hardware = "H200 SXM by its data sheet, bf16, no overhead"
+    write(f"{folder}/decode_cost.json", Record(command, "C", hardware, decode_cost_data(title, h200, steps)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Policies of serving by name: who schedules, over which kind of memory, with which prefix cache.
+
+| name                            | scheduler                            | memory                                  |
+|---------------------------------|--------------------------------------|-----------------------------------------|
+| ``fcfs``, ``priority``, ``lpm`` | each step anew, prompts in chunks    | blocks; prefixes by ``hash``, ``radix`` |
+| ``orca-max``, ``orca-pow2``, ``orca-oracle`` | each step anew, prompts whole | one run each, reserved at admission |
+| ``static``                      | each batch anew, padded              | a rectangle                             |
+
+All are a ``Ledger`` and are driven alike: ``submit``, ``plan``, ``update``, ``abort``. The engine and the simulator
+make theirs here, so both run the same one.
+
+Left out: a policy of one's own is not named here: make a ``Scheduler`` from any ``Memory`` and ``Order``.
+"""
+
+from __future__ import annotations
+
+from refllm.kv.block_pool import BlockPool
+from refllm.serve.base_scheduler import Ledger
+from refllm.serve.baselines.reservations import Rectangle, Reserved
+from refllm.serve.baselines.static_batching import Static
+from refllm.serve.kv_manager import Memory, Paged
+from refllm.serve.prefix_caching import Hashed, Radix
+from refllm.serve.scheduler import Scheduler
+
+CONTINUOUS = ("fcfs", "priority", "lpm")
+ORCA = ("orca-max", "orca-pow2", "orca-oracle")
+POLICIES = (*CONTINUOUS, *ORCA, "static")
+PREFIX_CACHES = ("auto", "hash", "radix", None)
+
+
+def make(
+    policy: str, pool: BlockPool, *, prefix_cache: str | None = None, max_batch_tokens: int | None = 2048,
+    max_sequences: int | None = 128, chunked: bool = True, long_prefill: int = 0, watermark: float = 0.0,
+    eviction: str = "lru", longest: int | None = None, buddy: bool = True,
+) -> Ledger:  # fmt: skip
+    """A scheduler for the slots of ``pool``.
+
+    Parameters
+    ----------
+    prefix_cache
+        ``"hash"``, ``"radix"`` (``eviction`` is its tree's order) or None; ``"auto"`` is ``"hash"`` where memory is
+        in blocks. What reserves its memory has none.
+    max_batch_tokens
+        the budget of a step; those that compute prompts whole (``orca-…``, ``static``) have none.
+    watermark
+        share of the blocks that stays free when a request is admitted beside others.
+    longest
+        tokens of the longest sequence: what ``orca-max`` reserves for each (default 2048), and the widest row of
+        ``static`` (default: no limit). ``buddy`` rounds runs to powers of two.
+
+    ValueError for a name that is not in the table, or a cache where there can be none.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")
+    if prefix_cache == "auto":
+        prefix_cache = "hash" if policy in CONTINUOUS else None
+    if prefix_cache not in PREFIX_CACHES:
+        raise ValueError(f"unknown prefix cache {prefix_cache!r}; choose hash, radix or None")
+    if prefix_cache is not None and policy not in CONTINUOUS:
+        raise ValueError(f"policy {policy!r} reserves its memory: it can share no prefixes, so prefix_cache is None")
+    slots = pool.num_blocks * pool.block_size
+    if policy == "static":
+        return Static(Rectangle(slots, longest=longest), max_sequences=max_sequences)
+    if policy in ORCA:
+        reserved = Reserved(slots, policy.removeprefix("orca-"), longest=longest or 2048, buddy=buddy)
+        return Scheduler(reserved, chunked=False, max_batch_tokens=None, max_sequences=max_sequences)
+    memory: Memory
+    if prefix_cache == "radix":
+        memory = Radix(pool, watermark=watermark, policy=eviction)
+    else:
+        memory = (Paged if prefix_cache is None else Hashed)(pool, watermark=watermark)
+    return Scheduler(
+        memory, order=policy, chunked=chunked, long_prefill=long_prefill, max_batch_tokens=max_batch_tokens,
+        max_sequences=max_sequences,
+    )  # fmt: skip

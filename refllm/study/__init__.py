@@ -1,1 +1,0 @@
-"""What it costs and what it buys: perplexity, roofline, memory, and the figures that show them."""

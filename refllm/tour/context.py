@@ -1,0 +1,50 @@
+"""What the stops of the tour share: the model, where they print, where their figures go.
+
+Left out: the stops (``tour``, ``techniques``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from refllm.api import Model, load
+from refllm.measure.device import Device, measure_machine
+from refllm.measure.records import Record
+from refllm.measure.records import write as write_record
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass
+class Tour:
+    """What the stops share: the model, where to print, where figures go."""
+
+    name: str
+    backend: str
+    output: Path
+    out: Console
+    registry: list[Path] = field(default_factory=list)
+
+    @cached_property
+    def model(self) -> Model:
+        return load(self.name, self.backend)
+
+    @cached_property
+    def machine(self) -> Device:
+        """The limits of one core: the stops run on one BLAS thread, where two would wait for each other."""
+        return measure_machine(threads=1)
+
+    def say(self, text: str = "") -> None:
+        self.out.print(text)
+
+    def draw(self, name: str, values: dict[str, Any], kind: str, hardware: str) -> None:
+        """Record the numbers below ``output/data`` and draw the registered figure ``name`` from them."""
+        from refllm.figures import registry  # matplotlib takes a second to import
+
+        record = Record(f"refllm tour --model {self.name}", kind, hardware, values)
+        write_record(self.output / "data" / f"{name}.json", record)
+        self.figures += registry.redraw([name], self.output)

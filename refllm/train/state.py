@@ -1,0 +1,96 @@
+"""The state of a training run, and its checkpoint: one safetensors file that is whole or is not there.
+
+| tensor    | what                          | metadata | what                                      |
+|-----------|-------------------------------|----------|-------------------------------------------|
+| w.NAME    | parameter                     | step     | optimizer steps done                      |
+| m.NAME    | AdamW's first moment          | curve    | JSON list of the records so far           |
+| v.NAME    | AdamW's second moment         | config   | JSON of the network's ``config.json``     |
+|           |                               | plan     | JSON of the plan that wrote it            |
+
+NAME is the tensor's name in Hugging Face's checkpoints. Nothing random is stored: the batches follow from the plan
+and the step. The precision is that of training, so that a resumed run goes on from the very same numbers.
+
+Left out: a history of checkpoints, a checksum (safetensors checks sizes, not bits).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from refllm.backend import Array, to_numpy
+from refllm.model.config import ModelConfig
+from refllm.train.optimizer import AdamW, optimizer
+from refllm.train.schedule import Plan
+
+Tensors = dict[str, Array]
+
+
+@dataclass
+class State:
+    """What a checkpoint holds: parameters, moments, steps done and the curve so far."""
+
+    params: Tensors
+    optimizer: AdamW
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
+def save_state(state: State, path: Path, config: ModelConfig, plan: Plan) -> None:
+    """Write a checkpoint under a temporary name, then rename it: a kill at any moment leaves a whole one.
+
+    OSError if the disk is full.
+    """
+    groups = {"w": state.params, "m": state.optimizer.m, "v": state.optimizer.v}
+    tensors = {
+        f"{kind}.{name}": np.ascontiguousarray(to_numpy(t)) for kind in groups for name, t in groups[kind].items()
+    }
+    about = {
+        "step": str(state.optimizer.step),
+        "curve": json.dumps(state.curve),
+        "config": json.dumps(config.to_hf()),
+        "plan": json.dumps(asdict(plan)),
+    }
+    temporary = path.with_suffix(".partial")
+    try:
+        save_file(tensors, temporary, metadata=about)
+    except SafetensorError as error:  # a full disk, say
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written ({error}); what was saved before is whole") from error
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())  # the bytes reach the disk before the name does, even if the power fails
+    os.replace(temporary, path)
+
+
+def load_state(path: Path) -> tuple[State, dict[str, str]]:
+    """Read a checkpoint; the second value is its metadata (step, curve, config, plan).
+
+    Raises
+    ------
+    ValueError
+        if the file is damaged, or was not written by ``save_state``.
+    """
+    groups: dict[str, Tensors] = {"w": {}, "m": {}, "v": {}}
+    try:
+        with safe_open(path, framework="numpy") as file:
+            about = file.metadata() or {}
+            for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                kind, name = key.split(".", 1)
+                groups[kind][name] = file.get_tensor(key)
+        if missing := {"step", "curve", "config", "plan"} - about.keys():
+            raise ValueError(f"no {', '.join(sorted(missing))}")
+        step, curve = int(about["step"]), json.loads(about["curve"])
+        kind = optimizer(json.loads(about["plan"]).get("optimizer", "adamw"))
+        fresh = kind()
+        for name, w in groups["w"].items():
+            fresh.begin(name, w)
+        if step and not (fresh.m.keys() == groups["m"].keys() and fresh.v.keys() == groups["v"].keys()):
+            raise ValueError("the moments are not those of the parameters")
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or no training checkpoint ({error}); delete it to start anew") from error
+    return State(groups["w"], kind(step=step, m=groups["m"], v=groups["v"]), curve), about

@@ -1,0 +1,268 @@
+"""Drafters: what they return is what they sampled from; their caches are those of the text; bad ones change nothing."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import enumeration
+from conftest import to_host
+from enumeration import law
+from networks import EPS, NETWORKS, random_tensors, tokenizer, tolerance
+from refllm.checkpoints.tokenizer import Tokenizer
+from refllm.decode.generate import GREEDY, Sampling
+from refllm.decode.sampling import warp
+from refllm.decode.speculative import verification
+from refllm.decode.speculative.drafters import (
+    Adversary,
+    Ask,
+    JacobiDrafter,
+    ModelDrafter,
+    NGramDrafter,
+    PerfectDrafter,
+    check_vocabulary,
+    common_prefix,
+)
+from refllm.kv.contiguous import ContiguousCache
+from refllm.model.config import ModelConfig
+from refllm.model.llama import build, forward, logits
+from strategies import seeds
+
+SMALL = ModelConfig("llama", 3, 8, 8, 1, 2, 1, 4, max_position_embeddings=32)
+SAMPLED = Sampling(temperature=1.0)
+texts = st.lists(st.integers(0, 3), min_size=1, max_size=24)
+
+
+def record(config: ModelConfig, seed: int, xp=np, dtype: str = "float64"):
+    """A network as the drafters take it."""
+    tensors = {k: xp.asarray(v) for k, v in random_tensors(config, seed, dtype).items()}
+    return SimpleNamespace(config=config, weights=build(config, tensors), tokenizer=tokenizer())
+
+
+def next_logits(model, text, xp=np):
+    cache = ContiguousCache(model.config, 1, len(text), like=model.weights["norm"])
+    positions = xp.asarray(np.arange(len(text)))
+    hidden = forward(model.weights, model.config, xp.asarray(np.asarray(text)), positions, cache.view([len(text)]))
+    return to_host(logits(model.weights, hidden))[-1]
+
+
+# --- n-grams ------------------------------------------------------------------------------------------------------
+
+
+def looked_up(text, count, longest, shortest):
+    """The rule by search: the longest n of which the last n tokens stand earlier, of equal ones the latest place."""
+    for n in range(longest, shortest - 1, -1):
+        for place in range(len(text) - 1, n - 1, -1):
+            if n < len(text) and text[place - n : place] == text[len(text) - n :]:
+                return text[place : place + count]
+    return []
+
+
+@pytest.mark.theorem(
+    "Prompt lookup copies what followed the longest earlier match of the last tokens, of equal ones the latest",
+    source="definition; Saxena 2023 with another tie rule",
+)
+@given(text=texts, count=st.integers(0, 5), shortest=st.integers(1, 2), more=st.integers(0, 2), cuts=st.data())
+def test_ngrams_are_found_as_by_search(text, count, shortest, more, cuts):
+    drafter = NGramDrafter(longest=shortest + more, shortest=shortest)
+    rng = np.random.default_rng(0)
+    for end in cuts.draw(st.lists(st.integers(1, len(text)), max_size=4)):  # in any order: shorter is a new text
+        drafter.propose(text[:end], 1, GREEDY, rng)
+    found = drafter.propose(text, count, GREEDY, rng)
+    assert found.q is None
+    assert found.tokens == looked_up(text, count, shortest + more, shortest)
+
+
+def test_the_latest_of_equal_matches_counts():
+    assert NGramDrafter(shortest=1).propose([1, 2, 7, 1, 3, 7, 1], 2, GREEDY, np.random.default_rng(0)).tokens == [3, 7]
+
+
+# --- a model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.theorem(
+    "A drafter's q is the law that its tokens were drawn from, after its own temperature, top-k and top-p",
+    source="Leviathan et al. 2023, section 2.3",
+)
+@pytest.mark.parametrize("how", [SAMPLED, Sampling(0.5, top_k=2), Sampling(1.5, top_p=0.8)])
+@pytest.mark.parametrize("own", [None, Sampling(0.7)])
+def test_the_returned_distribution_is_the_sampled_one(how, own, monkeypatch):
+    monkeypatch.setattr(verification, "draw", enumeration.draw)
+    drafter = ModelDrafter(record(SMALL, 1), how=own)
+    rows = {}
+
+    def run(rng):
+        proposal = drafter.propose([0, 1], 2, how, rng)
+        rows[tuple(proposal.tokens[:1])] = proposal.q
+        return tuple(proposal.tokens)
+
+    found = law(run)
+    used = own or how
+    for (first, second), chance in found.items():
+        q = rows[first,]
+        assert chance == pytest.approx(q[0, first] * q[1, second], abs=16 * EPS)
+        for i, text in enumerate(([0, 1], [0, 1, first])):
+            expected = warp(next_logits(drafter.model, text), used.temperature, used.top_k, used.top_p)
+            np.testing.assert_allclose(q[i], expected, rtol=0, atol=1e-12)
+    assert sum(found.values()) == pytest.approx(1)
+
+
+@pytest.mark.theorem(
+    "Whatever was accepted, a drafter's cache is that of the text: it drafts as one that begins anew",
+    source="definition; the missing keys and values after full acceptance",
+)
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+@given(seed=seeds, rounds=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), max_size=5))
+def test_a_cache_that_goes_on_is_one_that_begins_anew(xp, name, seed, rounds):
+    model, rng = record(NETWORKS[name], 2, xp), np.random.default_rng(seed)
+    drafter, text = ModelDrafter(model, 4), rng.integers(0, 300, 3).tolist()
+    for count, accepted in rounds:
+        mine = drafter.propose(text, count, GREEDY, rng).tokens
+        assert mine == ModelDrafter(model, 4).propose(text, count, GREEDY, rng).tokens
+        assert len(mine) == count
+        if accepted > len(mine):
+            text = text[::-1]  # another text, as after an end
+        else:
+            text = [*text, *mine[:accepted], int(rng.integers(300))]
+    # what the cache holds is what the network writes for these tokens
+    [fed] = drafter._fed
+    assert drafter.cache.lengths == [len(fed)]
+    if fed:
+        fresh = ContiguousCache(model.config, 1, len(fed), like=model.weights["norm"])
+        ids = xp.asarray(np.asarray(fed))
+        forward(model.weights, model.config, ids, xp.asarray(np.arange(len(fed))), fresh.view([len(fed)]))
+        mine, theirs = (to_host(c.keys[..., : len(fed)]) for c in (drafter.cache, fresh))
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=tolerance(model.config, len(fed), theirs))
+
+
+def test_after_full_acceptance_two_tokens_are_computed_and_after_rejection_one():
+    drafter = ModelDrafter(record(SMALL, 1), 3)
+    rng = np.random.default_rng(0)
+    first = drafter.propose([0, 1], 3, GREEDY, rng).tokens
+    assert drafter.computed == 2 + 2  # the prompt, and two of the drafts: the last one is never fed
+    drafter.propose([0, 1, *first, 2], 1, GREEDY, rng)
+    assert drafter.computed == 4 + 2  # the last draft, whose keys and values were missing, and the bonus
+    drafter.propose([0, 1, *first, (2 + 1) % 3], 1, GREEDY, rng)
+    assert drafter.computed == 6 + 1
+
+
+def test_drafts_end_where_the_model_is_not_sure_or_has_no_positions_left():
+    model, rng = record(SMALL, 1), np.random.default_rng(0)
+    z = next_logits(model, [0, 1])
+    top = float(warp(z).max())
+    for how in (GREEDY, SAMPLED):
+        assert ModelDrafter(model, confidence=top + 1e-9).propose([0, 1], 3, how, rng).tokens == []
+        assert len(ModelDrafter(model, confidence=top - 1e-9).propose([0, 1], 3, how, rng).tokens) >= 1
+        assert len(ModelDrafter(model).propose([0] * 30, 4, how, rng).tokens) == 2
+        assert ModelDrafter(model).propose([0] * 32, 4, how, rng).tokens == []
+        assert ModelDrafter(model).propose([0] * 40, 4, how, rng).tokens == []
+
+
+def test_the_controls():
+    model, rng = record(SMALL, 1), np.random.default_rng(0)
+    z = next_logits(model, [0, 1])
+    assert PerfectDrafter(model).propose([0, 1], 1, GREEDY, rng).tokens == [int(z.argmax())]
+    assert Adversary(model).propose([0, 1], 1, SAMPLED, rng) == ([int(z.argmin())], None)
+
+
+def test_jacobi_guesses_what_the_target_said():
+    drafter, rng = JacobiDrafter(3), np.random.default_rng(0)
+    assert drafter.propose([5], 3, GREEDY, rng) == ([5, 5, 5], None)
+    drafter.observe([7, 8, 9, 10], 1)  # 7 was accepted, 8 is emitted, 9 and 10 came after wrong guesses
+    assert drafter.propose([5, 7, 8], 3, GREEDY, rng).tokens == [9, 10, 8]
+    assert drafter.propose([5, 7, 8], 1, GREEDY, rng).tokens == [9]
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gamma", [0, -1, 1.5, None])
+@pytest.mark.parametrize("kind", [NGramDrafter, JacobiDrafter, lambda gamma: ModelDrafter(record(SMALL, 1), gamma)])
+def test_gamma_must_be_at_least_one(kind, gamma):
+    with pytest.raises(ValueError, match="gamma, the number of drafts a step, must be 1 or more"):
+        kind(gamma)
+
+
+def test_bad_settings_are_named():
+    with pytest.raises(ValueError, match="shortest must be at least 1"):
+        NGramDrafter(longest=1, shortest=2)
+    with pytest.raises(ValueError, match="confidence is a probability"):
+        ModelDrafter(record(SMALL, 1), confidence=1.0)
+
+
+def test_another_vocabulary_is_refused():
+    target, other = record(NETWORKS["llama"], 1), record(SMALL, 1)
+    with pytest.raises(ValueError, match="vocabulary of 3 tokens and the target of 300"):
+        check_vocabulary(target, other)
+    other = record(NETWORKS["llama"], 2)
+    check_vocabulary(target, other)
+    other.tokenizer = Tokenizer.train(["class A:\n    pass\n" * 3], 280)
+    with pytest.raises(ValueError, match="is not the target's: '.*' is token"):
+        check_vocabulary(target, other)
+
+
+@given(a=texts, b=texts)
+def test_common_prefix(a, b):
+    n = common_prefix(a, b)
+    assert a[:n] == b[:n]
+    assert n == min(len(a), len(b)) or a[n] != b[n]
+    assert common_prefix(a * 3 + b, a * 3 + [9]) == 3 * len(a)
+
+
+# --- several sequences at once --------------------------------------------------------------------------------------
+
+
+@pytest.mark.theorem(
+    "What a model drafts for several sequences in one step is what it drafts for each alone, whatever their lengths, "
+    "what is cached of them, and who sits between them",
+    source="the rows of a batch do not see each other",
+)
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+@given(data=st.data(), seed=seeds, sampled=st.booleans(), confidence=st.sampled_from([0.0, 0.01]))
+def test_drafts_made_together_are_those_made_alone(xp, name, data, seed, sampled, confidence):
+    config, rng = NETWORKS[name], np.random.default_rng(seed)
+    model, how = record(config, seed % 7, xp), SAMPLED if sampled else GREEDY
+    together = ModelDrafter(model, 3, confidence=confidence, sequences=5)
+    texts = [rng.integers(0, config.vocab_size, rng.integers(1, 9)).tolist() for _ in range(5)]
+    for turn in range(3):
+        asked = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=5, unique=True))
+        asks = [Ask(texts[s], int(rng.integers(0, 4)), how, np.random.default_rng([turn, s]), s) for s in asked]
+        made = together.propose_together(asks)
+        for ask, proposal in zip(asks, made, strict=True):
+            alone = ModelDrafter(model, 3, confidence=confidence)
+            expected = alone.propose(ask.tokens, ask.most, how, np.random.default_rng([turn, ask.sequence]))
+            assert proposal.tokens == expected.tokens
+            assert (proposal.q is None) == (expected.q is None)
+            if expected.q is not None:
+                np.testing.assert_allclose(to_host(proposal.q), to_host(expected.q), rtol=0, atol=1e-11)
+            # some of the drafts are accepted, and a token follows
+            kept = expected.tokens[: rng.integers(0, 4)]
+            texts[ask.sequence] = [*ask.tokens, *kept, *rng.integers(0, config.vocab_size, 1).tolist()]
+
+
+def test_a_full_sequence_between_others_and_a_text_of_one_token_are_no_obstacle():
+    model, rng = record(SMALL, 1), np.random.default_rng(0)  # 32 positions
+    drafter = ModelDrafter(model, 2, sequences=3)
+    drafter.propose([0] * 31, 1, GREEDY, rng, 1)
+    assert drafter.cache.lengths[1] == 31
+    for middle, length in (([0] * 31, 31), ([0] * 32, 31)):
+        asks = [Ask([0, 1, 2], 2, GREEDY, rng, 0), Ask(middle, 2, GREEDY, rng, 1), Ask([2], 2, GREEDY, rng, 2)]
+        found = [p.tokens for p in drafter.propose_together(asks)]
+        expected = [ModelDrafter(model, 2).propose(ask.tokens, 2, GREEDY, rng).tokens for ask in asks]
+        assert found == expected
+        assert drafter.cache.lengths[1] == length
+    texts = [0, 1, 2], [0] * 32, [1, 1, 2]  # two tokens of the first and the last at once, around a full one
+    found = drafter.propose_together([Ask(text, 2, GREEDY, rng, s) for s, text in enumerate(texts)])
+    assert [p.tokens for p in found] == [ModelDrafter(model, 2).propose(t, 2, GREEDY, rng).tokens for t in texts]
+    assert drafter.cache.lengths[1] == 31
+    assert drafter.propose_together([]) == []
+
+
+def test_a_sequence_drafts_once_in_a_step():
+    drafter, rng = ModelDrafter(record(SMALL, 1), 2, sequences=3), np.random.default_rng(0)
+    with pytest.raises(ValueError, match="drafts once in a step"):
+        drafter.propose_together([Ask([0, 1], 2, GREEDY, rng, 0), Ask([1, 1], 2, GREEDY, rng, 0)])

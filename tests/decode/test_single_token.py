@@ -1,0 +1,76 @@
+"""The lean step against the network that it is a short form of."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+
+from networks import NETWORKS, TOKENS, full_logits, random_tensors, tolerance
+from refllm.decode.fast.single_token import LeanStep, fits
+from refllm.kv.contiguous import ContiguousCache
+from refllm.model.attention import CausalAttend
+from refllm.model.config import ModelConfig
+from refllm.model.llama import build, forward, logits
+from strategies import model_configs, seeds
+
+
+def network(config: ModelConfig, seed: int, dtype: str = "float64"):
+    return build(config, random_tensors(config, seed, dtype))
+
+
+@pytest.mark.theorem(
+    "Norm gains, 1/√D and the rotation's other half multiplied into the weights leave the function as it was",
+    source="W (g ⊙ x / rms) = (W ⊙ g) x / rms; rot(W x) = rot(W) x",
+)
+@given(config=model_configs(families=["llama"]), seed=seeds)
+def test_a_lean_step_is_the_network_at_every_position(config, seed):
+    weights, rng = network(config, seed), np.random.default_rng(seed)
+    assert fits(config, weights)
+    tokens = rng.integers(0, config.vocab_size, 8)
+    expected = logits(weights, forward(weights, config, tokens, np.arange(8), CausalAttend([8])))
+    cache = ContiguousCache(config, 2, 9, like=weights["norm"])
+    step = LeanStep(weights, config, cache)
+    for i, token in enumerate(tokens):
+        found = step.step(int(token), 1)
+        np.testing.assert_allclose(found, expected[i], rtol=0, atol=tolerance(config, 8, expected))
+    assert cache.lengths == [0, 8]
+    cache.truncate(1, 3)  # a rollback is the cache's business
+    cache.keys[:, 1, :, :, 3:] = cache.values[:, 1, :, 3:] = np.nan
+    for token in tokens[3:-1]:
+        assert step.step(int(token), 1, head=False) is None
+    np.testing.assert_allclose(step.step(int(tokens[-1]), 1), expected[-1], rtol=0, atol=tolerance(config, 8, expected))
+    step.step(0, 1)
+    with pytest.raises(ValueError, match="holds 9 tokens and is full"):
+        step.step(0, 1)
+
+
+def test_it_continues_a_prefill_of_the_network():
+    """The cache is the contiguous one: what the network wrote there the lean step reads, and the other way round."""
+    config = NETWORKS["llama"]
+    weights = network(config, 1)
+    expected = full_logits(weights, config)
+    cache = ContiguousCache(config, 1, 50, like=weights["norm"])
+    forward(weights, config, TOKENS[:20], np.arange(20), cache.view([20]))
+    cache.advance([20])
+    step = LeanStep(weights, config, cache)
+    atol = tolerance(config, 40, expected)
+    for i in range(20, 30):
+        np.testing.assert_allclose(step.step(int(TOKENS[i])), expected[i], rtol=0, atol=atol)
+    hidden = forward(weights, config, TOKENS[30:], np.arange(30, 40), cache.view([10]))
+    np.testing.assert_allclose(logits(weights, hidden), expected[30:], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral-window"])
+def test_families_with_more_in_them_are_left_to_the_network(name):
+    assert not fits(NETWORKS[name], network(NETWORKS[name], 0))
+
+
+def test_quantised_and_wide_networks_are_left_to_the_network():
+    config = NETWORKS["llama"]
+    weights = network(config, 0)
+    assert fits(config, weights)
+    weights["layers"][0]["q_proj"] = object()
+    assert not fits(config, weights)
+    wide = ModelConfig("llama", 8, 192, 8, 1, 1, 1, 8)
+    assert not fits(wide, network(wide, 0))

@@ -1,0 +1,503 @@
+"""Verification by exact enumeration: every path of every uniform, over tiny vocabularies. No Monte Carlo.
+
+One test, ``loses``, judges the right code and the wrong: it returns how far the law of the emitted tokens lies from
+the target's. For each law of the library it is rounding, for each planted bug far more.
+"""
+
+from __future__ import annotations
+
+import itertools
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+import enumeration
+from conftest import to_host
+from enumeration import Table, distance, extended, law, sequence_law
+from refllm.decode.sampling import apply_repetition_penalty, sample, warp
+from refllm.decode.speculative import verification
+from refllm.decode.speculative.verification import residual, verify, verify_block, verify_greedy, verify_typical
+from strategies import seeds
+
+EPS = float(np.finfo(np.float64).eps)
+LAWS = {"token-wise": verify, "block": verify_block}
+kinds = st.sampled_from(["dense", "sparse", "peaked"])
+vocabs, gammas = st.integers(2, 3), st.integers(1, 3)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _exact_draws():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verification, "draw", enumeration.draw)
+        yield
+
+
+def rounding(vocab: int, gamma: int) -> float:
+    """Of a sum of products of γ + 1 probabilities over V^γ drafts, each with a division and a sum over V."""
+    return 8 * EPS * (gamma + 1) * vocab ** (gamma + 1)
+
+
+# --- a step, and what may go wrong in it -----------------------------------------------------------------------
+
+
+def sampled(q, gamma, rng):
+    """γ tokens from q, each with the distribution that it was drawn from."""
+    drafts, rows = [], []
+    for _ in range(gamma):
+        rows.append(q(drafts))
+        drafts.append(enumeration.draw(rows[-1], rng.random()))
+    return drafts, np.stack(rows)
+
+
+def one_hot(q, gamma, rng):
+    """The most probable tokens of q, which were not sampled."""
+    drafts: list[int] = []
+    for _ in range(gamma):
+        drafts.append(int(np.argmax(q(drafts))))
+    return drafts, None
+
+
+def step(judge, propose, p, q, gamma):
+    """A whole step as a program of ``rng``: draft, verify, emit."""
+
+    def run(rng):
+        drafts, rows = propose(q, gamma, rng)
+        accepted, token = judge(p.rows([], drafts), rows, drafts, rng)
+        return (*drafts[:accepted], token)
+
+    return run
+
+
+def loses(judge, propose, p, q, gamma) -> float:
+    """How far the law of the next γ + 1 tokens lies from the target's: the largest difference of a probability."""
+    emitted = law(step(judge, propose, p, q, gamma))
+    assert abs(sum(emitted.values()) - 1) < 1e-12
+    whole = extended(emitted, p, p.vocab, gamma + 1)
+    return distance(whole, sequence_law(p, p.vocab, gamma + 1))
+
+
+@pytest.mark.theorem(
+    "The emitted tokens, continued by the target, have the target's law: token-wise and block verification of sampled "
+    "drafts and of one-hot ones",
+    source="Leviathan et al. 2023, appendix A.1; Sun et al. 2024, theorem 1",
+)
+@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("propose", [sampled, one_hot])
+@given(vocab=vocabs, gamma=gammas, seed=seeds, of_p=kinds, of_q=kinds)
+@example(vocab=3, gamma=3, seed=0, of_p="sparse", of_q="sparse")
+def test_the_law_of_the_emitted_tokens_is_the_target_s(name, propose, vocab, gamma, seed, of_p, of_q):
+    assume(vocab**gamma <= 9 or seed % 3 == 0)  # the dear cases less often
+    p, q = Table(vocab, seed, of_p), Table(vocab, seed + 1, of_q)
+    assert loses(LAWS[name], propose, p, q, gamma) <= rounding(vocab, gamma)
+
+
+def test_the_law_holds_in_rational_numbers():
+    """P(x) = min(p, q) + (1 − Σ min(p, q)) · (p − q)₊ / Σ (p − q)₊ = p, in fractions: the proof of one place."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        n = int(rng.integers(1, 5))
+        p, q = ([Fraction(int(a), 1) for a in rng.integers(0, 6, n)] for _ in range(2))
+        if not sum(p) or not sum(q):
+            continue
+        p, q = [a / sum(p) for a in p], [b / sum(q) for b in q]
+        kept = [min(a, b) for a, b in zip(p, q, strict=True)]
+        left = [max(a - b, Fraction()) for a, b in zip(p, q, strict=True)]
+        if p == q:
+            assert kept == p
+            continue
+        emitted = [k + (1 - sum(kept)) * r / sum(left) for k, r in zip(kept, left, strict=True)]
+        assert emitted == p
+        assert sum(left) == 1 - sum(kept)
+
+
+# --- the field's known bugs, each caught by the same test -------------------------------------------------------
+
+
+def heated(propose):
+    """Draws from q but returns another distribution: the warp that was forgotten, or applied twice."""
+
+    def run(q, gamma, rng):
+        drafts, rows = propose(q, gamma, rng)
+        rows = rows**0.5
+        return drafts, rows / rows.sum(axis=-1, keepdims=True)
+
+    return run
+
+
+def pretended(q, gamma, rng):
+    """Argmax drafts with q's probabilities beside them, as if they had been sampled."""
+    drafts, _ = one_hot(q, gamma, rng)
+    return drafts, np.stack([q(drafts[:i]) for i in range(gamma)])
+
+
+def raw_target(p, q, drafts, rng):
+    """Verifies against the distribution before the warps."""
+    raw = p**0.5
+    return verify(raw / raw.sum(axis=-1, keepdims=True), q, drafts, rng)
+
+
+def from_the_target(p, q, drafts, rng):
+    """Resamples from p instead of from the residual."""
+    accepted, _ = verify(p, q, drafts, rng)
+    return accepted, enumeration.draw(p[accepted], rng.random())
+
+
+def without_the_last_row(p, q, drafts, rng):
+    """After full acceptance takes the last draft's row again instead of the bonus row."""
+    accepted, token = verify(p, q, drafts, rng)
+    return accepted, token if accepted < len(drafts) else enumeration.draw(p[-2], rng.random())
+
+
+def dropping_the_bonus(p, q, drafts, rng):
+    """After full acceptance ends the step, so that the last draft stands where the bonus should."""
+    accepted, token = verify(p, q, drafts, rng)
+    return (accepted, token) if accepted < len(drafts) else (accepted, drafts[-1])
+
+
+def one_uniform(p, q, drafts, rng):
+    """One uniform for the whole run, as a seed set anew within the loop gives."""
+    accepted, u = 0, rng.random()
+    while accepted < len(drafts) and u < p[accepted][drafts[accepted]] / q[accepted][drafts[accepted]]:
+        accepted += 1
+    if accepted == len(drafts):
+        return accepted, enumeration.draw(p[-1], rng.random())
+    return accepted, enumeration.draw(residual(p[accepted], q[accepted]), rng.random())
+
+
+def unshifted(p, q, drafts, rng):
+    """Row i of the target for draft i + 1: an off-by-one of the logits."""
+    return verify(np.concatenate((p[:1], p[:-1])), q, drafts, rng)
+
+
+def block_without_its_scale(p, q, drafts, rng):
+    """Block verification that resamples from p − q where P p − q is due."""
+    accepted, token = verify_block(p, q, drafts, rng)
+    if accepted in (0, len(drafts)):
+        return accepted, token
+    return accepted, enumeration.draw(residual(p[accepted], q[accepted]), rng.random())
+
+
+def typical(p, q, drafts, rng):
+    return verify_typical(p, drafts, rng)
+
+
+BUGS = {
+    "q is not the distribution that was sampled": (verify, heated(sampled)),
+    "block: q is not the distribution that was sampled": (verify_block, heated(sampled)),
+    "argmax drafts are treated as sampled": (verify, pretended),
+    "raw instead of warped p": (raw_target, sampled),
+    "resampling from p instead of the residual": (from_the_target, sampled),
+    "the bonus comes from the last draft's row": (without_the_last_row, sampled),
+    "the bonus is dropped": (dropping_the_bonus, sampled),
+    "one uniform for the whole run": (one_uniform, sampled),
+    "rows of the target off by one": (unshifted, sampled),
+    "block verification with the residual of token-wise": (block_without_its_scale, sampled),
+    "typical acceptance, which is lossy by design": (typical, sampled),
+    "typical acceptance of one-hot drafts": (typical, one_hot),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_each_known_bug_is_caught_by_the_test_of_the_law(bug):
+    judge, propose = BUGS[bug]
+    p, q = Table(3, 11), Table(3, 12)
+    assert loses(verify, sampled, p, q, 2) <= rounding(3, 2)
+    assert loses(judge, propose, p, q, 2) > 1e-3, "the wrong code passes the test of the law"
+
+
+class Penalised(Table):
+    """A target with a repetition penalty: its law depends on which tokens came before."""
+
+    def __call__(self, prefix):
+        return self.seen_by(prefix, prefix)
+
+    def seen_by(self, prefix, counted):
+        z = np.log(super().__call__(prefix))[None] + 1.0
+        seen = np.zeros(z.shape, dtype=bool)
+        seen[0, list(counted)] = True
+        return warp(apply_repetition_penalty(z, seen, 3.0))[0]
+
+
+@pytest.mark.theorem(
+    "With a repetition penalty the law is the target's if each row is penalised for the drafts before it, and is not "
+    "if all rows are penalised for the same prefix",
+    source="Leviathan et al. 2023, section 2.2 (p is what is sampled from)",
+)
+@pytest.mark.parametrize("counted", ["the drafts before it", "none of the drafts", "all of the drafts"])
+def test_penalties_are_computed_on_the_prefix_with_the_drafts(counted):
+    p, q = Penalised(3, 5), Table(3, 6)
+
+    def judge(_, rows, drafts, rng):
+        which = {"none of the drafts": lambda i: [], "all of the drafts": lambda i: drafts}
+        count = which.get(counted, lambda i: drafts[:i])
+        target = np.stack([p.seen_by(drafts[:i], count(i)) for i in range(len(drafts) + 1)])
+        return verify(target, rows, drafts, rng)
+
+    lost = loses(judge, sampled, p, q, 2)
+    assert (lost <= rounding(3, 2)) if counted == "the drafts before it" else (lost > 1e-3)
+
+
+# --- what is accepted --------------------------------------------------------------------------------------------
+
+
+def accepted_law(judge, propose, p, q, gamma):
+    """The law of how many drafts are accepted."""
+
+    def run(rng):
+        drafts, rows = propose(q, gamma, rng)
+        return judge(p.rows([], drafts), rows, drafts, rng)[0]
+
+    return law(run)
+
+
+@pytest.mark.theorem(
+    "A draft is accepted with probability Σ min(p, q) = 1 − TV(p, q), and the residual has mass 1 − Σ min(p, q)",
+    source="Leviathan et al. 2023, theorem 3.5",
+)
+@given(vocab=st.integers(2, 6), seed=seeds, of_p=kinds, of_q=kinds)
+def test_acceptance_is_one_minus_total_variation(vocab, seed, of_p, of_q):
+    p, q = Table(vocab, seed, of_p), Table(vocab, seed + 1, of_q)
+    one, other = p([]), q([])
+    overlap = np.minimum(one, other).sum()
+    assert abs(overlap - (1 - 0.5 * abs(one - other).sum())) <= 4 * vocab * EPS
+    for judge in LAWS.values():
+        assert abs(accepted_law(judge, sampled, p, q, 1).get(1, 0.0) - overlap) <= 8 * vocab * EPS
+    assert abs(residual(one, other).sum() - (1 - overlap)) <= 4 * vocab * EPS or np.array_equal(one, other)
+
+
+@pytest.mark.theorem(
+    "A one-hot draft x is accepted with probability p(x); a sampled draft treated as one-hot with Σ p q ≤ Σ min(p, q)",
+    source="Leviathan et al. 2023, algorithm 1 for a deterministic draft",
+)
+@given(vocab=st.integers(2, 6), seed=seeds, of_p=kinds, of_q=kinds)
+def test_one_hot_acceptance(vocab, seed, of_p, of_q):
+    p, q = Table(vocab, seed, of_p), Table(vocab, seed + 1, of_q)
+    one, other = p([]), q([])
+    certain = accepted_law(verify, one_hot, p, q, 1).get(1, 0.0)
+    assert abs(certain - one[np.argmax(other)]) <= 4 * EPS
+    as_one_hot = accepted_law(lambda rows, _, x, rng: verify(rows, None, x, rng), sampled, p, q, 1).get(1, 0.0)
+    assert abs(as_one_hot - (one * other).sum()) <= 8 * vocab * EPS
+    assert as_one_hot <= np.minimum(one, other).sum() + 8 * vocab * EPS
+
+
+@pytest.mark.theorem(
+    "Block verification accepts at least as many drafts as token-wise in expectation, for all p and q",
+    source="Sun et al. 2024, theorem 2",
+)
+@given(vocab=vocabs, gamma=gammas, seed=seeds, of_p=kinds, of_q=kinds, propose=st.sampled_from([sampled, one_hot]))
+def test_block_accepts_at_least_as_many(vocab, gamma, seed, of_p, of_q, propose):
+    p, q = Table(vocab, seed, of_p), Table(vocab, seed + 1, of_q)
+    mean = [sum(n * w for n, w in accepted_law(judge, propose, p, q, gamma).items()) for judge in LAWS.values()]
+    assert mean[1] >= mean[0] - rounding(vocab, gamma)
+
+
+def test_block_accepts_more_where_it_can():
+    """The inequality is not an equality: over twenty pairs block is better by some per cent."""
+    means = []
+    for seed in range(20):
+        p, q = Table(3, 2 * seed), Table(3, 2 * seed + 1)
+        means.append([sum(n * w for n, w in accepted_law(f, sampled, p, q, 2).items()) for f in LAWS.values()])
+    tokenwise, block = np.mean(means, axis=0)
+    assert 1.02 < block / tokenwise < 1.2
+
+
+class Alike(Table):
+    """The same distribution whatever came before: acceptances are independent."""
+
+    def __call__(self, prefix):
+        return super().__call__([])
+
+
+@pytest.mark.theorem(
+    "If drafts are accepted independently with probability α, (1 − α^{γ+1}) / (1 − α) tokens are emitted a step",
+    source="Leviathan et al. 2023, equation 1",
+)
+@given(vocab=vocabs, gamma=gammas, seed=seeds, of_p=kinds, of_q=kinds)
+def test_the_expected_length_is_that_of_the_formula(vocab, gamma, seed, of_p, of_q):
+    p, q = Alike(vocab, seed, of_p), Alike(vocab, seed + 1, of_q)
+    emitted = law(step(verify, sampled, p, q, gamma))
+    mean = sum(len(s) * w for s, w in emitted.items())
+    alpha = min(1.0, float(np.minimum(p([]), q([])).sum()))
+    assert abs(mean - verification.expected_length(alpha, gamma)) <= rounding(vocab, gamma)
+
+
+@pytest.mark.theorem(
+    "p = q accepts every draft; disjoint supports accept none, and the token then has the law p",
+    source="Leviathan et al. 2023, definition 3.1",
+)
+@pytest.mark.parametrize("judge", LAWS.values(), ids=LAWS)
+def test_the_two_ends(judge):
+    p = Table(3, 4)
+    assert accepted_law(judge, sampled, p, p, 3).keys() == {3}
+    one, other = np.array([[0.25, 0.75, 0, 0]] * 3), np.array([[0, 0, 0.5, 0.5]] * 2)
+    found = law(lambda rng: judge(one, other, [2, 3], rng))
+    assert found == {(0, 0): 0.25, (0, 1): 0.75}
+
+
+# --- greedy -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.theorem(
+    "At temperature 0 the token-wise and the block law are the greedy rule: the drafts up to the first that is not the "
+    "argmax, and then the argmax",
+    source="Leviathan et al. 2023, section 2.2 (argmax as a distribution)",
+)
+@given(vocab=st.integers(1, 4), gamma=st.integers(0, 4), seed=seeds)
+def test_greedy_is_the_limit_of_both_laws(pure_xp, vocab, gamma, seed):
+    rng = np.random.default_rng(seed)
+    best, drafts = rng.integers(0, vocab, gamma + 1), rng.integers(0, vocab, gamma).tolist()
+    p = pure_xp.asarray(np.eye(vocab)[best])
+    expected = verify_greedy(best, drafts)
+    place = next((i for i in range(gamma) if drafts[i] != best[i]), gamma)
+    assert expected == (place, best[place])
+    for judge in LAWS.values():
+        assert judge(p, None, drafts, np.random.default_rng(seed)) == expected
+
+
+# --- on arrays of every library ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def real_draws(monkeypatch):
+    """The library's own draw in the place of the exact one."""
+    monkeypatch.setattr(verification, "draw", REAL_DRAW)
+
+
+REAL_DRAW = verification.draw
+
+
+@pytest.mark.theorem("The same uniforms give the same result in every array library and precision", source="definition")
+@pytest.mark.parametrize("judge", LAWS.values(), ids=LAWS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_every_library_decides_alike(pure_xp, judge, dtype, real_draws):
+    for seed in range(20):
+        p, q = Table(5, seed, "sparse"), Table(5, seed + 1)
+        drafts = [sample(q([]), 0.3 * i) for i in range(3)]
+        drafts = [int(t) for t in drafts]
+        host = p.rows([], drafts).astype(dtype), np.stack([q([])] * 3).astype(dtype)
+        ours = [pure_xp.asarray(x) for x in host]
+        before = to_host(ours[0]).copy(), to_host(ours[1]).copy()
+        for rows in (ours[1], None):
+            expected = judge(host[0], None if rows is None else host[1], drafts, np.random.default_rng(seed))
+            assert judge(ours[0], rows, drafts, np.random.default_rng(seed)) == expected
+        assert all(np.array_equal(to_host(x), y) for x, y in zip(ours, before, strict=True)), "an argument was changed"
+
+
+@given(seed=seeds, vocab=st.integers(1, 30), zeros=st.booleans())
+def test_draw_is_sample(seed, vocab, zeros):
+    """The fast inverse CDF of the host gives what ``sample`` gives, for weights of any sum."""
+    rng = np.random.default_rng(seed)
+    w = rng.random(vocab) * (rng.random(vocab) < 0.5 if zeros else 1)
+    assume(w.sum() > 0)
+    for u in (0.0, float(rng.random()), 1 - 2**-53):
+        assert REAL_DRAW(w, u) == int(sample(w, u))
+        assert w[REAL_DRAW(w, u)] > 0
+        assert REAL_DRAW(np.zeros(vocab), u, otherwise=w) == int(sample(w, u))
+    with pytest.raises(ValueError, match="weight 0"):
+        REAL_DRAW(np.zeros(vocab), 0.5)
+
+
+@pytest.mark.theorem(
+    "A draw in two levels, blocks and then tokens, is the draw in one: token t for u within its share of the mass",
+    source="the same intervals, cut in two steps",
+)
+@given(
+    seed=seeds, vocab=st.integers(16 * 1024, 20_000), gaps=st.booleans(), dtype=st.sampled_from(["float32", "float64"])
+)
+def test_draw_from_a_long_row(seed, vocab, gaps, dtype):
+    rng = np.random.default_rng(seed)
+    w = rng.random(vocab)
+    if gaps:
+        w *= rng.random(vocab) < 0.001
+        w[rng.integers(vocab, size=3)] = 1.0
+    w = w.astype(dtype)
+    edges = np.concatenate(([0.0], np.cumsum(w, dtype=np.float64)))
+    for u in (0.0, 1 - 2**-53, *rng.random(20)):
+        token = REAL_DRAW(w, float(u))
+        assert w[token] > 0
+        # sums of up to 20,000 float64 in two orders: within n·eps of each other
+        slack = vocab * EPS * edges[-1]
+        assert edges[token] - slack <= u * edges[-1] <= edges[token + 1] + slack
+
+
+def test_the_residual_of_equal_distributions_is_the_target(pure_xp):
+    p = pure_xp.asarray([0.25, 0.75])
+    assert to_host(residual(p, p)).tolist() == [0.25, 0.75]
+    assert to_host(residual(p, pure_xp.asarray([0.75, 0.25]))).tolist() == [0.0, 0.5]
+    assert to_host(residual(p, pure_xp.asarray([0.75, 0.25]), 0.5)).tolist() == [0.0, 0.125]
+    # and where rounding rejects all the same, the token has the law of p
+    assert REAL_DRAW(np.zeros(2), 0.2, otherwise=np.array([0.25, 0.75])) == 0
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+GOOD = np.array([[0.5, 0.5, 0.0]] * 3)
+BAD = {
+    "q of another vocabulary": (GOOD, GOOD[:2, :2], [0, 1], r"need q of shape \(2, 3\), got \(2, 2\)"),
+    "q of another length": (GOOD, GOOD, [0, 1], r"need q of shape \(2, 3\), got \(3, 3\)"),
+    "p without its bonus row": (GOOD[:2], GOOD[:2], [0, 1], r"need p of shape \(3, V\), got \(2, 3\)"),
+    "p of one row only": (GOOD[0], GOOD[:2], [0, 1], r"need p of shape \(3, V\), got \(3,\)"),
+    "p not normalised": (GOOD * [[1], [1], [2]], GOOD[:2], [0, 1], r"row 2 of p sums to 2.0"),
+    "q not normalised": (GOOD, GOOD[:2] * [[1], [0.9]], [0, 1], r"row 1 of q sums to 0.9"),
+    "negative": (
+        np.array([[0.5, 0.5, 0], [1, 0.5, -0.5], [0.5, 0.5, 0]]),
+        GOOD[:2],
+        [0, 1],
+        "row 1 of p .* negative: -0.5",
+    ),
+    "NaN": (GOOD, GOOD[:2] * [[1], [np.nan]], [0, 1], "row 1 of q .* NaN"),
+    "q gives it nothing": (GOOD, GOOD[:2], [0, 2], "draft 1 is token 2, to which q gives probability 0"),
+    "beyond the vocabulary": (GOOD, GOOD[:2], [0, 3], "draft 1 is token 3, outside the vocabulary of 3"),
+    "negative id": (GOOD, GOOD[:2], [-1, 0], "draft 0 is token -1, outside the vocabulary of 3"),
+    "no ids": (GOOD, GOOD[:2], [0.5, 1], "drafts are token ids"),
+    "an array of no ids": (GOOD, GOOD[:2], np.array([0.0, 1.0]), "1-D array of token ids"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("judge", LAWS.values(), ids=LAWS)
+def test_bad_input_is_named(case, judge):
+    p, q, drafts, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        judge(p, q, drafts, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("judge", LAWS.values(), ids=LAWS)
+def test_randomness_is_a_generator(judge):
+    with pytest.raises(TypeError, match=r"rng is a generator, numpy.random.default_rng\(seed\), got 3"):
+        judge(GOOD, GOOD[:2], [0, 1], 3)
+
+
+def test_rounding_of_float32_passes_and_more_does_not():
+    rows = warp(np.random.default_rng(0).standard_normal((3, 1000)).astype("float32")).astype("float32")
+    assert verify(rows, rows[:2], [1, 2], np.random.default_rng(0))[0] == 2
+    with pytest.raises(ValueError, match="sums to"):
+        verify(rows * np.float32(1 + 3e-5), rows[:2], [1, 2], np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("judge", LAWS.values(), ids=LAWS)
+def test_no_drafts_are_plain_sampling(judge):
+    p = Table(3, 1)([])[None]
+    for q in (None, np.zeros((0, 3))):
+        found = law(lambda rng, q=q: judge(p, q, [], rng))
+        assert distance(found, {(0, t): float(p[0, t]) for t in range(3)}) <= 4 * EPS
+    assert verify_greedy([2], []) == (0, 2)
+    with pytest.raises(ValueError, match="2 drafts need 3 targets, got 2"):
+        verify_greedy([1, 2], [1, 2])
+
+
+def test_a_numpy_integer_is_a_token_and_a_bool_is_none():
+    assert verify_greedy([np.int64(1), 2], np.array([1])) == (1, 2)
+    with pytest.raises(ValueError, match="token ids"):
+        verify_greedy([1, 2], [True])
+
+
+def test_enumeration_sees_every_path():
+    """The enumerator itself: a reused uniform, a nested comparison, probabilities that sum to 1."""
+    found = law(lambda rng: (lambda u: (u < 0.5, u < 0.25))(rng.random()))
+    assert found == {(True, True): 0.25, (True, False): 0.25, (False, False): 0.5}
+    both = law(lambda rng: tuple(rng.random() < x for x in (0.5, 0.25)))
+    assert both == {(a, b): 0.5 * (0.25 if b else 0.75) for a, b in itertools.product((True, False), repeat=2)}

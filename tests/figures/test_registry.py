@@ -1,0 +1,374 @@
+"""Pictures are a function of their data: same bytes each time, and stale ones are told apart."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import pytest
+from matplotlib.figure import SubFigure
+
+from refllm.figures import kv, registry
+from refllm.figures.registry import FIGURES, SERIES, check, redraw, save
+from refllm.measure import memory, plotting, roofline
+from refllm.measure.records import Record, read, write
+from serving_examples import SERVING
+
+ROOT = Path(__file__).resolve().parents[2]
+CURVE = [{"tokens": 1000 * s, "loss": 5 - s / 100, "norm": 1.0, "held_out": 5.2 - s / 100} for s in (100, 200)]
+BLOCKS = {
+    "types": [
+        {
+            "type": name, "numbers": 32, "bits": 4.5,
+            "fields": [{"role": "step", "size": 2, "holds": "d"}, {"role": "codes", "size": 16, "holds": "low: high"}],
+        }
+        for name in ("a", "b")
+    ]
+}  # fmt: skip
+EXAMPLES = {
+    "training_curve": {
+        "runs": {"target": CURVE, "draft": [{k: v for k, v in r.items() if k != "held_out"} for r in CURVE]},
+        "phases": [[150_000, "256 tokens"]],
+        "bytes_per_token": 3.6,
+    },
+    "bits_by_position": {"lines": {"target": [[1, 1, 20, 3.0, 2.0], [2, 2, 20, 2.5, 1.5], [3, 4, 40, 2.0, 1.0]]}},
+    "roofline": {
+        "devices": [{"name": "a device", "peak_flops": 1e12, "peak_bandwidth": 1e10}],
+        "points": [{"label": "left", "intensity": 1.0}, {"label": "right", "intensity": 1e4, "flops_per_second": 5e11}],
+    },
+    "decode_cost": {
+        "title": "a step",
+        "unit": "ms",
+        "rows": [{"label": "batch 1", "parts": {"weights": 1.0}}, {"label": "batch 2", "parts": {"KV": 2.0}}],
+    },
+    "quantization": {
+        "rows": [
+            {"method": m, "bits": b, "group": g, "seed": s, "kl": [k, 0.9 * k, 1.2 * k], "bits per weight": b + 0.1}
+            for m, k in (("rtn", 0.2), ("gptq", 0.1))
+            for b in (4, 8)
+            for g in (0, 32)
+            for s in (0, 1)
+        ]
+        + [{"method": "int8", "bits": 8, "group": 0, "seed": None, "kl": [0.1, 0.1, 0.1], "bits per weight": 8.1}],
+    },
+    "observers": {
+        "tensor": "a tensor",
+        "edges": [0.1, 1.0, 10.0],
+        "density": [0.9, 0.0],
+        "rows": [
+            {"observer": n, "bits": b, "cut": c, "beyond": 0.1, "error": 0.1 / c}
+            for b in (8, 4)
+            for n, c in (("min-max", 9.0), ("MSE", 5.0))
+        ],
+    },
+    "smoothquant": {
+        "factor": 128.0,
+        "rows": [
+            {
+                "outliers": o,
+                "level": v,
+                "alpha": a,
+                "keep": k,
+                "bits per byte": 1.1,
+                "full precision": 1.0,
+                "kl": [0.1, 0.05, 0.2],
+            }
+            for o in ("nothing", "norms", "MLP hidden")
+            for v in ("O1", "O2")
+            for a in (None, 0.0, 0.5)
+            for k in ([], ["down_proj"], ["o_proj", "down_proj"])
+        ],
+    },
+    "salience": {
+        "bits": 3,
+        "factor": 8.0,
+        "rows": [
+            {"network": n, "by": by, "fraction": f, "seed": s, "kl": [0.1, 0.05, 0.2]}
+            for n in ("as it is", "planted")
+            for by in (None, "activation", "weight", "random")
+            for f in (0.01, 0.1)
+            for s in (0, 1)
+        ],
+    },
+    "gguf_layouts": BLOCKS,
+    "gguf_kquants": BLOCKS,
+    "gguf_mixes": {
+        "rows": [
+            {"mix": "a", "base": 4.5, "model": 4.6, "article": None},
+            {"mix": "b", "base": 5.5, "model": 5.7, "article": 5.5},
+        ]
+    },
+    "speculative": {
+        "results": [
+            {
+                "task": t,
+                "drafter": d,
+                "temperature": h,
+                "gamma": g,
+                "alpha": 0.5,
+                "length": 1.5 + 0.1 * g - 0.2 * h,
+                "speedup": {"median": 1.2, "low": 1.1, "high": 1.3},
+                "formula": 1.25,
+                "flat": 1.4 + 0.1 * g,
+            }
+            for t, d in (("code", "model"), ("copy", "n-gram"))
+            for h in (0.0, 1.0)
+            for g in (1, 3)
+        ],
+        "batches": [{"batch": b, "fixed": {"median": 1.3 / b}, "adaptive": {"median": 1.0}} for b in (1, 4)],
+    },
+    "float_formats": {
+        "data": {kind: {"int8": 0.1, "e4m3": 0.2, "e5m2": 0.3} for kind in ("normal", "outliers")},
+        "lengths": [128, 256],
+        "accumulator": {name: [1e-4, 2e-4] for name in "abc"},
+        "growths": [1.0, 1.5],
+        "delayed": [0.0, 0.2],
+    },
+    "fp8_training": {
+        "steps": 320,
+        "against float32": {
+            "random weights": {m: {"0": 0.001, "1": -0.002} for m in ("nudged", "tile", "tensor", "E5M2 gradients")},
+            "bundled weights": {m: {"0": 0.0001} for m in ("nudged", "tile", "tensor", "E5M2 gradients")},
+        },
+        "spread of seeds": {"random weights": 0.01, "bundled weights": 0.0},
+        "gradient error": dict.fromkeys(("tile", "tensor", "E5M2 gradients"), 0.1),
+        "powers": [0, 8, 16],
+        "planted": {"tile": [0.001, 0.002, 0.003], "tensor": [0.001, 0.002, 0.5]},
+    },
+    "kv_quantization": {
+        "factor": 8.0,
+        "length": 64,
+        "lengths": [32, 64],
+        "memory": {"4 bits": [1.0, 0.5], "2 bits": [1.0, 0.4]},
+        "rows": [
+            {
+                "network": network,
+                "choice": choice,
+                "bits": bits,
+                "residual": r,
+                "kl": [0.02 / bits, 0.01 / bits, 0.03 / bits],
+                "kl by position": [0.0, 0.01, 0.02],
+            }
+            for network in ("as it is", "planted")
+            for choice in ("KIVI", "keys by token", "values by channel")
+            for bits in (2, 8)
+            for r in (32, 128)
+        ],
+    },
+    "kv_sparsity": {
+        "rows": [
+            {
+                "task": task,
+                "policy": policy,
+                "held": float(b),
+                "held at the end": b + 1.0,
+                "mass": 1 - 1 / b,
+                "kl": [1 / b, 0.9 / b, 1.2 / b],
+            }
+            for task in ("as it comes", "a far copy")
+            for b in (64, 512)
+            for policy in ("newest only", "at random", "StreamingLLM", "H2O", "TOVA", "SnapKV", "PyramidKV")
+        ],
+    },
+    "kv_memory": {"contexts": [10, 100], "lines": {"a": [1e9, 1e10]}, "weights": {"w": 5e9}, "marked": 100},
+    **SERVING,
+}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A folder with data for every registered figure, and the pictures, drawn once."""
+    folder = tmp_path_factory.mktemp("figures")
+    for name, (file, _) in FIGURES.items():
+        write(folder / "data" / file, Record(f"make {name}", "A", "none", EXAMPLES[name]))
+    assert [p.name for p in redraw(folder=folder)] == [f"{name}.png" for name in FIGURES]
+    return folder
+
+
+@pytest.fixture
+def folder(original, tmp_path):
+    """A copy to change."""
+    return Path(shutil.copytree(original, tmp_path / "figures"))
+
+
+def digests(paths):
+    return [hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in paths]
+
+
+def test_same_data_gives_the_same_bytes(original, folder):
+    paths = sorted(original.glob("*.png"))
+    assert digests(redraw(folder=folder)) == digests(original / f"{name}.png" for name in FIGURES)
+    assert len(set(digests(paths))) == len(FIGURES)
+
+
+def test_bytes_do_not_depend_on_the_reader_s_own_style(original, folder):
+    with matplotlib.rc_context({"font.size": 20, "axes.grid": False, "savefig.dpi": 30, "lines.linewidth": 9}):
+        mine = dict(matplotlib.rcParams)
+        assert digests(redraw(["kv_memory"], folder)) == digests([original / "kv_memory.png"])
+        assert dict(matplotlib.rcParams) == mine  # and that style is left as it was
+
+
+def test_no_date_and_no_version_is_written(original):
+    for path in original.glob("*.png"):
+        raw = path.read_bytes()
+        assert b"matplotlib" not in raw
+        assert raw.count(b"tEXt") == 1  # the digest alone
+
+
+def test_check_is_silent_after_a_redraw_and_names_what_changed(folder):
+    assert check(folder) == []
+    changed = json.loads((folder / "data" / "kv_memory.json").read_text())
+    changed["values"]["lines"]["a"][1] = 2e10
+    (folder / "data" / "kv_memory.json").write_text(json.dumps(changed))
+    (complaint,) = check(folder)
+    assert "kv_memory.png is stale" in complaint
+    (folder / "data" / "roofline.json").unlink()
+    (folder / "decode_cost.png").unlink()
+    complaints = check(folder)
+    assert any("roofline has no data" in c for c in complaints)
+    assert any("decode_cost.png is missing" in c for c in complaints)
+    assert len(complaints) == 3
+
+
+def test_check_sees_a_change_of_the_code_and_of_the_style(folder, monkeypatch):
+    def other(values):
+        return registry.kv_memory(values)
+
+    monkeypatch.setitem(FIGURES, "kv_memory", ("kv_memory.json", other))
+    assert len(check(folder)) == 1
+    monkeypatch.setattr(registry, "STYLE", registry.STYLE | {"font.size": 11})
+    assert len(check(folder)) == len(FIGURES)
+
+
+def test_a_helper_that_changed_makes_the_figures_of_its_module_stale(folder, monkeypatch):
+    """Not the drawing function alone decides what a picture looks like."""
+    source = inspect.getsource
+    changed = {kv: {"kv_quantization", "kv_sparsity"}, plotting: set(FIGURES)}
+    for module, stale in changed.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(inspect, "getsource", lambda part, module=module: source(part) + "#" * (part is module))
+            assert {Path(complaint.split()[0]).stem for complaint in check(folder)} == stale
+
+
+def test_a_picture_without_data_is_named(folder):
+    (folder / "drawn_by_hand.png").write_bytes(b"")
+    (complaint,) = check(folder)
+    assert "drawn_by_hand.png is drawn from no data" in complaint
+
+
+def test_redraw_draws_what_has_data_and_refuses_what_is_asked_for_without(folder):
+    for file in {FIGURES[name][0] for name in FIGURES} - {"kv_memory.json"}:
+        (folder / "data" / file).unlink()
+    assert [p.name for p in redraw(folder=folder)] == ["kv_memory.png"]
+    with pytest.raises(FileNotFoundError):
+        redraw(["roofline"], folder)
+    with pytest.raises(KeyError):
+        redraw(["no such figure"], folder)
+
+
+def test_data_of_another_shape_is_refused_by_file_and_the_old_picture_stays(folder):
+    redraw(["kv_memory"], folder)
+    before, path = (folder / "kv_memory.png").read_bytes(), folder / "data" / "kv_memory.json"
+    path.write_text('{"command": "x", "kind": "A", "hardware": "none", "values": {"contexts": [1]}}')
+    with pytest.raises(ValueError, match=r"kv_memory\.json holds other values than kv_memory is drawn from.*lines"):
+        redraw(folder=folder)
+    assert (folder / "kv_memory.png").read_bytes() == before
+
+
+def test_no_series_is_left_out_for_want_of_a_colour():
+    draw = FIGURES["kv_memory"][1]
+    lines = {str(i): [1.0, 2.0] for i in range(len(registry.SERIES) + 1)}
+    with pytest.raises(ValueError, match="tells 7 series apart, got 8"):
+        draw({"contexts": [1, 2], "lines": lines})
+    lines.popitem()
+    assert len(draw({"contexts": [1, 2], "lines": lines}).axes[0].lines) == 7
+
+
+def test_one_name_is_one_figure(folder):
+    assert [p.name for p in redraw("kv_memory", folder)] == ["kv_memory.png"]
+
+
+# a quantity's label names its unit, as a word of its own; these are what figures count and measure in
+_COUNTED = "tokens bits bytes byte slots requests sequences batch step block channels weights times share"
+UNITS = {*_COUNTED.split(), "ms", "seconds", "second", "nats", "FLOP", "%"}
+# and these have none
+PURE = ("α", "|x|", "density of |x|", "error ‖x̂ − x‖² / ‖x‖²", "K", "relative error (rms)", "speedup by the formula")
+PURE_OF = {"prefixes": "hit rate (A), best dotted"}
+
+
+def quantities(ax):
+    """The labels of those axes of a plot that have numbers at their ticks; of shared ones, where they are written."""
+    for axis, near, label in (
+        (ax.xaxis, ax.get_shared_x_axes(), "get_xlabel"),
+        (ax.yaxis, ax.get_shared_y_axes(), "get_ylabel"),
+    ):
+        texts = [tick.label1.get_text() for tick in axis.get_major_ticks() if tick.label1.get_visible()]
+        numbers = [text for text in texts if re.fullmatch(r"[\d.,\u2212×k%]+|\$.*\$", text)]
+        if axis.get_visible() and numbers and len(numbers) == len([text for text in texts if text]):
+            own = max((getattr(other, label)() for other in near.get_siblings(ax)), key=len)
+            part = ax.get_figure()  # a row of plots may share one label, which is then its subfigure's
+            yield own or (getattr(part, f"get_sup{label[4:]}")() if isinstance(part, SubFigure) else "")
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_quantity_has_its_unit_every_plot_its_title_and_the_caption_the_command(name, folder, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(registry, "save", lambda figure, path, digest="": drawn.setdefault(Path(path).stem, figure))
+    redraw([name], folder)
+    drawn[name].draw_without_rendering()  # which writes the tick labels
+    every = [ax for ax in drawn[name].axes if ax.axison]
+    for ax in every:
+        for label in quantities(ax):
+            words = re.findall(r"%|\w+", label)
+            assert label in (*PURE, PURE_OF.get(name)) or set(words) & set(UNITS), (ax.get_title(loc="left"), label)
+        shared = [*ax.get_shared_x_axes().get_siblings(ax)]  # stacked plots over one axis share a title, too
+        assert any(other.get_title(loc="left") for other in shared), f"a plot without a title: {ax.get_ylabel()}"
+    assert any(label for ax in every for label in quantities(ax)), "no quantity at all"
+    assert read(folder / "data" / FIGURES[name][0]).command in drawn[name].get_supxlabel()
+
+
+def test_size_is_that_of_a_page(original):
+    for path in original.glob("*.png"):
+        raw = path.read_bytes()
+        width, height = (int.from_bytes(raw[i : i + 4], "big") for i in (16, 20))  # the PNG's IHDR chunk
+        assert width == 1152
+        assert 300 < height < 1000
+        assert len(raw) < 200_000
+
+
+def test_colours_are_distinct_in_grey_too():
+    """The three concepts differ in lightness, for readers who see no colour."""
+    light = [sum(w * int(c[i : i + 2], 16) for w, i in ((0.30, 1), (0.59, 3), (0.11, 5))) for c in SERIES[:2]]
+    assert abs(light[0] - light[1]) > 40
+    assert len(set(SERIES)) == len(SERIES)
+
+
+def test_save_takes_any_figure(tmp_path):
+    fig, ax = registry.axes("title", "x (s)", "y (s)")
+    ax.plot([0, 1], [0, 1])
+    assert save(fig, tmp_path / "deep" / "a.png").read_bytes().count(b"tEXt") == 0
+
+
+def test_pyplot_is_never_imported():
+    code = "import refllm.figures.registry as f, sys; f.kv_memory({'contexts': [1], 'lines': {}}); "
+    code += "assert 'matplotlib.pyplot' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_data_of_the_counted_and_projected_figures_is_up_to_date(tmp_path):
+    """The committed numbers are those that the command in the file makes now."""
+    memory.main(str(tmp_path))
+    roofline.main(str(tmp_path))
+    for path in tmp_path.glob("*.json"):
+        assert path.read_text() == (ROOT / "figures" / "data" / path.name).read_text(), path.name
+
+
+def test_committed_pictures_are_not_stale():
+    assert [c for c in check(ROOT / "figures") if "stale" in c] == []

@@ -1,0 +1,237 @@
+"""Checkpoints in 8-bit floats: what is read back is what was written, and transformers computes the same with it."""
+
+from __future__ import annotations
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from conftest import oracle
+from exported_models import output, products_of, their_model
+from networks import VOCAB, random_tensors, tokenizer
+from refllm.checkpoints.loading import CheckpointError, load, save
+from refllm.checkpoints.tensor_files import TensorFiles
+from refllm.formats.affine import Scheme
+from refllm.formats.float_layouts import from_tensors, stored_as, to_tensor
+from refllm.formats.quantization_config import UnsupportedQuantization, parse, quantization_config
+from refllm.formats.stored import Stored, tensor_specs
+from refllm.model.config import ModelConfig
+from refllm.model.llama import PROJECTIONS
+from refllm.quant.export import export
+from refllm.quant.fp8 import fp8
+from refllm.quant.recipe import quantize_model
+
+# 144 and 160 are no multiples of 128: blocks at the edges are ragged
+CONFIG = ModelConfig("llama", VOCAB, 144, 160, 2, 3, 1, 48, bos_token_id=0, eos_token_ids=(0,))
+EVEN = ModelConfig("llama", VOCAB, 128, 256, 2, 2, 1, 64, bos_token_id=0, eos_token_ids=(0,))
+IDS = np.random.default_rng(7).integers(0, VOCAB, (4, 8))
+BLOCK, CHANNEL = Scheme(8, "restricted", "block", 128), Scheme(8, "restricted", "channel")
+WAYS = {
+    "channel": (CHANNEL, {}, "float-quantized"),
+    "channel-weights": (CHANNEL, {"activations": False}, "float-quantized"),
+    "block": (BLOCK, {}, "float-quantized"),
+    "block-weights": (BLOCK, {"activations": False}, "float-quantized"),
+    "deepseek": (BLOCK, {}, "fp8"),
+    "deepseek-ragged": (BLOCK, {}, "fp8"),
+    "deepseek-ue8m0": (BLOCK, {"scale": "ue8m0"}, "fp8"),
+}
+
+
+WHOLE = ("block", "deepseek", "deepseek-ue8m0")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """Two models: one with ragged blocks, and one whose blocks are whole."""
+    folder, made = tmp_path_factory.mktemp("original"), {}
+    for name, config in (("ragged", CONFIG), ("even", EVEN)):
+        save(folder / name, config, random_tensors(config, 0, "float32"), tokenizer(), dtype="float16")
+        made[name] = load(folder / name)
+    return made
+
+
+@pytest.fixture(scope="module")
+def exported(original, tmp_path_factory):
+    """name → (the quantised model in memory, its directory)."""
+    folder, made = tmp_path_factory.mktemp("exported"), {}
+
+    def get(name):
+        if name not in made:
+            scheme, options, layout = WAYS[name]
+            source = original["even" if name in WHOLE else "ragged"]
+            model, report = quantize_model(source, "fp8", scheme, **options)
+            assert report.bits_per_weight < 8.3
+            export(folder / name, model, layout=layout)
+            made[name] = model, folder / name
+        return made[name]
+
+    return get
+
+
+@pytest.mark.theorem("load(export(model)) = model: codes and scales equal bit for bit, in both layouts of 8-bit floats",
+                     source="the formats' definitions")  # fmt: skip
+@pytest.mark.parametrize("name", WAYS)
+def test_what_is_read_back_is_what_was_written(exported, name):
+    model, path = exported(name)
+    read = load(path)
+    for one, other in zip(model.weights["layers"], read.weights["layers"], strict=True):
+        for key in PROJECTIONS:
+            np.testing.assert_array_equal(one[key].weight.codes, other[key].weight.codes)
+            np.testing.assert_array_equal(one[key].weight.scale, other[key].weight.scale)
+            assert one[key].activation == other[key].activation
+    np.testing.assert_array_equal(output(read, ids=IDS), output(model, ids=IDS))
+
+
+@pytest.mark.parametrize("name", ["channel", "block", "deepseek-ragged"])
+def test_the_files_by_definition(exported, name):
+    """E4M3 tensors under the usual name, and a float32 scale for each row or block."""
+    model, path = exported(name)
+    at = "model.layers.0.mlp.down_proj."
+    scale = "weight_scale_inv" if name == "deepseek-ragged" else "weight_scale"
+    with safe_open(path / "model.safetensors", framework="numpy") as file:
+        assert file.get_slice(at + "weight").get_dtype() == "F8_E4M3"
+        scales = file.get_tensor(at + scale)
+    with TensorFiles(path) as files:
+        codes = files.raw(at + "weight")
+    assert scales.dtype == np.float32
+    weight = model.weights["layers"][0]["down_proj"]
+    m, n = weight.shape
+    assert scales.shape == ((144, 1) if name == "channel" else (2, 2) if name == "deepseek-ragged" else (1, 2))
+    wide = scales if name == "channel" else np.kron(scales, np.ones((128, 128), np.float32))[:m, :n]
+    assert codes.dtype == ml_dtypes.float8_e4m3fn
+    np.testing.assert_array_equal(codes.astype(np.float32) * wide, weight.dequantize())
+
+
+@pytest.mark.oracle
+@pytest.mark.theorem(
+    "transformers loads float-quantized (channel, block) and DeepSeek's fp8 with no missing and no unexpected key, and "
+    "where activations stay as they are its logits are ours within 1e-4",
+    source="transformers 5 with compressed-tensors; it dequantises fp8 on a CPU",
+)
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", ["channel-weights", "block-weights", "deepseek", "deepseek-ue8m0"])
+def test_logits_in_transformers(exported, name):
+    # DeepSeek's with whole blocks: on a CPU transformers 5 cuts 144 rows with two scales into 72 and 72, not 128 and 16
+    torch = oracle("torch")
+    model, path = exported(name)
+    for layer in model.weights["layers"]:
+        for key in PROJECTIONS:
+            layer[key].activation = None  # on a CPU transformers multiplies dequantised weights
+    with torch.no_grad():
+        got = their_model(path)(torch.from_numpy(IDS)).logits.numpy()
+    assert np.abs(output(model, ids=IDS) - got).max() <= 1e-4
+
+
+@pytest.mark.oracle
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", ["channel", "block"])
+def test_linears_with_rounded_activations_in_transformers(exported, name):
+    """On equal inputs each linear gives our product within 1e-4 of its size, but where a code is a tie in one."""
+    _, path = exported(name)
+    read = load(path)
+    _, seen = products_of(their_model(path), IDS)
+    for (index, key), (x, y) in seen.items():
+        linear = read.weights["layers"][index][key]
+        off = np.abs(linear.matmul(x.reshape(-1, x.shape[-1])).reshape(y.shape) - y)
+        assert np.median(off) <= 1e-6 * np.abs(y).max(), (index, key)
+        assert np.mean(off > 1e-4 * np.abs(y).max()) < 0.02, (index, key)
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+def test_what_no_layout_holds():
+    w = np.ones((4, 8), dtype=np.float32)
+    with pytest.raises(ValueError, match="pack-quantized cannot hold 8-bit floats; what can: float-quantized, fp8"):
+        stored_as(fp8(w, CHANNEL), "pack-quantized")
+    with pytest.raises(ValueError, match="fp8 holds e4m3 in square blocks, not e4m3 by channel"):
+        stored_as(fp8(w, CHANNEL), "fp8")
+    with pytest.raises(ValueError, match="holds e4m3 in square blocks or by channel, not e5m2 by channel"):
+        stored_as(fp8(w, CHANNEL, format="e5m2"))
+    with pytest.raises(ValueError, match="not e4m3 by tensor"):
+        stored_as(fp8(w, Scheme(8, "restricted", "tensor")))
+    with pytest.raises(ValueError, match="fp8 goes with activations by tile, not None"):
+        stored_as(fp8(w, BLOCK, activations=False), "fp8")
+    with pytest.raises(ValueError, match="tiles of 64 columns"):
+        stored_as(fp8(w, Scheme(8, "restricted", "block", 64)))
+
+
+def test_integers_go_into_other_layouts(original, tmp_path):
+    model, _ = quantize_model(original["even"], "rtn", Scheme(8, "restricted", "channel"))
+    with pytest.raises(
+        ValueError, match="float-quantized cannot hold whole numbers, only 8-bit floats; what can: pack"
+    ):
+        export(tmp_path / "q", model, layout="float-quantized")
+    ragged, _ = quantize_model(original["ragged"], "fp8")
+    with pytest.raises(
+        ValueError, match="whole tiles of 128, which do not divide its 144 columns; fp8 takes any shape"
+    ):
+        export(tmp_path / "q", ragged)
+    assert not (tmp_path / "q").exists()
+
+
+def test_damaged_tensors_are_refused(xp):
+    weight = fp8(xp.asarray(np.ones((4, 8), dtype=np.float32)), BLOCK)
+    stored = stored_as(weight, "fp8")
+    tensors = {suffix: to_tensor(weight, suffix) for suffix in tensor_specs(stored, (4, 8))}
+    assert from_tensors(tensors, stored, (4, 8)).activation == "tile"
+    with pytest.raises(ValueError, match="w: a code is NaN"):
+        from_tensors(tensors | {"weight": tensors["weight"] | 0x7F}, stored, (4, 8), name="w")
+    for wrong in (-1.0, np.inf, np.nan):
+        scale = xp.asarray(np.full((1, 1), wrong, dtype=np.float32))
+        with pytest.raises(ValueError, match="w: a scale is negative or not finite"):
+            from_tensors(tensors | {"weight_scale_inv": scale}, stored, (4, 8), name="w")
+
+
+@pytest.mark.theorem("parse(quantization_config(stored)) = stored, for every way of storing 8-bit floats",
+                     source="refllm.formats.quantization_config")  # fmt: skip
+@pytest.mark.parametrize("stored", [
+    Stored("fp8", 8, 128), Stored("float-quantized", 8), Stored("float-quantized", 8, 128),
+    Stored("float-quantized", 8, plain_inputs=True), Stored("float-quantized", 8, 128, plain_inputs=True),
+])  # fmt: skip
+def test_entries_are_read_as_they_are_written(stored):
+    entry = json.loads(json.dumps(quantization_config(stored)))
+    assert parse(entry).groups == ((("Linear",), stored),)
+    assert str(stored).endswith("8 bits") or "row" in str(stored) or "blocks of 128 × 128" in str(stored)
+
+
+@pytest.mark.parametrize(("entry", "words"), [
+    ({"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": [128, 128]}, "activation_scheme"),
+    ({"quant_method": "fp8", "fmt": "e5m2", "weight_block_size": [128, 128]}, "fmt 'e5m2'"),
+    ({"quant_method": "fp8", "weight_block_size": None}, "weight_block_size None"),
+    ({"quant_method": "fp8", "weight_block_size": [1, 128]}, "weight_block_size"),
+    ({"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "int"}, "scale_fmt"),
+])  # fmt: skip
+def test_what_is_not_read_is_refused(entry, words):
+    with pytest.raises(UnsupportedQuantization, match=words):
+        parse(entry)
+
+
+def test_options_of_compressed_tensors_that_are_not_read():
+    entry = quantization_config(Stored("float-quantized", 8))
+    for where, key, value, words in (
+        ("weights", "strategy", "tensor", "a scale a row"),
+        ("weights", "num_bits", 4, "8-bit"),
+        ("input_activations", "dynamic", False, "dynamic 8-bit floats"),
+    ):
+        changed = json.loads(json.dumps(entry))
+        changed["config_groups"]["group_0"][where][key] = value
+        with pytest.raises(UnsupportedQuantization, match=words):
+            parse(changed)
+
+
+def test_a_file_of_another_type_is_refused(exported, tmp_path):
+    """Whole numbers where E4M3 is meant, as a damaged or foreign file may have them."""
+    _, path = exported("deepseek")
+    target = tmp_path / "damaged"
+    target.mkdir()
+    for file in path.iterdir():
+        data = file.read_bytes()
+        if file.suffix == ".safetensors":
+            data = data.replace(b'"F8_E4M3"', b'"I8"     ')
+        (target / file.name).write_bytes(data)
+    with pytest.raises(CheckpointError, match="is stored as I8, not as float8_e4m3fn"):
+        load(target)

@@ -1,0 +1,296 @@
+"""Byte layouts: each bit where its definition puts it, equal to the libraries' own packing, and back again."""
+
+from __future__ import annotations
+
+import importlib.util
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import oracle, to_host
+from refllm.formats.affine import Quantized, Scheme, quantize
+from refllm.formats.layouts import AWQ_ORDER, from_tensors, to_tensor, to_tensors
+from refllm.formats.reordered import Reordered, order_of
+from refllm.formats.stored import LAYOUTS, Stored, stored_as, tensor_specs
+from refllm.formats.w8a8_linear import W8A8Linear
+from strategies import seeds
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "layouts.npz"
+_spec = importlib.util.spec_from_file_location("make_layouts", GOLDEN.with_name("make_layouts.py"))
+assert _spec is not None
+assert _spec.loader is not None
+golden = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(golden)
+
+M, N = 32, 96
+SCHEMES = [Scheme(b, rule, *g) for b, rule, g in product(
+    (2, 3, 4, 8), ("half_integer", "restricted", "half_integer_unsigned", "power", "asymmetric", "asymmetric_signed",
+                   "awq"), (("group", 32), ("channel", None), ("tensor", None)))]  # fmt: skip
+
+
+def fits(scheme: Scheme, layout: str, activations: bool) -> bool:
+    try:
+        stored_as(scheme, layout, activations=activations)
+    except ValueError:
+        return False
+    return True
+
+
+HELD = [(s, layout, a) for s in SCHEMES for layout in LAYOUTS for a in (False, True) if fits(s, layout, a)]
+
+
+def weight(seed: int, xp=np, m=M, n=N):
+    return xp.asarray(np.random.default_rng(seed).standard_normal((m, n)).astype("float32") - 0.1)
+
+
+def read_bits(words: np.ndarray, bits: int, count: int) -> list[int]:
+    """Codes of a row of 32-bit words, as the definition has it: one Python int of all bits."""
+    whole = sum(int(word) << (32 * i) for i, word in enumerate(np.asarray(words).view(np.uint32).tolist()))
+    return [(whole >> (bits * i)) & ((1 << bits) - 1) for i in range(count)]
+
+
+def there_and_back(w, stored: Stored, **more):
+    tensors = to_tensors(w, stored)
+    specs = tensor_specs(stored, w.shape)
+    assert list(tensors) == list(specs)
+    for suffix, tensor in tensors.items():
+        kind, shape = specs[suffix]
+        assert tuple(tensor.shape) == shape, suffix
+        assert to_host(tensor).dtype == ("float16" if kind == "float" else kind), suffix
+    wide = {s: t.astype("float32") if t.dtype == "float16" else t for s, t in tensors.items()}
+    return from_tensors(wide, stored, w.shape, scale_dtype="float16", **more)
+
+
+# --- there and back ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.theorem(
+    "each layout that holds a scheme gives the weight back: codes, scales (float16) and zero points, bit for bit",
+    source="the formats' definitions",
+)
+@given(st.sampled_from(HELD), seeds)
+def test_round_trip_of_every_scheme_in_every_layout_that_holds_it(xp, held, seed):
+    scheme, layout, activations = held
+    made = quantize(weight(seed, xp), scheme, scale_dtype="float16")
+    written = W8A8Linear(made) if activations else made
+    back = there_and_back(written, stored_as(scheme, layout, activations=activations))
+    assert isinstance(back, W8A8Linear) == activations
+    np.testing.assert_array_equal(to_host(back.dequantize()), to_host(made.dequantize()))
+
+
+@given(seeds, st.sampled_from([8, 32]), st.sampled_from(["gptq", "gptq_v2"]))
+def test_round_trip_of_reordered_groups(xp, seed, group, layout):
+    rng = np.random.default_rng(seed)
+    g_idx = rng.permutation(np.arange(N) // group).astype(np.int32)
+    order = order_of(xp.asarray(g_idx), N // group)
+    w = weight(seed, xp)
+    made = quantize(w[:, order], Scheme(4, "half_integer", "group", group), scale_dtype="float16")
+    reordered = Reordered(made._words, made._scale, made._zero, made.scheme, made.shape, made.dtype)
+    reordered.order = order
+    np.testing.assert_array_equal(to_host(reordered.g_idx), g_idx)
+    np.testing.assert_array_equal(to_host(reordered.dequantize())[:, to_host(order)], to_host(made.dequantize()))
+    x = xp.asarray(rng.standard_normal((3, N)).astype("float32"))
+    product_ = to_host(x).astype("float64") @ to_host(reordered.dequantize()).astype("float64").T
+    # N products of float32 are summed, in any order
+    limit = 2 * N * 2.0**-24 * (np.abs(to_host(x)) @ np.abs(to_host(reordered.dequantize())).T)
+    assert (np.abs(to_host(reordered.matmul(x)) - product_) <= limit).all()
+    assert reordered.nbytes == made.nbytes + 4 * N
+    back = there_and_back(reordered, stored_as(made.scheme, layout, reordered=True))
+    np.testing.assert_array_equal(to_host(back.dequantize()), to_host(reordered.dequantize()))
+    np.testing.assert_array_equal(to_host(back.g_idx), g_idx)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_scales_come_back_in_the_type_they_were_stored_in(xp, dtype):
+    scheme = Scheme(4, "half_integer", "group", 32)
+    made = quantize(weight(0, xp), scheme, scale_dtype=dtype)
+    tensors = to_tensors(made, stored_as(scheme, "pack-quantized"), dtype=dtype)
+    assert to_host(tensors["weight_scale"]).dtype == ("uint16" if dtype == "bfloat16" else dtype)
+    back = from_tensors(tensors | {"weight_scale": made.scale}, stored_as(scheme, "pack-quantized"), (M, N),
+                        scale_dtype=dtype)  # fmt: skip
+    assert back.nbytes == made.nbytes
+    np.testing.assert_array_equal(to_host(back.dequantize()), to_host(made.dequantize()))
+
+
+# --- each bit by definition ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.theorem(
+    "pack-quantized: code q + 2^(b−1) of column i takes the bits [i·b, i·b + b) of its row, for 1 to 8 bits",
+    source="compressed-tensors, pack_to_int32",
+)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_pack_quantized_by_definition(bits):
+    scheme = Scheme(bits, "half_integer", "channel")
+    made = quantize(weight(bits, n=41), scheme)
+    words = to_tensor(made, stored_as(scheme, "pack-quantized"), "weight_packed")
+    for row, codes in zip(words, made.codes, strict=True):
+        assert read_bits(row, bits, 41) == [int(q) + (1 << (bits - 1)) for q in codes]
+
+
+@pytest.mark.theorem(
+    "GPTQ: code of (o, i) is number i of the bit stream that is column o of qweight; Z of (g, o) is number o of row g "
+    "of qzeros, less 1 in version 1",
+    source="AutoGPTQ, GPTQModel: QuantLinear",
+)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
+def test_gptq_by_definition(bits, layout):
+    scheme = Scheme(bits, "asymmetric" if layout == "gptq_v2" else "half_integer_unsigned", "group", 32)
+    made = quantize(weight(bits), scheme)
+    tensors = to_tensors(made, stored_as(scheme, layout))
+    for o in range(M):
+        assert read_bits(np.ascontiguousarray(tensors["qweight"][:, o]), bits, N) == made.codes[o].tolist()
+    for g in range(N // 32):
+        lost = layout == "gptq"
+        assert read_bits(tensors["qzeros"][g], bits, M) == (made.zero_point[:, g] - lost).tolist()
+    np.testing.assert_array_equal(tensors["g_idx"], np.arange(N) // 32)
+    if bits == 4 and layout == "gptq":
+        assert (tensors["qzeros"] == 0x77777777).all()
+
+
+@pytest.mark.theorem(
+    "AWQ GEMM: nibble n of word c of row i is the code of output 8c + (0 2 4 6 1 3 5 7)[n] and input i; zeros alike",
+    source="AutoAWQ, WQLinear_GEMM",
+)
+def test_awq_by_definition():
+    scheme = Scheme(4, "awq", "group", 32)
+    made = quantize(weight(4), scheme)
+    tensors = to_tensors(made, stored_as(scheme, "awq"))
+    assert sorted(AWQ_ORDER) == list(range(8))
+    order = [8 * c + k for c in range(M // 8) for k in (0, 2, 4, 6, 1, 3, 5, 7)]
+    for i in range(N):
+        assert read_bits(tensors["qweight"][i], 4, M) == made.codes[order, i].tolist()
+    for g in range(N // 32):
+        assert read_bits(tensors["qzeros"][g], 4, M) == made.zero_point[order, g].tolist()
+
+
+# --- the libraries' own packing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.oracle
+@pytest.mark.theorem(
+    "pack-quantized words = compressed-tensors' pack_to_int32, 1 to 8 bits, any row length",
+    source="compressed-tensors 0.20",
+)
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("n", [1, 31, 32, 96])
+def test_packing_equals_compressed_tensors(bits, n):
+    torch = oracle("torch")
+    helpers = oracle("compressed_tensors.compressors.pack_quantized.helpers")
+    scheme = Scheme(bits, "half_integer", "channel")
+    made = quantize(weight(bits, n=n), scheme)
+    ours = to_tensor(made, stored_as(scheme, "pack-quantized"), "weight_packed")
+    codes = torch.from_numpy(np.ascontiguousarray(made.codes))
+    np.testing.assert_array_equal(helpers.pack_to_int32(codes, bits).numpy(), ours)
+    back = helpers.unpack_from_int32(torch.from_numpy(ours), bits, torch.Size((M, n)))
+    np.testing.assert_array_equal(back.numpy(), made.codes)
+
+
+def golden_weight(name: str) -> tuple[Quantized, Stored]:
+    """The case's weight as ours, made of the codes that the script drew too."""
+    case = golden.CASES[name]
+    codes, scales, zeros, g_idx = golden.draw(case)
+    order = np.argsort(g_idx, kind="stable")
+    scheme = Scheme(case.bits, "asymmetric", "group", case.group)
+    made = Quantized.from_codes(codes[:, order].astype(np.uint8), scales, zeros, scheme, scale_dtype="float16")
+    if case.reordered:
+        made = Reordered(made._words, made._scale, made._zero, scheme, made.shape, made.dtype)
+        made.order = order
+    return made, stored_as(scheme, case.layout, reordered=case.reordered)
+
+
+@pytest.mark.theorem(
+    "qweight, qzeros, scales, g_idx = GPTQModel's (2, 3, 4, 8 bits, with g_idx) and AWQ's, word for word, and what is "
+    "read of its files is the weight that it computes with",
+    source="gptqmodel 7.6.0, recorded",
+)
+@pytest.mark.parametrize("name", golden.CASES)
+def test_tensors_equal_gptqmodels(name):
+    made, stored = golden_weight(name)
+    with np.load(GOLDEN) as file:
+        theirs = {key.partition("/")[2]: file[key] for key in file.files if key.startswith(f"{name}/")}
+    back = theirs.pop("weight")
+    ours = to_tensors(made, stored)
+    assert set(ours) == set(theirs)
+    for key in ours:
+        np.testing.assert_array_equal(ours[key], theirs[key].astype(ours[key].dtype), err_msg=key)
+    read = from_tensors(theirs | {"scales": theirs["scales"].astype("float32")}, stored, made.shape,
+                        scale_dtype="float16")  # fmt: skip
+    np.testing.assert_array_equal(read.dequantize(), golden.weight_of(golden.CASES[name]))
+    # it multiplies in float16: half a unit in the last place of 11 bits
+    assert (np.abs(back - read.dequantize()) <= 2.0**-11 * np.abs(read.dequantize())).all()
+
+
+# --- what is odd ---------------------------------------------------------------------------------------------------
+
+
+def test_version_one_reads_its_lost_zero_as_the_largest_code():
+    made = quantize(np.abs(weight(0)), Scheme(4, "asymmetric", "group", 32))
+    assert not made.zero_point.any()  # the case in which readers of version 1 disagree
+    with pytest.raises(ValueError, match=r"gptq cannot hold asymmetric weights \(a zero point of 0 is lost\)"):
+        stored_as(made.scheme, "gptq")
+    tensors = to_tensors(made, stored_as(made.scheme, "gptq_v2"))
+    assert not tensors["qzeros"].any()
+    tensors |= {"scales": tensors["scales"].astype("float32"), "qzeros": np.full_like(tensors["qzeros"], -1)}
+    back = from_tensors(tensors, Stored("gptq", 4, 32, symmetric=False), made.shape, scale_dtype="float16")
+    np.testing.assert_array_equal(back.zero_point, made.zero_point)
+    np.testing.assert_array_equal(back.codes, made.codes)
+
+
+def test_scales_of_zero_and_negative_ones():
+    scheme = Scheme(4, "half_integer", "channel")
+    stored = stored_as(scheme, "pack-quantized")
+    tensors = to_tensors(quantize(weight(0), scheme), stored)
+    tensors["weight_scale"] = tensors["weight_scale"].astype("float32")
+    tensors["weight_scale"][3] = 0.0
+    assert not from_tensors(tensors, stored, (M, N)).dequantize()[3].any()
+    tensors["weight_scale"][3] = -1.0
+    with pytest.raises(ValueError, match="q_proj: a scale is negative"):
+        from_tensors(tensors, stored, (M, N), name="q_proj")
+
+
+def test_tensors_that_contradict_each_other_are_refused():
+    scheme = Scheme(4, "half_integer", "group", 32)
+    made = quantize(weight(0), scheme)
+    stored = stored_as(scheme, "pack-quantized")
+    tensors = to_tensors(made, stored)
+    with pytest.raises(ValueError, match=r"weight_shape says \[32, 95\], but the network needs \[32, 96\]"):
+        from_tensors(tensors | {"weight_shape": np.array([32, 95])}, stored, (M, N))
+    stored = stored_as(scheme, "gptq_v2")
+    tensors = to_tensors(made, stored)
+    uneven = np.zeros(N, np.int32)
+    with pytest.raises(ValueError, match="g_idx does not put 32 columns into each of 3 groups"):
+        from_tensors(tensors | {"g_idx": uneven}, stored, (M, N))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "layout", "more", "sentence"),
+    [
+        (Scheme(3, "half_integer", "channel"), "awq", {}, "3-bit weights, only 4-bit ones; what can: pack-quantized"),
+        (Scheme(5, "half_integer", "channel"), "gptq", {}, "only those of 2, 3, 4 or 8 bits; what can: pack-quantized"),
+        (Scheme(4, "asymmetric", "channel"), "pack-quantized", {}, r"readers fail on them\); what can: gptq_v2, awq"),
+        (Scheme(5, "asymmetric", "channel"), "gptq_v2", {}, "no layout can"),
+        (Scheme(4, "half_integer", "block", 8), "gptq", {}, "a scale for each block; no layout can"),
+        (Scheme(8, "half_integer", "channel"), "gptq", {"activations": True}, "what can: int-quantized"),
+        (Scheme(8, "half_integer", "channel"), "int-quantized", {}, "not quantised; what can: pack-quantized, naive"),
+        (Scheme(8, "half_integer", "group", 8), "int-quantized", {"activations": True}, "groups; no layout can"),
+        (Scheme(4, "half_integer", "group", 8), "pack-quantized", {"reordered": True}, "what can: gptq_v2, gptq"),
+        (Scheme(4, "half_integer", "channel"), "gguf", {}, "unknown layout 'gguf'; choose one of pack-quantized"),
+    ],
+)
+def test_what_a_layout_cannot_hold_is_refused_with_what_can(scheme, layout, more, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        stored_as(scheme, layout, **more)
+
+
+def test_shapes_that_a_layout_has_no_words_for_are_refused():
+    for layout, shape in (("awq", (12, 32)), ("gptq_v2", (32, 36)), ("gptq_v2", (12, 32))):
+        with pytest.raises(ValueError, match=rf"o_proj: {layout} packs 8 codes .* pack-quantized takes any shape"):
+            tensor_specs(Stored(layout, 4), shape, "o_proj")
+    with pytest.raises(ValueError, match="o_proj: groups of 7 do not divide its 32 columns"):
+        tensor_specs(Stored("pack-quantized", 4, 7), (8, 32), "o_proj")

@@ -1,0 +1,149 @@
+"""A product of two integer sides: exact sums, steps of tokens, batches and calibration, and what depends on what."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import to_host
+from refllm.formats.affine import Scheme, decode, quantize
+from refllm.formats.w8a8_linear import W8A8Linear
+from strategies import build, seeds
+
+ROWWISE = Scheme(8, "restricted", "channel")
+WEIGHTS = [
+    ROWWISE,
+    Scheme(8, "half_integer", "channel"),
+    Scheme(8, "asymmetric", "channel"),
+    Scheme(4, "half_integer_unsigned", "group", 4),
+    Scheme(8, "restricted", "tensor"),
+]
+ACTIVATIONS = ["token", "tensor", 0.04]
+KINDS = ("normal", "outlier_column", "zero", "constant", "denormal", "one_sided")
+
+
+def linear(xp, seed, scheme=ROWWISE, activation="token", rule="restricted", dtype="float32", shape=(5, 8)):
+    w = np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+    return W8A8Linear(quantize(xp.asarray(w), scheme), activation, rule)
+
+
+@pytest.mark.theorem(
+    "Y = s_x s_w Q_x Q_wᵀ is the product of the rounded activations with the dequantised weight",
+    source="Xiao et al. 2023, eq. 2",
+)
+@given(
+    seed=seeds,
+    kind=st.sampled_from(KINDS),
+    scheme=st.sampled_from(WEIGHTS),
+    activation=st.sampled_from(ACTIVATIONS),
+    rule=st.sampled_from(["restricted", "half_integer"]),
+    dtype=st.sampled_from(["float32", "float64"]),
+)
+def test_equality_the_product_is_that_of_what_both_sides_stand_for(xp, seed, kind, scheme, activation, rule, dtype):
+    layer = linear(xp, seed, scheme, activation, rule, dtype)
+    x = xp.asarray(build(kind, (3, 8), seed, dtype))
+    codes, step = layer.quantize_activations(x)
+    left = to_host(decode(codes, step, xp.zeros(step.shape, dtype=xp.int32), layer.scheme)).astype(np.longdouble)
+    right = to_host(layer.dequantize()).astype(np.longdouble)
+    y = to_host(layer.matmul(x))
+    assert y.dtype == dtype
+    # the sums are exact; of each group: the integer, two scales and the sum are rounded, in either factor s·(q − z)
+    info = np.finfo(dtype)
+    bound = 16 * float(info.eps) * (np.abs(left) @ np.abs(right).T) + 16 * float(info.smallest_normal)
+    assert (np.abs(y - left @ right.T) <= bound).all()
+
+
+@pytest.mark.theorem(
+    "With a step a token, what a token becomes does not depend on the other tokens of the batch, bit for bit",
+    source="integer sums are exact, and everything else is elementwise",
+)
+@given(seed=seeds, kind=st.sampled_from(KINDS), scheme=st.sampled_from(WEIGHTS), static=st.booleans())
+def test_invariance_tokens_do_not_see_each_other(xp, seed, kind, scheme, static):
+    layer = linear(xp, seed, scheme, 0.02 if static else "token", shape=(7, 40 if scheme.group_size else 41))
+    x = build(kind, (6, layer.shape[1]), seed)
+    together = to_host(layer.matmul(xp.asarray(x)))
+    alone = np.concatenate([to_host(layer.matmul(xp.asarray(x[t : t + 1]))) for t in range(6)])
+    assert np.array_equal(together, alone)
+
+
+def test_with_one_step_for_the_batch_they_do(xp):
+    layer = linear(xp, 0, activation="tensor")
+    x = np.random.default_rng(1).standard_normal((2, 8)).astype("float32")
+    x[1] *= 3000  # the other token's step leaves nothing of the first
+    both, alone = (to_host(layer.matmul(xp.asarray(part))) for part in (x, x[:1]))
+    assert not both[0].any()
+    assert alone[0].all()
+
+
+@pytest.mark.theorem(
+    "|Ŷ − X Wᵀ| ≤ Σ_j |x_j| s_w/2 + |w_j| s_x/2 + s_x s_w/4",
+    source="x̂ = x + δ, ŵ = w + ε with |δ| ≤ s_x/2, |ε| ≤ s_w/2",
+)
+@given(seed=seeds, kind=st.sampled_from(KINDS), activation=st.sampled_from(["token", "tensor"]))
+def test_bound_of_the_error(xp, seed, kind, activation):
+    w = np.random.default_rng(seed).standard_normal((5, 8))
+    layer = W8A8Linear(quantize(xp.asarray(w), ROWWISE), activation, "restricted")
+    x = build(kind, (3, 8), seed, "float64")
+    s_x = np.broadcast_to(to_host(layer.quantize_activations(xp.asarray(x))[1]), (3, 1))
+    s_w = to_host(layer.weight.scale).T
+    bound = 0.5 * (np.abs(x).sum(axis=1, keepdims=True) * s_w + s_x * np.abs(w).sum(axis=1)) + 8 * s_x * s_w / 4
+    slack = 64 * float(np.finfo("float64").eps) * (np.abs(x) @ np.abs(w).T) + 1e-300
+    assert (np.abs(to_host(layer.matmul(xp.asarray(x))) - x @ w.T) <= bound + slack).all()
+
+
+@pytest.mark.parametrize(("rule", "steps", "lowest"), [("restricted", 127.0, -127), ("half_integer", 127.5, -128)])
+def test_exact_value_steps_of_the_two_rules(xp, rule, steps, lowest):
+    x = np.array([[-2.0, 1.0, 0.5, 0.0], [0.0, 0.0, 0.0, 0.0], [4.0, -3.0, 0.1, 1.0]], dtype="float32")
+    layer = linear(xp, 0, rule=rule, shape=(5, 4))
+    codes, step = layer.quantize_activations(xp.asarray(x))
+    assert to_host(step)[[0, 2], 0].tolist() == [np.float32(a) / np.float32(steps) for a in (2.0, 4.0)]
+    assert to_host(codes)[0, 0] in (lowest, -127)  # a tie at 127.5 steps, up to rounding of the step
+    assert to_host(codes)[2, 0] == 127
+    assert not to_host(codes)[1].any()
+    whole = linear(xp, 0, activation="tensor", rule=rule, shape=(5, 4)).quantize_activations(xp.asarray(x))[1]
+    assert float(to_host(whole)) == np.float32(4.0) / np.float32(steps)
+
+
+def test_a_static_step_clips_what_calibration_has_not_seen(xp):
+    layer = linear(xp, 0, activation=1.0 / 127, shape=(5, 2))
+    codes, step = layer.quantize_activations(xp.asarray(np.array([[0.5, 100.0], [-1.0, -3e38]], dtype="float32")))
+    assert to_host(codes).tolist() == [[64, 127], [-127, -127]]
+    assert float(to_host(step)) == np.float32(1.0 / 127)
+    assert layer.nbytes == layer.weight.nbytes + 4
+
+
+def test_it_is_a_linear_that_counts_its_bytes(xp):
+    layer = linear(xp, 0)
+    assert layer.shape == (5, 8)
+    assert layer.nbytes == layer.weight.nbytes == 5 * 8 + 5 * 4
+    assert layer.bits_per_weight == 8 * 60 / 40
+    assert to_host(layer.matmul(xp.zeros((0, 8), dtype=xp.float32))).shape == (0, 5)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_refused_activations_that_are_not_finite_by_name(xp, activation, bad):
+    layer = linear(xp, 0, activation=activation)
+    x = np.ones((2, 8), dtype="float32")
+    x[1, 3] = bad
+    with pytest.raises(ValueError, match=r"activations: holds NaN or infinity, first at index \(1, 3\)"):
+        layer.matmul(xp.asarray(x))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"activation": 0.0}, "a static step is finite and above 0"),
+        ({"activation": float("inf")}, "a static step is finite and above 0"),
+        ({"activation": float("nan")}, "a static step is finite and above 0"),
+        ({"activation": "row"}, "activation is 'token', 'tensor' or a static step, got 'row'"),
+        ({"scheme": Scheme(8, "restricted", "block", 4)}, "the steps of blocks do not factor out"),
+        ({"rule": "asymmetric"}, "a signed rule without zero point, not 'asymmetric'"),
+        ({"rule": "half_integer_unsigned"}, "a signed rule without zero point"),
+    ],
+)
+def test_refused_what_has_no_such_product(xp, how, message):
+    with pytest.raises(ValueError, match=message):
+        linear(xp, 0, **how)

@@ -1,0 +1,324 @@
+"""The block pool and its tables against a brute-force model: who owns what, what is remembered, what a slot holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import ClassVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from machines import run
+from refllm.kv.block_pool import BlockPool, BlockTable, OutOfBlocks
+
+# --- the pool ------------------------------------------------------------------------------------------------
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """The model: a multiset of owners, the order in which blocks became free, and a dictionary of keys."""
+
+    seen: ClassVar[Counter[str]] = Counter()
+
+    @initialize(count=st.integers(1, 6))
+    def begin(self, count: int) -> None:
+        self.vacant: list[int] = []
+        self.pool = BlockPool(count, 4, on_vacant=self.vacant.append)
+        self.owners: Counter[int] = Counter()
+        self.line = list(range(count))  # free blocks, the next to be taken first
+        self.keys: dict[int, int] = {}
+        self.told: list[int] = []  # what ``on_vacant`` should have said
+        self.counted: Counter[str] = Counter()  # what the pool should have counted
+        self.peak = 0
+
+    def note(self, what: str) -> None:
+        self.counted[what] += 1
+        self.seen[what] += 1
+
+    def owned(self) -> list[int]:
+        return sorted(self.owners)
+
+    @rule()
+    def allocate(self) -> None:
+        if not self.line:
+            with pytest.raises(OutOfBlocks, match="in use"):
+                self.pool.allocate()
+            self.seen["exhausted"] += 1
+            return
+        expected = self.line.pop(0)
+        if self.keys.pop(expected, None) is not None:
+            self.told.append(expected)
+            self.note("forgotten")
+        assert self.pool.allocate() == expected
+        self.note("allocated")
+        self.owners[expected] = 1
+
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        block = data.draw(st.integers(0, self.pool.num_blocks - 1))
+        if not self.owners[block] and block not in self.keys:
+            with pytest.raises(ValueError, match="free and holds nothing"):
+                self.pool.fork(block)
+        else:
+            assert self.pool.fork(block) == block
+            if not self.owners[block]:
+                self.line.remove(block)
+                self.note("revived")
+            self.owners[block] += 1
+        self.owners += Counter()  # drops zeros
+
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        block = data.draw(st.integers(0, self.pool.num_blocks - 1))
+        if not self.owners[block]:
+            with pytest.raises(ValueError, match="free already"):
+                self.pool.free(block)
+        else:
+            self.pool.free(block)
+            self.owners[block] -= 1
+            if not self.owners[block] and block in self.keys:
+                self.line.append(block)
+            elif not self.owners[block]:
+                self.line.insert(0, block)
+                self.told.append(block)
+        self.owners += Counter()
+
+    @precondition(lambda self: self.owners)
+    @rule(data=st.data(), key=st.integers(0, 2))
+    def remember(self, data: st.DataObject, key: int) -> None:
+        block = data.draw(st.sampled_from(self.owned()))
+        if block in self.keys:
+            with pytest.raises(ValueError, match="remembered already"):
+                self.pool.remember(block, key)
+        else:
+            self.seen["twins"] += key in self.keys.values()
+            self.pool.remember(block, key)
+            self.keys[block] = key
+
+    @invariant()
+    def agrees(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        self.pool.check()
+        assert self.pool.num_free == len(self.line)
+        assert [self.pool.ref_count(b) for b in range(self.pool.num_blocks)] == [
+            self.owners[b] for b in range(self.pool.num_blocks)
+        ]
+        for key in range(3):
+            found = self.pool.find(key)
+            holders = [b for b, k in self.keys.items() if k == key]  # in the order in which they were remembered
+            assert found == (holders[0] if holders else None)
+        assert self.vacant == self.told
+        assert all(getattr(self.pool, what) == self.counted[what] for what in ("allocated", "forgotten", "revived"))
+        self.peak = max(self.peak, len(self.owners))
+        assert (self.pool.peak, self.pool.num_used) == (self.peak, len(self.owners))
+
+    def teardown(self) -> None:
+        for block in list(getattr(self, "owners", Counter()).elements()):
+            self.pool.free(block)
+        if hasattr(self, "pool"):
+            assert self.pool.num_free == self.pool.num_blocks
+
+
+@pytest.mark.theorem(
+    "A pool gives its nameless free blocks first, then the named ones in the order in which they became free; a name "
+    "finds its first block until that is given away; no block is lost",
+    source="Kwon et al. 2023, section 4.2; vLLM, automatic prefix caching",
+)
+def test_state_machine_the_pool_is_a_queue_with_a_dictionary():
+    run(PoolMachine, examples=50, see={"exhausted", "forgotten", "revived", "twins"})
+
+
+def test_a_free_block_that_is_remembered_is_forgotten_only_when_it_is_taken():
+    pool = BlockPool(2, 4)
+    first, second = pool.allocate(), pool.allocate()
+    pool.remember(first, "a")
+    pool.remember(second, "b")
+    pool.free(second)
+    pool.free(first)
+    assert (pool.find("a"), pool.find("b")) == (first, second)
+    assert pool.allocate() == second  # free the longest
+    assert (pool.find("a"), pool.find("b"), pool.forgotten) == (first, None, 1)
+    assert pool.fork(first) == first
+    assert pool.revived == 1
+
+
+@pytest.mark.parametrize("block", [-1, 3])
+def test_a_block_that_the_pool_does_not_have_is_refused(block):
+    pool = BlockPool(3, 4)
+    for operation in (pool.free, pool.fork, pool.ref_count, pool.key_of):
+        with pytest.raises(ValueError, match=r"blocks 0\.\.2"):
+            operation(block)
+
+
+@pytest.mark.parametrize("size", [(0, 4), (4, 0), (-1, 1), (2.5, 4), (2, 1.5), (None, 4)])
+def test_a_pool_of_nothing_is_refused(size):
+    with pytest.raises(ValueError, match="at least one token"):
+        BlockPool(*size)
+
+
+# --- tables: what is written is what is read -----------------------------------------------------------------
+
+
+class TablesMachine(RuleBasedStateMachine):
+    """Sequences that append, fork, roll back and end, over memory of one number a slot.
+
+    The model is a plain list a sequence. A copy on write that was missed, a block freed too early or a slot given
+    twice shows as a number of another sequence.
+    """
+
+    seen: ClassVar[Counter[str]] = Counter()
+
+    @initialize(count=st.integers(1, 8), size=st.integers(1, 4))
+    def begin(self, count: int, size: int) -> None:
+        self.pool = BlockPool(count, size)
+        self.memory: list[int | None] = [None] * (count * size)
+        self.tables: list[BlockTable] = []
+        self.texts: list[list[int]] = []
+        self.clock = 0
+
+    @rule()
+    def start(self) -> None:
+        self.tables.append(BlockTable(self.pool))
+        self.texts.append([])
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data(), count=st.integers(0, 6))
+    def append(self, data: st.DataObject, count: int) -> None:
+        i = data.draw(st.integers(0, len(self.tables) - 1))
+        table, size = self.tables[i], self.pool.block_size
+        before = (list(table.blocks), self.pool.num_free)
+        if table.needs(count) > self.pool.num_free:
+            with pytest.raises(OutOfBlocks):
+                table.reserve(count)
+            assert (table.blocks, self.pool.num_free) == before
+            self.seen["exhausted"] += 1
+            return
+        expected = self.pool.num_free - table.needs(count)
+        copies = table.reserve(count)
+        assert self.pool.num_free == expected
+        for source, target in copies:
+            self.memory[target * size : (target + 1) * size] = self.memory[source * size : (source + 1) * size]
+            self.seen["copied"] += 1
+        for slot in table.slots(table.length, table.length + count):
+            assert self.pool.ref_count(slot // size) == 1  # nobody else reads what is written
+            self.memory[slot] = self.clock
+            self.texts[i].append(self.clock)
+            self.clock += 1
+        table.commit(count)
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def fork(self, data: st.DataObject) -> None:
+        i = data.draw(st.integers(0, len(self.tables) - 1))
+        free = self.pool.num_free
+        self.tables.append(self.tables[i].fork())
+        self.texts.append(list(self.texts[i]))
+        assert self.pool.num_free == free  # nothing is copied, nothing taken
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def truncate(self, data: st.DataObject) -> None:
+        i = data.draw(st.integers(0, len(self.tables) - 1))
+        keep = data.draw(st.integers(0, self.tables[i].length))
+        self.tables[i].truncate(keep)
+        del self.texts[i][keep:]
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        i = data.draw(st.integers(0, len(self.tables) - 1))
+        self.tables.pop(i).free()
+        self.texts.pop(i)
+
+    @invariant()
+    def agrees(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        self.pool.check()
+        owners = Counter(b for table in self.tables for b in table.blocks)
+        assert all(self.pool.ref_count(b) == owners[b] for b in range(self.pool.num_blocks))
+        for table, text in zip(self.tables, self.texts, strict=True):
+            table.check()
+            assert [self.memory[s] for s in table.slots(0, table.length)] == text
+            assert len(table.blocks) == -(-table.length // self.pool.block_size)
+
+    def teardown(self) -> None:
+        for table in getattr(self, "tables", []):
+            table.free()
+        if hasattr(self, "pool"):
+            assert self.pool.num_free == self.pool.num_blocks
+
+
+@pytest.mark.theorem(
+    "Sequences that share blocks read what they wrote themselves; a block has as many references as tables",
+    source="Kwon et al. 2023, section 4.4",
+)
+def test_state_machine_tables_over_one_pool():
+    run(TablesMachine, examples=60, steps=40, see={"copied", "exhausted"})
+
+
+@given(size=st.integers(1, 5), lengths=st.lists(st.integers(0, 20), max_size=5))
+def test_bound_a_sequence_wastes_less_than_a_block(size, lengths):
+    pool = BlockPool(100, size)
+    for length in lengths:
+        table = BlockTable(pool)
+        assert table.reserve(length) == []
+        table.commit(length)
+        assert 0 <= table.capacity - table.length < size
+
+
+def test_blocks_of_a_prefix_are_freed_from_its_end():
+    pool = BlockPool(3, 1)
+    table = BlockTable(pool)
+    table.reserve(3)
+    table.commit(3)
+    for i, block in enumerate(table.blocks):
+        pool.remember(block, i)
+    order = list(reversed(table.blocks))
+    table.free()
+    assert [pool.allocate() for _ in range(3)] == order
+
+
+def test_a_table_begins_with_blocks_that_another_filled():
+    pool = BlockPool(4, 2)
+    first = BlockTable(pool)
+    first.reserve(4)
+    first.commit(4)
+    second = BlockTable(pool)
+    second.adopt(first.blocks)
+    assert (second.length, [pool.ref_count(b) for b in first.blocks]) == (4, [2, 2])
+    assert second.reserve(1) == []  # full blocks are never written: no copy
+    with pytest.raises(ValueError, match="empty table"):
+        second.adopt(first.blocks)
+
+
+def test_what_is_reserved_and_not_written_stays_with_the_parent_and_the_block_being_filled_is_copied():
+    pool = BlockPool(6, 2)
+    parent = BlockTable(pool)
+    parent.reserve(4)
+    parent.commit(1)
+    child = parent.fork()
+    assert (child.blocks, child.length) == (parent.blocks[:1], 1)
+    assert [pool.ref_count(block) for block in parent.blocks] == [2, 1]
+    shared, ahead = parent.blocks
+    assert parent.needs(3) == 1  # the copy alone
+    ((source, target),) = parent.reserve(3)  # its last block is its own, and not the one that it writes first
+    assert (source, parent.blocks, child.blocks) == (shared, [target, ahead], [shared])
+
+
+def test_bad_calls_are_refused():
+    table = BlockTable(BlockPool(2, 2))
+    table.reserve(1)
+    calls = [
+        lambda: table.reserve(-1),
+        lambda: table.commit(3),
+        lambda: table.commit(-1),
+        lambda: table.truncate(1),
+        lambda: table.slot(2),
+        lambda: table.slot(-1),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"reserve|reserved|keep"):
+            call()

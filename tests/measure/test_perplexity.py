@@ -1,0 +1,295 @@
+"""Losses against the plain loss and against brute force; KL, agreement and their guards."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import to_host
+from refllm.measure import perplexity
+from refllm.measure.perplexity import bits_by_position, compare, divergence, evaluate, keep
+from refllm.model.attention import CausalAttend
+from refllm.model.llama import build, forward, logits
+from refllm.train.backward import mean_loss
+from strategies import seeds
+from study_models import Record, byte_tokenizer, tiny_config, tiny_model, tiny_params, uniform_model
+
+EPS = np.finfo(np.float64).eps
+# A loss passes through 2 layers of 7 products of up to 24 terms, and magnitudes of up to about 50.
+TOLERANCE = 50 * 2 * 7 * 24 * EPS
+token_lists = st.lists(st.integers(1, 256), min_size=1, max_size=40)
+windowings = st.tuples(st.integers(1, 16), st.integers(1, 16)).map(lambda t: {"window": max(t), "stride": min(t)})
+
+
+def brute_force(model, tokens, begin):
+    """−log softmax of every token after the first, by one full forward over tokens[begin:]."""
+    ids = np.asarray(tokens[begin:])
+    hidden = forward(model.weights, model.config, ids, np.arange(len(ids)), CausalAttend([len(ids)]))
+    z = logits(model.weights, hidden)
+    return [math.log(math.fsum(np.exp(row - row.max()))) + row.max() - row[t] for row, t in zip(z, ids[1:])]  # noqa: B905
+
+
+@given(token_lists, seeds, st.booleans())
+@pytest.mark.theorem(
+    "With a window of at least the document's length the score is the plain loss of one forward pass",
+    source="study/perplexity.py",
+)
+def test_one_window_is_the_plain_loss(tokens, seed, tied):
+    config = tiny_config(tie_word_embeddings=tied)
+    params = tiny_params(config, seed)
+    model = Record(config, build(config, params), byte_tokenizer())
+    score = evaluate(model, tokens, window=len(tokens), stride=1)
+    assert score.nats_per_token == pytest.approx(mean_loss(params, config, np.asarray([[0, *tokens]])), abs=TOLERANCE)
+    assert score.tokens == len(tokens)
+    assert score.perplexity == pytest.approx(math.exp(score.nats_per_token))
+
+
+@given(token_lists, windowings)
+@pytest.mark.theorem(
+    "The loss of a token in sliding windows is its loss in a forward pass over exactly its window",
+    source="study/perplexity.py",
+)
+def test_each_loss_is_that_of_its_window(tokens, shape):
+    model = tiny_model()
+    score = evaluate(model, tokens, **shape)
+    document = [0, *tokens]
+    expected = []
+    for index in range(1, len(document)):
+        # the first window that reaches the token: k with k·S + W ≥ index
+        begin = max(0, -(-(index - shape["window"]) // shape["stride"])) * shape["stride"]
+        expected.append(brute_force(model, document, begin)[index - begin - 1])
+        assert score.context[index - 1] == index - begin
+    np.testing.assert_allclose(score.nats, expected, rtol=0, atol=TOLERANCE)
+
+
+@given(st.lists(token_lists, min_size=1, max_size=5), windowings, st.integers(1, 40), st.integers(1, 30))
+def test_sharing_a_forward_pass_changes_nothing(documents, shape, batch, rows):
+    """Invariance: documents scored together equal each scored alone, whatever the batch and chunk of rows."""
+    model = tiny_model()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("refllm.measure.windows._BATCH", batch)
+        patch.setattr("refllm.measure.perplexity._ROWS", rows)
+        together = evaluate(model, documents, **shape)
+    alone = [evaluate(model, tokens, **shape) for tokens in documents]
+    np.testing.assert_allclose(together.nats, np.concatenate([s.nats for s in alone]), rtol=0, atol=TOLERANCE)
+    for row, score in zip(together.documents, alone, strict=True):
+        assert (row.tokens, row.bytes) == (score.tokens, score.bytes)
+        assert row.nats == pytest.approx(score.nats.sum(), abs=TOLERANCE * row.tokens)
+        assert row.bits_per_byte == pytest.approx(score.bits_per_byte, abs=TOLERANCE * row.tokens)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60), windowings)
+@pytest.mark.theorem(
+    "A uniform model over the 256 bytes needs exactly 8 bits a byte, for any text and any windows",
+    source="Shannon 1948",
+)
+def test_uniform_bytes_cost_eight_bits(text, shape):
+    model = uniform_model(vocab_size=256)  # <bos> is an ordinary byte here: it is given, never predicted
+    spelled = np.asarray(byte_tokenizer().encode(text)) - 1  # one id a byte, without <|endoftext|>'s
+    assert len(spelled) == len(text.encode())
+    score = evaluate(model, np.concatenate(([0], spelled)), **shape)
+    np.testing.assert_allclose(score.nats / math.log(2), 8.0, rtol=4 * EPS)
+    assert score.tokens == len(text.encode())
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60), st.integers(257, 300))
+@pytest.mark.theorem(
+    "A uniform model over V tokens scores log2(V) · tokens / bytes bits a byte, whatever the tokenisation",
+    source="Shannon 1948",
+)
+def test_uniform_tokens_cost_log_v(text, vocab):
+    score = evaluate(uniform_model(vocab_size=vocab), text, window=8, stride=3)
+    assert score.bytes == len(text.encode())
+    rounding = (score.tokens + 4) * EPS  # of a sum of equal terms; exp(x) multiplies it by x
+    assert score.bits_per_byte == pytest.approx(math.log2(vocab) * score.tokens / score.bytes, rel=rounding)
+    assert score.perplexity == pytest.approx(vocab, rel=rounding * math.log(vocab))
+
+
+@given(st.integers(1, 6), st.integers(1, 9), seeds, st.sampled_from([0.0, 1e-9, 1.0, 30.0, 300.0]))
+@pytest.mark.theorem("KL(p ‖ q) ≥ 0, and = 0 where p = q", source="Gibbs' inequality")
+def test_divergence_is_that_of_brute_force(rows, vocab, seed, spread):
+    rng = np.random.default_rng(seed)
+    log_p = rng.standard_normal((rows, vocab)) * 5
+    log_q = log_p + spread * rng.standard_normal((rows, vocab))
+    log_p, log_q = (z - np.logaddexp.reduce(z, axis=-1, keepdims=True) for z in (log_p, log_q))
+    kl = divergence(log_p, log_q)
+    exact = [
+        math.fsum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True)) for p, q in zip(log_p, log_q, strict=True)
+    ]
+    assert (kl >= 0).all()
+    # each of V terms is rounded to eps of its own size, and their sum to V·eps of the sum of sizes
+    size = (np.exp(log_p) * np.abs(log_p - log_q)).sum(axis=-1)
+    assert (np.abs(kl - exact) <= (vocab + 4) * EPS * (size + np.abs(log_p).max())).all()
+    assert (divergence(log_p, log_p) == 0).all()
+
+
+def test_divergence_is_not_symmetric():
+    """KL(reference ‖ model) weighs by the reference: p = (1/2, 1/2), q = (1/4, 3/4)."""
+    p, q = np.log([[0.5, 0.5]]), np.log([[0.25, 0.75]])
+    assert divergence(p, q)[0] == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
+    assert divergence(q, p)[0] == pytest.approx(0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2))
+
+
+@given(token_lists, seeds, windowings)
+def test_comparison_is_token_by_token(tokens, seed, shape):
+    model, reference = tiny_model(seed), tiny_model(seed + 1)
+    c = compare(model, reference, tokens, rng=np.random.default_rng(0), resamples=50, block=4, **shape)
+    for score, of in ((c.model, model), (c.reference, reference)):
+        np.testing.assert_allclose(score.nats, evaluate(of, tokens, **shape).nats, rtol=0, atol=TOLERANCE)
+    assert c.difference.mean == pytest.approx((c.model.nats - c.reference.nats).mean(), abs=TOLERANCE)
+    assert c.kl.mean == pytest.approx(c.token_kl.mean())
+    assert c.agreement.mean == pytest.approx(c.token_agreement.mean())
+    # the last token of the first window, by hand
+    last = min(shape["window"], len(tokens))
+    rows = [_last_log_probabilities(m, [0, *tokens][:last]) for m in (reference, model)]
+    expected = math.fsum(math.exp(a) * (a - b) for a, b in zip(*rows, strict=True))
+    assert c.token_kl[last - 1] == pytest.approx(expected, abs=50 * TOLERANCE)
+    assert c.token_agreement[last - 1] == (int(np.argmax(rows[0])) == int(np.argmax(rows[1])))
+
+
+def _last_log_probabilities(model, tokens):
+    ids = np.asarray(tokens)
+    hidden = forward(model.weights, model.config, ids, np.arange(len(ids)), CausalAttend([len(ids)]))
+    z = logits(model.weights, hidden)[-1]
+    return z - np.logaddexp.reduce(z)
+
+
+@given(token_lists, seeds)
+def test_a_model_does_not_differ_from_itself(tokens, seed):
+    model = tiny_model(seed)
+    c = compare(model, model, tokens, rng=np.random.default_rng(0), resamples=20, block=2)
+    assert (c.token_kl == 0).all()
+    assert c.token_agreement.all()
+    for interval, value in ((c.kl, 0.0), (c.difference, 0.0), (c.agreement, 1.0)):
+        assert interval.mean == value
+        assert len(tokens) <= 2 or (interval.low, interval.high) == (value, value)
+
+
+@given(st.lists(token_lists, min_size=1, max_size=3), seeds, windowings)
+def test_a_reference_that_was_kept_is_the_reference(documents, seed, shape):
+    model, reference = tiny_model(seed), tiny_model(seed ^ 1)
+    kept = keep(reference, documents, **shape)
+    for first in (model, tiny_model(seed ^ 2)):  # one run of the reference, several comparisons
+        plain, again = (
+            compare(first, other, documents, rng=np.random.default_rng(0), **shape) for other in (reference, kept)
+        )
+        np.testing.assert_allclose(again.token_kl, plain.token_kl, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(again.reference.nats, plain.reference.nats, rtol=0, atol=TOLERANCE)
+        assert again.difference.mean == pytest.approx(plain.difference.mean, abs=TOLERANCE)
+        assert again.kl.high == pytest.approx(plain.kl.high, abs=TOLERANCE)
+
+
+def test_a_reference_that_was_kept_otherwise_is_refused():
+    model, tokens, rng = tiny_model(), list(range(1, 30)), np.random.default_rng(0)
+    kept = keep(model, tokens, window=8, stride=4)
+    with pytest.raises(ValueError, match="another window or stride"):
+        compare(model, kept, tokens, rng=rng, window=8, stride=8)
+    with pytest.raises(ValueError, match="read different tokens"):
+        compare(model, kept, tokens[:-1], rng=rng, window=8, stride=4)
+
+
+def test_the_unit_of_the_interval_is_stated():
+    texts = ["some text that is long enough", "another text", "a third"]
+    rng = np.random.default_rng(0)
+    by_block = compare(tiny_model(0), tiny_model(1), iter(texts), rng=rng, block=16)  # a generator is read once
+    by_text = compare(tiny_model(0), tiny_model(1), texts, rng=rng, block=None, confidence=0.9, resamples=100)
+    assert "4 blocks of 16 consecutive tokens" in by_block.method
+    assert by_text.method == "90% percentile bootstrap, 100 resamples of 3 documents"
+    assert by_block.kl.low < by_block.kl.mean < by_block.kl.high
+
+
+def test_models_that_read_different_tokens_are_refused():
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="different tokens"):
+        compare(tiny_model(vocab_size=257), tiny_model(vocab_size=300), "return self", rng=rng)
+    with pytest.raises(ValueError, match="different tokens"):  # the beginning token decides what is scored
+        compare(tiny_model(), tiny_model(bos_token_id=None), "return self", rng=rng)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_logit_that_is_not_finite_is_refused_with_its_place(value):
+    model = tiny_model()
+    head = np.zeros((257, 16))
+    bad = Record(model.config, model.weights | {"lm_head": _Poisoned(head, row=4, value=value)}, model.tokenizer)
+    with pytest.raises(ValueError, match="not finite where token 2 of document 'document 2'"):
+        evaluate(bad, ["abc", "defg"])  # rows 0–2 predict a, b, c; row 4 predicts e
+
+
+class _Poisoned:
+    """A head whose logits are 0 but for one entry of one row."""
+
+    def __init__(self, weight, row, value):
+        self.weight, self.row, self.value = weight, row, value
+
+    def matmul(self, x):
+        z = x @ self.weight.T
+        z[self.row, 7] = self.value
+        return z
+
+
+def test_documents_without_a_token_have_a_row_of_zeros():
+    score = evaluate(tiny_model(), ["", "ab", "", "c"])
+    assert [(d.tokens, d.bytes) for d in score.documents] == [(0, 0), (2, 2), (0, 0), (1, 1)]
+    assert math.isnan(score.documents[0].bits_per_byte)
+    assert score.documents[0].nats == 0
+
+
+def test_special_tokens_alone_have_no_bits_per_byte():
+    config = tiny_config(vocab_size=260)  # ids 257 … are in the model's padded vocabulary, not in the tokenizer's
+    model = Record(config, tiny_model(vocab_size=260).weights, byte_tokenizer())
+    score = evaluate(model, [258, 259])
+    assert score.tokens == 2
+    assert math.isnan(score.bits_per_byte)
+    assert math.isnan(bits_by_position(score)[0].bits_per_byte)
+
+
+def test_another_memory_can_be_measured():
+    """``attend`` replaces the attention: one that returns zeros predicts from the last token alone."""
+    model, seen = tiny_model(), []
+
+    def forgetful(lengths):
+        seen.append(lengths)
+        return lambda layer, q, k, v: np.zeros_like(q)
+
+    ids = [5, 6, 5, 6, 5]
+    score = evaluate(model, [ids, ids], attend=forgetful)
+    assert seen == [[5, 5]]
+    assert score.nats[1] == pytest.approx(score.nats[3])  # 6 after 5, twice
+    c = compare(model, model, ids, rng=np.random.default_rng(0), attend=forgetful)
+    assert c.kl.mean > 0  # the reference keeps its plain attention
+
+
+def test_progress_counts_tokens():
+    calls = []
+    evaluate(tiny_model(), [1] * 300, window=200, stride=100, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(128, 300), (256, 300), (300, 300)]  # two windows share a pass, in chunks of 128 rows
+
+
+def test_the_interpreter_is_named(monkeypatch):
+    monkeypatch.setattr(perplexity.platform, "python_version", lambda: "3.99.1")
+    score = evaluate(tiny_model(), "abc", window=7, stride=5)
+    assert (score.python, score.window, score.stride) == ("3.99.1", 7, 5)
+    assert score.seconds > 0
+
+
+def test_the_loss_is_the_same_on_every_backend(xp):
+    text = "def f(x):\n    return x\n"
+    there = evaluate(tiny_model(xp=xp, dtype="float32"), text, window=16, stride=4)
+    here = evaluate(tiny_model(dtype="float32"), text, window=16, stride=4)
+    assert isinstance(there.nats, np.ndarray)
+    np.testing.assert_allclose(there.nats, here.nats, rtol=0, atol=TOLERANCE * np.finfo(np.float32).eps / EPS)
+    c = compare(tiny_model(1, xp=xp), tiny_model(0, xp=xp), text, rng=np.random.default_rng(0), resamples=10)
+    d = compare(tiny_model(1), tiny_model(0), text, rng=np.random.default_rng(0), resamples=10)
+    np.testing.assert_allclose(c.token_kl, d.token_kl, rtol=0, atol=50 * TOLERANCE)
+
+
+@given(seeds)
+def test_divergence_in_the_array_standard(pure_xp, seed):
+    z = np.random.default_rng(seed).standard_normal((2, 3, 5))
+    log_p, log_q = (a - np.logaddexp.reduce(a, axis=-1, keepdims=True) for a in (z[0], z[1]))
+    there = to_host(divergence(pure_xp.asarray(log_p), pure_xp.asarray(log_q)))
+    np.testing.assert_allclose(there, divergence(log_p, log_q), rtol=1e-14)

@@ -1,0 +1,157 @@
+"""Windows cover every token once; the bytes of the tokens are the bytes of the text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Inner
+from tokenizers import decoders, models
+
+from refllm.checkpoints.tokenizer import Tokenizer
+from refllm.corpus import Document
+from refllm.measure.windows import plan, token_bytes, windows
+from study_models import byte_tokenizer, tiny_model
+
+shapes = st.tuples(st.integers(0, 60), st.integers(1, 24), st.integers(1, 24)).map(
+    lambda t: (t[0], max(t[1], t[2]), min(t[1], t[2]))
+)
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+
+
+@given(shapes)
+@pytest.mark.theorem(
+    "Sliding windows of W inputs, S apart, predict every token but the first of a document exactly once, in order",
+    source="study/windows.py",
+)
+def test_windows_partition_the_tokens(shape):
+    length, window, stride = shape
+    targets = [t for begin, end, first in windows(length, window, stride) for t in range(begin + first + 1, end + 1)]
+    assert targets == list(range(1, length))
+
+
+@given(shapes)
+@pytest.mark.theorem(
+    "A token at index t is predicted from at least min(t, W − S + 1) and at most W tokens of context",
+    source="study/windows.py",
+)
+def test_context_is_bounded_on_both_sides(shape):
+    length, window, stride = shape
+    for begin, end, first in windows(length, window, stride):
+        assert 0 <= first < end - begin <= window
+        assert first + 1 >= min(begin + first + 1, window - stride + 1)
+
+
+@given(shapes.filter(lambda s: s[0] > 1))
+def test_window_count_is_the_fewest_at_that_stride(shape):
+    length, window, stride = shape
+    assert len(windows(length, window, stride)) == 1 + max(0, -(-(length - 1 - window) // stride))
+
+
+@pytest.mark.parametrize(("window", "stride"), [(4, 0), (4, -1), (4, 5), (0, 0)])
+def test_a_stride_outside_the_window_is_refused(window, stride):
+    with pytest.raises(ValueError, match="stride"):
+        windows(10, window, stride)
+
+
+@given(st.lists(texts, min_size=1, max_size=4), shapes, st.integers(257, 280))
+def test_plan_bytes_are_the_bytes_of_the_text(documents, shape, vocab):
+    """With a beginning token all of a text is scored, however it is tokenised and windowed."""
+    model = tiny_model(vocab_size=vocab)
+    if not any(documents):
+        with pytest.raises(ValueError, match="nothing to score"):
+            plan(model, documents, shape[1], shape[2])
+        return
+    p = plan(model, documents, shape[1], shape[2])
+    for d, text in enumerate(documents):
+        inside = p.document == d
+        assert p.token_bytes[inside].sum() == len(text.encode())
+        assert model.tokenizer.decode(p.targets[inside]) == text
+
+
+@given(st.lists(texts, min_size=1, max_size=4).filter(any), shapes, st.integers(1, 200))
+def test_max_tokens_keeps_a_prefix(documents, shape, most):
+    model = tiny_model()
+    whole, cut = (plan(model, documents, shape[1], shape[2], n) for n in (None, most))
+    count = min(most, len(whole.targets))
+    for name in ("targets", "token_bytes", "context", "document"):
+        np.testing.assert_array_equal(getattr(cut, name), getattr(whole, name)[:count])
+
+
+@given(texts)
+def test_byte_lengths_are_exact_for_every_token_of_a_byte_level_vocabulary(text):
+    tokenizer = byte_tokenizer(280)
+    ids = np.asarray(tokenizer.encode(text), dtype=np.int64)
+    lengths = token_bytes(tokenizer, 300)
+    cuts = np.cumsum(lengths[ids])
+    raw = text.encode()
+    for n, cut in enumerate(cuts, start=1):  # a prefix of tokens is that prefix of bytes, whole characters or not
+        assert tokenizer.decode(ids[:n]) == raw[:cut].decode(errors="replace")
+    assert (lengths[280:] == 0).all()
+
+
+def test_byte_lengths_of_a_sentencepiece_spelling():
+    vocabulary = {"<unk>": 0, "<s>": 1, "<0x0A>": 2, "<0xE6>": 3, "▁def": 4, "é": 5, "▁": 6, "Ġ": 7}
+    inner = Inner(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    inner.add_special_tokens(["<s>"])
+    assert token_bytes(Tokenizer(inner), 8).tolist() == [5, 3, 1, 1, 4, 2, 1, 2]
+
+
+def test_documents_are_texts_records_or_token_arrays_alone_or_in_lists():
+    model = tiny_model()
+    text = "for x in y"
+    ids = model.tokenizer.encode(text)
+    same = [text, [text], Document("a.py", text), ids, [ids], np.asarray(ids, np.int32), iter([[0, *ids]])]
+    for documents in same:
+        p = plan(model, documents, 8, 4)
+        assert p.tokens[0].tolist() == [0, *ids]  # one beginning token, also where the array brought its own
+        assert p.token_bytes.sum() == len(text)
+    assert plan(model, Document("a.py", text), 8, 4).names == ("a.py",)
+
+
+def test_without_a_beginning_token_the_first_token_is_context_only():
+    model = tiny_model(bos_token_id=None)
+    p = plan(model, "abc", 8, 4)
+    assert model.tokenizer.decode(p.targets) == "bc"
+    assert p.token_bytes.sum() == 2
+
+
+@pytest.mark.parametrize("documents", [[], "", ["", ""], [[]], [[0]]])
+def test_nothing_to_score_is_refused(documents):
+    with pytest.raises(ValueError, match="nothing to score"):
+        plan(tiny_model(), documents, 8, 4)
+
+
+@pytest.mark.parametrize("ids", [[1, 257], [1, -1]])
+def test_a_token_outside_the_vocabulary_is_refused_by_document(ids):
+    with pytest.raises(ValueError, match=r"document 2.*vocabulary of 257"):
+        plan(tiny_model(), ["fine", ids], 8, 4)
+
+
+def test_an_array_of_the_wrong_kind_is_refused():
+    with pytest.raises(ValueError, match="1-D array of token ids"):
+        plan(tiny_model(), [np.zeros((2, 3), np.int64)], 8, 4)
+    with pytest.raises(ValueError, match="float64"):
+        plan(tiny_model(), [np.zeros(3)], 8, 4)
+
+
+@pytest.mark.parametrize("documents", [b"ab", bytearray(b"ab"), [b"ab"], ["ab\ud800"], [None], None, 5, Path("x")])
+def test_what_is_neither_text_nor_ids_is_refused(documents):
+    """Bytes would pass for token ids, a byte each."""
+    with pytest.raises(ValueError, match="texts or token ids, not|expected a text|no Unicode"):
+        plan(tiny_model(), documents, 8, 4)
+
+
+@pytest.mark.parametrize("most", [0, -5])
+def test_a_budget_without_a_token_is_refused(most):
+    with pytest.raises(ValueError, match="max_tokens must be at least 1"):
+        plan(tiny_model(), ["some text", "and more"], 8, 4, most)
+
+
+def test_a_beginning_token_outside_the_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="bos_token_id 257 lies outside"):
+        plan(tiny_model(bos_token_id=257), ["some text"], 8, 4)

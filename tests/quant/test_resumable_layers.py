@@ -1,0 +1,134 @@
+"""Layers on disk: a finished one is read as it was, and what is not whole is done again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from networks import NETWORKS, VOCAB, random_tensors, tokenizer
+from refllm.checkpoints.loading import CheckpointError, save
+from refllm.formats.affine import Scheme
+from refllm.formats.stored import stored_as
+from refllm.model.llama import PROJECTIONS
+from refllm.quant.export_spec import Storing
+from refllm.quant.recipe import CheckpointSource, MemorySink, quantize_layers, settings
+from refllm.quant.resumable_layers import LayerFiles
+
+SCHEME = Scheme(4, "half_integer", "group", 8)
+IDS = np.random.default_rng(1).integers(0, VOCAB, (3, 20))
+STORING = Storing(stored_as(SCHEME, "pack-quantized"))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("layers") / "m"
+    save(path, NETWORKS["qwen2"], random_tensors(NETWORKS["qwen2"], 0, "float32"), tokenizer(), dtype="float16")
+    with CheckpointSource(path) as source:
+        yield source
+
+
+@pytest.fixture(scope="module")
+def finished(source, tmp_path_factory):
+    """The folder of a run that is done, and its report."""
+    folder = tmp_path_factory.mktemp("finished") / "work"
+    return folder, run(source, folder)
+
+
+def opened(source, folder, **changed) -> LayerFiles:
+    return LayerFiles(folder, source, STORING, settings("gptq", SCHEME, IDS) | changed)
+
+
+def run(source, folder, sink=None):
+    return quantize_layers(source, sink or opened(source, folder), "gptq", SCHEME, IDS)
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    """A copy of a finished run, to be damaged."""
+    shutil.copytree(finished[0], tmp_path / "work")
+    return tmp_path / "work"
+
+
+def test_layers_from_disk_are_those_that_were_put_there(source, finished):
+    sink, (folder, report) = MemorySink(), finished
+    run(source, None, sink)
+    files = opened(source, folder)
+    for index, expected in enumerate(sink.layers):
+        assert files.done(index) == [t for t in report.tensors if t.layer == index]
+        read = files.layer(index)
+        assert read.keys() == expected.keys()
+        for key in read:
+            pair = [layer[key].dequantize() if key in PROJECTIONS else layer[key] for layer in (read, expected)]
+            np.testing.assert_array_equal(*pair, err_msg=key)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-2])  # one of them is a line's end
+
+
+def turn(path):
+    """One bit of the last byte."""
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+
+
+def forget_digest(path):
+    path.write_text(json.dumps({"rows": json.loads(path.read_text())["rows"]}))
+
+
+@pytest.mark.theorem(
+    "a layer is trusted only if its record is whole and its tensors have the recorded digest; all others are done "
+    "again, and the run ends with the same bytes",
+    source="ARCHITECTURE.md",
+)
+@pytest.mark.parametrize(
+    ("name", "damage", "found"),
+    [
+        ("layer-00001.safetensors", cut, 1),
+        ("layer-00001.safetensors", turn, 1),
+        ("layer-00001.safetensors", lambda path: path.unlink(), 1),
+        ("layer-00001.json", cut, 1),
+        ("layer-00001.json", forget_digest, 1),
+        ("layer-00001.json", lambda path: path.write_text("[]"), 1),
+        ("layer-00001.json", lambda path: path.unlink(), 0),  # nothing is claimed: not counted as distrusted
+    ],
+)
+def test_what_is_not_whole_is_done_again(source, finished, folder, name, damage, found):
+    damage(folder / name)
+    before = (folder / "layer-00000.safetensors").stat().st_mtime_ns
+    sink = opened(source, folder)
+    assert [sink.done(index) is None for index in range(3)] == [False, True, False]
+    assert sink.redone == found
+    run(source, folder)
+    assert (folder / "layer-00000.safetensors").stat().st_mtime_ns == before
+    for index in range(3):
+        file = f"layer-{index:05}.safetensors"
+        assert (folder / file).read_bytes() == (finished[0] / file).read_bytes()
+
+
+def test_a_file_that_was_being_written_is_no_layer(source, folder):
+    shutil.move(folder / "layer-00002.safetensors", folder / "layer-00002.partial")
+    (folder / "layer-00002.json").unlink()
+    assert opened(source, folder).done(2) is None
+
+
+def test_another_run_is_not_gone_on_with(source, folder):
+    with pytest.raises(CheckpointError, match="a run with another calibration: choose another folder, or remove it"):
+        opened(source, folder, calibration=None)
+    with pytest.raises(CheckpointError, match="another method and options"):
+        opened(source, folder, method="rtn", options={})
+    (folder / "settings.json").write_text("{")
+    with pytest.raises(CheckpointError, match="is damaged: remove .* to start anew"):
+        opened(source, folder)
+    (folder / "settings.json").unlink()
+    with pytest.raises(CheckpointError, match="holds something else than a run's layers"):
+        opened(source, folder)
+
+
+def test_a_folder_that_is_empty_or_not_there_is_taken(source, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new/deep"):
+        assert opened(source, tmp_path / name).done(0) is None

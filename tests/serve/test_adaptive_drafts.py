@@ -1,0 +1,417 @@
+"""Drafting in the engine: the same tokens whatever is drafted, the books and caches sound after every step."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_drafters import SMALL, record
+from test_speculative_loop import PROMPT, text_law
+
+import enumeration
+from enumeration import distance, law
+from networks import NETWORKS
+from refllm.api import load
+from refllm.corpus import held_out_documents
+from refllm.decode.generate import GREEDY, Sampling
+from refllm.decode.speculative import verification
+from refllm.decode.speculative.acceptance import Acceptance, expected_length
+from refllm.decode.speculative.drafters import Adversary, Ask, JacobiDrafter, ModelDrafter, NGramDrafter, PerfectDrafter
+from refllm.decode.speculative.tree_drafter import TreeDrafter
+from refllm.kv.contiguous import ContiguousCache
+from refllm.model.llama import forward
+from refllm.serve import sampler
+from refllm.serve.adaptive_drafts import MARGIN, PRIOR, PROBE, Costs, Drafting, measure
+from refllm.serve.engine import Engine
+from refllm.serve.request import Request
+
+CONFIG = NETWORKS["llama"]
+TARGET, DRAFT = record(CONFIG, 1), record(CONFIG, 2)
+KINDS = {
+    "n-gram": lambda: Drafting(lambda: NGramDrafter(4, shortest=1)),
+    "Jacobi": lambda: Drafting(lambda: JacobiDrafter(3)),
+    "model": lambda: Drafting(ModelDrafter(DRAFT, 3, how=GREEDY, sequences=2)),  # fewer caches than branches
+    "perfect": lambda: Drafting(PerfectDrafter(TARGET, 3, how=GREEDY, sequences=8)),
+    "adversary": lambda: Drafting(Adversary(TARGET, 3, sequences=8)),
+}
+
+
+def requests(seed: int, count: int, sampled: bool) -> list[Request]:
+    rng = np.random.default_rng(seed)
+    shared = rng.integers(0, 300, 9).tolist()
+    out = []
+    for i in range(count):
+        prompt = shared[: rng.integers(1, 10)] + rng.integers(0, 300, rng.integers(1, 8)).tolist()
+        how = {"temperature": 0.8, "top_k": 20, "seed": 100 + i} if sampled and i % 2 else {}
+        how |= {"repetition_penalty": 1.3} if i % 3 == 2 else {}
+        out.append(Request(prompt * (1 + i % 2), int(rng.integers(1, 14)), id=i, **how))
+    return out
+
+
+def served(drafter, asked, each_step=None, **options):
+    """Tokens and reasons of all, and the engine."""
+    settings_ = {"num_blocks": 24, "block_size": 4, "seed": 0, "poison": True, **options}
+    engine = Engine(TARGET, drafter=drafter, **settings_)
+    for request in asked:
+        engine.submit(request)
+    results = {}
+    while engine.unfinished:
+        engine.step()
+        engine.check()
+        if each_step is not None:
+            each_step(engine)
+        results |= engine.results
+        engine.results = {}
+    return {name: (r.tokens, r.text, r.reason) for name, r in results.items()}, engine
+
+
+@pytest.mark.theorem(
+    "With one-hot drafts each request gets the tokens that it gets without, greedy and sampled, in a ragged batch of "
+    "paged memory, with preemption, prefix caches, chunks and drafts of any quality",
+    source="draft i stands if it is what place i draws",
+)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cache", [None, "hash", "radix"])
+@settings(max_examples=1)
+@given(seed=st.integers(0, 999), blocks=st.integers(10, 24), budget=st.integers(4, 40))
+def test_tokens_are_those_without_drafts(kind, cache, seed, blocks, budget):
+    asked = requests(seed, 4, sampled=True)
+    options = {"prefix_cache": cache, "max_batch_tokens": budget, "num_blocks": blocks}
+    plain, _ = served(None, asked, **options)
+    found, engine = served(KINDS[kind](), asked, **options)
+    assert found == plain
+    assert engine.used_blocks == 0
+
+
+def test_preemption_drafts_and_forgotten_caches_all_occur():
+    """The test above would mean little if its cases had none of these."""
+    asked = requests(3, 6, sampled=False)
+    drafting = KINDS["perfect"]()
+    found, engine = served(drafting, asked, num_blocks=12, prefix_cache=None)
+    plain, slow = served(None, asked, num_blocks=12, prefix_cache=None)
+    assert found == plain
+    assert engine.preemptions > 0
+    assert drafting.stats.accepted > 10
+    assert drafting.stats.rate > 0.8  # a penalty of one request is unknown to the drafter
+    assert engine.steps < slow.steps
+    wrong = KINDS["adversary"]()
+    served(wrong, asked)
+    assert wrong.stats.accepted == 0 < wrong.stats.proposed
+
+
+@pytest.mark.theorem(
+    "Keys and values in the blocks of a branch are those of its verified tokens, and the prefix caches hold no others",
+    source="Kwon et al. 2023, section 4.3; vLLM: only verified tokens are hashed",
+)
+@pytest.mark.parametrize("kind", ["model", "adversary"])
+@pytest.mark.parametrize("cache", ["hash", "radix"])
+def test_caches_hold_verified_tokens_only(kind, cache):
+    texts: list[list[int]] = []
+
+    def right(engine, tokens, slots):
+        fresh = ContiguousCache(CONFIG, 1, len(tokens), like=TARGET.weights["norm"])
+        ids = np.asarray(tokens)
+        forward(TARGET.weights, CONFIG, ids, np.arange(len(ids)), fresh.view([len(ids)]))
+        mine = engine.cache.keys[:, slots].transpose(0, 2, 3, 1)  # [L, G, D, S]
+        np.testing.assert_allclose(mine, fresh.keys[:, 0], rtol=0, atol=1e-9 * abs(fresh.keys).max())
+
+    def look(engine):
+        for branch in engine.scheduler.running:
+            if branch.computed:
+                blocks = engine.scheduler.memory.blocks(branch)
+                slots = [blocks[p // 4] * 4 + p % 4 for p in range(branch.computed)]
+                right(engine, branch.tokens[: branch.computed], slots)
+            texts[:] = [t for t in texts if t[: len(branch.tokens)] != branch.tokens[: len(t)]] + [list(branch.tokens)]
+
+    asked = requests(5, 3, sampled=False)
+    _, engine = served(KINDS[kind](), asked, look, prefix_cache=cache, num_blocks=60)
+    memory = engine.scheduler.memory
+    found = 0
+    for text in texts:  # what a later request would find for the text of an earlier one
+        if cache == "radix":
+            slots = memory.cache.match(text, record=False).slots
+        else:
+            blocks = memory.cache.match([*text, 0], keys=[])
+            slots = [b * 4 + i for b in blocks for i in range(4)]
+        found += len(slots)
+        if slots:
+            right(engine, text[: len(slots)], slots)
+    assert found > 0
+
+
+def test_greedy_text_is_the_same_on_the_real_model_in_a_batch_with_preemption():
+    target, draft = load("stdlib", dtype="float64"), load("stdlib-draft", dtype="float64")
+    documents = held_out_documents()
+    asked = [Request(target.tokenizer.encode(documents[i].text)[:40], 20, id=i, ignore_eos=True) for i in range(3)]
+    plain = {r.id: target.generate(list(r.prompt), 20, ignore_eos=True) for r in asked}
+    for drafter in (Drafting(ModelDrafter(draft, 3, sequences=4)), Drafting(lambda: NGramDrafter(4))):
+        engine = Engine(
+            target, num_blocks=9, drafter=drafter, prefix_cache=None
+        )  # the first to write its 49th token finds none
+        for request in asked:
+            engine.submit(request)
+        found = {name: r.tokens for name, r in engine.run().items()}
+        assert found == plain
+        assert engine.preemptions > 0
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_a_stop_or_an_end_within_an_accepted_run_ends_the_text(stop):
+    """Everything is drafted and accepted, eight tokens a step; what follows the end is discarded."""
+    plain, _ = served(None, [Request([7, 8], 16, id=0)])
+    tokens, text, _ = plain[0]
+    options = {"stop": [text[3:6]]} if stop else {}
+    from dataclasses import replace
+    from types import SimpleNamespace
+
+    config = CONFIG if stop else replace(CONFIG, eos_token_ids=(tokens[4],))
+    model = SimpleNamespace(config=config, weights=TARGET.weights, tokenizer=TARGET.tokenizer)
+    asked = Request([7, 8], 16, id=0, **options)
+    results = []
+    for drafter in (None, Drafting(PerfectDrafter(TARGET, 8))):
+        engine = Engine(model, num_blocks=24, block_size=4, drafter=drafter, poison=True)
+        engine.submit(asked)
+        results.append(engine.run()[0])
+        engine.check()
+    assert results[0] == results[1]
+    assert results[1].reason == ("stop" if stop else "end")
+    assert len(results[1].tokens) < 16
+
+
+@pytest.mark.theorem(
+    "With sampled drafts the law of a request's text is that of plain sampling, in the engine too",
+    source="Leviathan et al. 2023; by enumeration of every uniform",
+)
+def test_sampled_drafts_keep_the_law_in_the_engine(monkeypatch):
+    monkeypatch.setattr(verification, "draw", enumeration.draw)
+    target = record(SMALL, 4)
+
+    def run(rng):
+        engine = Engine(target, num_blocks=8, block_size=4, drafter=Drafting(ModelDrafter(record(SMALL, 9), 2)), seed=0)
+        engine.submit(Request(PROMPT, 3, id=0, temperature=1.0))
+        engine._live[0].voice(0).rng = rng
+        engine._live[0].voice(0).uniform = lambda place: 0.5
+        monkeypatch.setattr(sampler.sampling, "sample", lambda p, u: np.asarray(
+            [enumeration.draw(row, rng.random()) for row in p]))  # fmt: skip
+        return tuple(engine.run()[0].tokens)
+
+    assert distance(law(run), text_law(target, Sampling(temperature=1.0), 3)) <= 1e-11
+
+
+# --- how many drafts ----------------------------------------------------------------------------------------------
+
+
+def priced(steps, draft: float, first: float | None = None) -> Costs:
+    """Each branch drafts by itself: B times the cost of one."""
+    return Costs(steps, [(b, b * (draft if first is None else first), b * draft) for b in (1, 1024)])
+
+
+FLAT = priced([(1, 1.0), (1000, 1.0)], 0.05)
+STEEP = priced([(1, 1.0), (1000, 1000.0)], 0.05)
+
+
+def test_costs_are_lines_between_what_was_measured():
+    costs = priced([(1, 1.0), (2, 1.5), (4, 2.0)], 0.1)
+    assert [costs.step(n) for n in (1, 2, 3, 4, 8)] == [1.0, 1.5, 1.75, 2.0, 4.0]
+    flat = [(1, 1.0), (1000, 1.0)]
+    assert priced(flat, 0.1).best_gamma(0.5, 1, 4) == 2
+    assert priced(flat, 0.1, 0.1).best_gamma(0.5, 1, 4) == 2
+    assert priced(flat, 0.1, 0.9).best_gamma(0.5, 1, 4) == 0  # the first costs too much: 1.5 / 1.9, 1.75 / 2, …
+    assert priced(flat, 0.0, 0.5).best_gamma(0.5, 1, 4) == 4  # those after it cost nothing
+
+
+@given(alpha=st.floats(0, 1), batch=st.integers(1, 64), most=st.integers(0, 6))
+def test_gamma_is_the_best_and_zero_where_all_lose(alpha, batch, most):
+    costs = priced([(1, 1.0), (8, 1.2), (64, 4.0), (512, 30.0)], 0.05)
+    rates = [expected_length(alpha, g) / (costs.step(batch * (1 + g)) + batch * g * 0.05) for g in range(most + 1)]
+    assert rates[costs.best_gamma(alpha, batch, most)] == max(rates)
+    assert STEEP.best_gamma(alpha, batch, most) == 0  # a step that costs in proportion to its tokens gains nothing
+    assert FLAT.best_gamma(1.0, 1, most) == most
+
+
+def drive(drafting, good: bool, names: int, rounds: int) -> list[int]:
+    """γ by round of the first of ``names`` branches whose drafts are all accepted, or none."""
+    branches = [drafting() for _ in range(names)]
+    asks = [(branch, Ask([1, 2, 3, 4, 5, 1], 100, GREEDY, np.random.default_rng(0), 0)) for branch in branches]
+    gammas = []
+    for _ in range(rounds):  # there is always something to look up
+        made = [len(proposal.tokens) for proposal in drafting.propose_together(asks)]
+        gammas.append(made[0])
+        for branch, drafts in zip(branches, made, strict=True):
+            if drafts:
+                branch.observe([0] * (drafts + 1), drafts if good else 0)
+    return gammas
+
+
+def test_gamma_follows_acceptance_and_probes():
+    def make(costs):
+        return Drafting(lambda: NGramDrafter(4, shortest=1), costs=costs)
+
+    on = drive(make(FLAT), good=True, names=1, rounds=8)
+    costly = priced([(1, 1.0), (2, 1.2), (8, 3.8)], 0.0)
+    off = drive(make(costly), good=False, names=1, rounds=3 * PROBE)
+    assert on[-1] == 4
+    assert off[0] > 0
+    assert set(off[8:]) == {0, 1}
+    assert 1 <= sum(off[8:]) <= 3  # a probe now and then
+    assert make(None)().propose([1, 2, 1], 9, GREEDY, np.random.default_rng(0)).tokens == [2, 1]
+
+
+def test_a_new_branch_believes_what_all_have_accepted_and_probes_in_vain_are_ever_rarer():
+    costly = priced([(1, 1.0), (2, 1.4), (8, 3.8)], 0.0)
+    drafting = Drafting(lambda: NGramDrafter(4, shortest=1), costs=costly)
+    assert drafting.alpha == PRIOR[0]
+    tried = drive(drafting, good=False, names=1, rounds=8 * PROBE)
+    assert drafting.alpha < 0.3
+    probes = [i for i, drafts in enumerate(tried) if drafts and i > 8]
+    waits = [b - a for a, b in itertools.pairwise(probes)]
+    assert len(probes) >= 3
+    assert all(b == 2 * a for a, b in itertools.pairwise(waits))
+    assert drive(drafting, good=False, names=1, rounds=PROBE // 2) == [0] * (PROBE // 2)  # it need not find out itself
+    drafting.stats = Acceptance(steps=900, proposed=900, judged=900, accepted=890)
+    assert drive(drafting, good=True, names=1, rounds=1)[0] >= 3
+
+
+def test_what_was_worked_out_for_one_batch_and_acceptance_is_not_taken_for_another():
+    costs = priced([(1, 1.0), (8, 1.2), (64, 4.0), (512, 30.0)], 0.05)
+    drafting = Drafting(lambda: NGramDrafter(4), costs=costs)
+    cases = [(alpha, batch, most) for alpha in (0.1, 0.9) for batch in (1, 64) for most in (1, 4)] * 2
+    found = []
+    for alpha, drafting.batch, most in cases:
+        found.append(drafting.worth(alpha, most))
+    gains = [costs.rate(a, b, costs.best_gamma(a, b, most)) / costs.rate(a, b, 0) for a, b, most in cases]
+    assert found == [costs.best_gamma(*case) if g > MARGIN else 0 for case, g in zip(cases, gains, strict=True)]
+    assert len(set(found)) > 1
+
+
+def test_drafting_is_off_in_a_large_batch_and_on_in_a_small_one():
+    costs = priced([(1, 1.0), (4, 1.1), (16, 1.6), (64, 6.0), (256, 24.0)], 0.01)
+    drafting = Drafting(lambda: NGramDrafter(3, shortest=1), costs=costs)
+    small = drive(drafting, good=True, names=1, rounds=8)
+    assert small[-1] > 0
+    large = Drafting(lambda: NGramDrafter(3, shortest=1), costs=costs)
+    assert drive(large, good=True, names=64, rounds=8)[-1] == 0
+    assert large.batch == 64
+
+
+def test_measured_costs_are_usable():
+    costs = measure(TARGET, ModelDrafter(DRAFT, 2), most=6, context=16, rounds=2)
+    assert [n for n, _ in costs.steps] == [1, 2, 3, 4, 6]
+    assert min(t for _, t in costs.steps) > 0
+    [(batch, first, further)] = costs.drafts
+    assert batch == 1
+    assert first > 0 <= further
+    costs = measure(TARGET, ModelDrafter(DRAFT, 2, sequences=3), most=6, context=16, rounds=1)
+    assert [b for b, _, _ in costs.drafts] == [1, 2, 3]
+    assert costs.drafting(6, 2) == 2 * costs.drafting(3, 2)  # two turns
+    assert costs.drafting(3, 0) == measure(TARGET, most=2, rounds=1).drafting(3, 2) == 0
+    with pytest.raises(ValueError, match="vocabulary"):
+        measure(TARGET, ModelDrafter(record(SMALL, 1)), most=2, rounds=1)
+
+
+def test_the_batch_is_who_asks_now_and_nobody_is_kept():
+    costs = priced([(1, 1.0), (4, 1.05), (16, 1.6), (64, 6.0), (256, 24.0)], 0.01)
+    drafting = Drafting(lambda: NGramDrafter(3, shortest=1), costs=costs)
+    engine = Engine(TARGET, num_blocks=64, drafter=drafting)
+    for i in range(40):  # each branch asks once
+        engine.submit(Request([5, 6, 5, 6, 5], 3, id=i, ignore_eos=True))
+        engine.run()
+    assert drafting.batch == 1
+    assert drafting.worth(0.9, 3) > 0
+
+
+def test_a_branch_that_began_badly_is_tried_again_beside_one_that_drafts():
+    costs = Costs([(1, 1.0), (9, 1.0)], [(1, 0.5, 0.5), (9, 0.5, 0.5)])
+    drafting = Drafting(lambda: NGramDrafter(1, shortest=1), costs=costs)
+    drafting.stats = Acceptance(steps=1000, proposed=1000, judged=1000, accepted=900)
+    asks = [(drafting(), Ask([1, 2, 1], 1, GREEDY, np.random.default_rng(0), 0)) for _ in range(2)]
+    drafted = []
+    for step in range(40 * PROBE):
+        for i, ((branch, _), proposal) in enumerate(zip(asks, drafting.propose_together(asks), strict=True)):
+            if proposal.tokens:
+                good = i == 0 or step > PROBE
+                branch.observe([0, 0], int(good))
+                if i == 1:
+                    drafted.append(step)
+    assert 0 in drafted  # it began,
+    assert not set(range(20, PROBE)) & set(drafted)  # was bad, and went without
+    assert len([step for step in drafted if step > 30 * PROBE]) > 8 * PROBE  # and is back
+
+
+def test_a_probe_that_finds_nothing_and_one_among_many_do_not_lengthen_the_wait():
+    costly = priced([(1, 1.0), (2, 1.4), (1000, 500.0)], 0.0)
+    drafting = Drafting(lambda: NGramDrafter(4, shortest=1), costs=costly)
+    drafting.stats = Acceptance(steps=1000, proposed=1000, judged=1000, accepted=0)
+    ask = Ask([1, 2, 3, 4], 4, GREEDY, np.random.default_rng(0), 0)  # nothing repeats
+    asks = [(drafting(), ask)]
+    for _ in range(5 * PROBE):
+        assert drafting.propose_together(asks)[0].tokens == []
+    assert drafting.wait == PROBE
+
+
+def test_who_has_no_cache_left_goes_without_drafts_and_the_others_keep_theirs():
+    source = ModelDrafter(DRAFT, 3, how=GREEDY, sequences=2)
+    asked = [Request([7 + i] * 40, 12, id=i, ignore_eos=True) for i in range(3)]
+    plain, _ = served(None, asked, num_blocks=60)
+    found, _ = served(Drafting(source), asked, num_blocks=60)
+    assert found == plain
+    assert source.computed < 3 * (40 + 12) + 12 * 3 * 3  # every prompt once, and what was drafted
+
+    with pytest.raises(ValueError, match="vocabulary"):
+        Engine(TARGET, num_blocks=8, drafter=Drafting(ModelDrafter(record(SMALL, 1))))
+    for wrong, error in ((NGramDrafter(3), TypeError), (TreeDrafter(DRAFT), ValueError)):
+        with pytest.raises(error, match="ModelDrafter"):
+            Drafting(wrong)
+
+
+def test_costs_of_a_draft_model_that_is_rarely_sure_are_not_nothing():
+    draft = ModelDrafter(DRAFT, 3, confidence=0.9, sequences=3)
+    for _, first, further in measure(TARGET, draft, most=2, context=16, rounds=2).drafts:
+        assert first > 0
+        assert further >= 0
+    assert draft.confidence == 0.9
+    assert draft.computed >= 2 * 2 * 3 * 3
+    for bad in ({"most": 0}, {"context": 2}, {"rounds": 0}):
+        with pytest.raises(ValueError, match="at least 1 and context 3"):
+            measure(TARGET, **bad)
+    with pytest.raises(ValueError, match="a measured step at least"):
+        Costs([])
+
+
+def test_a_failure_while_drafting_is_made_up_for(monkeypatch):
+    """Whatever fails, in the draft model, in the making of a drafter: the next step begins where that one did."""
+    from refllm.decode.speculative import drafters as module
+
+    real, failed = module.forward, []
+
+    def fails_once(*arguments):
+        if not failed:
+            failed.append(1)
+            raise MemoryError
+        return real(*arguments)
+
+    asked = Request(list(range(1, 13)), 6, id=0, ignore_eos=True)
+    [plain] = served(None, [asked])[0].values()
+
+    def made():
+        if len(failed) == 1:
+            failed.append(1)
+            raise MemoryError
+        return NGramDrafter(3, shortest=1)
+
+    monkeypatch.setattr(module, "forward", fails_once)
+    for drafter in (Drafting(ModelDrafter(DRAFT, 3, how=GREEDY)), made):
+        engine = Engine(TARGET, num_blocks=24, block_size=4, drafter=drafter, seed=0)
+        engine.submit(asked)
+        errors = 0
+        while engine.unfinished:
+            try:
+                engine.step()
+            except MemoryError:
+                errors += 1
+            engine.check()
+        assert errors == 1
+        assert engine.run()[0].tokens == plain[0]

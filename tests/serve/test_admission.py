@@ -1,0 +1,156 @@
+"""Orders of admission: what each one promises, and the order that makes a cache of prefixes optimal."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refllm.kv.block_pool import BlockPool
+from refllm.serve.admission import FirstCome, LongestPrefix, Priority, named
+from refllm.serve.prefix_caching import Radix
+from refllm.serve.request import Branch, Request
+from refllm.serve.scheduler import Scheduler
+from refllm.serve.step import Continuation
+from strategies import seeds
+
+Text = tuple[int, ...]
+
+
+def family(seed: int) -> list[Text]:
+    """Texts of a random tree of prefixes, none a prefix of another, in a random order."""
+    rng = random.Random(seed)
+    fresh = iter(range(10_000))
+
+    def grow(prefix: Text, depth: int) -> list[Text]:
+        run = prefix + tuple(next(fresh) for _ in range(rng.randint(1, 5)))
+        children = [text for _ in range(rng.randint(2, 3)) for text in grow(run, depth - 1)] if depth else []
+        return children or [run]
+
+    texts = [text for _ in range(rng.randint(1, 3)) for text in grow((), rng.randint(1, 3))]
+    rng.shuffle(texts)
+    return texts
+
+
+def distinct_prefixes(texts: list[Text]) -> int:
+    """The length of all edges of the tree: each must be computed once at least."""
+    return len({text[: i + 1] for text in texts for i in range(len(text))})
+
+
+def computed(texts: list[Text], order: str, capacity: int) -> int:
+    """Tokens computed when the texts are served one at a time from a radix tree of ``capacity`` tokens."""
+    scheduler = Scheduler(Radix(BlockPool(capacity, 1)), order=order, max_sequences=1, max_batch_tokens=None)
+    for text in texts:
+        scheduler.submit(Request(text, 1))
+    while scheduler.unfinished:
+        plan = scheduler.plan()
+        scheduler.update(plan, [[Continuation([0])] for _ in plan.sampling])
+    assert scheduler.computed == sum(map(len, texts)) - scheduler.cached
+    return scheduler.computed
+
+
+def depth_first(texts: list[Text]) -> list[Text]:
+    """The texts by a walk through their tree that visits children as they came."""
+    if len(texts) == 1:
+        return texts
+    at = next(i for i in range(min(map(len, texts))) if len({text[i] for text in texts}) > 1)
+    heads = dict.fromkeys(text[at] for text in texts)
+    return [text for head in heads for text in depth_first([t for t in texts if t[at] == head])]
+
+
+@pytest.mark.theorem(
+    "Offline, one at a time, page 1, no prompt a prefix of another, a cache of the longest request: depth-first order "
+    "and longest prefix first compute every edge of the tree of prompts once, and nothing can compute less",
+    source="Zheng et al. 2024, theorem 3.1",
+)
+@given(seed=seeds, more=st.integers(0, 3))
+def test_bound_depth_first_and_longest_prefix_first_are_optimal(seed, more):
+    texts = family(seed)
+    capacity = max(map(len, texts)) + more
+    optimum = distinct_prefixes(texts)
+    assert computed(texts, "lpm", capacity) == optimum
+    assert computed(depth_first(texts), "fcfs", capacity) == optimum
+    assert computed(texts, "fcfs", capacity) >= optimum
+
+
+def test_first_come_first_served_is_not_optimal():
+    texts = [(1, 2, 3, 4), (5, 6, 7, 8), (1, 2, 3, 9)]  # the second throws out what the third would have found
+    assert distinct_prefixes(texts) == 9
+    assert computed(texts, "lpm", 4) == 9
+    assert computed(texts, "fcfs", 4) == 12
+
+
+def branch(order: int, prompt: Text = (1,), index: int = 0, **fields: object) -> Branch:
+    return Branch(Request(prompt, **fields), index, order)  # type: ignore[arg-type]
+
+
+def queue(order: object, branches: list[Branch]) -> list[int]:
+    waiting: list[Branch] = []
+    memory = Radix(BlockPool(8, 1))
+    for one in branches:
+        order.push(waiting, one)
+    said = []
+    for one in order.candidates(waiting, memory):
+        waiting.remove(one)
+        said.append(one.order)
+    return said
+
+
+def test_first_come_is_by_age_and_the_last_that_was_admitted_is_the_victim():
+    branches = [branch(i) for i in (3, 1, 2)]
+    assert queue(FirstCome(), branches) == [1, 2, 3]
+    assert FirstCome().victim(branches) is branches[-1]
+
+
+def test_priority_is_lowest_first_then_arrival_then_age_and_the_victim_is_last_of_all():
+    branches = [branch(0, priority=2), branch(1, priority=1, arrival=5.0), branch(2, priority=1, arrival=1.0),
+                branch(3, priority=1, arrival=1.0)]  # fmt: skip
+    assert queue(Priority(), branches) == [2, 3, 1, 0]
+    assert Priority().victim(branches) is branches[0]
+
+
+def test_the_longest_cached_prefix_goes_first_and_ties_as_they_came():
+    waiting = [branch(0, (1, 2)), branch(1, (5, 6, 7, 8)), branch(2, (5, 6, 9)), branch(3, (3,))]
+    memory = Radix(BlockPool(8, 1))
+    memory.cache.insert([5, 6, 7], [0, 1, 2])
+    assert [b.order for b in LongestPrefix().candidates(list(waiting), memory)] == [1, 2, 0, 3]
+    assert next(LongestPrefix(longest_queue=3).candidates(list(waiting), memory)).order == 0  # too long to be sorted
+
+
+def test_of_those_that_share_a_prefix_nobody_has_cached_one_goes_ahead():
+    waiting = [branch(0, (1, 2, 3)), branch(1, (1, 2, 4)), branch(2, (9,)), branch(3, (1, 2, 5), salt="other")]
+    memory = Radix(BlockPool(8, 1))
+    order = LongestPrefix(shared=2)
+    assert [b.order for b in order.candidates(list(waiting), memory)] == [0, 2, 3]
+    memory.cache.insert([1, 2, 3], [0, 1, 2])  # now more than the two are cached for the first alone
+    assert next(order.candidates(list(waiting), memory)).order == 0
+
+
+@pytest.mark.theorem(
+    "The in-batch rule computes a shared prefix once where first come first served computes it for everybody",
+    source="SGLang's schedule policy",
+)
+def test_the_in_batch_rule_saves_what_is_shared():
+    def run(order: object) -> int:
+        scheduler = Scheduler(Radix(BlockPool(400, 4)), order=order, max_batch_tokens=512)
+        for i in range(6):
+            scheduler.submit(Request([*range(40), 100 + i], 2))
+        while scheduler.unfinished:
+            plan = scheduler.plan()
+            scheduler.update(plan, [[Continuation([0])] for _ in plan.sampling])
+        return scheduler.cached
+
+    assert run("fcfs") == 0  # all are admitted before anything is cached
+    assert run("lpm") == 5 * 40
+
+
+def test_an_order_has_a_name():
+    order = LongestPrefix()
+    assert named(order) is order
+    assert isinstance(named("lpm"), LongestPrefix)
+    with pytest.raises(ValueError, match="unknown order 'best'; choose one of fcfs, priority, lpm"):
+        named("best")
+    with pytest.raises(ValueError, match="1 or more"):
+        LongestPrefix(shared=0)

@@ -1,0 +1,113 @@
+"""The books: outcomes that do not fit are refused before anything has changed; forks, drops and ends add up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from refllm.kv.block_pool import BlockPool
+from refllm.serve.kv_manager import Paged
+from refllm.serve.request import Request
+from refllm.serve.scheduler import Scheduler
+from refllm.serve.step import Continuation, Outcome
+
+
+def scheduler(*requests: Request, **options: Any) -> Scheduler:
+    made = Scheduler(Paged(BlockPool(20, 2)), **options)
+    for request in requests:
+        made.submit(request)
+    return made
+
+
+def go(*tokens: int, reason: str | None = None) -> Continuation:
+    return Continuation(tokens, reason)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "why"),
+    [
+        ([], "3 branches were sampled, got 0"),
+        ([[go(1)], [go(1)]], "3 branches were sampled, got 2"),
+        ([[go()], [go(1)], [go(1)]], "yields 1 to 1 tokens, got 0"),
+        ([[go(1, 2)], [go(1)], [go(1)]], "yields 1 to 1 tokens, got 2"),
+        ([[go(1), go(2)], [go(1)], [go(1)]], "may become 1, got 2"),
+        ([[go(1)], [go(1), go(2), go(3)], [go(1)]], "may become 2, got 3"),
+        ([[go(1)], [go(1)], [go(1), go(2), go(3)]], "n = 2 branches"),
+    ],
+)
+def test_an_outcome_that_does_not_fit_changes_nothing(outcomes: list[Outcome], why: str):
+    made = scheduler(Request([1, 2], 4), Request([1, 2], 4, n=2), Request([1, 2], 4, n=2, beam=True))
+    plan = made.plan()
+    with pytest.raises(ValueError, match=why):
+        made.update(plan, outcomes)
+    made.update(plan, [[go(1)], [go(1), go(2)], [go(1), go(2)]])
+    made.check()
+    assert [(b.key, b.output) for b in made.running] == [
+        ((0, 0), [1]), ((1, 0), [1]), ((1, 1), [2]), ((2, 0), [1]), ((2, 1), [2])
+    ]  # fmt: skip
+
+
+def test_tokens_that_were_not_drafted_are_not_accepted():
+    made = scheduler(Request([1, 2], 9))
+    made.update(made.plan(), [[go(1)]])
+    assert made.propose((0, 0), [4, 5]) == 2
+    plan = made.plan()
+    for wrong in ([[go(5, 5)]], [[go(4, 5, 6, 7)]], [[go(4), go(5)]]):
+        with pytest.raises(ValueError, match="accepted|yields|may become"):
+            made.update(plan, wrong)
+    (event,) = made.update(plan, [[go(4, 5, 6)]])
+    assert (event.tokens, made.running[0].computed, made.sampled) == ([4, 5, 6], 5, 4)
+
+
+def test_nobody_drafts_more_than_may_be_said():
+    made = scheduler(Request([1, 2], 3), Request([1, 2, 3], 9, n=2), max_batch_tokens=4)
+    plan = made.plan()
+    made.update(plan, [[go(1)] for _ in plan.sampling])
+    assert made.propose((0, 0), [1, 2, 3]) == 1  # two tokens are left, one of which is sampled
+    assert made.propose((1, 0), [1]) == 0  # it is in the middle of its prompt
+    assert made.propose(("nobody", 0), [1]) == 0
+
+
+def test_a_branch_may_end_without_a_token_if_it_says_why():
+    made = scheduler(Request([1, 2], 3))
+    (event,) = made.update(made.plan(), [[go(reason="error")]])
+    assert (event.tokens, event.reason) == ([], "error")
+    assert not made.unfinished
+    assert made.memory.allocated == 0
+
+
+def test_beams_fork_and_drop_and_keep_their_seats():
+    made = scheduler(Request([1, 2], 9, n=3, beam=True), max_sequences=3)
+    made.update(made.plan(), [[go(1), go(2), go(3)]])
+    other = made.submit(Request([1], 1, id="other"))
+    events = made.update(made.plan(), [[], [go(4), go(5), go(6)], []])
+    assert [(e.branch.index, e.reason) for e in events] == [
+        (0, "dropped"), (1, None), (3, None), (4, None), (2, "dropped")
+    ]  # fmt: skip
+    made.check()
+    made.update(made.plan(), [[], [go(7)], []])
+    made.check()
+    assert sum(b.seats for b in made.running) == 3
+    assert made.plan().waiting == 1  # a search of three keeps three seats while it has one beam
+    assert made.serves(other)
+
+
+def test_who_ends_without_a_step_is_told_with_the_next():
+    made = scheduler(Request([1], 0, id="nothing", n=2))
+    assert made.unfinished
+    plan = made.plan()
+    assert plan.items == []
+    assert [(e.branch.key, e.reason) for e in made.update(plan, [])] == [
+        (("nothing", 0), "length"), (("nothing", 1), "length")
+    ]  # fmt: skip
+    assert not made.unfinished
+
+
+def test_ids_are_given_and_not_twice():
+    made = scheduler(Request([1], 2, id=0))
+    assert made.submit(Request([1], 2)) == 1
+    with pytest.raises(ValueError, match="request 0 is being served"):
+        made.submit(Request([1], 2, id=0))
+    made.abort(0)
+    assert made.submit(Request([1], 2, id=0)) == 0

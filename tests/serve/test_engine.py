@@ -1,0 +1,462 @@
+"""The engine: what a request says depends on nothing but itself; what goes wrong with one touches no other."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+from refllm.api import Model
+from refllm.decode.speculative.drafters import ModelDrafter, NGramDrafter
+from refllm.serve import factory
+from refllm.serve.engine import Engine
+from refllm.serve.outputs import Piece
+from refllm.serve.request import Request
+from serving import TOLERANCE, alone, said, served_model
+from study_models import tiny_model
+
+PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [1, 2, 3, 4, 5, 6, 7, 8, 20], [1, 2, 3, 30], [40, 41] * 7, [50]]
+
+
+def some_request(rng: random.Random, name: int) -> Request:
+    """Prompts that share prefixes; greedy, sampled and penalised; one continuation or several."""
+    prompt = PROMPTS[rng.randrange(len(PROMPTS))] + [rng.randint(60, 62) for _ in range(rng.randint(0, 3))]
+    how: dict[str, Any] = {"seed": name}
+    if rng.random() < 0.6:
+        how |= {"temperature": rng.choice([0.5, 1.0]), "top_p": rng.choice([1.0, 0.9]), "top_k": rng.choice([0, 20])}
+    if rng.random() < 0.3:
+        how["repetition_penalty"] = 1.3
+    n = rng.choice([1, 1, 1, 3])
+    return Request(prompt, rng.randint(1, 9), id=name, n=n, ignore_eos=rng.random() < 0.5,
+                   priority=rng.randint(0, 2), salt=rng.choice([None, None, "tenant"]), **how)  # fmt: skip
+
+
+def some_engine(rng: random.Random, **options: Any) -> Engine:
+    """Any policy, any cache, and hardly enough of everything."""
+    policy = rng.choice([*factory.CONTINUOUS * 3, *factory.POLICIES])
+    continuous = policy in factory.CONTINUOUS
+    size = rng.choice([1, 2, 4, 5])
+    drafter = rng.choice([None, None, lambda: NGramDrafter(3, longest=2, shortest=1)])
+    return Engine(
+        served_model(), num_blocks=rng.randint(30, 60) // size, block_size=size, policy=policy, poison=True,
+        prefix_cache=rng.choice(["hash", "radix", None]) if continuous else None, drafter=drafter,
+        max_batch_tokens=rng.choice([3, 7, 16, 200]), max_sequences=rng.choice([3, 5, 16]),
+        chunked=not continuous or rng.random() < 0.8, long_prefill=rng.choice([0, 0, 2]), longest=30, **options,
+    )  # fmt: skip
+
+
+def holds(engine: Engine, request: Request) -> bool:
+    return engine.scheduler.refuses(request) is None
+
+
+@pytest.mark.theorem(
+    "The tokens of a request depend on its prompt, settings and seed alone: not on batch, budget, chunks, order of "
+    "arrival, policy, cached prefixes, preemption or n-gram drafts",
+    source="Kwon et al. 2023; Yu et al. 2022; serve/engine.py",
+)
+def test_invariance_what_a_request_says_depends_on_nothing_else():
+    seen: Counter[str] = Counter()
+    for seed in range(max(24, settings.default.max_examples // 4)):
+        rng = random.Random(seed)
+        engine = some_engine(rng, on_plan=lambda plan: seen.update(chunked=sum(not i.samples for i in plan.items)))
+        requests = [r for r in (some_request(rng, name) for name in range(7)) if holds(engine, r)]
+        rng.shuffle(requests)
+        for request in requests:
+            engine.submit(request)
+            for _ in range(rng.choice([0, 0, 1, 3])):
+                engine.step()
+        results = engine.run()
+        engine.check()
+        for request in requests:
+            outputs = results[request.id].outputs
+            assert len(outputs) == request.n
+            for output in outputs:
+                expected, nearest = alone(request, output.index)
+                assert nearest > TOLERANCE, "rounding could decide a token: the comparison would be void"
+                assert output.tokens == said(expected, request), (seed, request)
+                ended = expected[-1:] == [5] and not request.ignore_eos
+                assert output.reason == ("end" if ended else "length")
+        assert engine.used_blocks == 0
+        seen.update(
+            preempted=engine.preemptions, hits=engine.cached_tokens, copied=engine.copied_blocks,
+            drafted=engine.drafter is not None, resumed=engine.scheduler.resumed_cached,
+        )  # fmt: skip
+    assert all(seen[what] for what in ("chunked", "preempted", "hits", "copied", "drafted", "resumed")), seen
+
+
+def test_invariance_it_runs_on_every_library(xp):
+    engine = Engine(served_model(xp=xp), num_blocks=12, block_size=4, max_batch_tokens=9, prefix_cache="radix")
+    requests = [Request(PROMPTS[0], 6, seed=1, temperature=0.9), Request(PROMPTS[1], 6, n=2, seed=2, temperature=0.7),
+                Request(PROMPTS[3], 5), Request(PROMPTS[3], 4, n=2, beam=True)]  # fmt: skip
+    names = [engine.submit(request) for request in requests]
+    results = engine.run()
+    for name, request in zip(names[:3], requests, strict=False):
+        for output in results[name].outputs:
+            assert output.tokens == said(alone(request, output.index)[0], request)
+    assert len(results[names[3]].outputs) == 2
+
+
+@pytest.mark.theorem("Which physical blocks a sequence lies in changes no bit", source="Kwon et al. 2023, section 4.1")
+def test_invariance_physical_blocks_are_interchangeable():
+    outputs = []
+    for seed in (0, 1):
+        engine = Engine(served_model(), num_blocks=20, block_size=3, poison=True, prefix_cache=None)
+        taken = [engine.pool.allocate() for _ in range(20)]
+        for block in np.random.default_rng(seed).permutation(taken):
+            engine.pool.free(int(block))
+        blocks: list[tuple[int, ...]] = []
+        engine.on_plan = lambda plan, blocks=blocks: blocks.extend(item.blocks for item in plan.items)
+        for prompt in PROMPTS[:3]:
+            engine.submit(Request(prompt, 5))
+        outputs.append(([r.tokens for r in engine.run().values()], blocks))
+    assert outputs[0][0] == outputs[1][0]
+    assert outputs[0][1] != outputs[1][1]
+
+
+def test_speculation_with_a_model_that_samples_says_what_the_drafts_allow():
+    target = served_model()
+    engine = Engine(target, num_blocks=40, block_size=4, drafter=lambda: ModelDrafter(target, 3))
+    request = Request(PROMPTS[0], 12, ignore_eos=True, seed=3)
+    sampled = Request(PROMPTS[1], 12, ignore_eos=True, seed=3, temperature=0.8)
+    names = [engine.submit(request), engine.submit(sampled)]
+    results = engine.run()
+    assert results[names[0]].tokens == alone(request)[0]  # greedy: the same tokens
+    assert len(results[names[1]].tokens) == 12
+    assert engine.steps < 8  # the target drafts for itself: all are accepted, 4 tokens a step
+
+
+# --- bad input -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def busy() -> Engine:
+    """An engine that serves somebody already."""
+    engine = Engine(served_model(), num_blocks=8, block_size=4)
+    engine.submit(Request(PROMPTS[0], 8, id="somebody", ignore_eos=True))
+    engine.step()
+    return engine
+
+
+def assert_serves_on(engine: Engine) -> None:
+    results = engine.run()
+    assert results["somebody"].tokens == alone(Request(PROMPTS[0], 8, ignore_eos=True))[0]
+    engine.check()
+    assert engine.used_blocks == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: Request([1] * 40, 1), "needs 40 slots .* pool has 32"),
+        (lambda: Request([1] * 30, 9), "needs 40 slots"),
+        (lambda: Request([1] * 90, 9), "90 prompt tokens plus max_tokens 9 exceed the model's 96 positions"),
+        (lambda: Request([], 5), "prompt is empty"),
+        (lambda: Request([1, 257], 5), "token 257 at position 1 .* vocabulary of 257"),
+        (lambda: Request([1, -1], 5), "-1 at position 1"),
+        (lambda: Request([1], -1), "max_tokens"),
+        (lambda: Request([1], 5, id="somebody"), "'somebody' is being served"),
+        (lambda: Request([1], 5, n=200), "200 branches, and at most 128"),
+        (lambda: Request([1], 5, n=2, beam=True, temperature=1.0), "beam search neither samples"),
+        (lambda: Request([1], 5, stop=""), "stop must be"),
+    ],
+)
+def test_bad_input_is_one_clear_error_and_the_others_are_served_on(busy, make, why):
+    with pytest.raises(ValueError, match=why):
+        busy.submit(make())
+    assert_serves_on(busy)
+
+
+def test_no_tokens_are_no_tokens(busy):
+    name = busy.submit(Request([1, 2], 0, n=2))
+    result = busy.run()[name]
+    assert [(o.tokens, o.text, o.reason) for o in result.outputs] == [([], "", "length")] * 2
+
+
+def test_an_id_is_in_use_until_its_result_is_taken(busy):
+    while busy.unfinished:
+        busy.step()
+    with pytest.raises(ValueError, match="result was not taken"):
+        busy.submit(Request([1], 1, id="somebody"))
+    assert list(busy.run()) == ["somebody"]
+    busy.submit(Request(PROMPTS[0], 8, id="somebody", ignore_eos=True))
+    assert_serves_on(busy)
+
+
+def test_an_abort_ends_with_what_was_said_and_is_false_for_nobody(busy):
+    request = Request(PROMPTS[1], 9, id=7, ignore_eos=True)
+    busy.submit(request)
+    busy.step()
+    busy.step()
+    assert busy.abort(7)
+    assert not busy.abort(7)  # it has ended
+    assert not busy.abort("nobody")
+    assert (busy.results[7].reason, busy.results[7].tokens) == ("aborted", alone(request)[0][:2])
+    assert_serves_on(busy)
+
+
+def test_a_seed_is_none_or_a_whole_number():
+    with pytest.raises(ValueError, match="the engine's seed is None or a whole number, 0 or more, got -1"):
+        Engine(served_model(), num_blocks=1, seed=-1)
+
+
+def test_a_pool_of_one_block_serves_one_at_a_time():
+    engine = Engine(served_model(), num_blocks=1, block_size=16)
+    names = [engine.submit(Request(prompt, 4, ignore_eos=True)) for prompt in PROMPTS[:3]]
+    results = engine.run()
+    assert [results[name].tokens for name in names] == [
+        alone(Request(prompt, 4, ignore_eos=True))[0] for prompt in PROMPTS[:3]
+    ]
+    with pytest.raises(ValueError, match="at least one token"):
+        Engine(served_model(), num_blocks=0)
+
+
+def test_logits_that_are_no_numbers_end_their_own_request(busy):
+    weights = busy.model.weights
+    broken = {**weights, "embed_tokens": BrokenEmbedding(weights["embed_tokens"], 99)}
+    busy.model = type(busy.model)(busy.model.config, broken, busy.model.tokenizer)
+    names = [busy.submit(Request([1, 99], 3, n=n, beam=beam)) for n, beam in ((1, False), (2, False), (2, True))]
+    while busy.unfinished:
+        busy.step()
+    for result in [busy.results.pop(name) for name in names]:
+        assert result.error is not None
+        assert "NaN" in result.error
+        assert {(output.reason, len(output.tokens)) for output in result.outputs} == {("error", 0)}
+    assert_serves_on(busy)
+
+
+class BrokenEmbedding:
+    """An embedding with one row of NaN."""
+
+    def __init__(self, inner: Any, token: int):
+        self.inner, self.token = inner, token
+
+    def rows(self, tokens: np.ndarray) -> np.ndarray:
+        return np.where((tokens == self.token)[:, None], np.nan, self.inner.rows(tokens))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+def test_a_step_that_fails_is_withdrawn_and_nothing_is_lost(busy):
+    sampled = Request(PROMPTS[1], 6, id="sampled", temperature=0.9, seed=4, ignore_eos=True, stop="\0\0")
+    busy.submit(sampled)
+    busy.step()
+
+    def fail(plan: Any) -> None:
+        raise MemoryError("no room for the batch")
+
+    busy.on_plan = fail
+    with pytest.raises(MemoryError, match="no room"):
+        busy.step()
+    busy.on_plan = None
+    busy.check()
+    while busy.unfinished:
+        busy.step()
+    assert busy.results["sampled"].tokens == alone(sampled)[0]
+    assert_serves_on(busy)
+
+
+def test_a_step_that_fails_before_its_copies_leaves_no_block_half_shared():
+    request = Request(PROMPTS[2][:3], 5, n=3, temperature=1.0, seed=2, ignore_eos=True)
+    engine = Engine(served_model(), num_blocks=20, block_size=4, prefix_cache=None, poison=True)
+    failed: list[int] = []
+
+    def fail(plan: Any) -> None:
+        if plan.copies and not failed:
+            failed.append(len(plan.copies))
+            raise MemoryError("no room to copy")
+
+    engine.submit(request)
+    engine.on_plan = fail
+    with pytest.raises(MemoryError, match="no room"):
+        engine.run()
+    (result,) = engine.run().values()
+    assert failed == [2]  # one of three keeps the block
+    assert [output.tokens for output in result.outputs] == [alone(request, i)[0] for i in range(3)]
+
+
+def test_what_was_heard_in_a_step_that_fails_was_not_said(monkeypatch):
+    request = Request(PROMPTS[0], 6, seed=1, temperature=1.0, ignore_eos=True, stop="\0\0")
+    engine, heard = Engine(served_model(), num_blocks=40), []
+    engine.submit(request, heard.append)
+    engine.step()
+
+    def fail(*arguments: Any) -> None:
+        raise MemoryError("after the tokens were chosen")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_search", fail)
+        with pytest.raises(MemoryError, match="were chosen"):
+            engine.step()
+    (result,) = engine.run().values()
+    assert result.tokens == alone(request)[0]
+    assert "".join(piece.text for piece in heard) == result.text == engine.model.tokenizer.decode(result.tokens)
+
+
+def test_outputs_stand_in_the_order_of_their_branches_whoever_ended_first():
+    engine, ended = Engine(served_model(9), num_blocks=200, block_size=4), []
+    for seed in range(12):
+        request = Request([1, 2], 20, id=seed, n=3, seed=seed, temperature=1.0)
+        engine.submit(request, lambda piece: ended.append((piece.id, piece.index)) if piece.reason else None)
+    results = engine.run()
+    for result in results.values():
+        assert [output.index for output in result.outputs] == [0, 1, 2]
+    assert any([i for s, i in ended if s == seed] != [0, 1, 2] for seed in results), "nobody ended out of order"
+
+
+# --- listeners -------------------------------------------------------------------------------------------------
+
+
+def test_listeners_hear_every_token_once_and_the_text_piece_by_piece():
+    engine, heard = Engine(served_model(), num_blocks=40), []
+    request = Request(PROMPTS[0], 12, n=3, seed=1, temperature=1.0, ignore_eos=True)
+    name = engine.submit(request, heard.append)
+    outputs = engine.run()[name].outputs
+    for output in outputs:
+        pieces = [piece for piece in heard if piece.index == output.index]
+        assert [token for piece in pieces for token in piece.tokens] == output.tokens
+        assert "".join(piece.text for piece in pieces) == output.text == engine.model.tokenizer.decode(output.tokens)
+        assert [piece.reason for piece in pieces] == [None] * 11 + ["length"]
+
+
+def test_a_stop_string_ends_the_text_before_it():
+    model = served_model()
+    request = Request(PROMPTS[0], 40, seed=9, temperature=1.0, ignore_eos=True)
+    whole = model.tokenizer.decode(alone(request)[0])
+    stop = whole[8:11]
+    engine, heard = Engine(model, num_blocks=40), []
+    stopping = Request(PROMPTS[0], 40, seed=9, temperature=1.0, ignore_eos=True, stop=[stop, "never said"])
+    result = engine.run() if engine.submit(stopping, heard.append) is not None else {}
+    (result,) = result.values()
+    assert (result.text, result.reason) == (whole[: whole.index(stop)], "stop")
+    assert "".join(piece.text for piece in heard) == result.text
+    assert engine.used_blocks == 0
+
+
+def test_a_listener_that_raises_ends_its_own_request(busy):
+    def raises(piece: Piece) -> None:
+        raise KeyError("lost")
+
+    name = busy.submit(Request([1, 2], 5, n=2), raises)
+    while busy.unfinished:
+        busy.step()
+    result = busy.results.pop(name)
+    assert result.error == "the listener raised KeyError: 'lost'"
+    assert {output.reason for output in result.outputs} == {"error"}
+    assert_serves_on(busy)
+
+
+def test_ctrl_c_in_a_listener_is_raised_and_the_next_run_serves_what_is_left():
+    engine, calls = Engine(served_model(), num_blocks=40), []
+
+    def interrupted(piece: Piece) -> None:
+        calls.append(piece)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    # Its first piece is its last as well: the scheduler has let go of it by then
+    short, long = engine.submit(Request([1, 2], 1, ignore_eos=True), interrupted), engine.submit(Request([3], 4))
+    with pytest.raises(KeyboardInterrupt):
+        engine.run()
+    engine.check()
+    for _ in range(4):
+        engine.step()
+    assert not engine.unfinished
+    results = engine.run()
+    assert results[short].reason == "length"
+    assert len(results[short].outputs[0].tokens) == 1
+    assert results[long].outputs[0].tokens == alone(Request([3], 4))[0]
+
+
+def test_a_listener_may_submit_and_abort_but_not_step(busy):
+    errors = []
+
+    def meddles(piece: Piece) -> None:
+        try:
+            busy.step()
+        except RuntimeError as error:
+            errors.append(str(error))
+        busy.submit(Request([3], 1, id="late"))
+        busy.abort("own")
+
+    busy.submit(Request([1, 2], 5, id="own"), meddles)
+    while busy.unfinished:
+        busy.step()
+    assert "listener called step" in errors[0]
+    assert busy.results.pop("own").reason == "aborted"
+    assert busy.results.pop("late").reason in ("length", "end")
+    assert_serves_on(busy)
+
+
+# --- a flood ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cache", "count"), [("hash", 500), ("radix", 2000)])
+def test_conservation_a_flood_with_random_aborts_ends_with_every_block_free(cache, count):
+    rng = random.Random(cache)
+    engine = Engine(served_model(), num_blocks=24, block_size=4, prefix_cache=cache, max_batch_tokens=256)
+    names, ended = [], Counter()
+    for name in range(count):
+        prompt = PROMPTS[rng.randrange(len(PROMPTS))] + [rng.randrange(257) for _ in range(rng.randint(0, 8))]
+        beam = rng.random() < 0.02
+        names.append(engine.submit(Request(prompt, rng.randint(0, 6), id=name, n=2 if beam else 1, beam=beam)))
+        if rng.random() < 0.15:
+            engine.abort(rng.choice(names))
+        if rng.random() < 0.1:
+            engine.step()
+    while engine.unfinished:
+        engine.step()
+        if rng.random() < 0.5:
+            engine.abort(rng.choice(names))
+    engine.check()
+    ended.update(output.reason for result in engine.run().values() for output in result.outputs)
+    assert set(ended) == {"length", "end", "aborted"}
+    assert engine.preemptions > 0
+    assert engine.used_blocks == 0
+    if cache == "radix":
+        engine.scheduler.memory.cache.evict(engine.pool.num_blocks * 4)
+    assert engine.pool.num_free == engine.pool.num_blocks
+
+
+def test_what_is_counted():
+    engine = Engine(served_model(), num_blocks=40, block_size=4)
+    request = Request(PROMPTS[0], 5, ignore_eos=True)
+    engine.submit(request)
+    engine.run()
+    engine.submit(request)
+    engine.run()
+    assert (engine.steps, engine.sampled_tokens, engine.preemptions, engine.copied_blocks) == (10, 10, 0, 0)
+    assert (engine.queried_tokens, engine.cached_tokens, engine.hit_rate) == (
+        20,
+        8,
+        0.4,
+    )  # two full blocks of ten tokens
+    assert engine.computed_tokens == 14 + 14 - 8
+    assert engine.peak_blocks == 4
+    assert engine.used_blocks == engine.cached_blocks == 0
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["the model's weights", "a weight of a layer"])
+def test_weights_that_are_exchanged_between_requests_are_those_of_the_next(whole):
+    first, other = (tiny_model(seed, vocab_size=257, max_position_embeddings=96) for seed in (3, 4))
+    model = Model(first.config, first.weights, first.tokenizer)
+    engine = Engine(model, num_blocks=40, block_size=4, prefix_cache=None)
+
+    def run() -> list[int]:
+        name = engine.submit(Request([1, 2, 3], 8, ignore_eos=True))
+        return engine.run()[name].tokens
+
+    assert run() == model.generate([1, 2, 3], 8, ignore_eos=True)
+    if whole:
+        model.weights = other.weights
+    else:
+        model.weights["layers"][0]["up_proj"] = other.weights["layers"][0]["up_proj"]
+    fresh = Model(model.config, model.weights, model.tokenizer)
+    text = [1, 2, 3]
+    for _ in range(8):
+        text.append(int(fresh.logits(text)[-1].argmax()))
+    assert run() == text[3:]

@@ -1,0 +1,434 @@
+"""The scheduler against a model of memory and of every request's tokens: what is planned can be computed, by all."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Hashable
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from machines import ShadowMemory, run
+from refllm.kv.block_pool import BlockPool
+from refllm.kv.radix_tree import POLICIES
+from refllm.serve import factory
+from refllm.serve.kv_manager import Paged
+from refllm.serve.plan import Plan
+from refllm.serve.prefix_caching import Hashed, Radix
+from refllm.serve.request import Request, Status
+from refllm.serve.scheduler import Scheduler
+from refllm.serve.step import Continuation, Event, Outcome
+from strategies import seeds
+
+ALL = {"refused", "withdrawn", "aborted in a step"}
+BLOCKS = ALL | {"preempted", "copied", "forked", "dropped", "accepted", "rejected", "chunked"}
+SEEN = {
+    None: BLOCKS,
+    "hash": BLOCKS | {"cached", "resumed from the cache", "forgotten"},
+    "radix": BLOCKS | {"cached", "resumed from the cache", "evicted", "splits"},
+    "reserved": ALL,
+}
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Requests come, fork, are aborted and preempted over a pool that is too small for them.
+
+    Hypothesis chooses what happens and a seed for how: it draws a seed evenly, and small numbers it does not.
+    """
+
+    kind: ClassVar[str | None] = None  # of memory
+    seen: ClassVar[Counter[str]] = Counter()
+
+    @initialize(seed=seeds)
+    def begin(self, seed: int) -> None:
+        rng = random.Random(seed)
+        reserved = self.kind == "reserved"
+        policy = rng.choice([p for p in factory.POLICIES if (p in factory.CONTINUOUS) != reserved])
+        self.pool = BlockPool(rng.randint(1, 12), rng.randint(1, 4))
+        self.scheduler = factory.make(
+            policy, self.pool, prefix_cache=None if reserved else self.kind,
+            max_batch_tokens=rng.choice([None, 1, 3, 8, 32]), max_sequences=rng.choice([None, 1, 3, 6]),
+            chunked=rng.random() < 0.7, long_prefill=rng.choice([0, 0, 2]), watermark=rng.choice([0, 0, 0.2]),
+            eviction=rng.choice(sorted(POLICIES)), longest=12, buddy=rng.random() < 0.5,
+        )  # fmt: skip
+        self.memory = ShadowMemory()
+        self.texts: dict[tuple[Hashable, int], list[int]] = {}  # what each branch has been told to say
+        self.names = 0
+
+    @rule(seed=seeds)
+    def submit(self, seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(rng.randint(1, 3)):
+            longest, n = rng.randint(0, 7), rng.choice([1, 1, 2, 3, 3])
+            prompt = [rng.randint(0, 1) for _ in range(rng.randint(1, 8))]
+            request = Request(prompt, longest, id=self.names, n=n, beam=rng.random() < 0.5, priority=rng.randint(0, 2),
+                              salt=rng.choice([None, None, "tenant"]))  # fmt: skip
+            before = list(self.scheduler.waiting)
+            try:
+                self.scheduler.submit(request)
+            except ValueError:
+                self.seen["refused"] += 1
+                assert self.scheduler.waiting == before
+                continue
+            self.texts |= {(self.names, index): [] for index in range(1 if longest else n)}
+            self.names += 1
+
+    @rule(seed=seeds)
+    def abort(self, seed: int) -> None:
+        name = random.Random(seed).randint(-1, self.names)
+        live = any(branch.request.id == name for branch in (*self.scheduler.running, *self.scheduler.waiting))
+        assert bool(self.scheduler.abort(name)) == live
+        assert self.scheduler.abort(name) == []
+
+    @precondition(lambda self: self.scheduler.running)
+    @rule(seed=seeds)
+    def propose(self, seed: int) -> None:
+        rng = random.Random(seed)
+        for branch in self.scheduler.running:
+            drafts = [rng.randint(0, 1) for _ in range(rng.randint(0, 4))]
+            useful = self.scheduler.propose(branch.key, drafts)
+            assert useful <= min(len(drafts), branch.left - 1)
+            assert branch.drafts == drafts[:useful] or not useful
+
+    @rule(seed=seeds, fate=st.sampled_from(["goes well"] * 6 + ["fails", "aborted in it"]))
+    def step(self, seed: int, fate: str) -> None:
+        self.take(random.Random(seed), fate)
+
+    @rule(seed=seeds, count=st.integers(2, 5))
+    def steps(self, seed: int, count: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(count):
+            self.take(rng, "goes well")
+            self.scheduler.check()
+
+    def take(self, rng: random.Random, fate: str) -> None:
+        scheduler = self.scheduler
+        busy = bool(scheduler.running or scheduler.waiting)
+        kept = {branch.key: list(branch.tokens) for branch in (*scheduler.running, *scheduler.waiting)}
+        plan = scheduler.plan()
+        plan.check()
+        assert bool(plan.items) == busy, "a step computes a token for somebody as long as anybody is there"
+        self.look(plan, kept)
+        self.memory.execute(scheduler, plan)
+        if fate == "fails":
+            self.seen["withdrawn"] += 1
+            scheduler.withdraw(plan)
+            return
+        outcomes = self.outcomes(plan, rng)
+        if fate == "aborted in it" and scheduler.running:
+            self.seen["aborted in a step"] += 1
+            scheduler.abort(rng.choice(scheduler.running).request.id)
+        before = {key: list(text) for key, text in self.texts.items()}
+        self.listen(scheduler.update(plan, outcomes), before)
+
+    def look(self, plan: Plan, kept: dict[Any, list[int]]) -> None:
+        """What a plan promises beyond ``Plan.check``."""
+        branches = {branch.key: branch for branch in (*self.scheduler.running, *self.scheduler.waiting)}
+        for item in plan.items:
+            branch = branches[item.name]
+            assert branch.computed == item.start
+            ahead = item.start + item.count - len(branch.tokens)
+            assert item.samples == (0 if ahead < 0 else 1 + len(branch.drafts)), "an unfinished prompt is not sampled"
+            self.seen["chunked"] += ahead < 0
+            if branch.request.beam and item.samples:  # all beams of a search in one step, or none
+                group = [b for b in branches.values() if b.request is branch.request]
+                assert {b.key for b in group} <= {other.name for other in plan.sampling}
+        for name in plan.preempted:
+            branch = branches[name]
+            assert (branch.tokens, branch.computed, branch.drafts) == (kept[name], 0, []), (
+                "its tokens, not their memory"
+            )
+            assert branch.status is Status.WAITING
+        self.seen["preempted"] += len(plan.preempted)
+
+    def outcomes(self, plan: Plan, rng: random.Random) -> list[Outcome]:
+        """Some drafts accepted, branches forked and dropped, texts that end."""
+        branches = {branch.key: branch for branch in self.scheduler.running}
+        live = Counter(branch.request.id for branch in branches.values())
+        outcomes: list[Outcome] = []
+        for item in plan.sampling:
+            branch = branches[item.name]
+            accepted = rng.randint(0, len(branch.drafts))
+            self.seen["accepted"] += accepted
+            self.seen["rejected"] += len(branch.drafts) - accepted
+            ways = branch.seats
+            if branch.request.beam:
+                free = branch.request.n - live[item.name[0]]
+                ways = rng.randint(live[item.name[0]] == 1, 1 + free)
+                live[item.name[0]] += ways - 1
+            tokens = [[*branch.drafts[:accepted], rng.randint(0, 1)]] + [[rng.randint(0, 1)] for _ in range(1, ways)]
+            outcomes.append([Continuation(new, "stop" if rng.random() < 0.03 else None) for new in tokens[:ways]])
+        return outcomes
+
+    def listen(self, events: list[Event], before: dict[Any, list[int]]) -> None:
+        """The branches say what the outcomes told them to say, no more than they may, and end when they must."""
+        for branch, tokens, reason in events:
+            if branch.key not in self.texts:
+                parents = [text for key, text in before.items() if key[0] == branch.key[0]]
+                assert branch.output[:-1] in parents
+                self.texts[branch.key] = branch.output[:-1]
+                self.seen["forked"] += 1
+            self.texts[branch.key] += tokens
+            assert branch.output == self.texts[branch.key]
+            assert (branch.left == 0) <= (reason is not None), "it has all its tokens and goes on"
+            assert reason != "length" or branch.left == 0
+            self.seen["dropped"] += reason == "dropped"
+
+    @invariant()
+    def agrees(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        self.scheduler.check()
+        for branch in (*self.scheduler.running, *self.scheduler.waiting):
+            assert branch.output == self.texts[branch.key]
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        scheduler, rng, steps = self.scheduler, random.Random(0), 0
+        while scheduler.unfinished:
+            self.take(rng, "goes well")
+            scheduler.check()
+            steps += 1
+            assert steps < 3000, "somebody never ends"
+        assert not scheduler.running
+        assert not scheduler.waiting
+        assert scheduler.memory.allocated == 0
+        self.seen["copied"] += self.memory.seen["copied"]
+        self.seen["cached"] += scheduler.cached
+        self.seen["resumed from the cache"] += scheduler.resumed_cached
+        self.seen["forgotten"] += self.pool.forgotten
+        if isinstance(scheduler.memory, Radix):
+            cache = scheduler.memory.cache
+            self.seen["evicted"] += cache.evicted
+            self.seen["splits"] += cache.splits
+            cache.evict(cache.evictable)
+        assert self.pool.num_free == self.pool.num_blocks, "a block has leaked"
+
+
+@pytest.mark.theorem(
+    "Whatever comes, forks, is aborted or preempted: every step computes a token for somebody, everybody ends, each "
+    "reads the keys of its own tokens alone, and no block leaks",
+    source="Kwon et al. 2023, sections 4.3 to 4.5; Yu et al. 2022",
+)
+@pytest.mark.parametrize("kind", SEEN)
+def test_state_machine_the_scheduler_over_every_memory(kind):
+    run(type(f"Scheduler over {kind}", (SchedulerMachine,), {"kind": kind}), examples=25, see=SEEN[kind])
+
+
+# --- by hand -------------------------------------------------------------------------------------------------
+
+
+def served(scheduler: Scheduler, plans: list[Plan] | None = None) -> list[Event]:
+    """Run until all have ended, every token 7; returns the events in order."""
+    events: list[Event] = []
+    while scheduler.unfinished:
+        plan = scheduler.plan()
+        plan.check()
+        if plans is not None:
+            plans.append(plan)
+        events += scheduler.update(plan, [[Continuation([7])] for _ in plan.sampling])
+        scheduler.check()
+    return events
+
+
+def paged(blocks: int, size: int = 4, **options: Any) -> Scheduler:
+    return Scheduler(Paged(BlockPool(blocks, size)), **options)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=8), blocks=st.integers(12, 40), budget=st.integers(1, 16),
+    chunked=st.booleans(), seats=st.integers(1, 5),
+)  # fmt: skip
+def test_invariance_first_come_first_served_tells_first_tokens_in_the_order_of_arrival(
+    lengths, blocks, budget, chunked, seats
+):
+    scheduler = paged(blocks, 1, max_batch_tokens=max(budget, 12), chunked=chunked, max_sequences=seats)
+    for length in lengths:
+        scheduler.submit(Request(range(length), 1))
+    events = served(scheduler)
+    assert scheduler.preemptions == 0  # a prompt of at most 12 tokens and no output: nobody grows
+    assert [event.branch.order for event in events] == sorted(event.branch.order for event in events)
+
+
+def test_decodes_go_first_and_prompts_share_what_is_left():
+    scheduler, plans = paged(40, max_batch_tokens=8), []
+    scheduler.submit(Request(range(4), 6, id="streams"))
+    events = scheduler.update(scheduler.plan(), [[Continuation([7])]])
+    scheduler.submit(Request(range(20), 1, id="long"))
+    events += served(scheduler, plans)
+    assert [[(item.name[0], item.count, item.samples) for item in plan.items] for plan in plans] == [
+        [("streams", 1, 1), ("long", 7, 0)],
+        [("streams", 1, 1), ("long", 7, 0)],
+        [("streams", 1, 1), ("long", 6, 1)],
+        [("streams", 1, 1)],
+        [("streams", 1, 1)],
+    ]
+
+
+def test_a_long_prompt_is_cut_to_long_prefill_and_leaves_the_rest_of_the_budget():
+    scheduler, plans = paged(40, max_batch_tokens=16, long_prefill=5), []
+    scheduler.submit(Request(range(12), 1, id="long"))
+    scheduler.submit(Request(range(4), 1, id="short"))
+    served(scheduler, plans)
+    assert [[(item.name[0], item.count, item.samples) for item in plan.items] for plan in plans] == [
+        [("long", 5, 0), ("short", 4, 1)],
+        [("long", 5, 0)],
+        [("long", 2, 1)],
+    ]
+
+
+def test_a_prompt_that_is_not_chunked_is_computed_in_one_step_or_waits():
+    scheduler, plans = paged(40, max_batch_tokens=8, chunked=False), []
+    for name, length in (("first", 5), ("second", 5), ("third", 3)):
+        scheduler.submit(Request(range(length), 1, id=name))
+    served(scheduler, plans)
+    # the second would not fit whole, and nobody overtakes it
+    assert [[item.name[0] for item in plan.items] for plan in plans] == [["first"], ["second", "third"]]
+    assert all(item.samples for plan in plans for item in plan.items)
+
+
+def test_the_watermark_holds_for_who_is_admitted_beside_others_and_not_for_who_is_alone():
+    scheduler = Scheduler(Paged(BlockPool(4, 4), watermark=0.5))
+    for name, length in (("all", 16), ("one", 4), ("two", 4), ("three", 4)):
+        scheduler.submit(Request(range(length), 1, id=name))
+    plans: list[Plan] = []
+    served(scheduler, plans)
+    assert [[name for name, _ in plan.admitted] for plan in plans] == [["all"], ["one", "two"], ["three"]]
+
+
+def test_the_youngest_is_preempted_comes_back_first_and_keeps_its_tokens():
+    scheduler, plans = paged(4, 2), []
+    for name in ("old", "young", "last"):
+        scheduler.submit(Request(range(3), 5, id=name))
+    events = served(scheduler, plans)
+    assert [(plan.step, name[0]) for plan in plans for name in plan.preempted] == [(2, "young")]
+    assert all(not (plan.preempted and plan.admitted) for plan in plans)
+    again = next(plan for plan in plans[3:] if plan.admitted)
+    assert again.admitted[0] == ("young", 0)
+    assert again.items[0][1:3] == (0, 5)  # its prompt and the two tokens that it had
+    said = Counter(event.branch.request.id for event in events for _ in event.tokens)
+    assert set(said.values()) == {5}
+
+
+def test_priority_preempts_whoever_is_least_urgent():
+    scheduler = paged(4, 2, order="priority")
+    scheduler.submit(Request(range(3), 5, id="urgent", priority=-1))
+    scheduler.submit(Request(range(3), 5, id="idle", priority=9))
+    plans: list[Plan] = []
+    served(scheduler, plans)
+    assert {name[0] for plan in plans for name in plan.preempted} == {"idle"}
+
+
+def test_nobody_is_preempted_for_a_guess():
+    scheduler = paged(4, 2)
+    for name in ("old", "young"):
+        scheduler.submit(Request(range(3), 2, id=name))
+    scheduler.update(scheduler.plan(), [[Continuation([7])]] * 2)
+    # both have 4 tokens to keep in 2 blocks each: there is room for the token, and none for drafts
+    scheduler.running[0].request = Request(range(3), 9, id="old")
+    assert scheduler.propose(("old", 0), [1, 2, 3]) == 3
+    plan = scheduler.plan()
+    assert not plan.preempted
+    assert [item.samples for item in plan.items] == [1, 1]
+
+
+def test_rejected_drafts_are_taken_back():
+    scheduler = paged(8, 2)
+    scheduler.submit(Request(range(3), 9, id=0))
+    scheduler.update(scheduler.plan(), [[Continuation([7])]])
+    scheduler.propose((0, 0), [1, 2, 3, 4])
+    plan = scheduler.plan()
+    assert plan.items[0][1:3] == (3, 5)
+    used = scheduler.memory.allocated
+    scheduler.update(plan, [[Continuation([1, 9])]])
+    (branch,) = scheduler.running
+    assert (branch.tokens[3:], branch.computed, branch.drafts) == ([7, 1, 9], 5, [])
+    assert scheduler.memory.allocated == used - 2
+    scheduler.check()
+
+
+def test_beams_are_preempted_together_and_ranked_together():
+    scheduler, plans = paged(12, 1), []
+    scheduler.submit(Request(range(2), 4, id="first"))
+    scheduler.submit(Request(range(2), 4, id="beams", n=2, beam=True))
+    scheduler.update(scheduler.plan(), [[Continuation([7])], [Continuation([7]), Continuation([8])]])
+    for _ in range(2):  # a third one joins, and then there is no room for the beams
+        scheduler.submit(Request(range(4), 3))
+    served(scheduler, plans)
+    beaten = [plan.preempted for plan in plans if ("beams", 0) in plan.preempted]
+    assert all(("beams", 1) in names for names in beaten)
+    for plan in plans:
+        sampled = {item.name for item in plan.sampling if item.name[0] == "beams"}
+        assert len(sampled) in (0, 2)
+
+
+def test_beams_that_come_back_whole_from_a_cache_advance_in_the_step_that_admits_them():
+    scheduler = Scheduler(Hashed(BlockPool(12, 1)))
+    scheduler.submit(Request(range(3), 4, id="beams", n=2, beam=True))
+    scheduler.update(scheduler.plan(), [[Continuation([7]), Continuation([8])]])
+    scheduler.withdraw(scheduler.plan())
+    assert not scheduler.running
+    plan = scheduler.plan()
+    assert plan.admitted == [("beams", 0), ("beams", 1)]
+    assert [(item.start, item.count, item.samples) for item in plan.items] == [(3, 1, 1)] * 2
+    scheduler.update(plan, [[Continuation([9])]] * 2)
+    scheduler.check()
+
+
+def test_a_plan_is_carried_out_or_given_up_before_the_next():
+    scheduler = paged(4)
+    scheduler.submit(Request(range(3), 2))
+    plan = scheduler.plan()
+    with pytest.raises(RuntimeError, match="still under way"):
+        scheduler.plan()
+    with pytest.raises(RuntimeError, match="not the plan under way"):
+        scheduler.update(Plan(0, []), [])
+    scheduler.withdraw(plan)
+    assert scheduler.waiting[0].computed == 0
+    assert len(served(scheduler)) == 2
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_batch_tokens": 0}, {"max_sequences": 0}, {"long_prefill": -1}, {"order": "alphabetical"}]
+)
+def test_limits_that_let_nobody_through_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options)).replace("order", "unknown order")):
+        paged(4, **options)
+
+
+@pytest.mark.parametrize(
+    ("request_", "options", "why"),
+    [
+        (Request(range(20), 1), {}, "pool has 16"),
+        (Request(range(9), 9), {}, "17 tokens to keep"),
+        (Request(range(9), 3), {"chunked": False, "max_batch_tokens": 8}, "11 tokens to compute in one step"),
+        (Request(range(2), 2, n=3), {"max_sequences": 2}, "3 branches"),
+        (Request(range(2), 2, n=3, beam=True), {"max_batch_tokens": 2}, "3 beams"),
+        (Request(range(4), 2, n=3, beam=True), {}, "needs 24 slots"),
+    ],
+)
+def test_what_could_never_be_served_is_refused_and_nothing_happens(request_, options, why):
+    scheduler = paged(4, **options)
+    scheduler.submit(Request(range(2), 2, id="other"))
+    with pytest.raises(ValueError, match=why):
+        scheduler.submit(request_)
+    assert [event.tokens for event in served(scheduler)] == [[7], [7]]
+
+
+@given(fits=st.integers(1, 8))
+def test_degenerate_a_pool_of_one_block_serves_what_fits(fits):
+    scheduler = paged(1, 8)
+    for longest in (0, 1, 9 - fits, 10 - fits):
+        request = Request(range(fits), longest, id=longest)
+        if request.longest > 8:
+            with pytest.raises(ValueError, match="pool has 8"):
+                scheduler.submit(request)
+        elif longest not in {b.request.id for b in scheduler.waiting}:
+            scheduler.submit(request)
+    served(scheduler)
+    assert scheduler.memory.allocated == 0

@@ -1,0 +1,133 @@
+"""The programs share what they say they share, and serve the same whatever the policy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refllm.simulate import programs
+from refllm.simulate.programs import Passages, RandomIds, best_hit_rate, shuffled, zipf
+
+
+def ids(seed=0):
+    return RandomIds(np.random.default_rng(seed), 5000)
+
+
+def played(program, order=lambda queue: 0):
+    """All requests of a program, in an order of serving; the answer to each is told from its id alone."""
+    queue, served = list(program.requests), []
+    while queue:
+        request = queue.pop(order(queue))
+        served.append(request)
+        queue += program.follow(request, [sum(request.id) + i for i in range(request.max_tokens)])
+    return served
+
+
+PROGRAMS = {
+    "few-shot": lambda: programs.few_shot(ids(), 6),
+    "self-consistency": lambda: programs.self_consistency(ids(), 3, samples=4),
+    "chat": lambda: programs.chat(ids(), 4, turns=3),
+    "tree of thought": lambda: programs.tree_of_thought(ids(), 2, branches=2, depth=3),
+    "RAG": lambda: programs.rag(ids(), 12, np.random.default_rng(1), documents=4),
+    "unique": lambda: programs.unique(ids(), 6),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@given(data=st.data())
+def test_a_program_asks_the_same_whoever_is_served_first(name, data):
+    straight = played(PROGRAMS[name]())
+    mixed = played(PROGRAMS[name](), lambda queue: data.draw(st.integers(0, len(queue) - 1)))
+    assert {r.id: r for r in straight} == {r.id: r for r in mixed}
+    assert PROGRAMS[name]().name == name
+    assert len({r.id for r in straight}) == len(straight)
+
+
+@pytest.mark.theorem(
+    "Best hit rate = 1 − nodes of the trie of all prompts / tokens asked", source="Zheng et al. 2024, theorem 3.1"
+)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=8))
+def test_best_hit_rate_counts_distinct_prefixes(prompts):
+    prefixes = {tuple(p[: i + 1]) for p in prompts for i in range(len(p))}
+    assert best_hit_rate(prompts) == 1 - len(prefixes) / sum(map(len, prompts))
+    prompts = [*prompts, [*prompts[0], 3, 4, 5, 1]]  # what an answer has computed need not be read: 3 and 4 here
+    prefixes |= {tuple(prompts[-1][: i + 1]) for i in range(len(prompts[-1]))}
+    answers = [[3, 4, 5] for _ in prompts]
+    assert best_hit_rate(prompts, answers) > best_hit_rate(prompts)
+    said = {tuple([*p, *a][:i]) for p, a in zip(prompts, answers, strict=True) for i in range(len(p) + 1, len(p + a))}
+    assert best_hit_rate(prompts, answers) == 1 - len(prefixes - said) / sum(map(len, prompts))
+
+
+def test_what_is_shared_has_its_closed_form():
+    def rate(name):
+        return best_hit_rate([r.prompt for r in played(PROGRAMS[name]())])
+
+    assert rate("few-shot") == pytest.approx(1 - (400 + 6 * 40) / (6 * 440), abs=0.002)
+    assert rate("self-consistency") == pytest.approx(1 - 1 / 4)
+    lengths = [160 + 40 * (t + 1) + 24 * t for t in range(3)]
+    assert rate("chat") == pytest.approx(1 - (160 + 4 * (lengths[-1] - 160)) / (4 * sum(lengths)), abs=0.002)
+    nodes = 2 * (200 + sum(2**level * (4 + (24 if level > 1 else 0)) for level in (1, 2, 3)))
+    nodes = 2 * (200 + 2 * 4 + 4 * (24 / 2 + 4) + 8 * (24 / 2 + 4))  # a thought is shared by the two that follow it
+    asked = 2 * sum(2**level * (200 + 4 * level + 24 * (level - 1)) for level in (1, 2, 3))
+    assert rate("tree of thought") == pytest.approx(1 - nodes / asked, abs=0.01)
+    assert rate("unique") <= 0.005  # two may begin with the same token by chance
+
+
+def test_a_tree_has_all_its_nodes_and_the_answers_stand_in_the_prompts():
+    served = played(PROGRAMS["tree of thought"]())
+    assert len(served) == 2 * (2 + 4 + 8)
+    by_id = {r.id: r for r in served}
+    for path, request in by_id.items():
+        if len(path) > 2:
+            above = by_id[path[:-1]]
+            assert list(request.prompt[: len(above.prompt)]) == list(above.prompt)
+            said = [sum(above.id) + i for i in range(24)]
+            assert list(request.prompt[len(above.prompt) :][:24]) == said
+
+
+def test_a_conversation_repeats_what_was_said():
+    by_id = {r.id: r for r in played(PROGRAMS["chat"]())}
+    assert len(by_id) == 12
+    first, second = by_id[0, 0], by_id[0, 1]
+    assert list(second.prompt[:200]) == list(first.prompt)
+    assert list(second.prompt[200:224]) == list(range(24))
+    assert by_id[1, 0].prompt[:160] == first.prompt[:160] != by_id[1, 0].prompt[160:]
+
+
+@given(st.integers(1, 40), st.floats(0, 3))
+def test_zipf_is_a_distribution_that_falls(count, a):
+    p = zipf(count, a)
+    assert p.sum() == pytest.approx(1)
+    assert np.all(np.diff(p) <= 0)
+    np.testing.assert_allclose(p[0] / p, np.arange(1, count + 1) ** a, rtol=1e-12)
+
+
+def test_popular_documents_are_asked_about_most():
+    served = programs.rag(ids(), 400, np.random.default_rng(0), documents=5, a=1.0).requests
+    counts = sorted((sum(r.prompt[:400] == d for r in served) for d in {r.prompt[:400] for r in served}), reverse=True)
+    assert sum(counts) == 400
+    p = zipf(5, 1.0)
+    assert np.all(np.abs(np.array(counts) - 400 * p) <= 5 * np.sqrt(400 * p * (1 - p)))
+
+
+@given(st.lists(st.integers(0, 99), min_size=1, max_size=20), st.lists(st.integers(0, 30), max_size=6))
+def test_passages_are_the_text_from_its_beginning_over_and_over(text, counts):
+    source = Passages(text)
+    said = [t for count in counts for t in source(count)]
+    assert said == (text * (len(said) // len(text) + 1))[: len(said)]
+
+
+def test_a_shuffled_program_asks_the_same():
+    program = PROGRAMS["RAG"]()
+    other = shuffled(program, np.random.default_rng(0))
+    assert other.requests != program.requests
+    assert sorted(r.id for r in other.requests) == sorted(r.id for r in program.requests)
+
+
+def test_a_strangers_request_is_named():
+    with pytest.raises(ValueError, match="no request of this program"):
+        PROGRAMS["chat"]().follow(programs.Request([1], id="x"), [2])
+    with pytest.raises(ValueError, match="need a text"):
+        Passages([])

@@ -1,0 +1,137 @@
+"""Documents from files, their split into training and held-out text, and their encoding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from refllm import corpus
+from refllm.corpus import Document
+from refllm.train.data import encode, file_sha256, fingerprint, own_files, read_files, split, standard_library
+from study_models import byte_tokenizer
+
+texts = st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=40), min_size=2, max_size=12)
+
+
+def documents_of(items: list[str]) -> list[Document]:
+    return [Document(f"{i}", text) for i, text in enumerate(items)]
+
+
+@given(texts, st.floats(0.01, 0.9))
+def test_a_split_is_a_partition_with_both_sides_filled(items, share):
+    documents = documents_of(items)
+    train, held = split(documents, share)
+    assert train
+    assert held
+    assert sorted(train + held, key=lambda d: int(d.name)) == documents
+    taken, total = (sum(len(d.text) for d in part) for part in (held, documents))
+    # the last document that was taken crossed the share; without it, the share was not reached
+    assert taken < share * total + max(len(d.text) for d in held) + 1e-9
+
+
+@given(st.lists(st.text(min_size=1), min_size=3, max_size=12, unique=True), st.randoms())
+def test_the_split_depends_on_the_texts_and_not_on_their_order(items, random):
+    documents = documents_of(items)
+    shuffled = list(documents)
+    random.shuffle(shuffled)
+    assert {d.text for d in split(documents, 0.3)[1]} == {d.text for d in split(shuffled, 0.3)[1]}
+
+
+@given(st.integers(2, 60), st.floats(0.01, 0.9))
+def test_a_single_document_is_cut_between_lines(count, share):
+    text = "".join(f"line {i}\n" for i in range(count))
+    (train,), (held,) = split([Document("one", text)], share)
+    assert train.text + held.text == text
+    assert train.text.endswith("\n")
+    lines = held.text.count("\n")
+    # the share, rounded to lines, but never all of them and never none
+    assert 1 <= lines < count
+    assert abs(lines - share * count) <= 1
+
+
+def test_of_a_single_line_nothing_is_left_to_train_on():
+    assert split([Document("one", "no end")], 0.5) == ([], [Document("one (end)", "no end")])
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -1.0, float("nan")])
+def test_a_share_outside_zero_to_one_is_refused(share):
+    with pytest.raises(ValueError, match="share"):
+        split(documents_of(["a", "b"]), share)
+
+
+@given(texts)
+def test_a_stream_is_each_document_behind_the_beginning_token(items):
+    tokenizer = byte_tokenizer()
+    stream = encode(tokenizer, documents_of(items))
+    assert stream.dtype == np.int32
+    cuts = np.flatnonzero(stream == 0)  # byte-level text never gives id 0, which is <|endoftext|>
+    parts = [part.tolist()[1:] for part in np.split(stream, cuts[1:])]
+    assert [tokenizer.decode(part) for part in parts] == items
+
+
+def test_a_folder_gives_its_text_files_in_order(tmp_path: Path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "b" / "c.txt").write_text("second")
+    (tmp_path / ".hidden").write_text("no")
+    (tmp_path / "blank").write_text(" \n")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff")
+    assert [(d.name, d.text) for d in read_files([tmp_path])] == [
+        (f"{tmp_path.name}/a.txt", "first"), (f"{tmp_path.name}/b/c.txt", "second"),
+    ]  # fmt: skip
+
+
+def test_a_named_file_must_be_text(tmp_path: Path):
+    (tmp_path / "x").write_bytes(b"ok\xff")
+    with pytest.raises(ValueError, match=r"x is not UTF-8 text \(byte 2\)"):
+        read_files([tmp_path / "x"])
+    with pytest.raises(FileNotFoundError):
+        read_files([tmp_path / "nowhere"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no text was found"):
+        read_files([tmp_path / "empty"])
+
+
+def test_what_is_held_out_is_not_trained_on_under_another_name_either(tmp_path: Path):
+    for name, text in (("a", "same"), ("b", "same"), ("c", "other")):
+        (tmp_path / name).write_text(text)
+    data = own_files([tmp_path], [tmp_path / "a"])
+    assert [d.text for d in data.streams["files"]] == ["other"]
+    assert [d.text for d in data.held_out] == ["same"]
+    with pytest.raises(ValueError, match="too small"):
+        own_files([tmp_path / "a"], [tmp_path / "b"])
+
+
+def test_the_standard_library_keeps_its_held_out_modules_apart():
+    data = standard_library()
+    held = {d.sha256 for d in data.held_out}
+    assert not any(d.sha256 in held for documents in data.streams.values() for d in documents)
+    assert len(data.streams) == len(data.repeats) == len(data.last_repeats)
+    alone = standard_library(tests=False)
+    assert list(alone.streams) == ["library"]
+    assert alone.repeats == alone.last_repeats == (1,)
+
+
+def test_the_installers_are_a_third_stream_where_they_are_wanted_and_there(monkeypatch):
+    pieces = {"tests": [Document("t", "t")], "installers": [Document("i", "i")], "library": [Document("l", "l")]}
+    monkeypatch.setattr(corpus, "training_documents", lambda tests=False: pieces["tests" if tests else "library"])
+    monkeypatch.setattr(corpus, "installer_documents", lambda: pieces["installers"])
+    both = standard_library(installers=True)
+    assert list(both.streams) == ["library", "tests", "installers"]
+    assert (both.repeats, both.last_repeats) == ((4, 1, 3), (1, 0, 1))
+    assert both.name == "the Python standard library, its tests and the installers that it carries"
+    alone = standard_library(tests=False, installers=True)
+    assert list(alone.streams) == ["library", "installers"]
+    assert (alone.repeats, alone.last_repeats) == ((4, 3), (1, 1))
+    assert list(standard_library().streams) == ["library", "tests"]
+    pieces["installers"] = []
+    assert list(standard_library(installers=True).streams) == ["library", "tests"]
+
+
+def test_fingerprints_are_of_the_bytes(tmp_path: Path):
+    (tmp_path / "x").write_bytes("tüt\n".encode())
+    assert fingerprint([Document("x", "tüt\n")]) == {"x": file_sha256(tmp_path / "x")}
