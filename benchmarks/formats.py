@@ -30,7 +30,8 @@ import numpy as np
 from common import environment, finish, table
 from threadpoolctl import threadpool_limits
 
-from refllm.formats.gguf import TYPES, dequantize, quantize, row_bytes
+from refllm.formats.gguf.codec import dequantize, quantize
+from refllm.formats.gguf.types import TYPES, row_bytes
 
 BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 WITHOUT = ("Q8_0", "MXFP4")  # take no importance
@@ -116,7 +117,7 @@ def lap(found: tuple[float, float, float], x: np.ndarray) -> dict[str, float]:
 
 def whole(name: str, type: str, workers: int) -> dict[str, Any]:
     """Seconds of a conversion of random weights in a published model's shapes."""
-    from refllm.checkpoints.loading import save
+    from refllm.checkpoints.directory_writer import save
     from refllm.checkpoints.tensor_files import tensor_shapes
     from refllm.checkpoints.tokenizer import Tokenizer
     from refllm.model.config import ModelConfig

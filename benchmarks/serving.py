@@ -36,9 +36,9 @@ from refllm.kv.radix_tree import RadixCache
 from refllm.serve import executor
 from refllm.serve.engine import Engine as ServingEngine
 from refllm.serve.kv_manager import Paged
+from refllm.serve.plan import Continuation
 from refllm.serve.request import Request
 from refllm.serve.scheduler import Scheduler
-from refllm.serve.step import Continuation
 
 ENGINES = {
     "engine": Engine("serving_refllm", (), (), ""),

@@ -45,7 +45,8 @@ from refllm.decode.fast.captured_step import stepper
 from refllm.decode.generate import GREEDY, Sampling, generate_tokens
 from refllm.decode.sampling import best
 from refllm.decode.speculative.acceptance import Acceptance, speedup
-from refllm.decode.speculative.drafters import Cascade, Drafter, ModelDrafter, NGramDrafter
+from refllm.decode.speculative.drafters import Cascade, ModelDrafter, NGramDrafter
+from refllm.decode.speculative.interface import Drafter
 from refllm.decode.speculative.loop import speculate
 from refllm.decode.speculative.tree_drafter import TreeDrafter
 from refllm.decode.speculative.verification import verify, verify_block

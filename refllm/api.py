@@ -25,7 +25,8 @@ from refllm.backend import Array, asarray_like, to_numpy
 from refllm.checkpoints import loading
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.decode.generate import GREEDY, CachePolicy, Sampling, generate_tokens
-from refllm.decode.speculative.drafters import Drafter, ModelDrafter, check_drafter
+from refllm.decode.speculative.drafters import ModelDrafter, check_drafter
+from refllm.decode.speculative.interface import Drafter
 from refllm.decode.speculative.loop import Step, speculate
 from refllm.decode.text import StopStrings, Utf8Stream
 from refllm.model.attention import CausalAttend
@@ -47,9 +48,7 @@ def locate(path_or_name: str | os.PathLike[str]) -> Path:
     path = Path(os.path.expanduser(path_or_name))  # unlike Path's, leaves an unknown ~user as it is
     if not os.path.exists(path):  # unlike Path's, False for a name that the file system cannot hold
         names = ", ".join(bundled()) or "none is installed"
-        raise loading.CheckpointError(
-            f"{os.fspath(path_or_name)!r} is neither a folder nor a bundled model ({names})"
-        )
+        raise loading.CheckpointError(f"{os.fspath(path_or_name)!r} is neither a folder nor a bundled model ({names})")
     return path
 
 

@@ -82,7 +82,7 @@ def pure_xp(request: pytest.FixtureRequest) -> ModuleType:
 def make_checkpoint() -> Any:
     """``make_checkpoint(config, path)``: a Hugging Face directory of random float32 weights."""
     from networks import random_tensors
-    from refllm.checkpoints.loading import save
+    from refllm.checkpoints.directory_writer import save
     from study_models import byte_tokenizer
 
     def make(config: Any, path: Path) -> Path:

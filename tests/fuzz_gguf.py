@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from refllm.formats.gguf import dequantize, quantize
+from refllm.formats.gguf.codec import dequantize, quantize
 from refllm.formats.gguf.reader import GGUFError, parse
 from refllm.formats.gguf.writer import header_bytes
 

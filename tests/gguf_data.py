@@ -12,7 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from conftest import oracle
-from refllm.formats.gguf import TYPES, row_bytes
+from refllm.formats.gguf.types import TYPES, row_bytes
 from strategies import build, seeds
 
 LEGACY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")

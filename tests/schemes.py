@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from refllm.formats.scheme import RULES, Scheme
+from refllm.formats.uniform import RULES, Scheme
 
 FORCED = tuple(rule for rule in RULES if rule != "awq")  # zero is forced into the range
 HALF_STEP = tuple(rule for rule in FORCED if rule != "power")

@@ -18,7 +18,8 @@ import fakecupy
 import refllm
 from conftest import to_host
 from refllm.api import BUNDLED, Model, bundled, load
-from refllm.checkpoints.loading import CheckpointError, save
+from refllm.checkpoints.directory_writer import save
+from refllm.checkpoints.tensor_files import CheckpointError
 from refllm.decode import generate
 from refllm.decode.generate import Sampling, generate_tokens
 from study_models import byte_tokenizer, tiny_config, tiny_model, tiny_params

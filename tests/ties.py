@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from conftest import to_host
-from refllm.quant.gptq import factor
+from refllm.quant.hessian import factor
 from schemes import spread
 
 NEAR = 1e-9  # of a step, in float64

@@ -7,7 +7,7 @@ import time
 from common import Channel
 
 from engines.gptq import Task, draw
-from refllm.formats.affine import Scheme
+from refllm.formats.uniform import Scheme
 from refllm.quant.gptq import gptq
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from common import Channel
 
-from refllm.formats.affine import Scheme
+from refllm.formats.uniform import Scheme
 from refllm.jobs import quantize
 from refllm.quant import layer_inputs, layer_sources, methods, resumable_layers
 

@@ -7,7 +7,8 @@ import time
 import numpy as np
 from common import Channel
 
-from refllm.formats.affine import Scheme, quantize
+from refllm.formats.quantized_linear import quantize
+from refllm.formats.uniform import Scheme
 
 
 def main() -> None:

@@ -1,12 +1,14 @@
-"""Writing a text file so that it is whole: the old one or the new one, whatever happens in between.
+"""Files that are whole or not there: text written atomically, and bytes that have reached the disk.
 
-Left out: directories (``writer``) and tensors (``state``), which do the same in their own way.
+Left out: directories and tensors (``checkpoints.directory_writer``), training states (``train.state``).
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -20,3 +22,36 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)  # after a success it is no longer there
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8 text, on the disk when this returns."""
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        settle(file)
+
+
+def flush(directory: Path) -> None:
+    """Wait until a directory's entries are on the disk (POSIX; elsewhere a rename is durable by itself)."""
+    if os.name != "posix":
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def settle(file: Any) -> None:
+    """Wait until a file is on the disk: a rename may reach it before the data does."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def file_sha256(path: Path) -> str:
+    """The digest of a file's bytes, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,4 +1,17 @@
-"""Checkpoints written: all files in a new directory that takes its name only when it is whole.
+"""Writing a text file so that it is whole: the old one or the new one, whatever happens in between.
+
+Left out: directories (``writer``) and tensors (``state``), which do the same in their own way.
+
+<<MERGED>>
+Writing safetensors: tensors of any stored type, one in memory at a time, in one file or in shards.
+
+The format is described in ``shards``. Each tensor is written where its type may be mapped: the widest types come
+first, as the format's own library does it, so that none begins at an odd place.
+
+Left out: types that a checkpoint has not (booleans, 8-bit floats but E4M3).
+
+<<MERGED>>
+Checkpoints written: all files in a new directory that takes its name only when it is whole.
 
 What is written is what ``transformers``, vLLM and llama.cpp's converter expect of a Hugging Face directory:
 ``config.json``, ``generation_config.json``, ``tokenizer.json``, ``tokenizer_config.json`` and the weights as
@@ -11,9 +24,11 @@ writes through ``write_directory`` too; the tensors' files are ``tensorfile``'s.
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,17 +36,88 @@ from typing import Any
 import numpy as np
 
 from refllm.backend import Array, to_numpy
-from refllm.checkpoints.safetensors_writer import Plan, flush, write_tensors, write_text
+from refllm.checkpoints.atomic import flush, settle, write_text
 from refllm.checkpoints.tensor_files import (
+    FLOATS,
+    INDEX,
+    INTEGERS,
+    SINGLE,
     CheckpointError,
+    Shape,
     check_tensors,
     check_tied,
     check_vocabulary,
     converted,
+    host_dtype,
     tensor_shapes,
 )
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.model.config import ModelConfig
+
+_CODES = {name: code for code, name in (FLOATS | INTEGERS).items()}
+
+Plan = Mapping[str, tuple[str, Shape]]  # name → dtype's name ("float16", "bfloat16", "int32" …) and shape
+Read = Callable[[str], np.ndarray]  # the tensor of a name, of the planned type and shape
+
+
+def write_tensors(directory: Path, plan: Plan, read: Read, limit: int | None = None) -> None:
+    """Write ``model.safetensors``, or shards of at most ``limit`` bytes (or one tensor) and their index."""
+    runs = _share_out({name: _size(*plan[name]) for name in plan}, limit)
+    count = len(runs)
+    files = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    for file, names in zip(files, runs, strict=True):
+        write_file(directory / file, {name: plan[name] for name in names}, read)
+    if count > 1:
+        weight_map = {name: file for file, names in zip(files, runs, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(_size(*entry) for entry in plan.values())}, "weight_map": weight_map}
+        write_text(directory / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def write_file(path: Path, plan: Plan, read: Read) -> None:
+    """Write one file and wait until it is on the disk; each tensor is asked for, written and dropped."""
+    names = sorted(plan, key=lambda name: -host_dtype(plan[name][0]).itemsize)  # stable: the plan's order otherwise
+    with path.open("wb") as out:
+        out.write(_header({name: plan[name] for name in names}))
+        for name in names:
+            dtype, shape = plan[name]
+            tensor = np.ascontiguousarray(read(name))
+            if (tensor.dtype, tensor.shape) != (host_dtype(dtype), shape):
+                raise AssertionError(f"{name}: {tensor.dtype} {tensor.shape} is not the {dtype} {shape} of the plan")
+            out.write(tensor.reshape(-1).view("uint8").data)  # bfloat16 has no buffer protocol, its bytes have
+        settle(out)
+
+
+def _size(dtype: str, shape: Shape) -> int:
+    return int(host_dtype(dtype).itemsize) * math.prod(shape)
+
+
+def _share_out(sizes: Mapping[str, int], limit: int | None) -> list[list[str]]:
+    """Names in order, cut into runs of at most ``limit`` bytes, or of one name that is larger alone."""
+    if limit is None:
+        return [list(sizes)]
+    runs: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if runs[-1] and used + size > limit:
+            runs.append([])
+            used = 0
+        runs[-1].append(name)
+        used += size
+    return runs
+
+
+def _header(entries: Plan) -> bytes:
+    """The length and the JSON with which a safetensors file begins; tensors follow without gaps."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file that lacks it
+    at = 0
+    for name, (dtype, shape) in entries.items():
+        end = at + _size(dtype, shape)
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data begins at a multiple of eight, so that it can be mapped as it is
+    return struct.pack("<Q", len(text)) + text
+
 
 STORED_TYPES = ("float16", "bfloat16", "float32")
 

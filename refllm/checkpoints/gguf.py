@@ -33,7 +33,7 @@ from refllm.checkpoints.tensor_files import (
     tensor_shapes,
 )
 from refllm.checkpoints.tokenizer import Tokenizer
-from refllm.formats.gguf import dequantize
+from refllm.formats.gguf.codec import dequantize
 from refllm.formats.gguf.linear import BlockWeight
 from refllm.formats.gguf.reader import GGUFError, GGUFFile
 from refllm.model.config import ModelConfig

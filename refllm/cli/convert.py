@@ -58,8 +58,8 @@ def convert(
 def _importance(source: Path, windows: int, length: int, seed: int, backend: str) -> Any:
     """Mean squares of the activations on training text."""
     from refllm.checkpoints.gguf import is_gguf
+    from refllm.quant.calibration_data import calibration_windows
     from refllm.quant.imatrix import importance
-    from refllm.quant.layer_inputs import calibration_windows
     from refllm.quant.layer_sources import CheckpointSource, ModelSource
     from refllm.quant.to_gguf import open_source
 

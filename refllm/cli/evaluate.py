@@ -16,7 +16,8 @@ from refllm.cli.options import AnyModelOption, BackendOption, JsonOption, note, 
 from refllm.tour.terminal import console, table
 
 if TYPE_CHECKING:
-    from refllm.measure.perplexity import Comparison, Score
+    from refllm.measure.perplexity import Comparison
+    from refllm.measure.windows import Score
 
 
 def evaluate(

@@ -42,8 +42,7 @@ def info(
 
 def describe(directory: Path, *, verify: bool = False) -> dict[str, Any]:
     """Everything that ``info`` prints, as plain data; CheckpointError for what is no checkpoint."""
-    from refllm.checkpoints.loading import read_config
-    from refllm.checkpoints.stored_tensors import NetworkTensors, read
+    from refllm.checkpoints.loading import NetworkTensors, read, read_config
     from refllm.checkpoints.tensor_files import FLOATS, INTEGERS, TensorFiles, host_dtype
     from refllm.checkpoints.tokenizer import Tokenizer
     from refllm.measure.memory import kv_bytes_per_token
@@ -82,7 +81,7 @@ def describe(directory: Path, *, verify: bool = False) -> dict[str, Any]:
 
 def list_files(directory: Path, *, verify: bool) -> list[dict[str, Any]]:
     """Each file with its size, the hash in the manifest, and, if asked for, whether it still has that hash."""
-    from refllm.train.data import file_sha256
+    from refllm.checkpoints.atomic import file_sha256
 
     recorded = (_json(directory / "manifest.json") or {}).get("files", {})
     if not isinstance(recorded, dict) or not all(isinstance(entry, dict) for entry in recorded.values()):

@@ -23,13 +23,15 @@ from typing import Any
 import numpy as np
 
 from refllm.backend import Array
-from refllm.formats.affine import Scheme, quantize
 from refllm.formats.block_float import MXFP4, MXFP8, NVFP4, FloatScheme
 from refllm.formats.block_float import quantize as to_floats
-from refllm.formats.gguf import quantize as to_blocks
+from refllm.formats.fp8_linear import Accumulator
+from refllm.formats.gguf.codec import quantize as to_blocks
 from refllm.formats.gguf.linear import BlockWeight
+from refllm.formats.quantized_linear import quantize
+from refllm.formats.uniform import Scheme
 from refllm.measure.records import Record, write
-from refllm.quant.fp8 import Accumulator, DelayedScale, integers_or_floats
+from refllm.quant.fp8 import DelayedScale, integers_or_floats
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 GROWTHS = (1.0, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0)  # of the range, a step

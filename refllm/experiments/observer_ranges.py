@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from refllm.formats.affine import Scheme, decode, encode
+from refllm.formats.uniform import Scheme, decode, encode
 from refllm.measure.records import Record, write
 from refllm.quant.observers import MSE, Entropy, MinMax, MovingAverage, Observer, Percentile
 from refllm.quant.report import relative_error

@@ -42,13 +42,14 @@ from refllm.api import Model, load, locate
 from refllm.checkpoints.atomic import write_whole
 from refllm.checkpoints.tensor_files import tensor_shapes
 from refllm.corpus import held_out_documents
-from refllm.formats.affine import Scheme
+from refllm.formats.uniform import Scheme
 from refllm.measure.bootstrap import Interval, blocks, bootstrap
 from refllm.measure.device import processor
 from refllm.measure.perplexity import Comparison, Kept, compare, keep
 from refllm.measure.records import Record, write
 from refllm.quant.calibration_data import calibration_windows
-from refllm.quant.recipe import METHODS, quantize_model
+from refllm.quant.methods import METHODS
+from refllm.quant.recipe import quantize_model
 
 BITS = (8, 4, 3, 2)
 GROUPS = (0, 128, 64, 32)  # weights that share a scale; 0 is a whole row ("channel")

@@ -35,13 +35,13 @@ from refllm.backend import Array
 from refllm.checkpoints.atomic import write_whole
 from refllm.experiments.outlier_injection import choose, plant
 from refllm.experiments.quantization_quality import BLOCK, LENGTH, RESAMPLES, WINDOW, WINDOWS, Bench
-from refllm.formats.affine import Scheme
+from refllm.formats.uniform import Scheme
 from refllm.measure.device import processor
 from refllm.measure.perplexity import compare
 from refllm.measure.records import Record, write
 from refllm.model.llama import Weights
 from refllm.quant.layer_inputs import walk
-from refllm.quant.recipe import ModelSource
+from refllm.quant.layer_sources import ModelSource
 from refllm.quant.salience import BY, Protected, salient_channels
 
 BITS, GROUP, RULE = 3, 128, "half_integer"

@@ -43,7 +43,7 @@ from refllm.measure.device import processor
 from refllm.measure.perplexity import compare
 from refllm.measure.records import Record, write
 from refllm.model.llama import Weights
-from refllm.quant.recipe import ModelSource
+from refllm.quant.layer_sources import ModelSource
 from refllm.quant.smoothquant import LEVELS, activation_absmax, smoothquant
 
 FACTOR = 128.0

@@ -34,11 +34,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from refllm.backend import Array, bitcast, namespace
-from refllm.formats.codes import PIECE, row_pieces, rows_of
 from refllm.formats.minifloat import decode, encode, float_format, rounded
 from refllm.formats.packing import pack, unpack
-from refllm.formats.ranges import refuse_non_finite
-from refllm.formats.scheme import Scheme, as_blocks, from_blocks, steps_as_blocks
+from refllm.formats.uniform import (
+    PIECE,
+    Scheme,
+    as_blocks,
+    from_blocks,
+    refuse_non_finite,
+    row_pieces,
+    rows_of,
+    steps_as_blocks,
+)
 
 __all__ = ["MXFP4", "MXFP8", "NVFP4", "SCALES", "FloatScheme", "Scaled", "fake_quantize", "quantize", "scale_of"]
 

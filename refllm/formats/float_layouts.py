@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from refllm.backend import Array, namespace
 from refllm.formats.block_float import FloatScheme, Scaled
 from refllm.formats.fp8_linear import Fp8Linear
-from refllm.formats.stored import FLOATS, Stored
+from refllm.formats.layouts import FLOATS, Stored
 
 __all__ = ["from_tensors", "stored_as", "to_tensor"]
 

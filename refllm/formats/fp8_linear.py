@@ -32,8 +32,8 @@ from dataclasses import dataclass
 
 from refllm.backend import Array, bitcast, namespace
 from refllm.formats.block_float import FloatScheme, Scaled, quantize
-from refllm.formats.codes import row_pieces
 from refllm.formats.minifloat import decode
+from refllm.formats.uniform import row_pieces
 
 __all__ = ["ACTIVATIONS", "Accumulator", "Fp8Linear", "scaled_matmul", "truncate"]
 

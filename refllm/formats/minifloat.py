@@ -37,7 +37,7 @@ from functools import cache
 import numpy as np
 
 from refllm.backend import Array, bitcast, namespace
-from refllm.formats.codes import PIECE
+from refllm.formats.uniform import PIECE
 
 __all__ = ["FORMATS", "OVERFLOW", "Format", "decode", "encode", "float_format", "nearest", "rounded", "table"]
 

@@ -25,7 +25,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from refllm.formats.stored import FLOATS, GPTQ_BITS, Stored
+from refllm.formats.layouts import FLOATS, GPTQ_BITS, Stored
 
 __all__ = ["SUPPORTED", "Quantization", "UnsupportedQuantization", "parse", "quantization_config"]
 

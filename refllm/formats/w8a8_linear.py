@@ -30,8 +30,9 @@ Left out: activations in groups, asymmetric activations, the step's floor of Smo
 from __future__ import annotations
 
 from refllm.backend import Array, namespace
-from refllm.formats.affine import Quantized, Scheme, encode, qparams
 from refllm.formats.int_matmul import scaled_matmul
+from refllm.formats.quantized_linear import Quantized
+from refllm.formats.uniform import Scheme, encode, qparams
 
 __all__ = ["W8A8Linear"]
 

@@ -26,7 +26,8 @@ from refllm.api import Model
 from refllm.backend import namespace, to_numpy
 from refllm.corpus import Document
 from refllm.decode.generate import Sampling
-from refllm.measure.perplexity import bits_by_position, compare, evaluate
+from refllm.measure.perplexity import compare, evaluate
+from refllm.measure.windows import bits_by_position
 from refllm.measure.windows import plan as windows_of
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)

@@ -24,14 +24,15 @@ import numpy as np
 
 import refllm
 from refllm.api import Model, load
-from refllm.checkpoints.atomic import write_whole
-from refllm.checkpoints.loading import build_weights, iter_tensors, save
+from refllm.checkpoints.atomic import file_sha256, write_whole
+from refllm.checkpoints.directory_writer import save
+from refllm.checkpoints.loading import build_weights, iter_tensors
 from refllm.checkpoints.tensor_files import converted
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.corpus import Document
 from refllm.jobs import model_card
 from refllm.model.config import ModelConfig
-from refllm.train.data import Data, encode, file_sha256, fingerprint
+from refllm.train.data import Data, encode, fingerprint
 from refllm.train.schedule import Phase, Plan, batches
 from refllm.train.state import load_state
 

@@ -28,25 +28,24 @@ import numpy as np
 
 from refllm import __version__
 from refllm.api import load
+from refllm.checkpoints.atomic import write_text
 from refllm.checkpoints.directory_writer import STORED_TYPES, check_target, documents, resolved
-from refllm.checkpoints.loading import CheckpointError, read_config
-from refllm.checkpoints.safetensors_writer import write_text
-from refllm.checkpoints.tensor_files import tensor_shapes
+from refllm.checkpoints.loading import read_config
+from refllm.checkpoints.tensor_files import CheckpointError, tensor_shapes
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.corpus import Document, held_out_documents
-from refllm.formats.affine import Scheme
 from refllm.formats.float_layouts import stored_as as stored_floats
-from refllm.formats.stored import stored_as
+from refllm.formats.layouts import stored_as
+from refllm.formats.uniform import Scheme
 from refllm.measure.perplexity import evaluate
 from refllm.model.config import ModelConfig
 from refllm.model.llama import PROJECTIONS
 from refllm.quant import recipe
 from refllm.quant.calibration_data import calibration_windows
-from refllm.quant.export import assemble, default_layout
-from refllm.quant.export_spec import Storing
+from refllm.quant.export import Storing, default_layout
 from refllm.quant.fp8 import fp8
 from refllm.quant.methods import make
-from refllm.quant.resumable_layers import LayerFiles
+from refllm.quant.resumable_layers import LayerFiles, assemble
 
 RECORD = "quantization.json"
 KEPT = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",

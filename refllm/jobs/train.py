@@ -27,14 +27,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refllm.backend import get
-from refllm.checkpoints.atomic import write_whole
+from refllm.checkpoints.atomic import file_sha256, write_whole
 from refllm.checkpoints.directory_writer import check_target
-from refllm.checkpoints.loading import CheckpointError, iter_tensors, read_config
-from refllm.checkpoints.tensor_files import tensor_shapes
+from refllm.checkpoints.loading import iter_tensors, read_config
+from refllm.checkpoints.tensor_files import CheckpointError, tensor_shapes
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.jobs import model_card, publish
 from refllm.model.config import ModelConfig
-from refllm.train.data import Data, encode, file_sha256, fingerprint
+from refllm.train.data import Data, encode, fingerprint
 from refllm.train.distill import teacher_of
 from refllm.train.loop import train
 from refllm.train.loss import Teacher

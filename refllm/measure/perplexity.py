@@ -27,8 +27,18 @@ import numpy as np
 
 from refllm.backend import Array, asarray_like, namespace, to_numpy
 from refllm.measure.bootstrap import Interval, blocks, bootstrap
-from refllm.measure.score import DocumentScore, PositionBin, Score, bits_by_position
-from refllm.measure.windows import Network, Plan, Text, Window, as_documents, plan
+from refllm.measure.windows import (
+    DocumentScore,
+    Network,
+    Plan,
+    PositionBin,
+    Score,
+    Text,
+    Window,
+    as_documents,
+    bits_by_position,
+    plan,
+)
 from refllm.model.attention import Attend, CausalAttend
 from refllm.model.llama import forward, logits
 

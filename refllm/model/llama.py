@@ -24,9 +24,8 @@ from typing import Any
 from refllm.backend import Array, asarray_like, namespace
 from refllm.model.attention import Attend
 from refllm.model.config import ModelConfig
-from refllm.model.joint import product, side_by_side
 from refllm.model.layers import apply_rope, rms_norm, rope_frequencies, rope_table, swiglu
-from refllm.model.weights import Room, as_linear
+from refllm.model.weights import Room, as_linear, product, side_by_side
 
 Layer = dict[str, Any]  # norm gains and biases as arrays, projections as Linear
 Weights = dict[str, Any]  # "embed_tokens", "layers": list[Layer], "norm", "lm_head", "rope_frequencies"

@@ -31,8 +31,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from refllm.backend import Array, namespace
-from refllm.formats.affine import Scheme, fake_quantize
-from refllm.formats.ranges import refuse_non_finite
+from refllm.formats.quantized_linear import fake_quantize
+from refllm.formats.uniform import Scheme, refuse_non_finite
 
 __all__ = ["AWQScale", "channel_magnitude", "clip", "search_clip", "search_scale"]
 

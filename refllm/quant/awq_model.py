@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from refllm.backend import Array, namespace
-from refllm.formats.affine import Scheme
+from refllm.formats.uniform import Scheme
 from refllm.model.attention import Attend
 from refllm.model.config import ModelConfig
 from refllm.model.layers import swiglu

@@ -1,4 +1,20 @@
-"""Quantised models as checkpoints that ``transformers``, vLLM and ``refllm.load`` read.
+"""How a quantised model is stored: its layout, the type of what stays in floats, and what is not quantised.
+
+From a layout (``formats.layouts``) and a network this makes the list of all tensors of its files, and from a layer in
+memory the tensors themselves.
+
+| name                    | stored as                                                                  |
+|-------------------------|----------------------------------------------------------------------------|
+| projections             | the tensors of the layout; those named in ``keep`` as they are             |
+| embedding, norms, biases, head | in ``dtype``, as are all scales                                      |
+
+LLM.int8()'s weights are stored as 8-bit weights with a scale a row: which columns of the activations are outliers is
+found anew at each call, by whoever computes. Readers of compressed-tensors use them with activations as they are.
+
+Left out: quantised embeddings and heads.
+
+<<MERGED>>
+Quantised models as checkpoints that ``transformers``, vLLM and ``refllm.load`` read.
 
 | layout          | quantised by, typically       | activations                                |
 |-----------------|-------------------------------|--------------------------------------------|
@@ -20,26 +36,129 @@ Left out: GGUF, several layouts in one checkpoint.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from refllm.backend import to_numpy
-from refllm.checkpoints.directory_writer import STORED_TYPES, check_target, documents, resolved, write_directory
-from refllm.checkpoints.tensor_files import EMBEDDING, HEAD, CheckpointError, check_vocabulary, converted
+from refllm.checkpoints.directory_writer import STORED_TYPES, Plan, check_target, documents, resolved, write_directory
+from refllm.checkpoints.loading import stored_specs
+from refllm.checkpoints.tensor_files import (
+    EMBEDDING,
+    HEAD,
+    CheckpointError,
+    Shape,
+    check_vocabulary,
+    converted,
+    host_dtype,
+)
+from refllm.formats import float_layouts
 from refllm.formats.float_layouts import stored_as as stored_floats
 from refllm.formats.fp8_linear import Fp8Linear
-from refllm.formats.stored import Stored, stored_as
+from refllm.formats.layouts import FLOAT, FLOAT8, Stored, stored_as, to_tensor
+from refllm.formats.quantization_config import Quantization, parse, quantization_config
+from refllm.formats.quantized_linear import Quantized
+from refllm.formats.uniform import Scheme
 from refllm.formats.w8a8_linear import W8A8Linear
-from refllm.model.llama import PROJECTIONS
-from refllm.model.weights import Dense
-from refllm.quant.export_spec import Storing, named, storable
-from refllm.quant.resumable_layers import LayerFiles
+from refllm.model.config import ModelConfig
+from refllm.model.llama import PROJECTIONS, Layer
+from refllm.model.weights import Dense, Linear
+from refllm.quant.llm_int8 import Int8Linear
 
-__all__ = ["LayerFiles", "Storing", "assemble", "default_layout", "export", "storing_of"]
+Read = Callable[[str], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Storing:
+    """``keep`` names the projections (keys of ``llama.PROJECTIONS``) that are not quantised."""
+
+    stored: Stored
+    dtype: str = "float16"
+    keep: tuple[str, ...] = ()
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """The ``quantization_config`` of its config.json."""
+        paths = [PROJECTIONS[key].replace(".", r"\.") for key in self.keep]
+        return quantization_config(self.stored, ["lm_head", *(rf"re:.*\.{path}$" for path in paths)])
+
+    @cached_property
+    def quantization(self) -> Quantization:
+        """The same, as a reader understands it."""
+        return parse(self.entry)
+
+    def of(self, name: str, shape: Shape) -> Stored | None:
+        """How the tensor ``name`` of a network is stored; None: in ``dtype``."""
+        paths = (f".{path}.weight" for key, path in PROJECTIONS.items() if key not in self.keep)
+        return self.stored if name.endswith(tuple(paths)) else None
+
+    def plan(self, config: ModelConfig) -> Plan:
+        """Every tensor of the files; CheckpointError naming a weight that the layout has no place for."""
+        specs = stored_specs(config, self.of)
+        # Scales of 8-bit floats stay in float32: rounding them would be a second error in every weight.
+        scales = ("weight_scale", "weight_scale_inv") if self.stored.floats else ()
+        return {
+            name: (dtype if dtype != FLOAT else "float32" if name.endswith(scales) else self.dtype, shape)
+            for name, (dtype, shape) in specs
+        }
+
+    def reader(self, tensors: Mapping[str, Any], where: Path) -> Read:
+        """What looks up the stored tensors of ``tensors`` (plain names; arrays, or a ``Linear`` each), on the host.
+
+        The look-up raises CheckpointError naming ``where`` for numbers that are not finite in ``dtype``.
+        """
+        linears = {name: storable(t, name) for name, t in tensors.items() if self.of(name, ()) is not None}
+
+        def read(name: str) -> np.ndarray:
+            module, _, suffix = name.rpartition(".")
+            weight = linears.get(f"{module}.weight")
+            if weight is not None and suffix != "bias":
+                if isinstance(weight, Fp8Linear):
+                    host = to_numpy(float_layouts.to_tensor(weight, suffix))
+                    return host.view(host_dtype(FLOAT8)) if suffix == "weight" else host
+                host = to_numpy(to_tensor(weight, self.stored, suffix, dtype=self.dtype))
+                return host.view(host_dtype("bfloat16")) if host.dtype.name == "uint16" else host
+            plain = tensors[name]
+            floats = to_numpy(plain.dequantize() if hasattr(plain, "dequantize") else plain)
+            return converted(floats, self.dtype, name, where)
+
+        return read
+
+
+def storable(weight: Linear, name: str = "weight") -> Quantized | W8A8Linear | Fp8Linear:
+    """``weight`` in a form that ``formats.layouts`` stores.
+
+    Raises
+    ------
+    CheckpointError
+        naming ``name``, for what no layout holds.
+    """
+    if isinstance(weight, Int8Linear):
+        return Quantized.from_codes(weight.codes, weight.scale, None, Scheme(8, "restricted", "channel"))
+    if isinstance(weight, W8A8Linear) and (weight.scheme.granularity, weight.scheme.bits) != ("token", 8):
+        raise CheckpointError(f"{name}: stored activations have 8 bits and a step a token, found anew (level O1), not "
+                              f"{weight.scheme.bits} bits {'static' if weight.static else 'a tensor'}")  # fmt: skip
+    if not isinstance(weight, (Quantized, W8A8Linear, Fp8Linear)):
+        raise CheckpointError(f"{name}: {type(weight).__name__} is not quantised: quantise it, or name it in keep")
+    return weight
+
+
+def named(layer: Layer, index: int) -> dict[str, Any]:
+    """A layer's projections, norms and biases under their names in the checkpoint: ``llama.build_layer`` backwards."""
+    at = f"model.layers.{index}."
+    found = {f"{at}{path}.weight": layer[key] for key, path in PROJECTIONS.items()}
+    for key, tensor in layer.items():
+        if key.endswith("_bias"):
+            found[f"{at}self_attn.{key[0]}_proj.bias"] = tensor
+        elif key in ("q_norm", "k_norm"):
+            found[f"{at}self_attn.{key}.weight"] = tensor
+        elif key not in PROJECTIONS:
+            found[f"{at}{key}.weight"] = tensor
+    return found
 
 
 def export(
@@ -106,24 +225,3 @@ def default_layout(scheme: Any, *, activations: bool = False, reordered: bool = 
     if reordered:
         return "gptq_v2"
     return "pack-quantized" if scheme.symmetric else "awq" if scheme.bits == 4 else "gptq_v2"
-
-
-def assemble(
-    target: Path, layers: LayerFiles, rest: Mapping[str, Any], texts: Mapping[str, str], *,
-    max_shard_bytes: int | None = None, finish: Callable[[Path], None] | None = None,
-) -> None:  # fmt: skip
-    """Write the layers of a finished run, with the ``rest`` of the network's tensors (embedding, norm, head).
-
-    ``finish`` is called with the new directory before it takes its name.
-    """
-    dtype, config = layers.storing.dtype, layers.source.config
-
-    def read(name: str) -> np.ndarray:
-        if name.startswith("model.layers."):
-            return layers.read(name)
-        return converted(to_numpy(rest[name]), dtype, name, target)
-
-    temporary = target.with_name(f".{target.name}.quantized.partial")
-    shutil.rmtree(temporary, ignore_errors=True)  # of an attempt that was killed
-    plan = layers.storing.plan(config)
-    write_directory(target, texts, plan, read, max_shard_bytes=max_shard_bytes, temporary=temporary, finish=finish)

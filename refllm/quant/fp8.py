@@ -30,8 +30,6 @@ from collections import deque
 from typing import Any
 
 from refllm.backend import Array, namespace
-from refllm.formats.affine import Scheme
-from refllm.formats.affine import fake_quantize as fake_integers
 from refllm.formats.block_float import (
     MXFP4,
     MXFP8,
@@ -44,6 +42,8 @@ from refllm.formats.block_float import (
     scale_of,
 )
 from refllm.formats.fp8_linear import Accumulator, Fp8Linear, scaled_matmul
+from refllm.formats.quantized_linear import fake_quantize as fake_integers
+from refllm.formats.uniform import Scheme
 
 __all__ = [
     "ACTIVATIONS_OF", "MXFP4", "MXFP8", "NVFP4", "Accumulator", "DelayedScale", "FloatScheme", "Fp8Linear", "Scaled",

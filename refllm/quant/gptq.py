@@ -27,10 +27,9 @@ Left out: the sequential order of a layer's projections (``calibrate``), ternary
 from __future__ import annotations
 
 from refllm.backend import Array, namespace
-from refllm.formats.ranges import refuse_non_finite
-from refllm.formats.scheme import Scheme
-from refllm.quant.grids import Grids, Solution
+from refllm.formats.uniform import Scheme, refuse_non_finite
 from refllm.quant.hessian import Factor, Hessian, damped, factor, hessian
+from refllm.quant.rtn import Grids, Solution
 
 __all__ = ["Factor", "Hessian", "Solution", "damped", "factor", "gptq", "hessian"]
 

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from refllm.backend import Array, asarray_like, get
-from refllm.checkpoints.loading import read_config
-from refllm.checkpoints.stored_tensors import read
+from refllm.checkpoints.loading import read, read_config
 from refllm.checkpoints.tensor_files import (
     EMBEDDING,
     CheckpointError,

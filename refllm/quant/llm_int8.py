@@ -36,7 +36,7 @@ from typing import Any
 
 from refllm.backend import Array, namespace, to_numpy
 from refllm.formats.int_matmul import integer_matmul
-from refllm.formats.ranges import refuse_non_finite
+from refllm.formats.uniform import refuse_non_finite
 
 RULES = ("bitsandbytes", "paper")
 

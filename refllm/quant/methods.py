@@ -22,18 +22,19 @@ from itertools import accumulate
 from typing import Any, ClassVar, Protocol
 
 from refllm.backend import Array, namespace
-from refllm.formats.affine import Scheme
+from refllm.formats.uniform import Scheme
 from refllm.model.attention import CausalAttend
 from refllm.model.llama import PROJECTIONS, Layer
 from refllm.quant.awq_model import awq_layer, fold, scale_groups
 from refllm.quant.fp8 import check as check_fp8
 from refllm.quant.fp8 import fp8
-from refllm.quant.gptq import Factor, Hessian, Solution, factor, gptq
+from refllm.quant.gptq import gptq
+from refllm.quant.hessian import Factor, Hessian, factor
 from refllm.quant.layer_inputs import STAGES, Batch, LayerRun
 from refllm.quant.llm_int8 import Int8Linear
 from refllm.quant.observers import MinMax
 from refllm.quant.report import Clock, TensorReport, row
-from refllm.quant.rtn import rtn
+from refllm.quant.rtn import Solution, rtn
 from refllm.quant.smoothquant import LEVELS, smooth_layer, w8a8
 
 __all__ = ["AWQ", "FP8", "GPTQ", "METHODS", "RTN", "Int8", "Method", "SmoothQuant", "default_scheme", "make"]

@@ -15,9 +15,7 @@ Left out: other factors for the two ends, ranges wider than min-max (NVFP4), wei
 from __future__ import annotations
 
 from refllm.backend import Array, namespace
-from refllm.formats.affine import Scheme, decode, encode, range_to_qparams, ranges
-from refllm.formats.ranges import reachable
-from refllm.formats.scheme import as_blocks
+from refllm.formats.uniform import Scheme, as_blocks, decode, encode, range_to_qparams, ranges, reachable
 
 __all__ = ["mse_range"]
 

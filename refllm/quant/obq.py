@@ -29,11 +29,9 @@ Left out: pruning, blocks, everything that makes it fast. ``gptq`` is this, fast
 from __future__ import annotations
 
 from refllm.backend import Array, namespace
-from refllm.formats.affine import decode, encode
-from refllm.formats.ranges import refuse_non_finite
-from refllm.formats.scheme import Scheme
-from refllm.quant.grids import Grids, Solution
+from refllm.formats.uniform import Scheme, decode, encode, refuse_non_finite
 from refllm.quant.hessian import check, damped
+from refllm.quant.rtn import Grids, Solution
 
 __all__ = ["obq"]
 

@@ -9,7 +9,7 @@
 | Entropy       | cuts where codes tell least falsely how numbers are spread | only if the first batch sets the bins |
 
 The more is cut off, the finer the steps for what is left: clipping error is traded for rounding error. ``range()``
-goes to ``formats.ranges.range_to_qparams``, which applies a scheme's rule (``qparams(scheme)`` does both).
+goes to ``formats.uniform.range_to_qparams``, which applies a scheme's rule (``qparams(scheme)`` does both).
 
 Sources: torch.ao.quantization (MinMaxObserver, MovingAverageMinMaxObserver); llm-compressor's observers ``minmax``
 and ``mse`` (see ``mse``); NVIDIA's modelopt (Percentile, Entropy: see ``histogram``).
@@ -31,8 +31,7 @@ import sys
 from typing import Any
 
 from refllm.backend import Array, namespace
-from refllm.formats.affine import Scheme, range_to_qparams
-from refllm.formats.ranges import refuse_non_finite
+from refllm.formats.uniform import Scheme, range_to_qparams, refuse_non_finite
 from refllm.quant.histogram import count_bins, entropy_cut, percentile_cut
 from refllm.quant.mse_range import mse_range
 

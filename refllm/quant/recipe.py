@@ -30,10 +30,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from refllm.checkpoints.tensor_files import tensor_shapes
-from refllm.formats.affine import Scheme
+from refllm.formats.uniform import Scheme
 from refllm.model.config import ModelConfig
 from refllm.model.llama import PROJECTIONS, Layer
-from refllm.quant.layer_inputs import Batch, LayerRun, Source, embed, sequences
+from refllm.quant.calibration_data import sequences
+from refllm.quant.layer_inputs import Batch, LayerRun, Source, embed
 from refllm.quant.layer_sources import CheckpointSource, MemorySink, ModelSource
 from refllm.quant.methods import METHODS, Method, default_scheme, make
 from refllm.quant.report import Report, TensorReport

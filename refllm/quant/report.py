@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from refllm.backend import Array, namespace
-from refllm.formats.affine import Scheme
+from refllm.formats.uniform import Scheme
 from refllm.model.llama import PROJECTIONS
 from refllm.model.weights import Linear
 

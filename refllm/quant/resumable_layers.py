@@ -18,22 +18,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from refllm.backend import namespace
-from refllm.checkpoints.atomic import write_whole
-from refllm.checkpoints.safetensors_writer import Plan, flush, write_file
-from refllm.checkpoints.stored_tensors import NetworkTensors
-from refllm.checkpoints.tensor_files import CheckpointError, TensorFiles
+from refllm.backend import namespace, to_numpy
+from refllm.checkpoints.atomic import file_sha256, flush, write_whole
+from refllm.checkpoints.directory_writer import Plan, write_directory, write_file
+from refllm.checkpoints.loading import NetworkTensors
+from refllm.checkpoints.tensor_files import CheckpointError, TensorFiles, converted
 from refllm.model.llama import PROJECTIONS, Layer
-from refllm.quant.export_spec import Storing, named
+from refllm.quant.export import Storing, named
 from refllm.quant.layer_inputs import Source
 from refllm.quant.report import TensorReport
-from refllm.train.data import file_sha256
 
 SETTINGS = "settings.json"
 
@@ -132,3 +132,24 @@ class LayerFiles:
 
     def _record(self, index: int) -> Path:
         return self.directory / f"layer-{index:05}.json"
+
+
+def assemble(
+    target: Path, layers: LayerFiles, rest: Mapping[str, Any], texts: Mapping[str, str], *,
+    max_shard_bytes: int | None = None, finish: Callable[[Path], None] | None = None,
+) -> None:  # fmt: skip
+    """Write the layers of a finished run, with the ``rest`` of the network's tensors (embedding, norm, head).
+
+    ``finish`` is called with the new directory before it takes its name.
+    """
+    dtype, config = layers.storing.dtype, layers.source.config
+
+    def read(name: str) -> np.ndarray:
+        if name.startswith("model.layers."):
+            return layers.read(name)
+        return converted(to_numpy(rest[name]), dtype, name, target)
+
+    temporary = target.with_name(f".{target.name}.quantized.partial")
+    shutil.rmtree(temporary, ignore_errors=True)  # of an attempt that was killed
+    plan = layers.storing.plan(config)
+    write_directory(target, texts, plan, read, max_shard_bytes=max_shard_bytes, temporary=temporary, finish=finish)

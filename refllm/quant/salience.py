@@ -20,7 +20,8 @@ import math
 import numpy as np
 
 from refllm.backend import Array, asarray_like, namespace
-from refllm.formats.affine import Quantized, Scheme, quantize
+from refllm.formats.quantized_linear import Quantized, quantize
+from refllm.formats.uniform import Scheme
 from refllm.model.weights import Linear
 from refllm.quant.awq import channel_magnitude
 

@@ -38,7 +38,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from refllm.backend import Array, namespace
-from refllm.formats.affine import Scheme, quantize
+from refllm.formats.quantized_linear import quantize
+from refllm.formats.uniform import Scheme
 from refllm.formats.w8a8_linear import W8A8Linear
 from refllm.model.llama import PROJECTIONS, Layer, Weights
 from refllm.quant.awq_model import ATTENTION_INPUT, MLP_INPUT, fold

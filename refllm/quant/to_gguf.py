@@ -30,8 +30,8 @@ import numpy as np
 from refllm.checkpoints import gguf_tokenizer
 from refllm.checkpoints.gguf import GGUFTensors, is_gguf, open_file
 from refllm.checkpoints.gguf_names import ROPE_FACTORS, architecture, gguf_name, metadata_of, permutation, rope_factors
+from refllm.checkpoints.loading import read as read_quantization
 from refllm.checkpoints.loading import read_config, read_tokenizer
-from refllm.checkpoints.stored_tensors import read as read_quantization
 from refllm.checkpoints.tensor_files import (
     CheckpointError,
     TensorFiles,
@@ -41,8 +41,9 @@ from refllm.checkpoints.tensor_files import (
     tensor_shapes,
 )
 from refllm.checkpoints.tokenizer import Tokenizer
-from refllm.formats.gguf import kind, quantize, row_bytes
+from refllm.formats.gguf.codec import quantize
 from refllm.formats.gguf.mixes import MIXES, Heads, bits_per_weight, mix
+from refllm.formats.gguf.types import kind, row_bytes
 from refllm.formats.gguf.writer import write
 from refllm.model.config import ModelConfig
 from refllm.quant.worker_pool import in_order, processes

@@ -39,16 +39,8 @@ from refllm.decode.fast.captured_step import stepper
 from refllm.decode.generate import GREEDY, Sampling
 from refllm.decode.sampling import best
 from refllm.decode.speculative.acceptance import Acceptance, expected_length
-from refllm.decode.speculative.drafters import (
-    NOTHING,
-    Ask,
-    Drafter,
-    ModelDrafter,
-    NGramDrafter,
-    Proposal,
-    TreeProposal,
-    check_vocabulary,
-)
+from refllm.decode.speculative.drafters import ModelDrafter, NGramDrafter
+from refllm.decode.speculative.interface import NOTHING, Ask, Drafter, Proposal, TreeProposal, check_vocabulary
 from refllm.decode.speculative.tree_drafter import TreeDrafter
 from refllm.kv.contiguous import ContiguousCache
 

@@ -26,9 +26,8 @@ from itertools import count
 
 from refllm.serve.admission import Order
 from refllm.serve.kv_manager import Memory
-from refllm.serve.plan import Name, Plan
+from refllm.serve.plan import Continuation, Event, Name, Outcome, Plan, Step, check_outcomes
 from refllm.serve.request import Branch, Request, Status
-from refllm.serve.step import Continuation, Event, Outcome, Step, check_outcomes
 
 
 class Ledger(ABC):

@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 from refllm.backend import Array, asarray_like, namespace, to_numpy, top_k
 from refllm.decode.sampling import log_probabilities
+from refllm.serve.plan import Continuation, Outcome
 from refllm.serve.request import Branch, Request
-from refllm.serve.step import Continuation, Outcome
 
 
 class Hypothesis(NamedTuple):

@@ -25,18 +25,18 @@ import numpy as np
 
 from refllm.backend import Array, asarray_like
 from refllm.decode.fast.captured_step import stepper
-from refllm.decode.speculative.drafters import Ask, Drafter, ModelDrafter, TreeProposal, check_vocabulary
+from refllm.decode.speculative.drafters import ModelDrafter
+from refllm.decode.speculative.interface import Ask, Drafter, TreeProposal, check_vocabulary
 from refllm.kv.paged import PagedKVCache
 from refllm.serve import factory
 from refllm.serve.adaptive_drafts import Drafting
 from refllm.serve.base_scheduler import Ledger
 from refllm.serve.executor import execute
-from refllm.serve.live import Listener, Live, Record, refuse
 from refllm.serve.outputs import Counts, Piece, Result
-from refllm.serve.plan import Name, Plan
+from refllm.serve.plan import Continuation, Event, Name, Outcome, Plan
 from refllm.serve.request import Branch, Request
+from refllm.serve.request_state import Listener, Live, Record, refuse
 from refllm.serve.sampler import Seat, choose, penalised
-from refllm.serve.step import Continuation, Event, Outcome
 
 FAILED = [Continuation((), "error")]
 

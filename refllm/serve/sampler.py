@@ -25,7 +25,7 @@ from refllm.backend import Array, asarray_like, to_numpy
 from refllm.decode import sampling
 from refllm.decode.speculative.verification import verify
 from refllm.serve.request import Request
-from refllm.serve.voice import Voice
+from refllm.serve.request_state import Voice
 
 
 @dataclass(slots=True)

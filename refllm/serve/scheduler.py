@@ -33,9 +33,8 @@ from __future__ import annotations
 from refllm.serve.admission import Order, named
 from refllm.serve.base_scheduler import Ledger
 from refllm.serve.kv_manager import Memory
-from refllm.serve.plan import Plan
+from refllm.serve.plan import Plan, Step
 from refllm.serve.request import Branch, Request, Status
-from refllm.serve.step import Step
 
 
 class Scheduler(Ledger):

@@ -27,11 +27,10 @@ from typing import NamedTuple, Protocol
 
 from refllm.serve.admission import LongestPrefix
 from refllm.serve.base_scheduler import Ledger
-from refllm.serve.plan import Plan
+from refllm.serve.plan import Continuation, Plan
 from refllm.serve.prefix_caching import Hashed, Radix
 from refllm.serve.request import Branch, Request
 from refllm.serve.scheduler import Scheduler
-from refllm.serve.step import Continuation
 from refllm.serve.swapping import Moved, Swapping
 from refllm.simulate.metrics import Limits, Recorder, Summary
 from refllm.simulate.programs import Follow

@@ -94,7 +94,9 @@ def meet(tour: Tour) -> None:
     )
     tour.say(f"It runs in {xp.__name__} {xp.__version__} on Python {platform.python_version()}.")
     if training_curves.has_record(directory):
-        tour.draw("training_curve", training_curves.curve_values([directory]), "B", training_curves.hardware([directory]))
+        tour.draw(
+            "training_curve", training_curves.curve_values([directory]), "B", training_curves.hardware([directory])
+        )
 
 
 def write(tour: Tour) -> None:

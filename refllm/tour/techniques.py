@@ -13,7 +13,7 @@ import numpy as np
 
 from refllm.backend import to_numpy
 from refllm.corpus import held_out_documents
-from refllm.formats.affine import Scheme
+from refllm.formats.uniform import Scheme
 from refllm.kv.kivi import Kivi, KiviAttend
 from refllm.measure.memory import kv_bytes
 from refllm.measure.perplexity import compare, keep

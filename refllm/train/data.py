@@ -15,7 +15,6 @@ Left out: anything but UTF-8 text; streaming from disk (all text is in memory).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,12 +148,3 @@ def encode(tokenizer: Tokenizer, documents: Sequence[Document], begin: int = 0) 
 def fingerprint(documents: Iterable[Document]) -> dict[str, str]:
     """Name → sha256 of every text: says which text was read without copying any of it."""
     return {d.name: d.sha256 for d in documents}
-
-
-def file_sha256(path: Path) -> str:
-    """The digest of a file's bytes, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()

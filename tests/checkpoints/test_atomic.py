@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.checkpoints import atomic
+from refllm.checkpoints import directory_writer
 from refllm.checkpoints.atomic import write_whole
 from study_models import byte_tokenizer
 
@@ -28,7 +28,7 @@ def test_a_failure_at_any_step_leaves_the_old_file_and_nothing_else(tmp_path, mo
 
     path = tmp_path / "file"
     write_whole(path, "old")
-    monkeypatch.setattr(atomic.os, step, fails)
+    monkeypatch.setattr(directory_writer.os, step, fails)
     with pytest.raises(error):
         write_whole(path, "new")
     with pytest.raises(error):

@@ -17,8 +17,9 @@ import fakecupy
 from conftest import to_host
 from networks import LLAMA3, NETWORKS, TOKENS, close, full_logits, naive_logits, random_tensors, tokenizer
 from refllm.checkpoints import loading
-from refllm.checkpoints.loading import Checkpoint, CheckpointError, build_weights, iter_tensors, load, read_tensor, save
-from refllm.checkpoints.tensor_files import INDEX, SINGLE
+from refllm.checkpoints.directory_writer import save
+from refllm.checkpoints.loading import Checkpoint, build_weights, iter_tensors, load, read_tensor
+from refllm.checkpoints.tensor_files import INDEX, SINGLE, CheckpointError
 
 # --- what is loaded --------------------------------------------------------------------------------------------
 

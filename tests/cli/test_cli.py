@@ -27,7 +27,9 @@ import refllm
 from conftest import ROOT
 from refllm import backend
 from refllm.api import Model, bundled, load
-from refllm.checkpoints.loading import CheckpointError, save
+from refllm.checkpoints.atomic import file_sha256
+from refllm.checkpoints.directory_writer import save
+from refllm.checkpoints.tensor_files import CheckpointError
 from refllm.cli import app
 from refllm.cli.errors import explain
 from refllm.cli.generate import read_prompt
@@ -43,7 +45,7 @@ from refllm.model.config import ModelConfig
 from refllm.model.weights import Dense
 from refllm.tour.terminal import NARROW, bytes_text, printable, table
 from refllm.train import data
-from refllm.train.data import Data, file_sha256, standard_library
+from refllm.train.data import Data, standard_library
 from refllm.train.schedule import Phase
 from study_models import byte_tokenizer, tiny_config, tiny_params
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from refllm.checkpoints.loading import save
+from refllm.checkpoints.directory_writer import save
 from refllm.cli import app
 from refllm.cli.draft_options import Speculation, draft_named
 from refllm.decode.speculative.drafters import ModelDrafter, NGramDrafter

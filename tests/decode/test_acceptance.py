@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refllm.decode.speculative.acceptance import Acceptance, acceptance_stats, best_gamma, expected_length, speedup
-from refllm.decode.speculative.verification import acceptance_stats as same
+from refllm.decode.speculative.acceptance import acceptance_stats as same
 from strategies import seeds
 
 EPS = float(np.finfo(np.float64).eps)

@@ -16,7 +16,7 @@ from refllm.decode.fast import captured_step
 from refllm.decode.fast.captured_step import CapturedStep, fits, stepper
 from refllm.kv.contiguous import ContiguousCache
 from refllm.kv.paged import PagedKVCache
-from refllm.model import weights as storage
+from refllm.model import weights as weights_module
 from refllm.model.attention import CausalAttend
 from refllm.model.config import ModelConfig
 from refllm.model.llama import build, forward, logits
@@ -49,7 +49,7 @@ def test_a_captured_step_is_the_network(config, in_place, paged, steps, seed):
     rng = np.random.default_rng(seed)
     texts = rng.integers(0, config.vocab_size, (3, 16))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "reads_in_place", lambda: in_place)
+        patch.setattr(weights_module, "reads_in_place", lambda: in_place)
         patch.setattr(captured_step, "ANGLES", 2)
         patch.setattr(captured_step, "MOST_ANGLES", 9)
         weights = network(config, seed)
@@ -104,7 +104,7 @@ def test_a_batch_of_many_rows_goes_through_the_network(monkeypatch):
 
 def test_rows_that_are_added_stay_zeros_whatever_stood_in_the_memory(monkeypatch):
     """A batch of not-a-numbers leaves its memory to the next, smaller one, which computes a row for nobody."""
-    monkeypatch.setattr(storage, "reads_in_place", lambda: True)
+    monkeypatch.setattr(weights_module, "reads_in_place", lambda: True)
     weights = network(BLOCKED, 0)
     weights["embed_tokens"] = Dense(np.where(np.arange(128)[:, None] < 4, np.nan, weights["embed_tokens"].dequantize()))
     step = CapturedStep(weights, BLOCKED)

@@ -17,16 +17,8 @@ from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.decode.generate import GREEDY, Sampling
 from refllm.decode.sampling import warp
 from refllm.decode.speculative import verification
-from refllm.decode.speculative.drafters import (
-    Adversary,
-    Ask,
-    JacobiDrafter,
-    ModelDrafter,
-    NGramDrafter,
-    PerfectDrafter,
-    check_vocabulary,
-    common_prefix,
-)
+from refllm.decode.speculative.drafters import Adversary, JacobiDrafter, ModelDrafter, NGramDrafter, PerfectDrafter
+from refllm.decode.speculative.interface import Ask, check_vocabulary, common_prefix
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.config import ModelConfig
 from refllm.model.llama import build, forward, logits

@@ -27,9 +27,8 @@ from refllm.decode.speculative.drafters import (
     ModelDrafter,
     NGramDrafter,
     PerfectDrafter,
-    Proposal,
-    TreeProposal,
 )
+from refllm.decode.speculative.interface import Proposal, TreeProposal
 from refllm.decode.speculative.loop import judge, judge_tree, speculate
 from refllm.decode.speculative.tree import Tree
 from refllm.decode.speculative.tree_drafter import TreeDrafter

@@ -16,7 +16,8 @@ from refllm.decode.generate import GREEDY, Sampling
 from refllm.decode.sampling import warp
 from refllm.decode.speculative import verification
 from refllm.decode.speculative.acceptance import Acceptance
-from refllm.decode.speculative.drafters import NOTHING, Cascade, ModelDrafter, NGramDrafter, TreeProposal, check_drafter
+from refllm.decode.speculative.drafters import Cascade, ModelDrafter, NGramDrafter, check_drafter
+from refllm.decode.speculative.interface import NOTHING, TreeProposal
 from refllm.decode.speculative.loop import judge_tree
 from refllm.decode.speculative.tree import Tree
 from refllm.decode.speculative.tree_drafter import TreeDrafter

@@ -9,10 +9,10 @@ import pytest
 
 from conftest import ROOT
 from refllm.api import Model
-from refllm.checkpoints.loading import save
+from refllm.checkpoints.directory_writer import save
 from refllm.experiments import kv_quantization
 from refllm.experiments.kv_quantization import CHOICES, Case, Experiment, cases, memory
-from refllm.figures.registry import kv_quantization as drawn
+from refllm.figures.kv import kv_quantization as drawn
 from refllm.kv.kivi import Kivi
 from refllm.kv.kivi_cache import KiviCache
 from refllm.measure.memory import LLAMA_70B, kv_bytes

@@ -10,10 +10,10 @@ import pytest
 
 from conftest import ROOT
 from refllm.api import Model
-from refllm.checkpoints.loading import save
+from refllm.checkpoints.directory_writer import save
 from refllm.experiments import kv_sparsity
 from refllm.experiments.kv_sparsity import CONTROL, POLICIES, TASKS, Experiment
-from refllm.figures.registry import kv_sparsity as drawn
+from refllm.figures.kv import kv_sparsity as drawn
 from refllm.kv.sparse import at_random, h2o, recent_only, snapkv
 from refllm.kv.sparse_cache import SparseCache
 from refllm.measure.records import read

@@ -7,7 +7,8 @@ import pytest
 
 from refllm.experiments import observer_ranges
 from refllm.experiments.observer_ranges import batches, observed, observers, values
-from refllm.formats.affine import Scheme, fake_quantize
+from refllm.formats.quantized_linear import fake_quantize
+from refllm.formats.uniform import Scheme
 from refllm.measure.records import read
 
 

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from refllm.api import Model
-from refllm.checkpoints.loading import save
+from refllm.checkpoints.directory_writer import save
 from refllm.experiments import quantization_quality
 from refllm.experiments.quantization_quality import Bench, Cell, cells, increase, table
-from refllm.figures.registry import quantization
+from refllm.figures.quant import quantization
 from refllm.measure.bootstrap import blocks
 from refllm.measure.perplexity import compare
 from refllm.measure.records import read
-from refllm.quant.recipe import METHODS, quantize_model
+from refllm.quant.methods import METHODS
+from refllm.quant.recipe import quantize_model
 from study_models import byte_tokenizer, tiny_config, tiny_model, tiny_params
 
 GROUPED = (4, 8, "half_integer")

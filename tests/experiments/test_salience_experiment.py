@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from refllm.api import Model
-from refllm.checkpoints.loading import save
+from refllm.checkpoints.directory_writer import save
 from refllm.experiments import salience
 from refllm.experiments.quantization_quality import Bench
 from refllm.experiments.salience import Choice, Experiment, choices
-from refllm.figures.registry import salience as drawn
-from refllm.formats.affine import Scheme
+from refllm.figures.quant import salience as drawn
+from refllm.formats.uniform import Scheme
 from refllm.measure.perplexity import compare
 from refllm.measure.records import read
 from refllm.quant.recipe import quantize_model

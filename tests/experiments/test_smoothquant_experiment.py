@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from refllm.api import Model
-from refllm.checkpoints.loading import save
+from refllm.checkpoints.directory_writer import save
 from refllm.experiments import smoothquant
 from refllm.experiments.quantization_quality import Bench
 from refllm.experiments.smoothquant import Case, Experiment, cases
-from refllm.figures.registry import smoothquant as drawn
+from refllm.figures.quant import smoothquant as drawn
 from refllm.formats.w8a8_linear import W8A8Linear
 from refllm.measure.records import read
 from refllm.model.weights import Dense

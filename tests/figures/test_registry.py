@@ -16,8 +16,9 @@ import pytest
 from matplotlib.figure import SubFigure
 
 from refllm.figures import kv, registry
-from refllm.figures.registry import FIGURES, SERIES, check, redraw, save
+from refllm.figures.registry import FIGURES, check, redraw, save
 from refllm.measure import memory, plotting, roofline
+from refllm.measure.plotting import SERIES
 from refllm.measure.records import Record, read, write
 from serving_examples import SERVING
 

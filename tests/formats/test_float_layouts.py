@@ -12,12 +12,13 @@ from safetensors import safe_open
 from conftest import oracle
 from exported_models import output, products_of, their_model
 from networks import VOCAB, random_tensors, tokenizer
-from refllm.checkpoints.loading import CheckpointError, load, save
-from refllm.checkpoints.tensor_files import TensorFiles
-from refllm.formats.affine import Scheme
+from refllm.checkpoints.directory_writer import save
+from refllm.checkpoints.loading import load
+from refllm.checkpoints.tensor_files import CheckpointError, TensorFiles
 from refllm.formats.float_layouts import from_tensors, stored_as, to_tensor
+from refllm.formats.layouts import Stored, tensor_specs
 from refllm.formats.quantization_config import UnsupportedQuantization, parse, quantization_config
-from refllm.formats.stored import Stored, tensor_specs
+from refllm.formats.uniform import Scheme
 from refllm.model.config import ModelConfig
 from refllm.model.llama import PROJECTIONS
 from refllm.quant.export import export

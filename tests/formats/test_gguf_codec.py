@@ -26,8 +26,9 @@ from gguf_data import (
     importances,
     matrices,
 )
-from refllm.formats.gguf import TYPES, codec, dequantize, quantize, row_bytes
-from refllm.formats.gguf.types import FIELDS
+from refllm.formats.gguf import codec
+from refllm.formats.gguf.codec import dequantize, quantize
+from refllm.formats.gguf.types import FIELDS, TYPES, row_bytes
 from strategies import build, seeds
 
 

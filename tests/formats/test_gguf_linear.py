@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from conftest import to_host
 from gguf_data import BLOCKS
-from refllm.formats.gguf import dequantize, linear, quantize
+from refllm.formats.gguf import linear
+from refllm.formats.gguf.codec import dequantize, quantize
 from refllm.formats.gguf.linear import BlockWeight
 from strategies import build, seeds
 

@@ -14,9 +14,9 @@ from conftest import oracle
 from refllm.checkpoints.gguf_names import gguf_name
 from refllm.checkpoints.tensor_files import tensor_shapes
 from refllm.experiments.gguf_mixes import ARTICLE, LLAMA_2_7B, LLAMA_31_8B, table
-from refllm.formats.gguf import kind
 from refllm.formats.gguf.mixes import MIXES, Heads, bits_per_weight, mix, more_bits
 from refllm.formats.gguf.reader import GGUFFile
+from refllm.formats.gguf.types import kind
 from refllm.model.config import ModelConfig
 from refllm.quant.to_gguf import convert
 

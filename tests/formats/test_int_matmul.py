@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from conftest import to_host
 from refllm.formats import int_matmul
-from refllm.formats.affine import Scheme, quantize
 from refllm.formats.int_matmul import exact_length, integer_matmul, scaled_matmul
+from refllm.formats.quantized_linear import quantize
+from refllm.formats.uniform import Scheme
 from schemes import FORCED
 from strategies import build, seeds
 

@@ -12,10 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import oracle, to_host
-from refllm.formats.affine import Quantized, Scheme, quantize
-from refllm.formats.layouts import AWQ_ORDER, from_tensors, to_tensor, to_tensors
-from refllm.formats.reordered import Reordered, order_of
-from refllm.formats.stored import LAYOUTS, Stored, stored_as, tensor_specs
+from refllm.formats.layouts import (
+    AWQ_ORDER,
+    LAYOUTS,
+    Stored,
+    from_tensors,
+    stored_as,
+    tensor_specs,
+    to_tensor,
+    to_tensors,
+)
+from refllm.formats.quantized_linear import Quantized, Reordered, order_of, quantize
+from refllm.formats.uniform import Scheme
 from refllm.formats.w8a8_linear import W8A8Linear
 from strategies import seeds
 

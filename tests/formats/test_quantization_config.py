@@ -8,8 +8,8 @@ import json
 import pytest
 
 from conftest import oracle
+from refllm.formats.layouts import GPTQ_BITS, Stored
 from refllm.formats.quantization_config import UnsupportedQuantization, parse, quantization_config
-from refllm.formats.stored import GPTQ_BITS, Stored
 
 WRITTEN = [
     *(Stored("pack-quantized", bits, group) for bits in (2, 3, 4, 8) for group in (None, 32)),

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import to_host
-from refllm.formats import quantized
-from refllm.formats.affine import Quantized, Scheme, decode, effective_bits, encode, quantize
+from refllm.formats import quantized_linear
+from refllm.formats.quantized_linear import Quantized, effective_bits, quantize
+from refllm.formats.uniform import Scheme, decode, encode
 from schemes import columns, rows, schemes
 from strategies import build, seeds
 
@@ -28,7 +29,7 @@ def test_matmul_is_the_product_of_what_comes_back(xp, scheme, m, n, t, kind, dty
     weight = quantize(xp.asarray(build(kind, (m, n), seed, dtype)), scheme)
     x = np.random.default_rng(seed).standard_normal((t, n)).astype(other)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantized, "TILE", (tile, tile))
+        patch.setattr(quantized_linear, "TILE", (tile, tile))
         got = to_host(weight.matmul(xp.asarray(x)))
     back = to_host(weight.dequantize())
     assert got.shape == (t, m)

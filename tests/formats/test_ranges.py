@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import oracle, to_host
-from refllm.formats.ranges import qparams, range_to_qparams, ranges, reachable
-from refllm.formats.scheme import RULES, Scheme
+from refllm.formats.uniform import RULES, Scheme, qparams, range_to_qparams, ranges, reachable
 from schemes import FORCED, columns, place, rows, schemes
 from strategies import KINDS, arrays, build, seeds
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 
 from conftest import to_host
-from refllm.formats.scheme import GRANULARITIES, RULES, Scheme, as_blocks, from_blocks, steps_as_blocks
+from refllm.formats.uniform import GRANULARITIES, RULES, Scheme, as_blocks, from_blocks, steps_as_blocks
 from schemes import columns, place, rows, schemes
 
 # rule: (qmin, qmax, zero point of the symmetric ones, divisor of a or hi − lo), at 4 bits: specs §1

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import oracle, to_host
-from refllm.formats.scheme import Scheme
-from refllm.formats.storage import load_scale, load_zero, pack_codes, store_scale, store_zero, unpack_codes
+from refllm.formats.packing import load_scale, load_zero, pack_codes, store_scale, store_zero, unpack_codes
+from refllm.formats.uniform import Scheme
 from schemes import schemes
 from strategies import seeds
 

@@ -8,17 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import oracle, to_host
-from refllm.formats import affine
-from refllm.formats.affine import (
-    RULES,
-    Scheme,
-    decode,
-    effective_bits,
-    encode,
-    fake_quantize,
-    qparams,
-    quantize,
-)
+from refllm.formats import quantized_linear
+from refllm.formats.quantized_linear import effective_bits, fake_quantize, quantize
+from refllm.formats.uniform import RULES, Scheme, decode, encode, qparams
 from schemes import FORCED, columns, rows, schemes, slack, spread
 from strategies import arrays, build, seeds
 
@@ -74,7 +66,7 @@ def test_error_of_awq(pure_xp, scheme, m, n, seed):
     scale, _ = qparams(pure_xp.asarray(x), scheme)
     step = spread(to_host(scale), scheme, (m, n))
     error = np.abs(to_host(fake_quantize(pure_xp.asarray(x), scheme)) - x)
-    lo, hi = (spread(to_host(bound), scheme, (m, n)) for bound in affine.ranges(pure_xp.asarray(x), scheme))
+    lo, hi = (spread(to_host(bound), scheme, (m, n)) for bound in quantized_linear.ranges(pure_xp.asarray(x), scheme))
     around_zero = (lo <= 0) & (hi >= 0)
     assert (error <= 0.5 * step + slack(x, step, scheme))[around_zero].all()
     tensor = Scheme(scheme.bits, "awq", "tensor")
@@ -249,7 +241,7 @@ def test_pieces_join(xp, scheme, m, n, piece, seed):
     x = xp.asarray(build("normal", (m, n), seed))
     whole, floats = quantize(x, scheme), to_host(fake_quantize(x, scheme))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(affine, "PIECE", (piece, piece))
+        patch.setattr(quantized_linear, "PIECE", (piece, piece))
         pieces = quantize(x, scheme)
         np.testing.assert_array_equal(to_host(fake_quantize(x, scheme)), floats)
     np.testing.assert_array_equal(to_host(pieces.packed()), to_host(whole.packed()))

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import to_host
-from refllm.formats.affine import Scheme, decode, quantize
+from refllm.formats.quantized_linear import quantize
+from refllm.formats.uniform import Scheme, decode
 from refllm.formats.w8a8_linear import W8A8Linear
 from strategies import build, seeds
 

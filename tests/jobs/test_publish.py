@@ -11,13 +11,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from refllm.api import Model, load
-from refllm.checkpoints.loading import CheckpointError
+from refllm.checkpoints.atomic import file_sha256
+from refllm.checkpoints.tensor_files import CheckpointError
 from refllm.corpus import Document
 from refllm.experiments import training_curves
 from refllm.figures import registry
 from refllm.jobs import model_card, publish
 from refllm.measure.perplexity import evaluate
-from refllm.train.data import Data, encode, file_sha256
+from refllm.train.data import Data, encode
 from refllm.train.loop import train
 from refllm.train.schedule import Phase, Plan
 from study_models import byte_tokenizer, tiny_config, tiny_model

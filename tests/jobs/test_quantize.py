@@ -14,18 +14,19 @@ import pytest
 
 from networks import VOCAB, random_tensors, tokenizer
 from refllm.api import load
-from refllm.checkpoints.loading import CheckpointError, save
+from refllm.checkpoints.directory_writer import save
+from refllm.checkpoints.tensor_files import CheckpointError
 from refllm.cli import app
 from refllm.corpus import Document
-from refllm.formats.affine import Scheme
 from refllm.formats.fp8_linear import Fp8Linear
-from refllm.formats.quantized import Quantized
+from refllm.formats.quantized_linear import Quantized
+from refllm.formats.uniform import Scheme
 from refllm.formats.w8a8_linear import W8A8Linear
 from refllm.jobs import quantize
 from refllm.jobs.quantize import go, prepare, scheme_of
 from refllm.model.config import ModelConfig
 from refllm.quant import layer_sources
-from refllm.quant.recipe import METHODS
+from refllm.quant.methods import METHODS
 
 LAYERS = 6
 CONFIG = ModelConfig("llama", VOCAB, 64, 96, LAYERS, 4, 2, 16, max_position_embeddings=64, eos_token_ids=(0,))

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from conftest import to_host
 from refllm.measure import perplexity
-from refllm.measure.perplexity import bits_by_position, compare, divergence, evaluate, keep
+from refllm.measure.perplexity import compare, divergence, evaluate, keep
+from refllm.measure.windows import bits_by_position
 from refllm.model.attention import CausalAttend
 from refllm.model.llama import build, forward, logits
 from refllm.train.backward import mean_loss

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from counting import CountingModule
 from refllm.kv import batched_attention, contiguous
 from refllm.kv.contiguous import ContiguousCache
+from refllm.measure.device import DEVICES, Device
 from refllm.measure.memory import LLAMA_8B
 from refllm.measure.roofline import (
-    DEVICES,
     Cost,
-    Device,
     decode_cost_data,
     keys_seen,
     layer_parameters,

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from conftest import to_host
 from refllm.model import weights
-from refllm.model.joint import bound, product, side_by_side
-from refllm.model.weights import BLOCK, Dense, Room
+from refllm.model.weights import BLOCK, Dense, Room, bound, product, side_by_side
 from strategies import arrays, seeds
 
 # one block and several, one row less and one more, and sizes that are no multiple of the block

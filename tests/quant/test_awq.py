@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import to_host
-from refllm.formats.affine import RULES, Scheme, fake_quantize, qparams
+from refllm.formats.quantized_linear import fake_quantize
+from refllm.formats.uniform import RULES, Scheme, qparams
 from refllm.quant import awq
 from refllm.quant.awq import channel_magnitude, clip, search_clip, search_scale
 from strategies import build, seeds

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from conftest import to_host
 from networks import NETWORKS, VOCAB, random_tensors, tolerance
-from refllm.formats.affine import Scheme, fake_quantize
+from refllm.formats.quantized_linear import fake_quantize
+from refllm.formats.uniform import Scheme
 from refllm.model.attention import CausalAttend
 from refllm.model.layers import rope_table, swiglu
 from refllm.model.llama import PROJECTIONS, build, decoder_layer, mixed_heads

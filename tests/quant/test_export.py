@@ -12,9 +12,11 @@ import pytest
 from conftest import oracle
 from exported_models import IDS, output, products_of, their_model
 from networks import NETWORKS, VOCAB, random_tensors, tokenizer
-from refllm.checkpoints.loading import CheckpointError, load, save
-from refllm.formats.affine import Scheme
-from refllm.formats.quantized import Quantized
+from refllm.checkpoints.directory_writer import save
+from refllm.checkpoints.loading import load
+from refllm.checkpoints.tensor_files import CheckpointError
+from refllm.formats.quantized_linear import Quantized
+from refllm.formats.uniform import Scheme
 from refllm.formats.w8a8_linear import W8A8Linear
 from refllm.model.config import ModelConfig
 from refllm.model.llama import PROJECTIONS

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from conftest import to_host
 from networks import NETWORKS
-from refllm.formats.affine import Scheme
 from refllm.formats.block_float import FloatScheme, quantize
 from refllm.formats.fp8_linear import Accumulator, Fp8Linear, scaled_matmul, truncate
+from refllm.formats.uniform import Scheme
 from refllm.quant.fp8 import DelayedScale, fp8, integers_or_floats
 from refllm.train.backward import PLAIN, loss_and_gradients
 from refllm.train.fp8 import Fp8

@@ -11,8 +11,9 @@ from test_hessian import inputs, positive
 from conftest import to_host
 from golden.make_gptq import CASES, FILE
 from golden.make_gptq import inputs as golden_inputs
-from refllm.formats.affine import RULES, Scheme
-from refllm.quant.gptq import damped, factor, gptq, hessian
+from refllm.formats.uniform import RULES, Scheme
+from refllm.quant.gptq import gptq
+from refllm.quant.hessian import damped, factor, hessian
 from refllm.quant.rtn import params, rtn
 from strategies import KINDS, arrays, seeds
 from ties import settled

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import to_host
-from refllm.formats.affine import RULES, Scheme, decode, encode, qparams
-from refllm.quant.grids import Grids, Solution
+from refllm.formats.uniform import RULES, Scheme, decode, encode, qparams
+from refllm.quant.rtn import Grids, Solution
 from strategies import seeds
 
 SHAPES = [("tensor", None), ("channel", None), ("group", 4), ("group", 12), ("block", (3, 4)), ("block", 5)]

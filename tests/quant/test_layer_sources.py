@@ -7,7 +7,9 @@ import pytest
 
 from conftest import to_host
 from networks import NETWORKS, random_tensors, tokenizer
-from refllm.checkpoints.loading import CheckpointError, load, save
+from refllm.checkpoints.directory_writer import save
+from refllm.checkpoints.loading import load
+from refllm.checkpoints.tensor_files import CheckpointError
 from refllm.model.llama import PROJECTIONS
 from refllm.quant.layer_sources import CheckpointSource, MemorySink, ModelSource
 

@@ -17,8 +17,8 @@ from refllm.quant import layer_inputs
 from refllm.quant.awq_model import awq_layer
 from refllm.quant.layer_inputs import tapped
 from refllm.quant.llm_int8 import Int8Linear
-from refllm.quant.methods import default_scheme
-from refllm.quant.recipe import METHODS, quantize_model
+from refllm.quant.methods import METHODS, default_scheme
+from refllm.quant.recipe import quantize_model
 from refllm.quant.rtn import rtn
 from refllm.quant.smoothquant import smooth_layer
 

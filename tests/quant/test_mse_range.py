@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import oracle, to_host
-from refllm.formats.affine import Scheme, decode, encode, range_to_qparams, ranges
+from refllm.formats.uniform import Scheme, decode, encode, range_to_qparams, ranges
 from refllm.quant.mse_range import mse_range
 from strategies import arrays, seeds
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_hessian import inputs, positive
 
 from conftest import to_host
-from refllm.formats.affine import RULES, Scheme, decode, encode, qparams
+from refllm.formats.uniform import RULES, Scheme, decode, encode, qparams
 from refllm.quant.gptq import gptq
 from refllm.quant.obq import obq
 from strategies import seeds

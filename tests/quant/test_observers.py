@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from conftest import oracle, to_host
 from golden import make_entropy
-from refllm.formats.affine import Scheme
-from refllm.quant.observers import MSE, Entropy, Histogram, MinMax, MovingAverage, Percentile, mse_range
+from refllm.formats.uniform import Scheme
+from refllm.quant.mse_range import mse_range
+from refllm.quant.observers import MSE, Entropy, Histogram, MinMax, MovingAverage, Percentile
 from strategies import KINDS, arrays, build, partitions, seeds
 
 GOLDEN = json.loads(make_entropy.FILE.read_text(encoding="utf-8"))

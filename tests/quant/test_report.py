@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from conftest import to_host
-from refllm.formats.affine import Scheme, quantize
+from refllm.formats.quantized_linear import quantize
+from refllm.formats.uniform import Scheme
 from refllm.model.weights import Dense
 from refllm.quant.report import Report, TensorReport, relative_error, row
 

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from networks import NETWORKS, VOCAB, random_tensors, tokenizer
-from refllm.checkpoints.loading import CheckpointError, save
-from refllm.formats.affine import Scheme
-from refllm.formats.stored import stored_as
+from refllm.checkpoints.directory_writer import save
+from refllm.checkpoints.tensor_files import CheckpointError
+from refllm.formats.layouts import stored_as
+from refllm.formats.uniform import Scheme
 from refllm.model.llama import PROJECTIONS
-from refllm.quant.export_spec import Storing
-from refllm.quant.recipe import CheckpointSource, MemorySink, quantize_layers, settings
+from refllm.quant.export import Storing
+from refllm.quant.layer_sources import CheckpointSource, MemorySink
+from refllm.quant.recipe import quantize_layers, settings
 from refllm.quant.resumable_layers import LayerFiles
 
 SCHEME = Scheme(4, "half_integer", "group", 8)

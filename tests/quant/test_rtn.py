@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import to_host
-from refllm.formats.affine import RULES, Scheme, decode, encode, qparams, quantize, range_to_qparams
+from refllm.formats.quantized_linear import quantize
+from refllm.formats.uniform import RULES, Scheme, decode, encode, qparams, range_to_qparams
 from refllm.quant import rtn as module
 from refllm.quant.rtn import params, rtn
 from strategies import KINDS, arrays, seeds

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import to_host
-from refllm.formats.affine import Scheme, quantize
+from refllm.formats.quantized_linear import quantize
+from refllm.formats.uniform import Scheme
 from refllm.model.weights import Dense
 from refllm.quant.salience import BY, Protected, experiment, output_error, salient_channels
 from strategies import build, seeds

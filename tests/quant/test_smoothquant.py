@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 
 from conftest import to_host
 from networks import NETWORKS, TOKENS, full_logits, random_tensors
-from refllm.formats.affine import Scheme, quantize
+from refllm.formats.quantized_linear import quantize
+from refllm.formats.uniform import Scheme
 from refllm.formats.w8a8_linear import W8A8Linear
 from refllm.model.llama import PROJECTIONS, build
 from refllm.model.weights import Dense
 from refllm.quant.layer_inputs import tapped
-from refllm.quant.recipe import ModelSource, quantize_model
+from refllm.quant.layer_sources import ModelSource
+from refllm.quant.recipe import quantize_model
 from refllm.quant.smoothquant import (
     activation_absmax,
     migration_scale,

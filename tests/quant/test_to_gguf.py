@@ -23,7 +23,7 @@ from refllm.checkpoints.gguf_tokenizer import WHOLE, tokenizer_of
 from refllm.checkpoints.tensor_files import CheckpointError, tensor_shapes
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.cli import app
-from refllm.formats.gguf import dequantize
+from refllm.formats.gguf.codec import dequantize
 from refllm.formats.gguf.linear import BlockWeight
 from refllm.formats.gguf.mixes import MIXES
 from refllm.formats.gguf.reader import GGUFFile

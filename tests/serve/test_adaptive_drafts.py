@@ -19,7 +19,8 @@ from refllm.corpus import held_out_documents
 from refllm.decode.generate import GREEDY, Sampling
 from refllm.decode.speculative import verification
 from refllm.decode.speculative.acceptance import Acceptance, expected_length
-from refllm.decode.speculative.drafters import Adversary, Ask, JacobiDrafter, ModelDrafter, NGramDrafter, PerfectDrafter
+from refllm.decode.speculative.drafters import Adversary, JacobiDrafter, ModelDrafter, NGramDrafter, PerfectDrafter
+from refllm.decode.speculative.interface import Ask
 from refllm.decode.speculative.tree_drafter import TreeDrafter
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.llama import forward

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from refllm.kv.block_pool import BlockPool
 from refllm.serve.admission import FirstCome, LongestPrefix, Priority, named
+from refllm.serve.plan import Continuation
 from refllm.serve.prefix_caching import Radix
 from refllm.serve.request import Branch, Request
 from refllm.serve.scheduler import Scheduler
-from refllm.serve.step import Continuation
 from strategies import seeds
 
 Text = tuple[int, ...]

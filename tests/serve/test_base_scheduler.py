@@ -8,9 +8,9 @@ import pytest
 
 from refllm.kv.block_pool import BlockPool
 from refllm.serve.kv_manager import Paged
+from refllm.serve.plan import Continuation, Outcome
 from refllm.serve.request import Request
 from refllm.serve.scheduler import Scheduler
-from refllm.serve.step import Continuation, Outcome
 
 
 def scheduler(*requests: Request, **options: Any) -> Scheduler:

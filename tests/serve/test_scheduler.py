@@ -17,11 +17,10 @@ from refllm.kv.block_pool import BlockPool
 from refllm.kv.radix_tree import POLICIES
 from refllm.serve import factory
 from refllm.serve.kv_manager import Paged
-from refllm.serve.plan import Plan
+from refllm.serve.plan import Continuation, Event, Outcome, Plan
 from refllm.serve.prefix_caching import Hashed, Radix
 from refllm.serve.request import Request, Status
 from refllm.serve.scheduler import Scheduler
-from refllm.serve.step import Continuation, Event, Outcome
 from strategies import seeds
 
 ALL = {"refused", "withdrawn", "aborted in a step"}

@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 
 from refllm.kv.block_pool import BlockPool
 from refllm.serve.factory import POLICIES, make
-from refllm.serve.plan import Ghost, Plan
+from refllm.serve.plan import Continuation, Ghost, Plan
 from refllm.serve.request import Request
-from refllm.serve.step import Continuation
 
 
 def plans(policy: str, lengths: list[tuple[int, int]], slots: int, **options: object) -> list[Plan]:

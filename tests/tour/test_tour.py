@@ -13,11 +13,12 @@ from typer.testing import CliRunner
 
 import fakecupy
 from refllm.api import Model, bundled, load
-from refllm.checkpoints.loading import save
+from refllm.checkpoints.directory_writer import save
 from refllm.cli import app
 from refllm.figures import registry
+from refllm.measure.device import Device
 from refllm.measure.records import read
-from refllm.measure.roofline import Device, step_cost
+from refllm.measure.roofline import step_cost
 from refllm.tour import context as guides
 from refllm.tour import stops
 from refllm.tour.terminal import printable

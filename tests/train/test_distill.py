@@ -13,7 +13,8 @@ from conftest import to_host
 from refllm.model.config import ModelConfig
 from refllm.train.backward import hidden_states, loss_and_gradients, output_name
 from refllm.train.distill import teacher_of
-from refllm.train.loop import Phase, Plan, initialize, train
+from refllm.train.loop import initialize, train
+from refllm.train.schedule import Phase, Plan
 
 V = 31
 

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from conftest import ROOT, to_host
 from refllm.backend import namespace
 from refllm.model.config import ModelConfig
-from refllm.train.loop import Phase, Plan, initialize, train
+from refllm.train.loop import initialize, train
 from refllm.train.optimizer import AdamW
+from refllm.train.schedule import Phase, Plan
 from refllm.train.state import State, load_state, save_state
 from strategies import model_configs, seeds
 

@@ -38,10 +38,9 @@ from refllm.backend import Array, asarray_like, namespace
 from refllm.model import llama
 from refllm.model.attention import Attend
 from refllm.model.config import ModelConfig
-from refllm.model.joint import bound
 from refllm.model.layers import rope_table
 from refllm.model.llama import Weights
-from refllm.model.weights import Dense
+from refllm.model.weights import Dense, bound
 
 ENDS = ("embed_tokens", "norm", "lm_head")
 ROWS = 64  # beyond, products take the time

@@ -312,7 +312,9 @@ class Adversary(ModelDrafter):
 def check_drafter(target: Any, drafter: Any) -> None:
     """TypeError for what is no drafter; ValueError if a model in it does not speak the target's vocabulary."""
     if not hasattr(drafter, "propose"):
-        raise TypeError(f"a drafter is a Model, or one of refllm.decode.speculative.drafters such as NGramDrafter(), got {drafter!r}")
+        raise TypeError(
+            f"a drafter is a Model, or one of refllm.decode.speculative.drafters such as NGramDrafter(), got {drafter!r}"
+        )
     if isinstance(drafter, Cascade):
         for one in drafter.drafters:
             check_drafter(target, one)

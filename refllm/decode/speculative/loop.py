@@ -26,7 +26,7 @@ from refllm.backend import Array, asarray_like, namespace, to_numpy
 from refllm.decode import sampling
 from refllm.decode.fast.captured_step import stepper
 from refllm.decode.generate import CachePolicy, Sampling, check_policy, check_prompts, choose, new_cache, prefill
-from refllm.decode.speculative.drafters import NOTHING, Drafter, Proposal, TreeProposal
+from refllm.decode.speculative.interface import NOTHING, Drafter, Proposal, TreeProposal
 from refllm.decode.speculative.tree import Tree, TreeView, compact, verify_tree, verify_tree_greedy
 from refllm.decode.speculative.verification import verify, verify_greedy
 from refllm.kv.contiguous import ContiguousCache

@@ -30,7 +30,8 @@ import numpy as np
 from refllm.backend import Array, namespace
 from refllm.decode import sampling
 from refllm.decode.generate import Sampling
-from refllm.decode.speculative.drafters import NOTHING, ModelDrafter, Proposal, TreeProposal
+from refllm.decode.speculative.drafters import ModelDrafter
+from refllm.decode.speculative.interface import NOTHING, Proposal, TreeProposal
 from refllm.decode.speculative.tree import Tree, draw_children
 
 

@@ -19,7 +19,7 @@ from refllm.backend import Array, namespace
 from refllm.formats.gguf import kquants, kvalues, legacy, plain
 from refllm.formats.gguf.arithmetic import quietly
 from refllm.formats.gguf.types import kind, row_bytes
-from refllm.formats.ranges import refuse_non_finite
+from refllm.formats.uniform import refuse_non_finite
 
 __all__ = ["dequantize", "quantize"]
 
