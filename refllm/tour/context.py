@@ -27,7 +27,7 @@ class Tour:
     backend: str
     output: Path
     out: Console
-    registry: list[Path] = field(default_factory=list)
+    figures: list[Path] = field(default_factory=list)
 
     @cached_property
     def model(self) -> Model:

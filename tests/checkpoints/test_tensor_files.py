@@ -25,10 +25,10 @@ def write_sharded(
     directory: Path, shards: dict[str, dict[str, np.ndarray]], weight_map: dict[str, str] | None = None
 ) -> None:
     """Shards by file name, and an index over them (or the given one)."""
-    for file, tensors in tensor_files.items():
+    for file, tensors in shards.items():
         save_file(tensors, directory / file)
     if weight_map is None:
-        weight_map = {name: file for file, tensors in tensor_files.items() for name in tensors}
+        weight_map = {name: file for file, tensors in shards.items() for name in tensors}
     (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
@@ -207,8 +207,8 @@ def test_a_shard_that_lacks_its_tensor_is_named(tmp_path):
 
 
 def test_a_shard_that_holds_another_shards_tensor_is_named(tmp_path):
-    tensor_files = {"a.safetensors": {"x": np.zeros(1)}, "b.safetensors": {"x": np.ones(1), "y": np.ones(1)}}
-    write_sharded(tmp_path, tensor_files, {"x": "a.safetensors", "y": "b.safetensors"})
+    shards = {"a.safetensors": {"x": np.zeros(1)}, "b.safetensors": {"x": np.ones(1), "y": np.ones(1)}}
+    write_sharded(tmp_path, shards, {"x": "a.safetensors", "y": "b.safetensors"})
     with pytest.raises(CheckpointError, match=r"b\.safetensors holds 'x', which .* puts into another shard"):
         opened(tmp_path)
 

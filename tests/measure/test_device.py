@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from refllm.measure import device
+from refllm.measure import device as device_module
 from refllm.measure.device import DEVICES, Device, measure_machine
 
 
@@ -16,7 +16,7 @@ def test_this_machine_is_measured_and_says_how(monkeypatch):
     assert all(word in device.source for word in ("sgemm 64³", "1 MB", "medians of 3", "NumPy", "1 threads"))
     # a clock that gives 2 s a call: the rate is 2·64³ / 2 s, and the measurement stops at once
     ticks = iter(2.0 * i for i in range(100))
-    monkeypatch.setattr(device.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(device_module.time, "perf_counter", lambda: next(ticks))
     slow = measure_machine(1, size=64, megabytes=1)
     assert slow.peak_flops == 2 * 64**3 / 2
     assert slow.peak_bandwidth == 1e6 / 2
@@ -34,7 +34,7 @@ def test_a_quiet_machine_gives_as_many_repeats_as_asked_for_and_their_median(mon
         return now[0]
 
     clock.calls = 0
-    monkeypatch.setattr(device.time, "perf_counter", clock)
+    monkeypatch.setattr(device_module.time, "perf_counter", clock)
     device = measure_machine(1, size=10, megabytes=1, repeats=3)
     assert abs(device.peak_flops - 2e3 / 0.2) < 1e-6
     assert abs(device.peak_bandwidth - 1e6 / 0.1) < 1e-3

@@ -22,34 +22,34 @@ from test_floors import MODULES, PACKAGE, TREES
 
 import cupy_names
 
-DATA_PLANE = ("formats", "kernels", "model", "kv", "decode", "quant")
+DATA_PLANE = ("formats", "kernels", "model", "checkpoints", "train", "kv", "decode", "quant")
 
 # Where NumPy itself is meant: a module, or a function or class in one, and why nothing there lives on a device.
 HOST = {
-    "formats.ranges:_extremes": "reduceat is twice as fast on the host; CuPy has none and takes the other branch",
+    "formats.uniform:_extremes": "reduceat is twice as fast on the host; CuPy has none and takes the other branch",
     "formats.gguf.arithmetic:quietly": "NumPy warns of overflow and 0/0; CuPy has no errstate, and warns of nothing",
-    "formats.gguf.container": "files hold host bytes; tensors are moved once they are checked",
+    "formats.gguf.reader": "files hold host bytes; tensors are moved once they are checked",
     "formats.gguf.writer": "files hold host bytes",
-    "model.gguf": "files hold host bytes; tensors are moved once they are checked",
-    "model.gguf_names": "metadata and orders of rows are host data",
-    "model.gguf_tokenizer": "metadata are host data",
-    "model.streams": "tokenised text is cut and joined on the host",
-    "model.plan": "the order of the training windows is drawn on the host",
-    "model.train": "initial weights and batches; the step itself is model.backward's",
-    "model.state": "a checkpoint is a host file",
-    "model.shards": "files hold host bytes; tensors are moved once they are checked",
-    "model.tensorfile": "files hold host bytes; what is written has come to the host before",
+    "checkpoints.gguf": "files hold host bytes; tensors are moved once they are checked",
+    "checkpoints.gguf_names": "metadata and orders of rows are host data",
+    "checkpoints.gguf_tokenizer": "metadata are host data",
+    "train.data": "tokenised text is cut and joined on the host",
+    "train.schedule": "the order of the training windows is drawn on the host",
+    "train.loop": "initial weights and batches; the step itself is model.backward's",
+    "train.state": "a checkpoint is a host file",
+    "checkpoints.tensor_files": "files hold host bytes; tensors are moved once they are checked",
+    "checkpoints.directory_writer": "files hold host bytes; what is written has come to the host before",
     "model.weights:Dense.__init__": "the blocked layout is a cure for OpenBLAS and exists on the host only",
     "model.weights:Dense.matmul": "the blocked layout is a cure for OpenBLAS and exists on the host only",
     "model.weights:Dense._dtype": "the blocked layout is a cure for OpenBLAS and exists on the host only",
     "model.weights:Dense.bind": "the blocked layout is a cure for OpenBLAS and exists on the host only",
     "model.weights:Dense._by_matrices": "the blocked layout is a cure for OpenBLAS and exists on the host only",
     "model.weights:Room": "the blocked layout is a cure for OpenBLAS and exists on the host only",
-    "quant.convert": "from files to files; encoders are formats.gguf's",
-    "quant.passages": "token ids are host data until they are embedded",
-    "decode.captured": "removes Python's overhead between small products; a GPU captures the step in a graph instead",
-    "decode.lean": "removes Python's overhead between small products; a GPU captures the step in a graph instead",
-    "decode.speculate:penalised": "which tokens stand before each draft is known on the host, and moved once",
+    "quant.to_gguf": "from files to files; encoders are formats.gguf's",
+    "quant.calibration_data": "token ids are host data until they are embedded",
+    "decode.fast.captured_step": "removes Python's overhead between small products; a GPU captures the step in a graph instead",
+    "decode.fast.single_token": "removes Python's overhead between small products; a GPU captures the step in a graph instead",
+    "decode.speculative.loop:penalised": "which tokens stand before each draft is known on the host, and moved once",
     "decode.generate": "prompts are lists; what the device needs is moved in one array a step",
 }
 TYPES = {"ndarray", "generic", "number", "integer", "floating", "dtype", "random.Generator", "bool_"}

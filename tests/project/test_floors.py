@@ -47,7 +47,7 @@ KNOW_NO_MODEL = (
 )
 
 # Importing any module of the package (bar the figures) must stay cheap and must not need an optional package.
-DRAWN = ("study.figures", "study.drawing")  # what draws needs matplotlib
+DRAWN = ("figures", "measure.plotting")  # what draws needs matplotlib
 HEAVY = ("cupy", "torch", "transformers", "matplotlib", "IPython", "pytest", "hypothesis")
 
 
