@@ -42,11 +42,16 @@ def environment(packages: Iterable[str], threads: Mapping[str, int]) -> dict[str
     import numpy  # noqa: F401 (brings its BLAS, which the next line asks about)
     from threadpoolctl import threadpool_info
 
-    blas = [f"{p['internal_api']} {p['version']} ({p.get('architecture', '?')})" for p in threadpool_info()
-            if p["user_api"] == "blas"]  # fmt: skip
+    blas = [
+        f"{p['internal_api']} {p['version']} ({p.get('architecture', '?')})"
+        for p in threadpool_info()
+        if p["user_api"] == "blas"
+    ]
     return {
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "memory_gib": _memory(),
         "system": f"{platform.system()} {platform.release()}",
         "libc": " ".join(platform.libc_ver()).strip() or "unknown",
@@ -77,11 +82,15 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    fields = {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
+    }
     flags = fields.get("flags", "").split()
     vectors = next((name for name in ("amx_tile", "avx512f", "avx2") if name in flags), "")
     number = "/".join(fields.get(key, "?") for key in ("cpu family", "model"))
-    return f"{fields.get('model name', platform.machine())}, family/model {number} {vectors}".strip()
+    return (
+        f"{fields.get('model name', platform.machine())}, family/model {number} {vectors}".strip()
+    )
 
 
 def _memory() -> float | None:
@@ -101,15 +110,25 @@ class EngineError(RuntimeError):
 class Worker:
     """An engine in a process: ``python -m engines.MODULE ARGUMENTS``, asked by ``ask`` and answering in order."""
 
-    def __init__(self, module: str, arguments: Sequence[str], *, threads: int, extra: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        *,
+        threads: int,
+        extra: Mapping[str, str] | None = None,
+    ):
         path = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
         own = {name: str(threads) for name in POOLS}
         own |= {"PYTHONPATH": os.pathsep.join(path), "TOKENIZERS_PARALLELISM": "false"}
         self.name = module
         self.process = subprocess.Popen(
             [sys.executable, "-m", f"engines.{module}", *arguments],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **own, **(extra or {})},
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **own, **(extra or {})},
+        )
         self.about = self._answer()  # what the engine says of itself, once it is ready
 
     def ask(self, **request: Any) -> dict[str, Any]:
@@ -174,15 +193,29 @@ def network(path: str | None) -> Iterator[tuple[Path, str]]:
     else:
         with tempfile.TemporaryDirectory() as folder:
             random_checkpoint(Path(folder) / "random")
-            yield Path(folder) / "random", "random weights of the shape of stdlib (4.2 M parameters)"
+            yield (
+                Path(folder) / "random",
+                "random weights of the shape of stdlib (4.2 M parameters)",
+            )
 
 
 def bundled_shape() -> Any:
     """The config of the bundled target, which is also the one that ``training.py`` trains."""
     from refllm.model.config import ModelConfig
 
-    return ModelConfig("llama", 4096, 256, 768, 4, 4, 2, 64, tie_word_embeddings=True, bos_token_id=0,
-                       eos_token_ids=(0,))  # fmt: skip
+    return ModelConfig(
+        "llama",
+        4096,
+        256,
+        768,
+        4,
+        4,
+        2,
+        64,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_ids=(0,),
+    )
 
 
 def random_checkpoint(path: Path) -> None:
@@ -195,7 +228,9 @@ def random_checkpoint(path: Path) -> None:
     from refllm.train.loop import initialize
 
     tokenizer = Tokenizer.train((d.text for d in corpus.held_out_documents()[:1]), 512)
-    loading.save(path, bundled_shape(), initialize(bundled_shape(), np.random.default_rng(0)), tokenizer)
+    loading.save(
+        path, bundled_shape(), initialize(bundled_shape(), np.random.default_rng(0)), tokenizer
+    )
 
 
 # --- results -----------------------------------------------------------------------------------------------------
@@ -213,7 +248,9 @@ def ratios(ours: Sequence[float], peers: Sequence[float]) -> dict[str, float]:
 
 def shown(value: Mapping[str, float] | None) -> str:
     """A ratio as the tables print it: median, then the range of the rounds."""
-    return "-" if value is None else f"{value['median']:.2f}x ({value['low']:.2f}-{value['high']:.2f})"
+    if value is None:
+        return "-"
+    return f"{value['median']:.2f}x ({value['low']:.2f}-{value['high']:.2f})"
 
 
 def table(title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -230,13 +267,19 @@ def finish(record: dict[str, Any], output: Path | None) -> None:
     about = record["environment"]
     about["load_after"] = round(os.getloadavg()[0], 2)
     # A load of one is the benchmark itself: engines take turns.
-    about["quiet"] = about["load_before"] < 0.5 and about["load_after"] < max(about["threads"].values()) + 0.5
+    about["quiet"] = (
+        about["load_before"] < 0.5 and about["load_after"] < max(about["threads"].values()) + 0.5
+    )
     packages = ", ".join(f"{name} {number}" for name, number in about["versions"].items() if number)
-    print(f"\n{about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB; {about['system']}, {about['libc']}")
+    print(
+        f"\n{about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB; {about['system']}, {about['libc']}"
+    )
     print(f"Python {about['python']}, {packages}; {about['blas']}; threads: {about['threads']}")
     if not about["quiet"]:
-        print(f"The machine was not quiet (load {about['load_before']} before, {about['load_after']} after): "
-              "the ratios hold within their range, the rates do not.")  # fmt: skip
+        print(
+            f"The machine was not quiet (load {about['load_before']} before, {about['load_after']} after): "
+            "the ratios hold within their range, the rates do not."
+        )
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         head = {"format": FORMAT, "benchmark": record["benchmark"], "kind": "B"}

@@ -46,8 +46,12 @@ ORACLES = "pip install 'refllm[oracles]'"
 ENGINES = {
     "refllm": Engine("decode_refllm", (), (), ""),
     "transformers": Engine("decode_transformers", ("dynamic",), ("torch", "transformers"), ORACLES),
-    "transformers, static cache": Engine("decode_transformers", ("static",), ("torch", "transformers"), ORACLES),
-    "llama.cpp": Engine("decode_llamacpp", (), ("llama_cpp", "gguf"), "pip install llama-cpp-python gguf"),
+    "transformers, static cache": Engine(
+        "decode_transformers", ("static",), ("torch", "transformers"), ORACLES
+    ),
+    "llama.cpp": Engine(
+        "decode_llamacpp", (), ("llama_cpp", "gguf"), "pip install llama-cpp-python gguf"
+    ),
 }
 CLOCKS = ("wall", "processor")
 TARGETS = {1: 4.0, 8: 3.0, 32: 2.0}  # times the tokens/s of transformers
@@ -63,7 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "benchmark": "decode",
             "environment": environment(PEER_PACKAGES, dict.fromkeys(workers, 1)),
             "model": {"name": about, "parameters": model.config.num_parameters},
-            "settings": {name: getattr(options, name) for name in ("prompt", "new", "batch", "rounds", "seconds")},
+            "settings": {
+                name: getattr(options, name)
+                for name in ("prompt", "new", "batch", "rounds", "seconds")
+            },
             "skipped": skipped,
             "agreement": agreement(workers, model, prompts, options),
         }
@@ -76,14 +83,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Decoding speed against transformers and llama.cpp, as ratios.")
+    parser = argparse.ArgumentParser(
+        description="Decoding speed against transformers and llama.cpp, as ratios."
+    )
     parser.add_argument("--model", help="a checkpoint directory (default: the bundled model)")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), metavar="ENGINE")
+    parser.add_argument(
+        "--engines", nargs="+", choices=ENGINES, default=list(ENGINES), metavar="ENGINE"
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], metavar="B")
     parser.add_argument("--prompt", type=int, default=32, help="prompt tokens a sequence")
     parser.add_argument("--new", type=int, default=48, help="new tokens a sequence")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=1.0, help="shortest turn of an engine at one batch")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="shortest turn of an engine at one batch"
+    )
     parser.add_argument("--output", type=Path, help="where to write the record as JSON")
     return parser.parse_args(arguments)
 
@@ -95,11 +108,16 @@ def held_out_prompts(model: Model, count: int, length: int) -> list[list[int]]:
         ids += model.tokenizer.encode(document.text)
         if len(ids) >= count * length:
             return [ids[i * length : (i + 1) * length] for i in range(count)]
-    raise ValueError(f"the held-out text has {len(ids)} tokens, fewer than {count} prompts of {length}")
+    raise ValueError(
+        f"the held-out text has {len(ids)} tokens, fewer than {count} prompts of {length}"
+    )
 
 
 def start(
-    names: Sequence[str], path: Path, stack: contextlib.ExitStack, engines: Mapping[str, Engine] = ENGINES
+    names: Sequence[str],
+    path: Path,
+    stack: contextlib.ExitStack,
+    engines: Mapping[str, Engine] = ENGINES,
 ) -> tuple[dict[str, Worker], dict[str, str]]:
     """Workers of the engines that are installed, and the install line of each that is not."""
     workers: dict[str, Worker] = {}
@@ -118,19 +136,24 @@ def start(
 def measure(workers: dict[str, Worker], prompts: list[list[int]], options: Any) -> dict[str, Any]:
     """rates[clock][batch][engine][round]: new tokens a second, of all sequences together, by wall and processor."""
     rates: dict[str, Any] = {
-        clock: {str(batch): {name: [] for name in workers} for batch in options.batch} for clock in CLOCKS
+        clock: {str(batch): {name: [] for name in workers} for batch in options.batch}
+        for clock in CLOCKS
     }
     for number in range(options.rounds):
         print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
         for batch in options.batch:
             for name, worker in workers.items():
-                answer = worker.ask(prompts=prompts[:batch], new=options.new, seconds=options.seconds)
+                answer = worker.ask(
+                    prompts=prompts[:batch], new=options.new, seconds=options.seconds
+                )
                 for clock in CLOCKS:
                     rates[clock][str(batch)][name].append(answer[clock])
     return rates
 
 
-def agreement(workers: dict[str, Worker], model: Model, prompts: list[list[int]], options: Any) -> dict[str, Any]:
+def agreement(
+    workers: dict[str, Worker], model: Model, prompts: list[list[int]], options: Any
+) -> dict[str, Any]:
     """How many sequences are equal to the first engine's, for each batch and engine; also the warm-up."""
     out: dict[str, Any] = {}
     for batch in options.batch:
@@ -141,12 +164,21 @@ def agreement(workers: dict[str, Worker], model: Model, prompts: list[list[int]]
         first = next(iter(answers.values()))
         for name, tokens in answers.items():
             pairs = list(zip(prompts[:batch], first, tokens, strict=True))
-            parted = [near_tie(model, prompt, ours, theirs, name) for prompt, ours, theirs in pairs if ours != theirs]
-            out.setdefault(str(batch), {})[name] = {"equal": batch - len(parted), "near_ties": parted}
+            parted = [
+                near_tie(model, prompt, ours, theirs, name)
+                for prompt, ours, theirs in pairs
+                if ours != theirs
+            ]
+            out.setdefault(str(batch), {})[name] = {
+                "equal": batch - len(parted),
+                "near_ties": parted,
+            }
     return out
 
 
-def near_tie(model: Model, prompt: list[int], ours: list[int], theirs: list[int], name: str) -> dict[str, float]:
+def near_tie(
+    model: Model, prompt: list[int], ours: list[int], theirs: list[int], name: str
+) -> dict[str, float]:
     """Where two continuations part, and by how little the choice was made; SystemExit if it was clear.
 
     Logits of two float32 engines differ by up to 2 · 10⁻⁵ of the largest, those of llama.cpp by 3 · 10⁻⁴ (the bounds of
@@ -157,36 +189,54 @@ def near_tie(model: Model, prompt: list[int], ours: list[int], theirs: list[int]
         raise SystemExit(f"{name} gave {len(theirs)} tokens where {len(ours)} were expected")
     z = model.logits([*prompt, *ours[:at]])[-1]
     margin = abs(float(z[ours[at]] - z[theirs[at]]))
-    tolerance = 6e-4 if name.startswith("llama.cpp") else 4e-5 * float(np.abs(z).max())
+    if name.startswith("llama.cpp"):
+        tolerance = 6e-4
+    else:
+        tolerance = 4e-5 * float(np.abs(z).max())
     if margin > tolerance:
-        raise SystemExit(f"{name} parts from refllm at token {at} by a margin of {margin:.1e}: the comparison is void")
+        raise SystemExit(
+            f"{name} parts from refllm at token {at} by a margin of {margin:.1e}: the comparison is void"
+        )
     return {"token": at, "margin": margin}
 
 
 def result(batch: int, rates: dict[str, Any]) -> dict[str, Any]:
     """The row of the table: median rates, and refllm's ratio to each peer and to the faster transformers."""
     wall, processor = (rates[clock][str(batch)] for clock in CLOCKS)
-    row: dict[str, Any] = {"batch": batch, "tokens_per_second": {name: spread(r) for name, r in wall.items()}}
+    row: dict[str, Any] = {
+        "batch": batch,
+        "tokens_per_second": {name: spread(r) for name, r in wall.items()},
+    }
     if "refllm" not in wall:
         return row | {"ratio": {}, "ratio_processor_time": {}}
     peers = [name for name in wall if name != "refllm"]
     row["ratio"] = {name: ratios(wall["refllm"], wall[name]) for name in peers}
-    row["ratio_processor_time"] = {name: ratios(processor["refllm"], processor[name]) for name in peers}
+    row["ratio_processor_time"] = {
+        name: ratios(processor["refllm"], processor[name]) for name in peers
+    }
     if caches := [name for name in peers if name.startswith("transformers")]:
         fastest = max(caches, key=lambda name: statistics.median(wall[name]))
-        row |= {"peer": fastest, "ratio_to_peer": row["ratio"][fastest], "target": TARGETS.get(batch)}
+        row |= {
+            "peer": fastest,
+            "ratio_to_peer": row["ratio"][fastest],
+            "target": TARGETS.get(batch),
+        }
     return row
 
 
 def show(record: dict[str, Any]) -> None:
-    settings, results = record["settings"], record["results"]
+    settings = record["settings"]
+    results = record["results"]
     names = list(results[0]["tokens_per_second"])
     peers = [name for name in names if name != "refllm"]
     print(
         f"\nDecoding, {record['model']['name']}: {settings['prompt']} prompt + {settings['new']} new tokens, greedy, "
         f"float32, one thread each, {settings['rounds']} rounds in turn (kind B)"
     )
-    rows = [[r["batch"], *(f"{r['tokens_per_second'][n]['median']:.0f}" for n in names)] for r in results]
+    rows = [
+        [r["batch"], *(f"{r['tokens_per_second'][n]['median']:.0f}" for n in names)]
+        for r in results
+    ]
     table("new tokens a second, median of the rounds", ["batch", *names], rows)
     targets = [[f">= {r['target']:g}x" if r.get("target") else "-"] for r in results]
     rows = [[r["batch"], *(shown(r["ratio"].get(n)) for n in peers)] for r in results]
@@ -195,9 +245,14 @@ def show(record: dict[str, Any]) -> None:
         ["batch", *peers, "target"],
         [row + target for row, target in zip(rows, targets, strict=True)],
     )
-    rows = [[r["batch"], *(shown(r["ratio_processor_time"].get(n)) for n in peers)] for r in results]
+    rows = [
+        [r["batch"], *(shown(r["ratio_processor_time"].get(n)) for n in peers)] for r in results
+    ]
     table("the same by processor time, which a busy machine distorts less", ["batch", *peers], rows)
-    ties = {name: sum(len(at[name]["near_ties"]) for at in record["agreement"].values()) for name in names}
+    ties = {
+        name: sum(len(at[name]["near_ties"]) for at in record["agreement"].values())
+        for name in names
+    }
     print(f"\nSequences that part from refllm's at a near tie (all others are equal): {ties}")
 
 

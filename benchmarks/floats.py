@@ -32,12 +32,16 @@ def seconds(call: Callable[[], Any]) -> float:
 
 def measure(fmt: str, x: np.ndarray, rounds: int) -> dict[str, Any]:
     peer = np.dtype(getattr(ml_dtypes, PEERS[fmt]))
-    theirs, codes = x.astype(peer), encode(x, fmt, "saturate")
-    calls = {"encode": (lambda: encode(x, fmt), lambda: x.astype(peer)),
-             "decode": (lambda: decode(codes, fmt), lambda: theirs.astype(np.float32))}  # fmt: skip
+    theirs = x.astype(peer)
+    codes = encode(x, fmt, "saturate")
+    calls = {
+        "encode": (lambda: encode(x, fmt), lambda: x.astype(peer)),
+        "decode": (lambda: decode(codes, fmt), lambda: theirs.astype(np.float32)),
+    }
     found: dict[str, Any] = {}
     for name, (ours, peers) in calls.items():
-        pairs = [(seconds(ours), seconds(peers)) for _ in range(rounds + 1)][1:]  # the first touches the memory
+        # the first touches the memory
+        pairs = [(seconds(ours), seconds(peers)) for _ in range(rounds + 1)][1:]
         found[name] = {
             "ratio": common.ratios([b for _, b in pairs], [a for a, _ in pairs]),
             "ns": common.spread([1e9 * a / x.size for a, _ in pairs]),
@@ -46,7 +50,9 @@ def measure(fmt: str, x: np.ndarray, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--numbers", type=int, default=1 << 22)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path)
@@ -54,13 +60,26 @@ def main() -> None:
     settings = {"numbers": chosen.numbers, "rounds": chosen.rounds}
     record: dict[str, Any] = {"benchmark": "floats", "settings": settings}
     record["environment"] = common.environment(["ml_dtypes"], {"refllm": 1, "ml_dtypes": 1})
-    x = np.abs(np.random.default_rng(0).standard_normal(chosen.numbers).astype(np.float32)) + np.float32(1e-3)
+    x = np.abs(
+        np.random.default_rng(0).standard_normal(chosen.numbers).astype(np.float32)
+    ) + np.float32(1e-3)
     record["results"] = {fmt: measure(fmt, x, chosen.rounds) for fmt in PEERS}
-    rows = [(fmt, *(cell for name in ("encode", "decode") for cell in
-                    (common.shown(f[name]["ratio"]), f"{f[name]['ns']['median']:.2f}"))) for fmt, f in
-            record["results"].items()]  # fmt: skip
-    common.table("Times as fast as ml_dtypes (range of the rounds), and our nanoseconds a number",
-                 ("format", "encode", "ns", "decode", "ns"), rows)  # fmt: skip
+    rows = [
+        (
+            fmt,
+            *(
+                cell
+                for name in ("encode", "decode")
+                for cell in (common.shown(f[name]["ratio"]), f"{f[name]['ns']['median']:.2f}")
+            ),
+        )
+        for fmt, f in record["results"].items()
+    ]
+    common.table(
+        "Times as fast as ml_dtypes (range of the rounds), and our nanoseconds a number",
+        ("format", "encode", "ns", "decode", "ns"),
+        rows,
+    )
     common.finish(record, chosen.output)
 
 

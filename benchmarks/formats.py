@@ -48,8 +48,14 @@ class Ggml:
         self.floats = ctypes.POINTER(ctypes.c_float)
         size = ctypes.c_int64
         self.lib.ggml_quantize_chunk.argtypes = [
-            ctypes.c_int, self.floats, ctypes.c_void_p, size, size, size, self.floats,
-        ]  # fmt: skip
+            ctypes.c_int,
+            self.floats,
+            ctypes.c_void_p,
+            size,
+            size,
+            size,
+            self.floats,
+        ]
 
     def quantize(self, x: np.ndarray, type: str, weights: np.ndarray | None = None) -> np.ndarray:
         out = np.empty((x.shape[0], row_bytes(type, x.shape[1])), dtype=np.uint8)
@@ -60,14 +66,18 @@ class Ggml:
         return out
 
     def dequantize(self, raw: np.ndarray, type: str) -> np.ndarray:
-        out = np.empty((raw.shape[0], raw.shape[1] // TYPES[type].size * TYPES[type].block), dtype=np.float32)
+        out = np.empty(
+            (raw.shape[0], raw.shape[1] // TYPES[type].size * TYPES[type].block), dtype=np.float32
+        )
         function = getattr(self.lib, "dequantize_row_" + type.lower().replace("_k", "_K"))
         function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
         function(raw.ctypes.data, out.ctypes.data, out.size)
         return out
 
 
-def race(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> tuple[float, float, float]:
+def race(
+    ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int
+) -> tuple[float, float, float]:
     """Median seconds of each, and the median of the rounds' ratios ours/theirs."""
     times: list[tuple[float, float]] = []
     for number in range(rounds + 1):
@@ -97,14 +107,23 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             if not np.array_equal(quantize(x, type, w), peer.quantize(x, type, w)):
                 raise AssertionError(f"{type}, {what}: the bytes differ")
             row[what] = lap(
-                race(lambda t=type, w=w: quantize(x, t, w), lambda t=type, w=w: peer.quantize(x, t, w), options.rounds),
+                race(
+                    lambda t=type, w=w: quantize(x, t, w),
+                    lambda t=type, w=w: peer.quantize(x, t, w),
+                    options.rounds,
+                ),
                 x,
             )
         raw = quantize(x, type)
         if not np.array_equal(dequantize(raw, type), peer.dequantize(raw, type)):
             raise AssertionError(f"{type}: decoded numbers differ")
         row["decode"] = lap(
-            race(lambda r=raw, t=type: dequantize(r, t), lambda r=raw, t=type: peer.dequantize(r, t), options.rounds), x
+            race(
+                lambda r=raw, t=type: dequantize(r, t),
+                lambda r=raw, t=type: peer.dequantize(r, t),
+                options.rounds,
+            ),
+            x,
         )
         rows.append(row)
     return rows
@@ -112,7 +131,11 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def lap(found: tuple[float, float, float], x: np.ndarray) -> dict[str, float]:
     ours, theirs, ratio = found
-    return {"ns": round(1e9 * ours / x.size, 2), "peer_ns": round(1e9 * theirs / x.size, 2), "ratio": round(ratio, 2)}
+    return {
+        "ns": round(1e9 * ours / x.size, 2),
+        "peer_ns": round(1e9 * theirs / x.size, 2),
+        "ratio": round(ratio, 2),
+    }
 
 
 def whole(name: str, type: str, workers: int) -> dict[str, Any]:
@@ -123,23 +146,41 @@ def whole(name: str, type: str, workers: int) -> dict[str, Any]:
     from refllm.model.config import ModelConfig
     from refllm.quant.to_gguf import convert
 
-    config = ModelConfig("llama", *WHOLE[name], tie_word_embeddings=True, bos_token_id=0, eos_token_ids=(0,))
+    config = ModelConfig(
+        "llama", *WHOLE[name], tie_word_embeddings=True, bos_token_id=0, eos_token_ids=(0,)
+    )
 
     class Random(dict[str, np.ndarray]):  # each tensor is drawn when it is written
         def __getitem__(self, key: str) -> np.ndarray:
             shape = dict(tensor_shapes(config))[key]
-            return np.random.default_rng(len(key)).standard_normal(shape, dtype=np.float32) * np.float32(0.02)
+            return np.random.default_rng(len(key)).standard_normal(
+                shape, dtype=np.float32
+            ) * np.float32(0.02)
 
     with tempfile.TemporaryDirectory() as folder:
-        shapes = {key: np.broadcast_to(np.float32(0), shape) for key, shape in tensor_shapes(config)}
+        shapes = {
+            key: np.broadcast_to(np.float32(0), shape) for key, shape in tensor_shapes(config)
+        }
         tensors = Random(shapes)
-        save(Path(folder) / "hf", config, tensors, Tokenizer.train(["a b c"], 300), dtype="float32",
-             max_shard_bytes=1 << 30)  # fmt: skip
+        save(
+            Path(folder) / "hf",
+            config,
+            tensors,
+            Tokenizer.train(["a b c"], 300),
+            dtype="float32",
+            max_shard_bytes=1 << 30,
+        )
         began = time.perf_counter()
         made = convert(Path(folder) / "hf", Path(folder) / "x.gguf", type, workers=workers)
         seconds = time.perf_counter() - began
-    return {"shapes": name, "type": type, "parameters": config.num_parameters, "seconds": round(seconds, 1),
-            "bits per weight": round(made.bits_per_weight, 4), "processes": workers}  # fmt: skip
+    return {
+        "shapes": name,
+        "type": type,
+        "parameters": config.num_parameters,
+        "seconds": round(seconds, 1),
+        "bits per weight": round(made.bits_per_weight, 4),
+        "processes": workers,
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -147,33 +188,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record: dict[str, Any] = {"benchmark": "formats"}
     if options.whole:
         record["environment"] = environment((), {"refllm": 1})
-        record["settings"] = {"whole": options.whole, "type": options.type, "workers": options.workers, "rounds": 1}
-        found = record["results"] = whole(options.whole, options.type, options.workers)
+        record["settings"] = {
+            "whole": options.whole,
+            "type": options.type,
+            "workers": options.workers,
+            "rounds": 1,
+        }
+        found = whole(options.whole, options.type, options.workers)
+        record["results"] = found
         print("\n" + ", ".join(f"{key} {value}" for key, value in found.items()))
         finish(record, options.output)
         return 0
     with threadpool_limits(1):
         record["environment"] = environment(("llama-cpp-python",), {"refllm": 1, "ggml": 1})
-        record["settings"] = {name: getattr(options, name) for name in ("rows", "columns", "rounds")}
+        record["settings"] = {
+            name: getattr(options, name) for name in ("rows", "columns", "rounds")
+        }
         record["results"] = measure(options)
     rows = []
     for r in record["results"]:
         cells = (r.get(what) for what in ("encode", "encode with importance", "decode"))
-        rows.append([r["type"], *(f"{c['ns']:.1f} ({c['ratio']:.2f}×)" if c else "" for c in cells)])
-    table("ns a number, and times ggml's (kind B)", ["type", "encode", "with importance", "decode"], rows)
+        rows.append(
+            [r["type"], *(f"{c['ns']:.1f} ({c['ratio']:.2f}×)" if c else "" for c in cells)]
+        )
+    table(
+        "ns a number, and times ggml's (kind B)",
+        ["type", "encode", "with importance", "decode"],
+        rows,
+    )
     finish(record, options.output)
     return 0
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="How fast numbers become GGUF's bytes, against ggml's C.")
+    parser = argparse.ArgumentParser(
+        description="How fast numbers become GGUF's bytes, against ggml's C."
+    )
     parser.add_argument("--types", nargs="+", default=list(BLOCKS), choices=BLOCKS)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--columns", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--whole", choices=WHOLE, help="convert a whole checkpoint of these shapes instead")
+    parser.add_argument(
+        "--whole", choices=WHOLE, help="convert a whole checkpoint of these shapes instead"
+    )
     parser.add_argument("--type", default="Q4_K_M", help="the mix, with --whole")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, with --whole")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes, with --whole"
+    )
     parser.add_argument("--output", type=Path, help="where to write the record as JSON")
     return parser.parse_args(arguments)
 

@@ -30,12 +30,17 @@ from refllm.kv.kivi import Kivi
 from refllm.measure.memory import kv_bytes
 
 
-def measure(model: Model, context: int, bits: Sequence[int], steps: int, rounds: int) -> list[dict[str, Any]]:
+def measure(
+    model: Model, context: int, bits: Sequence[int], steps: int, rounds: int
+) -> list[dict[str, Any]]:
     """One result a number of bits at a length: the ratio of the steps' times in each round, and the bytes."""
-    rng, config, like = np.random.default_rng(0), model.config, model.weights["norm"]
+    rng = np.random.default_rng(0)
+    config = model.config
+    like = model.weights["norm"]
     prompt = rng.integers(1, config.vocab_size, context).tolist()
     settings = [None, *(Kivi(b, b) for b in bits)]
-    compute, caches = stepper(model.weights, config), []
+    compute = stepper(model.weights, config)
+    caches = []
     for kivi in settings:
         cache = new_cache(config, 1, context + steps * (rounds + 1), like, kivi)
         prefill(model.weights, config, [prompt], cache)
@@ -55,12 +60,17 @@ def measure(model: Model, context: int, bits: Sequence[int], steps: int, rounds:
     full = kv_bytes(config, context, bits=32)
     return [
         {
-            "context": context, "bits": kivi.key_bits, "full_us": round(1e6 * float(np.median(times[0])), 1),
-            "kivi_us": round(1e6 * float(np.median(mine)), 1), "ratio": ratios(mine, times[0]),
-            "bytes": kivi.nbytes(config, context, full=32), "full_bytes": full,
+            "context": context,
+            "bits": kivi.key_bits,
+            "full_us": round(1e6 * float(np.median(times[0])), 1),
+            "kivi_us": round(1e6 * float(np.median(mine)), 1),
+            "ratio": ratios(mine, times[0]),
+            "bytes": kivi.nbytes(config, context, full=32),
+            "full_bytes": full,
         }
-        for kivi, mine in zip(settings, times, strict=True) if kivi is not None
-    ]  # fmt: skip
+        for kivi, mine in zip(settings, times, strict=True)
+        if kivi is not None
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,26 +80,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record = {
             "benchmark": "kivi",
             "environment": environment((), {"refllm": 1}),
-            "settings": {"model": what, "contexts": options.contexts, "bits": options.bits, "steps": options.steps,
-                         "rounds": options.rounds, "group": Kivi().group, "residual": Kivi().residual},
+            "settings": {
+                "model": what,
+                "contexts": options.contexts,
+                "bits": options.bits,
+                "steps": options.steps,
+                "rounds": options.rounds,
+                "group": Kivi().group,
+                "residual": Kivi().residual,
+            },
             "results": [
-                row for context in options.contexts
+                row
+                for context in options.contexts
                 for row in measure(model, context, options.bits, options.steps, options.rounds)
             ],
-        }  # fmt: skip
+        }
     rows = [
-        [r["context"], r["bits"], f"{r['full_us']:.0f}", f"{r['kivi_us']:.0f}", shown(r["ratio"]),
-         f"{r['bytes'] / 1e3:.0f}", f"{100 * r['bytes'] / r['full_bytes']:.0f}%"]
+        [
+            r["context"],
+            r["bits"],
+            f"{r['full_us']:.0f}",
+            f"{r['kivi_us']:.0f}",
+            shown(r["ratio"]),
+            f"{r['bytes'] / 1e3:.0f}",
+            f"{100 * r['bytes'] / r['full_bytes']:.0f}%",
+        ]
         for r in record["results"]
-    ]  # fmt: skip
-    table("a decode step, microseconds, KIVI / full (kind B); bytes of the cache, of float32's (kind A)",
-          ["context", "bits", "full", "KIVI", "KIVI / full", "kB", "of full"], rows)  # fmt: skip
+    ]
+    table(
+        "a decode step, microseconds, KIVI / full (kind B); bytes of the cache, of float32's (kind A)",
+        ["context", "bits", "full", "KIVI", "KIVI / full", "kB", "of full"],
+        rows,
+    )
     finish(record, options.output)
     return 0
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="A decode step with a cache in few bits, and in full.")
+    parser = argparse.ArgumentParser(
+        description="A decode step with a cache in few bits, and in full."
+    )
     parser.add_argument("--model", help="a checkpoint; the bundled model if there is none")
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 512, 1024, 1800])
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 2])

@@ -38,7 +38,9 @@ ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512)
 WORKING_SET = 16 << 20  # bytes
 
 
-def measure(shape: tuple[int, int], rows: Sequence[int], rounds: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+def measure(
+    shape: tuple[int, int], rows: Sequence[int], rounds: int, rng: np.random.Generator
+) -> list[dict[str, Any]]:
     """One result a row count: microseconds a product, both ways, and the median ratio of the rounds."""
     m, n = shape
     copies = max(1, WORKING_SET // (4 * m * n))
@@ -57,8 +59,16 @@ def measure(shape: tuple[int, int], rows: Sequence[int], rounds: int, rng: np.ra
             pairs.append((one, two))
         times = 1e6 * np.percentile(pairs, 25, axis=0)
         ratio = float(np.median([a / b for a, b in pairs]))
-        out.append({"m": m, "n": n, "rows": count, "plain_us": round(float(times[0]), 2),
-                    "blocked_us": round(float(times[1]), 2), "ratio": round(ratio, 3)})  # fmt: skip
+        out.append(
+            {
+                "m": m,
+                "n": n,
+                "rows": count,
+                "plain_us": round(float(times[0]), 2),
+                "blocked_us": round(float(times[1]), 2),
+                "ratio": round(ratio, 3),
+            }
+        )
     return out
 
 
@@ -81,18 +91,31 @@ def check(plain: np.ndarray, blocked: np.ndarray) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     rng = np.random.default_rng(0)
-    layout = f"blocks of {options.block} columns" if weights.reads_in_place() else "one block of all columns"
+    if weights.reads_in_place():
+        layout = f"blocks of {options.block} columns"
+    else:
+        layout = "one block of all columns"
     with threadpool_limits(1), mock.patch.object(weights, "BLOCK", options.block):
         record = {
             "benchmark": "layout",
             "environment": environment((), {"numpy": 1}),
-            "settings": {"rows": options.rows, "rounds": options.rounds, "block": options.block,
-                         "layout": layout, "working_set_bytes": WORKING_SET},
-            "results": [r for shape in SHAPES for r in measure(shape, options.rows, options.rounds, rng)],
-        }  # fmt: skip
+            "settings": {
+                "rows": options.rows,
+                "rounds": options.rounds,
+                "block": options.block,
+                "layout": layout,
+                "working_set_bytes": WORKING_SET,
+            },
+            "results": [
+                r for shape in SHAPES for r in measure(shape, options.rows, options.rounds, rng)
+            ],
+        }
     for m, n in SHAPES:
-        rows = [[r["rows"], f"{r['plain_us']:.0f}", f"{r['blocked_us']:.0f}", f"{r['ratio']:.2f}x"]
-                for r in record["results"] if (r["m"], r["n"]) == (m, n)]  # fmt: skip
+        rows = [
+            [r["rows"], f"{r['plain_us']:.0f}", f"{r['blocked_us']:.0f}", f"{r['ratio']:.2f}x"]
+            for r in record["results"]
+            if (r["m"], r["n"]) == (m, n)
+        ]
         title = f"x[rows, {n}] by W[{m}, {n}] transposed, microseconds, blocked: {layout} (kind B)"
         table(title, ["rows", "plain", "blocked", "plain / blocked"], rows)
     finish(record, options.output)
@@ -103,7 +126,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Plain against blocked weights, by rows.")
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--block", type=int, default=weights.BLOCK, help="output columns a block, with AVX-512")
+    parser.add_argument(
+        "--block", type=int, default=weights.BLOCK, help="output columns a block, with AVX-512"
+    )
     parser.add_argument("--output", type=Path, help="where to write the record as JSON")
     return parser.parse_args(arguments)
 

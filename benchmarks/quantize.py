@@ -44,9 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     record: dict[str, Any] = {
         "benchmark": "quantize",
-        "environment": environment(("torch",), {"refllm": options.threads, "torch": options.threads}),
+        "environment": environment(
+            ("torch",), {"refllm": options.threads, "torch": options.threads}
+        ),
         "settings": {
-            n: getattr(options, n) for n in ("size", "group", "layers", "gptq_layers", "tokens", "rounds", "threads")
+            n: getattr(options, n)
+            for n in ("size", "group", "layers", "gptq_layers", "tokens", "rounds", "threads")
         },
         "skipped": {},
         "results": [],
@@ -60,16 +63,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="How fast weights are quantised.")
-    parser.add_argument("--size", type=int, default=4096, help="rows and columns of the single weight")
+    parser.add_argument(
+        "--size", type=int, default=4096, help="rows and columns of the single weight"
+    )
     parser.add_argument("--group", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4, help="decoder layers for rtn; fewer than 16 are projected")
+    parser.add_argument(
+        "--layers", type=int, default=4, help="decoder layers for rtn; fewer than 16 are projected"
+    )
     parser.add_argument("--gptq-layers", type=int, default=1, help="the same for gptq")
-    parser.add_argument("--tokens", type=int, default=8192, help="of calibration text, in windows of 512 or fewer")
+    parser.add_argument(
+        "--tokens", type=int, default=8192, help="of calibration text, in windows of 512 or fewer"
+    )
     parser.add_argument("--methods", nargs="*", choices=("rtn", "gptq"), default=["rtn", "gptq"])
     parser.add_argument("--small", action="store_true", help="a tiny model (to try the program)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--folder", type=Path, help="where checkpoints go (3 GB); default: the temporary folder")
+    parser.add_argument(
+        "--folder", type=Path, help="where checkpoints go (3 GB); default: the temporary folder"
+    )
     parser.add_argument("--output", type=Path, help="where to write the record as JSON")
     return parser.parse_args(arguments)
 
@@ -97,16 +108,30 @@ def layer_part(options: argparse.Namespace, record: dict[str, Any]) -> None:
     finally:
         for worker in workers.values():
             worker.close()
-    seconds, cpu = ({name: [turn[key] for turn in of] for name, of in turns.items()} for key in ("seconds", "cpu"))
-    ratio, busy = (ratios(s["torch"], s["refllm"]) if "torch" in s else None for s in (seconds, cpu))
-    row = {"part": "layer", "seconds": {n: spread(s) for n, s in seconds.items()},
-           "cpu_seconds": {n: spread(s) for n, s in cpu.items()}, "speed_to_torch": ratio, "cpu_speed_to_torch": busy,
-           "target": TARGETS["layer"]}  # fmt: skip
+    seconds, cpu = (
+        {name: [turn[key] for turn in of] for name, of in turns.items()}
+        for key in ("seconds", "cpu")
+    )
+    ratio, busy = (
+        ratios(s["torch"], s["refllm"]) if "torch" in s else None for s in (seconds, cpu)
+    )
+    row = {
+        "part": "layer",
+        "seconds": {n: spread(s) for n, s in seconds.items()},
+        "cpu_seconds": {n: spread(s) for n, s in cpu.items()},
+        "speed_to_torch": ratio,
+        "cpu_speed_to_torch": busy,
+        "target": TARGETS["layer"],
+    }
     record["results"].append(row)
-    table(f"GPTQ of one {options.size} x {options.size} layer, {options.threads} threads (kind B)",
-          ["engine", "seconds", "of a processor"],
-          [[n, f"{seconds['median']:.2f}", f"{row['cpu_seconds'][n]['median']:.2f}"]
-           for n, seconds in row["seconds"].items()])  # fmt: skip
+    table(
+        f"GPTQ of one {options.size} x {options.size} layer, {options.threads} threads (kind B)",
+        ["engine", "seconds", "of a processor"],
+        [
+            [n, f"{seconds['median']:.2f}", f"{row['cpu_seconds'][n]['median']:.2f}"]
+            for n, seconds in row["seconds"].items()
+        ],
+    )
     print(f"\n  speed of refllm / torch: {shown(ratio)}   target >= {TARGETS['layer']:g}x")
     print(f"  by processor time:       {shown(busy)}")
 
@@ -122,7 +147,10 @@ def check(losses: list[float]) -> None:
 def rtn_part(options: argparse.Namespace, record: dict[str, Any]) -> None:
     worker = Worker("rtn_refllm", (), threads=1)
     try:
-        answers = [worker.ask(size=options.size, bits=4, group=options.group) for _ in range(options.rounds + 1)][1:]
+        answers = [
+            worker.ask(size=options.size, bits=4, group=options.group)
+            for _ in range(options.rounds + 1)
+        ][1:]
     finally:
         worker.close()
     rates = {name: spread([a[name] / 1e9 for a in answers]) for name in ("rtn", "memory")}
@@ -131,7 +159,10 @@ def rtn_part(options: argparse.Namespace, record: dict[str, Any]) -> None:
     table(
         "Rounding and packing to 4 bits, one thread (kind B)",
         ["what", "GB of float32 a second"],
-        [["round and pack", f"{rates['rtn']['median']:.2f}"], ["sum (reads all)", f"{rates['memory']['median']:.1f}"]],
+        [
+            ["round and pack", f"{rates['rtn']['median']:.2f}"],
+            ["sum (reads all)", f"{rates['memory']['median']:.1f}"],
+        ],
     )
 
 
@@ -143,11 +174,14 @@ class Repeated(Mapping[str, np.ndarray]):
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
         rng = np.random.default_rng(0)
-        self.shapes, self.block = shapes, rng.standard_normal((1 << 22) + 1, dtype=np.float32) * np.float32(0.02)
+        self.shapes = shapes
+        self.block = rng.standard_normal((1 << 22) + 1, dtype=np.float32) * np.float32(0.02)
 
     def __getitem__(self, name: str) -> np.ndarray:
         shape = self.shapes[name]
-        return np.ones(shape, np.float32) if len(shape) == 1 else np.resize(self.block, shape)
+        if len(shape) == 1:
+            return np.ones(shape, np.float32)
+        return np.resize(self.block, shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -164,7 +198,9 @@ def random_model(path: Path, layers: int, sizes: Mapping[str, int]) -> Any:
     from refllm.checkpoints.tokenizer import Tokenizer
     from refllm.model.config import ModelConfig
 
-    config = ModelConfig("llama", **sizes, num_hidden_layers=layers, tie_word_embeddings=True, eos_token_ids=(0,))
+    config = ModelConfig(
+        "llama", **sizes, num_hidden_layers=layers, tie_word_embeddings=True, eos_token_ids=(0,)
+    )
     tokenizer = Tokenizer.train((d.text for d in corpus.held_out_documents()[:1]), 512)
     loading.save(path, config, Repeated(dict(tensor_shapes(config))), tokenizer, dtype="bfloat16")
     return config
@@ -177,13 +213,20 @@ def model_part(options: argparse.Namespace, record: dict[str, Any]) -> None:
     for method in options.methods:
         layers = options.gptq_layers if method == "gptq" else options.layers
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            source, output = Path(folder) / "model", Path(folder) / "quantised"
+            source = Path(folder) / "model"
+            output = Path(folder) / "quantised"
             print(f"model: {method}, {layers} layers", file=sys.stderr)
             config = random_model(source, layers, SMALL if options.small else LLAMA)
             worker = Worker("quantize_model", (), threads=options.threads)
             try:
-                answer = worker.ask(source=str(source), output=str(output), method=method, group=options.group,
-                                    samples=options.tokens // length, length=length)  # fmt: skip
+                answer = worker.ask(
+                    source=str(source),
+                    output=str(output),
+                    method=method,
+                    group=options.group,
+                    samples=options.tokens // length,
+                    length=length,
+                )
             finally:
                 worker.close()
         record["results"].append(model_row(method, answer, layers, config.num_parameters))
@@ -193,24 +236,39 @@ def model_part(options: argparse.Namespace, record: dict[str, Any]) -> None:
 def model_row(method: str, answer: dict[str, Any], layers: int, parameters: int) -> dict[str, Any]:
     """The whole model's time is measured where all layers were done, and projected otherwise."""
     stages = answer["stages"]
-    whole = sum(seconds * (1 if name in ONCE else WHOLE / layers) for name, seconds in stages.items())
+    whole = sum(
+        seconds * (1 if name in ONCE else WHOLE / layers) for name, seconds in stages.items()
+    )
     return {
-        "part": "model", "method": method, "layers": layers, "parameters": parameters, "seconds": answer["seconds"],
-        "cpu_seconds": answer["cpu"], "minutes_of_16_layers": whole / 60, "projected": layers != WHOLE,
-        "target_minutes": TARGETS[f"{method} minutes"], "peak_gib": answer["peak_bytes"] / 2**30,
+        "part": "model",
+        "method": method,
+        "layers": layers,
+        "parameters": parameters,
+        "seconds": answer["seconds"],
+        "cpu_seconds": answer["cpu"],
+        "minutes_of_16_layers": whole / 60,
+        "projected": layers != WHOLE,
+        "target_minutes": TARGETS[f"{method} minutes"],
+        "peak_gib": answer["peak_bytes"] / 2**30,
         "target_gib": TARGETS["rtn gib"] if method == "rtn" else None,
         "shares": {name: seconds / answer["seconds"] for name, seconds in stages.items()},
-        "bits_per_weight": answer["bits_per_weight"], "bytes": answer["bytes"],
-    }  # fmt: skip
+        "bits_per_weight": answer["bits_per_weight"],
+        "bytes": answer["bytes"],
+    }
 
 
 def show_model(row: dict[str, Any]) -> None:
     kind = "projected (kind C)" if row["projected"] else "measured (kind B)"
-    table(f"{row['method']}, {row['layers']} layers of Llama-3.2-1B's shapes, {row['seconds']:.0f} s, "
-          f"peak {row['peak_gib']:.2f} GiB", ["stage", "share"],
-          [[name, f"{share:.1%}"] for name, share in row["shares"].items()])  # fmt: skip
+    table(
+        f"{row['method']}, {row['layers']} layers of Llama-3.2-1B's shapes, {row['seconds']:.0f} s, "
+        f"peak {row['peak_gib']:.2f} GiB",
+        ["stage", "share"],
+        [[name, f"{share:.1%}"] for name, share in row["shares"].items()],
+    )
     print(f"\n  processor time {row['cpu_seconds']:.0f} s of {row['seconds']:.0f} s")
-    print(f"  {WHOLE} layers: {row['minutes_of_16_layers']:.1f} min, {kind}   target <= {row['target_minutes']:g}")
+    print(
+        f"  {WHOLE} layers: {row['minutes_of_16_layers']:.1f} min, {kind}   target <= {row['target_minutes']:g}"
+    )
 
 
 if __name__ == "__main__":

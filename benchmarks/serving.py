@@ -44,10 +44,15 @@ ENGINES = {
     "engine": Engine("serving_refllm", (), (), ""),
     "static": Engine("decode_refllm", (), (), ""),
     "transformers": Engine("decode_transformers", ("dynamic",), ("torch", "transformers"), ORACLES),
-    "transformers, static cache": Engine("decode_transformers", ("static",), ("torch", "transformers"), ORACLES),
-    "llama.cpp": Engine("serving_llamacpp", (), ("llama_cpp", "gguf"), "pip install llama-cpp-python gguf"),
+    "transformers, static cache": Engine(
+        "decode_transformers", ("static",), ("torch", "transformers"), ORACLES
+    ),
+    "llama.cpp": Engine(
+        "serving_llamacpp", (), ("llama_cpp", "gguf"), "pip install llama-cpp-python gguf"
+    ),
 }
-SHARE, PLAN_MS = 0.10, 1.0  # targets: of a step that is not the network; of a plan for 256 running requests
+SHARE = 0.10  # targets: of a step that is not the network; of a plan for 256 running requests
+PLAN_MS = 1.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,14 +64,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "benchmark": "serving",
             "environment": environment(PEER_PACKAGES, dict.fromkeys(workers, 1)),
             "model": {"name": about},
-            "settings": {name: getattr(options, name) for name in ("prompt", "new", "batch", "rounds", "seconds")},
+            "settings": {
+                name: getattr(options, name)
+                for name in ("prompt", "new", "batch", "rounds", "seconds")
+            },
             "skipped": skipped,
-            "agreement": agreement(workers, load(path, backend="numpy", dtype="float64"), prompts, options),
+            "agreement": agreement(
+                workers, load(path, backend="numpy", dtype="float64"), prompts, options
+            ),
         }
         record["rates"] = measure(workers, prompts, options)
         with threadpool_limits(limits=1, user_api="blas"):
             model = load(path, backend="numpy")
-            control = {str(batch): control_plane(model, prompts[:batch], options) for batch in options.batch}
+            control = {
+                str(batch): control_plane(model, prompts[:batch], options)
+                for batch in options.batch
+            }
     record["results"] = {
         "throughput": [throughput(batch, record["rates"]) for batch in options.batch],
         "control_plane_share": control,
@@ -80,13 +93,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The serving engine against its peers, as ratios.")
     parser.add_argument("--model", help="a checkpoint directory (default: the bundled model)")
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), metavar="ENGINE")
+    parser.add_argument(
+        "--engines", nargs="+", choices=ENGINES, default=list(ENGINES), metavar="ENGINE"
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[32, 64], metavar="B")
     parser.add_argument("--prompt", type=int, default=32, help="prompt tokens a request")
     parser.add_argument("--new", type=int, default=48, help="new tokens a request")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=1.0, help="shortest turn of an engine at one batch")
-    parser.add_argument("--running", type=int, default=256, help="requests of the plan that is timed")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="shortest turn of an engine at one batch"
+    )
+    parser.add_argument(
+        "--running", type=int, default=256, help="requests of the plan that is timed"
+    )
     parser.add_argument("--output", type=Path, help="where to write the record as JSON")
     return parser.parse_args(arguments)
 
@@ -94,13 +113,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def throughput(batch: int, rates: dict[str, Any]) -> dict[str, Any]:
     """The engine's new tokens a second, and their ratio to each other's of the same rounds."""
     wall = rates["wall"][str(batch)]
-    row: dict[str, Any] = {"batch": batch, "tokens_per_second": {name: spread(r) for name, r in wall.items()}}
+    row: dict[str, Any] = {
+        "batch": batch,
+        "tokens_per_second": {name: spread(r) for name, r in wall.items()},
+    }
     peers = [name for name in wall if name != "engine"]
     row["ratio"] = {name: ratios(wall["engine"], wall[name]) for name in peers if "engine" in wall}
     return row
 
 
-def control_plane(model: Model, prompts: list[list[int]], options: argparse.Namespace) -> dict[str, float]:
+def control_plane(
+    model: Model, prompts: list[list[int]], options: argparse.Namespace
+) -> dict[str, float]:
     """The share of decode steps that is not the network: one median over the steps of each round."""
     inside: list[float] = []
 
@@ -120,7 +144,8 @@ def control_plane(model: Model, prompts: list[list[int]], options: argparse.Name
     ):
         for _ in range(options.rounds):
             engine = ServingEngine(model, num_blocks=10 * len(prompts), max_sequences=len(prompts))
-            engine._stepper = timed(engine._stepper)  # a decode step; a prefill goes through the two above
+            # a decode step; a prefill goes through the two above
+            engine._stepper = timed(engine._stepper)
             for prompt in prompts:
                 engine.submit(Request(prompt, options.new, ignore_eos=True))
             shares = []
@@ -136,15 +161,23 @@ def control_plane(model: Model, prompts: list[list[int]], options: argparse.Name
 def books(options: argparse.Namespace) -> dict[str, Any]:
     """Ratios of a large case to a small one, in turn, and the time of a plan in milliseconds."""
     return {
-        "pool_10^5_to_10^3": ratios(*_in_turn(lambda n: pool_operations(n), (10**5, 10**3), options.rounds)),
-        "radix_match_8000_to_1000": ratios(*_in_turn(lambda n: radix(n)[0], (8000, 1000), options.rounds)),
-        "radix_insert_8000_to_1000": ratios(*_in_turn(lambda n: radix(n)[1], (8000, 1000), options.rounds)),
+        "pool_10^5_to_10^3": ratios(
+            *_in_turn(lambda n: pool_operations(n), (10**5, 10**3), options.rounds)
+        ),
+        "radix_match_8000_to_1000": ratios(
+            *_in_turn(lambda n: radix(n)[0], (8000, 1000), options.rounds)
+        ),
+        "radix_insert_8000_to_1000": ratios(
+            *_in_turn(lambda n: radix(n)[1], (8000, 1000), options.rounds)
+        ),
         "plan_ms": spread([plan_milliseconds(options.running) for _ in range(options.rounds)]),
         "running": options.running,
     }
 
 
-def _in_turn(cost: Callable[[int], float], sizes: tuple[int, int], rounds: int) -> tuple[list[float], list[float]]:
+def _in_turn(
+    cost: Callable[[int], float], sizes: tuple[int, int], rounds: int
+) -> tuple[list[float], list[float]]:
     pairs = [(cost(sizes[0]), cost(sizes[1])) for _ in range(rounds)]
     return [large for large, _ in pairs], [small for _, small in pairs]
 
@@ -169,7 +202,8 @@ def pool_operations(blocks: int, repeats: int = 20) -> float:
 
 def radix(length: int, repeats: int = 20) -> tuple[float, float]:
     """Seconds a token of a match and of an insertion, half of the prompt being cached already."""
-    matches, inserts = [], []
+    matches = []
+    inserts = []
     for i in range(repeats):
         cache = RadixCache()
         tokens = [(7 * i + t) % 4096 for t in range(length)]
@@ -186,7 +220,9 @@ def radix(length: int, repeats: int = 20) -> tuple[float, float]:
 
 def plan_milliseconds(running: int, steps: int = 40) -> float:
     """Of a decode step's ``plan`` for so many requests of about 300 tokens."""
-    scheduler = Scheduler(Paged(BlockPool(running * 25, 16)), max_batch_tokens=None, max_sequences=running)
+    scheduler = Scheduler(
+        Paged(BlockPool(running * 25, 16)), max_batch_tokens=None, max_sequences=running
+    )
     for i in range(running):
         scheduler.submit(Request(range(256 + i % 64), 64))
     samples = []
@@ -199,27 +235,46 @@ def plan_milliseconds(running: int, steps: int = 40) -> float:
 
 
 def show(record: dict[str, Any]) -> None:
-    settings, results = record["settings"], record["results"]
+    settings = record["settings"]
+    results = record["results"]
     rows = results["throughput"]
     names = list(rows[0]["tokens_per_second"])
     print(
         f"\nServing, {record['model']['name']}: {settings['prompt']} prompt + {settings['new']} new tokens, greedy, "
         f"float32, one thread each, {settings['rounds']} rounds in turn (kind B)"
     )
-    rates = [[r["batch"], *(f"{r['tokens_per_second'][n]['median']:.0f}" for n in names)] for r in rows]
+    rates = [
+        [r["batch"], *(f"{r['tokens_per_second'][n]['median']:.0f}" for n in names)] for r in rows
+    ]
     table("new tokens a second, median of the rounds", ["batch", *names], rates)
     peers = list(rows[0]["ratio"])
-    table("engine / other", ["batch", *peers], [[r["batch"], *(shown(r["ratio"][n]) for n in peers)] for r in rows])
+    table(
+        "engine / other",
+        ["batch", *peers],
+        [[r["batch"], *(shown(r["ratio"][n]) for n in peers)] for r in rows],
+    )
     shares = results["control_plane_share"]
-    table("share of a decode step that is not the network", ["batch", "share", "target"],
-          [[batch, f"{share['median']:.1%}", f"<= {SHARE:.0%}"] for batch, share in shares.items()])  # fmt: skip
+    table(
+        "share of a decode step that is not the network",
+        ["batch", "share", "target"],
+        [[batch, f"{share['median']:.1%}", f"<= {SHARE:.0%}"] for batch, share in shares.items()],
+    )
     some = results["books"]
     costs = [[name, shown(value)] for name, value in some.items() if "_to_" in name]
-    table("cost of the large case over the small one, an operation or a token", ["books", "ratio"], costs)
-    print(f"\nA plan for {some['running']} running requests: {some['plan_ms']['median']:.2f} ms "
-          f"(target: <= {PLAN_MS:g} ms for 256)")  # fmt: skip
+    table(
+        "cost of the large case over the small one, an operation or a token",
+        ["books", "ratio"],
+        costs,
+    )
+    print(
+        f"\nA plan for {some['running']} running requests: {some['plan_ms']['median']:.2f} ms "
+        f"(target: <= {PLAN_MS:g} ms for 256)"
+    )
     names = list(record["agreement"][str(rows[0]["batch"])])
-    ties = {name: sum(len(at[name]["near_ties"]) for at in record["agreement"].values()) for name in names}
+    ties = {
+        name: sum(len(at[name]["near_ties"]) for at in record["agreement"].values())
+        for name in names
+    }
     print(f"Sequences that part from the engine's at a near tie (all others are equal): {ties}")
 
 

@@ -56,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "results": [],
     }
     for name in SETTINGS:
-        runs = [[once(name, asked, jumps) for jumps in (True, False)] for _ in range(options.rounds)]
+        runs = [
+            [once(name, asked, jumps) for jumps in (True, False)] for _ in range(options.rounds)
+        ]
         record["results"].append(result(name, runs))
     show(record)
     finish(record, options.output)
@@ -68,26 +70,42 @@ def once(name: str, asked: Sequence[Request], jumps: bool) -> dict[str, float]:
     policy, slots, seats = SETTINGS[name]
     scheduler = factory.make(policy, BlockPool(slots // 16, 16), max_sequences=seats)
     simulator = Simulator(scheduler, RooflineClock(LLAMA_8B, DEVICES["a100"]), jumps=jumps)
-    wall, busy = time.perf_counter(), time.process_time()
+    wall = time.perf_counter()
+    busy = time.process_time()
     run = simulator.run(asked)
-    wall, busy = time.perf_counter() - wall, time.process_time() - busy
-    return {"wall": wall, "processor": busy, "tokens": run.all.tokens, "sequences": run.all.rows,
-            "batch": run.all.batch}  # fmt: skip
+    wall = time.perf_counter() - wall
+    busy = time.process_time() - busy
+    return {
+        "wall": wall,
+        "processor": busy,
+        "tokens": run.all.tokens,
+        "sequences": run.all.rows,
+        "batch": run.all.batch,
+    }
 
 
 def result(name: str, runs: list[list[dict[str, float]]]) -> dict[str, Any]:
     """The row of the table. ValueError if the jumps changed what was counted."""
     jumped, plain = zip(*runs, strict=True)
     if any(a["tokens"] != b["tokens"] or a["sequences"] != b["sequences"] for a, b in runs):
-        raise ValueError(f"{name}: the simulation with jumps counted something else than the one without")
-    rates = {clock: {what: spread([run[what] / run[clock] for run in jumped]) for what in ("tokens", "sequences")}
-             for clock in ("wall", "processor")}  # fmt: skip
+        raise ValueError(
+            f"{name}: the simulation with jumps counted something else than the one without"
+        )
+    rates = {
+        clock: {
+            what: spread([run[what] / run[clock] for run in jumped])
+            for what in ("tokens", "sequences")
+        }
+        for clock in ("wall", "processor")
+    }
     return {
         "setting": name,
         "batch": jumped[0]["batch"],
         "token_steps_per_second": {clock: rate["tokens"] for clock, rate in rates.items()},
         "sequence_steps_per_second": {clock: rate["sequences"] for clock, rate in rates.items()},
-        "ratio_to_plan_by_plan": ratios([b["processor"] for b in plain], [a["processor"] for a in jumped]),
+        "ratio_to_plan_by_plan": ratios(
+            [b["processor"] for b in plain], [a["processor"] for a in jumped]
+        ),
     }
 
 
@@ -97,10 +115,25 @@ def show(record: dict[str, Any]) -> None:
     )
     rows = []
     for row in record["results"]:
-        tokens, sequences = row["token_steps_per_second"], row["sequence_steps_per_second"]
-        rows.append([row["setting"], f"{row['batch']:.1f}", *(f"{tokens[c]['median']:,.0f}" for c in tokens),
-                     f"{sequences['processor']['median']:,.0f}", shown(row["ratio_to_plan_by_plan"])])  # fmt: skip
-    header = ["setting", "mean batch", "token-steps/s", "by processor", "sequence-steps/s", "with jumps / without"]
+        tokens = row["token_steps_per_second"]
+        sequences = row["sequence_steps_per_second"]
+        rows.append(
+            [
+                row["setting"],
+                f"{row['batch']:.1f}",
+                *(f"{tokens[c]['median']:,.0f}" for c in tokens),
+                f"{sequences['processor']['median']:,.0f}",
+                shown(row["ratio_to_plan_by_plan"]),
+            ]
+        )
+    header = [
+        "setting",
+        "mean batch",
+        "token-steps/s",
+        "by processor",
+        "sequence-steps/s",
+        "with jumps / without",
+    ]
     table("medians of the rounds", header, rows)
 
 

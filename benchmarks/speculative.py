@@ -85,7 +85,9 @@ def tasks(model: Model, count: int, new: int) -> dict[str, dict[str, Any]]:
     order = np.random.default_rng(0).permutation(len(pieces))
     made: dict[str, dict[str, Any]] = {}
     for name in ("code", "copy"):
-        chosen, looked, share = [], 0, []
+        chosen = []
+        looked = 0
+        share = []
         for i in order:
             if len(chosen) == count:
                 break
@@ -98,7 +100,10 @@ def tasks(model: Model, count: int, new: int) -> dict[str, dict[str, Any]]:
         if not chosen:
             raise SystemExit(f"no prompt qualifies for the task {name}: the comparison is void")
         made[name] = {"prompts": chosen, "looked_at": looked, "copied": statistics.mean(share)}
-        print(f"{name}: {len(chosen)} prompts of {looked}, {statistics.mean(share):.0%} copied", file=sys.stderr)
+        print(
+            f"{name}: {len(chosen)} prompts of {looked}, {statistics.mean(share):.0%} copied",
+            file=sys.stderr,
+        )
     return made
 
 
@@ -111,30 +116,42 @@ def plain(model: Model, prompt: Sequence[int], new: int, how: Sampling) -> list[
 
 
 def race(
-    model: Model, make: dict[str, Callable[[], Drafter]], prompts: Sequence[Sequence[int]], new: int, how: Sampling,
+    model: Model,
+    make: dict[str, Callable[[], Drafter]],
+    prompts: Sequence[Sequence[int]],
+    new: int,
+    how: Sampling,
     rounds: int,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Each drafter against plain decoding, in turn; the time of a prompt's prefill is in neither."""
     drafters = {name: one() for name, one in make.items()}
     times: dict[str, list[float]] = {name: [] for name in ("plain", *drafters)}
     stats = {name: Acceptance() for name in drafters}
     models = {
-        name: next((d for d in getattr(one, "drafters", [one]) if isinstance(d, ModelDrafter)), None)
+        name: next(
+            (d for d in getattr(one, "drafters", [one]) if isinstance(d, ModelDrafter)), None
+        )
         for name, one in drafters.items()
     }
     parted = dict.fromkeys(drafters, 0)
     for number in range(rounds):
         spent = dict.fromkeys(times, 0.0)
         for k, prompt in enumerate(prompts):
-            began, first, text = 0.0, True, []
-            for (token,) in generate_tokens(model.weights, model.config, [prompt], new, how, np.random.default_rng(k)):
+            began = 0.0
+            first = True
+            text = []
+            for (token,) in generate_tokens(
+                model.weights, model.config, [prompt], new, how, np.random.default_rng(k)
+            ):
                 text.append(token)
                 if first:
-                    began, first = time.perf_counter(), False
+                    began = time.perf_counter()
+                    first = False
             spent["plain"] += time.perf_counter() - began
             for name, drafter in drafters.items():
                 rng = np.random.default_rng(100 * number + k)
-                steps, began = [], 0.0
+                steps = []
+                began = 0.0
                 for step in speculate(model.weights, model.config, prompt, new, how, rng, drafter):
                     steps.append(step)
                     began = began or time.perf_counter()
@@ -147,14 +164,22 @@ def race(
             times[name].append(seconds)
     return {
         name: {
-            "speedup": ratios(times["plain"], times[name]), "rate": s.rate, "alpha": s.alpha, "length": s.length,
-            "by_place": s.by_place[:12], "parted": parted[name], "proposed_a_step": s.proposed / s.steps,
+            "speedup": ratios(times["plain"], times[name]),
+            "rate": s.rate,
+            "alpha": s.alpha,
+            "length": s.length,
+            "by_place": s.by_place[:12],
+            "parted": parted[name],
+            "proposed_a_step": s.proposed / s.steps,
             "passes_a_step": 0.0 if (one := models[name]) is None else one.passes / s.steps,
-        } for name, s in stats.items()
-    }  # fmt: skip
+        }
+        for name, s in stats.items()
+    }
 
 
-def step_costs(model: Model, draft: Model, most: int, rounds: int, context: int = 256) -> dict[str, Any]:
+def step_costs(
+    model: Model, draft: Model, most: int, rounds: int, context: int = 256
+) -> dict[str, Any]:
     """t(n) of one sequence for n = 1 … most and the time of a draft, microseconds, medians in turn."""
     cache = ContiguousCache(model.config, 1, context + most, like=model.weights["norm"])
     cache.lengths = [context]
@@ -174,54 +199,84 @@ def step_costs(model: Model, draft: Model, most: int, rounds: int, context: int 
         began = time.perf_counter()
         drafter.propose(text, 4, GREEDY, rng)
         drafts.append((time.perf_counter() - began) / 4)
-    return {"t": [1e6 * statistics.median(times[n]) for n in times], "draft": 1e6 * statistics.median(drafts)}
+    return {
+        "t": [1e6 * statistics.median(times[n]) for n in times],
+        "draft": 1e6 * statistics.median(drafts),
+    }
 
 
 def batches(
-    model: Model, draft: Model, prompts: Sequence[Sequence[int]], sizes: Sequence[int], new: int, rounds: int
-) -> list[dict[str, Any]]:  # fmt: skip
+    model: Model,
+    draft: Model,
+    prompts: Sequence[Sequence[int]],
+    sizes: Sequence[int],
+    new: int,
+    rounds: int,
+) -> list[dict[str, Any]]:
     """Engine time without drafts over engine time with: γ fixed at 3, and chosen by measured costs."""
     sequences = max(sizes)
-    shared = {name: ModelDrafter(draft, 3, how=GREEDY, sequences=sequences) for name in ("fixed", "adaptive")}
+    shared = {
+        name: ModelDrafter(draft, 3, how=GREEDY, sequences=sequences)
+        for name in ("fixed", "adaptive")
+    }
     costs = measure(model, shared["adaptive"], most=4 * sequences)
     rows = []
     for size in sizes:
-        drafting = {name: Drafting(shared[name], costs=costs if name == "adaptive" else None) for name in shared}
+        drafting = {
+            name: Drafting(shared[name], costs=costs if name == "adaptive" else None)
+            for name in shared
+        }
         times: dict[str, list[float]] = {"plain": [], "fixed": [], "adaptive": []}
         for _ in range(rounds):
             for name, spent in times.items():
-                drafter = drafting.get(name)  # one for all rounds, as a server has it: it knows what is accepted
-                engine = Engine(model, num_blocks=sequences * 24, drafter=drafter, prefix_cache=None)
+                # one for all rounds, as a server has it: it knows what is accepted
+                drafter = drafting.get(name)
+                engine = Engine(
+                    model, num_blocks=sequences * 24, drafter=drafter, prefix_cache=None
+                )
                 for i in range(size):
-                    engine.submit(Request(prompts[i % len(prompts)][:64], new, id=i, ignore_eos=True))
+                    engine.submit(
+                        Request(prompts[i % len(prompts)][:64], new, id=i, ignore_eos=True)
+                    )
                 engine.step()  # the prefill
                 began = time.perf_counter()
                 engine.run()
                 spent.append(time.perf_counter() - began)
         chosen = drafting["adaptive"].gammas
-        rows.append({"batch": size, "gammas": {str(g): n for g, n in sorted(chosen.items())}}
-                    | {name: ratios(times["plain"], times[name]) for name in shared})  # fmt: skip
+        rows.append(
+            {"batch": size, "gammas": {str(g): n for g, n in sorted(chosen.items())}}
+            | {name: ratios(times["plain"], times[name]) for name in shared}
+        )
     return rows
 
 
 def verification(rounds: int, vocab: int = 128 * 1024, gamma: int = 8) -> list[dict[str, Any]]:
     """``verify``, validation included, over p.sum() + q.sum(), in turn."""
-    rows, rng = [], np.random.default_rng(0)
+    rows = []
+    rng = np.random.default_rng(0)
     for dtype in ("float32", "float64"):
         p, q = (rng.random((n, vocab)).astype(dtype) for n in (gamma + 1, gamma))
-        p, q = p / p.sum(axis=-1, keepdims=True), q / q.sum(axis=-1, keepdims=True)
+        p = p / p.sum(axis=-1, keepdims=True)
+        q = q / q.sum(axis=-1, keepdims=True)
         draft = rng.integers(0, vocab, gamma)
-        calls = {"sums": lambda p=p, q=q: (p.sum(), q.sum()), "verify": lambda p=p, q=q, d=draft: verify(p, q, d, rng),
-                 "verify_block": lambda p=p, q=q, d=draft: verify_block(p, q, d, rng)}  # fmt: skip
+        calls = {
+            "sums": lambda p=p, q=q: (p.sum(), q.sum()),
+            "verify": lambda p=p, q=q, d=draft: verify(p, q, d, rng),
+            "verify_block": lambda p=p, q=q, d=draft: verify_block(p, q, d, rng),
+        }
         times: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(rounds):
             for name, call in calls.items():
                 began = time.perf_counter()
                 call()
                 times[name].append(time.perf_counter() - began)
-        rows.append({"dtype": dtype, "sums_ms": 1e3 * statistics.median(times["sums"])}
-                    | {name: statistics.median(times[name]) / statistics.median(times["sums"])
-                       for name in ("verify", "verify_block")})  # fmt: skip
+        rows.append(
+            {"dtype": dtype, "sums_ms": 1e3 * statistics.median(times["sums"])}
+            | {
+                name: statistics.median(times[name]) / statistics.median(times["sums"])
+                for name in ("verify", "verify_block")
+            }
+        )
     return rows
 
 
@@ -229,20 +284,25 @@ def verification(rounds: int, vocab: int = 128 * 1024, gamma: int = 8) -> list[d
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    model, draft = load("stdlib"), load("stdlib-draft")
+    model = load("stdlib")
+    draft = load("stdlib-draft")
     share = draft.config.num_parameters / model.config.num_parameters
     record: dict[str, Any] = {
         "benchmark": "speculative",
         "environment": environment((), {"refllm": 1}),
         "settings": {
-            name: getattr(options, name) for name in ("prompts", "new", "rounds", "gammas", "temperatures", "batch")
+            name: getattr(options, name)
+            for name in ("prompts", "new", "rounds", "gammas", "temperatures", "batch")
         },
         "bytes_share_of_draft": share,
         "costs_us": step_costs(model, draft, 1 + max(16, *options.gammas), 15 * options.rounds),
     }
     found = tasks(model, options.prompts, options.new)
-    record["tasks"] = {name: {k: v for k, v in task.items() if k != "prompts"} for name, task in found.items()}
-    cost, c = record["costs_us"]["t"], record["costs_us"]["draft"]
+    record["tasks"] = {
+        name: {k: v for k, v in task.items() if k != "prompts"} for name, task in found.items()
+    }
+    cost = record["costs_us"]["t"]
+    c = record["costs_us"]["draft"]
     record["results"] = []
     for task in found:
         for temperature in options.temperatures:
@@ -250,54 +310,104 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             make: dict[tuple[str, int], Any] = {
                 ("model", g): lambda g=g: ModelDrafter(draft, g) for g in options.gammas
             }
-            make |= {("n-gram", g): lambda g=g: NGramDrafter(g) for g in sorted({*options.gammas, *LONG})}
+            make |= {
+                ("n-gram", g): lambda g=g: NGramDrafter(g) for g in sorted({*options.gammas, *LONG})
+            }
             for g in (g for g in options.gammas if g > 1):  # a tree of one node is a chain
                 make["tree", g] = lambda g=g: TreeDrafter(draft, g)
-                make["n-gram, tree", g] = lambda g=g: Cascade(NGramDrafter(g), TreeDrafter(draft, g))
+                make["n-gram, tree", g] = lambda g=g: Cascade(
+                    NGramDrafter(g), TreeDrafter(draft, g)
+                )
             how = Sampling(temperature=temperature)
             results = race(model, make, found[task]["prompts"], options.new, how, options.rounds)
             for (drafter, gamma), result in results.items():
-                paid, passes = (
-                    result["proposed_a_step"],
-                    result["passes_a_step"],
-                )  # n-grams do not always find something
+                paid = result["proposed_a_step"]  # n-grams do not always find something
+                passes = result["passes_a_step"]
                 time_of = float(np.interp(1 + paid, range(1, len(cost) + 1), cost)) + c * passes
                 flat = 1 + passes * share
                 record["results"].append(
-                    {"task": task, "temperature": temperature, "drafter": drafter, "gamma": gamma, **result,
-                     "formula": result["length"] * cost[0] / time_of, "flat": result["length"] / flat,
-                     "independent": speedup(result["alpha"], gamma, cost, 0 if drafter == "n-gram" else c)}
-                )  # fmt: skip
-    record["batches"] = batches(model, draft, found["code"]["prompts"], options.batch, options.new, options.rounds)
+                    {
+                        "task": task,
+                        "temperature": temperature,
+                        "drafter": drafter,
+                        "gamma": gamma,
+                        **result,
+                        "formula": result["length"] * cost[0] / time_of,
+                        "flat": result["length"] / flat,
+                        "independent": speedup(
+                            result["alpha"], gamma, cost, 0 if drafter == "n-gram" else c
+                        ),
+                    }
+                )
+    record["batches"] = batches(
+        model, draft, found["code"]["prompts"], options.batch, options.new, options.rounds
+    )
     record["verify"] = verification(15 * options.rounds)
     return record
 
 
 def show(record: dict[str, Any]) -> None:
-    t, c = record["costs_us"]["t"], record["costs_us"]["draft"]
+    t = record["costs_us"]["t"]
+    c = record["costs_us"]["draft"]
     picked = [n for n in (1, 2, 3, 4, 5, 7, 9, 17) if n <= len(t)]
-    table("cost of a step of n tokens, t(n)/t(1), and of a draft (kind B)",
-          ["t(1)", *(f"t({n})" for n in picked[1:]), "draft"],
-          [[f"{t[0]:.0f} us", *(f"{t[n - 1] / t[0]:.2f}" for n in picked[1:]), f"{c / t[0]:.3f}"]])  # fmt: skip
+    table(
+        "cost of a step of n tokens, t(n)/t(1), and of a draft (kind B)",
+        ["t(1)", *(f"t({n})" for n in picked[1:]), "draft"],
+        [[f"{t[0]:.0f} us", *(f"{t[n - 1] / t[0]:.2f}" for n in picked[1:]), f"{c / t[0]:.3f}"]],
+    )
     rows = [
-        [r["task"], r["temperature"], r["drafter"], r["gamma"], f"{r['rate']:.2f}", f"{r['alpha']:.2f}",
-         f"{r['length']:.2f}", shown(r["speedup"]), f"{r['formula']:.2f}x", f"{r['flat']:.2f}x", r["parted"]]
+        [
+            r["task"],
+            r["temperature"],
+            r["drafter"],
+            r["gamma"],
+            f"{r['rate']:.2f}",
+            f"{r['alpha']:.2f}",
+            f"{r['length']:.2f}",
+            shown(r["speedup"]),
+            f"{r['formula']:.2f}x",
+            f"{r['flat']:.2f}x",
+            r["parted"],
+        ]
         for r in record["results"]
-    ]  # fmt: skip
-    header = ["task", "T", "drafter", "γ", "rate (A)", "α (A)", "τ (A)", "plain / speculative (B)", "formula",
-              "flat t (C)", "near ties"]  # fmt: skip
+    ]
+    header = [
+        "task",
+        "T",
+        "drafter",
+        "γ",
+        "rate (A)",
+        "α (A)",
+        "τ (A)",
+        "plain / speculative (B)",
+        "formula",
+        "flat t (C)",
+        "near ties",
+    ]
     table("speculation, batch 1", header, rows)
-    rows = [[r["batch"], shown(r["fixed"]), shown(r["adaptive"]), r["gammas"]] for r in record["batches"]]
-    table("in the engine: without drafts / with (B)", ["batch", "γ = 3", "γ by cost", "γ chosen (times)"], rows)
+    rows = [
+        [r["batch"], shown(r["fixed"]), shown(r["adaptive"]), r["gammas"]]
+        for r in record["batches"]
+    ]
+    table(
+        "in the engine: without drafts / with (B)",
+        ["batch", "γ = 3", "γ by cost", "γ chosen (times)"],
+        rows,
+    )
     rows = [
         [r["dtype"], f"{r['sums_ms']:.2f} ms", f"{r['verify']:.2f}x", f"{r['verify_block']:.2f}x"]
         for r in record["verify"]
     ]
-    table("V = 131,072, γ = 8, validation included, over p.sum() + q.sum() (target: 3x)",
-          ["dtype", "sums", "verify", "verify_block"], rows)  # fmt: skip
+    table(
+        "V = 131,072, γ = 8, validation included, over p.sum() + q.sum() (target: 3x)",
+        ["dtype", "sums", "verify", "verify_block"],
+        rows,
+    )
     for task, drafters, target in (
-        ("code", ("model", "tree"), 1.3), ("code", ("n-gram, tree",), 1.3), ("copy", ("n-gram", "n-gram, tree"), 2.0)
-    ):  # fmt: skip
+        ("code", ("model", "tree"), 1.3),
+        ("code", ("n-gram, tree",), 1.3),
+        ("copy", ("n-gram", "n-gram, tree"), 2.0),
+    ):
         some = [r for r in record["results"] if r["task"] == task and r["drafter"] in drafters]
         if some:
             best = max(some, key=lambda r: r["speedup"]["median"])
@@ -309,7 +419,9 @@ def show(record: dict[str, Any]) -> None:
 
 def figure(record: dict[str, Any], path: Path, command: str) -> None:
     about = record["environment"]
-    values = {name: record[name] for name in ("results", "batches", "costs_us", "bytes_share_of_draft")}
+    values = {
+        name: record[name] for name in ("results", "batches", "costs_us", "bytes_share_of_draft")
+    }
     hardware = f"{about['cpu']}, one thread, load {about['load_before']}"
     write_record(path, Record(command, "A, B, C", hardware, values))
 

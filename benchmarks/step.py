@@ -50,7 +50,8 @@ class Clock:
         self.seconds: dict[str, float] = defaultdict(float)
 
     def lap(self) -> dict[str, float]:
-        done, self.seconds = self.seconds, defaultdict(float)
+        done = self.seconds
+        self.seconds = defaultdict(float)
         return done
 
     def around(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,12 +66,19 @@ class Clock:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Put the clock around the parts of a decode step for as long as the block runs."""
-        view, bind = ContiguousCache.view, Dense.bind
-        patches = [mock.patch.object(captured_step, name, self.around("elementwise", getattr(captured_step, name)))
-                   for name in ELEMENTWISE]  # fmt: skip
+        view = ContiguousCache.view
+        bind = Dense.bind
+        patches = [
+            mock.patch.object(
+                captured_step, name, self.around("elementwise", getattr(captured_step, name))
+            )
+            for name in ELEMENTWISE
+        ]
         patches += [
             mock.patch.object(Dense, "bind", lambda *a: self.around("products", bind(*a))),
-            mock.patch.object(ContiguousCache, "view", lambda *a: self.around("attention", view(*a))),
+            mock.patch.object(
+                ContiguousCache, "view", lambda *a: self.around("attention", view(*a))
+            ),
             mock.patch.object(generate, "choose", self.around("choosing", generate.choose)),
         ]
         with contextlib.ExitStack() as stack:
@@ -84,7 +92,9 @@ def steps(
 ) -> list[dict[str, float]]:
     """Seconds of each decode step, and of each part that ``clock`` watched."""
     out = []
-    tokens = generate.generate_tokens(weights, config, prompts, new, generate.Sampling(), np.random.default_rng(0))
+    tokens = generate.generate_tokens(
+        weights, config, prompts, new, generate.Sampling(), np.random.default_rng(0)
+    )
     next(tokens)  # the prefill
     clock.lap()
     began = time.perf_counter()
@@ -97,14 +107,17 @@ def steps(
 
 def narrow(config: ModelConfig) -> tuple[Any, ModelConfig]:
     """The network of the floor: 64 wide, which still takes the layout in blocks (see ``Dense``)."""
-    small = dataclasses.replace(config, hidden_size=64, intermediate_size=64, vocab_size=64, head_dim=32)
+    small = dataclasses.replace(
+        config, hidden_size=64, intermediate_size=64, vocab_size=64, head_dim=32
+    )
     return llama.build(small, initialize(small, np.random.default_rng(0))), small
 
 
 def measure(model: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a batch size; the three variants take turns within a round."""
     small, small_config = narrow(model.config)
-    rng, clock = np.random.default_rng(0), Clock()
+    rng = np.random.default_rng(0)
+    clock = Clock()
     laps: dict[tuple[int, str], list[dict[str, float]]] = defaultdict(list)
     for number in range(options.rounds + 1):
         for batch in options.batch:
@@ -116,7 +129,10 @@ def measure(model: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
             if number:  # the first is the warm-up
                 for name, lap in (("whole", whole), ("parts", parts), ("floor", floor)):
                     laps[batch, name] += lap
-    return [row(batch, *(laps[batch, name] for name in ("whole", "parts", "floor"))) for batch in options.batch]
+    return [
+        row(batch, *(laps[batch, name] for name in ("whole", "parts", "floor")))
+        for batch in options.batch
+    ]
 
 
 def row(batch: int, whole: Any, parts: Any, floor: Any) -> dict[str, Any]:
@@ -128,7 +144,12 @@ def row(batch: int, whole: Any, parts: Any, floor: Any) -> dict[str, Any]:
     micro = {name: quartile(parts, name) for name in PARTS if name != "rest"}
     total = quartile(whole, "whole")
     micro["rest"] = round(max(0.0, total - sum(micro.values())), 1)
-    return {"batch": batch, "whole_us": total, "parts_us": micro, "floor_us": quartile(floor, "whole")}
+    return {
+        "batch": batch,
+        "whole_us": total,
+        "parts_us": micro,
+        "floor_us": quartile(floor, "whole"),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,17 +160,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "benchmark": "step",
             "environment": environment((), {"refllm": 1}),
             "model": {"name": about, "parameters": model.config.num_parameters},
-            "settings": {name: getattr(options, name) for name in ("prompt", "new", "batch", "rounds")},
+            "settings": {
+                name: getattr(options, name) for name in ("prompt", "new", "batch", "rounds")
+            },
             "results": measure(model, options),
         }
-    print(f"\nA decode step of {about}, {options.prompt} to {options.prompt + options.new} tokens of context (kind B)")
+    print(
+        f"\nA decode step of {about}, {options.prompt} to {options.prompt + options.new} tokens of context (kind B)"
+    )
     rows = []
     for r in record["results"]:
         shares = (f"{us:.0f} ({us / r['whole_us']:.0%})" for us in r["parts_us"].values())
         rows.append(
-            [r["batch"], f"{r['whole_us']:.0f}", *shares, f"{r['floor_us']:.0f} ({r['floor_us'] / r['whole_us']:.0%})"]
+            [
+                r["batch"],
+                f"{r['whole_us']:.0f}",
+                *shares,
+                f"{r['floor_us']:.0f} ({r['floor_us'] / r['whole_us']:.0%})",
+            ]
         )
-    table("microseconds a step, lower quartile, and share", ["batch", "whole", *PARTS, "floor, in all parts"], rows)
+    table(
+        "microseconds a step, lower quartile, and share",
+        ["batch", "whole", *PARTS, "floor, in all parts"],
+        rows,
+    )
     finish(record, options.output)
     return 0
 

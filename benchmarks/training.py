@@ -32,7 +32,9 @@ from engines.training import Task
 THREADS = 2
 TARGET = 0.7  # times the tokens/s of PyTorch
 KEEP = {
-    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),  # no array is so large that it gets a mapping of its own
+    "MALLOC_MMAP_THRESHOLD_": str(
+        4 << 30
+    ),  # no array is so large that it gets a mapping of its own
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),  # nor is so much free that the kernel gets it back
     "MALLOC_TOP_PAD_": str(256 << 20),
 }
@@ -41,15 +43,22 @@ KEEPING = "refllm, memory kept"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    config = bundled_shape() if options.layers is None else small(options.layers)
-    task = Task(config.to_hf(), options.batch, options.length, options.steps, options.rounds + 1, THREADS)
+    if options.layers is None:
+        config = bundled_shape()
+    else:
+        config = small(options.layers)
+    task = Task(
+        config.to_hf(), options.batch, options.length, options.steps, options.rounds + 1, THREADS
+    )
     with contextlib.ExitStack() as stack:
         workers, skipped = start(options.engines, stack)
         record = {
             "benchmark": "training",
             "environment": environment(("torch", "transformers"), dict.fromkeys(workers, THREADS)),
             "model": {"name": "random weights", "parameters": config.num_parameters},
-            "settings": {name: getattr(options, name) for name in ("batch", "length", "steps", "rounds")},
+            "settings": {
+                name: getattr(options, name) for name in ("batch", "length", "steps", "rounds")
+            },
             "skipped": skipped,
         }
         turns = measure(workers, task, options.rounds)
@@ -68,36 +77,51 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=256, help="tokens a window")
     parser.add_argument("--steps", type=int, default=4, help="steps a turn")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--layers", type=int, help="a tiny network of so many layers (to try the program)")
+    parser.add_argument(
+        "--layers", type=int, help="a tiny network of so many layers (to try the program)"
+    )
     parser.add_argument("--output", type=Path, help="where to write the record as JSON")
     return parser.parse_args(arguments)
 
 
 def small(layers: int) -> Any:
     return dataclasses.replace(
-        bundled_shape(), num_hidden_layers=layers, hidden_size=64, intermediate_size=64, head_dim=16, vocab_size=256
+        bundled_shape(),
+        num_hidden_layers=layers,
+        hidden_size=64,
+        intermediate_size=64,
+        head_dim=16,
+        vocab_size=256,
     )
 
 
-def start(names: Sequence[str], stack: contextlib.ExitStack) -> tuple[dict[str, Worker], dict[str, str]]:
+def start(
+    names: Sequence[str], stack: contextlib.ExitStack
+) -> tuple[dict[str, Worker], dict[str, str]]:
     workers: dict[str, Worker] = {}
     skipped: dict[str, str] = {}
     for name in names:
-        if name == "torch" and any(importlib.util.find_spec(p) is None for p in ("torch", "transformers")):
+        if name == "torch" and any(
+            importlib.util.find_spec(p) is None for p in ("torch", "transformers")
+        ):
             skipped[name] = "pip install 'refllm[oracles]'"
         elif name == KEEPING and platform.libc_ver()[0] != "glibc":
             skipped[name] = "needs glibc"
         else:
             # refllm's own two threads ask for products of one thread each
             module, threads = ("train_torch", THREADS) if name == "torch" else ("train_refllm", 1)
-            workers[name] = Worker(module, (), threads=threads, extra=KEEP if name == KEEPING else None)
+            workers[name] = Worker(
+                module, (), threads=threads, extra=KEEP if name == KEEPING else None
+            )
             stack.callback(workers[name].close)
     for name, line in skipped.items():
         print(f"{name} takes no part: {line}", file=sys.stderr)
     return workers, skipped
 
 
-def measure(workers: dict[str, Worker], task: Task, rounds: int) -> dict[str, list[dict[str, float]]]:
+def measure(
+    workers: dict[str, Worker], task: Task, rounds: int
+) -> dict[str, list[dict[str, float]]]:
     """turns[engine][round]: tokens/s, loss of the last step, page faults; the first turn is the warm-up."""
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
     for number in range(rounds + 1):
@@ -114,32 +138,45 @@ def check(losses: list[float], number: int) -> None:
     """Rounding grows from step to step, so only the first turn is held to float32's precision."""
     tolerance = 1e-4 if number == 0 else 1e-2
     if max(losses) - min(losses) > tolerance * max(losses):
-        raise SystemExit(f"the engines' losses part in turn {number}: {losses}: the comparison is void")
+        raise SystemExit(
+            f"the engines' losses part in turn {number}: {losses}: the comparison is void"
+        )
 
 
 def result(turns: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     rates = {name: [turn["rate"] for turn in of] for name, of in turns.items()}
-    row: dict[str, Any] = {"tokens_per_second": {name: spread(rate) for name, rate in rates.items()}, "target": TARGET}
-    for key, ours, peer in (("ratio_to_torch", "refllm", "torch"), ("ratio_to_torch_memory_kept", KEEPING, "torch"),
-                            ("ratio_of_memory_kept", KEEPING, "refllm")):  # fmt: skip
+    row: dict[str, Any] = {
+        "tokens_per_second": {name: spread(rate) for name, rate in rates.items()},
+        "target": TARGET,
+    }
+    for key, ours, peer in (
+        ("ratio_to_torch", "refllm", "torch"),
+        ("ratio_to_torch_memory_kept", KEEPING, "torch"),
+        ("ratio_of_memory_kept", KEEPING, "refllm"),
+    ):
         row[key] = ratios(rates[ours], rates[peer]) if ours in rates and peer in rates else None
     return row
 
 
 def show(record: dict[str, Any]) -> None:
-    (row,), settings = record["results"], record["settings"]
+    (row,) = record["results"]
+    settings = record["settings"]
     rows = []
     for name, rate in row["tokens_per_second"].items():
         faults = [turn.get("page_faults") for turn in record["rounds"][name]]
         known = [f / settings["steps"] for f in faults if f is not None]
         shown_faults = f"{sum(known) / len(known):.0f}" if known else "-"
-        rows.append([name, f"{rate['median']:.0f}", f"{rate['low']:.0f}-{rate['high']:.0f}", shown_faults])
+        rows.append(
+            [name, f"{rate['median']:.0f}", f"{rate['low']:.0f}-{rate['high']:.0f}", shown_faults]
+        )
     title = (
         f"Training, {record['model']['parameters'] / 1e6:.1f} M parameters, {settings['batch']} x {settings['length']} "
         f"tokens a step, {THREADS} threads, {settings['rounds']} rounds in turn (kind B)"
     )
     table(title, ["engine", "tokens/s", "range", "page faults a step"], rows)
-    print(f"\n  refllm / torch:               {shown(row['ratio_to_torch'])}   target >= {TARGET:g}x")
+    print(
+        f"\n  refllm / torch:               {shown(row['ratio_to_torch'])}   target >= {TARGET:g}x"
+    )
     print(f"  refllm, memory kept / torch:  {shown(row['ratio_to_torch_memory_kept'])}")
     print(f"  memory kept / refllm:         {shown(row['ratio_of_memory_kept'])}")
 

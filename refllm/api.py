@@ -48,11 +48,15 @@ def locate(path_or_name: str | os.PathLike[str]) -> Path:
     path = Path(os.path.expanduser(path_or_name))  # unlike Path's, leaves an unknown ~user as it is
     if not os.path.exists(path):  # unlike Path's, False for a name that the file system cannot hold
         names = ", ".join(bundled()) or "none is installed"
-        raise loading.CheckpointError(f"{os.fspath(path_or_name)!r} is neither a folder nor a bundled model ({names})")
+        raise loading.CheckpointError(
+            f"{os.fspath(path_or_name)!r} is neither a folder nor a bundled model ({names})"
+        )
     return path
 
 
-def load(path_or_name: str | os.PathLike[str], backend: str | None = None, dtype: str = "float32") -> Model:
+def load(
+    path_or_name: str | os.PathLike[str], backend: str | None = None, dtype: str = "float32"
+) -> Model:
     """Load a model onto a backend.
 
     Parameters
@@ -80,7 +84,9 @@ class Model:
     """A network with its tokenizer. ``weights`` is the tree that ``refllm.model.llama.build`` describes."""
 
     def __init__(self, config: ModelConfig, weights: Weights, tokenizer: Tokenizer):
-        self.config, self.weights, self.tokenizer = config, weights, tokenizer
+        self.config = config
+        self.weights = weights
+        self.tokenizer = tokenizer
 
     def logits(self, tokens: Sequence[int] | Array) -> Array:
         """Full causal forward of one sequence: tokens[T], T ≥ 1 → [T, V], in the model's dtype and on its device.
@@ -89,13 +95,20 @@ class Model:
         ValueError for what is no such sequence, or holds an id outside the vocabulary.
         """
         like = self.weights["norm"]
-        ids = to_numpy(tokens) if hasattr(tokens, "shape") else np.asarray(tokens)
+        if hasattr(tokens, "shape"):
+            ids = to_numpy(tokens)
+        else:
+            ids = np.asarray(tokens)
         if ids.size == 0:
             raise ValueError("logits: needs at least one token")
         if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-            raise ValueError(f"logits: tokens must be a 1-D array of integers, got {ids.dtype} of shape {ids.shape}")
+            raise ValueError(
+                f"logits: tokens must be a 1-D array of integers, got {ids.dtype} of shape {ids.shape}"
+            )
         if not (ids.min() >= 0 and ids.max() < self.config.vocab_size):
-            raise ValueError(f"logits: a token lies outside the vocabulary of {self.config.vocab_size}")
+            raise ValueError(
+                f"logits: a token lies outside the vocabulary of {self.config.vocab_size}"
+            )
         attend = CausalAttend([len(ids)], self.config.sliding_window)
         positions = asarray_like(np.arange(len(ids)), like)
         hidden = forward(self.weights, self.config, asarray_like(ids, like), positions, attend)
@@ -134,13 +147,24 @@ class Model:
         """
         how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         if isinstance(prompt, str):
-            options: Any = {"how": how, "stop": stop, "ignore_eos": ignore_eos, "rng": rng, "drafter": drafter,
-                            "cache": cache}  # fmt: skip
+            options: Any = {
+                "how": how,
+                "stop": stop,
+                "ignore_eos": ignore_eos,
+                "rng": rng,
+                "drafter": drafter,
+                "cache": cache,
+            }
             return "".join(self.stream(prompt, max_tokens, **options))
         if stop:
-            raise ValueError("stop strings need a text prompt; token prompts end at max_tokens or the end token")
-        ids, ends = _token_lists([prompt])[0], frozenset() if ignore_eos else frozenset(self.config.eos_token_ids)
-        tokens = self._tokens(ids, max_tokens, how, np.random.default_rng(rng), drafter, cache=cache)
+            raise ValueError(
+                "stop strings need a text prompt; token prompts end at max_tokens or the end token"
+            )
+        ids = _token_lists([prompt])[0]
+        ends = frozenset() if ignore_eos else frozenset(self.config.eos_token_ids)
+        tokens = self._tokens(
+            ids, max_tokens, how, np.random.default_rng(rng), drafter, cache=cache
+        )
         return list(takewhile(lambda token: token not in ends, tokens))
 
     def generate_batch(
@@ -159,7 +183,9 @@ class Model:
         results: list[list[int]] = [[] for _ in prompts]
         running = set(range(len(prompts)))
         rng = np.random.default_rng(rng)
-        for step in generate_tokens(self.weights, self.config, prompts, max_tokens, how, rng, cache):
+        for step in generate_tokens(
+            self.weights, self.config, prompts, max_tokens, how, rng, cache
+        ):
             for b in list(running):
                 if step[b] in ends:
                     running.discard(b)
@@ -191,8 +217,11 @@ class Model:
         """
         ends = frozenset() if ignore_eos else frozenset(self.config.eos_token_ids)
         ids = self.tokenizer.encode(prompt, special=True)
-        characters, stops = Utf8Stream(self.tokenizer), StopStrings(stop)
-        for token in self._tokens(ids, max_tokens, how, np.random.default_rng(rng), drafter, on_step, cache):
+        characters = Utf8Stream(self.tokenizer)
+        stops = StopStrings(stop)
+        for token in self._tokens(
+            ids, max_tokens, how, np.random.default_rng(rng), drafter, on_step, cache
+        ):
             if on_token is not None:
                 on_token(token)
             if token in ends:
@@ -219,13 +248,17 @@ class Model:
     ) -> Iterator[int]:
         """New tokens of one prompt one by one, those of an accepted run together."""
         if drafter is None:
-            for (token,) in generate_tokens(self.weights, self.config, [prompt], max_tokens, how, rng, cache):
+            for (token,) in generate_tokens(
+                self.weights, self.config, [prompt], max_tokens, how, rng, cache
+            ):
                 yield token
             return
         if isinstance(drafter, Model):
             drafter = ModelDrafter(drafter)
         check_drafter(self, drafter)
-        for step in speculate(self.weights, self.config, prompt, max_tokens, how, rng, drafter, policy=cache):
+        for step in speculate(
+            self.weights, self.config, prompt, max_tokens, how, rng, drafter, policy=cache
+        ):
             if on_step is not None:
                 on_step(step)
             yield from step.tokens
@@ -235,8 +268,11 @@ def _token_lists(prompts: Sequence[Sequence[int]] | Array) -> list[list[int]]:
     """Plain lists of what may be lists, arrays or iterators; ValueError for what is no sequence of ids."""
     try:
         rows = [to_numpy(row) if hasattr(row, "shape") else row for row in prompts]
-        if any(isinstance(row, (str, bytes, bytearray)) for row in rows):  # bytes would pass for small ids
+        # bytes would pass for small ids
+        if any(isinstance(row, (str, bytes, bytearray)) for row in rows):
             raise TypeError("text")
         return [list(row) for row in rows]
     except TypeError as error:
-        raise ValueError("a prompt must be a sequence of token ids, or, outside a batch, a str") from error
+        raise ValueError(
+            "a prompt must be a sequence of token ids, or, outside a batch, a str"
+        ) from error

@@ -37,7 +37,8 @@ def namespace(*arrays: Array) -> ModuleType:
     TypeError
         if two libraries own them (nothing moves silently between host and device), or if nobody does.
     """
-    for x in arrays:  # the common case costs one type check an array: a decode step asks about 60 times
+    # the common case costs one type check an array: a decode step asks about 60 times
+    for x in arrays:
         if not isinstance(x, np.ndarray):
             break
     else:
@@ -55,7 +56,9 @@ def namespace(*arrays: Array) -> ModuleType:
     if not owners:
         raise TypeError("namespace() needs at least one array; got only scalars")
     names = " and ".join(sorted(o.__name__ for o in owners))
-    raise TypeError(f"arrays of {names} are mixed; move them with refllm.backend.asarray_like first")
+    raise TypeError(
+        f"arrays of {names} are mixed; move them with refllm.backend.asarray_like first"
+    )
 
 
 def _owner(x: Array) -> ModuleType:
@@ -124,7 +127,9 @@ def asarray_like(x: Array, like: Array, dtype: Any = None) -> Array:
 def bitcast(x: Array, dtype: Any) -> Array:
     """Reinterpret the bits of ``x`` as ``dtype`` of the same item size; no value is converted."""
     if np.dtype(x.dtype).itemsize != np.dtype(dtype).itemsize:
-        raise ValueError(f"bitcast keeps the item size: {x.dtype} has not the size of {np.dtype(dtype)}")
+        raise ValueError(
+            f"bitcast keeps the item size: {x.dtype} has not the size of {np.dtype(dtype)}"
+        )
     return x.view(dtype)
 
 
@@ -143,11 +148,14 @@ def top_k(x: Array, k: int) -> tuple[Array, Array]:
     xp = namespace(x)
     if not 1 <= k <= x.shape[-1]:
         raise ValueError(f"top_k: k = {k} is not within 1..{x.shape[-1]}")
-    falling = -x if np.dtype(x.dtype).kind == "f" else ~x  # −x overflows in an integer type, ~x reverses its order
+    # −x overflows in an integer type, ~x reverses its order
+    falling = -x if np.dtype(x.dtype).kind == "f" else ~x
     order = xp.argsort(falling, axis=-1, kind="stable")[..., :k]
     return xp.take_along_axis(x, order, axis=-1), order
 
 
-def normal(rng: np.random.Generator, shape: tuple[int, ...], like: Array, dtype: Any = "float32") -> Array:
+def normal(
+    rng: np.random.Generator, shape: tuple[int, ...], like: Array, dtype: Any = "float32"
+) -> Array:
     """Standard normal draws, made on the host so that every backend sees the same ones."""
     return asarray_like(rng.standard_normal(shape).astype(dtype), like)

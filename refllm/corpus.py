@@ -36,7 +36,8 @@ HELD_OUT = (
 )
 _TESTS_OF_HELD_OUT = (*("test_" + Path(name).stem for name in HELD_OUT), "test_http_cookiejar")
 _SKIPPED_FOLDERS = ("site-packages", "dist-packages", "__pycache__")
-_COPIES_OF_HELD_OUT = ("zipp.py", "zipp/")  # the package from which zipfile took its Path, line for line
+# the package from which zipfile took its Path, line for line
+_COPIES_OF_HELD_OUT = ("zipp.py", "zipp/")
 _TABLE_DIGITS = 0.1  # share of digits among the characters of a file that is data
 _CHARMAPS = ("cp", "iso8859", "mac_", "koi8", "kz1048", "ptcp", "tis_", "hp_")
 
@@ -66,22 +67,30 @@ def held_out_documents() -> list[Document]:
     FileNotFoundError
         if the interpreter carries no source of one of them (embedded and trimmed builds).
     """
-    root, found = _root(), []
+    root = _root()
+    found = []
     for name in HELD_OUT:
-        candidates = [root / name] if name.endswith(".py") else [root / f"{name}.py", *(root / name).rglob("*.py")]
+        if name.endswith(".py"):
+            candidates = [root / name]
+        else:
+            candidates = [root / f"{name}.py", *(root / name).rglob("*.py")]
         present = [path for path in candidates if path.is_file()]
         if not present:
             version = ".".join(map(str, sys.version_info[:3]))
-            raise FileNotFoundError(f"Python {version} in {root} carries no source of the held-out module {name}")
+            raise FileNotFoundError(
+                f"Python {version} in {root} carries no source of the held-out module {name}"
+            )
         found += present
     return _read(root, found)
 
 
 def training_documents(*, tests: bool = False) -> list[Document]:
     """Everything that may be trained on: the library and its topics, or (``tests=True``) its test package."""
-    root, found = _root(), []
+    root = _root()
+    found = []
     for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]  # os.walk goes no deeper
+        # os.walk goes no deeper
+        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
         for path in (Path(folder, file) for file in files if file.endswith(".py")):
             name = path.relative_to(root).as_posix()
             if _is_held_out(name) or _is_table(name) or _is_test(name) != tests:
@@ -124,11 +133,14 @@ def _is_held_out(name: str) -> bool:
 
 def _is_table(name: str) -> bool:
     charmap = name.startswith(tuple("encodings/" + c for c in _CHARMAPS))
-    return charmap or name.startswith(("lib2to3/tests/", "pydoc_data/"))  # the topics are read by name instead
+    # the topics are read by name instead
+    return charmap or name.startswith(("lib2to3/tests/", "pydoc_data/"))
 
 
 def _is_test(name: str) -> bool:
-    return name.startswith(("test/", "tests/")) or any(part in name for part in ("/test/", "/tests/", "idle_test"))
+    return name.startswith(("test/", "tests/")) or any(
+        part in name for part in ("/test/", "/tests/", "idle_test")
+    )
 
 
 def _read(root: Path, paths: list[Path]) -> list[Document]:
@@ -148,4 +160,8 @@ def _topics() -> list[Document]:
     """The language reference as ``help()`` carries it: prose about Python, one document a topic."""
     from pydoc_data.topics import topics
 
-    return [Document(f"pydoc_data/topics/{name}", text) for name, text in sorted(topics.items()) if text.strip()]
+    return [
+        Document(f"pydoc_data/topics/{name}", text)
+        for name, text in sorted(topics.items())
+        if text.strip()
+    ]

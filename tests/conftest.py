@@ -37,7 +37,9 @@ REQUIRE_ORACLES = "REFLLM_REQUIRE_ORACLES"
 to_host = backend.to_numpy  # tests read `to_host(x)`: copy to the host and compare there
 
 hypothesis.settings.register_profile("dev", max_examples=25, deadline=None)
-hypothesis.settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile(
+    "ci", max_examples=25, deadline=None, derandomize=True, print_blob=True
+)
 hypothesis.settings.register_profile("nightly", max_examples=2000, deadline=None)
 hypothesis.settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") == "true" else "dev")
@@ -112,15 +114,22 @@ def oracle(name: str, install: str = "pip install 'refllm[oracles]'") -> ModuleT
     Call it inside a test or a fixture. ``REFLLM_REQUIRE_ORACLES=1`` turns the skip into a failure, which is how
     continuous integration knows that every comparison was made.
     """
-    if not any(_running[-1].get_closest_marker(mark) for mark in ("oracle", "llamacpp") if _running):
-        pytest.fail("oracle() belongs inside a test marked @pytest.mark.oracle, or `make test-oracles` misses it")
+    if not any(
+        _running[-1].get_closest_marker(mark) for mark in ("oracle", "llamacpp") if _running
+    ):
+        pytest.fail(
+            "oracle() belongs inside a test marked @pytest.mark.oracle, or `make test-oracles` misses it"
+        )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what a peer warns of while it is imported is not ours to mend
+            # what a peer warns of while it is imported is not ours to mend
+            warnings.simplefilter("ignore")
             return importlib.import_module(name)
     except ImportError as error:
         if os.environ.get(REQUIRE_ORACLES) == "1":
-            pytest.fail(f"{REQUIRE_ORACLES}=1 and the oracle {name} is missing ({error}): {install}")
+            pytest.fail(
+                f"{REQUIRE_ORACLES}=1 and the oracle {name} is missing ({error}): {install}"
+            )
         pytest.skip(f"oracle {name} is missing: {install}")
 
 
@@ -129,20 +138,36 @@ def oracle(name: str, install: str = "pip install 'refllm[oracles]'") -> ModuleT
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("theorems")
-    group.addoption("--theorems", action="store_true", help="print the theorems that the tests check; run nothing")
-    group.addoption("--theorems-write", action="store_true", help="write them to THEOREMS.md; run nothing")
-    group.addoption("--theorems-check", action="store_true", help="fail if THEOREMS.md is stale; run nothing")
+    group.addoption(
+        "--theorems",
+        action="store_true",
+        help="print the theorems that the tests check; run nothing",
+    )
+    group.addoption(
+        "--theorems-write", action="store_true", help="write them to THEOREMS.md; run nothing"
+    )
+    group.addoption(
+        "--theorems-check", action="store_true", help="fail if THEOREMS.md is stale; run nothing"
+    )
 
 
 def theorem_rows(items: list[pytest.Item]) -> list[tuple[str, str, str, str]]:
     """(test file, test, statement, source) for each marker, one row a test function, in the order of the files."""
-    rows: dict[tuple[str, str, str, str], None] = {}  # a dict keeps the order and drops the parametrised repeats
+    # a dict keeps the order and drops the parametrised repeats
+    rows: dict[tuple[str, str, str, str], None] = {}
     for item in sorted(items, key=lambda item: (item.path.as_posix(), item.location[1] or 0)):
         for mark in item.iter_markers("theorem"):
             if len(mark.args) != 1 or set(mark.kwargs) != {"source"}:
-                raise pytest.UsageError(f'{item.nodeid}: write @pytest.mark.theorem("statement", source="where from")')
+                raise pytest.UsageError(
+                    f'{item.nodeid}: write @pytest.mark.theorem("statement", source="where from")'
+                )
             test = getattr(item, "originalname", item.name)
-            rows[item.path.relative_to(ROOT / "tests").as_posix(), test, mark.args[0], mark.kwargs["source"]] = None
+            rows[
+                item.path.relative_to(ROOT / "tests").as_posix(),
+                test,
+                mark.args[0],
+                mark.kwargs["source"],
+            ] = None
     return list(rows)
 
 
@@ -158,7 +183,13 @@ def theorem_page(rows: list[tuple[str, str, str, str]]) -> str:
         f"{len(rows)} statements.",
     ]
     for file in dict.fromkeys(row[0] for row in rows):
-        lines += ["", f"## [{file}](tests/{file})", "", "| statement | source | test |", "|---|---|---|"]
+        lines += [
+            "",
+            f"## [{file}](tests/{file})",
+            "",
+            "| statement | source | test |",
+            "|---|---|---|",
+        ]
         for _, test, statement, source in (row for row in rows if row[0] == file):
             cells = (" ".join(text.split()).replace("|", "\\|") for text in (statement, source))
             lines.append("| {} | {} | `{}` |".format(*cells, test))

@@ -17,7 +17,22 @@ import numpy as np
 
 VIEWS = {"reshape", "transpose", "swapaxes", "permute_dims"}
 SILENT = {"empty_like", "zeros_like", "ones_like", "full_like"}  # look at shape and dtype only
-OPERATORS = ("add", "sub", "mul", "truediv", "pow", "matmul", "gt", "lt", "ge", "le", "eq", "ne", "or", "and")
+OPERATORS = (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "pow",
+    "matmul",
+    "gt",
+    "lt",
+    "ge",
+    "le",
+    "eq",
+    "ne",
+    "or",
+    "and",
+)
 
 
 class Ledger:
@@ -32,7 +47,9 @@ class Ledger:
         """a[..., M, K] @ b[..., K, N]: 2·M·N·K for each matrix of the broadcast stack."""
         stack = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
         roles = {a.role, b.role} - {""}
-        self.flops[roles.pop() if roles else ""] += 2 * int(np.prod(stack)) * a.shape[-2] * a.shape[-1] * b.shape[-1]
+        self.flops[roles.pop() if roles else ""] += (
+            2 * int(np.prod(stack)) * a.shape[-2] * a.shape[-1] * b.shape[-1]
+        )
 
 
 class CountingModule:
@@ -80,7 +97,9 @@ class Counted:
     """An array of a ``CountingModule``."""
 
     def __init__(self, bare: np.ndarray, module: CountingModule, role: str = ""):
-        self.bare, self.module, self.role = bare, module, role
+        self.bare = bare
+        self.module = module
+        self.role = role
 
     shape = property(lambda self: self.bare.shape)
     ndim = property(lambda self: self.bare.ndim)
@@ -96,7 +115,10 @@ class Counted:
         if name.startswith("__") or not hasattr(self.bare, name):
             raise AttributeError(name)
         return lambda *args, **kwargs: self.module.call(
-            name, lambda x, *rest, **options: getattr(x, name)(*rest, **options), (self, *args), kwargs
+            name,
+            lambda x, *rest, **options: getattr(x, name)(*rest, **options),
+            (self, *args),
+            kwargs,
         )
 
     def __getitem__(self, index: Any) -> Counted:

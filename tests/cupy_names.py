@@ -56,7 +56,12 @@ def _parse(parameters: str) -> inspect.Signature | None:
 def record(cupy: ModuleType) -> str:
     """The text of ``cupy_names.txt`` for an imported CuPy."""
     lines = []
-    for prefix, owner in (("", cupy), ("linalg.", cupy.linalg), ("fft.", cupy.fft), ("ndarray.", cupy.ndarray)):
+    for prefix, owner in (
+        ("", cupy),
+        ("linalg.", cupy.linalg),
+        ("fft.", cupy.fft),
+        ("ndarray.", cupy.ndarray),
+    ):
         for name in dir(owner):
             if name.startswith("_"):
                 continue

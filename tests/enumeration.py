@@ -24,7 +24,9 @@ class Tape:
     """A generator for one run: it follows ``script``, then always takes the first way and notes the other."""
 
     def __init__(self, script: Sequence[bool], others: list[list[bool]]):
-        self.script, self.others, self.taken = list(script), others, []
+        self.script = list(script)
+        self.others = others
+        self.taken = []
         self.probability = 1.0
 
     def random(self, size: int | None = None) -> Any:
@@ -47,7 +49,9 @@ class Uniform:
     """A number of [low, high) that is not known more closely yet."""
 
     def __init__(self, tape: Tape):
-        self.tape, self.low, self.high = tape, 0.0, 1.0
+        self.tape = tape
+        self.low = 0.0
+        self.high = 1.0
 
     def __lt__(self, limit: float) -> bool:
         limit = float(limit)
@@ -72,7 +76,9 @@ def draw(weights: Any, uniform: Any, otherwise: Any = None) -> int:
         w = to_numpy(otherwise).astype(np.float64)
     live = np.flatnonzero(w > 0)
     edges = np.cumsum(w[live]) / w.sum()
-    return int(next((t for t, edge in zip(live[:-1], edges, strict=False) if uniform < edge), live[-1]))
+    return int(
+        next((t for t, edge in zip(live[:-1], edges, strict=False) if uniform < edge), live[-1])
+    )
 
 
 def law(run: Callable[[Any], Hashable]) -> dict[Any, float]:
@@ -90,7 +96,9 @@ class Table:
     """A language model of ``vocab`` tokens that gives every prefix a distribution of its own, drawn from the seed."""
 
     def __init__(self, vocab: int, seed: int, kind: str = "dense"):
-        self.vocab, self.seed, self.kind = vocab, seed, kind
+        self.vocab = vocab
+        self.seed = seed
+        self.kind = kind
 
     def __call__(self, prefix: Sequence[int]) -> np.ndarray:
         """p(· | prefix), [V]: ``dense``, ``sparse`` (zeros in it), or ``peaked``."""
@@ -106,7 +114,9 @@ class Table:
         return np.stack([self([*prefix, *drafts[:i]]) for i in range(len(drafts) + 1)])
 
 
-def sequence_law(model: Callable[[Sequence[int]], np.ndarray], vocab: int, length: int) -> dict[tuple[int, ...], float]:
+def sequence_law(
+    model: Callable[[Sequence[int]], np.ndarray], vocab: int, length: int
+) -> dict[tuple[int, ...], float]:
     """The law of the next ``length`` tokens after an empty prefix."""
     return {
         s: float(np.prod([model(s[:i])[t] for i, t in enumerate(s)]))
@@ -115,7 +125,10 @@ def sequence_law(model: Callable[[Sequence[int]], np.ndarray], vocab: int, lengt
 
 
 def extended(
-    outcomes: dict[tuple[int, ...], float], model: Callable[[Sequence[int]], np.ndarray], vocab: int, length: int
+    outcomes: dict[tuple[int, ...], float],
+    model: Callable[[Sequence[int]], np.ndarray],
+    vocab: int,
+    length: int,
 ) -> dict[tuple[int, ...], float]:
     """The law of ``length`` tokens where those that an outcome does not have are drawn from the model."""
     whole = dict.fromkeys(itertools.product(range(vocab), repeat=length), 0.0)

@@ -22,7 +22,8 @@ def output(model, weights=None, ids=IDS) -> np.ndarray:
 
 
 def their_model(path):
-    torch, transformers = oracle("torch"), oracle("transformers")
+    torch = oracle("torch")
+    transformers = oracle("transformers")
     oracle("compressed_tensors")
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True

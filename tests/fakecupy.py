@@ -53,7 +53,8 @@ def counting() -> Iterator[Counters]:
     try:
         yield inner
     finally:
-        _counting[:] = [counter for counter in _counting if counter is not inner]  # by identity, not by value
+        # by identity, not by value
+        _counting[:] = [counter for counter in _counting if counter is not inner]
 
 
 def _count(**events: int) -> None:
@@ -100,7 +101,8 @@ def _check_cast(source: np.ndarray, dtype: Any) -> None:
     if source.dtype.kind not in "fV" or dtype.kind not in "iu" or source.size == 0:
         return
     whole = np.trunc(source.astype(np.float64))
-    low, high = float(np.iinfo(dtype).min), float(np.iinfo(dtype).max + 1)
+    low = float(np.iinfo(dtype).min)
+    high = float(np.iinfo(dtype).max + 1)
     if not np.all((whole >= low) & (whole < high)):  # NaN fails both
         raise ValueError(
             f"cast of {source.dtype} to {dtype}: a value does not fit, the result is undefined: clip first"
@@ -111,14 +113,32 @@ def _check_cast(source: np.ndarray, dtype: Any) -> None:
 
 # The host must know how many elements there are: it waits.
 _SHAPE_DEPENDS_ON_VALUES = {
-    *("argwhere", "bincount", "compress", "extract", "flatnonzero", "nonzero", "trim_zeros", "unique"),
+    *(
+        "argwhere",
+        "bincount",
+        "compress",
+        "extract",
+        "flatnonzero",
+        "nonzero",
+        "trim_zeros",
+        "unique",
+    ),
     *("unique_all", "unique_counts", "unique_inverse", "unique_values"),
 }
 _BOOLEAN_ON_DEVICE = {"allclose", "array_equal", "array_equiv"}  # Python bools in NumPy
 _SECTIONS_FROM_HOST = {"split", "array_split", "hsplit", "vsplit", "dsplit"}
 _UNWRITTEN = {"empty", "empty_like", "ndarray.view"}
 _ATOMIC = {"add", "subtract", "maximum", "minimum", "bitwise_and", "bitwise_or", "bitwise_xor"}
-_ATOMIC_DTYPES = {"int32", "uint32", "uint64", "float16", "float32", "float64", "complex64", "complex128"}
+_ATOMIC_DTYPES = {
+    "int32",
+    "uint32",
+    "uint64",
+    "float16",
+    "float32",
+    "float64",
+    "complex64",
+    "complex128",
+}
 
 
 def _check_signature(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -130,7 +150,13 @@ def _check_signature(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             raise TypeError(f"cupy.{name}{signature}: {error}") from None
 
 
-def _call(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *own: Any) -> Any:
+def _call(
+    name: str,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *own: Any,
+) -> Any:
     """Call NumPy's ``function`` under CuPy's name for it; ``own`` is the array whose method it is, if any."""
     _check_signature(name, args, kwargs)
     short = name.removeprefix("ndarray.")
@@ -143,7 +169,8 @@ def _call(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs
         or (short == "repeat" and any(on_device[1:]))
     ):
         _count(syncs=1)
-    host_args, host_kwargs = _unwrap(list(args)), {key: _unwrap(value) for key, value in kwargs.items()}
+    host_args = _unwrap(list(args))
+    host_kwargs = {key: _unwrap(value) for key, value in kwargs.items()}
     with np.errstate(all="ignore"):  # a GPU sets no flags: 1/0 is inf without a word
         result = function(*host_args, **host_kwargs)
     if short in _BOOLEAN_ON_DEVICE:
@@ -165,7 +192,9 @@ def _writes(result: Any, inputs: list[ndarray]) -> bool:
         return True
     if isinstance(result, (list, tuple)):
         return any(_writes(item, inputs) for item in result if isinstance(item, ndarray))
-    return isinstance(result, ndarray) and not any(np.may_share_memory(result._host, x._host) for x in inputs)
+    return isinstance(result, ndarray) and not any(
+        np.may_share_memory(result._host, x._host) for x in inputs
+    )
 
 
 def asarray(a: Any, *args: Any, **kwargs: Any) -> ndarray:
@@ -208,7 +237,8 @@ class _Ufunc:
     """A ufunc with the methods that CuPy implements, for the dtypes that it implements them for."""
 
     def __init__(self, name: str):
-        self.__name__, self._numpy = name, getattr(np, name)
+        self.__name__ = name
+        self._numpy = getattr(np, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _call(self.__name__, self._numpy, args, kwargs)
@@ -217,14 +247,28 @@ class _Ufunc:
         if self.__name__ not in _ATOMIC:
             raise NotImplementedError(f"cupy.{self.__name__}.at is not supported")
         if a.dtype.name not in _ATOMIC_DTYPES:
-            raise TypeError(f"cupy.{self.__name__}.at does not support {a.dtype}: there is no atomic operation for it")
+            raise TypeError(
+                f"cupy.{self.__name__}.at does not support {a.dtype}: there is no atomic operation for it"
+            )
         _count(launches=1)
         self._numpy.at(a._host, _index(indices)[0], _unwrap(b))
 
-    def reduce(self, array: ndarray, axis: Any = 0, dtype: Any = None, out: Any = None, keepdims: bool = False) -> Any:
+    def reduce(
+        self,
+        array: ndarray,
+        axis: Any = 0,
+        dtype: Any = None,
+        out: Any = None,
+        keepdims: bool = False,
+    ) -> Any:
         if self.__name__ not in ("add", "multiply"):
             raise NotImplementedError(f"cupy.{self.__name__}.reduce is not supported")
-        return _call("sum", self._numpy.reduce, (array, axis), {"dtype": dtype, "out": out, "keepdims": keepdims})
+        return _call(
+            "sum",
+            self._numpy.reduce,
+            (array, axis),
+            {"dtype": dtype, "out": out, "keepdims": keepdims},
+        )
 
     def accumulate(self, array: ndarray, axis: int = 0, dtype: Any = None, out: Any = None) -> Any:
         if self.__name__ not in ("add", "multiply"):
@@ -249,15 +293,21 @@ class _Submodule:
 def _lookup(name: str) -> Any:
     """The thing that CuPy calls ``name``; AttributeError if it has none, or if the stand-in has none."""
     if name not in cupy_names.load():
-        raise AttributeError(f"CuPy has no {name!r}: it is outside the dialect that NumPy and CuPy share")
+        raise AttributeError(
+            f"CuPy has no {name!r}: it is outside the dialect that NumPy and CuPy share"
+        )
     if name in ("linalg", "fft"):
         return _Submodule(name)
     try:
         value = operator.attrgetter(name)(np)
     except AttributeError:
-        raise AttributeError(f"NumPy has no {name!r}: it is outside the dialect that NumPy and CuPy share") from None
+        raise AttributeError(
+            f"NumPy has no {name!r}: it is outside the dialect that NumPy and CuPy share"
+        ) from None
     if name in ("random", "testing", "lib", "exceptions", "polynomial", "typing"):
-        raise AttributeError(f"{name!r} is not used on the device (random numbers are drawn on the host)")
+        raise AttributeError(
+            f"{name!r} is not used on the device (random numbers are drawn on the host)"
+        )
     if isinstance(value, np.ufunc):
         return _Ufunc(name)
     if isinstance(value, type) or not callable(value):
@@ -282,7 +332,9 @@ def _index(index: Any) -> tuple[tuple[Any, ...], list[np.ndarray]]:
     parts: list[Any] = []
     arrays: list[np.ndarray] = []
     for part in index if isinstance(index, tuple) else (index,):
-        if isinstance(part, slice) and any(isinstance(p, ndarray) for p in (part.start, part.stop, part.step)):
+        if isinstance(part, slice) and any(
+            isinstance(p, ndarray) for p in (part.start, part.stop, part.step)
+        ):
             raise TypeError("a slice's bounds are host integers: CuPy arrays have no __index__")
         if isinstance(part, list):
             _count(h2d=1)
@@ -297,12 +349,16 @@ def _index(index: Any) -> tuple[tuple[Any, ...], list[np.ndarray]]:
     if any(a.dtype.kind == "b" for a in arrays):
         _count(syncs=1)  # the host must know how many are true
         if len(arrays) > 1:
-            raise ValueError("CuPy supports one boolean array in an index, and no other array beside it")
+            raise ValueError(
+                "CuPy supports one boolean array in an index, and no other array beside it"
+            )
     return tuple(parts), arrays
 
 
 def _out_of_range(error: IndexError, arrays: list[np.ndarray]) -> IndexError:
-    return IndexError(f"{error} (CuPy wraps silently: assert bounds on the host)" if arrays else str(error))
+    return IndexError(
+        f"{error} (CuPy wraps silently: assert bounds on the host)" if arrays else str(error)
+    )
 
 
 class ndarray:
@@ -312,7 +368,9 @@ class ndarray:
     __hash__ = None  # type: ignore[assignment]
 
     def __init__(self, host: np.ndarray):
-        if (host.dtype.kind not in "biufc" and host.dtype.name != "bfloat16") or host.dtype.char in "gG":
+        if (
+            host.dtype.kind not in "biufc" and host.dtype.name != "bfloat16"
+        ) or host.dtype.char in "gG":
             raise TypeError(f"CuPy has no arrays of dtype {host.dtype}")
         self._host = host
 
@@ -331,14 +389,19 @@ class ndarray:
     imag = property(lambda self: ndarray(self._host.imag))
 
     def __array_namespace__(self, *, api_version: str | None = None) -> Any:
-        return sys.modules[__name__]  # real CuPy arrays have none: backend.namespace asks them by type
+        # real CuPy arrays have none: backend.namespace asks them by type
+        return sys.modules[__name__]
 
     # everything that would take the array to the host behind the reader's back
     def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
-        raise TypeError("implicit conversion of a device array to NumPy: use refllm.backend.to_numpy")
+        raise TypeError(
+            "implicit conversion of a device array to NumPy: use refllm.backend.to_numpy"
+        )
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
-        raise TypeError(f"numpy.{ufunc.__name__} of a device array: use xp.{ufunc.__name__}, and no host operands")
+        raise TypeError(
+            f"numpy.{ufunc.__name__} of a device array: use xp.{ufunc.__name__}, and no host operands"
+        )
 
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
         raise TypeError(f"numpy.{function.__name__} of a device array: use xp.{function.__name__}")
@@ -404,7 +467,9 @@ class ndarray:
             if any(a.dtype.kind != "b" for a in arrays):
                 written = np.arange(self.size).reshape(self.shape)[parts]
                 if np.unique(written).size != written.size:
-                    raise ValueError("an assignment repeats an index: which value stays is undefined on a GPU")
+                    raise ValueError(
+                        "an assignment repeats an index: which value stays is undefined on a GPU"
+                    )
             self._host[parts] = source
         except IndexError as error:
             raise _out_of_range(error, arrays) from None
@@ -423,7 +488,16 @@ class ndarray:
         if name.startswith("_") or f"ndarray.{name}" not in cupy_names.load():
             raise AttributeError(f"cupy.ndarray has no {name!r}")
         method = getattr(self._host, name, None)
-        if not callable(method) or name in ("data", "flat", "base", "device", "cstruct", "dump", "dumps", "tofile"):
+        if not callable(method) or name in (
+            "data",
+            "flat",
+            "base",
+            "device",
+            "cstruct",
+            "dump",
+            "dumps",
+            "tofile",
+        ):
             raise AttributeError(f"the stand-in for CuPy does not offer ndarray.{name}")
         return lambda *args, **kwargs: _call(f"ndarray.{name}", method, args, kwargs, self)
 
@@ -431,7 +505,9 @@ class ndarray:
 # --- operators -------------------------------------------------------------------------------------------------
 
 
-def _binary(function: Callable[[Any, Any], Any], *, swap: bool = False, in_place: bool = False) -> Any:
+def _binary(
+    function: Callable[[Any, Any], Any], *, swap: bool = False, in_place: bool = False
+) -> Any:
     def operate(self: ndarray, other: Any) -> Any:
         if not isinstance(other, (ndarray, np.ndarray, np.generic, bool, int, float, complex)):
             return NotImplemented
@@ -452,7 +528,20 @@ def _unary(function: Callable[[Any], Any]) -> Any:
     return operate
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"):
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+):
     _function = getattr(operator, f"__{_name}__")
     setattr(ndarray, f"__{_name}__", _binary(_function))
     setattr(ndarray, f"__r{_name}__", _binary(_function, swap=True))

@@ -30,12 +30,18 @@ def seed_file() -> bytes:
     """A valid file with every kind of entry and of tensor."""
     x = np.random.default_rng(0).standard_normal((2, 256)).astype(np.float32)
     tensors = {
-        f"blk.{i}.{t}": (t, quantize(x, t)) for i, t in enumerate(("F32", "F16", "Q4_0", "Q4_K", "Q6_K", "MXFP4"))
+        f"blk.{i}.{t}": (t, quantize(x, t))
+        for i, t in enumerate(("F32", "F16", "Q4_0", "Q4_K", "Q6_K", "MXFP4"))
     }
     metadata: dict[str, Any] = {
-        "general.architecture": "llama", "general.alignment": np.uint32(32), "x.flag": True, "x.u8": np.uint8(3),
-        "x.f64": np.float64(0.5), "tokenizer.ggml.tokens": ["a", "b", "cd", ""], "x.ids": np.arange(4, dtype=np.int32),
-    }  # fmt: skip
+        "general.architecture": "llama",
+        "general.alignment": np.uint32(32),
+        "x.flag": True,
+        "x.u8": np.uint8(3),
+        "x.f64": np.float64(0.5),
+        "tokenizer.ggml.tokens": ["a", "b", "cd", ""],
+        "x.ids": np.arange(4, dtype=np.int32),
+    }
     data = header_bytes(metadata, {name: (t, (2, 256)) for name, (t, _) in tensors.items()})
     for _, raw in tensors.values():
         data += raw.tobytes() + b"\0" * (-raw.nbytes % 32)
@@ -48,7 +54,8 @@ def mutated(data: bytes, header: int, draw: random.Random) -> bytes:
     first = 0 if draw.random() < 0.1 else 4
     for _ in range(draw.choice((1, 1, 1, 2, 3, 8))):
         end = max(first + 1, min(len(out), header if draw.random() < 0.95 else len(out)))
-        at, how = draw.randrange(first, end), draw.randrange(7)
+        at = draw.randrange(first, end)
+        how = draw.randrange(7)
         if how <= 1:
             out[at] = draw.randrange(256)
         elif how == 2:
@@ -72,7 +79,8 @@ def run(files: int, seed: int) -> collections.Counter[str]:
     """Counts of what became of ``files`` mutated files, and the slowest of them in seconds."""
     data = seed_file()
     header = min(record.start for record in parse(data).tensors.values())
-    draw, seen = random.Random(seed), collections.Counter({"files": files})
+    draw = random.Random(seed)
+    seen = collections.Counter({"files": files})
     slowest = 0.0
     for _ in range(files):
         bad = mutated(data, header, draw)
@@ -95,12 +103,17 @@ def run(files: int, seed: int) -> collections.Counter[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--files", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
     seen = run(chosen.files, chosen.seed)
-    print(", ".join(f"{name} {count:,}" for name, count in seen.items() if name != "slowest"), end="; ")
+    print(
+        ", ".join(f"{name} {count:,}" for name, count in seen.items() if name != "slowest"),
+        end="; ",
+    )
     print(f"slowest {1000 * seen['slowest']:.0f} ms")
 
 

@@ -50,12 +50,23 @@ def golden_importance() -> np.ndarray:
     return (1 + ((31 * np.arange(512)) % 97) / 16).astype(np.float32)
 
 
-SPECIAL = ("signed_zeros", "ties", "lone", "tiny_steps", "sign_runs", "near_float16_max", "equal_pairs", "sparse")
+SPECIAL = (
+    "signed_zeros",
+    "ties",
+    "lone",
+    "tiny_steps",
+    "sign_runs",
+    "near_float16_max",
+    "equal_pairs",
+    "sparse",
+)
 
 
 def tens(exponents: np.ndarray) -> np.ndarray:
     """10 to the power of each, float32, one by one: NumPy's own power differs by processor in the last bit."""
-    return np.array([10.0 ** float(e) for e in exponents.ravel()], dtype=np.float32).reshape(exponents.shape)
+    return np.array([10.0 ** float(e) for e in exponents.ravel()], dtype=np.float32).reshape(
+        exponents.shape
+    )
 
 
 def special(name: str, shape: tuple[int, int], seed: int) -> np.ndarray:
@@ -77,7 +88,9 @@ def special(name: str, shape: tuple[int, int], seed: int) -> np.ndarray:
     elif name == "near_float16_max":
         x *= tens(rng.uniform(4, 7, (shape[0], 1)).astype(np.float32))
     elif name == "equal_pairs":
-        x = np.repeat(x[:, ::2], 2, axis=1) * np.where(np.arange(shape[1]) % 2, np.float32(-1), np.float32(1))
+        x = np.repeat(x[:, ::2], 2, axis=1) * np.where(
+            np.arange(shape[1]) % 2, np.float32(-1), np.float32(1)
+        )
     elif name == "offset":  # numbers a few units in the last place apart
         base = tens(rng.uniform(-3, 4.8, (shape[0], 1))) * rng.choice([-1, 1])
         x = base + rng.integers(0, rng.integers(2, 3000), shape) * np.spacing(np.abs(base))
@@ -90,10 +103,18 @@ USUAL = ("normal", "outlier_column", "zero", "constant", "denormal", "one_sided"
 
 
 @st.composite
-def matrices(draw: st.DrawFn, columns: int = 512, kinds: tuple[str, ...] = (*USUAL, *SPECIAL)) -> np.ndarray:
+def matrices(
+    draw: st.DrawFn, columns: int = 512, kinds: tuple[str, ...] = (*USUAL, *SPECIAL)
+) -> np.ndarray:
     """float32 [1 … 3, columns] of every kind."""
-    kind, rows, seed = draw(st.sampled_from(kinds)), draw(st.integers(1, 3)), draw(seeds)
-    return special(kind, (rows, columns), seed) if kind in (*SPECIAL, "offset") else build(kind, (rows, columns), seed)
+    kind = draw(st.sampled_from(kinds))
+    rows = draw(st.integers(1, 3))
+    seed = draw(seeds)
+    return (
+        special(kind, (rows, columns), seed)
+        if kind in (*SPECIAL, "offset")
+        else build(kind, (rows, columns), seed)
+    )
 
 
 @st.composite
@@ -101,7 +122,9 @@ def importances(draw: st.DrawFn, columns: int = 512) -> np.ndarray:
     """float32 [columns] ≥ 0, over six powers of ten, some of them 0."""
     rng = np.random.default_rng(draw(seeds))
     w = 10.0 ** rng.uniform(-4, 2, columns)
-    return np.where(rng.random(columns) < draw(st.sampled_from([0.0, 0.1])), 0.0, w).astype(np.float32)
+    return np.where(rng.random(columns) < draw(st.sampled_from([0.0, 0.1])), 0.0, w).astype(
+        np.float32
+    )
 
 
 def edge_inputs() -> dict[str, np.ndarray]:
@@ -119,8 +142,14 @@ def _library(folder: Path) -> Any:
     floats = ctypes.POINTER(ctypes.c_float)
     lib.ggml_quantize_chunk.restype = ctypes.c_size_t
     lib.ggml_quantize_chunk.argtypes = [
-        ctypes.c_int, floats, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, floats,
-    ]  # fmt: skip
+        ctypes.c_int,
+        floats,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        floats,
+    ]
     return lib
 
 
@@ -131,9 +160,17 @@ def ggml_quantize(x: np.ndarray, type: str, importance: np.ndarray | None = None
     x = np.ascontiguousarray(x, dtype=np.float32)
     out = np.empty((x.shape[0], row_bytes(type, x.shape[1])), dtype=np.uint8)
     floats = ctypes.POINTER(ctypes.c_float)
-    weights = None if importance is None else np.ascontiguousarray(importance).ctypes.data_as(floats)
+    weights = (
+        None if importance is None else np.ascontiguousarray(importance).ctypes.data_as(floats)
+    )
     written = lib.ggml_quantize_chunk(
-        TYPES[type].number, x.ctypes.data_as(floats), out.ctypes.data, 0, x.shape[0], x.shape[1], weights
+        TYPES[type].number,
+        x.ctypes.data_as(floats),
+        out.ctypes.data,
+        0,
+        x.shape[0],
+        x.shape[1],
+        weights,
     )
     assert written == out.nbytes
     return out

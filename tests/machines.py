@@ -17,12 +17,18 @@ from refllm.serve.request import Branch
 NIGHTLY = 100_000  # steps of every machine under the nightly profile
 
 
-def run(machine: type[RuleBasedStateMachine], examples: int, steps: int = 50, see: Iterable[str] = ()) -> None:
+def run(
+    machine: type[RuleBasedStateMachine], examples: int, steps: int = 50, see: Iterable[str] = ()
+) -> None:
     """``examples`` runs of ``steps`` rules, then more if ``machine.seen`` lacks anything that is to be seen.
 
     The nightly profile runs 100,000 rules and says how long that took (``make nightly``).
     """
-    goal = NIGHTLY if settings.default.max_examples >= settings.get_profile("nightly").max_examples else 0
+    goal = (
+        NIGHTLY
+        if settings.default.max_examples >= settings.get_profile("nightly").max_examples
+        else 0
+    )
 
     class Counted(machine):  # type: ignore[misc, valid-type]
         seen: ClassVar[Counter[str]] = Counter()
@@ -34,15 +40,23 @@ def run(machine: type[RuleBasedStateMachine], examples: int, steps: int = 50, se
 
     Counted.__name__ = machine.__name__  # what failed is printed under its name
     began = time.perf_counter()
-    for more in (1, 2, 4, 8):  # what is rare has come by then; the first half is not new in CI's profile
-        runs = max(examples, -(-goal * 11 // (10 * steps))) * more  # a tenth more: long draws end a run early
-        how = settings(max_examples=runs, stateful_step_count=steps, suppress_health_check=[HealthCheck.too_slow])
+    # what is rare has come by then; the first half is not new in CI's profile
+    for more in (1, 2, 4, 8):
+        # a tenth more: long draws end a run early
+        runs = max(examples, -(-goal * 11 // (10 * steps))) * more
+        how = settings(
+            max_examples=runs,
+            stateful_step_count=steps,
+            suppress_health_check=[HealthCheck.too_slow],
+        )
         run_state_machine_as_test(Counted, settings=how)
         missing = [what for what in see if not Counted.seen[what]]
         if not missing and Counted.taken["steps"] >= goal:
             break
-    print(f"{machine.__name__}: {Counted.taken['steps']:,} steps in {time.perf_counter() - began:.0f} s;",
-          ", ".join(f"{what} {count:,}" for what, count in sorted(Counted.seen.items())))  # fmt: skip
+    print(
+        f"{machine.__name__}: {Counted.taken['steps']:,} steps in {time.perf_counter() - began:.0f} s;",
+        ", ".join(f"{what} {count:,}" for what, count in sorted(Counted.seen.items())),
+    )
     assert not missing, f"the machine has not seen: {missing}"
 
 
@@ -59,7 +73,8 @@ class ShadowMemory:
 
     def execute(self, scheduler: Ledger, plan: Plan) -> None:
         """Copies, then reads of all items, then their writes; a plan's items see each other's writes of no step."""
-        pool, b = getattr(scheduler.memory, "pool", None), plan.block_size
+        pool = getattr(scheduler.memory, "pool", None)
+        b = plan.block_size
         for source, target in plan.copies:
             assert pool.ref_count(target) == 1
             for i in range(b):
@@ -74,7 +89,9 @@ class ShadowMemory:
             )
         for item in plan.items:
             text = spelled(branches[item.name])
-            for slot, content in zip(plan.slots(item), text[item.start : item.start + item.count], strict=True):
+            for slot, content in zip(
+                plan.slots(item), text[item.start : item.start + item.count], strict=True
+            ):
                 assert not b or pool.ref_count(slot // b) == 1, "a shared block is written"
                 self.held[slot] = content
 

@@ -15,7 +15,14 @@ HALF_STEP = tuple(rule for rule in FORCED if rule != "power")
 # granularities that fit a matrix whose rows are a multiple of 4 long
 LAYOUTS: tuple[tuple[str, Any], ...] = (
     *(("tensor", None), ("channel", None), ("token", None)),
-    *(("group", 2), ("group", 4), ("block", 3), ("block", (2, 5)), ("block", (1, 4)), ("block", 64)),
+    *(
+        ("group", 2),
+        ("group", 4),
+        ("block", 3),
+        ("block", (2, 5)),
+        ("block", (1, 4)),
+        ("block", 64),
+    ),
 )
 
 
@@ -60,4 +67,6 @@ def slack(x: np.ndarray, step: np.ndarray, scheme: Scheme) -> np.ndarray:
     times; adding z to the quotient by 2^b steps. Doubled, for products of these errors.
     """
     eps = float(np.finfo(x.dtype).eps)
-    return eps * (4 * np.abs(x.astype(np.longdouble)) + 2.0**scheme.bits * step.astype(np.longdouble))
+    return eps * (
+        4 * np.abs(x.astype(np.longdouble)) + 2.0**scheme.bits * step.astype(np.longdouble)
+    )

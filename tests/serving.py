@@ -35,7 +35,8 @@ def alone(request: Request, index: int = 0) -> tuple[list[int], float]:
     One token after the other, each from a full forward of the whole text.
     """
     rng = np.random.default_rng(request.seed if index == 0 else [request.seed, index])
-    text, nearest = list(request.prompt), np.inf
+    text = list(request.prompt)
+    nearest = np.inf
     how = request.temperature, request.top_k, request.top_p, request.min_p
     for _ in range(request.max_tokens):
         z = last_logits(tuple(text))[None]
@@ -44,7 +45,11 @@ def alone(request: Request, index: int = 0) -> tuple[list[int], float]:
             seen[0, text] = True
             z = sampling.apply_repetition_penalty(z, seen, request.repetition_penalty)
         u = rng.random(1)
-        token = int(z.argmax()) if request.temperature == 0 else int(sampling.sample(sampling.warp(z, *how), u)[0])
+        token = (
+            int(z.argmax())
+            if request.temperature == 0
+            else int(sampling.sample(sampling.warp(z, *how), u)[0])
+        )
         nearest = min(nearest, float(sampling.margin(z, u, *how)[0]))
         text.append(token)
         if token == 5 and not request.ignore_eos:

@@ -29,7 +29,10 @@ PAGING = {
     ],
 }
 BATCHING = {
-    "useful": [{"batch": 1, "exact": 1.0, "counted": [1.0]}, {"batch": 4, "exact": 0.5, "counted": [0.48, 0.52]}],
+    "useful": [
+        {"batch": 1, "exact": 1.0, "counted": [1.0]},
+        {"batch": 4, "exact": 0.5, "counted": [0.48, 0.52]},
+    ],
     "chunks": [
         {"budget": 128, "itl": _SPREAD, "ttft": _SPREAD, "throughput": 9.0},
         {"budget": None, "itl": _SPREAD, "ttft": _SPREAD, "throughput": 9.0},
@@ -37,7 +40,10 @@ BATCHING = {
     "goodput": {
         "rates": [1, 2],
         "limits": {"ttft": 1.0, "tpot": 0.05, "e2el": 9.0},
-        "lines": {"static": {"met": [0.5, 0.1], "capacity": 0.0}, "paged": {"met": [1.0, 0.9], "capacity": 2.0}},
+        "lines": {
+            "static": {"met": [0.5, 0.1], "capacity": 0.0},
+            "paged": {"met": [1.0, 0.9], "capacity": 2.0},
+        },
     },
     "swapping": [{"block": 16, "recompute": {"duration": 1.0}, "swap": {"duration": 2.0}}],
 }
@@ -54,15 +60,22 @@ UNPADDING = {
 PREFIXES = {
     "programs": {
         name: [
-            {"cache": cache, "order": order, "memory": memory, "hit": 0.5 if cache else 0.0, "best": 0.8,
-             "speedup, processor": [1.5, 1.4, 1.6], "formula": 1.4}
+            {
+                "cache": cache,
+                "order": order,
+                "memory": memory,
+                "hit": 0.5 if cache else 0.0,
+                "best": 0.8,
+                "speedup, processor": [1.5, 1.4, 1.6],
+                "formula": 1.4,
+            }
             for memory in (1, 2)
             for cache, order in _WAYS
         ]
         for name in ("chat", "tree of thought", "unique")
     },
     "inside": {"hash": [0.01], "radix": [0.01]},
-}  # fmt: skip
+}
 SERVING = {
     "paging": PAGING,
     "batching": BATCHING,

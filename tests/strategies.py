@@ -30,7 +30,8 @@ def build(kind: str, shape: Sequence[int], seed: int, dtype: Any = "float32") ->
     if kind == "outlier_column":
         column = np.zeros(shape[-1])
         column[rng.integers(shape[-1])] = 1.0
-        x = x * (1.0 + 99.0 * column)  # one input channel a hundred times the others, as in LLM.int8()
+        # one input channel a hundred times the others, as in LLM.int8()
+        x = x * (1.0 + 99.0 * column)
     elif kind == "zero":
         x = np.zeros(tuple(shape))
     elif kind == "constant":
@@ -60,7 +61,9 @@ def arrays(
 
 
 @st.composite
-def partitions(draw: st.DrawFn, total: int | st.SearchStrategy[int], *, empty: bool = False) -> list[int]:
+def partitions(
+    draw: st.DrawFn, total: int | st.SearchStrategy[int], *, empty: bool = False
+) -> list[int]:
     """Lengths that sum to ``total``, in any number of parts; ``empty`` allows parts of length 0."""
     n = total if isinstance(total, int) else draw(total)
     cuts = draw(st.lists(st.integers(0, n), max_size=8)) if n else []
@@ -70,10 +73,13 @@ def partitions(draw: st.DrawFn, total: int | st.SearchStrategy[int], *, empty: b
 
 
 @st.composite
-def model_configs(draw: st.DrawFn, *, families: Sequence[str] = ("llama", "mistral", "qwen2", "qwen3")) -> ModelConfig:
+def model_configs(
+    draw: st.DrawFn, *, families: Sequence[str] = ("llama", "mistral", "qwen2", "qwen3")
+) -> ModelConfig:
     """Networks small enough to run in a millisecond, over every switch that a family has."""
     family = draw(st.sampled_from(list(families)))
-    groups, heads_per_group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    groups = draw(st.integers(1, 2))
+    heads_per_group = draw(st.integers(1, 3))
     head_dim = draw(st.sampled_from([2, 4, 8]))
     scaling = RopeScaling(8.0, 1.0, 4.0, 16) if family == "llama" and draw(st.booleans()) else None
     return ModelConfig(
@@ -91,6 +97,8 @@ def model_configs(draw: st.DrawFn, *, families: Sequence[str] = ("llama", "mistr
         tie_word_embeddings=draw(st.booleans()),
         attention_bias=family == "qwen2",
         qk_norm=family == "qwen3",
-        sliding_window=draw(st.integers(1, 6)) if family == "mistral" and draw(st.booleans()) else None,
+        sliding_window=draw(st.integers(1, 6))
+        if family == "mistral" and draw(st.booleans())
+        else None,
         max_position_embeddings=128,
     )

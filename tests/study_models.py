@@ -26,15 +26,25 @@ class Record:
 @cache
 def byte_tokenizer(vocab_size: int = 257) -> Tokenizer:
     """``<|endoftext|>`` (id 0), the 256 bytes, and merges learned from a few words up to ``vocab_size``."""
-    return Tokenizer.train(["def return self import class for in if else None True " * 4], vocab_size)
+    return Tokenizer.train(
+        ["def return self import class for in if else None True " * 4], vocab_size
+    )
 
 
 @cache
 def tiny_config(**changes: Any) -> ModelConfig:
     shape: dict[str, Any] = {
-        "family": "llama", "vocab_size": 257, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "bos_token_id": 0, "eos_token_ids": (0,),
-    }  # fmt: skip
+        "family": "llama",
+        "vocab_size": 257,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "bos_token_id": 0,
+        "eos_token_ids": (0,),
+    }
     return ModelConfig(**(shape | changes))
 
 

@@ -42,7 +42,9 @@ def greedy_by_hand(model: Model, prompt: list[int], count: int) -> list[int]:
     tokens = list(prompt)
     for _ in range(count):
         z = np.sort(model.logits(tokens)[-1])
-        assert z[-1] - z[-2] > 1e-9 * np.abs(z).max(), "a tie: the test could not tell right from wrong"
+        assert z[-1] - z[-2] > 1e-9 * np.abs(z).max(), (
+            "a tie: the test could not tell right from wrong"
+        )
         tokens.append(int(model.logits(tokens)[-1].argmax()))
     return tokens[len(prompt) :]
 
@@ -98,16 +100,21 @@ def test_what_is_neither_a_folder_nor_bundled_is_refused(tmp_path):
 # --- logits --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.theorem("A token's logits do not depend on what comes after it", source="Vaswani et al. 2017, §3.2.3")
+@pytest.mark.theorem(
+    "A token's logits do not depend on what comes after it", source="Vaswani et al. 2017, §3.2.3"
+)
 @given(prompts, st.integers(0, V - 1))
 def test_logits_are_causal(tokens, extra):
     z = MODEL.logits(tokens)
     # sums over at most 24 products in 2 layers of 7 products each: 24 · 14 · eps, and the softmax's own share
-    np.testing.assert_allclose(MODEL.logits([*tokens, extra])[:-1], z, rtol=0, atol=1e-12 * np.abs(z).max())
+    np.testing.assert_allclose(
+        MODEL.logits([*tokens, extra])[:-1], z, rtol=0, atol=1e-12 * np.abs(z).max()
+    )
 
 
 @pytest.mark.parametrize(
-    "tokens", [[], [-1], [V], [1.5], [[1, 2]], np.array([0.0]), np.array([[1]]), np.array([], np.int64)]
+    "tokens",
+    [[], [-1], [V], [1.5], [[1, 2]], np.array([0.0]), np.array([[1]]), np.array([], np.int64)],
 )
 def test_logits_refuses_what_is_no_sequence_of_known_tokens(tokens):
     with pytest.raises(ValueError, match="logits:"):
@@ -126,7 +133,9 @@ def test_cached_generation_equals_repeated_full_forward(prompt, count):
     assert ENDLESS.generate(prompt, count) == greedy_by_hand(ENDLESS, prompt, count)
 
 
-@pytest.mark.theorem("A sequence's tokens do not depend on its neighbours in the batch", source="ragged batching")
+@pytest.mark.theorem(
+    "A sequence's tokens do not depend on its neighbours in the batch", source="ragged batching"
+)
 @given(st.lists(prompts, min_size=1, max_size=5))
 def test_a_ragged_batch_gives_what_each_prompt_gives_alone(batch):
     together = ENDLESS.generate_batch(batch, 6)
@@ -134,7 +143,8 @@ def test_a_ragged_batch_gives_what_each_prompt_gives_alone(batch):
 
 
 @pytest.mark.theorem(
-    "A prefill in any passes gives the tokens of one pass: chunked prefill = prefill", source="serving arithmetic"
+    "A prefill in any passes gives the tokens of one pass: chunked prefill = prefill",
+    source="serving arithmetic",
 )
 @given(st.lists(prompts, min_size=1, max_size=5), st.integers(1, 9))
 def test_a_prefill_in_several_passes_is_one_prefill(batch, budget):
@@ -150,7 +160,8 @@ def test_conservation_passes_bring_every_token_once_and_cut_only_what_fills_a_pa
     assert [sum(column) for column in zip(*plan, strict=True)] == lengths
     assert all(0 < sum(counts) <= budget for counts in plan[:-1])
     assert 0 < sum(plan[-1]) <= budget + budget // 4
-    assert all(sum(map(sum, plan[i:])) > budget + budget // 4 for i in range(len(plan) - 1))  # a small rest goes along
+    # a small rest goes along
+    assert all(sum(map(sum, plan[i:])) > budget + budget // 4 for i in range(len(plan) - 1))
     begun = [0] * len(lengths)
     for counts in plan:
         for b, n in enumerate(counts):
@@ -208,13 +219,15 @@ def test_generation_ends_before_the_first_stop_string(start, length):
     stop = whole[start : start + length]
     if stop:
         assert ENDLESS.generate("x", 24, stop=[stop]) == whole[: whole.index(stop)]
-        assert ENDLESS.generate("x", 24, stop=stop) == whole[: whole.index(stop)]  # one string is one stop
+        # one string is one stop
+        assert ENDLESS.generate("x", 24, stop=stop) == whole[: whole.index(stop)]
 
 
 def test_the_end_token_is_reported_but_no_part_of_the_text():
     prompt = ENDLESS.tokenizer.encode("x", special=True)
     free = ENDLESS.generate(prompt, 5)
-    model, seen = network(eos_token_ids=(free[2],)), []
+    model = network(eos_token_ids=(free[2],))
+    seen = []
     first = free.index(free[2])
     assert model.generate(prompt, 5) == free[:first]
     list(model.stream("x", 5, on_token=seen.append))
@@ -243,7 +256,8 @@ def test_top_one_is_greedy_at_any_temperature(prompt, seed):
 
 @given(prompts)
 def test_the_repetition_penalty_counts_prompt_and_output(prompt):
-    penalty, tokens = 1.7, list(prompt)
+    penalty = 1.7
+    tokens = list(prompt)
     for _ in range(5):
         z = ENDLESS.logits(tokens)[-1].copy()
         for t in set(tokens):
@@ -291,7 +305,10 @@ def test_bad_requests_are_refused_by_name(prompt, count, options, message):
 
 
 def test_a_drafter_is_an_object():
-    with pytest.raises(TypeError, match=r"a drafter is a Model, or one of refllm.decode.speculative.drafters .* got 'ngram'"):
+    with pytest.raises(
+        TypeError,
+        match=r"a drafter is a Model, or one of refllm.decode.speculative.drafters .* got 'ngram'",
+    ):
         MODEL.generate([1], 2, drafter="ngram")
 
 
@@ -300,7 +317,9 @@ def test_no_prompt_at_all_is_refused():
         MODEL.generate_batch([], 3)
 
 
-@pytest.mark.parametrize("prompts", ["ab", b"ab", ["ab"], [b"ab"], [1, 2], [None], None, [np.array(1)]])
+@pytest.mark.parametrize(
+    "prompts", ["ab", b"ab", ["ab"], [b"ab"], [1, 2], [None], None, [np.array(1)]]
+)
 def test_a_batch_of_what_is_no_token_prompt_is_refused(prompts):
     with pytest.raises(ValueError, match="a prompt must be a sequence of token ids"):
         MODEL.generate_batch(prompts, 1)
@@ -310,16 +329,25 @@ def test_a_batch_may_be_an_array_or_made_of_iterators_and_is_left_as_it_was(xp):
     batch = [[1, 2], [3, 4]]
     expected = ENDLESS.generate_batch(batch, 3)
     array = np.array(batch, np.uint8)
-    assert ENDLESS.generate_batch(array, 3) == ENDLESS.generate_batch(xp.asarray(batch), 3) == expected
+    assert (
+        ENDLESS.generate_batch(array, 3) == ENDLESS.generate_batch(xp.asarray(batch), 3) == expected
+    )
     assert ENDLESS.generate_batch((iter(row) for row in batch), 3) == expected
-    assert ENDLESS.generate(iter(batch[0]), 3) == ENDLESS.generate(xp.asarray(batch[0]), 3) == expected[0]
+    assert (
+        ENDLESS.generate(iter(batch[0]), 3)
+        == ENDLESS.generate(xp.asarray(batch[0]), 3)
+        == expected[0]
+    )
     assert batch == array.tolist() == [[1, 2], [3, 4]]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_degenerate_input_logits_without_a_largest_one_end_with_an_error_and_not_with_token_0(xp, value):
+def test_degenerate_input_logits_without_a_largest_one_end_with_an_error_and_not_with_token_0(
+    xp, value
+):
     model = network(xp=xp, dtype="float32")
-    model.weights["norm"] = model.weights["norm"] * value  # ±inf and NaN, as an overflow leaves them
+    # ±inf and NaN, as an overflow leaves them
+    model.weights["norm"] = model.weights["norm"] * value
     for temperature in (0.0, 1.0):
         with np.errstate(invalid="ignore"), pytest.raises(ValueError, match="logits"):
             model.generate([1, 2], 3, temperature=temperature, rng=0)
@@ -343,17 +371,23 @@ def test_every_library_gives_the_same_tokens(xp):
         assert model.generate_batch(batch, 8, how=how, rng=3) == host
     z = to_host(model.logits(xp.asarray([0, 9, 8])))
     # float32 products of at most 24 terms; the two libraries may sum in another order
-    np.testing.assert_allclose(z, network(dtype="float32").logits([0, 9, 8]), rtol=0, atol=2e-6 * np.abs(z).max())
+    np.testing.assert_allclose(
+        z, network(dtype="float32").logits([0, 9, 8]), rtol=0, atol=2e-6 * np.abs(z).max()
+    )
 
 
-@pytest.mark.parametrize(("count", "how"), [(1, Sampling()), (3, Sampling()), (3, Sampling(temperature=1.0))])
+@pytest.mark.parametrize(
+    ("count", "how"), [(1, Sampling()), (3, Sampling()), (3, Sampling(temperature=1.0))]
+)
 def test_a_decode_step_crosses_the_border_a_fixed_number_of_times(count, how):
     """Tokens and positions go over in one copy, the chosen tokens come back in one, whatever the context is.
 
     Sampling adds the uniforms (one copy in) and two looks at whether its numbers are sound (two booleans back).
     """
     model = network(xp=fakecupy, dtype="float32", eos_token_ids=())
-    steps = generate_tokens(model.weights, model.config, [[0, 5]] * count, 12, how, np.random.default_rng(0))
+    steps = generate_tokens(
+        model.weights, model.config, [[0, 5]] * count, 12, how, np.random.default_rng(0)
+    )
     next(steps)  # prefill
     costs = []
     for _ in range(11):

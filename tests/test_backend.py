@@ -32,7 +32,8 @@ def test_namespace_of_the_array_api_reference():
 
 
 def test_namespace_refuses_a_mix_and_names_both_sides():
-    device, host = fakecupy.zeros(2), np.zeros(2)
+    device = fakecupy.zeros(2)
+    host = np.zeros(2)
     with pytest.raises(TypeError, match="fakecupy and numpy are mixed"):
         backend.namespace(device, host)
     with pytest.raises(TypeError, match="fakecupy and numpy are mixed"):
@@ -104,7 +105,9 @@ def test_get_refuses_other_names():
 def test_get_cupy_without_the_package_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(backend.BackendUnavailable, match=r"not installed: pip install 'refllm\[gpu\]'"):
+    with pytest.raises(
+        backend.BackendUnavailable, match=r"not installed: pip install 'refllm\[gpu\]'"
+    ):
         backend.get("cupy")
 
 

@@ -13,9 +13,25 @@ import pytest
 
 from conftest import ROOT
 from refllm import corpus
-from refllm.corpus import HELD_OUT, Document, held_out_documents, installer_documents, training_documents
+from refllm.corpus import (
+    HELD_OUT,
+    Document,
+    held_out_documents,
+    installer_documents,
+    training_documents,
+)
 
-STEMS = ("argparse", "heapq", "textwrap", "statistics", "zipfile", "cookiejar", "difflib", "sched", "fractions")
+STEMS = (
+    "argparse",
+    "heapq",
+    "textwrap",
+    "statistics",
+    "zipfile",
+    "cookiejar",
+    "difflib",
+    "sched",
+    "fractions",
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +48,9 @@ def trained_on() -> list[Document]:
 def test_every_held_out_module_is_there_and_they_are_enough(held_out):
     assert {Path(name).stem for name in HELD_OUT} == set(STEMS)
     for name in HELD_OUT:
-        assert any(d.name in (name, f"{name}.py") or d.name.startswith(f"{name}/") for d in held_out), name
+        assert any(
+            d.name in (name, f"{name}.py") or d.name.startswith(f"{name}/") for d in held_out
+        ), name
     assert sum(len(d.text.encode()) for d in held_out) >= 200_000
 
 
@@ -59,7 +77,9 @@ def passages(held_out, trained_on) -> dict[str, set[int]]:
     return {d.name: runs_of_lines(d.text) for d in held_out + trained_on}
 
 
-def test_no_passage_of_a_held_out_module_stands_anywhere_in_the_training_text(held_out, trained_on, passages):
+def test_no_passage_of_a_held_out_module_stands_anywhere_in_the_training_text(
+    held_out, trained_on, passages
+):
     """By content and not by name: a vendored or quoted copy would be found."""
     unseen = set().union(*(passages[d.name] for d in held_out))
     assert len(unseen) > 3000  # the search is not empty
@@ -96,7 +116,9 @@ def test_the_documents_and_their_order_are_the_same_in_every_process(held_out, t
         "print(hashlib.sha256('\\n'.join(f'{x.name} {x.sha256}' for x in d).encode()).hexdigest())"
     )
     environment = {"PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, cwd="/", capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd="/", capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == digest(trained_on + held_out)
 
@@ -106,11 +128,21 @@ def test_nothing_of_the_text_is_copied_into_the_repository(passages):
     files = []
     for folder, subfolders, names in os.walk(ROOT):
         subfolders[:] = [
-            name for name in subfolders if not name.startswith(".") and name not in ("runs", "build", "dist")
+            name
+            for name in subfolders
+            if not name.startswith(".") and name not in ("runs", "build", "dist")
         ]
-        files += [Path(folder, n) for n in names if n.endswith((".py", ".txt", ".md", ".json", ".ipynb", ".toml"))]
+        files += [
+            Path(folder, n)
+            for n in names
+            if n.endswith((".py", ".txt", ".md", ".json", ".ipynb", ".toml"))
+        ]
     assert ROOT / "refllm/corpus.py" in files
-    own = {run: path for path in files for run in runs_of_lines(path.read_text(encoding="utf-8", errors="replace"))}
+    own = {
+        run: path
+        for path in files
+        for run in runs_of_lines(path.read_text(encoding="utf-8", errors="replace"))
+    }
     for name, runs in passages.items():
         copied = [str(own[run]) for run in runs & own.keys()]
         assert not copied, f"{copied[0]} holds a passage of {name}"
@@ -119,7 +151,9 @@ def test_nothing_of_the_text_is_copied_into_the_repository(passages):
 def test_an_interpreter_without_a_held_out_module_is_named(monkeypatch, tmp_path):
     (tmp_path / "argparse.py").write_text("x = 1\n")
     monkeypatch.setattr(corpus, "_root", lambda: tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"carries no source of the held-out module heapq\.py"):
+    with pytest.raises(
+        FileNotFoundError, match=r"carries no source of the held-out module heapq\.py"
+    ):
         held_out_documents()
 
 
@@ -150,7 +184,10 @@ def test_a_small_library_by_hand(monkeypatch, tmp_path):
     monkeypatch.setattr(corpus, "_root", lambda: tmp_path)
     library = [d.name for d in training_documents() if not d.name.startswith("pydoc_data/topics/")]
     assert library == ["a.py", "encodings/ascii.py", "heapq_like.py", "http/server.py"]
-    assert [d.name for d in training_documents(tests=True)] == ["test/test_ast.py", "unittest/test/test_case.py"]
+    assert [d.name for d in training_documents(tests=True)] == [
+        "test/test_ast.py",
+        "unittest/test/test_case.py",
+    ]
 
 
 # --- the installers ----------------------------------------------------------------------------------------------
@@ -178,7 +215,11 @@ def test_two_installers_by_hand(monkeypatch, tmp_path):
         "pip-1.dist-info/METADATA": "no Python\n",
     }
     wheel(tmp_path, "pip-1-py3-none-any.whl", files)
-    wheel(tmp_path, "setuptools-2-py3-none-any.whl", {"setuptools/same.py": "a = b\n", "setuptools/b.py": "c = d\n"})
+    wheel(
+        tmp_path,
+        "setuptools-2-py3-none-any.whl",
+        {"setuptools/same.py": "a = b\n", "setuptools/b.py": "c = d\n"},
+    )
     monkeypatch.setattr(corpus, "_root", lambda: tmp_path)
     assert [(d.name, d.text) for d in installer_documents()] == [
         ("ensurepip/pip/pip/_vendor/zipped.py", "another name\n"),

@@ -18,18 +18,23 @@ from schemes import spread
 NEAR = 1e-9  # of a step, in float64
 
 
-def settled(q: Any, weight: np.ndarray, hessian: np.ndarray, *, damp: float = 0.01, act_order: bool = False) -> Any:
+def settled(
+    q: Any, weight: np.ndarray, hessian: np.ndarray, *, damp: float = 0.01, act_order: bool = False
+) -> Any:
     """Columns visited before one that holds a tie, bool[N] in the weight's own order; all of them if there is none.
 
     From the result alone: W − Ŵ = e U, and e_i U_ii is what the rounding of column i did.
     """
     f = factor(hessian, damp, act_order)
     order = np.arange(weight.shape[1]) if f.order is None else to_host(f.order)
-    upper, codes = to_host(f.upper), to_host(q.codes)
+    upper = to_host(f.upper)
+    codes = to_host(q.codes)
     error = (np.where(to_host(f.dead), 0.0, weight) - to_host(q.dequantize()))[:, order]
     rounded = np.linalg.solve(upper.T, error.T).T * np.diag(upper)
-    steps = spread(to_host(q.scale), q.scheme, weight.shape)  # of a dynamic group: in the order of the visit
-    r, codes = rounded / (steps if q.g_idx is not None else steps[:, order]), codes[:, order]
+    # of a dynamic group: in the order of the visit
+    steps = spread(to_host(q.scale), q.scheme, weight.shape)
+    r = rounded / (steps if q.g_idx is not None else steps[:, order])
+    codes = codes[:, order]
     clipped = ((codes == q.scheme.qmin) & (r < 0)) | ((codes == q.scheme.qmax) & (r > 0))
     ties = (np.abs(np.abs(r) - 0.5) < NEAR) & ~clipped
     first = int(np.argmax(ties.any(axis=0))) if ties.any() else len(order)

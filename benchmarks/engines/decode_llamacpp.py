@@ -88,30 +88,37 @@ class Engine:
     def __init__(self, path: Path):
         llama_cpp.llama_log_set(_QUIET, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
-        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        self.model = llama_cpp.llama_model_load_from_file(
+            str(path).encode(), llama_cpp.llama_model_default_params()
+        )
         self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.contexts: dict[tuple[int, int], Any] = {}
 
     def context(self, size: int, length: int) -> Any:
         if (size, length) not in self.contexts:
             parameters = llama_cpp.llama_context_default_params()
-            parameters.n_ctx = size * (-(-length // 256) * 256)  # a sequence's share is rounded up to 256
+            # a sequence's share is rounded up to 256
+            parameters.n_ctx = size * (-(-length // 256) * 256)
             parameters.n_batch = size * length
             parameters.n_seq_max = size
-            parameters.n_threads = parameters.n_threads_batch = 1
-            parameters.type_k = parameters.type_v = 0  # GGML_TYPE_F32
+            parameters.n_threads = 1
+            parameters.n_threads_batch = 1
+            parameters.type_k = 0  # GGML_TYPE_F32
+            parameters.type_v = 0
             parameters.flash_attn_type = 0  # off, as in the tests that compare logits
             self.contexts[size, length] = llama_cpp.llama_init_from_model(self.model, parameters)
         return self.contexts[size, length]
 
     def generate(self, prompts: Tokens, new: int) -> Tokens:
         """As many prefill batches as fit at once (one), then a token a sequence and step."""
-        size, length = len(prompts), len(prompts[0])
+        size = len(prompts)
+        length = len(prompts[0])
         context = self.context(size, length + new)
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
         batch = llama_cpp.llama_batch_init(size * length, 0, 1)
         columns: Tokens = []
-        step, first = prompts, 0
+        step = prompts
+        first = 0
         for _ in range(new):
             batch.n_tokens = 0
             for sequence, tokens in enumerate(step):
@@ -137,8 +144,11 @@ def put(batch: Any, sequence: int, first: int, tokens: list[int], samples: bool)
     """Append a sequence's next tokens, at positions from ``first`` on; ``samples``: logits of the last one."""
     at = batch.n_tokens
     for i, token in enumerate(tokens):
-        batch.token[at + i], batch.pos[at + i], batch.logits[at + i] = token, first + i, False
-        batch.n_seq_id[at + i], batch.seq_id[at + i][0] = 1, sequence
+        batch.token[at + i] = token
+        batch.pos[at + i] = first + i
+        batch.logits[at + i] = False
+        batch.n_seq_id[at + i] = 1
+        batch.seq_id[at + i][0] = sequence
     batch.n_tokens = at + len(tokens)
     batch.logits[batch.n_tokens - 1] = samples
 

@@ -22,7 +22,9 @@ transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
 torch.set_num_interop_threads(1)
 path, cache = sys.argv[1:3]
-model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa").eval()
+model = transformers.AutoModelForCausalLM.from_pretrained(
+    path, dtype=torch.float32, attn_implementation="sdpa"
+).eval()
 model.generation_config.eos_token_id = None
 model.generation_config.pad_token_id = 0
 model.generation_config.disable_compile = True  # the static cache would compile on its own

@@ -21,11 +21,15 @@ def serve(generate: Generate, **about: Any) -> None:
     channel = Channel()
     channel.send(**about)
     while (request := channel.receive()) is not None:
-        prompts, new = request["prompts"], request["new"]
-        calls, began, worked = 0, time.perf_counter(), time.process_time()
+        prompts = request["prompts"]
+        new = request["new"]
+        calls = 0
+        began = time.perf_counter()
+        worked = time.process_time()
         while calls == 0 or time.perf_counter() - began < request["seconds"]:
             tokens = generate(prompts, new)
             calls += 1
         produced = calls * len(prompts) * new
-        wall, processor = time.perf_counter() - began, time.process_time() - worked
+        wall = time.perf_counter() - began
+        processor = time.process_time() - worked
         channel.send(tokens=tokens, wall=produced / wall, processor=produced / processor)

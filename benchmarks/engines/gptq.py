@@ -24,6 +24,7 @@ def draw(task: Task) -> tuple[np.ndarray, np.ndarray]:
     weight = rng.standard_normal((task.size, task.size), dtype=np.float32) * 0.02
     sizes = np.exp(rng.standard_normal(task.size)).astype(np.float32)
     x = rng.standard_normal((task.tokens, task.size), dtype=np.float32)
-    x[:, 1:] += 0.5 * x[:, :-1]  # neighbours are correlated, or there would be nothing to make up for
+    # neighbours are correlated, or there would be nothing to make up for
+    x[:, 1:] += 0.5 * x[:, :-1]
     x *= sizes
     return weight, (x.T @ x) * np.float32(2 / task.tokens)

@@ -12,16 +12,20 @@ from refllm.quant.gptq import gptq
 
 
 def main() -> None:
-    channel, known = Channel(), {}
+    channel = Channel()
+    known = {}
     channel.send(engine="refllm")
     while (request := channel.receive()) is not None:
         task = Task(**request)
         if task not in known:
             known = {task: draw(task)}
         weight, h = known[task]
-        began, computing = time.perf_counter(), time.process_time()
+        began = time.perf_counter()
+        computing = time.process_time()
         made = gptq(weight, h, Scheme(task.bits, "half_integer_unsigned", "group", task.group))
-        channel.send(seconds=time.perf_counter() - began, cpu=time.process_time() - computing, loss=made.loss)
+        channel.send(
+            seconds=time.perf_counter() - began, cpu=time.process_time() - computing, loss=made.loss
+        )
 
 
 if __name__ == "__main__":

@@ -14,11 +14,14 @@ from common import Channel
 
 from engines.gptq import Task, draw
 
-BLOCK, DAMP = 128, 0.01
+BLOCK = 128
+DAMP = 0.01
 
 
 @torch.inference_mode()
-def gptq(weight: torch.Tensor, h: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, float]:
+def gptq(
+    weight: torch.Tensor, h: torch.Tensor, bits: int, group: int
+) -> tuple[torch.Tensor, float]:
     """Codes [N, M] and the loss ½ Σ e² of a weight W[M, N] with the Hessian h[N, N]."""
     h = h.clone()
     index = torch.arange(h.shape[0])
@@ -27,15 +30,21 @@ def gptq(weight: torch.Tensor, h: torch.Tensor, bits: int, group: int) -> tuple[
     upper = torch.linalg.cholesky(inverse, upper=True)
     work = weight.T.contiguous()  # [N, M]
     codes = torch.empty_like(work, dtype=torch.uint8)
-    top, half, loss = 2**bits - 1, 2 ** (bits - 1), 0.0
+    top = 2**bits - 1
+    half = 2 ** (bits - 1)
+    loss = 0.0
     scale = work[0]
     for a in range(0, work.shape[0], BLOCK):
         b = min(a + BLOCK, work.shape[0])
-        part, errors = work[a:b].clone(), torch.empty_like(work[a:b])
+        part = work[a:b].clone()
+        errors = torch.empty_like(work[a:b])
         factor = upper[a:b, a:b]
         for i in range(b - a):
             if (a + i) % group == 0:
-                known = part[i : i + group] if a + i + group <= b else work[a + i : a + i + group]
+                if a + i + group <= b:
+                    known = part[i : i + group]
+                else:
+                    known = work[a + i : a + i + group]
                 scale = torch.clamp(known.abs().amax(dim=0) * (2 / top), min=1e-9)
             w = part[i]
             q = torch.clamp(torch.round(w / scale) + half, 0, top)
@@ -49,16 +58,20 @@ def gptq(weight: torch.Tensor, h: torch.Tensor, bits: int, group: int) -> tuple[
 
 
 def main() -> None:
-    channel, known = Channel(), {}
+    channel = Channel()
+    known = {}
     channel.send(engine="torch")
     while (request := channel.receive()) is not None:
         task = Task(**request)
         if task not in known:
             known = {task: tuple(torch.from_numpy(array) for array in draw(task))}
         weight, h = known[task]
-        began, computing = time.perf_counter(), time.process_time()
+        began = time.perf_counter()
+        computing = time.process_time()
         _, loss = gptq(weight, h, task.bits, task.group)
-        channel.send(seconds=time.perf_counter() - began, cpu=time.process_time() - computing, loss=loss)
+        channel.send(
+            seconds=time.perf_counter() - began, cpu=time.process_time() - computing, loss=loss
+        )
 
 
 if __name__ == "__main__":

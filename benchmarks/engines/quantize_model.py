@@ -17,7 +17,10 @@ from refllm.quant import layer_inputs, layer_sources, methods, resumable_layers
 
 # what belongs to which stage; whatever is called inside another stage counts there and not here
 STAGES = {
-    "reading": [(layer_sources.CheckpointSource, "layer"), (layer_sources.CheckpointSource, "rows")],
+    "reading": [
+        (layer_sources.CheckpointSource, "layer"),
+        (layer_sources.CheckpointSource, "rows"),
+    ],
     "calibration forward": [(layer_inputs.LayerRun, "_advance"), (layer_inputs.LayerRun, "_input")],
     "Hessian": [(methods.Hessian, "add")],
     "factor": [(methods, "factor")],
@@ -32,7 +35,8 @@ class Stages:
     """Exclusive seconds of each stage."""
 
     def __init__(self) -> None:
-        self.seconds, self.open = dict.fromkeys(STAGES, 0.0), [0.0]
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.open = [0.0]
 
     def timed(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any, **named: Any) -> Any:
@@ -49,24 +53,42 @@ class Stages:
 
 
 def main() -> None:
-    channel, stages = Channel(), Stages()
+    channel = Channel()
+    stages = Stages()
     for stage, places in STAGES.items():
         for owner, name in places:
             setattr(owner, name, stages.timed(stage, getattr(owner, name)))
     channel.send(engine="refllm")
     request = channel.receive()
     assert request is not None
-    source, output = Path(request["source"]), Path(request["output"])
-    began, computing = time.perf_counter(), time.process_time()
+    source = Path(request["source"])
+    output = Path(request["output"])
+    began = time.perf_counter()
+    computing = time.process_time()
     scheme = Scheme(4, "half_integer", "group", request["group"])
-    job = quantize.prepare(source, output, request["method"], scheme, length=request["length"],
-                             samples=request["samples"])  # fmt: skip
+    job = quantize.prepare(
+        source,
+        output,
+        request["method"],
+        scheme,
+        length=request["length"],
+        samples=request["samples"],
+    )
     record = quantize.go(job, measure=None)
     whole = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    cpu, rest = time.process_time() - computing, whole - sum(stages.seconds.values())
-    channel.send(seconds=whole, cpu=cpu, stages=stages.seconds | {"rest": rest}, peak_bytes=peak,
-                 bits_per_weight=record["bits per weight"], bytes=record["bytes"])  # fmt: skip
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
+    cpu = time.process_time() - computing
+    rest = whole - sum(stages.seconds.values())
+    channel.send(
+        seconds=whole,
+        cpu=cpu,
+        stages=stages.seconds | {"rest": rest},
+        peak_bytes=peak,
+        bits_per_weight=record["bits per weight"],
+        bytes=record["bytes"],
+    )
 
 
 if __name__ == "__main__":

@@ -15,13 +15,21 @@ def main() -> None:
     channel = Channel()
     channel.send(engine="refllm")
     while (request := channel.receive()) is not None:
-        weight = np.random.default_rng(0).standard_normal((request["size"], request["size"]), dtype=np.float32)
+        weight = np.random.default_rng(0).standard_normal(
+            (request["size"], request["size"]), dtype=np.float32
+        )
         began = time.process_time()
-        quantize(weight, Scheme(request["bits"], "half_integer", "group", request["group"]), scale_dtype="float16")
+        quantize(
+            weight,
+            Scheme(request["bits"], "half_integer", "group", request["group"]),
+            scale_dtype="float16",
+        )
         rounded = time.process_time() - began
         began = time.process_time()
         weight.sum()
-        channel.send(rtn=weight.nbytes / rounded, memory=weight.nbytes / (time.process_time() - began))
+        channel.send(
+            rtn=weight.nbytes / rounded, memory=weight.nbytes / (time.process_time() - began)
+        )
 
 
 if __name__ == "__main__":

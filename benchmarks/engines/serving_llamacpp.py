@@ -37,7 +37,9 @@ class Sequence:
 class Server(Engine):
     """Serves all requests of a call; at most ``slots`` of them at a time (None: all)."""
 
-    def generate(self, prompts: Tokens, new: int, slots: int | None = None, budget: int = BUDGET) -> Tokens:
+    def generate(
+        self, prompts: Tokens, new: int, slots: int | None = None, budget: int = BUDGET
+    ) -> Tokens:
         count = min(slots or len(prompts), len(prompts))
         context = self.context(count, max(len(prompt) for prompt in prompts) + new)
         memory = llama_cpp.llama_get_memory(context)
@@ -59,10 +61,15 @@ class Server(Engine):
         llama_cpp.llama_batch_free(batch)
         return answers
 
-    def step(self, context: Any, batch: Any, running: dict[int, Sequence], budget: int) -> list[int]:
+    def step(
+        self, context: Any, batch: Any, running: dict[int, Sequence], budget: int
+    ) -> list[int]:
         """One batch, those who answer first; returns the slots of those who got a token, their last one now."""
-        batch.n_tokens, sampled = 0, []
-        for slot, sequence in sorted(running.items(), key=lambda one: len(one[1].tokens) - one[1].computed > 1):
+        batch.n_tokens = 0
+        sampled = []
+        for slot, sequence in sorted(
+            running.items(), key=lambda one: len(one[1].tokens) - one[1].computed > 1
+        ):
             first = sequence.computed
             tokens = sequence.tokens[first : first + budget - batch.n_tokens]
             if not tokens:

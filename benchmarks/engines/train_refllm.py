@@ -30,10 +30,15 @@ def main() -> None:
     def report(record: dict[str, float]) -> None:
         nonlocal began, faults
         seconds = time.perf_counter() - began
-        channel.send(rate=task.tokens_per_turn / seconds, loss=record["loss"], page_faults=page_faults() - faults)
+        channel.send(
+            rate=task.tokens_per_turn / seconds,
+            loss=record["loss"],
+            page_faults=page_faults() - faults,
+        )
         if channel.receive() is None:
             raise SystemExit
-        faults, began = page_faults(), time.perf_counter()
+        faults = page_faults()
+        began = time.perf_counter()
 
     with tempfile.TemporaryDirectory() as folder:
         train(task.config(), [task.stream()], task.plan(), Path(folder), report=report)

@@ -28,22 +28,34 @@ def build(task: Task) -> Any:
     config = transformers.LlamaConfig(**task.network, attn_implementation="sdpa", use_cache=False)
     model = transformers.LlamaForCausalLM(config).to(torch.float32).train()
     tensors = initialize(task.config(), np.random.default_rng([task.seed, 0]))
-    missing = model.load_state_dict({name: torch.from_numpy(t) for name, t in tensors.items()}, strict=False)
-    if set(missing.missing_keys) - {"lm_head.weight"} or missing.unexpected_keys:  # the tied head is the embedding
+    missing = model.load_state_dict(
+        {name: torch.from_numpy(t) for name, t in tensors.items()}, strict=False
+    )
+    # the tied head is the embedding
+    if set(missing.missing_keys) - {"lm_head.weight"} or missing.unexpected_keys:
         raise SystemExit(f"the two networks have different tensors: {missing}")
     return model
 
 
 def losses(task: Task) -> Iterator[float]:
     """One optimizer step each, as ``refllm.train.loop`` takes it."""
-    model, plan, stream = build(task), task.plan(), task.stream()
+    model = build(task)
+    plan = task.plan()
+    stream = task.stream()
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim != 2]
-    groups = [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": plan.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
     for step, phase, windows in batches(plan, [len(stream)]):
-        tokens = torch.from_numpy(np.stack([stream[a : a + phase.length + 1] for _, a in windows]).astype(np.int64))
-        rate = learning_rate(step, peak=plan.peak_rate, warmup=plan.warmup, total=plan.steps, schedule=plan.schedule)
+        tokens = torch.from_numpy(
+            np.stack([stream[a : a + phase.length + 1] for _, a in windows]).astype(np.int64)
+        )
+        rate = learning_rate(
+            step, peak=plan.peak_rate, warmup=plan.warmup, total=plan.steps, schedule=plan.schedule
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate
         logits = model(input_ids=tokens[:, :-1]).logits

@@ -32,10 +32,18 @@ class Task:
     def plan(self) -> Plan:
         """One step more than is reported, so that the run never ends of itself and writes nothing."""
         phase = Phase(self.turns * self.turn + 1, self.batch, self.length)
-        return Plan((phase,), warmup=10, seed=self.seed, workers=self.workers, evaluate_every=self.turn,
-                    save_every=1 << 30)  # fmt: skip
+        return Plan(
+            (phase,),
+            warmup=10,
+            seed=self.seed,
+            workers=self.workers,
+            evaluate_every=self.turn,
+            save_every=1 << 30,
+        )
 
     def stream(self) -> np.ndarray:
         """Random tokens: the cost of a step does not depend on what the text says."""
         rng = np.random.default_rng(self.seed)
-        return rng.integers(0, self.network["vocab_size"], 64 * self.batch * self.length, dtype=np.int32)
+        return rng.integers(
+            0, self.network["vocab_size"], 64 * self.batch * self.length, dtype=np.int32
+        )

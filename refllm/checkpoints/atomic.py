@@ -18,7 +18,8 @@ def write_whole(path: Path, text: str) -> None:
         with partial.open("w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())  # the bytes reach the disk before the name does, even if the power fails
+            # the bytes reach the disk before the name does, even if the power fails
+            os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)  # after a success it is no longer there

@@ -56,7 +56,8 @@ from refllm.model.config import ModelConfig
 
 _CODES = {name: code for code, name in (FLOATS | INTEGERS).items()}
 
-Plan = Mapping[str, tuple[str, Shape]]  # name → dtype's name ("float16", "bfloat16", "int32" …) and shape
+# name → dtype's name ("float16", "bfloat16", "int32" …) and shape
+Plan = Mapping[str, tuple[str, Shape]]
 Read = Callable[[str], np.ndarray]  # the tensor of a name, of the planned type and shape
 
 
@@ -64,26 +65,36 @@ def write_tensors(directory: Path, plan: Plan, read: Read, limit: int | None = N
     """Write ``model.safetensors``, or shards of at most ``limit`` bytes (or one tensor) and their index."""
     runs = _share_out({name: _size(*plan[name]) for name in plan}, limit)
     count = len(runs)
-    files = [SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    if count == 1:
+        files = [SINGLE]
+    else:
+        files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     for file, names in zip(files, runs, strict=True):
         write_file(directory / file, {name: plan[name] for name in names}, read)
     if count > 1:
         weight_map = {name: file for file, names in zip(files, runs, strict=True) for name in names}
-        index = {"metadata": {"total_size": sum(_size(*entry) for entry in plan.values())}, "weight_map": weight_map}
+        index = {
+            "metadata": {"total_size": sum(_size(*entry) for entry in plan.values())},
+            "weight_map": weight_map,
+        }
         write_text(directory / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def write_file(path: Path, plan: Plan, read: Read) -> None:
     """Write one file and wait until it is on the disk; each tensor is asked for, written and dropped."""
-    names = sorted(plan, key=lambda name: -host_dtype(plan[name][0]).itemsize)  # stable: the plan's order otherwise
+    # stable: the plan's order otherwise
+    names = sorted(plan, key=lambda name: -host_dtype(plan[name][0]).itemsize)
     with path.open("wb") as out:
         out.write(_header({name: plan[name] for name in names}))
         for name in names:
             dtype, shape = plan[name]
             tensor = np.ascontiguousarray(read(name))
             if (tensor.dtype, tensor.shape) != (host_dtype(dtype), shape):
-                raise AssertionError(f"{name}: {tensor.dtype} {tensor.shape} is not the {dtype} {shape} of the plan")
-            out.write(tensor.reshape(-1).view("uint8").data)  # bfloat16 has no buffer protocol, its bytes have
+                raise AssertionError(
+                    f"{name}: {tensor.dtype} {tensor.shape} is not the {dtype} {shape} of the plan"
+                )
+            # bfloat16 has no buffer protocol, its bytes have
+            out.write(tensor.reshape(-1).view("uint8").data)
         settle(out)
 
 
@@ -108,14 +119,16 @@ def _share_out(sizes: Mapping[str, int], limit: int | None) -> list[list[str]]:
 
 def _header(entries: Plan) -> bytes:
     """The length and the JSON with which a safetensors file begins; tensors follow without gaps."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file that lacks it
+    # transformers refuses a file that lacks it
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, (dtype, shape) in entries.items():
         end = at + _size(dtype, shape)
         header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data begins at a multiple of eight, so that it can be mapped as it is
+    # data begins at a multiple of eight, so that it can be mapped as it is
+    text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
 
@@ -123,10 +136,16 @@ STORED_TYPES = ("float16", "bfloat16", "float32")
 
 
 def save(
-    path: str | Path, config: ModelConfig, tensors: Mapping[str, Array], tokenizer: Tokenizer, *,
-    dtype: str = "float16", max_shard_bytes: int | None = None, extra_files: Mapping[str, str] | None = None,
+    path: str | Path,
+    config: ModelConfig,
+    tensors: Mapping[str, Array],
+    tokenizer: Tokenizer,
+    *,
+    dtype: str = "float16",
+    max_shard_bytes: int | None = None,
+    extra_files: Mapping[str, str] | None = None,
     overwrite: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """Write a directory that ``load`` and transformers read. ``tensors`` go under Hugging Face's names.
 
     All files are written and flushed in a new directory beside ``path``, which is then renamed: a reader, or
@@ -141,7 +160,9 @@ def save(
         must not be replaced. Nothing has changed then.
     """
     if dtype not in STORED_TYPES:
-        raise ValueError(f"save: dtype {dtype!r} is not stored; choose one of {', '.join(STORED_TYPES)}")
+        raise ValueError(
+            f"save: dtype {dtype!r} is not stored; choose one of {', '.join(STORED_TYPES)}"
+        )
     if max_shard_bytes is not None and max_shard_bytes < 1:
         raise ValueError(f"save: max_shard_bytes must be positive, got {max_shard_bytes}")
     target = resolved(path)
@@ -159,9 +180,15 @@ def save(
 
 
 def write_directory(
-    target: Path, texts: Mapping[str, str], plan: Plan, read: Callable[[str], np.ndarray], *,
-    max_shard_bytes: int | None = None, temporary: Path | None = None, finish: Callable[[Path], None] | None = None,
-) -> None:  # fmt: skip
+    target: Path,
+    texts: Mapping[str, str],
+    plan: Plan,
+    read: Callable[[str], np.ndarray],
+    *,
+    max_shard_bytes: int | None = None,
+    temporary: Path | None = None,
+    finish: Callable[[Path], None] | None = None,
+) -> None:
     """Write text files and tensors in a new directory, then give it the name ``target`` (see ``save``).
 
     ``temporary`` is what it is called meanwhile; ``finish`` is shown it, whole, before it takes its name.
@@ -192,7 +219,10 @@ def documents(
 ) -> dict[str, str]:
     """The text files of a checkpoint, by name; ``entries`` are added to config.json."""
     raw = config.to_hf() | {"torch_dtype": dtype} | entries
-    special = {"bos_token": config.bos_token_id, "eos_token": next(iter(config.eos_token_ids), None)}
+    special = {
+        "bos_token": config.bos_token_id,
+        "eos_token": next(iter(config.eos_token_ids), None),
+    }
     words = {key: tokenizer.inner.id_to_token(i) for key, i in special.items() if i is not None}
     about_tokens = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -203,14 +233,19 @@ def documents(
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": raw["eos_token_id"]}
     texts = {
         "config.json": json.dumps(raw, indent=2) + "\n",
-        "generation_config.json": json.dumps({k: v for k, v in generation.items() if v is not None}, indent=2) + "\n",
+        "generation_config.json": json.dumps(
+            {k: v for k, v in generation.items() if v is not None}, indent=2
+        )
+        + "\n",
         "tokenizer_config.json": json.dumps(about_tokens, indent=2, ensure_ascii=False) + "\n",
         "tokenizer.json": tokenizer.inner.to_str(pretty=True),
     }
     for name in extra:
         plain = Path(name).name == name and name not in ("", "..")
         if not plain or name in texts or name.startswith(("model.", "model-")):
-            raise CheckpointError(f"save: the extra file {name!r} must be a plain new file name in the directory")
+            raise CheckpointError(
+                f"save: the extra file {name!r} must be a plain new file name in the directory"
+            )
     return texts | dict(extra)
 
 
@@ -223,9 +258,13 @@ def check_target(target: Path, overwrite: bool) -> None:
     if not any(target.iterdir()):
         return
     if not overwrite:
-        raise CheckpointError(f"{target} is not empty: choose another name, or pass overwrite=True to replace it")
+        raise CheckpointError(
+            f"{target} is not empty: choose another name, or pass overwrite=True to replace it"
+        )
     if not (target / "config.json").is_file():  # a mistyped path must not cost a home directory
-        raise CheckpointError(f"{target} holds no config.json: only a checkpoint is replaced; remove it yourself")
+        raise CheckpointError(
+            f"{target} holds no config.json: only a checkpoint is replaced; remove it yourself"
+        )
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:

@@ -65,7 +65,9 @@ def open_file(path: str | Path) -> GGUFFile:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     parts = file.metadata.get("split.count", 1)
     if not isinstance(parts, np.integer | int) or int(parts) > 1:
-        raise CheckpointError(f"{path} is one of several parts; join them with llama-gguf-split --merge first")
+        raise CheckpointError(
+            f"{path} is one of several parts; join them with llama-gguf-split --merge first"
+        )
     return file
 
 
@@ -99,7 +101,10 @@ class GGUFTensors(Mapping[str, Any]):
     quantization = "gguf"  # ``build`` asks: such weights need no room for floats
 
     def __init__(self, file: GGUFFile, xp: Any, dtype: str | None):
-        self.file, self.xp, self.dtype, self.where = file, xp, dtype or "float32", file.path
+        self.file = file
+        self.xp = xp
+        self.dtype = dtype or "float32"
+        self.where = file.path
         shapes = {name: record.shape for name, record in file.tensors.items()}
         self.config = config_of(file.metadata, shapes, str(file.path))
 
@@ -143,20 +148,27 @@ class GGUFTensors(Mapping[str, Any]):
         if len(record.shape) != 2:
             raise CheckpointError(f"{self.where}: {own} is quantised, but no matrix")
         self._refuse_broken(raw, record.kind.name, own)
-        return BlockWeight(raw if self.xp is None else self.xp.asarray(raw), record.kind.name, self.dtype)
+        return BlockWeight(
+            raw if self.xp is None else self.xp.asarray(raw), record.kind.name, self.dtype
+        )
 
     def _refuse_broken(self, raw: np.ndarray, type: str, name: str) -> None:
         """CheckpointError if a step is infinite or NaN: no number of its block could be computed with."""
         step = max(1, (1 << 22) // max(1, raw.shape[1]))
         for start in range(0, raw.shape[0], step):
             if not np.isfinite(dequantize(raw[start : start + step], type)).all():
-                raise CheckpointError(f"{self.where}: {name} holds steps that are NaN or infinite, from row {start} "
-                                      "on: the file is damaged, or its weights overflowed")  # fmt: skip
+                raise CheckpointError(
+                    f"{self.where}: {name} holds steps that are NaN or infinite, from row {start} "
+                    "on: the file is damaged, or its weights overflowed"
+                )
 
     def _floats(self, own: str) -> np.ndarray:
         """A tensor of plain floats as float32, in its shape."""
-        record, raw = self.file.tensors[own], self.file[own]
-        floats: np.ndarray = dequantize(np.ascontiguousarray(raw.reshape(-1, raw.shape[-1])), record.kind.name)
+        record = self.file.tensors[own]
+        raw = self.file[own]
+        floats: np.ndarray = dequantize(
+            np.ascontiguousarray(raw.reshape(-1, raw.shape[-1])), record.kind.name
+        )
         return floats.reshape(record.shape)
 
     def __iter__(self) -> Iterator[str]:

@@ -72,8 +72,12 @@ def hf_name(name: str) -> str | None:
     stem, _, suffix = name.rpartition(".")
     if stem.startswith("blk."):
         _, layer, part = stem.split(".", 2) if stem.count(".") >= 2 else ("", "", "")
-        return f"model.layers.{layer}.{_BACK[part]}.{suffix}" if layer.isdigit() and part in _BACK else None
-    return f"{_BACK[stem]}.{suffix}" if stem in _PLAIN.values() else None
+        if layer.isdigit() and part in _BACK:
+            return f"model.layers.{layer}.{_BACK[part]}.{suffix}"
+        return None
+    if stem in _PLAIN.values():
+        return f"{_BACK[stem]}.{suffix}"
+    return None
 
 
 def permutation(config: ModelConfig, name: str) -> np.ndarray | None:
@@ -81,7 +85,10 @@ def permutation(config: ModelConfig, name: str) -> np.ndarray | None:
     part = name.split(".")[-2] if "." in name else name
     if architecture(config) != "llama" or part not in ("q_proj", "k_proj"):
         return None
-    heads = config.num_attention_heads if part == "q_proj" else config.num_key_value_heads
+    if part == "q_proj":
+        heads = config.num_attention_heads
+    else:
+        heads = config.num_key_value_heads
     rows = np.arange(heads * config.head_dim).reshape(heads, 2, config.head_dim // 2)
     order: np.ndarray = rows.swapaxes(1, 2).reshape(-1)
     return order
@@ -92,13 +99,16 @@ def rope_factors(config: ModelConfig) -> np.ndarray | None:
     if config.rope_scaling is None:
         return None
     plain = np.array(rope_frequencies(config.head_dim, config.rope_theta))
-    factors: np.ndarray = plain / rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    factors: np.ndarray = plain / rope_frequencies(
+        config.head_dim, config.rope_theta, config.rope_scaling
+    )
     return factors.astype(np.float32)
 
 
 def metadata_of(config: ModelConfig, name: str) -> dict[str, Any]:
     """The entries that describe the network."""
-    arch, u32 = architecture(config), np.uint32
+    arch = architecture(config)
+    u32 = np.uint32
     made: dict[str, Any] = {
         "general.architecture": arch,
         "general.name": name,
@@ -118,12 +128,19 @@ def metadata_of(config: ModelConfig, name: str) -> dict[str, Any]:
     if config.sliding_window is not None:
         made[f"{arch}.attention.sliding_window"] = u32(config.sliding_window)
     if (s := config.rope_scaling) is not None:
-        numbers = (s.factor, s.low_freq_factor, s.high_freq_factor, s.original_max_position_embeddings)
+        numbers = (
+            s.factor,
+            s.low_freq_factor,
+            s.high_freq_factor,
+            s.original_max_position_embeddings,
+        )
         made[_SCALING] = np.array(numbers, dtype=np.float64)
     return made
 
 
-def config_of(metadata: Mapping[str, Any], names: Mapping[str, tuple[int, ...]], where: str) -> ModelConfig:
+def config_of(
+    metadata: Mapping[str, Any], names: Mapping[str, tuple[int, ...]], where: str
+) -> ModelConfig:
     """The network that a file describes; ``names`` are its tensors and their shapes.
 
     Raises
@@ -137,7 +154,8 @@ def config_of(metadata: Mapping[str, Any], names: Mapping[str, tuple[int, ...]],
         raise CheckpointError(f"{where}: general.architecture is {arch!r:.60}; read are {known}")
     entries = _Entries(metadata, arch, where)
     window = entries.whole("attention.sliding_window", 0) or None
-    width, heads = entries.whole("embedding_length"), entries.whole("attention.head_count")
+    width = entries.whole("embedding_length")
+    heads = entries.whole("attention.head_count")
     if (scaled := metadata.get(f"{arch}.rope.scaling.type", "none")) != "none":
         raise CheckpointError(f"{where}: RoPE scaling {scaled!r:.40} is not computed here")
     embedding = names.get("token_embd.weight", (0,))
@@ -154,7 +172,9 @@ def config_of(metadata: Mapping[str, Any], names: Mapping[str, tuple[int, ...]],
             head_dim=entries.whole("attention.key_length", width // max(1, heads)),
             rms_norm_eps=entries.number("attention.layer_norm_rms_epsilon"),
             rope_theta=entries.number("rope.freq_base", 10_000.0),
-            rope_scaling=_scaling(scaling) if scaling is not None and ROPE_FACTORS in names else None,
+            rope_scaling=_scaling(scaling)
+            if scaling is not None and ROPE_FACTORS in names
+            else None,
             tie_word_embeddings="output.weight" not in names,
             attention_bias=arch == "qwen2",
             qk_norm=arch == "qwen3",
@@ -163,10 +183,12 @@ def config_of(metadata: Mapping[str, Any], names: Mapping[str, tuple[int, ...]],
             bos_token_id=entries.token("bos_token_id"),
             eos_token_ids=tuple(
                 dict.fromkeys(
-                    i for key in ("eos_token_id", "eot_token_id") if (i := entries.token(key)) is not None
+                    i
+                    for key in ("eos_token_id", "eot_token_id")
+                    if (i := entries.token(key)) is not None
                 )
             ),
-        )  # fmt: skip
+        )
     except (ValueError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{where}: {error}") from error
 
@@ -180,21 +202,28 @@ class _Entries:
     """Entries of one architecture, each of the kind that is asked for."""
 
     def __init__(self, metadata: Mapping[str, Any], arch: str, where: str):
-        self.metadata, self.arch, self.where = metadata, arch, where
+        self.metadata = metadata
+        self.arch = arch
+        self.where = where
 
     def whole(self, key: str, default: int | None = None) -> int:
         value = self.metadata.get(f"{self.arch}.{key}", default)
         if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
             value = value[0]  # some files have one number a layer
         if value is None or isinstance(value, (str, list, np.bool_, np.floating, np.ndarray)):
-            raise CheckpointError(f"{self.where}: the entry {self.arch}.{key} is {value!r:.40}, not a whole number")
+            raise CheckpointError(
+                f"{self.where}: the entry {self.arch}.{key} is {value!r:.40}, not a whole number"
+            )
         return int(value)
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.metadata.get(f"{self.arch}.{key}", default)
         if value is None or isinstance(value, (str, list, np.bool_, np.ndarray)):
-            raise CheckpointError(f"{self.where}: the entry {self.arch}.{key} is {value!r:.40}, not a number")
-        return float(str(value))  # the shortest decimal that is this float32: 1e-05, not 9.99999975e-06
+            raise CheckpointError(
+                f"{self.where}: the entry {self.arch}.{key} is {value!r:.40}, not a number"
+            )
+        # the shortest decimal that is this float32: 1e-05, not 9.99999975e-06
+        return float(str(value))
 
     def token(self, key: str) -> int | None:
         value = self.metadata.get(f"tokenizer.ggml.{key}")

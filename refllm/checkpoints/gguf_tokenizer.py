@@ -34,7 +34,12 @@ from refllm.model.config import ModelConfig
 
 __all__ = ["metadata_of", "tokenizer_of"]
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+NORMAL = 1
+UNKNOWN = 2
+CONTROL = 3
+USER_DEFINED = 4
+UNUSED = 5
+BYTE = 6
 WHOLE = "tokenizer.huggingface.json"
 # Splits into words by the names that llama.cpp has for them; None is GPT-2's own, which the library has built in
 _END = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -60,7 +65,9 @@ def metadata_of(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
     whole = json.loads(text)
     model = whole["model"]
     if model.get("type") != "BPE":
-        raise CheckpointError(f"convert: a {model.get('type')} tokenizer has no place in GGUF here; BPE has")
+        raise CheckpointError(
+            f"convert: a {model.get('type')} tokenizer has no place in GGUF here; BPE has"
+        )
     pieces = bool(model.get("byte_fallback"))
     tokens, kinds = _tokens(whole, config.vocab_size, pieces)
     merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
@@ -71,13 +78,19 @@ def metadata_of(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
     }
     if pieces:
         made["tokenizer.ggml.scores"] = _scores(tokens, merges)
-        made["tokenizer.ggml.add_space_prefix"] = "prepend" in json.dumps(whole.get("normalizer")).lower() or (
-            '"first"' in json.dumps(whole.get("pre_tokenizer")) or '"always"' in json.dumps(whole.get("pre_tokenizer"))
+        made["tokenizer.ggml.add_space_prefix"] = "prepend" in json.dumps(
+            whole.get("normalizer")
+        ).lower() or (
+            '"first"' in json.dumps(whole.get("pre_tokenizer"))
+            or '"always"' in json.dumps(whole.get("pre_tokenizer"))
         )
     made["tokenizer.ggml.token_type"] = np.array(kinds, dtype=np.int32)
     if not pieces:
         made["tokenizer.ggml.merges"] = merges
-    for key, token in (("bos", config.bos_token_id), ("eos", next(iter(config.eos_token_ids), None))):
+    for key, token in (
+        ("bos", config.bos_token_id),
+        ("eos", next(iter(config.eos_token_ids), None)),
+    ):
         if token is not None and token < config.vocab_size:
             made[f"tokenizer.ggml.{key}_token_id"] = np.uint32(token)
     begins = tokenizer.encode("", special=True)[:1] == [config.bos_token_id]
@@ -113,13 +126,19 @@ def _words_name(pre: Any) -> str:
     text = json.dumps(pre)
     for name, pattern in WORDS.items():
         if pattern is None:
-            same = isinstance(pre, dict) and pre.get("type") == "ByteLevel" and pre.get("use_regex", True)
+            same = (
+                isinstance(pre, dict)
+                and pre.get("type") == "ByteLevel"
+                and pre.get("use_regex", True)
+            )
             if same and not pre.get("add_prefix_space"):
                 return name
         elif json.dumps(pattern) in text:
             return name
-    raise CheckpointError(f"convert: llama.cpp has no name for the tokenizer's words; it knows {', '.join(WORDS)} "
-                          f"of those tried, and this one is {text[:200]}")  # fmt: skip
+    raise CheckpointError(
+        f"convert: llama.cpp has no name for the tokenizer's words; it knows {', '.join(WORDS)} "
+        f"of those tried, and this one is {text[:200]}"
+    )
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -144,8 +163,10 @@ def tokenizer_of(metadata: Mapping[str, Any], where: str) -> Tokenizer:
 
 
 def _rebuilt(metadata: Mapping[str, Any], where: str) -> Tokenizer:
-    model, words = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
-    tokens, merges = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.merges")
+    model = metadata.get("tokenizer.ggml.model")
+    words = metadata.get("tokenizer.ggml.pre", "default")
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    merges = metadata.get("tokenizer.ggml.merges")
     if not isinstance(tokens, list) or len(set(tokens)) != len(tokens):
         raise CheckpointError(f"{where}: tokenizer.ggml.tokens is missing, or holds a token twice")
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -163,19 +184,34 @@ def _rebuilt(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     elif model == "llama":
         inner = _pieces(metadata, tokens, vocab, where)
     else:
-        raise CheckpointError(f"{where}: the tokenizer {model!r:.40} with words {words!r:.40} is not read; read are "
-                              f"'gpt2' with {', '.join(WORDS)}, and 'llama'")  # fmt: skip
+        raise CheckpointError(
+            f"{where}: the tokenizer {model!r:.40} with words {words!r:.40} is not read; read are "
+            f"'gpt2' with {', '.join(WORDS)}, and 'llama'"
+        )
     kinds = metadata.get("tokenizer.ggml.token_type", np.ones(len(tokens), dtype=np.int32))
-    special = [i for i, kind in enumerate(kinds) if kind in (CONTROL, USER_DEFINED, UNKNOWN) and i < len(tokens)]
-    inner.add_tokens([AddedToken(tokens[i], special=bool(kinds[i] != USER_DEFINED), normalized=False) for i in special])
+    special = [
+        i
+        for i, kind in enumerate(kinds)
+        if kind in (CONTROL, USER_DEFINED, UNKNOWN) and i < len(tokens)
+    ]
+    inner.add_tokens(
+        [
+            AddedToken(tokens[i], special=bool(kinds[i] != USER_DEFINED), normalized=False)
+            for i in special
+        ]
+    )
     begin = metadata.get("tokenizer.ggml.bos_token_id")
     if begin is not None and metadata.get("tokenizer.ggml.add_bos_token", model == "llama"):
         first = tokens[int(begin)]
-        inner.post_processor = processors.TemplateProcessing(single=f"{first} $A", special_tokens=[(first, int(begin))])
+        inner.post_processor = processors.TemplateProcessing(
+            single=f"{first} $A", special_tokens=[(first, int(begin))]
+        )
     return Tokenizer(inner)
 
 
-def _pieces(metadata: Mapping[str, Any], tokens: Sequence[str], vocab: Mapping[str, int], where: str) -> Any:
+def _pieces(
+    metadata: Mapping[str, Any], tokens: Sequence[str], vocab: Mapping[str, int], where: str
+) -> Any:
     """A SentencePiece model of merges: each token can be made of any two tokens, the best score first."""
     scores = metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, np.ndarray) or scores.shape != (len(tokens),):
@@ -188,11 +224,21 @@ def _pieces(metadata: Mapping[str, Any], tokens: Sequence[str], vocab: Mapping[s
     ranked.sort(key=lambda entry: entry[:2])
     unknown = metadata.get("tokenizer.ggml.unknown_token_id", 0)
     inner = _Tokenizer(
-        models.BPE(vocab=dict(vocab), merges=[pair for *_, pair in ranked], unk_token=tokens[int(unknown)],
-                   fuse_unk=True, byte_fallback=True)
-    )  # fmt: skip
-    prefix = [normalizers.Prepend("▁")] if metadata.get("tokenizer.ggml.add_space_prefix", True) else []
+        models.BPE(
+            vocab=dict(vocab),
+            merges=[pair for *_, pair in ranked],
+            unk_token=tokens[int(unknown)],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+        prefix = [normalizers.Prepend("▁")]
+    else:
+        prefix = []
     inner.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
     return inner

@@ -83,14 +83,18 @@ def read(directory: Path) -> Quantization | None:
         raise CheckpointError(f"{file}: {error}") from error
 
 
-def stored_as(quantization: Quantization | None, name: str, shape: Shape, names: Container[str]) -> Stored | None:
+def stored_as(
+    quantization: Quantization | None, name: str, shape: Shape, names: Container[str]
+) -> Stored | None:
     """How the tensor ``name`` of a network is stored in files with ``names``; None: as it is."""
     if quantization is None or len(shape) != 2 or name == EMBEDDING:
         return None
     return quantization.of(name.removesuffix(".weight"), names)
 
 
-def stored_specs(config: ModelConfig, stored: Callable[[str, Shape], Stored | None]) -> Iterator[tuple[str, Spec]]:
+def stored_specs(
+    config: ModelConfig, stored: Callable[[str, Shape], Stored | None]
+) -> Iterator[tuple[str, Spec]]:
     """Name, dtype and shape of each tensor in the files of a network, in the order of ``tensor_shapes``.
 
     ``stored`` says of each tensor how it is stored. A dtype of ``FLOAT`` is the checkpoint's own.
@@ -121,52 +125,77 @@ class NetworkTensors(Mapping[str, Any]):
     """
 
     def __init__(
-        self, files: TensorFiles, config: ModelConfig, quantization: Quantization | None, xp: Any, dtype: str | None
+        self,
+        files: TensorFiles,
+        config: ModelConfig,
+        quantization: Quantization | None,
+        xp: Any,
+        dtype: str | None,
     ):
-        self.files, self.config, self.quantization, self.xp, self.dtype = files, config, quantization, xp, dtype
+        self.files = files
+        self.config = config
+        self.quantization = quantization
+        self.xp = xp
+        self.dtype = dtype
 
     def check(self) -> NetworkTensors:
         """Itself, if names and shapes are the network's; CheckpointError says what is not."""
-        files, where = self.files, self.files.directory
-        specs = stored_specs(self.config, lambda name, shape: stored_as(self.quantization, name, shape, files))
+        files = self.files
+        where = self.files.directory
+        specs = stored_specs(
+            self.config, lambda name, shape: stored_as(self.quantization, name, shape, files)
+        )
         wanted = ((name, shape) for name, (_, shape) in specs)
-        spare = check_tensors(self.config, files, where, wanted=wanted, spare=OPTIONAL if self.quantization else ())
+        spare = check_tensors(
+            self.config, files, where, wanted=wanted, spare=OPTIONAL if self.quantization else ()
+        )
         check_tied(self.config, files, where)
         for name in spare:
             if (files[name] if files.dtype(name) in FLOATS else files.integers(name)).any():
-                raise CheckpointError(f"{files.file(name)}: {name!r} is not zero, and the network has no place for it: "
-                                      "ignoring it would change the output")  # fmt: skip
+                raise CheckpointError(
+                    f"{files.file(name)}: {name!r} is not zero, and the network has no place for it: "
+                    "ignoring it would change the output"
+                )
         return self
 
     @cached_property
     def _shapes(self) -> dict[str, Shape]:
-        return dict(tensor_shapes(self.config))  # not before the check: a config may claim a billion layers
+        # not before the check: a config may claim a billion layers
+        return dict(tensor_shapes(self.config))
 
     def __getitem__(self, name: str) -> Any:
         shape = self._shapes[name]
         stored = stored_as(self.quantization, name, shape, self.files)
-        return self._plain(name) if stored is None else self._linear(name, stored, (shape[0], shape[1]))
+        if stored is None:
+            return self._plain(name)
+        return self._linear(name, stored, (shape[0], shape[1]))
 
     def _plain(self, name: str) -> Array:
         tensor = self.files[name]
         # converted on the host: CuPy has no bfloat16
-        return self._moved(converted(tensor, self.dtype or tensor.dtype.name, name, self.files.file(name)))
+        return self._moved(
+            converted(tensor, self.dtype or tensor.dtype.name, name, self.files.file(name))
+        )
 
     def _moved(self, host: np.ndarray) -> Array:
         return host if self.xp is None else self.xp.asarray(host)
 
     def _linear(self, name: str, stored: Stored, shape: tuple[int, int]) -> Any:
-        module, tensors, scale_dtype = name.removesuffix("weight"), {}, None
+        module = name.removesuffix("weight")
+        tensors = {}
+        scale_dtype = None
         for suffix, (kind, _) in tensor_specs(stored, shape, name).items():
             full = module + suffix
             if kind == FLOAT:
                 scale = self.files[full]
                 scale_dtype = scale.dtype.name
-                wide = "float64" if self.dtype == "float64" else "float32"  # computed with, until they are stored
+                # computed with, until they are stored
+                wide = "float64" if self.dtype == "float64" else "float32"
                 host = converted(scale, wide, full, self.files.file(full))
             else:
                 host = self.files.integers(full, kind)
-                host = host.view("uint8") if kind == FLOAT8 else host  # codes: neither library computes with the type
+                # codes: neither library computes with the type
+                host = host.view("uint8") if kind == FLOAT8 else host
             tensors[suffix] = self._moved(host)
         try:
             if stored.floats:
@@ -174,7 +203,12 @@ class NetworkTensors(Mapping[str, Any]):
                     tensors, stored, shape, dtype=self.dtype or "float32", name=module[:-1]
                 )
             return from_tensors(
-                tensors, stored, shape, scale_dtype=scale_dtype, dtype=self.dtype or "float32", name=module[:-1]
+                tensors,
+                stored,
+                shape,
+                scale_dtype=scale_dtype,
+                dtype=self.dtype or "float32",
+                name=module[:-1],
             )
         except ValueError as error:
             raise CheckpointError(f"{self.files.directory}: {error}") from error
@@ -211,7 +245,9 @@ def load(path: str | Path, *, backend: str | None = None, dtype: str = "float32"
     xp = get(backend)
     types = ("float32", "float64") if xp is np else ("float16", "float32", "float64")
     if dtype not in types:
-        raise ValueError(f"load: dtype {dtype!r} is not computed in on {xp.__name__}; choose one of {', '.join(types)}")
+        raise ValueError(
+            f"load: dtype {dtype!r} is not computed in on {xp.__name__}; choose one of {', '.join(types)}"
+        )
     if gguf.is_gguf(path):
         return Checkpoint(*gguf.load(path, xp, dtype), Path(path))
     directory = _directory(path)
@@ -227,16 +263,25 @@ def read_config(path: str | Path) -> ModelConfig:
     directory = _directory(path)
     file = directory / "config.json"
     if not file.is_file():
-        raise CheckpointError(f"{directory} has no config.json: pass the directory of a Hugging Face checkpoint")
+        raise CheckpointError(
+            f"{directory} has no config.json: pass the directory of a Hugging Face checkpoint"
+        )
     raw = read_json(file)
     try:
         config = ModelConfig.from_hf(raw)
     except KeyError as error:
         raise CheckpointError(f"{file}: the entry {error} is missing") from error
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:  # UnsupportedModel, or a wrong JSON type
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+    ) as error:  # UnsupportedModel, or a wrong JSON type
         raise CheckpointError(f"{file}: {error}") from error
     eos = _generation_eos(directory / "generation_config.json")
-    return config if eos is None else replace(config, eos_token_ids=eos)
+    if eos is None:
+        return config
+    return replace(config, eos_token_ids=eos)
 
 
 def build_weights(config: ModelConfig, tensors: Mapping[str, Array]) -> Weights:
@@ -277,15 +322,20 @@ def _floats(tensor: Any) -> np.ndarray:
 
 def _directory(path: str | Path) -> Path:
     directory = Path(os.path.expanduser(path))  # unlike Path's, leaves an unknown ~user as it is
-    if not os.path.exists(directory):  # unlike Path's, False for a name that the file system cannot hold
-        raise CheckpointError(f"{directory} does not exist: pass the directory of a Hugging Face checkpoint")
+    # unlike Path's, False for a name that the file system cannot hold
+    if not os.path.exists(directory):
+        raise CheckpointError(
+            f"{directory} does not exist: pass the directory of a Hugging Face checkpoint"
+        )
     if directory.is_file() and directory.suffix == ".gguf":
         raise CheckpointError(
             f"{directory} is a GGUF file: here a Hugging Face directory is needed; load, generate, eval and convert "
             "read GGUF"
         )
     if not directory.is_dir():
-        raise CheckpointError(f"{directory} is a file: pass the directory that holds it and config.json")
+        raise CheckpointError(
+            f"{directory} is a file: pass the directory that holds it and config.json"
+        )
     return directory
 
 
@@ -295,7 +345,9 @@ def _generation_eos(file: Path) -> tuple[int, ...] | None:
     eos = read_json(file).get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in ids):
-        raise CheckpointError(f"{file}: eos_token_id must be a token id or a list of them, got {eos!r}")
+        raise CheckpointError(
+            f"{file}: eos_token_id must be a token id or a list of them, got {eos!r}"
+        )
     return tuple(ids) or None
 
 

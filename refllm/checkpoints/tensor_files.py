@@ -33,9 +33,12 @@ from refllm.model.config import ModelConfig
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names and NumPy's
-INTEGERS = {"I64": "int64", "I32": "int32", "I8": "int8", "F8_E4M3": "float8_e4m3fn"}  # codes of quantised weights
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# safetensors' names and NumPy's
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# codes of quantised weights
+INTEGERS = {"I64": "int64", "I32": "int32", "I8": "int8", "F8_E4M3": "float8_e4m3fn"}
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 Shape = tuple[int, ...]
 
@@ -54,11 +57,15 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, nesting without end
-        raise CheckpointError(f"{path} is not valid JSON ({error}): download the file again") from error
+        raise CheckpointError(
+            f"{path} is not valid JSON ({error}): download the file again"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(raw).__name__}, not an object: is it another file?")
+        raise CheckpointError(
+            f"{path} holds a JSON {type(raw).__name__}, not an object: is it another file?"
+        )
     return raw
 
 
@@ -78,7 +85,8 @@ class TensorFiles(Mapping[str, np.ndarray]):
         self.directory = Path(directory)
         self._shards: dict[Path, Any] = {}
         self._where: dict[str, Path] = {}
-        single, index = self.directory / file, self.directory / INDEX
+        single = self.directory / file
+        index = self.directory / INDEX
         if single.is_file():
             self._where = dict.fromkeys(self._open(single).keys(), single)
         elif index.is_file():
@@ -88,19 +96,31 @@ class TensorFiles(Mapping[str, np.ndarray]):
 
     def _follow(self, index: Path) -> None:
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise CheckpointError(f"{index} has no 'weight_map' from tensor names to file names: download it again")
-        paths = {file: _inside(self.directory, file, index) for file in dict.fromkeys(weight_map.values())}
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(v, str) for v in weight_map.values()
+        ):
+            raise CheckpointError(
+                f"{index} has no 'weight_map' from tensor names to file names: download it again"
+            )
+        paths = {
+            file: _inside(self.directory, file, index)
+            for file in dict.fromkeys(weight_map.values())
+        }
         held = {file: set(self._open(path).keys()) for file, path in paths.items()}
         for name, file in weight_map.items():
             if name not in held[file]:
-                raise CheckpointError(f"{paths[file]} does not hold {name!r}, which {index} says it does: "
-                                      "index and shards belong to different checkpoints")  # fmt: skip
+                raise CheckpointError(
+                    f"{paths[file]} does not hold {name!r}, which {index} says it does: "
+                    "index and shards belong to different checkpoints"
+                )
             self._where[name] = paths[file]
-        for file, names in held.items():  # two tensors of one name: which one is meant, the index may not know
+        # two tensors of one name: which one is meant, the index may not know
+        for file, names in held.items():
             if twice := [name for name in sorted(names) if weight_map.get(name, file) != file]:
-                raise CheckpointError(f"{paths[file]} holds {twice[0]!r}, which {index} puts into another shard: "
-                                      "index and shards belong to different checkpoints")  # fmt: skip
+                raise CheckpointError(
+                    f"{paths[file]} holds {twice[0]!r}, which {index} puts into another shard: "
+                    "index and shards belong to different checkpoints"
+                )
 
     def _open(self, path: Path) -> Any:
         try:
@@ -140,8 +160,10 @@ class TensorFiles(Mapping[str, np.ndarray]):
         """
         kind = INTEGERS.get(self.dtype(name))
         if kind is None or not (kind == (dtype or kind) or _widens(kind, str(dtype))):
-            raise CheckpointError(f"{self._where[name]}: {name!r} is stored as {self.dtype(name)}, not as "
-                                  f"{dtype or 'whole numbers'}: the file is damaged, or of another layout")  # fmt: skip
+            raise CheckpointError(
+                f"{self._where[name]}: {name!r} is stored as {self.dtype(name)}, not as "
+                f"{dtype or 'whole numbers'}: the file is damaged, or of another layout"
+            )
         return self.raw(name).astype(dtype or kind, copy=False)
 
     def raw(self, name: str) -> np.ndarray:
@@ -201,7 +223,9 @@ def converted(tensor: np.ndarray, dtype: str, name: str, where: Path) -> np.ndar
             f"{where}: {name!r} has type {tensor.dtype}; weights are one of {', '.join(FLOATS.values())}"
         )
     with np.errstate(over="ignore", invalid="ignore"):  # both are looked for below, by name
-        out = np.ascontiguousarray(tensor.astype(host_dtype(dtype), copy=False)).reshape(tensor.shape)
+        out = np.ascontiguousarray(tensor.astype(host_dtype(dtype), copy=False)).reshape(
+            tensor.shape
+        )
         if np.isfinite(out).all():
             return out
         bad = ~np.isfinite(tensor)
@@ -223,8 +247,11 @@ def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
 
     A generator: a config that claims a billion layers fails at the first that is missing.
     """
-    n, d, f = config.hidden_size, config.head_dim, config.intermediate_size
-    wide, narrow = config.num_attention_heads * d, config.num_key_value_heads * d
+    n = config.hidden_size
+    d = config.head_dim
+    f = config.intermediate_size
+    wide = config.num_attention_heads * d
+    narrow = config.num_key_value_heads * d
     yield EMBEDDING, (config.vocab_size, n)
     for i in range(config.num_hidden_layers):
         at = f"model.layers.{i}."
@@ -254,29 +281,42 @@ def shapes_of(tensors: Mapping[str, Array]) -> dict[str, Shape]:
 
 
 def check_tensors(
-    config: ModelConfig, tensors: Mapping[str, Array], where: Path, *,
-    wanted: Iterable[tuple[str, Shape]] | None = None, spare: tuple[str, ...] = (),
-) -> list[str]:  # fmt: skip
+    config: ModelConfig,
+    tensors: Mapping[str, Array],
+    where: Path,
+    *,
+    wanted: Iterable[tuple[str, Shape]] | None = None,
+    spare: tuple[str, ...] = (),
+) -> list[str]:
     """Compare what is there with what the network needs: nothing missing, misshapen or left over.
 
     ``wanted`` replaces ``tensor_shapes(config)``, for files that store some weights as several tensors. Names that end
     on one of ``spare`` may be left over, and are returned.
     """
-    shapes, needed = shapes_of(tensors), set()
+    shapes = shapes_of(tensors)
+    needed = set()
     for name, shape in tensor_shapes(config) if wanted is None else wanted:
         if name not in shapes:
-            raise CheckpointError(f"{where}: the tensor {name!r} is missing, which a {config.family} of "
-                                  f"{config.num_hidden_layers} layers needs: compare it with config.json")  # fmt: skip
+            raise CheckpointError(
+                f"{where}: the tensor {name!r} is missing, which a {config.family} of "
+                f"{config.num_hidden_layers} layers needs: compare it with config.json"
+            )
         if shapes[name] != shape:
-            raise CheckpointError(f"{where}: {name!r} has shape {shapes[name]}, but config.json says {shape}: "
-                                  "they belong to different checkpoints")  # fmt: skip
+            raise CheckpointError(
+                f"{where}: {name!r} has shape {shapes[name]}, but config.json says {shape}: "
+                "they belong to different checkpoints"
+            )
         needed.add(name)
     if config.tie_word_embeddings:
         needed.add(HEAD)
-    left = [name for name in shapes if name not in needed and not name.endswith("rotary_emb.inv_freq")]
+    left = [
+        name for name in shapes if name not in needed and not name.endswith("rotary_emb.inv_freq")
+    ]
     if lost := [name for name in left if not name.endswith(spare)]:
-        raise CheckpointError(f"{where}: {len(lost)} tensors are not part of a {config.family} network as config.json "
-                              f"describes it, such as {lost[0]!r}: ignoring them would change the output")  # fmt: skip
+        raise CheckpointError(
+            f"{where}: {len(lost)} tensors are not part of a {config.family} network as config.json "
+            f"describes it, such as {lost[0]!r}: ignoring them would change the output"
+        )
     return left
 
 
@@ -285,8 +325,10 @@ def check_tied(config: ModelConfig, tensors: Mapping[str, Array], where: Path) -
     if not config.tie_word_embeddings or HEAD not in tensors:
         return
     if not np.array_equal(to_numpy(tensors[HEAD]), to_numpy(tensors[EMBEDDING])):
-        raise CheckpointError(f"{where}: {HEAD} differs from {EMBEDDING}, though config.json says that they are "
-                              "tied: set tie_word_embeddings to false")  # fmt: skip
+        raise CheckpointError(
+            f"{where}: {HEAD} differs from {EMBEDDING}, though config.json says that they are "
+            "tied: set tie_word_embeddings to false"
+        )
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: Path) -> None:
@@ -295,29 +337,42 @@ def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: Path) -> 
     if size == 0:
         raise CheckpointError(f"{where}: the tokenizer has no tokens")
     if size > config.vocab_size:
-        raise CheckpointError(f"{where}: the tokenizer has ids up to {size - 1}, the model a vocabulary of "
-                              f"{config.vocab_size}: they belong to different checkpoints")  # fmt: skip
+        raise CheckpointError(
+            f"{where}: the tokenizer has ids up to {size - 1}, the model a vocabulary of "
+            f"{config.vocab_size}: they belong to different checkpoints"
+        )
 
 
 def _inside(directory: Path, name: str, index: Path) -> Path:
     """The path of a shard, refused unless it stays in the directory: an index is somebody else's text."""
     for kind in (PurePosixPath(name), PureWindowsPath(name)):
         if kind.anchor or ".." in kind.parts:
-            raise CheckpointError(f"{index} names the shard {name!r}, which points outside {directory}: refused")
+            raise CheckpointError(
+                f"{index} names the shard {name!r}, which points outside {directory}: refused"
+            )
     path = directory / name
-    if not os.path.isfile(path):  # unlike Path.is_file, False for a name that the file system cannot hold
-        raise CheckpointError(f"{path} is missing, though {index.name} names it: download that shard")
-    home, real = directory.resolve(), path.resolve()
+    # unlike Path.is_file, False for a name that the file system cannot hold
+    if not os.path.isfile(path):
+        raise CheckpointError(
+            f"{path} is missing, though {index.name} names it: download that shard"
+        )
+    home = directory.resolve()
+    real = path.resolve()
     roots = [home]
-    if home.parent.name == "snapshots":  # Hugging Face's download cache links each file to ../../blobs/<hash>
+    # Hugging Face's download cache links each file to ../../blobs/<hash>
+    if home.parent.name == "snapshots":
         roots.append(home.parent.parent / "blobs")
     if not any(real.is_relative_to(root) for root in roots):
-        raise CheckpointError(f"{path} is a link to {real}, outside {directory}: refused; copy the file instead")
+        raise CheckpointError(
+            f"{path} is a link to {real}, outside {directory}: refused; copy the file instead"
+        )
     return path
 
 
 def _no_weights(directory: Path) -> str:
-    pickled = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    pickled = sorted(
+        p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")
+    )
     pickled += [p.name for p in directory.iterdir() if p.name.endswith(".bin.index.json")]
     if pickled:
         return (

@@ -32,14 +32,17 @@ class Tokenizer:
 
     def __init__(self, inner: _Tokenizer) -> None:
         self.inner = inner
-        self.inner.encode_special_tokens = True  # the literal text of a special token is ordinary text
-        self.inner.no_truncation()  # some published files ask for it, and would cut a text in silence
+        # the literal text of a special token is ordinary text
+        self.inner.encode_special_tokens = True
+        # some published files ask for it, and would cut a text in silence
+        self.inner.no_truncation()
         self.inner.no_padding()
 
     @cached_property
     def _parsing(self) -> _Tokenizer:
         """A twin that reads special tokens; a twin, because a flag flipped in place would race between threads."""
-        return _Tokenizer.from_str(self.inner.to_str())  # the flag is no part of the file, so it is off here
+        # the flag is no part of the file, so it is off here
+        return _Tokenizer.from_str(self.inner.to_str())
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
@@ -61,7 +64,9 @@ class Tokenizer:
         is beyond 2²⁰: the library reserves memory for all of it, and a failure there ends the process.
         """
         if not 257 <= vocab_size <= 2**20:
-            raise ValueError(f"a byte-level vocabulary needs at least 257 tokens, got {vocab_size}; at most 2**20")
+            raise ValueError(
+                f"a byte-level vocabulary needs at least 257 tokens, got {vocab_size}; at most 2**20"
+            )
         inner = _Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = decoders.ByteLevel()

@@ -12,7 +12,9 @@ from __future__ import annotations
 import ctypes
 import platform
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+_M_TRIM_THRESHOLD = -1  # malloc.h
+_M_TOP_PAD = -2
+_M_MMAP_THRESHOLD = -3
 _MOST = 2**31 - 1  # mallopt takes an int
 
 

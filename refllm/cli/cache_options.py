@@ -13,12 +13,16 @@ if TYPE_CHECKING:
     from refllm.model.config import ModelConfig
 
 KvBitsOption = Annotated[
-    int | None, opt("Keep keys and values in N bits, as KIVI does.", min=1, max=8, show_default="off")
+    int | None,
+    opt("Keep keys and values in N bits, as KIVI does.", min=1, max=8, show_default="off"),
 ]
 KvGroupOption = Annotated[int | None, opt("Numbers that share a step.", min=1, show_default="32")]
-KvResidualOption = Annotated[int | None, opt("Newest tokens that stay as they are.", min=1, show_default="128")]
+KvResidualOption = Annotated[
+    int | None, opt("Newest tokens that stay as they are.", min=1, show_default="128")
+]
 KvKeepOption = Annotated[
-    int | None, opt("Keep N tokens a key head (snapkv, pyramidkv: of the prompt).", min=1, show_default="all")
+    int | None,
+    opt("Keep N tokens a key head (snapkv, pyramidkv: of the prompt).", min=1, show_default="all"),
 ]
 KvPolicyOption = Annotated[
     str | None,
@@ -30,7 +34,9 @@ KvPolicyOption = Annotated[
 ]
 
 
-def kivi_of(config: ModelConfig, bits: int | None, group: int | None, residual: int | None) -> Kivi | None:
+def kivi_of(
+    config: ModelConfig, bits: int | None, group: int | None, residual: int | None
+) -> Kivi | None:
     """The settings that the options ask for; None without ``--kv-bits``.
 
     ValueError for a group or residual without it, and for settings that do not fit the model's heads.
@@ -39,11 +45,18 @@ def kivi_of(config: ModelConfig, bits: int | None, group: int | None, residual: 
 
     if bits is None:
         if group is not None or residual is not None:
-            raise ValueError("--kv-group and --kv-residual say how the cache is quantised: say to how many --kv-bits")
+            raise ValueError(
+                "--kv-group and --kv-residual say how the cache is quantised: say to how many --kv-bits"
+            )
         return None
-    given = {name: value for name, value in (("group", group), ("residual", residual)) if value is not None}
+    given = {
+        name: value
+        for name, value in (("group", group), ("residual", residual))
+        if value is not None
+    }
     if group is not None:
-        Kivi(bits, bits, group, 32 * group).check(config.head_dim)  # before a residual is asked for that fits it
+        # before a residual is asked for that fits it
+        Kivi(bits, bits, group, 32 * group).check(config.head_dim)
     kivi = Kivi(bits, bits, **given)
     kivi.check(config.head_dim)
     return kivi
@@ -58,9 +71,13 @@ def sparse_of(keep: int | None, name: str | None) -> Sparse | None:
             raise ValueError("--kv-policy says which tokens are kept: say how many with --kv-keep")
         return None
     policies: dict[str, Callable[[int], Sparse]] = {
-        "snapkv": sparse.snapkv, "h2o": sparse.h2o, "tova": sparse.tova, "streaming": sparse.streaming,
-        "pyramidkv": sparse.pyramidkv, "recent": sparse.recent_only,
-    }  # fmt: skip
+        "snapkv": sparse.snapkv,
+        "h2o": sparse.h2o,
+        "tova": sparse.tova,
+        "streaming": sparse.streaming,
+        "pyramidkv": sparse.pyramidkv,
+        "recent": sparse.recent_only,
+    }
     if name is not None and name not in policies:
         raise ValueError(f"--kv-policy {name}: there is none; choose one of {', '.join(policies)}")
     return policies[name or "snapkv"](keep)
@@ -77,7 +94,8 @@ def told(policy: Kivi | Sparse, config: ModelConfig, prompt: int, new: int) -> s
         held = policy.held(prompt, new, config.num_hidden_layers) / config.num_hidden_layers
         size = human(full * held / tokens)
         return f"cache: {size} of float32 instead of {human(full)}, {held:,.0f} of {tokens:,} tokens a key head"
-    kivi, small = policy, policy.nbytes(config, tokens, full=32)
+    kivi = policy
+    small = policy.nbytes(config, tokens, full=32)
     if small == full:
         why = f"{tokens} tokens are fewer than the {kivi.residual} that wait"
         return f"cache: {human(full)}, nothing of it quantised: {why}"

@@ -12,12 +12,18 @@ from refllm.tour.terminal import bytes_text, console, pairs
 def convert(
     to: Annotated[Path, opt("The file to write.", "--to", metavar="FILE")],
     model: AnyModelOption = "stdlib",
-    type: Annotated[str, opt("Which types its tensors get: Q4_K_M, Q8_0, F16 …", "--type", metavar="TYPE")] = "Q4_K_M",
-    imatrix: Annotated[bool, flag("Weigh errors by the activations of calibration text.", "--imatrix")] = False,
+    type: Annotated[
+        str, opt("Which types its tensors get: Q4_K_M, Q8_0, F16 …", "--type", metavar="TYPE")
+    ] = "Q4_K_M",
+    imatrix: Annotated[
+        bool, flag("Weigh errors by the activations of calibration text.", "--imatrix")
+    ] = False,
     windows: Annotated[int, opt("Windows of calibration text, with --imatrix.", min=1)] = 64,
     length: Annotated[int, opt("Tokens of each.", min=2)] = 256,
     seed: Annotated[int, opt("Of their choice.", min=0)] = 0,
-    workers: Annotated[int | None, opt("Processes that encode side by side.", min=1, show_default="one a core")] = None,
+    workers: Annotated[
+        int | None, opt("Processes that encode side by side.", min=1, show_default="one a core")
+    ] = None,
     overwrite: Annotated[bool, flag("Replace the file if it is there.", "--overwrite")] = False,
     backend: BackendOption = "numpy",
 ) -> None:
@@ -36,11 +42,21 @@ def convert(
     from refllm.quant.to_gguf import convert as convert_file
     from refllm.quant.to_gguf import free
 
-    source, to = locate(model), free(to, overwrite)
-    weights = _importance(source, windows, length, seed, backend) if imatrix else None
+    source = locate(model)
+    to = free(to, overwrite)
+    if imatrix:
+        weights = _importance(source, windows, length, seed, backend)
+    else:
+        weights = None
     with progress("converting") as advance:
         made = convert_file(
-            source, to, type, importance=weights, workers=workers, overwrite=overwrite, progress=advance
+            source,
+            to,
+            type,
+            importance=weights,
+            workers=workers,
+            overwrite=overwrite,
+            progress=advance,
         )
     counts: dict[str, int] = {}
     for stored in made.types.values():
@@ -66,7 +82,9 @@ def _importance(source: Path, windows: int, length: int, seed: int, backend: str
     config, tokenizer = open_source(source)
     if length > config.max_position_embeddings:
         longest = config.max_position_embeddings
-        raise ValueError(f"windows of {length} tokens are longer than the model's {longest} positions: lower --length")
+        raise ValueError(
+            f"windows of {length} tokens are longer than the model's {longest} positions: lower --length"
+        )
     text = calibration_windows(tokenizer, windows, length, seed, begin=config.bos_token_id)
     note(f"importance from {windows} windows of {length} tokens of the standard library's source")
     with progress("observing") as advance:

@@ -31,13 +31,23 @@ def draft_named(names: str, gamma: int | None, tree: bool, backend: str) -> Any:
 
     options: Any = {} if gamma is None else {"gamma": gamma}
     kind = TreeDrafter if tree else ModelDrafter
-    wanted = [names] if Path(names).is_dir() else [name.strip() for name in names.split(",")]
+    if Path(names).is_dir():
+        wanted = [names]
+    else:
+        wanted = [name.strip() for name in names.split(",")]
     if not all(wanted):
         raise ValueError(f"--draft names drafters with commas between them, got {names!r}")
     if tree and set(wanted) == {"ngram"}:
-        raise ValueError("--tree says how a draft model drafts, and n-grams are none: name one with --draft")
-    drafters = [NGramDrafter(**options) if name == "ngram" else kind(load(name, backend), **options) for name in wanted]
-    return drafters[0] if len(drafters) == 1 else Cascade(*drafters)
+        raise ValueError(
+            "--tree says how a draft model drafts, and n-grams are none: name one with --draft"
+        )
+    drafters = [
+        NGramDrafter(**options) if name == "ngram" else kind(load(name, backend), **options)
+        for name in wanted
+    ]
+    if len(drafters) == 1:
+        return drafters[0]
+    return Cascade(*drafters)
 
 
 class Speculation:
@@ -47,10 +57,12 @@ class Speculation:
         from refllm.decode.speculative.acceptance import Acceptance
         from refllm.decode.text import Utf8Stream
 
-        self.drafter, self.tokenizer = drafter, tokenizer
+        self.drafter = drafter
+        self.tokenizer = tokenizer
         self.stats = Acceptance()
         self._characters = Utf8Stream(tokenizer)
-        self._marked: deque[tuple[str, str]] = deque()  # (text, what it is), of the steps that were judged
+        # (text, what it is), of the steps that were judged
+        self._marked: deque[tuple[str, str]] = deque()
 
     def judged(self, step: Step) -> None:
         """A step of the target; the first is the prefill's, which drafts nothing."""
@@ -79,7 +91,11 @@ class Speculation:
                     text = text[:left]
                 left -= len(text)
                 if text:
-                    yield typer.style(printable(text), fg="green") if kind == "accepted" else printable(text)
+                    yield (
+                        typer.style(printable(text), fg="green")
+                        if kind == "accepted"
+                        else printable(text)
+                    )
 
     def summary(self) -> str:
         """One line: what was drafted, what of it was accepted, and tokens a step."""

@@ -40,7 +40,8 @@ class Commands(TyperGroup):
             if getattr(sys, name) is None:  # closed by the caller, as by `>&-`
                 setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (open to the end)
         for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # a terminal that is not UTF-8 shows '?', and no error
+            # a terminal that is not UTF-8 shows '?', and no error
+            if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
         try:
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
@@ -57,19 +58,29 @@ class Commands(TyperGroup):
 
 def explain(error: Exception) -> str | None:
     """One sentence for bad input; None for a bug."""
-    if hasattr(error, "format_message"):  # a usage error of click, which newer typers bring along under another name
+    # a usage error of click, which newer typers bring along under another name
+    if hasattr(error, "format_message"):
         context = getattr(error, "ctx", None)
-        hint = f" (see {context.command_path} --help)" if context is not None else ""
+        if context is not None:
+            hint = f" (see {context.command_path} --help)"
+        else:
+            hint = ""
         return f"{error.format_message().rstrip('.')}{hint}"
     if isinstance(error, BackendUnavailable):
         return str(error)
     if isinstance(error, MemoryError):  # NumPy's and CuPy's say how much was asked for
-        return f"out of memory: {error}" if str(error) else "out of memory"
+        if str(error):
+            return f"out of memory: {error}"
+        return "out of memory"
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
         if error.errno == errno.ENOSPC:  # a write does not know its file
             return f"{error.filename or 'the output'}: no space is left on its disk: make room, or choose another disk"
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    if isinstance(error, (ValueError, FloatingPointError)) and _raised_by_refllm(error.__traceback__):
+        if error.filename:
+            return f"{error.filename}: {error.strerror}"
+        return str(error)
+    if isinstance(error, (ValueError, FloatingPointError)) and _raised_by_refllm(
+        error.__traceback__
+    ):
         return str(error)
     return None
 

@@ -24,13 +24,26 @@ def evaluate(
     model: AnyModelOption = "stdlib",
     text: Annotated[
         list[Path] | None,
-        opt("Text files or folders; may be repeated.", metavar="PATH", show_default="the held-out modules"),
+        opt(
+            "Text files or folders; may be repeated.",
+            metavar="PATH",
+            show_default="the held-out modules",
+        ),
     ] = None,
-    reference: Annotated[str | None, opt("Also KL and top-1 agreement with this model.", metavar="NAME|DIR")] = None,
+    reference: Annotated[
+        str | None, opt("Also KL and top-1 agreement with this model.", metavar="NAME|DIR")
+    ] = None,
     window: Annotated[
-        int | None, opt("Tokens that the model sees at once.", min=1, show_default="1024, or the model's context")
+        int | None,
+        opt(
+            "Tokens that the model sees at once.",
+            min=1,
+            show_default="1024, or the model's context",
+        ),
     ] = None,
-    stride: Annotated[int | None, opt("How far the window moves.", min=1, show_default="half a window")] = None,
+    stride: Annotated[
+        int | None, opt("How far the window moves.", min=1, show_default="half a window")
+    ] = None,
     max_tokens: Annotated[int | None, opt("Score the first so many tokens only.", min=1)] = None,
     kv_bits: KvBitsOption = None,
     kv_group: KvGroupOption = None,
@@ -70,16 +83,24 @@ def evaluate(
     loaded = load(model, backend)
     kivi = kivi_of(loaded.config, kv_bits, kv_group, kv_residual)
     window = window or min(1024, loaded.config.max_position_embeddings)
-    how: dict[str, Any] = {"window": window, "stride": stride or max(1, window // 2), "max_tokens": max_tokens}
+    how: dict[str, Any] = {
+        "window": window,
+        "stride": stride or max(1, window // 2),
+        "max_tokens": max_tokens,
+    }
     if window > loaded.config.max_position_embeddings:
-        note(f"the window of {window} is longer than the model's {loaded.config.max_position_embeddings} positions")
+        note(
+            f"the window of {window} is longer than the model's {loaded.config.max_position_embeddings} positions"
+        )
     if kivi is not None:
         how["attend"] = partial(KiviAttend, kivi=kivi, window=loaded.config.sliding_window)
     with progress("scoring") as advance:
         if reference is None:
-            score, against = score_of(loaded, documents, **how, progress=advance), None
+            score = score_of(loaded, documents, **how, progress=advance)
+            against = None
         else:
-            other, rng = load(reference, backend), np.random.default_rng(seed)
+            other = load(reference, backend)
+            rng = np.random.default_rng(seed)
             against = compare(loaded, other, documents, rng=rng, **how, progress=advance)
             score = against.model
     longest = min(window, max(d.tokens for d in score.documents) + 1)
@@ -97,23 +118,34 @@ def evaluate(
         what = "the held-out modules" if not text else "the given text"
         if max_tokens is not None and score.tokens == max_tokens:
             what = f"the first {max_tokens:,} tokens of {what}"
-        cache = "" if kivi is None else (
-            f"keys and values in {kivi.key_bits} bits, {kivi.group} a step, the newest {kivi.residual} in full"
-        )  # fmt: skip
+        if kivi is None:
+            cache = ""
+        else:
+            cache = f"keys and values in {kivi.key_bits} bits, {kivi.group} a step, the newest {kivi.residual} in full"
         _show(model, score, what, reference, against, cache)
 
 
-def as_data(model: str, score: Score, reference: str | None, against: Comparison | None) -> dict[str, Any]:
+def as_data(
+    model: str, score: Score, reference: str | None, against: Comparison | None
+) -> dict[str, Any]:
     """The result as plain data, with the same names as the model cards."""
     facts: dict[str, Any] = {
-        "model": model, "python": score.python, "window": score.window, "stride": score.stride,
-        "tokens": score.tokens, "bytes": score.bytes, "seconds": score.seconds,
-        "nats per token": score.nats_per_token, "perplexity": score.perplexity, "bits per byte": score.bits_per_byte,
+        "model": model,
+        "python": score.python,
+        "window": score.window,
+        "stride": score.stride,
+        "tokens": score.tokens,
+        "bytes": score.bytes,
+        "seconds": score.seconds,
+        "nats per token": score.nats_per_token,
+        "perplexity": score.perplexity,
+        "bits per byte": score.bits_per_byte,
         "documents": [
             {"name": d.name, "tokens": d.tokens, "bytes": d.bytes, "bits per byte": d.bits_per_byte}
-            for d in score.documents if d.tokens
+            for d in score.documents
+            if d.tokens
         ],
-    }  # fmt: skip
+    }
     if against is not None:
         facts["against"] = {
             "reference": reference,
@@ -122,9 +154,11 @@ def as_data(model: str, score: Score, reference: str | None, against: Comparison
         } | {
             name: {"mean": i.mean, "low": i.low, "high": i.high}
             for name, i in (
-                ("KL", against.kl), ("top-1 agreement", against.agreement), ("difference in nats", against.difference),
+                ("KL", against.kl),
+                ("top-1 agreement", against.agreement),
+                ("difference in nats", against.difference),
             )
-        }  # fmt: skip
+        }
     return facts
 
 
@@ -134,18 +168,38 @@ def finite(value: Any) -> Any:
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
-def _show(model: str, score: Score, what: str, reference: str | None, against: Comparison | None, cache: str) -> None:
+def _show(
+    model: str,
+    score: Score,
+    what: str,
+    reference: str | None,
+    against: Comparison | None,
+    cache: str,
+) -> None:
     out = console()
     made = table("document", "tokens", "bytes", "bits/byte", "perplexity")
     rows = [d for d in score.documents if d.tokens]
     for d in rows:
-        made.add_row(d.name, f"{d.tokens:,}", f"{d.bytes:,}", f"{d.bits_per_byte:.3f}", f"{_perplexity(d):.2f}")
+        made.add_row(
+            d.name,
+            f"{d.tokens:,}",
+            f"{d.bytes:,}",
+            f"{d.bits_per_byte:.3f}",
+            f"{_perplexity(d):.2f}",
+        )
     if len(rows) > 1:
         made.add_section()
-        whole = (f"{score.tokens:,}", f"{score.bytes:,}", f"{score.bits_per_byte:.3f}", f"{score.perplexity:.2f}")
+        whole = (
+            f"{score.tokens:,}",
+            f"{score.bytes:,}",
+            f"{score.bits_per_byte:.3f}",
+            f"{score.perplexity:.2f}",
+        )
         made.add_row("all", *whole, style="bold")
     out.print(f"{model} on {what}, Python {score.python}", style="bold")
     out.print(made)
@@ -159,7 +213,9 @@ def _show(model: str, score: Score, what: str, reference: str | None, against: C
             ("same first choice", against.agreement, 4),
             ("loss − reference's, nats", against.difference, 5),
         ):
-            near.add_row(name, *(f"{x:.{digits}f}" for x in (interval.mean, interval.low, interval.high)))
+            near.add_row(
+                name, *(f"{x:.{digits}f}" for x in (interval.mean, interval.low, interval.high))
+            )
         out.print()
         out.print(near)
         out.print(f"intervals: {against.method}")

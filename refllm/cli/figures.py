@@ -11,8 +11,12 @@ from refllm.cli.options import BackendOption
 
 
 def figures(
-    check: Annotated[bool, typer.Option("--check", help="Draw nothing; fail if a figure is out of date.")] = False,
-    output: Annotated[Path, typer.Option(metavar="DIR", help="The folder of the figures.")] = Path("figures"),
+    check: Annotated[
+        bool, typer.Option("--check", help="Draw nothing; fail if a figure is out of date.")
+    ] = False,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="The folder of the figures.")] = Path(
+        "figures"
+    ),
     backend: BackendOption = "numpy",
 ) -> None:
     """Draw the project's figures anew.
@@ -29,7 +33,9 @@ def figures(
 
     get(backend)
     if not (output / "data").is_dir():
-        raise ValueError(f"{output} has no data/ to draw from: run this in the repository, or name it with --output")
+        raise ValueError(
+            f"{output} has no data/ to draw from: run this in the repository, or name it with --output"
+        )
     from refllm.figures import registry as study
 
     if check:

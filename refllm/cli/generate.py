@@ -29,20 +29,34 @@ DEFAULT_TOKENS = 128
 
 def generate(
     prompt: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="Text to continue; - reads it from standard input.")
+        str | None,
+        typer.Argument(metavar="PROMPT", help="Text to continue; - reads it from standard input."),
     ] = None,
     prompt_file: Annotated[Path | None, opt("Read the prompt from a file.", metavar="FILE")] = None,
     model: AnyModelOption = "stdlib",
     max_tokens: Annotated[
-        int | None, opt("New tokens at most.", "--max-tokens", "-n", min=0, show_default=str(DEFAULT_TOKENS))
+        int | None,
+        opt("New tokens at most.", "--max-tokens", "-n", min=0, show_default=str(DEFAULT_TOKENS)),
     ] = None,
-    temperature: Annotated[float, opt("0 takes the most probable token.", "--temperature", "-t", metavar="X")] = 0.0,
+    temperature: Annotated[
+        float, opt("0 takes the most probable token.", "--temperature", "-t", metavar="X")
+    ] = 0.0,
     top_k: Annotated[int, opt("Keep the N most probable tokens; 0 is off.")] = 0,
-    top_p: Annotated[float, opt("Keep the fewest tokens of this joint probability; 1 is off.", metavar="X")] = 1.0,
-    min_p: Annotated[float, opt("Keep tokens of this share of the largest probability.", metavar="X")] = 0.0,
-    repetition_penalty: Annotated[float, opt("Above 1, tokens that occurred become less likely.", metavar="X")] = 1.0,
-    seed: Annotated[int | None, opt("The same seed gives the same text.", min=0, show_default="a fresh one")] = None,
-    stop: Annotated[list[str] | None, opt("End before this text; may be repeated.", metavar="TEXT")] = None,
+    top_p: Annotated[
+        float, opt("Keep the fewest tokens of this joint probability; 1 is off.", metavar="X")
+    ] = 1.0,
+    min_p: Annotated[
+        float, opt("Keep tokens of this share of the largest probability.", metavar="X")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, opt("Above 1, tokens that occurred become less likely.", metavar="X")
+    ] = 1.0,
+    seed: Annotated[
+        int | None, opt("The same seed gives the same text.", min=0, show_default="a fresh one")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, opt("End before this text; may be repeated.", metavar="TEXT")
+    ] = None,
     ignore_eos: Annotated[bool, flag("Go on after an end token.", "--ignore-eos")] = False,
     draft: Annotated[
         str | None,
@@ -52,8 +66,12 @@ def generate(
             show_default="off",
         ),
     ] = None,
-    gamma: Annotated[int | None, opt("Drafted tokens a step.", min=1, show_default="4; ngram: 8; tree: 3")] = None,
-    tree: Annotated[bool, flag("Draft a tree: a chain as long as the draft is sure, then a fan.", "--tree")] = False,
+    gamma: Annotated[
+        int | None, opt("Drafted tokens a step.", min=1, show_default="4; ngram: 8; tree: 3")
+    ] = None,
+    tree: Annotated[
+        bool, flag("Draft a tree: a chain as long as the draft is sure, then a fan.", "--tree")
+    ] = False,
     kv_bits: KvBitsOption = None,
     kv_group: KvGroupOption = None,
     kv_residual: KvResidualOption = None,
@@ -94,28 +112,49 @@ def generate(
         raise ValueError("--tree says how a model drafts: say which with --draft")
     sparse = sparse_of(kv_keep, kv_policy)
     if sparse is not None and kv_bits is not None:
-        raise ValueError("--kv-bits keeps all tokens in few bits, --kv-keep some of them in full: choose one")
+        raise ValueError(
+            "--kv-bits keeps all tokens in few bits, --kv-keep some of them in full: choose one"
+        )
     if tree and (sparse is not None or kv_bits is not None):
-        raise ValueError("--tree verifies in a cache that keeps everything: draft without --tree, or leave --kv-… out")
+        raise ValueError(
+            "--tree verifies in a cache that keeps everything: draft without --tree, or leave --kv-… out"
+        )
     keep_freed_memory()
     loaded = load(model, backend)
     cache = sparse or kivi_of(loaded.config, kv_bits, kv_group, kv_residual)
-    speculation = None if draft is None else Speculation(draft_named(draft, gamma, tree, backend), loaded.tokenizer)
+    if draft is None:
+        speculation = None
+    else:
+        speculation = Speculation(draft_named(draft, gamma, tree, backend), loaded.tokenizer)
     length = len(loaded.tokenizer.encode(text, special=True))
     if max_tokens is None:
         max_tokens = min(DEFAULT_TOKENS, max(1, loaded.config.max_position_embeddings - length))
-    seed = int(np.random.default_rng().integers(2**32)) if seed is None else seed
+    if seed is None:
+        seed = int(np.random.default_rng().integers(2**32))
+    else:
+        seed = seed
     if sys.stdout.isatty():
         if os.environ.get("TERM") == "dumb":
             emit(text)
         else:
             typer.secho(printable(text), dim=True, nl=False)
     watch = Stopwatch()
-    drafted: Any = {} if speculation is None else {"drafter": speculation.drafter, "on_step": speculation.judged}
+    drafted: Any = (
+        {}
+        if speculation is None
+        else {"drafter": speculation.drafter, "on_step": speculation.judged}
+    )
     pieces = loaded.stream(
-        text, max_tokens, how=how, stop=stop or (), ignore_eos=ignore_eos, rng=seed, on_token=watch.tick, cache=cache,
+        text,
+        max_tokens,
+        how=how,
+        stop=stop or (),
+        ignore_eos=ignore_eos,
+        rng=seed,
+        on_token=watch.tick,
+        cache=cache,
         **drafted,
-    )  # fmt: skip
+    )
     if sys.stdout.isatty():
         for piece in pieces if speculation is None else speculation.shown(pieces):
             emit(piece) if speculation is None else typer.echo(piece, nl=False)
@@ -131,8 +170,13 @@ def generate(
             emit("\n")
     if watch.tokens:
         drawn = f", seed {seed}" if temperature > 0 else ""
-        speed = f", then {watch.tokens_per_second:,.0f} tokens/s" if watch.tokens > 1 else ""
-        note(f"{length} + {watch.tokens} tokens, the first after {1e3 * watch.ttft:.0f} ms{speed}{drawn}")
+        if watch.tokens > 1:
+            speed = f", then {watch.tokens_per_second:,.0f} tokens/s"
+        else:
+            speed = ""
+        note(
+            f"{length} + {watch.tokens} tokens, the first after {1e3 * watch.ttft:.0f} ms{speed}{drawn}"
+        )
     if cache is not None and watch.tokens:
         note(told(cache, loaded.config, length, watch.tokens - 1))  # the last token was never read
     if speculation is not None:
@@ -142,7 +186,9 @@ def generate(
 def read_prompt(prompt: str | None, file: Path | None) -> str:
     """The prompt from exactly one of its three sources; ValueError if there is none, two, or it is not text."""
     if (prompt is None) == (file is None):
-        raise ValueError("give one prompt: as an argument, as - for standard input, or with --prompt-file")
+        raise ValueError(
+            "give one prompt: as an argument, as - for standard input, or with --prompt-file"
+        )
     try:
         if file is not None:
             return file.read_text(encoding="utf-8")

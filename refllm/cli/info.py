@@ -48,12 +48,15 @@ def describe(directory: Path, *, verify: bool = False) -> dict[str, Any]:
     from refllm.measure.memory import kv_bytes_per_token
 
     config = read_config(directory)
-    names, quantization = FLOATS | INTEGERS, read(directory)
+    names = FLOATS | INTEGERS
+    quantization = read(directory)
     with TensorFiles(directory) as files:
         NetworkTensors(files, config, quantization, None, None).check()
         types = {name: names.get(files.dtype(name), files.dtype(name)) for name in files}
         stored = sum(
-            math.prod(files.shape(n)) * host_dtype(types[n]).itemsize for n in files if types[n] in names.values()
+            math.prod(files.shape(n)) * host_dtype(types[n]).itemsize
+            for n in files
+            if types[n] in names.values()
         )
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
     return {
@@ -66,8 +69,10 @@ def describe(directory: Path, *, verify: bool = False) -> dict[str, Any]:
             "bits per weight": 8 * stored / config.num_parameters,
             "quantised": None if quantization is None else str(quantization),
         },
-        "KV cache bytes per token": {name: int(kv_bytes_per_token(config, bits)) for name, bits in
-                                     (("float16", 16), ("float32", 32))},
+        "KV cache bytes per token": {
+            name: int(kv_bytes_per_token(config, bits))
+            for name, bits in (("float16", 16), ("float32", 32))
+        },
         "tokenizer": {
             "kind": type(tokenizer.inner.model).__name__,
             "tokens": tokenizer.vocab_size,
@@ -76,7 +81,7 @@ def describe(directory: Path, *, verify: bool = False) -> dict[str, Any]:
         },
         "card": _json(directory / "card.json"),
         "files": list_files(directory, verify=verify),
-    }  # fmt: skip
+    }
 
 
 def list_files(directory: Path, *, verify: bool) -> list[dict[str, Any]]:
@@ -84,7 +89,9 @@ def list_files(directory: Path, *, verify: bool) -> list[dict[str, Any]]:
     from refllm.checkpoints.atomic import file_sha256
 
     recorded = (_json(directory / "manifest.json") or {}).get("files", {})
-    if not isinstance(recorded, dict) or not all(isinstance(entry, dict) for entry in recorded.values()):
+    if not isinstance(recorded, dict) or not all(
+        isinstance(entry, dict) for entry in recorded.values()
+    ):
         raise ValueError(f"{directory / 'manifest.json'} is no manifest of files with their hashes")
     present = {p.name: p for p in directory.iterdir() if p.is_file() and not p.name.startswith(".")}
     found = []
@@ -130,7 +137,9 @@ def _show(facts: dict[str, Any]) -> None:
     from refllm.model.config import ModelConfig
 
     config = ModelConfig.from_hf(facts["config"])
-    weights, kv, tokenizer = (facts[key] for key in ("weights", "KV cache bytes per token", "tokenizer"))
+    weights, kv, tokenizer = (
+        facts[key] for key in ("weights", "KV cache bytes per token", "tokenizer")
+    )
     full = kv["float16"] * config.max_position_embeddings
     out = console()
     out.print(facts["model"], style="bold")
@@ -157,13 +166,17 @@ def _show(facts: dict[str, Any]) -> None:
     out.print()
     files = table("file", "bytes", "sha256", "state")
     for file in facts["files"]:
-        files.add_row(file["name"], f"{file['bytes']:,}", (file["sha256"] or "")[:16], file["state"])
+        files.add_row(
+            file["name"], f"{file['bytes']:,}", (file["sha256"] or "")[:16], file["state"]
+        )
     out.print(files)
 
 
 def _show_record(out: Any, card: dict[str, Any]) -> None:
     """The card's figures in five lines; the page itself is README.md."""
-    data, training, measured = card["data"], card["training"], card["measured"]
+    data = card["data"]
+    training = card["training"]
+    measured = card["measured"]
     tokens = sum(s["tokens"] for s in data["streams"].values())
     lines = {
         "trained on": f"{data['name']}, {tokens:,} tokens",
@@ -175,7 +188,9 @@ def _show_record(out: Any, card: dict[str, Any]) -> None:
     }
     if training["teacher"]:
         lines["distilled from"] = training["teacher"]
-        lines["acceptance"] = f"{measured['against the teacher']['acceptance']:.3f} by {training['teacher']}"
+        lines["acceptance"] = (
+            f"{measured['against the teacher']['acceptance']:.3f} by {training['teacher']}"
+        )
     if "samples" in measured:
         lines["samples"] = "pass Python's tokenize: " + ", ".join(
             f"{x['share']:.0%} of {x['tokens']} tokens (real files {x['share of real text']:.0%})"

@@ -26,11 +26,25 @@ def flag(text: str, *flags: str) -> Any:
 
 
 BackendOption = Annotated[
-    str, opt("Compute with NumPy, or CuPy on a GPU.", "--backend", metavar="numpy|cupy", envvar=ENVIRONMENT_VARIABLE)
+    str,
+    opt(
+        "Compute with NumPy, or CuPy on a GPU.",
+        "--backend",
+        metavar="numpy|cupy",
+        envvar=ENVIRONMENT_VARIABLE,
+    ),
 ]
-ModelOption = Annotated[str, opt("A bundled model or a Hugging Face directory.", "--model", "-m", metavar="NAME|DIR")]
+ModelOption = Annotated[
+    str, opt("A bundled model or a Hugging Face directory.", "--model", "-m", metavar="NAME|DIR")
+]
 AnyModelOption = Annotated[
-    str, opt("A bundled model, a Hugging Face directory or a GGUF file.", "--model", "-m", metavar="NAME|DIR|FILE")
+    str,
+    opt(
+        "A bundled model, a Hugging Face directory or a GGUF file.",
+        "--model",
+        "-m",
+        metavar="NAME|DIR|FILE",
+    ),
 ]
 JsonOption = Annotated[bool, flag("Print one JSON object instead of text.", "--json")]
 
@@ -51,7 +65,12 @@ def progress(what: str) -> Iterator[Advance]:
         return
     from rich.progress import Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), bar_column(), TaskProgressColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        bar_column(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -24,44 +24,80 @@ _LAYOUTS = "pack-quantized|int-quantized|naive-quantized|gptq_v2|gptq|awq|float-
 
 
 def quantize(
-    output: Annotated[Path, opt("Where the quantised model goes.", "--output", "-o", metavar="DIR")],
+    output: Annotated[
+        Path, opt("Where the quantised model goes.", "--output", "-o", metavar="DIR")
+    ],
     model: ModelOption = "stdlib",
     method: Annotated[str, opt("How codes are chosen.", metavar=_METHODS)] = "rtn",
-    bits: Annotated[int | None, opt("Bits a weight.", min=1, max=8, show_default="4; 8 with activations")] = None,
+    bits: Annotated[
+        int | None, opt("Bits a weight.", min=1, max=8, show_default="4; 8 with activations")
+    ] = None,
     group_size: Annotated[
-        int | None, opt("Columns (fp8: and rows) that share a scale; 0: a row.", min=-1, show_default="128, or a row")
+        int | None,
+        opt(
+            "Columns (fp8: and rows) that share a scale; 0: a row.",
+            min=-1,
+            show_default="128, or a row",
+        ),
     ] = None,
     symmetric: Annotated[
-        bool | None, opt("Without or with zero points.", "--symmetric/--asymmetric", show_default="the method's")
+        bool | None,
+        opt(
+            "Without or with zero points.", "--symmetric/--asymmetric", show_default="the method's"
+        ),
     ] = None,
-    layout: Annotated[str | None, opt("The form of the file.", metavar=_LAYOUTS, show_default="the usual one")] = None,
+    layout: Annotated[
+        str | None, opt("The form of the file.", metavar=_LAYOUTS, show_default="the usual one")
+    ] = None,
     dtype: Annotated[
-        str | None, opt("Of scales, and of what stays in floats.", metavar="float16|bfloat16|float32",
-                        show_default="the model's")
+        str | None,
+        opt(
+            "Of scales, and of what stays in floats.",
+            metavar="float16|bfloat16|float32",
+            show_default="the model's",
+        ),
     ] = None,
     text: Annotated[
         list[Path] | None,
-        opt("Calibration text; may be repeated.", metavar="PATH", show_default="the standard library"),
+        opt(
+            "Calibration text; may be repeated.",
+            metavar="PATH",
+            show_default="the standard library",
+        ),
     ] = None,
     samples: Annotated[int, opt("Windows of calibration text.", min=1)] = 32,
-    length: Annotated[int | None, opt("Tokens in a window.", min=1, show_default="512, or the context")] = None,
-    seed: Annotated[int, opt("Decides which windows.", min=0)] = 0,
-    damp: Annotated[float | None, opt("gptq: share of the mean diagonal.", metavar="X", show_default="0.01")] = None,
-    act_order: Annotated[bool, flag("gptq: the columns that matter most first.", "--act-order")] = False,
-    static_groups: Annotated[bool, flag("gptq: scales from the weight as it came.", "--static-groups")] = False,
-    alpha: Annotated[float | None, opt("smoothquant: how much moves.", metavar="X", show_default="0.5")] = None,
-    keep: Annotated[
-        list[str] | None, opt("smoothquant: leave these in floats; may be repeated.", metavar="o_proj|down_proj|…")
+    length: Annotated[
+        int | None, opt("Tokens in a window.", min=1, show_default="512, or the context")
     ] = None,
-    evaluate: Annotated[bool, flag("Measure bits per byte before and after.", "--evaluate/--no-evaluate")] = True,
+    seed: Annotated[int, opt("Decides which windows.", min=0)] = 0,
+    damp: Annotated[
+        float | None, opt("gptq: share of the mean diagonal.", metavar="X", show_default="0.01")
+    ] = None,
+    act_order: Annotated[
+        bool, flag("gptq: the columns that matter most first.", "--act-order")
+    ] = False,
+    static_groups: Annotated[
+        bool, flag("gptq: scales from the weight as it came.", "--static-groups")
+    ] = False,
+    alpha: Annotated[
+        float | None, opt("smoothquant: how much moves.", metavar="X", show_default="0.5")
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        opt("smoothquant: leave these in floats; may be repeated.", metavar="o_proj|down_proj|…"),
+    ] = None,
+    evaluate: Annotated[
+        bool, flag("Measure bits per byte before and after.", "--evaluate/--no-evaluate")
+    ] = True,
     max_tokens: Annotated[int, opt("Held-out tokens that are measured on.", min=1)] = 20_000,
     work: Annotated[
-        Path | None, opt("Where finished layers wait.", metavar="DIR", show_default="OUTPUT.quantizing")
+        Path | None,
+        opt("Where finished layers wait.", metavar="DIR", show_default="OUTPUT.quantizing"),
     ] = None,
     overwrite: Annotated[bool, flag("Replace a finished model.", "--overwrite")] = False,
     as_json: JsonOption = False,
     backend: BackendOption = "numpy",
-) -> None:  # fmt: skip
+) -> None:
     """Quantise a model.
 
     Layer by layer, so that memory holds one decoder layer in floats; only measuring needs a whole model.
@@ -83,20 +119,37 @@ def quantize(
     from refllm.train.data import read_files
 
     get(backend)
-    asked = {"damp": damp, "act_order": act_order or None, "static_groups": static_groups or None, "alpha": alpha,
-             "keep": tuple(keep) if keep else None}  # fmt: skip
+    asked = {
+        "damp": damp,
+        "act_order": act_order or None,
+        "static_groups": static_groups or None,
+        "alpha": alpha,
+        "keep": tuple(keep) if keep else None,
+    }
     options = {name: value for name, value in asked.items() if value is not None}
     scheme = quantize.scheme_of(method, bits, group_size, symmetric)
     work = None if work is None else Path(os.path.expanduser(work))
     job = quantize.prepare(
-        locate(model), output, method, scheme, work=work, layout=layout, dtype=dtype,
-        texts=read_files(text) if text else None, samples=samples, length=length, seed=seed, overwrite=overwrite,
+        locate(model),
+        output,
+        method,
+        scheme,
+        work=work,
+        layout=layout,
+        dtype=dtype,
+        texts=read_files(text) if text else None,
+        samples=samples,
+        length=length,
+        seed=seed,
+        overwrite=overwrite,
         **options,
-    )  # fmt: skip
+    )
     keep_freed_memory()
     _announce(job)
     with _display(job) as shown:
-        record = quantize.go(job, backend=backend, measure=max_tokens if evaluate else None, **shown)
+        record = quantize.go(
+            job, backend=backend, measure=max_tokens if evaluate else None, **shown
+        )
     if as_json:
         import json
 
@@ -106,7 +159,8 @@ def quantize(
 
 
 def _announce(job: Job) -> None:
-    ids, stored = job.calibration, job.storing.stored
+    ids = job.calibration
+    stored = job.storing.stored
     lines = {
         "method": f"{job.method}, {job.scheme.bits} bits, "
         + (
@@ -115,7 +169,9 @@ def _announce(job: Job) -> None:
             else "a scale a row"
         ),
         "layout": f"{stored.layout}, floats in {job.storing.dtype}",
-        "text": "none is needed" if ids is None else f"{ids.shape[0]} windows of {ids.shape[1]} tokens",
+        "text": "none is needed"
+        if ids is None
+        else f"{ids.shape[0]} windows of {ids.shape[1]} tokens",
         "layers": f"wait in {job.work}",
     }
     pairs(console(stderr=True), lines)
@@ -129,7 +185,12 @@ def _display(job: Job) -> Iterator[dict[str, Any]]:
     from refllm.model.llama import PROJECTIONS
 
     out = console(stderr=True)
-    columns = (TextColumn("{task.description}"), bar_column(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        bar_column(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     bar = Progress(*columns, console=out, transient=True, disable=not out.is_terminal)
     task = bar.add_task("quantising", total=None)
     layer: list[TensorReport] = []
@@ -145,7 +206,9 @@ def _display(job: Job) -> Iterator[dict[str, Any]]:
         bar.update(task, description=f"bits per byte {what}", completed=done, total=total)
 
     with bar:
-        bar.console.print(_ROW.format("layer", "loss", "weight error", "output error", "seconds"), style="dim")
+        bar.console.print(
+            _ROW.format("layer", "loss", "weight error", "output error", "seconds"), style="dim"
+        )
         yield {"progress": progress, "measuring": measuring}
 
 
@@ -154,21 +217,27 @@ def _cells(rows: list[TensorReport]) -> tuple[str, ...]:
     losses = [t.loss for t in rows if t.loss is not None]
     outputs = [t.output_error for t in rows if t.output_error is not None]
     return (
-        str(rows[0].layer), f"{sum(losses):.4g}" if losses else "-", f"{max(t.weight_error for t in rows):.3g}",
-        f"{max(outputs):.3g}" if outputs else "-", f"{sum(t.seconds for t in rows):.2f}",
-    )  # fmt: skip
+        str(rows[0].layer),
+        f"{sum(losses):.4g}" if losses else "-",
+        f"{max(t.weight_error for t in rows):.3g}",
+        f"{max(outputs):.3g}" if outputs else "-",
+        f"{sum(t.seconds for t in rows):.2f}",
+    )
 
 
 def _show(job: Job, record: dict[str, Any]) -> None:
-    size, score = record["bytes"], record["bits per byte"]
+    size = record["bytes"]
+    score = record["bits per byte"]
     lines = {
         "quantised": f"{record['quantised weights']:,} weights at {record['bits per weight']:.3f} bits, "
         f"{bytes_text(size['quantised weights'])}",
         "model": f"{bytes_text(size['model'])}, was {bytes_text(size['model before'])}",
     }
     if score:
-        lines["bits per byte"] = (f"{score['after']:.4f}, was {score['before']:.4f}, on {score['tokens']:,} held-out "
-                                  f"tokens of Python {score['python']}")  # fmt: skip
+        lines["bits per byte"] = (
+            f"{score['after']:.4f}, was {score['before']:.4f}, on {score['tokens']:,} held-out "
+            f"tokens of Python {score['python']}"
+        )
     out = console()
     out.print(str(job.output), style="bold")
     pairs(out, lines)

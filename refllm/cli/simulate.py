@@ -18,44 +18,71 @@ if TYPE_CHECKING:
     from refllm.simulate.simulator import Run
 
 SHAPES = ("llama-8b", "llama-70b")
-MOST_BLOCKS = 1 << 22  # a few hundred MB of Python's integers; a device that holds more than this is never full
+# a few hundred MB of Python's integers; a device that holds more than this is never full
+MOST_BLOCKS = 1 << 22
 
 
 def simulate(
     model: Annotated[
-        str, opt("A bundled model, a directory with a config.json, llama-8b or llama-70b.", "--model", "-m",
-                 metavar="NAME|DIR")
+        str,
+        opt(
+            "A bundled model, a directory with a config.json, llama-8b or llama-70b.",
+            "--model",
+            "-m",
+            metavar="NAME|DIR",
+        ),
     ] = "llama-8b",
-    device: Annotated[str, opt("h200, a100, or here: this machine, measured.", metavar="NAME")] = "h200",
+    device: Annotated[
+        str, opt("h200, a100, or here: this machine, measured.", metavar="NAME")
+    ] = "h200",
     traffic: Annotated[
-        str, opt("Lengths: sharegpt, alpaca, azure-chat, azure-code. Or one of the programs that share prefixes: "
-                 "few-shot, self-consistency, chat, tree, rag, unique.", metavar="NAME")
+        str,
+        opt(
+            "Lengths: sharegpt, alpaca, azure-chat, azure-code. Or one of the programs that share prefixes: "
+            "few-shot, self-consistency, chat, tree, rag, unique.",
+            metavar="NAME",
+        ),
     ] = "sharegpt",
     requests: Annotated[int, opt("Requests of the traffic; questions of a program.", min=1)] = 500,
-    rate: Annotated[float | None, opt("Arrivals a second.", min=0, show_default="all at once")] = None,
-    burstiness: Annotated[float, opt("Shape of the gaps: 1 is Poisson, less is bursty.", min=0)] = 1.0,
+    rate: Annotated[
+        float | None, opt("Arrivals a second.", min=0, show_default="all at once")
+    ] = None,
+    burstiness: Annotated[
+        float, opt("Shape of the gaps: 1 is Poisson, less is bursty.", min=0)
+    ] = 1.0,
     policy: Annotated[
         str, opt("fcfs, priority, lpm; orca-max, orca-pow2, orca-oracle; static.", metavar="NAME")
     ] = "fcfs",
     prefix_cache: Annotated[str | None, opt("hash or radix.", metavar="NAME")] = None,
-    preempt: Annotated[str, opt("recompute, or swap to host memory.", metavar="NAME")] = "recompute",
+    preempt: Annotated[
+        str, opt("recompute, or swap to host memory.", metavar="NAME")
+    ] = "recompute",
     slots: Annotated[
-        int | None, opt("Tokens of keys and values that fit.", min=1, show_default="what the device has beside "
-                        "the weights")
+        int | None,
+        opt(
+            "Tokens of keys and values that fit.",
+            min=1,
+            show_default="what the device has beside the weights",
+        ),
     ] = None,
     block_size: Annotated[int, opt("Tokens in a block.", min=1)] = 16,
     max_batch_tokens: Annotated[int, opt("Tokens that a step may compute.", min=1)] = 2048,
     max_sequences: Annotated[int, opt("Requests that may run at a time.", min=1)] = 256,
     bits: Annotated[float, opt("Bits of a weight; keys and values have 16.", min=1)] = 16,
-    ttft: Annotated[float | None, opt("Limit on the time to the first token, ms, for the goodput.", min=0)] = None,
-    tpot: Annotated[float | None, opt("Limit on the time of each further token, ms.", min=0)] = None,
+    ttft: Annotated[
+        float | None, opt("Limit on the time to the first token, ms, for the goodput.", min=0)
+    ] = None,
+    tpot: Annotated[
+        float | None, opt("Limit on the time of each further token, ms.", min=0)
+    ] = None,
     seed: Annotated[int, opt("Of lengths and arrivals.", min=0)] = 0,
     trace: Annotated[
-        Path | None, opt("Write every step, the first 200 block tables and the radix tree.", metavar="FILE")
+        Path | None,
+        opt("Write every step, the first 200 block tables and the radix tree.", metavar="FILE"),
     ] = None,
     as_json: JsonOption = False,
     backend: BackendOption = "numpy",
-) -> None:  # fmt: skip
+) -> None:
     """Simulate serving: the real scheduler and memory, with a clock instead of a model.
 
     Steps take the time of the roofline for the device: a lower bound, projected, not measured. No weight is read.
@@ -72,11 +99,22 @@ def simulate(
     from refllm.simulate.simulator import Simulator
 
     get(backend)
-    config, machine = _config(model), _device(device)
+    config = _config(model)
+    machine = _device(device)
     clock = RooflineClock(config, machine, weight_bytes_per_param=bits / 8)
-    room = min(_slots(clock, device), MOST_BLOCKS * block_size) if slots is None else slots
-    scheduler = _scheduler(policy, room, block_size, prefix_cache, preempt, config,
-                           {"max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences})  # fmt: skip
+    if slots is None:
+        room = min(_slots(clock, device), MOST_BLOCKS * block_size)
+    else:
+        room = slots
+    scheduler = _scheduler(
+        policy,
+        room,
+        block_size,
+        prefix_cache,
+        preempt,
+        config,
+        {"max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences},
+    )
     asked, follow = _asked(traffic, requests, rate, burstiness, seed)
     watcher = _watcher(scheduler, trace)
     simulator = Simulator(scheduler, clock, jumps=trace is None, on_step=watcher)
@@ -118,12 +156,20 @@ def _slots(clock: Any, device: str) -> int:
     from refllm.measure.roofline_clock import MEMORY
 
     if device not in MEMORY:
-        raise ValueError(f"the memory of {device!r} is not known: say how many tokens fit with --slots")
+        raise ValueError(
+            f"the memory of {device!r} is not known: say how many tokens fit with --slots"
+        )
     return int(clock.slots(0.9 * MEMORY[device]))  # a tenth for activations, as servers keep it
 
 
 def _scheduler(
-    policy: str, slots: int, block_size: int, cache: str | None, preempt: str, config: ModelConfig, limits: Any
+    policy: str,
+    slots: int,
+    block_size: int,
+    cache: str | None,
+    preempt: str,
+    config: ModelConfig,
+    limits: Any,
 ) -> Ledger:
     from refllm.kv.block_pool import BlockPool
     from refllm.serve import factory
@@ -131,16 +177,22 @@ def _scheduler(
     from refllm.serve.swapping import Swapping
 
     if slots < block_size:
-        raise ValueError(f"{slots} slots hold no block of {block_size}: take more slots or smaller blocks")
+        raise ValueError(
+            f"{slots} slots hold no block of {block_size}: take more slots or smaller blocks"
+        )
     if slots // block_size > MOST_BLOCKS:
-        raise ValueError(f"{slots:,} slots in blocks of {block_size} are more than {MOST_BLOCKS:,} blocks, of which "
-                         "books can be kept: take fewer slots or larger blocks")  # fmt: skip
+        raise ValueError(
+            f"{slots:,} slots in blocks of {block_size} are more than {MOST_BLOCKS:,} blocks, of which "
+            "books can be kept: take fewer slots or larger blocks"
+        )
     pool = BlockPool(slots // block_size, block_size)
     if preempt not in ("recompute", "swap"):
         raise ValueError(f"unknown way to preempt {preempt!r}; choose recompute or swap")
     if preempt == "swap":
         if cache is not None or policy not in factory.CONTINUOUS:
-            raise ValueError("--preempt swap goes with fcfs, priority or lpm, and without a prefix cache")
+            raise ValueError(
+                "--preempt swap goes with fcfs, priority or lpm, and without a prefix cache"
+            )
         return Scheduler(Swapping(pool), order=policy, **limits)
     longest = min(2048, config.max_position_embeddings)
     if policy == "static":
@@ -155,7 +207,8 @@ def _asked(name: str, count: int, rate: float | None, shape: float, seed: int) -
     from refllm.simulate import programs
     from refllm.simulate.workload import TRAFFIC, Distinct, requests
 
-    rng, tokens = np.random.default_rng(seed), Distinct()
+    rng = np.random.default_rng(seed)
+    tokens = Distinct()
     rate = float("inf") if rate is None else rate
     if name in TRAFFIC:
         return requests(TRAFFIC[name], count, rng, rate=rate, shape=shape), None
@@ -170,7 +223,9 @@ def _asked(name: str, count: int, rate: float | None, shape: float, seed: int) -
     if name not in made:
         raise ValueError(f"unknown traffic {name!r}; choose one of {', '.join([*TRAFFIC, *made])}")
     if rate != float("inf"):
-        raise ValueError(f"--rate is for traffic: the requests of {name} come together, and when answers call for them")
+        raise ValueError(
+            f"--rate is for traffic: the requests of {name} come together, and when answers call for them"
+        )
     program = made[name]()
     return program.requests, program.follow
 
@@ -194,13 +249,19 @@ def _write(path: Path, watcher: Any, scheduler: Ledger, machine: Device) -> None
     values = {"occupancy": watcher.occupancy(), "blocks": watcher.blocks()}
     if isinstance(scheduler.memory, Radix):
         values["tree"] = tree(scheduler.memory.cache)
-    write(path, Record(f"refllm {' '.join(sys.argv[1:])}", "C", f"{machine.name}, by the roofline", values))
+    write(
+        path,
+        Record(f"refllm {' '.join(sys.argv[1:])}", "C", f"{machine.name}, by the roofline", values),
+    )
 
 
 def _facts(run: Run, limits: Any) -> dict[str, Any]:
     report = run.summary(limits)
-    times = {name: spread and spread._asdict() for name in ("ttft", "tpot", "itl", "e2el")
-             for spread in [getattr(report, name)]}  # fmt: skip
+    times = {
+        name: spread and spread._asdict()
+        for name in ("ttft", "tpot", "itl", "e2el")
+        for spread in [getattr(report, name)]
+    }
     rest = {key: value for key, value in vars(report).items() if key not in times}
     steps = max(1, run.all.steps)  # none where nobody asked for a token
     return rest | {
@@ -217,8 +278,13 @@ def _facts(run: Run, limits: Any) -> dict[str, Any]:
 
 def _show(facts: dict[str, Any], *, limited: bool) -> None:
     out = console()
-    out.print(f"{facts['completed']} requests, projected for {facts['device']} (kind C)", style="bold")
-    within = {"goodput": f"{facts['goodput']:.4g} requests/s within the limits"} if limited else {}
+    out.print(
+        f"{facts['completed']} requests, projected for {facts['device']} (kind C)", style="bold"
+    )
+    if limited:
+        within = {"goodput": f"{facts['goodput']:.4g} requests/s within the limits"}
+    else:
+        within = {}
     pairs(
         out,
         {
@@ -241,4 +307,6 @@ def _show(facts: dict[str, Any], *, limited: bool) -> None:
 
 def _digits(number: float) -> str:
     """Two decimals, or two digits of what is smaller: a step of a small model on a large device takes microseconds."""
-    return f"{number:,.2f}" if number >= 0.1 else f"{number:.2g}"
+    if number >= 0.1:
+        return f"{number:,.2f}"
+    return f"{number:.2g}"

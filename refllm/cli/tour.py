@@ -10,9 +10,13 @@ from refllm.tour.terminal import console
 
 
 def tour(
-    stop: Annotated[list[str] | None, opt("Visit this stop only; may be repeated.", metavar="NAME")] = None,
+    stop: Annotated[
+        list[str] | None, opt("Visit this stop only; may be repeated.", metavar="NAME")
+    ] = None,
     listed: Annotated[bool, flag("List the stops and leave.", "--list")] = False,
-    output: Annotated[Path, opt("The folder that figures go to.", metavar="DIR")] = Path("figures/tour"),
+    output: Annotated[Path, opt("The folder that figures go to.", metavar="DIR")] = Path(
+        "figures/tour"
+    ),
     model: ModelOption = "stdlib",
     backend: BackendOption = "numpy",
 ) -> None:

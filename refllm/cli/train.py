@@ -28,29 +28,47 @@ def train(
     output: Annotated[Path, opt("Where the finished model goes.", "--output", "-o", metavar="DIR")],
     data: Annotated[
         list[Path] | None,
-        opt("Text files or folders; may be repeated.", metavar="PATH", show_default="the standard library"),
+        opt(
+            "Text files or folders; may be repeated.",
+            metavar="PATH",
+            show_default="the standard library",
+        ),
     ] = None,
     held_out: Annotated[
-        list[Path] | None, opt("Text to measure on.", metavar="PATH", show_default="5 % of the data")
+        list[Path] | None,
+        opt("Text to measure on.", metavar="PATH", show_default="5 % of the data"),
     ] = None,
-    tests: Annotated[bool, flag("Read the standard library's test package too.", "--tests/--no-tests")] = True,
+    tests: Annotated[
+        bool, flag("Read the standard library's test package too.", "--tests/--no-tests")
+    ] = True,
     installers: Annotated[
-        bool, flag("Read the installers that Python carries too: pip and setuptools.", "--installers/--no-installers")
+        bool,
+        flag(
+            "Read the installers that Python carries too: pip and setuptools.",
+            "--installers/--no-installers",
+        ),
     ] = False,
     vocab_size: Annotated[int, opt("Tokens of the vocabulary.", min=257)] = 4096,
     width: Annotated[int, opt("Width of the network.", min=2)] = 256,
     layers: Annotated[int, opt("Number of layers.", min=1)] = 4,
     heads: Annotated[int | None, opt("Query heads.", min=1, show_default="width / 64")] = None,
-    kv_heads: Annotated[int | None, opt("Key/value heads.", min=1, show_default="heads / 2")] = None,
+    kv_heads: Annotated[
+        int | None, opt("Key/value heads.", min=1, show_default="heads / 2")
+    ] = None,
     mlp: Annotated[int | None, opt("Width of the MLP.", min=1, show_default="3 x width")] = None,
-    positions: Annotated[int, opt("Longest context that the model states.", "--context", min=1)] = 2048,
+    positions: Annotated[
+        int, opt("Longest context that the model states.", "--context", min=1)
+    ] = 2048,
     steps: Annotated[int, opt("Steps in all.", min=1)] = 12_500,
     batch: Annotated[int, opt("Windows in a step.", min=1)] = 8,
     length: Annotated[int, opt("Tokens in a window.", min=1)] = 256,
     long_steps: Annotated[
-        int | None, opt("Steps at the end with long windows.", min=0, show_default="15 % of --steps")
+        int | None,
+        opt("Steps at the end with long windows.", min=0, show_default="15 % of --steps"),
     ] = None,
-    long_length: Annotated[int, opt("Tokens in a long window; as many tokens a step as before.", min=1)] = 1024,
+    long_length: Annotated[
+        int, opt("Tokens in a long window; as many tokens a step as before.", min=1)
+    ] = 1024,
     phase: Annotated[
         list[str] | None,
         opt(
@@ -60,26 +78,49 @@ def train(
     ] = None,
     rate: Annotated[float, opt("Highest learning rate.", metavar="X")] = 3e-3,
     warmup: Annotated[int, opt("Steps of warm-up.", min=0)] = 200,
-    schedule: Annotated[str, opt("From the highest rate to zero.", metavar="linear|cosine")] = "linear",
-    optimizer: Annotated[str, opt("What turns gradients into steps.", metavar="adamw|muon")] = "adamw",
+    schedule: Annotated[
+        str, opt("From the highest rate to zero.", metavar="linear|cosine")
+    ] = "linear",
+    optimizer: Annotated[
+        str, opt("What turns gradients into steps.", metavar="adamw|muon")
+    ] = "adamw",
     decay: Annotated[float, opt("Weight decay of the matrices.", metavar="X", min=0)] = 0.1,
     seed: Annotated[int, opt("Decides the first weights and the order of the windows.", min=0)] = 0,
-    workers: Annotated[int, opt("Threads; the result depends on them by rounding only.", min=1)] = 2,
+    workers: Annotated[
+        int, opt("Threads; the result depends on them by rounding only.", min=1)
+    ] = 2,
     teacher: Annotated[
-        str | None, opt("Distil from this model, with its tokenizer.", "--teacher", "--draft-of", metavar="NAME|DIR")
+        str | None,
+        opt(
+            "Distil from this model, with its tokenizer.",
+            "--teacher",
+            "--draft-of",
+            metavar="NAME|DIR",
+        ),
     ] = None,
     start: Annotated[
         str | None, opt("Go on from this model's weights, with its tokenizer.", metavar="NAME|DIR")
     ] = None,
     start_share: Annotated[
-        float, opt("Share of those first weights in what is stored: a mean of two ends.", metavar="X", min=0, max=1)
+        float,
+        opt(
+            "Share of those first weights in what is stored: a mean of two ends.",
+            metavar="X",
+            min=0,
+            max=1,
+        ),
     ] = 0.0,
-    alpha: Annotated[float, opt("Weight of the teacher against the text.", metavar="X", min=0, max=1)] = 1.0,
-    teacher_from: Annotated[int, opt("Step at which distillation begins; the text alone before.", min=0)] = 0,
+    alpha: Annotated[
+        float, opt("Weight of the teacher against the text.", metavar="X", min=0, max=1)
+    ] = 1.0,
+    teacher_from: Annotated[
+        int, opt("Step at which distillation begins; the text alone before.", min=0)
+    ] = 0,
     evaluate_every: Annotated[int, opt("Steps between looks at the held-out text.", min=1)] = 200,
     save_every: Annotated[int, opt("Steps between checkpoints.", min=1)] = 500,
     work: Annotated[
-        Path | None, opt("Where the run keeps its state.", metavar="DIR", show_default="OUTPUT.training")
+        Path | None,
+        opt("Where the run keeps its state.", metavar="DIR", show_default="OUTPUT.training"),
     ] = None,
     overwrite: Annotated[bool, flag("Replace a finished model.", "--overwrite")] = False,
     backend: BackendOption = "numpy",
@@ -115,40 +156,84 @@ def train(
         raise ValueError(f"unknown optimizer {optimizer!r}; choose one of {', '.join(OPTIMIZERS)}")
     if not 0 < rate < 1:
         raise ValueError(f"the learning rate must be within (0, 1), got {rate}")
-    get(backend)  # this and the next before the text is read: what cannot end well should end at once
+    # this and the next before the text is read: what cannot end well should end at once
+    get(backend)
     output = Path(os.path.expanduser(output))  # the shell leaves the ~ of --output=~/tiny as it is
     if output.name in ("", ".."):  # the folder that one stands in, or the one above
         output = Path(os.path.abspath(output))
     train.check_output(output, overwrite)
-    work = output.with_name(output.name + ".training") if work is None else Path(os.path.expanduser(work))
+    if work is None:
+        work = output.with_name(output.name + ".training")
+    else:
+        work = Path(os.path.expanduser(work))
     if start_share and start is None:
         raise ValueError("--start-share is a share of the weights of --start: name that model, too")
     if held_out and not data:
-        raise ValueError("--held-out belongs to --data; the standard library has its own held-out modules")
-    source = own_files(data, held_out or ()) if data else standard_library(tests=tests, installers=installers)
+        raise ValueError(
+            "--held-out belongs to --data; the standard library has its own held-out modules"
+        )
+    if data:
+        source = own_files(data, held_out or ())
+    else:
+        source = standard_library(tests=tests, installers=installers)
     shape = train.Shape(
-        vocab_size=vocab_size, width=width, layers=layers, heads=heads, kv_heads=kv_heads, mlp=mlp, context=positions,
-        steps=steps, batch=batch, length=length, long_steps=long_steps, long_length=long_length,
+        vocab_size=vocab_size,
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        mlp=mlp,
+        context=positions,
+        steps=steps,
+        batch=batch,
+        length=length,
+        long_steps=long_steps,
+        long_length=long_length,
         explicit=tuple(_phase(text) for text in phase or ()),
-    )  # fmt: skip
+    )
     plan = Plan(
-        (), peak_rate=rate, warmup=warmup, schedule=schedule, optimizer=optimizer, weight_decay=decay, seed=seed,
+        (),
+        peak_rate=rate,
+        warmup=warmup,
+        schedule=schedule,
+        optimizer=optimizer,
+        weight_decay=decay,
+        seed=seed,
         workers=workers,
-        evaluate_every=evaluate_every, save_every=save_every,
-    )  # fmt: skip
+        evaluate_every=evaluate_every,
+        save_every=save_every,
+    )
     run = train.prepare(
-        output, work, source, shape, plan, overwrite=overwrite,
-        teacher=None if teacher is None else locate(teacher), alpha=alpha,
-        teacher_from=teacher_from, start=None if start is None else locate(start), note=note,
-    )  # fmt: skip
+        output,
+        work,
+        source,
+        shape,
+        plan,
+        overwrite=overwrite,
+        teacher=None if teacher is None else locate(teacher),
+        alpha=alpha,
+        teacher_from=teacher_from,
+        start=None if start is None else locate(start),
+        note=note,
+    )
     keep_freed_memory()
     _announce(run)
     with _display(run) as shown:
-        record = train.go(run, command=command_line(context), backend=backend, overwrite=overwrite,
-                           start_share=start_share, **shown)  # fmt: skip
+        record = train.go(
+            run,
+            command=command_line(context),
+            backend=backend,
+            overwrite=overwrite,
+            start_share=start_share,
+            **shown,
+        )
     measured = record["measured"]
-    print(f"{output}: {measured['bits per byte']:.3f} bits per byte on {measured['tokens']:,} held-out tokens")
-    note(f"the state of the run stays in {run.work} ({bytes_text(_size(run.work))}); remove it when you are done")
+    print(
+        f"{output}: {measured['bits per byte']:.3f} bits per byte on {measured['tokens']:,} held-out tokens"
+    )
+    note(
+        f"the state of the run stays in {run.work} ({bytes_text(_size(run.work))}); remove it when you are done"
+    )
 
 
 def _phase(text: str) -> Phase:
@@ -158,7 +243,9 @@ def _phase(text: str) -> Phase:
     try:
         steps, batch, length, *repeats = (int(word) for word in text.split(","))
     except ValueError as error:
-        raise ValueError(f"--phase takes STEPS,BATCH,LENGTH and the repeats of each stream, got {text!r}") from error
+        raise ValueError(
+            f"--phase takes STEPS,BATCH,LENGTH and the repeats of each stream, got {text!r}"
+        ) from error
     return Phase(steps, batch, length, tuple(repeats))
 
 
@@ -192,7 +279,9 @@ def _announce(run: Run) -> None:
         f"{name}: {len(documents):,} documents, {len(stream):,} tokens"
         for (name, documents), stream in zip(run.data.streams.items(), run.streams, strict=True)
     )
-    phases = ", then ".join(f"{p.steps:,} steps of {p.batch} × {p.length} tokens" for p in run.plan.phases if p.steps)
+    phases = ", then ".join(
+        f"{p.steps:,} steps of {p.batch} × {p.length} tokens" for p in run.plan.phases if p.steps
+    )
     lines = {
         "network": f"{architecture(run.config)}; {run.config.num_parameters:,} parameters",
         "text": f"{text}; held out: {len(run.held_out):,} tokens",
@@ -211,9 +300,12 @@ def _display(run: Run) -> Iterator[dict[str, Any]]:
 
     out = console(stderr=True)
     columns = (
-        TextColumn("{task.description}"), bar_column(), MofNCompleteColumn(), TextColumn("{task.fields[what]}"),
+        TextColumn("{task.description}"),
+        bar_column(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[what]}"),
         TimeRemainingColumn(),
-    )  # fmt: skip
+    )
     bar = Progress(*columns, console=out, transient=True, disable=not out.is_terminal)
     task = bar.add_task("training", total=run.plan.steps, completed=run.done, what="")
     tokens_of = [p.batch * p.length for p in run.plan.phases for _ in range(p.steps)]
@@ -230,9 +322,14 @@ def _display(run: Run) -> Iterator[dict[str, Any]]:
         minutes, seconds = divmod(int(record["seconds"]), 60)
         held = record.get("held_out", float("nan"))
         row = (
-            f"{int(record['step']):,}", f"{record['loss']:.3f}", f"{held:.3f}", f"{run.bits_per_byte(held):.3f}",
-            f"{record['rate']:.2g}", f"{speed():,.0f}", f"{minutes}:{seconds:02}",
-        )  # fmt: skip
+            f"{int(record['step']):,}",
+            f"{record['loss']:.3f}",
+            f"{held:.3f}",
+            f"{run.bits_per_byte(held):.3f}",
+            f"{record['rate']:.2g}",
+            f"{speed():,.0f}",
+            f"{minutes}:{seconds:02}",
+        )
         bar.console.print(_ROW.format(*row))
 
     def progress(what: str, done: int, total: int) -> None:

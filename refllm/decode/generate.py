@@ -49,7 +49,9 @@ class Sampling:
             if not isinstance(value, Real):
                 raise ValueError(f"{name} must be a number, got {value!r}")
         if not 0 <= self.temperature < inf:
-            raise ValueError(f"temperature must be 0 (greedy) or finite and above, got {self.temperature}")
+            raise ValueError(
+                f"temperature must be 0 (greedy) or finite and above, got {self.temperature}"
+            )
         if not 0 <= self.top_k == self.top_k // 1:
             raise ValueError(f"top_k must be 0 (off) or a whole number above, got {self.top_k}")
         if not 0 < self.top_p <= 1:
@@ -57,15 +59,15 @@ class Sampling:
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be within [0, 1], got {self.min_p}")
         if not 0 < self.repetition_penalty < inf:
-            raise ValueError(f"repetition_penalty must be finite and above 0, got {self.repetition_penalty}")
+            raise ValueError(
+                f"repetition_penalty must be finite and above 0, got {self.repetition_penalty}"
+            )
 
 
 GREEDY = Sampling()
 Cache = ContiguousCache | KiviCache | SparseCache
 CachePolicy = Kivi | Sparse  # what a cache keeps where it does not keep everything
-PREFILL = (
-    256  # prompt tokens a pass on the host: what they compute stays in the caches, and in memory that malloc keeps
-)
+PREFILL = 256  # prompt tokens a pass on the host: what they compute stays in the caches, and in memory that malloc keeps
 
 
 def generate_tokens(
@@ -96,8 +98,12 @@ def generate_tokens(
     like = weights["norm"]
     capacity = max(len(p) for p in prompts) + max_tokens
     cache = new_cache(config, len(prompts), capacity, like, policy, rng)
-    seen = _Seen(prompts, config.vocab_size, like) if how.repetition_penalty != 1 else None
-    step, counts = stepper(weights, config), [1] * len(prompts)
+    if how.repetition_penalty != 1:
+        seen = _Seen(prompts, config.vocab_size, like)
+    else:
+        seen = None
+    step = stepper(weights, config)
+    counts = [1] * len(prompts)
     tokens: list[int] = []
     for _ in range(max_tokens):
         if tokens:
@@ -116,13 +122,19 @@ def generate_tokens(
 def check_policy(policy: CachePolicy | None) -> None:
     """ValueError for what is no policy of a cache."""
     if not (policy is None or isinstance(policy, (Kivi, Sparse))):
-        raise ValueError(f"a cache policy is a Kivi(...) or one of refllm.kv.sparse, such as h2o(256), got {policy!r}")
+        raise ValueError(
+            f"a cache policy is a Kivi(...) or one of refllm.kv.sparse, such as h2o(256), got {policy!r}"
+        )
 
 
 def new_cache(
-    config: ModelConfig, sequences: int, capacity: int, like: Array, policy: CachePolicy | None,
+    config: ModelConfig,
+    sequences: int,
+    capacity: int,
+    like: Array,
+    policy: CachePolicy | None,
     rng: np.random.Generator | None = None,
-) -> Cache:  # fmt: skip
+) -> Cache:
     """An empty cache: of all numbers, or as the policy says. ``rng`` is for one that drops at random."""
     if policy is None:
         return ContiguousCache(config, sequences, capacity, like=like)
@@ -131,25 +143,34 @@ def new_cache(
     return SparseCache(config, sequences, like=like, policy=policy, rng=rng)
 
 
-def prefill(weights: Weights, config: ModelConfig, prompts: Sequence[Sequence[int]], cache: Cache) -> Array:
+def prefill(
+    weights: Weights, config: ModelConfig, prompts: Sequence[Sequence[int]], cache: Cache
+) -> Array:
     """All tokens of all prompts → hidden[B, N] of the last of each, the only ones that are sampled from."""
     like = weights["norm"]
     total = sum(len(prompt) for prompt in prompts)
     ends = []
     # KIVI's prompt reads itself as it came, whoever its neighbours are: in one pass; scores of tokens are quadratic
-    cut = isinstance(cache, SparseCache) or (namespace(like) is np and not isinstance(cache, KiviCache))
+    cut = isinstance(cache, SparseCache) or (
+        namespace(like) is np and not isinstance(cache, KiviCache)
+    )
     budget = PREFILL if cut else total
     for counts in passes([len(prompt) for prompt in prompts], budget):
-        begins, last = cache.lengths[:], np.cumsum(counts) - 1
+        begins = cache.lengths[:]
+        last = np.cumsum(counts) - 1
         parts = [prompt[b : b + n] for prompt, b, n in zip(prompts, begins, counts, strict=True)]
-        placed = asarray_like([[t for part in parts for t in part], cache.positions(counts)], like, "int64")
+        placed = asarray_like(
+            [[t for part in parts for t in part], cache.positions(counts)], like, "int64"
+        )
         done = [n > 0 and b + n == len(p) for p, b, n in zip(prompts, begins, counts, strict=True)]
         rows = asarray_like(last[done], like)
         ends.append(forward(weights, config, placed[0], placed[1], cache.view(counts), rows))
         cache.advance(counts)
     if isinstance(cache, SparseCache):
         cache.settle()
-    return ends[0] if len(ends) == 1 else namespace(like).concat(ends)
+    if len(ends) == 1:
+        return ends[0]
+    return namespace(like).concat(ends)
 
 
 def passes(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -160,7 +181,8 @@ def passes(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
     left = list(lengths)
     while any(left):
         room = sum(left) if sum(left) <= budget + budget // 4 else budget
-        counts, most = [0] * len(left), room
+        counts = [0] * len(left)
+        most = room
         for b, n in enumerate(left):
             if n > room and room < most:
                 break
@@ -176,9 +198,13 @@ def choose(z: Array, how: Sampling, rng: np.random.Generator) -> list[int]:
         ids = sampling.best(z)
     else:
         p = sampling.warp(z, how.temperature, how.top_k, how.top_p, how.min_p)
-        ids = to_numpy(sampling.sample(p, asarray_like(rng.random(z.shape[0]), z, "float64"))).tolist()
+        ids = to_numpy(
+            sampling.sample(p, asarray_like(rng.random(z.shape[0]), z, "float64"))
+        ).tolist()
     if min(ids) < 0:
-        raise ValueError(f"the logits of sequence {ids.index(-1)} have no largest one: NaN, +inf or nothing but -inf")
+        raise ValueError(
+            f"the logits of sequence {ids.index(-1)} have no largest one: NaN, +inf or nothing but -inf"
+        )
     return ids
 
 
@@ -206,7 +232,9 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_tokens: int, config: Mod
         if len(prompt) == 0:
             raise ValueError(f"prompt {i} is empty: a model needs at least one token to continue")
         if not all(isinstance(t, (int, np.integer)) and 0 <= t < config.vocab_size for t in prompt):
-            raise ValueError(f"prompt {i} has a token that is no integer within 0..{config.vocab_size - 1}")
+            raise ValueError(
+                f"prompt {i} has a token that is no integer within 0..{config.vocab_size - 1}"
+            )
         if len(prompt) + max_tokens > config.max_position_embeddings:
             raise ValueError(
                 f"prompt {i} of {len(prompt)} tokens plus max_tokens {max_tokens} exceeds the model's "

@@ -101,11 +101,15 @@ def apply_repetition_penalty(logits: Array, seen: Array, penalty: Parameter) -> 
     ValueError if a penalty is not a finite number above 0.
     """
     xp = namespace(logits, seen)
-    theta = column("repetition_penalty", penalty, logits, lambda x: 0 < x < math.inf, "finite and above 0")
+    theta = column(
+        "repetition_penalty", penalty, logits, lambda x: 0 < x < math.inf, "finite and above 0"
+    )
     return xp.where(seen, xp.where(logits > 0, logits / theta, logits * theta), logits)
 
 
-def apply_count_penalties(logits: Array, counts: Array, presence: Parameter = 0.0, frequency: Parameter = 0.0) -> Array:
+def apply_count_penalties(
+    logits: Array, counts: Array, presence: Parameter = 0.0, frequency: Parameter = 0.0
+) -> Array:
     """z - frequency · count - presence · [count > 0], the two penalties of OpenAI's interface; [..., V].
 
     ``counts`` holds how often each token came in the *output* (the prompt does not count), integers of the
@@ -116,7 +120,11 @@ def apply_count_penalties(logits: Array, counts: Array, presence: Parameter = 0.
     xp = namespace(logits, counts)
     alpha = column("presence", presence, logits, math.isfinite, "finite")
     beta = column("frequency", frequency, logits, math.isfinite, "finite")
-    return logits - beta * xp.astype(counts, logits.dtype) - alpha * xp.astype(counts > 0, logits.dtype)
+    return (
+        logits
+        - beta * xp.astype(counts, logits.dtype)
+        - alpha * xp.astype(counts > 0, logits.dtype)
+    )
 
 
 def best(logits: Array) -> list[int]:
@@ -142,7 +150,9 @@ def sample(probabilities: Array, uniforms: Array | float) -> Array:
     p = xp.asarray(probabilities, dtype=xp.float64)
     u = xp.asarray(uniforms, dtype=xp.float64)
     if u.shape != p.shape[:-1]:
-        raise ValueError(f"sample: probabilities {p.shape} need uniforms {p.shape[:-1]}, got {u.shape}")
+        raise ValueError(
+            f"sample: probabilities {p.shape} need uniforms {p.shape[:-1]}, got {u.shape}"
+        )
     # Zero where p is zero: a parallel sum rounds each entry its own way, so a dead token could stand out by
     # an ulp. After this, only live tokens exceed u · total ≥ 0, and the largest entry always does.
     cdf = xp.where(p > 0, xp.cumulative_sum(p, axis=-1), 0.0)
@@ -155,7 +165,8 @@ def sample(probabilities: Array, uniforms: Array | float) -> Array:
             f"sample: row {row} (of the flattened rows) needs probabilities that are finite, not negative and "
             "not all zero, and a uniform within [0, 1)"
         )
-    return xp.argmax(xp.astype(cdf > (u * total)[..., None], xp.int8), axis=-1)  # the first that exceeds
+    # the first that exceeds
+    return xp.argmax(xp.astype(cdf > (u * total)[..., None], xp.int8), axis=-1)
 
 
 def margin(
@@ -180,7 +191,8 @@ def margin(
     how = knobs(logits, temperature, top_k, top_p, min_p)
     weights = _weights(logits, how.temperature)
     ranked = _ranked(weights)
-    count, V = _count(ranked, how), ranked.shape[-1]
+    count = _count(ranked, how)
+    V = ranked.shape[-1]
     last_in = xp.take_along_axis(ranked, count - 1, axis=-1)
     first_out = xp.take_along_axis(ranked, xp.minimum(count, V - 1), axis=-1)
     kept = xp.where(_largest(weights, ranked, count), weights, 0.0)
@@ -206,10 +218,16 @@ def _peak(z: Array) -> Array:
     for row, logits in enumerate(to_numpy(z).reshape(-1, z.shape[-1])):
         for kind, bad in (("NaN", logits != logits), ("+inf", logits == math.inf)):
             if bad.any():
-                raise ValueError(f"logits: token {int(bad.argmax())} of row {row} (of the flattened rows) is {kind}")
+                raise ValueError(
+                    f"logits: token {int(bad.argmax())} of row {row} (of the flattened rows) is {kind}"
+                )
         if logits.max() == -math.inf:
-            raise ValueError(f"logits: every token of row {row} (of the flattened rows) is masked (-inf)")
-    raise AssertionError("a row whose largest logit is not finite has NaN, +inf, or nothing but -inf")
+            raise ValueError(
+                f"logits: every token of row {row} (of the flattened rows) is masked (-inf)"
+            )
+    raise AssertionError(
+        "a row whose largest logit is not finite has NaN, +inf, or nothing but -inf"
+    )
 
 
 def _weights(logits: Array, temperature: Array) -> Array:
@@ -234,9 +252,12 @@ def _first(ranked: Array, k: Array) -> Array:
 def _count(ranked: Array, how: Knobs) -> Array:
     """n, how many tokens stay: the smallest of what the three filters allow, int64[..., 1], at least 1."""
     xp = namespace(ranked)
-    mass = xp.cumulative_sum(_first(ranked, how.top_k), axis=-1)  # of each prefix; the last is what top-k left
-    reaching = 1 + _how_many(mass < how.top_p * mass[..., -1:])  # the prefixes that fall short, and one more
-    likely = _how_many(ranked >= how.min_p)  # the largest weight is 1, so min_p is its own threshold
+    # of each prefix; the last is what top-k left
+    mass = xp.cumulative_sum(_first(ranked, how.top_k), axis=-1)
+    # the prefixes that fall short, and one more
+    reaching = 1 + _how_many(mass < how.top_p * mass[..., -1:])
+    # the largest weight is 1, so min_p is its own threshold
+    likely = _how_many(ranked >= how.min_p)
     return xp.minimum(xp.minimum(reaching, likely), how.top_k)
 
 
@@ -244,7 +265,8 @@ def _largest(weights: Array, ranked: Array, count: Array) -> Array:
     """Mask of the ``count`` largest weights of each row, of equal ones the lowest ids; bool[..., V]."""
     xp = namespace(weights)
     cut = xp.take_along_axis(ranked, count - 1, axis=-1)  # the smallest weight that stays
-    above, at_cut = weights > cut, weights == cut
+    above = weights > cut
+    at_cut = weights == cut
     room = count - _how_many(above)
     return above | (at_cut & (xp.cumulative_sum(xp.astype(at_cut, xp.int64), axis=-1) <= room))
 

@@ -23,7 +23,8 @@ from refllm.backend import Array, namespace
 
 Parameter = float | Sequence[float]  # a number, or a list or NumPy array of B
 
-_COLDEST = 1e-200  # below it even neighbouring float32 logits are infinitely far apart; and 1/τ stays finite
+# below it even neighbouring float32 logits are infinitely far apart; and 1/τ stays finite
+_COLDEST = 1e-200
 
 
 class Knobs(NamedTuple):
@@ -36,7 +37,9 @@ class Knobs(NamedTuple):
     filtering: bool  # can any row lose a token?
 
 
-def knobs(logits: Array, temperature: Parameter, top_k: Parameter, top_p: Parameter, min_p: Parameter) -> Knobs:
+def knobs(
+    logits: Array, temperature: Parameter, top_k: Parameter, top_p: Parameter, min_p: Parameter
+) -> Knobs:
     """Check the parameters for logits[..., V] and rewrite them as the table above says.
 
     ValueError names the parameter, its range and the row; or says that the logits have no tokens.
@@ -45,8 +48,16 @@ def knobs(logits: Array, temperature: Parameter, top_k: Parameter, top_p: Parame
     V = logits.shape[-1] if logits.ndim else 0
     if V == 0:
         raise ValueError(f"logits of shape {logits.shape} have no tokens to choose from")
-    t = _numbers("temperature", temperature, logits, lambda x: 0 <= x < math.inf, "0 (greedy) or finite and above")
-    k = _numbers("top_k", top_k, logits, lambda x: 0 <= x == x // 1, "0 (off) or a whole number above")
+    t = _numbers(
+        "temperature",
+        temperature,
+        logits,
+        lambda x: 0 <= x < math.inf,
+        "0 (greedy) or finite and above",
+    )
+    k = _numbers(
+        "top_k", top_k, logits, lambda x: 0 <= x == x // 1, "0 (off) or a whole number above"
+    )
     p = _numbers("top_p", top_p, logits, lambda x: 0 < x <= 1, "within (0, 1]")
     m = _numbers("min_p", min_p, logits, lambda x: 0 <= x <= 1, "within [0, 1]")
     rows = max(len(t), len(k))  # one of the two may be a single number
@@ -60,20 +71,29 @@ def knobs(logits: Array, temperature: Parameter, top_k: Parameter, top_p: Parame
     )
 
 
-def column(name: str, value: Parameter, logits: Array, allowed: Callable[[float], bool], rule: str) -> Array:
+def column(
+    name: str, value: Parameter, logits: Array, allowed: Callable[[float], bool], rule: str
+) -> Array:
     """A checked parameter in the logits' dtype: a Python number, or a column [B, 1]."""
     return _placed(_numbers(name, value, logits, allowed, rule), logits, logits.dtype)
 
 
-def _numbers(name: str, value: Parameter, logits: Array, allowed: Callable[[float], bool], rule: str) -> list[float]:
-    numbers: Any = value.tolist() if hasattr(value, "tolist") else value  # NumPy's arrays and scalars
+def _numbers(
+    name: str, value: Parameter, logits: Array, allowed: Callable[[float], bool], rule: str
+) -> list[float]:
+    # NumPy's arrays and scalars
+    numbers: Any = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(numbers, (int, float)):
         numbers = [numbers]
     elif logits.ndim != 2 or len(numbers) != logits.shape[0]:
-        raise ValueError(f"{name} is a list of {len(numbers)}: that needs logits[B, V] with B rows, got {logits.shape}")
+        raise ValueError(
+            f"{name} is a list of {len(numbers)}: that needs logits[B, V] with B rows, got {logits.shape}"
+        )
     for row, x in enumerate(numbers):
         if not allowed(x):
-            raise ValueError(f"{name} must be {rule}, got {x}" + (f" in row {row}" if len(numbers) > 1 else ""))
+            raise ValueError(
+                f"{name} must be {rule}, got {x}" + (f" in row {row}" if len(numbers) > 1 else "")
+            )
     return list(numbers)
 
 

@@ -22,7 +22,8 @@ from collections.abc import Iterable
 from refllm.checkpoints.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"  # what decode() writes for bytes that form no character
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # SentencePiece's byte fallback: one token, one byte
+# SentencePiece's byte fallback: one token, one byte
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Utf8Stream:
@@ -67,13 +68,16 @@ class Utf8Stream:
     def flush(self) -> str:
         """Return what is held back, and begin a new text."""
         rest = self._unseen()
-        self._window, self._shown = [], ""
+        self._window = []
+        self._shown = ""
         return rest
 
     def _unseen(self) -> str:
         text = self._decode()
         if not text.startswith(self._shown):
-            raise ValueError(f"the tokenizer's decoder turned {self._shown!r} into {text!r} after it was streamed")
+            raise ValueError(
+                f"the tokenizer's decoder turned {self._shown!r} into {text!r} after it was streamed"
+            )
         return text[len(self._shown) :]
 
     def _decode(self) -> str:
@@ -113,10 +117,14 @@ class StopStrings:
             return ""
         held = self._held + text
         # (where, length) puts the earliest first and, of those, the shortest
-        start, length = min(((held.find(s), len(s)) for s in self.stops if s in held), default=(len(held), 0))
+        start, length = min(
+            ((held.find(s), len(s)) for s in self.stops if s in held), default=(len(held), 0)
+        )
         maybe = len(held) if ended else self._may_begin(held)
         if length and start <= maybe:
-            self.stopped, self.matched, self._held = True, held[start : start + length], ""
+            self.stopped = True
+            self.matched = held[start : start + length]
+            self._held = ""
             return held[:start]
         # No stop yet, or one that an earlier and longer stop string, still incomplete, may yet precede.
         self._held = held[maybe:]

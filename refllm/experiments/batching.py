@@ -65,12 +65,23 @@ def chunks_data(count: int, rate: float = 3.0) -> list[dict[str, Any]]:
     rows = []
     for budget in BUDGETS:
         asked = requests(AZURE_CHAT, count, np.random.default_rng(0), rate=rate)
-        scheduler = factory.make("fcfs", BlockPool(SLOTS // 16, 16), max_batch_tokens=budget,
-                                  chunked=budget is not None, max_sequences=None)  # fmt: skip
+        scheduler = factory.make(
+            "fcfs",
+            BlockPool(SLOTS // 16, 16),
+            max_batch_tokens=budget,
+            chunked=budget is not None,
+            max_sequences=None,
+        )
         report = Simulator(scheduler, CLOCK).run(asked).summary()
         assert report.itl is not None and report.ttft is not None  # noqa: PT018 (for the type checker)
-        rows.append({"budget": budget, "itl": report.itl._asdict(), "ttft": report.ttft._asdict(),
-                     "throughput": report.output_throughput})  # fmt: skip
+        rows.append(
+            {
+                "budget": budget,
+                "itl": report.itl._asdict(),
+                "ttft": report.ttft._asdict(),
+                "throughput": report.output_throughput,
+            }
+        )
     return rows
 
 
@@ -79,7 +90,12 @@ def goodput_data(count: int) -> dict[str, Any]:
     served = {
         "static": {"policy": "static", "max_sequences": 32, "longest": 2048},
         "Orca (Max)": {"policy": "orca-max", "max_sequences": None},
-        "paged, prompts whole": {"policy": "fcfs", "chunked": False, "max_batch_tokens": None, "max_sequences": None},
+        "paged, prompts whole": {
+            "policy": "fcfs",
+            "chunked": False,
+            "max_batch_tokens": None,
+            "max_sequences": None,
+        },
         "paged, chunks of 512": {"policy": "fcfs", "max_batch_tokens": 512, "max_sequences": None},
     }
     lines = {}
@@ -106,10 +122,15 @@ def swapping_data(count: int, slots: int = 6000) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"block": block}
         for way in ("recompute", "swap"):
             pool = BlockPool(slots // block, block)
-            memory = Swapping(pool, host_blocks=0 if way == "recompute" else None)  # without room there: recompute
+            # without room there: recompute
+            memory = Swapping(pool, host_blocks=0 if way == "recompute" else None)
             run = Simulator(Scheduler(memory, max_sequences=None), CLOCK).run(asked)
-            row[way] = {"duration": run.duration, "preemptions": run.preemptions, "computed": run.all.tokens,
-                        "moved": run.moved.tokens}  # fmt: skip
+            row[way] = {
+                "duration": run.duration,
+                "preemptions": run.preemptions,
+                "computed": run.all.tokens,
+                "moved": run.moved.tokens,
+            }
         rows.append(row)
     return rows
 
@@ -127,7 +148,10 @@ def batching_data(count: int = 600) -> dict[str, Any]:
 def main(folder: str = "figures/data") -> None:
     """Write the data of the figure ``batching``: some minutes."""
     hardware = "Llama-3-8B shape, bf16, on an A100 SXM 80 GB by its data sheet; shares of slots are counted"
-    write(f"{folder}/batching.json", Record("python -m refllm.experiments.batching", "A, C", hardware, batching_data()))
+    write(
+        f"{folder}/batching.json",
+        Record("python -m refllm.experiments.batching", "A, C", hardware, batching_data()),
+    )
 
 
 if __name__ == "__main__":

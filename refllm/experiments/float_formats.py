@@ -47,7 +47,9 @@ def _integers(bits: int, group: int, weight: Array) -> Any:
 
 # Name → a weight [M, N] in that format; further formats add a line.
 FORMATS: dict[str, Callable[[Array], Any]] = {
-    "INT8, a scale a row": lambda w: quantize(w, Scheme(8, "restricted", "channel"), scale_dtype="float16"),
+    "INT8, a scale a row": lambda w: quantize(
+        w, Scheme(8, "restricted", "channel"), scale_dtype="float16"
+    ),
     "FP8 E4M3, blocks of 128 × 128": lambda w: to_floats(w, FloatScheme("e4m3", "block", 128)),
     "FP8 E5M2, blocks of 128 × 128": lambda w: to_floats(w, FloatScheme("e5m2", "block", 128)),
     "MXFP8": lambda w: to_floats(w, MXFP8),
@@ -55,11 +57,16 @@ FORMATS: dict[str, Callable[[Array], Any]] = {
     "INT4, groups of 32": partial(_integers, 4, 32),
     "NVFP4": lambda w: to_floats(w, NVFP4),
     "MXFP4": lambda w: to_floats(w, MXFP4),
-    **{f"GGUF {t}": partial(_gguf, t) for t in ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "Q3_K", "Q2_K")},
+    **{
+        f"GGUF {t}": partial(_gguf, t)
+        for t in ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "Q3_K", "Q2_K")
+    },
 }
 
 
-def rows(weight: Array, formats: Sequence[str] = tuple(FORMATS)) -> list[tuple[str, float, float, Array]]:
+def rows(
+    weight: Array, formats: Sequence[str] = tuple(FORMATS)
+) -> list[tuple[str, float, float, Array]]:
     """(name, stored bits a weight, ‖Ŵ − W‖ / ‖W‖, Ŵ) of W[M, N] in each format whose groups fit its rows."""
     found = []
     for name in formats:
@@ -78,16 +85,23 @@ def data(rng: np.random.Generator, tokens: int = 64, channels: int = 1024) -> di
     normal = rng.standard_normal((tokens, channels))
     outlier = np.where(np.arange(channels) == 5, 60.0, 1.0)  # a channel, as large models have them
     kinds = {
-        "uniform": rng.uniform(-1, 1, (tokens, channels)), "normal": normal,
-        "heavy tail (t, 2 d.o.f.)": rng.standard_t(2, (tokens, channels)), "one outlier channel": normal * outlier,
-    }  # fmt: skip
+        "uniform": rng.uniform(-1, 1, (tokens, channels)),
+        "normal": normal,
+        "heavy tail (t, 2 d.o.f.)": rng.standard_t(2, (tokens, channels)),
+        "one outlier channel": normal * outlier,
+    }
     return {name: x.astype(np.float32) for name, x in kinds.items()}
 
 
-def accumulator_errors(rng: np.random.Generator, lengths: Sequence[int] = LENGTHS) -> dict[str, list[float]]:
+def accumulator_errors(
+    rng: np.random.Generator, lengths: Sequence[int] = LENGTHS
+) -> dict[str, list[float]]:
     """Root mean square error of 256 sums of K products, relative to that of the sums."""
-    kinds = {"14 bits, never promoted": Accumulator(14, 16, None), "14 bits, promoted every 128": Accumulator(14, 16),
-             "float32": Accumulator(24, 16, None)}  # fmt: skip
+    kinds = {
+        "14 bits, never promoted": Accumulator(14, 16, None),
+        "14 bits, promoted every 128": Accumulator(14, 16),
+        "float32": Accumulator(24, 16, None),
+    }
     found: dict[str, list[float]] = {name: [] for name in kinds}
     for k in lengths:
         x, w = (rng.standard_normal((16, k)).astype(np.float32) for _ in range(2))
@@ -102,7 +116,8 @@ def delayed_shares(rng: np.random.Generator, steps: int = 40) -> list[float]:
     """Share of numbers that a delayed scale saturates, for each growth of the range a step."""
     shares = []
     for growth in GROWTHS:
-        scale, x = DelayedScale(), rng.uniform(-1, 1, (32, 256)).astype(np.float32)
+        scale = DelayedScale()
+        x = rng.uniform(-1, 1, (32, 256)).astype(np.float32)
         for step in range(steps):
             scale.quantize(x * np.float32(growth**step))
         shares.append(scale.saturated / scale.seen)
@@ -113,10 +128,15 @@ def values() -> dict[str, Any]:
     """What the figure draws; counted, the same on every machine but for the last digit."""
     rng = np.random.default_rng(0)
     return {
-        "data": {name: {f: math.sqrt(e) for f, e in integers_or_floats(x).items()} for name, x in data(rng).items()},
-        "lengths": list(LENGTHS), "accumulator": accumulator_errors(rng),
-        "growths": list(GROWTHS), "delayed": delayed_shares(rng),
-    }  # fmt: skip
+        "data": {
+            name: {f: math.sqrt(e) for f, e in integers_or_floats(x).items()}
+            for name, x in data(rng).items()
+        },
+        "lengths": list(LENGTHS),
+        "accumulator": accumulator_errors(rng),
+        "growths": list(GROWTHS),
+        "delayed": delayed_shares(rng),
+    }
 
 
 def main(path: str = "figures/data/float_formats.json") -> None:

@@ -61,7 +61,12 @@ from refllm.train.fp8 import Fp8
 from refllm.train.loop import initialize, train
 from refllm.train.schedule import Phase, Plan
 
-STEPS, BATCH, LENGTH, WARMUP, LAST, SAVE = 320, 4, 128, 60, 50, 40
+STEPS = 320
+BATCH = 4
+LENGTH = 128
+WARMUP = 60
+LAST = 50
+SAVE = 40
 RATES = {"random weights": 1e-3, "bundled weights": 3e-4}  # at the peak
 DOCUMENTS = 120  # of the training text: more tokens than the runs read
 NUDGE = 1e-6  # about ten float32 roundings
@@ -73,28 +78,54 @@ RUNS = (
     *(("random weights", method, 0) for method in METHODS),
     *(("random weights", method, 1) for method in ("float32", "tile")),
     *(("bundled weights", method, 0) for method in METHODS),
-    *(("random weights", method, seed) for method, seed in (("tensor", 1), ("float32", 2), ("tile", 2))),
+    *(
+        ("random weights", method, seed)
+        for method, seed in (("tensor", 1), ("float32", 2), ("tile", 2))
+    ),
 )
-CHANNELS, POWERS, WINDOWS = (3, 77), (0, 4, 8, 10, 12, 14, 16), 16  # planted channels, of the first tile
+CHANNELS = (3, 77)  # planted channels, of the first tile
+POWERS = (0, 4, 8, 10, 12, 14, 16)
+WINDOWS = 16
 
 
-def first_weights(config: ModelConfig, bundled: Tensors, start: str, method: str, seed: int) -> Tensors:
+def first_weights(
+    config: ModelConfig, bundled: Tensors, start: str, method: str, seed: int
+) -> Tensors:
     """What a run begins with: copies, since training writes into them."""
     random = start == "random weights"
-    params = initialize(config, np.random.default_rng([seed, 0])) if random else bundled
-    rng, size = np.random.default_rng([seed, 1]), NUDGE if method == "nudged" else 0.0
-    return {n: (t * (1 + size * rng.standard_normal(t.shape))).astype(np.float32) for n, t in params.items()}
+    if random:
+        params = initialize(config, np.random.default_rng([seed, 0]))
+    else:
+        params = bundled
+    rng = np.random.default_rng([seed, 1])
+    size = NUDGE if method == "nudged" else 0.0
+    return {
+        n: (t * (1 + size * rng.standard_normal(t.shape))).astype(np.float32)
+        for n, t in params.items()
+    }
 
 
 def losses(
-    config: ModelConfig, text: NDArray[Any], first: Tensors, method: str, rate: float, work: Path, *,
-    steps: int = STEPS, batch: int = BATCH, length: int = LENGTH,
-) -> list[float]:  # fmt: skip
+    config: ModelConfig,
+    text: NDArray[Any],
+    first: Tensors,
+    method: str,
+    rate: float,
+    work: Path,
+    *,
+    steps: int = STEPS,
+    batch: int = BATCH,
+    length: int = LENGTH,
+) -> list[float]:
     """The loss of every step of a run, nats per token; goes on from the checkpoint in ``work``, if there is one."""
     plan = Plan(
-        (Phase(steps, batch, length),), peak_rate=rate, warmup=min(WARMUP, steps // 4), workers=1, evaluate_every=1,
+        (Phase(steps, batch, length),),
+        peak_rate=rate,
+        warmup=min(WARMUP, steps // 4),
+        workers=1,
+        evaluate_every=1,
         save_every=SAVE,
-    )  # fmt: skip
+    )
     state = train(config, [text], plan, work, start=first, product=METHODS[method])
     return [record["loss"] for record in state.curve]
 
@@ -108,19 +139,26 @@ def gradient_errors(params: Tensors, config: ModelConfig, tokens: NDArray[Any]) 
     for method, product in METHODS.items():
         if product is not PLAIN:
             _, rounded = loss_and_gradients(params, config, tokens, product=product)
-            off = sum(float(np.sum(np.square(rounded[n] - exact[n], dtype=np.float64))) for n in names)
+            off = sum(
+                float(np.sum(np.square(rounded[n] - exact[n], dtype=np.float64))) for n in names
+            )
             found[method] = math.sqrt(off) / size
     return found
 
 
-def planted(params: Tensors, config: ModelConfig, factor: float, channels: Sequence[int] = CHANNELS) -> Tensors:
+def planted(
+    params: Tensors, config: ModelConfig, factor: float, channels: Sequence[int] = CHANNELS
+) -> Tensors:
     """The same network with ``channels`` of all inputs of a norm and of down_proj ``factor`` times as large."""
     layers = plant(build_weights(config, params), channels, factor, tuple(PLACES))["layers"]
     made = dict(params)
     for i, layer in enumerate(layers):
         at = f"model.layers.{i}."
         made |= {f"{at}{name}.weight": layer[key].dequantize() for key, name in PROJECTIONS.items()}
-        made |= {f"{at}{key}.weight": layer[key] for key in ("input_layernorm", "post_attention_layernorm")}
+        made |= {
+            f"{at}{key}.weight": layer[key]
+            for key in ("input_layernorm", "post_attention_layernorm")
+        }
     return made
 
 
@@ -133,7 +171,9 @@ def outliers(
     for power in powers:
         network = planted(params, config, 2.0**power)
         for method, row in found.items():
-            row.append(loss_and_gradients(network, config, tokens, product=METHODS[method])[0] / exact - 1)
+            row.append(
+                loss_and_gradients(network, config, tokens, product=METHODS[method])[0] / exact - 1
+            )
     return found
 
 
@@ -144,29 +184,46 @@ def values(runs: dict[str, dict[str, dict[str, list[float]]]], last: int = LAST)
     relative difference between two seeds of float32.
     """
     means = {
-        s: {m: {k: sum(c[-last:]) / last for k, c in by.items()} for m, by in of.items()} for s, of in runs.items()
+        s: {m: {k: sum(c[-last:]) / last for k, c in by.items()} for m, by in of.items()}
+        for s, of in runs.items()
     }
     against = {
-        start: {m: {k: x / of["float32"][k] - 1 for k, x in by.items()} for m, by in of.items() if m != "float32"}
+        start: {
+            m: {k: x / of["float32"][k] - 1 for k, x in by.items()}
+            for m, by in of.items()
+            if m != "float32"
+        }
         for start, of in means.items()
     }
-    spread = {start: max(of["float32"].values()) / min(of["float32"].values()) - 1 for start, of in means.items()}
+    spread = {
+        start: max(of["float32"].values()) / min(of["float32"].values()) - 1
+        for start, of in means.items()
+    }
     return {"last": last, "means": means, "against float32": against, "spread of seeds": spread}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, or go on training, and write the record that the figure is drawn from."""
-    parser = argparse.ArgumentParser(prog="python -m refllm.experiments.fp8_training", description=main.__doc__)
-    parser.add_argument("--model", default="stdlib", help="whose architecture, tokenizer and weights are used")
+    parser = argparse.ArgumentParser(
+        prog="python -m refllm.experiments.fp8_training", description=main.__doc__
+    )
+    parser.add_argument(
+        "--model", default="stdlib", help="whose architecture, tokenizer and weights are used"
+    )
     parser.add_argument("--output", type=Path, default=Path("figures/data/fp8_training.json"))
-    parser.add_argument("--work", type=Path, default=Path("build/fp8_training"), help="where checkpoints are kept")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/fp8_training"), help="where checkpoints are kept"
+    )
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--runs", type=int, default=len(RUNS), help="how many of the runs, in their order")
+    parser.add_argument(
+        "--runs", type=int, default=len(RUNS), help="how many of the runs, in their order"
+    )
     chosen = parser.parse_args(arguments)
     from threadpoolctl import threadpool_limits
 
     directory = locate(chosen.model)
-    config, tokenizer = read_config(directory), Tokenizer.from_file(directory / "tokenizer.json")
+    config = read_config(directory)
+    tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
     bundled = {name: np.asarray(t) for name, t in iter_tensors(directory, dtype="float32")}
     text = encode(tokenizer, training_documents()[:DOCUMENTS], config.bos_token_id or 0)
     print(f"{len(text):,} tokens; a run reads {chosen.steps * BATCH * LENGTH:,}", file=sys.stderr)
@@ -175,19 +232,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with threadpool_limits(limits=1, user_api="blas"):
         for start, method, seed in RUNS[: chosen.runs]:
             first = first_weights(config, bundled, start, method, seed)
-            of = start if start == "random weights" else f"{start} {digest}"  # other weights are another run
+            # other weights are another run
+            of = start if start == "random weights" else f"{start} {digest}"
             work = chosen.work / f"{of} {method} {seed}".replace(" ", "-")
             curve = losses(config, text, first, method, RATES[start], work, steps=chosen.steps)
             runs.setdefault(start, {}).setdefault(method, {})[str(seed)] = curve
-            print(f"{start}, {method}, {seed}: {sum(curve[-LAST:]) / LAST:.4f}", file=sys.stderr, flush=True)
+            print(
+                f"{start}, {method}, {seed}: {sum(curve[-LAST:]) / LAST:.4f}",
+                file=sys.stderr,
+                flush=True,
+            )
         held = encode(tokenizer, held_out_documents(), config.bos_token_id or 0)
         window = held[: WINDOWS * (LENGTH + 1)].reshape(WINDOWS, LENGTH + 1)
-        measured = {"gradient error": gradient_errors(bundled, config, window), "powers": list(POWERS),
-                    "planted": outliers(bundled, config, window)}  # fmt: skip
-    hardware = f"{processor()}, one thread, NumPy {np.__version__}, Python {platform.python_version()}"
-    made = values(runs) | measured | {"steps": chosen.steps, "batch": BATCH, "length": LENGTH, "model": chosen.model}
+        measured = {
+            "gradient error": gradient_errors(bundled, config, window),
+            "powers": list(POWERS),
+            "planted": outliers(bundled, config, window),
+        }
+    hardware = (
+        f"{processor()}, one thread, NumPy {np.__version__}, Python {platform.python_version()}"
+    )
+    made = (
+        values(runs)
+        | measured
+        | {"steps": chosen.steps, "batch": BATCH, "length": LENGTH, "model": chosen.model}
+    )
     some = f" --runs {chosen.runs}" if chosen.runs < len(RUNS) else ""
-    write(chosen.output, Record(f"python -m refllm.experiments.fp8_training{some}", "A, B", hardware, made))
+    write(
+        chosen.output,
+        Record(f"python -m refllm.experiments.fp8_training{some}", "A, B", hardware, made),
+    )
 
 
 if __name__ == "__main__":

@@ -28,14 +28,30 @@ LLAMA_2_7B = ModelConfig("llama", 32_000, 4096, 11_008, 32, 32, 32, 128)
 LLAMA_31_8B = ModelConfig("llama", 128_256, 4096, 14_336, 32, 32, 8, 128)
 MODELS = {"Llama-2-7B": LLAMA_2_7B, "Llama-3.1-8B": LLAMA_31_8B}
 ARTICLE = {"Q2_K": 3.4, "Q5_K_M": 5.5}  # what the article says and no file of today has
-SHOWN = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_0", "Q4_K_S", "Q4_K_M", "Q5_0", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0")
+SHOWN = (
+    "Q2_K",
+    "Q3_K_S",
+    "Q3_K_M",
+    "Q3_K_L",
+    "Q4_0",
+    "Q4_K_S",
+    "Q4_K_M",
+    "Q5_0",
+    "Q5_K_S",
+    "Q5_K_M",
+    "Q6_K",
+    "Q8_0",
+)
 
 
 def mix_bits(config: ModelConfig, name: str) -> float:
     """Bits per weight of a network's tensors in a mix."""
     shapes = {gguf_name(tensor): shape for tensor, shape in tensor_shapes(config)}
     heads = Heads(
-        architecture(config), config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads
+        architecture(config),
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_key_value_heads,
     )
     return bits_per_weight(shapes, mix(shapes, name, heads))
 
@@ -55,13 +71,15 @@ def layouts(numbers: int) -> dict[str, Any]:
     return {
         "types": [
             {
-                "type": name, "numbers": kind(name).block, "bits": kind(name).bits_per_weight,
+                "type": name,
+                "numbers": kind(name).block,
+                "bits": kind(name).bits_per_weight,
                 "fields": [{"role": f.role, "size": f.size, "holds": f.holds} for f in fields],
             }
             for name, fields in FIELDS.items()
             if kind(name).block == numbers
         ]
-    }  # fmt: skip
+    }
 
 
 def main(folder: str = "figures/data") -> None:
@@ -71,9 +89,16 @@ def main(folder: str = "figures/data") -> None:
     for row in rows:
         bits = "  ".join(f"{row[model]:>{len(model)}.4f}" for model in MODELS)
         print(f"{row['mix']:<7} {row['base']:>9.4f}  {bits}  {row['article'] or ''}")
-    drawn = {"gguf_mixes": {"rows": rows}, "gguf_layouts": layouts(32), "gguf_kquants": layouts(256)}
+    drawn = {
+        "gguf_mixes": {"rows": rows},
+        "gguf_layouts": layouts(32),
+        "gguf_kquants": layouts(256),
+    }
     for name, values in drawn.items():
-        write(f"{folder}/{name}.json", Record("python -m refllm.experiments.gguf_mixes", "A", "none", values))
+        write(
+            f"{folder}/{name}.json",
+            Record("python -m refllm.experiments.gguf_mixes", "A", "none", values),
+        )
 
 
 if __name__ == "__main__":

@@ -51,8 +51,11 @@ CHOICES = {
 }
 WAITING = (32, 64, 128, 256, 512)
 GROUP = 32
-FACTOR, PAIRS = 8.0, 2
-TEXTS, LENGTH, BINS = 16, 1024, 8
+FACTOR = 8.0
+PAIRS = 2
+TEXTS = 16
+LENGTH = 1024
+BINS = 8
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 NETWORKS = ("as it is", "planted")
 BLOCK = 128  # tokens a block of the bootstrap
@@ -74,7 +77,9 @@ class Case:
 
 def cases() -> list[Case]:
     """Every row of the table, the choices first."""
-    found = [Case(network, choice, bits) for network in NETWORKS for choice in CHOICES for bits in BITS]
+    found = [
+        Case(network, choice, bits) for network in NETWORKS for choice in CHOICES for bits in BITS
+    ]
     return found + [Case("as it is", "KIVI", 2, r) for r in WAITING if r != Kivi.residual]
 
 
@@ -82,32 +87,49 @@ class Experiment:
     """A network as it is and with planted keys, and the text that both are judged by."""
 
     def __init__(self, model: Model, texts: int = TEXTS, length: int = LENGTH):
-        self.model, self.length = model, length
+        self.model = model
+        self.length = length
         self.pairs = choose(model.config.head_dim // 2, PAIRS, np.random.default_rng(0))
-        self.text = list(calibration_windows(model.tokenizer, texts, length, 0, documents=held_out_documents()))
-        planted = Model(model.config, plant_keys(model.weights, model.config, self.pairs, FACTOR), model.tokenizer)
+        self.text = list(
+            calibration_windows(model.tokenizer, texts, length, 0, documents=held_out_documents())
+        )
+        planted = Model(
+            model.config,
+            plant_keys(model.weights, model.config, self.pairs, FACTOR),
+            model.tokenizer,
+        )
         self.networks = {"as it is": model, "planted": planted}
         self._kept: dict[str, Kept] = {}
         self._kivi: dict[Case, np.ndarray] = {}  # KL of each token
 
     def compare(self, case: Case) -> Comparison:
         """The network with this cache against itself with a cache of numbers."""
-        network, (keys, values) = self.networks[case.network], CHOICES[case.choice]
+        network = self.networks[case.network]
+        keys, values = CHOICES[case.choice]
         if case.network not in self._kept:
-            self._kept[case.network] = keep(network, self.text, window=self.length, stride=self.length)
+            self._kept[case.network] = keep(
+                network, self.text, window=self.length, stride=self.length
+            )
 
         def memory(lengths: list[int]) -> KiviAttend:
-            return KiviAttend(lengths, case.kivi, network.config.sliding_window, keys=keys, values=values)
+            return KiviAttend(
+                lengths, case.kivi, network.config.sliding_window, keys=keys, values=values
+            )
 
-        kept, rng, length = self._kept[case.network], np.random.default_rng(0), self.length
-        return compare(network, kept, self.text, rng=rng, window=length, stride=length, attend=memory)
+        kept = self._kept[case.network]
+        rng = np.random.default_rng(0)
+        length = self.length
+        return compare(
+            network, kept, self.text, rng=rng, window=length, stride=length, attend=memory
+        )
 
     def row(self, case: Case) -> dict[str, Any]:
         """A row of the table; KL by position is the mean over texts of equally long runs of tokens.
 
         "against KIVI" is the KL minus that of KIVI at the same bits and R, in pairs of tokens.
         """
-        found, same = self.compare(case), replace(case, choice="KIVI")
+        found = self.compare(case)
+        same = replace(case, choice="KIVI")
         if same not in self._kivi:
             self._kivi[same] = (found if same == case else self.compare(same)).token_kl
         more = found.token_kl - self._kivi[same]
@@ -120,8 +142,10 @@ class Experiment:
             "against KIVI": [paired.mean, paired.low, paired.high],
             "agreement": found.agreement.mean,
             "difference": [found.difference.mean, found.difference.low, found.difference.high],
-            "kl by position": [float(part.mean()) for part in np.array_split(by_position, BINS, axis=1)],
-        }  # fmt: skip
+            "kl by position": [
+                float(part.mean()) for part in np.array_split(by_position, BINS, axis=1)
+            ],
+        }
 
     def table(self, wanted: Sequence[Case]) -> Iterator[dict[str, Any]]:
         return map(self.row, wanted)
@@ -138,7 +162,9 @@ def memory(lengths: Sequence[int] = LENGTHS) -> dict[str, list[float]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every case and write the record."""
-    parser = argparse.ArgumentParser(prog="python -m refllm.experiments.kv_quantization", description=main.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m refllm.experiments.kv_quantization", description=main.__doc__
+    )
     parser.add_argument("--model", default="stdlib", help="a bundled name or a checkpoint")
     parser.add_argument("--output", type=Path, default=Path("figures/data/kv_quantization.json"))
     parser.add_argument("--texts", type=int, default=TEXTS, help="held-out windows")
@@ -148,18 +174,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     with threadpool_limits(limits=1, user_api="blas"):
         experiment = Experiment(load(chosen.model, backend="numpy"), chosen.texts, chosen.length)
-        wanted, rows = cases(), []
+        wanted = cases()
+        rows = []
         for case, row in zip(wanted, experiment.table(wanted), strict=True):
             rows.append(row)
-            print(f"[{len(rows)}/{len(wanted)}] {case.network}, {case.choice}, {case.bits} bits, R = {case.residual}: "
-                  f"KL {row['kl'][0]:.5f}", file=sys.stderr)  # fmt: skip
+            print(
+                f"[{len(rows)}/{len(wanted)}] {case.network}, {case.choice}, {case.bits} bits, R = {case.residual}: "
+                f"KL {row['kl'][0]:.5f}",
+                file=sys.stderr,
+            )
     values = {
-        "model": Path(chosen.model).name, "group": GROUP, "factor": FACTOR, "pairs": experiment.pairs,
-        "texts": chosen.texts, "length": chosen.length, "rows": rows, "lengths": list(LENGTHS), "memory": memory(),
-        "versions": {"refllm": refllm.__version__, "python": platform.python_version(), "numpy": np.__version__},
-    }  # fmt: skip
-    hardware = f"{processor()}, one thread, NumPy {np.__version__}, Python {platform.python_version()}"
-    write(chosen.output, Record("python -m refllm.experiments.kv_quantization", "A", hardware, values))
+        "model": Path(chosen.model).name,
+        "group": GROUP,
+        "factor": FACTOR,
+        "pairs": experiment.pairs,
+        "texts": chosen.texts,
+        "length": chosen.length,
+        "rows": rows,
+        "lengths": list(LENGTHS),
+        "memory": memory(),
+        "versions": {
+            "refllm": refllm.__version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+        },
+    }
+    hardware = (
+        f"{processor()}, one thread, NumPy {np.__version__}, Python {platform.python_version()}"
+    )
+    write(
+        chosen.output, Record("python -m refllm.experiments.kv_quantization", "A", hardware, values)
+    )
 
 
 if __name__ == "__main__":

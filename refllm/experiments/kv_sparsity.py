@@ -52,7 +52,10 @@ from refllm.measure.records import Record, write
 from refllm.model.llama import forward, logits
 from refllm.quant.calibration_data import calibration_windows
 
-PROMPT, NEW, TEXTS, COPY = 768, 128, 24, 192
+PROMPT = 768
+NEW = 128
+TEXTS = 24
+COPY = 192
 DRAWS = 3
 BUDGETS = (64, 128, 256, 512)
 TASKS = ("as it comes", "a far copy")
@@ -81,24 +84,39 @@ class Experiment:
     """
 
     def __init__(
-        self, model: Model, task: str = TASKS[0], texts: int = TEXTS, prompt: int = PROMPT, new: int = NEW,
+        self,
+        model: Model,
+        task: str = TASKS[0],
+        texts: int = TEXTS,
+        prompt: int = PROMPT,
+        new: int = NEW,
         copy: int = COPY,
-    ):  # fmt: skip
+    ):
         if task not in TASKS:
             raise ValueError(f"no task is called {task!r}; they are {', '.join(TASKS)}")
         if not new < copy <= (prompt + new) // 2:
-            raise ValueError(f"two copies of {copy} tokens, the last {new} of them new, need {copy} within {new + 1}.."
-                             f"{(prompt + new) // 2}")  # fmt: skip
-        self.model, self.prompt, self.new = model, prompt, new
-        begin = [] if model.config.bos_token_id is None else [model.config.bos_token_id]
+            raise ValueError(
+                f"two copies of {copy} tokens, the last {new} of them new, need {copy} within {new + 1}.."
+                f"{(prompt + new) // 2}"
+            )
+        self.model = model
+        self.prompt = prompt
+        self.new = new
+        if model.config.bos_token_id is None:
+            begin = []
+        else:
+            begin = [model.config.bos_token_id]
         length = prompt + new - len(begin)
         drawn = [
             [int(t) for t in text]
-            for text in calibration_windows(model.tokenizer, 2 * texts, length, 0, documents=held_out_documents())
+            for text in calibration_windows(
+                model.tokenizer, 2 * texts, length, 0, documents=held_out_documents()
+            )
         ]
         if task == TASKS[1]:
             drawn = [
-                [*a[:copy], *b[: length - 2 * copy], *a[:copy]] for a, b in zip(drawn, drawn[texts:], strict=False)
+                [*a[:copy], *b[: length - 2 * copy], *a[:copy]]
+                for a, b in zip(drawn, drawn[texts:], strict=False)
             ]
         self.texts = [begin + text for text in drawn[:texts]]
         self.after = len(begin) + copy  # where what follows the first copy begins
@@ -107,17 +125,23 @@ class Experiment:
     def exact(self) -> np.ndarray:
         """log p of the network with all tokens, [texts, new, V]."""
         rows = slice(self.prompt - 1, self.prompt + self.new - 1)
-        return np.stack([to_numpy(log_probabilities(self.model.logits(text)[rows])) for text in self.texts])
+        return np.stack(
+            [to_numpy(log_probabilities(self.model.logits(text)[rows])) for text in self.texts]
+        )
 
     @cached_property
     def loss(self) -> tuple[float, float]:
         """Nats a new token, of the whole text and without its first ``copy`` tokens."""
         return self._loss(self.exact), self._loss(
-            np.stack([
-                to_numpy(log_probabilities(self.model.logits(text[self.after :])[-self.new - 1 : -1]))
-                for text in self.texts
-            ])
-        )  # fmt: skip
+            np.stack(
+                [
+                    to_numpy(
+                        log_probabilities(self.model.logits(text[self.after :])[-self.new - 1 : -1])
+                    )
+                    for text in self.texts
+                ]
+            )
+        )
 
     def _loss(self, log_p: np.ndarray) -> float:
         targets = np.array([text[self.prompt :] for text in self.texts])
@@ -125,37 +149,51 @@ class Experiment:
 
     def run(self, policy: Sparse, seed: int = 0) -> Run:
         """The prompt at once, text by text; then all texts together, a token of each a step."""
-        model, count = self.model, len(self.texts)
+        model = self.model
+        count = len(self.texts)
         like = model.weights["norm"]
-        cache = SparseCache(model.config, count, like=like, policy=policy, rng=np.random.default_rng(seed))
+        cache = SparseCache(
+            model.config, count, like=like, policy=policy, rng=np.random.default_rng(seed)
+        )
         first = [
-            self._step(cache, [self.prompt * (b == at) for b in range(count)], text[: self.prompt])[-1:]
+            self._step(cache, [self.prompt * (b == at) for b in range(count)], text[: self.prompt])[
+                -1:
+            ]
             for at, text in enumerate(self.texts)
         ]
         cache.settle()
-        kl, held = [self._kl(np.concatenate(first), 0)], []
+        kl = [self._kl(np.concatenate(first), 0)]
+        held = []
         for i in range(self.new - 1):
             held.append(sum(k.place.size for layer in cache.layers for k in layer))
             z = self._step(cache, [1] * count, [text[self.prompt + i] for text in self.texts])
             kl.append(self._kl(z, i + 1))
         heads = count * len(cache.layers) * model.config.num_key_value_heads
         last = sum(k.place.size for layer in cache.layers for k in layer)
-        return Run(np.stack(kl, axis=1), float(np.mean(held)) / heads, last / heads, self._mass(cache))
+        return Run(
+            np.stack(kl, axis=1), float(np.mean(held)) / heads, last / heads, self._mass(cache)
+        )
 
     def drawn(self, policy: Sparse) -> Run:
         """``run``, or the mean of some if the policy drops at random."""
         if policy.score != "random":
             return self.run(policy)
         runs = [self.run(policy, seed) for seed in range(DRAWS)]
-        kl, mass = np.mean([r.kl for r in runs], axis=0), float(np.mean([r.mass for r in runs]))
+        kl = np.mean([r.kl for r in runs], axis=0)
+        mass = float(np.mean([r.mass for r in runs]))
         return replace(runs[0], kl=kl, mass=mass)
 
     def _step(self, cache: SparseCache, counts: list[int], tokens: Sequence[int]) -> np.ndarray:
-        weights, config = self.model.weights, self.model.config
+        weights = self.model.weights
+        config = self.model.config
         placed = asarray_like([list(tokens), cache.positions(counts)], weights["norm"], "int64")
         hidden = forward(weights, config, placed[0], placed[1], cache.view(counts))
         cache.advance(counts)
-        return to_numpy(log_probabilities(logits(weights, hidden if sum(counts) == len(counts) else hidden[-1:])))
+        return to_numpy(
+            log_probabilities(
+                logits(weights, hidden if sum(counts) == len(counts) else hidden[-1:])
+            )
+        )
 
     def _kl(self, log_q: np.ndarray, i: int) -> np.ndarray:
         log_p = self.exact[:, i]
@@ -167,7 +205,9 @@ class Experiment:
         """What each text's last query reads of all its tokens, [texts][layers] of [G, S]."""
         found = []
         for text in self.texts:
-            everything = SparseCache(self.model.config, 1, like=self.model.weights["norm"], policy=tova(len(text)))
+            everything = SparseCache(
+                self.model.config, 1, like=self.model.weights["norm"], policy=tova(len(text))
+            )
             self._step(everything, [len(text) - 1], text[:-1])
             found.append([to_numpy(layer[0].merit) for layer in everything.layers])
         return found
@@ -176,12 +216,15 @@ class Experiment:
         """The share of what each text's last query reads that falls on what is kept, the mean of texts and layers."""
         shares = [
             np.take_along_axis(read, to_numpy(layer[b].place), axis=1).sum(axis=1).mean()
-            for b, layers in enumerate(self.read) for read, layer in zip(layers, cache.layers, strict=True)
-        ]  # fmt: skip
+            for b, layers in enumerate(self.read)
+            for read, layer in zip(layers, cache.layers, strict=True)
+        ]
         return float(np.mean(shares))
 
 
-def rows(experiment: Experiment, task: str, budgets: Sequence[int] = BUDGETS) -> list[dict[str, Any]]:
+def rows(
+    experiment: Experiment, task: str, budgets: Sequence[int] = BUDGETS
+) -> list[dict[str, Any]]:
     """The table of a task: every policy at every budget that holds what it must."""
     found = []
     for budget in budgets:
@@ -196,12 +239,22 @@ def rows(experiment: Experiment, task: str, budgets: Sequence[int] = BUDGETS) ->
                 newest = replace(recent_only(budget), always=policy.always)
                 controls[policy.always] = run if newest == policy else experiment.run(newest)
             control = controls[policy.always]
-            found.append({
-                "task": task, "policy": name, "budget": budget, "held": run.held, "held at the end": run.last,
-                "mass": run.mass,
-                "kl": _interval(run.kl), "against control": _interval(run.kl - control.kl),
-            })  # fmt: skip
-            print(f"{task}: {name}, {budget} tokens: holds {run.held:.0f}, KL {run.kl.mean():.4f}", file=sys.stderr)
+            found.append(
+                {
+                    "task": task,
+                    "policy": name,
+                    "budget": budget,
+                    "held": run.held,
+                    "held at the end": run.last,
+                    "mass": run.mass,
+                    "kl": _interval(run.kl),
+                    "against control": _interval(run.kl - control.kl),
+                }
+            )
+            print(
+                f"{task}: {name}, {budget} tokens: holds {run.held:.0f}, KL {run.kl.mean():.4f}",
+                file=sys.stderr,
+            )
     return found
 
 
@@ -213,29 +266,48 @@ def _interval(each: np.ndarray) -> list[float]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every policy and write the record."""
-    parser = argparse.ArgumentParser(prog="python -m refllm.experiments.kv_sparsity", description=main.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m refllm.experiments.kv_sparsity", description=main.__doc__
+    )
     parser.add_argument("--model", default="stdlib", help="a bundled name or a checkpoint")
     parser.add_argument("--output", type=Path, default=Path("figures/data/kv_sparsity.json"))
     parser.add_argument("--texts", type=int, default=TEXTS, help="held-out texts")
     parser.add_argument("--prompt", type=int, default=PROMPT, help="tokens that are read at once")
-    parser.add_argument("--new", type=int, default=NEW, help="tokens that are read one by one and scored")
+    parser.add_argument(
+        "--new", type=int, default=NEW, help="tokens that are read one by one and scored"
+    )
     parser.add_argument("--copy", type=int, default=COPY, help="tokens of a far copy")
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
     chosen = parser.parse_args(arguments)
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(limits=1, user_api="blas"):
-        model, table, losses = load(chosen.model, backend="numpy"), [], {}
+        model = load(chosen.model, backend="numpy")
+        table = []
+        losses = {}
         for task in TASKS:
-            experiment = Experiment(model, task, chosen.texts, chosen.prompt, chosen.new, chosen.copy)
+            experiment = Experiment(
+                model, task, chosen.texts, chosen.prompt, chosen.new, chosen.copy
+            )
             table += rows(experiment, task, chosen.budgets)
             losses[task] = dict(zip(("whole", "without"), experiment.loss, strict=True))
         values = {
-            "model": Path(chosen.model).name, "texts": chosen.texts, "prompt": chosen.prompt, "new": chosen.new,
-            "copy": chosen.copy, "loss": losses, "rows": table,
-            "versions": {"refllm": refllm.__version__, "python": platform.python_version(), "numpy": np.__version__},
-        }  # fmt: skip
-    hardware = f"{processor()}, one thread, NumPy {np.__version__}, Python {platform.python_version()}"
+            "model": Path(chosen.model).name,
+            "texts": chosen.texts,
+            "prompt": chosen.prompt,
+            "new": chosen.new,
+            "copy": chosen.copy,
+            "loss": losses,
+            "rows": table,
+            "versions": {
+                "refllm": refllm.__version__,
+                "python": platform.python_version(),
+                "numpy": np.__version__,
+            },
+        }
+    hardware = (
+        f"{processor()}, one thread, NumPy {np.__version__}, Python {platform.python_version()}"
+    )
     write(chosen.output, Record("python -m refllm.experiments.kv_sparsity", "A", hardware, values))
 
 

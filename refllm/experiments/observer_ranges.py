@@ -29,7 +29,10 @@ from refllm.measure.records import Record, write
 from refllm.quant.observers import MSE, Entropy, MinMax, MovingAverage, Observer, Percentile
 from refllm.quant.report import relative_error
 
-BATCHES, SIZE, FIRST, FREEDOM = 8, 1 << 14, 0.2, 3
+BATCHES = 8
+SIZE = 1 << 14
+FIRST = 0.2
+FREEDOM = 3
 BITS = (8, 4)
 BINS = 60
 
@@ -42,7 +45,9 @@ def observers(bits: int) -> dict[str, Callable[[], Observer]]:
         "moving average": MovingAverage,
         "percentile 99.99": lambda: Percentile(99.99),
         "percentile 99.9": lambda: Percentile(99.9),
-        "MSE": lambda: MSE(scheme, averaging=1.0, grid=200, max_shrink=0.995, norm=2.0, patience=None),
+        "MSE": lambda: MSE(
+            scheme, averaging=1.0, grid=200, max_shrink=0.995, norm=2.0, patience=None
+        ),
         "entropy": lambda: Entropy(bits, start=max(16, 1 << (bits - 1))),
     }
 
@@ -56,16 +61,26 @@ def batches(seed: int = 0) -> list[np.ndarray]:
 
 def observed(parts: Sequence[np.ndarray], bits: int) -> list[dict[str, Any]]:
     """A row for each observer: what it cuts, and what its range does to all of the tensor."""
-    x, scheme, rows = np.concatenate(parts), Scheme(bits, "half_integer", "tensor"), []
+    x = np.concatenate(parts)
+    scheme = Scheme(bits, "half_integer", "tensor")
+    rows = []
     for name, make in observers(bits).items():
         observer = make()
-        for part in parts if name != "MSE" else [x]:  # the search has no mean to take: it sees the whole
+        # the search has no mean to take: it sees the whole
+        for part in parts if name != "MSE" else [x]:
             observer.observe(part)
         scale, zero = observer.qparams(scheme)
         back = decode(encode(x, scale, zero, scheme), scale, zero, scheme)
         cut = float(observer.absmax)
-        rows.append({"observer": name, "bits": bits, "cut": cut, "beyond": float(np.mean(np.abs(x) > cut)),
-                     "error": relative_error(x, back)})  # fmt: skip
+        rows.append(
+            {
+                "observer": name,
+                "bits": bits,
+                "cut": cut,
+                "beyond": float(np.mean(np.abs(x) > cut)),
+                "error": relative_error(x, back),
+            }
+        )
     return rows
 
 
@@ -77,17 +92,22 @@ def values(seed: int = 0) -> dict[str, Any]:
     counts, _ = np.histogram(size, edges)
     return {
         "tensor": f"Student's t, {FREEDOM} degrees of freedom, {size.size:,} numbers",
-        "edges": edges.tolist(), "density": (counts / size.size / np.diff(edges)).tolist(),
+        "edges": edges.tolist(),
+        "density": (counts / size.size / np.diff(edges)).tolist(),
         "rows": [row for bits in BITS for row in observed(parts, bits)],
-    }  # fmt: skip
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Show the tensor to every observer and write the record that the figure is drawn from."""
-    parser = argparse.ArgumentParser(prog="python -m refllm.experiments.observer_ranges", description=main.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m refllm.experiments.observer_ranges", description=main.__doc__
+    )
     parser.add_argument("--output", type=Path, default=Path("figures/data/observers.json"))
     chosen = parser.parse_args(arguments)
-    write(chosen.output, Record("python -m refllm.experiments.observer_ranges", "A", "none", values()))
+    write(
+        chosen.output, Record("python -m refllm.experiments.observer_ranges", "A", "none", values())
+    )
 
 
 if __name__ == "__main__":

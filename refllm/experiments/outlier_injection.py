@@ -51,7 +51,12 @@ def choose(width: int, count: int, rng: np.random.Generator) -> list[int]:
     return sorted(rng.permutation(width)[:count].tolist())
 
 
-def plant(weights: Weights, channels: Sequence[int], factor: float = 128.0, inputs: Collection[str] = NORMS) -> Weights:
+def plant(
+    weights: Weights,
+    channels: Sequence[int],
+    factor: float = 128.0,
+    inputs: Collection[str] = NORMS,
+) -> Weights:
     """A weight tree of the same function whose ``inputs`` are ``factor`` times as large in some ``channels``.
 
     The same channels in every layer, as in large networks. Only what is changed is new.
@@ -64,7 +69,9 @@ def plant(weights: Weights, channels: Sequence[int], factor: float = 128.0, inpu
     """
     _check_power(factor)
     if unknown := sorted(set(inputs) - set(PLACES)):
-        raise ValueError(f"planting: no input is called {', '.join(unknown)}; they are {', '.join(PLACES)}")
+        raise ValueError(
+            f"planting: no input is called {', '.join(unknown)}; they are {', '.join(PLACES)}"
+        )
     layers = []
     for index, layer in enumerate(weights["layers"]):
         for name in inputs:
@@ -73,7 +80,9 @@ def plant(weights: Weights, channels: Sequence[int], factor: float = 128.0, inpu
     return weights | {"layers": layers}
 
 
-def plant_keys(weights: Weights, config: ModelConfig, pairs: Sequence[int], factor: float = 8.0) -> Weights:
+def plant_keys(
+    weights: Weights, config: ModelConfig, pairs: Sequence[int], factor: float = 8.0
+) -> Weights:
     """A weight tree of the same function whose keys are ``factor`` times as large in some rotary ``pairs``.
 
     Pair i of a head of D channels is channels i and i + D/2; the same ones in every head of every layer.
@@ -97,14 +106,19 @@ def plant_keys(weights: Weights, config: ModelConfig, pairs: Sequence[int], fact
         planted = dict(layer)
         for name, scale in (("k_proj", of_head), ("q_proj", 1.0 / of_head)):
             weight = layer[name].dequantize()
-            rows = asarray_like(np.tile(scale, weight.shape[0] // config.head_dim), weight, weight.dtype)
-            parts, bias = {name: (weight, rows[:, None])}, name.replace("proj", "bias")
+            rows = asarray_like(
+                np.tile(scale, weight.shape[0] // config.head_dim), weight, weight.dtype
+            )
+            parts = {name: (weight, rows[:, None])}
+            bias = name.replace("proj", "bias")
             if bias in layer:
                 parts[bias] = layer[bias], rows
             for part, (numbers, by) in parts.items():
                 grown = numbers * by
                 if not bool(namespace(weight).all(grown / by == numbers)):
-                    raise ValueError(f"planting: layer {index}'s {part} has numbers that {factor:g} rounds")
+                    raise ValueError(
+                        f"planting: layer {index}'s {part} has numbers that {factor:g} rounds"
+                    )
                 planted[part] = Dense(grown) if part == name else grown
         layers.append(planted)
     return weights | {"layers": layers}
@@ -115,17 +129,24 @@ def _check_power(factor: float) -> None:
         raise ValueError(f"planting: a factor of {factor} is no power of two, so it would round")
 
 
-def _plant(layer: Layer, group: ScaleGroup, channels: Sequence[int], factor: float, index: int) -> Layer:
+def _plant(
+    layer: Layer, group: ScaleGroup, channels: Sequence[int], factor: float, index: int
+) -> Layer:
     before = {name: layer[name].dequantize() for name in group.targets}
     like = before[group.targets[0]]
-    xp, width = namespace(like), int(like.shape[1])
+    xp = namespace(like)
+    width = int(like.shape[1])
     if channels and not 0 <= min(channels) <= max(channels) < width:
-        raise ValueError(f"planting: the {group.name} has channels 0 to {width - 1}, got {list(channels)}")
+        raise ValueError(
+            f"planting: the {group.name} has channels 0 to {width - 1}, got {list(channels)}"
+        )
     s = np.ones(width)
     s[list(channels)] = 1.0 / factor
     scale = asarray_like(s, like, like.dtype)
     planted = fold(layer, group, scale)
     for name, weight in before.items():
         if not bool(xp.all(planted[name].dequantize() / scale == weight)):
-            raise ValueError(f"planting: layer {index}'s {name} has weights too small to be divided by {factor:g}")
+            raise ValueError(
+                f"planting: layer {index}'s {name} has weights too small to be divided by {factor:g}"
+            )
     return planted

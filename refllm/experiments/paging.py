@@ -34,7 +34,8 @@ from refllm.serve.scheduler import Scheduler
 from refllm.simulate.simulator import Run, Simulator, Ticks
 from refllm.simulate.workload import ALPACA, SHAREGPT, requests
 
-SLOTS, LONGEST = 15_700, 2048
+SLOTS = 15_700
+LONGEST = 2048
 PAPER = {"Orca (Max)": 7.00, "Orca (Pow2)": 9.81, "Orca (Oracle)": 13.62, "paged": 30.42}
 BLOCKS = (1, 16, 32, 64, 128, 256)
 
@@ -43,13 +44,20 @@ class Capped(Reserved):
     """A reservation never exceeds the longest sequence that is allowed at all."""
 
     def size(self, request: Request) -> int:
-        return max(len(request.prompt) + request.max_tokens, min(self.longest, super().size(request)))
+        return max(
+            len(request.prompt) + request.max_tokens, min(self.longest, super().size(request))
+        )
 
 
 def scheduler(
-    name: str, slots: int, *, longest: int = LONGEST, block: int = 16, seats: int | None = None,
+    name: str,
+    slots: int,
+    *,
+    longest: int = LONGEST,
+    block: int = 16,
+    seats: int | None = None,
     pool: BlockPool | None = None,
-) -> Ledger:  # fmt: skip
+) -> Ledger:
     """A policy of the table over ``slots``, computing prompts whole; ``pool`` is an engine's own."""
     limits: dict[str, Any] = {"max_batch_tokens": None, "max_sequences": seats}
     if name == "paged":
@@ -58,7 +66,9 @@ def scheduler(
         batch = max(1, slots // longest)
         return Static(Rectangle(slots, longest=longest), max_sequences=min(batch, seats or batch))
     rule = {"Orca (Max)": "max", "Orca (Pow2)": "pow2"}.get(name, "oracle")
-    return Scheduler(Capped(slots, rule, longest=longest, buddy="first fit" not in name), chunked=False, **limits)
+    return Scheduler(
+        Capped(slots, rule, longest=longest, buddy="first fit" not in name), chunked=False, **limits
+    )
 
 
 def serve(name: str, asked: Sequence[Request], **options: Any) -> Run:
@@ -76,14 +86,17 @@ def policies_data(seeds: Sequence[int], count: int) -> list[dict[str, Any]]:
     rows = []
     for name in ("Orca (Max)", "Orca (Pow2)", "Orca (Oracle)", "Orca (Oracle), first fit", "paged"):
         runs = [serve(name, load(seed, count)) for seed in seeds]
-        rows.append({
-            "policy": name, "paper": PAPER.get(name),
-            "batch": [run.saturated.batch for run in runs],
-            "utilisation": [run.saturated.utilisation for run in runs],
-            "filled": [run.saturated.filled for run in runs],
-            "steps": [run.all.steps for run in runs],
-            "preemptions": [run.preemptions for run in runs],
-        })  # fmt: skip
+        rows.append(
+            {
+                "policy": name,
+                "paper": PAPER.get(name),
+                "batch": [run.saturated.batch for run in runs],
+                "utilisation": [run.saturated.utilisation for run in runs],
+                "filled": [run.saturated.filled for run in runs],
+                "steps": [run.all.steps for run in runs],
+                "preemptions": [run.preemptions for run in runs],
+            }
+        )
     return rows
 
 
@@ -101,11 +114,13 @@ def blocks_data(seeds: Sequence[int], count: int) -> list[dict[str, Any]]:
     rows = []
     for block in BLOCKS:
         runs = [serve("paged", load(seed, count), block=block) for seed in seeds]
-        rows.append({
-            "block": block,
-            "batch": [run.saturated.batch for run in runs],
-            "utilisation": [run.saturated.utilisation for run in runs],
-        })  # fmt: skip
+        rows.append(
+            {
+                "block": block,
+                "batch": [run.saturated.batch for run in runs],
+                "utilisation": [run.saturated.utilisation for run in runs],
+            }
+        )
     return rows
 
 
@@ -131,7 +146,10 @@ def paging_data(seeds: Sequence[int] = range(5), count: int = 1000) -> dict[str,
 
 def main(folder: str = "figures/data") -> None:
     """Write the data of the figure ``paging``: two minutes."""
-    write(f"{folder}/paging.json", Record("python -m refllm.experiments.paging", "A", "none", paging_data()))
+    write(
+        f"{folder}/paging.json",
+        Record("python -m refllm.experiments.paging", "A", "none", paging_data()),
+    )
 
 
 if __name__ == "__main__":

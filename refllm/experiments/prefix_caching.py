@@ -55,24 +55,43 @@ def six(model: Model, size: int = 4) -> dict[str, Callable[[], Program]]:
     rng = np.random.default_rng
     return {
         "few-shot": made(lambda t: programs.few_shot(t, 4 * size)),
-        "self-consistency": made(lambda t: programs.self_consistency(t, size // 2, samples=8, answer=12)),
+        "self-consistency": made(
+            lambda t: programs.self_consistency(t, size // 2, samples=8, answer=12)
+        ),
         "chat": made(lambda t: programs.chat(t, size, turns=4)),
-        "tree of thought": made(lambda t: programs.tree_of_thought(t, max(1, size // 2), branches=2, depth=3)),
+        "tree of thought": made(
+            lambda t: programs.tree_of_thought(t, max(1, size // 2), branches=2, depth=3)
+        ),
         "RAG": made(lambda t: programs.rag(t, 4 * size, rng(1), documents=2 * size)),
         "unique": made(lambda t: programs.unique(t, 2 * size)),
     }
 
 
 def run(
-    model: Model, program: Program, cache: str | None, order: str, blocks: int, *, watched: bool = False
+    model: Model,
+    program: Program,
+    cache: str | None,
+    order: str,
+    blocks: int,
+    *,
+    watched: bool = False,
 ) -> dict[str, Any]:
     """One program through the engine: seconds, tokens, hits; ``watched``: the share of time inside cache calls."""
-    engine = Engine(model, num_blocks=blocks, block_size=BLOCK, policy=order, prefix_cache=cache, max_sequences=None)
+    engine = Engine(
+        model,
+        num_blocks=blocks,
+        block_size=BLOCK,
+        policy=order,
+        prefix_cache=cache,
+        max_sequences=None,
+    )
     inside = _watch(engine) if watched else [0.0]
-    began, busy = time.perf_counter(), time.process_time()
+    began = time.perf_counter()
+    busy = time.process_time()
     for request in program.requests:
         engine.submit(request)
-    prompts, answers = [], []
+    prompts = []
+    answers = []
     while engine.unfinished:
         engine.step()
         for name in list(engine.results):
@@ -83,15 +102,23 @@ def run(
                 engine.submit(request)
     busy = time.process_time() - busy
     return {
-        "seconds": time.perf_counter() - began, "processor": busy, "inside": inside[0] / busy, "hit": engine.hit_rate,
-        "P": sum(map(len, prompts)), "O": engine.sampled_tokens, "steps": engine.steps,
-        "best": best_hit_rate(prompts, answers), "computed": engine.computed_tokens, "preemptions": engine.preemptions,
-    }  # fmt: skip
+        "seconds": time.perf_counter() - began,
+        "processor": busy,
+        "inside": inside[0] / busy,
+        "hit": engine.hit_rate,
+        "P": sum(map(len, prompts)),
+        "O": engine.sampled_tokens,
+        "steps": engine.steps,
+        "best": best_hit_rate(prompts, answers),
+        "computed": engine.computed_tokens,
+        "preemptions": engine.preemptions,
+    }
 
 
 def longest(program: Program) -> int:
     """Tokens of the longest request, those that follow included (answers count by their lengths alone)."""
-    queue, most = list(program.requests), 0
+    queue = list(program.requests)
+    most = 0
     while queue:
         request = queue.pop()
         most = max(most, request.longest)
@@ -99,7 +126,9 @@ def longest(program: Program) -> int:
     return most
 
 
-def measure(model: Model, make: Callable[[], Program], size: int, rounds: int) -> list[dict[str, Any]]:
+def measure(
+    model: Model, make: Callable[[], Program], size: int, rounds: int
+) -> list[dict[str, Any]]:
     """All ways of one program at one size of memory, in turn; and what the formula says of each."""
     blocks = size * -(-(longest(make()) + 1) // BLOCK)
     runs: list[list[dict[str, Any]]] = [[] for _ in WAYS]
@@ -110,12 +139,17 @@ def measure(model: Model, make: Callable[[], Program], size: int, rounds: int) -
             runs[i].append(run(model, make(), cache, order, blocks))
     plain = runs[0]
     c_p = statistics.median(reading) / plain[0]["P"]
-    c_d = max(0.0, statistics.median(r["processor"] for r in plain) - c_p * plain[0]["P"]) / plain[0]["O"]
+    c_d = (
+        max(0.0, statistics.median(r["processor"] for r in plain) - c_p * plain[0]["P"])
+        / plain[0]["O"]
+    )
     rows = []
     for (cache, order), several in zip(WAYS, runs, strict=True):
         one = several[0]
         row: dict[str, Any] = {"cache": cache, "order": order, "memory": size}
-        row |= {key: one[key] for key in ("hit", "best", "P", "O", "steps", "computed", "preemptions")}
+        row |= {
+            key: one[key] for key in ("hit", "best", "P", "O", "steps", "computed", "preemptions")
+        }
         for clock in ("seconds", "processor"):
             ratios = [a[clock] / b[clock] for a, b in zip(plain, several, strict=True)]
             row[clock] = [r[clock] for r in several]
@@ -133,23 +167,31 @@ def overhead_data(model: Model, make: Callable[[], Program], rounds: int) -> dic
     """On the control: the share of the processor's time that is spent inside the calls of each cache."""
     blocks = 4 * -(-(longest(make()) + 1) // BLOCK)
     return {
-        cache: [run(model, make(), cache, "fcfs", blocks, watched=True)["inside"] for _ in range(rounds)]
+        cache: [
+            run(model, make(), cache, "fcfs", blocks, watched=True)["inside"] for _ in range(rounds)
+        ]
         for cache in ("hash", "radix")
     }
 
 
-def prefixes_data(model: Model, *, size: int = 4, rounds: int = 3, sizes: tuple[int, ...] = SIZES) -> dict[str, Any]:
+def prefixes_data(
+    model: Model, *, size: int = 4, rounds: int = 3, sizes: tuple[int, ...] = SIZES
+) -> dict[str, Any]:
     """Values of the figure ``prefixes``."""
     made = six(model, size)
     with threadpool_limits(limits=1, user_api="blas"):
-        rows = {name: [row for m in sizes for row in measure(model, make, m, rounds)] for name, make in made.items()}
+        rows = {
+            name: [row for m in sizes for row in measure(model, make, m, rounds)]
+            for name, make in made.items()
+        }
         inside = overhead_data(model, made["unique"], rounds)
     return {"programs": rows, "inside": inside}
 
 
 def _reading(program: Program) -> Program:
     """The same prompts with answers of one token: the requests of all turns, so that nothing follows."""
-    queue, every = list(program.requests), []
+    queue = list(program.requests)
+    every = []
     while queue:
         request = queue.pop(0)
         every.append(replace(request, max_tokens=1))
@@ -159,7 +201,9 @@ def _reading(program: Program) -> Program:
 
 def _watch(engine: Engine) -> list[float]:
     """Add up the processor's time inside the cache's own calls, from now on."""
-    memory, total, depth = engine.scheduler.memory, [0.0], [0]
+    memory = engine.scheduler.memory
+    total = [0.0]
+    depth = [0]
     assert isinstance(memory, (Hashed, Radix))
 
     def watched(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -54,10 +54,14 @@ from refllm.quant.recipe import quantize_model
 BITS = (8, 4, 3, 2)
 GROUPS = (0, 128, 64, 32)  # weights that share a scale; 0 is a whole row ("channel")
 SEEDS = (0, 1, 2)
-BY_ROW_8 = ("smoothquant", "int8")  # weights and activations in 8 bits, a scale a row: one cell each
-EXCERPTS, LENGTH = 16, 256  # of held-out text
-WINDOWS, WINDOW = 16, 512  # of calibration text
-BLOCK, RESAMPLES = 128, 2000  # tokens a block of the bootstrap, and how often it is drawn anew
+# weights and activations in 8 bits, a scale a row: one cell each
+BY_ROW_8 = ("smoothquant", "int8")
+EXCERPTS = 16  # of held-out text
+LENGTH = 256
+WINDOWS = 16  # of calibration text
+WINDOW = 512
+BLOCK = 128  # tokens a block of the bootstrap, and how often it is drawn anew
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,18 @@ class Cell:
     def name(self) -> str:
         """As a line of progress says it."""
         share = f"groups of {self.group}" if self.group else "a scale a row"
-        return f"{self.method}, {self.bits} bits, {share}" + (f", seed {self.seed}" if self.seed is not None else "")
+        return f"{self.method}, {self.bits} bits, {share}" + (
+            f", seed {self.seed}" if self.seed is not None else ""
+        )
 
 
 def cells(
-    methods: Iterable[str] = ("rtn", "gptq", "awq", *BY_ROW_8), bits: Sequence[int] = BITS,
-    groups: Sequence[int] = GROUPS, seeds: Sequence[int] = SEEDS, rule: str = "half_integer",
-) -> list[Cell]:  # fmt: skip
+    methods: Iterable[str] = ("rtn", "gptq", "awq", *BY_ROW_8),
+    bits: Sequence[int] = BITS,
+    groups: Sequence[int] = GROUPS,
+    seeds: Sequence[int] = SEEDS,
+    rule: str = "half_integer",
+) -> list[Cell]:
     """The table, round to nearest first; a method that needs no text has one cell where others have one a seed."""
     found = []
     for method in sorted(methods, key=lambda name: name != "rtn"):
@@ -101,14 +110,28 @@ def cells(
 class Bench:
     """A model, the text that it is judged by, and its own predictions there, made once."""
 
-    def __init__(self, model: Model, digest: str, excerpts: int, length: int, windows: int, window: int):
-        self.model, self.windows, self.window = model, windows, window
-        self.text = list(calibration_windows(model.tokenizer, excerpts, length, 0, documents=held_out_documents()))
+    def __init__(
+        self, model: Model, digest: str, excerpts: int, length: int, windows: int, window: int
+    ):
+        self.model = model
+        self.windows = windows
+        self.window = window
+        self.text = list(
+            calibration_windows(
+                model.tokenizer, excerpts, length, 0, documents=held_out_documents()
+            )
+        )
         self.settings = {
-            "model": digest, "code": code_digest(), "python": platform.python_version(), "excerpts": excerpts,
-            "tokens each": length, "calibration windows": windows, "calibration tokens each": window,
-            "block": BLOCK, "resamples": RESAMPLES,
-        }  # fmt: skip
+            "model": digest,
+            "code": code_digest(),
+            "python": platform.python_version(),
+            "excerpts": excerpts,
+            "tokens each": length,
+            "calibration windows": windows,
+            "calibration tokens each": window,
+            "block": BLOCK,
+            "resamples": RESAMPLES,
+        }
         self._kept: Kept | None = None
         self._calibration: dict[int, np.ndarray] = {}
 
@@ -135,23 +158,40 @@ class Bench:
     def measure(self, cell: Cell) -> tuple[dict[str, Any], np.ndarray]:
         """A row of the table, and the KL of each token [T]."""
         began = time.perf_counter()
-        quantised, report = quantize_model(self.model, cell.method, cell.scheme, self.calibration(cell.seed))
+        quantised, report = quantize_model(
+            self.model, cell.method, cell.scheme, self.calibration(cell.seed)
+        )
         seconds = time.perf_counter() - began
         found = compare(
-            quantised, self.reference, self.text, rng=np.random.default_rng(0), block=BLOCK, resamples=RESAMPLES
+            quantised,
+            self.reference,
+            self.text,
+            rng=np.random.default_rng(0),
+            block=BLOCK,
+            resamples=RESAMPLES,
         )
         row = {
-            "method": cell.method, "bits": cell.bits, "group": cell.group, "rule": cell.rule, "seed": cell.seed,
-            "bits per weight": report.bits_per_weight, "bytes": report.nbytes, "kl": _ends(found.kl),
-            "agreement": _ends(found.agreement), "bits per byte": found.model.bits_per_byte,
-            "increase": _ends(increase(found)), "quantising seconds": round(seconds, 3),
-        }  # fmt: skip
+            "method": cell.method,
+            "bits": cell.bits,
+            "group": cell.group,
+            "rule": cell.rule,
+            "seed": cell.seed,
+            "bits per weight": report.bits_per_weight,
+            "bytes": report.nbytes,
+            "kl": _ends(found.kl),
+            "agreement": _ends(found.agreement),
+            "bits per byte": found.model.bits_per_byte,
+            "increase": _ends(increase(found)),
+            "quantising seconds": round(seconds, 3),
+        }
         return row, found.token_kl
 
     def against(self, kl: np.ndarray, other: np.ndarray) -> list[float]:
         """Mean of kl − other over tokens, with its interval from the same resamples as all others."""
         units = blocks(self.reference.plan.document, BLOCK)
-        return _ends(bootstrap([kl - other], units, np.random.default_rng(0), resamples=RESAMPLES)[0])
+        return _ends(
+            bootstrap([kl - other], units, np.random.default_rng(0), resamples=RESAMPLES)[0]
+        )
 
 
 def increase(found: Comparison) -> Interval:
@@ -161,7 +201,10 @@ def increase(found: Comparison) -> Interval:
     each = (found.model.nats - found.reference.nats)[some] / np.log(2) / size[some]
     units = blocks(found.model.document, BLOCK)[some]
     return bootstrap(
-        [np.repeat(each, size[some])], np.repeat(units, size[some]), np.random.default_rng(0), resamples=RESAMPLES
+        [np.repeat(each, size[some])],
+        np.repeat(units, size[some]),
+        np.random.default_rng(0),
+        resamples=RESAMPLES,
     )[0]
 
 
@@ -172,7 +215,8 @@ def table(bench: Bench, wanted: Sequence[Cell], cache: Path) -> Iterator[dict[st
         file = cache / f"{bench.key(cell)}.json"
         if file.is_file():
             kept = json.loads(file.read_text("utf-8"))
-            row, kl = kept["row"], np.asarray(kept["kl"])
+            row = kept["row"]
+            kl = np.asarray(kept["kl"])
         else:
             row, kl = bench.measure(cell)
             cache.mkdir(parents=True, exist_ok=True)
@@ -190,13 +234,19 @@ def code_digest() -> str:
 
     ``quant.recipe`` and what it imports of ``formats`` and ``quant``, so that export formats may change.
     """
-    root, todo, seen = Path(refllm.__file__).parent, ["quant/recipe.py"], set[str]()
+    root = Path(refllm.__file__).parent
+    todo = ["quant/recipe.py"]
+    seen = set[str]()
     while todo:
         path = todo.pop()
         if path not in seen and (root / path).is_file():
             seen.add(path)
-            todo += [f"{m[1]}/{m[2]}.py" for m in _IMPORT.finditer((root / path).read_text("utf-8"))]
-    return hashlib.sha256(b"".join(path.encode() + (root / path).read_bytes() for path in sorted(seen))).hexdigest()
+            todo += [
+                f"{m[1]}/{m[2]}.py" for m in _IMPORT.finditer((root / path).read_text("utf-8"))
+            ]
+    return hashlib.sha256(
+        b"".join(path.encode() + (root / path).read_bytes() for path in sorted(seen))
+    ).hexdigest()
 
 
 _IMPORT = re.compile(r"^from refllm\.(formats|quant)\.(\w+) import", re.MULTILINE)
@@ -206,18 +256,26 @@ def values(bench: Bench, name: str, rows: Sequence[dict[str, Any]]) -> dict[str,
     """What the record holds: the rows, and what they were measured on."""
     config = bench.model.config
     shapes = [shape for name, shape in tensor_shapes(config) if name.endswith("_proj.weight")]
-    reference = compare(bench.model, bench.reference, bench.text, rng=np.random.default_rng(0), resamples=1).reference
+    reference = compare(
+        bench.model, bench.reference, bench.text, rng=np.random.default_rng(0), resamples=1
+    ).reference
     return {
         "model": name,
         "parameters": config.num_parameters,
         "quantised": sum(math.prod(shape) for shape in shapes),
         "full precision": {
-            "bits per byte": reference.bits_per_byte, "tokens": reference.tokens, "bytes": reference.bytes,
+            "bits per byte": reference.bits_per_byte,
+            "tokens": reference.tokens,
+            "bytes": reference.bytes,
         },
         "settings": bench.settings,
-        "versions": {"refllm": refllm.__version__, "python": platform.python_version(), "numpy": np.__version__},
+        "versions": {
+            "refllm": refllm.__version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+        },
         "rows": list(rows),
-    }  # fmt: skip
+    }
 
 
 def _ends(interval: Interval) -> list[float]:
@@ -226,30 +284,55 @@ def _ends(interval: Interval) -> list[float]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the table, or what is missing of it, and write the record that the figure is drawn from."""
-    parser = argparse.ArgumentParser(prog="python -m refllm.experiments.quantization_quality", description=main.__doc__)
-    parser.add_argument("--model", default="stdlib", help="a bundled model's name, or a checkpoint's folder")
+    parser = argparse.ArgumentParser(
+        prog="python -m refllm.experiments.quantization_quality", description=main.__doc__
+    )
+    parser.add_argument(
+        "--model", default="stdlib", help="a bundled model's name, or a checkpoint's folder"
+    )
     parser.add_argument("--output", type=Path, default=Path("figures/data/quantization.json"))
-    parser.add_argument("--cache", type=Path, default=Path("build/quality"), help="where finished cells are kept")
-    parser.add_argument("--methods", nargs="+", default=["rtn", "gptq", "awq", *BY_ROW_8], choices=METHODS)
+    parser.add_argument(
+        "--cache", type=Path, default=Path("build/quality"), help="where finished cells are kept"
+    )
+    parser.add_argument(
+        "--methods", nargs="+", default=["rtn", "gptq", "awq", *BY_ROW_8], choices=METHODS
+    )
     parser.add_argument("--bits", nargs="+", type=int, default=BITS)
-    parser.add_argument("--groups", nargs="+", type=int, default=GROUPS, help="weights a scale; 0 is a whole row")
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="of the calibration text")
-    parser.add_argument("--excerpts", type=int, default=EXCERPTS, help=f"held-out excerpts of {LENGTH} tokens")
+    parser.add_argument(
+        "--groups", nargs="+", type=int, default=GROUPS, help="weights a scale; 0 is a whole row"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=SEEDS, help="of the calibration text"
+    )
+    parser.add_argument(
+        "--excerpts", type=int, default=EXCERPTS, help=f"held-out excerpts of {LENGTH} tokens"
+    )
     chosen = parser.parse_args(arguments)
     from threadpoolctl import threadpool_limits
 
     weights = sorted(locate(chosen.model).glob("*.safetensors"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()
     with threadpool_limits(limits=1, user_api="blas"):
-        bench = Bench(load(chosen.model, backend="numpy"), digest, chosen.excerpts, LENGTH, WINDOWS, WINDOW)
-        wanted, rows = cells(chosen.methods, chosen.bits, chosen.groups, chosen.seeds), []
+        bench = Bench(
+            load(chosen.model, backend="numpy"), digest, chosen.excerpts, LENGTH, WINDOWS, WINDOW
+        )
+        wanted = cells(chosen.methods, chosen.bits, chosen.groups, chosen.seeds)
+        rows = []
         for cell, row in zip(wanted, table(bench, wanted, chosen.cache), strict=True):
             rows.append(row)
             mean, low, high = row["kl"]
-            print(f"[{len(rows)}/{len(wanted)}] {cell.name}: KL {mean:.5f} [{low:.5f}, {high:.5f}]", file=sys.stderr)
+            print(
+                f"[{len(rows)}/{len(wanted)}] {cell.name}: KL {mean:.5f} [{low:.5f}, {high:.5f}]",
+                file=sys.stderr,
+            )
         made = values(bench, Path(chosen.model).name, rows)
-    hardware = f"{processor()}, one thread, NumPy {np.__version__}, Python {platform.python_version()}"
-    write(chosen.output, Record("python -m refllm.experiments.quantization_quality", "A, B", hardware, made))
+    hardware = (
+        f"{processor()}, one thread, NumPy {np.__version__}, Python {platform.python_version()}"
+    )
+    write(
+        chosen.output,
+        Record("python -m refllm.experiments.quantization_quality", "A, B", hardware, made),
+    )
 
 
 if __name__ == "__main__":

@@ -44,10 +44,13 @@ from refllm.quant.layer_inputs import walk
 from refllm.quant.layer_sources import ModelSource
 from refllm.quant.salience import BY, Protected, salient_channels
 
-BITS, GROUP, RULE = 3, 128, "half_integer"
+BITS = 3
+GROUP = 128
+RULE = "half_integer"
 FRACTIONS = (0.01, 0.03, 0.1)
 SEEDS = (0, 1, 2)
-FACTOR, CHANNELS = 8.0, 3  # 3 of 256 channels are what one per cent, rounded up, may keep
+FACTOR = 8.0  # 3 of 256 channels are what one per cent, rounded up, may keep
+CHANNELS = 3
 TOKENS = 2048  # of calibration text that the channels are chosen by
 
 
@@ -82,21 +85,32 @@ class Experiment:
     """A bench, and for each network the inputs of all its projections, made once."""
 
     def __init__(self, bench: Bench, scheme: Scheme):
-        self.bench, self.scheme = bench, scheme
+        self.bench = bench
+        self.scheme = scheme
         self._made: dict[str, tuple[Weights, list[dict[str, Array]]]] = {}
 
     def network(self, name: str) -> tuple[Weights, list[dict[str, Array]]]:
         """The weights, and a few inputs x[T, N] of each projection, layer by layer."""
         if name not in self._made:
-            model, weights = self.bench.model, self.bench.model.weights
+            model = self.bench.model
+            weights = self.bench.model.weights
             if name == "planted":
                 channels = choose(model.config.hidden_size, CHANNELS, np.random.default_rng(0))
                 weights = plant(weights, channels, FACTOR)
             text = self.bench.calibration(0)
             assert text is not None
             inputs = []
-            for run in walk(ModelSource(model.config, weights), text[: max(1, TOKENS // text.shape[1])]):
-                inputs.append({name: x for names in run.stages() for x in [next(run.inputs())] for name in names})
+            for run in walk(
+                ModelSource(model.config, weights), text[: max(1, TOKENS // text.shape[1])]
+            ):
+                inputs.append(
+                    {
+                        name: x
+                        for names in run.stages()
+                        for x in [next(run.inputs())]
+                        for name in names
+                    }
+                )
             self._made[name] = weights, inputs
         return self._made[name]
 
@@ -104,12 +118,15 @@ class Experiment:
         """The network with all projections rounded but for the chosen channels, and the bytes of its projections."""
         weights, inputs = self.network(choice.network)
         rng = np.random.default_rng(choice.seed)
-        layers, total = [], 0
+        layers = []
+        total = 0
         for layer, seen in zip(weights["layers"], inputs, strict=True):
             made = dict(layer)
             for name, x in seen.items():
                 weight = layer[name].dequantize()
-                kept = salient_channels(x, weight, choice.by or "weight", fraction=choice.fraction, rng=rng)
+                kept = salient_channels(
+                    x, weight, choice.by or "weight", fraction=choice.fraction, rng=rng
+                )
                 made[name] = Protected(weight, self.scheme, kept)
                 total += made[name].nbytes
             layers.append(made)
@@ -120,18 +137,31 @@ class Experiment:
         model = self.bench.model
         weights, total = self.protected(choice)
         found = compare(
-            Model(model.config, weights, model.tokenizer), self.bench.reference, self.bench.text,
-            rng=np.random.default_rng(0), block=BLOCK, resamples=RESAMPLES,
-        )  # fmt: skip
+            Model(model.config, weights, model.tokenizer),
+            self.bench.reference,
+            self.bench.text,
+            rng=np.random.default_rng(0),
+            block=BLOCK,
+            resamples=RESAMPLES,
+        )
         return asdict(choice) | {
-            "kl": [found.kl.mean, found.kl.low, found.kl.high], "bits per byte": found.model.bits_per_byte,
-            "full precision": found.reference.bits_per_byte, "bytes": total,
-        }  # fmt: skip
+            "kl": [found.kl.mean, found.kl.low, found.kl.high],
+            "bits per byte": found.model.bits_per_byte,
+            "full precision": found.reference.bits_per_byte,
+            "bytes": total,
+        }
 
     def table(self, wanted: Sequence[Choice], cache: Path) -> Iterator[dict[str, Any]]:
         """The rows of ``wanted``, each computed or taken from ``cache``."""
         for choice in wanted:
-            decides = [self.bench.settings, asdict(choice), asdict(self.scheme), FACTOR, CHANNELS, TOKENS]
+            decides = [
+                self.bench.settings,
+                asdict(choice),
+                asdict(self.scheme),
+                FACTOR,
+                CHANNELS,
+                TOKENS,
+            ]
             file = cache / f"{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:20]}.json"
             if not file.is_file():
                 cache.mkdir(parents=True, exist_ok=True)
@@ -141,11 +171,19 @@ class Experiment:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every row, or what is missing of them, and write the record that the figure is drawn from."""
-    parser = argparse.ArgumentParser(prog="python -m refllm.experiments.salience", description=main.__doc__)
-    parser.add_argument("--model", default="stdlib", help="a bundled model's name, or a checkpoint's folder")
+    parser = argparse.ArgumentParser(
+        prog="python -m refllm.experiments.salience", description=main.__doc__
+    )
+    parser.add_argument(
+        "--model", default="stdlib", help="a bundled model's name, or a checkpoint's folder"
+    )
     parser.add_argument("--output", type=Path, default=Path("figures/data/salience.json"))
-    parser.add_argument("--cache", type=Path, default=Path("build/salience"), help="where finished rows are kept")
-    parser.add_argument("--excerpts", type=int, default=16, help=f"held-out excerpts of {LENGTH} tokens")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("build/salience"), help="where finished rows are kept"
+    )
+    parser.add_argument(
+        "--excerpts", type=int, default=16, help=f"held-out excerpts of {LENGTH} tokens"
+    )
     parser.add_argument("--group", type=int, default=GROUP, help="weights that share a scale")
     chosen = parser.parse_args(arguments)
     from threadpoolctl import threadpool_limits
@@ -153,18 +191,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     weights = sorted(locate(chosen.model).glob("*.safetensors"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()
     with threadpool_limits(limits=1, user_api="blas"):
-        bench = Bench(load(chosen.model, backend="numpy"), digest, chosen.excerpts, LENGTH, WINDOWS, WINDOW)
+        bench = Bench(
+            load(chosen.model, backend="numpy"), digest, chosen.excerpts, LENGTH, WINDOWS, WINDOW
+        )
         experiment = Experiment(bench, Scheme(BITS, RULE, "group", chosen.group))
-        wanted, rows = choices(), []
+        wanted = choices()
+        rows = []
         for choice, row in zip(wanted, experiment.table(wanted, chosen.cache), strict=True):
             rows.append(row)
-            print(f"[{len(rows)}/{len(wanted)}] {choice.name}: KL {row['kl'][0]:.5f}", file=sys.stderr)
+            print(
+                f"[{len(rows)}/{len(wanted)}] {choice.name}: KL {row['kl'][0]:.5f}", file=sys.stderr
+            )
     values = {
-        "model": Path(chosen.model).name, "bits": BITS, "group": chosen.group, "factor": FACTOR,
-        "settings": bench.settings, "rows": rows,
-        "versions": {"refllm": refllm.__version__, "python": platform.python_version(), "numpy": np.__version__},
-    }  # fmt: skip
-    hardware = f"{processor()}, one thread, NumPy {np.__version__}, Python {platform.python_version()}"
+        "model": Path(chosen.model).name,
+        "bits": BITS,
+        "group": chosen.group,
+        "factor": FACTOR,
+        "settings": bench.settings,
+        "rows": rows,
+        "versions": {
+            "refllm": refllm.__version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+        },
+    }
+    hardware = (
+        f"{processor()}, one thread, NumPy {np.__version__}, Python {platform.python_version()}"
+    )
     write(chosen.output, Record("python -m refllm.experiments.salience", "A", hardware, values))
 
 

@@ -38,7 +38,15 @@ import refllm
 from refllm.api import Model, load, locate
 from refllm.checkpoints.atomic import write_whole
 from refllm.experiments.outlier_injection import NORMS, choose, plant
-from refllm.experiments.quantization_quality import BLOCK, LENGTH, RESAMPLES, WINDOW, WINDOWS, Bench, increase
+from refllm.experiments.quantization_quality import (
+    BLOCK,
+    LENGTH,
+    RESAMPLES,
+    WINDOW,
+    WINDOWS,
+    Bench,
+    increase,
+)
 from refllm.measure.device import processor
 from refllm.measure.perplexity import compare
 from refllm.measure.records import Record, write
@@ -65,30 +73,48 @@ class Case:
     @property
     def name(self) -> str:
         """As a line of progress says it."""
-        smoothed = "not smoothed" if self.alpha is None else f"alpha {self.alpha}"
-        return f"outliers in {self.outliers}, {self.level}, {smoothed}" + "".join(f", {n} kept" for n in self.keep)
+        if self.alpha is None:
+            smoothed = "not smoothed"
+        else:
+            smoothed = f"alpha {self.alpha}"
+        return f"outliers in {self.outliers}, {self.level}, {smoothed}" + "".join(
+            f", {n} kept" for n in self.keep
+        )
 
 
 def cases(alphas: Sequence[float] = ALPHAS) -> list[Case]:
     """All that the module's table names."""
     found = [Case("nothing", level, None) for level in LEVELS]
     for level in LEVELS:
-        found += [Case("norms", level, alpha, keep) for alpha in (None, 0.5) for keep in ((), UNSMOOTHED)]
+        found += [
+            Case("norms", level, alpha, keep) for alpha in (None, 0.5) for keep in ((), UNSMOOTHED)
+        ]
         found += [Case("norms", level, alpha) for alpha in alphas if alpha != 0.5]
-    return found + [Case("MLP hidden", "O1", alpha, keep) for alpha in (None, 0.5) for keep in ((), ("down_proj",))]
+    return found + [
+        Case("MLP hidden", "O1", alpha, keep)
+        for alpha in (None, 0.5)
+        for keep in ((), ("down_proj",))
+    ]
 
 
 class Experiment:
     """A bench, and the planted networks with their calibration, made once each."""
 
     def __init__(self, bench: Bench, factor: float = FACTOR, share: float = SHARE, seed: int = 0):
-        self.bench, self.factor, self.share, self.seed = bench, factor, share, seed
+        self.bench = bench
+        self.factor = factor
+        self.share = share
+        self.seed = seed
         self._made: dict[str, tuple[Weights, Any]] = {}
 
     def channels(self, outliers: str) -> list[int]:
         """The channels that are planted."""
-        config, rng = self.bench.model.config, np.random.default_rng(self.seed)
-        width = config.intermediate_size if outliers == "MLP hidden" else config.hidden_size
+        config = self.bench.model.config
+        rng = np.random.default_rng(self.seed)
+        if outliers == "MLP hidden":
+            width = config.intermediate_size
+        else:
+            width = config.hidden_size
         return choose(width, max(1, round(self.share * width)), rng)
 
     def planted(self, outliers: str) -> tuple[Weights, Any]:
@@ -96,7 +122,9 @@ class Experiment:
         if outliers not in self._made:
             model = self.bench.model
             weights = plant(model.weights, self.channels(outliers), self.factor, PLANTED[outliers])
-            seen = activation_absmax(ModelSource(model.config, weights), self.bench.calibration(self.seed))
+            seen = activation_absmax(
+                ModelSource(model.config, weights), self.bench.calibration(self.seed)
+            )
             self._made[outliers] = weights, seen
         return self._made[outliers]
 
@@ -106,9 +134,13 @@ class Experiment:
         model = self.bench.model
         made = smoothquant(weights, absmax, alpha=case.alpha, level=case.level, keep=case.keep)
         found = compare(
-            Model(model.config, made, model.tokenizer), self.bench.reference, self.bench.text,
-            rng=np.random.default_rng(0), block=BLOCK, resamples=RESAMPLES,
-        )  # fmt: skip
+            Model(model.config, made, model.tokenizer),
+            self.bench.reference,
+            self.bench.text,
+            rng=np.random.default_rng(0),
+            block=BLOCK,
+            resamples=RESAMPLES,
+        )
         more = increase(found)
         return asdict(case) | {
             "bits per byte": found.model.bits_per_byte,
@@ -134,12 +166,20 @@ class Experiment:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every case, or what is missing of them, and write the record that the figure is drawn from."""
-    parser = argparse.ArgumentParser(prog="python -m refllm.experiments.smoothquant", description=main.__doc__)
-    parser.add_argument("--model", default="stdlib", help="a bundled model's name, or a checkpoint's folder")
+    parser = argparse.ArgumentParser(
+        prog="python -m refllm.experiments.smoothquant", description=main.__doc__
+    )
+    parser.add_argument(
+        "--model", default="stdlib", help="a bundled model's name, or a checkpoint's folder"
+    )
     parser.add_argument("--output", type=Path, default=Path("figures/data/smoothquant.json"))
-    parser.add_argument("--cache", type=Path, default=Path("build/smoothing"), help="where finished cases are kept")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("build/smoothing"), help="where finished cases are kept"
+    )
     parser.add_argument("--alphas", nargs="+", type=float, default=ALPHAS)
-    parser.add_argument("--excerpts", type=int, default=16, help=f"held-out excerpts of {LENGTH} tokens")
+    parser.add_argument(
+        "--excerpts", type=int, default=16, help=f"held-out excerpts of {LENGTH} tokens"
+    )
     chosen = parser.parse_args(arguments)
     from threadpoolctl import threadpool_limits
 
@@ -148,18 +188,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with threadpool_limits(limits=1, user_api="blas"):
         model = load(chosen.model, backend="numpy")
         experiment = Experiment(Bench(model, digest, chosen.excerpts, LENGTH, WINDOWS, WINDOW))
-        wanted, rows = cases(chosen.alphas), []
+        wanted = cases(chosen.alphas)
+        rows = []
         for case, row in zip(wanted, experiment.table(wanted, chosen.cache), strict=True):
             rows.append(row)
             worse = row["increase"][0] / row["full precision"]
-            print(f"[{len(rows)}/{len(wanted)}] {case.name}: {row['bits per byte']:.4f} bits per byte, {worse:+.1%}",
-                  file=sys.stderr)  # fmt: skip
+            print(
+                f"[{len(rows)}/{len(wanted)}] {case.name}: {row['bits per byte']:.4f} bits per byte, {worse:+.1%}",
+                file=sys.stderr,
+            )
     values = {
-        "model": Path(chosen.model).name, "factor": FACTOR, "settings": experiment.bench.settings,
-        "channels": {name: experiment.channels(name) for name, inputs in PLANTED.items() if inputs}, "rows": rows,
-        "versions": {"refllm": refllm.__version__, "python": platform.python_version(), "numpy": np.__version__},
-    }  # fmt: skip
-    hardware = f"{processor()}, one thread, NumPy {np.__version__}, Python {platform.python_version()}"
+        "model": Path(chosen.model).name,
+        "factor": FACTOR,
+        "settings": experiment.bench.settings,
+        "channels": {name: experiment.channels(name) for name, inputs in PLANTED.items() if inputs},
+        "rows": rows,
+        "versions": {
+            "refllm": refllm.__version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+        },
+    }
+    hardware = (
+        f"{processor()}, one thread, NumPy {np.__version__}, Python {platform.python_version()}"
+    )
     write(chosen.output, Record("python -m refllm.experiments.smoothquant", "A", hardware, values))
 
 

@@ -27,8 +27,14 @@ def has_record(directory: Path) -> bool:
 
 def curve_values(directories: Sequence[Path]) -> dict[str, Any]:
     """Values of the figure ``training_curve``; the phases marked are those of the first directory's last run."""
-    runs = {d.resolve().name: json.loads((d / "curve.json").read_text("utf-8")) for d in directories}
-    phases = [p for p in read_json(directories[0] / "card.json")["training"]["plan"]["phases"] if p["steps"]]
+    runs = {
+        d.resolve().name: json.loads((d / "curve.json").read_text("utf-8")) for d in directories
+    }
+    phases = [
+        p
+        for p in read_json(directories[0] / "card.json")["training"]["plan"]["phases"]
+        if p["steps"]
+    ]
     end = next(iter(runs.values()))[-1]["tokens"]
     marks: list[list[Any]] = []
     for phase in reversed(phases):
@@ -61,10 +67,13 @@ def main(folder: str = "figures/data") -> None:
     directories = [BUNDLED / name for name in bundled() if has_record(BUNDLED / name)]
     if not directories:
         raise FileNotFoundError(f"no model in {BUNDLED} has a record")
-    command, where = "python -m refllm.experiments.training_curves", hardware(directories)
+    command = "python -m refllm.experiments.training_curves"
+    where = hardware(directories)
     write(f"{folder}/training_curve.json", Record(command, "B", where, curve_values(directories)))
     # no clock is in it: bits of given weights on given text
-    write(f"{folder}/bits_by_position.json", Record(command, "A", where, position_values(directories)))
+    write(
+        f"{folder}/bits_by_position.json", Record(command, "A", where, position_values(directories))
+    )
 
 
 if __name__ == "__main__":

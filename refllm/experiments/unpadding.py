@@ -59,14 +59,23 @@ FACTORS = {
 
 def held_out(model: Model) -> Passages:
     """Text for prompts that the bundled model has not seen."""
-    return Passages([token for document in held_out_documents() for token in model.tokenizer.encode(document.text)])
+    return Passages(
+        [
+            token
+            for document in held_out_documents()
+            for token in model.tokenizer.encode(document.text)
+        ]
+    )
 
 
 class Counted:
     """Hears of every plan of an engine: rows computed, of which useful."""
 
     def __init__(self) -> None:
-        self.steps = self.rows = self.computed = self.padded = 0
+        self.steps = 0
+        self.rows = 0
+        self.computed = 0
+        self.padded = 0
 
     def __call__(self, plan: Plan) -> None:
         self.steps += 1
@@ -77,7 +86,8 @@ class Counted:
 
 def serve_once(model: Model, asked: Sequence[Request], name: str, scale: float) -> dict[str, Any]:
     """One run of the real engine over everybody: seconds of the clock and of the processor, steps, batch."""
-    slots, longest = int(SLOTS * scale) // 16 * 16, int(2048 * scale)  # whole blocks
+    slots = int(SLOTS * scale) // 16 * 16  # whole blocks
+    longest = int(2048 * scale)
     few = slots // longest
 
     def make(pool: BlockPool) -> Ledger:
@@ -88,17 +98,25 @@ def serve_once(model: Model, asked: Sequence[Request], name: str, scale: float) 
     engine = Engine(model, num_blocks=slots // 16, block_size=16, scheduler=make, on_plan=counted)
     for request in asked:
         engine.submit(request)
-    began, busy = time.perf_counter(), time.process_time()
+    began = time.perf_counter()
+    busy = time.process_time()
     results = engine.run()
-    seconds, processor = time.perf_counter() - began, time.process_time() - busy
+    seconds = time.perf_counter() - began
+    processor = time.process_time() - busy
     assert all(len(results[r.id].tokens) == r.max_tokens for r in asked)
     return {
-        "seconds": seconds, "processor": processor, "steps": counted.steps, "batch": counted.rows / counted.steps,
-        "tokens": counted.computed, "with padding": counted.padded,
-    }  # fmt: skip
+        "seconds": seconds,
+        "processor": processor,
+        "steps": counted.steps,
+        "batch": counted.rows / counted.steps,
+        "tokens": counted.computed,
+        "with padding": counted.padded,
+    }
 
 
-def unpadding_data(model: Model, *, count: int = 160, rounds: int = 3, scale: float = 0.25) -> dict[str, Any]:
+def unpadding_data(
+    model: Model, *, count: int = 160, rounds: int = 3, scale: float = 0.25
+) -> dict[str, Any]:
     """Values of the figure ``unpadding``. In every round each run takes its turn; a ratio is formed within a round."""
     asked = requests(SHAREGPT, count, np.random.default_rng(0), tokens=held_out(model), scale=scale)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in RUNS}
@@ -107,14 +125,21 @@ def unpadding_data(model: Model, *, count: int = 160, rounds: int = 3, scale: fl
             for name in RUNS:
                 runs[name].append(serve_once(model, asked, name, scale))
     rows = [
-        {"run": name, "seconds": [r["seconds"] for r in several], "processor": [r["processor"] for r in several],
-         **{key: several[0][key] for key in ("steps", "batch", "tokens", "with padding")}}
+        {
+            "run": name,
+            "seconds": [r["seconds"] for r in several],
+            "processor": [r["processor"] for r in several],
+            **{key: several[0][key] for key in ("steps", "batch", "tokens", "with padding")},
+        }
         for name, several in runs.items()
-    ]  # fmt: skip
+    ]
     return {
-        "requests": count, "slots": int(SLOTS * scale) // 16 * 16, "longest": int(2048 * scale), "rows": rows,
+        "requests": count,
+        "slots": int(SLOTS * scale) // 16 * 16,
+        "longest": int(2048 * scale),
+        "rows": rows,
         "factors": {clock: factors(runs, clock) for clock in ("seconds", "processor")},
-    }  # fmt: skip
+    }
 
 
 def factors(runs: dict[str, list[dict[str, Any]]], clock: str) -> dict[str, list[float]]:

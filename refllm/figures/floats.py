@@ -33,10 +33,15 @@ def float_formats(values: Values) -> Figure:
         bars = top.bar(places, heights, 0.24, color=colour, label=name.upper())
         top.bar_label(bars, fmt="%.2g", fontsize=8)
     top.set_xticks(range(len(kinds)), list(kinds))
-    top.set(title="INT8 wins on even ranges, E4M3 where few numbers are large", ylabel="error (% of ‖x‖)")
+    top.set(
+        title="INT8 wins on even ranges, E4M3 where few numbers are large",
+        ylabel="error (% of ‖x‖)",
+    )
     top.grid(False, axis="x")
     top.legend(loc="upper left", ncols=3)
-    for colour, (name, errors) in zip((NEAREST, TECHNIQUE, FULL), values["accumulator"].items(), strict=True):
+    for colour, (name, errors) in zip(
+        (NEAREST, TECHNIQUE, FULL), values["accumulator"].items(), strict=True
+    ):
         left.plot(values["lengths"], errors, marker="o", ms=3.5, color=colour, label=name)
     left.set_xscale("log", base=2)
     left.set_yscale("log")
@@ -44,9 +49,20 @@ def float_formats(values: Values) -> Figure:
     left.set(title="Sums of K products", xlabel="K", ylabel="relative error (rms)")
     left.legend(loc="upper left", fontsize=8)
     growth = [100 * (g - 1) for g in values["growths"]]
-    right.plot(growth, [100 * share for share in values["delayed"]], marker="o", ms=3.5, color=NEAREST, label="delayed")
+    right.plot(
+        growth,
+        [100 * share for share in values["delayed"]],
+        marker="o",
+        ms=3.5,
+        color=NEAREST,
+        label="delayed",
+    )
     right.plot(growth, [0.0] * len(growth), color=TECHNIQUE, label="current")
-    right.set(title="Delayed scaling saturates", xlabel="growth of the range (% a step)", ylabel="saturated (%)")
+    right.set(
+        title="Delayed scaling saturates",
+        xlabel="growth of the range (% a step)",
+        ylabel="saturated (%)",
+    )
     right.legend(loc="upper left")
     return fig
 
@@ -56,35 +72,60 @@ def fp8_training(values: Values) -> Figure:
     """``experiments.fp8_training.values`` and what is measured without training → a panel a start, and one of outliers."""
     fig = Figure(layout="constrained", figsize=(7.2, 6.2))
     grid = fig.add_gridspec(2, 2, height_ratios=(1.4, 1))
-    against, panels = values["against float32"], grid[0, :].subgridspec(1, len(values["against float32"]))
+    against = values["against float32"]
+    panels = grid[0, :].subgridspec(1, len(values["against float32"]))
     first = None
     for at, start in enumerate(against):
-        ax = first = fig.add_subplot(panels[at], sharex=first)
+        first = fig.add_subplot(panels[at], sharex=first)
+        ax = first
         _starts(ax, against[start], values["gradient error"], named=at == 0)
         if spread := values["spread of seeds"].get(start):
             said = f"float32's seeds:\n{100 * spread:.2g} % apart"
-            ax.annotate(said, (1, 0.02), xycoords="axes fraction", ha="right", va="bottom", fontsize=8,
-                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # fmt: skip
-        ax.set(title=f"{values['steps']} steps from {start}", xlabel="mean loss against float32's (%)")
+            ax.annotate(
+                said,
+                (1, 0.02),
+                xycoords="axes fraction",
+                ha="right",
+                va="bottom",
+                fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+            )
+        ax.set(
+            title=f"{values['steps']} steps from {start}", xlabel="mean loss against float32's (%)"
+        )
     _outliers(fig.add_subplot(grid[1, :]), values)
     dot = Line2D([], [], color=FULL, marker="o", ms=8, lw=0, alpha=0.8)
-    fig.legend([Patch(color=BAND), dot], ["DeepSeek-V3: within 0.25 %", "a dot is a seed"], loc="outside upper left",
-               ncols=2, fontsize=8.5)  # fmt: skip
+    fig.legend(
+        [Patch(color=BAND), dot],
+        ["DeepSeek-V3: within 0.25 %", "a dot is a seed"],
+        loc="outside upper left",
+        ncols=2,
+        fontsize=8.5,
+    )
     return fig
 
 
 def _starts(ax: Axes, runs: Values, errors: Values, *, named: bool) -> None:
     """A row of dots each way of training, above it how far each lies from float32."""
-    said = {name: f"{text}\n(gradient off {100 * errors[name]:.1f} %)" if name in errors else text
-            for name, (text, _) in WAYS.items()}  # fmt: skip
+    said = {
+        name: f"{text}\n(gradient off {100 * errors[name]:.1f} %)" if name in errors else text
+        for name, (text, _) in WAYS.items()
+    }
     ax.axvspan(-0.25, 0.25, color=BAND)
     for place, (name, (_, colour)) in enumerate(WAYS.items()):
-        ax.vlines(0, place - 0.15, place + 0.45, color=FULL, lw=1)  # leaves out where the numbers stand
+        # leaves out where the numbers stand
+        ax.vlines(0, place - 0.15, place + 0.45, color=FULL, lw=1)
         points = [100 * off for off in runs.get(name, {}).values()]
         ax.plot(points, [place] * len(points), "o", ms=8, color=colour, alpha=0.8)
         for point in points:
-            ax.annotate(f"{round(point, 2) + 0.0:+.2f} %".replace("-", "−"), (point, place), xytext=(0, 8),
-                        textcoords="offset points", ha="center", fontsize=8)  # fmt: skip
+            ax.annotate(
+                f"{round(point, 2) + 0.0:+.2f} %".replace("-", "−"),
+                (point, place),
+                xytext=(0, 8),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+            )
     ax.set_yticks(range(len(WAYS)), list(said.values()) if named else [""] * len(WAYS), fontsize=9)
     ax.set_ylim(len(WAYS) - 0.4, -0.7)
     ax.margins(x=0.13)
@@ -100,6 +141,9 @@ def _outliers(ax: Axes, values: Values) -> None:
     ax.set_yscale("symlog", linthresh=1, linscale=0.6)
     ax.set_ylim(min(-0.5, 100 * min(map(min, values["planted"].values()))), 200)
     ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
-    ax.set(title="Two channels made larger: one scale a tensor leaves the range",
-           xlabel="planted channels (times as large)", ylabel="loss above float32's (%)")  # fmt: skip
+    ax.set(
+        title="Two channels made larger: one scale a tensor leaves the range",
+        xlabel="planted channels (times as large)",
+        ylabel="loss above float32's (%)",
+    )
     ax.legend(loc="upper left")

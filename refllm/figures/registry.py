@@ -56,10 +56,18 @@ def training_curve(values: Values) -> Figure:
     With ``bytes_per_token`` of the held-out text a second scale gives bits per byte.
     """
     fig, ax = axes(
-        "Training: loss of the batch (thin) and on held-out modules", "tokens read (millions)", "loss (nats per token)"
+        "Training: loss of the batch (thin) and on held-out modules",
+        "tokens read (millions)",
+        "loss (nats per token)",
     )
     for colour, (name, curve) in coloured(SERIES, values["runs"].items()):
-        ax.plot([1e-6 * r["tokens"] for r in curve], [r["loss"] for r in curve], color=colour, lw=0.8, alpha=0.45)
+        ax.plot(
+            [1e-6 * r["tokens"] for r in curve],
+            [r["loss"] for r in curve],
+            color=colour,
+            lw=0.8,
+            alpha=0.45,
+        )
         held = [(1e-6 * r["tokens"], r["held_out"]) for r in curve if "held_out" in r]
         if held:
             ax.plot(
@@ -67,7 +75,8 @@ def training_curve(values: Values) -> Figure:
                 color=colour,
                 label=f"{name}: {held[-1][1]:.2f} at the end (a few held-out windows)",
             )
-    phases, end = values.get("phases", []), 1e-6 * max(r["tokens"] for c in values["runs"].values() for r in c)
+    phases = values.get("phases", [])
+    end = 1e-6 * max(r["tokens"] for c in values["runs"].values() for r in c)
     ax.set_xlim(0, 1.05 * end)
     _phases(ax, phases, end)
     if size := values.get("bytes_per_token"):
@@ -77,23 +86,38 @@ def training_curve(values: Values) -> Figure:
         right.spines["right"].set_visible(True)
     late = [1e-6 * tokens / ax.get_xlim()[1] for tokens, _ in phases if 1e-6 * tokens > 0.8 * end]
     # under the names of the phases, and to the left of the last ones' lines
-    ax.legend(loc="upper right", bbox_to_anchor=(min(late, default=1), 0.96 - 0.06 * len(phases)), fontsize=9)
+    ax.legend(
+        loc="upper right",
+        bbox_to_anchor=(min(late, default=1), 0.96 - 0.06 * len(phases)),
+        fontsize=9,
+    )
     return fig
 
 
 def _phases(ax: Axes, phases: Sequence[Any], end: float) -> None:
     """A line where each phase ends, and its name to the left; a strip too narrow for that has an arrow to it."""
-    begin = wide = 0.0
+    begin = 0.0
+    wide = 0.0
     for i, (tokens, label) in enumerate(phases):
-        till, height, arrow = 1e-6 * tokens, 0.96 - 0.06 * i, None
+        till = 1e-6 * tokens
+        height = 0.96 - 0.06 * i
+        arrow = None
         if till - begin > 0.1 * end:
             wide = till
         else:  # the name stands before the last wide strip's end, where no line strikes it
             arrow = {"arrowstyle": "->", "color": FULL, "lw": 0.8, "shrinkA": 1, "shrinkB": 0}
         ax.axvline(till, color=FULL, lw=0.8, ls=":")
-        ax.annotate(label, ((begin + till) / 2, height), (wide - 0.005 * end, height),
-                    ("data", "axes fraction"), arrowprops=arrow, ha="right", va="center", fontsize=8,
-                    color=FULL)  # fmt: skip
+        ax.annotate(
+            label,
+            ((begin + till) / 2, height),
+            (wide - 0.005 * end, height),
+            ("data", "axes fraction"),
+            arrowprops=arrow,
+            ha="right",
+            va="center",
+            fontsize=8,
+            color=FULL,
+        )
         begin = till
 
 
@@ -104,7 +128,9 @@ def bits_by_position(values: Values) -> Figure:
     ticks: set[int] = set()
     for colour, (name, bins) in coloured(SERIES, values["lines"].items()):
         # a bin from 5 to 8 is drawn above 8: "up to 8 tokens of context"
-        ax.plot([b[1] for b in bins], [b[4] for b in bins], color=colour, marker="o", ms=4, label=name)
+        ax.plot(
+            [b[1] for b in bins], [b[4] for b in bins], color=colour, marker="o", ms=4, label=name
+        )
         ticks |= {b[1] for b in bins}
     ax.set_xscale("log", base=2)
     ax.set_xticks(sorted(ticks), [str(t) if t == 1 else f"≤{t}" for t in sorted(ticks)])
@@ -150,7 +176,8 @@ def save(figure: Figure, path: str | Path, digest: str = "") -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"Software": None} | ({_KEY: digest} if digest else {})
-    with matplotlib.rc_context():  # some settings are read when the figure is drawn, not when it is made
+    # some settings are read when the figure is drawn, not when it is made
+    with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
         figure.savefig(path, format="png", dpi=_DPI, metadata=metadata)
@@ -169,7 +196,8 @@ def redraw(names: Iterable[str] | None = None, folder: str | Path = "figures") -
     ValueError
         for data that is not what the figure is drawn from; the old picture stays.
     """
-    folder, written = Path(folder), []
+    folder = Path(folder)
+    written = []
     for name in FIGURES if names is None else [names] if isinstance(names, str) else names:
         file, draw = FIGURES[name]
         source = folder / "data" / file
@@ -179,7 +207,9 @@ def redraw(names: Iterable[str] | None = None, folder: str | Path = "figures") -
         try:
             figure = draw(record.values)
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{source} holds other values than {name} is drawn from: {error!r}") from error
+            raise ValueError(
+                f"{source} holds other values than {name} is drawn from: {error!r}"
+            ) from error
         _caption(figure, record)
         written.append(save(figure, folder / f"{name}.png", _digest(source, draw)))
     return written
@@ -187,15 +217,19 @@ def redraw(names: Iterable[str] | None = None, folder: str | Path = "figures") -
 
 def check(folder: str | Path = "figures") -> list[str]:
     """What is wrong with the committed figures, one sentence each; an empty list if they are up to date."""
-    folder, complaints = Path(folder), []
+    folder = Path(folder)
+    complaints = []
     for name, (file, draw) in FIGURES.items():
-        source, picture = folder / "data" / file, folder / f"{name}.png"
+        source = folder / "data" / file
+        picture = folder / f"{name}.png"
         if not source.exists():
             complaints.append(f"{source} is missing: the figure {name} has no data")
         elif not picture.exists():
             complaints.append(f"{picture} is missing: run `make figures`")
         elif f"{_KEY}\0{_digest(source, draw)}".encode() not in picture.read_bytes():
-            complaints.append(f"{picture} is stale: its data or its code changed; run `make figures`")
+            complaints.append(
+                f"{picture} is stale: its data or its code changed; run `make figures`"
+            )
     known = {f"{name}.png" for name in FIGURES}
     stray = sorted(p for p in folder.glob("*.png") if p.name not in known)
     return complaints + [f"{p} is drawn from no data: register it or remove it" for p in stray]

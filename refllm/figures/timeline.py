@@ -15,8 +15,11 @@ from matplotlib.patches import Patch, Rectangle
 from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, Values, axes, styled
 from refllm.simulate.timeline import CACHED, FREE, SHARED
 
-HOLDERS = (TECHNIQUE, NEAREST, MORE[0], MORE[1], MORE[2], MORE[3], "#f0e442", "#8c6bb1")  # taken in turn
-FOUND, NEVER, LOCKED = "found again", "never found again", "locked: somebody runs in it"
+# taken in turn
+HOLDERS = (TECHNIQUE, NEAREST, MORE[0], MORE[1], MORE[2], MORE[3], "#f0e442", "#8c6bb1")
+FOUND = "found again"
+NEVER = "never found again"
+LOCKED = "locked: somebody runs in it"
 STATES = {FOUND: TECHNIQUE, NEVER: FULL, LOCKED: NEAREST}  # of a node of the tree
 
 
@@ -31,11 +34,22 @@ def serving_occupancy(values: Values) -> Figure:
     upper.step(time, steps["waiting"], color=NEAREST, label="wait", where="pre")
     upper.set(title="Batch and memory over time", ylabel="requests")
     upper.legend(loc="upper right")
-    lower.fill_between(time, steps["allocated"], step="pre", color=FULL, alpha=0.35, label="held by who runs")
+    lower.fill_between(
+        time, steps["allocated"], step="pre", color=FULL, alpha=0.35, label="held by who runs"
+    )
     lower.axhline(steps["slots"], color="black", lw=0.9, ls="--")
-    lower.annotate(f"{steps['slots']:,}\nslots", (1, steps["slots"]), xycoords=("axes fraction", "data"),
-                   xytext=(3, 0), textcoords="offset points", va="center", fontsize=8.5)  # fmt: skip
-    lower.step(time, steps["used"], color=TECHNIQUE, where="pre", label="tokens, if nothing were shared")
+    lower.annotate(
+        f"{steps['slots']:,}\nslots",
+        (1, steps["slots"]),
+        xycoords=("axes fraction", "data"),
+        xytext=(3, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8.5,
+    )
+    lower.step(
+        time, steps["used"], color=TECHNIQUE, where="pre", label="tokens, if nothing were shared"
+    )
     lower.set(xlabel="time (ms)", ylabel="slots")
     lower.set_ylim(0, 1.2 * max(steps["slots"], *steps["used"]))
     lower.legend(loc="upper left", fontsize=8.5, ncols=2)
@@ -54,13 +68,21 @@ def serving_blocks(values: Values) -> Figure:
     picture[held] = len(special) + owners[held] % len(HOLDERS)
     fig, ax = axes("Who holds which block", "step", "block")
     colours = ListedColormap([*special.values(), *HOLDERS])
-    ax.imshow(picture.T, aspect="auto", interpolation="nearest", cmap=colours, vmin=0, vmax=colours.N - 1)
+    ax.imshow(
+        picture.T, aspect="auto", interpolation="nearest", cmap=colours, vmin=0, vmax=colours.N - 1
+    )
     ax.grid(visible=False)
     names = {FREE: "free", CACHED: "cached, nobody runs in it", SHARED: "shared by several"}
     patches: list[Any] = [Patch(facecolor=special[code], edgecolor="#999999") for code in names]
     patches.append(tuple(Patch(facecolor=colour) for colour in HOLDERS[:4]))
-    fig.legend(patches, [*names.values(), "one request's own: a colour each, in turn"], loc="outside upper left",
-               ncols=4, fontsize=8, handler_map={tuple: HandlerTuple(ndivide=None, pad=0)})  # fmt: skip
+    fig.legend(
+        patches,
+        [*names.values(), "one request's own: a colour each, in turn"],
+        loc="outside upper left",
+        ncols=4,
+        fontsize=8,
+        handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
+    )
     return fig
 
 
@@ -76,7 +98,11 @@ def serving_tree(values: Values) -> Figure:
     ax.grid(visible=False)
     # which of the states occur: no colour is explained that the picture does not have
     present = {_state(node) for node in _every(values["tree"])}
-    found = [Patch(facecolor=STATES[name], edgecolor="white", label=name) for name in STATES if name in present]
+    found = [
+        Patch(facecolor=STATES[name], edgecolor="white", label=name)
+        for name in STATES
+        if name in present
+    ]
     fig.legend(handles=found, loc="outside upper left", ncols=3, fontsize=8.5)
     about = "number: the node's tokens, where there is room; width: how many branches end below it"
     ax.set_xlabel(about, fontsize=9)
@@ -84,7 +110,11 @@ def serving_tree(values: Values) -> Figure:
 
 
 def _state(node: Values) -> str:
-    return LOCKED if node["locks"] else FOUND if node["hits"] else NEVER
+    if node["locks"]:
+        return LOCKED
+    if node["hits"]:
+        return FOUND
+    return NEVER
 
 
 def _every(nodes: Sequence[Any]) -> list[Any]:
@@ -94,11 +124,22 @@ def _every(nodes: Sequence[Any]) -> list[Any]:
 def _hang(ax: Axes, nodes: Sequence[Any], x: float, y: int, width: int) -> None:
     """Draw nodes beside each other from (x, y) on, each as wide as its leaves, their children below them."""
     for node in nodes:
-        leaves, tokens = _leaves(node), node["tokens"]
-        ax.add_patch(Rectangle((x, y), leaves, tokens, facecolor=STATES[_state(node)], edgecolor="white", lw=1))
+        leaves = _leaves(node)
+        tokens = node["tokens"]
+        ax.add_patch(
+            Rectangle(
+                (x, y), leaves, tokens, facecolor=STATES[_state(node)], edgecolor="white", lw=1
+            )
+        )
         if leaves / width > 0.05:
-            ax.annotate(str(tokens), (x + leaves / 2, y + tokens / 2), ha="center", va="center", color="white",
-                        fontsize=8)  # fmt: skip
+            ax.annotate(
+                str(tokens),
+                (x + leaves / 2, y + tokens / 2),
+                ha="center",
+                va="center",
+                color="white",
+                fontsize=8,
+            )
         _hang(ax, node["children"], x, y + tokens, width)
         x += leaves
 

@@ -47,7 +47,17 @@ from refllm.formats.uniform import (
     steps_as_blocks,
 )
 
-__all__ = ["MXFP4", "MXFP8", "NVFP4", "SCALES", "FloatScheme", "Scaled", "fake_quantize", "quantize", "scale_of"]
+__all__ = [
+    "MXFP4",
+    "MXFP8",
+    "NVFP4",
+    "SCALES",
+    "FloatScheme",
+    "Scaled",
+    "fake_quantize",
+    "quantize",
+    "scale_of",
+]
 
 SCALES = ("float32", "ue8m0", "mx", "nvfp4")
 _NORMAL = 2.0**-126  # the smallest normal float32 number
@@ -65,12 +75,17 @@ class FloatScheme:
     def __post_init__(self) -> None:
         found = float_format(self.format)
         if found.bits > 8 or not found.signed:
-            raise ValueError(f"FloatScheme: codes of e4m3, e5m2 or e2m1 share a scale, not {self.format}")
+            raise ValueError(
+                f"FloatScheme: codes of e4m3, e5m2 or e2m1 share a scale, not {self.format}"
+            )
         if self.scale not in SCALES:
-            raise ValueError(f"FloatScheme: unknown scale {self.scale!r}; choose one of {', '.join(SCALES)}")
+            raise ValueError(
+                f"FloatScheme: unknown scale {self.scale!r}; choose one of {', '.join(SCALES)}"
+            )
         if self.scale == "nvfp4" and self.format != "e2m1":
             raise ValueError(f"FloatScheme: NVFP4's scales are made for e2m1, not {self.format}")
-        Scheme(8, "restricted", self.granularity, self.group_size)  # refuses a granularity that does not exist
+        # refuses a granularity that does not exist
+        Scheme(8, "restricted", self.granularity, self.group_size)
 
     @property
     def blocks(self) -> Scheme:
@@ -105,7 +120,8 @@ def scale_of(absmax: Array, scheme: FloatScheme) -> Array:
         # the exponent field of a/largest, one more if any bit of the mantissa is set; 2^−126 at least
         bits = bitcast(xp.maximum(a / scheme.largest, _NORMAL), xp.int32)
         exponent = (bits >> 23) + xp.astype((bits & 0x7FFFFF) != 0, xp.int32)
-        exponent = xp.where(a > 0, xp.clip(exponent, 1, 254 - top), 127)  # largest · s stays a float32 number
+        # largest · s stays a float32 number
+        exponent = xp.where(a > 0, xp.clip(exponent, 1, 254 - top), 127)
     else:
         exponent = xp.clip((bitcast(a, xp.int32) >> 23) - top, 0, 254)
     return decode(xp.astype(exponent, xp.uint8), "e8m0")
@@ -144,7 +160,8 @@ def absmax(x: Array, scheme: FloatScheme, *, name: str = "x") -> Array:
 def _blocks(x: Array, scheme: FloatScheme) -> Array:
     """``as_blocks``, and no copy where the blocks are whole."""
     if scheme.granularity == "block":
-        (rows, columns), (m, n) = scheme.blocks.block, x.shape
+        rows, columns = scheme.blocks.block
+        m, n = x.shape
         if m % rows == 0 and n % columns == 0:
             return namespace(x).reshape(x, (m // rows, rows, n // columns, columns))
     return as_blocks(x, scheme.blocks)
@@ -153,7 +170,9 @@ def _blocks(x: Array, scheme: FloatScheme) -> Array:
 # --- arrays --------------------------------------------------------------------------------------------------------
 
 
-def quantize(x: Array, scheme: FloatScheme, *, scale: Array | None = None, name: str = "x") -> Scaled:
+def quantize(
+    x: Array, scheme: FloatScheme, *, scale: Array | None = None, name: str = "x"
+) -> Scaled:
     """A matrix x[M, N] in codes; ``scale`` (float32) gives a scale instead of that of the blocks' own range.
 
     With a scale from elsewhere, numbers beyond its range become the largest one.
@@ -167,9 +186,13 @@ def quantize(x: Array, scheme: FloatScheme, *, scale: Array | None = None, name:
     if x.ndim != 2:
         raise ValueError(f"{name}: a matrix [M, N] is quantised, got shape {tuple(x.shape)}")
     stored, g = _stored(absmax(x, scheme, name=name), scheme) if scale is None else (scale, None)
-    if scale is not None and (scheme.scale != "float32" or not bool(xp.all((scale > 0) & xp.isfinite(scale)))):
+    if scale is not None and (
+        scheme.scale != "float32" or not bool(xp.all((scale > 0) & xp.isfinite(scale)))
+    ):
         raise ValueError(f"{name}: a given scale is float32, finite and above 0")
-    made = Scaled(xp.empty((0, 0), dtype=xp.uint8), stored, scheme, (int(x.shape[0]), int(x.shape[1])), g)
+    made = Scaled(
+        xp.empty((0, 0), dtype=xp.uint8), stored, scheme, (int(x.shape[0]), int(x.shape[1])), g
+    )
     blocks = xp.astype(_blocks(x, scheme), xp.float32, copy=False)
     codes = encode(blocks / steps_as_blocks(made.scale, scheme.blocks, made.shape), scheme.format)
     return made.with_codes(from_blocks(codes, made.shape))
@@ -179,7 +202,9 @@ def fake_quantize(x: Array, scheme: FloatScheme, *, name: str = "x") -> Array:
     """``quantize(x).dequantize()`` of float32 numbers without the codes."""
     xp = namespace(x)
     blocks = _blocks(x, scheme)
-    s = steps_as_blocks(scale_of(absmax(x, scheme, name=name), scheme), scheme.blocks, tuple(x.shape))
+    s = steps_as_blocks(
+        scale_of(absmax(x, scheme, name=name), scheme), scheme.blocks, tuple(x.shape)
+    )
     back = rounded(blocks / s, scheme.format)
     back *= s
     return xp.ascontiguousarray(from_blocks(back, tuple(x.shape)))
@@ -189,7 +214,9 @@ def _stored(a: Array, scheme: FloatScheme) -> tuple[Array, Array | None]:
     """A scale as it is stored, and NVFP4's G."""
     if scheme.scale == "float32":
         return scale_of(a, scheme), None
-    return _nvfp4(a) if scheme.scale == "nvfp4" else (encode(scale_of(a, scheme), "e8m0"), None)
+    if scheme.scale == "nvfp4":
+        return _nvfp4(a)
+    return (encode(scale_of(a, scheme), "e8m0"), None)
 
 
 class Scaled:
@@ -199,13 +226,27 @@ class Scaled:
     Codes of E2M1 are held packed, two a byte.
     """
 
-    def __init__(self, codes: Array, stored: Array, scheme: FloatScheme, shape: tuple[int, int], g: Array = None):
-        self._codes, self.stored, self.scheme, self.shape, self.g = codes, stored, scheme, shape, g
+    def __init__(
+        self,
+        codes: Array,
+        stored: Array,
+        scheme: FloatScheme,
+        shape: tuple[int, int],
+        g: Array = None,
+    ):
+        self._codes = codes
+        self.stored = stored
+        self.scheme = scheme
+        self.shape = shape
+        self.g = g
         self.dtype: Any = "float32"
 
     def with_codes(self, codes: Array) -> Scaled:
         """The same scales with codes uint8 [M, N]."""
-        held = pack(codes, 4) if self.scheme.format == "e2m1" else namespace(codes).ascontiguousarray(codes)
+        if self.scheme.format == "e2m1":
+            held = pack(codes, 4)
+        else:
+            held = namespace(codes).ascontiguousarray(codes)
         return Scaled(held, self.stored, self.scheme, self.shape, self.g)
 
     @property
@@ -221,12 +262,16 @@ class Scaled:
         """s, float32, shaped as the granularity says."""
         if self.stored.dtype != namespace(self.stored).uint8:
             return self.stored
-        return decode(self.stored, "e8m0") if self.g is None else decode(self.stored, "e4m3") / self.g
+        if self.g is None:
+            return decode(self.stored, "e8m0")
+        return decode(self.stored, "e4m3") / self.g
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales as they are held."""
-        return int(self._codes.nbytes + self.stored.nbytes + (0 if self.g is None else self.g.nbytes))
+        return int(
+            self._codes.nbytes + self.stored.nbytes + (0 if self.g is None else self.g.nbytes)
+        )
 
     @property
     def bits_per_weight(self) -> float:
@@ -243,7 +288,8 @@ class Scaled:
 
     def rows(self, start: int, stop: int) -> Array:
         """x̂ of these rows, float32; ``start`` is the first row of a block."""
-        xp, blocks = namespace(self._codes), self.scheme.blocks
+        xp = namespace(self._codes)
+        blocks = self.scheme.blocks
         codes = self._codes[start:stop, :]
         if self.scheme.format == "e2m1":
             codes = xp.astype(unpack(codes, 4, self.shape[1]), xp.uint8, copy=False)
@@ -258,7 +304,9 @@ class Scaled:
         dtype = xp.result_type(x.dtype, self.dtype)
         out = xp.empty((x.shape[0], self.shape[0]), dtype=dtype)
         x = xp.astype(x, dtype, copy=False)
-        for start, stop in row_pieces(self._codes, self.shape, self.scheme.blocks, (1 << 18, 1 << 26)):
+        for start, stop in row_pieces(
+            self._codes, self.shape, self.scheme.blocks, (1 << 18, 1 << 26)
+        ):
             out[:, start:stop] = x @ xp.astype(self.rows(start, stop), dtype, copy=False).T
         return out
 

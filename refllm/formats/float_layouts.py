@@ -37,33 +37,45 @@ def stored_as(weight: Fp8Linear, layout: str | None = None) -> Stored:
     ValueError
         if the layout cannot hold it, saying what it can hold.
     """
-    scheme, activation = weight.weight.scheme, weight.activation
+    scheme = weight.weight.scheme
+    activation = weight.activation
     layout = layout or "float-quantized"
     if layout not in FLOATS:
         raise ValueError(f"{layout} cannot hold 8-bit floats; what can: {', '.join(FLOATS)}")
     size = scheme.blocks.block if scheme.granularity == "block" else (0, 0)
     held = (scheme.granularity == "channel" and layout != "fp8") or (size[0] == size[1] > 0)
     if scheme.format != "e4m3" or not held:
-        raise ValueError(f"{layout} holds e4m3 in square blocks{' or by channel' if layout != 'fp8' else ''}, not "
-                         f"{scheme.format} by {scheme.granularity}")  # fmt: skip
+        raise ValueError(
+            f"{layout} holds e4m3 in square blocks{' or by channel' if layout != 'fp8' else ''}, not "
+            f"{scheme.format} by {scheme.granularity}"
+        )
     wanted = "tile" if size[0] else "token"
     if activation != wanted and (activation is not None or layout == "fp8"):
         raise ValueError(f"{layout} goes with activations by {wanted}, not {activation}")
     if activation == "tile" and size[0] != 128:
-        raise ValueError(f"{layout}: tiles of {size[0]} columns of the activations are left out, only 128")
+        raise ValueError(
+            f"{layout}: tiles of {size[0]} columns of the activations are left out, only 128"
+        )
     return Stored(layout, 8, size[0] or None, plain_inputs=activation is None)
 
 
 def to_tensor(weight: Fp8Linear, suffix: str) -> Array:
     """One tensor of a weight: codes as uint8, scales float32."""
-    xp, inner = namespace(weight.weight.codes), weight.weight
-    return inner.codes if suffix == "weight" else xp.ascontiguousarray(inner.scale)
+    xp = namespace(weight.weight.codes)
+    inner = weight.weight
+    if suffix == "weight":
+        return inner.codes
+    return xp.ascontiguousarray(inner.scale)
 
 
 def from_tensors(
-    tensors: Mapping[str, Array], stored: Stored, shape: tuple[int, int], *, dtype: str = "float32",
+    tensors: Mapping[str, Array],
+    stored: Stored,
+    shape: tuple[int, int],
+    *,
+    dtype: str = "float32",
     name: str = "weight",
-) -> Fp8Linear:  # fmt: skip
+) -> Fp8Linear:
     """A weight W[M, N] from its tensors by suffix; ``dtype`` is what it comes back in.
 
     Raises
@@ -72,14 +84,23 @@ def from_tensors(
         naming ``name`` for a code that is NaN, or a scale that is not a finite number of 0 or more.
     """
     codes = tensors["weight"]
-    xp, scale = namespace(codes), next(tensors[key] for key in SCALES if key in tensors)
+    xp = namespace(codes)
+    scale = next(tensors[key] for key in SCALES if key in tensors)
     if not bool(xp.all((scale >= 0) & xp.isfinite(scale))):
         raise ValueError(f"{name}: a scale is negative or not finite: the file is damaged")
     if codes.size and bool(xp.any((codes & 0x7F) == 0x7F)):
         raise ValueError(f"{name}: a code is NaN: the file is damaged")
     size = stored.group_size
-    scheme = FloatScheme("e4m3", "channel") if size is None else FloatScheme("e4m3", "block", size)
+    if size is None:
+        scheme = FloatScheme("e4m3", "channel")
+    else:
+        scheme = FloatScheme("e4m3", "block", size)
     made = Scaled(codes, xp.astype(scale, xp.float32), scheme, shape)
     made.dtype = dtype
-    activation = None if stored.plain_inputs else "token" if size is None else "tile"
+    if stored.plain_inputs:
+        activation = None
+    elif size is None:
+        activation = "token"
+    else:
+        activation = "tile"
     return Fp8Linear(made, activation, name=f"the input of {name}")

@@ -41,8 +41,10 @@ TILE = 128
 _WEIGHTS = (1 << 18, 1 << 26)  # weights in floats at a time (host, device)
 # what shares a scale of the activations
 ACTIVATIONS: dict[str, tuple[str, tuple[int, int] | None]] = {
-    "tensor": ("tensor", None), "token": ("token", None), "tile": ("block", (1, TILE)),
-}  # fmt: skip
+    "tensor": ("tensor", None),
+    "token": ("token", None),
+    "tile": ("block", (1, TILE)),
+}
 
 
 @dataclass(frozen=True)
@@ -54,16 +56,24 @@ class Accumulator:
     promote: int | None = TILE
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 24 or self.every < 1 or (self.promote is not None and self.promote < 1):
-            raise ValueError(f"Accumulator: 1 to 24 bits, every and promote of at least 1, got {self}")
+        if (
+            not 1 <= self.bits <= 24
+            or self.every < 1
+            or (self.promote is not None and self.promote < 1)
+        ):
+            raise ValueError(
+                f"Accumulator: 1 to 24 bits, every and promote of at least 1, got {self}"
+            )
 
     def product(self, x: Array, w: Array) -> Array:
         """x[T, K], w[M, K] float32 → x wᵀ [T, M] float32."""
-        xp, k = namespace(x, w), int(x.shape[1])
+        xp = namespace(x, w)
+        k = int(x.shape[1])
         total = xp.zeros((x.shape[0], w.shape[0]), dtype=xp.float32)
         stretch = self.promote or max(1, k)
         for first in range(0, k, stretch):
-            last, acc = min(first + stretch, k), xp.zeros_like(total)
+            last = min(first + stretch, k)
+            acc = xp.zeros_like(total)
             for i in range(first, last, self.every):
                 at = slice(i, min(i + self.every, last))
                 acc = truncate(acc + x[:, at] @ w[:, at].T, self.bits)
@@ -87,21 +97,31 @@ def scaled_matmul(x: Scaled, w: Scaled, accumulator: Accumulator | None = None) 
     ValueError
         if rows differ in length, or the slices of the two do not nest.
     """
-    xp, (rows, n), (outputs, k) = namespace(x.codes, w.codes), x.shape, w.shape
+    xp = namespace(x.codes, w.codes)
+    rows, n = x.shape
+    outputs, k = w.shape
     if n != k:
         raise ValueError(f"scaled_matmul: rows of {n} and of {k} codes do not fit")
     across = _slice(x), _slice(w)
     step = min(across)
     if max(across) % step and max(across) < n:
-        raise ValueError(f"scaled_matmul: scales of {across[0]} and of {across[1]} columns do not nest")
+        raise ValueError(
+            f"scaled_matmul: scales of {across[0]} and of {across[1]} columns do not nest"
+        )
     out = xp.zeros((rows, outputs), dtype=xp.float32)
-    x_scale, w_scale, x_codes, w_codes = x.scale, w.scale, x.codes, w.codes
+    x_scale = x.scale
+    w_scale = w.scale
+    x_codes = x.codes
+    w_codes = w.codes
     for top, bottom in row_pieces(w_codes, w.shape, w.scheme.blocks, _WEIGHTS):
         for first in range(0, n, step):
             at = slice(first, min(first + step, n))
             left = decode(x_codes[:, at], x.scheme.format)
             right = decode(w_codes[top:bottom, at], w.scheme.format)
-            part = left @ right.T if accumulator is None else accumulator.product(left, right)
+            if accumulator is None:
+                part = left @ right.T
+            else:
+                part = accumulator.product(left, right)
             part *= _of_rows(x_scale, x, first, 0, rows)
             part *= _of_rows(w_scale, w, first, top, bottom).T
             out[:, top:bottom] += part
@@ -111,17 +131,22 @@ def scaled_matmul(x: Scaled, w: Scaled, accumulator: Accumulator | None = None) 
 def _slice(x: Scaled) -> int:
     """Columns that share a scale."""
     blocks = x.scheme.blocks
-    return blocks.block[1] if blocks.granularity in ("group", "block") else max(1, x.shape[1])
+    if blocks.granularity in ("group", "block"):
+        return blocks.block[1]
+    return max(1, x.shape[1])
 
 
 def _of_rows(scale: Array, x: Scaled, column: int, start: int, stop: int) -> Array:
     """The scale of these rows at this column, [rows, 1] or [1, 1]."""
-    xp, blocks = namespace(scale), x.scheme.blocks
+    xp = namespace(scale)
+    blocks = x.scheme.blocks
     if scale.ndim == 0:
         return xp.reshape(scale, (1, 1))
     found = scale[:, column // _slice(x) :][:, :1]
     high = blocks.block[0] if blocks.granularity == "block" else 1
-    return xp.repeat(found, high, axis=0)[start:stop, :] if high > 1 else found[start:stop, :]
+    if high > 1:
+        return xp.repeat(found, high, axis=0)[start:stop, :]
+    return found[start:stop, :]
 
 
 class Fp8Linear:
@@ -132,12 +157,21 @@ class Fp8Linear:
     """
 
     def __init__(
-        self, weight: Scaled, activation: str | None = "tile", *, accumulator: Accumulator | None = None,
+        self,
+        weight: Scaled,
+        activation: str | None = "tile",
+        *,
+        accumulator: Accumulator | None = None,
         name: str = "activations",
-    ):  # fmt: skip
+    ):
         if activation is not None and activation not in ACTIVATIONS:
-            raise ValueError(f"Fp8Linear: activation is None or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        self.weight, self.activation, self.accumulator, self.name = weight, activation, accumulator, name
+            raise ValueError(
+                f"Fp8Linear: activation is None or one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+            )
+        self.weight = weight
+        self.activation = activation
+        self.accumulator = accumulator
+        self.name = name
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -163,7 +197,11 @@ class Fp8Linear:
         assert self.activation is not None, "x stays as it is"
         granularity, size = ACTIVATIONS[self.activation]
         xp = namespace(x)
-        return quantize(xp.astype(x, xp.float32, copy=False), FloatScheme("e4m3", granularity, size), name=self.name)
+        return quantize(
+            xp.astype(x, xp.float32, copy=False),
+            FloatScheme("e4m3", granularity, size),
+            name=self.name,
+        )
 
     def matmul(self, x: Array) -> Array:
         """x[T, N] → [T, M], in x's dtype (float32 at least if x stays as it is)."""

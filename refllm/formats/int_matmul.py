@@ -36,7 +36,8 @@ from refllm.backend import Array, namespace
 __all__ = ["exact_length", "integer_matmul", "scaled_matmul"]
 
 EXACT = 1 << 24  # every whole number up to this size is a float32
-_TILE = 1 << 20  # weight codes turned to float32 at a time, so that no float copy of the weight exists
+# weight codes turned to float32 at a time, so that no float copy of the weight exists
+_TILE = 1 << 20
 
 
 def exact_length(p: int, q: int) -> int:
@@ -45,7 +46,9 @@ def exact_length(p: int, q: int) -> int:
         raise ValueError(f"exact_length: sizes are not negative, got {p} and {q}")
     length = EXACT // max(1, p * q)
     if length == 0:
-        raise ValueError(f"exact_length: one product of {p}·{q} may exceed 2²⁴: float32 cannot hold it")
+        raise ValueError(
+            f"exact_length: one product of {p}·{q} may exceed 2²⁴: float32 cannot hold it"
+        )
     return length
 
 
@@ -65,8 +68,11 @@ def integer_matmul(qx: Array, qw: Array, *, sizes: tuple[int, int] | None = None
     xp = namespace(qx, qw)
     for name, codes in (("qx", qx), ("qw", qw)):
         if codes.ndim != 2 or codes.dtype.kind not in "iu":
-            raise TypeError(f"integer_matmul: {name} is a matrix of integers, got {codes.dtype} {tuple(codes.shape)}")
-    (rows, n), (outputs, k) = qx.shape, qw.shape
+            raise TypeError(
+                f"integer_matmul: {name} is a matrix of integers, got {codes.dtype} {tuple(codes.shape)}"
+            )
+    rows, n = qx.shape
+    outputs, k = qw.shape
     if n != k:
         raise ValueError(f"integer_matmul: rows of {n} and of {k} codes do not fit")
     p, q = sizes if sizes is not None else (_size(qx), _size(qw))
@@ -103,19 +109,27 @@ def scaled_matmul(
         if a scale's shape is none of these.
     """
     xp = namespace(qx, x_scale, qw, w_scale)
-    (rows, n), outputs = qx.shape, int(qw.shape[0])
+    rows, n = qx.shape
+    outputs = int(qw.shape[0])
     if tuple(x_scale.shape) not in ((), (1, 1), (rows, 1)):
-        raise ValueError(f"scaled_matmul: a scale of activations is [T, 1] or (), got {tuple(x_scale.shape)}")
+        raise ValueError(
+            f"scaled_matmul: a scale of activations is [T, 1] or (), got {tuple(x_scale.shape)}"
+        )
     groups = int(w_scale.shape[1]) if w_scale.ndim == 2 else 1
     if tuple(w_scale.shape) not in ((), (1, 1), (outputs, groups)) or groups == 0 or n % groups:
-        raise ValueError(f"scaled_matmul: a scale of a weight is [M, 1], () or [M, N/g], got {tuple(w_scale.shape)}")
+        raise ValueError(
+            f"scaled_matmul: a scale of a weight is [M, 1], () or [M, N/g], got {tuple(w_scale.shape)}"
+        )
     size = n // groups
     total = None
     for group in range(groups):
         at = slice(group * size, (group + 1) * size)
         column = slice(group, group + 1)
         s = w_scale if w_scale.ndim == 0 else w_scale[:, column].T  # [1, M]
-        z = w_zero if w_zero is None or w_zero.ndim == 0 else w_zero[:, column].T
+        if w_zero is None or w_zero.ndim == 0:
+            z = w_zero
+        else:
+            z = w_zero[:, column].T
         part = _centred(qx[:, at], x_zero, qw[:, at], z, sizes)
         part = xp.astype(part, x_scale.dtype) * s
         total = part if total is None else total + part
@@ -123,7 +137,9 @@ def scaled_matmul(
     return total * x_scale
 
 
-def _centred(qx: Array, zx: Array | None, qw: Array, zw: Array | None, sizes: tuple[int, int] | None) -> Array:
+def _centred(
+    qx: Array, zx: Array | None, qw: Array, zw: Array | None, sizes: tuple[int, int] | None
+) -> Array:
     """(Q_x − z_x)(Q_w − z_w)ᵀ [T, M] as exact int64 numbers, for z_x [T, 1] or (), z_w [1, M] or ()."""
     xp = namespace(qx, qw)
     out = integer_matmul(qx, qw, sizes=sizes)
@@ -144,4 +160,6 @@ def _centred(qx: Array, zx: Array | None, qw: Array, zw: Array | None, sizes: tu
 def _size(codes: Array) -> int:
     """max |q|, as a Python integer (|−128| is no int8)."""
     xp = namespace(codes)
-    return max(int(xp.max(codes)), -int(xp.min(codes))) if codes.size else 0
+    if codes.size:
+        return max(int(xp.max(codes)), -int(xp.min(codes)))
+    return 0

@@ -81,9 +81,17 @@ class Stored:
     plain_inputs: bool = False  # float-quantized: activations as they are
 
     def __str__(self) -> str:
-        share = "a scale a row" if self.group_size is None else f"groups of {self.group_size}"
-        share = f"blocks of {self.group_size} × {self.group_size}" if self.floats and self.group_size else share
-        return f"{self.layout}, {self.bits} bits, {share}" + (", activations in 8 bits" if self.activations else "")
+        if self.group_size is None:
+            share = "a scale a row"
+        else:
+            share = f"groups of {self.group_size}"
+        if self.floats and self.group_size:
+            share = f"blocks of {self.group_size} × {self.group_size}"
+        else:
+            share = share
+        return f"{self.layout}, {self.bits} bits, {share}" + (
+            ", activations in 8 bits" if self.activations else ""
+        )
 
     @property
     def activations(self) -> bool:
@@ -102,10 +110,14 @@ class Stored:
 
     def groups(self, columns: int) -> int:
         """G"""
-        return 1 if self.group_size is None else columns // self.group_size
+        if self.group_size is None:
+            return 1
+        return columns // self.group_size
 
 
-def stored_as(scheme: Scheme, layout: str, *, activations: bool = False, reordered: bool = False) -> Stored:
+def stored_as(
+    scheme: Scheme, layout: str, *, activations: bool = False, reordered: bool = False
+) -> Stored:
     """How weights of ``scheme`` are stored in ``layout``.
 
     ``activations`` says that their inputs are quantised too, 8 bits a token; ``reordered`` that columns are grouped in
@@ -121,10 +133,15 @@ def stored_as(scheme: Scheme, layout: str, *, activations: bool = False, reorder
     reordered = reordered and scheme.granularity == "group"
     reason = _obstacle(scheme, layout, activations, reordered)
     if reason is not None:
-        can = [other for other in LAYOUTS if _obstacle(scheme, other, activations, reordered) is None]
+        can = [
+            other for other in LAYOUTS if _obstacle(scheme, other, activations, reordered) is None
+        ]
         instead = f"; what can: {', '.join(can)}" if can else "; no layout can"
         raise ValueError(f"{layout} cannot hold {reason}{instead}")
-    group = scheme.group_size if isinstance(scheme.group_size, int) else None
+    if isinstance(scheme.group_size, int):
+        group = scheme.group_size
+    else:
+        group = None
     return Stored(layout, scheme.bits, group, scheme.symmetric, reordered)
 
 
@@ -137,20 +154,29 @@ def _obstacle(scheme: Scheme, layout: str, activations: bool, reordered: bool) -
     if reordered and layout not in ("gptq", "gptq_v2"):
         return "groups of columns in another order (act-order without static groups: there is no g_idx)"
     if activations != (layout == "int-quantized"):
-        return "quantised activations" if activations else "weights whose activations are not quantised"
+        if activations:
+            return "quantised activations"
+        return "weights whose activations are not quantised"
     if layout == "awq":
-        return None if scheme.bits == 4 else f"{scheme.bits}-bit weights, only 4-bit ones"
+        if scheme.bits == 4:
+            return None
+        return f"{scheme.bits}-bit weights, only 4-bit ones"
     if layout in ("gptq", "gptq_v2"):
         if scheme.bits not in GPTQ_BITS:
             return f"{scheme.bits}-bit weights, only those of 2, 3, 4 or 8 bits"
-        return "asymmetric weights (a zero point of 0 is lost)" if layout == "gptq" and not scheme.symmetric else None
-    if not scheme.symmetric:  # the library has a place for them, but transformers 5.23 fails to load it
+        if layout == "gptq" and not scheme.symmetric:
+            return "asymmetric weights (a zero point of 0 is lost)"
+        return None
+    # the library has a place for them, but transformers 5.23 fails to load it
+    if not scheme.symmetric:
         return "asymmetric weights (its readers fail on them)"
     if layout == "pack-quantized":
         return None
     if scheme.bits != 8:
         return f"{scheme.bits}-bit weights, only 8-bit ones"
-    return "groups" if scheme.granularity == "group" and activations else None
+    if scheme.granularity == "group" and activations:
+        return "groups"
+    return None
 
 
 def tensor_specs(stored: Stored, shape: tuple[int, int], name: str = "weight") -> dict[str, Spec]:
@@ -161,31 +187,42 @@ def tensor_specs(stored: Stored, shape: tuple[int, int], name: str = "weight") -
     ValueError
         naming ``name`` if the layout has no place for a weight of this shape.
     """
-    (m, n), b = shape, stored.bits
+    m, n = shape
+    b = stored.bits
     if stored.floats:
         size = stored.group_size
         if size is not None and n % size and stored.layout != "fp8" and stored.activations:
-            raise ValueError(f"{name}: the readers of {stored.layout} cut activations into whole tiles of {size}, "
-                             f"which do not divide its {n} columns; fp8 takes any shape")  # fmt: skip
+            raise ValueError(
+                f"{name}: the readers of {stored.layout} cut activations into whole tiles of {size}, "
+                f"which do not divide its {n} columns; fp8 takes any shape"
+            )
         steps = (m, 1) if size is None else (-(-m // size), -(-n // size))
-        scale = "weight_scale_inv" if stored.layout == "fp8" else "weight_scale"  # a multiplier, despite the name
+        # a multiplier, despite the name
+        scale = "weight_scale_inv" if stored.layout == "fp8" else "weight_scale"
         return {"weight": (FLOAT8, (m, n)), scale: (FLOAT, steps)}
     g = stored.groups(n)
     if stored.group_size is not None and n % stored.group_size:
         raise ValueError(f"{name}: groups of {stored.group_size} do not divide its {n} columns")
     if stored.layout == "pack-quantized":
         specs: dict[str, Spec] = {
-            "weight_packed": ("int32", (m, words_per_row(n, b))), "weight_scale": (FLOAT, (m, g)),
+            "weight_packed": ("int32", (m, words_per_row(n, b))),
+            "weight_scale": (FLOAT, (m, g)),
             "weight_shape": ("int64", (2,)),
-        }  # fmt: skip
-        return specs if stored.symmetric else specs | {"weight_zero_point": ("int32", (words_per_row(m, b), g))}
+        }
+        if stored.symmetric:
+            return specs
+        return specs | {"weight_zero_point": ("int32", (words_per_row(m, b), g))}
     if not stored.transposed:
         specs = {"weight": ("int8", (m, n)), "weight_scale": (FLOAT, (m, g))}
-        return specs if stored.symmetric else specs | {"weight_zero_point": ("int8", (m, g))}
+        if stored.symmetric:
+            return specs
+        return specs | {"weight_zero_point": ("int8", (m, g))}
     unit = 8 if stored.layout == "awq" else 32 if b == 3 else 32 // b
     if m % unit or (stored.layout != "awq" and n % unit):
-        raise ValueError(f"{name}: {stored.layout} packs {unit} codes of {b} bits at once, which does not divide "
-                         f"{m} × {n}; pack-quantized takes any shape")  # fmt: skip
+        raise ValueError(
+            f"{name}: {stored.layout} packs {unit} codes of {b} bits at once, which does not divide "
+            f"{m} × {n}; pack-quantized takes any shape"
+        )
     small: dict[str, Spec] = {"qzeros": ("int32", (g, m * b // 32)), "scales": (FLOAT, (g, m))}
     if stored.layout == "awq":
         return {"qweight": ("int32", (n, m // 8)), **small}
@@ -203,26 +240,35 @@ def to_tensors(
     weight: Quantized | W8A8Linear, stored: Stored, *, dtype: str = "float16", name: str = "weight"
 ) -> dict[str, Array]:
     """The tensors of a weight by suffix, in the order of ``tensor_specs``; see ``to_tensor``."""
-    return {s: to_tensor(weight, stored, s, dtype=dtype) for s in tensor_specs(stored, weight.shape, name)}
+    return {
+        s: to_tensor(weight, stored, s, dtype=dtype)
+        for s in tensor_specs(stored, weight.shape, name)
+    }
 
 
-def to_tensor(weight: Quantized | W8A8Linear, stored: Stored, suffix: str, *, dtype: str = "float16") -> Array:
+def to_tensor(
+    weight: Quantized | W8A8Linear, stored: Stored, suffix: str, *, dtype: str = "float16"
+) -> Array:
     """One tensor of a weight whose scheme ``stored_as`` accepted.
 
     Scales are rounded to ``dtype`` ("bfloat16" comes as the uint16 of its bits); a weight that was quantised with that
     ``scale_dtype`` is stored exactly.
     """
     inner = weight.weight if isinstance(weight, W8A8Linear) else weight
-    xp, (m, n) = namespace(inner.packed()), inner.shape
+    xp = namespace(inner.packed())
+    m, n = inner.shape
     if suffix == "weight_packed":
         return bitcast(inner.packed(), xp.int32)
     if suffix == "weight_shape":
         return xp.asarray([m, n], dtype=xp.int64)
     if suffix == "weight":
-        return bitcast(unpack(inner.packed(), 8, n) - 128, xp.int8)  # C − 128 = q − z, whatever the rule
+        # C − 128 = q − z, whatever the rule
+        return bitcast(unpack(inner.packed(), 8, n) - 128, xp.int8)
     if suffix in SCALES:
         scale = store_scale(_by_row(inner.scale, m), dtype, name="scale")
-        return xp.ascontiguousarray(scale.T) if stored.transposed else scale
+        if stored.transposed:
+            return xp.ascontiguousarray(scale.T)
+        return scale
     if suffix == "qweight":
         if stored.layout == "awq":
             return _interleaved(xp.ascontiguousarray(unpack(inner.packed(), 4, n).T))
@@ -235,7 +281,9 @@ def to_tensor(weight: Quantized | W8A8Linear, stored: Stored, suffix: str, *, dt
         return bitcast(pack(zeros - _lost(stored), stored.bits), xp.int32)
     if suffix == "g_idx":
         g_idx = inner.g_idx if isinstance(inner, Reordered) else None
-        return xp.astype(xp.arange(n) // (stored.group_size or n), xp.int32) if g_idx is None else g_idx
+        if g_idx is None:
+            return xp.astype(xp.arange(n) // (stored.group_size or n), xp.int32)
+        return g_idx
     raise ValueError(f"{stored.layout} has no tensor {suffix!r}")
 
 
@@ -251,7 +299,9 @@ def _own_order(weight: Quantized) -> Array:
 def _by_row(parameter: Array, rows: int) -> Array:
     """A scale or zero point of () as one for each row, [M, 1]; others as they are."""
     xp = namespace(parameter)
-    return parameter if parameter.ndim else xp.ascontiguousarray(xp.broadcast_to(parameter, (rows, 1)))
+    if parameter.ndim:
+        return parameter
+    return xp.ascontiguousarray(xp.broadcast_to(parameter, (rows, 1)))
 
 
 def _lost(stored: Stored) -> int:
@@ -273,9 +323,14 @@ def _interleaved(codes: Array) -> Array:
 
 
 def from_tensors(
-    tensors: Mapping[str, Array], stored: Stored, shape: tuple[int, int], *, scale_dtype: str | None = None,
-    dtype: str = "float32", name: str = "weight",
-) -> Quantized | W8A8Linear:  # fmt: skip
+    tensors: Mapping[str, Array],
+    stored: Stored,
+    shape: tuple[int, int],
+    *,
+    scale_dtype: str | None = None,
+    dtype: str = "float32",
+    name: str = "weight",
+) -> Quantized | W8A8Linear:
     """A weight W[M, N] from its tensors by suffix, of the shapes of ``tensor_specs``; scales in float32 or float64.
 
     ``scale_dtype`` is what the scales were stored in (they are held so again), ``dtype`` what the weight comes back
@@ -287,11 +342,17 @@ def from_tensors(
         naming ``name`` if the tensors contradict each other, or ask for what is left out.
     """
     m, n = shape
-    scale, half = tensors["scales"].T if stored.transposed else tensors["weight_scale"], 1 << (stored.bits - 1)
+    if stored.transposed:
+        scale = tensors["scales"].T
+    else:
+        scale = tensors["weight_scale"]
+    half = 1 << (stored.bits - 1)
     xp = namespace(scale)
     if not bool(xp.all(scale >= 0)):
         raise ValueError(f"{name}: a scale is negative: the file is damaged")
-    words, zero, order = _stream(tensors, stored, shape, name), _zeros(tensors, stored, m), None
+    words = _stream(tensors, stored, shape, name)
+    zero = _zeros(tensors, stored, m)
+    order = None
     if "g_idx" in tensors:
         order = _order(tensors["g_idx"], stored.groups(n), name)
     if order is not None:
@@ -303,10 +364,14 @@ def from_tensors(
     scale = xp.ascontiguousarray(scale)
     held = store_scale(scale, scale_dtype, name=f"{name}'s scale")
     held = xp.where(scale > 0, held, 0)  # some writers give groups of zeros a scale of zero
-    made = (Quantized if order is None else Reordered)(words, held, kept, scheme, (m, n), getattr(xp, dtype))
+    made = (Quantized if order is None else Reordered)(
+        words, held, kept, scheme, (m, n), getattr(xp, dtype)
+    )
     if isinstance(made, Reordered):
         made.order = order
-    return W8A8Linear(made, name=f"the input of {name}") if stored.activations else made
+    if stored.activations:
+        return W8A8Linear(made, name=f"the input of {name}")
+    return made
 
 
 def _order(g_idx: Array, groups: int, name: str) -> Array | None:
@@ -318,7 +383,9 @@ def _order(g_idx: Array, groups: int, name: str) -> Array | None:
     return order_of(g_idx, groups, name=name)
 
 
-def _stream(tensors: Mapping[str, Array], stored: Stored, shape: tuple[int, int], name: str) -> Array:
+def _stream(
+    tensors: Mapping[str, Array], stored: Stored, shape: tuple[int, int], name: str
+) -> Array:
     """C as a bit stream a row, uint32 [M, ⌈N·b/32⌉]."""
     m, n = shape
     if stored.layout == "pack-quantized":
@@ -342,7 +409,9 @@ def _zeros(tensors: Mapping[str, Array], stored: Stored, rows: int) -> Array | N
         if stored.layout == "awq":
             zeros = _separated(words)
         else:  # what was −1 came back as the largest code
-            zeros = (unpack(_words(words), stored.bits, rows) + _lost(stored)) & ((1 << stored.bits) - 1)
+            zeros = (unpack(_words(words), stored.bits, rows) + _lost(stored)) & (
+                (1 << stored.bits) - 1
+            )
         return xp.ascontiguousarray(xp.astype(zeros.T, xp.int32))
     if stored.symmetric:
         return None

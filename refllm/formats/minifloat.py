@@ -39,10 +39,21 @@ import numpy as np
 from refllm.backend import Array, bitcast, namespace
 from refllm.formats.uniform import PIECE
 
-__all__ = ["FORMATS", "OVERFLOW", "Format", "decode", "encode", "float_format", "nearest", "rounded", "table"]
+__all__ = [
+    "FORMATS",
+    "OVERFLOW",
+    "Format",
+    "decode",
+    "encode",
+    "float_format",
+    "nearest",
+    "rounded",
+    "table",
+]
 
 OVERFLOW = ("saturate", "nan", "raise")
-_SIZE, _INFINITY = 0x7FFFFFFF, 0x7F800000  # all bits but the sign; infinity: what is above is NaN
+_SIZE = 0x7FFFFFFF  # all bits but the sign; infinity: what is above is NaN
+_INFINITY = 0x7F800000
 
 
 @dataclass(frozen=True)
@@ -87,12 +98,19 @@ class Format:
         sign = -1.0 if self.signed and code >> (self.bits - 1) else 1.0
         size = code & ((1 << (self.bits - self.signed)) - 1)
         if size > self.largest:
-            return sign * float("inf") if size == self.infinity else float("nan")
+            if size == self.infinity:
+                return sign * float("inf")
+            return float("nan")
         if not self.signed:
             return 2.0 ** (size - self.bias)
-        exponent, fraction = size >> self.mantissa, size & ((1 << self.mantissa) - 1)
+        exponent = size >> self.mantissa
+        fraction = size & ((1 << self.mantissa) - 1)
         normal = exponent > 0
-        return sign * 2.0 ** (max(exponent, 1) - self.bias) * (normal + fraction / (1 << self.mantissa))
+        return (
+            sign
+            * 2.0 ** (max(exponent, 1) - self.bias)
+            * (normal + fraction / (1 << self.mantissa))
+        )
 
 
 FORMATS = {
@@ -136,9 +154,12 @@ def encode(x: Array, fmt: str, overflow: str = "saturate", *, name: str = "x") -
         naming ``name`` and the number, for what is out of range with ``overflow="raise"``, and always for what has
         no code at all: NaN in E2M1, and with ``overflow="nan"`` what is out of E2M1's range.
     """
-    xp, found = namespace(x), float_format(fmt)
+    xp = namespace(x)
+    found = float_format(fmt)
     if overflow not in OVERFLOW:
-        raise ValueError(f"encode: unknown overflow {overflow!r}; choose one of {', '.join(OVERFLOW)}")
+        raise ValueError(
+            f"encode: unknown overflow {overflow!r}; choose one of {', '.join(OVERFLOW)}"
+        )
     flat = xp.ascontiguousarray(xp.reshape(_as_float32(x, name), (-1,)))
     if overflow == "raise" or found.nan is None:
         _refuse(flat, found, name, all=overflow != "saturate")
@@ -146,14 +167,17 @@ def encode(x: Array, fmt: str, overflow: str = "saturate", *, name: str = "x") -
     codes = _codes if found.signed else _exponents
     step = PIECE[0 if xp is np else 1] >> 1  # all steps of a piece find it in the cache
     for i in range(0, int(flat.size), step):
-        out[i : i + step] = xp.astype(codes(bitcast(flat[i : i + step], xp.int32), found, overflow), out.dtype)
+        out[i : i + step] = xp.astype(
+            codes(bitcast(flat[i : i + step], xp.int32), found, overflow), out.dtype
+        )
     return xp.reshape(out, x.shape)
 
 
 def _codes(bits: Array, fmt: Format, overflow: str) -> Array:
     """Bits of float32 numbers, int32 [n] → codes, int32 [n]."""
     xp = namespace(bits)
-    size, drop = bits & _SIZE, 23 - fmt.mantissa  # |x|, and how many bits of its mantissa go
+    size = bits & _SIZE  # |x|, and how many bits of its mantissa go
+    drop = 23 - fmt.mantissa
     # Half a unit of the last place that stays, less one if that place is even: adding it carries where rounding is
     # up, into the exponent too. 127 − B is the distance of the two exponents' zeros.
     code = (size >> drop) & 1
@@ -201,7 +225,8 @@ def _as_float32(x: Array, name: str) -> Array:
         return xp.astype(x, xp.float32, copy=False)
     if x.dtype != xp.float64:
         raise TypeError(f"{name}: encode takes float16, float32 or float64, got {x.dtype}")
-    flat, largest = xp.reshape(x, (-1,)), float(xp.finfo(xp.float32).max)
+    flat = xp.reshape(x, (-1,))
+    largest = float(xp.finfo(xp.float32).max)
     near = xp.astype(xp.where(xp.isinf(flat), flat, xp.clip(flat, -largest, largest)), xp.float32)
     back = xp.astype(near, xp.float64)
     # Cut off towards zero, and the last bit set if anything went (Boldo & Melquiond 2008): no tie can arise by it.
@@ -213,19 +238,26 @@ def _as_float32(x: Array, name: str) -> Array:
 def _refuse(flat: Array, fmt: Format, name: str, *, all: bool) -> None:
     """ValueError for a number without a code: NaN where there is none, and with ``all`` what is out of range."""
     xp = namespace(flat)
-    wrong = xp.isnan(flat) if fmt.nan is None else xp.zeros(flat.shape, dtype=xp.bool_)
+    if fmt.nan is None:
+        wrong = xp.isnan(flat)
+    else:
+        wrong = xp.zeros(flat.shape, dtype=xp.bool_)
     if all:
         # The tie above the largest number goes up from an odd code, and in E8M0 always; from an even code it does not.
         limit = 1.5 * fmt.max - 0.5 * (fmt.value(fmt.largest - 1) if fmt.signed else 0.0)
         size = xp.abs(flat)
-        wrong = wrong | (size > limit) | ((size == limit) & (fmt.largest % 2 == 1 or not fmt.signed))
+        wrong = (
+            wrong | (size > limit) | ((size == limit) & (fmt.largest % 2 == 1 or not fmt.signed))
+        )
         if not fmt.signed:
             wrong = wrong | (flat <= 0)
     if bool(xp.any(wrong)):
         at = int(xp.argmax(wrong))
         low = -fmt.max if fmt.signed else fmt.smallest
-        raise ValueError(f"{name}: number {at} is {float(flat[at]):g}, which {fmt.name} has no code for: it reaches "
-                         f"from {low:g} to {fmt.max:g}")  # fmt: skip
+        raise ValueError(
+            f"{name}: number {at} is {float(flat[at]):g}, which {fmt.name} has no code for: it reaches "
+            f"from {low:g} to {fmt.max:g}"
+        )
 
 
 def rounded(x: Array, fmt: str) -> Array:
@@ -233,13 +265,18 @@ def rounded(x: Array, fmt: str) -> Array:
 
     The same two roundings as in ``_codes``, in place of the bits; for simulating a format in float32.
     """
-    xp, found = namespace(x), float_format(fmt)
+    xp = namespace(x)
+    found = float_format(fmt)
     if not found.signed or x.dtype != xp.float32:
-        raise TypeError(f"rounded: float32 numbers in a format with a sign, got {x.dtype} and {fmt}")
+        raise TypeError(
+            f"rounded: float32 numbers in a format with a sign, got {x.dtype} and {fmt}"
+        )
     flat = xp.ascontiguousarray(xp.reshape(x, (-1,)))
     out = xp.empty(flat.shape, dtype=xp.float32)
-    step, drop = PIECE[0 if xp is np else 1] >> 1, 23 - found.mantissa
-    base = 1.5 * found.smallest * 2.0**23  # its spacing is the smallest number; 1.5, so that −|x| changes no binade
+    step = PIECE[0 if xp is np else 1] >> 1
+    drop = 23 - found.mantissa
+    # its spacing is the smallest number; 1.5, so that −|x| changes no binade
+    base = 1.5 * found.smallest * 2.0**23
     for i in range(0, int(flat.size), step):
         piece = xp.clip(flat[i : i + step], -found.max, found.max)
         bits = bitcast(piece, xp.int32)
@@ -262,7 +299,8 @@ def nearest(x: Array, fmt: str) -> Array:
 
     Differences are exact in float64 wherever they decide. 2^bits comparisons a number: for tests, and to be read.
     """
-    xp, found = namespace(x), float_format(fmt)
+    xp = namespace(x)
+    found = float_format(fmt)
     # even codes first, so that argmin takes them of two that are equally near; in E8M0 the larger ones
     order = sorted(range(1 << found.bits), key=lambda c: c % 2 if found.signed else -c)
     finite = [c for c in order if abs(found.value(c)) <= found.max]
@@ -288,14 +326,19 @@ def decode(codes: Array, fmt: str) -> Array:
     ValueError
         if a code of E2M1 is above 15.
     """
-    xp, found = namespace(codes), float_format(fmt)
+    xp = namespace(codes)
+    found = float_format(fmt)
     wanted = xp.uint16 if found.bits == 16 else xp.uint8
     if codes.dtype != wanted:
-        raise TypeError(f"decode: codes of {fmt} are {'uint16' if found.bits == 16 else 'uint8'}, got {codes.dtype}")
+        raise TypeError(
+            f"decode: codes of {fmt} are {'uint16' if found.bits == 16 else 'uint8'}, got {codes.dtype}"
+        )
     if fmt == "bf16":  # the upper half of a float32
         return bitcast(xp.astype(codes, xp.uint32) << 16, xp.float32)
     if fmt == "fp16":
         return xp.astype(bitcast(codes, xp.float16), xp.float32)
     if found.bits < 8 and codes.size and int(xp.max(codes)) >> found.bits:
-        raise ValueError(f"decode: codes of {fmt} are 0 to {(1 << found.bits) - 1}, got {int(xp.max(codes))}")
+        raise ValueError(
+            f"decode: codes of {fmt} are 0 to {(1 << found.bits) - 1}, got {int(xp.max(codes))}"
+        )
     return xp.take(xp.asarray(table(fmt), dtype=xp.float32), codes)

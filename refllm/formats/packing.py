@@ -69,8 +69,12 @@ def pack(codes: Array, bits: int, *, check: bool = True) -> Array:
         raise TypeError(f"pack: codes are whole numbers, got {codes.dtype}")
     count = int(codes.shape[-1])
     if check and codes.size and not 0 <= int(xp.min(codes)) <= int(xp.max(codes)) < 1 << bits:
-        raise ValueError(f"pack: {bits}-bit codes lie in 0..{(1 << bits) - 1}, got {xp.min(codes)}..{xp.max(codes)}")
-    lead, eights, words = codes.shape[:-1], -(-count // 8), words_per_row(count, bits)
+        raise ValueError(
+            f"pack: {bits}-bit codes lie in 0..{(1 << bits) - 1}, got {xp.min(codes)}..{xp.max(codes)}"
+        )
+    lead = codes.shape[:-1]
+    eights = -(-count // 8)
+    words = words_per_row(count, bits)
     if count % 8 or codes.dtype != xp.uint8 or not codes.flags.c_contiguous:
         padded = xp.zeros((*lead, 8 * eights), dtype=xp.uint8)
         padded[..., :count] = xp.astype(codes, xp.uint8)
@@ -82,7 +86,9 @@ def pack(codes: Array, bits: int, *, check: bool = True) -> Array:
     stream = xp.empty((*lead, eights, bits // unit), dtype=_UNITS[unit])
     for j in range(bits // unit):
         stream[..., j] = source[..., j]
-    return _fit(stream.reshape((*lead, eights * bits // unit)).view(xp.uint8), 4 * words).view(xp.uint32)
+    return _fit(stream.reshape((*lead, eights * bits // unit)).view(xp.uint8), 4 * words).view(
+        xp.uint32
+    )
 
 
 def unpack(words: Array, bits: int, count: int) -> Array:
@@ -97,24 +103,33 @@ def unpack(words: Array, bits: int, count: int) -> Array:
     """
     xp = namespace(words)
     if words.dtype != xp.uint32:
-        raise TypeError(f"unpack: words are uint32, got {words.dtype} (view signed words as uint32)")
+        raise TypeError(
+            f"unpack: words are uint32, got {words.dtype} (view signed words as uint32)"
+        )
     if words.shape[-1] != words_per_row(count, bits):
         raise ValueError(
             f"unpack: {count} codes of {bits} bits take {words_per_row(count, bits)} words a row, got {words.shape[-1]}"
         )
-    lead, eights, unit = words.shape[:-1], -(-count // 8), bits & -bits
+    lead = words.shape[:-1]
+    eights = -(-count // 8)
+    unit = bits & -bits
     stream = _fit(xp.ascontiguousarray(words).view(xp.uint8), eights * bits).view(_UNITS[unit])
     source = stream.reshape((*lead, eights, bits // unit))
     spread = xp.zeros((*lead, eights, 8 // unit), dtype=_UNITS[unit])
     for j in range(bits // unit):
         spread[..., j] = source[..., j]
-    codes = _spread(spread.reshape((*lead, 8 * eights // unit)).view(xp.uint64), bits).view(xp.uint8)
-    return codes if count == 8 * eights else xp.copy(codes[..., :count])
+    codes = _spread(spread.reshape((*lead, 8 * eights // unit)).view(xp.uint64), bits).view(
+        xp.uint8
+    )
+    if count == 8 * eights:
+        return codes
+    return xp.copy(codes[..., :count])
 
 
 def _squeeze(v: Array, bits: int) -> Array:
     """Bytes of which only the low ``bits`` bits are used → the same bits side by side at the low end."""
-    for width in (8, 16, 32):  # of each two neighbouring fields, push the upper down to the bits used by the lower
+    # of each two neighbouring fields, push the upper down to the bits used by the lower
+    for width in (8, 16, 32):
         used = bits * width // 8
         lower = _mask(used, 2 * width)
         upper = (v >> (width - used)) & (lower << used)
@@ -144,7 +159,8 @@ def _fit(stream: Array, size: int) -> Array:
     if have == size:
         return stream
     if have > size:
-        return xp.copy(stream[..., :size])  # of a single row, ascontiguousarray would keep the longer buffer
+        # of a single row, ascontiguousarray would keep the longer buffer
+        return xp.copy(stream[..., :size])
     out = xp.zeros((*stream.shape[:-1], size), dtype=xp.uint8)
     out[..., :have] = stream
     return out
@@ -171,8 +187,11 @@ def store_scale(scale: Array, dtype: str | None, *, name: str = "scale") -> Arra
     if dtype is None:
         return scale
     if dtype not in SCALE_DTYPES:
-        raise ValueError(f"scale_dtype {dtype!r} is unknown; choose one of {', '.join(SCALE_DTYPES)}")
-    shape, scale = scale.shape, xp.reshape(scale, (scale.size,))  # NumPy makes numbers of arrays without axes
+        raise ValueError(
+            f"scale_dtype {dtype!r} is unknown; choose one of {', '.join(SCALE_DTYPES)}"
+        )
+    shape = scale.shape  # NumPy makes numbers of arrays without axes
+    scale = xp.reshape(scale, (scale.size,))
     largest = float(xp.finfo(xp.float32 if dtype == "bfloat16" else getattr(xp, dtype)).max)
     if scale.size and float(xp.max(scale)) > largest:
         raise ValueError(f"{name}: a scale of {float(xp.max(scale)):.3g} does not fit {dtype}")
@@ -209,7 +228,9 @@ def unpack_codes(words: Array, scheme: Scheme, count: int) -> Array:
     """The inverse of ``pack_codes``."""
     xp = namespace(words)
     codes = unpack(words, scheme.bits, count)
-    return bitcast(codes - scheme.offset, xp.int8) if scheme.signed else codes
+    if scheme.signed:
+        return bitcast(codes - scheme.offset, xp.int8)
+    return codes
 
 
 def store_zero(zero_point: Array, scheme: Scheme, dtype: str | None) -> Array | None:
@@ -217,11 +238,15 @@ def store_zero(zero_point: Array, scheme: Scheme, dtype: str | None) -> Array | 
     xp = namespace(zero_point)
     if scheme.symmetric:
         if not bool(xp.all(zero_point == scheme.zero)):
-            raise ValueError(f"zero points of rule {scheme.rule!r} are all {scheme.zero}; use an asymmetric rule")
+            raise ValueError(
+                f"zero points of rule {scheme.rule!r} are all {scheme.zero}; use an asymmetric rule"
+            )
         return None
     if dtype is not None:
         if dtype not in ZERO_DTYPES:
-            raise ValueError(f"zero_dtype {dtype!r} is unknown; choose one of {', '.join(ZERO_DTYPES)}, or None")
+            raise ValueError(
+                f"zero_dtype {dtype!r} is unknown; choose one of {', '.join(ZERO_DTYPES)}, or None"
+            )
         return xp.astype(zero_point, getattr(xp, dtype))
     return pack(xp.reshape(zero_point, (zero_point.size,)) + scheme.offset, scheme.bits)
 

@@ -30,9 +30,7 @@ from refllm.formats.layouts import FLOATS, GPTQ_BITS, Stored
 __all__ = ["SUPPORTED", "Quantization", "UnsupportedQuantization", "parse", "quantization_config"]
 
 COMPRESSED = ("pack-quantized", "int-quantized", "naive-quantized")
-SUPPORTED = (
-    f"compressed-tensors ({', '.join(COMPRESSED)}, float-quantized), fp8 (in blocks), gptq (v1 and v2) and awq (gemm)"
-)
+SUPPORTED = f"compressed-tensors ({', '.join(COMPRESSED)}, float-quantized), fp8 (in blocks), gptq (v1 and v2) and awq (gemm)"
 
 
 class UnsupportedQuantization(ValueError):
@@ -54,11 +52,21 @@ class Quantization:
         """How the weight of a linear ``module`` is stored, in a checkpoint with tensors ``names``; None: plainly."""
         if self.method != "compressed-tensors":
             sign = "weight_scale_inv" if self.method == "fp8" else "qweight"
-            return self.groups[0][1] if f"{module}.{sign}" in names else None
+            if f"{module}.{sign}" in names:
+                return self.groups[0][1]
+            return None
         if any(_matches(entry, module) for entry in self.ignore):
             return None
-        found = [(rank, stored) for targets, stored in self.groups for t in targets if (rank := _matches(t, module))]
-        return min(found, key=lambda pair: pair[0])[1] if found else None  # of equals the first
+        found = [
+            (rank, stored)
+            for targets, stored in self.groups
+            for t in targets
+            if (rank := _matches(t, module))
+        ]
+        # of equals the first
+        if found:
+            return min(found, key=lambda pair: pair[0])[1]
+        return None
 
 
 def _matches(target: str, module: str) -> int:
@@ -67,9 +75,13 @@ def _matches(target: str, module: str) -> int:
         return 1
     if target.startswith("re:"):
         try:
-            return 2 if re.match(target.removeprefix("re:"), module) else 0
+            if re.match(target.removeprefix("re:"), module):
+                return 2
+            return 0
         except re.error as error:
-            raise UnsupportedQuantization(f"quantization_config: {target!r} is no pattern ({error})") from error
+            raise UnsupportedQuantization(
+                f"quantization_config: {target!r} is no pattern ({error})"
+            ) from error
     return 3 if target == "Linear" else 0
 
 
@@ -80,19 +92,43 @@ def quantization_config(stored: Stored, ignore: Sequence[str] = ("lm_head",)) ->
     """The entry for a checkpoint whose linear weights, but for ``ignore``, are all ``stored`` alike."""
     group = -1 if stored.group_size is None else stored.group_size
     if stored.layout == "awq":
-        return {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm",
-                "modules_to_not_convert": list(ignore)}  # fmt: skip
+        return {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": group,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": list(ignore),
+        }
     if stored.layout in ("gptq", "gptq_v2"):
-        return {"quant_method": "gptq", "bits": stored.bits, "group_size": group, "desc_act": stored.reordered,
-                "sym": stored.symmetric, "checkpoint_format": stored.layout, "lm_head": False}  # fmt: skip
+        return {
+            "quant_method": "gptq",
+            "bits": stored.bits,
+            "group_size": group,
+            "desc_act": stored.reordered,
+            "sym": stored.symmetric,
+            "checkpoint_format": stored.layout,
+            "lm_head": False,
+        }
     if stored.layout == "fp8":
-        return {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
-                "weight_block_size": [stored.group_size] * 2, "modules_to_not_convert": list(ignore)}  # fmt: skip
+        return {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [stored.group_size] * 2,
+            "modules_to_not_convert": list(ignore),
+        }
     if stored.floats:
         weights, inputs = _float_arguments(stored)
         return _entry(stored, weights, inputs, ignore)
-    weights = {"num_bits": stored.bits, "type": "int", "symmetric": stored.symmetric, "dynamic": False,
-               "strategy": "group" if stored.group_size else "channel", "group_size": stored.group_size}  # fmt: skip
+    weights = {
+        "num_bits": stored.bits,
+        "type": "int",
+        "symmetric": stored.symmetric,
+        "dynamic": False,
+        "strategy": "group" if stored.group_size else "channel",
+        "group_size": stored.group_size,
+    }
     inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
     return _entry(stored, weights, inputs, ignore)
 
@@ -102,18 +138,32 @@ def _float_arguments(stored: Stored) -> tuple[dict[str, Any], dict[str, Any]]:
     number = {"num_bits": 8, "type": "float", "symmetric": True}
     size = stored.group_size
     if size is None:
-        return number | {"strategy": "channel", "dynamic": False}, number | {"strategy": "token", "dynamic": True}
+        return number | {"strategy": "channel", "dynamic": False}, number | {
+            "strategy": "token",
+            "dynamic": True,
+        }
     block = {"strategy": "block", "dynamic": False, "block_structure": [size, size]}
     return number | block, number | {"strategy": "group", "group_size": size, "dynamic": True}
 
 
 def _entry(stored: Stored, weights: Any, inputs: Any, ignore: Sequence[str]) -> dict[str, Any]:
     """compressed-tensors' entry of one group of modules."""
-    scheme = {"targets": ["Linear"], "weights": weights, "input_activations": inputs if stored.activations else None,
-              "output_activations": None, "format": stored.layout}  # fmt: skip
-    return {"quant_method": "compressed-tensors", "format": stored.layout, "quantization_status": "compressed",
-            "config_groups": {"group_0": scheme}, "ignore": list(ignore), "kv_cache_scheme": None,
-            "global_compression_ratio": None}  # fmt: skip
+    scheme = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": inputs if stored.activations else None,
+        "output_activations": None,
+        "format": stored.layout,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": stored.layout,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": scheme},
+        "ignore": list(ignore),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -135,18 +185,27 @@ def parse(raw: Any) -> Quantization:
     if method == "fp8":
         return Quantization("fp8", ((("Linear",), _deepseek(raw)),))
     if method not in ("gptq", "awq"):
-        raise UnsupportedQuantization(f"quantization_config: quant_method {method!r} is not supported; "
-                                      f"supported are {SUPPORTED}")  # fmt: skip
+        raise UnsupportedQuantization(
+            f"quantization_config: quant_method {method!r} is not supported; "
+            f"supported are {SUPPORTED}"
+        )
     layout, bits, symmetric = _gptq(raw) if method == "gptq" else _awq(raw)
     group = raw.get("group_size", raw.get("q_group_size"))
-    stored = Stored(layout, bits, None if group == -1 else _size(group), symmetric, bool(raw.get("desc_act")))
+    stored = Stored(
+        layout, bits, None if group == -1 else _size(group), symmetric, bool(raw.get("desc_act"))
+    )
     return Quantization(str(method), ((("Linear",), stored),))
 
 
 def _gptq(raw: Mapping[str, Any]) -> tuple[str, int, bool]:
-    layout, bits = raw.get("checkpoint_format") or raw.get("format") or "gptq", raw.get("bits")
+    layout = raw.get("checkpoint_format") or raw.get("format") or "gptq"
+    bits = raw.get("bits")
     if layout not in ("gptq", "gptq_v2") or raw.get("is_marlin_format"):
-        _refuse("checkpoint_format", "marlin" if raw.get("is_marlin_format") else layout, "gptq and gptq_v2")
+        _refuse(
+            "checkpoint_format",
+            "marlin" if raw.get("is_marlin_format") else layout,
+            "gptq and gptq_v2",
+        )
     if not isinstance(bits, int) or bits not in GPTQ_BITS:
         _refuse("bits", bits, "2, 3, 4 and 8")
     if raw.get("dynamic"):
@@ -155,7 +214,8 @@ def _gptq(raw: Mapping[str, Any]) -> tuple[str, int, bool]:
 
 
 def _awq(raw: Mapping[str, Any]) -> tuple[str, int, bool]:
-    version, bits = str(raw.get("version", "gemm")).lower(), raw.get("bits", raw.get("w_bit"))
+    version = str(raw.get("version", "gemm")).lower()
+    bits = raw.get("bits", raw.get("w_bit"))
     if version != "gemm":
         _refuse("version", raw["version"], "gemm")
     if bits != 4:
@@ -169,7 +229,8 @@ def _deepseek(raw: Mapping[str, Any]) -> Stored:
     for key, value in (("fmt", "e4m3"), ("activation_scheme", "dynamic")):
         if raw.get(key, value) != value:
             _refuse(key, raw[key], value)
-    if raw.get("scale_fmt") not in (None, "float", "ue8m0"):  # a power of two is a float32 number, too
+    # a power of two is a float32 number, too
+    if raw.get("scale_fmt") not in (None, "float", "ue8m0"):
         _refuse("scale_fmt", raw["scale_fmt"], "float and ue8m0")
     return Stored("fp8", 8, _square(raw.get("weight_block_size"), "weight_block_size"))
 
@@ -183,18 +244,28 @@ def _square(sizes: Any, key: str) -> int:
 
 def _float_group(weights: Mapping[str, Any], inputs: Any) -> Stored:
     """A group of 8-bit floats: rows with tokens, or blocks with tiles."""
-    if (weights.get("num_bits"), weights.get("symmetric", True)) != (8, True) or weights.get("dynamic"):
+    if (weights.get("num_bits"), weights.get("symmetric", True)) != (8, True) or weights.get(
+        "dynamic"
+    ):
         _refuse("weights of float-quantized", dict(weights), "symmetric 8-bit floats")
     strategy = weights.get("strategy")
     if strategy not in ("channel", "block"):
         _refuse("weights of float-quantized", dict(weights), "a scale a row, or a block")
-    size = _square(weights.get("block_structure"), "block_structure") if strategy == "block" else None
+    if strategy == "block":
+        size = _square(weights.get("block_structure"), "block_structure")
+    else:
+        size = None
     stored = Stored("float-quantized", 8, size, plain_inputs=inputs is None)
     wanted = _float_arguments(stored)[1]
     if inputs is not None and not (
-        isinstance(inputs, Mapping) and all(inputs.get(key) == value for key, value in wanted.items())
+        isinstance(inputs, Mapping)
+        and all(inputs.get(key) == value for key, value in wanted.items())
     ):
-        _refuse("input_activations of float-quantized", inputs, f"null, or dynamic 8-bit floats like {wanted}")
+        _refuse(
+            "input_activations of float-quantized",
+            inputs,
+            f"null, or dynamic 8-bit floats like {wanted}",
+        )
     return stored
 
 
@@ -207,16 +278,21 @@ def _compressed(raw: Mapping[str, Any]) -> Quantization:
         _refuse("sparsity_config", sparsity, "dense weights")
     if raw.get("quantization_status") != "compressed":
         _refuse("quantization_status", raw.get("quantization_status"), "compressed")
-    groups, ignore = raw.get("config_groups"), raw.get("ignore") or []
+    groups = raw.get("config_groups")
+    ignore = raw.get("ignore") or []
     if not isinstance(groups, Mapping) or not groups:
         _refuse("config_groups", groups, "an object of at least one group")
-    return Quantization("compressed-tensors", tuple(_group(g, raw) for g in groups.values()), _strings(ignore))
+    return Quantization(
+        "compressed-tensors", tuple(_group(g, raw) for g in groups.values()), _strings(ignore)
+    )
 
 
 def _group(group: Any, raw: Mapping[str, Any]) -> tuple[tuple[str, ...], Stored]:
     if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
         _refuse("config_groups", group, "groups with 'targets' and 'weights'")
-    layout, weights, inputs = group.get("format") or raw.get("format"), group["weights"], group.get("input_activations")
+    layout = group.get("format") or raw.get("format")
+    weights = group["weights"]
+    inputs = group.get("input_activations")
     if group.get("output_activations"):
         _refuse("output_activations", group["output_activations"], "null")
     if layout in FLOATS[:1] and weights.get("type") == "float":
@@ -225,14 +301,26 @@ def _group(group: Any, raw: Mapping[str, Any]) -> tuple[tuple[str, ...], Stored]
         _refuse("format", layout, ", ".join((*COMPRESSED, *FLOATS[:1])))
     if layout == "int-quantized" and inputs is None:
         layout = "naive-quantized"
-    if (layout == "int-quantized") != (inputs is not None) or (inputs is not None and not _dynamic(inputs)):
-        _refuse(f"input_activations of {layout}", inputs, "dynamic symmetric 8-bit integers a token in int-quantized")
-    strategy, size = weights.get("strategy"), weights.get("group_size")
-    if weights.get("type", "int") != "int" or weights.get("dynamic") or strategy not in ("channel", "group"):
+    if (layout == "int-quantized") != (inputs is not None) or (
+        inputs is not None and not _dynamic(inputs)
+    ):
+        _refuse(
+            f"input_activations of {layout}",
+            inputs,
+            "dynamic symmetric 8-bit integers a token in int-quantized",
+        )
+    strategy = weights.get("strategy")
+    size = weights.get("group_size")
+    if (
+        weights.get("type", "int") != "int"
+        or weights.get("dynamic")
+        or strategy not in ("channel", "group")
+    ):
         _refuse("weights", dict(weights), "integers by channel or group")
     if weights.get("actorder") in ("group", "dynamic"):
         _refuse("actorder", weights["actorder"], "null and weight")
-    bits, symmetric = weights.get("num_bits"), weights.get("symmetric", True)
+    bits = weights.get("num_bits")
+    symmetric = weights.get("symmetric", True)
     if not isinstance(symmetric, bool):
         _refuse("symmetric", symmetric, "true and false")
     allowed = range(1, 9) if layout == "pack-quantized" else (8,)
@@ -246,7 +334,9 @@ def _group(group: Any, raw: Mapping[str, Any]) -> tuple[tuple[str, ...], Stored]
 
 def _dynamic(inputs: Any) -> bool:
     wanted = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    return isinstance(inputs, Mapping) and all(inputs.get(key) == value for key, value in wanted.items())
+    return isinstance(inputs, Mapping) and all(
+        inputs.get(key) == value for key, value in wanted.items()
+    )
 
 
 def _size(value: Any) -> int:
@@ -263,4 +353,6 @@ def _strings(values: Any) -> tuple[str, ...]:
 
 
 def _refuse(key: str, value: Any, supported: str) -> NoReturn:
-    raise UnsupportedQuantization(f"quantization_config: {key} {value!r} is not supported; supported: {supported}")
+    raise UnsupportedQuantization(
+        f"quantization_config: {key} {value!r} is not supported; supported: {supported}"
+    )

@@ -83,10 +83,20 @@ class Quantized:
     """
 
     def __init__(
-        self, words: Array, scale: Array, zero: Array | None, scheme: Scheme, shape: tuple[int, int], dtype: Any
+        self,
+        words: Array,
+        scale: Array,
+        zero: Array | None,
+        scheme: Scheme,
+        shape: tuple[int, int],
+        dtype: Any,
     ):
-        self._words, self._scale, self._zero = words, scale, zero
-        self.scheme, self.shape, self.dtype = scheme, shape, dtype
+        self._words = words
+        self._scale = scale
+        self._zero = zero
+        self.scheme = scheme
+        self.shape = shape
+        self.dtype = dtype
 
     @classmethod
     def from_codes(
@@ -108,8 +118,13 @@ class Quantized:
                 f"from_codes: codes {tuple(codes.shape)} and scale {tuple(scale.shape)} do not fit {scheme}"
             )
         if scale.dtype not in (xp.float32, xp.float64):
-            raise TypeError(f"from_codes: the scale is float32 or float64 (scale_dtype narrows it), got {scale.dtype}")
-        if codes.size and not scheme.qmin <= int(xp.min(codes)) <= int(xp.max(codes)) <= scheme.qmax:
+            raise TypeError(
+                f"from_codes: the scale is float32 or float64 (scale_dtype narrows it), got {scale.dtype}"
+            )
+        if (
+            codes.size
+            and not scheme.qmin <= int(xp.min(codes)) <= int(xp.max(codes)) <= scheme.qmax
+        ):
             raise ValueError(f"from_codes: codes lie in {scheme.qmin}..{scheme.qmax}")
         if zero_point is None:
             zero_point = xp.full(scale.shape, scheme.zero, dtype=xp.int32)
@@ -126,7 +141,11 @@ class Quantized:
     @property
     def nbytes(self) -> int:
         """Bytes of words, scale and zero points as they are held."""
-        return int(self._words.nbytes + self._scale.nbytes + (0 if self._zero is None else self._zero.nbytes))
+        return int(
+            self._words.nbytes
+            + self._scale.nbytes
+            + (0 if self._zero is None else self._zero.nbytes)
+        )
 
     @property
     def bits_per_weight(self) -> float:
@@ -169,7 +188,8 @@ class Quantized:
 
     def _tiles(self, size: tuple[int, int]) -> Iterator[tuple[int, int, Array]]:
         """(first row, last row + 1, those rows of W) in turn."""
-        scale, zero_point = self.scale, self.zero_point
+        scale = self.scale
+        zero_point = self.zero_point
         for start, stop in row_pieces(self._words, self.shape, self.scheme, size):
             codes = unpack_codes(self._words[start:stop, :], self.scheme, self.shape[1])
             s, z = (rows_of(p, self.scheme, start, stop) for p in (scale, zero_point))
@@ -212,12 +232,15 @@ def quantize(
     scale = load_scale(stored, x.dtype)
     shape = int(x.shape[0]), int(x.shape[1])
     words = xp.empty((shape[0], words_per_row(shape[1], scheme.bits)), dtype=xp.uint32)
-    check = not own or scheme.rule == "awq"  # else qparams has seen all of x, and the scale covers it
+    # else qparams has seen all of x, and the scale covers it
+    check = not own or scheme.rule == "awq"
     for start, stop in row_pieces(x, shape, scheme, PIECE):
         s, z = (rows_of(p, scheme, start, stop) for p in (scale, zero_point))
         codes = encode(x[start:stop, :], s, z, scheme, name=name, check=check)
         words[start:stop, :] = pack_codes(codes, scheme)
-    return Quantized(words, stored, store_zero(zero_point, scheme, zero_dtype), scheme, shape, x.dtype)
+    return Quantized(
+        words, stored, store_zero(zero_point, scheme, zero_dtype), scheme, shape, x.dtype
+    )
 
 
 def fake_quantize(x: Array, scheme: Scheme, *, name: str = "x") -> Array:
@@ -236,7 +259,9 @@ def fake_quantize(x: Array, scheme: Scheme, *, name: str = "x") -> Array:
     return xp.reshape(out, outer)
 
 
-def effective_bits(bits: int, group_size: int, *, scale_bits: int = 16, zero_bits: int = 0) -> float:
+def effective_bits(
+    bits: int, group_size: int, *, scale_bits: int = 16, zero_bits: int = 0
+) -> float:
     """Bits a weight, its share of the group's scale and zero point included: b + (scale + zero)/g."""
     return bits + (scale_bits + zero_bits) / group_size
 
@@ -272,7 +297,9 @@ class Reordered(Quantized):
     def codes(self) -> Array:
         """q[M, N] in the weight's own order, unpacked anew at each call."""
         codes = super().codes
-        return codes if self.order is None else codes[:, namespace(codes).argsort(self.order)]
+        if self.order is None:
+            return codes
+        return codes[:, namespace(codes).argsort(self.order)]
 
     @property
     def nbytes(self) -> int:
@@ -282,7 +309,9 @@ class Reordered(Quantized):
     def dequantize(self) -> Array:
         """W[M, N] in ``dtype``, a new array."""
         weight = super().dequantize()
-        return weight if self.order is None else weight[:, namespace(weight).argsort(self.order)]
+        if self.order is None:
+            return weight
+        return weight[:, namespace(weight).argsort(self.order)]
 
     def matmul(self, x: Array) -> Array:
         """x[T, N] → x Wᵀ [T, M]."""

@@ -88,12 +88,18 @@ class Scheme:
         if isinstance(self.bits, bool | float) or self.bits not in range(1, 9):
             raise ValueError(f"Scheme: bits is a whole number in 1..8, got {self.bits!r}")
         if self.rule not in RULES:
-            raise ValueError(f"Scheme: unknown rule {self.rule!r}; choose one of {', '.join(RULES)}")
+            raise ValueError(
+                f"Scheme: unknown rule {self.rule!r}; choose one of {', '.join(RULES)}"
+            )
         if self.rule == "restricted" and self.bits == 1:
-            raise ValueError("Scheme: 'restricted' has the one code 0 at 1 bit; use 2 bits or another rule")
+            raise ValueError(
+                "Scheme: 'restricted' has the one code 0 at 1 bit; use 2 bits or another rule"
+            )
         if self.granularity not in GRANULARITIES:
             known = ", ".join(GRANULARITIES)
-            raise ValueError(f"Scheme: unknown granularity {self.granularity!r}; choose one of {known}")
+            raise ValueError(
+                f"Scheme: unknown granularity {self.granularity!r}; choose one of {known}"
+            )
         sizes = self.group_size if isinstance(self.group_size, tuple) else (self.group_size,)
         if self.granularity not in ("group", "block"):
             if self.group_size is not None:
@@ -101,8 +107,13 @@ class Scheme:
         elif not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes) or (
             len(sizes) != 1 if self.granularity == "group" else len(sizes) > 2
         ):
-            wanted = "a positive number" if self.granularity == "group" else "a positive number or a pair of them"
-            raise ValueError(f"Scheme: granularity {self.granularity!r} takes {wanted}, got {self.group_size!r}")
+            if self.granularity == "group":
+                wanted = "a positive number"
+            else:
+                wanted = "a positive number or a pair of them"
+            raise ValueError(
+                f"Scheme: granularity {self.granularity!r} takes {wanted}, got {self.group_size!r}"
+            )
 
     @property
     def signed(self) -> bool:
@@ -117,17 +128,23 @@ class Scheme:
     @property
     def qmin(self) -> int:
         """Smallest code."""
-        return -(1 << (self.bits - 1)) + (self.rule == "restricted") if self.signed else 0
+        if self.signed:
+            return -(1 << (self.bits - 1)) + (self.rule == "restricted")
+        return 0
 
     @property
     def qmax(self) -> int:
         """Largest code."""
-        return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
+        if self.signed:
+            return (1 << (self.bits - 1)) - 1
+        return (1 << self.bits) - 1
 
     @property
     def zero(self) -> int:
         """The zero point of a symmetric rule."""
-        return 1 << (self.bits - 1) if self.rule == "half_integer_unsigned" else 0
+        if self.rule == "half_integer_unsigned":
+            return 1 << (self.bits - 1)
+        return 0
 
     @property
     def offset(self) -> int:
@@ -148,16 +165,20 @@ class Scheme:
         if self.granularity == "tensor":
             return ()
         if not shape or (self.granularity == "block" and len(shape) != 2):
-            raise ValueError(f"granularity {self.granularity!r} does not fit an array of shape {shape}")
+            raise ValueError(
+                f"granularity {self.granularity!r} does not fit an array of shape {shape}"
+            )
         if self.granularity in ("channel", "token"):
             return (*shape[:-1], 1)
         if self.granularity == "block":
             rows, columns = self.block
             return -(-shape[0] // rows), -(-shape[1] // columns)
-        (_, g), n = self.block, shape[-1]
+        _, g = self.block
+        n = shape[-1]
         if n % g:
             divisors = [d for d in range(1, n + 1) if n % d == 0]
-            below, above = max(d for d in divisors if d < g), min((d for d in divisors if d > g), default=n)
+            below = max(d for d in divisors if d < g)
+            above = min((d for d in divisors if d > g), default=n)
             near = f"{below} and {above}" if below != above else f"{below}"
             raise ValueError(
                 f"groups of {g} do not divide a row of {n}: the nearest sizes that do are {near}, "
@@ -186,14 +207,16 @@ def as_blocks(x: Array, scheme: Scheme) -> Array:
     xp = namespace(x)
     if scheme.granularity == "tensor":
         return xp.reshape(x, (1, 1, 1, x.size))
-    lead, n = math.prod(x.shape[:-1]), int(x.shape[-1])
+    lead = math.prod(x.shape[:-1])
+    n = int(x.shape[-1])
     if scheme.granularity in ("channel", "token"):
         return xp.reshape(x, (lead, 1, 1, n))
     rows, columns = scheme.block
     if scheme.granularity == "group":
         return xp.reshape(x, (lead, 1, n // columns, columns))
     down, right = scheme.scale_shape(tuple(x.shape))
-    rows, columns = min(rows, lead), min(columns, n)  # a block that is larger than all there is needs no filling
+    rows = min(rows, lead)  # a block that is larger than all there is needs no filling
+    columns = min(columns, n)
     x = xp.concat([x] + [x[-1:, :]] * (down * rows - lead), axis=0)
     x = xp.concat([x] + [x[:, -1:]] * (right * columns - n), axis=1)
     return xp.reshape(x, (down, rows, right, columns))
@@ -268,7 +291,9 @@ def qparams(x: Array, scheme: Scheme, *, name: str = "x") -> tuple[Array, Array]
     return range_to_qparams(lo, hi, scheme, name=name)
 
 
-def range_to_qparams(lo: Array, hi: Array, scheme: Scheme, *, name: str = "range") -> tuple[Array, Array]:
+def range_to_qparams(
+    lo: Array, hi: Array, scheme: Scheme, *, name: str = "range"
+) -> tuple[Array, Array]:
     """Ranges lo ≤ hi of any shape → scale (their dtype) and zero_point (int32) of that shape.
 
     Raises
@@ -279,11 +304,13 @@ def range_to_qparams(lo: Array, hi: Array, scheme: Scheme, *, name: str = "range
     xp = namespace(lo, hi)
     largest, smallest = _limits(lo, name)
     shape = lo.shape
-    lo, hi = xp.reshape(lo, (lo.size,)), xp.reshape(hi, (hi.size,))  # NumPy makes numbers of arrays without axes
+    lo = xp.reshape(lo, (lo.size,))  # NumPy makes numbers of arrays without axes
+    hi = xp.reshape(hi, (hi.size,))
     if not bool(xp.all((lo <= hi) & xp.isfinite(lo) & xp.isfinite(hi))):
         raise ValueError(f"{name}: a range needs finite bounds lo ≤ hi")
     if scheme.rule != "awq":  # zero lies in every range
-        lo, hi = xp.clip(lo, -largest, 0.0), xp.clip(hi, 0.0, largest)
+        lo = xp.clip(lo, -largest, 0.0)
+        hi = xp.clip(hi, 0.0, largest)
     empty = (lo == 0) & (hi == 0)
     if scheme.symmetric:
         # at 1 bit the step may be 2a: held within the dtype
@@ -292,7 +319,8 @@ def range_to_qparams(lo: Array, hi: Array, scheme: Scheme, *, name: str = "range
         scale = xp.where(empty, _empty_step(scheme, scale), scale)
         return xp.reshape(scale, shape), xp.full(shape, scheme.zero, dtype=xp.int32)
     if scheme.rule == "asymmetric":  # GPTQ gives an all-zero row the range ±1
-        lo, hi = xp.where(empty, -1.0, lo), xp.where(empty, 1.0, hi)
+        lo = xp.where(empty, -1.0, lo)
+        hi = xp.where(empty, 1.0, hi)
     # the difference of halves: as exact as hi − lo, and never infinite; nor is its quotient, where L is 1
     least = 0.5 * AWQ_RANGE if scheme.rule == "awq" else 0.0
     half = xp.clip(0.5 * hi - 0.5 * lo, least, largest * min(1.0, 0.5 * scheme.steps))
@@ -336,7 +364,9 @@ def _limits(x: Array, name: str) -> tuple[float, float]:
     """
     xp = namespace(x)
     if x.dtype not in (xp.float32, xp.float64):
-        raise TypeError(f"{name}: quantisation computes in float32 or float64, got {x.dtype}; convert it first")
+        raise TypeError(
+            f"{name}: quantisation computes in float32 or float64, got {x.dtype}; convert it first"
+        )
     info = xp.finfo(x.dtype)
     return float(info.max), float(info.smallest_normal)
 
@@ -347,7 +377,10 @@ def _empty_step(scheme: Scheme, scale: Array) -> Array:
     if scheme.rule in ("half_integer", "asymmetric_signed"):
         step = float(xp.finfo(scale.dtype).eps)
     else:
-        step = 1.0 / scheme.steps if scheme.rule == "half_integer_unsigned" else 1.0
+        if scheme.rule == "half_integer_unsigned":
+            step = 1.0 / scheme.steps
+        else:
+            step = 1.0
     return xp.full(scale.shape, step, dtype=scale.dtype)
 
 
@@ -356,7 +389,15 @@ PIECE = (1 << 17, 1 << 26)
 _ADD_FIRST = ("half_integer", "asymmetric_signed")
 
 
-def encode(x: Array, scale: Array, zero_point: Array, scheme: Scheme, *, name: str = "x", check: bool = True) -> Array:
+def encode(
+    x: Array,
+    scale: Array,
+    zero_point: Array,
+    scheme: Scheme,
+    *,
+    name: str = "x",
+    check: bool = True,
+) -> Array:
     """Codes of x, int8 or uint8, shaped like x. The quotient is clipped before it becomes an integer.
 
     ``check=False`` is for a caller that knows x to be finite and within the range that the scale was made for.
@@ -369,13 +410,18 @@ def encode(x: Array, scale: Array, zero_point: Array, scheme: Scheme, *, name: s
     xp = namespace(x, scale, zero_point)
     if check:
         refuse_non_finite(x, name)
-        if scale.size and not 0.0 < float(xp.min(scale)) <= float(xp.max(scale)) < math.inf:  # NaN fails it too
+        # NaN fails it too
+        if scale.size and not 0.0 < float(xp.min(scale)) <= float(xp.max(scale)) < math.inf:
             raise ValueError(f"{name}: a scale is a finite number above 0")
     shape = tuple(x.shape)
     s = steps_as_blocks(xp.astype(scale, x.dtype, copy=False), scheme, shape)
     z = steps_as_blocks(zero_point, scheme, shape)
     blocks = as_blocks(x, scheme)
-    if check and x.size and float(xp.max(xp.abs(x))) > float(xp.min(s)) * 0.5 * float(xp.finfo(x.dtype).max):
+    if (
+        check
+        and x.size
+        and float(xp.max(xp.abs(x))) > float(xp.min(s)) * 0.5 * float(xp.finfo(x.dtype).max)
+    ):
         blocks = reachable(blocks, s)
     return from_blocks(_codes(blocks, s, z, scheme), shape)
 
@@ -401,7 +447,8 @@ def decode(codes: Array, scale: Array, zero_point: Array, scheme: Scheme) -> Arr
     """x̂ = s (q − z) in the scale's dtype, shaped like the codes."""
     xp = namespace(codes, scale, zero_point)
     shape = tuple(codes.shape)
-    s, z = steps_as_blocks(scale, scheme, shape), steps_as_blocks(zero_point, scheme, shape)
+    s = steps_as_blocks(scale, scheme, shape)
+    z = steps_as_blocks(zero_point, scheme, shape)
     blocks = xp.astype(as_blocks(codes, scheme), scale.dtype)
     if scheme.zero != 0 or not scheme.symmetric:
         blocks -= xp.astype(z, scale.dtype)
@@ -412,7 +459,9 @@ def decode(codes: Array, scale: Array, zero_point: Array, scheme: Scheme) -> Arr
 # --- pieces --------------------------------------------------------------------------------------------------------
 
 
-def row_pieces(like: Array, shape: tuple[int, int], scheme: Scheme, size: tuple[int, int]) -> Iterator[tuple[int, int]]:
+def row_pieces(
+    like: Array, shape: tuple[int, int], scheme: Scheme, size: tuple[int, int]
+) -> Iterator[tuple[int, int]]:
     """(first row, last row + 1) of pieces of a matrix, whole row blocks each, of about ``size`` numbers.
 
     ``size`` is (on the host, on a device); ``like`` tells which of them is meant.

@@ -44,20 +44,32 @@ class W8A8Linear:
     """
 
     def __init__(
-        self, weight: Quantized, activation: str | float = "token", rule: str = "half_integer", *, bits: int = 8,
+        self,
+        weight: Quantized,
+        activation: str | float = "token",
+        rule: str = "half_integer",
+        *,
+        bits: int = 8,
         name: str = "activations",
-    ):  # fmt: skip
+    ):
         static = not isinstance(activation, str)
         if static and not 0 < float(activation) < float("inf"):
             raise ValueError(f"W8A8Linear: a static step is finite and above 0, got {activation}")
         if not static and activation not in ("token", "tensor"):
-            raise ValueError(f"W8A8Linear: activation is 'token', 'tensor' or a static step, got {activation!r}")
+            raise ValueError(
+                f"W8A8Linear: activation is 'token', 'tensor' or a static step, got {activation!r}"
+            )
         if weight.scheme.granularity == "block":
-            raise ValueError("W8A8Linear: the steps of blocks do not factor out of a row's sum; use 'channel'")
+            raise ValueError(
+                "W8A8Linear: the steps of blocks do not factor out of a row's sum; use 'channel'"
+            )
         self.scheme = Scheme(bits, rule, "tensor" if static else str(activation))
         if not self.scheme.symmetric or not self.scheme.signed:
-            raise ValueError(f"W8A8Linear: activations take a signed rule without zero point, not {rule!r}")
-        self.weight, self.name = weight, name
+            raise ValueError(
+                f"W8A8Linear: activations take a signed rule without zero point, not {rule!r}"
+            )
+        self.weight = weight
+        self.name = name
         self.static = float(activation) if static else None
 
     @property
@@ -91,9 +103,12 @@ class W8A8Linear:
         if self.static is None:
             scale, zero = qparams(x, self.scheme, name=self.name)
         else:
-            scale, zero = xp.asarray(self.static, dtype=x.dtype), xp.asarray(0, dtype=xp.int32)
+            scale = xp.asarray(self.static, dtype=x.dtype)
+            zero = xp.asarray(0, dtype=xp.int32)
         # the range that a step was just made of is finite and covered
-        return encode(x, scale, zero, self.scheme, name=self.name, check=self.static is not None), scale
+        return encode(
+            x, scale, zero, self.scheme, name=self.name, check=self.static is not None
+        ), scale
 
     def matmul(self, x: Array) -> Array:
         """x[T, N] → [T, M], in the wider of x's dtype and float32; the sum over N is exact."""
@@ -103,7 +118,18 @@ class W8A8Linear:
             return xp.zeros((0, self.shape[0]), dtype=x.dtype)
         codes, step = self.quantize_activations(work)
         w = self.weight
-        zero = None if w.scheme.symmetric and w.scheme.zero == 0 else w.zero_point
+        if w.scheme.symmetric and w.scheme.zero == 0:
+            zero = None
+        else:
+            zero = w.zero_point
         sizes = tuple(max(-s.qmin, s.qmax) for s in (self.scheme, w.scheme))
-        y = scaled_matmul(codes, step, None, w.codes, xp.astype(w.scale, work.dtype), zero, sizes=(sizes[0], sizes[1]))
+        y = scaled_matmul(
+            codes,
+            step,
+            None,
+            w.codes,
+            xp.astype(w.scale, work.dtype),
+            zero,
+            sizes=(sizes[0], sizes[1]),
+        )
         return xp.astype(y, x.dtype, copy=False)

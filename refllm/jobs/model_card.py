@@ -32,32 +32,47 @@ from refllm.measure.windows import plan as windows_of
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 Record = dict[str, Any]
-SAMPLES, SAMPLE_TEMPERATURE = 100, 0.8
+SAMPLES = 100
+SAMPLE_TEMPERATURE = 0.8
 SAMPLE_LENGTHS = (64, 128, 256)  # tokens: the shorter are beginnings of the longest
 
 
 def measure(
-    model: Model, held_out: Sequence[Document], *, code: Sequence[Document] = (), teacher: Model | None = None,
-    seed: int = 0, progress: Progress = lambda what, done, total: None,
-) -> Record:  # fmt: skip
+    model: Model,
+    held_out: Sequence[Document],
+    *,
+    code: Sequence[Document] = (),
+    teacher: Model | None = None,
+    seed: int = 0,
+    progress: Progress = lambda what, done, total: None,
+) -> Record:
     """The ``measured`` part of a card. ``code`` is Python that samples are compared with, if that is what it writes."""
     window = min(1024, model.config.max_position_embeddings)
 
     def scored(stride: int, what: str) -> Any:
         return evaluate(
-            model, held_out, window=window, stride=stride,
+            model,
+            held_out,
+            window=window,
+            stride=stride,
             progress=lambda done, total: progress(what, done, total),
-        )  # fmt: skip
+        )
 
     score = scored(max(1, window // 2), "held-out text")
     record: Record = {
-        "bits per byte": score.bits_per_byte, "perplexity": score.perplexity, "nats per token": score.nats_per_token,
-        "tokens": score.tokens, "bytes": score.bytes, "window": score.window, "stride": score.stride,
+        "bits per byte": score.bits_per_byte,
+        "perplexity": score.perplexity,
+        "nats per token": score.nats_per_token,
+        "tokens": score.tokens,
+        "bytes": score.bytes,
+        "window": score.window,
+        "stride": score.stride,
         "documents": [
             {"name": d.name, "tokens": d.tokens, "bytes": d.bytes, "bits per byte": d.bits_per_byte}
-            for d in score.documents if d.tokens
+            for d in score.documents
+            if d.tokens
         ],
-    }  # fmt: skip
+    }
     by_length = bits_by_position(scored(window, "by length of the context"))
     record["by context"] = [
         {
@@ -97,7 +112,10 @@ def sample_record(model: Model, real: Sequence[Document], rng: np.random.Generat
     return {
         "count": SAMPLES,
         "temperature": SAMPLE_TEMPERATURE,
-        "by length": [{"tokens": n, "share": share(ids, n), "share of real text": share(texts, n)} for n in lengths],
+        "by length": [
+            {"tokens": n, "share": share(ids, n), "share of real text": share(texts, n)}
+            for n in lengths
+        ],
     }
 
 
@@ -115,7 +133,8 @@ def tokenizes(text: str) -> bool:
 def acceptance(model: Model, target: Model, documents: Iterable[Document], window: int) -> float:
     """Mean Σ min(p, q) over every position of the documents, read in windows that do not overlap."""
     whole = windows_of(model, list(documents), window, window)
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     for w in whole.windows:
         tokens = whole.tokens[w.document][w.begin : w.end]
         q, p = (_probabilities(m.logits(tokens)) for m in (model, target))
@@ -132,12 +151,22 @@ def _probabilities(z: Any) -> Any:
 
 
 def _against(
-    model: Model, teacher: Model, held_out: Sequence[Document], window: int, seed: int, progress: Progress
+    model: Model,
+    teacher: Model,
+    held_out: Sequence[Document],
+    window: int,
+    seed: int,
+    progress: Progress,
 ) -> Record:
     result = compare(
-        model, teacher, held_out, rng=np.random.default_rng(seed), window=window, stride=window,
+        model,
+        teacher,
+        held_out,
+        rng=np.random.default_rng(seed),
+        window=window,
+        stride=window,
         progress=lambda done, total: progress("against the teacher", done, total),
-    )  # fmt: skip
+    )
     return {
         "tokens": result.model.tokens,
         "KL": [result.kl.mean, result.kl.low, result.kl.high],
@@ -177,7 +206,8 @@ def _front(record: Record) -> str:
 
 
 def _what_it_is(record: Record) -> str:
-    made, went_on = record["made with"], bool(record["training"].get("start"))
+    made = record["made with"]
+    went_on = bool(record["training"].get("start"))
     return (
         f"A {record['architecture']}. {record['parameters']:,} parameters, stored as {record['stored as']}, "
         f"trained {'in several runs' if went_on else 'from random weights'} by refllm {made['refllm']} "
@@ -189,21 +219,43 @@ def _what_it_is(record: Record) -> str:
 
 def _data(data: Record) -> str:
     rows = [
-        [name, f"{s['documents']:,}", f"{s['bytes'] / 1e6:.2f} MB", f"{s['tokens']:,}", f"{s['passes']:.1f}"]
+        [
+            name,
+            f"{s['documents']:,}",
+            f"{s['bytes'] / 1e6:.2f} MB",
+            f"{s['tokens']:,}",
+            f"{s['passes']:.1f}",
+        ]
         for name, s in data["streams"].items()
     ]
     held = data["held out"]
-    rows.append(["held out", f"{held['documents']:,}", f"{held['bytes'] / 1e6:.2f} MB", f"{held['tokens']:,}", "0"])
+    rows.append(
+        [
+            "held out",
+            f"{held['documents']:,}",
+            f"{held['bytes'] / 1e6:.2f} MB",
+            f"{held['tokens']:,}",
+            "0",
+        ]
+    )
     return (
         f"Trained on {data['name']}. The text is not part of this directory: `manifest.json` lists the name and the "
-        "SHA-256 of every document.\n\n" + _table(["stream", "documents", "text", "tokens", "passes"], rows)
+        "SHA-256 of every document.\n\n"
+        + _table(["stream", "documents", "text", "tokens", "passes"], rows)
     )
 
 
 def _training(training: Record) -> str:
     plan = training["plan"]
-    phases = "; ".join(f"{p['steps']:,} steps of {p['batch']} × {p['length']}" for p in plan["phases"] if p["steps"])
-    taught = f" Distilled from {training['teacher']}." if training["teacher"] else ""
+    phases = "; ".join(
+        f"{p['steps']:,} steps of {p['batch']} × {p['length']}"
+        for p in plan["phases"]
+        if p["steps"]
+    )
+    if training["teacher"]:
+        taught = f" Distilled from {training['teacher']}."
+    else:
+        taught = ""
     name = {"adamw": "AdamW", "muon": "Muon for the layers' matrices and AdamW for the rest"}[
         plan.get("optimizer", "adamw")
     ]
@@ -235,7 +287,8 @@ def _start(training: Record) -> str:
         f"{run.get('remark') or ''}".rstrip()
         for i, (run, digest) in enumerate(reversed(runs), 1)
     ]
-    count, plural = sum(run["tokens"] for run, _ in runs), "s" if len(runs) > 1 else ""
+    count = sum(run["tokens"] for run, _ in runs)
+    plural = "s" if len(runs) > 1 else ""
     before = f"Before it {count:,} tokens were read in {len(runs)} run{plural}, each from the end of the one above it"
     return f"{text}.\n\n{before}:\n\n" + "\n".join(lines) + "\n\nThe last run:"
 
@@ -251,12 +304,18 @@ def _measured(m: Record, python: str) -> str:
         f"{m['stride']:,} tokens.",
         _table(
             ["document", "tokens", "bytes", "bits per byte"],
-            [[d["name"], f"{d['tokens']:,}", f"{d['bytes']:,}", f"{d['bits per byte']:.3f}"] for d in m["documents"]],
+            [
+                [d["name"], f"{d['tokens']:,}", f"{d['bytes']:,}", f"{d['bits per byte']:.3f}"]
+                for d in m["documents"]
+            ],
         ),
         f"By the number of tokens read before (windows of {m['window']:,} without overlap):",
         _table(
             ["tokens before", "scored", "bits per byte"],
-            [[_range(b["from"], b["to"]), f"{b['tokens']:,}", f"{b['bits per byte']:.3f}"] for b in m["by context"]],
+            [
+                [_range(b["from"], b["to"]), f"{b['tokens']:,}", f"{b['bits per byte']:.3f}"]
+                for b in m["by context"]
+            ],
         ),
     ]
     if samples := m.get("samples"):

@@ -41,11 +41,20 @@ Curve = list[dict[str, Any]]
 
 
 def finish(
-    state_path: Path, tokenizer: Tokenizer, output: Path, data: Data, *, command: str, teacher: Path | None = None,
-    start: Path | None = None, start_share: float = 0.0, remark: str = "", dtype: str = "float16",
+    state_path: Path,
+    tokenizer: Tokenizer,
+    output: Path,
+    data: Data,
+    *,
+    command: str,
+    teacher: Path | None = None,
+    start: Path | None = None,
+    start_share: float = 0.0,
+    remark: str = "",
+    dtype: str = "float16",
     overwrite: bool = False,
     progress: model_card.Progress = lambda what, done, total: None,
-) -> model_card.Record:  # fmt: skip
+) -> model_card.Record:
     """Write ``output`` from the state of a finished run and return the card's record.
 
     ``data`` must be what the run was trained on: its documents are counted and hashed here. ``command`` goes into
@@ -63,51 +72,81 @@ def finish(
         if ``output`` must not be replaced, or the weights are not finite in ``dtype``.
     """
     state, about = load_state(state_path)
-    config, plan = ModelConfig.from_hf(json.loads(about["config"])), read_plan(about)
+    config = ModelConfig.from_hf(json.loads(about["config"]))
+    plan = read_plan(about)
     if state.optimizer.step < plan.steps:
-        raise ValueError(f"{state_path} has done {state.optimizer.step} of {plan.steps} steps: let it train on first")
+        raise ValueError(
+            f"{state_path} has done {state.optimizer.step} of {plan.steps} steps: let it train on first"
+        )
     params = state.params
     if start_share:
         if start is None:
-            raise ValueError(f"a share of {start_share:g} for the first weights needs the model that they came from")
+            raise ValueError(
+                f"a share of {start_share:g} for the first weights needs the model that they came from"
+            )
         first = dict(iter_tensors(start, "float32"))
-        params = {name: (1 - start_share) * w + start_share * first[name] for name, w in params.items()}
+        params = {
+            name: (1 - start_share) * w + start_share * first[name] for name, w in params.items()
+        }
     stored = {name: converted(w, dtype, name, state_path) for name, w in params.items()}
-    model = Model(config, build_weights(config, {n: w.astype(np.float32) for n, w in stored.items()}), tokenizer)
+    model = Model(
+        config,
+        build_weights(config, {n: w.astype(np.float32) for n, w in stored.items()}),
+        tokenizer,
+    )
     record = {
         "name": output.resolve().name,
         "architecture": architecture(config),
         "parameters": config.num_parameters,
         "stored as": dtype,
-        "made with": {"refllm": refllm.__version__, "python": platform.python_version(), "numpy": np.__version__},
+        "made with": {
+            "refllm": refllm.__version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+        },
         "data": _data(data, tokenizer, plan),
         "training": {
-            "command": command, "remark": remark, "steps": plan.steps,
+            "command": command,
+            "remark": remark,
+            "steps": plan.steps,
             "teacher": None if teacher is None else teacher.resolve().name,
             "start": None if start is None else _origin(start),
             **({"start share": start_share} if start_share else {}),
             "tokens": sum(p.steps * p.batch * p.length for p in plan.phases),
-            "seconds": state.curve[-1]["seconds"] if state.curve else 0.0, "plan": json.loads(about["plan"]),
+            "seconds": state.curve[-1]["seconds"] if state.curve else 0.0,
+            "plan": json.loads(about["plan"]),
         },
         "measured": model_card.measure(
-            model, data.held_out, code=_python(data), seed=plan.seed, progress=progress,
+            model,
+            data.held_out,
+            code=_python(data),
+            seed=plan.seed,
+            progress=progress,
             teacher=None if teacher is None else load(teacher, backend="numpy"),
         ),
-    }  # fmt: skip
+    }
     texts = {
         "README.md": model_card.page(record),
         "card.json": json.dumps(record, indent=2, ensure_ascii=False) + "\n",
-        "curve.json": json.dumps(_history(start) + with_tokens(state.curve, plan, _seen(start)), indent=1) + "\n",
+        "curve.json": json.dumps(
+            _history(start) + with_tokens(state.curve, plan, _seen(start)), indent=1
+        )
+        + "\n",
     }
     save(output, config, stored, tokenizer, dtype=dtype, extra_files=texts, overwrite=overwrite)
-    write_whole(output / LISTED, json.dumps(manifest(output, data), indent=1, ensure_ascii=False) + "\n")
+    write_whole(
+        output / LISTED, json.dumps(manifest(output, data), indent=1, ensure_ascii=False) + "\n"
+    )
     return record
 
 
 def _origin(directory: Path) -> dict[str, Any]:
     """Which weights a run began with: their name and digest, and how they were trained if their card says so."""
     file = directory / "card.json"
-    training = json.loads(file.read_text("utf-8")).get("training", {}) if file.is_file() else {}
+    if file.is_file():
+        training = json.loads(file.read_text("utf-8")).get("training", {})
+    else:
+        training = {}
     weights = sorted(directory.glob("*.safetensors"))
     told = ("command", "remark", "steps", "tokens", "start")
     return {
@@ -122,7 +161,8 @@ def with_tokens(curve: Curve, plan: Plan, before: int = 0) -> Curve:
 
     Steps of different phases read different numbers of tokens: loss is drawn over what was read.
     """
-    read, of = [before], [p.batch * p.length for p in plan.phases for _ in range(p.steps)]
+    read = [before]
+    of = [p.batch * p.length for p in plan.phases for _ in range(p.steps)]
     for tokens in of:
         read.append(read[-1] + tokens)
     return [record | {"tokens": read[int(record["step"])]} for record in curve]
@@ -152,7 +192,8 @@ def read_plan(about: Mapping[str, str]) -> Plan:
 
 def architecture(config: ModelConfig) -> str:
     """One line: family, layers, width, heads, MLP, vocabulary, context."""
-    layers, tied = config.num_hidden_layers, "tied" if config.tie_word_embeddings else "separate"
+    layers = config.num_hidden_layers
+    tied = "tied" if config.tie_word_embeddings else "separate"
     return (
         f"{config.family} network of {layers} layer{'s' * (layers > 1)}, width {config.hidden_size}, "
         f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads of {config.head_dim}, "
@@ -192,7 +233,9 @@ def _data(data: Data, tokenizer: Tokenizer, plan: Plan) -> model_card.Record:
 
 def _python(data: Data) -> list[Document]:
     """The Python files that were trained on."""
-    return [d for part in data.streams.values() for d in part if data.code and d.name.endswith(".py")]
+    return [
+        d for part in data.streams.values() for d in part if data.code and d.name.endswith(".py")
+    ]
 
 
 def _count(documents: Sequence[Document]) -> model_card.Record:

@@ -75,31 +75,55 @@ class Job:
         weights = sorted(p for p in self.source.iterdir() if p.suffix == ".safetensors")
         files = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in weights}
         return recipe.settings(self.method, self.scheme, self.calibration, **self.options) | {
-            "layout": self.storing.stored.layout, "dtype": self.storing.dtype, "model": files,
-        }  # fmt: skip
+            "layout": self.storing.stored.layout,
+            "dtype": self.storing.dtype,
+            "model": files,
+        }
 
 
-def scheme_of(method: str, bits: int | None, group_size: int | None, symmetric: bool | None) -> Scheme:
+def scheme_of(
+    method: str, bits: int | None, group_size: int | None, symmetric: bool | None
+) -> Scheme:
     """A method's usual scheme with what was asked for; a group of 0 or −1 columns is a scale a row."""
     make(method)  # refuses unknown names
     usual = recipe.default_scheme(method)
-    group = usual.group_size if group_size is None else None if group_size in (0, -1) else group_size
+    if group_size is None:
+        group = usual.group_size
+    elif group_size in (0, -1):
+        group = None
+    else:
+        group = group_size
     rule = usual.rule
     if symmetric is not None and symmetric != usual.symmetric:
         rule = "half_integer" if symmetric else "asymmetric"
     if method == "fp8" and symmetric is False:
         raise ValueError("fp8 has no zero points: its codes are floats, leave --asymmetric out")
     if bits == 1 and rule != "asymmetric":
-        raise ValueError("one bit around zero has no other level than 0: take --bits 2, or --asymmetric")
+        raise ValueError(
+            "one bit around zero has no other level than 0: take --bits 2, or --asymmetric"
+        )
     shared = "block" if usual.granularity == "block" else "group"
-    return Scheme(usual.bits if bits is None else bits, rule, "channel" if group is None else shared, group)
+    return Scheme(
+        usual.bits if bits is None else bits, rule, "channel" if group is None else shared, group
+    )
 
 
 def prepare(
-    source: Path, output: Path, method: str, scheme: Scheme, *, work: Path | None = None, layout: str | None = None,
-    dtype: str | None = None, texts: Sequence[Document] | None = None, samples: int = 32, length: int | None = None,
-    seed: int = 0, overwrite: bool = False, **options: Any,
-) -> Job:  # fmt: skip
+    source: Path,
+    output: Path,
+    method: str,
+    scheme: Scheme,
+    *,
+    work: Path | None = None,
+    layout: str | None = None,
+    dtype: str | None = None,
+    texts: Sequence[Document] | None = None,
+    samples: int = 32,
+    length: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    **options: Any,
+) -> Job:
     """Check everything and draw the calibration text: ``samples`` windows of ``length`` tokens (None: 512).
 
     ``texts`` None are the standard library's modules, but for those that are measured on. ``dtype`` None is the
@@ -118,7 +142,8 @@ def prepare(
         raise ValueError(f"dtype {dtype!r} is not stored; choose one of {', '.join(STORED_TYPES)}")
     options |= {"scale_dtype": dtype} if method not in ("int8", "fp8") else {}
     if method == "smoothquant":
-        options = {"rule": "half_integer"} | options  # activations as the readers of the file round them
+        # activations as the readers of the file round them
+        options = {"rule": "half_integer"} | options
     how = make(method, **options)
     how.check(scheme)
     recipe.check_shapes(config, scheme)
@@ -127,33 +152,48 @@ def prepare(
     if how.calibrates:
         tokenizer = Tokenizer.from_file(source / "tokenizer.json")
         ids = _calibration(config, tokenizer, method, texts, samples, length, seed)
-    work = output.with_name(output.name + ".quantizing") if work is None else work
+    if work is None:
+        work = output.with_name(output.name + ".quantizing")
+    else:
+        work = work
     return Job(source, output, work, method, scheme, storing, options, ids, overwrite)
 
 
 def check_free(output: Path, overwrite: bool) -> None:
     """CheckpointError if ``output`` is taken."""
     if not overwrite and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output} exists already: choose another --output, or pass --overwrite")
+        raise CheckpointError(
+            f"{output} exists already: choose another --output, or pass --overwrite"
+        )
     check_target(output, overwrite=True)  # only a checkpoint is replaced, even so
 
 
 def _dtype(source: Path) -> str:
     raw = json.loads((source / "config.json").read_text("utf-8"))
     said = raw.get("dtype", raw.get("torch_dtype"))
-    return str(said) if said in ("float16", "bfloat16") else "float16"
+    if said in ("float16", "bfloat16"):
+        return str(said)
+    return "float16"
 
 
 def _storing(
-    config: ModelConfig, method: str, scheme: Scheme, layout: str | None, dtype: str, options: Mapping[str, Any]
+    config: ModelConfig,
+    method: str,
+    scheme: Scheme,
+    layout: str | None,
+    dtype: str,
+    options: Mapping[str, Any],
 ) -> Storing:
-    about = {"activations": method == "smoothquant",
-             "reordered": bool(options.get("act_order")) and not options.get("static_groups")}  # fmt: skip
+    about = {
+        "activations": method == "smoothquant",
+        "reordered": bool(options.get("act_order")) and not options.get("static_groups"),
+    }
     if about["reordered"] and scheme.granularity != "group":
         about["reordered"] = False
     if method == "fp8":
         side = scheme.block[0] if scheme.granularity == "block" else 1
-        stored = stored_floats(fp8(np.zeros((side, side), np.float32), scheme), layout)  # a block tells of all
+        # a block tells of all
+        stored = stored_floats(fp8(np.zeros((side, side), np.float32), scheme), layout)
     else:
         stored = stored_as(scheme, layout or default_layout(scheme, **about), **about)
     storing = Storing(stored, dtype, tuple(options.get("keep", ())))
@@ -162,13 +202,20 @@ def _storing(
 
 
 def _calibration(
-    config: ModelConfig, tokenizer: Tokenizer, method: str, texts: Sequence[Document] | None, samples: int,
-    length: int | None, seed: int,
-) -> np.ndarray:  # fmt: skip
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    method: str,
+    texts: Sequence[Document] | None,
+    samples: int,
+    length: int | None,
+    seed: int,
+) -> np.ndarray:
     longest = config.max_position_embeddings
     length = min(512, longest) if length is None else length
     if length > longest:
-        raise ValueError(f"calibration: windows of {length} tokens are longer than the model's {longest} positions")
+        raise ValueError(
+            f"calibration: windows of {length} tokens are longer than the model's {longest} positions"
+        )
     if texts is not None:
         held = 0
         for text in texts:
@@ -176,12 +223,16 @@ def _calibration(
             if held >= length:
                 break
         else:
-            raise ValueError(f"calibration: the text has {held} tokens, too few for a window of {length}: give more "
-                             "text, or shorter windows (--length)")  # fmt: skip
+            raise ValueError(
+                f"calibration: the text has {held} tokens, too few for a window of {length}: give more "
+                "text, or shorter windows (--length)"
+            )
     widest = max(shape[1] for name, shape in tensor_shapes(config) if name.endswith(_ENDS))
     if method == "gptq" and samples * length < widest:
-        raise ValueError(f"calibration: {samples} windows of {length} tokens are too few for inputs of {widest} "
-                         f"columns: gptq needs at least {-(-widest // length)} (--samples)")  # fmt: skip
+        raise ValueError(
+            f"calibration: {samples} windows of {length} tokens are too few for inputs of {widest} "
+            f"columns: gptq needs at least {-(-widest // length)} (--samples)"
+        )
     return calibration_windows(tokenizer, samples, length, seed, documents=texts)
 
 
@@ -189,9 +240,13 @@ _ENDS = tuple(f"{path}.weight" for path in PROJECTIONS.values())
 
 
 def go(
-    job: Job, *, backend: str | None = None, measure: int | None = 20_000, progress: recipe.Progress | None = None,
+    job: Job,
+    *,
+    backend: str | None = None,
+    measure: int | None = 20_000,
+    progress: recipe.Progress | None = None,
     measuring: Measuring | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Quantise, write, measure on the first ``measure`` held-out tokens (None: not at all); returns the record.
 
     The record is also the file ``quantization.json`` of the new directory.
@@ -200,17 +255,27 @@ def go(
     with recipe.CheckpointSource(job.source, backend=backend) as source:
         layers = LayerFiles(job.work, source, job.storing, job.settings)
         report = recipe.quantize_layers(
-            source, layers, job.method, job.scheme, job.calibration, progress=progress, **job.options
+            source,
+            layers,
+            job.method,
+            job.scheme,
+            job.calibration,
+            progress=progress,
+            **job.options,
         )
 
         def finish(directory: Path) -> None:
             record.update(_record(job, report, directory))
             if measure is not None:
-                record["bits per byte"] = _measured(job.source, directory, backend, measure, measuring)
+                record["bits per byte"] = _measured(
+                    job.source, directory, backend, measure, measuring
+                )
             write_text(directory / RECORD, json.dumps(record, indent=1) + "\n")
 
         tokenizer = Tokenizer.from_file(job.source / "tokenizer.json")
-        texts = documents(source.config, tokenizer, job.storing.dtype, {}, quantization_config=job.storing.entry)
+        texts = documents(
+            source.config, tokenizer, job.storing.dtype, {}, quantization_config=job.storing.entry
+        )
         for name in KEPT:  # a chat template, say, is in them
             if (job.source / name).is_file():
                 texts[name] = (job.source / name).read_text("utf-8")
@@ -232,9 +297,16 @@ def _record(job: Job, report: recipe.Report, directory: Path) -> dict[str, Any]:
         **settings,
         "quantised weights": report.weights,
         "bits per weight": report.bits_per_weight,
-        "bytes": {"quantised weights": report.nbytes, "model": _bytes(directory), "model before": _bytes(job.source)},
+        "bytes": {
+            "quantised weights": report.nbytes,
+            "model": _bytes(directory),
+            "model before": _bytes(job.source),
+        },
         "bits per byte": None,
-        "seconds": {"quantising": sum(t.seconds for t in report.tensors), "this run": report.seconds},
+        "seconds": {
+            "quantising": sum(t.seconds for t in report.tensors),
+            "this run": report.seconds,
+        },
         "notes": report.notes,
         "tensors": [dataclasses.asdict(t) | {"bits": t.bits} for t in report.tensors],
     }
@@ -257,7 +329,13 @@ def _measured(
             if measuring is not None:
                 measuring(what, done, total)
 
-        score = evaluate(model, held_out_documents(), window=window, stride=max(1, window // 2), max_tokens=tokens,
-                         progress=tell)  # fmt: skip
+        score = evaluate(
+            model,
+            held_out_documents(),
+            window=window,
+            stride=max(1, window // 2),
+            max_tokens=tokens,
+            progress=tell,
+        )
         found |= {what: score.bits_per_byte, "tokens": score.tokens, "python": score.python}
     return found

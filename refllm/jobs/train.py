@@ -41,10 +41,13 @@ from refllm.train.loss import Teacher
 from refllm.train.schedule import Phase, Plan
 from refllm.train.state import load_state
 
-STATE, TOKENIZER, TEXT = "state.safetensors", "tokenizer.json", "text.sha256"
+STATE = "state.safetensors"
+TOKENIZER = "tokenizer.json"
+TEXT = "text.sha256"
 LESSON = "lesson.json"  # by whom the run was taught, and which weights it began with
 LONG_SHARE = 0.15  # of the steps, at the end, read long windows
-LARGEST = 10**10  # parameters; with gradients and moments, 16 bytes each: more than any one device holds
+# parameters; with gradients and moments, 16 bytes each: more than any one device holds
+LARGEST = 10**10
 
 Note = Callable[[str], None]
 
@@ -65,7 +68,8 @@ class Shape:
     length: int = 256
     long_steps: int | None = None  # of the steps
     long_length: int = 1024
-    explicit: tuple[Phase, ...] = ()  # phases spelled out; they replace everything from ``steps`` on
+    # phases spelled out; they replace everything from ``steps`` on
+    explicit: tuple[Phase, ...] = ()
 
     def config(self, vocab_size: int, begin: int) -> ModelConfig:
         """The network; ValueError if the numbers make none."""
@@ -74,12 +78,23 @@ class Shape:
             raise ValueError(f"a width of {self.width} does not divide into {heads} heads")
         shared = next(g for g in range(max(1, heads // 2), 0, -1) if heads % g == 0)
         config = ModelConfig(
-            "llama", vocab_size, self.width, self.mlp or 3 * self.width, self.layers, heads,
-            self.kv_heads or shared, self.width // heads, tie_word_embeddings=True,
-            max_position_embeddings=self.context, bos_token_id=begin, eos_token_ids=(begin,),
-        )  # fmt: skip
+            "llama",
+            vocab_size,
+            self.width,
+            self.mlp or 3 * self.width,
+            self.layers,
+            heads,
+            self.kv_heads or shared,
+            self.width // heads,
+            tie_word_embeddings=True,
+            max_position_embeddings=self.context,
+            bos_token_id=begin,
+            eos_token_ids=(begin,),
+        )
         if config.num_parameters > LARGEST:
-            raise ValueError(f"{config.num_parameters:,} parameters are more than is trained here: {LARGEST:,}")
+            raise ValueError(
+                f"{config.num_parameters:,} parameters are more than is trained here: {LARGEST:,}"
+            )
         return config
 
     def phases(self, data: Data) -> tuple[Phase, ...]:
@@ -88,26 +103,39 @@ class Shape:
             return self._checked(data)
         if self.steps < 1:
             raise ValueError(f"a run needs at least one step, got {self.steps}")
-        long = int(LONG_SHARE * self.steps) if self.long_steps is None else self.long_steps
+        if self.long_steps is None:
+            long = int(LONG_SHARE * self.steps)
+        else:
+            long = self.long_steps
         if not 0 <= long <= self.steps:
             raise ValueError(f"{long} long steps do not fit into {self.steps} steps")
         longest = max(self.length, self.long_length if long else 0)
         if longest > self.context:
-            raise ValueError(f"windows of {longest} tokens are longer than the context of {self.context}")
+            raise ValueError(
+                f"windows of {longest} tokens are longer than the context of {self.context}"
+            )
         long_batch = max(1, self.batch * self.length // self.long_length)
         short = Phase(self.steps - long, self.batch, self.length, data.repeats)
-        return (short, Phase(long, long_batch, self.long_length, data.last_repeats)) if long else (short,)
+        if long:
+            return (short, Phase(long, long_batch, self.long_length, data.last_repeats))
+        return (short,)
 
     def _checked(self, data: Data) -> tuple[Phase, ...]:
         """The explicit phases, their repeats filled in from the data where they give none."""
         phases = tuple(p if p.repeats else replace(p, repeats=data.repeats) for p in self.explicit)
         for p in phases:
             if p.length > self.context:
-                raise ValueError(f"windows of {p.length} tokens are longer than the context of {self.context}")
+                raise ValueError(
+                    f"windows of {p.length} tokens are longer than the context of {self.context}"
+                )
             if len(p.repeats) != len(data.streams):
-                raise ValueError(f"a phase has {len(p.repeats)} repeats for {len(data.streams)} streams of text")
+                raise ValueError(
+                    f"a phase has {len(p.repeats)} repeats for {len(data.streams)} streams of text"
+                )
             if p.steps and not any(p.repeats):
-                raise ValueError("a phase leaves out every stream of text: it needs a repeat above zero")
+                raise ValueError(
+                    "a phase leaves out every stream of text: it needs a repeat above zero"
+                )
         if not any(p.steps for p in phases):
             raise ValueError("a run needs at least one step, the phases have none")
         return phases
@@ -140,15 +168,27 @@ class Run:
 def check_output(output: Path, overwrite: bool) -> None:
     """CheckpointError if ``output`` is taken: to be asked before hours of training, not after."""
     if not overwrite and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output} exists already: choose another --output, or pass --overwrite")
-    check_target(Path(os.path.realpath(output)), overwrite=True)  # only a checkpoint is replaced, even so
+        raise CheckpointError(
+            f"{output} exists already: choose another --output, or pass --overwrite"
+        )
+    # only a checkpoint is replaced, even so
+    check_target(Path(os.path.realpath(output)), overwrite=True)
 
 
 def prepare(
-    output: Path, work: Path, data: Data, shape: Shape, plan: Plan, *, teacher: Path | None = None,
-    alpha: float = 1.0, teacher_from: int = 0, start: Path | None = None, overwrite: bool = False,
+    output: Path,
+    work: Path,
+    data: Data,
+    shape: Shape,
+    plan: Plan,
+    *,
+    teacher: Path | None = None,
+    alpha: float = 1.0,
+    teacher_from: int = 0,
+    start: Path | None = None,
+    overwrite: bool = False,
     note: Note = lambda text: None,
-) -> Run:  # fmt: skip
+) -> Run:
     """Make a run ready; ``plan``'s phases are replaced by those of ``shape``.
 
     ``start`` is the directory of a model of the same shape to go on from, with its tokenizer; None starts from
@@ -167,14 +207,31 @@ def prepare(
     given = teacher or start  # whose tokenizer is kept
     taught = None if given is None else read_config(given)
     tokenizer = _tokenizer(work, data, shape.vocab_size, given, note)
-    begin = 0 if taught is None or taught.bos_token_id is None else taught.bos_token_id
+    if taught is None or taught.bos_token_id is None:
+        begin = 0
+    else:
+        begin = taught.bos_token_id
     config = shape.config(tokenizer.vocab_size if taught is None else taught.vocab_size, begin)
     note("encoding the text")
     if start is not None and shape_of(read_config(start)) != shape_of(config):
-        raise ValueError(f"{start} is not of the shape that the options describe: it cannot be the start")
+        raise ValueError(
+            f"{start} is not of the shape that the options describe: it cannot be the start"
+        )
     streams = [encode(tokenizer, documents, begin) for documents in data.streams.values()]
-    run = Run(output, work, data, tokenizer, config, plan, streams, encode(tokenizer, data.held_out, begin),
-              teacher, alpha, teacher_from, start)  # fmt: skip
+    run = Run(
+        output,
+        work,
+        data,
+        tokenizer,
+        config,
+        plan,
+        streams,
+        encode(tokenizer, data.held_out, begin),
+        teacher,
+        alpha,
+        teacher_from,
+        start,
+    )
     _check_lengths(run)
     _check_text(run)
     if (work / STATE).exists():
@@ -187,23 +244,44 @@ def prepare(
 
 
 def go(
-    run: Run, *, command: str, backend: str = "numpy", overwrite: bool = False, start_share: float = 0.0,
+    run: Run,
+    *,
+    command: str,
+    backend: str = "numpy",
+    overwrite: bool = False,
+    start_share: float = 0.0,
     report: Callable[[dict[str, float]], None] | None = None,
     on_step: Callable[[int, float], None] | None = None,
     progress: model_card.Progress = lambda what, done, total: None,
-) -> model_card.Record:  # fmt: skip
+) -> model_card.Record:
     """Train to the end of the plan, finish the directory, and return the card's record."""
     xp = get(backend)
     if run.done < run.plan.steps:
         train(
-            run.config, run.streams, run.plan, run.work, like=xp.zeros(1, dtype=xp.float32), held_out=run.held_out,
-            teacher=_teacher(run, xp), teacher_from=run.teacher_from, report=report, on_step=on_step,
+            run.config,
+            run.streams,
+            run.plan,
+            run.work,
+            like=xp.zeros(1, dtype=xp.float32),
+            held_out=run.held_out,
+            teacher=_teacher(run, xp),
+            teacher_from=run.teacher_from,
+            report=report,
+            on_step=on_step,
             start=None if run.start is None else dict(iter_tensors(run.start, "float32")),
-        )  # fmt: skip
+        )
     return publish.finish(
-        run.work / STATE, run.tokenizer, run.output, run.data, command=command, teacher=run.teacher,
-        start=run.start, start_share=start_share, overwrite=overwrite, progress=progress,
-    )  # fmt: skip
+        run.work / STATE,
+        run.tokenizer,
+        run.output,
+        run.data,
+        command=command,
+        teacher=run.teacher,
+        start=run.start,
+        start_share=start_share,
+        overwrite=overwrite,
+        progress=progress,
+    )
 
 
 def shape_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -226,8 +304,14 @@ def _check_lengths(run: Run) -> None:
 def _check_text(run: Run) -> None:
     """A run that goes on must go on with the same text: its card will name every document that it read."""
     digest = run.work / TEXT
-    if (run.work / STATE).exists() and digest.exists() and digest.read_text("utf-8").strip() != _digest(run.data):
-        raise ValueError(f"{run.work} was begun with other text, or another Python: choose another --work")
+    if (
+        (run.work / STATE).exists()
+        and digest.exists()
+        and digest.read_text("utf-8").strip() != _digest(run.data)
+    ):
+        raise ValueError(
+            f"{run.work} was begun with other text, or another Python: choose another --work"
+        )
 
 
 def _continue(run: Run, note: Note) -> None:
@@ -235,13 +319,21 @@ def _continue(run: Run, note: Note) -> None:
     state, about = load_state(run.work / STATE)
     run.done = state.optimizer.step
     if ModelConfig.from_hf(json.loads(about["config"])) != run.config:
-        raise ValueError(f"{run.work} holds a run of another network: choose another --work, or remove it")
-    lesson, path = _lesson(run), run.work / LESSON
+        raise ValueError(
+            f"{run.work} holds a run of another network: choose another --work, or remove it"
+        )
+    lesson = _lesson(run)
+    path = run.work / LESSON
     known = json.loads(path.read_text("utf-8")) if path.exists() else lesson
     if known["start"] != lesson["start"]:
-        raise ValueError(f"{run.work} was begun from other weights: give its --start, or choose another --work")
+        raise ValueError(
+            f"{run.work} was begun from other weights: give its --start, or choose another --work"
+        )
     # what is left out here decides nothing but rounding and what is reported
-    began, asked = (replace(p, workers=1, evaluate_every=1, save_every=1) for p in (publish.read_plan(about), run.plan))
+    began, asked = (
+        replace(p, workers=1, evaluate_every=1, save_every=1)
+        for p in (publish.read_plan(about), run.plan)
+    )
     for what, same in (("plan", began == asked), ("teacher, or weight of it", known == lesson)):
         if not same and run.done >= run.plan.steps:
             raise ValueError(
@@ -254,19 +346,29 @@ def _continue(run: Run, note: Note) -> None:
 def _lesson(run: Run) -> dict[str, Any]:
     """What decides the weights beside text and plan: the other models, by their files, and how they are used."""
     hashes = {
-        role: None if path is None else {f.name: file_sha256(f) for f in sorted(path.glob("*.safetensors"))}
+        role: None
+        if path is None
+        else {f.name: file_sha256(f) for f in sorted(path.glob("*.safetensors"))}
         for role, path in (("teacher", run.teacher), ("start", run.start))
     }
-    how = {"alpha": run.alpha, "teacher_from": run.teacher_from} if run.teacher is not None else {}
+    if run.teacher is not None:
+        how = {"alpha": run.alpha, "teacher_from": run.teacher_from}
+    else:
+        how = {}
     return {**hashes, **how}
 
 
 def _digest(data: Data) -> str:
-    documents = {name: fingerprint(part) for name, part in {**data.streams, "held out": data.held_out}.items()}
+    documents = {
+        name: fingerprint(part)
+        for name, part in {**data.streams, "held out": data.held_out}.items()
+    }
     return hashlib.sha256(json.dumps(documents, sort_keys=True).encode()).hexdigest()
 
 
-def _tokenizer(work: Path, data: Data, vocab_size: int, given: Path | None, note: Note) -> Tokenizer:
+def _tokenizer(
+    work: Path, data: Data, vocab_size: int, given: Path | None, note: Note
+) -> Tokenizer:
     """The given model's; or the one that the run began with; or a new one, trained on the first stream."""
     if given is not None:  # a student that is compared token by token must read the same tokens
         return Tokenizer.from_file(given / TOKENIZER)

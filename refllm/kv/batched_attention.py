@@ -46,11 +46,13 @@ def attend_together(q: Array, keys: Array, values: Array, bias: Array | None = N
     """
     xp = namespace(q, keys, values)
     rows, heads, dim = q.shape
-    n, slots = rows // keys.shape[0], keys.shape[-1]
+    n = rows // keys.shape[0]
+    slots = keys.shape[-1]
     if n <= QUERIES or bias is None:
         return _attend(xp, q, keys, values, bias)
     out = xp.empty(q.shape, dtype=q.dtype)
-    asking, found = q.reshape(-1, n, heads, dim), out.reshape(-1, n, heads, dim)
+    asking = q.reshape(-1, n, heads, dim)
+    found = out.reshape(-1, n, heads, dim)
     for first in range(0, n, QUERIES):
         last = min(first + QUERIES, n)
         behind = n - last  # keys that nobody in this tile sees
@@ -63,15 +65,23 @@ def attend_together(q: Array, keys: Array, values: Array, bias: Array | None = N
 
 def _attend(xp: Any, q: Array, keys: Array, values: Array, bias: Array | None) -> Array:
     batch, groups, dim, _ = keys.shape
-    n, heads = q.shape[0] // batch, q.shape[1]
+    n = q.shape[0] // batch
+    heads = q.shape[1]
     q *= 1.0 / math.sqrt(dim)
     if n == 1:  # heads that share a key head lie beside each other
         rows = q.reshape(batch, groups, -1, dim)  # [B, G, R, D]
     else:
         shape = (batch, groups, heads // groups, n, dim)
-        rows = q.reshape(batch, n, groups, -1, dim).transpose(0, 2, 3, 1, 4).reshape(batch, groups, -1, dim)
-    if n == 1 and xp is np and not reads_in_place():  # a head at a time: a matrix-vector product packs nothing
-        rows, keys, values = rows[..., None, :], keys[:, :, None], values[:, :, None]
+        rows = (
+            q.reshape(batch, n, groups, -1, dim)
+            .transpose(0, 2, 3, 1, 4)
+            .reshape(batch, groups, -1, dim)
+        )
+    # a head at a time: a matrix-vector product packs nothing
+    if n == 1 and xp is np and not reads_in_place():
+        rows = rows[..., None, :]
+        keys = keys[:, :, None]
+        values = values[:, :, None]
     p = xp.matmul(rows, keys)  # [B, G, R·n, S], or [B, G, R, 1, S]
     if bias is not None:
         apart = p.reshape(batch, groups, -1, n, p.shape[-1])[..., -bias.shape[-1] :]
@@ -85,7 +95,9 @@ def _attend(xp: Any, q: Array, keys: Array, values: Array, bias: Array | None) -
     return o.reshape(-1, heads, dim)
 
 
-def bias_together(lengths: Sequence[int], count: int, window: int | None, like: Array) -> Array | None:
+def bias_together(
+    lengths: Sequence[int], count: int, window: int | None, like: Array
+) -> Array | None:
     """[B, 1, 1, n, C] for sequences of ``lengths`` cached tokens and ``count`` new ones: of the last C slots.
 
     None where every query sees every key: a decode step at equal lengths, within the window. At equal lengths within
@@ -93,7 +105,9 @@ def bias_together(lengths: Sequence[int], count: int, window: int | None, like: 
     """
     longest = max(lengths) + count
     if even(lengths) and (window is None or longest <= window):
-        return None if count == 1 else _triangle(namespace(like), count, like.dtype)
+        if count == 1:
+            return None
+        return _triangle(namespace(like), count, like.dtype)
     xp = namespace(like)
     at = asarray_like(lengths, like, "int64")[:, None, None, None, None] + xp.arange(count)[:, None]
     j = xp.arange(longest)

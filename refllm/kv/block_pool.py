@@ -33,16 +33,31 @@ class OutOfBlocks(RuntimeError):
 class BlockPool:
     """``num_blocks`` blocks of ``block_size`` tokens with reference counts; every operation is O(1)."""
 
-    def __init__(self, num_blocks: int, block_size: int, *, on_vacant: Callable[[int], None] | None = None):
+    def __init__(
+        self, num_blocks: int, block_size: int, *, on_vacant: Callable[[int], None] | None = None
+    ):
         """``on_vacant(id)`` is called when nobody can read a block any more: no owner and no key is left."""
-        if not (isinstance(num_blocks, int) and isinstance(block_size, int) and num_blocks > 0 < block_size):
-            raise ValueError(f"BlockPool: needs a block of at least one token, got {num_blocks!r} of {block_size!r}")
-        self.num_blocks, self.block_size, self.on_vacant = num_blocks, block_size, on_vacant
+        if not (
+            isinstance(num_blocks, int)
+            and isinstance(block_size, int)
+            and num_blocks > 0 < block_size
+        ):
+            raise ValueError(
+                f"BlockPool: needs a block of at least one token, got {num_blocks!r} of {block_size!r}"
+            )
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.on_vacant = on_vacant
         self._references = [0] * num_blocks
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # the next to go stands first
+        # the next to go stands first
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._key_of: dict[int, Key] = {}
-        self._holders: dict[Key, dict[int, None]] = {}  # blocks with equal contents, the first one answers
-        self.allocated = self.revived = self.forgotten = self.peak = 0  # counted, for whoever wants to show the cost
+        # blocks with equal contents, the first one answers
+        self._holders: dict[Key, dict[int, None]] = {}
+        self.allocated = 0  # counted, for whoever wants to show the cost
+        self.revived = 0
+        self.forgotten = 0
+        self.peak = 0
 
     @property
     def num_free(self) -> int:
@@ -143,7 +158,9 @@ class BlockPool:
         assert min(self._references) >= 0, "a reference count is negative"
         assert owned.isdisjoint(self._free), "a block is both owned and free"
         assert len(owned) + len(self._free) == self.num_blocks, "a block is lost"
-        assert {b: key for key, blocks in self._holders.items() for b in blocks} == self._key_of, "keys disagree"
+        assert {b: key for key, blocks in self._holders.items() for b in blocks} == self._key_of, (
+            "keys disagree"
+        )
         assert all(self._holders.values()), "a key without a block"
 
 
@@ -171,8 +188,11 @@ class BlockTable:
 
     def _copies(self, count: int) -> bool:
         """Whether writing ``count`` tokens begins within a block that others read too."""
-        return bool(count and self.length % self.pool.block_size
-                    and self.pool.ref_count(self.blocks[self.length // self.pool.block_size]) > 1)  # fmt: skip
+        return bool(
+            count
+            and self.length % self.pool.block_size
+            and self.pool.ref_count(self.blocks[self.length // self.pool.block_size]) > 1
+        )
 
     def needs(self, count: int) -> int:
         """How many free blocks ``reserve(count)`` would take."""
@@ -188,7 +208,9 @@ class BlockTable:
         if count < 0:
             raise ValueError(f"reserve: count must be 0 or more, got {count}")
         if (needed := self.needs(count)) > self.pool.num_free:
-            raise OutOfBlocks(f"{needed} blocks are needed for {count} tokens, {self.pool.num_free} are free")
+            raise OutOfBlocks(
+                f"{needed} blocks are needed for {count} tokens, {self.pool.num_free} are free"
+            )
         copies = []
         if self._copies(count):
             at = self.length // self.pool.block_size
@@ -210,7 +232,9 @@ class BlockTable:
     def commit(self, count: int) -> None:
         """``count`` tokens have been written at the end."""
         if not 0 <= count <= self.capacity - self.length:
-            raise ValueError(f"{count} tokens were not reserved: {self.length} of {self.capacity} are used")
+            raise ValueError(
+                f"{count} tokens were not reserved: {self.length} of {self.capacity} are used"
+            )
         self.length += count
 
     def truncate(self, length: int) -> None:
@@ -225,7 +249,9 @@ class BlockTable:
         """A second sequence with the same tokens: every block gets one more owner, nothing is copied."""
         child = BlockTable(self.pool)
         # what was reserved and not written stays with the parent
-        child.blocks = [self.pool.fork(b) for b in self.blocks[: -(-self.length // self.pool.block_size)]]
+        child.blocks = [
+            self.pool.fork(b) for b in self.blocks[: -(-self.length // self.pool.block_size)]
+        ]
         child.length = self.length
         return child
 

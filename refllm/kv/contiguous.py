@@ -34,18 +34,27 @@ class ContiguousCache:
     """Keys and values of up to ``max_sequences`` sequences of up to ``capacity`` tokens."""
 
     def __init__(
-        self, config: ModelConfig, max_sequences: int, capacity: int, *, like: Array, dtype: Any = None,
+        self,
+        config: ModelConfig,
+        max_sequences: int,
+        capacity: int,
+        *,
+        like: Array,
+        dtype: Any = None,
         columns: bool = True,
-    ):  # fmt: skip
+    ):
         """``like`` is any array of the library to live on; ``dtype`` defaults to its dtype.
 
         ``columns=False`` lays the keys in memory row by row, token after token, as a pool of slots must: the same
         numbers in the same products, which BLAS then reads, and rounds, in another order.
         """
         if max_sequences < 1 or capacity < 1:
-            raise ValueError(f"ContiguousCache: needs room for a token, got {max_sequences} × {capacity}")
+            raise ValueError(
+                f"ContiguousCache: needs room for a token, got {max_sequences} × {capacity}"
+            )
         xp = namespace(like)
-        heads, dim = (config.num_hidden_layers, max_sequences, config.num_key_value_heads), config.head_dim
+        heads = (config.num_hidden_layers, max_sequences, config.num_key_value_heads)
+        dim = config.head_dim
         # zeros, not empty: what is masked is multiplied by a probability of 0, and 0 · NaN is NaN
         across = (dim, capacity) if columns else (capacity, dim)
         keys = xp.zeros((*heads, *across), dtype=dtype or like.dtype)
@@ -74,13 +83,20 @@ class ContiguousCache:
             if a sequence would outgrow the capacity; nothing has been written then.
         """
         if len(counts) > len(self.lengths):
-            raise ValueError(f"the cache holds {len(self.lengths)} sequences, the batch has {len(counts)}")
+            raise ValueError(
+                f"the cache holds {len(self.lengths)} sequences, the batch has {len(counts)}"
+            )
         for b, n in enumerate(counts):
             if n < 0 or self.lengths[b] + n > self.capacity:
-                raise ValueError(f"sequence {b}: {self.lengths[b]} cached + {n} new tokens exceed {self.capacity}")
+                raise ValueError(
+                    f"sequence {b}: {self.lengths[b]} cached + {n} new tokens exceed {self.capacity}"
+                )
         busy = [b for b, n in enumerate(counts) if n]
-        together = fits_together([counts[b] for b in busy], [self.lengths[b] for b in busy], self.heads)
-        if together and busy[-1] - busy[0] < len(busy):  # neighbours, so that their strips are one array
+        together = fits_together(
+            [counts[b] for b in busy], [self.lengths[b] for b in busy], self.heads
+        )
+        # neighbours, so that their strips are one array
+        if together and busy[-1] - busy[0] < len(busy):
             return _EvenView(self, slice(busy[0], busy[-1] + 1), counts[busy[0]])
         return _RaggedView(self, counts)
 
@@ -92,9 +108,13 @@ class ContiguousCache:
     def truncate(self, sequence: int, length: int) -> None:
         """Forget everything of a sequence from position ``length`` on (rollback of a rejected draft)."""
         if not 0 <= sequence < len(self.lengths):
-            raise ValueError(f"the cache holds sequences 0..{len(self.lengths) - 1}, got {sequence}")
+            raise ValueError(
+                f"the cache holds sequences 0..{len(self.lengths) - 1}, got {sequence}"
+            )
         if not 0 <= length <= self.lengths[sequence]:
-            raise ValueError(f"sequence {sequence} has {self.lengths[sequence]} tokens, cannot keep {length}")
+            raise ValueError(
+                f"sequence {sequence} has {self.lengths[sequence]} tokens, cannot keep {length}"
+            )
         self.lengths[sequence] = length
 
 
@@ -102,16 +122,21 @@ class _RaggedView:
     """Any mixture of prefill and decode: sequence by sequence, each over its own strip."""
 
     def __init__(self, cache: ContiguousCache, counts: Sequence[int]):
-        self.cache, self.counts = cache, list(counts)
+        self.cache = cache
+        self.counts = list(counts)
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
-        xp, cache, at = namespace(q), self.cache, 0
+        xp = namespace(q)
+        cache = self.cache
+        at = 0
         out = xp.empty_like(q)
         for b, n in enumerate(self.counts):
             if n == 0:
                 continue
-            rows, start = slice(at, at + n), cache.lengths[b]
-            keys, values = cache.keys[layer, b, :, :, : start + n], cache.values[layer, b, :, : start + n]
+            rows = slice(at, at + n)
+            start = cache.lengths[b]
+            keys = cache.keys[layer, b, :, :, : start + n]
+            values = cache.values[layer, b, :, : start + n]
             keys[:, :, start:] = k[rows].transpose(1, 2, 0)  # of [G, D, s+n]
             values[:, start:] = v[rows].transpose(1, 0, 2)  # of [G, s+n, D]
             seen = keys.transpose(2, 0, 1), values.transpose(1, 0, 2)
@@ -125,24 +150,29 @@ class _EvenView:
 
     def __init__(self, cache: ContiguousCache, sequences: slice, count: int):
         lengths = cache.lengths[sequences]
-        self.count, longest = count, max(lengths) + count
+        self.count = count
+        longest = max(lengths) + count
         self.keys = cache.keys[:, sequences, :, :, :longest]  # [L, B, G, D, S]
         self.values = cache.values[:, sequences, :, :longest]  # [L, B, G, S, D]
         self.bias = bias_together(lengths, count, cache.window, cache.keys)
-        self.slots: Any = None  # the last columns where all stand at the same position, else a slot each
+        # the last columns where all stand at the same position, else a slot each
+        self.slots: Any = None
         if not even(lengths):
             xp = namespace(cache.keys)
             at = asarray_like(lengths, cache.keys, "int64")[:, None] + xp.arange(count)  # [B, n]
             self.slots = xp.arange(len(lengths))[:, None], at
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
-        n, (groups, dim) = self.count, k.shape[1:]
-        keys, values = self.keys[layer], self.values[layer]
+        n = self.count
+        groups, dim = k.shape[1:]
+        keys = self.keys[layer]
+        values = self.values[layer]
         if self.slots is None and n == 1:  # nearly all steps
             keys[..., -1] = k
             values[:, :, -1] = v
             return attend_together(q, keys, values, self.bias)
-        k, v = k.reshape(-1, n, groups, dim), v.reshape(-1, n, groups, dim)
+        k = k.reshape(-1, n, groups, dim)
+        v = v.reshape(-1, n, groups, dim)
         if self.slots is None:
             keys[..., -n:] = k.transpose(0, 2, 3, 1)
             values[:, :, -n:] = v.transpose(0, 2, 1, 3)

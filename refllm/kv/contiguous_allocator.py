@@ -66,9 +66,13 @@ class FirstFit:
     def check(self) -> None:
         """AssertionError if runs and holes do not tile the slots, or two holes touch."""
         runs = sorted([*self._sizes.items(), *self._holes])
-        assert [start for start, _ in runs] == [0, *(start + size for start, size in runs)][:-1], "runs do not tile"
+        assert [start for start, _ in runs] == [0, *(start + size for start, size in runs)][:-1], (
+            "runs do not tile"
+        )
         assert sum(size for _, size in runs) == self.slots, "slots are lost"
-        assert all(sum(a) < b for a, (b, _) in zip(self._holes, self._holes[1:], strict=False)), "two holes touch"
+        assert all(sum(a) < b for a, (b, _) in zip(self._holes, self._holes[1:], strict=False)), (
+            "two holes touch"
+        )
         assert self.used == sum(self._sizes.values())
 
 
@@ -81,8 +85,10 @@ class Buddies:
         self.slots = slots
         self.used = 0  # slots given out, rounding included
         self._sizes: dict[int, int] = {}
-        self._free: dict[int, list[int]] = {1 << k: [] for k in range(slots.bit_length())}  # size → starts, in order
-        self._tops: list[tuple[int, int]] = []  # (start, size) of the largest aligned runs: a merge ends there
+        # size → starts, in order
+        self._free: dict[int, list[int]] = {1 << k: [] for k in range(slots.bit_length())}
+        # (start, size) of the largest aligned runs: a merge ends there
+        self._tops: list[tuple[int, int]] = []
         start = 0
         for size in reversed(self._free):
             if slots & size:
@@ -119,24 +125,30 @@ class Buddies:
         del self._sizes[start]
         self.used -= size
         while (start, size) not in self._tops:
-            buddy = start ^ size  # the tops lie at multiples of their own size, so this works on absolute starts
+            # the tops lie at multiples of their own size, so this works on absolute starts
+            buddy = start ^ size
             if buddy not in self._free[size]:
                 break
             self._free[size].remove(buddy)
-            start, size = min(start, buddy), 2 * size
+            start = min(start, buddy)
+            size = 2 * size
         insort(self._free[size], start)
 
     def check(self) -> None:
         """AssertionError if runs do not tile the slots, one is not aligned, or two free buddies stand apart."""
         free = [(start, size) for size, starts in self._free.items() for start in starts]
         runs = sorted([*self._sizes.items(), *free])
-        assert [start for start, _ in runs] == [0, *(start + size for start, size in runs)][:-1], "runs do not tile"
+        assert [start for start, _ in runs] == [0, *(start + size for start, size in runs)][:-1], (
+            "runs do not tile"
+        )
         assert sum(size for _, size in runs) == self.slots, "slots are lost"
         for start, size in runs:
             assert size & (size - 1) == 0, "a run is no power of two"
             assert start % size == 0, "a run is not aligned to its size"
         for start, size in free:
-            assert (start, size) in self._tops or (start ^ size, size) not in free, "free buddies were not merged"
+            assert (start, size) in self._tops or (start ^ size, size) not in free, (
+                "free buddies were not merged"
+            )
         assert self.used == sum(self._sizes.values())
 
 

@@ -32,7 +32,8 @@ from hashlib import sha256
 
 from refllm.kv.block_pool import BlockPool, BlockTable, Key
 
-Hasher = Callable[[Key, Sequence[int], Hashable], Key]  # (parent's key, the block's tokens, salt or None) → key
+# (parent's key, the block's tokens, salt or None) → key
+Hasher = Callable[[Key, Sequence[int], Hashable], Key]
 
 ROOT = sha256(b"refllm.kv.hash_prefix").digest()
 
@@ -43,7 +44,9 @@ def sha256_key(parent: Key, tokens: Sequence[int], salt: Hashable) -> Key:
     The parent always has 32 bytes and a salt at least one, its mark: no two different inputs spell the same bytes.
     """
     if not isinstance(parent, bytes) or not (salt is None or isinstance(salt, str)):
-        raise ValueError(f"sha256_key: needs the parent's 32 bytes and a salt that is a string, got {salt!r}")
+        raise ValueError(
+            f"sha256_key: needs the parent's 32 bytes and a salt that is a string, got {salt!r}"
+        )
     text = parent + array("q", tokens).tobytes()
     return sha256(text if salt is None else text + b"\1" + salt.encode()).digest()
 
@@ -52,8 +55,10 @@ class PrefixCache:
     """``match``, ``take``, ``insert`` over a pool: linear in the text's blocks, whatever the pool holds."""
 
     def __init__(self, pool: BlockPool, hasher: Hasher = sha256_key):
-        self.pool, self.hasher = pool, hasher
-        self.queried = self.hit = 0  # tokens asked for and found, counted where a hit is taken
+        self.pool = pool
+        self.hasher = hasher
+        self.queried = 0  # tokens asked for and found, counted where a hit is taken
+        self.hit = 0
 
     def extend(self, keys: list[Key], tokens: Sequence[int], salt: Hashable = None) -> list[Key]:
         """Append the keys of the full blocks of ``tokens`` that ``keys``, the chain so far, does not have yet."""
@@ -62,7 +67,9 @@ class PrefixCache:
             keys.append(self._next(keys, tokens, salt, i))
         return keys
 
-    def match(self, tokens: Sequence[int], *, salt: Hashable = None, keys: list[Key] | None = None) -> list[int]:
+    def match(
+        self, tokens: Sequence[int], *, salt: Hashable = None, keys: list[Key] | None = None
+    ) -> list[int]:
         """The blocks of the longest cached prefix, at most len(tokens) − 1 tokens of it; leaves no trace.
 
         ``keys`` is the chain of the same text if the caller keeps it: it is extended as far as the walk goes, so a
@@ -92,7 +99,9 @@ class PrefixCache:
         self.queried += length
         self.hit += table.length
 
-    def insert(self, table: BlockTable, tokens: Sequence[int], keys: list[Key], *, salt: Hashable = None) -> None:
+    def insert(
+        self, table: BlockTable, tokens: Sequence[int], keys: list[Key], *, salt: Hashable = None
+    ) -> None:
         """Name the full blocks of ``table``, which holds ``tokens[:table.length]``; ``keys`` is that text's chain.
 
         Only what is written and verified may be in the table by now: a block that is named is found at once.
@@ -101,7 +110,8 @@ class PrefixCache:
         if not full or (len(keys) >= full and self.pool.key_of(table.blocks[full - 1]) is not None):
             return  # nothing has become full since
         new = full
-        while new and self.pool.key_of(table.blocks[new - 1]) is None:  # blocks are named in order: [0, new) are
+        # blocks are named in order: [0, new) are
+        while new and self.pool.key_of(table.blocks[new - 1]) is None:
             new -= 1
         self.extend(keys, tokens[: full * self.pool.block_size], salt)
         for i in range(new, full):
@@ -109,4 +119,6 @@ class PrefixCache:
 
     def _next(self, keys: list[Key], tokens: Sequence[int], salt: Hashable, i: int) -> Key:
         b = self.pool.block_size
-        return self.hasher(keys[i - 1] if i else ROOT, tokens[i * b : (i + 1) * b], None if i else salt)
+        return self.hasher(
+            keys[i - 1] if i else ROOT, tokens[i * b : (i + 1) * b], None if i else salt
+        )

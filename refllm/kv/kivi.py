@@ -71,11 +71,15 @@ class Kivi:
         for name, value in list(vars(self).items()):
             object.__setattr__(self, name, whole_number(f"Kivi: {name}", value, 1))
         if max(self.key_bits, self.value_bits) > 8:
-            raise ValueError(f"Kivi: codes have 1 to 8 bits, got {self.key_bits} and {self.value_bits}")
+            raise ValueError(
+                f"Kivi: codes have 1 to 8 bits, got {self.key_bits} and {self.value_bits}"
+            )
         unit = math.lcm(self.group, 32 // math.gcd(32, self.key_bits))
         near = unit * max(1, round(self.residual / unit))
         if self.residual % self.group:
-            raise ValueError(f"Kivi: residual {self.residual} is no multiple of group {self.group}; take {near}")
+            raise ValueError(
+                f"Kivi: residual {self.residual} is no multiple of group {self.group}; take {near}"
+            )
         if self.residual % unit:
             raise ValueError(
                 f"Kivi: {self.residual} keys of {self.key_bits} bits fill no whole 32-bit words; take residual {near}"
@@ -103,10 +107,16 @@ class Kivi:
 
     def nbytes(self, config: ModelConfig, tokens: int, *, full: int = 16) -> int:
         """Bytes of one sequence of ``tokens``: codes, steps and minima, and what waits, in ``full`` bits a number."""
-        k, v, dim = self.quantised_keys(tokens), self.quantised_values(tokens), config.head_dim
+        k = self.quantised_keys(tokens)
+        v = self.quantised_values(tokens)
+        dim = config.head_dim
         words = dim * (k * self.key_bits // 32) + v * words_per_row(dim, self.value_bits)
         numbers = 2 * (k + v) * dim // self.group + (2 * tokens - k - v) * dim
-        return config.num_hidden_layers * config.num_key_value_heads * (4 * words + full // 8 * numbers)
+        return (
+            config.num_hidden_layers
+            * config.num_key_value_heads
+            * (4 * words + full // 8 * numbers)
+        )
 
 
 def whole_number(what: str, value: Any, least: int) -> int:
@@ -132,7 +142,8 @@ def encode(x: Array, bits: int, group: int, dtype: Any = None) -> tuple[Array, A
     if x.shape[-1] % group:
         raise ValueError(f"encode: rows of {x.shape[-1]} do not divide into groups of {group}")
     grouped = xp.reshape(x, (*x.shape[:-1], x.shape[-1] // group, group))
-    low, most = xp.min(grouped, axis=-1, keepdims=True), (1 << bits) - 1
+    low = xp.min(grouped, axis=-1, keepdims=True)
+    most = (1 << bits) - 1
     step = (xp.max(grouped, axis=-1, keepdims=True) - low) / most
     low, step = (xp.astype(a, dtype or x.dtype) for a in (low, step))
     step = xp.where(step > 0, step, xp.ones_like(step))
@@ -164,20 +175,31 @@ class KiviAttend:
     """
 
     def __init__(
-        self, lengths: list[int], kivi: Kivi, window: int | None = None, *, keys: str = "channel",
+        self,
+        lengths: list[int],
+        kivi: Kivi,
+        window: int | None = None,
+        *,
+        keys: str = "channel",
         values: str = "token",
-    ):  # fmt: skip
+    ):
         for name, value in (("keys", keys), ("values", values)):
             if value not in ("channel", "token"):
-                raise ValueError(f"KiviAttend: {name} share a step by 'channel' or by 'token', got {value!r}")
-        self.lengths, self.kivi = lengths, kivi
+                raise ValueError(
+                    f"KiviAttend: {name} share a step by 'channel' or by 'token', got {value!r}"
+                )
+        self.lengths = lengths
+        self.kivi = kivi
         self.how: dict[str, Any] = {"window": window, "keys": keys, "values": values}
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
-        outputs, at = [], 0
+        outputs = []
+        at = 0
         for length in self.lengths:
             rows = slice(at, at + length)
-            outputs.append(attend_as_decoded(q[rows, ...], k[rows, ...], v[rows, ...], self.kivi, **self.how))
+            outputs.append(
+                attend_as_decoded(q[rows, ...], k[rows, ...], v[rows, ...], self.kivi, **self.how)
+            )
             at += length
         if at != q.shape[0]:
             raise ValueError(f"KiviAttend: lengths sum to {at}, the batch has {q.shape[0]} tokens")
@@ -185,19 +207,32 @@ class KiviAttend:
 
 
 def attend_as_decoded(
-    q: Array, k: Array, v: Array, kivi: Kivi, *, window: int | None = None, keys: str = "channel",
+    q: Array,
+    k: Array,
+    v: Array,
+    kivi: Kivi,
+    *,
+    window: int | None = None,
+    keys: str = "channel",
     values: str = "token",
-) -> Array:  # fmt: skip
+) -> Array:
     """q[T, H, D] over k, v[T, G, D]: query t reads ``quantised_keys(t)`` keys as codes, and of values likewise."""
     xp = namespace(q, k, v)
     total, heads, dim = q.shape
     groups = k.shape[1]
     kivi.check(dim)
-    coded = kivi.quantised_values if values == "token" else kivi.quantised_keys
-    k_hat = xp.permute_dims(_there_and_back(k, kivi.key_bits, kivi.group, keys), (1, 2, 0))  # [G, D, S]
-    v_hat = xp.permute_dims(_there_and_back(v, kivi.value_bits, kivi.group, values), (1, 0, 2))  # [G, S, D]
-    k, v = xp.permute_dims(k, (1, 2, 0)), xp.permute_dims(v, (1, 0, 2))
-    j, outputs = xp.arange(total), []
+    if values == "token":
+        coded = kivi.quantised_values
+    else:
+        coded = kivi.quantised_keys
+    # [G, D, S]
+    k_hat = xp.permute_dims(_there_and_back(k, kivi.key_bits, kivi.group, keys), (1, 2, 0))
+    # [G, S, D]
+    v_hat = xp.permute_dims(_there_and_back(v, kivi.value_bits, kivi.group, values), (1, 0, 2))
+    k = xp.permute_dims(k, (1, 2, 0))
+    v = xp.permute_dims(v, (1, 0, 2))
+    j = xp.arange(total)
+    outputs = []
     for first in range(0, total, QUERIES):
         count = min(QUERIES, total - first)
         rows = xp.reshape(q[first : first + count, ...], (count, groups, heads // groups, dim))
@@ -213,9 +248,14 @@ def attend_as_decoded(
         p = xp.exp(scores - xp.max(scores, axis=-1, keepdims=True))
         p /= xp.sum(p, axis=-1, keepdims=True)
         nothing = xp.zeros_like(p)
-        o = xp.where(of_values, p, nothing) @ v_hat[:, None] + xp.where(of_values, nothing, p) @ v[:, None]
+        o = (
+            xp.where(of_values, p, nothing) @ v_hat[:, None]
+            + xp.where(of_values, nothing, p) @ v[:, None]
+        )
         outputs.append(xp.reshape(xp.permute_dims(o, (2, 0, 1, 3)), (count, heads, dim)))
-    return xp.concat(outputs, axis=0) if outputs else xp.zeros_like(q)
+    if outputs:
+        return xp.concat(outputs, axis=0)
+    return xp.zeros_like(q)
 
 
 def _there_and_back(x: Array, bits: int, group: int, by: str) -> Array:
@@ -227,4 +267,6 @@ def _there_and_back(x: Array, bits: int, group: int, by: str) -> Array:
     columns = xp.permute_dims(x[:whole, ...], (1, 2, 0))  # [G, D, S]
     if not whole:
         return x
-    return xp.concat([xp.permute_dims(decode(*encode(columns, bits, group)), (2, 0, 1)), x[whole:, ...]], axis=0)
+    return xp.concat(
+        [xp.permute_dims(decode(*encode(columns, bits, group)), (2, 0, 1)), x[whole:, ...]], axis=0
+    )

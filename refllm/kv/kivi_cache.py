@@ -37,35 +37,56 @@ class KiviCache:
     """Keys and values of up to ``max_sequences`` sequences of up to ``capacity`` tokens, most of them as codes."""
 
     def __init__(
-        self, config: ModelConfig, max_sequences: int, capacity: int, *, like: Array, kivi: Kivi | None = None,
+        self,
+        config: ModelConfig,
+        max_sequences: int,
+        capacity: int,
+        *,
+        like: Array,
+        kivi: Kivi | None = None,
         dtype: Any = None,
-    ):  # fmt: skip
+    ):
         """``like`` is any array of the library to live on; ``dtype`` (its own) is that of steps and of what waits.
 
         ValueError if groups do not divide a head, or there is no room for a token.
         """
-        self.kivi = kivi = Kivi() if kivi is None else kivi
+        kivi = Kivi() if kivi is None else kivi
+        self.kivi = kivi
         kivi.check(config.head_dim)
         if max_sequences < 1 or capacity < 1:
             raise ValueError(f"KiviCache: needs room for a token, got {max_sequences} × {capacity}")
-        xp, dtype = namespace(like), dtype or like.dtype
-        heads, dim = (config.num_hidden_layers, max_sequences, config.num_key_value_heads), config.head_dim
-        k, v, g = kivi.quantised_keys(capacity), kivi.quantised_values(capacity), kivi.group
+        xp = namespace(like)
+        dtype = dtype or like.dtype
+        heads = (config.num_hidden_layers, max_sequences, config.num_key_value_heads)
+        dim = config.head_dim
+        k = kivi.quantised_keys(capacity)
+        v = kivi.quantised_values(capacity)
+        g = kivi.group
         self.key_words: Array = xp.zeros((*heads, dim, k * kivi.key_bits // 32), dtype=xp.uint32)
         self.key_steps: Array = xp.zeros((2, *heads, dim, k // g), dtype=dtype)
         waiting = min(kivi.residual, capacity)
         self.key_rest: Array = xp.zeros((*heads, dim, waiting), dtype=dtype)
-        self.value_words: Array = xp.zeros((*heads, v, words_per_row(dim, kivi.value_bits)), dtype=xp.uint32)
+        self.value_words: Array = xp.zeros(
+            (*heads, v, words_per_row(dim, kivi.value_bits)), dtype=xp.uint32
+        )
         self.value_steps: Array = xp.zeros((2, *heads, v, dim // g), dtype=dtype)
         self.value_rest: Array = xp.zeros((*heads, waiting, dim), dtype=dtype)
-        self.window, self.capacity = config.sliding_window, capacity
+        self.window = config.sliding_window
+        self.capacity = capacity
         self.lengths = [0] * max_sequences  # committed tokens a sequence
         self._view: _View | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated, whatever is used; ``Kivi.nbytes`` counts what a sequence of some length uses."""
-        arrays = (self.key_words, self.key_steps, self.key_rest, self.value_words, self.value_steps, self.value_rest)
+        arrays = (
+            self.key_words,
+            self.key_steps,
+            self.key_rest,
+            self.value_words,
+            self.value_steps,
+            self.value_rest,
+        )
         return int(sum(a.nbytes for a in arrays))
 
     def positions(self, counts: Sequence[int]) -> list[int]:
@@ -78,10 +99,14 @@ class KiviCache:
         ValueError if a sequence would outgrow the capacity.
         """
         if len(counts) > len(self.lengths):
-            raise ValueError(f"the cache holds {len(self.lengths)} sequences, the batch has {len(counts)}")
+            raise ValueError(
+                f"the cache holds {len(self.lengths)} sequences, the batch has {len(counts)}"
+            )
         for b, n in enumerate(counts):
             if n < 0 or self.lengths[b] + n > self.capacity:
-                raise ValueError(f"sequence {b}: {self.lengths[b]} cached + {n} new tokens exceed {self.capacity}")
+                raise ValueError(
+                    f"sequence {b}: {self.lengths[b]} cached + {n} new tokens exceed {self.capacity}"
+                )
         self._view = _View(self, counts)
         return self._view
 
@@ -90,12 +115,20 @@ class KiviCache:
 
         ValueError if it brought fewer, or has not gone through all layers.
         """
-        view, layers = self._view, self.key_rest.shape[0]
+        view = self._view
+        layers = self.key_rest.shape[0]
         if view is None or len(view.done) != layers:
-            raise ValueError(f"advance commits what a view brought to {layers} layers: run the step first")
-        if len(counts) > len(view.counts) or any(not 0 <= n <= m for n, m in zip(counts, view.counts, strict=False)):
-            raise ValueError(f"the step brought {view.counts} tokens, {list(counts)} cannot be committed")
-        (k, v), at = view.brought, 0
+            raise ValueError(
+                f"advance commits what a view brought to {layers} layers: run the step first"
+            )
+        if len(counts) > len(view.counts) or any(
+            not 0 <= n <= m for n, m in zip(counts, view.counts, strict=False)
+        ):
+            raise ValueError(
+                f"the step brought {view.counts} tokens, {list(counts)} cannot be committed"
+            )
+        k, v = view.brought
+        at = 0
         for b, n in enumerate(counts):
             if n:
                 self._keep_keys(b, k[:, at : at + n].transpose(0, 2, 3, 1))
@@ -106,8 +139,12 @@ class KiviCache:
 
     def read(self, layer: int, b: int, dtype: Any = None) -> tuple[Array, Array]:
         """What sequence b's next query reads of the cache: K̂[G, D, s] and V̂[G, s, D], decoded in ``dtype``."""
-        xp, kivi, s = namespace(self.key_rest), self.kivi, self.lengths[b]
-        k, v, dim = kivi.quantised_keys(s), kivi.quantised_values(s), self.key_rest.shape[-2]
+        xp = namespace(self.key_rest)
+        kivi = self.kivi
+        s = self.lengths[b]
+        k = kivi.quantised_keys(s)
+        v = kivi.quantised_values(s)
+        dim = self.key_rest.shape[-2]
         codes = unpack(self.key_words[layer, b, :, :, : k * kivi.key_bits // 32], kivi.key_bits, k)
         step, low = self.key_steps[:, layer, b, :, :, : k // kivi.group]
         keys = decode(codes, step, low, dtype)
@@ -122,9 +159,14 @@ class KiviCache:
 
     def _keep_keys(self, b: int, new: Array) -> None:
         """new[L, G, D, n] follow what waits; of both, whole runs of R become codes."""
-        xp, kivi, s = namespace(new), self.kivi, self.lengths[b]
-        start, stop = kivi.quantised_keys(s), kivi.quantised_keys(s + int(new.shape[-1]))
-        recent = xp.concat([self.key_rest[:, b, :, :, : s - start], xp.astype(new, self.key_rest.dtype)], axis=-1)
+        xp = namespace(new)
+        kivi = self.kivi
+        s = self.lengths[b]
+        start = kivi.quantised_keys(s)
+        stop = kivi.quantised_keys(s + int(new.shape[-1]))
+        recent = xp.concat(
+            [self.key_rest[:, b, :, :, : s - start], xp.astype(new, self.key_rest.dtype)], axis=-1
+        )
         if stop > start:
             codes, *steps = encode(recent[..., : stop - start], kivi.key_bits, kivi.group)
             words = slice(start * kivi.key_bits // 32, stop * kivi.key_bits // 32)
@@ -136,9 +178,13 @@ class KiviCache:
 
     def _keep_values(self, b: int, new: Array) -> None:
         """new[L, G, n, D] follow the last R; those that are then older become codes."""
-        xp, kivi, s = namespace(new), self.kivi, self.lengths[b]
-        n, new = int(new.shape[2]), xp.astype(new, self.value_rest.dtype)
-        start, stop = kivi.quantised_values(s), kivi.quantised_values(s + n)
+        xp = namespace(new)
+        kivi = self.kivi
+        s = self.lengths[b]
+        n = int(new.shape[2])
+        new = xp.astype(new, self.value_rest.dtype)
+        start = kivi.quantised_values(s)
+        stop = kivi.quantised_values(s + n)
         if stop > start:
             waited = [self.value_rest[:, b, :, rows] for rows in self._rows(start, min(s, stop))]
             old = xp.concat([*waited, new[:, :, : max(0, stop - s)]], axis=2)
@@ -154,7 +200,8 @@ class KiviCache:
     def _rows(self, start: int, stop: int) -> list[slice]:
         """Where values [start, stop) wait, at most R of them: position p in row p mod R, so in one piece or two."""
         size = self.kivi.residual
-        first, count = start % size, stop - start
+        first = start % size
+        count = stop - start
         pieces = slice(first, min(first + count, size)), slice(0, max(0, first + count - size))
         return [rows for rows in pieces if rows.stop > rows.start]
 
@@ -163,17 +210,23 @@ class _View:
     """Each sequence over its own past, decoded, and what the step brings, as it came."""
 
     def __init__(self, cache: KiviCache, counts: Sequence[int]):
-        self.cache, self.counts = cache, list(counts)
+        self.cache = cache
+        self.counts = list(counts)
         self.brought: Array = None  # keys and values, [2, L, T, G, D]
         self.done: set[int] = set()  # layers
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
-        xp, cache, at = namespace(q), self.cache, 0
+        xp = namespace(q)
+        cache = self.cache
+        at = 0
         if q.shape[0] != sum(self.counts):
-            raise ValueError(f"the view is for {sum(self.counts)} tokens, the step has {q.shape[0]}")
+            raise ValueError(
+                f"the view is for {sum(self.counts)} tokens, the step has {q.shape[0]}"
+            )
         if self.brought is None:
             self.brought = xp.empty((2, cache.key_rest.shape[0], *k.shape), dtype=k.dtype)
-        self.brought[0, layer], self.brought[1, layer] = k, v
+        self.brought[0, layer] = k
+        self.brought[1, layer] = v
         out = xp.empty_like(q)
         for b, n in enumerate(self.counts):
             if n == 0:
@@ -183,7 +236,11 @@ class _View:
             seen = xp.concat([keys, k[rows].transpose(1, 2, 0)], axis=-1)
             read = xp.concat([values, v[rows].transpose(1, 0, 2)], axis=1)
             out[rows] = flash_attention(
-                q[rows], seen.transpose(2, 0, 1), read.transpose(1, 0, 2), start=cache.lengths[b], window=cache.window
+                q[rows],
+                seen.transpose(2, 0, 1),
+                read.transpose(1, 0, 2),
+                start=cache.lengths[b],
+                window=cache.window,
             )[0]
             at += n
         self.done.add(layer)

@@ -52,17 +52,29 @@ class PagedKVCache:
     """
 
     def __init__(
-        self, config: ModelConfig, num_blocks: int, block_size: int = 16, *, like: Array, dtype: Any = None,
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int = 16,
+        *,
+        like: Array,
+        dtype: Any = None,
         poison: bool = False,
-    ):  # fmt: skip
+    ):
         """``like`` is any array of the library to live on; ``dtype`` defaults to its dtype."""
         self.pool = BlockPool(num_blocks, block_size, on_vacant=self._poison if poison else None)
         xp = namespace(like)
-        shape = (config.num_hidden_layers, num_blocks * block_size, config.num_key_value_heads, config.head_dim)
+        shape = (
+            config.num_hidden_layers,
+            num_blocks * block_size,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
         empty = math.nan if poison else 0.0
         self.keys: Array = xp.full(shape, empty, dtype=dtype or like.dtype)
         self.values: Array = xp.full(shape, empty, dtype=dtype or like.dtype)
-        self.window, self.heads = config.sliding_window, config.num_attention_heads
+        self.window = config.sliding_window
+        self.heads = config.num_attention_heads
         self.copied = 0  # blocks copied before a write
 
     @property
@@ -93,7 +105,9 @@ class PagedKVCache:
 
     def positions(self, tables: Sequence[Table], counts: Sequence[int]) -> list[int]:
         """Positions of the next ``counts[i]`` tokens of every sequence, in the order of the ragged batch."""
-        return [p for t, n in zip(tables, counts, strict=True) for p in range(t.length, t.length + n)]
+        return [
+            p for t, n in zip(tables, counts, strict=True) for p in range(t.length, t.length + n)
+        ]
 
     def view(self, tables: Sequence[Table], counts: Sequence[int]) -> Attend:
         """An ``attend`` for a step in which sequence i brings ``counts[i]`` ≥ 0 tokens, reserved before.
@@ -106,17 +120,26 @@ class PagedKVCache:
         slots: list[int] = []
         for table, n in zip(tables, counts, strict=True):
             slots += table.slots(table.length, table.length + n)
-        if len(set(slots)) != len(slots):  # duplicate indices in an assignment are undefined on a GPU
-            raise ValueError("two tokens of the step have the same slot: reserve each sequence before the view")
-        b, most = self.pool.block_size, self.pool.num_blocks * self.pool.block_size
+        # duplicate indices in an assignment are undefined on a GPU
+        if len(set(slots)) != len(slots):
+            raise ValueError(
+                "two tokens of the step have the same slot: reserve each sequence before the view"
+            )
+        b = self.pool.block_size
+        most = self.pool.num_blocks * self.pool.block_size
         if slots and (min(slots) < 0 or max(slots) >= most):  # −1 would be the last slot
-            raise ValueError(f"a token lies outside the {most} slots of the pool: {min(slots)}..{max(slots)}")
+            raise ValueError(
+                f"a token lies outside the {most} slots of the pool: {min(slots)}..{max(slots)}"
+            )
         if shared := self.pool.shared([slot // b for slot in slots]):
             written = (
-                t.blocks for t, n in zip(tables, counts, strict=True)
+                t.blocks
+                for t, n in zip(tables, counts, strict=True)
                 if any(slot // b == shared[0] for slot in t.slots(t.length, t.length + n))
-            )  # fmt: skip
-            raise ValueError(f"a block of {next(written)} is shared and would be written: reserve it first")
+            )
+            raise ValueError(
+                f"a block of {next(written)} is shared and would be written: reserve it first"
+            )
         return _View(self, tables, counts, slots)
 
     def advance(self, tables: Sequence[BlockTable], counts: Sequence[int]) -> None:
@@ -136,25 +159,37 @@ class _View:
     Where all bring equally many, they attend together, as in a contiguous cache.
     """
 
-    def __init__(self, cache: PagedKVCache, tables: Sequence[Table], counts: Sequence[int], write: list[int]):
-        self.cache, like = cache, cache.keys
+    def __init__(
+        self, cache: PagedKVCache, tables: Sequence[Table], counts: Sequence[int], write: list[int]
+    ):
+        self.cache = cache
+        like = cache.keys
         self.write = asarray_like(write, like, "int64")
-        starts, at = [], 0
+        starts = []
+        at = 0
         for n in counts:
             starts.append(at)
             at += n
         busy = [i for i, n in enumerate(counts) if n]
-        all_together = fits_together([counts[i] for i in busy], [tables[i].length for i in busy], cache.heads)
+        all_together = fits_together(
+            [counts[i] for i in busy], [tables[i].length for i in busy], cache.heads
+        )
         joined = busy if all_together else [i for i in busy if counts[i] == 1]
         alone = [] if all_together else [i for i in busy if counts[i] != 1]
         self.apart = [
-            (slice(starts[i], starts[i] + counts[i]), tables[i].length,
-             asarray_like(tables[i].slots(0, tables[i].length + counts[i]), like, "int64"))
+            (
+                slice(starts[i], starts[i] + counts[i]),
+                tables[i].length,
+                asarray_like(tables[i].slots(0, tables[i].length + counts[i]), like, "int64"),
+            )
             for i in alone
-        ]  # fmt: skip
+        ]
         self.joined: Any = None  # the rows that attend together
         if joined:
-            self.joined = slice(0, at) if all_together else asarray_like([starts[i] for i in joined], like, "int64")
+            if all_together:
+                self.joined = slice(0, at)
+            else:
+                self.joined = asarray_like([starts[i] for i in joined], like, "int64")
             self.slots, self.bias = self._gathered([tables[i] for i in joined], counts[joined[0]])
 
     def _gathered(self, tables: list[Table], count: int) -> tuple[Array, Array | None]:
@@ -165,12 +200,14 @@ class _View:
         lengths = [t.length for t in tables]
         longest = max(lengths) + count
         bias = bias_together(lengths, count, self.cache.window, self.cache.keys)
-        xp, b = namespace(self.cache.keys), self.cache.pool.block_size
+        xp = namespace(self.cache.keys)
+        b = self.cache.pool.block_size
         if any(t.block_size != b for t in tables):  # runs of slots, in the baselines before paging
             rows = [t.slots(0, n + count) for t, n in zip(tables, lengths, strict=True)]
             rows = [row + [row[0]] * (longest - len(row)) for row in rows]
             return asarray_like(rows, self.cache.keys, "int64"), bias
-        wide = -(-longest // b)  # blocks; as a list of slots this would be B · S Python numbers a step
+        # blocks; as a list of slots this would be B · S Python numbers a step
+        wide = -(-longest // b)
         host = [
             (n + count, *t.blocks[:wide], *([t.blocks[0]] * (wide - len(t.blocks))))
             for t, n in zip(tables, lengths, strict=True)
@@ -180,8 +217,10 @@ class _View:
         return xp.where(xp.arange(longest) < placed[:, :1], slots, slots[:, :1]), bias
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
-        xp, cache = namespace(q), self.cache
-        keys, values = cache.keys[layer], cache.values[layer]
+        xp = namespace(q)
+        cache = self.cache
+        keys = cache.keys[layer]
+        values = cache.values[layer]
         keys[self.write] = k
         values[self.write] = v
         if self.joined is not None and not self.apart:
@@ -197,12 +236,20 @@ class _View:
     def _together(self, q: Array, keys: Array, values: Array) -> Array:
         """Gather the strips of the sequences, [B, S, G, D], and read them as columns and rows, without a copy."""
         xp = namespace(q)
-        k, v = xp.take(keys, self.slots, axis=0), xp.take(values, self.slots, axis=0)
+        k = xp.take(keys, self.slots, axis=0)
+        v = xp.take(values, self.slots, axis=0)
         return attend_together(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), self.bias)
 
 
 def split_attention(
-    q: Array, keys: Array, values: Array, slots: Array, *, start: int, window: int | None = None, parts: int = 512
+    q: Array,
+    keys: Array,
+    values: Array,
+    slots: Array,
+    *,
+    start: int,
+    window: int | None = None,
+    parts: int = 512,
 ) -> tuple[Array, Array]:
     """Attention of q[T, H, D] over ``slots`` of a pool [slots, G, D], ``parts`` tokens at a time, merged by lse.
 
@@ -210,7 +257,8 @@ def split_attention(
     idle; returns o[T, H, D] and lse[T, H] as ``attention`` does. Equal to one pass for every size of the parts.
     """
     xp = namespace(q, keys, values, slots)
-    o, lse = xp.zeros_like(q), xp.full(q.shape[:2], -math.inf, dtype=q.dtype)
+    o = xp.zeros_like(q)
+    lse = xp.full(q.shape[:2], -math.inf, dtype=q.dtype)
     for first in range(0, int(slots.shape[0]), parts):
         part = slots[first : first + parts]
         seen = xp.take(keys, part, axis=0), xp.take(values, part, axis=0)

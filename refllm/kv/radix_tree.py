@@ -32,13 +32,34 @@ Tokens = Sequence[int]
 class Node:
     """One edge of the tree. ``locks`` counts the handles at or below it."""
 
-    __slots__ = ("children", "created", "hits", "key", "locks", "parent", "priority", "slots", "used")
+    __slots__ = (
+        "children",
+        "created",
+        "hits",
+        "key",
+        "locks",
+        "parent",
+        "priority",
+        "slots",
+        "used",
+    )
 
-    def __init__(self, key: tuple[int, ...], slots: list[int], parent: Node | None, now: int, priority: float = 0):
-        self.key, self.slots, self.parent = key, slots, parent
+    def __init__(
+        self,
+        key: tuple[int, ...],
+        slots: list[int],
+        parent: Node | None,
+        now: int,
+        priority: float = 0,
+    ):
+        self.key = key
+        self.slots = slots
+        self.parent = parent
         self.children: dict[Hashable, Node] = {}
-        self.locks = self.hits = 0
-        self.created = self.used = now
+        self.locks = 0
+        self.hits = 0
+        self.created = now
+        self.used = now
         self.priority = priority
 
     def __len__(self) -> int:
@@ -66,7 +87,10 @@ POLICIES: dict[str, Callable[[Node], Any]] = {
     "fifo": lambda n: n.created,
     "mru": lambda n: -n.used,
     "filo": lambda n: -n.created,
-    "slru": lambda n: (n.hits >= 2, n.used),  # segmented: what was found twice outlives what was not
+    "slru": lambda n: (
+        n.hits >= 2,
+        n.used,
+    ),  # segmented: what was found twice outlives what was not
     "priority": lambda n: (n.priority, n.used),
 }
 
@@ -78,17 +102,28 @@ class RadixCache:
     """
 
     def __init__(
-        self, page_size: int = 1, policy: str = "lru", *, on_evict: Callable[[list[int]], None] | None = None
+        self,
+        page_size: int = 1,
+        policy: str = "lru",
+        *,
+        on_evict: Callable[[list[int]], None] | None = None,
     ) -> None:
         if page_size < 1:
             raise ValueError(f"a page holds at least one token, got {page_size}")
         if policy not in POLICIES:
             raise ValueError(f"unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")
-        self.page_size, self.policy, self.on_evict = page_size, policy, on_evict
-        self.evictable = self.protected = 0  # tokens in nodes without and with a lock
-        self.queried = self.hit = self.splits = self.evicted = 0  # counted, in tokens but for the splits
+        self.page_size = page_size
+        self.policy = policy
+        self.on_evict = on_evict
+        self.evictable = 0  # tokens in nodes without and with a lock
+        self.protected = 0
+        self.queried = 0  # counted, in tokens but for the splits
+        self.hit = 0
+        self.splits = 0
+        self.evicted = 0
         self._clock = 0
-        self._roots: dict[Hashable, Node] = {}  # one tree a salt: tenants never see each other's prefixes
+        # one tree a salt: tenants never see each other's prefixes
+        self._roots: dict[Hashable, Node] = {}
         self._leaves: dict[Node, None] = {}  # unlocked leaves, which ``evict`` may take
 
     def match(self, tokens: Tokens, *, salt: Hashable = None, record: bool = True) -> Match:
@@ -97,18 +132,23 @@ class RadixCache:
         A node that matches in part is split, so that the match ends at a node. The whole path counts as used now.
         ``record=False`` looks without leaving a trace in counters or times (a scheduler that sorts).
         """
-        now, node, slots = self._tick(), self._root(salt), []
+        now = self._tick()
+        node = self._root(salt)
+        slots = []
         for child, common in self._walk(node, tokens):
             node = child if common == len(child) else self._split(child, common)
             if record:  # after the split: the lower part was not used
-                node.used, node.hits = now, node.hits + 1
+                node.used = now
+                node.hits = node.hits + 1
             slots += node.slots
         if record:
             self.queried += len(tokens)
             self.hit += len(slots)
         return Match(slots, node)
 
-    def insert(self, tokens: Tokens, slots: Sequence[int], *, salt: Hashable = None, priority: float = 0) -> int:
+    def insert(
+        self, tokens: Tokens, slots: Sequence[int], *, salt: Hashable = None, priority: float = 0
+    ) -> int:
         """Give the tree the whole pages of ``tokens`` with their ``slots``; returns how many tokens it had already.
 
         The slots of [0, returned) stay the caller's (see the ownership above), those of [returned, whole pages) go
@@ -117,11 +157,16 @@ class RadixCache:
         if len(tokens) != len(slots):
             raise ValueError(f"insert: {len(tokens)} tokens need as many slots, got {len(slots)}")
         if len(set(slots)) != len(slots):
-            raise ValueError(f"insert: a slot holds one token, but one of the {len(slots)} slots stands twice")
-        now, node, at = self._tick(), self._root(salt), 0
+            raise ValueError(
+                f"insert: a slot holds one token, but one of the {len(slots)} slots stands twice"
+            )
+        now = self._tick()
+        node = self._root(salt)
+        at = 0
         for child, common in self._walk(node, tokens):
             node = child if common == len(child) else self._split(child, common)
-            node.used, node.priority = now, max(node.priority, priority)
+            node.used = now
+            node.priority = max(node.priority, priority)
             at += common
         end = self._whole(tokens)
         if at < end:
@@ -161,7 +206,8 @@ class RadixCache:
 
         Returns the tokens freed: whole nodes go, so it may be more. A parent that becomes a leaf is next in line.
         """
-        rank, order = POLICIES[self.policy], 0
+        rank = POLICIES[self.policy]
+        order = 0
         heap: list[tuple[Any, int, Node]] = []
         for order, leaf in enumerate(self._leaves):
             heap.append((rank(leaf), order, leaf))
@@ -206,18 +252,23 @@ class RadixCache:
         return len(tokens) // self.page_size * self.page_size
 
     def _first_page(self, tokens: Tokens, at: int) -> Hashable:
-        return tokens[at] if self.page_size == 1 else tuple(tokens[at : at + self.page_size])
+        if self.page_size == 1:
+            return tokens[at]
+        return tuple(tokens[at : at + self.page_size])
 
     def _walk(self, node: Node, tokens: Tokens) -> Iterator[tuple[Node, int]]:
         """(child, tokens in common) down from a node; the last pair may have fewer in common than the child holds."""
-        at, end = 0, self._whole(tokens)
+        at = 0
+        end = self._whole(tokens)
         while at < end and (child := node.children.get(self._first_page(tokens, at))) is not None:
             common = self._common(child.key, tokens, at, end)
             full = common == len(child)
-            yield child, common  # the caller may split the child: what is below it is not ours to follow then
+            # the caller may split the child: what is below it is not ours to follow then
+            yield child, common
             if not full:
                 return
-            node, at = child, at + common
+            node = child
+            at = at + common
 
     def _common(self, key: tuple[int, ...], tokens: Tokens, at: int, end: int) -> int:
         """Tokens that ``key`` shares with tokens[at:end], in whole pages."""
@@ -232,7 +283,9 @@ class RadixCache:
         parent = node.parent
         assert parent is not None
         upper = Node(node.key[:at], node.slots[:at], parent, node.created, node.priority)
-        upper.used, upper.hits, upper.locks = node.used, node.hits, node.locks
+        upper.used = node.used
+        upper.hits = node.hits
+        upper.locks = node.locks
         parent.children[self._first_page(upper.key, 0)] = upper
         node.key, node.slots, node.parent = node.key[at:], node.slots[at:], upper
         upper.children[self._first_page(node.key, 0)] = node
@@ -253,10 +306,16 @@ class RadixCache:
         for node in self.nodes():
             parent = node.parent
             assert parent is not None
-            assert parent.children[self._first_page(node.key, 0)] is node, "a child stands under another's name"
-            assert len(node.key) == len(node.slots) > 0, "a node without tokens, or without their slots"
+            assert parent.children[self._first_page(node.key, 0)] is node, (
+                "a child stands under another's name"
+            )
+            assert len(node.key) == len(node.slots) > 0, (
+                "a node without tokens, or without their slots"
+            )
             assert len(node.key) % self.page_size == 0, "a node ends within a page"
-            assert parent.locks >= sum(c.locks for c in parent.children.values()), "a lock below is missing above"
+            assert parent.locks >= sum(c.locks for c in parent.children.values()), (
+                "a lock below is missing above"
+            )
             assert min(node.locks, node.hits) >= 0
             size[node.locks > 0] += len(node)
             if not node.children and not node.locks:

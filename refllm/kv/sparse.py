@@ -40,7 +40,18 @@ from itertools import pairwise
 from refllm.backend import Array, namespace, top_k
 from refllm.kv.kivi import whole_number
 
-__all__ = ["Sparse", "at_random", "choose", "h2o", "pooled", "pyramidkv", "recent_only", "snapkv", "streaming", "tova"]
+__all__ = [
+    "Sparse",
+    "at_random",
+    "choose",
+    "h2o",
+    "pooled",
+    "pyramidkv",
+    "recent_only",
+    "snapkv",
+    "streaming",
+    "tova",
+]
 
 SCORES = ("none", "mass", "last", "votes", "random")
 
@@ -69,16 +80,27 @@ class Sparse:
     def __post_init__(self) -> None:
         for name in ("budget", "first", "newest", "window", "kernel"):
             least = 0 if name in ("first", "newest") else 1
-            object.__setattr__(self, name, whole_number(f"Sparse: {name}", getattr(self, name), least))
+            object.__setattr__(
+                self, name, whole_number(f"Sparse: {name}", getattr(self, name), least)
+            )
         if self.score not in SCORES:
-            raise ValueError(f"Sparse: no score is called {self.score!r}; they are {', '.join(SCORES)}")
+            raise ValueError(
+                f"Sparse: no score is called {self.score!r}; they are {', '.join(SCORES)}"
+            )
         if self.score == "votes" and (self.always or self.newest < self.window):
-            raise ValueError("Sparse: votes are counted once, after the prompt, and those who vote are kept")
+            raise ValueError(
+                "Sparse: votes are counted once, after the prompt, and those who vote are kept"
+            )
         if self.pool not in ("mean", "max") or not self.kernel % 2:
-            raise ValueError(f"Sparse: pools by mean or max of an odd number, got {self.pool!r} of {self.kernel}")
+            raise ValueError(
+                f"Sparse: pools by mean or max of an odd number, got {self.pool!r} of {self.kernel}"
+            )
         if self.beta is not None and not self.beta >= 1:
-            raise ValueError(f"Sparse: the lowest layer's share is at least the highest's, got beta {self.beta}")
-        least, must = int(self.budget / (self.beta or 1)), max(1, self.first + self.newest)
+            raise ValueError(
+                f"Sparse: the lowest layer's share is at least the highest's, got beta {self.beta}"
+            )
+        least = int(self.budget / (self.beta or 1))
+        must = max(1, self.first + self.newest)
         if least < must:
             raise ValueError(
                 f"Sparse: {least} tokens do not hold the first {self.first} and the newest {self.newest}; "
@@ -91,7 +113,10 @@ class Sparse:
             return [self.budget] * layers
         low = self.budget / self.beta
         fall = 2 * (self.budget - low) / (layers - 1)
-        ends = [round(sum(2 * self.budget - low - i * fall for i in range(n))) for n in range(layers + 1)]
+        ends = [
+            round(sum(2 * self.budget - low - i * fall for i in range(n)))
+            for n in range(layers + 1)
+        ]
         return [b - a for a, b in pairwise(ends)]
 
     def held(self, prompt: int, new: int, layers: int) -> int:
@@ -131,12 +156,16 @@ def snapkv(budget: int, window: int = 32, kernel: int = 5, pool: str = "mean") -
     return Sparse(budget, "votes", 0, window, always=False, window=window, kernel=kernel, pool=pool)
 
 
-def pyramidkv(budget: int, window: int = 8, kernel: int = 5, pool: str = "mean", beta: float = 20.0) -> Sparse:
+def pyramidkv(
+    budget: int, window: int = 8, kernel: int = 5, pool: str = "mean", beta: float = 20.0
+) -> Sparse:
     """PyramidKV: SnapKV with ``budget`` tokens a layer on average, from 2B − B/β at the bottom to B/β at the top.
 
     On average of prompts that are long enough: what a low layer has no tokens for is not given to the others.
     """
-    return Sparse(budget, "votes", 0, window, always=False, window=window, kernel=kernel, pool=pool, beta=beta)
+    return Sparse(
+        budget, "votes", 0, window, always=False, window=window, kernel=kernel, pool=pool, beta=beta
+    )
 
 
 def at_random(budget: int, newest: int | None = None) -> Sparse:
@@ -167,8 +196,11 @@ def pooled(votes: Array, kernel: int, pool: str) -> Array:
     So a token beside an important one is kept with it. The mean counts the zeros, as the published code does.
     """
     xp = namespace(votes)
-    half, size = kernel // 2, int(votes.shape[-1])
+    half = kernel // 2
+    size = int(votes.shape[-1])
     beyond = xp.zeros((votes.shape[0], half), dtype=votes.dtype)
     padded = xp.concat([beyond, votes, beyond], axis=-1)
     near = xp.stack([padded[:, i : i + size] for i in range(kernel)])
-    return xp.max(near, axis=0) if pool == "max" else xp.sum(near, axis=0) / kernel
+    if pool == "max":
+        return xp.max(near, axis=0)
+    return xp.sum(near, axis=0) / kernel

@@ -51,28 +51,41 @@ class SparseCache:
     """
 
     def __init__(
-        self, config: ModelConfig, max_sequences: int, *, like: Array, policy: Sparse,
+        self,
+        config: ModelConfig,
+        max_sequences: int,
+        *,
+        like: Array,
+        policy: Sparse,
         rng: np.random.Generator | None = None,
-    ):  # fmt: skip
+    ):
         """``like`` is any array of the library and type to live in; ``rng`` draws the scores of ``at_random``."""
         if max_sequences < 1:
             raise ValueError(f"SparseCache: needs room for a sequence, got {max_sequences}")
         if policy.score == "random" and rng is None:
             raise ValueError("SparseCache: a policy that drops at random needs rng=")
-        self.policy, self.rng = policy, rng
+        self.policy = policy
+        self.rng = rng
         self.budgets = policy.budgets(config.num_hidden_layers)
         self.window = config.sliding_window
-        xp, shape = namespace(like), (config.num_key_value_heads, 0, config.head_dim)
+        xp = namespace(like)
+        shape = (config.num_key_value_heads, 0, config.head_dim)
         queries = (config.num_attention_heads, 0, config.head_dim)
 
         def empty() -> Kept:
-            none, at = xp.zeros(shape, dtype=like.dtype), xp.zeros(shape[:2], dtype=xp.int64)
-            asked = xp.zeros(queries, dtype=like.dtype) if policy.score == "votes" else None
+            none = xp.zeros(shape, dtype=like.dtype)
+            at = xp.zeros(shape[:2], dtype=xp.int64)
+            if policy.score == "votes":
+                asked = xp.zeros(queries, dtype=like.dtype)
+            else:
+                asked = None
             # a float16 sum of shares stands still at 2,048
             merit = xp.zeros(shape[:2], dtype="float32" if like.dtype == "float16" else like.dtype)
             return Kept(none, none, at, merit, asked)
 
-        self.layers = [[empty() for _ in range(max_sequences)] for _ in range(config.num_hidden_layers)]
+        self.layers = [
+            [empty() for _ in range(max_sequences)] for _ in range(config.num_hidden_layers)
+        ]
         self.lengths = [0] * max_sequences  # tokens read, kept or not
         self.settled = [False] * max_sequences
         self.dropped = 0  # tokens of a layer, mean of its heads
@@ -81,7 +94,12 @@ class SparseCache:
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values that are kept, and of their positions and scores."""
-        held = [a for layer in self.layers for kept in layer for a in (kept.keys, kept.values, kept.place, kept.merit)]
+        held = [
+            a
+            for layer in self.layers
+            for kept in layer
+            for a in (kept.keys, kept.values, kept.place, kept.merit)
+        ]
         return int(sum(a.nbytes for a in held))
 
     def positions(self, counts: Sequence[int]) -> list[int]:
@@ -91,7 +109,9 @@ class SparseCache:
     def view(self, counts: Sequence[int]) -> Attend:
         """An ``attend`` for a step in which sequence b brings ``counts[b]`` new tokens (0 is allowed)."""
         if len(counts) > len(self.lengths):
-            raise ValueError(f"the cache holds {len(self.lengths)} sequences, the batch has {len(counts)}")
+            raise ValueError(
+                f"the cache holds {len(self.lengths)} sequences, the batch has {len(counts)}"
+            )
         if min(counts) < 0:
             raise ValueError(f"a sequence brings 0 tokens or more, got {list(counts)}")
         self._view = _View(self, counts)
@@ -103,10 +123,18 @@ class SparseCache:
         ValueError if it brought fewer, or has not gone through all layers.
         """
         view = self._view
-        if view is None or any(len(view.brought.get(i, ())) < len(view.counts) for i in range(len(self.layers))):
-            raise ValueError(f"advance commits what a view brought to {len(self.layers)} layers: run the step first")
-        if len(counts) > len(view.counts) or any(not 0 <= n <= m for n, m in zip(counts, view.counts, strict=False)):
-            raise ValueError(f"the step brought {view.counts} tokens, {list(counts)} cannot be committed")
+        if view is None or any(
+            len(view.brought.get(i, ())) < len(view.counts) for i in range(len(self.layers))
+        ):
+            raise ValueError(
+                f"advance commits what a view brought to {len(self.layers)} layers: run the step first"
+            )
+        if len(counts) > len(view.counts) or any(
+            not 0 <= n <= m for n, m in zip(counts, view.counts, strict=False)
+        ):
+            raise ValueError(
+                f"the step brought {view.counts} tokens, {list(counts)} cannot be committed"
+            )
         self._view = None
         for b, n in enumerate(counts):
             if n:
@@ -122,14 +150,23 @@ class SparseCache:
             if not done and self.lengths[b]:
                 for layer, sequences in enumerate(self.layers):
                     kept = sequences[b]
-                    self._drop(layer, b, kept.merit if kept.asked is None else self._votes(kept, self.lengths[b]))
+                    self._drop(
+                        layer,
+                        b,
+                        kept.merit if kept.asked is None else self._votes(kept, self.lengths[b]),
+                    )
                     kept.asked = None
                 self.settled[b] = True
 
-    def _append(self, kept: Kept, n: int, q: Array, keys: Array, values: Array, place: Array, a: Any) -> None:
+    def _append(
+        self, kept: Kept, n: int, q: Array, keys: Array, values: Array, place: Array, a: Any
+    ) -> None:
         """The first n of a step's tokens join what is kept: q[H, ·, D] of the step, K, V[G, S + ·, D] of both."""
-        xp, size = namespace(keys), kept.keys.shape[1]
-        kept.keys, kept.values, kept.place = keys[:, : size + n], values[:, : size + n], place[:, : size + n]
+        xp = namespace(keys)
+        size = kept.keys.shape[1]
+        kept.keys = keys[:, : size + n]
+        kept.values = values[:, : size + n]
+        kept.place = place[:, : size + n]
         dtype = kept.merit.dtype
         new = xp.zeros((keys.shape[0], n), dtype=dtype)
         if self.policy.score == "random":
@@ -139,19 +176,25 @@ class SparseCache:
         if self.policy.score == "mass":
             kept.merit += xp.sum(a[:, :n, : size + n], axis=1, dtype=dtype)
         elif self.policy.score == "last":
-            kept.merit = xp.astype(a[:, n - 1, : size + n], dtype)  # a copy: a view would hold all of a
+            # a copy: a view would hold all of a
+            kept.merit = xp.astype(a[:, n - 1, : size + n], dtype)
         if kept.asked is not None:
-            kept.asked = xp.copy(xp.concat([kept.asked, q[:, :n]], axis=1)[:, -self.policy.window :])
+            kept.asked = xp.copy(
+                xp.concat([kept.asked, q[:, :n]], axis=1)[:, -self.policy.window :]
+            )
 
     def _drop(self, layer: int, b: int, score: Array) -> None:
-        kept, policy, budget = self.layers[layer][b], self.policy, self.budgets[layer]
+        kept = self.layers[layer][b]
+        policy = self.policy
+        budget = self.budgets[layer]
         size = int(kept.keys.shape[1])
         if size <= budget:
             return
         xp = namespace(score)
         if policy.alike:
             score = xp.broadcast_to(xp.mean(score, axis=0), score.shape)
-        if self.window is not None:  # the next query, at the newest's position + 1, sees the last ``window``
+        # the next query, at the newest's position + 1, sees the last ``window``
+        if self.window is not None:
             passed = kept.place <= kept.place[:, -1:] + 1 - self.window
             score = xp.where(passed, xp.asarray(-math.inf, dtype=score.dtype), score)
         stay = choose(score, budget, policy.first, policy.newest)
@@ -163,11 +206,13 @@ class SparseCache:
 
     def _votes(self, kept: Kept, length: int) -> Array:
         """SnapKV's C: what the last w queries read of the tokens before them, summed and pooled; [G, S]."""
-        xp, policy = namespace(kept.keys), self.policy
+        xp = namespace(kept.keys)
+        policy = self.policy
         assert kept.asked is not None
         w = int(kept.asked.shape[1])
         a = _weights(kept.asked, kept.keys, kept.place, length - w, self.window)
-        before = xp.sum(xp.mean(a, axis=1), axis=1)[:, : length - w]  # the mean over heads, the sum over queries
+        # the mean over heads, the sum over queries
+        before = xp.sum(xp.mean(a, axis=1), axis=1)[:, : length - w]
         votes = pooled(before, policy.kernel, policy.pool)
         return xp.concat([votes, xp.zeros((votes.shape[0], w), dtype=votes.dtype)], axis=1)
 
@@ -176,21 +221,31 @@ class _View:
     """Each sequence over what its key heads keep, and what the step brings."""
 
     def __init__(self, cache: SparseCache, counts: Sequence[int]):
-        self.cache, self.counts = cache, list(counts)
-        self.brought: dict[int, list[Any]] = {}  # by layer, of each sequence: q, K, V, place, a, or None
+        self.cache = cache
+        self.counts = list(counts)
+        # by layer, of each sequence: q, K, V, place, a, or None
+        self.brought: dict[int, list[Any]] = {}
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
-        xp, cache, at = namespace(q), self.cache, 0
+        xp = namespace(q)
+        cache = self.cache
+        at = 0
         if q.shape[0] != sum(self.counts):
-            raise ValueError(f"the view is for {sum(self.counts)} tokens, the step has {q.shape[0]}")
-        out, brought = xp.empty_like(q), self.brought.setdefault(layer, [])
+            raise ValueError(
+                f"the view is for {sum(self.counts)} tokens, the step has {q.shape[0]}"
+            )
+        out = xp.empty_like(q)
+        brought = self.brought.setdefault(layer, [])
         brought.clear()
         for b, n in enumerate(self.counts):
             if n == 0:
                 brought.append(None)
                 continue
-            rows, kept, start = slice(at, at + n), cache.layers[layer][b], cache.lengths[b]
-            asks, new_k, new_v = (xp.copy(x[rows].transpose(1, 0, 2)) for x in (q, k, v))  # theirs to overwrite
+            rows = slice(at, at + n)
+            kept = cache.layers[layer][b]
+            start = cache.lengths[b]
+            # theirs to overwrite
+            asks, new_k, new_v = (xp.copy(x[rows].transpose(1, 0, 2)) for x in (q, k, v))
             keys = xp.concat([kept.keys, new_k], axis=1)
             values = xp.concat([kept.values, new_v], axis=1)
             new = xp.broadcast_to(xp.arange(start, start + n), (keys.shape[0], n))
@@ -207,7 +262,8 @@ class _View:
 def _weights(q: Array, keys: Array, place: Array, start: int, window: int | None) -> Array:
     """softmax(q K / √D) of q[H, n, D] at positions ``start`` + i over keys[G, S, D] at ``place``: [G, R, n, S]."""
     xp = namespace(q, keys)
-    groups, dim = keys.shape[0], keys.shape[2]
+    groups = keys.shape[0]
+    dim = keys.shape[2]
     rows = q.reshape(groups, -1, *q.shape[1:]) * (1.0 / math.sqrt(dim))
     scores = xp.matmul(rows, keys.transpose(0, 2, 1)[:, None])
     t = xp.arange(start, start + q.shape[1])[:, None]

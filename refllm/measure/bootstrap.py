@@ -44,11 +44,14 @@ def blocks(documents: np.ndarray, size: int) -> np.ndarray:
     documents[T], the document of each token, in order → unit[T], numbered from 0 without gaps.
     """
     if not 1 <= size == size // 1:
-        raise ValueError(f"blocks: a block needs a whole number of tokens, at least one, got {size}")
+        raise ValueError(
+            f"blocks: a block needs a whole number of tokens, at least one, got {size}"
+        )
     if len(documents) == 0:
         return np.zeros(0, np.int64)
     begins = np.concatenate(([True], documents[1:] != documents[:-1]))
-    first = np.flatnonzero(begins)[np.cumsum(begins) - 1]  # [T], index of the document's first token
+    # [T], index of the document's first token
+    first = np.flatnonzero(begins)[np.cumsum(begins) - 1]
     starts = (np.arange(len(documents)) - first) % size == 0
     unit: np.ndarray = np.cumsum(starts) - 1
     return unit
@@ -75,9 +78,13 @@ def bootstrap(
     if x.shape[1] == 0 or x.shape[1] != len(units):
         raise ValueError(f"bootstrap: {x.shape[1]} values for {len(units)} tokens")
     if not np.isfinite(x).all():
-        raise ValueError(f"bootstrap: value {int(np.argmin(np.isfinite(x).all(axis=0)))} is not finite")
+        raise ValueError(
+            f"bootstrap: value {int(np.argmin(np.isfinite(x).all(axis=0)))} is not finite"
+        )
     if resamples < 1 or not 0 < confidence < 1:
-        raise ValueError(f"bootstrap: {resamples} resamples at confidence {confidence} make no interval")
+        raise ValueError(
+            f"bootstrap: {resamples} resamples at confidence {confidence} make no interval"
+        )
     names, unit = np.unique(units, return_inverse=True)
     count = len(names)
     sizes = np.bincount(unit, minlength=count).astype(np.float64)  # c[U]
@@ -91,7 +98,9 @@ def bootstrap(
     return [Interval(*map(float, ends)) for ends in zip(mean, low, high, strict=True)]
 
 
-def _resample(sums: np.ndarray, sizes: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
+def _resample(
+    sums: np.ndarray, sizes: np.ndarray, rng: np.random.Generator, resamples: int
+) -> np.ndarray:
     """S[K, U], c[U] → the statistics of every resample, [resamples, K]."""
     count = len(sizes)
     even = np.full(count, 1.0 / count)

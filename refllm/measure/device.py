@@ -37,8 +37,12 @@ class Device:
     source: str = ""
 
     def __post_init__(self) -> None:
-        if not (0 < self.peak_flops < inf and 0 < self.peak_bandwidth < inf and 0 <= self.overhead < inf):
-            raise ValueError(f"a device needs finite peaks above 0 and an overhead of 0 or more, got {self}")
+        if not (
+            0 < self.peak_flops < inf and 0 < self.peak_bandwidth < inf and 0 <= self.overhead < inf
+        ):
+            raise ValueError(
+                f"a device needs finite peaks above 0 and an overhead of 0 or more, got {self}"
+            )
 
     @property
     def ridge(self) -> float:
@@ -48,12 +52,19 @@ class Device:
 
 # Peaks of the vendor's data sheets, without structured sparsity (with it the sheets print twice as much).
 DEVICES = {
-    "h200": Device("H200 SXM, bf16 dense", 989e12, 4.8e12, source="NVIDIA H200 data sheet: 1,979 TFLOP/s sparse"),
+    "h200": Device(
+        "H200 SXM, bf16 dense",
+        989e12,
+        4.8e12,
+        source="NVIDIA H200 data sheet: 1,979 TFLOP/s sparse",
+    ),
     "a100": Device("A100 SXM 80 GB, bf16 dense", 312e12, 2.039e12, source="NVIDIA A100 data sheet"),
 }
 
 
-def measure_machine(threads: int = 1, *, size: int = 1024, megabytes: int = 256, repeats: int = 5) -> Device:
+def measure_machine(
+    threads: int = 1, *, size: int = 1024, megabytes: int = 256, repeats: int = 5
+) -> Device:
     """Measure this machine in about a second: sgemm rate and memory bandwidth, kind B (measured here).
 
     ``threads`` BLAS threads. The rate is that of a float32 product of two matrices of ``size``; the bandwidth
@@ -66,12 +77,12 @@ def measure_machine(threads: int = 1, *, size: int = 1024, megabytes: int = 256,
         gemm = _median_seconds(lambda: np.matmul(a, a, out=out), repeats)
         x, y = np.ones((2, megabytes * 1_000_000 // 8), np.float32)
         read = _median_seconds(lambda: np.dot(x, y), repeats)
-        blas: dict[str, Any] = next((p for p in threadpool_info() if p.get("user_api") == "blas"), {})
+        blas: dict[str, Any] = next(
+            (p for p in threadpool_info() if p.get("user_api") == "blas"), {}
+        )
     name = f"{processor()}, float32, {threads} thread{'s' if threads > 1 else ''}"
     how = f"sgemm {size}³ and dot of {megabytes} MB, medians of {repeats}; NumPy {np.__version__}, "
-    how += (
-        f"{blas.get('internal_api', 'unknown BLAS')} {blas.get('version', '')}, {blas.get('num_threads', '?')} threads"
-    )
+    how += f"{blas.get('internal_api', 'unknown BLAS')} {blas.get('version', '')}, {blas.get('num_threads', '?')} threads"
     return Device(name, 2.0 * size**3 / gemm, (x.nbytes + y.nbytes) / read, source=how)
 
 
@@ -89,6 +100,8 @@ def processor() -> str:
     """The processor's own name where the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

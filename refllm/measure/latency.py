@@ -39,12 +39,16 @@ class Stopwatch:
     @property
     def ttft(self) -> float:
         """NaN before the first token."""
-        return self._ticks[0] - self._start if self._ticks else math.nan
+        if self._ticks:
+            return self._ticks[0] - self._start
+        return math.nan
 
     @property
     def e2el(self) -> float:
         """NaN before the first token."""
-        return self._ticks[-1] - self._start if self._ticks else math.nan
+        if self._ticks:
+            return self._ticks[-1] - self._start
+        return math.nan
 
     @property
     def gaps(self) -> list[float]:
@@ -54,7 +58,9 @@ class Stopwatch:
     @property
     def tpot(self) -> float:
         """Mean seconds a token after the first; NaN for fewer than two tokens."""
-        return (self.e2el - self.ttft) / (self.tokens - 1) if self.tokens > 1 else math.nan
+        if self.tokens > 1:
+            return (self.e2el - self.ttft) / (self.tokens - 1)
+        return math.nan
 
     @property
     def tokens_per_second(self) -> float:

@@ -65,9 +65,15 @@ class Parameters:
 
 def parameters(config: ModelConfig) -> Parameters:
     """Count the parameters of a configuration; the total is ``config.num_parameters``."""
-    n, layers = config.hidden_size, config.num_hidden_layers
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    small = 2 * n + (q + 2 * kv if config.attention_bias else 0) + (2 * config.head_dim if config.qk_norm else 0)
+    n = config.hidden_size
+    layers = config.num_hidden_layers
+    q = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    small = (
+        2 * n
+        + (q + 2 * kv if config.attention_bias else 0)
+        + (2 * config.head_dim if config.qk_norm else 0)
+    )
     table = config.vocab_size * n
     return Parameters(
         embedding=table,
@@ -85,9 +91,12 @@ def weight_bytes(config: ModelConfig, bits: float = 16, *, other_bits: float | N
     means ``bits`` for these too.
     """
     p = parameters(config)
-    products, others = p.attention + p.mlp, p.embedding + p.head + p.small
+    products = p.attention + p.mlp
+    others = p.embedding + p.head + p.small
     rest = bits if other_bits is None else other_bits
-    return math.ceil((products * _positive("bits", bits) + others * _positive("other_bits", rest)) / 8)
+    return math.ceil(
+        (products * _positive("bits", bits) + others * _positive("other_bits", rest)) / 8
+    )
 
 
 def kv_bytes_per_token(config: ModelConfig, bits: float = 16) -> float:
@@ -97,7 +106,12 @@ def kv_bytes_per_token(config: ModelConfig, bits: float = 16) -> float:
 
 
 def kv_bytes(
-    config: ModelConfig, tokens: int, sequences: int = 1, *, bits: float = 16, forget_window: bool = False
+    config: ModelConfig,
+    tokens: int,
+    sequences: int = 1,
+    *,
+    bits: float = 16,
+    forget_window: bool = False,
 ) -> int:
     """Bytes of the cache for ``sequences`` of ``tokens`` each, rounded up.
 
@@ -110,7 +124,9 @@ def kv_bytes(
     return math.ceil(kv_bytes_per_token(config, bits) * tokens * sequences)
 
 
-def max_tokens(config: ModelConfig, budget: float, *, sequences: int = 1, bits: float = 16, kv_bits: float = 16) -> int:
+def max_tokens(
+    config: ModelConfig, budget: float, *, sequences: int = 1, bits: float = 16, kv_bits: float = 16
+) -> int:
     """The longest context that ``sequences`` of them can have within ``budget`` bytes, weights included.
 
     0 if not even one token fits. The model's own longest position is not looked at.
@@ -120,7 +136,9 @@ def max_tokens(config: ModelConfig, budget: float, *, sequences: int = 1, bits: 
     return _fits(config, budget, bits, kv_bits) // sequences
 
 
-def max_sequences(config: ModelConfig, budget: float, context: int, *, bits: float = 16, kv_bits: float = 16) -> int:
+def max_sequences(
+    config: ModelConfig, budget: float, context: int, *, bits: float = 16, kv_bits: float = 16
+) -> int:
     """The most sequences of ``context`` tokens that fit within ``budget`` bytes, weights included."""
     if context < 1:
         raise ValueError(f"max_sequences: needs a context of at least one token, got {context}")
@@ -129,7 +147,8 @@ def max_sequences(config: ModelConfig, budget: float, context: int, *, bits: flo
 
 def human(size: float) -> str:
     """``"32.77 GB (30.52 GiB)"``: decimal and binary side by side, up to terabytes."""
-    power = sum(size >= 1000**k for k in (1, 2, 3, 4))  # comparisons, since log(10**6, 1000) is not quite 2
+    # comparisons, since log(10**6, 1000) is not quite 2
+    power = sum(size >= 1000**k for k in (1, 2, 3, 4))
     if power == 0:
         return f"{size:.0f} B"
     prefix = " kMGT"[power]
@@ -150,7 +169,9 @@ def long_context_example(context: int = 100_000) -> dict[str, int]:
     }
 
 
-def kv_memory_data(contexts: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000)) -> dict[str, Any]:
+def kv_memory_data(
+    contexts: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000),
+) -> dict[str, Any]:
     """Values of the figure ``kv_memory``: the cache of one sequence against its context, fp16 unless stated."""
     every = replace(LLAMA_70B, num_key_value_heads=64)
     lines = {
@@ -162,8 +183,13 @@ def kv_memory_data(contexts: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_00
     return {
         "contexts": list(contexts),
         "marked": 100_000,
-        "lines": {name: [kv_bytes(c, s, bits=bits) for s in contexts] for name, (c, bits) in lines.items()},
-        "weights": {"70B weights, fp16": weight_bytes(LLAMA_70B), "70B weights, 4-bit": weight_bytes(LLAMA_70B, 4)},
+        "lines": {
+            name: [kv_bytes(c, s, bits=bits) for s in contexts] for name, (c, bits) in lines.items()
+        },
+        "weights": {
+            "70B weights, fp16": weight_bytes(LLAMA_70B),
+            "70B weights, 4-bit": weight_bytes(LLAMA_70B, 4),
+        },
     }
 
 
@@ -183,7 +209,10 @@ def _positive(name: str, bits: float) -> float:
 
 def main(folder: str = "figures/data") -> None:
     """Write the data of the figure ``kv_memory``."""
-    write(f"{folder}/kv_memory.json", Record("python -m refllm.measure.memory", "A", "none", kv_memory_data()))
+    write(
+        f"{folder}/kv_memory.json",
+        Record("python -m refllm.measure.memory", "A", "none", kv_memory_data()),
+    )
 
 
 if __name__ == "__main__":

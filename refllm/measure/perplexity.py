@@ -47,7 +47,8 @@ __all__ = [
     "evaluate", "keep",
 ]  # fmt: skip
 
-Memory = Callable[[list[int]], Attend]  # lengths of the windows in a ragged batch → their ``attend``
+# lengths of the windows in a ragged batch → their ``attend``
+Memory = Callable[[list[int]], Attend]
 Progress = Callable[[int, int], None]  # (tokens scored so far, tokens in all)
 _ROWS = 128  # rows of logits at a time: 128 × V numbers in float64 are a few megabytes
 
@@ -76,9 +77,13 @@ class Kept:
 
 
 def keep(
-    reference: Network, documents: Iterable[Text] | Text, *, window: int = 1024, stride: int = 512,
+    reference: Network,
+    documents: Iterable[Text] | Text,
+    *,
+    window: int = 1024,
+    stride: int = 512,
     max_tokens: int | None = None,
-) -> Kept:  # fmt: skip
+) -> Kept:
     """Run ``reference`` for ``compare(model, kept, …)`` on the same documents, window, stride and ``max_tokens``."""
     whole = plan(reference, documents, window, stride, max_tokens)
     parts = [_hidden(reference, whole, batch, None) for batch in whole.batches()]
@@ -145,27 +150,49 @@ def compare(
     texts = as_documents(documents)
     whole = plan(model, texts, window, stride, max_tokens)
     kept = reference if isinstance(reference, Kept) else None
-    network = reference.network if isinstance(reference, Kept) else reference
-    other = plan(network, texts, window, stride, max_tokens) if kept is None else kept.plan
-    if model.config.vocab_size != network.config.vocab_size or not np.array_equal(whole.targets, other.targets):
-        raise ValueError("compare: the two models read different tokens; KL needs one vocabulary and tokenizer")
+    if isinstance(reference, Kept):
+        network = reference.network
+    else:
+        network = reference
+    if kept is None:
+        other = plan(network, texts, window, stride, max_tokens)
+    else:
+        other = kept.plan
+    if model.config.vocab_size != network.config.vocab_size or not np.array_equal(
+        whole.targets, other.targets
+    ):
+        raise ValueError(
+            "compare: the two models read different tokens; KL needs one vocabulary and tokenizer"
+        )
     if whole.windows != other.windows:
         raise ValueError("compare: the reference was kept with another window or stride")
     count = len(whole.targets)
-    nats_q, nats_p, kl, same = np.empty(count), np.empty(count), np.empty(count), np.empty(count, bool)
-    for rows, hidden in _passes(whole, progress, [(model, attend)] if kept else [(model, attend), (network, None)]):
+    nats_q = np.empty(count)
+    nats_p = np.empty(count)
+    kl = np.empty(count)
+    same = np.empty(count, bool)
+    for rows, hidden in _passes(
+        whole, progress, [(model, attend)] if kept else [(model, attend), (network, None)]
+    ):
         hidden_p = kept.hidden[rows] if kept else hidden[1]
         xp = namespace(hidden[0], hidden_p)
         targets = whole.targets[rows]
         log_q = _log_softmax(model, hidden[0], whole, rows.start)
         log_p = _log_softmax(network, hidden_p, whole, rows.start)
-        nats_q[rows], nats_p[rows] = to_numpy(_loss(log_q, targets)), to_numpy(_loss(log_p, targets))
+        nats_q[rows] = to_numpy(_loss(log_q, targets))
+        nats_p[rows] = to_numpy(_loss(log_p, targets))
         kl[rows] = to_numpy(divergence(log_p, log_q))
         same[rows] = to_numpy(xp.argmax(log_q, axis=-1) == xp.argmax(log_p, axis=-1))
-    units = whole.document if block is None else blocks(whole.document, block)
+    if block is None:
+        units = whole.document
+    else:
+        units = blocks(whole.document, block)
     over = (kl, same, nats_q - nats_p)
     intervals = bootstrap(over, units, rng, resamples=resamples, confidence=confidence)
-    unit = "documents" if block is None else f"blocks of {block} consecutive tokens"
+    if block is None:
+        unit = "documents"
+    else:
+        unit = f"blocks of {block} consecutive tokens"
     method = f"{confidence:.0%} percentile bootstrap, {resamples} resamples of {len(set(units.tolist()))} {unit}"
     seconds = time.perf_counter() - began
     score_q, score_p = (_score(whole, nats, window, stride, seconds) for nats in (nats_q, nats_p))
@@ -205,8 +232,12 @@ def _hidden(model: Network, whole: Plan, batch: list[Window], attend: Memory | N
     positions = np.concatenate([np.arange(n) for n in lengths])
     # row indices in the batch: each window gives those from `first` on
     ends = np.cumsum(lengths)
-    scored = np.concatenate([np.arange(e - n + w.first, e) for w, n, e in zip(batch, lengths, ends, strict=True)])
-    memory = CausalAttend(lengths, model.config.sliding_window) if attend is None else attend(lengths)
+    scored = np.concatenate(
+        [np.arange(e - n + w.first, e) for w, n, e in zip(batch, lengths, ends, strict=True)]
+    )
+    memory = (
+        CausalAttend(lengths, model.config.sliding_window) if attend is None else attend(lengths)
+    )
     move = [asarray_like(x, like) for x in (tokens, positions, scored)]
     return forward(model.weights, model.config, move[0], move[1], memory)[move[2]]
 
@@ -219,7 +250,8 @@ def _log_softmax(model: Network, hidden: Array, whole: Plan, first: int) -> Arra
     if not bool(xp.all(finite)):
         bad = int(xp.argmin(xp.all(finite, axis=-1)))
         raise ValueError(f"a logit is not finite where {whole.place(first + bad)} is predicted")
-    z -= xp.max(z, axis=-1, keepdims=True)  # the exponentials stay within [0, 1], their sum within [1, V]
+    # the exponentials stay within [0, 1], their sum within [1, V]
+    z -= xp.max(z, axis=-1, keepdims=True)
     z -= xp.log(xp.sum(xp.exp(z), axis=-1, keepdims=True))
     return z
 
@@ -238,9 +270,17 @@ def _score(whole: Plan, nats: np.ndarray, window: int, stride: int, seconds: flo
     size = np.bincount(whole.document, weights=whole.token_bytes, minlength=count)
     loss = np.bincount(whole.document, weights=nats, minlength=count)
     table = tuple(
-        DocumentScore(name, int(tokens[d]), int(size[d]), float(loss[d])) for d, name in enumerate(whole.names)
+        DocumentScore(name, int(tokens[d]), int(size[d]), float(loss[d]))
+        for d, name in enumerate(whole.names)
     )
     return Score(
-        nats, whole.token_bytes, whole.context, whole.document, table, window, stride, seconds,
+        nats,
+        whole.token_bytes,
+        whole.context,
+        whole.document,
+        table,
+        window,
+        stride,
+        seconds,
         platform.python_version(),
-    )  # fmt: skip
+    )

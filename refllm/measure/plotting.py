@@ -17,7 +17,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-FULL, NEAREST, TECHNIQUE = "#6b6b6b", "#e69f00", "#0072b2"
+FULL = "#6b6b6b"
+NEAREST = "#e69f00"
+TECHNIQUE = "#0072b2"
 MORE = ("#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # further series, in this order
 SERIES = (TECHNIQUE, NEAREST, FULL, *MORE)
 STYLE: Any = {
@@ -68,19 +70,31 @@ def axes(title: str, x: str, y: str, **figure: Any) -> tuple[Figure, Axes]:
     return fig, ax
 
 
-def end_labels(ax: Axes, ends: Iterable[tuple[float, float, str, str]], gap: float, **text: Any) -> None:
+def end_labels(
+    ax: Axes, ends: Iterable[tuple[float, float, str, str]], gap: float, **text: Any
+) -> None:
     """(x, y, name, colour) of each line's end → the name to the right of the axes, after a dot in the line's colour.
 
     Names stand at least ``gap`` of the axes' height apart, the higher end's above; limits are to be set before.
     """
     ax.get_ylim()  # from here on the limits are known
-    place, lowest = ax.transScale + ax.transLimits, 2.0
+    place = ax.transScale + ax.transLimits
+    lowest = 2.0
     known = [(float(place.transform((x, y))[1]), name, colour) for x, y, name, colour in ends]
     for height, name, colour in sorted(known, reverse=True):
         lowest = min(height, lowest - gap)
-        for at, part, ink in ((4, "●", colour), (15, name, "black")):  # letters in a light colour are hard to read
-            ax.annotate(part, (1, lowest), xycoords="axes fraction", xytext=(at, 0), textcoords="offset points",
-                        va="center", color=ink, **{"fontsize": 8.5} | text)  # fmt: skip
+        # letters in a light colour are hard to read
+        for at, part, ink in ((4, "●", colour), (15, name, "black")):
+            ax.annotate(
+                part,
+                (1, lowest),
+                xycoords="axes fraction",
+                xytext=(at, 0),
+                textcoords="offset points",
+                va="center",
+                color=ink,
+                **{"fontsize": 8.5} | text,
+            )
 
 
 def coloured(colours: Sequence[str], items: Iterable[Any]) -> list[tuple[str, Any]]:

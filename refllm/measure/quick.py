@@ -42,7 +42,9 @@ class Sample:
     of: int
 
 
-def sample_bits_per_byte(model: Model, documents: Sequence[Document], count: int, rng: np.random.Generator) -> Sample:
+def sample_bits_per_byte(
+    model: Model, documents: Sequence[Document], count: int, rng: np.random.Generator
+) -> Sample:
     """Score ``count`` of the windows that ``perplexity.evaluate`` would score, drawn without replacement.
 
     The mean is one over bytes: each byte carries its token's share of the loss, so that the interval is one of bits
@@ -53,9 +55,12 @@ def sample_bits_per_byte(model: Model, documents: Sequence[Document], count: int
     sizes = [w.end - w.begin - w.first for w in whole.windows]  # scored tokens of each window
     starts = np.cumsum([0, *sizes])
     chosen = sorted(rng.permutation(len(whole.windows))[:count])
-    bits, units, tokens = [], [], 0
+    bits = []
+    units = []
+    tokens = 0
     for unit, index in enumerate(chosen):
-        w, rows = whole.windows[index], slice(starts[index], starts[index + 1])
+        w = whole.windows[index]
+        rows = slice(starts[index], starts[index + 1])
         z = log_probabilities(model.logits(whole.tokens[w.document][w.begin : w.end])[w.first :])
         target = asarray_like(whole.targets[rows], z)
         xp = namespace(z)
@@ -75,14 +80,17 @@ def time_step(model: Model, batch: Sequence[tuple[int, int]], repeats: int = 15)
 
     A decode step, of one new token each, is computed as ``generate`` does: captured where the network can be.
     """
-    like, config = model.weights["norm"], model.config
+    like = model.weights["norm"]
+    config = model.config
     capacity = max(past + new for past, new in batch)
     cache = ContiguousCache(config, len(batch), capacity, like=like)
-    cache.lengths[:] = [past for past, _ in batch]  # zeros stand for a past: the products are the same
+    # zeros stand for a past: the products are the same
+    cache.lengths[:] = [past for past, _ in batch]
     counts = [new for _, new in batch]
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, sum(counts))
     at = cache.positions(counts)
-    last, captured = asarray_like(np.cumsum(counts) - 1, like), stepper(model.weights, config)
+    last = asarray_like(np.cumsum(counts) - 1, like)
+    captured = stepper(model.weights, config)
 
     def step() -> Array:
         if max(counts) == 1:

@@ -28,14 +28,17 @@ class Record:
     """The values of a figure or table, and where they come from."""
 
     command: str  # what to type to make them again
-    kind: str  # "A", "B", "C", or several where a figure shows a measurement beside a projection: "B, C"
+    # "A", "B", "C", or several where a figure shows a measurement beside a projection: "B, C"
+    kind: str
     hardware: str  # "none" for kind A
     values: Mapping[str, Any]
 
     def __post_init__(self) -> None:
         unknown = [k for k in self.kind.split(", ") if k not in KINDS]
         if unknown:
-            raise ValueError(f"record: kind {self.kind!r} is not made of A (counted), B (measured), C (projected)")
+            raise ValueError(
+                f"record: kind {self.kind!r} is not made of A (counted), B (measured), C (projected)"
+            )
         for name in ("command", "hardware"):
             if not getattr(self, name).strip():
                 raise ValueError(f"record: {name} is empty; say where the numbers come from")
@@ -43,7 +46,10 @@ class Record:
     def provenance(self) -> str:
         """One sentence for a caption."""
         kinds = " and ".join(f"{KINDS[k]} ({k})" for k in self.kind.split(", "))
-        where = "" if self.hardware == "none" else f" {self.hardware.rstrip('.')}."
+        if self.hardware == "none":
+            where = ""
+        else:
+            where = f" {self.hardware.rstrip('.')}."
         return f"{kinds[0].upper()}{kinds[1:]}.{where} Made by: {self.command}"
 
 
@@ -68,7 +74,9 @@ def read(path: str | Path) -> Record:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
         return Record(**raw)
     except (TypeError, ValueError, AttributeError) as error:  # JSON's errors are ValueErrors
-        raise ValueError(f"{path}: not a record of command, kind, hardware and values: {error}") from error
+        raise ValueError(
+            f"{path}: not a record of command, kind, hardware and values: {error}"
+        ) from error
 
 
 def _refuse_non_finite(value: Any, place: str) -> None:

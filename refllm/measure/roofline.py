@@ -60,17 +60,23 @@ class Cost:
     @property
     def intensity(self) -> float:
         """FLOP a byte; infinite for a step that moves nothing."""
-        return self.flops / self.bytes if self.bytes else float("inf")
+        if self.bytes:
+            return self.flops / self.bytes
+        return float("inf")
 
     @property
     def linear_intensity(self) -> float:
         """Of the products with weights: about 2·n/b for n tokens in the step and b bytes a weight."""
-        return self.linear_flops / self.weight_bytes if self.weight_bytes else float("inf")
+        if self.weight_bytes:
+            return self.linear_flops / self.weight_bytes
+        return float("inf")
 
     @property
     def attention_intensity(self) -> float:
         """Of attention over the cache: 2·(H/G)/b in a decode step, whatever the batch and the context."""
-        return self.attention_flops / self.kv_read_bytes if self.kv_read_bytes else float("inf")
+        if self.kv_read_bytes:
+            return self.attention_flops / self.kv_read_bytes
+        return float("inf")
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -84,14 +90,16 @@ class Cost:
 
 def layer_parameters(config: ModelConfig) -> int:
     """N_l: parameters of one layer's seven products (norms and biases multiply nothing)."""
-    n, d = config.hidden_size, config.head_dim
+    n = config.hidden_size
+    d = config.head_dim
     heads = config.num_attention_heads + config.num_key_value_heads
     return 2 * n * d * heads + 3 * n * config.intermediate_size
 
 
 def keys_seen(past: int, new: int, window: int | None = None) -> int:
     """Σ over the new queries of the keys that each sees: min(past + t + 1, window) for t = 0 … new − 1."""
-    growing = new if window is None else min(new, max(0, window - past))  # queries whose window is not full
+    # queries whose window is not full
+    growing = new if window is None else min(new, max(0, window - past))
     full = (new - growing) * (window or 0)
     return growing * past + growing * (growing + 1) // 2 + full
 
@@ -116,22 +124,33 @@ def step_cost(
         for a negative past or new, for more rows of logits than tokens, or for bytes that are negative or not finite.
     """
     if not (0 <= weight_bytes_per_param < inf and 0 <= kv_bytes_per_number < inf):
-        raise ValueError(f"step_cost: {weight_bytes_per_param} bytes a weight, {kv_bytes_per_number} a cached number")
+        raise ValueError(
+            f"step_cost: {weight_bytes_per_param} bytes a weight, {kv_bytes_per_number} a cached number"
+        )
     if any(past < 0 or new < 0 for past, new in batch):
         raise ValueError(f"step_cost: past and new must not be negative, got {list(batch)}")
     tokens = sum(new for _, new in batch)
-    rows = sum(new > 0 for _, new in batch) if logits_rows is None else logits_rows
+    if logits_rows is None:
+        rows = sum(new > 0 for _, new in batch)
+    else:
+        rows = logits_rows
     if not 0 <= rows <= tokens:
         raise ValueError(f"step_cost: {rows} rows of logits from {tokens} tokens")
     if tokens == 0:
         return Cost(0, 0, 0, 0, 0)
-    layers, width = config.num_hidden_layers, config.hidden_size
+    layers = config.num_hidden_layers
+    width = config.hidden_size
     head = config.vocab_size * width
     window = config.sliding_window
     seen = sum(keys_seen(past, new, window) for past, new in batch)
     # a window's queries reach back window − 1 tokens before the first of them
-    read = sum(past + new if window is None else min(past + new, new + window - 1) for past, new in batch if new)
-    stored = config.num_parameters - head * (1 if config.tie_word_embeddings else 2)  # layers, norms, biases
+    read = sum(
+        past + new if window is None else min(past + new, new + window - 1)
+        for past, new in batch
+        if new
+    )
+    # layers, norms, biases
+    stored = config.num_parameters - head * (1 if config.tie_word_embeddings else 2)
     weights = stored + (head if rows else 0) + tokens * width
     kv = 2 * layers * config.num_key_value_heads * config.head_dim * kv_bytes_per_number
     return Cost(
@@ -166,7 +185,8 @@ def _measured(seconds: float) -> float:
 
 def plot_roofline(devices: Sequence[Device], points: Mapping[str, Cost]) -> Any:
     """The roofline of one or more devices with steps as points on the first one's: a matplotlib Figure."""
-    from refllm.figures.costs import roofline  # here, since matplotlib takes half a second to import
+    # here, since matplotlib takes half a second to import
+    from refllm.figures.costs import roofline
 
     return roofline(roofline_data(devices, points))
 
@@ -177,11 +197,18 @@ def roofline_data(devices: Sequence[Device], points: Mapping[str, Cost]) -> dict
     ValueError without a device, or for a step that computes or moves nothing: a logarithmic axis has no place for it.
     """
     if not devices or not all(0 < c.intensity < inf for c in points.values()):
-        raise ValueError(f"roofline: needs a device, and steps of finite intensity above 0, got {len(devices)} devices "
-                         f"and {({label: c.intensity for label, c in points.items()})}")  # fmt: skip
+        raise ValueError(
+            f"roofline: needs a device, and steps of finite intensity above 0, got {len(devices)} devices "
+            f"and { ({label: c.intensity for label, c in points.items()}) }"
+        )
     return {
         "devices": [
-            {"name": d.name, "peak_flops": d.peak_flops, "peak_bandwidth": d.peak_bandwidth, "source": d.source}
+            {
+                "name": d.name,
+                "peak_flops": d.peak_flops,
+                "peak_bandwidth": d.peak_bandwidth,
+                "source": d.source,
+            }
             for d in devices
         ],
         "points": [{"label": label, "intensity": c.intensity} for label, c in points.items()],
@@ -209,19 +236,24 @@ def decode_cost_data(title: str, device: Device, steps: Mapping[str, Cost]) -> d
 
 def main(folder: str = "figures/data") -> None:
     """Write the data of the projected figures: a Llama-3-8B shape with bf16 weights and cache on an H200."""
-    command, hardware = "python -m refllm.measure.roofline", "H200 SXM and A100 SXM 80 GB by their data sheets, bf16"
+    command = "python -m refllm.measure.roofline"
+    hardware = "H200 SXM and A100 SXM 80 GB by their data sheets, bf16"
     h200 = DEVICES["h200"]
     points = {f"decode, batch {b}": step_cost(LLAMA_8B, [(2048, 1)] * b) for b in (1, 8, 64)}
     points |= {f"prefill, {n:,} tokens": step_cost(LLAMA_8B, [(0, n)]) for n in (128, 2048)}
     values = roofline_data([h200, DEVICES["a100"]], points)
     values["title"] = "Llama-3-8B shape, bf16: decoding at 2,048 tokens of context, and prefill"
     write(f"{folder}/roofline.json", Record(command, "C", hardware, values))
-    pairs = [(1, 1024), (1, 32_768), (16, 1024), (16, 32_768), (64, 1024), (64, 8192)]  # all fit into 141 GB
+    # all fit into 141 GB
+    pairs = [(1, 1024), (1, 32_768), (16, 1024), (16, 32_768), (64, 1024), (64, 8192)]
     steps = {f"batch {b}, context {s:,}": step_cost(LLAMA_8B, [(s, 1)] * b) for b, s in pairs}
     steps["prefill of 2,048 tokens"] = step_cost(LLAMA_8B, [(0, 2048)])
     title = "Where a step's time goes at best: Llama-3-8B shape on an H200"
     hardware = "H200 SXM by its data sheet, bf16, no overhead"
-    write(f"{folder}/decode_cost.json", Record(command, "C", hardware, decode_cost_data(title, h200, steps)))
+    write(
+        f"{folder}/decode_cost.json",
+        Record(command, "C", hardware, decode_cost_data(title, h200, steps)),
+    )
 
 
 if __name__ == "__main__":

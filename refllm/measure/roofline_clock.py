@@ -41,35 +41,56 @@ class RooflineClock:
     latency: float = 5e-6  # s a copy
 
     def __post_init__(self) -> None:
-        c, b = self.config, self.weight_bytes_per_param
+        c = self.config
+        b = self.weight_bytes_per_param
         if not (self.link > 0 and self.latency >= 0):
-            raise ValueError(f"a link needs a rate above 0 and a latency of 0 or more, got {self.link}, {self.latency}")
+            raise ValueError(
+                f"a link needs a rate above 0 and a latency of 0 or more, got {self.link}, {self.latency}"
+            )
         head = c.vocab_size * c.hidden_size
         self._layers = 2 * c.num_hidden_layers * layer_parameters(c)  # FLOP a token
         self._head = 2 * head  # FLOP a row of logits
-        self._attention = 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim  # FLOP a key seen
+        # FLOP a key seen
+        self._attention = 4 * c.num_hidden_layers * c.num_attention_heads * c.head_dim
         self._stored = b * (c.num_parameters - head * (1 if c.tie_word_embeddings else 2))
-        self._head_bytes, self._row = b * head, b * c.hidden_size
+        self._head_bytes = b * head
+        self._row = b * c.hidden_size
         self._kv = kv_bytes_per_token(c, 8 * self.kv_bytes_per_number)
 
     def step(self, batch: Sequence[tuple[int, int]], rows: int) -> float:
         """A step over (past, new) of every row of the batch, with ``rows`` rows of logits."""
-        tokens = seen = read = 0
+        tokens = 0
+        seen = 0
+        read = 0
         window = self.config.sliding_window
         for past, new in batch:
             tokens += new
-            seen += new * past + new * (new + 1) // 2 if window is None else keys_seen(past, new, window)
+            seen += (
+                new * past + new * (new + 1) // 2
+                if window is None
+                else keys_seen(past, new, window)
+            )
             read += past + new if window is None else min(past + new, new + window - 1)
         if tokens == 0:
             return 0.0
         flops = self._layers * tokens + self._head * rows + self._attention * seen
-        moved = self._stored + (self._head_bytes if rows else 0) + self._row * tokens + self._kv * (read + tokens)
-        return max(flops / self.device.peak_flops, moved / self.device.peak_bandwidth) + self.device.overhead
+        moved = (
+            self._stored
+            + (self._head_bytes if rows else 0)
+            + self._row * tokens
+            + self._kv * (read + tokens)
+        )
+        return (
+            max(flops / self.device.peak_flops, moved / self.device.peak_bandwidth)
+            + self.device.overhead
+        )
 
     def decode(self, pasts: Sequence[int], count: int) -> list[float]:
         """``count`` steps, each of one token for everybody; ``pasts`` are cached before the first."""
-        rows, window = len(pasts), self.config.sliding_window
-        keys = sum(pasts) + rows * np.arange(1, count + 1)  # that everybody's query sees, and that are read for it
+        rows = len(pasts)
+        window = self.config.sliding_window
+        # that everybody's query sees, and that are read for it
+        keys = sum(pasts) + rows * np.arange(1, count + 1)
         if window is not None:
             grown = np.asarray(pasts)[:, None] + np.arange(1, count + 1)  # [B, count]
             keys = np.minimum(grown, window).sum(axis=0)
@@ -81,12 +102,18 @@ class RooflineClock:
 
     def move(self, tokens: int, blocks: int) -> float:
         """Keys and values between device and host, block by block."""
-        return tokens * self._kv / self.link + blocks * 2 * self.config.num_hidden_layers * self.latency
+        return (
+            tokens * self._kv / self.link
+            + blocks * 2 * self.config.num_hidden_layers * self.latency
+        )
 
     def slots(self, memory: float) -> int:
         """Tokens of context that fit into ``memory`` bytes beside the weights. ValueError if none does."""
         fit = max_tokens(
-            self.config, memory, bits=8 * self.weight_bytes_per_param, kv_bits=8 * self.kv_bytes_per_number
+            self.config,
+            memory,
+            bits=8 * self.weight_bytes_per_param,
+            kv_bits=8 * self.kv_bytes_per_number,
         )
         if fit < 1:
             raise ValueError(

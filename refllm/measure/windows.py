@@ -106,8 +106,11 @@ def windows(length: int, window: int, stride: int) -> list[tuple[int, int, int]]
         unless 1 ≤ stride ≤ window.
     """
     if not 1 <= stride <= window:
-        raise ValueError(f"windows: stride must be within 1..window, got stride {stride} and window {window}")
-    found, scored = [], 0  # targets 1..scored have been predicted
+        raise ValueError(
+            f"windows: stride must be within 1..window, got stride {stride} and window {window}"
+        )
+    found = []  # targets 1..scored have been predicted
+    scored = 0
     for begin in range(0, max(0, length - 1), stride):
         end = min(begin + window, length - 1)  # the last token is a target only
         found.append((begin, end, scored - begin))
@@ -118,7 +121,11 @@ def windows(length: int, window: int, stride: int) -> list[tuple[int, int, int]]
 
 
 def plan(
-    model: Network, documents: Iterable[Text] | Text, window: int, stride: int, max_tokens: int | None = None
+    model: Network,
+    documents: Iterable[Text] | Text,
+    window: int,
+    stride: int,
+    max_tokens: int | None = None,
 ) -> Plan:
     """Tokenise ``documents``, cut them into windows, and lay out the scored tokens.
 
@@ -129,24 +136,36 @@ def plan(
     """
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-    if model.config.bos_token_id is not None and model.config.bos_token_id >= model.config.vocab_size:
-        raise ValueError(f"bos_token_id {model.config.bos_token_id} lies outside the model's vocabulary")
+    if (
+        model.config.bos_token_id is not None
+        and model.config.bos_token_id >= model.config.vocab_size
+    ):
+        raise ValueError(
+            f"bos_token_id {model.config.bos_token_id} lies outside the model's vocabulary"
+        )
     lengths_of = token_bytes(model.tokenizer, model.config.vocab_size)
-    names, tokens, sizes = [], [], []
+    names = []
+    tokens = []
+    sizes = []
     budget = max_tokens
     for i, text in enumerate(as_documents(documents)):
         name, ids, size = _tokenize(model, text, f"document {i + 1}", lengths_of)
         if budget is not None:
-            ids, size = ids[: budget + 1], size[: budget + 1]
+            ids = ids[: budget + 1]
+            size = size[: budget + 1]
             budget -= max(0, len(ids) - 1)
         names.append(name)
         tokens.append(ids)
         sizes.append(size)
         if budget == 0:
             break
-    found = [Window(d, *w) for d, ids in enumerate(tokens) for w in windows(len(ids), window, stride)]
+    found = [
+        Window(d, *w) for d, ids in enumerate(tokens) for w in windows(len(ids), window, stride)
+    ]
     if not found:
-        raise ValueError("nothing to score: no document has two tokens, the beginning token included")
+        raise ValueError(
+            "nothing to score: no document has two tokens, the beginning token included"
+        )
     spans = [(w.document, slice(w.begin + w.first + 1, w.end + 1)) for w in found]
     return Plan(
         tuple(names),
@@ -169,7 +188,8 @@ def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     added = tokenizer.inner.get_added_tokens_decoder()
     # "Ġ" is how byte-level vocabularies spell the space; elsewhere it is a letter
     byte_level = "Ġ" in vocabulary and tokenizer.decode([vocabulary["Ġ"]]) == " "
-    sizes = np.zeros(vocab_size, np.int64)  # a vocabulary padded beyond the tokenizer's has ids of no bytes
+    # a vocabulary padded beyond the tokenizer's has ids of no bytes
+    sizes = np.zeros(vocab_size, np.int64)
     for spelling, token in vocabulary.items():
         if token >= vocab_size:
             continue
@@ -184,24 +204,35 @@ def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
 
 def as_documents(documents: Iterable[Text] | Text) -> list[Text]:
     """One text, or one array of token ids, alone is a list of one document."""
-    if isinstance(documents, (str, Document)) or (isinstance(documents, np.ndarray) and documents.ndim == 1):
+    if isinstance(documents, (str, Document)) or (
+        isinstance(documents, np.ndarray) and documents.ndim == 1
+    ):
         return [documents]
-    if isinstance(documents, (bytes, bytearray)) or not isinstance(documents, Iterable):  # bytes would pass for ids
-        raise ValueError(f"documents are texts or token ids, not {type(documents).__name__}: read or decode it first")
+    # bytes would pass for ids
+    if isinstance(documents, (bytes, bytearray)) or not isinstance(documents, Iterable):
+        raise ValueError(
+            f"documents are texts or token ids, not {type(documents).__name__}: read or decode it first"
+        )
     items: list[Text] = list(documents)  # type: ignore[arg-type]
     if items and all(isinstance(x, (int, np.integer)) for x in items):
         return [np.asarray(items)]
     return items
 
 
-def _tokenize(model: Network, text: Text, name: str, sizes: np.ndarray) -> tuple[str, np.ndarray, np.ndarray]:
+def _tokenize(
+    model: Network, text: Text, name: str, sizes: np.ndarray
+) -> tuple[str, np.ndarray, np.ndarray]:
     """Name, token ids with <bos> in front (if the model has one), and their bytes."""
-    bos, vocab = model.config.bos_token_id, model.config.vocab_size
+    bos = model.config.bos_token_id
+    vocab = model.config.vocab_size
     if isinstance(text, Document):
-        name, text = text.name, text.text
+        name = text.name
+        text = text.text
     ids = np.asarray(model.tokenizer.encode(text) if isinstance(text, str) else text)
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-        raise ValueError(f"{name}: expected a text or a 1-D array of token ids, got {ids.dtype} of shape {ids.shape}")
+        raise ValueError(
+            f"{name}: expected a text or a 1-D array of token ids, got {ids.dtype} of shape {ids.shape}"
+        )
     # the table below is indexed with these, and CuPy wraps a wrong index silently
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab:
         raise ValueError(f"{name}: a token lies outside the model's vocabulary of {vocab}")
@@ -211,7 +242,8 @@ def _tokenize(model: Network, text: Text, name: str, sizes: np.ndarray) -> tuple
         # what the table cannot know (a space that the tokenizer puts before the text) falls to the first token
         size[0] += len(text.encode()) - int(size.sum())
     if bos is not None and (isinstance(text, str) or not len(ids) or ids[0] != bos):
-        ids, size = np.concatenate(([bos], ids)), np.concatenate(([0], size))
+        ids = np.concatenate(([bos], ids))
+        size = np.concatenate(([0], size))
     return name, ids, size
 
 
@@ -227,7 +259,9 @@ class DocumentScore:
     @property
     def bits_per_byte(self) -> float:
         """NaN for a document of which no byte was scored."""
-        return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
+        if self.bytes:
+            return self.nats / math.log(2) / self.bytes
+        return math.nan
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,12 +293,16 @@ class Score:
     @property
     def perplexity(self) -> float:
         """exp(nats per token); infinite where that overflows."""
-        return math.exp(self.nats_per_token) if self.nats_per_token < 709 else math.inf
+        if self.nats_per_token < 709:
+            return math.exp(self.nats_per_token)
+        return math.inf
 
     @property
     def bits_per_byte(self) -> float:
         """NaN if the scored tokens stand for no byte at all (special tokens only)."""
-        return float(self.nats.sum()) / math.log(2) / self.bytes if self.bytes else math.nan
+        if self.bytes:
+            return float(self.nats.sum()) / math.log(2) / self.bytes
+        return math.nan
 
 
 class PositionBin(NamedTuple):
@@ -285,11 +323,16 @@ def bits_by_position(score: Score, edges: Sequence[int] | None = None) -> list[P
     through the text. With overlap the short contexts come from the beginnings of documents alone.
     """
     longest = int(score.context.max())
-    edges = [1, *(2**k + 1 for k in range(longest.bit_length()))] if edges is None else sorted(edges)
+    if edges is None:
+        edges = [1, *(2**k + 1 for k in range(longest.bit_length()))]
+    else:
+        edges = sorted(edges)
     bins = []
     for low, beyond in zip(edges, [*edges[1:], longest + 1], strict=True):
         inside = (score.context >= low) & (score.context < beyond)
-        tokens, size, nats = int(inside.sum()), int(score.token_bytes[inside].sum()), float(score.nats[inside].sum())
+        tokens = int(inside.sum())
+        size = int(score.token_bytes[inside].sum())
+        nats = float(score.nats[inside].sum())
         if tokens:
             bits = nats / math.log(2) / size if size else math.nan
             bins.append(PositionBin(low, beyond - 1, tokens, nats / tokens, bits))

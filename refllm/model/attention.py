@@ -25,7 +25,8 @@ from typing import Any, Protocol
 
 from refllm.backend import Array, namespace
 
-NEGATIVE = -1e30  # a masked score: finite, so that NaN cannot arise from −∞ − (−∞); see ``masked_score``
+# a masked score: finite, so that NaN cannot arise from −∞ − (−∞); see ``masked_score``
+NEGATIVE = -1e30
 
 
 class Attend(Protocol):
@@ -44,7 +45,8 @@ def attention(
 ) -> tuple[Array, Array]:
     """The naive form: all scores at once. Returns o[T, H, D] and lse[T, H]."""
     xp = namespace(q, k, v)
-    count, groups = q.shape[0], k.shape[1]
+    count = q.shape[0]
+    groups = k.shape[1]
     grouped = _group_queries(q, groups)  # [G, R·T, D], scaled by 1/√D
     if k.shape[0] == 0:
         return xp.zeros_like(q), xp.full(q.shape[:2], -math.inf, dtype=q.dtype)
@@ -54,10 +56,12 @@ def attention(
         rows = xp.reshape(scores, (groups, -1, count, k.shape[0]))  # a view: R·T is R-major
         rows += bias
     lowest = masked_score(xp, q.dtype)
-    top = xp.maximum(xp.max(scores, axis=-1, keepdims=True), lowest)  # no −∞ − (−∞) where all scores are −∞
+    # no −∞ − (−∞) where all scores are −∞
+    top = xp.maximum(xp.max(scores, axis=-1, keepdims=True), lowest)
     scores -= top
     p = xp.exp(scores)
-    mass = xp.sum(p, axis=-1, keepdims=True)  # ≥ 1 where a key is seen: the maximum contributes exp(0)
+    # ≥ 1 where a key is seen: the maximum contributes exp(0)
+    mass = xp.sum(p, axis=-1, keepdims=True)
     blind = top <= 0.5 * lowest  # not true of a NaN, which shows in the output
     safe = xp.where(blind, xp.ones_like(mass), mass)
     o = xp.where(blind, xp.zeros_like(grouped), (p @ _heads_first(v)) / safe)
@@ -66,22 +70,33 @@ def attention(
 
 
 def flash_attention(
-    q: Array, k: Array, v: Array, *, start: int, window: int | None = None, first_key: int = 0,
-    tile_q: int = 128, tile_k: int = 512,
-) -> tuple[Array, Array]:  # fmt: skip
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    start: int,
+    window: int | None = None,
+    first_key: int = 0,
+    tile_q: int = 128,
+    tile_k: int = 512,
+) -> tuple[Array, Array]:
     """The same function of the same arguments, in tiles: never more than tile_q × tile_k scores at a time.
 
     For each tile of keys: m' = max(m, max s), l' = l·e^(m−m') + Σ e^(s−m'), o' = o·e^(m−m') + Σ e^(s−m') v.
     Tiles that the causal mask or the window hides wholly are skipped, which halves the work of a prefill.
     """
     xp = namespace(q, k, v)
-    outputs, sums = [], []
+    outputs = []
+    sums = []
     for t in range(0, q.shape[0], tile_q):
         queries = q[t : min(t + tile_q, q.shape[0]), ...]
-        first, last = start + t, start + t + queries.shape[0] - 1  # positions of this tile
+        first = start + t  # positions of this tile
+        last = start + t + queries.shape[0] - 1
         low = 0 if window is None else max(0, first - window + 1 - first_key)
         high = min(k.shape[0], last + 1 - first_key)
-        o, lse = _flash_rows(queries, k, v, range(low, max(low, high), tile_k), high, first, window, first_key)
+        o, lse = _flash_rows(
+            queries, k, v, range(low, max(low, high), tile_k), high, first, window, first_key
+        )
         outputs.append(o)
         sums.append(lse)
     if not outputs:
@@ -90,11 +105,19 @@ def flash_attention(
 
 
 def _flash_rows(
-    queries: Array, k: Array, v: Array, tiles: range, high: int, first: int, window: int | None, first_key: int
+    queries: Array,
+    k: Array,
+    v: Array,
+    tiles: range,
+    high: int,
+    first: int,
+    window: int | None,
+    first_key: int,
 ) -> tuple[Array, Array]:
     """One tile of queries over its tiles of keys [low, high): the loop of FlashAttention-2's algorithm 1."""
     xp = namespace(queries)
-    count, groups = queries.shape[0], k.shape[1]
+    count = queries.shape[0]
+    groups = k.shape[1]
     grouped = _group_queries(queries, groups)
     lowest = masked_score(xp, queries.dtype)
     m = xp.full((*grouped.shape[:2], 1), lowest, dtype=queries.dtype)
@@ -103,7 +126,9 @@ def _flash_rows(
     for s in tiles:
         keys = slice(s, min(s + tiles.step, high))
         scores = grouped @ _keys_last(k[keys, ...])
-        bias = causal_bias(xp, count, scores.shape[-1], first - first_key - s, window, queries.dtype)
+        bias = causal_bias(
+            xp, count, scores.shape[-1], first - first_key - s, window, queries.dtype
+        )
         if bias is not None:
             rows = xp.reshape(scores, (groups, -1, count, scores.shape[-1]))
             rows += bias
@@ -114,7 +139,8 @@ def _flash_rows(
         l = l * shrink + xp.sum(p, axis=-1, keepdims=True)  # noqa: E741
         o = o * shrink + p @ _heads_first(v[keys, ...])
         m = new_m
-    blind = m <= 0.5 * lowest  # a wholly masked row has m = lowest and a meaningless mass; a NaN must show
+    # a wholly masked row has m = lowest and a meaningless mass; a NaN must show
+    blind = m <= 0.5 * lowest
     safe = xp.where(blind, xp.ones_like(l), l)
     o = xp.where(blind, xp.zeros_like(o), o / safe)
     lse = xp.where(blind, xp.full_like(m, -math.inf), m + xp.log(safe))
@@ -130,7 +156,8 @@ def merge(o_a: Array, lse_a: Array, o_b: Array, lse_b: Array) -> tuple[Array, Ar
     xp = namespace(o_a, lse_a, o_b, lse_b)
     top = xp.maximum(lse_a, lse_b)
     anchor = xp.where(top == -math.inf, xp.zeros_like(top), top)  # both empty: avoid −∞ − (−∞)
-    a, b = xp.exp(lse_a - anchor), xp.exp(lse_b - anchor)
+    a = xp.exp(lse_a - anchor)
+    b = xp.exp(lse_b - anchor)
     mass = a + b
     safe = xp.where(mass > 0, mass, xp.ones_like(mass))
     o = (a / safe)[..., None] * o_a + (b / safe)[..., None] * o_b
@@ -138,7 +165,9 @@ def merge(o_a: Array, lse_a: Array, o_b: Array, lse_b: Array) -> tuple[Array, Ar
     return o, lse
 
 
-def causal_bias(xp: Any, count: int, keys: int, offset: int, window: int | None, dtype: Any) -> Array | None:
+def causal_bias(
+    xp: Any, count: int, keys: int, offset: int, window: int | None, dtype: Any
+) -> Array | None:
     """[T, S] of 0 (seen) and −10³⁰ (hidden): query t sees key j iff offset+t−window < j ≤ offset+t.
 
     None if every query sees every key (a decode step, a tile below the diagonal).
@@ -152,7 +181,9 @@ def causal_bias(xp: Any, count: int, keys: int, offset: int, window: int | None,
     hidden = j > t
     if window is not None:
         hidden = hidden | (j <= t - window)
-    return xp.where(hidden, xp.asarray(masked_score(xp, dtype), dtype=dtype), xp.asarray(0.0, dtype=dtype))
+    return xp.where(
+        hidden, xp.asarray(masked_score(xp, dtype), dtype=dtype), xp.asarray(0.0, dtype=dtype)
+    )
 
 
 def masked_score(xp: Any, dtype: Any) -> float:
@@ -167,17 +198,27 @@ class CausalAttend:
     """
 
     def __init__(self, lengths: list[int], window: int | None = None):
-        self.lengths, self.window = lengths, window
+        self.lengths = lengths
+        self.window = window
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
-        outputs, at = [], 0
+        outputs = []
+        at = 0
         for length in self.lengths:
             rows = slice(at, at + length)
-            outputs.append(flash_attention(q[rows, ...], k[rows, ...], v[rows, ...], start=0, window=self.window)[0])
+            outputs.append(
+                flash_attention(
+                    q[rows, ...], k[rows, ...], v[rows, ...], start=0, window=self.window
+                )[0]
+            )
             at += length
         if at != q.shape[0]:
-            raise ValueError(f"CausalAttend: lengths sum to {at}, the batch has {q.shape[0]} tokens")
-        return outputs[0] if len(outputs) == 1 else namespace(q).concat(outputs, axis=0)
+            raise ValueError(
+                f"CausalAttend: lengths sum to {at}, the batch has {q.shape[0]} tokens"
+            )
+        if len(outputs) == 1:
+            return outputs[0]
+        return namespace(q).concat(outputs, axis=0)
 
 
 def _group_queries(q: Array, groups: int) -> Array:
@@ -192,7 +233,9 @@ def _ungroup(x: Array, count: int) -> Array:
     """[G, R·T, D] → [T, H, D], the inverse of ``_group_queries`` but for the scale."""
     xp = namespace(x)
     groups, _, dim = x.shape
-    return xp.reshape(xp.permute_dims(xp.reshape(x, (groups, -1, count, dim)), (2, 0, 1, 3)), (count, -1, dim))
+    return xp.reshape(
+        xp.permute_dims(xp.reshape(x, (groups, -1, count, dim)), (2, 0, 1, 3)), (count, -1, dim)
+    )
 
 
 def _keys_last(k: Array) -> Array:

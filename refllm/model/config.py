@@ -57,7 +57,9 @@ class RopeScaling:
         sizes = (self.factor, self.low_freq_factor, self.original_max_position_embeddings)
         # high > low: the band between them is divided by their difference
         if not (min(sizes) > 0 and self.low_freq_factor < self.high_freq_factor < math.inf):
-            raise UnsupportedModel(f"config: llama3 RoPE scaling needs positive factors and low < high, got {self}")
+            raise UnsupportedModel(
+                f"config: llama3 RoPE scaling needs positive factors and low < high, got {self}"
+            )
 
 
 @dataclass(frozen=True)
@@ -84,15 +86,25 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "max_position_embeddings"):  # fmt: skip
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UnsupportedModel(f"config: {name} must be a positive integer, got {value!r}")
         for name in ("rms_norm_eps", "rope_theta"):  # ε > 0, or a row of zeros is divided by zero
             # the smallest normal number: 1/theta must be finite
             if not sys.float_info.min <= getattr(self, name) < math.inf:
-                raise UnsupportedModel(f"config: {name} must be positive and finite, got {getattr(self, name)!r}")
+                raise UnsupportedModel(
+                    f"config: {name} must be positive and finite, got {getattr(self, name)!r}"
+                )
         if self.num_attention_heads % self.num_key_value_heads:
             raise UnsupportedModel(
                 f"config: {self.num_attention_heads} attention heads do not divide into "
@@ -101,12 +113,21 @@ class ModelConfig:
         if self.head_dim % 2:
             raise UnsupportedModel(f"config: head_dim must be even for RoPE, got {self.head_dim}")
         window = self.sliding_window
-        if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
-            raise UnsupportedModel(f"config: sliding_window must be a positive integer or null, got {window!r}")
-        for token in (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,))):
+        if window is not None and (
+            not isinstance(window, int) or isinstance(window, bool) or window < 1
+        ):
+            raise UnsupportedModel(
+                f"config: sliding_window must be a positive integer or null, got {window!r}"
+            )
+        for token in (
+            *self.eos_token_ids,
+            *(() if self.bos_token_id is None else (self.bos_token_id,)),
+        ):
             # beyond the vocabulary is common where a file is silent; -1 would be the last row of the embedding
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < 2**31:
-                raise UnsupportedModel(f"config: bos_token_id and eos_token_id must be token ids, got {token!r}")
+                raise UnsupportedModel(
+                    f"config: bos_token_id and eos_token_id must be token ids, got {token!r}"
+                )
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
@@ -120,7 +141,8 @@ class ModelConfig:
         family = _family(raw)
         raw = _DEFAULTS[family] | dict(raw)
         _refuse_what_is_left_out(family, raw)
-        hidden, heads = _integer(raw, "hidden_size"), _integer(raw, "num_attention_heads")
+        hidden = _integer(raw, "hidden_size")
+        heads = _integer(raw, "num_attention_heads")
         theta, scaling = _rope(raw)
         return cls(
             family=family,
@@ -147,9 +169,20 @@ class ModelConfig:
     def to_hf(self) -> dict[str, Any]:
         """The ``config.json`` that ``transformers`` reads; ``from_hf`` of it gives this record back."""
         architecture = next(a for a, f in ARCHITECTURES.items() if f == self.family)
-        raw: dict[str, Any] = {"architectures": [architecture], "model_type": self.family, "hidden_act": "silu"}
+        raw: dict[str, Any] = {
+            "architectures": [architecture],
+            "model_type": self.family,
+            "hidden_act": "silu",
+        }
         own = asdict(self)
-        for key in ("family", "qk_norm", "attention_bias", "rope_scaling", "sliding_window", "eos_token_ids"):
+        for key in (
+            "family",
+            "qk_norm",
+            "attention_bias",
+            "rope_scaling",
+            "sliding_window",
+            "eos_token_ids",
+        ):
             own.pop(key)
         raw.update(own)
         if self.rope_scaling is not None:
@@ -164,12 +197,18 @@ class ModelConfig:
     @property
     def num_parameters(self) -> int:
         """Stored parameters: L layers, V·N for the embedding (and the head, if it is not tied), norms and biases."""
-        n, d = self.hidden_size, self.head_dim
-        h, g = self.num_attention_heads, self.num_key_value_heads
+        n = self.hidden_size
+        d = self.head_dim
+        h = self.num_attention_heads
+        g = self.num_key_value_heads
         per_layer = n * d * (2 * h + 2 * g) + 3 * n * self.intermediate_size + 2 * n
         per_layer += d * (h + 2 * g) if self.attention_bias else 0
         per_layer += 2 * d if self.qk_norm else 0
-        return self.num_hidden_layers * per_layer + n + self.vocab_size * n * (1 if self.tie_word_embeddings else 2)
+        return (
+            self.num_hidden_layers * per_layer
+            + n
+            + self.vocab_size * n * (1 if self.tie_word_embeddings else 2)
+        )
 
 
 def _family(raw: Mapping[str, Any]) -> str:
@@ -178,37 +217,59 @@ def _family(raw: Mapping[str, Any]) -> str:
     if not isinstance(names, list) or not names:
         raise UnsupportedModel(f"config: no 'architectures' entry; supported are {supported}")
     if not isinstance(names[0], str) or names[0] not in ARCHITECTURES:
-        raise UnsupportedModel(f"config: architecture {names[0]!r} is not supported; supported are {supported}")
+        raise UnsupportedModel(
+            f"config: architecture {names[0]!r} is not supported; supported are {supported}"
+        )
     return ARCHITECTURES[names[0]]
 
 
 def _refuse_what_is_left_out(family: str, raw: Mapping[str, Any]) -> None:
     if raw.get("mlp_bias") or (raw.get("attention_bias") and family != "qwen2"):
-        raise UnsupportedModel(f"config: biases are supported in qwen2's q, k, v only, not in {family}")
+        raise UnsupportedModel(
+            f"config: biases are supported in qwen2's q, k, v only, not in {family}"
+        )
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UnsupportedModel(f"config: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
+        raise UnsupportedModel(
+            f"config: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'"
+        )
     layers = raw.get("layer_types") or []
-    if not isinstance(layers, list) or (family == "mistral" and any(kind != layers[0] for kind in layers)):
-        raise UnsupportedModel(f"config: layer_types must be a list of one and the same kind, got {layers!r}")
-    if family != "mistral" and (raw.get("use_sliding_window") or any(kind != "full_attention" for kind in layers)):
-        raise UnsupportedModel(f"config: a sliding window is supported in mistral only, not in {family}")
+    if not isinstance(layers, list) or (
+        family == "mistral" and any(kind != layers[0] for kind in layers)
+    ):
+        raise UnsupportedModel(
+            f"config: layer_types must be a list of one and the same kind, got {layers!r}"
+        )
+    if family != "mistral" and (
+        raw.get("use_sliding_window") or any(kind != "full_attention" for kind in layers)
+    ):
+        raise UnsupportedModel(
+            f"config: a sliding window is supported in mistral only, not in {family}"
+        )
 
 
 def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """Return (theta, scaling) from ``rope_parameters`` (transformers ≥ 5) or the older flat keys."""
     parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(parameters, Mapping) or any(isinstance(value, Mapping) for value in parameters.values()):
-        raise UnsupportedModel(f"config: RoPE's parameters must be one object for all layers, got {parameters!r}")
+    if not isinstance(parameters, Mapping) or any(
+        isinstance(value, Mapping) for value in parameters.values()
+    ):
+        raise UnsupportedModel(
+            f"config: RoPE's parameters must be one object for all layers, got {parameters!r}"
+        )
     flat = {key: raw[key] for key in ("rope_theta", "partial_rotary_factor") if key in raw}
     parameters = flat | dict(parameters)
     theta = _number(parameters, "rope_theta", 10_000.0)
     if _number(parameters, "partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModel("config: RoPE over a part of the head (partial_rotary_factor) is not supported")
+        raise UnsupportedModel(
+            "config: RoPE over a part of the head (partial_rotary_factor) is not supported"
+        )
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise UnsupportedModel(f"config: RoPE scaling {kind!r} is not supported; supported are 'default', 'llama3'")
+        raise UnsupportedModel(
+            f"config: RoPE scaling {kind!r} is not supported; supported are 'default', 'llama3'"
+        )
     return theta, RopeScaling(
         factor=_number(parameters, "factor"),
         low_freq_factor=_number(parameters, "low_freq_factor"),
@@ -248,7 +309,14 @@ def _integer(raw: Mapping[str, Any], key: str, default: int | None = None) -> in
 
 
 def _end_tokens(value: Any) -> tuple[int, ...]:
-    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if value is None:
+        ids = []
+    elif isinstance(value, list):
+        ids = value
+    else:
+        ids = [value]
     if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-        raise UnsupportedModel(f"config: eos_token_id must be an integer or a list of them, got {value!r}")
+        raise UnsupportedModel(
+            f"config: eos_token_id must be an integer or a list of them, got {value!r}"
+        )
     return tuple(ids)

@@ -37,7 +37,9 @@ def rms_norm(x: Array, gain: Array, eps: float) -> Array:
     return y
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> list[float]:
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> list[float]:
     """The D/2 angular frequencies, radians per position, as Python floats (float64).
 
     Llama 3's scaling: wavelengths above ``original/low_freq_factor`` are slowed by ``factor``, those below
@@ -50,7 +52,8 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = 
 
 
 def _llama3(frequency: float, s: RopeScaling) -> float:
-    turns = s.original_max_position_embeddings * frequency / (2 * math.pi)  # turns within the old context
+    # turns within the old context
+    turns = s.original_max_position_embeddings * frequency / (2 * math.pi)
     if turns < s.low_freq_factor:
         return frequency / s.factor
     if turns > s.high_freq_factor:

@@ -28,7 +28,8 @@ from refllm.model.layers import apply_rope, rms_norm, rope_frequencies, rope_tab
 from refllm.model.weights import Room, as_linear, product, side_by_side
 
 Layer = dict[str, Any]  # norm gains and biases as arrays, projections as Linear
-Weights = dict[str, Any]  # "embed_tokens", "layers": list[Layer], "norm", "lm_head", "rope_frequencies"
+# "embed_tokens", "layers": list[Layer], "norm", "lm_head", "rope_frequencies"
+Weights = dict[str, Any]
 
 PROJECTIONS = {
     "q_proj": "self_attn.q_proj",
@@ -51,20 +52,28 @@ def build(config: ModelConfig, tensors: Mapping[str, Array]) -> Weights:
     """
     embedding = as_linear(tensors["model.embed_tokens.weight"])
     norm = tensors["model.norm.weight"]
-    stored_quantized = getattr(tensors, "quantization", None) is not None  # such weights need no room for floats
-    room = None if stored_quantized else Room(projection_shapes(config) * config.num_hidden_layers, norm)
+    # such weights need no room for floats
+    stored_quantized = getattr(tensors, "quantization", None) is not None
+    if stored_quantized:
+        room = None
+    else:
+        room = Room(projection_shapes(config) * config.num_hidden_layers, norm)
     layers = [build_layer(config, tensors, i, room) for i in range(config.num_hidden_layers)]
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     return {
         "embed_tokens": embedding,
         "layers": layers,
         "norm": norm,
-        "lm_head": embedding if config.tie_word_embeddings else as_linear(tensors["lm_head.weight"]),
+        "lm_head": embedding
+        if config.tie_word_embeddings
+        else as_linear(tensors["lm_head.weight"]),
         "rope_frequencies": asarray_like(frequencies, norm, "float64"),
     }
 
 
-def build_layer(config: ModelConfig, tensors: Mapping[str, Array], index: int, room: Room | None = None) -> Layer:
+def build_layer(
+    config: ModelConfig, tensors: Mapping[str, Array], index: int, room: Room | None = None
+) -> Layer:
     """Layer ``index`` alone, for those who work layer by layer and hold one at a time."""
     at = f"model.layers.{index}."
     layer: Layer = {}
@@ -82,8 +91,11 @@ def build_layer(config: ModelConfig, tensors: Mapping[str, Array], index: int, r
 
 def projection_shapes(config: ModelConfig) -> list[tuple[int, int]]:
     """[M, N] of a layer's projections, in the order of ``PROJECTIONS``."""
-    n, f, d = config.hidden_size, config.intermediate_size, config.head_dim
-    wide, narrow = config.num_attention_heads * d, config.num_key_value_heads * d
+    n = config.hidden_size
+    f = config.intermediate_size
+    d = config.head_dim
+    wide = config.num_attention_heads * d
+    narrow = config.num_key_value_heads * d
     return [(wide, n), (narrow, n), (narrow, n), (n, wide), (f, n), (f, n), (n, f)]
 
 
@@ -106,7 +118,9 @@ def forward(
     rotation = rope_table(weights["rope_frequencies"], positions, x.dtype)
     last = config.num_hidden_layers - 1
     for index, layer in enumerate(weights["layers"]):
-        x = decoder_layer(layer, config, x, rotation, attend, index, rows if index == last else None)
+        x = decoder_layer(
+            layer, config, x, rotation, attend, index, rows if index == last else None
+        )
     return rms_norm(x, weights["norm"], config.rms_norm_eps)
 
 
@@ -126,7 +140,8 @@ def decoder_layer(
     h = rms_norm(x, layer["input_layernorm"], config.rms_norm_eps)
     heads = mixed_heads(layer, config, h, rotation, attend, index)
     if rows is not None:
-        x, heads = x[rows], heads[rows]
+        x = x[rows]
+        heads = heads[rows]
     x = x + layer["o_proj"].matmul(heads)
     h = rms_norm(x, layer["post_attention_layernorm"], config.rms_norm_eps)
     gate_up = product(h, layer["gate_proj"], layer["up_proj"])
@@ -134,7 +149,9 @@ def decoder_layer(
     return x + layer["down_proj"].matmul(swiglu(gate_up[:, :f], gate_up[:, f:]))
 
 
-def mixed_heads(layer: Layer, config: ModelConfig, h: Array, rotation: Any, attend: Attend, index: int) -> Array:
+def mixed_heads(
+    layer: Layer, config: ModelConfig, h: Array, rotation: Any, attend: Attend, index: int
+) -> Array:
     """h[T, N] → what each head read, side by side, [T, H·D]: the input of ``o_proj``."""
     attended = attend(index, *_heads(layer, config, h, rotation))
     return attended.reshape(h.shape[0], config.num_attention_heads * config.head_dim)
@@ -146,12 +163,18 @@ def logits(weights: Weights, hidden: Array) -> Array:
     return out
 
 
-def _heads(layer: Layer, config: ModelConfig, h: Array, rotation: Any) -> tuple[Array, Array, Array]:
+def _heads(
+    layer: Layer, config: ModelConfig, h: Array, rotation: Any
+) -> tuple[Array, Array, Array]:
     """h[T, N] → rotated q[T, H, D], rotated k[T, G, D], v[T, G, D]: views of an array or two."""
-    wide, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    wide = config.num_attention_heads
+    groups = config.num_key_value_heads
+    dim = config.head_dim
     y = product(h, layer["q_proj"], layer["k_proj"], layer["v_proj"])
     y = y.reshape(y.shape[0], wide + 2 * groups, dim)  # heads of q, then of k, then of v
-    q, k, v = slice(0, wide), slice(wide, wide + groups), slice(wide + groups, None)
+    q = slice(0, wide)
+    k = slice(wide, wide + groups)
+    v = slice(wide + groups, None)
     if config.attention_bias:
         for heads, bias in ((q, "q_bias"), (k, "k_bias"), (v, "v_bias")):
             y[:, heads] += layer[bias].reshape(-1, dim)

@@ -51,11 +51,13 @@ from refllm.backend import Array, namespace
 
 BLOCK = 64  # output columns a block: the widest that OpenBLAS multiplies without repacking
 FEW = 3  # rows that are multiplied one by one, where each product would pack the weight
-TILE = 4  # rows that the AVX2 kernel takes at a time; 1 to 3 over are multiplied in halves, and cost more than 4
+# rows that the AVX2 kernel takes at a time; 1 to 3 over are multiplied in halves, and cost more than 4
+TILE = 4
 MANY = 64  # rows from which the rest no longer shows
 PREFILL = 128  # rows from which OpenBLAS had better pack, and the blocks lie side by side
 WIDE = 2**20  # numbers of a weight that are laid side by side at a time
-SMALL = 10**6  # multiply-adds of a product that OpenBLAS does not pack (sgemm_small_kernel_permit, SkylakeX)
+# multiply-adds of a product that OpenBLAS does not pack (sgemm_small_kernel_permit, SkylakeX)
+SMALL = 10**6
 _LINE = 64  # bytes of a cache line, and of a vector: one that straddles two lines is read twice
 
 
@@ -95,10 +97,14 @@ class Room:
 
     def __init__(self, shapes: Iterable[tuple[int, ...]], like: Array):
         """``shapes`` of all weights to come; those that are not stored in blocks, as on a GPU, take no room."""
-        count = sum(prod(shape) for shape in shapes if in_blocks(shape)) if namespace(like) is np else 0
+        if namespace(like) is np:
+            count = sum(prod(shape) for shape in shapes if in_blocks(shape))
+        else:
+            count = 0
         spare = np.empty(count + _LINE, dtype=like.dtype)
         first = -spare.__array_interface__["data"][0] % _LINE // spare.itemsize
-        self.numbers, self.used = spare[first : first + count], 0
+        self.numbers = spare[first : first + count]
+        self.used = 0
 
     def holds(self, weight: Any) -> bool:
         """Is it a host array of the type that is laid out here?"""
@@ -128,14 +134,19 @@ class Dense:
             self._data = weight
             return
         m, n = self._shape
-        numbers = room.take(m * n) if room is not None and room.holds(weight) else np.empty(m * n, dtype=weight.dtype)
+        if room is not None and room.holds(weight):
+            numbers = room.take(m * n)
+        else:
+            numbers = np.empty(m * n, dtype=weight.dtype)
         self._fill(numbers.reshape(-1, n, block_width(m)), weight)
 
     @classmethod
     def _of_blocks(cls, data: Array, weight: Array | None = None) -> Dense:
         """The weight whose blocks [M/w, N, w] lie at ``data``, or are to be written there."""
         dense = cls.__new__(cls)
-        dense._shape, dense.blocked, dense._data = (data.shape[0] * data.shape[2], data.shape[1]), True, data
+        dense._shape = (data.shape[0] * data.shape[2], data.shape[1])
+        dense.blocked = True
+        dense._data = data
         if weight is not None:
             dense._fill(data, weight)
         return dense
@@ -180,8 +191,12 @@ class Dense:
 
         All that depends on shapes alone is done here, once. T = ``full(T)`` is fastest.
         """
-        products = [partial(np.matmul, left, right, out=result) for left, right, result in self._cut(x, out)]
-        return products[0] if len(products) == 1 else lambda: [product() for product in products]
+        products = [
+            partial(np.matmul, left, right, out=result) for left, right, result in self._cut(x, out)
+        ]
+        if len(products) == 1:
+            return products[0]
+        return lambda: [product() for product in products]
 
     def full(self, rows: int) -> int:
         """``rows``, or a few more where these take less time."""
@@ -197,34 +212,50 @@ class Dense:
         return bool(width == self._shape[0] and (width != BLOCK or not reads_in_place()))
 
     def _dtype(self, x: Array) -> Any:
-        return x.dtype if x.dtype == self._data.dtype else np.result_type(x, self._data)
+        if x.dtype == self._data.dtype:
+            return x.dtype
+        return np.result_type(x, self._data)
 
     def _cut(self, x: Array, out: Array) -> list[tuple[Array, Array, Array]]:
         """The products (left, right, result) that write x[T, N] Wᵀ to out[T, M], as views of the three."""
         if not self.blocked:
             return [(x, self._data.T, out)]
-        rows, (columns, n) = x.shape[0], self._shape
+        rows = x.shape[0]
+        columns, n = self._shape
         if self._one_block:
             one_by_one = slice(None), None
-            return [(x[one_by_one], self._data[0], out[one_by_one]) if rows <= FEW else (x, self._data[0], out)]
+            return [
+                (x[one_by_one], self._data[0], out[one_by_one])
+                if rows <= FEW
+                else (x, self._data[0], out)
+            ]
         most = SMALL // (BLOCK * n)  # rows that OpenBLAS multiplies with a block as they lie
         groups = -(-rows // most) if most >= 4 else 1
         group = -(-rows // groups) if rows else 1  # as even as they can be
         whole = rows - rows % group
         # [groups, 1, group, N] by [M/64, N, 64], each product written straight to where it belongs in out
-        cut = [(
-            x[:whole].reshape(-1, 1, group, n),
-            self._data,
-            out[:whole].reshape(-1, group, columns // BLOCK, BLOCK).transpose(0, 2, 1, 3),
-        )]  # fmt: skip
+        cut = [
+            (
+                x[:whole].reshape(-1, 1, group, n),
+                self._data,
+                out[:whole].reshape(-1, group, columns // BLOCK, BLOCK).transpose(0, 2, 1, 3),
+            )
+        ]
         if whole < rows:
-            cut.append((x[whole:], self._data, out[whole:].reshape(-1, columns // BLOCK, BLOCK).transpose(1, 0, 2)))
+            cut.append(
+                (
+                    x[whole:],
+                    self._data,
+                    out[whole:].reshape(-1, columns // BLOCK, BLOCK).transpose(1, 0, 2),
+                )
+            )
         return cut
 
     def _by_matrices(self, x: Array) -> Array:
         """``matmul`` of many rows: some blocks at a time are laid side by side, as a matrix [N, columns]."""
         out = np.empty((x.shape[0], self._shape[0]), dtype=self._dtype(x))
-        n, at = self._shape[1], 0
+        n = self._shape[1]
+        at = 0
         step = max(1, WIDE // (BLOCK * n))
         for first in range(0, self._data.shape[0], step):
             matrix = self._data[first : first + step].transpose(1, 0, 2).reshape(n, -1)  # a copy
@@ -259,13 +290,16 @@ def reads_in_place() -> bool:
     """Does this BLAS multiply small operands where they lie? OpenBLAS does on processors with AVX-512."""
     with_kernels = ("SkylakeX", "Cooperlake", "SapphireRapids")
     return any(
-        pool["internal_api"] == "openblas" and pool["architecture"] in with_kernels for pool in threadpool_info()
+        pool["internal_api"] == "openblas" and pool["architecture"] in with_kernels
+        for pool in threadpool_info()
     )
 
 
 def as_linear(weight: Any, room: Room | None = None) -> Any:
     """A ``Dense`` of an array; what is a ``Linear`` already, such as a quantised weight of a file, as it is."""
-    return weight if hasattr(weight, "dequantize") else Dense(weight, room)
+    if hasattr(weight, "dequantize"):
+        return weight
+    return Dense(weight, room)
 
 
 def in_blocks(shape: tuple[int, ...]) -> bool:
@@ -283,17 +317,27 @@ def side_by_side(weights: Iterable[Any], room: Room | None = None) -> list[Any]:
     if (
         room is None
         or len(given) == 1
-        or not all(room.holds(weight) and in_blocks(shape) for weight, shape in zip(given, shapes, strict=True))
+        or not all(
+            room.holds(weight) and in_blocks(shape)
+            for weight, shape in zip(given, shapes, strict=True)
+        )
     ):  # a GPU, a ragged M, another dtype
         return [as_linear(weight, room) for weight in given]
-    m, n = sum(shape[0] for shape in shapes), shapes[0][1]
-    width, first, parts = block_width(m), 0, []
+    m = sum(shape[0] for shape in shapes)
+    n = shapes[0][1]
+    width = block_width(m)
+    first = 0
+    parts = []
     joint = Dense._of_blocks(room.take(m * n).reshape(-1, n, width))
     for weight, (rows, _) in zip(given, shapes, strict=True):
         last = first + rows
-        place = joint._data[:, :, first:last] if width == m else joint._data[first // width : last // width]
+        if width == m:
+            place = joint._data[:, :, first:last]
+        else:
+            place = joint._data[first // width : last // width]
         part = Dense._of_blocks(place, weight)
-        part.joint, part.first = joint, first
+        part.joint = joint
+        part.first = first
         first = last
         parts.append(part)
     return parts
@@ -316,11 +360,14 @@ def bound(x: Array, out: Array, weights: Sequence[Dense]) -> Callable[[], object
     joint = _joint(weights)
     if joint is not None:
         return joint.bind(x, out)
-    calls, edge = [], 0
+    calls = []
+    edge = 0
     for weight in weights:
         calls.append(weight.bind(x, out[:, edge : edge + weight.shape[0]]))
         edge += weight.shape[0]
-    return calls[0] if len(calls) == 1 else lambda: [call() for call in calls]
+    if len(calls) == 1:
+        return calls[0]
+    return lambda: [call() for call in calls]
 
 
 def _joint(weights: Sequence[Any]) -> Dense | None:
@@ -331,4 +378,6 @@ def _joint(weights: Sequence[Any]) -> Dense | None:
         if getattr(weight, "joint", None) is not joint or getattr(weight, "first", None) != edge:
             return None
         edge += weight.shape[0]
-    return joint if joint is not None and edge == joint.shape[0] else None
+    if joint is not None and edge == joint.shape[0]:
+        return joint
+    return None

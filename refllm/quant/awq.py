@@ -36,11 +36,13 @@ from refllm.formats.uniform import Scheme, refuse_non_finite
 
 __all__ = ["AWQScale", "channel_magnitude", "clip", "search_clip", "search_scale"]
 
-Inspect = Callable[[list[Array]], Array]  # stand-ins for the weights → output of the module that is measured
+# stand-ins for the weights → output of the module that is measured
+Inspect = Callable[[list[Array]], Array]
 
 GRID = 20  # candidates of the scale search; the first is round to nearest in every mode
 FLOOR = 1e-4  # smallest a^r: a channel that never fires must not get a scale of 0
-CLIP_GRID, CLIP_STEPS = 20, 10  # limits 1, 0.95, …, 0.55 of a group's largest weight
+CLIP_GRID = 20  # limits 1, 0.95, …, 0.55 of a group's largest weight
+CLIP_STEPS = 10
 _PIECE = 1 << 20  # weights at a time in the clip search
 
 
@@ -60,9 +62,14 @@ class AWQScale:
 
 
 def search_scale(
-    x: Array, weights: Sequence[Array], scheme: Scheme, *, inspect: Inspect | None = None, duo: bool = False,
+    x: Array,
+    weights: Sequence[Array],
+    scheme: Scheme,
+    *,
+    inspect: Inspect | None = None,
+    duo: bool = False,
     ratios: Sequence[float] | None = None,
-) -> AWQScale:  # fmt: skip
+) -> AWQScale:
     """Search the scale of the N input channels that ``weights`` [M_i, N] share; x[T, N] → ``AWQScale``.
 
     ``inspect(weights) -> output`` runs the module whose output the loss is taken on (the whole attention, the whole
@@ -78,17 +85,21 @@ def search_scale(
     xp = namespace(x, *weights)
     _check_inputs(x, weights)
     run = _product(x) if inspect is None else inspect
-    reference = run([xp.copy(w) for w in weights])  # copies: an ``inspect`` that writes to its arguments harms nobody
+    # copies: an ``inspect`` that writes to its arguments harms nobody
+    reference = run([xp.copy(w) for w in weights])
     refuse_non_finite(reference, "the output on the original weights")
     peak = max(float(xp.max(xp.abs(w))) for w in weights)
-    found, losses = _candidates(x, weights, scheme, duo, ratios), []
+    found = _candidates(x, weights, scheme, duo, ratios)
+    losses = []
     for _, s in found:
         loss = math.inf
         if _representable(peak, s):
             loss = _mean_square(reference, run([fake_quantize(w * s, scheme) / s for w in weights]))
         losses.append(loss)
     best = losses.index(min(losses))
-    return AWQScale(found[best][1], found[best][0], tuple(losses), tuple(ratio for ratio, _ in found))
+    return AWQScale(
+        found[best][1], found[best][0], tuple(losses), tuple(ratio for ratio, _ in found)
+    )
 
 
 def channel_magnitude(x: Array) -> Array:
@@ -107,9 +118,13 @@ def search_clip(x: Array, weight: Array, scheme: Scheme, *, max_tokens: int = 51
     """
     xp = namespace(x, weight)
     _check_inputs(x, [weight])
-    (rows, columns), groups = weight.shape, _groups(scheme, weight)
+    rows, columns = weight.shape
+    groups = _groups(scheme, weight)
     features = x[:: max(1, x.shape[0] // max_tokens), :]
-    features = xp.swapaxes(xp.reshape(features, (features.shape[0], groups, columns // groups)), 0, 1)  # [N/g, T, g]
+    # [N/g, T, g]
+    features = xp.swapaxes(
+        xp.reshape(features, (features.shape[0], groups, columns // groups)), 0, 1
+    )
     factor = xp.swapaxes(xp.linalg.qr(features, mode="r"), 1, 2)  # [N/g, g, min(T, g)]
     step = max(1, _PIECE // columns)
     limits = [_search_piece(weight[i : i + step, :], factor, scheme) for i in range(0, rows, step)]
@@ -155,7 +170,8 @@ def _normalised(s: Array) -> Array:
 def _weight_magnitude(weights: Sequence[Array], scheme: Scheme) -> Array:
     """Mean over all rows of |w| / (largest of its group + 1e-6): [M_i, N] → [N] in float64, each within [0, 1]."""
     xp = namespace(*weights)
-    total, rows = xp.zeros(weights[0].shape[1], dtype=xp.float64), 0
+    total = xp.zeros(weights[0].shape[1], dtype=xp.float64)
+    rows = 0
     for w in weights:
         grouped = xp.abs(xp.reshape(w, (w.shape[0], _groups(scheme, w), -1)))
         share = xp.reshape(grouped / (xp.max(grouped, axis=-1, keepdims=True) + 1e-6), w.shape)
@@ -192,21 +208,25 @@ def _search_piece(weight: Array, factor: Array, scheme: Scheme) -> Array:
     xp = namespace(weight, factor)
     groups, group = factor.shape[:2]
     peak = xp.max(xp.abs(xp.reshape(weight, (-1, groups, group))), axis=-1)
-    best, least = peak, xp.full_like(peak, math.inf)
+    best = peak
+    least = xp.full_like(peak, math.inf)
     for i in range(CLIP_STEPS):
         limit = peak * (1.0 - i / CLIP_GRID)
         delta = fake_quantize(clip(weight, limit), scheme) - weight
         moved = xp.swapaxes(xp.reshape(delta, (-1, groups, group)), 0, 1) @ factor  # [N/g, m, r]
         error = xp.sum(moved * moved, axis=-1).T
         better = error < least  # strict: of equal errors the wider range stays
-        best, least = xp.where(better, limit, best), xp.where(better, error, least)
+        best = xp.where(better, limit, best)
+        least = xp.where(better, error, least)
     return best
 
 
 def _groups(scheme: Scheme, weight: Array) -> int:
     """N/g: how many ranges a row of W[M, N] has; ValueError for a scheme whose ranges are not parts of rows."""
     if scheme.granularity not in ("channel", "group"):
-        raise ValueError(f"AWQ's clip search and duo scaling go by channel or group, not by {scheme.granularity!r}")
+        raise ValueError(
+            f"AWQ's clip search and duo scaling go by channel or group, not by {scheme.granularity!r}"
+        )
     return int(scheme.scale_shape(tuple(weight.shape))[1])
 
 
@@ -216,11 +236,17 @@ def _check_inputs(x: Array, weights: Sequence[Array]) -> None:
             f"AWQ takes a list of the weights that share x, got one array of {type(weights).__name__}: write [weight]"
         )
     if x.ndim != 2 or x.shape[0] == 0 or not weights:
-        raise ValueError(f"AWQ needs inputs x[T, N] of at least one token, and weights; got x {tuple(x.shape)}")
+        raise ValueError(
+            f"AWQ needs inputs x[T, N] of at least one token, and weights; got x {tuple(x.shape)}"
+        )
     for i, w in enumerate(weights):
         if w.ndim != 2 or w.shape[1] != x.shape[1]:
-            raise ValueError(f"weights[{i}] of shape {tuple(w.shape)} does not take inputs of shape {tuple(x.shape)}")
+            raise ValueError(
+                f"weights[{i}] of shape {tuple(w.shape)} does not take inputs of shape {tuple(x.shape)}"
+            )
         if w.dtype.kind != "f" or x.dtype.kind != "f":
-            raise ValueError(f"AWQ scales floating-point numbers, got x of {x.dtype} and weights[{i}] of {w.dtype}")
+            raise ValueError(
+                f"AWQ scales floating-point numbers, got x of {x.dtype} and weights[{i}] of {w.dtype}"
+            )
         refuse_non_finite(w, f"weights[{i}]")
     refuse_non_finite(x, "x")

@@ -67,7 +67,8 @@ class AWQLayer:
 
 def scale_groups(layer: Layer) -> tuple[list[ScaleGroup], list[str]]:
     """The scale groups of a Llama-like layer, and one sentence for each that it cannot have."""
-    values, out = layer["v_proj"].shape, layer["o_proj"].shape
+    values = layer["v_proj"].shape
+    out = layer["o_proj"].shape
     if values == out:
         return [ATTENTION_INPUT, HEADS, MLP_INPUT, MLP_HIDDEN], []
     # where only the head dimension is unusual (M = H·D of both) folding would be exact; upstream skips that too
@@ -93,10 +94,18 @@ def fold(layer: Layer, group: ScaleGroup, scale: Array) -> Layer:
 
 
 def awq_layer(
-    layer: Layer, config: ModelConfig, inputs: Mapping[str, Array], scheme: Scheme, *,
-    rotation: Any, attend: Attend, index: int = 0, duo: bool = False, clipping: bool = True,
+    layer: Layer,
+    config: ModelConfig,
+    inputs: Mapping[str, Array],
+    scheme: Scheme,
+    *,
+    rotation: Any,
+    attend: Attend,
+    index: int = 0,
+    duo: bool = False,
+    clipping: bool = True,
     ratios: Sequence[float] | None = None,
-) -> tuple[Layer, AWQLayer]:  # fmt: skip
+) -> tuple[Layer, AWQLayer]:
     """Scale and clip one decoder layer for ``scheme``; rounding the result to nearest completes AWQ.
 
     ``inputs`` holds x[T, N] as captured from the layer as it is, by projection; siblings read the same x, so one
@@ -110,11 +119,14 @@ def awq_layer(
         x = _input(inputs, group)
         inspect = _module(group, layer, config, x, rotation, attend, index)
         weights = [layer[name].dequantize() for name in group.targets]
-        scales[group.name] = search_scale(x, weights, scheme, inspect=inspect, duo=duo, ratios=ratios)
+        scales[group.name] = search_scale(
+            x, weights, scheme, inspect=inspect, duo=duo, ratios=ratios
+        )
     result = dict(layer)
     for group in groups:
         result = fold(result, group, scales[group.name].scale)
-    limits, clipped = {}, {}
+    limits = {}
+    clipped = {}
     for group in (ATTENTION_INPUT, HEADS, MLP_INPUT, MLP_HIDDEN) if clipping else ():
         x = _input(inputs, group)
         if group.name in scales:
@@ -134,11 +146,19 @@ def _input(inputs: Mapping[str, Array], group: ScaleGroup) -> Array:
     for name in group.targets:
         if name in inputs:
             return inputs[name]
-    raise ValueError(f"AWQ needs the inputs of one of {', '.join(group.targets)}; captured: {', '.join(inputs)}")
+    raise ValueError(
+        f"AWQ needs the inputs of one of {', '.join(group.targets)}; captured: {', '.join(inputs)}"
+    )
 
 
 def _module(
-    group: ScaleGroup, layer: Layer, config: ModelConfig, x: Array, rotation: Any, attend: Attend, index: int
+    group: ScaleGroup,
+    layer: Layer,
+    config: ModelConfig,
+    x: Array,
+    rotation: Any,
+    attend: Attend,
+    index: int,
 ) -> Inspect | None:
     """What the loss of a group is measured on, as a function of stand-ins for its weights; None is the product."""
     if group is not ATTENTION_INPUT and group is not MLP_INPUT:
@@ -150,7 +170,9 @@ def _module(
         if group is ATTENTION_INPUT:
             inner = mixed_heads(trial, config, x, rotation, attend, index)
             return layer["o_proj"].matmul(inner)
-        return layer["down_proj"].matmul(swiglu(trial["gate_proj"].matmul(x), trial["up_proj"].matmul(x)))
+        return layer["down_proj"].matmul(
+            swiglu(trial["gate_proj"].matmul(x), trial["up_proj"].matmul(x))
+        )
 
     return run
 

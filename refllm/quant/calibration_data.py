@@ -16,13 +16,19 @@ from refllm.backend import to_numpy
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.corpus import Document, training_documents
 
-LIKELY = 8  # characters of text that are encoded first for each token that is wanted: source code needs four
+# characters of text that are encoded first for each token that is wanted: source code needs four
+LIKELY = 8
 
 
 def calibration_windows(
-    tokenizer: Tokenizer, count: int, length: int, seed: int | np.random.Generator, *,
-    documents: Sequence[Document] | None = None, begin: int | None = None,
-) -> np.ndarray:  # fmt: skip
+    tokenizer: Tokenizer,
+    count: int,
+    length: int,
+    seed: int | np.random.Generator,
+    *,
+    documents: Sequence[Document] | None = None,
+    begin: int | None = None,
+) -> np.ndarray:
     """``count`` windows of ``length`` tokens of training text, never of the held-out modules: int64[count, length].
 
     Each begins with the line that holds a character drawn uniformly from ``documents`` (default: the standard
@@ -30,7 +36,9 @@ def calibration_windows(
     """
     texts = [d.text for d in (training_documents() if documents is None else documents) if d.text]
     if count < 1 or length < 1 or not texts:
-        raise ValueError(f"calibration_windows: no {count} windows of {length} tokens from {len(texts)} documents")
+        raise ValueError(
+            f"calibration_windows: no {count} windows of {length} tokens from {len(texts)} documents"
+        )
     ends = np.cumsum([len(text) for text in texts])
     windows = []
     for place in np.random.default_rng(seed).integers(0, ends[-1], count).tolist():
@@ -55,11 +63,20 @@ def sequences(calibration: Any, vocab_size: int) -> list[list[int]]:
     """
     found = []
     for i, row in enumerate(calibration):
-        ids = to_numpy(row).tolist() if hasattr(row, "shape") else list(row) if isinstance(row, Sequence) else None
+        if hasattr(row, "shape"):
+            ids = to_numpy(row).tolist()
+        elif isinstance(row, Sequence):
+            ids = list(row)
+        else:
+            ids = None
         if not isinstance(ids, list) or not ids or not all(_is_integer(token) for token in ids):
-            raise ValueError(f"calibration: sequence {i} must be a non-empty sequence of token ids, got {row!r:.60}")
+            raise ValueError(
+                f"calibration: sequence {i} must be a non-empty sequence of token ids, got {row!r:.60}"
+            )
         if not 0 <= min(ids) <= max(ids) < vocab_size:
-            raise ValueError(f"calibration: sequence {i} holds a token outside the vocabulary of {vocab_size}")
+            raise ValueError(
+                f"calibration: sequence {i} holds a token outside the vocabulary of {vocab_size}"
+            )
         found.append([int(token) for token in ids])
     if not found:
         raise ValueError("calibration: there is no text; pass at least one sequence of token ids")

@@ -45,7 +45,14 @@ from typing import Any
 import numpy as np
 
 from refllm.backend import to_numpy
-from refllm.checkpoints.directory_writer import STORED_TYPES, Plan, check_target, documents, resolved, write_directory
+from refllm.checkpoints.directory_writer import (
+    STORED_TYPES,
+    Plan,
+    check_target,
+    documents,
+    resolved,
+    write_directory,
+)
 from refllm.checkpoints.loading import stored_specs
 from refllm.checkpoints.tensor_files import (
     EMBEDDING,
@@ -84,7 +91,9 @@ class Storing:
     def entry(self) -> dict[str, Any]:
         """The ``quantization_config`` of its config.json."""
         paths = [PROJECTIONS[key].replace(".", r"\.") for key in self.keep]
-        return quantization_config(self.stored, ["lm_head", *(rf"re:.*\.{path}$" for path in paths)])
+        return quantization_config(
+            self.stored, ["lm_head", *(rf"re:.*\.{path}$" for path in paths)]
+        )
 
     @cached_property
     def quantization(self) -> Quantization:
@@ -102,7 +111,10 @@ class Storing:
         # Scales of 8-bit floats stay in float32: rounding them would be a second error in every weight.
         scales = ("weight_scale", "weight_scale_inv") if self.stored.floats else ()
         return {
-            name: (dtype if dtype != FLOAT else "float32" if name.endswith(scales) else self.dtype, shape)
+            name: (
+                dtype if dtype != FLOAT else "float32" if name.endswith(scales) else self.dtype,
+                shape,
+            )
             for name, (dtype, shape) in specs
         }
 
@@ -111,7 +123,9 @@ class Storing:
 
         The look-up raises CheckpointError naming ``where`` for numbers that are not finite in ``dtype``.
         """
-        linears = {name: storable(t, name) for name, t in tensors.items() if self.of(name, ()) is not None}
+        linears = {
+            name: storable(t, name) for name, t in tensors.items() if self.of(name, ()) is not None
+        }
 
         def read(name: str) -> np.ndarray:
             module, _, suffix = name.rpartition(".")
@@ -119,9 +133,13 @@ class Storing:
             if weight is not None and suffix != "bias":
                 if isinstance(weight, Fp8Linear):
                     host = to_numpy(float_layouts.to_tensor(weight, suffix))
-                    return host.view(host_dtype(FLOAT8)) if suffix == "weight" else host
+                    if suffix == "weight":
+                        return host.view(host_dtype(FLOAT8))
+                    return host
                 host = to_numpy(to_tensor(weight, self.stored, suffix, dtype=self.dtype))
-                return host.view(host_dtype("bfloat16")) if host.dtype.name == "uint16" else host
+                if host.dtype.name == "uint16":
+                    return host.view(host_dtype("bfloat16"))
+                return host
             plain = tensors[name]
             floats = to_numpy(plain.dequantize() if hasattr(plain, "dequantize") else plain)
             return converted(floats, self.dtype, name, where)
@@ -138,12 +156,21 @@ def storable(weight: Linear, name: str = "weight") -> Quantized | W8A8Linear | F
         naming ``name``, for what no layout holds.
     """
     if isinstance(weight, Int8Linear):
-        return Quantized.from_codes(weight.codes, weight.scale, None, Scheme(8, "restricted", "channel"))
-    if isinstance(weight, W8A8Linear) and (weight.scheme.granularity, weight.scheme.bits) != ("token", 8):
-        raise CheckpointError(f"{name}: stored activations have 8 bits and a step a token, found anew (level O1), not "
-                              f"{weight.scheme.bits} bits {'static' if weight.static else 'a tensor'}")  # fmt: skip
+        return Quantized.from_codes(
+            weight.codes, weight.scale, None, Scheme(8, "restricted", "channel")
+        )
+    if isinstance(weight, W8A8Linear) and (weight.scheme.granularity, weight.scheme.bits) != (
+        "token",
+        8,
+    ):
+        raise CheckpointError(
+            f"{name}: stored activations have 8 bits and a step a token, found anew (level O1), not "
+            f"{weight.scheme.bits} bits {'static' if weight.static else 'a tensor'}"
+        )
     if not isinstance(weight, (Quantized, W8A8Linear, Fp8Linear)):
-        raise CheckpointError(f"{name}: {type(weight).__name__} is not quantised: quantise it, or name it in keep")
+        raise CheckpointError(
+            f"{name}: {type(weight).__name__} is not quantised: quantise it, or name it in keep"
+        )
     return weight
 
 
@@ -162,9 +189,15 @@ def named(layer: Layer, index: int) -> dict[str, Any]:
 
 
 def export(
-    path: str | Path, model: Any, *, layout: str | None = None, dtype: str = "float16",
-    max_shard_bytes: int | None = None, extra_files: Mapping[str, str] | None = None, overwrite: bool = False,
-) -> None:  # fmt: skip
+    path: str | Path,
+    model: Any,
+    *,
+    layout: str | None = None,
+    dtype: str = "float16",
+    max_shard_bytes: int | None = None,
+    extra_files: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> None:
     """Write ``model`` (a record with ``.config .weights .tokenizer`` whose projections are quantised).
 
     ``layout`` None is the usual one of its weights (see ``default_layout``). Embedding, norms, biases, head and scales
@@ -176,23 +209,37 @@ def export(
         for weights that the layout cannot hold, naming the layouts that can; otherwise as ``writer.save``. Nothing has
         been written then.
     """
-    config, weights, tokenizer = model.config, model.weights, model.tokenizer
+    config = model.config
+    weights = model.weights
+    tokenizer = model.tokenizer
     storing = storing_of(weights, layout, dtype)
     target = resolved(path)
     check_target(target, overwrite)
     check_vocabulary(tokenizer, config, target)
     plan = storing.plan(config)
-    tensors = {EMBEDDING: weights["embed_tokens"], "model.norm.weight": weights["norm"], HEAD: weights["lm_head"]}
+    tensors = {
+        EMBEDDING: weights["embed_tokens"],
+        "model.norm.weight": weights["norm"],
+        HEAD: weights["lm_head"],
+    }
     for index, layer in enumerate(weights["layers"]):
         tensors |= named(layer, index)
-    texts = documents(config, tokenizer, dtype, extra_files or {}, quantization_config=storing.entry)
-    write_directory(target, texts, plan, storing.reader(tensors, target), max_shard_bytes=max_shard_bytes)
+    texts = documents(
+        config, tokenizer, dtype, extra_files or {}, quantization_config=storing.entry
+    )
+    write_directory(
+        target, texts, plan, storing.reader(tensors, target), max_shard_bytes=max_shard_bytes
+    )
 
 
-def storing_of(weights: Mapping[str, Any], layout: str | None = None, dtype: str = "float16") -> Storing:
+def storing_of(
+    weights: Mapping[str, Any], layout: str | None = None, dtype: str = "float16"
+) -> Storing:
     """How a weight tree is stored; ValueError if its projections are not all quantised alike, or no layout fits."""
     if dtype not in STORED_TYPES:
-        raise ValueError(f"export: dtype {dtype!r} is not stored; choose one of {', '.join(STORED_TYPES)}")
+        raise ValueError(
+            f"export: dtype {dtype!r} is not stored; choose one of {', '.join(STORED_TYPES)}"
+        )
     kinds: dict[Any, str] = {}
     plain: set[tuple[str, bool]] = set()
     for index, layer in enumerate(weights["layers"]):
@@ -210,12 +257,16 @@ def storing_of(weights: Mapping[str, Any], layout: str | None = None, dtype: str
     keep = tuple(key for key in PROJECTIONS if (key, True) in plain)
     if len(kinds) != 1 or any((key, False) in plain for key in keep):
         found = ", ".join(f"{kind[0]} ({name})" for kind, name in kinds.items()) or "none"
-        raise CheckpointError(f"export: all projections of a name must be quantised alike; found {found}")
+        raise CheckpointError(
+            f"export: all projections of a name must be quantised alike; found {found}"
+        )
     scheme, activations, reordered = next(iter(kinds))
     if isinstance(scheme, Stored):
         return Storing(scheme, dtype, keep)
     layout = layout or default_layout(scheme, activations=activations, reordered=reordered)
-    return Storing(stored_as(scheme, layout, activations=activations, reordered=reordered), dtype, keep)
+    return Storing(
+        stored_as(scheme, layout, activations=activations, reordered=reordered), dtype, keep
+    )
 
 
 def default_layout(scheme: Any, *, activations: bool = False, reordered: bool = False) -> str:
@@ -224,4 +275,8 @@ def default_layout(scheme: Any, *, activations: bool = False, reordered: bool = 
         return "int-quantized"
     if reordered:
         return "gptq_v2"
-    return "pack-quantized" if scheme.symmetric else "awq" if scheme.bits == 4 else "gptq_v2"
+    if scheme.symmetric:
+        return "pack-quantized"
+    if scheme.bits == 4:
+        return "awq"
+    return "gptq_v2"

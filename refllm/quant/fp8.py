@@ -54,9 +54,14 @@ ACTIVATIONS_OF = {"tensor": "tensor", "channel": "token", "block": "tile", "grou
 
 
 def fp8(
-    weight: Array, scheme: Scheme, *, format: str = "e4m3", scale: str = "float32", activations: bool = True,
+    weight: Array,
+    scheme: Scheme,
+    *,
+    format: str = "e4m3",
+    scale: str = "float32",
+    activations: bool = True,
     name: str = "weight",
-) -> Fp8Linear:  # fmt: skip
+) -> Fp8Linear:
     """W[M, N] in 8-bit floats that share scales as ``scheme`` says; its rule and its grid of integers play no part.
 
     Raises
@@ -65,7 +70,9 @@ def fp8(
         naming ``name`` if W is not finite or does not fit, or for what is no 8-bit float, granularity or scale.
     """
     check(scheme, format)
-    made = quantize(weight, FloatScheme(format, scheme.granularity, scheme.group_size, scale), name=name)
+    made = quantize(
+        weight, FloatScheme(format, scheme.granularity, scheme.group_size, scale), name=name
+    )
     activation = ACTIVATIONS_OF[scheme.granularity] if activations else None
     return Fp8Linear(made, activation, name=f"the input of {name}")
 
@@ -74,12 +81,16 @@ def check(scheme: Scheme, format: str = "e4m3") -> None:
     """ValueError for what ``fp8`` does not take."""
     if scheme.bits != 8 or scheme.granularity not in ACTIVATIONS_OF:
         known = ", ".join(ACTIVATIONS_OF)
-        raise ValueError(f"fp8 takes 8 bits by {known}, got {scheme.bits} bits by {scheme.granularity!r}")
+        raise ValueError(
+            f"fp8 takes 8 bits by {known}, got {scheme.bits} bits by {scheme.granularity!r}"
+        )
     if format not in ("e4m3", "e5m2"):
         raise ValueError(f"fp8: format is 'e4m3' or 'e5m2', got {format!r}")
     if scheme.granularity in ("block", "group") and 128 % scheme.block[1] and scheme.block[1] % 128:
-        raise ValueError(f"fp8: scales of {scheme.block[1]} columns do not nest with tiles of 128: choose a divisor "
-                         "or a multiple of 128")  # fmt: skip
+        raise ValueError(
+            f"fp8: scales of {scheme.block[1]} columns do not nest with tiles of 128: choose a divisor "
+            "or a multiple of 128"
+        )
 
 
 class DelayedScale:
@@ -93,7 +104,8 @@ class DelayedScale:
             raise ValueError(f"DelayedScale: a history of at least 1 step, got {history}")
         self.past: deque[float] = deque(maxlen=history)
         self.scheme = FloatScheme(format, "tensor")
-        self.seen = self.saturated = 0
+        self.seen = 0
+        self.saturated = 0
 
     def quantize(self, x: Array, *, name: str = "x") -> Scaled:
         """x[M, N] with the scale that the steps before give (its own in the first), then remember its range."""
@@ -117,4 +129,7 @@ def integers_or_floats(x: Array, granularity: str = "token") -> dict[str, float]
     size = float(xp.sum(xp.square(x), dtype=xp.float64))
     made: dict[str, Any] = {"int8": fake_integers(x, Scheme(8, "restricted", granularity))}
     made |= {fmt: fake_quantize(x, FloatScheme(fmt, granularity)) for fmt in ("e4m3", "e5m2")}
-    return {name: float(xp.sum(xp.square(back - x), dtype=xp.float64)) / size for name, back in made.items()}
+    return {
+        name: float(xp.sum(xp.square(back - x), dtype=xp.float64)) / size
+        for name, back in made.items()
+    }

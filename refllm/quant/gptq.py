@@ -83,20 +83,33 @@ def gptq(
         naming ``name`` if W is not finite or does not fit the scheme or H; for an H that no damping helps.
     """
     xp = namespace(weight)
-    f = hessian if isinstance(hessian, Factor) else factor(hessian, damp, act_order)
+    if isinstance(hessian, Factor):
+        f = hessian
+    else:
+        f = factor(hessian, damp, act_order)
     _check(weight, f, act_order, block_size, name)
     upper = xp.astype(f.upper, weight.dtype, copy=False)
     alive = xp.where(f.dead, 0.0, weight)
     whole_rows = scheme.granularity in ("tensor", "channel")
-    grids = Grids(weight if upstream_quirks and whole_rows else alive, scheme, order=f.order, static=static_groups,
-                  mse=mse, one_sided=upstream_quirks, scale_dtype=scale_dtype, name=name)  # fmt: skip
+    grids = Grids(
+        weight if upstream_quirks and whole_rows else alive,
+        scheme,
+        order=f.order,
+        static=static_groups,
+        mse=mse,
+        one_sided=upstream_quirks,
+        scale_dtype=scale_dtype,
+        name=name,
+    )
     # [N, M], to be overwritten; where it is no copy, it is a view of ``alive``, which ``where`` has made
     work = xp.ascontiguousarray((alive if f.order is None else alive[:, f.order]).T)
     walk = _stale_walk if upstream_quirks and grids.dynamic else _walk
     codes = xp.empty(work.shape, dtype=xp.int8 if scheme.signed else xp.uint8)
     walk(work, upper, grids, codes, block_size)
     report = {"loss": _loss(work), "damp": f.damp, "dead": f.dead}
-    return Solution.collect(codes.T, grids, scale_dtype=scale_dtype, zero_dtype=zero_dtype, **report)
+    return Solution.collect(
+        codes.T, grids, scale_dtype=scale_dtype, zero_dtype=zero_dtype, **report
+    )
 
 
 def _loss(errors: Array) -> float:
@@ -111,7 +124,8 @@ def _walk(work: Array, upper: Array, grids: Grids, codes: Array, block: int) -> 
 
     Two levels of blocks, [c, d) and within it [a, b): a dynamic group is one of them, ``block`` the other.
     """
-    n, width = work.shape[0], grids.width if grids.dynamic else block
+    n = work.shape[0]
+    width = grids.width if grids.dynamic else block
     outer, inner = (width, block) if width >= block else (block // width * width, width)
     for c in range(0, n, outer):
         d = min(c + outer, n)
@@ -127,7 +141,8 @@ def _walk(work: Array, upper: Array, grids: Grids, codes: Array, block: int) -> 
 def _stale_walk(work: Array, upper: Array, grids: Grids, codes: Array, block: int) -> None:
     """``_walk`` as published: a group's scale is found from columns that know the errors of earlier blocks only."""
     xp = namespace(work)
-    n, width = work.shape[0], grids.width
+    n = work.shape[0]
+    width = grids.width
     for c in range(0, n, block):
         d = min(c + block, n)
         _catch_up(work, upper, 0, c, d)
@@ -135,7 +150,8 @@ def _stale_walk(work: Array, upper: Array, grids: Grids, codes: Array, block: in
         for a, b in zip(starts, [*starts[1:], d], strict=True):
             if a % width == 0:
                 end = min(a + width, n)
-                beyond = work[d:end] - upper[:c, d:end].T @ work[:c]  # columns of blocks to come; often none
+                # columns of blocks to come; often none
+                beyond = work[d:end] - upper[:c, d:end].T @ work[:c]
                 grids.open(xp.concat([work[a : min(end, d)], beyond], axis=0))
             _round_columns(work, upper, grids, codes, c, a, b)
 
@@ -146,7 +162,9 @@ def _catch_up(work: Array, upper: Array, start: int, a: int, b: int) -> None:
         work[a:b] -= upper[start:a, a:b].T @ work[start:a]
 
 
-def _round_columns(work: Array, upper: Array, grids: Grids, codes: Array, start: int, a: int, b: int) -> None:
+def _round_columns(
+    work: Array, upper: Array, grids: Grids, codes: Array, start: int, a: int, b: int
+) -> None:
     """Round columns a … b, which lack the errors of columns start … a and each other's, one after the other."""
     for i in range(a, b):
         w = work[i]  # a view: what is done to w is done to the column
@@ -159,11 +177,15 @@ def _round_columns(work: Array, upper: Array, grids: Grids, codes: Array, start:
 
 def _check(weight: Array, f: Factor, act_order: bool, block: int, name: str) -> None:
     if weight.ndim != 2 or weight.shape[1] != f.upper.shape[0]:
-        raise ValueError(f"{name}: shape {tuple(weight.shape)} does not fit a Hessian of {f.upper.shape[0]} columns")
+        raise ValueError(
+            f"{name}: shape {tuple(weight.shape)} does not fit a Hessian of {f.upper.shape[0]} columns"
+        )
     if weight.dtype.kind != "f":
         raise ValueError(f"{name}: GPTQ rounds floating-point weights, got {weight.dtype}")
     refuse_non_finite(weight, name)
     if act_order != (f.order is not None):
-        raise ValueError(f"{name}: act_order={act_order}, but the factor was made with act_order={not act_order}")
+        raise ValueError(
+            f"{name}: act_order={act_order}, but the factor was made with act_order={not act_order}"
+        )
     if block < 1:
         raise ValueError(f"gptq: a block has one column or more, got block_size={block}")

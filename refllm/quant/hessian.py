@@ -57,17 +57,23 @@ class Hessian:
         """One more batch x[..., N], any number of tokens; ValueError if a number is not finite, or x has no columns."""
         xp = namespace(x)
         if x.ndim == 0 or x.shape[-1] == 0:
-            raise ValueError(f"hessian: {self.name} needs columns, x[..., N], got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"hessian: {self.name} needs columns, x[..., N], got shape {tuple(x.shape)}"
+            )
         x = xp.reshape(x, (-1, x.shape[-1]))
         if x.dtype.itemsize < 4:
             x = xp.astype(x, xp.float32)  # sums of float16 overflow at 65,504
         if not bool(xp.all(xp.isfinite(x))):
-            raise ValueError(f"hessian: {self.name} holds NaN or infinity after {self.count} tokens")
+            raise ValueError(
+                f"hessian: {self.name} holds NaN or infinity after {self.count} tokens"
+            )
         gram = x.T @ x  # NumPy sees that both are one array and computes a single triangle
         if self._sum is None:
             self._sum = gram
         elif self._sum.shape != gram.shape:
-            raise ValueError(f"hessian: {self.name} has {gram.shape[0]} columns, earlier {self._sum.shape[0]}")
+            raise ValueError(
+                f"hessian: {self.name} has {gram.shape[0]} columns, earlier {self._sum.shape[0]}"
+            )
         else:
             self._sum += gram
         self.count += x.shape[0]
@@ -85,7 +91,8 @@ class Factor:
     """U of a damped Hessian. One factor serves all weights that read the same input."""
 
     upper: Array  # U[N, N], of the columns in their order
-    damp: float  # what was added to the diagonal, as a share of its mean: at least what was asked for
+    # what was added to the diagonal, as a share of its mean: at least what was asked for
+    damp: float
     dead: Array  # columns whose input was always zero, bool[N], in the weight's own order
     order: Array | None  # the columns by falling diagonal, int64[N]; None: the weight's own order
 
@@ -120,14 +127,17 @@ def factor(h: Array, damp: float = 0.01, act_order: bool = False) -> Factor:
     xp = namespace(h)
     check(h, damp)
     diagonal = xp.diagonal(h)
-    dead, order = diagonal == 0, None
+    dead = diagonal == 0
+    order = None
     if act_order:
         order = xp.argsort(-diagonal, kind="stable")
         h = h[order][:, order]
     while (r := _reverse_cholesky(damped(h, damp))) is None:
         damp = max(STEP, 2 * damp)
         if damp > 2.0 * h.shape[0] / STEP:  # far beyond the sum of all eigenvalues
-            raise ValueError("hessian: no damping makes it positive definite; it is not 2·xᵀx/T of any x")
+            raise ValueError(
+                "hessian: no damping makes it positive definite; it is not 2·xᵀx/T of any x"
+            )
     upper = xp.zeros_like(h)
     _invert(r, upper)
     return Factor(upper, damp, dead, order)
@@ -158,7 +168,9 @@ def _reverse_cholesky(matrix: Array) -> Array | None:
     # up to the rounding of n terms; NaN fails the comparison too.
     diagonal = xp.diagonal(matrix)[::-1]
     error = xp.abs(xp.einsum("ij,ij->i", lower, lower) - diagonal)
-    if not bool(xp.all(error <= (lower.shape[0] + 2) * float(xp.finfo(lower.dtype).eps) * diagonal)):
+    if not bool(
+        xp.all(error <= (lower.shape[0] + 2) * float(xp.finfo(lower.dtype).eps) * diagonal)
+    ):
         return None
     return xp.ascontiguousarray(lower[::-1, ::-1])
 
@@ -170,9 +182,11 @@ def _invert(r: Array, out: Array) -> None:
     """
     n = r.shape[0]
     if n <= _LEAF:
-        out[...] = namespace(r).linalg.inv(r)  # elimination has nothing to do here: zeros below stay zeros
+        # elimination has nothing to do here: zeros below stay zeros
+        out[...] = namespace(r).linalg.inv(r)
         return
-    first, second = slice(None, n // 2), slice(n // 2, None)
+    first = slice(None, n // 2)
+    second = slice(n // 2, None)
     _invert(r[first, first], out[first, first])
     _invert(r[second, second], out[second, second])
     out[first, second] = -(out[first, first] @ r[first, second]) @ out[second, second]

@@ -78,7 +78,10 @@ def entropy_cut(counts: Array, *, levels: int = 128, start: int = 128) -> int:
     if not float(xp.sum(h)) > 0:
         raise ValueError("entropy of a histogram without a count outside bin 0")
     step = max(1, _AT_ONCE // levels)
-    parts = [_divergences(h, levels, low, min(low + step, bins + 1)) for low in range(start, bins + 1, step)]
+    parts = [
+        _divergences(h, levels, low, min(low + step, bins + 1))
+        for low in range(start, bins + 1, step)
+    ]
     divergence = xp.concat(parts)  # [C]
     return bins - int(xp.argmin(xp.flip(divergence)))  # the first from behind is the last
 
@@ -86,22 +89,30 @@ def entropy_cut(counts: Array, *, levels: int = 128, start: int = 128) -> int:
 def _divergences(h: Array, levels: int, low: int, high: int) -> Array:
     """KL(p ‖ q) of the candidates low ≤ i < high, from h[bins] as float64 → [C]."""
     xp = namespace(h)
-    before, filled = _prefix(h), _prefix(xp.astype(h > 0, xp.float64))
+    before = _prefix(h)
+    filled = _prefix(xp.astype(h > 0, xp.float64))
     log_h = xp.log(xp.where(h > 0, h, 1.0))
     i = xp.arange(low, high, dtype=xp.int64)
     # level L of candidate i holds the bins k with ⌊ℓ·k/i⌋ = L, that is ⌈L·i/ℓ⌉ ≤ k < ⌈(L+1)·i/ℓ⌉
-    edges = (i[:, None] * xp.arange(levels + 1, dtype=xp.int64) + (levels - 1)) // levels  # [C, ℓ+1]
+    # [C, ℓ+1]
+    edges = (i[:, None] * xp.arange(levels + 1, dtype=xp.int64) + (levels - 1)) // levels
     mass = before[edges[:, 1:]] - before[edges[:, :-1]]
     width = filled[edges[:, 1:]] - filled[edges[:, :-1]]
-    log_q = xp.log(xp.where(mass > 0, mass, 1.0) / xp.maximum(width, 1.0))  # of each non-empty bin of the level
+    # of each non-empty bin of the level
+    log_q = xp.log(xp.where(mass > 0, mass, 1.0) / xp.maximum(width, 1.0))
     total = before[-1]
-    beyond, last = total - before[i], h[i - 1]
+    beyond = total - before[i]
+    last = h[i - 1]
     # Σ p log p: all bins but the last as they are, the last with what lies beyond
     clipped = last + beyond
     p_log_p = _prefix(h * log_h)[i - 1] + clipped * xp.log(xp.where(clipped > 0, clipped, 1.0))
     of_last = xp.take_along_axis(log_q, (levels * (i - 1) // i)[:, None], axis=1)[:, 0]
     p_log_q = xp.sum(mass * log_q, axis=1) + beyond * of_last
-    divergence = (p_log_p - p_log_q) / total - xp.log(total) + xp.log(xp.where(before[i] > 0, before[i], 1.0))
+    divergence = (
+        (p_log_p - p_log_q) / total
+        - xp.log(total)
+        + xp.log(xp.where(before[i] > 0, before[i], 1.0))
+    )
     # an empty last bin that is given what lies beyond: p > 0 where q = 0
     impossible = ((last == 0) & (beyond > 0)) | (before[i] == 0)
     return xp.where(impossible, xp.inf, divergence)

@@ -26,7 +26,9 @@ __all__ = ["importance"]
 
 
 def importance(
-    source: Source, calibration: Any, progress: Callable[[int, int], object] = lambda done, total: None
+    source: Source,
+    calibration: Any,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> dict[str, np.ndarray]:
     """Mean square of each input of each projection over the tokens of ``calibration``: GGUF name → float32 [N].
 
@@ -35,10 +37,12 @@ def importance(
     found: dict[str, np.ndarray] = {}
     for run in walk(source, calibration):
         for names in run.stages():
-            total, tokens = 0.0, 0  # an array from the first batch on
+            total = 0.0  # an array from the first batch on
+            tokens = 0
             for x in run.inputs():
                 xp = namespace(x)
-                total, tokens = total + xp.sum(xp.astype(x, xp.float64) ** 2, axis=0), tokens + int(x.shape[0])
+                total = total + xp.sum(xp.astype(x, xp.float64) ** 2, axis=0)
+                tokens = tokens + int(x.shape[0])
             mean = to_numpy(total / tokens).astype("float32")
             for name in names:
                 found[gguf_name(f"model.layers.{run.index}.{PROJECTIONS[name]}.weight")] = mean

@@ -35,7 +35,17 @@ from refllm.model.llama import PROJECTIONS, Layer, mixed_heads
 from refllm.model.weights import Linear
 from refllm.quant.calibration_data import calibration_windows, sequences
 
-__all__ = ["STAGES", "Batch", "LayerRun", "Source", "Tap", "calibration_windows", "sequences", "tapped", "walk"]
+__all__ = [
+    "STAGES",
+    "Batch",
+    "LayerRun",
+    "Source",
+    "Tap",
+    "calibration_windows",
+    "sequences",
+    "tapped",
+    "walk",
+]
 
 STAGES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 BATCH = 2048  # tokens that go through a layer at a time; a longer sequence goes alone
@@ -70,7 +80,10 @@ class LayerRun:
     """One layer while the text goes through it. ``layer`` may be changed, projection by projection."""
 
     def __init__(self, config: ModelConfig, index: int, layer: Layer, batches: list[Batch]):
-        self.config, self.index, self.layer, self.batches = config, index, layer, batches
+        self.config = config
+        self.index = index
+        self.layer = layer
+        self.batches = batches
         self.stage = 0  # the projections of the stages before it have been computed for every batch
 
     def stages(self) -> Iterator[tuple[str, ...]]:
@@ -91,8 +104,10 @@ class LayerRun:
             x = self._input(batch)
             xp = namespace(x)
             if not bool(xp.all(xp.isfinite(x))):
-                raise ValueError(f"calibration: the input of {self.tensor(STAGES[self.stage][0])} is not finite: a "
-                                 "weight before it is too large or broken, or the dtype too narrow")  # fmt: skip
+                raise ValueError(
+                    f"calibration: the input of {self.tensor(STAGES[self.stage][0])} is not finite: a "
+                    "weight before it is too large or broken, or the dtype too narrow"
+                )
             yield x
 
     def tensor(self, name: str) -> str:
@@ -105,13 +120,16 @@ class LayerRun:
             pass
 
     def _input(self, batch: Batch) -> Array:
-        layer, eps = self.layer, self.config.rms_norm_eps
+        layer = self.layer
+        eps = self.config.rms_norm_eps
         if self.stage == 0:
             return rms_norm(batch.x, layer["input_layernorm"], eps)
         if self.stage == 1:
             return batch.heads
         h = rms_norm(batch.x, layer["post_attention_layernorm"], eps)
-        return h if self.stage == 2 else swiglu(layer["gate_proj"].matmul(h), layer["up_proj"].matmul(h))
+        if self.stage == 2:
+            return h
+        return swiglu(layer["gate_proj"].matmul(h), layer["up_proj"].matmul(h))
 
     def _advance(self) -> None:
         for batch in self.batches:
@@ -121,7 +139,8 @@ class LayerRun:
                     self.layer, self.config, self._input(batch), batch.rotation, attend, self.index
                 )
             elif self.stage == 1:
-                batch.x, batch.heads = batch.x + self.layer["o_proj"].matmul(batch.heads), None
+                batch.x = batch.x + self.layer["o_proj"].matmul(batch.heads)
+                batch.heads = None
             elif self.stage == 3:
                 batch.x = batch.x + self.layer["down_proj"].matmul(self._input(batch))
         self.stage += 1
@@ -134,18 +153,23 @@ def walk(source: Source, calibration: Any) -> Iterator[LayerRun]:
     as ``calibration`` walks the layers without text.
     """
     config = source.config
-    batches = [] if calibration is None else embed(source, sequences(calibration, config.vocab_size))
+    if calibration is None:
+        batches = []
+    else:
+        batches = embed(source, sequences(calibration, config.vocab_size))
     for index in range(config.num_hidden_layers):
         run = LayerRun(config, index, source.layer(index), batches)
         yield run
         if index + 1 < config.num_hidden_layers:  # nobody reads what comes out of the last
             run.finish()
-        run.layer = {}  # whoever still holds the run must not hold its weights beside the next layer's
+        # whoever still holds the run must not hold its weights beside the next layer's
+        run.layer = {}
 
 
 def embed(source: Source, ids: Sequence[Sequence[int]]) -> list[Batch]:
     """The text at the entrance of the first layer, in batches of at most ``BATCH`` tokens."""
-    config, batches = source.config, []
+    config = source.config
+    batches = []
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     for part in _batches(ids):
         x = source.rows([token for sequence in part for token in sequence])
@@ -160,7 +184,8 @@ class Tap:
     """A ``Linear`` that shows each of its inputs x[T, N] to ``observe`` and is otherwise the one it wraps."""
 
     def __init__(self, inner: Linear, observe: Callable[[Array], None]):
-        self.inner, self.observe = inner, observe
+        self.inner = inner
+        self.observe = observe
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -37,7 +37,8 @@ class ModelSource:
     """The layers of a model in memory."""
 
     def __init__(self, config: ModelConfig, weights: Weights):
-        self.config, self.weights = config, weights
+        self.config = config
+        self.weights = weights
 
     def rows(self, tokens: Sequence[int]) -> Array:
         return self.weights["embed_tokens"].rows(asarray_like(tokens, self.weights["norm"]))
@@ -47,8 +48,10 @@ class ModelSource:
         layer: Layer = dict(self.weights["layers"][index])
         for name in PROJECTIONS:
             if not isinstance(layer[name], Dense):
-                raise ValueError(f"model.layers.{index}.{PROJECTIONS[name]} is quantised already: start from the "
-                                 "original weights")  # fmt: skip
+                raise ValueError(
+                    f"model.layers.{index}.{PROJECTIONS[name]} is quantised already: start from the "
+                    "original weights"
+                )
         return layer
 
 
@@ -61,7 +64,9 @@ class CheckpointSource:
     def __init__(self, path: str | Path, *, backend: str | None = None, dtype: str = "float32"):
         self.config = read_config(path)
         if read(Path(path).expanduser()) is not None:
-            raise CheckpointError(f"{path} is quantised already: start from the model that it was made from")
+            raise CheckpointError(
+                f"{path} is quantised already: start from the model that it was made from"
+            )
         self.files = TensorFiles(Path(path).expanduser())
         check_tensors(self.config, self.files, self.files.directory)
         check_tied(self.config, self.files, self.files.directory)
@@ -102,7 +107,9 @@ class _Converted(Mapping[str, Array]):
     """Tensors of files in the dtype and library that is computed in, read at the moment of the look-up."""
 
     def __init__(self, files: TensorFiles, xp: Any, dtype: str):
-        self.files, self.xp, self.dtype = files, xp, dtype
+        self.files = files
+        self.xp = xp
+        self.dtype = dtype
 
     def moved(self, tensor: Any, name: str) -> Array:
         return self.xp.asarray(converted(tensor, self.dtype, name, self.files.file(name)))

@@ -49,7 +49,8 @@ class OutlierStatistics:
     """
 
     def __init__(self, threshold: float = 6.0, *, name: str = "x"):
-        self.threshold, self.name = threshold, name
+        self.threshold = threshold
+        self.name = name
         self.tokens = 0
         self.absmax: Array = None  # [N]
         self.hits: Array = None  # [N] int64: tokens in which the channel reaches the threshold
@@ -58,13 +59,19 @@ class OutlierStatistics:
         """Take in x[T, N]; ValueError naming the tensor if it is no matrix or not finite."""
         xp = namespace(x)
         if x.ndim != 2:
-            raise ValueError(f"{self.name}: outliers are counted in x[T, N], got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"{self.name}: outliers are counted in x[T, N], got shape {tuple(x.shape)}"
+            )
         if not x.shape[0]:
             return
         refuse_non_finite(x, self.name)
         size = xp.abs(x)
-        absmax, hits = xp.max(size, axis=0), xp.sum(xp.astype(size >= self.threshold, xp.int64), axis=0)
-        self.absmax = absmax if self.absmax is None else xp.maximum(self.absmax, absmax)
+        absmax = xp.max(size, axis=0)
+        hits = xp.sum(xp.astype(size >= self.threshold, xp.int64), axis=0)
+        if self.absmax is None:
+            self.absmax = absmax
+        else:
+            self.absmax = xp.maximum(self.absmax, absmax)
         self.hits = hits if self.hits is None else self.hits + hits
         self.tokens += int(x.shape[0])
 
@@ -79,7 +86,11 @@ class OutlierStatistics:
         """The largest channel's absmax over the median channel's: 1 if all are alike; ∞ if most are always zero."""
         absmax = to_numpy(self.absmax)
         middle = float(sorted(absmax.tolist())[absmax.size // 2])
-        return float(absmax.max()) / middle if middle else math.inf if float(absmax.max()) else 1.0
+        if middle:
+            return float(absmax.max()) / middle
+        if float(absmax.max()):
+            return math.inf
+        return 1.0
 
     def columns(self, share: float = 0.0) -> list[int]:
         """The channels that reach the threshold in at least ``share`` of the tokens, and in one at least."""
@@ -117,19 +128,35 @@ class Int8Linear:
     why bitsandbytes does otherwise.
     """
 
-    def __init__(self, weight: Array, threshold: float = 6.0, rule: str = "bitsandbytes", *, name: str = "weight"):
+    def __init__(
+        self,
+        weight: Array,
+        threshold: float = 6.0,
+        rule: str = "bitsandbytes",
+        *,
+        name: str = "weight",
+    ):
         if weight.ndim != 2:
-            raise ValueError(f"Int8Linear: {name} is a matrix [M, N], got shape {tuple(weight.shape)}")
+            raise ValueError(
+                f"Int8Linear: {name} is a matrix [M, N], got shape {tuple(weight.shape)}"
+            )
         if weight.dtype.kind != "f":
-            raise ValueError(f"Int8Linear: {name} is of floats, got {weight.dtype}: convert it first")
+            raise ValueError(
+                f"Int8Linear: {name} is of floats, got {weight.dtype}: convert it first"
+            )
         if rule not in RULES:
             raise ValueError(f"Int8Linear: unknown rule {rule!r}; choose one of {', '.join(RULES)}")
         if not threshold >= 0:
-            raise ValueError(f"Int8Linear: threshold is 0 or more (0 and infinity: no decomposition), got {threshold}")
+            raise ValueError(
+                f"Int8Linear: threshold is 0 or more (0 and infinity: no decomposition), got {threshold}"
+            )
         self.codes, self.absmax = vectorwise(weight, name=name)
-        self.threshold, self.rule, self.dtype = threshold or math.inf, rule, weight.dtype
+        self.threshold = threshold or math.inf
+        self.rule = rule
+        self.dtype = weight.dtype
         self.original = weight if rule == "paper" else None
-        self.multiplied = self.in_float = 0
+        self.multiplied = 0
+        self.in_float = 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -171,7 +198,10 @@ class Int8Linear:
             return xp.astype(self._in_integers(work), x.dtype, copy=False)
         keep = xp.zeros((x.shape[1],), dtype=xp.bool_)
         keep[columns] = True
-        hidden = keep[None, :] if self.rule == "paper" else xp.abs(work) >= self.threshold
+        if self.rule == "paper":
+            hidden = keep[None, :]
+        else:
+            hidden = xp.abs(work) >= self.threshold
         codes, absmax = vectorwise(xp.where(hidden, 0.0, work))
         codes[:, columns] = 0
         y = self._scaled(codes, absmax) + work[:, columns] @ self._columns(columns, work.dtype).T
@@ -201,7 +231,9 @@ class Int8Linear:
         return y * (absmax / 127) * xp.astype(self.scale, absmax.dtype).T
 
 
-def int8_matmul(x: Array, weight: Array, threshold: float = 6.0, *, rule: str = "bitsandbytes") -> Array:
+def int8_matmul(
+    x: Array, weight: Array, threshold: float = 6.0, *, rule: str = "bitsandbytes"
+) -> Array:
     """LLM.int8(): x[T, N], weight[M, N] → x Wᵀ [T, M], outlier columns in floating point, the rest in 8 bits.
 
     ``threshold`` 0 or infinity leaves out the decomposition. For many calls keep an ``Int8Linear``.

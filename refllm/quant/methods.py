@@ -37,7 +37,18 @@ from refllm.quant.report import Clock, TensorReport, row
 from refllm.quant.rtn import Solution, rtn
 from refllm.quant.smoothquant import LEVELS, smooth_layer, w8a8
 
-__all__ = ["AWQ", "FP8", "GPTQ", "METHODS", "RTN", "Int8", "Method", "SmoothQuant", "default_scheme", "make"]
+__all__ = [
+    "AWQ",
+    "FP8",
+    "GPTQ",
+    "METHODS",
+    "RTN",
+    "Int8",
+    "Method",
+    "SmoothQuant",
+    "default_scheme",
+    "make",
+]
 
 Tell = Callable[[TensorReport], None]
 CHECKED = 512  # tokens on which the output error of a projection is taken
@@ -62,7 +73,9 @@ class _ByRow:
 
     def check(self, scheme: Scheme) -> None:
         if scheme.granularity not in ("channel", "group", "tensor"):
-            raise ValueError(f"weights are quantised by channel, group or tensor, not by {scheme.granularity!r}")
+            raise ValueError(
+                f"weights are quantised by channel, group or tensor, not by {scheme.granularity!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -77,8 +90,11 @@ class RTN(_ByRow):
         for names in run.stages():
             sample = _sample(run)
             for name in names:
-                clock, dense = Clock(), run.layer[name].dequantize()
-                run.layer[name] = rtn(dense, scheme, scale_dtype=self.scale_dtype, name=run.tensor(name))
+                clock = Clock()
+                dense = run.layer[name].dequantize()
+                run.layer[name] = rtn(
+                    dense, scheme, scale_dtype=self.scale_dtype, name=run.tensor(name)
+                )
                 tell(row(run.index, name, "rtn", dense, run.layer[name], sample, clock()))
         return run.layer
 
@@ -98,20 +114,46 @@ class GPTQ(_ByRow):
 
     def __post_init__(self) -> None:
         if not 0 <= self.damp < float("inf"):
-            raise ValueError(f"gptq: damp is a share of the mean diagonal, 0 or more, got {self.damp}")
+            raise ValueError(
+                f"gptq: damp is a share of the mean diagonal, 0 or more, got {self.damp}"
+            )
 
     def quantize(self, run: LayerRun, scheme: Scheme, tell: Tell) -> Layer:
-        options = {field: getattr(self, field) for field in ("block_size", "act_order", "static_groups", "mse")}
+        options = {
+            field: getattr(self, field)
+            for field in ("block_size", "act_order", "static_groups", "mse")
+        }
         for names in run.stages():
-            clock, sample = Clock(), _sample(run)
+            clock = Clock()
+            sample = _sample(run)
             found, tokens = self._factor(run)  # siblings read the same input
             shared = clock() / len(names)
             for name in names:
-                clock, dense = Clock(), run.layer[name].dequantize()
-                made = gptq(dense, found, scheme, scale_dtype=self.scale_dtype, name=run.tensor(name), **options)
+                clock = Clock()
+                dense = run.layer[name].dequantize()
+                made = gptq(
+                    dense,
+                    found,
+                    scheme,
+                    scale_dtype=self.scale_dtype,
+                    name=run.tensor(name),
+                    **options,
+                )
                 run.layer[name] = made
                 note = _gptq_note(made, tokens, self.damp)
-                tell(row(run.index, name, "gptq", dense, made, sample, shared + clock(), made.loss, note))
+                tell(
+                    row(
+                        run.index,
+                        name,
+                        "gptq",
+                        dense,
+                        made,
+                        sample,
+                        shared + clock(),
+                        made.loss,
+                        note,
+                    )
+                )
         return run.layer
 
     def _factor(self, run: LayerRun) -> tuple[Factor, int]:
@@ -124,10 +166,13 @@ class GPTQ(_ByRow):
 
 def _gptq_note(made: Solution, tokens: int, damp: float) -> str:
     """What a reader of the report should know of a Hessian."""
-    columns, dead = made.shape[1], int(made.dead.sum())
+    columns = made.shape[1]
+    dead = int(made.dead.sum())
     notes = [f"{dead} of {columns} inputs are always zero"] if dead else []
     if tokens < columns:
-        notes.append(f"{tokens} tokens for {columns} columns: only damping makes the Hessian definite")
+        notes.append(
+            f"{tokens} tokens for {columns} columns: only damping makes the Hessian definite"
+        )
     if made.damp > damp:
         notes.append(f"damping raised from {damp:g} to {made.damp:g}")
     return "; ".join(notes)
@@ -145,16 +190,27 @@ class AWQ(_ByRow):
     sequential: ClassVar[bool] = False
 
     def quantize(self, run: LayerRun, scheme: Scheme, tell: Tell) -> Layer:
-        clock, part = Clock(), _first(run.batches, self.max_tokens)
+        clock = Clock()
+        part = _first(run.batches, self.max_tokens)
         xp = namespace(part[0].x)
         inputs = {names[0]: xp.concat(list(run.inputs(part)), axis=0) for names in run.stages()}
-        attend = CausalAttend([n for batch in part for n in batch.lengths], run.config.sliding_window)
+        attend = CausalAttend(
+            [n for batch in part for n in batch.lengths], run.config.sliding_window
+        )
         rotation = tuple(xp.concat([batch.rotation[i] for batch in part], axis=0) for i in (0, 1))
         layer, found = awq_layer(
-            run.layer, run.config, inputs, scheme, rotation=rotation, attend=attend, index=run.index, duo=self.duo,
+            run.layer,
+            run.config,
+            inputs,
+            scheme,
+            rotation=rotation,
+            attend=attend,
+            index=run.index,
+            duo=self.duo,
             clipping=self.clipping,
-        )  # fmt: skip
-        exact = run.layer  # what is scaled and not yet clipped or rounded: the same function as the layer
+        )
+        # what is scaled and not yet clipped or rounded: the same function as the layer
+        exact = run.layer
         for group in scale_groups(exact)[0]:
             scale = found.scales[group.name].scale
             exact = fold(exact, group, scale)
@@ -162,11 +218,19 @@ class AWQ(_ByRow):
         shared = clock() / len(PROJECTIONS)
         for names in STAGES:
             for name in names:
-                clock, dense = Clock(), exact[name].dequantize()
-                layer[name] = rtn(layer[name].dequantize(), scheme, scale_dtype=self.scale_dtype, name=run.tensor(name))
+                clock = Clock()
+                dense = exact[name].dequantize()
+                layer[name] = rtn(
+                    layer[name].dequantize(),
+                    scheme,
+                    scale_dtype=self.scale_dtype,
+                    name=run.tensor(name),
+                )
                 sample = inputs[names[0]][:CHECKED]
                 loss = found.losses.get(name)
-                tell(row(run.index, name, "awq", dense, layer[name], sample, shared + clock(), loss))
+                tell(
+                    row(run.index, name, "awq", dense, layer[name], sample, shared + clock(), loss)
+                )
         return layer
 
 
@@ -198,11 +262,15 @@ class SmoothQuant(_ByRow):
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.keep) - set(PROJECTIONS)):
-            raise ValueError(f"keep: no projection is called {', '.join(unknown)}; they are {', '.join(PROJECTIONS)}")
+            raise ValueError(
+                f"keep: no projection is called {', '.join(unknown)}; they are {', '.join(PROJECTIONS)}"
+            )
         if self.level not in LEVELS:
             raise ValueError(f"unknown level {self.level!r}; choose one of {', '.join(LEVELS)}")
         if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise ValueError(f"smoothquant: alpha lies within 0..1, or is None to smooth nothing, got {self.alpha}")
+            raise ValueError(
+                f"smoothquant: alpha lies within 0..1, or is None to smooth nothing, got {self.alpha}"
+            )
 
     def quantize(self, run: LayerRun, scheme: Scheme, tell: Tell) -> Layer:
         clock = Clock()
@@ -214,19 +282,42 @@ class SmoothQuant(_ByRow):
                 observer.observe(x)
             absmax |= dict.fromkeys(names, observer.absmax)
             samples |= dict.fromkeys(names, _sample(run))
-        smooth, after = (run.layer, absmax) if self.alpha is None else smooth_layer(run.layer, absmax, self.alpha)
-        layer, shared = dict(smooth), clock() / len(PROJECTIONS)
+        smooth, after = (
+            (run.layer, absmax)
+            if self.alpha is None
+            else smooth_layer(run.layer, absmax, self.alpha)
+        )
+        layer = dict(smooth)
+        shared = clock() / len(PROJECTIONS)
         for name in PROJECTIONS:
-            clock, dense = Clock(), smooth[name].dequantize()
+            clock = Clock()
+            dense = smooth[name].dequantize()
             if name not in self.keep:
                 layer[name] = w8a8(
-                    dense, self.level, absmax=after[name], scheme=scheme, rule=self.rule,
-                    scale_dtype=self.scale_dtype, name=run.tensor(name),
-                )  # fmt: skip
+                    dense,
+                    self.level,
+                    absmax=after[name],
+                    scheme=scheme,
+                    rule=self.rule,
+                    scale_dtype=self.scale_dtype,
+                    name=run.tensor(name),
+                )
             xp = namespace(dense)
             x = samples[name] * (after[name] / xp.where(absmax[name] > 0, absmax[name], 1.0))  # x/s
             note = "kept in floating point" if name in self.keep else ""
-            tell(row(run.index, name, "smoothquant", dense, layer[name], x, shared + clock(), None, note))
+            tell(
+                row(
+                    run.index,
+                    name,
+                    "smoothquant",
+                    dense,
+                    layer[name],
+                    x,
+                    shared + clock(),
+                    None,
+                    note,
+                )
+            )
         return layer
 
 
@@ -247,8 +338,11 @@ class Int8:
         for names in run.stages():
             sample = _sample(run)
             for name in names:
-                clock, dense = Clock(), run.layer[name].dequantize()
-                run.layer[name] = Int8Linear(dense, self.threshold, self.rule, name=run.tensor(name))
+                clock = Clock()
+                dense = run.layer[name].dequantize()
+                run.layer[name] = Int8Linear(
+                    dense, self.threshold, self.rule, name=run.tensor(name)
+                )
                 tell(row(run.index, name, "int8", dense, run.layer[name], sample, clock()))
         return run.layer
 
@@ -273,8 +367,11 @@ class FP8:
         for names in run.stages():
             sample = _sample(run)
             for name in names:
-                clock, dense = Clock(), run.layer[name].dequantize()
-                run.layer[name] = fp8(dense, scheme, **dataclasses.asdict(self), name=run.tensor(name))
+                clock = Clock()
+                dense = run.layer[name].dequantize()
+                run.layer[name] = fp8(
+                    dense, scheme, **dataclasses.asdict(self), name=run.tensor(name)
+                )
                 tell(row(run.index, name, "fp8", dense, run.layer[name], sample, clock()))
         return run.layer
 

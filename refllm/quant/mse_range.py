@@ -15,15 +15,29 @@ Left out: other factors for the two ends, ranges wider than min-max (NVFP4), wei
 from __future__ import annotations
 
 from refllm.backend import Array, namespace
-from refllm.formats.uniform import Scheme, as_blocks, decode, encode, range_to_qparams, ranges, reachable
+from refllm.formats.uniform import (
+    Scheme,
+    as_blocks,
+    decode,
+    encode,
+    range_to_qparams,
+    ranges,
+    reachable,
+)
 
 __all__ = ["mse_range"]
 
 
 def mse_range(
-    x: Array, scheme: Scheme, *, grid: int = 100, max_shrink: float = 0.2, norm: float = 2.4,
-    patience: int | None = 5, name: str = "x",
-) -> tuple[Array, Array]:  # fmt: skip
+    x: Array,
+    scheme: Scheme,
+    *,
+    grid: int = 100,
+    max_shrink: float = 0.2,
+    norm: float = 2.4,
+    patience: int | None = 5,
+    name: str = "x",
+) -> tuple[Array, Array]:
     """The range p·[min, max], p = 1, 1 − 1/grid, …, whose quantised numbers lie nearest: Σ|x̂ − x|^norm is least.
 
     One search for each range of the scheme → lo, hi, shaped like its scale. Of equal errors the widest range wins,
@@ -38,16 +52,23 @@ def mse_range(
     xp = namespace(x)
     count = int(max_shrink * grid)
     if not 1 <= count <= grid:
-        raise ValueError(f"mse_range: grid {grid} and max_shrink {max_shrink} leave no candidate, or one below p = 0")
+        raise ValueError(
+            f"mse_range: grid {grid} and max_shrink {max_shrink} leave no candidate, or one below p = 0"
+        )
     low, high = ranges(x, scheme, name=name)
     shape = tuple(low.shape)
-    low = best_low = xp.reshape(low, (low.size,))
-    high = best_high = xp.reshape(high, (high.size,))
-    unit, _ = range_to_qparams(low, high, scheme)  # errors in steps of p = 1: no power of them overflows
-    best, still = xp.full(unit.shape, xp.inf, dtype=x.dtype), 0
+    best_low = xp.reshape(low, (low.size,))
+    low = best_low
+    best_high = xp.reshape(high, (high.size,))
+    high = best_high
+    # errors in steps of p = 1: no power of them overflows
+    unit, _ = range_to_qparams(low, high, scheme)
+    best = xp.full(unit.shape, xp.inf, dtype=x.dtype)
+    still = 0
     for i in range(count):
         p = 1 - i / grid
-        lo, hi = p * low, p * high
+        lo = p * low
+        hi = p * high
         error = _error(x, lo, hi, unit, scheme, norm)
         better = error < best
         if not bool(xp.any(better)):
@@ -55,8 +76,10 @@ def mse_range(
             if patience is not None and still >= patience:
                 break
             continue
-        still, best = 0, xp.where(better, error, best)
-        best_low, best_high = xp.where(better, lo, best_low), xp.where(better, hi, best_high)
+        still = 0
+        best = xp.where(better, error, best)
+        best_low = xp.where(better, lo, best_low)
+        best_high = xp.where(better, hi, best_high)
     return xp.reshape(best_low, shape), xp.reshape(best_high, shape)
 
 
@@ -78,4 +101,6 @@ def _error(x: Array, lo: Array, hi: Array, unit: Array, scheme: Scheme, norm: fl
         e = xp.concat([e, xp.zeros((e.shape[0], -e.shape[1] % columns), dtype=e.dtype)], axis=1)
     blocks = as_blocks(e, scheme)
     steps = xp.reshape(unit, (blocks.shape[0], 1, blocks.shape[2], 1))
-    return xp.reshape(xp.sum(xp.abs(reachable(blocks, steps) / steps) ** norm, axis=(1, 3)), unit.shape)
+    return xp.reshape(
+        xp.sum(xp.abs(reachable(blocks, steps) / steps) ** norm, axis=(1, 3)), unit.shape
+    )

@@ -62,15 +62,22 @@ def obq(
     xp = namespace(weight, hessian)
     check(hessian, damp)
     if weight.ndim != 2 or weight.shape[1] != hessian.shape[0]:
-        raise ValueError(f"{name}: shape {tuple(weight.shape)} does not fit a Hessian of {hessian.shape[0]} columns")
+        raise ValueError(
+            f"{name}: shape {tuple(weight.shape)} does not fit a Hessian of {hessian.shape[0]} columns"
+        )
     refuse_non_finite(weight, name)
     diagonal = xp.diagonal(hessian)
-    dead, h = diagonal == 0, damped(hessian, damp)
+    dead = diagonal == 0
+    h = damped(hessian, damp)
     alive = xp.where(dead, 0.0, weight)
-    order = xp.argsort(-diagonal, kind="stable") if act_order and not greedy else None
+    if act_order and not greedy:
+        order = xp.argsort(-diagonal, kind="stable")
+    else:
+        order = None
     grids = Grids(alive, scheme, order=order, static=static_groups or greedy, mse=mse, name=name)
     if order is not None:
-        alive, h = alive[:, order], h[order][:, order]
+        alive = alive[:, order]
+        h = h[order][:, order]
     inverse = xp.linalg.inv(h)
     if not bool(xp.all(xp.diagonal(inverse) > 0)):
         raise ValueError(f"{name}: the Hessian is not positive definite at damp={damp}; raise it")
@@ -81,15 +88,19 @@ def obq(
 def _in_order(weight: Array, inverse: Array, grids: Grids) -> tuple[Array, float]:
     """Codes[M, N] and the loss, first column first; both arrays are consumed."""
     xp = namespace(weight, inverse)
-    codes, loss = [], 0.0
+    codes = []
+    loss = 0.0
     for i in range(weight.shape[1]):
         if grids.dynamic and i % grids.width == 0:
             grids.open(weight[:, i : i + grids.width].T)
         q, back = grids.round(i, weight[:, i])
-        error, d = weight[:, i] - back, inverse[i, i]
+        error = weight[:, i] - back
+        d = inverse[i, i]
         loss += 0.5 * float(xp.sum(error * error) / d)
-        weight = weight - (error / d)[:, None] * inverse[i, :]  # column i becomes q; earlier ones have zeros here
-        inverse = inverse - inverse[:, i : i + 1] * inverse[i : i + 1, :] / d  # lemma 1; row and column i become 0
+        # column i becomes q; earlier ones have zeros here
+        weight = weight - (error / d)[:, None] * inverse[i, :]
+        # lemma 1; row and column i become 0
+        inverse = inverse - inverse[:, i : i + 1] * inverse[i : i + 1, :] / d
         codes.append(q)
     return xp.stack(codes, axis=1), loss
 
@@ -99,7 +110,8 @@ def _greedy(weight: Array, inverse: Array, grids: Grids) -> tuple[Array, float]:
     xp = namespace(weight, inverse)
     m, n = weight.shape
     scale, zero_point = grids.arrays()
-    rows, loss = xp.arange(m), 0.0
+    rows = xp.arange(m)
+    loss = 0.0
     inverse = xp.repeat(inverse[None], m, axis=0)  # [M, N, N]
     codes = encode(weight, scale, zero_point, grids.scheme)
     todo = xp.ones((m, n), dtype=xp.bool_)

@@ -35,7 +35,16 @@ from refllm.formats.uniform import Scheme, range_to_qparams, refuse_non_finite
 from refllm.quant.histogram import count_bins, entropy_cut, percentile_cut
 from refllm.quant.mse_range import mse_range
 
-__all__ = ["MSE", "Entropy", "Histogram", "MinMax", "MovingAverage", "Observer", "Percentile", "mse_range"]
+__all__ = [
+    "MSE",
+    "Entropy",
+    "Histogram",
+    "MinMax",
+    "MovingAverage",
+    "Observer",
+    "Percentile",
+    "mse_range",
+]
 
 MOST_BINS = 1 << 22  # of a histogram that grows: 32 MB of counts
 
@@ -47,9 +56,11 @@ class Observer:
     """
 
     def __init__(self, *, axis: int | None = None, name: str = "x"):
-        self.axis, self.name = axis, name
+        self.axis = axis
+        self.name = name
         self.batches = 0
-        self.lo: Array = None  # with axes of length 1 where ``range`` has none: NumPy makes numbers of 0-d arrays
+        # with axes of length 1 where ``range`` has none: NumPy makes numbers of 0-d arrays
+        self.lo: Array = None
         self.hi: Array = None
 
     def observe(self, x: Array) -> None:
@@ -117,12 +128,15 @@ class MovingAverage(Observer):
     def __init__(self, *, averaging: float = 0.01, axis: int | None = None, name: str = "x"):
         super().__init__(axis=axis, name=name)
         if not 0 < averaging <= 1:
-            raise ValueError(f"{type(self).__name__}: averaging lies within (0, 1], got {averaging}")
+            raise ValueError(
+                f"{type(self).__name__}: averaging lies within (0, 1], got {averaging}"
+            )
         self.averaging = averaging
 
     def _take(self, x: Array, lo: Array, hi: Array) -> None:
         if self.lo is None:
-            self.lo, self.hi = lo, hi
+            self.lo = lo
+            self.hi = hi
         else:
             self.lo, self.hi = self._mean(self.lo, lo), self._mean(self.hi, hi)
 
@@ -136,7 +150,8 @@ class MSE(MovingAverage):
 
     def __init__(self, scheme: Scheme, *, averaging: float = 0.01, name: str = "x", **search: Any):
         super().__init__(averaging=averaging, name=name)
-        self.scheme, self.search = scheme, search
+        self.scheme = scheme
+        self.search = search
 
     def _take(self, x: Array, lo: Array, hi: Array) -> None:
         low, high = mse_range(x, self.scheme, name=self.name, **self.search)
@@ -160,8 +175,12 @@ class Histogram(MinMax):
     def __init__(self, *, bins: int = 2048, top: float | None = None, name: str = "x"):
         super().__init__(name=name)
         if bins < 2 or (top is not None and not 0 < top < math.inf):
-            raise ValueError(f"{type(self).__name__}: needs two bins and a finite top above 0, got {bins} and {top}")
-        self.bins, self.width, self.preset = bins, None if top is None else top / bins, top is not None
+            raise ValueError(
+                f"{type(self).__name__}: needs two bins and a finite top above 0, got {bins} and {top}"
+            )
+        self.bins = bins
+        self.width = None if top is None else top / bins
+        self.preset = top is not None
         self.zeros = 0  # seen while no number had set the width
         self.counts: Array = None
 
@@ -175,14 +194,17 @@ class Histogram(MinMax):
                 self.width = max(top / self.bins, sys.float_info.min)
             bins = max(self.bins, self._bins_up_to(top / self.width))
             if bins > MOST_BINS:
-                raise ValueError(f"{type(self).__name__}: {self.name!r} reaches {top:.3g}: too many bins of the first "
-                                 f"batch's width; pass top={top:.3g}")  # fmt: skip
+                raise ValueError(
+                    f"{type(self).__name__}: {self.name!r} reaches {top:.3g}: too many bins of the first "
+                    f"batch's width; pass top={top:.3g}"
+                )
             fresh = count_bins(xp.abs(x), self.width, bins)
             if self.counts is None:
                 fresh[0] += self.zeros
             else:
                 fresh[: self.bins] += self.counts
-            self.counts, self.bins = fresh, bins
+            self.counts = fresh
+            self.bins = bins
         super()._take(x, lo, hi)
 
     @staticmethod
@@ -191,7 +213,9 @@ class Histogram(MinMax):
 
     def _bins_up_to(self, bin: float) -> int:
         """Bins that hold a number of ``bin`` widths. Half-open bins alone are independent of the order."""
-        return math.floor(bin) + 1 if self.preset else math.ceil(bin)
+        if self.preset:
+            return math.floor(bin) + 1
+        return math.ceil(bin)
 
     @property
     def amax(self) -> float:
@@ -208,19 +232,28 @@ class Histogram(MinMax):
     def range(self) -> tuple[Array, Array]:
         """What was seen, cut at ±``amax``."""
         self._check()
-        xp, amax = namespace(self.lo, self.hi), self.amax
-        return self._shaped(xp.clip(self.lo, -amax, amax)), self._shaped(xp.clip(self.hi, -amax, amax))
+        xp = namespace(self.lo, self.hi)
+        amax = self.amax
+        return self._shaped(xp.clip(self.lo, -amax, amax)), self._shaped(
+            xp.clip(self.hi, -amax, amax)
+        )
 
 
 class Percentile(Histogram):
     """Cuts in the bin where ``percentile`` % of the magnitudes are reached, at its left edge."""
 
     def __init__(
-        self, percentile: float = 99.99, *, bins: int = 2048, top: float | None = None,
-        skip_zeros: bool = False, name: str = "x",
-    ):  # fmt: skip
+        self,
+        percentile: float = 99.99,
+        *,
+        bins: int = 2048,
+        top: float | None = None,
+        skip_zeros: bool = False,
+        name: str = "x",
+    ):
         super().__init__(bins=bins, top=top, name=name)
-        self.percentile, self.skip_zeros = percentile, skip_zeros
+        self.percentile = percentile
+        self.skip_zeros = skip_zeros
         self.exact_zeros = 0
 
     def _take(self, x: Array, lo: Array, hi: Array) -> None:
@@ -241,11 +274,18 @@ class Entropy(Histogram):
     """Cuts where the codes' distribution has the least relative entropy (see ``histogram.entropy_cut``)."""
 
     def __init__(
-        self, bits: int = 8, *, unsigned: bool = False, start: int = 128, bins: int = 2048,
-        top: float | None = None, name: str = "x",
-    ):  # fmt: skip
+        self,
+        bits: int = 8,
+        *,
+        unsigned: bool = False,
+        start: int = 128,
+        bins: int = 2048,
+        top: float | None = None,
+        name: str = "x",
+    ):
         super().__init__(bins=bins, top=top, name=name)
-        self.levels, self.start = 1 << (bits - 1 + unsigned), start
+        self.levels = 1 << (bits - 1 + unsigned)
+        self.start = start
 
     def _cut(self) -> int:
         if not int(namespace(self.counts).sum(self.counts[1:])):
@@ -258,7 +298,8 @@ def _extremes(x: Array, axis: int | None, name: str) -> tuple[Array, Array]:
     xp = namespace(x)
     flat = xp.reshape(x, (x.size,)) if axis is None else x
     others = tuple(i for i in range(flat.ndim) if axis is None or i != axis % x.ndim)
-    lo, hi = xp.min(flat, axis=others, keepdims=True), xp.max(flat, axis=others, keepdims=True)
+    lo = xp.min(flat, axis=others, keepdims=True)
+    hi = xp.max(flat, axis=others, keepdims=True)
     if not bool(xp.all(xp.isfinite(lo) & xp.isfinite(hi))):  # min and max pass NaN on
         refuse_non_finite(x, name)
     return lo, hi

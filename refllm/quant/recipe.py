@@ -44,7 +44,8 @@ __all__ = [
     "default_scheme", "quantize_layers", "quantize_model", "settings",
 ]  # fmt: skip
 
-Progress = Callable[[int, int, TensorReport], None]  # tensors done, tensors in all, the row of the newest
+# tensors done, tensors in all, the row of the newest
+Progress = Callable[[int, int, TensorReport], None]
 M = TypeVar("M")
 
 
@@ -69,9 +70,14 @@ class Sink(Protocol):
 
 
 def quantize_model(
-    model: M, method: str, scheme: Scheme | None = None, calibration: Any = None, *,
-    progress: Progress | None = None, **options: Any,
-) -> tuple[M, Report]:  # fmt: skip
+    model: M,
+    method: str,
+    scheme: Scheme | None = None,
+    calibration: Any = None,
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> tuple[M, Report]:
     """Quantise the projections of ``model``, a ``Model`` or any record with ``.config .weights .tokenizer``.
 
     Returns the same kind of record, which runs through the same ``forward``, and the report; ``model`` is left as it
@@ -96,7 +102,9 @@ def quantize_model(
     record: Any = model
     sink = MemorySink()
     source = ModelSource(record.config, record.weights)
-    report = quantize_layers(source, sink, method, scheme, calibration, progress=progress, **options)
+    report = quantize_layers(
+        source, sink, method, scheme, calibration, progress=progress, **options
+    )
     weights = record.weights | {"layers": sink.layers}
     if dataclasses.is_dataclass(record):
         result: Any = dataclasses.replace(record, weights=weights)  # type: ignore[type-var]
@@ -107,21 +115,34 @@ def quantize_model(
 
 
 def quantize_layers(
-    source: Source, sink: Sink, method: str, scheme: Scheme | None = None, calibration: Any = None, *,
-    progress: Progress | None = None, **options: Any,
-) -> Report:  # fmt: skip
+    source: Source,
+    sink: Sink,
+    method: str,
+    scheme: Scheme | None = None,
+    calibration: Any = None,
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Report:
     """Quantise every layer of ``source`` into ``sink``; arguments and errors as ``quantize_model``'s."""
-    began, config = time.perf_counter(), source.config
+    began = time.perf_counter()
+    config = source.config
     how = make(method, **options)
     scheme = default_scheme(method) if scheme is None else scheme
     how.check(scheme)
     check_shapes(config, scheme)
     if calibration is None and how.calibrates:
-        raise ValueError(f"{method} needs calibration text: pass token ids [B, S], from calibration_windows say")
+        raise ValueError(
+            f"{method} needs calibration text: pass token ids [B, S], from calibration_windows say"
+        )
     count = config.num_hidden_layers
     finished = [sink.done(index) for index in range(count)]
-    last = max((i for i in range(count) if finished[i] is None), default=-1)  # nobody reads what leaves this one
-    ids = None if calibration is None else sequences(calibration, config.vocab_size)
+    # nobody reads what leaves this one
+    last = max((i for i in range(count) if finished[i] is None), default=-1)
+    if calibration is None:
+        ids = None
+    else:
+        ids = sequences(calibration, config.vocab_size)
     batches = embed(source, ids) if ids is not None and last >= 0 else []
     rows: list[TensorReport] = []
 
@@ -143,9 +164,15 @@ def quantize_layers(
 
 
 def _quantize_layer(
-    source: Source, sink: Sink, index: int, how: Method, scheme: Scheme, batches: list[Batch],
-    tell: Callable[[TensorReport], None], goes_on: bool,
-) -> None:  # fmt: skip
+    source: Source,
+    sink: Sink,
+    index: int,
+    how: Method,
+    scheme: Scheme,
+    batches: list[Batch],
+    tell: Callable[[TensorReport], None],
+    goes_on: bool,
+) -> None:
     """One layer from source to sink. In a function of its own, so that nothing of it is alive at the next."""
     run = LayerRun(source.config, index, source.layer(index), batches)
     rows: list[TensorReport] = []
@@ -171,9 +198,12 @@ def check_shapes(config: ModelConfig, scheme: Scheme) -> None:
                 raise ValueError(f"{name}: {error}") from error
 
 
-def settings(method: str, scheme: Scheme | None, calibration: Any, **options: Any) -> dict[str, Any]:
+def settings(
+    method: str, scheme: Scheme | None, calibration: Any, **options: Any
+) -> dict[str, Any]:
     """What decides the result, as JSON: a run may only resume what was begun with equal settings."""
-    how, text = make(method, **options), None
+    how = make(method, **options)
+    text = None
     if calibration is not None:
         ids = sequences(calibration, 2**31)
         digest = hashlib.sha256(repr(ids).encode()).hexdigest()
@@ -184,5 +214,6 @@ def settings(method: str, scheme: Scheme | None, calibration: Any, **options: An
         "scheme": dataclasses.asdict(default_scheme(method) if scheme is None else scheme),
         "calibration": text,
     }
-    plain: dict[str, Any] = json.loads(json.dumps(found))  # tuples become lists, as they do in a file
+    # tuples become lists, as they do in a file
+    plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain

@@ -71,7 +71,9 @@ class Report:
     @property
     def bits_per_weight(self) -> float:
         """Over the quantised projections."""
-        return 8.0 * self.nbytes / self.weights if self.weights else 0.0
+        if self.weights:
+            return 8.0 * self.nbytes / self.weights
+        return 0.0
 
     @property
     def notes(self) -> list[str]:
@@ -82,7 +84,17 @@ class Report:
         """The rows as text, one line a tensor and one for all."""
         header = ("tensor", "shape", "bits", "weight error", "output error", "loss", "s")
         lines = [header, *(_cells(t) for t in self.tensors)]
-        lines.append(("all", f"{self.weights:,}", f"{self.bits_per_weight:.3f}", "", "", "", f"{self.seconds:.2f}"))
+        lines.append(
+            (
+                "all",
+                f"{self.weights:,}",
+                f"{self.bits_per_weight:.3f}",
+                "",
+                "",
+                "",
+                f"{self.seconds:.2f}",
+            )
+        )
         return _aligned(lines)
 
 
@@ -97,13 +109,34 @@ class Clock:
 
 
 def row(
-    layer: int, name: str, method: str, dense: Array, made: Linear, x: Array | None, seconds: float,
-    loss: float | None = None, note: str = "",
-) -> TensorReport:  # fmt: skip
+    layer: int,
+    name: str,
+    method: str,
+    dense: Array,
+    made: Linear,
+    x: Array | None,
+    seconds: float,
+    loss: float | None = None,
+    note: str = "",
+) -> TensorReport:
     """The row of a projection: W[M, N] as it was, the ``Linear`` that it became, inputs x[T, N] to compare them on."""
-    output_error = None if x is None else relative_error(x @ dense.T, made.matmul(x))
+    if x is None:
+        output_error = None
+    else:
+        output_error = relative_error(x @ dense.T, made.matmul(x))
     weight_error = relative_error(dense, made.dequantize())
-    return TensorReport(layer, name, method, made.shape, made.nbytes, weight_error, output_error, loss, seconds, note)
+    return TensorReport(
+        layer,
+        name,
+        method,
+        made.shape,
+        made.nbytes,
+        weight_error,
+        output_error,
+        loss,
+        seconds,
+        note,
+    )
 
 
 def relative_error(exact: Array, rounded: Array) -> float:
@@ -111,7 +144,11 @@ def relative_error(exact: Array, rounded: Array) -> float:
     xp = namespace(exact, rounded)
     error = float(xp.sum(xp.square(rounded - exact), dtype=xp.float64))
     size = float(xp.sum(xp.square(exact), dtype=xp.float64))
-    return error / size if size else 0.0 if error == 0 else math.inf
+    if size:
+        return error / size
+    if error == 0:
+        return 0.0
+    return math.inf
 
 
 def _cells(t: TensorReport) -> tuple[str, ...]:
@@ -121,6 +158,8 @@ def _cells(t: TensorReport) -> tuple[str, ...]:
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = ([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
-            for line in lines)  # fmt: skip
+    rows = (
+        [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
+        for line in lines
+    )
     return "\n".join("  ".join(row).rstrip() for row in rows)

@@ -49,14 +49,20 @@ class LayerFiles:
         if the directory holds the layers of a run with other settings, or something else.
     """
 
-    def __init__(self, directory: Path, source: Source, storing: Storing, settings: Mapping[str, Any]):
-        self.directory, self.source, self.storing = directory, source, storing
+    def __init__(
+        self, directory: Path, source: Source, storing: Storing, settings: Mapping[str, Any]
+    ):
+        self.directory = directory
+        self.source = source
+        self.storing = storing
         self.redone = 0  # layers that were found and not trusted
         known = directory / SETTINGS
         if known.is_file():
             self._compare(known, settings)
         elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise CheckpointError(f"{directory} holds something else than a run's layers: choose another folder")
+            raise CheckpointError(
+                f"{directory} holds something else than a run's layers: choose another folder"
+            )
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(known, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
@@ -64,20 +70,25 @@ class LayerFiles:
         try:
             began = json.loads(known.read_text("utf-8"))
         except ValueError as error:
-            raise CheckpointError(f"{known} is damaged: remove {self.directory} to start anew") from error
+            raise CheckpointError(
+                f"{known} is damaged: remove {self.directory} to start anew"
+            ) from error
         now = json.loads(json.dumps(settings))
         if began != now:
             keys = began.keys() | now.keys() if isinstance(began, dict) else set()
             differing = sorted(key for key in keys if began.get(key) != now.get(key))
             what = " and ".join(differing) or "content"
-            raise CheckpointError(f"{self.directory} holds the layers of a run with another {what}: choose another "
-                                  "folder, or remove it")  # fmt: skip
+            raise CheckpointError(
+                f"{self.directory} holds the layers of a run with another {what}: choose another "
+                "folder, or remove it"
+            )
 
     # --- as a sink
 
     def done(self, index: int) -> Sequence[TensorReport] | None:
         """The rows of a layer whose record and tensors are whole; None otherwise."""
-        tensors, record = self._tensors(index), self._record(index)
+        tensors = self._tensors(index)
+        record = self._record(index)
         if not record.is_file():
             return None
         try:
@@ -95,7 +106,9 @@ class LayerFiles:
         norm = layer["input_layernorm"]
         with TensorFiles(self.directory, self._tensors(index).name) as files:
             quantization = self.storing.quantization
-            stored = NetworkTensors(files, self.source.config, quantization, namespace(norm), str(norm.dtype))
+            stored = NetworkTensors(
+                files, self.source.config, quantization, namespace(norm), str(norm.dtype)
+            )
             return layer | {
                 key: stored[f"model.layers.{index}.{path}.weight"]
                 for key, path in PROJECTIONS.items()
@@ -105,7 +118,8 @@ class LayerFiles:
     def put(self, index: int, layer: Layer, rows: Sequence[TensorReport]) -> None:
         """Write a layer; it is whole on the disk when this returns."""
         read = self.storing.reader(named(layer, index), self.directory)
-        tensors, partial = self._tensors(index), self._tensors(index).with_suffix(".partial")
+        tensors = self._tensors(index)
+        partial = self._tensors(index).with_suffix(".partial")
         write_file(partial, self.plan(index), read)
         digest = file_sha256(partial)
         os.replace(partial, tensors)
@@ -119,7 +133,11 @@ class LayerFiles:
     def plan(self, index: int) -> Plan:
         """The tensors of a layer's file."""
         at = f"model.layers.{index}."
-        return {name: spec for name, spec in self.storing.plan(self.source.config).items() if name.startswith(at)}
+        return {
+            name: spec
+            for name, spec in self.storing.plan(self.source.config).items()
+            if name.startswith(at)
+        }
 
     def read(self, name: str) -> np.ndarray:
         """A stored tensor of a finished layer by its name in the checkpoint."""
@@ -135,14 +153,20 @@ class LayerFiles:
 
 
 def assemble(
-    target: Path, layers: LayerFiles, rest: Mapping[str, Any], texts: Mapping[str, str], *,
-    max_shard_bytes: int | None = None, finish: Callable[[Path], None] | None = None,
-) -> None:  # fmt: skip
+    target: Path,
+    layers: LayerFiles,
+    rest: Mapping[str, Any],
+    texts: Mapping[str, str],
+    *,
+    max_shard_bytes: int | None = None,
+    finish: Callable[[Path], None] | None = None,
+) -> None:
     """Write the layers of a finished run, with the ``rest`` of the network's tensors (embedding, norm, head).
 
     ``finish`` is called with the new directory before it takes its name.
     """
-    dtype, config = layers.storing.dtype, layers.source.config
+    dtype = layers.storing.dtype
+    config = layers.source.config
 
     def read(name: str) -> np.ndarray:
         if name.startswith("model.layers."):
@@ -152,4 +176,12 @@ def assemble(
     temporary = target.with_name(f".{target.name}.quantized.partial")
     shutil.rmtree(temporary, ignore_errors=True)  # of an attempt that was killed
     plan = layers.storing.plan(config)
-    write_directory(target, texts, plan, read, max_shard_bytes=max_shard_bytes, temporary=temporary, finish=finish)
+    write_directory(
+        target,
+        texts,
+        plan,
+        read,
+        max_shard_bytes=max_shard_bytes,
+        temporary=temporary,
+        finish=finish,
+    )

@@ -42,9 +42,19 @@ from typing import Any
 from refllm.backend import Array, namespace
 from refllm.formats.packing import load_scale, store_scale
 from refllm.formats.quantized_linear import Quantized, Reordered, quantize
-from refllm.formats.uniform import Scheme, as_blocks, decode, encode, range_to_qparams, ranges, steps_as_blocks
+from refllm.formats.uniform import (
+    Scheme,
+    as_blocks,
+    decode,
+    encode,
+    range_to_qparams,
+    ranges,
+    steps_as_blocks,
+)
 
-GRID, CANDIDATES, NORM = 100, 80, 2.4  # p = 1 − i/100 for i = 0 … 79; errors are summed as |x̂ − x|^2.4
+GRID = 100  # p = 1 − i/100 for i = 0 … 79; errors are summed as |x̂ − x|^2.4
+CANDIDATES = 80
+NORM = 2.4
 _PIECE = 1 << 19  # weights at a time, so that 80 looks at them find them in a cache
 
 
@@ -65,12 +75,23 @@ def rtn(
         return quantize(weight, scheme, scale_dtype=scale_dtype, zero_dtype=zero_dtype, name=name)
     scale, zero_point = params(weight, scheme, mse=True, name=name)
     return quantize(
-        weight, scheme, scale=scale, zero_point=zero_point, scale_dtype=scale_dtype, zero_dtype=zero_dtype, name=name
+        weight,
+        scheme,
+        scale=scale,
+        zero_point=zero_point,
+        scale_dtype=scale_dtype,
+        zero_dtype=zero_dtype,
+        name=name,
     )
 
 
 def params(
-    weight: Array, scheme: Scheme, *, mse: bool = False, one_sided: bool = False, name: str = "weight"
+    weight: Array,
+    scheme: Scheme,
+    *,
+    mse: bool = False,
+    one_sided: bool = False,
+    name: str = "weight",
 ) -> tuple[Array, Array]:
     """Scale and zero point of each range of W[M, N], shaped as the scheme says.
 
@@ -90,25 +111,32 @@ def params(
         return _search(weight, scheme, CANDIDATES if mse else 1, one_sided, name)
     high = scheme.block[0] if scheme.granularity == "block" else 1
     step = high * max(1, _PIECE // (high * max(1, weight.shape[1])))
-    pieces = [_search(weight[i : i + step, :], scheme, CANDIDATES, one_sided, name)
-              for i in range(0, weight.shape[0], step)]  # fmt: skip
+    pieces = [
+        _search(weight[i : i + step, :], scheme, CANDIDATES, one_sided, name)
+        for i in range(0, weight.shape[0], step)
+    ]
     return xp.concat([s for s, _ in pieces], axis=0), xp.concat([z for _, z in pieces], axis=0)
 
 
-def _search(weight: Array, scheme: Scheme, candidates: int, one_sided: bool, name: str) -> tuple[Array, Array]:
+def _search(
+    weight: Array, scheme: Scheme, candidates: int, one_sided: bool, name: str
+) -> tuple[Array, Array]:
     xp = namespace(weight)
     lo, hi = ranges(weight, scheme, name=name)
     best, zero = _qparams(lo, hi, scheme, one_sided)
     if candidates == 1:
         return best, zero
-    unit = steps_as_blocks(best, scheme, tuple(weight.shape))  # errors in steps: weights of any size, no underflow
+    # errors in steps: weights of any size, no underflow
+    unit = steps_as_blocks(best, scheme, tuple(weight.shape))
     least = _error(weight, best, zero, unit, scheme)
     for i in range(1, candidates):
         p = 1.0 - i / GRID
-        s, z = _qparams(xp.asarray(p * lo), xp.asarray(p * hi), scheme, one_sided)  # 0-d arrays stay arrays
+        # 0-d arrays stay arrays
+        s, z = _qparams(xp.asarray(p * lo), xp.asarray(p * hi), scheme, one_sided)
         error = _error(weight, s, z, unit, scheme)
         better = error < least
-        best, zero = xp.where(better, s, best), xp.where(better, z, zero)
+        best = xp.where(better, s, best)
+        zero = xp.where(better, z, zero)
         least = xp.where(better, error, least)
     return best, zero
 
@@ -126,8 +154,10 @@ def _error(weight: Array, s: Array, z: Array, unit: Array, scheme: Scheme) -> Ar
     xp = namespace(weight, s)
     off = decode(encode(weight, s, z, scheme, check=False), s, z, scheme)
     off -= weight
-    if scheme.granularity == "block":  # ragged blocks are filled up with no error, not with copies of their edge
-        (rows, columns), (m, n) = scheme.block, off.shape
+    # ragged blocks are filled up with no error, not with copies of their edge
+    if scheme.granularity == "block":
+        rows, columns = scheme.block
+        m, n = off.shape
         whole = xp.zeros((s.shape[0] * rows, s.shape[1] * columns), dtype=off.dtype)
         whole[:m, :n] = off
         off = whole
@@ -157,19 +187,28 @@ class Grids:
         name: str = "weight",
     ):
         if scheme.granularity == "token":
-            raise ValueError(f"{name}: granularity 'token' is for activations; a weight takes 'channel'")
+            raise ValueError(
+                f"{name}: granularity 'token' is for activations; a weight takes 'channel'"
+            )
         try:
             scheme.scale_shape(tuple(weight.shape))
         except ValueError as error:  # ragged groups: it names the sizes that fit
             raise ValueError(f"{name}: {error}") from None
-        self.scheme, self.name, self.rows = scheme, name, int(weight.shape[0])
-        self.width = scheme.block[1] if scheme.granularity in ("group", "block") else int(weight.shape[1])
+        self.scheme = scheme
+        self.name = name
+        self.rows = int(weight.shape[0])
+        if scheme.granularity in ("group", "block"):
+            self.width = scheme.block[1]
+        else:
+            self.width = int(weight.shape[1])
         self.dynamic = scheme.granularity in ("group", "block") and not static
         self._options: dict[str, Any] = {"mse": mse, "one_sided": one_sided, "name": name}
         self._scale_dtype = scale_dtype
         self._column = dataclasses.replace(scheme, granularity="channel", group_size=None)
-        self._parts: list[tuple[Array, Array]] = []  # of dynamic groups, as their scheme shapes them
-        self._grids: list[tuple[Array, Array, bool]] = []  # [M, 1] each, and whether quotients may overflow
+        # of dynamic groups, as their scheme shapes them
+        self._parts: list[tuple[Array, Array]] = []
+        # [M, 1] each, and whether quotients may overflow
+        self._grids: list[tuple[Array, Array, bool]] = []
         self.order = None if order is None else [int(i) for i in order]
         if not self.dynamic:
             self._whole = self._rounded(*params(weight, scheme, **self._options))
@@ -198,11 +237,15 @@ class Grids:
         if not self.dynamic:
             return self._whole
         xp = namespace(self._parts[0][0])
-        return xp.concat([s for s, _ in self._parts], axis=1), xp.concat([z for _, z in self._parts], axis=1)
+        return xp.concat([s for s, _ in self._parts], axis=1), xp.concat(
+            [z for _, z in self._parts], axis=1
+        )
 
     def _rounded(self, s: Array, z: Array) -> tuple[Array, Array]:
         """The scale as it will be stored: the codes must be made with the numbers that will be multiplied with."""
-        return load_scale(store_scale(s, self._scale_dtype, name=f"{self.name}'s scale"), s.dtype), z
+        return load_scale(
+            store_scale(s, self._scale_dtype, name=f"{self.name}'s scale"), s.dtype
+        ), z
 
     def _as_column(self, s: Array, z: Array) -> tuple[Array, Array, bool]:
         """Of the row blocks' s and z, those of each row, [M, 1]."""
@@ -230,14 +273,20 @@ class Solution(Reordered):
     dead: Array  # columns that calibration never reached, bool[N]
 
     @classmethod
-    def collect(cls, codes: Array, grids: Grids, *, loss: float, damp: float, dead: Array, **stored: Any) -> Solution:
+    def collect(
+        cls, codes: Array, grids: Grids, *, loss: float, damp: float, dead: Array, **stored: Any
+    ) -> Solution:
         """codes[M, N] in the order of the visit and their grids; ``stored`` as ``Quantized.from_codes`` takes it."""
         xp = namespace(codes)
         scale, zero_point = grids.arrays()
         order = None if grids.order is None else xp.asarray(grids.order)
         if order is not None and not grids.dynamic:
-            codes, order = codes[:, xp.argsort(order)], None
+            codes = codes[:, xp.argsort(order)]
+            order = None
         self = cls.from_codes(codes, scale, zero_point, grids.scheme, **stored)
         assert isinstance(self, Solution)
-        self.loss, self.damp, self.dead, self.order = loss, damp, dead, order
+        self.loss = loss
+        self.damp = damp
+        self.dead = dead
+        self.order = order
         return self

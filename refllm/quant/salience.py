@@ -29,7 +29,12 @@ BY = ("activation", "weight", "random")
 
 
 def salient_channels(
-    x: Array, weight: Array, by: str, *, fraction: float = 0.01, rng: np.random.Generator | None = None
+    x: Array,
+    weight: Array,
+    by: str,
+    *,
+    fraction: float = 0.01,
+    rng: np.random.Generator | None = None,
 ) -> Array:
     """Indices of the ⌈fraction·N⌉ most salient input channels, ascending: x[T, N], W[M, N] → [k].
 
@@ -46,7 +51,9 @@ def salient_channels(
     elif by == "random" and rng is not None:
         size = asarray_like(rng.permutation(columns), weight, "float64")
     else:
-        raise ValueError(f"salient_channels: choose by one of {', '.join(BY)} (random needs rng), not {by!r}")
+        raise ValueError(
+            f"salient_channels: choose by one of {', '.join(BY)} (random needs rng), not {by!r}"
+        )
     count = math.ceil(fraction * columns)
     return xp.sort(xp.argsort(-size, kind="stable")[:count])
 
@@ -60,7 +67,8 @@ class Protected:
 
     def __init__(self, weight: Array, scheme: Scheme, kept: Array):
         self.quantized: Quantized = quantize(weight, scheme)
-        self.kept, self.columns = kept, weight[:, kept]
+        self.kept = kept
+        self.columns = weight[:, kept]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -94,7 +102,11 @@ def output_error(x: Array, weight: Array, approximation: Linear) -> float:
     exact = xp.astype(x @ weight.T, xp.float64)
     error = float(xp.sum((exact - approximation.matmul(x)) ** 2))
     size = float(xp.sum(exact**2))
-    return error / size if size else (0.0 if error == 0 else math.inf)
+    if size:
+        return error / size
+    if error == 0:
+        return 0.0
+    return math.inf
 
 
 def experiment(

@@ -58,7 +58,9 @@ FLOOR = 1e-5  # of w and of s, as the authors clamp them
 Absmax = Mapping[str, Array]  # projection → max |x| of each input channel, [N]
 
 
-def migration_scale(act_absmax: Array, weights: Array | Sequence[Array], alpha: float = 0.5) -> Array:
+def migration_scale(
+    act_absmax: Array, weights: Array | Sequence[Array], alpha: float = 0.5
+) -> Array:
     """s[N] = a^α / w^(1−α) for act_absmax[N] and the weights [M, N] that read these channels, in act_absmax's dtype.
 
     w and s are at least 1e-5, as the authors' are. A channel that was zero throughout the text keeps s = 1: theirs
@@ -73,25 +75,35 @@ def migration_scale(act_absmax: Array, weights: Array | Sequence[Array], alpha: 
     xp = namespace(act_absmax, *group)
     if not 0 <= alpha <= 1:
         raise ValueError(f"migration_scale: alpha lies within 0..1, got {alpha}")
-    if not group or any(w.ndim != 2 or tuple(w.shape[1:]) != tuple(act_absmax.shape) for w in group):
+    if not group or any(
+        w.ndim != 2 or tuple(w.shape[1:]) != tuple(act_absmax.shape) for w in group
+    ):
         shapes = ", ".join(str(tuple(w.shape)) for w in group)
         raise ValueError(
             f"migration_scale: weights {shapes or 'of none'} do not read {tuple(act_absmax.shape)} channels"
         )
     if act_absmax.dtype.kind != "f":
-        raise ValueError(f"migration_scale: absmax is of floats, got {act_absmax.dtype}: whole numbers hold no scale")
+        raise ValueError(
+            f"migration_scale: absmax is of floats, got {act_absmax.dtype}: whole numbers hold no scale"
+        )
     if any(w.shape[0] == 0 for w in group):
         raise ValueError("migration_scale: a weight without rows has no absmax")
     w = _column_absmax(group, act_absmax.dtype)
-    if not bool(xp.all(xp.isfinite(act_absmax) & (act_absmax >= 0))) or not bool(xp.all(xp.isfinite(w))):
-        raise ValueError("migration_scale: absmax of activations and weights must be finite, and not negative")
+    if not bool(xp.all(xp.isfinite(act_absmax) & (act_absmax >= 0))) or not bool(
+        xp.all(xp.isfinite(w))
+    ):
+        raise ValueError(
+            "migration_scale: absmax of activations and weights must be finite, and not negative"
+        )
     alive = act_absmax > 0
     a = xp.where(alive, act_absmax, 1.0)
     s = a**alpha / xp.maximum(w, FLOOR) ** (1.0 - alpha)
     return xp.astype(xp.where(alive, xp.maximum(s, FLOOR), 1.0), act_absmax.dtype)
 
 
-def smooth_layer(layer: Layer, absmax: Absmax, alpha: float = 0.5) -> tuple[Layer, dict[str, Array]]:
+def smooth_layer(
+    layer: Layer, absmax: Absmax, alpha: float = 0.5
+) -> tuple[Layer, dict[str, Array]]:
     """A layer of the same function with smoothed inputs, and ``absmax`` as it is after smoothing.
 
     ``absmax`` names one projection of each group at least; siblings read the same x.
@@ -105,7 +117,9 @@ def smooth_layer(layer: Layer, absmax: Absmax, alpha: float = 0.5) -> tuple[Laye
     for group in SMOOTHED:
         named = [name for name in group.targets if name in absmax]
         if not named:
-            raise ValueError(f"SmoothQuant needs the absmax of one of {', '.join(group.targets)}: calibrate first")
+            raise ValueError(
+                f"SmoothQuant needs the absmax of one of {', '.join(group.targets)}: calibrate first"
+            )
         weights = [layer[name].dequantize() for name in group.targets]
         s = migration_scale(absmax[named[0]], weights, alpha)
         layer = fold(layer, group, s)
@@ -114,48 +128,84 @@ def smooth_layer(layer: Layer, absmax: Absmax, alpha: float = 0.5) -> tuple[Laye
 
 
 def w8a8(
-    weight: Array, level: str = "O1", *, absmax: Array | None = None, scheme: Scheme | None = None,
-    rule: str = "restricted", bits: int = 8, scale_dtype: str | None = None, name: str = "weight",
-) -> W8A8Linear:  # fmt: skip
+    weight: Array,
+    level: str = "O1",
+    *,
+    absmax: Array | None = None,
+    scheme: Scheme | None = None,
+    rule: str = "restricted",
+    bits: int = 8,
+    scale_dtype: str | None = None,
+    name: str = "weight",
+) -> W8A8Linear:
     """W[M, N] rounded to nearest by ``scheme``, which rounds its inputs as ``level`` says, to ``bits`` by ``rule``.
 
     Level O3 needs the inputs' ``absmax``, [N] or one number.
     """
     if level not in LEVELS:
         raise ValueError(f"unknown level {level!r}; choose one of {', '.join(LEVELS)}")
-    scheme = Scheme(8, "restricted", "channel") if scheme is None else scheme
+    if scheme is None:
+        scheme = Scheme(8, "restricted", "channel")
+    else:
+        scheme = scheme
     made = quantize(weight, scheme, scale_dtype=scale_dtype, name=name)
     activation: str | float = LEVELS[level]
     if activation == "static":
         if absmax is None:
-            raise ValueError("level O3 rounds with a step from calibration: pass the inputs' absmax")
+            raise ValueError(
+                "level O3 rounds with a step from calibration: pass the inputs' absmax"
+            )
         xp = namespace(absmax)
         largest = float(xp.max(absmax))
-        activation = largest / Scheme(bits, rule, "tensor").steps if largest else 1.0
+        if largest:
+            activation = largest / Scheme(bits, rule, "tensor").steps
+        else:
+            activation = 1.0
     return W8A8Linear(made, activation, rule, bits=bits, name=f"the input of {name}")
 
 
 def quantize_layer(
-    layer: Layer, absmax: Absmax, level: str = "O1", *, keep: Collection[str] = (), scheme: Scheme | None = None,
-    rule: str = "restricted", bits: int = 8,
-) -> Layer:  # fmt: skip
+    layer: Layer,
+    absmax: Absmax,
+    level: str = "O1",
+    *,
+    keep: Collection[str] = (),
+    scheme: Scheme | None = None,
+    rule: str = "restricted",
+    bits: int = 8,
+) -> Layer:
     """A layer whose projections round their inputs, but for those named in ``keep``, which stay in floating point."""
     unknown = sorted(set(keep) - set(PROJECTIONS))
     if unknown:
-        raise ValueError(f"keep: no projection is called {', '.join(unknown)}; they are {', '.join(PROJECTIONS)}")
+        raise ValueError(
+            f"keep: no projection is called {', '.join(unknown)}; they are {', '.join(PROJECTIONS)}"
+        )
     made = dict(layer)
     for name in PROJECTIONS:
         if name not in keep:
             made[name] = w8a8(
-                layer[name].dequantize(), level, absmax=absmax.get(name), scheme=scheme, rule=rule, bits=bits, name=name
+                layer[name].dequantize(),
+                level,
+                absmax=absmax.get(name),
+                scheme=scheme,
+                rule=rule,
+                bits=bits,
+                name=name,
             )
     return made
 
 
 def smoothquant(
-    weights: Weights, absmax: Sequence[Absmax], *, alpha: float | None = 0.5, level: str = "O1",
-    keep: Collection[str] = (), scheme: Scheme | None = None, rule: str = "restricted", bits: int = 8,
-) -> Weights:  # fmt: skip
+    weights: Weights,
+    absmax: Sequence[Absmax],
+    *,
+    alpha: float | None = 0.5,
+    level: str = "O1",
+    keep: Collection[str] = (),
+    scheme: Scheme | None = None,
+    rule: str = "restricted",
+    bits: int = 8,
+) -> Weights:
     """A whole weight tree in W8A8: ``smooth_layer`` (not with ``alpha`` None), then ``quantize_layer``, layer by layer.
 
     ``absmax`` is that of ``activation_absmax`` on the same weights.
@@ -163,7 +213,9 @@ def smoothquant(
     layers = []
     for layer, seen in zip(weights["layers"], absmax, strict=True):
         smooth, after = (layer, dict(seen)) if alpha is None else smooth_layer(layer, seen, alpha)
-        layers.append(quantize_layer(smooth, after, level, keep=keep, scheme=scheme, rule=rule, bits=bits))
+        layers.append(
+            quantize_layer(smooth, after, level, keep=keep, scheme=scheme, rule=rule, bits=bits)
+        )
     return weights | {"layers": layers}
 
 

@@ -29,7 +29,14 @@ import numpy as np
 
 from refllm.checkpoints import gguf_tokenizer
 from refllm.checkpoints.gguf import GGUFTensors, is_gguf, open_file
-from refllm.checkpoints.gguf_names import ROPE_FACTORS, architecture, gguf_name, metadata_of, permutation, rope_factors
+from refllm.checkpoints.gguf_names import (
+    ROPE_FACTORS,
+    architecture,
+    gguf_name,
+    metadata_of,
+    permutation,
+    rope_factors,
+)
 from refllm.checkpoints.loading import read as read_quantization
 from refllm.checkpoints.loading import read_config, read_tokenizer
 from refllm.checkpoints.tensor_files import (
@@ -79,16 +86,25 @@ def free(target: str | Path, overwrite: bool) -> Path:
     """Where a file may be written. CheckpointError if something stands there that is not to be replaced."""
     target = Path(os.path.expanduser(target))
     if target.exists() and not (overwrite and target.is_file()):
-        how = ", or replace it with --overwrite (overwrite=True)" if target.is_file() else ""
+        if target.is_file():
+            how = ", or replace it with --overwrite (overwrite=True)"
+        else:
+            how = ""
         raise CheckpointError(f"{target} is there already: choose another name{how}")
     return target
 
 
 def convert(
-    source: str | Path, target: str | Path, type: str = "Q4_K_M", *, importance: Mapping[str, np.ndarray] | None = None,
-    executor: Executor | Callable[[], Executor] | None = None, workers: int | None = None, overwrite: bool = False,
+    source: str | Path,
+    target: str | Path,
+    type: str = "Q4_K_M",
+    *,
+    importance: Mapping[str, np.ndarray] | None = None,
+    executor: Executor | Callable[[], Executor] | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
     progress: Callable[[int, int], object] = lambda done, total: None,
-) -> Converted:  # fmt: skip
+) -> Converted:
     """Write ``target``, a GGUF file of the mix ``type``, from the checkpoint ``source``.
 
     Parameters
@@ -109,7 +125,10 @@ def convert(
     config, tokenizer = open_source(source)
     shapes = {gguf_name(name): shape for name, shape in _ordered(config)}
     heads = Heads(
-        architecture(config), config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads
+        architecture(config),
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_key_value_heads,
     )
     types = mix(shapes, type, heads, importance=importance is not None)
     plan = {name: (types[name], shape) for name, shape in shapes.items()}
@@ -118,9 +137,14 @@ def convert(
     factors = rope_factors(config)
     if factors is not None:
         plan = {ROPE_FACTORS: ("F32", (factors.size,))} | plan
-    slabs = [s for name, entry in plan.items() if name in own
-             for s in _slabs(str(source), own[name], *entry, (importance or {}).get(name))]  # fmt: skip
-    total, done = sum(_nbytes(entry) for entry in plan.values()), 0
+    slabs = [
+        s
+        for name, entry in plan.items()
+        if name in own
+        for s in _slabs(str(source), own[name], *entry, (importance or {}).get(name))
+    ]
+    total = sum(_nbytes(entry) for entry in plan.values())
+    done = 0
     encoded = _encoded(slabs, executor, workers)
 
     def read(name: str) -> np.ndarray:
@@ -133,12 +157,15 @@ def convert(
         while at < out.size:
             part = next(encoded)
             out[at : at + part.size] = part
-            at, done = at + part.size, done + part.size
+            at = at + part.size
+            done = done + part.size
             progress(done, total)
         return out
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    metadata = metadata_of(config, _model_name(source)) | {"general.file_type": np.uint32(MIXES[type][1])}
+    metadata = metadata_of(config, _model_name(source)) | {
+        "general.file_type": np.uint32(MIXES[type][1])
+    }
     if any(kind(t).quantized for t in types.values()):
         metadata["general.quantization_version"] = np.uint32(2)
     write(target, metadata | gguf_tokenizer.metadata_of(tokenizer, config), plan, read)
@@ -153,15 +180,21 @@ def open_source(path: str | Path) -> tuple[ModelConfig, Tokenizer]:
             tensors.check()
             coded = [name for name, record in file.tensors.items() if record.kind.quantized]
             if coded:
-                raise CheckpointError(f"{path}: {coded[0]} is quantised already: start from a file of F32, F16 or BF16")
+                raise CheckpointError(
+                    f"{path}: {coded[0]} is quantised already: start from a file of F32, F16 or BF16"
+                )
             if tensors.factors is not None and tensors.config.rope_scaling is None:
-                raise CheckpointError(f"{path}: its {ROPE_FACTORS} cannot be told from its metadata: start from the "
-                                      "Hugging Face checkpoint")  # fmt: skip
+                raise CheckpointError(
+                    f"{path}: its {ROPE_FACTORS} cannot be told from its metadata: start from the "
+                    "Hugging Face checkpoint"
+                )
             return tensors.config, gguf_tokenizer.tokenizer_of(file.metadata, str(path))
     config = read_config(path)
     directory = Path(os.path.expanduser(path))
     if read_quantization(directory) is not None:
-        raise CheckpointError(f"{path} is quantised already: start from the model that it was made from")
+        raise CheckpointError(
+            f"{path} is quantised already: start from the model that it was made from"
+        )
     with TensorFiles(directory) as files:
         check_tensors(config, files, directory)
         check_tied(config, files, directory)
@@ -186,11 +219,15 @@ def _ordered(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield from shapes.items()
 
 
-def _check_importance(importance: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_importance(
+    importance: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
     for name, weights in importance.items():
         if name not in shapes or weights.shape != shapes[name][-1:]:
-            raise ValueError(f"convert: the importance of {name!r} has shape {weights.shape}, and the network "
-                             f"{shapes.get(name, 'no such tensor')}")  # fmt: skip
+            raise ValueError(
+                f"convert: the importance of {name!r} has shape {weights.shape}, and the network "
+                f"{shapes.get(name, 'no such tensor')}"
+            )
 
 
 def _nbytes(entry: tuple[str, tuple[int, ...]]) -> int:
@@ -198,7 +235,9 @@ def _nbytes(entry: tuple[str, tuple[int, ...]]) -> int:
     return int(np.prod(shape[:-1], dtype=np.int64)) * row_bytes(type, shape[-1])
 
 
-def _slabs(source: str, name: str, type: str, shape: tuple[int, ...], weights: np.ndarray | None) -> Iterator[Slab]:
+def _slabs(
+    source: str, name: str, type: str, shape: tuple[int, ...], weights: np.ndarray | None
+) -> Iterator[Slab]:
     rows = shape[0] if len(shape) == 2 else 1
     step = max(1, SLAB // shape[-1])
     for start in range(0, rows, step):
@@ -229,22 +268,35 @@ def encode(slab: Slab) -> np.ndarray:
         raw: np.ndarray = quantize(x, slab.type, slab.weights, overflow="raise")
         return raw.reshape(-1)
     except ValueError as error:
-        raise CheckpointError(f"{slab.source}: {slab.name}, from row {slab.start} on: {error}") from error
+        raise CheckpointError(
+            f"{slab.source}: {slab.name}, from row {slab.start} on: {error}"
+        ) from error
 
 
 @lru_cache(maxsize=2)
 def _opened(source: str) -> Callable[[str, int, int], np.ndarray]:
     """What reads rows of a tensor as float32 [R, K], in GGUF's order; kept open for the worker's next slab."""
     config, _ = (open_source if is_gguf(source) else _config_only)(source)
-    plain = GGUFTensors(open_file(source), None, None) if is_gguf(source) else TensorFiles(os.path.expanduser(source))
+    plain = (
+        GGUFTensors(open_file(source), None, None)
+        if is_gguf(source)
+        else TensorFiles(os.path.expanduser(source))
+    )
 
     def read(name: str, start: int, stop: int) -> np.ndarray:
         order = permutation(config, name)
         if isinstance(plain, TensorFiles) and order is None:
-            rows, where = plain.rows(name, start, stop), plain.file(name)
+            rows = plain.rows(name, start, stop)
+            where = plain.file(name)
         else:
-            whole, where = plain[name], Path(source)
-            rows = whole if whole.ndim == 1 else whole[start:stop] if order is None else whole[order[start:stop]]
+            whole = plain[name]
+            where = Path(source)
+            if whole.ndim == 1:
+                rows = whole
+            elif order is None:
+                rows = whole[start:stop]
+            else:
+                rows = whole[order[start:stop]]
         floats: np.ndarray = converted(rows, "float32", name, where)
         matrix: np.ndarray = np.atleast_2d(floats)
         return matrix

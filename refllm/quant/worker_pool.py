@@ -34,7 +34,10 @@ def processes(count: int) -> Callable[[], Executor]:
 
 
 def in_order(
-    function: Callable[[Work], Result], work: Iterable[Work], executor: Executor | Callable[[], Executor], flight: int
+    function: Callable[[Work], Result],
+    work: Iterable[Work],
+    executor: Executor | Callable[[], Executor],
+    flight: int,
 ) -> Iterator[Result]:
     """``map(function, work)``, with at most ``flight`` pieces begun and not yet yielded.
 
@@ -49,7 +52,8 @@ def in_order(
     pool = make() if make is not None else executor
     assert isinstance(pool, Executor)
     waiting: deque[tuple[Work, Future[Result]]] = deque()
-    broken, source = 0, iter(work)
+    broken = 0
+    source = iter(work)
     try:
         while True:
             while len(waiting) < flight and (piece := next(source, _END)) is not _END:
@@ -61,11 +65,15 @@ def in_order(
             except BrokenExecutor as error:
                 broken += 1
                 if make is None or broken > PATIENCE:
-                    raise RuntimeError(f"workers died {broken} times without a result ({error}): is there too little "
-                                       "memory? use fewer workers") from error  # fmt: skip
+                    raise RuntimeError(
+                        f"workers died {broken} times without a result ({error}): is there too little "
+                        "memory? use fewer workers"
+                    ) from error
                 pool.shutdown(wait=False, cancel_futures=True)
                 pool = make()
-                waiting = deque((piece, _again(pool, function, piece, future)) for piece, future in waiting)
+                waiting = deque(
+                    (piece, _again(pool, function, piece, future)) for piece, future in waiting
+                )
                 continue
             broken = 0
             waiting.popleft()
@@ -88,7 +96,9 @@ def _submit(pool: Executor, function: Callable[[Work], Result], piece: Work) -> 
         return failed
 
 
-def _again(pool: Executor, function: Callable[[Work], Result], piece: Work, future: Future[Result]) -> Future[Result]:
+def _again(
+    pool: Executor, function: Callable[[Work], Result], piece: Work, future: Future[Result]
+) -> Future[Result]:
     """The future itself if it has a result, or an error of its own; else the piece anew."""
     done = future.done() and not future.cancelled()
     if done and not isinstance(future.exception(), BrokenExecutor):

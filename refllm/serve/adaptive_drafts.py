@@ -40,15 +40,24 @@ from refllm.decode.generate import GREEDY, Sampling
 from refllm.decode.sampling import best
 from refllm.decode.speculative.acceptance import Acceptance, expected_length
 from refllm.decode.speculative.drafters import ModelDrafter, NGramDrafter
-from refllm.decode.speculative.interface import NOTHING, Ask, Drafter, Proposal, TreeProposal, check_vocabulary
+from refllm.decode.speculative.interface import (
+    NOTHING,
+    Ask,
+    Drafter,
+    Proposal,
+    TreeProposal,
+    check_vocabulary,
+)
 from refllm.decode.speculative.tree_drafter import TreeDrafter
 from refllm.kv.contiguous import ContiguousCache
 
 PROBE = 32  # steps that a branch goes without drafts before it tries one again, at first
-MARGIN = 1.2  # what drafting must promise: its costs leave out verifying, the books, and rows of unequal length
+# what drafting must promise: its costs leave out verifying, the books, and rows of unequal length
+MARGIN = 1.2
 MEMORY = 0.9  # what an earlier draft of a branch counts for beside a later one
 PRIOR = (0.5, 4.0)  # α before anything was seen, and how many drafts that belief is worth
-SHORT = 16  # tokens of a step whose time depends on what the one before left in the processor's caches
+# tokens of a step whose time depends on what the one before left in the processor's caches
+SHORT = 16
 BELIEF = 16.0  # how many drafts of a branch what is believed of all is worth
 
 
@@ -61,7 +70,9 @@ class Costs:
 
     def __post_init__(self) -> None:
         if not self.steps:
-            raise ValueError("costs need a measured step at least: (tokens, seconds), as measure(model) returns them")
+            raise ValueError(
+                "costs need a measured step at least: (tokens, seconds), as measure(model) returns them"
+            )
 
     def step(self, tokens: float) -> float:
         """t(n) by lines between the measured points; beyond the last one in proportion to n."""
@@ -76,7 +87,9 @@ class Costs:
 
     def rate(self, alpha: float, batch: int, gamma: int) -> float:
         """Tokens a second of each of ``batch`` sequences that draft ``gamma`` tokens a step."""
-        return expected_length(alpha, gamma) / (self.step(batch * (1 + gamma)) + self.drafting(batch, gamma))
+        return expected_length(alpha, gamma) / (
+            self.step(batch * (1 + gamma)) + self.drafting(batch, gamma)
+        )
 
     def drafting(self, batch: int, gamma: int) -> float:
         """The time of ``gamma`` drafts for each of ``batch`` branches, by lines between the measured points."""
@@ -84,36 +97,53 @@ class Costs:
             return 0.0
         sizes, first, further = zip(*self.drafts, strict=True)
         more = max(1.0, batch / sizes[-1])  # beyond what was measured, in proportion
-        return float(more * (np.interp(batch, sizes, first) + (gamma - 1) * np.interp(batch, sizes, further)))
+        return float(
+            more * (np.interp(batch, sizes, first) + (gamma - 1) * np.interp(batch, sizes, further))
+        )
 
 
 class Drafting:
     """Makes the drafters of an engine's branches. ``stats``: what came of all; ``gammas``: how often each γ was."""
 
-    def __init__(self, source: ModelDrafter | Callable[[], Drafter] = NGramDrafter, *, costs: Costs | None = None):
+    def __init__(
+        self,
+        source: ModelDrafter | Callable[[], Drafter] = NGramDrafter,
+        *,
+        costs: Costs | None = None,
+    ):
         """``source`` is a ``ModelDrafter`` with some ``sequences``, or makes a drafter for each branch.
 
         Without ``costs`` every branch gets the drafter's own γ.
         """
         if isinstance(source, TreeDrafter):
-            raise ValueError("the engine verifies chains: give it a ModelDrafter where this one grows trees")
+            raise ValueError(
+                "the engine verifies chains: give it a ModelDrafter where this one grows trees"
+            )
         if not (isinstance(source, ModelDrafter) or callable(source)):
             raise TypeError(
                 f"Drafting takes a ModelDrafter, or what makes a drafter for each branch, as "
                 f"lambda: NGramDrafter(8) does, got {source!r}"
             )
-        self.source, self.costs = source, costs
+        self.source = source
+        self.costs = costs
         self.stats = Acceptance()
         self.gammas: dict[int, int] = {}
         self.batch = 1  # branches that ask in a step
-        self.wait, self.probing = PROBE, False  # steps without drafts until a branch probes, and whether one does now
+        self.wait = PROBE  # steps without drafts until a branch probes, and whether one does now
+        self.probing = False
         self._worth: dict[tuple[int, int, int], int] = {}
-        places = len(source.cache.lengths) if isinstance(source, ModelDrafter) else 0
-        self._owners: dict[int, BranchDrafter | None] = dict.fromkeys(range(places))  # who asked last stands last
+        if isinstance(source, ModelDrafter):
+            places = len(source.cache.lengths)
+        else:
+            places = 0
+        # who asked last stands last
+        self._owners: dict[int, BranchDrafter | None] = dict.fromkeys(range(places))
 
     def __call__(self) -> BranchDrafter:
         """The drafter of one more branch."""
-        return BranchDrafter(self, self.source if isinstance(self.source, ModelDrafter) else self.source())
+        return BranchDrafter(
+            self, self.source if isinstance(self.source, ModelDrafter) else self.source()
+        )
 
     @property
     def alpha(self) -> float:
@@ -130,15 +160,20 @@ class Drafting:
         if case not in self._worth:
             alpha = case[0] / 100
             gamma = self.costs.best_gamma(alpha, self.batch, most)
-            worth = self.costs.rate(alpha, self.batch, gamma) > MARGIN * self.costs.rate(alpha, self.batch, 0)
+            worth = self.costs.rate(alpha, self.batch, gamma) > MARGIN * self.costs.rate(
+                alpha, self.batch, 0
+            )
             self._worth[case] = gamma if worth else 0
         return self._worth[case]
 
-    def propose_together(self, asks: Sequence[tuple[BranchDrafter, Ask]]) -> list[Proposal | TreeProposal]:
+    def propose_together(
+        self, asks: Sequence[tuple[BranchDrafter, Ask]]
+    ) -> list[Proposal | TreeProposal]:
         """The drafts of all branches that ask in a step; a model drafts for all of them at once."""
         if not asks:
             return []
-        self.batch, self.probing = len(asks), False
+        self.batch = len(asks)
+        self.probing = False
         proposals: list[Proposal | TreeProposal] = [NOTHING] * len(asks)
         wanting: dict[BranchDrafter, tuple[int, Ask]] = {}
         for i, (branch, ask) in enumerate(asks):
@@ -150,8 +185,13 @@ class Drafting:
             else:
                 proposals[i] = branch.drafter.propose(ask.tokens, count, ask.how, ask.rng)
         if isinstance(self.source, ModelDrafter) and wanting:
-            placed = {b: wanting[b][1]._replace(sequence=place) for b, place in self._places(list(wanting)).items()}
-            for branch, proposal in zip(placed, self.source.propose_together(list(placed.values())), strict=True):
+            placed = {
+                b: wanting[b][1]._replace(sequence=place)
+                for b, place in self._places(list(wanting)).items()
+            }
+            for branch, proposal in zip(
+                placed, self.source.propose_together(list(placed.values())), strict=True
+            ):
                 proposals[wanting[branch][0]] = proposal
         return proposals
 
@@ -161,7 +201,11 @@ class Drafting:
         Those that asked longest ago are taken first. Where there are more branches than sequences, some go without.
         """
         asking = set(branches)
-        mine = {owner: place for place, owner in self._owners.items() if owner in asking and owner is not None}
+        mine = {
+            owner: place
+            for place, owner in self._owners.items()
+            if owner in asking and owner is not None
+        }
         free = [place for place, owner in self._owners.items() if owner not in asking]
         for branch, place in zip([b for b in branches if b not in mine], free, strict=False):
             mine[branch] = place
@@ -175,9 +219,13 @@ class BranchDrafter:
     """A branch's drafter: the source's, asked for as many drafts as pay."""
 
     def __init__(self, drafting: Drafting, drafter: Drafter):
-        self.drafting, self.drafter, self.gamma = drafting, drafter, drafter.gamma
-        self.accepted = self.judged = 0.0  # of its own drafts, the later ones counting more
-        self.idle, self.probes = 0, False  # steps without a draft, and whether this step's is a probe
+        self.drafting = drafting
+        self.drafter = drafter
+        self.gamma = drafter.gamma
+        self.accepted = 0.0  # of its own drafts, the later ones counting more
+        self.judged = 0.0
+        self.idle = 0  # steps without a draft, and whether this step's is a probe
+        self.probes = False
 
     @property
     def alpha(self) -> float:
@@ -210,14 +258,22 @@ class BranchDrafter:
         gamma = drafting.worth(min(1.0, self.alpha), self.gamma)
         self.idle = 0 if gamma else self.idle + 1
         # one at a time, and none where even α = 1 loses
-        self.probes = self.idle >= drafting.wait and not drafting.probing and drafting.worth(1.0, 1) > 0
+        self.probes = (
+            self.idle >= drafting.wait and not drafting.probing and drafting.worth(1.0, 1) > 0
+        )
         if self.probes:
-            self.idle, drafting.probing = 0, True
+            self.idle = 0
+            drafting.probing = True
         return 1 if self.probes else gamma
 
 
 def measure(
-    model: Any, draft: ModelDrafter | None = None, *, most: int = 128, context: int = 128, rounds: int = 7
+    model: Any,
+    draft: ModelDrafter | None = None,
+    *,
+    most: int = 128,
+    context: int = 128,
+    rounds: int = 7,
 ) -> Costs:
     """t(n) of ``model`` for n = 1, 2, 3, 4, 6, 8, 12, … up to ``most`` tokens, one a sequence, and the time of a draft.
 
@@ -225,9 +281,13 @@ def measure(
     ``most`` or ``rounds`` below 1, or a ``context`` below 3.
     """
     if min(most, rounds) < 1 or context < 3:
-        raise ValueError(f"most and rounds must be at least 1 and context 3, got {most}, {rounds} and {context}")
+        raise ValueError(
+            f"most and rounds must be at least 1 and context 3, got {most}, {rounds} and {context}"
+        )
     config = model.config
-    sizes = sorted({n for k in range(most.bit_length()) for n in (2**k, 3 * 2**k // 2) if n <= most})
+    sizes = sorted(
+        {n for k in range(most.bit_length()) for n in (2**k, 3 * 2**k // 2) if n <= most}
+    )
     context = min(context, config.max_position_embeddings - 1)
     cache = ContiguousCache(config, sizes[-1], context + 1, like=model.weights["norm"])
     compute = stepper(model.weights, config)
@@ -241,7 +301,8 @@ def measure(
     times: dict[int, list[float]] = {n: [] for n in sizes}
     for _ in range(rounds):
         for n in sizes:
-            for _ in range(2 if n <= SHORT else 0):  # as in an engine, where the steps before are of the same size
+            # as in an engine, where the steps before are of the same size
+            for _ in range(2 if n <= SHORT else 0):
                 step(n)
             began = time.perf_counter()
             step(n)
@@ -259,10 +320,12 @@ def _draft_times(
     draft: ModelDrafter, between: Callable[[], None], batch: int, context: int, rounds: int
 ) -> tuple[float, float]:
     """(c₁, c) for ``batch`` sequences; a step of the target lies ``between``, one or two tokens are to be computed."""
-    rng, gamma = np.random.default_rng(0), max(2, draft.gamma)
+    rng = np.random.default_rng(0)
+    gamma = max(2, draft.gamma)
     context = max(3, min(context, draft.cache.capacity - gamma))
     text = rng.integers(0, draft.config.vocab_size, context).tolist()
-    confidence, draft.confidence = draft.confidence, 0.0  # random text: it would be sure of nothing
+    confidence = draft.confidence  # random text: it would be sure of nothing
+    draft.confidence = 0.0
 
     def propose(behind: int, count: int) -> None:
         asks = [Ask(text[: context - behind], count, GREEDY, rng, s) for s in range(batch)]
@@ -271,7 +334,9 @@ def _draft_times(
         else:
             draft.propose_together(asks)
 
-    spent: dict[tuple[int, int], list[float]] = {(behind, count): [] for behind in (1, 2) for count in (1, gamma)}
+    spent: dict[tuple[int, int], list[float]] = {
+        (behind, count): [] for behind in (1, 2) for count in (1, gamma)
+    }
     try:
         propose(2, 1)
         for _ in range(rounds):
@@ -283,5 +348,7 @@ def _draft_times(
                 times.append(time.perf_counter() - began)
     finally:
         draft.confidence = confidence
-    first, whole = (sum(float(np.median(spent[behind, n])) for behind in (1, 2)) / 2 for n in (1, gamma))
+    first, whole = (
+        sum(float(np.median(spent[behind, n])) for behind in (1, 2)) / 2 for n in (1, gamma)
+    )
     return first, max(0.0, whole - first) / (gamma - 1)

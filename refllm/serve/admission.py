@@ -85,8 +85,11 @@ class LongestPrefix:
 
     def __init__(self, *, shared: int = 32, longest_queue: int = 128):
         if shared < 1 or longest_queue < 0:
-            raise ValueError(f"shared must be 1 or more and longest_queue 0 or more, got {shared}, {longest_queue}")
-        self.shared, self.longest_queue = shared, longest_queue
+            raise ValueError(
+                f"shared must be 1 or more and longest_queue 0 or more, got {shared}, {longest_queue}"
+            )
+        self.shared = shared
+        self.longest_queue = longest_queue
 
     def push(self, waiting: list[Branch], branch: Branch) -> None:
         insort(waiting, branch, key=_age)
@@ -105,7 +108,8 @@ class LongestPrefix:
                     continue
                 heads.add(head)
             ready.append(branch)
-        yield from sorted(ready, key=lambda branch: -cached[branch])  # a stable sort: ties as they came
+        # a stable sort: ties as they came
+        yield from sorted(ready, key=lambda branch: -cached[branch])
 
     def victim(self, running: Sequence[Branch]) -> Branch:
         return running[-1]
@@ -115,7 +119,11 @@ def named(order: str | Order) -> Order:
     """An order by its name; one that is an order already is returned as it is."""
     if not isinstance(order, str):
         return order
-    kinds: dict[str, Callable[[], Order]] = {"fcfs": FirstCome, "priority": Priority, "lpm": LongestPrefix}
+    kinds: dict[str, Callable[[], Order]] = {
+        "fcfs": FirstCome,
+        "priority": Priority,
+        "lpm": LongestPrefix,
+    }
     if order not in kinds:
         raise ValueError(f"unknown order {order!r}; choose one of {', '.join(kinds)}")
     return kinds[order]()

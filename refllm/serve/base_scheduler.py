@@ -33,15 +33,23 @@ from refllm.serve.request import Branch, Request, Status
 class Ledger(ABC):
     """Requests come and go; ``plan`` and ``update`` alternate, and one plan at a time is under way (``step``)."""
 
-    def __init__(self, memory: Memory, order: Order, max_batch_tokens: int | None, max_sequences: int | None):
+    def __init__(
+        self, memory: Memory, order: Order, max_batch_tokens: int | None, max_sequences: int | None
+    ):
         """``None`` lifts a limit."""
-        for name, limit in (("max_batch_tokens", max_batch_tokens), ("max_sequences", max_sequences)):
+        for name, limit in (
+            ("max_batch_tokens", max_batch_tokens),
+            ("max_sequences", max_sequences),
+        ):
             if limit is not None and limit < 1:
                 raise ValueError(f"{name} must be at least 1, or None for no limit, got {limit}")
-        self.memory, self.order = memory, order
-        self.max_batch_tokens, self.max_sequences = max_batch_tokens, max_sequences
+        self.memory = memory
+        self.order = order
+        self.max_batch_tokens = max_batch_tokens
+        self.max_sequences = max_sequences
         self.waiting: list[Branch] = []
-        self.running: list[Branch] = []  # in the order of admission, a request's branches side by side
+        # in the order of admission, a request's branches side by side
+        self.running: list[Branch] = []
         self.step: Step | None = None
         self._live: dict[Hashable, list[Branch]] = {}  # request → its branches that have not ended
         self._forked: dict[Hashable, int] = {}  # request → branches that it has ever had
@@ -49,8 +57,14 @@ class Ledger(ABC):
         self._submitted = 0
         # counted: steps, tokens computed and sampled, preemptions; tokens found and asked for at first admission;
         # tokens found and asked for when preempted branches came back
-        self.steps = self.computed = self.sampled = self.preemptions = 0
-        self.cached = self.queried = self.resumed_cached = self.resumed_queried = 0
+        self.steps = 0
+        self.computed = 0
+        self.sampled = 0
+        self.preemptions = 0
+        self.cached = 0
+        self.queried = 0
+        self.resumed_cached = 0
+        self.resumed_queried = 0
 
     # --- requests come and go ------------------------------------------------------------------------------------
 
@@ -78,9 +92,12 @@ class Ledger(ABC):
         self._submitted += 1
         if request.max_tokens == 0:
             for index in range(request.n):
-                self._ended.append(Event(_ended(Branch(request, index, branch.order), "length"), [], "length"))
+                self._ended.append(
+                    Event(_ended(Branch(request, index, branch.order), "length"), [], "length")
+                )
             return name
-        self._live[name], self._forked[name] = [branch], 1
+        self._live[name] = [branch]
+        self._forked[name] = 1
         self.order.push(self.waiting, branch)
         return name
 
@@ -116,7 +133,8 @@ class Ledger(ABC):
         """Whether a guess of what a branch says next is of use to the next plan."""
         return (
             branch.status is Status.RUNNING
-            and branch.computed == len(branch.tokens) - 1  # nothing is drafted in the middle of a prompt
+            and branch.computed
+            == len(branch.tokens) - 1  # nothing is drafted in the middle of a prompt
             and branch.seats == 1  # who is to fork goes on in several ways
             and branch.left > 1
             and not branch.request.beam
@@ -134,8 +152,15 @@ class Ledger(ABC):
     def _begin(self) -> Step:
         if self.step is not None:
             raise RuntimeError("the last plan is still under way: update or withdraw it first")
-        return Step(Plan(self.steps, [], budget=self.max_batch_tokens, seats=self.max_sequences,
-                         block_size=self.memory.block_size))  # fmt: skip
+        return Step(
+            Plan(
+                self.steps,
+                [],
+                budget=self.max_batch_tokens,
+                seats=self.max_sequences,
+                block_size=self.memory.block_size,
+            )
+        )
 
     def _finish(self, step: Step) -> Plan:
         step.plan.items = list(step.items.values())
@@ -155,7 +180,8 @@ class Ledger(ABC):
         check_outcomes(sampling, outcomes, self._live)
         self.step = None
         self.steps += 1
-        events, self._ended = self._ended, []
+        events = self._ended
+        self._ended = []
         self.computed += plan.tokens
         for branch, item in step.items.items():
             if branch.status is Status.RUNNING and not item.samples:
@@ -182,11 +208,13 @@ class Ledger(ABC):
 
     def _go_on(self, branch: Branch, outcome: Outcome, events: list[Event]) -> None:
         """A branch takes the first continuation, forks of it the others; without any it is dropped."""
-        length, left = len(branch.tokens), branch.left
+        length = len(branch.tokens)
+        left = branch.left
         first = outcome[0] if outcome else Continuation((), "dropped")
         tokens = list(first.tokens[:left])
         # verified are its own tokens and the drafts among the new ones; the last one is not computed yet
-        branch.computed, branch.drafts = length + max(0, len(tokens) - 1), []
+        branch.computed = length + max(0, len(tokens) - 1)
+        branch.drafts = []
         branch.tokens += tokens
         if tokens:
             self.memory.commit(branch)
@@ -213,7 +241,9 @@ class Ledger(ABC):
         child = Branch(parent.request, self._forked[name], parent.order)
         self._forked[name] += 1
         child.tokens = [*parent.tokens[:length], *how.tokens]
-        child.computed, child.seats, child.status = parent.computed, 1, Status.RUNNING
+        child.computed = parent.computed
+        child.seats = 1
+        child.status = Status.RUNNING
         self.memory.fork(parent, child)
         self._live[name].append(child)
         last = max(i for i, branch in enumerate(self.running) if branch.request is parent.request)
@@ -222,13 +252,17 @@ class Ledger(ABC):
 
     def _beams(self, branch: Branch) -> list[Branch]:
         """The branches that advance in step with this one: the beams of its search, itself alone otherwise."""
-        return list(self._live[branch.request.id]) if branch.request.beam else [branch]
+        if branch.request.beam:
+            return list(self._live[branch.request.id])
+        return [branch]
 
     def _start_over(self, branch: Branch) -> None:
         """Back to the queue, with its tokens and without their memory."""
         self.running.remove(branch)
         self.memory.release(branch, preempted=True)
-        branch.computed, branch.drafts, branch.status = 0, [], Status.WAITING
+        branch.computed = 0
+        branch.drafts = []
+        branch.status = Status.WAITING
         branch.preemptions += 1
         self.preemptions += 1
         self.order.push(self.waiting, branch)
@@ -253,9 +287,13 @@ class Ledger(ABC):
         assert len(live) == len(self.waiting) + len(self.running), "a branch stands in two places"
         assert all(b.status is Status.RUNNING for b in self.running)
         assert all(b.status is Status.WAITING and b.computed == 0 for b in self.waiting)
-        assert self.max_sequences is None or sum(b.seats for b in self.running) <= self.max_sequences
+        assert (
+            self.max_sequences is None or sum(b.seats for b in self.running) <= self.max_sequences
+        )
         for branch in live:
-            assert len(branch.tokens) < len(branch.request.prompt) + branch.request.max_tokens, "should have ended"
+            assert len(branch.tokens) < len(branch.request.prompt) + branch.request.max_tokens, (
+                "should have ended"
+            )
             assert 0 <= branch.computed < len(branch.tokens), "computed, and not sampled"
             assert not branch.drafts or branch.computed == len(branch.tokens) - 1
         for branches in self._live.values():
@@ -267,5 +305,6 @@ class Ledger(ABC):
 
 
 def _ended(branch: Branch, reason: str) -> Branch:
-    branch.status, branch.reason = Status.ENDED, reason
+    branch.status = Status.ENDED
+    branch.reason = reason
     return branch

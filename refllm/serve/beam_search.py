@@ -40,14 +40,16 @@ class Search:
     """The search of one request: scores of its beams by index, hypotheses that have ended."""
 
     def __init__(self, request: Request, ends: frozenset[int]):
-        self.request, self.ends = request, ends
+        self.request = request
+        self.ends = ends
         self.scores: dict[int, float] = {0: 0.0}  # index of a live beam → Σ log p
         self.ended: list[Hypothesis] = []
         self._next: list[float] = []  # scores of the beams-to-be, in the order of the outcomes
 
     def advance(self, beams: Sequence[Branch], z: Array) -> list[Outcome]:
         """z[len(beams), V], finite → an outcome for each beam; all are dropped when the search is over."""
-        request, n = self.request, self.request.n
+        request = self.request
+        n = self.request.n
         length = len(beams[0].output) + 1  # of every candidate
         going: list[tuple[int, int, float]] = []  # (place of the beam, token, score)
         for rank, (place, token, score) in enumerate(self._candidates(beams, z)):
@@ -85,18 +87,27 @@ class Search:
         c = (log_probabilities(z) + scores).reshape(-1)
         values, places = top_k(c, min(int(c.shape[0]), self.request.n * (1 + len(self.ends))))
         V = int(z.shape[-1])
-        told = to_numpy(xp.concat([values, xp.astype(places, xp.float64)])).tolist()  # exact below 2⁵³
+        # exact below 2⁵³
+        told = to_numpy(xp.concat([values, xp.astype(places, xp.float64)])).tolist()
         half = len(told) // 2
-        return [(int(at) // V, int(at) % V, value) for value, at in zip(told[:half], told[half:], strict=True)]
+        return [
+            (int(at) // V, int(at) % V, value)
+            for value, at in zip(told[:half], told[half:], strict=True)
+        ]
 
     def _end(self, score: float, tokens: list[int], reason: str) -> None:
-        self.ended.append(Hypothesis(score / len(tokens) ** self.request.length_penalty, tokens, reason))
+        self.ended.append(
+            Hypothesis(score / len(tokens) ** self.request.length_penalty, tokens, reason)
+        )
 
     def _settled(self, score: float, length: int) -> bool:
         """Whether no beam can still be among the n best: the best has ``score`` after ``length`` tokens."""
         if len(self.ended) < self.request.n:
             return False
         # divided by as much as it can be: at the longest length if that is rewarded, else at the next one
-        most = self.request.max_tokens if self.request.length_penalty > 0 else length + 1
+        if self.request.length_penalty > 0:
+            most = self.request.max_tokens
+        else:
+            most = length + 1
         bound: float = score / most**self.request.length_penalty
         return self.best[-1].score >= bound

@@ -45,11 +45,22 @@ class Engine(Counts):
     """Serves requests with ``model`` from ``num_blocks`` blocks of keys and values; what it counts are attributes."""
 
     def __init__(
-        self, model: Record, *, num_blocks: int, block_size: int = 16, max_batch_tokens: int | None = 2048,
-        max_sequences: int | None = 128, policy: str = "fcfs", prefix_cache: str | None = "auto",
-        scheduler: Callable[[Any], Ledger] | None = None, drafter: Callable[[], Drafter] | None = None,
-        poison: bool = False, seed: int | None = None, on_plan: Callable[[Plan], object] | None = None, **options: Any,
-    ):  # fmt: skip
+        self,
+        model: Record,
+        *,
+        num_blocks: int,
+        block_size: int = 16,
+        max_batch_tokens: int | None = 2048,
+        max_sequences: int | None = 128,
+        policy: str = "fcfs",
+        prefix_cache: str | None = "auto",
+        scheduler: Callable[[Any], Ledger] | None = None,
+        drafter: Callable[[], Drafter] | None = None,
+        poison: bool = False,
+        seed: int | None = None,
+        on_plan: Callable[[Plan], object] | None = None,
+        **options: Any,
+    ):
         """``model`` is a ``Model``, or any record of config, weights and tokenizer.
 
         Parameters
@@ -71,21 +82,35 @@ class Engine(Counts):
             raise ValueError(f"the engine's seed is None or a whole number, 0 or more, got {seed}")
         if isinstance(drafter, Drafting) and isinstance(drafter.source, ModelDrafter):
             check_vocabulary(model, drafter.source.model)
-        self.model, self.drafter, self.on_plan = model, drafter, on_plan
-        self.cache = PagedKVCache(model.config, num_blocks, block_size, like=model.weights["norm"], poison=poison)
-        self._weights, self._stepper = model.weights, stepper(model.weights, model.config)
+        self.model = model
+        self.drafter = drafter
+        self.on_plan = on_plan
+        self.cache = PagedKVCache(
+            model.config, num_blocks, block_size, like=model.weights["norm"], poison=poison
+        )
+        self._weights = model.weights
+        self._stepper = stepper(model.weights, model.config)
         self.pool = self.cache.pool
-        self.scheduler = factory.make(
-            policy, self.pool, prefix_cache=prefix_cache, max_batch_tokens=max_batch_tokens,
-            max_sequences=max_sequences, **options,
-        ) if scheduler is None else scheduler(self.pool)  # fmt: skip
+        if scheduler is None:
+            self.scheduler = factory.make(
+                policy,
+                self.pool,
+                prefix_cache=prefix_cache,
+                max_batch_tokens=max_batch_tokens,
+                max_sequences=max_sequences,
+                **options,
+            )
+        else:
+            self.scheduler = scheduler(self.pool)
         self.results: dict[Hashable, Result] = {}  # ended, until somebody takes them; ``run`` does
         self._live: dict[Hashable, Live] = {}
-        self._drafted: dict[Name, Array | None] = {}  # the q that a branch's drafts were sampled from
+        # the q that a branch's drafts were sampled from
+        self._drafted: dict[Name, Array | None] = {}
         self._seeds = np.random.default_rng(seed)
         self._ids = count()
         self._stepping = False
-        self._interrupt: BaseException | None = None  # Ctrl-C in a listener: raised once the step is in the books
+        # Ctrl-C in a listener: raised once the step is in the books
+        self._interrupt: BaseException | None = None
 
     @property
     def unfinished(self) -> bool:
@@ -108,10 +133,15 @@ class Engine(Counts):
             free = next(i for i in self._ids if i not in self._live and i not in self.results)
             request = replace(request, id=free)
         if request.id in self.results:
-            raise ValueError(f"request {request.id!r} has ended and its result was not taken: use another id")
+            raise ValueError(
+                f"request {request.id!r} has ended and its result was not taken: use another id"
+            )
         refuse(request, self.model.config)
         name = self.scheduler.submit(request)
-        seed = int(self._seeds.integers(2**63)) if request.seed is None else request.seed
+        if request.seed is None:
+            seed = int(self._seeds.integers(2**63))
+        else:
+            seed = request.seed
         self._live[name] = Live(request, listener, seed, self.model, self.drafter)
         return name
 
@@ -129,14 +159,18 @@ class Engine(Counts):
         """Step until every request has ended; returns, and lets go of, all results that nobody has taken."""
         while self.unfinished:
             self.step()
-        taken, self.results = self.results, {}
+        taken = self.results
+        self.results = {}
         return taken
 
     def step(self) -> list[Piece]:
         """Compute one plan; returns what is new, which listeners have heard by then."""
         if self._stepping:
-            raise RuntimeError("a listener called step: it may submit and abort, the step under way goes on by itself")
-        self._stepping, self._interrupt = True, None
+            raise RuntimeError(
+                "a listener called step: it may submit and abort, the step under way goes on by itself"
+            )
+        self._stepping = True
+        self._interrupt = None
         try:
             told = self._tell(self._compute())
         finally:
@@ -148,7 +182,9 @@ class Engine(Counts):
     def check(self) -> None:
         """AssertionError if the books of scheduler, memory and engine do not agree."""
         self.scheduler.check()
-        booked = {branch.request.id for branch in (*self.scheduler.running, *self.scheduler.waiting)}
+        booked = {
+            branch.request.id for branch in (*self.scheduler.running, *self.scheduler.waiting)
+        }
         assert booked <= set(self._live), "a branch without a request"
         assert not set(self._live) & set(self.results)
 
@@ -156,7 +192,10 @@ class Engine(Counts):
 
     def _compute(self) -> list[Event]:
         if self.model.weights is not self._weights:
-            self._weights, self._stepper = self.model.weights, stepper(self.model.weights, self.model.config)
+            self._weights, self._stepper = (
+                self.model.weights,
+                stepper(self.model.weights, self.model.config),
+            )
         self._draft()
         plan = self.scheduler.plan()
         assert self.scheduler.step is not None
@@ -168,7 +207,9 @@ class Engine(Counts):
                 item.name: [*branch.tokens, *branch.drafts] if branch.drafts else branch.tokens
                 for branch, item in self.scheduler.step.items.items()
             }
-            z = execute(plan, tokens, self.model.weights, self.model.config, self.cache, self._stepper)
+            z = execute(
+                plan, tokens, self.model.weights, self.model.config, self.cache, self._stepper
+            )
             outcomes = [] if z is None else self._outcomes(plan, branches, z)
         except BaseException:
             self.scheduler.withdraw(plan)
@@ -194,9 +235,12 @@ class Engine(Counts):
             proposals = [drafter.propose(*ask[:4]) for drafter, ask in asks]
         chains = [proposal for proposal in proposals if not isinstance(proposal, TreeProposal)]
         if len(chains) < len(proposals):
-            raise ValueError("the engine verifies chains: give it a ModelDrafter where this one grows trees")
+            raise ValueError(
+                "the engine verifies chains: give it a ModelDrafter where this one grows trees"
+            )
         for branch, chain in zip(asking, chains, strict=True):
-            if chain.tokens or branch.drafts:  # those of a step that did not come about are replaced
+            # those of a step that did not come about are replaced
+            if chain.tokens or branch.drafts:
                 self.scheduler.propose(branch.key, chain.tokens)
                 self._drafted[branch.key] = chain.q
 
@@ -208,9 +252,20 @@ class Engine(Counts):
         for branch, item in zip(branches, plan.items, strict=True):
             if not item.samples:
                 continue
-            request, drafts, rows = branch.request, branch.drafts, slice(at, at + item.samples)
+            request = branch.request
+            drafts = branch.drafts
+            rows = slice(at, at + item.samples)
             q = self._drafted.get(branch.key) if drafts else None
-            seats.append(Seat(request, branch.tokens, self._live[request.id].voices_of(branch), drafts, q, rows))
+            seats.append(
+                Seat(
+                    request,
+                    branch.tokens,
+                    self._live[request.id].voices_of(branch),
+                    drafts,
+                    q,
+                    rows,
+                )
+            )
             sampled.append(branch)
             at += item.samples
         z = penalised(z, seats)
@@ -222,13 +277,17 @@ class Engine(Counts):
                 ].result.error = "the logits have no largest one: NaN, +inf or nothing but -inf"
                 outcomes.append(FAILED)
             else:
-                outcomes.append([voice.hear(new) for voice, new in zip(seat.voices, chosen, strict=True)])
+                outcomes.append(
+                    [voice.hear(new) for voice, new in zip(seat.voices, chosen, strict=True)]
+                )
                 if seat.drafts and (drafter := seat.voices[0].drafter) is not None:
                     drafter.observe(seat.best, len(chosen[0]) - 1)
         self._search(sampled, seats, z, outcomes)
         return outcomes
 
-    def _search(self, sampled: Sequence[Branch], seats: Sequence[Seat], z: Array, outcomes: list[Outcome]) -> None:
+    def _search(
+        self, sampled: Sequence[Branch], seats: Sequence[Seat], z: Array, outcomes: list[Outcome]
+    ) -> None:
         """Replace the outcomes of beams by what their search says; they are sampled all in one step."""
         groups: dict[Hashable, list[int]] = {}
         for i, branch in enumerate(sampled):
@@ -251,7 +310,8 @@ class Engine(Counts):
         told: list[Piece] = []
         beams: dict[Hashable, list[Event]] = {}
         for event in events:
-            name, live = event.branch.request.id, self._live.get(event.branch.request.id)
+            name = event.branch.request.id
+            live = self._live.get(event.branch.request.id)
             if live is None:
                 continue  # a listener has aborted it meanwhile
             if live.search is not None and event.reason in (None, "dropped"):
@@ -284,7 +344,8 @@ class Engine(Counts):
                 for piece in pieces:
                     live.listener(piece)
         except Exception as error:
-            live.listener, live.result.error = None, f"the listener raised {type(error).__name__}: {error}"
+            live.listener = None
+            live.result.error = f"the listener raised {type(error).__name__}: {error}"
             if self._live.get(name) is live:
                 self._close(name, self.scheduler.abort(name), "error")
         except BaseException as interrupt:

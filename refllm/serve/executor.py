@@ -78,11 +78,17 @@ def execute(
     if len(rows) == len(ids):
         return step(ids, positions, view)
     placed = asarray_like([ids, positions], cache.keys, "int64")  # one transfer for both
-    hidden = forward(weights, config, placed[0], placed[1], view, asarray_like(rows, cache.keys, "int64"))
+    hidden = forward(
+        weights, config, placed[0], placed[1], view, asarray_like(rows, cache.keys, "int64")
+    )
     return logits(weights, hidden) if rows else None
 
 
 def _padding(plan: Plan) -> list[tuple[int, int, int]]:
     """(slot of column 0, columns before, columns computed) of everything that a padded batch computes for nobody."""
-    pads = [(item.blocks[0] - item.pad, 0, item.pad) for item in plan.items if item.pad and not item.start]
+    pads = [
+        (item.blocks[0] - item.pad, 0, item.pad)
+        for item in plan.items
+        if item.pad and not item.start
+    ]
     return pads + [(ghost.first, ghost.start, ghost.count) for ghost in plan.ghosts]

@@ -29,10 +29,19 @@ PREFIX_CACHES = ("auto", "hash", "radix", None)
 
 
 def make(
-    policy: str, pool: BlockPool, *, prefix_cache: str | None = None, max_batch_tokens: int | None = 2048,
-    max_sequences: int | None = 128, chunked: bool = True, long_prefill: int = 0, watermark: float = 0.0,
-    eviction: str = "lru", longest: int | None = None, buddy: bool = True,
-) -> Ledger:  # fmt: skip
+    policy: str,
+    pool: BlockPool,
+    *,
+    prefix_cache: str | None = None,
+    max_batch_tokens: int | None = 2048,
+    max_sequences: int | None = 128,
+    chunked: bool = True,
+    long_prefill: int = 0,
+    watermark: float = 0.0,
+    eviction: str = "lru",
+    longest: int | None = None,
+    buddy: bool = True,
+) -> Ledger:
     """A scheduler for the slots of ``pool``.
 
     Parameters
@@ -57,19 +66,29 @@ def make(
     if prefix_cache not in PREFIX_CACHES:
         raise ValueError(f"unknown prefix cache {prefix_cache!r}; choose hash, radix or None")
     if prefix_cache is not None and policy not in CONTINUOUS:
-        raise ValueError(f"policy {policy!r} reserves its memory: it can share no prefixes, so prefix_cache is None")
+        raise ValueError(
+            f"policy {policy!r} reserves its memory: it can share no prefixes, so prefix_cache is None"
+        )
     slots = pool.num_blocks * pool.block_size
     if policy == "static":
         return Static(Rectangle(slots, longest=longest), max_sequences=max_sequences)
     if policy in ORCA:
-        reserved = Reserved(slots, policy.removeprefix("orca-"), longest=longest or 2048, buddy=buddy)
-        return Scheduler(reserved, chunked=False, max_batch_tokens=None, max_sequences=max_sequences)
+        reserved = Reserved(
+            slots, policy.removeprefix("orca-"), longest=longest or 2048, buddy=buddy
+        )
+        return Scheduler(
+            reserved, chunked=False, max_batch_tokens=None, max_sequences=max_sequences
+        )
     memory: Memory
     if prefix_cache == "radix":
         memory = Radix(pool, watermark=watermark, policy=eviction)
     else:
         memory = (Paged if prefix_cache is None else Hashed)(pool, watermark=watermark)
     return Scheduler(
-        memory, order=policy, chunked=chunked, long_prefill=long_prefill, max_batch_tokens=max_batch_tokens,
+        memory,
+        order=policy,
+        chunked=chunked,
+        long_prefill=long_prefill,
+        max_batch_tokens=max_batch_tokens,
         max_sequences=max_sequences,
-    )  # fmt: skip
+    )

@@ -84,7 +84,8 @@ class Paged:
     def __init__(self, pool: BlockPool, *, watermark: float = 0.0):
         if not 0 <= watermark < 1:
             raise ValueError(f"watermark is a share of the pool within [0, 1), got {watermark}")
-        self.pool, self.block_size = pool, pool.block_size
+        self.pool = pool
+        self.block_size = pool.block_size
         self.spare = int(watermark * pool.num_blocks)
         self._tables: dict[Branch, BlockTable] = {}
 
@@ -98,7 +99,11 @@ class Paged:
 
     def refuses(self, request: Request) -> str | None:
         # beams advance in step, so they must fit beside each other, whatever they come to share
-        tokens = -(-request.longest // self.block_size) * self.block_size * (request.n if request.beam else 1)
+        tokens = (
+            -(-request.longest // self.block_size)
+            * self.block_size
+            * (request.n if request.beam else 1)
+        )
         if tokens <= self.slots:
             return None
         return f"needs {tokens} slots with {request.longest} tokens to keep, and the pool has {self.slots}"
@@ -115,10 +120,15 @@ class Paged:
         return True
 
     def reserve(self, branch: Branch, count: int) -> Copies | None:
-        table, b = self._tables[branch], self.block_size
+        table = self._tables[branch]
+        b = self.block_size
         start = table.length
         # the common case first, and fast: the last block has room and no other owner
-        if start % b and start + count <= len(table.blocks) * b and self.pool.ref_count(table.blocks[start // b]) == 1:
+        if (
+            start % b
+            and start + count <= len(table.blocks) * b
+            and self.pool.ref_count(table.blocks[start // b]) == 1
+        ):
             return []
         if not self._make_room(table.needs(count)):
             return None
@@ -152,7 +162,9 @@ class Paged:
         self.pool.check()
         owners = Counter(self._owned())
         for block in range(self.pool.num_blocks):
-            assert self.pool.ref_count(block) == owners[block], "an owner is not counted, or a block has leaked"
+            assert self.pool.ref_count(block) == owners[block], (
+                "an owner is not counted, or a block has leaked"
+            )
         for branch, table in self._tables.items():
             table.check()
             assert table.length == branch.computed, f"{branch} and its table disagree"

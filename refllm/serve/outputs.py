@@ -127,4 +127,6 @@ class Counts:
     def cached_blocks(self) -> int:
         """Blocks that nobody runs in and that a radix tree keeps."""
         memory = self.scheduler.memory
-        return memory.cache.evictable // memory.block_size if isinstance(memory, Radix) else 0
+        if isinstance(memory, Radix):
+            return memory.cache.evictable // memory.block_size
+        return 0

@@ -62,10 +62,14 @@ class Plan:
 
     step: int
     items: list[Item]
-    copies: list[tuple[int, int]] = field(default_factory=list)  # (from, to): blocks to copy in all layers
-    admitted: list[Name] = field(default_factory=list)  # left the queue; beams may have to wait for room all the same
-    preempted: list[Name] = field(default_factory=list)  # lost their memory and went back to the queue
-    ghosts: list[Ghost] = field(default_factory=list)  # rows that compute nothing useful (static batching)
+    # (from, to): blocks to copy in all layers
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    # left the queue; beams may have to wait for room all the same
+    admitted: list[Name] = field(default_factory=list)
+    # lost their memory and went back to the queue
+    preempted: list[Name] = field(default_factory=list)
+    # rows that compute nothing useful (static batching)
+    ghosts: list[Ghost] = field(default_factory=list)
     waiting: int = 0  # branches still in the queue
     budget: int | None = None  # tokens that the step may compute; None: no limit
     seats: int | None = None  # sequences that may run
@@ -83,8 +87,10 @@ class Plan:
 
     def batch(self) -> list[tuple[int, int]]:
         """(past, new) of every row, padding included: what the step costs."""
-        rows = [(item.start + item.pad, item.count) if item.start else (0, item.count + item.pad)
-                for item in self.items]  # fmt: skip
+        rows = [
+            (item.start + item.pad, item.count) if item.start else (0, item.count + item.pad)
+            for item in self.items
+        ]
         return rows + [(ghost.start, ghost.count) for ghost in self.ghosts]
 
     def slots(self, item: Item) -> list[int]:
@@ -96,15 +102,20 @@ class Plan:
         names = [item.name for item in self.items]
         assert len(set(names)) == len(names), "a branch stands twice in a plan"
         assert self.budget is None or self.tokens <= self.budget, "more tokens than the budget"
-        assert self.seats is None or len(names) + len(self.ghosts) <= self.seats, "more branches than seats"
+        assert self.seats is None or len(names) + len(self.ghosts) <= self.seats, (
+            "more branches than seats"
+        )
         assert not (self.preempted and self.admitted), "admitted in a step that preempted"
         assert not set(self.preempted) & set(names), "a preempted branch computes"
         for item in self.items:
             assert min(item.start, item.pad) >= 0, "a position below 0"
             assert item.count >= 1, "an item that computes no token"
             assert 0 <= item.samples <= item.count, "an item samples more than it computes"
-            assert self.block_size == 0 or len(set(item.blocks)) == len(item.blocks), "a block twice in a table"
-            end, room = item.start + item.count, len(item.blocks) * self.block_size
+            assert self.block_size == 0 or len(set(item.blocks)) == len(item.blocks), (
+                "a block twice in a table"
+            )
+            end = item.start + item.count
+            room = len(item.blocks) * self.block_size
             assert self.block_size == 0 or end <= room, "a token lies beyond its blocks"
         written = [slot for item in self.items for slot in self.slots(item)]
         written += [ghost.first + ghost.start for ghost in self.ghosts]
@@ -121,7 +132,11 @@ def place(blocks: Sequence[int], block_size: int, start: int, stop: int) -> list
         return list(range(blocks[0] + start, blocks[0] + stop))
     if stop == start + 1:  # a decode step: called for every sequence
         return [blocks[start // b] * b + start % b]
-    whole = [slot for block in blocks[start // b : -(-stop // b)] for slot in range(block * b, block * b + b)]
+    whole = [
+        slot
+        for block in blocks[start // b : -(-stop // b)]
+        for slot in range(block * b, block * b + b)
+    ]
     return whole[start % b : start % b + stop - start]
 
 
@@ -155,16 +170,22 @@ class Step:
     """A plan in the making: what each branch does in it, and how much of the budget is left."""
 
     def __init__(self, plan: Plan):
-        self.plan, self.room = plan, plan.budget
+        self.plan = plan
+        self.room = plan.budget
         self.items: dict[Branch, Item] = {}
         self.copies: dict[Branch, Copies] = {}
 
-    def put(self, branch: Branch, count: int, blocks: tuple[int, ...], copies: Copies, pad: int = 0) -> None:
+    def put(
+        self, branch: Branch, count: int, blocks: tuple[int, ...], copies: Copies, pad: int = 0
+    ) -> None:
         """Plan ``count`` tokens of a branch; of its drafts those that are not among them are dropped."""
-        ahead = branch.computed + count - len(branch.tokens)  # drafts among the tokens; below 0: not finished yet
+        # drafts among the tokens; below 0: not finished yet
+        ahead = branch.computed + count - len(branch.tokens)
         if branch.drafts:
             del branch.drafts[max(0, ahead) :]
-        self.items[branch] = Item(branch.key, branch.computed, count, blocks, max(0, ahead + 1), pad)
+        self.items[branch] = Item(
+            branch.key, branch.computed, count, blocks, max(0, ahead + 1), pad
+        )
         if copies:
             self.copies[branch] = copies
         if self.room is not None:
@@ -179,26 +200,35 @@ class Step:
 
 
 def check_outcomes(
-    sampling: Sequence[Branch], outcomes: Sequence[Outcome], live: Mapping[Hashable, Sequence[Branch]]
+    sampling: Sequence[Branch],
+    outcomes: Sequence[Outcome],
+    live: Mapping[Hashable, Sequence[Branch]],
 ) -> None:
     """ValueError unless each outcome fits its branch; ``live`` has the branches of each request."""
     if len(sampling) != len(outcomes):
         raise ValueError(f"{len(sampling)} branches were sampled, got {len(outcomes)} outcomes")
     grown: dict[Hashable, int] = {}
     for branch, outcome in zip(sampling, outcomes, strict=True):
-        request, drafts = branch.request, branch.drafts
+        request = branch.request
+        drafts = branch.drafts
         if len(outcome) == 1:
             if not drafts and len(outcome[0].tokens) == 1:
                 continue  # one more token: what nearly all of a step are
         else:
             grown[request.id] = grown.get(request.id, 0) + len(outcome) - 1
         if len(outcome) > 1 and (drafts or (len(outcome) > branch.seats and not request.beam)):
-            raise ValueError(f"{branch} may become {1 if drafts else branch.seats}, got {len(outcome)} continuations")
+            raise ValueError(
+                f"{branch} may become {1 if drafts else branch.seats}, got {len(outcome)} continuations"
+            )
         for tokens, reason in outcome:
             if not (0 if reason else 1) <= len(tokens) <= 1 + len(drafts):
-                raise ValueError(f"{branch} yields 1 to {1 + len(drafts)} tokens, got {len(tokens)}")
+                raise ValueError(
+                    f"{branch} yields 1 to {1 + len(drafts)} tokens, got {len(tokens)}"
+                )
             if len(tokens) > 1 and list(tokens[:-1]) != drafts[: len(tokens) - 1]:
-                raise ValueError(f"{branch}: accepted {list(tokens[:-1])}, but its drafts were {drafts}")
+                raise ValueError(
+                    f"{branch}: accepted {list(tokens[:-1])}, but its drafts were {drafts}"
+                )
     for name, more in grown.items():
         if (branches := live.get(name)) and len(branches) + more > branches[0].request.n:
             raise ValueError(f"request {name!r} has n = {branches[0].request.n} branches, not more")

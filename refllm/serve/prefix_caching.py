@@ -31,7 +31,8 @@ class Hashed(Paged):
     def __init__(self, pool: BlockPool, *, watermark: float = 0.0, hasher: Hasher = sha256_key):
         super().__init__(pool, watermark=watermark)
         self.cache = PrefixCache(pool, hasher)
-        self._keys: dict[Branch, list[Key]] = {}  # chains, also of those that wait: a text is hashed once
+        # chains, also of those that wait: a text is hashed once
+        self._keys: dict[Branch, list[Key]] = {}
 
     def _found(self, branch: Branch) -> list[int]:
         keys = self._keys.setdefault(branch, [])
@@ -78,7 +79,8 @@ class Radix(Paged):
     def __init__(self, pool: BlockPool, *, watermark: float = 0.0, policy: str = "lru"):
         super().__init__(pool, watermark=watermark)
         self.cache = RadixCache(pool.block_size, policy, on_evict=self._evicted)
-        self._nodes: dict[Branch, tuple[Node, int]] = {}  # (locked node, tokens of the branch down to it)
+        # (locked node, tokens of the branch down to it)
+        self._nodes: dict[Branch, tuple[Node, int]] = {}
 
     @property
     def allocated(self) -> int:
@@ -88,9 +90,11 @@ class Radix(Paged):
         return len(self.cache.match(branch.tokens[:-1], salt=branch.request.salt, record=False))
 
     def admit(self, branch: Branch, count: int, *, alone: bool) -> bool:
-        tokens, b = branch.tokens[:-1], self.block_size
+        tokens = branch.tokens[:-1]
+        b = self.block_size
         found = self.cache.match(tokens, salt=branch.request.salt, record=False)
-        self.cache.lock(found.node)  # before there is room made: what was found must not be evicted for the rest
+        # before there is room made: what was found must not be evicted for the rest
+        self.cache.lock(found.node)
         if not self._make_room(-(-count // b), 0 if alone else self.spare):
             self.cache.unlock(found.node)
             return False
@@ -98,7 +102,8 @@ class Radix(Paged):
         table = BlockTable(self.pool)
         table.adopt(_pages(found.slots, b))
         table.reserve(count)
-        self._tables[branch], self._nodes[branch] = table, (found.node, len(found))
+        self._tables[branch] = table
+        self._nodes[branch] = (found.node, len(found))
         return True
 
     def commit(self, branch: Branch) -> None:
@@ -107,7 +112,8 @@ class Radix(Paged):
             self._insert(branch)
 
     def fork(self, parent: Branch, child: Branch) -> None:
-        self._insert(parent)  # two branches share a full block only through the tree, which then knows its owners
+        # two branches share a full block only through the tree, which then knows its owners
+        self._insert(parent)
         super().fork(parent, child)
         self._nodes[child] = self._nodes[parent]
         self.cache.lock(self._nodes[child][0])
@@ -120,18 +126,22 @@ class Radix(Paged):
 
     def _insert(self, branch: Branch) -> None:
         """Offer the tree the whole pages of [0, computed); the branch holds the tree's blocks for them from then on."""
-        table, b = self._tables[branch], self.block_size
+        table = self._tables[branch]
+        b = self.block_size
         node, known = self._nodes[branch]
         end = table.length // b * b
         if end <= known:
             return
         request = branch.request
         tokens = branch.tokens[:end]
-        had = self.cache.insert(tokens, table.slots(0, end), salt=request.salt, priority=-request.priority)
+        had = self.cache.insert(
+            tokens, table.slots(0, end), salt=request.salt, priority=-request.priority
+        )
         found = self.cache.match(tokens, salt=request.salt, record=False)
         # [known, had) the tree had already: duplicates, given up for the tree's; [had, end) are the tree's from now on
         for i in range(known // b, had // b):
-            mine, table.blocks[i] = table.blocks[i], self.pool.fork(found.slots[i * b] // b)
+            mine = table.blocks[i]
+            table.blocks[i] = self.pool.fork(found.slots[i * b] // b)
             self.pool.free(mine)
         for block in table.blocks[had // b : end // b]:
             self.pool.fork(block)
@@ -151,7 +161,9 @@ class Radix(Paged):
             self.pool.free(block)
 
     def _in_tree(self) -> list[int]:
-        return [block for node in self.cache.nodes() for block in _pages(node.slots, self.block_size)]
+        return [
+            block for node in self.cache.nodes() for block in _pages(node.slots, self.block_size)
+        ]
 
     def _owned(self) -> list[int]:
         return super()._owned() + self._in_tree()
@@ -161,8 +173,15 @@ class Radix(Paged):
         self.cache.check()
         in_tree = self._in_tree()
         assert len(set(in_tree)) == len(in_tree), "a block stands twice in the tree"
-        locked = {block for node in self.cache.nodes() if node.locks for block in _pages(node.slots, self.block_size)}
-        assert set(super()._owned()) & set(in_tree) <= locked, "the tree may evict what a branch holds"
+        locked = {
+            block
+            for node in self.cache.nodes()
+            if node.locks
+            for block in _pages(node.slots, self.block_size)
+        }
+        assert set(super()._owned()) & set(in_tree) <= locked, (
+            "the tree may evict what a branch holds"
+        )
         for branch, (node, length) in self._nodes.items():
             assert node.locks > 0
             first = self._tables[branch].blocks[: length // self.block_size]
@@ -179,5 +198,6 @@ def _path_slots(node: Node) -> list[int]:
     slots: list[int] = []
     step: Node | None = node
     while step is not None:
-        slots, step = step.slots + slots, step.parent
+        slots = step.slots + slots
+        step = step.parent
     return slots

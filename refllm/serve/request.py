@@ -57,16 +57,33 @@ class Request:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", _tokens(self.prompt))
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
+        object.__setattr__(
+            self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        )
         rules: dict[str, tuple[bool, str]] = {
-            "max_tokens": (_whole(self.max_tokens) and self.max_tokens >= 0, "a whole number, 0 or more"),
-            "temperature": (_number(self.temperature) and self.temperature >= 0, "0 (greedy) or finite and above"),
+            "max_tokens": (
+                _whole(self.max_tokens) and self.max_tokens >= 0,
+                "a whole number, 0 or more",
+            ),
+            "temperature": (
+                _number(self.temperature) and self.temperature >= 0,
+                "0 (greedy) or finite and above",
+            ),
             "top_k": (_whole(self.top_k) and self.top_k >= 0, "0 (off) or a whole number above"),
             "top_p": (_number(self.top_p) and 0 < self.top_p <= 1, "within (0, 1]"),
             "min_p": (_number(self.min_p) and 0 <= self.min_p <= 1, "within [0, 1]"),
-            "repetition_penalty": (_number(self.repetition_penalty) and self.repetition_penalty > 0, "above 0"),
-            "seed": (self.seed is None or (_whole(self.seed) and self.seed >= 0), "None or a whole number, 0 or more"),
-            "stop": (all(isinstance(s, str) and s for s in self.stop), "strings that are not empty"),
+            "repetition_penalty": (
+                _number(self.repetition_penalty) and self.repetition_penalty > 0,
+                "above 0",
+            ),
+            "seed": (
+                self.seed is None or (_whole(self.seed) and self.seed >= 0),
+                "None or a whole number, 0 or more",
+            ),
+            "stop": (
+                all(isinstance(s, str) and s for s in self.stop),
+                "strings that are not empty",
+            ),
             "n": (_whole(self.n) and self.n >= 1, "a whole number, 1 or more"),
             "length_penalty": (_number(self.length_penalty), "a finite number"),
             "priority": (_whole(self.priority), "a whole number, lower first"),
@@ -75,9 +92,13 @@ class Request:
         }
         for name, (holds, rule) in rules.items():
             if not holds:
-                raise ValueError(f"request {self.id!r}: {name} must be {rule}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"request {self.id!r}: {name} must be {rule}, got {getattr(self, name)!r}"
+                )
         if not self.prompt:
-            raise ValueError(f"request {self.id!r}: the prompt is empty: a model needs a token to continue")
+            raise ValueError(
+                f"request {self.id!r}: the prompt is empty: a model needs a token to continue"
+            )
         try:
             hash(self.id)
         except TypeError as error:
@@ -96,11 +117,15 @@ def _tokens(prompt: Any) -> Sequence[int]:
         return prompt
     ids: Any = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # arrays of the host
     if isinstance(ids, (str, bytes)) or not hasattr(ids, "__iter__"):
-        raise ValueError(f"prompt must be token ids, got {type(prompt).__name__}: tokenise text first")
+        raise ValueError(
+            f"prompt must be token ids, got {type(prompt).__name__}: tokenise text first"
+        )
     ids = tuple(ids)
     wrong = next((i for i, t in enumerate(ids) if not _whole(t) or t < 0), None)
     if wrong is not None:
-        raise ValueError(f"prompt must be token ids, 0 or more, got {ids[wrong]!r} at position {wrong}")
+        raise ValueError(
+            f"prompt must be token ids, 0 or more, got {ids[wrong]!r} at position {wrong}"
+        )
     return tuple(int(t) for t in ids)
 
 
@@ -128,14 +153,18 @@ class Branch:
     )  # fmt: skip
 
     def __init__(self, request: Request, index: int, order: int):
-        self.request, self.index, self.order = request, index, order
+        self.request = request
+        self.index = index
+        self.order = order
         self.key: tuple[Hashable, int] = (request.id, index)  # its name in plans
         self.tokens = list(request.prompt)
         self.drafts: list[int] = []
         self.computed = 0
-        self.seats = request.n if index == 0 else 1  # it will become so many once its prompt is computed
+        # it will become so many once its prompt is computed
+        self.seats = request.n if index == 0 else 1
         self.status = Status.WAITING
-        self.reason: str | None = None  # why it ended: "length", "aborted", "dropped", or what the engine said
+        # why it ended: "length", "aborted", "dropped", or what the engine said
+        self.reason: str | None = None
         self.preemptions = 0
 
     @property

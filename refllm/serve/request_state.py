@@ -42,17 +42,34 @@ from refllm.serve.request import Branch, Request
 class Voice:
     """One branch as its reader hears it. ``seed`` is the request's own or one that the engine drew for it."""
 
-    def __init__(self, request: Request, index: int, seed: int, tokenizer: Tokenizer, ends: frozenset[int], text: bool):
-        self.request, self.tokenizer, self.ends = request, tokenizer, ends
-        self.streams = text or bool(request.stop)  # text is made while it grows only if somebody looks
+    def __init__(
+        self,
+        request: Request,
+        index: int,
+        seed: int,
+        tokenizer: Tokenizer,
+        ends: frozenset[int],
+        text: bool,
+    ):
+        self.request = request
+        self.tokenizer = tokenizer
+        self.ends = ends
+        # text is made while it grows only if somebody looks
+        self.streams = text or bool(request.stop)
         self.rng = np.random.default_rng(seed if index == 0 else [seed, index])
         self.drafter: Drafter | None = None
         self.how = Sampling(
-            request.temperature, request.top_k, request.top_p, request.min_p, request.repetition_penalty
+            request.temperature,
+            request.top_k,
+            request.top_p,
+            request.min_p,
+            request.repetition_penalty,
         )
         self._uniforms: list[float] = []
-        self.text = self._piece = ""  # taken, and heard since
-        self._characters, self._stops = Utf8Stream(tokenizer), StopStrings(request.stop)
+        self.text = ""  # taken, and heard since
+        self._piece = ""
+        self._characters = Utf8Stream(tokenizer)
+        self._stops = StopStrings(request.stop)
 
     def uniform(self, place: int) -> float:
         """The uniform that token ``place`` of the output is drawn with."""
@@ -80,16 +97,20 @@ class Voice:
             return ""
         if ended:
             self._flush()
-        piece, self._piece = self._piece, ""
+        piece = self._piece
+        self._piece = ""
         self.text += piece
         return piece
 
     def rewind(self, output: Sequence[int]) -> None:
         """Back to where the text of ``output`` was taken: what was heard since has not happened."""
-        self._characters, self._stops = Utf8Stream(self.tokenizer), StopStrings(self.request.stop)
-        self.text = self._piece = ""
+        self._characters = Utf8Stream(self.tokenizer)
+        self._stops = StopStrings(self.request.stop)
+        self.text = ""
+        self._piece = ""
         self.hear(output)
-        self.text, self._piece = self._piece, ""
+        self.text = self._piece
+        self._piece = ""
 
     def _flush(self) -> None:
         if self.streams and not self._stops.stopped:
@@ -116,7 +137,9 @@ class Record(Protocol):
 
 def refuse(request: Request, config: ModelConfig) -> None:
     """ValueError if a model of this kind can never serve the request; the message says why."""
-    name, prompt, vocab = request.id, request.prompt, config.vocab_size
+    name = request.id
+    prompt = request.prompt
+    vocab = config.vocab_size
     high = max(prompt)
     if high >= vocab:
         raise ValueError(
@@ -130,19 +153,30 @@ def refuse(request: Request, config: ModelConfig) -> None:
         )
     if request.beam:
         if request.temperature or request.stop:
-            raise ValueError(f"request {name!r}: a beam search neither samples nor stops at strings: leave both out")
+            raise ValueError(
+                f"request {name!r}: a beam search neither samples nor stops at strings: leave both out"
+            )
         if request.n > vocab - len(config.eos_token_ids):
-            raise ValueError(f"request {name!r}: {request.n} beams need as many tokens to begin with, of {vocab}")
+            raise ValueError(
+                f"request {name!r}: {request.n} beams need as many tokens to begin with, of {vocab}"
+            )
 
 
 class Live:
     """What the engine knows of a request beside its branches."""
 
     def __init__(
-        self, request: Request, listener: Listener | None, seed: int, model: Record,
+        self,
+        request: Request,
+        listener: Listener | None,
+        seed: int,
+        model: Record,
         drafter: Callable[[], Drafter] | None = None,
-    ):  # fmt: skip
-        self.request, self.listener, self.seed, self.tokenizer = request, listener, seed, model.tokenizer
+    ):
+        self.request = request
+        self.listener = listener
+        self.seed = seed
+        self.tokenizer = model.tokenizer
         self._drafter = drafter
         self.ends = frozenset() if request.ignore_eos else frozenset(model.config.eos_token_ids)
         self.search = Search(request, self.ends) if request.beam else None

@@ -45,7 +45,8 @@ def penalised(z: Array, seats: Sequence[Seat]) -> Array:
     """z with each request's repetition penalty; row i of a seat has seen its first i drafts too."""
     if all(seat.request.repetition_penalty == 1 for seat in seats):
         return z
-    seen, penalty = np.zeros(z.shape, dtype=bool), [1.0] * z.shape[0]
+    seen = np.zeros(z.shape, dtype=bool)
+    penalty = [1.0] * z.shape[0]
     for seat in seats:
         theta = seat.request.repetition_penalty
         if theta == 1:
@@ -62,7 +63,8 @@ def choose(z: Array, seats: Sequence[Seat]) -> list[list[list[int]] | None]:
     chosen: list[list[list[int]] | None] = [None] * len(seats)
     drawn = []
     for i, seat in enumerate(seats):
-        rows = seat.best = tops[seat.rows]
+        rows = tops[seat.rows]
+        seat.best = rows
         if min(rows) < 0:
             continue
         if seat.request.temperature:
@@ -87,13 +89,17 @@ def _draw(z: Array, seats: Sequence[Seat]) -> list[list[list[int]]]:
     """Seats with a temperature: warp all their rows at once, then draw one token a row and voice."""
     owners = [seat for seat in seats for _ in range(seat.rows.start, seat.rows.stop)]
     rows = [row for seat in seats for row in range(seat.rows.start, seat.rows.stop)]
-    how = [[getattr(seat.request, name) for seat in owners] for name in ("temperature", "top_k", "top_p", "min_p")]
+    how = [
+        [getattr(seat.request, name) for seat in owners]
+        for name in ("temperature", "top_k", "top_p", "min_p")
+    ]
     p = sampling.warp(z[asarray_like(rows, z, "int64")], *how)
     picks: list[int] = []  # rows of p, repeated where several voices draw from one
     uniforms: list[float] = []
     first = 0
     for seat in seats:
-        place, count = len(seat.tokens) - len(seat.request.prompt), seat.rows.stop - seat.rows.start
+        place = len(seat.tokens) - len(seat.request.prompt)
+        count = seat.rows.stop - seat.rows.start
         if seat.q is None:
             for voice in seat.voices:
                 picks += range(first, first + count)
@@ -110,7 +116,8 @@ def _draw(z: Array, seats: Sequence[Seat]) -> list[list[list[int]]]:
 def _dealt(seats: Sequence[Seat], p: Array, tokens: list[int]) -> list[list[list[int]]]:
     """The drawn tokens to their seats and voices; seats whose drafts were sampled from a q are verified here."""
     dealt: list[list[list[int]]] = []
-    row = at = 0
+    row = 0
+    at = 0
     for seat in seats:
         count = seat.rows.stop - seat.rows.start
         if seat.q is None:
@@ -118,7 +125,9 @@ def _dealt(seats: Sequence[Seat], p: Array, tokens: list[int]) -> list[list[list
             dealt.append([_agreed(some, seat.drafts) for some in mine])
             at += count * len(seat.voices)
         else:
-            accepted, token = verify(p[row : row + count], seat.q[: count - 1], seat.drafts, seat.voices[0].rng)
+            accepted, token = verify(
+                p[row : row + count], seat.q[: count - 1], seat.drafts, seat.voices[0].rng
+            )
             dealt.append([[*seat.drafts[:accepted], token]])
         row += count
     return dealt

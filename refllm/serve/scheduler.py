@@ -41,9 +41,15 @@ class Scheduler(Ledger):
     """Continuous batching over a ``Memory``; see the module for what a step does and how it is driven."""
 
     def __init__(
-        self, memory: Memory, *, max_batch_tokens: int | None = 2048, max_sequences: int | None = 128,
-        order: str | Order = "fcfs", chunked: bool = True, long_prefill: int = 0,
-    ):  # fmt: skip
+        self,
+        memory: Memory,
+        *,
+        max_batch_tokens: int | None = 2048,
+        max_sequences: int | None = 128,
+        order: str | Order = "fcfs",
+        chunked: bool = True,
+        long_prefill: int = 0,
+    ):
         """``None`` lifts a limit. ``long_prefill`` caps the chunk of one prompt (0: the budget alone does).
 
         Not ``chunked``: a prompt is computed in one step or not yet, as Orca did.
@@ -51,11 +57,16 @@ class Scheduler(Ledger):
         super().__init__(memory, named(order), max_batch_tokens, max_sequences)
         if long_prefill < 0:
             raise ValueError(f"long_prefill must be 0 (off) or more, got {long_prefill}")
-        self.chunked, self.long_prefill = chunked, long_prefill
+        self.chunked = chunked
+        self.long_prefill = long_prefill
 
     def refuses(self, request: Request) -> str | None:
         # a preempted branch comes back with its output: that too must fit into one step if it is not cut
-        if not self.chunked and self.max_batch_tokens is not None and request.longest > self.max_batch_tokens:
+        if (
+            not self.chunked
+            and self.max_batch_tokens is not None
+            and request.longest > self.max_batch_tokens
+        ):
             return f"can have {request.longest} tokens to compute in one step, the budget is {self.max_batch_tokens}"
         return super().refuses(request)
 
@@ -131,14 +142,21 @@ class Scheduler(Ledger):
             self._start_over(branch)
 
     def _admit(self, step: Step) -> None:
-        free = None if self.max_sequences is None else self.max_sequences - sum(b.seats for b in self.running)
+        if self.max_sequences is None:
+            free = None
+        else:
+            free = self.max_sequences - sum(b.seats for b in self.running)
         if not self.waiting or step.room == 0 or free == 0:
             return
         for branch in self.order.candidates(self.waiting, self.memory):
             if branch.status is not Status.WAITING:
                 continue  # it came with another beam of its search
             seats = sum(b.seats for b in self._beams(branch))
-            if step.room == 0 or (free is not None and seats > free) or not self._enter(step, branch):
+            if (
+                step.room == 0
+                or (free is not None and seats > free)
+                or not self._enter(step, branch)
+            ):
                 return
             if free is not None:
                 free -= seats
@@ -148,8 +166,10 @@ class Scheduler(Ledger):
         beams = self._beams(branch)
         for beam in beams:
             hit = self.memory.match(beam)
-            wanted = len(beam.tokens) - hit - (len(beams) > 1)  # the last tokens of all beams go together
-            count, first = self._share(step, wanted, beam), beam is beams[0]
+            # the last tokens of all beams go together
+            wanted = len(beam.tokens) - hit - (len(beams) > 1)
+            count = self._share(step, wanted, beam)
+            first = beam is beams[0]
             if first and count == 0 < wanted:
                 return False
             if not self.memory.admit(beam, count, alone=not self.running):
@@ -159,7 +179,8 @@ class Scheduler(Ledger):
                 self.memory.admit(beam, 0, alone=True)
             self.waiting.remove(beam)
             self.running.append(beam)
-            beam.status, beam.computed = Status.RUNNING, hit
+            beam.status = Status.RUNNING
+            beam.computed = hit
             self._count(beam, hit)
             step.plan.admitted.append(beam.key)
             if count:

@@ -35,19 +35,24 @@ class Swapping(Paged):
 
     def __init__(self, pool: BlockPool, *, watermark: float = 0.0, host_blocks: int | None = None):
         super().__init__(pool, watermark=watermark)
-        self.host_blocks = pool.num_blocks if host_blocks is None else host_blocks
+        if host_blocks is None:
+            self.host_blocks = pool.num_blocks
+        else:
+            self.host_blocks = host_blocks
         if self.host_blocks < 0:
             raise ValueError(f"host_blocks must be 0 or more, got {host_blocks}")
         self.host_used = 0
         self.moved = Moved(0, 0)
-        self.swapped = self.dropped = 0  # counted: branches that left for the host, and those it had no room for
+        self.swapped = 0  # counted: branches that left for the host, and those it had no room for
+        self.dropped = 0
         self._away: dict[Branch, int] = {}  # tokens of each branch on the host
 
     def match(self, branch: Branch) -> int:
         return self._away.get(branch, 0)
 
     def admit(self, branch: Branch, count: int, *, alone: bool) -> bool:
-        stored, table = self._away.get(branch, 0), BlockTable(self.pool)
+        stored = self._away.get(branch, 0)
+        table = BlockTable(self.pool)
         if table.needs(stored + count) > self.pool.num_free - (0 if alone else self.spare):
             return False
         table.reserve(stored + count)

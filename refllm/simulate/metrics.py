@@ -65,7 +65,9 @@ class Timeline:
     @property
     def tpot(self) -> float | None:
         """None for a single token, which nothing follows."""
-        return (self.e2el - self.ttft) / (self.tokens - 1) if self.tokens > 1 else None
+        if self.tokens > 1:
+            return (self.e2el - self.ttft) / (self.tokens - 1)
+        return None
 
     def meets(self, limits: Limits) -> bool:
         """Whether it was completed within every limit."""
@@ -73,7 +75,11 @@ class Timeline:
             return False
         if not self.times:  # nothing was asked for, and nothing was late
             return True
-        return self.ttft <= limits.ttft and (self.tpot or 0.0) <= limits.tpot and self.e2el <= limits.e2el
+        return (
+            self.ttft <= limits.ttft
+            and (self.tpot or 0.0) <= limits.tpot
+            and self.e2el <= limits.e2el
+        )
 
     def _came(self) -> list[float]:
         if not self.times:
@@ -117,7 +123,8 @@ class Summary:
     duration: float
     request_throughput: float
     output_throughput: float  # Σ O
-    total_throughput: float  # Σ (P + O): the larger number, of which prompts are most where answers are short
+    # Σ (P + O): the larger number, of which prompts are most where answers are short
+    total_throughput: float
     goodput: float
     ttft: Spread | None
     tpot: Spread | None
@@ -126,14 +133,17 @@ class Summary:
     normalised_latency: float | None
 
 
-def summarise(timelines: Iterable[Timeline], duration: float, limits: Limits | None = None) -> Summary:
+def summarise(
+    timelines: Iterable[Timeline], duration: float, limits: Limits | None = None
+) -> Summary:
     """Timelines of all requests of a run that took ``duration`` seconds → the report. Only completed ones count."""
     if not 0 < duration < inf:
         raise ValueError(f"a run takes a finite time above 0, got {duration} seconds")
     every = list(timelines)
     done = [t for t in every if t.completed]
     answered = [t for t in done if t.times]
-    output, prompt = sum(t.tokens for t in done), sum(t.prompt for t in done)
+    output = sum(t.tokens for t in done)
+    prompt = sum(t.prompt for t in done)
     normalised = [t.e2el / t.tokens for t in answered]
     return Summary(
         requests=len(every),
@@ -165,7 +175,9 @@ def capacity(attained: Mapping[float, float], share: float = 0.9) -> float:
     Between two rates the share is taken to be linear; 0 if the lowest rate is too high already.
     """
     if not attained or not 0 < share <= 1:
-        raise ValueError(f"needs rates with their shares, and a share within (0, 1], got {dict(attained)}, {share}")
+        raise ValueError(
+            f"needs rates with their shares, and a share within (0, 1], got {dict(attained)}, {share}"
+        )
     before: tuple[float, float] | None = None
     for rate, met in sorted(attained.items()):
         if met < share:

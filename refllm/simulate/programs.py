@@ -54,7 +54,8 @@ class RandomIds:
     """Ids that mean nothing: for speed and for sharing, where the model's words do not matter."""
 
     def __init__(self, rng: np.random.Generator, vocabulary: int):
-        self.rng, self.vocabulary = rng, vocabulary
+        self.rng = rng
+        self.vocabulary = vocabulary
 
     def __call__(self, count: int) -> list[int]:
         ids: list[int] = self.rng.integers(1, self.vocabulary, count).tolist()
@@ -67,10 +68,12 @@ class Passages:
     def __init__(self, ids: Sequence[int]):
         if not len(ids):
             raise ValueError("passages need a text")
-        self.ids, self.at = list(ids), 0
+        self.ids = list(ids)
+        self.at = 0
 
     def __call__(self, count: int) -> list[int]:
-        begin, piece = self.at, list[int]()
+        begin = self.at
+        piece = list[int]()
         while len(piece) < count:
             piece += self.ids[self.at : self.at + count - len(piece)]
             self.at = (begin + len(piece)) % len(self.ids)
@@ -78,7 +81,13 @@ class Passages:
 
 
 def few_shot(
-    tokens: Tokens, questions: int, *, examples: int = 5, example: int = 80, question: int = 40, answer: int = 4
+    tokens: Tokens,
+    questions: int,
+    *,
+    examples: int = 5,
+    example: int = 80,
+    question: int = 40,
+    answer: int = 4,
 ) -> Program:
     """One task: every question after the same ``examples``."""
     shared = [*tokens(examples * example)]
@@ -94,13 +103,20 @@ def self_consistency(
     for i in range(questions):
         prompt = [*tokens(question)]
         asked += [
-            replace(_request((i, j), prompt, answer), temperature=0.7, seed=i * samples + j) for j in range(samples)
+            replace(_request((i, j), prompt, answer), temperature=0.7, seed=i * samples + j)
+            for j in range(samples)
         ]
     return Program("self-consistency", asked)
 
 
 def chat(
-    tokens: Tokens, conversations: int, *, turns: int = 4, system: int = 160, message: int = 40, answer: int = 24
+    tokens: Tokens,
+    conversations: int,
+    *,
+    turns: int = 4,
+    system: int = 160,
+    message: int = 40,
+    answer: int = 24,
 ) -> Program:
     """Conversations under one system prompt; each turn repeats all that was said before it."""
     shared = [*tokens(system)]
@@ -110,16 +126,24 @@ def chat(
         one, turn = _parts(request)
         if turn + 1 == turns:
             return []
-        return [_request((one, turn + 1), [*request.prompt, *said, *messages[one][turn + 1]], answer)]
+        return [
+            _request((one, turn + 1), [*request.prompt, *said, *messages[one][turn + 1]], answer)
+        ]
 
     first = [_request((i, 0), [*shared, *messages[i][0]], answer) for i in range(conversations)]
     return Program("chat", first, follow)
 
 
 def tree_of_thought(
-    tokens: Tokens, problems: int, *, branches: int = 3, depth: int = 3, problem: int = 200, thought: int = 24,
+    tokens: Tokens,
+    problems: int,
+    *,
+    branches: int = 3,
+    depth: int = 3,
+    problem: int = 200,
+    thought: int = 24,
     word: int = 4,
-) -> Program:  # fmt: skip
+) -> Program:
     """Every thought is continued in ``branches`` ways, ``depth`` levels deep."""
 
     words = [[*tokens(word)] for _ in range(branches)]  # "first approach:", "second approach:", …
@@ -129,27 +153,42 @@ def tree_of_thought(
 
     def follow(request: Request, said: Sequence[int]) -> list[Request]:
         path = _parts(request)
-        return grow(path, [*request.prompt, *said]) if len(path) <= depth else []
+        if len(path) <= depth:
+            return grow(path, [*request.prompt, *said])
+        return []
 
     roots = [grow((i,), tokens(problem)) for i in range(problems)]
     return Program("tree of thought", [request for root in roots for request in root], follow)
 
 
 def rag(
-    tokens: Tokens, questions: int, rng: np.random.Generator, *, documents: int = 20, a: float = 1.0,
-    document: int = 400, question: int = 32, answer: int = 12,
-) -> Program:  # fmt: skip
+    tokens: Tokens,
+    questions: int,
+    rng: np.random.Generator,
+    *,
+    documents: int = 20,
+    a: float = 1.0,
+    document: int = 400,
+    question: int = 32,
+    answer: int = 12,
+) -> Program:
     """Questions about documents, a few of which are asked about most."""
     texts = [[*tokens(document)] for _ in range(documents)]
     which = rng.choice(documents, questions, p=zipf(documents, a))
     return Program(
-        "RAG", [_request((i,), [*texts[d], *tokens(question)], answer) for i, d in enumerate(which.tolist())]
+        "RAG",
+        [
+            _request((i,), [*texts[d], *tokens(question)], answer)
+            for i, d in enumerate(which.tolist())
+        ],
     )
 
 
 def unique(tokens: Tokens, questions: int, *, question: int = 400, answer: int = 12) -> Program:
     """The control: nothing is shared, so a cache can only cost."""
-    return Program("unique", [_request((i,), [*tokens(question)], answer) for i in range(questions)])
+    return Program(
+        "unique", [_request((i,), [*tokens(question)], answer) for i in range(questions)]
+    )
 
 
 def zipf(count: int, a: float) -> np.ndarray[Any, Any]:
@@ -161,7 +200,9 @@ def zipf(count: int, a: float) -> np.ndarray[Any, Any]:
 
 def shuffled(program: Program, rng: np.random.Generator) -> Program:
     """The same requests in another order: as strangers would send them."""
-    return replace(program, requests=[program.requests[i] for i in rng.permutation(len(program.requests))])
+    return replace(
+        program, requests=[program.requests[i] for i in rng.permutation(len(program.requests))]
+    )
 
 
 def best_hit_rate(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]] = ()) -> float:

@@ -71,7 +71,8 @@ class Taken(NamedTuple):
     steps: int
     start: float
     end: float
-    used: int  # tokens with keys and values after the last of the steps; shared ones count for each who shares
+    # tokens with keys and values after the last of the steps; shared ones count for each who shares
+    used: int
     allocated: int  # slots that branches hold, then
 
 
@@ -80,16 +81,24 @@ class Tally:
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
-        self.steps = self.rows = self.ghosts = self.tokens = self.used = self.allocated = 0
+        self.steps = 0
+        self.rows = 0
+        self.ghosts = 0
+        self.tokens = 0
+        self.used = 0
+        self.allocated = 0
 
     def add(self, taken: Taken) -> None:
-        plan, k = taken.plan, taken.steps
-        rows, ghosts = len(plan.items), len(plan.ghosts)
+        plan = taken.plan
+        k = taken.steps
+        rows = len(plan.items)
+        ghosts = len(plan.ghosts)
         self.steps += k
         self.rows += k * rows
         self.ghosts += k * ghosts
         self.tokens += plan.tokens
-        self.used += k * taken.used - rows * (k * (k - 1) // 2)  # in a jump it grows by a token a row and step
+        # in a jump it grows by a token a row and step
+        self.used += k * taken.used - rows * (k * (k - 1) // 2)
         self.allocated += k * taken.allocated
 
     @property
@@ -109,7 +118,9 @@ class Tally:
 
     def _some(self) -> int:
         if self.steps == 0:
-            raise ValueError("no step was counted, so there is no mean: nobody ever had to wait, or nobody came")
+            raise ValueError(
+                "no step was counted, so there is no mean: nobody ever had to wait, or nobody came"
+            )
         return self.steps
 
 
@@ -139,29 +150,41 @@ class Simulator:
     """Drives a scheduler by a clock. ``now`` is the time of the simulation, in seconds."""
 
     def __init__(
-        self, scheduler: Ledger, clock: Clock, *, jumps: bool = True, on_step: Callable[[Taken], object] | None = None
+        self,
+        scheduler: Ledger,
+        clock: Clock,
+        *,
+        jumps: bool = True,
+        on_step: Callable[[Taken], object] | None = None,
     ):
-        self.scheduler, self.clock, self.jumps, self.on_step = scheduler, clock, jumps, on_step
+        self.scheduler = scheduler
+        self.clock = clock
+        self.jumps = jumps
+        self.on_step = on_step
         self.memory = scheduler.memory
         self.now = 0.0
         self.recorder = Recorder()
-        self.all, self.saturated = Tally(self.memory.slots), Tally(self.memory.slots)
+        self.all = Tally(self.memory.slots)
+        self.saturated = Tally(self.memory.slots)
         self._pending: deque[Request] = deque()
         self._ended: list[Branch] = []
         self._closed = False  # nobody can be admitted until somebody ends or arrives
         self._said: dict[Hashable, list[int]] = {}
 
     def run(
-        self, requests: Iterable[Request], follow: Follow | None = None,
+        self,
+        requests: Iterable[Request],
+        follow: Follow | None = None,
         progress: Callable[[int, int], object] | None = None,
-    ) -> Run:  # fmt: skip
+    ) -> Run:
         """Serve ``requests``, each from its ``arrival`` on, and what follows from their answers.
 
         ``progress(done, known)`` hears of every request that has ended. ValueError for a request that this memory
         can never serve, or for a beam search.
         """
         self._pending = deque(sorted(requests, key=lambda request: request.arrival))
-        done, known = 0, len(self._pending)
+        done = 0
+        known = len(self._pending)
         while self._pending or self.scheduler.unfinished:
             if not self.scheduler.unfinished:
                 self.now = max(self.now, self._pending[0].arrival)
@@ -175,8 +198,12 @@ class Simulator:
             for branch in self._ended:
                 if branch.index == 0:
                     self._said[branch.request.id] = branch.output
-                    more = follow(branch.request, branch.output) if follow is not None else []
-                    done, known = done + 1, known + len(more)
+                    if follow is not None:
+                        more = follow(branch.request, branch.output)
+                    else:
+                        more = []
+                    done = done + 1
+                    known = known + len(more)
                     for request in more:
                         self._submit(request, self.now)
                     if progress is not None:
@@ -188,9 +215,13 @@ class Simulator:
 
     def _submit(self, request: Request, sent: float | None = None) -> None:
         if request.beam:
-            raise ValueError(f"request {request.id!r}: beams depend on a model's numbers: simulate n samples instead")
+            raise ValueError(
+                f"request {request.id!r}: beams depend on a model's numbers: simulate n samples instead"
+            )
         name = self.scheduler.submit(request)
-        self.recorder.sent((name, 0), len(request.prompt), request.arrival if sent is None else sent)
+        self.recorder.sent(
+            (name, 0), len(request.prompt), request.arrival if sent is None else sent
+        )
         self._closed = False
 
     def _step(self) -> None:
@@ -205,31 +236,45 @@ class Simulator:
             self.now += self.clock.step(plan.batch(), rows)
             self.now += self.clock.move(moved.tokens - before.tokens, moved.blocks - before.blocks)
         self._closed = self._closes(plan)
-        outcomes = [[Continuation((_says(branch, i),)) for i in range(branch.seats)] for branch in branches]
+        outcomes = [
+            [Continuation((_says(branch, i),)) for i in range(branch.seats)] for branch in branches
+        ]
         start = self.now
         self._book(plan, 1, start, [self.now], outcomes)
 
     def _jump(self, count: int) -> None:
         """``count`` steps at once; fewer if somebody arrives before."""
         running = self.scheduler.running
-        stamps = list(accumulate(self.clock.decode([b.computed for b in running], count), initial=self.now))[1:]
+        stamps = list(
+            accumulate(self.clock.decode([b.computed for b in running], count), initial=self.now)
+        )[1:]
         if self._pending:  # the step in which he arrives is under way already
-            count = min(count, next((i for i, t in enumerate(stamps) if t >= self._pending[0].arrival), count) + 1)
+            count = min(
+                count,
+                next((i for i, t in enumerate(stamps) if t >= self._pending[0].arrival), count) + 1,
+            )
             stamps = stamps[:count]
         for branch in running:
             self.scheduler.propose(branch.key, [_says(branch, 0)] * (count - 1))
         # The budget is one of a single step; this much leaves no room for anybody who waits, as none of the steps does
-        budget, self.scheduler.max_batch_tokens = self.scheduler.max_batch_tokens, count * len(running)
+        budget = self.scheduler.max_batch_tokens
+        self.scheduler.max_batch_tokens = count * len(running)
         plan = self.scheduler.plan()
         self.scheduler.max_batch_tokens = budget
         assert not plan.admitted and not plan.preempted, "a jump that is not steady"  # noqa: PT018
         assert all(item.count == count for item in plan.items)
-        start, self.now = self.now, stamps[-1]
+        start = self.now
+        self.now = stamps[-1]
         outcomes = [[Continuation([_says(branch, 0)] * count)] for branch in running]
         self._book(plan, count, start, stamps, outcomes)
 
     def _book(
-        self, plan: Plan, steps: int, start: float, stamps: list[float], outcomes: list[list[Continuation]]
+        self,
+        plan: Plan,
+        steps: int,
+        start: float,
+        stamps: list[float],
+        outcomes: list[list[Continuation]],
     ) -> None:
         """Carry a plan over, and note who got what when."""
         used = sum([branch.computed for branch in self.scheduler.running]) + plan.tokens
@@ -251,7 +296,8 @@ class Simulator:
                 line.times += stamps
                 line.tokens += len(tokens)
             if reason is not None:
-                line.completed, self._closed = True, False
+                line.completed = True
+                self._closed = False
                 self._ended.append(branch)
 
     def _closes(self, plan: Plan) -> bool:
@@ -261,7 +307,9 @@ class Simulator:
         if plan.preempted:
             return False
         quiet = not plan.admitted and len(plan.sampling) == len(plan.items) == plan.tokens
-        if isinstance(self.memory, (Hashed, Radix)) or isinstance(self.scheduler.order, LongestPrefix):
+        if isinstance(self.memory, (Hashed, Radix)) or isinstance(
+            self.scheduler.order, LongestPrefix
+        ):
             return quiet  # what was computed may be found by somebody who waits
         # the first in the queue found no memory or no seat; had it been the budget, there could be more of that
         return quiet or plan.budget is None or (plan.tokens < plan.budget and self._chunked())
@@ -274,7 +322,10 @@ class Simulator:
         running = self.scheduler.running
         if not self._closed or not running or not isinstance(self.scheduler, Scheduler):
             return 1
-        if self.scheduler.max_batch_tokens is not None and len(running) > self.scheduler.max_batch_tokens:
+        if (
+            self.scheduler.max_batch_tokens is not None
+            and len(running) > self.scheduler.max_batch_tokens
+        ):
             return 1
         if any(b.computed != len(b.tokens) - 1 or b.request.n > 1 for b in running):
             return 1
@@ -290,19 +341,31 @@ class Simulator:
 
         if fits(most):
             return most
-        low, high = 0, most  # fits(low), not fits(high)
+        low = 0  # fits(low), not fits(high)
+        high = most
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
         return max(1, low)
 
     def _moved(self) -> Moved:
-        return self.memory.moved if isinstance(self.memory, Swapping) else Moved(0, 0)
+        if isinstance(self.memory, Swapping):
+            return self.memory.moved
+        return Moved(0, 0)
 
     def _report(self) -> Run:
         s = self.scheduler
-        return Run(self.recorder, self.now, self.all, self.saturated, s.preemptions, self._moved(), s.cached, s.queried,
-                   self._said)  # fmt: skip
+        return Run(
+            self.recorder,
+            self.now,
+            self.all,
+            self.saturated,
+            s.preemptions,
+            self._moved(),
+            s.cached,
+            s.queried,
+            self._said,
+        )
 
 
 def _says(branch: Branch, fork: int) -> int:

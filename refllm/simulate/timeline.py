@@ -22,7 +22,9 @@ from refllm.serve.kv_manager import Paged
 from refllm.serve.prefix_caching import Radix
 from refllm.simulate.simulator import Taken
 
-FREE, SHARED, CACHED = -1, -2, -3
+FREE = -1
+SHARED = -2
+CACHED = -3
 COLUMNS = ("time", "running", "waiting", "used", "allocated", "read", "written", "preempted")
 
 
@@ -30,10 +32,12 @@ class Trace:
     """Hears of every step of a simulation (``on_step=Trace(scheduler)``); ``blocks`` steps keep their block table."""
 
     def __init__(self, scheduler: Ledger, *, blocks: int = 0):
-        self.scheduler, self.limit = scheduler, blocks
+        self.scheduler = scheduler
+        self.limit = blocks
         self.steps: dict[str, list[float]] = {name: [] for name in COLUMNS}
         self.times: list[float] = []
-        self.owners: list[list[int]] = []  # [step][block] → number of a request, in the order of their first step
+        # [step][block] → number of a request, in the order of their first step
+        self.owners: list[list[int]] = []
         self.numbers: dict[Hashable, int] = {}
 
     def __call__(self, taken: Taken) -> None:
@@ -41,8 +45,16 @@ class Trace:
         written = sum(item.samples for item in plan.items)
         # an item that samples reads what is not its own new token; in a jump everything is written
         read = sum(item.count - item.samples for item in plan.items)
-        row = (taken.end, len(plan.items), plan.waiting, taken.used, taken.allocated, read, written,
-               len(plan.preempted))  # fmt: skip
+        row = (
+            taken.end,
+            len(plan.items),
+            plan.waiting,
+            taken.used,
+            taken.allocated,
+            read,
+            written,
+            len(plan.preempted),
+        )
         for name, value in zip(COLUMNS, row, strict=True):
             self.steps[name].append(value)
         if len(self.owners) < self.limit:
@@ -55,12 +67,18 @@ class Trace:
 
     def blocks(self) -> dict[str, Any]:
         """Who held which block after which step."""
-        return {"times": self.times, "owners": self.owners, "requests": [str(name) for name in self.numbers]}
+        return {
+            "times": self.times,
+            "owners": self.owners,
+            "requests": [str(name) for name in self.numbers],
+        }
 
     def _holders(self, taken: Taken) -> list[int]:
         memory = self.scheduler.memory
         if not isinstance(memory, Paged):
-            raise ValueError("only paged memory has blocks to trace: choose another policy, or trace no blocks")
+            raise ValueError(
+                "only paged memory has blocks to trace: choose another policy, or trace no blocks"
+            )
         held = [FREE] * memory.pool.num_blocks
         if isinstance(memory, Radix):
             for node in memory.cache.nodes():
@@ -77,10 +95,18 @@ class Trace:
 
 def tree(cache: RadixCache) -> list[dict[str, Any]]:
     """The nodes below the roots, each with its children: {"tokens", "locks", "hits", "used", "children"}."""
-    tops = [node for node in cache.nodes() if node.parent is not None and node.parent.parent is None]
+    tops = [
+        node for node in cache.nodes() if node.parent is not None and node.parent.parent is None
+    ]
     return [_node(node) for node in tops]
 
 
 def _node(node: Node) -> dict[str, Any]:
     children = [_node(child) for child in node.children.values()]
-    return {"tokens": len(node), "locks": node.locks, "hits": node.hits, "used": node.used, "children": children}
+    return {
+        "tokens": len(node),
+        "locks": node.locks,
+        "hits": node.hits,
+        "used": node.used,
+        "children": children,
+    }

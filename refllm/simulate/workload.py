@@ -63,7 +63,8 @@ class LogNormal:
         return np.rint(kept[:count]).astype(np.int64)
 
     def pmf(self) -> np.ndarray[Any, Any]:
-        edges = np.clip(np.arange(self.low, self.high + 2) - 0.5, self.low, self.high)  # cut first, rounded then
+        # cut first, rounded then
+        edges = np.clip(np.arange(self.low, self.high + 2) - 0.5, self.low, self.high)
         below = np.array([_normal_cdf((log(x) - self.mu) / self.sigma) for x in edges])
         p = np.diff(below)
         return np.concatenate([np.zeros(self.low), p / p.sum()])
@@ -106,13 +107,23 @@ class Traffic(NamedTuple):
 
     def pmfs(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Probabilities of each P and of each O, those pairs that are too long taken out."""
-        p, o = self.prompt.pmf(), self.output.pmf()
+        p = self.prompt.pmf()
+        o = self.output.pmf()
         if self.longest == inf:
             return p, o
         at = int(self.longest)
-        at_most_o, at_most_p = np.cumsum(o), np.cumsum(p)
-        keep_p = p * at_most_o[np.clip(at - np.arange(len(p)), 0, len(o) - 1)] * (np.arange(len(p)) <= at)
-        keep_o = o * at_most_p[np.clip(at - np.arange(len(o)), 0, len(p) - 1)] * (np.arange(len(o)) <= at)
+        at_most_o = np.cumsum(o)
+        at_most_p = np.cumsum(p)
+        keep_p = (
+            p
+            * at_most_o[np.clip(at - np.arange(len(p)), 0, len(o) - 1)]
+            * (np.arange(len(p)) <= at)
+        )
+        keep_o = (
+            o
+            * at_most_p[np.clip(at - np.arange(len(o)), 0, len(p) - 1)]
+            * (np.arange(len(o)) <= at)
+        )
         return keep_p / keep_p.sum(), keep_o / keep_o.sum()
 
     def means(self) -> tuple[float, float]:
@@ -129,10 +140,17 @@ AZURE_CHAT = Traffic(
     Mixture((LogNormal(4.6, 0.55, 1, 1000), LogNormal(6.02, 0.12, 1, 1000)), (0.6, 0.4)),
 )
 AZURE_CODE = Traffic(LogNormal(7.0, 1.36, 1, 7437), LogNormal(2.79, 0.85, 1, 1899))
-TRAFFIC = {"sharegpt": SHAREGPT, "alpaca": ALPACA, "azure-chat": AZURE_CHAT, "azure-code": AZURE_CODE}
+TRAFFIC = {
+    "sharegpt": SHAREGPT,
+    "alpaca": ALPACA,
+    "azure-chat": AZURE_CHAT,
+    "azure-code": AZURE_CODE,
+}
 
 
-def arrivals(rng: np.random.Generator, count: int, rate: float, shape: float = 1.0) -> np.ndarray[Any, Any]:
+def arrivals(
+    rng: np.random.Generator, count: int, rate: float, shape: float = 1.0
+) -> np.ndarray[Any, Any]:
     """Times of ``count`` arrivals, ``rate`` a second on average; the first one comes after a gap too.
 
     An infinite rate: all at time 0. ``shape`` 1 is Poisson, below it bursts and pauses, infinite a metronome.
@@ -141,7 +159,10 @@ def arrivals(rng: np.random.Generator, count: int, rate: float, shape: float = 1
         raise ValueError(f"arrivals need a rate and a shape above 0, got {rate} and {shape}")
     if rate == inf:
         return np.zeros(count)
-    gaps = np.full(count, 1 / rate) if shape == inf else rng.gamma(shape, 1 / (shape * rate), count)
+    if shape == inf:
+        gaps = np.full(count, 1 / rate)
+    else:
+        gaps = rng.gamma(shape, 1 / (shape * rate), count)
     return np.cumsum(gaps)
 
 
@@ -157,16 +178,24 @@ class Distinct:
 
 
 def requests(
-    traffic: Traffic, count: int, rng: np.random.Generator, *, rate: float = inf, shape: float = 1.0,
-    tokens: Callable[[int], Sequence[int]] | None = None, scale: float = 1.0,
-) -> list[Request]:  # fmt: skip
+    traffic: Traffic,
+    count: int,
+    rng: np.random.Generator,
+    *,
+    rate: float = inf,
+    shape: float = 1.0,
+    tokens: Callable[[int], Sequence[int]] | None = None,
+    scale: float = 1.0,
+) -> list[Request]:
     """``count`` requests in the order of their arrival, each of which runs to its ``max_tokens``.
 
     ``tokens(n)`` makes a prompt of n tokens; by default they are numbers that nobody else has (``Distinct``).
     ``scale`` multiplies all lengths, for a model with a short context.
     """
     if scale != 1:
-        traffic = Traffic(_Scaled(traffic.prompt, scale), _Scaled(traffic.output, scale), traffic.longest * scale)
+        traffic = Traffic(
+            _Scaled(traffic.prompt, scale), _Scaled(traffic.output, scale), traffic.longest * scale
+        )
     tokens = Distinct() if tokens is None else tokens
     P, output = traffic.sample(rng, count)
     when = arrivals(rng, count, rate, shape)

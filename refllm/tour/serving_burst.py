@@ -37,23 +37,40 @@ def prompts(tokens: list[int], shared: int, own: int, count: int) -> list[list[i
     """``count`` prompts that begin with the same ``shared`` tokens and go on with ``own`` tokens each of their own."""
     needed = shared + own * count
     if len(tokens) < needed:
-        raise ValueError(f"{count} prompts of {shared} shared and {own} own tokens need {needed}, got {len(tokens)}")
-    return [tokens[:shared] + tokens[shared + i * own : shared + (i + 1) * own] for i in range(count)]
+        raise ValueError(
+            f"{count} prompts of {shared} shared and {own} own tokens need {needed}, got {len(tokens)}"
+        )
+    return [
+        tokens[:shared] + tokens[shared + i * own : shared + (i + 1) * own] for i in range(count)
+    ]
 
 
-def serve(model: Model, texts: list[list[int]], new: int, *, cached: bool, share: float = 1.0) -> Served:
+def serve(
+    model: Model, texts: list[list[int]], new: int, *, cached: bool, share: float = 1.0
+) -> Served:
     """Serve all texts at once, ``new`` tokens each, from ``share`` of the blocks that they need side by side."""
     each = max(-(-(len(text) + new) // BLOCK) for text in texts)
     blocks = max(each, int(share * sum(-(-(len(text) + new) // BLOCK) for text in texts)))
     engine = Engine(
-        model, num_blocks=blocks, block_size=BLOCK, max_batch_tokens=512, policy="lpm" if cached else "fcfs",
+        model,
+        num_blocks=blocks,
+        block_size=BLOCK,
+        max_batch_tokens=512,
+        policy="lpm" if cached else "fcfs",
         prefix_cache="radix" if cached else None,
-    )  # fmt: skip
+    )
     began = time.perf_counter()
     names = [engine.submit(Request(text, new, ignore_eos=True)) for text in texts]
     results = engine.run()
     seconds = time.perf_counter() - began
     return Served(
-        [results[name].tokens for name in names], engine.steps, sum(map(len, texts)), engine.computed_tokens,
-        engine.cached_tokens, engine.preemptions, engine.peak_blocks, blocks, seconds,
-    )  # fmt: skip
+        [results[name].tokens for name in names],
+        engine.steps,
+        sum(map(len, texts)),
+        engine.computed_tokens,
+        engine.cached_tokens,
+        engine.preemptions,
+        engine.peak_blocks,
+        blocks,
+        seconds,
+    )

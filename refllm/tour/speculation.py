@@ -23,7 +23,8 @@ from refllm.tour.terminal import table
 if TYPE_CHECKING:
     from rich.console import Console
 
-PROMPT, NEW = 160, 96  # tokens
+PROMPT = 160  # tokens
+NEW = 96
 GAMMA = {"model": 3, "n-grams": 8}
 
 
@@ -32,9 +33,19 @@ def visit(model: Model, draft: str, backend: str, say: Callable[[str], Any], out
     text = "".join(d.text for d in held_out_documents())
     prompt = model.tokenizer.encode(text[: 8 * PROMPT])[:PROMPT]
     began = time.perf_counter()
-    plain = [t for (t,) in generate_tokens(model.weights, model.config, [prompt], NEW, GREEDY, _rng())]
+    plain = [
+        t for (t,) in generate_tokens(model.weights, model.config, [prompt], NEW, GREEDY, _rng())
+    ]
     seconds = time.perf_counter() - began
-    made = table("who guesses", "steps", "tokens a step", "accepted of guessed", "ms", "times as fast", "the text")
+    made = table(
+        "who guesses",
+        "steps",
+        "tokens a step",
+        "accepted of guessed",
+        "ms",
+        "times as fast",
+        "the text",
+    )
     made.add_row("nobody", f"{NEW}", "1.00", "", f"{1e3 * seconds:.0f}", "1.00", "")
     for name, drafter in drafters(model, draft, backend).items():
         began = time.perf_counter()
@@ -42,9 +53,12 @@ def visit(model: Model, draft: str, backend: str, say: Callable[[str], Any], out
         spent = time.perf_counter() - began
         same = [t for step in steps for t in step.tokens] == plain
         made.add_row(
-            name, *row(steps, plain), f"{1e3 * spent:.0f}", f"{seconds / spent:.2f}",
+            name,
+            *row(steps, plain),
+            f"{1e3 * spent:.0f}",
+            f"{seconds / spent:.2f}",
             "the same" if same else "parts at a near tie",
-        )  # fmt: skip
+        )
     out.print(made)
     say("")
     say(
@@ -59,13 +73,15 @@ def visit(model: Model, draft: str, backend: str, say: Callable[[str], Any], out
 
 def row(steps: list[Step], plain: list[int]) -> tuple[str, str, str]:
     """Steps, tokens a step, accepted of guessed; the prefill's token took no step."""
-    accepted, guessed = sum(s.accepted for s in steps[1:]), sum(len(s.drafts) for s in steps[1:])
+    accepted = sum(s.accepted for s in steps[1:])
+    guessed = sum(len(s.drafts) for s in steps[1:])
     return f"{len(steps)}", f"{len(plain) / len(steps):.2f}", f"{accepted} of {guessed}"
 
 
 def drafters(model: Model, draft: str, backend: str) -> dict[str, Drafter]:
     """A small model, as a chain and as a tree, if there is one of this vocabulary; n-grams; and both in turn."""
-    chain, ngrams = GAMMA["model"], NGramDrafter(GAMMA["n-grams"])
+    chain = GAMMA["model"]
+    ngrams = NGramDrafter(GAMMA["n-grams"])
     found: dict[str, Drafter] = {}
     try:
         small = load(draft, backend)

@@ -36,7 +36,9 @@ from refllm.tour.terminal import bytes_text, printable, table
 if TYPE_CHECKING:
     pass
 
-PROMPT = 'class Stack:\n    """A list with a top."""\n\n    def __init__(self, items=()):\n        self.'
+PROMPT = (
+    'class Stack:\n    """A list with a top."""\n\n    def __init__(self, items=()):\n        self.'
+)
 WRITTEN = 128  # tokens
 WRITING = Sampling(temperature=0.8, top_p=0.95)
 SAMPLE_WINDOWS = 16  # of 1,024 tokens each: two to five seconds
@@ -76,7 +78,9 @@ def run(tour: Tour, names: Sequence[str] = ()) -> None:
     tour.say()
     for path in tour.figures:
         tour.say(f"figure: {path}")
-    tour.say(f"{time.perf_counter() - began:.0f} s in all. Next: `refllm --help`, or the notebooks.")
+    tour.say(
+        f"{time.perf_counter() - began:.0f} s in all. Next: `refllm --help`, or the notebooks."
+    )
 
 
 def meet(tour: Tour) -> None:
@@ -84,7 +88,8 @@ def meet(tour: Tour) -> None:
     began = time.perf_counter()
     model = tour.model
     seconds = time.perf_counter() - began
-    directory, config = locate(tour.name), model.config
+    directory = locate(tour.name)
+    config = model.config
     size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     xp = namespace(model.weights["norm"])
     tour.say(f"{tour.name}, a {architecture(config)}.")
@@ -95,7 +100,10 @@ def meet(tour: Tour) -> None:
     tour.say(f"It runs in {xp.__name__} {xp.__version__} on Python {platform.python_version()}.")
     if training_curves.has_record(directory):
         tour.draw(
-            "training_curve", training_curves.curve_values([directory]), "B", training_curves.hardware([directory])
+            "training_curve",
+            training_curves.curve_values([directory]),
+            "B",
+            training_curves.hardware([directory]),
         )
 
 
@@ -125,19 +133,32 @@ def measure(tour: Tour) -> None:
         f"{sample.of} windows that cover them, {sample.windows} drawn at random: {sample.tokens:,} tokens, "
         f"{bytes_text(sample.bytes)} of text, {seconds:.1f} s."
     )
-    tour.out.print(f"{bits.mean:.3f} bits per byte, 95 % interval {bits.low:.3f} to {bits.high:.3f}", style="bold")
+    tour.out.print(
+        f"{bits.mean:.3f} bits per byte, 95 % interval {bits.low:.3f} to {bits.high:.3f}",
+        style="bold",
+    )
     tour.say("The interval is a bootstrap over those windows; `refllm eval` scores every token.")
 
 
 def cost(tour: Tour) -> None:
     """What a step costs in FLOP and bytes, against what this machine can do."""
-    config, on_host = tour.model.config, namespace(tour.model.weights["norm"]) is np
+    config = tour.model.config
+    on_host = namespace(tour.model.weights["norm"]) is np
     steps = {f"decode, {b} sequence{'s' * (b > 1)}": [(CONTEXT, 1)] * b for b in (1, 8, 32)}
     steps[f"prefill, {CONTEXT} tokens"] = [(0, CONTEXT)]
-    costs = {name: step_cost(config, b, weight_bytes_per_param=4, kv_bytes_per_number=4) for name, b in steps.items()}
+    costs = {
+        name: step_cost(config, b, weight_bytes_per_param=4, kv_bytes_per_number=4)
+        for name, b in steps.items()
+    }
     times = {name: time_step(tour.model, batch, REPEATS) for name, batch in steps.items()}
     rows = [
-        [n, f"{c.flops / 1e6:,.1f}", f"{c.bytes / 1e6:,.1f}", f"{c.intensity:.2f}", f"{1e3 * times[n]:.2f}"]
+        [
+            n,
+            f"{c.flops / 1e6:,.1f}",
+            f"{c.bytes / 1e6:,.1f}",
+            f"{c.intensity:.2f}",
+            f"{1e3 * times[n]:.2f}",
+        ]
         for n, c in costs.items()
     ]
     header = ["step", "MFLOP", "MB", "FLOP/byte", "ms"]
@@ -157,12 +178,17 @@ def cost(tour: Tour) -> None:
         f"{CONTEXT} tokens of context. FLOP and bytes are counted; times are measured, medians of {REPEATS}. "
         + (shares if on_host else "The limits of a GPU are not measured here.")
     )
-    tour.say("A step reads every weight once, however many sequences share it: that is what batching buys.")
+    tour.say(
+        "A step reads every weight once, however many sequences share it: that is what batching buys."
+    )
 
 
-def _against_limits(tour: Tour, costs: dict[str, Cost], times: dict[str, float], rows: list[list[str]]) -> None:
+def _against_limits(
+    tour: Tour, costs: dict[str, Cost], times: dict[str, float], rows: list[list[str]]
+) -> None:
     """Say this machine's limits, add to each row how near it came to them, and draw the roofline."""
-    machine, points = tour.machine, []
+    machine = tour.machine
+    points = []
     tour.say(
         f"Limits of one core, measured: {machine.peak_flops / 1e9:.0f} GFLOP/s and {machine.peak_bandwidth / 1e9:.0f} "
         f"GB/s. A step of fewer than {machine.ridge:.1f} FLOP a byte waits for memory."
@@ -170,8 +196,13 @@ def _against_limits(tour: Tour, costs: dict[str, Cost], times: dict[str, float],
     for row, (name, c) in zip(rows, costs.items(), strict=True):
         row.append("memory" if c.intensity < machine.ridge else "products")
         row += [f"{mfu(c, times[name], machine):.0%}", f"{mbu(c, times[name], machine):.0%}"]
-        points.append({"label": name, "intensity": c.intensity, "flops_per_second": c.flops / times[name]})
-    values = roofline_data([machine], {}) | {"points": points, "title": f"Steps of {tour.name} on this machine"}
+        points.append(
+            {"label": name, "intensity": c.intensity, "flops_per_second": c.flops / times[name]}
+        )
+    values = roofline_data([machine], {}) | {
+        "points": points,
+        "title": f"Steps of {tour.name} on this machine",
+    }
     tour.draw("roofline", values, "B", f"{machine.name}. {machine.source}")
 
 
@@ -180,15 +211,24 @@ def phases(tour: Tour) -> None:
     model = tour.model
     text = "".join(d.text for d in held_out_documents())
     prompt = model.tokenizer.encode(text[: 8 * CONTEXT], special=True)[:CONTEXT]
-    for count in (1, WRITTEN):  # one token first: what is touched for the first time is not what is measured
+    # one token first: what is touched for the first time is not what is measured
+    for count in (1, WRITTEN):
         watch = Stopwatch()
-        for _ in generate_tokens(model.weights, model.config, [prompt], count, GREEDY, np.random.default_rng(0)):
+        for _ in generate_tokens(
+            model.weights, model.config, [prompt], count, GREEDY, np.random.default_rng(0)
+        ):
             watch.tick()
-    prefill, decode = watch.ttft, watch.e2el - watch.ttft
+    prefill = watch.ttft
+    decode = watch.e2el - watch.ttft
     made = table("phase", "tokens", "ms", "ms a token", "tokens/s")
-    for name, count, seconds in (("prefill", len(prompt), prefill), ("decode", watch.tokens - 1, decode)):
+    for name, count, seconds in (
+        ("prefill", len(prompt), prefill),
+        ("decode", watch.tokens - 1, decode),
+    ):
         each = seconds / count
-        made.add_row(name, f"{count}", f"{1e3 * seconds:.1f}", f"{1e3 * each:.3f}", f"{1 / each:,.0f}")
+        made.add_row(
+            name, f"{count}", f"{1e3 * seconds:.1f}", f"{1e3 * each:.3f}", f"{1 / each:,.0f}"
+        )
     tour.out.print(made)
     tour.say()
     tour.say(

@@ -24,7 +24,9 @@ def console(*, stderr: bool = False) -> Console:
     """A console that adds nothing to what it is given except, on a terminal, colour and line breaks."""
     from rich.console import Console
 
-    made = Console(file=sys.stderr if stderr else sys.stdout, highlight=False, markup=False, emoji=False)
+    made = Console(
+        file=sys.stderr if stderr else sys.stdout, highlight=False, markup=False, emoji=False
+    )
     if not made.is_terminal:
         made.width = WIDE
     elif not stderr:
@@ -37,7 +39,9 @@ def table(*columns: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="dim", border_style="dim")
+    made = Table(
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="dim", border_style="dim"
+    )
     for i, name in enumerate(columns):
         made.add_column(name, justify="left" if i == 0 else "right", no_wrap=i > 0, overflow="fold")
     return made
@@ -65,7 +69,10 @@ def printable(text: str) -> str:
 
     Line breaks and tabs stay; marks that reverse the direction of writing count as control characters.
     """
-    kept = (c if c in "\n\t" or c.isprintable() or unicodedata.category(c) == "Zs" else repr(c)[1:-1] for c in text)
+    kept = (
+        c if c in "\n\t" or c.isprintable() or unicodedata.category(c) == "Zs" else repr(c)[1:-1]
+        for c in text
+    )
     return "".join(kept)
 
 
@@ -75,4 +82,6 @@ def bytes_text(count: float) -> str:
         if count < 999.5 or unit == "TB":
             break
         count /= 1000
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+    if unit == "B":
+        return f"{count:.0f} {unit}"
+    return f"{count:.3g} {unit}"

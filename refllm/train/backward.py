@@ -30,7 +30,8 @@ from refllm.model.layers import apply_rope, rope_frequencies, rope_table, sigmoi
 from refllm.train.loss import Rows, cross_entropy, cross_entropy_and_gradients
 
 Tensors = dict[str, Array]
-_TILE = 256  # queries at a time: their probabilities stay in the cache, and the upper triangle is skipped
+# queries at a time: their probabilities stay in the cache, and the upper triangle is skipped
+_TILE = 256
 
 
 class Product(Protocol):
@@ -72,7 +73,11 @@ class _Batch(NamedTuple):
 
 
 def loss_and_gradients(
-    params: Tensors, config: ModelConfig, tokens: Array, teacher: Rows | None = None, product: Product = PLAIN
+    params: Tensors,
+    config: ModelConfig,
+    tokens: Array,
+    teacher: Rows | None = None,
+    product: Product = PLAIN,
 ) -> tuple[float, Tensors]:
     """Mean cross-entropy (nats) of predicting ``tokens[:, 1:]`` from ``tokens[:, :-1]``, and its gradients.
 
@@ -85,17 +90,21 @@ def loss_and_gradients(
         for what the module docstring leaves out.
     """
     xp = namespace(tokens, *params.values())
-    inputs, targets = tokens[:, :-1], tokens[:, 1:].reshape(-1)  # [B, S], [B·S]
+    inputs = tokens[:, :-1]  # [B, S], [B·S]
+    targets = tokens[:, 1:].reshape(-1)
     hidden, norm_saved, kept = _forward(params, config, inputs, product=product)
     grads: Tensors = {}
     head_name = output_name(config)
-    loss, d_hidden, grads[head_name] = cross_entropy_and_gradients(hidden, params[head_name], targets, teacher)
+    loss, d_hidden, grads[head_name] = cross_entropy_and_gradients(
+        hidden, params[head_name], targets, teacher
+    )
     dx, grads["model.norm.weight"] = _norm_backward(d_hidden, norm_saved)
     for i in reversed(range(config.num_hidden_layers)):
         dx = _layer_backward(params, f"model.layers.{i}.", config, dx, kept.pop(), grads)
     embedding = params["model.embed_tokens.weight"]
     d_embedding = grads.setdefault("model.embed_tokens.weight", xp.zeros_like(embedding))
-    scatter_add(d_embedding, inputs.reshape(-1), dx)  # a tied head has left its own share there already
+    # a tied head has left its own share there already
+    scatter_add(d_embedding, inputs.reshape(-1), dx)
     return loss, grads
 
 
@@ -112,24 +121,39 @@ def hidden_states(params: Tensors, config: ModelConfig, inputs: Array) -> Array:
 
 def output_name(config: ModelConfig) -> str:
     """Name of the matrix [V, N] that turns hidden states into logits."""
-    return "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    if config.tie_word_embeddings:
+        return "model.embed_tokens.weight"
+    return "lm_head.weight"
 
 
 def _forward(
-    params: Tensors, config: ModelConfig, inputs: Array, *, keep: bool = True, product: Product = PLAIN
+    params: Tensors,
+    config: ModelConfig,
+    inputs: Array,
+    *,
+    keep: bool = True,
+    product: Product = PLAIN,
 ) -> tuple[Array, Any, list[Any]]:
     """tokens[B, S] → last norm's output [B·S, N], what its backward needs, and (``keep``) what each layer's needs."""
     if config.attention_bias or config.qk_norm or config.sliding_window:
-        raise UnsupportedModel("training supports the plain llama network: no biases, query/key norms or window")
+        raise UnsupportedModel(
+            "training supports the plain llama network: no biases, query/key norms or window"
+        )
     xp = namespace(inputs, *params.values())
     size, length = inputs.shape
     if size * length == 0:
-        raise ValueError("there are no positions to predict: a batch needs a sequence of two tokens or more")
+        raise ValueError(
+            "there are no positions to predict: a batch needs a sequence of two tokens or more"
+        )
     embedding = params["model.embed_tokens.weight"]
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    cos, sin = rope_table(asarray_like(frequencies, inputs, "float64"), xp.arange(length), embedding.dtype)
+    cos, sin = rope_table(
+        asarray_like(frequencies, inputs, "float64"), xp.arange(length), embedding.dtype
+    )
     cos, sin = (xp.tile(t, (size, 1, 1, 1)) for t in (cos, sin))  # of all B·S tokens
-    batch = _Batch(size, length, cos, sin, _causal_mask(xp, min(length, _TILE), embedding.dtype), product)
+    batch = _Batch(
+        size, length, cos, sin, _causal_mask(xp, min(length, _TILE), embedding.dtype), product
+    )
     x = embedding[inputs.reshape(-1)]  # [B·S, N]
     kept: list[Any] = []
     for i in range(config.num_hidden_layers):
@@ -166,7 +190,9 @@ def _norm_backward(dy: Array, saved: tuple[Array, ...]) -> tuple[Array, Array]:
     return dx, d_gain
 
 
-def _layer(params: Tensors, at: str, config: ModelConfig, x: Array, batch: _Batch) -> tuple[Array, Any]:
+def _layer(
+    params: Tensors, at: str, config: ModelConfig, x: Array, batch: _Batch
+) -> tuple[Array, Any]:
     """One decoder layer: x + Attention(norm(x)), then x + MLP(norm(x))."""
     attention_in, norm1 = _norm(x, params[at + "input_layernorm.weight"], config.rms_norm_eps)
     attended, attention = _attention(params, at + "self_attn.", config, attention_in, batch)
@@ -182,7 +208,9 @@ def _layer(params: Tensors, at: str, config: ModelConfig, x: Array, batch: _Batc
     return x, (norm1, attention_in, attention, attended, norm2, mlp_in, up, sig, act)
 
 
-def _layer_backward(params: Tensors, at: str, config: ModelConfig, dx: Array, saved: Any, grads: Tensors) -> Array:
+def _layer_backward(
+    params: Tensors, at: str, config: ModelConfig, dx: Array, saved: Any, grads: Tensors
+) -> Array:
     """The derivative for the layer's output → for its input; the weights' own go into ``grads``."""
     norm1, attention_in, attention, attended, norm2, mlp_in, up, sig, act = saved
     backward = attention[0].product.backward
@@ -214,7 +242,8 @@ def _layer_backward(params: Tensors, at: str, config: ModelConfig, dx: Array, sa
 def _heads_first(x: Array, size: int, length: int, groups: int) -> Array:
     """[B·S, G·R, D] → [B, G, R·S, D]: the queries of one key head under each other."""
     xp = namespace(x)
-    heads, dim = x.shape[1] // groups, x.shape[2]
+    heads = x.shape[1] // groups
+    dim = x.shape[2]
     x = x.reshape(size, length, groups, heads, dim).transpose(0, 2, 3, 1, 4)
     return xp.ascontiguousarray(x).reshape(size, groups, heads * length, dim)
 
@@ -234,7 +263,9 @@ def _query_tiles(length: int) -> list[range]:
 def _rows(x: Array, tile: range, length: int) -> Array:
     """The tile's rows of x[B, G, R·S, D], for all R heads: [B, G, R·C, D]."""
     size, groups, _, dim = x.shape
-    return x.reshape(size, groups, -1, length, dim)[:, :, :, tile.start : tile.stop].reshape(size, groups, -1, dim)
+    return x.reshape(size, groups, -1, length, dim)[:, :, :, tile.start : tile.stop].reshape(
+        size, groups, -1, dim
+    )
 
 
 def _put_rows(x: Array, tile: range, length: int, values: Array) -> None:
@@ -244,19 +275,24 @@ def _put_rows(x: Array, tile: range, length: int, values: Array) -> None:
     places[...] = values.reshape(places.shape)
 
 
-def _attention(params: Tensors, at: str, config: ModelConfig, x: Array, batch: _Batch) -> tuple[Array, Any]:
+def _attention(
+    params: Tensors, at: str, config: ModelConfig, x: Array, batch: _Batch
+) -> tuple[Array, Any]:
     """Causal grouped-query attention of whole sequences; x[B·S, N] → [B·S, H·D]."""
     xp = namespace(x)
     size, length, cos, sin, mask, product = batch
-    groups, dim = config.num_key_value_heads, config.head_dim
+    groups = config.num_key_value_heads
+    dim = config.head_dim
     q, k, v = (
         product.forward(x, params[at + name + "_proj.weight"]).reshape(size * length, heads, dim)
         for name, heads in (("q", config.num_attention_heads), ("k", groups), ("v", groups))
     )
-    q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    q = apply_rope(q, cos, sin)
+    k = apply_rope(k, cos, sin)
     q *= 1.0 / math.sqrt(dim)
     q, k, v = (_heads_first(t, size, length, groups) for t in (q, k, v))
-    out, tiles = xp.empty_like(q), []
+    out = xp.empty_like(q)
+    tiles = []
     for tile in _query_tiles(length):
         rows = _rows(q, tile, length)
         p = rows @ k[:, :, : tile.stop].swapaxes(-1, -2)  # [B, G, R·C, keys up to the tile's end]
@@ -271,15 +307,21 @@ def _attention(params: Tensors, at: str, config: ModelConfig, x: Array, batch: _
     return attended, (batch, k, v, out, tiles)
 
 
-def _attention_backward(config: ModelConfig, d_attended: Array, saved: Any) -> tuple[Array, Array, Array]:
+def _attention_backward(
+    config: ModelConfig, d_attended: Array, saved: Any
+) -> tuple[Array, Array, Array]:
     """dV = Pᵀ dO;  dS = P ∘ (dO Vᵀ − rowsum(dO ∘ O));  dQ = dS K;  dK = dSᵀ Q."""
     xp = namespace(d_attended)
     (size, length, cos, sin, _, _), k, v, out, tiles = saved
-    groups, dim = config.num_key_value_heads, config.head_dim
+    groups = config.num_key_value_heads
+    dim = config.head_dim
     d_out = _heads_first(d_attended.reshape(size * length, -1, dim), size, length, groups)
-    d_q, d_k, d_v = xp.empty_like(out), xp.zeros_like(k), xp.zeros_like(v)
+    d_q = xp.empty_like(out)
+    d_k = xp.zeros_like(k)
+    d_v = xp.zeros_like(v)
     for tile, rows, p in tiles:
-        seen, d_o = slice(0, tile.stop), _rows(d_out, tile, length)
+        seen = slice(0, tile.stop)
+        d_o = _rows(d_out, tile, length)
         d_v[:, :, seen] += p.swapaxes(-1, -2) @ d_o
         d_s = d_o @ v[:, :, seen].swapaxes(-1, -2)
         d_s -= xp.einsum("bgrd,bgrd->bgr", d_o, _rows(out, tile, length))[..., None]
@@ -288,6 +330,7 @@ def _attention_backward(config: ModelConfig, d_attended: Array, saved: Any) -> t
         d_k[:, :, seen] += d_s.swapaxes(-1, -2) @ rows  # rows already carry 1/√D
     d_q *= 1.0 / math.sqrt(dim)
     d_q, d_k, d_v = (_tokens_first(t, size, length, groups) for t in (d_q, d_k, d_v))
-    d_q, d_k = apply_rope(d_q, cos, -sin), apply_rope(d_k, cos, -sin)  # a rotation's transpose is its inverse
+    d_q = apply_rope(d_q, cos, -sin)  # a rotation's transpose is its inverse
+    d_k = apply_rope(d_k, cos, -sin)
     rows = size * length
     return d_q.reshape(rows, -1), d_k.reshape(rows, -1), d_v.reshape(rows, -1)

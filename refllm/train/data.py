@@ -47,13 +47,19 @@ def standard_library(*, tests: bool = True, installers: bool = False) -> Data:
     where they are absent or not wanted.
     """
     streams = {"library": corpus.training_documents()}
-    name, repeats, last = "the Python standard library", [LIBRARY_PASSES], [1]
+    name = "the Python standard library"
+    repeats = [LIBRARY_PASSES]
+    last = [1]
     if tests and (documents := corpus.training_documents(tests=True)):
-        streams["tests"], name = documents, name + ", its tests"
-        repeats, last = [*repeats, 1], [*last, 0]
+        streams["tests"] = documents
+        name = name + ", its tests"
+        repeats = [*repeats, 1]
+        last = [*last, 0]
     if installers and (documents := corpus.installer_documents()):
-        streams["installers"], name = documents, name + ", the installers that it carries"
-        repeats, last = [*repeats, INSTALLER_PASSES], [*last, 1]
+        streams["installers"] = documents
+        name = name + ", the installers that it carries"
+        repeats = [*repeats, INSTALLER_PASSES]
+        last = [*last, 1]
     name = " and ".join(name.rsplit(", ", 1))
     if len(streams) == 1:
         repeats = [1]
@@ -76,13 +82,22 @@ def own_files(paths: Sequence[Path], held_out: Sequence[Path] = (), share: float
     documents = read_files(paths)
     if held_out:
         tests = read_files(held_out)
-        known = {d.sha256 for d in tests}  # a text that is held out is never trained on, whatever its name
+        # a text that is held out is never trained on, whatever its name
+        known = {d.sha256 for d in tests}
         documents = [d for d in documents if d.sha256 not in known]
     else:
         documents, tests = split(documents, share)
     if not documents or not tests:
-        raise ValueError("the data is too small to be split into training and held-out text: give more of it")
-    return Data(", ".join(sorted({path.name or str(path) for path in paths})), {"files": documents}, tests, (1,), (1,))
+        raise ValueError(
+            "the data is too small to be split into training and held-out text: give more of it"
+        )
+    return Data(
+        ", ".join(sorted({path.name or str(path) for path in paths})),
+        {"files": documents},
+        tests,
+        (1,),
+        (1,),
+    )
 
 
 def read_files(paths: Iterable[Path]) -> list[Document]:
@@ -97,7 +112,9 @@ def read_files(paths: Iterable[Path]) -> list[Document]:
             inside = sorted(p for p in path.rglob("*") if p.is_file())
             for file in inside:
                 if not any(part.startswith(".") for part in file.relative_to(path).parts):
-                    documents += _document(file, f"{path.name}/{file.relative_to(path).as_posix()}", named=False)
+                    documents += _document(
+                        file, f"{path.name}/{file.relative_to(path).as_posix()}", named=False
+                    )
         else:
             documents += _document(path, path.name, named=True)
     if not documents:
@@ -121,12 +138,17 @@ def split(documents: Sequence[Document], share: float) -> tuple[list[Document], 
         raise ValueError(f"the held-out share must be within (0, 1), got {share}")
     if len(documents) == 1:
         lines = documents[0].text.splitlines(keepends=True)
-        kept = max(1, len(lines) - max(1, round(share * len(lines))))  # both sides get a line where there are two
+        # both sides get a line where there are two
+        kept = max(1, len(lines) - max(1, round(share * len(lines))))
         cut = kept if len(lines) > 1 else 0
         name = documents[0].name
-        parts = Document(name, "".join(lines[:cut])), Document(f"{name} (end)", "".join(lines[cut:]))
+        parts = (
+            Document(name, "".join(lines[:cut])),
+            Document(f"{name} (end)", "".join(lines[cut:])),
+        )
         return ([parts[0]] if cut else []), [parts[1]]
-    total, taken = sum(len(d.text) for d in documents), 0
+    total = sum(len(d.text) for d in documents)
+    taken = 0
     held: set[int] = set()
     for index in sorted(range(len(documents)), key=lambda i: documents[i].sha256):
         if held and (taken >= share * total or len(held) == len(documents) - 1):
@@ -139,7 +161,9 @@ def split(documents: Sequence[Document], share: float) -> tuple[list[Document], 
     )
 
 
-def encode(tokenizer: Tokenizer, documents: Sequence[Document], begin: int = 0) -> NDArray[np.int32]:
+def encode(
+    tokenizer: Tokenizer, documents: Sequence[Document], begin: int = 0
+) -> NDArray[np.int32]:
     """The documents as one stream of ids, each document behind the id ``begin``; int32[T]."""
     ids = tokenizer.encode_batch([d.text for d in documents])
     return np.concatenate([np.array([begin, *part], dtype=np.int32) for part in ids])

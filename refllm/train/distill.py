@@ -28,7 +28,9 @@ from refllm.train.backward import Tensors, hidden_states, output_name
 from refllm.train.loss import Rows, Teacher
 
 
-def teacher_of(params: Tensors, config: ModelConfig, temperature: float = 1.0, alpha: float = 1.0) -> Teacher:
+def teacher_of(
+    params: Tensors, config: ModelConfig, temperature: float = 1.0, alpha: float = 1.0
+) -> Teacher:
     """Return the ``teacher`` argument of ``train`` for a network: targets α·softmax(z/τ) + (1−α)·onehot(label).
 
     ``teacher(tokens[B, S+1])`` runs the network once up to its last norm, [B·S, N]. The function that it returns
@@ -58,7 +60,8 @@ def teacher_of(params: Tensors, config: ModelConfig, temperature: float = 1.0, a
             p *= alpha / xp.sum(p, axis=-1, keepdims=True)
             if alpha < 1:
                 label = labels[rows]
-                p[xp.arange(label.shape[0]), label] += 1.0 - alpha  # one column a row: no index repeats
+                # one column a row: no index repeats
+                p[xp.arange(label.shape[0]), label] += 1.0 - alpha
             return p
 
         return targets

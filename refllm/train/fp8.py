@@ -43,11 +43,15 @@ class Fp8:
         whole = scaling == "tensor"
 
         def scheme(fmt: str, *block: int) -> FloatScheme:
-            return FloatScheme(fmt, "tensor") if whole else FloatScheme(fmt, "block", (block[0], block[1]))
+            if whole:
+                return FloatScheme(fmt, "tensor")
+            return FloatScheme(fmt, "block", (block[0], block[1]))
 
         self.weight = scheme(format, TILE, TILE)
-        self.along, self.across = scheme(format, 1, TILE), scheme(format, TILE, 1)  # of X: along channels, tokens
-        self.d_along, self.d_across = scheme(gradients, 1, TILE), scheme(gradients, TILE, 1)  # of dY
+        self.along = scheme(format, 1, TILE)  # of X: along channels, tokens
+        self.across = scheme(format, TILE, 1)
+        self.d_along = scheme(gradients, 1, TILE)  # of dY
+        self.d_across = scheme(gradients, TILE, 1)
 
     def forward(self, x: Array, weight: Array) -> Array:
         """X Wᵀ"""

@@ -50,10 +50,15 @@ def initialize(config: ModelConfig, rng: np.random.Generator) -> Tensors:
     The two projections that write into the residual stream are smaller by √(2L) (GPT-2's rule), so that the
     stream's variance at the last layer does not grow with depth.
     """
-    n, d, f = config.hidden_size, config.head_dim, config.intermediate_size
-    h, g = config.num_attention_heads, config.num_key_value_heads
+    n = config.hidden_size
+    d = config.head_dim
+    f = config.intermediate_size
+    h = config.num_attention_heads
+    g = config.num_key_value_heads
     residual = 1.0 / math.sqrt(2 * config.num_hidden_layers)
-    shapes: dict[str, tuple[tuple[int, ...], float]] = {"model.embed_tokens.weight": ((config.vocab_size, n), 1.0)}
+    shapes: dict[str, tuple[tuple[int, ...], float]] = {
+        "model.embed_tokens.weight": ((config.vocab_size, n), 1.0)
+    }
     for i in range(config.num_hidden_layers):
         at = f"model.layers.{i}."
         shapes |= {
@@ -121,11 +126,18 @@ def train(
     began = time.perf_counter() - (state.curve[-1]["seconds"] if state.curve else 0.0)
     workers = plan.workers if namespace(*state.params.values()) is np else 1
     with threadpool_limits(limits=1 if workers > 1 else None), ThreadPoolExecutor(workers) as pool:
-        for step, phase, windows in batches(plan, [len(s) for s in streams], first=state.optimizer.step):
-            tokens = np.stack([streams[s][a : a + phase.length + 1] for s, a in windows])  # [B, S+1]
+        for step, phase, windows in batches(
+            plan, [len(s) for s in streams], first=state.optimizer.step
+        ):
+            # [B, S+1]
+            tokens = np.stack([streams[s][a : a + phase.length + 1] for s, a in windows])
             target = teacher if step >= teacher_from else None
-            loss, grads = _data_parallel(state.params, config, tokens, workers, pool, target, product)
-            record = {"step": step + 1, "loss": loss} | _update(state, grads, loss, step, plan, pool.map)
+            loss, grads = _data_parallel(
+                state.params, config, tokens, workers, pool, target, product
+            )
+            record = {"step": step + 1, "loss": loss} | _update(
+                state, grads, loss, step, plan, pool.map
+            )
             if on_step is not None:
                 on_step(step + 1, loss)
             if (step + 1) % plan.evaluate_every == 0 or step + 1 == plan.steps:
@@ -140,18 +152,24 @@ def train(
     return state
 
 
-def _check_streams(streams: Sequence[TokenArray], held_out: TokenArray | None, config: ModelConfig, plan: Plan) -> None:
+def _check_streams(
+    streams: Sequence[TokenArray], held_out: TokenArray | None, config: ModelConfig, plan: Plan
+) -> None:
     """Refuse bad tokens here, on the host and before the first step: NumPy would raise late, CuPy wraps silently."""
     for tokens in (*streams, *(() if held_out is None else (held_out,))):
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            raise ValueError(f"a stream is a 1-D array of integers, got {tokens.dtype}{list(tokens.shape)}")
+            raise ValueError(
+                f"a stream is a 1-D array of integers, got {tokens.dtype}{list(tokens.shape)}"
+            )
         if len(tokens) and not (tokens.min() >= 0 and tokens.max() < config.vocab_size):
             raise ValueError(
                 f"token ids {tokens.min()}..{tokens.max()} are not within the vocabulary of {config.vocab_size}"
             )
     longest = max((phase.length for phase in plan.phases), default=0)
     if held_out is not None and len(held_out) <= longest:
-        raise ValueError(f"the held-out stream has {len(held_out)} tokens: too few for windows of {longest}")
+        raise ValueError(
+            f"the held-out stream has {len(held_out)} tokens: too few for windows of {longest}"
+        )
 
 
 def _move(state: State, like: Array) -> None:
@@ -161,12 +179,16 @@ def _move(state: State, like: Array) -> None:
             tensors[name] = asarray_like(t, like)
 
 
-def _update(state: State, grads: Tensors, loss: float, step: int, plan: Plan, each: Each) -> dict[str, float]:
+def _update(
+    state: State, grads: Tensors, loss: float, step: int, plan: Plan, each: Each
+) -> dict[str, float]:
     """Clip and take one optimizer step; returns the norm before clipping and the rate."""
     norm = clip_by_global_norm(grads, plan.clip)
     if not math.isfinite(loss + norm):
         raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}: lower the rate")
-    rate = learning_rate(step, peak=plan.peak_rate, warmup=plan.warmup, total=plan.steps, schedule=plan.schedule)
+    rate = learning_rate(
+        step, peak=plan.peak_rate, warmup=plan.warmup, total=plan.steps, schedule=plan.schedule
+    )
     state.optimizer.update(state.params, grads, rate, each)
     return {"norm": norm, "rate": rate}
 
@@ -186,7 +208,9 @@ def _data_parallel(
 
     def share(part: TokenArray) -> tuple[float, Tensors]:
         on_device = asarray_like(part, like)
-        return loss_and_gradients(params, config, on_device, None if teacher is None else teacher(on_device), product)
+        return loss_and_gradients(
+            params, config, on_device, None if teacher is None else teacher(on_device), product
+        )
 
     losses, grads = zip(*pool.map(share, np.split(tokens, workers)), strict=True)
     total: Tensors = grads[0]
@@ -197,19 +221,28 @@ def _data_parallel(
     return sum(losses) / workers, total
 
 
-def _evaluate(params: Tensors, config: ModelConfig, tokens: TokenArray, length: int, windows: int = 32) -> float:
+def _evaluate(
+    params: Tensors, config: ModelConfig, tokens: TokenArray, length: int, windows: int = 32
+) -> float:
     """Mean nats per token over evenly spread windows of ``length`` (a quick look, not the reported figure)."""
-    count = min(max(1, windows * 256 // length), len(tokens) // length)  # no more than lie side by side
+    # no more than lie side by side
+    count = min(max(1, windows * 256 // length), len(tokens) // length)
     spread = np.linspace(0, len(tokens) - length - 1, count).astype(int)
     like = next(iter(params.values()))
-    losses = [mean_loss(params, config, asarray_like(tokens[None, a : a + length + 1], like)) for a in spread]
+    losses = [
+        mean_loss(params, config, asarray_like(tokens[None, a : a + length + 1], like))
+        for a in spread
+    ]
     return sum(losses) / len(losses)
 
 
 def _resume(path: Path, config: ModelConfig, plan: Plan, start: Tensors | None) -> State:
     """The checkpoint at ``path``, or a fresh start; a ``.partial`` file beside it is a broken write: ignored."""
     if not path.exists():
-        params = initialize(config, np.random.default_rng([plan.seed, 0])) if start is None else dict(start)
+        if start is None:
+            params = initialize(config, np.random.default_rng([plan.seed, 0]))
+        else:
+            params = dict(start)
         return State(params, optimizer(plan.optimizer)(weight_decay=plan.weight_decay))
     state, about = load_state(path)
     if ModelConfig.from_hf(json.loads(about["config"])) != config:

@@ -22,8 +22,10 @@ from collections.abc import Callable, Iterator
 
 from refllm.backend import Array, namespace
 
-Rows = Callable[[slice], Array]  # slice of the T positions → target probabilities t[rows, V], each row summing to 1
-Teacher = Callable[[Array], Rows]  # tokens[B, S+1], inputs and answers, → the Rows of its T = B·S positions
+# slice of the T positions → target probabilities t[rows, V], each row summing to 1
+Rows = Callable[[slice], Array]
+# tokens[B, S+1], inputs and answers, → the Rows of its T = B·S positions
+Teacher = Callable[[Array], Rows]
 ROWS = 256  # rows of logits at a time: 256 × V floats stay in the cache
 
 
@@ -44,13 +46,16 @@ def cross_entropy_and_gradients(
     """
     xp = namespace(hidden, head, targets)
     count = int(hidden.shape[0])
-    d_hidden, d_head = xp.empty_like(hidden), xp.zeros_like(head)
+    d_hidden = xp.empty_like(hidden)
+    d_head = xp.zeros_like(head)
     losses = []  # 0-d arrays: read once at the end, so that a GPU is not waited for in the loop
     for rows in _chunks(count):
         z = hidden[rows] @ head.T  # [rows, V]
         t = None if teacher is None else teacher(rows)  # [rows, V]
         if t is not None and t.shape != z.shape:
-            raise ValueError(f"the teacher's probabilities are {t.shape}, the network's logits {z.shape}")
+            raise ValueError(
+                f"the teacher's probabilities are {t.shape}, the network's logits {z.shape}"
+            )
         loss, mass = _loss_of(z, targets[rows], t)
         losses.append(loss)
         z *= 1.0 / mass  # q
@@ -66,7 +71,9 @@ def cross_entropy_and_gradients(
 
 def _chunks(count: int) -> Iterator[slice]:
     if count == 0:
-        raise ValueError("the mean over no positions is not defined: a sequence needs two tokens or more")
+        raise ValueError(
+            "the mean over no positions is not defined: a sequence needs two tokens or more"
+        )
     return (slice(start, min(start + ROWS, count)) for start in range(0, count, ROWS))
 
 
@@ -74,7 +81,11 @@ def _loss_of(z: Array, targets: Array, t: Array | None) -> tuple[Array, Array]:
     """Summed loss (0-d) of logits z[rows, V], and Σ exp z [rows, 1]; z itself becomes exp(z − max z)."""
     xp = namespace(z)
     z -= xp.max(z, axis=-1, keepdims=True)
-    score = z[xp.arange(z.shape[0]), targets] if t is None else xp.einsum("tv,tv->t", t, z)
+    if t is None:
+        score = z[xp.arange(z.shape[0]), targets]
+    else:
+        score = xp.einsum("tv,tv->t", t, z)
     xp.exp(z, out=z)
     mass = xp.sum(z, axis=-1, keepdims=True)
-    return xp.sum(xp.log(mass[:, 0]) - score), mass  # log Σ exp z − Σ t z, both shifted: the shift cancels
+    # log Σ exp z − Σ t z, both shifted: the shift cancels
+    return xp.sum(xp.log(mass[:, 0]) - score), mass

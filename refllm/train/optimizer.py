@@ -37,7 +37,9 @@ def optimizer(name: str) -> type[AdamW]:
     return {"adamw": AdamW, "muon": Muon}[name]
 
 
-def learning_rate(step: int, *, peak: float, warmup: int, total: int, schedule: str = "cosine") -> float:
+def learning_rate(
+    step: int, *, peak: float, warmup: int, total: int, schedule: str = "cosine"
+) -> float:
     """Rate for the 0-based ``step``: linear warm-up to ``peak``, then cosine or straight line to zero.
 
     The first step has the rate peak/warmup and not zero, which would waste it; the rate is zero from step
@@ -57,7 +59,9 @@ def clip_by_global_norm(grads: Tensors, limit: float) -> float:
     On a GPU this waits for the device, once. A norm that is not finite says that a gradient is not.
     """
     xp = namespace(*grads.values())
-    norm = math.sqrt(float(sum(xp.sum(xp.einsum("i,i->", g.reshape(-1), g.reshape(-1))) for g in grads.values())))
+    norm = math.sqrt(
+        float(sum(xp.sum(xp.einsum("i,i->", g.reshape(-1), g.reshape(-1))) for g in grads.values()))
+    )
     if norm > limit:
         for g in grads.values():
             g *= limit / norm
@@ -91,13 +95,15 @@ class AdamW:
     def begin(self, name: str, w: Array) -> None:
         """Moments of zeros for a parameter."""
         xp = namespace(w)
-        self.m[name], self.v[name] = xp.zeros_like(w), xp.zeros_like(w)
+        self.m[name] = xp.zeros_like(w)
+        self.v[name] = xp.zeros_like(w)
 
     def _one(self, name: str, w: Array, g: Array, rate: float) -> None:
         xp = namespace(w)
         correct1 = 1 - self.beta1**self.step
         correct2 = 1 - self.beta2**self.step
-        m, v = self.m[name], self.v[name]
+        m = self.m[name]
+        v = self.v[name]
         # In place throughout, g is the only scratch: a step writes no array but w, m, v and one product.
         m *= self.beta1
         m += (1 - self.beta1) * g
@@ -157,7 +163,9 @@ def orthogonalize(x: Array, iterations: int = 5) -> Array:
     singular value; Jordan's a, b, c trade an exact limit of 1 for a steep rise from zero. A singular value below
     1e-3 of the norm of ``x`` is still on its way up after five. A matrix of zeros stays one.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
+    a = 3.4445
+    b = -4.7750
+    c = 2.0315
     xp = namespace(x)
     tall = x.shape[0] > x.shape[1]
     y = x.T if tall else x  # A is the smaller square

@@ -37,7 +37,9 @@ class Phase:
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.batch < 1 or self.length < 1 or min(self.repeats, default=0) < 0:
-            raise ValueError(f"a phase needs steps ≥ 0, batch ≥ 1, length ≥ 1 and repeats ≥ 0: {self}")
+            raise ValueError(
+                f"a phase needs steps ≥ 0, batch ≥ 1, length ≥ 1 and repeats ≥ 0: {self}"
+            )
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ class Plan:
                 f"{self.peak_rate}, {self.weight_decay}, {self.clip}"
             )
         if self.warmup < 0 or self.seed < 0:
-            raise ValueError(f"a plan needs warmup and seed of 0 or more, got {self.warmup} and {self.seed}")
+            raise ValueError(
+                f"a plan needs warmup and seed of 0 or more, got {self.warmup} and {self.seed}"
+            )
 
     @property
     def steps(self) -> int:
@@ -86,7 +90,9 @@ def window_starts(lengths: Sequence[int], phase: Phase, rng: np.random.Generator
         if a stream is shorter than a window, or the phase uses no stream.
     """
     if len(lengths) != len(phase.repeats):
-        raise ValueError(f"the phase mixes {len(phase.repeats)} streams, but {len(lengths)} are given")
+        raise ValueError(
+            f"the phase mixes {len(phase.repeats)} streams, but {len(lengths)} are given"
+        )
     if phase.steps and not any(phase.repeats):
         raise ValueError("every stream is left out: a phase needs at least one repeat above zero")
     wanted = phase.steps * phase.batch
@@ -97,14 +103,18 @@ def window_starts(lengths: Sequence[int], phase: Phase, rng: np.random.Generator
             for _ in range(repeats):
                 spare = count - 1 - phase.length
                 if spare < 0:
-                    raise ValueError(f"stream {stream} has {count} tokens: too few for windows of {phase.length}")
+                    raise ValueError(
+                        f"stream {stream} has {count} tokens: too few for windows of {phase.length}"
+                    )
                 first = int(rng.integers(0, min(phase.length, spare + 1)))
                 epoch += [(stream, at) for at in range(first, count - phase.length, phase.length)]
         starts += [epoch[i] for i in rng.permutation(len(epoch))]
     return starts[:wanted]
 
 
-def batches(plan: Plan, lengths: Sequence[int], first: int = 0) -> Iterator[tuple[int, Phase, list[Window]]]:
+def batches(
+    plan: Plan, lengths: Sequence[int], first: int = 0
+) -> Iterator[tuple[int, Phase, list[Window]]]:
     """(step, its phase, the windows of its batch) for every step of the plan from ``first`` on."""
     step = 0
     for number, phase in enumerate(plan.phases):

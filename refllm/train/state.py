@@ -48,7 +48,9 @@ def save_state(state: State, path: Path, config: ModelConfig, plan: Plan) -> Non
     """
     groups = {"w": state.params, "m": state.optimizer.m, "v": state.optimizer.v}
     tensors = {
-        f"{kind}.{name}": np.ascontiguousarray(to_numpy(t)) for kind in groups for name, t in groups[kind].items()
+        f"{kind}.{name}": np.ascontiguousarray(to_numpy(t))
+        for kind in groups
+        for name, t in groups[kind].items()
     }
     about = {
         "step": str(state.optimizer.step),
@@ -61,9 +63,12 @@ def save_state(state: State, path: Path, config: ModelConfig, plan: Plan) -> Non
         save_file(tensors, temporary, metadata=about)
     except SafetensorError as error:  # a full disk, say
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written ({error}); what was saved before is whole") from error
+        raise OSError(
+            f"{path} cannot be written ({error}); what was saved before is whole"
+        ) from error
     with open(temporary, "rb") as file:
-        os.fsync(file.fileno())  # the bytes reach the disk before the name does, even if the power fails
+        # the bytes reach the disk before the name does, even if the power fails
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
@@ -84,13 +89,18 @@ def load_state(path: Path) -> tuple[State, dict[str, str]]:
                 groups[kind][name] = file.get_tensor(key)
         if missing := {"step", "curve", "config", "plan"} - about.keys():
             raise ValueError(f"no {', '.join(sorted(missing))}")
-        step, curve = int(about["step"]), json.loads(about["curve"])
+        step = int(about["step"])
+        curve = json.loads(about["curve"])
         kind = optimizer(json.loads(about["plan"]).get("optimizer", "adamw"))
         fresh = kind()
         for name, w in groups["w"].items():
             fresh.begin(name, w)
-        if step and not (fresh.m.keys() == groups["m"].keys() and fresh.v.keys() == groups["v"].keys()):
+        if step and not (
+            fresh.m.keys() == groups["m"].keys() and fresh.v.keys() == groups["v"].keys()
+        ):
             raise ValueError("the moments are not those of the parameters")
     except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or no training checkpoint ({error}); delete it to start anew") from error
+        raise ValueError(
+            f"{path} is damaged or no training checkpoint ({error}); delete it to start anew"
+        ) from error
     return State(groups["w"], kind(step=step, m=groups["m"], v=groups["v"]), curve), about

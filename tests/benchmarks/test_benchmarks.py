@@ -27,9 +27,36 @@ TINY = {
     "kivi": ["--contexts", "160", "--bits", "2", "3", "--steps", "2", "--rounds", "1"],
     "layout": ["--rows", "1", "2", "--rounds", "1"],
     "step": ["--batch", "1", "2", "--prompt", "3", "--new", "4", "--rounds", "1"],
-    "decode": ["--batch", "1", "2", "--prompt", "3", "--new", "4", "--rounds", "2", "--seconds", "0", "--engines"],
+    "decode": [
+        "--batch",
+        "1",
+        "2",
+        "--prompt",
+        "3",
+        "--new",
+        "4",
+        "--rounds",
+        "2",
+        "--seconds",
+        "0",
+        "--engines",
+    ],
     "serving": [
-        *["--batch", "1", "2", "--prompt", "3", "--new", "4", "--rounds", "1", "--seconds", "0", "--running", "8"],
+        *[
+            "--batch",
+            "1",
+            "2",
+            "--prompt",
+            "3",
+            "--new",
+            "4",
+            "--rounds",
+            "1",
+            "--seconds",
+            "0",
+            "--running",
+            "8",
+        ],
         "--engines",
     ],
     "quantize": [
@@ -49,7 +76,19 @@ TINY = {
         "--threads",
         "1",
     ],
-    "training": ["--batch", "2", "--length", "8", "--steps", "1", "--layers", "1", "--rounds", "2", "--engines"],
+    "training": [
+        "--batch",
+        "2",
+        "--length",
+        "8",
+        "--steps",
+        "1",
+        "--layers",
+        "1",
+        "--rounds",
+        "2",
+        "--engines",
+    ],
 }
 
 
@@ -72,7 +111,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(name: str, folder: Path, *more: str) -> tuple[dict[str, Any], str]:
     """Run a benchmark as a user does, at its smallest; returns the record and what was printed."""
     output = folder / f"{name}.json"
-    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *TINY[name], *more, "--output", str(output)]
+    command = [
+        sys.executable,
+        str(BENCHMARKS / f"{name}.py"),
+        *TINY[name],
+        *more,
+        "--output",
+        str(output),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
     return json.loads(output.read_text()), done.stdout
@@ -105,7 +151,8 @@ def spreads(tree: Any) -> list[dict[str, float]]:
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_committed_results_state_machine_versions_and_peers(path: Path) -> None:
     record = json.loads(path.read_text())
-    name = path.stem.partition("_")[0]  # of another machine, or with other settings, a record of its own
+    # of another machine, or with other settings, a record of its own
+    name = path.stem.partition("_")[0]
     check_record(record, name)
     if name in ("decode", "serving", "training"):  # measured against a peer, whose version is known
         assert record["environment"]["versions"]["torch"]
@@ -137,8 +184,10 @@ def test_parts_of_a_step_sum_to_the_step(tmp_path: Path, checkpoint: Path) -> No
     for row in record["results"]:
         parts = row["parts_us"]
         assert list(parts) == ["products", "attention", "elementwise", "choosing", "rest"]
-        assert all(value > 0 for name, value in parts.items() if name != "rest")  # every clock was reached
-        assert sum(parts.values()) >= row["whole_us"] - 1  # more, where watching took longer than the step itself
+        # every clock was reached
+        assert all(value > 0 for name, value in parts.items() if name != "rest")
+        # more, where watching took longer than the step itself
+        assert sum(parts.values()) >= row["whole_us"] - 1
         assert row["floor_us"] > 0
 
 
@@ -147,7 +196,10 @@ def test_decode_measures_every_round_of_every_batch(tmp_path: Path, checkpoint: 
     check_record(record, "decode")
     assert [row["batch"] for row in record["results"]] == [1, 2]
     for clock in ("wall", "processor"):
-        assert {batch: len(of["refllm"]) for batch, of in record["rates"][clock].items()} == {"1": 2, "2": 2}
+        assert {batch: len(of["refllm"]) for batch, of in record["rates"][clock].items()} == {
+            "1": 2,
+            "2": 2,
+        }
     assert str(checkpoint) in printed
 
 
@@ -155,7 +207,10 @@ def test_serving_measures_engine_control_plane_and_books(tmp_path: Path, checkpo
     record, printed = run("serving", tmp_path, "engine", "static", "--model", str(checkpoint))
     check_record(record, "serving")
     results = record["results"]
-    assert [(row["batch"], list(row["ratio"])) for row in results["throughput"]] == [(1, ["static"]), (2, ["static"])]
+    assert [(row["batch"], list(row["ratio"])) for row in results["throughput"]] == [
+        (1, ["static"]),
+        (2, ["static"]),
+    ]
     assert all(0 < share["median"] < 1 for share in results["control_plane_share"].values())
     assert results["books"]["running"] == 8
     assert "A plan for 8 running requests" in printed
@@ -166,7 +221,10 @@ def test_training_reports_every_turn_and_its_page_faults(tmp_path: Path) -> None
     check_record(record, "training")
     turns = record["rounds"]["refllm"]
     assert len(turns) == 2
-    assert all(turn["page_faults"] >= 0 and turn["rate"] > 0 and np.isfinite(turn["loss"]) for turn in turns)
+    assert all(
+        turn["page_faults"] >= 0 and turn["rate"] > 0 and np.isfinite(turn["loss"])
+        for turn in turns
+    )
 
 
 def test_quantize_times_every_stage_and_projects_what_it_did_not_do(tmp_path: Path) -> None:
@@ -175,7 +233,10 @@ def test_quantize_times_every_stage_and_projects_what_it_did_not_do(tmp_path: Pa
     layer, rtn, *models = record["results"]
     assert (layer["part"], rtn["part"]) == ("layer", "rtn")
     assert set(layer["seconds"]) == {"refllm", "torch"} - set(record["skipped"])
-    assert [(m["method"], m["layers"], m["projected"]) for m in models] == [("rtn", 2, True), ("gptq", 1, True)]
+    assert [(m["method"], m["layers"], m["projected"]) for m in models] == [
+        ("rtn", 2, True),
+        ("gptq", 1, True),
+    ]
     for row in models:
         assert sum(row["shares"].values()) == pytest.approx(1)
         text = {"Hessian", "factor"}
@@ -215,7 +276,8 @@ def test_decode_against_transformers(tmp_path: Path, checkpoint: Path) -> None:
 def test_training_against_torch_starts_from_the_same_loss(tmp_path: Path) -> None:
     oracle("torch")
     oracle("transformers")
-    record, _ = run("training", tmp_path, "refllm", "torch")  # exits with an error if the losses part
+    # exits with an error if the losses part
+    record, _ = run("training", tmp_path, "refllm", "torch")
     check_record(record, "training")
     assert record["results"][0]["ratio_to_torch"]["median"] > 0
 
@@ -225,7 +287,8 @@ def test_decode_against_llamacpp(tmp_path: Path, checkpoint: Path) -> None:
     install = "pip install llama-cpp-python gguf"
     oracle("llama_cpp", install)
     oracle("gguf", install)
-    record, _ = run("decode", tmp_path, "refllm", "llama.cpp", "--model", str(checkpoint))  # exits if the tokens part
+    # exits if the tokens part
+    record, _ = run("decode", tmp_path, "refllm", "llama.cpp", "--model", str(checkpoint))
     check_record(record, "decode")
     assert all(row["ratio"]["llama.cpp"]["median"] > 0 for row in record["results"])
 
@@ -235,7 +298,8 @@ def test_serving_against_llamacpp(tmp_path: Path, checkpoint: Path, module: Any)
     install = "pip install llama-cpp-python gguf"
     oracle("llama_cpp", install)
     oracle("gguf", install)
-    record, _ = run("serving", tmp_path, "engine", "llama.cpp", "--model", str(checkpoint))  # exits if the tokens part
+    # exits if the tokens part
+    record, _ = run("serving", tmp_path, "engine", "llama.cpp", "--model", str(checkpoint))
     check_record(record, "serving")
     assert all(row["ratio"]["llama.cpp"]["median"] > 0 for row in record["results"]["throughput"])
 
@@ -250,16 +314,21 @@ def test_whoever_waits_for_a_slot_of_llamacpp_says_what_he_says_alone(
     oracle("gguf", install)
     peer = module("engines.serving_llamacpp")
     peer.write_gguf(str(checkpoint), tmp_path / "model.gguf")
-    server, model = peer.Server(tmp_path / "model.gguf"), load(str(checkpoint))
+    server = peer.Server(tmp_path / "model.gguf")
+    model = load(str(checkpoint))
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 512, length).tolist() for length in (5, 17, 3, 40, 9)]
     expected = [list(model.generate(prompt, 6, ignore_eos=True)) for prompt in prompts]
     assert server.generate(prompts, 6, slots, budget) == expected
 
 
-def test_a_missing_peer_is_named_with_its_install_line(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_peer_is_named_with_its_install_line(
+    module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decode = module("decode")
-    missing = decode.Engine("decode_refllm", (), ("no_such_package",), "pip install no-such-package")
+    missing = decode.Engine(
+        "decode_refllm", (), ("no_such_package",), "pip install no-such-package"
+    )
     monkeypatch.setitem(decode.ENGINES, "absent", missing)
     workers, skipped = decode.start(["absent"], Path("nowhere"), None)
     assert workers == {}
@@ -333,10 +402,14 @@ def test_a_ratio_is_formed_within_a_round(module: Any) -> None:
     assert ratio == {"median": 2.0, "low": 2.0, "high": 4.0}
 
 
-def engine(folder: Path, name: str, code: str, common: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
+def engine(
+    folder: Path, name: str, code: str, common: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> Any:
     """A worker that runs ``code``, written into a package ``engines`` of its own."""
     (folder / "engines").mkdir()
-    (folder / "engines" / f"{name}.py").write_text(f"from common import Channel\nchannel = Channel()\n{code}")
+    (folder / "engines" / f"{name}.py").write_text(
+        f"from common import Channel\nchannel = Channel()\n{code}"
+    )
     (folder / "common.py").write_text((BENCHMARKS / "common.py").read_text())
     monkeypatch.setattr(common, "HERE", folder)
     return common.Worker(name, (), threads=1)
@@ -376,5 +449,9 @@ def test_an_engine_computes_with_the_threads_it_was_given(
         "('OPENBLAS_NUM_THREADS', 'OMP_NUM_THREADS', 'MKL_NUM_THREADS')})\n"
     )
     worker = engine(tmp_path, "counting", code, module("common"), monkeypatch)
-    assert worker.about == {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    assert worker.about == {
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }
     worker.close()

@@ -25,5 +25,7 @@ def test_the_simulator_is_timed_with_and_without_jumps(tmp_path):
     record = json.loads(output.read_text())
     check_record(record, "simulation")
     assert len(record["results"]) == 3
-    assert all(set(row["token_steps_per_second"]) == {"wall", "processor"} for row in record["results"])
+    assert all(
+        set(row["token_steps_per_second"]) == {"wall", "processor"} for row in record["results"]
+    )
     assert "target 200,000 token-steps a second" in done.stdout

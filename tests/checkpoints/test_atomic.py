@@ -22,7 +22,9 @@ def test_round_trip_to_the_byte(tmp_path_factory, text):
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_a_failure_at_any_step_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, step, error):
+def test_a_failure_at_any_step_leaves_the_old_file_and_nothing_else(
+    tmp_path, monkeypatch, step, error
+):
     def fails(*args):
         raise error
 
@@ -41,10 +43,12 @@ def test_a_full_disk_costs_no_tokenizer(tmp_path):
     """A resumed run writes its tokenizer anew; without it the state of the run would be of no use."""
     import resource
 
-    path, limits = tmp_path / "tokenizer.json", resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = tmp_path / "tokenizer.json"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     byte_tokenizer().save(path)
     before = path.read_bytes()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # Python ignores its signal
+    # Python ignores its signal
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
     try:
         with pytest.raises(OSError, match="too large"):
             byte_tokenizer().save(path)

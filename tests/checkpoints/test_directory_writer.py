@@ -28,7 +28,9 @@ from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.model.config import ModelConfig
 from strategies import model_configs, seeds
 
-CONFIG = ModelConfig("llama", 300, 8, 12, 2, 4, 2, 4, tie_word_embeddings=True, bos_token_id=0, eos_token_ids=(0,))
+CONFIG = ModelConfig(
+    "llama", 300, 8, 12, 2, 4, 2, 4, tie_word_embeddings=True, bos_token_id=0, eos_token_ids=(0,)
+)
 FILES = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
 
 
@@ -43,7 +45,11 @@ def tensors() -> dict[str, np.ndarray]:
 
 
 def tree(directory: Path) -> dict[str, bytes]:
-    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    return {
+        p.relative_to(directory).as_posix(): p.read_bytes()
+        for p in directory.rglob("*")
+        if p.is_file()
+    }
 
 
 # --- round trips -----------------------------------------------------------------------------------------------
@@ -56,11 +62,18 @@ def tree(directory: Path) -> dict[str, bytes]:
 )
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    model_configs(), seeds, st.sampled_from(directory_writer.STORED_TYPES), st.one_of(st.none(), st.integers(1, 4000)), st.data()
+    model_configs(),
+    seeds,
+    st.sampled_from(directory_writer.STORED_TYPES),
+    st.one_of(st.none(), st.integers(1, 4000)),
+    st.data(),
 )
 def test_round_trip(tmp_path_factory, tokenizer, config, seed, dtype, limit, data):
-    config = replace(config, vocab_size=tokenizer.vocab_size + data.draw(st.integers(0, 3)),
-                     eos_token_ids=data.draw(st.sampled_from([(), (0,), (0, 5)])))  # fmt: skip
+    config = replace(
+        config,
+        vocab_size=tokenizer.vocab_size + data.draw(st.integers(0, 3)),
+        eos_token_ids=data.draw(st.sampled_from([(), (0,), (0, 5)])),
+    )
     given_tensors = random_tensors(config, seed, data.draw(st.sampled_from(["float32", "float64"])))
     path = tmp_path_factory.mktemp("round") / "model"
     save(path, config, given_tensors, tokenizer, dtype=dtype, max_shard_bytes=limit)
@@ -74,19 +87,25 @@ def test_round_trip(tmp_path_factory, tokenizer, config, seed, dtype, limit, dat
     checkpoint = load(path, dtype="float64")
     assert checkpoint.config == config
     assert checkpoint.tokenizer.encode("return f(x)") == tokenizer.encode("return f(x)")
-    head = given_tensors["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
-    np.testing.assert_array_equal(checkpoint.weights["lm_head"].dequantize(), head.astype(kind).astype(np.float64))
+    head = given_tensors[
+        "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    ]
+    np.testing.assert_array_equal(
+        checkpoint.weights["lm_head"].dequantize(), head.astype(kind).astype(np.float64)
+    )
 
     shards = sorted(path.glob("*.safetensors"))
     previous = None  # bytes of the shard before
     for shard in shards:
-        with safe_open(shard, framework="numpy") as file:  # the library's own reader, and its own checks
+        # the library's own reader, and its own checks
+        with safe_open(shard, framework="numpy") as file:
             assert file.metadata() == {"format": "pt"}
             sizes = [stored[name].nbytes for name in file.keys()]  # noqa: SIM118 (it is no mapping)
         assert limit is None or sum(sizes) <= limit or len(sizes) == 1
         with TensorFiles(path) as files:
             first = next(stored[name].nbytes for name in given_tensors if files.file(name) == shard)
-        assert previous is None or previous + first > limit  # a shard is full before the next begins
+        # a shard is full before the next begins
+        assert previous is None or previous + first > limit
         previous = sum(sizes)
     if len(shards) > 1:
         index = json.loads((path / INDEX).read_text())
@@ -107,24 +126,42 @@ def test_arrays_that_are_not_contiguous_are_written_as_they_read(tmp_path, token
 
 
 def test_device_arrays_are_written(tmp_path, xp, tokenizer, tensors):
-    save(tmp_path / "m", CONFIG, {k: xp.asarray(v) for k, v in tensors.items()}, tokenizer, dtype="float32")
+    save(
+        tmp_path / "m",
+        CONFIG,
+        {k: xp.asarray(v) for k, v in tensors.items()},
+        tokenizer,
+        dtype="float32",
+    )
     for name, stored in iter_tensors(tmp_path / "m"):
         np.testing.assert_array_equal(stored, tensors[name])
 
 
 @pytest.mark.parametrize("dtype", directory_writer.STORED_TYPES)
 def test_files_are_what_outside_programs_expect(tmp_path, tokenizer, tensors, dtype):
-    save(tmp_path / "m", CONFIG, tensors, tokenizer, dtype=dtype, extra_files={"README.md": "A card — ok\n"})
+    save(
+        tmp_path / "m",
+        CONFIG,
+        tensors,
+        tokenizer,
+        dtype=dtype,
+        extra_files={"README.md": "A card — ok\n"},
+    )
     assert set(tree(tmp_path / "m")) == FILES | {SINGLE, "README.md"}
     read = {name: json.loads((tmp_path / "m" / name).read_text(encoding="utf-8")) for name in FILES}
     assert read["config.json"]["torch_dtype"] == dtype
     assert read["config.json"]["architectures"] == ["LlamaForCausalLM"]
     assert read["generation_config.json"] == {"bos_token_id": 0, "eos_token_id": 0}
     assert read["tokenizer_config.json"]["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert read["tokenizer_config.json"]["eos_token"] == read["tokenizer_config.json"]["bos_token"] == "<|endoftext|>"
+    assert (
+        read["tokenizer_config.json"]["eos_token"]
+        == read["tokenizer_config.json"]["bos_token"]
+        == "<|endoftext|>"
+    )
     assert (tmp_path / "m" / "README.md").read_text(encoding="utf-8") == "A card — ok\n"
     raw = (tmp_path / "m" / SINGLE).read_bytes()
-    assert (8 + int.from_bytes(raw[:8], "little")) % 8 == 0  # the data can be mapped where it begins
+    # the data can be mapped where it begins
+    assert (8 + int.from_bytes(raw[:8], "little")) % 8 == 0
 
 
 def test_a_tied_head_is_stored_once(tmp_path, tokenizer, tensors):
@@ -132,8 +169,15 @@ def test_a_tied_head_is_stored_once(tmp_path, tokenizer, tensors):
     save(tmp_path / "m", CONFIG, both, tokenizer)
     with TensorFiles(tmp_path / "m") as files:
         assert "lm_head.weight" not in files
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from .*tie_word_embeddings"):
-        save(tmp_path / "n", CONFIG, both | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, tokenizer)
+    with pytest.raises(
+        CheckpointError, match=r"lm_head\.weight differs from .*tie_word_embeddings"
+    ):
+        save(
+            tmp_path / "n",
+            CONFIG,
+            both | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1},
+            tokenizer,
+        )
 
 
 def test_a_checkpoint_is_copied_without_being_held(tmp_path, tokenizer):
@@ -141,12 +185,20 @@ def test_a_checkpoint_is_copied_without_being_held(tmp_path, tokenizer):
     config = replace(CONFIG, hidden_size=128, intermediate_size=512, num_hidden_layers=16)
     tensors = random_tensors(config, 0, "float32")
     save(tmp_path / "m", config, tensors, tokenizer, dtype="float32")
-    total, largest = sum(t.nbytes for t in tensors.values()), max(t.nbytes for t in tensors.values())
+    total = sum(t.nbytes for t in tensors.values())
+    largest = max(t.nbytes for t in tensors.values())
     del tensors
     with TensorFiles(tmp_path / "m") as files:
         tracemalloc.start()
         try:
-            save(tmp_path / "n", config, files, tokenizer, dtype="bfloat16", max_shard_bytes=2_000_000)
+            save(
+                tmp_path / "n",
+                config,
+                files,
+                tokenizer,
+                dtype="bfloat16",
+                max_shard_bytes=2_000_000,
+            )
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
@@ -159,12 +211,15 @@ def test_files_get_the_permissions_that_new_files_get(tmp_path, tokenizer, tenso
     (tmp_path / "directory").mkdir()
     (tmp_path / "file").touch()
     assert (tmp_path / "m").stat().st_mode == (tmp_path / "directory").stat().st_mode
-    assert {p.stat().st_mode for p in (tmp_path / "m").iterdir()} == {(tmp_path / "file").stat().st_mode}
+    assert {p.stat().st_mode for p in (tmp_path / "m").iterdir()} == {
+        (tmp_path / "file").stat().st_mode
+    }
 
 
 # --- what is refused -------------------------------------------------------------------------------------------
 
-EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
+EMBEDDING = "model.embed_tokens.weight"
+NORM = "model.norm.weight"
 
 
 def changed(name: str, value: float) -> Callable[[dict[str, np.ndarray]], None]:
@@ -177,8 +232,14 @@ def changed(name: str, value: float) -> Callable[[dict[str, np.ndarray]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (changed(NORM, 65520.0), r"'model\.norm\.weight' holds 65520, beyond the largest float16, 65504"),
-        (changed(EMBEDDING, -1e5), r"'model\.embed_tokens\.weight' holds 100000, beyond the largest float16"),
+        (
+            changed(NORM, 65520.0),
+            r"'model\.norm\.weight' holds 65520, beyond the largest float16, 65504",
+        ),
+        (
+            changed(EMBEDDING, -1e5),
+            r"'model\.embed_tokens\.weight' holds 100000, beyond the largest float16",
+        ),
         (
             changed(NORM, math.nan),
             r"'model\.norm\.weight' holds 1 values that are NaN or infinite, the first at \(3,\)",
@@ -189,7 +250,10 @@ def changed(name: str, value: float) -> Callable[[dict[str, np.ndarray]], None]:
             r"'model\.norm\.weight' has shape \(9,\), but config\.json says \(8,\)",
         ),
         (lambda t: t.update({"other": np.ones(9)}), r"not part of a llama network.*'other'"),
-        (lambda t: t.update({NORM: np.ones(8, dtype=np.int64)}), r"'model\.norm\.weight' has type int64"),
+        (
+            lambda t: t.update({NORM: np.ones(8, dtype=np.int64)}),
+            r"'model\.norm\.weight' has type int64",
+        ),
     ],
     ids=["overflow", "negative overflow", "nan", "missing", "shape", "left over", "integers"],
 )
@@ -253,12 +317,21 @@ def test_nothing_is_overwritten_unasked(tmp_path, tokenizer, tensors):
 
 
 def test_overwrite_replaces_a_checkpoint_and_nothing_else(tmp_path, tokenizer, tensors):
-    save(tmp_path / "m", CONFIG, tensors, tokenizer, max_shard_bytes=500, extra_files={"old.txt": "x"})
+    save(
+        tmp_path / "m",
+        CONFIG,
+        tensors,
+        tokenizer,
+        max_shard_bytes=500,
+        extra_files={"old.txt": "x"},
+    )
     save(tmp_path / "m", CONFIG, tensors, tokenizer, overwrite=True)
     assert set(tree(tmp_path)) == {f"m/{name}" for name in FILES | {SINGLE}}
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "diary.txt").touch()
-    with pytest.raises(CheckpointError, match=r"holds no config\.json: only a checkpoint is replaced"):
+    with pytest.raises(
+        CheckpointError, match=r"holds no config\.json: only a checkpoint is replaced"
+    ):
         save(tmp_path / "home", CONFIG, tensors, tokenizer, overwrite=True)
     assert (tmp_path / "home" / "diary.txt").exists()
 
@@ -276,7 +349,9 @@ def test_a_link_stays_a_link(tmp_path, tokenizer, tensors):
     source="every step made to fail in turn",
 )
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "overwrite"])
-def test_a_failure_at_any_step_leaves_a_whole_checkpoint(tmp_path, monkeypatch, tokenizer, tensors, existing):
+def test_a_failure_at_any_step_leaves_a_whole_checkpoint(
+    tmp_path, monkeypatch, tokenizer, tensors, existing
+):
     new = {name: t + 1 for name, t in tensors.items()}
     save(tmp_path / "expected", CONFIG, new, tokenizer, max_shard_bytes=500)
     after = tree(tmp_path / "expected")
@@ -308,6 +383,7 @@ def test_a_failure_at_any_step_leaves_a_whole_checkpoint(tmp_path, monkeypatch, 
         assert tree(home) in (before, {f"m/{name}": content for name, content in after.items()})
         outcomes.add(tree(home) == before)
         shutil.rmtree(home)
-    assert failing > len(after)  # each file's flush, the directories' and the renames were made to fail
+    # each file's flush, the directories' and the renames were made to fail
+    assert failing > len(after)
     assert outcomes == {True, False}
     assert tree(home / "m") == after

@@ -15,7 +15,16 @@ from safetensors.numpy import load_file, save_file
 
 import fakecupy
 from conftest import to_host
-from networks import LLAMA3, NETWORKS, TOKENS, close, full_logits, naive_logits, random_tensors, tokenizer
+from networks import (
+    LLAMA3,
+    NETWORKS,
+    TOKENS,
+    close,
+    full_logits,
+    naive_logits,
+    random_tensors,
+    tokenizer,
+)
 from refllm.checkpoints import loading
 from refllm.checkpoints.directory_writer import save
 from refllm.checkpoints.loading import Checkpoint, build_weights, iter_tensors, load, read_tensor
@@ -46,7 +55,10 @@ def test_load_gives_the_record_that_the_floors_share(good, dtype):
     expected = naive_logits(ours.config, random_tensors(ours.config, 0, "float32"), TOKENS.tolist())
     result = full_logits(ours.weights, ours.config)
     assert result.dtype == np.dtype(dtype)
-    assert np.abs(result - expected).max() <= (2e-5 if dtype == "float32" else 1e-12) * np.abs(expected).max()
+    assert (
+        np.abs(result - expected).max()
+        <= (2e-5 if dtype == "float32" else 1e-12) * np.abs(expected).max()
+    )
 
 
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
@@ -57,11 +69,16 @@ def test_a_device_gets_arrays_converted_on_the_host(tmp_path, monkeypatch, store
     save(tmp_path / "m", config, random_tensors(config, 0), tokenizer(), dtype=stored)
     monkeypatch.setattr(loading, "get", lambda name: {"cupy": fakecupy}[name])
     weights = load(tmp_path / "m", backend="cupy", dtype=dtype).weights
-    some = {"model.norm.weight": weights["norm"], "lm_head.weight": weights["lm_head"].dequantize(),
-            "model.layers.1.self_attn.k_proj.bias": weights["layers"][1]["k_bias"]}  # fmt: skip
+    some = {
+        "model.norm.weight": weights["norm"],
+        "lm_head.weight": weights["lm_head"].dequantize(),
+        "model.layers.1.self_attn.k_proj.bias": weights["layers"][1]["k_bias"],
+    }
     for name, mine in some.items():
         assert isinstance(mine, fakecupy.ndarray)
-        np.testing.assert_array_equal(to_host(mine), read_tensor(tmp_path / "m", name).astype(dtype))
+        np.testing.assert_array_equal(
+            to_host(mine), read_tensor(tmp_path / "m", name).astype(dtype)
+        )
     with pytest.raises(ValueError, match="choose one of float16, float32, float64"):
         load(tmp_path / "m", backend="cupy", dtype="bfloat16")
     if dtype == "float32":
@@ -76,8 +93,12 @@ def load_on_host(monkeypatch, path: Path) -> Checkpoint:
 
 
 def test_memory_never_holds_two_models(tmp_path):
-    config = replace(NETWORKS["llama"], hidden_size=128, intermediate_size=512, num_hidden_layers=24)
-    save(tmp_path / "m", config, random_tensors(config, 0, "float32"), tokenizer(), dtype="bfloat16")
+    config = replace(
+        NETWORKS["llama"], hidden_size=128, intermediate_size=512, num_hidden_layers=24
+    )
+    save(
+        tmp_path / "m", config, random_tensors(config, 0, "float32"), tokenizer(), dtype="bfloat16"
+    )
     load(tmp_path / "m")  # what is loaded but once, modules and caches, is none of the model's
     model = 4 * config.num_parameters
     tracemalloc.start()
@@ -111,7 +132,10 @@ def test_end_tokens_of_the_generation_config_win(good, generation, expected):
 def test_both_spellings_of_rope_are_read(good, key):
     raw = NETWORKS["llama3-rope"].to_hf()
     scaling = {key: "llama3", **vars(LLAMA3)}
-    flat = {k: v for k, v in raw.items() if not k.startswith("rope_")} | {"rope_theta": 500.0, "rope_scaling": scaling}
+    flat = {k: v for k, v in raw.items() if not k.startswith("rope_")} | {
+        "rope_theta": 500.0,
+        "rope_scaling": scaling,
+    }
     nested = {k: v for k, v in raw.items() if not k.startswith("rope_")} | {
         "rope_parameters": scaling | {"rope_theta": 500.0}
     }
@@ -135,17 +159,24 @@ def test_a_tied_head_that_is_stored_all_the_same_is_ignored(tmp_path, good):
 
 
 def test_old_rotary_tables_are_ignored(good):
-    tables = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(5, dtype=np.float32) for i in range(3)}
+    tables = {
+        f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(5, dtype=np.float32)
+        for i in range(3)
+    }
     save_file(load_file(good / SINGLE) | tables, good / SINGLE)
     assert load(good).config == NETWORKS["llama"]
 
 
 def test_tensors_come_layer_by_layer_in_their_stored_type(good):
-    tensors = load_file(good / SINGLE) | {"model.norm.weight": np.ones(40, dtype=ml_dtypes.bfloat16)}
+    tensors = load_file(good / SINGLE) | {
+        "model.norm.weight": np.ones(40, dtype=ml_dtypes.bfloat16)
+    }
     save_file(tensors, good / SINGLE)
     names = [name for name, _ in iter_tensors(good)]
     assert names == list(random_tensors(NETWORKS["llama"], 0))
-    assert [n.split(".")[2] for n in names if "layers" in n] == sorted(n.split(".")[2] for n in names if "layers" in n)
+    assert [n.split(".")[2] for n in names if "layers" in n] == sorted(
+        n.split(".")[2] for n in names if "layers" in n
+    )
     assert {t.dtype.name for _, t in iter_tensors(good)} == {"float32", "bfloat16"}
     assert {t.dtype.name for _, t in iter_tensors(good, "float64")} == {"float64"}
     assert read_tensor(good, "model.norm.weight").dtype == ml_dtypes.bfloat16
@@ -271,7 +302,9 @@ def test_bad_input_has_its_own_error(good, case):
         load(good)
 
 
-@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-that-name/x", "a\0b"], ids=["long", "home", "nul"])
+@pytest.mark.parametrize(
+    "name", ["x" * 5000, "~nobody-of-that-name/x", "a\0b"], ids=["long", "home", "nul"]
+)
 def test_a_path_that_the_file_system_cannot_hold_does_not_exist(name):
     with pytest.raises(CheckpointError, match="does not exist"):
         load(name)
@@ -297,7 +330,12 @@ def test_arguments_without_sense_are_refused(good):
 def test_a_tree_is_built_from_checked_tensors_only():
     config = NETWORKS["qwen3"]
     tensors = random_tensors(config, 0)
-    assert build_weights(config, tensors)["layers"][0]["q_norm"] is tensors["model.layers.0.self_attn.q_norm.weight"]
+    assert (
+        build_weights(config, tensors)["layers"][0]["q_norm"]
+        is tensors["model.layers.0.self_attn.q_norm.weight"]
+    )
     del tensors["model.layers.2.self_attn.k_norm.weight"]
-    with pytest.raises(CheckpointError, match=r"'model\.layers\.2\.self_attn\.k_norm\.weight' is missing"):
+    with pytest.raises(
+        CheckpointError, match=r"'model\.layers\.2\.self_attn\.k_norm\.weight' is missing"
+    ):
         build_weights(config, tensors)

@@ -15,14 +15,23 @@ from hypothesis import given
 from safetensors.numpy import save_file
 
 from refllm.checkpoints import tensor_files
-from refllm.checkpoints.tensor_files import INDEX, SINGLE, CheckpointError, TensorFiles, converted, tensor_shapes
+from refllm.checkpoints.tensor_files import (
+    INDEX,
+    SINGLE,
+    CheckpointError,
+    TensorFiles,
+    converted,
+    tensor_shapes,
+)
 from strategies import model_configs
 
 BF16 = ml_dtypes.bfloat16
 
 
 def write_sharded(
-    directory: Path, shards: dict[str, dict[str, np.ndarray]], weight_map: dict[str, str] | None = None
+    directory: Path,
+    shards: dict[str, dict[str, np.ndarray]],
+    weight_map: dict[str, str] | None = None,
 ) -> None:
     """Shards by file name, and an index over them (or the given one)."""
     for file, tensors in shards.items():
@@ -36,13 +45,15 @@ def write_sharded(
 
 
 @pytest.mark.theorem(
-    "reading a bfloat16 or float16 tensor as float32 is exact, for all 65,536 codes", source="enumeration"
+    "reading a bfloat16 or float16 tensor as float32 is exact, for all 65,536 codes",
+    source="enumeration",
 )
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_every_16_bit_number_is_read_exactly(tmp_path, dtype):
     codes = np.arange(65536, dtype=np.uint16)
     numbers = codes.view(BF16 if dtype == "bfloat16" else dtype)
-    with np.errstate(invalid="ignore"):  # ml_dtypes lets a signalling NaN raise the processor's flag
+    # ml_dtypes lets a signalling NaN raise the processor's flag
+    with np.errstate(invalid="ignore"):
         finite = np.isfinite(numbers)
     for code in codes[~finite]:
         with pytest.raises(CheckpointError, match="NaN or infinite"):
@@ -59,7 +70,10 @@ def test_every_16_bit_number_is_read_exactly(tmp_path, dtype):
     else:
         sign, exponent, fraction = _fields(numbers)
         by_definition = (
-            np.where(exponent == 0, fraction * 2.0**-24, (1024 + fraction) * 2.0 ** (exponent - 25.0)) * sign
+            np.where(
+                exponent == 0, fraction * 2.0**-24, (1024 + fraction) * 2.0 ** (exponent - 25.0)
+            )
+            * sign
         )
     np.testing.assert_array_equal(wide, by_definition)
 
@@ -84,7 +98,8 @@ def test_wide_types_are_read_bit_for_bit(tmp_path, dtype):
 
 
 def test_shards_are_one_mapping(tmp_path):
-    x, y = np.arange(4.0), np.arange(6.0).reshape(2, 3)
+    x = np.arange(4.0)
+    y = np.arange(6.0).reshape(2, 3)
     write_sharded(
         tmp_path,
         {"a.safetensors": {"x": x}, "b.safetensors": {"y": y, "unlisted": x}},
@@ -119,7 +134,8 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path):
 
 
 @pytest.mark.theorem(
-    "the stored tensors of a network count up to its number of parameters", source="serving arithmetic"
+    "the stored tensors of a network count up to its number of parameters",
+    source="serving arithmetic",
 )
 @given(model_configs())
 def test_shapes_count_up_to_the_parameters(config):
@@ -177,7 +193,9 @@ def test_other_types_are_refused_by_name(tmp_path, dtype):
     size = {"I32": 4, "I64": 8}.get(dtype, 1)
     header = {"q": {"dtype": dtype, "shape": [1], "data_offsets": [0, size]}}
     (tmp_path / SINGLE).write_bytes(raw_file(header, b"\0" * size))
-    with pytest.raises(CheckpointError, match=rf"model\.safetensors: 'q' is stored as {dtype}.*[Qq]uantised"):
+    with pytest.raises(
+        CheckpointError, match=rf"model\.safetensors: 'q' is stored as {dtype}.*[Qq]uantised"
+    ):
         opened(tmp_path)
 
 
@@ -190,26 +208,41 @@ def test_a_file_that_must_not_be_read_says_so(tmp_path, monkeypatch):
     (tmp_path / SINGLE).touch()
     monkeypatch.setattr(tensor_files, "safe_open", refuse)
     monkeypatch.setattr(tensor_files.os, "access", lambda path, mode: False)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read: permission denied"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors cannot be read: permission denied"
+    ):
         opened(tmp_path)
 
 
 def test_a_missing_shard_is_named(tmp_path):
-    write_sharded(tmp_path, {"a.safetensors": {"x": np.zeros(1)}}, {"x": "a.safetensors", "y": "b.safetensors"})
+    write_sharded(
+        tmp_path,
+        {"a.safetensors": {"x": np.zeros(1)}},
+        {"x": "a.safetensors", "y": "b.safetensors"},
+    )
     with pytest.raises(CheckpointError, match=r"b\.safetensors is missing.*download"):
         opened(tmp_path)
 
 
 def test_a_shard_that_lacks_its_tensor_is_named(tmp_path):
-    write_sharded(tmp_path, {"a.safetensors": {"x": np.zeros(1)}}, {"x": "a.safetensors", "y": "a.safetensors"})
+    write_sharded(
+        tmp_path,
+        {"a.safetensors": {"x": np.zeros(1)}},
+        {"x": "a.safetensors", "y": "a.safetensors"},
+    )
     with pytest.raises(CheckpointError, match=r"a\.safetensors does not hold 'y'"):
         opened(tmp_path)
 
 
 def test_a_shard_that_holds_another_shards_tensor_is_named(tmp_path):
-    shards = {"a.safetensors": {"x": np.zeros(1)}, "b.safetensors": {"x": np.ones(1), "y": np.ones(1)}}
+    shards = {
+        "a.safetensors": {"x": np.zeros(1)},
+        "b.safetensors": {"x": np.ones(1), "y": np.ones(1)},
+    }
     write_sharded(tmp_path, shards, {"x": "a.safetensors", "y": "b.safetensors"})
-    with pytest.raises(CheckpointError, match=r"b\.safetensors holds 'x', which .* puts into another shard"):
+    with pytest.raises(
+        CheckpointError, match=r"b\.safetensors holds 'x', which .* puts into another shard"
+    ):
         opened(tmp_path)
 
 
@@ -233,7 +266,9 @@ def test_a_shard_outside_the_directory_is_refused(tmp_path, name):
         opened(home)
 
 
-@pytest.mark.parametrize("name", ["", ".", "sub", "x" * 5000, "a\0b"], ids=["empty", "dot", "directory", "long", "nul"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "sub", "x" * 5000, "a\0b"], ids=["empty", "dot", "directory", "long", "nul"]
+)
 def test_a_shard_name_that_is_no_file_is_missing(tmp_path, name):
     (tmp_path / "sub").mkdir()
     write_sharded(tmp_path, {}, {"x": name})
@@ -253,19 +288,25 @@ def test_a_link_out_of_the_directory_is_refused(tmp_path):
 
 def test_links_of_the_download_cache_are_followed(tmp_path):
     """models--owner--name/snapshots/<commit>/file → ../../blobs/<hash>, as huggingface_hub lays it out."""
-    home, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
+    home = tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs = tmp_path / "models--a--b" / "blobs"
     home.mkdir(parents=True)
     blobs.mkdir()
     save_file({"x": np.ones(2)}, blobs / "f00d")
     (home / "a.safetensors").symlink_to(Path("../../blobs/f00d"))
     (home / "sub").mkdir()
-    write_sharded(home, {"sub/b.safetensors": {"y": np.zeros(1)}}, {"x": "a.safetensors", "y": "sub/b.safetensors"})
+    write_sharded(
+        home,
+        {"sub/b.safetensors": {"y": np.zeros(1)}},
+        {"x": "a.safetensors", "y": "sub/b.safetensors"},
+    )
     np.testing.assert_array_equal(opened(home)["x"], np.ones(2))
     assert opened(home)["y"] == 0
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"x": 3}}', "[" * 100_000, "\xff"]
+    "text",
+    ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"x": 3}}', "[" * 100_000, "\xff"],
 )
 def test_a_broken_index_is_named(tmp_path, text):
     (tmp_path / INDEX).write_text(text, encoding="latin-1")
@@ -283,7 +324,9 @@ def test_pickled_weights_are_never_opened(tmp_path, name):
 
 
 def test_a_directory_without_weights_says_so(tmp_path):
-    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
+    with pytest.raises(
+        CheckpointError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"
+    ):
         opened(tmp_path)
 
 
@@ -294,22 +337,30 @@ def test_a_directory_without_weights_says_so(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "float16", BF16])
 def test_a_value_that_is_not_finite_is_named_with_its_place(value, dtype):
     x = np.zeros((3, 4), dtype=dtype)
-    x[1, 2] = x[2, 3] = value
+    x[1, 2] = value
+    x[2, 3] = value
     with pytest.raises(
-        CheckpointError, match=r"here: 'w' holds 2 values that are NaN or infinite, the first at \(1, 2\)"
+        CheckpointError,
+        match=r"here: 'w' holds 2 values that are NaN or infinite, the first at \(1, 2\)",
     ):
         converted(x, "float32", "w", Path("here"))
 
 
 @pytest.mark.parametrize(
     ("largest", "beyond", "dtype"),
-    [(65519.99, 65520.0, "float16"), (3.4028235e38, 3.4028236e38, "float32"), (3.39e38, 3.4e38, "bfloat16")],
+    [
+        (65519.99, 65520.0, "float16"),
+        (3.4028235e38, 3.4028236e38, "float32"),
+        (3.39e38, 3.4e38, "bfloat16"),
+    ],
 )
 def test_a_value_that_would_become_infinite_is_refused(largest, beyond, dtype):
     """Up to half a step beyond the largest number, rounding brings a value back; from there on it is ∞."""
     for sign in (1, -1):
         assert np.isfinite(converted(np.array([sign * largest]), dtype, "w", Path("here"))).all()
-        with pytest.raises(CheckpointError, match=rf"here: 'w' holds .* beyond the largest {dtype}"):
+        with pytest.raises(
+            CheckpointError, match=rf"here: 'w' holds .* beyond the largest {dtype}"
+        ):
             converted(np.array([1.0, sign * beyond]), dtype, "w", Path("here"))
 
 
@@ -321,7 +372,9 @@ def test_only_floating_point_is_a_weight(dtype):
 
 @pytest.mark.parametrize("dtype", ["int8", "nonsense", ""])
 def test_weights_become_floating_point_only(dtype):
-    with pytest.raises(ValueError, match="weights are one of float64, float32, float16, bfloat16, not"):
+    with pytest.raises(
+        ValueError, match="weights are one of float64, float32, float16, bfloat16, not"
+    ):
         converted(np.ones(2), dtype, "w", Path("here"))
 
 

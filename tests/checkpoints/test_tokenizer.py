@@ -11,10 +11,17 @@ from hypothesis import strategies as st
 from conftest import oracle
 from refllm.checkpoints.tokenizer import END_OF_TEXT, Tokenizer
 
-TEXTS = ["def heappush(heap, item):\n    return heap\n" * 3, "for i in range(10):\n\tprint(i, 'é', '→')\r\n" * 3]
+TEXTS = [
+    "def heappush(heap, item):\n    return heap\n" * 3,
+    "for i in range(10):\n\tprint(i, 'é', '→')\r\n" * 3,
+]
 tokenizer = Tokenizer.train(TEXTS, 300)
 # Text of every kind: any Unicode, what the tokenizer has merges for, and special tokens' literal text.
-texts = st.lists(st.one_of(st.text(), st.sampled_from([*TEXTS, END_OF_TEXT, "<|", "|>", "\x00", "e\u0301", " \t\n"])))
+texts = st.lists(
+    st.one_of(
+        st.text(), st.sampled_from([*TEXTS, END_OF_TEXT, "<|", "|>", "\x00", "e\u0301", " \t\n"])
+    )
+)
 texts = texts.map("".join)
 
 
@@ -98,7 +105,11 @@ def test_bytes_that_form_no_character_are_shown_as_replacement():
 @pytest.mark.parametrize("text", ["ab\ud800", "ab\udcff", b"ab", None, 5])  # noqa: PT014 (two surrogates)
 def test_what_is_no_unicode_text_is_refused(text):
     """Bytes that are not UTF-8 come from a command line as halves of characters."""
-    said = "character 2 of the text is no Unicode" if isinstance(text, str) else "only a str can be encoded"
+    said = (
+        "character 2 of the text is no Unicode"
+        if isinstance(text, str)
+        else "only a str can be encoded"
+    )
     for parse_special in (False, True):
         with pytest.raises(ValueError, match=said):
             tokenizer.encode(text, parse_special=parse_special)
@@ -135,12 +146,25 @@ def test_a_file_that_truncates_and_pads_does_neither(tmp_path):
     path = tmp_path / "tokenizer.json"
     tokenizer.save(path)
     raw = json.loads(path.read_text(encoding="utf-8"))
-    raw["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
-    raw["padding"] = {"strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
-                      "pad_type_id": 0, "pad_token": END_OF_TEXT}  # fmt: skip
+    raw["truncation"] = {
+        "direction": "Right",
+        "max_length": 2,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    raw["padding"] = {
+        "strategy": {"Fixed": 50},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": END_OF_TEXT,
+    }
     path.write_text(json.dumps(raw), encoding="utf-8")
     assert Tokenizer.from_file(path).encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
-    assert Tokenizer.from_file(path).encode(TEXTS[0], parse_special=True) == tokenizer.encode(TEXTS[0])
+    assert Tokenizer.from_file(path).encode(TEXTS[0], parse_special=True) == tokenizer.encode(
+        TEXTS[0]
+    )
 
 
 def test_a_missing_file_is_refused(tmp_path):
@@ -160,7 +184,9 @@ def test_a_broken_file_is_refused(tmp_path, content):
 @given(text=texts)
 def test_oracle_transformers_reads_the_file_as_we_do(text, peer):
     """Its default is our ``parse_special``; its ``split_special_tokens`` is our default."""
-    assert peer(text, add_special_tokens=False).input_ids == tokenizer.encode(text, parse_special=True)
+    assert peer(text, add_special_tokens=False).input_ids == tokenizer.encode(
+        text, parse_special=True
+    )
     plain = peer(text, add_special_tokens=False, split_special_tokens=True).input_ids
     assert plain == tokenizer.encode(text)
 
@@ -169,4 +195,6 @@ def test_oracle_transformers_reads_the_file_as_we_do(text, peer):
 def peer(tmp_path_factory):
     path = tmp_path_factory.mktemp("peer") / "tokenizer.json"
     tokenizer.save(path)
-    return oracle("transformers").PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token=END_OF_TEXT)
+    return oracle("transformers").PreTrainedTokenizerFast(
+        tokenizer_file=str(path), eos_token=END_OF_TEXT
+    )

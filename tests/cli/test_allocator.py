@@ -34,4 +34,5 @@ def page_faults(setting: str) -> int:
 def test_memory_that_is_freed_serves_the_next_array_without_a_page_fault():
     kept = page_faults("keep")
     assert kept < 20
-    assert kept < page_faults("default")  # 64 MiB arrays: above glibc's own highest threshold, 32 MiB
+    # 64 MiB arrays: above glibc's own highest threshold, 32 MiB
+    assert kept < page_faults("default")

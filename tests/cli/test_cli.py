@@ -92,9 +92,19 @@ def test_without_a_command_there_is_help():
 
 def test_help_imports_nothing_heavy():
     """It takes a fifth of a second; an import of the tokenizers or of matplotlib would double that."""
-    heavy = ("tokenizers", "safetensors", "matplotlib", "ml_dtypes", "cupy", "refllm.api", "refllm.model.llama")
+    heavy = (
+        "tokenizers",
+        "safetensors",
+        "matplotlib",
+        "ml_dtypes",
+        "cupy",
+        "refllm.api",
+        "refllm.model.llama",
+    )
     code = f"import sys, refllm.cli; print([m for m in {heavy!r} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert done.stdout == "[]\n"
 
 
@@ -127,19 +137,31 @@ def bad_commands() -> list[tuple[str, str]]:
         ("eval --model MODEL --text TEXT --reference NOWHERE", "neither a folder"),
         ("train", "--output"),
         ("train --output MODEL", "exists already"),
-        ("train --output FOLDER --overwrite --data TEXT", "holds no config.json: only a checkpoint is replaced"),
+        (
+            "train --output FOLDER --overwrite --data TEXT",
+            "holds no config.json: only a checkpoint is replaced",
+        ),
         ("train --output TEXT --overwrite --data TEXT", "is a file"),
         ("train --output NOWHERE --data TEXT --width 1000000000000", "more than is trained here"),
-        ("train --output NOWHERE --data TEXT --vocab-size 100000000000", "more than is trained here"),
+        (
+            "train --output NOWHERE --data TEXT --vocab-size 100000000000",
+            "more than is trained here",
+        ),
         ("train --output NOWHERE --data TEXT --phase 0,2,4", "at least one step"),
         ("train --output NOWHERE --data TEXT --phase 1,2,4,0", "leaves out every stream"),
         ("train --output NOWHERE --data NOWHERE", "No such file"),
         ("train --output NOWHERE --held-out TEXT", "belongs to --data"),
         ("train --output NOWHERE --schedule flat", "unknown schedule"),
         ("train --output NOWHERE --rate 0", "learning rate"),
-        ("train --output NOWHERE --data TEXT --width 100 --heads 3", "does not divide into 3 heads"),
+        (
+            "train --output NOWHERE --data TEXT --width 100 --heads 3",
+            "does not divide into 3 heads",
+        ),
         ("train --output NOWHERE --data TEXT --length 4096", "longer than the context"),
-        ("train --output NOWHERE --data TEXT --steps 10 --long-steps 11", "do not fit into 10 steps"),
+        (
+            "train --output NOWHERE --data TEXT --steps 10 --long-steps 11",
+            "do not fit into 10 steps",
+        ),
         ("train --output NOWHERE --data TEXT", "too few for windows of 256"),
         ("train --output NOWHERE --data TEXT --phase 1,2", "--phase takes STEPS,BATCH,LENGTH"),
         ("train --output NOWHERE --data TEXT --phase 1,2,4,1,1", "2 repeats for 1 streams"),
@@ -154,7 +176,12 @@ def test_bad_input_is_one_sentence_and_exit_code_2(command, message, model, text
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "precious").touch()
-    names = {"MODEL": model, "TEXT": text_file, "EMPTY": tmp_path / "empty", "BINARY": tmp_path / "binary"}
+    names = {
+        "MODEL": model,
+        "TEXT": text_file,
+        "EMPTY": tmp_path / "empty",
+        "BINARY": tmp_path / "binary",
+    }
     names |= {"NOWHERE": tmp_path / "nowhere", "FOLDER": tmp_path / "folder"}
     result = run(*(names.get(word, word) for word in shlex.split(command)))
     assert result.exit_code == 2, result.output
@@ -182,11 +209,19 @@ def test_a_gguf_file_is_told_who_reads_it(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     result = run("info", "--model", tmp_path / "x.gguf")
     assert result.exit_code == 2
-    assert "is a GGUF file: here a Hugging Face directory is needed; load, generate, eval and convert" in result.stderr
+    assert (
+        "is a GGUF file: here a Hugging Face directory is needed; load, generate, eval and convert"
+        in result.stderr
+    )
 
 
 def test_small_times_keep_two_digits():
-    assert [_digits(ms) for ms in (1234.5678, 0.1, 0.01234, 0.0)] == ["1,234.57", "0.10", "0.012", "0"]
+    assert [_digits(ms) for ms in (1234.5678, 0.1, 0.01234, 0.0)] == [
+        "1,234.57",
+        "0.10",
+        "0.012",
+        "0",
+    ]
 
 
 def test_an_unavailable_backend_says_why(model, monkeypatch):
@@ -221,11 +256,16 @@ def test_a_bug_is_not_taken_for_bad_input():
     assert explain(raised(lambda: int("x"))) is None  # raised by nobody's `raise`
     assert explain(KeyError("x")) is None
     assert explain(backend.BackendUnavailable("no GPU")) == "no GPU"
-    assert explain(raised(lambda: Path("/nonexistent").read_text())) == "/nonexistent: No such file or directory"
+    assert (
+        explain(raised(lambda: Path("/nonexistent").read_text()))
+        == "/nonexistent: No such file or directory"
+    )
     assert explain(BrokenPipeError()) is None
     full = str(explain(OSError(errno.ENOSPC, "No space left on device")))
     assert full == "the output: no space is left on its disk: make room, or choose another disk"
-    assert "out of memory: Unable to allocate" in str(explain(raised(lambda: np.zeros(2**60, np.int8))))
+    assert "out of memory: Unable to allocate" in str(
+        explain(raised(lambda: np.zeros(2**60, np.int8)))
+    )
 
 
 def test_a_bug_shows_its_traceback(model, monkeypatch):
@@ -250,7 +290,13 @@ def test_ctrl_c_is_quiet(model, monkeypatch):
 def test_ctrl_c_in_the_middle_of_a_line_is_quiet(tmp_path):
     """A real process and a real signal, while text is streaming."""
     config = tiny_config(max_position_embeddings=1_000_000, eos_token_ids=())
-    save(tmp_path / "endless", config, tiny_params(config, 0, "float32"), byte_tokenizer(), dtype="float32")
+    save(
+        tmp_path / "endless",
+        config,
+        tiny_params(config, 0, "float32"),
+        byte_tokenizer(),
+        dtype="float32",
+    )
     command = [
         sys.executable,
         "-m",
@@ -278,7 +324,9 @@ def test_ctrl_c_in_the_middle_of_a_line_is_quiet(tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="pipes are POSIX")
 def test_a_reader_that_goes_away_is_no_error(model):
     command = f"{sys.executable} -m refllm generate x --model {shlex.quote(str(model))} -n 60 -t 1 | head -c 1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, cwd=ROOT, timeout=120, check=False)
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, cwd=ROOT, timeout=120, check=False
+    )
     assert done.returncode == 0
     assert b"Traceback" not in done.stderr
     assert b"Exception" not in done.stderr
@@ -289,7 +337,9 @@ def test_a_closed_stream_is_the_null_device(model):
     """Notes stay out of stdout also where stderr is closed; a closed stdin is an empty prompt."""
     command = f"{sys.executable} -m refllm generate - --model {shlex.quote(str(model))} -n 3"
     closed = f"{command} <&- 2>&-; {command} </dev/null >&- 2>/dev/null; echo code $?"
-    done = subprocess.run(["bash", "-c", closed], capture_output=True, cwd=ROOT, timeout=120, check=True)
+    done = subprocess.run(
+        ["bash", "-c", closed], capture_output=True, cwd=ROOT, timeout=120, check=True
+    )
     prompt = run("generate", "", "--model", model, "-n", "3").stdout
     assert done.stdout.decode() == f"{prompt}code 0\n"
 
@@ -308,10 +358,25 @@ def test_info_states_the_sizes(model):
         "bits per weight": 32.0,
         "quantised": None,
     }
-    assert facts["KV cache bytes per token"] == {"float16": 2 * 2 * 2 * 4 * 2, "float32": 2 * 2 * 2 * 4 * 4}
-    assert facts["tokenizer"] == {"kind": "BPE", "tokens": 257, "begin": "<|endoftext|>", "end": ["<|endoftext|>"]}
+    assert facts["KV cache bytes per token"] == {
+        "float16": 2 * 2 * 2 * 4 * 2,
+        "float32": 2 * 2 * 2 * 4 * 4,
+    }
+    assert facts["tokenizer"] == {
+        "kind": "BPE",
+        "tokens": 257,
+        "begin": "<|endoftext|>",
+        "end": ["<|endoftext|>"],
+    }
     text = run("info", "--model", model).stdout
-    for part in ("tiny", f"{config.num_parameters:,}", "float32", "32.00 bits", "<|endoftext|>", "model.safetensors"):
+    for part in (
+        "tiny",
+        f"{config.num_parameters:,}",
+        "float32",
+        "32.00 bits",
+        "<|endoftext|>",
+        "model.safetensors",
+    ):
         assert part in text
     assert "\x1b" not in text
 
@@ -322,11 +387,14 @@ def test_info_verifies_the_manifest(model, tmp_path):
         (tmp_path / "copy" / file.name).write_bytes(file.read_bytes())
     good = json.loads(run("info", "--model", tmp_path / "copy", "--verify", "--json").stdout)
     assert {f["state"] for f in good["files"]} == {"not recorded"}
-    recorded = {f.name: {"sha256": file_sha256(f)} for f in model.iterdir()} | {"lost.txt": {"sha256": "0" * 64}}
+    recorded = {f.name: {"sha256": file_sha256(f)} for f in model.iterdir()} | {
+        "lost.txt": {"sha256": "0" * 64}
+    }
     (tmp_path / "copy" / "manifest.json").write_text(json.dumps({"files": recorded}))
     with (tmp_path / "copy" / "generation_config.json").open("a") as file:
         file.write(" ")
-    assert run("info", "--model", tmp_path / "copy").exit_code == 1  # a file is missing: no hash is needed to see that
+    # a file is missing: no hash is needed to see that
+    assert run("info", "--model", tmp_path / "copy").exit_code == 1
     result = run("info", "--model", tmp_path / "copy", "--verify", "--json")
     assert result.exit_code == 1
     states = {f["name"]: f["state"] for f in json.loads(result.stdout)["files"]}
@@ -400,7 +468,9 @@ def test_generate_prints_only_what_is_new(model, text_file):
 def test_generate_passes_every_knob_on(model):
     how = Sampling(0.9, 30, 0.95, 0.001, 1.2)
     expected = "".join(load(model, "numpy").stream("x", 30, how=how, rng=5, ignore_eos=True))
-    knobs = shlex.split("-t 0.9 --top-k 30 --top-p 0.95 --min-p 0.001 --repetition-penalty 1.2 --seed 5 --ignore-eos")
+    knobs = shlex.split(
+        "-t 0.9 --top-k 30 --top-p 0.95 --min-p 0.001 --repetition-penalty 1.2 --seed 5 --ignore-eos"
+    )
     result = run("generate", "x", "--model", model, "-n", "30", *knobs)
     assert result.stdout == as_lines(expected)
     assert "seed 5" in result.stderr
@@ -419,11 +489,15 @@ def test_what_is_piped_ends_with_one_newline(model, monkeypatch):
 def test_a_fresh_seed_is_told_so_that_the_text_can_be_had_again(model):
     first = run("generate", "x", "--model", model, "-n", "20", "-t", "1")
     seed = first.stderr.rsplit("seed ", 1)[1].strip()
-    assert run("generate", "x", "--model", model, "-n", "20", "-t", "1", "--seed", seed).stdout == first.stdout
+    assert (
+        run("generate", "x", "--model", model, "-n", "20", "-t", "1", "--seed", seed).stdout
+        == first.stdout
+    )
 
 
 def test_the_default_length_fits_the_context(model):
-    assert run("generate", "x" * 60, "--model", model).exit_code == 0  # 61 of 64 positions are taken
+    # 61 of 64 positions are taken
+    assert run("generate", "x" * 60, "--model", model).exit_code == 0
 
 
 def test_a_prompt_has_one_source(tmp_path):
@@ -444,7 +518,8 @@ def test_printable_text_steers_no_terminal(text):
 
 @pytest.mark.parametrize("width", [NARROW, 80, 200])
 def test_a_table_folds_names_and_never_cuts_a_number(width):
-    shown, name = io.StringIO(), "folder/" * 20 + "name.py"
+    shown = io.StringIO()
+    name = "folder/" * 20 + "name.py"
     made = table("document", "tokens", "bytes", "bits/byte", "perplexity")
     made.add_row(name, "1,234,567", "12,345,678", "1.234", "123456.78")
     Console(file=shown, width=width).print(made)
@@ -456,7 +531,14 @@ def test_a_table_folds_names_and_never_cuts_a_number(width):
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (8_397_272, "8.4 MB"), (999_600, "1 MB"), (5e15, "5e+03 TB")],
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (8_397_272, "8.4 MB"),
+        (999_600, "1 MB"),
+        (5e15, "5e+03 TB"),
+    ],
 )
 def test_sizes_have_three_digits(count, text):
     assert bytes_text(count) == text
@@ -472,7 +554,12 @@ def test_eval_prints_what_perplexity_measures(model, text_file):
     facts = json.loads(run("eval", *options, "--json").stdout)
     assert facts["bits per byte"] == score.bits_per_byte
     assert facts["perplexity"] == pytest.approx(math.exp(facts["nats per token"]))
-    assert (facts["tokens"], facts["bytes"], facts["window"], facts["stride"]) == (300, score.bytes, 64, 32)
+    assert (facts["tokens"], facts["bytes"], facts["window"], facts["stride"]) == (
+        300,
+        score.bytes,
+        64,
+        32,
+    )
     assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
     shown = run("eval", *options).stdout
     assert f"{score.bits_per_byte:.3f}" in shown
@@ -488,16 +575,24 @@ def test_a_cache_in_few_bits_is_what_the_options_say(model, text_file):
     few = ("--kv-bits", "4", "--kv-group", "4", "--kv-residual", "8")
     kivi = Kivi(4, 4, 4, 8)
     loaded = load(model, "numpy")
-    result = run("generate", "def f(x): return x", "--model", model, "-n", "20", "--ignore-eos", *few)
+    result = run(
+        "generate", "def f(x): return x", "--model", model, "-n", "20", "--ignore-eos", *few
+    )
     plain = run("generate", "def f(x): return x", "--model", model, "-n", "20", "--ignore-eos")
-    assert result.stdout == as_lines(loaded.generate("def f(x): return x", 20, ignore_eos=True, cache=kivi))
+    assert result.stdout == as_lines(
+        loaded.generate("def f(x): return x", 20, ignore_eos=True, cache=kivi)
+    )
     assert "in 4-bit codes but for the newest tokens, 8 at most" in result.stderr
-    assert human(kivi.nbytes(loaded.config, 38, full=32)) in result.stderr  # 18 + 1 + 20 tokens, the last never read
+    # 18 + 1 + 20 tokens, the last never read
+    assert human(kivi.nbytes(loaded.config, 38, full=32)) in result.stderr
     assert "cache:" not in plain.stderr
 
-    document, rng = [Document("code.py", TEXT)], np.random.default_rng(0)
+    document = [Document("code.py", TEXT)]
+    rng = np.random.default_rng(0)
     memory = partial(KiviAttend, kivi=kivi)
-    expected = compare(loaded, loaded, document, rng=rng, window=64, stride=32, max_tokens=300, attend=memory)
+    expected = compare(
+        loaded, loaded, document, rng=rng, window=64, stride=32, max_tokens=300, attend=memory
+    )
     options = ("eval", "--model", model, "--text", text_file, "--max-tokens", "300", *few)
     facts = json.loads(run(*options, "--reference", model, "--json").stdout)
     assert facts["against"]["KL"]["mean"] == expected.kl.mean > 0
@@ -517,7 +612,10 @@ def test_a_cache_in_few_bits_is_what_the_options_say(model, text_file):
     [
         (["--kv-group", "8"], "say to how many --kv-bits"),
         (["--kv-bits", "2"], "a head of 4 channels does not divide into groups of 32; 4 would fit"),
-        (["--kv-bits", "2", "--kv-group", "3"], "a head of 4 channels does not divide into groups of 3; 2 would fit"),
+        (
+            ["--kv-bits", "2", "--kv-group", "3"],
+            "a head of 4 channels does not divide into groups of 3; 2 would fit",
+        ),
         (["--kv-bits", "2", "--kv-residual", "40"], "residual 40 is no multiple of group 32"),
         (["--kv-bits", "9"], "--kv-bits"),
     ],
@@ -533,11 +631,26 @@ def test_cache_options_that_fit_nothing_are_refused(model, options, message):
 
 
 def test_a_cache_of_some_tokens_is_what_the_options_say(model):
-    loaded, text = load(model, "numpy"), "def f(x): return x + 1"  # 23 tokens
-    for name, policy, held in (("h2o", h2o(12), 12), ("tova", tova(12), 12), ("streaming", streaming(12), 12),
-                               ("recent", recent_only(12), 12)):  # fmt: skip
+    loaded = load(model, "numpy")  # 23 tokens
+    text = "def f(x): return x + 1"
+    for name, policy, held in (
+        ("h2o", h2o(12), 12),
+        ("tova", tova(12), 12),
+        ("streaming", streaming(12), 12),
+        ("recent", recent_only(12), 12),
+    ):
         got = run(
-            "generate", text, "--model", model, "-n", "20", "--ignore-eos", "--kv-keep", "12", "--kv-policy", name
+            "generate",
+            text,
+            "--model",
+            model,
+            "-n",
+            "20",
+            "--ignore-eos",
+            "--kv-keep",
+            "12",
+            "--kv-policy",
+            name,
         )
         assert got.stdout == as_lines(loaded.generate(text, 20, ignore_eos=True, cache=policy))
         assert f"{held} of 42 tokens a key head" in got.stderr
@@ -545,7 +658,10 @@ def test_a_cache_of_some_tokens_is_what_the_options_say(model):
     assert got.stdout == as_lines(loaded.generate(text * 2, 3, ignore_eos=True, cache=snapkv(40)))
     assert "42 of 47 tokens a key head" in got.stderr
     for options, message in (
-        (["--kv-keep", "16"], "16 tokens do not hold the first 0 and the newest 32; raise the budget to 32"),
+        (
+            ["--kv-keep", "16"],
+            "16 tokens do not hold the first 0 and the newest 32; raise the budget to 32",
+        ),
         (["--kv-policy", "h2o"], "say how many with --kv-keep"),
         (["--kv-keep", "16", "--kv-policy", "luck"], "choose one of snapkv, h2o, tova"),
         (["--kv-keep", "16", "--kv-policy", "h2o", "--kv-bits", "4"], "choose one"),
@@ -558,13 +674,25 @@ def test_a_cache_of_some_tokens_is_what_the_options_say(model):
 
 def test_eval_compares_with_a_reference(model, text_file, tmp_path):
     config = tiny_config(max_position_embeddings=64)
-    save(tmp_path / "other", config, tiny_params(config, 1, "float32"), byte_tokenizer(), dtype="float32")
+    save(
+        tmp_path / "other",
+        config,
+        tiny_params(config, 1, "float32"),
+        byte_tokenizer(),
+        dtype="float32",
+    )
     pair = load(tmp_path / "other", "numpy"), load(model, "numpy")
     rng = np.random.default_rng(3)
     expected = compare(*pair, [Document("code.py", TEXT)], rng=rng, window=32, stride=16)
     options = ("--model", tmp_path / "other", "--reference", model, "--text", text_file)
-    facts = json.loads(run("eval", *options, "--window", "32", "--seed", "3", "--json").stdout)["against"]
-    assert facts["KL"] == {"mean": expected.kl.mean, "low": expected.kl.low, "high": expected.kl.high}
+    facts = json.loads(run("eval", *options, "--window", "32", "--seed", "3", "--json").stdout)[
+        "against"
+    ]
+    assert facts["KL"] == {
+        "mean": expected.kl.mean,
+        "low": expected.kl.low,
+        "high": expected.kl.high,
+    }
     assert facts["top-1 agreement"]["mean"] == expected.agreement.mean
     shown = run("eval", *options).stdout
     assert f"against {model}" in shown
@@ -576,7 +704,18 @@ def test_eval_compares_with_a_reference(model, text_file, tmp_path):
 
 def test_json_has_null_for_what_is_not_finite(model, text_file):
     """One block of tokens has no interval; -Infinity would be no JSON."""
-    result = run("eval", "--model", model, "--text", text_file, "--reference", model, "--max-tokens", "1", "--json")
+    result = run(
+        "eval",
+        "--model",
+        model,
+        "--text",
+        text_file,
+        "--reference",
+        model,
+        "--max-tokens",
+        "1",
+        "--json",
+    )
     facts = json.loads(result.stdout, parse_constant=pytest.fail)
     assert facts["against"]["KL"] == {"mean": 0.0, "low": None, "high": None}
 
@@ -585,12 +724,29 @@ def test_the_defaults_are_the_plan_and_the_network_of_the_bundled_model():
     data = standard_library()
     if len(data.streams) == 1:
         pytest.skip("this Python carries no test package")
-    assert train.Shape().phases(data) == (Phase(10_625, 8, 256, (4, 1)), Phase(1_875, 2, 1024, (1, 0)))
+    assert train.Shape().phases(data) == (
+        Phase(10_625, 8, 256, (4, 1)),
+        Phase(1_875, 2, 1024, (1, 0)),
+    )
     assert train.Shape().config(4096, 0) == ModelConfig(
-        "llama", 4096, 256, 768, 4, 4, 2, 64, tie_word_embeddings=True, bos_token_id=0, eos_token_ids=(0,)
+        "llama",
+        4096,
+        256,
+        768,
+        4,
+        4,
+        2,
+        64,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_ids=(0,),
     )
     draft = train.Shape(width=64, layers=2).config(4096, 0)
-    assert (draft.num_attention_heads, draft.num_key_value_heads, draft.intermediate_size) == (1, 1, 192)
+    assert (draft.num_attention_heads, draft.num_key_value_heads, draft.intermediate_size) == (
+        1,
+        1,
+        192,
+    )
 
 
 SMALL = shlex.split(
@@ -610,14 +766,22 @@ def test_train_leaves_a_model_that_measures_as_it_says(trained, text_file, tmp_p
     assert result.exit_code == 0, result.output
     card = json.loads((output / "card.json").read_text())
     bits = card["measured"]["bits per byte"]
-    assert result.stdout == f"{output}: {bits:.3f} bits per byte on {card['measured']['tokens']:,} held-out tokens\n"
+    assert (
+        result.stdout
+        == f"{output}: {bits:.3f} bits per byte on {card['measured']['tokens']:,} held-out tokens\n"
+    )
     assert "\x1b" not in result.output
     held = tmp_path / "held"
     held.write_text("".join(TEXT.splitlines(keepends=True)[-4:]))  # 5 % of its 80 lines
-    assert json.loads(run("eval", "--model", output, "--text", held, "--json").stdout)["bits per byte"] == bits
+    assert (
+        json.loads(run("eval", "--model", output, "--text", held, "--json").stdout)["bits per byte"]
+        == bits
+    )
     assert run("generate", "def", "--model", output, "-n", "5").exit_code == 0
     assert "training" in run("info", "--model", output, "--verify").stdout
-    rows = [line.split() for line in result.stderr.splitlines() if line.strip().startswith(("3 ", "6 "))]
+    rows = [
+        line.split() for line in result.stderr.splitlines() if line.strip().startswith(("3 ", "6 "))
+    ]
     assert [row[0] for row in rows] == ["3", "6"]
 
 
@@ -633,7 +797,9 @@ def test_the_recorded_command_gives_the_same_model(trained, tmp_path, monkeypatc
     assert (again / "tokenizer.json").read_bytes() == (output / "tokenizer.json").read_bytes()
 
 
-def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(trained, text_file, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
+    trained, text_file, tmp_path, monkeypatch
+):
     output, _ = trained
     real = train.train
 
@@ -676,7 +842,9 @@ def test_a_home_directory_is_found_also_where_the_shell_leaves_it(text_file, tmp
     assert [p.name for p in tmp_path.iterdir()] == ["home"]
 
 
-def test_the_folder_that_one_stands_in_is_an_output_if_it_is_empty(text_file, tmp_path, monkeypatch):
+def test_the_folder_that_one_stands_in_is_an_output_if_it_is_empty(
+    text_file, tmp_path, monkeypatch
+):
     home = tmp_path / "mine"
     home.mkdir()
     monkeypatch.chdir(home)
@@ -700,14 +868,19 @@ def test_a_run_is_not_continued_with_other_text(trained, text_file, tmp_path):
 
 def test_another_plan_is_told(trained, text_file, tmp_path):
     output, _ = trained
-    work = shutil.copytree(output.with_name(output.name + ".training"), tmp_path / "work")  # the others need it
+    # the others need it
+    work = shutil.copytree(output.with_name(output.name + ".training"), tmp_path / "work")
     longer = [word if word != "6" else "8" for word in SMALL]
-    result = run("train", "--output", tmp_path / "longer", "--work", work, "--data", text_file, *longer)
+    result = run(
+        "train", "--output", tmp_path / "longer", "--work", work, "--data", text_file, *longer
+    )
     assert result.exit_code == 0
     assert "begun with another plan" in result.stderr
 
 
-@pytest.mark.parametrize(("option", "said"), [("--mlp", "of another network"), ("--seed", "6 steps of another plan")])
+@pytest.mark.parametrize(
+    ("option", "said"), [("--mlp", "of another network"), ("--seed", "6 steps of another plan")]
+)
 def test_a_finished_run_is_not_passed_off_as_another(trained, text_file, tmp_path, option, said):
     """Nothing would be trained, and the card would record a command that never ran."""
     work = trained[0].with_name(trained[0].name + ".training")
@@ -725,7 +898,12 @@ def test_a_draft_reads_its_teachers_tokens(trained, text_file, tmp_path):
     output, _ = trained
     options = [*SMALL, "--layers", "1", "--width", "8", "--heads", "1"]
     draft = tmp_path / "draft"
-    assert run("train", "--output", draft, "--data", text_file, "--draft-of", output, *options).exit_code == 0
+    assert (
+        run(
+            "train", "--output", draft, "--data", text_file, "--draft-of", output, *options
+        ).exit_code
+        == 0
+    )
     assert (draft / "tokenizer.json").read_bytes() == (output / "tokenizer.json").read_bytes()
     card = json.loads((draft / "card.json").read_text())
     assert 0 < card["measured"]["against the teacher"]["acceptance"] < 1
@@ -735,7 +913,16 @@ def test_a_draft_reads_its_teachers_tokens(trained, text_file, tmp_path):
 def test_another_teacher_is_noticed(trained, text_file, tmp_path):
     """While there is something left to train it is told; a finished run is not passed off as another's."""
     output, _ = trained
-    command = ("train", "--output", tmp_path / "m", "--work", tmp_path / "w", "--data", text_file, *SMALL)
+    command = (
+        "train",
+        "--output",
+        tmp_path / "m",
+        "--work",
+        tmp_path / "w",
+        "--data",
+        text_file,
+        *SMALL,
+    )
     taught = (*command, "--teacher", output, "--overwrite")
     assert run(*taught).exit_code == 0
     assert run(*taught).exit_code == 0  # the same again: nothing is left to do
@@ -747,7 +934,8 @@ def test_another_teacher_is_noticed(trained, text_file, tmp_path):
     result = run(*longer, "--alpha", "0.5")
     assert result.exit_code == 0
     assert "begun with another teacher, or weight of it" in result.stderr
-    (tmp_path / "w" / train.LESSON).unlink()  # of a run that an earlier version began, nothing is known
+    # of a run that an earlier version began, nothing is known
+    (tmp_path / "w" / train.LESSON).unlink()
     assert run(*longer, "--alpha", "1").exit_code == 0
 
 
@@ -780,11 +968,19 @@ def test_a_run_goes_on_from_the_weights_that_it_began_with(trained, text_file, t
 
 def test_the_installers_are_read_where_they_are_asked_for(monkeypatch, tmp_path):
     """And the card's command says so, either way."""
-    asked, commands = [], []
+    asked = []
+    commands = []
 
     def read(**how):
         asked.append(how)
-        return Data("letters", {"library": [Document("a", TEXT)]}, [Document("b", TEXT)], (1,), (1,), code=False)
+        return Data(
+            "letters",
+            {"library": [Document("a", TEXT)]},
+            [Document("b", TEXT)],
+            (1,),
+            (1,),
+            code=False,
+        )
 
     def keep(run, *, command, **rest):
         commands.append(shlex.split(command))
@@ -794,15 +990,26 @@ def test_the_installers_are_read_where_they_are_asked_for(monkeypatch, tmp_path)
     monkeypatch.setattr(train, "go", keep)
     for option in ((), ("--installers",), ("--no-installers", "--no-tests")):
         assert run("train", "--output", tmp_path / "m", *SMALL, *option).exit_code == 0
-    assert asked == [{"tests": True, "installers": False}, {"tests": True, "installers": True},
-                     {"tests": False, "installers": False}]  # fmt: skip
-    said = [[word for word in words if "installers" in word or "tests" in word] for words in commands]
-    assert said == [["--tests", "--no-installers"], ["--tests", "--installers"], ["--no-tests", "--no-installers"]]
+    assert asked == [
+        {"tests": True, "installers": False},
+        {"tests": True, "installers": True},
+        {"tests": False, "installers": False},
+    ]
+    said = [
+        [word for word in words if "installers" in word or "tests" in word] for words in commands
+    ]
+    assert said == [
+        ["--tests", "--no-installers"],
+        ["--tests", "--installers"],
+        ["--no-tests", "--no-installers"],
+    ]
 
 
 def test_phases_can_be_spelled_out(text_file, tmp_path):
     phases = ["--phase", "2,1,16", "--phase", "1,2,8,1"]
-    result = run("train", "--output", tmp_path / "m", "--data", text_file, "--no-tests", *SMALL, *phases)
+    result = run(
+        "train", "--output", tmp_path / "m", "--data", text_file, "--no-tests", *SMALL, *phases
+    )
     assert result.exit_code == 0, result.output
     training = json.loads((tmp_path / "m" / "card.json").read_text())["training"]
     words = shlex.split(training["command"])
@@ -827,10 +1034,15 @@ def test_figures_are_drawn_and_checked():
 
 
 def test_a_figure_is_drawn_from_its_data(tmp_path):
-    record = {"command": "x", "kind": "A", "hardware": "none", "values": {
-        "devices": [{"name": "d", "peak_flops": 1e12, "peak_bandwidth": 1e11}],
-        "points": [{"label": "p", "intensity": 2.0}],
-    }}  # fmt: skip
+    record = {
+        "command": "x",
+        "kind": "A",
+        "hardware": "none",
+        "values": {
+            "devices": [{"name": "d", "peak_flops": 1e12, "peak_bandwidth": 1e11}],
+            "points": [{"label": "p", "intensity": 2.0}],
+        },
+    }
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "roofline.json").write_text(json.dumps(record))
     result = run("figures", "--output", tmp_path)

@@ -16,7 +16,9 @@ from refllm.decode.speculative.loop import Step
 from refllm.decode.speculative.tree_drafter import TreeDrafter
 from study_models import byte_tokenizer, tiny_config, tiny_params
 
-RED, GREEN, OFF = "\x1b[31m\x1b[9m", "\x1b[32m", "\x1b[0m"
+RED = "\x1b[31m\x1b[9m"
+GREEN = "\x1b[32m"
+OFF = "\x1b[0m"
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +36,19 @@ def run(*arguments: str):
 def test_the_text_is_the_same_with_a_draft_model_and_with_ngrams(directory):
     common = ["x = x = x", "-m", str(directory), "-n", "40"]
     plain = run(*common)
-    for draft, more in ((str(directory), []), ("ngram", []), (str(directory), ["--tree"]), (f"ngram, {directory}", [])):
+    for draft, more in (
+        (str(directory), []),
+        ("ngram", []),
+        (str(directory), ["--tree"]),
+        (f"ngram, {directory}", []),
+    ):
         drafted = run(*common, "--draft", draft, "--gamma", "3", *more)
         assert drafted.exit_code == 0, drafted.output
         assert drafted.stdout == plain.stdout
-        assert re.search(r"\d+ of \d+ drafted tokens accepted \(\d+%; \d+% of those that were judged\)", drafted.stderr)
+        assert re.search(
+            r"\d+ of \d+ drafted tokens accepted \(\d+%; \d+% of those that were judged\)",
+            drafted.stderr,
+        )
         assert "tokens a step of the target" in drafted.stderr
         assert "\x1b" not in drafted.stdout
     assert "accepted" not in plain.stderr
@@ -72,7 +82,11 @@ def test_accepted_tokens_are_green_and_rejected_ones_red_and_struck_through():
     tokenizer = byte_tokenizer()
     ids = {c: tokenizer.encode(c)[0] for c in "abxyz"}
     shown = Speculation(None, tokenizer)
-    for step in (Step([], 0, ids["a"]), Step([ids["b"], ids["x"]], 1, ids["y"]), Step([ids["z"]], 1, ids["a"])):
+    for step in (
+        Step([], 0, ids["a"]),
+        Step([ids["b"], ids["x"]], 1, ids["y"]),
+        Step([ids["z"]], 1, ids["a"]),
+    ):
         shown.judged(step)
     # the stream holds characters back and gives them later, in pieces of its own
     text = "".join(shown.shown(iter(["ab", "", "yz"])))

@@ -20,7 +20,8 @@ def run(line):
 
 
 def test_it_says_what_kind_its_numbers_are_and_repeats_itself():
-    first, second = run(SMALL), run(SMALL)
+    first = run(SMALL)
+    second = run(SMALL)
     assert first.exit_code == 0, first.output
     assert "12 requests, projected for H200 SXM, bf16 dense (kind C)" in first.stdout
     assert "TTFT" in first.stdout
@@ -29,10 +30,19 @@ def test_it_says_what_kind_its_numbers_are_and_repeats_itself():
 
 @pytest.mark.parametrize(
     "more",
-    ["", "--policy static", "--policy orca-pow2 --slots 8192", "--policy priority --preempt swap", "--rate 5",
-     "--traffic chat --prefix-cache hash", "--traffic tree --prefix-cache radix --policy lpm", "--model llama-70b",
-     "--traffic azure-code --slots 40000", "--model stdlib"],
-)  # fmt: skip
+    [
+        "",
+        "--policy static",
+        "--policy orca-pow2 --slots 8192",
+        "--policy priority --preempt swap",
+        "--rate 5",
+        "--traffic chat --prefix-cache hash",
+        "--traffic tree --prefix-cache radix --policy lpm",
+        "--model llama-70b",
+        "--traffic azure-code --slots 40000",
+        "--model stdlib",
+    ],
+)
 def test_json_has_the_numbers_and_everybody_is_served(more):
     result = run(f"{SMALL} {more} --json")
     assert result.exit_code == 0, result.output
@@ -43,17 +53,28 @@ def test_json_has_the_numbers_and_everybody_is_served(more):
 
 
 def test_limits_cost_goodput():
-    free, tight = (json.loads(run(f"{SMALL} --json {limits}").stdout) for limits in ("", "--ttft 12"))
-    assert free["goodput"] == free["request_throughput"] == tight["request_throughput"] > tight["goodput"]
+    free, tight = (
+        json.loads(run(f"{SMALL} --json {limits}").stdout) for limits in ("", "--ttft 12")
+    )
+    assert (
+        free["goodput"]
+        == free["request_throughput"]
+        == tight["request_throughput"]
+        > tight["goodput"]
+    )
 
 
 def test_a_trace_is_a_record_of_every_step(tmp_path):
     path = tmp_path / "run.json"
-    result = run(f"simulate --traffic chat --requests 4 --slots 900 --prefix-cache radix --trace {path} --json")
+    result = run(
+        f"simulate --traffic chat --requests 4 --slots 900 --prefix-cache radix --trace {path} --json"
+    )
     assert result.exit_code == 0, result.output
-    record, steps = read(path), json.loads(result.stdout)["steps"]
+    record = read(path)
+    steps = json.loads(result.stdout)["steps"]
     assert record.kind == "C"
-    occupancy, blocks = record.values["occupancy"], record.values["blocks"]
+    occupancy = record.values["occupancy"]
+    blocks = record.values["blocks"]
     assert all(len(occupancy[name]) == steps for name in COLUMNS)
     assert len(blocks["owners"]) == min(200, steps)
     assert all(len(row) == 900 // 16 for row in blocks["owners"])
@@ -61,7 +82,8 @@ def test_a_trace_is_a_record_of_every_step(tmp_path):
     def tokens(nodes):
         return sum(node["tokens"] + tokens(node["children"]) for node in nodes)
 
-    assert tokens(record.values["tree"]) > 160  # the system prompt, once, and what was said after it
+    # the system prompt, once, and what was said after it
+    assert tokens(record.values["tree"]) > 160
 
 
 @pytest.mark.parametrize(

@@ -7,18 +7,32 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.decode.speculative.acceptance import Acceptance, acceptance_stats, best_gamma, expected_length, speedup
+from refllm.decode.speculative.acceptance import (
+    Acceptance,
+    acceptance_stats,
+    best_gamma,
+    expected_length,
+    speedup,
+)
 from refllm.decode.speculative.acceptance import acceptance_stats as same
 from strategies import seeds
 
 EPS = float(np.finfo(np.float64).eps)
-pairs = st.lists(st.integers(0, 5).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))), max_size=20)
+pairs = st.lists(
+    st.integers(0, 5).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))), max_size=20
+)
 
 
 def test_the_three_numbers_by_hand():
     stats = acceptance_stats([(3, 3), (3, 0), (3, 1), (0, 0)])
     assert same is acceptance_stats
-    assert (stats.steps, stats.proposed, stats.judged, stats.accepted, stats.emitted) == (4, 9, 6, 4, 8)
+    assert (stats.steps, stats.proposed, stats.judged, stats.accepted, stats.emitted) == (
+        4,
+        9,
+        6,
+        4,
+        8,
+    )
     assert (stats.rate, stats.alpha, stats.length) == (4 / 9, 4 / 6, 2.0)
     assert stats.by_place == [[3, 2], [2, 1], [1, 1]]
     empty = acceptance_stats([])
@@ -32,7 +46,10 @@ def test_the_numbers_keep_their_order(steps):
     assert stats.rate <= stats.alpha <= 1
     assert 1 <= stats.length <= 1 + max((n for n, _ in steps), default=0)
     assert stats.emitted == sum(1 + a for _, a in steps)
-    assert [sum(column) for column in zip(*stats.by_place, strict=True)] in ([stats.judged, stats.accepted], [])
+    assert [sum(column) for column in zip(*stats.by_place, strict=True)] in (
+        [stats.judged, stats.accepted],
+        [],
+    )
 
 
 @pytest.mark.parametrize("pair", [(2, 3), (2, -1), (-1, -1)])
@@ -51,13 +68,16 @@ def test_expected_length(alpha, gamma):
     assert expected_length(alpha, gamma) == pytest.approx(run, rel=100 * EPS)
     assert expected_length(1, gamma) == gamma + 1
     if alpha < 0.99:
-        assert expected_length(alpha, gamma) == pytest.approx((1 - alpha ** (gamma + 1)) / (1 - alpha), rel=1e4 * EPS)
+        assert expected_length(alpha, gamma) == pytest.approx(
+            (1 - alpha ** (gamma + 1)) / (1 - alpha), rel=1e4 * EPS
+        )
     with pytest.raises(ValueError, match="probability"):
         expected_length(alpha + 1.5, gamma)
 
 
 @pytest.mark.theorem(
-    "Where verification is free (t flat) drafting gains if and only if α > c", source="Leviathan et al. 2023, corr. 3.9"
+    "Where verification is free (t flat) drafting gains if and only if α > c",
+    source="Leviathan et al. 2023, corr. 3.9",
 )
 @given(alpha=st.floats(0, 1), cost=st.floats(0, 1), more=st.integers(1, 8))
 def test_drafting_gains_iff_alpha_exceeds_the_cost_of_a_draft(alpha, cost, more):

@@ -34,7 +34,9 @@ def network(config: ModelConfig, seed: int, dtype: str = "float64"):
 def whole(weights, config: ModelConfig, tokens) -> np.ndarray:
     """Logits after each token by the network, without a cache."""
     attend = CausalAttend([len(tokens)], config.sliding_window)
-    return logits(weights, forward(weights, config, np.asarray(tokens), np.arange(len(tokens)), attend))
+    return logits(
+        weights, forward(weights, config, np.asarray(tokens), np.arange(len(tokens)), attend)
+    )
 
 
 @pytest.mark.theorem(
@@ -42,9 +44,14 @@ def whole(weights, config: ModelConfig, tokens) -> np.ndarray:
     source="what a call writes the next one reads",
 )
 @given(
-    config=model_configs(families=["llama", "mistral"]) | st.just(BLOCKED), in_place=st.booleans(), paged=st.booleans(),
-    steps=st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3).filter(any), min_size=1, max_size=5), seed=seeds,
-)  # fmt: skip
+    config=model_configs(families=["llama", "mistral"]) | st.just(BLOCKED),
+    in_place=st.booleans(),
+    paged=st.booleans(),
+    steps=st.lists(
+        st.lists(st.integers(0, 3), min_size=3, max_size=3).filter(any), min_size=1, max_size=5
+    ),
+    seed=seeds,
+)
 def test_a_captured_step_is_the_network(config, in_place, paged, steps, seed):
     rng = np.random.default_rng(seed)
     texts = rng.integers(0, config.vocab_size, (3, 16))
@@ -57,16 +64,22 @@ def test_a_captured_step_is_the_network(config, in_place, paged, steps, seed):
         step = CapturedStep(weights, config)
         expected = [whole(weights, config, text) for text in texts]
         like = weights["norm"]
-        cache = PagedKVCache(config, 18, 3, like=like, poison=True) if paged else ContiguousCache(
-            config, 3, 16, like=like
-        )  # fmt: skip
+        cache = (
+            PagedKVCache(config, 18, 3, like=like, poison=True)
+            if paged
+            else ContiguousCache(config, 3, 16, like=like)
+        )
         tables = [cache.table() for _ in range(3)] if paged else []
         done = [0, 0, 0]
         for counts in steps:
             for table, count in zip(tables, counts, strict=False):
                 cache.reserve(table, count)
             where = (tables, counts) if paged else (counts,)
-            tokens = [int(t) for text, s, n in zip(texts, done, counts, strict=True) for t in text[s : s + n]]
+            tokens = [
+                int(t)
+                for text, s, n in zip(texts, done, counts, strict=True)
+                for t in text[s : s + n]
+            ]
             got = step(tokens, cache.positions(*where), cache.view(*where))
             cache.advance(*where)
             parts = [e[s : s + n] for e, s, n in zip(expected, done, counts, strict=True)]
@@ -79,12 +92,15 @@ def test_it_continues_a_prefill_of_the_network_and_the_other_way_round():
     config = NETWORKS["llama3-rope"]
     weights = network(config, 1)
     expected = full_logits(weights, config)
-    cache, step = ContiguousCache(config, 1, 50, like=weights["norm"]), CapturedStep(weights, config)
+    cache = ContiguousCache(config, 1, 50, like=weights["norm"])
+    step = CapturedStep(weights, config)
     forward(weights, config, TOKENS[:20], np.arange(20), cache.view([20]))
     cache.advance([20])
     atol = tolerance(config, 40, expected)
     for i in range(20, 30):
-        np.testing.assert_allclose(step([int(TOKENS[i])], [i], cache.view([1]))[0], expected[i], rtol=0, atol=atol)
+        np.testing.assert_allclose(
+            step([int(TOKENS[i])], [i], cache.view([1]))[0], expected[i], rtol=0, atol=atol
+        )
         cache.advance([1])
     hidden = forward(weights, config, TOKENS[30:], np.arange(30, 40), cache.view([10]))
     np.testing.assert_allclose(logits(weights, hidden), expected[30:], rtol=0, atol=atol)
@@ -94,11 +110,14 @@ def test_a_batch_of_many_rows_goes_through_the_network(monkeypatch):
     monkeypatch.setattr(captured_step, "ROWS", 4)
     config = NETWORKS["llama"]
     weights = network(config, 1)
-    step, expected = CapturedStep(weights, config), full_logits(weights, config)
+    step = CapturedStep(weights, config)
+    expected = full_logits(weights, config)
     for rows in (4, 5):
         cache = ContiguousCache(config, 1, rows, like=weights["norm"])
         got = step(TOKENS[:rows].tolist(), list(range(rows)), cache.view([rows]))
-        np.testing.assert_allclose(got, expected[:rows], rtol=0, atol=tolerance(config, 40, expected))
+        np.testing.assert_allclose(
+            got, expected[:rows], rtol=0, atol=tolerance(config, 40, expected)
+        )
     assert list(step.captured) == [4]
 
 
@@ -106,7 +125,9 @@ def test_rows_that_are_added_stay_zeros_whatever_stood_in_the_memory(monkeypatch
     """A batch of not-a-numbers leaves its memory to the next, smaller one, which computes a row for nobody."""
     monkeypatch.setattr(weights_module, "reads_in_place", lambda: True)
     weights = network(BLOCKED, 0)
-    weights["embed_tokens"] = Dense(np.where(np.arange(128)[:, None] < 4, np.nan, weights["embed_tokens"].dequantize()))
+    weights["embed_tokens"] = Dense(
+        np.where(np.arange(128)[:, None] < 4, np.nan, weights["embed_tokens"].dequantize())
+    )
     step = CapturedStep(weights, BLOCKED)
 
     def logits_of(tokens: list[int]) -> np.ndarray:
@@ -142,7 +163,8 @@ def test_families_with_more_in_them_are_left_to_the_network(name):
     config = NETWORKS[name]
     weights = network(config, 0)
     assert not fits(config, weights)
-    step, expected = stepper(weights, config), full_logits(weights, config)
+    step = stepper(weights, config)
+    expected = full_logits(weights, config)
     cache = ContiguousCache(config, 1, 40, like=weights["norm"])
     got = step(TOKENS.tolist(), list(range(40)), cache.view([40]))
     np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance(config, 40, expected))
@@ -173,11 +195,14 @@ def test_quantised_networks_and_other_libraries_are_left_to_the_network(xp):
 )
 def test_weights_that_are_exchanged_count_from_the_next_step_on(change):
     config = NETWORKS["llama"]
-    weights, other = network(config, 0), network(config, 1)
+    weights = network(config, 0)
+    other = network(config, 1)
     step = CapturedStep(weights, config)
 
     def logits_of() -> np.ndarray:
-        return step([5, 6], [0, 0], ContiguousCache(config, 2, 1, like=weights["norm"]).view([1, 1])).copy()
+        return step(
+            [5, 6], [0, 0], ContiguousCache(config, 2, 1, like=weights["norm"]).view([1, 1])
+        ).copy()
 
     def expected() -> np.ndarray:
         view = ContiguousCache(config, 2, 1, like=weights["norm"]).view([1, 1])
@@ -202,14 +227,17 @@ def test_weights_that_are_exchanged_count_from_the_next_step_on(change):
         weights[change] = other[change]
     assert np.abs(logits_of() - before).max() > 1e-3
     coarse = float(np.finfo(expected().dtype).eps / np.finfo(np.float64).eps)
-    np.testing.assert_allclose(logits_of(), expected(), rtol=0, atol=coarse * tolerance(config, 2, before))
+    np.testing.assert_allclose(
+        logits_of(), expected(), rtol=0, atol=coarse * tolerance(config, 2, before)
+    )
 
 
 class _Twice:
     """A ``Linear`` that is no ``Dense``."""
 
     def __init__(self, weight: Dense):
-        self.weight, self.shape = weight, weight.shape
+        self.weight = weight
+        self.shape = weight.shape
 
     def matmul(self, x):
         return 2 * self.weight.matmul(x)
@@ -240,8 +268,12 @@ def test_far_positions_cost_no_table():
     step = CapturedStep(weights, config)
     for at in (10**6, captured_step.MOST_ANGLES, captured_step.MOST_ANGLES - 1):
         views = (ContiguousCache(config, 1, 1, like=weights["norm"]).view([1]) for _ in range(2))
-        expected = logits(weights, forward(weights, config, np.array([3]), np.array([at]), next(views)))
-        np.testing.assert_allclose(step([3], [at], next(views)), expected, rtol=0, atol=tolerance(config, 1, expected))
+        expected = logits(
+            weights, forward(weights, config, np.array([3]), np.array([at]), next(views))
+        )
+        np.testing.assert_allclose(
+            step([3], [at], next(views)), expected, rtol=0, atol=tolerance(config, 1, expected)
+        )
         assert len(step.angles[0]) <= captured_step.MOST_ANGLES
     assert len(step.angles[0]) == captured_step.MOST_ANGLES
 
@@ -249,7 +281,9 @@ def test_far_positions_cost_no_table():
 def test_a_network_of_two_types_is_left_as_it_is():
     config = NETWORKS["llama"]
     weights = network(config, 0)
-    weights["layers"][1]["input_layernorm"] = weights["layers"][1]["input_layernorm"].astype(np.float32)
+    weights["layers"][1]["input_layernorm"] = weights["layers"][1]["input_layernorm"].astype(
+        np.float32
+    )
     assert not fits(config, weights)
 
 
@@ -270,7 +304,8 @@ def test_an_empty_step_is_the_networks():
 def test_float32_networks_are_captured_in_float32():
     config = dataclasses.replace(NETWORKS["llama"], rms_norm_eps=1e-5)
     weights = network(config, 3, "float32")
-    cache, step = ContiguousCache(config, 1, 40, like=weights["norm"]), CapturedStep(weights, config)
+    cache = ContiguousCache(config, 1, 40, like=weights["norm"])
+    step = CapturedStep(weights, config)
     got = step(TOKENS.tolist(), list(range(40)), cache.view([40]))
     assert got.dtype == np.float32
     expected = full_logits(network(config, 3), config)

@@ -17,7 +17,13 @@ from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.decode.generate import GREEDY, Sampling
 from refllm.decode.sampling import warp
 from refllm.decode.speculative import verification
-from refllm.decode.speculative.drafters import Adversary, JacobiDrafter, ModelDrafter, NGramDrafter, PerfectDrafter
+from refllm.decode.speculative.drafters import (
+    Adversary,
+    JacobiDrafter,
+    ModelDrafter,
+    NGramDrafter,
+    PerfectDrafter,
+)
 from refllm.decode.speculative.interface import Ask, check_vocabulary, common_prefix
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.config import ModelConfig
@@ -38,7 +44,13 @@ def record(config: ModelConfig, seed: int, xp=np, dtype: str = "float64"):
 def next_logits(model, text, xp=np):
     cache = ContiguousCache(model.config, 1, len(text), like=model.weights["norm"])
     positions = xp.asarray(np.arange(len(text)))
-    hidden = forward(model.weights, model.config, xp.asarray(np.asarray(text)), positions, cache.view([len(text)]))
+    hidden = forward(
+        model.weights,
+        model.config,
+        xp.asarray(np.asarray(text)),
+        positions,
+        cache.view([len(text)]),
+    )
     return to_host(logits(model.weights, hidden))[-1]
 
 
@@ -58,11 +70,18 @@ def looked_up(text, count, longest, shortest):
     "Prompt lookup copies what followed the longest earlier match of the last tokens, of equal ones the latest",
     source="definition; Saxena 2023 with another tie rule",
 )
-@given(text=texts, count=st.integers(0, 5), shortest=st.integers(1, 2), more=st.integers(0, 2), cuts=st.data())
+@given(
+    text=texts,
+    count=st.integers(0, 5),
+    shortest=st.integers(1, 2),
+    more=st.integers(0, 2),
+    cuts=st.data(),
+)
 def test_ngrams_are_found_as_by_search(text, count, shortest, more, cuts):
     drafter = NGramDrafter(longest=shortest + more, shortest=shortest)
     rng = np.random.default_rng(0)
-    for end in cuts.draw(st.lists(st.integers(1, len(text)), max_size=4)):  # in any order: shorter is a new text
+    # in any order: shorter is a new text
+    for end in cuts.draw(st.lists(st.integers(1, len(text)), max_size=4)):
         drafter.propose(text[:end], 1, GREEDY, rng)
     found = drafter.propose(text, count, GREEDY, rng)
     assert found.q is None
@@ -70,7 +89,9 @@ def test_ngrams_are_found_as_by_search(text, count, shortest, more, cuts):
 
 
 def test_the_latest_of_equal_matches_counts():
-    assert NGramDrafter(shortest=1).propose([1, 2, 7, 1, 3, 7, 1], 2, GREEDY, np.random.default_rng(0)).tokens == [3, 7]
+    assert NGramDrafter(shortest=1).propose(
+        [1, 2, 7, 1, 3, 7, 1], 2, GREEDY, np.random.default_rng(0)
+    ).tokens == [3, 7]
 
 
 # --- a model ------------------------------------------------------------------------------------------------------
@@ -98,7 +119,9 @@ def test_the_returned_distribution_is_the_sampled_one(how, own, monkeypatch):
         q = rows[first,]
         assert chance == pytest.approx(q[0, first] * q[1, second], abs=16 * EPS)
         for i, text in enumerate(([0, 1], [0, 1, first])):
-            expected = warp(next_logits(drafter.model, text), used.temperature, used.top_k, used.top_p)
+            expected = warp(
+                next_logits(drafter.model, text), used.temperature, used.top_k, used.top_p
+            )
             np.testing.assert_allclose(q[i], expected, rtol=0, atol=1e-12)
     assert sum(found.values()) == pytest.approx(1)
 
@@ -110,8 +133,10 @@ def test_the_returned_distribution_is_the_sampled_one(how, own, monkeypatch):
 @pytest.mark.parametrize("name", ["llama", "mistral-window"])
 @given(seed=seeds, rounds=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), max_size=5))
 def test_a_cache_that_goes_on_is_one_that_begins_anew(xp, name, seed, rounds):
-    model, rng = record(NETWORKS[name], 2, xp), np.random.default_rng(seed)
-    drafter, text = ModelDrafter(model, 4), rng.integers(0, 300, 3).tolist()
+    model = record(NETWORKS[name], 2, xp)
+    rng = np.random.default_rng(seed)
+    drafter = ModelDrafter(model, 4)
+    text = rng.integers(0, 300, 3).tolist()
     for count, accepted in rounds:
         mine = drafter.propose(text, count, GREEDY, rng).tokens
         assert mine == ModelDrafter(model, 4).propose(text, count, GREEDY, rng).tokens
@@ -126,9 +151,17 @@ def test_a_cache_that_goes_on_is_one_that_begins_anew(xp, name, seed, rounds):
     if fed:
         fresh = ContiguousCache(model.config, 1, len(fed), like=model.weights["norm"])
         ids = xp.asarray(np.asarray(fed))
-        forward(model.weights, model.config, ids, xp.asarray(np.arange(len(fed))), fresh.view([len(fed)]))
+        forward(
+            model.weights,
+            model.config,
+            ids,
+            xp.asarray(np.arange(len(fed))),
+            fresh.view([len(fed)]),
+        )
         mine, theirs = (to_host(c.keys[..., : len(fed)]) for c in (drafter.cache, fresh))
-        np.testing.assert_allclose(mine, theirs, rtol=0, atol=tolerance(model.config, len(fed), theirs))
+        np.testing.assert_allclose(
+            mine, theirs, rtol=0, atol=tolerance(model.config, len(fed), theirs)
+        )
 
 
 def test_after_full_acceptance_two_tokens_are_computed_and_after_rejection_one():
@@ -137,34 +170,41 @@ def test_after_full_acceptance_two_tokens_are_computed_and_after_rejection_one()
     first = drafter.propose([0, 1], 3, GREEDY, rng).tokens
     assert drafter.computed == 2 + 2  # the prompt, and two of the drafts: the last one is never fed
     drafter.propose([0, 1, *first, 2], 1, GREEDY, rng)
-    assert drafter.computed == 4 + 2  # the last draft, whose keys and values were missing, and the bonus
+    # the last draft, whose keys and values were missing, and the bonus
+    assert drafter.computed == 4 + 2
     drafter.propose([0, 1, *first, (2 + 1) % 3], 1, GREEDY, rng)
     assert drafter.computed == 6 + 1
 
 
 def test_drafts_end_where_the_model_is_not_sure_or_has_no_positions_left():
-    model, rng = record(SMALL, 1), np.random.default_rng(0)
+    model = record(SMALL, 1)
+    rng = np.random.default_rng(0)
     z = next_logits(model, [0, 1])
     top = float(warp(z).max())
     for how in (GREEDY, SAMPLED):
         assert ModelDrafter(model, confidence=top + 1e-9).propose([0, 1], 3, how, rng).tokens == []
-        assert len(ModelDrafter(model, confidence=top - 1e-9).propose([0, 1], 3, how, rng).tokens) >= 1
+        assert (
+            len(ModelDrafter(model, confidence=top - 1e-9).propose([0, 1], 3, how, rng).tokens) >= 1
+        )
         assert len(ModelDrafter(model).propose([0] * 30, 4, how, rng).tokens) == 2
         assert ModelDrafter(model).propose([0] * 32, 4, how, rng).tokens == []
         assert ModelDrafter(model).propose([0] * 40, 4, how, rng).tokens == []
 
 
 def test_the_controls():
-    model, rng = record(SMALL, 1), np.random.default_rng(0)
+    model = record(SMALL, 1)
+    rng = np.random.default_rng(0)
     z = next_logits(model, [0, 1])
     assert PerfectDrafter(model).propose([0, 1], 1, GREEDY, rng).tokens == [int(z.argmax())]
     assert Adversary(model).propose([0, 1], 1, SAMPLED, rng) == ([int(z.argmin())], None)
 
 
 def test_jacobi_guesses_what_the_target_said():
-    drafter, rng = JacobiDrafter(3), np.random.default_rng(0)
+    drafter = JacobiDrafter(3)
+    rng = np.random.default_rng(0)
     assert drafter.propose([5], 3, GREEDY, rng) == ([5, 5, 5], None)
-    drafter.observe([7, 8, 9, 10], 1)  # 7 was accepted, 8 is emitted, 9 and 10 came after wrong guesses
+    # 7 was accepted, 8 is emitted, 9 and 10 came after wrong guesses
+    drafter.observe([7, 8, 9, 10], 1)
     assert drafter.propose([5, 7, 8], 3, GREEDY, rng).tokens == [9, 10, 8]
     assert drafter.propose([5, 7, 8], 1, GREEDY, rng).tokens == [9]
 
@@ -173,7 +213,9 @@ def test_jacobi_guesses_what_the_target_said():
 
 
 @pytest.mark.parametrize("gamma", [0, -1, 1.5, None])
-@pytest.mark.parametrize("kind", [NGramDrafter, JacobiDrafter, lambda gamma: ModelDrafter(record(SMALL, 1), gamma)])
+@pytest.mark.parametrize(
+    "kind", [NGramDrafter, JacobiDrafter, lambda gamma: ModelDrafter(record(SMALL, 1), gamma)]
+)
 def test_gamma_must_be_at_least_one(kind, gamma):
     with pytest.raises(ValueError, match="gamma, the number of drafts a step, must be 1 or more"):
         kind(gamma)
@@ -187,7 +229,8 @@ def test_bad_settings_are_named():
 
 
 def test_another_vocabulary_is_refused():
-    target, other = record(NETWORKS["llama"], 1), record(SMALL, 1)
+    target = record(NETWORKS["llama"], 1)
+    other = record(SMALL, 1)
     with pytest.raises(ValueError, match="vocabulary of 3 tokens and the target of 300"):
         check_vocabulary(target, other)
     other = record(NETWORKS["llama"], 2)
@@ -216,45 +259,69 @@ def test_common_prefix(a, b):
 @pytest.mark.parametrize("name", ["llama", "mistral-window"])
 @given(data=st.data(), seed=seeds, sampled=st.booleans(), confidence=st.sampled_from([0.0, 0.01]))
 def test_drafts_made_together_are_those_made_alone(xp, name, data, seed, sampled, confidence):
-    config, rng = NETWORKS[name], np.random.default_rng(seed)
-    model, how = record(config, seed % 7, xp), SAMPLED if sampled else GREEDY
+    config = NETWORKS[name]
+    rng = np.random.default_rng(seed)
+    model = record(config, seed % 7, xp)
+    how = SAMPLED if sampled else GREEDY
     together = ModelDrafter(model, 3, confidence=confidence, sequences=5)
     texts = [rng.integers(0, config.vocab_size, rng.integers(1, 9)).tolist() for _ in range(5)]
     for turn in range(3):
         asked = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=5, unique=True))
-        asks = [Ask(texts[s], int(rng.integers(0, 4)), how, np.random.default_rng([turn, s]), s) for s in asked]
+        asks = [
+            Ask(texts[s], int(rng.integers(0, 4)), how, np.random.default_rng([turn, s]), s)
+            for s in asked
+        ]
         made = together.propose_together(asks)
         for ask, proposal in zip(asks, made, strict=True):
             alone = ModelDrafter(model, 3, confidence=confidence)
-            expected = alone.propose(ask.tokens, ask.most, how, np.random.default_rng([turn, ask.sequence]))
+            expected = alone.propose(
+                ask.tokens, ask.most, how, np.random.default_rng([turn, ask.sequence])
+            )
             assert proposal.tokens == expected.tokens
             assert (proposal.q is None) == (expected.q is None)
             if expected.q is not None:
-                np.testing.assert_allclose(to_host(proposal.q), to_host(expected.q), rtol=0, atol=1e-11)
+                np.testing.assert_allclose(
+                    to_host(proposal.q), to_host(expected.q), rtol=0, atol=1e-11
+                )
             # some of the drafts are accepted, and a token follows
             kept = expected.tokens[: rng.integers(0, 4)]
-            texts[ask.sequence] = [*ask.tokens, *kept, *rng.integers(0, config.vocab_size, 1).tolist()]
+            texts[ask.sequence] = [
+                *ask.tokens,
+                *kept,
+                *rng.integers(0, config.vocab_size, 1).tolist(),
+            ]
 
 
 def test_a_full_sequence_between_others_and_a_text_of_one_token_are_no_obstacle():
-    model, rng = record(SMALL, 1), np.random.default_rng(0)  # 32 positions
+    model = record(SMALL, 1)  # 32 positions
+    rng = np.random.default_rng(0)
     drafter = ModelDrafter(model, 2, sequences=3)
     drafter.propose([0] * 31, 1, GREEDY, rng, 1)
     assert drafter.cache.lengths[1] == 31
     for middle, length in (([0] * 31, 31), ([0] * 32, 31)):
-        asks = [Ask([0, 1, 2], 2, GREEDY, rng, 0), Ask(middle, 2, GREEDY, rng, 1), Ask([2], 2, GREEDY, rng, 2)]
+        asks = [
+            Ask([0, 1, 2], 2, GREEDY, rng, 0),
+            Ask(middle, 2, GREEDY, rng, 1),
+            Ask([2], 2, GREEDY, rng, 2),
+        ]
         found = [p.tokens for p in drafter.propose_together(asks)]
-        expected = [ModelDrafter(model, 2).propose(ask.tokens, 2, GREEDY, rng).tokens for ask in asks]
+        expected = [
+            ModelDrafter(model, 2).propose(ask.tokens, 2, GREEDY, rng).tokens for ask in asks
+        ]
         assert found == expected
         assert drafter.cache.lengths[1] == length
-    texts = [0, 1, 2], [0] * 32, [1, 1, 2]  # two tokens of the first and the last at once, around a full one
+    # two tokens of the first and the last at once, around a full one
+    texts = [0, 1, 2], [0] * 32, [1, 1, 2]
     found = drafter.propose_together([Ask(text, 2, GREEDY, rng, s) for s, text in enumerate(texts)])
-    assert [p.tokens for p in found] == [ModelDrafter(model, 2).propose(t, 2, GREEDY, rng).tokens for t in texts]
+    assert [p.tokens for p in found] == [
+        ModelDrafter(model, 2).propose(t, 2, GREEDY, rng).tokens for t in texts
+    ]
     assert drafter.cache.lengths[1] == 31
     assert drafter.propose_together([]) == []
 
 
 def test_a_sequence_drafts_once_in_a_step():
-    drafter, rng = ModelDrafter(record(SMALL, 1), 2, sequences=3), np.random.default_rng(0)
+    drafter = ModelDrafter(record(SMALL, 1), 2, sequences=3)
+    rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="drafts once in a step"):
         drafter.propose_together([Ask([0, 1], 2, GREEDY, rng, 0), Ask([1, 1], 2, GREEDY, rng, 0)])

@@ -34,13 +34,21 @@ temperatures = st.sampled_from([0.3, 0.7, 1.0, 1.8])
 top_ks = st.integers(0, 12)
 top_ps = st.sampled_from([1e-9, 0.1, 0.5, 0.8, 0.95, 0.999, 1.0])
 min_ps = st.sampled_from([0.0, 0.01, 0.2, 0.6, 1.0])
-settings_ = st.fixed_dictionaries({"temperature": temperatures, "top_k": top_ks, "top_p": top_ps, "min_p": min_ps})
+settings_ = st.fixed_dictionaries(
+    {"temperature": temperatures, "top_k": top_ks, "top_p": top_ps, "min_p": min_ps}
+)
 
 
 @st.composite
 def logits(draw: st.DrawFn, rows: int = 1, masked: bool = True) -> np.ndarray:
     """float32 [rows, V] with ties more often than not, and masked tokens (never all of a row)."""
-    z = draw(arrays(rows, st.integers(1, 12), kinds=("normal", "outlier_column", "zero", "constant", "one_sided")))
+    z = draw(
+        arrays(
+            rows,
+            st.integers(1, 12),
+            kinds=("normal", "outlier_column", "zero", "constant", "one_sided"),
+        )
+    )
     if draw(st.booleans()):
         z = np.round(2 * z) / 2  # few different values: ties
     if masked and draw(st.booleans()):
@@ -51,17 +59,22 @@ def logits(draw: st.DrawFn, rows: int = 1, masked: bool = True) -> np.ndarray:
     return z
 
 
-def brute_force(z: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> list[float]:
+def brute_force(
+    z: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float
+) -> list[float]:
     """The definition, in Python floats over sorted lists; one row."""
     row = [float(x) for x in z]
     if temperature == 0:
         return [float(i == row.index(max(row))) for i in range(len(row))]
     weight = [math.exp((x - max(row)) / temperature) for x in row]
-    ranked = sorted(range(len(row)), key=lambda i: (-weight[i], i))  # of equal ones the lowest id first
+    # of equal ones the lowest id first
+    ranked = sorted(range(len(row)), key=lambda i: (-weight[i], i))
     if top_k:
         ranked = ranked[:top_k]
     if top_p < 1:
-        total, mass, nucleus = math.fsum(weight[i] for i in ranked), 0.0, []
+        total = math.fsum(weight[i] for i in ranked)
+        mass = 0.0
+        nucleus = []
         for i in ranked:
             nucleus.append(i)
             mass += weight[i]
@@ -85,7 +98,9 @@ def brute_force(z: np.ndarray, temperature: float, top_k: int, top_p: float, min
     source="Holtzman et al. 2020, §3.1; Fan et al. 2018; Nguyen et al. 2024",
 )
 @given(z=logits(rows=3), how=settings_ | st.fixed_dictionaries({"temperature": st.just(0.0)}))
-@example(z=np.zeros((1, 4), np.float32), how={"temperature": 1.0, "top_p": 0.5})  # two of four reach a half exactly
+@example(
+    z=np.zeros((1, 4), np.float32), how={"temperature": 1.0, "top_p": 0.5}
+)  # two of four reach a half exactly
 def test_filters_equal_brute_force_over_sorted_lists(pure_xp, z, how):
     how = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, **how}
     p = to_host(warp(pure_xp.asarray(z), **how))
@@ -96,7 +111,8 @@ def test_filters_equal_brute_force_over_sorted_lists(pure_xp, z, how):
 
 
 @pytest.mark.theorem(
-    "warp is a distribution: no entry negative, sum 1 within V·eps, zero where masked", source="definition"
+    "warp is a distribution: no entry negative, sum 1 within V·eps, zero where masked",
+    source="definition",
 )
 @given(z=arrays(4, st.integers(1, 40)), how=settings_)
 def test_warp_is_a_distribution_for_logits_of_every_kind(pure_xp, z, how):
@@ -115,7 +131,8 @@ def test_the_counts_that_stay_are_exact(pure_xp, z, k, top_p):
     x = pure_xp.asarray(z)
     V = z.shape[1]
     assert (to_host(warp(x, top_k=k)) > 0).sum() == min(k, V)
-    full, kept = to_host(warp(x))[0], to_host(warp(x, top_p=top_p))[0] > 0
+    full = to_host(warp(x))[0]
+    kept = to_host(warp(x, top_p=top_p))[0] > 0
     if top_p == 1:
         assert kept.all()
         return
@@ -125,7 +142,8 @@ def test_the_counts_that_stay_are_exact(pure_xp, z, k, top_p):
 
 
 @pytest.mark.theorem(
-    "the support grows with top_k and top_p and shrinks with min_p: the sets are nested", source="prefixes of one order"
+    "the support grows with top_k and top_p and shrinks with min_p: the sets are nested",
+    source="prefixes of one order",
 )
 @given(z=logits(), how=settings_, more=st.integers(1, 5), share=st.floats(0, 1))
 def test_supports_are_nested(pure_xp, z, how, more, share):
@@ -144,7 +162,8 @@ def test_supports_are_nested(pure_xp, z, how, more, share):
 
 
 @pytest.mark.theorem(
-    "min-p before top-k and top-p, vLLM's order, never keeps a token that this order drops", source="vLLM's v1 sampler"
+    "min-p before top-k and top-p, vLLM's order, never keeps a token that this order drops",
+    source="vLLM's v1 sampler",
 )
 @given(z=logits(), how=settings_)
 def test_vllms_order_keeps_a_subset(pure_xp, z, how):
@@ -152,7 +171,9 @@ def test_vllms_order_keeps_a_subset(pure_xp, z, how):
     first = warp(x, how["temperature"], min_p=how["min_p"])
     brute_force(z[0], **how)  # passes over cases at a cut of top-p
     log_first = np.where(to_host(first) > 0, z, -np.inf)
-    theirs = to_host(warp(pure_xp.asarray(log_first), how["temperature"], how["top_k"], how["top_p"]))
+    theirs = to_host(
+        warp(pure_xp.asarray(log_first), how["temperature"], how["top_k"], how["top_p"])
+    )
     assert ((theirs > 0) <= (to_host(warp(x, **how)) > 0)).all()
 
 
@@ -168,7 +189,8 @@ def test_temperature_0_is_the_argmax_and_the_limit(pure_xp, z, how):
     assert (greedy == np.eye(z.shape[1])[z.argmax(axis=-1)]).all()
     for row, one_hot in zip(z, greedy, strict=True):
         if (row == row.max()).sum() == 1:
-            for cold in (1e-12, 5e-324):  # float32 logits differ by 1e-8 or more here: exp(-1e4) is 0
+            # float32 logits differ by 1e-8 or more here: exp(-1e4) is 0
+            for cold in (1e-12, 5e-324):
                 assert (to_host(warp(pure_xp.asarray(row), cold)) == one_hot).all()
 
 
@@ -176,18 +198,24 @@ def test_temperature_0_is_the_argmax_and_the_limit(pure_xp, z, how):
 @given(z=logits(), how=settings_, c=st.integers(-1000, 1000))
 def test_a_shift_of_all_logits_changes_nothing(pure_xp, z, how, c):
     z = np.round(z.astype(np.float64) * 8) / 8  # eighths: adding c is exact, so equality is too
-    assert (to_host(warp(pure_xp.asarray(z), **how)) == to_host(warp(pure_xp.asarray(z + c), **how))).all()
+    assert (
+        to_host(warp(pure_xp.asarray(z), **how)) == to_host(warp(pure_xp.asarray(z + c), **how))
+    ).all()
 
 
-@pytest.mark.theorem("warp(P z) = P warp(z) for a permutation P of tokens without ties", source="definition")
+@pytest.mark.theorem(
+    "warp(P z) = P warp(z) for a permutation P of tokens without ties", source="definition"
+)
 @given(z=logits(), how=settings_, seed=seeds)
 def test_renaming_the_tokens_renames_the_probabilities(pure_xp, z, how, seed):
     live = z[np.isfinite(z)]
     assume(len(np.unique(live)) == len(live))
     order = np.random.default_rng(seed).permutation(z.shape[1])
-    p, q = to_host(warp(pure_xp.asarray(z), **how)), to_host(warp(pure_xp.asarray(z[:, order]), **how))
+    p = to_host(warp(pure_xp.asarray(z), **how))
+    q = to_host(warp(pure_xp.asarray(z[:, order]), **how))
     assert ((p > 0)[:, order] == (q > 0)).all()
-    np.testing.assert_allclose(p[:, order], q, rtol=z.shape[1] * EPS)  # the normaliser is summed in another order
+    # the normaliser is summed in another order
+    np.testing.assert_allclose(p[:, order], q, rtol=z.shape[1] * EPS)
 
 
 @given(z=logits(rows=3), hows=st.lists(settings_, min_size=3, max_size=3), greedy=st.integers(0, 2))
@@ -204,7 +232,10 @@ def test_a_batch_with_its_own_parameters_equals_its_rows_alone(pure_xp, z, hows,
     assert (to_host(warp(x, **arrays_)) == np.stack(alone)).all()
     for name in together:  # one parameter a row, the others shared
         shared = {**hows[0], name: together[name]}
-        rows = [to_host(warp(pure_xp.asarray(z[i]), **{**hows[0], name: together[name][i]})) for i in range(3)]
+        rows = [
+            to_host(warp(pure_xp.asarray(z[i]), **{**hows[0], name: together[name][i]}))
+            for i in range(3)
+        ]
         assert (to_host(warp(x, **shared)) == np.stack(rows)).all()
 
 
@@ -218,7 +249,8 @@ def test_a_batch_with_its_own_parameters_equals_its_rows_alone(pure_xp, z, hows,
     ],
 )
 def test_what_is_not_a_logit_is_refused_with_its_place(pure_xp, row, says):
-    x, u = pure_xp.asarray(np.array([[1.0, 2.0, -math.inf], row], dtype=np.float32)), pure_xp.asarray(np.zeros(2))
+    x = pure_xp.asarray(np.array([[1.0, 2.0, -math.inf], row], dtype=np.float32))
+    u = pure_xp.asarray(np.zeros(2))
     for function in (warp, lambda x: warp(x, 0), lambda x: margin(x, u), log_probabilities):
         with pytest.raises(ValueError, match=says):
             function(x)
@@ -253,12 +285,16 @@ def test_a_list_of_parameters_needs_rows_and_a_row_needs_tokens():
 # --- log-probabilities and penalties -------------------------------------------------------------------------
 
 
-@pytest.mark.theorem("exp(log_probabilities) = warp at temperature 1, and sums to 1", source="definition")
+@pytest.mark.theorem(
+    "exp(log_probabilities) = warp at temperature 1, and sums to 1", source="definition"
+)
 @given(z=logits(rows=2))
 def test_log_probabilities_are_the_logarithm_of_warp(pure_xp, z):
     lp = to_host(log_probabilities(pure_xp.asarray(z)))
     # |lp| ≤ 745 for what is not rounded to zero: exp turns half an ulp of it into 745/2 · eps
-    np.testing.assert_allclose(np.exp(lp), to_host(warp(pure_xp.asarray(z))), rtol=1000 * EPS, atol=1e-300)
+    np.testing.assert_allclose(
+        np.exp(lp), to_host(warp(pure_xp.asarray(z))), rtol=1000 * EPS, atol=1e-300
+    )
     assert (lp[np.isneginf(z)] == -np.inf).all()
     assert (lp <= 0).all()
 
@@ -267,11 +303,16 @@ def test_log_probabilities_are_the_logarithm_of_warp(pure_xp, z):
     "a repetition penalty θ ≥ 1 never raises a logit, leaves unseen ones alone, counts once, and is undone by 1/θ",
     source="Keskar et al. 2019, §4.1, with the sign rule of transformers",
 )
-@given(z=arrays(2, 6, kinds=("normal", "zero", "one_sided", "outlier_column")), seed=seeds, power=st.integers(0, 3))
+@given(
+    z=arrays(2, 6, kinds=("normal", "zero", "one_sided", "outlier_column")),
+    seed=seeds,
+    power=st.integers(0, 3),
+)
 def test_the_repetition_penalty_lowers_what_was_seen_and_only_that(pure_xp, z, seed, power):
     theta = 2.0**power  # division and product are exact
     seen = np.random.default_rng(seed).random(z.shape) < 0.5
-    x, mask = pure_xp.asarray(z), pure_xp.asarray(seen)
+    x = pure_xp.asarray(z)
+    mask = pure_xp.asarray(seen)
     y = apply_repetition_penalty(x, mask, theta)
     assert y.dtype == x.dtype
     expected = [
@@ -289,7 +330,9 @@ def test_the_repetition_penalty_lowers_what_was_seen_and_only_that(pure_xp, z, s
 @given(z=arrays(2, 5, kinds=("normal",), dtype="float64"), seed=seeds)
 def test_count_penalties_are_openais_formula(pure_xp, z, seed):
     counts = np.random.default_rng(seed).integers(0, 4, z.shape)
-    y = to_host(apply_count_penalties(pure_xp.asarray(z), pure_xp.asarray(counts), 0.5, [0.25, -0.125]))
+    y = to_host(
+        apply_count_penalties(pure_xp.asarray(z), pure_xp.asarray(counts), 0.5, [0.25, -0.125])
+    )
     expected = z - np.array([[0.25], [-0.125]]) * counts - 0.5 * (counts > 0)
     assert (y == expected).all()  # both are z minus exact numbers, in the same order
 
@@ -340,7 +383,8 @@ def test_the_edges_of_the_intervals_are_the_cumulative_sums(pure_xp, z, how):
     for t in range(len(exact) - 1):
         edge = sum(exact[: t + 1]) / total
         slack = 2 * len(exact) * EPS
-        low, high = float(edge) - slack, float(edge) + slack
+        low = float(edge) - slack
+        high = float(edge) + slack
         if low >= 0:
             assert int(sample(p, low)) <= t
         if high < 1:
@@ -351,7 +395,12 @@ def test_the_edges_of_the_intervals_are_the_cumulative_sums(pure_xp, z, how):
     "no token of probability zero is drawn, at u = 0, at the largest float below 1, however the sum rounds",
     source="u · total < total in float64 for u ≤ 1 - 2^-53",
 )
-@given(n=st.integers(1, 30), seed=seeds, scale=st.sampled_from([1e-12, 1.0, 7.0]), u=st.floats(0, LARGEST_UNIFORM))
+@given(
+    n=st.integers(1, 30),
+    seed=seeds,
+    scale=st.sampled_from([1e-12, 1.0, 7.0]),
+    u=st.floats(0, LARGEST_UNIFORM),
+)
 def test_a_token_of_probability_zero_is_never_drawn(pure_xp, n, seed, scale, u):
     rng = np.random.default_rng(seed)
     p = scale * rng.random(n) ** 8 * (rng.random(n) < 0.4)
@@ -366,12 +415,20 @@ def test_a_token_of_probability_zero_is_not_drawn_by_a_parallel_sum_either(seed)
     p = rng.random(20) * (rng.random(20) < 0.5)
     p[3] = 1.0
 
-    def parallel(x, axis):  # each entry summed in an order of its own: dead tokens stand out by an ulp or two
-        return np.array([math.fsum(x[: i + 1]) for i in range(len(x))]) * (1 + EPS * rng.integers(-2, 3, len(x)))
+    # each entry summed in an order of its own: dead tokens stand out by an ulp or two
+    def parallel(x, axis):
+        return np.array([math.fsum(x[: i + 1]) for i in range(len(x))]) * (
+            1 + EPS * rng.integers(-2, 3, len(x))
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(np, "cumulative_sum", parallel)
-        for u in [0.0, LARGEST_UNIFORM, *rng.random(20), *(np.cumsum(p) / p.sum()).clip(0, LARGEST_UNIFORM)]:
+        for u in [
+            0.0,
+            LARGEST_UNIFORM,
+            *rng.random(20),
+            *(np.cumsum(p) / p.sum()).clip(0, LARGEST_UNIFORM),
+        ]:
             assert p[int(sample(p, u))] > 0
 
 
@@ -388,7 +445,8 @@ def test_what_is_no_distribution_or_no_uniform_is_refused(pure_xp):
 
 
 def test_a_draw_waits_for_the_device_twice_and_moves_nothing():
-    z, u = fakecupy.asarray(build("normal", (4, 50), 0)), fakecupy.asarray(np.full(4, 0.5))
+    z = fakecupy.asarray(build("normal", (4, 50), 0))
+    u = fakecupy.asarray(np.full(4, 0.5))
     with fakecupy.counting() as cost:
         sample(warp(z, 0.8, 40, 0.95, 0.05), u)
         assert (cost.syncs, cost.h2d) == (2, 0)  # one look at the logits, one at the probabilities
@@ -407,27 +465,58 @@ def draw_token(xp, z, u, how):
 )
 @given(z=logits(), how=settings_, u=st.integers(0, 999), greedy=st.booleans(), seed=seeds)
 # exp(-108) is lost beside 1: the mass after the first token has to be summed by itself
-@example(np.array([[0.3, 0.8, 33.0]]), {"temperature": 0.3, "top_k": 0, "top_p": 0.5, "min_p": 0.0}, 0, False, 0)
+@example(
+    np.array([[0.3, 0.8, 33.0]]),
+    {"temperature": 0.3, "top_k": 0, "top_p": 0.5, "min_p": 0.0},
+    0,
+    False,
+    0,
+)
 # the threshold of one filter is nearer than any other: top-p lets the second token in, min-p throws it out
-@example(np.array([[0.0, -1.0]]), {"temperature": 1.0, "top_k": 0, "top_p": 0.7, "min_p": 0.0}, 900, False, 0)
-@example(np.array([[0.0, -1.2, -5.0]]), {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.2}, 900, False, 0)
+@example(
+    np.array([[0.0, -1.0]]),
+    {"temperature": 1.0, "top_k": 0, "top_p": 0.7, "min_p": 0.0},
+    900,
+    False,
+    0,
+)
+@example(
+    np.array([[0.0, -1.2, -5.0]]),
+    {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.2},
+    900,
+    False,
+    0,
+)
 # top-p's share is of what top-k leaves, not of everything
 @example(
-    np.array([[0.0, -1.0, -1.0, -1.0]]), {"temperature": 1.0, "top_k": 2, "top_p": 0.7, "min_p": 0.0}, 900, False, 0
+    np.array([[0.0, -1.0, -1.0, -1.0]]),
+    {"temperature": 1.0, "top_k": 2, "top_p": 0.7, "min_p": 0.0},
+    900,
+    False,
+    0,
 )
 def test_within_the_margin_the_token_is_the_same(pure_xp, z, how, u, greedy, seed):
     how = {**how, "temperature": 0.0 if greedy else how["temperature"]}
-    z, u = z[0].astype(np.float64), u / 1000
+    z = z[0].astype(np.float64)
+    u = u / 1000
     delta = float(margin(pure_xp.asarray(z), u, **how))
     assert delta >= 0
     assume(delta > 1e-6)  # far above the rounding of the sums
-    token, rng = draw_token(pure_xp, z, u, how), np.random.default_rng(seed)
+    token = draw_token(pure_xp, z, u, how)
+    rng = np.random.default_rng(seed)
     signs = [np.sign(rng.standard_normal(z.shape)) for _ in range(20)]
     # the worst that can happen: all mass moves to one side of some token, in id order or in rank
     rank = np.argsort(np.argsort(-z))
-    signs += [np.where(o <= i, s, -s) for o in (np.arange(len(z)), rank) for i in range(len(z)) for s in (1.0, -1.0)]
+    signs += [
+        np.where(o <= i, s, -s)
+        for o in (np.arange(len(z)), rank)
+        for i in range(len(z))
+        for s in (1.0, -1.0)
+    ]
     moved = pure_xp.asarray(z + 0.999 * delta * np.stack(signs))
-    assert (to_host(sample(warp(moved, **how), pure_xp.asarray(np.full(len(signs), u)))) == token).all()
+    assert (
+        to_host(sample(warp(moved, **how), pure_xp.asarray(np.full(len(signs), u)))) == token
+    ).all()
 
 
 @pytest.mark.theorem(
@@ -436,7 +525,9 @@ def test_within_the_margin_the_token_is_the_same(pure_xp, z, how, u, greedy, see
 )
 @given(z=logits(masked=False), u=st.integers(1, 999), temperature=temperatures | st.just(0.0))
 def test_beyond_the_margin_the_token_changes(pure_xp, z, u, temperature):
-    z, u, how = z[0].astype(np.float64), u / 1000, {"temperature": temperature}
+    z = z[0].astype(np.float64)
+    u = u / 1000
+    how = {"temperature": temperature}
     assume(len(z) > 1)
     delta = float(margin(pure_xp.asarray(z), u, **how))
     assume(delta < 300 * (temperature or 1))
@@ -444,7 +535,9 @@ def test_beyond_the_margin_the_token_changes(pure_xp, z, u, temperature):
     if temperature == 0:
         pushes = [np.where(np.arange(len(z)) == token, -1.0, 1.0)]
     else:
-        pushes = [np.where(np.arange(len(z)) <= t, s, -s) for t in (token - 1, token) for s in (1.0, -1.0)]
+        pushes = [
+            np.where(np.arange(len(z)) <= t, s, -s) for t in (token - 1, token) for s in (1.0, -1.0)
+        ]
     moved = [draw_token(pure_xp, z + (1.001 * delta + 1e-9) * push, u, how) for push in pushes]
     assert any(t != token for t in moved)
 
@@ -453,7 +546,8 @@ def test_beyond_the_margin_the_token_changes(pure_xp, z, u, temperature):
 def test_two_backends_agree_wherever_the_margin_exceeds_their_difference(pure_xp, seed):
     # another backend's float32 logits, as another order of summation leaves them
     rng = np.random.default_rng(seed)
-    z, u = 4 * rng.standard_normal((64, 256)), pure_xp.asarray(rng.random(64))
+    z = 4 * rng.standard_normal((64, 256))
+    u = pure_xp.asarray(rng.random(64))
     other = z + rng.uniform(-2e-5, 2e-5, z.shape)
     how = {"temperature": 0.8, "top_k": 100, "top_p": 0.9, "min_p": 0.01}
     safe = to_host(margin(pure_xp.asarray(z), u, **how)) > 2e-5
@@ -466,10 +560,13 @@ def test_two_backends_agree_wherever_the_margin_exceeds_their_difference(pure_xp
 
 
 @pytest.mark.oracle
-@pytest.mark.theorem("warp = softmax of transformers' warpers in its order, without ties", source="transformers 5")
+@pytest.mark.theorem(
+    "warp = softmax of transformers' warpers in its order, without ties", source="transformers 5"
+)
 @given(seed=seeds, how=settings_)
 def test_warp_equals_transformers(pure_xp, seed, how):
-    torch, processors = oracle("torch"), oracle("transformers.generation.logits_process")
+    torch = oracle("torch")
+    processors = oracle("transformers.generation.logits_process")
     z = 3 * np.random.default_rng(seed).standard_normal((4, 50))
     chain = [processors.TemperatureLogitsWarper(how["temperature"])]
     if how["top_k"]:
@@ -489,7 +586,8 @@ def test_warp_equals_transformers(pure_xp, seed, how):
 
 @pytest.mark.oracle
 def test_of_equal_tokens_transformers_keeps_all_and_warp_the_first_k():
-    torch, processors = oracle("torch"), oracle("transformers.generation.logits_process")
+    torch = oracle("torch")
+    processors = oracle("transformers.generation.logits_process")
     z = np.array([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]])
     theirs = processors.TopKLogitsWarper(2)(None, torch.tensor(z)).numpy()
     assert np.isfinite(theirs).tolist() == [[False, True, True, True, True, False]]
@@ -499,10 +597,14 @@ def test_of_equal_tokens_transformers_keeps_all_and_warp_the_first_k():
 @pytest.mark.oracle
 @given(seed=seeds, penalty=st.sampled_from([0.7, 1.0, 1.3]))
 def test_the_repetition_penalty_equals_transformers(pure_xp, seed, penalty):
-    torch, processors = oracle("torch"), oracle("transformers.generation.logits_process")
+    torch = oracle("torch")
+    processors = oracle("transformers.generation.logits_process")
     rng = np.random.default_rng(seed)
-    z, ids = rng.standard_normal((3, 20)).astype("float32"), rng.integers(0, 20, (3, 15))  # with repeats
-    theirs = processors.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor(ids), torch.tensor(z)).numpy()
+    z = rng.standard_normal((3, 20)).astype("float32")  # with repeats
+    ids = rng.integers(0, 20, (3, 15))
+    theirs = processors.RepetitionPenaltyLogitsProcessor(penalty)(
+        torch.tensor(ids), torch.tensor(z)
+    ).numpy()
     seen = np.zeros(z.shape, dtype=bool)
     seen[np.arange(3)[:, None], ids] = True
     ours = to_host(apply_repetition_penalty(pure_xp.asarray(z), pure_xp.asarray(seen), penalty))

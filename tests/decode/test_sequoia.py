@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.decode.speculative.sequoia import best_tree, expected_path, most_likely, optimal_tree, rank_chances
+from refllm.decode.speculative.sequoia import (
+    best_tree,
+    expected_path,
+    most_likely,
+    optimal_tree,
+    rank_chances,
+)
 from refllm.decode.speculative.tree import Tree
 from strategies import seeds
 
@@ -34,11 +40,14 @@ def every_tree(nodes: int):
 @given(seed=seeds, ranks=st.integers(1, 3), nodes=st.integers(0, 5), depth=st.integers(0, 4))
 def test_both_find_the_best_of_all_trees(seed, ranks, nodes, depth):
     a = chances(seed, ranks)
-    tree, naive = optimal_tree(a, nodes, depth), most_likely(a, nodes, depth)
+    tree = optimal_tree(a, nodes, depth)
+    naive = most_likely(a, nodes, depth)
     allowed = [
-        t for n in range(nodes + 1) for t in every_tree(n)
+        t
+        for n in range(nodes + 1)
+        for t in every_tree(n)
         if max(t.depths) <= depth and max((len(c) for c in t.children), default=0) <= ranks
-    ]  # fmt: skip
+    ]
     best = max(expected_path(t, a) for t in allowed)
     for found in (tree, naive):
         assert len(found) <= nodes
@@ -56,7 +65,8 @@ def test_the_recursion_equals_the_naive_twin(seed, ranks, nodes, depth):
 def test_expected_path_by_hand():
     assert expected_path(Tree([-1, -1, 0]), [0.5, 0.25]) == 1 + 0.5 + 0.25 + 0.25
     assert expected_path(Tree.chain(3), [0.5]) == 1.875
-    assert expected_path(Tree([-1, -1]), [0.5]) == 1.5  # a child of a rank that was not measured counts nothing
+    # a child of a rank that was not measured counts nothing
+    assert expected_path(Tree([-1, -1]), [0.5]) == 1.5
 
 
 @given(seed=seeds, draft=st.floats(0, 1), count=st.integers(1, 9))
@@ -68,7 +78,9 @@ def test_the_tree_that_is_chosen_is_the_fastest_and_none_is_where_all_lose(seed,
     assert len(tree) < count
     assert (gain == 1) == (len(tree) == 0)
     if len(tree):
-        assert gain == pytest.approx(expected_path(tree, a) / (cost[len(tree)] + max(tree.depths) * draft))
+        assert gain == pytest.approx(
+            expected_path(tree, a) / (cost[len(tree)] + max(tree.depths) * draft)
+        )
     assert best_tree(a, [1.0, 3.0], 0.0, 4)[1] == 1.0  # a step that costs thrice never gains twice
 
 
@@ -76,7 +88,11 @@ def test_rank_chances_are_shares():
     assert rank_chances([5, 6, 7, 8], [[5, 1], [6, 1], [0, 7], [0, 1]]) == [0.5, 0.25]
     with pytest.raises(ValueError, match="ranking for each"):
         rank_chances([1], [])
-    for bad, message in (([], "probabilities"), ([0.6, 0.6], "probabilities"), ([0.1, 0.2], "falling order")):
+    for bad, message in (
+        ([], "probabilities"),
+        ([0.6, 0.6], "probabilities"),
+        ([0.1, 0.2], "falling order"),
+    ):
         with pytest.raises(ValueError, match=message):
             optimal_tree(bad, 3, 2)
     with pytest.raises(ValueError, match="0 or more"):

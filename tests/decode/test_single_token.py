@@ -25,7 +25,8 @@ def network(config: ModelConfig, seed: int, dtype: str = "float64"):
 )
 @given(config=model_configs(families=["llama"]), seed=seeds)
 def test_a_lean_step_is_the_network_at_every_position(config, seed):
-    weights, rng = network(config, seed), np.random.default_rng(seed)
+    weights = network(config, seed)
+    rng = np.random.default_rng(seed)
     assert fits(config, weights)
     tokens = rng.integers(0, config.vocab_size, 8)
     expected = logits(weights, forward(weights, config, tokens, np.arange(8), CausalAttend([8])))
@@ -39,7 +40,9 @@ def test_a_lean_step_is_the_network_at_every_position(config, seed):
     cache.keys[:, 1, :, :, 3:] = cache.values[:, 1, :, 3:] = np.nan
     for token in tokens[3:-1]:
         assert step.step(int(token), 1, head=False) is None
-    np.testing.assert_allclose(step.step(int(tokens[-1]), 1), expected[-1], rtol=0, atol=tolerance(config, 8, expected))
+    np.testing.assert_allclose(
+        step.step(int(tokens[-1]), 1), expected[-1], rtol=0, atol=tolerance(config, 8, expected)
+    )
     step.step(0, 1)
     with pytest.raises(ValueError, match="holds 9 tokens and is full"):
         step.step(0, 1)

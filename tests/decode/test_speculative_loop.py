@@ -45,12 +45,16 @@ WAYS = {
 }
 DRAFTERS = {
     "model": lambda target: ModelDrafter(record(SMALL, 9), 2),
-    "a model with warps of its own": lambda target: ModelDrafter(record(SMALL, 9), 2, how=Sampling(0.5, top_k=2)),
+    "a model with warps of its own": lambda target: ModelDrafter(
+        record(SMALL, 9), 2, how=Sampling(0.5, top_k=2)
+    ),
     "a model that stops": lambda target: ModelDrafter(record(SMALL, 9), 2, confidence=0.5),
     "n-gram": lambda target: NGramDrafter(2, shortest=1),
     "a tree that is a chain": lambda target: TreeDrafter(record(SMALL, 9), 2, confidence=0.0),
     "a tree that fans out": lambda target: TreeDrafter(record(SMALL, 9), 2, confidence=0.99),
-    "n-gram, else a tree": lambda target: Cascade(NGramDrafter(2), TreeDrafter(record(SMALL, 9), 2, confidence=0.99)),
+    "n-gram, else a tree": lambda target: Cascade(
+        NGramDrafter(2), TreeDrafter(record(SMALL, 9), 2, confidence=0.99)
+    ),
     "Jacobi": lambda target: JacobiDrafter(2),
     "perfect": lambda target: PerfectDrafter(target, 2),
     "adversary": lambda target: Adversary(target, 2),
@@ -64,7 +68,8 @@ def text_law(target, how, length):
         chance = 1.0
         for i, token in enumerate(s):
             text = [*PROMPT, *s[:i]]
-            z, seen = next_logits(target, text)[None], np.zeros((1, 3), dtype=bool)
+            z = next_logits(target, text)[None]
+            seen = np.zeros((1, 3), dtype=bool)
             seen[0, text] = True
             z = apply_repetition_penalty(z, seen, how.repetition_penalty)
             chance *= warp(z, how.temperature, how.top_k)[0, token]
@@ -80,14 +85,35 @@ def text_law(target, how, length):
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_the_law_of_the_text_is_that_of_plain_generation(how, drafter, monkeypatch):
     monkeypatch.setattr(verification, "draw", enumeration.draw)
-    monkeypatch.setattr(module, "choose", lambda z, how, rng: [enumeration.draw(  # the prefill's token
-        warp(z, how.temperature, how.top_k, how.top_p)[0], rng.random())])  # fmt: skip
-    target, length = record(SMALL, 4), 4 if drafter == "model" and how == "plain" else 3
-    laws = [verification.verify, verify_block] if (how, drafter) == ("plain", "model") else [verification.verify]
+    monkeypatch.setattr(
+        module,
+        "choose",
+        lambda z, how, rng: [
+            enumeration.draw(  # the prefill's token
+                warp(z, how.temperature, how.top_k, how.top_p)[0], rng.random()
+            )
+        ],
+    )
+    target = record(SMALL, 4)
+    length = 4 if drafter == "model" and how == "plain" else 3
+    laws = (
+        [verification.verify, verify_block]
+        if (how, drafter) == ("plain", "model")
+        else [verification.verify]
+    )
     for judged in laws:
 
         def run(rng, judged=judged):
-            steps = speculate(target.weights, SMALL, PROMPT, length, WAYS[how], rng, DRAFTERS[drafter](target), judged)
+            steps = speculate(
+                target.weights,
+                SMALL,
+                PROMPT,
+                length,
+                WAYS[how],
+                rng,
+                DRAFTERS[drafter](target),
+                judged,
+            )
             return tuple(t for step in steps for t in step.tokens)
 
         # each probability is a product of four, each of them a network's, which agree within 1e-13 however batched
@@ -101,7 +127,9 @@ def models() -> tuple[Model, Model]:
 
 def prompts(model: Model, count: int, length: int = 60) -> list[list[int]]:
     documents = held_out_documents()
-    return [model.tokenizer.encode(documents[i % len(documents)].text)[:length] for i in range(count)]
+    return [
+        model.tokenizer.encode(documents[i % len(documents)].text)[:length] for i in range(count)
+    ]
 
 
 @pytest.mark.theorem(
@@ -109,22 +137,32 @@ def prompts(model: Model, count: int, length: int = 60) -> list[list[int]]:
     source="Leviathan et al. 2023, section 2.2",
 )
 @pytest.mark.parametrize(
-    "kind", ["model", "confident", "n-gram", "Jacobi", "perfect", "adversary", "tree", "fan", "cascade"]
+    "kind",
+    ["model", "confident", "n-gram", "Jacobi", "perfect", "adversary", "tree", "fan", "cascade"],
 )
 def test_greedy_text_is_the_same_on_the_real_model(models, kind):
     target, draft = models
     drafter = {
-        "model": lambda: ModelDrafter(draft, 3), "confident": lambda: ModelDrafter(draft, 6, confidence=0.3),
-        "n-gram": lambda: NGramDrafter(6), "Jacobi": lambda: JacobiDrafter(3),
-        "perfect": lambda: PerfectDrafter(target, 3), "adversary": lambda: Adversary(target, 3),
-        "tree": lambda: TreeDrafter(draft, 5), "fan": lambda: TreeDrafter(draft, 3, confidence=0.99),
+        "model": lambda: ModelDrafter(draft, 3),
+        "confident": lambda: ModelDrafter(draft, 6, confidence=0.3),
+        "n-gram": lambda: NGramDrafter(6),
+        "Jacobi": lambda: JacobiDrafter(3),
+        "perfect": lambda: PerfectDrafter(target, 3),
+        "adversary": lambda: Adversary(target, 3),
+        "tree": lambda: TreeDrafter(draft, 5),
+        "fan": lambda: TreeDrafter(draft, 3, confidence=0.99),
         "cascade": lambda: Cascade(NGramDrafter(4), TreeDrafter(draft)),
-    }[kind]()  # fmt: skip
+    }[kind]()
     for prompt in prompts(target, 1 + (kind == "model")):
         plain = target.generate(prompt, 32, ignore_eos=True)
-        steps = list(speculate(target.weights, target.config, prompt, 32, GREEDY, np.random.default_rng(0), drafter))
+        steps = list(
+            speculate(
+                target.weights, target.config, prompt, 32, GREEDY, np.random.default_rng(0), drafter
+            )
+        )
         assert [t for step in steps for t in step.tokens] == plain
-        accepted, proposed = sum(s.accepted for s in steps), sum(len(s.drafts) for s in steps)
+        accepted = sum(s.accepted for s in steps)
+        proposed = sum(len(s.drafts) for s in steps)
         if kind == "perfect":
             assert accepted == proposed > 0
         if kind == "adversary":
@@ -149,14 +187,20 @@ def test_the_cache_after_verification_is_that_of_the_text(models, kind, monkeypa
     [prompt] = prompts(target, 1)
     text = list(prompt)
     drafter = kind(draft, 4)
-    for step in speculate(target.weights, target.config, prompt, 24, Sampling(0.9), np.random.default_rng(3), drafter):
+    for step in speculate(
+        target.weights, target.config, prompt, 24, Sampling(0.9), np.random.default_rng(3), drafter
+    ):
         cache = kept[0]
         text += step.tokens
-        assert cache.lengths == [len(text) - 1]  # the token that was just emitted has no keys and values yet
+        # the token that was just emitted has no keys and values yet
+        assert cache.lengths == [len(text) - 1]
     fresh = ContiguousCache(target.config, 1, len(text), like=target.weights["norm"])
     ids = np.asarray(text[: cache.lengths[0]])
     forward(target.weights, target.config, ids, np.arange(len(ids)), fresh.view([len(ids)]))
-    for mine, theirs in ((cache.keys, fresh.keys[..., : len(ids)]), (cache.values, fresh.values[..., : len(ids), :])):
+    for mine, theirs in (
+        (cache.keys, fresh.keys[..., : len(ids)]),
+        (cache.values, fresh.values[..., : len(ids), :]),
+    ):
         mine = mine[..., : len(ids)] if mine.shape[3] == 64 else mine[..., : len(ids), :]
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-10 * abs(theirs).max())
 
@@ -164,9 +208,18 @@ def test_the_cache_after_verification_is_that_of_the_text(models, kind, monkeypa
 @given(length=st.integers(0, 9), gamma=st.integers(1, 12))
 def test_the_length_is_what_was_asked_for(length, gamma):
     target = record(SMALL, 4)
-    plain = [t for (t,) in generate_tokens(target.weights, SMALL, [PROMPT], length, GREEDY, np.random.default_rng(0))]
+    plain = [
+        t
+        for (t,) in generate_tokens(
+            target.weights, SMALL, [PROMPT], length, GREEDY, np.random.default_rng(0)
+        )
+    ]
     for drafter in (PerfectDrafter(target, gamma), JacobiDrafter(gamma)):
-        steps = list(speculate(target.weights, SMALL, PROMPT, length, GREEDY, np.random.default_rng(0), drafter))
+        steps = list(
+            speculate(
+                target.weights, SMALL, PROMPT, length, GREEDY, np.random.default_rng(0), drafter
+            )
+        )
         assert [t for step in steps for t in step.tokens] == plain
         assert all(len(step.drafts) <= gamma for step in steps)
 
@@ -188,7 +241,12 @@ def test_the_api_takes_a_drafter_for_text_and_tokens(models):
 
 def test_an_end_token_within_an_accepted_run_ends_the_text():
     target = record(SMALL, 4)
-    plain = [t for (t,) in generate_tokens(target.weights, SMALL, [PROMPT], 8, GREEDY, np.random.default_rng(0))]
+    plain = [
+        t
+        for (t,) in generate_tokens(
+            target.weights, SMALL, [PROMPT], 8, GREEDY, np.random.default_rng(0)
+        )
+    ]
     from dataclasses import replace
 
     model = Model(replace(SMALL, eos_token_ids=(plain[4],)), target.weights, target.tokenizer)
@@ -209,26 +267,37 @@ def test_what_is_no_number_is_refused():
         with pytest.raises(ValueError, match="NaN"):
             judge(z, [0], Proposal([0], None), how, np.random.default_rng(0))
         with pytest.raises(ValueError, match="NaN"):
-            judge_tree(z, [0], TreeProposal([0], None, Tree.chain(1)), how, np.random.default_rng(0))
+            judge_tree(
+                z, [0], TreeProposal([0], None, Tree.chain(1)), how, np.random.default_rng(0)
+            )
 
 
 @settings(max_examples=10)
 @given(seed=st.integers(0, 99))
 def test_penalties_in_vectorised_rows_are_those_of_each_prefix(seed):
     rng = np.random.default_rng(seed)
-    z, text, drafts = rng.standard_normal((4, 9)), rng.integers(0, 9, 3).tolist(), rng.integers(0, 9, 3).tolist()
+    z = rng.standard_normal((4, 9))
+    text = rng.integers(0, 9, 3).tolist()
+    drafts = rng.integers(0, 9, 3).tolist()
     for i, row in enumerate(module.penalised(z, text, drafts, 1.5)):
         seen = np.zeros((1, 9), dtype=bool)
         seen[0, [*text, *drafts[:i]]] = True
-        np.testing.assert_allclose(row, apply_repetition_penalty(z[i : i + 1], seen, 1.5)[0], rtol=EPS)
+        np.testing.assert_allclose(
+            row, apply_repetition_penalty(z[i : i + 1], seen, 1.5)[0], rtol=EPS
+        )
     assert module.penalised(z, text, drafts, 1) is z
 
 
 @given(seed=seeds, parents=st.sampled_from([[-1, -1, -1], [-1, 0, 0], [-1, 0, -1], [-1, 0, 1]]))
 def test_penalties_in_a_tree_are_those_of_each_path(seed, parents):
-    rng, tree = np.random.default_rng(seed), Tree(parents)
-    z, text, nodes = rng.standard_normal((4, 9)), rng.integers(0, 9, 3).tolist(), rng.integers(0, 9, 3).tolist()
+    rng = np.random.default_rng(seed)
+    tree = Tree(parents)
+    z = rng.standard_normal((4, 9))
+    text = rng.integers(0, 9, 3).tolist()
+    nodes = rng.integers(0, 9, 3).tolist()
     for i, row in enumerate(module.penalised(z, text, nodes, 1.5, tree)):
         seen = np.zeros((1, 9), dtype=bool)
         seen[0, text + [nodes[a] for a in tree.ancestors(i - 1)]] = True
-        np.testing.assert_allclose(row, apply_repetition_penalty(z[i : i + 1], seen, 1.5)[0], rtol=EPS)
+        np.testing.assert_allclose(
+            row, apply_repetition_penalty(z[i : i + 1], seen, 1.5)[0], rtol=EPS
+        )

@@ -24,7 +24,9 @@ FFFD = "\ufffd"
 
 def wrapped(vocabulary: list[str], decoder: object) -> Tokenizer:
     """A tokenizer that only decodes: token i is ``vocabulary[i]``."""
-    inner = RustTokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[]))
+    inner = RustTokenizer(
+        models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[])
+    )
     inner.decoder = decoder
     return Tokenizer(inner)
 
@@ -35,15 +37,24 @@ def sentencepiece_vocabulary() -> list[str]:
 
 
 LLAMA2 = decoders.Sequence(
-    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
 )
 BYTE_LEVEL = Tokenizer.train([MULTI_BYTE, "def f(x):\n    return x\n"] * 3, vocab_size=340)
 TOKENIZERS = {
     "byte_level": BYTE_LEVEL,
     "byte_fallback": wrapped(sentencepiece_vocabulary(), LLAMA2),
     "metaspace": wrapped(["▁", "▁▁", "▁a", "b", "▁你好", FFFD, "🙂", "a▁"], decoders.Metaspace()),
-    "word_piece": wrapped(["the", "##n", "do", "n't", ".", ",", "##", "é", FFFD], decoders.WordPiece()),
-    "word_end": wrapped(["a</w>", "b", "é</w>", "</w>", FFFD, FFFD + "</w>"], decoders.BPEDecoder()),
+    "word_piece": wrapped(
+        ["the", "##n", "do", "n't", ".", ",", "##", "é", FFFD], decoders.WordPiece()
+    ),
+    "word_end": wrapped(
+        ["a</w>", "b", "é</w>", "</w>", FFFD, FFFD + "</w>"], decoders.BPEDecoder()
+    ),
     "no_decoder": wrapped(["a", "é", FFFD, ""], None),
 }
 
@@ -53,7 +64,9 @@ def id_lists(draw: st.DrawFn, tokenizer: Tokenizer) -> list[int]:
     """Any ids, with a few that name no token; runs of one kind of byte are common, as in broken output."""
     size = tokenizer.vocab_size
     anything = st.lists(st.integers(0, size + 3), max_size=12)
-    bytes_ = [i for i in range(min(size, 300)) if len(tokenizer.inner.id_to_token(i) or "") in (1, 6)]
+    bytes_ = [
+        i for i in range(min(size, 300)) if len(tokenizer.inner.id_to_token(i) or "") in (1, 6)
+    ]
     runs = st.tuples(st.sampled_from(bytes_), st.integers(1, 6)).map(lambda r: [r[0]] * r[1])
     pieces = draw(st.lists(anything | runs, max_size=6))
     return [i for piece in pieces for i in piece]
@@ -91,7 +104,8 @@ def test_the_stream_of_encoded_text_is_the_text(text, vocabulary):
 @given(data=st.data())
 def test_after_every_token_all_but_an_unfinished_character_is_out(data):
     ids = data.draw(id_lists(BYTE_LEVEL))
-    stream, shown = Utf8Stream(BYTE_LEVEL), ""
+    stream = Utf8Stream(BYTE_LEVEL)
+    shown = ""
     for n, i in enumerate(ids, 1):
         shown += stream.push(i)
         sofar = BYTE_LEVEL.decode(ids[:n])
@@ -122,12 +136,15 @@ def test_the_work_per_token_is_bounded(kind, data):
     assert stream.decoded <= 6 * len(ids) + 6
 
 
-@pytest.mark.parametrize("bytes_", [b"\x80", b"\xf0", b"\xf0\x9f", b"\xe2\x82\xac", b"\xac\xe2\x82"])
+@pytest.mark.parametrize(
+    "bytes_", [b"\x80", b"\xf0", b"\xf0\x9f", b"\xe2\x82\xac", b"\xac\xe2\x82"]
+)
 def test_endless_broken_bytes_are_streamed_as_they_come_at_constant_cost(bytes_):
     tokenizer = Tokenizer.train([], vocab_size=257)
     token = {b: i for c in "\x80🙂€" for b, i in zip(c.encode(), tokenizer.encode(c), strict=True)}
     ids = [token[b] for b in bytes_] * 500
-    stream, shown = Utf8Stream(tokenizer), 0
+    stream = Utf8Stream(tokenizer)
+    shown = 0
     for n, i in enumerate(ids, 1):
         shown += len(stream.push(i))
         assert len((bytes_ * 500)[:n].decode(errors="replace")) - shown <= 1
@@ -136,7 +153,8 @@ def test_endless_broken_bytes_are_streamed_as_they_come_at_constant_cost(bytes_)
 
 def test_byte_fallback_shows_nothing_that_a_bad_byte_may_take_back():
     tokenizer = TOKENIZERS["byte_fallback"]
-    ids = [0xC3, 0xA9, 0xF0, 257]  # é is whole after two, but a run of bytes is valid as a whole or not at all
+    # é is whole after two, but a run of bytes is valid as a whole or not at all
+    ids = [0xC3, 0xA9, 0xF0, 257]
     assert tokenizer.decode(ids[:2]) == "é"
     assert tokenizer.decode(ids) == FFFD * 3 + "  "
     stream = Utf8Stream(tokenizer)
@@ -204,19 +222,30 @@ def test_stop_strings_are_found_for_every_cut_of_the_text(text, stops):
 @example(text="aaba", stops=["ab", "aabb"])
 def test_no_more_is_held_back_than_may_still_be_stopped(text, stops):
     longest = max(map(len, stops), default=0)
-    continuations = ["".join(c) for n in range(longest + 1) for c in itertools.product("abc", repeat=n)]
-    filter_, out = StopStrings(stops), ""
+    continuations = [
+        "".join(c) for n in range(longest + 1) for c in itertools.product("abc", repeat=n)
+    ]
+    filter_ = StopStrings(stops)
+    out = ""
     for n, character in enumerate(text, 1):
         out += filter_.push(character)
-        results = [before_stop(text[:n] + more, stops) for more in (*continuations, "c" * (longest + 1))]
+        results = [
+            before_stop(text[:n] + more, stops) for more in (*continuations, "c" * (longest + 1))
+        ]
         assert out == os.path.commonprefix(results)  # noqa: RUF071 - characters are what is meant
         assert filter_.stopped == (len(set(results)) == 1)
 
 
 def test_a_stop_string_may_straddle_tokens_and_characters():
     text = "x = 1\n🙂🙂 end 你好 more"
-    for stop, rest in (("🙂 end", "x = 1\n🙂"), ("\n🙂", "x = 1"), ("d 你好", "x = 1\n🙂🙂 en"), ("absent", text)):
-        stream, filter_ = Utf8Stream(BYTE_LEVEL), StopStrings(stop)
+    for stop, rest in (
+        ("🙂 end", "x = 1\n🙂"),
+        ("\n🙂", "x = 1"),
+        ("d 你好", "x = 1\n🙂🙂 en"),
+        ("absent", text),
+    ):
+        stream = Utf8Stream(BYTE_LEVEL)
+        filter_ = StopStrings(stop)
         out = "".join([filter_.push(stream.push(i)) for i in BYTE_LEVEL.encode(text)])
         assert out + filter_.push(stream.flush()) + filter_.flush() == rest
         assert filter_.matched == (stop if stop in text else None)

@@ -12,14 +12,27 @@ from conftest import to_host
 from enumeration import Table, distance, extended, law, sequence_law
 from networks import EPS, NETWORKS, random_tensors, tolerance
 from refllm.decode.speculative import verification
-from refllm.decode.speculative.tree import Tree, TreeView, compact, draw_children, verify_tree, verify_tree_greedy
+from refllm.decode.speculative.tree import (
+    Tree,
+    TreeView,
+    compact,
+    draw_children,
+    verify_tree,
+    verify_tree_greedy,
+)
 from refllm.decode.speculative.verification import verify
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.llama import build, forward
 from strategies import seeds
 
 WAYS = {"with replacement": True, "without replacement": False}
-SHAPES = {"two": [-1, -1], "chain": [-1, 0], "fork": [-1, 0, 0], "wide": [-1, -1, -1], "both": [-1, -1, 0, 1]}
+SHAPES = {
+    "two": [-1, -1],
+    "chain": [-1, 0],
+    "fork": [-1, 0, 0],
+    "wide": [-1, -1, -1],
+    "both": [-1, -1, 0, 1],
+}
 kinds = st.sampled_from(["dense", "sparse", "peaked"])
 
 
@@ -40,7 +53,9 @@ def trees(draw: st.DrawFn, most: int = 7) -> Tree:
 
 def grown(tree: Tree, q, rng, replacement: bool, count=None):
     """Tokens and q rows of a tree whose children are drawn; a shape that q cannot fill is cut to what it can."""
-    parents, tokens, rows = [], [], [q([])]
+    parents = []
+    tokens = []
+    rows = [q([])]
     places = {-1: (-1, [])}  # node of the shape → (node of the tree, its prefix)
     for row, below in enumerate(tree.children):
         if below and row - 1 in places:
@@ -56,11 +71,15 @@ def grown(tree: Tree, q, rng, replacement: bool, count=None):
 
 def one_hot(tree: Tree, q, rng, replacement: bool):
     """The likeliest tokens of q at each node, which were not sampled."""
-    parents, tokens, places = [], [], {-1: (-1, [])}
+    parents = []
+    tokens = []
+    places = {-1: (-1, [])}
     for row, below in enumerate(tree.children):
         if below and row - 1 in places:
             parent, prefix = places[row - 1]
-            for node, token in zip(below, np.argsort(-q(prefix), kind="stable").tolist(), strict=False):
+            for node, token in zip(
+                below, np.argsort(-q(prefix), kind="stable").tolist(), strict=False
+            ):
                 places[node] = (len(tokens), [*prefix, token])
                 parents.append(parent)
                 tokens.append(token)
@@ -90,15 +109,19 @@ def loses(tree, p, q, propose, judged_with, drawn_with=None) -> float:
 )
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("propose", [grown, one_hot])
-@given(shape=st.sampled_from(list(SHAPES)), vocab=st.integers(2, 3), seed=seeds, of_p=kinds, of_q=kinds)
+@given(
+    shape=st.sampled_from(list(SHAPES)), vocab=st.integers(2, 3), seed=seeds, of_p=kinds, of_q=kinds
+)
 def test_the_law_over_a_tree_is_the_target_s(way, propose, shape, vocab, seed, of_p, of_q):
-    p, q = Table(vocab, seed, of_p), Table(vocab, seed + 1, of_q)
+    p = Table(vocab, seed, of_p)
+    q = Table(vocab, seed + 1, of_q)
     # products of a few probabilities, summed over V^m drafts of m ≤ 4 nodes; each rejection divides once more
     assert loses(Tree(SHAPES[shape]), p, q, propose, WAYS[way]) <= 64 * EPS * vocab**5
 
 
 def test_children_drawn_one_way_and_judged_the_other_are_caught():
-    p, q = Table(3, 1), Table(3, 2)
+    p = Table(3, 1)
+    q = Table(3, 2)
     assert loses(Tree([-1, -1]), p, q, grown, True, False) > 1e-3
     with pytest.raises(ValueError, match="drawn from a distribution that gives it probability 0"):
         loses(Tree([-1, -1]), p, q, grown, False, True)  # the same token twice
@@ -120,13 +143,22 @@ def test_sorted_children_treated_as_drawn_are_caught():
 )
 @given(vocab=st.integers(2, 4), seed=seeds)
 def test_more_children_accept_more(vocab, seed):
-    p, q = Table(vocab, seed), Table(vocab, seed + 1)
+    p = Table(vocab, seed)
+    q = Table(vocab, seed + 1)
 
     def accepted(children, replacement):
         def run(rng):
             shape, tokens, rows = grown(Tree([-1] * children), q, rng, replacement)
-            return bool(verify_tree(np.stack([p([])] * (len(shape) + 1)), rows, shape, tokens, rng,
-                                    replacement=replacement)[0])  # fmt: skip
+            return bool(
+                verify_tree(
+                    np.stack([p([])] * (len(shape) + 1)),
+                    rows,
+                    shape,
+                    tokens,
+                    rng,
+                    replacement=replacement,
+                )[0]
+            )
 
         return law(run).get(True, 0.0)
 
@@ -136,15 +168,21 @@ def test_more_children_accept_more(vocab, seed):
     assert abs(single - np.minimum(p([]), q([])).sum()) <= 64 * EPS
 
 
-@pytest.mark.theorem("A chain is judged as token-wise verification judges it, uniform for uniform", source="definition")
+@pytest.mark.theorem(
+    "A chain is judged as token-wise verification judges it, uniform for uniform",
+    source="definition",
+)
 @given(vocab=st.integers(2, 5), gamma=st.integers(0, 4), seed=seeds)
 def test_a_chain_is_token_wise(pure_xp, vocab, gamma, seed):
-    p, q = Table(vocab, seed), Table(vocab, seed + 1)
+    p = Table(vocab, seed)
+    q = Table(vocab, seed + 1)
     drafts = np.random.default_rng(seed).integers(0, vocab, gamma).tolist()
     rows = p.rows([], drafts), q.rows([], drafts)
     mine = [pure_xp.asarray(x) for x in rows]
     for drawn, given_ in ((mine[1], rows[1][:gamma]), (None, None)):
-        path, token = verify_tree(mine[0], drawn, Tree.chain(gamma), drafts, np.random.default_rng(seed))
+        path, token = verify_tree(
+            mine[0], drawn, Tree.chain(gamma), drafts, np.random.default_rng(seed)
+        )
         assert path == list(range(len(path)))
         assert (len(path), token) == verify(rows[0], given_, drafts, np.random.default_rng(seed))
 
@@ -152,13 +190,15 @@ def test_a_chain_is_token_wise(pure_xp, vocab, gamma, seed):
 @given(tree=trees(), vocab=st.integers(1, 3), seed=seeds)
 def test_greedy_walks_down_the_argmax(tree, vocab, seed):
     rng = np.random.default_rng(seed)
-    tokens, best = rng.integers(0, vocab, len(tree)).tolist(), rng.integers(0, vocab, len(tree) + 1).tolist()
+    tokens = rng.integers(0, vocab, len(tree)).tolist()
+    best = rng.integers(0, vocab, len(tree) + 1).tolist()
     path, token = verify_tree_greedy(best, tree, tokens)
     rows = [0, *(node + 1 for node in path)]
     assert [tokens[i] for i in path] == [best[row] for row in rows[:-1]]
     assert [tree.parents[i] for i in path] == [row - 1 for row in rows[:-1]]
     assert token == best[rows[-1]]
-    assert all(tokens[c] != token for c in tree.children[rows[-1]])  # it ends only where no child goes on
+    # it ends only where no child goes on
+    assert all(tokens[c] != token for c in tree.children[rows[-1]])
     sampled = verify_tree(np.eye(vocab)[best], None, tree, tokens, np.random.default_rng(seed))
     assert [tokens[i] for i in sampled[0]] == [tokens[i] for i in path]
     assert sampled[1] == token
@@ -194,13 +234,20 @@ def test_tree_step_equals_each_path_alone(xp, name, tree, seed, before):
     rng = np.random.default_rng(seed)
     weights = build(config, {k: xp.asarray(v) for k, v in random_tensors(config, 3).items()})
     like = weights["norm"]
-    prefix, tokens = rng.integers(0, 300, before).tolist(), rng.integers(0, 300, len(tree) + 1).tolist()
+    prefix = rng.integers(0, 300, before).tolist()
+    tokens = rng.integers(0, 300, len(tree) + 1).tolist()
 
     def cached(ids):
         cache = ContiguousCache(config, 2, 24, like=like)
         if ids:
             counts = [0, len(ids)]
-            hidden = forward(weights, config, xp.asarray(ids), xp.asarray(cache.positions(counts)), cache.view(counts))
+            hidden = forward(
+                weights,
+                config,
+                xp.asarray(ids),
+                xp.asarray(cache.positions(counts)),
+                cache.view(counts),
+            )
             cache.advance(counts)
             return cache, to_host(hidden)
         return cache, None
@@ -220,9 +267,12 @@ def test_tree_step_equals_each_path_alone(xp, name, tree, seed, before):
     expected, _ = cached([*prefix, tokens[0], *(tokens[a + 1] for a in path)])
     assert cache.lengths == expected.lengths
     end = cache.lengths[1]
-    for mine, theirs in ((cache.keys[..., :end], expected.keys[..., :end]),
-                         (cache.values[..., :end, :], expected.values[..., :end, :])):  # fmt: skip
-        mine, theirs = to_host(mine)[:, 1], to_host(theirs)[:, 1]
+    for mine, theirs in (
+        (cache.keys[..., :end], expected.keys[..., :end]),
+        (cache.values[..., :end, :], expected.values[..., :end, :]),
+    ):
+        mine = to_host(mine)[:, 1]
+        theirs = to_host(theirs)[:, 1]
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=atol * max(1, abs(theirs).max()))
 
 
@@ -234,19 +284,32 @@ def test_bad_trees_are_named():
         Tree([-1, 1])
     with pytest.raises(ValueError, match="node 0 hangs below -2"):
         Tree([-2])
-    rng, two, p = np.random.default_rng(0), Tree([-1, -1]), np.full((3, 2), 0.5)
+    rng = np.random.default_rng(0)
+    two = Tree([-1, -1])
+    p = np.full((3, 2), 0.5)
     for call, message in (
         (lambda: verify_tree(p, None, two, [0], rng), "as many tokens, got 1"),
         (lambda: verify_tree(p[:2], None, two, [0, 1], rng), r"shape \(3, V\), got \(2, 2\)"),
-        (lambda: verify_tree(p, p[:2], two, [0, 1], rng), r"shape \(3, V\), got \(3, 2\) and \(2, 2\)"),
+        (
+            lambda: verify_tree(p, p[:2], two, [0, 1], rng),
+            r"shape \(3, V\), got \(3, 2\) and \(2, 2\)",
+        ),
         (lambda: verify_tree(p * 2, None, two, [0, 1], rng), "row 0 of p sums to 2"),
         (lambda: verify_tree(p, p * 2, two, [0, 1], rng), "row 0 of q sums to 2"),
-        (lambda: verify_tree(p, None, two, [0, 2], rng), "node 1 is token 2, outside the vocabulary of 2"),
-        (lambda: verify_tree_greedy([0, 1], two, [0, 1]), "needs as many tokens and one target more"),
+        (
+            lambda: verify_tree(p, None, two, [0, 2], rng),
+            "node 1 is token 2, outside the vocabulary of 2",
+        ),
+        (
+            lambda: verify_tree_greedy([0, 1], two, [0, 1]),
+            "needs as many tokens and one target more",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call()
-    with pytest.raises(ValueError, match="token 1 was drawn from a distribution that gives it probability 0"):
+    with pytest.raises(
+        ValueError, match="token 1 was drawn from a distribution that gives it probability 0"
+    ):
         verify_tree(np.array([[0.5, 0.5]] * 2), np.array([[1.0, 0.0]] * 2), Tree([-1]), [1], rng)
     cache = ContiguousCache(NETWORKS["llama"], 1, 2, like=np.zeros(1))
     with pytest.raises(ValueError, match="0 cached \\+ 3 tokens of a tree exceed 2"):

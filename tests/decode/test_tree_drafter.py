@@ -39,11 +39,21 @@ def below(tree, tokens, node):
     "A tree is a chain as long as the draft is sure, and below it a fan of all nodes that are left; no node is wasted",
     source="definition of TreeDrafter; Li et al. 2024 (EAGLE-2), section 3.1: the draft's probability tells acceptance",
 )
-@given(seed=seeds, gamma=st.integers(1, 5), confidence=st.floats(0, 0.99), temperature=st.sampled_from([0.0, 1.0, 0.6]))
+@given(
+    seed=seeds,
+    gamma=st.integers(1, 5),
+    confidence=st.floats(0, 0.99),
+    temperature=st.sampled_from([0.0, 1.0, 0.6]),
+)
 def test_a_chain_where_it_is_sure_and_a_fan_where_it_is_not(seed, gamma, confidence, temperature):
-    how, model, text = Sampling(temperature), record(NETWORKS["llama"], seed % 5), [0, 1]
-    proposal = TreeDrafter(model, gamma, confidence=confidence).propose(text, gamma, how, draw(seed))
-    tree, tokens = proposal.tree, proposal.tokens
+    how = Sampling(temperature)
+    model = record(NETWORKS["llama"], seed % 5)
+    text = [0, 1]
+    proposal = TreeDrafter(model, gamma, confidence=confidence).propose(
+        text, gamma, how, draw(seed)
+    )
+    tree = proposal.tree
+    tokens = proposal.tokens
     assert len(tree) == len(tokens) == gamma
     assert (proposal.q is None) == (temperature == 0)
     node = -1
@@ -57,7 +67,9 @@ def test_a_chain_where_it_is_sure_and_a_fan_where_it_is_not(seed, gamma, confide
         if abs(float(q.max()) - confidence) > 1e-12:
             assert len(children) == (left if q.max() < confidence else 1)
         if temperature == 0:
-            assert [tokens[c] for c in children] == np.argsort(-z, kind="stable")[: len(children)].tolist()
+            assert [tokens[c] for c in children] == np.argsort(-z, kind="stable")[
+                : len(children)
+            ].tolist()
         else:
             np.testing.assert_allclose(proposal.q[row], q, rtol=0, atol=1e-12)
             assert len({tokens[c] for c in children}) == len(children)
@@ -71,7 +83,8 @@ def test_a_chain_where_it_is_sure_and_a_fan_where_it_is_not(seed, gamma, confide
 @pytest.mark.parametrize("confidence", [0.0, 0.99])
 def test_the_returned_rows_are_what_the_children_were_drawn_from(confidence, monkeypatch):
     monkeypatch.setattr(verification, "draw", enumeration.draw)
-    drafter, rows = TreeDrafter(record(SMALL, 1), 2, confidence=confidence), {}
+    drafter = TreeDrafter(record(SMALL, 1), 2, confidence=confidence)
+    rows = {}
 
     def run(rng):
         proposal = drafter.propose([0, 1], 2, SAMPLED, rng)
@@ -88,13 +101,18 @@ def test_the_returned_rows_are_what_the_children_were_drawn_from(confidence, mon
             expected = q[0, first] * q[1, second]
             assert proposal.tree.parents == [-1, 0]
         assert chance == pytest.approx(expected, abs=64 * EPS)
-        np.testing.assert_allclose(q[0], warp(next_logits(drafter.model, [0, 1])), rtol=0, atol=1e-12)
+        np.testing.assert_allclose(
+            q[0], warp(next_logits(drafter.model, [0, 1])), rtol=0, atol=1e-12
+        )
 
 
 def test_trees_end_with_the_positions_and_the_vocabulary():
     model = record(SMALL, 1)  # 32 positions, 3 tokens
     for how in (GREEDY, SAMPLED):
-        assert len(TreeDrafter(model, 4, confidence=0.0).propose([0] * 30, 4, how, draw(0)).tokens) == 2
+        assert (
+            len(TreeDrafter(model, 4, confidence=0.0).propose([0] * 30, 4, how, draw(0)).tokens)
+            == 2
+        )
         assert TreeDrafter(model, 4).propose([0] * 32, 4, how, draw(0)).tokens == []
         assert TreeDrafter(model, 4).propose([0], 0, how, draw(0)) == NOTHING
         wide = TreeDrafter(model, 7, confidence=0.99).propose([0, 1], 7, how, draw(0))
@@ -102,12 +120,15 @@ def test_trees_end_with_the_positions_and_the_vocabulary():
 
 
 def test_the_cache_of_a_grown_tree_goes_on_with_the_text():
-    drafter, rng = TreeDrafter(record(SMALL, 1), 3, confidence=0.0), draw(0)
+    drafter = TreeDrafter(record(SMALL, 1), 3, confidence=0.0)
+    rng = draw(0)
     first = drafter.propose([0, 1], 3, GREEDY, rng).tokens
     assert drafter.computed == 2 + 2
     again = drafter.propose([0, 1, *first, 2], 3, GREEDY, rng)
     assert drafter.computed == 4 + 2 + 2
-    anew = TreeDrafter(record(SMALL, 1), 3, confidence=0.0).propose([0, 1, *first, 2], 3, GREEDY, rng)
+    anew = TreeDrafter(record(SMALL, 1), 3, confidence=0.0).propose(
+        [0, 1, *first, 2], 3, GREEDY, rng
+    )
     assert (again.tokens, again.tree.parents) == (anew.tokens, anew.tree.parents)
 
 
@@ -122,8 +143,10 @@ def test_a_cascade_takes_the_first_proposal_and_tells_who_made_it():
     cascade = Cascade(Told(2, shortest=2), Told(9, longest=1, shortest=1), model)
     assert cascade.gamma == 9
     for text, count, made, by in (
-        ([0, 1, 2, 0, 1], 5, [2, 0], 2), ([0, 1, 2, 2], 5, [2], 9), ([1, 2, 0], 2, None, None)
-    ):  # fmt: skip
+        ([0, 1, 2, 0, 1], 5, [2, 0], 2),
+        ([0, 1, 2, 2], 5, [2], 9),
+        ([1, 2, 0], 2, None, None),
+    ):
         proposal = cascade.propose(text, count, GREEDY, draw(0))
         expected = model.propose(text, count, GREEDY, draw(0)).tokens if made is None else made
         assert proposal.tokens == expected
@@ -159,11 +182,15 @@ def test_the_engine_refuses_trees_and_goes_on_without_them():
 
 
 def test_of_a_tree_the_levels_that_were_judged_are_counted():
-    fan, rows = Tree([-1, -1, -1, 0]), np.eye(6)
+    fan = Tree([-1, -1, -1, 0])
+    rows = np.eye(6)
     nodes = [1, 2, 3, 4]
     for best, kept, judged in (
-        ([5, 0, 0, 0, 0], [], 1), ([3, 0, 0, 0, 0], [3], 1), ([1, 5, 0, 0, 0], [1], 2), ([1, 4, 0, 0, 0], [1, 4], 2)
-    ):  # fmt: skip
+        ([5, 0, 0, 0, 0], [], 1),
+        ([3, 0, 0, 0, 0], [3], 1),
+        ([1, 5, 0, 0, 0], [1], 2),
+        ([1, 4, 0, 0, 0], [1, 4], 2),
+    ):
         step, path = judge_tree(rows[best], [0], TreeProposal(nodes, None, fan), GREEDY, draw(0))
         assert [nodes[node] for node in path] == kept == step.drafts[: step.accepted]
         assert sorted(step.drafts) == nodes
@@ -177,6 +204,7 @@ def test_of_a_tree_the_levels_that_were_judged_are_counted():
 def test_what_is_left_of_q_may_be_too_little_to_draw_from():
     model = record(SMALL, 33)
     z = next_logits(model, [0, 2])
-    how = Sampling(float(np.sort(z)[-1] - np.sort(z)[-2]) / 750)  # e^−750: the second token has next to nothing
+    # e^−750: the second token has next to nothing
+    how = Sampling(float(np.sort(z)[-1] - np.sort(z)[-2]) / 750)
     proposal = TreeDrafter(model, 3, confidence=0.99).propose([0, 2], 3, how, draw(0))
     assert proposal.tokens[0] == int(z.argmax())

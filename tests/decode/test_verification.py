@@ -19,13 +19,20 @@ from conftest import to_host
 from enumeration import Table, distance, extended, law, sequence_law
 from refllm.decode.sampling import apply_repetition_penalty, sample, warp
 from refllm.decode.speculative import verification
-from refllm.decode.speculative.verification import residual, verify, verify_block, verify_greedy, verify_typical
+from refllm.decode.speculative.verification import (
+    residual,
+    verify,
+    verify_block,
+    verify_greedy,
+    verify_typical,
+)
 from strategies import seeds
 
 EPS = float(np.finfo(np.float64).eps)
 LAWS = {"token-wise": verify, "block": verify_block}
 kinds = st.sampled_from(["dense", "sparse", "peaked"])
-vocabs, gammas = st.integers(2, 3), st.integers(1, 3)
+vocabs = st.integers(2, 3)
+gammas = st.integers(1, 3)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -45,7 +52,8 @@ def rounding(vocab: int, gamma: int) -> float:
 
 def sampled(q, gamma, rng):
     """γ tokens from q, each with the distribution that it was drawn from."""
-    drafts, rows = [], []
+    drafts = []
+    rows = []
     for _ in range(gamma):
         rows.append(q(drafts))
         drafts.append(enumeration.draw(rows[-1], rng.random()))
@@ -88,9 +96,12 @@ def loses(judge, propose, p, q, gamma) -> float:
 @pytest.mark.parametrize("propose", [sampled, one_hot])
 @given(vocab=vocabs, gamma=gammas, seed=seeds, of_p=kinds, of_q=kinds)
 @example(vocab=3, gamma=3, seed=0, of_p="sparse", of_q="sparse")
-def test_the_law_of_the_emitted_tokens_is_the_target_s(name, propose, vocab, gamma, seed, of_p, of_q):
+def test_the_law_of_the_emitted_tokens_is_the_target_s(
+    name, propose, vocab, gamma, seed, of_p, of_q
+):
     assume(vocab**gamma <= 9 or seed % 3 == 0)  # the dear cases less often
-    p, q = Table(vocab, seed, of_p), Table(vocab, seed + 1, of_q)
+    p = Table(vocab, seed, of_p)
+    q = Table(vocab, seed + 1, of_q)
     assert loses(LAWS[name], propose, p, q, gamma) <= rounding(vocab, gamma)
 
 
@@ -102,7 +113,8 @@ def test_the_law_holds_in_rational_numbers():
         p, q = ([Fraction(int(a), 1) for a in rng.integers(0, 6, n)] for _ in range(2))
         if not sum(p) or not sum(q):
             continue
-        p, q = [a / sum(p) for a in p], [b / sum(q) for b in q]
+        p = [a / sum(p) for a in p]
+        q = [b / sum(q) for b in q]
         kept = [min(a, b) for a, b in zip(p, q, strict=True)]
         left = [max(a - b, Fraction()) for a, b in zip(p, q, strict=True)]
         if p == q:
@@ -159,8 +171,11 @@ def dropping_the_bonus(p, q, drafts, rng):
 
 def one_uniform(p, q, drafts, rng):
     """One uniform for the whole run, as a seed set anew within the loop gives."""
-    accepted, u = 0, rng.random()
-    while accepted < len(drafts) and u < p[accepted][drafts[accepted]] / q[accepted][drafts[accepted]]:
+    accepted = 0
+    u = rng.random()
+    while (
+        accepted < len(drafts) and u < p[accepted][drafts[accepted]] / q[accepted][drafts[accepted]]
+    ):
         accepted += 1
     if accepted == len(drafts):
         return accepted, enumeration.draw(p[-1], rng.random())
@@ -203,7 +218,8 @@ BUGS = {
 @pytest.mark.parametrize("bug", BUGS)
 def test_each_known_bug_is_caught_by_the_test_of_the_law(bug):
     judge, propose = BUGS[bug]
-    p, q = Table(3, 11), Table(3, 12)
+    p = Table(3, 11)
+    q = Table(3, 12)
     assert loses(verify, sampled, p, q, 2) <= rounding(3, 2)
     assert loses(judge, propose, p, q, 2) > 1e-3, "the wrong code passes the test of the law"
 
@@ -226,9 +242,12 @@ class Penalised(Table):
     "if all rows are penalised for the same prefix",
     source="Leviathan et al. 2023, section 2.2 (p is what is sampled from)",
 )
-@pytest.mark.parametrize("counted", ["the drafts before it", "none of the drafts", "all of the drafts"])
+@pytest.mark.parametrize(
+    "counted", ["the drafts before it", "none of the drafts", "all of the drafts"]
+)
 def test_penalties_are_computed_on_the_prefix_with_the_drafts(counted):
-    p, q = Penalised(3, 5), Table(3, 6)
+    p = Penalised(3, 5)
+    q = Table(3, 6)
 
     def judge(_, rows, drafts, rng):
         which = {"none of the drafts": lambda i: [], "all of the drafts": lambda i: drafts}
@@ -259,13 +278,17 @@ def accepted_law(judge, propose, p, q, gamma):
 )
 @given(vocab=st.integers(2, 6), seed=seeds, of_p=kinds, of_q=kinds)
 def test_acceptance_is_one_minus_total_variation(vocab, seed, of_p, of_q):
-    p, q = Table(vocab, seed, of_p), Table(vocab, seed + 1, of_q)
-    one, other = p([]), q([])
+    p = Table(vocab, seed, of_p)
+    q = Table(vocab, seed + 1, of_q)
+    one = p([])
+    other = q([])
     overlap = np.minimum(one, other).sum()
     assert abs(overlap - (1 - 0.5 * abs(one - other).sum())) <= 4 * vocab * EPS
     for judge in LAWS.values():
         assert abs(accepted_law(judge, sampled, p, q, 1).get(1, 0.0) - overlap) <= 8 * vocab * EPS
-    assert abs(residual(one, other).sum() - (1 - overlap)) <= 4 * vocab * EPS or np.array_equal(one, other)
+    assert abs(residual(one, other).sum() - (1 - overlap)) <= 4 * vocab * EPS or np.array_equal(
+        one, other
+    )
 
 
 @pytest.mark.theorem(
@@ -274,11 +297,15 @@ def test_acceptance_is_one_minus_total_variation(vocab, seed, of_p, of_q):
 )
 @given(vocab=st.integers(2, 6), seed=seeds, of_p=kinds, of_q=kinds)
 def test_one_hot_acceptance(vocab, seed, of_p, of_q):
-    p, q = Table(vocab, seed, of_p), Table(vocab, seed + 1, of_q)
-    one, other = p([]), q([])
+    p = Table(vocab, seed, of_p)
+    q = Table(vocab, seed + 1, of_q)
+    one = p([])
+    other = q([])
     certain = accepted_law(verify, one_hot, p, q, 1).get(1, 0.0)
     assert abs(certain - one[np.argmax(other)]) <= 4 * EPS
-    as_one_hot = accepted_law(lambda rows, _, x, rng: verify(rows, None, x, rng), sampled, p, q, 1).get(1, 0.0)
+    as_one_hot = accepted_law(
+        lambda rows, _, x, rng: verify(rows, None, x, rng), sampled, p, q, 1
+    ).get(1, 0.0)
     assert abs(as_one_hot - (one * other).sum()) <= 8 * vocab * EPS
     assert as_one_hot <= np.minimum(one, other).sum() + 8 * vocab * EPS
 
@@ -287,10 +314,21 @@ def test_one_hot_acceptance(vocab, seed, of_p, of_q):
     "Block verification accepts at least as many drafts as token-wise in expectation, for all p and q",
     source="Sun et al. 2024, theorem 2",
 )
-@given(vocab=vocabs, gamma=gammas, seed=seeds, of_p=kinds, of_q=kinds, propose=st.sampled_from([sampled, one_hot]))
+@given(
+    vocab=vocabs,
+    gamma=gammas,
+    seed=seeds,
+    of_p=kinds,
+    of_q=kinds,
+    propose=st.sampled_from([sampled, one_hot]),
+)
 def test_block_accepts_at_least_as_many(vocab, gamma, seed, of_p, of_q, propose):
-    p, q = Table(vocab, seed, of_p), Table(vocab, seed + 1, of_q)
-    mean = [sum(n * w for n, w in accepted_law(judge, propose, p, q, gamma).items()) for judge in LAWS.values()]
+    p = Table(vocab, seed, of_p)
+    q = Table(vocab, seed + 1, of_q)
+    mean = [
+        sum(n * w for n, w in accepted_law(judge, propose, p, q, gamma).items())
+        for judge in LAWS.values()
+    ]
     assert mean[1] >= mean[0] - rounding(vocab, gamma)
 
 
@@ -298,8 +336,14 @@ def test_block_accepts_more_where_it_can():
     """The inequality is not an equality: over twenty pairs block is better by some per cent."""
     means = []
     for seed in range(20):
-        p, q = Table(3, 2 * seed), Table(3, 2 * seed + 1)
-        means.append([sum(n * w for n, w in accepted_law(f, sampled, p, q, 2).items()) for f in LAWS.values()])
+        p = Table(3, 2 * seed)
+        q = Table(3, 2 * seed + 1)
+        means.append(
+            [
+                sum(n * w for n, w in accepted_law(f, sampled, p, q, 2).items())
+                for f in LAWS.values()
+            ]
+        )
     tokenwise, block = np.mean(means, axis=0)
     assert 1.02 < block / tokenwise < 1.2
 
@@ -317,7 +361,8 @@ class Alike(Table):
 )
 @given(vocab=vocabs, gamma=gammas, seed=seeds, of_p=kinds, of_q=kinds)
 def test_the_expected_length_is_that_of_the_formula(vocab, gamma, seed, of_p, of_q):
-    p, q = Alike(vocab, seed, of_p), Alike(vocab, seed + 1, of_q)
+    p = Alike(vocab, seed, of_p)
+    q = Alike(vocab, seed + 1, of_q)
     emitted = law(step(verify, sampled, p, q, gamma))
     mean = sum(len(s) * w for s, w in emitted.items())
     alpha = min(1.0, float(np.minimum(p([]), q([])).sum()))
@@ -332,7 +377,8 @@ def test_the_expected_length_is_that_of_the_formula(vocab, gamma, seed, of_p, of
 def test_the_two_ends(judge):
     p = Table(3, 4)
     assert accepted_law(judge, sampled, p, p, 3).keys() == {3}
-    one, other = np.array([[0.25, 0.75, 0, 0]] * 3), np.array([[0, 0, 0.5, 0.5]] * 2)
+    one = np.array([[0.25, 0.75, 0, 0]] * 3)
+    other = np.array([[0, 0, 0.5, 0.5]] * 2)
     found = law(lambda rng: judge(one, other, [2, 3], rng))
     assert found == {(0, 0): 0.25, (0, 1): 0.75}
 
@@ -348,7 +394,8 @@ def test_the_two_ends(judge):
 @given(vocab=st.integers(1, 4), gamma=st.integers(0, 4), seed=seeds)
 def test_greedy_is_the_limit_of_both_laws(pure_xp, vocab, gamma, seed):
     rng = np.random.default_rng(seed)
-    best, drafts = rng.integers(0, vocab, gamma + 1), rng.integers(0, vocab, gamma).tolist()
+    best = rng.integers(0, vocab, gamma + 1)
+    drafts = rng.integers(0, vocab, gamma).tolist()
     p = pure_xp.asarray(np.eye(vocab)[best])
     expected = verify_greedy(best, drafts)
     place = next((i for i in range(gamma) if drafts[i] != best[i]), gamma)
@@ -369,21 +416,29 @@ def real_draws(monkeypatch):
 REAL_DRAW = verification.draw
 
 
-@pytest.mark.theorem("The same uniforms give the same result in every array library and precision", source="definition")
+@pytest.mark.theorem(
+    "The same uniforms give the same result in every array library and precision",
+    source="definition",
+)
 @pytest.mark.parametrize("judge", LAWS.values(), ids=LAWS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_every_library_decides_alike(pure_xp, judge, dtype, real_draws):
     for seed in range(20):
-        p, q = Table(5, seed, "sparse"), Table(5, seed + 1)
+        p = Table(5, seed, "sparse")
+        q = Table(5, seed + 1)
         drafts = [sample(q([]), 0.3 * i) for i in range(3)]
         drafts = [int(t) for t in drafts]
         host = p.rows([], drafts).astype(dtype), np.stack([q([])] * 3).astype(dtype)
         ours = [pure_xp.asarray(x) for x in host]
         before = to_host(ours[0]).copy(), to_host(ours[1]).copy()
         for rows in (ours[1], None):
-            expected = judge(host[0], None if rows is None else host[1], drafts, np.random.default_rng(seed))
+            expected = judge(
+                host[0], None if rows is None else host[1], drafts, np.random.default_rng(seed)
+            )
             assert judge(ours[0], rows, drafts, np.random.default_rng(seed)) == expected
-        assert all(np.array_equal(to_host(x), y) for x, y in zip(ours, before, strict=True)), "an argument was changed"
+        assert all(np.array_equal(to_host(x), y) for x, y in zip(ours, before, strict=True)), (
+            "an argument was changed"
+        )
 
 
 @given(seed=seeds, vocab=st.integers(1, 30), zeros=st.booleans())
@@ -405,7 +460,10 @@ def test_draw_is_sample(seed, vocab, zeros):
     source="the same intervals, cut in two steps",
 )
 @given(
-    seed=seeds, vocab=st.integers(16 * 1024, 20_000), gaps=st.booleans(), dtype=st.sampled_from(["float32", "float64"])
+    seed=seeds,
+    vocab=st.integers(16 * 1024, 20_000),
+    gaps=st.booleans(),
+    dtype=st.sampled_from(["float32", "float64"]),
 )
 def test_draw_from_a_long_row(seed, vocab, gaps, dtype):
     rng = np.random.default_rng(seed)
@@ -436,9 +494,19 @@ def test_the_residual_of_equal_distributions_is_the_target(pure_xp):
 
 GOOD = np.array([[0.5, 0.5, 0.0]] * 3)
 BAD = {
-    "q of another vocabulary": (GOOD, GOOD[:2, :2], [0, 1], r"need q of shape \(2, 3\), got \(2, 2\)"),
+    "q of another vocabulary": (
+        GOOD,
+        GOOD[:2, :2],
+        [0, 1],
+        r"need q of shape \(2, 3\), got \(2, 2\)",
+    ),
     "q of another length": (GOOD, GOOD, [0, 1], r"need q of shape \(2, 3\), got \(3, 3\)"),
-    "p without its bonus row": (GOOD[:2], GOOD[:2], [0, 1], r"need p of shape \(3, V\), got \(2, 3\)"),
+    "p without its bonus row": (
+        GOOD[:2],
+        GOOD[:2],
+        [0, 1],
+        r"need p of shape \(3, V\), got \(2, 3\)",
+    ),
     "p of one row only": (GOOD[0], GOOD[:2], [0, 1], r"need p of shape \(3, V\), got \(3,\)"),
     "p not normalised": (GOOD * [[1], [1], [2]], GOOD[:2], [0, 1], r"row 2 of p sums to 2.0"),
     "q not normalised": (GOOD, GOOD[:2] * [[1], [0.9]], [0, 1], r"row 1 of q sums to 0.9"),
@@ -449,8 +517,18 @@ BAD = {
         "row 1 of p .* negative: -0.5",
     ),
     "NaN": (GOOD, GOOD[:2] * [[1], [np.nan]], [0, 1], "row 1 of q .* NaN"),
-    "q gives it nothing": (GOOD, GOOD[:2], [0, 2], "draft 1 is token 2, to which q gives probability 0"),
-    "beyond the vocabulary": (GOOD, GOOD[:2], [0, 3], "draft 1 is token 3, outside the vocabulary of 3"),
+    "q gives it nothing": (
+        GOOD,
+        GOOD[:2],
+        [0, 2],
+        "draft 1 is token 2, to which q gives probability 0",
+    ),
+    "beyond the vocabulary": (
+        GOOD,
+        GOOD[:2],
+        [0, 3],
+        "draft 1 is token 3, outside the vocabulary of 3",
+    ),
     "negative id": (GOOD, GOOD[:2], [-1, 0], "draft 0 is token -1, outside the vocabulary of 3"),
     "no ids": (GOOD, GOOD[:2], [0.5, 1], "drafts are token ids"),
     "an array of no ids": (GOOD, GOOD[:2], np.array([0.0, 1.0]), "1-D array of token ids"),
@@ -467,12 +545,16 @@ def test_bad_input_is_named(case, judge):
 
 @pytest.mark.parametrize("judge", LAWS.values(), ids=LAWS)
 def test_randomness_is_a_generator(judge):
-    with pytest.raises(TypeError, match=r"rng is a generator, numpy.random.default_rng\(seed\), got 3"):
+    with pytest.raises(
+        TypeError, match=r"rng is a generator, numpy.random.default_rng\(seed\), got 3"
+    ):
         judge(GOOD, GOOD[:2], [0, 1], 3)
 
 
 def test_rounding_of_float32_passes_and_more_does_not():
-    rows = warp(np.random.default_rng(0).standard_normal((3, 1000)).astype("float32")).astype("float32")
+    rows = warp(np.random.default_rng(0).standard_normal((3, 1000)).astype("float32")).astype(
+        "float32"
+    )
     assert verify(rows, rows[:2], [1, 2], np.random.default_rng(0))[0] == 2
     with pytest.raises(ValueError, match="sums to"):
         verify(rows * np.float32(1 + 3e-5), rows[:2], [1, 2], np.random.default_rng(0))
@@ -500,4 +582,6 @@ def test_enumeration_sees_every_path():
     found = law(lambda rng: (lambda u: (u < 0.5, u < 0.25))(rng.random()))
     assert found == {(True, True): 0.25, (True, False): 0.25, (False, False): 0.5}
     both = law(lambda rng: tuple(rng.random() < x for x in (0.5, 0.25)))
-    assert both == {(a, b): 0.5 * (0.25 if b else 0.75) for a, b in itertools.product((True, False), repeat=2)}
+    assert both == {
+        (a, b): 0.5 * (0.25 if b else 0.75) for a, b in itertools.product((True, False), repeat=2)
+    }

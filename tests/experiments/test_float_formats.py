@@ -49,9 +49,13 @@ def test_training_goes_on_and_is_compared(tmp_path, monkeypatch):
     for start, method, seed in fp8_training.RUNS[:3] + fp8_training.RUNS[-2:-1]:
         first = fp8_training.first_weights(CONFIG, {}, start, method, seed)
         work = tmp_path / f"{method}{seed}"
-        curve = fp8_training.losses(CONFIG, text, first, method, 1e-3, work, steps=4, batch=1, length=16)
+        curve = fp8_training.losses(
+            CONFIG, text, first, method, 1e-3, work, steps=4, batch=1, length=16
+        )
         assert len(curve) == 4
-        assert curve == fp8_training.losses(CONFIG, text, {}, method, 1e-3, work, steps=4, batch=1, length=16)
+        assert curve == fp8_training.losses(
+            CONFIG, text, {}, method, 1e-3, work, steps=4, batch=1, length=16
+        )
         runs.setdefault(start, {}).setdefault(method, {})[str(seed)] = curve
     of = runs["random weights"]
     assert of["tile"]["0"] != of["float32"]["0"]
@@ -64,8 +68,10 @@ def test_training_goes_on_and_is_compared(tmp_path, monkeypatch):
 
 
 def test_seeds_change_first_weights_and_a_nudge_hardly_does():
-    made = [fp8_training.first_weights(CONFIG, {}, "random weights", *how)["model.embed_tokens.weight"]
-            for how in (("float32", 0), ("tile", 0), ("nudged", 0), ("float32", 1))]  # fmt: skip
+    made = [
+        fp8_training.first_weights(CONFIG, {}, "random weights", *how)["model.embed_tokens.weight"]
+        for how in (("float32", 0), ("tile", 0), ("nudged", 0), ("float32", 1))
+    ]
     np.testing.assert_array_equal(made[0], made[1])
     assert 0 < np.max(np.abs(made[2] - made[0])) < 1e-5 * np.max(np.abs(made[0]))
     assert not np.allclose(made[3], made[0], rtol=0.1)
@@ -84,7 +90,9 @@ def test_training_does_not_write_into_the_bundled_weights():
 
 
 def test_gradient_errors():
-    found = fp8_training.gradient_errors(params(), CONFIG, np.random.default_rng(1).integers(0, 40, (2, 17)))
+    found = fp8_training.gradient_errors(
+        params(), CONFIG, np.random.default_rng(1).integers(0, 40, (2, 17))
+    )
     assert set(found) == {"tile", "tensor", "E5M2 gradients"}
     assert all(0 < error < 0.5 for error in found.values())
     assert found["E5M2 gradients"] > found["tile"]
@@ -93,11 +101,15 @@ def test_gradient_errors():
 def test_planted_outliers_change_no_loss_in_float32_and_hurt_one_scale_a_tensor():
     """The other tiles have no outlier; the tensor has, and its other numbers fall below E4M3's smallest."""
     directory = locate("stdlib")
-    config, held = read_config(directory), next(iter(held_out_documents())).text
+    config = read_config(directory)
+    held = next(iter(held_out_documents())).text
     network = {name: np.asarray(t) for name, t in iter_tensors(directory, dtype="float32")}
     tokens = np.array([Tokenizer.from_file(directory / "tokenizer.json").encode(held)[:129]])
     plain, _ = loss_and_gradients(network, config, tokens)
-    assert loss_and_gradients(fp8_training.planted(network, config, 2.0**16), config, tokens)[0] == plain
+    assert (
+        loss_and_gradients(fp8_training.planted(network, config, 2.0**16), config, tokens)[0]
+        == plain
+    )
     found = fp8_training.outliers(network, config, tokens, powers=(0, 16))
     assert found["tensor"][1] > 0.1 > 3 * max(abs(found["tensor"][0]), abs(found["tile"][0]))
     assert found["tensor"][1] > 3 * abs(found["tile"][1])

@@ -49,7 +49,10 @@ def test_a_row_is_what_its_cache_answers_token_by_token(experiment):
         exact = m.logits(tokens)
         cache = KiviCache(m.config, 1, len(tokens), like=np.zeros(1), kivi=Kivi(2, 2, 8, 32))
         for t in range(len(tokens) - 1):
-            z = logits(m.weights, forward(m.weights, m.config, tokens[t : t + 1], np.asarray([t]), cache.view([1])))[0]
+            z = logits(
+                m.weights,
+                forward(m.weights, m.config, tokens[t : t + 1], np.asarray([t]), cache.view([1])),
+            )[0]
             cache.advance([1])
             log_p, log_q = (a - np.logaddexp.reduce(a) for a in (exact[t], z))
             expected.append(np.sum(np.exp(log_p) * (log_p - log_q)))
@@ -60,15 +63,17 @@ def test_a_row_is_what_its_cache_answers_token_by_token(experiment):
     other = experiment.row(Case("as it is", "keys by token", 2, 32))
     assert other["against KIVI"][0] == pytest.approx(other["kl"][0] - row["kl"][0])
     assert row["kl"][0] == pytest.approx(np.mean(expected))
-    np.testing.assert_allclose(np.mean(row["kl by position"]), row["kl"][0], rtol=1e-9)  # 80 scored, 10 a part
+    # 80 scored, 10 a part
+    np.testing.assert_allclose(np.mean(row["kl by position"]), row["kl"][0], rtol=1e-9)
     assert row["kl by position"][:2] == pytest.approx([0, 0], abs=1e-12)  # 32 wait
 
 
 def test_planted_keys_change_nothing_for_steps_by_channel_and_much_for_steps_by_token(experiment):
     kl = {
         (network, choice): experiment.row(Case(network, choice, 2, 32))["kl"][0]
-        for network in ("as it is", "planted") for choice in ("KIVI", "keys by token")
-    }  # fmt: skip
+        for network in ("as it is", "planted")
+        for choice in ("KIVI", "keys by token")
+    }
     assert kl["planted", "KIVI"] == pytest.approx(kl["as it is", "KIVI"], rel=1e-9)
     assert kl["planted", "keys by token"] > 2 * kl["as it is", "keys by token"]
 
@@ -77,17 +82,35 @@ def test_shares_of_memory_are_bytes_of_codes_steps_and_what_waits():
     shares = memory((64, 128, 4096))
     assert shares["2 bits"][0] == 1.0  # everything waits
     group = kv_quantization.GROUP  # 32, or what these tests make of it
-    assert shares["2 bits"][1] == (1 + (2 + 32 / group) / 16) / 2  # 128 keys are codes, 128 values wait
-    assert shares["4 bits"][2] * kv_bytes(LLAMA_70B, 4096) == Kivi(4, 4, group).nbytes(LLAMA_70B, 4096)
+    # 128 keys are codes, 128 values wait
+    assert shares["2 bits"][1] == (1 + (2 + 32 / group) / 16) / 2
+    assert shares["4 bits"][2] * kv_bytes(LLAMA_70B, 4096) == Kivi(4, 4, group).nbytes(
+        LLAMA_70B, 4096
+    )
 
 
 def test_a_small_run_writes_a_record_that_is_drawn(tmp_path, monkeypatch):
     config = tiny_config(**SHAPE)
-    save(tmp_path / "tiny", config, tiny_params(config, 0, "float32"), byte_tokenizer(), dtype="float32")
+    save(
+        tmp_path / "tiny",
+        config,
+        tiny_params(config, 0, "float32"),
+        byte_tokenizer(),
+        dtype="float32",
+    )
     monkeypatch.setattr(kv_quantization, "GROUP", 8)
     output = tmp_path / "kv.json"
     kv_quantization.main(
-        ["--model", str(tmp_path / "tiny"), "--output", str(output), "--texts", "2", "--length", "160"]
+        [
+            "--model",
+            str(tmp_path / "tiny"),
+            "--output",
+            str(output),
+            "--texts",
+            "2",
+            "--length",
+            "160",
+        ]
     )
     record = read(output)
     assert len(record.values["rows"]) == len(cases())
@@ -98,13 +121,26 @@ def test_a_small_run_writes_a_record_that_is_drawn(tmp_path, monkeypatch):
 def test_what_the_committed_record_says():
     """The sentences of the README and the notebook."""
     values = read(Path(ROOT) / "figures/data/kv_quantization.json").values
-    kl = {(r["network"], r["choice"], r["bits"]): r["kl"] for r in values["rows"] if r["residual"] == 128}
-    paired = {(r["choice"], r["bits"]): r["against KIVI"] for r in values["rows"] if r["network"] == "as it is"}
+    kl = {
+        (r["network"], r["choice"], r["bits"]): r["kl"]
+        for r in values["rows"]
+        if r["residual"] == 128
+    }
+    paired = {
+        (r["choice"], r["bits"]): r["against KIVI"]
+        for r in values["rows"]
+        if r["network"] == "as it is"
+    }
     for bits in (4, 3, 2):
         assert paired["keys by token", bits][1] > 0  # the interval leaves zero out
         assert kl["planted", "keys by token", bits][1] > kl["planted", "KIVI", bits][2]
-        assert kl["planted", "KIVI", bits][0] == pytest.approx(kl["as it is", "KIVI", bits][0], rel=1e-3)
+        assert kl["planted", "KIVI", bits][0] == pytest.approx(
+            kl["as it is", "KIVI", bits][0], rel=1e-3
+        )
     assert kl["planted", "keys by token", 2][0] > 40 * kl["planted", "KIVI", 2][0]
-    waiting = {r["residual"]: r["kl"][0] for r in values["rows"]
-               if (r["network"], r["choice"], r["bits"]) == ("as it is", "KIVI", 2)}  # fmt: skip
+    waiting = {
+        r["residual"]: r["kl"][0]
+        for r in values["rows"]
+        if (r["network"], r["choice"], r["bits"]) == ("as it is", "KIVI", 2)
+    }
     assert [waiting[r] for r in sorted(waiting)] == sorted(waiting.values(), reverse=True)

@@ -40,17 +40,25 @@ def test_texts_of_a_far_copy_end_as_they_began(model):
     whole, without = copies.loss
     rest = np.stack([model.logits(text[21:])[-13:-1] for text in copies.texts])
     rest -= np.logaddexp.reduce(rest, axis=-1, keepdims=True)
-    assert without == pytest.approx(-np.mean([rest[b, i, text[60 + i]] for b, text in enumerate(copies.texts)
-                                              for i in range(12)]))  # fmt: skip
+    assert without == pytest.approx(
+        -np.mean(
+            [rest[b, i, text[60 + i]] for b, text in enumerate(copies.texts) for i in range(12)]
+        )
+    )
     exact = np.stack([model.logits(text)[59:71] for text in copies.texts])
     log_p = exact - np.logaddexp.reduce(exact, axis=-1, keepdims=True)
-    assert whole == pytest.approx(-np.mean([log_p[b, i, text[60 + i]] for b, text in enumerate(copies.texts)
-                                            for i in range(12)]))  # fmt: skip
+    assert whole == pytest.approx(
+        -np.mean(
+            [log_p[b, i, text[60 + i]] for b, text in enumerate(copies.texts) for i in range(12)]
+        )
+    )
 
 
 def share_of_attention(experiment, caches) -> float:
     """What the last query of each text reads of the whole text, and how much of that is still in its cache."""
-    config, shares, plain = experiment.model.config, [], CausalAttend([71])
+    config = experiment.model.config
+    shares = []
+    plain = CausalAttend([71])
     for text, cache in zip(experiment.texts, caches, strict=True):
 
         def attend(layer, q, k, v, cache=cache):
@@ -67,15 +75,24 @@ def share_of_attention(experiment, caches) -> float:
 @pytest.mark.parametrize("policy", [h2o(24), recent_only(24), snapkv(24, window=8)])
 def test_a_run_is_what_the_cache_answers_text_by_text(model, policy):
     experiment = Experiment(model, TASKS[0], **SIZES)
-    run, config = experiment.run(policy), model.config
-    held, kept, caches = [], [], []
+    run = experiment.run(policy)
+    config = model.config
+    held = []
+    kept = []
+    caches = []
     for b, text in enumerate(experiment.texts):
         cache = SparseCache(config, 1, like=np.zeros(1), policy=policy)
         exact = model.logits(text)
         for start, stop in [(0, 60), *((t, t + 1) for t in range(60, 71))]:
-            at, tokens = np.arange(start, stop), np.asarray(text[start:stop])
-            held.append([cache.layers[layer][0].place.shape[1] for layer in range(config.num_hidden_layers)])
-            z = logits(model.weights, forward(model.weights, config, tokens, at, cache.view([stop - start])))[-1]
+            at = np.arange(start, stop)
+            tokens = np.asarray(text[start:stop])
+            held.append(
+                [cache.layers[layer][0].place.shape[1] for layer in range(config.num_hidden_layers)]
+            )
+            z = logits(
+                model.weights,
+                forward(model.weights, config, tokens, at, cache.view([stop - start])),
+            )[-1]
             cache.advance([stop - start])
             if start == 0:
                 cache.settle()
@@ -95,7 +112,9 @@ def test_what_drops_once_has_a_control_that_holds_as_many(model):
     rows = kv_sparsity.rows(experiment, TASKS[0], [40])
     snap = next(row for row in rows if row["policy"] == "SnapKV")
     control = experiment.run(replace(recent_only(40), always=False))
-    assert (control.held, control.last) == (snap["held"], snap["held at the end"]) == (40 + 5, 40 + 11)
+    assert (
+        (control.held, control.last) == (snap["held"], snap["held at the end"]) == (40 + 5, 40 + 11)
+    )
     own = experiment.run(snapkv(40))
     assert snap["against control"][0] == pytest.approx((own.kl - control.kl).mean(), abs=1e-12)
     draws = [experiment.run(at_random(40), seed) for seed in range(kv_sparsity.DRAWS)]
@@ -115,27 +134,54 @@ def test_texts_that_cannot_be_made_are_refused(model):
     for sizes in ({"copy": 12}, {"copy": 37}):
         with pytest.raises(ValueError, match=r"need \d+ within 13..36"):
             Experiment(model, TASKS[1], **SIZES | sizes)
-    with pytest.raises(ValueError, match="no task is called 'songs'; they are as it comes, a far copy"):
+    with pytest.raises(
+        ValueError, match="no task is called 'songs'; they are as it comes, a far copy"
+    ):
         Experiment(model, "songs", **SIZES)
 
 
 def test_a_small_run_writes_a_record_that_is_drawn(tmp_path):
     config = tiny_config()
-    save(tmp_path / "tiny", config, tiny_params(config, 0, "float32"), byte_tokenizer(), dtype="float32")
+    save(
+        tmp_path / "tiny",
+        config,
+        tiny_params(config, 0, "float32"),
+        byte_tokenizer(),
+        dtype="float32",
+    )
     output = tmp_path / "sparse.json"
     sizes = [word for name, value in SIZES.items() for word in (f"--{name}", str(value))]
-    kv_sparsity.main(["--model", str(tmp_path / "tiny"), "--output", str(output), *sizes, "--budgets", "16", "40"])
+    kv_sparsity.main(
+        [
+            "--model",
+            str(tmp_path / "tiny"),
+            "--output",
+            str(output),
+            *sizes,
+            "--budgets",
+            "16",
+            "40",
+        ]
+    )
     values = read(output).values
     found = [(row["task"], row["policy"], row["budget"]) for row in values["rows"]]
     fits = {16: [n for n in POLICIES if n not in ("SnapKV", "PyramidKV")]}
     fits[40] = [n for n in POLICIES if n != "PyramidKV"]  # 10 of 40 in its top layer
-    assert found == [(task, name, budget) for task in TASKS for budget in (16, 40) for name in fits[budget]]
+    assert found == [
+        (task, name, budget) for task in TASKS for budget in (16, 40) for name in fits[budget]
+    ]
     for row in values["rows"]:
         assert (row["against control"] == [0, 0, 0]) == (row["policy"] == CONTROL)
         if row["policy"] != "SnapKV":
-            control = next(r for r in values["rows"] if r["policy"] == CONTROL
-                           and (r["task"], r["budget"]) == (row["task"], row["budget"]))  # fmt: skip
-            assert row["against control"][0] == pytest.approx(row["kl"][0] - control["kl"][0], abs=1e-12)
+            control = next(
+                r
+                for r in values["rows"]
+                if r["policy"] == CONTROL
+                and (r["task"], r["budget"]) == (row["task"], row["budget"])
+            )
+            assert row["against control"][0] == pytest.approx(
+                row["kl"][0] - control["kl"][0], abs=1e-12
+            )
     assert len(drawn(values).axes) == 4
 
 
@@ -143,14 +189,21 @@ def test_what_the_committed_record_says():
     """The sentences of the README and the notebook."""
     values = read(Path(ROOT) / "figures/data/kv_sparsity.json").values
     rows = {(r["task"], r["policy"], r["budget"]): r for r in values["rows"]}
-    for budget in (64, 128, 256, 512):  # on code as it comes none beats the newest tokens by what could matter
-        found = {name: rows["as it comes", name, budget] for name in POLICIES if ("as it comes", name, budget) in rows}
+    # on code as it comes none beats the newest tokens by what could matter
+    for budget in (64, 128, 256, 512):
+        found = {
+            name: rows["as it comes", name, budget]
+            for name in POLICIES
+            if ("as it comes", name, budget) in rows
+        }
         assert all(row["against control"][2] > -0.001 for row in found.values())
         assert found["SnapKV"]["against control"][1] > 0
         assert budget == 512 or found["H2O"]["against control"][1] > 0
-    for name in ("H2O", "TOVA", "SnapKV", "at random"):  # with something far back they are not, nor is chance
+    # with something far back they are not, nor is chance
+    for name in ("H2O", "TOVA", "SnapKV", "at random"):
         assert rows["a far copy", name, 512]["against control"][2] < 0
-    assert rows["a far copy", "StreamingLLM", 512]["against control"][1] > -0.01  # its first tokens hold no copy
+    # its first tokens hold no copy
+    assert rows["a far copy", "StreamingLLM", 512]["against control"][1] > -0.01
     for task in TASKS:  # more attention kept on the whole, and less where it matters
         assert rows[task, "PyramidKV", 512]["mass"] > rows[task, "SnapKV", 512]["mass"]
         assert rows[task, "PyramidKV", 512]["kl"][0] > rows[task, "SnapKV", 512]["kl"][0]

@@ -22,7 +22,9 @@ def test_errors_and_cuts_are_those_of_the_ranges():
         assert whole["cut"] == np.abs(x).max()
         assert whole["beyond"] == 0
         nearest = fake_quantize(x[None], Scheme(bits, "half_integer", "tensor"))[0]
-        assert whole["error"] == pytest.approx(np.sum((nearest - x) ** 2.0) / np.sum(x**2.0), rel=1e-4)
+        assert whole["error"] == pytest.approx(
+            np.sum((nearest - x) ** 2.0) / np.sum(x**2.0), rel=1e-4
+        )
         for row in rows.values():
             assert row["cut"] <= whole["cut"]
             assert row["beyond"] == np.mean(np.abs(x) > np.float32(row["cut"]))
@@ -33,10 +35,15 @@ def test_errors_and_cuts_are_those_of_the_ranges():
 def test_what_the_figure_shows():
     """At 8 bits cutting much costs more than it brings, at 4 bits not cutting does; and the first batch decides."""
     rows = {(row["bits"], row["observer"]): row for row in values()["rows"]}
-    assert rows[8, "min-max"]["error"] < rows[8, "entropy"]["error"] < rows[8, "percentile 99.9"]["error"]
+    assert (
+        rows[8, "min-max"]["error"]
+        < rows[8, "entropy"]["error"]
+        < rows[8, "percentile 99.9"]["error"]
+    )
     assert rows[4, "min-max"]["error"] > 2 * rows[4, "entropy"]["error"]
     first = float(np.abs(batches()[0]).max())
-    assert abs(rows[8, "moving average"]["cut"] - first) < 0.5 * first  # 93 % of its weight, after eight batches
+    # 93 % of its weight, after eight batches
+    assert abs(rows[8, "moving average"]["cut"] - first) < 0.5 * first
     assert rows[8, "min-max"]["cut"] > 5 * first
 
 

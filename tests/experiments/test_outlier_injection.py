@@ -23,13 +23,18 @@ FACTORS = st.sampled_from([2.0**k for k in (-3, 0, 1, 7, 10)])
 
 def weights_of(family, seed=0, xp=np, dtype="float32"):
     config = NETWORKS[family]
-    return config, build(config, {k: xp.asarray(v) for k, v in random_tensors(config, seed, dtype).items()})
+    return config, build(
+        config, {k: xp.asarray(v) for k, v in random_tensors(config, seed, dtype).items()}
+    )
 
 
 def absmax_of(config, weights):
     """max |x| of each input, by (layer, projection)."""
     seen = {}
-    full_logits(tapped(weights, lambda i, name, x: seen.setdefault((i, name), np.abs(x).max(axis=0))), config)
+    full_logits(
+        tapped(weights, lambda i, name, x: seen.setdefault((i, name), np.abs(x).max(axis=0))),
+        config,
+    )
     return seen
 
 
@@ -38,7 +43,9 @@ def absmax_of(config, weights):
     "network's output",
     source="products by powers of two are exact",
 )
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3-tied", "mistral-window", "llama-tied-mha"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "qwen3-tied", "mistral-window", "llama-tied-mha"]
+)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @settings(max_examples=4)
 @given(seed=seeds, factor=FACTORS, inputs=st.sets(st.sampled_from(sorted(PLACES))))
@@ -57,7 +64,8 @@ def test_invariance_planting_is_bit_exact(xp, family, dtype, seed, factor, input
 def test_exact_value_only_the_chosen_channels_grow_and_by_the_factor(seed, factor, name):
     config, weights = weights_of("llama", seed)
     channels = choose(config.hidden_size, 3, np.random.default_rng(seed))
-    before, after = absmax_of(config, weights), absmax_of(config, plant(weights, channels, factor, [name]))
+    before = absmax_of(config, weights)
+    after = absmax_of(config, plant(weights, channels, factor, [name]))
     for (layer, target), old in before.items():
         grown = np.ones(len(old), dtype="float32")
         if target in PLACES[name].targets:
@@ -75,7 +83,8 @@ def test_invariance_smoothing_takes_them_out_again(seed, alpha, factor):
     config, weights = weights_of("llama", seed, dtype="float64")
     channels = choose(config.hidden_size, 4, np.random.default_rng(seed))
     planted = plant(weights, channels, factor)
-    seen, after = absmax_of(config, weights), absmax_of(config, planted)
+    seen = absmax_of(config, weights)
+    after = absmax_of(config, planted)
     eps = float(np.finfo("float64").eps)
     for i, (plain, grown) in enumerate(zip(weights["layers"], planted["layers"], strict=True)):
         names = {"input_layernorm": "q_proj", "post_attention_layernorm": "up_proj"}
@@ -84,7 +93,9 @@ def test_invariance_smoothing_takes_them_out_again(seed, alpha, factor):
         for norm in names:
             np.testing.assert_allclose(again[norm], smooth[norm], rtol=16 * eps)
         for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
-            np.testing.assert_allclose(again[name].dequantize(), smooth[name].dequantize(), rtol=16 * eps)
+            np.testing.assert_allclose(
+                again[name].dequantize(), smooth[name].dequantize(), rtol=16 * eps
+            )
 
 
 def test_planting_is_the_migration_run_backwards():
@@ -99,18 +110,24 @@ def test_planting_is_the_migration_run_backwards():
 
 def test_what_is_planted_in_stays_as_it_was():
     weights = weights_of("llama")[1]
-    before = [(layer["input_layernorm"].tobytes(), layer["up_proj"].dequantize().tobytes())
-              for layer in weights["layers"]]  # fmt: skip
+    before = [
+        (layer["input_layernorm"].tobytes(), layer["up_proj"].dequantize().tobytes())
+        for layer in weights["layers"]
+    ]
     plant(weights, [0, 7], 128.0, PLACES)
-    assert [(layer["input_layernorm"].tobytes(), layer["up_proj"].dequantize().tobytes())
-            for layer in weights["layers"]] == before  # fmt: skip
+    assert [
+        (layer["input_layernorm"].tobytes(), layer["up_proj"].dequantize().tobytes())
+        for layer in weights["layers"]
+    ] == before
 
 
 @pytest.mark.theorem(
     "Keys measured in another power of two, and queries in its inverse, leave every bit of the output as it was",
     source="products by powers of two are exact; a rotation mixes the two channels of a pair, and no others",
 )
-@pytest.mark.parametrize("family", ["llama", "qwen2", "llama3-rope", "mistral-window", "llama-tied-mha"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", "llama3-rope", "mistral-window", "llama-tied-mha"]
+)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @settings(max_examples=4)
 @given(seed=seeds, factor=FACTORS)
@@ -123,7 +140,8 @@ def test_invariance_planting_in_keys_is_bit_exact(xp, family, dtype, seed, facto
 
 def keys_of(config, weights):
     """The keys that the network hands to its memory, [L, S, G, D]."""
-    kept, plain = [], CausalAttend([len(TOKENS)], config.sliding_window)
+    kept = []
+    plain = CausalAttend([len(TOKENS)], config.sliding_window)
 
     def attend(layer, q, k, v):
         kept.append(k.copy())
@@ -142,7 +160,9 @@ def test_exact_value_both_channels_of_a_planted_pair_grow_and_no_others(seed, fa
     grown[[*pairs, *(i + config.head_dim // 2 for i in pairs)]] = factor
     before = keys_of(config, weights)
     after = keys_of(config, plant_keys(weights, config, pairs, factor))
-    np.testing.assert_allclose(after, before * grown, rtol=0, atol=1e-12 * np.abs(before * grown).max())
+    np.testing.assert_allclose(
+        after, before * grown, rtol=0, atol=1e-12 * np.abs(before * grown).max()
+    )
 
 
 def test_keys_that_cannot_be_planted_are_refused():
@@ -157,13 +177,21 @@ def test_keys_that_cannot_be_planted_are_refused():
         plant_keys(weights, config, [0])
     tiny = replace(NETWORKS["llama"], num_hidden_layers=1)
     tensors = random_tensors(tiny, 0, "float32")
-    tensors["model.layers.0.self_attn.q_proj.weight"][2, 1] = np.finfo("float32").smallest_subnormal * 3
+    tensors["model.layers.0.self_attn.q_proj.weight"][2, 1] = (
+        np.finfo("float32").smallest_subnormal * 3
+    )
     with pytest.raises(ValueError, match="layer 0's q_proj has numbers that 8 rounds"):
         plant_keys(build(tiny, tensors), tiny, [2])
     config, weights = weights_of("qwen2")
-    for name, value in (("q_bias", np.finfo("float32").smallest_subnormal), ("k_bias", np.float32(3e38))):
+    for name, value in (
+        ("q_bias", np.finfo("float32").smallest_subnormal),
+        ("k_bias", np.float32(3e38)),
+    ):
         layers = [layer | {name: np.full_like(layer[name], value)} for layer in weights["layers"]]
-        with np.errstate(over="ignore"), pytest.raises(ValueError, match=f"layer 0's {name} has numbers that 8 rounds"):
+        with (
+            np.errstate(over="ignore"),
+            pytest.raises(ValueError, match=f"layer 0's {name} has numbers that 8 rounds"),
+        ):
             plant_keys(weights | {"layers": layers}, config, [2])
 
 
@@ -182,14 +210,21 @@ def test_refused():
     for factor in (3.0, 0.0, -2.0, float("inf"), float("nan"), 100.0):
         with pytest.raises(ValueError, match="is no power of two"):
             plant(weights, [1], factor)
-    with pytest.raises(ValueError, match="no input is called heads; they are attention input, MLP input, MLP hidden"):
+    with pytest.raises(
+        ValueError,
+        match="no input is called heads; they are attention input, MLP input, MLP hidden",
+    ):
         plant(weights, [1], 2.0, ["heads"])
     for channel in (-1, config.hidden_size):
         with pytest.raises(ValueError, match=r"the attention input has channels 0 to 39, got"):
             plant(weights, [channel], 2.0, NORMS)
     tiny = replace(NETWORKS["llama"], num_hidden_layers=1)
     tensors = random_tensors(tiny, 0, "float32")
-    tensors["model.layers.0.self_attn.k_proj.weight"][2, 1] = np.finfo("float32").smallest_subnormal * 3
-    with pytest.raises(ValueError, match="layer 0's k_proj has weights too small to be divided by 128"):
+    tensors["model.layers.0.self_attn.k_proj.weight"][2, 1] = (
+        np.finfo("float32").smallest_subnormal * 3
+    )
+    with pytest.raises(
+        ValueError, match="layer 0's k_proj has weights too small to be divided by 128"
+    ):
         plant(build(tiny, tensors), [1], 128.0)
     assert to_host(plant(build(tiny, tensors), [2], 128.0)["norm"]).shape == (40,)

@@ -64,7 +64,9 @@ def test_a_row_is_the_comparison_with_the_original(bench, tmp_path):
         assert row["increase"][0] == pytest.approx(both, abs=1e-6)
         assert row["increase"][1] < row["increase"][0] < row["increase"][2]
         assert (row["bytes"], row["bits per weight"]) == (report.nbytes, report.bits_per_weight)
-        assert [row[k] for k in ("method", "bits", "group", "rule", "seed")] == list(vars(cell).values())
+        assert [row[k] for k in ("method", "bits", "group", "rule", "seed")] == list(
+            vars(cell).values()
+        )
     assert bench.text[0].shape == (40,)
     assert bench.calibration(0).shape == (2, 24)
     assert (bench.calibration(0) != bench.calibration(1)).any()
@@ -106,7 +108,9 @@ def test_a_cell_is_computed_once_and_a_killed_table_goes_on(bench, tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         list(table(bench, WANTED, tmp_path))
     assert len(list(tmp_path.iterdir())) == 2
-    monkeypatch.setattr(quantization_quality, "quantize_model", lambda *a: calls.append(a[1]) or quantize_model(*a))
+    monkeypatch.setattr(
+        quantization_quality, "quantize_model", lambda *a: calls.append(a[1]) or quantize_model(*a)
+    )
     rows = list(table(bench, WANTED, tmp_path))
     assert calls == [cell.method for cell in WANTED]
     assert list(table(bench, WANTED, tmp_path)) == rows
@@ -124,12 +128,20 @@ def test_the_key_knows_the_code(bench, monkeypatch):
 
 def test_the_command_writes_what_the_figure_is_drawn_from(tmp_path, monkeypatch, capsys):
     directory = tmp_path / "tiny"
-    save(directory, tiny_config(), tiny_params(tiny_config(), 0, "float32"), byte_tokenizer(), dtype="float32")
+    save(
+        directory,
+        tiny_config(),
+        tiny_params(tiny_config(), 0, "float32"),
+        byte_tokenizer(),
+        dtype="float32",
+    )
     for name, value in (("LENGTH", 40), ("WINDOWS", 2), ("WINDOW", 24)):
         monkeypatch.setattr(quantization_quality, name, value)
     output = tmp_path / "quantization_quality.json"
     paths = f"--model {directory} --output {output} --cache {tmp_path / 'cache'}"
-    command = f"{paths} --excerpts 3 --methods gptq int8 rtn --bits 8 4 --groups 0 8 --seeds 0 1".split()
+    command = (
+        f"{paths} --excerpts 3 --methods gptq int8 rtn --bits 8 4 --groups 0 8 --seeds 0 1".split()
+    )
     quantization_quality.main(command)
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 2 * 2 * (1 + 2) + 1
@@ -141,7 +153,9 @@ def test_the_command_writes_what_the_figure_is_drawn_from(tmp_path, monkeypatch,
     assert values["full precision"]["tokens"] == 3 * 40
     assert set(values["versions"]) == {"refllm", "python", "numpy"}
     assert values["quantised"] == sum(
-        np.prod(p.shape) for n, p in tiny_params(tiny_config(), 0).items() if n.endswith("_proj.weight")
+        np.prod(p.shape)
+        for n, p in tiny_params(tiny_config(), 0).items()
+        if n.endswith("_proj.weight")
     )
     assert len(values["rows"]) == 13
     assert len(quantization(values).axes) == 2
@@ -156,7 +170,9 @@ def test_the_committed_table_is_of_the_whole_grid():
     if not path.is_file():
         pytest.skip("the table is not there yet")
     rows = json.loads(path.read_text("utf-8"))["values"]["rows"]
-    assert [Cell(*(r[k] for k in ("method", "bits", "group", "rule", "seed"))) for r in rows] == cells()
+    assert [
+        Cell(*(r[k] for k in ("method", "bits", "group", "rule", "seed"))) for r in rows
+    ] == cells()
 
 
 def test_in_the_committed_table_methods_that_calibrate_beat_round_to_nearest():

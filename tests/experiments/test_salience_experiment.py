@@ -24,7 +24,9 @@ SCHEME = Scheme(3, "half_integer", "group", 8)
 @pytest.fixture(scope="module")
 def experiment() -> Experiment:
     made = tiny_model(3, dtype="float32")
-    return Experiment(Bench(Model(made.config, made.weights, made.tokenizer), "a digest", 3, 40, 2, 24), SCHEME)
+    return Experiment(
+        Bench(Model(made.config, made.weights, made.tokenizer), "a digest", 3, 40, 2, 24), SCHEME
+    )
 
 
 def test_the_choices_are_fractions_by_ways_of_choosing():
@@ -40,7 +42,9 @@ def test_the_choices_are_fractions_by_ways_of_choosing():
 def test_keeping_none_is_round_to_nearest_and_keeping_all_is_the_network(experiment):
     row = experiment.measure(Choice("as it is", None, 0.0))
     quantised, _ = quantize_model(experiment.bench.model, "rtn", SCHEME, scale_dtype=None)
-    found = compare(quantised, experiment.bench.reference, experiment.bench.text, rng=np.random.default_rng(0))
+    found = compare(
+        quantised, experiment.bench.reference, experiment.bench.text, rng=np.random.default_rng(0)
+    )
     assert row["kl"] == pytest.approx([found.kl.mean, found.kl.low, found.kl.high], rel=1e-3)
     everything = experiment.measure(Choice("as it is", "weight", 1.0))
     assert abs(everything["kl"][0]) < 1e-6 * row["kl"][0]
@@ -56,20 +60,30 @@ def test_the_kept_channels_are_exact_and_chosen_by_their_inputs(experiment):
             kept = layer[name].kept
             assert len(kept) == int(np.ceil(0.2 * x.shape[1]))
             assert size[kept].min() >= np.delete(size, kept).max()
-            assert np.array_equal(layer[name].dequantize()[:, kept], old[name].dequantize()[:, kept])
+            assert np.array_equal(
+                layer[name].dequantize()[:, kept], old[name].dequantize()[:, kept]
+            )
 
 
 def test_planted_outliers_are_what_the_activations_find(experiment):
     """A sixteenth of the channels is one here; with three planted in sixteen, a fifth keeps all of them."""
-    rows = {by: experiment.measure(Choice("planted", by, 0.19, 0 if by == "random" else None))["kl"][0]
-            for by in (None, *BY)}  # fmt: skip
+    rows = {
+        by: experiment.measure(Choice("planted", by, 0.19, 0 if by == "random" else None))["kl"][0]
+        for by in (None, *BY)
+    }
     assert rows["activation"] < min(rows["weight"], rows["random"])
     assert rows["activation"] < rows[None]
 
 
 def test_the_command_writes_what_the_figure_is_drawn_from(tmp_path, monkeypatch, capsys):
     directory = tmp_path / "tiny"
-    save(directory, tiny_config(), tiny_params(tiny_config(), 0, "float32"), byte_tokenizer(), dtype="float32")
+    save(
+        directory,
+        tiny_config(),
+        tiny_params(tiny_config(), 0, "float32"),
+        byte_tokenizer(),
+        dtype="float32",
+    )
     for name, value in (("LENGTH", 40), ("WINDOWS", 2), ("WINDOW", 24)):
         monkeypatch.setattr(salience, name, value)
     output = tmp_path / "salience.json"

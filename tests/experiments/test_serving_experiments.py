@@ -30,7 +30,9 @@ def model():
 def short_text(monkeypatch):
     """Prompts of a few lines, since the tiny model's tokens are bytes."""
     rng = np.random.default_rng(0)
-    monkeypatch.setattr(unpadding, "held_out", lambda model: unpadding.Passages(rng.integers(1, 200, 5000).tolist()))
+    monkeypatch.setattr(
+        unpadding, "held_out", lambda model: unpadding.Passages(rng.integers(1, 200, 5000).tolist())
+    )
     monkeypatch.setattr(prefix_caching, "held_out", unpadding.held_out)
 
 
@@ -45,11 +47,17 @@ def test_the_recorded_batches_are_the_papers_within_eight_percent():
     assert mean(rows["paged"]["utilisation"]) > 0.93
     # the same command gives the same numbers: one of the cells, again
     row = rows["Orca (Max)"]
-    assert paging.serve("Orca (Max)", paging.load(0, record.values["requests"])).saturated.batch == row["batch"][0]
+    assert (
+        paging.serve("Orca (Max)", paging.load(0, record.values["requests"])).saturated.batch
+        == row["batch"][0]
+    )
 
 
 def test_the_recorded_shares_are_those_of_the_article():
-    useful = {row["batch"]: row for row in read(ROOT / "figures" / "data" / "batching.json").values["useful"]}
+    useful = {
+        row["batch"]: row
+        for row in read(ROOT / "figures" / "data" / "batching.json").values["useful"]
+    }
     for batch, share in {4: 0.49, 8: 0.37, 16: 0.30, 32: 0.25}.items():
         assert mean(useful[batch]["counted"]) == pytest.approx(share, abs=0.03)
     # what a cache costs where nothing is shared
@@ -59,7 +67,11 @@ def test_the_recorded_shares_are_those_of_the_article():
 
 def test_memory_is_given_out_as_the_table_says():
     asked = Request(range(100), 300)
-    sizes = {name: paging.scheduler(name, 15_700).memory.size(asked) for name in paging.PAPER if name != "paged"}
+    sizes = {
+        name: paging.scheduler(name, 15_700).memory.size(asked)
+        for name in paging.PAPER
+        if name != "paged"
+    }
     assert sizes == {"Orca (Max)": 2048, "Orca (Pow2)": 100 + 512, "Orca (Oracle)": 400}
     large = Request(range(900), 1100)
     assert paging.scheduler("Orca (Pow2)", 15_700).memory.size(large) == 2048  # not 900 + 2048
@@ -68,7 +80,10 @@ def test_memory_is_given_out_as_the_table_says():
 
 def test_larger_blocks_hold_no_more():
     asked = paging.load(1, 60)
-    used = [paging.serve("paged", asked, block=b, slots=6000).saturated.utilisation for b in (1, 16, 256)]
+    used = [
+        paging.serve("paged", asked, block=b, slots=6000).saturated.utilisation
+        for b in (1, 16, 256)
+    ]
     assert used[0] > used[1] > used[2]
 
 
@@ -90,7 +105,9 @@ def test_useful_slots_are_those_of_the_closed_form(monkeypatch):
     assert one["exact"] == 1
     assert eight["exact"] == pytest.approx(0.37, abs=0.03)
     # the ratio of two means, of 32 answers and of 4 batches, whose deviations are about 1.0 and 0.5 of their means
-    assert eight["counted"][0] == pytest.approx(eight["exact"], rel=3 * math.hypot(1 / math.sqrt(32), 0.5 / 2))
+    assert eight["counted"][0] == pytest.approx(
+        eight["exact"], rel=3 * math.hypot(1 / math.sqrt(32), 0.5 / 2)
+    )
     exact = SHAREGPT.pmfs()[1]
     shares = [batching.useful_share(exact, b) for b in (4, 8, 16, 32)]
     assert shares == pytest.approx([0.49, 0.37, 0.30, 0.25], abs=0.03)
@@ -110,7 +127,9 @@ def test_chunks_goodput_and_swapping_are_projected(monkeypatch):
     assert all(row["recompute"]["moved"] == 0 for row in rows)
 
 
-@pytest.mark.theorem("padding × kernel × batch = the whole", source="ratios of neighbours telescope")
+@pytest.mark.theorem(
+    "padding × kernel × batch = the whole", source="ratios of neighbours telescope"
+)
 def test_factors_multiply_to_the_whole(model):
     values = unpadding.unpadding_data(model, count=9, rounds=1, scale=1 / 16)
     rows = {row["run"]: row for row in values["rows"]}
@@ -121,7 +140,10 @@ def test_factors_multiply_to_the_whole(model):
     assert rows["static"]["with padding"] > rows["static"]["tokens"]  # padding was computed
     assert rows["Orca (Max)"]["with padding"] == rows["Orca (Max)"]["tokens"]
     assert (
-        rows["static"]["steps"] > rows["Orca (Max)"]["steps"] == rows["paged, as few"]["steps"] > rows["paged"]["steps"]
+        rows["static"]["steps"]
+        > rows["Orca (Max)"]["steps"]
+        == rows["paged, as few"]["steps"]
+        > rows["paged"]["steps"]
     )
     assert serve.unpadding(values)
 
@@ -132,11 +154,14 @@ def test_programs_are_measured_and_the_formula_stands_beside(model):
     for name, rows in values["programs"].items():
         hits = {(row["cache"], row["order"]): row["hit"] for row in rows}
         assert hits[None, "fcfs"] == 0
-        assert len({row["P"] for row in rows}) == len({row["O"] for row in rows}) == 1  # all serve equally much
+        # all serve equally much
+        assert len({row["P"] for row in rows}) == len({row["O"] for row in rows}) == 1
         for row in rows:
             assert row["hit"] <= row["best"] + 1e-12 or row["preemptions"]
             if not row["preemptions"]:
-                assert row["computed"] == pytest.approx(row["P"] * (1 - row["hit"]) + row["O"] - _requests(rows, row))
+                assert row["computed"] == pytest.approx(
+                    row["P"] * (1 - row["hit"]) + row["O"] - _requests(rows, row)
+                )
         assert (hits["radix", "lpm"] > 0.2) == (name != "unique")
     assert all(0 <= share < 1 for shares in values["inside"].values() for share in shares)
     assert serve.prefixes(values)
@@ -151,7 +176,8 @@ def _requests(rows, row):
 def test_a_cache_that_calls_itself_is_timed_once(model, monkeypatch):
     """On a clock that goes on by one at every look: the inner calls look when they begin, and add nothing."""
     engine = Engine(model, num_blocks=8, block_size=4, prefix_cache="radix")
-    cache, ticks = engine.scheduler.memory.cache, iter(range(100))
+    cache = engine.scheduler.memory.cache
+    ticks = iter(range(100))
     cache.available = lambda: 7
     cache.match = lambda: cache.available() + cache.available()
     inside = prefix_caching._watch(engine)

@@ -23,16 +23,18 @@ from study_models import byte_tokenizer, tiny_config, tiny_model, tiny_params
 @pytest.fixture(scope="module")
 def experiment() -> Experiment:
     made = tiny_model(3, dtype="float32")
-    return Experiment(Bench(Model(made.config, made.weights, made.tokenizer), "a digest", 3, 40, 2, 24))
+    return Experiment(
+        Bench(Model(made.config, made.weights, made.tokenizer), "a digest", 3, 40, 2, 24)
+    )
 
 
 def test_the_cases_are_those_of_the_table():
     found = cases()
     assert len(found) == len(set(found)) == 3 + 3 * (4 + 6) + 4
     for level in LEVELS:
-        assert {c.alpha for c in found if (c.outliers, c.level, c.keep) == ("norms", level, ())} == {
-            None, *smoothquant.ALPHAS
-        }  # fmt: skip
+        assert {
+            c.alpha for c in found if (c.outliers, c.level, c.keep) == ("norms", level, ())
+        } == {None, *smoothquant.ALPHAS}
     assert found[0].name == "outliers in nothing, O1, not smoothed"
     assert found[-1].name == "outliers in MLP hidden, O1, alpha 0.5, down_proj kept"
 
@@ -56,7 +58,9 @@ def test_planted_networks_compute_the_same_until_they_are_rounded(experiment):
 def test_a_row_is_the_network_that_its_case_says(experiment, tmp_path, monkeypatch):
     seen = []
     compare = smoothquant.compare
-    monkeypatch.setattr(smoothquant, "compare", lambda m, *a, **k: seen.append(m) or compare(m, *a, **k))
+    monkeypatch.setattr(
+        smoothquant, "compare", lambda m, *a, **k: seen.append(m) or compare(m, *a, **k)
+    )
     wanted = [
         Case("norms", "O1", None),
         Case("norms", "O1", 0.5),
@@ -65,7 +69,9 @@ def test_a_row_is_the_network_that_its_case_says(experiment, tmp_path, monkeypat
     ]
     rows = list(experiment.table(wanted, tmp_path))
     for row, model, case in zip(rows, seen, wanted, strict=True):
-        assert row["increase"][0] == pytest.approx(row["bits per byte"] - row["full precision"], abs=1e-6)
+        assert row["increase"][0] == pytest.approx(
+            row["bits per byte"] - row["full precision"], abs=1e-6
+        )
         for layer in model.weights["layers"]:
             kept = [name for name, linear in layer.items() if isinstance(linear, Dense)]
             assert sorted(kept) == sorted(case.keep)
@@ -82,15 +88,25 @@ def test_a_row_is_the_network_that_its_case_says(experiment, tmp_path, monkeypat
 
 def test_outliers_break_what_smoothing_repairs(experiment):
     """KL; even on a random network of four heads."""
-    broken, repaired = (experiment.measure(Case("norms", "O2", alpha))["kl"][0] for alpha in (None, 0.5))
+    broken, repaired = (
+        experiment.measure(Case("norms", "O2", alpha))["kl"][0] for alpha in (None, 0.5)
+    )
     assert broken > 5 * repaired
-    hidden, kept = (experiment.measure(Case("MLP hidden", "O2", 0.5, k))["kl"][0] for k in ((), ("down_proj",)))
+    hidden, kept = (
+        experiment.measure(Case("MLP hidden", "O2", 0.5, k))["kl"][0] for k in ((), ("down_proj",))
+    )
     assert hidden > 2 * kept  # no norm makes that input
 
 
 def test_the_command_writes_what_the_figure_is_drawn_from(tmp_path, monkeypatch, capsys):
     directory = tmp_path / "tiny"
-    save(directory, tiny_config(), tiny_params(tiny_config(), 0, "float32"), byte_tokenizer(), dtype="float32")
+    save(
+        directory,
+        tiny_config(),
+        tiny_params(tiny_config(), 0, "float32"),
+        byte_tokenizer(),
+        dtype="float32",
+    )
     for name, value in (("LENGTH", 40), ("WINDOWS", 2), ("WINDOW", 24)):
         monkeypatch.setattr(smoothquant, name, value)
     output = tmp_path / "smoothquant.json"
@@ -108,9 +124,15 @@ def test_the_command_writes_what_the_figure_is_drawn_from(tmp_path, monkeypatch,
 
 def test_the_committed_experiment_breaks_and_repairs():
     """Outliers of 128× cost at least 10 % of bits per byte; SmoothQuant at O1 and α = ½ leaves less than 2 %."""
-    values = read(Path(__file__).resolve().parents[2] / "figures" / "data" / "smoothquant.json").values
-    loss = {(r["outliers"], r["level"], r["alpha"], tuple(r["keep"])): r["bits per byte"] / r["full precision"] - 1
-            for r in values["rows"]}  # fmt: skip
+    values = read(
+        Path(__file__).resolve().parents[2] / "figures" / "data" / "smoothquant.json"
+    ).values
+    loss = {
+        (r["outliers"], r["level"], r["alpha"], tuple(r["keep"])): r["bits per byte"]
+        / r["full precision"]
+        - 1
+        for r in values["rows"]
+    }
     assert values["factor"] == 128
     assert [Case(*key) for key in loss] == cases()
     assert loss["norms", "O1", None, ()] >= 0.10

@@ -23,41 +23,76 @@ from refllm.measure.records import Record, read, write
 from serving_examples import SERVING
 
 ROOT = Path(__file__).resolve().parents[2]
-CURVE = [{"tokens": 1000 * s, "loss": 5 - s / 100, "norm": 1.0, "held_out": 5.2 - s / 100} for s in (100, 200)]
+CURVE = [
+    {"tokens": 1000 * s, "loss": 5 - s / 100, "norm": 1.0, "held_out": 5.2 - s / 100}
+    for s in (100, 200)
+]
 BLOCKS = {
     "types": [
         {
-            "type": name, "numbers": 32, "bits": 4.5,
-            "fields": [{"role": "step", "size": 2, "holds": "d"}, {"role": "codes", "size": 16, "holds": "low: high"}],
+            "type": name,
+            "numbers": 32,
+            "bits": 4.5,
+            "fields": [
+                {"role": "step", "size": 2, "holds": "d"},
+                {"role": "codes", "size": 16, "holds": "low: high"},
+            ],
         }
         for name in ("a", "b")
     ]
-}  # fmt: skip
+}
 EXAMPLES = {
     "training_curve": {
-        "runs": {"target": CURVE, "draft": [{k: v for k, v in r.items() if k != "held_out"} for r in CURVE]},
+        "runs": {
+            "target": CURVE,
+            "draft": [{k: v for k, v in r.items() if k != "held_out"} for r in CURVE],
+        },
         "phases": [[150_000, "256 tokens"]],
         "bytes_per_token": 3.6,
     },
-    "bits_by_position": {"lines": {"target": [[1, 1, 20, 3.0, 2.0], [2, 2, 20, 2.5, 1.5], [3, 4, 40, 2.0, 1.0]]}},
+    "bits_by_position": {
+        "lines": {"target": [[1, 1, 20, 3.0, 2.0], [2, 2, 20, 2.5, 1.5], [3, 4, 40, 2.0, 1.0]]}
+    },
     "roofline": {
         "devices": [{"name": "a device", "peak_flops": 1e12, "peak_bandwidth": 1e10}],
-        "points": [{"label": "left", "intensity": 1.0}, {"label": "right", "intensity": 1e4, "flops_per_second": 5e11}],
+        "points": [
+            {"label": "left", "intensity": 1.0},
+            {"label": "right", "intensity": 1e4, "flops_per_second": 5e11},
+        ],
     },
     "decode_cost": {
         "title": "a step",
         "unit": "ms",
-        "rows": [{"label": "batch 1", "parts": {"weights": 1.0}}, {"label": "batch 2", "parts": {"KV": 2.0}}],
+        "rows": [
+            {"label": "batch 1", "parts": {"weights": 1.0}},
+            {"label": "batch 2", "parts": {"KV": 2.0}},
+        ],
     },
     "quantization": {
         "rows": [
-            {"method": m, "bits": b, "group": g, "seed": s, "kl": [k, 0.9 * k, 1.2 * k], "bits per weight": b + 0.1}
+            {
+                "method": m,
+                "bits": b,
+                "group": g,
+                "seed": s,
+                "kl": [k, 0.9 * k, 1.2 * k],
+                "bits per weight": b + 0.1,
+            }
             for m, k in (("rtn", 0.2), ("gptq", 0.1))
             for b in (4, 8)
             for g in (0, 32)
             for s in (0, 1)
         ]
-        + [{"method": "int8", "bits": 8, "group": 0, "seed": None, "kl": [0.1, 0.1, 0.1], "bits per weight": 8.1}],
+        + [
+            {
+                "method": "int8",
+                "bits": 8,
+                "group": 0,
+                "seed": None,
+                "kl": [0.1, 0.1, 0.1],
+                "bits per weight": 8.1,
+            }
+        ],
     },
     "observers": {
         "tensor": "a tensor",
@@ -123,7 +158,9 @@ EXAMPLES = {
             for h in (0.0, 1.0)
             for g in (1, 3)
         ],
-        "batches": [{"batch": b, "fixed": {"median": 1.3 / b}, "adaptive": {"median": 1.0}} for b in (1, 4)],
+        "batches": [
+            {"batch": b, "fixed": {"median": 1.3 / b}, "adaptive": {"median": 1.0}} for b in (1, 4)
+        ],
     },
     "float_formats": {
         "data": {kind: {"int8": 0.1, "e4m3": 0.2, "e5m2": 0.3} for kind in ("normal", "outliers")},
@@ -135,8 +172,12 @@ EXAMPLES = {
     "fp8_training": {
         "steps": 320,
         "against float32": {
-            "random weights": {m: {"0": 0.001, "1": -0.002} for m in ("nudged", "tile", "tensor", "E5M2 gradients")},
-            "bundled weights": {m: {"0": 0.0001} for m in ("nudged", "tile", "tensor", "E5M2 gradients")},
+            "random weights": {
+                m: {"0": 0.001, "1": -0.002} for m in ("nudged", "tile", "tensor", "E5M2 gradients")
+            },
+            "bundled weights": {
+                m: {"0": 0.0001} for m in ("nudged", "tile", "tensor", "E5M2 gradients")
+            },
         },
         "spread of seeds": {"random weights": 0.01, "bundled weights": 0.0},
         "gradient error": dict.fromkeys(("tile", "tensor", "E5M2 gradients"), 0.1),
@@ -175,10 +216,23 @@ EXAMPLES = {
             }
             for task in ("as it comes", "a far copy")
             for b in (64, 512)
-            for policy in ("newest only", "at random", "StreamingLLM", "H2O", "TOVA", "SnapKV", "PyramidKV")
+            for policy in (
+                "newest only",
+                "at random",
+                "StreamingLLM",
+                "H2O",
+                "TOVA",
+                "SnapKV",
+                "PyramidKV",
+            )
         ],
     },
-    "kv_memory": {"contexts": [10, 100], "lines": {"a": [1e9, 1e10]}, "weights": {"w": 5e9}, "marked": 100},
+    "kv_memory": {
+        "contexts": [10, 100],
+        "lines": {"a": [1e9, 1e10]},
+        "weights": {"w": 5e9},
+        "marked": 100,
+    },
     **SERVING,
 }
 
@@ -210,7 +264,9 @@ def test_same_data_gives_the_same_bytes(original, folder):
 
 
 def test_bytes_do_not_depend_on_the_reader_s_own_style(original, folder):
-    with matplotlib.rc_context({"font.size": 20, "axes.grid": False, "savefig.dpi": 30, "lines.linewidth": 9}):
+    with matplotlib.rc_context(
+        {"font.size": 20, "axes.grid": False, "savefig.dpi": 30, "lines.linewidth": 9}
+    ):
         mine = dict(matplotlib.rcParams)
         assert digests(redraw(["kv_memory"], folder)) == digests([original / "kv_memory.png"])
         assert dict(matplotlib.rcParams) == mine  # and that style is left as it was
@@ -254,7 +310,11 @@ def test_a_helper_that_changed_makes_the_figures_of_its_module_stale(folder, mon
     changed = {kv: {"kv_quantization", "kv_sparsity"}, plotting: set(FIGURES)}
     for module, stale in changed.items():
         with monkeypatch.context() as patch:
-            patch.setattr(inspect, "getsource", lambda part, module=module: source(part) + "#" * (part is module))
+            patch.setattr(
+                inspect,
+                "getsource",
+                lambda part, module=module: source(part) + "#" * (part is module),
+            )
             assert {Path(complaint.split()[0]).stem for complaint in check(folder)} == stale
 
 
@@ -276,9 +336,14 @@ def test_redraw_draws_what_has_data_and_refuses_what_is_asked_for_without(folder
 
 def test_data_of_another_shape_is_refused_by_file_and_the_old_picture_stays(folder):
     redraw(["kv_memory"], folder)
-    before, path = (folder / "kv_memory.png").read_bytes(), folder / "data" / "kv_memory.json"
-    path.write_text('{"command": "x", "kind": "A", "hardware": "none", "values": {"contexts": [1]}}')
-    with pytest.raises(ValueError, match=r"kv_memory\.json holds other values than kv_memory is drawn from.*lines"):
+    before = (folder / "kv_memory.png").read_bytes()
+    path = folder / "data" / "kv_memory.json"
+    path.write_text(
+        '{"command": "x", "kind": "A", "hardware": "none", "values": {"contexts": [1]}}'
+    )
+    with pytest.raises(
+        ValueError, match=r"kv_memory\.json holds other values than kv_memory is drawn from.*lines"
+    ):
         redraw(folder=folder)
     assert (folder / "kv_memory.png").read_bytes() == before
 
@@ -297,10 +362,20 @@ def test_one_name_is_one_figure(folder):
 
 
 # a quantity's label names its unit, as a word of its own; these are what figures count and measure in
-_COUNTED = "tokens bits bytes byte slots requests sequences batch step block channels weights times share"
+_COUNTED = (
+    "tokens bits bytes byte slots requests sequences batch step block channels weights times share"
+)
 UNITS = {*_COUNTED.split(), "ms", "seconds", "second", "nats", "FLOP", "%"}
 # and these have none
-PURE = ("α", "|x|", "density of |x|", "error ‖x̂ − x‖² / ‖x‖²", "K", "relative error (rms)", "speedup by the formula")
+PURE = (
+    "α",
+    "|x|",
+    "density of |x|",
+    "error ‖x̂ − x‖² / ‖x‖²",
+    "K",
+    "relative error (rms)",
+    "speedup by the formula",
+)
 PURE_OF = {"prefixes": "hit rate (A), best dotted"}
 
 
@@ -310,27 +385,42 @@ def quantities(ax):
         (ax.xaxis, ax.get_shared_x_axes(), "get_xlabel"),
         (ax.yaxis, ax.get_shared_y_axes(), "get_ylabel"),
     ):
-        texts = [tick.label1.get_text() for tick in axis.get_major_ticks() if tick.label1.get_visible()]
+        texts = [
+            tick.label1.get_text() for tick in axis.get_major_ticks() if tick.label1.get_visible()
+        ]
         numbers = [text for text in texts if re.fullmatch(r"[\d.,\u2212×k%]+|\$.*\$", text)]
         if axis.get_visible() and numbers and len(numbers) == len([text for text in texts if text]):
             own = max((getattr(other, label)() for other in near.get_siblings(ax)), key=len)
-            part = ax.get_figure()  # a row of plots may share one label, which is then its subfigure's
-            yield own or (getattr(part, f"get_sup{label[4:]}")() if isinstance(part, SubFigure) else "")
+            # a row of plots may share one label, which is then its subfigure's
+            part = ax.get_figure()
+            yield own or (
+                getattr(part, f"get_sup{label[4:]}")() if isinstance(part, SubFigure) else ""
+            )
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_every_quantity_has_its_unit_every_plot_its_title_and_the_caption_the_command(name, folder, monkeypatch):
+def test_every_quantity_has_its_unit_every_plot_its_title_and_the_caption_the_command(
+    name, folder, monkeypatch
+):
     drawn = {}
-    monkeypatch.setattr(registry, "save", lambda figure, path, digest="": drawn.setdefault(Path(path).stem, figure))
+    monkeypatch.setattr(
+        registry, "save", lambda figure, path, digest="": drawn.setdefault(Path(path).stem, figure)
+    )
     redraw([name], folder)
     drawn[name].draw_without_rendering()  # which writes the tick labels
     every = [ax for ax in drawn[name].axes if ax.axison]
     for ax in every:
         for label in quantities(ax):
             words = re.findall(r"%|\w+", label)
-            assert label in (*PURE, PURE_OF.get(name)) or set(words) & set(UNITS), (ax.get_title(loc="left"), label)
-        shared = [*ax.get_shared_x_axes().get_siblings(ax)]  # stacked plots over one axis share a title, too
-        assert any(other.get_title(loc="left") for other in shared), f"a plot without a title: {ax.get_ylabel()}"
+            assert label in (*PURE, PURE_OF.get(name)) or set(words) & set(UNITS), (
+                ax.get_title(loc="left"),
+                label,
+            )
+        # stacked plots over one axis share a title, too
+        shared = [*ax.get_shared_x_axes().get_siblings(ax)]
+        assert any(other.get_title(loc="left") for other in shared), (
+            f"a plot without a title: {ax.get_ylabel()}"
+        )
     assert any(label for ax in every for label in quantities(ax)), "no quantity at all"
     assert read(folder / "data" / FIGURES[name][0]).command in drawn[name].get_supxlabel()
 
@@ -338,7 +428,8 @@ def test_every_quantity_has_its_unit_every_plot_its_title_and_the_caption_the_co
 def test_size_is_that_of_a_page(original):
     for path in original.glob("*.png"):
         raw = path.read_bytes()
-        width, height = (int.from_bytes(raw[i : i + 4], "big") for i in (16, 20))  # the PNG's IHDR chunk
+        # the PNG's IHDR chunk
+        width, height = (int.from_bytes(raw[i : i + 4], "big") for i in (16, 20))
         assert width == 1152
         assert 300 < height < 1000
         assert len(raw) < 200_000
@@ -346,7 +437,10 @@ def test_size_is_that_of_a_page(original):
 
 def test_colours_are_distinct_in_grey_too():
     """The three concepts differ in lightness, for readers who see no colour."""
-    light = [sum(w * int(c[i : i + 2], 16) for w, i in ((0.30, 1), (0.59, 3), (0.11, 5))) for c in SERIES[:2]]
+    light = [
+        sum(w * int(c[i : i + 2], 16) for w, i in ((0.30, 1), (0.59, 3), (0.11, 5)))
+        for c in SERIES[:2]
+    ]
     assert abs(light[0] - light[1]) > 40
     assert len(set(SERIES)) == len(SERIES)
 

@@ -29,7 +29,8 @@ from refllm.quant.recipe import quantize_model
 CONFIG = ModelConfig("llama", VOCAB, 144, 160, 2, 3, 1, 48, bos_token_id=0, eos_token_ids=(0,))
 EVEN = ModelConfig("llama", VOCAB, 128, 256, 2, 2, 1, 64, bos_token_id=0, eos_token_ids=(0,))
 IDS = np.random.default_rng(7).integers(0, VOCAB, (4, 8))
-BLOCK, CHANNEL = Scheme(8, "restricted", "block", 128), Scheme(8, "restricted", "channel")
+BLOCK = Scheme(8, "restricted", "block", 128)
+CHANNEL = Scheme(8, "restricted", "channel")
 WAYS = {
     "channel": (CHANNEL, {}, "float-quantized"),
     "channel-weights": (CHANNEL, {"activations": False}, "float-quantized"),
@@ -47,9 +48,16 @@ WHOLE = ("block", "deepseek", "deepseek-ue8m0")
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     """Two models: one with ragged blocks, and one whose blocks are whole."""
-    folder, made = tmp_path_factory.mktemp("original"), {}
+    folder = tmp_path_factory.mktemp("original")
+    made = {}
     for name, config in (("ragged", CONFIG), ("even", EVEN)):
-        save(folder / name, config, random_tensors(config, 0, "float32"), tokenizer(), dtype="float16")
+        save(
+            folder / name,
+            config,
+            random_tensors(config, 0, "float32"),
+            tokenizer(),
+            dtype="float16",
+        )
         made[name] = load(folder / name)
     return made
 
@@ -57,7 +65,8 @@ def original(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(original, tmp_path_factory):
     """name → (the quantised model in memory, its directory)."""
-    folder, made = tmp_path_factory.mktemp("exported"), {}
+    folder = tmp_path_factory.mktemp("exported")
+    made = {}
 
     def get(name):
         if name not in made:
@@ -72,8 +81,10 @@ def exported(original, tmp_path_factory):
     return get
 
 
-@pytest.mark.theorem("load(export(model)) = model: codes and scales equal bit for bit, in both layouts of 8-bit floats",
-                     source="the formats' definitions")  # fmt: skip
+@pytest.mark.theorem(
+    "load(export(model)) = model: codes and scales equal bit for bit, in both layouts of 8-bit floats",
+    source="the formats' definitions",
+)
 @pytest.mark.parametrize("name", WAYS)
 def test_what_is_read_back_is_what_was_written(exported, name):
     model, path = exported(name)
@@ -100,7 +111,9 @@ def test_the_files_by_definition(exported, name):
     assert scales.dtype == np.float32
     weight = model.weights["layers"][0]["down_proj"]
     m, n = weight.shape
-    assert scales.shape == ((144, 1) if name == "channel" else (2, 2) if name == "deepseek-ragged" else (1, 2))
+    assert scales.shape == (
+        (144, 1) if name == "channel" else (2, 2) if name == "deepseek-ragged" else (1, 2)
+    )
     wide = scales if name == "channel" else np.kron(scales, np.ones((128, 128), np.float32))[:m, :n]
     assert codes.dtype == ml_dtypes.float8_e4m3fn
     np.testing.assert_array_equal(codes.astype(np.float32) * wide, weight.dequantize())
@@ -146,11 +159,15 @@ def test_linears_with_rounded_activations_in_transformers(exported, name):
 
 def test_what_no_layout_holds():
     w = np.ones((4, 8), dtype=np.float32)
-    with pytest.raises(ValueError, match="pack-quantized cannot hold 8-bit floats; what can: float-quantized, fp8"):
+    with pytest.raises(
+        ValueError, match="pack-quantized cannot hold 8-bit floats; what can: float-quantized, fp8"
+    ):
         stored_as(fp8(w, CHANNEL), "pack-quantized")
     with pytest.raises(ValueError, match="fp8 holds e4m3 in square blocks, not e4m3 by channel"):
         stored_as(fp8(w, CHANNEL), "fp8")
-    with pytest.raises(ValueError, match="holds e4m3 in square blocks or by channel, not e5m2 by channel"):
+    with pytest.raises(
+        ValueError, match="holds e4m3 in square blocks or by channel, not e5m2 by channel"
+    ):
         stored_as(fp8(w, CHANNEL, format="e5m2"))
     with pytest.raises(ValueError, match="not e4m3 by tensor"):
         stored_as(fp8(w, Scheme(8, "restricted", "tensor")))
@@ -163,12 +180,14 @@ def test_what_no_layout_holds():
 def test_integers_go_into_other_layouts(original, tmp_path):
     model, _ = quantize_model(original["even"], "rtn", Scheme(8, "restricted", "channel"))
     with pytest.raises(
-        ValueError, match="float-quantized cannot hold whole numbers, only 8-bit floats; what can: pack"
+        ValueError,
+        match="float-quantized cannot hold whole numbers, only 8-bit floats; what can: pack",
     ):
         export(tmp_path / "q", model, layout="float-quantized")
     ragged, _ = quantize_model(original["ragged"], "fp8")
     with pytest.raises(
-        ValueError, match="whole tiles of 128, which do not divide its 144 columns; fp8 takes any shape"
+        ValueError,
+        match="whole tiles of 128, which do not divide its 144 columns; fp8 takes any shape",
     ):
         export(tmp_path / "q", ragged)
     assert not (tmp_path / "q").exists()
@@ -187,25 +206,43 @@ def test_damaged_tensors_are_refused(xp):
             from_tensors(tensors | {"weight_scale_inv": scale}, stored, (4, 8), name="w")
 
 
-@pytest.mark.theorem("parse(quantization_config(stored)) = stored, for every way of storing 8-bit floats",
-                     source="refllm.formats.quantization_config")  # fmt: skip
-@pytest.mark.parametrize("stored", [
-    Stored("fp8", 8, 128), Stored("float-quantized", 8), Stored("float-quantized", 8, 128),
-    Stored("float-quantized", 8, plain_inputs=True), Stored("float-quantized", 8, 128, plain_inputs=True),
-])  # fmt: skip
+@pytest.mark.theorem(
+    "parse(quantization_config(stored)) = stored, for every way of storing 8-bit floats",
+    source="refllm.formats.quantization_config",
+)
+@pytest.mark.parametrize(
+    "stored",
+    [
+        Stored("fp8", 8, 128),
+        Stored("float-quantized", 8),
+        Stored("float-quantized", 8, 128),
+        Stored("float-quantized", 8, plain_inputs=True),
+        Stored("float-quantized", 8, 128, plain_inputs=True),
+    ],
+)
 def test_entries_are_read_as_they_are_written(stored):
     entry = json.loads(json.dumps(quantization_config(stored)))
     assert parse(entry).groups == ((("Linear",), stored),)
-    assert str(stored).endswith("8 bits") or "row" in str(stored) or "blocks of 128 × 128" in str(stored)
+    assert (
+        str(stored).endswith("8 bits")
+        or "row" in str(stored)
+        or "blocks of 128 × 128" in str(stored)
+    )
 
 
-@pytest.mark.parametrize(("entry", "words"), [
-    ({"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": [128, 128]}, "activation_scheme"),
-    ({"quant_method": "fp8", "fmt": "e5m2", "weight_block_size": [128, 128]}, "fmt 'e5m2'"),
-    ({"quant_method": "fp8", "weight_block_size": None}, "weight_block_size None"),
-    ({"quant_method": "fp8", "weight_block_size": [1, 128]}, "weight_block_size"),
-    ({"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "int"}, "scale_fmt"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (
+            {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": [128, 128]},
+            "activation_scheme",
+        ),
+        ({"quant_method": "fp8", "fmt": "e5m2", "weight_block_size": [128, 128]}, "fmt 'e5m2'"),
+        ({"quant_method": "fp8", "weight_block_size": None}, "weight_block_size None"),
+        ({"quant_method": "fp8", "weight_block_size": [1, 128]}, "weight_block_size"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "int"}, "scale_fmt"),
+    ],
+)
 def test_what_is_not_read_is_refused(entry, words):
     with pytest.raises(UnsupportedQuantization, match=words):
         parse(entry)

@@ -33,7 +33,9 @@ from strategies import build, seeds
 
 
 def encode(xp, x, type, importance=None):
-    return to_host(quantize(xp.asarray(x), type, None if importance is None else xp.asarray(importance)))
+    return to_host(
+        quantize(xp.asarray(x), type, None if importance is None else xp.asarray(importance))
+    )
 
 
 def decode(raw, type):
@@ -47,30 +49,40 @@ def test_the_golden_input_is_what_the_digests_were_made_of():
     assert (digest(golden_input()), digest(golden_importance())) == ("06fa75bb3ea9", "63fabbd6be2d")
 
 
-@pytest.mark.theorem("Encoders give llama.cpp's bytes, with and without importance", source="ggml's quantisers")
+@pytest.mark.theorem(
+    "Encoders give llama.cpp's bytes, with and without importance", source="ggml's quantisers"
+)
 @pytest.mark.parametrize("type", BLOCKS)
 def test_golden_digests(xp, type):
-    x, w = golden_input(), golden_importance()
+    x = golden_input()
+    w = golden_importance()
     assert (digest(encode(xp, x, type)), digest(encode(xp, x, type, w))) == DIGESTS[type]
 
 
 @pytest.mark.parametrize("name", edge_inputs())
 def test_golden_digests_of_edges(xp, name):
     """Ties, zeros of both signs, denormals, the ends of float32: recorded by ``tests/golden/make_gguf.py``."""
-    x, w = edge_inputs()[name], golden_importance()
-    for type, recorded in json.loads((ROOT / "tests" / "golden" / "gguf.json").read_text())[name].items():
+    x = edge_inputs()[name]
+    w = golden_importance()
+    for type, recorded in json.loads((ROOT / "tests" / "golden" / "gguf.json").read_text())[
+        name
+    ].items():
         found = [digest(encode(xp, x, type, weights)) for weights in (None, w)[: len(recorded)]]
         assert found == recorded, type
 
 
 @pytest.mark.parametrize("type", ["Q4_K", "Q3_K", "Q4_0", "Q5_1"])
 def test_pieces_change_no_byte(type, monkeypatch):
-    x, w = golden_input(), golden_importance()
-    whole, weighted = quantize(x, type), quantize(x, type, w)
+    x = golden_input()
+    w = golden_importance()
+    whole = quantize(x, type)
+    weighted = quantize(x, type, w)
     monkeypatch.setattr(codec, "PIECE", (512, 512))
     np.testing.assert_array_equal(quantize(x, type), whole)
     np.testing.assert_array_equal(quantize(x, type, w), weighted)
-    np.testing.assert_array_equal(dequantize(whole, type), np.concatenate([dequantize(r[None], type) for r in whole]))
+    np.testing.assert_array_equal(
+        dequantize(whole, type), np.concatenate([dequantize(r[None], type) for r in whole])
+    )
 
 
 @pytest.mark.llamacpp
@@ -85,12 +97,18 @@ def test_bytes_equal_ggmls(x, importance, type):
 def test_bytes_equal_ggmls_where_float32_ends(type):
     """Sums and steps overflow, and what comes out is infinite or NaN: the same all the same."""
     for seed in range(5):
-        for x in (build("extreme", (2, 512), seed), build("normal", (2, 512), seed) * np.float32(1e37)):
+        for x in (
+            build("extreme", (2, 512), seed),
+            build("normal", (2, 512), seed) * np.float32(1e37),
+        ):
             np.testing.assert_array_equal(quantize(x, type), ggml_quantize(x, type))
 
 
 @pytest.mark.oracle
-@given(matrices(kinds=("normal", "one_sided", "ties", "signed_zeros", "zero", "sparse")), st.sampled_from(BLOCKS))
+@given(
+    matrices(kinds=("normal", "one_sided", "ties", "signed_zeros", "zero", "sparse")),
+    st.sampled_from(BLOCKS),
+)
 def test_decoding_equals_ggufs(xp, x, type):
     gguf = oracle("gguf")
     raw = quantize(x, type)
@@ -114,8 +132,10 @@ def test_decoding_any_bytes_equals_ggufs(seed, type):
 
 
 @pytest.mark.oracle
-@given(matrices(kinds=("normal", "one_sided", "ties", "sparse", "sign_runs", "outlier_column")),
-       st.sampled_from((*LEGACY, *FLOATS, "MXFP4")))  # fmt: skip
+@given(
+    matrices(kinds=("normal", "one_sided", "ties", "sparse", "sign_runs", "outlier_column")),
+    st.sampled_from((*LEGACY, *FLOATS, "MXFP4")),
+)
 def test_encoding_equals_ggufs_where_it_encodes(x, type):
     gguf = oracle("gguf")
     theirs = gguf.quants.quantize(x, getattr(gguf.GGMLQuantizationType, type))
@@ -147,12 +167,14 @@ def repeats(x, type):
     q·d + m, which are rounded to float32: they give back d, and each code that is used.
     """
     raw = quantize(x, type)
-    blocks, d = x.reshape(x.shape[0], -1, 32), steps(raw, type)[..., 0]
+    blocks = x.reshape(x.shape[0], -1, 32)
+    d = steps(raw, type)[..., 0]
     if not type.endswith("_1"):
         codes = raw.reshape(*d.shape, -1)[..., 2:]
         nothing = codes == quantize(np.zeros((1, 32), np.float32), type)[0, 2:]
         return np.isfinite(d) & ((d != 0) | nothing.all(axis=2))
-    m, known = steps(raw, type)[..., 1], levels(raw, type)
+    m = steps(raw, type)[..., 1]
+    known = levels(raw, type)
     with np.errstate(all="ignore"):
         told = (known[..., -1] - m) / np.float32(known.shape[-1] - 1)
         codes = np.trunc((known - m[..., None]) * (1 / told)[..., None] + np.float32(0.5))
@@ -162,7 +184,9 @@ def repeats(x, type):
     used = (back[..., None] == known[..., None, :]).any(axis=2)
     constant = blocks.max(axis=2) == blocks.min(axis=2)
     minus = (m == 0) & np.signbit(m)  # d·0 + (−0) = +0
-    return np.isfinite(d) & np.isfinite(m) & ~minus & (constant | (same & (right | ~used).all(axis=2)))
+    return (
+        np.isfinite(d) & np.isfinite(m) & ~minus & (constant | (same & (right | ~used).all(axis=2)))
+    )
 
 
 @pytest.mark.theorem(
@@ -174,7 +198,8 @@ def repeats(x, type):
 @settings(max_examples=100)
 @given(matrices(columns=64, kinds=(*USUAL, *SPECIAL, "offset")), st.sampled_from(LEGACY))
 def test_legacy_types_repeat_exactly_where_the_step_survives(x, type):
-    raw, expected = quantize(x, type), repeats(x, type)
+    raw = quantize(x, type)
+    expected = repeats(x, type)
     back = dequantize(raw, type)
     finite = np.isfinite(back.reshape(*expected.shape, 32)).all(axis=2)
     again = quantize(np.where(np.isfinite(back), back, 0), type)
@@ -182,15 +207,23 @@ def test_legacy_types_repeat_exactly_where_the_step_survives(x, type):
     np.testing.assert_array_equal(same & finite, expected)
 
 
-@pytest.mark.theorem("Q4_1 and Q5_1 repeat where d ≠ 0, m is finite and not −0, and the levels q·d + m are exact in "
-                     "float32", source="float32 arithmetic")  # fmt: skip
+@pytest.mark.theorem(
+    "Q4_1 and Q5_1 repeat where d ≠ 0, m is finite and not −0, and the levels q·d + m are exact in "
+    "float32",
+    source="float32 arithmetic",
+)
 @given(matrices(columns=64, kinds=(*USUAL, *SPECIAL, "offset")), st.sampled_from(["Q4_1", "Q5_1"]))
 def test_exact_levels_repeat(x, type):
     raw = quantize(x, type)
     d, m = (steps(raw, type)[..., i].astype(np.float64) for i in (0, 1))
     with np.errstate(all="ignore"):
         true = d[..., None] * np.arange(levels(raw, type).shape[-1]) + m[..., None]
-        exact = (true == levels(raw, type)).all(axis=2) & np.isfinite(d + m) & (d != 0) & ~((m == 0) & np.signbit(m))
+        exact = (
+            (true == levels(raw, type)).all(axis=2)
+            & np.isfinite(d + m)
+            & (d != 0)
+            & ~((m == 0) & np.signbit(m))
+        )
     assert (repeats(x, type) | ~exact).all()
 
 
@@ -200,14 +233,25 @@ def test_where_idempotence_breaks():
     for type in ("Q8_0", "Q4_0", "Q5_0"):
         assert not repeats(tiny, type).any()
     u = np.spacing(np.float32(1.5))
-    near = (np.float32(1.552804) + np.arange(32) % 6 * u)[None].astype(np.float32)  # a step of u/3, a float32 is u
+    # a step of u/3, a float32 is u
+    near = (np.float32(1.552804) + np.arange(32) % 6 * u)[None].astype(np.float32)
     assert steps(quantize(near, "Q4_1"), "Q4_1")[..., 0] != 0
-    assert quantize(dequantize(quantize(near, "Q4_1"), "Q4_1"), "Q4_1").tobytes() != quantize(near, "Q4_1").tobytes()
+    assert (
+        quantize(dequantize(quantize(near, "Q4_1"), "Q4_1"), "Q4_1").tobytes()
+        != quantize(near, "Q4_1").tobytes()
+    )
 
 
-@pytest.mark.theorem("MXFP4: encode(decode(encode(x))) = encode(x) where the largest number is at least 2^−125",
-                     source="OCP MX 1.0; ggml")  # fmt: skip
-@given(matrices(columns=64, kinds=("normal", "one_sided", "ties", "sparse", "zero", "tiny_steps", "outlier_column")))
+@pytest.mark.theorem(
+    "MXFP4: encode(decode(encode(x))) = encode(x) where the largest number is at least 2^−125",
+    source="OCP MX 1.0; ggml",
+)
+@given(
+    matrices(
+        columns=64,
+        kinds=("normal", "one_sided", "ties", "sparse", "zero", "tiny_steps", "outlier_column"),
+    )
+)
 def test_mxfp4_repeats(x):
     raw = quantize(x, "MXFP4")
     np.testing.assert_array_equal(quantize(dequantize(raw, "MXFP4"), "MXFP4"), raw)
@@ -219,7 +263,8 @@ AGAIN = {"Q2_K": 0.92, "Q3_K": 0.58, "Q4_K": 0.965, "Q5_K": 0.78, "Q6_K": 0.78}
 @pytest.mark.parametrize("type", K_QUANTS)
 def test_k_quants_do_not_repeat(type):
     """Recorded fact: the search may find another fit for its own output. The share of blocks that come out the same."""
-    x = np.random.default_rng(0).standard_t(3, size=(16, 4096)).astype(np.float32)  # a few large numbers, as in weights
+    # a few large numbers, as in weights
+    x = np.random.default_rng(0).standard_t(3, size=(16, 4096)).astype(np.float32)
     raw = quantize(x, type).reshape(-1, TYPES[type].size)
     again = quantize(dequantize(raw.reshape(16, -1), type), type).reshape(raw.shape)
     share = float((raw == again).all(axis=1).mean())
@@ -235,14 +280,18 @@ def test_k_quants_do_not_repeat(type):
     "float16 ulp of m for Q4_1 and Q5_1",
     source="ggml",
 )
-@given(matrices(columns=64, kinds=("normal", "one_sided", "outlier_column", "sparse", "sign_runs")),
-       st.sampled_from(LEGACY))  # fmt: skip
+@given(
+    matrices(columns=64, kinds=("normal", "one_sided", "outlier_column", "sparse", "sign_runs")),
+    st.sampled_from(LEGACY),
+)
 def test_errors_of_the_legacy_types(x, type):
     raw = quantize(x, type)
     d = steps(raw, type)
     error = np.abs(dequantize(raw, type) - x).reshape(x.shape[0], -1, 32)
     # half a step, and the float16 step's 2⁻¹¹ of the largest code: 127, 16, 8; an extreme that has no code: one step
-    bound = {"Q8_0": 0.563, "Q4_0": 1.01, "Q5_0": 1.01, "Q4_1": 0.52, "Q5_1": 0.52}[type] * np.abs(d[..., 0])
+    bound = {"Q8_0": 0.563, "Q4_0": 1.01, "Q5_0": 1.01, "Q4_1": 0.52, "Q5_1": 0.52}[type] * np.abs(
+        d[..., 0]
+    )
     if type.endswith("_1"):
         bound = bound + 2.0**-11 * np.abs(d[..., 1])
     assert (error <= bound[..., None] + 2.0**-25).all()
@@ -262,32 +311,50 @@ def test_relative_errors_on_normal_numbers(type):
 
 def normal_halves(raw: np.ndarray, type: str) -> bool:
     """Whether the float16 steps and offsets of all blocks are 0 or normal numbers."""
-    blocks, at, found = raw.reshape(-1, TYPES[type].size), 0, []
+    blocks = raw.reshape(-1, TYPES[type].size)
+    at = 0
+    found = []
     for field in FIELDS[type]:
         if field.role in ("step", "offset") and field.size == 2:
-            found.append(np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32))
+            found.append(
+                np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32)
+            )
         at += field.size
     sizes = np.abs(np.concatenate([f.reshape(-1) for f in found])) if found else np.zeros(0)
     return bool(np.all((sizes == 0) | ((sizes >= 2.0**-14) & np.isfinite(sizes))))
 
 
-@pytest.mark.theorem("encode(2x) is encode(x) with steps and offsets doubled, while these are normal float16 numbers",
-                     source="powers of two are exact")  # fmt: skip
-@given(matrices(kinds=("normal", "one_sided", "outlier_column")), st.sampled_from(BLOCKS), st.integers(-3, 3))
+@pytest.mark.theorem(
+    "encode(2x) is encode(x) with steps and offsets doubled, while these are normal float16 numbers",
+    source="powers of two are exact",
+)
+@given(
+    matrices(kinds=("normal", "one_sided", "outlier_column")),
+    st.sampled_from(BLOCKS),
+    st.integers(-3, 3),
+)
 def test_powers_of_two_pass_through(x, type, power):
     factor = np.float32(2.0**power)
     raw = {1.0: quantize(x, type), float(factor): quantize(x * factor, type)}
     assume(all(normal_halves(r, type) for r in raw.values()))
-    np.testing.assert_array_equal(dequantize(raw[float(factor)], type), dequantize(raw[1.0], type) * factor)
+    np.testing.assert_array_equal(
+        dequantize(raw[float(factor)], type), dequantize(raw[1.0], type) * factor
+    )
 
 
-@pytest.mark.theorem("encode(−x) decodes to −decode(encode(x)) for Q4_0, Q5_0, Q8_0 and Q6_K; not for Q3_K and Q4_K",
-                     source="ggml's quantisers")  # fmt: skip
+@pytest.mark.theorem(
+    "encode(−x) decodes to −decode(encode(x)) for Q4_0, Q5_0, Q8_0 and Q6_K; not for Q3_K and Q4_K",
+    source="ggml's quantisers",
+)
 @given(matrices(kinds=("normal", "outlier_column", "sign_runs")))
 def test_signs_pass_through_where_the_step_is_signed(x):
     for type in ("Q4_0", "Q5_0", "Q6_K"):
-        np.testing.assert_array_equal(dequantize(quantize(-x, type), type), -dequantize(quantize(x, type), type))
-    np.testing.assert_array_equal(dequantize(quantize(-x, "Q8_0"), "Q8_0"), -dequantize(quantize(x, "Q8_0"), "Q8_0"))
+        np.testing.assert_array_equal(
+            dequantize(quantize(-x, type), type), -dequantize(quantize(x, type), type)
+        )
+    np.testing.assert_array_equal(
+        dequantize(quantize(-x, "Q8_0"), "Q8_0"), -dequantize(quantize(x, "Q8_0"), "Q8_0")
+    )
 
 
 def test_signs_do_not_pass_through_elsewhere():
@@ -311,20 +378,33 @@ HOLDS = {
     "low half: number j, high half: number j + 16": lambda j: {j, j + 16},
     "bit i of the 32: number i": lambda j: set(range(8 * j, 8 * j + 8)),
     "number j, signed": lambda j: {j},
-    "byte 32c + l: numbers 64c + l and 64c + 32 + l": lambda j: {j // 32 * 64 + j % 32 + t for t in (0, 32)},
-    "byte 32h + l: numbers 128h + l + 0, 32, 64, 96": lambda j: {j // 32 * 128 + j % 32 + t for t in (0, 32, 64, 96)},
-    "byte 32h + l: 128h + l + 0, 32, 64, 96": lambda j: {j // 32 * 128 + j % 32 + t for t in (0, 32, 64, 96)},
+    "byte 32c + l: numbers 64c + l and 64c + 32 + l": lambda j: {
+        j // 32 * 64 + j % 32 + t for t in (0, 32)
+    },
+    "byte 32h + l: numbers 128h + l + 0, 32, 64, 96": lambda j: {
+        j // 32 * 128 + j % 32 + t for t in (0, 32, 64, 96)
+    },
+    "byte 32h + l: 128h + l + 0, 32, 64, 96": lambda j: {
+        j // 32 * 128 + j % 32 + t for t in (0, 32, 64, 96)
+    },
     "byte l, bit t: number 32t + l": lambda j: set(range(j, 256, 32)),
-    "byte 64h + l: numbers 128h + l and 128h + 64 + l": lambda j: {j // 64 * 128 + j % 64 + t for t in (0, 64)},
+    "byte 64h + l: numbers 128h + l and 128h + 64 + l": lambda j: {
+        j // 64 * 128 + j % 64 + t for t in (0, 64)
+    },
 }
 
 
-@pytest.mark.theorem("A byte of a block's codes changes the numbers that its field names, and no others",
-                     source="ggml's block structures")  # fmt: skip
+@pytest.mark.theorem(
+    "A byte of a block's codes changes the numbers that its field names, and no others",
+    source="ggml's block structures",
+)
 @given(st.sampled_from(list(FIELDS)), seeds)
 def test_fields_hold_what_they_say(type, seed):
-    rng, at = np.random.default_rng(seed), 0
-    raw = quantize(rng.uniform(1, 2, (1, TYPES[type].block)).astype(np.float32) * rng.choice([-1, 1]), type)
+    rng = np.random.default_rng(seed)
+    at = 0
+    raw = quantize(
+        rng.uniform(1, 2, (1, TYPES[type].block)).astype(np.float32) * rng.choice([-1, 1]), type
+    )
     plain = decode(raw, type)[0]
     for field in FIELDS[type]:
         place = int(rng.integers(field.size))
@@ -346,13 +426,16 @@ def test_fields_hold_what_they_say(type, seed):
 def test_without_a_step_only_the_offset_is_left():
     x = build("normal", (1, 256), 0)
     for type, fields in FIELDS.items():
-        raw, at = quantize(x, type).reshape(-1, TYPES[type].size), 0
+        raw = quantize(x, type).reshape(-1, TYPES[type].size)
+        at = 0
         for field in fields:
             if field.role == "step" or (field.role == "offset" and type.endswith("_K")):
                 raw[:, at : at + field.size] = 0
             at += field.size
         values = np.abs(decode(raw.reshape(1, -1), type)).reshape(-1, TYPES[type].block)
-        assert (values.max(axis=1) < 1e-30).all() or (type.endswith("_1") and (np.ptp(values, axis=1) == 0).all()), type
+        assert (values.max(axis=1) < 1e-30).all() or (
+            type.endswith("_1") and (np.ptp(values, axis=1) == 0).all()
+        ), type
 
 
 # --- plain floats, edges, refusals ---------------------------------------------------------------------------------
@@ -369,7 +452,9 @@ def test_zeros(xp):
                 assert block == bytes.fromhex("0080") + b"\x88" * 16  # d = 0/−8 = −0
             elif type == "Q5_0":
                 assert block == bytes.fromhex("0080") + b"\xff" * 4 + b"\x00" * 16
-            elif not np.signbit(zeros).any() or not type.endswith("_1"):  # the offset keeps the sign of a zero
+            elif not np.signbit(zeros).any() or not type.endswith(
+                "_1"
+            ):  # the offset keeps the sign of a zero
                 assert not any(block), type
             weighted = encode(xp, zeros, type, np.ones(256, np.float32))
             assert not decode(weighted, type).any()
@@ -382,7 +467,9 @@ def test_bfloat16_is_the_nearest_upper_half(xp, bits):
     if np.isfinite(x).all():
         back = decode(encode(xp, x, "BF16"), "BF16")
         low = (np.uint32(bits) & np.uint32(0xFFFF0000)).reshape(1, 1).view(np.float32)
-        high = (np.uint32(min(bits | 0xFFFF, 2**32 - 2)) + np.uint32(1)).reshape(1, 1).view(np.float32)
+        high = (
+            (np.uint32(min(bits | 0xFFFF, 2**32 - 2)) + np.uint32(1)).reshape(1, 1).view(np.float32)
+        )
         wide = np.abs(np.array([back, low, high], dtype=np.float64) - np.float64(x))
         assert np.isinf(back).all() or wide[0] <= wide[1:].min()
 
@@ -391,7 +478,10 @@ def test_a_step_beyond_float16_is_infinite_or_refused():
     x = build("normal", (2, 256), 0)
     x[1] *= 1e9
     assert np.isinf(steps(quantize(x, "Q8_0"), "Q8_0")[1]).all()
-    with pytest.raises(ValueError, match=r"Q4_K cannot hold row 1 near column 0: its step, of numbers up to .*65504"):
+    with pytest.raises(
+        ValueError,
+        match=r"Q4_K cannot hold row 1 near column 0: its step, of numbers up to .*65504",
+    ):
         quantize(x, "Q4_K", overflow="raise")
     assert (quantize(x[:1], "Q4_K", overflow="raise") == quantize(x, "Q4_K")[:1]).all()
 
@@ -401,33 +491,46 @@ def test_numbers_that_are_none_are_refused_by_place(xp, bad):
     x = np.zeros((3, 256), np.float32)
     x[2, 17] = bad
     for type in TYPES:
-        with pytest.raises(ValueError, match=r"quantize: x: holds NaN or infinity, first at index \(2, 17\)"):
+        with pytest.raises(
+            ValueError, match=r"quantize: x: holds NaN or infinity, first at index \(2, 17\)"
+        ):
             quantize(xp.asarray(x), type)
-    with pytest.raises(ValueError, match=r"importance: holds NaN or infinity, first at index \(17,\)"):
+    with pytest.raises(
+        ValueError, match=r"importance: holds NaN or infinity, first at index \(17,\)"
+    ):
         quantize(xp.asarray(np.zeros((1, 256), np.float32)), "Q4_K", xp.asarray(x[2]))
 
 
 def test_what_no_tensor_can_be_is_refused(xp):
     x = xp.asarray(np.zeros((2, 96), np.float32))
-    with pytest.raises(ValueError, match="Q4_K stores blocks of 256 numbers, which do not divide a row of 96"):
+    with pytest.raises(
+        ValueError, match="Q4_K stores blocks of 256 numbers, which do not divide a row of 96"
+    ):
         quantize(x, "Q4_K")
     with pytest.raises(ValueError, match="unknown GGUF type 'Q4_K_M'; choose one of F32"):
         quantize(x, "Q4_K_M")
     with pytest.raises(ValueError, match=r"float matrix \[R, K\], got float32 \(192,\)"):
         quantize(xp.reshape(x, (192,)), "Q4_0")
-    with pytest.raises(ValueError, match=r"importance has one number a column, \[96\], got \(95,\)"):
+    with pytest.raises(
+        ValueError, match=r"importance has one number a column, \[96\], got \(95,\)"
+    ):
         quantize(x, "Q4_0", xp.asarray(np.ones(95, np.float32)))
     with pytest.raises(ValueError, match="importance is negative somewhere"):
         quantize(x, "Q4_0", xp.asarray(-np.ones(96, np.float32)))
     with pytest.raises(ValueError, match="overflow is 'inf' or 'raise', not 'clip'"):
         quantize(x, "Q4_0", overflow="clip")
-    with pytest.raises(ValueError, match=r"raw Q4_0 is uint8 \[R, a multiple of 18\], got uint8 \(1, 17\)"):
+    with pytest.raises(
+        ValueError, match=r"raw Q4_0 is uint8 \[R, a multiple of 18\], got uint8 \(1, 17\)"
+    ):
         dequantize(xp.asarray(np.zeros((1, 17), np.uint8)), "Q4_0")
 
 
 def test_nothing_and_narrow_and_wide_floats(xp):
     for type in TYPES:
-        assert quantize(xp.asarray(np.zeros((0, 256), np.float32)), type).shape == (0, row_bytes(type, 256))
+        assert quantize(xp.asarray(np.zeros((0, 256), np.float32)), type).shape == (
+            0,
+            row_bytes(type, 256),
+        )
         assert dequantize(xp.asarray(np.zeros((3, 0), np.uint8)), type).shape == (3, 0)
     x = build("normal", (2, 256), 0).astype(np.float16)
     for wide in (np.float32, np.float64):

@@ -21,7 +21,13 @@ def made(xp, type, rows, seed, dtype="float32"):
 
 
 @pytest.mark.theorem("BlockWeight.matmul(x) = x · dequantize(W)ᵀ", source="the Linear seam")
-@given(st.sampled_from(BLOCKS), st.integers(1, 40), st.integers(0, 5), seeds, st.sampled_from(["float32", "float64"]))
+@given(
+    st.sampled_from(BLOCKS),
+    st.integers(1, 40),
+    st.integers(0, 5),
+    seeds,
+    st.sampled_from(["float32", "float64"]),
+)
 def test_products(xp, type, rows, count, seed, dtype):
     w, dense = made(xp, type, rows, seed, dtype)
     x = build("normal", (count, 512), seed + 1, dtype)
@@ -38,7 +44,9 @@ def test_rows_and_sizes(xp, type):
     assert w.shape == (9, 512)
     assert w.nbytes == w.raw.nbytes == round(w.bits_per_weight * 9 * 512 / 8)
     np.testing.assert_array_equal(to_host(w.dequantize()), dense)
-    np.testing.assert_array_equal(to_host(w.rows(xp.asarray(np.array([8, 0, 0])))), dense[[8, 0, 0]])
+    np.testing.assert_array_equal(
+        to_host(w.rows(xp.asarray(np.array([8, 0, 0])))), dense[[8, 0, 0]]
+    )
     assert f"9×512, {type}" in repr(w)
 
 

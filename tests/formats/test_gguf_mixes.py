@@ -27,13 +27,28 @@ def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {gguf_name(name): shape for name, shape in tensor_shapes(config)}
 
 
-def network(layers=16, heads=4, kv=2, width=256, inner=512, tied=False) -> tuple[dict[str, Any], Heads]:
-    config = ModelConfig("llama", 300, width, inner, layers, heads, kv, width // heads, tie_word_embeddings=tied)
+def network(
+    layers=16, heads=4, kv=2, width=256, inner=512, tied=False
+) -> tuple[dict[str, Any], Heads]:
+    config = ModelConfig(
+        "llama", 300, width, inner, layers, heads, kv, width // heads, tie_word_embeddings=tied
+    )
     return shapes_of(config), Heads("llama", layers, heads, kv)
 
 
 def test_more_bits_by_hand():
-    assert [i for i in range(32) if more_bits(i, 32)] == [*range(4), 6, 9, 12, 15, 18, 21, 24, 27, *range(28, 32)]
+    assert [i for i in range(32) if more_bits(i, 32)] == [
+        *range(4),
+        6,
+        9,
+        12,
+        15,
+        18,
+        21,
+        24,
+        27,
+        *range(28, 32),
+    ]
     assert [i for i in range(5) if more_bits(i, 5)] == [2, 4]
 
 
@@ -52,17 +67,28 @@ def test_the_most_used_mix_by_hand():
 @pytest.mark.parametrize(
     ("name", "kv", "tensor", "expected"),
     [
-        ("Q2_K", 1, "blk.9.attn_v", "Q4_K"), ("Q2_K", 2, "blk.9.attn_v", "Q3_K"), ("Q2_K", 2, "blk.9.ffn_down", "Q3_K"),
-        ("Q2_K", 2, "blk.9.attn_output", "Q3_K"), ("Q2_K", 2, "blk.9.attn_k", "Q2_K"),
-        ("Q3_K_M", 2, "blk.1.attn_v", "Q5_K"), ("Q3_K_M", 2, "blk.2.attn_v", "Q4_K"),
-        ("Q3_K_M", 2, "blk.0.ffn_down", "Q5_K"), ("Q3_K_M", 2, "blk.1.ffn_down", "Q4_K"),
-        ("Q3_K_M", 2, "blk.9.attn_output", "Q4_K"), ("Q3_K_L", 2, "blk.9.attn_output", "Q5_K"),
-        ("Q3_K_S", 2, "blk.0.ffn_down", "Q3_K"), ("Q4_K_S", 2, "blk.3.attn_v", "Q5_K"),
-        ("Q4_K_S", 2, "blk.4.attn_v", "Q4_K"), ("Q4_K_S", 2, "blk.1.ffn_down", "Q5_K"),
-        ("Q4_K_S", 2, "blk.2.ffn_down", "Q4_K"), ("Q5_K_S", 2, "blk.0.attn_v", "Q5_K"),
-        ("Q8_0", 2, "output", "Q8_0"), ("Q4_0", 2, "output", "Q6_K"), ("Q4_0", 2, "token_embd", "Q4_0"),
+        ("Q2_K", 1, "blk.9.attn_v", "Q4_K"),
+        ("Q2_K", 2, "blk.9.attn_v", "Q3_K"),
+        ("Q2_K", 2, "blk.9.ffn_down", "Q3_K"),
+        ("Q2_K", 2, "blk.9.attn_output", "Q3_K"),
+        ("Q2_K", 2, "blk.9.attn_k", "Q2_K"),
+        ("Q3_K_M", 2, "blk.1.attn_v", "Q5_K"),
+        ("Q3_K_M", 2, "blk.2.attn_v", "Q4_K"),
+        ("Q3_K_M", 2, "blk.0.ffn_down", "Q5_K"),
+        ("Q3_K_M", 2, "blk.1.ffn_down", "Q4_K"),
+        ("Q3_K_M", 2, "blk.9.attn_output", "Q4_K"),
+        ("Q3_K_L", 2, "blk.9.attn_output", "Q5_K"),
+        ("Q3_K_S", 2, "blk.0.ffn_down", "Q3_K"),
+        ("Q4_K_S", 2, "blk.3.attn_v", "Q5_K"),
+        ("Q4_K_S", 2, "blk.4.attn_v", "Q4_K"),
+        ("Q4_K_S", 2, "blk.1.ffn_down", "Q5_K"),
+        ("Q4_K_S", 2, "blk.2.ffn_down", "Q4_K"),
+        ("Q5_K_S", 2, "blk.0.attn_v", "Q5_K"),
+        ("Q8_0", 2, "output", "Q8_0"),
+        ("Q4_0", 2, "output", "Q6_K"),
+        ("Q4_0", 2, "token_embd", "Q4_0"),
     ],
-)  # fmt: skip
+)
 def test_the_table_by_hand(name, kv, tensor, expected):
     shapes, heads = network(kv=kv)
     assert mix(shapes, name, heads)[tensor + ".weight"] == expected
@@ -90,9 +116,17 @@ def test_an_importance_lifts_the_first_ffn_down():
         assert mix(shapes, name, heads)["blk.1.ffn_down.weight"] == name
 
 
-@pytest.mark.theorem("Every tensor gets a type whose blocks divide its rows", source="llama-quant.cpp")
-@given(st.sampled_from(list(MIXES)), st.integers(1, 40), st.sampled_from([64, 96, 104, 256, 320]),
-       st.sampled_from([32, 48, 160, 512]), st.booleans(), st.booleans())  # fmt: skip
+@pytest.mark.theorem(
+    "Every tensor gets a type whose blocks divide its rows", source="llama-quant.cpp"
+)
+@given(
+    st.sampled_from(list(MIXES)),
+    st.integers(1, 40),
+    st.sampled_from([64, 96, 104, 256, 320]),
+    st.sampled_from([32, 48, 160, 512]),
+    st.booleans(),
+    st.booleans(),
+)
 def test_rows_are_whole_blocks(name, layers, width, inner, tied, importance):
     shapes, heads = network(layers, 4, 2, width, inner, tied)
     for tensor, type in mix(shapes, name, heads, importance=importance).items():
@@ -112,7 +146,8 @@ def theirs(source, target, name) -> None:
     """llama.cpp's own quantiser."""
     llama_cpp = oracle("llama_cpp", "pip install llama-cpp-python")
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.nthread = MIXES[name][1], 1
+    params.ftype = MIXES[name][1]
+    params.nthread = 1
     silent = llama_cpp.llama_log_callback(lambda *_: None)
     llama_cpp.llama_log_set(silent, None)
     assert llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), params) == 0
@@ -129,10 +164,23 @@ def theirs(source, target, name) -> None:
         (8, 2, 320, 256, False, ("Q3_K_L", "Q6_K")),
     ],
 )
-def test_files_equal_llama_cpps_tensor_by_tensor(layers, kv, width, inner, tied, encoded, tmp_path, make_checkpoint):
+def test_files_equal_llama_cpps_tensor_by_tensor(
+    layers, kv, width, inner, tied, encoded, tmp_path, make_checkpoint
+):
     """The type of every tensor in every mix, and the bytes in some; shared heads, tied embeddings, rows of 288, 320."""
-    config = ModelConfig("llama", 300, width, inner, layers, 4, kv, width // 4, tie_word_embeddings=tied,
-                         bos_token_id=0, eos_token_ids=(0,))  # fmt: skip
+    config = ModelConfig(
+        "llama",
+        300,
+        width,
+        inner,
+        layers,
+        4,
+        kv,
+        width // 4,
+        tie_word_embeddings=tied,
+        bos_token_id=0,
+        eos_token_ids=(0,),
+    )
     source = make_checkpoint(config, tmp_path / "source")
     convert(source, tmp_path / "f32.gguf", "F32", workers=1)
     shapes = shapes_of(config)
@@ -142,10 +190,14 @@ def test_files_equal_llama_cpps_tensor_by_tensor(layers, kv, width, inner, tied,
             types = {tensor: record.kind.name for tensor, record in other.tensors.items()}
             assert mix(shapes, name, Heads("llama", layers, 4, kv)) == types, name
             if name in encoded:
-                convert(tmp_path / "f32.gguf", tmp_path / "ours.gguf", name, workers=1, overwrite=True)
+                convert(
+                    tmp_path / "f32.gguf", tmp_path / "ours.gguf", name, workers=1, overwrite=True
+                )
                 with GGUFFile(tmp_path / "ours.gguf") as ours:
                     for tensor in other:
-                        np.testing.assert_array_equal(ours[tensor], other[tensor], err_msg=f"{name} {tensor}")
+                        np.testing.assert_array_equal(
+                            ours[tensor], other[tensor], err_msg=f"{name} {tensor}"
+                        )
 
 
 # --- sizes ---------------------------------------------------------------------------------------------------------
@@ -154,7 +206,9 @@ PUBLISHED = {"Q2_K": 3.1593, "Q3_K_M": 3.9960, "Q4_K_S": 4.6672, "Q4_K_M": 4.894
              "Q8_0": 8.5008}  # fmt: skip
 
 
-@pytest.mark.theorem("Llama-3.1-8B's mixes have the bits per weight that llama.cpp publishes", source="its README")
+@pytest.mark.theorem(
+    "Llama-3.1-8B's mixes have the bits per weight that llama.cpp publishes", source="its README"
+)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_bits_per_weight(name):
     shapes = shapes_of(LLAMA_31_8B)
@@ -167,7 +221,9 @@ def test_the_study_counts_what_a_file_has():
     assert set(rows) == set(QUANTISED) - {"Q4_1", "Q5_1"}
     shapes = shapes_of(LLAMA_2_7B)
     types = mix(shapes, "Q2_K", Heads("llama", 32, 32, 32))
-    counted = sum(math.prod(s) * kind(types[n]).size // kind(types[n]).block for n, s in shapes.items())
+    counted = sum(
+        math.prod(s) * kind(types[n]).size // kind(types[n]).block for n, s in shapes.items()
+    )
     assert rows["Q2_K"]["Llama-2-7B"] == pytest.approx(8 * counted / LLAMA_2_7B.num_parameters)
     for name, stated in ARTICLE.items():  # the article's two that today's files do not have
         for model in ("Llama-2-7B", "Llama-3.1-8B"):

@@ -31,7 +31,8 @@ METADATA = {
 def tensors():
     x = build("normal", (3, 512), 0)
     made = {
-        f"blk.{i}.weight": (type, (3, 512), quantize(x, type)) for i, type in enumerate((*LEGACY, *K_QUANTS, "F16"))
+        f"blk.{i}.weight": (type, (3, 512), quantize(x, type))
+        for i, type in enumerate((*LEGACY, *K_QUANTS, "F16"))
     }
     made["norm.weight"] = ("F32", (7,), quantize(x[:1, :7], "F32"))
     made["cube"] = ("F32", (2, 3, 5), quantize(build("normal", (6, 5), 1), "F32"))
@@ -40,8 +41,14 @@ def tensors():
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    path, made = tmp_path_factory.mktemp("gguf") / "a.gguf", tensors()
-    write(path, METADATA, {name: (type, shape) for name, (type, shape, _) in made.items()}, lambda name: made[name][2])
+    path = tmp_path_factory.mktemp("gguf") / "a.gguf"
+    made = tensors()
+    write(
+        path,
+        METADATA,
+        {name: (type, shape) for name, (type, shape, _) in made.items()},
+        lambda name: made[name][2],
+    )
     return path
 
 
@@ -82,8 +89,13 @@ def test_files_equal_the_gguf_packages(file, tmp_path):
             (made.add_bool if isinstance(value, bool) else made.add_string)(key, value)
     for name, (type, shape, raw) in tensors().items():
         shaped = raw.reshape(*shape[:-1], -1)
-        made.add_tensor(name, shaped if type not in ("F32", "F16") else shaped.view(
-            {"F32": np.float32, "F16": np.float16}[type]), raw_dtype=gguf.GGMLQuantizationType[type])  # fmt: skip
+        made.add_tensor(
+            name,
+            shaped
+            if type not in ("F32", "F16")
+            else shaped.view({"F32": np.float32, "F16": np.float16}[type]),
+            raw_dtype=gguf.GGMLQuantizationType[type],
+        )
     made.write_header_to_file()
     made.write_kv_data_to_file()
     made.write_tensors_to_file()
@@ -110,12 +122,20 @@ def entry(key, kind, raw):
 
 
 def record(name=b"t", shape=(32,), kind=0, offset=0):
-    return struct.pack("<Q", len(name)) + name + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+    return (
+        struct.pack("<Q", len(name))
+        + name
+        + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+    )
 
 
 def whole(entries=(), records=(), data=b"\0" * 128, *, version=3, tensors=None, count=None):
-    head = struct.pack("<IQQ", version, len(records) if tensors is None else tensors,
-                       len(entries) if count is None else count)  # fmt: skip
+    head = struct.pack(
+        "<IQQ",
+        version,
+        len(records) if tensors is None else tensors,
+        len(entries) if count is None else count,
+    )
     text = b"GGUF" + head + b"".join(entries) + b"".join(records)
     return text + b"\0" * (-len(text) % 32) + data
 
@@ -178,7 +198,13 @@ def test_a_lie_ends_in_one_sentence_and_costs_nothing(said, tmp_path):
 
 
 def test_the_honest_file_is_read():
-    header = parse(whole([entry(b"a", 4, b"\1\0\0\0")], [record(), record(b"u", (2, 16), offset=128)], b"\0" * 256))
+    header = parse(
+        whole(
+            [entry(b"a", 4, b"\1\0\0\0")],
+            [record(), record(b"u", (2, 16), offset=128)],
+            b"\0" * 256,
+        )
+    )
     assert header.metadata == {"a": 1}
     assert {name: r.shape for name, r in header.tensors.items()} == {"t": (32,), "u": (16, 2)}
 

@@ -32,7 +32,9 @@ KINDS = (
 @st.composite
 def columns(draw, size):
     """float32 [size, 1 … 12] and weights of the same shape, contiguous."""
-    kind, count, seed = draw(st.sampled_from(KINDS)), draw(st.integers(1, 12)), draw(seeds)
+    kind = draw(st.sampled_from(KINDS))
+    count = draw(st.integers(1, 12))
+    seed = draw(seeds)
     made = build if kind in ("normal", "one_sided", "zero", "constant") else special
     x = np.ascontiguousarray(made(kind, (count, size), seed).T)
     return x, np.random.default_rng(seed).uniform(0, 2, x.shape).astype(F)
@@ -62,10 +64,8 @@ def naive_symmetric(x, n, w):
     for i in (0, *range(-9, 0), *range(1, 10)):
         inverse = -F(n + F(F(0.1) * F(i))) / m
         codes = clipped(x * inverse, -n, n - 1)
-        sx, sl = (
-            total((wi * xi) * c for wi, xi, c in zip(w, x, codes, strict=True)),
-            total((wi * c) * c for wi, c in zip(w, codes, strict=True)),
-        )
+        sx = total((wi * xi) * c for wi, xi, c in zip(w, x, codes, strict=True))
+        sl = total((wi * c) * c for wi, c in zip(w, codes, strict=True))
         if best is None or (sl > 0 and F(sx * sx) > F(best[2] * sl)):
             scale = F(sx / sl) if sl else F(0)
             best = ([c + n for c in codes], scale, F(scale * sx))
@@ -73,21 +73,26 @@ def naive_symmetric(x, n, w):
 
 
 def naive_asymmetric(x, w, levels, grid, mad):
-    lo = hi = x[0]
+    hi = x[0]
+    lo = hi
     for v in x[1:]:
-        lo, hi = v if v < lo else lo, v if v > hi else hi
+        lo = v if v < lo else lo
+        hi = v if v > hi else hi
     lo = F(0) if lo > 0 else lo
     if hi <= lo:
         return [F(0)] * len(x), F(0), -lo
-    sw, sx = total(w), total(w * x)
+    sw = total(w)
+    sx = total(w * x)
 
     def error(codes, s, m):
         parts = [F(F(F(s * c) + m) - xi) for c, xi in zip(codes, x, strict=True)]
         return total(wi * (abs(p) if mad else F(p * p)) for wi, p in zip(w, parts, strict=True))
 
     inverse = F(levels) / F(hi - lo)
-    codes, scale = clipped(inverse * (x - lo), 0, levels), F(1) / inverse
-    best, kept = error(codes, scale, lo), codes
+    codes = clipped(inverse * (x - lo), 0, levels)
+    scale = F(1) / inverse
+    best = error(codes, scale, lo)
+    kept = codes
     for i in range(grid.tries + 1):
         inverse = F(F(F(grid.first) + F(F(grid.step) * F(i))) + F(levels)) / F(hi - lo)
         codes = clipped(inverse * (x - lo), 0, levels)
@@ -97,12 +102,17 @@ def naive_asymmetric(x, w, levels, grid, mad):
         d = F(F(sw * sll) - F(sl * sl))
         if d <= 0:
             continue
-        s, m = F(F(F(sw * sxl) - F(sx * sl)) / d), F(F(F(sll * sx) - F(sl * sxl)) / d)
+        s = F(F(F(sw * sxl) - F(sx * sl)) / d)
+        m = F(F(F(sll * sx) - F(sl * sxl)) / d)
         if m > 0:
-            s, m = F(sxl / sll), F(0)
+            s = F(sxl / sll)
+            m = F(0)
         e = error(codes, s, m)
         if e < best:
-            best, kept, scale, lo = e, codes, s, m
+            best = e
+            kept = codes
+            scale = s
+            lo = m
     return kept, scale, -lo
 
 
@@ -110,13 +120,18 @@ def naive_sweep(x, w, codes, sx, sl, low, high, strict):
     for _ in range(5):
         changed = False
         for i, xi in enumerate(x):
-            a, b = F(sx - F(F(w[i] * xi) * codes[i])), F(sl - F(F(w[i] * codes[i]) * codes[i]))
+            a = F(sx - F(F(w[i] * xi) * codes[i]))
+            b = F(sl - F(F(w[i] * codes[i]) * codes[i]))
             if a > 0 and (b > 0 or not strict):
                 new = F(min(max(np.rint(F(F(xi * b) / a)), low), high))
                 if new != codes[i]:
-                    a, b = F(a + F(F(w[i] * xi) * new)), F(b + F(F(w[i] * new) * new))
+                    a = F(a + F(F(w[i] * xi) * new))
+                    b = F(b + F(F(w[i] * new) * new))
                     if (b > 0 or strict) and F(F(a * a) * sl) > F(F(sx * sx) * b):
-                        codes[i], sx, sl, changed = new, a, b, True
+                        codes[i] = new
+                        sx = a
+                        sl = b
+                        changed = True
         if not changed:
             break
     return codes, (F(sx / sl) if sl > 0 else F(0))
@@ -140,13 +155,15 @@ def naive_positive(x, n, w):
     m = max(F(0), max(x))
     if m < F(1e-15):
         return [F(0)] * len(x), F(0)
-    best = inverse = None
+    best = None
+    inverse = None
     for i in (0, -4, -3, -2, -1, 1, 2, 3, 4):
         tried = F(F(F(0.1) * F(i)) + F(n)) / m
         parts = [F(xi - F((F(1) / tried) * F(min(np.rint(tried * xi), n)))) for xi in x]
         e = total((wi * p) * p for wi, p in zip(w, parts, strict=True))
         if best is None or e < best:
-            best, inverse = e, tried
+            best = e
+            inverse = tried
     codes = [F(min(np.rint(inverse * xi), n)) for xi in x]
     sx = total((wi * xi) * c for wi, xi, c in zip(w, x, codes, strict=True))
     sl = total((wi * c) * c for wi, c in zip(w, codes, strict=True))
@@ -169,18 +186,31 @@ def test_symmetric_is_the_loop(xp, drawn, n, weighted):
     x, w = drawn
     with quietly(x):
         found = symmetric(xp.asarray(x), n, xp.asarray(w) if weighted else None)
-        compare(found, [naive_symmetric(c, n, v if weighted else c * c) for c, v in zip(x.T, w.T, strict=True)])
+        compare(
+            found,
+            [
+                naive_symmetric(c, n, v if weighted else c * c)
+                for c, v in zip(x.T, w.T, strict=True)
+            ],
+        )
 
 
 @settings(max_examples=15)
-@given(columns(16), st.sampled_from([(3, Grid(-0.5, 0.1, 15), True), (15, Grid(-1.0, 0.1, 20), False),
-                                     (31, IMPORTANT, False)]))  # fmt: skip
+@given(
+    columns(16),
+    st.sampled_from(
+        [(3, Grid(-0.5, 0.1, 15), True), (15, Grid(-1.0, 0.1, 20), False), (31, IMPORTANT, False)]
+    ),
+)
 def test_asymmetric_is_the_loop(xp, drawn, how):
     x, w = drawn
     levels, grid, mad = how
     with quietly(x):
         found = asymmetric(xp.asarray(x), xp.asarray(w), levels, grid, mad=mad)
-        compare(found, [naive_asymmetric(c, v, levels, grid, mad) for c, v in zip(x.T, w.T, strict=True)])
+        compare(
+            found,
+            [naive_asymmetric(c, v, levels, grid, mad) for c, v in zip(x.T, w.T, strict=True)],
+        )
 
 
 @settings(max_examples=15)
@@ -194,14 +224,17 @@ def test_swept_is_the_loop(xp, drawn):
 @settings(max_examples=15)
 @given(columns(8), st.sampled_from([15, 63]))
 def test_positive_is_the_loop(xp, drawn, n):
-    x, w = np.abs(drawn[0]), drawn[1]
+    x = np.abs(drawn[0])
+    w = drawn[1]
     with quietly(x):
         found = positive(xp.asarray(x), n, xp.asarray(w))
         compare(found, [naive_positive(c, n, v) for c, v in zip(x.T, w.T, strict=True)])
 
 
-@pytest.mark.theorem("Σ w (s·(L − n) − x)² = Σwx² − (Σwxl)²/Σwl² for the best s of codes L: larger is better",
-                     source="weighted least squares")  # fmt: skip
+@pytest.mark.theorem(
+    "Σ w (s·(L − n) − x)² = Σwx² − (Σwxl)²/Σwl² for the best s of codes L: larger is better",
+    source="weighted least squares",
+)
 @given(columns(16), st.sampled_from([4, 32]))
 def test_symmetric_is_no_worse_than_the_largest_number_divided(drawn, n):
     x, w = (a.astype(np.float64) for a in drawn)
@@ -211,7 +244,9 @@ def test_symmetric_is_no_worse_than_the_largest_number_divided(drawn, n):
     m = extreme(x)
     step = np.where(m == 0, 1, m) / -n
     plain = (w * (step * np.clip(np.rint(x / step), -n, n - 1) - x) ** 2).sum(axis=0)
-    assert (np.where(np.abs(m) < 1e-15, 0, found) <= plain + 64 * 2.0**-24 * (w * x * x).sum(axis=0)).all()
+    assert (
+        np.where(np.abs(m) < 1e-15, 0, found) <= plain + 64 * 2.0**-24 * (w * x * x).sum(axis=0)
+    ).all()
 
 
 def test_swept_never_refines_a_positive_extreme():
@@ -234,21 +269,35 @@ def test_all_five_sweeps_are_made():
     rng = np.random.default_rng(0)
     x = np.ascontiguousarray(rng.standard_normal((16, 30000)).astype(F))
     w = np.random.default_rng(3).uniform(0, 1, x.shape).astype(F)
-    late, later = x[:, [4650, 5455]], [4839, 7365, 22794, 27064]
+    late = x[:, [4650, 5455]]
+    later = [4839, 7365, 22794, 27064]
     compare(swept(late, 4), [naive_swept(c, 4) for c in late.T])
-    few, weights = np.abs(x[:, later]), w[:, later]
+    few = np.abs(x[:, later])
+    weights = w[:, later]
     with quietly(x):
-        compare(positive(few, 63, weights), [naive_positive(c, 63, v) for c, v in zip(few.T, weights.T, strict=True)])
+        compare(
+            positive(few, 63, weights),
+            [naive_positive(c, 63, v) for c, v in zip(few.T, weights.T, strict=True)],
+        )
 
 
 # --- sums, rounding, extremes --------------------------------------------------------------------------------------
 
 
-@pytest.mark.theorem("The sums are ((0 + t₀) + t₁) + … in float32, whatever the number of columns", source="the format")
-@given(st.sampled_from([1, 2, 7, 16, 32, 256]), st.integers(1, 40) | st.sampled_from([1000, 4097, 9001]), seeds)
+@pytest.mark.theorem(
+    "The sums are ((0 + t₀) + t₁) + … in float32, whatever the number of columns",
+    source="the format",
+)
+@given(
+    st.sampled_from([1, 2, 7, 16, 32, 256]),
+    st.integers(1, 40) | st.sampled_from([1000, 4097, 9001]),
+    seeds,
+)
 def test_sums_are_in_order(xp, rows, count, seed):
     rng = np.random.default_rng(seed)
-    terms = (rng.standard_normal((rows, count)) * 10.0 ** rng.uniform(-4, 4, (rows, count))).astype(F)
+    terms = (rng.standard_normal((rows, count)) * 10.0 ** rng.uniform(-4, 4, (rows, count))).astype(
+        F
+    )
     expected = np.zeros(count, dtype=F)
     for row in terms:
         expected = expected + row
@@ -257,10 +306,17 @@ def test_sums_are_in_order(xp, rows, count, seed):
 
 def test_sums_of_minus_zero_are_plus_zero(xp):
     for count in (1, 20):
-        assert not np.signbit(to_host(sequential_sum(xp.asarray(np.full((3, count), -0.0, F))))).any()
+        assert not np.signbit(
+            to_host(sequential_sum(xp.asarray(np.full((3, count), -0.0, F))))
+        ).any()
 
 
-@given(st.lists(st.floats(-4194303, 4194303, width=32) | st.integers(-99, 99).map(lambda i: i / 2), min_size=1))
+@given(
+    st.lists(
+        st.floats(-4194303, 4194303, width=32) | st.integers(-99, 99).map(lambda i: i / 2),
+        min_size=1,
+    )
+)
 def test_nearest_is_rint(xp, values):
     x = np.array(values, dtype=F)
     np.testing.assert_array_equal(to_host(nearest(xp.asarray(x))), np.rint(x).astype(np.int32))
@@ -273,7 +329,8 @@ def test_nearest_of_what_is_no_number(xp):
 
 def test_the_first_of_equal_extremes_counts(xp):
     x = np.array([[0.5, -0.0, 0.0], [-1.0, 0.0, -0.0], [1.0, 0.0, 0.0], [-1.0, -0.0, 0.0]], dtype=F)
-    largest, smallest = to_host(extreme(xp.asarray(x))), to_host(least(xp.asarray(x)))
+    largest = to_host(extreme(xp.asarray(x)))
+    smallest = to_host(least(xp.asarray(x)))
     assert largest.tolist() == [-1.0, 0.0, 0.0]
     assert smallest.tolist() == [-1.0, 0.0, 0.0]
     assert np.signbit(smallest).tolist() == [True, True, False]
@@ -286,7 +343,11 @@ def test_the_first_of_equal_extremes_counts(xp):
 @given(st.sampled_from([(1, 32), (2, 32), (2, 4), (4, 16), (4, 32), (4, 64), (1, 1)]), seeds)
 def test_codes_come_back(xp, how, seed):
     bits, run = how
-    codes = np.random.default_rng(seed).integers(0, 1 << bits, (3, 8 * run // bits * 2)).astype(np.uint8)
+    codes = (
+        np.random.default_rng(seed)
+        .integers(0, 1 << bits, (3, 8 * run // bits * 2))
+        .astype(np.uint8)
+    )
     data = kbits.combine(xp.asarray(codes), bits, run)
     assert data.shape == (3, codes.shape[1] * bits // 8)
     np.testing.assert_array_equal(to_host(kbits.separate(data, bits, run)), codes)
@@ -304,4 +365,6 @@ def test_six_bit_scales_come_back(xp, seed):
     back = kbits.split_scales4(kbits.join_scales4(xp.asarray(s), xp.asarray(m)))
     np.testing.assert_array_equal(np.stack([to_host(b) for b in back]), np.stack([s, m]))
     wide = rng.integers(0, 64, (5, 16)).astype(np.uint8)
-    np.testing.assert_array_equal(to_host(kbits.split_scales6(kbits.join_scales6(xp.asarray(wide)))), wide)
+    np.testing.assert_array_equal(
+        to_host(kbits.split_scales6(kbits.join_scales6(xp.asarray(wide)))), wide
+    )

@@ -16,7 +16,14 @@ from schemes import FORCED
 from strategies import build, seeds
 
 # (largest of one side, of the other, longest exact sum): what 8-bit codes are
-LENGTHS = [(127, 127, 1040), (128, 128, 1024), (255, 127, 518), (255, 255, 258), (128, 127, 1032), (7, 127, 18872)]
+LENGTHS = [
+    (127, 127, 1040),
+    (128, 128, 1024),
+    (255, 127, 518),
+    (255, 255, 258),
+    (128, 127, 1032),
+    (7, 127, 18872),
+]
 lengths = st.sampled_from([0, 1, 2, 7, 257, 259, 1023, 1041, 2100])
 
 
@@ -39,9 +46,14 @@ def test_the_length_is_tight(p, q, length):
     largest = np.full((1, length), p, dtype=np.float32) @ np.full((length, 1), q, dtype=np.float32)
     assert int(largest[0, 0]) == length * p * q <= 2**24
     # one more, within the bounds, can make the sum an odd number beyond 2²⁴, which no float32 is
-    x, w = np.full(length + 1, p), np.full(length + 1, q)
+    x = np.full(length + 1, p)
+    w = np.full(length + 1, q)
     one_more = ((a, b) for a in range(1, p + 1) for b in range(1, q + 1))
-    x[-1], w[-1] = next((a, b) for a, b in one_more if (length * p * q + a * b) % 2 and length * p * q + a * b > 2**24)
+    x[-1], w[-1] = next(
+        (a, b)
+        for a, b in one_more
+        if (length * p * q + a * b) % 2 and length * p * q + a * b > 2**24
+    )
     total = int(x @ w)
     assert int(np.dot(x.astype(np.float32), w.astype(np.float32))) != total
     # and that is why the sum is split there
@@ -55,10 +67,12 @@ def test_the_length_is_tight(p, q, length):
 @given(st.integers(0, 3), st.integers(0, 5), lengths, st.data())
 def test_equals_int64(xp, rows, outputs, n, data):
     kinds = st.sampled_from(["int8", "uint8"])
-    types, rng = (data.draw(kinds), data.draw(kinds)), np.random.default_rng(data.draw(seeds))
+    types = (data.draw(kinds), data.draw(kinds))
+    rng = np.random.default_rng(data.draw(seeds))
     sides = []
     for dtype, height in zip(types, (rows, outputs), strict=True):
-        info, extreme = np.iinfo(dtype), data.draw(st.booleans())
+        info = np.iinfo(dtype)
+        extreme = data.draw(st.booleans())
         codes = rng.integers(info.min, info.max + 1, (height, n))
         if extreme:  # all at one end: partial sums are as large as they get
             codes = np.full((height, n), info.max if rng.random() < 0.5 else info.min)
@@ -72,7 +86,9 @@ def test_tiles_of_the_weight_join(xp, monkeypatch):
     monkeypatch.setattr(int_matmul, "_TILE", 4000)
     rng = np.random.default_rng(0)
     qx, qw = (rng.integers(-128, 128, shape).astype(np.int8) for shape in ((3, 2100), (11, 2100)))
-    np.testing.assert_array_equal(to_host(integer_matmul(xp.asarray(qx), xp.asarray(qw))), exact(qx, qw))
+    np.testing.assert_array_equal(
+        to_host(integer_matmul(xp.asarray(qx), xp.asarray(qw))), exact(qx, qw)
+    )
 
 
 def test_sums_beyond_int32_are_int64():
@@ -122,9 +138,13 @@ def test_what_cannot_be_exact_is_refused(xp):
     st.sampled_from(["float32", "float64"]),
     seeds,
 )
-def test_factorised_product_is_the_dequantised_one(xp, x_rule, w_rule, x_steps, w_steps, kind, dtype, seed):
-    x, w = build(kind, (3, 8), seed, dtype), build("normal", (5, 8), seed, dtype)
-    qx, qw = quantize(xp.asarray(x), Scheme(8, x_rule, x_steps)), quantize(xp.asarray(w), Scheme(4, w_rule, *w_steps))
+def test_factorised_product_is_the_dequantised_one(
+    xp, x_rule, w_rule, x_steps, w_steps, kind, dtype, seed
+):
+    x = build(kind, (3, 8), seed, dtype)
+    w = build("normal", (5, 8), seed, dtype)
+    qx = quantize(xp.asarray(x), Scheme(8, x_rule, x_steps))
+    qw = quantize(xp.asarray(w), Scheme(4, w_rule, *w_steps))
     y = to_host(scaled_matmul(qx.codes, qx.scale, qx.zero_point, qw.codes, qw.scale, qw.zero_point))
     assert y.dtype == dtype
     left, right = (to_host(q.dequantize()).astype(np.longdouble) for q in (qx, qw))
@@ -135,7 +155,10 @@ def test_factorised_product_is_the_dequantised_one(xp, x_rule, w_rule, x_steps, 
 
 def test_missing_zero_points_are_zeros(xp):
     rng = np.random.default_rng(0)
-    qx, qw = (quantize(xp.asarray(rng.standard_normal((3, 8))), Scheme(8, "restricted", "channel")) for _ in range(2))
+    qx, qw = (
+        quantize(xp.asarray(rng.standard_normal((3, 8))), Scheme(8, "restricted", "channel"))
+        for _ in range(2)
+    )
     with_zeros = scaled_matmul(qx.codes, qx.scale, qx.zero_point, qw.codes, qw.scale, qw.zero_point)
     for zx, zw in ((None, None), (qx.zero_point, None), (None, qw.zero_point)):
         got = scaled_matmul(qx.codes, qx.scale, zx, qw.codes, qw.scale, zw)
@@ -144,7 +167,8 @@ def test_missing_zero_points_are_zeros(xp):
 
 def test_steps_that_do_not_factor_out_are_refused(xp):
     codes = xp.asarray(np.ones((3, 8), dtype=np.int8))
-    one, rows = xp.asarray(np.ones(())), xp.asarray(np.ones((3, 1)))
+    one = xp.asarray(np.ones(()))
+    rows = xp.asarray(np.ones((3, 1)))
     with pytest.raises(ValueError, match=r"of activations is \[T, 1\] or \(\), got \(1, 8\)"):
         scaled_matmul(codes, xp.asarray(np.ones((1, 8))), None, codes, rows, None)
     for shape in ((3, 3), (2, 1), (8,)):

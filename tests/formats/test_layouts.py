@@ -34,10 +34,24 @@ assert _spec.loader is not None
 golden = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(golden)
 
-M, N = 32, 96
-SCHEMES = [Scheme(b, rule, *g) for b, rule, g in product(
-    (2, 3, 4, 8), ("half_integer", "restricted", "half_integer_unsigned", "power", "asymmetric", "asymmetric_signed",
-                   "awq"), (("group", 32), ("channel", None), ("tensor", None)))]  # fmt: skip
+M = 32
+N = 96
+SCHEMES = [
+    Scheme(b, rule, *g)
+    for b, rule, g in product(
+        (2, 3, 4, 8),
+        (
+            "half_integer",
+            "restricted",
+            "half_integer_unsigned",
+            "power",
+            "asymmetric",
+            "asymmetric_signed",
+            "awq",
+        ),
+        (("group", 32), ("channel", None), ("tensor", None)),
+    )
+]
 
 
 def fits(scheme: Scheme, layout: str, activations: bool) -> bool:
@@ -48,7 +62,13 @@ def fits(scheme: Scheme, layout: str, activations: bool) -> bool:
     return True
 
 
-HELD = [(s, layout, a) for s in SCHEMES for layout in LAYOUTS for a in (False, True) if fits(s, layout, a)]
+HELD = [
+    (s, layout, a)
+    for s in SCHEMES
+    for layout in LAYOUTS
+    for a in (False, True)
+    if fits(s, layout, a)
+]
 
 
 def weight(seed: int, xp=np, m=M, n=N):
@@ -57,7 +77,9 @@ def weight(seed: int, xp=np, m=M, n=N):
 
 def read_bits(words: np.ndarray, bits: int, count: int) -> list[int]:
     """Codes of a row of 32-bit words, as the definition has it: one Python int of all bits."""
-    whole = sum(int(word) << (32 * i) for i, word in enumerate(np.asarray(words).view(np.uint32).tolist()))
+    whole = sum(
+        int(word) << (32 * i) for i, word in enumerate(np.asarray(words).view(np.uint32).tolist())
+    )
     return [(whole >> (bits * i)) & ((1 << bits) - 1) for i in range(count)]
 
 
@@ -100,7 +122,9 @@ def test_round_trip_of_reordered_groups(xp, seed, group, layout):
     reordered = Reordered(made._words, made._scale, made._zero, made.scheme, made.shape, made.dtype)
     reordered.order = order
     np.testing.assert_array_equal(to_host(reordered.g_idx), g_idx)
-    np.testing.assert_array_equal(to_host(reordered.dequantize())[:, to_host(order)], to_host(made.dequantize()))
+    np.testing.assert_array_equal(
+        to_host(reordered.dequantize())[:, to_host(order)], to_host(made.dequantize())
+    )
     x = xp.asarray(rng.standard_normal((3, N)).astype("float32"))
     product_ = to_host(x).astype("float64") @ to_host(reordered.dequantize()).astype("float64").T
     # N products of float32 are summed, in any order
@@ -118,8 +142,12 @@ def test_scales_come_back_in_the_type_they_were_stored_in(xp, dtype):
     made = quantize(weight(0, xp), scheme, scale_dtype=dtype)
     tensors = to_tensors(made, stored_as(scheme, "pack-quantized"), dtype=dtype)
     assert to_host(tensors["weight_scale"]).dtype == ("uint16" if dtype == "bfloat16" else dtype)
-    back = from_tensors(tensors | {"weight_scale": made.scale}, stored_as(scheme, "pack-quantized"), (M, N),
-                        scale_dtype=dtype)  # fmt: skip
+    back = from_tensors(
+        tensors | {"weight_scale": made.scale},
+        stored_as(scheme, "pack-quantized"),
+        (M, N),
+        scale_dtype=dtype,
+    )
     assert back.nbytes == made.nbytes
     np.testing.assert_array_equal(to_host(back.dequantize()), to_host(made.dequantize()))
 
@@ -148,11 +176,16 @@ def test_pack_quantized_by_definition(bits):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
 def test_gptq_by_definition(bits, layout):
-    scheme = Scheme(bits, "asymmetric" if layout == "gptq_v2" else "half_integer_unsigned", "group", 32)
+    scheme = Scheme(
+        bits, "asymmetric" if layout == "gptq_v2" else "half_integer_unsigned", "group", 32
+    )
     made = quantize(weight(bits), scheme)
     tensors = to_tensors(made, stored_as(scheme, layout))
     for o in range(M):
-        assert read_bits(np.ascontiguousarray(tensors["qweight"][:, o]), bits, N) == made.codes[o].tolist()
+        assert (
+            read_bits(np.ascontiguousarray(tensors["qweight"][:, o]), bits, N)
+            == made.codes[o].tolist()
+        )
     for g in range(N // 32):
         lost = layout == "gptq"
         assert read_bits(tensors["qzeros"][g], bits, M) == (made.zero_point[:, g] - lost).tolist()
@@ -205,7 +238,9 @@ def golden_weight(name: str) -> tuple[Quantized, Stored]:
     codes, scales, zeros, g_idx = golden.draw(case)
     order = np.argsort(g_idx, kind="stable")
     scheme = Scheme(case.bits, "asymmetric", "group", case.group)
-    made = Quantized.from_codes(codes[:, order].astype(np.uint8), scales, zeros, scheme, scale_dtype="float16")
+    made = Quantized.from_codes(
+        codes[:, order].astype(np.uint8), scales, zeros, scheme, scale_dtype="float16"
+    )
     if case.reordered:
         made = Reordered(made._words, made._scale, made._zero, scheme, made.shape, made.dtype)
         made.order = order
@@ -221,14 +256,20 @@ def golden_weight(name: str) -> tuple[Quantized, Stored]:
 def test_tensors_equal_gptqmodels(name):
     made, stored = golden_weight(name)
     with np.load(GOLDEN) as file:
-        theirs = {key.partition("/")[2]: file[key] for key in file.files if key.startswith(f"{name}/")}
+        theirs = {
+            key.partition("/")[2]: file[key] for key in file.files if key.startswith(f"{name}/")
+        }
     back = theirs.pop("weight")
     ours = to_tensors(made, stored)
     assert set(ours) == set(theirs)
     for key in ours:
         np.testing.assert_array_equal(ours[key], theirs[key].astype(ours[key].dtype), err_msg=key)
-    read = from_tensors(theirs | {"scales": theirs["scales"].astype("float32")}, stored, made.shape,
-                        scale_dtype="float16")  # fmt: skip
+    read = from_tensors(
+        theirs | {"scales": theirs["scales"].astype("float32")},
+        stored,
+        made.shape,
+        scale_dtype="float16",
+    )
     np.testing.assert_array_equal(read.dequantize(), golden.weight_of(golden.CASES[name]))
     # it multiplies in float16: half a unit in the last place of 11 bits
     assert (np.abs(back - read.dequantize()) <= 2.0**-11 * np.abs(read.dequantize())).all()
@@ -240,12 +281,19 @@ def test_tensors_equal_gptqmodels(name):
 def test_version_one_reads_its_lost_zero_as_the_largest_code():
     made = quantize(np.abs(weight(0)), Scheme(4, "asymmetric", "group", 32))
     assert not made.zero_point.any()  # the case in which readers of version 1 disagree
-    with pytest.raises(ValueError, match=r"gptq cannot hold asymmetric weights \(a zero point of 0 is lost\)"):
+    with pytest.raises(
+        ValueError, match=r"gptq cannot hold asymmetric weights \(a zero point of 0 is lost\)"
+    ):
         stored_as(made.scheme, "gptq")
     tensors = to_tensors(made, stored_as(made.scheme, "gptq_v2"))
     assert not tensors["qzeros"].any()
-    tensors |= {"scales": tensors["scales"].astype("float32"), "qzeros": np.full_like(tensors["qzeros"], -1)}
-    back = from_tensors(tensors, Stored("gptq", 4, 32, symmetric=False), made.shape, scale_dtype="float16")
+    tensors |= {
+        "scales": tensors["scales"].astype("float32"),
+        "qzeros": np.full_like(tensors["qzeros"], -1),
+    }
+    back = from_tensors(
+        tensors, Stored("gptq", 4, 32, symmetric=False), made.shape, scale_dtype="float16"
+    )
     np.testing.assert_array_equal(back.zero_point, made.zero_point)
     np.testing.assert_array_equal(back.codes, made.codes)
 
@@ -267,7 +315,9 @@ def test_tensors_that_contradict_each_other_are_refused():
     made = quantize(weight(0), scheme)
     stored = stored_as(scheme, "pack-quantized")
     tensors = to_tensors(made, stored)
-    with pytest.raises(ValueError, match=r"weight_shape says \[32, 95\], but the network needs \[32, 96\]"):
+    with pytest.raises(
+        ValueError, match=r"weight_shape says \[32, 95\], but the network needs \[32, 96\]"
+    ):
         from_tensors(tensors | {"weight_shape": np.array([32, 95])}, stored, (M, N))
     stored = stored_as(scheme, "gptq_v2")
     tensors = to_tensors(made, stored)
@@ -279,16 +329,61 @@ def test_tensors_that_contradict_each_other_are_refused():
 @pytest.mark.parametrize(
     ("scheme", "layout", "more", "sentence"),
     [
-        (Scheme(3, "half_integer", "channel"), "awq", {}, "3-bit weights, only 4-bit ones; what can: pack-quantized"),
-        (Scheme(5, "half_integer", "channel"), "gptq", {}, "only those of 2, 3, 4 or 8 bits; what can: pack-quantized"),
-        (Scheme(4, "asymmetric", "channel"), "pack-quantized", {}, r"readers fail on them\); what can: gptq_v2, awq"),
+        (
+            Scheme(3, "half_integer", "channel"),
+            "awq",
+            {},
+            "3-bit weights, only 4-bit ones; what can: pack-quantized",
+        ),
+        (
+            Scheme(5, "half_integer", "channel"),
+            "gptq",
+            {},
+            "only those of 2, 3, 4 or 8 bits; what can: pack-quantized",
+        ),
+        (
+            Scheme(4, "asymmetric", "channel"),
+            "pack-quantized",
+            {},
+            r"readers fail on them\); what can: gptq_v2, awq",
+        ),
         (Scheme(5, "asymmetric", "channel"), "gptq_v2", {}, "no layout can"),
-        (Scheme(4, "half_integer", "block", 8), "gptq", {}, "a scale for each block; no layout can"),
-        (Scheme(8, "half_integer", "channel"), "gptq", {"activations": True}, "what can: int-quantized"),
-        (Scheme(8, "half_integer", "channel"), "int-quantized", {}, "not quantised; what can: pack-quantized, naive"),
-        (Scheme(8, "half_integer", "group", 8), "int-quantized", {"activations": True}, "groups; no layout can"),
-        (Scheme(4, "half_integer", "group", 8), "pack-quantized", {"reordered": True}, "what can: gptq_v2, gptq"),
-        (Scheme(4, "half_integer", "channel"), "gguf", {}, "unknown layout 'gguf'; choose one of pack-quantized"),
+        (
+            Scheme(4, "half_integer", "block", 8),
+            "gptq",
+            {},
+            "a scale for each block; no layout can",
+        ),
+        (
+            Scheme(8, "half_integer", "channel"),
+            "gptq",
+            {"activations": True},
+            "what can: int-quantized",
+        ),
+        (
+            Scheme(8, "half_integer", "channel"),
+            "int-quantized",
+            {},
+            "not quantised; what can: pack-quantized, naive",
+        ),
+        (
+            Scheme(8, "half_integer", "group", 8),
+            "int-quantized",
+            {"activations": True},
+            "groups; no layout can",
+        ),
+        (
+            Scheme(4, "half_integer", "group", 8),
+            "pack-quantized",
+            {"reordered": True},
+            "what can: gptq_v2, gptq",
+        ),
+        (
+            Scheme(4, "half_integer", "channel"),
+            "gguf",
+            {},
+            "unknown layout 'gguf'; choose one of pack-quantized",
+        ),
     ],
 )
 def test_what_a_layout_cannot_hold_is_refused_with_what_can(scheme, layout, more, sentence):
@@ -298,7 +393,9 @@ def test_what_a_layout_cannot_hold_is_refused_with_what_can(scheme, layout, more
 
 def test_shapes_that_a_layout_has_no_words_for_are_refused():
     for layout, shape in (("awq", (12, 32)), ("gptq_v2", (32, 36)), ("gptq_v2", (12, 32))):
-        with pytest.raises(ValueError, match=rf"o_proj: {layout} packs 8 codes .* pack-quantized takes any shape"):
+        with pytest.raises(
+            ValueError, match=rf"o_proj: {layout} packs 8 codes .* pack-quantized takes any shape"
+        ):
             tensor_specs(Stored(layout, 4), shape, "o_proj")
     with pytest.raises(ValueError, match="o_proj: groups of 7 do not divide its 32 columns"):
         tensor_specs(Stored("pack-quantized", 4, 7), (8, 32), "o_proj")

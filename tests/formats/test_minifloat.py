@@ -17,7 +17,12 @@ from refllm.formats.minifloat import FORMATS, OVERFLOW, decode, encode, float_fo
 from strategies import arrays, seeds
 
 PEER = {
-    **{"fp16": np.float16, "bf16": ml_dtypes.bfloat16, "e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2},
+    **{
+        "fp16": np.float16,
+        "bf16": ml_dtypes.bfloat16,
+        "e4m3": ml_dtypes.float8_e4m3fn,
+        "e5m2": ml_dtypes.float8_e5m2,
+    },
     **{"e2m1": ml_dtypes.float4_e2m1fn, "e8m0": ml_dtypes.float8_e8m0fnu},
 }
 SMALL = ("e4m3", "e5m2", "e2m1", "e8m0")
@@ -27,7 +32,9 @@ formats = st.sampled_from(list(FORMATS))
 
 
 def all_codes(fmt):
-    return np.arange(1 << FORMATS[fmt].bits, dtype=np.uint16 if FORMATS[fmt].bits == 16 else np.uint8)
+    return np.arange(
+        1 << FORMATS[fmt].bits, dtype=np.uint16 if FORMATS[fmt].bits == 16 else np.uint8
+    )
 
 
 def same(a, b):
@@ -50,13 +57,16 @@ def every_rounding(fmt):
 def numbers(fmt, rng, count=400):
     """float32 numbers of all sizes that a format has, its numbers, the middles between them, and their neighbours."""
     found = FORMATS[fmt]
-    low, high = math.log2(found.smallest) - 2, min(math.log2(found.max) + 1, 127.9)
+    low = math.log2(found.smallest) - 2
+    high = min(math.log2(found.max) + 1, 127.9)
     spread = 2.0 ** rng.uniform(low, high, count)
     values = np.array(table(fmt)[: found.largest + 1])
     picked = rng.choice(len(values) - 1, min(count, len(values) - 1), replace=False)
     middles = (0.5 * (values[picked] + values[picked + 1])).astype(np.float32)
     near = [np.nextafter(middles, np.float32(side)) for side in (0, np.inf)]
-    x = np.concatenate([spread.astype(np.float32), values[picked].astype(np.float32), middles, *near])
+    x = np.concatenate(
+        [spread.astype(np.float32), values[picked].astype(np.float32), middles, *near]
+    )
     return x * rng.choice([-1, 1], x.size).astype(np.float32) if found.signed else x
 
 
@@ -76,8 +86,11 @@ def test_decode_tables(xp, fmt):
 
 
 def test_the_table_of_the_docstring():
-    shown = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:8]]
-             for line in minifloat.__doc__.splitlines() if line.count("|") > 9}  # fmt: skip
+    shown = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:8]]
+        for line in minifloat.__doc__.splitlines()
+        if line.count("|") > 9
+    }
     for name, fmt in FORMATS.items():
         bits, mantissa, bias, largest, normal, smallest = shown[name]
         assert (int(bits), int(mantissa), int(bias)) == (fmt.bits, fmt.mantissa, fmt.bias)
@@ -97,7 +110,8 @@ def test_the_table_of_the_docstring():
     source="Micikevicius et al. 2022, table 1 (the article has the two the wrong way round)",
 )
 def test_which_of_the_two_has_the_range():
-    e4m3, e5m2 = FORMATS["e4m3"], FORMATS["e5m2"]
+    e4m3 = FORMATS["e4m3"]
+    e5m2 = FORMATS["e5m2"]
     assert e4m3.relative_error == 1 / 17
     assert e5m2.relative_error == 1 / 9
     assert math.floor(math.log2(e4m3.max / e4m3.smallest)) == 17
@@ -108,8 +122,10 @@ def test_which_of_the_two_has_the_range():
 # --- rounding ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.theorem("encode(decode(c)) = c for every code that is not NaN, infinities with overflow='nan'",
-                     source="OCP 8-bit and MX formats; ml_dtypes")  # fmt: skip
+@pytest.mark.theorem(
+    "encode(decode(c)) = c for every code that is not NaN, infinities with overflow='nan'",
+    source="OCP 8-bit and MX formats; ml_dtypes",
+)
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_round_trip_of_codes(xp, fmt):
     codes = all_codes(fmt)
@@ -120,7 +136,9 @@ def test_round_trip_of_codes(xp, fmt):
         np.testing.assert_array_equal(got, codes[finite])
     infinite = codes[np.isinf(values)]
     if infinite.size:
-        np.testing.assert_array_equal(to_host(encode(decode(xp.asarray(infinite), fmt), fmt, "nan")), infinite)
+        np.testing.assert_array_equal(
+            to_host(encode(decode(xp.asarray(infinite), fmt), fmt, "nan")), infinite
+        )
     nan = codes[np.isnan(values)]
     if nan.size:
         assert np.isnan(to_host(decode(encode(decode(xp.asarray(nan), fmt), fmt), fmt))).all()
@@ -133,7 +151,8 @@ def test_round_trip_of_codes(xp, fmt):
 @given(st.sampled_from(SMALL), seeds)
 def test_nearest_by_brute_force(xp, fmt, seed):
     x = numbers(fmt, np.random.default_rng(seed), 100)
-    got, naive = to_host(encode(xp.asarray(x), fmt)), nearest(x, fmt)
+    got = to_host(encode(xp.asarray(x), fmt))
+    naive = nearest(x, fmt)
     np.testing.assert_array_equal(got, naive)
     np.testing.assert_array_equal(to_host(nearest(xp.asarray(x[:20]), fmt)), naive[:20])
 
@@ -145,7 +164,8 @@ def test_nearest_of_16_bits(xp, fmt):
 
 
 @pytest.mark.theorem(
-    "the naive search itself: no rational number is nearer, and ties are even", source="exact fractions"
+    "the naive search itself: no rational number is nearer, and ties are even",
+    source="exact fractions",
 )
 @pytest.mark.parametrize("fmt", SMALL)
 def test_nearest_in_exact_fractions(fmt):
@@ -170,7 +190,8 @@ def test_every_rounding(xp, fmt):
     x = every_rounding(fmt)
     with np.errstate(all="ignore"):
         expected = x.astype(PEER[fmt]).view(np.uint8)
-    overflow = "saturate" if fmt == "e2m1" else "nan"  # ml_dtypes saturates E2M1, which has nothing else
+    # ml_dtypes saturates E2M1, which has nothing else
+    overflow = "saturate" if fmt == "e2m1" else "nan"
     got = to_host(encode(xp.asarray(x), fmt, overflow))
     number = ~np.isnan(x)
     if fmt == "e8m0":  # between 2^−127 and 1.5 times that ml_dtypes goes up, away from the nearest
@@ -189,17 +210,22 @@ def test_every_rounding(xp, fmt):
 def test_that_is_every_case(fmt):
     """Which of the lower 16 bits are set makes no difference."""
     rng = np.random.default_rng(0)
-    upper, lower = rng.integers(0, 1 << 16, 20_000), rng.integers(1, 1 << 16, 20_000)
+    upper = rng.integers(0, 1 << 16, 20_000)
+    lower = rng.integers(1, 1 << 16, 20_000)
     x, one = ((upper << 16 | low).astype(np.uint32).view(np.float32) for low in (lower, 1))
     keep = ~np.isnan(one)
     np.testing.assert_array_equal(encode(x[keep], fmt), encode(one[keep], fmt))
 
 
-@pytest.mark.theorem("16-bit codes equal NumPy's float16 and ml_dtypes' bfloat16", source="NumPy, ml_dtypes")
+@pytest.mark.theorem(
+    "16-bit codes equal NumPy's float16 and ml_dtypes' bfloat16", source="NumPy, ml_dtypes"
+)
 @given(st.sampled_from(["fp16", "bf16"]), seeds)
 def test_16_bits_against_peers(xp, fmt, seed):
     rng = np.random.default_rng(seed)
-    x = np.concatenate([rng.integers(0, 1 << 32, 3000, dtype=np.uint32).view(np.float32), numbers(fmt, rng)])
+    x = np.concatenate(
+        [rng.integers(0, 1 << 32, 3000, dtype=np.uint32).view(np.float32), numbers(fmt, rng)]
+    )
     with np.errstate(over="ignore", invalid="ignore"):
         expected = x.astype(PEER[fmt])
     same(to_host(decode(encode(xp.asarray(x), fmt, "nan"), fmt)), expected.astype(np.float32))
@@ -237,14 +263,18 @@ def test_error_bound_is_attained(fmt):
     found = FORMATS[fmt]
     tie = np.float32(1 + 1 / (2 << found.mantissa))
     back = float(decode(encode(tie[None], fmt), fmt)[0])
-    assert abs(back - tie) / tie == pytest.approx(found.relative_error if fmt != "e8m0" else 1 / 3, rel=1e-12)
+    assert abs(back - tie) / tie == pytest.approx(
+        found.relative_error if fmt != "e8m0" else 1 / 3, rel=1e-12
+    )
     if found.signed:
         half = np.float32(found.smallest / 2)
         assert decode(encode(half[None], fmt), fmt)[0] == 0
 
 
-@pytest.mark.theorem("rounding commutes with powers of two as long as x and 2^k x are in the normal range",
-                     source="a power of two moves the exponent only")  # fmt: skip
+@pytest.mark.theorem(
+    "rounding commutes with powers of two as long as x and 2^k x are in the normal range",
+    source="a power of two moves the exponent only",
+)
 @given(formats, seeds, st.integers(-12, 12))
 def test_power_of_two_equivariance(xp, fmt, seed, k):
     found = FORMATS[fmt]
@@ -252,7 +282,8 @@ def test_power_of_two_equivariance(xp, fmt, seed, k):
     with np.errstate(over="ignore"):
         y = x * np.float32(2.0**k)
     # normal before and after rounding: what rounds beyond the largest number saturates
-    least, limit = max(found.smallest_normal, 2.0**-126), found.max / (1 if found.signed else 2)
+    least = max(found.smallest_normal, 2.0**-126)
+    limit = found.max / (1 if found.signed else 2)
     keep = (np.abs(x) >= least) & (np.abs(x) <= limit) & (np.abs(y) >= least) & (np.abs(y) <= limit)
     a, b = (to_host(decode(encode(xp.asarray(v[keep]), fmt), fmt)) for v in (x, y))
     np.testing.assert_array_equal(a * np.float32(2.0**k), b)
@@ -265,7 +296,10 @@ def test_subnormals_are_where_equivariance_ends():
     assert half[0] != x[0] / 2
 
 
-@pytest.mark.theorem("rounding is idempotent and odd: x̂ rounds to itself, and −x to −x̂", source="refllm.formats.minifloat")
+@pytest.mark.theorem(
+    "rounding is idempotent and odd: x̂ rounds to itself, and −x to −x̂",
+    source="refllm.formats.minifloat",
+)
 @given(st.sampled_from(SIGNED), arrays(64))
 def test_idempotent_and_odd(xp, fmt, x):
     once = decode(encode(xp.asarray(x), fmt), fmt)
@@ -287,7 +321,9 @@ def test_float64_is_rounded_once(xp, fmt, seed):
     assert to_host(decode(encode(xp.asarray(tie), "e4m3"), "e4m3")).tolist() == [16, 18]
     assert decode(encode(tie.astype(np.float32), "e4m3"), "e4m3").tolist() == [16, 16]
     half = rng.standard_normal(500) * 2.0 ** rng.integers(-26, 14, 500)
-    np.testing.assert_array_equal(to_host(encode(xp.asarray(half), "fp16")), half.astype(np.float16).view(np.uint16))
+    np.testing.assert_array_equal(
+        to_host(encode(xp.asarray(half), "fp16")), half.astype(np.float16).view(np.uint16)
+    )
 
 
 def test_by_way_of_float16_is_another_rounding():
@@ -312,12 +348,27 @@ def test_float16_input_is_widened(xp):
 
 
 def test_overflow(xp):
-    x = np.array([448, 464, np.nextafter(np.float32(464), np.float32(500)), -480, np.inf, -np.inf, np.nan, -0.0])
+    x = np.array(
+        [
+            448,
+            464,
+            np.nextafter(np.float32(464), np.float32(500)),
+            -480,
+            np.inf,
+            -np.inf,
+            np.nan,
+            -0.0,
+        ]
+    )
     x = x.astype(np.float32)
-    got = {mode: to_host(encode(xp.asarray(x), "e4m3", mode)).tolist() for mode in ("saturate", "nan")}
+    got = {
+        mode: to_host(encode(xp.asarray(x), "e4m3", mode)).tolist() for mode in ("saturate", "nan")
+    }
     assert got["saturate"] == [0x7E, 0x7E, 0x7E, 0xFE, 0x7E, 0xFE, 0x7F, 0x80]
     assert got["nan"] == [0x7E, 0x7E, 0x7F, 0xFF, 0x7F, 0xFF, 0x7F, 0x80]
-    big = np.array([57344, np.nextafter(np.float32(61440), np.float32(0)), 61440, -np.inf], dtype=np.float32)
+    big = np.array(
+        [57344, np.nextafter(np.float32(61440), np.float32(0)), 61440, -np.inf], dtype=np.float32
+    )
     assert to_host(encode(xp.asarray(big), "e5m2", "nan")).tolist() == [0x7B, 0x7B, 0x7C, 0xFC]
     assert to_host(encode(xp.asarray(big), "e5m2")).tolist() == [0x7B, 0x7B, 0x7B, 0xFB]
 
@@ -327,36 +378,80 @@ def test_overflow(xp):
 def test_torch_within_and_beyond_the_range(fmt):
     """torch rounds as ml_dtypes does; beyond 448 torch saturates E4M3, and ml_dtypes makes NaN of it."""
     torch = oracle("torch")
-    x = np.concatenate([every_rounding("e4m3"), np.random.default_rng(0).standard_normal(10_000).astype(np.float32)])
+    x = np.concatenate(
+        [
+            every_rounding("e4m3"),
+            np.random.default_rng(0).standard_normal(10_000).astype(np.float32),
+        ]
+    )
     x = x[~np.isnan(x)]
     theirs = torch.from_numpy(x).to(getattr(torch, TORCH[fmt])).to(torch.float32).numpy()
     same(decode(encode(x, fmt, "saturate" if fmt == "e4m3" else "nan"), fmt), theirs)
     beyond = np.array([480.0, 1e6, np.inf], dtype=np.float32)
-    assert torch.from_numpy(beyond).to(torch.float8_e4m3fn).to(torch.float32).tolist() == [448.0] * 3
+    assert (
+        torch.from_numpy(beyond).to(torch.float8_e4m3fn).to(torch.float32).tolist() == [448.0] * 3
+    )
     assert np.isnan(beyond.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)).all()
-    clipped = np.clip(beyond, -448, 448)  # which is why everybody clips before the cast: then all agree
+    # which is why everybody clips before the cast: then all agree
+    clipped = np.clip(beyond, -448, 448)
     assert decode(encode(clipped, "e4m3", "nan"), "e4m3").tolist() == [448.0] * 3
 
 
 def test_e8m0_has_no_zero(xp):
-    x = np.array([0.0, -0.0, -1.0, 1e-45, 2.0**-127, 1.5 * 2.0**-127, 3.0, 1.5 * 2.0**127, np.inf, np.nan])
+    x = np.array(
+        [0.0, -0.0, -1.0, 1e-45, 2.0**-127, 1.5 * 2.0**-127, 3.0, 1.5 * 2.0**127, np.inf, np.nan]
+    )
     x = x.astype(np.float32)
-    assert to_host(encode(xp.asarray(x), "e8m0")).tolist() == [0, 0, 255, 0, 0, 1, 129, 254, 254, 255]
-    assert to_host(encode(xp.asarray(x), "e8m0", "nan")).tolist() == [255, 255, 255, 0, 0, 1, 129, 255, 255, 255]
+    assert to_host(encode(xp.asarray(x), "e8m0")).tolist() == [
+        0,
+        0,
+        255,
+        0,
+        0,
+        1,
+        129,
+        254,
+        254,
+        255,
+    ]
+    assert to_host(encode(xp.asarray(x), "e8m0", "nan")).tolist() == [
+        255,
+        255,
+        255,
+        0,
+        0,
+        1,
+        129,
+        255,
+        255,
+        255,
+    ]
 
 
 @pytest.mark.parametrize(
     ("fmt", "number"),
-    [("e4m3", 464.1), ("e5m2", 61440.0), ("e2m1", 7.0), ("e2m1", math.nan), ("fp16", 65520.0), ("bf16", 3.4e38),
-     ("e8m0", 0.0), ("e8m0", -1.0), ("e8m0", 2.9e38), ("e4m3", -math.inf)],
-)  # fmt: skip
+    [
+        ("e4m3", 464.1),
+        ("e5m2", 61440.0),
+        ("e2m1", 7.0),
+        ("e2m1", math.nan),
+        ("fp16", 65520.0),
+        ("bf16", 3.4e38),
+        ("e8m0", 0.0),
+        ("e8m0", -1.0),
+        ("e8m0", 2.9e38),
+        ("e4m3", -math.inf),
+    ],
+)
 def test_raise_names_the_number(xp, fmt, number):
     x = xp.asarray(np.array([1.0, number, 1.0], dtype=np.float32))
     with pytest.raises(ValueError, match=f"w: number 1 is .*, which {fmt} has no code for"):
         encode(x, fmt, "raise", name="w")
 
 
-@pytest.mark.parametrize(("fmt", "number"), [("e4m3", 464.0), ("e5m2", 61439.0), ("e2m1", 6.9), ("e4m3", math.nan)])
+@pytest.mark.parametrize(
+    ("fmt", "number"), [("e4m3", 464.0), ("e5m2", 61439.0), ("e2m1", 6.9), ("e4m3", math.nan)]
+)
 def test_raise_lets_the_rest_through(xp, fmt, number):
     x = xp.asarray(np.array([number], dtype=np.float32))
     same(to_host(decode(encode(x, fmt, "raise"), fmt)), to_host(decode(encode(x, fmt), fmt)))
@@ -364,7 +459,9 @@ def test_raise_lets_the_rest_through(xp, fmt, number):
 
 def test_what_has_no_code_is_refused(xp):
     one = xp.asarray(np.array([1.0, np.nan], dtype=np.float32))
-    with pytest.raises(ValueError, match="number 1 is nan, which e2m1 has no code for: it reaches from -6 to 6"):
+    with pytest.raises(
+        ValueError, match="number 1 is nan, which e2m1 has no code for: it reaches from -6 to 6"
+    ):
         encode(one, "e2m1")
     with pytest.raises(ValueError, match="number 0 is inf"):
         encode(xp.asarray(np.array([np.inf], dtype=np.float32)), "e2m1", "nan")
@@ -392,5 +489,9 @@ def test_pieces_join(xp, monkeypatch):
     monkeypatch.setattr(minifloat, "PIECE", (64, 64))
     x = np.random.default_rng(0).standard_normal((7, 30)).astype(np.float32)
     for fmt in SIGNED:
-        whole = np.array([nearest(x.reshape(-1), fmt)]) if fmt in SMALL else x.astype(PEER[fmt]).view(np.uint16)
+        whole = (
+            np.array([nearest(x.reshape(-1), fmt)])
+            if fmt in SMALL
+            else x.astype(PEER[fmt]).view(np.uint16)
+        )
         np.testing.assert_array_equal(to_host(encode(xp.asarray(x).T, fmt)), whole.reshape(7, 30).T)

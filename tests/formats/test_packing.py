@@ -61,13 +61,17 @@ def test_every_code_at_every_place(xp):
         for background in (0, (1 << bits) - 1):
             codes = np.full((1 << bits, 33, 33), background, dtype=np.uint8)
             codes[:, np.arange(33), np.arange(33)] = np.arange(1 << bits)[:, None]
-            np.testing.assert_array_equal(to_host(unpack(pack(xp.asarray(codes), bits), bits, 33)), codes)
+            np.testing.assert_array_equal(
+                to_host(unpack(pack(xp.asarray(codes), bits), bits, 33)), codes
+            )
 
 
 def test_views_that_are_not_contiguous(xp):
     codes = xp.asarray(codes_of(5, (8,), 40, 0))
     for view in (codes.T, codes[:, ::2], codes[::2, 3:35]):
-        np.testing.assert_array_equal(to_host(unpack(pack(view, 5), 5, view.shape[-1])), to_host(view))
+        np.testing.assert_array_equal(
+            to_host(unpack(pack(view, 5), 5, view.shape[-1])), to_host(view)
+        )
     words = xp.asarray(to_host(pack(codes, 5)).T.copy()).T
     np.testing.assert_array_equal(to_host(unpack(words, 5, 40)), to_host(codes))
 
@@ -104,5 +108,7 @@ def test_words_equal_compressed_tensors(bits, rows, count, seed):
     signed = torch.from_numpy((codes.astype(np.int16) - (1 << (bits - 1))).astype(np.int8))
     theirs = peer.pack_to_int32(signed, bits).numpy()
     np.testing.assert_array_equal(pack(codes, bits).view(np.int32), theirs)
-    back = peer.unpack_from_int32(torch.from_numpy(pack(codes, bits).view(np.int32)), bits, signed.shape)
+    back = peer.unpack_from_int32(
+        torch.from_numpy(pack(codes, bits).view(np.int32)), bits, signed.shape
+    )
     np.testing.assert_array_equal(back.numpy(), signed.numpy())

@@ -15,7 +15,11 @@ WRITTEN = [
     *(Stored("pack-quantized", bits, group) for bits in (2, 3, 4, 8) for group in (None, 32)),
     *(Stored("naive-quantized", 8, group) for group in (None, 32)),
     Stored("int-quantized", 8),
-    *(Stored(layout, bits, 32, symmetric=False) for layout in ("gptq", "gptq_v2") for bits in GPTQ_BITS),
+    *(
+        Stored(layout, bits, 32, symmetric=False)
+        for layout in ("gptq", "gptq_v2")
+        for bits in GPTQ_BITS
+    ),
     Stored("gptq_v2", 4, 128, symmetric=False, reordered=True),
     Stored("awq", 4, None, symmetric=False),
 ]
@@ -62,8 +66,18 @@ def changed(raw, path: str, value):
 @pytest.mark.parametrize(
     ("raw", "path", "value", "sentence"),
     [
-        (COMPRESSED, "quant_method", "bitsandbytes", "'bitsandbytes' is not supported; supported are compressed-ten"),
-        (COMPRESSED, ".format", "float-quantized", "format 'float-quantized' .* pack-quantized, int-quantized"),
+        (
+            COMPRESSED,
+            "quant_method",
+            "bitsandbytes",
+            "'bitsandbytes' is not supported; supported are compressed-ten",
+        ),
+        (
+            COMPRESSED,
+            ".format",
+            "float-quantized",
+            "format 'float-quantized' .* pack-quantized, int-quantized",
+        ),
         (COMPRESSED, "quantization_status", "frozen", "supported: compressed"),
         (COMPRESSED, "quantization_status", None, "supported: compressed"),
         (COMPRESSED, "kv_cache_scheme", {"num_bits": 8}, "kv_cache_scheme"),
@@ -82,7 +96,12 @@ def changed(raw, path: str, value):
         (COMPRESSED, ".weights.actorder", "group", "actorder"),
         (COMPRESSED, ".weights.group_size", 0, "group_size 0"),
         (COMPRESSED, ".output_activations", {"num_bits": 8}, "output_activations"),
-        (COMPRESSED, ".input_activations", W8A8["config_groups"]["group_0"]["input_activations"], "of pack-quantized"),
+        (
+            COMPRESSED,
+            ".input_activations",
+            W8A8["config_groups"]["group_0"]["input_activations"],
+            "of pack-quantized",
+        ),
         (W8A8, ".input_activations.dynamic", False, "dynamic symmetric 8-bit integers a token"),
         (W8A8, ".input_activations.num_bits", 4, "dynamic symmetric 8-bit integers a token"),
         (W8A8, ".weights.symmetric", False, "symmetric ones by channel"),

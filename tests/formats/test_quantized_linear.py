@@ -24,8 +24,20 @@ dtypes = st.sampled_from(["float32", "float64"])
     "Quantized.matmul(x) = x Ŵᵀ for the Ŵ that dequantize() gives, whatever the tile, in float64 where x or W is",
     source="ARCHITECTURE.md: the weight seam",
 )
-@given(schemes(), rows, columns, st.integers(0, 4), st.sampled_from(KINDS), dtypes, dtypes, st.integers(1, 50), seeds)
-def test_matmul_is_the_product_of_what_comes_back(xp, scheme, m, n, t, kind, dtype, other, tile, seed):
+@given(
+    schemes(),
+    rows,
+    columns,
+    st.integers(0, 4),
+    st.sampled_from(KINDS),
+    dtypes,
+    dtypes,
+    st.integers(1, 50),
+    seeds,
+)
+def test_matmul_is_the_product_of_what_comes_back(
+    xp, scheme, m, n, t, kind, dtype, other, tile, seed
+):
     weight = quantize(xp.asarray(build(kind, (m, n), seed, dtype)), scheme)
     x = np.random.default_rng(seed).standard_normal((t, n)).astype(other)
     with pytest.MonkeyPatch.context() as patch:
@@ -36,7 +48,11 @@ def test_matmul_is_the_product_of_what_comes_back(xp, scheme, m, n, t, kind, dty
     assert got.dtype == np.result_type(dtype, other)
     wide = x.astype(np.longdouble) @ back.T.astype(np.longdouble)
     info = np.finfo(got.dtype)
-    bound = n * float(info.eps) * (np.abs(x).astype(np.longdouble) @ np.abs(back).T.astype(np.longdouble))
+    bound = (
+        n
+        * float(info.eps)
+        * (np.abs(x).astype(np.longdouble) @ np.abs(back).T.astype(np.longdouble))
+    )
     assert (np.abs(got - wide) <= bound + n * float(info.smallest_subnormal)).all()
 
 
@@ -92,7 +108,13 @@ def test_given_steps_are_used(xp, scheme, seed):
     "nbytes = 4 M ⌈N·b/32⌉ + bytes of the scales + 4 ⌈ranges·b/32⌉ of asymmetric zero points; nothing else is held",
     source="ARCHITECTURE.md: the weight seam",
 )
-@given(schemes(), rows, columns, st.sampled_from([(None, 4), ("float16", 2), ("bfloat16", 2), ("float64", 8)]), seeds)
+@given(
+    schemes(),
+    rows,
+    columns,
+    st.sampled_from([(None, 4), ("float16", 2), ("bfloat16", 2), ("float64", 8)]),
+    seeds,
+)
 def test_bytes(xp, scheme, m, n, scale_dtype, seed):
     weight = quantize(xp.asarray(build("normal", (m, n), seed)), scheme, scale_dtype=scale_dtype[0])
     steps = int(np.prod(scheme.scale_shape((m, n))))
@@ -121,14 +143,20 @@ def test_bytes(xp, scheme, m, n, scale_dtype, seed):
 )
 def test_effective_bits_are_real_bytes(bits, rule, group, zero_dtype, zero_bits, total):
     x = build("normal", (64, 512), 0)
-    weight = quantize(x, Scheme(bits, rule, "group", group), scale_dtype="float16", zero_dtype=zero_dtype)
+    weight = quantize(
+        x, Scheme(bits, rule, "group", group), scale_dtype="float16", zero_dtype=zero_dtype
+    )
     assert weight.bits_per_weight == effective_bits(bits, group, zero_bits=zero_bits) == total
     np.testing.assert_array_equal(weight.zero_point, quantize(x, weight.scheme).zero_point)
 
 
 def test_no_float_copy_of_the_weight_is_ever_made():
     """A product with 4 M weights (16 MiB of float32) needs less than 4 MiB beside what it returns."""
-    weight = quantize(build("normal", (2048, 2048), 0), Scheme(4, "asymmetric", "group", 128), scale_dtype="float16")
+    weight = quantize(
+        build("normal", (2048, 2048), 0),
+        Scheme(4, "asymmetric", "group", 128),
+        scale_dtype="float16",
+    )
     assert weight.nbytes < 2.2 * 2**20
     x = np.ones((1, 2048), dtype=np.float32)
     tracemalloc.start()
@@ -143,7 +171,8 @@ def test_no_float_copy_of_the_weight_is_ever_made():
 
 def test_codes_that_do_not_fit_are_refused(xp):
     scheme = Scheme(4, "half_integer", "channel")
-    codes, scale = xp.asarray(np.full((2, 8), 7, dtype=np.int32)), xp.asarray(np.ones((2, 1), dtype=np.float32))
+    codes = xp.asarray(np.full((2, 8), 7, dtype=np.int32))
+    scale = xp.asarray(np.ones((2, 1), dtype=np.float32))
     for wrong in (codes + 1, codes - 16):
         with pytest.raises(ValueError, match=r"codes lie in -8\.\.7"):
             Quantized.from_codes(wrong, scale, None, scheme)

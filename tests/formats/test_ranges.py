@@ -34,7 +34,10 @@ def test_ranges_are_the_extremes_of_what_shares_a_step(pure_xp, scheme, m, n, ki
 
 def by_hand(x, bits, rule):
     """(s, z) of one range, straight from the table, in float64."""
-    a, lo, hi, most = np.abs(x).max(), min(x.min(), 0.0), max(x.max(), 0.0), 2**bits - 1
+    a = np.abs(x).max()
+    lo = min(x.min(), 0.0)
+    hi = max(x.max(), 0.0)
+    most = 2**bits - 1
     if rule == "restricted":
         return a / (2 ** (bits - 1) - 1), 0
     if rule in ("half_integer", "half_integer_unsigned"):
@@ -82,9 +85,14 @@ def test_zero_points_are_codes_and_steps_are_normal_numbers(pure_xp, scheme, x):
 @given(schemes(), rows, columns, st.sampled_from(PLAIN), dtypes, st.integers(-12, 12), seeds)
 def test_power_of_two_equivariance(pure_xp, scheme, m, n, kind, dtype, k, seed):
     if scheme.rule == "awq":  # a range below 1e-5 is taken as 1e-5: keep away from it
-        kind, scheme, m, n = "normal", Scheme(scheme.bits, "awq", "tensor"), 4, 20
+        kind = "normal"
+        scheme = Scheme(scheme.bits, "awq", "tensor")
+        m = 4
+        n = 20
     x = build(kind, (m, n), seed, dtype)
-    first, second = (tuple(map(to_host, qparams(pure_xp.asarray(v), scheme))) for v in (x, x * 2.0**k))
+    first, second = (
+        tuple(map(to_host, qparams(pure_xp.asarray(v), scheme))) for v in (x, x * 2.0**k)
+    )
     np.testing.assert_array_equal(second[0], first[0] * 2.0**k)
     np.testing.assert_array_equal(second[1], first[1])
 
@@ -94,14 +102,22 @@ def test_power_of_two_equivariance(pure_xp, scheme, m, n, kind, dtype, k, seed):
     source="formats/affine.py, definition of the rules",
 )
 @given(
-    st.sampled_from(FORCED), st.integers(2, 8), rows, st.sampled_from(["normal", "outlier_column", "one_sided"]), seeds
+    st.sampled_from(FORCED),
+    st.integers(2, 8),
+    rows,
+    st.sampled_from(["normal", "outlier_column", "one_sided"]),
+    seeds,
 )
 def test_finer_granularity_has_finer_steps(pure_xp, rule, bits, m, kind, seed):
     x = pure_xp.asarray(build(kind, (m, 12), seed))
     layouts = [("tensor", None), ("channel", None), ("group", 6), ("group", 2)]
     steps = [to_host(qparams(x, Scheme(bits, rule, *layout))[0]) for layout in layouts]
     for coarse, fine in itertools.pairwise(steps):
-        wide = np.repeat(coarse, fine.shape[1] // coarse.shape[1], axis=1) if coarse.ndim == 2 else coarse
+        wide = (
+            np.repeat(coarse, fine.shape[1] // coarse.shape[1], axis=1)
+            if coarse.ndim == 2
+            else coarse
+        )
         assert (fine <= wide).all()
 
 
@@ -125,19 +141,25 @@ def test_all_zero_ranges_get_what_the_upstream_of_the_rule_gives(pure_xp):
 
 
 @pytest.mark.parametrize(
-    ("rule", "bits"), [(rule, bits) for rule in RULES for bits in (1, 2, 4, 8) if (rule, bits) != ("restricted", 1)]
+    ("rule", "bits"),
+    [(rule, bits) for rule in RULES for bits in (1, 2, 4, 8) if (rule, bits) != ("restricted", 1)],
 )
 def test_the_widest_and_the_narrowest_ranges_have_steps(pure_xp, rule, bits):
     for dtype in ("float32", "float64"):
-        info, scheme = np.finfo(dtype), Scheme(bits, rule, "channel")
-        wide = np.array([[-info.max, info.max], [info.max, info.max], [-info.max, 0.0]], dtype=dtype)
+        info = np.finfo(dtype)
+        scheme = Scheme(bits, rule, "channel")
+        wide = np.array(
+            [[-info.max, info.max], [info.max, info.max], [-info.max, 0.0]], dtype=dtype
+        )
         scale, _ = map(to_host, qparams(pure_xp.asarray(wide), scheme))
         assert (np.isfinite(scale)).all()
         a = float(info.max)
         if bits > 1 and rule in FORCED and rule not in ("asymmetric", "asymmetric_signed"):
             np.testing.assert_allclose(scale, a / scheme.steps, rtol=4 * info.eps)
         elif bits > 1 and rule in FORCED:
-            np.testing.assert_allclose(scale / a, np.array([[2.0], [1.0], [1.0]]) / scheme.steps, rtol=4 * info.eps)
+            np.testing.assert_allclose(
+                scale / a, np.array([[2.0], [1.0], [1.0]]) / scheme.steps, rtol=4 * info.eps
+            )
         narrow = np.full((1, 2), info.smallest_subnormal, dtype=dtype)
         scale, _ = map(to_host, qparams(pure_xp.asarray(narrow), scheme))
         assert scale[0, 0] >= info.smallest_normal
@@ -147,7 +169,8 @@ def test_the_widest_and_the_narrowest_ranges_have_steps(pure_xp, rule, bits):
 def test_reachable_changes_no_quotient_that_is_a_code(pure_xp, x, exponent):
     scale = np.full((1, 1), 10.0**exponent, dtype="float32")
     held = to_host(reachable(pure_xp.asarray(x), pure_xp.asarray(scale))).astype("float64")
-    wide, step = x.astype("float64"), float(scale[0, 0])
+    wide = x.astype("float64")
+    step = float(scale[0, 0])
     assert (np.abs(held) <= 1024 * step * (1 + 2**-22)).all()
     inside = np.abs(wide) <= 1023 * step
     np.testing.assert_array_equal(held[inside], wide[inside])
@@ -158,19 +181,29 @@ def test_reachable_changes_no_quotient_that_is_a_code(pure_xp, x, exponent):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("layout", [("tensor", None), ("channel", None), ("group", 4), ("block", 3)])
+@pytest.mark.parametrize(
+    "layout", [("tensor", None), ("channel", None), ("group", 4), ("block", 3)]
+)
 def test_non_finite_input_is_refused_by_name_and_place(pure_xp, bad, layout):
     x = np.ones((5, 8), dtype=np.float32)
-    x[3, 2] = x[4, 7] = bad
+    x[3, 2] = bad
+    x[4, 7] = bad
     with pytest.raises(ValueError, match=r"q_proj: holds NaN or infinity, first at index \(3, 2\)"):
         qparams(pure_xp.asarray(x), Scheme(4, "half_integer", *layout), name="q_proj")
 
 
 def test_other_input_is_refused_by_name(pure_xp):
-    channel, tensor = Scheme(4, "half_integer", "channel"), Scheme(4, "half_integer", "tensor")
+    channel = Scheme(4, "half_integer", "channel")
+    tensor = Scheme(4, "half_integer", "tensor")
     with pytest.raises(ValueError, match=r"k_proj: groups of 3 do not divide a row of 8"):
-        qparams(pure_xp.ones((2, 8), dtype=pure_xp.float32), Scheme(4, "power", "group", 3), name="k_proj")
-    with pytest.raises(TypeError, match=r"k_proj: quantisation computes in float32 or float64, got .*int32"):
+        qparams(
+            pure_xp.ones((2, 8), dtype=pure_xp.float32),
+            Scheme(4, "power", "group", 3),
+            name="k_proj",
+        )
+    with pytest.raises(
+        TypeError, match=r"k_proj: quantisation computes in float32 or float64, got .*int32"
+    ):
         qparams(pure_xp.ones((2, 8), dtype=pure_xp.int32), channel, name="k_proj")
     for shape, scheme in (
         ((3, 0), channel),
@@ -183,9 +216,13 @@ def test_other_input_is_refused_by_name(pure_xp):
 
 
 def test_no_tokens_have_no_steps(pure_xp):
-    scale, zero = qparams(pure_xp.zeros((0, 3), dtype=pure_xp.float32), Scheme(8, "restricted", "token"))
+    scale, zero = qparams(
+        pure_xp.zeros((0, 3), dtype=pure_xp.float32), Scheme(8, "restricted", "token")
+    )
     assert scale.shape == zero.shape == (0, 1)
-    scale, _ = qparams(pure_xp.zeros((0, 4), dtype=pure_xp.float32), Scheme(8, "restricted", "group", 2))
+    scale, _ = qparams(
+        pure_xp.zeros((0, 4), dtype=pure_xp.float32), Scheme(8, "restricted", "group", 2)
+    )
     assert scale.shape == (0, 2)
 
 
@@ -194,10 +231,14 @@ def test_float16_is_refused(xp):
         qparams(xp.asarray(np.ones((2, 8), dtype=np.float16)), Scheme(4, "power", "channel"))
 
 
-@pytest.mark.parametrize(("lo", "hi"), [(1.0, 0.5), (np.nan, 1.0), (0.0, np.nan), (-np.inf, 0.0), (0.0, np.inf)])
+@pytest.mark.parametrize(
+    ("lo", "hi"), [(1.0, 0.5), (np.nan, 1.0), (0.0, np.nan), (-np.inf, 0.0), (0.0, np.inf)]
+)
 def test_ranges_that_are_none_are_refused(pure_xp, lo, hi):
     bounds = (pure_xp.asarray(np.array([-1.0, lo])), pure_xp.asarray(np.array([1.0, hi])))
-    with pytest.raises(ValueError, match="observer of layer 3: a range needs finite bounds lo ≤ hi"):
+    with pytest.raises(
+        ValueError, match="observer of layer 3: a range needs finite bounds lo ≤ hi"
+    ):
         range_to_qparams(*bounds, Scheme(4, "power", "channel"), name="observer of layer 3")
 
 
@@ -222,7 +263,9 @@ def test_steps_equal_compressed_tensors(rule, bits, m, kind, seed):
     helpers = oracle("compressed_tensors.quantization.utils.helpers")
     scheme = Scheme(bits, rule, "group", 4)
     lo, hi = ranges(build(kind, (m, 12), seed), scheme)
-    args = peer.QuantizationArgs(num_bits=bits, symmetric=scheme.symmetric, strategy="group", group_size=4)
+    args = peer.QuantizationArgs(
+        num_bits=bits, symmetric=scheme.symmetric, strategy="group", group_size=4
+    )
     theirs = helpers.calculate_qparams(torch.from_numpy(lo), torch.from_numpy(hi), args)
     scale, zero = range_to_qparams(lo, hi, scheme)
     np.testing.assert_array_equal(scale, theirs[0].numpy())

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 
 from conftest import to_host
-from refllm.formats.uniform import GRANULARITIES, RULES, Scheme, as_blocks, from_blocks, steps_as_blocks
+from refllm.formats.uniform import (
+    GRANULARITIES,
+    RULES,
+    Scheme,
+    as_blocks,
+    from_blocks,
+    steps_as_blocks,
+)
 from schemes import columns, place, rows, schemes
 
 # rule: (qmin, qmax, zero point of the symmetric ones, divisor of a or hi − lo), at 4 bits: specs §1
@@ -46,7 +53,9 @@ def test_blocks_hold_what_shares_a_step(pure_xp, scheme, m, n):
     x = pure_xp.reshape(pure_xp.arange(m * n, dtype=pure_xp.float64), (m, n))
     shape = scheme.scale_shape((m, n))
     steps = pure_xp.reshape(pure_xp.arange(int(np.prod(shape)), dtype=pure_xp.float64), shape)
-    back = to_host(from_blocks(as_blocks(x, scheme) * 0.0 + steps_as_blocks(steps, scheme, (m, n)), (m, n)))
+    back = to_host(
+        from_blocks(as_blocks(x, scheme) * 0.0 + steps_as_blocks(steps, scheme, (m, n)), (m, n))
+    )
     numbers = np.arange(np.prod(shape)).reshape(shape)
     assert back.tolist() == [[numbers[place(scheme, i, j)] for j in range(n)] for i in range(m)]
     np.testing.assert_array_equal(to_host(from_blocks(as_blocks(x, scheme), (m, n))), to_host(x))
@@ -72,7 +81,11 @@ def test_shapes_of_scales():
 @pytest.mark.parametrize(
     ("n", "g", "said"),
     [
-        (100, 32, r"groups of 32 do not divide a row of 100: .* are 25 and 50, or pad the row with zeros to 128"),
+        (
+            100,
+            32,
+            r"groups of 32 do not divide a row of 100: .* are 25 and 50, or pad the row with zeros to 128",
+        ),
         (7, 4, r"are 1 and 7, or .* to 8"),
         (6, 128, r"are 6, or .* to 128"),
         (13, 2, r"are 1 and 13, or .* to 14"),
@@ -90,7 +103,10 @@ def test_ragged_groups_are_refused_with_the_nearest_sizes(n, g, said):
         ((9, "power", "tensor"), "got 9"),
         ((2.5, "power", "tensor"), "got 2.5"),
         ((1, "restricted", "tensor"), "at 1 bit"),
-        ((4, "symmetric", "tensor"), "unknown rule 'symmetric'; choose one of restricted, half_integer"),
+        (
+            (4, "symmetric", "tensor"),
+            "unknown rule 'symmetric'; choose one of restricted, half_integer",
+        ),
         ((4, "power", "row"), "unknown granularity 'row'; choose one of tensor, channel"),
         ((4, "power", "channel", 32), "takes no group_size"),
         ((4, "power", "group"), "takes a positive number, got None"),
@@ -112,5 +128,7 @@ def test_arrays_that_do_not_fit_are_refused(xp):
         Scheme(4, "power", "channel").scale_shape(())
     with pytest.raises(ValueError, match="'block' does not fit an array of shape"):
         Scheme(4, "power", "block", 4).scale_shape((2, 3, 4))
-    with pytest.raises(ValueError, match=r"shape \(2,\): an array of shape \(2, 8\) takes \(2, 1\)"):
+    with pytest.raises(
+        ValueError, match=r"shape \(2,\): an array of shape \(2, 8\) takes \(2, 1\)"
+    ):
         steps_as_blocks(xp.asarray(np.ones(2)), Scheme(4, "power", "channel"), (2, 8))

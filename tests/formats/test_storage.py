@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import oracle, to_host
-from refllm.formats.packing import load_scale, load_zero, pack_codes, store_scale, store_zero, unpack_codes
+from refllm.formats.packing import (
+    load_scale,
+    load_zero,
+    pack_codes,
+    store_scale,
+    store_zero,
+    unpack_codes,
+)
 from refllm.formats.uniform import Scheme
 from schemes import schemes
 from strategies import seeds
@@ -18,7 +25,11 @@ def scales(seed, dtype="float32", low=-6.0, high=4.5):
     return (10.0 ** np.random.default_rng(seed).uniform(low, high, (3, 5))).astype(dtype)
 
 
-@given(st.sampled_from(["float16", "bfloat16", "float32"]), st.sampled_from(["float32", "float64"]), seeds)
+@given(
+    st.sampled_from(["float16", "bfloat16", "float32"]),
+    st.sampled_from(["float32", "float64"]),
+    seeds,
+)
 def test_stored_scales_are_rounded_to_nearest_and_take_their_bytes(xp, stored_as, dtype, seed):
     scale = scales(seed, dtype, low=-4.0)
     held = store_scale(xp.asarray(scale), stored_as)
@@ -41,10 +52,14 @@ def test_bfloat16_numbers_and_their_ties(xp, bits):
     """A bfloat16 number is stored as itself; halfway between two, the even one is."""
     low = np.array(bits, dtype=np.uint32)
     exact = (low << 16).view(np.float32)
-    np.testing.assert_array_equal(to_host(store_scale(xp.asarray(exact), "bfloat16")), low.astype(np.uint16))
+    np.testing.assert_array_equal(
+        to_host(store_scale(xp.asarray(exact), "bfloat16")), low.astype(np.uint16)
+    )
     tie = ((low << 16) | 0x8000).view(np.float32)[low < 0x7F7F]
     even = (low + (low & 1))[low < 0x7F7F]
-    np.testing.assert_array_equal(to_host(store_scale(xp.asarray(tie), "bfloat16")), even.astype(np.uint16))
+    np.testing.assert_array_equal(
+        to_host(store_scale(xp.asarray(tie), "bfloat16")), even.astype(np.uint16)
+    )
 
 
 def test_scales_without_axes(xp):
@@ -62,19 +77,27 @@ def test_a_scale_never_becomes_zero(xp, stored_as, least):
     assert back.tolist() == [least, least, 1.0]
 
 
-@pytest.mark.parametrize(("stored_as", "large"), [("float16", 65520.0), ("bfloat16", 3.4e38), ("float32", 1e39)])
+@pytest.mark.parametrize(
+    ("stored_as", "large"), [("float16", 65520.0), ("bfloat16", 3.4e38), ("float32", 1e39)]
+)
 def test_a_scale_that_does_not_fit_is_refused_by_name(xp, stored_as, large):
-    with pytest.raises(ValueError, match=rf"v_proj's scale: a scale of .* does not fit {stored_as}"):
+    with pytest.raises(
+        ValueError, match=rf"v_proj's scale: a scale of .* does not fit {stored_as}"
+    ):
         store_scale(xp.asarray(np.array([1.0, large])), stored_as, name="v_proj's scale")
 
 
 def test_other_types_are_refused(xp):
-    with pytest.raises(ValueError, match="scale_dtype 'int8' is unknown; choose one of float16, bfloat16"):
+    with pytest.raises(
+        ValueError, match="scale_dtype 'int8' is unknown; choose one of float16, bfloat16"
+    ):
         store_scale(xp.asarray(np.ones(2)), "int8")
     zero = xp.asarray(np.ones((2, 1), dtype=np.int32))
     with pytest.raises(ValueError, match="zero_dtype 'uint32' is unknown; choose one of float16"):
         store_zero(zero, Scheme(4, "asymmetric", "channel"), "uint32")
-    with pytest.raises(ValueError, match="zero points of rule 'half_integer' are all 0; use an asymmetric rule"):
+    with pytest.raises(
+        ValueError, match="zero points of rule 'half_integer' are all 0; use an asymmetric rule"
+    ):
         store_zero(zero, Scheme(4, "half_integer", "channel"), None)
     with pytest.raises(ValueError, match="4-bit codes lie in"):
         store_zero(zero * 16, Scheme(4, "asymmetric", "channel"), None)
@@ -83,7 +106,9 @@ def test_other_types_are_refused(xp):
 @given(schemes(), st.integers(1, 5), st.integers(1, 40), seeds)
 def test_codes_round_trip(xp, scheme, m, n, seed):
     rng = np.random.default_rng(seed)
-    codes = rng.integers(scheme.qmin, scheme.qmax + 1, (m, n)).astype(np.int8 if scheme.signed else np.uint8)
+    codes = rng.integers(scheme.qmin, scheme.qmax + 1, (m, n)).astype(
+        np.int8 if scheme.signed else np.uint8
+    )
     words = pack_codes(xp.asarray(codes), scheme)
     back = to_host(unpack_codes(words, scheme, n))
     assert back.dtype == codes.dtype
@@ -93,9 +118,15 @@ def test_codes_round_trip(xp, scheme, m, n, seed):
     assert first == int(codes[0, 0]) + (2 ** (scheme.bits - 1) if scheme.signed else 0)
 
 
-@given(schemes(rules=["asymmetric", "asymmetric_signed", "awq"]), st.sampled_from([(), (5, 1), (3, 7)]), seeds)
+@given(
+    schemes(rules=["asymmetric", "asymmetric_signed", "awq"]),
+    st.sampled_from([(), (5, 1), (3, 7)]),
+    seeds,
+)
 def test_zero_points_round_trip_in_as_many_bits_as_codes(xp, scheme, shape, seed):
-    zero = np.random.default_rng(seed).integers(scheme.qmin, scheme.qmax + 1, shape).astype(np.int32)
+    zero = (
+        np.random.default_rng(seed).integers(scheme.qmin, scheme.qmax + 1, shape).astype(np.int32)
+    )
     scale = xp.asarray(np.ones(shape, dtype=np.float32))
     for dtype, size in ((None, 4 * -(-zero.size * scheme.bits // 32)), ("float16", 2 * zero.size)):
         held = store_zero(xp.asarray(zero), scheme, dtype)
@@ -106,7 +137,8 @@ def test_zero_points_round_trip_in_as_many_bits_as_codes(xp, scheme, shape, seed
 
 
 def test_zero_points_of_symmetric_rules_take_no_bytes(xp):
-    scheme, scale = Scheme(4, "half_integer_unsigned", "channel"), xp.asarray(np.ones((3, 1), dtype=np.float32))
+    scheme = Scheme(4, "half_integer_unsigned", "channel")
+    scale = xp.asarray(np.ones((3, 1), dtype=np.float32))
     assert store_zero(xp.asarray(np.full((3, 1), 8, dtype=np.int32)), scheme, None) is None
     assert to_host(load_zero(None, scale, scheme)).tolist() == [[8]] * 3
 
@@ -114,7 +146,8 @@ def test_zero_points_of_symmetric_rules_take_no_bytes(xp):
 @pytest.mark.oracle
 @given(seeds)
 def test_rounding_equals_ml_dtypes_and_torch(seed):
-    torch, ml_dtypes = oracle("torch"), oracle("ml_dtypes")
+    torch = oracle("torch")
+    ml_dtypes = oracle("ml_dtypes")
     scale = scales(seed, low=-30, high=4.8)
     theirs = scale.astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(store_scale(scale, "bfloat16"), theirs.view(np.uint16))

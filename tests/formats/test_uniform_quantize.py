@@ -38,7 +38,9 @@ def test_error_bound(pure_xp, scheme, m, n, kind, dtype, seed):
     x = build(kind, (m, n), seed, dtype)
     back = to_host(fake_quantize(pure_xp.asarray(x), scheme))
     assert back.dtype == dtype
-    step = spread(to_host(qparams(pure_xp.asarray(x), scheme)[0]), scheme, (m, n)).astype(np.longdouble)
+    step = spread(to_host(qparams(pure_xp.asarray(x), scheme)[0]), scheme, (m, n)).astype(
+        np.longdouble
+    )
     error = np.abs(back.astype(np.longdouble) - x)
     assert (error <= (1.0 if scheme.rule == "power" else 0.5) * step + slack(x, step, scheme)).all()
 
@@ -66,13 +68,18 @@ def test_error_of_awq(pure_xp, scheme, m, n, seed):
     scale, _ = qparams(pure_xp.asarray(x), scheme)
     step = spread(to_host(scale), scheme, (m, n))
     error = np.abs(to_host(fake_quantize(pure_xp.asarray(x), scheme)) - x)
-    lo, hi = (spread(to_host(bound), scheme, (m, n)) for bound in quantized_linear.ranges(pure_xp.asarray(x), scheme))
+    lo, hi = (
+        spread(to_host(bound), scheme, (m, n))
+        for bound in quantized_linear.ranges(pure_xp.asarray(x), scheme)
+    )
     around_zero = (lo <= 0) & (hi >= 0)
     assert (error <= 0.5 * step + slack(x, step, scheme))[around_zero].all()
     tensor = Scheme(scheme.bits, "awq", "tensor")
     for distance in (10.0, 1e3, 1e6):  # the range is 1, and no code stands for more than 1
         far = distance + np.linspace(0, 1, 16)
-        assert (np.abs(to_host(fake_quantize(pure_xp.asarray(far), tensor)) - far) >= distance - 1.001).all()
+        assert (
+            np.abs(to_host(fake_quantize(pure_xp.asarray(far), tensor)) - far) >= distance - 1.001
+        ).all()
 
 
 @given(schemes(), rows, columns, seeds)
@@ -100,7 +107,8 @@ def test_constant_groups_are_exact(pure_xp, scheme, m, n, dtype, seed):
 
 
 @pytest.mark.theorem(
-    "Zero comes back as exactly zero, under every rule", source="formats/affine.py, definition of the rules"
+    "Zero comes back as exactly zero, under every rule",
+    source="formats/affine.py, definition of the rules",
 )
 @given(schemes(), rows, columns, st.sampled_from(FINITE), dtypes, seeds)
 def test_zero_is_exact(pure_xp, scheme, m, n, kind, dtype, seed):
@@ -130,7 +138,9 @@ def test_idempotence(pure_xp, scheme, exponent, dtype, seed):
     rng = np.random.default_rng(seed)
     if zeros.size > 16:
         zeros = rng.choice(zeros, 16, replace=False)
-    codes = np.broadcast_to(every, (zeros.size, every.size)).astype(np.int8 if scheme.signed else np.uint8)
+    codes = np.broadcast_to(every, (zeros.size, every.size)).astype(
+        np.int8 if scheme.signed else np.uint8
+    )
     scale = pure_xp.asarray((10.0**exponent * rng.uniform(0.5, 2.0, (zeros.size, 1))).astype(dtype))
     zero = pure_xp.asarray(zeros[:, None].astype(np.int32))
     x = decode(pure_xp.asarray(codes), scale, zero, scheme)
@@ -138,20 +148,28 @@ def test_idempotence(pure_xp, scheme, exponent, dtype, seed):
 
 
 @pytest.mark.theorem(
-    "x₁ ≤ x₂ implies q₁ ≤ q₂, inside the range and outside", source="formats/affine.py, definition of the rules"
+    "x₁ ≤ x₂ implies q₁ ≤ q₂, inside the range and outside",
+    source="formats/affine.py, definition of the rules",
 )
-@given(schemes(layouts=[("tensor", None)]), st.sampled_from(FINITE), dtypes, st.floats(0.1, 10), seeds)
+@given(
+    schemes(layouts=[("tensor", None)]), st.sampled_from(FINITE), dtypes, st.floats(0.1, 10), seeds
+)
 def test_monotone(pure_xp, scheme, kind, dtype, wider, seed):
     scale, zero = qparams(pure_xp.asarray(build(kind, (3, 20), seed, dtype)), scheme)
     rng = np.random.default_rng(seed)
-    x = np.sort((wider * build(kind, (200,), seed + 1 if seed < 2**32 - 1 else 0, dtype)).astype(dtype))
-    ties = (rng.integers(-40, 40, 50) + 0.5) * float(scale)  # halves of steps, where rounding decides
+    x = np.sort(
+        (wider * build(kind, (200,), seed + 1 if seed < 2**32 - 1 else 0, dtype)).astype(dtype)
+    )
+    # halves of steps, where rounding decides
+    ties = (rng.integers(-40, 40, 50) + 0.5) * float(scale)
     x = np.sort(np.concatenate([x, ties.astype(dtype)]))
     codes = to_host(encode(pure_xp.asarray(x), scale, zero, scheme)).astype(int)
     assert (np.diff(codes) >= 0).all()
 
 
-@pytest.mark.theorem("q(2^k x) = q(x) for every whole k", source="formats/affine.py, definition of the rules")
+@pytest.mark.theorem(
+    "q(2^k x) = q(x) for every whole k", source="formats/affine.py, definition of the rules"
+)
 @given(
     schemes(rules=FORCED),
     rows,
@@ -163,7 +181,9 @@ def test_monotone(pure_xp, scheme, kind, dtype, wider, seed):
 )
 def test_power_of_two_equivariance(pure_xp, scheme, m, n, kind, dtype, k, seed):
     x = build(kind, (m, n), seed, dtype)
-    np.testing.assert_array_equal(coded(x * 2.0**k, scheme, pure_xp)[0], coded(x, scheme, pure_xp)[0])
+    np.testing.assert_array_equal(
+        coded(x * 2.0**k, scheme, pure_xp)[0], coded(x, scheme, pure_xp)[0]
+    )
 
 
 @pytest.mark.theorem(
@@ -191,10 +211,15 @@ def test_antisymmetry(pure_xp, scheme, m, n, kind, dtype, seed):
 
 def test_the_two_orders_of_rounding_differ_on_ties(pure_xp):
     """Half a step with z = 1: round, then add gives 0 + 1; add, then round gives rint(1.5). See specs, rounding map."""
-    x, one = pure_xp.asarray(np.array([0.5, 1.5, -0.5])), pure_xp.asarray(np.array(1.0))
+    x = pure_xp.asarray(np.array([0.5, 1.5, -0.5]))
+    one = pure_xp.asarray(np.array(1.0))
     zero = pure_xp.asarray(np.array(1, dtype=np.int32))
     assert to_host(encode(x, one, zero, Scheme(4, "asymmetric", "tensor"))).tolist() == [1, 3, 1]
-    assert to_host(encode(x, one, zero, Scheme(4, "asymmetric_signed", "tensor"))).tolist() == [2, 2, 0]
+    assert to_host(encode(x, one, zero, Scheme(4, "asymmetric_signed", "tensor"))).tolist() == [
+        2,
+        2,
+        0,
+    ]
 
 
 def test_numbers_far_outside_are_clipped_before_they_become_integers(xp):
@@ -204,8 +229,12 @@ def test_numbers_far_outside_are_clipped_before_they_become_integers(xp):
     for rule in RULES:
         scheme = Scheme(4, rule, "channel")
         zero = np.full((2, 1), scheme.zero, dtype=np.int32)
-        codes = to_host(encode(xp.asarray(x), xp.asarray(scale), xp.asarray(zero), scheme)).astype(int) - zero
-        low, high = scheme.qmin - scheme.zero, scheme.qmax - scheme.zero
+        codes = (
+            to_host(encode(xp.asarray(x), xp.asarray(scale), xp.asarray(zero), scheme)).astype(int)
+            - zero
+        )
+        low = scheme.qmin - scheme.zero
+        high = scheme.qmax - scheme.zero
         assert codes.tolist() == [[high, low, high, 0], [3, max(low, -3), 2, 0]], rule
 
 
@@ -217,13 +246,17 @@ def test_numbers_far_outside_are_clipped_before_they_become_integers(xp):
     "1×g are groups and one block of all is the tensor: bit for bit",
     source="formats/affine.py, definition of the rules",
 )
-@given(st.sampled_from(RULES), st.integers(2, 8), rows, columns, st.sampled_from(FINITE), dtypes, seeds)
+@given(
+    st.sampled_from(RULES), st.integers(2, 8), rows, columns, st.sampled_from(FINITE), dtypes, seeds
+)
 def test_granularities_agree_where_they_are_the_same(pure_xp, rule, bits, m, n, kind, dtype, seed):
     x = build(kind, (m, n), seed, dtype)
 
     def equal(v, first, second):
         for a, b in zip(
-            coded(v, Scheme(bits, rule, *first), pure_xp), coded(v, Scheme(bits, rule, *second), pure_xp), strict=True
+            coded(v, Scheme(bits, rule, *first), pure_xp),
+            coded(v, Scheme(bits, rule, *second), pure_xp),
+            strict=True,
         ):
             np.testing.assert_array_equal(a.reshape(-1), b.reshape(-1))
 
@@ -239,7 +272,8 @@ def test_granularities_agree_where_they_are_the_same(pure_xp, rule, bits, m, n, 
 def test_pieces_join(xp, scheme, m, n, piece, seed):
     """Quantised in pieces of any size, a matrix has the same codes, and the same values come back."""
     x = xp.asarray(build("normal", (m, n), seed))
-    whole, floats = quantize(x, scheme), to_host(fake_quantize(x, scheme))
+    whole = quantize(x, scheme)
+    floats = to_host(fake_quantize(x, scheme))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantized_linear, "PIECE", (piece, piece))
         pieces = quantize(x, scheme)
@@ -254,7 +288,9 @@ def test_fake_quantize_takes_any_number_of_axes(pure_xp):
     for layout in (("token", None), ("group", 4)):
         scheme = Scheme(4, "asymmetric", *layout)
         flat = to_host(fake_quantize(pure_xp.asarray(x.reshape(6, 8)), scheme))
-        np.testing.assert_array_equal(to_host(fake_quantize(pure_xp.asarray(x), scheme)), flat.reshape(2, 3, 8))
+        np.testing.assert_array_equal(
+            to_host(fake_quantize(pure_xp.asarray(x), scheme)), flat.reshape(2, 3, 8)
+        )
     scheme = Scheme(4, "asymmetric", "tensor")
     one = to_host(fake_quantize(pure_xp.asarray(x.reshape(1, 48)), scheme)).reshape(-1)
     for shape in ((2, 3, 8), (48,)):
@@ -273,7 +309,8 @@ def test_what_cannot_be_quantised_is_refused_by_name(xp):
     scheme = Scheme(4, "half_integer", "channel")
     bad = np.ones((2, 8), dtype=np.float32)
     bad[1, 3] = np.nan
-    fine, one = xp.asarray(np.ones((2, 8), dtype=np.float32)), xp.asarray(np.ones((2, 1), dtype=np.float32))
+    fine = xp.asarray(np.ones((2, 8), dtype=np.float32))
+    one = xp.asarray(np.ones((2, 1), dtype=np.float32))
     zero = xp.asarray(np.zeros((2, 1), dtype=np.int32))
     calls = [
         lambda: quantize(xp.asarray(bad), scheme, name="up_proj"),
@@ -282,9 +319,13 @@ def test_what_cannot_be_quantised_is_refused_by_name(xp):
         lambda: quantize(xp.asarray(bad), scheme, scale=one, name="up_proj"),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match=r"up_proj: holds NaN or infinity, first at index \(1, 3\)"):
+        with pytest.raises(
+            ValueError, match=r"up_proj: holds NaN or infinity, first at index \(1, 3\)"
+        ):
             call()
-    with pytest.raises(ValueError, match=r"up_proj: what is packed is a matrix \[M, N\], got shape \(8,\)"):
+    with pytest.raises(
+        ValueError, match=r"up_proj: what is packed is a matrix \[M, N\], got shape \(8,\)"
+    ):
         quantize(fine[0, :], scheme, name="up_proj")
     for step in (0.0, -1.0, np.nan, np.inf):
         scale = xp.asarray(np.array([[1.0], [step]], dtype=np.float32))
@@ -352,9 +393,12 @@ def test_round_trip_equals_fake_quantize_of_torch(rule, bits, channels, x):
     scale = np.exp2(np.ceil(np.log2(scale))).astype(np.float32)
     ours = decode(encode(x, scale, zero, scheme), scale, zero, scheme)
     limits = scheme.qmin, scheme.qmax
-    tensor, z = torch.from_numpy(x), torch.from_numpy(zero.reshape(-1))
+    tensor = torch.from_numpy(x)
+    z = torch.from_numpy(zero.reshape(-1))
     if channels:
-        theirs = torch.fake_quantize_per_channel_affine(tensor, torch.from_numpy(scale.reshape(-1)), z, 0, *limits)
+        theirs = torch.fake_quantize_per_channel_affine(
+            tensor, torch.from_numpy(scale.reshape(-1)), z, 0, *limits
+        )
     else:
         theirs = torch.fake_quantize_per_tensor_affine(tensor, float(scale), int(zero), *limits)
     np.testing.assert_array_equal(ours, theirs.numpy())
@@ -368,7 +412,9 @@ def test_multiplying_by_the_reciprocal_differs_only_next_to_ties():
     scheme = Scheme(8, "asymmetric", "tensor")
     scale, zero = qparams(x, scheme)
     ours = decode(encode(x, scale, zero, scheme), scale, zero, scheme)
-    theirs = torch.fake_quantize_per_tensor_affine(torch.from_numpy(x), float(scale), int(zero), 0, 255).numpy()
+    theirs = torch.fake_quantize_per_tensor_affine(
+        torch.from_numpy(x), float(scale), int(zero), 0, 255
+    ).numpy()
     differs = np.abs(ours - theirs) > 0.5 * float(scale)
     quotient = x.astype(np.float64) / float(scale)
     from_tie = np.abs(quotient - np.floor(quotient) - 0.5)
@@ -408,8 +454,11 @@ def test_codes_equal_compressed_tensors(rule, bits, granularity, kind, seed):
     x.flat[::7] = 0.0  # ties of the zero point
     scale, zero = qparams(x, scheme)
     strategy, more = STRATEGIES[granularity]
-    args = peer.QuantizationArgs(num_bits=bits, symmetric=scheme.symmetric, strategy=strategy, **more)
-    s, z = torch.from_numpy(scale.copy()), torch.from_numpy(zero.astype(np.int8))
+    args = peer.QuantizationArgs(
+        num_bits=bits, symmetric=scheme.symmetric, strategy=strategy, **more
+    )
+    s = torch.from_numpy(scale.copy())
+    z = torch.from_numpy(zero.astype(np.int8))
     theirs = forward.quantize(torch.from_numpy(x), s, z, args, dtype=torch.int8)
     codes = encode(x, scale, zero, scheme)
     np.testing.assert_array_equal(codes, theirs.numpy())

@@ -25,7 +25,9 @@ ACTIVATIONS = ["token", "tensor", 0.04]
 KINDS = ("normal", "outlier_column", "zero", "constant", "denormal", "one_sided")
 
 
-def linear(xp, seed, scheme=ROWWISE, activation="token", rule="restricted", dtype="float32", shape=(5, 8)):
+def linear(
+    xp, seed, scheme=ROWWISE, activation="token", rule="restricted", dtype="float32", shape=(5, 8)
+):
     w = np.random.default_rng(seed).standard_normal(shape).astype(dtype)
     return W8A8Linear(quantize(xp.asarray(w), scheme), activation, rule)
 
@@ -42,17 +44,23 @@ def linear(xp, seed, scheme=ROWWISE, activation="token", rule="restricted", dtyp
     rule=st.sampled_from(["restricted", "half_integer"]),
     dtype=st.sampled_from(["float32", "float64"]),
 )
-def test_equality_the_product_is_that_of_what_both_sides_stand_for(xp, seed, kind, scheme, activation, rule, dtype):
+def test_equality_the_product_is_that_of_what_both_sides_stand_for(
+    xp, seed, kind, scheme, activation, rule, dtype
+):
     layer = linear(xp, seed, scheme, activation, rule, dtype)
     x = xp.asarray(build(kind, (3, 8), seed, dtype))
     codes, step = layer.quantize_activations(x)
-    left = to_host(decode(codes, step, xp.zeros(step.shape, dtype=xp.int32), layer.scheme)).astype(np.longdouble)
+    left = to_host(decode(codes, step, xp.zeros(step.shape, dtype=xp.int32), layer.scheme)).astype(
+        np.longdouble
+    )
     right = to_host(layer.dequantize()).astype(np.longdouble)
     y = to_host(layer.matmul(x))
     assert y.dtype == dtype
     # the sums are exact; of each group: the integer, two scales and the sum are rounded, in either factor s·(q − z)
     info = np.finfo(dtype)
-    bound = 16 * float(info.eps) * (np.abs(left) @ np.abs(right).T) + 16 * float(info.smallest_normal)
+    bound = 16 * float(info.eps) * (np.abs(left) @ np.abs(right).T) + 16 * float(
+        info.smallest_normal
+    )
     assert (np.abs(y - left @ right.T) <= bound).all()
 
 
@@ -60,9 +68,13 @@ def test_equality_the_product_is_that_of_what_both_sides_stand_for(xp, seed, kin
     "With a step a token, what a token becomes does not depend on the other tokens of the batch, bit for bit",
     source="integer sums are exact, and everything else is elementwise",
 )
-@given(seed=seeds, kind=st.sampled_from(KINDS), scheme=st.sampled_from(WEIGHTS), static=st.booleans())
+@given(
+    seed=seeds, kind=st.sampled_from(KINDS), scheme=st.sampled_from(WEIGHTS), static=st.booleans()
+)
 def test_invariance_tokens_do_not_see_each_other(xp, seed, kind, scheme, static):
-    layer = linear(xp, seed, scheme, 0.02 if static else "token", shape=(7, 40 if scheme.group_size else 41))
+    layer = linear(
+        xp, seed, scheme, 0.02 if static else "token", shape=(7, 40 if scheme.group_size else 41)
+    )
     x = build(kind, (6, layer.shape[1]), seed)
     together = to_host(layer.matmul(xp.asarray(x)))
     alone = np.concatenate([to_host(layer.matmul(xp.asarray(x[t : t + 1]))) for t in range(6)])
@@ -89,27 +101,41 @@ def test_bound_of_the_error(xp, seed, kind, activation):
     x = build(kind, (3, 8), seed, "float64")
     s_x = np.broadcast_to(to_host(layer.quantize_activations(xp.asarray(x))[1]), (3, 1))
     s_w = to_host(layer.weight.scale).T
-    bound = 0.5 * (np.abs(x).sum(axis=1, keepdims=True) * s_w + s_x * np.abs(w).sum(axis=1)) + 8 * s_x * s_w / 4
+    bound = (
+        0.5 * (np.abs(x).sum(axis=1, keepdims=True) * s_w + s_x * np.abs(w).sum(axis=1))
+        + 8 * s_x * s_w / 4
+    )
     slack = 64 * float(np.finfo("float64").eps) * (np.abs(x) @ np.abs(w).T) + 1e-300
     assert (np.abs(to_host(layer.matmul(xp.asarray(x))) - x @ w.T) <= bound + slack).all()
 
 
-@pytest.mark.parametrize(("rule", "steps", "lowest"), [("restricted", 127.0, -127), ("half_integer", 127.5, -128)])
+@pytest.mark.parametrize(
+    ("rule", "steps", "lowest"), [("restricted", 127.0, -127), ("half_integer", 127.5, -128)]
+)
 def test_exact_value_steps_of_the_two_rules(xp, rule, steps, lowest):
-    x = np.array([[-2.0, 1.0, 0.5, 0.0], [0.0, 0.0, 0.0, 0.0], [4.0, -3.0, 0.1, 1.0]], dtype="float32")
+    x = np.array(
+        [[-2.0, 1.0, 0.5, 0.0], [0.0, 0.0, 0.0, 0.0], [4.0, -3.0, 0.1, 1.0]], dtype="float32"
+    )
     layer = linear(xp, 0, rule=rule, shape=(5, 4))
     codes, step = layer.quantize_activations(xp.asarray(x))
-    assert to_host(step)[[0, 2], 0].tolist() == [np.float32(a) / np.float32(steps) for a in (2.0, 4.0)]
-    assert to_host(codes)[0, 0] in (lowest, -127)  # a tie at 127.5 steps, up to rounding of the step
+    assert to_host(step)[[0, 2], 0].tolist() == [
+        np.float32(a) / np.float32(steps) for a in (2.0, 4.0)
+    ]
+    # a tie at 127.5 steps, up to rounding of the step
+    assert to_host(codes)[0, 0] in (lowest, -127)
     assert to_host(codes)[2, 0] == 127
     assert not to_host(codes)[1].any()
-    whole = linear(xp, 0, activation="tensor", rule=rule, shape=(5, 4)).quantize_activations(xp.asarray(x))[1]
+    whole = linear(xp, 0, activation="tensor", rule=rule, shape=(5, 4)).quantize_activations(
+        xp.asarray(x)
+    )[1]
     assert float(to_host(whole)) == np.float32(4.0) / np.float32(steps)
 
 
 def test_a_static_step_clips_what_calibration_has_not_seen(xp):
     layer = linear(xp, 0, activation=1.0 / 127, shape=(5, 2))
-    codes, step = layer.quantize_activations(xp.asarray(np.array([[0.5, 100.0], [-1.0, -3e38]], dtype="float32")))
+    codes, step = layer.quantize_activations(
+        xp.asarray(np.array([[0.5, 100.0], [-1.0, -3e38]], dtype="float32"))
+    )
     assert to_host(codes).tolist() == [[64, 127], [-127, -127]]
     assert float(to_host(step)) == np.float32(1.0 / 127)
     assert layer.nbytes == layer.weight.nbytes + 4
@@ -129,7 +155,9 @@ def test_refused_activations_that_are_not_finite_by_name(xp, activation, bad):
     layer = linear(xp, 0, activation=activation)
     x = np.ones((2, 8), dtype="float32")
     x[1, 3] = bad
-    with pytest.raises(ValueError, match=r"activations: holds NaN or infinity, first at index \(1, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"activations: holds NaN or infinity, first at index \(1, 3\)"
+    ):
         layer.matmul(xp.asarray(x))
 
 

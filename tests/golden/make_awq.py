@@ -38,7 +38,9 @@ CASES: list[dict[str, Any]] = [
     {"network": "llama", "group_size": 4, "bits": 3, "duo": False},
     {"network": "qwen2", "group_size": None, "bits": 4, "duo": True},
 ]
-SEED, SEQUENCES, LENGTH = 11, 4, 40
+SEED = 11
+SEQUENCES = 4
+LENGTH = 40
 
 
 def tokens() -> np.ndarray:
@@ -67,10 +69,22 @@ FOUND: dict[str, Any] = {}
 
 def record(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     config = networks.NETWORKS[case["network"]]
-    save(folder, config, networks.random_tensors(config, SEED, "float32"), networks.tokenizer(), dtype="float32")
+    save(
+        folder,
+        config,
+        networks.random_tensors(config, SEED, "float32"),
+        networks.tokenizer(),
+        dtype="float32",
+    )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    weights = {"num_bits": case["bits"], "type": "int", "symmetric": False, "dynamic": False,
-               "strategy": "group" if case["group_size"] else "channel", "group_size": case["group_size"]}  # fmt: skip
+    weights = {
+        "num_bits": case["bits"],
+        "type": "int",
+        "symmetric": False,
+        "dynamic": False,
+        "strategy": "group" if case["group_size"] else "channel",
+        "group_size": case["group_size"],
+    }
     scheme = {"group_0": {"targets": ["Linear"], "weights": weights}}
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * LENGTH} for row in tokens()]
     FOUND.clear()
@@ -78,22 +92,35 @@ def record(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         model=model,
         processor=PreTrainedTokenizerFast.from_pretrained(folder),
         dataset=datasets.Dataset.from_list(rows),
-        recipe=[Recorder(duo_scaling=case["duo"]), QuantizationModifier(config_groups=scheme, ignore=["lm_head"])],
+        recipe=[
+            Recorder(duo_scaling=case["duo"]),
+            QuantizationModifier(config_groups=scheme, ignore=["lm_head"]),
+        ],
         max_seq_length=LENGTH,
         num_calibration_samples=SEQUENCES,
     )
     first = "model.layers.0."
-    return {name.removeprefix(first).split(".")[-1]: row for name, row in FOUND.items() if name.startswith(first)}
+    return {
+        name.removeprefix(first).split(".")[-1]: row
+        for name, row in FOUND.items()
+        if name.startswith(first)
+    }
 
 
 if __name__ == "__main__":
     if not torch.accelerator.is_available():
-        IntermediatesCache.pin_memory = lambda self, batch_index: None  # it fails where there is no device to pin for
+        # it fails where there is no device to pin for
+        IntermediatesCache.pin_memory = lambda self, batch_index: None
     cases = []
     for case in CASES:
         with tempfile.TemporaryDirectory() as folder:
             cases.append(case | {"groups": record(case, Path(folder) / "model")})
-    versions = {name: importlib.metadata.version(name) for name in ("llmcompressor", "compressed-tensors", "torch")}
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("llmcompressor", "compressed-tensors", "torch")
+    }
     path = Path(__file__).with_name("awq.json")
-    path.write_text(json.dumps({"versions": versions, "seed": SEED, "cases": cases}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({"versions": versions, "seed": SEED, "cases": cases}, indent=1) + "\n"
+    )
     print(f"{path}: {[sorted(case['groups']) for case in cases]}")

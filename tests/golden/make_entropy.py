@@ -21,16 +21,96 @@ PERCENTILES = [50.0, 99.0, 99.9, 99.99]
 
 # kind of sample, its seed and size, bins, bits, unsigned, first candidate
 CUTS: list[dict[str, Any]] = [
-    {"kind": "normal", "seed": 0, "size": 100_003, "bins": 2048, "bits": 8, "unsigned": False, "start": 128},
-    {"kind": "student", "seed": 1, "size": 100_003, "bins": 2048, "bits": 8, "unsigned": False, "start": 128},
-    {"kind": "outlier", "seed": 2, "size": 50_021, "bins": 2048, "bits": 8, "unsigned": False, "start": 128},
-    {"kind": "relu", "seed": 3, "size": 100_003, "bins": 2048, "bits": 8, "unsigned": True, "start": 256},
-    {"kind": "relu", "seed": 4, "size": 30_011, "bins": 1000, "bits": 8, "unsigned": False, "start": 128},
-    {"kind": "laplace", "seed": 5, "size": 20_011, "bins": 300, "bits": 4, "unsigned": False, "start": 128},
-    {"kind": "laplace", "seed": 6, "size": 5_003, "bins": 257, "bits": 5, "unsigned": False, "start": 16},
-    {"kind": "uniform", "seed": 7, "size": 10_007, "bins": 512, "bits": 8, "unsigned": False, "start": 128},
-    {"kind": "relu", "seed": 9, "size": 20_011, "bins": 600, "bits": 8, "unsigned": True, "start": 128},
-    {"kind": "student", "seed": 8, "size": 401, "bins": 2048, "bits": 8, "unsigned": False, "start": 128},
+    {
+        "kind": "normal",
+        "seed": 0,
+        "size": 100_003,
+        "bins": 2048,
+        "bits": 8,
+        "unsigned": False,
+        "start": 128,
+    },
+    {
+        "kind": "student",
+        "seed": 1,
+        "size": 100_003,
+        "bins": 2048,
+        "bits": 8,
+        "unsigned": False,
+        "start": 128,
+    },
+    {
+        "kind": "outlier",
+        "seed": 2,
+        "size": 50_021,
+        "bins": 2048,
+        "bits": 8,
+        "unsigned": False,
+        "start": 128,
+    },
+    {
+        "kind": "relu",
+        "seed": 3,
+        "size": 100_003,
+        "bins": 2048,
+        "bits": 8,
+        "unsigned": True,
+        "start": 256,
+    },
+    {
+        "kind": "relu",
+        "seed": 4,
+        "size": 30_011,
+        "bins": 1000,
+        "bits": 8,
+        "unsigned": False,
+        "start": 128,
+    },
+    {
+        "kind": "laplace",
+        "seed": 5,
+        "size": 20_011,
+        "bins": 300,
+        "bits": 4,
+        "unsigned": False,
+        "start": 128,
+    },
+    {
+        "kind": "laplace",
+        "seed": 6,
+        "size": 5_003,
+        "bins": 257,
+        "bits": 5,
+        "unsigned": False,
+        "start": 16,
+    },
+    {
+        "kind": "uniform",
+        "seed": 7,
+        "size": 10_007,
+        "bins": 512,
+        "bits": 8,
+        "unsigned": False,
+        "start": 128,
+    },
+    {
+        "kind": "relu",
+        "seed": 9,
+        "size": 20_011,
+        "bins": 600,
+        "bits": 8,
+        "unsigned": True,
+        "start": 128,
+    },
+    {
+        "kind": "student",
+        "seed": 8,
+        "size": 401,
+        "bins": 2048,
+        "bits": 8,
+        "unsigned": False,
+        "start": 128,
+    },
 ]
 CALIBRATORS: list[dict[str, Any]] = [
     {"kind": "normal", "seed": 20, "size": 30_011, "batches": 1},
@@ -84,8 +164,11 @@ def main() -> None:
     made: dict[str, Any] = {"modelopt": modelopt.__version__, "cuts": [], "calibrators": []}
     for case in CUTS:
         counts, _ = histogram(case)
-        at = np.arange(len(counts) + 1, dtype=np.float64)  # edges of width 1: what comes back is a number of bins
-        cut = _compute_amax_entropy(counts.copy(), at, case["bits"], case["unsigned"], 1, case["start"])
+        # edges of width 1: what comes back is a number of bins
+        at = np.arange(len(counts) + 1, dtype=np.float64)
+        cut = _compute_amax_entropy(
+            counts.copy(), at, case["bits"], case["unsigned"], 1, case["start"]
+        )
         percentiles = [int(_compute_amax_percentile(counts, at, p)) for p in PERCENTILES]
         made["cuts"].append({"entropy": int(cut), "percentiles": percentiles})
         print(case, made["cuts"][-1], flush=True)
@@ -94,9 +177,13 @@ def main() -> None:
         for batch in batches(case):
             calibrator.collect(torch.from_numpy(batch.copy()))
         counted = calibrator._calib_hist.int().tolist()
-        percentiles = [float(calibrator.compute_amax("percentile", percentile=p)) for p in PERCENTILES]
+        percentiles = [
+            float(calibrator.compute_amax("percentile", percentile=p)) for p in PERCENTILES
+        ]
         entropy = float(calibrator.compute_amax("entropy"))
-        made["calibrators"].append({"entropy": entropy, "percentiles": percentiles, "counts": counted})
+        made["calibrators"].append(
+            {"entropy": entropy, "percentiles": percentiles, "counts": counted}
+        )
         print(case, entropy, percentiles, flush=True)
     FILE.write_text(json.dumps(made, separators=(",", ":")) + "\n", encoding="utf-8")
 

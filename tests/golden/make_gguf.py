@@ -20,12 +20,16 @@ import gguf_data  # noqa: E402 (the tests' own inputs)
 def main() -> None:
     """Write ``gguf.json``: input → type → digests without and with importance."""
     made: dict[str, dict[str, list[str]]] = {}
-    with mock.patch.object(gguf_data, "oracle", lambda name, install="": importlib.import_module(name)):
+    with mock.patch.object(
+        gguf_data, "oracle", lambda name, install="": importlib.import_module(name)
+    ):
         for name, x in gguf_data.edge_inputs().items():
             made[name] = {}
             for type in gguf_data.BLOCKS:
                 weights = (None, gguf_data.golden_importance()) if name != "extreme" else (None,)
-                made[name][type] = [gguf_data.digest(gguf_data.ggml_quantize(x, type, w)) for w in weights]
+                made[name][type] = [
+                    gguf_data.digest(gguf_data.ggml_quantize(x, type, w)) for w in weights
+                ]
     made["peer"] = {"llama-cpp-python": [importlib.import_module("llama_cpp").__version__]}
     (HERE / "gguf.json").write_text(json.dumps(made, indent=1) + "\n")
 

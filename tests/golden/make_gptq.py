@@ -41,7 +41,8 @@ CASES = {
 def inputs(case: Case) -> tuple[np.ndarray, np.ndarray]:
     """W[M, N] and x[T, N], float32: columns of different sizes that all follow a common signal."""
     rng = np.random.default_rng(case.seed)
-    (m, n), t = case.shape, case.tokens
+    m, n = case.shape
+    t = case.tokens
     w = 0.05 * rng.standard_normal((m, n))
     size = np.exp(rng.standard_normal(n))
     x = size * (rng.standard_normal((t, n)) + rng.standard_normal((t, 1)) * rng.standard_normal(n))
@@ -57,12 +58,20 @@ def record(case: Case) -> dict[str, Any]:
 
     w, x = (torch.from_numpy(a) for a in inputs(case))
     strategy = QuantizationStrategy.CHANNEL if case.group is None else QuantizationStrategy.GROUP
-    args = QuantizationArgs(num_bits=case.bits, type="int", symmetric=case.symmetric, strategy=strategy,
-                            group_size=case.group, actorder="static" if case.act_order else None)  # fmt: skip
+    args = QuantizationArgs(
+        num_bits=case.bits,
+        type="int",
+        symmetric=case.symmetric,
+        strategy=strategy,
+        group_size=case.group,
+        actorder="static" if case.act_order else None,
+    )
     groups = w.reshape(w.shape[0], -1, case.group or w.shape[1])
     scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args)  # [M, N/g]
     h = 2.0 * x.T @ x / x.shape[0]
-    q, loss, fallback = quantize_weight(w[None].clone(), h[None].clone(), scale[None], zero[None], None, args)
+    q, loss, fallback = quantize_weight(
+        w[None].clone(), h[None].clone(), scale[None], zero[None], None, args
+    )
     assert not fallback.any()
     width = case.group or w.shape[1]
     spread = [a.to(torch.float32).repeat_interleave(width, dim=1) for a in (scale, zero)]
@@ -77,7 +86,11 @@ def record(case: Case) -> dict[str, Any]:
 
 
 def main() -> None:
-    arrays = {f"{name}/{key}": value for name, case in CASES.items() for key, value in record(case).items()}
+    arrays = {
+        f"{name}/{key}": value
+        for name, case in CASES.items()
+        for key, value in record(case).items()
+    }
     np.savez_compressed(FILE, **arrays)
     print(f"{FILE}: {len(arrays)} arrays, {FILE.stat().st_size:,} bytes")
 

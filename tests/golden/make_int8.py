@@ -25,7 +25,8 @@ CASES: dict[str, dict[str, Any]] = {
     "one token": {"seed": 4, "tokens": 1, "threshold": 6.0, "outliers": 3},
     "a row of zeros": {"seed": 5, "tokens": 4, "threshold": 6.0, "outliers": 2, "zero": True},
 }
-OUTPUTS, INPUTS = 24, 64
+OUTPUTS = 24
+INPUTS = 64
 
 
 def case(name: str) -> tuple[np.ndarray, np.ndarray, float]:
@@ -56,8 +57,12 @@ def main() -> None:
         codes, absmax, columns = bnb.functional.int8_vectorwise_quant(a, threshold)
         w_codes, w_absmax, _ = bnb.functional.int8_vectorwise_quant(torch.from_numpy(weight.copy()))
         state = bnb.MatmulLtState()
-        state.CB, state.SCB, state.has_fp16_weights, state.threshold = w_codes, w_absmax, False, threshold
-        state.is_training = False  # on a CPU it multiplies by the dequantised weight otherwise: no LLM.int8() at all
+        state.CB = w_codes
+        state.SCB = w_absmax
+        state.has_fp16_weights = False
+        state.threshold = threshold
+        # on a CPU it multiplies by the dequantised weight otherwise: no LLM.int8() at all
+        state.is_training = False
         y = bnb.matmul(torch.from_numpy(x.copy()), w_codes, threshold=threshold, state=state)
         found = {
             "codes": codes.numpy(),

@@ -36,13 +36,15 @@ CASES = {
     "gptq-8": Case("gptq_v2", 8, 64),
     "awq": Case("awq", 4, 32),
 }
-ROWS, COLUMNS = 32, 64
+ROWS = 32
+COLUMNS = 64
 
 
 def draw(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Codes C[M, N], scales [M, G] (exact in float16, of three digits), zero points Z[M, G], g_idx[N]."""
     rng = np.random.default_rng([case.bits, case.group, case.symmetric, case.reordered])
-    groups, top = COLUMNS // case.group, 1 << case.bits
+    groups = COLUMNS // case.group
+    top = 1 << case.bits
     codes = rng.integers(0, top, (ROWS, COLUMNS), dtype=np.int32)
     scales = rng.integers(1, 200, (ROWS, groups)).astype(np.float32) / 1024
     zeros = rng.integers(0, top, (ROWS, groups), dtype=np.int32)
@@ -68,8 +70,15 @@ def record(case: Case) -> dict[str, np.ndarray]:
     _, scales, zeros, g_idx = (torch.from_numpy(array) for array in draw(case))
     plain = torch.nn.Linear(COLUMNS, ROWS, bias=False)
     plain.weight.data = torch.from_numpy(weight_of(case))
-    shape: dict[str, Any] = {"bits": case.bits, "group_size": case.group, "sym": case.symmetric, "bias": False,
-                             "desc_act": case.reordered, "in_features": COLUMNS, "out_features": ROWS}  # fmt: skip
+    shape: dict[str, Any] = {
+        "bits": case.bits,
+        "group_size": case.group,
+        "sym": case.symmetric,
+        "bias": False,
+        "desc_act": case.reordered,
+        "in_features": COLUMNS,
+        "out_features": ROWS,
+    }
     made = (AwqTorchLinear if case.layout == "awq" else TorchLinear)(**shape, register_buffers=True)
     if case.layout == "awq":
         made.pack(plain, scales, zeros.float())
@@ -81,11 +90,17 @@ def record(case: Case) -> dict[str, np.ndarray]:
         tensors = {name: getattr(made, name) for name in ("qweight", "qzeros", "scales", "g_idx")}
         made.post_init()
         back = made.dequantize_weight()
-    return {name: t.numpy() for name, t in tensors.items()} | {"weight": back.float().T.contiguous().numpy()}
+    return {name: t.numpy() for name, t in tensors.items()} | {
+        "weight": back.float().T.contiguous().numpy()
+    }
 
 
 if __name__ == "__main__":
-    found = {f"{name}/{key}": array for name, case in CASES.items() for key, array in record(case).items()}
+    found = {
+        f"{name}/{key}": array
+        for name, case in CASES.items()
+        for key, array in record(case).items()
+    }
     for name, case in CASES.items():
         off = np.abs(found[f"{name}/weight"] - weight_of(case)).max()
         print(f"{name}: {off:.2g} from the weight that it was given")

@@ -24,10 +24,15 @@ from refllm.train.schedule import Phase, Plan
 from study_models import byte_tokenizer, tiny_config, tiny_model
 
 TEXT = [
-    Document(f"part{i}.py", f"def function_number_{i}(argument):\n    return argument + {i}\n" * 8) for i in range(4)
+    Document(f"part{i}.py", f"def function_number_{i}(argument):\n    return argument + {i}\n" * 8)
+    for i in range(4)
 ]
-DATA = Data("a few functions", {"code": TEXT[:2], "more": TEXT[2:3]}, TEXT[3:], (2, 1), (1, 0), code=True)
-PLAN = Plan((Phase(3, 2, 32, (2, 1)), Phase(1, 1, 64, (1, 0))), warmup=1, workers=1, evaluate_every=2)
+DATA = Data(
+    "a few functions", {"code": TEXT[:2], "more": TEXT[2:3]}, TEXT[3:], (2, 1), (1, 0), code=True
+)
+PLAN = Plan(
+    (Phase(3, 2, 32, (2, 1)), Phase(1, 1, 64, (1, 0))), warmup=1, workers=1, evaluate_every=2
+)
 CONFIG = tiny_config(tie_word_embeddings=True, max_position_embeddings=64)
 
 
@@ -38,8 +43,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, mode
     tokenizer = byte_tokenizer()
     streams = [encode(tokenizer, documents) for documents in DATA.streams.values()]
     train(CONFIG, streams, PLAN, folder, held_out=encode(tokenizer, DATA.held_out))
-    state, output = folder / "state.safetensors", folder / "model"
-    return state, output, publish.finish(state, tokenizer, output, DATA, command="refllm train --output model")
+    state = folder / "state.safetensors"
+    output = folder / "model"
+    return (
+        state,
+        output,
+        publish.finish(state, tokenizer, output, DATA, command="refllm train --output model"),
+    )
 
 
 def test_the_directory_loads_and_measures_as_its_card_says(finished):
@@ -79,15 +89,21 @@ def test_the_record_counts_what_the_plan_did(finished):
 def test_what_is_stored_is_the_mean_of_both_ends_where_a_share_is_asked_for(finished, tmp_path):
     state, before, _ = finished
     first = load_file(before / "model.safetensors")
-    save_file({name: 3 * w for name, w in first.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: 3 * w for name, w in first.items()}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
     for name in ("config.json", "tokenizer.json", "card.json", "curve.json"):
         shutil.copy(before / name, tmp_path / name)
     share = {"start": tmp_path, "start_share": 0.25}
     publish.finish(state, byte_tokenizer(), tmp_path / "model", DATA, command="x", **share)
     mixed = load_file(tmp_path / "model" / "model.safetensors")
     for name, w in first.items():  # 0.75 w + 0.25 · 3 w, both ends rounded to float16 first
-        np.testing.assert_allclose(mixed[name].astype(float), 1.5 * w.astype(float), rtol=2**-9, atol=2**-23)
-    assert "0.75 of the last weights and 0.25 of those." in (tmp_path / "model" / "README.md").read_text("utf-8")
+        np.testing.assert_allclose(
+            mixed[name].astype(float), 1.5 * w.astype(float), rtol=2**-9, atol=2**-23
+        )
+    assert "0.75 of the last weights and 0.25 of those." in (
+        tmp_path / "model" / "README.md"
+    ).read_text("utf-8")
     with pytest.raises(ValueError, match=r"a share of 0\.25 for the first weights needs the model"):
         publish.finish(state, byte_tokenizer(), tmp_path / "n", DATA, command="x", start_share=0.25)
 
@@ -95,7 +111,12 @@ def test_what_is_stored_is_the_mean_of_both_ends_where_a_share_is_asked_for(fini
 def test_the_card_names_the_weights_that_a_run_began_with(finished, tmp_path):
     state, before, _ = finished
     record = publish.finish(
-        state, byte_tokenizer(), tmp_path / "model", DATA, command="refllm train --start ./model", start=before
+        state,
+        byte_tokenizer(),
+        tmp_path / "model",
+        DATA,
+        command="refllm train --start ./model",
+        start=before,
     )
     start = record["training"]["start"]
     assert start["sha256"] == {"model.safetensors": file_sha256(before / "model.safetensors")}
@@ -105,13 +126,25 @@ def test_the_card_names_the_weights_that_a_run_began_with(finished, tmp_path):
     assert "trained in several runs" in page
     assert "Before it 256 tokens were read in 1 run" in page
     assert "\n1. 4 steps, 256 tokens, which gave SHA-256 " in page
-    assert "…: `refllm train --output model`\n\nThe last run:\n\n```sh\nrefllm train --start ./model\n```" in page
-    first, whole = (json.loads((d / "curve.json").read_text()) for d in (before, tmp_path / "model"))
+    assert (
+        "…: `refllm train --output model`\n\nThe last run:\n\n```sh\nrefllm train --start ./model\n```"
+        in page
+    )
+    first, whole = (
+        json.loads((d / "curve.json").read_text()) for d in (before, tmp_path / "model")
+    )
     assert whole[:2] == first
-    assert [(point["step"], point["tokens"]) for point in whole] == [(2, 128), (4, 256), (2, 256 + 128), (4, 512)]
+    assert [(point["step"], point["tokens"]) for point in whole] == [
+        (2, 128),
+        (4, 256),
+        (2, 256 + 128),
+        (4, 512),
+    ]
     assert training_curves.curve_values([tmp_path / "model"])["phases"] == [
-        [256, "earlier runs"], [256 + 192, "2 × 32 tokens"], [512, "1 × 64 tokens"]
-    ]  # fmt: skip
+        [256, "earlier runs"],
+        [256 + 192, "2 × 32 tokens"],
+        [512, "1 × 64 tokens"],
+    ]
 
 
 def test_the_curve_is_that_of_the_run(finished):
@@ -127,7 +160,10 @@ def test_the_manifest_lists_every_file_and_every_document(finished):
     present = {p.name for p in output.iterdir()} - {"manifest.json"}
     assert set(manifest["files"]) == present
     for name, entry in manifest["files"].items():
-        assert entry == {"bytes": (output / name).stat().st_size, "sha256": file_sha256(output / name)}
+        assert entry == {
+            "bytes": (output / name).stat().st_size,
+            "sha256": file_sha256(output / name),
+        }
     assert manifest["trained on"] == {
         name: {d.name: d.sha256 for d in documents} for name, documents in DATA.streams.items()
     }
@@ -144,7 +180,10 @@ def test_figures_are_drawn_from_the_directory(finished):
     bins = training_curves.position_values([output])["lines"]["model"]
     assert sum(b[2] for b in bins) == record["measured"]["tokens"]
     assert sum(b[2] * b[3] for b in bins) > 0
-    for name, draw in (("training_curve", values), ("bits_by_position", {"lines": {"model": bins}})):
+    for name, draw in (
+        ("training_curve", values),
+        ("bits_by_position", {"lines": {"model": bins}}),
+    ):
         assert registry.FIGURES[name][1](draw).axes
     assert not training_curves.has_record(output.parent)
 
@@ -174,14 +213,18 @@ def test_a_finished_model_is_replaced_only_if_asked_for(finished):
     before = (output / "model.safetensors").read_bytes()
     with pytest.raises(CheckpointError, match="not empty"):
         publish.finish(state, byte_tokenizer(), output, DATA, command="other")
-    again = publish.finish(state, byte_tokenizer(), output, DATA, command="refllm train --output model", overwrite=True)
+    again = publish.finish(
+        state, byte_tokenizer(), output, DATA, command="refllm train --output model", overwrite=True
+    )
     assert again == record  # nothing in it depends on when it was made
     assert (output / "model.safetensors").read_bytes() == before
 
 
 def test_a_draft_is_compared_with_its_teacher(finished, tmp_path):
     state, output, _ = finished
-    record = publish.finish(state, byte_tokenizer(), tmp_path / "draft", DATA, command="x", teacher=output)
+    record = publish.finish(
+        state, byte_tokenizer(), tmp_path / "draft", DATA, command="x", teacher=output
+    )
     near = record["measured"]["against the teacher"]
     # student and teacher are the same network here, and both are what is stored
     assert near["acceptance"] == pytest.approx(1.0, abs=1e-6)
@@ -194,7 +237,9 @@ def test_a_draft_is_compared_with_its_teacher(finished, tmp_path):
 # --- the parts of the card -----------------------------------------------------------------------------------
 
 
-@pytest.mark.theorem("Acceptance is the mean of Σ min(p, q)", source="Leviathan et al. 2023, theorem 3.5")
+@pytest.mark.theorem(
+    "Acceptance is the mean of Σ min(p, q)", source="Leviathan et al. 2023, theorem 3.5"
+)
 def test_acceptance_is_the_overlap_of_both_distributions():
     made = [tiny_model(seed) for seed in (0, 1)]
     draft, target = (Model(m.config, m.weights, m.tokenizer) for m in made)
@@ -206,7 +251,9 @@ def test_acceptance_is_the_overlap_of_both_distributions():
         overlaps.append(sum(min(a, b) for a, b in zip(p / p.sum(), q / q.sum(), strict=True)))
     got = model_card.acceptance(draft, target, [Document("x", text)], window=64)
     assert got == pytest.approx(np.mean(overlaps), rel=1e-11)
-    assert got == pytest.approx(model_card.acceptance(target, draft, [Document("x", text)], window=64), rel=1e-11)
+    assert got == pytest.approx(
+        model_card.acceptance(target, draft, [Document("x", text)], window=64), rel=1e-11
+    )
 
 
 def test_samples_are_measured_beside_real_text(finished):

@@ -29,7 +29,9 @@ from refllm.quant import layer_sources
 from refllm.quant.methods import METHODS
 
 LAYERS = 6
-CONFIG = ModelConfig("llama", VOCAB, 64, 96, LAYERS, 4, 2, 16, max_position_embeddings=64, eos_token_ids=(0,))
+CONFIG = ModelConfig(
+    "llama", VOCAB, 64, 96, LAYERS, 4, 2, 16, max_position_embeddings=64, eos_token_ids=(0,)
+)
 TEXT = [Document("own", "def f(x):\n    return x + 1\n" * 40)]
 SMALL = {"texts": TEXT, "samples": 4, "length": 32}
 
@@ -43,7 +45,9 @@ def model(tmp_path_factory):
 
 
 def scheme(method: str) -> Scheme:
-    return scheme_of(method, None, {"fp8": 0, "smoothquant": None, "int8": None}.get(method, 32), None)
+    return scheme_of(
+        method, None, {"fp8": 0, "smoothquant": None, "int8": None}.get(method, 32), None
+    )
 
 
 @pytest.fixture
@@ -77,8 +81,14 @@ def refused(run, *words: object) -> str:
 def test_every_method_from_files_to_files(model, tmp_path, method):
     seen = []
     job = prepare(model, tmp_path / "q", method, scheme(method), **SMALL)
-    record = go(job, measure=200, progress=lambda *row: seen.append(row), measuring=lambda *at: seen.append(at))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["q"]  # no folder of layers, nothing half-written
+    record = go(
+        job,
+        measure=200,
+        progress=lambda *row: seen.append(row),
+        measuring=lambda *at: seen.append(at),
+    )
+    # no folder of layers, nothing half-written
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["q"]
     read = load(os.fspath(tmp_path / "q"))
     kind = {"smoothquant": W8A8Linear, "fp8": Fp8Linear}.get(method, Quantized)
     assert all(isinstance(layer["down_proj"], kind) for layer in read.weights["layers"])
@@ -89,11 +99,15 @@ def test_every_method_from_files_to_files(model, tmp_path, method):
     assert record["bits per weight"] == pytest.approx(
         8 * sum(t["nbytes"] for t in record["tensors"]) / record["quantised weights"]
     )
-    files = {what: sum(p.stat().st_size for p in path.glob("*.safetensors"))
-             for what, path in (("model", tmp_path / "q"), ("model before", model))}  # fmt: skip
+    files = {
+        what: sum(p.stat().st_size for p in path.glob("*.safetensors"))
+        for what, path in (("model", tmp_path / "q"), ("model before", model))
+    }
     assert {key: record["bytes"][key] for key in files} == files
     if method != "int8":  # whose scales take four bytes in memory and two in the file
-        held = sum(layer[key].nbytes for layer in read.weights["layers"] for key in quantize.PROJECTIONS)
+        held = sum(
+            layer[key].nbytes for layer in read.weights["layers"] for key in quantize.PROJECTIONS
+        )
         assert record["bytes"]["quantised weights"] == held
     score = record["bits per byte"]
     assert abs(score["after"] / score["before"] - 1) < 0.5
@@ -105,12 +119,30 @@ def test_every_method_from_files_to_files(model, tmp_path, method):
 def test_the_table_the_totals_and_the_commands_that_read_the_result(model, tmp_path, run):
     text = tmp_path / "text.py"
     text.write_text(TEXT[0].text)
-    words = ("-m", model, "-o", tmp_path / "q", "--method", "gptq", "--group-size", 32, "--text", text, "--samples", 4,
-             "--length", 32, "--max-tokens", 200)  # fmt: skip
+    words = (
+        "-m",
+        model,
+        "-o",
+        tmp_path / "q",
+        "--method",
+        "gptq",
+        "--group-size",
+        32,
+        "--text",
+        text,
+        "--samples",
+        4,
+        "--length",
+        32,
+        "--max-tokens",
+        200,
+    )
     code, out, err = run("quantize", *words)
     assert code == 0, err
     rows = [line.split() for line in err.splitlines()]
-    assert [row[0] for row in rows if len(row) == 5 and row[0].isdigit()] == [str(i) for i in range(LAYERS)]
+    assert [row[0] for row in rows if len(row) == 5 and row[0].isdigit()] == [
+        str(i) for i in range(LAYERS)
+    ]
     assert "4.500 bits" in out  # 4 + 16/32
     assert "bits per byte" in out
     for name, *more in (
@@ -134,8 +166,21 @@ def test_the_table_the_totals_and_the_commands_that_read_the_result(model, tmp_p
 )
 @pytest.mark.skipif(os.name != "posix", reason="there is no SIGKILL")
 def test_a_killed_process_goes_on_where_it_was(model, tmp_path, run):
-    words = ("-m", model, "--method", "gptq", "--group-size", 16, "--samples", 16, "--length", 64, "--no-evaluate")
-    work, output = tmp_path / "q.quantizing", tmp_path / "q"
+    words = (
+        "-m",
+        model,
+        "--method",
+        "gptq",
+        "--group-size",
+        16,
+        "--samples",
+        16,
+        "--length",
+        64,
+        "--no-evaluate",
+    )
+    work = tmp_path / "q.quantizing"
+    output = tmp_path / "q"
     program = f"""
 import sys
 from refllm.cli import app
@@ -164,14 +209,17 @@ app({["quantize", *map(str, words), "-o", str(output)]!r})
     assert code == 0, err
     rows = json.loads(out)["tensors"]
     kept = [row for text in records.values() for row in json.loads(text)["rows"]]
-    assert [row["seconds"] for row in rows[: len(kept)]] == [row["seconds"] for row in kept]  # not done again
+    # not done again
+    assert [row["seconds"] for row in rows[: len(kept)]] == [row["seconds"] for row in kept]
     assert not work.exists()
     assert run("quantize", *words, "-o", tmp_path / "whole")[0] == 0
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
-def test_a_run_that_dies_while_it_is_measured_keeps_its_layers_and_leaves_no_output(model, tmp_path):
+def test_a_run_that_dies_while_it_is_measured_keeps_its_layers_and_leaves_no_output(
+    model, tmp_path
+):
     job = prepare(model, tmp_path / "q", "rtn", scheme("rtn"))
 
     def dies(what, done, total):
@@ -188,9 +236,13 @@ def test_a_run_that_dies_while_it_is_measured_keeps_its_layers_and_leaves_no_out
 
 def test_one_layer_is_read_at_a_time(model, tmp_path, monkeypatch):
     """What is asked of the source: each layer once, in order; embeddings only by rows."""
-    asked, layer = [], layer_sources.CheckpointSource.layer
-    monkeypatch.setattr(layer_sources.CheckpointSource, "layer",
-                        lambda self, index: asked.append(index) or layer(self, index))  # fmt: skip
+    asked = []
+    layer = layer_sources.CheckpointSource.layer
+    monkeypatch.setattr(
+        layer_sources.CheckpointSource,
+        "layer",
+        lambda self, index: asked.append(index) or layer(self, index),
+    )
     go(prepare(model, tmp_path / "q", "gptq", scheme("gptq"), **SMALL), measure=None)
     assert asked == list(range(LAYERS))
 
@@ -218,24 +270,75 @@ def test_bad_input_ends_in_one_sentence(model, tmp_path, run):
 @pytest.mark.parametrize(
     ("method", "given", "more", "sentence"),
     [
-        ("rtn", {"group_size": 40}, {}, "q_proj.*groups of 40 do not divide a row of 64: the nearest"),
-        ("gptq", {"group_size": 32}, {"samples": 1}, "1 windows of 32 tokens are too few for inputs of 96 columns: "
-                                                     "gptq needs at least 3"),
-        ("awq", {"group_size": 32}, {"texts": [Document("x", "def")]}, "the text has . tokens, too few for a"),
-        ("awq", {"group_size": 32}, {"length": 65}, "windows of 65 tokens are longer than the model's 64 positions"),
-        ("rtn", {"group_size": 32, "bits": 3}, {"layout": "awq"}, "awq cannot hold 3-bit .*; what can: pack-quantized"),
-        ("rtn", {"group_size": 32}, {"dtype": "int4"}, "dtype 'int4' is not stored; choose one of float16"),
-        ("rtn", {"group_size": 32}, {"damp": 0.1}, "rtn has no option 'damp'; its options are scale_dtype"),
+        (
+            "rtn",
+            {"group_size": 40},
+            {},
+            "q_proj.*groups of 40 do not divide a row of 64: the nearest",
+        ),
+        (
+            "gptq",
+            {"group_size": 32},
+            {"samples": 1},
+            "1 windows of 32 tokens are too few for inputs of 96 columns: gptq needs at least 3",
+        ),
+        (
+            "awq",
+            {"group_size": 32},
+            {"texts": [Document("x", "def")]},
+            "the text has . tokens, too few for a",
+        ),
+        (
+            "awq",
+            {"group_size": 32},
+            {"length": 65},
+            "windows of 65 tokens are longer than the model's 64 positions",
+        ),
+        (
+            "rtn",
+            {"group_size": 32, "bits": 3},
+            {"layout": "awq"},
+            "awq cannot hold 3-bit .*; what can: pack-quantized",
+        ),
+        (
+            "rtn",
+            {"group_size": 32},
+            {"dtype": "int4"},
+            "dtype 'int4' is not stored; choose one of float16",
+        ),
+        (
+            "rtn",
+            {"group_size": 32},
+            {"damp": 0.1},
+            "rtn has no option 'damp'; its options are scale_dtype",
+        ),
         ("smoothquant", {"bits": 4}, {}, "int-quantized cannot hold 4-bit weights"),
         ("smoothquant", {}, {"keep": ("x_proj",)}, "no projection is called x_proj"),
         ("int8", {"bits": 4}, {}, "int8 has one scheme"),
-        ("fp8", {}, {}, "whole tiles of 128, which do not divide its 64 columns; fp8 takes any shape"),
-        ("fp8", {"group_size": 0}, {"layout": "fp8"}, "fp8 holds e4m3 in square blocks, not e4m3 by channel"),
-        ("fp8", {}, {"layout": "pack-quantized"}, "pack-quantized cannot hold 8-bit floats; what can: float-quantized"),
+        (
+            "fp8",
+            {},
+            {},
+            "whole tiles of 128, which do not divide its 64 columns; fp8 takes any shape",
+        ),
+        (
+            "fp8",
+            {"group_size": 0},
+            {"layout": "fp8"},
+            "fp8 holds e4m3 in square blocks, not e4m3 by channel",
+        ),
+        (
+            "fp8",
+            {},
+            {"layout": "pack-quantized"},
+            "pack-quantized cannot hold 8-bit floats; what can: float-quantized",
+        ),
         ("fp8", {"bits": 4}, {}, "fp8 takes 8 bits"),
     ],
-)  # fmt: skip
-def test_what_would_fail_later_is_refused_before_anything_is_written(model, tmp_path, method, given, more, sentence):
+)
+def test_what_would_fail_later_is_refused_before_anything_is_written(
+    model, tmp_path, method, given, more, sentence
+):
     asked = {"bits": None, "group_size": None, "symmetric": None} | given
     with pytest.raises(ValueError, match=sentence):
         prepare(model, tmp_path / "q", method, scheme_of(method, **asked), **SMALL | more)
@@ -245,7 +348,10 @@ def test_what_would_fail_later_is_refused_before_anything_is_written(model, tmp_
 def test_an_output_that_is_taken_is_not_touched(model, tmp_path):
     (tmp_path / "q").mkdir()
     (tmp_path / "q" / "letter").write_text("dear")
-    for overwrite, sentence in ((False, "exists already: choose another --output"), (True, "holds no config.json")):
+    for overwrite, sentence in (
+        (False, "exists already: choose another --output"),
+        (True, "holds no config.json"),
+    ):
         with pytest.raises(CheckpointError, match=sentence):
             prepare(model, tmp_path / "q", "rtn", scheme("rtn"), overwrite=overwrite)
     assert (tmp_path / "q" / "letter").read_text() == "dear"
@@ -253,7 +359,9 @@ def test_an_output_that_is_taken_is_not_touched(model, tmp_path):
 
 def test_what_is_quantised_already_is_refused(model, tmp_path):
     go(prepare(model, tmp_path / "q", "rtn", scheme("rtn")), measure=None)
-    with pytest.raises(CheckpointError, match="is quantised already: start from the model that it was made from"):
+    with pytest.raises(
+        CheckpointError, match="is quantised already: start from the model that it was made from"
+    ):
         go(prepare(tmp_path / "q", tmp_path / "r", "rtn", scheme("rtn")), measure=None)
 
 

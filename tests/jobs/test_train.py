@@ -13,19 +13,32 @@ from refllm.jobs.train import Shape, prepare
 from refllm.train.data import Data
 from refllm.train.schedule import Phase, Plan
 
-SMALL = {"vocab_size": 257, "width": 8, "heads": 1, "layers": 1, "steps": 2, "batch": 1, "long_steps": 0}
+SMALL = {
+    "vocab_size": 257,
+    "width": 8,
+    "heads": 1,
+    "layers": 1,
+    "steps": 2,
+    "batch": 1,
+    "long_steps": 0,
+}
 
 
 def data_of(train: int, held: int) -> Data:
     """Streams of exactly so many tokens: one for each byte, and the beginning token."""
-    part, other = Document("a", "x" * (train - 1)), Document("b", "y" * (held - 1))
+    part = Document("a", "x" * (train - 1))
+    other = Document("b", "y" * (held - 1))
     return Data("letters", {"files": [part]}, [other], (1,), (1,))
 
 
-@pytest.mark.parametrize(("train", "held", "fits"), [(17, 17, True), (16, 17, False), (17, 16, False)])
+@pytest.mark.parametrize(
+    ("train", "held", "fits"), [(17, 17, True), (16, 17, False), (17, 16, False)]
+)
 def test_a_window_and_its_last_answer_must_fit_into_every_stream(train, held, fits, tmp_path: Path):
     """A window of 16 holds 17 tokens: 16 predictions."""
-    output, work, shape = tmp_path / "out", tmp_path / "work", Shape(length=16, **SMALL)
+    output = tmp_path / "out"
+    work = tmp_path / "work"
+    shape = Shape(length=16, **SMALL)
     if fits:
         made = prepare(output, work, data_of(train, held), shape, Plan((), workers=1))
         assert [len(s) for s in (*made.streams, made.held_out)] == [train, held]
@@ -52,5 +65,6 @@ def test_derived_sizes_make_a_network_of_heads_of_64(width):
     assert config.head_dim == 64
     assert config.num_attention_heads * 64 == config.hidden_size == width
     assert config.intermediate_size == 3 * width
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    heads = config.num_attention_heads
+    groups = config.num_key_value_heads
     assert groups == max([g for g in range(1, heads // 2 + 1) if heads % g == 0], default=1)

@@ -20,10 +20,17 @@ windows = st.one_of(st.none(), st.integers(1, 6))
 
 
 @given(
-    lengths=st.lists(st.integers(0, 6), min_size=1, max_size=4), count=st.integers(1, 4), groups=st.integers(1, 2),
-    sharing=st.integers(1, 3), dim=st.sampled_from([2, 4]), window=windows, in_place=st.booleans(),
-    queries=st.sampled_from([1, 2, 3, 64]), equal=st.booleans(), seed=seeds,
-)  # fmt: skip
+    lengths=st.lists(st.integers(0, 6), min_size=1, max_size=4),
+    count=st.integers(1, 4),
+    groups=st.integers(1, 2),
+    sharing=st.integers(1, 3),
+    dim=st.sampled_from([2, 4]),
+    window=windows,
+    in_place=st.booleans(),
+    queries=st.sampled_from([1, 2, 3, 64]),
+    equal=st.booleans(),
+    seed=seeds,
+)
 def test_invariance_together_is_each_alone(
     xp, lengths, count, groups, sharing, dim, window, in_place, queries, equal, seed
 ):
@@ -32,36 +39,50 @@ def test_invariance_together_is_each_alone(
     However many queries are taken at a time.
     """
     lengths = lengths[:1] * len(lengths) if equal else lengths
-    rng, batch, longest = np.random.default_rng(seed), len(lengths), max(lengths) + count
+    rng = np.random.default_rng(seed)
+    batch = len(lengths)
+    longest = max(lengths) + count
     q = rng.standard_normal((batch * count, groups * sharing, dim))
-    k, v = (rng.standard_normal((batch, longest, groups, dim)) for _ in "kv")  # what lies past a sequence is garbage
+    # what lies past a sequence is garbage
+    k, v = (rng.standard_normal((batch, longest, groups, dim)) for _ in "kv")
     bias = bias_together(lengths, count, window, xp.zeros(1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batched_attention, "reads_in_place", lambda: in_place)
         patch.setattr(batched_attention, "QUERIES", queries)
         o = attend_together(
-            xp.asarray(q.copy()), xp.asarray(k).transpose(0, 2, 3, 1), xp.asarray(v).transpose(0, 2, 1, 3), bias
+            xp.asarray(q.copy()),
+            xp.asarray(k).transpose(0, 2, 3, 1),
+            xp.asarray(v).transpose(0, 2, 1, 3),
+            bias,
         )
     assert o.shape == q.shape
     for b, past in enumerate(lengths):
-        rows, seen = slice(b * count, (b + 1) * count), past + count
+        rows = slice(b * count, (b + 1) * count)
+        seen = past + count
         alone, _ = attention(q[rows], k[b, :seen], v[b, :seen], start=past, window=window)
         # scores are below 64, so their error, and that of a weight, is below 64·(D + S)·eps
-        np.testing.assert_allclose(to_host(o)[rows], alone, rtol=0, atol=64 * (dim + longest) * EPS * 8)
+        np.testing.assert_allclose(
+            to_host(o)[rows], alone, rtol=0, atol=64 * (dim + longest) * EPS * 8
+        )
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=4), st.integers(1, 4), windows)
 def test_there_is_a_bias_exactly_where_something_is_hidden(xp, lengths, count, window):
     longest = max(lengths) + count
     hidden = [
-        [[not (p - (window or math.inf) < j <= p) for j in range(longest)] for p in range(n, n + count)]
+        [
+            [not (p - (window or math.inf) < j <= p) for j in range(longest)]
+            for p in range(n, n + count)
+        ]
         for n in lengths
     ]
     bias = bias_together(lengths, count, window, xp.zeros(1))
     assert (bias is None) == (not np.any(hidden))
     if bias is not None:
         alike = even(lengths) and (window is None or longest <= window)
-        assert bias.shape == ((1, 1, 1, count, count) if alike else (len(lengths), 1, 1, count, longest))
+        assert bias.shape == (
+            (1, 1, 1, count, count) if alike else (len(lengths), 1, 1, count, longest)
+        )
         unbiased = longest - bias.shape[-1]
         assert not np.any(np.asarray(hidden)[..., :unbiased])
         last = np.asarray(hidden)[: bias.shape[0], :, unbiased:]
@@ -73,7 +94,8 @@ def test_a_large_prefill_and_unequal_counts_go_one_by_one():
     assert fits_together([3, 3], [0, 5], 4)
     assert not fits_together([3, 2], [0, 5], 4)
     assert not fits_together([], [], 4)
-    assert fits_together([1] * 4, [SCORES] * 4, 4)  # a decode step is as large as its sequences are long
+    # a decode step is as large as its sequences are long
+    assert fits_together([1] * 4, [SCORES] * 4, 4)
     side = math.isqrt(SCORES // 4)
     assert fits_together([side], [0], 4)
     assert not fits_together([side], [1], 4)

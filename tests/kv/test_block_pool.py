@@ -107,10 +107,14 @@ class PoolMachine(RuleBasedStateMachine):
         ]
         for key in range(3):
             found = self.pool.find(key)
-            holders = [b for b, k in self.keys.items() if k == key]  # in the order in which they were remembered
+            # in the order in which they were remembered
+            holders = [b for b, k in self.keys.items() if k == key]
             assert found == (holders[0] if holders else None)
         assert self.vacant == self.told
-        assert all(getattr(self.pool, what) == self.counted[what] for what in ("allocated", "forgotten", "revived"))
+        assert all(
+            getattr(self.pool, what) == self.counted[what]
+            for what in ("allocated", "forgotten", "revived")
+        )
         self.peak = max(self.peak, len(self.owners))
         assert (self.pool.peak, self.pool.num_used) == (self.peak, len(self.owners))
 
@@ -132,7 +136,8 @@ def test_state_machine_the_pool_is_a_queue_with_a_dictionary():
 
 def test_a_free_block_that_is_remembered_is_forgotten_only_when_it_is_taken():
     pool = BlockPool(2, 4)
-    first, second = pool.allocate(), pool.allocate()
+    first = pool.allocate()
+    second = pool.allocate()
     pool.remember(first, "a")
     pool.remember(second, "b")
     pool.free(second)
@@ -187,7 +192,8 @@ class TablesMachine(RuleBasedStateMachine):
     @rule(data=st.data(), count=st.integers(0, 6))
     def append(self, data: st.DataObject, count: int) -> None:
         i = data.draw(st.integers(0, len(self.tables) - 1))
-        table, size = self.tables[i], self.pool.block_size
+        table = self.tables[i]
+        size = self.pool.block_size
         before = (list(table.blocks), self.pool.num_free)
         if table.needs(count) > self.pool.num_free:
             with pytest.raises(OutOfBlocks):
@@ -199,7 +205,9 @@ class TablesMachine(RuleBasedStateMachine):
         copies = table.reserve(count)
         assert self.pool.num_free == expected
         for source, target in copies:
-            self.memory[target * size : (target + 1) * size] = self.memory[source * size : (source + 1) * size]
+            self.memory[target * size : (target + 1) * size] = self.memory[
+                source * size : (source + 1) * size
+            ]
             self.seen["copied"] += 1
         for slot in table.slots(table.length, table.length + count):
             assert self.pool.ref_count(slot // size) == 1  # nobody else reads what is written
@@ -304,7 +312,8 @@ def test_what_is_reserved_and_not_written_stays_with_the_parent_and_the_block_be
     assert [pool.ref_count(block) for block in parent.blocks] == [2, 1]
     shared, ahead = parent.blocks
     assert parent.needs(3) == 1  # the copy alone
-    ((source, target),) = parent.reserve(3)  # its last block is its own, and not the one that it writes first
+    # its last block is its own, and not the one that it writes first
+    ((source, target),) = parent.reserve(3)
     assert (source, parent.blocks, child.blocks) == (shared, [target, ahead], [shared])
 
 

@@ -24,10 +24,16 @@ from refllm.model.config import ModelConfig
 from strategies import seeds
 
 EPS = float(np.finfo(np.float64).eps)
-L, H, G, D, CAPACITY = 2, 4, 2, 3, 9
+L = 2
+H = 4
+G = 2
+D = 3
+CAPACITY = 9
 
 
-def network(window: int | None = None, *, layers: int = L, groups: int = G, dim: int = 2 * D) -> ModelConfig:
+def network(
+    window: int | None = None, *, layers: int = L, groups: int = G, dim: int = 2 * D
+) -> ModelConfig:
     return ModelConfig("mistral", 5, 8, 8, layers, 2 * groups, groups, dim, sliding_window=window)
 
 
@@ -36,10 +42,13 @@ def tokens(rng: np.random.Generator, count: int, dim: int = 2 * D, groups: int =
     return [rng.standard_normal((count, heads, dim)) for heads in (2 * groups, groups, groups)]
 
 
-def looked_up(q: np.ndarray, pairs: dict[int, tuple], position: int, window: int | None) -> np.ndarray:
+def looked_up(
+    q: np.ndarray, pairs: dict[int, tuple], position: int, window: int | None
+) -> np.ndarray:
     """One query [H, D] over the dictionary's (key, value) at the positions that it may see."""
     seen = [j for j in sorted(pairs) if position - (window or math.inf) < j <= position]
-    k, v = (np.repeat(np.stack([pairs[j][i] for j in seen]), 2, axis=1) for i in (0, 1))  # [S, H, D]
+    # [S, H, D]
+    k, v = (np.repeat(np.stack([pairs[j][i] for j in seen]), 2, axis=1) for i in (0, 1))
     scores = np.einsum("hd,shd->hs", q, k) / math.sqrt(q.shape[-1])
     p = np.exp(scores - scores.max(axis=1, keepdims=True))
     return np.einsum("hs,shd->hd", p / p.sum(axis=1, keepdims=True), v)
@@ -50,10 +59,15 @@ class Machine(RuleBasedStateMachine):
 
     xp = np
 
-    @initialize(sequences=st.integers(1, 3), window=st.one_of(st.none(), st.integers(1, 4)), seed=seeds)
+    @initialize(
+        sequences=st.integers(1, 3), window=st.one_of(st.none(), st.integers(1, 4)), seed=seeds
+    )
     def start(self, sequences, window, seed):
-        self.rng, self.window = np.random.default_rng(seed), window
-        self.cache = ContiguousCache(network(window), sequences, CAPACITY, like=self.xp.zeros(1, dtype="float64"))
+        self.rng = np.random.default_rng(seed)
+        self.window = window
+        self.cache = ContiguousCache(
+            network(window), sequences, CAPACITY, like=self.xp.zeros(1, dtype="float64")
+        )
         self.model = [[{} for _ in range(sequences)] for _ in range(L)]
 
     def lengths(self) -> list[int]:
@@ -72,7 +86,9 @@ class Machine(RuleBasedStateMachine):
             for t, (b, position) in enumerate(zip(owners, positions, strict=True)):
                 expected = looked_up(q[t], self.model[layer][b], position, self.window)
                 # scores here are below 64, so their error, and that of a weight, is below 64·(D+4)·eps
-                np.testing.assert_allclose(out[t], expected, rtol=0, atol=64 * (2 * D + 4) * EPS * 8)
+                np.testing.assert_allclose(
+                    out[t], expected, rtol=0, atol=64 * (2 * D + 4) * EPS * 8
+                )
         self.cache.advance(counts)
 
     @rule(data=st.data())
@@ -131,7 +147,10 @@ class Machine(RuleBasedStateMachine):
         for layer, sequences in enumerate(self.model):
             for b, pairs in enumerate(sequences):
                 for j, pair in pairs.items():
-                    assert all((strip[layer, b, :, j] == x).all() for strip, x in zip(strips, pair, strict=True))
+                    assert all(
+                        (strip[layer, b, :, j] == x).all()
+                        for strip, x in zip(strips, pair, strict=True)
+                    )
 
 
 @pytest.mark.theorem(
@@ -145,7 +164,8 @@ def test_cache_is_a_dictionary(xp):
 
 
 @pytest.mark.theorem(
-    "truncate and append again = never having appended, bit for bit", source="rollback of a rejected draft"
+    "truncate and append again = never having appended, bit for bit",
+    source="rollback of a rejected draft",
 )
 @given(st.data())
 def test_rollback_leaves_no_trace(xp, data):
@@ -174,7 +194,8 @@ def test_rollback_leaves_no_trace(xp, data):
             push(steps[1], kept)
         return [push(step) for step in steps[2:]], cache.lengths
 
-    (after_rollback, lengths), (straight, same_lengths) = play(True), play(False)
+    after_rollback, lengths = play(True)
+    straight, same_lengths = play(False)
     np.testing.assert_equal(after_rollback, straight)
     assert lengths == same_lengths
 
@@ -183,8 +204,14 @@ def test_rollback_leaves_no_trace(xp, data):
     "bytes allocated = 2 · L · G · D · bytes of a number, a token, exactly",
     source="serving arithmetic",
 )
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 20),
-       st.sampled_from(["float16", "float32", "float64"]))  # fmt: skip
+@given(
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 20),
+    st.sampled_from(["float16", "float32", "float64"]),
+)
 def test_bytes_are_the_formula(xp, layers, groups, half_dim, sequences, capacity, dtype):
     config = network(layers=layers, groups=groups, dim=2 * half_dim)
     cache = ContiguousCache(config, sequences, capacity, like=xp.zeros(1), dtype=dtype)
@@ -196,16 +223,21 @@ def test_bytes_are_the_formula(xp, layers, groups, half_dim, sequences, capacity
 @pytest.mark.parametrize("counts", [[1, 1], [3, 2]], ids=["decode", "ragged"])
 def test_keys_may_be_stored_narrower_than_they_are_computed(xp, counts):
     """float16 strips under float32 queries: the answer is that of the rounded keys and values."""
-    rng, like = np.random.default_rng(0), xp.zeros(1, dtype="float32")
+    rng = np.random.default_rng(0)
+    like = xp.zeros(1, dtype="float32")
     cache = ContiguousCache(network(window=2), 2, CAPACITY, like=like, dtype="float16")
     exact = ContiguousCache(network(window=2), 2, CAPACITY, like=xp.zeros(1, dtype="float64"))
     for step in ([2, 3], counts):
         q, k, v = tokens(rng, sum(step))
-        q, k, v = q.astype("float32"), k.astype("float16"), v.astype("float16")
+        q = q.astype("float32")
+        k = k.astype("float16")
+        v = v.astype("float16")
         narrow = cache.view(step)(0, *(xp.asarray(x.astype("float32")) for x in (q, k, v)))
         wide = exact.view(step)(0, *(xp.asarray(x.astype("float64")) for x in (q, k, v)))
         eps = float(np.finfo("float32").eps)
-        np.testing.assert_allclose(to_host(narrow), to_host(wide), rtol=0, atol=64 * (2 * D + 4) * eps * 8)
+        np.testing.assert_allclose(
+            to_host(narrow), to_host(wide), rtol=0, atol=64 * (2 * D + 4) * eps * 8
+        )
         cache.advance(step)
         exact.advance(step)
 
@@ -226,7 +258,8 @@ def test_decoding_waits_for_nothing_and_moves_positions_once_a_step(lengths):
             attend(layer, *(x.copy() for x in step))
     assert counted.d2h == counted.syncs == 0
     assert counted.h2d == to_device
-    assert to_device <= (0 if lengths[0] == lengths[1] else 4)  # the slots, the bias and its two constants
+    # the slots, the bias and its two constants
+    assert to_device <= (0 if lengths[0] == lengths[1] else 4)
 
 
 @pytest.mark.parametrize(("sequences", "capacity"), [(0, 4), (2, 0)])

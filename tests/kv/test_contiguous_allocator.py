@@ -33,9 +33,16 @@ class RunsMachine(RuleBasedStateMachine):
         if self.kind is Buddies:
             sizes = [1 << k for k in range(self.runs.slots.bit_length())]
             return [
-                range(s, s + n) for n in sizes for s in range(0, self.runs.slots - n + 1, n) if all(free[s : s + n])
+                range(s, s + n)
+                for n in sizes
+                for s in range(0, self.runs.slots - n + 1, n)
+                if all(free[s : s + n])
             ]
-        edges = [i for i in range(len(free) + 1) if (i < len(free) and free[i]) != (i > 0 and free[i - 1])]
+        edges = [
+            i
+            for i in range(len(free) + 1)
+            if (i < len(free) and free[i]) != (i > 0 and free[i - 1])
+        ]
         return [range(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
     @rule(size=st.integers(1, 24))
@@ -46,7 +53,9 @@ class RunsMachine(RuleBasedStateMachine):
         if not fitting:
             assert start is None
             self.seen["full"] += 1
-            self.seen["fragmented"] += sum(map(len, self.holes())) >= wanted and self.kind is FirstFit
+            self.seen["fragmented"] += (
+                sum(map(len, self.holes())) >= wanted and self.kind is FirstFit
+            )
             return
         assert start is not None
         if self.kind is FirstFit:
@@ -78,7 +87,9 @@ class RunsMachine(RuleBasedStateMachine):
         if hasattr(self, "runs"):
             for start in list(self.given):
                 self.runs.free(start)
-            assert self.runs.allocate(self.runs.largest) is not None, "runs that were given back grow together again"
+            assert self.runs.allocate(self.runs.largest) is not None, (
+                "runs that were given back grow together again"
+            )
 
 
 @pytest.mark.parametrize("kind", [FirstFit, Buddies])
@@ -99,7 +110,9 @@ def test_a_number_that_is_no_power_of_two_is_a_row_of_buddies():
     assert buddies.largest == 8192
     assert buddies.allocate(8193) is None
     sizes = []
-    while (start := next((buddies.allocate(s) for s in (8192, 4096, 2048, 1024, 256, 64, 16, 4)), None)) is not None:
+    while (
+        start := next((buddies.allocate(s) for s in (8192, 4096, 2048, 1024, 256, 64, 16, 4)), None)
+    ) is not None:
         sizes.append(buddies.size(start))
     assert sizes[0] == 8192
 

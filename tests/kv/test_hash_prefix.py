@@ -27,19 +27,25 @@ class PrefixMachine(RuleBasedStateMachine):
     def begin(self, count: int, size: int) -> None:
         self.pool = BlockPool(count, size)
         self.cache = PrefixCache(self.pool)
-        self.holds: dict[int, tuple[Any, tuple[int, ...]]] = {}  # block → (salt, all tokens up to its end)
+        # block → (salt, all tokens up to its end)
+        self.holds: dict[int, tuple[Any, tuple[int, ...]]] = {}
         self.running: list[tuple[Any, list[int], BlockTable, list[Key]]] = []
 
     def expected(self, text: list[int], salt: Any) -> int:
         """Blocks of the longest cached prefix, by brute force, one token short of the whole text."""
-        b, found = self.pool.block_size, 0
-        while (found + 1) * b < len(text) and (salt, tuple(text[: (found + 1) * b])) in self.holds.values():
+        b = self.pool.block_size
+        found = 0
+        while (found + 1) * b < len(text) and (
+            salt,
+            tuple(text[: (found + 1) * b]),
+        ) in self.holds.values():
             found += 1
         return found
 
     def grow(self, salt: Any, text: list[int], table: BlockTable, keys: list[Key]) -> bool:
         """Write the rest of ``text`` and name what is full; False if the pool is too small."""
-        count, b = len(text) - table.length, self.pool.block_size
+        count = len(text) - table.length
+        b = self.pool.block_size
         if table.needs(count) > self.pool.num_free:
             self.seen["exhausted"] += 1
             return False
@@ -49,8 +55,11 @@ class PrefixMachine(RuleBasedStateMachine):
             self.seen["evicted"] += self.holds.pop(block, None) is not None
         table.commit(count)
         self.cache.insert(table, text, keys, salt=salt)
-        self.holds |= {block: (salt, tuple(text[: (i + 1) * b])) for i, block in enumerate(table.blocks)
-                       if (i + 1) * b <= len(text)}  # fmt: skip
+        self.holds |= {
+            block: (salt, tuple(text[: (i + 1) * b]))
+            for i, block in enumerate(table.blocks)
+            if (i + 1) * b <= len(text)
+        }
         return True
 
     @rule(text=texts, salt=salts)
@@ -92,7 +101,9 @@ class PrefixMachine(RuleBasedStateMachine):
         self.pool.check()
         owners = Counter(block for _, _, table, _ in self.running for block in table.blocks)
         assert all(self.pool.ref_count(b) == owners[b] for b in range(self.pool.num_blocks))
-        named = {block for block in range(self.pool.num_blocks) if self.pool.key_of(block) is not None}
+        named = {
+            block for block in range(self.pool.num_blocks) if self.pool.key_of(block) is not None
+        }
         assert named == set(self.holds)
         # equal keys if and only if equal prefixes under equal salts
         keys = {block: self.pool.key_of(block) for block in named}
@@ -115,7 +126,9 @@ def test_state_machine_the_cache_is_a_dictionary_of_prefixes():
     run(PrefixMachine, examples=60, steps=30, see={"exhausted", "evicted", "revived", "shared"})
 
 
-def filled(pool: BlockPool, cache: PrefixCache, text: list[int], salt: str | None = None) -> BlockTable:
+def filled(
+    pool: BlockPool, cache: PrefixCache, text: list[int], salt: str | None = None
+) -> BlockTable:
     """A table that holds a text, all of it named."""
     table = BlockTable(pool)
     table.reserve(len(text))
@@ -128,7 +141,8 @@ def test_a_text_that_is_cached_whole_has_its_last_block_computed():
     pool = BlockPool(8, 4)
     cache = PrefixCache(pool)
     table = filled(pool, cache, [1, 2, 3, 4, 5, 6, 7, 8])
-    assert cache.match([1, 2, 3, 4, 5, 6, 7, 8]) == table.blocks[:1]  # not one token: blocks are whole
+    # not one token: blocks are whole
+    assert cache.match([1, 2, 3, 4, 5, 6, 7, 8]) == table.blocks[:1]
     assert cache.match([1, 2, 3, 4, 5, 6, 7, 8, 9]) == table.blocks
     assert cache.match([]) == cache.match([1, 2, 3]) == cache.match([2, 2, 3, 4, 5]) == []
 
@@ -137,7 +151,8 @@ def test_taking_before_allocating_keeps_what_was_matched():
     pool = BlockPool(2, 1)
     cache = PrefixCache(pool)
     filled(pool, cache, [7]).free()
-    filled(pool, cache, [8, 9]).free()  # the block of 7 is the next to be given away, if nobody takes it
+    # the block of 7 is the next to be given away, if nobody takes it
+    filled(pool, cache, [8, 9]).free()
     hit = cache.match([8, 9, 5])
     assert cache.available(hit) == 0  # both blocks are free, and both are what was matched
     table = BlockTable(pool)
@@ -149,7 +164,8 @@ def test_taking_before_allocating_keeps_what_was_matched():
 def test_what_is_freed_first_is_forgotten_first_and_of_one_text_the_end():
     pool = BlockPool(4, 1)
     cache = PrefixCache(pool)
-    old, new = filled(pool, cache, [1, 2]), filled(pool, cache, [3, 4])
+    old = filled(pool, cache, [1, 2])
+    new = filled(pool, cache, [3, 4])
     old.free()
     new.free()
     lengths = []
@@ -162,7 +178,8 @@ def test_what_is_freed_first_is_forgotten_first_and_of_one_text_the_end():
 def test_two_sequences_that_fill_equal_blocks_keep_both_and_the_first_is_found():
     pool = BlockPool(4, 2)
     cache = PrefixCache(pool)
-    first, second = filled(pool, cache, [1, 2]), filled(pool, cache, [1, 2])
+    first = filled(pool, cache, [1, 2])
+    second = filled(pool, cache, [1, 2])
     assert first.blocks != second.blocks
     assert cache.match([1, 2, 3]) == first.blocks
     (block,) = first.blocks
@@ -176,7 +193,12 @@ def test_tenants_do_not_see_each_other():
     pool = BlockPool(8, 1)
     cache = PrefixCache(pool)
     filled(pool, cache, [1, 2], salt="a")
-    assert cache.match([1, 2, 3], salt="b") == cache.match([1, 2, 3], salt="") == cache.match([1, 2, 3]) == []
+    assert (
+        cache.match([1, 2, 3], salt="b")
+        == cache.match([1, 2, 3], salt="")
+        == cache.match([1, 2, 3])
+        == []
+    )
     assert len(cache.match([1, 2, 3], salt="a")) == 2
     filled(pool, cache, [1, 2])
     assert cache.match([1, 2, 3], salt="") == []  # an empty salt is a salt
@@ -188,9 +210,11 @@ def test_what_a_weak_hash_does_another_prompt_is_served_somebody_elses_keys():
     weak = PrefixCache(pool, lambda parent, tokens, salt: hash((parent, sum(tokens), salt)))
     theirs = filled(pool, weak, [5, 1])
     assert weak.match([3, 3, 9]) == theirs.blocks  # a hit, and the wrong one
-    forgetful = PrefixCache(BlockPool(8, 2), lambda parent, tokens, salt: tuple(tokens))  # no chain: position is lost
+    # no chain: position is lost
+    forgetful = PrefixCache(BlockPool(8, 2), lambda parent, tokens, salt: tuple(tokens))
     theirs = filled(forgetful.pool, forgetful, [1, 1, 2, 2])
-    assert forgetful.match([2, 2, 9]) == theirs.blocks[1:]  # keys rotated for positions 2 and 3, used at 0 and 1
+    # keys rotated for positions 2 and 3, used at 0 and 1
+    assert forgetful.match([2, 2, 9]) == theirs.blocks[1:]
     for prompt in ([3, 3, 9], [2, 2, 9]):
         strong = PrefixCache(BlockPool(8, 2))
         filled(strong.pool, strong, [5, 1])
@@ -198,11 +222,17 @@ def test_what_a_weak_hash_does_another_prompt_is_served_somebody_elses_keys():
         assert strong.match(prompt) == []
 
 
-@given(one=st.lists(st.integers(0, 300), max_size=6), two=st.lists(st.integers(0, 300), max_size=6),
-       salt=salts, other=salts, size=st.integers(1, 3))  # fmt: skip
+@given(
+    one=st.lists(st.integers(0, 300), max_size=6),
+    two=st.lists(st.integers(0, 300), max_size=6),
+    salt=salts,
+    other=salts,
+    size=st.integers(1, 3),
+)
 def test_round_trip_equal_chains_mean_equal_texts(one, two, salt, other, size):
     cache = PrefixCache(BlockPool(1, size))
-    first, second = cache.extend([], one, salt), cache.extend([], two, other)
+    first = cache.extend([], one, salt)
+    second = cache.extend([], two, other)
     assert len(first) == len(one) // size
     for i, (a, b) in enumerate(zip(first, second, strict=False), 1):
         assert (a == b) == ((salt, one[: i * size]) == (other, two[: i * size]))

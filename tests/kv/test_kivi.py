@@ -18,21 +18,32 @@ from refllm.model.config import ModelConfig
 from strategies import KINDS, arrays, build, seeds
 
 EPS32, EPS64 = (float(np.finfo(dtype).eps) for dtype in ("float32", "float64"))
-FINITE = [kind for kind in KINDS if kind != "extreme"]  # max − min of ± the largest number is infinite
+# max − min of ± the largest number is infinite
+FINITE = [kind for kind in KINDS if kind != "extreme"]
 LLAMA_70B = ModelConfig("llama", 32000, 8192, 28672, 80, 64, 8, 128)
-H, G, D = 4, 2, 8
+H = 4
+G = 2
+D = 8
 kivis = st.builds(
-    lambda k, v, g, many: Kivi(k, v, g, g * many), st.sampled_from([1, 2, 4, 8]), st.integers(1, 8),
-    st.sampled_from([4, 8]), st.sampled_from([8, 16]),
-)  # fmt: skip
+    lambda k, v, g, many: Kivi(k, v, g, g * many),
+    st.sampled_from([1, 2, 4, 8]),
+    st.integers(1, 8),
+    st.sampled_from([4, 8]),
+    st.sampled_from([8, 16]),
+)
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.theorem("|x̂ − x| ≤ s/2 for every number of a group", source="Liu et al. 2024, section 2; rounding")
-@given(x=arrays(st.integers(1, 4), st.sampled_from([8, 16, 24]), kinds=FINITE), bits=st.integers(1, 8),
-       group=st.sampled_from([1, 2, 4, 8]))  # fmt: skip
+@pytest.mark.theorem(
+    "|x̂ − x| ≤ s/2 for every number of a group", source="Liu et al. 2024, section 2; rounding"
+)
+@given(
+    x=arrays(st.integers(1, 4), st.sampled_from([8, 16, 24]), kinds=FINITE),
+    bits=st.integers(1, 8),
+    group=st.sampled_from([1, 2, 4, 8]),
+)
 def test_bound_of_the_error_is_half_a_step(xp, x, bits, group):
     codes, step, low = encode(xp.asarray(x), bits, group)
     assert codes.dtype == "uint8"
@@ -53,8 +64,10 @@ def test_exact_value_codes_are_those_of_the_published_formula(xp, x, bits):
     codes, step, low = (to_host(a) for a in encode(xp.asarray(x), bits, 8))
     for r in range(len(x)):
         for i in range(0, 16, 8):
-            group, most = x[r, i : i + 8], np.float32((1 << bits) - 1)
-            mn, s = group.min(), (group.max() - group.min()) / most
+            group = x[r, i : i + 8]
+            most = np.float32((1 << bits) - 1)
+            mn = group.min()
+            s = (group.max() - group.min()) / most
             assert low[r, i // 8] == mn
             if s == 0:
                 assert (step[r, i // 8], codes[r, i : i + 8].max()) == (1, 0)
@@ -128,15 +141,19 @@ def test_settings_that_fit_nothing_are_refused_with_one_that_does(arguments, mes
 def published(prompt: int, steps: int, size: int) -> list[tuple[int, int]]:
     """(quantised keys, quantised values) after the prompt and after each step, by the published bookkeeping."""
     keys_waiting = prompt % size
-    keys, values = prompt - keys_waiting, max(0, prompt - size)
-    values_waiting, history = prompt - values, [(keys, values)]
+    keys = prompt - keys_waiting
+    values = max(0, prompt - size)
+    values_waiting = prompt - values
+    history = [(keys, values)]
     for _ in range(steps):
         keys_waiting += 1
         if keys_waiting == size:
-            keys, keys_waiting = keys + size, 0
+            keys = keys + size
+            keys_waiting = 0
         values_waiting += 1
         if values_waiting > size:
-            values, values_waiting = values + 1, values_waiting - 1
+            values = values + 1
+            values_waiting = values_waiting - 1
         history.append((keys, values))
     return history
 
@@ -166,7 +183,9 @@ def test_exact_value_bits_and_bytes_of_the_specification():
     assert Kivi(2, 2, 32, 128).nbytes(LLAMA_70B, 4096) == expected
     # keys and values of other widths: 128 · 2 / 32 words a channel, 1 · 128 · 8 / 32 a token
     one = ModelConfig("llama", 8, 128, 128, 1, 1, 1, 128)
-    assert Kivi(2, 8, 32, 128).nbytes(one, 129) == 4 * (128 * 8 + 32) + 2 * (2 * 129 * 4 + 1 * 128 + 128 * 128)
+    assert Kivi(2, 8, 32, 128).nbytes(one, 129) == 4 * (128 * 8 + 32) + 2 * (
+        2 * 129 * 4 + 1 * 128 + 128 * 128
+    )
     # 3-bit values leave the end of a row's last word unused: 8 · 3 = 24 of 32 bits
     small = ModelConfig("llama", 8, 16, 16, 1, 2, 1, 8)
     assert Kivi(4, 3, 8, 8).nbytes(small, 9) == 4 * (8 * 1 + 1) + 2 * (2 * 9 + (18 - 9) * 8)
@@ -180,9 +199,14 @@ def hat(x: np.ndarray, bits: int, group: int, by: str, whole: int) -> np.ndarray
     x = x.copy()
     for s in range(0, whole, group if by == "channel" else 1):
         for c in range(0, x.shape[2], 1 if by == "channel" else group):
-            at = (slice(s, s + group), slice(None), c) if by == "channel" else (s, slice(None), slice(c, c + group))
+            at = (
+                (slice(s, s + group), slice(None), c)
+                if by == "channel"
+                else (s, slice(None), slice(c, c + group))
+            )
             block = x[at].T if by == "channel" else x[at]  # [G, group]
-            low, step = block.min(axis=1, keepdims=True), np.ptp(block, axis=1, keepdims=True) / ((1 << bits) - 1)
+            low = block.min(axis=1, keepdims=True)
+            step = np.ptp(block, axis=1, keepdims=True) / ((1 << bits) - 1)
             back = np.rint((block - low) / step) * step + low
             x[at] = back.T if by == "channel" else back
     return x
@@ -208,22 +232,38 @@ def text(seed: int, length: int) -> list[np.ndarray]:
     "A text read at once, with a boundary for each query, is the text read token by token",
     source="the boundary is a function of the query's position alone",
 )
-@given(seed=seeds, length=st.integers(1, 150), kivi=kivis, window=st.sampled_from([None, 5, 70]),
-       keys=st.sampled_from(["channel", "token"]), values=st.sampled_from(["channel", "token"]))  # fmt: skip
-def test_equality_a_whole_text_is_read_as_one_query_after_the_other(xp, seed, length, kivi, window, keys, values):
+@given(
+    seed=seeds,
+    length=st.integers(1, 150),
+    kivi=kivis,
+    window=st.sampled_from([None, 5, 70]),
+    keys=st.sampled_from(["channel", "token"]),
+    values=st.sampled_from(["channel", "token"]),
+)
+def test_equality_a_whole_text_is_read_as_one_query_after_the_other(
+    xp, seed, length, kivi, window, keys, values
+):
     q, k, v = text(seed, length)
     expected = one_by_one(q, k, v, kivi, window, keys, values)
-    got = attend_as_decoded(*(xp.asarray(a) for a in (q, k, v)), kivi, window=window, keys=keys, values=values)
+    got = attend_as_decoded(
+        *(xp.asarray(a) for a in (q, k, v)), kivi, window=window, keys=keys, values=values
+    )
     assert np.abs(to_host(got) - expected).max() <= 1e3 * D * EPS64 * np.abs(v).max()
 
 
-@given(seed=seeds, lengths=st.lists(st.integers(1, 31), min_size=1, max_size=3), window=st.sampled_from([None, 6]))
+@given(
+    seed=seeds,
+    lengths=st.lists(st.integers(1, 31), min_size=1, max_size=3),
+    window=st.sampled_from([None, 6]),
+)
 def test_equality_with_plain_attention_while_everything_waits(xp, seed, lengths, window):
     q, k, v = (xp.asarray(a) for a in text(seed, sum(lengths)))
     plain = CausalAttend(lengths, window)(0, q, k, v)
     for keys in ("channel", "token"):
         got = KiviAttend(lengths, Kivi(1, 1, 8, 32), window, keys=keys)(0, q, k, v)
-        assert np.abs(to_host(got) - to_host(plain)).max() <= 1e3 * D * EPS64 * float(np.abs(to_host(v)).max())
+        assert np.abs(to_host(got) - to_host(plain)).max() <= 1e3 * D * EPS64 * float(
+            np.abs(to_host(v)).max()
+        )
 
 
 def test_a_query_reads_codes_exactly_from_the_step_on_that_follows_the_flush(xp):
@@ -240,7 +280,8 @@ def test_a_query_reads_codes_exactly_from_the_step_on_that_follows_the_flush(xp)
 
 def test_keys_with_large_channels_want_steps_by_channel_and_those_with_large_tokens_by_token(xp):
     """What KIVI found in real keys, and its mirror image, where its choice is the wrong one."""
-    channels, tokens = np.arange(D) == 3, (np.arange(128) % 8 == 3)[:, None, None]
+    channels = np.arange(D) == 3
+    tokens = (np.arange(128) % 8 == 3)[:, None, None]
     for seed, (large, better, worse) in product(
         range(5), [(channels, "channel", "token"), (tokens, "token", "channel")]
     ):
@@ -248,11 +289,14 @@ def test_keys_with_large_channels_want_steps_by_channel_and_those_with_large_tok
         k = text(seed, 128)[1] * factor
         error = {}
         for by in ("channel", "token"):
-            columns = xp.asarray(np.ascontiguousarray(k.transpose(1, 2, 0) if by == "channel" else k))
+            columns = xp.asarray(
+                np.ascontiguousarray(k.transpose(1, 2, 0) if by == "channel" else k)
+            )
             back = to_host(decode(*encode(columns, 2, 8)))
             back = back.transpose(2, 0, 1) if by == "channel" else back
             assert np.allclose(back, hat(k, 2, 8, by, 128), rtol=0, atol=1e3 * EPS64)
-            error[by] = np.square(back - k)[factor == 1].mean()  # the large ones are as well off either way
+            # the large ones are as well off either way
+            error[by] = np.square(back - k)[factor == 1].mean()
         assert error[worse] > 20 * error[better]
 
 
@@ -262,7 +306,8 @@ def test_scores_may_be_as_large_as_they_are(xp):
     expected = one_by_one(1e3 * q, k, v, Kivi(2, 2, 8, 32), None, "channel", "token")
     got = to_host(attend_as_decoded(*(xp.asarray(a) for a in (1e3 * q, k, v)), Kivi(2, 2, 8, 32)))
     assert np.isfinite(got).all()
-    assert np.abs(got - expected).max() <= 1e-8  # scores of up to 10⁴, each with an error of 10⁴ eps
+    # scores of up to 10⁴, each with an error of 10⁴ eps
+    assert np.abs(got - expected).max() <= 1e-8
 
 
 @pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int64, np.uint64])
@@ -280,7 +325,9 @@ def test_what_does_not_fit_is_refused(xp):
         attend_as_decoded(q, k, v, Kivi(8, 8, 3, 12))
     with pytest.raises(ValueError, match="lengths sum to 3, the batch has 4 tokens"):
         KiviAttend([3], Kivi(2, 2, 8, 32))(0, q, k, v)
-    with pytest.raises(ValueError, match="keys share a step by 'channel' or by 'token', got 'head'"):
+    with pytest.raises(
+        ValueError, match="keys share a step by 'channel' or by 'token', got 'head'"
+    ):
         KiviAttend([4], Kivi(2, 2, 8, 32), keys="head")
     assert attend_as_decoded(q[:0], k[:0], v[:0], Kivi(2, 2, 8, 32)).shape == (0, H, D)
     assert math.isfinite(float(to_host(attend_as_decoded(q, k, v, Kivi(2, 2, 8, 32))).sum()))

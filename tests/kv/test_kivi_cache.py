@@ -25,7 +25,11 @@ from refllm.model.llama import build, forward, logits
 from strategies import seeds
 from test_api import network
 
-L, H, G, D, CAPACITY = 2, 4, 2, 8, 150
+L = 2
+H = 4
+G = 2
+D = 8
+CAPACITY = 150
 
 
 def config(window: int | None = None) -> ModelConfig:
@@ -38,7 +42,9 @@ def texts(seed: int, sequences: int, length: int = CAPACITY) -> tuple[np.ndarray
     return tuple(rng.standard_normal((L, sequences, length, heads, D)) for heads in (H, G, G))
 
 
-def poisoned(xp, kivi: Kivi, sequences: int, window: int | None = None, dtype: str = "float64") -> KiviCache:
+def poisoned(
+    xp, kivi: Kivi, sequences: int, window: int | None = None, dtype: str = "float64"
+) -> KiviCache:
     """A cache in which everything that was not written is NaN."""
     cache = KiviCache(config(window), sequences, CAPACITY, like=xp.zeros(1, dtype=dtype), kivi=kivi)
     for array in (cache.key_steps, cache.key_rest, cache.value_steps, cache.value_rest):
@@ -46,12 +52,21 @@ def poisoned(xp, kivi: Kivi, sequences: int, window: int | None = None, dtype: s
     return cache
 
 
-def run(xp, cache: Any, data, counts: list[int], kept: list[int] | None = None) -> list[list[np.ndarray]]:
+def run(
+    xp, cache: Any, data, counts: list[int], kept: list[int] | None = None
+) -> list[list[np.ndarray]]:
     """One step of the texts in all layers, of which ``kept`` tokens (all) are committed; outputs by layer and text."""
-    starts, view, outputs = cache.lengths[:], cache.view(counts), []
+    starts = cache.lengths[:]
+    view = cache.view(counts)
+    outputs = []
     for layer in range(L):
         parts = [
-            np.concatenate([a[layer, b, s : s + n] for b, (s, n) in enumerate(zip(starts, counts, strict=True))])
+            np.concatenate(
+                [
+                    a[layer, b, s : s + n]
+                    for b, (s, n) in enumerate(zip(starts, counts, strict=True))
+                ]
+            )
             for a in data
         ]
         moved = [xp.asarray(part) for part in parts]
@@ -64,7 +79,12 @@ def run(xp, cache: Any, data, counts: list[int], kept: list[int] | None = None) 
 
 
 def contents(cache: KiviCache) -> list[np.ndarray]:
-    return [to_host(a) for layer in range(L) for b in range(len(cache.lengths)) for a in cache.read(layer, b)]
+    return [
+        to_host(a)
+        for layer in range(L)
+        for b in range(len(cache.lengths))
+        for a in cache.read(layer, b)
+    ]
 
 
 steps = st.lists(st.tuples(st.integers(0, 70), st.integers(0, 70)), min_size=1, max_size=6)
@@ -74,7 +94,13 @@ steps = st.lists(st.tuples(st.integers(0, 70), st.integers(0, 70)), min_size=1, 
     "What the cache holds is a function of the length: no cut into steps, neighbour or rejected draft changes a bit",
     source="Liu et al. 2024, algorithm 1: flushes at multiples of R from position 0",
 )
-@given(seed=seeds, kivi=kivis, counts=steps, data=st.data(), dtype=st.sampled_from(["float16", "float64"]))
+@given(
+    seed=seeds,
+    kivi=kivis,
+    counts=steps,
+    data=st.data(),
+    dtype=st.sampled_from(["float16", "float64"]),
+)
 def test_invariance_of_the_way_to_a_length(xp, seed, kivi, counts, data, dtype):
     """In float16 what waits is rounded, so what becomes a code at once is rounded before."""
     texts_of = texts(seed, 2)
@@ -93,16 +119,24 @@ def test_invariance_of_the_way_to_a_length(xp, seed, kivi, counts, data, dtype):
 
 
 @given(seed=seeds, kivi=kivis, length=st.integers(0, CAPACITY))
-def test_exact_value_codes_stand_for_what_loops_say_and_what_waits_is_as_it_came(xp, seed, kivi, length):
-    _, k, v = data = texts(seed, 1)
+def test_exact_value_codes_stand_for_what_loops_say_and_what_waits_is_as_it_came(
+    xp, seed, kivi, length
+):
+    data = texts(seed, 1)
+    _, k, v = data
     cache = poisoned(xp, kivi, 1)
     if length:
         run(xp, cache, data, [length])
     for layer in range(L):
         keys, values = (to_host(a) for a in cache.read(layer, 0))
-        whole, old = kivi.quantised_keys(length), kivi.quantised_values(length)
-        expected_k = hat(k[layer, 0, :length], kivi.key_bits, kivi.group, "channel", whole).transpose(1, 2, 0)
-        expected_v = hat(v[layer, 0, :length], kivi.value_bits, kivi.group, "token", old).transpose(1, 0, 2)
+        whole = kivi.quantised_keys(length)
+        old = kivi.quantised_values(length)
+        expected_k = hat(
+            k[layer, 0, :length], kivi.key_bits, kivi.group, "channel", whole
+        ).transpose(1, 2, 0)
+        expected_v = hat(v[layer, 0, :length], kivi.value_bits, kivi.group, "token", old).transpose(
+            1, 0, 2
+        )
         assert np.array_equal(keys[:, :, whole:], expected_k[:, :, whole:])
         assert np.array_equal(values[:, old:], expected_v[:, old:])
         np.testing.assert_allclose(keys, expected_k, rtol=0, atol=64 * EPS64 * 8)
@@ -115,23 +149,36 @@ def test_exact_value_codes_stand_for_what_loops_say_and_what_waits_is_as_it_came
 )
 @settings(max_examples=10)
 @given(
-    seed=seeds, kivi=kivis, window=st.sampled_from([None, 9, 70]), length=st.integers(60, 110), late=st.integers(0, 40)
+    seed=seeds,
+    kivi=kivis,
+    window=st.sampled_from([None, 9, 70]),
+    length=st.integers(60, 110),
+    late=st.integers(0, 40),
 )
 def test_equality_with_a_whole_text_read_as_decoded(xp, seed, kivi, window, length, late):
     """Two texts, the second ``late`` steps behind: no step of the two is at the same place."""
     data = texts(seed, 2, length)
     cache = poisoned(xp, kivi, 2, window)
     expected = [
-        [to_host(attend_as_decoded(*(xp.asarray(a[layer, b]) for a in data), kivi, window=window)) for b in (0, 1)]
+        [
+            to_host(
+                attend_as_decoded(*(xp.asarray(a[layer, b]) for a in data), kivi, window=window)
+            )
+            for b in (0, 1)
+        ]
         for layer in range(L)
     ]
     for step in range(length):
-        counts, at = [1, int(step >= late)], cache.lengths[:]
+        counts = [1, int(step >= late)]
+        at = cache.lengths[:]
         outputs = run(xp, cache, data, counts)
         for layer in range(L):
             for b in (0, 1):
                 there = expected[layer][b][at[b] : at[b] + counts[b]]
-                assert np.abs(outputs[layer][b] - there).max(initial=0) <= 1e3 * D * EPS64 * np.abs(data[2]).max()
+                assert (
+                    np.abs(outputs[layer][b] - there).max(initial=0)
+                    <= 1e3 * D * EPS64 * np.abs(data[2]).max()
+                )
 
 
 def test_a_prompt_in_one_step_reads_itself_as_it_came(xp):
@@ -145,7 +192,9 @@ def test_a_prompt_in_one_step_reads_itself_as_it_came(xp):
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("capacity", [1, 31, 32, 33, 100, 128, 150])
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
-def test_conservation_bytes_are_those_of_the_formula_and_the_room_that_is_left(xp, bits, capacity, dtype):
+def test_conservation_bytes_are_those_of_the_formula_and_the_room_that_is_left(
+    xp, bits, capacity, dtype
+):
     kivi = Kivi(bits, bits, 8, 32)
     cache = KiviCache(config(), 3, capacity, like=xp.zeros(1), kivi=kivi, dtype=dtype)
     item = np.dtype(dtype).itemsize
@@ -157,10 +206,13 @@ def test_conservation_bytes_are_those_of_the_formula_and_the_room_that_is_left(x
 def test_a_cache_in_float16_serves_queries_in_float32(xp):
     data = tuple(a.astype("float32") for a in texts(1, 1))
     kivi = Kivi(8, 8, 8, 32)
-    half = KiviCache(config(), 1, CAPACITY, like=xp.zeros(1, dtype="float32"), kivi=kivi, dtype="float16")
+    half = KiviCache(
+        config(), 1, CAPACITY, like=xp.zeros(1, dtype="float32"), kivi=kivi, dtype="float16"
+    )
     whole = KiviCache(config(), 1, CAPACITY, like=xp.zeros(1, dtype="float32"), kivi=kivi)
     for counts in ([100], [1], [1]):
-        a, b = run(xp, half, data, counts), run(xp, whole, data, counts)
+        a = run(xp, half, data, counts)
+        b = run(xp, whole, data, counts)
     assert a[0][0].dtype == "float32"
     assert 0 < np.abs(a[1][0] - b[1][0]).max() < 0.02
     assert half.nbytes < whole.nbytes
@@ -174,7 +226,8 @@ def test_a_cache_in_float16_serves_queries_in_float32(xp):
 
 
 def test_what_the_cache_cannot_do_is_refused_and_nothing_is_lost(xp):
-    cache, data = poisoned(xp, Kivi(2, 2, 8, 32), 2), texts(0, 2)
+    cache = poisoned(xp, Kivi(2, 2, 8, 32), 2)
+    data = texts(0, 2)
     with pytest.raises(ValueError, match="a head of 8 channels does not divide into groups of 16"):
         KiviCache(config(), 1, 5, like=xp.zeros(1), kivi=Kivi(2, 2, 16, 32))
     with pytest.raises(ValueError, match="needs room for a token, got 0 × 5"):
@@ -183,7 +236,11 @@ def test_what_the_cache_cannot_do_is_refused_and_nothing_is_lost(xp):
         cache.advance([1, 1])
     run(xp, cache, data, [40, 3])
     before = contents(cache)
-    for counts, message in (([111, 0], "sequence 0: 40 cached"), ([1, -1], "sequence 1"), ([1, 1, 1], "holds 2")):
+    for counts, message in (
+        ([111, 0], "sequence 0: 40 cached"),
+        ([1, -1], "sequence 1"),
+        ([1, 1, 1], "holds 2"),
+    ):
         with pytest.raises(ValueError, match=message):
             cache.view(counts)
     with pytest.raises(ValueError, match="the view is for 5 tokens, the step has 2"):
@@ -206,7 +263,8 @@ def test_what_the_cache_cannot_do_is_refused_and_nothing_is_lost(xp):
 
 
 def test_a_decode_step_moves_nothing_between_host_and_device():
-    cache, data = poisoned(fakecupy, Kivi(2, 2, 8, 32), 2), texts(0, 2)
+    cache = poisoned(fakecupy, Kivi(2, 2, 8, 32), 2)
+    data = texts(0, 2)
     run(fakecupy, cache, data, [63, 40])
     tokens = [[fakecupy.asarray(np.ones((2, heads, D))) for heads in (H, G, G)] for _ in range(L)]
     with fakecupy.counting() as c:
@@ -225,26 +283,37 @@ def test_a_decode_step_moves_nothing_between_host_and_device():
 def test_decoding_is_the_forward_pass_with_the_memory_of_kivi(name):
     """Over whole networks: token by token through the cache, and all at once."""
     c = NETWORKS[name]
-    kivi = Kivi(8, 8, 5, 20) if c.head_dim == 10 else Kivi(4, 4, 8, 16)  # groups of two would come back exactly
+    # groups of two would come back exactly
+    kivi = Kivi(8, 8, 5, 20) if c.head_dim == 10 else Kivi(4, 4, 8, 16)
     weights = build(c, random_tensors(c, 0, "float64"))
-    cache, place = KiviCache(c, 1, len(TOKENS), like=np.zeros(1), kivi=kivi), np.arange(len(TOKENS))
-    whole = logits(weights, forward(weights, c, TOKENS, place, KiviAttend([len(TOKENS)], kivi, c.sliding_window)))
+    cache = KiviCache(c, 1, len(TOKENS), like=np.zeros(1), kivi=kivi)
+    place = np.arange(len(TOKENS))
+    whole = logits(
+        weights,
+        forward(weights, c, TOKENS, place, KiviAttend([len(TOKENS)], kivi, c.sliding_window)),
+    )
     for t in range(len(TOKENS)):
-        z = logits(weights, forward(weights, c, TOKENS[t : t + 1], place[t : t + 1], cache.view([1])))
+        z = logits(
+            weights, forward(weights, c, TOKENS[t : t + 1], place[t : t + 1], cache.view([1]))
+        )
         cache.advance([1])
         assert np.abs(z[0] - whole[t]).max() <= 1e-9 * np.abs(whole).max()
-    assert np.abs(whole - full_logits(weights, c)).max() > 1e-6 * np.abs(whole).max()  # it is lossy, and it was used
+    # it is lossy, and it was used
+    assert np.abs(whole - full_logits(weights, c)).max() > 1e-6 * np.abs(whole).max()
 
 
-COARSE, PATIENT = Kivi(1, 1, 4, 32), Kivi(1, 1, 4, 160)  # one bit, and one bit of what is never reached
+COARSE = Kivi(1, 1, 4, 32)  # one bit, and one bit of what is never reached
+PATIENT = Kivi(1, 1, 4, 160)
 PROMPTS = [np.random.default_rng(i).integers(1, 257, n).tolist() for i, n in enumerate((70, 33, 5))]
 ENDLESS = network(eos_token_ids=())
 
 
 def by_hand(prompt: list[int], count: int, kivi: Kivi) -> list[int]:
     """The prompt in one step, then token by token."""
-    c, w = ENDLESS.config, ENDLESS.weights
-    cache, new = KiviCache(c, 1, 160, like=np.zeros(1), kivi=kivi), list(prompt)
+    c = ENDLESS.config
+    w = ENDLESS.weights
+    cache = KiviCache(c, 1, 160, like=np.zeros(1), kivi=kivi)
+    new = list(prompt)
     for _ in range(count):
         fed = np.asarray(new[cache.lengths[0] :])
         at = np.arange(cache.lengths[0], len(new))
@@ -259,8 +328,11 @@ def test_generation_reads_what_the_cache_holds_alone_and_in_a_batch():
     assert ENDLESS.generate_batch(PROMPTS, 25, cache=COARSE) == expected
     assert [ENDLESS.generate(prompt, 25, cache=COARSE) for prompt in PROMPTS] == expected
     plain = ENDLESS.generate_batch(PROMPTS, 25)
-    assert [a == b for a, b in zip(plain, expected, strict=True)] == [False, False, True]  # 30 tokens wait
-    assert "".join(ENDLESS.stream("abc" * 30, 20, cache=COARSE)) == ENDLESS.generate("abc" * 30, 20, cache=COARSE)
+    # 30 tokens wait
+    assert [a == b for a, b in zip(plain, expected, strict=True)] == [False, False, True]
+    assert "".join(ENDLESS.stream("abc" * 30, 20, cache=COARSE)) == ENDLESS.generate(
+        "abc" * 30, 20, cache=COARSE
+    )
 
 
 def test_while_everything_waits_the_text_is_the_plain_one_with_drafts_and_without():
@@ -271,10 +343,20 @@ def test_while_everything_waits_the_text_is_the_plain_one_with_drafts_and_withou
 
 def test_a_step_of_drafts_reads_the_cache_that_it_found():
     """Chains of drafts over several flushes: each step again by hand, on the same cache."""
-    c, w, prompt, accepted = ENDLESS.config, ENDLESS.weights, PROMPTS[0], 0
-    for drafter in (NGramDrafter(5), ModelDrafter(network(1, eos_token_ids=()), 3), PerfectDrafter(ENDLESS, 4)):
-        taken = list(speculate(w, c, prompt, 60, GREEDY, np.random.default_rng(0), drafter, policy=COARSE))
-        cache, text = KiviCache(c, 1, 160, like=np.zeros(1), kivi=COARSE), list(prompt)
+    c = ENDLESS.config
+    w = ENDLESS.weights
+    prompt = PROMPTS[0]
+    accepted = 0
+    for drafter in (
+        NGramDrafter(5),
+        ModelDrafter(network(1, eos_token_ids=()), 3),
+        PerfectDrafter(ENDLESS, 4),
+    ):
+        taken = list(
+            speculate(w, c, prompt, 60, GREEDY, np.random.default_rng(0), drafter, policy=COARSE)
+        )
+        cache = KiviCache(c, 1, 160, like=np.zeros(1), kivi=COARSE)
+        text = list(prompt)
         for i, step in enumerate(taken):
             fed = [text[-1], *step.drafts] if i else text
             at = np.arange(cache.lengths[0], cache.lengths[0] + len(fed))
@@ -286,7 +368,8 @@ def test_a_step_of_drafts_reads_the_cache_that_it_found():
             cache.advance([1 + step.accepted if i else len(prompt)])
             text += step.tokens
         accepted += sum(step.accepted for step in taken)
-        assert COARSE.quantised_keys(len(text)) >= COARSE.quantised_keys(len(prompt)) + 32  # over a flush
+        # over a flush
+        assert COARSE.quantised_keys(len(text)) >= COARSE.quantised_keys(len(prompt)) + 32
         assert ENDLESS.generate(prompt, 60, cache=COARSE, drafter=drafter) == text[len(prompt) :]
     assert accepted > 0
 
@@ -294,12 +377,17 @@ def test_a_step_of_drafts_reads_the_cache_that_it_found():
 def test_a_long_prompt_reads_itself_as_it_came_whoever_its_neighbours_are(monkeypatch):
     prompts = [np.random.default_rng(n).integers(1, 257, n).tolist() for n in (300, 200, 400)]
     model = network(eos_token_ids=(), max_position_embeddings=512)
-    view, steps = KiviCache.view, []
-    monkeypatch.setattr(KiviCache, "view", lambda self, counts: steps.append(list(counts)) or view(self, counts))
+    view = KiviCache.view
+    steps = []
+    monkeypatch.setattr(
+        KiviCache, "view", lambda self, counts: steps.append(list(counts)) or view(self, counts)
+    )
     together = model.generate_batch(prompts, 12, cache=COARSE)
-    assert steps == [[300, 200, 400], *[[1, 1, 1]] * 11]  # all of them in one step, not cut at some length of all
+    # all of them in one step, not cut at some length of all
+    assert steps == [[300, 200, 400], *[[1, 1, 1]] * 11]
     assert together == [model.generate(prompt, 12, cache=COARSE) for prompt in prompts]
-    for prompt, new in zip(prompts, together, strict=True):  # the first token is chosen as without a policy
+    # the first token is chosen as without a policy
+    for prompt, new in zip(prompts, together, strict=True):
         assert new[:1] == model.generate(prompt, 1)
     assert new_cache(model.config, 1, 9, np.zeros(1), COARSE).key_rest.dtype == "float64"
 
@@ -307,5 +395,7 @@ def test_a_long_prompt_reads_itself_as_it_came_whoever_its_neighbours_are(monkey
 def test_a_tree_of_drafts_is_refused_before_anything_is_computed():
     for drafter in (TreeDrafter(ENDLESS, 3), Cascade(NGramDrafter(3), TreeDrafter(ENDLESS, 3))):
         for count in (0, 1, 8):
-            with pytest.raises(ValueError, match="a tree of drafts is verified in a cache that keeps"):
+            with pytest.raises(
+                ValueError, match="a tree of drafts is verified in a cache that keeps"
+            ):
                 ENDLESS.generate(PROMPTS[0], count, cache=COARSE, drafter=drafter)

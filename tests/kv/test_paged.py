@@ -20,7 +20,9 @@ from refllm.model.llama import build, forward, logits
 from strategies import partitions, seeds
 
 EPS = float(np.finfo("float64").eps)
-L, G, D = 2, 2, 4
+L = 2
+G = 2
+D = 4
 
 
 def network(window: int | None = None) -> ModelConfig:
@@ -35,12 +37,17 @@ def new_tokens(rng: np.random.Generator, count: int, dtype: str = "float64") -> 
     "Attention through block tables = attention over contiguous strips, bit for bit where both make the same products",
     source="Kwon et al. 2023, section 4.1",
 )
-@given(steps=st.lists(st.lists(st.integers(0, 4), min_size=3, max_size=3), min_size=1, max_size=6),
-       block=st.integers(1, 4), window=st.one_of(st.none(), st.integers(1, 5)), seed=seeds,
-       dtype=st.sampled_from(["float32", "float64"]))  # fmt: skip
+@given(
+    steps=st.lists(st.lists(st.integers(0, 4), min_size=3, max_size=3), min_size=1, max_size=6),
+    block=st.integers(1, 4),
+    window=st.one_of(st.none(), st.integers(1, 5)),
+    seed=seeds,
+    dtype=st.sampled_from(["float32", "float64"]),
+)
 def test_oracle_paged_is_contiguous(xp, steps, block, window, seed, dtype):
     """The strips hold their keys in rows, as the pool does: BLAS sums over a transposed operand in another order."""
-    rng, like = np.random.default_rng(seed), xp.zeros(1, dtype=dtype)
+    rng = np.random.default_rng(seed)
+    like = xp.zeros(1, dtype=dtype)
     config = network(window)
     strips = ContiguousCache(config, 3, 30, like=like, columns=False)
     paged = PagedKVCache(config, 90, block, like=like, poison=True)
@@ -52,11 +59,15 @@ def test_oracle_paged_is_contiguous(xp, steps, block, window, seed, dtype):
     for counts in steps:
         for table, count in zip(tables, counts, strict=True):
             paged.reserve(table, count)
-        one, other = strips.view(counts), paged.view(tables, counts)
+        one = strips.view(counts)
+        other = paged.view(tables, counts)
         assert paged.positions(tables, counts) == strips.positions(counts)
         for layer in range(L):
             new = new_tokens(rng, sum(counts), dtype)
-            a, b = (to_host(attend(layer, *(xp.asarray(t.copy()) for t in new))) for attend in (one, other))
+            a, b = (
+                to_host(attend(layer, *(xp.asarray(t.copy()) for t in new)))
+                for attend in (one, other)
+            )
             if same_products(counts):
                 assert np.array_equal(a, b)
             else:
@@ -81,10 +92,14 @@ def same_products(counts: list[int]) -> bool:
     source="Kwon et al. 2023, section 4.4",
 )
 @given(
-    prompt=st.integers(1, 9), tails=st.tuples(st.integers(1, 6), st.integers(1, 6)), block=st.integers(1, 4), seed=seeds
+    prompt=st.integers(1, 9),
+    tails=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    block=st.integers(1, 4),
+    seed=seeds,
 )
 def test_invariance_siblings_are_independent(xp, prompt, tails, block, seed):
-    rng, like = np.random.default_rng(seed), xp.zeros(1, dtype=xp.float64)
+    rng = np.random.default_rng(seed)
+    like = xp.zeros(1, dtype=xp.float64)
     config = network()
     start = [new_tokens(rng, prompt) for _ in range(L)]
     more = [[[new_tokens(rng, 1) for _ in range(L)] for _ in range(n)] for n in tails]
@@ -93,7 +108,10 @@ def test_invariance_siblings_are_independent(xp, prompt, tails, block, seed):
         count = len(new[0][0])
         cache.reserve(table, count)
         attend = cache.view([table], [count])
-        out = [to_host(attend(layer, *(xp.asarray(t.copy()) for t in new[layer]))) for layer in range(L)]
+        out = [
+            to_host(attend(layer, *(xp.asarray(t.copy()) for t in new[layer])))
+            for layer in range(L)
+        ]
         cache.advance([table], [count])
         return out
 
@@ -113,7 +131,11 @@ def test_invariance_siblings_are_independent(xp, prompt, tails, block, seed):
             if step < tails[i]:
                 shared[i].append(write(cache, both[i], more[i][step]))
     for mine, single in zip(shared, alone, strict=True):
-        assert all(np.array_equal(a, b) for x, y in zip(mine, single, strict=True) for a, b in zip(x, y, strict=True))
+        assert all(
+            np.array_equal(a, b)
+            for x, y in zip(mine, single, strict=True)
+            for a, b in zip(x, y, strict=True)
+        )
     assert cache.copied == (1 if prompt % block else 0)  # the second writer owns the block alone
     for table in both:
         table.free()
@@ -121,37 +143,51 @@ def test_invariance_siblings_are_independent(xp, prompt, tails, block, seed):
     assert cache.pool.num_free == 40
 
 
-@given(chunks=partitions(len(TOKENS)), block=st.integers(1, 7), name=st.sampled_from(sorted(NETWORKS)))
+@given(
+    chunks=partitions(len(TOKENS)), block=st.integers(1, 7), name=st.sampled_from(sorted(NETWORKS))
+)
 def test_invariance_chunked_prefill_through_pages_gives_the_full_forward(chunks, block, name):
     config = NETWORKS[name]
     weights = build(config, random_tensors(config))
     cache = PagedKVCache(config, 50, block, like=np.zeros(1), poison=True)
-    table, out = cache.table(), []
+    table = cache.table()
+    out = []
     for count in chunks:
         at = table.length
         cache.reserve(table, count)
         positions = np.array(cache.positions([table], [count]))
-        hidden = forward(weights, config, TOKENS[at : at + count], positions, cache.view([table], [count]))
+        hidden = forward(
+            weights, config, TOKENS[at : at + count], positions, cache.view([table], [count])
+        )
         cache.advance([table], [count])
         out.append(logits(weights, hidden))
     whole = full_logits(weights, config)
     assert np.isfinite(whole).all()
-    np.testing.assert_allclose(np.concatenate(out), whole, rtol=0, atol=2e4 * EPS * np.abs(whole).max())
+    np.testing.assert_allclose(
+        np.concatenate(out), whole, rtol=0, atol=2e4 * EPS * np.abs(whole).max()
+    )
 
 
 def random_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
     from refllm.checkpoints.tensor_files import tensor_shapes
 
     rng = np.random.default_rng(3)
-    return {n: rng.standard_normal(s) * (0.3 if len(s) == 2 else 1.0) for n, s in tensor_shapes(config)}
+    return {
+        n: rng.standard_normal(s) * (0.3 if len(s) == 2 else 1.0) for n, s in tensor_shapes(config)
+    }
 
 
 @pytest.mark.theorem(
     "Attention over any partition of the slots, merged by log-sum-exp, = attention over all of them",
     source="Dao et al. 2023, Flash-Decoding",
 )
-@given(count=st.integers(1, 4), past=st.integers(0, 12), parts=st.integers(1, 20), seed=seeds,
-       window=st.one_of(st.none(), st.integers(1, 6)))  # fmt: skip
+@given(
+    count=st.integers(1, 4),
+    past=st.integers(0, 12),
+    parts=st.integers(1, 20),
+    seed=seeds,
+    window=st.one_of(st.none(), st.integers(1, 6)),
+)
 def test_invariance_split_keys_are_one_pass(xp, count, past, parts, seed, window):
     rng = np.random.default_rng(seed)
     total = past + count
@@ -191,7 +227,8 @@ def test_a_block_that_is_shared_is_not_written():
 @pytest.mark.parametrize("slot", [-1, 16])
 def test_a_slot_outside_the_pool_is_refused(slot):
     """A table of somebody else's: −1 would be the last slot."""
-    cache, table = PagedKVCache(network(), 4, 4, like=np.zeros(1)), SimpleNamespace(length=0, slots=lambda a, b: [slot])
+    cache = PagedKVCache(network(), 4, 4, like=np.zeros(1))
+    table = SimpleNamespace(length=0, slots=lambda a, b: [slot])
     with pytest.raises(ValueError, match="outside the 16 slots of the pool"):
         cache.view([table], [1])
 

@@ -42,10 +42,15 @@ class RadixMachine(RuleBasedStateMachine):
             slots.append(self.slot_of[name])
         return slots
 
-    def names(self, salt: Any, text: list[int] | tuple[int, ...]) -> list[tuple[Any, tuple[int, ...], int]]:
+    def names(
+        self, salt: Any, text: list[int] | tuple[int, ...]
+    ) -> list[tuple[Any, tuple[int, ...], int]]:
         """The dictionary's key of every token of the whole pages: its page may differ after it."""
         page = self.cache.page_size
-        return [(salt, tuple(text[: (i // page + 1) * page]), i) for i in range(len(text) // page * page)]
+        return [
+            (salt, tuple(text[: (i // page + 1) * page]), i)
+            for i in range(len(text) // page * page)
+        ]
 
     @rule(text=texts, salt=salts)
     def insert(self, text: list[int], salt: Any) -> None:
@@ -62,7 +67,8 @@ class RadixMachine(RuleBasedStateMachine):
         found = self.cache.match(text, salt=salt)
         assert found.slots == self.cached(salt, text)
         assert len(found) == len(found.slots)
-        assert self.cache.match(text, salt=salt).node is found.node  # a second look ends at the same node
+        # a second look ends at the same node
+        assert self.cache.match(text, salt=salt).node is found.node
         self.seen["split"] += self.cache.splits - splits
         if keep:
             self.cache.lock(found.node)
@@ -76,7 +82,9 @@ class RadixMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(0, 12))
     def evict(self, count: int) -> None:
-        before, free, total = len(self.slot_of), self.cache.evictable, self.cache.evicted
+        before = len(self.slot_of)
+        free = self.cache.evictable
+        total = self.cache.evicted
         self.gone.clear()
         freed = self.cache.evict(count)
         assert freed == len(self.gone)
@@ -94,10 +102,13 @@ class RadixMachine(RuleBasedStateMachine):
         if not hasattr(self, "cache"):
             return
         self.cache.check()
-        assert sorted(s for node in self.cache.nodes() for s in node.slots) == sorted(self.slot_of.values())
+        assert sorted(s for node in self.cache.nodes() for s in node.slots) == sorted(
+            self.slot_of.values()
+        )
         locked = {name for salt, text, _ in self.handles for name in self.names(salt, text)}
         assert self.cache.protected == len(locked)
-        for salt, text, found in self.handles:  # a handle stays good through every split and eviction
+        # a handle stays good through every split and eviction
+        for salt, text, found in self.handles:
             assert self.cached(salt, list(text)) == found.slots
             assert spelled(found) == text
 
@@ -115,7 +126,8 @@ def spelled(found: Match) -> tuple[int, ...]:
     key: tuple[int, ...] = ()
     node = found.node
     while node is not None:
-        key, node = node.key + key, node.parent
+        key = node.key + key
+        node = node.parent
     return key
 
 
@@ -129,7 +141,8 @@ def test_state_machine_the_cache_is_a_dictionary_of_prefixes():
 
 @given(first=texts, second=texts, probe=texts)
 def test_invariance_a_split_changes_no_match(first, second, probe):
-    whole, cut = RadixCache(), RadixCache()
+    whole = RadixCache()
+    cut = RadixCache()
     for cache in (whole, cut):
         cache.insert(first, list(range(len(first))))
         cache.insert(second, list(range(100, 100 + len(second))))
@@ -151,7 +164,15 @@ def test_a_partial_match_uses_the_upper_part_alone():
 # What each policy evicts first: three leaves a, b, c inserted in this order, then b found three times, a found once.
 @pytest.mark.parametrize(
     ("policy", "first"),
-    [("lru", "c"), ("lfu", "c"), ("fifo", "a"), ("mru", "a"), ("filo", "c"), ("slru", "c"), ("priority", "b")],
+    [
+        ("lru", "c"),
+        ("lfu", "c"),
+        ("fifo", "a"),
+        ("mru", "a"),
+        ("filo", "c"),
+        ("slru", "c"),
+        ("priority", "b"),
+    ],
 )
 def test_each_policy_evicts_in_its_order(policy, first):
     gone: list[int] = []
@@ -178,7 +199,8 @@ def test_both_parts_of_a_node_that_is_split_have_its_whole_history():
 
 
 def test_what_is_inserted_again_is_used_again_and_its_priority_never_falls():
-    cache, gone = RadixCache(), []
+    cache = RadixCache()
+    gone = []
     cache.on_evict = gone.extend
     cache.insert([0], [0], priority=5)
     cache.insert([1], [1])

@@ -29,7 +29,13 @@ from strategies import seeds
     "What is kept: the first, the newest, and of the others those of the highest scores; never more than the budget",
     source="Zhang et al. 2023, algorithm 1; Li et al. 2024, section 4",
 )
-@given(seed=seeds, size=st.integers(1, 20), first=st.integers(0, 3), newest=st.integers(0, 4), more=st.integers(0, 9))
+@given(
+    seed=seeds,
+    size=st.integers(1, 20),
+    first=st.integers(0, 3),
+    newest=st.integers(0, 4),
+    more=st.integers(0, 9),
+)
 def test_exact_value_the_choice_is_the_best_of_the_rest(xp, seed, size, first, newest, more):
     budget = max(1, first + newest + more)
     score = np.random.default_rng(seed).integers(0, 5, (3, size)).astype(float)  # with ties
@@ -40,23 +46,38 @@ def test_exact_value_the_choice_is_the_best_of_the_rest(xp, seed, size, first, n
         assert kept == sorted((must + rest)[: min(budget, size)])
 
 
-@given(seed=seeds, size=st.integers(1, 12), kernel=st.sampled_from([1, 3, 5, 7]), pool=st.sampled_from(["mean", "max"]))
+@given(
+    seed=seeds,
+    size=st.integers(1, 12),
+    kernel=st.sampled_from([1, 3, 5, 7]),
+    pool=st.sampled_from(["mean", "max"]),
+)
 def test_exact_value_pooling_counts_the_zeros_beyond_the_ends(xp, seed, size, kernel, pool):
     votes = np.random.default_rng(seed).random((2, size))
     expected = np.zeros_like(votes)
     for g in range(2):
         for j in range(size):
-            near = [votes[g, i] if 0 <= i < size else 0.0 for i in range(j - kernel // 2, j + kernel // 2 + 1)]
+            near = [
+                votes[g, i] if 0 <= i < size else 0.0
+                for i in range(j - kernel // 2, j + kernel // 2 + 1)
+            ]
             expected[g, j] = max(near) if pool == "max" else sum(near) / kernel
-    np.testing.assert_allclose(to_host(pooled(xp.asarray(votes), kernel, pool)), expected, rtol=1e-14)
+    np.testing.assert_allclose(
+        to_host(pooled(xp.asarray(votes), kernel, pool)), expected, rtol=1e-14
+    )
 
 
-@pytest.mark.theorem("A pyramid keeps layers · B tokens, falling by equal steps", source="Cai et al. 2024, section 3")
-@given(budget=st.integers(200, 4000), layers=st.integers(2, 80), beta=st.sampled_from([1.0, 2.0, 20.0]))
+@pytest.mark.theorem(
+    "A pyramid keeps layers · B tokens, falling by equal steps", source="Cai et al. 2024, section 3"
+)
+@given(
+    budget=st.integers(200, 4000), layers=st.integers(2, 80), beta=st.sampled_from([1.0, 2.0, 20.0])
+)
 def test_conservation_a_pyramid_keeps_as_much_as_equal_budgets(budget, layers, beta):
     budgets = pyramidkv(budget, beta=beta).budgets(layers)
     assert sum(budgets) == budget * layers
-    assert min(budgets) >= int(budget / beta)  # what the refusal of a budget that is too small counts on
+    # what the refusal of a budget that is too small counts on
+    assert min(budgets) >= int(budget / beta)
     assert all(a >= b - 1 for a, b in pairwise(budgets))  # up to rounding
     assert abs(budgets[-1] - budget / beta) <= 1
     assert abs(budgets[0] - (2 * budget - budget / beta)) <= 1
@@ -67,7 +88,12 @@ def test_policies_are_those_of_the_papers():
     assert (streaming(64).first, streaming(64).newest) == (4, 60)
     assert (h2o(64).newest, h2o(64).always, h2o(64).alike) == (32, True, False)
     assert (tova(64).newest, tova(64).alike) == (0, True)
-    assert (snapkv(64).newest, snapkv(64).window, snapkv(64).kernel, snapkv(64).always) == (32, 32, 5, False)
+    assert (snapkv(64).newest, snapkv(64).window, snapkv(64).kernel, snapkv(64).always) == (
+        32,
+        32,
+        5,
+        False,
+    )
     assert (recent_only(9).newest, at_random(9).newest) == (9, 4)
 
 
@@ -76,11 +102,23 @@ def test_policies_are_those_of_the_papers():
     [
         (lambda: h2o(0), "budget is a whole number, 1 or more, got 0"),
         (lambda: streaming(3), "a budget of 3 has no room for the first 4 and a newest one"),
-        (lambda: h2o(8, 9), "8 tokens do not hold the first 0 and the newest 9; raise the budget to 9"),
+        (
+            lambda: h2o(8, 9),
+            "8 tokens do not hold the first 0 and the newest 9; raise the budget to 9",
+        ),
         (lambda: snapkv(16), "16 tokens do not hold the first 0 and the newest 32"),
-        (lambda: pyramidkv(100), "5 tokens do not hold the first 0 and the newest 8; raise the budget to 160"),
-        (lambda: pyramidkv(15, beta=2.0), "7 tokens do not hold the first 0 and the newest 8; raise the budget to 16"),
-        (lambda: Sparse(4, beta=100.0), "0 tokens do not hold the first 0 and the newest 0; raise the budget to 100"),
+        (
+            lambda: pyramidkv(100),
+            "5 tokens do not hold the first 0 and the newest 8; raise the budget to 160",
+        ),
+        (
+            lambda: pyramidkv(15, beta=2.0),
+            "7 tokens do not hold the first 0 and the newest 8; raise the budget to 16",
+        ),
+        (
+            lambda: Sparse(4, beta=100.0),
+            "0 tokens do not hold the first 0 and the newest 0; raise the budget to 100",
+        ),
         (lambda: snapkv(64, kernel=4), "pools by mean or max of an odd number, got 'mean' of 4"),
         (lambda: snapkv(64, pool="sum"), "got 'sum' of 5"),
         (lambda: pyramidkv(400, beta=0.5), "beta 0.5"),

@@ -13,7 +13,17 @@ from test_kivi_cache import run
 from conftest import to_host
 from refllm.decode.speculative.drafters import NGramDrafter
 from refllm.decode.speculative.tree_drafter import TreeDrafter
-from refllm.kv.sparse import Sparse, at_random, h2o, pooled, pyramidkv, recent_only, snapkv, streaming, tova
+from refllm.kv.sparse import (
+    Sparse,
+    at_random,
+    h2o,
+    pooled,
+    pyramidkv,
+    recent_only,
+    snapkv,
+    streaming,
+    tova,
+)
 from refllm.kv.sparse_cache import SparseCache
 from refllm.model.attention import CausalAttend
 from refllm.model.config import ModelConfig
@@ -21,7 +31,10 @@ from refllm.model.llama import forward, logits
 from strategies import seeds
 from test_api import network
 
-L, H, G, D = 2, 4, 2, 8
+L = 2
+H = 4
+G = 2
+D = 8
 EPS = float(np.finfo("float64").eps)
 POLICIES = {
     "recent": recent_only(12), "streaming": streaming(12, 3), "h2o": h2o(12), "h2o, all heavy": h2o(12, 0),
@@ -44,14 +57,16 @@ def texts(seed: int, sequences: int, length: int) -> tuple[np.ndarray, ...]:
 def new_cache(xp, policy: Sparse, sequences: int = 1, window: int | None = None) -> SparseCache:
     return SparseCache(
         config(window), sequences, like=xp.zeros(1), policy=policy, rng=np.random.default_rng(5)
-    )  # fmt: skip
+    )
 
 
 def places(cache: SparseCache) -> list[list[np.ndarray]]:
     return [[to_host(kept.place) for kept in layer] for layer in cache.layers]
 
 
-def rows_of(q: np.ndarray, k: np.ndarray, seen: list[int], t: int, window: int | None) -> np.ndarray:
+def rows_of(
+    q: np.ndarray, k: np.ndarray, seen: list[int], t: int, window: int | None
+) -> np.ndarray:
     """Attention of one query head [D] at t over the keys at ``seen``; zero where the window has passed."""
     visible = np.array([t - (window or math.inf) < j <= t for j in seen])
     scores = np.where(visible, k[seen] @ q / math.sqrt(D), -np.inf)
@@ -63,14 +78,18 @@ class Simulated:
     """One sequence in one layer, head by head in Python: what is kept, and what it has been read."""
 
     def __init__(self, policy: Sparse, budget: int, window: int | None, drawn: dict):
-        self.policy, self.budget, self.window, self.drawn = policy, budget, window, drawn
+        self.policy = policy
+        self.budget = budget
+        self.window = window
+        self.drawn = drawn
         self.kept: list[list[int]] = [[] for _ in range(G)]
         self.mass: list[dict[int, float]] = [{} for _ in range(G)]
         self.last: list[dict[int, float]] = [{} for _ in range(G)]
         self.settled = False
 
     def step(self, q, k, v, start: int, n: int, committed: int) -> np.ndarray:
-        out, reads = np.zeros((n, H, D)), []
+        out = np.zeros((n, H, D))
+        reads = []
         for i in range(n):
             t = start + i
             for h in range(H):
@@ -98,7 +117,9 @@ class Simulated:
         kind = self.policy.score
         if kind == "last":
             return {j: sum(self.last[i][j] for i in range(G)) / G for j in self.kept[g]}
-        return {"mass": self.mass[g], "random": self.drawn.get(g, {})}.get(kind, dict.fromkeys(self.kept[g], 0.0))
+        return {"mass": self.mass[g], "random": self.drawn.get(g, {})}.get(
+            kind, dict.fromkeys(self.kept[g], 0.0)
+        )
 
     def settle(self, q, k, length: int) -> None:
         scores = [self.scores(g) for g in range(G)]
@@ -108,7 +129,9 @@ class Simulated:
                 votes = np.zeros(length)
                 for t in range(length - w, length):
                     for h in range(g * H // G, (g + 1) * H // G):
-                        votes[: t + 1] += rows_of(q[t, h], k[:, g], list(range(t + 1)), t, self.window) / (H // G)
+                        votes[: t + 1] += rows_of(
+                            q[t, h], k[:, g], list(range(t + 1)), t, self.window
+                        ) / (H // G)
                 near = pooled(votes[None, : length - w], self.policy.kernel, self.policy.pool)[0]
                 scores[g] = dict(enumerate([*near, *[0.0] * w]))
         self.drop(scores)
@@ -119,8 +142,14 @@ class Simulated:
             kept = self.kept[g]
             if self.window is not None:  # what the next query cannot see goes first
                 next_one = max(kept) + 1
-                scores[g] = {j: -math.inf if j <= next_one - self.window else s for j, s in scores[g].items()}
-            must = [j for i, j in enumerate(kept) if i < self.policy.first or i >= len(kept) - self.policy.newest]
+                scores[g] = {
+                    j: -math.inf if j <= next_one - self.window else s for j, s in scores[g].items()
+                }
+            must = [
+                j
+                for i, j in enumerate(kept)
+                if i < self.policy.first or i >= len(kept) - self.policy.newest
+            ]
             rest = sorted((j for j in kept if j not in must), key=lambda j: (-scores[g][j], j))
             self.kept[g] = sorted((must + rest)[: self.budget])
 
@@ -133,19 +162,24 @@ class Simulated:
 @pytest.mark.parametrize("name", POLICIES)
 @settings(max_examples=6)
 @given(
-    seed=seeds, window=st.sampled_from([None, 9]),
+    seed=seeds,
+    window=st.sampled_from([None, 9]),
     prompt=st.lists(st.tuples(st.integers(1, 14), st.integers(0, 2)), min_size=1, max_size=3),
     steps=st.lists(st.tuples(st.integers(1, 3), st.integers(0, 3)), max_size=12),
-)  # fmt: skip
+)
 def test_equality_with_a_simulation_head_by_head(xp, name, seed, window, prompt, steps):
     policy = POLICIES[name]
     prompt = [(n, max(1, n - rejected)) for n, rejected in prompt]
-    cache, length = new_cache(xp, policy, 1, window), sum(n for n, _ in prompt) + 3 * len(steps)
-    q, k, v = data = texts(seed, 1, length)
+    cache = new_cache(xp, policy, 1, window)
+    length = sum(n for n, _ in prompt) + 3 * len(steps)
+    data = texts(seed, 1, length)
+    q, k, v = data
     draws = np.random.default_rng(5)
     drawn: list[dict] = [{g: {} for g in range(G)} for _ in range(L)]
     model = [Simulated(policy, cache.budgets[layer], window, drawn[layer]) for layer in range(L)]
-    for phase, n, kept in [("prompt", n, m) for n, m in prompt] + [("decode", n, min(n, m)) for n, m in steps]:
+    for phase, n, kept in [("prompt", n, m) for n, m in prompt] + [
+        ("decode", n, min(n, m)) for n, m in steps
+    ]:
         if phase == "decode" and not model[0].settled:
             cache.settle()
             for layer, one in enumerate(model):
@@ -154,7 +188,9 @@ def test_equality_with_a_simulation_head_by_head(xp, name, seed, window, prompt,
         if policy.score == "random" and kept:
             for layer in range(L):
                 for g, row in enumerate(draws.random((G, kept))):
-                    drawn[layer][g] |= dict(zip(range(start, start + kept), row.tolist(), strict=True))
+                    drawn[layer][g] |= dict(
+                        zip(range(start, start + kept), row.tolist(), strict=True)
+                    )
         outputs = run(xp, cache, data, [n], [kept])
         for layer, one in enumerate(model):
             expected = one.step(q[layer, 0], k[layer, 0], v[layer, 0], start, n, kept)
@@ -163,13 +199,21 @@ def test_equality_with_a_simulation_head_by_head(xp, name, seed, window, prompt,
     for layer in range(L):
         stored = cache.layers[layer][0]
         for g in range(G):
-            assert np.array_equal(to_host(stored.keys)[g], k[layer, 0, places(cache)[layer][0][g], g])
-            assert np.array_equal(to_host(stored.values)[g], v[layer, 0, places(cache)[layer][0][g], g])
+            assert np.array_equal(
+                to_host(stored.keys)[g], k[layer, 0, places(cache)[layer][0][g], g]
+            )
+            assert np.array_equal(
+                to_host(stored.values)[g], v[layer, 0, places(cache)[layer][0][g], g]
+            )
 
 
-@pytest.mark.theorem("A budget that holds everything is plain attention", source="nothing is dropped")
-@pytest.mark.parametrize("make", [h2o, tova, recent_only, lambda b: streaming(b, 2), lambda b: snapkv(b, window=4),
-                                  at_random])  # fmt: skip
+@pytest.mark.theorem(
+    "A budget that holds everything is plain attention", source="nothing is dropped"
+)
+@pytest.mark.parametrize(
+    "make",
+    [h2o, tova, recent_only, lambda b: streaming(b, 2), lambda b: snapkv(b, window=4), at_random],
+)
 @given(seed=seeds, prompt=st.integers(1, 20), window=st.sampled_from([None, 6]))
 def test_equality_with_plain_attention_within_the_budget(xp, make, seed, prompt, window):
     data = texts(seed, 1, 30)
@@ -177,7 +221,10 @@ def test_equality_with_plain_attention_within_the_budget(xp, make, seed, prompt,
     got = run(xp, cache, data, [prompt])
     cache.settle()
     for _ in range(30 - prompt):
-        got = [[np.concatenate([a[0], b[0]])] for a, b in zip(got, run(xp, cache, data, [1]), strict=True)]
+        got = [
+            [np.concatenate([a[0], b[0]])]
+            for a, b in zip(got, run(xp, cache, data, [1]), strict=True)
+        ]
     for layer in range(L):
         plain = to_host(CausalAttend([30], window)(layer, *(xp.asarray(a[layer, 0]) for a in data)))
         assert np.abs(got[layer][0] - plain).max() <= 1e3 * D * EPS * np.abs(data[2]).max()
@@ -191,7 +238,8 @@ def test_equality_with_plain_attention_within_the_budget(xp, make, seed, prompt,
 @pytest.mark.parametrize("name", ["recent", "h2o", "tova", "snapkv", "random"])
 @given(seed=seeds)
 def test_bound_of_the_error_by_the_mass_that_is_dropped(xp, name, seed):
-    q, k, v = data = texts(seed, 1, 31)
+    data = texts(seed, 1, 31)
+    q, k, v = data
     cache = new_cache(xp, POLICIES[name])
     run(xp, cache, data, [30])
     cache.settle()
@@ -203,7 +251,9 @@ def test_bound_of_the_error_by_the_mass_that_is_dropped(xp, name, seed):
             p = rows_of(q[layer, 0, 30, h], k[layer, 0, :, g], list(range(31)), 30, None)
             lost = sum(p[j] for j in range(30) if j not in held[layer][g])
             error = np.linalg.norm(p @ v[layer, 0, :, g] - outputs[layer][0][0, h])
-            assert error <= 2 * lost * np.linalg.norm(v[layer, 0, :, g], axis=1).max() + 1e3 * D * EPS
+            assert (
+                error <= 2 * lost * np.linalg.norm(v[layer, 0, :, g], axis=1).max() + 1e3 * D * EPS
+            )
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -211,22 +261,28 @@ def test_bound_of_the_error_by_the_mass_that_is_dropped(xp, name, seed):
 @settings(max_examples=5)
 def test_invariants_of_what_is_kept_at_every_step(xp, name, seed):
     """Sorted, within the budget, the first and the newest among it; what was dropped never comes back."""
-    policy, data = POLICIES[name], texts(seed, 2, 40)
+    policy = POLICIES[name]
+    data = texts(seed, 2, 40)
     cache = new_cache(xp, policy, 2)
     run(xp, cache, data, [25, 7])
     cache.settle()
-    before, lengths = places(cache), cache.lengths[:]
+    before = places(cache)
+    lengths = cache.lengths[:]
     for _ in range(12):
         run(xp, cache, data, [1, 1])
         for layer, budget in enumerate(cache.budgets):
             for b in range(2):
-                now, old = places(cache)[layer][b], before[layer][b]
+                now = places(cache)[layer][b]
+                old = before[layer][b]
                 length = cache.lengths[b]
                 assert np.all(np.diff(now, axis=1) > 0)
                 for g in range(G):
                     assert set(now[g]) <= {*old[g], length - 1}
                     assert set(range(min(policy.first, length))) <= set(now[g])
-                    assert set(range(max(0, length - policy.newest), length)) <= set(now[g]) or not policy.always
+                    assert (
+                        set(range(max(0, length - policy.newest), length)) <= set(now[g])
+                        or not policy.always
+                    )
                 if policy.always:
                     assert now.shape[1] == min(length, budget)
                 else:
@@ -239,12 +295,15 @@ def test_invariants_of_what_is_kept_at_every_step(xp, name, seed):
     assert cache.dropped == (2 * sum(cache.lengths) * L * G - 2 * held) // (2 * G)
 
 
-@pytest.mark.theorem("SnapKV does not see how the prompt was cut into steps", source="only its last w queries vote")
+@pytest.mark.theorem(
+    "SnapKV does not see how the prompt was cut into steps", source="only its last w queries vote"
+)
 @pytest.mark.parametrize("name", ["snapkv", "snapkv, max", "pyramidkv", "h2o", "streaming"])
 @given(seed=seeds, cuts=st.sets(st.integers(1, 29), max_size=4))
 def test_invariance_of_chunks_of_the_prompt(xp, name, seed, cuts):
     data = texts(seed, 1, 30)
-    whole, parts = new_cache(xp, POLICIES[name]), new_cache(xp, POLICIES[name])
+    whole = new_cache(xp, POLICIES[name])
+    parts = new_cache(xp, POLICIES[name])
     run(xp, whole, data, [30])
     ends = sorted({*cuts, 30})
     for a, b in zip([0, *ends], ends, strict=False):
@@ -260,7 +319,8 @@ def test_what_the_cache_cannot_do_is_refused(xp):
         SparseCache(config(), 0, like=xp.zeros(1), policy=h2o(8))
     with pytest.raises(ValueError, match="drops at random needs rng="):
         SparseCache(config(), 1, like=xp.zeros(1), policy=at_random(8))
-    cache, data = new_cache(xp, h2o(8), 2), texts(0, 2, 9)
+    cache = new_cache(xp, h2o(8), 2)
+    data = texts(0, 2, 9)
     cache.view([1, 1])(0, *(xp.zeros((2, heads, D)) for heads in (H, G, G)))
     with pytest.raises(ValueError, match="to 2 layers: run the step first"):
         cache.advance([1, 1])  # of one layer only
@@ -272,8 +332,14 @@ def test_what_the_cache_cannot_do_is_refused(xp):
     with pytest.raises(ValueError, match="the view is for 2 tokens, the step has 3"):
         cache.view([1, 1])(0, *(xp.zeros((3, heads, D)) for heads in (H, G, G)))
     cache = new_cache(xp, h2o(8), 2)
-    for step in (lambda: cache.advance([1, 1]), lambda: cache.view([1, 1, 1]), lambda: cache.view([1, -1])):
-        with pytest.raises(ValueError, match=r"run the step first|holds 2 sequences|0 tokens or more"):
+    for step in (
+        lambda: cache.advance([1, 1]),
+        lambda: cache.view([1, 1, 1]),
+        lambda: cache.view([1, -1]),
+    ):
+        with pytest.raises(
+            ValueError, match=r"run the step first|holds 2 sequences|0 tokens or more"
+        ):
             step()
     run(xp, cache, data, [5, 2])
     view = cache.view([1, 1])
@@ -293,9 +359,13 @@ def test_what_the_cache_cannot_do_is_refused(xp):
 def test_one_set_for_all_heads_is_chosen_by_the_mean_of_all(xp):
     """The second key head reads what the first does not: both count."""
     cache = new_cache(xp, tova(2))
-    q, k, v = np.zeros((4, H, D)), np.zeros((4, G, D)), np.zeros((4, G, D))
+    q = np.zeros((4, H, D))
+    k = np.zeros((4, G, D))
+    v = np.zeros((4, G, D))
     q[3] = 1.0
-    k[0, 0], k[1, 1], k[2, 1] = 1.0, 8.5, 9.0  # head 0 reads token 0 most, and the others alike; head 1 tokens 2 and 1
+    k[0, 0] = 1.0  # head 0 reads token 0 most, and the others alike; head 1 tokens 2 and 1
+    k[1, 1] = 8.5
+    k[2, 1] = 9.0
     for layer, view in enumerate([cache.view([4])] * L):
         view(layer, *(xp.asarray(a) for a in (q, k, v)))
     cache.advance([4])
@@ -333,7 +403,8 @@ def test_nothing_is_held_that_is_not_counted(name):
 
 def test_a_step_that_is_computed_again_counts_once(xp):
     """After an error half-way the same view may go through all layers anew."""
-    data, garbage = texts(0, 1, 20), texts(1, 1, 20)
+    data = texts(0, 1, 20)
+    garbage = texts(1, 1, 20)
     once, twice = (new_cache(xp, h2o(6)) for _ in range(2))
     for step, n in enumerate((15, 1, 1)):
         start = once.lengths[0]
@@ -361,8 +432,10 @@ PROMPTS = [np.random.default_rng(i).integers(1, 257, n).tolist() for i, n in enu
 
 def by_hand(prompt: list[int], count: int, policy: Sparse) -> tuple[list[int], SparseCache]:
     """The prompt in one step, then token by token."""
-    c, w = ENDLESS.config, ENDLESS.weights
-    cache, new = SparseCache(c, 1, like=np.zeros(1), policy=policy), list(prompt)
+    c = ENDLESS.config
+    w = ENDLESS.weights
+    cache = SparseCache(c, 1, like=np.zeros(1), policy=policy)
+    new = list(prompt)
     for _ in range(count):
         fed = np.asarray(new[cache.lengths[0] :])
         at = np.arange(cache.lengths[0], len(new))
@@ -373,7 +446,9 @@ def by_hand(prompt: list[int], count: int, policy: Sparse) -> tuple[list[int], S
     return new[len(prompt) :], cache
 
 
-@pytest.mark.parametrize("policy", [h2o(12), tova(12), streaming(12), snapkv(20, window=8), recent_only(12)])
+@pytest.mark.parametrize(
+    "policy", [h2o(12), tova(12), streaming(12), snapkv(20, window=8), recent_only(12)]
+)
 def test_generation_reads_what_the_cache_keeps_alone_and_in_a_batch(policy):
     expected, caches = zip(*(by_hand(prompt, 25, policy) for prompt in PROMPTS), strict=True)
     assert ENDLESS.generate_batch(PROMPTS, 25, cache=policy) == list(expected)
@@ -390,11 +465,15 @@ def test_within_the_budget_the_text_is_the_plain_one_with_drafts_and_without():
     for policy in (h2o(120), snapkv(120), at_random(120)):
         for drafter in (None, ENDLESS, NGramDrafter(4)):
             assert ENDLESS.generate(PROMPTS[0], 40, cache=policy, drafter=drafter) == plain
-    with pytest.raises(ValueError, match="a tree of drafts is verified in a cache that keeps everything"):
+    with pytest.raises(
+        ValueError, match="a tree of drafts is verified in a cache that keeps everything"
+    ):
         ENDLESS.generate(PROMPTS[0], 8, cache=h2o(12), drafter=TreeDrafter(ENDLESS, 3))
     for wrong in ("h2o", h2o, 256):
         for count in (0, 8):
-            with pytest.raises(ValueError, match=r"a cache policy is a Kivi\(...\) or one of refllm.kv.sparse"):
+            with pytest.raises(
+                ValueError, match=r"a cache policy is a Kivi\(...\) or one of refllm.kv.sparse"
+            ):
                 ENDLESS.generate(PROMPTS[0], count, cache=wrong)
             with pytest.raises(ValueError, match="a cache policy is"):
                 ENDLESS.generate(PROMPTS[0], count, cache=wrong, drafter=NGramDrafter(4))

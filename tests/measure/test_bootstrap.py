@@ -20,7 +20,8 @@ runs = st.lists(st.integers(1, 30), min_size=0, max_size=6)
 def test_blocks_are_runs_of_one_document(lengths, size):
     documents = np.repeat(np.arange(len(lengths)), lengths)
     unit = blocks(documents, size)
-    expected, number = [], 0
+    expected = []
+    number = 0
     for length in lengths:
         for start in range(0, length, size):
             expected += [number] * min(size, length - start)
@@ -45,9 +46,11 @@ def test_interval_agrees_with_full_enumeration(seed, units):
     sizes = rng.integers(1, 4, units)
     unit = np.repeat(np.arange(units), sizes)
     x = rng.standard_normal(len(unit))
-    sums, counts = np.bincount(unit, x), np.bincount(unit)
+    sums = np.bincount(unit, x)
+    counts = np.bincount(unit)
     exact = sorted(
-        sums[list(draw)].sum() / counts[list(draw)].sum() for draw in itertools.product(range(units), repeat=units)
+        sums[list(draw)].sum() / counts[list(draw)].sum()
+        for draw in itertools.product(range(units), repeat=units)
     )
     (interval,) = bootstrap([x], unit, rng, resamples=4000, confidence=0.8)
     # the share of resamples below a point differs from its probability by 5·sqrt(0.1·0.9/4000) = 0.024 once in 1e6
@@ -60,7 +63,9 @@ def test_interval_agrees_with_full_enumeration(seed, units):
 @given(st.floats(-1e3, 1e3), st.integers(2, 50), st.integers(1, 8), seeds)
 def test_a_constant_has_an_interval_of_no_width(value, count, size, seed):
     unit = blocks(np.repeat([0, 1], count), size)
-    (interval,) = bootstrap([np.full(2 * count, value)], unit, np.random.default_rng(seed), resamples=50)
+    (interval,) = bootstrap(
+        [np.full(2 * count, value)], unit, np.random.default_rng(seed), resamples=50
+    )
     for end in (interval.mean, interval.low, interval.high):  # sums of up to 100 equal numbers
         assert end == pytest.approx(value, rel=200 * np.finfo(float).eps, abs=1e-300)
 
@@ -70,7 +75,9 @@ def test_the_interval_covers_the_mean_as_often_as_it_says():
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(300):
-        (i,) = bootstrap([rng.standard_normal(40)], np.arange(40), rng, resamples=400, confidence=0.9)
+        (i,) = bootstrap(
+            [rng.standard_normal(40)], np.arange(40), rng, resamples=400, confidence=0.9
+        )
         covered += i.low <= 0 <= i.high
     assert abs(covered / 300 - 0.9) < 5 * math.sqrt(0.9 * 0.1 / 300)
 
@@ -79,14 +86,17 @@ def test_dependent_neighbours_need_blocks():
     """Each number repeated 16 times: single tokens give an interval 4 times too narrow, blocks do not."""
     rng = np.random.default_rng(1)
     x = np.repeat(rng.standard_normal(100), 16)
-    (wide,), (narrow,) = (bootstrap([x], np.arange(1600) // size, np.random.default_rng(2)) for size in (16, 1))
+    (wide,), (narrow,) = (
+        bootstrap([x], np.arange(1600) // size, np.random.default_rng(2)) for size in (16, 1)
+    )
     assert (wide.high - wide.low) / (narrow.high - narrow.low) == pytest.approx(4, rel=0.15)
 
 
 @given(seeds)
 def test_statistics_share_their_resamples_and_the_seed_decides(seed):
     rng = np.random.default_rng(seed)
-    x, unit = rng.standard_normal(30), np.arange(30) // 3
+    x = rng.standard_normal(30)
+    unit = np.arange(30) // 3
     a, b = bootstrap([x, x + 1], unit, np.random.default_rng(seed), resamples=20)
     assert b.low == pytest.approx(a.low + 1)
     assert b.high == pytest.approx(a.high + 1)
@@ -94,10 +104,13 @@ def test_statistics_share_their_resamples_and_the_seed_decides(seed):
 
 
 def test_chunking_of_the_resamples_changes_nothing(monkeypatch):
-    x, unit = np.random.default_rng(0).standard_normal(60), np.arange(60) // 2
+    x = np.random.default_rng(0).standard_normal(60)
+    unit = np.arange(60) // 2
     whole = bootstrap([x], unit, np.random.default_rng(3), resamples=100)
     monkeypatch.setattr("refllm.measure.bootstrap._AT_ONCE", 70)
-    assert bootstrap([x], unit, np.random.default_rng(3), resamples=100)[0].low == pytest.approx(whole[0].low)
+    assert bootstrap([x], unit, np.random.default_rng(3), resamples=100)[0].low == pytest.approx(
+        whole[0].low
+    )
 
 
 def test_one_unit_gives_no_interval():

@@ -13,7 +13,10 @@ def test_this_machine_is_measured_and_says_how(monkeypatch):
     assert device.peak_flops > 1e6
     assert device.peak_bandwidth > 1e6
     assert "1 thread" in device.name
-    assert all(word in device.source for word in ("sgemm 64³", "1 MB", "medians of 3", "NumPy", "1 threads"))
+    assert all(
+        word in device.source
+        for word in ("sgemm 64³", "1 MB", "medians of 3", "NumPy", "1 threads")
+    )
     # a clock that gives 2 s a call: the rate is 2·64³ / 2 s, and the measurement stops at once
     ticks = iter(2.0 * i for i in range(100))
     monkeypatch.setattr(device_module.time, "perf_counter", lambda: next(ticks))
@@ -41,10 +44,15 @@ def test_a_quiet_machine_gives_as_many_repeats_as_asked_for_and_their_median(mon
 
 
 def test_named_devices_say_where_their_peaks_come_from():
-    assert all("data sheet" in d.source and d.peak_flops > 1e14 and d.overhead == 0 for d in DEVICES.values())
+    assert all(
+        "data sheet" in d.source and d.peak_flops > 1e14 and d.overhead == 0
+        for d in DEVICES.values()
+    )
 
 
-@pytest.mark.parametrize("numbers", [(0, 1), (1, 0), (-1, 1), (1, float("nan")), (float("inf"), 1), (1, 1, -1)])
+@pytest.mark.parametrize(
+    "numbers", [(0, 1), (1, 0), (-1, 1), (1, float("nan")), (float("inf"), 1), (1, 1, -1)]
+)
 def test_a_device_without_speed_is_refused(numbers):
     with pytest.raises(ValueError, match="a device needs finite peaks"):
         Device("broken", *numbers)

@@ -50,12 +50,19 @@ def tree_bytes(node, seen):
     source="counting: N = L·N_l + V·d·(1 if tied else 2), plus norms and biases",
 )
 def test_weight_bytes_are_those_of_the_tree(config):
-    tensors = {k: v.bare.astype(np.float32) for k, v in weight_tensors(config, CountingModule()).items()}
+    tensors = {
+        k: v.bare.astype(np.float32) for k, v in weight_tensors(config, CountingModule()).items()
+    }
     assert weight_bytes(config, 32) == tree_bytes(build(config, tensors), set())
     assert parameters(config).total == config.num_parameters
 
 
-@given(model_configs(), st.integers(1, 5), st.integers(1, 40), st.sampled_from(["float16", "float32", "float64"]))
+@given(
+    model_configs(),
+    st.integers(1, 5),
+    st.integers(1, 40),
+    st.sampled_from(["float16", "float32", "float64"]),
+)
 @pytest.mark.theorem(
     "KV bytes by formula, 2·L·G·D·b a token, are the bytes that the cache allocated",
     source="counting: a key and a value for each layer, key head and dimension",
@@ -72,7 +79,11 @@ def test_bits_are_paid_by_the_parameters_they_belong_to(config, bits, other):
     p = parameters(config)
     exact = ((p.attention + p.mlp) * bits + (p.embedding + p.head + p.small) * other) / 8
     assert weight_bytes(config, bits, other_bits=other) == math.ceil(exact)
-    assert weight_bytes(config, bits) == weight_bytes(config, bits, other_bits=bits) == math.ceil(p.total * bits / 8)
+    assert (
+        weight_bytes(config, bits)
+        == weight_bytes(config, bits, other_bits=bits)
+        == math.ceil(p.total * bits / 8)
+    )
 
 
 @given(st.floats(0, 1e12) | st.floats(0, 1e10), st.integers(1, 64), bit_widths, bit_widths)
@@ -99,7 +110,8 @@ def test_what_fits_is_the_most_that_fits(budget, sequences, bits, kv_bits):
 )
 def test_the_70b_example():
     assert list(long_context_example().values()) == [262_144_000_000, 32_768_000_000]
-    assert list(long_context_example(102_400).values()) == [250 * 2**30, 31.25 * 2**30]  # 100K as 100 · 1024
+    # 100K as 100 · 1024
+    assert list(long_context_example(102_400).values()) == [250 * 2**30, 31.25 * 2**30]
     assert kv_bytes(LLAMA_70B, 131_072) == 40 * 2**30  # the length at which 8 heads do take 40 GiB
     assert LLAMA_70B.num_parameters == 68_976_648_192
     assert kv_bytes_per_token(LLAMA_8B) == 128 * 1024
@@ -123,7 +135,10 @@ def test_sizes_are_printed_in_decimal_and_binary():
 def test_the_figure_shows_the_formula():
     data = memory.kv_memory_data((1, 1000))
     assert data["lines"]["70B shape, 64 KV heads"] == [2_621_440, 2_621_440_000]
-    assert data["lines"]["70B shape, 8 KV heads, 4-bit cache"][0] * 4 == data["lines"]["70B shape, 8 KV heads"][0]
+    assert (
+        data["lines"]["70B shape, 8 KV heads, 4-bit cache"][0] * 4
+        == data["lines"]["70B shape, 8 KV heads"][0]
+    )
 
 
 @pytest.mark.parametrize(

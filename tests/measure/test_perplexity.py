@@ -23,15 +23,22 @@ EPS = np.finfo(np.float64).eps
 # A loss passes through 2 layers of 7 products of up to 24 terms, and magnitudes of up to about 50.
 TOLERANCE = 50 * 2 * 7 * 24 * EPS
 token_lists = st.lists(st.integers(1, 256), min_size=1, max_size=40)
-windowings = st.tuples(st.integers(1, 16), st.integers(1, 16)).map(lambda t: {"window": max(t), "stride": min(t)})
+windowings = st.tuples(st.integers(1, 16), st.integers(1, 16)).map(
+    lambda t: {"window": max(t), "stride": min(t)}
+)
 
 
 def brute_force(model, tokens, begin):
     """−log softmax of every token after the first, by one full forward over tokens[begin:]."""
     ids = np.asarray(tokens[begin:])
-    hidden = forward(model.weights, model.config, ids, np.arange(len(ids)), CausalAttend([len(ids)]))
+    hidden = forward(
+        model.weights, model.config, ids, np.arange(len(ids)), CausalAttend([len(ids)])
+    )
     z = logits(model.weights, hidden)
-    return [math.log(math.fsum(np.exp(row - row.max()))) + row.max() - row[t] for row, t in zip(z, ids[1:])]  # noqa: B905
+    return [
+        math.log(math.fsum(np.exp(row - row.max()))) + row.max() - row[t]
+        for row, t in zip(z, ids[1:])  # noqa: B905
+    ]
 
 
 @given(token_lists, seeds, st.booleans())
@@ -44,7 +51,9 @@ def test_one_window_is_the_plain_loss(tokens, seed, tied):
     params = tiny_params(config, seed)
     model = Record(config, build(config, params), byte_tokenizer())
     score = evaluate(model, tokens, window=len(tokens), stride=1)
-    assert score.nats_per_token == pytest.approx(mean_loss(params, config, np.asarray([[0, *tokens]])), abs=TOLERANCE)
+    assert score.nats_per_token == pytest.approx(
+        mean_loss(params, config, np.asarray([[0, *tokens]])), abs=TOLERANCE
+    )
     assert score.tokens == len(tokens)
     assert score.perplexity == pytest.approx(math.exp(score.nats_per_token))
 
@@ -67,7 +76,12 @@ def test_each_loss_is_that_of_its_window(tokens, shape):
     np.testing.assert_allclose(score.nats, expected, rtol=0, atol=TOLERANCE)
 
 
-@given(st.lists(token_lists, min_size=1, max_size=5), windowings, st.integers(1, 40), st.integers(1, 30))
+@given(
+    st.lists(token_lists, min_size=1, max_size=5),
+    windowings,
+    st.integers(1, 40),
+    st.integers(1, 30),
+)
 def test_sharing_a_forward_pass_changes_nothing(documents, shape, batch, rows):
     """Invariance: documents scored together equal each scored alone, whatever the batch and chunk of rows."""
     model = tiny_model()
@@ -76,7 +90,9 @@ def test_sharing_a_forward_pass_changes_nothing(documents, shape, batch, rows):
         patch.setattr("refllm.measure.perplexity._ROWS", rows)
         together = evaluate(model, documents, **shape)
     alone = [evaluate(model, tokens, **shape) for tokens in documents]
-    np.testing.assert_allclose(together.nats, np.concatenate([s.nats for s in alone]), rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(
+        together.nats, np.concatenate([s.nats for s in alone]), rtol=0, atol=TOLERANCE
+    )
     for row, score in zip(together.documents, alone, strict=True):
         assert (row.tokens, row.bytes) == (score.tokens, score.bytes)
         assert row.nats == pytest.approx(score.nats.sum(), abs=TOLERANCE * row.tokens)
@@ -89,15 +105,20 @@ def test_sharing_a_forward_pass_changes_nothing(documents, shape, batch, rows):
     source="Shannon 1948",
 )
 def test_uniform_bytes_cost_eight_bits(text, shape):
-    model = uniform_model(vocab_size=256)  # <bos> is an ordinary byte here: it is given, never predicted
-    spelled = np.asarray(byte_tokenizer().encode(text)) - 1  # one id a byte, without <|endoftext|>'s
+    # <bos> is an ordinary byte here: it is given, never predicted
+    model = uniform_model(vocab_size=256)
+    # one id a byte, without <|endoftext|>'s
+    spelled = np.asarray(byte_tokenizer().encode(text)) - 1
     assert len(spelled) == len(text.encode())
     score = evaluate(model, np.concatenate(([0], spelled)), **shape)
     np.testing.assert_allclose(score.nats / math.log(2), 8.0, rtol=4 * EPS)
     assert score.tokens == len(text.encode())
 
 
-@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60), st.integers(257, 300))
+@given(
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60),
+    st.integers(257, 300),
+)
 @pytest.mark.theorem(
     "A uniform model over V tokens scores log2(V) · tokens / bytes bits a byte, whatever the tokenisation",
     source="Shannon 1948",
@@ -106,7 +127,9 @@ def test_uniform_tokens_cost_log_v(text, vocab):
     score = evaluate(uniform_model(vocab_size=vocab), text, window=8, stride=3)
     assert score.bytes == len(text.encode())
     rounding = (score.tokens + 4) * EPS  # of a sum of equal terms; exp(x) multiplies it by x
-    assert score.bits_per_byte == pytest.approx(math.log2(vocab) * score.tokens / score.bytes, rel=rounding)
+    assert score.bits_per_byte == pytest.approx(
+        math.log2(vocab) * score.tokens / score.bytes, rel=rounding
+    )
     assert score.perplexity == pytest.approx(vocab, rel=rounding * math.log(vocab))
 
 
@@ -119,7 +142,8 @@ def test_divergence_is_that_of_brute_force(rows, vocab, seed, spread):
     log_p, log_q = (z - np.logaddexp.reduce(z, axis=-1, keepdims=True) for z in (log_p, log_q))
     kl = divergence(log_p, log_q)
     exact = [
-        math.fsum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True)) for p, q in zip(log_p, log_q, strict=True)
+        math.fsum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True))
+        for p, q in zip(log_p, log_q, strict=True)
     ]
     assert (kl >= 0).all()
     # each of V terms is rounded to eps of its own size, and their sum to V·eps of the sum of sizes
@@ -130,18 +154,26 @@ def test_divergence_is_that_of_brute_force(rows, vocab, seed, spread):
 
 def test_divergence_is_not_symmetric():
     """KL(reference ‖ model) weighs by the reference: p = (1/2, 1/2), q = (1/4, 3/4)."""
-    p, q = np.log([[0.5, 0.5]]), np.log([[0.25, 0.75]])
+    p = np.log([[0.5, 0.5]])
+    q = np.log([[0.25, 0.75]])
     assert divergence(p, q)[0] == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
     assert divergence(q, p)[0] == pytest.approx(0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2))
 
 
 @given(token_lists, seeds, windowings)
 def test_comparison_is_token_by_token(tokens, seed, shape):
-    model, reference = tiny_model(seed), tiny_model(seed + 1)
-    c = compare(model, reference, tokens, rng=np.random.default_rng(0), resamples=50, block=4, **shape)
+    model = tiny_model(seed)
+    reference = tiny_model(seed + 1)
+    c = compare(
+        model, reference, tokens, rng=np.random.default_rng(0), resamples=50, block=4, **shape
+    )
     for score, of in ((c.model, model), (c.reference, reference)):
-        np.testing.assert_allclose(score.nats, evaluate(of, tokens, **shape).nats, rtol=0, atol=TOLERANCE)
-    assert c.difference.mean == pytest.approx((c.model.nats - c.reference.nats).mean(), abs=TOLERANCE)
+        np.testing.assert_allclose(
+            score.nats, evaluate(of, tokens, **shape).nats, rtol=0, atol=TOLERANCE
+        )
+    assert c.difference.mean == pytest.approx(
+        (c.model.nats - c.reference.nats).mean(), abs=TOLERANCE
+    )
     assert c.kl.mean == pytest.approx(c.token_kl.mean())
     assert c.agreement.mean == pytest.approx(c.token_agreement.mean())
     # the last token of the first window, by hand
@@ -154,7 +186,9 @@ def test_comparison_is_token_by_token(tokens, seed, shape):
 
 def _last_log_probabilities(model, tokens):
     ids = np.asarray(tokens)
-    hidden = forward(model.weights, model.config, ids, np.arange(len(ids)), CausalAttend([len(ids)]))
+    hidden = forward(
+        model.weights, model.config, ids, np.arange(len(ids)), CausalAttend([len(ids)])
+    )
     z = logits(model.weights, hidden)[-1]
     return z - np.logaddexp.reduce(z)
 
@@ -172,20 +206,26 @@ def test_a_model_does_not_differ_from_itself(tokens, seed):
 
 @given(st.lists(token_lists, min_size=1, max_size=3), seeds, windowings)
 def test_a_reference_that_was_kept_is_the_reference(documents, seed, shape):
-    model, reference = tiny_model(seed), tiny_model(seed ^ 1)
+    model = tiny_model(seed)
+    reference = tiny_model(seed ^ 1)
     kept = keep(reference, documents, **shape)
     for first in (model, tiny_model(seed ^ 2)):  # one run of the reference, several comparisons
         plain, again = (
-            compare(first, other, documents, rng=np.random.default_rng(0), **shape) for other in (reference, kept)
+            compare(first, other, documents, rng=np.random.default_rng(0), **shape)
+            for other in (reference, kept)
         )
         np.testing.assert_allclose(again.token_kl, plain.token_kl, rtol=0, atol=TOLERANCE)
-        np.testing.assert_allclose(again.reference.nats, plain.reference.nats, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(
+            again.reference.nats, plain.reference.nats, rtol=0, atol=TOLERANCE
+        )
         assert again.difference.mean == pytest.approx(plain.difference.mean, abs=TOLERANCE)
         assert again.kl.high == pytest.approx(plain.kl.high, abs=TOLERANCE)
 
 
 def test_a_reference_that_was_kept_otherwise_is_refused():
-    model, tokens, rng = tiny_model(), list(range(1, 30)), np.random.default_rng(0)
+    model = tiny_model()
+    tokens = list(range(1, 30))
+    rng = np.random.default_rng(0)
     kept = keep(model, tokens, window=8, stride=4)
     with pytest.raises(ValueError, match="another window or stride"):
         compare(model, kept, tokens, rng=rng, window=8, stride=8)
@@ -196,8 +236,11 @@ def test_a_reference_that_was_kept_otherwise_is_refused():
 def test_the_unit_of_the_interval_is_stated():
     texts = ["some text that is long enough", "another text", "a third"]
     rng = np.random.default_rng(0)
-    by_block = compare(tiny_model(0), tiny_model(1), iter(texts), rng=rng, block=16)  # a generator is read once
-    by_text = compare(tiny_model(0), tiny_model(1), texts, rng=rng, block=None, confidence=0.9, resamples=100)
+    # a generator is read once
+    by_block = compare(tiny_model(0), tiny_model(1), iter(texts), rng=rng, block=16)
+    by_text = compare(
+        tiny_model(0), tiny_model(1), texts, rng=rng, block=None, confidence=0.9, resamples=100
+    )
     assert "4 blocks of 16 consecutive tokens" in by_block.method
     assert by_text.method == "90% percentile bootstrap, 100 resamples of 3 documents"
     assert by_block.kl.low < by_block.kl.mean < by_block.kl.high
@@ -207,7 +250,8 @@ def test_models_that_read_different_tokens_are_refused():
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="different tokens"):
         compare(tiny_model(vocab_size=257), tiny_model(vocab_size=300), "return self", rng=rng)
-    with pytest.raises(ValueError, match="different tokens"):  # the beginning token decides what is scored
+    # the beginning token decides what is scored
+    with pytest.raises(ValueError, match="different tokens"):
         compare(tiny_model(), tiny_model(bos_token_id=None), "return self", rng=rng)
 
 
@@ -215,7 +259,11 @@ def test_models_that_read_different_tokens_are_refused():
 def test_a_logit_that_is_not_finite_is_refused_with_its_place(value):
     model = tiny_model()
     head = np.zeros((257, 16))
-    bad = Record(model.config, model.weights | {"lm_head": _Poisoned(head, row=4, value=value)}, model.tokenizer)
+    bad = Record(
+        model.config,
+        model.weights | {"lm_head": _Poisoned(head, row=4, value=value)},
+        model.tokenizer,
+    )
     with pytest.raises(ValueError, match="not finite where token 2 of document 'document 2'"):
         evaluate(bad, ["abc", "defg"])  # rows 0–2 predict a, b, c; row 4 predicts e
 
@@ -224,7 +272,9 @@ class _Poisoned:
     """A head whose logits are 0 but for one entry of one row."""
 
     def __init__(self, weight, row, value):
-        self.weight, self.row, self.value = weight, row, value
+        self.weight = weight
+        self.row = row
+        self.value = value
 
     def matmul(self, x):
         z = x @ self.weight.T
@@ -240,7 +290,8 @@ def test_documents_without_a_token_have_a_row_of_zeros():
 
 
 def test_special_tokens_alone_have_no_bits_per_byte():
-    config = tiny_config(vocab_size=260)  # ids 257 … are in the model's padded vocabulary, not in the tokenizer's
+    # ids 257 … are in the model's padded vocabulary, not in the tokenizer's
+    config = tiny_config(vocab_size=260)
     model = Record(config, tiny_model(vocab_size=260).weights, byte_tokenizer())
     score = evaluate(model, [258, 259])
     assert score.tokens == 2
@@ -250,7 +301,8 @@ def test_special_tokens_alone_have_no_bits_per_byte():
 
 def test_another_memory_can_be_measured():
     """``attend`` replaces the attention: one that returns zeros predicts from the last token alone."""
-    model, seen = tiny_model(), []
+    model = tiny_model()
+    seen = []
 
     def forgetful(lengths):
         seen.append(lengths)
@@ -266,8 +318,15 @@ def test_another_memory_can_be_measured():
 
 def test_progress_counts_tokens():
     calls = []
-    evaluate(tiny_model(), [1] * 300, window=200, stride=100, progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(128, 300), (256, 300), (300, 300)]  # two windows share a pass, in chunks of 128 rows
+    evaluate(
+        tiny_model(),
+        [1] * 300,
+        window=200,
+        stride=100,
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    # two windows share a pass, in chunks of 128 rows
+    assert calls == [(128, 300), (256, 300), (300, 300)]
 
 
 def test_the_interpreter_is_named(monkeypatch):
@@ -282,8 +341,12 @@ def test_the_loss_is_the_same_on_every_backend(xp):
     there = evaluate(tiny_model(xp=xp, dtype="float32"), text, window=16, stride=4)
     here = evaluate(tiny_model(dtype="float32"), text, window=16, stride=4)
     assert isinstance(there.nats, np.ndarray)
-    np.testing.assert_allclose(there.nats, here.nats, rtol=0, atol=TOLERANCE * np.finfo(np.float32).eps / EPS)
-    c = compare(tiny_model(1, xp=xp), tiny_model(0, xp=xp), text, rng=np.random.default_rng(0), resamples=10)
+    np.testing.assert_allclose(
+        there.nats, here.nats, rtol=0, atol=TOLERANCE * np.finfo(np.float32).eps / EPS
+    )
+    c = compare(
+        tiny_model(1, xp=xp), tiny_model(0, xp=xp), text, rng=np.random.default_rng(0), resamples=10
+    )
     d = compare(tiny_model(1), tiny_model(0), text, rng=np.random.default_rng(0), resamples=10)
     np.testing.assert_allclose(c.token_kl, d.token_kl, rtol=0, atol=50 * TOLERANCE)
 

@@ -25,11 +25,13 @@ def network(**changes) -> Model:
 
 
 @pytest.mark.theorem(
-    "A sample of every window has the mean that the full evaluation has", source="sampling without replacement"
+    "A sample of every window has the mean that the full evaluation has",
+    source="sampling without replacement",
 )
 @given(st.lists(st.text("def return self\n", min_size=1, max_size=80), min_size=1, max_size=4))
 def test_a_sample_of_all_windows_is_the_evaluation(items):
-    model = network(max_position_embeddings=16, vocab_size=290)  # tokens of one byte, and of several
+    # tokens of one byte, and of several
+    model = network(max_position_embeddings=16, vocab_size=290)
     documents = [Document(str(i), text) for i, text in enumerate(items)]
     whole = evaluate(model, documents, window=16, stride=8)
     sample = sample_bits_per_byte(model, documents, 10_000, np.random.default_rng(0))
@@ -61,7 +63,10 @@ def test_a_step_of_any_shape_is_timed_behind_its_past(batch, monkeypatch):
 
     def captured(weights, config):
         step = stepper(weights, config)
-        return lambda tokens, positions, attend: (seen.append(positions), step(tokens, positions, attend))[1]
+        return lambda tokens, positions, attend: (
+            seen.append(positions),
+            step(tokens, positions, attend),
+        )[1]
 
     monkeypatch.setattr(quick, "forward", watched)
     monkeypatch.setattr(quick, "stepper", captured)

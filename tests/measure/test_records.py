@@ -13,7 +13,11 @@ from refllm.measure.records import Record, read, write
 json_values = st.dictionaries(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
     st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text("aé漢"),
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text("aé漢"),
         lambda inner: st.lists(inner, max_size=3),
         max_leaves=6,
     ),
@@ -39,14 +43,25 @@ def test_numbers_that_are_not_finite_are_refused_with_their_place(tmp_path, valu
     assert not (tmp_path / "x.json").exists()
 
 
-@pytest.mark.parametrize(("command", "kind", "hardware"), [("", "A", "none"), ("x", "A", " "), ("x", "D", "none")])
+@pytest.mark.parametrize(
+    ("command", "kind", "hardware"), [("", "A", "none"), ("x", "A", " "), ("x", "D", "none")]
+)
 def test_a_record_without_provenance_is_refused(command, kind, hardware):
     with pytest.raises(ValueError, match="record"):
         Record(command, kind, hardware, {})
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"command": "x"}', '{"command": 1, "kind": "A", "oops": 2}',
-                                  '{"command": 1, "kind": "A", "hardware": "none", "values": {}}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"command": "x"}',
+        '{"command": 1, "kind": "A", "oops": 2}',
+        '{"command": 1, "kind": "A", "hardware": "none", "values": {}}',
+    ],
+)
 def test_a_file_that_is_no_record_is_named(tmp_path, text):
     path = tmp_path / "broken.json"
     path.write_text(text)

@@ -39,19 +39,35 @@ decodes = st.lists(st.integers(0, 50), min_size=1, max_size=5)
 
 def weight_tensors(config, module):
     """Tensors under Hugging Face's names, every one of role "weight"."""
-    n, d, f = config.hidden_size, config.head_dim, config.intermediate_size
-    h, g = config.num_attention_heads * d, config.num_key_value_heads * d
+    n = config.hidden_size
+    d = config.head_dim
+    f = config.intermediate_size
+    h = config.num_attention_heads * d
+    g = config.num_key_value_heads * d
     layer = {
-        "input_layernorm.weight": (n,), "post_attention_layernorm.weight": (n,),
-        "self_attn.q_proj.weight": (h, n), "self_attn.k_proj.weight": (g, n), "self_attn.v_proj.weight": (g, n),
-        "self_attn.o_proj.weight": (n, h), "mlp.gate_proj.weight": (f, n), "mlp.up_proj.weight": (f, n),
+        "input_layernorm.weight": (n,),
+        "post_attention_layernorm.weight": (n,),
+        "self_attn.q_proj.weight": (h, n),
+        "self_attn.k_proj.weight": (g, n),
+        "self_attn.v_proj.weight": (g, n),
+        "self_attn.o_proj.weight": (n, h),
+        "mlp.gate_proj.weight": (f, n),
+        "mlp.up_proj.weight": (f, n),
         "mlp.down_proj.weight": (n, f),
-    }  # fmt: skip
+    }
     if config.attention_bias:
-        layer |= {"self_attn.q_proj.bias": (h,), "self_attn.k_proj.bias": (g,), "self_attn.v_proj.bias": (g,)}
+        layer |= {
+            "self_attn.q_proj.bias": (h,),
+            "self_attn.k_proj.bias": (g,),
+            "self_attn.v_proj.bias": (g,),
+        }
     if config.qk_norm:
         layer |= {"self_attn.q_norm.weight": (d,), "self_attn.k_norm.weight": (d,)}
-    shapes = {f"model.layers.{i}.{name}": s for i in range(config.num_hidden_layers) for name, s in layer.items()}
+    shapes = {
+        f"model.layers.{i}.{name}": s
+        for i in range(config.num_hidden_layers)
+        for name, s in layer.items()
+    }
     shapes |= {"model.embed_tokens.weight": (config.vocab_size, n), "model.norm.weight": (n,)}
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, n)
@@ -65,8 +81,11 @@ def run_counted(config, batch, rows):
     """
     module = CountingModule()
     weights = build(config, weight_tensors(config, module))
-    cache = ContiguousCache(config, len(batch), max(p + n for p, n in batch) or 1, like=module.array(np.zeros(1)))
-    cache.keys.role = cache.values.role = "kv"
+    cache = ContiguousCache(
+        config, len(batch), max(p + n for p, n in batch) or 1, like=module.array(np.zeros(1))
+    )
+    cache.keys.role = "kv"
+    cache.values.role = "kv"
     cache.lengths[:] = [past for past, _ in batch]
     counts = [new for _, new in batch]
     tokens = module.array(np.zeros(sum(counts), np.int64))
@@ -89,7 +108,8 @@ def with_attention(monkeypatch, function):
     source="counting: 2·N_mm a token, 4·L·H·D·s for attention, one read of the weights, 2·L·G·D·b·s of the cache",
 )
 def test_decode_step_costs_what_was_executed(config, sequences, past):
-    config = dataclasses.replace(config, sliding_window=None)  # the padded decode step reads the whole strip
+    # the padded decode step reads the whole strip
+    config = dataclasses.replace(config, sliding_window=None)
     batch = [(past, 1)] * sequences
     ledger = run_counted(config, batch, sequences)
     cost = step_cost(config, batch, weight_bytes_per_param=BYTES, kv_bytes_per_number=BYTES)
@@ -112,7 +132,9 @@ def test_ragged_step_costs_what_was_executed(config, batch, data):
     config = dataclasses.replace(config, sliding_window=data.draw(st.none() | st.integers(1, 6)))
     tokens = sum(new for _, new in batch)
     rows = data.draw(st.integers(0, tokens))
-    cost = step_cost(config, batch, weight_bytes_per_param=BYTES, kv_bytes_per_number=BYTES, logits_rows=rows)
+    cost = step_cost(
+        config, batch, weight_bytes_per_param=BYTES, kv_bytes_per_number=BYTES, logits_rows=rows
+    )
     ledger = run_counted(config, batch, rows)  # one tile of queries: keys are read once
     assert cost.linear_flops == ledger.flops["weight"]
     assert cost.weight_bytes == ledger.read["weight"]
@@ -148,7 +170,9 @@ def test_padded_decode_pays_for_the_longest_sequence(config, pasts):
 
 @given(st.integers(0, 30), st.integers(0, 30), st.none() | st.integers(1, 20))
 def test_keys_seen_is_the_sum_over_queries(past, new, window):
-    expected = sum(past + t + 1 if window is None else min(past + t + 1, window) for t in range(new))
+    expected = sum(
+        past + t + 1 if window is None else min(past + t + 1, window) for t in range(new)
+    )
     assert keys_seen(past, new, window) == expected
 
 
@@ -159,11 +183,13 @@ def test_keys_seen_is_the_sum_over_queries(past, new, window):
 )
 def test_chunking_conserves_flops(config, length, past, data):
     chunks = data.draw(partitions(length))
-    steps, at = [], past
+    steps = []
+    at = past
     for n in chunks:
         steps.append(step_cost(config, [(at, n)]))
         at += n
-    total, whole = sum(steps[1:], steps[0]), step_cost(config, [(past, length)])
+    total = sum(steps[1:], steps[0])
+    whole = step_cost(config, [(past, length)])
     head = 2 * config.vocab_size * config.hidden_size  # one row of logits a chunk
     assert total.flops == whole.flops + (len(chunks) - 1) * head
     assert total.attention_flops == whole.attention_flops
@@ -180,16 +206,23 @@ def test_chunking_conserves_flops(config, length, past, data):
 def test_decode_attention_intensity_is_independent_of_batch_and_context(config, past, sequences, b):
     config = dataclasses.replace(config, sliding_window=None)
     cost = step_cost(config, [(past, 1)] * sequences, kv_bytes_per_number=b)
-    assert cost.attention_intensity == 2 * (config.num_attention_heads // config.num_key_value_heads) / b
+    assert (
+        cost.attention_intensity
+        == 2 * (config.num_attention_heads // config.num_key_value_heads) / b
+    )
     drafts = step_cost(config, [(past, 4)], kv_bytes_per_number=b)  # verifying drafts multiplies it
     assert drafts.attention_intensity > 2 * cost.attention_intensity * (past / (past + 4))
 
 
 @given(batches, batches)
 def test_costs_of_sequences_add_up_but_weights_are_read_once(a, b):
-    batched_attention, apart = step_cost(LLAMA_8B, a + b), step_cost(LLAMA_8B, a) + step_cost(LLAMA_8B, b)
+    batched_attention = step_cost(LLAMA_8B, a + b)
+    apart = step_cost(LLAMA_8B, a) + step_cost(LLAMA_8B, b)
     assert batched_attention.flops == apart.flops
-    assert batched_attention.kv_read_bytes + batched_attention.kv_write_bytes == apart.kv_read_bytes + apart.kv_write_bytes
+    assert (
+        batched_attention.kv_read_bytes + batched_attention.kv_write_bytes
+        == apart.kv_read_bytes + apart.kv_write_bytes
+    )
     if all(any(new for _, new in x) for x in (a, b)):
         stored = 2.0 * (LLAMA_8B.num_parameters - LLAMA_8B.vocab_size * LLAMA_8B.hidden_size)
         assert apart.weight_bytes - batched_attention.weight_bytes == stored
@@ -203,16 +236,17 @@ def test_constants_of_the_literature():
     assert one.kv_write_bytes == 128 * 1024
     assert one.linear_flops == 2 * (32 * 218_103_808 + 128_256 * 4096)
     assert step_cost(LLAMA_8B, [(0, 1)] * 64).linear_intensity == pytest.approx(64, rel=1e-3)
-    assert step_cost(LLAMA_8B, [(0, 1)] * 64, weight_bytes_per_param=0.5).linear_intensity == pytest.approx(
-        256, rel=1e-3
-    )
+    assert step_cost(
+        LLAMA_8B, [(0, 1)] * 64, weight_bytes_per_param=0.5
+    ).linear_intensity == pytest.approx(256, rel=1e-3)
     assert DEVICES["h200"].ridge == pytest.approx(206, abs=0.5)
     assert DEVICES["a100"].ridge == pytest.approx(153, abs=0.5)
 
 
 @given(batches, st.floats(1e9, 1e15), st.floats(1e9, 1e13), st.floats(0, 1))
 def test_projection_is_the_slower_limit(batch, flops, bandwidth, overhead):
-    device, cost = Device("a device", flops, bandwidth, overhead), step_cost(LLAMA_8B, batch)
+    device = Device("a device", flops, bandwidth, overhead)
+    cost = step_cost(LLAMA_8B, batch)
     seconds = projected_seconds(cost, device)
     assert seconds - overhead >= cost.flops / flops * (1 - 1e-6) - 1e-12
     assert seconds - overhead >= cost.bytes / bandwidth * (1 - 1e-6) - 1e-12
@@ -221,7 +255,8 @@ def test_projection_is_the_slower_limit(batch, flops, bandwidth, overhead):
         assert seconds == pytest.approx(limited + overhead)
         # at the projected time without overhead one of the two resources is used to the full
         bound = projected_seconds(cost, dataclasses.replace(device, overhead=0.0))
-        written = cost.kv_write_bytes / bound / bandwidth  # counted in the bytes, not in MBU's definition
+        # counted in the bytes, not in MBU's definition
+        written = cost.kv_write_bytes / bound / bandwidth
         assert max(mfu(cost, bound, device), mbu(cost, bound, device) + written) == pytest.approx(1)
 
 
@@ -232,15 +267,20 @@ def test_the_empty_step_costs_nothing():
     assert projected_seconds(cost, Device("a device", 1, 1, 0.5)) == 0.5
 
 
-@pytest.mark.parametrize(("batch", "rows"), [([(-1, 1)], None), ([(1, -1)], None), ([(0, 2)], 3), ([(0, 2)], -1)])
+@pytest.mark.parametrize(
+    ("batch", "rows"), [([(-1, 1)], None), ([(1, -1)], None), ([(0, 2)], 3), ([(0, 2)], -1)]
+)
 def test_impossible_steps_are_refused(batch, rows):
     with pytest.raises(ValueError, match="step_cost"):
         step_cost(LLAMA_8B, batch, logits_rows=rows)
 
 
-@given(batches.filter(lambda b: any(new for _, new in b)), st.floats(1e12, 1e16), st.floats(0, 1e-3))
+@given(
+    batches.filter(lambda b: any(new for _, new in b)), st.floats(1e12, 1e16), st.floats(0, 1e-3)
+)
 def test_parts_of_a_step_sum_to_its_projected_time(batch, flops, overhead):
-    device, cost = Device("a device", flops, 4.8e12, overhead), step_cost(LLAMA_8B, batch)
+    device = Device("a device", flops, 4.8e12, overhead)
+    cost = step_cost(LLAMA_8B, batch)
     (row,) = decode_cost_data("a step", device, {"the step": cost})["rows"]
     assert sum(row["parts"].values()) == pytest.approx(1e3 * projected_seconds(cost, device))
     assert min(row["parts"].values()) > 0
@@ -267,7 +307,10 @@ def test_a_roofline_needs_a_device_and_steps_that_do_something():
 
 
 def test_the_figure_has_the_devices_and_the_points():
-    points = {"decode": step_cost(LLAMA_8B, [(100, 1)]), "prefill": step_cost(LLAMA_8B, [(0, 1000)])}
+    points = {
+        "decode": step_cost(LLAMA_8B, [(100, 1)]),
+        "prefill": step_cost(LLAMA_8B, [(0, 1000)]),
+    }
     figure = plot_roofline(list(DEVICES.values()), points)
     texts = {t.get_text() for t in figure.axes[0].texts}
     assert texts == set(points)

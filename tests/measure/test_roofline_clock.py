@@ -13,23 +13,36 @@ from refllm.measure.memory import LLAMA_8B, kv_bytes_per_token, weight_bytes
 from refllm.measure.roofline import projected_seconds, step_cost
 from refllm.measure.roofline_clock import RooflineClock
 
-CONFIGS = {"grouped": LLAMA_8B, "window": replace(LLAMA_8B, family="mistral", sliding_window=40),
-           "tied": replace(LLAMA_8B, tie_word_embeddings=True)}  # fmt: skip
+CONFIGS = {
+    "grouped": LLAMA_8B,
+    "window": replace(LLAMA_8B, family="mistral", sliding_window=40),
+    "tied": replace(LLAMA_8B, tie_word_embeddings=True),
+}
 batches = st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 300)), min_size=1, max_size=6)
 
 
-@pytest.mark.theorem("The clock's step = max(FLOP/peak, bytes/peak) + overhead of step_cost", source="the roofline")
-@given(st.sampled_from(sorted(CONFIGS)), batches, st.floats(0.5, 4), st.floats(0.5, 4), st.booleans())
+@pytest.mark.theorem(
+    "The clock's step = max(FLOP/peak, bytes/peak) + overhead of step_cost", source="the roofline"
+)
+@given(
+    st.sampled_from(sorted(CONFIGS)), batches, st.floats(0.5, 4), st.floats(0.5, 4), st.booleans()
+)
 def test_a_step_takes_what_its_cost_says(name, batch, weights, kv, slow):
     config = CONFIGS[name]
     device = Device("slow to compute", 1e11, 1e12, overhead=1e-3) if slow else DEVICES["h200"]
     clock = RooflineClock(config, device, weights, kv)
     cost = step_cost(config, batch, weight_bytes_per_param=weights, kv_bytes_per_number=kv)
     # four sums of positive terms, in another order
-    assert clock.step(batch, len(batch)) == pytest.approx(projected_seconds(cost, device), rel=1e-14)
+    assert clock.step(batch, len(batch)) == pytest.approx(
+        projected_seconds(cost, device), rel=1e-14
+    )
 
 
-@given(st.sampled_from(sorted(CONFIGS)), st.lists(st.integers(0, 3000), min_size=1, max_size=6), st.integers(1, 60))
+@given(
+    st.sampled_from(sorted(CONFIGS)),
+    st.lists(st.integers(0, 3000), min_size=1, max_size=6),
+    st.integers(1, 60),
+)
 def test_decoding_takes_its_steps_one_after_the_other(name, pasts, count):
     for device in (DEVICES["h200"], Device("slow to compute", 1e11, 1e12, overhead=1e-3)):
         clock = RooflineClock(CONFIGS[name], device)

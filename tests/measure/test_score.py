@@ -14,7 +14,9 @@ from refllm.measure.windows import Score, bits_by_position
 from study_models import tiny_model
 
 token_lists = st.lists(st.integers(1, 256), min_size=1, max_size=40)
-windowings = st.tuples(st.integers(1, 16), st.integers(1, 16)).map(lambda t: {"window": max(t), "stride": min(t)})
+windowings = st.tuples(st.integers(1, 16), st.integers(1, 16)).map(
+    lambda t: {"window": max(t), "stride": min(t)}
+)
 
 
 @given(token_lists, windowings)

@@ -29,7 +29,11 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 )
 def test_windows_partition_the_tokens(shape):
     length, window, stride = shape
-    targets = [t for begin, end, first in windows(length, window, stride) for t in range(begin + first + 1, end + 1)]
+    targets = [
+        t
+        for begin, end, first in windows(length, window, stride)
+        for t in range(begin + first + 1, end + 1)
+    ]
     assert targets == list(range(1, length))
 
 
@@ -88,7 +92,8 @@ def test_byte_lengths_are_exact_for_every_token_of_a_byte_level_vocabulary(text)
     lengths = token_bytes(tokenizer, 300)
     cuts = np.cumsum(lengths[ids])
     raw = text.encode()
-    for n, cut in enumerate(cuts, start=1):  # a prefix of tokens is that prefix of bytes, whole characters or not
+    # a prefix of tokens is that prefix of bytes, whole characters or not
+    for n, cut in enumerate(cuts, start=1):
         assert tokenizer.decode(ids[:n]) == raw[:cut].decode(errors="replace")
     assert (lengths[280:] == 0).all()
 
@@ -96,7 +101,9 @@ def test_byte_lengths_are_exact_for_every_token_of_a_byte_level_vocabulary(text)
 def test_byte_lengths_of_a_sentencepiece_spelling():
     vocabulary = {"<unk>": 0, "<s>": 1, "<0x0A>": 2, "<0xE6>": 3, "▁def": 4, "é": 5, "▁": 6, "Ġ": 7}
     inner = Inner(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
-    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     inner.add_special_tokens(["<s>"])
     assert token_bytes(Tokenizer(inner), 8).tolist() == [5, 3, 1, 1, 4, 2, 1, 2]
 
@@ -105,10 +112,19 @@ def test_documents_are_texts_records_or_token_arrays_alone_or_in_lists():
     model = tiny_model()
     text = "for x in y"
     ids = model.tokenizer.encode(text)
-    same = [text, [text], Document("a.py", text), ids, [ids], np.asarray(ids, np.int32), iter([[0, *ids]])]
+    same = [
+        text,
+        [text],
+        Document("a.py", text),
+        ids,
+        [ids],
+        np.asarray(ids, np.int32),
+        iter([[0, *ids]]),
+    ]
     for documents in same:
         p = plan(model, documents, 8, 4)
-        assert p.tokens[0].tolist() == [0, *ids]  # one beginning token, also where the array brought its own
+        # one beginning token, also where the array brought its own
+        assert p.tokens[0].tolist() == [0, *ids]
         assert p.token_bytes.sum() == len(text)
     assert plan(model, Document("a.py", text), 8, 4).names == ("a.py",)
 
@@ -139,7 +155,9 @@ def test_an_array_of_the_wrong_kind_is_refused():
         plan(tiny_model(), [np.zeros(3)], 8, 4)
 
 
-@pytest.mark.parametrize("documents", [b"ab", bytearray(b"ab"), [b"ab"], ["ab\ud800"], [None], None, 5, Path("x")])
+@pytest.mark.parametrize(
+    "documents", [b"ab", bytearray(b"ab"), [b"ab"], ["ab\ud800"], [None], None, 5, Path("x")]
+)
 def test_what_is_neither_text_nor_ids_is_refused(documents):
     """Bytes would pass for token ids, a byte each."""
     with pytest.raises(ValueError, match="texts or token ids, not|expected a text|no Unicode"):

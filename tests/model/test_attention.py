@@ -30,10 +30,15 @@ windows = st.one_of(st.none(), st.integers(1, 7))
 @st.composite
 def problems(draw, *, max_queries: int = 6, max_keys: int = 14):
     """Host q[T, H, D], k[S, G, D], v[S, G, D] in float64; the scale makes some softmaxes one-hot."""
-    groups, repeats, dim = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 5))
-    count, keys = draw(st.integers(1, max_queries)), draw(st.integers(0, max_keys))
+    groups = draw(st.integers(1, 3))
+    repeats = draw(st.integers(1, 3))
+    dim = draw(st.integers(1, 5))
+    count = draw(st.integers(1, max_queries))
+    keys = draw(st.integers(0, max_keys))
     rng = np.random.default_rng(draw(seeds))
-    q = draw(st.sampled_from([0.0, 1.0, 30.0, 1e4])) * rng.standard_normal((count, groups * repeats, dim))
+    q = draw(st.sampled_from([0.0, 1.0, 30.0, 1e4])) * rng.standard_normal(
+        (count, groups * repeats, dim)
+    )
     return q, rng.standard_normal((keys, groups, dim)), rng.standard_normal((keys, groups, dim))
 
 
@@ -43,8 +48,10 @@ def on(xp, *arrays):
 
 def definition(q, k, v, visible):
     """softmax(q kᵀ/√D) v over the keys j with ``visible(t, j)``, in loops; no key gives (0, −∞)."""
-    (count, heads, dim), groups = q.shape, k.shape[1]
-    o, lse = np.zeros_like(q), np.full((count, heads), -math.inf)
+    count, heads, dim = q.shape
+    groups = k.shape[1]
+    o = np.zeros_like(q)
+    lse = np.full((count, heads), -math.inf)
     for t in range(count):
         for h in range(heads):
             g = h // (heads // groups)
@@ -66,9 +73,12 @@ def bounds(q, k, v, eps: float = EPS) -> tuple[float, float]:
     v, so the relative error of the weights bounds it by max|v|. The factor 2 is for the two computations, a
     second one for the rescalings of tiles and merges.
     """
-    dim, keys = q.shape[-1], max(len(k), 1)
+    dim = q.shape[-1]
+    keys = max(len(k), 1)
     size = (
-        float(np.linalg.norm(q, axis=-1).max() * np.linalg.norm(k, axis=-1).max()) / math.sqrt(dim) if len(k) else 0.0
+        float(np.linalg.norm(q, axis=-1).max() * np.linalg.norm(k, axis=-1).max()) / math.sqrt(dim)
+        if len(k)
+        else 0.0
     )
     score = 2 * (dim + 4) * eps * size
     largest = float(np.abs(v).max()) if len(v) else 0.0
@@ -76,7 +86,9 @@ def bounds(q, k, v, eps: float = EPS) -> tuple[float, float]:
 
 
 def assert_same(ours, theirs, q, k, v, eps: float = EPS):
-    (o, lse), (o_ref, lse_ref) = (tuple(np.asarray(to_host(x), np.float64) for x in pair) for pair in (ours, theirs))
+    (o, lse), (o_ref, lse_ref) = (
+        tuple(np.asarray(to_host(x), np.float64) for x in pair) for pair in (ours, theirs)
+    )
     atol_o, atol_lse = bounds(q, k, v, eps)
     np.testing.assert_allclose(o, o_ref, rtol=0, atol=atol_o)
     np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(lse_ref))
@@ -104,8 +116,17 @@ def test_naive_form_is_the_definition(pure_xp, problem, start, window, first_key
     "online softmax = softmax, for any tile sizes; skipping hidden tiles = masking them",
     source="Milakov & Gimelshein 2018, alg. 3; FlashAttention-2, alg. 1",
 )
-@given(problems(), st.integers(0, 16), windows, st.integers(0, 4), st.integers(1, 7), st.integers(1, 15))
-def test_flash_equals_naive_for_any_tiles(pure_xp, problem, start, window, first_key, tile_q, tile_k):
+@given(
+    problems(),
+    st.integers(0, 16),
+    windows,
+    st.integers(0, 4),
+    st.integers(1, 7),
+    st.integers(1, 15),
+)
+def test_flash_equals_naive_for_any_tiles(
+    pure_xp, problem, start, window, first_key, tile_q, tile_k
+):
     q, k, v = problem
     at = {"start": start, "window": window, "first_key": first_key}
     naive = attention(*on(pure_xp, q, k, v), **at)
@@ -124,7 +145,12 @@ def test_narrow_types_keep_their_dtype_and_the_identity_of_hidden_rows(xp, dtype
         o, lse = form(*on(xp, q, k, v), start=3, window=window, **tiles)
         assert o.dtype == lse.dtype == np.dtype(dtype)
         assert_same(
-            (o, lse), exact, q.astype("float64"), k.astype("float64"), v.astype("float64"), float(np.finfo(dtype).eps)
+            (o, lse),
+            exact,
+            q.astype("float64"),
+            k.astype("float64"),
+            v.astype("float64"),
+            float(np.finfo(dtype).eps),
         )
         o, lse = form(*on(xp, q, k, v), start=3, first_key=100, **tiles)
         assert not to_host(o).any()
@@ -143,12 +169,16 @@ def test_narrow_types_keep_their_dtype_and_the_identity_of_hidden_rows(xp, dtype
 @given(st.data())
 def test_merge_of_any_partition_in_any_order_is_the_whole(pure_xp, data):
     q, k, v = data.draw(problems())
-    start, window = data.draw(st.integers(0, 16)), data.draw(windows)
+    start = data.draw(st.integers(0, 16))
+    window = data.draw(windows)
     edges = np.cumsum([0, *data.draw(partitions(len(k), empty=True))]).tolist()
     order = data.draw(st.permutations(list(pairwise(edges))))
     qx, kx, vx = on(pure_xp, q, k, v)
     form = data.draw(st.sampled_from([attention, flash_attention]))
-    parts = [form(qx, kx[a:b, ...], vx[a:b, ...], start=start, window=window, first_key=a) for a, b in order]
+    parts = [
+        form(qx, kx[a:b, ...], vx[a:b, ...], start=start, window=window, first_key=a)
+        for a, b in order
+    ]
     whole = attention(qx, kx, vx, start=start, window=window)
     joined = reduce(lambda a, b: merge(*a, *b), parts) if parts else whole
     assert_same(joined, whole, q, k, v)
@@ -162,10 +192,15 @@ def test_merge_of_any_partition_in_any_order_is_the_whole(pure_xp, data):
 def test_keys_are_a_set(pure_xp, data):
     q, k, v = data.draw(problems())
     everywhere = len(k)  # every query stands behind every key
-    part = np.array(data.draw(st.lists(st.integers(0, 3), min_size=len(k), max_size=len(k))), dtype=np.int64)
+    part = np.array(
+        data.draw(st.lists(st.integers(0, 3), min_size=len(k), max_size=len(k))), dtype=np.int64
+    )
     shuffled = np.array(data.draw(st.permutations(range(len(k)))), dtype=np.int64)
     whole = attention(*on(pure_xp, q, k, v), start=everywhere)
-    state = (pure_xp.zeros_like(whole[0]), pure_xp.full(whole[1].shape, -math.inf, dtype=whole[1].dtype))
+    state = (
+        pure_xp.zeros_like(whole[0]),
+        pure_xp.full(whole[1].shape, -math.inf, dtype=whole[1].dtype),
+    )
     for number in range(4):
         mine = [j for j in shuffled.tolist() if part[j] == number]
         state = merge(*state, *attention(*on(pure_xp, q, k[mine], v[mine]), start=everywhere))
@@ -179,15 +214,18 @@ def partial_states(draw, parts: int):
     scale = draw(st.sampled_from([1.0, 100.0, 1e5]))
     states = []
     for _ in range(parts):
-        o, lse = rng.standard_normal((3, 2, 4)), scale * rng.standard_normal((3, 2))
+        o = rng.standard_normal((3, 2, 4))
+        lse = scale * rng.standard_normal((3, 2))
         empty = rng.random((3, 2)) < draw(st.sampled_from([0.0, 0.5, 1.0]))
-        o[empty], lse[empty] = 0.0, -math.inf
+        o[empty] = 0.0
+        lse[empty] = -math.inf
         states.append((o, lse))
     return states
 
 
 @pytest.mark.theorem(
-    "merge is commutative, bit for bit, and (0, −∞) is its identity, bit for bit", source="FlashInfer §2.2"
+    "merge is commutative, bit for bit, and (0, −∞) is its identity, bit for bit",
+    source="FlashInfer §2.2",
 )
 @given(partial_states(2))
 def test_merge_is_commutative_and_has_an_identity(pure_xp, states):
@@ -204,15 +242,19 @@ def test_merge_is_commutative_and_has_an_identity(pure_xp, states):
 @given(partial_states(3))
 def test_merge_is_associative(pure_xp, states):
     a, b, c = (on(pure_xp, *s) for s in states)
-    left, right = merge(*merge(*a, *b), *c), merge(*a, *merge(*b, *c))
-    lse, expected = to_host(left[1]), to_host(right[1])
+    left = merge(*merge(*a, *b), *c)
+    right = merge(*a, *merge(*b, *c))
+    lse = to_host(left[1])
+    expected = to_host(right[1])
     np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(expected))
     finite = ~np.isneginf(expected)
     # lse is rounded to eps·|lse| twice on each side, and e^lse carries that on as a relative error of a weight
     error = 8 * EPS * (1.0 + np.abs(expected[finite]).max(initial=0.0))
     np.testing.assert_allclose(lse[finite], expected[finite], rtol=0, atol=error)
     largest = max(np.abs(s[0]).max() for s in states)
-    np.testing.assert_allclose(to_host(left[0]), to_host(right[0]), rtol=0, atol=2 * largest * error)
+    np.testing.assert_allclose(
+        to_host(left[0]), to_host(right[0]), rtol=0, atol=2 * largest * error
+    )
 
 
 # --- what changes nothing --------------------------------------------------------------------------------------
@@ -229,14 +271,20 @@ def test_scores_may_be_shifted(pure_xp, problem, start, window, seed, size):
     moved = k + u
     repeats = q.shape[1] // k.shape[1]
     shift = np.einsum("thd,hd->th", q, np.repeat(u, repeats, axis=0)) / math.sqrt(q.shape[-1])
-    o, lse = (to_host(x) for x in flash_attention(*on(pure_xp, q, k, v), start=start, window=window, tile_k=3))
+    o, lse = (
+        to_host(x)
+        for x in flash_attention(*on(pure_xp, q, k, v), start=start, window=window, tile_k=3)
+    )
     after = flash_attention(*on(pure_xp, q, moved, v), start=start, window=window, tile_k=3)
     # k + u was rounded by eps·|k + u|: one more error of the kind that `bounds` allows for, in D products
-    assert_same(after, (o, lse + shift), q, np.concatenate([k, moved, np.broadcast_to(u, k.shape)]), v)
+    assert_same(
+        after, (o, lse + shift), q, np.concatenate([k, moved, np.broadcast_to(u, k.shape)]), v
+    )
 
 
 @pytest.mark.theorem(
-    "grouped-query attention = multi-head attention with repeated key heads", source="Ainslie et al. 2023"
+    "grouped-query attention = multi-head attention with repeated key heads",
+    source="Ainslie et al. 2023",
 )
 @given(problems(), st.integers(0, 16), windows)
 def test_grouped_queries_are_repeated_heads(pure_xp, problem, start, window):
@@ -244,7 +292,9 @@ def test_grouped_queries_are_repeated_heads(pure_xp, problem, start, window):
     repeats = q.shape[1] // k.shape[1]
     many = (np.repeat(x, repeats, axis=1) for x in (k, v))
     grouped = flash_attention(*on(pure_xp, q, k, v), start=start, window=window)
-    assert_same(flash_attention(*on(pure_xp, q, *many), start=start, window=window), grouped, q, k, v)
+    assert_same(
+        flash_attention(*on(pure_xp, q, *many), start=start, window=window), grouped, q, k, v
+    )
 
 
 @pytest.mark.theorem("a key whose score is −∞ changes nothing", source="e^−∞ = 0")
@@ -268,13 +318,15 @@ def test_a_key_of_score_minus_infinity_is_a_no_op(pure_xp, problem, data):
 
 
 @pytest.mark.theorem(
-    "a query that sees no key gives o = 0 and lse = −∞, without a NaN on the way", source="identity of merge"
+    "a query that sees no key gives o = 0 and lse = −∞, without a NaN on the way",
+    source="identity of merge",
 )
 @given(problems(), st.integers(0, 5), st.integers(1, 3), st.integers(1, 4))
 def test_rows_that_see_nothing_give_zero(pure_xp, problem, start, window, tile_k):
     q, k, v = problem
     beyond = {"start": start, "first_key": start + len(q)}  # every key lies in the future
-    forgotten = {"start": start + len(k) + window, "window": window}  # every key lies before the window
+    # every key lies before the window
+    forgotten = {"start": start + len(k) + window, "window": window}
     for at in (beyond, forgotten):
         for o, lse in (
             attention(*on(pure_xp, q, k, v), **at),
@@ -297,9 +349,14 @@ def test_a_key_that_is_no_number_shows_in_every_query_that_sees_it(pure_xp, prob
 
 
 @given(st.integers(1, 6), st.integers(1, 8), st.integers(-3, 9), windows)
-def test_causal_bias_is_the_rule_and_none_where_it_hides_nothing(pure_xp, count, keys, offset, window):
+def test_causal_bias_is_the_rule_and_none_where_it_hides_nothing(
+    pure_xp, count, keys, offset, window
+):
     bias = causal_bias(pure_xp, count, keys, offset, window, pure_xp.float64)
-    visible = [[offset + t - (window or math.inf) < j <= offset + t for j in range(keys)] for t in range(count)]
+    visible = [
+        [offset + t - (window or math.inf) < j <= offset + t for j in range(keys)]
+        for t in range(count)
+    ]
     if bias is None:
         assert all(map(all, visible))
     else:
@@ -320,7 +377,9 @@ def test_ragged_batch_is_its_sequences_one_by_one(pure_xp, lengths, window, seed
     q, k, v = (rng.standard_normal((sum(lengths), heads, 3)) for heads in (4, 2, 2))
     together = to_host(CausalAttend(lengths, window)(0, *on(pure_xp, q, k, v)))
     for a, b in pairwise(np.cumsum([0, *lengths]).tolist()):
-        alone = definition(q[a:b], k[a:b], v[a:b], lambda t, j: t - (window or math.inf) < j <= t)[0]
+        alone = definition(q[a:b], k[a:b], v[a:b], lambda t, j: t - (window or math.inf) < j <= t)[
+            0
+        ]
         np.testing.assert_allclose(together[a:b], alone, rtol=0, atol=bounds(q, k, v)[0])
 
 
@@ -337,5 +396,9 @@ def test_long_prefill_in_default_tiles_equals_naive():
     q, k, v = (rng.standard_normal((700, heads, 4)) for heads in (2, 1, 1))
     for window in (None, 130):
         assert_same(
-            flash_attention(q, k, v, start=0, window=window), attention(q, k, v, start=0, window=window), q, k, v
+            flash_attention(q, k, v, start=0, window=window),
+            attention(q, k, v, start=0, window=window),
+            q,
+            k,
+            v,
         )

@@ -49,7 +49,8 @@ def raw(architecture: str = "LlamaForCausalLM", **changes: object) -> dict[str, 
 @given(model_configs())
 def test_reading_what_was_written_gives_the_same_record(config):
     assert ModelConfig.from_hf(config.to_hf()) == config
-    assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config  # through the file's text
+    # through the file's text
+    assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
 
 
 @pytest.mark.parametrize("ends", [(), (7,), (7, 9)])
@@ -83,25 +84,41 @@ def test_the_five_switches_are_set_by_the_family():
 
 
 def test_a_stated_null_is_not_silence():
-    assert ModelConfig.from_hf(raw("MistralForCausalLM", sliding_window=None)).sliding_window is None
+    assert (
+        ModelConfig.from_hf(raw("MistralForCausalLM", sliding_window=None)).sliding_window is None
+    )
     assert ModelConfig.from_hf(raw("MistralForCausalLM", sliding_window=...)).sliding_window == 4096
-    assert ModelConfig.from_hf(raw(num_key_value_heads=None, head_dim=None)).num_key_value_heads == 6
+    assert (
+        ModelConfig.from_hf(raw(num_key_value_heads=None, head_dim=None)).num_key_value_heads == 6
+    )
     assert ModelConfig.from_hf(raw(eos_token_id=None)).eos_token_ids == ()
     assert ModelConfig.from_hf(raw(eos_token_id=...)).eos_token_ids == (2,)
 
 
 REFUSALS = {
     "no architectures": (raw() | {"architectures": None}, "no 'architectures'"),
-    "architectures is a word": (raw() | {"architectures": "LlamaForCausalLM"}, "no 'architectures'"),
-    "architecture in a list of its own": (raw(architectures=[["LlamaForCausalLM"]]), "is not supported; supported"),
-    "unknown architecture": (raw("GPT2LMHeadModel"), "'GPT2LMHeadModel' is not supported; supported are LlamaFor"),
+    "architectures is a word": (
+        raw() | {"architectures": "LlamaForCausalLM"},
+        "no 'architectures'",
+    ),
+    "architecture in a list of its own": (
+        raw(architectures=[["LlamaForCausalLM"]]),
+        "is not supported; supported",
+    ),
+    "unknown architecture": (
+        raw("GPT2LMHeadModel"),
+        "'GPT2LMHeadModel' is not supported; supported are LlamaFor",
+    ),
     "size missing": (raw(hidden_size=...), "'hidden_size' is missing"),
     "vocabulary missing": (raw(vocab_size=...), "'vocab_size' is missing"),
     "size null": (raw(intermediate_size=None), "'intermediate_size' is missing"),
     "size is a word": (raw(hidden_size="48"), "hidden_size must be a number"),
     "size is true": (raw(vocab_size=True), "vocab_size must be a number"),
     "size broken": (raw(num_hidden_layers=2.5), "num_hidden_layers must be a whole number"),
-    "size infinite": (raw(num_hidden_layers=float("inf")), "num_hidden_layers must be a whole number"),
+    "size infinite": (
+        raw(num_hidden_layers=float("inf")),
+        "num_hidden_layers must be a whole number",
+    ),
     "size zero": (raw(vocab_size=0), "vocab_size must be a positive integer"),
     "size negative": (raw(num_hidden_layers=-1), "num_hidden_layers must be a positive integer"),
     "no heads": (raw(num_attention_heads=0), "num_attention_heads must be a positive integer"),
@@ -116,26 +133,50 @@ REFUSALS = {
     "MLP bias": (raw(mlp_bias=True), "biases are supported in qwen2"),
     "attention bias": (raw(attention_bias=True), "biases are supported in qwen2"),
     "activation": (raw(hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
-    "window in qwen2": (raw("Qwen2ForCausalLM", use_sliding_window=True), "sliding window is supported in mistral"),
+    "window in qwen2": (
+        raw("Qwen2ForCausalLM", use_sliding_window=True),
+        "sliding window is supported in mistral",
+    ),
     "window in some layers": (
-        raw("Qwen3ForCausalLM", layer_types=["full_attention", "sliding_attention", "full_attention"]),
+        raw(
+            "Qwen3ForCausalLM",
+            layer_types=["full_attention", "sliding_attention", "full_attention"],
+        ),
         "sliding window is supported in mistral",
     ),
     "windows in some of mistral's layers": (
-        raw("MistralForCausalLM", layer_types=["full_attention", "sliding_attention", "full_attention"]),
+        raw(
+            "MistralForCausalLM",
+            layer_types=["full_attention", "sliding_attention", "full_attention"],
+        ),
         "layer_types must be a list of one and the same kind",
     ),
     "layer types no list": (raw(layer_types=5), "layer_types must be a list"),
-    "window is true": (raw("MistralForCausalLM", sliding_window=True), "sliding_window must be a positive integer"),
-    "window zero": (raw("MistralForCausalLM", sliding_window=0), "sliding_window must be a positive integer or null"),
-    "window is a word": (raw("MistralForCausalLM", sliding_window="8"), "sliding_window must be a positive integer"),
-    "yarn": (raw(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "RoPE scaling 'yarn' is not supported"),
+    "window is true": (
+        raw("MistralForCausalLM", sliding_window=True),
+        "sliding_window must be a positive integer",
+    ),
+    "window zero": (
+        raw("MistralForCausalLM", sliding_window=0),
+        "sliding_window must be a positive integer or null",
+    ),
+    "window is a word": (
+        raw("MistralForCausalLM", sliding_window="8"),
+        "sliding_window must be a positive integer",
+    ),
+    "yarn": (
+        raw(rope_scaling={"rope_type": "yarn", "factor": 4.0}),
+        "RoPE scaling 'yarn' is not supported",
+    ),
     "RoPE no object": (raw(rope_scaling="yarn"), "RoPE's parameters must be one object"),
     "RoPE by kind of layer": (
         raw(rope_parameters={"full_attention": {"rope_type": "yarn", "factor": 4.0}}),
         "RoPE's parameters must be one object for all layers",
     ),
-    "linear": (raw(rope_scaling={"type": "linear", "factor": 2.0}), "RoPE scaling 'linear' is not supported"),
+    "linear": (
+        raw(rope_scaling={"type": "linear", "factor": 2.0}),
+        "RoPE scaling 'linear' is not supported",
+    ),
     "partial RoPE": (raw(partial_rotary_factor=0.5), "partial_rotary_factor"),
     "llama3 without factor": (
         raw(rope_scaling={k: v for k, v in LLAMA3.items() if k != "factor"}),
@@ -145,13 +186,28 @@ REFUSALS = {
         raw(rope_scaling=LLAMA3 | {"high_freq_factor": 1.0}),
         "llama3 RoPE scaling needs positive factors and low < high",
     ),
-    "llama3 with factor zero": (raw(rope_scaling=LLAMA3 | {"factor": 0.0}), "llama3 RoPE scaling needs positive"),
+    "llama3 with factor zero": (
+        raw(rope_scaling=LLAMA3 | {"factor": 0.0}),
+        "llama3 RoPE scaling needs positive",
+    ),
     "end token is a word": (raw(eos_token_id="</s>"), "eos_token_id must be an integer or a list"),
     "end token below zero": (raw(eos_token_id=-1), "eos_token_id must be token ids, got -1"),
-    "beginning token is a word": (raw(bos_token_id="1"), "bos_token_id and eos_token_id must be token ids, got '1'"),
-    "beginning token below zero": (raw(bos_token_id=-1), "must be token ids, got -1"),  # the last row, to NumPy
-    "tied is a word": (raw(tie_word_embeddings="false"), "tie_word_embeddings must be true or false, got 'false'"),
-    "no positions": (raw(max_position_embeddings=0), "max_position_embeddings must be a positive integer"),
+    "beginning token is a word": (
+        raw(bos_token_id="1"),
+        "bos_token_id and eos_token_id must be token ids, got '1'",
+    ),
+    "beginning token below zero": (
+        raw(bos_token_id=-1),
+        "must be token ids, got -1",
+    ),  # the last row, to NumPy
+    "tied is a word": (
+        raw(tie_word_embeddings="false"),
+        "tie_word_embeddings must be true or false, got 'false'",
+    ),
+    "no positions": (
+        raw(max_position_embeddings=0),
+        "max_position_embeddings must be a positive integer",
+    ),
 }
 
 
@@ -171,7 +227,9 @@ SHAPES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
 def agrees_with_transformers(ours: ModelConfig, theirs) -> None:
     for name in SHAPES:
         assert getattr(ours, name) == getattr(theirs, name), name
-    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    assert ours.head_dim == (
+        getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    )
     rope = theirs.rope_parameters
     assert ours.rope_theta == rope["rope_theta"]
     assert (ours.rope_scaling is None) == (rope["rope_type"] == "default")
@@ -180,7 +238,9 @@ def agrees_with_transformers(ours: ModelConfig, theirs) -> None:
     window = theirs.sliding_window if theirs.model_type == "mistral" else None
     assert ours.sliding_window == window
     ends = theirs.eos_token_id
-    assert list(ours.eos_token_ids) == ([] if ends is None else ends if isinstance(ends, list) else [ends])
+    assert list(ours.eos_token_ids) == (
+        [] if ends is None else ends if isinstance(ends, list) else [ends]
+    )
 
 
 def build(architecture: str, values: dict[str, object]):
@@ -196,7 +256,9 @@ def test_oracle_every_spelling_that_transformers_writes_is_read_as_it_means(arch
     theirs = build(architecture, values)
     for written in (
         theirs.to_dict(),
-        json.loads(theirs.to_json_string(use_diff=True)),  # what save_pretrained puts into config.json
+        json.loads(
+            theirs.to_json_string(use_diff=True)
+        ),  # what save_pretrained puts into config.json
         values,  # the flat keys of older versions
     ):
         agrees_with_transformers(ModelConfig.from_hf(written), theirs)
@@ -206,7 +268,9 @@ def test_oracle_every_spelling_that_transformers_writes_is_read_as_it_means(arch
 @pytest.mark.parametrize("architecture", CLASSES)
 def test_oracle_what_we_write_transformers_reads_as_we_mean(architecture):
     scaling = {"rope_scaling": LLAMA3} if architecture == "LlamaForCausalLM" else {}
-    ours = ModelConfig.from_hf(raw(architecture, tie_word_embeddings=True, eos_token_id=[4, 5], **scaling))
+    ours = ModelConfig.from_hf(
+        raw(architecture, tie_word_embeddings=True, eos_token_id=[4, 5], **scaling)
+    )
     agrees_with_transformers(ours, build(architecture, ours.to_hf()))
 
 
@@ -214,13 +278,34 @@ def test_oracle_what_we_write_transformers_reads_as_we_mean(architecture):
 @pytest.mark.parametrize("architecture", CLASSES)
 @pytest.mark.parametrize(
     "silent",
-    ["num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "bos_token_id",
-     "eos_token_id", "sliding_window", "tie_word_embeddings"],
-)  # fmt: skip
-def test_oracle_where_the_file_is_silent_the_defaults_are_those_of_transformers(architecture, silent):
+    [
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_theta",
+        "bos_token_id",
+        "eos_token_id",
+        "sliding_window",
+        "tie_word_embeddings",
+    ],
+)
+def test_oracle_where_the_file_is_silent_the_defaults_are_those_of_transformers(
+    architecture, silent
+):
     # 64 heads of width 128, so that every default (8 or 32 key/value heads, head width 128) fits
-    values = raw(architecture, hidden_size=64 * 16, num_attention_heads=64, num_key_value_heads=32, head_dim=16)
-    if silent == "head_dim" and architecture in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"):
+    values = raw(
+        architecture,
+        hidden_size=64 * 16,
+        num_attention_heads=64,
+        num_key_value_heads=32,
+        head_dim=16,
+    )
+    if silent == "head_dim" and architecture in (
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+        "Qwen2ForCausalLM",
+    ):
         values["hidden_size"] = 64 * 24  # their default is the quotient
     values.pop(silent, None)
     agrees_with_transformers(ModelConfig.from_hf(values), build(architecture, values))
@@ -229,10 +314,15 @@ def test_oracle_where_the_file_is_silent_the_defaults_are_those_of_transformers(
 @pytest.mark.oracle
 @pytest.mark.parametrize("architecture", CLASSES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_oracle_the_number_of_parameters_is_that_of_the_network_which_transformers_builds(architecture, tied):
-    torch, transformers = oracle("torch"), oracle("transformers")
+def test_oracle_the_number_of_parameters_is_that_of_the_network_which_transformers_builds(
+    architecture, tied
+):
+    torch = oracle("torch")
+    transformers = oracle("transformers")
     values = raw(architecture, tie_word_embeddings=tied)
     with torch.device("meta"):  # shapes without memory
         network = getattr(transformers, architecture)(build(architecture, values))
     # A shared tensor counts once; ``parameters`` gives each tensor once.
-    assert ModelConfig.from_hf(values).num_parameters == sum(p.numel() for p in network.parameters())
+    assert ModelConfig.from_hf(values).num_parameters == sum(
+        p.numel() for p in network.parameters()
+    )

@@ -14,7 +14,8 @@ from refllm.model.config import RopeScaling
 from refllm.model.layers import apply_rope, rms_norm, rope_frequencies, rope_table, sigmoid, swiglu
 from strategies import KINDS, arrays, seeds
 
-EPS32, EPS64 = float(np.finfo("float32").eps), float(np.finfo("float64").eps)
+EPS32 = float(np.finfo("float32").eps)
+EPS64 = float(np.finfo("float64").eps)
 
 
 def rotated(xp, x, positions, theta=10_000.0):
@@ -27,9 +28,16 @@ def rotated(xp, x, positions, theta=10_000.0):
 # --- RMSNorm -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.theorem("rms_norm(c·x) = rms_norm(x) for c > 0, up to ε", source="Zhang & Sennrich 2019, section 3")
+@pytest.mark.theorem(
+    "rms_norm(c·x) = rms_norm(x) for c > 0, up to ε", source="Zhang & Sennrich 2019, section 3"
+)
 @given(
-    x=arrays(st.integers(1, 5), st.integers(1, 33), dtype="float64", kinds=["normal", "outlier_column", "one_sided"]),
+    x=arrays(
+        st.integers(1, 5),
+        st.integers(1, 33),
+        dtype="float64",
+        kinds=["normal", "outlier_column", "one_sided"],
+    ),
     exponent=st.integers(-20, 20),
 )
 def test_invariance_rms_norm_does_not_see_the_scale_of_its_input(xp, x, exponent):
@@ -42,11 +50,25 @@ def test_invariance_rms_norm_does_not_see_the_scale_of_its_input(xp, x, exponent
     np.testing.assert_allclose(scaled, plain, rtol=8 * EPS64 * x.shape[-1], atol=0)
 
 
-@given(x=arrays(st.integers(1, 4), st.integers(1, 33), dtype="float64", kinds=["normal", "outlier_column", "constant"]))
+@given(
+    x=arrays(
+        st.integers(1, 4),
+        st.integers(1, 33),
+        dtype="float64",
+        kinds=["normal", "outlier_column", "constant"],
+    )
+)
 def test_exact_value_rms_norm_is_the_formula(xp, x):
     gain = np.linspace(-1.0, 2.0, x.shape[-1])
-    expected = np.array([[g * v / math.sqrt(math.fsum(u * u for u in row) / len(row) + 1e-5)
-                          for v, g in zip(row, gain, strict=True)] for row in x.tolist()])  # fmt: skip
+    expected = np.array(
+        [
+            [
+                g * v / math.sqrt(math.fsum(u * u for u in row) / len(row) + 1e-5)
+                for v, g in zip(row, gain, strict=True)
+            ]
+            for row in x.tolist()
+        ]
+    )
     got = to_host(rms_norm(xp.asarray(x), xp.asarray(gain), 1e-5))
     np.testing.assert_allclose(
         got, expected, rtol=EPS64 * (x.shape[-1] + 8), atol=0
@@ -62,7 +84,13 @@ def test_degenerate_a_row_of_zeros_stays_zero(xp):
 
 
 @pytest.mark.theorem("⟨R_m q, R_n k⟩ depends on m − n only", source="Su et al. 2021, eq. 16")
-@given(seed=seeds, half=st.integers(1, 8), m=st.integers(0, 4000), n=st.integers(0, 4000), shift=st.integers(0, 4000))
+@given(
+    seed=seeds,
+    half=st.integers(1, 8),
+    m=st.integers(0, 4000),
+    n=st.integers(0, 4000),
+    shift=st.integers(0, 4000),
+)
 def test_invariance_a_rope_score_depends_on_the_distance_only(xp, seed, half, m, n, shift):
     q, k = np.random.default_rng(seed).standard_normal((2, 1, 1, 2 * half))
     scores = [float(np.sum(rotated(xp, q, [m + s]) * rotated(xp, k, [n + s]))) for s in (0, shift)]
@@ -81,7 +109,9 @@ def test_round_trip_the_inverse_rotation_undoes_rope_and_lengths_stay(xp, seed, 
     # cos² + sin² is off by 2ε at most and four products are rounded: no angle error, both use the same table
     scale = np.linalg.norm(x, axis=-1, keepdims=True)
     assert np.all(np.abs(back - x) <= 8 * EPS64 * scale)
-    np.testing.assert_allclose(np.linalg.norm(to_host(there), axis=-1), scale[..., 0], rtol=EPS64 * (8 + 2 * half))
+    np.testing.assert_allclose(
+        np.linalg.norm(to_host(there), axis=-1), scale[..., 0], rtol=EPS64 * (8 + 2 * half)
+    )
 
 
 def test_position_zero_is_left_as_it_is(xp):
@@ -104,14 +134,23 @@ def test_angles_are_taken_in_float64_also_for_a_float32_table(xp):
     """At position 131,071 an angle in float32 is off by up to 0.004 radians; the table must not be."""
     position = 131_071
     frequencies = rope_frequencies(64, 10_000.0)
-    cos, sin = rope_table(xp.asarray(np.array(frequencies)), xp.asarray(np.array([position])), xp.float32)
+    cos, sin = rope_table(
+        xp.asarray(np.array(frequencies)), xp.asarray(np.array([position])), xp.float32
+    )
     assert to_host(cos).dtype == np.float32
-    for table, exact in ((cos, math.cos), (sin, math.sin)):  # the last of sin's two halves is the positive one
+    # the last of sin's two halves is the positive one
+    for table, exact in ((cos, math.cos), (sin, math.sin)):
         expected = np.array([exact(position * f) for f in frequencies])
-        assert np.abs(to_host(table)[0, 0, -1] - expected).max() <= EPS32  # the one rounding to float32
+        # the one rounding to float32
+        assert np.abs(to_host(table)[0, 0, -1] - expected).max() <= EPS32
 
 
-SCALINGS = [(8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192), (2.0, 0.5, 16.0, 128), (4.0, 1.0, 1.5, 4096)]
+SCALINGS = [
+    (8.0, 1.0, 4.0, 8192),
+    (32.0, 1.0, 4.0, 8192),
+    (2.0, 0.5, 16.0, 128),
+    (4.0, 1.0, 1.5, 4096),
+]
 
 
 @pytest.mark.oracle
@@ -125,18 +164,28 @@ def test_oracle_llama3_frequencies_are_those_of_transformers(scaling, head_dim, 
     config = oracle("transformers").LlamaConfig(
         hidden_size=4 * head_dim,
         num_attention_heads=4,
-        rope_parameters={"rope_type": "llama3", "rope_theta": theta, "factor": factor, "low_freq_factor": low,
-                         "high_freq_factor": high, "original_max_position_embeddings": original},
-    )  # fmt: skip
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": theta,
+            "factor": factor,
+            "low_freq_factor": low,
+            "high_freq_factor": high,
+            "original_max_position_embeddings": original,
+        },
+    )
     theirs, attention_factor = functions["llama3"](config, "cpu")
     ours = np.array(rope_frequencies(head_dim, theta, RopeScaling(*scaling)))
     assert attention_factor == 1.0
     # The peer computes in float32: θ^x costs a few ulp, and the smooth band divides by (high − low).
-    np.testing.assert_allclose(ours, theirs.double().numpy(), rtol=16 * EPS32 * (1 + high / (high - low)), atol=0)
+    np.testing.assert_allclose(
+        ours, theirs.double().numpy(), rtol=16 * EPS32 * (1 + high / (high - low)), atol=0
+    )
 
 
 @given(st.sampled_from(SCALINGS), st.sampled_from([8, 64, 128]))
-def test_bound_llama3_slows_each_frequency_by_at_most_the_factor_and_keeps_the_order(scaling, head_dim):
+def test_bound_llama3_slows_each_frequency_by_at_most_the_factor_and_keeps_the_order(
+    scaling, head_dim
+):
     factor, low, high, original = scaling
     plain = np.array(rope_frequencies(head_dim, 500_000.0))
     scaled = np.array(rope_frequencies(head_dim, 500_000.0, RopeScaling(*scaling)))
@@ -153,23 +202,33 @@ def test_bound_llama3_slows_each_frequency_by_at_most_the_factor_and_keeps_the_o
 # --- sigmoid, SwiGLU -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.theorem("σ(−x) = 1 − σ(x), without overflow for any finite x", source="σ(x) = ½(1 + tanh(x/2))")
+@pytest.mark.theorem(
+    "σ(−x) = 1 − σ(x), without overflow for any finite x", source="σ(x) = ½(1 + tanh(x/2))"
+)
 @given(x=arrays(st.integers(1, 40), kinds=KINDS))
 def test_bound_sigmoid_never_overflows_and_is_symmetric(xp, x):
     with np.errstate(over="raise", invalid="raise"):
-        y, mirrored = to_host(sigmoid(xp.asarray(x))), to_host(sigmoid(xp.asarray(-x)))
+        y = to_host(sigmoid(xp.asarray(x)))
+        mirrored = to_host(sigmoid(xp.asarray(-x)))
     assert np.all((y >= 0) & (y <= 1))
     assert np.all(np.abs(y + mirrored - 1) <= EPS32)
     exact = 0.5 * (1 + np.tanh(0.5 * x.astype("float64")))
-    assert np.all(np.abs(y - exact) <= 4 * EPS32)  # absolute: below σ = ε the form ½(1 + tanh) gives 0
+    # absolute: below σ = ε the form ½(1 + tanh) gives 0
+    assert np.all(np.abs(y - exact) <= 4 * EPS32)
 
 
-@given(x=arrays(st.integers(1, 40), kinds=["normal", "outlier_column", "zero", "constant", "denormal"]), seed=seeds)
+@given(
+    x=arrays(
+        st.integers(1, 40), kinds=["normal", "outlier_column", "zero", "constant", "denormal"]
+    ),
+    seed=seeds,
+)
 def test_exact_value_swiglu_is_silu_of_the_gate_times_up(xp, x, seed):
     up = np.random.default_rng(seed).standard_normal(x.shape).astype("float32")
     kept = x.copy()
     got = to_host(swiglu(xp.asarray(x), xp.asarray(up)))
-    x64, up64 = x.astype("float64"), up.astype("float64")
+    x64 = x.astype("float64")
+    up64 = up.astype("float64")
     expected = x64 / (1 + np.exp(-x64)) * up64
     # σ is right to 4ε absolutely, two products follow; each product of denormals is off by half a step of its own.
     steps = float(np.finfo("float32").smallest_subnormal) * (1 + np.abs(up64))

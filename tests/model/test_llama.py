@@ -23,19 +23,29 @@ from strategies import model_configs, partitions, seeds
 
 
 def built(xp, config: ModelConfig, seed: int, dtype: str = "float64"):
-    return build(config, {name: xp.asarray(t) for name, t in random_tensors(config, seed, dtype).items()})
+    return build(
+        config, {name: xp.asarray(t) for name, t in random_tensors(config, seed, dtype).items()}
+    )
 
 
 def ids(xp, tokens: list[int]):
     return xp.asarray(np.array(tokens, dtype=np.int64))
 
 
-def run(xp, weights, config: ModelConfig, sequences: list[list[int]], first: int = 0) -> list[np.ndarray]:
+def run(
+    xp, weights, config: ModelConfig, sequences: list[list[int]], first: int = 0
+) -> list[np.ndarray]:
     """Hidden states of each sequence, all in one ragged batch without a cache; positions begin at ``first``."""
     positions = [first + i for tokens in sequences for i in range(len(tokens))]
     attend = CausalAttend([len(tokens) for tokens in sequences], config.sliding_window)
     out = to_host(
-        forward(weights, config, ids(xp, [t for tokens in sequences for t in tokens]), ids(xp, positions), attend)
+        forward(
+            weights,
+            config,
+            ids(xp, [t for tokens in sequences for t in tokens]),
+            ids(xp, positions),
+            attend,
+        )
     )
     return [out[a:b] for a, b in pairwise(np.cumsum([0, *map(len, sequences)]).tolist())]
 
@@ -51,7 +61,9 @@ def run_chunked(
         counts = [mine[i] if i < len(mine) else 0 for mine in chunks]
         tokens = [t for b, n in enumerate(counts) for t in sequences[b][cache.lengths[b] :][:n]]
         positions = cache.positions(counts)
-        out = to_host(forward(weights, config, ids(xp, tokens), ids(xp, positions), cache.view(counts)))
+        out = to_host(
+            forward(weights, config, ids(xp, tokens), ids(xp, positions), cache.view(counts))
+        )
         cache.advance(counts)
         for b, (a, z) in enumerate(pairwise(np.cumsum([0, *counts]).tolist())):
             outputs[b].append(out[a:z])
@@ -79,25 +91,33 @@ def test_network_is_its_definition(xp, batch):
     hidden = run(xp, weights, config, [tokens])[0]
     ours = to_host(logits(weights, xp.asarray(hidden)))
     expected = naive_logits(config, random_tensors(config, seed), tokens)
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=tolerance(config, len(tokens), expected))
+    np.testing.assert_allclose(
+        ours, expected, rtol=0, atol=tolerance(config, len(tokens), expected)
+    )
 
 
-@pytest.mark.parametrize("dropped", [(), ("k_proj",), ("up_proj",)], ids=["joint", "k alone", "up alone"])
+@pytest.mark.parametrize(
+    "dropped", [(), ("k_proj",), ("up_proj",)], ids=["joint", "k alone", "up alone"]
+)
 def test_weights_side_by_side_are_the_definition_too(xp, dropped):
     """Widths of 64, which are stored in blocks and multiplied together, unless one of them was exchanged."""
     config = ModelConfig("qwen3", 64, 64, 128, 2, 4, 2, 32, attention_bias=True, qk_norm=True)
-    tensors, tokens = random_tensors(config, 0), list(range(9))
+    tensors = random_tensors(config, 0)
+    tokens = list(range(9))
     weights = built(xp, config, 0)
     for layer in weights["layers"]:
         assert (layer["k_proj"].joint is not None) == (xp is np)
         layer |= {name: Dense(xp.asarray(layer[name].dequantize())) for name in dropped}
     ours = to_host(logits(weights, xp.asarray(run(xp, weights, config, [tokens])[0])))
     expected = naive_logits(config, tensors, tokens)
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=tolerance(config, len(tokens), expected))
+    np.testing.assert_allclose(
+        ours, expected, rtol=0, atol=tolerance(config, len(tokens), expected)
+    )
 
 
 @pytest.mark.theorem(
-    "forward(…, rows) = forward(…)[rows]: the last layer may leave out what is not asked for", source="row by row"
+    "forward(…, rows) = forward(…)[rows]: the last layer may leave out what is not asked for",
+    source="row by row",
 )
 @given(batches(), st.data())
 def test_chosen_rows_are_the_rows_of_the_full_forward(xp, batch, data):
@@ -109,7 +129,9 @@ def test_chosen_rows_are_the_rows_of_the_full_forward(xp, batch, data):
 
     def hidden(*chosen):
         attend = CausalAttend([len(sequence) for sequence in sequences], config.sliding_window)
-        return to_host(forward(weights, config, ids(xp, tokens), ids(xp, positions), attend, *chosen))
+        return to_host(
+            forward(weights, config, ids(xp, tokens), ids(xp, positions), attend, *chosen)
+        )
 
     full = hidden()
     some = hidden(ids(xp, rows))
@@ -130,13 +152,29 @@ def test_chosen_rows_are_the_rows_of_the_full_forward(xp, batch, data):
 )
 def test_each_switch_changes_the_output(without):
     """The comparison above is not vacuous: with a switch off the definition gives other logits."""
-    config = ModelConfig("llama", 29, 16, 24, 2, 4, 2, 8, rope_theta=500.0, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16),
-                         sliding_window=4, attention_bias=True, qk_norm=True)  # fmt: skip
-    tensors, tokens = random_tensors(config, 0), list(range(12))
+    config = ModelConfig(
+        "llama",
+        29,
+        16,
+        24,
+        2,
+        4,
+        2,
+        8,
+        rope_theta=500.0,
+        rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16),
+        sliding_window=4,
+        attention_bias=True,
+        qk_norm=True,
+    )
+    tensors = random_tensors(config, 0)
+    tokens = list(range(12))
     full = naive_logits(config, tensors, tokens)
     changed = replace(config, **without)
     dropped = {k: v for k, v in tensors.items() if changed.attention_bias or not k.endswith("bias")}
-    assert np.abs(naive_logits(changed, dropped, tokens) - full).max() > 1e6 * tolerance(config, 12, full)
+    assert np.abs(naive_logits(changed, dropped, tokens) - full).max() > 1e6 * tolerance(
+        config, 12, full
+    )
 
 
 @pytest.mark.theorem(
@@ -148,7 +186,9 @@ def test_chunked_prefill_and_decode_are_the_full_forward(xp, batch, data):
     config, seed, sequences = batch
     weights = built(xp, config, seed)
     chunks = [data.draw(partitions(len(tokens), empty=True)) for tokens in sequences]
-    for tokens, mine in zip(sequences, run_chunked(xp, weights, config, sequences, chunks), strict=True):
+    for tokens, mine in zip(
+        sequences, run_chunked(xp, weights, config, sequences, chunks), strict=True
+    ):
         alone = run(xp, weights, config, [tokens])[0]
         np.testing.assert_allclose(mine, alone, rtol=0, atol=tolerance(config, len(tokens), alone))
 
@@ -163,7 +203,9 @@ def test_batched_decode_is_the_full_forward(xp, batch, data):
     weights = built(xp, config, seed)
     steps = data.draw(st.integers(0, min(map(len, sequences)) - 1))
     chunks = [[len(tokens) - steps] + [1] * steps for tokens in sequences]
-    for tokens, mine in zip(sequences, run_chunked(xp, weights, config, sequences, chunks), strict=True):
+    for tokens, mine in zip(
+        sequences, run_chunked(xp, weights, config, sequences, chunks), strict=True
+    ):
         alone = run(xp, weights, config, [tokens])[0]
         ours, full = (to_host(logits(weights, xp.asarray(h))) for h in (mine, alone))
         np.testing.assert_allclose(ours, full, rtol=0, atol=tolerance(config, len(tokens), full))
@@ -181,7 +223,9 @@ def test_batch_composition_changes_nothing(xp, batch, data):
     shuffled = run(xp, weights, config, [sequences[b] for b in order])
     for b, mine in zip(order, shuffled, strict=True):
         alone = run(xp, weights, config, [sequences[b]])[0]
-        np.testing.assert_allclose(mine, alone, rtol=0, atol=tolerance(config, len(sequences[b]), alone))
+        np.testing.assert_allclose(
+            mine, alone, rtol=0, atol=tolerance(config, len(sequences[b]), alone)
+        )
 
 
 @pytest.mark.theorem("a token's hidden state depends on no later token", source="causality")
@@ -191,11 +235,14 @@ def test_a_prefix_ignores_what_follows(xp, batch, data):
     weights = built(xp, config, seed)
     cut = data.draw(st.integers(1, len(tokens)))
     whole, part = (run(xp, weights, config, [t])[0] for t in (tokens, tokens[:cut]))
-    np.testing.assert_allclose(whole[:cut], part, rtol=0, atol=tolerance(config, len(tokens), whole))
+    np.testing.assert_allclose(
+        whole[:cut], part, rtol=0, atol=tolerance(config, len(tokens), whole)
+    )
 
 
 @pytest.mark.theorem(
-    "adding one number to all positions changes nothing: RoPE is relative", source="Su et al. 2021, §3.2.2"
+    "adding one number to all positions changes nothing: RoPE is relative",
+    source="Su et al. 2021, §3.2.2",
 )
 @given(batches(most=1), st.integers(0, 5000))
 def test_positions_are_relative(xp, batch, shift):
@@ -232,7 +279,9 @@ def test_a_tied_head_is_the_embedding_itself(xp):
 @pytest.mark.parametrize("chunks", [[6], [4, 1, 1]], ids=["prefill", "decode"])
 def test_float32_stays_float32(xp, family, chunks):
     """No float64 scalar or angle leaks into the residual stream, which would double every later product."""
-    config = ModelConfig(family, 30, 16, 24, 2, 4, 2, 8, attention_bias=family == "qwen2", qk_norm=family == "qwen3")
+    config = ModelConfig(
+        family, 30, 16, 24, 2, 4, 2, 8, attention_bias=family == "qwen2", qk_norm=family == "qwen3"
+    )
     weights = built(xp, config, 0, "float32")
     narrow = run_chunked(xp, weights, config, [list(range(6))], [chunks])[0]
     assert narrow.dtype == np.float32
@@ -250,10 +299,16 @@ def test_a_decode_step_waits_for_nothing(lengths):
         weights = built(fakecupy, config, 0, "float32")
         cache = ContiguousCache(config, 2, 8, like=weights["norm"])
         for counts in (lengths, [1, 1]):
-            tokens, positions = [1] * sum(counts), cache.positions(counts)
+            tokens = [1] * sum(counts)
+            positions = cache.positions(counts)
             with fakecupy.counting() as counted:
                 attend = cache.view(counts)
-                logits(weights, forward(weights, config, ids(fakecupy, tokens), ids(fakecupy, positions), attend))
+                logits(
+                    weights,
+                    forward(
+                        weights, config, ids(fakecupy, tokens), ids(fakecupy, positions), attend
+                    ),
+                )
             cache.advance(counts)
         assert counted.d2h == counted.syncs == 0
         to_device.append(counted.h2d)

@@ -21,9 +21,19 @@ CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Q
 
 def their_network(config: ModelConfig):
     """A transformers model of this shape with our random weights, made from transformers' own config class."""
-    torch, transformers = oracle("torch"), oracle("transformers")
-    shape = {key: getattr(config, key) for key in (*SIZES, "head_dim", "rms_norm_eps", "tie_word_embeddings",
-                                                   "max_position_embeddings", "bos_token_id")}  # fmt: skip
+    torch = oracle("torch")
+    transformers = oracle("transformers")
+    shape = {
+        key: getattr(config, key)
+        for key in (
+            *SIZES,
+            "head_dim",
+            "rms_norm_eps",
+            "tie_word_embeddings",
+            "max_position_embeddings",
+            "bos_token_id",
+        )
+    }
     shape["eos_token_id"] = list(config.eos_token_ids) or None
     shape["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
@@ -31,8 +41,12 @@ def their_network(config: ModelConfig):
     if config.family == "mistral":
         shape["sliding_window"] = config.sliding_window
     kind = CLASSES[config.family]
-    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**shape))
-    tensors = {name: torch.from_numpy(t) for name, t in random_tensors(config, 3, "float32").items()}
+    model = getattr(transformers, f"{kind}ForCausalLM")(
+        getattr(transformers, f"{kind}Config")(**shape)
+    )
+    tensors = {
+        name: torch.from_numpy(t) for name, t in random_tensors(config, 3, "float32").items()
+    }
     report = model.load_state_dict(tensors, strict=False)
     assert not report.unexpected_keys
     assert set(report.missing_keys) <= ({"lm_head.weight"} if config.tie_word_embeddings else set())
@@ -40,7 +54,8 @@ def their_network(config: ModelConfig):
 
 
 def their_logits(path: Path) -> np.ndarray:
-    torch, transformers = oracle("torch"), oracle("transformers")
+    torch = oracle("torch")
+    transformers = oracle("transformers")
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
@@ -55,7 +70,8 @@ def their_logits(path: Path) -> np.ndarray:
     source="transformers 5",
 )
 @pytest.mark.parametrize(
-    ("dtype", "shard"), [("float32", None), ("float32", "20KB"), ("float16", None), ("bfloat16", "20KB")]
+    ("dtype", "shard"),
+    [("float32", None), ("float32", "20KB"), ("float16", None), ("bfloat16", "20KB")],
 )
 @pytest.mark.parametrize("name", NETWORKS)
 def test_their_checkpoint_in_ours(tmp_path, name, dtype, shard):
@@ -73,41 +89,66 @@ def test_their_checkpoint_in_ours(tmp_path, name, dtype, shard):
         if getattr(ours.config, part) is not None:
             changed = replace(ours.config, **{part: value})
             weights = build_weights(changed, dict(iter_tensors(tmp_path, "float32")))
-            assert np.abs(full_logits(weights, changed) - theirs).max() > 1e-2 * np.abs(theirs).max(), part
+            assert (
+                np.abs(full_logits(weights, changed) - theirs).max() > 1e-2 * np.abs(theirs).max()
+            ), part
 
 
 @pytest.mark.theorem(
     "a directory that we write is one that transformers loads with no key missing or left over, and equal logits",
     source="transformers 5",
 )
-@pytest.mark.parametrize(("dtype", "limit"), [("float32", None), ("float16", 20_000), ("bfloat16", None)])
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [("float32", None), ("float16", 20_000), ("bfloat16", None)]
+)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_our_checkpoint_in_theirs(tmp_path, name, dtype, limit):
-    torch, transformers = oracle("torch"), oracle("transformers")
+    torch = oracle("torch")
+    transformers = oracle("transformers")
     config = NETWORKS[name]
-    save(tmp_path / "m", config, random_tensors(config, 5), tokenizer(), dtype=dtype, max_shard_bytes=limit)
+    save(
+        tmp_path / "m",
+        config,
+        random_tensors(config, 5),
+        tokenizer(),
+        dtype=dtype,
+        max_shard_bytes=limit,
+    )
     ours = load(tmp_path / "m")
     assert close(full_logits(ours.weights, config), their_logits(tmp_path / "m"))
     as_stored = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto")
     assert as_stored.dtype == getattr(torch, dtype)
     end = as_stored.generation_config.eos_token_id
-    assert tuple(end if isinstance(end, list) else [] if end is None else [end]) == config.eos_token_ids
+    assert (
+        tuple(end if isinstance(end, list) else [] if end is None else [end])
+        == config.eos_token_ids
+    )
 
 
 @pytest.mark.theorem(
-    "transformers' AutoTokenizer of a directory that we write gives our ids and our text", source="transformers 5"
+    "transformers' AutoTokenizer of a directory that we write gives our ids and our text",
+    source="transformers 5",
 )
 def test_their_tokenizer_gives_our_ids(tmp_path):
     transformers = oracle("transformers")
     config = NETWORKS["llama"]
     save(tmp_path / "m", config, random_tensors(config, 5), tokenizer())
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
-    for text in ("def f(x):\n    return x\n", "", " \t\n", "naïve — 漢字 🙂", "a , b . c n't", "\r\n\x00\x7f"):
+    for text in (
+        "def f(x):\n    return x\n",
+        "",
+        " \t\n",
+        "naïve — 漢字 🙂",
+        "a , b . c n't",
+        "\r\n\x00\x7f",
+    ):
         mine = tokenizer().encode(text)
         assert theirs.encode(text, add_special_tokens=False) == mine
         assert theirs.encode(text) == tokenizer().encode(text, special=True)
         assert theirs.decode(mine) == tokenizer().decode(mine) == text
     special = "x<|endoftext|>y"
-    assert theirs.encode(special, add_special_tokens=False) == tokenizer().encode(special, parse_special=True)
+    assert theirs.encode(special, add_special_tokens=False) == tokenizer().encode(
+        special, parse_special=True
+    )
     assert (theirs.eos_token_id, theirs.bos_token_id) == (0, 0)
     assert theirs.model_max_length == config.max_position_embeddings

@@ -31,18 +31,26 @@ def processor(request, monkeypatch):
 
 
 @pytest.mark.theorem(
-    "Dense.matmul(x) = x Wᵀ in every layout, for every M, N and T", source="ARCHITECTURE.md: the weight seam"
+    "Dense.matmul(x) = x Wᵀ in every layout, for every M, N and T",
+    source="ARCHITECTURE.md: the weight seam",
 )
 @given(
-    matrices(), st.integers(0, 70), st.sampled_from([0, 3, 4, 5, 16, 10**6]),
-    st.sampled_from([2, 30, weights.PREFILL]), st.sampled_from([0, 1, 3, weights.WIDE]), st.booleans(), seeds,
-)  # fmt: skip
+    matrices(),
+    st.integers(0, 70),
+    st.sampled_from([0, 3, 4, 5, 16, 10**6]),
+    st.sampled_from([2, 30, weights.PREFILL]),
+    st.sampled_from([0, 1, 3, weights.WIDE]),
+    st.booleans(),
+    seeds,
+)
 def test_matmul_is_the_plain_product(xp, weight, rows, most, many, wide, in_place, seed):
     x = np.random.default_rng(seed).standard_normal((rows, weight.shape[1])).astype(weight.dtype)
-    with pytest.MonkeyPatch.context() as patch:  # groups of at most so many rows; below 4 there are no groups
+    # groups of at most so many rows; below 4 there are no groups
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "SMALL", most * BLOCK * weight.shape[1])
         patch.setattr(weights, "PREFILL", many)
-        patch.setattr(weights, "WIDE", wide * BLOCK * weight.shape[1])  # blocks side by side at a time
+        # blocks side by side at a time
+        patch.setattr(weights, "WIDE", wide * BLOCK * weight.shape[1])
         patch.setattr(weights, "reads_in_place", lambda: in_place)
         got = to_host(Dense(xp.asarray(weight)).matmul(xp.asarray(x)))
     assert got.shape == (rows, weight.shape[0])
@@ -51,7 +59,11 @@ def test_matmul_is_the_plain_product(xp, weight, rows, most, many, wide, in_plac
     # a sum of N products errs by N·eps of the sum of their sizes, in any order; a denormal product by its spacing
     info = np.finfo(weight.dtype)
     n = weight.shape[1]
-    bound = n * float(info.eps) * (np.abs(x).astype(np.longdouble) @ np.abs(weight).T.astype(np.longdouble))
+    bound = (
+        n
+        * float(info.eps)
+        * (np.abs(x).astype(np.longdouble) @ np.abs(weight).T.astype(np.longdouble))
+    )
     assert (np.abs(got - exact) <= bound + n * float(info.smallest_subnormal)).all()
 
 
@@ -59,8 +71,10 @@ def test_matmul_is_the_plain_product(xp, weight, rows, most, many, wide, in_plac
 def test_every_row_is_in_a_group_whatever_is_left_over(rows, monkeypatch):
     monkeypatch.setattr(weights, "SMALL", 4 * BLOCK * 7)  # groups of at most 4 rows
     monkeypatch.setattr(weights, "reads_in_place", lambda: True)
-    w, x = np.arange(2 * BLOCK * 7.0).reshape(-1, 7), np.arange(7.0 * rows).reshape(rows, 7)
-    dense, out = Dense(w), np.full((rows, 2 * BLOCK), np.nan)
+    w = np.arange(2 * BLOCK * 7.0).reshape(-1, 7)
+    x = np.arange(7.0 * rows).reshape(rows, 7)
+    dense = Dense(w)
+    out = np.full((rows, 2 * BLOCK), np.nan)
     dense.bind(x, out)()
     np.testing.assert_array_equal(out, x @ w.T)  # whole numbers
     np.testing.assert_array_equal(dense.matmul(x), out)
@@ -69,9 +83,11 @@ def test_every_row_is_in_a_group_whatever_is_left_over(rows, monkeypatch):
 @pytest.mark.parametrize("blocks", [0, 1, 2, 3, 9])
 def test_many_rows_see_every_block_however_many_lie_side_by_side(blocks, monkeypatch):
     monkeypatch.setattr(weights, "PREFILL", 4)
-    monkeypatch.setattr(weights, "WIDE", blocks * BLOCK * 7)  # 0: not even one fits, and one is taken
+    # 0: not even one fits, and one is taken
+    monkeypatch.setattr(weights, "WIDE", blocks * BLOCK * 7)
     monkeypatch.setattr(weights, "reads_in_place", lambda: True)
-    w, x = np.arange(5 * BLOCK * 7.0).reshape(-1, 7), np.arange(28.0).reshape(4, 7)
+    w = np.arange(5 * BLOCK * 7.0).reshape(-1, 7)
+    x = np.arange(28.0).reshape(4, 7)
     np.testing.assert_array_equal(Dense(w).matmul(x), x @ w.T)  # whole numbers
 
 
@@ -85,7 +101,8 @@ def test_rows_are_the_rows_of_the_matrix(xp, weight, data):
 
 
 @pytest.mark.theorem(
-    "Dense.dequantize() is the matrix, bit for bit, and shares no memory with the weight", source="ARCHITECTURE.md"
+    "Dense.dequantize() is the matrix, bit for bit, and shares no memory with the weight",
+    source="ARCHITECTURE.md",
 )
 @pytest.mark.usefixtures("processor")
 @given(matrices())
@@ -108,7 +125,8 @@ def test_storage_is_counted_and_the_layout_costs_none(xp, weight):
 
 
 def test_layout_is_chosen_by_library_and_shape(xp):
-    multiple, other = xp.zeros((2 * BLOCK, 3)), xp.zeros((2 * BLOCK + 1, 3))
+    multiple = xp.zeros((2 * BLOCK, 3))
+    other = xp.zeros((2 * BLOCK + 1, 3))
     assert Dense(multiple).blocked == (xp is np)
     assert not Dense(other).blocked
 
@@ -131,7 +149,9 @@ def laid_out(xp, sizes, columns, seed, dtype="float64", room_dtype="float64"):
 @pytest.mark.usefixtures("processor")
 @given(st.data(), st.integers(1, 9), st.integers(0, 5), seeds)
 def test_product_of_several_weights_is_the_products_side_by_side(xp, data, columns, rows, seed):
-    sizes = data.draw(st.lists(st.sampled_from([BLOCK, 2 * BLOCK, 3 * BLOCK, 5]), min_size=1, max_size=4))
+    sizes = data.draw(
+        st.lists(st.sampled_from([BLOCK, 2 * BLOCK, 3 * BLOCK, 5]), min_size=1, max_size=4)
+    )
     host, dense, _ = laid_out(xp, sizes, columns, seed)
     chosen = data.draw(st.lists(st.integers(0, len(sizes) - 1), min_size=1, max_size=4))
     mine = [Dense(xp.asarray(host[i])) if data.draw(st.booleans()) else dense[i] for i in chosen]
@@ -157,22 +177,27 @@ def test_a_bound_product_is_the_product_of_the_moment(data, columns, rows, most,
     mine = dense if data.draw(st.booleans()) else dense[::-1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "SMALL", most * BLOCK * columns)
-        x, out = np.zeros((rows, columns)), np.full((rows, sum(sizes)), np.nan)
+        x = np.zeros((rows, columns))
+        out = np.full((rows, sum(sizes)), np.nan)
         call = bound(x, out, mine)
         for _ in range(2):
             x[...] = np.random.default_rng(seed).standard_normal(x.shape)
             call()
             expected = np.concatenate([x @ w.dequantize().T for w in mine], axis=1)
-            np.testing.assert_allclose(out, expected, rtol=0, atol=columns * 40 * np.finfo(float).eps)
+            np.testing.assert_allclose(
+                out, expected, rtol=0, atol=columns * 40 * np.finfo(float).eps
+            )
             seed += 1
 
 
 @pytest.mark.parametrize(
-    ("in_place", "full"), [(True, [0, 2, 2, 4, 4, 5, 6, 7, 8, 9]), (False, [0, 1, 2, 3, 4, 8, 8, 8, 8, 12])]
+    ("in_place", "full"),
+    [(True, [0, 2, 2, 4, 4, 5, 6, 7, 8, 9]), (False, [0, 1, 2, 3, 4, 8, 8, 8, 8, 12])],
 )
 def test_rows_are_filled_up_to_what_is_fastest(in_place, full, monkeypatch):
     monkeypatch.setattr(weights, "reads_in_place", lambda: in_place)
-    blocked, plain = Dense(np.ones((2 * BLOCK, 3))), Dense(np.ones((BLOCK + 1, 3)))
+    blocked = Dense(np.ones((2 * BLOCK, 3)))
+    plain = Dense(np.ones((BLOCK + 1, 3)))
     assert [blocked.full(rows) for rows in range(10)] == full
     assert [plain.full(rows) for rows in range(10)] == list(range(10))
 
@@ -181,7 +206,11 @@ def test_rows_are_filled_up_to_what_is_fastest(in_place, full, monkeypatch):
 def test_weights_side_by_side_are_one_product_and_share_the_room(xp, monkeypatch):
     _, dense, room = laid_out(xp, (2 * BLOCK, BLOCK), 3, 0)
     multiplied = []
-    monkeypatch.setattr(Dense, "matmul", lambda self, x, f=Dense.matmul: (multiplied.append(self.shape), f(self, x))[1])
+    monkeypatch.setattr(
+        Dense,
+        "matmul",
+        lambda self, x, f=Dense.matmul: (multiplied.append(self.shape), f(self, x))[1],
+    )
     x = xp.ones((2, 3))
     product(x, *dense)
     assert multiplied == ([(3 * BLOCK, 3)] if xp is np else [(2 * BLOCK, 3), (BLOCK, 3)])

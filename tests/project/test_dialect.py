@@ -52,7 +52,16 @@ HOST = {
     "decode.speculative.loop:penalised": "which tokens stand before each draft is known on the host, and moved once",
     "decode.generate": "prompts are lists; what the device needs is moved in one array a step",
 }
-TYPES = {"ndarray", "generic", "number", "integer", "floating", "dtype", "random.Generator", "bool_"}
+TYPES = {
+    "ndarray",
+    "generic",
+    "number",
+    "integer",
+    "floating",
+    "dtype",
+    "random.Generator",
+    "bool_",
+}
 UFUNC_METHODS = {"at", "reduce", "accumulate", "outer"}
 
 
@@ -62,7 +71,11 @@ def dotted(node: ast.expr, root: str) -> str | None:
     while isinstance(node, ast.Attribute):
         parts.append(node.attr)
         node = node.value
-    return ".".join(reversed(parts)) if parts and isinstance(node, ast.Name) and node.id == root else None
+    return (
+        ".".join(reversed(parts))
+        if parts and isinstance(node, ast.Name) and node.id == root
+        else None
+    )
 
 
 class _WithoutAnnotations(ast.NodeTransformer):
@@ -93,10 +106,15 @@ def numpy_uses(tree: ast.AST) -> Iterator[tuple[str, int, str]]:
             return
         if isinstance(node, ast.Import):
             for alias in node.names:
-                if alias.name.split(".")[0] == "numpy" and (alias.name, alias.asname) != ("numpy", "np"):
+                if alias.name.split(".")[0] == "numpy" and (alias.name, alias.asname) != (
+                    "numpy",
+                    "np",
+                ):
                     yield where, node.lineno, f"import {alias.name} as {alias.asname}"
             return
-        if isinstance(node, ast.Compare) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
+        if isinstance(node, ast.Compare) and all(
+            isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops
+        ):
             return  # namespace(x) is np
         name = dotted(node, "np") if isinstance(node, ast.Attribute) else None
         if name is not None:
@@ -116,7 +134,9 @@ def allowed(module: str, function: str) -> str | None:
     """The entry of HOST that allows NumPy there, if one does."""
     for entry in HOST:
         name, _, qualified = entry.partition(":")
-        if name == module and (not qualified or function == qualified or function.startswith(qualified + ".")):
+        if name == module and (
+            not qualified or function == qualified or function.startswith(qualified + ".")
+        ):
             return entry
     return None
 
@@ -132,11 +152,17 @@ def test_the_data_plane_computes_nothing_with_numpy_itself():
         for function, line, what in numpy_uses(TREES[name])
         if allowed(name, function) is None
     ]
-    assert not stray, "use xp = namespace(x), or name the place and the reason in HOST:\n" + "\n".join(stray)
+    assert not stray, (
+        "use xp = namespace(x), or name the place and the reason in HOST:\n" + "\n".join(stray)
+    )
 
 
 def test_the_exceptions_are_needed():
-    used = {allowed(name, function) for name in _data_plane() for function, _, _ in numpy_uses(TREES[name])}
+    used = {
+        allowed(name, function)
+        for name in _data_plane()
+        for function, _, _ in numpy_uses(TREES[name])
+    }
     assert not set(HOST) - used, f"no longer needed in HOST: {sorted(set(HOST) - used)}"
 
 
@@ -148,7 +174,11 @@ def calls_of_xp(tree: ast.AST) -> Iterator[tuple[int, str, ast.Call | None]]:
     inner = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
     calls = {id(n.func): n for n in ast.walk(tree) if isinstance(n, ast.Call)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and id(node) not in inner and (name := dotted(node, "xp")):
+        if (
+            isinstance(node, ast.Attribute)
+            and id(node) not in inner
+            and (name := dotted(node, "xp"))
+        ):
             if name.startswith("__"):
                 continue  # xp.__name__, for a message
             yield node.lineno, name, calls.get(id(node))
@@ -166,7 +196,11 @@ def complaint(name: str, call: ast.Call | None) -> str | None:
         numpys: Any = reduce(getattr, name.split("."), np)
     except AttributeError:
         return f"NumPy has no {name}"
-    if call is None or any(isinstance(a, ast.Starred) for a in call.args) or any(k.arg is None for k in call.keywords):
+    if (
+        call is None
+        or any(isinstance(a, ast.Starred) for a in call.args)
+        or any(k.arg is None for k in call.keywords)
+    ):
         return None
     signatures = {"CuPy": record[name]}
     with contextlib.suppress(ValueError, TypeError):  # some functions written in C do not tell
@@ -195,7 +229,11 @@ def test_every_xp_name_exists_in_both_libraries_and_takes_these_arguments():
 
 
 def test_no_method_is_used_that_only_numpy_arrays_have():
-    only_numpy = {n for n in dir(np.ndarray) if not n.startswith("_") and f"ndarray.{n}" not in cupy_names.load()}
+    only_numpy = {
+        n
+        for n in dir(np.ndarray)
+        if not n.startswith("_") and f"ndarray.{n}" not in cupy_names.load()
+    }
     found = [
         f"refllm/{MODULES[module].relative_to(PACKAGE)}:{node.lineno}: .{node.attr}"
         for module in _data_plane()
@@ -212,14 +250,20 @@ def test_no_method_is_used_that_only_numpy_arrays_have():
     ("source", "found"),
     [
         ("def f(x):\n    return np.sum(x)", [("f", "np.sum")]),
-        ("class A:\n    def f(self, x):\n        return np.linalg.norm(x)", [("A.f", "np.linalg.norm")]),
+        (
+            "class A:\n    def f(self, x):\n        return np.linalg.norm(x)",
+            [("A.f", "np.linalg.norm")],
+        ),
         ("TABLE = np.array([1, 2])", [("", "np.array")]),
         ("def f(x, xp=np):\n    return xp.sum(x)", [("f", "np")]),
         ("def f(x):\n    xp = np", [("f", "np")]),
         ("from numpy import sum", [("", "from numpy import …")]),
         ("import numpy.linalg as la", [("", "import numpy.linalg as la")]),
         ("import numpy", [("", "import numpy as None")]),
-        ("def f(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:\n    y: np.float32 = x\n    return y", []),
+        (
+            "def f(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:\n    y: np.float32 = x\n    return y",
+            [],
+        ),
         ("def f(x):\n    return isinstance(x, np.ndarray) and namespace(x) is np", []),
         ("def f(rng):\n    return np.random.default_rng(0)", [("f", "np.random.default_rng")]),
     ],

@@ -24,18 +24,33 @@ def x():
 
 
 def test_record_is_that_of_the_installed_cupy():
-    cupy = pytest.importorskip("cupy", reason="compares the record with an installed CuPy; no GPU is needed")
+    cupy = pytest.importorskip(
+        "cupy", reason="compares the record with an installed CuPy; no GPU is needed"
+    )
     first = cupy_names.PATH.read_text(encoding="utf-8").splitlines()[0]
     if first != f"# CuPy {cupy.__version__}":
         pytest.skip(f"the record is of {first[2:]}, installed is {cupy.__version__}")
-    assert cupy_names.record(cupy) == cupy_names.PATH.read_text(encoding="utf-8"), "run python tests/cupy_names.py"
+    assert cupy_names.record(cupy) == cupy_names.PATH.read_text(encoding="utf-8"), (
+        "run python tests/cupy_names.py"
+    )
 
 
 def test_record_holds_what_upstream_documents_as_missing():
     names = cupy_names.load()
-    missing = ["vecdot", "unstack", "errstate", "block", "insert", "matvec", "vecmat", "linalg.vector_norm"]
+    missing = [
+        "vecdot",
+        "unstack",
+        "errstate",
+        "block",
+        "insert",
+        "matvec",
+        "vecmat",
+        "linalg.vector_norm",
+    ]
     assert not [n for n in missing if n in names]
-    assert {"einsum", "matmul", "take_along_axis", "linalg.cholesky", "ndarray.astype"} <= set(names)
+    assert {"einsum", "matmul", "take_along_axis", "linalg.cholesky", "ndarray.astype"} <= set(
+        names
+    )
     assert "upper" not in names["linalg.cholesky"].parameters
     assert "device" not in names["zeros"].parameters
 
@@ -48,7 +63,15 @@ def test_every_name_offered_is_cupys():
 
 # --- the border ------------------------------------------------------------------------------------------------
 
-OPERATORS = [operator.add, operator.mul, operator.truediv, operator.matmul, operator.lt, operator.eq, operator.iadd]
+OPERATORS = [
+    operator.add,
+    operator.mul,
+    operator.truediv,
+    operator.matmul,
+    operator.lt,
+    operator.eq,
+    operator.iadd,
+]
 
 
 @pytest.mark.parametrize("operate", OPERATORS)
@@ -174,7 +197,15 @@ def test_casts_that_fit_are_numpys():
 
 
 def test_reductions_and_elements_stay_on_the_device(x):
-    for result in (x.sum(), xp.max(x), x[1, 2], xp.argmax(x), x.mean(axis=None), xp.allclose(x, x), x[0] @ x[0]):
+    for result in (
+        x.sum(),
+        xp.max(x),
+        x[1, 2],
+        xp.argmax(x),
+        x.mean(axis=None),
+        xp.allclose(x, x),
+        x[0] @ x[0],
+    ):
         assert isinstance(result, xp.ndarray)
         assert result.shape == ()
 
@@ -200,7 +231,16 @@ def test_transfers_and_synchronisations_are_counted():
         y = xp.asarray([1.0, 2.0])
     assert (c.h2d, c.d2h, c.syncs) == (2, 0, 0)
     with xp.counting() as c:
-        float(y[0]), int(y[1]), bool(x.sum() > 0), y.get(), to_host(y), y.tolist(), y[1].item(), xp.asnumpy(y)
+        (
+            float(y[0]),
+            int(y[1]),
+            bool(x.sum() > 0),
+            y.get(),
+            to_host(y),
+            y.tolist(),
+            y[1].item(),
+            xp.asnumpy(y),
+        )
     assert (c.h2d, c.d2h, c.syncs) == (0, 8, 8)
     with xp.counting() as c:
         x[x > 3], xp.nonzero(x), xp.where(x > 0), xp.unique(x), xp.repeat(y, xp.asarray([1, 2]))
@@ -213,11 +253,35 @@ def test_transfers_and_synchronisations_are_counted():
 def test_launches_count_what_writes_and_not_what_only_looks(x):
     out = xp.empty((3, 3), dtype=np.float32)
     with xp.counting() as c:
-        x.T, x[1:], x.reshape(4, 3), x.swapaxes(0, 1), x[None], xp.empty_like(x), x.view(np.int32), x.shape, x[0, 0]
-        xp.broadcast_to(x, (2, 3, 4)), xp.ascontiguousarray(x), xp.asarray(x), x.astype(np.float32, copy=False)
+        (
+            x.T,
+            x[1:],
+            x.reshape(4, 3),
+            x.swapaxes(0, 1),
+            x[None],
+            xp.empty_like(x),
+            x.view(np.int32),
+            x.shape,
+            x[0, 0],
+        )
+        (
+            xp.broadcast_to(x, (2, 3, 4)),
+            xp.ascontiguousarray(x),
+            xp.asarray(x),
+            x.astype(np.float32, copy=False),
+        )
     assert c.launches == 0
     with xp.counting() as c:
-        x @ x.T, x + 1, -x, xp.matmul(x, x.T, out=out), x.sum(), x.T.reshape(12), x.copy(), x[xp.arange(2)]
+        (
+            x @ x.T,
+            x + 1,
+            -x,
+            xp.matmul(x, x.T, out=out),
+            x.sum(),
+            x.T.reshape(12),
+            x.copy(),
+            x[xp.arange(2)],
+        )
         x += 1.0
         x[0] = 0.0
         x.fill(2.0)
@@ -236,7 +300,11 @@ def test_blocks_of_counting_nest(x):
 # --- the same numbers as NumPy ---------------------------------------------------------------------------------
 
 
-@given(arrays(st.integers(1, 4), st.integers(1, 5), dtype="float32", kinds=["normal", "zero", "one_sided"]))
+@given(
+    arrays(
+        st.integers(1, 4), st.integers(1, 5), dtype="float32", kinds=["normal", "zero", "one_sided"]
+    )
+)
 def test_results_are_numpys_bit_for_bit(host):
     device = xp.asarray(host)
 
@@ -249,7 +317,16 @@ def test_results_are_numpys_bit_for_bit(host):
         top = lib.take_along_axis(a, order, axis=-1)[..., :1]
         a[:, 0] = 1.0
         joined = lib.concatenate([a, lib.where(a > 0, a, lib.zeros_like(a))], axis=0)
-        return [b, 1.0 - b, 2.0**b, top, joined, lib.cumsum(joined, axis=0), lib.linalg.norm(b), joined.view("int32")]
+        return [
+            b,
+            1.0 - b,
+            2.0**b,
+            top,
+            joined,
+            lib.cumsum(joined, axis=0),
+            lib.linalg.norm(b),
+            joined.view("int32"),
+        ]
 
     for mine, numpys in zip(program(xp, device), program(np, host), strict=True):
         assert mine.dtype == numpys.dtype

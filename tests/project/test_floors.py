@@ -72,8 +72,13 @@ def imports(tree: ast.AST, known: set[str]) -> Iterator[tuple[int, str]]:
                 full if (full := f"{base}.{alias.name}").removeprefix("refllm.") in known else base
                 for alias in node.names
             ]
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("refllm."):
-            names = [node.value] if node.value.removeprefix("refllm.") in known else []  # import_module("refllm.…")
+        elif (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and node.value.startswith("refllm.")
+        ):
+            # import_module("refllm.…")
+            names = [node.value] if node.value.removeprefix("refllm.") in known else []
         else:
             continue
         for name in names:
@@ -92,7 +97,8 @@ def may_import(source: str, target: str) -> bool:
     """Whether ``source`` may import ``target`` (names relative to refllm)."""
     if source == "":
         return True  # refllm/__init__.py stands above everything and resolves its names lazily
-    a, b = source.split(".")[0], target.split(".")[0] or "api"  # `from refllm import load` is api's
+    a = source.split(".")[0]  # `from refllm import load` is api's
+    b = target.split(".")[0] or "api"
     if a == b:
         return True
     return LEVEL[b] < LEVEL[a]
@@ -103,7 +109,9 @@ def test_every_room_has_a_floor():
     assert rooms <= set(LEVEL), f"rooms without a floor: {sorted(rooms - set(LEVEL))}"
 
 
-@pytest.mark.theorem("No import points from a lower floor of the package to a higher one", source="ARCHITECTURE.md")
+@pytest.mark.theorem(
+    "No import points from a lower floor of the package to a higher one", source="ARCHITECTURE.md"
+)
 def test_no_import_points_up():
     up = [
         f"refllm/{MODULES[source].relative_to(PACKAGE)}:{line} imports refllm.{target}"
@@ -143,7 +151,8 @@ def test_the_rule_sees_every_way_to_point_up():
 )
 def test_what_knows_no_model_reaches_none():
     for start in (name for name in MODULES if name.startswith(tuple(KNOW_NO_MODEL))):
-        seen, stack = {start}, [start]
+        seen = {start}
+        stack = [start]
         while stack:
             fresh = {target for _, target in GRAPH.get(stack.pop(), [])} - seen
             seen |= fresh
@@ -202,7 +211,13 @@ def _run(code: str, directory: Path) -> str:
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
-        **{"capture_output": True, "text": True, "env": environment, "cwd": directory, "timeout": 120},
+        **{
+            "capture_output": True,
+            "text": True,
+            "env": environment,
+            "cwd": directory,
+            "timeout": 120,
+        },
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -210,9 +225,13 @@ def _run(code: str, directory: Path) -> str:
 
 
 def test_importing_refllm_imports_nothing_else(tmp_path):
-    loaded = _run("import sys, refllm; print(refllm.__version__); print(*sorted(sys.modules))", tmp_path).splitlines()
+    loaded = _run(
+        "import sys, refllm; print(refllm.__version__); print(*sorted(sys.modules))", tmp_path
+    ).splitlines()
     assert loaded[0].count(".") == 2
-    assert {"refllm"} == {m for m in loaded[1].split() if m.split(".")[0] in ("refllm", "numpy", *HEAVY)}
+    assert {"refllm"} == {
+        m for m in loaded[1].split() if m.split(".")[0] in ("refllm", "numpy", *HEAVY)
+    }
 
 
 def test_importing_every_module_is_quiet_and_light(tmp_path):

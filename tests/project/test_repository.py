@@ -23,7 +23,9 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 def test_links_point_at_files_that_exist(page: Path):
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
     targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
-    local = [t.split("#")[0] for t in targets if "://" not in t and not t.startswith(("#", "mailto:"))]
+    local = [
+        t.split("#")[0] for t in targets if "://" not in t and not t.startswith(("#", "mailto:"))
+    ]
     missing = [target for target in local if not (page.parent / target).exists()]
     assert not missing
 
@@ -46,7 +48,14 @@ def test_nothing_is_unpickled():
         for node in ast.walk(tree):
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            if {m.split(".")[0] for m in modules} & {"pickle", "marshal", "shelve", "joblib", "dill", "torch"}:
+            if {m.split(".")[0] for m in modules} & {
+                "pickle",
+                "marshal",
+                "shelve",
+                "joblib",
+                "dill",
+                "torch",
+            }:
                 found.append(f"refllm/{MODULES[name].relative_to(PACKAGE)}:{node.lineno}")
             if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
                 found.append(f"refllm/{MODULES[name].relative_to(PACKAGE)}:{node.value.lineno}")
@@ -55,23 +64,39 @@ def test_nothing_is_unpickled():
 
 def test_what_the_package_imports_is_what_it_declares():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {re.match(r"[\w-]+", requirement)[0].replace("-", "_") for requirement in project["dependencies"]}
+    declared = {
+        re.match(r"[\w-]+", requirement)[0].replace("-", "_")
+        for requirement in project["dependencies"]
+    }
     imported = {}
     for name, tree in TREES.items():
         for node in ast.walk(tree):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            imported |= {m.split(".")[0]: f"refllm/{MODULES[name].relative_to(PACKAGE)}:{node.lineno}" for m in modules}
+            imported |= {
+                m.split(".")[0]: f"refllm/{MODULES[name].relative_to(PACKAGE)}:{node.lineno}"
+                for m in modules
+            }
     optional = {"cupy", "cupyx"}  # the extras gpu and gpu-cuda13
-    third = {m: where for m, where in imported.items() if m not in sys.stdlib_module_names and m != "refllm"}
-    assert not {m: where for m, where in third.items() if m not in declared | optional}, "declare or drop these imports"
+    third = {
+        m: where
+        for m, where in imported.items()
+        if m not in sys.stdlib_module_names and m != "refllm"
+    }
+    assert not {m: where for m, where in third.items() if m not in declared | optional}, (
+        "declare or drop these imports"
+    )
     assert not declared - set(third), "declared, but nothing imports it"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_are_committed_without_outputs(path: Path):
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    assert not [c for c in cells if c["cell_type"] == "code" and (c["outputs"] or c["execution_count"] is not None)]
+    assert not [
+        c
+        for c in cells
+        if c["cell_type"] == "code" and (c["outputs"] or c["execution_count"] is not None)
+    ]
 
 
 def test_oracles_are_imported_by_the_helper_only():

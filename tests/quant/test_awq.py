@@ -34,11 +34,16 @@ def schemes(draw, rules=RULES):
 @st.composite
 def problems(draw, dtypes=("float32", "float64"), rules=RULES, kinds=FINITE):
     """(x[T, N], one to three weights [M, N], scheme): fewer and more tokens than columns, dead channels among them."""
-    (scheme, n), dtype = draw(schemes(rules)), draw(st.sampled_from(dtypes))
+    scheme, n = draw(schemes(rules))
+    dtype = draw(st.sampled_from(dtypes))
     x = build(draw(st.sampled_from(kinds)), (draw(st.integers(1, 40)), n), draw(seeds), dtype)
     x[:, sorted(draw(st.sets(st.integers(0, n - 1), max_size=n)))] = 0
     sizes = draw(st.lists(st.integers(1, 9) | st.just(67), min_size=1, max_size=3))
-    return x, [build(draw(st.sampled_from(kinds)), (m, n), draw(seeds), dtype) for m in sizes], scheme
+    return (
+        x,
+        [build(draw(st.sampled_from(kinds)), (m, n), draw(seeds), dtype) for m in sizes],
+        scheme,
+    )
 
 
 def chosen(wanted):
@@ -60,7 +65,10 @@ def arrays_on(xp, x, weights):
 # --- the scale -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.theorem("sqrt(max s · min s) = 1 for each candidate of AWQ's scale search", source="Lin et al. 2023, code")
+@pytest.mark.theorem(
+    "sqrt(max s · min s) = 1 for each candidate of AWQ's scale search",
+    source="Lin et al. 2023, code",
+)
 @given(problem=problems(), wanted=st.integers(0, 19), duo=st.booleans())
 def test_bound_scales_are_centred_and_positive(xp, problem, wanted, duo):
     x, weights, scheme = problem
@@ -83,7 +91,9 @@ def test_exact_value_the_scale_is_its_formula(xp, problem, wanted):
     s = [max(v ** (wanted / 20), 1e-4) for v in a]
     expected = [v / math.sqrt(max(s)) / math.sqrt(min(s)) for v in s]
     # a mean of T terms to the power of r < 1, and six more roundings; a cast to x's dtype
-    np.testing.assert_allclose(to_host(found.scale), expected, rtol=(len(x) + 8) * EPS["float64"] + EPS[x.dtype.name])
+    np.testing.assert_allclose(
+        to_host(found.scale), expected, rtol=(len(x) + 8) * EPS["float64"] + EPS[x.dtype.name]
+    )
 
 
 @given(problem=problems(), wanted=st.integers(0, 19))
@@ -92,16 +102,23 @@ def test_exact_value_duo_scaling_is_its_formula(xp, problem, wanted):
     found = search_scale(*arrays_on(xp, x, weights), scheme, inspect=chosen(wanted), duo=True)
     assert found.ratios == (0.0, *(i / 18 for i in range(19)))
     a = np.abs(x.astype(np.float64)).mean(axis=0)
-    n, group = x.shape[1], scheme.group_size or x.shape[1]
-    shares = [np.abs(w[:, j]) / (np.abs(w[:, j // group * group :][:, :group]).max(axis=1) + w.dtype.type(1e-6))
-              for j in range(n) for w in [np.concatenate(weights)]]  # fmt: skip
+    n = x.shape[1]
+    group = scheme.group_size or x.shape[1]
+    shares = [
+        np.abs(w[:, j])
+        / (np.abs(w[:, j // group * group :][:, :group]).max(axis=1) + w.dtype.type(1e-6))
+        for j in range(n)
+        for w in [np.concatenate(weights)]
+    ]
     w = np.array([share.astype(np.float64).mean() for share in shares])
     r = found.ratios[wanted]
     s = np.maximum(a**r / (w ** (1 - r) + 1e-4), 1e-4) if wanted else np.ones(n)
     expected = s / np.sqrt(s.max()) / np.sqrt(s.min())
     rows = sum(len(v) for v in weights)
     np.testing.assert_allclose(
-        to_host(found.scale), expected, rtol=(len(x) + rows + 16) * EPS["float64"] + 4 * EPS[x.dtype.name]
+        to_host(found.scale),
+        expected,
+        rtol=(len(x) + rows + 16) * EPS["float64"] + 4 * EPS[x.dtype.name],
     )
 
 
@@ -116,14 +133,18 @@ def test_bound_the_best_loss_is_at_most_that_of_round_to_nearest(xp, problem, du
     found = search_scale(x_, weights_, scheme, duo=duo)
 
     def loss(s):
-        exact, rounded = (np.concatenate([to_host(x_ @ w.T) for w in ws], axis=1)
-                          for ws in (weights_, [fake_quantize(w * s, scheme) / s for w in weights_]))  # fmt: skip
+        exact, rounded = (
+            np.concatenate([to_host(x_ @ w.T) for w in ws], axis=1)
+            for ws in (weights_, [fake_quantize(w * s, scheme) / s for w in weights_])
+        )
         return np.mean((exact - rounded).astype(np.float64) ** 2)
 
     assert len(found.losses) == 20
-    assert found.losses[0] == pytest.approx(loss(xp.ones_like(found.scale)), rel=1e-12)  # of a sum of squares
+    # of a sum of squares
+    assert found.losses[0] == pytest.approx(loss(xp.ones_like(found.scale)), rel=1e-12)
     assert min(found.losses) <= found.losses[0]
-    assert min(found.losses) == pytest.approx(loss(found.scale), rel=1e-12)  # the scale returned is that candidate's
+    # the scale returned is that candidate's
+    assert min(found.losses) == pytest.approx(loss(found.scale), rel=1e-12)
 
 
 @pytest.mark.theorem(
@@ -133,7 +154,8 @@ def test_bound_the_best_loss_is_at_most_that_of_round_to_nearest(xp, problem, du
 @given(seed=seeds, exponent=st.integers(-6, 6), order=st.randoms(use_true_random=False))
 def test_invariance_of_the_size_and_the_order_of_the_tokens(xp, seed, exponent, order):
     rng = np.random.default_rng(seed)
-    x, w = rng.standard_normal((24, 8)), rng.standard_normal((6, 8))
+    x = rng.standard_normal((24, 8))
+    w = rng.standard_normal((6, 8))
     rows = list(range(24))
     order.shuffle(rows)
     plain = search_scale(*arrays_on(xp, x, [w]), W4)
@@ -151,14 +173,17 @@ def test_degenerate_equally_large_channels_need_no_scale(xp, seed, wanted, size)
 
 
 def test_degenerate_where_nothing_fires_nothing_is_scaled(xp):
-    found = search_scale(xp.zeros((3, 8)), [xp.asarray(np.random.default_rng(0).standard_normal((5, 8)))], W4)
+    found = search_scale(
+        xp.zeros((3, 8)), [xp.asarray(np.random.default_rng(0).standard_normal((5, 8)))], W4
+    )
     assert (found.ratio, found.losses) == (0.0, (0.0,) * 20)
     assert np.array_equal(to_host(found.scale), np.ones(8))
 
 
 def test_a_channel_that_carries_the_activations_gets_the_largest_scale_and_the_loss_falls(xp):
     rng = np.random.default_rng(3)
-    x, w = rng.standard_normal((200, 64)), rng.standard_normal((48, 64))
+    x = rng.standard_normal((200, 64))
+    w = rng.standard_normal((48, 64))
     x[:, 17] *= 30
     found = search_scale(*arrays_on(xp, x, [w]), Scheme(3, "asymmetric", "group", 32))
     assert int(np.argmax(to_host(found.scale))) == 17
@@ -169,16 +194,25 @@ def test_a_channel_that_carries_the_activations_gets_the_largest_scale_and_the_l
     "the rounding error of column j after AWQ is at most Δ'/(2 s_j), Δ' the step of its group as scaled",
     source="Lin et al. 2023, eq. 3",
 )
-@given(problem=problems(rules=("restricted", "half_integer", "asymmetric", "asymmetric_signed"), kinds=("normal",)))
+@given(
+    problem=problems(
+        rules=("restricted", "half_integer", "asymmetric", "asymmetric_signed"), kinds=("normal",)
+    )
+)
 def test_bound_the_error_of_a_column_shrinks_by_its_scale(xp, problem):
     x, weights, scheme = problem
     x_, weights_ = arrays_on(xp, x, weights)
     s = search_scale(x_, weights_, scheme).scale
     for w in weights_:
-        step = np.repeat(to_host(qparams(w * s, scheme)[0]), scheme.group_size or w.shape[1], axis=1)
+        step = np.repeat(
+            to_host(qparams(w * s, scheme)[0]), scheme.group_size or w.shape[1], axis=1
+        )
         error = np.abs(to_host(fake_quantize(w * s, scheme) / s - w).astype(np.float64))
-        slack = 1 + (2**scheme.bits + 8) * EPS[x.dtype.name]  # of x/s and s·q, relative to half a step
-        assert np.all(error <= step / (2 * to_host(s)) * slack + 8 * EPS[x.dtype.name] * np.abs(to_host(w)))
+        # of x/s and s·q, relative to half a step
+        slack = 1 + (2**scheme.bits + 8) * EPS[x.dtype.name]
+        assert np.all(
+            error <= step / (2 * to_host(s)) * slack + 8 * EPS[x.dtype.name] * np.abs(to_host(w))
+        )
 
 
 def test_the_loss_is_taken_where_inspect_looks(xp):
@@ -194,7 +228,8 @@ def test_nothing_to_restore_weights_stay_bit_identical_whatever_inspect_does(xp,
     rng = np.random.default_rng(seed)
     host = [rng.standard_normal((m, 8)).astype("float32") for m in (5, 3)]
     x, weights = arrays_on(xp, rng.standard_normal((9, 8)).astype("float32"), host)
-    before, calls = [w.tobytes() for w in host], []
+    before = [w.tobytes() for w in host]
+    calls = []
 
     def inspect(given):
         calls.append(1)
@@ -230,9 +265,15 @@ def test_candidates_beyond_the_dtype_lose_without_a_warning(xp):
         (lambda x, w: (x, [w[0], w[0] + math.inf]), r"weights\[1\]: holds NaN"),
         (lambda x, w: (x[:0, :], w), "at least one token"),
         (lambda x, w: (x, []), "and weights"),
-        (lambda x, w: (x, w[0]), r"a list of the weights that share x, got one array of .*: write \[weight\]"),
+        (
+            lambda x, w: (x, w[0]),
+            r"a list of the weights that share x, got one array of .*: write \[weight\]",
+        ),
         (lambda x, w: (x.astype("int32"), w), "AWQ scales floating-point numbers, got x of int32"),
-        (lambda x, w: (x[:, :4], w), r"weights\[0\] of shape \(3, 8\) does not take inputs of shape \(2, 4\)"),
+        (
+            lambda x, w: (x[:, :4], w),
+            r"weights\[0\] of shape \(3, 8\) does not take inputs of shape \(2, 4\)",
+        ),
         (lambda x, w: (x[:, :6], [w[0][:, :6]]), "the nearest sizes that do are 3 and 6"),
     ],
 )
@@ -301,7 +342,8 @@ def test_bound_weights_stay_within_their_limits(xp, problem):
     for w in weights:
         limits = search_clip(xp.asarray(x), xp.asarray(w), scheme)
         held = to_host(clip(xp.asarray(w), limits)).reshape(*limits.shape, -1)
-        m, grouped = to_host(limits), w.reshape(*limits.shape, -1)
+        m = to_host(limits)
+        grouped = w.reshape(*limits.shape, -1)
         peak = np.abs(grouped).max(axis=-1)
         assert m.shape == (len(w), w.shape[1] // (scheme.group_size or w.shape[1]))
         assert np.all(np.abs(held) <= m[..., None])
@@ -315,13 +357,16 @@ def test_bound_weights_stay_within_their_limits(xp, problem):
 
 def test_clipping_lowers_the_error_where_a_large_weight_is_rarely_met(xp):
     rng = np.random.default_rng(0)
-    x, w = rng.standard_normal((300, 32)), rng.standard_normal((20, 32))
+    x = rng.standard_normal((300, 32))
+    w = rng.standard_normal((20, 32))
     x[:, 0] *= 0.01
     w[:, 0] = 8  # the largest of its group, and multiplied with next to nothing
     scheme = Scheme(3, "asymmetric", "channel")
     limits = search_clip(xp.asarray(x), xp.asarray(w), scheme)
-    errors = [float(np.sum((x @ (to_host(fake_quantize(v, scheme)) - w).T) ** 2))
-              for v in (xp.asarray(w), clip(xp.asarray(w), limits))]  # fmt: skip
+    errors = [
+        float(np.sum((x @ (to_host(fake_quantize(v, scheme)) - w).T) ** 2))
+        for v in (xp.asarray(w), clip(xp.asarray(w), limits))
+    ]
     assert np.all(to_host(limits)[:, 0] < 8)
     assert errors[1] < 0.6 * errors[0]
 
@@ -336,7 +381,8 @@ def test_exact_value_the_deepest_clip_is_055_of_the_largest_weight(xp):
 
 def test_long_texts_are_thinned_evenly(xp):
     rng = np.random.default_rng(2)
-    x, w = xp.asarray(rng.standard_normal((23, 8))), xp.asarray(rng.standard_normal((40, 8)))
+    x = xp.asarray(rng.standard_normal((23, 8)))
+    w = xp.asarray(rng.standard_normal((40, 8)))
     thinned, whole = (to_host(search_clip(x, w, W4, max_tokens=n)) for n in (10, 512))
     assert np.array_equal(thinned, to_host(search_clip(x[::2, :], w, W4)))
     assert not np.array_equal(thinned, whole)
@@ -345,7 +391,8 @@ def test_long_texts_are_thinned_evenly(xp):
 
 def test_a_tie_keeps_the_wider_range(xp):
     w = np.random.default_rng(0).standard_normal((3, 8))
-    limits = search_clip(xp.zeros((4, 8)), xp.asarray(w), W4)  # nothing fires: no step costs anything
+    # nothing fires: no step costs anything
+    limits = search_clip(xp.zeros((4, 8)), xp.asarray(w), W4)
     assert np.array_equal(to_host(limits), np.abs(w).reshape(3, 2, 4).max(axis=-1))
 
 

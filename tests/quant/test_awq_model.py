@@ -20,7 +20,15 @@ from refllm.model.layers import rope_table, swiglu
 from refllm.model.llama import PROJECTIONS, build, decoder_layer, mixed_heads
 from refllm.model.weights import Dense
 from refllm.quant.awq import search_clip, search_scale
-from refllm.quant.awq_model import ATTENTION_INPUT, HEADS, MLP_HIDDEN, MLP_INPUT, awq_layer, fold, scale_groups
+from refllm.quant.awq_model import (
+    ATTENTION_INPUT,
+    HEADS,
+    MLP_HIDDEN,
+    MLP_INPUT,
+    awq_layer,
+    fold,
+    scale_groups,
+)
 from refllm.quant.layer_inputs import tapped
 from strategies import seeds
 
@@ -42,8 +50,11 @@ class Case:
     """The first layer of a random network with text in front of it."""
 
     def __init__(self, xp, config, seed, dtype="float64", lengths=LENGTHS, tokens=None):
-        self.config, self.dtype = config, dtype
-        self.weights = build(config, {k: xp.asarray(t) for k, t in random_tensors(config, seed, dtype).items()})
+        self.config = config
+        self.dtype = dtype
+        self.weights = build(
+            config, {k: xp.asarray(t) for k, t in random_tensors(config, seed, dtype).items()}
+        )
         self.layer = self.weights["layers"][0]
         if tokens is None:
             tokens = np.random.default_rng(seed).integers(0, VOCAB, sum(lengths))
@@ -52,7 +63,9 @@ class Case:
         self.attend = CausalAttend(lengths, config.sliding_window)
         self.rotation = rope_table(self.weights["rope_frequencies"], positions, self.x.dtype)
         self.inputs = {}
-        tap = tapped(self.weights, lambda i, name, x: self.inputs.setdefault(name, x.copy()))["layers"][0]
+        tap = tapped(self.weights, lambda i, name, x: self.inputs.setdefault(name, x.copy()))[
+            "layers"
+        ][0]
         decoder_layer(tap, config, self.x, self.rotation, self.attend, 0)
 
     def run(self, layer):
@@ -68,7 +81,10 @@ class Case:
 
 def snapshot(layer):
     """The bits of every array of a layer."""
-    leaves = {name: to_host(leaf.dequantize() if hasattr(leaf, "matmul") else leaf) for name, leaf in layer.items()}
+    leaves = {
+        name: to_host(leaf.dequantize() if hasattr(leaf, "matmul") else leaf)
+        for name, leaf in layer.items()
+    }
     return {name: (leaf.dtype, leaf.tobytes()) for name, leaf in leaves.items()}
 
 
@@ -84,7 +100,8 @@ def snapshot(layer):
 @given(seed=seeds)
 def test_invariance_folding_changes_nothing(xp, name, seed):
     case = Case(xp, CASES[name], seed)
-    exact, rng = case.run(case.layer), np.random.default_rng(seed)
+    exact = case.run(case.layer)
+    rng = np.random.default_rng(seed)
     folded = case.layer
     for group in scale_groups(case.layer)[0]:
         columns = case.layer[group.targets[0]].shape[1]
@@ -113,10 +130,14 @@ def test_heads_of_an_unusual_size_are_skipped_as_upstream_does(xp):
     assert "share" not in skipped[0]
 
 
-@pytest.mark.parametrize("group", [ATTENTION_INPUT, HEADS, MLP_INPUT, MLP_HIDDEN], ids=lambda g: g.name)
+@pytest.mark.parametrize(
+    "group", [ATTENTION_INPUT, HEADS, MLP_INPUT, MLP_HIDDEN], ids=lambda g: g.name
+)
 def test_folding_multiplies_and_divides_what_the_table_says(xp, group):
     case = Case(xp, CASES["qwen2-mha"], 1)
-    before = {k: to_host(v.dequantize() if hasattr(v, "matmul") else v) for k, v in case.layer.items()}
+    before = {
+        k: to_host(v.dequantize() if hasattr(v, "matmul") else v) for k, v in case.layer.items()
+    }
     s = np.linspace(0.5, 2.0, before[group.targets[0]].shape[1])
     after = fold(case.layer, group, xp.asarray(s))
     divided = {group.source} | ({"v_bias"} if group is HEADS else set())
@@ -127,7 +148,9 @@ def test_folding_multiplies_and_divides_what_the_table_says(xp, group):
             expected = expected * s
         elif name in divided:
             expected = expected / (s[:, None] if expected.ndim == 2 else s)
-        assert np.array_equal(to_host(leaf.dequantize() if hasattr(leaf, "matmul") else leaf), expected), name
+        assert np.array_equal(
+            to_host(leaf.dequantize() if hasattr(leaf, "matmul") else leaf), expected
+        ), name
 
 
 # --- a whole layer -------------------------------------------------------------------------------------------------
@@ -144,7 +167,9 @@ def test_invariance_the_searched_layer_is_the_same_function(xp, name, duo):
     exact = case.run(case.layer)
     result, found = case.awq(duo=duo, clipping=False)
     assert np.abs(case.run(result) - exact).max() <= case.bound(exact)
-    assert any(found.scales[g].best > 0 for g in found.scales), "nothing was scaled: this proves nothing"
+    assert any(found.scales[g].best > 0 for g in found.scales), (
+        "nothing was scaled: this proves nothing"
+    )
     assert (found.limits, found.clipped) == ({}, {})
 
 
@@ -152,7 +177,8 @@ class Failing:
     """An ``attend`` that gives up at the n-th call."""
 
     def __init__(self, inner, calls):
-        self.inner, self.calls = inner, calls
+        self.inner = inner
+        self.calls = calls
 
     def __call__(self, *args):
         self.calls -= 1
@@ -164,7 +190,8 @@ class Failing:
 @given(calls=st.integers(0, 23), seed=seeds)
 def test_the_layer_is_bit_identical_after_the_search_and_after_one_that_failed(xp, calls, seed):
     case = Case(xp, CASES["llama-tied-mha"], seed, "float32", [6])
-    before, leaves = snapshot(case.layer), dict(case.layer)
+    before = snapshot(case.layer)
+    leaves = dict(case.layer)
     if calls < 21:  # the reference and twenty candidates
         with pytest.raises(RuntimeError, match="attend failed"):
             case.awq(attend=Failing(case.attend, calls))
@@ -178,7 +205,8 @@ def test_the_layer_is_bit_identical_after_the_search_and_after_one_that_failed(x
 def test_losses_are_taken_on_the_whole_attention_and_the_whole_mlp(xp, name):
     case = Case(xp, CASES[name], 3)
     _, found = case.awq()
-    layer, inputs = case.layer, case.inputs
+    layer = case.layer
+    inputs = case.inputs
 
     def attention(trial):
         h = mixed_heads(trial, case.config, inputs["k_proj"], case.rotation, case.attend, 0)
@@ -186,17 +214,27 @@ def test_losses_are_taken_on_the_whole_attention_and_the_whole_mlp(xp, name):
 
     def mlp(trial):
         x = inputs["up_proj"]
-        return to_host(layer["down_proj"].matmul(swiglu(trial["gate_proj"].matmul(x), trial["up_proj"].matmul(x))))
+        return to_host(
+            layer["down_proj"].matmul(
+                swiglu(trial["gate_proj"].matmul(x), trial["up_proj"].matmul(x))
+            )
+        )
 
     def product(trial):
         return to_host(trial["down_proj"].matmul(inputs["down_proj"]))
 
     for group, run in ((ATTENTION_INPUT, attention), (MLP_INPUT, mlp), (MLP_HIDDEN, product)):
         scale = found.scales[group.name]
-        for s, loss in ((xp.ones_like(scale.scale), scale.losses[0]), (scale.scale, min(scale.losses))):
-            rounded = {n: Dense(fake_quantize(layer[n].dequantize() * s, W3) / s) for n in group.targets}
+        for s, loss in (
+            (xp.ones_like(scale.scale), scale.losses[0]),
+            (scale.scale, min(scale.losses)),
+        ):
+            rounded = {
+                n: Dense(fake_quantize(layer[n].dequantize() * s, W3) / s) for n in group.targets
+            }
             expected = np.mean((run(layer) - run(layer | rounded)) ** 2)
-            assert loss == pytest.approx(expected, rel=1e-9)  # the same products in blocks and as one matrix
+            # the same products in blocks and as one matrix
+            assert loss == pytest.approx(expected, rel=1e-9)
 
 
 def test_every_group_is_searched_on_the_layer_as_it_was(xp):
@@ -226,15 +264,22 @@ def test_clipping_sees_folded_weights_and_divided_inputs_and_spares_queries_and_
         limits = to_host(search_clip(x, scaled[key].dequantize(), W3))
         assert np.array_equal(to_host(clipped.limits[key]), limits)
         grouped = before.reshape(*limits.shape, -1)
-        assert np.array_equal(after.reshape(grouped.shape), np.clip(grouped, -limits[..., None], limits[..., None]))
+        assert np.array_equal(
+            after.reshape(grouped.shape), np.clip(grouped, -limits[..., None], limits[..., None])
+        )
         assert clipped.clipped[key] == np.mean(np.abs(grouped).max(axis=-1) > limits)
     assert 0 < sum(clipped.clipped.values())
 
 
 def test_losses_by_projection_are_those_of_the_group_that_scales_its_columns(xp):
     _, found = Case(xp, CASES["llama"], 6).awq()
-    assert set(found.losses) == set(PROJECTIONS) - {"o_proj"}  # grouped queries: o_proj is not scaled
-    assert found.losses["q_proj"] == found.losses["v_proj"] == min(found.scales["attention input"].losses)
+    # grouped queries: o_proj is not scaled
+    assert set(found.losses) == set(PROJECTIONS) - {"o_proj"}
+    assert (
+        found.losses["q_proj"]
+        == found.losses["v_proj"]
+        == min(found.scales["attention input"].losses)
+    )
     assert found.losses["gate_proj"] == min(found.scales["MLP input"].losses)
     assert found.losses["down_proj"] == min(found.scales["MLP hidden"].losses)
     assert len(found.skipped) == 1
@@ -243,10 +288,14 @@ def test_losses_by_projection_are_those_of_the_group_that_scales_its_columns(xp)
 def test_one_input_of_each_group_is_enough_and_none_is_refused(xp):
     case = Case(xp, CASES["llama"], 7)
     whole = case.awq()[1]
-    case.inputs = {name: case.inputs[name] for name in ("v_proj", "o_proj", "gate_proj", "down_proj")}
+    case.inputs = {
+        name: case.inputs[name] for name in ("v_proj", "o_proj", "gate_proj", "down_proj")
+    }
     assert case.awq()[1].losses == whole.losses
     del case.inputs["gate_proj"]
-    with pytest.raises(ValueError, match="one of gate_proj, up_proj; captured: v_proj, o_proj, down_proj"):
+    with pytest.raises(
+        ValueError, match="one of gate_proj, up_proj; captured: v_proj, o_proj, down_proj"
+    ):
         case.awq()
 
 
@@ -257,11 +306,22 @@ def test_one_input_of_each_group_is_enough_and_none_is_refused(xp):
 def test_oracle_losses_and_scales_are_those_of_llm_compressor(xp, number):
     """Recorded by golden/make_awq.py. Asymmetric, because a symmetric grid decides ties by the scale's last bit."""
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
-    wanted, rng = golden["cases"][number], np.random.default_rng(golden["seed"])
-    case = Case(xp, NETWORKS[wanted["network"]], golden["seed"], "float32", [40] * 4, rng.integers(0, VOCAB, 160))
+    wanted = golden["cases"][number]
+    rng = np.random.default_rng(golden["seed"])
+    case = Case(
+        xp,
+        NETWORKS[wanted["network"]],
+        golden["seed"],
+        "float32",
+        [40] * 4,
+        rng.integers(0, VOCAB, 160),
+    )
     width = wanted["group_size"]
-    scheme = Scheme(wanted["bits"], "asymmetric_signed", *(("group", width) if width else ("channel",)))
-    ratios = None if wanted["duo"] else [i / 19 for i in range(20)]  # without duo its grid ends at 1
+    scheme = Scheme(
+        wanted["bits"], "asymmetric_signed", *(("group", width) if width else ("channel",))
+    )
+    # without duo its grid ends at 1
+    ratios = None if wanted["duo"] else [i / 19 for i in range(20)]
     _, found = case.awq(scheme, duo=wanted["duo"], ratios=ratios, clipping=False)
     by_source = {g.source: found.scales[g.name] for g in scale_groups(case.layer)[0]}
     assert by_source.keys() == wanted["groups"].keys()

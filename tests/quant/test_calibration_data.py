@@ -15,16 +15,23 @@ def test_windows_are_whole_and_depend_on_the_seed_alone():
     windows = calibration_windows(tokenizer, 5, 32, 7)
     assert windows.shape == (5, 32)
     assert windows.dtype == np.int64
-    np.testing.assert_array_equal(windows, calibration_windows(tokenizer, 5, 32, np.random.default_rng(7)))
+    np.testing.assert_array_equal(
+        windows, calibration_windows(tokenizer, 5, 32, np.random.default_rng(7))
+    )
     assert not np.array_equal(windows, calibration_windows(tokenizer, 5, 32, 8))
 
 
 def test_windows_are_training_text_and_never_held_out():
-    tokenizer, rng = byte_tokenizer(), 11
+    tokenizer = byte_tokenizer()
+    rng = 11
     training = "\0".join(d.text for d in training_documents())
     held_out = "\0".join(d.text for d in held_out_documents())
     inside = [tokenizer.decode(w.tolist()) for w in calibration_windows(tokenizer, 20, 200, rng)]
-    assert all(text in training for text in inside if "\ufffd" not in text and _one_document(text, training))
+    assert all(
+        text in training
+        for text in inside
+        if "\ufffd" not in text and _one_document(text, training)
+    )
     assert not any(text in held_out for text in inside)
     assert sum(text in training for text in inside) >= 15  # the others span two documents
 
@@ -37,7 +44,9 @@ def test_a_window_begins_with_a_line_and_goes_on_into_the_next_document():
     tokenizer = byte_tokenizer()
     documents = [Document("a", "x = 1\ny = 2\n"), Document("empty", ""), Document("b", "z\n")]
     for begin, between in ((None, ""), (0, "<|endoftext|>")):
-        parts = [between.join(["x = 1\ny = 2\n", *["z\n", "x = 1\ny = 2\n"] * 9])[i:] for i in (0, 6)]
+        parts = [
+            between.join(["x = 1\ny = 2\n", *["z\n", "x = 1\ny = 2\n"] * 9])[i:] for i in (0, 6)
+        ]
         parts.append(between.join(["z\n", "x = 1\ny = 2\n"] * 9))
         seen = set()
         for w in calibration_windows(tokenizer, 60, 30, 0, documents=documents, begin=begin):
@@ -65,15 +74,24 @@ def test_a_long_token_stream_is_encoded_as_far_as_it_is_needed():
         assert window.tolist() == whole[:length]
 
 
-@pytest.mark.parametrize(("count", "length", "texts"), [(0, 4, ["a"]), (4, 0, ["a"]), (1, 1, []), (1, 1, [""])])
+@pytest.mark.parametrize(
+    ("count", "length", "texts"), [(0, 4, ["a"]), (4, 0, ["a"]), (1, 1, []), (1, 1, [""])]
+)
 def test_windows_of_nothing_are_refused(count, length, texts):
     with pytest.raises(ValueError, match="calibration_windows: no"):
-        calibration_windows(byte_tokenizer(), count, length, 0, documents=[Document("x", t) for t in texts])
+        calibration_windows(
+            byte_tokenizer(), count, length, 0, documents=[Document("x", t) for t in texts]
+        )
 
 
 def test_token_ids_of_every_kind_become_lists():
     expected = [[1, 2, 3], [4, 5, 6]]
-    for given in (expected, np.array(expected), [np.array(r, np.uint16) for r in expected], map(tuple, expected)):
+    for given in (
+        expected,
+        np.array(expected),
+        [np.array(r, np.uint16) for r in expected],
+        map(tuple, expected),
+    ):
         assert sequences(given, 7) == expected
     assert all(type(t) is int for row in sequences(np.array(expected), 7) for t in row)
 

@@ -54,7 +54,9 @@ WAYS = {
     "awq": Way("awq", Scheme(4, "awq", "group", 32), "awq"),
 }  # fmt: skip
 GIVEN = ("gptq", "gptq-v1")  # not the layout that would be chosen
-COMPRESSED = [name for name, way in WAYS.items() if way.layout in ("pack-quantized", "int-quantized")]
+COMPRESSED = [
+    name for name, way in WAYS.items() if way.layout in ("pack-quantized", "int-quantized")
+]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,8 @@ def original(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(original, tmp_path_factory):
     """name → (the quantised model in memory, its directory), made when asked for."""
-    folder, made = tmp_path_factory.mktemp("exported"), {}
+    folder = tmp_path_factory.mktemp("exported")
+    made = {}
 
     def get(name: str) -> Any:
         if name not in made:
@@ -91,7 +94,8 @@ def exported(original, tmp_path_factory):
 @pytest.mark.parametrize("name", WAYS)
 def test_what_is_read_back_is_what_was_written(exported, name):
     model, path = exported(name)
-    read, way = load(path), WAYS[name]
+    read = load(path)
+    way = WAYS[name]
     assert read.config == model.config
     for one, other in zip(model.weights["layers"], read.weights["layers"], strict=True):
         assert one.keys() == other.keys()
@@ -99,11 +103,15 @@ def test_what_is_read_back_is_what_was_written(exported, name):
             if key not in PROJECTIONS:  # SmoothQuant's and AWQ's gains are rounded to float16
                 np.testing.assert_array_equal(other[key], one[key].astype("float16"))
             elif key in way.options.get("keep", ()):
-                np.testing.assert_array_equal(other[key].dequantize(), one[key].dequantize().astype("float16"))
+                np.testing.assert_array_equal(
+                    other[key].dequantize(), one[key].dequantize().astype("float16")
+                )
             elif name == "int8":  # scales were float32
                 assert np.abs(one[key].dequantize() - other[key].dequantize()).max() < 2.0**-11 * 4
             else:
-                np.testing.assert_array_equal(one[key].dequantize(), other[key].dequantize(), err_msg=key)
+                np.testing.assert_array_equal(
+                    one[key].dequantize(), other[key].dequantize(), err_msg=key
+                )
     if way.layout == "pack-quantized" and name != "int8":
         np.testing.assert_array_equal(output(read), output(model))
 
@@ -133,7 +141,8 @@ def test_biases_norms_and_tied_heads_come_back(tmp_path, family):
 @pytest.mark.parametrize("name", [name for name in COMPRESSED if not name.startswith("w8a8")])
 def test_weight_only_checkpoints_in_transformers(exported, name):
     _, path = exported(name)
-    ours, theirs = output(load(path)), their_model(path)
+    ours = output(load(path))
+    theirs = their_model(path)
     torch = oracle("torch")
     with torch.no_grad():
         got = theirs(torch.from_numpy(IDS)).logits.numpy()
@@ -154,14 +163,20 @@ def test_w8a8_checkpoints_in_transformers(exported, name):
     got, seen = products_of(their_model(path), IDS)
     own: dict[tuple[int, str], np.ndarray] = {}
     ours = output(read, tapped(read.weights, lambda index, key, x: own.setdefault((index, key), x)))
-    same = np.ones(len(IDS), dtype=bool)  # sequences whose activations have equal codes in every linear
+    # sequences whose activations have equal codes in every linear
+    same = np.ones(len(IDS), dtype=bool)
     for (index, key), (x, y) in seen.items():
         linear = read.weights["layers"][index][key]
         flat = x.reshape(-1, x.shape[-1])
-        assert np.abs(linear.matmul(flat).reshape(y.shape) - y).max() <= 1e-4 * np.abs(y).max(), (index, key)
+        assert np.abs(linear.matmul(flat).reshape(y.shape) - y).max() <= 1e-4 * np.abs(y).max(), (
+            index,
+            key,
+        )
         if not isinstance(linear, W8A8Linear):
             continue
-        (theirs_codes, step), (our_codes, _) = (linear.quantize_activations(a) for a in (flat, own[index, key]))
+        (theirs_codes, step), (our_codes, _) = (
+            linear.quantize_activations(a) for a in (flat, own[index, key])
+        )
         differ = theirs_codes != our_codes
         sequence = np.arange(len(flat)) // IDS.shape[1]
         fresh = differ & same[sequence][:, None]  # behind a code that differs everything may
@@ -192,17 +207,24 @@ def test_default_layouts():
 
 def test_what_cannot_be_exported_is_refused_and_nothing_is_written(original, tmp_path):
     target = tmp_path / "q"
-    with pytest.raises(CheckpointError, match="all projections of a name must be quantised alike; found none"):
+    with pytest.raises(
+        CheckpointError, match="all projections of a name must be quantised alike; found none"
+    ):
         export(target, original)
     mixed, _ = quantize_model(original, "rtn", Scheme(4, "half_integer", "channel"))
     other, _ = quantize_model(original, "rtn", Scheme(8, "half_integer", "channel"))
     mixed.weights["layers"][1]["k_proj"] = other.weights["layers"][1]["k_proj"]
-    with pytest.raises(CheckpointError, match=r"alike; found .*layers\.0\.self_attn\.q_proj.*layers\.1\.self_attn\.k"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"alike; found .*layers\.0\.self_attn\.q_proj.*layers\.1\.self_attn\.k",
+    ):
         export(target, mixed)
     mixed.weights["layers"][1]["k_proj"] = original.weights["layers"][1]["k_proj"]
     with pytest.raises(CheckpointError, match="quantised alike"):
         export(target, mixed)
-    with pytest.raises(ValueError, match="awq cannot hold 8-bit weights, only 4-bit ones; what can: pack-quantized"):
+    with pytest.raises(
+        ValueError, match="awq cannot hold 8-bit weights, only 4-bit ones; what can: pack-quantized"
+    ):
         export(target, other, layout="awq")
     with pytest.raises(ValueError, match="dtype 'int8' is not stored"):
         export(target, other, dtype="int8")

@@ -36,11 +36,17 @@ PAIRS = [
     source="DeepSeek-V3, §3.3.2; Higham 2002, §3.1",
 )
 @given(
-    st.sampled_from(PAIRS), st.integers(1, 4), st.sampled_from([1, 5, 16, 33]), st.sampled_from([16, 40, 48]),
-    st.sampled_from(["normal", "outlier_column", "zero"]), st.sampled_from(["float32", "ue8m0"]), seeds,
-)  # fmt: skip
+    st.sampled_from(PAIRS),
+    st.integers(1, 4),
+    st.sampled_from([1, 5, 16, 33]),
+    st.sampled_from([16, 40, 48]),
+    st.sampled_from(["normal", "outlier_column", "zero"]),
+    st.sampled_from(["float32", "ue8m0"]),
+    seeds,
+)
 def test_block_scaled_is_dequantised(xp, pair, rows, outputs, n, kind, scale, seed):
-    x, w = build(kind, (rows, n), seed), build("normal", (outputs, n), seed + 1)
+    x = build(kind, (rows, n), seed)
+    w = build("normal", (outputs, n), seed + 1)
     qx = quantize(xp.asarray(x), FloatScheme("e4m3", *pair[0], scale))
     qw = quantize(xp.asarray(w), FloatScheme("e4m3", *pair[1], scale))
     got = to_host(scaled_matmul(qx, qw))
@@ -54,14 +60,17 @@ def test_tiles_of_the_weight_join(xp, monkeypatch):
     rng = np.random.default_rng(0)
     x, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((3, 40), (50, 40)))
     scheme = FloatScheme("e4m3", "block", 16)
-    qx, qw = quantize(xp.asarray(x), FloatScheme("e4m3", "block", (1, 16))), quantize(xp.asarray(w), scheme)
+    qx = quantize(xp.asarray(x), FloatScheme("e4m3", "block", (1, 16)))
+    qw = quantize(xp.asarray(w), scheme)
     whole = to_host(scaled_matmul(qx, qw))
     monkeypatch.setattr("refllm.formats.fp8_linear._WEIGHTS", (16 * 40, 16 * 40))
     np.testing.assert_allclose(to_host(scaled_matmul(qx, qw)), whole, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.theorem("truncation keeps b significant bits, towards zero: 0 ≤ |x| − |x'| < 2^(1−b) |x|, and no bit more",
-                     source="IEEE 754")  # fmt: skip
+@pytest.mark.theorem(
+    "truncation keeps b significant bits, towards zero: 0 ≤ |x| − |x'| < 2^(1−b) |x|, and no bit more",
+    source="IEEE 754",
+)
 @given(st.integers(1, 24), seeds)
 def test_truncate(xp, bits, seed):
     x = build("normal", (50,), seed)
@@ -107,9 +116,13 @@ def test_why_partial_sums_are_promoted():
 
 def test_the_accumulator_of_a_weight(xp):
     rng = np.random.default_rng(0)
-    x, w = (xp.asarray(rng.standard_normal(shape).astype(np.float32)) for shape in ((3, 256), (8, 256)))
+    x, w = (
+        xp.asarray(rng.standard_normal(shape).astype(np.float32)) for shape in ((3, 256), (8, 256))
+    )
     weight = quantize(w, FloatScheme("e4m3", "block", 128))
-    exact, narrow = (to_host(Fp8Linear(weight, accumulator=a).matmul(x)) for a in (None, Accumulator(8, 16)))
+    exact, narrow = (
+        to_host(Fp8Linear(weight, accumulator=a).matmul(x)) for a in (None, Accumulator(8, 16))
+    )
     assert np.abs(exact - narrow).max() > 1e-3
     wide = to_host(Fp8Linear(weight, accumulator=Accumulator(24, 32)).matmul(x))
     np.testing.assert_allclose(wide, exact, rtol=1e-4, atol=1e-4)
@@ -130,18 +143,23 @@ def test_slices_that_do_not_nest_are_refused(xp):
 # --- a weight ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("granularity", "size"), [("block", 128), ("channel", None), ("tensor", None), ("group", 128)])
+@pytest.mark.parametrize(
+    ("granularity", "size"), [("block", 128), ("channel", None), ("tensor", None), ("group", 128)]
+)
 @pytest.mark.parametrize("activations", [True, False])
 def test_linear(xp, granularity, size, activations):
     rng = np.random.default_rng(0)
     x, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((5, 256), (130, 256)))
     made = fp8(xp.asarray(w), Scheme(8, "restricted", granularity, size), activations=activations)
-    got, exact = to_host(made.matmul(xp.asarray(x))), x @ w.T
+    got = to_host(made.matmul(xp.asarray(x)))
+    exact = x @ w.T
     assert made.shape == (130, 256)
     assert made.bits_per_weight == 8 * made.nbytes / w.size
     assert made.bits_per_weight < 8.3
     # two operands with an error of 2.6 % each, independent of each other
-    assert np.sqrt(np.mean((got - exact) ** 2) / np.mean(exact**2)) < (0.045 if activations else 0.032)
+    assert np.sqrt(np.mean((got - exact) ** 2) / np.mean(exact**2)) < (
+        0.045 if activations else 0.032
+    )
     back = to_host(made.dequantize())
     if activations:
         seen = to_host(made.quantize_activations(xp.asarray(x)).dequantize())
@@ -152,12 +170,17 @@ def test_linear(xp, granularity, size, activations):
     assert made.matmul(xp.asarray(x.astype(np.float64))).dtype == np.float64
 
 
-@pytest.mark.theorem("with a scale a token, or a tile of a token, no row depends on the others of its batch",
-                     source="refllm.formats.fp8_linear")  # fmt: skip
+@pytest.mark.theorem(
+    "with a scale a token, or a tile of a token, no row depends on the others of its batch",
+    source="refllm.formats.fp8_linear",
+)
 @given(st.sampled_from(["block", "channel"]), seeds)
 def test_tokens_are_independent(xp, granularity, seed):
-    x, w = build("outlier_column", (4, 128), seed), build("normal", (8, 128), seed)
-    made = fp8(xp.asarray(w), Scheme(8, "restricted", granularity, 128 if granularity == "block" else None))
+    x = build("outlier_column", (4, 128), seed)
+    w = build("normal", (8, 128), seed)
+    made = fp8(
+        xp.asarray(w), Scheme(8, "restricted", granularity, 128 if granularity == "block" else None)
+    )
     whole = to_host(made.quantize_activations(xp.asarray(x)).dequantize())
     for i in range(4):
         alone = to_host(made.quantize_activations(xp.asarray(x[i : i + 1])).dequantize())
@@ -166,7 +189,9 @@ def test_tokens_are_independent(xp, granularity, seed):
 
 def test_bad_options_are_refused():
     w = np.ones((4, 8), dtype=np.float32)
-    with pytest.raises(ValueError, match="fp8 takes 8 bits by tensor, channel, block, group, got 4 bits"):
+    with pytest.raises(
+        ValueError, match="fp8 takes 8 bits by tensor, channel, block, group, got 4 bits"
+    ):
         fp8(w, Scheme(4, "restricted", "channel"))
     with pytest.raises(ValueError, match="'e4m3' or 'e5m2'"):
         fp8(w, Scheme(8, "restricted", "channel"), format="e2m1")
@@ -182,8 +207,10 @@ def test_bad_options_are_refused():
 # --- scales from the past ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.theorem("a delayed scale saturates nothing while the range does not grow, and all beyond it when it does",
-                     source="Micikevicius et al. 2022, §4")  # fmt: skip
+@pytest.mark.theorem(
+    "a delayed scale saturates nothing while the range does not grow, and all beyond it when it does",
+    source="Micikevicius et al. 2022, §4",
+)
 @given(st.integers(1, 6), seeds)
 def test_delayed_scale(xp, history, seed):
     rng = np.random.default_rng(seed)
@@ -210,12 +237,16 @@ def test_where_integers_and_floats_win(xp):
     outlier = normal.copy()
     outlier[:, 5] *= 100
     heavy = rng.standard_t(2, (32, 1024)).astype(np.float32)
-    found = {name: integers_or_floats(xp.asarray(x)) for name, x in (("n", normal), ("o", outlier), ("h", heavy))}
+    found = {
+        name: integers_or_floats(xp.asarray(x))
+        for name, x in (("n", normal), ("o", outlier), ("h", heavy))
+    }
     assert found["n"]["int8"] < 0.2 * found["n"]["e4m3"]
     assert found["o"]["e4m3"] < 0.05 * found["o"]["int8"]
     assert found["h"]["e4m3"] < found["h"]["int8"]
     for errors in found.values():
-        assert 3 < errors["e5m2"] / errors["e4m3"] < 5  # one bit of mantissa is a factor of four in the square
+        # one bit of mantissa is a factor of four in the square
+        assert 3 < errors["e5m2"] / errors["e4m3"] < 5
 
 
 # --- training ------------------------------------------------------------------------------------------------------
@@ -225,7 +256,8 @@ class Counting:
     """A product that is the plain one, and counts."""
 
     def __init__(self):
-        self.forwards, self.backwards = [], []
+        self.forwards = []
+        self.backwards = []
 
     def forward(self, x, weight):
         self.forwards.append(weight.shape)
@@ -238,7 +270,9 @@ class Counting:
 
 def example():
     config = NETWORKS["llama"]
-    params = {n: t.astype(np.float32) for n, t in initialize(config, np.random.default_rng(0)).items()}
+    params = {
+        n: t.astype(np.float32) for n, t in initialize(config, np.random.default_rng(0)).items()
+    }
     return (config, params), np.random.default_rng(1).integers(0, config.vocab_size, (2, 33))
 
 
@@ -261,10 +295,13 @@ def test_every_projection_goes_through_the_product():
 @pytest.mark.parametrize("gradients", ["e4m3", "e5m2"])
 def test_the_three_products(gradients):
     rng = np.random.default_rng(0)
-    x, w, dy = (rng.standard_normal(s).astype(np.float32) for s in ((300, 256), (130, 256), (300, 130)))
+    x, w, dy = (
+        rng.standard_normal(s).astype(np.float32) for s in ((300, 256), (130, 256), (300, 130))
+    )
     x[7] *= 1000  # a token that must not cost the others their precision
     product = Fp8(gradients=gradients)
-    y, (dx, dw) = product.forward(x, w), product.backward(x, w, dy)
+    y = product.forward(x, w)
+    dx, dw = product.backward(x, w, dy)
 
     def through(t, block, fmt="e4m3"):
         return quantize(t, FloatScheme(fmt, "block", block)).dequantize()
@@ -281,8 +318,11 @@ def test_one_scale_a_tensor_loses_where_tokens_differ():
     x[3] *= 1e5
     exact = x @ w.T
     others = np.arange(256) != 3
-    off = {scaling: np.linalg.norm((Fp8(scaling).forward(x, w) - exact)[others]) / np.linalg.norm(exact[others])
-           for scaling in ("tile", "tensor")}  # fmt: skip
+    off = {
+        scaling: np.linalg.norm((Fp8(scaling).forward(x, w) - exact)[others])
+        / np.linalg.norm(exact[others])
+        for scaling in ("tile", "tensor")
+    }
     assert off["tile"] < 0.05
     assert off["tensor"] > 0.3
 

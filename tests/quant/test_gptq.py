@@ -19,14 +19,20 @@ from strategies import KINDS, arrays, seeds
 from ties import settled
 
 EPS32, EPS64 = (float(np.finfo(dtype).eps) for dtype in ("float32", "float64"))
-M, N = 5, 24
+M = 5
+N = 24
 SHAPES = [
     *(("tensor", None), ("channel", None), ("group", 4), ("group", 8), ("group", 24)),
     *(("block", (2, 6)), ("block", 7)),
 ]
-MODEST = [kind for kind in KINDS if kind != "extreme"]  # the largest floats overflow in s·(q − z), or in e
-schemes = st.builds(lambda bits, rule, shape: Scheme(bits, rule, *shape), st.integers(2, 8), st.sampled_from(RULES),
-                    st.sampled_from(SHAPES))  # fmt: skip
+# the largest floats overflow in s·(q − z), or in e
+MODEST = [kind for kind in KINDS if kind != "extreme"]
+schemes = st.builds(
+    lambda bits, rule, shape: Scheme(bits, rule, *shape),
+    st.integers(2, 8),
+    st.sampled_from(RULES),
+    st.sampled_from(SHAPES),
+)
 options = st.fixed_dictionaries({"act_order": st.booleans(), "static_groups": st.booleans()})
 
 
@@ -55,11 +61,18 @@ def close(a, b, h):
     "Σ ½ e² = ½ tr(E H Eᵀ) for the damped H and the dead columns of W at zero: the loss needs no product with H",
     source="Frantar et al. 2022, section 3; expand E U⁻¹ U⁻ᵀ Eᵀ",
 )
-@given(seed=seeds, scheme=schemes, how=options, damp=st.sampled_from([0.001, 0.01, 0.3]), dead=st.booleans())
+@given(
+    seed=seeds,
+    scheme=schemes,
+    how=options,
+    damp=st.sampled_from([0.001, 0.01, 0.3]),
+    dead=st.booleans(),
+)
 def test_conservation_the_loss_is_the_quadratic_form(xp, seed, scheme, how, damp, dead):
     w, h = problem(seed, dead=dead)
     q = gptq(xp.asarray(w), xp.asarray(h), scheme, damp=damp, block_size=16, **how)
-    exact, alive = damped(h, damp), w * ~to_host(q.dead)
+    exact = damped(h, damp)
+    alive = w * ~to_host(q.dead)
     assert q.damp == damp
     assert to_host(q.dead).sum() == 2 * dead
     assert close(q.loss, loss_of(alive, to_host(q.dequantize()), exact), exact)
@@ -68,37 +81,56 @@ def test_conservation_the_loss_is_the_quadratic_form(xp, seed, scheme, how, damp
 def test_the_loss_is_that_of_what_is_stored_also_with_rounded_scales(xp):
     w, h = problem(1)
     for how in ({}, {"act_order": True}, {"static_groups": True}):
-        q = gptq(xp.asarray(w), xp.asarray(h), Scheme(3, "asymmetric", "group", 8), scale_dtype="float16",
-                 zero_dtype="float16", **how)  # fmt: skip
+        q = gptq(
+            xp.asarray(w),
+            xp.asarray(h),
+            Scheme(3, "asymmetric", "group", 8),
+            scale_dtype="float16",
+            zero_dtype="float16",
+            **how,
+        )
         scale = to_host(q.scale)
         assert np.array_equal(scale, scale.astype("float16").astype("float64"))
         assert close(q.loss, loss_of(w, to_host(q.dequantize()), damped(h, 0.01)), damped(h, 0.01))
-    bits, parameters = M * 4 * -(-N * 3 // 32), M * 3 * (2 + 2)
+    bits = M * 4 * -(-N * 3 // 32)
+    parameters = M * 3 * (2 + 2)
     assert q.nbytes == bits + parameters
 
 
 # --- what it equals --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.theorem("For H = c·I GPTQ is round to nearest, bit for bit", source="U is diagonal: no error is passed on")
+@pytest.mark.theorem(
+    "For H = c·I GPTQ is round to nearest, bit for bit",
+    source="U is diagonal: no error is passed on",
+)
 @given(
-    w=arrays(M, N, kinds=MODEST), scheme=schemes, how=options, c=st.sampled_from([2.0**-9, 1.0, 3.7]), mse=st.booleans()
+    w=arrays(M, N, kinds=MODEST),
+    scheme=schemes,
+    how=options,
+    c=st.sampled_from([2.0**-9, 1.0, 3.7]),
+    mse=st.booleans(),
 )
 def test_equality_with_a_hessian_of_one_size_it_is_round_to_nearest(xp, w, scheme, how, c, mse):
     assume(not (mse and scheme.granularity == "tensor"))
     w = xp.asarray(w)
-    got, nearest = gptq(w, xp.asarray(c * np.eye(N, dtype="float32")), scheme, mse=mse, **how), rtn(w, scheme, mse=mse)
+    got = gptq(w, xp.asarray(c * np.eye(N, dtype="float32")), scheme, mse=mse, **how)
+    nearest = rtn(w, scheme, mse=mse)
     assert np.array_equal(to_host(got.codes), to_host(nearest.codes))
     assert np.array_equal(to_host(got.dequantize()), to_host(nearest.dequantize()))
 
 
 def babai(target, basis):
     """Babai's nearest plane by Gram–Schmidt: integer coefficients of a lattice point near ``target``."""
-    n, orthogonal = len(basis), basis.copy()
+    n = len(basis)
+    orthogonal = basis.copy()
     for i in range(n):
         for j in range(i):
-            orthogonal[i] -= (basis[i] @ orthogonal[j]) / (orthogonal[j] @ orthogonal[j]) * orthogonal[j]
-    coefficients, left = np.zeros(n), target.copy()
+            orthogonal[i] -= (
+                (basis[i] @ orthogonal[j]) / (orthogonal[j] @ orthogonal[j]) * orthogonal[j]
+            )
+    coefficients = np.zeros(n)
+    left = target.copy()
     for i in reversed(range(n)):
         coefficients[i] = np.rint(left @ orthogonal[i] / (orthogonal[i] @ orthogonal[i]))
         left = left - coefficients[i] * basis[i]
@@ -121,10 +153,12 @@ def test_equality_it_is_babai_s_nearest_plane(xp, seed, n, block):
     w, scheme = unclipped(seed, n)
     h = positive(seed, n)
     q = gptq(xp.asarray(w), xp.asarray(h), scheme, damp=0.0, block_size=block)
-    codes, s = to_host(q.codes).astype(float), float(to_host(q.scale))
+    codes = to_host(q.codes).astype(float)
+    s = float(to_host(q.scale))
     assert np.abs(codes[:-1]).max() < 127
     values, vectors = np.linalg.eigh(h)
-    root = (vectors * np.sqrt(values)) @ vectors.T  # any square root spans the same lattice, up to a rotation
+    # any square root spans the same lattice, up to a rotation
+    root = (vectors * np.sqrt(values)) @ vectors.T
     for row in range(len(w) - 1):
         nearest = babai(w[row] @ root, s * root[::-1])[::-1]
         assert np.array_equal(codes[row], nearest)
@@ -140,10 +174,13 @@ def test_bound_of_the_error_without_clipping(xp, seed, n, act_order):
     h = positive(seed, n)
     f = factor(xp.asarray(h), 0.0, act_order)
     q = gptq(xp.asarray(w), f, scheme, act_order=act_order)
-    s, e = float(to_host(q.scale)), (w - to_host(q.dequantize()))[:-1]
+    s = float(to_host(q.scale))
+    e = (w - to_host(q.dequantize()))[:-1]
     assert np.abs(to_host(q.codes)[:-1]).max() < 127
     bound = s * s / 4 * np.sum(np.diag(to_host(f.upper)) ** -2.0)
-    assert np.einsum("mi,ij,mj->m", e, h, e).max() <= bound * (1 + 64 * n * EPS64 * np.linalg.cond(h))
+    assert np.einsum("mi,ij,mj->m", e, h, e).max() <= bound * (
+        1 + 64 * n * EPS64 * np.linalg.cond(h)
+    )
 
 
 # --- what does not change it -----------------------------------------------------------------------------------
@@ -153,10 +190,13 @@ def test_bound_of_the_error_without_clipping(xp, seed, n, act_order):
     "The block size changes nothing: a dynamic group's columns are brought up to date before its scale is found",
     source="lazy batch updates are linear, Frantar et al. 2022, section 3.3",
 )
-@given(seed=seeds, scheme=schemes, how=options, block=st.sampled_from([1, 2, 3, 5, 7, 8, 10, 16, 23]))
+@given(
+    seed=seeds, scheme=schemes, how=options, block=st.sampled_from([1, 2, 3, 5, 7, 8, 10, 16, 23])
+)
 def test_invariance_of_the_block_size(xp, seed, scheme, how, block):
     w, h = (xp.asarray(a) for a in problem(seed))
-    whole, blocks = gptq(w, h, scheme, **how), gptq(w, h, scheme, block_size=block, **how)
+    whole = gptq(w, h, scheme, **how)
+    blocks = gptq(w, h, scheme, block_size=block, **how)
     same = settled(whole, to_host(w), to_host(h), act_order=how["act_order"])
     assert np.array_equal(to_host(whole.codes)[:, same], to_host(blocks.codes)[:, same])
     if same.all():
@@ -177,21 +217,30 @@ def test_equivariance_of_act_order(xp, seed, rule, shape):
     same = settled(q, w, h, act_order=True)
     assert np.array_equal(to_host(q.codes)[:, p][:, same[p]], to_host(plain.codes)[:, same[p]])
     if same.all():
-        np.testing.assert_allclose(to_host(q.dequantize())[:, p], to_host(plain.dequantize()), rtol=1e4 * EPS64)
+        np.testing.assert_allclose(
+            to_host(q.dequantize())[:, p], to_host(plain.dequantize()), rtol=1e4 * EPS64
+        )
 
     mixed = np.random.default_rng(seed).permutation(N)  # diagonals differ: the visit is the same
-    again = gptq(xp.asarray(w[:, mixed]), xp.asarray(h[np.ix_(mixed, mixed)]), scheme, act_order=True)
-    assert np.array_equal(to_host(again.codes)[:, same[mixed]], to_host(q.codes)[:, mixed][:, same[mixed]])
+    again = gptq(
+        xp.asarray(w[:, mixed]), xp.asarray(h[np.ix_(mixed, mixed)]), scheme, act_order=True
+    )
+    assert np.array_equal(
+        to_host(again.codes)[:, same[mixed]], to_host(q.codes)[:, mixed][:, same[mixed]]
+    )
     if q.g_idx is not None:
         assert np.array_equal(to_host(again.g_idx), to_host(q.g_idx)[mixed])
 
 
-@pytest.mark.theorem("A positive factor of H changes no code", source="e and U scale alike; only the loss has a unit")
+@pytest.mark.theorem(
+    "A positive factor of H changes no code", source="e and U scale alike; only the loss has a unit"
+)
 @given(seed=seeds, scheme=schemes, how=options, exponent=st.integers(-20, 20))
 def test_invariance_of_the_unit_of_the_hessian(xp, seed, scheme, how, exponent):
     w, h = problem(seed)
     plain = gptq(xp.asarray(w), xp.asarray(h), scheme, **how)
-    scaled = gptq(xp.asarray(w), xp.asarray(4.0**exponent * h), scheme, **how)  # its root is exact too
+    # its root is exact too
+    scaled = gptq(xp.asarray(w), xp.asarray(4.0**exponent * h), scheme, **how)
     assert np.array_equal(to_host(plain.packed()), to_host(scaled.packed()))
     assert scaled.loss == 4.0**exponent * plain.loss
 
@@ -200,7 +249,8 @@ def test_invariance_of_the_unit_of_the_hessian(xp, seed, scheme, how, exponent):
 def test_invariance_rows_do_not_see_each_other_and_share_a_factor(xp, seed, rule, shape, how):
     """Several weights that read the same input: one factor, or one stack of rows."""
     scheme = Scheme(3, rule, *shape)
-    (w, h), (v, _) = problem(seed), problem(seed + 1)
+    w, h = problem(seed)
+    v, _ = problem(seed + 1)
     f = factor(xp.asarray(h), 0.01, how["act_order"])
     alone = [gptq(xp.asarray(a), f, scheme, **how) for a in (w, v)]
     both = np.concatenate([w, v])
@@ -217,7 +267,12 @@ def test_weight_and_hessian_stay_as_they_are(xp):
         w, h = problem(3)
         w = w[: shape[0]]
         moved = xp.asarray(w.copy()), xp.asarray(h.copy())
-        for how in ({}, {"act_order": True}, {"upstream_quirks": True}, {"upstream_quirks": True, "mse": True}):
+        for how in (
+            {},
+            {"act_order": True},
+            {"upstream_quirks": True},
+            {"upstream_quirks": True, "mse": True},
+        ):
             for scheme in (Scheme(3, "asymmetric", "group", 4), Scheme(3, "asymmetric", "channel")):
                 gptq(*moved, scheme, **how)
         assert np.array_equal(to_host(moved[0]), w)
@@ -230,20 +285,28 @@ def test_weight_and_hessian_stay_as_they_are(xp):
 def published(w, h, scheme, *, block, act_order=False, static=False, damp=0.01):
     """The published order of operations, written down plainly; codes in the order of the visit, and Σ."""
     grid = Scheme(scheme.bits, scheme.rule, "channel")
-    g, (m, n) = scheme.group_size or w.shape[1], w.shape
-    w, h = w.copy(), h.copy()
+    g = scheme.group_size or w.shape[1]
+    m, n = w.shape
+    w = w.copy()
+    h = h.copy()
     s, z = params(w, grid, one_sided=True)
     dead = np.diag(h) == 0
-    h[dead, dead], w[:, dead] = 1.0, 0.0
-    fixed = [params(w[:, i : i + g], grid, one_sided=True) for i in range(0, n, g)] if static else None
+    h[dead, dead] = 1.0
+    w[:, dead] = 0.0
+    fixed = (
+        [params(w[:, i : i + g], grid, one_sided=True) for i in range(0, n, g)] if static else None
+    )
     p = np.argsort(-np.diag(h), kind="stable") if act_order else np.arange(n)
-    w, h = w[:, p], h[np.ix_(p, p)]
+    w = w[:, p]
+    h = h[np.ix_(p, p)]
     h[np.arange(n), np.arange(n)] += damp * np.mean(np.diag(h))
     u = np.linalg.cholesky(np.linalg.inv(h)).T
-    codes, loss = np.zeros((m, n)), 0.0
+    codes = np.zeros((m, n))
+    loss = 0.0
     for i1 in range(0, n, block):
         i2 = min(i1 + block, n)
-        w1, errors = w[:, i1:i2].copy(), np.zeros((m, i2 - i1))
+        w1 = w[:, i1:i2].copy()
+        errors = np.zeros((m, i2 - i1))
         for i in range(i2 - i1):
             c = i1 + i
             if scheme.group_size and static:
@@ -260,7 +323,8 @@ def published(w, h, scheme, *, block, act_order=False, static=False, damp=0.01):
 
 
 @pytest.mark.theorem(
-    "With its quirks named, GPTQ is the published code's order of operations", source="Frantar et al. 2022, their code"
+    "With its quirks named, GPTQ is the published code's order of operations",
+    source="Frantar et al. 2022, their code",
 )
 @given(
     seed=seeds,
@@ -270,15 +334,24 @@ def published(w, h, scheme, *, block, act_order=False, static=False, damp=0.01):
     how=options,
     kind=st.sampled_from(["normal", "one-sided", "dead"]),
 )
-@example(seed=25, rule="half_integer_unsigned", group=2, block=8, how={"act_order": False, "static_groups": False},
-         kind="dead")  # fmt: skip
+@example(
+    seed=25,
+    rule="half_integer_unsigned",
+    group=2,
+    block=8,
+    how={"act_order": False, "static_groups": False},
+    kind="dead",
+)
 def test_equality_with_the_published_order_of_operations(xp, seed, rule, group, block, how, kind):
     w, h = problem(seed, dead=kind == "dead")
     w = np.abs(w) if kind == "one-sided" else w
-    assume(not (how["act_order"] and kind == "dead"))  # there dead columns, with a diagonal of 1, stand anywhere
+    # there dead columns, with a diagonal of 1, stand anywhere
+    assume(not (how["act_order"] and kind == "dead"))
     scheme = Scheme(3, rule, "group" if group else "channel", group)
     got = gptq(xp.asarray(w), xp.asarray(h), scheme, block_size=block, upstream_quirks=True, **how)
-    codes, loss, order = published(w, h, scheme, block=block, act_order=how["act_order"], static=how["static_groups"])
+    codes, loss, order = published(
+        w, h, scheme, block=block, act_order=how["act_order"], static=how["static_groups"]
+    )
     same = settled(got, w, h, act_order=how["act_order"])[order]
     assert np.array_equal(to_host(got.codes)[:, order][:, same], codes[:, same])
     if same.all():
@@ -288,17 +361,25 @@ def test_equality_with_the_published_order_of_operations(xp, seed, rule, group, 
 def test_the_quirks_make_a_difference_that_the_clean_form_does_not_have(xp):
     """Stale scales make the block size part of the method; half of the step makes one-sided groups clip."""
     w, h = problem(7)
-    scheme, w, h = Scheme(3, "asymmetric", "group", 4), xp.asarray(w), xp.asarray(h)
+    scheme = Scheme(3, "asymmetric", "group", 4)
+    w = xp.asarray(w)
+    h = xp.asarray(h)
     stale = [gptq(w, h, scheme, block_size=b, upstream_quirks=True) for b in (4, 8, 24)]
     clean = [gptq(w, h, scheme, block_size=b) for b in (4, 8, 24)]
-    assert len({q.packed().tobytes() if xp is np else to_host(q.packed()).tobytes() for q in clean}) == 1
+    assert (
+        len({q.packed().tobytes() if xp is np else to_host(q.packed()).tobytes() for q in clean})
+        == 1
+    )
     assert len({to_host(q.packed()).tobytes() for q in stale}) == 3
-    assert np.array_equal(to_host(stale[0].codes), to_host(clean[0].codes))  # a block a group: nothing is stale
+    # a block a group: nothing is stale
+    assert np.array_equal(to_host(stale[0].codes), to_host(clean[0].codes))
 
     positive_only = Scheme(4, "half_integer_unsigned", "channel")
     u = np.abs(np.random.default_rng(0).standard_normal((2, N)))
     eye = xp.asarray(np.eye(N))
-    half, full = (gptq(xp.asarray(u), eye, positive_only, upstream_quirks=flag) for flag in (True, False))
+    half, full = (
+        gptq(xp.asarray(u), eye, positive_only, upstream_quirks=flag) for flag in (True, False)
+    )
     assert np.array_equal(to_host(half.scale), 0.5 * to_host(full.scale))
     kept = to_host(half.dequantize()).max(axis=1) / u.max(axis=1)
     assert np.abs(kept - 7 / 15).max() <= 4 * EPS64  # 0.467 of the range
@@ -308,8 +389,11 @@ def test_the_quirks_make_a_difference_that_the_clean_form_does_not_have(xp):
 def test_a_row_s_scale_sees_dead_columns_only_in_the_published_order(xp):
     w, h = problem(2, dead=True)
     w[:, 2] = 50.0  # the dead columns are 2 and 7
-    scheme, live = Scheme(4, "half_integer_unsigned", "channel"), np.delete(w, [2, 7], axis=1)
-    clean, quirk = (gptq(xp.asarray(w), xp.asarray(h), scheme, upstream_quirks=flag) for flag in (False, True))
+    scheme = Scheme(4, "half_integer_unsigned", "channel")
+    live = np.delete(w, [2, 7], axis=1)
+    clean, quirk = (
+        gptq(xp.asarray(w), xp.asarray(h), scheme, upstream_quirks=flag) for flag in (False, True)
+    )
     assert np.array_equal(to_host(clean.scale), to_host(params(live, scheme)[0]))
     assert np.all(to_host(quirk.scale) == 50.0 / 7.5)
 
@@ -320,7 +404,8 @@ def test_a_row_s_scale_sees_dead_columns_only_in_the_published_order(xp):
 @pytest.mark.parametrize("name", CASES)
 def test_oracle_the_codes_are_llm_compressor_s(xp, name):
     """Recorded by ``golden/make_gptq.py``. In float32 a tie can fall the other way and take its row along."""
-    case, golden = CASES[name], np.load(FILE)
+    case = CASES[name]
+    golden = np.load(FILE)
     w, x = (xp.asarray(a) for a in golden_inputs(case))
     rule = "half_integer" if case.symmetric else "asymmetric_signed"
     scheme = Scheme(case.bits, rule, "group" if case.group else "channel", case.group)
@@ -335,7 +420,9 @@ def test_oracle_the_codes_are_llm_compressor_s(xp, name):
 # --- degenerate --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("granularity", [("channel", None), ("group", 1), ("tensor", None), ("block", 3)])
+@pytest.mark.parametrize(
+    "granularity", [("channel", None), ("group", 1), ("tensor", None), ("block", 3)]
+)
 @pytest.mark.parametrize("how", [{}, {"act_order": True}, {"static_groups": True}, {"mse": True}])
 def test_degenerate_a_single_column_or_row_is_round_to_nearest(xp, granularity, how):
     scheme = Scheme(4, "asymmetric", *granularity)
@@ -380,11 +467,15 @@ def test_float32_comes_close_to_float64(xp):
     """Codes may part at ties, the losses by what a few codes make."""
     w, h = problem(6)
     scheme = Scheme(4, "asymmetric", "group", 8)
-    double, single = (gptq(xp.asarray(w.astype(t)), xp.asarray(h.astype(t)), scheme) for t in ("float64", "float32"))
+    double, single = (
+        gptq(xp.asarray(w.astype(t)), xp.asarray(h.astype(t)), scheme)
+        for t in ("float64", "float32")
+    )
     assert to_host(single.dequantize()).dtype == np.float32
     assert np.mean(to_host(single.codes) == to_host(double.codes)) > 0.95
     assert abs(single.loss / double.loss - 1) < 0.05
-    wide = gptq(xp.asarray(w.astype("float32")), xp.asarray(h), scheme)  # a factor in float64 for a float32 weight
+    # a factor in float64 for a float32 weight
+    wide = gptq(xp.asarray(w.astype("float32")), xp.asarray(h), scheme)
     assert to_host(wide.scale).dtype == np.float32
     assert abs(wide.loss / double.loss - 1) < 0.05
 
@@ -394,9 +485,18 @@ def test_float32_comes_close_to_float64(xp):
     [
         ({"weight": np.ones((2, 5))}, r"up: shape \(2, 5\) does not fit a Hessian of 24 columns"),
         ({"weight": np.ones(24)}, r"up: shape \(24,\) does not fit"),
-        ({"weight": np.ones((2, 24), dtype=int)}, "up: GPTQ rounds floating-point weights, got int"),
-        ({"weight": np.full((2, 24), np.nan)}, r"up: holds NaN or infinity, first at index \(0, 0\)"),
-        ({"scheme": Scheme(4, "power", "group", 7)}, "up: groups of 7 do not divide a row of 24.* 6 and 8"),
+        (
+            {"weight": np.ones((2, 24), dtype=int)},
+            "up: GPTQ rounds floating-point weights, got int",
+        ),
+        (
+            {"weight": np.full((2, 24), np.nan)},
+            r"up: holds NaN or infinity, first at index \(0, 0\)",
+        ),
+        (
+            {"scheme": Scheme(4, "power", "group", 7)},
+            "up: groups of 7 do not divide a row of 24.* 6 and 8",
+        ),
         ({"scheme": Scheme(4, "power", "token")}, "up: granularity 'token' is for activations"),
         ({"block_size": 0}, "block_size=0"),
         ({"hessian": np.full((24, 24), np.inf)}, "hessian: it holds NaN or infinity"),
@@ -404,8 +504,14 @@ def test_float32_comes_close_to_float64(xp):
     ],
 )
 def test_what_does_not_fit_is_refused(xp, change, message):
-    arguments = {"weight": np.ones((2, N)), "hessian": np.eye(N), "scheme": Scheme(4, "power", "channel"), **change}
-    w, h = xp.asarray(arguments.pop("weight")), xp.asarray(arguments.pop("hessian"))
+    arguments = {
+        "weight": np.ones((2, N)),
+        "hessian": np.eye(N),
+        "scheme": Scheme(4, "power", "channel"),
+        **change,
+    }
+    w = xp.asarray(arguments.pop("weight"))
+    h = xp.asarray(arguments.pop("hessian"))
     with pytest.raises(ValueError, match=message):
         gptq(w, h, name="up", **arguments)
 
@@ -413,5 +519,7 @@ def test_what_does_not_fit_is_refused(xp, change, message):
 def test_a_factor_for_the_other_order_is_refused(xp):
     w, h = (xp.asarray(a) for a in problem(0))
     for made, asked in ((True, False), (False, True)):
-        with pytest.raises(ValueError, match=f"act_order={asked}, but the factor was made with act_order={made}"):
+        with pytest.raises(
+            ValueError, match=f"act_order={asked}, but the factor was made with act_order={made}"
+        ):
             gptq(w, factor(h, 0.01, made), Scheme(4, "power", "channel"), act_order=asked)

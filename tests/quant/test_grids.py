@@ -12,8 +12,16 @@ from refllm.formats.uniform import RULES, Scheme, decode, encode, qparams
 from refllm.quant.rtn import Grids, Solution
 from strategies import seeds
 
-SHAPES = [("tensor", None), ("channel", None), ("group", 4), ("group", 12), ("block", (3, 4)), ("block", 5)]
-M, N = 7, 12
+SHAPES = [
+    ("tensor", None),
+    ("channel", None),
+    ("group", 4),
+    ("group", 12),
+    ("block", (3, 4)),
+    ("block", 5),
+]
+M = 7
+N = 12
 
 
 def weight(seed):
@@ -22,7 +30,8 @@ def weight(seed):
 
 def visit(xp, w, grids, order):
     """Round the columns of w as they are, in this order; codes[M, N] and values[M, N] in the order of the visit."""
-    codes, values = [], []
+    codes = []
+    values = []
     for i, j in enumerate(order):
         if grids.dynamic and i % grids.width == 0:
             grids.open(xp.asarray(w[:, order[i : i + grids.width]].T.copy()))
@@ -37,25 +46,30 @@ def visit(xp, w, grids, order):
 @given(seed=seeds, rule=st.sampled_from(RULES), ordered=st.booleans())
 def test_equality_column_by_column_is_all_at_once(xp, static, shape, seed, rule, ordered):
     """With no error passed on, columns rounded one by one are the matrix rounded whole; groups where they belong."""
-    scheme, w = Scheme(3, rule, *shape), weight(seed)
+    scheme = Scheme(3, rule, *shape)
+    w = weight(seed)
     order = np.random.default_rng(seed).permutation(N) if ordered else np.arange(N)
     given_order = xp.asarray(order) if ordered else None
     grids = Grids(xp.asarray(w), scheme, order=given_order, static=static)
     codes, values = visit(xp, w, grids, order)
     assert grids.dynamic == (shape[0] in ("group", "block") and not static)
 
-    seen = w[:, order] if grids.dynamic else w  # dynamic groups are groups of columns as they are visited
+    # dynamic groups are groups of columns as they are visited
+    seen = w[:, order] if grids.dynamic else w
     scale, zero_point = qparams(seen, scheme)
     whole = encode(seen, scale, zero_point, scheme)
     back = decode(whole, scale, zero_point, scheme)
     if not grids.dynamic:
-        whole, back = whole[:, order], back[:, order]
+        whole = whole[:, order]
+        back = back[:, order]
     assert np.array_equal(codes, whole)
     assert np.array_equal(values, back)
     for got, expected in zip(grids.arrays(), (scale, zero_point), strict=True):
         assert np.array_equal(to_host(got), expected)
 
-    kept = Solution.collect(xp.asarray(codes), grids, loss=1.5, damp=0.25, dead=xp.zeros(N, dtype=xp.bool_))
+    kept = Solution.collect(
+        xp.asarray(codes), grids, loss=1.5, damp=0.25, dead=xp.zeros(N, dtype=xp.bool_)
+    )
     assert (kept.loss, kept.damp, tuple(kept.shape)) == (1.5, 0.25, (M, N))
     there = np.argsort(order)
     assert np.array_equal(to_host(kept.codes), whole[:, there])
@@ -66,10 +80,14 @@ def test_equality_column_by_column_is_all_at_once(xp, static, shape, seed, rule,
 
 
 def test_g_idx_says_which_scale_a_column_has(xp):
-    scheme, w, order = Scheme(4, "asymmetric", "group", 4), weight(3), np.random.default_rng(3).permutation(N)
+    scheme = Scheme(4, "asymmetric", "group", 4)
+    w = weight(3)
+    order = np.random.default_rng(3).permutation(N)
     grids = Grids(xp.asarray(w), scheme, order=xp.asarray(order))
     codes, _ = visit(xp, w, grids, order)
-    kept = Solution.collect(xp.asarray(codes), grids, loss=0.0, damp=0.0, dead=xp.zeros(N, dtype=xp.bool_))
+    kept = Solution.collect(
+        xp.asarray(codes), grids, loss=0.0, damp=0.0, dead=xp.zeros(N, dtype=xp.bool_)
+    )
     g_idx, scale, zero = (to_host(a) for a in (kept.g_idx, kept.scale, kept.zero_point))
     assert g_idx.dtype == np.int32
     assert np.bincount(g_idx).tolist() == [4, 4, 4]
@@ -77,7 +95,9 @@ def test_g_idx_says_which_scale_a_column_has(xp):
     assert np.array_equal(by_hand, to_host(kept.dequantize()))
     plain = Grids(xp.asarray(w), scheme)
     codes, _ = visit(xp, w, plain, np.arange(N))
-    bare = Solution.collect(xp.asarray(codes), plain, loss=0.0, damp=0.0, dead=xp.zeros(N, dtype=xp.bool_))
+    bare = Solution.collect(
+        xp.asarray(codes), plain, loss=0.0, damp=0.0, dead=xp.zeros(N, dtype=xp.bool_)
+    )
     assert kept.nbytes == bare.nbytes + 4 * N
 
 
@@ -90,7 +110,12 @@ def test_codes_are_made_with_the_scale_that_is_stored(xp):
     codes, _ = visit(xp, w, grids, np.arange(N))
     assert np.array_equal(codes, encode(w, scale, np.zeros_like(scale, dtype="int32"), scheme))
     kept = Solution.collect(
-        xp.asarray(codes), grids, loss=0.0, damp=0.0, dead=xp.zeros(N, dtype=xp.bool_), scale_dtype="bfloat16"
+        xp.asarray(codes),
+        grids,
+        loss=0.0,
+        damp=0.0,
+        dead=xp.zeros(N, dtype=xp.bool_),
+        scale_dtype="bfloat16",
     )
     assert np.array_equal(to_host(kept.scale), scale)
 
@@ -110,5 +135,7 @@ def test_granularities_and_groups_that_do_not_fit_are_refused_by_name(xp):
     with pytest.raises(ValueError, match="up_proj: granularity 'token' is for activations"):
         Grids(w, Scheme(4, "power", "token"), name="up_proj")
     for static in (False, True):
-        with pytest.raises(ValueError, match="up_proj: groups of 5 do not divide a row of 12.* 4 and 6"):
+        with pytest.raises(
+            ValueError, match="up_proj: groups of 5 do not divide a row of 12.* 4 and 6"
+        ):
             Grids(w, Scheme(4, "power", "group", 5), static=static, name="up_proj")

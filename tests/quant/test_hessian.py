@@ -31,12 +31,14 @@ def positive(seed, n, tokens=None):
 
 
 @pytest.mark.theorem(
-    "H is the same however the calibration tokens are cut into batches", source="Σ_t x_t x_tᵀ is a sum"
+    "H is the same however the calibration tokens are cut into batches",
+    source="Σ_t x_t x_tᵀ is a sum",
 )
 @given(seed=seeds, lengths=partitions(st.integers(1, 40), empty=True), n=st.integers(1, 6))
 def test_invariance_batches_are_joined_by_their_tokens(xp, seed, lengths, n):
     x = inputs(seed, sum(lengths), n)
-    accumulator, at = Hessian(), 0
+    accumulator = Hessian()
+    at = 0
     for t in lengths:
         accumulator.add(xp.asarray(x[at : at + t]))
         at += t
@@ -77,7 +79,9 @@ def test_inputs_that_are_not_finite_are_refused_by_name(xp, bad):
     accumulator.add(xp.asarray(np.ones((7, 4))))
     x = np.ones((2, 4))
     x[1, 2] = bad
-    with pytest.raises(ValueError, match=r"model\.layers\.3\.mlp\.up_proj holds NaN or infinity after 7 tokens"):
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.3\.mlp\.up_proj holds NaN or infinity after 7 tokens"
+    ):
         accumulator.add(xp.asarray(x))
     assert accumulator.count == 7
 
@@ -99,7 +103,8 @@ def test_no_token_and_another_width_are_refused(xp):
 def test_exact_value_damping_is_a_share_of_the_mean_diagonal_with_dead_columns_at_one(xp):
     h = np.diag([4.0, 0.0, 7.0])
     got = to_host(damped(xp.asarray(h), 0.5))
-    assert np.array_equal(got, np.diag([4.0 + 2.0, 1.0 + 2.0, 7.0 + 2.0]))  # the mean of 4, 1 and 7 is 4
+    # the mean of 4, 1 and 7 is 4
+    assert np.array_equal(got, np.diag([4.0 + 2.0, 1.0 + 2.0, 7.0 + 2.0]))
     assert np.array_equal(h, np.diag([4.0, 0.0, 7.0]))
 
 
@@ -163,8 +168,10 @@ def test_fewer_tokens_than_columns_are_enough_with_damping_and_raise_it_without(
     h = hessian(inputs(5, 3, 40))
     assert factor(xp.asarray(h), 0.01).damp == 0.01
     f = factor(xp.asarray(h), 0.0)
-    assert f.damp in [0.0, *(module.STEP * 2**k for k in range(3))]  # 0 if rounding happened to leave it definite
-    u, exact = to_host(f.upper), damped(h, f.damp)
+    # 0 if rounding happened to leave it definite
+    assert f.damp in [0.0, *(module.STEP * 2**k for k in range(3))]
+    u = to_host(f.upper)
+    exact = damped(h, f.damp)
     assert np.abs(u @ exact @ u.T - np.eye(40)).max() <= 8 * 40 * EPS64 * np.linalg.cond(exact)
 
 
@@ -196,9 +203,11 @@ def test_a_factorisation_that_fails_silently_is_found_out(monkeypatch):
             out[k + 1 :, k] = (a[k + 1 :, k] - out[k + 1 :, :k] @ out[k, :k]) / out[k, k]
         return out
 
-    sound, h = positive(0, 8), positive(0, 8)
+    sound = positive(0, 8)
+    h = positive(0, 8)
     h[2, 5] = h[5, 2] = 2.0 * np.sqrt(h[2, 2] * h[5, 5])
-    expected, needed = factor(sound, 0.01).upper, factor(h, 0.01).damp
+    expected = factor(sound, 0.01).upper
+    needed = factor(h, 0.01).damp
     assert needed > 0.01
     monkeypatch.setattr(np.linalg, "cholesky", silent)
     assert np.allclose(factor(sound, 0.01).upper, expected, rtol=1e-12, atol=0)
@@ -226,7 +235,8 @@ def test_what_is_no_hessian_is_refused(xp, h, damp, message):
 
 def test_the_hessian_that_is_passed_in_stays_as_it_is(xp):
     h = hessian(inputs(6, 10, 5))
-    kept, moved = h.copy(), xp.asarray(h)
+    kept = h.copy()
+    moved = xp.asarray(h)
     for act_order in (False, True):
         factor(moved, 0.1, act_order)
     assert np.array_equal(to_host(moved), kept)

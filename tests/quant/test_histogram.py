@@ -22,7 +22,8 @@ GOLDEN = json.loads(make_entropy.FILE.read_text(encoding="utf-8"))
 @st.composite
 def histograms(draw, most=90):
     """Host counts [bins], often with gaps, always with a count outside bin 0."""
-    bins, seed = draw(st.integers(2, most)), draw(seeds)
+    bins = draw(st.integers(2, most))
+    seed = draw(seeds)
     rng = np.random.default_rng(seed)
     falling = np.exp(-np.arange(bins) / draw(st.sampled_from([2.0, 10.0, 1e9])))
     h = rng.poisson(draw(st.sampled_from([0.5, 3.0, 200.0])) * falling)
@@ -40,7 +41,8 @@ def naive_divergence(h: np.ndarray, i: int, levels: int) -> float:
         for k in inside:
             q[k] = sum(h[j] for j in inside) / len(inside)
     p = [*h[: i - 1], h[i - 1] + sum(h[i:])]
-    total, kept = sum(p), sum(q)
+    total = sum(p)
+    kept = sum(q)
     terms = [(a / total, b / kept if kept else 0.0) for a, b in zip(p, q, strict=True) if a > 0]
     return math.fsum(a * math.log(a / b) if b > 0 else math.inf for a, b in terms)
 
@@ -66,7 +68,9 @@ def test_entropy_cut_is_the_definition(xp, h, levels, start):
         assert divergence == exact or abs(divergence - exact) <= tolerance, i
     least = min(naive.values())
     assert naive[cut] <= least + 2 * tolerance
-    assert not any(naive[i] < naive[cut] - 2 * tolerance or naive[i] == least == 0.0 for i in naive if i > cut)
+    assert not any(
+        naive[i] < naive[cut] - 2 * tolerance or naive[i] == least == 0.0 for i in naive if i > cut
+    )
 
 
 @pytest.mark.theorem(
@@ -75,7 +79,8 @@ def test_entropy_cut_is_the_definition(xp, h, levels, start):
 )
 @pytest.mark.parametrize("index", range(len(make_entropy.CUTS)))
 def test_cuts_equal_the_recorded_ones(xp, index):
-    case, recorded = make_entropy.CUTS[index], GOLDEN["cuts"][index]
+    case = make_entropy.CUTS[index]
+    recorded = GOLDEN["cuts"][index]
     h = xp.asarray(make_entropy.histogram(case)[0])
     levels = 1 << (case["bits"] - 1 + case["unsigned"])
     assert entropy_cut(h, levels=levels, start=case["start"]) == recorded["entropy"]
@@ -86,7 +91,8 @@ def test_the_last_of_equal_candidates_is_cut():
     """One count a bin, then an even spread: KL = 0 for the whole histogram and for no shorter one."""
     assert entropy_cut(np.full(64, 5), levels=8, start=8) == 64
     h = np.zeros(64, np.int64)
-    h[3] = 7  # everything in one bin: each candidate that keeps it, and has nothing beyond, loses nothing
+    # everything in one bin: each candidate that keeps it, and has nothing beyond, loses nothing
+    h[3] = 7
     assert entropy_cut(h, levels=8, start=8) == 64
 
 
@@ -102,19 +108,29 @@ def test_percentile_cut_is_the_definition_and_monotone(xp, h, a, b):
     assert percentile_cut(xp.asarray(h), 100.0) == np.flatnonzero(h)[-1]
 
 
-@pytest.mark.theorem("Histograms of parts add up to the histogram of the whole, in any order", source="counting")
+@pytest.mark.theorem(
+    "Histograms of parts add up to the histogram of the whole, in any order", source="counting"
+)
 @given(partitions(st.integers(1, 200)), seeds, st.sampled_from(["float32", "float64"]))
 def test_counts_add_up(xp, parts, seed, dtype):
     rng = np.random.default_rng(seed)
     x = np.abs(rng.standard_normal(sum(parts))).astype(dtype)
-    width, bins = 0.25, 32
+    width = 0.25
+    bins = 32
     whole = to_host(count_bins(xp.asarray(x), width, bins))
-    assert whole.tolist() == [int(((x >= k * width) & (x < (k + 1) * width)).sum()) for k in range(bins)]
+    assert whole.tolist() == [
+        int(((x >= k * width) & (x < (k + 1) * width)).sum()) for k in range(bins)
+    ]
     cuts = np.cumsum([0, *parts])
     pieces = [x[a:b] for a, b in itertools.pairwise(cuts)]
-    total = sum(to_host(count_bins(xp.asarray(pieces[i]), width, bins)) for i in rng.permutation(len(pieces)))
+    total = sum(
+        to_host(count_bins(xp.asarray(pieces[i]), width, bins))
+        for i in rng.permutation(len(pieces))
+    )
     np.testing.assert_array_equal(total, whole)
-    assert to_host(count_bins(xp.asarray(rng.permutation(x)), width, bins)).tolist() == whole.tolist()
+    assert (
+        to_host(count_bins(xp.asarray(rng.permutation(x)), width, bins)).tolist() == whole.tolist()
+    )
 
 
 def test_the_top_edge_belongs_to_the_last_bin(xp):
@@ -123,7 +139,8 @@ def test_the_top_edge_belongs_to_the_last_bin(xp):
 
 
 def test_what_cannot_be_cut_is_refused(xp):
-    empty, spike = xp.asarray(np.zeros(300, np.int64)), xp.asarray(np.eye(1, 300, dtype=np.int64)[0])
+    empty = xp.asarray(np.zeros(300, np.int64))
+    spike = xp.asarray(np.eye(1, 300, dtype=np.int64)[0])
     with pytest.raises(ValueError, match="without a count"):
         percentile_cut(empty, 99.0)
     with pytest.raises(ValueError, match="outside bin 0"):

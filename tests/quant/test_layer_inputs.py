@@ -25,7 +25,9 @@ class Layers:
 
     def __init__(self, xp, config, seed, dtype="float64"):
         self.config = config
-        self.tensors = {name: xp.asarray(t) for name, t in random_tensors(config, seed, dtype).items()}
+        self.tensors = {
+            name: xp.asarray(t) for name, t in random_tensors(config, seed, dtype).items()
+        }
         self.embedding = Dense(self.tensors["model.embed_tokens.weight"])
         self.xp = xp
 
@@ -54,7 +56,9 @@ def expected(xp, config, weights, ids):
     taps = tapped(weights, lambda index, name, x: seen.setdefault((index, name), to_host(x).copy()))
     tokens = xp.asarray([t for sequence in ids for t in sequence])
     positions = xp.asarray([i for sequence in ids for i in range(len(sequence))])
-    forward(taps, config, tokens, positions, CausalAttend([len(s) for s in ids], config.sliding_window))
+    forward(
+        taps, config, tokens, positions, CausalAttend([len(s) for s in ids], config.sliding_window)
+    )
     return seen
 
 
@@ -74,8 +78,10 @@ def test_the_stages_are_all_projections_in_the_order_in_which_they_compute():
 )
 @given(st.data())
 def test_inputs_are_those_of_the_network_made_of_what_was_chosen(xp, data):
-    config, seed = data.draw(model_configs()), data.draw(seeds)
-    ids, source = data.draw(texts(config)), Layers(xp, config, seed)
+    config = data.draw(model_configs())
+    seed = data.draw(seeds)
+    ids = data.draw(texts(config))
+    source = Layers(xp, config, seed)
     other = Layers(xp, config, seed ^ 1)  # stands for the quantised weights
     replaced = data.draw(st.sets(st.sampled_from(sorted(PROJECTIONS))))
 
@@ -83,12 +89,19 @@ def test_inputs_are_those_of_the_network_made_of_what_was_chosen(xp, data):
         if name in replaced:  # its bias stays
             run.layer[name] = other.layer(run.index)[name]
 
-    chosen = {k: v for k, v in other.tensors.items() if k.endswith(tuple(f"{name}.weight" for name in replaced))}
+    chosen = {
+        k: v
+        for k, v in other.tensors.items()
+        if k.endswith(tuple(f"{name}.weight" for name in replaced))
+    }
     seen = observed(source, ids, change)
     wanted = expected(xp, config, build(config, source.tensors | chosen), ids)
     assert seen.keys() == wanted.keys()
-    for key, x in wanted.items():  # not bit for bit: NumPy's loops round by where an array happens to lie
-        np.testing.assert_allclose(seen[key], x, rtol=0, atol=tolerance(config, 9, x), err_msg=str(key))
+    # not bit for bit: NumPy's loops round by where an array happens to lie
+    for key, x in wanted.items():
+        np.testing.assert_allclose(
+            seen[key], x, rtol=0, atol=tolerance(config, 9, x), err_msg=str(key)
+        )
 
 
 @pytest.mark.parametrize("config", NETWORKS.values(), ids=NETWORKS)
@@ -102,15 +115,20 @@ def test_every_family_is_walked_in_batches_of_any_size(xp, config, monkeypatch):
         monkeypatch.setattr(layer_inputs, "BATCH", size)
         assert len(layer_inputs.embed(source, ids)) == {1: 5, 6: 4, 2048: 1}[size]
         for key, x in observed(source, ids).items():
-            np.testing.assert_allclose(x, wanted[key], rtol=0, atol=tolerance(config, 17, wanted[key]))
+            np.testing.assert_allclose(
+                x, wanted[key], rtol=0, atol=tolerance(config, 17, wanted[key])
+            )
 
 
 def test_inputs_may_be_looked_at_again_and_layers_left_half_way(xp):
     config = NETWORKS["llama"]
-    source, ids, seen = Layers(xp, config, 0), [[1, 2, 3], [4, 5]], []
+    source = Layers(xp, config, 0)
+    ids = [[1, 2, 3], [4, 5]]
+    seen = []
     for run in walk(source, ids):
         for stage, names in enumerate(run.stages()):
-            once, again = list(run.inputs()), list(run.inputs())
+            once = list(run.inputs())
+            again = list(run.inputs())
             for a, b in zip(once, again, strict=True):
                 np.testing.assert_array_equal(to_host(a), to_host(b))
             seen.append((run.index, names))
@@ -129,13 +147,18 @@ def test_without_text_the_walk_shows_layers_alone(xp):
 
 
 def test_one_layer_is_held_at_a_time():
-    config, alive, most = NETWORKS["llama"], weakref.WeakSet(), []
+    config = NETWORKS["llama"]
+    alive = weakref.WeakSet()
+    most = []
 
     class Counted(Layers):
         def layer(self, index):
             gc.collect()
             most.append(len(alive))
-            layer = {k: Dense(v.dequantize()) if k in PROJECTIONS else v for k, v in super().layer(index).items()}
+            layer = {
+                k: Dense(v.dequantize()) if k in PROJECTIONS else v
+                for k, v in super().layer(index).items()
+            }
             alive.update(layer[name] for name in PROJECTIONS)
             return layer
 
@@ -160,13 +183,18 @@ def test_an_input_that_is_not_finite_is_refused_by_name(broken, named, value):
     source = Layers(np, NETWORKS["llama"], 0)
     source.tensors[broken][2] = value  # token 2, or an output column that every token has
     source.embedding = Dense(source.tensors["model.embed_tokens.weight"])
-    with np.errstate(all="ignore"), pytest.raises(ValueError, match=rf"input of model\.{named} is not finite"):
+    with (
+        np.errstate(all="ignore"),
+        pytest.raises(ValueError, match=rf"input of model\.{named} is not finite"),
+    ):
         observed(source, [[1, 2, 3]])
 
 
 def test_a_tap_is_the_weight_that_it_wraps(xp):
-    weight, x = xp.asarray(np.arange(12.0).reshape(3, 4)), xp.asarray(np.ones((2, 4)))
-    inner, seen = Dense(weight), []
+    weight = xp.asarray(np.arange(12.0).reshape(3, 4))
+    x = xp.asarray(np.ones((2, 4)))
+    inner = Dense(weight)
+    seen = []
     tap = Tap(inner, seen.append)
     assert (tap.shape, tap.nbytes, tap.bits_per_weight) == (inner.shape, inner.nbytes, 64.0)
     np.testing.assert_array_equal(to_host(tap.matmul(x)), to_host(inner.matmul(x)))

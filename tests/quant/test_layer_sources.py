@@ -17,7 +17,13 @@ from refllm.quant.layer_sources import CheckpointSource, MemorySink, ModelSource
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     path = tmp_path_factory.mktemp("source") / "m"
-    save(path, NETWORKS["qwen2"], random_tensors(NETWORKS["qwen2"], 0, "float32"), tokenizer(), dtype="float16")
+    save(
+        path,
+        NETWORKS["qwen2"],
+        random_tensors(NETWORKS["qwen2"], 0, "float32"),
+        tokenizer(),
+        dtype="float16",
+    )
     return path
 
 
@@ -31,7 +37,8 @@ def test_files_give_what_the_loaded_model_has(directory, dtype):
         assert rows.dtype == dtype
         np.testing.assert_array_equal(rows, memory.rows([5, 0, 5]))
         for index in (2, 0):
-            a, b = files.layer(index), memory.layer(index)
+            a = files.layer(index)
+            b = memory.layer(index)
             assert a.keys() == b.keys() == model.weights["layers"][index].keys()
             for key in a:
                 x, y = ((w[key].dequantize() if key in PROJECTIONS else w[key]) for w in (a, b))
@@ -59,7 +66,12 @@ def load_tiny(xp):
 def test_what_is_no_checkpoint_is_refused_at_once(tmp_path, directory):
     with pytest.raises(CheckpointError, match="does not exist"):
         CheckpointSource(tmp_path / "nothing")
-    save(tmp_path / "m", NETWORKS["llama"], random_tensors(NETWORKS["llama"], 0, "float32"), tokenizer())
+    save(
+        tmp_path / "m",
+        NETWORKS["llama"],
+        random_tensors(NETWORKS["llama"], 0, "float32"),
+        tokenizer(),
+    )
     (tmp_path / "m" / "config.json").write_text((directory / "config.json").read_text())
     with pytest.raises(CheckpointError, match="bias"):
         CheckpointSource(tmp_path / "m")

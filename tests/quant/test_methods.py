@@ -31,7 +31,8 @@ def test_round_to_nearest_is_that_of_each_tensor():
             expected = rtn(model.weights["layers"][i][name].dequantize(), GROUPS_OF_8)
             np.testing.assert_array_equal(layer[name].codes, expected.codes)
             np.testing.assert_array_equal(layer[name].scale, expected.scale)
-    assert all(t.output_error is None and t.loss is None for t in report.tensors)  # without text nobody knows them
+    # without text nobody knows them
+    assert all(t.output_error is None and t.loss is None for t in report.tensors)
     assert report.bits_per_weight == 4 + 64 / 8
 
 
@@ -55,8 +56,13 @@ def test_each_method_has_a_scheme_of_its_own():
 @pytest.mark.parametrize("family", ["llama", "qwen2", "llama-tied-mha"])
 def test_awq_and_smoothquant_look_at_the_network_as_it_was(family):
     """Their scales, read off the gains that they were folded into, are those of the original's inputs."""
-    model, seen = network(NETWORKS[family]), {}
-    output(replace(model, weights=tapped(model.weights, lambda i, name, x: seen.setdefault((i, name), x))))
+    model = network(NETWORKS[family])
+    seen = {}
+    output(
+        replace(
+            model, weights=tapped(model.weights, lambda i, name, x: seen.setdefault((i, name), x))
+        )
+    )
     attend = CausalAttend([IDS.shape[1]] * len(IDS), model.config.sliding_window)
     positions = np.tile(np.arange(IDS.shape[1]), len(IDS))
     rotation = rope_table(model.weights["rope_frequencies"], positions, "float64")
@@ -64,7 +70,9 @@ def test_awq_and_smoothquant_look_at_the_network_as_it_was(family):
     smooth = quantize_model(model, "smoothquant", None, IDS, alpha=0.7)[0].weights["layers"]
     for i, layer in enumerate(model.weights["layers"]):
         inputs = {name: seen[i, name] for name in PROJECTIONS}
-        folded, _ = awq_layer(layer, model.config, inputs, GROUPS_OF_8, rotation=rotation, attend=attend, index=i)
+        folded, _ = awq_layer(
+            layer, model.config, inputs, GROUPS_OF_8, rotation=rotation, attend=attend, index=i
+        )
         absmax = {name: np.abs(x).max(axis=0) for name, x in inputs.items()}
         migrated, _ = smooth_layer(layer, absmax, 0.7)
         for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -80,9 +88,15 @@ def test_awq_searches_on_the_first_batches_only(monkeypatch):
     model = network(NETWORKS["llama"])
     wanted = quantize_model(model, "awq", GROUPS_OF_8, IDS[:2])[0].weights["layers"]
     for most in (1, 40, 59):  # one batch is the least
-        same_layers(quantize_model(model, "awq", GROUPS_OF_8, IDS, max_tokens=most)[0].weights["layers"], wanted)
+        same_layers(
+            quantize_model(model, "awq", GROUPS_OF_8, IDS, max_tokens=most)[0].weights["layers"],
+            wanted,
+        )
     more = quantize_model(model, "awq", GROUPS_OF_8, IDS, max_tokens=60)[0].weights["layers"]
-    assert any((x["input_layernorm"] != y["input_layernorm"]).any() for x, y in zip(wanted, more, strict=True))
+    assert any(
+        (x["input_layernorm"] != y["input_layernorm"]).any()
+        for x, y in zip(wanted, more, strict=True)
+    )
 
 
 def test_few_tokens_dead_channels_and_raised_damping_are_noted():
@@ -111,9 +125,13 @@ def test_dead_channels_leave_the_network_finite(method):
 
 def test_unknown_methods_and_options_are_refused_with_those_that_are_known():
     model = network(NETWORKS["llama"])
-    with pytest.raises(ValueError, match="unknown method 'fp4'; choose one of rtn, gptq, awq, smoothquant, int8"):
+    with pytest.raises(
+        ValueError, match="unknown method 'fp4'; choose one of rtn, gptq, awq, smoothquant, int8"
+    ):
         quantize_model(model, "fp4", GROUPS_OF_8)
-    with pytest.raises(ValueError, match="gptq has no option 'dump'; its options are block_size, damp, act_order"):
+    with pytest.raises(
+        ValueError, match="gptq has no option 'dump'; its options are block_size, damp, act_order"
+    ):
         quantize_model(model, "gptq", GROUPS_OF_8, IDS, dump=0.1)
     with pytest.raises(ValueError, match="no projection is called head; they are q_proj"):
         quantize_model(model, "smoothquant", None, IDS, keep=("head",))

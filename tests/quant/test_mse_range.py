@@ -26,9 +26,13 @@ weights = arrays(st.integers(1, 5), st.sampled_from([8, 16]), dtype="float64")
 
 def error(x, lo, hi, scheme, norm):
     """Σ|x̂ − x|^norm over each range, by slicing, shaped like the scale; in halves: x̂ may overflow."""
-    scale, zero = range_to_qparams(np.asarray(lo), np.asarray(hi), scheme)  # NumPy makes numbers of 0-d arrays
-    e = np.abs(decode(encode(x, scale, zero, scheme), np.asarray(0.5 * scale), zero, scheme) - 0.5 * x)
-    e = e / (np.abs(x).max() or 1.0)  # powers of the largest numbers overflow, of the smallest vanish
+    # NumPy makes numbers of 0-d arrays
+    scale, zero = range_to_qparams(np.asarray(lo), np.asarray(hi), scheme)
+    e = np.abs(
+        decode(encode(x, scale, zero, scheme), np.asarray(0.5 * scale), zero, scheme) - 0.5 * x
+    )
+    # powers of the largest numbers overflow, of the smallest vanish
+    e = e / (np.abs(x).max() or 1.0)
     e = e**norm
     if scheme.granularity == "tensor":
         return np.asarray(e.sum())
@@ -55,7 +59,9 @@ def test_no_candidate_is_better(x, scheme, how):
     assert (ours <= errors.min(axis=0) * (1 + 200 * np.finfo(np.float64).eps)).all()
     assert (np.maximum(np.abs(lo), np.abs(hi)) <= np.maximum(np.abs(low), np.abs(high))).all()
     chosen = np.where(
-        high != 0, hi / np.where(high != 0, high, 1), np.where(low != 0, lo / np.where(low != 0, low, 1), 1)
+        high != 0,
+        hi / np.where(high != 0, high, 1),
+        np.where(low != 0, lo / np.where(low != 0, low, 1), 1),
     )
     assert np.isclose(chosen[..., None], candidates, rtol=1e-12).any(axis=-1).all()
 
@@ -77,7 +83,8 @@ def test_patience_ends_the_search_when_no_range_improves():
     far = mse_range(x, scheme, max_shrink=0.8, patience=None, norm=1.0)
     near = mse_range(x, scheme, max_shrink=0.8, patience=5, norm=1.0)
     assert float(near[1]) == float(far[1]) == 0.8  # 4·(s − 0.8) falls faster than 3·(1 − s) grows
-    x = np.array([[1.0] * 5 + [0.8] * 4])  # now it falls slower, up to s = 0.8: a walk uphill all the way
+    # now it falls slower, up to s = 0.8: a walk uphill all the way
+    x = np.array([[1.0] * 5 + [0.8] * 4])
     assert float(mse_range(x, scheme, max_shrink=0.8, patience=None, norm=1.0)[1]) == 1.0
 
 
@@ -86,7 +93,10 @@ def test_the_exponent_matters(xp):
     rng = np.random.default_rng(0)
     x = xp.asarray(np.concatenate([rng.standard_normal(2000), [12.0]])[None, :].astype(np.float32))
     scheme = Scheme(4, "half_integer", "tensor")
-    ends = [float(mse_range(x, scheme, max_shrink=0.8, patience=None, norm=p)[1]) for p in (2.0, 2.4, 6.0)]
+    ends = [
+        float(mse_range(x, scheme, max_shrink=0.8, patience=None, norm=p)[1])
+        for p in (2.0, 2.4, 6.0)
+    ]
     assert ends[0] <= ends[1] < ends[2]
 
 
@@ -101,19 +111,25 @@ def test_libraries_agree(xp, x, scheme, seed):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_compressed_tensors_finds_no_better_candidate(bits, symmetric):
-    torch, ct = oracle("torch"), oracle("compressed_tensors.quantization")
-    utils, forward = (
-        oracle("compressed_tensors.quantization.utils"),
-        oracle("compressed_tensors.quantization.lifecycle"),
-    )
+    torch = oracle("torch")
+    ct = oracle("compressed_tensors.quantization")
+    utils = oracle("compressed_tensors.quantization.utils")
+    forward = oracle("compressed_tensors.quantization.lifecycle")
     x = np.random.default_rng(bits).standard_t(3, (16, 64)).astype(np.float32)
     args = ct.QuantizationArgs(num_bits=bits, type="int", symmetric=symmetric, strategy="channel")
     tensor = torch.from_numpy(x)
-    low, high = tensor.amin(1, keepdim=True), tensor.amax(1, keepdim=True)
+    low = tensor.amin(1, keepdim=True)
+    high = tensor.amax(1, keepdim=True)
 
     def loss(lo, hi):
         scale, zero = utils.calculate_qparams(lo, hi, args)
-        return (forward.fake_quantize(tensor, scale, zero, args) - tensor).abs().double().pow(2.4).sum(1)
+        return (
+            (forward.fake_quantize(tensor, scale, zero, args) - tensor)
+            .abs()
+            .double()
+            .pow(2.4)
+            .sum(1)
+        )
 
     scheme = Scheme(bits, "half_integer" if symmetric else "asymmetric_signed", "channel")
     lo, hi = (torch.from_numpy(v) for v in mse_range(x, scheme, patience=None))

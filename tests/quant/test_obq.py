@@ -37,9 +37,18 @@ def loss_of(w, q, h):
     static=st.booleans(),
     block=st.sampled_from([1, 3, 5, 12, 128]),
 )
-@example(seed=0, rule="half_integer", shape=("block", (2, 5)), bits=4, act_order=False, static=False, block=1)  # a tie
+@example(
+    seed=0,
+    rule="half_integer",
+    shape=("block", (2, 5)),
+    bits=4,
+    act_order=False,
+    static=False,
+    block=1,
+)  # a tie
 def test_equality_gptq_is_obq(xp, seed, rule, shape, bits, act_order, static, block):
-    scheme, w = Scheme(bits, rule, *shape), np.random.default_rng(seed).standard_normal((3, 12))
+    scheme = Scheme(bits, rule, *shape)
+    w = np.random.default_rng(seed).standard_normal((3, 12))
     x = inputs(seed, 30, 12)
     x[:, seed % 12] *= seed % 3 > 0  # a dead column in a third of the cases
     h = xp.asarray(2 * x.T @ x / 30)
@@ -61,7 +70,8 @@ def test_equality_gptq_is_obq(xp, seed, rule, shape, bits, act_order, static, bl
 
 def test_a_tie_is_told_by_the_result_and_only_what_comes_after_it_is_let_go(xp):
     """Column 10 begins a group and holds its extreme, −7.5 steps: −7 in one order of operations, −8 in another."""
-    scheme, w = Scheme(4, "half_integer", "block", (2, 5)), np.random.default_rng(0).standard_normal((3, 12))
+    scheme = Scheme(4, "half_integer", "block", (2, 5))
+    w = np.random.default_rng(0).standard_normal((3, 12))
     x = inputs(0, 30, 12)
     x[:, 0] = 0
     h = 2 * x.T @ x / 30
@@ -81,22 +91,28 @@ def test_a_tie_is_told_by_the_result_and_only_what_comes_after_it_is_let_go(xp):
 @given(seed=seeds, n=st.integers(2, 8))
 def test_exact_value_one_step_is_the_constrained_minimum(xp, seed, n):
     """Groups of one weight at "power" store a negative weight exactly and +a as 3/4 a: only column 0 goes wrong."""
-    h, rng = positive(seed, n), np.random.default_rng(seed)
+    h = positive(seed, n)
+    rng = np.random.default_rng(seed)
     w = np.concatenate([rng.uniform(0.1, 1.0, 1), -rng.uniform(1e3, 2e3, n - 1)])[None]
     got = obq(xp.asarray(w), xp.asarray(h), Scheme(3, "power", "group", 1), damp=0.0)
     moved = to_host(got.dequantize())[0] - w[0]
     assert abs(moved[0] + w[0, 0] / 4) <= 4 * EPS64
-    rest = np.linalg.solve(h[1:, 1:], -h[1:, 0] * moved[0])  # minimise ½ δHδᵀ over δ_1 … by its gradient
+    # minimise ½ δHδᵀ over δ_1 … by its gradient
+    rest = np.linalg.solve(h[1:, 1:], -h[1:, 0] * moved[0])
     tolerance = 64 * n * EPS64 * np.linalg.cond(h)
     assert np.abs(moved[1:] - rest).max() <= tolerance * np.abs(rest).max() + 16 * EPS64 * 2e3
     cost = 0.5 * moved[0] ** 2 / np.linalg.inv(h)[0, 0]
     assert abs(got.loss - cost) <= tolerance * cost + h.max() * (16 * EPS64 * 2e3) ** 2 * n
 
 
-@pytest.mark.theorem("OBQ's losses add up to ½ tr(E H Eᵀ), greedy or not", source="Frantar & Alistarh 2022, section 3")
+@pytest.mark.theorem(
+    "OBQ's losses add up to ½ tr(E H Eᵀ), greedy or not",
+    source="Frantar & Alistarh 2022, section 3",
+)
 @given(seed=seeds, greedy=st.booleans(), rule=st.sampled_from(RULES), shape=st.sampled_from(SHAPES))
 def test_conservation_losses_of_the_steps_are_the_loss_of_the_whole(xp, seed, greedy, rule, shape):
-    w, h = np.random.default_rng(seed).standard_normal((4, 12)), positive(seed, 12)
+    w = np.random.default_rng(seed).standard_normal((4, 12))
+    h = positive(seed, 12)
     q = obq(xp.asarray(w), xp.asarray(h), Scheme(3, rule, *shape), damp=0.0, greedy=greedy)
     expected = loss_of(w, to_host(q.dequantize()), h)
     assert abs(q.loss - expected) <= 64 * 12 * EPS64 * np.linalg.cond(h) * expected
@@ -105,12 +121,14 @@ def test_conservation_losses_of_the_steps_are_the_loss_of_the_whole(xp, seed, gr
 @given(seed=seeds)
 def test_exact_value_greedy_is_the_textbook_loop(xp, seed):
     """Row by row: quantise what costs least, solve for the rest, until nothing is left."""
-    w, h = np.random.default_rng(seed).standard_normal((3, 6)), positive(seed, 6)
+    w = np.random.default_rng(seed).standard_normal((3, 6))
+    h = positive(seed, 6)
     scheme = Scheme(3, "half_integer", "channel")
     scale, zero_point = qparams(w, scheme)
     expected = np.zeros_like(w)
     for m in range(3):
-        row, left = w[m].copy(), list(range(6))
+        row = w[m].copy()
+        left = list(range(6))
         while left:
             inverse = np.linalg.inv(h[np.ix_(left, left)])
             codes = encode(row[None], scale[m : m + 1], zero_point[m : m + 1], scheme)
@@ -129,7 +147,12 @@ def test_dead_columns_become_zero_and_are_named(xp):
     x[:, 2] = 0
     w = np.random.default_rng(1).standard_normal((3, 6))
     for greedy in (False, True):
-        q = obq(xp.asarray(w), xp.asarray(2 * x.T @ x / 20), Scheme(4, "asymmetric", "channel"), greedy=greedy)
+        q = obq(
+            xp.asarray(w),
+            xp.asarray(2 * x.T @ x / 20),
+            Scheme(4, "asymmetric", "channel"),
+            greedy=greedy,
+        )
         assert to_host(q.dead).tolist() == [j == 2 for j in range(6)]
         assert not to_host(q.dequantize())[:, 2].any()
 
@@ -154,7 +177,8 @@ def test_what_does_not_fit_is_refused(xp, w, h, message):
 
 
 def test_weight_and_hessian_stay_as_they_are(xp):
-    w, h = np.random.default_rng(2).standard_normal((3, 5)), positive(2, 5)
+    w = np.random.default_rng(2).standard_normal((3, 5))
+    h = positive(2, 5)
     moved = xp.asarray(w.copy()), xp.asarray(h.copy())
     for greedy in (False, True):
         obq(*moved, Scheme(4, "power", "channel"), greedy=greedy)

@@ -65,15 +65,18 @@ def test_minmax_is_that_of_the_whole(xp, parts, seed, axis):
 
 
 @pytest.mark.theorem(
-    "The moving average of extremes stays between the smallest and the largest of them", source="a convex combination"
+    "The moving average of extremes stays between the smallest and the largest of them",
+    source="a convex combination",
 )
 @given(batches(dtype="float64"), st.floats(0.01, 1.0))
 def test_moving_average_stays_between_the_extremes(xp, parts, c):
     parts = [p for p in parts if len(p)]
     lo, hi = (float(v) for v in shown(MovingAverage(averaging=c), parts, xp).range())
-    lows, highs = [p.min() for p in parts], [p.max() for p in parts]
+    lows = [p.min() for p in parts]
+    highs = [p.max() for p in parts]
     slack = 4 * len(parts) * np.finfo(np.float64).eps
-    for value, seen in ((lo / 2, np.array(lows) / 2), (hi / 2, np.array(highs) / 2)):  # halves cannot overflow
+    # halves cannot overflow
+    for value, seen in ((lo / 2, np.array(lows) / 2), (hi / 2, np.array(highs) / 2)):
         assert min(seen) - slack * abs(min(seen)) <= value <= max(seen) + slack * abs(max(seen))
     mean = lows[0]
     for low in lows[1:]:
@@ -114,18 +117,22 @@ def test_torchs_example(xp):
 @given(batches(), seeds, st.sampled_from([0.01, 1.0, 3.0]))
 def test_fixed_histograms_do_not_depend_on_the_order(xp, parts, seed, top):
     parts = [np.clip(p, -100, 100) for p in parts]
-    whole, order = np.concatenate(parts), np.random.default_rng(seed).permutation(len(parts))
+    whole = np.concatenate(parts)
+    order = np.random.default_rng(seed).permutation(len(parts))
     for make in (Histogram, Percentile, lambda **k: Percentile(80.0, skip_zeros=True, **k)):
         one = shown(make(bins=16, top=top), [whole], xp)
         many = shown(make(bins=16, top=top), [parts[i] for i in order], xp)
         np.testing.assert_array_equal(to_host(one.counts), to_host(many.counts))
         assert int(to_host(one.counts).sum()) == whole.size
         assert one.amax == many.amax
-        np.testing.assert_array_equal([to_host(v) for v in one.range()], [to_host(v) for v in many.range()])
+        np.testing.assert_array_equal(
+            [to_host(v) for v in one.range()], [to_host(v) for v in many.range()]
+        )
 
 
 @pytest.mark.theorem(
-    "With zero included, every observer's range lies within that of min-max", source="each only cuts off"
+    "With zero included, every observer's range lies within that of min-max",
+    source="each only cuts off",
 )
 @given(batches(), st.sampled_from(sorted(OBSERVERS)))
 def test_ranges_lie_within_minmax(xp, parts, name):
@@ -133,7 +140,8 @@ def test_ranges_lie_within_minmax(xp, parts, name):
     lo, hi = observer.range()
     low, high = shown(MinMax(), parts, xp).range()
     assert lo.dtype == low.dtype
-    info, most = np.finfo(low.dtype), max(abs(float(low)), abs(float(high)))  # below: relative, or of subnormal numbers
+    info = np.finfo(low.dtype)  # below: relative, or of subnormal numbers
+    most = max(abs(float(low)), abs(float(high)))
     slack = 4 * len(parts) * (float(info.eps) * most + float(info.smallest_subnormal))
     assert float(lo) <= float(hi)
     # zero belongs to every range that is quantised: of a one-sided tensor the near end may be cut too
@@ -155,7 +163,8 @@ def test_percentiles_are_monotone(xp, parts, percentiles):
 def test_percentile_of_a_spike_at_zero(xp):
     x = np.zeros((1000, 1), np.float32)
     x[:10, 0] = np.linspace(1, 10, 10)
-    assert shown(Percentile(90.0, bins=10), [x], xp).amax == 1.0  # the first bin is kept: no range is [0, 0]
+    # the first bin is kept: no range is [0, 0]
+    assert shown(Percentile(90.0, bins=10), [x], xp).amax == 1.0
     assert shown(Percentile(90.0, bins=10, skip_zeros=True), [x[500:], x[:500]], xp).amax == 9.0
 
 
@@ -165,12 +174,17 @@ def test_percentile_of_a_spike_at_zero(xp):
 )
 @pytest.mark.parametrize("index", range(len(make_entropy.CALIBRATORS)))
 def test_calibrators_equal_the_recorded_ones(xp, index):
-    case, recorded = make_entropy.CALIBRATORS[index], GOLDEN["calibrators"][index]
+    case = make_entropy.CALIBRATORS[index]
+    recorded = GOLDEN["calibrators"][index]
     parts = make_entropy.batches(case)
     eps = float(np.finfo(np.float32).eps)
     counts = to_host(shown(Histogram(), parts, xp).counts)
     # torch.histc places a number by float32 products: one at an edge may fall to the other side
-    x = np.abs(np.concatenate(parts)).astype(np.float64) / float(np.abs(np.concatenate(parts)).max()) * 2048
+    x = (
+        np.abs(np.concatenate(parts)).astype(np.float64)
+        / float(np.abs(np.concatenate(parts)).max())
+        * 2048
+    )
     at_an_edge = int(((x > 0) & (np.abs(x - np.round(x)) <= 4 * eps * x)).sum())
     assert np.abs(np.cumsum(counts) - np.cumsum(recorded["counts"])).max() <= at_an_edge <= 20
     assert shown(Entropy(), parts, xp).amax == pytest.approx(recorded["entropy"], rel=4 * eps)
@@ -189,7 +203,9 @@ def test_a_histogram_grows_without_changing_its_width(xp):
 
 def test_zeros_before_the_first_number_are_counted(xp):
     for make in (Histogram, lambda **k: Percentile(50.0, **k)):
-        observer = shown(make(bins=4), [np.zeros((2, 3)), np.full((1, 2), 4.0), np.zeros((1, 1))], xp)
+        observer = shown(
+            make(bins=4), [np.zeros((2, 3)), np.full((1, 2), 4.0), np.zeros((1, 1))], xp
+        )
         assert to_host(observer.counts).tolist() == [7, 0, 0, 2]
 
 
@@ -210,12 +226,16 @@ def test_mse_averages_the_ranges_of_batches(xp):
     scheme = Scheme(4, "half_integer", "tensor")
     how = {"max_shrink": 0.8, "patience": None}
     last = shown(MSE(scheme, averaging=1.0, **how), parts, xp).range()
-    np.testing.assert_allclose([float(v) for v in last], [float(v) for v in mse_range(parts[-1], scheme, **how)])
+    np.testing.assert_allclose(
+        [float(v) for v in last], [float(v) for v in mse_range(parts[-1], scheme, **how)]
+    )
     ends = [[float(v) for v in mse_range(p, scheme, **how)] for p in parts]
     mean = np.array(ends[0])
     for end in ends[1:]:
         mean += 0.01 * (np.array(end) - mean)
-    np.testing.assert_allclose([float(v) for v in shown(MSE(scheme, **how), parts, xp).range()], mean, rtol=1e-14)
+    np.testing.assert_allclose(
+        [float(v) for v in shown(MSE(scheme, **how), parts, xp).range()], mean, rtol=1e-14
+    )
 
 
 @pytest.mark.parametrize("name", sorted(OBSERVERS))
@@ -234,7 +254,9 @@ def test_what_is_not_finite_is_refused_and_leaves_no_trace(xp, name, bad):
     observer = shown(OBSERVERS[name](), [np.ones((2, 3))], xp)
     before = [float(v) for v in observer.range()]
     observer.name = "layer 3"
-    with pytest.raises(ValueError, match=r"layer 3: holds NaN or infinity, first at index \(1, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"layer 3: holds NaN or infinity, first at index \(1, 2\)"
+    ):
         observer.observe(xp.asarray(np.array([[1.0, 2.0, 3.0], [4.0, 5.0, bad]])))
     assert [float(v) for v in observer.range()] == before
     assert observer.batches == 1
@@ -255,12 +277,18 @@ def test_settings_that_make_no_sense_are_refused():
 @pytest.mark.oracle
 @given(batches(dtype="float32"))
 def test_torchs_observers_agree(parts):
-    torch, ao = oracle("torch"), oracle("torch.ao.quantization")
-    parts = [np.clip(p, -1e30, 1e30) for p in parts if len(p)]  # torch's difference of batches overflows above
+    torch = oracle("torch")
+    ao = oracle("torch.ao.quantization")
+    # torch's difference of batches overflows above
+    parts = [np.clip(p, -1e30, 1e30) for p in parts if len(p)]
     peers = {
         MinMax(): ao.MinMaxObserver(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric),
-        MovingAverage(): ao.MovingAverageMinMaxObserver(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric),
-        MinMax(axis=1): ao.PerChannelMinMaxObserver(ch_axis=1, dtype=torch.qint8, qscheme=torch.per_channel_symmetric),
+        MovingAverage(): ao.MovingAverageMinMaxObserver(
+            dtype=torch.qint8, qscheme=torch.per_tensor_symmetric
+        ),
+        MinMax(axis=1): ao.PerChannelMinMaxObserver(
+            ch_axis=1, dtype=torch.qint8, qscheme=torch.per_channel_symmetric
+        ),
     }
     for ours, theirs in peers.items():
         shown(ours, parts)
@@ -268,13 +296,16 @@ def test_torchs_observers_agree(parts):
             theirs(torch.from_numpy(np.ascontiguousarray(x)))
         for value, peer in zip(ours.range(), (theirs.min_val, theirs.max_val), strict=True):
             # bit for bit, but that a half of a denormal number may be rounded
-            np.testing.assert_allclose(value, peer.numpy(), rtol=0, atol=len(parts) * 2.0**-148 * ours.batches)
+            np.testing.assert_allclose(
+                value, peer.numpy(), rtol=0, atol=len(parts) * 2.0**-148 * ours.batches
+            )
 
 
 @pytest.mark.oracle
 @given(batches(dtype="float32"), st.sampled_from(["half_integer", "asymmetric"]))
 def test_scales_of_the_observed_range_are_torchs(parts, rule):
-    torch, ao = oracle("torch"), oracle("torch.ao.quantization")
+    torch = oracle("torch")
+    ao = oracle("torch.ao.quantization")
     kind = {
         "half_integer": (torch.qint8, torch.per_tensor_symmetric),
         "asymmetric": (torch.quint8, torch.per_tensor_affine),
@@ -286,5 +317,8 @@ def test_scales_of_the_observed_range_are_torchs(parts, rule):
     scale, zero = shown(MinMax(), parts).qparams(Scheme(8, rule, "tensor"))
     peer_scale, peer_zero = theirs.calculate_qparams()
     if np.abs(np.concatenate(parts)).max() > 1e-4:  # torch holds a scale at eps and above
-        assert float(scale) == pytest.approx(float(peer_scale), rel=4 * float(np.finfo(np.float32).eps))
-        assert abs(int(zero) - int(peer_zero)) <= (rule == "asymmetric")  # a tie may fall either way
+        assert float(scale) == pytest.approx(
+            float(peer_scale), rel=4 * float(np.finfo(np.float32).eps)
+        )
+        # a tie may fall either way
+        assert abs(int(zero) - int(peer_zero)) <= (rule == "asymmetric")

@@ -43,10 +43,13 @@ def scheme_of(method: str) -> Scheme | None:
 
 
 def output(model, ids=IDS, xp=np) -> np.ndarray:
-    tokens, length = xp.asarray(ids.reshape(-1)), ids.shape[1]
+    tokens = xp.asarray(ids.reshape(-1))
+    length = ids.shape[1]
     positions = xp.asarray(np.tile(np.arange(length), len(ids)))
     attend = CausalAttend([length] * len(ids), model.config.sliding_window)
-    return to_host(logits(model.weights, forward(model.weights, model.config, tokens, positions, attend)))
+    return to_host(
+        logits(model.weights, forward(model.weights, model.config, tokens, positions, attend))
+    )
 
 
 def same_layers(a, b) -> None:
@@ -55,7 +58,9 @@ def same_layers(a, b) -> None:
     for one, other in zip(a, b, strict=True):
         assert one.keys() == other.keys()
         for key in one:
-            pair = [to_host(w.dequantize() if key in PROJECTIONS else w) for w in (one[key], other[key])]
+            pair = [
+                to_host(w.dequantize() if key in PROJECTIONS else w) for w in (one[key], other[key])
+            ]
             np.testing.assert_array_equal(*pair, err_msg=key)
 
 
@@ -71,15 +76,24 @@ def test_every_method_takes_every_family(xp, method, config):
     assert type(quantised) is Record
     for key in ("embed_tokens", "lm_head", "norm", "rope_frequencies"):
         assert quantised.weights[key] is model.weights[key]
-    assert (quantised.weights["lm_head"] is quantised.weights["embed_tokens"]) == config.tie_word_embeddings
+    assert (
+        quantised.weights["lm_head"] is quantised.weights["embed_tokens"]
+    ) == config.tie_word_embeddings
     for old, new in zip(model.weights["layers"], quantised.weights["layers"], strict=True):
         assert old.keys() == new.keys()
-        assert all(isinstance(old[name], Dense) and not isinstance(new[name], Dense) for name in PROJECTIONS)
+        assert all(
+            isinstance(old[name], Dense) and not isinstance(new[name], Dense)
+            for name in PROJECTIONS
+        )
     np.testing.assert_array_equal(output(model, xp=xp), before)  # the model given is left as it was
     distance = np.abs(output(quantised, xp=xp) - before).mean() / np.abs(before).mean()
     # 8-bit floats have 3 bits of mantissa: 2.6 % an operand, where 8-bit integers have 0.8 % here
-    assert 0 < distance < (0.8 if method in WEIGHT_ONLY else 0.3 if method == "fp8" else 0.1), distance
-    order = [(i, name) for i in range(config.num_hidden_layers) for names in STAGES for name in names]
+    assert 0 < distance < (0.8 if method in WEIGHT_ONLY else 0.3 if method == "fp8" else 0.1), (
+        distance
+    )
+    order = [
+        (i, name) for i in range(config.num_hidden_layers) for names in STAGES for name in names
+    ]
     assert [(t.layer, t.name) for t in report.tensors] == order
     for t in report.tensors:
         made = quantised.weights["layers"][t.layer][t.name]
@@ -107,7 +121,9 @@ def test_gptq_goes_on_from_what_is_quantised_already(family):
             for name in names:
                 dense = model.weights["layers"][index][name].dequantize()
                 expected = gptq(dense, hessian(seen[index, name]), GROUPS_OF_8)
-                np.testing.assert_array_equal(quantised.weights["layers"][index][name].codes, expected.codes)
+                np.testing.assert_array_equal(
+                    quantised.weights["layers"][index][name].codes, expected.codes
+                )
                 assert next(rows).loss == pytest.approx(expected.loss, rel=1e-9)
             for name in names:
                 weights["layers"][index][name] = quantised.weights["layers"][index][name]
@@ -149,7 +165,9 @@ class Keeping:
     """A sink whose layers outlive the run; it is killed before it has kept layer ``dies``."""
 
     def __init__(self, dies=None):
-        self.kept, self.dies, self.asked = {}, dies, []
+        self.kept = {}
+        self.dies = dies
+        self.asked = []
 
     def done(self, index):
         return self.kept[index][1] if index in self.kept else None
@@ -169,24 +187,31 @@ class Keeping:
 @pytest.mark.parametrize("dies", [0, 1, 2])
 def test_a_killed_run_goes_on_where_it_was_and_ends_the_same(method, dies):
     model = network(NETWORKS["llama"])
-    source, scheme = ModelSource(model.config, model.weights), scheme_of(method)
-    whole, sink = Keeping(), Keeping(dies)
+    source = ModelSource(model.config, model.weights)
+    scheme = scheme_of(method)
+    whole = Keeping()
+    sink = Keeping(dies)
     expected = quantize_layers(source, whole, method, scheme, IDS)
     with pytest.raises(Killed):
         quantize_layers(source, sink, method, scheme, IDS)
     assert sorted(sink.kept) == list(range(dies))
-    sink.dies, told = None, []
-    report = quantize_layers(source, sink, method, scheme, IDS, progress=lambda *row: told.append(row))
+    sink.dies = None
+    told = []
+    report = quantize_layers(
+        source, sink, method, scheme, IDS, progress=lambda *row: told.append(row)
+    )
     same_layers([whole.kept[i][0] for i in range(3)], [sink.kept[i][0] for i in range(3)])
     bare = [replace(t, seconds=0.0) for t in report.tensors]
     assert bare == [replace(t, seconds=0.0) for t in expected.tensors]
-    assert [row[:2] for row in told] == [(i + 1, 21) for i in range(21)]  # finished layers move the bar too
+    # finished layers move the bar too
+    assert [row[:2] for row in told] == [(i + 1, 21) for i in range(21)]
     assert [row[2] for row in told] == list(report.tensors)
     assert sink.asked == (list(range(dies)) if METHODS[method].sequential else [])
 
 
 def test_a_finished_run_computes_nothing():
-    model, sink = network(NETWORKS["llama"]), Keeping()
+    model = network(NETWORKS["llama"])
+    sink = Keeping()
 
     class Closed(ModelSource):
         def rows(self, tokens):
@@ -195,7 +220,9 @@ def test_a_finished_run_computes_nothing():
         def layer(self, index):
             raise AssertionError("nothing is left to quantise")
 
-    report = quantize_layers(ModelSource(model.config, model.weights), sink, "gptq", GROUPS_OF_8, IDS)
+    report = quantize_layers(
+        ModelSource(model.config, model.weights), sink, "gptq", GROUPS_OF_8, IDS
+    )
     again = quantize_layers(Closed(model.config, model.weights), sink, "gptq", GROUPS_OF_8, IDS)
     assert again.tensors == report.tensors
     assert sink.asked == []
@@ -203,13 +230,18 @@ def test_a_finished_run_computes_nothing():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_layer_in_floating_point_is_held_at_a_time(method):
-    model, alive, counts = network(NETWORKS["llama"]), weakref.WeakSet(), []
+    model = network(NETWORKS["llama"])
+    alive = weakref.WeakSet()
+    counts = []
 
     class Counted(ModelSource):
         def layer(self, index):
             gc.collect()
             counts.append(len(alive))
-            layer = {k: Dense(v.dequantize()) if k in PROJECTIONS else v for k, v in super().layer(index).items()}
+            layer = {
+                k: Dense(v.dequantize()) if k in PROJECTIONS else v
+                for k, v in super().layer(index).items()
+            }
             alive.update(layer[name] for name in PROJECTIONS)
             return layer
 
@@ -223,8 +255,15 @@ def test_one_layer_in_floating_point_is_held_at_a_time(method):
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
 def test_layers_read_from_files_give_what_layers_in_memory_give(tmp_path, stored):
     config = NETWORKS["qwen2"]
-    save(tmp_path / "m", config, random_tensors(config, 2, "float32"), small_tokenizer(), dtype=stored)
-    model, sink = load(tmp_path / "m"), MemorySink()
+    save(
+        tmp_path / "m",
+        config,
+        random_tensors(config, 2, "float32"),
+        small_tokenizer(),
+        dtype=stored,
+    )
+    model = load(tmp_path / "m")
+    sink = MemorySink()
     expected, report = quantize_model(model, "gptq", GROUPS_OF_8, IDS)
     with CheckpointSource(tmp_path / "m") as source:
         streamed = quantize_layers(source, sink, "gptq", GROUPS_OF_8, IDS)
@@ -241,7 +280,10 @@ def test_weights_and_activations_that_are_not_finite_are_refused_by_name(method)
     broken = model.weights["layers"][1]["up_proj"].dequantize()
     broken[0, 0] = np.nan
     model.weights["layers"][1]["up_proj"] = Dense(broken)
-    with np.errstate(all="ignore"), pytest.raises(ValueError, match=r"layers\.1\.mlp\.(up|down)_proj|layer 1"):
+    with (
+        np.errstate(all="ignore"),
+        pytest.raises(ValueError, match=r"layers\.1\.mlp\.(up|down)_proj|layer 1"),
+    ):
         quantize_model(model, method, scheme_of(method), IDS)
 
 
@@ -254,7 +296,9 @@ def test_methods_that_look_at_text_ask_for_it(method):
 def test_schemes_that_do_not_fit_are_refused_before_anything_is_computed():
     model = network(NETWORKS["llama"])
     source = ModelSource(model.config, {})  # has nothing to compute with
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj\.weight: groups of 12 .* are 10 and 20"):
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.self_attn\.q_proj\.weight: groups of 12 .* are 10 and 20"
+    ):
         quantize_layers(source, MemorySink(), "rtn", Scheme(4, "half_integer", "group", 12))
     with pytest.raises(ValueError, match="by channel, group or tensor, not by 'token'"):
         quantize_layers(source, MemorySink(), "gptq", Scheme(4, "half_integer", "token"))

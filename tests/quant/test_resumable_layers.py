@@ -27,7 +27,13 @@ STORING = Storing(stored_as(SCHEME, "pack-quantized"))
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     path = tmp_path_factory.mktemp("layers") / "m"
-    save(path, NETWORKS["qwen2"], random_tensors(NETWORKS["qwen2"], 0, "float32"), tokenizer(), dtype="float16")
+    save(
+        path,
+        NETWORKS["qwen2"],
+        random_tensors(NETWORKS["qwen2"], 0, "float32"),
+        tokenizer(),
+        dtype="float16",
+    )
     with CheckpointSource(path) as source:
         yield source
 
@@ -55,7 +61,8 @@ def folder(finished, tmp_path):
 
 
 def test_layers_from_disk_are_those_that_were_put_there(source, finished):
-    sink, (folder, report) = MemorySink(), finished
+    sink = MemorySink()
+    folder, report = finished
     run(source, None, sink)
     files = opened(source, folder)
     for index, expected in enumerate(sink.layers):
@@ -63,7 +70,10 @@ def test_layers_from_disk_are_those_that_were_put_there(source, finished):
         read = files.layer(index)
         assert read.keys() == expected.keys()
         for key in read:
-            pair = [layer[key].dequantize() if key in PROJECTIONS else layer[key] for layer in (read, expected)]
+            pair = [
+                layer[key].dequantize() if key in PROJECTIONS else layer[key]
+                for layer in (read, expected)
+            ]
             np.testing.assert_array_equal(*pair, err_msg=key)
 
 
@@ -95,7 +105,11 @@ def forget_digest(path):
         ("layer-00001.json", cut, 1),
         ("layer-00001.json", forget_digest, 1),
         ("layer-00001.json", lambda path: path.write_text("[]"), 1),
-        ("layer-00001.json", lambda path: path.unlink(), 0),  # nothing is claimed: not counted as distrusted
+        (
+            "layer-00001.json",
+            lambda path: path.unlink(),
+            0,
+        ),  # nothing is claimed: not counted as distrusted
     ],
 )
 def test_what_is_not_whole_is_done_again(source, finished, folder, name, damage, found):
@@ -118,7 +132,9 @@ def test_a_file_that_was_being_written_is_no_layer(source, folder):
 
 
 def test_another_run_is_not_gone_on_with(source, folder):
-    with pytest.raises(CheckpointError, match="a run with another calibration: choose another folder, or remove it"):
+    with pytest.raises(
+        CheckpointError, match="a run with another calibration: choose another folder, or remove it"
+    ):
         opened(source, folder, calibration=None)
     with pytest.raises(CheckpointError, match="another method and options"):
         opened(source, folder, method="rtn", options={})

@@ -32,18 +32,28 @@ schemes = st.sampled_from(SCHEMES)
 
 def errors(w, scale, zero_point, scheme):
     """Σ |x̂ − x|^2.4 of each range, by the definition, float64."""
-    off = np.abs(decode(encode(w, scale, zero_point, scheme), scale, zero_point, scheme) - w).astype("float64") ** 2.4
+    off = (
+        np.abs(decode(encode(w, scale, zero_point, scheme), scale, zero_point, scheme) - w).astype(
+            "float64"
+        )
+        ** 2.4
+    )
     if scheme.granularity == "tensor":
         return off.sum()
     rows, columns = {"channel": (1, w.shape[1])}.get(scheme.granularity) or scheme.block
-    return np.array([[off[i : i + rows, j : j + columns].sum() for j in range(0, w.shape[1], columns)]
-                     for i in range(0, w.shape[0], rows)])  # fmt: skip
+    return np.array(
+        [
+            [off[i : i + rows, j : j + columns].sum() for j in range(0, w.shape[1], columns)]
+            for i in range(0, w.shape[0], rows)
+        ]
+    )
 
 
 @given(w=arrays(st.integers(1, 9), 8), scheme=schemes)
 def test_without_a_search_it_is_quantize(xp, w, scheme):
     w = xp.asarray(w)
-    got, expected = rtn(w, scheme, scale_dtype="float32"), quantize(w, scheme, scale_dtype="float32")
+    got = rtn(w, scheme, scale_dtype="float32")
+    expected = quantize(w, scheme, scale_dtype="float32")
     assert np.array_equal(to_host(got.packed()), to_host(expected.packed()))
     assert np.array_equal(to_host(got.scale), to_host(expected.scale))
     assert got.nbytes == expected.nbytes
@@ -56,21 +66,27 @@ def test_without_a_search_it_is_quantize(xp, w, scheme):
 @given(w=arrays(st.integers(1, 9), 8, kinds=MODEST), scheme=schemes)
 def test_bound_a_search_never_loses_to_the_whole_range(xp, w, scheme):
     w = w.astype("float64")
-    found, whole = params(xp.asarray(w), scheme, mse=True), qparams(w, scheme)
-    before, after = errors(w, *whole, scheme), errors(w, *map(to_host, found), scheme)
+    found = params(xp.asarray(w), scheme, mse=True)
+    whole = qparams(w, scheme)
+    before = errors(w, *whole, scheme)
+    after = errors(w, *map(to_host, found), scheme)
     assert np.all(after <= before * (1 + 100 * np.finfo("float64").eps))
     span = 1.0 if scheme.rule == "awq" else 1.0 + 1e-15  # narrower ranges, so smaller steps
     assert np.all(to_host(found[0]) <= whole[0] * span)
 
 
-@given(w=arrays(st.integers(1, 6), 8, kinds=["normal", "outlier_column", "one_sided"]), scheme=schemes)
+@given(
+    w=arrays(st.integers(1, 6), 8, kinds=["normal", "outlier_column", "one_sided"]), scheme=schemes
+)
 def test_exact_value_the_search_finds_the_best_of_eighty_ranges(xp, w, scheme):
     """By hand: every candidate with the definition of its error, the first of the best ones."""
     w = w.astype("float64")
     scale, zero_point = (to_host(p) for p in params(xp.asarray(w), scheme, mse=True))
     lo, hi = (np.asarray(p) for p in module.ranges(w, scheme))
-    tried = [tuple(map(np.asarray, range_to_qparams(np.asarray(p * lo), np.asarray(p * hi), scheme)))
-             for p in (1 - np.arange(80) / 100)]  # fmt: skip
+    tried = [
+        tuple(map(np.asarray, range_to_qparams(np.asarray(p * lo), np.asarray(p * hi), scheme)))
+        for p in (1 - np.arange(80) / 100)
+    ]
     cost = np.array([errors(w, *grid, scheme) for grid in tried])  # [80, …]
     mine = errors(w, scale, zero_point, scheme)
     assert np.all(np.abs(mine - cost.min(axis=0)) <= 1e-12 * cost[0])
@@ -94,7 +110,8 @@ def test_the_search_clips_where_one_weight_is_far_from_all_others(xp):
     w = np.random.default_rng(0).standard_normal((1, 1024)).astype("float32")
     w[0, 7] = 9.0
     scheme = Scheme(3, "half_integer", "channel")
-    plain, searched = rtn(xp.asarray(w), scheme), rtn(xp.asarray(w), scheme, mse=True)
+    plain = rtn(xp.asarray(w), scheme)
+    searched = rtn(xp.asarray(w), scheme, mse=True)
     assert float(to_host(searched.scale)[0, 0]) < 0.8 * float(to_host(plain.scale)[0, 0])
     assert to_host(searched.dequantize())[0, 7] < 9.0
     error = [np.mean((to_host(q.dequantize()) - w) ** 2) for q in (plain, searched)]
@@ -121,11 +138,18 @@ def test_degenerate_ranges_without_extent_are_searched_too(xp, rule):
 
 def test_one_sided_ranges_get_half_of_the_step_where_the_quirk_is_asked_for(xp):
     scheme = Scheme(4, "half_integer_unsigned", "channel")
-    w = np.array([[0.0, 1.0, 15.0], [-1.0, 1.0, 15.0], [-15.0, -1.0, 0.0], [0.0, 0.0, 0.0]], dtype="float32")
-    plain, quirk = (to_host(params(xp.asarray(w), scheme, one_sided=flag)[0])[:, 0] for flag in (False, True))
-    assert quirk.tolist() == [plain[0] / 2, *plain[1:]]  # only the row without a negative number that is not zero
+    w = np.array(
+        [[0.0, 1.0, 15.0], [-1.0, 1.0, 15.0], [-15.0, -1.0, 0.0], [0.0, 0.0, 0.0]], dtype="float32"
+    )
+    plain, quirk = (
+        to_host(params(xp.asarray(w), scheme, one_sided=flag)[0])[:, 0] for flag in (False, True)
+    )
+    # only the row without a negative number that is not zero
+    assert quirk.tolist() == [plain[0] / 2, *plain[1:]]
     other = dataclasses.replace(scheme, rule="half_integer")
-    assert np.array_equal(*(to_host(params(xp.asarray(w), other, one_sided=f)[0]) for f in (False, True)))
+    assert np.array_equal(
+        *(to_host(params(xp.asarray(w), other, one_sided=f)[0]) for f in (False, True))
+    )
 
 
 @pytest.mark.parametrize("mse", [False, True])

@@ -25,13 +25,21 @@ def problem(kind, seed, t=13, m=11, n=24, dtype="float64"):
 
 
 @given(
-    kind=st.sampled_from(KINDS), seed=seeds, by=st.sampled_from(BY), fraction=st.sampled_from([0, 0.01, 0.05, 0.3, 1])
+    kind=st.sampled_from(KINDS),
+    seed=seeds,
+    by=st.sampled_from(BY),
+    fraction=st.sampled_from([0, 0.01, 0.05, 0.3, 1]),
 )
 def test_exact_value_the_largest_channels_are_chosen(xp, kind, seed, by, fraction):
     x, w = problem(kind, seed)
-    found = salient_channels(xp.asarray(x), xp.asarray(w), by, fraction=fraction, rng=np.random.default_rng(seed))
-    size = {"activation": np.abs(x).sum(axis=0), "weight": np.sqrt((w**2).sum(axis=0)),
-            "random": np.random.default_rng(seed).permutation(24)}[by]  # fmt: skip
+    found = salient_channels(
+        xp.asarray(x), xp.asarray(w), by, fraction=fraction, rng=np.random.default_rng(seed)
+    )
+    size = {
+        "activation": np.abs(x).sum(axis=0),
+        "weight": np.sqrt((w**2).sum(axis=0)),
+        "random": np.random.default_rng(seed).permutation(24),
+    }[by]
     kept = to_host(found).tolist()
     assert len(kept) == math.ceil(fraction * 24)
     assert kept == sorted(set(kept))
@@ -51,13 +59,15 @@ def test_exact_value_the_largest_channels_are_chosen(xp, kind, seed, by, fractio
 def test_bound_only_the_kept_columns_differ_from_round_to_nearest(xp, kind, seed, kept, dtype):
     x, w = problem(kind, seed, dtype=dtype)
     index = np.array(sorted(kept), dtype=np.int64)
-    plain, protected = quantize(xp.asarray(w), W3), Protected(xp.asarray(w), W3, xp.asarray(index))
+    plain = quantize(xp.asarray(w), W3)
+    protected = Protected(xp.asarray(w), W3, xp.asarray(index))
     others = [j for j in range(24) if j not in kept]
     restored = to_host(protected.dequantize())
     assert np.array_equal(restored[:, index], w[:, index])
     assert np.array_equal(restored[:, others], to_host(plain.dequantize())[:, others])
     y = to_host(protected.matmul(xp.asarray(x)))
-    bound = 2 * 24 * float(np.finfo(dtype).eps) * (np.abs(x) @ np.abs(restored).T)  # a sum of 24 products, twice
+    # a sum of 24 products, twice
+    bound = 2 * 24 * float(np.finfo(dtype).eps) * (np.abs(x) @ np.abs(restored).T)
     assert y.dtype == dtype
     assert np.all(np.abs(y - x @ restored.T) <= bound)
     assert protected.shape == (11, 24)
@@ -84,7 +94,8 @@ def test_degenerate_keeping_nothing_is_round_to_nearest_and_keeping_all_is_exact
 
 def test_channels_that_carry_the_activations_repair_more_than_large_weights_or_random_ones(xp):
     rng = np.random.default_rng(0)
-    x, w = rng.standard_normal((400, 256)), rng.standard_normal((96, 256))
+    x = rng.standard_normal((400, 256))
+    w = rng.standard_normal((96, 256))
     x[:, [31, 77, 200]] *= 20  # ⌈1 % of 256⌉
     errors = experiment(xp.asarray(x), xp.asarray(w), W3, rng=rng)
     assert set(errors) == {"none", *BY}
@@ -100,7 +111,8 @@ def test_exact_value_output_error_is_relative_and_squared(xp, seed):
 
 
 def test_degenerate_the_error_of_a_zero_output(xp):
-    zero, w = xp.zeros((2, 24)), xp.ones((3, 24))
+    zero = xp.zeros((2, 24))
+    w = xp.ones((3, 24))
     assert output_error(zero, w, Dense(w)) == 0.0
     assert output_error(xp.ones((2, 24)), 0 * w, Dense(w)) == math.inf
 

@@ -37,7 +37,9 @@ IDS = [TOKENS.tolist()]
 
 def weights_of(family, seed=0, dtype="float64", xp=np):
     config = NETWORKS[family]
-    return config, build(config, {k: xp.asarray(v) for k, v in random_tensors(config, seed, dtype).items()})
+    return config, build(
+        config, {k: xp.asarray(v) for k, v in random_tensors(config, seed, dtype).items()}
+    )
 
 
 def seen_by(config, weights, xp=np):
@@ -78,13 +80,21 @@ def test_exact_value_the_scale_is_the_authors_loop(xp, seed, alpha, kind):
 def test_exact_value_what_alpha_means(xp, seed, kind):
     a, weights = problem(seed, kind)
     w = np.max([np.abs(v).max(axis=0) for v in weights], axis=0)
-    for alpha, x_after, w_after in ((1.0, 1.0, a * w), (0.0, a * w, 1.0), (0.5, np.sqrt(a * w), np.sqrt(a * w))):
+    for alpha, x_after, w_after in (
+        (1.0, 1.0, a * w),
+        (0.0, a * w, 1.0),
+        (0.5, np.sqrt(a * w), np.sqrt(a * w)),
+    ):
         s = to_host(migration_scale(xp.asarray(a), [xp.asarray(v) for v in weights], alpha))
         np.testing.assert_allclose(a / s, x_after * np.ones_like(a), rtol=16 * EPS64)
         np.testing.assert_allclose(w * s, w_after * np.ones_like(a), rtol=16 * EPS64)
 
 
-@given(seed=seeds, alpha=st.floats(0, 1), kind=st.sampled_from(["normal", "zero", "denormal", "one_sided"]))
+@given(
+    seed=seeds,
+    alpha=st.floats(0, 1),
+    kind=st.sampled_from(["normal", "zero", "denormal", "one_sided"]),
+)
 def test_bound_the_scale_is_finite_and_above_zero(xp, seed, alpha, kind):
     a = np.abs(array_of(kind, (6,), seed))
     a[seed % 6] = 0.0
@@ -121,7 +131,11 @@ def test_degenerate_floors_are_the_authors(xp):
 )
 def test_refused(xp, a, w, alpha, message):
     with pytest.raises(ValueError, match=message):
-        migration_scale(xp.asarray(a), [xp.asarray(v) for v in w] if isinstance(w, list) else xp.asarray(w), alpha)
+        migration_scale(
+            xp.asarray(a),
+            [xp.asarray(v) for v in w] if isinstance(w, list) else xp.asarray(w),
+            alpha,
+        )
 
 
 # --- folding -------------------------------------------------------------------------------------------------------
@@ -137,7 +151,10 @@ def test_refused(xp, a, w, alpha, message):
 def test_invariance_the_folded_model_is_the_original(xp, family, seed, alpha):
     config, weights = weights_of(family, seed, xp=xp)
     seen = seen_by(config, weights, xp)
-    smooth = [smooth_layer(layer, absmax, alpha) for layer, absmax in zip(weights["layers"], seen, strict=True)]
+    smooth = [
+        smooth_layer(layer, absmax, alpha)
+        for layer, absmax in zip(weights["layers"], seen, strict=True)
+    ]
     before = full_logits(weights, config, xp)
     after = full_logits(weights | {"layers": [layer for layer, _ in smooth]}, config, xp)
     assert np.abs(after - before).max() <= 1e-12 * np.abs(before).max()
@@ -152,23 +169,36 @@ def test_invariance_the_folded_model_is_the_original(xp, family, seed, alpha):
 
 def test_siblings_share_one_scale_and_any_of_them_names_the_input(xp):
     config, weights = weights_of("llama", xp=xp)
-    layer, seen = weights["layers"][0], seen_by(config, weights, xp)[0]
+    layer = weights["layers"][0]
+    seen = seen_by(config, weights, xp)[0]
     whole, _ = smooth_layer(layer, seen)
     for q, g in (("q_proj", "gate_proj"), ("v_proj", "up_proj")):
         one, _ = smooth_layer(layer, {q: seen[q], g: seen[g]})
-        assert np.array_equal(to_host(one["k_proj"].dequantize()), to_host(whole["k_proj"].dequantize()))
-    s = to_host(migration_scale(seen["q_proj"], [layer[n].dequantize() for n in ("q_proj", "k_proj", "v_proj")]))
+        assert np.array_equal(
+            to_host(one["k_proj"].dequantize()), to_host(whole["k_proj"].dequantize())
+        )
+    s = to_host(
+        migration_scale(
+            seen["q_proj"], [layer[n].dequantize() for n in ("q_proj", "k_proj", "v_proj")]
+        )
+    )
     for name in ("q_proj", "k_proj", "v_proj"):
-        assert np.array_equal(to_host(whole[name].dequantize()), to_host(layer[name].dequantize()) * s)
+        assert np.array_equal(
+            to_host(whole[name].dequantize()), to_host(layer[name].dequantize()) * s
+        )
     assert np.array_equal(to_host(whole["input_layernorm"]), to_host(layer["input_layernorm"]) / s)
-    with pytest.raises(ValueError, match="needs the absmax of one of gate_proj, up_proj: calibrate first"):
+    with pytest.raises(
+        ValueError, match="needs the absmax of one of gate_proj, up_proj: calibrate first"
+    ):
         smooth_layer(layer, {"q_proj": seen["q_proj"]})
 
 
 def test_statistics_are_those_of_the_network(xp):
     config, weights = weights_of("qwen2", xp=xp)
     for found, expected in zip(
-        activation_absmax(ModelSource(config, weights), IDS), seen_by(config, weights, xp), strict=True
+        activation_absmax(ModelSource(config, weights), IDS),
+        seen_by(config, weights, xp),
+        strict=True,
     ):
         assert found.keys() == PROJECTIONS.keys()
         for name in PROJECTIONS:
@@ -185,10 +215,13 @@ def test_the_levels_are_the_table_s(xp):
     assert [layer.scheme.granularity for layer in (o1, o2, o3)] == ["token", "tensor", "tensor"]
     assert [layer.static for layer in (o1, o2, o3)] == [None, None, 2.0]  # 254/127
     assert w8a8(w, "O3", absmax=absmax, rule="half_integer").static == 254 / 127.5
-    assert w8a8(w, "O3", absmax=xp.zeros((3,))).static == 1.0  # nothing ever fired: any step will do
+    # nothing ever fired: any step will do
+    assert w8a8(w, "O3", absmax=xp.zeros((3,))).static == 1.0
     for layer in (o1, o2, o3):
         assert layer.weight.scheme == Scheme(8, "restricted", "channel")
-        assert np.array_equal(to_host(layer.weight.codes), to_host(quantize(w, layer.weight.scheme).codes))
+        assert np.array_equal(
+            to_host(layer.weight.codes), to_host(quantize(w, layer.weight.scheme).codes)
+        )
     with pytest.raises(ValueError, match="level O3 rounds with a step from calibration"):
         w8a8(w, "O3")
     with pytest.raises(ValueError, match="unknown level 'O4'; choose one of O1, O2, O3"):
@@ -197,7 +230,8 @@ def test_the_levels_are_the_table_s(xp):
 
 def test_what_is_kept_stays_in_floating_point():
     config, weights = weights_of("llama")
-    layer, seen = weights["layers"][0], seen_by(config, weights)[0]
+    layer = weights["layers"][0]
+    seen = seen_by(config, weights)[0]
     made = quantize_layer(layer, seen, keep=("o_proj", "down_proj"))
     for name in PROJECTIONS:
         assert isinstance(made[name], Dense if name in ("o_proj", "down_proj") else W8A8Linear)
@@ -211,15 +245,23 @@ def test_a_whole_tree_is_what_the_recipe_makes(level, alpha):
     config, weights = weights_of("llama", dtype="float32")
     absmax = activation_absmax(ModelSource(config, weights), IDS)
     tree = smoothquant(weights, absmax, alpha=alpha, level=level, keep=("down_proj",))
-    made, _ = quantize_model(Record(config, weights, None), "smoothquant", None, IDS, alpha=alpha, level=level,
-                             keep=("down_proj",))  # fmt: skip
+    made, _ = quantize_model(
+        Record(config, weights, None),
+        "smoothquant",
+        None,
+        IDS,
+        alpha=alpha,
+        level=level,
+        keep=("down_proj",),
+    )
     assert np.array_equal(full_logits(tree, config), full_logits(made.weights, config))
 
 
 def test_smoothing_repairs_what_an_outlier_channel_breaks():
     """One product: the error with smoothing is a small part of the error without, as the paper's figure 2 says."""
     rng = np.random.default_rng(0)
-    x, w = rng.standard_normal((64, 128)), rng.standard_normal((32, 128)) / 12
+    x = rng.standard_normal((64, 128))
+    w = rng.standard_normal((32, 128)) / 12
     x[:, 9] *= 100
     s = migration_scale(np.abs(x).max(axis=0), w)
     exact = x @ w.T

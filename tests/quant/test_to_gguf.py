@@ -40,8 +40,13 @@ TEXT = "def f(x):\n    return x  # größer 12345\n\n\nclass A(B): pass\n" * 3
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, make_checkpoint) -> Path:
-    config = tiny_config(hidden_size=256, intermediate_size=512, head_dim=64, num_hidden_layers=4,
-                         max_position_embeddings=512)  # fmt: skip
+    config = tiny_config(
+        hidden_size=256,
+        intermediate_size=512,
+        head_dim=64,
+        num_hidden_layers=4,
+        max_position_embeddings=512,
+    )
     return make_checkpoint(config, tmp_path_factory.mktemp("source") / "tiny")
 
 
@@ -64,8 +69,10 @@ def test_names_go_there_and_back(name):
     assert hf_name("model.norm.weight") is None
 
 
-@pytest.mark.theorem("GGUF's rows of q and k are W.reshape(h, 2, d/2, N).swapaxes(1, 2), of Llama only",
-                     source="llama.cpp's converter")  # fmt: skip
+@pytest.mark.theorem(
+    "GGUF's rows of q and k are W.reshape(h, 2, d/2, N).swapaxes(1, 2), of Llama only",
+    source="llama.cpp's converter",
+)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_rows_of_q_and_k(name):
     config = NETWORKS[name]
@@ -80,8 +87,9 @@ def test_rows_of_q_and_k(name):
     assert permutation(config, "model.layers.0.self_attn.v_proj.weight") is None
 
 
-@pytest.mark.theorem("load(convert(model, F32)) has the model's tensors, configuration and tokenizer",
-                     source="GGUF")  # fmt: skip
+@pytest.mark.theorem(
+    "load(convert(model, F32)) has the model's tensors, configuration and tokenizer", source="GGUF"
+)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_family_comes_back(name, tmp_path):
     """Biases, query norms, windows, Llama 3's rotation, tied heads: the same logits to the bit."""
@@ -98,23 +106,38 @@ def test_every_family_comes_back(name, tmp_path):
     if config.rope_scaling is None:
         np.testing.assert_array_equal(ours, theirs)
     else:  # the factors are float32: an angle at position 40 is off by 40·2⁻²⁴, and so is what it turns
-        assert np.abs(ours - theirs).max() <= tolerance(config, len(TOKENS), theirs) + 1e-4 * np.abs(theirs).max()
+        assert (
+            np.abs(ours - theirs).max()
+            <= tolerance(config, len(TOKENS), theirs) + 1e-4 * np.abs(theirs).max()
+        )
 
 
 def test_stretched_wavelengths_come_from_the_file(tmp_path):
     """Without our own entry the factors alone give the rotation, as in a file of llama.cpp's converter."""
     config = NETWORKS["llama3-rope"]
     assert config.rope_scaling == LLAMA3
-    loading.save(tmp_path / "hf", config, random_tensors(config, 0, "float32"), small_tokenizer(), dtype="float32")
+    loading.save(
+        tmp_path / "hf",
+        config,
+        random_tensors(config, 0, "float32"),
+        small_tokenizer(),
+        dtype="float32",
+    )
     convert(tmp_path / "hf", tmp_path / "x.gguf", "F32", workers=1)
     with GGUFFile(tmp_path / "x.gguf") as file:
-        metadata = {key: value for key, value in file.metadata.items() if not key.startswith("refllm")}
+        metadata = {
+            key: value for key, value in file.metadata.items() if not key.startswith("refllm")
+        }
         plan = {name: (r.kind.name, r.shape) for name, r in file.tensors.items()}
         write(tmp_path / "y.gguf", metadata, plan, lambda name: np.array(file[name]))
     ours, whole = (load(tmp_path / name) for name in ("y.gguf", "x.gguf"))
     assert ours.config == replace(whole.config, rope_scaling=None)
-    np.testing.assert_array_equal(ours.weights["rope_frequencies"], whole.weights["rope_frequencies"])
-    with pytest.raises(CheckpointError, match=r"rope_freqs.weight cannot be told from its metadata"):
+    np.testing.assert_array_equal(
+        ours.weights["rope_frequencies"], whole.weights["rope_frequencies"]
+    )
+    with pytest.raises(
+        CheckpointError, match=r"rope_freqs.weight cannot be told from its metadata"
+    ):
         convert(tmp_path / "y.gguf", tmp_path / "z.gguf", "F16", workers=1)
 
 
@@ -132,12 +155,15 @@ def test_weights_stay_in_their_bytes_and_multiply(source, f32, type, tmp_path):
         assert file.metadata["general.quantization_version"] == 2
         for index, layer in enumerate(plain.weights["layers"]):
             for key in ("q_proj", "down_proj"):
-                weight, part = layer[key], {"q_proj": "attn_q", "down_proj": "ffn_down"}[key]
+                weight = layer[key]
+                part = {"q_proj": "attn_q", "down_proj": "ffn_down"}[key]
                 raw = file[f"blk.{index}.{part}.weight"]
                 assert isinstance(weight, BlockWeight)
                 assert weight.nbytes == raw.nbytes
                 floats = dequantize(raw, weight.type)
-                order = permutation(model.config, "q_proj.weight" if key == "q_proj" else "v_proj.weight")
+                order = permutation(
+                    model.config, "q_proj.weight" if key == "q_proj" else "v_proj.weight"
+                )
                 np.testing.assert_array_equal(
                     weight.dequantize(), floats if order is None else floats[np.argsort(order)]
                 )
@@ -188,7 +214,9 @@ def test_importance_is_the_mean_square_of_the_inputs(source, tmp_path):
     seen: dict[str, list[np.ndarray]] = {}
     from refllm.quant.layer_inputs import tapped
 
-    loaded.weights = tapped(loaded.weights, lambda i, key, x: seen.setdefault(f"{i}{key}", []).append(np.array(x)))
+    loaded.weights = tapped(
+        loaded.weights, lambda i, key, x: seen.setdefault(f"{i}{key}", []).append(np.array(x))
+    )
     for row in windows:
         loaded.logits(row)
     for index in range(loaded.config.num_hidden_layers):
@@ -199,7 +227,9 @@ def test_importance_is_the_mean_square_of_the_inputs(source, tmp_path):
             ("down_proj", "ffn_down"),
         ):
             x = np.concatenate(seen[f"{index}{key}"]).astype(np.float64)
-            np.testing.assert_allclose(found[f"blk.{index}.{part}.weight"], (x**2).mean(axis=0), rtol=1e-3)
+            np.testing.assert_allclose(
+                found[f"blk.{index}.{part}.weight"], (x**2).mean(axis=0), rtol=1e-3
+            )
     assert len(found) == 7 * loaded.config.num_hidden_layers
     made = convert(source, tmp_path / "a.gguf", "Q4_K_M", importance=found, workers=1)
     convert(source, tmp_path / "b.gguf", "Q4_K_M", workers=1)
@@ -207,7 +237,12 @@ def test_importance_is_the_mean_square_of_the_inputs(source, tmp_path):
         differ = {name for name in a if not np.array_equal(a[name], b[name])}
     assert differ == set(found) & set(made.types)
     with pytest.raises(ValueError, match="the importance of 'blk.0.attn_q.weight' has shape"):
-        convert(source, tmp_path / "c.gguf", importance={"blk.0.attn_q.weight": np.ones(3, np.float32)}, workers=1)
+        convert(
+            source,
+            tmp_path / "c.gguf",
+            importance={"blk.0.attn_q.weight": np.ones(3, np.float32)},
+            workers=1,
+        )
 
 
 # --- workers -------------------------------------------------------------------------------------------------------
@@ -260,12 +295,21 @@ def pieces() -> Tokenizer:
     from tokenizers import decoders, models, normalizers, trainers
 
     inner = Inner(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
-    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=special, show_progress=False, max_token_length=12)
+    trainer = trainers.BpeTrainer(
+        vocab_size=340, special_tokens=special, show_progress=False, max_token_length=12
+    )
     inner.train_from_iterator([TEXT.replace("größer", "greater")] * 3, trainer)
     inner.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     return Tokenizer(inner)
 
@@ -291,10 +335,22 @@ def test_broken_tokenizers_are_refused(f32):
 def their_logits(path: Path, ids: list[int]) -> np.ndarray:
     llama_cpp = oracle("llama_cpp", "pip install llama-cpp-python")
     parameters = llama_cpp.llama_model_default_params()
-    parameters.use_extra_bufts = False  # weights repacked for AMX: 0.3.36 ends in a segmentation fault on small ones
-    with mock.patch.object(llama_cpp.llama_cpp, "llama_model_default_params", return_value=parameters):
-        model = llama_cpp.Llama(str(path), logits_all=True, type_k=0, type_v=0, flash_attn=False, n_threads=1,
-                                n_threads_batch=1, n_ctx=max(64, len(ids)), verbose=False)  # fmt: skip
+    # weights repacked for AMX: 0.3.36 ends in a segmentation fault on small ones
+    parameters.use_extra_bufts = False
+    with mock.patch.object(
+        llama_cpp.llama_cpp, "llama_model_default_params", return_value=parameters
+    ):
+        model = llama_cpp.Llama(
+            str(path),
+            logits_all=True,
+            type_k=0,
+            type_v=0,
+            flash_attn=False,
+            n_threads=1,
+            n_threads_batch=1,
+            n_ctx=max(64, len(ids)),
+            verbose=False,
+        )
     model.eval(ids)
     scores = np.array(model.scores[: len(ids)])
     model.close()
@@ -302,16 +358,22 @@ def their_logits(path: Path, ids: list[int]) -> np.ndarray:
 
 
 @pytest.mark.llamacpp
-@pytest.mark.parametrize("name", [n for n in NETWORKS if NETWORKS[n].head_dim % 2 == 0 and n != "mistral-window"])
+@pytest.mark.parametrize(
+    "name", [n for n in NETWORKS if NETWORKS[n].head_dim % 2 == 0 and n != "mistral-window"]
+)
 def test_llama_cpp_computes_the_same_logits(name, tmp_path):
     """F32 file, F32 cache, no flash attention: within 3e-4 of the largest logit, for every family."""
     config = replace(NETWORKS[name], bos_token_id=0, eos_token_ids=(0,))
-    loading.save(tmp_path / "hf", config, random_tensors(config, 0, "float32"), small_tokenizer(), dtype="float32")
-    convert(tmp_path / "hf", tmp_path / "x.gguf", "F32", workers=1)
-    ours, theirs = (
-        full_logits(load(tmp_path / "x.gguf").weights, config),
-        their_logits(tmp_path / "x.gguf", list(TOKENS)),
+    loading.save(
+        tmp_path / "hf",
+        config,
+        random_tensors(config, 0, "float32"),
+        small_tokenizer(),
+        dtype="float32",
     )
+    convert(tmp_path / "hf", tmp_path / "x.gguf", "F32", workers=1)
+    ours = full_logits(load(tmp_path / "x.gguf").weights, config)
+    theirs = their_logits(tmp_path / "x.gguf", list(TOKENS))
     assert np.abs(ours - theirs).max() <= 3e-4 * max(1.0, np.abs(ours).max())
 
 
@@ -321,7 +383,8 @@ def test_llama_cpp_opens_every_type(f32, type, tmp_path):
     """Its activations are rounded to 8 bits, so that logits differ a little; the weights are the same."""
     convert(f32, tmp_path / "x.gguf", type, workers=1)
     ids = [0, *range(40, 60)]
-    ours, theirs = load(tmp_path / "x.gguf").logits(ids), their_logits(tmp_path / "x.gguf", ids)
+    ours = load(tmp_path / "x.gguf").logits(ids)
+    theirs = their_logits(tmp_path / "x.gguf", ids)
     # 8-bit activations cost this random network some 5 %; a weight that was read wrongly costs 140 %
     assert np.linalg.norm(ours - theirs) <= 0.2 * np.linalg.norm(ours)
 
@@ -335,7 +398,10 @@ def test_llama_cpp_predicts_as_well(type, tmp_path):
     model = load(tmp_path / "x.gguf")
     ids = [0, *model.tokenizer.encode(text)[:300]]
     size = len(model.tokenizer.decode(ids[1:]).encode())
-    ours, theirs = (_bits(logits, ids, size) for logits in (model.logits(ids), their_logits(tmp_path / "x.gguf", ids)))
+    ours, theirs = (
+        _bits(logits, ids, size)
+        for logits in (model.logits(ids), their_logits(tmp_path / "x.gguf", ids))
+    )
     assert theirs == pytest.approx(ours, rel=1e-5 if type == "F32" else 0.01)
 
 
@@ -381,7 +447,9 @@ def test_a_target_that_is_there_is_kept(source, tmp_path):
 
 def test_quantised_sources_are_refused(source, f32, tmp_path):
     convert(f32, tmp_path / "q.gguf", "Q8_0", workers=1)
-    with pytest.raises(CheckpointError, match=r"output.weight is quantised already: start from a file of F32"):
+    with pytest.raises(
+        CheckpointError, match=r"output.weight is quantised already: start from a file of F32"
+    ):
         convert(tmp_path / "q.gguf", tmp_path / "x.gguf", workers=1)
 
 
@@ -391,7 +459,9 @@ def test_weights_that_a_type_cannot_hold_are_named(make_checkpoint, tmp_path, wo
     tensors = random_tensors(config, 0, "float32")
     tensors["model.layers.0.mlp.up_proj.weight"][5] *= 1e9
     loading.save(tmp_path / "hf", config, tensors, byte_tokenizer(), dtype="float32")
-    with pytest.raises(CheckpointError, match=r"up_proj.weight, from row 0 on: quantize: Q4_K cannot hold row 5"):
+    with pytest.raises(
+        CheckpointError, match=r"up_proj.weight, from row 0 on: quantize: Q4_K cannot hold row 5"
+    ):
         convert(tmp_path / "hf", tmp_path / "x.gguf", "Q4_K_S", workers=workers)
     assert not (tmp_path / "x.gguf").exists()
 
@@ -405,7 +475,10 @@ def edited(f32, path, *, metadata=None, drop=(), rename=None, spoil=None):
         for name in spoil or ():
             data[name].view(np.float32).reshape(-1)[0] = np.nan
         write(
-            path, {k: v for k, v in (file.metadata | (metadata or {})).items() if v is not None}, plan, data.__getitem__
+            path,
+            {k: v for k, v in (file.metadata | (metadata or {})).items() if v is not None},
+            plan,
+            data.__getitem__,
         )
     return path
 
@@ -413,12 +486,24 @@ def edited(f32, path, *, metadata=None, drop=(), rename=None, spoil=None):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"metadata": {"general.architecture": "gpt2"}}, "general.architecture is 'gpt2'; read are llama"),
-        ({"metadata": {"llama.embedding_length": "256"}}, "the entry llama.embedding_length is '256', not a whole"),
+        (
+            {"metadata": {"general.architecture": "gpt2"}},
+            "general.architecture is 'gpt2'; read are llama",
+        ),
+        (
+            {"metadata": {"llama.embedding_length": "256"}},
+            "the entry llama.embedding_length is '256', not a whole",
+        ),
         ({"metadata": {"llama.block_count": None}}, "the entry llama.block_count is None"),
         ({"metadata": {"llama.block_count": np.uint32(2**32 - 1)}}, "the tensor 'model.layers.4"),
-        ({"metadata": {"llama.attention.head_count_kv": np.uint32(3)}}, "attention heads do not divide"),
-        ({"metadata": {"llama.attention.layer_norm_rms_epsilon": np.float32(0)}}, "rms_norm_eps must be positive"),
+        (
+            {"metadata": {"llama.attention.head_count_kv": np.uint32(3)}},
+            "attention heads do not divide",
+        ),
+        (
+            {"metadata": {"llama.attention.layer_norm_rms_epsilon": np.float32(0)}},
+            "rms_norm_eps must be positive",
+        ),
         ({"metadata": {"llama.rope.scaling.type": "yarn"}}, "RoPE scaling 'yarn' is not computed"),
         ({"metadata": {"split.count": np.uint16(2)}}, "is one of several parts"),
         ({"drop": ("blk.1.ffn_up.weight",)}, "'model.layers.1.mlp.up_proj.weight' is missing"),
@@ -426,7 +511,7 @@ def edited(f32, path, *, metadata=None, drop=(), rename=None, spoil=None):
         ({"spoil": ("blk.1.ffn_up.weight",)}, "NaN or infinite"),
         ({"metadata": {WHOLE: "{"}}, "the tokenizer cannot be made"),
     ],
-)  # fmt: skip
+)
 def test_files_that_are_no_such_network_are_refused(f32, changes, said, tmp_path):
     path = edited(f32, tmp_path / "x.gguf", **changes)
     with pytest.raises(CheckpointError, match=said):
@@ -449,7 +534,10 @@ def test_infinite_steps_are_refused(f32, tmp_path):
         at = file.tensors["blk.2.attn_k.weight"].start
     raw[at : at + 2] = np.float16(np.inf).tobytes()
     (tmp_path / "q.gguf").write_bytes(raw)
-    with pytest.raises(CheckpointError, match=r"blk.2.attn_k.weight holds steps that are NaN or infinite, from row 0"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"blk.2.attn_k.weight holds steps that are NaN or infinite, from row 0",
+    ):
         load(tmp_path / "q.gguf")
 
 
@@ -458,8 +546,25 @@ def test_infinite_steps_are_refused(f32, tmp_path):
 
 def test_the_command(source, tmp_path):
     run = CliRunner().invoke
-    made = run(app, ["convert", "--model", str(source), "--to", str(tmp_path / "x.gguf"), "--type", "Q5_K_M",
-                     "--imatrix", "--windows", "2", "--length", "16", "--workers", "1"])  # fmt: skip
+    made = run(
+        app,
+        [
+            "convert",
+            "--model",
+            str(source),
+            "--to",
+            str(tmp_path / "x.gguf"),
+            "--type",
+            "Q5_K_M",
+            "--imatrix",
+            "--windows",
+            "2",
+            "--length",
+            "16",
+            "--workers",
+            "1",
+        ],
+    )
     assert made.exit_code == 0, made.output
     assert "bits per weight" in made.output
     assert "Q5_K" in made.output
@@ -467,8 +572,25 @@ def test_the_command(source, tmp_path):
     assert model.generate([1, 2, 3], 4) == load(tmp_path / "x.gguf").generate([1, 2, 3], 4)
     again = run(app, ["convert", "--model", str(source), "--to", str(tmp_path / "x.gguf")])
     assert again.exit_code == 2
-    assert run(app, ["convert", "--model", str(source), "--to", str(tmp_path / "y"), "--type", "Q9"]).exit_code == 2
-    far = run(app, ["convert", "--model", str(source), "--to", str(tmp_path / "y"), "--imatrix", "--length", "99999"])
+    assert (
+        run(
+            app, ["convert", "--model", str(source), "--to", str(tmp_path / "y"), "--type", "Q9"]
+        ).exit_code
+        == 2
+    )
+    far = run(
+        app,
+        [
+            "convert",
+            "--model",
+            str(source),
+            "--to",
+            str(tmp_path / "y"),
+            "--imatrix",
+            "--length",
+            "99999",
+        ],
+    )
     assert far.exit_code == 2
     assert "windows of 99999 tokens are longer than the model's" in far.stderr
     assert not (tmp_path / "y").exists()

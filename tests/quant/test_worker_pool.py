@@ -37,9 +37,12 @@ def fails(x: int) -> int:
 
 
 def test_results_come_in_order_and_few_are_in_flight():
-    begun, taken = [], 0
+    begun = []
+    taken = 0
     with ThreadPoolExecutor(3) as pool:
-        for taken, result in enumerate(in_order(square, (begun.append(i) or i for i in range(20)), pool, flight=4)):
+        for taken, result in enumerate(
+            in_order(square, (begun.append(i) or i for i in range(20)), pool, flight=4)
+        ):
             assert result == taken * taken
             assert len(begun) <= taken + 5
     assert taken == 19
@@ -55,7 +58,9 @@ def test_a_killed_worker_loses_nothing(tmp_path):
         made.append(processes(2)())
         return made[-1]
 
-    assert list(in_order(dies_once, [(i, mark) for i in range(12)], pool, flight=4)) == [i * i for i in range(12)]
+    assert list(in_order(dies_once, [(i, mark) for i in range(12)], pool, flight=4)) == [
+        i * i for i in range(12)
+    ]
     assert len(made) == 2  # the pool broke, and another one went on
 
 

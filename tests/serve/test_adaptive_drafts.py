@@ -19,7 +19,13 @@ from refllm.corpus import held_out_documents
 from refllm.decode.generate import GREEDY, Sampling
 from refllm.decode.speculative import verification
 from refllm.decode.speculative.acceptance import Acceptance, expected_length
-from refllm.decode.speculative.drafters import Adversary, JacobiDrafter, ModelDrafter, NGramDrafter, PerfectDrafter
+from refllm.decode.speculative.drafters import (
+    Adversary,
+    JacobiDrafter,
+    ModelDrafter,
+    NGramDrafter,
+    PerfectDrafter,
+)
 from refllm.decode.speculative.interface import Ask
 from refllm.decode.speculative.tree_drafter import TreeDrafter
 from refllm.kv.contiguous import ContiguousCache
@@ -30,11 +36,14 @@ from refllm.serve.engine import Engine
 from refllm.serve.request import Request
 
 CONFIG = NETWORKS["llama"]
-TARGET, DRAFT = record(CONFIG, 1), record(CONFIG, 2)
+TARGET = record(CONFIG, 1)
+DRAFT = record(CONFIG, 2)
 KINDS = {
     "n-gram": lambda: Drafting(lambda: NGramDrafter(4, shortest=1)),
     "Jacobi": lambda: Drafting(lambda: JacobiDrafter(3)),
-    "model": lambda: Drafting(ModelDrafter(DRAFT, 3, how=GREEDY, sequences=2)),  # fewer caches than branches
+    "model": lambda: Drafting(
+        ModelDrafter(DRAFT, 3, how=GREEDY, sequences=2)
+    ),  # fewer caches than branches
     "perfect": lambda: Drafting(PerfectDrafter(TARGET, 3, how=GREEDY, sequences=8)),
     "adversary": lambda: Drafting(Adversary(TARGET, 3, sequences=8)),
 }
@@ -117,7 +126,9 @@ def test_caches_hold_verified_tokens_only(kind, cache):
         ids = np.asarray(tokens)
         forward(TARGET.weights, CONFIG, ids, np.arange(len(ids)), fresh.view([len(ids)]))
         mine = engine.cache.keys[:, slots].transpose(0, 2, 3, 1)  # [L, G, D, S]
-        np.testing.assert_allclose(mine, fresh.keys[:, 0], rtol=0, atol=1e-9 * abs(fresh.keys).max())
+        np.testing.assert_allclose(
+            mine, fresh.keys[:, 0], rtol=0, atol=1e-9 * abs(fresh.keys).max()
+        )
 
     def look(engine):
         for branch in engine.scheduler.running:
@@ -125,7 +136,9 @@ def test_caches_hold_verified_tokens_only(kind, cache):
                 blocks = engine.scheduler.memory.blocks(branch)
                 slots = [blocks[p // 4] * 4 + p % 4 for p in range(branch.computed)]
                 right(engine, branch.tokens[: branch.computed], slots)
-            texts[:] = [t for t in texts if t[: len(branch.tokens)] != branch.tokens[: len(t)]] + [list(branch.tokens)]
+            texts[:] = [t for t in texts if t[: len(branch.tokens)] != branch.tokens[: len(t)]] + [
+                list(branch.tokens)
+            ]
 
     asked = requests(5, 3, sampled=False)
     _, engine = served(KINDS[kind](), asked, look, prefix_cache=cache, num_blocks=60)
@@ -144,11 +157,18 @@ def test_caches_hold_verified_tokens_only(kind, cache):
 
 
 def test_greedy_text_is_the_same_on_the_real_model_in_a_batch_with_preemption():
-    target, draft = load("stdlib", dtype="float64"), load("stdlib-draft", dtype="float64")
+    target = load("stdlib", dtype="float64")
+    draft = load("stdlib-draft", dtype="float64")
     documents = held_out_documents()
-    asked = [Request(target.tokenizer.encode(documents[i].text)[:40], 20, id=i, ignore_eos=True) for i in range(3)]
+    asked = [
+        Request(target.tokenizer.encode(documents[i].text)[:40], 20, id=i, ignore_eos=True)
+        for i in range(3)
+    ]
     plain = {r.id: target.generate(list(r.prompt), 20, ignore_eos=True) for r in asked}
-    for drafter in (Drafting(ModelDrafter(draft, 3, sequences=4)), Drafting(lambda: NGramDrafter(4))):
+    for drafter in (
+        Drafting(ModelDrafter(draft, 3, sequences=4)),
+        Drafting(lambda: NGramDrafter(4)),
+    ):
         engine = Engine(
             target, num_blocks=9, drafter=drafter, prefix_cache=None
         )  # the first to write its 49th token finds none
@@ -191,12 +211,21 @@ def test_sampled_drafts_keep_the_law_in_the_engine(monkeypatch):
     target = record(SMALL, 4)
 
     def run(rng):
-        engine = Engine(target, num_blocks=8, block_size=4, drafter=Drafting(ModelDrafter(record(SMALL, 9), 2)), seed=0)
+        engine = Engine(
+            target,
+            num_blocks=8,
+            block_size=4,
+            drafter=Drafting(ModelDrafter(record(SMALL, 9), 2)),
+            seed=0,
+        )
         engine.submit(Request(PROMPT, 3, id=0, temperature=1.0))
         engine._live[0].voice(0).rng = rng
         engine._live[0].voice(0).uniform = lambda place: 0.5
-        monkeypatch.setattr(sampler.sampling, "sample", lambda p, u: np.asarray(
-            [enumeration.draw(row, rng.random()) for row in p]))  # fmt: skip
+        monkeypatch.setattr(
+            sampler.sampling,
+            "sample",
+            lambda p, u: np.asarray([enumeration.draw(row, rng.random()) for row in p]),
+        )
         return tuple(engine.run()[0].tokens)
 
     assert distance(law(run), text_law(target, Sampling(temperature=1.0), 3)) <= 1e-11
@@ -207,7 +236,9 @@ def test_sampled_drafts_keep_the_law_in_the_engine(monkeypatch):
 
 def priced(steps, draft: float, first: float | None = None) -> Costs:
     """Each branch drafts by itself: B times the cost of one."""
-    return Costs(steps, [(b, b * (draft if first is None else first), b * draft) for b in (1, 1024)])
+    return Costs(
+        steps, [(b, b * (draft if first is None else first), b * draft) for b in (1, 1024)]
+    )
 
 
 FLAT = priced([(1, 1.0), (1000, 1.0)], 0.05)
@@ -220,23 +251,31 @@ def test_costs_are_lines_between_what_was_measured():
     flat = [(1, 1.0), (1000, 1.0)]
     assert priced(flat, 0.1).best_gamma(0.5, 1, 4) == 2
     assert priced(flat, 0.1, 0.1).best_gamma(0.5, 1, 4) == 2
-    assert priced(flat, 0.1, 0.9).best_gamma(0.5, 1, 4) == 0  # the first costs too much: 1.5 / 1.9, 1.75 / 2, …
+    # the first costs too much: 1.5 / 1.9, 1.75 / 2, …
+    assert priced(flat, 0.1, 0.9).best_gamma(0.5, 1, 4) == 0
     assert priced(flat, 0.0, 0.5).best_gamma(0.5, 1, 4) == 4  # those after it cost nothing
 
 
 @given(alpha=st.floats(0, 1), batch=st.integers(1, 64), most=st.integers(0, 6))
 def test_gamma_is_the_best_and_zero_where_all_lose(alpha, batch, most):
     costs = priced([(1, 1.0), (8, 1.2), (64, 4.0), (512, 30.0)], 0.05)
-    rates = [expected_length(alpha, g) / (costs.step(batch * (1 + g)) + batch * g * 0.05) for g in range(most + 1)]
+    rates = [
+        expected_length(alpha, g) / (costs.step(batch * (1 + g)) + batch * g * 0.05)
+        for g in range(most + 1)
+    ]
     assert rates[costs.best_gamma(alpha, batch, most)] == max(rates)
-    assert STEEP.best_gamma(alpha, batch, most) == 0  # a step that costs in proportion to its tokens gains nothing
+    # a step that costs in proportion to its tokens gains nothing
+    assert STEEP.best_gamma(alpha, batch, most) == 0
     assert FLAT.best_gamma(1.0, 1, most) == most
 
 
 def drive(drafting, good: bool, names: int, rounds: int) -> list[int]:
     """γ by round of the first of ``names`` branches whose drafts are all accepted, or none."""
     branches = [drafting() for _ in range(names)]
-    asks = [(branch, Ask([1, 2, 3, 4, 5, 1], 100, GREEDY, np.random.default_rng(0), 0)) for branch in branches]
+    asks = [
+        (branch, Ask([1, 2, 3, 4, 5, 1], 100, GREEDY, np.random.default_rng(0), 0))
+        for branch in branches
+    ]
     gammas = []
     for _ in range(rounds):  # there is always something to look up
         made = [len(proposal.tokens) for proposal in drafting.propose_together(asks)]
@@ -271,7 +310,8 @@ def test_a_new_branch_believes_what_all_have_accepted_and_probes_in_vain_are_eve
     waits = [b - a for a, b in itertools.pairwise(probes)]
     assert len(probes) >= 3
     assert all(b == 2 * a for a, b in itertools.pairwise(waits))
-    assert drive(drafting, good=False, names=1, rounds=PROBE // 2) == [0] * (PROBE // 2)  # it need not find out itself
+    # it need not find out itself
+    assert drive(drafting, good=False, names=1, rounds=PROBE // 2) == [0] * (PROBE // 2)
     drafting.stats = Acceptance(steps=900, proposed=900, judged=900, accepted=890)
     assert drive(drafting, good=True, names=1, rounds=1)[0] >= 3
 
@@ -279,12 +319,18 @@ def test_a_new_branch_believes_what_all_have_accepted_and_probes_in_vain_are_eve
 def test_what_was_worked_out_for_one_batch_and_acceptance_is_not_taken_for_another():
     costs = priced([(1, 1.0), (8, 1.2), (64, 4.0), (512, 30.0)], 0.05)
     drafting = Drafting(lambda: NGramDrafter(4), costs=costs)
-    cases = [(alpha, batch, most) for alpha in (0.1, 0.9) for batch in (1, 64) for most in (1, 4)] * 2
+    cases = [
+        (alpha, batch, most) for alpha in (0.1, 0.9) for batch in (1, 64) for most in (1, 4)
+    ] * 2
     found = []
     for alpha, drafting.batch, most in cases:
         found.append(drafting.worth(alpha, most))
-    gains = [costs.rate(a, b, costs.best_gamma(a, b, most)) / costs.rate(a, b, 0) for a, b, most in cases]
-    assert found == [costs.best_gamma(*case) if g > MARGIN else 0 for case, g in zip(cases, gains, strict=True)]
+    gains = [
+        costs.rate(a, b, costs.best_gamma(a, b, most)) / costs.rate(a, b, 0) for a, b, most in cases
+    ]
+    assert found == [
+        costs.best_gamma(*case) if g > MARGIN else 0 for case, g in zip(cases, gains, strict=True)
+    ]
     assert len(set(found)) > 1
 
 
@@ -331,7 +377,9 @@ def test_a_branch_that_began_badly_is_tried_again_beside_one_that_drafts():
     asks = [(drafting(), Ask([1, 2, 1], 1, GREEDY, np.random.default_rng(0), 0)) for _ in range(2)]
     drafted = []
     for step in range(40 * PROBE):
-        for i, ((branch, _), proposal) in enumerate(zip(asks, drafting.propose_together(asks), strict=True)):
+        for i, ((branch, _), proposal) in enumerate(
+            zip(asks, drafting.propose_together(asks), strict=True)
+        ):
             if proposal.tokens:
                 good = i == 0 or step > PROBE
                 branch.observe([0, 0], int(good))
@@ -386,7 +434,8 @@ def test_a_failure_while_drafting_is_made_up_for(monkeypatch):
     """Whatever fails, in the draft model, in the making of a drafter: the next step begins where that one did."""
     from refllm.decode.speculative import drafters as module
 
-    real, failed = module.forward, []
+    real = module.forward
+    failed = []
 
     def fails_once(*arguments):
         if not failed:

@@ -26,7 +26,11 @@ def family(seed: int) -> list[Text]:
 
     def grow(prefix: Text, depth: int) -> list[Text]:
         run = prefix + tuple(next(fresh) for _ in range(rng.randint(1, 5)))
-        children = [text for _ in range(rng.randint(2, 3)) for text in grow(run, depth - 1)] if depth else []
+        children = (
+            [text for _ in range(rng.randint(2, 3)) for text in grow(run, depth - 1)]
+            if depth
+            else []
+        )
         return children or [run]
 
     texts = [text for _ in range(rng.randint(1, 3)) for text in grow((), rng.randint(1, 3))]
@@ -41,7 +45,9 @@ def distinct_prefixes(texts: list[Text]) -> int:
 
 def computed(texts: list[Text], order: str, capacity: int) -> int:
     """Tokens computed when the texts are served one at a time from a radix tree of ``capacity`` tokens."""
-    scheduler = Scheduler(Radix(BlockPool(capacity, 1)), order=order, max_sequences=1, max_batch_tokens=None)
+    scheduler = Scheduler(
+        Radix(BlockPool(capacity, 1)), order=order, max_sequences=1, max_batch_tokens=None
+    )
     for text in texts:
         scheduler.submit(Request(text, 1))
     while scheduler.unfinished:
@@ -76,7 +82,8 @@ def test_bound_depth_first_and_longest_prefix_first_are_optimal(seed, more):
 
 
 def test_first_come_first_served_is_not_optimal():
-    texts = [(1, 2, 3, 4), (5, 6, 7, 8), (1, 2, 3, 9)]  # the second throws out what the third would have found
+    # the second throws out what the third would have found
+    texts = [(1, 2, 3, 4), (5, 6, 7, 8), (1, 2, 3, 9)]
     assert distinct_prefixes(texts) == 9
     assert computed(texts, "lpm", 4) == 9
     assert computed(texts, "fcfs", 4) == 12
@@ -105,8 +112,12 @@ def test_first_come_is_by_age_and_the_last_that_was_admitted_is_the_victim():
 
 
 def test_priority_is_lowest_first_then_arrival_then_age_and_the_victim_is_last_of_all():
-    branches = [branch(0, priority=2), branch(1, priority=1, arrival=5.0), branch(2, priority=1, arrival=1.0),
-                branch(3, priority=1, arrival=1.0)]  # fmt: skip
+    branches = [
+        branch(0, priority=2),
+        branch(1, priority=1, arrival=5.0),
+        branch(2, priority=1, arrival=1.0),
+        branch(3, priority=1, arrival=1.0),
+    ]
     assert queue(Priority(), branches) == [2, 3, 1, 0]
     assert Priority().victim(branches) is branches[0]
 
@@ -116,15 +127,22 @@ def test_the_longest_cached_prefix_goes_first_and_ties_as_they_came():
     memory = Radix(BlockPool(8, 1))
     memory.cache.insert([5, 6, 7], [0, 1, 2])
     assert [b.order for b in LongestPrefix().candidates(list(waiting), memory)] == [1, 2, 0, 3]
-    assert next(LongestPrefix(longest_queue=3).candidates(list(waiting), memory)).order == 0  # too long to be sorted
+    # too long to be sorted
+    assert next(LongestPrefix(longest_queue=3).candidates(list(waiting), memory)).order == 0
 
 
 def test_of_those_that_share_a_prefix_nobody_has_cached_one_goes_ahead():
-    waiting = [branch(0, (1, 2, 3)), branch(1, (1, 2, 4)), branch(2, (9,)), branch(3, (1, 2, 5), salt="other")]
+    waiting = [
+        branch(0, (1, 2, 3)),
+        branch(1, (1, 2, 4)),
+        branch(2, (9,)),
+        branch(3, (1, 2, 5), salt="other"),
+    ]
     memory = Radix(BlockPool(8, 1))
     order = LongestPrefix(shared=2)
     assert [b.order for b in order.candidates(list(waiting), memory)] == [0, 2, 3]
-    memory.cache.insert([1, 2, 3], [0, 1, 2])  # now more than the two are cached for the first alone
+    # now more than the two are cached for the first alone
+    memory.cache.insert([1, 2, 3], [0, 1, 2])
     assert next(order.candidates(list(waiting), memory)).order == 0
 
 

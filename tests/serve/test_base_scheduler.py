@@ -37,15 +37,21 @@ def go(*tokens: int, reason: str | None = None) -> Continuation:
     ],
 )
 def test_an_outcome_that_does_not_fit_changes_nothing(outcomes: list[Outcome], why: str):
-    made = scheduler(Request([1, 2], 4), Request([1, 2], 4, n=2), Request([1, 2], 4, n=2, beam=True))
+    made = scheduler(
+        Request([1, 2], 4), Request([1, 2], 4, n=2), Request([1, 2], 4, n=2, beam=True)
+    )
     plan = made.plan()
     with pytest.raises(ValueError, match=why):
         made.update(plan, outcomes)
     made.update(plan, [[go(1)], [go(1), go(2)], [go(1), go(2)]])
     made.check()
     assert [(b.key, b.output) for b in made.running] == [
-        ((0, 0), [1]), ((1, 0), [1]), ((1, 1), [2]), ((2, 0), [1]), ((2, 1), [2])
-    ]  # fmt: skip
+        ((0, 0), [1]),
+        ((1, 0), [1]),
+        ((1, 1), [2]),
+        ((2, 0), [1]),
+        ((2, 1), [2]),
+    ]
 
 
 def test_tokens_that_were_not_drafted_are_not_accepted():
@@ -83,8 +89,12 @@ def test_beams_fork_and_drop_and_keep_their_seats():
     other = made.submit(Request([1], 1, id="other"))
     events = made.update(made.plan(), [[], [go(4), go(5), go(6)], []])
     assert [(e.branch.index, e.reason) for e in events] == [
-        (0, "dropped"), (1, None), (3, None), (4, None), (2, "dropped")
-    ]  # fmt: skip
+        (0, "dropped"),
+        (1, None),
+        (3, None),
+        (4, None),
+        (2, "dropped"),
+    ]
     made.check()
     made.update(made.plan(), [[], [go(7)], []])
     made.check()
@@ -99,8 +109,9 @@ def test_who_ends_without_a_step_is_told_with_the_next():
     plan = made.plan()
     assert plan.items == []
     assert [(e.branch.key, e.reason) for e in made.update(plan, [])] == [
-        (("nothing", 0), "length"), (("nothing", 1), "length")
-    ]  # fmt: skip
+        (("nothing", 0), "length"),
+        (("nothing", 1), "length"),
+    ]
     assert not made.unfinished
 
 

@@ -27,7 +27,9 @@ END = 5
 Language = Callable[[tuple[int, ...]], np.ndarray]  # the output so far → logits of its next token
 
 
-def language(seed: int, vocab: int, sharpness: float, ends: frozenset[int], fondness: float) -> Language:
+def language(
+    seed: int, vocab: int, sharpness: float, ends: frozenset[int], fondness: float
+) -> Language:
     """Normal logits times ``sharpness``, those of end tokens raised by ``fondness``."""
 
     def logits(text: tuple[int, ...]) -> np.ndarray:
@@ -46,7 +48,9 @@ def naive_search(
     ``early``: it is over as soon as n hypotheses are at least as good as whatever the beams may come to: tried are all
     lengths, with a probability of 1 for every token that is to come.
     """
-    n, penalty, longest = request.n, request.length_penalty, request.max_tokens
+    n = request.n
+    penalty = request.length_penalty
+    longest = request.max_tokens
     beams: list[tuple[float, list[int]]] = [(0.0, [])]
     ended: list[Hypothesis] = []
     nearest = np.inf
@@ -58,24 +62,41 @@ def naive_search(
         found.sort(key=lambda c: -c[0])
         scores = np.array([score for score, _ in found])
         nearest = min(nearest, float(np.min(scores[:-1] - scores[1:], initial=np.inf)))
-        ended += [Hypothesis(score / length**penalty, text, "end") for score, text in found[:n] if text[-1] in ends]
+        ended += [
+            Hypothesis(score / length**penalty, text, "end")
+            for score, text in found[:n]
+            if text[-1] in ends
+        ]
         beams = [(score, text) for score, text in found if text[-1] not in ends][:n]
         if early and length < longest and len(ended) >= n:
-            possible = [score / later**penalty for score, _ in beams for later in range(length + 1, longest + 1)]
+            possible = [
+                score / later**penalty
+                for score, _ in beams
+                for later in range(length + 1, longest + 1)
+            ]
             if sorted(h.score for h in ended)[-n] >= max(possible):
                 return sorted(ended, key=lambda h: -h.score)[:n], length, nearest
     ended += [Hypothesis(score / longest**penalty, text, "length") for score, text in beams]
     return sorted(ended, key=lambda h: -h.score)[:n], longest, nearest
 
 
-def drive(request: Request, ends: frozenset[int], logits: Language, xp: Any = np) -> tuple[list[Hypothesis], int]:
+def drive(
+    request: Request, ends: frozenset[int], logits: Language, xp: Any = np
+) -> tuple[list[Hypothesis], int]:
     """(the n best of the search, its steps), its beams kept as the scheduler keeps them: forks run last."""
-    search, beams, indices, steps = Search(request, ends), [Branch(request, 0, 0)], count(1), 0
+    search = Search(request, ends)
+    beams = [Branch(request, 0, 0)]
+    indices = count(1)
+    steps = 0
     while beams:
         assert len(beams) <= request.n
         assert steps < request.max_tokens
-        outcomes = search.advance(beams, xp.asarray(np.stack([logits(tuple(beam.output)) for beam in beams])))
-        told, kept, forks = [], [], []
+        outcomes = search.advance(
+            beams, xp.asarray(np.stack([logits(tuple(beam.output)) for beam in beams]))
+        )
+        told = []
+        kept = []
+        forks = []
         for beam, outcome in zip(beams, outcomes, strict=True):
             text = list(beam.tokens)
             for i, continuation in enumerate(outcome):
@@ -85,7 +106,8 @@ def drive(request: Request, ends: frozenset[int], logits: Language, xp: Any = np
                 (forks if i else kept).append(branch)
         if told:
             search.follow(told)
-        beams, steps = kept + forks, steps + 1
+        beams = kept + forks
+        steps = steps + 1
     return search.best, steps
 
 
@@ -94,11 +116,21 @@ def drive(request: Request, ends: frozenset[int], logits: Language, xp: Any = np
 
 @st.composite
 def searches(draw: st.DrawFn) -> tuple[Request, frozenset[int], Language]:
-    n, ends = draw(st.integers(1, 4)), draw(st.sampled_from([(), (0,), (2,), (1, 3)]))
+    n = draw(st.integers(1, 4))
+    ends = draw(st.sampled_from([(), (0,), (2,), (1, 3)]))
     vocab = draw(st.integers(max(n, 2), 5)) + len(ends)
-    request = Request([1], draw(st.integers(1, 6)), n=n, beam=True,
-                      length_penalty=draw(st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0])))  # fmt: skip
-    how = draw(st.sampled_from([0.3, 1.0, 3.0])), frozenset(ends), draw(st.sampled_from([-2.0, 0.0, 2.0]))
+    request = Request(
+        [1],
+        draw(st.integers(1, 6)),
+        n=n,
+        beam=True,
+        length_penalty=draw(st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0])),
+    )
+    how = (
+        draw(st.sampled_from([0.3, 1.0, 3.0])),
+        frozenset(ends),
+        draw(st.sampled_from([-2.0, 0.0, 2.0])),
+    )
     return request, frozenset(ends), language(draw(seeds), vocab, *how)
 
 
@@ -114,7 +146,9 @@ def test_oracle_a_search_over_whole_texts(xp, case):
     assume(nearest > TOLERANCE)  # otherwise either may win
     found, _ = drive(*case, xp)
     assert [(h.tokens, h.reason) for h in found] == [(h.tokens, h.reason) for h in expected]
-    np.testing.assert_allclose([h.score for h in found], [h.score for h in expected], atol=TOLERANCE)
+    np.testing.assert_allclose(
+        [h.score for h in found], [h.score for h in expected], atol=TOLERANCE
+    )
 
 
 @pytest.mark.theorem(
@@ -142,20 +176,24 @@ def test_an_end_that_is_not_among_the_n_best_is_no_hypothesis():
     for n, end, expected in ((2, 2, [[0, 0], [0, 1]]), (3, 2, [[0, 0], [0, 1], [2]])):
         request = Request([1], 2, n=n, beam=True, length_penalty=0.0)
         found, _ = drive(request, frozenset([end]), lambda text: later if text else z)
-        assert [h.tokens for h in found] == expected  # p = 0.2, 0.2, and the end's 0.15 that beats 0.3 · 0.4
+        # p = 0.2, 0.2, and the end's 0.15 that beats 0.3 · 0.4
+        assert [h.tokens for h in found] == expected
 
 
 def test_a_hypothesis_as_good_as_the_bound_ends_the_search():
     request = Request([1], 9, n=1, beam=True, length_penalty=0.0)
     found, steps = drive(request, frozenset([0]), lambda text: certain(0, 1))
-    assert ([h.tokens for h in found], steps) == ([[0]], 1)  # its score is log ½, and so is the beam's
+    # its score is log ½, and so is the beam's
+    assert ([h.tokens for h in found], steps) == ([[0]], 1)
 
 
 def test_a_long_text_may_still_win_where_length_is_rewarded():
     for penalty, longest, expected in ((0.0, 9, [0]), (1.0, 9, [1] * 9), (1.0, 2, [1, 1])):
         request = Request([1], longest, n=1, beam=True, length_penalty=penalty)
         first = np.log([0.5, 0.4, 0.08, 0.02])
-        found, steps = drive(request, frozenset([0]), lambda text, z=first: certain(1) if text else z)
+        found, steps = drive(
+            request, frozenset([0]), lambda text, z=first: certain(1) if text else z
+        )
         assert [h.tokens for h in found] == [expected]
         assert steps == len(expected)
 
@@ -163,7 +201,9 @@ def test_a_long_text_may_still_win_where_length_is_rewarded():
 def test_where_length_is_penalised_a_beam_may_win_as_long_as_the_next_length_may():
     table = {(): [0.06, 0.9, 0.03, 0.01], (1,): [0.5, 0.48, 0.01, 0.01]}
     request = Request([1], 9, n=2, beam=True, length_penalty=-1.0)
-    found, steps = drive(request, frozenset([0]), lambda text: np.log(table[text]) if text in table else certain(1))
+    found, steps = drive(
+        request, frozenset([0]), lambda text: np.log(table[text]) if text in table else certain(1)
+    )
     # the second best is log 0.06 = -2.8: better than 4 log(0.9 · 0.48) = -3.4, but not than three times as much
     assert ([h.tokens for h in found], steps) == ([[1, 0], [0]], 3)
 
@@ -178,7 +218,8 @@ def test_equal_candidates_are_ranked_by_beam_then_by_token():
 def test_ends_never_crowd_out_the_beams(ends):
     """The likeliest tokens of every beam end: n (1 + e) candidates hold n that go on, and no fewer do."""
     z = np.array([9.0 if token in ends else -float(token) for token in range(6)])
-    request, sizes = Request([1], 4, n=3, beam=True, length_penalty=9.0), []
+    request = Request([1], 4, n=3, beam=True, length_penalty=9.0)
+    sizes = []
 
     def logits(text: tuple[int, ...]) -> np.ndarray:
         sizes.append(len(text))
@@ -200,14 +241,27 @@ def network(request: Request) -> Language:
     source="Kwon et al. 2023, section 4.4",
 )
 @given(
-    prompt=st.lists(st.integers(0, 8), min_size=1, max_size=6), longest=st.integers(1, 6), n=st.integers(1, 4),
-    penalty=st.sampled_from([0.0, 1.0, 2.0]), size=st.integers(1, 4), seed=st.integers(0, 9),
-)  # fmt: skip
-def test_oracle_the_search_in_the_engine_finds_what_a_naive_one_finds(prompt, longest, n, penalty, size, seed):
+    prompt=st.lists(st.integers(0, 8), min_size=1, max_size=6),
+    longest=st.integers(1, 6),
+    n=st.integers(1, 4),
+    penalty=st.sampled_from([0.0, 1.0, 2.0]),
+    size=st.integers(1, 4),
+    seed=st.integers(0, 9),
+)
+def test_oracle_the_search_in_the_engine_finds_what_a_naive_one_finds(
+    prompt, longest, n, penalty, size, seed
+):
     request = Request(prompt, longest, n=n, beam=True, length_penalty=penalty)
-    blocks = -(-request.longest // size) * n  # not one more than the search may need: others preempt it
-    engine = Engine(served_model(9), num_blocks=blocks + seed, block_size=size, poison=True,
-                    prefix_cache=("hash", "radix", None)[seed % 3], max_batch_tokens=max(n, 4))  # fmt: skip
+    # not one more than the search may need: others preempt it
+    blocks = -(-request.longest // size) * n
+    engine = Engine(
+        served_model(9),
+        num_blocks=blocks + seed,
+        block_size=size,
+        poison=True,
+        prefix_cache=("hash", "radix", None)[seed % 3],
+        max_batch_tokens=max(n, 4),
+    )
     others = Request([1], min(request.longest, 3), ignore_eos=True)
     engine.submit(others)
     name = engine.submit(request)
@@ -218,13 +272,19 @@ def test_oracle_the_search_in_the_engine_finds_what_a_naive_one_finds(prompt, lo
     expected, _, nearest = naive_search(request, frozenset([END]), network(request))
     if nearest < TOLERANCE:
         return  # a tie: either may win
-    assert [o.tokens for o in result.outputs] == [h.tokens[:-1] if h.reason == "end" else h.tokens for h in expected]
+    assert [o.tokens for o in result.outputs] == [
+        h.tokens[:-1] if h.reason == "end" else h.tokens for h in expected
+    ]
     assert [o.reason for o in result.outputs] == [h.reason for h in expected]
-    np.testing.assert_allclose([o.score for o in result.outputs], [h.score for h in expected], atol=TOLERANCE)
+    np.testing.assert_allclose(
+        [o.score for o in result.outputs], [h.score for h in expected], atol=TOLERANCE
+    )
     assert [o.index for o in result.outputs] == list(range(len(expected)))
 
 
-@pytest.mark.theorem("With as many beams as tokens, two tokens are searched exhaustively", source="definition")
+@pytest.mark.theorem(
+    "With as many beams as tokens, two tokens are searched exhaustively", source="definition"
+)
 def test_exact_all_beams_find_the_best_text():
     request = Request([1, 2], 2, n=8, beam=True, ignore_eos=True, length_penalty=0.0)
     engine = Engine(served_model(9), num_blocks=40, block_size=2)
@@ -240,7 +300,9 @@ def test_exact_all_beams_find_the_best_text():
 
 
 def test_beams_share_the_blocks_of_their_prompt_and_copy_a_partial_one_at_most():
-    prompt, n, longest = [1, 2, 3, 4, 6, 7], 4, 5
+    prompt = [1, 2, 3, 4, 6, 7]
+    n = 4
+    longest = 5
     engine = Engine(served_model(), num_blocks=60, block_size=4, prefix_cache=None)
     engine.submit(Request(prompt, longest, n=n, beam=True, ignore_eos=True))
     copies: list[int] = []
@@ -257,17 +319,29 @@ def test_beams_share_the_blocks_of_their_prompt_and_copy_a_partial_one_at_most()
     source="Kwon et al. 2023, section 4.4",
 )
 @given(
-    prompt=st.lists(st.integers(0, 8), min_size=1, max_size=5), n=st.integers(1, 4), size=st.integers(1, 3),
+    prompt=st.lists(st.integers(0, 8), min_size=1, max_size=5),
+    n=st.integers(1, 4),
+    size=st.integers(1, 3),
     longest=st.integers(2, 6),
-)  # fmt: skip
-def test_conservation_a_block_for_each_text_and_none_for_beams_that_were_dropped(prompt, n, size, longest):
-    engine = Engine(served_model(9), num_blocks=n * (len(prompt) + longest), block_size=size, prefix_cache=None)
+)
+def test_conservation_a_block_for_each_text_and_none_for_beams_that_were_dropped(
+    prompt, n, size, longest
+):
+    engine = Engine(
+        served_model(9), num_blocks=n * (len(prompt) + longest), block_size=size, prefix_cache=None
+    )
 
     def look(plan: Plan) -> None:
         texts = {branch.key: tuple(branch.tokens) for branch in engine.scheduler.running}
         assert texts.keys() == {item.name for item in plan.items}
-        full = {texts[item.name][:end] for item in plan.items for end in range(size, item.start + 1, size)}
-        written = sum(-(-(item.start + item.count) // size) - item.start // size for item in plan.items)
+        full = {
+            texts[item.name][:end]
+            for item in plan.items
+            for end in range(size, item.start + 1, size)
+        }
+        written = sum(
+            -(-(item.start + item.count) // size) - item.start // size for item in plan.items
+        )
         assert engine.used_blocks == len(full) + written
 
     engine.on_plan = look
@@ -280,9 +354,10 @@ def test_a_search_that_is_settled_frees_its_blocks_while_others_run():
     engine = Engine(served_model(9), num_blocks=60, block_size=2, prefix_cache=None)
     prompts = [[a, b] for a in range(9) for b in range(9)]
     request = next(
-        r for r in (Request(p, 40, n=2, beam=True, length_penalty=0.0, id="search") for p in prompts)
+        r
+        for r in (Request(p, 40, n=2, beam=True, length_penalty=0.0, id="search") for p in prompts)
         if naive_search(r, frozenset([END]), network(r), early=True)[1] < 20
-    )  # fmt: skip
+    )
     _, length, _ = naive_search(request, frozenset([END]), network(request), early=True)
     engine.submit(request)
     engine.submit(Request([1], 40, ignore_eos=True))

@@ -19,20 +19,40 @@ from refllm.serve.request import Request
 from serving import TOLERANCE, alone, said, served_model
 from study_models import tiny_model
 
-PROMPTS = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [1, 2, 3, 4, 5, 6, 7, 8, 20], [1, 2, 3, 30], [40, 41] * 7, [50]]
+PROMPTS = [
+    [1, 2, 3, 4, 5, 6, 7, 8, 9, 10],
+    [1, 2, 3, 4, 5, 6, 7, 8, 20],
+    [1, 2, 3, 30],
+    [40, 41] * 7,
+    [50],
+]
 
 
 def some_request(rng: random.Random, name: int) -> Request:
     """Prompts that share prefixes; greedy, sampled and penalised; one continuation or several."""
-    prompt = PROMPTS[rng.randrange(len(PROMPTS))] + [rng.randint(60, 62) for _ in range(rng.randint(0, 3))]
+    prompt = PROMPTS[rng.randrange(len(PROMPTS))] + [
+        rng.randint(60, 62) for _ in range(rng.randint(0, 3))
+    ]
     how: dict[str, Any] = {"seed": name}
     if rng.random() < 0.6:
-        how |= {"temperature": rng.choice([0.5, 1.0]), "top_p": rng.choice([1.0, 0.9]), "top_k": rng.choice([0, 20])}
+        how |= {
+            "temperature": rng.choice([0.5, 1.0]),
+            "top_p": rng.choice([1.0, 0.9]),
+            "top_k": rng.choice([0, 20]),
+        }
     if rng.random() < 0.3:
         how["repetition_penalty"] = 1.3
     n = rng.choice([1, 1, 1, 3])
-    return Request(prompt, rng.randint(1, 9), id=name, n=n, ignore_eos=rng.random() < 0.5,
-                   priority=rng.randint(0, 2), salt=rng.choice([None, None, "tenant"]), **how)  # fmt: skip
+    return Request(
+        prompt,
+        rng.randint(1, 9),
+        id=name,
+        n=n,
+        ignore_eos=rng.random() < 0.5,
+        priority=rng.randint(0, 2),
+        salt=rng.choice([None, None, "tenant"]),
+        **how,
+    )
 
 
 def some_engine(rng: random.Random, **options: Any) -> Engine:
@@ -42,11 +62,20 @@ def some_engine(rng: random.Random, **options: Any) -> Engine:
     size = rng.choice([1, 2, 4, 5])
     drafter = rng.choice([None, None, lambda: NGramDrafter(3, longest=2, shortest=1)])
     return Engine(
-        served_model(), num_blocks=rng.randint(30, 60) // size, block_size=size, policy=policy, poison=True,
-        prefix_cache=rng.choice(["hash", "radix", None]) if continuous else None, drafter=drafter,
-        max_batch_tokens=rng.choice([3, 7, 16, 200]), max_sequences=rng.choice([3, 5, 16]),
-        chunked=not continuous or rng.random() < 0.8, long_prefill=rng.choice([0, 0, 2]), longest=30, **options,
-    )  # fmt: skip
+        served_model(),
+        num_blocks=rng.randint(30, 60) // size,
+        block_size=size,
+        policy=policy,
+        poison=True,
+        prefix_cache=rng.choice(["hash", "radix", None]) if continuous else None,
+        drafter=drafter,
+        max_batch_tokens=rng.choice([3, 7, 16, 200]),
+        max_sequences=rng.choice([3, 5, 16]),
+        chunked=not continuous or rng.random() < 0.8,
+        long_prefill=rng.choice([0, 0, 2]),
+        longest=30,
+        **options,
+    )
 
 
 def holds(engine: Engine, request: Request) -> bool:
@@ -62,7 +91,9 @@ def test_invariance_what_a_request_says_depends_on_nothing_else():
     seen: Counter[str] = Counter()
     for seed in range(max(24, settings.default.max_examples // 4)):
         rng = random.Random(seed)
-        engine = some_engine(rng, on_plan=lambda plan: seen.update(chunked=sum(not i.samples for i in plan.items)))
+        engine = some_engine(
+            rng, on_plan=lambda plan: seen.update(chunked=sum(not i.samples for i in plan.items))
+        )
         requests = [r for r in (some_request(rng, name) for name in range(7)) if holds(engine, r)]
         rng.shuffle(requests)
         for request in requests:
@@ -76,22 +107,35 @@ def test_invariance_what_a_request_says_depends_on_nothing_else():
             assert len(outputs) == request.n
             for output in outputs:
                 expected, nearest = alone(request, output.index)
-                assert nearest > TOLERANCE, "rounding could decide a token: the comparison would be void"
+                assert nearest > TOLERANCE, (
+                    "rounding could decide a token: the comparison would be void"
+                )
                 assert output.tokens == said(expected, request), (seed, request)
                 ended = expected[-1:] == [5] and not request.ignore_eos
                 assert output.reason == ("end" if ended else "length")
         assert engine.used_blocks == 0
         seen.update(
-            preempted=engine.preemptions, hits=engine.cached_tokens, copied=engine.copied_blocks,
-            drafted=engine.drafter is not None, resumed=engine.scheduler.resumed_cached,
-        )  # fmt: skip
-    assert all(seen[what] for what in ("chunked", "preempted", "hits", "copied", "drafted", "resumed")), seen
+            preempted=engine.preemptions,
+            hits=engine.cached_tokens,
+            copied=engine.copied_blocks,
+            drafted=engine.drafter is not None,
+            resumed=engine.scheduler.resumed_cached,
+        )
+    assert all(
+        seen[what] for what in ("chunked", "preempted", "hits", "copied", "drafted", "resumed")
+    ), seen
 
 
 def test_invariance_it_runs_on_every_library(xp):
-    engine = Engine(served_model(xp=xp), num_blocks=12, block_size=4, max_batch_tokens=9, prefix_cache="radix")
-    requests = [Request(PROMPTS[0], 6, seed=1, temperature=0.9), Request(PROMPTS[1], 6, n=2, seed=2, temperature=0.7),
-                Request(PROMPTS[3], 5), Request(PROMPTS[3], 4, n=2, beam=True)]  # fmt: skip
+    engine = Engine(
+        served_model(xp=xp), num_blocks=12, block_size=4, max_batch_tokens=9, prefix_cache="radix"
+    )
+    requests = [
+        Request(PROMPTS[0], 6, seed=1, temperature=0.9),
+        Request(PROMPTS[1], 6, n=2, seed=2, temperature=0.7),
+        Request(PROMPTS[3], 5),
+        Request(PROMPTS[3], 4, n=2, beam=True),
+    ]
     names = [engine.submit(request) for request in requests]
     results = engine.run()
     for name, request in zip(names[:3], requests, strict=False):
@@ -100,7 +144,10 @@ def test_invariance_it_runs_on_every_library(xp):
     assert len(results[names[3]].outputs) == 2
 
 
-@pytest.mark.theorem("Which physical blocks a sequence lies in changes no bit", source="Kwon et al. 2023, section 4.1")
+@pytest.mark.theorem(
+    "Which physical blocks a sequence lies in changes no bit",
+    source="Kwon et al. 2023, section 4.1",
+)
 def test_invariance_physical_blocks_are_interchangeable():
     outputs = []
     for seed in (0, 1):
@@ -109,7 +156,9 @@ def test_invariance_physical_blocks_are_interchangeable():
         for block in np.random.default_rng(seed).permutation(taken):
             engine.pool.free(int(block))
         blocks: list[tuple[int, ...]] = []
-        engine.on_plan = lambda plan, blocks=blocks: blocks.extend(item.blocks for item in plan.items)
+        engine.on_plan = lambda plan, blocks=blocks: blocks.extend(
+            item.blocks for item in plan.items
+        )
         for prompt in PROMPTS[:3]:
             engine.submit(Request(prompt, 5))
         outputs.append(([r.tokens for r in engine.run().values()], blocks))
@@ -153,7 +202,10 @@ def assert_serves_on(engine: Engine) -> None:
     [
         (lambda: Request([1] * 40, 1), "needs 40 slots .* pool has 32"),
         (lambda: Request([1] * 30, 9), "needs 40 slots"),
-        (lambda: Request([1] * 90, 9), "90 prompt tokens plus max_tokens 9 exceed the model's 96 positions"),
+        (
+            lambda: Request([1] * 90, 9),
+            "90 prompt tokens plus max_tokens 9 exceed the model's 96 positions",
+        ),
         (lambda: Request([], 5), "prompt is empty"),
         (lambda: Request([1, 257], 5), "token 257 at position 1 .* vocabulary of 257"),
         (lambda: Request([1, -1], 5), "-1 at position 1"),
@@ -199,7 +251,9 @@ def test_an_abort_ends_with_what_was_said_and_is_false_for_nobody(busy):
 
 
 def test_a_seed_is_none_or_a_whole_number():
-    with pytest.raises(ValueError, match="the engine's seed is None or a whole number, 0 or more, got -1"):
+    with pytest.raises(
+        ValueError, match="the engine's seed is None or a whole number, 0 or more, got -1"
+    ):
         Engine(served_model(), num_blocks=1, seed=-1)
 
 
@@ -218,7 +272,10 @@ def test_logits_that_are_no_numbers_end_their_own_request(busy):
     weights = busy.model.weights
     broken = {**weights, "embed_tokens": BrokenEmbedding(weights["embed_tokens"], 99)}
     busy.model = type(busy.model)(busy.model.config, broken, busy.model.tokenizer)
-    names = [busy.submit(Request([1, 99], 3, n=n, beam=beam)) for n, beam in ((1, False), (2, False), (2, True))]
+    names = [
+        busy.submit(Request([1, 99], 3, n=n, beam=beam))
+        for n, beam in ((1, False), (2, False), (2, True))
+    ]
     while busy.unfinished:
         busy.step()
     for result in [busy.results.pop(name) for name in names]:
@@ -232,7 +289,8 @@ class BrokenEmbedding:
     """An embedding with one row of NaN."""
 
     def __init__(self, inner: Any, token: int):
-        self.inner, self.token = inner, token
+        self.inner = inner
+        self.token = token
 
     def rows(self, tokens: np.ndarray) -> np.ndarray:
         return np.where((tokens == self.token)[:, None], np.nan, self.inner.rows(tokens))
@@ -242,7 +300,9 @@ class BrokenEmbedding:
 
 
 def test_a_step_that_fails_is_withdrawn_and_nothing_is_lost(busy):
-    sampled = Request(PROMPTS[1], 6, id="sampled", temperature=0.9, seed=4, ignore_eos=True, stop="\0\0")
+    sampled = Request(
+        PROMPTS[1], 6, id="sampled", temperature=0.9, seed=4, ignore_eos=True, stop="\0\0"
+    )
     busy.submit(sampled)
     busy.step()
 
@@ -281,7 +341,8 @@ def test_a_step_that_fails_before_its_copies_leaves_no_block_half_shared():
 
 def test_what_was_heard_in_a_step_that_fails_was_not_said(monkeypatch):
     request = Request(PROMPTS[0], 6, seed=1, temperature=1.0, ignore_eos=True, stop="\0\0")
-    engine, heard = Engine(served_model(), num_blocks=40), []
+    engine = Engine(served_model(), num_blocks=40)
+    heard = []
     engine.submit(request, heard.append)
     engine.step()
 
@@ -294,32 +355,46 @@ def test_what_was_heard_in_a_step_that_fails_was_not_said(monkeypatch):
             engine.step()
     (result,) = engine.run().values()
     assert result.tokens == alone(request)[0]
-    assert "".join(piece.text for piece in heard) == result.text == engine.model.tokenizer.decode(result.tokens)
+    assert (
+        "".join(piece.text for piece in heard)
+        == result.text
+        == engine.model.tokenizer.decode(result.tokens)
+    )
 
 
 def test_outputs_stand_in_the_order_of_their_branches_whoever_ended_first():
-    engine, ended = Engine(served_model(9), num_blocks=200, block_size=4), []
+    engine = Engine(served_model(9), num_blocks=200, block_size=4)
+    ended = []
     for seed in range(12):
         request = Request([1, 2], 20, id=seed, n=3, seed=seed, temperature=1.0)
-        engine.submit(request, lambda piece: ended.append((piece.id, piece.index)) if piece.reason else None)
+        engine.submit(
+            request, lambda piece: ended.append((piece.id, piece.index)) if piece.reason else None
+        )
     results = engine.run()
     for result in results.values():
         assert [output.index for output in result.outputs] == [0, 1, 2]
-    assert any([i for s, i in ended if s == seed] != [0, 1, 2] for seed in results), "nobody ended out of order"
+    assert any([i for s, i in ended if s == seed] != [0, 1, 2] for seed in results), (
+        "nobody ended out of order"
+    )
 
 
 # --- listeners -------------------------------------------------------------------------------------------------
 
 
 def test_listeners_hear_every_token_once_and_the_text_piece_by_piece():
-    engine, heard = Engine(served_model(), num_blocks=40), []
+    engine = Engine(served_model(), num_blocks=40)
+    heard = []
     request = Request(PROMPTS[0], 12, n=3, seed=1, temperature=1.0, ignore_eos=True)
     name = engine.submit(request, heard.append)
     outputs = engine.run()[name].outputs
     for output in outputs:
         pieces = [piece for piece in heard if piece.index == output.index]
         assert [token for piece in pieces for token in piece.tokens] == output.tokens
-        assert "".join(piece.text for piece in pieces) == output.text == engine.model.tokenizer.decode(output.tokens)
+        assert (
+            "".join(piece.text for piece in pieces)
+            == output.text
+            == engine.model.tokenizer.decode(output.tokens)
+        )
         assert [piece.reason for piece in pieces] == [None] * 11 + ["length"]
 
 
@@ -328,8 +403,11 @@ def test_a_stop_string_ends_the_text_before_it():
     request = Request(PROMPTS[0], 40, seed=9, temperature=1.0, ignore_eos=True)
     whole = model.tokenizer.decode(alone(request)[0])
     stop = whole[8:11]
-    engine, heard = Engine(model, num_blocks=40), []
-    stopping = Request(PROMPTS[0], 40, seed=9, temperature=1.0, ignore_eos=True, stop=[stop, "never said"])
+    engine = Engine(model, num_blocks=40)
+    heard = []
+    stopping = Request(
+        PROMPTS[0], 40, seed=9, temperature=1.0, ignore_eos=True, stop=[stop, "never said"]
+    )
     result = engine.run() if engine.submit(stopping, heard.append) is not None else {}
     (result,) = result.values()
     assert (result.text, result.reason) == (whole[: whole.index(stop)], "stop")
@@ -351,7 +429,8 @@ def test_a_listener_that_raises_ends_its_own_request(busy):
 
 
 def test_ctrl_c_in_a_listener_is_raised_and_the_next_run_serves_what_is_left():
-    engine, calls = Engine(served_model(), num_blocks=40), []
+    engine = Engine(served_model(), num_blocks=40)
+    calls = []
 
     def interrupted(piece: Piece) -> None:
         calls.append(piece)
@@ -359,7 +438,8 @@ def test_ctrl_c_in_a_listener_is_raised_and_the_next_run_serves_what_is_left():
             raise KeyboardInterrupt
 
     # Its first piece is its last as well: the scheduler has let go of it by then
-    short, long = engine.submit(Request([1, 2], 1, ignore_eos=True), interrupted), engine.submit(Request([3], 4))
+    short = engine.submit(Request([1, 2], 1, ignore_eos=True), interrupted)
+    long = engine.submit(Request([3], 4))
     with pytest.raises(KeyboardInterrupt):
         engine.run()
     engine.check()
@@ -398,12 +478,21 @@ def test_a_listener_may_submit_and_abort_but_not_step(busy):
 @pytest.mark.parametrize(("cache", "count"), [("hash", 500), ("radix", 2000)])
 def test_conservation_a_flood_with_random_aborts_ends_with_every_block_free(cache, count):
     rng = random.Random(cache)
-    engine = Engine(served_model(), num_blocks=24, block_size=4, prefix_cache=cache, max_batch_tokens=256)
-    names, ended = [], Counter()
+    engine = Engine(
+        served_model(), num_blocks=24, block_size=4, prefix_cache=cache, max_batch_tokens=256
+    )
+    names = []
+    ended = Counter()
     for name in range(count):
-        prompt = PROMPTS[rng.randrange(len(PROMPTS))] + [rng.randrange(257) for _ in range(rng.randint(0, 8))]
+        prompt = PROMPTS[rng.randrange(len(PROMPTS))] + [
+            rng.randrange(257) for _ in range(rng.randint(0, 8))
+        ]
         beam = rng.random() < 0.02
-        names.append(engine.submit(Request(prompt, rng.randint(0, 6), id=name, n=2 if beam else 1, beam=beam)))
+        names.append(
+            engine.submit(
+                Request(prompt, rng.randint(0, 6), id=name, n=2 if beam else 1, beam=beam)
+            )
+        )
         if rng.random() < 0.15:
             engine.abort(rng.choice(names))
         if rng.random() < 0.1:
@@ -429,7 +518,12 @@ def test_what_is_counted():
     engine.run()
     engine.submit(request)
     engine.run()
-    assert (engine.steps, engine.sampled_tokens, engine.preemptions, engine.copied_blocks) == (10, 10, 0, 0)
+    assert (engine.steps, engine.sampled_tokens, engine.preemptions, engine.copied_blocks) == (
+        10,
+        10,
+        0,
+        0,
+    )
     assert (engine.queried_tokens, engine.cached_tokens, engine.hit_rate) == (
         20,
         8,

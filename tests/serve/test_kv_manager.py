@@ -58,7 +58,8 @@ def test_what_was_reserved_for_rejected_drafts_is_given_back(make: Make):
 @KINDS
 def test_siblings_share_and_the_first_who_writes_copies(make: Make):
     memory = make(BlockPool(8, 2))
-    one, two = branch([1, 2, 3]), branch([1, 2, 3])
+    one = branch([1, 2, 3])
+    two = branch([1, 2, 3])
     memory.admit(one, 3, alone=True)
     compute(memory, one, 3)
     memory.fork(one, two)
@@ -80,7 +81,8 @@ def test_a_watermark_keeps_blocks_for_those_who_run(make: Make):
     pool = BlockPool(10, 1)
     memory = make(pool) if make is not Paged else Paged(pool)
     memory.spare = 3
-    one, two = branch([1] * 8), branch([2] * 8, 1)
+    one = branch([1] * 8)
+    two = branch([2] * 8, 1)
     assert not memory.admit(one, 8, alone=False)
     assert memory.admit(one, 7, alone=False)
     assert not memory.admit(two, 1, alone=False)
@@ -120,7 +122,8 @@ def test_a_match_is_not_evicted_for_the_room_beside_it():
     assert memory.allocated == 0
     two = branch([1, 2, 3, 4, 5], 1)
     assert memory.match(two) == 3
-    assert not memory.admit(two, 2, alone=True)  # the three that were found and one free one: there is no fifth
+    # the three that were found and one free one: there is no fifth
+    assert not memory.admit(two, 2, alone=True)
     memory.check()
     assert memory.match(two) == 3
     assert memory.admit(two, 1, alone=True)
@@ -130,7 +133,8 @@ def test_a_match_is_not_evicted_for_the_room_beside_it():
 
 def test_twins_of_a_block_are_given_up_for_the_trees():
     memory = Radix(BlockPool(8, 2))
-    one, two = branch([1, 2, 3, 4, 5]), branch([1, 2, 3, 4, 6], 1)
+    one = branch([1, 2, 3, 4, 5])
+    two = branch([1, 2, 3, 4, 6], 1)
     for some in (one, two):  # side by side: neither finds what the other computes
         memory.admit(some, 5, alone=False)
     assert memory.allocated == 12
@@ -154,7 +158,10 @@ def test_a_leak_is_found(make: Make):
 def test_what_never_fits_is_refused_beams_side_by_side(make: Make):
     memory = make(BlockPool(4, 2))
     assert memory.refuses(Request([1] * 8, 1)) is None
-    assert memory.refuses(Request([1] * 8, 2)) == "needs 10 slots with 9 tokens to keep, and the pool has 8"
+    assert (
+        memory.refuses(Request([1] * 8, 2))
+        == "needs 10 slots with 9 tokens to keep, and the pool has 8"
+    )
     assert memory.refuses(Request([1] * 3, 1, n=2)) is None
     assert memory.refuses(Request([1] * 3, 1, n=2, beam=True)) is None
     assert memory.refuses(Request([1] * 3, 1, n=3, beam=True)) is not None

@@ -15,7 +15,9 @@ from refllm.serve.plan import Ghost, Item, Plan, place
 def test_oracle_a_place_is_the_block_of_a_position_and_what_is_left(blocks, size, data):
     start = data.draw(st.integers(0, 9 * size - 1))
     stop = data.draw(st.integers(start, 9 * size))
-    assert place(blocks, size, start, stop) == [blocks[p // size] * size + p % size for p in range(start, stop)]
+    assert place(blocks, size, start, stop) == [
+        blocks[p // size] * size + p % size for p in range(start, stop)
+    ]
     assert place(blocks, 0, start, stop) == list(range(blocks[0] + start, blocks[0] + stop))
 
 
@@ -23,7 +25,8 @@ def plan(*items: Item, **fields: Any) -> Plan:
     return Plan(0, list(items), **{"block_size": 2, **fields})
 
 
-A, B = ("a", 0), ("b", 0)
+A = ("a", 0)
+B = ("b", 0)
 
 
 def test_what_a_plan_tells():
@@ -33,7 +36,8 @@ def test_what_a_plan_tells():
     assert [made.slots(item) for item in made.items] == [[3], [4, 5, 0]]
     assert made.batch() == [(3, 1), (0, 3), (4, 1)]
     padded = plan(Item(A, 0, 3, (2,), 1, pad=2), Item(B, 3, 1, (9,), 1, pad=2), block_size=0)
-    assert padded.batch() == [(0, 5), (5, 1)]  # padding is computed with the prompt, and seen by what follows
+    # padding is computed with the prompt, and seen by what follows
+    assert padded.batch() == [(0, 5), (5, 1)]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +46,10 @@ def test_what_a_plan_tells():
         (plan(Item(A, 0, 1, (0,), 1), Item(A, 0, 1, (1,), 1)), "stands twice"),
         (plan(Item(A, 0, 3, (0, 1), 1), budget=2), "budget"),
         (plan(Item(A, 0, 1, (0,), 1), Item(B, 0, 1, (1,), 1), seats=1), "seats"),
-        (plan(Item(A, 0, 1, (0,), 1), admitted=[A], preempted=[B]), "admitted in a step that preempted"),
+        (
+            plan(Item(A, 0, 1, (0,), 1), admitted=[A], preempted=[B]),
+            "admitted in a step that preempted",
+        ),
         (plan(Item(A, 0, 1, (0,), 1), preempted=[A]), "a preempted branch computes"),
         (plan(Item(A, 0, 1, (0,), 2)), "samples more"),
         (plan(Item(A, 0, 0, (0,), 0)), "computes no token"),

@@ -15,13 +15,32 @@ from refllm.serve.request import Branch, Request
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("max_tokens", -1), ("max_tokens", 1.5), ("max_tokens", True), ("temperature", -0.1), ("temperature", math.inf),
-        ("temperature", math.nan), ("top_k", -1), ("top_k", 0.5), ("top_p", 0), ("top_p", 1.1), ("min_p", -0.1),
-        ("min_p", 2), ("repetition_penalty", 0), ("seed", -1), ("seed", "x"), ("stop", [""]), ("stop", [3]), ("n", 0),
-        ("n", 1.0), ("length_penalty", math.nan), ("priority", 0.5), ("arrival", -1), ("arrival", math.inf),
+        ("max_tokens", -1),
+        ("max_tokens", 1.5),
+        ("max_tokens", True),
+        ("temperature", -0.1),
+        ("temperature", math.inf),
+        ("temperature", math.nan),
+        ("top_k", -1),
+        ("top_k", 0.5),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", 2),
+        ("repetition_penalty", 0),
+        ("seed", -1),
+        ("seed", "x"),
+        ("stop", [""]),
+        ("stop", [3]),
+        ("n", 0),
+        ("n", 1.0),
+        ("length_penalty", math.nan),
+        ("priority", 0.5),
+        ("arrival", -1),
+        ("arrival", math.inf),
         ("salt", 3),
     ],
-)  # fmt: skip
+)
 def test_a_field_that_makes_no_sense_is_named(field, value):
     with pytest.raises(ValueError, match=rf"request 'r': {field} must be .*got"):
         Request([1], id="r", **{field: value})
@@ -30,11 +49,18 @@ def test_a_field_that_makes_no_sense_is_named(field, value):
 @pytest.mark.parametrize(
     ("prompt", "why"),
     [
-        ([], "empty"), (range(0), "empty"), ("text", "tokenise"), (b"text", "tokenise"), (3, "tokenise"),
-        ([1, 2.0], "2.0 at position 1"), ([1, -1], "-1 at position 1"), ([True], "True at position 0"),
-        (range(3, -2, -1), "0 or more"), (np.zeros((2, 2), int), "position 0"),
+        ([], "empty"),
+        (range(0), "empty"),
+        ("text", "tokenise"),
+        (b"text", "tokenise"),
+        (3, "tokenise"),
+        ([1, 2.0], "2.0 at position 1"),
+        ([1, -1], "-1 at position 1"),
+        ([True], "True at position 0"),
+        (range(3, -2, -1), "0 or more"),
+        (np.zeros((2, 2), int), "position 0"),
     ],
-)  # fmt: skip
+)
 def test_a_prompt_that_is_none_is_refused(prompt, why):
     with pytest.raises(ValueError, match=why):
         Request(prompt)
@@ -64,7 +90,13 @@ def test_a_range_stays_a_range():
 
 def test_a_branch_is_behind_by_what_it_has_not_computed():
     branch = Branch(Request([1, 2, 3], 4, id="a", n=2), 0, 0)
-    assert (branch.total, branch.output, branch.left, branch.key, branch.seats) == (3, [], 4, ("a", 0), 2)
+    assert (branch.total, branch.output, branch.left, branch.key, branch.seats) == (
+        3,
+        [],
+        4,
+        ("a", 0),
+        2,
+    )
     branch.tokens.append(7)
     branch.drafts = [8, 9]
     assert (branch.total, branch.output, branch.left) == (6, [7], 3)

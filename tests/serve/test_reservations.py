@@ -17,7 +17,9 @@ def branch(prompt: int, output: int, order: int = 0) -> Branch:
 @given(prompt=st.integers(1, 60), output=st.integers(0, 40))
 def test_bound_each_rule_reserves_what_may_come_and_knows_less_of_it(prompt, output):
     request = Request(range(prompt), output)
-    sizes = {rule: Reserved(200, rule, longest=100).size(request) for rule in ("max", "pow2", "oracle")}
+    sizes = {
+        rule: Reserved(200, rule, longest=100).size(request) for rule in ("max", "pow2", "oracle")
+    }
     assert sizes["max"] == 100
     assert sizes["oracle"] == prompt + output
     power = sizes["pow2"] - prompt
@@ -27,7 +29,8 @@ def test_bound_each_rule_reserves_what_may_come_and_knows_less_of_it(prompt, out
 
 def test_a_run_is_reserved_whole_and_given_back_whole():
     memory = Reserved(16, "oracle")
-    one, two = branch(3, 2), branch(4, 4, 1)
+    one = branch(3, 2)
+    two = branch(4, 4, 1)
     assert memory.admit(one, 3, alone=True)
     assert memory.admit(two, 4, alone=False)
     assert memory.allocated == 16  # 5 and 8, rounded up
@@ -49,7 +52,8 @@ def test_a_run_is_reserved_whole_and_given_back_whole():
 
 def test_rows_move_apart_while_a_batch_is_formed_and_go_together():
     memory = Rectangle(30)
-    one, two = branch(2, 3), branch(4, 5, 1)
+    one = branch(2, 3)
+    two = branch(4, 5, 1)
     memory.admit(one, 2, alone=True)
     assert (memory.blocks(one), memory.pad(one)) == ((0,), 0)
     memory.admit(two, 4, alone=False)

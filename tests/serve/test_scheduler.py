@@ -49,23 +49,39 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy = rng.choice([p for p in factory.POLICIES if (p in factory.CONTINUOUS) != reserved])
         self.pool = BlockPool(rng.randint(1, 12), rng.randint(1, 4))
         self.scheduler = factory.make(
-            policy, self.pool, prefix_cache=None if reserved else self.kind,
-            max_batch_tokens=rng.choice([None, 1, 3, 8, 32]), max_sequences=rng.choice([None, 1, 3, 6]),
-            chunked=rng.random() < 0.7, long_prefill=rng.choice([0, 0, 2]), watermark=rng.choice([0, 0, 0.2]),
-            eviction=rng.choice(sorted(POLICIES)), longest=12, buddy=rng.random() < 0.5,
-        )  # fmt: skip
+            policy,
+            self.pool,
+            prefix_cache=None if reserved else self.kind,
+            max_batch_tokens=rng.choice([None, 1, 3, 8, 32]),
+            max_sequences=rng.choice([None, 1, 3, 6]),
+            chunked=rng.random() < 0.7,
+            long_prefill=rng.choice([0, 0, 2]),
+            watermark=rng.choice([0, 0, 0.2]),
+            eviction=rng.choice(sorted(POLICIES)),
+            longest=12,
+            buddy=rng.random() < 0.5,
+        )
         self.memory = ShadowMemory()
-        self.texts: dict[tuple[Hashable, int], list[int]] = {}  # what each branch has been told to say
+        # what each branch has been told to say
+        self.texts: dict[tuple[Hashable, int], list[int]] = {}
         self.names = 0
 
     @rule(seed=seeds)
     def submit(self, seed: int) -> None:
         rng = random.Random(seed)
         for _ in range(rng.randint(1, 3)):
-            longest, n = rng.randint(0, 7), rng.choice([1, 1, 2, 3, 3])
+            longest = rng.randint(0, 7)
+            n = rng.choice([1, 1, 2, 3, 3])
             prompt = [rng.randint(0, 1) for _ in range(rng.randint(1, 8))]
-            request = Request(prompt, longest, id=self.names, n=n, beam=rng.random() < 0.5, priority=rng.randint(0, 2),
-                              salt=rng.choice([None, None, "tenant"]))  # fmt: skip
+            request = Request(
+                prompt,
+                longest,
+                id=self.names,
+                n=n,
+                beam=rng.random() < 0.5,
+                priority=rng.randint(0, 2),
+                salt=rng.choice([None, None, "tenant"]),
+            )
             before = list(self.scheduler.waiting)
             try:
                 self.scheduler.submit(request)
@@ -79,7 +95,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(seed=seeds)
     def abort(self, seed: int) -> None:
         name = random.Random(seed).randint(-1, self.names)
-        live = any(branch.request.id == name for branch in (*self.scheduler.running, *self.scheduler.waiting))
+        live = any(
+            branch.request.id == name
+            for branch in (*self.scheduler.running, *self.scheduler.waiting)
+        )
         assert bool(self.scheduler.abort(name)) == live
         assert self.scheduler.abort(name) == []
 
@@ -107,10 +126,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     def take(self, rng: random.Random, fate: str) -> None:
         scheduler = self.scheduler
         busy = bool(scheduler.running or scheduler.waiting)
-        kept = {branch.key: list(branch.tokens) for branch in (*scheduler.running, *scheduler.waiting)}
+        kept = {
+            branch.key: list(branch.tokens) for branch in (*scheduler.running, *scheduler.waiting)
+        }
         plan = scheduler.plan()
         plan.check()
-        assert bool(plan.items) == busy, "a step computes a token for somebody as long as anybody is there"
+        assert bool(plan.items) == busy, (
+            "a step computes a token for somebody as long as anybody is there"
+        )
         self.look(plan, kept)
         self.memory.execute(scheduler, plan)
         if fate == "fails":
@@ -126,12 +149,16 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def look(self, plan: Plan, kept: dict[Any, list[int]]) -> None:
         """What a plan promises beyond ``Plan.check``."""
-        branches = {branch.key: branch for branch in (*self.scheduler.running, *self.scheduler.waiting)}
+        branches = {
+            branch.key: branch for branch in (*self.scheduler.running, *self.scheduler.waiting)
+        }
         for item in plan.items:
             branch = branches[item.name]
             assert branch.computed == item.start
             ahead = item.start + item.count - len(branch.tokens)
-            assert item.samples == (0 if ahead < 0 else 1 + len(branch.drafts)), "an unfinished prompt is not sampled"
+            assert item.samples == (0 if ahead < 0 else 1 + len(branch.drafts)), (
+                "an unfinished prompt is not sampled"
+            )
             self.seen["chunked"] += ahead < 0
             if branch.request.beam and item.samples:  # all beams of a search in one step, or none
                 group = [b for b in branches.values() if b.request is branch.request]
@@ -159,8 +186,15 @@ class SchedulerMachine(RuleBasedStateMachine):
                 free = branch.request.n - live[item.name[0]]
                 ways = rng.randint(live[item.name[0]] == 1, 1 + free)
                 live[item.name[0]] += ways - 1
-            tokens = [[*branch.drafts[:accepted], rng.randint(0, 1)]] + [[rng.randint(0, 1)] for _ in range(1, ways)]
-            outcomes.append([Continuation(new, "stop" if rng.random() < 0.03 else None) for new in tokens[:ways]])
+            tokens = [[*branch.drafts[:accepted], rng.randint(0, 1)]] + [
+                [rng.randint(0, 1)] for _ in range(1, ways)
+            ]
+            outcomes.append(
+                [
+                    Continuation(new, "stop" if rng.random() < 0.03 else None)
+                    for new in tokens[:ways]
+                ]
+            )
         return outcomes
 
     def listen(self, events: list[Event], before: dict[Any, list[int]]) -> None:
@@ -188,7 +222,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        scheduler, rng, steps = self.scheduler, random.Random(0), 0
+        scheduler = self.scheduler
+        rng = random.Random(0)
+        steps = 0
         while scheduler.unfinished:
             self.take(rng, "goes well")
             scheduler.check()
@@ -216,7 +252,11 @@ class SchedulerMachine(RuleBasedStateMachine):
 )
 @pytest.mark.parametrize("kind", SEEN)
 def test_state_machine_the_scheduler_over_every_memory(kind):
-    run(type(f"Scheduler over {kind}", (SchedulerMachine,), {"kind": kind}), examples=25, see=SEEN[kind])
+    run(
+        type(f"Scheduler over {kind}", (SchedulerMachine,), {"kind": kind}),
+        examples=25,
+        see=SEEN[kind],
+    )
 
 
 # --- by hand -------------------------------------------------------------------------------------------------
@@ -240,27 +280,37 @@ def paged(blocks: int, size: int = 4, **options: Any) -> Scheduler:
 
 
 @given(
-    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=8), blocks=st.integers(12, 40), budget=st.integers(1, 16),
-    chunked=st.booleans(), seats=st.integers(1, 5),
-)  # fmt: skip
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=8),
+    blocks=st.integers(12, 40),
+    budget=st.integers(1, 16),
+    chunked=st.booleans(),
+    seats=st.integers(1, 5),
+)
 def test_invariance_first_come_first_served_tells_first_tokens_in_the_order_of_arrival(
     lengths, blocks, budget, chunked, seats
 ):
-    scheduler = paged(blocks, 1, max_batch_tokens=max(budget, 12), chunked=chunked, max_sequences=seats)
+    scheduler = paged(
+        blocks, 1, max_batch_tokens=max(budget, 12), chunked=chunked, max_sequences=seats
+    )
     for length in lengths:
         scheduler.submit(Request(range(length), 1))
     events = served(scheduler)
     assert scheduler.preemptions == 0  # a prompt of at most 12 tokens and no output: nobody grows
-    assert [event.branch.order for event in events] == sorted(event.branch.order for event in events)
+    assert [event.branch.order for event in events] == sorted(
+        event.branch.order for event in events
+    )
 
 
 def test_decodes_go_first_and_prompts_share_what_is_left():
-    scheduler, plans = paged(40, max_batch_tokens=8), []
+    scheduler = paged(40, max_batch_tokens=8)
+    plans = []
     scheduler.submit(Request(range(4), 6, id="streams"))
     events = scheduler.update(scheduler.plan(), [[Continuation([7])]])
     scheduler.submit(Request(range(20), 1, id="long"))
     events += served(scheduler, plans)
-    assert [[(item.name[0], item.count, item.samples) for item in plan.items] for plan in plans] == [
+    assert [
+        [(item.name[0], item.count, item.samples) for item in plan.items] for plan in plans
+    ] == [
         [("streams", 1, 1), ("long", 7, 0)],
         [("streams", 1, 1), ("long", 7, 0)],
         [("streams", 1, 1), ("long", 6, 1)],
@@ -270,11 +320,14 @@ def test_decodes_go_first_and_prompts_share_what_is_left():
 
 
 def test_a_long_prompt_is_cut_to_long_prefill_and_leaves_the_rest_of_the_budget():
-    scheduler, plans = paged(40, max_batch_tokens=16, long_prefill=5), []
+    scheduler = paged(40, max_batch_tokens=16, long_prefill=5)
+    plans = []
     scheduler.submit(Request(range(12), 1, id="long"))
     scheduler.submit(Request(range(4), 1, id="short"))
     served(scheduler, plans)
-    assert [[(item.name[0], item.count, item.samples) for item in plan.items] for plan in plans] == [
+    assert [
+        [(item.name[0], item.count, item.samples) for item in plan.items] for plan in plans
+    ] == [
         [("long", 5, 0), ("short", 4, 1)],
         [("long", 5, 0)],
         [("long", 2, 1)],
@@ -282,12 +335,16 @@ def test_a_long_prompt_is_cut_to_long_prefill_and_leaves_the_rest_of_the_budget(
 
 
 def test_a_prompt_that_is_not_chunked_is_computed_in_one_step_or_waits():
-    scheduler, plans = paged(40, max_batch_tokens=8, chunked=False), []
+    scheduler = paged(40, max_batch_tokens=8, chunked=False)
+    plans = []
     for name, length in (("first", 5), ("second", 5), ("third", 3)):
         scheduler.submit(Request(range(length), 1, id=name))
     served(scheduler, plans)
     # the second would not fit whole, and nobody overtakes it
-    assert [[item.name[0] for item in plan.items] for plan in plans] == [["first"], ["second", "third"]]
+    assert [[item.name[0] for item in plan.items] for plan in plans] == [
+        ["first"],
+        ["second", "third"],
+    ]
     assert all(item.samples for plan in plans for item in plan.items)
 
 
@@ -297,11 +354,16 @@ def test_the_watermark_holds_for_who_is_admitted_beside_others_and_not_for_who_i
         scheduler.submit(Request(range(length), 1, id=name))
     plans: list[Plan] = []
     served(scheduler, plans)
-    assert [[name for name, _ in plan.admitted] for plan in plans] == [["all"], ["one", "two"], ["three"]]
+    assert [[name for name, _ in plan.admitted] for plan in plans] == [
+        ["all"],
+        ["one", "two"],
+        ["three"],
+    ]
 
 
 def test_the_youngest_is_preempted_comes_back_first_and_keeps_its_tokens():
-    scheduler, plans = paged(4, 2), []
+    scheduler = paged(4, 2)
+    plans = []
     for name in ("old", "young", "last"):
         scheduler.submit(Request(range(3), 5, id=name))
     events = served(scheduler, plans)
@@ -352,10 +414,13 @@ def test_rejected_drafts_are_taken_back():
 
 
 def test_beams_are_preempted_together_and_ranked_together():
-    scheduler, plans = paged(12, 1), []
+    scheduler = paged(12, 1)
+    plans = []
     scheduler.submit(Request(range(2), 4, id="first"))
     scheduler.submit(Request(range(2), 4, id="beams", n=2, beam=True))
-    scheduler.update(scheduler.plan(), [[Continuation([7])], [Continuation([7]), Continuation([8])]])
+    scheduler.update(
+        scheduler.plan(), [[Continuation([7])], [Continuation([7]), Continuation([8])]]
+    )
     for _ in range(2):  # a third one joins, and then there is no room for the beams
         scheduler.submit(Request(range(4), 3))
     served(scheduler, plans)
@@ -393,7 +458,13 @@ def test_a_plan_is_carried_out_or_given_up_before_the_next():
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_batch_tokens": 0}, {"max_sequences": 0}, {"long_prefill": -1}, {"order": "alphabetical"}]
+    "options",
+    [
+        {"max_batch_tokens": 0},
+        {"max_sequences": 0},
+        {"long_prefill": -1},
+        {"order": "alphabetical"},
+    ],
 )
 def test_limits_that_let_nobody_through_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options)).replace("order", "unknown order")):
@@ -405,7 +476,11 @@ def test_limits_that_let_nobody_through_are_refused(options):
     [
         (Request(range(20), 1), {}, "pool has 16"),
         (Request(range(9), 9), {}, "17 tokens to keep"),
-        (Request(range(9), 3), {"chunked": False, "max_batch_tokens": 8}, "11 tokens to compute in one step"),
+        (
+            Request(range(9), 3),
+            {"chunked": False, "max_batch_tokens": 8},
+            "11 tokens to compute in one step",
+        ),
         (Request(range(2), 2, n=3), {"max_sequences": 2}, "3 branches"),
         (Request(range(2), 2, n=3, beam=True), {"max_batch_tokens": 2}, "3 beams"),
         (Request(range(4), 2, n=3, beam=True), {}, "needs 24 slots"),

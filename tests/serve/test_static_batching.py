@@ -45,7 +45,8 @@ def test_a_padded_batch_runs_until_its_longest_member_has_ended():
 
 def test_a_batch_is_closed_by_the_widest_row_that_is_allowed():
     made = plans("static", [(2, 6), (6, 2)], 1000, longest=9)
-    assert [len(plan.items) for plan in made] == [1] * 6 + [1] * 2  # together a row would have 6 + 6 columns
+    # together a row would have 6 + 6 columns
+    assert [len(plan.items) for plan in made] == [1] * 6 + [1] * 2
     assert len(plans("static", [(2, 6), (6, 2)], 1000, longest=12)) == 6
 
 
@@ -53,16 +54,21 @@ def test_a_batch_is_closed_by_the_widest_row_that_is_allowed():
 def test_conservation_a_static_batch_computes_its_rectangle(outputs):
     made = plans("static", [(3, output) for output in outputs], 1000)
     assert len(made) == max(outputs)
-    assert sum(count for plan in made for _, count in plan.batch()) == len(outputs) * (3 + max(outputs) - 1)
+    assert sum(count for plan in made for _, count in plan.batch()) == len(outputs) * (
+        3 + max(outputs) - 1
+    )
     assert sum(plan.tokens for plan in made) == sum(3 + output - 1 for output in outputs)
 
 
 @pytest.mark.parametrize(
-    ("policy", "batch"), [("orca-max", 2), ("orca-pow2", 4), ("orca-oracle", 5), ("static", 5), ("fcfs", 10)]
+    ("policy", "batch"),
+    [("orca-max", 2), ("orca-pow2", 4), ("orca-oracle", 5), ("static", 5), ("fcfs", 10)],
 )
 def test_who_reserves_less_runs_more(policy, batch):
     # 64 slots; a prompt of 3, an output of 5 tokens: 32, 3 + 8 → 16, 8, 8, and what has been said so far
-    made = plans(policy, [(3, 5)] * 12, 40 if policy in ("orca-oracle", "static") else 64, longest=32)
+    made = plans(
+        policy, [(3, 5)] * 12, 40 if policy in ("orca-oracle", "static") else 64, longest=32
+    )
     assert max(len(plan.items) for plan in made) >= batch
     if policy != "fcfs":
         assert max(len(plan.items) for plan in made) == batch
@@ -71,7 +77,12 @@ def test_who_reserves_less_runs_more(policy, batch):
 def test_orca_computes_a_prompt_in_one_step_and_joins_at_every_step():
     made = plans("orca-oracle", [(5, 2), (5, 4), (5, 2)], 17, buddy=False, max_batch_tokens=3)
     assert all(item.samples for plan in made for item in plan.items)
-    assert [[item.name[0] for item in plan.items] for plan in made] == [[0, 1], [0, 1], [1, 2], [1, 2]]
+    assert [[item.name[0] for item in plan.items] for plan in made] == [
+        [0, 1],
+        [0, 1],
+        [1, 2],
+        [1, 2],
+    ]
 
 
 @pytest.mark.parametrize("policy", [p for p in POLICIES if p.startswith("orca") or p == "static"])

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.simulate.metrics import Limits, Recorder, Timeline, attainment, capacity, spread, summarise
+from refllm.simulate.metrics import (
+    Limits,
+    Recorder,
+    Timeline,
+    attainment,
+    capacity,
+    spread,
+    summarise,
+)
 
 whole = st.integers(0, 1000)  # whole seconds: their sums are exact
 
@@ -27,7 +35,9 @@ def timelines(draw):
     return line
 
 
-@pytest.mark.theorem("E2EL = TTFT + Σ ITL; TPOT · (O − 1) = E2EL − TTFT", source="definitions of vLLM's bench serve")
+@pytest.mark.theorem(
+    "E2EL = TTFT + Σ ITL; TPOT · (O − 1) = E2EL − TTFT", source="definitions of vLLM's bench serve"
+)
 @given(timelines())
 def test_times_of_an_answer_add_up(line):
     if not line.times:
@@ -46,10 +56,14 @@ def test_times_of_an_answer_add_up(line):
 
 @given(st.lists(timelines(), max_size=6), st.integers(1, 10_000))
 def test_a_report_is_that_of_the_completed_ones(lines, duration):
-    report, done = summarise(lines, duration), [x for x in lines if x.completed]
+    report = summarise(lines, duration)
+    done = [x for x in lines if x.completed]
     assert (report.requests, report.completed) == (len(lines), len(done))
-    assert report == summarise(done, duration).__class__(**{**vars(summarise(done, duration)), "requests": len(lines)})
-    assert report.request_throughput == report.goodput == len(done) / duration  # no limit: everybody meets it
+    assert report == summarise(done, duration).__class__(
+        **{**vars(summarise(done, duration)), "requests": len(lines)}
+    )
+    # no limit: everybody meets it
+    assert report.request_throughput == report.goodput == len(done) / duration
     assert report.total_throughput - report.output_throughput == pytest.approx(
         sum(x.prompt for x in done) / duration, abs=1e-12 * (1 + report.total_throughput)
     )
@@ -57,10 +71,20 @@ def test_a_report_is_that_of_the_completed_ones(lines, duration):
     assert (report.itl is None) == (not gaps)
     if gaps:
         assert report.itl.mean == pytest.approx(sum(gaps) / len(gaps))
-        assert min(gaps) <= report.itl.p50 <= report.itl.p90 <= report.itl.p99 <= report.itl.max == max(gaps)
+        assert (
+            min(gaps)
+            <= report.itl.p50
+            <= report.itl.p90
+            <= report.itl.p99
+            <= report.itl.max
+            == max(gaps)
+        )
 
 
-@pytest.mark.theorem("Goodput falls as limits tighten, and is at most the request throughput", source="its definition")
+@pytest.mark.theorem(
+    "Goodput falls as limits tighten, and is at most the request throughput",
+    source="its definition",
+)
 @given(st.lists(timelines(), min_size=1, max_size=6), *[st.floats(0, 3000)] * 3, st.floats(0, 1))
 def test_goodput_is_monotone_in_its_limits(lines, ttft, tpot, e2el, tighter):
     loose = Limits(ttft, tpot, e2el)
@@ -68,7 +92,8 @@ def test_goodput_is_monotone_in_its_limits(lines, ttft, tpot, e2el, tighter):
     good, better = (summarise(lines, 10.0, limits).goodput for limits in (tight, loose))
     assert good <= better <= summarise(lines, 10.0).request_throughput
     assert attainment(lines, tight) <= attainment(lines, loose) <= 1
-    for name in Limits._fields:  # each limit counts: one of them alone can fail everybody that has tokens
+    # each limit counts: one of them alone can fail everybody that has tokens
+    for name in Limits._fields:
         nobody = summarise(lines, 10.0, Limits(**{name: -1.0})).goodput
         assert nobody == sum(x.completed and not x.times for x in lines) / 10
 
@@ -90,7 +115,8 @@ def test_one_token_has_no_tpot_and_meets_every_limit_on_it():
 
 
 def test_long_answers_dominate_pooled_gaps():
-    short, long = Timeline(0.0, completed=True), Timeline(0.0, completed=True)
+    short = Timeline(0.0, completed=True)
+    long = Timeline(0.0, completed=True)
     for time in (0.0, 9.0):
         short.chunk(time)
     for time in range(100):
@@ -110,7 +136,8 @@ def test_capacity_is_where_the_share_crosses():
     assert capacity({1: 1.0, 2: 1.0, 4: 0.8}) == 3.0
     assert capacity({1: 0.5, 2: 1.0}) == 0.0  # too high from the beginning
     assert capacity({1: 1.0, 2: 0.95}) == 2
-    assert capacity({1: 1.0, 2: 0.8, 3: 1.0}) == pytest.approx(1.5)  # what recovers later does not count
+    # what recovers later does not count
+    assert capacity({1: 1.0, 2: 0.8, 3: 1.0}) == pytest.approx(1.5)
     assert capacity({1: 1.0, 2: 0.0}, share=1.0) == 1.0
     for wrong in ({}, {1: 1.0}):
         with pytest.raises(ValueError, match="capacity|rates with their shares"):
@@ -129,7 +156,8 @@ def test_nobody_is_no_share():
 
 
 def test_an_answer_that_was_cut_off_meets_nothing_however_fast_it_was():
-    whole, cut = Timeline(0.0, 1, [1.0], 1, True), Timeline(0.0, 1, [1.0], 1, False)
+    whole = Timeline(0.0, 1, [1.0], 1, True)
+    cut = Timeline(0.0, 1, [1.0], 1, False)
     assert (whole.meets(Limits()), cut.meets(Limits())) == (True, False)
     assert attainment([whole, cut], Limits()) == 0.5
 

@@ -17,7 +17,8 @@ def ids(seed=0):
 
 def played(program, order=lambda queue: 0):
     """All requests of a program, in an order of serving; the answer to each is told from its id alone."""
-    queue, served = list(program.requests), []
+    queue = list(program.requests)
+    served = []
     while queue:
         request = queue.pop(order(queue))
         served.append(request)
@@ -46,17 +47,23 @@ def test_a_program_asks_the_same_whoever_is_served_first(name, data):
 
 
 @pytest.mark.theorem(
-    "Best hit rate = 1 − nodes of the trie of all prompts / tokens asked", source="Zheng et al. 2024, theorem 3.1"
+    "Best hit rate = 1 − nodes of the trie of all prompts / tokens asked",
+    source="Zheng et al. 2024, theorem 3.1",
 )
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=8))
 def test_best_hit_rate_counts_distinct_prefixes(prompts):
     prefixes = {tuple(p[: i + 1]) for p in prompts for i in range(len(p))}
     assert best_hit_rate(prompts) == 1 - len(prefixes) / sum(map(len, prompts))
-    prompts = [*prompts, [*prompts[0], 3, 4, 5, 1]]  # what an answer has computed need not be read: 3 and 4 here
+    # what an answer has computed need not be read: 3 and 4 here
+    prompts = [*prompts, [*prompts[0], 3, 4, 5, 1]]
     prefixes |= {tuple(prompts[-1][: i + 1]) for i in range(len(prompts[-1]))}
     answers = [[3, 4, 5] for _ in prompts]
     assert best_hit_rate(prompts, answers) > best_hit_rate(prompts)
-    said = {tuple([*p, *a][:i]) for p, a in zip(prompts, answers, strict=True) for i in range(len(p) + 1, len(p + a))}
+    said = {
+        tuple([*p, *a][:i])
+        for p, a in zip(prompts, answers, strict=True)
+        for i in range(len(p) + 1, len(p + a))
+    }
     assert best_hit_rate(prompts, answers) == 1 - len(prefixes - said) / sum(map(len, prompts))
 
 
@@ -67,9 +74,12 @@ def test_what_is_shared_has_its_closed_form():
     assert rate("few-shot") == pytest.approx(1 - (400 + 6 * 40) / (6 * 440), abs=0.002)
     assert rate("self-consistency") == pytest.approx(1 - 1 / 4)
     lengths = [160 + 40 * (t + 1) + 24 * t for t in range(3)]
-    assert rate("chat") == pytest.approx(1 - (160 + 4 * (lengths[-1] - 160)) / (4 * sum(lengths)), abs=0.002)
+    assert rate("chat") == pytest.approx(
+        1 - (160 + 4 * (lengths[-1] - 160)) / (4 * sum(lengths)), abs=0.002
+    )
     nodes = 2 * (200 + sum(2**level * (4 + (24 if level > 1 else 0)) for level in (1, 2, 3)))
-    nodes = 2 * (200 + 2 * 4 + 4 * (24 / 2 + 4) + 8 * (24 / 2 + 4))  # a thought is shared by the two that follow it
+    # a thought is shared by the two that follow it
+    nodes = 2 * (200 + 2 * 4 + 4 * (24 / 2 + 4) + 8 * (24 / 2 + 4))
     asked = 2 * sum(2**level * (200 + 4 * level + 24 * (level - 1)) for level in (1, 2, 3))
     assert rate("tree of thought") == pytest.approx(1 - nodes / asked, abs=0.01)
     assert rate("unique") <= 0.005  # two may begin with the same token by chance
@@ -90,7 +100,8 @@ def test_a_tree_has_all_its_nodes_and_the_answers_stand_in_the_prompts():
 def test_a_conversation_repeats_what_was_said():
     by_id = {r.id: r for r in played(PROGRAMS["chat"]())}
     assert len(by_id) == 12
-    first, second = by_id[0, 0], by_id[0, 1]
+    first = by_id[0, 0]
+    second = by_id[0, 1]
     assert list(second.prompt[:200]) == list(first.prompt)
     assert list(second.prompt[200:224]) == list(range(24))
     assert by_id[1, 0].prompt[:160] == first.prompt[:160] != by_id[1, 0].prompt[160:]
@@ -106,13 +117,18 @@ def test_zipf_is_a_distribution_that_falls(count, a):
 
 def test_popular_documents_are_asked_about_most():
     served = programs.rag(ids(), 400, np.random.default_rng(0), documents=5, a=1.0).requests
-    counts = sorted((sum(r.prompt[:400] == d for r in served) for d in {r.prompt[:400] for r in served}), reverse=True)
+    counts = sorted(
+        (sum(r.prompt[:400] == d for r in served) for d in {r.prompt[:400] for r in served}),
+        reverse=True,
+    )
     assert sum(counts) == 400
     p = zipf(5, 1.0)
     assert np.all(np.abs(np.array(counts) - 400 * p) <= 5 * np.sqrt(400 * p * (1 - p)))
 
 
-@given(st.lists(st.integers(0, 99), min_size=1, max_size=20), st.lists(st.integers(0, 30), max_size=6))
+@given(
+    st.lists(st.integers(0, 99), min_size=1, max_size=20), st.lists(st.integers(0, 30), max_size=6)
+)
 def test_passages_are_the_text_from_its_beginning_over_and_over(text, counts):
     source = Passages(text)
     said = [t for count in counts for t in source(count)]

@@ -42,19 +42,30 @@ KINDS = ("paged", "swapping", "hash", "radix", "priority", "lpm", "orca-oracle",
 def scheduler(kind, blocks, size, budget, seats, chunked, host=None):
     pool = BlockPool(blocks, size)
     if kind == "swapping":
-        return Scheduler(Swapping(pool, host_blocks=host), max_batch_tokens=budget, max_sequences=seats)
+        return Scheduler(
+            Swapping(pool, host_blocks=host), max_batch_tokens=budget, max_sequences=seats
+        )
     policy = {"paged": "fcfs", "hash": "fcfs", "radix": "fcfs"}.get(kind, kind)
     cache = {"hash": "hash", "radix": "radix", "lpm": "radix"}.get(kind)
-    return factory.make(policy, pool, prefix_cache=cache, max_batch_tokens=budget, max_sequences=seats,
-                         chunked=chunked, longest=blocks * size)  # fmt: skip
+    return factory.make(
+        policy,
+        pool,
+        prefix_cache=cache,
+        max_batch_tokens=budget,
+        max_sequences=seats,
+        chunked=chunked,
+        longest=blocks * size,
+    )
 
 
 @st.composite
 def runs(draw, kinds=KINDS):
     """(make a scheduler, requests): small pools, so that blocks run out, and arrivals that fall into steps."""
     kind = draw(st.sampled_from(kinds))
-    size, blocks = draw(st.integers(1, 5)), draw(st.integers(12, 30))
-    budget, seats = draw(st.sampled_from([4, 9, 30, None])), draw(st.sampled_from([1, 3, None]))
+    size = draw(st.integers(1, 5))
+    blocks = draw(st.integers(12, 30))
+    budget = draw(st.sampled_from([4, 9, 30, None]))
+    seats = draw(st.sampled_from([1, 3, None]))
     chunked = draw(st.booleans()) or budget is not None
     host = draw(st.sampled_from([None, 0, 7]))
     asked = []
@@ -62,9 +73,22 @@ def runs(draw, kinds=KINDS):
         head = draw(st.sampled_from([(), (1, 2, 3, 4, 5)]))
         prompt = [*head, *range(100 * (i + 1), 100 * (i + 1) + draw(st.integers(1, 5)))]
         output = draw(st.integers(0, min(14, blocks * size - len(prompt))))
-        branches = draw(st.integers(1, 2)) if kind not in ("orca-oracle", "static") and seats != 1 else 1
-        arrival, priority = float(draw(st.integers(0, 200))), draw(st.integers(0, 2))
-        asked.append(Request(prompt, output, id=i, n=branches, arrival=arrival, priority=priority, ignore_eos=True))
+        branches = (
+            draw(st.integers(1, 2)) if kind not in ("orca-oracle", "static") and seats != 1 else 1
+        )
+        arrival = float(draw(st.integers(0, 200)))
+        priority = draw(st.integers(0, 2))
+        asked.append(
+            Request(
+                prompt,
+                output,
+                id=i,
+                n=branches,
+                arrival=arrival,
+                priority=priority,
+                ignore_eos=True,
+            )
+        )
     bound = blocks * size if kind != "orca-oracle" else 1 << ((blocks * size).bit_length() - 1)
     asked = [r for r in asked if len(r.prompt) + r.max_tokens <= bound]
     return lambda: scheduler(kind, blocks, size, budget, seats, chunked, host), asked
@@ -72,10 +96,20 @@ def runs(draw, kinds=KINDS):
 
 def facts(run):
     tally = [(t.steps, t.rows, t.ghosts, t.tokens, t.used) for t in (run.all, run.saturated)]
-    return run.recorder.timelines, run.duration, tally, run.preemptions, run.moved, run.cached, run.tokens
+    return (
+        run.recorder.timelines,
+        run.duration,
+        tally,
+        run.preemptions,
+        run.moved,
+        run.cached,
+        run.tokens,
+    )
 
 
-@pytest.mark.theorem("A jump of k steps with everybody's drafts accepted = k steps", source="drafts count as tokens")
+@pytest.mark.theorem(
+    "A jump of k steps with everybody's drafts accepted = k steps", source="drafts count as tokens"
+)
 @given(runs())
 def test_jumps_change_nothing(case):
     make, asked = case
@@ -96,17 +130,25 @@ def test_jumps_change_nothing(case):
 
 @pytest.mark.parametrize("kind", ["hash", "radix", "lpm"])
 def test_no_jump_where_a_prefix_that_is_just_computed_lets_somebody_in(kind):
-    head = list(range(1, 13))  # the second one needs four of the three blocks that are left, until it finds some
+    # the second one needs four of the three blocks that are left, until it finds some
+    head = list(range(1, 13))
     asked = [Request([*head, 50 + i], 9, id=i) for i in range(2)]
-    plain, jumped = (Simulator(scheduler(kind, 7, 4, 40, None, True), Whole(), jumps=j).run(asked) for j in (0, 1))
+    plain, jumped = (
+        Simulator(scheduler(kind, 7, 4, 40, None, True), Whole(), jumps=j).run(asked)
+        for j in (0, 1)
+    )
     assert facts(plain) == facts(jumped)
     lines = plain.recorder.timelines
     assert lines[1, 0].ttft < lines[0, 0].e2el  # it did come in while the first one was running
 
 
 def test_no_jump_right_after_a_preemption():
-    asked = [Request(range(50 * i, 50 * i + 4), 8, id=i) for i in range(2)]  # it comes back in chunks, at once
-    plain, jumped = (Simulator(scheduler("paged", 8, 2, 4, None, True), Whole(), jumps=j).run(asked) for j in (0, 1))
+    # it comes back in chunks, at once
+    asked = [Request(range(50 * i, 50 * i + 4), 8, id=i) for i in range(2)]
+    plain, jumped = (
+        Simulator(scheduler("paged", 8, 2, 4, None, True), Whole(), jumps=j).run(asked)
+        for j in (0, 1)
+    )
     assert plain.preemptions > 0
     assert facts(plain) == facts(jumped)
 
@@ -125,7 +167,9 @@ def test_jumps_save_plans():
     plans = []
     for jumps in (False, True):
         taken = []
-        Simulator(scheduler("paged", 200, 16, None, 8, True), Ticks(), jumps=jumps, on_step=taken.append).run(asked)
+        Simulator(
+            scheduler("paged", 200, 16, None, 8, True), Ticks(), jumps=jumps, on_step=taken.append
+        ).run(asked)
         plans.append(len(taken))
         assert any(t.steps > 1 for t in taken) == jumps
     assert plans[1] < plans[0] / 2
@@ -164,17 +208,24 @@ def test_a_request_alone_takes_the_steps_of_its_chunks_and_its_tokens(prompt, ou
     assert run.saturated.steps == 0
 
 
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=12), st.integers(1, 4))
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=12),
+    st.integers(1, 4),
+)
 def test_a_static_batch_runs_as_long_as_its_longest_member(lengths, batch):
     s = Static(Rectangle(1000), max_sequences=batch)
-    run = Simulator(s, Ticks()).run([Request(range(p), o, id=i) for i, (p, o) in enumerate(lengths)])
+    run = Simulator(s, Ticks()).run(
+        [Request(range(p), o, id=i) for i, (p, o) in enumerate(lengths)]
+    )
     outputs = [[o for _, o in lengths[i : i + batch]] for i in range(0, len(lengths), batch)]
     assert run.all.steps == sum(map(max, outputs))
     assert run.all.rows == sum(map(sum, outputs))
     assert run.all.rows + run.all.ghosts == sum(len(group) * max(group) for group in outputs)
 
 
-@pytest.mark.theorem("Swapping computes every token once; what goes out comes back", source="Kwon et al. 2023, §4.5")
+@pytest.mark.theorem(
+    "Swapping computes every token once; what goes out comes back", source="Kwon et al. 2023, §4.5"
+)
 @given(runs(kinds=("swapping",)))
 def test_swapping_computes_nothing_twice(case):
     make, asked = case
@@ -192,8 +243,10 @@ def test_swapping_computes_nothing_twice(case):
 
 def test_swapping_moves_where_recomputing_computes():
     asked = [Request(range(100 * i, 100 * i + 8), 20, id=i) for i in range(4)]
-    runs = {kind: Simulator(scheduler(kind, 10, 4, None, None, True), Whole()).run(asked)
-            for kind in ("paged", "swapping")}  # fmt: skip
+    runs = {
+        kind: Simulator(scheduler(kind, 10, 4, None, None, True), Whole()).run(asked)
+        for kind in ("paged", "swapping")
+    }
     assert runs["paged"].preemptions > 0 < runs["swapping"].preemptions
     least = 4 * 27
     assert runs["swapping"].all.tokens == least < runs["paged"].all.tokens
@@ -209,7 +262,11 @@ def test_programs_go_on_and_are_found_in_the_cache():
         program = programs.chat(Distinct(), 3, turns=3, system=40, message=8, answer=6)
         done = []
         s = scheduler(kind, 400, 4, None, None, True)
-        run = Simulator(s, Ticks()).run(program.requests, program.follow, lambda *both: done.append(both))  # noqa: B023
+        run = Simulator(s, Ticks()).run(
+            program.requests,
+            program.follow,
+            lambda *both: done.append(both),  # noqa: B023
+        )
         assert len(run.tokens) == 9
         assert done[-1] == (9, 9)
         assert all(len(said) == 6 for said in run.tokens.values())
@@ -217,7 +274,8 @@ def test_programs_go_on_and_are_found_in_the_cache():
             assert run.cached == 0
         else:  # whole blocks of all earlier turns; the first three came together and found nothing
             prompts = [48 + 14 * turn for turn in (1, 2)]
-            found = [(p - 8 - 1) // 4 * 4 for p in prompts]  # the last token of an answer was never computed
+            # the last token of an answer was never computed
+            found = [(p - 8 - 1) // 4 * 4 for p in prompts]
             assert run.cached == 3 * sum(found)
             assert run.hit_rate == run.cached / (3 * (48 + sum(prompts)))
 
@@ -225,7 +283,9 @@ def test_programs_go_on_and_are_found_in_the_cache():
 def test_a_tally_is_what_the_steps_say():
     taken = []
     asked = requests(ALPACA, 20, np.random.default_rng(0))
-    run = Simulator(scheduler("paged", 60, 8, None, None, True), Whole(), jumps=False, on_step=taken.append).run(asked)
+    run = Simulator(
+        scheduler("paged", 60, 8, None, None, True), Whole(), jumps=False, on_step=taken.append
+    ).run(asked)
     assert run.all.steps == len(taken)
     assert run.all.batch == np.mean([len(t.plan.items) for t in taken])
     assert run.all.utilisation == pytest.approx(np.mean([t.used for t in taken]) / 480, rel=1e-12)
@@ -239,7 +299,9 @@ def test_a_tally_is_what_the_steps_say():
 def test_a_jump_counts_what_is_allocated_for_each_of_its_steps():
     taken = []
     asked = [Request(range(5), 9, id=i) for i in range(2)]
-    run = Simulator(scheduler("paged", 60, 8, None, None, True), Ticks(), on_step=taken.append).run(asked)
+    run = Simulator(scheduler("paged", 60, 8, None, None, True), Ticks(), on_step=taken.append).run(
+        asked
+    )
     assert max(t.steps for t in taken) > 1
     assert run.all.allocated == sum(t.steps * t.allocated for t in taken)
 
@@ -247,14 +309,22 @@ def test_a_jump_counts_what_is_allocated_for_each_of_its_steps():
 @pytest.mark.parametrize("jumps", [False, True])
 def test_who_arrives_as_a_step_ends_is_in_the_next_and_time_never_goes_back(jumps):
     def first_tokens(*asked):
-        run = Simulator(scheduler("paged", 60, 8, None, None, True), Ticks(), jumps=jumps).run(asked)
+        run = Simulator(scheduler("paged", 60, 8, None, None, True), Ticks(), jumps=jumps).run(
+            asked
+        )
         return [run.recorder.timelines[request.id, 0].times[0] for request in asked]
 
     long = Request(range(3), 10, id="long")
     assert first_tokens(long, Request([1], 2, id="late", arrival=4.0)) == [1.0, 5.0]
     assert first_tokens(long, Request([1], 2, id="late", arrival=4.5)) == [1.0, 6.0]
-    assert first_tokens(Request([1], 1, id="short"), Request([1], 1, id="late", arrival=0.5)) == [1.0, 2.0]
-    assert first_tokens(Request([1], 1, id="short"), Request([1], 1, id="idle", arrival=7.5)) == [1.0, 8.5]
+    assert first_tokens(Request([1], 1, id="short"), Request([1], 1, id="late", arrival=0.5)) == [
+        1.0,
+        2.0,
+    ]
+    assert first_tokens(Request([1], 1, id="short"), Request([1], 1, id="idle", arrival=7.5)) == [
+        1.0,
+        8.5,
+    ]
 
 
 def test_what_follows_an_answer_is_sent_when_that_has_come():

@@ -43,7 +43,9 @@ def test_every_allocated_block_has_its_holder():
 
 
 def test_shared_and_cached_blocks_are_told_apart():
-    program = programs.self_consistency(RandomIds(np.random.default_rng(0), 999), 4, samples=3, question=40, answer=6)
+    program = programs.self_consistency(
+        RandomIds(np.random.default_rng(0), 999), 4, samples=3, question=40, answer=6
+    )
     _, trace, _, _ = traced("radix", program.requests, blocks=120)
     everything = {owner for row in trace.owners for owner in row}
     assert {FREE, SHARED, CACHED} < everything
@@ -64,4 +66,6 @@ def test_a_tree_is_told_with_all_its_tokens():
 def test_memory_without_blocks_has_none_to_trace():
     scheduler = factory.make("orca-max", BlockPool(64, 1), longest=16)
     with pytest.raises(ValueError, match="only paged memory"):
-        Simulator(scheduler, Ticks(), on_step=Trace(scheduler, blocks=1)).run([programs.Request([1, 2], 2)])
+        Simulator(scheduler, Ticks(), on_step=Trace(scheduler, blocks=1)).run(
+            [programs.Request([1, 2], 2)]
+        )

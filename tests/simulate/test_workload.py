@@ -36,14 +36,20 @@ def moments(pmf):
 
 def lognormals(largest=200):
     return st.builds(
-        lambda at, sigma, low, more: LogNormal(log(low) + at * log(1 + more / low), sigma, low, low + more),
-        st.floats(0, 1), st.floats(0.3, 2), st.integers(1, 5), st.integers(20, largest),
-    )  # fmt: skip
+        lambda at, sigma, low, more: LogNormal(
+            log(low) + at * log(1 + more / low), sigma, low, low + more
+        ),
+        st.floats(0, 1),
+        st.floats(0.3, 2),
+        st.integers(1, 5),
+        st.integers(20, largest),
+    )
 
 
 @given(lognormals(), st.integers(0, 2**32 - 1))
 def test_samples_have_the_moments_of_the_probabilities(length, seed):
-    p, x = length.pmf(), length.sample(np.random.default_rng(seed), 4000)
+    p = length.pmf()
+    x = length.sample(np.random.default_rng(seed), 4000)
     assert p.sum() == pytest.approx(1, abs=len(p) * 2.3e-16)
     assert p.min() >= 0
     assert length.low <= x.min() <= x.max() <= length.high
@@ -54,25 +60,31 @@ def test_samples_have_the_moments_of_the_probabilities(length, seed):
 
 
 def test_a_wide_log_normal_has_the_mean_of_its_closed_form():
-    mu, sigma = 5.0, 0.5
+    mu = 5.0
+    sigma = 0.5
     mean, variance = moments(LogNormal(mu, sigma, 1, 10_000).pmf())  # nothing is cut: > 8 σ
     # rounding moves a smooth density's mean by less than its largest slope, and its variance by 1/12
     assert mean == pytest.approx(exp(mu + sigma**2 / 2), abs=1e-3)
-    assert variance == pytest.approx((exp(sigma**2) - 1) * exp(2 * mu + sigma**2) + 1 / 12, rel=1e-4)
+    assert variance == pytest.approx(
+        (exp(sigma**2) - 1) * exp(2 * mu + sigma**2) + 1 / 12, rel=1e-4
+    )
 
 
 def test_a_mixture_has_the_mean_of_its_parts():
     parts = (LogNormal(2, 0.5, 1, 50), LogNormal(4, 0.2, 1, 100))
     mixture = Mixture(parts, (0.25, 0.75))
     mean, variance = moments(mixture.pmf())
-    assert mean == pytest.approx(0.25 * moments(parts[0].pmf())[0] + 0.75 * moments(parts[1].pmf())[0])
+    assert mean == pytest.approx(
+        0.25 * moments(parts[0].pmf())[0] + 0.75 * moments(parts[1].pmf())[0]
+    )
     x = mixture.sample(np.random.default_rng(0), 20_000)
     assert abs(x.mean() - mean) <= SIGMAS * sqrt(variance / 20_000)
 
 
 @pytest.mark.parametrize("name", TRAFFIC)
 def test_traffic_has_the_means_that_it_says(name):
-    traffic, count = TRAFFIC[name], 20_000
+    traffic = TRAFFIC[name]
+    count = 20_000
     sampled = traffic.sample(np.random.default_rng(1), count)
     assert (sampled[0] + sampled[1]).max() <= traffic.longest
     for x, pmf in zip(sampled, traffic.pmfs(), strict=True):
@@ -93,18 +105,23 @@ def test_azures_answers_are_of_two_kinds():
 
 @given(st.integers(2, 12), st.integers(2, 12), st.integers(2, 24))
 def test_pairs_that_are_too_long_are_taken_out_exactly(a, b, longest):
-    one, other = LogNormal(1.0, 1.0, 1, a), LogNormal(0.5, 1.0, 1, b)
-    p, o = one.pmf(), other.pmf()
+    one = LogNormal(1.0, 1.0, 1, a)
+    other = LogNormal(0.5, 1.0, 1, b)
+    p = one.pmf()
+    o = other.pmf()
     joint = np.outer(p, o) * (np.add.outer(np.arange(len(p)), np.arange(len(o))) <= longest)
     mine = Traffic(one, other, longest).pmfs()
     np.testing.assert_allclose(mine[0], joint.sum(axis=1) / joint.sum(), atol=1e-14)
     np.testing.assert_allclose(mine[1], joint.sum(axis=0) / joint.sum(), atol=1e-14)
 
 
-@pytest.mark.theorem("Gaps Gamma(k, 1/(k·rate)): mean 1/rate, variance 1/(k·rate²)", source="the Gamma distribution")
+@pytest.mark.theorem(
+    "Gaps Gamma(k, 1/(k·rate)): mean 1/rate, variance 1/(k·rate²)", source="the Gamma distribution"
+)
 @pytest.mark.parametrize("shape", [0.3, 1.0, 4.0])
 def test_arrivals_have_their_rate_and_burstiness(shape):
-    count, rate = 20_000, 3.0
+    count = 20_000
+    rate = 3.0
     times = arrivals(np.random.default_rng(2), count, rate, shape)
     gaps = np.diff(times, prepend=0)
     assert np.all(gaps >= 0)
@@ -115,7 +132,8 @@ def test_arrivals_have_their_rate_and_burstiness(shape):
 
 
 @pytest.mark.theorem(
-    "Counts of a Poisson process in intervals have variance = mean; bursts have more", source="Poisson"
+    "Counts of a Poisson process in intervals have variance = mean; bursts have more",
+    source="Poisson",
 )
 def test_fano_factor_tells_poisson_from_bursts():
     def fano(shape):
@@ -160,14 +178,17 @@ def test_scaled_lengths_have_scaled_probabilities():
 
 
 @pytest.mark.theorem(
-    "E[max of b] = Σ 1 − F^b; a static batch uses E[O] / E[max O] of its slots", source="order statistics"
+    "E[max of b] = Σ 1 − F^b; a static batch uses E[O] / E[max O] of its slots",
+    source="order statistics",
 )
 @given(st.lists(st.integers(0, 9), min_size=2, max_size=5).filter(any), st.integers(1, 4))
 def test_the_longest_of_a_batch_by_enumeration(weights, batch):
     p = np.array(weights) / sum(weights)
     grid = np.meshgrid(*[np.arange(len(p))] * batch, indexing="ij")
     chances = np.prod([p[g] for g in grid], axis=0)
-    assert longest_of(p, batch) == pytest.approx(float((chances * np.max(grid, axis=0)).sum()), abs=1e-12)
+    assert longest_of(p, batch) == pytest.approx(
+        float((chances * np.max(grid, axis=0)).sum()), abs=1e-12
+    )
     if longest_of(p, 1) > 0:
         assert useful_share(p, 1) == 1
         assert useful_share(p, batch + 1) <= useful_share(p, batch) + 1e-12

@@ -21,9 +21,14 @@ def test_a_row_counts_steps_and_drafts():
 def test_a_model_of_another_vocabulary_gets_ngrams_alone(monkeypatch):
     monkeypatch.setattr(speculation, "NEW", 12)
     monkeypatch.setattr(speculation, "PROMPT", 24)
-    model, out = tiny_model(), Console(file=io.StringIO(), width=10_000)
-    assert [type(d) for d in speculation.drafters(model, "stdlib-draft", "numpy").values()] == [NGramDrafter]
-    assert [type(d) for d in speculation.drafters(model, "no such model", "numpy").values()] == [NGramDrafter]
+    model = tiny_model()
+    out = Console(file=io.StringIO(), width=10_000)
+    assert [type(d) for d in speculation.drafters(model, "stdlib-draft", "numpy").values()] == [
+        NGramDrafter
+    ]
+    assert [type(d) for d in speculation.drafters(model, "no such model", "numpy").values()] == [
+        NGramDrafter
+    ]
     said: list[str] = []
     speculation.visit(model, "stdlib-draft", "numpy", said.append, out)
     text = out.file.getvalue()

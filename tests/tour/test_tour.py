@@ -38,8 +38,11 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def guide(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> guides.Tour:
     """A tour of a tiny model on a machine of round numbers, which prints into ``guide.out.file``."""
-    made = guides.Tour(str(directory), "numpy", tmp_path / "figures", Console(file=io.StringIO(), width=10_000))
-    made.__dict__["machine"] = Device("a machine of round numbers", 1e11, 1e10)  # measuring one takes a second
+    made = guides.Tour(
+        str(directory), "numpy", tmp_path / "figures", Console(file=io.StringIO(), width=10_000)
+    )
+    # measuring one takes a second
+    made.__dict__["machine"] = Device("a machine of round numbers", 1e11, 1e10)
     monkeypatch.setattr(stops, "REPEATS", 2)
     monkeypatch.setattr(stops, "SAMPLE_WINDOWS", 2)
     return made
@@ -70,7 +73,9 @@ def test_a_stop_can_be_visited_alone(guide, name):
 
 def test_the_whole_tour_visits_all_stops_in_order_and_lists_its_figures(guide):
     text = visit(guide)
-    assert re.findall(r"^(\d+)  (.*)", text, flags=re.M) == [(str(i + 1), s.title) for i, s in enumerate(stops.STOPS)]
+    assert re.findall(r"^(\d+)  (.*)", text, flags=re.M) == [
+        (str(i + 1), s.title) for i, s in enumerate(stops.STOPS)
+    ]
     assert guide.figures
     for path in guide.figures:
         assert f"figure: {path}" in text
@@ -99,13 +104,17 @@ def test_the_costs_are_those_that_the_roofline_counts(guide):
     text = visit(guide, "cost")
     config = guide.model.config
     for batch in (1, 8, 32):
-        c = step_cost(config, [(stops.CONTEXT, 1)] * batch, weight_bytes_per_param=4, kv_bytes_per_number=4)
+        c = step_cost(
+            config, [(stops.CONTEXT, 1)] * batch, weight_bytes_per_param=4, kv_bytes_per_number=4
+        )
         row = next(line for line in text.splitlines() if line.startswith(f"decode, {batch} "))
         assert f"{c.flops / 1e6:,.1f}" in row.split()
         assert f"{c.intensity:.2f}" in row.split()
         assert ("memory" in row) == (c.intensity < 10)  # the ridge of the round machine
     values = read(guide.output / "data" / "roofline.json").values
-    assert [p["label"] for p in values["points"]] == [line for line in _first_column(text) if "," in line]
+    assert [p["label"] for p in values["points"]] == [
+        line for line in _first_column(text) if "," in line
+    ]
 
 
 def test_a_gpu_is_timed_without_limits_that_were_not_measured(guide):
@@ -119,20 +128,32 @@ def test_a_gpu_is_timed_without_limits_that_were_not_measured(guide):
 
 
 def _first_column(text: str) -> list[str]:
-    return [re.split(r"\s{2,}", line)[0] for line in text.splitlines() if line.startswith(("decode,", "prefill,"))]
+    return [
+        re.split(r"\s{2,}", line)[0]
+        for line in text.splitlines()
+        if line.startswith(("decode,", "prefill,"))
+    ]
 
 
 def test_the_interval_holds_the_sample_mean(guide):
-    mean, low, high = map(float, re.search(
-        r"([\d.]+) bits per byte, 95 % interval ([\d.]+) to ([\d.]+)", visit(guide, "measure")
-    ).groups())  # fmt: skip
+    mean, low, high = map(
+        float,
+        re.search(
+            r"([\d.]+) bits per byte, 95 % interval ([\d.]+) to ([\d.]+)", visit(guide, "measure")
+        ).groups(),
+    )
     assert low <= mean <= high
 
 
 def test_a_model_with_a_record_shows_its_training_curve(guide, directory, tmp_path):
-    curve = [{"tokens": 64, "loss": 3.0, "held_out": 3.5}, {"tokens": 128, "loss": 2.0, "held_out": 2.5}]
-    card = {"training": {"plan": {"phases": [{"steps": 4, "batch": 2, "length": 8}]}},
-            "made with": {"python": "3.11", "numpy": "2"}}  # fmt: skip
+    curve = [
+        {"tokens": 64, "loss": 3.0, "held_out": 3.5},
+        {"tokens": 128, "loss": 2.0, "held_out": 2.5},
+    ]
+    card = {
+        "training": {"plan": {"phases": [{"steps": 4, "batch": 2, "length": 8}]}},
+        "made with": {"python": "3.11", "numpy": "2"},
+    }
     try:
         (directory / "curve.json").write_text(json.dumps(curve))
         (directory / "card.json").write_text(json.dumps(card))

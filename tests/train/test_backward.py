@@ -26,7 +26,11 @@ def parameters(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     """float64 weights large enough that attention is far from uniform and SwiGLU far from linear; gains are not 1."""
     rng = np.random.default_rng(seed)
     return {
-        name: (rng.uniform(0.5, 1.5, w.shape) if w.ndim == 1 else rng.standard_normal(w.shape) / w.shape[1] ** 0.5)
+        name: (
+            rng.uniform(0.5, 1.5, w.shape)
+            if w.ndim == 1
+            else rng.standard_normal(w.shape) / w.shape[1] ** 0.5
+        )
         for name, w in initialize(config, rng).items()
     }
 
@@ -54,17 +58,24 @@ def slope(params, config, tokens, name, direction, h, teacher=None) -> float:
 
 def check_by_differences(params, config, tokens, name, grad, direction, teacher=None) -> None:
     h = 1e-5
-    wide, narrow = (slope(params, config, tokens, name, direction, step, teacher) for step in (2 * h, h))
+    wide, narrow = (
+        slope(params, config, tokens, name, direction, step, teacher) for step in (2 * h, h)
+    )
     # A central difference errs by c·h²: |D(2h) − D(h)| = 3·c·h² measures it. The loss itself, a number near
     # log V ≤ 4, is rounded some hundred times on the way: that error is divided by h.
     tolerance = abs(wide - narrow) + 256 * EPS64 * 4 / h
     assert abs(float(np.sum(grad * direction)) - narrow) <= tolerance, name
 
 
-@pytest.mark.theorem("the hand-written backward pass is the derivative of the loss", source="chain rule")
+@pytest.mark.theorem(
+    "the hand-written backward pass is the derivative of the loss", source="chain rule"
+)
 @given(config=llamas, seed=seeds, taught=st.booleans())
-def test_oracle_each_gradient_is_the_central_difference_along_a_random_direction(config, seed, taught):
-    params, tokens = parameters(config, seed), batch(config, seed)
+def test_oracle_each_gradient_is_the_central_difference_along_a_random_direction(
+    config, seed, taught
+):
+    params = parameters(config, seed)
+    tokens = batch(config, seed)
     t = distribution(seed, 10, config.vocab_size)
     teacher = (lambda rows: t[rows]) if taught else None
     _, grads = loss_and_gradients(params, config, tokens, teacher)
@@ -72,14 +83,17 @@ def test_oracle_each_gradient_is_the_central_difference_along_a_random_direction
     rng = np.random.default_rng(seed + 1)
     for name, grad in grads.items():
         assert grad.shape == params[name].shape
-        check_by_differences(params, config, tokens, name, grad, rng.standard_normal(grad.shape), teacher)
+        check_by_differences(
+            params, config, tokens, name, grad, rng.standard_normal(grad.shape), teacher
+        )
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_oracle_each_single_element_of_a_tiny_network(tied):
     """Exhaustive: 1 layer, 2 query heads on 1 key head; every element of every tensor by itself."""
     config = ModelConfig("llama", 5, 4, 3, 1, 2, 1, 2, tie_word_embeddings=tied)
-    params, tokens = parameters(config, 3), batch(config, 4, length=4)
+    params = parameters(config, 3)
+    tokens = batch(config, 4, length=4)
     _, grads = loss_and_gradients(params, config, tokens)
     for name, grad in grads.items():
         for index in np.ndindex(grad.shape):
@@ -90,20 +104,24 @@ def test_oracle_each_single_element_of_a_tiny_network(tied):
 
 @given(config=llamas, seed=seeds)
 def test_invariance_every_array_library_gives_the_same_gradients(xp, config, seed):
-    params, tokens = parameters(config, seed), batch(config, seed)
+    params = parameters(config, seed)
+    tokens = batch(config, seed)
     loss, grads = loss_and_gradients(params, config, tokens)
     on_device = {name: xp.asarray(w) for name, w in params.items()}
     there, device_grads = loss_and_gradients(on_device, config, xp.asarray(tokens))
     assert isinstance(there, float)
     assert there == pytest.approx(loss, rel=64 * EPS64)
     for name, grad in grads.items():
-        np.testing.assert_allclose(to_host(device_grads[name]), grad, rtol=0, atol=1e-12 * (1 + np.abs(grad).max()))
+        np.testing.assert_allclose(
+            to_host(device_grads[name]), grad, rtol=0, atol=1e-12 * (1 + np.abs(grad).max())
+        )
 
 
 @given(config=llamas, seed=seeds)
 def test_invariance_the_gradient_of_a_batch_is_the_mean_over_its_sequences(config, seed):
     """What data-parallel training rests on."""
-    params, tokens = parameters(config, seed), batch(config, seed, size=3)
+    params = parameters(config, seed)
+    tokens = batch(config, seed, size=3)
     loss, grads = loss_and_gradients(params, config, tokens)
     parts = [loss_and_gradients(params, config, tokens[i : i + 1]) for i in range(3)]
     assert loss == pytest.approx(sum(part[0] for part in parts) / 3, rel=64 * EPS64)
@@ -114,12 +132,18 @@ def test_invariance_the_gradient_of_a_batch_is_the_mean_over_its_sequences(confi
 
 @given(config=llamas, seed=seeds, size=st.integers(1, 3), length=st.integers(1, 9))
 def test_oracle_training_and_serving_run_the_same_network(config, seed, size, length):
-    params, tokens = parameters(config, seed), batch(config, seed, size, length)
+    params = parameters(config, seed)
+    tokens = batch(config, seed, size, length)
     weights = llama.build(config, params)
     inputs = tokens[:, :-1]
-    served = [llama.forward(weights, config, row, np.arange(length), CausalAttend([length])) for row in inputs]
+    served = [
+        llama.forward(weights, config, row, np.arange(length), CausalAttend([length]))
+        for row in inputs
+    ]
     hidden = hidden_states(params, config, inputs)
-    np.testing.assert_allclose(hidden, np.concatenate(served), rtol=0, atol=1e-12 * (1 + np.abs(hidden).max()))
+    np.testing.assert_allclose(
+        hidden, np.concatenate(served), rtol=0, atol=1e-12 * (1 + np.abs(hidden).max())
+    )
     z = llama.logits(weights, np.concatenate(served))
     log_q = z - z.max(axis=-1, keepdims=True)
     log_q -= np.log(np.exp(log_q).sum(axis=-1, keepdims=True))
@@ -131,7 +155,8 @@ def test_oracle_training_and_serving_run_the_same_network(config, seed, size, le
 @given(config=llamas, seed=seeds)
 def test_a_token_that_was_not_read_gets_no_gradient_of_an_untied_embedding(config, seed):
     untied = replace(config, tie_word_embeddings=False)
-    params, tokens = parameters(untied, seed), batch(untied, seed)
+    params = parameters(untied, seed)
+    tokens = batch(untied, seed)
     _, grads = loss_and_gradients(params, untied, tokens)
     unread = np.setdiff1d(np.arange(untied.vocab_size), tokens[:, :-1])
     assert not grads["model.embed_tokens.weight"][unread].any()
@@ -139,7 +164,8 @@ def test_a_token_that_was_not_read_gets_no_gradient_of_an_untied_embedding(confi
 
 def test_parameters_are_left_as_they_were():
     config = ModelConfig("llama", 11, 8, 12, 2, 4, 2, 4, tie_word_embeddings=True)
-    params, tokens = parameters(config, 0), batch(config, 0)
+    params = parameters(config, 0)
+    tokens = batch(config, 0)
     before = {name: w.copy() for name, w in params.items()}
     loss_and_gradients(params, config, tokens)
     assert all(np.array_equal(before[name], w) for name, w in params.items())
@@ -147,8 +173,19 @@ def test_parameters_are_left_as_they_were():
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
 def test_what_the_backward_pass_leaves_out_is_refused(family):
-    config = ModelConfig(family, 11, 8, 12, 1, 2, 1, 4, attention_bias=family == "qwen2", qk_norm=family == "qwen3",
-                         sliding_window=3 if family == "mistral" else None)  # fmt: skip
+    config = ModelConfig(
+        family,
+        11,
+        8,
+        12,
+        1,
+        2,
+        1,
+        4,
+        attention_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        sliding_window=3 if family == "mistral" else None,
+    )
     params = parameters(ModelConfig("llama", 11, 8, 12, 1, 2, 1, 4), 0)
     with pytest.raises(UnsupportedModel, match="no biases, query/key norms or window"):
         loss_and_gradients(params, config, batch(config, 0))
@@ -177,14 +214,17 @@ def double_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def torch_gradients(config: ModelConfig, params, tokens, t=None):
     """Loss and gradients of ``LlamaForCausalLM`` with our parameters, by autograd."""
-    torch, transformers = oracle("torch"), oracle("transformers")
+    torch = oracle("torch")
+    transformers = oracle("transformers")
     theirs = transformers.LlamaConfig(**config.to_hf(), attn_implementation="eager")
     network = transformers.LlamaForCausalLM(theirs).double()
     state = {name: torch.from_numpy(w.copy()) for name, w in params.items()}
     missing, unexpected = network.load_state_dict(state, strict=False)
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}  # where it is tied
-    z = network(torch.from_numpy(tokens[:, :-1].copy()), use_cache=False).logits.reshape(-1, config.vocab_size)
+    z = network(torch.from_numpy(tokens[:, :-1].copy()), use_cache=False).logits.reshape(
+        -1, config.vocab_size
+    )
     assert z.dtype == torch.float64
     target = torch.from_numpy((tokens[:, 1:].reshape(-1) if t is None else t).copy())
     loss = torch.nn.functional.cross_entropy(z, target)
@@ -197,17 +237,23 @@ def torch_gradients(config: ModelConfig, params, tokens, t=None):
 @given(config=llamas, seed=seeds, taught=st.booleans())
 @pytest.mark.usefixtures("double_precision")
 def test_oracle_loss_and_gradients_are_those_of_torch_in_float64(config, seed, taught):
-    config = replace(config, hidden_size=4 * config.num_attention_heads)  # transformers wants a multiple
-    params, tokens = parameters(config, seed), batch(config, seed, size=2, length=7)
+    # transformers wants a multiple
+    config = replace(config, hidden_size=4 * config.num_attention_heads)
+    params = parameters(config, seed)
+    tokens = batch(config, seed, size=2, length=7)
     t = distribution(seed, 14, config.vocab_size) if taught else None
     expected, expected_grads = torch_gradients(config, params, tokens, t)
-    loss, grads = loss_and_gradients(params, config, tokens, (lambda rows: t[rows]) if taught else None)
+    loss, grads = loss_and_gradients(
+        params, config, tokens, (lambda rows: t[rows]) if taught else None
+    )
     assert loss == pytest.approx(expected, rel=1e-13)
     assert set(grads) == set(expected_grads)
     for name, grad in grads.items():
         scale = np.abs(expected_grads[name]).max()
         # about 10³ roundings lie between a weight and the loss, forth and back
-        np.testing.assert_allclose(grad, expected_grads[name], rtol=0, atol=1e3 * EPS64 * (scale + 1e-3), err_msg=name)
+        np.testing.assert_allclose(
+            grad, expected_grads[name], rtol=0, atol=1e3 * EPS64 * (scale + 1e-3), err_msg=name
+        )
 
 
 @pytest.mark.oracle
@@ -216,12 +262,17 @@ def test_oracle_loss_and_gradients_are_those_of_torch_in_float64(config, seed, t
 def test_oracle_grouped_heads_two_layers_and_stretched_rope(tied):
     """One larger case by name: 6 query heads on 2 key heads, llama3 frequencies in all three bands."""
     bands = RopeScaling(8.0, 1.0, 4.0, 64)
-    config = ModelConfig("llama", 61, 48, 40, 2, 6, 2, 16, 1e-5, 500.0, bands, tie_word_embeddings=tied)
-    params, tokens = parameters(config, 5), batch(config, 6, size=3, length=90)  # 270 rows: two chunks of the loss
+    config = ModelConfig(
+        "llama", 61, 48, 40, 2, 6, 2, 16, 1e-5, 500.0, bands, tie_word_embeddings=tied
+    )
+    params = parameters(config, 5)  # 270 rows: two chunks of the loss
+    tokens = batch(config, 6, size=3, length=90)
     expected, expected_grads = torch_gradients(config, params, tokens)
     loss, grads = loss_and_gradients(params, config, tokens)
     assert loss == pytest.approx(expected, rel=1e-13)
     for name, grad in grads.items():
         scale = np.abs(expected_grads[name]).max()
-        np.testing.assert_allclose(grad, expected_grads[name], rtol=0, atol=1e3 * EPS64 * scale, err_msg=name)
+        np.testing.assert_allclose(
+            grad, expected_grads[name], rtol=0, atol=1e3 * EPS64 * scale, err_msg=name
+        )
     assert (output_name(config) == "lm_head.weight") is not tied

@@ -15,7 +15,9 @@ from refllm.corpus import Document
 from refllm.train.data import encode, fingerprint, own_files, read_files, split, standard_library
 from study_models import byte_tokenizer
 
-texts = st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=40), min_size=2, max_size=12)
+texts = st.lists(
+    st.text(st.characters(codec="utf-8"), min_size=1, max_size=40), min_size=2, max_size=12
+)
 
 
 def documents_of(items: list[str]) -> list[Document]:
@@ -82,8 +84,9 @@ def test_a_folder_gives_its_text_files_in_order(tmp_path: Path):
     (tmp_path / "blank").write_text(" \n")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff")
     assert [(d.name, d.text) for d in read_files([tmp_path])] == [
-        (f"{tmp_path.name}/a.txt", "first"), (f"{tmp_path.name}/b/c.txt", "second"),
-    ]  # fmt: skip
+        (f"{tmp_path.name}/a.txt", "first"),
+        (f"{tmp_path.name}/b/c.txt", "second"),
+    ]
 
 
 def test_a_named_file_must_be_text(tmp_path: Path):
@@ -118,8 +121,14 @@ def test_the_standard_library_keeps_its_held_out_modules_apart():
 
 
 def test_the_installers_are_a_third_stream_where_they_are_wanted_and_there(monkeypatch):
-    pieces = {"tests": [Document("t", "t")], "installers": [Document("i", "i")], "library": [Document("l", "l")]}
-    monkeypatch.setattr(corpus, "training_documents", lambda tests=False: pieces["tests" if tests else "library"])
+    pieces = {
+        "tests": [Document("t", "t")],
+        "installers": [Document("i", "i")],
+        "library": [Document("l", "l")],
+    }
+    monkeypatch.setattr(
+        corpus, "training_documents", lambda tests=False: pieces["tests" if tests else "library"]
+    )
     monkeypatch.setattr(corpus, "installer_documents", lambda: pieces["installers"])
     both = standard_library(installers=True)
     assert list(both.streams) == ["library", "tests", "installers"]

@@ -30,14 +30,20 @@ def softmax(z):
     return z / z.sum(axis=-1, keepdims=True)
 
 
-@given(st.integers(0, 2**32 - 1), st.sampled_from([0.5, 1.0, 3.0]), st.sampled_from([0.0, 0.3, 1.0]), st.booleans())
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0.5, 1.0, 3.0]),
+    st.sampled_from([0.0, 0.3, 1.0]),
+    st.booleans(),
+)
 def test_targets_are_the_mixture_of_tempered_softmax_and_label(seed, temperature, alpha, tied):
     params, config = network(seed, tied=tied)
     tokens = np.random.default_rng(seed).integers(0, V, (2, 8))
     targets = teacher_of(params, config, temperature, alpha)(tokens)
     z = hidden_states(params, config, tokens[:, :-1]) @ params[output_name(config)].T
     expected = alpha * softmax(z / temperature) + (1 - alpha) * np.eye(V)[tokens[:, 1:].reshape(-1)]
-    got = np.concatenate([targets(slice(a, min(a + 5, 14))) for a in range(0, 14, 5)])  # any chunking of the rows
+    # any chunking of the rows
+    got = np.concatenate([targets(slice(a, min(a + 5, 14))) for a in range(0, 14, 5)])
     # A logit of magnitude |z| in float64 carries an error of about N·eps·|z|, and exp makes it relative.
     tolerance = 16 * np.finfo(np.float64).eps * (1 + np.abs(z).max() / temperature)
     np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance)
@@ -49,7 +55,9 @@ def test_alpha_zero_is_training_without_a_teacher(seed):
     params, config = network(seed)
     tokens = np.random.default_rng(seed).integers(0, V, (2, 8))
     plain, plain_grads = loss_and_gradients(params, config, tokens)
-    mixed, grads = loss_and_gradients(params, config, tokens, teacher_of(*network(seed + 1), alpha=0.0)(tokens))
+    mixed, grads = loss_and_gradients(
+        params, config, tokens, teacher_of(*network(seed + 1), alpha=0.0)(tokens)
+    )
     assert mixed == pytest.approx(plain, rel=1e-13)
     for name, g in plain_grads.items():
         np.testing.assert_allclose(grads[name], g, rtol=0, atol=1e-13 * np.abs(g).max())
@@ -65,7 +73,8 @@ def test_invariance_every_array_library_gives_the_same_targets(xp):
 
 
 @pytest.mark.theorem(
-    "∇ cross-entropy(p, q) = ∇ KL(p ‖ q), and it is zero at q = p", source="Hinton et al. 2015, section 2"
+    "∇ cross-entropy(p, q) = ∇ KL(p ‖ q), and it is zero at q = p",
+    source="Hinton et al. 2015, section 2",
 )
 @given(st.integers(0, 2**32 - 1))
 def test_a_student_equal_to_its_teacher_has_no_gradient(seed):
@@ -91,7 +100,11 @@ def test_distillation_brings_the_student_nearer_to_its_teacher_in_acceptance(tmp
 
     def acceptance(params):
         whole = slice(0, 64)
-        return np.minimum(teacher(fresh)(whole), teacher_of(params, config)(fresh)(whole)).sum(axis=-1).mean()
+        return (
+            np.minimum(teacher(fresh)(whole), teacher_of(params, config)(fresh)(whole))
+            .sum(axis=-1)
+            .mean()
+        )
 
     before = acceptance(initialize(config, np.random.default_rng([plan.seed, 0])))
     state = train(config, [stream], plan, tmp_path, teacher=teacher)
@@ -102,8 +115,14 @@ def test_bound_a_teacher_of_enormous_logits_does_not_overflow(xp):
     """A cold teacher is certain: its targets are one-hot, not NaN."""
     params, config = network(0, dtype="float32")
     tokens = xp.asarray(np.random.default_rng(0).integers(0, V, (2, 8)))
-    p = to_host(teacher_of({n: xp.asarray(w) for n, w in params.items()}, config, 1e-6)(tokens)(slice(0, 14)))
-    np.testing.assert_allclose(np.sort(p, axis=-1)[:, -2:], np.tile([0.0, 1.0], (14, 1)), rtol=0, atol=1e-6)
+    p = to_host(
+        teacher_of({n: xp.asarray(w) for n, w in params.items()}, config, 1e-6)(tokens)(
+            slice(0, 14)
+        )
+    )
+    np.testing.assert_allclose(
+        np.sort(p, axis=-1)[:, -2:], np.tile([0.0, 1.0], (14, 1)), rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf"), float("nan")])

@@ -44,7 +44,9 @@ def streams(seed: int = 0) -> list[np.ndarray]:
     for count in (400, 300):
         tokens = [1, 2]
         while len(tokens) < count:
-            tokens.append(int(rng.integers(V)) if rng.random() < 0.1 else (tokens[-1] * 3 + tokens[-2]) % V)
+            tokens.append(
+                int(rng.integers(V)) if rng.random() < 0.1 else (tokens[-1] * 3 + tokens[-2]) % V
+            )
         out.append(np.array(tokens, dtype=np.int32))
     return out
 
@@ -52,8 +54,14 @@ def streams(seed: int = 0) -> list[np.ndarray]:
 def bits(state: State) -> tuple[object, ...]:
     """Everything of a run but the seconds that it took."""
     groups = (state.params, state.optimizer.m, state.optimizer.v)
-    curve = [{key: value for key, value in record.items() if key != "seconds"} for record in state.curve]
-    return [{name: to_host(t).tobytes() for name, t in group.items()} for group in groups], state.optimizer.step, curve
+    curve = [
+        {key: value for key, value in record.items() if key != "seconds"} for record in state.curve
+    ]
+    return (
+        [{name: to_host(t).tobytes() for name, t in group.items()} for group in groups],
+        state.optimizer.step,
+        curve,
+    )
 
 
 # --- Muon, and weights to go on from --------------------------------------------------------------------------
@@ -71,14 +79,17 @@ def test_a_run_with_muon_resumes_to_the_bits_of_an_unbroken_one(tmp_path):
         train(CONFIG, streams(), plan, tmp_path / "part", on_step=die)
     state = load_state(tmp_path / "part" / "state.safetensors")[0]
     assert state.optimizer.step == 6
-    assert state.optimizer.m.keys() == state.params.keys() > state.optimizer.v.keys()  # a matrix has one moment
+    # a matrix has one moment
+    assert state.optimizer.m.keys() == state.params.keys() > state.optimizer.v.keys()
     assert bits(train(CONFIG, streams(), plan, tmp_path / "part")) == bits(whole)
 
 
 def test_given_weights_are_where_a_run_begins(tmp_path):
     start = initialize(CONFIG, np.random.default_rng(77))
     still = replace(PLAN, peak_rate=0.0)
-    state = train(CONFIG, streams(), still, tmp_path, start={name: w.copy() for name, w in start.items()})
+    state = train(
+        CONFIG, streams(), still, tmp_path, start={name: w.copy() for name, w in start.items()}
+    )
     assert all(np.array_equal(to_host(state.params[name]), w) for name, w in start.items())
 
 
@@ -100,7 +111,11 @@ def test_the_first_weights_have_deviation_002_and_less_where_they_write_to_the_r
     params = initialize(config, np.random.default_rng(0))
     for name, w in params.items():
         if w.ndim == 2:
-            expected = 0.02 / math.sqrt(2 * 8) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            expected = (
+                0.02 / math.sqrt(2 * 8)
+                if name.endswith(("o_proj.weight", "down_proj.weight"))
+                else 0.02
+            )
             # the deviation of n normal draws is itself off by 1/√(2n), five of those
             assert float(w.std()) == pytest.approx(expected, rel=5 / math.sqrt(2 * w.size))
             assert abs(float(w.mean())) < 5 * expected / math.sqrt(w.size)
@@ -115,10 +130,14 @@ class Killed(Exception):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory) -> State:
-    return train(CONFIG, streams(), PLAN, tmp_path_factory.mktemp("unbroken"), held_out=streams(1)[0])
+    return train(
+        CONFIG, streams(), PLAN, tmp_path_factory.mktemp("unbroken"), held_out=streams(1)[0]
+    )
 
 
-@pytest.mark.theorem("a run that was killed and resumed ends with the bits of an unbroken one", source="plan.batches")
+@pytest.mark.theorem(
+    "a run that was killed and resumed ends with the bits of an unbroken one", source="plan.batches"
+)
 @pytest.mark.parametrize("at", range(1, PLAN.steps + 1))
 def test_exact_resume_after_a_kill_at_every_step(unbroken, tmp_path, at):
     def kill(step: int, loss: float) -> None:
@@ -128,8 +147,16 @@ def test_exact_resume_after_a_kill_at_every_step(unbroken, tmp_path, at):
     with pytest.raises(Killed):
         train(CONFIG, streams(), PLAN, tmp_path, held_out=streams(1)[0], on_step=kill)
     resumed = []
-    state = train(CONFIG, streams(), PLAN, tmp_path, held_out=streams(1)[0], on_step=lambda s, _: resumed.append(s))
-    assert resumed[0] == 1 + (at - 1) // PLAN.save_every * PLAN.save_every  # from the last checkpoint, not from 1
+    state = train(
+        CONFIG,
+        streams(),
+        PLAN,
+        tmp_path,
+        held_out=streams(1)[0],
+        on_step=lambda s, _: resumed.append(s),
+    )
+    # from the last checkpoint, not from 1
+    assert resumed[0] == 1 + (at - 1) // PLAN.save_every * PLAN.save_every
     assert bits(state) == bits(unbroken)
     assert bits(load_state(tmp_path / "state.safetensors")[0]) == bits(unbroken)
 
@@ -147,7 +174,11 @@ t.train(t.CONFIG, t.streams(), t.PLAN, Path({str(tmp_path)!r}), held_out=t.strea
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     child = subprocess.Popen(
-        [sys.executable, "-c", program], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     with child:
         while child.stdout.readline().strip() not in ("7", ""):
@@ -161,7 +192,14 @@ t.train(t.CONFIG, t.streams(), t.PLAN, Path({str(tmp_path)!r}), held_out=t.strea
 def test_a_finished_run_is_read_and_not_repeated(unbroken, tmp_path):
     train(CONFIG, streams(), PLAN, tmp_path, held_out=streams(1)[0])
     before = (tmp_path / "state.safetensors").stat().st_mtime_ns
-    state = train(CONFIG, streams(), PLAN, tmp_path, held_out=streams(1)[0], on_step=lambda *_: pytest.fail("a step"))
+    state = train(
+        CONFIG,
+        streams(),
+        PLAN,
+        tmp_path,
+        held_out=streams(1)[0],
+        on_step=lambda *_: pytest.fail("a step"),
+    )
     assert bits(state) == bits(unbroken)
     assert (tmp_path / "state.safetensors").stat().st_mtime_ns == before
 
@@ -191,7 +229,10 @@ def test_the_clock_goes_on_where_the_killed_run_stopped(tmp_path):
 def double(folder: Path) -> Path:
     """A run's first checkpoint in float64: training goes on in the precision that it finds."""
     folder.mkdir()
-    params = {name: w.astype("float64") for name, w in initialize(CONFIG, np.random.default_rng(0)).items()}
+    params = {
+        name: w.astype("float64")
+        for name, w in initialize(CONFIG, np.random.default_rng(0)).items()
+    }
     save_state(State(params, AdamW()), folder / "state.safetensors", CONFIG, PLAN)
     return folder
 
@@ -200,7 +241,9 @@ def double(folder: Path) -> Path:
 def test_invariance_the_number_of_workers_changes_nothing(tmp_path, workers):
     """Each worker's mean gradient, averaged, is the batch's. 3 workers do not divide 4 windows: one does the work."""
     whole = train(CONFIG, streams(), Plan(PLAN.phases, seed=5, workers=1), double(tmp_path / "one"))
-    parts = train(CONFIG, streams(), Plan(PLAN.phases, seed=5, workers=workers), double(tmp_path / "many"))
+    parts = train(
+        CONFIG, streams(), Plan(PLAN.phases, seed=5, workers=workers), double(tmp_path / "many")
+    )
     for name, w in whole.params.items():
         assert w.dtype == np.float64
         # Gradients differ by their rounding, 1e-16; AdamW divides by √v̂ + 1e-8, which may enlarge it 10^8 times.
@@ -209,9 +252,13 @@ def test_invariance_the_number_of_workers_changes_nothing(tmp_path, workers):
 
 
 def test_invariance_every_array_library_trains_the_same_network(xp, xp_kind, tmp_path):
-    plan = Plan((Phase(4, 4, 8, (2, 1)), Phase(3, 2, 16, (1, 0))), warmup=3, workers=1, evaluate_every=3)
+    plan = Plan(
+        (Phase(4, 4, 8, (2, 1)), Phase(3, 2, 16, (1, 0))), warmup=3, workers=1, evaluate_every=3
+    )
     expected = train(CONFIG, streams(), plan, tmp_path / "numpy", held_out=streams(1)[0])
-    state = train(CONFIG, streams(), plan, tmp_path / xp_kind, held_out=streams(1)[0], like=xp.zeros(1))
+    state = train(
+        CONFIG, streams(), plan, tmp_path / xp_kind, held_out=streams(1)[0], like=xp.zeros(1)
+    )
     for group in (state.params, state.optimizer.m, state.optimizer.v):
         assert namespace(*group.values()).__name__ == xp.__name__
     if xp_kind != "cupy":  # the stand-in computes with NumPy: every bit
@@ -247,8 +294,11 @@ def test_exact_resume_onto_a_device(xp, tmp_path):
 def test_training_learns_a_pattern(tmp_path):
     """A sequence of period 19 is fully predictable: from log 19 to nearly nothing."""
     cycle = np.tile(np.random.default_rng(0).permutation(V), 40).astype(np.int32)
-    plan, losses = Plan((Phase(120, 4, 16),), peak_rate=1e-2, warmup=10), []
-    state = train(CONFIG, [cycle], plan, tmp_path, held_out=cycle, on_step=lambda _, loss: losses.append(loss))
+    plan = Plan((Phase(120, 4, 16),), peak_rate=1e-2, warmup=10)
+    losses = []
+    state = train(
+        CONFIG, [cycle], plan, tmp_path, held_out=cycle, on_step=lambda _, loss: losses.append(loss)
+    )
     assert losses[0] == pytest.approx(math.log(V), rel=0.02)  # a fresh network knows nothing
     assert losses[-1] < 0.1
     assert state.curve[-1]["held_out"] < 0.1
@@ -275,26 +325,44 @@ GOOD = streams()
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"streams": [GOOD[0], np.full(300, V, np.int32)]}, "token ids 19..19 are not within the vocabulary of 19"),
+        (
+            {"streams": [GOOD[0], np.full(300, V, np.int32)]},
+            "token ids 19..19 are not within the vocabulary of 19",
+        ),
         ({"streams": [GOOD[0], np.full(300, -1, np.int32)]}, "token ids -1..-1 are not within"),
-        ({"streams": [GOOD[0], GOOD[1].astype("float32")]}, r"1-D array of integers, got float32\[300\]"),
+        (
+            {"streams": [GOOD[0], GOOD[1].astype("float32")]},
+            r"1-D array of integers, got float32\[300\]",
+        ),
         ({"streams": [GOOD[0], GOOD[1][None]]}, r"1-D array of integers, got int32\[1, 300\]"),
         ({"streams": GOOD[:1]}, "mixes 2 streams, but 1 are given"),
         ({"streams": [GOOD[0], GOOD[1][:8]]}, "stream 1 has 8 tokens"),
-        ({"held_out": GOOD[0][:16]}, "the held-out stream has 16 tokens: too few for windows of 16"),
+        (
+            {"held_out": GOOD[0][:16]},
+            "the held-out stream has 16 tokens: too few for windows of 16",
+        ),
         ({"held_out": GOOD[0] + V}, "are not within the vocabulary"),
     ],
 )
 def test_text_that_does_not_fit_is_refused_before_the_first_step(tmp_path, arguments, message):
     arguments = {"streams": GOOD} | arguments
     with pytest.raises(ValueError, match=message):
-        train(CONFIG, arguments.pop("streams"), PLAN, tmp_path, on_step=lambda *_: pytest.fail("a step"), **arguments)
+        train(
+            CONFIG,
+            arguments.pop("streams"),
+            PLAN,
+            tmp_path,
+            on_step=lambda *_: pytest.fail("a step"),
+            **arguments,
+        )
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     train(CONFIG, streams(), PLAN, tmp_path)
     other = ModelConfig("llama", V, 16, 24, 1, 4, 2, 4, tie_word_embeddings=True)
-    with pytest.raises(ValueError, match="is a checkpoint of another network; choose another output folder"):
+    with pytest.raises(
+        ValueError, match="is a checkpoint of another network; choose another output folder"
+    ):
         train(other, streams(), PLAN, tmp_path)
 
 
@@ -307,7 +375,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkp
 
     plan = Plan(PLAN.phases, workers=1, save_every=2)
     with pytest.raises(FloatingPointError, match="step 5: loss .*lower the rate"):
-        train(CONFIG, streams(), plan, tmp_path, teacher=teacher, on_step=lambda step, _: steps.append(step))
+        train(
+            CONFIG,
+            streams(),
+            plan,
+            tmp_path,
+            teacher=teacher,
+            on_step=lambda step, _: steps.append(step),
+        )
     state, _ = load_state(tmp_path / "state.safetensors")
     assert state.optimizer.step == 4
     assert all(np.isfinite(w).all() for w in state.params.values())
@@ -348,7 +423,15 @@ def test_a_teacher_that_sets_in_later_is_not_asked_before_also_in_a_resumed_run(
             asked.append(done[0])
             return lambda rows: np.full((rows.stop - rows.start, V), 1 / V, dtype="float32")
 
-        return train(CONFIG, streams(), plan, tmp_path / folder, teacher=teacher, teacher_from=5, on_step=on_step)
+        return train(
+            CONFIG,
+            streams(),
+            plan,
+            tmp_path / folder,
+            teacher=teacher,
+            teacher_from=5,
+            on_step=on_step,
+        )
 
     plan = Plan(PLAN.phases, workers=1, save_every=2)
     whole = run("whole")

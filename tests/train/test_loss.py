@@ -16,13 +16,15 @@ from refllm.train.loss import cross_entropy, cross_entropy_and_gradients
 from strategies import seeds
 
 EPS64 = float(np.finfo("float64").eps)
-N, V = 5, 11
+N = 5
+V = 11
 
 
 def problem(seed: int, count: int = 7, scale: float = 1.0):
     """hidden[T, N], head[V, N], targets[T], and a target distribution t[T, V]."""
     rng = np.random.default_rng(seed)
-    hidden, head = scale * rng.standard_normal((count, N)), rng.standard_normal((V, N))
+    hidden = scale * rng.standard_normal((count, N))
+    head = rng.standard_normal((V, N))
     t = rng.random((count, V))
     return hidden, head, rng.integers(0, V, count), t / t.sum(axis=-1, keepdims=True)
 
@@ -34,7 +36,12 @@ def plain_loss(hidden, head, t) -> float:
     return float(-(t * log_q).sum(axis=-1).mean())
 
 
-@given(seed=seeds, count=st.integers(1, 9), scale=st.sampled_from([0.1, 1.0, 30.0]), taught=st.booleans())
+@given(
+    seed=seeds,
+    count=st.integers(1, 9),
+    scale=st.sampled_from([0.1, 1.0, 30.0]),
+    taught=st.booleans(),
+)
 def test_exact_value_the_loss_is_minus_the_mean_of_t_log_q(xp, seed, count, scale, taught):
     hidden, head, targets, t = problem(seed, count, scale)
     expected = plain_loss(hidden, head, t if taught else np.eye(V)[targets])
@@ -49,7 +56,9 @@ def test_exact_value_the_loss_is_minus_the_mean_of_t_log_q(xp, seed, count, scal
     assert to_host(d_head).shape == head.shape
 
 
-@pytest.mark.theorem("∂(−Σ t log softmax(z))/∂z = softmax(z) − t", source="Goodfellow et al. 2016, section 6.2.2.3")
+@pytest.mark.theorem(
+    "∂(−Σ t log softmax(z))/∂z = softmax(z) − t", source="Goodfellow et al. 2016, section 6.2.2.3"
+)
 @given(seed=seeds, taught=st.booleans())
 def test_oracle_the_gradients_are_central_differences(xp, seed, taught):
     hidden, head, targets, t = problem(seed)
@@ -74,7 +83,9 @@ def test_oracle_the_gradients_are_central_differences(xp, seed, taught):
 
         h = 1e-5
         # The error of a central difference is c·h²: two step sizes measure it. Rounding of the loss adds ε·|loss|/h.
-        tolerance = abs(slope(2 * h) - slope(h)) + 64 * EPS64 * (1 + abs(plain_loss(hidden, head, t))) / h
+        tolerance = (
+            abs(slope(2 * h) - slope(h)) + 64 * EPS64 * (1 + abs(plain_loss(hidden, head, t))) / h
+        )
         assert abs(float(np.sum(to_host(grad) * direction)) - slope(h)) <= tolerance
 
 
@@ -85,9 +96,13 @@ def test_invariance_the_chunk_of_rows_changes_nothing(seed, rows, count):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "ROWS", rows)
         parts = cross_entropy_and_gradients(hidden, head, targets, lambda at: t[at])
-        assert cross_entropy(hidden, head, targets) == pytest.approx(plain_loss(hidden, head, np.eye(V)[targets]))
+        assert cross_entropy(hidden, head, targets) == pytest.approx(
+            plain_loss(hidden, head, np.eye(V)[targets])
+        )
     for a, b in zip(whole, parts, strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=8 * (count + N + V) * EPS64 * (1 + np.abs(hidden).max()))
+        np.testing.assert_allclose(
+            a, b, rtol=0, atol=8 * (count + N + V) * EPS64 * (1 + np.abs(hidden).max())
+        )
 
 
 def test_bound_the_largest_logits_do_not_overflow(xp):
@@ -95,31 +110,43 @@ def test_bound_the_largest_logits_do_not_overflow(xp):
     head = xp.asarray(np.eye(2, 1, dtype="float32"))  # z = (h, 0)
     for h, target, expected in ((1e37, 0, 0.0), (1e37, 1, 1e37), (-1e37, 0, 1e37)):
         hidden = xp.asarray(np.array([[h]], dtype="float32"))
-        loss, d_hidden, d_head = cross_entropy_and_gradients(hidden, head, xp.asarray(np.array([target])))
+        loss, d_hidden, d_head = cross_entropy_and_gradients(
+            hidden, head, xp.asarray(np.array([target]))
+        )
         assert loss == pytest.approx(expected, rel=1e-6)
         assert np.isfinite(to_host(d_hidden)).all()
         assert np.isfinite(to_host(d_head)).all()
 
 
 def test_exact_value_an_undecided_network_pays_the_logarithm_of_the_vocabulary(xp):
-    hidden, head = xp.zeros((4, N), dtype=xp.float64), xp.ones((V, N), dtype=xp.float64)
-    assert cross_entropy(hidden, head, xp.asarray(np.arange(4))) == pytest.approx(math.log(V), rel=4 * EPS64)
+    hidden = xp.zeros((4, N), dtype=xp.float64)
+    head = xp.ones((V, N), dtype=xp.float64)
+    assert cross_entropy(hidden, head, xp.asarray(np.arange(4))) == pytest.approx(
+        math.log(V), rel=4 * EPS64
+    )
 
 
 def test_the_loss_does_not_wait_for_the_device_between_its_chunks():
     """Three chunks: when the teacher is asked for the last one, no number has been read back."""
     on_device = [fakecupy.asarray(x) for x in problem(0, 3 * module.ROWS)]
-    t, syncs = on_device[3], []
+    t = on_device[3]
+    syncs = []
     with fakecupy.counting() as counted:
-        cross_entropy_and_gradients(*on_device[:3], lambda rows: (syncs.append(counted.syncs), t[rows])[1])
+        cross_entropy_and_gradients(
+            *on_device[:3], lambda rows: (syncs.append(counted.syncs), t[rows])[1]
+        )
     assert syncs == [0, 0, 0]
     assert counted.syncs == 3
 
 
 def test_a_teacher_of_another_vocabulary_is_refused():
     hidden, head, targets, _ = problem(0)
-    with pytest.raises(ValueError, match=r"teacher's probabilities are \(7, 12\), the network's logits \(7, 11\)"):
-        cross_entropy_and_gradients(hidden, head, targets, lambda rows: np.full((7, V + 1), 1 / (V + 1)))
+    with pytest.raises(
+        ValueError, match=r"teacher's probabilities are \(7, 12\), the network's logits \(7, 11\)"
+    ):
+        cross_entropy_and_gradients(
+            hidden, head, targets, lambda rows: np.full((7, V + 1), 1 / (V + 1))
+        )
 
 
 def test_no_positions_have_no_mean():
@@ -136,7 +163,13 @@ def test_oracle_loss_and_gradients_are_those_of_torch(seed, taught):
     h, w = (torch.tensor(x, requires_grad=True) for x in (hidden, head))
     theirs = torch.nn.functional.cross_entropy(h @ w.T, torch.from_numpy(t if taught else targets))
     theirs.backward()
-    loss, d_hidden, d_head = cross_entropy_and_gradients(hidden, head, targets, (lambda at: t[at]) if taught else None)
+    loss, d_hidden, d_head = cross_entropy_and_gradients(
+        hidden, head, targets, (lambda at: t[at]) if taught else None
+    )
     assert loss == pytest.approx(theirs.item(), rel=64 * EPS64)
-    np.testing.assert_allclose(d_hidden, h.grad.numpy(), rtol=0, atol=64 * EPS64 / 300 * np.abs(head).max())
-    np.testing.assert_allclose(d_head, w.grad.numpy(), rtol=0, atol=300 * EPS64 * np.abs(hidden).max())
+    np.testing.assert_allclose(
+        d_hidden, h.grad.numpy(), rtol=0, atol=64 * EPS64 / 300 * np.abs(head).max()
+    )
+    np.testing.assert_allclose(
+        d_head, w.grad.numpy(), rtol=0, atol=300 * EPS64 * np.abs(hidden).max()
+    )

@@ -20,19 +20,24 @@ phases = st.builds(
     length=st.integers(1, 8),
     repeats=st.sampled_from([(1, 1), (3, 1), (1, 0), (0, 2)]),
 )
-plans = st.builds(Plan, phases=st.lists(phases, min_size=1, max_size=3).map(tuple), seed=st.integers(0, 5))
+plans = st.builds(
+    Plan, phases=st.lists(phases, min_size=1, max_size=3).map(tuple), seed=st.integers(0, 5)
+)
 stream_lengths = st.tuples(st.integers(9, 60), st.integers(9, 60))  # longer than any window: 8 + 1
 
 
 def one_pass(lengths, phase: Phase, seed: int):
     """The windows of exactly one pass of the mixture."""
     count, _ = pass_size(lengths, phase, seed)
-    return window_starts(lengths, Phase(count, 1, phase.length, phase.repeats), np.random.default_rng(seed))
+    return window_starts(
+        lengths, Phase(count, 1, phase.length, phase.repeats), np.random.default_rng(seed)
+    )
 
 
 def pass_size(lengths, phase: Phase, seed: int):
     """How many windows the first pass has: the draws before its shuffle, made again."""
-    rng, count = np.random.default_rng(seed), 0
+    rng = np.random.default_rng(seed)
+    count = 0
     firsts = []
     for length, repeats in zip(lengths, phase.repeats, strict=True):
         for _ in range(repeats):
@@ -50,20 +55,25 @@ def pass_size(lengths, phase: Phase, seed: int):
 def test_conservation_each_target_is_seen_at_most_once_a_pass(lengths, phase, seed):
     seen = [Counter(), Counter()]
     for stream, at in one_pass(lengths, phase, seed):
-        assert 0 <= at <= lengths[stream] - 1 - phase.length  # the window's last target lies inside the stream
+        # the window's last target lies inside the stream
+        assert 0 <= at <= lengths[stream] - 1 - phase.length
         seen[stream].update(range(at + 1, at + 1 + phase.length))
     for count, repeats, targets in zip(lengths, phase.repeats, seen, strict=True):
         assert max(targets.values(), default=0) <= repeats
-        missed = repeats * (count - 1) - targets.total()  # every token but the first is a target, each repeat
+        # every token but the first is a target, each repeat
+        missed = repeats * (count - 1) - targets.total()
         assert 0 <= missed <= repeats * (2 * phase.length - 2)
 
 
 @given(lengths=stream_lengths, phase=phases, seed=seeds)
-def test_a_stream_left_out_is_never_seen_and_a_phase_has_its_number_of_windows(lengths, phase, seed):
+def test_a_stream_left_out_is_never_seen_and_a_phase_has_its_number_of_windows(
+    lengths, phase, seed
+):
     starts = window_starts(lengths, phase, np.random.default_rng(seed))
     assert len(starts) == phase.steps * phase.batch
     assert all(phase.repeats[stream] > 0 for stream, _ in starts)
-    assert all(type(n) is int for start in starts for n in start)  # plain ints: a plan is plain data
+    # plain ints: a plan is plain data
+    assert all(type(n) is int for start in starts for n in start)
 
 
 def test_passes_are_shuffled_and_cut_at_fresh_offsets():
@@ -101,7 +111,9 @@ def test_a_longer_last_phase_leaves_the_earlier_batches_as_they_were():
     phase = Phase(steps=10, batch=4, length=4)
     short = list(batches(Plan((phase, Phase(5, 2, 8))), [200]))
     long = list(batches(Plan((phase, Phase(9, 2, 8))), [200]))
-    assert long[:15] == [(step, p if p is phase else Phase(9, 2, 8), windows) for step, p, windows in short]
+    assert long[:15] == [
+        (step, p if p is phase else Phase(9, 2, 8), windows) for step, p, windows in short
+    ]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,10 @@ PLAN = Plan((Phase(9, 2, 4),))
 def some_state(xp=np, dtype: str = "float32", seed: int = 0) -> State:
     rng = np.random.default_rng(seed)
     shapes = {"a": (3, 4), "b": (5,)}
-    groups = [{n: xp.asarray(rng.standard_normal(s).astype(dtype)) for n, s in shapes.items()} for _ in "wmv"]
+    groups = [
+        {n: xp.asarray(rng.standard_normal(s).astype(dtype)) for n, s in shapes.items()}
+        for _ in "wmv"
+    ]
     return State(groups[0], AdamW(step=3, m=groups[1], v=groups[2]), [{"step": 3, "loss": 2.5}])
 
 
@@ -36,7 +39,9 @@ def same(a: State, b: State) -> bool:
         a.optimizer.step == b.optimizer.step
         and a.curve == b.curve
         and all(x.keys() == y.keys() for x, y in pairs)
-        and all(to_host(x[name]).tobytes() == to_host(y[name]).tobytes() for x, y in pairs for name in x)
+        and all(
+            to_host(x[name]).tobytes() == to_host(y[name]).tobytes() for x, y in pairs for name in x
+        )
         and all(x[name].dtype == y[name].dtype for x, y in pairs for name in x)
     )
 
@@ -48,8 +53,11 @@ def test_round_trip_of_every_bit(xp, tmp_path, dtype):
     again, about = load_state(tmp_path / "state.safetensors")
     assert same(state, again)
     assert ModelConfig.from_hf(json.loads(about["config"])) == CONFIG
-    assert json.loads(about["plan"])["phases"] == [{"steps": 9, "batch": 2, "length": 4, "repeats": [1]}]
-    assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]  # no temporary file is left
+    assert json.loads(about["plan"])["phases"] == [
+        {"steps": 9, "batch": 2, "length": 4, "repeats": [1]}
+    ]
+    # no temporary file is left
+    assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +67,9 @@ def whole(tmp_path_factory) -> bytes:
     return path.read_bytes()
 
 
-@pytest.mark.theorem("no proper prefix of a checkpoint is accepted as one", source="state.load_state")
+@pytest.mark.theorem(
+    "no proper prefix of a checkpoint is accepted as one", source="state.load_state"
+)
 @given(data=st.data())
 def test_a_file_cut_anywhere_is_refused(whole, tmp_path_factory, data):
     path = tmp_path_factory.mktemp("cut") / "state.safetensors"
@@ -93,8 +103,10 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path, whole)
 
     path = tmp_path / "state.safetensors"
     save_state(some_state(seed=1), path, CONFIG, PLAN)
-    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, limits[1]))  # Python ignores its signal
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Python ignores its signal
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, limits[1]))
     try:
         with pytest.raises(OSError, match=r"state\.safetensors cannot be written"):
             save_state(some_state(seed=2), path, CONFIG, PLAN)
@@ -105,7 +117,8 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path, whole)
 
 def test_the_bytes_are_on_the_disk_before_the_name_is(monkeypatch, tmp_path):
     order = []
-    sync, replace = module.os.fsync, module.os.replace
+    sync = module.os.fsync
+    replace = module.os.replace
     monkeypatch.setattr(module.os, "fsync", lambda handle: (order.append("sync"), sync(handle)))
     monkeypatch.setattr(module.os, "replace", lambda a, b: (order.append("name"), replace(a, b)))
     save_state(some_state(), tmp_path / "state.safetensors", CONFIG, PLAN)
@@ -124,7 +137,11 @@ MOMENTS = {"m.a": np.zeros(2, "float32"), "v.a": np.zeros(2, "float32")}
 @pytest.mark.parametrize(
     ("tensors", "metadata", "reason"),
     [
-        ({"model.norm.weight": np.zeros(2, "float32")}, ABOUT, "model"),  # a model's file, not a run's
+        (
+            {"model.norm.weight": np.zeros(2, "float32")},
+            ABOUT,
+            "model",
+        ),  # a model's file, not a run's
         ({"norm": np.zeros(2, "float32")}, ABOUT, "unpack"),
         (W | MOMENTS, {}, "no config, curve, plan, step"),
         (W | MOMENTS, {k: v for k, v in ABOUT.items() if k != "curve"}, "no curve"),
@@ -136,7 +153,9 @@ MOMENTS = {"m.a": np.zeros(2, "float32"), "v.a": np.zeros(2, "float32")}
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, tensors, metadata, reason):
     path = tmp_path / "state.safetensors"
     write(path, tensors, **metadata)
-    with pytest.raises(ValueError, match=r"state\.safetensors is damaged or no training checkpoint") as error:
+    with pytest.raises(
+        ValueError, match=r"state\.safetensors is damaged or no training checkpoint"
+    ) as error:
         load_state(path)
     assert reason in str(error.value)
 

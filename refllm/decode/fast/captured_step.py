@@ -55,16 +55,24 @@ class Stepper(Protocol):
     ``attend`` has copied what it keeps when it returns, as the caches of ``refllm.kv`` do.
     """
 
-    def __call__(self, tokens: Sequence[int], positions: Sequence[int], attend: Attend) -> Array: ...
+    def __call__(
+        self, tokens: Sequence[int], positions: Sequence[int], attend: Attend
+    ) -> Array: ...
 
 
 def stepper(weights: Weights, config: ModelConfig) -> Stepper:
     """The captured form of a network where there is one, else the network itself."""
-    return CapturedStep(weights, config) if fits(config, weights) else partial(whole, weights, config)
+    if fits(config, weights):
+        return CapturedStep(weights, config)
+    return partial(whole, weights, config)
 
 
 def whole(
-    weights: Weights, config: ModelConfig, tokens: Sequence[int], positions: Sequence[int], attend: Attend
+    weights: Weights,
+    config: ModelConfig,
+    tokens: Sequence[int],
+    positions: Sequence[int],
+    attend: Attend,
 ) -> Array:
     """The same of the network, as large as the batch may be."""
     placed = asarray_like([tokens, positions], weights["norm"], "int64")  # one transfer for both
@@ -90,22 +98,27 @@ class CapturedStep:
     """The ``Stepper`` of a plain network on the host; a batch above ``ROWS`` goes through the network."""
 
     def __init__(self, weights: Weights, config: ModelConfig):
-        self.weights, self.config = weights, config
+        self.weights = weights
+        self.config = config
         self._begin()
 
     def _begin(self, parts: Sequence[Any] = ()) -> None:
         """Everything anew, for the weights as they are now."""
         self.parts = parts  # what is bound: all weights, or nothing where they cannot be captured
         self.angles = self._angles(np.arange(ANGLES))
-        self.room, self.memory = 0, dict[str, Array]()
+        self.room = 0
+        self.memory = dict[str, Array]()
         self.captured: dict[int, SimpleNamespace] = {}  # by number of rows
 
     def __reduce__(self) -> Any:  # a copy binds anew: views and bound products cannot be copied
         return type(self), (self.weights, self.config)
 
     def __call__(self, tokens: Sequence[int], positions: Sequence[int], attend: Attend) -> Array:
-        rows, layers = len(tokens), self.weights["layers"]
-        parts = [self.weights[name] for name in ENDS] + [part for layer in layers for part in layer.values()]
+        rows = len(tokens)
+        layers = self.weights["layers"]
+        parts = [self.weights[name] for name in ENDS] + [
+            part for layer in layers for part in layer.values()
+        ]
         if len(parts) != len(self.parts) or not all(map(is_, parts, self.parts)):
             self._begin(parts if fits(self.config, self.weights) else ())
         if not (self.parts and 0 < rows <= ROWS):
@@ -146,13 +159,22 @@ class CapturedStep:
 
     def _capture(self, rows: int) -> SimpleNamespace:
         """The arrays of a step of so many rows, the views of them that calls take, and the products bound to them."""
-        config, layers, head = self.config, self.weights["layers"], self.weights["lm_head"]
+        config = self.config
+        layers = self.weights["layers"]
+        head = self.weights["lm_head"]
         dtype = self.weights["norm"].dtype
-        n, f, d = config.hidden_size, config.intermediate_size, config.head_dim
-        wide, groups = config.num_attention_heads, config.num_key_value_heads
-        full = max(weight.full(rows) for weight in (head, *layers[0].values()) if isinstance(weight, Dense))
+        n = config.hidden_size
+        f = config.intermediate_size
+        d = config.head_dim
+        wide = config.num_attention_heads
+        groups = config.num_key_value_heads
+        full = max(
+            weight.full(rows) for weight in (head, *layers[0].values()) if isinstance(weight, Dense)
+        )
         if full > self.room:  # all numbers of rows share what is written before it is read
-            self.room, self.memory, self.captured = max(LEAST, 1 << (full - 1).bit_length()), {}, {}
+            self.room = max(LEAST, 1 << (full - 1).bit_length())
+            self.memory = {}
+            self.captured = {}
 
         def shared(name: str, *shape: int) -> Array:
             if name not in self.memory:
@@ -161,18 +183,40 @@ class CapturedStep:
 
         # rows that were added are zeros here, and so they are everywhere
         x, mixed = (np.zeros((full, width), dtype=dtype) for width in (n, wide * d))
-        h, delta, act, z = shared("h", n), shared("delta", n), shared("act", f), shared("z", head.shape[0])
-        y, gate_up, size = shared("y", (wide + 2 * groups) * d), shared("gate_up", 2 * f), shared("size")
+        h = shared("h", n)
+        delta = shared("delta", n)
+        act = shared("act", f)
+        z = shared("z", head.shape[0])
+        y = shared("y", (wide + 2 * groups) * d)
+        gate_up = shared("gate_up", 2 * f)
+        size = shared("size")
         heads = y[:rows].reshape(rows, -1, d)
         pairs = heads[:, : wide + groups].reshape(rows, -1, 2, d // 2)
-        rotated, turned = (shared(name, wide + groups, 2, d // 2)[:rows] for name in ("rotated", "turned"))
+        rotated, turned = (
+            shared(name, wide + groups, 2, d // 2)[:rows] for name in ("rotated", "turned")
+        )
         qk = rotated.reshape(rows, -1, d)
         c = SimpleNamespace(
-            x=x, first=x[:rows], h=h, delta=delta, size=size, column=size[:, None],
-            pairs=pairs, swapped=pairs[:, :, ::-1], rotated=rotated, turned=turned,
-            q=qk[:, :wide], k=qk[:, wide:], v=heads[:, wide + groups :], mixed=mixed[:rows].reshape(rows, wide, d),
-            gate=gate_up[:, :f], up=gate_up[:, f:], half=shared("half", f), act=act,
-            head=head.bind(h, z), logits=z[:rows],
+            x=x,
+            first=x[:rows],
+            h=h,
+            delta=delta,
+            size=size,
+            column=size[:, None],
+            pairs=pairs,
+            swapped=pairs[:, :, ::-1],
+            rotated=rotated,
+            turned=turned,
+            q=qk[:, :wide],
+            k=qk[:, wide:],
+            v=heads[:, wide + groups :],
+            mixed=mixed[:rows].reshape(rows, wide, d),
+            gate=gate_up[:, :f],
+            up=gate_up[:, f:],
+            half=shared("half", f),
+            act=act,
+            head=head.bind(h, z),
+            logits=z[:rows],
             products=[
                 (
                     bound(h, y, [layer["q_proj"], layer["k_proj"], layer["v_proj"]]),
@@ -182,7 +226,7 @@ class CapturedStep:
                 )
                 for layer in layers
             ],
-        )  # fmt: skip
+        )
         self.captured[rows] = c
         return c
 

@@ -34,13 +34,16 @@ from refllm.model.config import ModelConfig
 from refllm.model.llama import Layer, Weights
 from refllm.model.weights import Dense
 
-WIDEST = 128  # of the residual stream: beyond, products take the time, and copies of the weights the memory
+# of the residual stream: beyond, products take the time, and copies of the weights the memory
+WIDEST = 128
 
 
 def fits(config: ModelConfig, weights: Weights) -> bool:
     """Whether this form exists for a network: small, on the host, unquantised, and of the plain family."""
     plain = not (config.attention_bias or config.qk_norm or config.sliding_window)
-    layers = [w for layer in weights["layers"] for name, w in layer.items() if name.endswith("_proj")]
+    layers = [
+        w for layer in weights["layers"] for name, w in layer.items() if name.endswith("_proj")
+    ]
     dense = all(type(w) is Dense for w in (*layers, weights["lm_head"], weights["embed_tokens"]))
     return plain and dense and config.hidden_size <= WIDEST and namespace(weights["norm"]) is np
 
@@ -49,7 +52,8 @@ class LeanStep:
     """``step(token)`` → logits[V] of the next token, valid until the next call; the cache is one token longer."""
 
     def __init__(self, weights: Weights, config: ModelConfig, cache: ContiguousCache):
-        self.config, self.cache = config, cache
+        self.config = config
+        self.cache = cache
         self.embedding = weights["embed_tokens"].dequantize()
         self.head = weights["lm_head"].dequantize() * weights["norm"]
         self.layers = [self._layer(layer) for layer in weights["layers"]]
@@ -64,32 +68,47 @@ class LeanStep:
 
     def _layer(self, layer: Layer) -> tuple[Any, ...]:
         """Weights as [in, out] with the gains in them: qkv and its rotated half, o, gate and up, down."""
-        dim, attention, mlp = self.config.head_dim, layer["input_layernorm"], layer["post_attention_layernorm"]
+        dim = self.config.head_dim
+        attention = layer["input_layernorm"]
+        mlp = layer["post_attention_layernorm"]
         q, k, v = (layer[f"{c}_proj"].dequantize() * attention for c in "qkv")
         q = q * (1.0 / math.sqrt(dim))
         turned = [w.reshape(-1, 2, dim // 2, w.shape[1])[:, ::-1] for w in (q, k)]
-        turned = [(w * np.asarray([-1.0, 1.0], dtype=w.dtype)[:, None, None]).reshape(-1, w.shape[-1]) for w in turned]
+        turned = [
+            (w * np.asarray([-1.0, 1.0], dtype=w.dtype)[:, None, None]).reshape(-1, w.shape[-1])
+            for w in turned
+        ]
         joint = np.concatenate((q, k, v, *turned))
         gate_up = np.concatenate([layer[f"{c}_proj"].dequantize() * mlp for c in ("gate", "up")])
-        o, down = layer["o_proj"].dequantize(), layer["down_proj"].dequantize()
+        o = layer["o_proj"].dequantize()
+        down = layer["down_proj"].dequantize()
         return tuple(np.ascontiguousarray(w.T) for w in (joint, o, gate_up, down))
 
     def step(self, token: int, sequence: int = 0, *, head: bool = True) -> Array | None:
         """The token at the next position of a sequence; without ``head`` its keys and values only."""
-        config, cache, b = self.config, self.cache, sequence
-        at, n, eps = cache.lengths[b], 1.0 / config.hidden_size, config.rms_norm_eps
+        config = self.config
+        cache = self.cache
+        b = sequence
+        at = cache.lengths[b]
+        n = 1.0 / config.hidden_size
+        eps = config.rms_norm_eps
         if at >= cache.capacity:
             raise ValueError(f"the cache of the draft holds {cache.capacity} tokens and is full")
-        groups, dim, rotating = config.num_key_value_heads, config.head_dim, self.rotating
-        wide, half = config.num_attention_heads * dim, config.intermediate_size
-        cos, sin = self.cos[at], self.sin[at]
+        groups = config.num_key_value_heads
+        dim = config.head_dim
+        rotating = self.rotating
+        wide = config.num_attention_heads * dim
+        half = config.intermediate_size
+        cos = self.cos[at]
+        sin = self.sin[at]
         x = self.embedding[token].copy()
         for index, (joint, o, gate_up, down) in enumerate(self.layers):
             y = x @ joint
             y *= 1.0 / math.sqrt(x @ x * n + eps)
             qk = y[:rotating] * cos
             qk += y[-rotating:] * sin
-            keys, values = cache.keys[index, b, :, :, : at + 1], cache.values[index, b, :, : at + 1]
+            keys = cache.keys[index, b, :, :, : at + 1]
+            values = cache.values[index, b, :, : at + 1]
             keys[:, :, at] = qk[wide:].reshape(groups, dim)
             values[:, at] = y[rotating : rotating + groups * dim].reshape(groups, dim)
             if not head and index == len(self.layers) - 1:

@@ -30,7 +30,8 @@ class Acceptance:
     proposed: int = 0
     judged: int = 0  # the accepted, and the one that was rejected
     accepted: int = 0
-    by_place: list[list[int]] = field(default_factory=list)  # [judged, accepted] of the first draft, the second, …
+    # [judged, accepted] of the first draft, the second, …
+    by_place: list[list[int]] = field(default_factory=list)
 
     def add(self, proposed: int, accepted: int, judged: int | None = None) -> None:
         """A target step that judged ``proposed`` ≥ 0 drafts and accepted the first ``accepted`` of them.
@@ -41,7 +42,9 @@ class Acceptance:
             raise ValueError(f"{accepted} of {proposed} drafts cannot be accepted")
         judged = min(accepted + 1, proposed) if judged is None else judged
         if not accepted <= judged <= proposed:
-            raise ValueError(f"{judged} of {proposed} drafts cannot be judged where {accepted} are accepted")
+            raise ValueError(
+                f"{judged} of {proposed} drafts cannot be judged where {accepted} are accepted"
+            )
         self.steps += 1
         self.proposed += proposed
         self.accepted += accepted
@@ -60,7 +63,9 @@ class Acceptance:
     @property
     def rate(self) -> float:
         """Accepted / proposed; 0 where nothing was proposed."""
-        return self.accepted / self.proposed if self.proposed else 0.0
+        if self.proposed:
+            return self.accepted / self.proposed
+        return 0.0
 
     @property
     def alpha(self) -> float:
@@ -91,7 +96,9 @@ def expected_length(alpha: float, gamma: int) -> float:
 def speedup(alpha: float, gamma: int, cost: Sequence[float], draft_cost: float) -> float:
     """τ t(1) / (t(γ+1) + γ c), with cost[n − 1] = t(n) and ``draft_cost`` = c in the same unit."""
     if not 0 <= gamma < len(cost):
-        raise ValueError(f"gamma {gamma} needs the cost of 1 to {gamma + 1} tokens, got {len(cost)}")
+        raise ValueError(
+            f"gamma {gamma} needs the cost of 1 to {gamma + 1} tokens, got {len(cost)}"
+        )
     return expected_length(alpha, gamma) * cost[0] / (cost[gamma] + gamma * draft_cost)
 
 

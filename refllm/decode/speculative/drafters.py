@@ -45,7 +45,7 @@ from refllm.decode.speculative.interface import (
     check_vocabulary,
     checked_gamma,
     common_prefix,
-)  # fmt: skip
+)
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.llama import forward, logits
 
@@ -67,11 +67,15 @@ class NGramDrafter:
             raise ValueError(
                 f"n-grams of {shortest} to {longest} tokens: the shortest must be at least 1, and no longer"
             )
-        self.gamma, self.sizes = checked_gamma(gamma), range(longest, shortest - 1, -1)
+        self.gamma = checked_gamma(gamma)
+        self.sizes = range(longest, shortest - 1, -1)
         self._text: list[int] = []
-        self._after: dict[tuple[int, ...], int] = {}  # an n-gram → the place after its latest occurrence
+        # an n-gram → the place after its latest occurrence
+        self._after: dict[tuple[int, ...], int] = {}
 
-    def propose(self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator) -> Proposal:
+    def propose(
+        self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator
+    ) -> Proposal:
         self._read(tokens)
         end = len(tokens)
         for n in self.sizes:
@@ -86,7 +90,9 @@ class NGramDrafter:
         """Note every n-gram that something follows: those that end before the last token."""
         known = len(self._text)
         if len(tokens) < known or list(tokens[:known]) != self._text:
-            self._text, self._after, known = [], {}, 0
+            self._text = []
+            self._after = {}
+            known = 0
         for end in range(max(1, known), len(tokens)):
             for n in self.sizes:
                 if n <= end:
@@ -105,12 +111,15 @@ class JacobiDrafter:
         self.gamma = checked_gamma(gamma)
         self._window: list[int] = []
 
-    def propose(self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator) -> Proposal:
+    def propose(
+        self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator
+    ) -> Proposal:
         guesses = self._window[:count]
         return Proposal(guesses + [int(tokens[-1])] * (count - len(guesses)), None)
 
     def observe(self, best: Sequence[int], accepted: int) -> None:
-        self._window = [int(t) for t in best[accepted + 1 :]]  # best[accepted] is the token that is emitted now
+        # best[accepted] is the token that is emitted now
+        self._window = [int(t) for t in best[accepted + 1 :]]
 
 
 class ModelDrafter:
@@ -122,33 +131,56 @@ class ModelDrafter:
     """
 
     def __init__(
-        self, model: Any, gamma: int = 4, *, confidence: float = 0.0, how: Sampling | None = None, sequences: int = 1
-    ):  # fmt: skip
+        self,
+        model: Any,
+        gamma: int = 4,
+        *,
+        confidence: float = 0.0,
+        how: Sampling | None = None,
+        sequences: int = 1,
+    ):
         """``sequences`` have caches side by side; each proposal says for which of them it is."""
         if not 0 <= confidence < 1:
             raise ValueError(f"confidence is a probability within [0, 1), got {confidence}")
-        self.model, self.config, self.gamma = model, model.config, checked_gamma(gamma)
-        self.confidence, self.how = confidence, how
+        self.model = model
+        self.config = model.config
+        self.gamma = checked_gamma(gamma)
+        self.confidence = confidence
+        self.how = how
         self.cache = ContiguousCache(
-            model.config, sequences, model.config.max_position_embeddings, like=model.weights["norm"]
+            model.config,
+            sequences,
+            model.config.max_position_embeddings,
+            like=model.weights["norm"],
         )
-        self._fed: list[list[int]] = [[] for _ in range(sequences)]  # the tokens whose keys and values are cached
+        # the tokens whose keys and values are cached
+        self._fed: list[list[int]] = [[] for _ in range(sequences)]
         self._step = stepper(model.weights, model.config)
         self._lean: single_token.LeanStep | None = None
         if single_token.fits(model.config, model.weights):
             self._lean = single_token.LeanStep(model.weights, model.config, self.cache)
-        self.computed = self.passes = 0  # tokens that the model computed, and in how many calls: what drafting costs
+        # tokens that the model computed, and in how many calls: what drafting costs
+        self.computed = 0
+        self.passes = 0
 
     def propose(
-        self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator, sequence: int = 0
+        self,
+        tokens: Sequence[int],
+        count: int,
+        how: Sampling,
+        rng: np.random.Generator,
+        sequence: int = 0,
     ) -> Proposal:
         return self._draft([Ask(tokens, count, how, rng, sequence)], together=False)[0]
 
     def propose_together(self, asks: Sequence[Ask]) -> list[Proposal]:
         """``propose`` for different sequences, in as many steps of the model as the longest proposal has drafts."""
         if len({ask.sequence for ask in asks}) < len(asks):
-            raise ValueError(f"each sequence drafts once in a step, got {[ask.sequence for ask in asks]}")
-        return self._draft(asks, together=self._lean is None or len(asks) > 2)  # two are as fast one after the other
+            raise ValueError(
+                f"each sequence drafts once in a step, got {[ask.sequence for ask in asks]}"
+            )
+        # two are as fast one after the other
+        return self._draft(asks, together=self._lean is None or len(asks) > 2)
 
     def _draft(self, asks: Sequence[Ask], together: bool) -> list[Proposal]:
         """Guess token by token for all that ask, in one step of the model each time or one after the other."""
@@ -158,11 +190,14 @@ class ModelDrafter:
         feeds: dict[int, list[int]] = {}
         for i, ask in enumerate(asks):
             if counts[i] > 0:
-                feeds[i] = self._last_two(ask) if together else self._behind(ask.tokens, ask.sequence)
+                feeds[i] = (
+                    self._last_two(ask) if together else self._behind(ask.tokens, ask.sequence)
+                )
         feed = self._feed_together if together else self._feed_apart
         while feeds:
             z = feed([(asks[i].sequence, tokens) for i, tokens in feeds.items()])
-            asked, feeds = list(feeds), {}
+            asked = list(feeds)
+            feeds = {}
             for b, i in enumerate(asked):
                 token, row = self._choose(z[b], self.how or asks[i].how, asks[i].rng)
                 if token is None:
@@ -172,7 +207,10 @@ class ModelDrafter:
                     rows[i].append(row)
                 if len(drafts[i]) < counts[i]:
                     feeds[i] = [token]
-        return [Proposal(d, namespace(q[0]).stack(q) if q else None) for d, q in zip(drafts, rows, strict=True)]
+        return [
+            Proposal(d, namespace(q[0]).stack(q) if q else None)
+            for d, q in zip(drafts, rows, strict=True)
+        ]
 
     def observe(self, best: Sequence[int], accepted: int) -> None:
         pass
@@ -194,7 +232,8 @@ class ModelDrafter:
         """Compute tokens of each sequence, one after the other → logits[V] of each after its last."""
         if len(feeds) == 1:
             return [self._feed(feeds[0][1], feeds[0][0])]
-        return [self._feed(tokens, s) * 1.0 for s, tokens in feeds]  # a lean step's logits last until the next
+        # a lean step's logits last until the next
+        return [self._feed(tokens, s) * 1.0 for s, tokens in feeds]
 
     def _feed_together(self, feeds: Sequence[tuple[int, list[int]]]) -> Array | list[Array]:
         """Compute equally many tokens of each sequence → logits[B, V] after the last ones.
@@ -207,7 +246,9 @@ class ModelDrafter:
         places = range(min(fed), max(fed) + 1)
         apart = (
             any(len(tokens) != n for tokens in fed.values())  # a text of one token beside others
-            or any(self.cache.lengths[s] + n > self.cache.capacity for s in places)  # somebody between is full
+            or any(
+                self.cache.lengths[s] + n > self.cache.capacity for s in places
+            )  # somebody between is full
             or len(places) > 2 * len(fed)  # more for nobody than for somebody
         )
         if apart:
@@ -221,7 +262,9 @@ class ModelDrafter:
             self._fed[s] += tokens
         self.computed += n * len(fed)
         self.passes += 1
-        return z if last == list(range(z.shape[0])) else z[asarray_like(last, z, "int64")]
+        if last == list(range(z.shape[0])):
+            return z
+        return z[asarray_like(last, z, "int64")]
 
     def _behind(self, tokens: Sequence[int], sequence: int) -> list[int]:
         """Roll the cache back to what it shares with ``tokens`` and return the rest, at least the last one."""
@@ -244,9 +287,11 @@ class ModelDrafter:
             for token in tokens[:-1]:
                 self._lean.step(token, sequence, head=False)
             return self._lean.step(tokens[-1], sequence)
-        weights, counts = self.model.weights, [0] * len(self._fed)
+        weights = self.model.weights
+        counts = [0] * len(self._fed)
         counts[sequence] = len(tokens)
-        positions, view = self.cache.positions(counts), self.cache.view(counts)
+        positions = self.cache.positions(counts)
+        view = self.cache.view(counts)
         if len(tokens) <= 2:  # nearly always
             z = self._step(tokens, positions, view)
         else:
@@ -256,7 +301,9 @@ class ModelDrafter:
         self.cache.advance(counts)
         return z[-1]
 
-    def _choose(self, z: Array, how: Sampling, rng: np.random.Generator) -> tuple[int | None, Array | None]:
+    def _choose(
+        self, z: Array, how: Sampling, rng: np.random.Generator
+    ) -> tuple[int | None, Array | None]:
         """The next draft of z[V] and what it was sampled from; (None, None) where the model is not sure enough."""
         xp = namespace(z)
         if how.temperature == 0:
@@ -280,7 +327,8 @@ class Cascade:
     def __init__(self, *drafters: Drafter):
         if not drafters or not all(hasattr(drafter, "propose") for drafter in drafters):
             raise ValueError(f"a cascade needs drafters, such as NGramDrafter(), got {drafters!r}")
-        self.drafters, self.gamma = drafters, max(drafter.gamma for drafter in drafters)
+        self.drafters = drafters
+        self.gamma = max(drafter.gamma for drafter in drafters)
         self.trees = any(getattr(drafter, "trees", False) for drafter in drafters)
         self._asked = drafters[0]  # whose proposal is judged
 
@@ -305,7 +353,9 @@ class PerfectDrafter(ModelDrafter):
 class Adversary(ModelDrafter):
     """Drafts what the model finds least likely: as wrong as a drafter can be, and the text must not change."""
 
-    def _choose(self, z: Array, how: Sampling, rng: np.random.Generator) -> tuple[int | None, Array | None]:
+    def _choose(
+        self, z: Array, how: Sampling, rng: np.random.Generator
+    ) -> tuple[int | None, Array | None]:
         return int(namespace(z).argmin(z)), None
 
 

@@ -89,10 +89,14 @@ def check_vocabulary(target: Any, draft: Any) -> None:
     """ValueError if a draft model does not speak the target's vocabulary: the same ids for the same text."""
     sizes = target.config.vocab_size, draft.config.vocab_size
     if sizes[0] != sizes[1]:
-        raise ValueError(f"the draft model has a vocabulary of {sizes[1]} tokens and the target of {sizes[0]}: "
-                         "a draft needs the target's tokenizer")  # fmt: skip
+        raise ValueError(
+            f"the draft model has a vocabulary of {sizes[1]} tokens and the target of {sizes[0]}: "
+            "a draft needs the target's tokenizer"
+        )
     ours, theirs = (m.tokenizer.inner.get_vocab(with_added_tokens=True) for m in (target, draft))
     if ours != theirs:
         word = min(w for w in {*ours, *theirs} if ours.get(w) != theirs.get(w))
-        raise ValueError(f"the draft model's vocabulary is not the target's: {word!r} is token {theirs.get(word)} "
-                         f"in the draft and {ours.get(word)} in the target")  # fmt: skip
+        raise ValueError(
+            f"the draft model's vocabulary is not the target's: {word!r} is token {theirs.get(word)} "
+            f"in the draft and {ours.get(word)} in the target"
+        )

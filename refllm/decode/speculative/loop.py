@@ -25,7 +25,15 @@ import numpy as np
 from refllm.backend import Array, asarray_like, namespace, to_numpy
 from refllm.decode import sampling
 from refllm.decode.fast.captured_step import stepper
-from refllm.decode.generate import CachePolicy, Sampling, check_policy, check_prompts, choose, new_cache, prefill
+from refllm.decode.generate import (
+    CachePolicy,
+    Sampling,
+    check_policy,
+    check_prompts,
+    choose,
+    new_cache,
+    prefill,
+)
 from refllm.decode.speculative.interface import NOTHING, Drafter, Proposal, TreeProposal
 from refllm.decode.speculative.tree import Tree, TreeView, compact, verify_tree, verify_tree_greedy
 from refllm.decode.speculative.verification import verify, verify_greedy
@@ -71,12 +79,15 @@ def speculate(
     check_prompts([prompt], max_tokens, config)
     check_policy(policy)
     if policy is not None and getattr(drafter, "trees", False):
-        raise ValueError("a tree of drafts is verified in a cache that keeps everything: draft chains instead")
+        raise ValueError(
+            "a tree of drafts is verified in a cache that keeps everything: draft chains instead"
+        )
     if max_tokens == 0:
         return
     like = weights["norm"]
     cache = new_cache(config, 1, len(prompt) + max_tokens, like, policy, rng)
-    text, end = [int(t) for t in prompt], len(prompt) + max_tokens
+    text = [int(t) for t in prompt]
+    end = len(prompt) + max_tokens
     compute = stepper(weights, config)
     z = logits(weights, prefill(weights, config, [text], cache))
     step = Step([], 0, choose(penalised(z, text, [], how.repetition_penalty), how, rng)[0])
@@ -86,7 +97,10 @@ def speculate(
         if len(text) == end:
             return
         count = min(drafter.gamma, end - len(text) - 1)
-        proposal = drafter.propose(text, count, how, rng) if count > 0 else NOTHING
+        if count > 0:
+            proposal = drafter.propose(text, count, how, rng)
+        else:
+            proposal = NOTHING
         tokens = [text[-1], *proposal.tokens]
         if not isinstance(proposal, TreeProposal):
             z = compute(tokens, cache.positions([len(tokens)]), cache.view([len(tokens)]))
@@ -94,7 +108,9 @@ def speculate(
             drafter.observe(best, step.accepted)
             cache.advance([step.accepted + 1])
         else:
-            assert isinstance(cache, ContiguousCache), "the drafter proposes trees, and did not say so"
+            assert isinstance(cache, ContiguousCache), (
+                "the drafter proposes trees, and did not say so"
+            )
             tree = proposal.tree
             z = compute(tokens, tree.positions(cache.lengths[0]), TreeView(cache, 0, tree))
             step, path = judge_tree(z, text, proposal, how, rng)
@@ -102,7 +118,12 @@ def speculate(
 
 
 def judge(
-    z: Array, text: Sequence[int], proposal: Proposal, how: Sampling, rng: np.random.Generator, law: Law = verify
+    z: Array,
+    text: Sequence[int],
+    proposal: Proposal,
+    how: Sampling,
+    rng: np.random.Generator,
+    law: Law = verify,
 ) -> tuple[Step, list[int]]:
     """Verify a proposal after ``text`` by its logits z[γ+1, V]: the step, and the target's argmax in each place."""
     drafts = proposal.tokens
@@ -111,7 +132,9 @@ def judge(
         found = _sound(z)
         return Step(drafts, *verify_greedy(found, drafts)), found
     p = sampling.warp(z, how.temperature, how.top_k, how.top_p, how.min_p)
-    return Step(drafts, *law(p, proposal.q, drafts, rng)), to_numpy(namespace(z).argmax(z, axis=-1)).tolist()
+    return Step(drafts, *law(p, proposal.q, drafts, rng)), to_numpy(
+        namespace(z).argmax(z, axis=-1)
+    ).tolist()
 
 
 def judge_tree(
@@ -131,7 +154,9 @@ def judge_tree(
     return Step([nodes[node] for node in order], len(path), token, judged), path
 
 
-def penalised(z: Array, text: Sequence[int], drafts: Sequence[int], penalty: float, tree: Tree | None = None) -> Array:
+def penalised(
+    z: Array, text: Sequence[int], drafts: Sequence[int], penalty: float, tree: Tree | None = None
+) -> Array:
     """z[γ+1, V] with the repetition penalty: row i pays for the text and the drafts before it, in a tree above it."""
     if penalty == 1:
         return z

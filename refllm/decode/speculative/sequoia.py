@@ -41,21 +41,27 @@ def optimal_tree(chances: Sequence[float], nodes: int, depth: int) -> Tree:
     """The tree of ``nodes`` drafts (fewer if no more fit), at most ``depth`` deep, of the longest expected path."""
     _check(chances, nodes, depth)
     ranks = len(chances)
-    value = [[0.0] + [1.0] * (nodes + 1)]  # value[d][n] = c(n, d) with n tokens, its root included; c(0, d) = 0
+    # value[d][n] = c(n, d) with n tokens, its root included; c(0, d) = 0
+    value = [[0.0] + [1.0] * (nodes + 1)]
     split: list[list[list[int]]] = [[[] for _ in range(nodes + 2)]]
     for _ in range(depth):
-        below, row = value[-1], [0.0, 1.0]
+        below = value[-1]
+        row = [0.0, 1.0]
         how: list[list[int]] = [[], []]
-        best = [0.0] * (nodes + 1)  # best[n]: Σ a_k c(n_k, d − 1) of n tokens among the ranks so far
+        # best[n]: Σ a_k c(n_k, d − 1) of n tokens among the ranks so far
+        best = [0.0] * (nodes + 1)
         parts: list[list[int]] = [[] for _ in range(nodes + 1)]
         for k in range(ranks):
-            wider, longer = best[:], parts[:]
+            wider = best[:]
+            longer = parts[:]
             for n in range(1, nodes + 1):
                 for mine in range(1, n + 1):
                     gain = best[n - mine] + chances[k] * below[mine]
                     if len(parts[n - mine]) == k and gain > wider[n] + 1e-15:
-                        wider[n], longer[n] = gain, [*parts[n - mine], mine]
-            best, parts = wider, longer
+                        wider[n] = gain
+                        longer[n] = [*parts[n - mine], mine]
+            best = wider
+            parts = longer
         for n in range(1, nodes + 1):
             row.append(1 + best[n])
             how.append(parts[n])
@@ -74,30 +80,45 @@ def most_likely(chances: Sequence[float], nodes: int, depth: int) -> Tree:
         node = len(parents)
         parents.append(parent)
         if rank + 1 < len(chances) and chances[rank] > 0:
-            heapq.heappush(heap, (chance * chances[rank + 1] / chances[rank], 2 * node + 1, parent, rank + 1, level))
+            heapq.heappush(
+                heap,
+                (chance * chances[rank + 1] / chances[rank], 2 * node + 1, parent, rank + 1, level),
+            )
         if level < depth:
             heapq.heappush(heap, (chance * chances[0], 2 * node + 2, node, 0, level + 1))
     return Tree(parents)
 
 
-def best_tree(chances: Sequence[float], cost: Sequence[float], draft_cost: float, depth: int) -> tuple[Tree, float]:
+def best_tree(
+    chances: Sequence[float], cost: Sequence[float], draft_cost: float, depth: int
+) -> tuple[Tree, float]:
     """The tree with the largest c(n, d) t(1) / (t(n) + d c), and that speed-up; cost[n − 1] = t(n)."""
-    best, gain = Tree([]), 1.0
+    best = Tree([])
+    gain = 1.0
     for levels in range(1, depth + 1):
         for nodes in range(1, len(cost)):
             tree = most_likely(chances, nodes, levels)
-            faster = expected_path(tree, chances) * cost[0] / (cost[len(tree)] + max(tree.depths) * draft_cost)
+            faster = (
+                expected_path(tree, chances)
+                * cost[0]
+                / (cost[len(tree)] + max(tree.depths) * draft_cost)
+            )
             if faster > gain:
-                best, gain = tree, faster
+                best = tree
+                gain = faster
     return best, gain
 
 
 def rank_chances(best: Sequence[int], ranked: Sequence[Sequence[int]]) -> list[float]:
     """a_k at temperature 0: how often the target's argmax best[T] is the draft's k-th choice, ranked[T][K]."""
     if not best or len(best) != len(ranked):
-        raise ValueError(f"needs the draft's ranking for each of the target's tokens, got {len(best)}, {len(ranked)}")
+        raise ValueError(
+            f"needs the draft's ranking for each of the target's tokens, got {len(best)}, {len(ranked)}"
+        )
     columns = zip(*ranked, strict=True)
-    return [sum(t == x for t, x in zip(best, column, strict=True)) / len(best) for column in columns]
+    return [
+        sum(t == x for t, x in zip(best, column, strict=True)) / len(best) for column in columns
+    ]
 
 
 def _built(split: list[list[list[int]]], tokens: int, depth: int) -> Tree:
@@ -116,8 +137,12 @@ def _built(split: list[list[list[int]]], tokens: int, depth: int) -> Tree:
 
 def _check(chances: Sequence[float], nodes: int, depth: int) -> None:
     if not chances or not all(0 <= a <= 1 for a in chances) or sum(chances) > 1 + 1e-9:
-        raise ValueError(f"the chances of the children are probabilities of one event each, got {list(chances)}")
+        raise ValueError(
+            f"the chances of the children are probabilities of one event each, got {list(chances)}"
+        )
     if list(chances) != sorted(chances, reverse=True):
-        raise ValueError(f"the first child is the likeliest: give the chances in falling order, got {list(chances)}")
+        raise ValueError(
+            f"the first child is the likeliest: give the chances in falling order, got {list(chances)}"
+        )
     if min(nodes, depth) < 0:
         raise ValueError(f"a tree has 0 or more nodes and levels, got {nodes} and {depth}")

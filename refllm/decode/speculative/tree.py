@@ -43,7 +43,9 @@ class Tree:
         self.parents = [int(a) for a in parents]
         wrong = next((i for i, a in enumerate(self.parents) if not -1 <= a < i), None)
         if wrong is not None:
-            raise ValueError(f"node {wrong} hangs below {self.parents[wrong]}: a parent is −1 or comes earlier")
+            raise ValueError(
+                f"node {wrong} hangs below {self.parents[wrong]}: a parent is −1 or comes earlier"
+            )
 
     @classmethod
     def chain(cls, length: int) -> Tree:
@@ -128,20 +130,28 @@ def verify_tree(
         row = accepted + 1
 
 
-def verify_tree_greedy(best: Sequence[int], tree: Tree, tokens: Sequence[int]) -> tuple[list[int], int]:
+def verify_tree_greedy(
+    best: Sequence[int], tree: Tree, tokens: Sequence[int]
+) -> tuple[list[int], int]:
     """Temperature 0: best[m+1], the target's argmax after each row → (path, token), as plain greedy emits them."""
     if len(best) != len(tree) + 1 or len(tokens) != len(tree):
-        raise ValueError(f"a tree of {len(tree)} nodes needs as many tokens and one target more, got {len(tokens)} "
-                         f"and {len(best)}")  # fmt: skip
+        raise ValueError(
+            f"a tree of {len(tree)} nodes needs as many tokens and one target more, got {len(tokens)} "
+            f"and {len(best)}"
+        )
     path: list[int] = []
     row = 0
-    while (node := next((c for c in tree.children[row] if tokens[c] == best[row]), None)) is not None:
+    while (
+        node := next((c for c in tree.children[row] if tokens[c] == best[row]), None)
+    ) is not None:
         path.append(node)
         row = node + 1
     return path, int(best[row])
 
 
-def draw_children(q: Array, count: int, rng: np.random.Generator, *, replacement: bool = False) -> list[int]:
+def draw_children(
+    q: Array, count: int, rng: np.random.Generator, *, replacement: bool = False
+) -> list[int]:
     """At most ``count`` tokens from q[V], one after another; without replacement no more than q has."""
     children: list[int] = []
     while len(children) < count:
@@ -157,29 +167,42 @@ class TreeView:
     """An ``attend`` for one tree step of one sequence in a contiguous cache; then ``compact``, not ``advance``."""
 
     def __init__(self, cache: ContiguousCache, sequence: int, tree: Tree):
-        self.cache, self.sequence, self.start = cache, sequence, cache.lengths[sequence]
+        self.cache = cache
+        self.sequence = sequence
+        self.start = cache.lengths[sequence]
         self.end = self.start + len(tree) + 1
         if self.end > cache.capacity:
-            raise ValueError(f"{self.start} cached + {len(tree) + 1} tokens of a tree exceed {cache.capacity}")
+            raise ValueError(
+                f"{self.start} cached + {len(tree) + 1} tokens of a tree exceed {cache.capacity}"
+            )
         like = cache.keys
         xp = namespace(like)
-        self.first, sees = self.start, asarray_like(tree.mask(), like, "bool")  # what is cached all of them see
+        self.first = self.start  # what is cached all of them see
+        sees = asarray_like(tree.mask(), like, "bool")
         if cache.window is not None:  # distances are those of positions, not of rows
             at = asarray_like(tree.positions(self.start), like, "int64")
             since = at[:, None] - cache.window
             self.first = 0
-            sees = xp.concat([xp.arange(self.start)[None, :] > since, sees & (at[None, :] > since)], axis=1)
+            sees = xp.concat(
+                [xp.arange(self.start)[None, :] > since, sees & (at[None, :] > since)], axis=1
+            )
         low, zero = (xp.asarray(v, dtype=like.dtype) for v in (masked_score(xp, like.dtype), 0.0))
         self.bias = xp.where(sees, zero, low)  # [m+1, S − first]
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
-        xp, cache, (count, heads, dim) = namespace(q), self.cache, q.shape
+        xp = namespace(q)
+        cache = self.cache
+        count, heads, dim = q.shape
         keys = cache.keys[layer, self.sequence, :, :, : self.end]  # [G, D, S]
         values = cache.values[layer, self.sequence, :, : self.end]  # [G, S, D]
         keys[:, :, self.start :] = k.transpose(1, 2, 0)
         values[:, self.start :] = v.transpose(1, 0, 2)
         groups = keys.shape[0]
-        rows = (q * (1.0 / math.sqrt(dim))).reshape(count, groups, heads // groups, dim).transpose(1, 2, 0, 3)
+        rows = (
+            (q * (1.0 / math.sqrt(dim)))
+            .reshape(count, groups, heads // groups, dim)
+            .transpose(1, 2, 0, 3)
+        )
         p = xp.matmul(rows, keys[:, None])  # [G, R, m+1, S]
         p[..., self.first :] += self.bias
         p -= p.max(axis=-1, keepdims=True)
@@ -198,7 +221,8 @@ def compact(cache: ContiguousCache, sequence: int, path: Sequence[int]) -> None:
     if list(path) != list(range(len(path))):  # a chain lies where it should
         source = asarray_like([start + 1 + node for node in path], cache.keys, "int64")
         target = slice(start + 1, start + 1 + len(path))
-        cache.keys[:, sequence, :, :, target] = cache.keys[:, sequence][:, :, :, source]  # the right side is a copy
+        # the right side is a copy
+        cache.keys[:, sequence, :, :, target] = cache.keys[:, sequence][:, :, :, source]
         cache.values[:, sequence, :, target] = cache.values[:, sequence][:, :, source]
     cache.lengths[sequence] = start + 1 + len(path)
 
@@ -211,7 +235,9 @@ def _chance(left: Array, drawn: Array | None, x: int) -> float:
         return target
     drafted = float(drawn[x]) / float(xp.sum(drawn))
     if not drafted > 0:
-        raise ValueError(f"token {x} was drawn from a distribution that gives it probability 0: it was not, then")
+        raise ValueError(
+            f"token {x} was drawn from a distribution that gives it probability 0: it was not, then"
+        )
     return target / drafted
 
 
@@ -223,7 +249,9 @@ def _rejected(left: Array, drawn: Array | None, x: int) -> Array:
     else:
         rest = left / xp.sum(left) - drawn / xp.sum(drawn)
         rest = xp.maximum(rest, xp.zeros_like(rest))
-    return rest if float(xp.sum(rest)) > verification.EMPTY else left
+    if float(xp.sum(rest)) > verification.EMPTY:
+        return rest
+    return left
 
 
 def _without(weights: Array, x: int) -> Array:
@@ -238,11 +266,16 @@ def _check(p: Array, q: Array | None, tree: Tree, tokens: Sequence[int]) -> None
         raise ValueError(f"a tree of {len(tree)} nodes needs as many tokens, got {len(tokens)}")
     if p.shape[0] != len(tree) + 1 or (q is not None and q.shape != p.shape):
         shapes = f"{tuple(p.shape)} and {None if q is None else tuple(q.shape)}"
-        raise ValueError(f"a tree of {len(tree)} nodes needs p and q of shape ({len(tree) + 1}, V), got {shapes}")
+        raise ValueError(
+            f"a tree of {len(tree)} nodes needs p and q of shape ({len(tree) + 1}, V), got {shapes}"
+        )
     verification.check_rows("p", p)
     if q is not None and len(tree):
-        xp, inner = namespace(q), [row for row, below in enumerate(tree.children) if below]
+        xp = namespace(q)
+        inner = [row for row, below in enumerate(tree.children) if below]
         verification.check_rows("q", xp.take(q, xp.asarray(inner, dtype=xp.int64), axis=0))
     wrong = next((i for i, t in enumerate(tokens) if not 0 <= t < p.shape[1]), None)
     if wrong is not None:
-        raise ValueError(f"node {wrong} is token {tokens[wrong]}, outside the vocabulary of {p.shape[1]}")
+        raise ValueError(
+            f"node {wrong} is token {tokens[wrong]}, outside the vocabulary of {p.shape[1]}"
+        )

@@ -40,32 +40,47 @@ class TreeDrafter(ModelDrafter):
 
     trees = True  # only a cache that keeps everything verifies them
 
-    def __init__(self, model: Any, gamma: int = 3, *, confidence: float = 0.4, how: Sampling | None = None):
+    def __init__(
+        self, model: Any, gamma: int = 3, *, confidence: float = 0.4, how: Sampling | None = None
+    ):
         super().__init__(model, gamma, confidence=confidence, how=how)
 
     def propose(  # type: ignore[override]  # of trees
-        self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator, sequence: int = 0
+        self,
+        tokens: Sequence[int],
+        count: int,
+        how: Sampling,
+        rng: np.random.Generator,
+        sequence: int = 0,
     ) -> Proposal | TreeProposal:
         how = self.how or how
         count = min(count, self.cache.capacity - len(tokens))
         parents: list[int] = []
         nodes: list[int] = []
-        rows: dict[int, Array] = {}  # of q, by the row of the node whose children were drawn from it
-        parent, feed = -1, self._behind(tokens, sequence) if count > 0 else []
+        # of q, by the row of the node whose children were drawn from it
+        rows: dict[int, Array] = {}
+        parent = -1
+        feed = self._behind(tokens, sequence) if count > 0 else []
         while len(nodes) < count:
-            z, left = self._feed(feed, sequence), count - len(nodes)
+            z = self._feed(feed, sequence)
+            left = count - len(nodes)
             if how.temperature == 0:
                 children = self._likeliest(z, left)
             else:
-                q = rows[parent + 1] = sampling.warp(z, how.temperature, how.top_k, how.top_p, how.min_p)
-                children = draw_children(q, left if float(namespace(q).max(q)) < self.confidence else 1, rng)
+                q = sampling.warp(z, how.temperature, how.top_k, how.top_p, how.min_p)
+                rows[parent + 1] = q
+                children = draw_children(
+                    q, left if float(namespace(q).max(q)) < self.confidence else 1, rng
+                )
             parents += [parent] * len(children)
             parent = len(nodes)
             nodes += children
             if len(children) > 1:
                 break
             feed = children
-        return TreeProposal(nodes, _stacked(rows, 1 + len(nodes)), Tree(parents)) if nodes else NOTHING
+        if nodes:
+            return TreeProposal(nodes, _stacked(rows, 1 + len(nodes)), Tree(parents))
+        return NOTHING
 
     def _likeliest(self, z: Array, left: int) -> list[int]:
         """The argmax of z[V] alone where its probability reaches ``confidence``, else the ``left`` largest."""
@@ -74,7 +89,8 @@ class TreeDrafter(ModelDrafter):
         if left == 1 or float(xp.sum(xp.exp(z - z[best[0]]))) * self.confidence <= 1:
             return best
         z = z * 1.0
-        while len(best) < min(left, z.shape[0]):  # a handful: each is a pass over z, a sort would be many
+        # a handful: each is a pass over z, a sort would be many
+        while len(best) < min(left, z.shape[0]):
             z[best[-1]] = -math.inf
             best.append(int(xp.argmax(z)))
         return best

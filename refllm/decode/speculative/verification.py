@@ -30,7 +30,12 @@ import numpy as np
 
 from refllm.backend import Array, namespace, to_numpy
 from refllm.decode.sampling import sample
-from refllm.decode.speculative.acceptance import acceptance_stats, best_gamma, expected_length, speedup
+from refllm.decode.speculative.acceptance import (
+    acceptance_stats,
+    best_gamma,
+    expected_length,
+    speedup,
+)
 
 __all__ = [
     "acceptance_stats", "best_gamma", "expected_length", "residual", "speedup", "verify", "verify_block",
@@ -38,11 +43,15 @@ __all__ = [
 ]  # fmt: skip
 
 EMPTY = 1e-300  # a residual of less weight is none: what is below cannot be scaled by a uniform
-STRIDE = 1024  # tokens a block of a long row: a cumulative sum over 10⁵ takes as long as six plain ones
-TOLERANCE = 1e-5  # of Σ = 1 in each row: what a softmax in float32 over 10⁵ tokens keeps with room to spare
+# tokens a block of a long row: a cumulative sum over 10⁵ takes as long as six plain ones
+STRIDE = 1024
+# of Σ = 1 in each row: what a softmax in float32 over 10⁵ tokens keeps with room to spare
+TOLERANCE = 1e-5
 
 
-def verify(p: Array, q: Array | None, draft: Sequence[int] | Array, rng: np.random.Generator) -> tuple[int, int]:
+def verify(
+    p: Array, q: Array | None, draft: Sequence[int] | Array, rng: np.random.Generator
+) -> tuple[int, int]:
     """Token-wise law: accept x_i with probability min(1, p_i(x_i) / q_i(x_i)) until the first rejection.
 
     p[γ+1, V], q[γ, V], draft[γ] → (accepted, token). After a rejection at i the token comes from the residual
@@ -57,13 +66,16 @@ def verify(p: Array, q: Array | None, draft: Sequence[int] | Array, rng: np.rand
     accepted = 0
     chances = _chances(p, q, draft, rng)
     for target, drafted in chances:
-        if not rng.random() < target / drafted:  # a uniform of its own for each: one for all correlates them
+        # a uniform of its own for each: one for all correlates them
+        if not rng.random() < target / drafted:
             break
         accepted += 1
     return accepted, _follow(p, q, draft, accepted, 1.0, rng)
 
 
-def verify_block(p: Array, q: Array | None, draft: Sequence[int] | Array, rng: np.random.Generator) -> tuple[int, int]:
+def verify_block(
+    p: Array, q: Array | None, draft: Sequence[int] | Array, rng: np.random.Generator
+) -> tuple[int, int]:
     """Block law: judge prefixes jointly, from the longest down; the same arguments and result as ``verify``.
 
     P_i = min(1, P_{i−1} p_i(x_i) / q_i(x_i)): a lucky token pays for an unlucky one later. A prefix of i < γ tokens is
@@ -81,7 +93,8 @@ def verify_block(p: Array, q: Array | None, draft: Sequence[int] | Array, rng: n
         if i < len(chances):
             surplus = float(namespace(p).sum(_surplus(p, q, draft, i, reach[i])))
             missing = surplus + 1.0 - reach[i]
-            keep = surplus / missing if missing > 0 else 1.0  # p = q: the longer prefix was kept for certain
+            # p = q: the longer prefix was kept for certain
+            keep = surplus / missing if missing > 0 else 1.0
         if rng.random() < keep:
             accepted = i
             break
@@ -93,7 +106,8 @@ def verify_greedy(best: Sequence[int] | Array, draft: Sequence[int] | Array) -> 
 
     The token-wise law for one-hot p, where nothing is random and no distribution is needed.
     """
-    targets, drafts = _host(best), _host(draft)
+    targets = _host(best)
+    drafts = _host(draft)
     if len(targets) != len(drafts) + 1:
         raise ValueError(f"{len(drafts)} drafts need {len(drafts) + 1} targets, got {len(targets)}")
     accepted = 0
@@ -103,13 +117,18 @@ def verify_greedy(best: Sequence[int] | Array, draft: Sequence[int] | Array) -> 
 
 
 def verify_typical(
-    p: Array, draft: Sequence[int] | Array, rng: np.random.Generator, epsilon: float = 0.09, delta: float = 0.3
+    p: Array,
+    draft: Sequence[int] | Array,
+    rng: np.random.Generator,
+    epsilon: float = 0.09,
+    delta: float = 0.3,
 ) -> tuple[int, int]:
     """Medusa's typical acceptance: x_i stays if p_i(x_i) > min(ε, δ e^{−H(p_i)}). **Lossy**: the control of the tests.
 
     It asks whether a draft is plausible, not how often it should occur: likely tokens come too often.
     """
-    xp, accepted = namespace(p), 0
+    xp = namespace(p)
+    accepted = 0
     for i, (target, _) in enumerate(_chances(p, None, draft, rng)):
         row = p[i, ...]
         entropy = -float(xp.sum(row * xp.log(xp.where(row > 0, row, xp.ones_like(row)))))
@@ -131,7 +150,9 @@ def residual(p: Array, q: Array, scale: float = 1.0) -> Array:
     return left if float(xp.sum(left)) > EMPTY else p
 
 
-def _surplus(p: Array, q: Array | None, draft: Sequence[int] | Array, i: int, scale: float) -> Array:
+def _surplus(
+    p: Array, q: Array | None, draft: Sequence[int] | Array, i: int, scale: float
+) -> Array:
     """max(scale · p_{i+1} − q_{i+1}, 0), a new [V], without the guard; for a one-hot q all of p but the draft."""
     xp = namespace(p)
     if q is not None:
@@ -143,7 +164,12 @@ def _surplus(p: Array, q: Array | None, draft: Sequence[int] | Array, i: int, sc
 
 
 def _follow(
-    p: Array, q: Array | None, draft: Sequence[int] | Array, accepted: int, scale: float, rng: np.random.Generator
+    p: Array,
+    q: Array | None,
+    draft: Sequence[int] | Array,
+    accepted: int,
+    scale: float,
+    rng: np.random.Generator,
 ) -> int:
     """The token after the accepted drafts: from what the drafts left over, or the bonus after all of them."""
     if accepted == p.shape[0] - 1:
@@ -165,7 +191,8 @@ def draw(weights: Array, uniform: float, otherwise: Array | None = None) -> int:
     if not edges[-1] > EMPTY:
         if otherwise is None:
             raise ValueError("draw: every token has weight 0")
-        weights, edges = otherwise, _edges(otherwise)
+        weights = otherwise
+        edges = _edges(otherwise)
     goal = uniform * edges[-1]
     at = int(xp.searchsorted(edges, goal, side="right"))
     if edges.shape[0] == weights.shape[0]:
@@ -173,13 +200,16 @@ def draw(weights: Array, uniform: float, otherwise: Array | None = None) -> int:
     # the same once more within the block; where rounding puts the goal behind its end, the block's last live token
     inner = xp.cumulative_sum(weights[at * STRIDE : (at + 1) * STRIDE], dtype=xp.float64)
     goal -= edges[at - 1] if at else 0.0
-    inside = min(xp.searchsorted(inner, goal, side="right"), xp.searchsorted(inner, inner[-1], side="left"))
+    inside = min(
+        xp.searchsorted(inner, goal, side="right"), xp.searchsorted(inner, inner[-1], side="left")
+    )
     return at * STRIDE + int(inside)
 
 
 def _edges(weights: Array) -> Array:
     """Cumulative sums in float64: of each token, or in a long row of each block of ``STRIDE`` tokens."""
-    xp, n = namespace(weights), weights.shape[0]
+    xp = namespace(weights)
+    n = weights.shape[0]
     if n < 16 * STRIDE:
         return xp.cumulative_sum(weights, dtype=xp.float64)
     whole = n - n % STRIDE
@@ -196,7 +226,8 @@ def _chances(
         raise TypeError(f"rng is a generator, numpy.random.default_rng(seed), got {rng!r}")
     xp = namespace(p, q)
     x = _host(draft)
-    count, vocab = len(x), p.shape[-1] if p.ndim else 0
+    count = len(x)
+    vocab = p.shape[-1] if p.ndim else 0
     if p.shape != (count + 1, vocab) or vocab == 0:
         raise ValueError(f"{count} drafts need p of shape ({count + 1}, V), got {tuple(p.shape)}")
     if q is not None and q.shape != (count, vocab):
@@ -220,7 +251,9 @@ def _chances(
     drafted = told[end + 2 * count :]
     if drafted and min(drafted) <= 0:
         i = drafted.index(min(drafted))
-        raise ValueError(f"draft {i} is token {x[i]}, to which q gives probability 0: it was not sampled from this q")
+        raise ValueError(
+            f"draft {i} is token {x[i]}, to which q gives probability 0: it was not sampled from this q"
+        )
     return list(zip(targets, drafted, strict=True))
 
 
@@ -235,9 +268,13 @@ def _check_rows(name: str, sums: Sequence[float], least: Sequence[float]) -> Non
     """ValueError if a row is no distribution; NaN fails both comparisons."""
     for i, (total, low) in enumerate(zip(sums, least, strict=True)):
         if not low >= 0:
-            raise ValueError(f"row {i} of {name} has a probability that is {'negative' if low < 0 else 'NaN'}: {low}")
+            raise ValueError(
+                f"row {i} of {name} has a probability that is {'negative' if low < 0 else 'NaN'}: {low}"
+            )
         if not abs(total - 1.0) <= TOLERANCE:
-            raise ValueError(f"row {i} of {name} sums to {total}, not to 1 within {TOLERANCE}: normalise it first")
+            raise ValueError(
+                f"row {i} of {name} sums to {total}, not to 1 within {TOLERANCE}: normalise it first"
+            )
 
 
 def _host(ids: Sequence[int] | Array) -> list[int]:
@@ -249,6 +286,8 @@ def _host(ids: Sequence[int] | Array) -> list[int]:
         return [int(t) for t in values]
     host = to_numpy(ids)
     if host.ndim != 1 or host.dtype.kind not in "iu":
-        raise ValueError(f"drafts are a 1-D array of token ids, got {host.dtype} of shape {host.shape}")
+        raise ValueError(
+            f"drafts are a 1-D array of token ids, got {host.dtype} of shape {host.shape}"
+        )
     found: list[int] = host.tolist()
     return found

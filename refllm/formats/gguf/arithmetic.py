@@ -38,7 +38,9 @@ def quietly(like: Array) -> AbstractContextManager[object]:
 
     The searches divide and overflow as their source does, and look at the outcome afterwards.
     """
-    return np.errstate(all="ignore") if namespace(like) is np else nullcontext()
+    if namespace(like) is np:
+        return np.errstate(all="ignore")
+    return nullcontext()
 
 
 def sequential_sum(terms: Array) -> Array:
@@ -68,7 +70,8 @@ def nearest(x: Array) -> Array:
 def extreme(x: Array) -> Array:
     """The signed number of largest size in each column of x[S, C], the first of several; +0 of zeros: [C]."""
     xp = namespace(x)
-    high, low = xp.max(x, axis=0), xp.min(x, axis=0)
+    high = xp.max(x, axis=0)
+    low = xp.min(x, axis=0)
     if not bool(xp.any((high == -low) & (high != 0))):  # of different sizes: no place need be known
         return xp.where(high > -low, high, low) + 0.0
     first = xp.argmax(xp.abs(x), axis=0)

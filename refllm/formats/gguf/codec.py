@@ -23,11 +23,14 @@ from refllm.formats.uniform import refuse_non_finite
 
 __all__ = ["dequantize", "quantize"]
 
-PIECE = (1 << 18, 1 << 24)  # numbers at a time (host, device): a search's few arrays stay near a processor
+# numbers at a time (host, device): a search's few arrays stay near a processor
+PIECE = (1 << 18, 1 << 24)
 DECODERS = plain.DECODERS | legacy.DECODERS | kvalues.DECODERS
 
 
-def quantize(x: Array, type: str, importance: Array | None = None, *, overflow: str = "inf") -> Array:
+def quantize(
+    x: Array, type: str, importance: Array | None = None, *, overflow: str = "inf"
+) -> Array:
     """x[R, K] → uint8 [R, row_bytes]; bytes equal llama.cpp's on x86-64.
 
     ``importance`` [K] weighs the errors of each column (Q8_0, MXFP4 and plain floats take no notice of it). A step
@@ -44,10 +47,12 @@ def quantize(x: Array, type: str, importance: Array | None = None, *, overflow: 
         raise ValueError(f"quantize: overflow is 'inf' or 'raise', not {overflow!r}")
     if x.ndim != 2 or np.dtype(x.dtype).kind != "f":
         raise ValueError(f"quantize: x is a float matrix [R, K], got {x.dtype} {tuple(x.shape)}")
-    rows, columns = int(x.shape[0]), int(x.shape[1])
+    rows = int(x.shape[0])
+    columns = int(x.shape[1])
     width = row_bytes(type, columns)
     with quietly(x):
-        x = xp.astype(x, xp.float32) if x.dtype == xp.float64 else x  # what overflows here is refused as infinite
+        # what overflows here is refused as infinite
+        x = xp.astype(x, xp.float32) if x.dtype == xp.float64 else x
     refuse_non_finite(x, "quantize: x")
     if importance is not None:
         importance = _checked(importance, columns)
@@ -75,10 +80,18 @@ def _encoded(x: Array, type: str, importance: Array | None) -> Array:
     if type in plain.ENCODERS:
         return plain.ENCODERS[type](blocks)
     if type in kquants.ENCODERS:
-        weights = None if importance is None else xp.broadcast_to(importance, x.shape)
-        return kquants.ENCODERS[type](blocks, None if weights is None else xp.reshape(weights, blocks.shape))
+        if importance is None:
+            weights = None
+        else:
+            weights = xp.broadcast_to(importance, x.shape)
+        return kquants.ENCODERS[type](
+            blocks, None if weights is None else xp.reshape(weights, blocks.shape)
+        )
     encode, bits = legacy.ENCODERS[type]
-    weights = None if importance is None else xp.reshape(legacy.weighted(x, importance), blocks.shape)
+    if importance is None:
+        weights = None
+    else:
+        weights = xp.reshape(legacy.weighted(x, importance), blocks.shape)
     return encode(blocks, bits, weights)
 
 
@@ -87,9 +100,12 @@ def dequantize(raw: Array, type: str) -> Array:
     xp = namespace(raw)
     found = kind(type)
     if raw.ndim != 2 or raw.dtype != xp.uint8 or raw.shape[1] % found.size:
-        raise ValueError(f"dequantize: raw {type} is uint8 [R, a multiple of {found.size}], "
-                         f"got {raw.dtype} {tuple(raw.shape)}")  # fmt: skip
-    rows, columns = int(raw.shape[0]), int(raw.shape[1]) // found.size * found.block
+        raise ValueError(
+            f"dequantize: raw {type} is uint8 [R, a multiple of {found.size}], "
+            f"got {raw.dtype} {tuple(raw.shape)}"
+        )
+    rows = int(raw.shape[0])
+    columns = int(raw.shape[1]) // found.size * found.block
     out = xp.empty((rows, columns), dtype=xp.float32)
     step = max(1, PIECE[0 if xp is np else 1] // max(1, columns))
     with quietly(raw):  # a damaged file may hold steps that are infinite or NaN
@@ -103,7 +119,9 @@ def _checked(importance: Array, columns: int) -> Array:
     """The importance as float32 [K]; ValueError for another shape and for what is no weight."""
     xp = namespace(importance)
     if tuple(importance.shape) != (columns,):
-        raise ValueError(f"quantize: importance has one number a column, [{columns}], got {tuple(importance.shape)}")
+        raise ValueError(
+            f"quantize: importance has one number a column, [{columns}], got {tuple(importance.shape)}"
+        )
     refuse_non_finite(importance, "quantize: importance")
     if not bool(xp.all(importance >= 0)):
         raise ValueError("quantize: importance is negative somewhere; it weighs squared errors")
@@ -118,5 +136,7 @@ def _refuse_overflow(out: Array, x: Array, type: str) -> None:
         return
     row, column = divmod(int(xp.argmin(xp.reshape(good, (-1,)))), int(x.shape[1]))
     most = float(xp.max(xp.abs(x[row])))
-    raise ValueError(f"quantize: {type} cannot hold row {row} near column {column}: its step, of numbers up to "
-                     f"{most:.3g}, is beyond float16's 65504; choose BF16 or F32")  # fmt: skip
+    raise ValueError(
+        f"quantize: {type} cannot hold row {row} near column {column}: its step, of numbers up to "
+        f"{most:.3g}, is beyond float16's 65504; choose BF16 or F32"
+    )

@@ -65,7 +65,9 @@ def join_scales4(scales: Array, offsets: Array) -> Array:
 def split_scales4(data: Array) -> tuple[Array, Array]:
     """The inverse of ``join_scales4``."""
     xp = namespace(data)
-    first, second, third = data[:, :4], data[:, 4:8], data[:, 8:]
+    first = data[:, :4]
+    second = data[:, 4:8]
+    third = data[:, 8:]
     scales = xp.concat([first & 63, (third & 15) | ((first >> 6) << 4)], axis=1)
     return scales, xp.concat([second & 63, (third >> 4) | ((second >> 6) << 4)], axis=1)
 
@@ -84,5 +86,6 @@ def join_scales6(scales: Array) -> Array:
 def split_scales6(data: Array) -> Array:
     """The inverse of ``join_scales6``."""
     xp = namespace(data)
-    low, high = data[:, :8], separate(data[:, 8:], 2, 4)
+    low = data[:, :8]
+    high = separate(data[:, 8:], 2, 4)
     return xp.concat([low & 15, low >> 4], axis=1) | (high << 4)

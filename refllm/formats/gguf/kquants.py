@@ -33,7 +33,15 @@ from __future__ import annotations
 from refllm.backend import Array, bitcast, namespace
 from refllm.formats.gguf.arithmetic import divided, extreme, nearest, sequential_sum
 from refllm.formats.gguf.kbits import combine, join_scales4, join_scales6
-from refllm.formats.gguf.scale_search import IMPORTANT, TINY, Grid, asymmetric, positive, swept, symmetric
+from refllm.formats.gguf.scale_search import (
+    IMPORTANT,
+    TINY,
+    Grid,
+    asymmetric,
+    positive,
+    swept,
+    symmetric,
+)
 
 __all__ = ["ENCODERS", "half", "half_bytes"]
 
@@ -49,7 +57,9 @@ def half(x: Array) -> Array:
 def half_bytes(x: Array) -> Array:
     """float32 [B] → float16 bytes [B, 2]."""
     xp = namespace(x)
-    return xp.reshape(xp.ascontiguousarray(xp.astype(x, xp.float16)).view(xp.uint8), (x.shape[0], 2))
+    return xp.reshape(
+        xp.ascontiguousarray(xp.astype(x, xp.float16)).view(xp.uint8), (x.shape[0], 2)
+    )
 
 
 def _positions_first(x: Array, size: int) -> Array:
@@ -82,13 +92,16 @@ def _bytes_of(x: Array) -> Array:
 def _largest_to(values: Array, levels: int) -> tuple[Array, Array]:
     """Steps [B, J] ≥ 0 → their codes (largest = ``levels``) and the unit d[B]."""
     xp = namespace(values)
-    top = xp.max(xp.where(values > 0, values, 0.0), axis=1)  # without NaN, which overflow may have left
+    # without NaN, which overflow may have left
+    top = xp.max(xp.where(values > 0, values, 0.0), axis=1)
     inverse = divided(float(levels), top, top > 0)
     codes = _bytes_of(inverse[:, None] * values)
     return codes, top / float(levels)
 
 
-def _again(x: Array, levels: Array, step: Array, offset: Array | None, low: int, high: int) -> Array:
+def _again(
+    x: Array, levels: Array, step: Array, offset: Array | None, low: int, high: int
+) -> Array:
     """The third stage: codes of x[S, C] for stored steps and offsets [C]; where a step is 0, those of the search."""
     xp = namespace(x, levels, step)
     some = step != 0
@@ -98,23 +111,34 @@ def _again(x: Array, levels: Array, step: Array, offset: Array | None, low: int,
 
 
 def _with_offsets(
-    x: Array, importance: Array | None, *, size: int, levels: int, top: int, grid: Grid, factor: float
+    x: Array,
+    importance: Array | None,
+    *,
+    size: int,
+    levels: int,
+    top: int,
+    grid: Grid,
+    factor: float,
 ) -> tuple[Array, ...]:
     """Q2_K, Q4_K and Q5_K: x[B, 256] → codes[B, 256], S and M [B, 256/size], d and dmin [B]."""
     xp = namespace(x, importance)
-    blocks, columns = x.shape[0], _positions_first(x, size)
+    blocks = x.shape[0]
+    columns = _positions_first(x, size)
     if importance is None:
-        w, mad = xp.abs(columns), size == 16
+        w = xp.abs(columns)
+        mad = size == 16
         if not mad:
             w = xp.sqrt(sequential_sum(columns * columns) / float(size)) + w
         found, steps, offsets = asymmetric(columns, w, levels, grid, mad=mad)
         s, d = _largest_to(xp.reshape(steps, (blocks, -1)), top)
         m, dmin = _largest_to(xp.reshape(offsets, (blocks, -1)), top)
         if top == 63:
-            s, m = xp.minimum(s, 63), xp.minimum(m, 63)
+            s = xp.minimum(s, 63)
+            m = xp.minimum(m, 63)
         else:
             pair = s | (m << 4)  # the two nibbles of a byte
-            s, m = pair & 15, pair >> 4
+            s = pair & 15
+            m = pair >> 4
     else:
         w = _positions_first(_weights(x, importance, factor), size)
         found, steps, offsets = asymmetric(columns, w, levels, IMPORTANT)
@@ -137,7 +161,9 @@ def _by_block(values: Array, blocks: int) -> Array:
 def q2_k(x: Array, importance: Array | None) -> Array:
     """x[B, 256] → bytes[B, 84]."""
     xp = namespace(x, importance)
-    codes, s, m, d, dmin = _with_offsets(x, importance, size=16, levels=3, top=15, grid=Grid(-0.5, 0.1, 15), factor=1.0)
+    codes, s, m, d, dmin = _with_offsets(
+        x, importance, size=16, levels=3, top=15, grid=Grid(-0.5, 0.1, 15), factor=1.0
+    )
     return xp.concat([s | (m << 4), combine(codes, 2, 32), half_bytes(d), half_bytes(dmin)], axis=1)
 
 
@@ -147,7 +173,9 @@ def q4_k(x: Array, importance: Array | None) -> Array:
     codes, s, m, d, dmin = _with_offsets(
         x, importance, size=32, levels=15, top=63, grid=Grid(-1.0, 0.1, 20), factor=2.0
     )
-    return xp.concat([half_bytes(d), half_bytes(dmin), join_scales4(s, m), combine(codes, 4, 32)], axis=1)
+    return xp.concat(
+        [half_bytes(d), half_bytes(dmin), join_scales4(s, m), combine(codes, 4, 32)], axis=1
+    )
 
 
 def q5_k(x: Array, importance: Array | None) -> Array:
@@ -156,14 +184,16 @@ def q5_k(x: Array, importance: Array | None) -> Array:
     codes, s, m, d, dmin = _with_offsets(
         x, importance, size=32, levels=31, top=63, grid=Grid(-0.5, 0.1, 15), factor=2.0
     )
-    high, low = combine(codes >> 4, 1, 32), combine(codes & 15, 4, 32)
+    high = combine(codes >> 4, 1, 32)
+    low = combine(codes & 15, 4, 32)
     return xp.concat([half_bytes(d), half_bytes(dmin), join_scales4(s, m), high, low], axis=1)
 
 
 def q3_k(x: Array, importance: Array | None) -> Array:
     """x[B, 256] → bytes[B, 110]."""
     xp = namespace(x, importance)
-    blocks, columns = x.shape[0], _positions_first(x, 16)
+    blocks = x.shape[0]
+    columns = _positions_first(x, 16)
     if importance is None:
         found, steps = swept(columns, 4)
         s, d = _extreme_to(_by_block(steps, blocks), 32, 31)
@@ -175,13 +205,16 @@ def q3_k(x: Array, importance: Array | None) -> Array:
     step = xp.reshape((half(d) * (s - 32.0)).T, (-1,))
     codes = _codes(_again(columns, found, step, None, -4, 3), blocks)
     scales = join_scales6(xp.astype(xp.ascontiguousarray(s.T), xp.uint8))
-    return xp.concat([combine(codes >> 2, 1, 32), combine(codes & 3, 2, 32), scales, half_bytes(d)], axis=1)
+    return xp.concat(
+        [combine(codes >> 2, 1, 32), combine(codes & 3, 2, 32), scales, half_bytes(d)], axis=1
+    )
 
 
 def q6_k(x: Array, importance: Array | None) -> Array:
     """x[B, 256] → bytes[B, 210]."""
     xp = namespace(x, importance)
-    blocks, columns = x.shape[0], _positions_first(x, 16)
+    blocks = x.shape[0]
+    columns = _positions_first(x, 16)
     w = None if importance is None else _positions_first(importance, 16)
     found, steps = symmetric(columns, 32, w)
     steps = _by_block(steps, blocks)
@@ -190,7 +223,9 @@ def q6_k(x: Array, importance: Array | None) -> Array:
     step = xp.reshape((half(d) * s).T, (-1,))
     codes = _codes(_again(columns, found, step, None, -32, 31), blocks)
     scales = bitcast(xp.ascontiguousarray(xp.astype(s.T, xp.int8)), xp.uint8)
-    out = xp.concat([combine(codes & 15, 4, 64), combine(codes >> 4, 2, 32), scales, half_bytes(d)], axis=1)
+    out = xp.concat(
+        [combine(codes & 15, 4, 64), combine(codes >> 4, 2, 32), scales, half_bytes(d)], axis=1
+    )
     return out * xp.astype(~nothing, xp.uint8)[:, None]
 
 

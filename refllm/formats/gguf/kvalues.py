@@ -28,9 +28,12 @@ def _values(codes: Array, step: Array, offset: Array | None) -> Array:
 def q2_k(data: Array) -> Array:
     """bytes[B, 84] → float32 [B, 256]."""
     xp = namespace(data)
-    pairs, head = data[:, :16], halves(data[:, 80:84])
+    pairs = data[:, :16]
+    head = halves(data[:, 80:84])
     step = head[:, :1] * xp.astype(pairs & 15, xp.float32)
-    return _values(separate(data[:, 16:80], 2, 32), step, head[:, 1:] * xp.astype(pairs >> 4, xp.float32))
+    return _values(
+        separate(data[:, 16:80], 2, 32), step, head[:, 1:] * xp.astype(pairs >> 4, xp.float32)
+    )
 
 
 def q3_k(data: Array) -> Array:
@@ -50,7 +53,9 @@ def q4_k(data: Array) -> Array:
 def q5_k(data: Array) -> Array:
     """bytes[B, 176] → float32 [B, 256]."""
     step, offset = _six_bits(data)
-    return _values(separate(data[:, 48:], 4, 32) | (separate(data[:, 16:48], 1, 32) << 4), step, offset)
+    return _values(
+        separate(data[:, 48:], 4, 32) | (separate(data[:, 16:48], 1, 32) << 4), step, offset
+    )
 
 
 def q6_k(data: Array) -> Array:
@@ -65,7 +70,8 @@ def q6_k(data: Array) -> Array:
 def _six_bits(data: Array) -> tuple[Array, Array]:
     """Steps and offsets [B, 8] of Q4_K and Q5_K."""
     xp = namespace(data)
-    head, (s, m) = halves(data[:, :4]), split_scales4(data[:, 4:16])
+    head = halves(data[:, :4])
+    s, m = split_scales4(data[:, 4:16])
     return head[:, :1] * xp.astype(s, xp.float32), head[:, 1:] * xp.astype(m, xp.float32)
 
 

@@ -40,9 +40,11 @@ def q8_0(x: Array, bits: int, weights: Array | None) -> Array:
     xp = namespace(x)
     d = xp.max(xp.abs(x), axis=1) / 127.0
     t = x * divided(1.0, d, d != 0)[:, None]
-    t = xp.where(xp.isfinite(t), t, 0.0)  # 1/d of a denormal d is infinite, and infinity as a whole number is 0
+    # 1/d of a denormal d is infinite, and infinity as a whole number is 0
+    t = xp.where(xp.isfinite(t), t, 0.0)
     whole = xp.trunc(t)
-    whole = whole + xp.trunc((t - whole) * 2.0)  # t − whole is exact, so is its double: a half goes away from 0
+    # t − whole is exact, so is its double: a half goes away from 0
+    whole = whole + xp.trunc((t - whole) * 2.0)
     codes = bitcast(xp.astype(xp.clip(whole, -128.0, 127.0), xp.int8), xp.uint8)
     return xp.concat([half_bytes(d), codes], axis=1)
 
@@ -66,7 +68,8 @@ def from_offset(x: Array, bits: int, weights: Array | None) -> Array:
     columns = xp.ascontiguousarray(x.T)
     if weights is not None:
         found, d, below = asymmetric(columns, xp.ascontiguousarray(weights.T), top, IMPORTANT)
-        codes, m = xp.astype(found, xp.uint8), -below
+        codes = xp.astype(found, xp.uint8)
+        m = -below
     else:
         m = least(columns)
         d = (xp.max(columns, axis=0) - m + 0.0) / float(top)  # +0 of zeros of both signs

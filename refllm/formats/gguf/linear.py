@@ -30,7 +30,9 @@ class BlockWeight:
         found = kind(type)
         if raw.ndim != 2 or raw.shape[1] % found.size:
             raise ValueError(f"BlockWeight: {type} has no rows of {tuple(raw.shape)} bytes")
-        self.raw, self.type, self.dtype = raw, type, np.dtype(dtype)
+        self.raw = raw
+        self.type = type
+        self.dtype = np.dtype(dtype)
         self.shape = (int(raw.shape[0]), int(raw.shape[1]) // found.size * found.block)
 
     @property

@@ -66,7 +66,9 @@ def more_bits(i: int, n: int) -> bool:
     return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
 
 
-def mix(shapes: Mapping[str, Shape], name: str, heads: Heads, *, importance: bool = False) -> dict[str, str]:
+def mix(
+    shapes: Mapping[str, Shape], name: str, heads: Heads, *, importance: bool = False
+) -> dict[str, str]:
     """GGUF name → storage type, for tensors by GGUF's names (``shapes`` as NumPy writes them: rows last).
 
     ``importance`` says that the file is made with an importance matrix.
@@ -92,14 +94,19 @@ def mix(shapes: Mapping[str, Shape], name: str, heads: Heads, *, importance: boo
     return chosen
 
 
-def _wanted(tensor: str, columns: int, name: str, base: str, heads: Heads, tied: bool, importance: bool) -> str:
+def _wanted(
+    tensor: str, columns: int, name: str, base: str, heads: Heads, tied: bool, importance: bool
+) -> str:
     """The type of a matrix if blocks divide its rows."""
     if tensor == "output.weight" or (tied and tensor == "token_embd.weight"):
-        return "Q8_0" if base == "Q8_0" or columns % kind(base).block else "Q6_K"
+        if base == "Q8_0" or columns % kind(base).block:
+            return "Q8_0"
+        return "Q6_K"
     found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", tensor)
     if found is None:
         return base
-    i, part = int(found[1]), found[2]
+    i = int(found[1])
+    part = found[2]
     if part == "attn_v":
         return _attn_v(i, name, base, heads)
     if part == "ffn_down":
@@ -119,7 +126,9 @@ def _attn_v(i: int, name: str, base: str, heads: Heads) -> str:
         wanted = "Q5_K"
     elif name in ("Q4_K_M", "Q5_K_M") and more_bits(i, heads.layers):
         wanted = "Q6_K"
-    return "Q5_K" if heads.seventy and wanted in ("Q3_K", "Q4_K") else wanted
+    if heads.seventy and wanted in ("Q3_K", "Q4_K"):
+        return "Q5_K"
+    return wanted
 
 
 def _ffn_down(i: int, name: str, base: str, layers: int, importance: bool) -> str:
@@ -141,10 +150,14 @@ def _fitting(wanted: str, columns: int) -> str:
     if columns % kind(wanted).block == 0:
         return wanted
     instead = FALLBACK.get(wanted, "F16")
-    return instead if columns % kind(instead).block == 0 else "F16"
+    if columns % kind(instead).block == 0:
+        return instead
+    return "F16"
 
 
 def bits_per_weight(shapes: Mapping[str, Shape], types: Mapping[str, str]) -> float:
     """Bits of all tensors over all numbers, those that stay F32 included."""
-    bits = sum(kind(types[name]).bits_per_weight * math.prod(shape) for name, shape in shapes.items())
+    bits = sum(
+        kind(types[name]).bits_per_weight * math.prod(shape) for name, shape in shapes.items()
+    )
     return bits / sum(math.prod(shape) for shape in shapes.values())

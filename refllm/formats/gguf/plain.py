@@ -50,18 +50,24 @@ def mxfp4(x: Array) -> Array:
     largest = xp.max(xp.abs(x), axis=1)
     some = largest > 0
     # log2 is rounded to float32 first: what lies a hair below a power of two counts as that power
-    binade = xp.floor(xp.astype(xp.log2(xp.astype(xp.where(some, largest, 1.0), xp.float64)), xp.float32))
-    shared = xp.where(some, xp.astype(binade, xp.int32) + 125, 0) & 255  # modulo 256, as in C: see above
+    binade = xp.floor(
+        xp.astype(xp.log2(xp.astype(xp.where(some, largest, 1.0), xp.float64)), xp.float32)
+    )
+    # modulo 256, as in C: see above
+    shared = xp.where(some, xp.astype(binade, xp.int32) + 125, 0) & 255
     scale = _scale(shared)
     scaled = x / scale[:, None]
     size = xp.abs(scaled)
     code = xp.zeros(x.shape, dtype=xp.uint8)
     for i in range(1, 8):  # above the middle between neighbours; on it the smaller code stays
-        fits = xp.isfinite(scale * float(E2M1[i]))[:, None]  # near the end of float32 some values are infinite
+        # near the end of float32 some values are infinite
+        fits = xp.isfinite(scale * float(E2M1[i]))[:, None]
         code += xp.astype((size > (E2M1[i - 1] + E2M1[i]) / 2.0) & fits, xp.uint8)
     code |= xp.astype(scaled < 0, xp.uint8) << 3
     code = xp.where((code & 7) == 0, 0, code)
-    return xp.concat([xp.astype(shared, xp.uint8)[:, None], combine(xp.astype(code, xp.uint8), 4, 16)], axis=1)
+    return xp.concat(
+        [xp.astype(shared, xp.uint8)[:, None], combine(xp.astype(code, xp.uint8), 4, 16)], axis=1
+    )
 
 
 def _scale(shared: Array) -> Array:
@@ -87,7 +93,9 @@ def decode_f16(data: Array) -> Array:
 def decode_bf16(data: Array) -> Array:
     """bytes[B, 2] → float32 [B, 1]."""
     xp = namespace(data)
-    return bitcast(xp.astype(xp.ascontiguousarray(data).view(xp.uint16), xp.uint32) << 16, xp.float32)
+    return bitcast(
+        xp.astype(xp.ascontiguousarray(data).view(xp.uint16), xp.uint32) << 16, xp.float32
+    )
 
 
 def decode_mxfp4(data: Array) -> Array:

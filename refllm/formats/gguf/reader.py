@@ -40,10 +40,15 @@ __all__ = ["ALIGNMENT", "SCALARS", "GGUFError", "GGUFFile", "Header", "TensorRec
 
 SCALARS = {0: "uint8", 1: "int8", 2: "uint16", 3: "int16", 4: "uint32", 5: "int32", 6: "float32", 7: "bool",
            10: "uint64", 11: "int64", 12: "float64"}  # fmt: skip
-STRING, ARRAY = 8, 9
+STRING = 8
+ARRAY = 9
 ALIGNMENT = 32
-MOST_ENTRIES, MOST_TENSORS, MOST_STRINGS = 1 << 16, 1 << 17, 1 << 22  # far beyond any model: what is looped over
-LONGEST_KEY, LONGEST_NAME, MOST_DIMENSIONS = 65535, 63, 4
+MOST_ENTRIES = 1 << 16  # far beyond any model: what is looped over
+MOST_TENSORS = 1 << 17
+MOST_STRINGS = 1 << 22
+LONGEST_KEY = 65535
+LONGEST_NAME = 63
+MOST_DIMENSIONS = 4
 _BY_NUMBER = {kind.number: kind for kind in TYPES.values()}
 _FOREIGN = {9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
             22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0",
@@ -82,10 +87,15 @@ class _Cursor:
     """A place in the file's bytes that cannot leave them."""
 
     def __init__(self, data: Any, where: str):
-        self.data, self.where, self.at, self.strings = data, where, 0, 0
+        self.data = data
+        self.where = where
+        self.at = 0
+        self.strings = 0
 
     def fail(self, what: str) -> GGUFError:
-        return GGUFError(f"{self.where}: {what} (byte {self.at:,} of {len(self.data):,}): download or convert it again")
+        return GGUFError(
+            f"{self.where}: {what} (byte {self.at:,} of {len(self.data):,}): download or convert it again"
+        )
 
     def need(self, count: int, what: str) -> None:
         """GGUFError unless ``count`` more bytes are there."""
@@ -102,7 +112,9 @@ class _Cursor:
     def string(self, what: str, longest: int | None = None) -> str:
         length = self.number("Q", f"the length of {what}")
         if longest is not None and length > longest:
-            raise self.fail(f"{what} claims to be {length:,} bytes long, at most {longest:,} are allowed")
+            raise self.fail(
+                f"{what} claims to be {length:,} bytes long, at most {longest:,} are allowed"
+            )
         self.need(length, what)
         raw = bytes(self.data[self.at : self.at + length])
         try:
@@ -130,7 +142,8 @@ class _Cursor:
             return self.string(what)
         if kind != ARRAY:
             raise self.fail(f"{what} has type {kind}, which does not exist")
-        inner, count = self.number("I", what), self.number("Q", what)
+        inner = self.number("I", what)
+        count = self.number("Q", what)
         if inner in SCALARS:
             return self.numbers(SCALARS[inner], count, what)
         if inner != STRING:
@@ -159,10 +172,16 @@ def parse(data: Any, where: str = "the file") -> Header:
         raise GGUFError(f"{where} is a big-endian GGUF file: convert it for little-endian machines")
     if version not in (2, 3):
         raise GGUFError(f"{where} is of GGUF version {version}; versions 2 and 3 are read")
-    tensors, entries = cursor.number("Q", "the number of tensors"), cursor.number("Q", "the number of entries")
-    for count, most, size, what in ((entries, MOST_ENTRIES, 13, "entries"), (tensors, MOST_TENSORS, 24, "tensors")):
+    tensors = cursor.number("Q", "the number of tensors")
+    entries = cursor.number("Q", "the number of entries")
+    for count, most, size, what in (
+        (entries, MOST_ENTRIES, 13, "entries"),
+        (tensors, MOST_TENSORS, 24, "tensors"),
+    ):
         if count > most or count * size > len(data) - cursor.at:
-            raise cursor.fail(f"the header claims {count:,} {what}, more than the file has room for")
+            raise cursor.fail(
+                f"the header claims {count:,} {what}, more than the file has room for"
+            )
     metadata = _metadata(cursor, entries)
     alignment = _alignment(cursor, metadata)
     records = [_record(cursor, f"tensor record {i}") for i in range(tensors)]
@@ -174,15 +193,21 @@ def _metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
     for i in range(count):
         key = cursor.string(f"the key of entry {i}", LONGEST_KEY)
         if not key or key in metadata:
-            raise cursor.fail(f"entry {i} has no key" if not key else f"the key {key[:80]!r} occurs twice")
-        metadata[key] = cursor.value(cursor.number("I", f"the type of {key[:80]!r}"), f"the value of {key[:80]!r}")
+            raise cursor.fail(
+                f"entry {i} has no key" if not key else f"the key {key[:80]!r} occurs twice"
+            )
+        metadata[key] = cursor.value(
+            cursor.number("I", f"the type of {key[:80]!r}"), f"the value of {key[:80]!r}"
+        )
     return metadata
 
 
 def _alignment(cursor: _Cursor, metadata: Mapping[str, Any]) -> int:
     value = metadata.get("general.alignment", np.uint32(ALIGNMENT))
     if not isinstance(value, np.uint32) or value == 0 or value & (value - 1) or value > 1 << 20:
-        raise cursor.fail(f"general.alignment is {value!r:.40}; it must be a power of two, as a u32")
+        raise cursor.fail(
+            f"general.alignment is {value!r:.40}; it must be a power of two, as a u32"
+        )
     return int(value)
 
 
@@ -192,14 +217,19 @@ def _record(cursor: _Cursor, what: str) -> tuple[str, Kind, tuple[int, ...], int
     if not 1 <= count <= MOST_DIMENSIONS:
         raise cursor.fail(f"{name!r} has {count} dimensions; one to {MOST_DIMENSIONS} are allowed")
     shape = tuple(cursor.number("Q", f"the shape of {name!r}") for _ in range(count))[::-1]
-    number, offset = cursor.number("I", f"the type of {name!r}"), cursor.number("Q", f"the offset of {name!r}")
+    number = cursor.number("I", f"the type of {name!r}")
+    offset = cursor.number("Q", f"the offset of {name!r}")
     if number not in _BY_NUMBER:
         found = _FOREIGN.get(number, f"type {number}")
-        raise cursor.fail(f"{name!r} is stored as {found}, which is not read; what is: {', '.join(TYPES)}")
+        raise cursor.fail(
+            f"{name!r} is stored as {found}, which is not read; what is: {', '.join(TYPES)}"
+        )
     kind = _BY_NUMBER[number]
     if 0 in shape or shape[-1] % kind.block:
-        raise cursor.fail(f"{name!r} has shape {shape}, which {kind.name} cannot store: rows are whole blocks of "
-                          f"{kind.block}")  # fmt: skip
+        raise cursor.fail(
+            f"{name!r} has shape {shape}, which {kind.name} cannot store: rows are whole blocks of "
+            f"{kind.block}"
+        )
     # Python's integers do not overflow: what is too large for the file is found, however large it is
     if math.prod(shape) // kind.block * kind.size > len(cursor.data):
         raise cursor.fail(f"{name!r} has shape {shape}, more than the whole file")
@@ -218,7 +248,8 @@ def _placed(cursor: _Cursor, records: list[Any], alignment: int) -> dict[str, Te
             raise cursor.fail(
                 f"{name!r} begins at {offset:,} after the first tensor, but the one before it ends at {at:,}"
             )
-        placed[name] = record = TensorRecord(name, kind, shape, first + at)
+        record = TensorRecord(name, kind, shape, first + at)
+        placed[name] = record
         if record.start + record.nbytes > len(cursor.data):
             raise cursor.fail(f"{name!r} ends beyond the end of the file: it is truncated")
         at += record.nbytes + -record.nbytes % alignment
@@ -236,15 +267,23 @@ class GGUFFile(Mapping[str, np.ndarray]):
         with self.path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < 24:
-                raise GGUFError(f"{self.path} has {size} bytes, fewer than the shortest GGUF file: download it again")
-            self._data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+                raise GGUFError(
+                    f"{self.path} has {size} bytes, fewer than the shortest GGUF file: download it again"
+                )
+            self._data = np.frombuffer(
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8
+            )
         header = parse(self._data, str(self.path))
-        self.metadata, self.tensors, self.alignment = header.metadata, header.tensors, header.alignment
+        self.metadata = header.metadata
+        self.tensors = header.tensors
+        self.alignment = header.alignment
 
     def __getitem__(self, name: str) -> np.ndarray:
         record = self.tensors[name]
         width = record.shape[-1] // record.kind.block * record.kind.size
-        return self._data[record.start : record.start + record.nbytes].reshape((*record.shape[:-1], width))
+        return self._data[record.start : record.start + record.nbytes].reshape(
+            (*record.shape[:-1], width)
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)

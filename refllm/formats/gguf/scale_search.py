@@ -61,18 +61,24 @@ class Grid(NamedTuple):
 IMPORTANT = Grid(-0.9, 0.05, 36)  # with an importance, whatever the type
 
 
-def asymmetric(x: Array, w: Array, levels: int, grid: Grid, *, mad: bool = False) -> tuple[Array, Array, Array]:
+def asymmetric(
+    x: Array, w: Array, levels: int, grid: Grid, *, mad: bool = False
+) -> tuple[Array, Array, Array]:
     """x[S, C], weights w[S, C] → codes in 0 … levels (as float32 [S, C]), s[C] and −m[C] of x ≈ s·L + m.
 
     The start puts ``levels`` steps between the ends; candidate i puts levels + first + i·step there, i = 0 … tries.
     """
     xp = namespace(x, w)
-    hi, lo = xp.max(x, axis=0), least(x)
+    hi = xp.max(x, axis=0)
+    lo = least(x)
     lo = xp.where(lo > 0, 0.0, lo)
     some = hi > lo
-    sw, sx = sequential_sum(w), sequential_sum(w * x)
-    code, room = xp.empty_like(x), xp.empty_like(x)  # reused: what fits into the cache need not leave it
-    best_inverse, best_lo = float(levels) / (hi - lo), lo
+    sw = sequential_sum(w)
+    sx = sequential_sum(w * x)
+    code = xp.empty_like(x)  # reused: what fits into the cache need not leave it
+    room = xp.empty_like(x)
+    best_inverse = float(levels) / (hi - lo)
+    best_lo = lo
     scale = 1.0 / best_inverse
     _encode(x, lo, best_inverse, levels, code)
     best = _error(x, w, code, scale, lo, mad, room)
@@ -81,15 +87,20 @@ def asymmetric(x: Array, w: Array, levels: int, grid: Grid, *, mad: bool = False
         _encode(x, lo, inverse, levels, code)
         sl, sll, sxl = _moments(x, w, code, room)
         d = sw * sll - sl * sl
-        s, m = (sw * sxl - sx * sl) / d, (sll * sx - sl * sxl) / d
+        s = (sw * sxl - sx * sl) / d
+        m = (sll * sx - sl * sxl) / d
         above = m > 0  # the offset may only lower
-        s, m = xp.where(above, sxl / sll, s), xp.where(above, 0.0, m)
+        s = xp.where(above, sxl / sll, s)
+        m = xp.where(above, 0.0, m)
         e = _error(x, w, code, s, m, mad, room)
         better = (d > 0) & (e < best) & some
-        best, scale = xp.where(better, e, best), xp.where(better, s, scale)
-        best_inverse, best_lo = xp.where(better, inverse, best_inverse), xp.where(better, lo, best_lo)
+        best = xp.where(better, e, best)
+        scale = xp.where(better, s, scale)
+        best_inverse = xp.where(better, inverse, best_inverse)
+        best_lo = xp.where(better, lo, best_lo)
         lo = xp.where(better, m, lo)  # the quirk: later candidates start here
-    _encode(x, best_lo, best_inverse, levels, code)  # again, which is cheaper than keeping every winner's codes
+    # again, which is cheaper than keeping every winner's codes
+    _encode(x, best_lo, best_inverse, levels, code)
     return xp.where(some, code, 0.0), xp.where(some, scale, 0.0), -lo
 
 
@@ -131,7 +142,9 @@ def symmetric(x: Array, levels: int, w: Array | None = None) -> tuple[Array, Arr
     w = x * x if w is None else w
     m = extreme(x)
     some = xp.abs(m) >= TINY
-    wx, t, code = w * x, xp.empty_like(x), xp.empty_like(x)
+    wx = w * x
+    t = xp.empty_like(x)
+    code = xp.empty_like(x)
 
     def fit(inverse: Array) -> tuple[Array, Array]:
         """Σwxl, Σwl² of the codes that 1/step = ``inverse`` gives."""
@@ -155,7 +168,8 @@ def symmetric(x: Array, levels: int, w: Array | None = None) -> tuple[Array, Arr
         sx, sl = fit(inverse)
         better = (sl > 0) & (sx * sx > best * sl)
         scale = xp.where(better, sx / sl, scale)
-        best, best_inverse = xp.where(better, scale * sx, best), xp.where(better, inverse, best_inverse)
+        best = xp.where(better, scale * sx, best)
+        best_inverse = xp.where(better, inverse, best_inverse)
     fit(best_inverse)
     return xp.where(some, code + float(levels), 0.0), xp.where(some, scale, 0.0)
 
@@ -169,7 +183,8 @@ def swept(x: Array, levels: int) -> tuple[Array, Array]:
     wx = w * x
     inverse = divided(-float(levels), m, some)
     code = xp.clip(xp.rint(x * inverse), -float(levels), float(levels - 1))
-    sx, sl = sequential_sum(wx * code), sequential_sum(w * code * code)
+    sx = sequential_sum(wx * code)
+    sl = sequential_sum(w * code * code)
     code, sx, sl = _sweep(x, w, wx, code, sx, sl, -levels, levels - 1, others=False)
     return xp.where(some, code + float(levels), 0.0), xp.where(some, divided(sx, sl, sl > 0), 0.0)
 
@@ -180,16 +195,21 @@ def positive(x: Array, levels: int, w: Array) -> tuple[Array, Array]:
     m = xp.maximum(xp.max(x, axis=0), 0.0)
     some = m >= TINY
     best_inverse = divided(float(levels), m, some)
-    wx, best = w * x, None
+    wx = w * x
+    best = None
     for i in (0, -4, -3, -2, -1, 1, 2, 3, 4):
-        inverse = best_inverse if i == 0 else divided(tenths(levels, i), m, some)
+        if i == 0:
+            inverse = best_inverse
+        else:
+            inverse = divided(tenths(levels, i), m, some)
         difference = x - divided(1.0, inverse, some) * _at_most(x * inverse, levels)
         e = sequential_sum(w * difference * difference)
         better = e < best if best is not None else some
         best = e if best is None else xp.where(better, e, best)
         best_inverse = xp.where(better, inverse, best_inverse)
     code = _at_most(x * best_inverse, levels)
-    sx, sl = sequential_sum(wx * code), sequential_sum(w * code * code)
+    sx = sequential_sum(wx * code)
+    sl = sequential_sum(w * code * code)
     code, sx, sl = _sweep(x, w, wx, code, sx, sl, -(1 << 22), levels, others=True)
     return xp.where(some, code, 0.0), xp.where(some, divided(sx, sl, sl > 0), 0.0)
 
@@ -201,7 +221,16 @@ def _at_most(x: Array, levels: int) -> Array:
 
 
 def _sweep(
-    x: Array, w: Array, wx: Array, code: Array, sx: Array, sl: Array, low: int, high: int, *, others: bool
+    x: Array,
+    w: Array,
+    wx: Array,
+    code: Array,
+    sx: Array,
+    sl: Array,
+    low: int,
+    high: int,
+    *,
+    others: bool,
 ) -> tuple[Array, Array, Array]:
     """Up to five times over all positions: each code anew, given all others, and kept if (Σwxl)²/Σwl² grows.
 
@@ -209,32 +238,55 @@ def _sweep(
     are tried at once, and the next in turn that would be kept is the next change. Blocks with none are done, and so
     are those whose Σwxl is not positive (the quirk above).
     """
-    xp, size = namespace(x, w, code), int(x.shape[0])
+    xp = namespace(x, w, code)
+    size = int(x.shape[0])
     positions = xp.arange(size, dtype=xp.int16)[:, None]
     at = xp.flatnonzero(sx > 0)
-    turn = xp.zeros(at.shape, dtype=xp.int32)  # of the positions in five sweeps, the one to go on with
+    # of the positions in five sweeps, the one to go on with
+    turn = xp.zeros(at.shape, dtype=xp.int32)
     while at.size:
         some, some_w, some_wx, now = (xp.take(rows, at, axis=1) for rows in (x, w, wx, code))
-        kept, anew, total, squares = _trial(some, some_w, some_wx, now, sx[at], sl[at], low, high, others=others)
+        kept, anew, total, squares = _trial(
+            some, some_w, some_wx, now, sx[at], sl[at], low, high, others=others
+        )
         here = xp.astype(turn % size, xp.int16)
-        turns = positions + size * xp.astype(positions < here, xp.int16) + 2 * size * xp.astype(~kept, xp.int16)
+        turns = (
+            positions
+            + size * xp.astype(positions < here, xp.int16)
+            + 2 * size * xp.astype(~kept, xp.int16)
+        )
         following = xp.astype(xp.min(turns, axis=0), xp.int32)
         turn += following - here
         going = xp.flatnonzero((following < 2 * size) & (turn < 5 * size))
-        at, turn = at[going], turn[going]
+        at = at[going]
+        turn = turn[going]
         i = turn % size
-        code[i, at], sx[at], sl[at] = anew[i, going], total[i, going], squares[i, going]
+        code[i, at] = anew[i, going]
+        sx[at] = total[i, going]
+        sl[at] = squares[i, going]
         turn += 1
     return code, sx, sl
 
 
 def _trial(
-    x: Array, w: Array, wx: Array, code: Array, sx: Array, sl: Array, low: int, high: int, *, others: bool
+    x: Array,
+    w: Array,
+    wx: Array,
+    code: Array,
+    sx: Array,
+    sl: Array,
+    low: int,
+    high: int,
+    *,
+    others: bool,
 ) -> tuple[Array, Array, Array, Array]:
     """Of each code, were it alone to change: whether to keep that, the new code, and Σwxl, Σwl² with it; all [S, C]."""
     xp = namespace(x, w, code)
-    a, b = sx - wx * code, sl - w * code * code  # of the other codes
-    anew = xp.astype(xp.clip(nearest(x * b / a), low, high), xp.float32)  # not used where a is not positive
-    total, squares = a + wx * anew, b + w * anew * anew
+    a = sx - wx * code  # of the other codes
+    b = sl - w * code * code
+    # not used where a is not positive
+    anew = xp.astype(xp.clip(nearest(x * b / a), low, high), xp.float32)
+    total = a + wx * anew
+    squares = b + w * anew * anew
     kept = (a > 0) & (anew != code) & ((b if others else squares) > 0)
     return kept & (total * total * sl > sx * sx * squares), anew, total, squares

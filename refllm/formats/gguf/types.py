@@ -46,12 +46,22 @@ class Kind:
 TYPES = {
     kind.name: kind
     for kind in (
-        Kind("F32", 0, 1, 4), Kind("F16", 1, 1, 2), Kind("Q4_0", 2, 32, 18), Kind("Q4_1", 3, 32, 20),
-        Kind("Q5_0", 6, 32, 22), Kind("Q5_1", 7, 32, 24), Kind("Q8_0", 8, 32, 34), Kind("Q2_K", 10, 256, 84),
-        Kind("Q3_K", 11, 256, 110), Kind("Q4_K", 12, 256, 144), Kind("Q5_K", 13, 256, 176),
-        Kind("Q6_K", 14, 256, 210), Kind("BF16", 30, 1, 2), Kind("MXFP4", 39, 32, 17),
+        Kind("F32", 0, 1, 4),
+        Kind("F16", 1, 1, 2),
+        Kind("Q4_0", 2, 32, 18),
+        Kind("Q4_1", 3, 32, 20),
+        Kind("Q5_0", 6, 32, 22),
+        Kind("Q5_1", 7, 32, 24),
+        Kind("Q8_0", 8, 32, 34),
+        Kind("Q2_K", 10, 256, 84),
+        Kind("Q3_K", 11, 256, 110),
+        Kind("Q4_K", 12, 256, 144),
+        Kind("Q5_K", 13, 256, 176),
+        Kind("Q6_K", 14, 256, 210),
+        Kind("BF16", 30, 1, 2),
+        Kind("MXFP4", 39, 32, 17),
     )
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,8 @@ class Field:
     holds: str
 
 
-_D, _M = Field("step", 2, "d"), Field("offset", 2, "m")
+_D = Field("step", 2, "d")
+_M = Field("offset", 2, "m")
 _DMIN = Field("offset", 2, "dmin")
 _NIBBLES = Field("codes", 16, "low half: number j, high half: number j + 16")
 _FIFTH = Field("high bits", 4, "bit i of the 32: number i")
@@ -102,5 +113,7 @@ def row_bytes(name: str, columns: int) -> int:
     """Bytes of a row of ``columns`` numbers; ValueError if blocks do not divide it."""
     found = kind(name)
     if columns % found.block:
-        raise ValueError(f"{name} stores blocks of {found.block} numbers, which do not divide a row of {columns}")
+        raise ValueError(
+            f"{name} stores blocks of {found.block} numbers, which do not divide a row of {columns}"
+        )
     return columns // found.block * found.size

@@ -17,7 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from refllm.formats.gguf.reader import ALIGNMENT, ARRAY, LONGEST_NAME, MOST_DIMENSIONS, SCALARS, STRING
+from refllm.formats.gguf.reader import (
+    ALIGNMENT,
+    ARRAY,
+    LONGEST_NAME,
+    MOST_DIMENSIONS,
+    SCALARS,
+    STRING,
+)
 from refllm.formats.gguf.types import kind, row_bytes
 
 __all__ = ["Plan", "header_bytes", "plan_bytes", "write"]
@@ -26,7 +33,9 @@ Plan = Mapping[str, tuple[str, tuple[int, ...]]]  # name → type's name and sha
 _NUMBERS = {name: number for number, name in SCALARS.items()}
 
 
-def write(path: str | Path, metadata: Mapping[str, Any], plan: Plan, read: Callable[[str], np.ndarray]) -> None:
+def write(
+    path: str | Path, metadata: Mapping[str, Any], plan: Plan, read: Callable[[str], np.ndarray]
+) -> None:
     """Write the tensors of ``plan``, in its order; ``read`` is asked for the bytes of each when its turn comes.
 
     The file is written under a temporary name beside ``path`` and takes its name when it is whole and on the disk.
@@ -43,9 +52,12 @@ def write(path: str | Path, metadata: Mapping[str, Any], plan: Plan, read: Calla
         with partial.open("wb") as out:
             out.write(header)
             for name in plan:
-                size, tensor = plan_bytes(plan, name), np.ascontiguousarray(read(name))
+                size = plan_bytes(plan, name)
+                tensor = np.ascontiguousarray(read(name))
                 if (tensor.dtype, tensor.nbytes) != (np.dtype("uint8"), size):
-                    raise AssertionError(f"{name}: {tensor.dtype} of {tensor.nbytes} bytes, not the {size} of the plan")
+                    raise AssertionError(
+                        f"{name}: {tensor.dtype} of {tensor.nbytes} bytes, not the {size} of the plan"
+                    )
                 out.write(tensor.data)
                 out.write(b"\0" * (-size % ALIGNMENT))
             out.flush()
@@ -70,7 +82,11 @@ def header_bytes(metadata: Mapping[str, Any], plan: Plan) -> bytes:
     parts += [_string(key) + _value(key, value) for key, value in metadata.items()]
     at = 0
     for name, (type, shape) in plan.items():
-        if len(name.encode()) > LONGEST_NAME or not 1 <= len(shape) <= MOST_DIMENSIONS or 0 in shape:
+        if (
+            len(name.encode()) > LONGEST_NAME
+            or not 1 <= len(shape) <= MOST_DIMENSIONS
+            or 0 in shape
+        ):
             raise ValueError(f"write: GGUF has no place for {name!r} of shape {shape}")
         record = struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], kind(type).number, at)
         parts.append(_string(name) + record)
@@ -94,9 +110,18 @@ def _value(key: str, value: Any) -> bytes:
         return head + b"".join(map(_string, value))
     if isinstance(value, bool):
         value = np.bool_(value)
-    if isinstance(value, (np.generic, np.ndarray)) and value.dtype.name in _NUMBERS and value.ndim <= 1:
+    if (
+        isinstance(value, (np.generic, np.ndarray))
+        and value.dtype.name in _NUMBERS
+        and value.ndim <= 1
+    ):
         number = _NUMBERS[value.dtype.name]
-        head = struct.pack("<I", number) if value.ndim == 0 else struct.pack("<IIQ", ARRAY, number, value.size)
+        if value.ndim == 0:
+            head = struct.pack("<I", number)
+        else:
+            head = struct.pack("<IIQ", ARRAY, number, value.size)
         return head + value.astype(value.dtype.newbyteorder("<")).tobytes()
-    raise ValueError(f"write: the value of {key!r} has no type of GGUF's: pass str, bool, a NumPy scalar or array, or "
-                     f"a list of str, not {type(value).__name__}")  # fmt: skip
+    raise ValueError(
+        f"write: the value of {key!r} has no type of GGUF's: pass str, bool, a NumPy scalar or array, or "
+        f"a list of str, not {type(value).__name__}"
+    )

@@ -53,7 +53,9 @@ class _Contiguous:
         self._runs[branch].length = branch.computed
 
     def fork(self, parent: Branch, child: Branch) -> None:
-        raise ValueError("a contiguous run cannot be shared: submit n requests instead of one with n")
+        raise ValueError(
+            "a contiguous run cannot be shared: submit n requests instead of one with n"
+        )
 
     def blocks(self, branch: Branch) -> tuple[int, ...]:
         return (self._runs[branch].first,)
@@ -66,7 +68,8 @@ class Reserved(_Contiguous):
         super().__init__()
         if rule not in RULES:
             raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join(RULES)}")
-        self.rule, self.longest = rule, longest
+        self.rule = rule
+        self.longest = longest
         self.runs: Buddies | FirstFit = Buddies(slots) if buddy else FirstFit(slots)
 
     @property
@@ -86,9 +89,7 @@ class Reserved(_Contiguous):
 
     def refuses(self, request: Request) -> str | None:
         if self.rule == "max" and len(request.prompt) + request.max_tokens > self.longest:
-            return (
-                f"has {len(request.prompt)} + {request.max_tokens} tokens, and the longest sequence is {self.longest}"
-            )
+            return f"has {len(request.prompt)} + {request.max_tokens} tokens, and the longest sequence is {self.longest}"
         if self.size(request) > self.runs.largest:
             return f"needs a run of {self.size(request)} slots, and the largest has {self.runs.largest}"
         return None
@@ -108,7 +109,9 @@ class Reserved(_Contiguous):
     def check(self) -> None:
         self.runs.check()
         for branch, run in self._runs.items():
-            assert run.length == branch.computed <= self.runs.size(run.first), f"{branch} has outgrown its run"
+            assert run.length == branch.computed <= self.runs.size(run.first), (
+                f"{branch} has outgrown its run"
+            )
 
 
 class Rectangle(_Contiguous):
@@ -123,8 +126,10 @@ class Rectangle(_Contiguous):
         super().__init__()
         if slots < 1 or (longest is not None and longest < 1):
             raise ValueError(f"needs at least one slot a row and in all, got {longest} and {slots}")
-        self.slots, self.longest = slots, slots if longest is None else min(slots, longest)
-        self.prompt = self.output = 0  # columns: of the longest prompt and of the longest output
+        self.slots = slots
+        self.longest = slots if longest is None else min(slots, longest)
+        self.prompt = 0  # columns: of the longest prompt and of the longest output
+        self.output = 0
         self._rows: dict[Branch, int] = {}
 
     @property
@@ -133,14 +138,17 @@ class Rectangle(_Contiguous):
 
     def refuses(self, request: Request) -> str | None:
         width = len(request.prompt) + request.max_tokens
-        return None if width <= self.longest else f"needs a row of {width} slots, and a row may have {self.longest}"
+        if width <= self.longest:
+            return None
+        return f"needs a row of {width} slots, and a row may have {self.longest}"
 
     def admit(self, branch: Branch, count: int, *, alone: bool) -> bool:
         prompt = max(self.prompt, len(branch.request.prompt))
         output = max(self.output, branch.request.max_tokens)
         if (len(self._rows) + 1) * (prompt + output) > self.slots or prompt + output > self.longest:
             return False
-        self.prompt, self.output = prompt, output
+        self.prompt = prompt
+        self.output = output
         self._rows[branch] = len(self._rows)
         self._runs[branch] = Run(0)
         for member, row in self._rows.items():  # a wider batch has its rows further apart
@@ -149,7 +157,11 @@ class Rectangle(_Contiguous):
 
     def ended(self) -> list[int]:
         """Where the rows of members that have been released begin."""
-        return [row * (self.prompt + self.output) for branch, row in self._rows.items() if branch not in self._runs]
+        return [
+            row * (self.prompt + self.output)
+            for branch, row in self._rows.items()
+            if branch not in self._runs
+        ]
 
     def pad(self, branch: Branch) -> int:
         """Columns before its first token."""
@@ -158,7 +170,8 @@ class Rectangle(_Contiguous):
     def release(self, branch: Branch, *, preempted: bool = False) -> None:
         if self._runs.pop(branch, None) is not None and not self._runs:
             self._rows.clear()
-            self.prompt = self.output = 0
+            self.prompt = 0
+            self.output = 0
 
     def check(self) -> None:
         assert self.allocated <= self.slots

@@ -34,7 +34,9 @@ class Static(Ledger):
     def plan(self) -> Plan:
         step = self._begin()
         if not self.running:
-            while self.waiting and (self.max_sequences is None or len(self.running) < self.max_sequences):
+            while self.waiting and (
+                self.max_sequences is None or len(self.running) < self.max_sequences
+            ):
                 branch = self.waiting[0]
                 if not self.memory.admit(branch, len(branch.tokens), alone=not self.running):
                     break
@@ -43,7 +45,8 @@ class Static(Ledger):
                 branch.status = Status.RUNNING
                 self.queried += len(branch.tokens)
                 step.plan.admitted.append(branch.key)
-        for branch in self.running:  # the rectangle has its final width by now, and the rows their places
+        # the rectangle has its final width by now, and the rows their places
+        for branch in self.running:
             count = len(branch.tokens) - branch.computed
             step.put(branch, count, self.memory.blocks(branch), [], self.memory.pad(branch))
         if self.running:
