@@ -1,14 +1,18 @@
-"""What the benchmarks share: the record of the machine, engines in processes of their own, turns, medians.
+"""What the benchmarks share: the record of the machine, engines in processes of their own,
+turns, medians.
 
-Every wall-clock number here is a ratio (of kind B, ``ARCHITECTURE.md``): the engines take turns, round after
-round, and a ratio is formed within each round. A shared machine changes its speed by half from one minute to
-the next; a ratio of neighbours in time does not see that, and the median of the rounds does not see the rest.
+Every wall-clock number here is a ratio (of kind B, ``ARCHITECTURE.md``): the engines take
+turns, round after round, and a ratio is formed within each round. A shared machine changes
+its speed by half from one minute to the next; a ratio of neighbours in time does not see
+that, and the median of the rounds does not see the rest.
 
-One process an engine, because two engines in one process share an allocator, an OpenMP pool and the huge
-pages, and whichever is imported first decides for both. While one works, the others wait in a read of a pipe.
+One process an engine, because two engines in one process share an allocator, an OpenMP pool
+and the huge pages, and whichever is imported first decides for both. While one works, the
+others wait in a read of a pipe.
 
-Messages are lines of JSON over the worker's standard streams. Left out: statistics beyond the median and the
-range (the rounds are in the results, so anything else can be computed from them).
+Messages are lines of JSON over the worker's standard streams. Left out: statistics beyond
+the median and the range (the rounds are in the results, so anything else can be computed
+from them).
 
 Run as a program, it prints the record of this machine.
 """
@@ -34,11 +38,13 @@ POOLS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 FORMAT = 1  # raised when a field of a record changes its meaning
 
 
-# --- the record of the machine -----------------------------------------------------------------------------------
+# --- the record of the machine ------------------------------------------------------------
 
 
 def environment(packages: Iterable[str], threads: Mapping[str, int]) -> dict[str, Any]:
-    """Hardware, versions and load; ``threads[engine]`` is how many threads compute in that engine."""
+    """Hardware, versions and load; ``threads[engine]`` is how many threads compute in that
+    engine.
+    """
     import numpy  # noqa: F401 (brings its BLAS, which the next line asks about)
     from threadpoolctl import threadpool_info
 
@@ -77,7 +83,9 @@ def version(package: str) -> str | None:
 
 
 def _cpu() -> str:
-    """Model name and the widest vector instructions; virtual machines often hide the exact model."""
+    """Model name and the widest vector instructions; virtual machines often hide the exact
+    model.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -100,7 +108,7 @@ def _memory() -> float | None:
         return None
 
 
-# --- engines in processes of their own ---------------------------------------------------------------------------
+# --- engines in processes of their own ----------------------------------------------------
 
 
 class EngineError(RuntimeError):
@@ -108,7 +116,9 @@ class EngineError(RuntimeError):
 
 
 class Worker:
-    """An engine in a process: ``python -m engines.MODULE ARGUMENTS``, asked by ``ask`` and answering in order."""
+    """An engine in a process: ``python -m engines.MODULE ARGUMENTS``, asked by ``ask`` and
+    answering in order.
+    """
 
     def __init__(
         self,
@@ -163,10 +173,13 @@ class Worker:
 
 
 class Channel:
-    """The worker's end: requests come by ``receive`` (None at the end), answers go by ``send``."""
+    """The worker's end: requests come by ``receive`` (None at the end), answers go by
+    ``send``.
+    """
 
     def __init__(self) -> None:
-        # Libraries print to standard output: keep the pipe for ourselves and show what they print on stderr.
+        # Libraries print to standard output: keep the pipe for ourselves and show what they
+        # print on stderr.
         self.answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
 
@@ -178,12 +191,14 @@ class Channel:
         print(json.dumps(answer), file=self.answers, flush=True)
 
 
-# --- the network -------------------------------------------------------------------------------------------------
+# --- the network --------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def network(path: str | None) -> Iterator[tuple[Path, str]]:
-    """(a checkpoint directory, what it is): ``path``, else the bundled model, else random weights of its shape."""
+    """(a checkpoint directory, what it is): ``path``, else the bundled model, else random
+    weights of its shape.
+    """
     from refllm.api import BUNDLED, bundled
 
     if path is not None:
@@ -233,7 +248,7 @@ def random_checkpoint(path: Path) -> None:
     )
 
 
-# --- results -----------------------------------------------------------------------------------------------------
+# --- results ------------------------------------------------------------------------------
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

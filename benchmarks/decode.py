@@ -1,17 +1,19 @@
-"""Decoding speed of refllm against its peers: the same weights, prompts and number of tokens, one thread each.
+"""Decoding speed of refllm against its peers: the same weights, prompts and number of
+tokens, one thread each.
 
     python benchmarks/decode.py --rounds 5 --output benchmarks/results/decode.json
 
-Greedy, 32 prompt tokens and 48 new ones a sequence, batches of 1, 8 and 32, float32 in every engine, the end
-token ignored. Each engine runs in a process of its own; in every round each takes its turn at every batch, and
-a ratio is refllm's tokens/s over the peer's in the same round. Of transformers' two caches the faster one, by
-the median of this run, is the peer. The prefill counts, as it does for a user.
+Greedy, 32 prompt tokens and 48 new ones a sequence, batches of 1, 8 and 32, float32 in
+every engine, the end token ignored. Each engine runs in a process of its own; in every
+round each takes its turn at every batch, and a ratio is refllm's tokens/s over the peer's
+in the same round. Of transformers' two caches the faster one, by the median of this run, is
+the peer. The prefill counts, as it does for a user.
 
-The engines must give the same tokens, or the comparison is void: they may part only where the two best logits
-are closer than rounding in float32 can tell apart (checked in float64).
+The engines must give the same tokens, or the comparison is void: they may part only where
+the two best logits are closer than rounding in float32 can tell apart (checked in float64).
 
-llama.cpp takes part where it is installed (``make test-llamacpp`` compiles it). Left out: sampling other than
-greedy, prompts of different lengths, GPU.
+llama.cpp takes part where it is installed (``make test-llamacpp`` compiles it). Left out:
+sampling other than greedy, prompts of different lengths, GPU.
 """
 
 from __future__ import annotations
@@ -134,7 +136,9 @@ def start(
 
 
 def measure(workers: dict[str, Worker], prompts: list[list[int]], options: Any) -> dict[str, Any]:
-    """rates[clock][batch][engine][round]: new tokens a second, of all sequences together, by wall and processor."""
+    """rates[clock][batch][engine][round]: new tokens a second, of all sequences together,
+    by wall and processor.
+    """
     rates: dict[str, Any] = {
         clock: {str(batch): {name: [] for name in workers} for batch in options.batch}
         for clock in CLOCKS
@@ -154,7 +158,9 @@ def measure(workers: dict[str, Worker], prompts: list[list[int]], options: Any) 
 def agreement(
     workers: dict[str, Worker], model: Model, prompts: list[list[int]], options: Any
 ) -> dict[str, Any]:
-    """How many sequences are equal to the first engine's, for each batch and engine; also the warm-up."""
+    """How many sequences are equal to the first engine's, for each batch and engine; also
+    the warm-up.
+    """
     out: dict[str, Any] = {}
     for batch in options.batch:
         answers = {
@@ -179,10 +185,11 @@ def agreement(
 def near_tie(
     model: Model, prompt: list[int], ours: list[int], theirs: list[int], name: str
 ) -> dict[str, float]:
-    """Where two continuations part, and by how little the choice was made; SystemExit if it was clear.
+    """Where two continuations part, and by how little the choice was made; SystemExit if it
+    was clear.
 
-    Logits of two float32 engines differ by up to 2 · 10⁻⁵ of the largest, those of llama.cpp by 3 · 10⁻⁴ (the bounds of
-    the tests), and each of the two best may move.
+    Logits of two float32 engines differ by up to 2 · 10⁻⁵ of the largest, those of
+    llama.cpp by 3 · 10⁻⁴ (the bounds of the tests), and each of the two best may move.
     """
     at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
     if at is None:
@@ -201,7 +208,9 @@ def near_tie(
 
 
 def result(batch: int, rates: dict[str, Any]) -> dict[str, Any]:
-    """The row of the table: median rates, and refllm's ratio to each peer and to the faster transformers."""
+    """The row of the table: median rates, and refllm's ratio to each peer and to the faster
+    transformers.
+    """
     wall, processor = (rates[clock][str(batch)] for clock in CLOCKS)
     row: dict[str, Any] = {
         "batch": batch,

@@ -1,9 +1,11 @@
-"""Encoding and decoding small floats against ml_dtypes, in turn, in one process and on one thread.
+"""Encoding and decoding small floats against ml_dtypes, in turn, in one process and on one
+thread.
 
     python benchmarks/floats.py --output benchmarks/results/floats.json
 
-Both are NumPy operations of one thread without BLAS: no engine in a process of its own is needed. The ratio is
-ml_dtypes' time over ours, so 2 means twice as fast. Left out: GPUs, float16 (NumPy's own type).
+Both are NumPy operations of one thread without BLAS: no engine in a process of its own is
+needed. The ratio is ml_dtypes' time over ours, so 2 means twice as fast. Left out: GPUs,
+float16 (NumPy's own type).
 """
 
 from __future__ import annotations

@@ -1,16 +1,19 @@
 """How fast numbers become GGUF's bytes and come back, against ggml's own C on one thread.
 
-    python benchmarks/formats.py --output benchmarks/results/formats.json
-    python benchmarks/formats.py --whole Llama-3.2-1B --output benchmarks/results/formats_whole.json
+    python benchmarks/formats.py --output benchmarks/results/formats.json python
+    benchmarks/formats.py --whole Llama-3.2-1B --output
+    benchmarks/results/formats_whole.json
 
-Both work on the same float32 matrix, in this process, one thread each, in turns; a ratio is formed within each round,
-and its median over the rounds is shown (kind B). The clock is the process's processor time: a millisecond of C fits
-between two interruptions by other programs and a hundred of NumPy do not, which would count against the latter.
-``peer`` is ggml_quantize_chunk and dequantize_row of the shared
-library that llama-cpp-python brings; bytes are compared before anything is timed.
+Both work on the same float32 matrix, in this process, one thread each, in turns; a ratio is
+formed within each round, and its median over the rounds is shown (kind B). The clock is the
+process's processor time: a millisecond of C fits between two interruptions by other
+programs and a hundred of NumPy do not, which would count against the latter. ``peer`` is
+ggml_quantize_chunk and dequantize_row of the shared library that llama-cpp-python brings;
+bytes are compared before anything is timed.
 
-``--whole`` writes a float32 checkpoint of random numbers in a published model's shapes (5 GB for 1B) into a temporary
-folder, converts it with as many processes as there are cores, and says how long that took; it has no peer.
+``--whole`` writes a float32 checkpoint of random numbers in a published model's shapes (5
+GB for 1B) into a temporary folder, converts it with as many processes as there are cores,
+and says how long that took; it has no peer.
 """
 
 from __future__ import annotations

@@ -1,13 +1,17 @@
-"""What a decode step costs with keys and values in few bits: KIVI's cache against a cache of numbers.
+"""What a decode step costs with keys and values in few bits: KIVI's cache against a cache
+of numbers.
 
     python benchmarks/kivi.py --output benchmarks/results/kivi.json
 
-The bundled model decodes one token after another behind a prompt of ``--contexts`` tokens, once with every number in
-float32 (``refllm.kv.contiguous``), once with codes of ``--bits`` bits (``refllm.kv.kivi_cache``, groups of 32, the
-newest 128 tokens in full). The caches take turns, step by step, and hold the same tokens. NumPy decodes all codes
-before it multiplies, so few bits cost time here; what they buy is room, which is counted beside (kind A).
+The bundled model decodes one token after another behind a prompt of ``--contexts`` tokens,
+once with every number in float32 (``refllm.kv.contiguous``), once with codes of ``--bits``
+bits (``refllm.kv.kivi_cache``, groups of 32, the newest 128 tokens in full). The caches
+take turns, step by step, and hold the same tokens. NumPy decodes all codes before it
+multiplies, so few bits cost time here; what they buy is room, which is counted beside (kind
+A).
 
-One thread, float32. Left out: batches, kernels that decode while they multiply, and the time of a prompt.
+One thread, float32. Left out: batches, kernels that decode while they multiply, and the
+time of a prompt.
 """
 
 from __future__ import annotations
@@ -33,7 +37,9 @@ from refllm.measure.memory import kv_bytes
 def measure(
     model: Model, context: int, bits: Sequence[int], steps: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """One result a number of bits at a length: the ratio of the steps' times in each round, and the bytes."""
+    """One result a number of bits at a length: the ratio of the steps' times in each round,
+    and the bytes.
+    """
     rng = np.random.default_rng(0)
     config = model.config
     like = model.weights["norm"]

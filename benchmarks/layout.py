@@ -1,18 +1,23 @@
-"""Why ``Dense`` stores a weight in blocks of output columns: one product, plain against blocked, for 1 to 512 rows.
+"""Why ``Dense`` stores a weight in blocks of output columns: one product, plain against
+blocked, for 1 to 512 rows.
 
     python benchmarks/layout.py --output benchmarks/results/layout.json
 
-x[rows, N] times W[M, N] transposed, once with W as one matrix (``x @ W.T``), once as ``refllm.model.weights.Dense``
-stores it on this processor: with AVX-512 in blocks of 64 columns ([M/64, N, 64], a batched product), without it in
-one block of all ([1, N, M]). From 2 rows on OpenBLAS packs the whole plain weight anew for every product, which costs
-more than the few products that it then does. With AVX-512 it multiplies a block of 64 columns as it is; without, it
-packs columns that stand side by side faster than rows, and up to 3 rows are multiplied one by one.
+x[rows, N] times W[M, N] transposed, once with W as one matrix (``x @ W.T``), once as
+``refllm.model.weights.Dense`` stores it on this processor: with AVX-512 in blocks of 64
+columns ([M/64, N, 64], a batched product), without it in one block of all ([1, N, M]). From
+2 rows on OpenBLAS packs the whole plain weight anew for every product, which costs more
+than the few products that it then does. With AVX-512 it multiplies a block of 64 columns as
+it is; without, it packs columns that stand side by side faster than rows, and up to 3 rows
+are multiplied one by one.
 
-The shapes are the bundled model's: the head, the gate, the way back. Each layout walks through copies of the
-weight that fill 16 MB together, as the weights of a decode step do: a single one would sit in the first caches
-and flatter both. The two take turns; times are lower quartiles over the rounds, and the two results are compared.
+The shapes are the bundled model's: the head, the gate, the way back. Each layout walks
+through copies of the weight that fill 16 MB together, as the weights of a decode step do: a
+single one would sit in the first caches and flatter both. The two take turns; times are
+lower quartiles over the rounds, and the two results are compared.
 
-One thread, float32. Left out: other widths than 64 (``--block`` tries one), other BLAS libraries than NumPy's.
+One thread, float32. Left out: other widths than 64 (``--block`` tries one), other BLAS
+libraries than NumPy's.
 """
 
 from __future__ import annotations
@@ -41,7 +46,9 @@ WORKING_SET = 16 << 20  # bytes
 def measure(
     shape: tuple[int, int], rows: Sequence[int], rounds: int, rng: np.random.Generator
 ) -> list[dict[str, Any]]:
-    """One result a row count: microseconds a product, both ways, and the median ratio of the rounds."""
+    """One result a row count: microseconds a product, both ways, and the median ratio of
+    the rounds.
+    """
     m, n = shape
     copies = max(1, WORKING_SET // (4 * m * n))
     plain = [rng.standard_normal(shape, dtype=np.float32) for _ in range(copies)]

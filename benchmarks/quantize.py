@@ -1,4 +1,5 @@
-"""How fast weights are quantised: one large layer by GPTQ, a whole checkpoint, rounding beside the memory.
+"""How fast weights are quantised: one large layer by GPTQ, a whole checkpoint, rounding
+beside the memory.
 
     python benchmarks/quantize.py --threads 1 --output benchmarks/results/quantize.json
     python benchmarks/quantize.py --layers 16 --gptq-layers 16          # the whole model, nothing projected: an hour
@@ -9,12 +10,15 @@
 | model | random weights of Llama-3.2-1B's shapes, from files to files         | the stages' shares, peak memory |
 | rtn   | rounding and packing in one thread, GB of float32 a second           | summing the same array          |
 
-``--layers`` and ``--gptq-layers`` quantise a model of so many decoder layers; the whole is then *projected*: the time
-of all stages but the writing, times 16 / layers. The record says so.
+``--layers`` and ``--gptq-layers`` quantise a model of so many decoder layers; the whole is
+then *projected*: the time of all stages but the writing, times 16 / layers. The record says
+so.
 
-On a machine that others use too, one thread and the processor's time (``cpu_…``) say more than the wall's.
+On a machine that others use too, one thread and the processor's time (``cpu_…``) say more
+than the wall's.
 
-Left out: llm-compressor's and GPTQModel's own loops (a large install each; the loop in PyTorch is theirs in form).
+Left out: llm-compressor's and GPTQModel's own loops (a large install each; the loop in
+PyTorch is theirs in form).
 """
 
 from __future__ import annotations
@@ -85,7 +89,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-# --- one layer -----------------------------------------------------------------------------------------------------
+# --- one layer ----------------------------------------------------------------------------
 
 
 def layer_part(options: argparse.Namespace, record: dict[str, Any]) -> None:
@@ -141,7 +145,7 @@ def check(losses: list[float]) -> None:
         raise SystemExit(f"the engines' losses differ: {losses}: the comparison is void")
 
 
-# --- rounding ------------------------------------------------------------------------------------------------------
+# --- rounding -----------------------------------------------------------------------------
 
 
 def rtn_part(options: argparse.Namespace, record: dict[str, Any]) -> None:
@@ -166,11 +170,13 @@ def rtn_part(options: argparse.Namespace, record: dict[str, Any]) -> None:
     )
 
 
-# --- a model -------------------------------------------------------------------------------------------------------
+# --- a model ------------------------------------------------------------------------------
 
 
 class Repeated(Mapping[str, np.ndarray]):
-    """Random tensors cut from one block of random numbers: a billion of them would take longer than the benchmark."""
+    """Random tensors cut from one block of random numbers: a billion of them would take
+    longer than the benchmark.
+    """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
         rng = np.random.default_rng(0)
@@ -234,7 +240,9 @@ def model_part(options: argparse.Namespace, record: dict[str, Any]) -> None:
 
 
 def model_row(method: str, answer: dict[str, Any], layers: int, parameters: int) -> dict[str, Any]:
-    """The whole model's time is measured where all layers were done, and projected otherwise."""
+    """The whole model's time is measured where all layers were done, and projected
+    otherwise.
+    """
     stages = answer["stages"]
     whole = sum(
         seconds * (1 if name in ONCE else WHOLE / layers) for name, seconds in stages.items()

@@ -1,15 +1,18 @@
-"""The serving engine: against transformers and llama.cpp, against the bare network, and what its books cost.
+"""The serving engine: against transformers and llama.cpp, against the bare network, and
+what its books cost.
 
     python benchmarks/serving.py --output benchmarks/results/serving.json
 
-1. Batches of 32 and 64 requests, 32 prompt tokens and 48 new ones each, greedy, float32, one thread: new tokens a
-   second over those of transformers' ``generate`` for the same prompts (padded to nothing: all are equally long, which
-   is the peer's best case), and over those of a loop of continuous batching with llama.cpp where that is installed.
-   Also over refllm's own static ``generate_batch``: what paging and planning cost.
-2. The control plane: of a decode step, the share that is not the network: plan, tables, choosing tokens, books,
-   results. The clock is around the network, within the same steps.
-3. The books alone: a pool operation in pools of 10³ and 10⁵ blocks (O(1): a ratio near 1), a radix match and insert a
-   token at prompts of 10³ and 8·10³ tokens (linear: a ratio near 1), a plan for 256 running requests.
+1. Batches of 32 and 64 requests, 32 prompt tokens and 48 new ones each, greedy, float32,
+   one thread: new tokens a second over those of transformers' ``generate`` for the same
+   prompts (padded to nothing: all are equally long, which is the peer's best case), and
+   over those of a loop of continuous batching with llama.cpp where that is installed. Also
+   over refllm's own static ``generate_batch``: what paging and planning cost.
+2. The control plane: of a decode step, the share that is not the network: plan, tables,
+   choosing tokens, books, results. The clock is around the network, within the same steps.
+3. The books alone: a pool operation in pools of 10³ and 10⁵ blocks (O(1): a ratio near 1),
+   a radix match and insert a token at prompts of 10³ and 8·10³ tokens (linear: a ratio near
+   1), a plan for 256 running requests.
 
 Left out: arrivals over time and policies (``refllm simulate``), GPU.
 """
@@ -125,7 +128,9 @@ def throughput(batch: int, rates: dict[str, Any]) -> dict[str, Any]:
 def control_plane(
     model: Model, prompts: list[list[int]], options: argparse.Namespace
 ) -> dict[str, float]:
-    """The share of decode steps that is not the network: one median over the steps of each round."""
+    """The share of decode steps that is not the network: one median over the steps of each
+    round.
+    """
     inside: list[float] = []
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -159,7 +164,9 @@ def control_plane(
 
 
 def books(options: argparse.Namespace) -> dict[str, Any]:
-    """Ratios of a large case to a small one, in turn, and the time of a plan in milliseconds."""
+    """Ratios of a large case to a small one, in turn, and the time of a plan in
+    milliseconds.
+    """
     return {
         "pool_10^5_to_10^3": ratios(
             *_in_turn(lambda n: pool_operations(n), (10**5, 10**3), options.rounds)
@@ -183,7 +190,9 @@ def _in_turn(
 
 
 def pool_operations(blocks: int, repeats: int = 20) -> float:
-    """Seconds an operation: 100 blocks are allocated, forked, named, freed twice, beside all others in use."""
+    """Seconds an operation: 100 blocks are allocated, forked, named, freed twice, beside
+    all others in use.
+    """
     pool = BlockPool(blocks, 16)
     others = [pool.allocate() for _ in range(blocks - 200)]
     samples = []
@@ -201,7 +210,9 @@ def pool_operations(blocks: int, repeats: int = 20) -> float:
 
 
 def radix(length: int, repeats: int = 20) -> tuple[float, float]:
-    """Seconds a token of a match and of an insertion, half of the prompt being cached already."""
+    """Seconds a token of a match and of an insertion, half of the prompt being cached
+    already.
+    """
     matches = []
     inserts = []
     for i in range(repeats):

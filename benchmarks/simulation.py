@@ -1,13 +1,15 @@
-"""How fast ``refllm simulate`` is: token-steps a second of the simulator, and what its jumps save.
+"""How fast ``refllm simulate`` is: token-steps a second of the simulator, and what its
+jumps save.
 
     python benchmarks/simulation.py --rounds 3 --output benchmarks/results/simulation.json
 
-A token-step is a token that one request computes in one step: a prompt of P tokens and an answer of O are P + O − 1 of
-them, and as many again after a preemption. ``sequence-steps`` count a prompt's chunk once. The peer is the same
-simulation plan by plan (``jumps=False``), whose results are the same; the two take turns in every round.
+A token-step is a token that one request computes in one step: a prompt of P tokens and an
+answer of O are P + O − 1 of them, and as many again after a preemption. ``sequence-steps``
+count a prompt's chunk once. The peer is the same simulation plan by plan (``jumps=False``),
+whose results are the same; the two take turns in every round.
 
-Traffic with ShareGPT's lengths, all at once; memory for about 7, 30 and 250 requests. Rates by wall clock and by the
-processor's time, which a busy machine distorts less.
+Traffic with ShareGPT's lengths, all at once; memory for about 7, 30 and 250 requests. Rates
+by wall clock and by the processor's time, which a busy machine distorts less.
 
 Left out: the simulation of padded batches, which has no jumps.
 """

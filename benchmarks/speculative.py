@@ -1,10 +1,13 @@
-"""What speculation buys on this machine: tokens a step, wall clock against plain decoding, the cost of verification.
+"""What speculation buys on this machine: tokens a step, wall clock against plain decoding,
+the cost of verification.
 
-    python benchmarks/speculative.py --output benchmarks/results/speculative.json --figure figures/data/speculative.json
+    python benchmarks/speculative.py --output benchmarks/results/speculative.json --figure
+    figures/data/speculative.json
 
-Batch 1, float32, one thread. The baseline is the fastest plain decoding that refllm has (``generate_tokens``), on the
-same prompts in the same round; each ratio is plain time over speculative time, median and range of the rounds. Greedy
-texts are compared token for token; where two float32 sums of another order part at a near tie, the number is told.
+Batch 1, float32, one thread. The baseline is the fastest plain decoding that refllm has
+(``generate_tokens``), on the same prompts in the same round; each ratio is plain time over
+speculative time, median and range of the rounds. Greedy texts are compared token for token;
+where two float32 sums of another order part at a near tie, the number is told.
 
 | task      | prompts                                                     | left out                             |
 |-----------|-------------------------------------------------------------|--------------------------------------|
@@ -12,17 +15,20 @@ texts are compared token for token; where two float32 sums of another order part
 | copy      | a piece of a held-out module, and then how it begins again  | the same, and outputs of which fewer |
 |           |                                                             | than 30 % of 8-grams are the prompt's|
 
-Drafters: ``model``, a chain of γ tokens of the draft model; ``tree``, a chain as long as it is sure and a fan of what
-is left of γ nodes (``TreeDrafter``); ``n-gram``; ``n-gram, tree``, the tree where no n-gram is found.
+Drafters: ``model``, a chain of γ tokens of the draft model; ``tree``, a chain as long as it
+is sure and a fan of what is left of γ nodes (``TreeDrafter``); ``n-gram``; ``n-gram,
+tree``, the tree where no n-gram is found.
 
-An output loops if more than a fifth of its 8-grams stood in it before: prompt lookup looks wonderful on those. The
-tasks are picked by the plain greedy output, before anything is drafted; a temperature above 0 uses the same prompts.
+An output loops if more than a fifth of its 8-grams stood in it before: prompt lookup looks
+wonderful on those. The tasks are picked by the plain greedy output, before anything is
+drafted; a temperature above 0 uses the same prompts.
 
-Beside each measurement stands the formula τ t(1) / (t(γ+1) + d c) with the τ, t and c of this run, d the calls of the
-draft model a step (γ in a chain), and the projection for a device on which t is flat and a step costs its bytes:
-τ / (1 + d b), b the draft's share of the target's bytes.
-Then batches in the engine: the size from which drafting loses, without and with γ chosen by cost.
-Last, ``verify`` alone at V = 128k, γ = 8, against p.sum() + q.sum().
+Beside each measurement stands the formula τ t(1) / (t(γ+1) + d c) with the τ, t and c of
+this run, d the calls of the draft model a step (γ in a chain), and the projection for a
+device on which t is flat and a step costs its bytes: τ / (1 + d b), b the draft's share of
+the target's bytes. Then batches in the engine: the size from which drafting loses, without
+and with γ chosen by cost. Last, ``verify`` alone at V = 128k, γ = 8, against p.sum() +
+q.sum().
 """
 
 from __future__ import annotations
@@ -61,7 +67,7 @@ GRAM = 8
 LONG = (7, 15)  # drafts that cost nothing may be many: with the token before them, 8 and 16 rows
 
 
-# --- tasks ---------------------------------------------------------------------------------------------------------
+# --- tasks --------------------------------------------------------------------------------
 
 
 def loops(tokens: Sequence[int]) -> bool:
@@ -77,7 +83,9 @@ def copied(prompt: Sequence[int], tokens: Sequence[int]) -> float:
 
 
 def tasks(model: Model, count: int, new: int) -> dict[str, dict[str, Any]]:
-    """The first prompts of each kind whose plain greedy output qualifies, and how many were looked at."""
+    """The first prompts of each kind whose plain greedy output qualifies, and how many were
+    looked at.
+    """
     pieces = []
     for document in held_out_documents():
         ids = model.tokenizer.encode(document.text)
@@ -112,7 +120,7 @@ def plain(model: Model, prompt: Sequence[int], new: int, how: Sampling) -> list[
     return [t for (t,) in generate_tokens(model.weights, model.config, [prompt], new, how, rng)]
 
 
-# --- wall clock ------------------------------------------------------------------------------------------------------
+# --- wall clock ---------------------------------------------------------------------------
 
 
 def race(
@@ -123,7 +131,9 @@ def race(
     how: Sampling,
     rounds: int,
 ) -> dict[str, Any]:
-    """Each drafter against plain decoding, in turn; the time of a prompt's prefill is in neither."""
+    """Each drafter against plain decoding, in turn; the time of a prompt's prefill is in
+    neither.
+    """
     drafters = {name: one() for name, one in make.items()}
     times: dict[str, list[float]] = {name: [] for name in ("plain", *drafters)}
     stats = {name: Acceptance() for name in drafters}
@@ -180,7 +190,9 @@ def race(
 def step_costs(
     model: Model, draft: Model, most: int, rounds: int, context: int = 256
 ) -> dict[str, Any]:
-    """t(n) of one sequence for n = 1 … most and the time of a draft, microseconds, medians in turn."""
+    """t(n) of one sequence for n = 1 … most and the time of a draft, microseconds, medians
+    in turn.
+    """
     cache = ContiguousCache(model.config, 1, context + most, like=model.weights["norm"])
     cache.lengths = [context]
     rng = np.random.default_rng(0)
@@ -213,7 +225,9 @@ def batches(
     new: int,
     rounds: int,
 ) -> list[dict[str, Any]]:
-    """Engine time without drafts over engine time with: γ fixed at 3, and chosen by measured costs."""
+    """Engine time without drafts over engine time with: γ fixed at 3, and chosen by
+    measured costs.
+    """
     sequences = max(sizes)
     shared = {
         name: ModelDrafter(draft, 3, how=GREEDY, sequences=sequences)
@@ -280,7 +294,7 @@ def verification(rounds: int, vocab: int = 128 * 1024, gamma: int = 8) -> list[d
     return rows
 
 
-# --- the record ------------------------------------------------------------------------------------------------------
+# --- the record ---------------------------------------------------------------------------
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,14 +1,17 @@
-"""Where the time of a decode step goes, by batch size: products, attention, elementwise layers, choosing, the rest.
+"""Where the time of a decode step goes, by batch size: products, attention, elementwise
+layers, choosing, the rest.
 
     python benchmarks/step.py --output benchmarks/results/step.json
 
-The real loop runs (``decode.generate``: 32 prompt tokens, then 48 steps, greedy) with a clock around the functions
-it calls; the prefill is left out. Each part is the lower quartile over all steps, which interruptions by other
-programs do not reach; ``whole`` is the same of an uninstrumented run, and ``rest`` is what of it no part explains:
-residual sums, reshapes, Python itself.
+The real loop runs (``decode.generate``: 32 prompt tokens, then 48 steps, greedy) with a
+clock around the functions it calls; the prefill is left out. Each part is the lower
+quartile over all steps, which interruptions by other programs do not reach; ``whole`` is
+the same of an uninstrumented run, and ``rest`` is what of it no part explains: residual
+sums, reshapes, Python itself.
 
-``floor`` is the whole step of a network with as many layers and heads but every width cut to 64: the same array
-calls with almost nothing to compute. It is what NumPy's and Python's own work costs, spread over all the parts.
+``floor`` is the whole step of a network with as many layers and heads but every width cut
+to 64: the same array calls with almost nothing to compute. It is what NumPy's and Python's
+own work costs, spread over all the parts.
 
 One thread, one process, float32. Left out: peers (``decode.py``), GPU.
 """
@@ -44,7 +47,9 @@ ELEMENTWISE = ("norm", "rotate", "activate")
 
 
 class Clock:
-    """Seconds a part, summed over the calls since ``lap``. The parts do not call each other."""
+    """Seconds a part, summed over the calls since ``lap``. The parts do not call each
+    other.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -106,7 +111,9 @@ def steps(
 
 
 def narrow(config: ModelConfig) -> tuple[Any, ModelConfig]:
-    """The network of the floor: 64 wide, which still takes the layout in blocks (see ``Dense``)."""
+    """The network of the floor: 64 wide, which still takes the layout in blocks (see
+    ``Dense``).
+    """
     small = dataclasses.replace(
         config, hidden_size=64, intermediate_size=64, vocab_size=64, head_dim=32
     )

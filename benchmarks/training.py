@@ -1,15 +1,18 @@
-"""Training speed of refllm against PyTorch on the CPU: the same network, weights, batches and optimizer.
+"""Training speed of refllm against PyTorch on the CPU: the same network, weights, batches
+and optimizer.
 
     python benchmarks/training.py --rounds 5 --output benchmarks/results/training.json
 
-The bundled model's shape (4.2 M parameters), 8 windows of 256 tokens a step, float32, two cores: refllm as it
-trains by itself (two Python threads with half a batch each, one BLAS thread per product), PyTorch with two
-threads. Each engine runs in a process of its own; in every round each takes its turn of a few steps. The losses
-must agree, since all start from the same weights and see the same batches.
+The bundled model's shape (4.2 M parameters), 8 windows of 256 tokens a step, float32, two
+cores: refllm as it trains by itself (two Python threads with half a batch each, one BLAS
+thread per product), PyTorch with two threads. Each engine runs in a process of its own; in
+every round each takes its turn of a few steps. The losses must agree, since all start from
+the same weights and see the same batches.
 
-A third engine is refllm once more with glibc told to keep the memory that it frees (``MALLOC_*``). By default
-every array of some megabytes goes back to the kernel when it dies, and the next one is mapped and zeroed anew,
-page by page: the page faults of each turn are counted.
+A third engine is refllm once more with glibc told to keep the memory that it frees
+(``MALLOC_*``). By default every array of some megabytes goes back to the kernel when it
+dies, and the next one is mapped and zeroed anew, page by page: the page faults of each turn
+are counted.
 
 Left out: ``torch.compile``, bfloat16, GPU.
 """
@@ -122,7 +125,9 @@ def start(
 def measure(
     workers: dict[str, Worker], task: Task, rounds: int
 ) -> dict[str, list[dict[str, float]]]:
-    """turns[engine][round]: tokens/s, loss of the last step, page faults; the first turn is the warm-up."""
+    """turns[engine][round]: tokens/s, loss of the last step, page faults; the first turn is
+    the warm-up.
+    """
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
     for number in range(rounds + 1):
         print(f"round {number} of {rounds}", file=sys.stderr)
@@ -135,7 +140,9 @@ def measure(
 
 
 def check(losses: list[float], number: int) -> None:
-    """Rounding grows from step to step, so only the first turn is held to float32's precision."""
+    """Rounding grows from step to step, so only the first turn is held to float32's
+    precision.
+    """
     tolerance = 1e-4 if number == 0 else 1e-2
     if max(losses) - min(losses) > tolerance * max(losses):
         raise SystemExit(

@@ -1,7 +1,9 @@
-"""refllm: the deployment stack of a language model in readable NumPy, on a GPU through CuPy.
+"""refllm: the deployment stack of a language model in readable NumPy, on a GPU through
+CuPy.
 
-``refllm.load(path_or_name)`` gives a ``Model``; everything else is imported from where it lives, for example
-``from refllm.decode.sampling import warp``. ``ARCHITECTURE.md`` is the map.
+``refllm.load(path_or_name)`` gives a ``Model``; everything else is imported from where it
+lives, for example ``from refllm.decode.sampling import warp``. ``ARCHITECTURE.md`` is the
+map.
 
 Importing this package imports nothing else: ``load`` is resolved when it is first used.
 """

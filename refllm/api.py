@@ -8,7 +8,8 @@
 | ``model.generate_batch(prompts, n)``  | the same for a static batch of token prompts                 |
 | ``model.stream(prompt, n)``           | the new text piece by piece                                  |
 
-Left out: chat templates, beam search, log-probabilities of what was generated (take ``logits`` of it).
+Left out: chat templates, beam search, log-probabilities of what was generated (take
+``logits`` of it).
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def bundled() -> list[str]:
 
 
 def locate(path_or_name: str | os.PathLike[str]) -> Path:
-    """The directory of a bundled model, or the path itself; CheckpointError if it is neither."""
+    """The directory of a bundled model, or the path itself; CheckpointError if it is
+    neither.
+    """
     if isinstance(path_or_name, str) and path_or_name in bundled():
         return BUNDLED / path_or_name
     path = Path(os.path.expanduser(path_or_name))  # unlike Path's, leaves an unknown ~user as it is
@@ -62,8 +65,8 @@ def load(
     Parameters
     ----------
     path_or_name
-        ``"stdlib"`` or ``"stdlib-draft"`` (bundled), or a Hugging Face directory (Llama, Mistral, Qwen2,
-        Qwen3) with ``config.json``, safetensors and ``tokenizer.json``.
+        ``"stdlib"`` or ``"stdlib-draft"`` (bundled), or a Hugging Face directory (Llama,
+        Mistral, Qwen2, Qwen3) with ``config.json``, safetensors and ``tokenizer.json``.
     backend
         ``"numpy"`` or ``"cupy"``; None reads the environment variable ``REFLLM_BACKEND``.
     dtype
@@ -81,7 +84,9 @@ def load(
 
 
 class Model:
-    """A network with its tokenizer. ``weights`` is the tree that ``refllm.model.llama.build`` describes."""
+    """A network with its tokenizer. ``weights`` is the tree that
+    ``refllm.model.llama.build`` describes.
+    """
 
     def __init__(self, config: ModelConfig, weights: Weights, tokenizer: Tokenizer):
         self.config = config
@@ -89,10 +94,12 @@ class Model:
         self.tokenizer = tokenizer
 
     def logits(self, tokens: Sequence[int] | Array) -> Array:
-        """Full causal forward of one sequence: tokens[T], T ≥ 1 → [T, V], in the model's dtype and on its device.
+        """Full causal forward of one sequence: tokens[T], T ≥ 1 → [T, V], in the model's
+        dtype and on its device.
 
-        More tokens than the model has positions are computed all the same, at positions that training never saw.
-        ValueError for what is no such sequence, or holds an id outside the vocabulary.
+        More tokens than the model has positions are computed all the same, at positions
+        that training never saw. ValueError for what is no such sequence, or holds an id
+        outside the vocabulary.
         """
         like = self.weights["norm"]
         if hasattr(tokens, "shape"):
@@ -132,18 +139,22 @@ class Model:
     ) -> Any:
         """Continue ``prompt`` by at most ``max_tokens`` tokens and return only what is new.
 
-        Text for text, a list of token ids for token ids. The end token is not part of the result. Text is
-        encoded as the tokenizer's file says (with its beginning token, if it has one). ``stop`` strings end
-        the text before their first occurrence (text prompts only). ``rng`` is a Generator or a seed; None
-        draws a fresh seed. Temperature 0 is the argmax and uses no randomness.
+        Text for text, a list of token ids for token ids. The end token is not part of the
+        result. Text is encoded as the tokenizer's file says (with its beginning token, if
+        it has one). ``stop`` strings end the text before their first occurrence (text
+        prompts only). ``rng`` is a Generator or a seed; None draws a fresh seed.
+        Temperature 0 is the argmax and uses no randomness.
 
-        A ``drafter`` (see ``refllm.decode.speculative.drafters``; a ``Model`` drafts with 4 tokens a step) changes how many steps
-        that takes. It does not change the text at temperature 0, nor its law at others.
+        A ``drafter`` (see ``refllm.decode.speculative.drafters``; a ``Model`` drafts with 4
+        tokens a step) changes how many steps that takes. It does not change the text at
+        temperature 0, nor its law at others.
 
-        A ``cache`` policy changes what is remembered, and with it the text: ``refllm.kv.kivi.Kivi(...)`` keeps keys
-        and values of all but the newest tokens in few bits, one of ``refllm.kv.sparse`` keeps some of the tokens.
-        What is read depends on where steps begin, so with both a cache policy and a drafter the text may be another
-        one than with the policy alone. A policy that drops at random draws from ``rng``, at temperature 0 too.
+        A ``cache`` policy changes what is remembered, and with it the text:
+        ``refllm.kv.kivi.Kivi(...)`` keeps keys and values of all but the newest tokens in
+        few bits, one of ``refllm.kv.sparse`` keeps some of the tokens. What is read depends
+        on where steps begin, so with both a cache policy and a drafter the text may be
+        another one than with the policy alone. A policy that drops at random draws from
+        ``rng``, at temperature 0 too.
         """
         how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         if isinstance(prompt, str):
@@ -177,7 +188,9 @@ class Model:
         rng: np.random.Generator | int | None = None,
         cache: CachePolicy | None = None,
     ) -> list[list[int]]:
-        """``generate`` of B token prompts as one static batch; each result ends before its own end token."""
+        """``generate`` of B token prompts as one static batch; each result ends before its
+        own end token.
+        """
         prompts = _token_lists(prompts)
         ends = frozenset() if ignore_eos else frozenset(self.config.eos_token_ids)
         results: list[list[int]] = [[] for _ in prompts]
@@ -209,11 +222,13 @@ class Model:
         on_step: Callable[[Step], object] | None = None,
         cache: CachePolicy | None = None,
     ) -> Iterator[str]:
-        """Yield the new text piece by piece: whole characters only, never a part of a stop string.
+        """Yield the new text piece by piece: whole characters only, never a part of a stop
+        string.
 
-        ``on_token`` is called with every token that was sampled, the end token included, before its text:
-        a piece of text is not a token, so whoever counts or times tokens needs it. ``on_step`` is called with every
-        step of the target if there is a ``drafter``: what was drafted, and how much of it was accepted.
+        ``on_token`` is called with every token that was sampled, the end token included,
+        before its text: a piece of text is not a token, so whoever counts or times tokens
+        needs it. ``on_step`` is called with every step of the target if there is a
+        ``drafter``: what was drafted, and how much of it was accepted.
         """
         ends = frozenset() if ignore_eos else frozenset(self.config.eos_token_ids)
         ids = self.tokenizer.encode(prompt, special=True)
@@ -265,7 +280,9 @@ class Model:
 
 
 def _token_lists(prompts: Sequence[Sequence[int]] | Array) -> list[list[int]]:
-    """Plain lists of what may be lists, arrays or iterators; ValueError for what is no sequence of ids."""
+    """Plain lists of what may be lists, arrays or iterators; ValueError for what is no
+    sequence of ids.
+    """
     try:
         rows = [to_numpy(row) if hasattr(row, "shape") else row for row in prompts]
         # bytes would pass for small ids

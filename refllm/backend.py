@@ -1,8 +1,8 @@
 """Which array library owns an array: NumPy on the host, CuPy on a GPU.
 
-Every public function of the data plane starts with ``xp = namespace(x)`` and then speaks the dialect
-that NumPy 2 and CuPy 14 share. This file holds that question, the few operations that the two spell
-differently, and nothing that NumPy already spells.
+Every public function of the data plane starts with ``xp = namespace(x)`` and then speaks
+the dialect that NumPy 2 and CuPy 14 share. This file holds that question, the few
+operations that the two spell differently, and nothing that NumPy already spells.
 
 Left out: a wrapper module. A reader who steps into ``xp.max`` lands in NumPy itself.
 """
@@ -24,7 +24,9 @@ ENVIRONMENT_VARIABLE = "REFLLM_BACKEND"
 
 
 class BackendUnavailable(RuntimeError):
-    """The backend asked for cannot run on this machine; the message says why and what to install."""
+    """The backend asked for cannot run on this machine; the message says why and what to
+    install.
+    """
 
 
 def namespace(*arrays: Array) -> ModuleType:
@@ -35,7 +37,8 @@ def namespace(*arrays: Array) -> ModuleType:
     Raises
     ------
     TypeError
-        if two libraries own them (nothing moves silently between host and device), or if nobody does.
+        if two libraries own them (nothing moves silently between host and device), or if
+        nobody does.
     """
     # the common case costs one type check an array: a decode step asks about 60 times
     for x in arrays:
@@ -74,7 +77,8 @@ def _owner(x: Array) -> ModuleType:
 
 
 def get(name: str | None = None) -> ModuleType:
-    """Return the module called ``name`` (``"numpy"`` or ``"cupy"``); ``None`` reads ``REFLLM_BACKEND``.
+    """Return the module called ``name`` (``"numpy"`` or ``"cupy"``); ``None`` reads
+    ``REFLLM_BACKEND``.
 
     Raises
     ------
@@ -110,7 +114,9 @@ def get(name: str | None = None) -> ModuleType:
 
 
 def to_numpy(x: Array) -> np.ndarray:
-    """Copy ``x`` to host memory (a NumPy array is returned as it is); on a GPU this waits for the device."""
+    """Copy ``x`` to host memory (a NumPy array is returned as it is); on a GPU this waits
+    for the device.
+    """
     if isinstance(x, (np.ndarray, np.generic)):
         return np.asarray(x)
     if hasattr(x, "get"):
@@ -120,12 +126,16 @@ def to_numpy(x: Array) -> np.ndarray:
 
 
 def asarray_like(x: Array, like: Array, dtype: Any = None) -> Array:
-    """Return host array ``x`` (or nested list) in the library, and on the device, of ``like``."""
+    """Return host array ``x`` (or nested list) in the library, and on the device, of
+    ``like``.
+    """
     return namespace(like).asarray(x, dtype=dtype)
 
 
 def bitcast(x: Array, dtype: Any) -> Array:
-    """Reinterpret the bits of ``x`` as ``dtype`` of the same item size; no value is converted."""
+    """Reinterpret the bits of ``x`` as ``dtype`` of the same item size; no value is
+    converted.
+    """
     if np.dtype(x.dtype).itemsize != np.dtype(dtype).itemsize:
         raise ValueError(
             f"bitcast keeps the item size: {x.dtype} has not the size of {np.dtype(dtype)}"
@@ -134,16 +144,19 @@ def bitcast(x: Array, dtype: Any) -> Array:
 
 
 def scatter_add(out: Array, index: Array, values: Array) -> None:
-    """``out[index[i]] += values[i]`` for every i, repeated indices summed (plain assignment loses them)."""
+    """``out[index[i]] += values[i]`` for every i, repeated indices summed (plain assignment
+    loses them).
+    """
     xp = namespace(out, values)
     xp.add.at(out, index, values)
 
 
 def top_k(x: Array, k: int) -> tuple[Array, Array]:
-    """Return the ``k`` largest values along the last axis, largest first, and their indices.
+    """Return the ``k`` largest values along the last axis, largest first, and their
+    indices.
 
-    x[..., V] → values[..., k], indices[..., k]. Equal values come in order of their index, on both
-    libraries (``argpartition`` would leave ties to chance).
+    x[..., V] → values[..., k], indices[..., k]. Equal values come in order of their index,
+    on both libraries (``argpartition`` would leave ties to chance).
     """
     xp = namespace(x)
     if not 1 <= k <= x.shape[-1]:

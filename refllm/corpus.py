@@ -1,15 +1,16 @@
 """The text that every CPython installation carries: training and held-out documents.
 
-Read from the running interpreter, never copied into the repository: the standard library's ``.py`` files,
-``pydoc_data.topics`` and, where they are there, the ``test`` package and the installers (pip, setuptools and what
-they carry) that ``ensurepip`` brings as wheels. The held-out modules are excluded by name from everything that is
-trained on, and so are their tests and what copies them.
+Read from the running interpreter, never copied into the repository: the standard library's
+``.py`` files, ``pydoc_data.topics`` and, where they are there, the ``test`` package and the
+installers (pip, setuptools and what they carry) that ``ensurepip`` brings as wheels. The
+held-out modules are excluded by name from everything that is trained on, and so are their
+tests and what copies them.
 
-The text differs a little between Python versions, so a measurement on it names the version. Within one
-installation the documents and their order are always the same.
+The text differs a little between Python versions, so a measurement on it names the version.
+Within one installation the documents and their order are always the same.
 
-Left out: files that are tables rather than code (the charmap codecs, and in the wheels what is digits for more
-than a tenth), lib2to3's test data, and any file that is not UTF-8.
+Left out: files that are tables rather than code (the charmap codecs, and in the wheels what
+is digits for more than a tenth), lib2to3's test data, and any file that is not UTF-8.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class Document:
 
     @property
     def sha256(self) -> str:
-        """Hexadecimal digest of the UTF-8 text: which text a model has seen can be recorded without copying it."""
+        """Hexadecimal digest of the UTF-8 text: which text a model has seen can be recorded
+        without copying it.
+        """
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
@@ -60,7 +63,8 @@ def _root() -> Path:
 
 
 def held_out_documents() -> list[Document]:
-    """The held-out modules of the running interpreter, sorted by name (479 kB in CPython 3.11.7).
+    """The held-out modules of the running interpreter, sorted by name (479 kB in CPython
+    3.11.7).
 
     Raises
     ------
@@ -85,7 +89,9 @@ def held_out_documents() -> list[Document]:
 
 
 def training_documents(*, tests: bool = False) -> list[Document]:
-    """Everything that may be trained on: the library and its topics, or (``tests=True``) its test package."""
+    """Everything that may be trained on: the library and its topics, or (``tests=True``)
+    its test package.
+    """
     root = _root()
     found = []
     for folder, subfolders, files in os.walk(root):
@@ -103,7 +109,8 @@ def training_documents(*, tests: bool = False) -> list[Document]:
 
 
 def installer_documents() -> list[Document]:
-    """The Python source in the wheels that ``ensurepip`` carries, a text that stands there twice once.
+    """The Python source in the wheels that ``ensurepip`` carries, a text that stands there
+    twice once.
 
     Empty where the interpreter's packager has taken the wheels out, as Debian does.
     """
@@ -144,7 +151,9 @@ def _is_test(name: str) -> bool:
 
 
 def _read(root: Path, paths: list[Path]) -> list[Document]:
-    """The documents at ``paths`` in the order of their names; what is not UTF-8, or empty, is passed over."""
+    """The documents at ``paths`` in the order of their names; what is not UTF-8, or empty,
+    is passed over.
+    """
     documents = []
     for path in sorted(paths):
         try:
@@ -157,7 +166,9 @@ def _read(root: Path, paths: list[Path]) -> list[Document]:
 
 
 def _topics() -> list[Document]:
-    """The language reference as ``help()`` carries it: prose about Python, one document a topic."""
+    """The language reference as ``help()`` carries it: prose about Python, one document a
+    topic.
+    """
     from pydoc_data.topics import topics
 
     return [

@@ -1,4 +1,5 @@
-"""What every test shares: Hypothesis profiles, the array libraries to run on, oracles and the theorem table.
+"""What every test shares: Hypothesis profiles, the array libraries to run on, oracles and
+the theorem table.
 
 A data-plane test takes ``xp`` and runs once per array library::
 
@@ -6,16 +7,18 @@ A data-plane test takes ``xp`` and runs once per array library::
         x = xp.asarray(host_array)                 # move to the library's device
         assert to_host(softmax(x)).sum() == ...    # and back, with ``from conftest import to_host``
 
-``xp`` is NumPy, the CPU stand-in for CuPy (``fakecupy``) and, with ``-m gpu``, CuPy itself; ``xp_kind`` is
-its name. ``pure_xp`` adds ``array_api_strict`` for modules of pure mathematics. A test against a peer is marked
-``oracle`` and imports the peer with ``oracle("torch")``. ``pytest --theorems`` lists what is proved.
+``xp`` is NumPy, the CPU stand-in for CuPy (``fakecupy``) and, with ``-m gpu``, CuPy itself;
+``xp_kind`` is its name. ``pure_xp`` adds ``array_api_strict`` for modules of pure
+mathematics. A test against a peer is marked ``oracle`` and imports the peer with
+``oracle("torch")``. ``pytest --theorems`` lists what is proved.
 """
 
 from __future__ import annotations
 
 import os
 
-# Before NumPy is imported: on a busy machine two BLAS threads wait for each other longer than they compute.
+# Before NumPy is imported: on a busy machine two BLAS threads wait for each other longer
+# than they compute.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -45,7 +48,7 @@ hypothesis.settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") == "true" else "dev")
 )
 
-# --- array libraries -----------------------------------------------------------------------------------------
+# --- array libraries ----------------------------------------------------------------------
 
 _LIBRARIES = ["numpy", "fakecupy", pytest.param("cupy", marks=pytest.mark.gpu)]
 
@@ -61,7 +64,8 @@ def _library(kind: str) -> ModuleType:
     return {"numpy": numpy, "fakecupy": fakecupy}[kind]
 
 
-# Module scope, because Hypothesis refuses fixtures that are made anew for each test function.
+# Module scope, because Hypothesis refuses fixtures that are made anew for each test
+# function.
 @pytest.fixture(scope="module", params=_LIBRARIES)
 def xp_kind(request: pytest.FixtureRequest) -> str:
     """The name of the array library that the test runs on."""
@@ -76,13 +80,17 @@ def xp(xp_kind: str) -> ModuleType:
 
 @pytest.fixture(scope="module", params=[*_LIBRARIES, "array_api_strict"])
 def pure_xp(request: pytest.FixtureRequest) -> ModuleType:
-    """As ``xp``, and the array-API standard's strict reference: for modules of pure mathematics."""
+    """As ``xp``, and the array-API standard's strict reference: for modules of pure
+    mathematics.
+    """
     return _library(request.param)
 
 
 @pytest.fixture(scope="session")
 def make_checkpoint() -> Any:
-    """``make_checkpoint(config, path)``: a Hugging Face directory of random float32 weights."""
+    """``make_checkpoint(config, path)``: a Hugging Face directory of random float32
+    weights.
+    """
     from networks import random_tensors
     from refllm.checkpoints.directory_writer import save
     from study_models import byte_tokenizer
@@ -94,7 +102,7 @@ def make_checkpoint() -> Any:
     return make
 
 
-# --- oracles -------------------------------------------------------------------------------------------------
+# --- oracles ------------------------------------------------------------------------------
 
 _running: list[pytest.Item] = []  # the item under way, for `oracle` to look at its marks
 
@@ -109,10 +117,11 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def oracle(name: str, install: str = "pip install 'refllm[oracles]'") -> ModuleType:
-    """Import a peer to compare with; skip the test with the install line where it is missing.
+    """Import a peer to compare with; skip the test with the install line where it is
+    missing.
 
-    Call it inside a test or a fixture. ``REFLLM_REQUIRE_ORACLES=1`` turns the skip into a failure, which is how
-    continuous integration knows that every comparison was made.
+    Call it inside a test or a fixture. ``REFLLM_REQUIRE_ORACLES=1`` turns the skip into a
+    failure, which is how continuous integration knows that every comparison was made.
     """
     if not any(
         _running[-1].get_closest_marker(mark) for mark in ("oracle", "llamacpp") if _running
@@ -133,7 +142,7 @@ def oracle(name: str, install: str = "pip install 'refllm[oracles]'") -> ModuleT
         pytest.skip(f"oracle {name} is missing: {install}")
 
 
-# --- theorems ------------------------------------------------------------------------------------------------
+# --- theorems -----------------------------------------------------------------------------
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -152,7 +161,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def theorem_rows(items: list[pytest.Item]) -> list[tuple[str, str, str, str]]:
-    """(test file, test, statement, source) for each marker, one row a test function, in the order of the files."""
+    """(test file, test, statement, source) for each marker, one row a test function, in the
+    order of the files.
+    """
     # a dict keeps the order and drops the parametrised repeats
     rows: dict[tuple[str, str, str, str], None] = {}
     for item in sorted(items, key=lambda item: (item.path.as_posix(), item.location[1] or 0)):
@@ -197,7 +208,9 @@ def theorem_page(rows: list[tuple[str, str, str, str]]) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the GPU's tests out unless they are asked for: a machine without one would skip a third of the suite."""
+    """Leave the GPU's tests out unless they are asked for: a machine without one would skip
+    a third of the suite.
+    """
     if "gpu" in (config.option.markexpr or ""):
         return
     gpu = [item for item in items if item.get_closest_marker("gpu")]

@@ -1,9 +1,11 @@
-"""An array module that counts: NumPy inside, and a ledger of multiply-adds and of bytes read and written.
+"""An array module that counts: NumPy inside, and a ledger of multiply-adds and of bytes
+read and written.
 
-A ``Counted`` array carries a ``role`` ("weight", "kv" or "" for activations) that its views keep. A product adds
-2·M·N·K FLOP per matrix, read off the operands' shapes, under the role of its operands; any operation that reads
-an array with a role adds that array's bytes to ``read[role]``, and an assignment adds to ``written[role]``.
-Looking at an array (reshape, transpose, slice) costs nothing, unless NumPy had to copy.
+A ``Counted`` array carries a ``role`` ("weight", "kv" or "" for activations) that its views
+keep. A product adds 2·M·N·K FLOP per matrix, read off the operands' shapes, under the role
+of its operands; any operation that reads an array with a role adds that array's bytes to
+``read[role]``, and an assignment adds to ``written[role]``. Looking at an array (reshape,
+transpose, slice) costs nothing, unless NumPy had to copy.
 
 It stands in for no library: what the network calls is passed on to NumPy as it is.
 """
@@ -53,7 +55,9 @@ class Ledger:
 
 
 class CountingModule:
-    """The array module of ``Counted`` arrays: ``module.name(...)`` runs ``numpy.name`` and keeps the ledger."""
+    """The array module of ``Counted`` arrays: ``module.name(...)`` runs ``numpy.name`` and
+    keeps the ledger.
+    """
 
     __name__ = "counting"
 
@@ -70,7 +74,9 @@ class CountingModule:
         return Counted(np.asarray(x), self, role)
 
     def call(self, name: str, function: Any, args: Any, kwargs: Any) -> Any:
-        """Run ``function`` on the bare arrays; count what it read, unless its result is a view."""
+        """Run ``function`` on the bare arrays; count what it read, unless its result is a
+        view.
+        """
         operands = [x for x in _flat(args) if isinstance(x, Counted)]
         if name == "matmul":
             self.ledger.product(*operands[:2])

@@ -1,9 +1,11 @@
-"""The names that CuPy offers and the parameters they take, recorded so that every machine can check against them.
+"""The names that CuPy offers and the parameters they take, recorded so that every machine
+can check against them.
 
-``cupy_names.txt`` is written from an installed CuPy (no GPU is needed: names and signatures are host facts) by
-``python tests/cupy_names.py``, and ``test_fakecupy.py`` compares it with the CuPy that is installed, if one is.
-One name a line, relative to the module: ``clip(a, a_min, a_max, out=...)``. A ufunc takes what all ufuncs take; a
-name without parentheses is a constant, a class, or a function whose parameters CuPy does not tell.
+``cupy_names.txt`` is written from an installed CuPy (no GPU is needed: names and signatures
+are host facts) by ``python tests/cupy_names.py``, and ``test_fakecupy.py`` compares it with
+the CuPy that is installed, if one is. One name a line, relative to the module: ``clip(a,
+a_min, a_max, out=...)``. A ufunc takes what all ufuncs take; a name without parentheses is
+a constant, a class, or a function whose parameters CuPy does not tell.
 """
 
 from __future__ import annotations
@@ -21,14 +23,17 @@ _SIGNATURE = re.compile(r"^[\w.]+\((self)?,? ?(?P<parameters>.*?)\)( ->.*)?$")
 
 
 def _parameters(function: Any, *, method: bool = False) -> str | None:
-    """``a, b=...`` of a callable: names and which of them may be left out, no defaults, no annotations."""
+    """``a, b=...`` of a callable: names and which of them may be left out, no defaults, no
+    annotations.
+    """
     found = None
     try:
         found = list(inspect.signature(function).parameters.values())
     except (ValueError, TypeError):
         pass
     if found is None or (found and found[-1].kind is inspect.Parameter.VAR_KEYWORD):
-        # Cython, and einsum(*operands, **kwargs), write the signature into the docstring's first line
+        # Cython, and einsum(*operands, **kwargs), write the signature into the docstring's
+        # first line
         match = _SIGNATURE.match((getattr(function, "__doc__", None) or "").strip().split("\n")[0])
         if match is None:
             return None

@@ -1,12 +1,15 @@
-"""Exact laws of programs that draw uniforms: run once for each way their comparisons can fall, no sampling.
+"""Exact laws of programs that draw uniforms: run once for each way their comparisons can
+fall, no sampling.
 
-``law(run)`` calls ``run(rng)`` with a generator whose uniforms are *intervals*. Comparing one with a number splits it:
-the program goes on with one part, and is run again from the start with the other. Each run has the probability of its
-parts, and all of them together have 1. A uniform that is used twice stays in the part where it was: a program that
-reuses one is seen to do so.
+``law(run)`` calls ``run(rng)`` with a generator whose uniforms are *intervals*. Comparing
+one with a number splits it: the program goes on with one part, and is run again from the
+start with the other. Each run has the probability of its parts, and all of them together
+have 1. A uniform that is used twice stays in the part where it was: a program that reuses
+one is seen to do so.
 
-Inverse-CDF draws go through ``draw``, which a test puts in the place of the library's own (``exact_draws``); that this
-draws each token with its share of the uniforms is proved in ``test_sampling``.
+Inverse-CDF draws go through ``draw``, which a test puts in the place of the library's own
+(``exact_draws``); that this draws each token with its share of the uniforms is proved in
+``test_sampling``.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ from refllm.backend import to_numpy
 
 
 class Tape:
-    """A generator for one run: it follows ``script``, then always takes the first way and notes the other."""
+    """A generator for one run: it follows ``script``, then always takes the first way and
+    notes the other.
+    """
 
     def __init__(self, script: Sequence[bool], others: list[list[bool]]):
         self.script = list(script)
@@ -82,7 +87,9 @@ def draw(weights: Any, uniform: Any, otherwise: Any = None) -> int:
 
 
 def law(run: Callable[[Any], Hashable]) -> dict[Any, float]:
-    """outcome → probability, of a program of ``rng`` that compares its uniforms with numbers."""
+    """outcome → probability, of a program of ``rng`` that compares its uniforms with
+    numbers.
+    """
     waiting: list[list[bool]] = [[]]
     found: dict[Any, float] = {}
     while waiting:
@@ -93,7 +100,9 @@ def law(run: Callable[[Any], Hashable]) -> dict[Any, float]:
 
 
 class Table:
-    """A language model of ``vocab`` tokens that gives every prefix a distribution of its own, drawn from the seed."""
+    """A language model of ``vocab`` tokens that gives every prefix a distribution of its
+    own, drawn from the seed.
+    """
 
     def __init__(self, vocab: int, seed: int, kind: str = "dense"):
         self.vocab = vocab
@@ -130,7 +139,9 @@ def extended(
     vocab: int,
     length: int,
 ) -> dict[tuple[int, ...], float]:
-    """The law of ``length`` tokens where those that an outcome does not have are drawn from the model."""
+    """The law of ``length`` tokens where those that an outcome does not have are drawn from
+    the model.
+    """
     whole = dict.fromkeys(itertools.product(range(vocab), repeat=length), 0.0)
     for s in whole:
         for n in range(1, length + 1):

@@ -1,4 +1,6 @@
-"""What the tests of exported checkpoints share: a model's logits, and those of transformers for the same files."""
+"""What the tests of exported checkpoints share: a model's logits, and those of transformers
+for the same files.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def their_model(path):
 
 
 def products_of(theirs, ids):
-    """Logits of a model of transformers, and of each of its linears (layer, key) → the input and what it made."""
+    """Logits of a model of transformers, and of each of its linears (layer, key) → the
+    input and what it made.
+    """
     torch = oracle("torch")
     seen: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]] = {}
     for index, layer in enumerate(theirs.model.layers):

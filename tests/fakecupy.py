@@ -1,19 +1,23 @@
 """A stand-in for CuPy on the CPU: NumPy inside, CuPy's rules outside.
 
-It is used as the module ``cupy`` is (``fakecupy.asarray(x)``, ``namespace(x)`` returns it) and refuses what CuPy
-refuses, or does silently otherwise than NumPy:
+It is used as the module ``cupy`` is (``fakecupy.asarray(x)``, ``namespace(x)`` returns it)
+and refuses what CuPy refuses, or does silently otherwise than NumPy:
 
-- a name, or a parameter of a function, that CuPy has not (``cupy_names.txt``, recorded from CuPy itself);
-- host arrays and NumPy scalars in operators, functions, indices and assignments; ``numpy.asarray(x)``,
-  ``numpy.sum(x)`` and every other silent trip to the host;
-- repeated indices in an assignment (undefined on a GPU), integer arrays that index out of range (they wrap),
-  more than one array in an index with a mask, casts of floats that the integer type cannot hold (undefined).
+- a name, or a parameter of a function, that CuPy has not (``cupy_names.txt``, recorded from
+  CuPy itself);
+- host arrays and NumPy scalars in operators, functions, indices and assignments;
+  ``numpy.asarray(x)``, ``numpy.sum(x)`` and every other silent trip to the host;
+- repeated indices in an assignment (undefined on a GPU), integer arrays that index out of
+  range (they wrap), more than one array in an index with a mask, casts of floats that the
+  integer type cannot hold (undefined).
 
-Reductions and single elements stay 0-d arrays, and single elements are views. What a GPU program pays for is
-counted in ``counters``; ``with fakecupy.counting() as c:`` counts one stretch, and ``c`` is read after it.
+Reductions and single elements stay 0-d arrays, and single elements are views. What a GPU
+program pays for is counted in ``counters``; ``with fakecupy.counting() as c:`` counts one
+stretch, and ``c`` is read after it.
 
-Left out: random numbers (the project draws them on the host), streams, kernels, float rounding other than
-NumPy's, speed. ``launches`` counts calls that write an array, a lower bound of real kernel launches.
+Left out: random numbers (the project draws them on the host), streams, kernels, float
+rounding other than NumPy's, speed. ``launches`` counts calls that write an array, a lower
+bound of real kernel launches.
 """
 
 from __future__ import annotations
@@ -63,7 +67,7 @@ def _count(**events: int) -> None:
             setattr(counter, name, getattr(counter, name) + times)
 
 
-# --- crossing the border ---------------------------------------------------------------------------------------
+# --- crossing the border ------------------------------------------------------------------
 
 
 def _to_host(x: ndarray) -> np.ndarray:
@@ -96,7 +100,9 @@ def _wrap(x: Any) -> Any:
 
 
 def _check_cast(source: np.ndarray, dtype: Any) -> None:
-    """Refuse a cast to an integer type of numbers that it cannot hold: NumPy and CuPy answer differently."""
+    """Refuse a cast to an integer type of numbers that it cannot hold: NumPy and CuPy
+    answer differently.
+    """
     dtype = np.dtype(dtype)
     if source.dtype.kind not in "fV" or dtype.kind not in "iu" or source.size == 0:
         return
@@ -109,7 +115,7 @@ def _check_cast(source: np.ndarray, dtype: Any) -> None:
         )
 
 
-# --- calls -----------------------------------------------------------------------------------------------------
+# --- calls --------------------------------------------------------------------------------
 
 # The host must know how many elements there are: it waits.
 _SHAPE_DEPENDS_ON_VALUES = {
@@ -157,7 +163,9 @@ def _call(
     kwargs: dict[str, Any],
     *own: Any,
 ) -> Any:
-    """Call NumPy's ``function`` under CuPy's name for it; ``own`` is the array whose method it is, if any."""
+    """Call NumPy's ``function`` under CuPy's name for it; ``own`` is the array whose method
+    it is, if any.
+    """
     _check_signature(name, args, kwargs)
     short = name.removeprefix("ndarray.")
     on_device = [isinstance(a, ndarray) for a in (*own, *args)]
@@ -187,7 +195,9 @@ def _call(
 
 
 def _writes(result: Any, inputs: list[ndarray]) -> bool:
-    """Whether a call made something: nothing returned (it worked in place), or an array that is no view."""
+    """Whether a call made something: nothing returned (it worked in place), or an array
+    that is no view.
+    """
     if result is None:
         return True
     if isinstance(result, (list, tuple)):
@@ -198,7 +208,9 @@ def _writes(result: Any, inputs: list[ndarray]) -> bool:
 
 
 def asarray(a: Any, *args: Any, **kwargs: Any) -> ndarray:
-    """Move to the device, or convert there; a device array of the right dtype is returned as it is."""
+    """Move to the device, or convert there; a device array of the right dtype is returned
+    as it is.
+    """
     return _create("asarray", a, args, kwargs)
 
 
@@ -224,7 +236,8 @@ def _create(name: str, a: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if dtype is not None:
         _check_cast(source, dtype)
     _count(h2d=not from_device)
-    # NumPy gives a Python list its dtype by the values; a copy, because device memory is no host memory
+    # NumPy gives a Python list its dtype by the values; a copy, because device memory is no
+    # host memory
     return ndarray(np.array(getattr(np, name)(source, *args, **{**kwargs, "copy": None})))
 
 
@@ -234,7 +247,9 @@ def asnumpy(a: Any) -> np.ndarray:
 
 
 class _Ufunc:
-    """A ufunc with the methods that CuPy implements, for the dtypes that it implements them for."""
+    """A ufunc with the methods that CuPy implements, for the dtypes that it implements them
+    for.
+    """
 
     def __init__(self, name: str):
         self.__name__ = name
@@ -291,7 +306,9 @@ class _Submodule:
 
 @cache
 def _lookup(name: str) -> Any:
-    """The thing that CuPy calls ``name``; AttributeError if it has none, or if the stand-in has none."""
+    """The thing that CuPy calls ``name``; AttributeError if it has none, or if the stand-in
+    has none.
+    """
     if name not in cupy_names.load():
         raise AttributeError(
             f"CuPy has no {name!r}: it is outside the dialect that NumPy and CuPy share"
@@ -324,7 +341,7 @@ def __getattr__(name: str) -> Any:
     return _lookup(name)
 
 
-# --- indices ---------------------------------------------------------------------------------------------------
+# --- indices ------------------------------------------------------------------------------
 
 
 def _index(index: Any) -> tuple[tuple[Any, ...], list[np.ndarray]]:
@@ -502,7 +519,7 @@ class ndarray:
         return lambda *args, **kwargs: _call(f"ndarray.{name}", method, args, kwargs, self)
 
 
-# --- operators -------------------------------------------------------------------------------------------------
+# --- operators ----------------------------------------------------------------------------
 
 
 def _binary(

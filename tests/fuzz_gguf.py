@@ -1,8 +1,9 @@
-"""Mutated GGUF files against the reader: each must be read or end in one ``GGUFError``, within a second.
+"""Mutated GGUF files against the reader: each must be read or end in one ``GGUFError``,
+within a second.
 
-A mutation takes a small valid file and changes a few bytes, or a whole field to a number that hurts (0, 2³¹, 2⁶⁴ − 1
-…), cuts it, doubles a part of it, or exchanges parts. Nearly all keep the magic. A file that is still read has all its
-tensors taken and decoded.
+A mutation takes a small valid file and changes a few bytes, or a whole field to a number
+that hurts (0, 2³¹, 2⁶⁴ − 1 …), cuts it, doubles a part of it, or exchanges parts. Nearly
+all keep the magic. A file that is still read has all its tensors taken and decoded.
 
     python tests/fuzz_gguf.py --files 100000
 """

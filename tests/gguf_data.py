@@ -1,4 +1,6 @@
-"""What the GGUF tests share: the golden input and digests, matrices of every kind, ggml's own quantisers."""
+"""What the GGUF tests share: the golden input and digests, matrices of every kind, ggml's
+own quantisers.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 BLOCKS = (*LEGACY, *K_QUANTS, "MXFP4")
 FLOATS = ("F32", "F16", "BF16")
 
-# First 12 hex digits of the md5 of ggml's bytes for ``golden_input``, without and with ``golden_importance``
-# (x86-64, ggml 0.21 to 0.25 without fused multiply-add).
+# First 12 hex digits of the md5 of ggml's bytes for ``golden_input``, without and with
+# ``golden_importance`` (x86-64, ggml 0.21 to 0.25 without fused multiply-add).
 DIGESTS = {
     "Q4_0": ("21d428ccaa19", "257f49b01a50"), "Q4_1": ("d9c7928e3baa", "576d57cd1961"),
     "Q5_0": ("70627dbb76e7", "b8966de49616"), "Q5_1": ("1130ce4269dc", "e146f18438f9"),
@@ -63,14 +65,18 @@ SPECIAL = (
 
 
 def tens(exponents: np.ndarray) -> np.ndarray:
-    """10 to the power of each, float32, one by one: NumPy's own power differs by processor in the last bit."""
+    """10 to the power of each, float32, one by one: NumPy's own power differs by processor
+    in the last bit.
+    """
     return np.array([10.0 ** float(e) for e in exponents.ravel()], dtype=np.float32).reshape(
         exponents.shape
     )
 
 
 def special(name: str, shape: tuple[int, int], seed: int) -> np.ndarray:
-    """Inputs on which encoders disagree: ties, zeros of both signs, steps that round to 0, one number alone."""
+    """Inputs on which encoders disagree: ties, zeros of both signs, steps that round to 0,
+    one number alone.
+    """
     rng = np.random.default_rng(seed)
     x = rng.standard_normal(shape).astype(np.float32)
     if name == "signed_zeros":
@@ -133,7 +139,7 @@ def edge_inputs() -> dict[str, np.ndarray]:
     return made | {name: build(name, (3, 512), 1) for name in (*USUAL, "extreme")}
 
 
-# --- ggml ----------------------------------------------------------------------------------------------------------
+# --- ggml ---------------------------------------------------------------------------------
 
 
 @cache
@@ -154,7 +160,9 @@ def _library(folder: Path) -> Any:
 
 
 def ggml_quantize(x: np.ndarray, type: str, importance: np.ndarray | None = None) -> np.ndarray:
-    """ggml's own bytes, uint8 [R, row_bytes]; to be called in a test that is marked ``llamacpp``."""
+    """ggml's own bytes, uint8 [R, row_bytes]; to be called in a test that is marked
+    ``llamacpp``.
+    """
     package = oracle("llama_cpp", "pip install llama-cpp-python")
     lib = _library(Path(package.__file__).parent / "lib")
     x = np.ascontiguousarray(x, dtype=np.float32)

@@ -1,4 +1,6 @@
-"""How long state machines run: a moment by default, 100,000 steps under the nightly profile; and a model of memory."""
+"""How long state machines run: a moment by default, 100,000 steps under the nightly
+profile; and a model of memory.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ NIGHTLY = 100_000  # steps of every machine under the nightly profile
 def run(
     machine: type[RuleBasedStateMachine], examples: int, steps: int = 50, see: Iterable[str] = ()
 ) -> None:
-    """``examples`` runs of ``steps`` rules, then more if ``machine.seen`` lacks anything that is to be seen.
+    """``examples`` runs of ``steps`` rules, then more if ``machine.seen`` lacks anything
+    that is to be seen.
 
     The nightly profile runs 100,000 rules and says how long that took (``make nightly``).
     """
@@ -61,10 +64,11 @@ def run(
 
 
 class ShadowMemory:
-    """What every slot holds, as text: (salt, all tokens up to and with the one whose key and value lie there).
+    """What every slot holds, as text: (salt, all tokens up to and with the one whose key
+    and value lie there).
 
-    A copy that was missed, a block that was given away too early, a prefix found under another's name or a slot written
-    twice shows when somebody reads it.
+    A copy that was missed, a block that was given away too early, a prefix found under
+    another's name or a slot written twice shows when somebody reads it.
     """
 
     def __init__(self) -> None:
@@ -72,7 +76,9 @@ class ShadowMemory:
         self.seen: Counter[str] = Counter()
 
     def execute(self, scheduler: Ledger, plan: Plan) -> None:
-        """Copies, then reads of all items, then their writes; a plan's items see each other's writes of no step."""
+        """Copies, then reads of all items, then their writes; a plan's items see each
+        other's writes of no step.
+        """
         pool = getattr(scheduler.memory, "pool", None)
         b = plan.block_size
         for source, target in plan.copies:

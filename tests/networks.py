@@ -1,7 +1,9 @@
-"""Random networks, and the network's definition in loops: one token, one head and one key at a time.
+"""Random networks, and the network's definition in loops: one token, one head and one key
+at a time.
 
-The weights are larger than a fresh network's, so that attention is far from uniform and the rotation, the
-window, the biases and the norms all change the output: a test that passes without one of them proves nothing.
+The weights are larger than a fresh network's, so that attention is far from uniform and the
+rotation, the window, the biases and the norms all change the output: a test that passes
+without one of them proves nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from refllm.model.llama import forward, logits
 
 EPS = float(np.finfo(np.float64).eps)
 
-# One network of each kind that is loaded, and a prompt longer than their windows and "original" RoPE contexts.
+# One network of each kind that is loaded, and a prompt longer than their windows and
+# "original" RoPE contexts.
 VOCAB = 300
 TOKENS = np.random.default_rng(7).integers(0, VOCAB, 40)
 SIZES = {"vocab_size": VOCAB, "hidden_size": 40, "intermediate_size": 72, "num_hidden_layers": 3,
@@ -84,10 +87,11 @@ def random_tensors(config: ModelConfig, seed: int, dtype: Any = "float64") -> di
 
 
 def tolerance(config: ModelConfig, count: int, out: np.ndarray) -> float:
-    """Absolute error that two float64 computations of ``out`` for ``count`` tokens may differ by.
+    """Absolute error that two float64 computations of ``out`` for ``count`` tokens may
+    differ by.
 
-    Each of L layers sums at most n numbers, n·eps relative to their size; scores here are below 64 in size,
-    and an error of a score is that of its weight.
+    Each of L layers sums at most n numbers, n·eps relative to their size; scores here are
+    below 64 in size, and an error of a score is that of its weight.
     """
     n = max(
         config.hidden_size,
@@ -174,7 +178,9 @@ def _attention(
 
 
 def _rotated(head: np.ndarray, position: int, config: ModelConfig) -> np.ndarray:
-    """RoPE as multiplication of the complex numbers x_i + j·x_{i+D/2} by e^{j·position·θ_i}."""
+    """RoPE as multiplication of the complex numbers x_i + j·x_{i+D/2} by
+    e^{j·position·θ_i}.
+    """
     half = config.head_dim // 2
     turned = [
         complex(head[i], head[i + half]) * cmath.exp(1j * position * _frequency(config, i))

@@ -1,4 +1,6 @@
-"""Strategies and brute force for uniform grids, which the tests of ``refllm.formats`` share."""
+"""Strategies and brute force for uniform grids, which the tests of ``refllm.formats``
+share.
+"""
 
 from __future__ import annotations
 
@@ -63,8 +65,9 @@ def place(scheme: Scheme, i: int, j: int) -> tuple[int, ...]:
 def slack(x: np.ndarray, step: np.ndarray, scheme: Scheme) -> np.ndarray:
     """What rounding adds to |x̂ − x|.
 
-    In halves of eps: the quotient, the step (a subtraction and a division) and the product err by |x| each, four
-    times; adding z to the quotient by 2^b steps. Doubled, for products of these errors.
+    In halves of eps: the quotient, the step (a subtraction and a division) and the product
+    err by |x| each, four times; adding z to the quotient by 2^b steps. Doubled, for
+    products of these errors.
     """
     eps = float(np.finfo(x.dtype).eps)
     return eps * (

@@ -1,4 +1,6 @@
-"""What the tests of serving share: a model, and what each request says if it is served alone, without a cache."""
+"""What the tests of serving share: a model, and what each request says if it is served
+alone, without a cache.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ def last_logits(tokens: tuple[int, ...], vocab: int = 257) -> np.ndarray:
 
 
 def alone(request: Request, index: int = 0) -> tuple[list[int], float]:
-    """The output of branch ``index`` (end token included) and how near a logit came to changing a token of it.
+    """The output of branch ``index`` (end token included) and how near a logit came to
+    changing a token of it.
 
     One token after the other, each from a full forward of the whole text.
     """

@@ -1,7 +1,9 @@
-"""Hypothesis strategies that the tests share: arrays of every kind, partitions, small network shapes.
+"""Hypothesis strategies that the tests share: arrays of every kind, partitions, small
+network shapes.
 
-An array is drawn as shape, seed and *kind*, and built by ``default_rng(seed)``: a failing example is three small
-things that can be typed in, and the kinds hold what breaks numerical code.
+An array is drawn as shape, seed and *kind*, and built by ``default_rng(seed)``: a failing
+example is three small things that can be typed in, and the kinds hold what breaks numerical
+code.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ seeds = st.integers(0, 2**32 - 1)
 def build(kind: str, shape: Sequence[int], seed: int, dtype: Any = "float32") -> np.ndarray:
     """The array that (kind, shape, seed) stands for.
 
-    ``extreme`` holds ± the dtype's largest number, ``denormal`` only numbers below its smallest normal one.
+    ``extreme`` holds ± the dtype's largest number, ``denormal`` only numbers below its
+    smallest normal one.
     """
     rng = np.random.default_rng(seed)
     x = rng.standard_normal(tuple(shape))
@@ -55,7 +58,9 @@ def arrays(
     dtype: Any = "float32",
     kinds: Sequence[str] = KINDS,
 ) -> np.ndarray:
-    """Host arrays of the given shape (numbers or strategies), of every kind that ``kinds`` allows."""
+    """Host arrays of the given shape (numbers or strategies), of every kind that ``kinds``
+    allows.
+    """
     sizes = [n if isinstance(n, int) else draw(n) for n in shape]
     return build(draw(st.sampled_from(list(kinds))), sizes, draw(seeds), dtype)
 
@@ -64,7 +69,9 @@ def arrays(
 def partitions(
     draw: st.DrawFn, total: int | st.SearchStrategy[int], *, empty: bool = False
 ) -> list[int]:
-    """Lengths that sum to ``total``, in any number of parts; ``empty`` allows parts of length 0."""
+    """Lengths that sum to ``total``, in any number of parts; ``empty`` allows parts of
+    length 0.
+    """
     n = total if isinstance(total, int) else draw(total)
     cuts = draw(st.lists(st.integers(0, n), max_size=8)) if n else []
     edges = sorted([0, *cuts, n])

@@ -25,7 +25,9 @@ class Record:
 
 @cache
 def byte_tokenizer(vocab_size: int = 257) -> Tokenizer:
-    """``<|endoftext|>`` (id 0), the 256 bytes, and merges learned from a few words up to ``vocab_size``."""
+    """``<|endoftext|>`` (id 0), the 256 bytes, and merges learned from a few words up to
+    ``vocab_size``.
+    """
     return Tokenizer.train(
         ["def return self import class for in if else None True " * 4], vocab_size
     )
@@ -49,20 +51,26 @@ def tiny_config(**changes: Any) -> ModelConfig:
 
 
 def tiny_params(config: ModelConfig, seed: int, dtype: str = "float64") -> dict[str, np.ndarray]:
-    """Random parameters, ten times the usual spread, so that predictions differ from uniform."""
+    """Random parameters, ten times the usual spread, so that predictions differ from
+    uniform.
+    """
     params = initialize(config, np.random.default_rng(seed))
     return {k: (v if v.ndim == 1 else 10 * v).astype(dtype) for k, v in params.items()}
 
 
 def tiny_model(seed: int = 0, *, xp: Any = np, dtype: str = "float64", **changes: Any) -> Record:
-    """A random network in ``dtype`` on the library ``xp``; ``changes`` go to the configuration."""
+    """A random network in ``dtype`` on the library ``xp``; ``changes`` go to the
+    configuration.
+    """
     config = tiny_config(**changes)
     params = {k: xp.asarray(v) for k, v in tiny_params(config, seed, dtype).items()}
     return Record(config, build(config, params), byte_tokenizer(max(257, config.vocab_size)))
 
 
 def uniform_model(**changes: Any) -> Record:
-    """Every token has probability 1/V, whatever came before: the embedding, tied to the head, is zero."""
+    """Every token has probability 1/V, whatever came before: the embedding, tied to the
+    head, is zero.
+    """
     config = tiny_config(tie_word_embeddings=True, **changes)
     params = tiny_params(config, 0)
     params["model.embed_tokens.weight"] = np.zeros_like(params["model.embed_tokens.weight"])

@@ -1,11 +1,13 @@
-"""Measure how readable a package is: ``python -m tests.style [PATH ...]``, by default ``refllm``.
+"""Measure how readable a package is: ``python -m tests.style [PATH ...]``, by default
+``refllm``.
 
 - A function runs from ``def`` to its last line, docstring included and decorators excluded.
 - Line lengths are those of the lines that are not blank. Rates are relative to all lines.
 - Dunder methods and functions inside functions are not asked for a docstring.
-- "Two on a line" is ``a, b = 1, 2``, ``a = b = 1`` and ``;``, relative to all assignments. A swap,
-  ``a, b = b, a + b`` and the unpacking of a call or a name do not count.
-- Words are searched in code (from Python 3.12 on in f-strings, too), comments and docstrings.
+- "Two on a line" is ``a, b = 1, 2``, ``a = b = 1`` and ``;``, relative to all assignments.
+  A swap, ``a, b = b, a + b`` and the unpacking of a call or a name do not count.
+- Words are searched in code (from Python 3.12 on in f-strings, too), comments and
+  docstrings.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-# Words to replace: pattern (no letter may stand beside it; a space is also a line break), where it
-# counts ("code": names in docstrings too, and case matters), term. Zipf's and power laws may stay.
+# Words to replace: pattern (no letter may stand beside it; a space is also a line break),
+# where it counts ("code": names in docstrings too, and case matters), term. Zipf's and
+# power laws may stay.
 WORDS = [
     ("somebody|nobody|whoever|anew|lest|in vain", "prose", "plain English: who does what"),
     ("whole numbers?", "prose", "integer"),
@@ -76,7 +79,9 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def compiled(pattern: str, where: str) -> re.Pattern[str]:
-    """A pattern of ``WORDS``; where a space is a line break, the next line may begin with #."""
+    """A pattern of ``WORDS``; where a space is a line break, the next line may begin with
+    #.
+    """
     spaced = pattern.replace(" ", r"[ #]*[ \n][ #]*")
     flags = re.NOFLAG if where == "code" else re.IGNORECASE
     return re.compile(rf"(?<![A-Za-z])(?:{spaced})(?![A-Za-z])", flags)
@@ -94,7 +99,9 @@ class File(NamedTuple):
 
 
 def layers(text: str, tree: ast.Module) -> dict[str, str]:
-    """Split a file into code, comments, docstrings and other strings, each at its old place."""
+    """Split a file into code, comments, docstrings and other strings, each at its old
+    place.
+    """
     alone = [n.value for n in ast.walk(tree) if isinstance(n, ast.Expr)]
     docstrings = {(n.lineno, n.col_offset): "doc" for n in alone if isinstance(n, ast.Constant)}
     rows = {name: [""] * (text.count("\n") + 2) for name in ("code", "comment", "doc", "string")}
@@ -109,7 +116,9 @@ def layers(text: str, tree: ast.Module) -> dict[str, str]:
 
 
 def find_words(text: str, name: str) -> Iterator[tuple[int, str, str]]:
-    """(line, what stands there, standard term) of the words to replace in one layer of a file."""
+    """(line, what stands there, standard term) of the words to replace in one layer of a
+    file.
+    """
     whole = [(0, len(text))]
     spans = {"both": whole, "prose": whole, "code": [m.span() for m in NAMED.finditer(text)]}
     if name == "code":

@@ -1,7 +1,9 @@
-"""``load``, ``Model`` and the static batch: what is generated is what the network says, however it is computed.
+"""``load``, ``Model`` and the static batch: what is generated is what the network says,
+however it is computed.
 
-Equality of tokens across batch sizes and cache layouts is asserted in float64, where the two largest logits of
-these networks are never within rounding of each other: the helper ``greedy_by_hand`` asserts that they were not.
+Equality of tokens across batch sizes and cache layouts is asserted in float64, where the
+two largest logits of these networks are never within rounding of each other: the helper
+``greedy_by_hand`` asserts that they were not.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# --- loading -------------------------------------------------------------------------------------------------
+# --- loading ------------------------------------------------------------------------------
 
 
 def test_a_directory_gives_config_weights_and_tokenizer(directory):
@@ -97,7 +99,7 @@ def test_what_is_neither_a_folder_nor_bundled_is_refused(tmp_path):
         load(tmp_path / "file")
 
 
-# --- logits --------------------------------------------------------------------------------------------------
+# --- logits -------------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -106,7 +108,8 @@ def test_what_is_neither_a_folder_nor_bundled_is_refused(tmp_path):
 @given(prompts, st.integers(0, V - 1))
 def test_logits_are_causal(tokens, extra):
     z = MODEL.logits(tokens)
-    # sums over at most 24 products in 2 layers of 7 products each: 24 · 14 · eps, and the softmax's own share
+    # sums over at most 24 products in 2 layers of 7 products each: 24 · 14 · eps, and the
+    # softmax's own share
     np.testing.assert_allclose(
         MODEL.logits([*tokens, extra])[:-1], z, rtol=0, atol=1e-12 * np.abs(z).max()
     )
@@ -121,7 +124,7 @@ def test_logits_refuses_what_is_no_sequence_of_known_tokens(tokens):
         MODEL.logits(tokens)
 
 
-# --- generation ----------------------------------------------------------------------------------------------
+# --- generation ---------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -174,7 +177,9 @@ def test_conservation_passes_bring_every_token_once_and_cut_only_what_fills_a_pa
 
 
 def test_a_batch_goes_on_until_its_last_sequence_has_ended():
-    """The end token is one that some sequence goes on after, and that comes at different steps, or never, in others."""
+    """The end token is one that some sequence goes on after, and that comes at different
+    steps, or never, in others.
+    """
     batch = [[0, 7], [3], [9, 8, 7, 6], [100]]
     free = ENDLESS.generate_batch(batch, 12)
 
@@ -201,7 +206,9 @@ def test_text_gives_text_and_only_what_is_new():
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.5, 2.0))
 def test_streamed_pieces_join_to_the_decoded_tokens_and_every_token_is_reported(seed, temperature):
-    """Half of these tokens are single bytes of broken UTF-8: no piece may end inside a character."""
+    """Half of these tokens are single bytes of broken UTF-8: no piece may end inside a
+    character.
+    """
     tokens: list[int] = []
     how = Sampling(temperature=temperature)
     pieces = list(ENDLESS.stream("x", 24, how=how, rng=seed, on_token=tokens.append))
@@ -358,7 +365,7 @@ def test_no_new_tokens_is_an_empty_answer():
     assert MODEL.generate([0], 0) == []
 
 
-# --- on every array library ----------------------------------------------------------------------------------
+# --- on every array library ---------------------------------------------------------------
 
 
 def test_every_library_gives_the_same_tokens(xp):
@@ -380,9 +387,11 @@ def test_every_library_gives_the_same_tokens(xp):
     ("count", "how"), [(1, Sampling()), (3, Sampling()), (3, Sampling(temperature=1.0))]
 )
 def test_a_decode_step_crosses_the_border_a_fixed_number_of_times(count, how):
-    """Tokens and positions go over in one copy, the chosen tokens come back in one, whatever the context is.
+    """Tokens and positions go over in one copy, the chosen tokens come back in one,
+    whatever the context is.
 
-    Sampling adds the uniforms (one copy in) and two looks at whether its numbers are sound (two booleans back).
+    Sampling adds the uniforms (one copy in) and two looks at whether its numbers are sound
+    (two booleans back).
     """
     model = network(xp=fakecupy, dtype="float32", eos_token_ids=())
     steps = generate_tokens(

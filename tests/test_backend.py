@@ -1,4 +1,6 @@
-"""The seam between the array libraries: who owns an array, how to get a library, and what the two spell otherwise."""
+"""The seam between the array libraries: who owns an array, how to get a library, and what
+the two spell otherwise.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from conftest import to_host
 from refllm import backend
 from strategies import arrays, seeds
 
-# --- namespace -------------------------------------------------------------------------------------------------
+# --- namespace ----------------------------------------------------------------------------
 
 
 def test_namespace_is_the_owner_and_scalars_belong_to_nobody(xp):
@@ -57,7 +59,7 @@ def test_namespace_asks_cupy_by_type_because_its_arrays_have_no_namespace(monkey
     assert backend.namespace(ndarray(), ndarray()) is module
 
 
-# --- get -------------------------------------------------------------------------------------------------------
+# --- get ----------------------------------------------------------------------------------
 
 
 class DriverError(RuntimeError):
@@ -65,7 +67,9 @@ class DriverError(RuntimeError):
 
 
 def _cupy(count: int | Exception) -> ModuleType:
-    """A module that imports as CuPy does on a machine with ``count`` devices, or whose driver raises."""
+    """A module that imports as CuPy does on a machine with ``count`` devices, or whose
+    driver raises.
+    """
 
     def device_count() -> int:
         if isinstance(count, Exception):
@@ -134,7 +138,7 @@ def test_get_cupy_with_a_gpu_is_the_module(monkeypatch):
     assert backend.get("cupy") is cupy
 
 
-# --- moving ----------------------------------------------------------------------------------------------------
+# --- moving -------------------------------------------------------------------------------
 
 
 @given(host=arrays(st.integers(1, 4), st.integers(1, 5), dtype="float32"))
@@ -169,7 +173,7 @@ def test_to_numpy_reads_the_array_api_reference():
     assert backend.to_numpy(strict.asarray([1.0, 2.0])).tolist() == [1.0, 2.0]
 
 
-# --- bitcast ---------------------------------------------------------------------------------------------------
+# --- bitcast ------------------------------------------------------------------------------
 
 
 @given(host=arrays(st.integers(1, 4), st.integers(1, 5), dtype="float32"))
@@ -189,12 +193,13 @@ def test_bitcast_refuses_another_item_size(xp):
         backend.bitcast(xp.zeros(4, dtype="float32"), "uint16")
 
 
-# --- scatter_add -----------------------------------------------------------------------------------------------
+# --- scatter_add --------------------------------------------------------------------------
 
 
 @given(indices=st.lists(st.integers(0, 4), max_size=20), seed=seeds)
 def test_scatter_add_sums_repeated_indices(xp, indices, seed):
-    # small integers as floats: sums are exact, so the order in which a GPU adds does not matter
+    # small integers as floats: sums are exact, so the order in which a GPU adds does not
+    # matter
     values = np.random.default_rng(seed).integers(-8, 9, (len(indices), 3)).astype(np.float32)
     expected = np.zeros((5, 3), np.float32)
     for i, row in zip(indices, values, strict=True):
@@ -204,7 +209,7 @@ def test_scatter_add_sums_repeated_indices(xp, indices, seed):
     assert np.array_equal(to_host(out), expected)
 
 
-# --- top_k -----------------------------------------------------------------------------------------------------
+# --- top_k --------------------------------------------------------------------------------
 
 
 @given(data=st.data(), values=st.lists(st.integers(-3, 3), min_size=1, max_size=12))
@@ -234,7 +239,7 @@ def test_top_k_refuses_more_than_there_is(xp, k):
         backend.top_k(xp.zeros((2, 4)), k)
 
 
-# --- normal ----------------------------------------------------------------------------------------------------
+# --- normal -------------------------------------------------------------------------------
 
 
 @given(seed=seeds)

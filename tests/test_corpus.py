@@ -1,4 +1,6 @@
-"""The corpus: nothing held out is trained on, enough is held out, and nothing of it is in the repository."""
+"""The corpus: nothing held out is trained on, enough is held out, and nothing of it is in
+the repository.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def held_out() -> list[Document]:
 
 @pytest.fixture(scope="module")
 def trained_on() -> list[Document]:
-    """All that may be trained on: the library, its topics, and, where they are there, its tests and installers."""
+    """All that may be trained on: the library, its topics, and, where they are there, its
+    tests and installers.
+    """
     return training_documents() + training_documents(tests=True) + installer_documents()
 
 
@@ -65,7 +69,9 @@ def test_no_held_out_module_and_no_test_of_one_is_trained_on(held_out, trained_o
 
 
 def runs_of_lines(text: str, length: int = 8) -> set[int]:
-    """Hash of every run of ``length`` lines, stripped, that says something (200 characters or more)."""
+    """Hash of every run of ``length`` lines, stripped, that says something (200 characters
+    or more).
+    """
     lines = [line.strip() for line in text.splitlines()]
     runs = ("\n".join(lines[i : i + length]) for i in range(len(lines) - length + 1))
     return {hash(run) for run in runs if len(run) >= 200}
@@ -109,7 +115,9 @@ def digest(documents: list[Document]) -> str:
 
 
 def test_the_documents_and_their_order_are_the_same_in_every_process(held_out, trained_on):
-    """Another process, with another seed of Python's string hash and another folder to stand in."""
+    """Another process, with another seed of Python's string hash and another folder to
+    stand in.
+    """
     program = (
         "from refllm.corpus import *; import hashlib;"
         "d = training_documents() + training_documents(tests=True) + installer_documents() + held_out_documents();"
@@ -190,7 +198,7 @@ def test_a_small_library_by_hand(monkeypatch, tmp_path):
     ]
 
 
-# --- the installers ----------------------------------------------------------------------------------------------
+# --- the installers -----------------------------------------------------------------------
 
 
 def wheel(root: Path, name: str, files: dict[str, str | bytes]) -> None:

@@ -1,8 +1,10 @@
-"""Which codes two ways of computing them must share: those of the columns before the first tie.
+"""Which codes two ways of computing them must share: those of the columns before the first
+tie.
 
-A weight half-way between two codes goes where the last bit of its computation sends it, and takes the rest of its row
-along. That is no rare case: the half-integer rules put an extreme weight at ±7.5 steps, and it is a tie wherever the
-first column of a group holds the extreme that is not clipped.
+A weight half-way between two codes goes where the last bit of its computation sends it, and
+takes the rest of its row along. That is no rare case: the half-integer rules put an extreme
+weight at ±7.5 steps, and it is a tie wherever the first column of a group holds the extreme
+that is not clipped.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ NEAR = 1e-9  # of a step, in float64
 def settled(
     q: Any, weight: np.ndarray, hessian: np.ndarray, *, damp: float = 0.01, act_order: bool = False
 ) -> Any:
-    """Columns visited before one that holds a tie, bool[N] in the weight's own order; all of them if there is none.
+    """Columns visited before one that holds a tie, bool[N] in the weight's own order; all
+    of them if there is none.
 
     From the result alone: W − Ŵ = e U, and e_i U_ii is what the rounding of column i did.
     """

@@ -1,1 +1,3 @@
-"""One file per engine; each runs in a process of its own, driven over a pipe by ``common.Worker``."""
+"""One file per engine; each runs in a process of its own, driven over a pipe by
+``common.Worker``.
+"""

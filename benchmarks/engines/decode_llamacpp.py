@@ -1,8 +1,10 @@
-"""llama.cpp through llama-cpp-python, greedy, weights and cache in float32: ``python -m engines.decode_llamacpp DIR``.
+"""llama.cpp through llama-cpp-python, greedy, weights and cache in float32: ``python -m
+engines.decode_llamacpp DIR``.
 
-The checkpoint is written as GGUF to a temporary folder, values unchanged. llama.cpp pairs the rotated
-dimensions (2i, 2i+1) where Hugging Face pairs (i, i + D/2), so the rows of q and k are put in its order.
-The C interface is used, not the ``Llama`` class: B sequences in one batch, and no Python per logit.
+The checkpoint is written as GGUF to a temporary folder, values unchanged. llama.cpp pairs
+the rotated dimensions (2i, 2i+1) where Hugging Face pairs (i, i + D/2), so the rows of q
+and k are put in its order. The C interface is used, not the ``Llama`` class: B sequences in
+one batch, and no Python per logit.
 
 Left out: llama.cpp's own formats (a later comparison), its tokenizer (tokens are ids here).
 """
@@ -141,7 +143,9 @@ class Engine:
 
 
 def put(batch: Any, sequence: int, first: int, tokens: list[int], samples: bool) -> None:
-    """Append a sequence's next tokens, at positions from ``first`` on; ``samples``: logits of the last one."""
+    """Append a sequence's next tokens, at positions from ``first`` on; ``samples``: logits
+    of the last one.
+    """
     at = batch.n_tokens
     for i, token in enumerate(tokens):
         batch.token[at + i] = token

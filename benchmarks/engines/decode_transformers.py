@@ -1,8 +1,10 @@
-"""transformers' ``generate``, greedy: ``python -m engines.decode_transformers DIRECTORY dynamic|static``.
+"""transformers' ``generate``, greedy: ``python -m engines.decode_transformers DIRECTORY
+dynamic|static``.
 
-As fast as the library's own settings make it without a compiler: float32, scaled-dot-product attention,
-inference mode, no padding (all prompts are equally long), no end token to look for. ``dynamic`` grows the
-cache with each token, ``static`` preallocates it.
+As fast as the library's own settings make it without a compiler: float32,
+scaled-dot-product attention, inference mode, no padding (all prompts are equally long), no
+end token to look for. ``dynamic`` grows the cache with each token, ``static`` preallocates
+it.
 
 Left out: ``torch.compile``, IPEX and other plug-ins.
 """

@@ -1,7 +1,8 @@
-"""The loop that every decoding engine serves: generate, timed here, where no pipe and no start-up is counted.
+"""The loop that every decoding engine serves: generate, timed here, where no pipe and no
+start-up is counted.
 
-Two clocks: the wall's, which is the result, and the processor time of the process, which a neighbour on a busy
-machine distorts less (it still shares caches and memory).
+Two clocks: the wall's, which is the result, and the processor time of the process, which a
+neighbour on a busy machine distorts less (it still shares caches and memory).
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ Generate = Callable[[Tokens, int], Tokens]  # prompts, number of new tokens → 
 
 
 def serve(generate: Generate, **about: Any) -> None:
-    """Answer requests ``{prompts, new, seconds}``: generate again and again for at least ``seconds``."""
+    """Answer requests ``{prompts, new, seconds}``: generate again and again for at least
+    ``seconds``.
+    """
     channel = Channel()
     channel.send(**about)
     while (request := channel.receive()) is not None:

@@ -9,7 +9,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Task:
-    """W[size, size] in ``bits`` bits and groups of ``group`` columns, inputs of ``tokens`` tokens."""
+    """W[size, size] in ``bits`` bits and groups of ``group`` columns, inputs of ``tokens``
+    tokens.
+    """
 
     size: int
     tokens: int
@@ -19,7 +21,9 @@ class Task:
 
 
 def draw(task: Task) -> tuple[np.ndarray, np.ndarray]:
-    """W[N, N] and H[N, N] = 2 xᵀx / T, float32; inputs whose columns have very different sizes, as activations do."""
+    """W[N, N] and H[N, N] = 2 xᵀx / T, float32; inputs whose columns have very different
+    sizes, as activations do.
+    """
     rng = np.random.default_rng(task.seed)
     weight = rng.standard_normal((task.size, task.size), dtype=np.float32) * 0.02
     sizes = np.exp(rng.standard_normal(task.size)).astype(np.float32)

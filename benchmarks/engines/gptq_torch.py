@@ -1,8 +1,9 @@
-"""GPTQ of one weight in PyTorch: algorithm 1 of the paper (Frantar et al. 2022), with groups, as a plain loop.
+"""GPTQ of one weight in PyTorch: algorithm 1 of the paper (Frantar et al. 2022), with
+groups, as a plain loop.
 
-H⁻¹ by Cholesky, its upper Cholesky factor, blocks of 128 columns; a group's scale is taken when the group begins.
-Everything in float32 on the CPU, without gradients. It works on the transposed weight, so that each column is
-contiguous, as in refllm.
+H⁻¹ by Cholesky, its upper Cholesky factor, blocks of 128 columns; a group's scale is taken
+when the group begins. Everything in float32 on the CPU, without gradients. It works on the
+transposed weight, so that each column is contiguous, as in refllm.
 """
 
 from __future__ import annotations

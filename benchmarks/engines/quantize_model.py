@@ -1,4 +1,6 @@
-"""A checkpoint quantised in this process: seconds by stage, and the most memory that it ever held."""
+"""A checkpoint quantised in this process: seconds by stage, and the most memory that it
+ever held.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from refllm.formats.uniform import Scheme
 from refllm.jobs import quantize
 from refllm.quant import layer_inputs, layer_sources, methods, resumable_layers
 
-# what belongs to which stage; whatever is called inside another stage counts there and not here
+# what belongs to which stage; whatever is called inside another stage counts there and not
+# here
 STAGES = {
     "reading": [
         (layer_sources.CheckpointSource, "layer"),

@@ -1,4 +1,6 @@
-"""Round to nearest with packing, and what the memory gives: bytes read a second of processor time."""
+"""Round to nearest with packing, and what the memory gives: bytes read a second of
+processor time.
+"""
 
 from __future__ import annotations
 

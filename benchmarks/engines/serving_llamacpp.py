@@ -1,10 +1,13 @@
-"""llama.cpp's continuous batching, greedy, float32: ``python -m engines.serving_llamacpp DIRECTORY``.
+"""llama.cpp's continuous batching, greedy, float32: ``python -m engines.serving_llamacpp
+DIRECTORY``.
 
-The loop of llama.cpp's server over its C interface: sequences are slots; in every step each sequence that answers
-brings its last token, the others what of their prompts still fits into the batch; who ends gives his slot, and its
-keys and values, to the next in the queue. The network and its cache are those of ``decode_llamacpp``.
+The loop of llama.cpp's server over its C interface: sequences are slots; in every step each
+sequence that answers brings its last token, the others what of their prompts still fits
+into the batch; who ends gives his slot, and its keys and values, to the next in the queue.
+The network and its cache are those of ``decode_llamacpp``.
 
-Left out: prompts that share a prefix, a cache that is shifted or defragmented, sampling other than greedy.
+Left out: prompts that share a prefix, a cache that is shifted or defragmented, sampling
+other than greedy.
 """
 
 from __future__ import annotations
@@ -64,7 +67,9 @@ class Server(Engine):
     def step(
         self, context: Any, batch: Any, running: dict[int, Sequence], budget: int
     ) -> list[int]:
-        """One batch, those who answer first; returns the slots of those who got a token, their last one now."""
+        """One batch, those who answer first; returns the slots of those who got a token,
+        their last one now.
+        """
         batch.n_tokens = 0
         sampled = []
         for slot, sequence in sorted(

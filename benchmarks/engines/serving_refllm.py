@@ -1,6 +1,7 @@
 """refllm's serving engine, greedy: ``python -m engines.serving_refllm DIRECTORY``.
 
-Every request of a call is submitted at once; the engine is a new one each time, so no prefix is cached from before.
+Every request of a call is submitted at once; the engine is a new one each time, so no
+prefix is cached from before.
 """
 
 from __future__ import annotations

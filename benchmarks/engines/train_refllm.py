@@ -1,7 +1,9 @@
-"""refllm's training loop, as ``refllm.train.loop.train`` runs it: ``python -m engines.train_refllm``.
+"""refllm's training loop, as ``refllm.train.loop.train`` runs it: ``python -m
+engines.train_refllm``.
 
-The loop reports after every ``turn`` steps, and the report waits for the next request: so the loop itself is
-what is measured, data, clipping, optimizer and all, with nothing of it written a second time.
+The loop reports after every ``turn`` steps, and the report waits for the next request: so
+the loop itself is what is measured, data, clipping, optimizer and all, with nothing of it
+written a second time.
 """
 
 from __future__ import annotations

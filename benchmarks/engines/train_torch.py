@@ -1,7 +1,9 @@
-"""PyTorch, eager, on the same network, weights and batches: ``python -m engines.train_torch``.
+"""PyTorch, eager, on the same network, weights and batches: ``python -m
+engines.train_torch``.
 
-transformers' ``LlamaForCausalLM`` with scaled-dot-product attention, cross-entropy over float32 logits, gradient
-clipping and the fused AdamW: what a user gets on a CPU without a compiler.
+transformers' ``LlamaForCausalLM`` with scaled-dot-product attention, cross-entropy over
+float32 logits, gradient clipping and the fused AdamW: what a user gets on a CPU without a
+compiler.
 
 Left out: ``torch.compile``, bfloat16 autocast.
 """

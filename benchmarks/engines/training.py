@@ -1,4 +1,6 @@
-"""The task that every training engine is given: network, batches, rates; all drawn from one seed."""
+"""The task that every training engine is given: network, batches, rates; all drawn from one
+seed.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class Task:
         return ModelConfig.from_hf(self.network)
 
     def plan(self) -> Plan:
-        """One step more than is reported, so that the run never ends of itself and writes nothing."""
+        """One step more than is reported, so that the run never ends of itself and writes
+        nothing.
+        """
         phase = Phase(self.turns * self.turn + 1, self.batch, self.length)
         return Plan(
             (phase,),

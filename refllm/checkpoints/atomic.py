@@ -1,6 +1,8 @@
-"""Files that are whole or not there: text written atomically, and bytes that have reached the disk.
+"""Files that are whole or not there: text written atomically, and bytes that have reached
+the disk.
 
-Left out: directories and tensors (``checkpoints.directory_writer``), training states (``train.state``).
+Left out: directories and tensors (``checkpoints.directory_writer``), training states
+(``train.state``).
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ from typing import Any
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write UTF-8 text under a temporary name, then rename it. OSError (a full disk) leaves the old file as it was."""
+    """Write UTF-8 text under a temporary name, then rename it. OSError (a full disk) leaves
+    the old file as it was.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("w", encoding="utf-8", newline="\n") as file:
@@ -33,7 +37,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def flush(directory: Path) -> None:
-    """Wait until a directory's entries are on the disk (POSIX; elsewhere a rename is durable by itself)."""
+    """Wait until a directory's entries are on the disk (POSIX; elsewhere a rename is
+    durable by itself).
+    """
     if os.name != "posix":
         return
     handle = os.open(directory, os.O_RDONLY)

@@ -1,24 +1,29 @@
-"""Writing a text file so that it is whole: the old one or the new one, whatever happens in between.
+"""Writing a text file so that it is whole: the old one or the new one, whatever happens in
+between.
 
-Left out: directories (``writer``) and tensors (``state``), which do the same in their own way.
+Left out: directories (``writer``) and tensors (``state``), which do the same in their own
+way.
 
-<<MERGED>>
-Writing safetensors: tensors of any stored type, one in memory at a time, in one file or in shards.
+<<MERGED>> Writing safetensors: tensors of any stored type, one in memory at a time, in one
+file or in shards.
 
-The format is described in ``shards``. Each tensor is written where its type may be mapped: the widest types come
-first, as the format's own library does it, so that none begins at an odd place.
+The format is described in ``shards``. Each tensor is written where its type may be mapped:
+the widest types come first, as the format's own library does it, so that none begins at an
+odd place.
 
 Left out: types that a checkpoint has not (booleans, 8-bit floats but E4M3).
 
 <<MERGED>>
 Checkpoints written: all files in a new directory that takes its name only when it is whole.
 
-What is written is what ``transformers``, vLLM and llama.cpp's converter expect of a Hugging Face directory:
-``config.json``, ``generation_config.json``, ``tokenizer.json``, ``tokenizer_config.json`` and the weights as
-safetensors (the format is described in ``shards``), in one file or in shards. A tied head is stored once.
+What is written is what ``transformers``, vLLM and llama.cpp's converter expect of a Hugging
+Face directory: ``config.json``, ``generation_config.json``, ``tokenizer.json``,
+``tokenizer_config.json`` and the weights as safetensors (the format is described in
+``shards``), in one file or in shards. A tied head is stored once.
 
-Left out: model cards (pass one in ``extra_files``), uploading. Quantised layouts are ``quant.export``'s, which
-writes through ``write_directory`` too; the tensors' files are ``tensorfile``'s.
+Left out: model cards (pass one in ``extra_files``), uploading. Quantised layouts are
+``quant.export``'s, which writes through ``write_directory`` too; the tensors' files are
+``tensorfile``'s.
 """
 
 from __future__ import annotations
@@ -62,7 +67,9 @@ Read = Callable[[str], np.ndarray]  # the tensor of a name, of the planned type 
 
 
 def write_tensors(directory: Path, plan: Plan, read: Read, limit: int | None = None) -> None:
-    """Write ``model.safetensors``, or shards of at most ``limit`` bytes (or one tensor) and their index."""
+    """Write ``model.safetensors``, or shards of at most ``limit`` bytes (or one tensor) and
+    their index.
+    """
     runs = _share_out({name: _size(*plan[name]) for name in plan}, limit)
     count = len(runs)
     if count == 1:
@@ -81,7 +88,9 @@ def write_tensors(directory: Path, plan: Plan, read: Read, limit: int | None = N
 
 
 def write_file(path: Path, plan: Plan, read: Read) -> None:
-    """Write one file and wait until it is on the disk; each tensor is asked for, written and dropped."""
+    """Write one file and wait until it is on the disk; each tensor is asked for, written
+    and dropped.
+    """
     # stable: the plan's order otherwise
     names = sorted(plan, key=lambda name: -host_dtype(plan[name][0]).itemsize)
     with path.open("wb") as out:
@@ -103,7 +112,9 @@ def _size(dtype: str, shape: Shape) -> int:
 
 
 def _share_out(sizes: Mapping[str, int], limit: int | None) -> list[list[str]]:
-    """Names in order, cut into runs of at most ``limit`` bytes, or of one name that is larger alone."""
+    """Names in order, cut into runs of at most ``limit`` bytes, or of one name that is
+    larger alone.
+    """
     if limit is None:
         return [list(sizes)]
     runs: list[list[str]] = [[]]
@@ -118,7 +129,9 @@ def _share_out(sizes: Mapping[str, int], limit: int | None) -> list[list[str]]:
 
 
 def _header(entries: Plan) -> bytes:
-    """The length and the JSON with which a safetensors file begins; tensors follow without gaps."""
+    """The length and the JSON with which a safetensors file begins; tensors follow without
+    gaps.
+    """
     # transformers refuses a file that lacks it
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
@@ -146,18 +159,20 @@ def save(
     extra_files: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a directory that ``load`` and transformers read. ``tensors`` go under Hugging Face's names.
+    """Write a directory that ``load`` and transformers read. ``tensors`` go under Hugging
+    Face's names.
 
-    All files are written and flushed in a new directory beside ``path``, which is then renamed: a reader, or
-    a crash, finds the old checkpoint or the new one and never a part. With ``overwrite`` the old directory
-    goes as a whole, whatever else it held; between two renames it waits under ``.NAME.*.old``.
-    ``extra_files`` maps plain file names to text (a model card, say).
+    All files are written and flushed in a new directory beside ``path``, which is then
+    renamed: a reader, or a crash, finds the old checkpoint or the new one and never a part.
+    With ``overwrite`` the old directory goes as a whole, whatever else it held; between two
+    renames it waits under ``.NAME.*.old``. ``extra_files`` maps plain file names to text (a
+    model card, say).
 
     Raises
     ------
     CheckpointError
-        for tensors that do not fit the config, values that are not finite in ``dtype``, and a ``path`` that
-        must not be replaced. Nothing has changed then.
+        for tensors that do not fit the config, values that are not finite in ``dtype``, and
+        a ``path`` that must not be replaced. Nothing has changed then.
     """
     if dtype not in STORED_TYPES:
         raise ValueError(
@@ -189,9 +204,11 @@ def write_directory(
     temporary: Path | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write text files and tensors in a new directory, then give it the name ``target`` (see ``save``).
+    """Write text files and tensors in a new directory, then give it the name ``target``
+    (see ``save``).
 
-    ``temporary`` is what it is called meanwhile; ``finish`` is shown it, whole, before it takes its name.
+    ``temporary`` is what it is called meanwhile; ``finish`` is shown it, whole, before it
+    takes its name.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     if temporary is None:
@@ -268,7 +285,9 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:
-    """Rename ``temporary`` to ``target``; an old ``target`` is moved aside first, and back if that fails."""
+    """Rename ``temporary`` to ``target``; an old ``target`` is moved aside first, and back
+    if that fails.
+    """
     if not target.exists():
         os.rename(temporary, target)
     else:

@@ -1,4 +1,5 @@
-"""A network from a GGUF file: weights stay in the file's bytes, everything else becomes what ``llama.build`` expects.
+"""A network from a GGUF file: weights stay in the file's bytes, everything else becomes
+what ``llama.build`` expects.
 
 | part       | read as                                                                                       |
 |------------|-----------------------------------------------------------------------------------------------|
@@ -7,7 +8,8 @@
 | vectors    | arrays in the dtype that is computed in                                                        |
 | rope_freqs | the rotation's frequencies, divided by them                                                    |
 
-A tensor is copied out of the mapped file when it is looked up, so the file may be closed, or changed, afterwards.
+A tensor is copied out of the mapped file when it is looked up, so the file may be closed,
+or changed, afterwards.
 
 Left out: files in several parts, adapters, experts.
 """
@@ -44,7 +46,9 @@ __all__ = ["GGUFTensors", "is_gguf", "load", "open_file"]
 
 
 def is_gguf(path: str | Path) -> bool:
-    """Whether a path names a file that calls itself GGUF, by its suffix or by its first bytes."""
+    """Whether a path names a file that calls itself GGUF, by its suffix or by its first
+    bytes.
+    """
     path = Path(os.path.expanduser(path))  # unlike Path's, leaves an unknown ~user as it is
     try:
         if not path.is_file():
@@ -93,7 +97,8 @@ def load(path: str | Path, xp: Any, dtype: str) -> tuple[ModelConfig, Weights, T
 
 
 class GGUFTensors(Mapping[str, Any]):
-    """The tensors of a file by Hugging Face's names, each copied and moved when it is looked up.
+    """The tensors of a file by Hugging Face's names, each copied and moved when it is
+    looked up.
 
     ``xp`` None leaves them on the host; ``dtype`` None gives plain tensors as float32.
     """
@@ -110,7 +115,9 @@ class GGUFTensors(Mapping[str, Any]):
 
     @property
     def factors(self) -> np.ndarray | None:
-        """float64 [D/2]: what ``rope_freqs`` divides the frequencies by; None if the file has none."""
+        """float64 [D/2]: what ``rope_freqs`` divides the frequencies by; None if the file
+        has none.
+        """
         if ROPE_FACTORS not in self.file:
             return None
         factors = self._floats(ROPE_FACTORS).astype(np.float64).reshape(-1)
@@ -121,7 +128,9 @@ class GGUFTensors(Mapping[str, Any]):
         return factors
 
     def check(self) -> None:
-        """CheckpointError unless names and shapes are those of the network that the metadata describe."""
+        """CheckpointError unless names and shapes are those of the network that the
+        metadata describe.
+        """
         found: dict[str, Any] = {}
         for name, record in self.file.tensors.items():
             if name != ROPE_FACTORS:
@@ -153,7 +162,9 @@ class GGUFTensors(Mapping[str, Any]):
         )
 
     def _refuse_broken(self, raw: np.ndarray, type: str, name: str) -> None:
-        """CheckpointError if a step is infinite or NaN: no number of its block could be computed with."""
+        """CheckpointError if a step is infinite or NaN: no number of its block could be
+        computed with.
+        """
         step = max(1, (1 << 22) // max(1, raw.shape[1]))
         for start in range(0, raw.shape[0], step):
             if not np.isfinite(dequantize(raw[start : start + step], type)).all():

@@ -1,4 +1,5 @@
-"""A network in GGUF's words: names of tensors, order of q's and k's rows, shape of the network as metadata.
+"""A network in GGUF's words: names of tensors, order of q's and k's rows, shape of the
+network as metadata.
 
 | GGUF                          | Hugging Face                                                               |
 |-------------------------------|----------------------------------------------------------------------------|
@@ -9,13 +10,15 @@
 | blk.N.attn_q_norm, _k_norm    | model.layers.N.self_attn.q_norm, k_norm                                    |
 | rope_freqs                    | none: Llama 3's stretched wavelengths as one factor for each pair          |
 
-Architecture "llama" (Llama, Mistral) rotates neighbouring pairs, Hugging Face's code pairs the halves of a head. So the
-rows of q and k stand in another order: row (h, i, s) of GGUF is row (h, s, i) of Hugging Face, s the half, i the pair.
-Qwen's architectures rotate halves in both and keep their rows.
+Architecture "llama" (Llama, Mistral) rotates neighbouring pairs, Hugging Face's code pairs
+the halves of a head. So the rows of q and k stand in another order: row (h, i, s) of GGUF
+is row (h, s, i) of Hugging Face, s the half, i the pair. Qwen's architectures rotate halves
+in both and keep their rows.
 
 Source: the GGUF specification's keys and llama.cpp's converter.
 
-Left out: RoPE scalings other than Llama 3's, windows in llama.cpp (it ignores Mistral's; the key is written for us).
+Left out: RoPE scalings other than Llama 3's, windows in llama.cpp (it ignores Mistral's;
+the key is written for us).
 """
 
 from __future__ import annotations
@@ -81,7 +84,9 @@ def hf_name(name: str) -> str | None:
 
 
 def permutation(config: ModelConfig, name: str) -> np.ndarray | None:
-    """Which Hugging Face row each row of the GGUF tensor ``name`` (Hugging Face's name) is; None: the same."""
+    """Which Hugging Face row each row of the GGUF tensor ``name`` (Hugging Face's name) is;
+    None: the same.
+    """
     part = name.split(".")[-2] if "." in name else name
     if architecture(config) != "llama" or part not in ("q_proj", "k_proj"):
         return None

@@ -1,16 +1,17 @@
 """A tokenizer as GGUF's metadata, and back.
 
-GGUF stores what llama.cpp needs: the tokens with their kinds, the merges, and the *name* of the split into words, whose
-regular expression llama.cpp knows. It has a place for a whole ``tokenizer.json`` too (tokenizer.huggingface.json), and
-that is written beside: what comes back from our own files is the tokenizer that went in, to the letter.
+GGUF stores what llama.cpp needs: the tokens with their kinds, the merges, and the *name* of
+the split into words, whose regular expression llama.cpp knows. It has a place for a whole
+``tokenizer.json`` too (tokenizer.huggingface.json), and that is written beside: what comes
+back from our own files is the tokenizer that went in, to the letter.
 
 | kind                     | model   | words                           | read without tokenizer.json          |
 |--------------------------|---------|----------------------------------|--------------------------------------|
 | byte-level BPE           | "gpt2"  | gpt-2, llama-bpe, qwen2         | tokens, merges, words by name        |
 | BPE with fallback bytes  | "llama" | spaces become "▁"               | tokens; merges from the scores       |
 
-SentencePiece's scores order the merges: the pair whose union has the highest score goes first. For BPE that is minus
-the rank of the merge, so either can be made of the other.
+SentencePiece's scores order the merges: the pair whose union has the highest score goes
+first. For BPE that is minus the rank of the merge, so either can be made of the other.
 
 Source: the GGUF specification's keys and llama.cpp's tokenizers.
 
@@ -41,7 +42,8 @@ USER_DEFINED = 4
 UNUSED = 5
 BYTE = 6
 WHOLE = "tokenizer.huggingface.json"
-# Splits into words by the names that llama.cpp has for them; None is GPT-2's own, which the library has built in
+# Splits into words by the names that llama.cpp has for them; None is GPT-2's own, which the
+# library has built in
 _END = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 WORDS = {
     "gpt-2": None,
@@ -50,7 +52,7 @@ WORDS = {
 }
 
 
-# --- writing -------------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------
 
 
 def metadata_of(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
@@ -141,7 +143,7 @@ def _words_name(pre: Any) -> str:
     )
 
 
-# --- reading -------------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------
 
 
 def tokenizer_of(metadata: Mapping[str, Any], where: str) -> Tokenizer:
@@ -212,7 +214,9 @@ def _rebuilt(metadata: Mapping[str, Any], where: str) -> Tokenizer:
 def _pieces(
     metadata: Mapping[str, Any], tokens: Sequence[str], vocab: Mapping[str, int], where: str
 ) -> Any:
-    """A SentencePiece model of merges: each token can be made of any two tokens, the best score first."""
+    """A SentencePiece model of merges: each token can be made of any two tokens, the best
+    score first.
+    """
     scores = metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, np.ndarray) or scores.shape != (len(tokens),):
         raise CheckpointError(f"{where}: tokenizer.ggml.scores has not one score for each token")

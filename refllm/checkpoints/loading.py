@@ -1,4 +1,5 @@
-"""The tensors of a checkpoint as its network needs them, whether they are stored plainly or quantised.
+"""The tensors of a checkpoint as its network needs them, whether they are stored plainly or
+quantised.
 
 | name           | what                                                                                              |
 |----------------|---------------------------------------------------------------------------------------------------|
@@ -6,15 +7,16 @@
 | stored_specs   | each tensor in the files, the several tensors of a quantised weight included                       |
 | NetworkTensors | by their plain names: arrays, and for quantised weights a ``Linear``, each read when asked for     |
 
-Which tensors a quantised weight has, and what they hold, is known to ``formats.layouts`` alone.
+Which tensors a quantised weight has, and what they hold, is known to ``formats.layouts``
+alone.
 
 Left out: quantised embeddings. Writing is ``quant.export``'s.
 
-<<MERGED>>
-Checkpoints: a Hugging Face directory read into a weight tree, and written so that transformers loads it.
+<<MERGED>> Checkpoints: a Hugging Face directory read into a weight tree, and written so
+that transformers loads it.
 
-Reading is here, in ``shards`` (the tensors' files) and ``quantized`` (weights of several tensors); writing is in
-``writer``.
+Reading is here, in ``shards`` (the tensors' files) and ``quantized`` (weights of several
+tensors); writing is in ``writer``.
 
 | file                   | read                                     | written                                   |
 |------------------------|------------------------------------------|-------------------------------------------|
@@ -25,8 +27,9 @@ Reading is here, in ``shards`` (the tensors' files) and ``quantized`` (weights o
 | generation_config.json | its end-of-text ids win over the config's| end and beginning of text                 |
 | tokenizer_config.json  | not read                                 | the class and special tokens              |
 
-Every tensor is read, checked, converted and laid out before the next one is read, so loading needs one model
-of memory and one tensor, never two models. Weights are never unpickled.
+Every tensor is read, checked, converted and laid out before the next one is read, so
+loading needs one model of memory and one tensor, never two models. Weights are never
+unpickled.
 
 Quantised weights stay quantised: they multiply in the form in which they are stored.
 
@@ -67,12 +70,15 @@ from refllm.formats.quantization_config import Quantization, UnsupportedQuantiza
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights, build
 
-# Written by some, of no effect when zero: zero points of symmetric weights, biases that a family does not have
+# Written by some, of no effect when zero: zero points of symmetric weights, biases that a
+# family does not have
 OPTIONAL = (".weight_zero_point", ".bias")
 
 
 def read(directory: Path) -> Quantization | None:
-    """How the weights of a checkpoint are stored; CheckpointError for what is not read, None for plain weights."""
+    """How the weights of a checkpoint are stored; CheckpointError for what is not read,
+    None for plain weights.
+    """
     file = directory / "config.json"
     raw = read_json(file).get("quantization_config")
     if raw is None:
@@ -86,7 +92,9 @@ def read(directory: Path) -> Quantization | None:
 def stored_as(
     quantization: Quantization | None, name: str, shape: Shape, names: Container[str]
 ) -> Stored | None:
-    """How the tensor ``name`` of a network is stored in files with ``names``; None: as it is."""
+    """How the tensor ``name`` of a network is stored in files with ``names``; None: as it
+    is.
+    """
     if quantization is None or len(shape) != 2 or name == EMBEDDING:
         return None
     return quantization.of(name.removesuffix(".weight"), names)
@@ -95,9 +103,11 @@ def stored_as(
 def stored_specs(
     config: ModelConfig, stored: Callable[[str, Shape], Stored | None]
 ) -> Iterator[tuple[str, Spec]]:
-    """Name, dtype and shape of each tensor in the files of a network, in the order of ``tensor_shapes``.
+    """Name, dtype and shape of each tensor in the files of a network, in the order of
+    ``tensor_shapes``.
 
-    ``stored`` says of each tensor how it is stored. A dtype of ``FLOAT`` is the checkpoint's own.
+    ``stored`` says of each tensor how it is stored. A dtype of ``FLOAT`` is the
+    checkpoint's own.
 
     Raises
     ------
@@ -118,10 +128,12 @@ def stored_specs(
 
 
 class NetworkTensors(Mapping[str, Any]):
-    """The tensors of a network by their plain names, each read, converted and moved at the moment of the look-up.
+    """The tensors of a network by their plain names, each read, converted and moved at the
+    moment of the look-up.
 
-    ``xp`` None leaves them on the host. ``dtype`` None keeps the stored type of plain tensors, and gives quantised
-    weights in float32. A look-up raises CheckpointError for what ``formats.layouts`` does not read.
+    ``xp`` None leaves them on the host. ``dtype`` None keeps the stored type of plain
+    tensors, and gives quantised weights in float32. A look-up raises CheckpointError for
+    what ``formats.layouts`` does not read.
     """
 
     def __init__(
@@ -222,7 +234,9 @@ class NetworkTensors(Mapping[str, Any]):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the lower floors pass around: the network's shape, its weight tree, its tokenizer, its origin."""
+    """What the lower floors pass around: the network's shape, its weight tree, its
+    tokenizer, its origin.
+    """
 
     config: ModelConfig
     weights: Weights
@@ -231,7 +245,8 @@ class Checkpoint:
 
 
 def load(path: str | Path, *, backend: str | None = None, dtype: str = "float32") -> Checkpoint:
-    """Load a directory or a GGUF file for ``backend`` ("numpy", "cupy", None: the environment's) in ``dtype``.
+    """Load a directory or a GGUF file for ``backend`` ("numpy", "cupy", None: the
+    environment's) in ``dtype``.
 
     Raises
     ------
@@ -259,7 +274,9 @@ def load(path: str | Path, *, backend: str | None = None, dtype: str = "float32"
 
 
 def read_config(path: str | Path) -> ModelConfig:
-    """The network's shape from ``config.json``, with the end-of-text ids of ``generation_config.json``."""
+    """The network's shape from ``config.json``, with the end-of-text ids of
+    ``generation_config.json``.
+    """
     directory = _directory(path)
     file = directory / "config.json"
     if not file.is_file():
@@ -285,16 +302,19 @@ def read_config(path: str | Path) -> ModelConfig:
 
 
 def build_weights(config: ModelConfig, tensors: Mapping[str, Array]) -> Weights:
-    """``llama.build`` after a check of names and shapes; CheckpointError says which tensor is wrong."""
+    """``llama.build`` after a check of names and shapes; CheckpointError says which tensor
+    is wrong.
+    """
     check_tensors(config, tensors, Path("tensors"))
     return build(config, tensors)
 
 
 def iter_tensors(path: str | Path, dtype: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, host array) of every tensor of a network, layer by layer, one in memory at a time.
+    """(name, host array) of every tensor of a network, layer by layer, one in memory at a
+    time.
 
-    ``dtype`` None keeps the stored type (bfloat16 is ml_dtypes'); what is stored quantised comes as the floats that
-    it stands for, float32 then.
+    ``dtype`` None keeps the stored type (bfloat16 is ml_dtypes'); what is stored quantised
+    comes as the floats that it stands for, float32 then.
     """
     directory = _directory(path)
     config = read_config(directory)
@@ -305,7 +325,9 @@ def iter_tensors(path: str | Path, dtype: str | None = None) -> Iterator[tuple[s
 
 
 def read_tensor(path: str | Path, name: str, dtype: str | None = None) -> np.ndarray:
-    """One tensor of a checkpoint directory by its Hugging Face name, as ``iter_tensors`` gives it."""
+    """One tensor of a checkpoint directory by its Hugging Face name, as ``iter_tensors``
+    gives it.
+    """
     directory = _directory(path)
     config = read_config(directory)
     with TensorFiles(directory) as files:
@@ -352,7 +374,9 @@ def _generation_eos(file: Path) -> tuple[int, ...] | None:
 
 
 def read_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer:
-    """The tokenizer of a directory; CheckpointError if it is broken, or has ids beyond the model's vocabulary."""
+    """The tokenizer of a directory; CheckpointError if it is broken, or has ids beyond the
+    model's vocabulary.
+    """
     try:
         tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
     except ValueError as error:

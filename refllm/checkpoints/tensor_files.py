@@ -1,9 +1,11 @@
-"""Tensors on disk: safetensors in one file or in shards, which there must be, and reading one at a time.
+"""Tensors on disk: safetensors in one file or in shards, which there must be, and reading
+one at a time.
 
-Format: eight bytes of header length (little-endian), a JSON header ``{name: {dtype, shape, data_offsets}}``
-padded with spaces to a multiple of eight, then the tensors' bytes without gaps. Nothing in it can run code;
-files that hold pickles are never opened. A sharded checkpoint adds ``model.safetensors.index.json``, whose
-``weight_map`` names the shard of each tensor.
+Format: eight bytes of header length (little-endian), a JSON header ``{name: {dtype, shape,
+data_offsets}}`` padded with spaces to a multiple of eight, then the tensors' bytes without
+gaps. Nothing in it can run code; files that hold pickles are never opened. A sharded
+checkpoint adds ``model.safetensors.index.json``, whose ``weight_map`` names the shard of
+each tensor.
 
 | name          | meaning                                                             |
 |---------------|---------------------------------------------------------------------|
@@ -12,7 +14,8 @@ files that hold pickles are never opened. A sharded checkpoint adds ``model.safe
 | tensor_shapes | name and shape of every tensor that a network has                   |
 | check_…       | what is there against what there must be                            |
 
-Left out: 8-bit floats, big-endian hosts. Quantised weights are ``quantized``'s, writing is ``writer``'s.
+Left out: 8-bit floats, big-endian hosts. Quantised weights are ``quantized``'s, writing is
+``writer``'s.
 """
 
 from __future__ import annotations
@@ -44,7 +47,9 @@ Shape = tuple[int, ...]
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be read or written; the message names the file and says what to do."""
+    """A checkpoint cannot be read or written; the message names the file and says what to
+    do.
+    """
 
 
 def host_dtype(name: str) -> np.dtype[Any]:
@@ -70,10 +75,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class TensorFiles(Mapping[str, np.ndarray]):
-    """The tensors of a checkpoint directory by name; ``files[name]`` reads one, in its stored type.
+    """The tensors of a checkpoint directory by name; ``files[name]`` reads one, in its
+    stored type.
 
-    Only headers are read on opening: ``shape`` and ``dtype`` cost nothing, and memory holds what the caller
-    keeps. A context manager, since it keeps the files open.
+    Only headers are read on opening: ``shape`` and ``dtype`` cost nothing, and memory holds
+    what the caller keeps. A context manager, since it keeps the files open.
 
     Raises
     ------
@@ -142,7 +148,9 @@ class TensorFiles(Mapping[str, np.ndarray]):
         return self.raw(name)
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows ``start`` to ``stop`` of a tensor of floats, in its stored type; nothing else is read. Vectors whole."""
+        """Rows ``start`` to ``stop`` of a tensor of floats, in its stored type; nothing
+        else is read. Vectors whole.
+        """
         if self.dtype(name) not in FLOATS or len(self.shape(name)) == 1:
             return self[name]
         part: np.ndarray = self._shards[self._where[name]].get_slice(name)[start:stop]
@@ -174,7 +182,9 @@ class TensorFiles(Mapping[str, np.ndarray]):
         return tensor
 
     def _bytes(self, name: str) -> np.ndarray:
-        """A tensor's bytes, from where the header says that they are; opening the file has checked that it can be."""
+        """A tensor's bytes, from where the header says that they are; opening the file has
+        checked that it can be.
+        """
         with self._where[name].open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             begin, end = json.loads(file.read(length))[name]["data_offsets"]
@@ -210,12 +220,16 @@ class TensorFiles(Mapping[str, np.ndarray]):
 
 
 def _widens(kind: str, dtype: str) -> bool:
-    """Whether whole numbers of one type are all numbers of the other; an 8-bit float is none."""
+    """Whether whole numbers of one type are all numbers of the other; an 8-bit float is
+    none.
+    """
     return "float8_e4m3fn" not in (kind, dtype) and bool(np.can_cast(kind, dtype))
 
 
 def converted(tensor: np.ndarray, dtype: str, name: str, where: Path) -> np.ndarray:
-    """``tensor`` as a contiguous array of ``dtype``; CheckpointError if a value is, or becomes, NaN or ±∞."""
+    """``tensor`` as a contiguous array of ``dtype``; CheckpointError if a value is, or
+    becomes, NaN or ±∞.
+    """
     if dtype not in FLOATS.values():
         raise ValueError(f"weights are one of {', '.join(FLOATS.values())}, not {dtype!r}")
     if tensor.dtype.name not in FLOATS.values():
@@ -288,10 +302,11 @@ def check_tensors(
     wanted: Iterable[tuple[str, Shape]] | None = None,
     spare: tuple[str, ...] = (),
 ) -> list[str]:
-    """Compare what is there with what the network needs: nothing missing, misshapen or left over.
+    """Compare what is there with what the network needs: nothing missing, misshapen or left
+    over.
 
-    ``wanted`` replaces ``tensor_shapes(config)``, for files that store some weights as several tensors. Names that end
-    on one of ``spare`` may be left over, and are returned.
+    ``wanted`` replaces ``tensor_shapes(config)``, for files that store some weights as
+    several tensors. Names that end on one of ``spare`` may be left over, and are returned.
     """
     shapes = shapes_of(tensors)
     needed = set()
@@ -332,7 +347,9 @@ def check_tied(config: ModelConfig, tensors: Mapping[str, Array], where: Path) -
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: Path) -> None:
-    """A smaller tokenizer is common (models pad their vocabulary); a larger one would index past the end."""
+    """A smaller tokenizer is common (models pad their vocabulary); a larger one would index
+    past the end.
+    """
     size = tokenizer.vocab_size
     if size == 0:
         raise CheckpointError(f"{where}: the tokenizer has no tokens")
@@ -344,7 +361,9 @@ def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: Path) -> 
 
 
 def _inside(directory: Path, name: str, index: Path) -> Path:
-    """The path of a shard, refused unless it stays in the directory: an index is somebody else's text."""
+    """The path of a shard, refused unless it stays in the directory: an index is somebody
+    else's text.
+    """
     for kind in (PurePosixPath(name), PureWindowsPath(name)):
         if kind.anchor or ".." in kind.parts:
             raise CheckpointError(

@@ -1,15 +1,18 @@
-"""The tokenizer: byte-level BPE by the ``tokenizers`` library, loaded from or trained into ``tokenizer.json``.
+"""The tokenizer: byte-level BPE by the ``tokenizers`` library, loaded from or trained into
+``tokenizer.json``.
 
-Byte-level means that every byte is a symbol of the base alphabet: any text round-trips, and nothing is ever
-unknown. A token may therefore end in the middle of a UTF-8 character; see ``Utf8Stream`` in ``decode.text``.
+Byte-level means that every byte is a symbol of the base alphabet: any text round-trips, and
+nothing is ever unknown. A token may therefore end in the middle of a UTF-8 character; see
+``Utf8Stream`` in ``decode.text``.
 
-The literal text of a special token, such as ``<|endoftext|>`` inside a document, is ordinary text here and never
-becomes the special token: text from outside must not end a document or open a system turn. The ``tokenizers``
-library and ``transformers`` do the opposite by default; ``parse_special=True`` asks for that, for prompts which
-are written with control tokens (chat templates). Either way the ids decode to the same text.
+The literal text of a special token, such as ``<|endoftext|>`` inside a document, is
+ordinary text here and never becomes the special token: text from outside must not end a
+document or open a system turn. The ``tokenizers`` library and ``transformers`` do the
+opposite by default; ``parse_special=True`` asks for that, for prompts which are written
+with control tokens (chat templates). Either way the ids decode to the same text.
 
-Left out: other tokenizer kinds are loaded as they are (``tokenizers`` knows them) but never trained here; chat
-templates; truncation and padding.
+Left out: other tokenizer kinds are loaded as they are (``tokenizers`` knows them) but never
+trained here; chat templates; truncation and padding.
 """
 
 from __future__ import annotations
@@ -40,7 +43,9 @@ class Tokenizer:
 
     @cached_property
     def _parsing(self) -> _Tokenizer:
-        """A twin that reads special tokens; a twin, because a flag flipped in place would race between threads."""
+        """A twin that reads special tokens; a twin, because a flag flipped in place would
+        race between threads.
+        """
         # the flag is no part of the file, so it is off here
         return _Tokenizer.from_str(self.inner.to_str())
 
@@ -59,9 +64,10 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
         """Train byte-level BPE with GPT-2's word split; id 0 is ``<|endoftext|>``.
 
-        The vocabulary is smaller than ``vocab_size`` if the texts have too few distinct pairs to merge. The same
-        texts give the same tokenizer. ValueError if ``vocab_size`` cannot hold the 256 bytes and the end token, or
-        is beyond 2²⁰: the library reserves memory for all of it, and a failure there ends the process.
+        The vocabulary is smaller than ``vocab_size`` if the texts have too few distinct
+        pairs to merge. The same texts give the same tokenizer. ValueError if ``vocab_size``
+        cannot hold the 256 bytes and the end token, or is beyond 2²⁰: the library reserves
+        memory for all of it, and a failure there ends the process.
         """
         if not 257 <= vocab_size <= 2**20:
             raise ValueError(
@@ -77,7 +83,8 @@ class Tokenizer:
             show_progress=False,
         )
         inner.train_from_iterator(texts, trainer)
-        # documents began with the end token in training, so an encoded prompt begins with it too
+        # documents began with the end token in training, so an encoded prompt begins with
+        # it too
         inner.post_processor = processors.TemplateProcessing(
             single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
         )
@@ -91,8 +98,9 @@ class Tokenizer:
     def encode(self, text: str, *, special: bool = False, parse_special: bool = False) -> list[int]:
         """Token ids of ``text``; ValueError for what is no Unicode text.
 
-        With ``special``, also what the tokenizer's file puts before and after it. With ``parse_special``, the
-        literal text of a special token becomes that token (see the module's docstring).
+        With ``special``, also what the tokenizer's file puts before and after it. With
+        ``parse_special``, the literal text of a special token becomes that token (see the
+        module's docstring).
         """
         inner = self._parsing if parse_special else self.inner
         try:
@@ -110,10 +118,11 @@ class Tokenizer:
             return [self.encode(text) for text in texts]  # says which part of which text is none
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``; bytes that form no UTF-8 character become U+FFFD, special tokens are kept.
+        """Text of ``ids``; bytes that form no UTF-8 character become U+FFFD, special tokens
+        are kept.
 
-        An id that the tokenizer does not know gives no text: some models have more rows than tokens (padding).
-        ValueError for what no vocabulary can hold.
+        An id that the tokenizer does not know gives no text: some models have more rows
+        than tokens (padding). ValueError for what no vocabulary can hold.
         """
         try:
             text: str = self.inner.decode([index(i) for i in ids], skip_special_tokens=False)

@@ -1,7 +1,9 @@
-"""The command line: ``refllm info | generate | eval | train | quantize | convert | tour | figures``.
+"""The command line: ``refllm info | generate | eval | train | quantize | convert | tour |
+figures``.
 
-One file a command; what they share is in ``terminal`` (what is printed, and where) and ``errors`` (what becomes
-of bad input). A command imports what it needs when it runs, so that ``refllm --help`` is there at once.
+One file a command; what they share is in ``terminal`` (what is printed, and where) and
+``errors`` (what becomes of bad input). A command imports what it needs when it runs, so
+that ``refllm --help`` is there at once.
 """
 
 from __future__ import annotations

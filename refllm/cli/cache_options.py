@@ -1,4 +1,6 @@
-"""The options of commands whose cache can keep less: keys and values in few bits, or of some of the tokens."""
+"""The options of commands whose cache can keep less: keys and values in few bits, or of
+some of the tokens.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ def kivi_of(
 ) -> Kivi | None:
     """The settings that the options ask for; None without ``--kv-bits``.
 
-    ValueError for a group or residual without it, and for settings that do not fit the model's heads.
+    ValueError for a group or residual without it, and for settings that do not fit the
+    model's heads.
     """
     from refllm.kv.kivi import Kivi
 

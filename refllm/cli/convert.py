@@ -29,8 +29,9 @@ def convert(
 ) -> None:
     """Convert a checkpoint to GGUF.
 
-    From a Hugging Face directory, or a GGUF file of F32, F16 or BF16, to a file that llama.cpp opens and
-    refllm loads. The tokenizer goes with it. The calibration text is the standard library's source.
+    From a Hugging Face directory, or a GGUF file of F32, F16 or BF16, to a file that
+    llama.cpp opens and refllm loads. The tokenizer goes with it. The calibration text is
+    the standard library's source.
 
     \b
     Examples:

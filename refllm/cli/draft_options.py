@@ -1,7 +1,9 @@
-"""Speculation on the command line: who drafts, drafted tokens in colour as they are judged, and the count at the end.
+"""Speculation on the command line: who drafts, drafted tokens in colour as they are judged,
+and the count at the end.
 
-The colours are on a terminal only. There the text comes step by step: what was accepted in green, in red and struck
-through what was drafted and rejected, and in the terminal's own colour the token that the target chose itself.
+The colours are on a terminal only. There the text comes step by step: what was accepted in
+green, in red and struck through what was drafted and rejected, and in the terminal's own
+colour the token that the target chose itself.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 
 
 def draft_named(names: str, gamma: int | None, tree: bool, backend: str) -> Any:
-    """The drafter that ``--draft`` names: ``ngram``, a draft model, or several, asked in turn; γ as given, or its own.
+    """The drafter that ``--draft`` names: ``ngram``, a draft model, or several, asked in
+    turn; γ as given, or its own.
 
     With ``tree`` a model proposes trees.
     """
@@ -76,8 +79,8 @@ class Speculation:
     def shown(self, pieces: Iterable[str]) -> Iterator[str]:
         """The pieces of a stream in colour, and between them what was rejected there.
 
-        They hold the same characters as the tokens that were judged, in the same order; where the text ends (an end
-        token, a stop string) is their business.
+        They hold the same characters as the tokens that were judged, in the same order;
+        where the text ends (an end token, a stop string) is their business.
         """
         for piece in pieces:
             left = len(piece)

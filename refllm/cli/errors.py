@@ -1,4 +1,5 @@
-"""What becomes of an exception: one sentence and exit code 2 for bad input, a traceback for a bug.
+"""What becomes of an exception: one sentence and exit code 2 for bad input, a traceback for
+a bug.
 
 | what was raised                                              | what the user sees             | exit |
 |--------------------------------------------------------------|--------------------------------|------|
@@ -9,8 +10,8 @@
 | the reader of a pipe went away                               | nothing                        | 1    |
 | anything else                                                | Python's traceback             | 1    |
 
-A ``ValueError`` that NumPy raises inside refllm is a bug in refllm, and is shown as one: what tells the two apart
-is the source line that the traceback ends on.
+A ``ValueError`` that NumPy raises inside refllm is a bug in refllm, and is shown as one:
+what tells the two apart is the source line that the traceback ends on.
 """
 
 from __future__ import annotations

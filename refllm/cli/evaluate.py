@@ -1,4 +1,6 @@
-"""``refllm eval``: how well a model predicts text, and how far it is from a reference model."""
+"""``refllm eval``: how well a model predicts text, and how far it is from a reference
+model.
+"""
 
 from __future__ import annotations
 
@@ -56,8 +58,9 @@ def evaluate(
 
     In bits per byte and perplexity, on text that it was not trained on.
 
-    The default text is the modules of the running Python's standard library that the bundled models were not trained
-    on; the Python version is part of the result. Bits per byte compare models of any vocabulary, perplexity does not.
+    The default text is the modules of the running Python's standard library that the
+    bundled models were not trained on; the Python version is part of the result. Bits per
+    byte compare models of any vocabulary, perplexity does not.
 
     \b
     Examples:
@@ -66,8 +69,8 @@ def evaluate(
       refllm eval --model stdlib-draft --reference stdlib --max-tokens 20000
       refllm eval --kv-bits 2 --reference stdlib --max-tokens 8000
 
-    With --kv-bits the model reads each window as it would token by token, with all but the newest keys and values in
-    few bits; the reference reads its own in full.
+    With --kv-bits the model reads each window as it would token by token, with all but the
+    newest keys and values in few bits; the reference reads its own in full.
     """
     import numpy as np
 

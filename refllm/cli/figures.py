@@ -21,8 +21,9 @@ def figures(
 ) -> None:
     """Draw the project's figures anew.
 
-    They are drawn from the recorded numbers in the folder's data/, each with the command that made them. --check ends
-    with exit code 1 and one sentence for each figure that is missing or out of date.
+    They are drawn from the recorded numbers in the folder's data/, each with the command
+    that made them. --check ends with exit code 1 and one sentence for each figure that is
+    missing or out of date.
 
     \b
     Examples:

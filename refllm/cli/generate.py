@@ -81,8 +81,8 @@ def generate(
 ) -> None:
     """Continue a prompt, token by token.
 
-    The new text goes to standard output and ends with a newline; on a terminal the prompt is shown before it, dimmed.
-    Counts and times go to standard error.
+    The new text goes to standard output and ends with a newline; on a terminal the prompt
+    is shown before it, dimmed. Counts and times go to standard error.
 
     \b
     Examples:
@@ -94,9 +94,10 @@ def generate(
       refllm generate --prompt-file long.py --kv-bits 4
       refllm generate --prompt-file long.py --kv-keep 256 --kv-policy h2o
 
-    With --draft the text is the same at temperature 0 and has the same law at others; on a terminal drafted tokens are
-    shown as they are judged, accepted ones in green, rejected ones struck through in red. With --kv-bits or
-    --kv-keep it may be another one: all tokens of a step read the cache that the step found.
+    With --draft the text is the same at temperature 0 and has the same law at others; on a
+    terminal drafted tokens are shown as they are judged, accepted ones in green, rejected
+    ones struck through in red. With --kv-bits or --kv-keep it may be another one: all
+    tokens of a step read the cache that the step found.
     """
     import numpy as np
 
@@ -184,7 +185,9 @@ def generate(
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
-    """The prompt from exactly one of its three sources; ValueError if there is none, two, or it is not text."""
+    """The prompt from exactly one of its three sources; ValueError if there is none, two,
+    or it is not text.
+    """
     if (prompt is None) == (file is None):
         raise ValueError(
             "give one prompt: as an argument, as - for standard input, or with --prompt-file"

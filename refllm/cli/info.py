@@ -21,7 +21,8 @@ def info(
 ) -> None:
     """Show what a model is.
 
-    Architecture, sizes, tokenizer, training record and files, from headers alone: no weight is read.
+    Architecture, sizes, tokenizer, training record and files, from headers alone: no weight
+    is read.
 
     \b
     Examples:
@@ -41,7 +42,9 @@ def info(
 
 
 def describe(directory: Path, *, verify: bool = False) -> dict[str, Any]:
-    """Everything that ``info`` prints, as plain data; CheckpointError for what is no checkpoint."""
+    """Everything that ``info`` prints, as plain data; CheckpointError for what is no
+    checkpoint.
+    """
     from refllm.checkpoints.loading import NetworkTensors, read, read_config
     from refllm.checkpoints.tensor_files import FLOATS, INTEGERS, TensorFiles, host_dtype
     from refllm.checkpoints.tokenizer import Tokenizer
@@ -85,7 +88,9 @@ def describe(directory: Path, *, verify: bool = False) -> dict[str, Any]:
 
 
 def list_files(directory: Path, *, verify: bool) -> list[dict[str, Any]]:
-    """Each file with its size, the hash in the manifest, and, if asked for, whether it still has that hash."""
+    """Each file with its size, the hash in the manifest, and, if asked for, whether it
+    still has that hash.
+    """
     from refllm.checkpoints.atomic import file_sha256
 
     recorded = (_json(directory / "manifest.json") or {}).get("files", {})

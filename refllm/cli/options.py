@@ -1,4 +1,6 @@
-"""What the commands share: options, progress bars, notes. Results go to stdout, everything else to stderr."""
+"""What the commands share: options, progress bars, notes. Results go to stdout, everything
+else to stderr.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ Advance = Callable[[int, int], None]  # (done, total)
 
 
 def opt(text: str, *flags: str, **rules: Any) -> Any:
-    """An option with its help first; numbers are called N in the help, whatever their range."""
+    """An option with its help first; numbers are called N in the help, whatever their
+    range.
+    """
     return typer.Option(*flags, help=text, **{"metavar": "N", **rules})
 
 
@@ -58,7 +62,9 @@ def bar_column() -> Any:
 
 @contextmanager
 def progress(what: str) -> Iterator[Advance]:
-    """A bar on stderr while the block runs; yields what moves it. Nothing where stderr is no terminal."""
+    """A bar on stderr while the block runs; yields what moves it. Nothing where stderr is
+    no terminal.
+    """
     err = console(stderr=True)
     if not err.is_terminal:
         yield lambda done, total: None

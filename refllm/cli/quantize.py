@@ -1,4 +1,6 @@
-"""``refllm quantize``: a checkpoint in fewer bits, in a layout that transformers and vLLM load."""
+"""``refllm quantize``: a checkpoint in fewer bits, in a layout that transformers and vLLM
+load.
+"""
 
 from __future__ import annotations
 
@@ -100,18 +102,20 @@ def quantize(
 ) -> None:
     """Quantise a model.
 
-    Layer by layer, so that memory holds one decoder layer in floats; only measuring needs a whole model.
+    Layer by layer, so that memory holds one decoder layer in floats; only measuring needs a
+    whole model.
 
-    An interrupted run goes on after its last whole layer when the same command is given again. Layouts:
-    pack-quantized, int-quantized and float-quantized are compressed-tensors', which transformers and vLLM load;
-    gptq_v2, gptq and awq are GPTQModel's and AutoAWQ's, fp8 is DeepSeek's.
+    An interrupted run goes on after its last whole layer when the same command is given
+    again. Layouts: pack-quantized, int-quantized and float-quantized are
+    compressed-tensors', which transformers and vLLM load; gptq_v2, gptq and awq are
+    GPTQModel's and AutoAWQ's, fp8 is DeepSeek's.
 
     \b
     Examples:
-      refllm quantize --output stdlib-w4 --method gptq
-      refllm quantize --output stdlib-w8a8 --method smoothquant --alpha 0.8
-      refllm quantize --model ./Llama-3.2-1B --output ./llama-w4 --bits 4 --group-size 128 --no-evaluate
-      refllm generate --model ./stdlib-w4 'def main('
+      refllm quantize --output stdlib-w4 --method gptq refllm quantize --output stdlib-w8a8
+      --method smoothquant --alpha 0.8 refllm quantize --model ./Llama-3.2-1B --output
+      ./llama-w4 --bits 4 --group-size 128 --no-evaluate refllm generate --model ./stdlib-w4
+      'def main('
     """
     from refllm.api import locate
     from refllm.backend import get
@@ -179,7 +183,9 @@ def _announce(job: Job) -> None:
 
 @contextmanager
 def _display(job: Job) -> Iterator[dict[str, Any]]:
-    """Callbacks that print a row for each layer and, on a terminal, keep a bar below them; all to stderr."""
+    """Callbacks that print a row for each layer and, on a terminal, keep a bar below them;
+    all to stderr.
+    """
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from refllm.model.llama import PROJECTIONS

@@ -85,7 +85,8 @@ def simulate(
 ) -> None:
     """Simulate serving: the real scheduler and memory, with a clock instead of a model.
 
-    Steps take the time of the roofline for the device: a lower bound, projected, not measured. No weight is read.
+    Steps take the time of the roofline for the device: a lower bound, projected, not
+    measured. No weight is read.
 
     \b
     Examples:
@@ -306,7 +307,9 @@ def _show(facts: dict[str, Any], *, limited: bool) -> None:
 
 
 def _digits(number: float) -> str:
-    """Two decimals, or two digits of what is smaller: a step of a small model on a large device takes microseconds."""
+    """Two decimals, or two digits of what is smaller: a step of a small model on a large
+    device takes microseconds.
+    """
     if number >= 0.1:
         return f"{number:,.2f}"
     return f"{number:.2g}"

@@ -1,4 +1,6 @@
-"""``refllm train``: one's own small model, from text files to a directory that ``transformers`` loads."""
+"""``refllm train``: one's own small model, from text files to a directory that
+``transformers`` loads.
+"""
 
 from __future__ import annotations
 
@@ -127,19 +129,22 @@ def train(
 ) -> None:
     """Train a small model of one's own.
 
-    It starts from random weights and ends as a Hugging Face directory with tokenizer, card, manifest and curve.
+    It starts from random weights and ends as a Hugging Face directory with tokenizer, card,
+    manifest and curve.
 
-    An interrupted run goes on from its last checkpoint when the same command is given again. Windows of --length
-    tokens come first, then windows of --long-length; of the standard library's own text, its code is read four times
-    for each time that its tests are, and alone at the end.
+    An interrupted run goes on from its last checkpoint when the same command is given
+    again. Windows of --length tokens come first, then windows of --long-length; of the
+    standard library's own text, its code is read four times for each time that its tests
+    are, and alone at the end.
 
     \b
     A small model in a few minutes, then a look at it:
       refllm train --output tiny --width 128 --layers 2 --steps 600
       refllm generate --model ./tiny 'def main(' --temperature 0.8
-    Models like the bundled ones (hours; their cards have the commands in full, with all runs and phases):
-      refllm train --output stdlib
-      refllm train --output stdlib-draft --width 64 --layers 2 --heads 4 --teacher ./stdlib --teacher-from 3000
+    Models like the bundled ones (hours; their cards have the commands in full, with all
+    runs and phases):
+      refllm train --output stdlib refllm train --output stdlib-draft --width 64 --layers 2
+      --heads 4 --teacher ./stdlib --teacher-from 3000
     One's own text:
       refllm train --output mine --data ~/notes --vocab-size 2048 --steps 2000
     """
@@ -237,7 +242,9 @@ def train(
 
 
 def _phase(text: str) -> Phase:
-    """``2500,8,256,4,1`` → 2,500 steps of 8 windows of 256 tokens, the streams repeated 4 and 1 times an epoch."""
+    """``2500,8,256,4,1`` → 2,500 steps of 8 windows of 256 tokens, the streams repeated 4
+    and 1 times an epoch.
+    """
     from refllm.train.schedule import Phase
 
     try:
@@ -250,7 +257,9 @@ def _phase(text: str) -> Phase:
 
 
 def command_line(context: typer.Context) -> str:
-    """The command with every setting that decides the result spelled out, so that later defaults do not matter."""
+    """The command with every setting that decides the result spelled out, so that later
+    defaults do not matter.
+    """
     left_out = {"output", "work", "overwrite", "backend", "evaluate_every", "save_every"}
     if context.params.get("phase"):  # they replace these
         left_out |= {"steps", "batch", "length", "long_steps", "long_length"}
@@ -295,7 +304,9 @@ def _announce(run: Run) -> None:
 
 @contextmanager
 def _display(run: Run) -> Iterator[dict[str, Any]]:
-    """Callbacks that print a row for each evaluation and, on a terminal, keep a bar below them; all to stderr."""
+    """Callbacks that print a row for each evaluation and, on a terminal, keep a bar below
+    them; all to stderr.
+    """
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     out = console(stderr=True)

@@ -1,8 +1,10 @@
-"""Autoregressive decoding of a static batch: one prefill, then one token a sequence and step.
+"""Autoregressive decoding of a static batch: one prefill, then one token a sequence and
+step.
 
-The two phases of serving in their plainest form. *Prefill* runs all prompt tokens at once and yields one
-token; *decode* runs one token a sequence against the cache. A sequence that has ended stays in the batch,
-computed and ignored, until all have ended: that waste is what continuous batching removes.
+The two phases of serving in their plainest form. *Prefill* runs all prompt tokens at once
+and yields one token; *decode* runs one token a sequence against the cache. A sequence that
+has ended stays in the batch, computed and ignored, until all have ended: that waste is what
+continuous batching removes.
 
 | symbol | name                      | shape     |
 |--------|---------------------------|-----------|
@@ -10,7 +12,8 @@ computed and ignored, until all have ended: that waste is what continuous batchi
 | z      | logits of the last tokens | [B, V]    |
 | u      | uniforms, drawn on the host | [B]     |
 
-Left out: speculation (``decode.speculative.loop``), continuous batching and paging (``serve``).
+Left out: speculation (``decode.speculative.loop``), continuous batching and paging
+(``serve``).
 """
 
 from __future__ import annotations
@@ -81,15 +84,17 @@ def generate_tokens(
 ) -> Iterator[list[int]]:
     """Yield ``max_tokens`` times the next token of each of the B prompts, as Python ints.
 
-    The caller decides when a sequence has ended. A greedy step moves the tokens and their positions to the
-    device and the chosen tokens back, and nothing else; sampling also moves its uniforms and checks. A ``policy`` for
-    the cache keeps less than all, and the text is another one.
+    The caller decides when a sequence has ended. A greedy step moves the tokens and their
+    positions to the device and the chosen tokens back, and nothing else; sampling also
+    moves its uniforms and checks. A ``policy`` for the cache keeps less than all, and the
+    text is another one.
 
     Raises
     ------
     ValueError
-        for an empty prompt, an id outside the vocabulary, more positions than the model was made for, or logits
-        that are not finite (an overflow: there is no largest one to choose).
+        for an empty prompt, an id outside the vocabulary, more positions than the model was
+        made for, or logits that are not finite (an overflow: there is no largest one to
+        choose).
     """
     check_prompts(prompts, max_tokens, config)
     check_policy(policy)
@@ -135,7 +140,9 @@ def new_cache(
     policy: CachePolicy | None,
     rng: np.random.Generator | None = None,
 ) -> Cache:
-    """An empty cache: of all numbers, or as the policy says. ``rng`` is for one that drops at random."""
+    """An empty cache: of all numbers, or as the policy says. ``rng`` is for one that drops
+    at random.
+    """
     if policy is None:
         return ContiguousCache(config, sequences, capacity, like=like)
     if isinstance(policy, Kivi):
@@ -146,11 +153,14 @@ def new_cache(
 def prefill(
     weights: Weights, config: ModelConfig, prompts: Sequence[Sequence[int]], cache: Cache
 ) -> Array:
-    """All tokens of all prompts → hidden[B, N] of the last of each, the only ones that are sampled from."""
+    """All tokens of all prompts → hidden[B, N] of the last of each, the only ones that are
+    sampled from.
+    """
     like = weights["norm"]
     total = sum(len(prompt) for prompt in prompts)
     ends = []
-    # KIVI's prompt reads itself as it came, whoever its neighbours are: in one pass; scores of tokens are quadratic
+    # KIVI's prompt reads itself as it came, whoever its neighbours are: in one pass; scores
+    # of tokens are quadratic
     cut = isinstance(cache, SparseCache) or (
         namespace(like) is np and not isinstance(cache, KiviCache)
     )
@@ -174,9 +184,11 @@ def prefill(
 
 
 def passes(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """How many tokens each prompt brings to each pass, about ``budget`` together at most; only longer prompts are cut.
+    """How many tokens each prompt brings to each pass, about ``budget`` together at most;
+    only longer prompts are cut.
 
-    A rest of up to a quarter of it goes with the last pass: a pass reads all weights, however few its tokens are.
+    A rest of up to a quarter of it goes with the last pass: a pass reads all weights,
+    however few its tokens are.
     """
     left = list(lengths)
     while any(left):
@@ -193,7 +205,9 @@ def passes(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 def choose(z: Array, how: Sampling, rng: np.random.Generator) -> list[int]:
-    """z[B, V] → one token a row. Greedy waits for the device once; sampling also to refuse what is no number."""
+    """z[B, V] → one token a row. Greedy waits for the device once; sampling also to refuse
+    what is no number.
+    """
     if how.temperature == 0:
         ids = sampling.best(z)
     else:

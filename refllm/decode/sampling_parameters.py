@@ -1,7 +1,8 @@
 """Sampling parameters, checked on the host and placed beside the logits.
 
-A parameter is one number for all rows, or a list with one for each row of logits[B, V]: a batch of requests
-with their own settings. Off and greedy are rewritten here as numbers that need no case of their own later:
+A parameter is one number for all rows, or a list with one for each row of logits[B, V]: a
+batch of requests with their own settings. Off and greedy are rewritten here as numbers that
+need no case of their own later:
 
 | given           | used                                                                             |
 |-----------------|----------------------------------------------------------------------------------|
@@ -28,7 +29,9 @@ _COLDEST = 1e-200
 
 
 class Knobs(NamedTuple):
-    """The parameters of ``warp`` as it computes with them: Python numbers, or columns [B, 1]."""
+    """The parameters of ``warp`` as it computes with them: Python numbers, or columns [B,
+    1].
+    """
 
     temperature: Array
     top_k: Array
@@ -42,7 +45,8 @@ def knobs(
 ) -> Knobs:
     """Check the parameters for logits[..., V] and rewrite them as the table above says.
 
-    ValueError names the parameter, its range and the row; or says that the logits have no tokens.
+    ValueError names the parameter, its range and the row; or says that the logits have no
+    tokens.
     """
     xp = namespace(logits)
     V = logits.shape[-1] if logits.ndim else 0

@@ -1,17 +1,21 @@
-"""From token ids to text as they come: whole characters only, and nothing past a stop string.
+"""From token ids to text as they come: whole characters only, and nothing past a stop
+string.
 
-Two filters of a stream, used one after the other. ``Utf8Stream`` turns ids into text. A token of byte-level BPE
-is a string of bytes, and may end in the middle of a character; ``decode`` shows such a tail as U+FFFD, as it
-does bytes that are invalid for good. Only the next token tells which. ``StopStrings`` ends the text before the
-first stop string, which may begin in one token and end in a later one.
+Two filters of a stream, used one after the other. ``Utf8Stream`` turns ids into text. A
+token of byte-level BPE is a string of bytes, and may end in the middle of a character;
+``decode`` shows such a tail as U+FFFD, as it does bytes that are invalid for good. Only the
+next token tells which. ``StopStrings`` ends the text before the first stop string, which
+may begin in one token and end in a later one.
 
-Decoding all ids anew for each token costs n²/2 ids for n tokens. The method of TGI and vLLM decodes a short
-window that begins with tokens already shown, for decoders that treat the first token apart (SentencePiece drops
-its leading space), and shows what is new once it does not end in U+FFFD. So does ``tokenizers.DecodeStream``.
-Two things differ here: a run of invalid bytes is shown as it comes, where those hold it, and decode it anew,
-until it ends; and nothing is shown that byte fallback may take back, where DecodeStream raises.
+Decoding all ids anew for each token costs n²/2 ids for n tokens. The method of TGI and vLLM
+decodes a short window that begins with tokens already shown, for decoders that treat the
+first token apart (SentencePiece drops its leading space), and shows what is new once it
+does not end in U+FFFD. So does ``tokenizers.DecodeStream``. Two things differ here: a run
+of invalid bytes is shown as it comes, where those hold it, and decode it anew, until it
+ends; and nothing is shown that byte fallback may take back, where DecodeStream raises.
 
-Left out: decoders that rewrite text which earlier tokens gave (a Replace after Fuse): refused when it happens.
+Left out: decoders that rewrite text which earlier tokens gave (a Replace after Fuse):
+refused when it happens.
 """
 
 from __future__ import annotations
@@ -29,11 +33,13 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 class Utf8Stream:
     """Text of a growing list of token ids, in whole characters.
 
-    The pieces that ``push`` and ``flush`` return, joined, are exactly ``tokenizer.decode(all ids)``. Held back
-    is at most the last character of that text, and only while it is U+FFFD. With SentencePiece's byte
-    fallback a run of byte tokens is held to its end: one bad byte there turns the whole run into U+FFFD.
+    The pieces that ``push`` and ``flush`` return, joined, are exactly
+    ``tokenizer.decode(all ids)``. Held back is at most the last character of that text, and
+    only while it is U+FFFD. With SentencePiece's byte fallback a run of byte tokens is held
+    to its end: one bad byte there turns the whole run into U+FFFD.
 
-    ``decoded`` counts the ids handed to the tokenizer: a few for each push, however long the text is.
+    ``decoded`` counts the ids handed to the tokenizer: a few for each push, however long
+    the text is.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -57,9 +63,10 @@ class Utf8Stream:
         unfinished = new.endswith(_REPLACEMENT)
         new = new[: len(new) - unfinished]
         if new:
-            # Something was settled, so what is unfinished begins in this very token: bytes that were
-            # unfinished before it either still are, and then nothing is settled, or end where they stood.
-            # And UTF-8 restarts at every leading byte: this token alone is context enough.
+            # Something was settled, so what is unfinished begins in this very token: bytes
+            # that were unfinished before it either still are, and then nothing is settled,
+            # or end where they stood. And UTF-8 restarts at every leading byte: this token
+            # alone is context enough.
             self._window = [token_id]
             alone = self._decode()
             self._shown = alone[: len(alone) - unfinished]
@@ -88,15 +95,18 @@ class Utf8Stream:
 class StopStrings:
     """Ends a stream of text before the first stop string, wherever the pieces are cut.
 
-    The result depends on the whole text alone: everything before ``min(text.find(s) for each s that occurs)``.
-    Of two stop strings that begin at the same place the shorter has ``matched``. A piece is held back only
-    from the first place where a stop string may have begun.
+    The result depends on the whole text alone: everything before ``min(text.find(s) for
+    each s that occurs)``. Of two stop strings that begin at the same place the shorter has
+    ``matched``. A piece is held back only from the first place where a stop string may have
+    begun.
 
     Attributes: ``stopped``, and ``matched``, the stop string or None.
     """
 
     def __init__(self, stops: str | Iterable[str] = ()):
-        """``stops``: one string or several; ValueError for an empty one, which would match everywhere."""
+        """``stops``: one string or several; ValueError for an empty one, which would match
+        everywhere.
+        """
         self.stops = (stops,) if isinstance(stops, str) else tuple(stops)
         if not all(isinstance(s, str) and s for s in self.stops):
             raise ValueError(f"a stop string must be text, and must not be empty: {self.stops}")
@@ -105,7 +115,9 @@ class StopStrings:
         self._held = ""
 
     def push(self, text: str) -> str:
-        """Take the next piece of text; return what is safe to show. After the stop, nothing is."""
+        """Take the next piece of text; return what is safe to show. After the stop, nothing
+        is.
+        """
         return self._advance(text, ended=False)
 
     def flush(self) -> str:
@@ -126,12 +138,15 @@ class StopStrings:
             self.matched = held[start : start + length]
             self._held = ""
             return held[:start]
-        # No stop yet, or one that an earlier and longer stop string, still incomplete, may yet precede.
+        # No stop yet, or one that an earlier and longer stop string, still incomplete, may
+        # yet precede.
         self._held = held[maybe:]
         return held[:maybe]
 
     def _may_begin(self, held: str) -> int:
-        """The first place from which ``held`` may run on into a stop string; its length if there is none."""
+        """The first place from which ``held`` may run on into a stop string; its length if
+        there is none.
+        """
         longest = max(map(len, self.stops), default=1)
         for i in range(max(0, len(held) - longest + 1), len(held)):
             if any(s.startswith(held[i:]) for s in self.stops):

@@ -1,4 +1,5 @@
-"""What continuous batching and chunked prefill buy: useful slots counted, latencies and goodput projected.
+"""What continuous batching and chunked prefill buy: useful slots counted, latencies and
+goodput projected.
 
 | part     | question                                                                       | kind |
 |----------|--------------------------------------------------------------------------------|------|
@@ -7,11 +8,11 @@
 | goodput  | at which rate of arrivals do 90 % of the requests still meet the limits        | C    |
 | swapping | preempting by recompute against moving blocks to the host, by size of a block  | C    |
 
-Sources: Orca, Yu et al. 2022; Sarathi-Serve, Agrawal et al. 2024; DistServe, Zhong et al. 2024 (goodput as a rate);
-Kwon et al. 2023, section 7.3 (swapping).
+Sources: Orca, Yu et al. 2022; Sarathi-Serve, Agrawal et al. 2024; DistServe, Zhong et al.
+2024 (goodput as a rate); Kwon et al. 2023, section 7.3 (swapping).
 
-Where it loses: at a low rate all policies are the same; a small budget makes the first token wait and reads the prefix
-once a chunk; a batch of one has nothing to pad.
+Where it loses: at a low rate all policies are the same; a small budget makes the first
+token wait and reads the prefix once a chunk; a batch of one has nothing to pad.
 
 Left out: other devices and shapes (``refllm simulate``); the time of the scheduler itself.
 """
@@ -47,7 +48,9 @@ CLOCK = RooflineClock(LLAMA_8B, DEVICES["a100"])
 
 
 def useful_data(seeds: Sequence[int], count: int) -> list[dict[str, Any]]:
-    """Static batches of each size: the exact expectation, and what the real scheduler counted."""
+    """Static batches of each size: the exact expectation, and what the real scheduler
+    counted.
+    """
     exact = SHAREGPT.pmfs()[1]
     rows = []
     for batch in BATCHES:
@@ -86,7 +89,9 @@ def chunks_data(count: int, rate: float = 3.0) -> list[dict[str, Any]]:
 
 
 def goodput_data(count: int) -> dict[str, Any]:
-    """ShareGPT's lengths at each rate: share of the requests within the limits, and the capacity, by policy."""
+    """ShareGPT's lengths at each rate: share of the requests within the limits, and the
+    capacity, by policy.
+    """
     served = {
         "static": {"policy": "static", "max_sequences": 32, "longest": 2048},
         "Orca (Max)": {"policy": "orca-max", "max_sequences": None},
@@ -115,7 +120,9 @@ def goodput_data(count: int) -> dict[str, Any]:
 
 
 def swapping_data(count: int, slots: int = 6000) -> list[dict[str, Any]]:
-    """A pool that is too small, so that many are preempted: projected time with each way, by size of a block."""
+    """A pool that is too small, so that many are preempted: projected time with each way,
+    by size of a block.
+    """
     rows = []
     for block in (1, 4, 16, 64, 256):
         asked = requests(SHAREGPT, count, np.random.default_rng(0))

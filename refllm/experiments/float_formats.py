@@ -1,6 +1,8 @@
-"""What formats cost, on one weight matrix and on data of three kinds; and why FP8 sums are promoted.
+"""What formats cost, on one weight matrix and on data of three kinds; and why FP8 sums are
+promoted.
 
-    python -m refllm.experiments.float_formats            # writes figures/data/float_formats.json; `refllm figures` draws it
+    python -m refllm.experiments.float_formats            # writes
+    figures/data/float_formats.json; `refllm figures` draws it
 
 | part        | what is counted                                                                            |
 |-------------|--------------------------------------------------------------------------------------------|
@@ -8,7 +10,8 @@
 | accumulator | error of a sum of K products relative to its size, in 14 bits, promoted or not             |
 | delayed     | share of numbers beyond a scale from the past, while the range of a tensor grows           |
 
-``FORMATS`` lists every form of a weight; ``rows`` tells bits and error of each on a matrix of the reader's choice.
+``FORMATS`` lists every form of a weight; ``rows`` tells bits and error of each on a matrix
+of the reader's choice.
 
 Left out: speed.
 """
@@ -67,7 +70,9 @@ FORMATS: dict[str, Callable[[Array], Any]] = {
 def rows(
     weight: Array, formats: Sequence[str] = tuple(FORMATS)
 ) -> list[tuple[str, float, float, Array]]:
-    """(name, stored bits a weight, ‖Ŵ − W‖ / ‖W‖, Ŵ) of W[M, N] in each format whose groups fit its rows."""
+    """(name, stored bits a weight, ‖Ŵ − W‖ / ‖W‖, Ŵ) of W[M, N] in each format whose groups
+    fit its rows.
+    """
     found = []
     for name in formats:
         try:

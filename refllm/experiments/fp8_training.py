@@ -1,11 +1,15 @@
-"""Training in 8 bits against training in float32: how far the loss moves, beside how far chance moves it.
+"""Training in 8 bits against training in float32: how far the loss moves, beside how far
+chance moves it.
 
-    python -m refllm.experiments.fp8_training       # writes figures/data/fp8_training.json; `refllm figures` draws it
+    python -m refllm.experiments.fp8_training       # writes figures/data/fp8_training.json;
+    `refllm figures` draws it
 
-The whole bundled architecture learns the standard library, once for each row of ``RUNS``. Its number is the mean loss
-of the last ``LAST`` steps, beside that of float32 with the same first weights and, as in every run, the same windows
-in the same order: so what differs is the arithmetic, and what seeds differ in is the first weights, not the text. Runs
-are kept in ``--work`` with a checkpoint every ``SAVE`` steps: the command goes on where it was stopped.
+The whole bundled architecture learns the standard library, once for each row of ``RUNS``.
+Its number is the mean loss of the last ``LAST`` steps, beside that of float32 with the same
+first weights and, as in every run, the same windows in the same order: so what differs is
+the arithmetic, and what seeds differ in is the first weights, not the text. Runs are kept
+in ``--work`` with a checkpoint every ``SAVE`` steps: the command goes on where it was
+stopped.
 
 | run             | products of the projections                                             |
 |-----------------|-------------------------------------------------------------------------|
@@ -15,19 +19,23 @@ are kept in ``--work`` with a checkpoint every ``SAVE`` steps: the command goes 
 | tensor          | all three in E4M3, one scale a tensor                                   |
 | E5M2 gradients  | as "tile", but dY in E5M2                                               |
 
-Two starts: random weights, where the loss falls fast, and the bundled ones, where most of a difference is the rounding
-of the forward. Batches of 512 tokens and a slow warm-up keep float32 itself from being chaotic, which "nudged" tests.
-Eight bits are a far larger nudge: from random weights, runs of one method and several seeds end as far apart as seeds
-of float32 do, some tenths of a percent. So there, at this size and length, the losing controls do not lose: no method
-can be told from chance, and a bound of 0.25 % cannot be tested. From the bundled weights it can: all methods stay
-within it, and tiles are the nearest to float32, one scale a tensor next, E5M2 gradients last, but by very little.
+Two starts: random weights, where the loss falls fast, and the bundled ones, where most of a
+difference is the rounding of the forward. Batches of 512 tokens and a slow warm-up keep
+float32 itself from being chaotic, which "nudged" tests. Eight bits are a far larger nudge:
+from random weights, runs of one method and several seeds end as far apart as seeds of
+float32 do, some tenths of a percent. So there, at this size and length, the losing controls
+do not lose: no method can be told from chance, and a bound of 0.25 % cannot be tested. From
+the bundled weights it can: all methods stay within it, and tiles are the nearest to
+float32, one scale a tensor next, E5M2 gradients last, but by very little.
 
-Two measures need no training: ‖g₈ − g‖ / ‖g‖ of one gradient over all projections, and the loss of one reading of
-held-out text while two channels are made 2ᵉ times as large without changing the network (``planting``). The first
-hardly tells "tile" from "tensor": a trained small network has no outliers, and a float forgives a bad scale. The second
-shows how wide E4M3's range is, and where one scale a tensor leaves it.
+Two measures need no training: ‖g₈ − g‖ / ‖g‖ of one gradient over all projections, and the
+loss of one reading of held-out text while two channels are made 2ᵉ times as large without
+changing the network (``planting``). The first hardly tells "tile" from "tensor": a trained
+small network has no outliers, and a float forgives a bad scale. The second shows how wide
+E4M3's range is, and where one scale a tensor leaves it.
 
-Source: DeepSeek-V3 (2024), §3.3 (relative error of the loss below 0.25 % of BF16's) and appendix B.
+Source: DeepSeek-V3 (2024), §3.3 (relative error of the loss below 0.25 % of BF16's) and
+appendix B.
 
 Left out: networks large enough to grow outliers by themselves.
 """
@@ -117,7 +125,9 @@ def losses(
     batch: int = BATCH,
     length: int = LENGTH,
 ) -> list[float]:
-    """The loss of every step of a run, nats per token; goes on from the checkpoint in ``work``, if there is one."""
+    """The loss of every step of a run, nats per token; goes on from the checkpoint in
+    ``work``, if there is one.
+    """
     plan = Plan(
         (Phase(steps, batch, length),),
         peak_rate=rate,
@@ -131,7 +141,9 @@ def losses(
 
 
 def gradient_errors(params: Tensors, config: ModelConfig, tokens: NDArray[Any]) -> dict[str, float]:
-    """‖g₈ − g‖ / ‖g‖ of each 8-bit method over the gradients of all projections; tokens[B, S+1]."""
+    """‖g₈ − g‖ / ‖g‖ of each 8-bit method over the gradients of all projections; tokens[B,
+    S+1].
+    """
     _, exact = loss_and_gradients(params, config, tokens)
     names = [name for name in exact if name.endswith("_proj.weight")]
     size = math.sqrt(sum(float(np.sum(np.square(exact[name], dtype=np.float64))) for name in names))
@@ -149,7 +161,9 @@ def gradient_errors(params: Tensors, config: ModelConfig, tokens: NDArray[Any]) 
 def planted(
     params: Tensors, config: ModelConfig, factor: float, channels: Sequence[int] = CHANNELS
 ) -> Tensors:
-    """The same network with ``channels`` of all inputs of a norm and of down_proj ``factor`` times as large."""
+    """The same network with ``channels`` of all inputs of a norm and of down_proj
+    ``factor`` times as large.
+    """
     layers = plant(build_weights(config, params), channels, factor, tuple(PLACES))["layers"]
     made = dict(params)
     for i, layer in enumerate(layers):
@@ -165,7 +179,9 @@ def planted(
 def outliers(
     params: Tensors, config: ModelConfig, tokens: NDArray[Any], powers: Sequence[int] = POWERS
 ) -> dict[str, list[float]]:
-    """How far above float32's the loss of tokens[B, S+1] lies (0.01 = 1 %), channels planted 2ᵉ times as large."""
+    """How far above float32's the loss of tokens[B, S+1] lies (0.01 = 1 %), channels
+    planted 2ᵉ times as large.
+    """
     exact, _ = loss_and_gradients(params, config, tokens)
     found: dict[str, list[float]] = {"tile": [], "tensor": []}
     for power in powers:
@@ -178,10 +194,11 @@ def outliers(
 
 
 def values(runs: dict[str, dict[str, dict[str, list[float]]]], last: int = LAST) -> dict[str, Any]:
-    """{start: {method: {seed: losses}}} → the means of the last steps, and how far they are apart.
+    """{start: {method: {seed: losses}}} → the means of the last steps, and how far they are
+    apart.
 
-    "against float32" is the relative difference to float32 with the same first weights; "spread of seeds" the largest
-    relative difference between two seeds of float32.
+    "against float32" is the relative difference to float32 with the same first weights;
+    "spread of seeds" the largest relative difference between two seeds of float32.
     """
     means = {
         s: {m: {k: sum(c[-last:]) / last for k, c in by.items()} for m, by in of.items()}

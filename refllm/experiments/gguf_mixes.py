@@ -1,14 +1,17 @@
-"""What GGUF's mixes weigh: bits per weight of each on two published shapes, counted from the types of all tensors.
+"""What GGUF's mixes weigh: bits per weight of each on two published shapes, counted from
+the types of all tensors.
 
-Kind A: counted, nothing is measured. Metadata are left out, as in the figures that llama.cpp publishes for
-Llama-3.1-8B, which these are to the last of their four digits.
+Kind A: counted, nothing is measured. Metadata are left out, as in the figures that
+llama.cpp publishes for Llama-3.1-8B, which these are to the last of their four digits.
 
-The article that the project follows has Q5_K_M at 5.5 and Q2_K at 3.4 bits. 5.5 is the *type* Q5_K alone; the mix adds
-Q6_K for half of two tensors and the output. 3.4 was true of older files, whose Q2_K stored more tensors in more bits.
+The article that the project follows has Q5_K_M at 5.5 and Q2_K at 3.4 bits. 5.5 is the
+*type* Q5_K alone; the mix adds Q6_K for half of two tensors and the output. 3.4 was true of
+older files, whose Q2_K stored more tensors in more bits.
 
     python -m refllm.experiments.gguf_mixes
 
-Left out: what the bits cost in quality (``experiments.quantization_quality`` measures that for other formats).
+Left out: what the bits cost in quality (``experiments.quantization_quality`` measures that
+for other formats).
 """
 
 from __future__ import annotations
@@ -57,7 +60,9 @@ def mix_bits(config: ModelConfig, name: str) -> float:
 
 
 def table() -> list[dict[str, Any]]:
-    """A row for each mix: its base type's bits, those of both shapes, and the article's where it differs."""
+    """A row for each mix: its base type's bits, those of both shapes, and the article's
+    where it differs.
+    """
     return [
         {"mix": name, "base": kind(MIXES[name][0]).bits_per_weight}
         | {model: mix_bits(config, name) for model, config in MODELS.items()}
@@ -67,7 +72,9 @@ def table() -> list[dict[str, Any]]:
 
 
 def layouts(numbers: int) -> dict[str, Any]:
-    """The bytes of each format with blocks of so many numbers, for ``gguf_layouts`` (32) and ``gguf_kquants`` (256)."""
+    """The bytes of each format with blocks of so many numbers, for ``gguf_layouts`` (32)
+    and ``gguf_kquants`` (256).
+    """
     return {
         "types": [
             {
@@ -83,7 +90,9 @@ def layouts(numbers: int) -> dict[str, Any]:
 
 
 def main(folder: str = "figures/data") -> None:
-    """Print the table, and write the data of the figures ``gguf_mixes``, ``gguf_layouts`` and ``gguf_kquants``."""
+    """Print the table, and write the data of the figures ``gguf_mixes``, ``gguf_layouts``
+    and ``gguf_kquants``.
+    """
     rows = table()
     print("mix     base type  " + "  ".join(MODELS) + "  article")
     for row in rows:

@@ -1,6 +1,8 @@
-"""What a quantised cache costs, and what it saves: KIVI beside the two choices that it was compared with.
+"""What a quantised cache costs, and what it saves: KIVI beside the two choices that it was
+compared with.
 
-    python -m refllm.experiments.kv_quantization    # writes figures/data/kv_quantization.json; `refllm figures` draws it
+    python -m refllm.experiments.kv_quantization    # writes
+    figures/data/kv_quantization.json; `refllm figures` draws it
 
 | part     | what varies                       | network               | question                           |
 |----------|-----------------------------------|-----------------------|------------------------------------|
@@ -9,12 +11,14 @@
 | position | every row, by position            | both                  | does it get worse with the length? |
 | memory   | bits, by length                   | LLaMA-70B's shapes    | how many bytes are left?           |
 
-What is measured is KL to the same network with a cache of numbers, over windows of held-out text that are read as they
-would be read token by token (``kivi.KiviAttend``), paired as in ``quality``.
+What is measured is KL to the same network with a cache of numbers, over windows of held-out
+text that are read as they would be read token by token (``kivi.KiviAttend``), paired as in
+``quality``.
 
-KIVI's choice was made for keys with a few large channels. The bundled model has none, so they are planted as well
-(``planting.plant_keys``: the same function bit for bit), ``FACTOR`` times their size in ``PAIRS`` of 32 rotary pairs.
-As many keys wait by token as by channel, so that the steps alone differ; values by channel wait in runs, half as many.
+KIVI's choice was made for keys with a few large channels. The bundled model has none, so
+they are planted as well (``planting.plant_keys``: the same function bit for bit),
+``FACTOR`` times their size in ``PAIRS`` of 32 rotary pairs. As many keys wait by token as
+by channel, so that the steps alone differ; values by channel wait in runs, half as many.
 
 Left out: downstream tasks; speed (``benchmarks/kivi.py``).
 """
@@ -63,7 +67,9 @@ BLOCK = 128  # tokens a block of the bootstrap
 
 @dataclass(frozen=True)
 class Case:
-    """One cache: in which network, with how many bits, how many tokens wait, and what shares a step."""
+    """One cache: in which network, with how many bits, how many tokens wait, and what
+    shares a step.
+    """
 
     network: str
     choice: str
@@ -124,9 +130,11 @@ class Experiment:
         )
 
     def row(self, case: Case) -> dict[str, Any]:
-        """A row of the table; KL by position is the mean over texts of equally long runs of tokens.
+        """A row of the table; KL by position is the mean over texts of equally long runs of
+        tokens.
 
-        "against KIVI" is the KL minus that of KIVI at the same bits and R, in pairs of tokens.
+        "against KIVI" is the KL minus that of KIVI at the same bits and R, in pairs of
+        tokens.
         """
         found = self.compare(case)
         same = replace(case, choice="KIVI")
@@ -152,7 +160,9 @@ class Experiment:
 
 
 def memory(lengths: Sequence[int] = LENGTHS) -> dict[str, list[float]]:
-    """Bytes of one sequence's cache as a share of float16's, by length: codes, steps and what waits."""
+    """Bytes of one sequence's cache as a share of float16's, by length: codes, steps and
+    what waits.
+    """
 
     def share(bits: int, length: int) -> float:
         return Kivi(bits, bits, GROUP).nbytes(LLAMA_70B, length) / kv_bytes(LLAMA_70B, length)

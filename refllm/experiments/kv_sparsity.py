@@ -1,29 +1,36 @@
-"""What dropping tokens costs: the policies of ``kv.sparse`` beside two controls that hold as many.
+"""What dropping tokens costs: the policies of ``kv.sparse`` beside two controls that hold
+as many.
 
-    python -m refllm.experiments.kv_sparsity        # writes figures/data/kv_sparsity.json; `refllm figures` draws it
+    python -m refllm.experiments.kv_sparsity        # writes figures/data/kv_sparsity.json;
+    `refllm figures` draws it
 
-Held-out texts of ``PROMPT`` + ``NEW`` tokens: the prompt is read in full, then the policy drops, and the rest is read
-token by token, each given the true ones before. What is measured is KL to the same network with all tokens in its
-cache, over those ``NEW`` tokens, in pairs with a control that keeps the newest tokens only.
+Held-out texts of ``PROMPT`` + ``NEW`` tokens: the prompt is read in full, then the policy
+drops, and the rest is read token by token, each given the true ones before. What is
+measured is KL to the same network with all tokens in its cache, over those ``NEW`` tokens,
+in pairs with a control that keeps the newest tokens only.
 
 | task          | text                                                   | what it asks for              |
 |---------------|--------------------------------------------------------|-------------------------------|
 | "as it comes" | held-out code                                          | mostly the neighbourhood      |
 | "a far copy"  | ``COPY`` tokens of code, other code, the same ones again | what stood there long before |
 
-A small network looks at its neighbourhood, so the newest tokens are a strong control, and on code as it comes the
-techniques lose to it. They were made for something far back that is asked for at the end: the second task, of which
-``without`` says how much worse the network is when the first copy is not in the text at all.
+A small network looks at its neighbourhood, so the newest tokens are a strong control, and
+on code as it comes the techniques lose to it. They were made for something far back that is
+asked for at the end: the second task, of which ``without`` says how much worse the network
+is when the first copy is not in the text at all.
 
-SnapKV and PyramidKV drop once, after the prompt, and keep what comes then: they hold more tokens than their budget.
-Their control does the same. All are drawn by the tokens that a key head held at a step, in the mean. ``mass`` is the
-share of a text's last query's attention, with all tokens there, that falls on what a policy kept at the end, drawn by
-what it held then. What is kept at random is the mean of ``DRAWS`` draws; intervals are those of the texts.
+SnapKV and PyramidKV drop once, after the prompt, and keep what comes then: they hold more
+tokens than their budget. Their control does the same. All are drawn by the tokens that a
+key head held at a step, in the mean. ``mass`` is the share of a text's last query's
+attention, with all tokens there, that falls on what a policy kept at the end, drawn by what
+it held then. What is kept at random is the mean of ``DRAWS`` draws; intervals are those of
+the texts.
 
-PyramidKV has SnapKV's window here, so that the budgets alone differ, and β = 4: with the paper's 20 its top layer would
-hold fewer tokens than vote.
+PyramidKV has SnapKV's window here, so that the budgets alone differ, and β = 4: with the
+paper's 20 its top layer would hold fewer tokens than vote.
 
-Left out: needles in haystacks (the network answers no questions), speed (a fused kernel has no weights to sum).
+Left out: needles in haystacks (the network answers no questions), speed (a fused kernel has
+no weights to sum).
 """
 
 from __future__ import annotations
@@ -69,7 +76,9 @@ BLOCK = 64  # tokens a block of the bootstrap
 
 @dataclass(frozen=True)
 class Run:
-    """One policy over all texts: KL of each token [texts, new], tokens held a key head, share of attention."""
+    """One policy over all texts: KL of each token [texts, new], tokens held a key head,
+    share of attention.
+    """
 
     kl: np.ndarray
     held: float  # mean of the steps
@@ -78,9 +87,11 @@ class Run:
 
 
 class Experiment:
-    """Texts of a task, read once with everything in the cache, and then as each policy keeps it.
+    """Texts of a task, read once with everything in the cache, and then as each policy
+    keeps it.
 
-    In "a far copy" the last ``new`` tokens end the second copy of ``copy`` > ``new`` ones, begun within the prompt.
+    In "a far copy" the last ``new`` tokens end the second copy of ``copy`` > ``new`` ones,
+    begun within the prompt.
     """
 
     def __init__(
@@ -148,7 +159,9 @@ class Experiment:
         return -float(np.take_along_axis(log_p, targets[:, :, None], axis=-1).mean())
 
     def run(self, policy: Sparse, seed: int = 0) -> Run:
-        """The prompt at once, text by text; then all texts together, a token of each a step."""
+        """The prompt at once, text by text; then all texts together, a token of each a
+        step.
+        """
         model = self.model
         count = len(self.texts)
         like = model.weights["norm"]
@@ -213,7 +226,9 @@ class Experiment:
         return found
 
     def _mass(self, cache: SparseCache) -> float:
-        """The share of what each text's last query reads that falls on what is kept, the mean of texts and layers."""
+        """The share of what each text's last query reads that falls on what is kept, the
+        mean of texts and layers.
+        """
         shares = [
             np.take_along_axis(read, to_numpy(layer[b].place), axis=1).sum(axis=1).mean()
             for b, layers in enumerate(self.read)

@@ -1,10 +1,13 @@
-"""What each observer does to a heavy-tailed tensor: where it cuts, and what that does to the error of rounding.
+"""What each observer does to a heavy-tailed tensor: where it cuts, and what that does to
+the error of rounding.
 
-    python -m refllm.experiments.observer_ranges          # writes figures/data/observers.json; `refllm figures` draws it
+    python -m refllm.experiments.observer_ranges          # writes
+    figures/data/observers.json; `refllm figures` draws it
 
-The tensor is drawn from Student's t distribution with 3 degrees of freedom, whose tail falls as x⁻⁴ (activations of
-large networks are like that), in batches of which the first has a fifth of the others' size: a moving average hardly
-gets beyond it. Every observer sees the same batches in the same order.
+The tensor is drawn from Student's t distribution with 3 degrees of freedom, whose tail
+falls as x⁻⁴ (activations of large networks are like that), in batches of which the first
+has a fifth of the others' size: a moving average hardly gets beyond it. Every observer sees
+the same batches in the same order.
 
 | symbol | name                                                                       |
 |--------|----------------------------------------------------------------------------|

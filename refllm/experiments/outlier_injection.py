@@ -1,13 +1,15 @@
 """Outliers planted in a network that has none, without changing what it computes.
 
-Activations of small networks have no outlier channels; those of large ones have a few, some hundred times the others,
-always the same (Dettmers et al. 2022, §4). What they break can be shown on a small network all the same, since a
-channel between a norm (or up_proj) and the weights that read it may be measured in any unit:
+Activations of small networks have no outlier channels; those of large ones have a few, some
+hundred times the others, always the same (Dettmers et al. 2022, §4). What they break can be
+shown on a small network all the same, since a channel between a norm (or up_proj) and the
+weights that read it may be measured in any unit:
 
     gain_j ← p · gain_j,   W_:j ← W_:j / p      ⇒      x_j ← p · x_j,   x_j W_:j as before
 
-With p a power of two nothing is rounded: every product x_j W_ij is the same number, so the network's output is the
-same bit for bit, in any floating point. This is SmoothQuant's migration run backwards, with s_j = 1/p.
+With p a power of two nothing is rounded: every product x_j W_ij is the same number, so the
+network's output is the same bit for bit, in any floating point. This is SmoothQuant's
+migration run backwards, with s_j = 1/p.
 
 | symbol | name                                                        | shape |
 |--------|-------------------------------------------------------------|-------|
@@ -19,10 +21,12 @@ same bit for bit, in any floating point. This is SmoothQuant's migration run bac
 | "attention input", "MLP input"     | the gain of the norm      | yes                     |
 | "MLP hidden"                       | the rows of up_proj       | no: no norm makes it    |
 
-Keys have outliers of their own, between k_proj and the scores. There the queries take the opposite factor, and both
-channels of a rotary pair get the same one, since the rotation mixes them: q_j k_j stays what it was (``plant_keys``).
+Keys have outliers of their own, between k_proj and the scores. There the queries take the
+opposite factor, and both channels of a rotary pair get the same one, since the rotation
+mixes them: q_j k_j stays what it was (``plant_keys``).
 
-Left out: the heads' output (with grouped queries its channels share rows of v_proj), outliers in a few tokens only.
+Left out: the heads' output (with grouped queries its channels share rows of v_proj),
+outliers in a few tokens only.
 """
 
 from __future__ import annotations
@@ -57,15 +61,16 @@ def plant(
     factor: float = 128.0,
     inputs: Collection[str] = NORMS,
 ) -> Weights:
-    """A weight tree of the same function whose ``inputs`` are ``factor`` times as large in some ``channels``.
+    """A weight tree of the same function whose ``inputs`` are ``factor`` times as large in
+    some ``channels``.
 
     The same channels in every layer, as in large networks. Only what is changed is new.
 
     Raises
     ------
     ValueError
-        for a factor that is no power of two, an input or channel that does not exist, or a weight so small that it
-        loses bits when it is divided.
+        for a factor that is no power of two, an input or channel that does not exist, or a
+        weight so small that it loses bits when it is divided.
     """
     _check_power(factor)
     if unknown := sorted(set(inputs) - set(PLACES)):
@@ -83,15 +88,18 @@ def plant(
 def plant_keys(
     weights: Weights, config: ModelConfig, pairs: Sequence[int], factor: float = 8.0
 ) -> Weights:
-    """A weight tree of the same function whose keys are ``factor`` times as large in some rotary ``pairs``.
+    """A weight tree of the same function whose keys are ``factor`` times as large in some
+    rotary ``pairs``.
 
-    Pair i of a head of D channels is channels i and i + D/2; the same ones in every head of every layer.
+    Pair i of a head of D channels is channels i and i + D/2; the same ones in every head of
+    every layer.
 
     Raises
     ------
     ValueError
-        for a factor that is no power of two, a pair that does not exist, numbers so small or large that they lose bits,
-        and for networks that norm their keys: there the gain of that norm says how large they are.
+        for a factor that is no power of two, a pair that does not exist, numbers so small
+        or large that they lose bits, and for networks that norm their keys: there the gain
+        of that norm says how large they are.
     """
     _check_power(factor)
     half = config.head_dim // 2

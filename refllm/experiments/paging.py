@@ -1,7 +1,9 @@
-"""What paging buys, counted: mean batch and use of memory under full load, by how memory is given out.
+"""What paging buys, counted: mean batch and use of memory under full load, by how memory is
+given out.
 
-Source: Kwon et al. 2023, section 6 and figure 2: OPT-13B on a 40 GB card keeps 15,700 tokens; ShareGPT's lengths, at
-most 2,048 tokens; Orca's three variants as they are rebuilt there, with a buddy allocator.
+Source: Kwon et al. 2023, section 6 and figure 2: OPT-13B on a 40 GB card keeps 15,700
+tokens; ShareGPT's lengths, at most 2,048 tokens; Orca's three variants as they are rebuilt
+there, with a buddy allocator.
 
 | policy     | memory of a request                                                    | batch in the paper |
 |------------|------------------------------------------------------------------------|--------------------|
@@ -10,10 +12,11 @@ most 2,048 tokens; Orca's three variants as they are rebuilt there, with a buddy
 | Oracle     | prompt + output in one run; buddies round it up, first fit does not    | 13.62              |
 | paged      | blocks of 16, as they are needed; preemption by recompute              | 30.42              |
 
-No model, no clock, no data set: lengths are drawn from a log-normal with ShareGPT's means (``simulate.workload``), and the
-real scheduler runs as long as somebody waits. Kind A.
+No model, no clock, no data set: lengths are drawn from a log-normal with ShareGPT's means
+(``simulate.workload``), and the real scheduler runs as long as somebody waits. Kind A.
 
-Left out: time. A larger batch takes longer a step: see ``experiments.batching`` for a clock, ``experiments.unpadding`` for a model.
+Left out: time. A larger batch takes longer a step: see ``experiments.batching`` for a
+clock, ``experiments.unpadding`` for a model.
 """
 
 from __future__ import annotations
@@ -58,7 +61,9 @@ def scheduler(
     seats: int | None = None,
     pool: BlockPool | None = None,
 ) -> Ledger:
-    """A policy of the table over ``slots``, computing prompts whole; ``pool`` is an engine's own."""
+    """A policy of the table over ``slots``, computing prompts whole; ``pool`` is an
+    engine's own.
+    """
     limits: dict[str, Any] = {"max_batch_tokens": None, "max_sequences": seats}
     if name == "paged":
         return Scheduler(Paged(pool or BlockPool(slots // block, block)), **limits)
@@ -101,7 +106,9 @@ def policies_data(seeds: Sequence[int], count: int) -> list[dict[str, Any]]:
 
 
 def static_data(seeds: Sequence[int], count: int) -> dict[str, Any]:
-    """Padded batches of at most seven, as the baselines of the paper's blog ran: steps and useful slots."""
+    """Padded batches of at most seven, as the baselines of the paper's blog ran: steps and
+    useful slots.
+    """
     runs = [serve("static", load(seed, count)) for seed in seeds]
     return {
         "steps": [run.all.steps for run in runs],
@@ -125,7 +132,9 @@ def blocks_data(seeds: Sequence[int], count: int) -> list[dict[str, Any]]:
 
 
 def plenty_data(count: int, seats: int = 32) -> list[dict[str, Any]]:
-    """Where paging buys nothing: memory for everybody who has a seat (Alpaca's short answers, ten times the slots)."""
+    """Where paging buys nothing: memory for everybody who has a seat (Alpaca's short
+    answers, ten times the slots).
+    """
     asked = requests(ALPACA, count, np.random.default_rng(0))
     runs = {name: serve(name, asked, slots=10 * SLOTS, seats=seats) for name in PAPER}
     return [{"policy": name, "batch": run.saturated.batch} for name, run in runs.items()]

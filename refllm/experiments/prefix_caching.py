@@ -1,7 +1,8 @@
-"""What prefix caching buys on the real engine: six programs, two caches, two orders, three sizes of memory.
+"""What prefix caching buys on the real engine: six programs, two caches, two orders, three
+sizes of memory.
 
-Source: Zheng et al. 2024 (SGLang), sections 3 and 6, whose headline is up to 6.4 times the throughput (their article in
-the press: 5 to 6 times).
+Source: Zheng et al. 2024 (SGLang), sections 3 and 6, whose headline is up to 6.4 times the
+throughput (their article in the press: 5 to 6 times).
 
 | symbol | name                              | value                                                                |
 |--------|-----------------------------------|----------------------------------------------------------------------|
@@ -11,9 +12,10 @@ the press: 5 to 6 times).
 | c_d    | seconds an answered token         | measured: what the rest of the answers adds, without a cache         |
 | speedup| what the formula says             | (c_p·P + c_d·O) / (c_p·P·(1 − h) + c_d·O)                            |
 
-With h = 0.9 the speedup is 10 where nothing is answered, and below 2 where answering takes as long as reading. A cache
-saves reading alone, so it is worth most for short answers to long shared prompts, and nothing for ``unique``: there the
-time spent inside the cache's calls is its whole price.
+With h = 0.9 the speedup is 10 where nothing is answered, and below 2 where answering takes
+as long as reading. A cache saves reading alone, so it is worth most for short answers to
+long shared prompts, and nothing for ``unique``: there the time spent inside the cache's
+calls is its whole price.
 
 Hit rates are counted (A); seconds are measured in turn within a round (B).
 
@@ -46,10 +48,13 @@ BLOCK = 16
 
 
 def six(model: Model, size: int = 4) -> dict[str, Callable[[], Program]]:
-    """The programs, each made anew for every run with the same tokens; ``size`` ≥ 3 scales how much is asked."""
+    """The programs, each made anew for every run with the same tokens; ``size`` ≥ 3 scales
+    how much is asked.
+    """
 
     def made(make: Callable[[Any], Program]) -> Callable[[], Program]:
-        # strangers' requests come mixed: in the order of the program FCFS would be a tree's own order
+        # strangers' requests come mixed: in the order of the program FCFS would be a tree's
+        # own order
         return lambda: shuffled(make(held_out(model)), np.random.default_rng(0))
 
     rng = np.random.default_rng
@@ -76,7 +81,9 @@ def run(
     *,
     watched: bool = False,
 ) -> dict[str, Any]:
-    """One program through the engine: seconds, tokens, hits; ``watched``: the share of time inside cache calls."""
+    """One program through the engine: seconds, tokens, hits; ``watched``: the share of time
+    inside cache calls.
+    """
     engine = Engine(
         model,
         num_blocks=blocks,
@@ -116,7 +123,9 @@ def run(
 
 
 def longest(program: Program) -> int:
-    """Tokens of the longest request, those that follow included (answers count by their lengths alone)."""
+    """Tokens of the longest request, those that follow included (answers count by their
+    lengths alone).
+    """
     queue = list(program.requests)
     most = 0
     while queue:
@@ -129,7 +138,9 @@ def longest(program: Program) -> int:
 def measure(
     model: Model, make: Callable[[], Program], size: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """All ways of one program at one size of memory, in turn; and what the formula says of each."""
+    """All ways of one program at one size of memory, in turn; and what the formula says of
+    each.
+    """
     blocks = size * -(-(longest(make()) + 1) // BLOCK)
     runs: list[list[dict[str, Any]]] = [[] for _ in WAYS]
     reading = []
@@ -164,7 +175,9 @@ def speedup(c_p: float, c_d: float, P: int, O: int, hit: float) -> float:  # noq
 
 
 def overhead_data(model: Model, make: Callable[[], Program], rounds: int) -> dict[str, list[float]]:
-    """On the control: the share of the processor's time that is spent inside the calls of each cache."""
+    """On the control: the share of the processor's time that is spent inside the calls of
+    each cache.
+    """
     blocks = 4 * -(-(longest(make()) + 1) // BLOCK)
     return {
         cache: [
@@ -189,7 +202,9 @@ def prefixes_data(
 
 
 def _reading(program: Program) -> Program:
-    """The same prompts with answers of one token: the requests of all turns, so that nothing follows."""
+    """The same prompts with answers of one token: the requests of all turns, so that
+    nothing follows.
+    """
     queue = list(program.requests)
     every = []
     while queue:

@@ -1,13 +1,17 @@
-"""What quantisation costs: KL to full precision, top-1 agreement and bits per byte, methods × bits × granularity.
+"""What quantisation costs: KL to full precision, top-1 agreement and bits per byte, methods
+× bits × granularity.
 
-Every cell of the table is a model that was quantised once and compared with the original on the same held-out text,
-token by token, so its intervals are paired: what makes a token hard for both cancels. ``against rtn`` is paired in the
-same way: the KL of a method minus that of round to nearest at the same bits and granularity.
+Every cell of the table is a model that was quantised once and compared with the original on
+the same held-out text, token by token, so its intervals are paired: what makes a token hard
+for both cancels. ``against rtn`` is paired in the same way: the KL of a method minus that
+of round to nearest at the same bits and granularity.
 
-    python -m refllm.experiments.quantization_quality            # writes figures/data/quantization.json; `refllm figures` draws it
+    python -m refllm.experiments.quantization_quality            # writes
+    figures/data/quantization.json; `refllm figures` draws it
 
-A finished cell is kept in ``--cache`` under a digest of everything that decides it (model, text, settings and the
-code that quantises), so the command goes on where it was stopped, and computes only what has changed.
+A finished cell is kept in ``--cache`` under a digest of everything that decides it (model,
+text, settings and the code that quantises), so the command goes on where it was stopped,
+and computes only what has changed.
 
 | symbol    | name                                                                | unit           |
 |-----------|---------------------------------------------------------------------|----------------|
@@ -16,8 +20,9 @@ code that quantises), so the command goes on where it was stopped, and computes 
 | bits/byte | loss of the quantised model; ``increase`` is its paired difference  | bits per byte  |
 | bits      | stored bits a quantised weight, scales and zero points included     |                |
 
-Text: ``EXCERPTS`` windows of the held-out modules. Calibration: windows of the training text, drawn by a seed, the
-same for every method. Left out: the whole held-out text (``refllm eval`` scores it), speed.
+Text: ``EXCERPTS`` windows of the held-out modules. Calibration: windows of the training
+text, drawn by a seed, the same for every method. Left out: the whole held-out text
+(``refllm eval`` scores it), speed.
 """
 
 from __future__ import annotations
@@ -66,7 +71,9 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Cell:
-    """One quantised model. ``group`` 0 is a scale a row; ``seed`` draws the calibration text, None: there is none."""
+    """One quantised model. ``group`` 0 is a scale a row; ``seed`` draws the calibration
+    text, None: there is none.
+    """
 
     method: str
     bits: int
@@ -96,7 +103,9 @@ def cells(
     seeds: Sequence[int] = SEEDS,
     rule: str = "half_integer",
 ) -> list[Cell]:
-    """The table, round to nearest first; a method that needs no text has one cell where others have one a seed."""
+    """The table, round to nearest first; a method that needs no text has one cell where
+    others have one a seed.
+    """
     found = []
     for method in sorted(methods, key=lambda name: name != "rtn"):
         drawn = list(seeds) if METHODS[method].calibrates else [None]
@@ -187,7 +196,9 @@ class Bench:
         return row, found.token_kl
 
     def against(self, kl: np.ndarray, other: np.ndarray) -> list[float]:
-        """Mean of kl − other over tokens, with its interval from the same resamples as all others."""
+        """Mean of kl − other over tokens, with its interval from the same resamples as all
+        others.
+        """
         units = blocks(self.reference.plan.document, BLOCK)
         return _ends(
             bootstrap([kl - other], units, np.random.default_rng(0), resamples=RESAMPLES)[0]
@@ -195,7 +206,9 @@ class Bench:
 
 
 def increase(found: Comparison) -> Interval:
-    """Bits per byte of the model minus those of the reference: each byte carries its token's share of the loss."""
+    """Bits per byte of the model minus those of the reference: each byte carries its
+    token's share of the loss.
+    """
     size = found.model.token_bytes
     some = size > 0  # special tokens stand for no text
     each = (found.model.nats - found.reference.nats)[some] / np.log(2) / size[some]
@@ -209,7 +222,9 @@ def increase(found: Comparison) -> Interval:
 
 
 def table(bench: Bench, wanted: Sequence[Cell], cache: Path) -> Iterator[dict[str, Any]]:
-    """The rows of ``wanted``, each computed or taken from ``cache``, with its difference from round to nearest."""
+    """The rows of ``wanted``, each computed or taken from ``cache``, with its difference
+    from round to nearest.
+    """
     nearest: dict[tuple[int, int, str], np.ndarray] = {}
     for cell in wanted:
         file = cache / f"{bench.key(cell)}.json"
@@ -232,7 +247,8 @@ def table(bench: Bench, wanted: Sequence[Cell], cache: Path) -> Iterator[dict[st
 def code_digest() -> str:
     """Of the modules that quantise: a cell that other code has made is not this code's.
 
-    ``quant.recipe`` and what it imports of ``formats`` and ``quant``, so that export formats may change.
+    ``quant.recipe`` and what it imports of ``formats`` and ``quant``, so that export
+    formats may change.
     """
     root = Path(refllm.__file__).parent
     todo = ["quant/recipe.py"]
@@ -283,7 +299,9 @@ def _ends(interval: Interval) -> list[float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure the table, or what is missing of it, and write the record that the figure is drawn from."""
+    """Measure the table, or what is missing of it, and write the record that the figure is
+    drawn from.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m refllm.experiments.quantization_quality", description=main.__doc__
     )

@@ -1,10 +1,13 @@
-"""The experiment that AWQ starts from, on a whole network: a few input channels of every weight are left in floats.
+"""The experiment that AWQ starts from, on a whole network: a few input channels of every
+weight are left in floats.
 
-    python -m refllm.experiments.salience            # writes figures/data/salience.json; `refllm figures` draws it
+    python -m refllm.experiments.salience            # writes figures/data/salience.json;
+    `refllm figures` draws it
 
-Every projection is rounded to nearest in ``BITS`` bits, groups of ``GROUP``; a share of its input channels keeps its
-weights as they were, chosen by the size of the activations, by the size of the weights or at random (``SEEDS``). What
-is measured is KL to full precision over held-out text, paired as in ``quality``.
+Every projection is rounded to nearest in ``BITS`` bits, groups of ``GROUP``; a share of its
+input channels keeps its weights as they were, chosen by the size of the activations, by the
+size of the weights or at random (``SEEDS``). What is measured is KL to full precision over
+held-out text, paired as in ``quality``.
 
 | network   | what the experiment shows there                                                                    |
 |-----------|----------------------------------------------------------------------------------------------------|
@@ -12,7 +15,8 @@ is measured is KL to full precision over held-out text, paired as in ``quality``
 | planted   | with outlier channels (``planting``, ``FACTOR`` times), whose small weights rounding to nearest    |
 |           | takes for zero: activations say which they are, the size of the weights says the opposite          |
 
-Finished rows are kept in ``--cache``. Left out: mixed rows in a real layout; what scaling (AWQ) makes of it.
+Finished rows are kept in ``--cache``. Left out: mixed rows in a real layout; what scaling
+(AWQ) makes of it.
 """
 
 from __future__ import annotations
@@ -115,7 +119,9 @@ class Experiment:
         return self._made[name]
 
     def protected(self, choice: Choice) -> tuple[Weights, int]:
-        """The network with all projections rounded but for the chosen channels, and the bytes of its projections."""
+        """The network with all projections rounded but for the chosen channels, and the
+        bytes of its projections.
+        """
         weights, inputs = self.network(choice.network)
         rng = np.random.default_rng(choice.seed)
         layers = []
@@ -170,7 +176,9 @@ class Experiment:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure every row, or what is missing of them, and write the record that the figure is drawn from."""
+    """Measure every row, or what is missing of them, and write the record that the figure
+    is drawn from.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m refllm.experiments.salience", description=main.__doc__
     )

@@ -1,9 +1,12 @@
-"""What SmoothQuant buys: 8-bit weights and activations with outliers planted, over α, and where it does not help.
+"""What SmoothQuant buys: 8-bit weights and activations with outliers planted, over α, and
+where it does not help.
 
-The bundled model has no outlier channels, so some are planted (``planting``: exact, the same function bit for bit),
-``FACTOR`` times their size, where large networks have them: behind the norms. Then every product rounds its inputs.
+The bundled model has no outlier channels, so some are planted (``planting``: exact, the
+same function bit for bit), ``FACTOR`` times their size, where large networks have them:
+behind the norms. Then every product rounds its inputs.
 
-    python -m refllm.experiments.smoothquant          # writes figures/data/smoothquant.json; `refllm figures` draws it
+    python -m refllm.experiments.smoothquant          # writes
+    figures/data/smoothquant.json; `refllm figures` draws it
 
 | outliers in | α         | levels     | kept in floating point         | question                                  |
 |-------------|-----------|------------|--------------------------------|-------------------------------------------|
@@ -13,11 +16,11 @@ The bundled model has no outlier channels, so some are planted (``planting``: ex
 | norms       | ½         | O1, O2, O3 | o_proj and down_proj           | what the inputs that it leaves alone cost |
 | MLP hidden  | none and ½| O1         | nothing; down_proj             | where it does not help                    |
 
-Smoothing does not see what was planted behind a norm (s is ``FACTOR`` times as large there), so the curves over α are
-also those of the network without outliers.
+Smoothing does not see what was planted behind a norm (s is ``FACTOR`` times as large
+there), so the curves over α are also those of the network without outliers.
 
-Text, calibration and intervals are those of ``quality``; finished cases are kept in ``--cache`` as there. Left out:
-q, k, v rounded for the attention's own products.
+Text, calibration and intervals are those of ``quality``; finished cases are kept in
+``--cache`` as there. Left out: q, k, v rounded for the attention's own products.
 """
 
 from __future__ import annotations
@@ -63,7 +66,9 @@ UNSMOOTHED = ("o_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Case:
-    """One network: where its outliers are, how its inputs are rounded, α (None: not smoothed), what is kept."""
+    """One network: where its outliers are, how its inputs are rounded, α (None: not
+    smoothed), what is kept.
+    """
 
     outliers: str
     level: str
@@ -118,7 +123,9 @@ class Experiment:
         return choose(width, max(1, round(self.share * width)), rng)
 
     def planted(self, outliers: str) -> tuple[Weights, Any]:
-        """The weights with their outliers, and the absmax of all inputs over the calibration text."""
+        """The weights with their outliers, and the absmax of all inputs over the
+        calibration text.
+        """
         if outliers not in self._made:
             model = self.bench.model
             weights = plant(model.weights, self.channels(outliers), self.factor, PLANTED[outliers])
@@ -165,7 +172,9 @@ class Experiment:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure every case, or what is missing of them, and write the record that the figure is drawn from."""
+    """Measure every case, or what is missing of them, and write the record that the figure
+    is drawn from.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m refllm.experiments.smoothquant", description=main.__doc__
     )

@@ -1,4 +1,5 @@
-"""Figures of how models were trained, from the records in their own directories; nothing is computed again.
+"""Figures of how models were trained, from the records in their own directories; nothing is
+computed again.
 
 | figure           | from                                     | shows                                          |
 |------------------|------------------------------------------|------------------------------------------------|
@@ -26,7 +27,9 @@ def has_record(directory: Path) -> bool:
 
 
 def curve_values(directories: Sequence[Path]) -> dict[str, Any]:
-    """Values of the figure ``training_curve``; the phases marked are those of the first directory's last run."""
+    """Values of the figure ``training_curve``; the phases marked are those of the first
+    directory's last run.
+    """
     runs = {
         d.resolve().name: json.loads((d / "curve.json").read_text("utf-8")) for d in directories
     }

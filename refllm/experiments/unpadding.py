@@ -1,7 +1,9 @@
-"""The 24x of paged serving over plain generation, on the real engine, taken apart: padding × batch × kernel.
+"""The 24x of paged serving over plain generation, on the real engine, taken apart: padding
+× batch × kernel.
 
-Sources: vLLM's announcement of 2023 (24 times the throughput of Hugging Face's generation) and the benchmark behind it,
-which forms padded batches in the order of arrival; Kwon et al. 2023, section 6.
+Sources: vLLM's announcement of 2023 (24 times the throughput of Hugging Face's generation)
+and the benchmark behind it, which forms padded batches in the order of arrival; Kwon et al.
+2023, section 6.
 
 | run            | batch                                     | memory of a request      | compared with the one above |
 |----------------|-------------------------------------------|--------------------------|----------------------------|
@@ -10,18 +12,22 @@ which forms padded batches in the order of arrival; Kwon et al. 2023, section 6.
 | paged, as few  | the same, at most as many as Orca (Max)   | blocks                   | kernel: contiguous to paged |
 | paged          | as many as there is memory for            | blocks                   | batch                      |
 
-The product of the three factors is the whole, exactly. The batch is paging's; the padding is iteration-level
-scheduling's, which Orca had before it; the kernel is what paging costs: keys gathered through a table. The factor two
-or so that better kernels and a faster host had in the announcement is not here: all runs share one network.
+The product of the three factors is the whole, exactly. The batch is paging's; the padding
+is iteration-level scheduling's, which Orca had before it; the kernel is what paging costs:
+keys gathered through a table. The factor two or so that better kernels and a faster host
+had in the announcement is not here: all runs share one network.
 
-Where it loses: a batch counts for less than its size where a larger step takes longer, as on two cores; and paging
-admits whoever fits at the moment, so it preempts, and what is computed again costs in full (``tokens``). Reservations
-of the exact length, which nobody knows beforehand, are then as fast.
+Where it loses: a batch counts for less than its size where a larger step takes longer, as
+on two cores; and paging admits whoever fits at the moment, so it preempts, and what is
+computed again costs in full (``tokens``). Reservations of the exact length, which nobody
+knows beforehand, are then as fast.
 
-Memory is stated in tokens: 15,700 slots and lengths of at most 2,048, as in the paper, both scaled to the context of
-the bundled model. Requests run to their lengths (``ignore_eos``). Kind B: seconds; A: steps and batches.
+Memory is stated in tokens: 15,700 slots and lengths of at most 2,048, as in the paper, both
+scaled to the context of the bundled model. Requests run to their lengths (``ignore_eos``).
+Kind B: seconds; A: steps and batches.
 
-Left out: arrivals over time; a GPU, where a step of a larger batch takes hardly longer (``experiments.batching``).
+Left out: arrivals over time; a GPU, where a step of a larger batch takes hardly longer
+(``experiments.batching``).
 """
 
 from __future__ import annotations
@@ -85,7 +91,9 @@ class Counted:
 
 
 def serve_once(model: Model, asked: Sequence[Request], name: str, scale: float) -> dict[str, Any]:
-    """One run of the real engine over everybody: seconds of the clock and of the processor, steps, batch."""
+    """One run of the real engine over everybody: seconds of the clock and of the processor,
+    steps, batch.
+    """
     slots = int(SLOTS * scale) // 16 * 16  # whole blocks
     longest = int(2048 * scale)
     few = slots // longest
@@ -117,7 +125,9 @@ def serve_once(model: Model, asked: Sequence[Request], name: str, scale: float) 
 def unpadding_data(
     model: Model, *, count: int = 160, rounds: int = 3, scale: float = 0.25
 ) -> dict[str, Any]:
-    """Values of the figure ``unpadding``. In every round each run takes its turn; a ratio is formed within a round."""
+    """Values of the figure ``unpadding``. In every round each run takes its turn; a ratio
+    is formed within a round.
+    """
     asked = requests(SHAREGPT, count, np.random.default_rng(0), tokens=held_out(model), scale=scale)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in RUNS}
     with threadpool_limits(limits=1, user_api="blas"):
@@ -143,7 +153,9 @@ def unpadding_data(
 
 
 def factors(runs: dict[str, list[dict[str, Any]]], clock: str) -> dict[str, list[float]]:
-    """name → [median, lowest, highest] of the rounds' ratios; "all three" is their product, round by round."""
+    """name → [median, lowest, highest] of the rounds' ratios; "all three" is their product,
+    round by round.
+    """
     pairs = FACTORS | {"all three": (RUNS[0], RUNS[-1])}
     out = {}
     for name, (slow, fast) in pairs.items():

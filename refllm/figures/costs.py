@@ -1,4 +1,6 @@
-"""Figures of what a step costs: operations against bytes, where its time goes, what the cache holds."""
+"""Figures of what a step costs: operations against bytes, where its time goes, what the
+cache holds.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,11 @@ from refllm.measure.plotting import (
 
 @styled
 def roofline(values: Values) -> Figure:
-    """{"devices": [{name, peak_flops, peak_bandwidth}], "points": [{label, intensity, flops_per_second?}]}.
+    """{"devices": [{name, peak_flops, peak_bandwidth}], "points": [{label, intensity,
+    flops_per_second?}]}.
 
-    A point without a measured rate stands on the first device's roof: the most that it can reach.
+    A point without a measured rate stands on the first device's roof: the most that it can
+    reach.
     """
     title = values.get("title", "Roofline")
     fig, ax = axes(title, "arithmetic intensity (FLOP per byte)", "rate (FLOP per second)")
@@ -65,7 +69,9 @@ def roofline(values: Values) -> Figure:
 
 
 def _point(ax: Axes, point: Values, device: Values, points: Sequence[Values]) -> None:
-    """A step, named where the roof does not pass: beside or over its roof if it stands on it, else under it."""
+    """A step, named where the roof does not pass: beside or over its roof if it stands on
+    it, else under it.
+    """
     intensity = point["intensity"]
     slope = point["intensity"] < device["peak_flops"] / device["peak_bandwidth"]
     rate = point.get(
@@ -90,7 +96,9 @@ def _point(ax: Axes, point: Values, device: Values, points: Sequence[Values]) ->
 
 @styled
 def decode_cost(values: Values) -> Figure:
-    """{"title", "unit", "rows": [{"label", "parts": {part: time}}]} → where a step's time goes, stacked bars."""
+    """{"title", "unit", "rows": [{"label", "parts": {part: time}}]} → where a step's time
+    goes, stacked bars.
+    """
     rows: Sequence[Any] = values["rows"]
     fig, ax = axes(
         values["title"],
@@ -123,7 +131,8 @@ def decode_cost(values: Values) -> Figure:
 
 @styled
 def kv_memory(values: Values) -> Figure:
-    """{"contexts", "lines": {name: bytes at each context}, "weights": {name: bytes}, "marked": context}.
+    """{"contexts", "lines": {name: bytes at each context}, "weights": {name: bytes},
+    "marked": context}.
 
     A line's name gives the size at the ``marked`` context.
     """

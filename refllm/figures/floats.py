@@ -21,7 +21,9 @@ WAYS = {
 
 @styled
 def float_formats(values: Values) -> Figure:
-    """{"data": {kind: {format: error}}, "lengths", "accumulator": {name: errors}, "growths", "delayed"} → 3 panels."""
+    """{"data": {kind: {format: error}}, "lengths", "accumulator": {name: errors},
+    "growths", "delayed"} → 3 panels.
+    """
     fig = Figure(layout="constrained", figsize=(7.2, 6.2))
     grid = fig.add_gridspec(2, 2)
     top, left, right = (fig.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1]))
@@ -69,7 +71,9 @@ def float_formats(values: Values) -> Figure:
 
 @styled
 def fp8_training(values: Values) -> Figure:
-    """``experiments.fp8_training.values`` and what is measured without training → a panel a start, and one of outliers."""
+    """``experiments.fp8_training.values`` and what is measured without training → a panel a
+    start, and one of outliers.
+    """
     fig = Figure(layout="constrained", figsize=(7.2, 6.2))
     grid = fig.add_gridspec(2, 2, height_ratios=(1.4, 1))
     against = values["against float32"]

@@ -1,4 +1,6 @@
-"""Figures of the number formats: where the bits of a block lie, and what the mixes of GGUF weigh."""
+"""Figures of the number formats: where the bits of a block lie, and what the mixes of GGUF
+weigh.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ NOTES = {
 
 @styled
 def gguf_layouts(values: Values) -> Figure:
-    """{"types": [{"type", "numbers", "bits", "fields": [{"role", "size", "holds"}]}]} → every byte of every block."""
+    """{"types": [{"type", "numbers", "bits", "fields": [{"role", "size", "holds"}]}]} →
+    every byte of every block.
+    """
     types: Sequence[Any] = values["types"]
     title = f"Blocks of {types[0]['numbers']} numbers, byte by byte"
     fig, ax = axes(title, "byte of the block", "type, bits a weight", figsize=(7.2, 6.1))
@@ -105,7 +109,9 @@ def _blocks(panel: Axes, types: Sequence[Any]) -> None:
 
 @styled
 def gguf_mixes(values: Values) -> Figure:
-    """{"rows": [{"mix", "base", model: bits, …, "article"}]} → bits per weight of each mix, a bar a model."""
+    """{"rows": [{"mix", "base", model: bits, …, "article"}]} → bits per weight of each mix,
+    a bar a model.
+    """
     rows: Sequence[Any] = values["rows"]
     models = [key for key in rows[0] if key not in ("mix", "base", "article")]
     fig, ax = axes(
@@ -126,7 +132,8 @@ def gguf_mixes(values: Values) -> Figure:
                 color=ink,
             )
     for row, r in enumerate(rows):
-        # black, which is seen on both bars; an edge would hide how little some bars reach beyond
+        # black, which is seen on both bars; an edge would hide how little some bars reach
+        # beyond
         ax.plot(
             [r["base"]] * 2,
             [row - 0.42, row + 0.42],

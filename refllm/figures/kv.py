@@ -17,7 +17,9 @@ COLOURS = {"KIVI": TECHNIQUE, "keys by token": NEAREST, "values by channel": MOR
 
 @styled
 def kv_quantization(values: Values) -> Figure:
-    """A record of ``experiments.kv_quantization`` → KL by bits in both networks; by position and R; bytes by length."""
+    """A record of ``experiments.kv_quantization`` → KL by bits in both networks; by
+    position and R; bytes by length.
+    """
     fig = Figure(layout="constrained", figsize=(7.2, 6.2))
     panels = fig.subplots(2, 2)
     rows: Sequence[Any] = values["rows"]
@@ -114,7 +116,9 @@ def _memory(panel: Axes, values: Values) -> None:
 
 @styled
 def kv_sparsity(values: Values) -> Figure:
-    """A record of ``experiments.kv_sparsity`` → KL by tokens held, and the attention that is kept, a column for each task."""
+    """A record of ``experiments.kv_sparsity`` → KL by tokens held, and the attention that
+    is kept, a column for each task.
+    """
     fig = Figure(layout="constrained", figsize=(7.2, 6.0))
     rows: Sequence[Any] = values["rows"]
     tasks = list(dict.fromkeys(row["task"] for row in rows))

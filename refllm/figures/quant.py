@@ -36,9 +36,11 @@ LEVELS = {"O1": "a step a token", "O2": "a step a batch", "O3": "a step from cal
 
 @styled
 def quantization(values: Values) -> Figure:
-    """{"rows": [{"method", "bits", "group", "kl": [mean, low, high], "bits per weight"}]} → KL, a panel for each bits.
+    """{"rows": [{"method", "bits", "group", "kl": [mean, low, high], "bits per weight"}]} →
+    KL, a panel for each bits.
 
-    Rows that differ in the seed alone are one point: their mean, and whiskers around all of their intervals.
+    Rows that differ in the seed alone are one point: their mean, and whiskers around all of
+    their intervals.
     """
     rows: Sequence[Any] = values["rows"]
     # 0, a scale a row, first
@@ -106,9 +108,11 @@ def _errors(panel: Axes, rows: Sequence[Any], method: str, groups: Sequence[int]
 
 @styled
 def observers(values: Values) -> Figure:
-    """{"tensor", "edges", "density", "rows": [{"observer", "bits", "cut", "beyond", "error"}]} → cuts, and errors.
+    """{"tensor", "edges", "density", "rows": [{"observer", "bits", "cut", "beyond",
+    "error"}]} → cuts, and errors.
 
-    A panel above for each width of codes: the tensor's density with every observer's cut; below, what that costs.
+    A panel above for each width of codes: the tensor's density with every observer's cut;
+    below, what that costs.
     """
     rows: Sequence[Any] = values["rows"]
     names = _distinct(rows, "observer")
@@ -167,7 +171,9 @@ def observers(values: Values) -> Figure:
 
 
 def _dot(ax: Axes, x: float, y: float, colour: str, said: str) -> None:
-    """A value on a logarithmic axis: a dot, since a bar's length would depend on where the axis begins."""
+    """A value on a logarithmic axis: a dot, since a bar's length would depend on where the
+    axis begins.
+    """
     ax.plot(x, y, "o", color=colour, ms=7)
     ax.annotate(
         said,
@@ -182,10 +188,11 @@ def _dot(ax: Axes, x: float, y: float, colour: str, said: str) -> None:
 
 @styled
 def smoothquant(values: Values) -> Figure:
-    """{"rows": [{"outliers", "level", "alpha", "keep", "kl", "bits per byte", "full precision"}]}.
+    """{"rows": [{"outliers", "level", "alpha", "keep", "kl", "bits per byte", "full
+    precision"}]}.
 
-    Above, KL over α; below, where it helps and where not. KL tells networks apart whose bits per byte differ by less
-    than chance; those stand beside it, in per cent.
+    Above, KL over α; below, where it helps and where not. KL tells networks apart whose
+    bits per byte differ by less than chance; those stand beside it, in per cent.
     """
     fig = Figure(layout="constrained", figsize=(7.2, 6.2))
     # apart, so that the long names below do not make the upper plot narrow
@@ -266,7 +273,9 @@ def _distinct(rows: Sequence[Any], key: str) -> list[Any]:
 
 @styled
 def salience(values: Values) -> Figure:
-    """{"bits", "factor", "rows": [{"network", "by", "fraction", "seed", "kl": [mean, low, high]}]} → KL, two panels."""
+    """{"bits", "factor", "rows": [{"network", "by", "fraction", "seed", "kl": [mean, low,
+    high]}]} → KL, two panels.
+    """
     rows: Sequence[Any] = values["rows"]
     colours = {"activation": TECHNIQUE, "weight": MORE[3], "random": FULL}
     fig = Figure(layout="constrained", figsize=(7.2, 3.6))

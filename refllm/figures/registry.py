@@ -1,10 +1,13 @@
-"""The project's figures: one style, drawn from committed data, byte for byte the same each time.
+"""The project's figures: one style, drawn from committed data, byte for byte the same each
+time.
 
-``figures/data/NAME.json`` is a record (see ``records``): numbers with the command that made them, their kind and
-the hardware. ``redraw`` turns each into ``figures/NAME.png``; ``check`` tells which are stale. A picture carries a
-digest of its data and of the code that drew it, so staleness does not depend on the version of matplotlib.
+``figures/data/NAME.json`` is a record (see ``records``): numbers with the command that made
+them, their kind and the hardware. ``redraw`` turns each into ``figures/NAME.png``;
+``check`` tells which are stale. A picture carries a digest of its data and of the code that
+drew it, so staleness does not depend on the version of matplotlib.
 
-The figures of the network stand here, those of other rooms in ``figures_*.py``; what they share is in ``drawing``.
+The figures of the network stand here, those of other rooms in ``figures_*.py``; what they
+share is in ``drawing``.
 """
 
 from __future__ import annotations
@@ -51,7 +54,8 @@ _DPI = 160  # 1,152 pixels wide: sharp where a repository page shows 800
 
 @styled
 def training_curve(values: Values) -> Figure:
-    """{"runs": {name: [record of curve.json, …]}, "phases": [[tokens, label], …], "bytes_per_token"} → loss by tokens.
+    """{"runs": {name: [record of curve.json, …]}, "phases": [[tokens, label], …],
+    "bytes_per_token"} → loss by tokens.
 
     With ``bytes_per_token`` of the held-out text a second scale gives bits per byte.
     """
@@ -95,7 +99,9 @@ def training_curve(values: Values) -> Figure:
 
 
 def _phases(ax: Axes, phases: Sequence[Any], end: float) -> None:
-    """A line where each phase ends, and its name to the left; a strip too narrow for that has an arrow to it."""
+    """A line where each phase ends, and its name to the left; a strip too narrow for that
+    has an arrow to it.
+    """
     begin = 0.0
     wide = 0.0
     for i, (tokens, label) in enumerate(phases):
@@ -123,7 +129,9 @@ def _phases(ax: Axes, phases: Sequence[Any], end: float) -> None:
 
 @styled
 def bits_by_position(values: Values) -> Figure:
-    """{"lines": {name: [bin of ``score.bits_by_position`` as [low, high, tokens, nats, bits], …]}}."""
+    """{"lines": {name: [bin of ``score.bits_by_position`` as [low, high, tokens, nats,
+    bits], …]}}.
+    """
     fig, ax = axes("What context buys", "tokens of context", "bits per byte of held-out text")
     ticks: set[int] = set()
     for colour, (name, bins) in coloured(SERIES, values["lines"].items()):
@@ -169,7 +177,8 @@ FIGURES: dict[str, tuple[str, Draw]] = {
 
 
 def save(figure: Figure, path: str | Path, digest: str = "") -> Path:
-    """Write a PNG of 1,152 or so pixels' width; the same figure gives the same bytes (no date, no version).
+    """Write a PNG of 1,152 or so pixels' width; the same figure gives the same bytes (no
+    date, no version).
 
     ``digest`` is stored in the file for ``check``.
     """
@@ -185,7 +194,8 @@ def save(figure: Figure, path: str | Path, digest: str = "") -> Path:
 
 
 def redraw(names: Iterable[str] | None = None, folder: str | Path = "figures") -> list[Path]:
-    """Draw the named figures (default: all that have data) from ``folder/data`` and return what was written.
+    """Draw the named figures (default: all that have data) from ``folder/data`` and return
+    what was written.
 
     Raises
     ------
@@ -216,7 +226,9 @@ def redraw(names: Iterable[str] | None = None, folder: str | Path = "figures") -
 
 
 def check(folder: str | Path = "figures") -> list[str]:
-    """What is wrong with the committed figures, one sentence each; an empty list if they are up to date."""
+    """What is wrong with the committed figures, one sentence each; an empty list if they
+    are up to date.
+    """
     folder = Path(folder)
     complaints = []
     for name, (file, draw) in FIGURES.items():
@@ -236,7 +248,9 @@ def check(folder: str | Path = "figures") -> list[str]:
 
 
 def _digest(source: Path, draw: Draw) -> str:
-    """Of the data and of all code that decides what the picture looks like: with the figure, its helpers beside it."""
+    """Of the data and of all code that decides what the picture looks like: with the
+    figure, its helpers beside it.
+    """
     module = inspect.getmodule(draw)
     assert module is not None
     code = "".join(inspect.getsource(part) for part in (module, plotting, draw, save, _caption))

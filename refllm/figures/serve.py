@@ -27,7 +27,9 @@ DIVIDED = {"padding": "Orca (Max) ÷ static", "kernel": "paged, as few ÷ Orca (
 
 @styled
 def paging(values: Values) -> Figure:
-    """Values of ``experiments.paging``: mean batch by policy beside the paper's, and by the size of a block."""
+    """Values of ``experiments.paging``: mean batch by policy beside the paper's, and by the
+    size of a block.
+    """
     rows = values["policies"]
     blocks = values["blocks"]
     fig = Figure(layout="constrained", figsize=(7.2, 4.4))
@@ -97,7 +99,9 @@ def _block_sizes(ax: Axes, blocks: Sequence[Any]) -> None:
 
 @styled
 def batching(values: Values) -> Figure:
-    """Values of ``experiments.batching``: useful slots, chunks, goodput and swapping, a panel each."""
+    """Values of ``experiments.batching``: useful slots, chunks, goodput and swapping, a
+    panel each.
+    """
     fig = Figure(layout="constrained", figsize=(7.2, 6.1))
     panels = fig.subplots(2, 2)
     _useful(panels[0, 0], values["useful"])
@@ -172,7 +176,8 @@ def _goodput(ax: Axes, values: Values) -> None:
         ylabel="share of requests",
         ylim=(0, 1.05),
     )
-    # between the falling lines: lower it would hide the first point of those that fail at once
+    # between the falling lines: lower it would hide the first point of those that fail at
+    # once
     ax.legend(
         fontsize=7.5,
         loc="upper left",
@@ -201,7 +206,9 @@ def _swapping(ax: Axes, rows: Sequence[Any]) -> None:
 
 @styled
 def unpadding(values: Values) -> Figure:
-    """Values of ``experiments.unpadding``: requests a second by policy, and the factors between them."""
+    """Values of ``experiments.unpadding``: requests a second by policy, and the factors
+    between them.
+    """
     fig = Figure(layout="constrained", figsize=(7.2, 4.85))
     upper, lower = fig.subplots(2, 1, height_ratios=(6, 4))
     rows = values["rows"]
@@ -259,7 +266,9 @@ def _bar(ax: Axes, y: float, middle: float, low: float, high: float, colour: str
 
 @styled
 def prefixes(values: Values) -> Figure:
-    """Values of ``experiments.prefix_caching``: hit rates by program and memory, and speedups beside the formula's."""
+    """Values of ``experiments.prefix_caching``: hit rates by program and memory, and
+    speedups beside the formula's.
+    """
     programs = values["programs"]
     fig = Figure(layout="constrained", figsize=(7.2, 6.2))
     parts: Any = fig.subfigures(2, 1, height_ratios=(4, 5))
@@ -316,7 +325,9 @@ def _hit_rates(panels: Sequence[Axes], programs: Values) -> None:
 
 
 def _line(way: str) -> dict[str, Any]:
-    """Where a hash and a radix cache agree, the radix cache's line is seen through the other's rings and dashes."""
+    """Where a hash and a radix cache agree, the radix cache's line is seen through the
+    other's rings and dashes.
+    """
     if way.startswith("hash"):
         return {"lw": 1.1, "ls": (0, (3, 2)), "marker": "o", "ms": 7, "mfc": "none", "zorder": 3}
     return {"lw": 1.8, "marker": "o", "ms": 4}

@@ -1,4 +1,6 @@
-"""Figures of speculative decoding: what is accepted, what that buys, and the batch from which it buys nothing."""
+"""Figures of speculative decoding: what is accepted, what that buys, and the batch from
+which it buys nothing.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _COLOURS = (TECHNIQUE, NEAREST, MORE[0])
 
 @styled
 def speculative(values: Values) -> Figure:
-    """The record of ``benchmarks/speculative.py``: tokens a step over γ, speed-up over γ, and over the batch."""
+    """The record of ``benchmarks/speculative.py``: tokens a step over γ, speed-up over γ,
+    and over the batch.
+    """
     fig = Figure(layout="constrained", figsize=(7.2, 6.24))
     grid = fig.add_gridspec(3, 2)
     upper = [fig.add_subplot(grid[0, 0])]
@@ -64,7 +68,8 @@ def _lengths(ax: Axes, rows: Sequence[Mapping[str, Any]], title: str) -> None:
     if rows[0]["drafter"] == "model":
         ax.plot([], [], color="black", lw=1, ls=":", label="formula, if independent")
     ax.set_xticks(sorted({r["gamma"] for r in rows}))
-    # the model's lines end far below the highest of the n-grams, whose scale they share: there is room over them
+    # the model's lines end far below the highest of the n-grams, whose scale they share:
+    # there is room over them
     place: Any = (
         {"loc": "upper left", "ncols": 2}
         if rows[0]["drafter"] == "model"

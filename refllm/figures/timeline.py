@@ -1,4 +1,6 @@
-"""Figures of one run of the scheduler: batch and memory over time, who holds which block, the radix tree."""
+"""Figures of one run of the scheduler: batch and memory over time, who holds which block,
+the radix tree.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ STATES = {FOUND: TECHNIQUE, NEVER: FULL, LOCKED: NEAREST}  # of a node of the tr
 
 @styled
 def serving_occupancy(values: Values) -> Figure:
-    """{"occupancy": columns of ``simulate.timeline``} → who runs and waits, and the slots they hold, over time."""
+    """{"occupancy": columns of ``simulate.timeline``} → who runs and waits, and the slots
+    they hold, over time.
+    """
     steps = values["occupancy"]
     time = 1e3 * np.asarray(steps["time"])
     fig = Figure(layout="constrained", figsize=(7.2, 4.8))
@@ -58,7 +62,9 @@ def serving_occupancy(values: Values) -> Figure:
 
 @styled
 def serving_blocks(values: Values) -> Figure:
-    """{"blocks": {"times", "owners": [step][block]}} → the pool, step by step: a colour is a request."""
+    """{"blocks": {"times", "owners": [step][block]}} → the pool, step by step: a colour is
+    a request.
+    """
     owners = np.asarray(values["blocks"]["owners"])
     special = {FREE: "white", CACHED: "#d9d9d9", SHARED: "black"}
     picture = np.zeros(owners.shape, dtype=np.int64)
@@ -88,7 +94,9 @@ def serving_blocks(values: Values) -> Figure:
 
 @styled
 def serving_tree(values: Values) -> Figure:
-    """{"tree": nodes of ``simulate.timeline.tree``} → the radix tree from above down, a node as long as its tokens."""
+    """{"tree": nodes of ``simulate.timeline.tree``} → the radix tree from above down, a
+    node as long as its tokens.
+    """
     fig, ax = axes("The radix tree", "", "tokens from the beginning", figsize=(7.2, 4.6))
     width = sum(_leaves(node) for node in values["tree"])
     _hang(ax, values["tree"], 0.0, 0, max(1, width))
@@ -122,7 +130,9 @@ def _every(nodes: Sequence[Any]) -> list[Any]:
 
 
 def _hang(ax: Axes, nodes: Sequence[Any], x: float, y: int, width: int) -> None:
-    """Draw nodes beside each other from (x, y) on, each as wide as its leaves, their children below them."""
+    """Draw nodes beside each other from (x, y) on, each as wide as its leaves, their
+    children below them.
+    """
     for node in nodes:
         leaves = _leaves(node)
         tokens = node["tokens"]

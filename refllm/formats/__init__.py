@@ -1,1 +1,3 @@
-"""How a number becomes bits: uniform grids, dense bit streams, integer products. Knows nothing of models."""
+"""How a number becomes bits: uniform grids, dense bit streams, integer products. Knows
+nothing of models.
+"""

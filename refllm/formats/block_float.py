@@ -1,6 +1,8 @@
-"""Small floats in blocks that share a scale: FP8 by tensor, row, tile or block, MXFP8, MXFP4 and NVFP4.
+"""Small floats in blocks that share a scale: FP8 by tensor, row, tile or block, MXFP8,
+MXFP4 and NVFP4.
 
-A block of numbers with a = max |x| is stored as codes of x/s and comes back as x̂ = s · decode(code). What s is:
+A block of numbers with a = max |x| is stored as codes of x/s and comes back as x̂ = s ·
+decode(code). What s is:
 
 | scale     | s                                       | stored as                    | who                             |
 |-----------|-----------------------------------------|------------------------------|---------------------------------|
@@ -9,12 +11,14 @@ A block of numbers with a = max |x| is stored as codes of x/s and comes back as 
 | "mx"      | 2^(⌊log2 a⌋ − e), e = ⌊log2 largest⌋    | E8M0, a byte                 | OCP MXFP8, MXFP4: may saturate  |
 | "nvfp4"   | e4m3(G · a / 6) / G, G = 2688 / max a   | E4M3, a byte; G float32      | NVFP4                           |
 
-With a power of two as the scale, s · q needs no rounding; it costs up to one bit of the range. A block of zeros has
-no scale of its own: it gets 1 (the smallest there is, for E8M0 of "mx"), where the published kernel of DeepSeek-V3
-divides 0 by 0. So does a block so small that its scale would not be a normal float32 number: it gets 2^−126.
+With a power of two as the scale, s · q needs no rounding; it costs up to one bit of the
+range. A block of zeros has no scale of its own: it gets 1 (the smallest there is, for E8M0
+of "mx"), where the published kernel of DeepSeek-V3 divides 0 by 0. So does a block so small
+that its scale would not be a normal float32 number: it gets 2^−126.
 
-What shares a scale is said by the granularity of a ``Scheme`` (its rule and zero point play no part): a tensor, a row
-("channel", "token"), g neighbours of a row ("group"), or bo × bi neighbours ("block", ragged at the edges).
+What shares a scale is said by the granularity of a ``Scheme`` (its rule and zero point play
+no part): a tensor, a row ("channel", "token"), g neighbours of a row ("group"), or bo × bi
+neighbours ("block", ragged at the edges).
 
 | symbol | name                                       | shape                                    |
 |--------|--------------------------------------------|------------------------------------------|
@@ -24,7 +28,8 @@ What shares a scale is said by the granularity of a ``Scheme`` (its rule and zer
 
 Sources: DeepSeek-V3 (2024), §3.3; OCP Microscaling Formats 1.0, §6.3; NVIDIA's NVFP4.
 
-Left out: MXFP6, MXINT8, compressed-tensors' rounding of MX scales, codebooks; products (``fp8``).
+Left out: MXFP6, MXINT8, compressed-tensors' rounding of MX scales, codebooks; products
+(``fp8``).
 """
 
 from __future__ import annotations
@@ -103,7 +108,7 @@ MXFP4 = FloatScheme("e2m1", "group", 32, "mx")  # 4.25 bits
 NVFP4 = FloatScheme("e2m1", "group", 16, "nvfp4")  # 4.5 bits, and 32 a tensor
 
 
-# --- scales --------------------------------------------------------------------------------------------------------
+# --- scales -------------------------------------------------------------------------------
 
 
 def scale_of(absmax: Array, scheme: FloatScheme) -> Array:
@@ -117,7 +122,8 @@ def scale_of(absmax: Array, scheme: FloatScheme) -> Array:
         return decode(code, "e4m3") / g
     top = math.frexp(scheme.largest)[1] - 1  # ⌊log2 largest⌋
     if scheme.scale == "ue8m0":
-        # the exponent field of a/largest, one more if any bit of the mantissa is set; 2^−126 at least
+        # the exponent field of a/largest, one more if any bit of the mantissa is set;
+        # 2^−126 at least
         bits = bitcast(xp.maximum(a / scheme.largest, _NORMAL), xp.int32)
         exponent = (bits >> 23) + xp.astype((bits & 0x7FFFFF) != 0, xp.int32)
         # largest · s stays a float32 number
@@ -167,20 +173,22 @@ def _blocks(x: Array, scheme: FloatScheme) -> Array:
     return as_blocks(x, scheme.blocks)
 
 
-# --- arrays --------------------------------------------------------------------------------------------------------
+# --- arrays -------------------------------------------------------------------------------
 
 
 def quantize(
     x: Array, scheme: FloatScheme, *, scale: Array | None = None, name: str = "x"
 ) -> Scaled:
-    """A matrix x[M, N] in codes; ``scale`` (float32) gives a scale instead of that of the blocks' own range.
+    """A matrix x[M, N] in codes; ``scale`` (float32) gives a scale instead of that of the
+    blocks' own range.
 
     With a scale from elsewhere, numbers beyond its range become the largest one.
 
     Raises
     ------
     ValueError
-        naming ``name`` if x is no matrix, empty, not finite, or does not fit the scheme, or a scale is not positive.
+        naming ``name`` if x is no matrix, empty, not finite, or does not fit the scheme, or
+        a scale is not positive.
     """
     xp = namespace(x, scale)
     if x.ndim != 2:
@@ -222,8 +230,8 @@ def _stored(a: Array, scheme: FloatScheme) -> tuple[Array, Array | None]:
 class Scaled:
     """A matrix [M, N] as codes and scales; satisfies ``Linear``, with inputs as they are.
 
-    ``stored`` is the scale as it is stored: float32, or uint8 codes of E8M0 or E4M3 (then with ``g``, NVFP4's G).
-    Codes of E2M1 are held packed, two a byte.
+    ``stored`` is the scale as it is stored: float32, or uint8 codes of E8M0 or E4M3 (then
+    with ``g``, NVFP4's G). Codes of E2M1 are held packed, two a byte.
     """
 
     def __init__(
@@ -299,7 +307,9 @@ class Scaled:
         return from_blocks(values, shape)
 
     def matmul(self, x: Array) -> Array:
-        """x[T, N] → x x̂ᵀ [T, M], in the wider of x's dtype and float32; a tile of x̂ at a time is in floats."""
+        """x[T, N] → x x̂ᵀ [T, M], in the wider of x's dtype and float32; a tile of x̂ at a
+        time is in floats.
+        """
         xp = namespace(x, self._codes)
         dtype = xp.result_type(x.dtype, self.dtype)
         out = xp.empty((x.shape[0], self.shape[0]), dtype=dtype)

@@ -1,16 +1,19 @@
-"""Weights in 8-bit floats as other programs store them: compressed-tensors' float-quantized, and DeepSeek-V3's fp8.
+"""Weights in 8-bit floats as other programs store them: compressed-tensors'
+float-quantized, and DeepSeek-V3's fp8.
 
 | layout          | tensors of a weight W[M, N]                                                                     |
 |-----------------|-------------------------------------------------------------------------------------------------|
 | float-quantized | weight E4M3 [M, N], weight_scale [M, 1], or [⌈M/b⌉, ⌈N/b⌉] in blocks                              |
 | fp8             | weight E4M3 [M, N], weight_scale_inv [⌈M/b⌉, ⌈N/b⌉]: a multiplier, despite its name               |
 
-Scales are written in float32, so that what is stored is what was quantised; of a file any type is read.
+Scales are written in float32, so that what is stored is what was quantised; of a file any
+type is read.
 
-Blocks at the edges may be ragged. transformers 5, when it dequantises fp8 on a CPU, then shares the rows out evenly
-among the scales and gets other weights.
+Blocks at the edges may be ragged. transformers 5, when it dequantises fp8 on a CPU, then
+shares the rows out evenly among the scales and gets other weights.
 
-Sources: the compressed-tensors library; DeepSeek-V3's README_WEIGHTS; transformers' FineGrainedFP8Config.
+Sources: the compressed-tensors library; DeepSeek-V3's README_WEIGHTS; transformers'
+FineGrainedFP8Config.
 
 Left out: scales a tensor, E5M2, static scales of activations.
 """
@@ -81,7 +84,8 @@ def from_tensors(
     Raises
     ------
     ValueError
-        naming ``name`` for a code that is NaN, or a scale that is not a finite number of 0 or more.
+        naming ``name`` for a code that is NaN, or a scale that is not a finite number of 0
+        or more.
     """
     codes = tensors["weight"]
     xp = namespace(codes)

@@ -1,13 +1,16 @@
-"""Products of small floats: codes are multiplied, sums leave the narrow accumulator in time, scales come last.
+"""Products of small floats: codes are multiplied, sums leave the narrow accumulator in
+time, scales come last.
 
     Y[t, m] = Σ_k  s_x[t, k] · s_w[m, k] · ( Σ_{i in slice k} q_x[t, i] · q_w[m, i] )
 
-A slice is what shares a scale along the sum, 128 in DeepSeek-V3. The inner sum is what a tensor core computes; at its
-end the partial sum is *promoted*: multiplied by its scales and added to a float32 number in ordinary registers.
+A slice is what shares a scale along the sum, 128 in DeepSeek-V3. The inner sum is what a
+tensor core computes; at its end the partial sum is *promoted*: multiplied by its scales and
+added to a float32 number in ordinary registers.
 
-Why promotion is more than a way to apply scales: Hopper's tensor cores keep about 14 bits when they add products of
-8-bit floats. Each addition cuts off what is below 2^−13 of the sum so far, always towards zero. Over K = 4096 these
-cuts add up to about 2 % of a sum; over 128 they cannot. ``Accumulator`` simulates it:
+Why promotion is more than a way to apply scales: Hopper's tensor cores keep about 14 bits
+when they add products of 8-bit floats. Each addition cuts off what is below 2^−13 of the
+sum so far, always towards zero. Over K = 4096 these cuts add up to about 2 % of a sum; over
+128 they cannot. ``Accumulator`` simulates it:
 
 | field   | meaning                                                                                    |
 |---------|--------------------------------------------------------------------------------------------|
@@ -21,9 +24,11 @@ cuts add up to about 2 % of a sum; over 128 they cannot. ``Accumulator`` simulat
 | q_w, s_w | codes, scales of the weight   | [M, N], [⌈M/128⌉, ⌈N/128⌉]     |
 | Y        | product                       | [T, M]                         |
 
-Sources: DeepSeek-V3 (2024), §3.3.2 and figure 7; its ``fp8_gemm`` for the order of operations.
+Sources: DeepSeek-V3 (2024), §3.3.2 and figure 7; its ``fp8_gemm`` for the order of
+operations.
 
-Left out: how the hardware aligns products before it adds them (the sum of ``every`` of them is exact here).
+Left out: how the hardware aligns products before it adds them (the sum of ``every`` of them
+is exact here).
 """
 
 from __future__ import annotations
@@ -88,7 +93,8 @@ def truncate(x: Array, bits: int) -> Array:
 
 
 def scaled_matmul(x: Scaled, w: Scaled, accumulator: Accumulator | None = None) -> Array:
-    """Codes x[T, N] times codes w[M, N] → Y[T, M] float32, slice by slice as in the formula above.
+    """Codes x[T, N] times codes w[M, N] → Y[T, M] float32, slice by slice as in the formula
+    above.
 
     ``accumulator`` None adds within a slice in float32.
 
@@ -150,10 +156,12 @@ def _of_rows(scale: Array, x: Scaled, column: int, start: int, stop: int) -> Arr
 
 
 class Fp8Linear:
-    """A weight in 8-bit floats times activations that are rounded to 8-bit floats first; satisfies ``Linear``.
+    """A weight in 8-bit floats times activations that are rounded to 8-bit floats first;
+    satisfies ``Linear``.
 
-    ``activation`` says what shares a scale of x, found anew in each call: "tile" (1 × 128, with weights in blocks of
-    128 × 128), "token" or "tensor"; None leaves x as it is. ``name`` is the activations', for messages.
+    ``activation`` says what shares a scale of x, found anew in each call: "tile" (1 × 128,
+    with weights in blocks of 128 × 128), "token" or "tensor"; None leaves x as it is.
+    ``name`` is the activations', for messages.
     """
 
     def __init__(
@@ -193,7 +201,9 @@ class Fp8Linear:
         return self.weight.dequantize()
 
     def quantize_activations(self, x: Array) -> Scaled:
-        """x[T, N] in E4M3 with the scales of ``activation``; ValueError naming them if a number is not finite."""
+        """x[T, N] in E4M3 with the scales of ``activation``; ValueError naming them if a
+        number is not finite.
+        """
         assert self.activation is not None, "x stays as it is"
         granularity, size = ACTIVATIONS[self.activation]
         xp = namespace(x)

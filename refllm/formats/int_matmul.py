@@ -1,21 +1,23 @@
-"""Integer products by floating-point units: exact sums of 8-bit codes, and the scaled products made of them.
+"""Integer products by floating-point units: exact sums of 8-bit codes, and the scaled
+products made of them.
 
-NumPy has no integer matrix product worth the name (its loop is many times slower than a BLAS call), and a float32
-product of whole numbers is exact as long as no partial sum can exceed 2²⁴ = 16,777,216, whatever the order of
-summation: all whole numbers up to there are float32 numbers. With codes of at most p and q in size that holds for
+NumPy has no integer matrix product worth the name (its loop is many times slower than a
+BLAS call), and a float32 product of whole numbers is exact as long as no partial sum can
+exceed 2²⁴ = 16,777,216, whatever the order of summation: all whole numbers up to there are
+float32 numbers. With codes of at most p and q in size that holds for
 
     K ≤ ⌊2²⁴ / (p·q)⌋      127·127: 1,040   128·128: 1,024   255·127: 518   255·255: 258
 
-and one more is one too many: 1,041 products of 127·127 are 16,790,289, which is odd and no float32. A longer sum
-is split along N, and the parts are added as integers.
+and one more is one too many: 1,041 products of 127·127 are 16,790,289, which is odd and no
+float32. A longer sum is split along N, and the parts are added as integers.
 
-A product of two quantised matrices, x̂ = s_x (q_x − z_x) a row (token) and ŵ = s_w (q_w − z_w) a row (channel), is
-made of one integer product and of sums of codes:
+A product of two quantised matrices, x̂ = s_x (q_x − z_x) a row (token) and ŵ = s_w (q_w −
+z_w) a row (channel), is made of one integer product and of sums of codes:
 
     Y = s_x s_w (Q_x Q_wᵀ − z_x Σq_w − z_w Σq_x + N z_x z_w)
 
-Steps of a row factor out of the sum over N, steps of an input channel do not (that is why SmoothQuant moves them
-into the weight); steps of groups need one such product a group.
+Steps of a row factor out of the sum over N, steps of an input channel do not (that is why
+SmoothQuant moves them into the weight); steps of groups need one such product a group.
 
 | symbol   | name                              | shape                      |
 |----------|-----------------------------------|----------------------------|
@@ -23,10 +25,11 @@ into the weight); steps of groups need one such product a group.
 | s_x, z_x | scale, zero point of activations  | [T, 1] or ()               |
 | s_w, z_w | scale, zero point of the weight   | [M, 1], () or [M, N/g]     |
 
-On a GPU the product must not be run in TF32 (CuPy does so only if asked to by ``CUPY_TF32=1``).
+On a GPU the product must not be run in TF32 (CuPy does so only if asked to by
+``CUPY_TF32=1``).
 
-Left out: activations in groups, accumulators of fewer than 32 bits, saturation (there is none: the result is the
-exact sum).
+Left out: activations in groups, accumulators of fewer than 32 bits, saturation (there is
+none: the result is the exact sum).
 """
 
 from __future__ import annotations
@@ -41,7 +44,9 @@ _TILE = 1 << 20
 
 
 def exact_length(p: int, q: int) -> int:
-    """The longest sum of products of numbers of at most p and q in size that float32 adds exactly: ⌊2²⁴/(p·q)⌋."""
+    """The longest sum of products of numbers of at most p and q in size that float32 adds
+    exactly: ⌊2²⁴/(p·q)⌋.
+    """
     if p < 0 or q < 0:
         raise ValueError(f"exact_length: sizes are not negative, got {p} and {q}")
     length = EXACT // max(1, p * q)
@@ -53,17 +58,19 @@ def exact_length(p: int, q: int) -> int:
 
 
 def integer_matmul(qx: Array, qw: Array, *, sizes: tuple[int, int] | None = None) -> Array:
-    """Q_x[T, N], Q_w[M, N] of whole numbers → Q_x Q_wᵀ [T, M], exactly; int32, or int64 where int32 may overflow.
+    """Q_x[T, N], Q_w[M, N] of whole numbers → Q_x Q_wᵀ [T, M], exactly; int32, or int64
+    where int32 may overflow.
 
-    ``sizes`` are bounds of |Q_x| and |Q_w|, if known; else the codes are searched for their largest (which makes a
-    GPU wait).
+    ``sizes`` are bounds of |Q_x| and |Q_w|, if known; else the codes are searched for their
+    largest (which makes a GPU wait).
 
     Raises
     ------
     TypeError
         if a matrix is not of integers.
     ValueError
-        if the lengths of the rows differ, or a single product is beyond float32 (codes of more than 12 bits).
+        if the lengths of the rows differ, or a single product is beyond float32 (codes of
+        more than 12 bits).
     """
     xp = namespace(qx, qw)
     for name, codes in (("qx", qx), ("qw", qw)):
@@ -98,10 +105,11 @@ def scaled_matmul(
     *,
     sizes: tuple[int, int] | None = None,
 ) -> Array:
-    """Y[T, M] = s_x s_w (Q_x − z_x)(Q_w − z_w)ᵀ in the scales' dtype, through exact integers.
+    """Y[T, M] = s_x s_w (Q_x − z_x)(Q_w − z_w)ᵀ in the scales' dtype, through exact
+    integers.
 
-    s_x is [T, 1] or (), s_w is [M, 1], () or, in groups along N, [M, N/g]; a zero point is shaped like its scale, and
-    None stands for zeros.
+    s_x is [T, 1] or (), s_w is [M, 1], () or, in groups along N, [M, N/g]; a zero point is
+    shaped like its scale, and None stands for zeros.
 
     Raises
     ------
@@ -140,7 +148,9 @@ def scaled_matmul(
 def _centred(
     qx: Array, zx: Array | None, qw: Array, zw: Array | None, sizes: tuple[int, int] | None
 ) -> Array:
-    """(Q_x − z_x)(Q_w − z_w)ᵀ [T, M] as exact int64 numbers, for z_x [T, 1] or (), z_w [1, M] or ()."""
+    """(Q_x − z_x)(Q_w − z_w)ᵀ [T, M] as exact int64 numbers, for z_x [T, 1] or (), z_w [1,
+    M] or ().
+    """
     xp = namespace(qx, qw)
     out = integer_matmul(qx, qw, sizes=sizes)
     if zx is None and zw is None:

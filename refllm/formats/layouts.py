@@ -1,4 +1,5 @@
-"""What the byte layouts of other programs can hold, and which tensors they store a weight as.
+"""What the byte layouts of other programs can hold, and which tensors they store a weight
+as.
 
 | layout          | bits       | rules      | groups      | activations | who reads it                                |
 |-----------------|------------|------------|-------------|-------------|---------------------------------------------|
@@ -11,15 +12,17 @@
 | float-quantized | 8, E4M3    |            | row, block  | 8 bits      | compressed-tensors: transformers, vLLM      |
 | fp8             | 8, E4M3    |            | block       | 8 bits      | DeepSeek-V3's: transformers, vLLM           |
 
-In the last two, weights are 8-bit floats, and blocks are square: b × b weights share a scale. A row goes with a scale a
-token of the activations, a block with 1 × b tiles; float-quantized may leave activations as they are.
+In the last two, weights are 8-bit floats, and blocks are square: b × b weights share a
+scale. A row goes with a scale a token of the activations, a block with 1 × b tiles;
+float-quantized may leave activations as they are.
 
-What a foreign file may hold besides (asymmetric compressed-tensors weights, ``g_idx``) is read, see ``layouts``.
+What a foreign file may hold besides (asymmetric compressed-tensors weights, ``g_idx``) is
+read, see ``layouts``.
 
 Left out: blocks of integers, scales in E8M0, weights of different schemes in one matrix.
 
-<<MERGED>>
-Quantised weights in the byte layouts that other programs read: compressed-tensors, GPTQ and AWQ, tensor by tensor.
+<<MERGED>> Quantised weights in the byte layouts that other programs read:
+compressed-tensors, GPTQ and AWQ, tensor by tensor.
 
 For a weight W[M, N] in b bits whose rows have G groups (N/g of them, or one):
 
@@ -32,18 +35,21 @@ For a weight W[M, N] in b bits whose rows have G groups (N/g of them, or one):
 | gptq_v2, gptq  | qweight int32 [N·b/32, M], qzeros int32 [G, M·b/32], scales [G, M], g_idx int32 [N]                |
 | awq            | qweight int32 [N, M/8], qzeros int32 [G, M/8], scales [G, M]; 4 bits                               |
 
-All pack the same way: code C = q + 2^(b−1) (q if unsigned) number i of a stream takes the bits [i·b, (i+1)·b) of it,
-as in ``packing``. pack-quantized has a stream for each row; so has GPTQ, stored as columns: its 3-bit layout of 32
-codes in three words, usually drawn as 10 codes, a split one, 10, a split one and 10, is nothing else. AWQ has a stream
-for each input column, in which each eight rows of W stand in the order 0 2 4 6 1 3 5 7. Zero points are
-Z = z + 2^(b−1) (z if unsigned); ``gptq`` ("v1") stores Z − 1, which has no room for Z = 0; ``gptq_v2`` stores Z.
+All pack the same way: code C = q + 2^(b−1) (q if unsigned) number i of a stream takes the
+bits [i·b, (i+1)·b) of it, as in ``packing``. pack-quantized has a stream for each row; so
+has GPTQ, stored as columns: its 3-bit layout of 32 codes in three words, usually drawn as
+10 codes, a split one, 10, a split one and 10, is nothing else. AWQ has a stream for each
+input column, in which each eight rows of W stand in the order 0 2 4 6 1 3 5 7. Zero points
+are Z = z + 2^(b−1) (z if unsigned); ``gptq`` ("v1") stores Z − 1, which has no room for Z =
+0; ``gptq_v2`` stores Z.
 
 8-bit floats (float-quantized, fp8) are in ``float_layouts``.
 
-Sources: the compressed-tensors library; AutoGPTQ's and GPTQModel's QuantLinear; AutoAWQ's WQLinear_GEMM.
+Sources: the compressed-tensors library; AutoGPTQ's and GPTQModel's QuantLinear; AutoAWQ's
+WQLinear_GEMM.
 
-Left out: AWQ's GEMV layouts and TinyChat's v2, Marlin's (made by kernels when they load), experts, scales in
-blocks, zero points in a float type.
+Left out: AWQ's GEMV layouts and TinyChat's v2, Marlin's (made by kernels when they load),
+experts, scales in blocks, zero points in a float type.
 """
 
 from __future__ import annotations
@@ -70,7 +76,8 @@ Spec = tuple[str, tuple[int, ...]]  # dtype's name, shape
 class Stored:
     """How a weight is stored: what a reader must know besides the tensors.
 
-    ``group_size`` None is one scale a row; ``reordered`` says that groups need not be of neighbouring columns.
+    ``group_size`` None is one scale a row; ``reordered`` says that groups need not be of
+    neighbouring columns.
     """
 
     layout: str
@@ -120,8 +127,9 @@ def stored_as(
 ) -> Stored:
     """How weights of ``scheme`` are stored in ``layout``.
 
-    ``activations`` says that their inputs are quantised too, 8 bits a token; ``reordered`` that columns are grouped in
-    another order than their own (GPTQ's act-order without static groups).
+    ``activations`` says that their inputs are quantised too, 8 bits a token; ``reordered``
+    that columns are grouped in another order than their own (GPTQ's act-order without
+    static groups).
 
     Raises
     ------
@@ -180,7 +188,8 @@ def _obstacle(scheme: Scheme, layout: str, activations: bool, reordered: bool) -
 
 
 def tensor_specs(stored: Stored, shape: tuple[int, int], name: str = "weight") -> dict[str, Spec]:
-    """Suffix → (dtype, shape) of the tensors of a weight W[M, N]; a dtype of ``"float"`` is the checkpoint's.
+    """Suffix → (dtype, shape) of the tensors of a weight W[M, N]; a dtype of ``"float"`` is
+    the checkpoint's.
 
     Raises
     ------
@@ -233,13 +242,15 @@ SCALES = ("weight_scale", "scales")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight rows of W stands at each place of a word
 
 
-# --- writing -------------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------
 
 
 def to_tensors(
     weight: Quantized | W8A8Linear, stored: Stored, *, dtype: str = "float16", name: str = "weight"
 ) -> dict[str, Array]:
-    """The tensors of a weight by suffix, in the order of ``tensor_specs``; see ``to_tensor``."""
+    """The tensors of a weight by suffix, in the order of ``tensor_specs``; see
+    ``to_tensor``.
+    """
     return {
         s: to_tensor(weight, stored, s, dtype=dtype)
         for s in tensor_specs(stored, weight.shape, name)
@@ -251,8 +262,8 @@ def to_tensor(
 ) -> Array:
     """One tensor of a weight whose scheme ``stored_as`` accepted.
 
-    Scales are rounded to ``dtype`` ("bfloat16" comes as the uint16 of its bits); a weight that was quantised with that
-    ``scale_dtype`` is stored exactly.
+    Scales are rounded to ``dtype`` ("bfloat16" comes as the uint16 of its bits); a weight
+    that was quantised with that ``scale_dtype`` is stored exactly.
     """
     inner = weight.weight if isinstance(weight, W8A8Linear) else weight
     xp = namespace(inner.packed())
@@ -319,7 +330,7 @@ def _interleaved(codes: Array) -> Array:
     return bitcast(pack(xp.reshape(placed, (k, m)), 4), xp.int32)
 
 
-# --- reading -------------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------
 
 
 def from_tensors(
@@ -331,10 +342,12 @@ def from_tensors(
     dtype: str = "float32",
     name: str = "weight",
 ) -> Quantized | W8A8Linear:
-    """A weight W[M, N] from its tensors by suffix, of the shapes of ``tensor_specs``; scales in float32 or float64.
+    """A weight W[M, N] from its tensors by suffix, of the shapes of ``tensor_specs``;
+    scales in float32 or float64.
 
-    ``scale_dtype`` is what the scales were stored in (they are held so again), ``dtype`` what the weight comes back
-    in. Zero points that are all 2^(b−1) are not kept: the weight is symmetric then.
+    ``scale_dtype`` is what the scales were stored in (they are held so again), ``dtype``
+    what the weight comes back in. Zero points that are all 2^(b−1) are not kept: the weight
+    is symmetric then.
 
     Raises
     ------

@@ -1,8 +1,11 @@
-"""Small floating-point formats: FP16, BF16, FP8 (E4M3, E5M2), FP4 (E2M1) and the scale E8M0, from float32's own bits.
+"""Small floating-point formats: FP16, BF16, FP8 (E4M3, E5M2), FP4 (E2M1) and the scale
+E8M0, from float32's own bits.
 
-A code is sign, exponent field E and mantissa field M of m bits; with the bias B it stands for
+A code is sign, exponent field E and mantissa field M of m bits; with the bias B it stands
+for
 
-    (−1)^S · 2^(E − B) · (1 + M/2^m)   if E > 0,        (−1)^S · 2^(1 − B) · M/2^m   if E = 0 (subnormal)
+    (−1)^S · 2^(E − B) · (1 + M/2^m)   if E > 0,        (−1)^S · 2^(1 − B) · M/2^m   if E =
+    0 (subnormal)
 
 | format | bits | m  | B   | largest    | smallest normal | smallest | ∞    | NaN         | |x̂ − x|/|x| ≤ (normal) |
 |--------|------|----|-----|------------|-----------------|----------|------|-------------|-------------------------|
@@ -13,19 +16,23 @@ A code is sign, exponent field E and mantissa field M of m bits; with the bias B
 | e2m1   | 4    | 1  | 1   | 6          | 1               | 1/2      | none | none        | 1/5                     |
 | e8m0   | 8    | 0  | 127 | 2^127      | 2^−127          | 2^−127   | none | 0xFF        | 1/3                     |
 
-E4M3 has the precision (an error of at most 1/17) and E5M2 the range (2^32 from largest to smallest, where E4M3 has
-2^18), whichever of the two a text may call the precise one. E4M3 gives up infinity, and all NaNs but one, for the
-numbers from 256 to 448. E8M0 has no sign, no mantissa and no zero: a power of two, for scales.
+E4M3 has the precision (an error of at most 1/17) and E5M2 the range (2^32 from largest to
+smallest, where E4M3 has 2^18), whichever of the two a text may call the precise one. E4M3
+gives up infinity, and all NaNs but one, for the numbers from 256 to 448. E8M0 has no sign,
+no mantissa and no zero: a power of two, for scales.
 
-Rounding is to the nearest number, of two that are equally near to the even code (E8M0: to the larger one), once and
-directly from the input: by way of FP16 it would be rounded twice. What exceeds the largest number after rounding, and
-infinity, is ``overflow``'s: "saturate" gives the largest number (torch's casts to E4M3), "nan" infinity, or NaN where
-there is none (ml_dtypes' casts), "raise" an error. E8M0 has no code for zero: it counts as too small, and is the
-smallest number, an error or NaN; negative numbers are NaN.
+Rounding is to the nearest number, of two that are equally near to the even code (E8M0: to
+the larger one), once and directly from the input: by way of FP16 it would be rounded twice.
+What exceeds the largest number after rounding, and infinity, is ``overflow``'s: "saturate"
+gives the largest number (torch's casts to E4M3), "nan" infinity, or NaN where there is none
+(ml_dtypes' casts), "raise" an error. E8M0 has no code for zero: it counts as too small, and
+is the smallest number, an error or NaN; negative numbers are NaN.
 
-Sources: Micikevicius et al. 2022 (FP8 formats for deep learning), table 1; OCP Microscaling Formats 1.0; IEEE 754.
+Sources: Micikevicius et al. 2022 (FP8 formats for deep learning), table 1; OCP Microscaling
+Formats 1.0; IEEE 754.
 
-Left out: E4M3 with infinities (IEEE style), the FNUZ forms, E2M3 and E3M2, stochastic rounding, payloads of NaNs.
+Left out: E4M3 with infinities (IEEE style), the FNUZ forms, E2M3 and E3M2, stochastic
+rounding, payloads of NaNs.
 """
 
 from __future__ import annotations
@@ -58,7 +65,9 @@ _INFINITY = 0x7F800000
 
 @dataclass(frozen=True)
 class Format:
-    """A small float: ``largest`` is the code of its largest number, ``infinity`` and ``nan`` codes or None."""
+    """A small float: ``largest`` is the code of its largest number, ``infinity`` and
+    ``nan`` codes or None.
+    """
 
     name: str
     bits: int
@@ -90,7 +99,9 @@ class Format:
 
     @property
     def relative_error(self) -> float:
-        """|x̂ − x| ≤ this · |x| for normal x: half a spacing, at a number half a spacing above a power of two."""
+        """
+        |x̂ − x| ≤ this · |x| for normal x: half a spacing, at a number half a spacing above a power of two.
+        """
         return 1.0 / ((2 << self.mantissa) + 1)
 
     def value(self, code: int) -> float:
@@ -140,19 +151,21 @@ def table(fmt: str) -> tuple[float, ...]:
     return tuple(found.value(code) for code in range(1 << found.bits))
 
 
-# --- numbers to codes ----------------------------------------------------------------------------------------------
+# --- numbers to codes ---------------------------------------------------------------------
 
 
 def encode(x: Array, fmt: str, overflow: str = "saturate", *, name: str = "x") -> Array:
-    """Codes of x, rounded to nearest even: uint8, or uint16 for fp16 and bf16; shaped like x. NaN stays NaN.
+    """Codes of x, rounded to nearest even: uint8, or uint16 for fp16 and bf16; shaped like
+    x. NaN stays NaN.
 
     x is float16, float32 or float64.
 
     Raises
     ------
     ValueError
-        naming ``name`` and the number, for what is out of range with ``overflow="raise"``, and always for what has
-        no code at all: NaN in E2M1, and with ``overflow="nan"`` what is out of E2M1's range.
+        naming ``name`` and the number, for what is out of range with ``overflow="raise"``,
+        and always for what has no code at all: NaN in E2M1, and with ``overflow="nan"``
+        what is out of E2M1's range.
     """
     xp = namespace(x)
     found = float_format(fmt)
@@ -178,15 +191,17 @@ def _codes(bits: Array, fmt: Format, overflow: str) -> Array:
     xp = namespace(bits)
     size = bits & _SIZE  # |x|, and how many bits of its mantissa go
     drop = 23 - fmt.mantissa
-    # Half a unit of the last place that stays, less one if that place is even: adding it carries where rounding is
-    # up, into the exponent too. 127 − B is the distance of the two exponents' zeros.
+    # Half a unit of the last place that stays, less one if that place is even: adding it
+    # carries where rounding is up, into the exponent too. 127 − B is the distance of the
+    # two exponents' zeros.
     code = (size >> drop) & 1
     code += size
     code += (1 << (drop - 1)) - 1 - ((127 - fmt.bias) << 23)
     code >>= drop
     if fmt.bias != 127:
-        # Below the smallest normal number the spacing is constant, and that of float32 at 2^23 times as much: adding
-        # so much leaves |x|, rounded to nearest even, in the last bits. What stands in ``code`` is never more there.
+        # Below the smallest normal number the spacing is constant, and that of float32 at
+        # 2^23 times as much: adding so much leaves |x|, rounded to nearest even, in the
+        # last bits. What stands in ``code`` is never more there.
         base = fmt.smallest * 2.0**23
         small = bitcast(xp.minimum(size, _bits(fmt.smallest_normal)), xp.float32) + base
         xp.maximum(code, bitcast(small, xp.int32) - _bits(base), out=code)
@@ -200,10 +215,13 @@ def _codes(bits: Array, fmt: Format, overflow: str) -> Array:
 
 
 def _exponents(bits: Array, fmt: Format, overflow: str) -> Array:
-    """Bits of float32 numbers → codes of E8M0: the exponent field, one more from 1.5 times its power of two on."""
+    """Bits of float32 numbers → codes of E8M0: the exponent field, one more from 1.5 times
+    its power of two on.
+    """
     xp = namespace(bits)
     size = bits & _SIZE
-    # 2^−127 is subnormal in float32, 0x400000 units of 2^−149: code 0 reaches to 1.5 times that
+    # 2^−127 is subnormal in float32, 0x400000 units of 2^−149: code 0 reaches to 1.5 times
+    # that
     code = xp.where(size < 0x600000, 0, (size + 0x400000) >> 23)
     if overflow == "saturate":
         code = xp.minimum(code, fmt.largest)
@@ -219,7 +237,9 @@ def _bits(value: float) -> int:
 
 
 def _as_float32(x: Array, name: str) -> Array:
-    """x as float32; float64 is rounded to odd, so that rounding it once more is as good as rounding once."""
+    """x as float32; float64 is rounded to odd, so that rounding it once more is as good as
+    rounding once.
+    """
     xp = namespace(x)
     if x.dtype in (xp.float32, xp.float16):
         return xp.astype(x, xp.float32, copy=False)
@@ -229,21 +249,25 @@ def _as_float32(x: Array, name: str) -> Array:
     largest = float(xp.finfo(xp.float32).max)
     near = xp.astype(xp.where(xp.isinf(flat), flat, xp.clip(flat, -largest, largest)), xp.float32)
     back = xp.astype(near, xp.float64)
-    # Cut off towards zero, and the last bit set if anything went (Boldo & Melquiond 2008): no tie can arise by it.
+    # Cut off towards zero, and the last bit set if anything went (Boldo & Melquiond 2008):
+    # no tie can arise by it.
     bits = bitcast(near, xp.int32) - xp.astype(xp.abs(back) > xp.abs(flat), xp.int32)
     cut = (back != flat) & ~xp.isnan(flat)
     return xp.reshape(bitcast(bits | xp.astype(cut, xp.int32), xp.float32), x.shape)
 
 
 def _refuse(flat: Array, fmt: Format, name: str, *, all: bool) -> None:
-    """ValueError for a number without a code: NaN where there is none, and with ``all`` what is out of range."""
+    """ValueError for a number without a code: NaN where there is none, and with ``all``
+    what is out of range.
+    """
     xp = namespace(flat)
     if fmt.nan is None:
         wrong = xp.isnan(flat)
     else:
         wrong = xp.zeros(flat.shape, dtype=xp.bool_)
     if all:
-        # The tie above the largest number goes up from an odd code, and in E8M0 always; from an even code it does not.
+        # The tie above the largest number goes up from an odd code, and in E8M0 always;
+        # from an even code it does not.
         limit = 1.5 * fmt.max - 0.5 * (fmt.value(fmt.largest - 1) if fmt.signed else 0.0)
         size = xp.abs(flat)
         wrong = (
@@ -261,9 +285,11 @@ def _refuse(flat: Array, fmt: Format, name: str, *, all: bool) -> None:
 
 
 def rounded(x: Array, fmt: str) -> Array:
-    """decode(encode(x)) of finite float32 numbers, saturating, without the codes: a third of the time.
+    """decode(encode(x)) of finite float32 numbers, saturating, without the codes: a third
+    of the time.
 
-    The same two roundings as in ``_codes``, in place of the bits; for simulating a format in float32.
+    The same two roundings as in ``_codes``, in place of the bits; for simulating a format
+    in float32.
     """
     xp = namespace(x)
     found = float_format(fmt)
@@ -295,13 +321,16 @@ def rounded(x: Array, fmt: str) -> Array:
 
 
 def nearest(x: Array, fmt: str) -> Array:
-    """The naive twin of ``encode``: finite x[n] is compared with every finite code; codes, int64 [n].
+    """The naive twin of ``encode``: finite x[n] is compared with every finite code; codes,
+    int64 [n].
 
-    Differences are exact in float64 wherever they decide. 2^bits comparisons a number: for tests, and to be read.
+    Differences are exact in float64 wherever they decide. 2^bits comparisons a number: for
+    tests, and to be read.
     """
     xp = namespace(x)
     found = float_format(fmt)
-    # even codes first, so that argmin takes them of two that are equally near; in E8M0 the larger ones
+    # even codes first, so that argmin takes them of two that are equally near; in E8M0 the
+    # larger ones
     order = sorted(range(1 << found.bits), key=lambda c: c % 2 if found.signed else -c)
     finite = [c for c in order if abs(found.value(c)) <= found.max]
     values = xp.asarray([found.value(c) for c in finite], dtype=xp.float64)
@@ -313,7 +342,7 @@ def nearest(x: Array, fmt: str) -> Array:
     return xp.where(xp.signbit(x), (best & size) | (size + 1), best & size)
 
 
-# --- codes to numbers ----------------------------------------------------------------------------------------------
+# --- codes to numbers ---------------------------------------------------------------------
 
 
 def decode(codes: Array, fmt: str) -> Array:

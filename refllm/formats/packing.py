@@ -1,26 +1,29 @@
-"""Codes of 1 to 8 bits as a dense little-endian bit stream in 32-bit words, one stream a row.
+"""Codes of 1 to 8 bits as a dense little-endian bit stream in 32-bit words, one stream a
+row.
 
-Code i of a row takes the bits [i·b, (i+1)·b) of the row's stream; bit k is bit k mod 32 of word k // 32. Codes of 3,
-5, 6 or 7 bits straddle words, and nothing is lost but the end of a row's last word. This is the layout of
-compressed-tensors' "pack-quantized" weights.
+Code i of a row takes the bits [i·b, (i+1)·b) of the row's stream; bit k is bit k mod 32 of
+word k // 32. Codes of 3, 5, 6 or 7 bits straddle words, and nothing is lost but the end of
+a row's last word. This is the layout of compressed-tensors' "pack-quantized" weights.
 
-Eight codes are squeezed at once, as the eight bytes of one 64-bit number: neighbours are pushed together in pairs,
-pairs in fours, fours in eights (each step: shift, or, mask), which leaves 8·b bits at the low end, b whole bytes.
-Unpacking is the same three steps backwards. There is no loop over codes.
+Eight codes are squeezed at once, as the eight bytes of one 64-bit number: neighbours are
+pushed together in pairs, pairs in fours, fours in eights (each step: shift, or, mask),
+which leaves 8·b bits at the low end, b whole bytes. Unpacking is the same three steps
+backwards. There is no loop over codes.
 
 | symbol | name                                      | shape              |
 |--------|-------------------------------------------|--------------------|
 | codes  | whole numbers in 0 … 2^b − 1              | [..., count]       |
 | words  | the stream, uint32                        | [..., ⌈count·b/32⌉] |
 
-Left out: other orders (GPTQ's and AWQ's are in ``layouts``), big-endian hosts (NumPy views follow the host's order),
-streams that run on from one row to the next.
+Left out: other orders (GPTQ's and AWQ's are in ``layouts``), big-endian hosts (NumPy views
+follow the host's order), streams that run on from one row to the next.
 
-<<MERGED>>
-Codes, scales and zero points as they are stored: in fewer bits than they are computed with, and counted so.
+<<MERGED>> Codes, scales and zero points as they are stored: in fewer bits than they are
+computed with, and counted so.
 
-Codes are packed as they are if unsigned, and plus 2^(b−1) if signed. Zero points are codes, and packed like them, in
-one stream for the whole matrix; symmetric rules store none. Scales:
+Codes are packed as they are if unsigned, and plus 2^(b−1) if signed. Zero points are codes,
+and packed like them, in one stream for the whole matrix; symmetric rules store none.
+Scales:
 
 | stored as  | bytes | array held                                  |
 |------------|-------|---------------------------------------------|
@@ -29,8 +32,8 @@ one stream for the whole matrix; symmetric rules store none. Scales:
 | "float16"  | 2     | float16                                     |
 | "bfloat16" | 2     | uint16: the upper half of a float32's bits  |
 
-Rounding is to nearest, ties to even. A scale that would round to 0 becomes the smallest number above 0, because
-something is divided by it.
+Rounding is to nearest, ties to even. A scale that would round to 0 becomes the smallest
+number above 0, because something is divided by it.
 
 Left out: 8-bit scales (they come with the block formats).
 """
@@ -52,14 +55,17 @@ def words_per_row(count: int, bits: int) -> int:
 
 
 def pack(codes: Array, bits: int, *, check: bool = True) -> Array:
-    """Whole numbers codes[..., count] in 0 … 2^bits − 1 → uint32 words[..., ⌈count·bits/32⌉].
+    """Whole numbers codes[..., count] in 0 … 2^bits − 1 → uint32 words[...,
+    ⌈count·bits/32⌉].
 
-    ``check=False`` is for codes that are known to be in range (it spares a GPU the wait for the answer).
+    ``check=False`` is for codes that are known to be in range (it spares a GPU the wait for
+    the answer).
 
     Raises
     ------
     ValueError
-        for bits outside 1..8, and for a code that needs more than ``bits`` bits or is negative.
+        for bits outside 1..8, and for a code that needs more than ``bits`` bits or is
+        negative.
     TypeError
         if the codes are no integers.
     """
@@ -80,7 +86,8 @@ def pack(codes: Array, bits: int, *, check: bool = True) -> Array:
         padded[..., :count] = xp.astype(codes, xp.uint8)
         codes = padded
     v = _squeeze(codes.view(xp.uint64), bits)  # [..., eights], 8·bits bits each
-    # The stream is the low `bits` bytes of each: moved in the largest units that divide them
+    # The stream is the low `bits` bytes of each: moved in the largest units that divide
+    # them
     unit = bits & -bits
     source = v.view(_UNITS[unit]).reshape((*lead, eights, 8 // unit))
     stream = xp.empty((*lead, eights, bits // unit), dtype=_UNITS[unit])
@@ -92,7 +99,8 @@ def pack(codes: Array, bits: int, *, check: bool = True) -> Array:
 
 
 def unpack(words: Array, bits: int, count: int) -> Array:
-    """The inverse of ``pack``: uint32 words[..., ⌈count·bits/32⌉] → uint8 codes[..., count].
+    """The inverse of ``pack``: uint32 words[..., ⌈count·bits/32⌉] → uint8 codes[...,
+    count].
 
     Raises
     ------
@@ -127,7 +135,9 @@ def unpack(words: Array, bits: int, count: int) -> Array:
 
 
 def _squeeze(v: Array, bits: int) -> Array:
-    """Bytes of which only the low ``bits`` bits are used → the same bits side by side at the low end."""
+    """Bytes of which only the low ``bits`` bits are used → the same bits side by side at
+    the low end.
+    """
     # of each two neighbouring fields, push the upper down to the bits used by the lower
     for width in (8, 16, 32):
         used = bits * width // 8
@@ -176,12 +186,14 @@ ZERO_DTYPES = ("float16", "float32", "int32")  # all codes are exact in them
 
 
 def store_scale(scale: Array, dtype: str | None, *, name: str = "scale") -> Array:
-    """Positive finite scales, rounded to ``dtype`` → the array to hold ("bfloat16" as uint16).
+    """Positive finite scales, rounded to ``dtype`` → the array to hold ("bfloat16" as
+    uint16).
 
     Raises
     ------
     ValueError
-        for an unknown dtype, and naming ``name`` where a scale is larger than the dtype can hold.
+        for an unknown dtype, and naming ``name`` where a scale is larger than the dtype can
+        hold.
     """
     xp = namespace(scale)
     if dtype is None:
@@ -234,7 +246,9 @@ def unpack_codes(words: Array, scheme: Scheme, count: int) -> Array:
 
 
 def store_zero(zero_point: Array, scheme: Scheme, dtype: str | None) -> Array | None:
-    """Zero points of asymmetric rules as one stream of b bits each, or as numbers of ``dtype``."""
+    """Zero points of asymmetric rules as one stream of b bits each, or as numbers of
+    ``dtype``.
+    """
     xp = namespace(zero_point)
     if scheme.symmetric:
         if not bool(xp.all(zero_point == scheme.zero)):

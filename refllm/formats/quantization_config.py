@@ -1,4 +1,5 @@
-"""``quantization_config`` of a ``config.json``: which weights of a checkpoint are stored how. Plain data, no arrays.
+"""``quantization_config`` of a ``config.json``: which weights of a checkpoint are stored
+how. Plain data, no arrays.
 
 | quant_method       | format                                              | which weights                            |
 |--------------------|-----------------------------------------------------|------------------------------------------|
@@ -8,14 +9,15 @@
 | gptq               | ``checkpoint_format`` gptq (v1) or gptq_v2           | those that have a ``qweight``            |
 | awq                | ``version`` gemm                                     | those that have a ``qweight``            |
 
-What is written is what the spec of each format calls for, ``lm_head`` in ``ignore`` (readers look for a packed head
-otherwise) and ``quantization_status`` "compressed" (transformers fills in random weights otherwise). What is read is
-refused, with the reason, wherever ignoring an entry would change the output.
+What is written is what the spec of each format calls for, ``lm_head`` in ``ignore``
+(readers look for a packed head otherwise) and ``quantization_status`` "compressed"
+(transformers fills in random weights otherwise). What is read is refused, with the reason,
+wherever ignoring an entry would change the output.
 
 Sources: compressed-tensors' QuantizationConfig, transformers' GPTQConfig and AwqConfig.
 
-Left out: 8-bit floats with static activations or a scale a tensor, per-module overrides of GPTQModel ("dynamic"),
-schemes by the name of a preset, sparsity.
+Left out: 8-bit floats with static activations or a scale a tensor, per-module overrides of
+GPTQModel ("dynamic"), schemes by the name of a preset, sparsity.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ class UnsupportedQuantization(ValueError):
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the weights of a checkpoint are stored. ``groups`` are (targets, how) in the order of the file."""
+    """How the weights of a checkpoint are stored. ``groups`` are (targets, how) in the
+    order of the file.
+    """
 
     method: str
     groups: tuple[tuple[tuple[str, ...], Stored], ...]
@@ -49,7 +53,9 @@ class Quantization:
         return f"{self.method}: {', '.join(str(stored) for _, stored in self.groups)}"
 
     def of(self, module: str, names: Container[str]) -> Stored | None:
-        """How the weight of a linear ``module`` is stored, in a checkpoint with tensors ``names``; None: plainly."""
+        """How the weight of a linear ``module`` is stored, in a checkpoint with tensors
+        ``names``; None: plainly.
+        """
         if self.method != "compressed-tensors":
             sign = "weight_scale_inv" if self.method == "fp8" else "qweight"
             if f"{module}.{sign}" in names:
@@ -70,7 +76,9 @@ class Quantization:
 
 
 def _matches(target: str, module: str) -> int:
-    """1 for a module's own name, 2 for a pattern, 3 for the class of all linear modules; 0 if it does not match."""
+    """1 for a module's own name, 2 for a pattern, 3 for the class of all linear modules; 0
+    if it does not match.
+    """
     if target == module:
         return 1
     if target.startswith("re:"):
@@ -85,11 +93,13 @@ def _matches(target: str, module: str) -> int:
     return 3 if target == "Linear" else 0
 
 
-# --- writing -------------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------
 
 
 def quantization_config(stored: Stored, ignore: Sequence[str] = ("lm_head",)) -> dict[str, Any]:
-    """The entry for a checkpoint whose linear weights, but for ``ignore``, are all ``stored`` alike."""
+    """The entry for a checkpoint whose linear weights, but for ``ignore``, are all
+    ``stored`` alike.
+    """
     group = -1 if stored.group_size is None else stored.group_size
     if stored.layout == "awq":
         return {
@@ -134,7 +144,9 @@ def quantization_config(stored: Stored, ignore: Sequence[str] = ("lm_head",)) ->
 
 
 def _float_arguments(stored: Stored) -> tuple[dict[str, Any], dict[str, Any]]:
-    """How compressed-tensors spells 8-bit floats: by row and token, or in blocks with tiles."""
+    """How compressed-tensors spells 8-bit floats: by row and token, or in blocks with
+    tiles.
+    """
     number = {"num_bits": 8, "type": "float", "symmetric": True}
     size = stored.group_size
     if size is None:
@@ -166,7 +178,7 @@ def _entry(stored: Stored, weights: Any, inputs: Any, ignore: Sequence[str]) -> 
     }
 
 
-# --- reading -------------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------
 
 
 def parse(raw: Any) -> Quantization:

@@ -1,6 +1,7 @@
 """A weight in b-bit codes that multiplies: ``Quantized``.
 
-It holds words, steps and zero points, and no float copy of the weight; ``nbytes`` counts what it holds.
+It holds words, steps and zero points, and no float copy of the weight; ``nbytes`` counts
+what it holds.
 
 | symbol | name                                                       | shape                |
 |--------|------------------------------------------------------------|----------------------|
@@ -10,18 +11,20 @@ It holds words, steps and zero points, and no float copy of the weight; ``nbytes
 
 Left out: integer products (``integer``), other byte layouts (``layouts``).
 
-<<MERGED>>
-Uniform affine quantisation: q = clip(rint(x/s) + z), x̂ = s (q − z), and weights that are stored that way.
+<<MERGED>> Uniform affine quantisation: q = clip(rint(x/s) + z), x̂ = s (q − z), and weights
+that are stored that way.
 
-Source: Jacob et al. 2018 (arXiv:1712.05877), §2.1; the rules by which s and z are chosen are in ``scheme``. rint is
-round half to even, as everywhere in this field but ggml. Two orders are in use, which differ on a tie when z is odd:
+Source: Jacob et al. 2018 (arXiv:1712.05877), §2.1; the rules by which s and z are chosen
+are in ``scheme``. rint is round half to even, as everywhere in this field but ggml. Two
+orders are in use, which differ on a tie when z is odd:
 
 - round, then add: q = clip(rint(x/s) + z) (GPTQ, AWQ and most others);
-- add, then round: q = rint(clip(x/s + z)) (compressed-tensors: "half_integer" and "asymmetric_signed").
+- add, then round: q = rint(clip(x/s + z)) (compressed-tensors: "half_integer" and
+  "asymmetric_signed").
 
-``Quantized`` is a weight W[M, N] in b bits that multiplies: it holds words, steps and zero points and no float copy
-of the weight, and ``nbytes`` counts what it holds. Zero points of asymmetric rules are packed to b bits too, unless
-a dtype is asked for.
+``Quantized`` is a weight W[M, N] in b bits that multiplies: it holds words, steps and zero
+points and no float copy of the weight, and ``nbytes`` counts what it holds. Zero points of
+asymmetric rules are packed to b bits too, unless a dtype is asked for.
 
 | symbol | name                                       | shape                       |
 |--------|--------------------------------------------|-----------------------------|
@@ -29,14 +32,16 @@ a dtype is asked for.
 | q      | codes, int8 (signed rules) or uint8        | as x                        |
 | s, z   | scale and zero point                       | (), [M, 1], [M, N/g], …     |
 
-Left out: integer products (``integer``), other byte layouts (``layouts``), a step that is itself quantised.
+Left out: integer products (``integer``), other byte layouts (``layouts``), a step that is
+itself quantised.
 
 <<MERGED>>
 A quantised weight whose groups are groups of columns in another order than their own.
 
-GPTQ with "act-order" and dynamic groups visits columns by falling importance and gives each g *visited* columns a
-scale. The words then hold the columns in the order of the visit, which keeps groups together, and each column's group
-is known by its ``g_idx``: Ŵ[:, j] = scale[:, g_idx[j]] · (q[:, j] − z[:, g_idx[j]]).
+GPTQ with "act-order" and dynamic groups visits columns by falling importance and gives each
+g *visited* columns a scale. The words then hold the columns in the order of the visit,
+which keeps groups together, and each column's group is known by its ``g_idx``: Ŵ[:, j] =
+scale[:, g_idx[j]] · (q[:, j] − z[:, g_idx[j]]).
 
 | symbol | name                                            | shape   |
 |--------|-------------------------------------------------|---------|
@@ -76,10 +81,11 @@ TILE = (1 << 18, 1 << 26)  # weights in floats at a time of a product (host, dev
 
 
 class Quantized:
-    """A weight W[M, N] in b-bit codes: a ``Linear``. Made by ``quantize`` or ``from_codes``.
+    """A weight W[M, N] in b-bit codes: a ``Linear``. Made by ``quantize`` or
+    ``from_codes``.
 
-    What it holds: ``words`` uint32 [M, ⌈N·b/32⌉], the stored scale, and the stored zero points (None if symmetric).
-    ``dtype`` is the floating-point type that it comes back in.
+    What it holds: ``words`` uint32 [M, ⌈N·b/32⌉], the stored scale, and the stored zero
+    points (None if symmetric). ``dtype`` is the floating-point type that it comes back in.
     """
 
     def __init__(
@@ -108,9 +114,11 @@ class Quantized:
         scale_dtype: str | None = None,
         zero_dtype: str | None = None,
     ) -> Quantized:
-        """Codes [M, N] that were made elsewhere (within the scheme's range), with their scale and zero point.
+        """Codes [M, N] that were made elsewhere (within the scheme's range), with their
+        scale and zero point.
 
-        ``scale_dtype`` rounds the scale that is stored; codes that were made with the unrounded one stay as they are.
+        ``scale_dtype`` rounds the scale that is stored; codes that were made with the
+        unrounded one stay as they are.
         """
         xp = namespace(codes, scale, zero_point)
         if codes.ndim != 2 or tuple(scale.shape) != scheme.scale_shape(tuple(codes.shape)):
@@ -177,7 +185,9 @@ class Quantized:
         return out
 
     def matmul(self, x: Array) -> Array:
-        """x[T, N] → x Wᵀ [T, M], in the wider of x's dtype and ``dtype``; at most a tile of W is ever in floats."""
+        """x[T, N] → x Wᵀ [T, M], in the wider of x's dtype and ``dtype``; at most a tile of
+        W is ever in floats.
+        """
         xp = namespace(x, self._words)
         dtype = xp.result_type(x.dtype, self.dtype)
         out = xp.empty((x.shape[0], self.shape[0]), dtype=dtype)
@@ -209,10 +219,12 @@ def quantize(
     zero_dtype: str | None = None,
     name: str = "x",
 ) -> Quantized:
-    """A matrix x[M, N] in packed codes. Scale and zero point come from its ranges unless they are given.
+    """A matrix x[M, N] in packed codes. Scale and zero point come from its ranges unless
+    they are given.
 
-    ``scale_dtype`` ("float16", "bfloat16", …) rounds the scale before the codes are made and is what ``nbytes``
-    counts; ``zero_dtype="float16"`` holds zero points as such numbers (as the article counts), not in b bits.
+    ``scale_dtype`` ("float16", "bfloat16", …) rounds the scale before the codes are made
+    and is what ``nbytes`` counts; ``zero_dtype="float16"`` holds zero points as such
+    numbers (as the article counts), not in b bits.
 
     Raises
     ------
@@ -244,7 +256,9 @@ def quantize(
 
 
 def fake_quantize(x: Array, scheme: Scheme, *, name: str = "x") -> Array:
-    """x through its codes and back, in x's dtype: ``quantize(x, scheme).dequantize()`` for any shape of x."""
+    """x through its codes and back, in x's dtype: ``quantize(x, scheme).dequantize()`` for
+    any shape of x.
+    """
     xp = namespace(x)
     scale, zero_point = qparams(x, scheme, name=name)
     outer = tuple(x.shape)
@@ -262,12 +276,16 @@ def fake_quantize(x: Array, scheme: Scheme, *, name: str = "x") -> Array:
 def effective_bits(
     bits: int, group_size: int, *, scale_bits: int = 16, zero_bits: int = 0
 ) -> float:
-    """Bits a weight, its share of the group's scale and zero point included: b + (scale + zero)/g."""
+    """Bits a weight, its share of the group's scale and zero point included: b + (scale +
+    zero)/g.
+    """
     return bits + (scale_bits + zero_bits) / group_size
 
 
 def order_of(g_idx: Array, groups: int, *, name: str = "weight") -> Array:
-    """The order in which the columns stand group by group, int64[N]; ValueError unless all groups are of one size."""
+    """The order in which the columns stand group by group, int64[N]; ValueError unless all
+    groups are of one size.
+    """
     xp = namespace(g_idx)
     size = int(g_idx.shape[0]) // groups
     order = xp.argsort(g_idx, kind="stable")
@@ -279,8 +297,8 @@ def order_of(g_idx: Array, groups: int, *, name: str = "weight") -> Array:
 class Reordered(Quantized):
     """A ``Quantized`` with an ``order``; None is the weight's own, and changes nothing.
 
-    ``packed()`` holds the codes in that order; ``codes``, ``dequantize`` and ``matmul`` are in the weight's own, and
-    ``nbytes`` counts 4 bytes a column for ``g_idx``.
+    ``packed()`` holds the codes in that order; ``codes``, ``dequantize`` and ``matmul`` are
+    in the weight's own, and ``nbytes`` counts 4 bytes a column for ``g_idx``.
     """
 
     order: Array | None = None

@@ -1,7 +1,9 @@
-"""Uniform grids: which step s and zero point z a range of numbers gets, by seven rules and five granularities.
+"""Uniform grids: which step s and zero point z a range of numbers gets, by seven rules and
+five granularities.
 
-A number x is stored as a whole number q, and comes back as x̂ = s (q − z). With a = max |x|, lo = min(min x, 0),
-hi = max(max x, 0) and L = 2^b − 1 (zero must stay representable, so a range always includes it):
+A number x is stored as a whole number q, and comes back as x̂ = s (q − z). With a = max
+|x|, lo = min(min x, 0), hi = max(max x, 0) and L = 2^b − 1 (zero must stay representable,
+so a range always includes it):
 
 | rule                   | s             | z                         | q within            | |x̂ − x| ≤ |
 |------------------------|---------------|---------------------------|---------------------|------------|
@@ -13,10 +15,11 @@ hi = max(max x, 0) and L = 2^b − 1 (zero must stay representable, so a range a
 | "asymmetric_signed"    | (hi − lo)/L   | rint(clip(qmin − lo/s))   | −2^(b−1) … 2^(b−1)−1 | s/2       |
 | "awq"                  | (max − min)/L | clip(−rint(min/s), 0, L)  | 0 … L               | s/2 only if min ≤ 0 ≤ max |
 
-Who does so: restricted: SmoothQuant, bitsandbytes, TensorRT; half_integer and asymmetric_signed:
-compressed-tensors, llm-compressor, torch's qint8 observers; half_integer_unsigned and asymmetric: GPTQ's authors,
-GPTQModel; power: textbooks; awq: llm-awq, which does not force zero into the range, so that a group far from zero
-loses all of one side to clipping.
+Who does so: restricted: SmoothQuant, bitsandbytes, TensorRT; half_integer and
+asymmetric_signed: compressed-tensors, llm-compressor, torch's qint8 observers;
+half_integer_unsigned and asymmetric: GPTQ's authors, GPTQModel; power: textbooks; awq:
+llm-awq, which does not force zero into the range, so that a group far from zero loses all
+of one side to clipping.
 
 | granularity | one step for                    | shape of s and z      |
 |-------------|---------------------------------|-----------------------|
@@ -26,15 +29,17 @@ loses all of one side to clipping.
 | "group"     | g neighbours of a row           | (M, N/g)              |
 | "block"     | bo × bi neighbours              | (⌈M/bo⌉, ⌈N/bi⌉)      |
 
-Left out: the signed-maximum form of "power" (Q4_0 and Q5_0 of GGUF), floating-point grids, codebooks, groups that
-run over the end of a row (refused; only blocks may be ragged). What the formulas do with numbers is in ``ranges``.
+Left out: the signed-maximum form of "power" (Q4_0 and Q5_0 of GGUF), floating-point grids,
+codebooks, groups that run over the end of a row (refused; only blocks may be ragged). What
+the formulas do with numbers is in ``ranges``.
 
-<<MERGED>>
-From the range of the numbers to the step and the zero point: the formulas of ``scheme``, in arithmetic that ends.
+<<MERGED>> From the range of the numbers to the step and the zero point: the formulas of
+``scheme``, in arithmetic that ends.
 
-A range without extent has no step. Choices: an all-zero range gets what the rule's upstream gives it (the eps of the
-dtype; for GPTQ's rules the step of the range ±1; for AWQ the range 1e-5; 1 for the other two), and a step below the
-smallest normal number becomes that number, so that x/s stays within the codes.
+A range without extent has no step. Choices: an all-zero range gets what the rule's upstream
+gives it (the eps of the dtype; for GPTQ's rules the step of the range ±1; for AWQ the range
+1e-5; 1 for the other two), and a step below the smallest normal number becomes that number,
+so that x/s stays within the codes.
 
 
 | symbol | name                                         | shape             |
@@ -43,12 +48,14 @@ smallest normal number becomes that number, so that x/s stays within the codes.
 | s      | step ("scale"), > 0, in x's dtype            | as lo             |
 | z      | zero point, int32                            | as lo             |
 
-Left out: where a range comes from, if not from the smallest and the largest number (``quant.observers``).
+Left out: where a range comes from, if not from the smallest and the largest number
+(``quant.observers``).
 
 <<MERGED>>
 Numbers to codes and back, given their steps; and a matrix in pieces of rows.
 
-The formulas and the two orders of rounding are explained in ``affine``, what shares a step in ``scheme``.
+The formulas and the two orders of rounding are explained in ``affine``, what shares a step
+in ``scheme``.
 
 | symbol | name                                       | shape                   |
 |--------|--------------------------------------------|-------------------------|
@@ -77,7 +84,9 @@ _UNSIGNED = ("half_integer_unsigned", "asymmetric", "awq")
 
 @dataclass(frozen=True)
 class Scheme:
-    """Bits a code (1 to 8), rule and granularity; ``group_size`` is g for "group", (bo, bi) or one size for "block"."""
+    """Bits a code (1 to 8), rule and granularity; ``group_size`` is g for "group", (bo, bi)
+    or one size for "block".
+    """
 
     bits: int
     rule: str
@@ -148,12 +157,16 @@ class Scheme:
 
     @property
     def offset(self) -> int:
-        """What is added to a code for storage, so that it is not negative: 2^(b−1) for signed codes."""
+        """What is added to a code for storage, so that it is not negative: 2^(b−1) for
+        signed codes.
+        """
         return 1 << (self.bits - 1) if self.signed else 0
 
     @property
     def steps(self) -> float:
-        """The number that a symmetric range's a, or an asymmetric one's hi − lo, is divided by."""
+        """The number that a symmetric range's a, or an asymmetric one's hi − lo, is divided
+        by.
+        """
         if not self.symmetric:
             return float((1 << self.bits) - 1)
         return {"restricted": float(self.qmax), "power": 0.5 * (1 << self.bits)}.get(
@@ -161,7 +174,9 @@ class Scheme:
         )
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the scale of an array of this shape; ValueError where the scheme does not fit it."""
+        """Shape of the scale of an array of this shape; ValueError where the scheme does
+        not fit it.
+        """
         if self.granularity == "tensor":
             return ()
         if not shape or (self.granularity == "block" and len(shape) != 2):
@@ -195,14 +210,15 @@ class Scheme:
         return (1 if self.granularity == "group" else self.group_size), self.group_size
 
 
-# --- arrays as blocks -----------------------------------------------------------------------------------------------
+# --- arrays as blocks ---------------------------------------------------------------------
 
 
 def as_blocks(x: Array, scheme: Scheme) -> Array:
-    """x as [row blocks, rows, column blocks, columns]: what shares a step lies on axes 1 and 3.
+    """x as [row blocks, rows, column blocks, columns]: what shares a step lies on axes 1
+    and 3.
 
-    A view, except of ragged blocks: they are filled up with copies of their last row and column, which change no
-    range.
+    A view, except of ragged blocks: they are filled up with copies of their last row and
+    column, which change no range.
     """
     xp = namespace(x)
     if scheme.granularity == "tensor":
@@ -232,7 +248,9 @@ def from_blocks(blocks: Array, shape: tuple[int, ...]) -> Array:
 
 
 def steps_as_blocks(scale: Array, scheme: Scheme, shape: tuple[int, ...]) -> Array:
-    """A scale or zero point of an array of ``shape``, ready to be multiplied with its ``as_blocks``."""
+    """A scale or zero point of an array of ``shape``, ready to be multiplied with its
+    ``as_blocks``.
+    """
     if tuple(scale.shape) != scheme.scale_shape(shape):
         raise ValueError(
             f"scale or zero point of shape {tuple(scale.shape)}: an array of shape {shape} takes "
@@ -274,7 +292,8 @@ def _extremes(x: Array, scheme: Scheme) -> tuple[Array, Array]:
     """min and max of each range, in any shape; a range that holds NaN gives NaN."""
     xp = namespace(x)
     if xp is np and scheme.granularity == "group" and x.size:
-        # NumPy's max along a short last axis takes twice as long as the same through reduceat
+        # NumPy's max along a short last axis takes twice as long as the same through
+        # reduceat
         flat = x.reshape(-1)
         starts = np.arange(0, flat.size, scheme.block[1])
         return np.minimum.reduceat(flat, starts), np.maximum.reduceat(flat, starts)
@@ -283,9 +302,11 @@ def _extremes(x: Array, scheme: Scheme) -> tuple[Array, Array]:
 
 
 def qparams(x: Array, scheme: Scheme, *, name: str = "x") -> tuple[Array, Array]:
-    """The step and zero point of each range of x → scale (x's dtype), zero_point (int32), shaped alike.
+    """The step and zero point of each range of x → scale (x's dtype), zero_point (int32),
+    shaped alike.
 
-    Zero points of symmetric rules are all the same number: 0, or 2^(b−1) for "half_integer_unsigned".
+    Zero points of symmetric rules are all the same number: 0, or 2^(b−1) for
+    "half_integer_unsigned".
     """
     lo, hi = ranges(x, scheme, name=name)
     return range_to_qparams(lo, hi, scheme, name=name)
@@ -294,7 +315,8 @@ def qparams(x: Array, scheme: Scheme, *, name: str = "x") -> tuple[Array, Array]
 def range_to_qparams(
     lo: Array, hi: Array, scheme: Scheme, *, name: str = "range"
 ) -> tuple[Array, Array]:
-    """Ranges lo ≤ hi of any shape → scale (their dtype) and zero_point (int32) of that shape.
+    """Ranges lo ≤ hi of any shape → scale (their dtype) and zero_point (int32) of that
+    shape.
 
     Raises
     ------
@@ -321,7 +343,8 @@ def range_to_qparams(
     if scheme.rule == "asymmetric":  # GPTQ gives an all-zero row the range ±1
         lo = xp.where(empty, -1.0, lo)
         hi = xp.where(empty, 1.0, hi)
-    # the difference of halves: as exact as hi − lo, and never infinite; nor is its quotient, where L is 1
+    # the difference of halves: as exact as hi − lo, and never infinite; nor is its
+    # quotient, where L is 1
     least = 0.5 * AWQ_RANGE if scheme.rule == "awq" else 0.0
     half = xp.clip(0.5 * hi - 0.5 * lo, least, largest * min(1.0, 0.5 * scheme.steps))
     scale = xp.clip(half / (0.5 * scheme.steps), smallest, largest)
@@ -334,14 +357,16 @@ def range_to_qparams(
 
 
 def reachable(x: Array, scale: Array) -> Array:
-    """x held within ±1024 steps, so that x/s is finite; no code is that large, so none changes."""
+    """x held within ±1024 steps, so that x/s is finite; no code is that large, so none
+    changes.
+    """
     xp = namespace(x, scale)
     largest, _ = _limits(scale, "scale")
     bound = 1024.0 * xp.clip(scale, 0.0, largest / 1024.0)
     return xp.clip(x, -bound, bound)
 
 
-# --- guards --------------------------------------------------------------------------------------------------------
+# --- guards -------------------------------------------------------------------------------
 
 
 def refuse_non_finite(x: Array, name: str) -> None:
@@ -372,7 +397,9 @@ def _limits(x: Array, name: str) -> tuple[float, float]:
 
 
 def _empty_step(scheme: Scheme, scale: Array) -> Array:
-    """The step of an all-zero range, as large as any: every choice gives back zeros. See the module."""
+    """The step of an all-zero range, as large as any: every choice gives back zeros. See
+    the module.
+    """
     xp = namespace(scale)
     if scheme.rule in ("half_integer", "asymmetric_signed"):
         step = float(xp.finfo(scale.dtype).eps)
@@ -384,7 +411,8 @@ def _empty_step(scheme: Scheme, scale: Array) -> Array:
     return xp.full(scale.shape, step, dtype=scale.dtype)
 
 
-# Numbers at a time (host, device). On a CPU all steps of a piece run within its cache; a GPU wants to be filled.
+# Numbers at a time (host, device). On a CPU all steps of a piece run within its cache; a
+# GPU wants to be filled.
 PIECE = (1 << 17, 1 << 26)
 _ADD_FIRST = ("half_integer", "asymmetric_signed")
 
@@ -398,14 +426,17 @@ def encode(
     name: str = "x",
     check: bool = True,
 ) -> Array:
-    """Codes of x, int8 or uint8, shaped like x. The quotient is clipped before it becomes an integer.
+    """Codes of x, int8 or uint8, shaped like x. The quotient is clipped before it becomes
+    an integer.
 
-    ``check=False`` is for a caller that knows x to be finite and within the range that the scale was made for.
+    ``check=False`` is for a caller that knows x to be finite and within the range that the
+    scale was made for.
 
     Raises
     ------
     ValueError
-        naming ``name`` if x holds NaN or infinity, or scale or zero point has not the scheme's shape.
+        naming ``name`` if x holds NaN or infinity, or scale or zero point has not the
+        scheme's shape.
     """
     xp = namespace(x, scale, zero_point)
     if check:
@@ -456,13 +487,14 @@ def decode(codes: Array, scale: Array, zero_point: Array, scheme: Scheme) -> Arr
     return from_blocks(blocks, shape)
 
 
-# --- pieces --------------------------------------------------------------------------------------------------------
+# --- pieces -------------------------------------------------------------------------------
 
 
 def row_pieces(
     like: Array, shape: tuple[int, int], scheme: Scheme, size: tuple[int, int]
 ) -> Iterator[tuple[int, int]]:
-    """(first row, last row + 1) of pieces of a matrix, whole row blocks each, of about ``size`` numbers.
+    """(first row, last row + 1) of pieces of a matrix, whole row blocks each, of about
+    ``size`` numbers.
 
     ``size`` is (on the host, on a device); ``like`` tells which of them is meant.
     """

@@ -1,7 +1,8 @@
 """A weight whose inputs are quantised too: both sides of the product are integers.
 
-Source: Xiao et al. 2023 (SmoothQuant), eq. 2 and table 2; the same arithmetic with "half_integer" activations is what
-compressed-tensors' "int-quantized" checkpoints mean by W8A8.
+Source: Xiao et al. 2023 (SmoothQuant), eq. 2 and table 2; the same arithmetic with
+"half_integer" activations is what compressed-tensors' "int-quantized" checkpoints mean by
+W8A8.
 
     x̂ = s_x q_x,  ŵ = s_w q_w,   Y = s_x s_w (Q_x Q_wᵀ)
 
@@ -11,11 +12,12 @@ compressed-tensors' "int-quantized" checkpoints mean by W8A8.
 | "tensor"       | of all rows, now      | O2                     |
 | a number       | that, from calibration| O3                     |
 
-With one step for all rows ("tensor"), what a token becomes depends on the other tokens of the batch. With a step from
-calibration, numbers beyond its range are clipped.
+With one step for all rows ("tensor"), what a token becomes depends on the other tokens of
+the batch. With a step from calibration, numbers beyond its range are clipped.
 
-``rule`` makes the step from a = max |x|: "restricted" is a/127 (SmoothQuant), "half_integer" a/127.5 (readers of
-compressed-tensors). No zero point: a symmetric grid spends one product of integers on a product.
+``rule`` makes the step from a = max |x|: "restricted" is a/127 (SmoothQuant),
+"half_integer" a/127.5 (readers of compressed-tensors). No zero point: a symmetric grid
+spends one product of integers on a product.
 
 | symbol | name                       | shape          |
 |--------|----------------------------|----------------|
@@ -23,8 +25,8 @@ compressed-tensors). No zero point: a symmetric grid spends one product of integ
 | s_x    | step of the activations    | [T, 1] or ()   |
 | weight | ``Quantized`` W[M, N]      |                |
 
-Left out: activations in groups, asymmetric activations, the step's floor of SmoothQuant's code (absmax is at least
-1e-5 there; here a row of any size has a step).
+Left out: activations in groups, asymmetric activations, the step's floor of SmoothQuant's
+code (absmax is at least 1e-5 there; here a row of any size has a step).
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ __all__ = ["W8A8Linear"]
 
 
 class W8A8Linear:
-    """``weight`` times activations that are rounded to ``bits`` bits first; satisfies ``Linear``.
+    """``weight`` times activations that are rounded to ``bits`` bits first; satisfies
+    ``Linear``.
 
     ``name`` is the activations', for messages.
     """

@@ -1,4 +1,5 @@
-"""A model card whose every number is computed: the record of a trained model, and the page made from it.
+"""A model card whose every number is computed: the record of a trained model, and the page
+made from it.
 
 | part of the record | what it holds                                                                        |
 |--------------------|--------------------------------------------------------------------------------------|
@@ -7,8 +8,9 @@
 | ``measured``       | bits per byte (by document, by length of the context), samples that tokenize, and    |
 |                    | for a draft its distance from the model that it was distilled from                   |
 
-The acceptance of a draft q by its target p at temperature 1 is the mean over positions of Σ min(p, q), the
-probability that speculative sampling keeps a drafted token (Leviathan et al. 2023, theorem 3.5, β = 1 − D_LK).
+The acceptance of a draft q by its target p at temperature 1 is the mean over positions of Σ
+min(p, q), the probability that speculative sampling keeps a drafted token (Leviathan et al.
+2023, theorem 3.5, β = 1 − D_LK).
 
 Left out: benchmarks of facts or instructions, which models of this size do not have.
 """
@@ -46,7 +48,9 @@ def measure(
     seed: int = 0,
     progress: Progress = lambda what, done, total: None,
 ) -> Record:
-    """The ``measured`` part of a card. ``code`` is Python that samples are compared with, if that is what it writes."""
+    """The ``measured`` part of a card. ``code`` is Python that samples are compared with,
+    if that is what it writes.
+    """
     window = min(1024, model.config.max_position_embeddings)
 
     def scored(stride: int, what: str) -> Any:
@@ -93,10 +97,12 @@ def measure(
 
 
 def sample_record(model: Model, real: Sequence[Document], rng: np.random.Generator) -> Record:
-    """The share of free samples that Python's own tokenizer reads once the last line is trimmed, by length.
+    """The share of free samples that Python's own tokenizer reads once the last line is
+    trimmed, by length.
 
-    A text that is cut inside brackets or a long string does not pass, however good it is. So the same is measured
-    on the beginnings of documents drawn from ``real``: that is what could be reached.
+    A text that is cut inside brackets or a long string does not pass, however good it is.
+    So the same is measured on the beginnings of documents drawn from ``real``: that is what
+    could be reached.
     """
     begin = model.config.bos_token_id or 0
     longest = min(SAMPLE_LENGTHS[-1], model.config.max_position_embeddings - 1)
@@ -120,7 +126,9 @@ def sample_record(model: Model, real: Sequence[Document], rng: np.random.Generat
 
 
 def tokenizes(text: str) -> bool:
-    """Does ``tokenize`` read the text up to its last line break? What follows it may be cut anywhere."""
+    """Does ``tokenize`` read the text up to its last line break? What follows it may be cut
+    anywhere.
+    """
     whole = text[: text.rfind("\n") + 1]
     try:
         for _ in tokenize.generate_tokens(io.StringIO(whole).readline):
@@ -131,7 +139,9 @@ def tokenizes(text: str) -> bool:
 
 
 def acceptance(model: Model, target: Model, documents: Iterable[Document], window: int) -> float:
-    """Mean Σ min(p, q) over every position of the documents, read in windows that do not overlap."""
+    """Mean Σ min(p, q) over every position of the documents, read in windows that do not
+    overlap.
+    """
     whole = windows_of(model, list(documents), window, window)
     total = 0.0
     count = 0
@@ -177,7 +187,9 @@ def _against(
 
 
 def page(record: Record) -> str:
-    """The card as Markdown, in the form that the Hugging Face hub reads; a function of the record alone."""
+    """The card as Markdown, in the form that the Hugging Face hub reads; a function of the
+    record alone.
+    """
     data, training, measured = (record[key] for key in ("data", "training", "measured"))
     sections = [
         _front(record),
@@ -269,7 +281,9 @@ def _training(training: Record) -> str:
 
 
 def _start(training: Record) -> str:
-    """Where a run went on from, back to random weights; the counts above are those of the last run itself."""
+    """Where a run went on from, back to random weights; the counts above are those of the
+    last run itself.
+    """
     start = training.get("start")
     if not start:
         return ""

@@ -1,4 +1,5 @@
-"""From a training state to a finished model directory: weights, tokenizer, card, manifest, curve.
+"""From a training state to a finished model directory: weights, tokenizer, card, manifest,
+curve.
 
 | file           | what it holds                                                                        |
 |----------------|--------------------------------------------------------------------------------------|
@@ -57,17 +58,20 @@ def finish(
 ) -> model_card.Record:
     """Write ``output`` from the state of a finished run and return the card's record.
 
-    ``data`` must be what the run was trained on: its documents are counted and hashed here. ``command`` goes into
-    the card, and ``remark`` beside it (where the run departed from it). ``teacher`` is the directory of the model
-    that it was distilled from, ``start`` that of the model whose weights it began with.
+    ``data`` must be what the run was trained on: its documents are counted and hashed here.
+    ``command`` goes into the card, and ``remark`` beside it (where the run departed from
+    it). ``teacher`` is the directory of the model that it was distilled from, ``start``
+    that of the model whose weights it began with.
 
-    What is stored is (1 − ``start_share``) · the run's last weights + ``start_share`` · those it began with. Where
-    both ends were annealed their mean lies in a flatter place and generalises better (Izmailov et al. 2018).
+    What is stored is (1 − ``start_share``) · the run's last weights + ``start_share`` ·
+    those it began with. Where both ends were annealed their mean lies in a flatter place
+    and generalises better (Izmailov et al. 2018).
 
     Raises
     ------
     ValueError
-        if the run is not finished, or the state is damaged, or there is no start to share with.
+        if the run is not finished, or the state is damaged, or there is no start to share
+        with.
     CheckpointError
         if ``output`` must not be replaced, or the weights are not finite in ``dtype``.
     """
@@ -141,7 +145,9 @@ def finish(
 
 
 def _origin(directory: Path) -> dict[str, Any]:
-    """Which weights a run began with: their name and digest, and how they were trained if their card says so."""
+    """Which weights a run began with: their name and digest, and how they were trained if
+    their card says so.
+    """
     file = directory / "card.json"
     if file.is_file():
         training = json.loads(file.read_text("utf-8")).get("training", {})
@@ -157,9 +163,11 @@ def _origin(directory: Path) -> dict[str, Any]:
 
 
 def with_tokens(curve: Curve, plan: Plan, before: int = 0) -> Curve:
-    """The records of a run's evaluations, each with the tokens that had been read by then, ``before`` the run included.
+    """The records of a run's evaluations, each with the tokens that had been read by then,
+    ``before`` the run included.
 
-    Steps of different phases read different numbers of tokens: loss is drawn over what was read.
+    Steps of different phases read different numbers of tokens: loss is drawn over what was
+    read.
     """
     read = [before]
     of = [p.batch * p.length for p in plan.phases for _ in range(p.steps)]
@@ -214,7 +222,9 @@ def manifest(directory: Path, data: Data) -> dict[str, Any]:
 
 
 def _data(data: Data, tokenizer: Tokenizer, plan: Plan) -> model_card.Record:
-    """Counts of each stream. The plan says which windows were seen, so the passes are counted, not estimated."""
+    """Counts of each stream. The plan says which windows were seen, so the passes are
+    counted, not estimated.
+    """
     lengths = {name: len(encode(tokenizer, documents)) for name, documents in data.streams.items()}
     seen = dict.fromkeys(range(len(lengths)), 0)
     for _, phase, windows in batches(plan, list(lengths.values())):

@@ -1,4 +1,5 @@
-"""A checkpoint quantised from start to finish: text, layers one by one, the new directory, what it costs.
+"""A checkpoint quantised from start to finish: text, layers one by one, the new directory,
+what it costs.
 
 | step    | what happens                                                                                          |
 |---------|-------------------------------------------------------------------------------------------------------|
@@ -6,10 +7,12 @@
 | go      | ``recipe.quantize_layers`` from the source's files into ``work``, a file a layer; then ``assemble``   |
 | measure | bits per byte of the source and of the new directory, before it takes its name                       |
 
-Memory holds one decoder layer in floats and the calibration activations. Measuring holds a whole model, one of the two
-at a time; it can be left out. ``work`` makes an interrupted run go on: see ``quant.resumable_layers``.
+Memory holds one decoder layer in floats and the calibration activations. Measuring holds a
+whole model, one of the two at a time; it can be left out. ``work`` makes an interrupted run
+go on: see ``quant.resumable_layers``.
 
-Left out: choosing a method or a scheme by what it costs (``experiments.quantization_quality`` has the table).
+Left out: choosing a method or a scheme by what it costs
+(``experiments.quantization_quality`` has the table).
 """
 
 from __future__ import annotations
@@ -71,7 +74,9 @@ class Job:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides the bytes of a layer; a run goes on only where all of it is the same."""
+        """What decides the bytes of a layer; a run goes on only where all of it is the
+        same.
+        """
         weights = sorted(p for p in self.source.iterdir() if p.suffix == ".safetensors")
         files = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in weights}
         return recipe.settings(self.method, self.scheme, self.calibration, **self.options) | {
@@ -84,7 +89,9 @@ class Job:
 def scheme_of(
     method: str, bits: int | None, group_size: int | None, symmetric: bool | None
 ) -> Scheme:
-    """A method's usual scheme with what was asked for; a group of 0 or −1 columns is a scale a row."""
+    """A method's usual scheme with what was asked for; a group of 0 or −1 columns is a
+    scale a row.
+    """
     make(method)  # refuses unknown names
     usual = recipe.default_scheme(method)
     if group_size is None:
@@ -124,10 +131,12 @@ def prepare(
     overwrite: bool = False,
     **options: Any,
 ) -> Job:
-    """Check everything and draw the calibration text: ``samples`` windows of ``length`` tokens (None: 512).
+    """Check everything and draw the calibration text: ``samples`` windows of ``length``
+    tokens (None: 512).
 
-    ``texts`` None are the standard library's modules, but for those that are measured on. ``dtype`` None is the
-    source's where that has two bytes, else float16. ``options`` are the method's.
+    ``texts`` None are the standard library's modules, but for those that are measured on.
+    ``dtype`` None is the source's where that has two bytes, else float16. ``options`` are
+    the method's.
 
     Raises
     ------
@@ -247,7 +256,8 @@ def go(
     progress: recipe.Progress | None = None,
     measuring: Measuring | None = None,
 ) -> dict[str, Any]:
-    """Quantise, write, measure on the first ``measure`` held-out tokens (None: not at all); returns the record.
+    """Quantise, write, measure on the first ``measure`` held-out tokens (None: not at all);
+    returns the record.
 
     The record is also the file ``quantization.json`` of the new directory.
     """

@@ -1,4 +1,5 @@
-"""A training run from start to finish: data, tokenizer, plan, training, and the finished directory.
+"""A training run from start to finish: data, tokenizer, plan, training, and the finished
+directory.
 
 | step      | what happens                                                                             |
 |-----------|------------------------------------------------------------------------------------------|
@@ -6,8 +7,8 @@
 | train     | ``train.loop.train`` in ``work``, which continues from the state that it finds there    |
 | finish    | ``bundle.finish``: measure, write the card and the directory                              |
 
-``work`` keeps the tokenizer and the state (three times the float32 weights), so that an interrupted run goes on
-where its last checkpoint was, with the same tokens.
+``work`` keeps the tokenizer and the state (three times the float32 weights), so that an
+interrupted run goes on where its last checkpoint was, with the same tokens.
 
 Left out: searching for good settings.
 """
@@ -98,7 +99,9 @@ class Shape:
         return config
 
     def phases(self, data: Data) -> tuple[Phase, ...]:
-        """Short windows, then long ones with about as many tokens a step; ValueError if they do not fit."""
+        """Short windows, then long ones with about as many tokens a step; ValueError if
+        they do not fit.
+        """
         if self.explicit:
             return self._checked(data)
         if self.steps < 1:
@@ -166,7 +169,9 @@ class Run:
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """CheckpointError if ``output`` is taken: to be asked before hours of training, not after."""
+    """CheckpointError if ``output`` is taken: to be asked before hours of training, not
+    after.
+    """
     if not overwrite and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(
             f"{output} exists already: choose another --output, or pass --overwrite"
@@ -191,8 +196,8 @@ def prepare(
 ) -> Run:
     """Make a run ready; ``plan``'s phases are replaced by those of ``shape``.
 
-    ``start`` is the directory of a model of the same shape to go on from, with its tokenizer; None starts from
-    random weights.
+    ``start`` is the directory of a model of the same shape to go on from, with its
+    tokenizer; None starts from random weights.
 
     Raises
     ------
@@ -290,7 +295,9 @@ def shape_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _check_lengths(run: Run) -> None:
-    """Every stream must hold a window of every phase that reads it: the last phase comes after hours."""
+    """Every stream must hold a window of every phase that reads it: the last phase comes
+    after hours.
+    """
     for phase in run.plan.phases:
         read = [s for s, repeats in zip(run.streams, phase.repeats, strict=True) if repeats]
         shortest = min(map(len, [*read, run.held_out]))
@@ -302,7 +309,9 @@ def _check_lengths(run: Run) -> None:
 
 
 def _check_text(run: Run) -> None:
-    """A run that goes on must go on with the same text: its card will name every document that it read."""
+    """A run that goes on must go on with the same text: its card will name every document
+    that it read.
+    """
     digest = run.work / TEXT
     if (
         (run.work / STATE).exists()
@@ -315,7 +324,9 @@ def _check_text(run: Run) -> None:
 
 
 def _continue(run: Run, note: Note) -> None:
-    """Take up the state in ``work``. A finished run is not trained again, so it must be the one that is asked for."""
+    """Take up the state in ``work``. A finished run is not trained again, so it must be the
+    one that is asked for.
+    """
     state, about = load_state(run.work / STATE)
     run.done = state.optimizer.step
     if ModelConfig.from_hf(json.loads(about["config"])) != run.config:
@@ -344,7 +355,9 @@ def _continue(run: Run, note: Note) -> None:
 
 
 def _lesson(run: Run) -> dict[str, Any]:
-    """What decides the weights beside text and plan: the other models, by their files, and how they are used."""
+    """What decides the weights beside text and plan: the other models, by their files, and
+    how they are used.
+    """
     hashes = {
         role: None
         if path is None
@@ -369,7 +382,9 @@ def _digest(data: Data) -> str:
 def _tokenizer(
     work: Path, data: Data, vocab_size: int, given: Path | None, note: Note
 ) -> Tokenizer:
-    """The given model's; or the one that the run began with; or a new one, trained on the first stream."""
+    """The given model's; or the one that the run began with; or a new one, trained on the
+    first stream.
+    """
     if given is not None:  # a student that is compared token by token must read the same tokens
         return Tokenizer.from_file(given / TOKENIZER)
     if (work / STATE).exists():

@@ -1,7 +1,9 @@
-"""Sequences that bring equally many tokens attend together: two products for the whole batch.
+"""Sequences that bring equally many tokens attend together: two products for the whole
+batch.
 
-What a decode step does, and a prefill of equally long prompts. It is the arithmetic that all caches share: they
-differ in where keys and values lie, and hand them over as B strips of one length.
+What a decode step does, and a prefill of equally long prompts. It is the arithmetic that
+all caches share: they differ in where keys and values lie, and hand them over as B strips
+of one length.
 
 | symbol | name                                         | shape        |
 |--------|----------------------------------------------|--------------|
@@ -11,7 +13,8 @@ differ in where keys and values lie, and hand them over as B strips of one lengt
 | C      | the last slots, those that a bias is for     |              |
 | bias   | 0, or ``masked_score`` for what a query does not see | [B, 1, 1, n, C], or one for all |
 
-Left out: sequences of different counts (``model.attention``, one after the other, in tiles).
+Left out: sequences of different counts (``model.attention``, one after the other, in
+tiles).
 """
 
 from __future__ import annotations
@@ -32,17 +35,20 @@ QUERIES = 64  # of a sequence at a time
 
 
 def fits_together(counts: Sequence[int], lengths: Sequence[int], heads: int) -> bool:
-    """Do sequences of ``lengths`` cached tokens bring equally many new ones, and few enough scores?"""
+    """Do sequences of ``lengths`` cached tokens bring equally many new ones, and few enough
+    scores?
+    """
     if not counts or not even(counts):
         return False
     return counts[0] == 1 or len(counts) * heads * counts[0] * (max(lengths) + counts[0]) <= SCORES
 
 
 def attend_together(q: Array, keys: Array, values: Array, bias: Array | None = None) -> Array:
-    """softmax(q K / √D + bias) V, [B·n, H, D]; q is overwritten. ``bias`` is that of the last C of the S slots.
+    """softmax(q K / √D + bias) V, [B·n, H, D]; q is overwritten. ``bias`` is that of the
+    last C of the S slots.
 
-    Many queries of a sequence are taken some at a time: of the keys behind the last of them none is seen, and nearly
-    half of the scores of a prompt are not computed.
+    Many queries of a sequence are taken some at a time: of the keys behind the last of them
+    none is seen, and nearly half of the scores of a prompt are not computed.
     """
     xp = namespace(q, keys, values)
     rows, heads, dim = q.shape
@@ -98,10 +104,12 @@ def _attend(xp: Any, q: Array, keys: Array, values: Array, bias: Array | None) -
 def bias_together(
     lengths: Sequence[int], count: int, window: int | None, like: Array
 ) -> Array | None:
-    """[B, 1, 1, n, C] for sequences of ``lengths`` cached tokens and ``count`` new ones: of the last C slots.
+    """[B, 1, 1, n, C] for sequences of ``lengths`` cached tokens and ``count`` new ones: of
+    the last C slots.
 
-    None where every query sees every key: a decode step at equal lengths, within the window. At equal lengths within
-    the window only the n new keys are hidden from some, the same for all: [1, 1, 1, n, n].
+    None where every query sees every key: a decode step at equal lengths, within the
+    window. At equal lengths within the window only the n new keys are hidden from some, the
+    same for all: [1, 1, 1, n, n].
     """
     longest = max(lengths) + count
     if even(lengths) and (window is None or longest <= window):
@@ -119,7 +127,9 @@ def bias_together(
 
 @lru_cache(maxsize=16)  # a verification asks for the same ones at each step
 def _triangle(xp: Any, count: int, dtype: Any) -> Array:
-    """[1, 1, 1, n, n]: of n new tokens each sees itself and those before it. To be read only."""
+    """[1, 1, 1, n, n]: of n new tokens each sees itself and those before it. To be read
+    only.
+    """
     j = xp.arange(count)
     return _masked(xp, j > j[:, None], dtype)[None, None, None]
 

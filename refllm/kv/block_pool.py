@@ -1,7 +1,8 @@
-"""Blocks of key/value memory: a reference-counted pool, and the table that maps a sequence onto it.
+"""Blocks of key/value memory: a reference-counted pool, and the table that maps a sequence
+onto it.
 
-Sources: PagedAttention, Kwon et al. 2023, sections 4.2 to 4.5 (tables, sharing, copy on write); the free list that
-remembers contents, vLLM's automatic prefix caching.
+Sources: PagedAttention, Kwon et al. 2023, sections 4.2 to 4.5 (tables, sharing, copy on
+write); the free list that remembers contents, vLLM's automatic prefix caching.
 
 | symbol | name                                   | value                                                   |
 |--------|----------------------------------------|---------------------------------------------------------|
@@ -9,13 +10,16 @@ remembers contents, vLLM's automatic prefix caching.
 | p      | position of a token in its sequence    | lies in block ``table[p // b]``, at slot p mod b of it  |
 | slot   | place of a token in the whole pool     | ``table[p // b] · b + p mod b``                         |
 
-A block is *owned* (one reference a table that holds it) or *free*. A free block may still be *remembered* under a
-key: its contents are good until it is allocated again, and ``fork`` takes it back. Free blocks are taken in the
-order in which they became free, so what is remembered is forgotten least recently used first.
+A block is *owned* (one reference a table that holds it) or *free*. A free block may still
+be *remembered* under a key: its contents are good until it is allocated again, and ``fork``
+takes it back. Free blocks are taken in the order in which they became free, so what is
+remembered is forgotten least recently used first.
 
-Everything here is Python integers: it can be tested, traced and drawn without a model. ``kv.paged`` holds the arrays.
+Everything here is Python integers: it can be tested, traced and drawn without a model.
+``kv.paged`` holds the arrays.
 
-Left out: a null block (a table knows its length), swapping (``serve`` moves whole sequences), more than one pool.
+Left out: a null block (a table knows its length), swapping (``serve`` moves whole
+sequences), more than one pool.
 """
 
 from __future__ import annotations
@@ -27,16 +31,22 @@ Key = Hashable
 
 
 class OutOfBlocks(RuntimeError):
-    """The pool has too few free blocks; nothing was changed. Free some, or wait until a sequence ends."""
+    """The pool has too few free blocks; nothing was changed. Free some, or wait until a
+    sequence ends.
+    """
 
 
 class BlockPool:
-    """``num_blocks`` blocks of ``block_size`` tokens with reference counts; every operation is O(1)."""
+    """``num_blocks`` blocks of ``block_size`` tokens with reference counts; every operation
+    is O(1).
+    """
 
     def __init__(
         self, num_blocks: int, block_size: int, *, on_vacant: Callable[[int], None] | None = None
     ):
-        """``on_vacant(id)`` is called when nobody can read a block any more: no owner and no key is left."""
+        """``on_vacant(id)`` is called when nobody can read a block any more: no owner and
+        no key is left.
+        """
         if not (
             isinstance(num_blocks, int)
             and isinstance(block_size, int)
@@ -78,7 +88,9 @@ class BlockPool:
         return [block for block in blocks if self._references[block] > 1]
 
     def allocate(self) -> int:
-        """Take the block that has been free the longest; what it remembered is forgotten. OutOfBlocks if none is."""
+        """Take the block that has been free the longest; what it remembered is forgotten.
+        OutOfBlocks if none is.
+        """
         if not self._free:
             raise OutOfBlocks(f"all {self.num_blocks} blocks are in use")
         block, _ = self._free.popitem(last=False)
@@ -89,7 +101,9 @@ class BlockPool:
         return block
 
     def fork(self, block: int) -> int:
-        """One more owner; a free block that is remembered is taken back. ValueError for a free one that is not."""
+        """One more owner; a free block that is remembered is taken back. ValueError for a
+        free one that is not.
+        """
         if self._references[self._checked(block)] == 0:
             if block not in self._key_of:
                 raise ValueError(f"block {block} is free and holds nothing: allocate it first")
@@ -100,9 +114,11 @@ class BlockPool:
         return block
 
     def free(self, block: int) -> None:
-        """One owner less; without owners the block is free, last in line to be allocated if it is remembered.
+        """One owner less; without owners the block is free, last in line to be allocated if
+        it is remembered.
 
-        ValueError for a block that nobody owns. A block without a key goes to the front: nothing is lost with it.
+        ValueError for a block that nobody owns. A block without a key goes to the front:
+        nothing is lost with it.
         """
         if self._references[self._checked(block)] == 0:
             raise ValueError(f"block {block} is free already")
@@ -114,10 +130,12 @@ class BlockPool:
             self._free.move_to_end(block, last=False)
             self._vacant(block)
 
-    # --- contents that outlive their owners ----------------------------------------------------------------------
+    # --- contents that outlive their owners -----------------------------------------------
 
     def remember(self, block: int, key: Key) -> None:
-        """Say what an owned block holds, so that ``find(key)`` gives it; a second block may hold the same."""
+        """Say what an owned block holds, so that ``find(key)`` gives it; a second block may
+        hold the same.
+        """
         if self._references[self._checked(block)] == 0:
             raise ValueError(f"block {block} is free: what it holds may be overwritten")
         if block in self._key_of:
@@ -126,7 +144,9 @@ class BlockPool:
         self._holders.setdefault(key, {})[block] = None
 
     def find(self, key: Key) -> int | None:
-        """The first of the blocks remembered under a key, owned or free; None if there is none."""
+        """The first of the blocks remembered under a key, owned or free; None if there is
+        none.
+        """
         return next(iter(self._holders.get(key, ())), None)
 
     def key_of(self, block: int) -> Key | None:
@@ -153,7 +173,9 @@ class BlockPool:
         return block
 
     def check(self) -> None:
-        """AssertionError if the books do not balance: free and owned are a partition, every key has its block."""
+        """AssertionError if the books do not balance: free and owned are a partition, every
+        key has its block.
+        """
         owned = {b for b, count in enumerate(self._references) if count > 0}
         assert min(self._references) >= 0, "a reference count is negative"
         assert owned.isdisjoint(self._free), "a block is both owned and free"
@@ -165,10 +187,12 @@ class BlockPool:
 
 
 class BlockTable:
-    """The blocks of one sequence, in order: positions [0, length) lie in them, [length, capacity) are free to write.
+    """The blocks of one sequence, in order: positions [0, length) lie in them, [length,
+    capacity) are free to write.
 
-    A block before the last is full and never written again, so sharing it is safe; the last one, if it is partly
-    filled and shared, is copied before the first write (``reserve`` says what to copy).
+    A block before the last is full and never written again, so sharing it is safe; the last
+    one, if it is partly filled and shared, is copied before the first write (``reserve``
+    says what to copy).
     """
 
     def __init__(self, pool: BlockPool):
@@ -200,10 +224,11 @@ class BlockTable:
         return max(0, whole - len(self.blocks)) + self._copies(count)
 
     def reserve(self, count: int) -> list[tuple[int, int]]:
-        """Make positions [length, length + count) writable. Returns (from, to) of blocks whose contents to copy.
+        """Make positions [length, length + count) writable. Returns (from, to) of blocks
+        whose contents to copy.
 
-        The copies must be made, in all layers, before anything is written. OutOfBlocks if the pool is too small at
-        the moment; nothing has changed then.
+        The copies must be made, in all layers, before anything is written. OutOfBlocks if
+        the pool is too small at the moment; nothing has changed then.
         """
         if count < 0:
             raise ValueError(f"reserve: count must be 0 or more, got {count}")
@@ -223,7 +248,9 @@ class BlockTable:
         return copies
 
     def adopt(self, blocks: list[int]) -> None:
-        """Begin with full blocks that somebody else filled (a prefix-cache hit); the table must be empty."""
+        """Begin with full blocks that somebody else filled (a prefix-cache hit); the table
+        must be empty.
+        """
         if self.blocks:
             raise ValueError("only an empty table can begin with the blocks of another")
         self.blocks = [self.pool.fork(block) for block in blocks]
@@ -238,7 +265,9 @@ class BlockTable:
         self.length += count
 
     def truncate(self, length: int) -> None:
-        """Forget the tokens from position ``length`` on; blocks that are empty then are freed, the last one first."""
+        """Forget the tokens from position ``length`` on; blocks that are empty then are
+        freed, the last one first.
+        """
         if not 0 <= length <= self.length:
             raise ValueError(f"the sequence has {self.length} tokens, cannot keep {length}")
         self.length = length
@@ -246,7 +275,9 @@ class BlockTable:
             self.pool.free(self.blocks.pop())
 
     def fork(self) -> BlockTable:
-        """A second sequence with the same tokens: every block gets one more owner, nothing is copied."""
+        """A second sequence with the same tokens: every block gets one more owner, nothing
+        is copied.
+        """
         child = BlockTable(self.pool)
         # what was reserved and not written stays with the parent
         child.blocks = [
@@ -256,7 +287,9 @@ class BlockTable:
         return child
 
     def free(self) -> None:
-        """Give all blocks back, the last one first: of a remembered prefix, its end is then forgotten first."""
+        """Give all blocks back, the last one first: of a remembered prefix, its end is then
+        forgotten first.
+        """
         self.truncate(0)
 
     def slot(self, position: int) -> int:

@@ -1,7 +1,7 @@
 """The contiguous cache: one preallocated strip of keys and values a sequence.
 
-The naive twin of the paged cache, and the baseline that pre-allocates for the longest case. Memory is
-L · B · capacity · 2 · G · D numbers from the first token on, used or not.
+The naive twin of the paged cache, and the baseline that pre-allocates for the longest case.
+Memory is L · B · capacity · 2 · G · D numbers from the first token on, used or not.
 
 | symbol | name                    | shape               |
 |--------|-------------------------|---------------------|
@@ -10,11 +10,12 @@ L · B · capacity · 2 · G · D numbers from the first token on, used or not.
 | n_b    | new tokens of sequence b| ``counts[b]``       |
 | s_b    | cached tokens           | ``lengths[b]``      |
 
-Keys stand in columns, as the right-hand side of q Kᵀ: OpenBLAS then reads them where they lie, which halves the
-time of that product at batch 32.
+Keys stand in columns, as the right-hand side of q Kᵀ: OpenBLAS then reads them where they
+lie, which halves the time of that product at batch 32.
 
-Ownership, written as half-open intervals: positions [0, s_b) are committed; a view may write
-[s_b, s_b + n_b); ``advance`` commits them; everything beyond is garbage that no query sees.
+Ownership, written as half-open intervals: positions [0, s_b) are committed; a view may
+write [s_b, s_b + n_b); ``advance`` commits them; everything beyond is garbage that no query
+sees.
 
 Left out: growing, sharing, a sliding window that forgets (masked keys are kept).
 """
@@ -45,8 +46,9 @@ class ContiguousCache:
     ):
         """``like`` is any array of the library to live on; ``dtype`` defaults to its dtype.
 
-        ``columns=False`` lays the keys in memory row by row, token after token, as a pool of slots must: the same
-        numbers in the same products, which BLAS then reads, and rounds, in another order.
+        ``columns=False`` lays the keys in memory row by row, token after token, as a pool
+        of slots must: the same numbers in the same products, which BLAS then reads, and
+        rounds, in another order.
         """
         if max_sequences < 1 or capacity < 1:
             raise ValueError(
@@ -55,7 +57,8 @@ class ContiguousCache:
         xp = namespace(like)
         heads = (config.num_hidden_layers, max_sequences, config.num_key_value_heads)
         dim = config.head_dim
-        # zeros, not empty: what is masked is multiplied by a probability of 0, and 0 · NaN is NaN
+        # zeros, not empty: what is masked is multiplied by a probability of 0, and 0 · NaN
+        # is NaN
         across = (dim, capacity) if columns else (capacity, dim)
         keys = xp.zeros((*heads, *across), dtype=dtype or like.dtype)
         self.keys: Array = keys if columns else keys.swapaxes(-1, -2)
@@ -71,11 +74,14 @@ class ContiguousCache:
         return int(self.keys.nbytes + self.values.nbytes)
 
     def positions(self, counts: Sequence[int]) -> list[int]:
-        """Positions of the next ``counts[b]`` tokens of every sequence, in the order of the ragged batch."""
+        """Positions of the next ``counts[b]`` tokens of every sequence, in the order of the
+        ragged batch.
+        """
         return [s + i for s, n in zip(self.lengths, counts, strict=False) for i in range(n)]
 
     def view(self, counts: Sequence[int]) -> Attend:
-        """An ``attend`` for a step in which sequence b brings ``counts[b]`` new tokens (0 is allowed).
+        """An ``attend`` for a step in which sequence b brings ``counts[b]`` new tokens (0
+        is allowed).
 
         Raises
         ------
@@ -106,7 +112,9 @@ class ContiguousCache:
             self.lengths[b] += n
 
     def truncate(self, sequence: int, length: int) -> None:
-        """Forget everything of a sequence from position ``length`` on (rollback of a rejected draft)."""
+        """Forget everything of a sequence from position ``length`` on (rollback of a
+        rejected draft).
+        """
         if not 0 <= sequence < len(self.lengths):
             raise ValueError(
                 f"the cache holds sequences 0..{len(self.lengths) - 1}, got {sequence}"
@@ -146,7 +154,9 @@ class _RaggedView:
 
 
 class _EvenView:
-    """Some neighbours bring n tokens each (decode: one): they attend together, up to the longest strip."""
+    """Some neighbours bring n tokens each (decode: one): they attend together, up to the
+    longest strip.
+    """
 
     def __init__(self, cache: ContiguousCache, sequences: slice, count: int):
         lengths = cache.lengths[sequences]

@@ -1,7 +1,8 @@
-"""Contiguous runs of slots, as servers gave them before paging: first fit, and the buddy system.
+"""Contiguous runs of slots, as servers gave them before paging: first fit, and the buddy
+system.
 
-Sources: Knuth, The Art of Computer Programming 1, section 2.5; Kwon et al. 2023, section 6.1, whose baselines keep
-each request in one run that a buddy allocator gives.
+Sources: Knuth, The Art of Computer Programming 1, section 2.5; Kwon et al. 2023, section
+6.1, whose baselines keep each request in one run that a buddy allocator gives.
 
 | symbol   | name                        | first fit                    | buddies                                    |
 |----------|-----------------------------|------------------------------|--------------------------------------------|
@@ -9,7 +10,8 @@ each request in one run that a buddy allocator gives.
 | internal | given and never used        | nothing (the reservation is) | up to half of each run                     |
 | external | free, in holes too small    | what lies between runs       | what has no free buddy                     |
 
-A number of slots that is no power of two is a row of buddies of its own: 15,700 = 8192 + 4096 + 2048 + 1024 + ….
+A number of slots that is no power of two is a row of buddies of its own: 15,700 = 8192 +
+4096 + 2048 + 1024 + ….
 
 Left out: moving runs together (compaction): the keys and values would have to be copied.
 """
@@ -20,7 +22,9 @@ from bisect import bisect_left, insort
 
 
 class FirstFit:
-    """Runs of exactly the size that is asked for, each in the lowest hole that is large enough."""
+    """Runs of exactly the size that is asked for, each in the lowest hole that is large
+    enough.
+    """
 
     def __init__(self, slots: int):
         if slots < 1:
@@ -50,7 +54,9 @@ class FirstFit:
         return _run(self._sizes, start)
 
     def free(self, start: int) -> None:
-        """Give a run back; holes that touch become one. ValueError for a run that was not given."""
+        """Give a run back; holes that touch become one. ValueError for a run that was not
+        given.
+        """
         size = _run(self._sizes, start)
         del self._sizes[start]
         self.used -= size
@@ -77,7 +83,9 @@ class FirstFit:
 
 
 class Buddies:
-    """Runs of powers of two: the smallest free one that is large enough, the lowest of them, halved to size."""
+    """Runs of powers of two: the smallest free one that is large enough, the lowest of
+    them, halved to size.
+    """
 
     def __init__(self, slots: int):
         if slots < 1:
@@ -120,7 +128,9 @@ class Buddies:
         return _run(self._sizes, start)
 
     def free(self, start: int) -> None:
-        """Give a run back and merge it with its buddy as long as that is free. ValueError for one not given."""
+        """Give a run back and merge it with its buddy as long as that is free. ValueError
+        for one not given.
+        """
         size = _run(self._sizes, start)
         del self._sizes[start]
         self.used -= size
@@ -135,7 +145,9 @@ class Buddies:
         insort(self._free[size], start)
 
     def check(self) -> None:
-        """AssertionError if runs do not tile the slots, one is not aligned, or two free buddies stand apart."""
+        """AssertionError if runs do not tile the slots, one is not aligned, or two free
+        buddies stand apart.
+        """
         free = [(start, size) for size, starts in self._free.items() for start in starts]
         runs = sorted([*self._sizes.items(), *free])
         assert [start for start, _ in runs] == [0, *(start + size for start, size in runs)][:-1], (

@@ -1,25 +1,31 @@
-"""KIVI: keys in few bits by channel, values in few bits by token, and the newest of both as they came.
+"""KIVI: keys in few bits by channel, values in few bits by token, and the newest of both as
+they came.
 
-Source: Liu et al. 2024 (arXiv:2402.02750), section 3 and algorithm 1, and the code that they published with it.
+Source: Liu et al. 2024 (arXiv:2402.02750), section 3 and algorithm 1, and the code that
+they published with it.
 
-A few channels of the keys are large in every token, so a step that channels share is far too wide for the others: keys
-share a step among g consecutive *tokens* of one channel, after RoPE. Values have no such channels, and a value is read
-as a whole, weighted by one probability: they share a step among g channels of one *token*. With b bits
+A few channels of the keys are large in every token, so a step that channels share is far
+too wide for the others: keys share a step among g consecutive *tokens* of one channel,
+after RoPE. Values have no such channels, and a value is read as a whole, weighted by one
+probability: they share a step among g channels of one *token*. With b bits
 
-    s = (max − min) / (2^b − 1),   q = rint((x − min) / s) in 0 … 2^b − 1,   x̂ = q s + min,   |x̂ − x| ≤ s / 2,
+    s = (max − min) / (2^b − 1),   q = rint((x − min) / s) in 0 … 2^b − 1,   x̂ = q s + min,
+    |x̂ − x| ≤ s / 2,
 
-up to rounding: in float16 and 8 bits, that of min alone may be more than a step.
-A group of keys is complete only after g tokens, so the newest tokens wait in full precision. With s cached tokens
+up to rounding: in float16 and 8 bits, that of min alone may be more than a step. A group of
+keys is complete only after g tokens, so the newest tokens wait in full precision. With s
+cached tokens
 
 | of s tokens | are quantised                    | wait as they came                 |
 |-------------|----------------------------------|-----------------------------------|
 | keys        | [0, ⌊s/R⌋ R): R tokens at a time | [⌊s/R⌋ R, s): 0 … R − 1 of them   |
 | values      | [0, s − R): one token at a time  | [s − R, s): the last R, exactly   |
 
-and the tokens of a step are read as they came by the queries of that step: a prompt that is one step reads itself in
-full, as in the paper. Given K and V, what is in the cache is thus a function of s alone, however the text was cut into
-steps; keys are quantised once and never again. What a query reads depends on where its step began, and with it the keys
-and values of the layers above.
+and the tokens of a step are read as they came by the queries of that step: a prompt that is
+one step reads itself in full, as in the paper. Given K and V, what is in the cache is thus
+a function of s alone, however the text was cut into steps; keys are quantised once and
+never again. What a query reads depends on where its step began, and with it the keys and
+values of the layers above.
 
 | symbol | name                                  | shape              |
 |--------|---------------------------------------|--------------------|
@@ -28,10 +34,11 @@ and values of the layers above.
 | s, min | step and least number of a group      | [..., n / g]       |
 | R      | ``residual``                          | a multiple of g    |
 
-The cache that holds the codes is ``kivi_cache``; ``KiviAttend`` reads a whole text as it would be read token by token.
+The cache that holds the codes is ``kivi_cache``; ``KiviAttend`` reads a whole text as it
+would be read token by token.
 
-Left out: KVQuant's keys before RoPE, its levels that are not uniform and its sparse outliers; steps that are kept in
-fewer bits than what they multiply; cutting off extremes.
+Left out: KVQuant's keys before RoPE, its levels that are not uniform and its sparse
+outliers; steps that are kept in fewer bits than what they multiply; cutting off extremes.
 """
 
 from __future__ import annotations
@@ -54,12 +61,14 @@ QUERIES = 128  # at a time, in ``attend_as_decoded``
 
 @dataclass(frozen=True)
 class Kivi:
-    """How many bits, how many numbers a step, how many tokens wait. The defaults are the paper's 2-bit setting.
+    """How many bits, how many numbers a step, how many tokens wait. The defaults are the
+    paper's 2-bit setting.
 
     Raises
     ------
     ValueError
-        for bits outside 1..8, and for a residual that is no multiple of the group or whose keys fill no whole words.
+        for bits outside 1..8, and for a residual that is no multiple of the group or whose
+        keys fill no whole words.
     """
 
     key_bits: int = 2
@@ -102,11 +111,15 @@ class Kivi:
         return max(0, tokens - self.residual)
 
     def bits_per_number(self, *, full: int = 16) -> float:
-        """Of what is quantised, keys and values together, a step and a minimum of ``full`` bits a group included."""
+        """Of what is quantised, keys and values together, a step and a minimum of ``full``
+        bits a group included.
+        """
         return (self.key_bits + self.value_bits) / 2 + 2 * full / self.group
 
     def nbytes(self, config: ModelConfig, tokens: int, *, full: int = 16) -> int:
-        """Bytes of one sequence of ``tokens``: codes, steps and minima, and what waits, in ``full`` bits a number."""
+        """Bytes of one sequence of ``tokens``: codes, steps and minima, and what waits, in
+        ``full`` bits a number.
+        """
         k = self.quantised_keys(tokens)
         v = self.quantised_values(tokens)
         dim = config.head_dim
@@ -120,21 +133,25 @@ class Kivi:
 
 
 def whole_number(what: str, value: Any, least: int) -> int:
-    """``value`` as a Python int; ValueError naming ``what`` if it is none, or below ``least``."""
+    """``value`` as a Python int; ValueError naming ``what`` if it is none, or below
+    ``least``.
+    """
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least:
         return int(value)
     raise ValueError(f"{what} is a whole number, {least} or more, got {value!r}")
 
 
-# --- numbers -----------------------------------------------------------------------------------------------------
+# --- numbers ------------------------------------------------------------------------------
 
 
 def encode(x: Array, bits: int, group: int, dtype: Any = None) -> tuple[Array, Array, Array]:
-    """x[..., n] → codes uint8[..., n], s[..., n/g] and min[..., n/g], in ``dtype`` (that of x).
+    """x[..., n] → codes uint8[..., n], s[..., n/g] and min[..., n/g], in ``dtype`` (that of
+    x).
 
-    Codes are made with s and min as they are stored, so that a ``dtype`` of fewer bits costs no more than its own
-    rounding. A group of equal numbers has s = 1: it comes back exactly (the published code divides 0 by 0 there). So
-    has a group whose step is too small for ``dtype``. The range of a group, max − min, must be finite.
+    Codes are made with s and min as they are stored, so that a ``dtype`` of fewer bits
+    costs no more than its own rounding. A group of equal numbers has s = 1: it comes back
+    exactly (the published code divides 0 by 0 there). So has a group whose step is too
+    small for ``dtype``. The range of a group, max − min, must be finite.
 
     ValueError if n is no multiple of the group.
     """
@@ -162,16 +179,19 @@ def decode(codes: Array, step: Array, low: Array, dtype: Any = None) -> Array:
     return xp.reshape(grouped, codes.shape)
 
 
-# --- a whole text, read as token by token ------------------------------------------------------------------------
+# --- a whole text, read as token by token -------------------------------------------------
 
 
 class KiviAttend:
-    """``attend`` over whole texts, each query reading what a cache would hold when its token comes.
+    """``attend`` over whole texts, each query reading what a cache would hold when its
+    token comes.
 
-    ``lengths`` as of ``CausalAttend``; with it ``measure.perplexity`` measures what a cache costs, without a cache.
-    ``keys`` and ``values`` say what shares a step: "channel", g tokens of a channel, or "token", g channels of a token.
-    KIVI's choice is the default; the other ones are what it is compared with. As many keys wait either way; values by
-    channel wait for whole runs of R, as keys do, half as many on average as values by token.
+    ``lengths`` as of ``CausalAttend``; with it ``measure.perplexity`` measures what a cache
+    costs, without a cache. ``keys`` and ``values`` say what shares a step: "channel", g
+    tokens of a channel, or "token", g channels of a token. KIVI's choice is the default;
+    the other ones are what it is compared with. As many keys wait either way; values by
+    channel wait for whole runs of R, as keys do, half as many on average as values by
+    token.
     """
 
     def __init__(
@@ -216,7 +236,9 @@ def attend_as_decoded(
     keys: str = "channel",
     values: str = "token",
 ) -> Array:
-    """q[T, H, D] over k, v[T, G, D]: query t reads ``quantised_keys(t)`` keys as codes, and of values likewise."""
+    """q[T, H, D] over k, v[T, G, D]: query t reads ``quantised_keys(t)`` keys as codes, and
+    of values likewise.
+    """
     xp = namespace(q, k, v)
     total, heads, dim = q.shape
     groups = k.shape[1]
@@ -259,7 +281,9 @@ def attend_as_decoded(
 
 
 def _there_and_back(x: Array, bits: int, group: int, by: str) -> Array:
-    """x̂[S, G, D] of all complete groups; by channel, the tokens after the last complete one stay as they are."""
+    """x̂[S, G, D] of all complete groups; by channel, the tokens after the last complete
+    one stay as they are.
+    """
     xp = namespace(x)
     if by == "token":
         return decode(*encode(x, bits, group))

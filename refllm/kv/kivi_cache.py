@@ -1,6 +1,8 @@
-"""The KIVI cache: what ``kv.kivi`` says of each token, packed; in the place of a contiguous cache.
+"""The KIVI cache: what ``kv.kivi`` says of each token, packed; in the place of a contiguous
+cache.
 
-Source: Liu et al. 2024 (arXiv:2402.02750), algorithm 1; words as in their code, 32/b codes each where b divides 32.
+Source: Liu et al. 2024 (arXiv:2402.02750), algorithm 1; words as in their code, 32/b codes
+each where b divides 32.
 
 | array       | what it holds                                    | shape                       |
 |-------------|--------------------------------------------------|-----------------------------|
@@ -11,14 +13,16 @@ Source: Liu et al. 2024 (arXiv:2402.02750), algorithm 1; words as in their code,
 | value_steps | s and min of g channels of a token               | [2, L, B, G, C − R, D/g]    |
 | value_rest  | values that wait, position p in row p mod R      | [L, B, G, min(R, C), D]     |
 
-C is the capacity. Ownership: positions [0, s) are committed. What a step brings is kept as it came until ``advance``
-says how much of it stays, so a rejected draft leaves no trace; that also means that a long prompt which comes as one
-step is held in full until then. In passes it would not be, and would read itself as codes.
+C is the capacity. Ownership: positions [0, s) are committed. What a step brings is kept as
+it came until ``advance`` says how much of it stays, so a rejected draft leaves no trace;
+that also means that a long prompt which comes as one step is held in full until then. In
+passes it would not be, and would read itself as codes.
 
-A step decodes what it reads: on a CPU that is slower than reading numbers, and the longer the text, the slower. What
-few bits buy is room.
+A step decodes what it reads: on a CPU that is slower than reading numbers, and the longer
+the text, the slower. What few bits buy is room.
 
-Left out: blocks (``kv.paged``), forgetting committed tokens (their codes are no function of the length any more).
+Left out: blocks (``kv.paged``), forgetting committed tokens (their codes are no function of
+the length any more).
 """
 
 from __future__ import annotations
@@ -34,7 +38,9 @@ from refllm.model.config import ModelConfig
 
 
 class KiviCache:
-    """Keys and values of up to ``max_sequences`` sequences of up to ``capacity`` tokens, most of them as codes."""
+    """Keys and values of up to ``max_sequences`` sequences of up to ``capacity`` tokens,
+    most of them as codes.
+    """
 
     def __init__(
         self,
@@ -46,7 +52,8 @@ class KiviCache:
         kivi: Kivi | None = None,
         dtype: Any = None,
     ):
-        """``like`` is any array of the library to live on; ``dtype`` (its own) is that of steps and of what waits.
+        """``like`` is any array of the library to live on; ``dtype`` (its own) is that of
+        steps and of what waits.
 
         ValueError if groups do not divide a head, or there is no room for a token.
         """
@@ -78,7 +85,9 @@ class KiviCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, whatever is used; ``Kivi.nbytes`` counts what a sequence of some length uses."""
+        """Bytes allocated, whatever is used; ``Kivi.nbytes`` counts what a sequence of some
+        length uses.
+        """
         arrays = (
             self.key_words,
             self.key_steps,
@@ -90,11 +99,14 @@ class KiviCache:
         return int(sum(a.nbytes for a in arrays))
 
     def positions(self, counts: Sequence[int]) -> list[int]:
-        """Positions of the next ``counts[b]`` tokens of every sequence, in the order of the ragged batch."""
+        """Positions of the next ``counts[b]`` tokens of every sequence, in the order of the
+        ragged batch.
+        """
         return [s + i for s, n in zip(self.lengths, counts, strict=False) for i in range(n)]
 
     def view(self, counts: Sequence[int]) -> Attend:
-        """An ``attend`` for a step in which sequence b brings ``counts[b]`` new tokens (0 is allowed).
+        """An ``attend`` for a step in which sequence b brings ``counts[b]`` new tokens (0
+        is allowed).
 
         ValueError if a sequence would outgrow the capacity.
         """
@@ -111,7 +123,8 @@ class KiviCache:
         return self._view
 
     def advance(self, counts: Sequence[int]) -> None:
-        """Commit the first ``counts[b]`` tokens that the last view brought, and quantise what may wait no longer.
+        """Commit the first ``counts[b]`` tokens that the last view brought, and quantise
+        what may wait no longer.
 
         ValueError if it brought fewer, or has not gone through all layers.
         """
@@ -138,7 +151,9 @@ class KiviCache:
         self._view = None
 
     def read(self, layer: int, b: int, dtype: Any = None) -> tuple[Array, Array]:
-        """What sequence b's next query reads of the cache: K̂[G, D, s] and V̂[G, s, D], decoded in ``dtype``."""
+        """What sequence b's next query reads of the cache: K̂[G, D, s] and V̂[G, s, D],
+        decoded in ``dtype``.
+        """
         xp = namespace(self.key_rest)
         kivi = self.kivi
         s = self.lengths[b]
@@ -198,7 +213,9 @@ class KiviCache:
             at += rows.stop - rows.start
 
     def _rows(self, start: int, stop: int) -> list[slice]:
-        """Where values [start, stop) wait, at most R of them: position p in row p mod R, so in one piece or two."""
+        """Where values [start, stop) wait, at most R of them: position p in row p mod R, so
+        in one piece or two.
+        """
         size = self.kivi.residual
         first = start % size
         count = stop - start

@@ -1,7 +1,9 @@
-"""The paged cache: keys and values in blocks that any sequence may own, read through block tables.
+"""The paged cache: keys and values in blocks that any sequence may own, read through block
+tables.
 
-Source: PagedAttention, Kwon et al. 2023, sections 4.1 and 4.3; split keys, its kernel's second version and
-Flash-Decoding. The tables and the pool are ``kv.block_pool``; here are the arrays, and the ``attend`` that reads them.
+Source: PagedAttention, Kwon et al. 2023, sections 4.1 and 4.3; split keys, its kernel's
+second version and Flash-Decoding. The tables and the pool are ``kv.block_pool``; here are
+the arrays, and the ``attend`` that reads them.
 
 | symbol | name                                        | shape                     |
 |--------|---------------------------------------------|---------------------------|
@@ -10,11 +12,13 @@ Flash-Decoding. The tables and the pool are ``kv.block_pool``; here are the arra
 | n_i    | new tokens of sequence i                    | ``counts[i]``             |
 | slot   | where position p of a sequence lies         | ``table.slot(p)``         |
 
-A step is: ``reserve`` (allocates, and copies what would be written while shared), ``view`` (an ``attend`` that
-writes positions [length, length + n) and reads [0, length + n) of each table), the forward pass, ``advance``.
+A step is: ``reserve`` (allocates, and copies what would be written while shared), ``view``
+(an ``attend`` that writes positions [length, length + n) and reads [0, length + n) of each
+table), the forward pass, ``advance``.
 
-A gather copies what it reads, which a kernel of its own does not: on a CPU a paged step is therefore somewhat
-slower than a contiguous one of the same batch. What paging buys is the batch.
+A gather copies what it reads, which a kernel of its own does not: on a CPU a paged step is
+therefore somewhat slower than a contiguous one of the same batch. What paging buys is the
+batch.
 
 Left out: freeing blocks that a sliding window has passed; quantised blocks (``kv.kivi``).
 """
@@ -33,7 +37,9 @@ from refllm.model.config import ModelConfig
 
 
 class Table(Protocol):
-    """What a view reads of a sequence: ``BlockTable`` has it, and so has an item of a plan that says where it lies."""
+    """What a view reads of a sequence: ``BlockTable`` has it, and so has an item of a plan
+    that says where it lies.
+    """
 
     @property
     def blocks(self) -> Sequence[int]: ...
@@ -47,8 +53,8 @@ class Table(Protocol):
 class PagedKVCache:
     """``num_blocks`` blocks of ``block_size`` tokens for all layers of one network.
 
-    ``poison`` fills a block with NaN as soon as nobody can read it any more: one wrong slot then reaches the logits
-    as NaN instead of as a plausible number.
+    ``poison`` fills a block with NaN as soon as nobody can read it any more: one wrong slot
+    then reaches the logits as NaN instead of as a plausible number.
     """
 
     def __init__(
@@ -92,11 +98,15 @@ class PagedKVCache:
         return BlockTable(self.pool)
 
     def reserve(self, table: BlockTable, count: int) -> None:
-        """Make room for ``count`` more tokens of a sequence. OutOfBlocks if there is none; nothing has changed then."""
+        """Make room for ``count`` more tokens of a sequence. OutOfBlocks if there is none;
+        nothing has changed then.
+        """
         self.copy(table.reserve(count))
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy blocks (from, to) in all layers, as ``BlockTable.reserve`` asks before a shared one is written."""
+        """Copy blocks (from, to) in all layers, as ``BlockTable.reserve`` asks before a
+        shared one is written.
+        """
         b = self.pool.block_size
         for source, target in pairs:
             for strip in (self.keys, self.values):
@@ -104,18 +114,22 @@ class PagedKVCache:
         self.copied += len(pairs)
 
     def positions(self, tables: Sequence[Table], counts: Sequence[int]) -> list[int]:
-        """Positions of the next ``counts[i]`` tokens of every sequence, in the order of the ragged batch."""
+        """Positions of the next ``counts[i]`` tokens of every sequence, in the order of the
+        ragged batch.
+        """
         return [
             p for t, n in zip(tables, counts, strict=True) for p in range(t.length, t.length + n)
         ]
 
     def view(self, tables: Sequence[Table], counts: Sequence[int]) -> Attend:
-        """An ``attend`` for a step in which sequence i brings ``counts[i]`` ≥ 0 tokens, reserved before.
+        """An ``attend`` for a step in which sequence i brings ``counts[i]`` ≥ 0 tokens,
+        reserved before.
 
         Raises
         ------
         ValueError
-            if a token has no slot, or two have the same (a block that is shared and was not copied).
+            if a token has no slot, or two have the same (a block that is shared and was not
+            copied).
         """
         slots: list[int] = []
         for table, n in zip(tables, counts, strict=True):
@@ -154,7 +168,8 @@ class PagedKVCache:
 
 
 class _View:
-    """Writes the step's keys and values, then reads: those that bring one token together, the others one by one.
+    """Writes the step's keys and values, then reads: those that bring one token together,
+    the others one by one.
 
     Where all bring equally many, they attend together, as in a contiguous cache.
     """
@@ -193,9 +208,11 @@ class _View:
             self.slots, self.bias = self._gathered([tables[i] for i in joined], counts[joined[0]])
 
     def _gathered(self, tables: list[Table], count: int) -> tuple[Array, Array | None]:
-        """Slots [B, S] of B sequences that bring ``count`` tokens each, and the bias that hides the padding.
+        """Slots [B, S] of B sequences that bring ``count`` tokens each, and the bias that
+        hides the padding.
 
-        A shorter sequence is padded with a slot of its own: what is hidden is multiplied by 0, and 0 · NaN is NaN.
+        A shorter sequence is padded with a slot of its own: what is hidden is multiplied by
+        0, and 0 · NaN is NaN.
         """
         lengths = [t.length for t in tables]
         longest = max(lengths) + count
@@ -234,7 +251,9 @@ class _View:
         return out
 
     def _together(self, q: Array, keys: Array, values: Array) -> Array:
-        """Gather the strips of the sequences, [B, S, G, D], and read them as columns and rows, without a copy."""
+        """Gather the strips of the sequences, [B, S, G, D], and read them as columns and
+        rows, without a copy.
+        """
         xp = namespace(q)
         k = xp.take(keys, self.slots, axis=0)
         v = xp.take(values, self.slots, axis=0)
@@ -251,10 +270,12 @@ def split_attention(
     window: int | None = None,
     parts: int = 512,
 ) -> tuple[Array, Array]:
-    """Attention of q[T, H, D] over ``slots`` of a pool [slots, G, D], ``parts`` tokens at a time, merged by lse.
+    """Attention of q[T, H, D] over ``slots`` of a pool [slots, G, D], ``parts`` tokens at a
+    time, merged by lse.
 
-    Each part needs nothing of the others, so a GPU computes them side by side where one sequence would leave it
-    idle; returns o[T, H, D] and lse[T, H] as ``attention`` does. Equal to one pass for every size of the parts.
+    Each part needs nothing of the others, so a GPU computes them side by side where one
+    sequence would leave it idle; returns o[T, H, D] and lse[T, H] as ``attention`` does.
+    Equal to one pass for every size of the parts.
     """
     xp = namespace(q, keys, values, slots)
     o = xp.zeros_like(q)

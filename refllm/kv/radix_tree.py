@@ -1,6 +1,8 @@
-"""A radix tree over token prefixes whose edges own slots of the key/value pool: RadixAttention's prefix cache.
+"""A radix tree over token prefixes whose edges own slots of the key/value pool:
+RadixAttention's prefix cache.
 
-Source: SGLang, Zheng et al. 2024, section 3; page size, locks and eviction orders as its implementation has them.
+Source: SGLang, Zheng et al. 2024, section 3; page size, locks and eviction orders as its
+implementation has them.
 
 | symbol | name                                  | value                                                       |
 |--------|---------------------------------------|-------------------------------------------------------------|
@@ -9,12 +11,14 @@ Source: SGLang, Zheng et al. 2024, section 3; page size, locks and eviction orde
 | page   | ``page_size``: runs are whole pages   | children of a node differ in their first page               |
 | lock   | how many handles stand at or below    | a locked node is never evicted                              |
 
-Ownership, as half-open intervals of one request's tokens, when it inserts [0, n) after it had matched [0, m):
-[0, m) belongs to the tree and is locked by the request; of [m, n), ``insert`` says how much, [m, e), the tree holds
-already (another request was faster): those slots of the caller are duplicates and his to free; [e, n) is the tree's
-from then on, and the tail that fills no page stays with the caller.
+Ownership, as half-open intervals of one request's tokens, when it inserts [0, n) after it
+had matched [0, m): [0, m) belongs to the tree and is locked by the request; of [m, n),
+``insert`` says how much, [m, e), the tree holds already (another request was faster): those
+slots of the caller are duplicates and his to free; [e, n) is the tree's from then on, and
+the tail that fills no page stays with the caller.
 
-Splitting keeps the *lower* node: handles point at it, and everything above stays locked through it.
+Splitting keeps the *lower* node: handles point at it, and everything above stays locked
+through it.
 
 Left out: the slots' arrays (``kv.paged``), host-memory tiers, eviction of a part of a leaf.
 """
@@ -71,7 +75,9 @@ class Node:
 
 @dataclass(frozen=True)
 class Match:
-    """The longest cached prefix: its slots in order and the node that it ends in (lock that to keep it)."""
+    """The longest cached prefix: its slots in order and the node that it ends in (lock that
+    to keep it).
+    """
 
     slots: list[int]
     node: Node
@@ -96,9 +102,11 @@ POLICIES: dict[str, Callable[[Node], Any]] = {
 
 
 class RadixCache:
-    """``match``, ``insert``, ``lock``, ``unlock``, ``evict``: linear in the tokens, whatever the cache holds.
+    """``match``, ``insert``, ``lock``, ``unlock``, ``evict``: linear in the tokens,
+    whatever the cache holds.
 
-    ``on_evict(slots)`` is called with the slots of every node that goes; they are free then.
+    ``on_evict(slots)`` is called with the slots of every node that goes; they are free
+    then.
     """
 
     def __init__(
@@ -127,10 +135,12 @@ class RadixCache:
         self._leaves: dict[Node, None] = {}  # unlocked leaves, which ``evict`` may take
 
     def match(self, tokens: Tokens, *, salt: Hashable = None, record: bool = True) -> Match:
-        """The longest prefix of ``tokens``, in whole pages, that the cache holds under ``salt``.
+        """The longest prefix of ``tokens``, in whole pages, that the cache holds under
+        ``salt``.
 
-        A node that matches in part is split, so that the match ends at a node. The whole path counts as used now.
-        ``record=False`` looks without leaving a trace in counters or times (a scheduler that sorts).
+        A node that matches in part is split, so that the match ends at a node. The whole
+        path counts as used now. ``record=False`` looks without leaving a trace in counters
+        or times (a scheduler that sorts).
         """
         now = self._tick()
         node = self._root(salt)
@@ -149,10 +159,12 @@ class RadixCache:
     def insert(
         self, tokens: Tokens, slots: Sequence[int], *, salt: Hashable = None, priority: float = 0
     ) -> int:
-        """Give the tree the whole pages of ``tokens`` with their ``slots``; returns how many tokens it had already.
+        """Give the tree the whole pages of ``tokens`` with their ``slots``; returns how
+        many tokens it had already.
 
-        The slots of [0, returned) stay the caller's (see the ownership above), those of [returned, whole pages) go
-        to the tree. ValueError if the lengths differ, or a slot stands twice.
+        The slots of [0, returned) stay the caller's (see the ownership above), those of
+        [returned, whole pages) go to the tree. ValueError if the lengths differ, or a slot
+        stands twice.
         """
         if len(tokens) != len(slots):
             raise ValueError(f"insert: {len(tokens)} tokens need as many slots, got {len(slots)}")
@@ -178,7 +190,9 @@ class RadixCache:
         return at
 
     def lock(self, node: Node) -> None:
-        """Keep a node and everything above it from eviction until ``unlock``; locks are counted."""
+        """Keep a node and everything above it from eviction until ``unlock``; locks are
+        counted.
+        """
         step: Node | None = node
         while step is not None:
             if step.locks == 0:
@@ -202,9 +216,11 @@ class RadixCache:
             step = step.parent
 
     def evict(self, count: int) -> int:
-        """Free unlocked leaves, in the policy's order, until ``count`` tokens are free or none is left.
+        """Free unlocked leaves, in the policy's order, until ``count`` tokens are free or
+        none is left.
 
-        Returns the tokens freed: whole nodes go, so it may be more. A parent that becomes a leaf is next in line.
+        Returns the tokens freed: whole nodes go, so it may be more. A parent that becomes a
+        leaf is next in line.
         """
         rank = POLICIES[self.policy]
         order = 0
@@ -237,7 +253,7 @@ class RadixCache:
                 yield node
             pending += node.children.values()
 
-    # --- inside --------------------------------------------------------------------------------------------------
+    # --- inside ---------------------------------------------------------------------------
 
     def _tick(self) -> int:
         self._clock += 1
@@ -257,7 +273,9 @@ class RadixCache:
         return tuple(tokens[at : at + self.page_size])
 
     def _walk(self, node: Node, tokens: Tokens) -> Iterator[tuple[Node, int]]:
-        """(child, tokens in common) down from a node; the last pair may have fewer in common than the child holds."""
+        """(child, tokens in common) down from a node; the last pair may have fewer in
+        common than the child holds.
+        """
         at = 0
         end = self._whole(tokens)
         while at < end and (child := node.children.get(self._first_page(tokens, at))) is not None:
@@ -279,7 +297,9 @@ class RadixCache:
         return same // self.page_size * self.page_size
 
     def _split(self, node: Node, at: int) -> Node:
-        """Put a new node above ``node`` that takes its first ``at`` tokens; handles to ``node`` stay good."""
+        """Put a new node above ``node`` that takes its first ``at`` tokens; handles to
+        ``node`` stay good.
+        """
         parent = node.parent
         assert parent is not None
         upper = Node(node.key[:at], node.slots[:at], parent, node.created, node.priority)

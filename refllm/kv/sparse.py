@@ -1,11 +1,13 @@
-"""Which tokens a cache keeps when it may not keep all: StreamingLLM, H2O, TOVA, SnapKV, PyramidKV, and controls.
+"""Which tokens a cache keeps when it may not keep all: StreamingLLM, H2O, TOVA, SnapKV,
+PyramidKV, and controls.
 
-Sources: StreamingLLM, Xiao et al. 2024 (arXiv:2309.17453); H2O, Zhang et al. 2023 (arXiv:2306.14048), algorithm 1;
-TOVA, Oren et al. 2024 (arXiv:2401.06104); SnapKV, Li et al. 2024 (arXiv:2404.14469), section 4; PyramidKV, Cai et al.
-2024 (arXiv:2406.02069), section 3. Heads that share a key head share its tokens: their attention is averaged.
+Sources: StreamingLLM, Xiao et al. 2024 (arXiv:2309.17453); H2O, Zhang et al. 2023
+(arXiv:2306.14048), algorithm 1; TOVA, Oren et al. 2024 (arXiv:2401.06104); SnapKV, Li et
+al. 2024 (arXiv:2404.14469), section 4; PyramidKV, Cai et al. 2024 (arXiv:2406.02069),
+section 3. Heads that share a key head share its tokens: their attention is averaged.
 
-All of them keep the first tokens, the newest ones, and of the others those that a score puts first. They differ in the
-score, and in when they drop:
+All of them keep the first tokens, the newest ones, and of the others those that a score
+puts first. They differ in the score, and in when they drop:
 
 | policy          | score of token j                                              | first | newest | drops            |
 |-----------------|---------------------------------------------------------------|-------|--------|------------------|
@@ -23,12 +25,14 @@ score, and in when they drop:
 | B      | ``budget``, tokens a key head keeps                    |           |
 | w, k   | ``window`` of queries that vote, ``kernel`` of pooling |           |
 
-A dropped token never comes back. Keys were rotated at their positions and keep them. Sums of attention favour the old,
-which more queries have read: that is H2O's rule, and not mended here. Of a network with a sliding window, tokens that
-the window has passed are dropped before all others, but for the first.
+A dropped token never comes back. Keys were rotated at their positions and keep them. Sums
+of attention favour the old, which more queries have read: that is H2O's rule, and not
+mended here. Of a network with a sliding window, tokens that the window has passed are
+dropped before all others, but for the first.
 
-Left out: rolling positions (StreamingLLM beyond the trained context), selection without dropping (Quest), H2O's ratios
-of the prompt's length, what PyramidKV does for short prompts. ``sparse_cache`` holds the tokens.
+Left out: rolling positions (StreamingLLM beyond the trained context), selection without
+dropping (Quest), H2O's ratios of the prompt's length, what PyramidKV does for short
+prompts. ``sparse_cache`` holds the tokens.
 """
 
 from __future__ import annotations
@@ -63,7 +67,8 @@ class Sparse:
     Raises
     ------
     ValueError
-        for a budget that does not hold the first and the newest tokens, and for what is no policy.
+        for a budget that does not hold the first and the newest tokens, and for what is no
+        policy.
     """
 
     budget: int
@@ -108,7 +113,9 @@ class Sparse:
             )
 
     def budgets(self, layers: int) -> list[int]:
-        """Tokens of each layer, ``layers`` · B in all: B, or in a pyramid 2B − B/β at the bottom, B/β at the top."""
+        """Tokens of each layer, ``layers`` · B in all: B, or in a pyramid 2B − B/β at the
+        bottom, B/β at the top.
+        """
         if self.beta is None or layers == 1:
             return [self.budget] * layers
         low = self.budget / self.beta
@@ -120,7 +127,9 @@ class Sparse:
         return [b - a for a, b in pairwise(ends)]
 
     def held(self, prompt: int, new: int, layers: int) -> int:
-        """Tokens that the key heads of all layers hold, one head each, after a prompt and ``new`` tokens more."""
+        """Tokens that the key heads of all layers hold, one head each, after a prompt and
+        ``new`` tokens more.
+        """
         if self.always:
             return sum(min(budget, prompt + new) for budget in self.budgets(layers))
         return sum(min(budget, prompt) + new for budget in self.budgets(layers))
@@ -132,7 +141,9 @@ def recent_only(budget: int) -> Sparse:
 
 
 def streaming(budget: int, first: int = 4) -> Sparse:
-    """StreamingLLM: the first tokens, which softmax needs as a place for what is left over, and the newest."""
+    """StreamingLLM: the first tokens, which softmax needs as a place for what is left over,
+    and the newest.
+    """
     if not budget > first:
         raise ValueError(
             f"streaming: a budget of {budget} has no room for the first {first} and a newest one; take {first + 1} "
@@ -142,7 +153,9 @@ def streaming(budget: int, first: int = 4) -> Sparse:
 
 
 def h2o(budget: int, newest: int | None = None) -> Sparse:
-    """H2O: the tokens that were read most, and the newest (half of the budget, as in the paper)."""
+    """H2O: the tokens that were read most, and the newest (half of the budget, as in the
+    paper).
+    """
     return Sparse(budget, "mass", 0, budget // 2 if newest is None else newest)
 
 
@@ -152,16 +165,20 @@ def tova(budget: int) -> Sparse:
 
 
 def snapkv(budget: int, window: int = 32, kernel: int = 5, pool: str = "mean") -> Sparse:
-    """SnapKV: what the prompt's last queries read, and what stands beside it. While decoding nothing is dropped."""
+    """SnapKV: what the prompt's last queries read, and what stands beside it. While
+    decoding nothing is dropped.
+    """
     return Sparse(budget, "votes", 0, window, always=False, window=window, kernel=kernel, pool=pool)
 
 
 def pyramidkv(
     budget: int, window: int = 8, kernel: int = 5, pool: str = "mean", beta: float = 20.0
 ) -> Sparse:
-    """PyramidKV: SnapKV with ``budget`` tokens a layer on average, from 2B − B/β at the bottom to B/β at the top.
+    """PyramidKV: SnapKV with ``budget`` tokens a layer on average, from 2B − B/β at the
+    bottom to B/β at the top.
 
-    On average of prompts that are long enough: what a low layer has no tokens for is not given to the others.
+    On average of prompts that are long enough: what a low layer has no tokens for is not
+    given to the others.
     """
     return Sparse(
         budget, "votes", 0, window, always=False, window=window, kernel=kernel, pool=pool, beta=beta
@@ -173,14 +190,15 @@ def at_random(budget: int, newest: int | None = None) -> Sparse:
     return Sparse(budget, "random", 0, budget // 2 if newest is None else newest)
 
 
-# --- arrays ---------------------------------------------------------------------------------------------------------
+# --- arrays -------------------------------------------------------------------------------
 
 
 def choose(score: Array, budget: int, first: int, newest: int) -> Array:
-    """Of score[G, S], in the order of their positions: which ``budget`` to keep, indices [G, budget], ascending.
+    """Of score[G, S], in the order of their positions: which ``budget`` to keep, indices
+    [G, budget], ascending.
 
-    The ``first`` and the ``newest`` are kept, then the highest scores, of equal ones the older. All, if there are no
-    more than the budget.
+    The ``first`` and the ``newest`` are kept, then the highest scores, of equal ones the
+    older. All, if there are no more than the budget.
     """
     xp = namespace(score)
     size = int(score.shape[-1])
@@ -191,9 +209,11 @@ def choose(score: Array, budget: int, first: int, newest: int) -> Array:
 
 
 def pooled(votes: Array, kernel: int, pool: str) -> Array:
-    """votes[G, S] → of each token and its ``kernel − 1`` neighbours the mean or the largest, zeros beyond the ends.
+    """votes[G, S] → of each token and its ``kernel − 1`` neighbours the mean or the
+    largest, zeros beyond the ends.
 
-    So a token beside an important one is kept with it. The mean counts the zeros, as the published code does.
+    So a token beside an important one is kept with it. The mean counts the zeros, as the
+    published code does.
     """
     xp = namespace(votes)
     half = kernel // 2

@@ -1,4 +1,5 @@
-"""A cache that drops tokens: each key head keeps those that ``kv.sparse`` chooses, at the positions they came from.
+"""A cache that drops tokens: each key head keeps those that ``kv.sparse`` chooses, at the
+positions they came from.
 
 | symbol | name                                                      | shape         |
 |--------|-----------------------------------------------------------|---------------|
@@ -7,15 +8,18 @@
 | merit  | their scores so far, in float32 at least                  | [G, S]        |
 | a      | attention of the step's queries, mean of a key head's     | [G, n, S + n] |
 
-A prompt is read in full, in as many steps as it takes; ``settle`` says that it has been read, and the policy drops
-down to its budget. From then on, a policy that drops at every step does so in ``advance``. What a step brings counts
-only as far as ``advance`` keeps it, so a rejected draft has neither read nor been read.
+A prompt is read in full, in as many steps as it takes; ``settle`` says that it has been
+read, and the policy drops down to its budget. From then on, a policy that drops at every
+step does so in ``advance``. What a step brings counts only as far as ``advance`` keeps it,
+so a rejected draft has neither read nor been read.
 
-Memory is what is kept: arrays are cut at every drop. Attention is the naive form, since its weights are the scores; a
-fused kernel never has them, which is why H2O costs speed where SnapKV does not.
+Memory is what is kept: arrays are cut at every drop. Attention is the naive form, since its
+weights are the scores; a fused kernel never has them, which is why H2O costs speed where
+SnapKV does not.
 
-Left out: blocks and shared prefixes (what one sequence drops another may need), dropping within a prompt, a second
-prompt (it stays whole under a policy that drops once). What is drawn by lot depends on the batch and on its steps.
+Left out: blocks and shared prefixes (what one sequence drops another may need), dropping
+within a prompt, a second prompt (it stays whole under a policy that drops once). What is
+drawn by lot depends on the batch and on its steps.
 """
 
 from __future__ import annotations
@@ -35,7 +39,9 @@ from refllm.model.config import ModelConfig
 
 @dataclass
 class Kept:
-    """What one sequence keeps in one layer; ``asked`` are the last queries [H, w, D], if they will vote."""
+    """What one sequence keeps in one layer; ``asked`` are the last queries [H, w, D], if
+    they will vote.
+    """
 
     keys: Array
     values: Array
@@ -45,7 +51,8 @@ class Kept:
 
 
 class SparseCache:
-    """Keys and values of ``max_sequences`` sequences: once settled, ``policy.budget`` tokens a head at most.
+    """Keys and values of ``max_sequences`` sequences: once settled, ``policy.budget``
+    tokens a head at most.
 
     Under a policy that drops once, also those that came later.
     """
@@ -59,7 +66,9 @@ class SparseCache:
         policy: Sparse,
         rng: np.random.Generator | None = None,
     ):
-        """``like`` is any array of the library and type to live in; ``rng`` draws the scores of ``at_random``."""
+        """``like`` is any array of the library and type to live in; ``rng`` draws the
+        scores of ``at_random``.
+        """
         if max_sequences < 1:
             raise ValueError(f"SparseCache: needs room for a sequence, got {max_sequences}")
         if policy.score == "random" and rng is None:
@@ -103,11 +112,15 @@ class SparseCache:
         return int(sum(a.nbytes for a in held))
 
     def positions(self, counts: Sequence[int]) -> list[int]:
-        """Positions of the next ``counts[b]`` tokens of every sequence, in the order of the ragged batch."""
+        """Positions of the next ``counts[b]`` tokens of every sequence, in the order of the
+        ragged batch.
+        """
         return [s + i for s, n in zip(self.lengths, counts, strict=False) for i in range(n)]
 
     def view(self, counts: Sequence[int]) -> Attend:
-        """An ``attend`` for a step in which sequence b brings ``counts[b]`` new tokens (0 is allowed)."""
+        """An ``attend`` for a step in which sequence b brings ``counts[b]`` new tokens (0
+        is allowed).
+        """
         if len(counts) > len(self.lengths):
             raise ValueError(
                 f"the cache holds {len(self.lengths)} sequences, the batch has {len(counts)}"
@@ -118,7 +131,8 @@ class SparseCache:
         return self._view
 
     def advance(self, counts: Sequence[int]) -> None:
-        """Commit the first ``counts[b]`` tokens that the last view brought; drop what the policy drops at every step.
+        """Commit the first ``counts[b]`` tokens that the last view brought; drop what the
+        policy drops at every step.
 
         ValueError if it brought fewer, or has not gone through all layers.
         """
@@ -145,7 +159,9 @@ class SparseCache:
                 self.lengths[b] += n
 
     def settle(self) -> None:
-        """The prompts have been read: each sequence that has not settled drops down to its budget."""
+        """The prompts have been read: each sequence that has not settled drops down to its
+        budget.
+        """
         for b, done in enumerate(self.settled):
             if not done and self.lengths[b]:
                 for layer, sequences in enumerate(self.layers):
@@ -161,7 +177,9 @@ class SparseCache:
     def _append(
         self, kept: Kept, n: int, q: Array, keys: Array, values: Array, place: Array, a: Any
     ) -> None:
-        """The first n of a step's tokens join what is kept: q[H, ·, D] of the step, K, V[G, S + ·, D] of both."""
+        """The first n of a step's tokens join what is kept: q[H, ·, D] of the step, K, V[G,
+        S + ·, D] of both.
+        """
         xp = namespace(keys)
         size = kept.keys.shape[1]
         kept.keys = keys[:, : size + n]
@@ -205,7 +223,9 @@ class SparseCache:
         self.dropped += size - budget
 
     def _votes(self, kept: Kept, length: int) -> Array:
-        """SnapKV's C: what the last w queries read of the tokens before them, summed and pooled; [G, S]."""
+        """SnapKV's C: what the last w queries read of the tokens before them, summed and
+        pooled; [G, S].
+        """
         xp = namespace(kept.keys)
         policy = self.policy
         assert kept.asked is not None
@@ -260,7 +280,9 @@ class _View:
 
 
 def _weights(q: Array, keys: Array, place: Array, start: int, window: int | None) -> Array:
-    """softmax(q K / √D) of q[H, n, D] at positions ``start`` + i over keys[G, S, D] at ``place``: [G, R, n, S]."""
+    """softmax(q K / √D) of q[H, n, D] at positions ``start`` + i over keys[G, S, D] at
+    ``place``: [G, R, n, S].
+    """
     xp = namespace(q, keys)
     groups = keys.shape[0]
     dim = keys.shape[2]

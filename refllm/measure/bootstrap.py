@@ -1,8 +1,9 @@
 """Confidence intervals for means over tokens, by resampling blocks of neighbouring tokens.
 
-Sources: Efron 1979 (the bootstrap); Künsch 1989 (blocks, since neighbours depend on each other); the percentile
-interval, Efron & Tibshirani 1993, ch. 13. Paired: every statistic is computed from the same resamples, and each
-statistic is itself a difference of two models on one token, so what makes a token hard for both cancels.
+Sources: Efron 1979 (the bootstrap); Künsch 1989 (blocks, since neighbours depend on each
+other); the percentile interval, Efron & Tibshirani 1993, ch. 13. Paired: every statistic is
+computed from the same resamples, and each statistic is itself a difference of two models on
+one token, so what makes a token hard for both cancels.
 
 | symbol | name                                              | shape  |
 |--------|---------------------------------------------------|--------|
@@ -10,7 +11,8 @@ statistic is itself a difference of two models on one token, so what makes a tok
 | U      | units that are drawn with replacement             |        |
 | S, c   | sum of x over a unit, and its number of tokens    | [K, U], [U] |
 
-The statistic of a resample is Σ S / Σ c over the units drawn: a mean over tokens, however unequal the units.
+The statistic of a resample is Σ S / Σ c over the units drawn: a mean over tokens, however
+unequal the units.
 
 Left out: bias-corrected (BCa) and studentised intervals, overlapping blocks.
 """
@@ -39,9 +41,11 @@ class Interval:
 
 
 def blocks(documents: np.ndarray, size: int) -> np.ndarray:
-    """Unit of every token: runs of ``size`` consecutive tokens that never cross from one document to the next.
+    """Unit of every token: runs of ``size`` consecutive tokens that never cross from one
+    document to the next.
 
-    documents[T], the document of each token, in order → unit[T], numbered from 0 without gaps.
+    documents[T], the document of each token, in order → unit[T], numbered from 0 without
+    gaps.
     """
     if not 1 <= size == size // 1:
         raise ValueError(
@@ -65,14 +69,16 @@ def bootstrap(
     resamples: int = 2000,
     confidence: float = 0.95,
 ) -> list[Interval]:
-    """Mean and percentile interval of each of ``values`` (K arrays [T]), over resamples of the units[T].
+    """Mean and percentile interval of each of ``values`` (K arrays [T]), over resamples of
+    the units[T].
 
     One unit says nothing about the spread between units: the interval is then (−∞, ∞).
 
     Raises
     ------
     ValueError
-        if there is no token, a value is not finite, or ``resamples`` or ``confidence`` is out of range.
+        if there is no token, a value is not finite, or ``resamples`` or ``confidence`` is
+        out of range.
     """
     x = np.stack([np.asarray(v, np.float64) for v in values])  # [K, T]
     if x.shape[1] == 0 or x.shape[1] != len(units):

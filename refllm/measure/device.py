@@ -1,13 +1,16 @@
-"""What the roofline knows of a device: peaks from data sheets, or this machine's own, measured.
+"""What the roofline knows of a device: peaks from data sheets, or this machine's own,
+measured.
 
 | quantity       | how it is measured here                                                             |
 |----------------|-------------------------------------------------------------------------------------|
 | FLOP/s         | a float32 product of two square matrices, 2·n³ operations                           |
 | bytes/s        | a dot product of two vectors that no cache holds, each number read once             |
 
-Sources: NVIDIA's data sheets of the H200 and the A100; Williams et al. 2009 for the model that needs them.
+Sources: NVIDIA's data sheets of the H200 and the A100; Williams et al. 2009 for the model
+that needs them.
 
-Left out: measuring a GPU (its libraries' peaks need tuned kernels); caches between the registers and main memory.
+Left out: measuring a GPU (its libraries' peaks need tuned kernels); caches between the
+registers and main memory.
 """
 
 from __future__ import annotations
@@ -50,7 +53,8 @@ class Device:
         return self.peak_flops / self.peak_bandwidth
 
 
-# Peaks of the vendor's data sheets, without structured sparsity (with it the sheets print twice as much).
+# Peaks of the vendor's data sheets, without structured sparsity (with it the sheets print
+# twice as much).
 DEVICES = {
     "h200": Device(
         "H200 SXM, bf16 dense",
@@ -65,11 +69,13 @@ DEVICES = {
 def measure_machine(
     threads: int = 1, *, size: int = 1024, megabytes: int = 256, repeats: int = 5
 ) -> Device:
-    """Measure this machine in about a second: sgemm rate and memory bandwidth, kind B (measured here).
+    """Measure this machine in about a second: sgemm rate and memory bandwidth, kind B
+    (measured here).
 
-    ``threads`` BLAS threads. The rate is that of a float32 product of two matrices of ``size``; the bandwidth
-    that of a dot product of two float32 vectors of ``megabytes`` together, beyond any last-level cache. Both are
-    medians of ``repeats`` calls after one to warm up, or of as many as a busy machine does in a second each.
+    ``threads`` BLAS threads. The rate is that of a float32 product of two matrices of
+    ``size``; the bandwidth that of a dot product of two float32 vectors of ``megabytes``
+    together, beyond any last-level cache. Both are medians of ``repeats`` calls after one
+    to warm up, or of as many as a busy machine does in a second each.
     """
     with threadpool_limits(limits=threads, user_api="blas"):
         a = np.ones((size, size), np.float32)

@@ -7,7 +7,8 @@
 | E2EL   | from the request to the last token                | s    |
 | TPOT   | (E2EL − TTFT) / (O − 1), O output tokens          | s    |
 
-By definition TTFT ≤ E2EL = TTFT + Σ ITL, and O = 1 + len(ITL) while each event carries one token.
+By definition TTFT ≤ E2EL = TTFT + Σ ITL, and O = 1 + len(ITL) while each event carries one
+token.
 
 Left out: queueing (one request at a time), percentiles over many requests, goodput.
 """
@@ -20,7 +21,9 @@ from collections.abc import Callable
 
 
 class Stopwatch:
-    """Notes when each token came. It starts when it is made; ``tick()`` is called for every token."""
+    """Notes when each token came. It starts when it is made; ``tick()`` is called for every
+    token.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self._clock = clock
@@ -28,7 +31,9 @@ class Stopwatch:
         self._ticks: list[float] = []
 
     def tick(self, *_: object) -> None:
-        """A token is there (arguments are passed over, so that this can be a callback of tokens)."""
+        """A token is there (arguments are passed over, so that this can be a callback of
+        tokens).
+        """
         self._ticks.append(self._clock())
 
     @property
@@ -64,5 +69,7 @@ class Stopwatch:
 
     @property
     def tokens_per_second(self) -> float:
-        """1 / TPOT: the speed of decoding alone, without prefill; NaN for fewer than two tokens."""
+        """1 / TPOT: the speed of decoding alone, without prefill; NaN for fewer than two
+        tokens.
+        """
         return 1.0 / self.tpot if self.tpot > 0 else math.nan

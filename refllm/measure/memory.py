@@ -1,4 +1,5 @@
-"""How much memory a model needs: weights at any bits, keys and values at any bits, and what fits.
+"""How much memory a model needs: weights at any bits, keys and values at any bits, and what
+fits.
 
 | symbol | name                          | formula                                                  |
 |--------|-------------------------------|----------------------------------------------------------|
@@ -8,10 +9,12 @@
 
 GB is 10⁹ bytes, GiB is 2³⁰: at cache sizes the two differ by 7 %, so both are printed.
 
-Sources: elementary counting, tested against ``nbytes`` of a built weight tree and of ``ContiguousCache``. The 70B
-example: Llama 2 70B's shape (Touvron et al. 2023), with 64 key/value heads and with the 8 that it really has.
+Sources: elementary counting, tested against ``nbytes`` of a built weight tree and of
+``ContiguousCache``. The 70B example: Llama 2 70B's shape (Touvron et al. 2023), with 64
+key/value heads and with the 8 that it really has.
 
-Left out: activations, the allocator's and the runtime's own memory, blocks of a paged cache that are half full.
+Left out: activations, the allocator's and the runtime's own memory, blocks of a paged cache
+that are half full.
 """
 
 from __future__ import annotations
@@ -85,10 +88,11 @@ def parameters(config: ModelConfig) -> Parameters:
 
 
 def weight_bytes(config: ModelConfig, bits: float = 16, *, other_bits: float | None = None) -> int:
-    """Bytes of the weights, rounded up: ``bits`` a parameter (fractions are fine: 4.5 with its scales).
+    """Bytes of the weights, rounded up: ``bits`` a parameter (fractions are fine: 4.5 with
+    its scales).
 
-    ``other_bits`` is for what quantisers usually leave alone, the embedding, the head, norms and biases; None
-    means ``bits`` for these too.
+    ``other_bits`` is for what quantisers usually leave alone, the embedding, the head,
+    norms and biases; None means ``bits`` for these too.
     """
     p = parameters(config)
     products = p.attention + p.mlp
@@ -115,7 +119,8 @@ def kv_bytes(
 ) -> int:
     """Bytes of the cache for ``sequences`` of ``tokens`` each, rounded up.
 
-    ``forget_window``: a sliding-window model's cache that drops what no query can see any more.
+    ``forget_window``: a sliding-window model's cache that drops what no query can see any
+    more.
     """
     if not (0 <= tokens < math.inf and 0 <= sequences < math.inf):
         raise ValueError(f"kv_bytes: {sequences} sequences of {tokens} tokens")
@@ -127,7 +132,8 @@ def kv_bytes(
 def max_tokens(
     config: ModelConfig, budget: float, *, sequences: int = 1, bits: float = 16, kv_bits: float = 16
 ) -> int:
-    """The longest context that ``sequences`` of them can have within ``budget`` bytes, weights included.
+    """The longest context that ``sequences`` of them can have within ``budget`` bytes,
+    weights included.
 
     0 if not even one token fits. The model's own longest position is not looked at.
     """
@@ -139,7 +145,9 @@ def max_tokens(
 def max_sequences(
     config: ModelConfig, budget: float, context: int, *, bits: float = 16, kv_bits: float = 16
 ) -> int:
-    """The most sequences of ``context`` tokens that fit within ``budget`` bytes, weights included."""
+    """The most sequences of ``context`` tokens that fit within ``budget`` bytes, weights
+    included.
+    """
     if context < 1:
         raise ValueError(f"max_sequences: needs a context of at least one token, got {context}")
     return _fits(config, budget, bits, kv_bits) // context
@@ -156,11 +164,13 @@ def human(size: float) -> str:
 
 
 def long_context_example(context: int = 100_000) -> dict[str, int]:
-    """KV bytes in fp16 of one 70B sequence of ``context`` tokens, by the number of key/value heads.
+    """KV bytes in fp16 of one 70B sequence of ``context`` tokens, by the number of
+    key/value heads.
 
-    80 layers and 128 dimensions a head: 262.14 GB (244.14 GiB) with 64 heads, one for every query head, and 32.77
-    GB (30.52 GiB) with the 8 that grouped-query attention keeps. The article that the project follows says 40 GB,
-    which is neither; 40 GiB is exactly what 8 heads take for 131,072 tokens.
+    80 layers and 128 dimensions a head: 262.14 GB (244.14 GiB) with 64 heads, one for every
+    query head, and 32.77 GB (30.52 GiB) with the 8 that grouped-query attention keeps. The
+    article that the project follows says 40 GB, which is neither; 40 GiB is exactly what 8
+    heads take for 131,072 tokens.
     """
     every = replace(LLAMA_70B, num_key_value_heads=64)
     return {
@@ -172,7 +182,9 @@ def long_context_example(context: int = 100_000) -> dict[str, int]:
 def kv_memory_data(
     contexts: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000),
 ) -> dict[str, Any]:
-    """Values of the figure ``kv_memory``: the cache of one sequence against its context, fp16 unless stated."""
+    """Values of the figure ``kv_memory``: the cache of one sequence against its context,
+    fp16 unless stated.
+    """
     every = replace(LLAMA_70B, num_key_value_heads=64)
     lines = {
         "70B shape, 64 KV heads": (every, 16),

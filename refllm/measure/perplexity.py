@@ -1,6 +1,8 @@
-"""How well a model predicts text: loss, perplexity, bits per byte, and its distance from a reference model.
+"""How well a model predicts text: loss, perplexity, bits per byte, and its distance from a
+reference model.
 
-Every token but a document's first is scored exactly once, in sliding windows (see ``windows``).
+Every token but a document's first is scored exactly once, in sliding windows (see
+``windows``).
 
 | symbol   | name                                     | shape                             |
 |----------|------------------------------------------|-----------------------------------|
@@ -10,10 +12,12 @@ Every token but a document's first is scored exactly once, in sliding windows (s
 | p, q     | softmax(z) of the reference, of the model| [rows, V]                         |
 | KL(p‖q)  | Σ p (log p − log q)                      | [T]                               |
 
-Sources: sliding windows as in Hugging Face's guide "Perplexity of fixed-length models"; bits per byte as in The
-Pile, Gao et al. 2020, §3.1; KL and top-1 agreement with the unquantised model as llama.cpp's perplexity tool.
+Sources: sliding windows as in Hugging Face's guide "Perplexity of fixed-length models";
+bits per byte as in The Pile, Gao et al. 2020, §3.1; KL and top-1 agreement with the
+unquantised model as llama.cpp's perplexity tool.
 
-Left out: normalising by words, downstream tasks. Losses are taken in float64 from the model's own logits.
+Left out: normalising by words, downstream tasks. Losses are taken in float64 from the
+model's own logits.
 """
 
 from __future__ import annotations
@@ -55,7 +59,9 @@ _ROWS = 128  # rows of logits at a time: 128 × V numbers in float64 are a few m
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """A model against a reference on the same tokens; every interval is paired (see ``bootstrap``)."""
+    """A model against a reference on the same tokens; every interval is paired (see
+    ``bootstrap``).
+    """
 
     kl: Interval  # nats, KL(reference ‖ model)
     agreement: Interval  # share of tokens at which both have the same argmax
@@ -69,7 +75,9 @@ class Comparison:
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """A reference whose hidden states on some text are kept: it runs once, however many models are compared."""
+    """A reference whose hidden states on some text are kept: it runs once, however many
+    models are compared.
+    """
 
     network: Network
     plan: Plan
@@ -84,7 +92,9 @@ def keep(
     stride: int = 512,
     max_tokens: int | None = None,
 ) -> Kept:
-    """Run ``reference`` for ``compare(model, kept, …)`` on the same documents, window, stride and ``max_tokens``."""
+    """Run ``reference`` for ``compare(model, kept, …)`` on the same documents, window,
+    stride and ``max_tokens``.
+    """
     whole = plan(reference, documents, window, stride, max_tokens)
     parts = [_hidden(reference, whole, batch, None) for batch in whole.batches()]
     return Kept(reference, whole, namespace(*parts).concat(parts, axis=0))
@@ -100,16 +110,19 @@ def evaluate(
     progress: Progress | None = None,
     attend: Memory | None = None,
 ) -> Score:
-    """Score texts (``str`` or ``corpus.Document``) or 1-D arrays of token ids; one of them alone is fine too.
+    """Score texts (``str`` or ``corpus.Document``) or 1-D arrays of token ids; one of them
+    alone is fine too.
 
-    ``window`` is the most tokens that the model reads at once, ``stride`` ≤ window how far the next one moves.
-    ``max_tokens`` scores the first so many only. ``attend(lengths)`` replaces the plain causal attention over a
-    ragged batch of windows (to measure a lossy cache, say). Needs ``_ROWS`` rows of logits in memory, not T.
+    ``window`` is the most tokens that the model reads at once, ``stride`` ≤ window how far
+    the next one moves. ``max_tokens`` scores the first so many only. ``attend(lengths)``
+    replaces the plain causal attention over a ragged batch of windows (to measure a lossy
+    cache, say). Needs ``_ROWS`` rows of logits in memory, not T.
 
     Raises
     ------
     ValueError
-        if nothing can be scored, a token lies outside the vocabulary, or a logit is not finite (says where).
+        if nothing can be scored, a token lies outside the vocabulary, or a logit is not
+        finite (says where).
     """
     began = time.perf_counter()
     whole = plan(model, documents, window, stride, max_tokens)
@@ -135,16 +148,19 @@ def compare(
     progress: Progress | None = None,
     attend: Memory | None = None,
 ) -> Comparison:
-    """KL(reference ‖ model), top-1 agreement and difference of loss, each a mean over tokens with its interval.
+    """KL(reference ‖ model), top-1 agreement and difference of loss, each a mean over
+    tokens with its interval.
 
-    The intervals resample runs of ``block`` consecutive tokens, or whole documents if ``block`` is None (wider,
-    and of use from a dozen documents on). ``attend`` is the memory of ``model``; the reference has the plain one.
-    Both models must live in the same array library. What ``keep`` returned may stand for the reference.
+    The intervals resample runs of ``block`` consecutive tokens, or whole documents if
+    ``block`` is None (wider, and of use from a dozen documents on). ``attend`` is the
+    memory of ``model``; the reference has the plain one. Both models must live in the same
+    array library. What ``keep`` returned may stand for the reference.
 
     Raises
     ------
     ValueError
-        as ``evaluate``, and if the two disagree about the vocabulary or the tokens of a document.
+        as ``evaluate``, and if the two disagree about the vocabulary or the tokens of a
+        document.
     """
     began = time.perf_counter()
     texts = as_documents(documents)
@@ -200,9 +216,11 @@ def compare(
 
 
 def divergence(log_p: Array, log_q: Array) -> Array:
-    """KL(p ‖ q) = Σ p (log p − log q) in nats, over the last axis: log-probabilities [..., V] → [...].
+    """KL(p ‖ q) = Σ p (log p − log q) in nats, over the last axis: log-probabilities [...,
+    V] → [...].
 
-    Rounding can leave −1e−16 where p and q are nearly equal; KL ≥ 0 (Gibbs), so that becomes 0.
+    Rounding can leave −1e−16 where p and q are nearly equal; KL ≥ 0 (Gibbs), so that
+    becomes 0.
     """
     xp = namespace(log_p, log_q)
     return xp.maximum(xp.sum(xp.exp(log_p) * (log_p - log_q), axis=-1), 0.0)
@@ -211,7 +229,9 @@ def divergence(log_p: Array, log_q: Array) -> Array:
 def _passes(
     whole: Plan, progress: Progress | None, models: Sequence[tuple[Network, Memory | None]]
 ) -> Iterator[tuple[slice, list[Array]]]:
-    """Run the windows; yield slices of the T scored tokens, and each model's hidden states [rows, N] there."""
+    """Run the windows; yield slices of the T scored tokens, and each model's hidden states
+    [rows, N] there.
+    """
     at = 0
     for batch in whole.batches():
         hidden = [_hidden(model, whole, batch, attend) for model, attend in models]
@@ -225,7 +245,9 @@ def _passes(
 
 
 def _hidden(model: Network, whole: Plan, batch: list[Window], attend: Memory | None) -> Array:
-    """One forward pass over a ragged batch of windows → hidden states of the scored rows, [rows, N]."""
+    """One forward pass over a ragged batch of windows → hidden states of the scored rows,
+    [rows, N].
+    """
     like = model.weights["norm"]
     lengths = [w.end - w.begin for w in batch]
     tokens = np.concatenate([whole.tokens[w.document][w.begin : w.end] for w in batch])

@@ -1,10 +1,11 @@
 """What every figure shares: the style, the colours and the axes.
 
-Colours mean the same everywhere (the palette of Okabe & Ito 2008, told apart by the colour-blind): grey is full
-precision or the baseline, orange round-to-nearest, blue the technique that the figure is about.
+Colours mean the same everywhere (the palette of Okabe & Ito 2008, told apart by the
+colour-blind): grey is full precision or the baseline, orange round-to-nearest, blue the
+technique that the figure is about.
 
-Left out: ``pyplot`` and its global state. Every function returns a ``Figure``, which a notebook shows as it is
-(after ``%matplotlib inline``).
+Left out: ``pyplot`` and its global state. Every function returns a ``Figure``, which a
+notebook shows as it is (after ``%matplotlib inline``).
 """
 
 from __future__ import annotations
@@ -73,9 +74,11 @@ def axes(title: str, x: str, y: str, **figure: Any) -> tuple[Figure, Axes]:
 def end_labels(
     ax: Axes, ends: Iterable[tuple[float, float, str, str]], gap: float, **text: Any
 ) -> None:
-    """(x, y, name, colour) of each line's end → the name to the right of the axes, after a dot in the line's colour.
+    """(x, y, name, colour) of each line's end → the name to the right of the axes, after a
+    dot in the line's colour.
 
-    Names stand at least ``gap`` of the axes' height apart, the higher end's above; limits are to be set before.
+    Names stand at least ``gap`` of the axes' height apart, the higher end's above; limits
+    are to be set before.
     """
     ax.get_ylim()  # from here on the limits are known
     place = ax.transScale + ax.transLimits
@@ -98,7 +101,9 @@ def end_labels(
 
 
 def coloured(colours: Sequence[str], items: Iterable[Any]) -> list[tuple[str, Any]]:
-    """Each item with its colour; ValueError rather than a figure that leaves the last ones out."""
+    """Each item with its colour; ValueError rather than a figure that leaves the last ones
+    out.
+    """
     drawn = list(items)
     if len(drawn) > len(colours):
         raise ValueError(f"a figure tells {len(colours)} series apart, got {len(drawn)}")

@@ -5,10 +5,12 @@
 | U      | windows drawn without replacement from those of an evaluation    |            |
 | x      | bits of each byte: its token's loss, shared out evenly           | [bytes]    |
 
-The sample's mean estimates what ``perplexity.evaluate`` would find on all windows; the interval is a bootstrap that
-draws whole windows, since neighbouring tokens depend on each other.
+The sample's mean estimates what ``perplexity.evaluate`` would find on all windows; the
+interval is a bootstrap that draws whole windows, since neighbouring tokens depend on each
+other.
 
-Left out: a correction for the finite number of windows (the interval is a little too wide when most are drawn).
+Left out: a correction for the finite number of windows (the interval is a little too wide
+when most are drawn).
 """
 
 from __future__ import annotations
@@ -45,10 +47,12 @@ class Sample:
 def sample_bits_per_byte(
     model: Model, documents: Sequence[Document], count: int, rng: np.random.Generator
 ) -> Sample:
-    """Score ``count`` of the windows that ``perplexity.evaluate`` would score, drawn without replacement.
+    """Score ``count`` of the windows that ``perplexity.evaluate`` would score, drawn
+    without replacement.
 
-    The mean is one over bytes: each byte carries its token's share of the loss, so that the interval is one of bits
-    per byte too. ``count`` may exceed the number of windows: then all are scored.
+    The mean is one over bytes: each byte carries its token's share of the loss, so that the
+    interval is one of bits per byte too. ``count`` may exceed the number of windows: then
+    all are scored.
     """
     window = min(1024, model.config.max_position_embeddings)
     whole = windows.plan(model, documents, window, max(1, window // 2))
@@ -76,9 +80,11 @@ def sample_bits_per_byte(
 
 
 def time_step(model: Model, batch: Sequence[tuple[int, int]], repeats: int = 15) -> float:
-    """Median seconds of one step over (past, new) of each sequence, with the logits of each last token.
+    """Median seconds of one step over (past, new) of each sequence, with the logits of each
+    last token.
 
-    A decode step, of one new token each, is computed as ``generate`` does: captured where the network can be.
+    A decode step, of one new token each, is computed as ``generate`` does: captured where
+    the network can be.
     """
     like = model.weights["norm"]
     config = model.config

@@ -1,6 +1,7 @@
 """Numbers with their provenance: the JSON files that figures and tables are made from.
 
-A record says which command made it, of which kind its numbers are, and on what hardware. Kinds are never mixed:
+A record says which command made it, of which kind its numbers are, and on what hardware.
+Kinds are never mixed:
 
 | kind | meaning                                                        |
 |------|----------------------------------------------------------------|
@@ -28,7 +29,8 @@ class Record:
     """The values of a figure or table, and where they come from."""
 
     command: str  # what to type to make them again
-    # "A", "B", "C", or several where a figure shows a measurement beside a projection: "B, C"
+    # "A", "B", "C", or several where a figure shows a measurement beside a projection: "B,
+    # C"
     kind: str
     hardware: str  # "none" for kind A
     values: Mapping[str, Any]

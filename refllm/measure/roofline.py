@@ -1,8 +1,10 @@
-"""What a step costs, in operations and bytes, and how fast a device could do it: the roofline model.
+"""What a step costs, in operations and bytes, and how fast a device could do it: the
+roofline model.
 
-A step is a ragged batch of (past, new): sequence i brings ``new`` tokens after ``past`` that are cached. One
-multiply-add is 2 FLOP. All counts are elementary and exact; they are tested against the operations counted
-from the shapes that an instrumented array module executed (``tests/counting.py``).
+A step is a ragged batch of (past, new): sequence i brings ``new`` tokens after ``past``
+that are cached. One multiply-add is 2 FLOP. All counts are elementary and exact; they are
+tested against the operations counted from the shapes that an instrumented array module
+executed (``tests/counting.py``).
 
 | symbol   | name                                | formula                                                   |
 |----------|-------------------------------------|-----------------------------------------------------------|
@@ -13,10 +15,12 @@ from the shapes that an instrumented array module executed (``tests/counting.py`
 | ridge    | intensity where both limits meet    | peak FLOP/s ÷ peak bytes/s                                |
 | MFU, MBU | share of the peak that is used      | FLOP/t/peak, (weights + KV read)/t/peak                   |
 
-Sources: Williams et al. 2009 (roofline); Pope et al. 2022, "Efficiently scaling transformer inference", §3.
+Sources: Williams et al. 2009 (roofline); Pope et al. 2022, "Efficiently scaling transformer
+inference", §3.
 
-Left out: elementwise work (norms, softmax, SwiGLU) and activations, whose bytes count in a large prefill only;
-communication between devices; what a kernel wastes (masked tiles, keys read once for each tile of queries).
+Left out: elementwise work (norms, softmax, SwiGLU) and activations, whose bytes count in a
+large prefill only; communication between devices; what a kernel wastes (masked tiles, keys
+read once for each tile of queries).
 """
 
 from __future__ import annotations
@@ -66,14 +70,18 @@ class Cost:
 
     @property
     def linear_intensity(self) -> float:
-        """Of the products with weights: about 2·n/b for n tokens in the step and b bytes a weight."""
+        """Of the products with weights: about 2·n/b for n tokens in the step and b bytes a
+        weight.
+        """
         if self.weight_bytes:
             return self.linear_flops / self.weight_bytes
         return float("inf")
 
     @property
     def attention_intensity(self) -> float:
-        """Of attention over the cache: 2·(H/G)/b in a decode step, whatever the batch and the context."""
+        """Of attention over the cache: 2·(H/G)/b in a decode step, whatever the batch and
+        the context.
+        """
         if self.kv_read_bytes:
             return self.attention_flops / self.kv_read_bytes
         return float("inf")
@@ -97,7 +105,9 @@ def layer_parameters(config: ModelConfig) -> int:
 
 
 def keys_seen(past: int, new: int, window: int | None = None) -> int:
-    """Σ over the new queries of the keys that each sees: min(past + t + 1, window) for t = 0 … new − 1."""
+    """Σ over the new queries of the keys that each sees: min(past + t + 1, window) for t =
+    0 … new − 1.
+    """
     # queries whose window is not full
     growing = new if window is None else min(new, max(0, window - past))
     full = (new - growing) * (window or 0)
@@ -114,14 +124,16 @@ def step_cost(
 ) -> Cost:
     """Operations and bytes of one step over a ragged batch [(past, new), …].
 
-    ``logits_rows`` is the number of rows that meet the LM head: by default one a sequence with new tokens, the
-    row that is sampled from. The head counts also where it is tied; the embedding lookup costs its rows' bytes
-    and no FLOP. Keys and values are read once a step, the new ones included.
+    ``logits_rows`` is the number of rows that meet the LM head: by default one a sequence
+    with new tokens, the row that is sampled from. The head counts also where it is tied;
+    the embedding lookup costs its rows' bytes and no FLOP. Keys and values are read once a
+    step, the new ones included.
 
     Raises
     ------
     ValueError
-        for a negative past or new, for more rows of logits than tokens, or for bytes that are negative or not finite.
+        for a negative past or new, for more rows of logits than tokens, or for bytes that
+        are negative or not finite.
     """
     if not (0 <= weight_bytes_per_param < inf and 0 <= kv_bytes_per_number < inf):
         raise ValueError(
@@ -163,7 +175,9 @@ def step_cost(
 
 
 def projected_seconds(cost: Cost, device: Device) -> float:
-    """max(FLOP / peak FLOP/s, bytes / peak bytes/s) + overhead: a lower bound, kind C (projected)."""
+    """max(FLOP / peak FLOP/s, bytes / peak bytes/s) + overhead: a lower bound, kind C
+    (projected).
+    """
     return max(cost.flops / device.peak_flops, cost.bytes / device.peak_bandwidth) + device.overhead
 
 
@@ -184,7 +198,9 @@ def _measured(seconds: float) -> float:
 
 
 def plot_roofline(devices: Sequence[Device], points: Mapping[str, Cost]) -> Any:
-    """The roofline of one or more devices with steps as points on the first one's: a matplotlib Figure."""
+    """The roofline of one or more devices with steps as points on the first one's: a
+    matplotlib Figure.
+    """
     # here, since matplotlib takes half a second to import
     from refllm.figures.costs import roofline
 
@@ -192,9 +208,11 @@ def plot_roofline(devices: Sequence[Device], points: Mapping[str, Cost]) -> Any:
 
 
 def roofline_data(devices: Sequence[Device], points: Mapping[str, Cost]) -> dict[str, Any]:
-    """Values of the figure ``roofline``: each device's roof, and where each step stands on the first one's.
+    """Values of the figure ``roofline``: each device's roof, and where each step stands on
+    the first one's.
 
-    ValueError without a device, or for a step that computes or moves nothing: a logarithmic axis has no place for it.
+    ValueError without a device, or for a step that computes or moves nothing: a logarithmic
+    axis has no place for it.
     """
     if not devices or not all(0 < c.intensity < inf for c in points.values()):
         raise ValueError(
@@ -216,10 +234,11 @@ def roofline_data(devices: Sequence[Device], points: Mapping[str, Cost]) -> dict
 
 
 def decode_cost_data(title: str, device: Device, steps: Mapping[str, Cost]) -> dict[str, Any]:
-    """Values of the figure ``decode_cost``: what each step's projected time consists of, in milliseconds.
+    """Values of the figure ``decode_cost``: what each step's projected time consists of, in
+    milliseconds.
 
-    Memory traffic first, by what is read; then the arithmetic that does not hide behind it; then the overhead.
-    The parts sum to ``projected_seconds``.
+    Memory traffic first, by what is read; then the arithmetic that does not hide behind it;
+    then the overhead. The parts sum to ``projected_seconds``.
     """
     rows = []
     for label, cost in steps.items():
@@ -235,7 +254,9 @@ def decode_cost_data(title: str, device: Device, steps: Mapping[str, Cost]) -> d
 
 
 def main(folder: str = "figures/data") -> None:
-    """Write the data of the projected figures: a Llama-3-8B shape with bf16 weights and cache on an H200."""
+    """Write the data of the projected figures: a Llama-3-8B shape with bf16 weights and
+    cache on an H200.
+    """
     command = "python -m refllm.measure.roofline"
     hardware = "H200 SXM and A100 SXM 80 GB by their data sheets, bf16"
     h200 = DEVICES["h200"]

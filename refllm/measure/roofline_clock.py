@@ -1,15 +1,16 @@
-"""A clock for simulated serving: the roofline's time of every step, for a named device, and a link for swapping.
+"""A clock for simulated serving: the roofline's time of every step, for a named device, and
+a link for swapping.
 
 | symbol | name                                             | value                                        |
 |--------|--------------------------------------------------|----------------------------------------------|
 | t      | seconds of a step                                | max(FLOP / peak, bytes / peak) + overhead    |
 | m      | seconds to move n tokens in k blocks             | n·kv / link + k·2L·latency                   |
 
-The costs are those of ``measure.roofline.step_cost``, summed over the batch in one loop, since a simulation asks a
-million times. All times are lower bounds, kind C (projected).
+The costs are those of ``measure.roofline.step_cost``, summed over the batch in one loop,
+since a simulation asks a million times. All times are lower bounds, kind C (projected).
 
-Sources: see ``measure.roofline``; a link of 25 GB/s is what PCIe 4.0 x16 yields, and 5 µs for each copy, of which a block
-needs two a layer (keys and values), is an assumption.
+Sources: see ``measure.roofline``; a link of 25 GB/s is what PCIe 4.0 x16 yields, and 5 µs
+for each copy, of which a block needs two a layer (keys and values), is an assumption.
 
 Left out: what ``measure.roofline`` leaves out; copies that overlap with computing.
 """
@@ -86,7 +87,9 @@ class RooflineClock:
         )
 
     def decode(self, pasts: Sequence[int], count: int) -> list[float]:
-        """``count`` steps, each of one token for everybody; ``pasts`` are cached before the first."""
+        """``count`` steps, each of one token for everybody; ``pasts`` are cached before the
+        first.
+        """
         rows = len(pasts)
         window = self.config.sliding_window
         # that everybody's query sees, and that are read for it
@@ -108,7 +111,9 @@ class RooflineClock:
         )
 
     def slots(self, memory: float) -> int:
-        """Tokens of context that fit into ``memory`` bytes beside the weights. ValueError if none does."""
+        """Tokens of context that fit into ``memory`` bytes beside the weights. ValueError
+        if none does.
+        """
         fit = max_tokens(
             self.config,
             memory,

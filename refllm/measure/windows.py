@@ -1,8 +1,10 @@
-"""Which token is predicted from which context: documents, their bytes, and sliding windows over them.
+"""Which token is predicted from which context: documents, their bytes, and sliding windows
+over them.
 
-A document is <bos> followed by its tokens, as in training. Windows of at most W inputs start every S tokens;
-the first scores all of its rows, each later one only what the ones before left, so that every token but the
-document's first is predicted exactly once, from at least min(its index, W − S + 1) tokens of context.
+A document is <bos> followed by its tokens, as in training. Windows of at most W inputs
+start every S tokens; the first scores all of its rows, each later one only what the ones
+before left, so that every token but the document's first is predicted exactly once, from at
+least min(its index, W − S + 1) tokens of context.
 
 | symbol | name                                             | shape    |
 |--------|--------------------------------------------------|----------|
@@ -10,11 +12,11 @@ document's first is predicted exactly once, from at least min(its index, W − S
 | n      | tokens of a document, <bos> included             |          |
 | T      | scored tokens of all documents                   | Σ (n − 1)|
 
-Left out: packing several documents into one context; a last window moved back to be full (more context, but
-the same tokens read twice as often).
+Left out: packing several documents into one context; a last window moved back to be full
+(more context, but the same tokens read twice as often).
 
-<<MERGED>>
-The result of scoring text, token by token, and its sums: by document, and by length of the context.
+<<MERGED>> The result of scoring text, token by token, and its sums: by document, and by
+length of the context.
 
 | symbol    | name                                    | shape |
 |-----------|-----------------------------------------|-------|
@@ -22,8 +24,9 @@ The result of scoring text, token by token, and its sums: by document, and by le
 | bits/byte | Σ nats / (ln 2 · bytes of UTF-8 scored) |       |
 | ppl       | exp(Σ nats / T)                         |       |
 
-Source: bits per byte as in The Pile, Gao et al. 2020, §3.1. Perplexity depends on the tokenizer, bits per byte
-do not: compare models of different vocabularies by the latter alone.
+Source: bits per byte as in The Pile, Gao et al. 2020, §3.1. Perplexity depends on the
+tokenizer, bits per byte do not: compare models of different vocabularies by the latter
+alone.
 
 Left out: how the losses come about (see ``perplexity``).
 """
@@ -59,7 +62,9 @@ class Network(Protocol):
 
 
 class Window(NamedTuple):
-    """Inputs [begin, end) of a document; row r ≥ ``first`` predicts token begin + r + 1 and is scored."""
+    """Inputs [begin, end) of a document; row r ≥ ``first`` predicts token begin + r + 1 and
+    is scored.
+    """
 
     document: int
     begin: int
@@ -80,7 +85,9 @@ class Plan:
     document: np.ndarray  # [T] index into ``names``
 
     def batches(self) -> Iterator[list[Window]]:
-        """Consecutive windows that share a forward pass: short ones together, long ones alone."""
+        """Consecutive windows that share a forward pass: short ones together, long ones
+        alone.
+        """
         batch: list[Window] = []
         for w in self.windows:
             if batch and sum(v.end - v.begin for v in batch) + w.end - w.begin > _BATCH:
@@ -98,7 +105,8 @@ class Plan:
 
 
 def windows(length: int, window: int, stride: int) -> list[tuple[int, int, int]]:
-    """(begin, end, first) of every window over a document of ``length`` tokens; none if it has fewer than two.
+    """(begin, end, first) of every window over a document of ``length`` tokens; none if it
+    has fewer than two.
 
     Raises
     ------
@@ -132,7 +140,8 @@ def plan(
     Raises
     ------
     ValueError
-        if there is nothing to score, a token lies outside the vocabulary, or ``max_tokens`` is below 1.
+        if there is nothing to score, a token lies outside the vocabulary, or ``max_tokens``
+        is below 1.
     """
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
@@ -181,8 +190,9 @@ def plan(
 def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     """Bytes of UTF-8 that each token id stands for, [V]; exact for byte-level vocabularies.
 
-    In a byte-level vocabulary each character of a token's spelling is one byte. In SentencePiece's spelling
-    ``▁`` is a space and ``<0x0A>`` a byte. Added tokens count as their own text.
+    In a byte-level vocabulary each character of a token's spelling is one byte. In
+    SentencePiece's spelling ``▁`` is a space and ``<0x0A>`` a byte. Added tokens count as
+    their own text.
     """
     vocabulary: dict[str, int] = tokenizer.inner.get_vocab(with_added_tokens=True)
     added = tokenizer.inner.get_added_tokens_decoder()
@@ -239,7 +249,8 @@ def _tokenize(
     ids = ids.astype(np.int64)
     size = sizes[ids]
     if isinstance(text, str) and len(ids):
-        # what the table cannot know (a space that the tokenizer puts before the text) falls to the first token
+        # what the table cannot know (a space that the tokenizer puts before the text) falls
+        # to the first token
         size[0] += len(text.encode()) - int(size.sum())
     if bos is not None and (isinstance(text, str) or not len(ids) or ids[0] != bos):
         ids = np.concatenate(([bos], ids))
@@ -306,7 +317,9 @@ class Score:
 
 
 class PositionBin(NamedTuple):
-    """The tokens that were predicted from ``low`` to ``high`` (inclusive) tokens of context."""
+    """The tokens that were predicted from ``low`` to ``high`` (inclusive) tokens of
+    context.
+    """
 
     low: int
     high: int
@@ -318,9 +331,10 @@ class PositionBin(NamedTuple):
 def bits_by_position(score: Score, edges: Sequence[int] | None = None) -> list[PositionBin]:
     """Loss by the length of the context: what more context buys.
 
-    ``edges`` are the shortest contexts of each bin (default 1, 2, 3, 5, 9 …, so that bins end at powers of two);
-    empty bins are left out. Score with ``stride = window``: every context length then occurs equally often, all
-    through the text. With overlap the short contexts come from the beginnings of documents alone.
+    ``edges`` are the shortest contexts of each bin (default 1, 2, 3, 5, 9 …, so that bins
+    end at powers of two); empty bins are left out. Score with ``stride = window``: every
+    context length then occurs equally often, all through the text. With overlap the short
+    contexts come from the beginnings of documents alone.
     """
     longest = int(score.context.max())
     if edges is None:

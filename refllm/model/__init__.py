@@ -1,1 +1,3 @@
-"""What the network computes: configuration, layers, forward and backward, checkpoints, training."""
+"""What the network computes: configuration, layers, forward and backward, checkpoints,
+training.
+"""

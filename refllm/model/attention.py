@@ -1,7 +1,9 @@
-"""Causal grouped-query attention three ways: naive, online softmax (flash), and merged from partitions.
+"""Causal grouped-query attention three ways: naive, online softmax (flash), and merged from
+partitions.
 
-Sources: Vaswani et al. 2017, eq. 1; online softmax, Milakov & Gimelshein 2018, algorithm 3; FlashAttention-2,
-Dao 2023, algorithm 1 (one division, at the end); merging by log-sum-exp, FlashInfer, Ye et al. 2025, §2.2.
+Sources: Vaswani et al. 2017, eq. 1; online softmax, Milakov & Gimelshein 2018, algorithm 3;
+FlashAttention-2, Dao 2023, algorithm 1 (one division, at the end); merging by log-sum-exp,
+FlashInfer, Ye et al. 2025, §2.2.
 
 | symbol | name                                         | shape     |
 |--------|----------------------------------------------|-----------|
@@ -11,9 +13,9 @@ Dao 2023, algorithm 1 (one division, at the end); merging by log-sum-exp, FlashI
 | lse    | log Σ exp of a query's scores (natural log)  | [T, H]    |
 | m, l   | running maximum and mass of the online form  | [G, R·T]  |
 
-Query t stands at position ``start + t`` and sees key j (at position ``first_key + j``) where
-``position − window < j's position ≤ position``. A query that sees no key gives o = 0 and lse = −∞, the
-identity of ``merge``.
+Query t stands at position ``start + t`` and sees key j (at position ``first_key + j``)
+where ``position − window < j's position ≤ position``. A query that sees no key gives o = 0
+and lse = −∞, the identity of ``merge``.
 
 Left out: padding (batches are ragged), dropout, soft-capping, attention sinks.
 """
@@ -30,11 +32,12 @@ NEGATIVE = -1e30
 
 
 class Attend(Protocol):
-    """The seam between network and memory: store the new keys and values, return what the queries read.
+    """The seam between network and memory: store the new keys and values, return what the
+    queries read.
 
-    ``attend(layer, q[T, H, D], k[T, G, D], v[T, G, D]) -> [T, H, D]``. The arguments are the callee's to overwrite and
-    last until it returns: what it keeps, it copies, for a captured step uses their memory again. The result is valid
-    until the next call.
+    ``attend(layer, q[T, H, D], k[T, G, D], v[T, G, D]) -> [T, H, D]``. The arguments are
+    the callee's to overwrite and last until it returns: what it keeps, it copies, for a
+    captured step uses their memory again. The result is valid until the next call.
     """
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array: ...
@@ -80,10 +83,12 @@ def flash_attention(
     tile_q: int = 128,
     tile_k: int = 512,
 ) -> tuple[Array, Array]:
-    """The same function of the same arguments, in tiles: never more than tile_q × tile_k scores at a time.
+    """The same function of the same arguments, in tiles: never more than tile_q × tile_k
+    scores at a time.
 
-    For each tile of keys: m' = max(m, max s), l' = l·e^(m−m') + Σ e^(s−m'), o' = o·e^(m−m') + Σ e^(s−m') v.
-    Tiles that the causal mask or the window hides wholly are skipped, which halves the work of a prefill.
+    For each tile of keys: m' = max(m, max s), l' = l·e^(m−m') + Σ e^(s−m'), o' = o·e^(m−m')
+    + Σ e^(s−m') v. Tiles that the causal mask or the window hides wholly are skipped, which
+    halves the work of a prefill.
     """
     xp = namespace(q, k, v)
     outputs = []
@@ -114,7 +119,9 @@ def _flash_rows(
     window: int | None,
     first_key: int,
 ) -> tuple[Array, Array]:
-    """One tile of queries over its tiles of keys [low, high): the loop of FlashAttention-2's algorithm 1."""
+    """One tile of queries over its tiles of keys [low, high): the loop of
+    FlashAttention-2's algorithm 1.
+    """
     xp = namespace(queries)
     count = queries.shape[0]
     groups = k.shape[1]
@@ -148,10 +155,11 @@ def _flash_rows(
 
 
 def merge(o_a: Array, lse_a: Array, o_b: Array, lse_b: Array) -> tuple[Array, Array]:
-    """Join attention over two disjoint sets of keys: o[T, H, D], lse[T, H] each → the same of their union.
+    """Join attention over two disjoint sets of keys: o[T, H, D], lse[T, H] each → the same
+    of their union.
 
-    lse = log(e^a + e^b), o = e^(a−lse) o_a + e^(b−lse) o_b. Commutative, associative up to rounding, with
-    identity (0, −∞).
+    lse = log(e^a + e^b), o = e^(a−lse) o_a + e^(b−lse) o_b. Commutative, associative up to
+    rounding, with identity (0, −∞).
     """
     xp = namespace(o_a, lse_a, o_b, lse_b)
     top = xp.maximum(lse_a, lse_b)
@@ -168,7 +176,8 @@ def merge(o_a: Array, lse_a: Array, o_b: Array, lse_b: Array) -> tuple[Array, Ar
 def causal_bias(
     xp: Any, count: int, keys: int, offset: int, window: int | None, dtype: Any
 ) -> Array | None:
-    """[T, S] of 0 (seen) and −10³⁰ (hidden): query t sees key j iff offset+t−window < j ≤ offset+t.
+    """[T, S] of 0 (seen) and −10³⁰ (hidden): query t sees key j iff offset+t−window < j ≤
+    offset+t.
 
     None if every query sees every key (a decode step, a tile below the diagonal).
     """
@@ -187,14 +196,18 @@ def causal_bias(
 
 
 def masked_score(xp: Any, dtype: Any) -> float:
-    """The score of a hidden key: far below every real score, and finite in ``dtype`` (float16 ends at −65,504)."""
+    """The score of a hidden key: far below every real score, and finite in ``dtype``
+    (float16 ends at −65,504).
+    """
     return max(NEGATIVE, 0.9 * float(xp.finfo(dtype).min))
 
 
 class CausalAttend:
-    """The plain ``attend`` with no memory: each sequence of the ragged batch sees its own past in full.
+    """The plain ``attend`` with no memory: each sequence of the ragged batch sees its own
+    past in full.
 
-    ``lengths[b]`` tokens of sequence b stand one after the other in T = Σ lengths; positions start at 0.
+    ``lengths[b]`` tokens of sequence b stand one after the other in T = Σ lengths;
+    positions start at 0.
     """
 
     def __init__(self, lengths: list[int], window: int | None = None):
@@ -222,7 +235,9 @@ class CausalAttend:
 
 
 def _group_queries(q: Array, groups: int) -> Array:
-    """[T, H, D] → [G, R·T, D], scaled by 1/√D: the queries that share a key head under each other."""
+    """[T, H, D] → [G, R·T, D], scaled by 1/√D: the queries that share a key head under each
+    other.
+    """
     xp = namespace(q)
     count, heads, dim = q.shape
     grouped = xp.permute_dims(xp.reshape(q, (count, groups, heads // groups, dim)), (1, 2, 0, 3))

@@ -9,10 +9,12 @@ One dataclass covers the four supported families, which differ in five switches 
 | qwen2   | q, k, v        | no      | no             | hidden / heads      |
 | qwen3   | no             | yes     | no             | stated in the file  |
 
-Source: the configuration classes of Hugging Face's ``transformers``, whose defaults hold where a file is silent.
+Source: the configuration classes of Hugging Face's ``transformers``, whose defaults hold
+where a file is silent.
 
-Left out: other families, MLP biases, mixture of experts, windows in some layers only, RoPE over a part of the
-head, RoPE scalings other than ``llama3`` (``yarn``, ``dynamic``, ``linear`` …). Each is refused by name.
+Left out: other families, MLP biases, mixture of experts, windows in some layers only, RoPE
+over a part of the head, RoPE scalings other than ``llama3`` (``yarn``, ``dynamic``,
+``linear`` …). Each is refused by name.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
-# What transformers assumes where config.json is silent. A stated null is not silence: it overrides these.
+# What transformers assumes where config.json is silent. A stated null is not silence: it
+# overrides these.
 _QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32_768}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 2048},
@@ -46,7 +49,9 @@ class UnsupportedModel(ValueError):
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's frequency scaling: long wavelengths are stretched, short ones kept (see ``layers``)."""
+    """Llama 3's frequency scaling: long wavelengths are stretched, short ones kept (see
+    ``layers``).
+    """
 
     factor: float
     low_freq_factor: float
@@ -64,7 +69,9 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and constants of a decoder. Letters: N hidden, H heads, G key/value heads, D head_dim, V vocab."""
+    """Shape and constants of a decoder. Letters: N hidden, H heads, G key/value heads, D
+    head_dim, V vocab.
+    """
 
     family: str
     vocab_size: int  # V
@@ -123,7 +130,8 @@ class ModelConfig:
             *self.eos_token_ids,
             *(() if self.bos_token_id is None else (self.bos_token_id,)),
         ):
-            # beyond the vocabulary is common where a file is silent; -1 would be the last row of the embedding
+            # beyond the vocabulary is common where a file is silent; -1 would be the last
+            # row of the embedding
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < 2**31:
                 raise UnsupportedModel(
                     f"config: bos_token_id and eos_token_id must be token ids, got {token!r}"
@@ -131,12 +139,14 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
-        """Read a Hugging Face ``config.json`` (both the flat and the ``rope_parameters`` spelling).
+        """Read a Hugging Face ``config.json`` (both the flat and the ``rope_parameters``
+        spelling).
 
         Raises
         ------
         UnsupportedModel
-            for an unknown architecture, a part that refllm does not compute, or a value that makes no sense.
+            for an unknown architecture, a part that refllm does not compute, or a value
+            that makes no sense.
         """
         family = _family(raw)
         raw = _DEFAULTS[family] | dict(raw)
@@ -167,7 +177,9 @@ class ModelConfig:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The ``config.json`` that ``transformers`` reads; ``from_hf`` of it gives this record back."""
+        """The ``config.json`` that ``transformers`` reads; ``from_hf`` of it gives this
+        record back.
+        """
         architecture = next(a for a, f in ARCHITECTURES.items() if f == self.family)
         raw: dict[str, Any] = {
             "architectures": [architecture],
@@ -196,7 +208,9 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Stored parameters: L layers, V·N for the embedding (and the head, if it is not tied), norms and biases."""
+        """Stored parameters: L layers, V·N for the embedding (and the head, if it is not
+        tied), norms and biases.
+        """
         n = self.hidden_size
         d = self.head_dim
         h = self.num_attention_heads
@@ -248,7 +262,9 @@ def _refuse_what_is_left_out(family: str, raw: Mapping[str, Any]) -> None:
 
 
 def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Return (theta, scaling) from ``rope_parameters`` (transformers ≥ 5) or the older flat keys."""
+    """Return (theta, scaling) from ``rope_parameters`` (transformers ≥ 5) or the older flat
+    keys.
+    """
     parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(parameters, Mapping) or any(
         isinstance(value, Mapping) for value in parameters.values()
@@ -293,7 +309,9 @@ def _number(raw: Mapping[str, Any], key: str, default: float | None = None) -> f
 
 
 def _flag(raw: Mapping[str, Any], key: str) -> bool:
-    """The truth value under ``key``, false if it is missing or null; the word "false" is none."""
+    """The truth value under ``key``, false if it is missing or null; the word "false" is
+    none.
+    """
     value = raw.get(key)
     if value not in (None, False, True):
         raise UnsupportedModel(f"config: {key} must be true or false, got {value!r}")

@@ -1,11 +1,13 @@
-"""The network: one pure function over a ragged batch, from tokens to hidden states to logits.
+"""The network: one pure function over a ragged batch, from tokens to hidden states to
+logits.
 
-Source: Touvron et al. 2023 (Llama), with grouped-query attention (Llama 2), Mistral's window, Qwen2's biases
-on q, k, v and Qwen3's RMSNorm on the query and key heads (before RoPE).
+Source: Touvron et al. 2023 (Llama), with grouped-query attention (Llama 2), Mistral's
+window, Qwen2's biases on q, k, v and Qwen3's RMSNorm on the query and key heads (before
+RoPE).
 
-The batch has no padding and no batch axis: T tokens of any number of sequences stand one after the other,
-and which sequence a token belongs to is known to ``attend`` alone. So prefill, decode, chunked prefill and
-verification of a draft are one and the same call.
+The batch has no padding and no batch axis: T tokens of any number of sequences stand one
+after the other, and which sequence a token belongs to is known to ``attend`` alone. So
+prefill, decode, chunked prefill and verification of a draft are one and the same call.
 
 | symbol | name              | shape                        |
 |--------|-------------------|------------------------------|
@@ -13,7 +15,8 @@ verification of a draft are one and the same call.
 | q, k, v| heads             | [T, H, D], [T, G, D]         |
 | W      | a ``Linear``      | multiplies as x Wᵀ           |
 
-Left out: everything that a model card calls "extra": dropout, soft-capping, mixture of experts.
+Left out: everything that a model card calls "extra": dropout, soft-capping, mixture of
+experts.
 """
 
 from __future__ import annotations
@@ -48,7 +51,8 @@ SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_pro
 def build(config: ModelConfig, tensors: Mapping[str, Array]) -> Weights:
     """Arrange tensors under Hugging Face's names as the weight tree that ``forward`` walks.
 
-    A tied head is the embedding object itself: one copy in memory serves lookup and product.
+    A tied head is the embedding object itself: one copy in memory serves lookup and
+    product.
     """
     embedding = as_linear(tensors["model.embed_tokens.weight"])
     norm = tensors["model.norm.weight"]
@@ -109,9 +113,10 @@ def forward(
 ) -> Array:
     """tokens[T], positions[T] (integers) → hidden states after the last norm, [T, N].
 
-    ``rows`` (integers), if given, are the tokens whose hidden states are wanted, [len(rows), N]: after its keys and
-    values the last layer works for these alone. A prefill samples from the last token of each prompt only, and so
-    saves nearly a whole layer.
+    ``rows`` (integers), if given, are the tokens whose hidden states are wanted,
+    [len(rows), N]: after its keys and values the last layer works for these alone. A
+    prefill samples from the last token of each prompt only, and so saves nearly a whole
+    layer.
     """
     namespace(tokens, positions, weights["norm"])  # refuses a mix of libraries
     x = weights["embed_tokens"].rows(tokens)
@@ -133,9 +138,11 @@ def decoder_layer(
     index: int,
     rows: Array | None = None,
 ) -> Array:
-    """One layer of the residual stream, x[T, N] → [T, N]; ``rotation`` is ``rope_table``'s pair for these tokens.
+    """One layer of the residual stream, x[T, N] → [T, N]; ``rotation`` is ``rope_table``'s
+    pair for these tokens.
 
-    x ← x + attention(norm(x)), then x ← x + mlp(norm(x)); for ``rows`` of the tokens only, if given.
+    x ← x + attention(norm(x)), then x ← x + mlp(norm(x)); for ``rows`` of the tokens only,
+    if given.
     """
     h = rms_norm(x, layer["input_layernorm"], config.rms_norm_eps)
     heads = mixed_heads(layer, config, h, rotation, attend, index)
@@ -158,7 +165,9 @@ def mixed_heads(
 
 
 def logits(weights: Weights, hidden: Array) -> Array:
-    """hidden[T, N] → [T, V]; pass only the rows that will be sampled from: V · N products a row."""
+    """hidden[T, N] → [T, V]; pass only the rows that will be sampled from: V · N products a
+    row.
+    """
     out: Array = weights["lm_head"].matmul(hidden)
     return out
 
@@ -166,7 +175,9 @@ def logits(weights: Weights, hidden: Array) -> Array:
 def _heads(
     layer: Layer, config: ModelConfig, h: Array, rotation: Any
 ) -> tuple[Array, Array, Array]:
-    """h[T, N] → rotated q[T, H, D], rotated k[T, G, D], v[T, G, D]: views of an array or two."""
+    """h[T, N] → rotated q[T, H, D], rotated k[T, G, D], v[T, G, D]: views of an array or
+    two.
+    """
     wide = config.num_attention_heads
     groups = config.num_key_value_heads
     dim = config.head_dim

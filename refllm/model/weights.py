@@ -2,39 +2,46 @@
 
 Every quantised form has the same face, so the network never asks what a weight is made of.
 
-``Dense`` chooses its layout and cuts its products (``benchmarks/layout.py`` measures both). OpenBLAS packs the
-operands of a product anew each time, which for a few rows costs five times the product itself, unless both are
-small: with AVX-512 it reads up to 10⁶ multiply-adds where they lie. There, on the host,
+``Dense`` chooses its layout and cuts its products (``benchmarks/layout.py`` measures both).
+OpenBLAS packs the operands of a product anew each time, which for a few rows costs five
+times the product itself, unless both are small: with AVX-512 it reads up to 10⁶
+multiply-adds where they lie. There, on the host,
 
-- a weight is stored as blocks of 64 output columns, [M/64, N, 64], and multiplied as one batched matmul;
+- a weight is stored as blocks of 64 output columns, [M/64, N, 64], and multiplied as one
+  batched matmul;
 - rows are cut into groups that stay below 10⁶ with a block;
-- from 128 rows on packing pays, and wide operands pay best: the blocks are laid side by side for the product, a copy
-  that costs little of it, and it is as fast as that of one matrix;
-- 1 and 3 rows are multiplied as 2 and 4: the matrix-vector kernel, and three rows, take twice and 1.4 times as long.
+- from 128 rows on packing pays, and wide operands pay best: the blocks are laid side by
+  side for the product, a copy that costs little of it, and it is as fast as that of one
+  matrix;
+- 1 and 3 rows are multiplied as 2 and 4: the matrix-vector kernel, and three rows, take
+  twice and 1.4 times as long.
 
-Without AVX-512 it packs whatever is a matrix. There a weight is one block of all columns, [1, N, M], for packing many
-at a time costs least, and up to 3 rows go through the matrix-vector kernel, which never packs, one by one. From
-there on its AVX2 kernel takes rows in fours: 5 to 7 rows cost more than 8, so a rest is filled up.
+Without AVX-512 it packs whatever is a matrix. There a weight is one block of all columns,
+[1, N, M], for packing many at a time costs least, and up to 3 rows go through the
+matrix-vector kernel, which never packs, one by one. From there on its AVX2 kernel takes
+rows in fours: 5 to 7 rows cost more than 8, so a rest is filled up.
 
-On a GPU, or where M is no multiple of 64 (the keys of a small draft model), the weight stays one matrix. ``Room`` lays
-the weights of a network side by side in memory; those that multiply the same input are one product in ``model.weights``.
+On a GPU, or where M is no multiple of 64 (the keys of a small draft model), the weight
+stays one matrix. ``Room`` lays the weights of a network side by side in memory; those that
+multiply the same input are one product in ``model.weights``.
 
-Left out: biases (the network adds them), sharding; cutting rows into groups where N is above 3,906, for then no 4 rows
-and a block stay below 10⁶.
+Left out: biases (the network adds them), sharding; cutting rows into groups where N is
+above 3,906, for then no 4 rows and a block stay below 10⁶.
 
 <<MERGED>>
 Weights that multiply the same input, q, k and v or gate and up, as one product.
 
-``side_by_side`` lays them out as one joint weight, of which each is a part that can still be used by itself;
-``product`` multiplies by all at once, and ``bound`` does so again and again.
+``side_by_side`` lays them out as one joint weight, of which each is a part that can still
+be used by itself; ``product`` multiplies by all at once, and ``bound`` does so again and
+again.
 
 | symbol | name                     | shape    |
 |--------|--------------------------|----------|
 | x      | what all of them multiply| [T, N]   |
 | M_i    | outputs of weight i      |          |
 
-Left out: joint weights on a GPU, without a ``Room``, or where one of them is quantised or its M no multiple of 64:
-these are multiplied one by one.
+Left out: joint weights on a GPU, without a ``Room``, or where one of them is quantised or
+its M no multiple of 64: these are multiplied one by one.
 """
 
 from __future__ import annotations
@@ -51,12 +58,14 @@ from refllm.backend import Array, namespace
 
 BLOCK = 64  # output columns a block: the widest that OpenBLAS multiplies without repacking
 FEW = 3  # rows that are multiplied one by one, where each product would pack the weight
-# rows that the AVX2 kernel takes at a time; 1 to 3 over are multiplied in halves, and cost more than 4
+# rows that the AVX2 kernel takes at a time; 1 to 3 over are multiplied in halves, and cost
+# more than 4
 TILE = 4
 MANY = 64  # rows from which the rest no longer shows
 PREFILL = 128  # rows from which OpenBLAS had better pack, and the blocks lie side by side
 WIDE = 2**20  # numbers of a weight that are laid side by side at a time
-# multiply-adds of a product that OpenBLAS does not pack (sgemm_small_kernel_permit, SkylakeX)
+# multiply-adds of a product that OpenBLAS does not pack (sgemm_small_kernel_permit,
+# SkylakeX)
 SMALL = 10**6
 _LINE = 64  # bytes of a cache line, and of a vector: one that straddles two lines is read twice
 
@@ -91,12 +100,15 @@ class Linear(Protocol):
 class Room:
     """One array for the blocks of many weights, in the order in which they are laid out.
 
-    From 4 MB on NumPy asks for huge pages. In pages of 4 KB the weights of a small model, each below 4 MB, are
-    more pages than a processor's table of them holds: a tenth of a decode step at batch 1.
+    From 4 MB on NumPy asks for huge pages. In pages of 4 KB the weights of a small model,
+    each below 4 MB, are more pages than a processor's table of them holds: a tenth of a
+    decode step at batch 1.
     """
 
     def __init__(self, shapes: Iterable[tuple[int, ...]], like: Array):
-        """``shapes`` of all weights to come; those that are not stored in blocks, as on a GPU, take no room."""
+        """``shapes`` of all weights to come; those that are not stored in blocks, as on a
+        GPU, take no room.
+        """
         if namespace(like) is np:
             count = sum(prod(shape) for shape in shapes if in_blocks(shape))
         else:
@@ -117,9 +129,11 @@ class Room:
 
 
 class Dense:
-    """A floating-point weight W[M, N]; the array passed in is copied only if the layout changes.
+    """A floating-point weight W[M, N]; the array passed in is copied only if the layout
+    changes.
 
-    ``room`` gives the place of its blocks; without one, or for another dtype, they are an array of their own.
+    ``room`` gives the place of its blocks; without one, or for another dtype, they are an
+    array of their own.
     """
 
     joint: Dense | None = None  # the weight that this one is a part of, see ``joint.side_by_side``
@@ -187,7 +201,8 @@ class Dense:
         return out[:rows] if more else out
 
     def bind(self, x: Array, out: Array) -> Callable[[], object]:
-        """A call multiplies what x[T, N] holds by then, and writes x Wᵀ to out[T, M]; on the host, T < 128.
+        """A call multiplies what x[T, N] holds by then, and writes x Wᵀ to out[T, M]; on
+        the host, T < 128.
 
         All that depends on shapes alone is done here, once. T = ``full(T)`` is fastest.
         """
@@ -217,7 +232,9 @@ class Dense:
         return np.result_type(x, self._data)
 
     def _cut(self, x: Array, out: Array) -> list[tuple[Array, Array, Array]]:
-        """The products (left, right, result) that write x[T, N] Wᵀ to out[T, M], as views of the three."""
+        """The products (left, right, result) that write x[T, N] Wᵀ to out[T, M], as views
+        of the three.
+        """
         if not self.blocked:
             return [(x, self._data.T, out)]
         rows = x.shape[0]
@@ -233,7 +250,8 @@ class Dense:
         groups = -(-rows // most) if most >= 4 else 1
         group = -(-rows // groups) if rows else 1  # as even as they can be
         whole = rows - rows % group
-        # [groups, 1, group, N] by [M/64, N, 64], each product written straight to where it belongs in out
+        # [groups, 1, group, N] by [M/64, N, 64], each product written straight to where it
+        # belongs in out
         cut = [
             (
                 x[:whole].reshape(-1, 1, group, n),
@@ -252,7 +270,9 @@ class Dense:
         return cut
 
     def _by_matrices(self, x: Array) -> Array:
-        """``matmul`` of many rows: some blocks at a time are laid side by side, as a matrix [N, columns]."""
+        """``matmul`` of many rows: some blocks at a time are laid side by side, as a matrix
+        [N, columns].
+        """
         out = np.empty((x.shape[0], self._shape[0]), dtype=self._dtype(x))
         n = self._shape[1]
         at = 0
@@ -264,7 +284,9 @@ class Dense:
         return out
 
     def rows(self, index: Array) -> Array:
-        """W[index] for index[T] → [T, N]: the embedding lookup, also of a tied head (one copy serves both)."""
+        """W[index] for index[T] → [T, N]: the embedding lookup, also of a tied head (one
+        copy serves both).
+        """
         if not self.blocked:
             return self._data[index]
         width = self._data.shape[2]
@@ -275,7 +297,8 @@ class Dense:
     def dequantize(self) -> Array:
         """W[M, N], a new array."""
         if self.blocked:
-            # a copy by name: of a block as wide as it is high, reshape alone would return a view
+            # a copy by name: of a block as wide as it is high, reshape alone would return a
+            # view
             return self._data.transpose(0, 2, 1).copy().reshape(self._shape)
         return self._data.copy()
 
@@ -287,7 +310,9 @@ def block_width(columns: int) -> int:
 
 @cache
 def reads_in_place() -> bool:
-    """Does this BLAS multiply small operands where they lie? OpenBLAS does on processors with AVX-512."""
+    """Does this BLAS multiply small operands where they lie? OpenBLAS does on processors
+    with AVX-512.
+    """
     with_kernels = ("SkylakeX", "Cooperlake", "SapphireRapids")
     return any(
         pool["internal_api"] == "openblas" and pool["architecture"] in with_kernels
@@ -296,7 +321,9 @@ def reads_in_place() -> bool:
 
 
 def as_linear(weight: Any, room: Room | None = None) -> Any:
-    """A ``Dense`` of an array; what is a ``Linear`` already, such as a quantised weight of a file, as it is."""
+    """A ``Dense`` of an array; what is a ``Linear`` already, such as a quantised weight of
+    a file, as it is.
+    """
     if hasattr(weight, "dequantize"):
         return weight
     return Dense(weight, room)
@@ -308,7 +335,8 @@ def in_blocks(shape: tuple[int, ...]) -> bool:
 
 
 def side_by_side(weights: Iterable[Any], room: Room | None = None) -> list[Any]:
-    """A ``Dense`` each of arrays of the same N; those that find ``room`` together are also views of a joint weight.
+    """A ``Dense`` each of arrays of the same N; those that find ``room`` together are also
+    views of a joint weight.
 
     A ``Linear`` among them stays what it is.
     """
@@ -346,8 +374,8 @@ def side_by_side(weights: Iterable[Any], room: Room | None = None) -> list[Any]:
 def product(x: Array, *weights: Linear) -> Array:
     """x[T, N] times each of the weights, the results side by side in a new array, [T, ΣM].
 
-    One product where they are a joint weight, whole and in order. Where one of them was exchanged, for a quantised
-    one say, they are multiplied one by one.
+    One product where they are a joint weight, whole and in order. Where one of them was
+    exchanged, for a quantised one say, they are multiplied one by one.
     """
     joint = _joint(weights)
     if joint is not None:
@@ -356,7 +384,9 @@ def product(x: Array, *weights: Linear) -> Array:
 
 
 def bound(x: Array, out: Array, weights: Sequence[Dense]) -> Callable[[], object]:
-    """``product`` again and again: a call multiplies what x[T, N] holds by then, and writes to out[T, ΣM]."""
+    """``product`` again and again: a call multiplies what x[T, N] holds by then, and writes
+    to out[T, ΣM].
+    """
     joint = _joint(weights)
     if joint is not None:
         return joint.bind(x, out)

@@ -1,13 +1,16 @@
-"""AWQ: make the input channels that carry the activations larger before rounding, and clip what is rarely met.
+"""AWQ: make the input channels that carry the activations larger before rounding, and clip
+what is rarely met.
 
-Source: Lin et al. 2023 (arXiv:2306.00978), §3 and its authors' code (llm-awq); ``duo`` as in AutoAWQ, on the
-grid of llm-compressor. A product does not change if column j of W is multiplied by s_j and x_j divided by it,
+Source: Lin et al. 2023 (arXiv:2306.00978), §3 and its authors' code (llm-awq); ``duo`` as
+in AutoAWQ, on the grid of llm-compressor. A product does not change if column j of W is
+multiplied by s_j and x_j divided by it,
 
     x Wᵀ = (x/s) (W·s)ᵀ ≈ (x/s) Q(W·s)ᵀ,   where   |Q(W·s)/s − W|_j ≤ Δ'/(2 s_j),
 
-but the rounding error of column j shrinks by s_j as long as the step Δ' of its group stays what it was. That is
-so for a few channels; all of them cannot be the exception. So s is searched for on a grid of 20, by the error of
-the output. The weights' own size plays no part (unless ``duo``): what matters is how large the inputs are.
+but the rounding error of column j shrinks by s_j as long as the step Δ' of its group stays
+what it was. That is so for a few channels; all of them cannot be the exception. So s is
+searched for on a grid of 20, by the error of the output. The weights' own size plays no
+part (unless ``duo``): what matters is how large the inputs are.
 
 | symbol | name                                                         | shape     |
 |--------|--------------------------------------------------------------|-----------|
@@ -19,9 +22,11 @@ the output. The weights' own size plays no part (unless ``duo``): what matters i
 | Q      | round trip through the scheme                                | [M, N]    |
 | m      | clip limit of each row and group, ≥ 0.55 of its largest      | [M, N/g]  |
 
-Nothing is changed in place: a candidate is a new array that ``inspect`` is handed, so there is nothing to restore.
+Nothing is changed in place: a candidate is a new array that ``inspect`` is handed, so there
+is nothing to restore.
 
-Left out: where s is folded (see ``awq_model``), the byte layouts, activations in fewer bits.
+Left out: where s is folded (see ``awq_model``), the byte layouts, activations in fewer
+bits.
 """
 
 from __future__ import annotations
@@ -70,17 +75,20 @@ def search_scale(
     duo: bool = False,
     ratios: Sequence[float] | None = None,
 ) -> AWQScale:
-    """Search the scale of the N input channels that ``weights`` [M_i, N] share; x[T, N] → ``AWQScale``.
+    """Search the scale of the N input channels that ``weights`` [M_i, N] share; x[T, N] →
+    ``AWQScale``.
 
-    ``inspect(weights) -> output`` runs the module whose output the loss is taken on (the whole attention, the whole
-    MLP) with these weights in place of its own; the default is the product itself. ``duo`` divides by the
-    weights' magnitude as well. ``ratios`` replaces the grid; 0 without ``duo``, which is round to nearest, always
-    comes first. Of equal losses the earlier candidate wins; one whose loss is not finite never does.
+    ``inspect(weights) -> output`` runs the module whose output the loss is taken on (the
+    whole attention, the whole MLP) with these weights in place of its own; the default is
+    the product itself. ``duo`` divides by the weights' magnitude as well. ``ratios``
+    replaces the grid; 0 without ``duo``, which is round to nearest, always comes first. Of
+    equal losses the earlier candidate wins; one whose loss is not finite never does.
 
     Raises
     ------
     ValueError
-        if x or a weight is not finite or the shapes disagree; what ``inspect`` raises passes through.
+        if x or a weight is not finite or the shapes disagree; what ``inspect`` raises
+        passes through.
     """
     xp = namespace(x, *weights)
     _check_inputs(x, weights)
@@ -111,10 +119,12 @@ def channel_magnitude(x: Array) -> Array:
 def search_clip(x: Array, weight: Array, scheme: Scheme, *, max_tokens: int = 512) -> Array:
     """Search how far each row's groups may be clipped: x[T, N], W[M, N] → limits m[M, N/g].
 
-    For each group, m = (1 − i/20)·max|w|, i = 0 … 9, that makes Σ_t (x_t · (Q(clip(w, ±m)) − w))² least, the sum
-    over about ``max_tokens`` tokens (every ⌊T/max_tokens⌋-th, all if there are fewer); a tie keeps the wider range.
+    For each group, m = (1 − i/20)·max|w|, i = 0 … 9, that makes Σ_t (x_t · (Q(clip(w, ±m))
+    − w))² least, the sum over about ``max_tokens`` tokens (every ⌊T/max_tokens⌋-th, all if
+    there are fewer); a tie keeps the wider range.
 
-    With X = QR for the group's columns, ‖X d‖ = ‖R d‖: R has g rows at most, however many tokens there are.
+    With X = QR for the group's columns, ‖X d‖ = ‖R d‖: R has g rows at most, however many
+    tokens there are.
     """
     xp = namespace(x, weight)
     _check_inputs(x, [weight])
@@ -132,14 +142,16 @@ def search_clip(x: Array, weight: Array, scheme: Scheme, *, max_tokens: int = 51
 
 
 def clip(weight: Array, limits: Array) -> Array:
-    """W[M, N] with each group held within ±m[M, N/g]; groups with m = max|w| come back bit for bit."""
+    """W[M, N] with each group held within ±m[M, N/g]; groups with m = max|w| come back bit
+    for bit.
+    """
     xp = namespace(weight, limits)
     grouped = xp.reshape(weight, (*limits.shape, -1))
     bound = limits[..., None]
     return xp.reshape(xp.clip(grouped, -bound, bound), weight.shape)
 
 
-# --- the scale ---------------------------------------------------------------------------------------------------
+# --- the scale ----------------------------------------------------------------------------
 
 
 def _candidates(
@@ -160,15 +172,20 @@ def _candidates(
 
 
 def _normalised(s: Array) -> Array:
-    """Clamp from below, then sqrt(max s · min s) = 1, so that a typical weight keeps its size."""
+    """Clamp from below, then sqrt(max s · min s) = 1, so that a typical weight keeps its
+    size.
+    """
     xp = namespace(s)
     s = xp.maximum(s, FLOOR)
-    # the two roots apart: of equal entries s / (√s · √s) the result is 1 up to rounding, and no product overflows
+    # the two roots apart: of equal entries s / (√s · √s) the result is 1 up to rounding,
+    # and no product overflows
     return s / (xp.sqrt(xp.max(s)) * xp.sqrt(xp.min(s)))
 
 
 def _weight_magnitude(weights: Sequence[Array], scheme: Scheme) -> Array:
-    """Mean over all rows of |w| / (largest of its group + 1e-6): [M_i, N] → [N] in float64, each within [0, 1]."""
+    """Mean over all rows of |w| / (largest of its group + 1e-6): [M_i, N] → [N] in float64,
+    each within [0, 1].
+    """
     xp = namespace(*weights)
     total = xp.zeros(weights[0].shape[1], dtype=xp.float64)
     rows = 0
@@ -195,12 +212,14 @@ def _mean_square(reference: Array, output: Array) -> float:
 
 
 def _representable(peak: float, s: Array) -> bool:
-    """Whether W·s and a rounding error of that size divided by s stay far inside the dtype's range."""
+    """Whether W·s and a rounding error of that size divided by s stay far inside the
+    dtype's range.
+    """
     xp = namespace(s)
     return peak * float(xp.max(s)) / float(xp.min(s)) <= float(xp.finfo(s.dtype).max) / 16
 
 
-# --- the clip limits ---------------------------------------------------------------------------------------------
+# --- the clip limits ----------------------------------------------------------------------
 
 
 def _search_piece(weight: Array, factor: Array, scheme: Scheme) -> Array:
@@ -222,7 +241,9 @@ def _search_piece(weight: Array, factor: Array, scheme: Scheme) -> Array:
 
 
 def _groups(scheme: Scheme, weight: Array) -> int:
-    """N/g: how many ranges a row of W[M, N] has; ValueError for a scheme whose ranges are not parts of rows."""
+    """N/g: how many ranges a row of W[M, N] has; ValueError for a scheme whose ranges are
+    not parts of rows.
+    """
     if scheme.granularity not in ("channel", "group"):
         raise ValueError(
             f"AWQ's clip search and duo scaling go by channel or group, not by {scheme.granularity!r}"

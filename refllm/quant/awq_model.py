@@ -1,7 +1,8 @@
-"""AWQ on a decoder layer: which weights share a scale, where its inverse goes, and the whole layer's search.
+"""AWQ on a decoder layer: which weights share a scale, where its inverse goes, and the
+whole layer's search.
 
-Source: Lin et al. 2023, §3.2 and the authors' code (llm-awq). The division x/s costs nothing, because it is folded
-into whatever makes x:
+Source: Lin et al. 2023, §3.2 and the authors' code (llm-awq). The division x/s costs
+nothing, because it is folded into whatever makes x:
 
 | x                  | scaled columns          | divided                        | loss is measured on     |
 |--------------------|-------------------------|--------------------------------|-------------------------|
@@ -10,15 +11,18 @@ into whatever makes x:
 | MLP's input        | gate_proj, up_proj      | gain of post_attention_layernorm | the MLP's output      |
 | MLP's hidden layer | down_proj               | rows of up_proj                | down_proj's output      |
 
-The second is possible because attention averages values: dividing a channel of every value divides it in the
-average. With fewer key/value heads than query heads one row of v_proj makes several columns of o_proj's input,
-which have scales of their own; so it is skipped where the two shapes differ, as the authors do. Up in the MLP no
-such thing can happen: swiglu is linear in ``up``.
+The second is possible because attention averages values: dividing a channel of every value
+divides it in the average. With fewer key/value heads than query heads one row of v_proj
+makes several columns of o_proj's input, which have scales of their own; so it is skipped
+where the two shapes differ, as the authors do. Up in the MLP no such thing can happen:
+swiglu is linear in ``up``.
 
-All four are searched on the layer as it was, then all are folded; then the clip limits are searched on the folded
-weights and the divided inputs. q_proj and k_proj are not clipped: the softmax amplifies what an error there does.
+All four are searched on the layer as it was, then all are folded; then the clip limits are
+searched on the folded weights and the divided inputs. q_proj and k_proj are not clipped:
+the softmax amplifies what an error there does.
 
-Left out: one scale shared by the query heads of a group, which would fit grouped queries; layers of experts.
+Left out: one scale shared by the query heads of a group, which would fit grouped queries;
+layers of experts.
 """
 
 from __future__ import annotations
@@ -66,19 +70,24 @@ class AWQLayer:
 
 
 def scale_groups(layer: Layer) -> tuple[list[ScaleGroup], list[str]]:
-    """The scale groups of a Llama-like layer, and one sentence for each that it cannot have."""
+    """The scale groups of a Llama-like layer, and one sentence for each that it cannot
+    have.
+    """
     values = layer["v_proj"].shape
     out = layer["o_proj"].shape
     if values == out:
         return [ATTENTION_INPUT, HEADS, MLP_INPUT, MLP_HIDDEN], []
-    # where only the head dimension is unusual (M = H·D of both) folding would be exact; upstream skips that too
+    # where only the head dimension is unusual (M = H·D of both) folding would be exact;
+    # upstream skips that too
     shared = "" if values[0] == out[1] else ": query heads share values"
     reason = f"o_proj is not scaled, since its shape {out} is not that of v_proj, {values}{shared}"
     return [ATTENTION_INPUT, MLP_INPUT, MLP_HIDDEN], [reason]
 
 
 def fold(layer: Layer, group: ScaleGroup, scale: Array) -> Layer:
-    """A new layer of the same function: the targets' columns times s[N], what makes their input divided by it."""
+    """A new layer of the same function: the targets' columns times s[N], what makes their
+    input divided by it.
+    """
     namespace(scale)
     folded = dict(layer)
     for name in group.targets:
@@ -106,12 +115,14 @@ def awq_layer(
     clipping: bool = True,
     ratios: Sequence[float] | None = None,
 ) -> tuple[Layer, AWQLayer]:
-    """Scale and clip one decoder layer for ``scheme``; rounding the result to nearest completes AWQ.
+    """Scale and clip one decoder layer for ``scheme``; rounding the result to nearest
+    completes AWQ.
 
-    ``inputs`` holds x[T, N] as captured from the layer as it is, by projection; siblings read the same x, so one
-    of q, k and v, one of gate and up, o and down are enough. ``rotation`` (``rope_table``'s pair) and ``attend``
-    are those of the captured tokens. The layer passed in stays as it is, and without ``clipping`` the result
-    computes the same function.
+    ``inputs`` holds x[T, N] as captured from the layer as it is, by projection; siblings
+    read the same x, so one of q, k and v, one of gate and up, o and down are enough.
+    ``rotation`` (``rope_table``'s pair) and ``attend`` are those of the captured tokens.
+    The layer passed in stays as it is, and without ``clipping`` the result computes the
+    same function.
     """
     groups, skipped = scale_groups(layer)
     scales: dict[str, AWQScale] = {}
@@ -160,12 +171,15 @@ def _module(
     attend: Attend,
     index: int,
 ) -> Inspect | None:
-    """What the loss of a group is measured on, as a function of stand-ins for its weights; None is the product."""
+    """What the loss of a group is measured on, as a function of stand-ins for its weights;
+    None is the product.
+    """
     if group is not ATTENTION_INPUT and group is not MLP_INPUT:
         return None
 
     def run(weights: list[Array]) -> Array:
-        # a dictionary of its own: the layer never holds a stand-in, so it need not be given its weights back
+        # a dictionary of its own: the layer never holds a stand-in, so it need not be given
+        # its weights back
         trial = layer | {name: Dense(w) for name, w in zip(group.targets, weights, strict=True)}
         if group is ATTENTION_INPUT:
             inner = mixed_heads(trial, config, x, rotation, attend, index)

@@ -1,6 +1,7 @@
 """Calibration text: which token ids a network is shown while it is quantised.
 
-Source: the windows of Frantar et al. 2022 (GPTQ), §5: equally long, drawn at random from training text, by a seed.
+Source: the windows of Frantar et al. 2022 (GPTQ), §5: equally long, drawn at random from
+training text, by a seed.
 
 Left out: choosing windows by their content, packing short documents.
 """
@@ -16,7 +17,8 @@ from refllm.backend import to_numpy
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.corpus import Document, training_documents
 
-# characters of text that are encoded first for each token that is wanted: source code needs four
+# characters of text that are encoded first for each token that is wanted: source code needs
+# four
 LIKELY = 8
 
 
@@ -29,10 +31,12 @@ def calibration_windows(
     documents: Sequence[Document] | None = None,
     begin: int | None = None,
 ) -> np.ndarray:
-    """``count`` windows of ``length`` tokens of training text, never of the held-out modules: int64[count, length].
+    """``count`` windows of ``length`` tokens of training text, never of the held-out
+    modules: int64[count, length].
 
-    Each begins with the line that holds a character drawn uniformly from ``documents`` (default: the standard
-    library), and goes on into the next document where its own ends, behind the id ``begin`` if one is given.
+    Each begins with the line that holds a character drawn uniformly from ``documents``
+    (default: the standard library), and goes on into the next document where its own ends,
+    behind the id ``begin`` if one is given.
     """
     texts = [d.text for d in (training_documents() if documents is None else documents) if d.text]
     if count < 1 or length < 1 or not texts:
@@ -54,12 +58,14 @@ def calibration_windows(
 
 
 def sequences(calibration: Any, vocab_size: int) -> list[list[int]]:
-    """Token ids as lists: ``calibration`` is [B, S] of integers, or any number of 1-D sequences of token ids.
+    """Token ids as lists: ``calibration`` is [B, S] of integers, or any number of 1-D
+    sequences of token ids.
 
     Raises
     ------
     ValueError
-        if there is none, one is empty or no sequence of integers, or an id lies outside the vocabulary.
+        if there is none, one is empty or no sequence of integers, or an id lies outside the
+        vocabulary.
     """
     found = []
     for i, row in enumerate(calibration):
@@ -84,7 +90,9 @@ def sequences(calibration: Any, vocab_size: int) -> list[list[int]]:
 
 
 def _encode(tokenizer: Tokenizer, text: str, length: int) -> list[int]:
-    """At least the first ``length`` tokens of ``text``, all if it has fewer, without encoding a long text whole."""
+    """At least the first ``length`` tokens of ``text``, all if it has fewer, without
+    encoding a long text whole.
+    """
     size = LIKELY * length
     while len(ids := tokenizer.encode(text[:size])) < length and size < len(text):
         size *= 2

@@ -1,15 +1,17 @@
-"""How a quantised model is stored: its layout, the type of what stays in floats, and what is not quantised.
+"""How a quantised model is stored: its layout, the type of what stays in floats, and what
+is not quantised.
 
-From a layout (``formats.layouts``) and a network this makes the list of all tensors of its files, and from a layer in
-memory the tensors themselves.
+From a layout (``formats.layouts``) and a network this makes the list of all tensors of its
+files, and from a layer in memory the tensors themselves.
 
 | name                    | stored as                                                                  |
 |-------------------------|----------------------------------------------------------------------------|
 | projections             | the tensors of the layout; those named in ``keep`` as they are             |
 | embedding, norms, biases, head | in ``dtype``, as are all scales                                      |
 
-LLM.int8()'s weights are stored as 8-bit weights with a scale a row: which columns of the activations are outliers is
-found anew at each call, by whoever computes. Readers of compressed-tensors use them with activations as they are.
+LLM.int8()'s weights are stored as 8-bit weights with a scale a row: which columns of the
+activations are outliers is found anew at each call, by whoever computes. Readers of
+compressed-tensors use them with activations as they are.
 
 Left out: quantised embeddings and heads.
 
@@ -25,11 +27,13 @@ Quantised models as checkpoints that ``transformers``, vLLM and ``refllm.load`` 
 | float-quantized | fp8, by row or block          | 8-bit floats, a scale a token or tile      |
 | fp8             | fp8, by block                 | 8-bit floats, a scale a tile               |
 
-``export`` writes a model in memory, ``assemble`` the layers that a run left in files. Both write all files in a new
-directory, which takes its name only when it is whole (``checkpoints.directory_writer``).
+``export`` writes a model in memory, ``assemble`` the layers that a run left in files. Both
+write all files in a new directory, which takes its name only when it is whole
+(``checkpoints.directory_writer``).
 
-Readers of "int-quantized" round activations to absmax/127.5, SmoothQuant to absmax/127: what is loaded computes as the
-format's readers do, which is not bit for bit what was quantised.
+Readers of "int-quantized" round activations to absmax/127.5, SmoothQuant to absmax/127:
+what is loaded computes as the format's readers do, which is not bit for bit what was
+quantised.
 
 Left out: GGUF, several layouts in one checkpoint.
 """
@@ -81,7 +85,9 @@ Read = Callable[[str], np.ndarray]
 
 @dataclass(frozen=True)
 class Storing:
-    """``keep`` names the projections (keys of ``llama.PROJECTIONS``) that are not quantised."""
+    """``keep`` names the projections (keys of ``llama.PROJECTIONS``) that are not
+    quantised.
+    """
 
     stored: Stored
     dtype: str = "float16"
@@ -106,9 +112,12 @@ class Storing:
         return self.stored if name.endswith(tuple(paths)) else None
 
     def plan(self, config: ModelConfig) -> Plan:
-        """Every tensor of the files; CheckpointError naming a weight that the layout has no place for."""
+        """Every tensor of the files; CheckpointError naming a weight that the layout has no
+        place for.
+        """
         specs = stored_specs(config, self.of)
-        # Scales of 8-bit floats stay in float32: rounding them would be a second error in every weight.
+        # Scales of 8-bit floats stay in float32: rounding them would be a second error in
+        # every weight.
         scales = ("weight_scale", "weight_scale_inv") if self.stored.floats else ()
         return {
             name: (
@@ -119,9 +128,11 @@ class Storing:
         }
 
     def reader(self, tensors: Mapping[str, Any], where: Path) -> Read:
-        """What looks up the stored tensors of ``tensors`` (plain names; arrays, or a ``Linear`` each), on the host.
+        """What looks up the stored tensors of ``tensors`` (plain names; arrays, or a
+        ``Linear`` each), on the host.
 
-        The look-up raises CheckpointError naming ``where`` for numbers that are not finite in ``dtype``.
+        The look-up raises CheckpointError naming ``where`` for numbers that are not finite
+        in ``dtype``.
         """
         linears = {
             name: storable(t, name) for name, t in tensors.items() if self.of(name, ()) is not None
@@ -175,7 +186,9 @@ def storable(weight: Linear, name: str = "weight") -> Quantized | W8A8Linear | F
 
 
 def named(layer: Layer, index: int) -> dict[str, Any]:
-    """A layer's projections, norms and biases under their names in the checkpoint: ``llama.build_layer`` backwards."""
+    """A layer's projections, norms and biases under their names in the checkpoint:
+    ``llama.build_layer`` backwards.
+    """
     at = f"model.layers.{index}."
     found = {f"{at}{path}.weight": layer[key] for key, path in PROJECTIONS.items()}
     for key, tensor in layer.items():
@@ -198,16 +211,18 @@ def export(
     extra_files: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write ``model`` (a record with ``.config .weights .tokenizer`` whose projections are quantised).
+    """Write ``model`` (a record with ``.config .weights .tokenizer`` whose projections are
+    quantised).
 
-    ``layout`` None is the usual one of its weights (see ``default_layout``). Embedding, norms, biases, head and scales
-    are stored in ``dtype``: a model that was quantised with that ``scale_dtype`` is stored exactly.
+    ``layout`` None is the usual one of its weights (see ``default_layout``). Embedding,
+    norms, biases, head and scales are stored in ``dtype``: a model that was quantised with
+    that ``scale_dtype`` is stored exactly.
 
     Raises
     ------
     ValueError
-        for weights that the layout cannot hold, naming the layouts that can; otherwise as ``writer.save``. Nothing has
-        been written then.
+        for weights that the layout cannot hold, naming the layouts that can; otherwise as
+        ``writer.save``. Nothing has been written then.
     """
     config = model.config
     weights = model.weights
@@ -235,7 +250,9 @@ def export(
 def storing_of(
     weights: Mapping[str, Any], layout: str | None = None, dtype: str = "float16"
 ) -> Storing:
-    """How a weight tree is stored; ValueError if its projections are not all quantised alike, or no layout fits."""
+    """How a weight tree is stored; ValueError if its projections are not all quantised
+    alike, or no layout fits.
+    """
     if dtype not in STORED_TYPES:
         raise ValueError(
             f"export: dtype {dtype!r} is not stored; choose one of {', '.join(STORED_TYPES)}"

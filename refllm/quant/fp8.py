@@ -1,4 +1,5 @@
-"""FP8 as a method: weights and activations in 8-bit floats, and scales from the past instead of the present.
+"""FP8 as a method: weights and activations in 8-bit floats, and scales from the past
+instead of the present.
 
 What shares a scale decides which activations go with a weight:
 
@@ -9,19 +10,21 @@ What shares a scale decides which activations go with a weight:
 | "block", 128 × 128      | "tile", 1 × 128     | DeepSeek-V3                                     |
 | "group"                 | "tile"              |                                                 |
 
-Scales are absmax / 448 (``formats.block_float``). *Current* scaling takes absmax from the tensor itself, which must be
-read twice. *Delayed* scaling takes the largest of the last H steps, which is known before the tensor is: one pass, and
-wrong whenever the range grows. What is then beyond it saturates.
+Scales are absmax / 448 (``formats.block_float``). *Current* scaling takes absmax from the
+tensor itself, which must be read twice. *Delayed* scaling takes the largest of the last H
+steps, which is known before the tensor is: one pass, and wrong whenever the range grows.
+What is then beyond it saturates.
 
 | symbol | name                                         | shape          |
 |--------|----------------------------------------------|----------------|
 | W, x   | weight, activations                          | [M, N], [T, N] |
 | H      | steps that a delayed scale looks back        |                |
 
-Sources: Micikevicius et al. 2022 (FP8 formats for deep learning), §4; DeepSeek-V3 (2024), §3.3; NVIDIA's Transformer
-Engine, its recipe ``DelayedScaling``.
+Sources: Micikevicius et al. 2022 (FP8 formats for deep learning), §4; DeepSeek-V3 (2024),
+§3.3; NVIDIA's Transformer Engine, its recipe ``DelayedScaling``.
 
-Left out: margins of a delayed scale, static scales of activations, training (``train.fp8``).
+Left out: margins of a delayed scale, static scales of activations, training
+(``train.fp8``).
 """
 
 from __future__ import annotations
@@ -62,12 +65,14 @@ def fp8(
     activations: bool = True,
     name: str = "weight",
 ) -> Fp8Linear:
-    """W[M, N] in 8-bit floats that share scales as ``scheme`` says; its rule and its grid of integers play no part.
+    """W[M, N] in 8-bit floats that share scales as ``scheme`` says; its rule and its grid
+    of integers play no part.
 
     Raises
     ------
     ValueError
-        naming ``name`` if W is not finite or does not fit, or for what is no 8-bit float, granularity or scale.
+        naming ``name`` if W is not finite or does not fit, or for what is no 8-bit float,
+        granularity or scale.
     """
     check(scheme, format)
     made = quantize(
@@ -94,9 +99,11 @@ def check(scheme: Scheme, format: str = "e4m3") -> None:
 
 
 class DelayedScale:
-    """The scale of a tensor that is seen once a step: from the largest absmax of the last ``history`` steps.
+    """The scale of a tensor that is seen once a step: from the largest absmax of the last
+    ``history`` steps.
 
-    It counts what that costs: ``seen`` numbers so far, ``saturated`` of them beyond the range.
+    It counts what that costs: ``seen`` numbers so far, ``saturated`` of them beyond the
+    range.
     """
 
     def __init__(self, history: int = 16, format: str = "e4m3"):
@@ -108,7 +115,9 @@ class DelayedScale:
         self.saturated = 0
 
     def quantize(self, x: Array, *, name: str = "x") -> Scaled:
-        """x[M, N] with the scale that the steps before give (its own in the first), then remember its range."""
+        """x[M, N] with the scale that the steps before give (its own in the first), then
+        remember its range.
+        """
         xp = namespace(x)
         now = float(absmax(x, self.scheme, name=name))
         largest = xp.asarray(max(self.past) if self.past else now, dtype=xp.float32)
@@ -120,10 +129,11 @@ class DelayedScale:
 
 
 def integers_or_floats(x: Array, granularity: str = "token") -> dict[str, float]:
-    """Relative error ‖x̂ − x‖² / ‖x‖² of x[T, N] in INT8, E4M3 and E5M2 with scales of one granularity.
+    """Relative error ‖x̂ − x‖² / ‖x‖² of x[T, N] in INT8, E4M3 and E5M2 with scales of one
+    granularity.
 
-    INT8 has equal steps: it wins where a range is used evenly. Floats have steps in proportion to the number: they
-    win where few numbers are much larger than the rest.
+    INT8 has equal steps: it wins where a range is used evenly. Floats have steps in
+    proportion to the number: they win where few numbers are much larger than the rest.
     """
     xp = namespace(x)
     size = float(xp.sum(xp.square(x), dtype=xp.float64))

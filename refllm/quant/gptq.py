@@ -1,12 +1,15 @@
-"""GPTQ: round a weight column by column, and let the columns to come make up for each one's error.
+"""GPTQ: round a weight column by column, and let the columns to come make up for each one's
+error.
 
-Source: Frantar et al. 2022 (arXiv:2210.17323), section 3 and algorithm 1, and the code that they published with it.
-The layer's output error for one row is ½ (w − q) H (w − q)ᵀ. After column i was rounded, the columns j > i move by
+Source: Frantar et al. 2022 (arXiv:2210.17323), section 3 and algorithm 1, and the code that
+they published with it. The layer's output error for one row is ½ (w − q) H (w − q)ᵀ. After
+column i was rounded, the columns j > i move by
 
     w_j ← w_j − e_i U_ij,   e_i = (w_i − q_i) / U_ii,   Uᵀ U = H⁻¹,
 
-which is where the error is least given q_1 … q_i; what that costs is ½ e_i². ``hessian`` says why U is the matrix that
-the step needs, ``obq`` is the same in the plain form, with the inverse that it stands for.
+which is where the error is least given q_1 … q_i; what that costs is ½ e_i². ``hessian``
+says why U is the matrix that the step needs, ``obq`` is the same in the plain form, with
+the inverse that it stands for.
 
 | symbol | name                                                                    | shape  |
 |--------|-------------------------------------------------------------------------|--------|
@@ -15,13 +18,16 @@ the step needs, ``obq`` is the same in the plain form, with the inverse that it 
 | e      | scaled errors                                                           | [N, M] |
 | Σ      | loss, ½ Σ e² = ½ tr((W − Ŵ) H (W − Ŵ)ᵀ), dead columns of W at zero      |        |
 
-Columns lie in rows here, [N, M], so that each is contiguous. The update is applied when a column is reached: a block
-of columns first takes the errors of all earlier blocks in one product ("lazy batch updates", section 3.3), then each
-of its columns those of the block. Errors take the place of the columns that they belong to. When a dynamic group
-begins, all of its columns are brought up to date before its scale is found, so the block size changes nothing but
-rounding; ``upstream_quirks`` does as the published code does instead, where it does.
+Columns lie in rows here, [N, M], so that each is contiguous. The update is applied when a
+column is reached: a block of columns first takes the errors of all earlier blocks in one
+product ("lazy batch updates", section 3.3), then each of its columns those of the block.
+Errors take the place of the columns that they belong to. When a dynamic group begins, all
+of its columns are brought up to date before its scale is found, so the block size changes
+nothing but rounding; ``upstream_quirks`` does as the published code does instead, where it
+does.
 
-Left out: the sequential order of a layer's projections (``calibrate``), ternary grids, batches of experts.
+Left out: the sequential order of a layer's projections (``calibrate``), ternary grids,
+batches of experts.
 """
 
 from __future__ import annotations
@@ -54,33 +60,40 @@ def gptq(
     Parameters
     ----------
     hessian
-        H, or its ``factor(H, damp, act_order)``, which serves all weights that read the same input.
+        H, or its ``factor(H, damp, act_order)``, which serves all weights that read the
+        same input.
     block_size
         columns a block. Changes the speed, and nothing but rounding in the result.
     damp
-        λ as a share of H's mean diagonal; raised if H is not positive definite (``factor``), see ``.damp``.
+        λ as a share of H's mean diagonal; raised if H is not positive definite
+        (``factor``), see ``.damp``.
     act_order
-        visit the columns by falling diagonal of H, so that the columns that matter most have the most columns left
-        to make up for them. With dynamic groups the result has a ``g_idx``.
+        visit the columns by falling diagonal of H, so that the columns that matter most
+        have the most columns left to make up for them. With dynamic groups the result has a
+        ``g_idx``.
     static_groups
-        scales of all groups from the weight as it came, not from what is left when the group begins.
+        scales of all groups from the weight as it came, not from what is left when the
+        group begins.
     mse
         search the range of each scale (``rtn.params``).
     upstream_quirks
-        as the published code does: a dynamic group's scale is found from columns that lack the errors of its own
-        block; one-sided ranges of "half_integer_unsigned" get half of the step; a row's scale sees dead columns.
+        as the published code does: a dynamic group's scale is found from columns that lack
+        the errors of its own block; one-sided ranges of "half_integer_unsigned" get half of
+        the step; a row's scale sees dead columns.
     scale_dtype, zero_dtype
-        what scales and zero points are stored in (``affine.quantize``); everything is rounded with the stored scales.
+        what scales and zero points are stored in (``affine.quantize``); everything is
+        rounded with the stored scales.
 
     Returns
     -------
-    A ``Quantized`` with ``.loss`` Σ, ``.damp``, ``.dead`` and ``.g_idx``. Dead columns, whose input was always zero
-    during calibration, become zero.
+    A ``Quantized`` with ``.loss`` Σ, ``.damp``, ``.dead`` and ``.g_idx``. Dead columns,
+    whose input was always zero during calibration, become zero.
 
     Raises
     ------
     ValueError
-        naming ``name`` if W is not finite or does not fit the scheme or H; for an H that no damping helps.
+        naming ``name`` if W is not finite or does not fit the scheme or H; for an H that no
+        damping helps.
     """
     xp = namespace(weight)
     if isinstance(hessian, Factor):
@@ -101,7 +114,8 @@ def gptq(
         scale_dtype=scale_dtype,
         name=name,
     )
-    # [N, M], to be overwritten; where it is no copy, it is a view of ``alive``, which ``where`` has made
+    # [N, M], to be overwritten; where it is no copy, it is a view of ``alive``, which
+    # ``where`` has made
     work = xp.ascontiguousarray((alive if f.order is None else alive[:, f.order]).T)
     walk = _stale_walk if upstream_quirks and grids.dynamic else _walk
     codes = xp.empty(work.shape, dtype=xp.int8 if scheme.signed else xp.uint8)
@@ -122,7 +136,8 @@ def _loss(errors: Array) -> float:
 def _walk(work: Array, upper: Array, grids: Grids, codes: Array, block: int) -> None:
     """Round all columns; work[N, M] holds the weight before and the errors e after.
 
-    Two levels of blocks, [c, d) and within it [a, b): a dynamic group is one of them, ``block`` the other.
+    Two levels of blocks, [c, d) and within it [a, b): a dynamic group is one of them,
+    ``block`` the other.
     """
     n = work.shape[0]
     width = grids.width if grids.dynamic else block
@@ -139,7 +154,9 @@ def _walk(work: Array, upper: Array, grids: Grids, codes: Array, block: int) -> 
 
 
 def _stale_walk(work: Array, upper: Array, grids: Grids, codes: Array, block: int) -> None:
-    """``_walk`` as published: a group's scale is found from columns that know the errors of earlier blocks only."""
+    """``_walk`` as published: a group's scale is found from columns that know the errors of
+    earlier blocks only.
+    """
     xp = namespace(work)
     n = work.shape[0]
     width = grids.width
@@ -165,7 +182,9 @@ def _catch_up(work: Array, upper: Array, start: int, a: int, b: int) -> None:
 def _round_columns(
     work: Array, upper: Array, grids: Grids, codes: Array, start: int, a: int, b: int
 ) -> None:
-    """Round columns a … b, which lack the errors of columns start … a and each other's, one after the other."""
+    """Round columns a … b, which lack the errors of columns start … a and each other's, one
+    after the other.
+    """
     for i in range(a, b):
         w = work[i]  # a view: what is done to w is done to the column
         if i > start:

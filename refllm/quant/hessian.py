@@ -1,9 +1,11 @@
 """The Hessian of a layer's output error, and the triangular factor that GPTQ walks along.
 
-What a row w of the weight makes of T inputs goes wrong by ‖(w − q) Xᵀ‖² when it is stored as q. A token's share of
-that is ½ (w − q) H (w − q)ᵀ with H = 2 XᵀX / T, a quadratic form with the same matrix for all rows.
+What a row w of the weight makes of T inputs goes wrong by ‖(w − q) Xᵀ‖² when it is stored
+as q. A token's share of that is ½ (w − q) H (w − q)ᵀ with H = 2 XᵀX / T, a quadratic form
+with the same matrix for all rows.
 
-Sources: Frantar et al. 2022 (GPTQ), section 3 and algorithm 1; Frantar & Alistarh 2022 (OBC), section 3 and lemma 1.
+Sources: Frantar et al. 2022 (GPTQ), section 3 and algorithm 1; Frantar & Alistarh 2022
+(OBC), section 3 and lemma 1.
 
 | symbol | name                                                             | shape  |
 |--------|------------------------------------------------------------------|--------|
@@ -13,11 +15,13 @@ Sources: Frantar et al. 2022 (GPTQ), section 3 and algorithm 1; Frantar & Alista
 | R      | upper triangular, H = R Rᵀ                                       | [N, N] |
 | U      | upper triangular, Uᵀ U = H⁻¹: U = R⁻¹, the matrix of the paper   | [N, N] |
 
-The paper inverts H and takes the upper Cholesky factor of the inverse, since OBQ's update of column i needs row i
-of the inverse of what is left of H after i columns, and that row is U_ii · U_i. The factor of H itself, taken from
-the last column to the first, leads to the same U without inverting H: H = R Rᵀ gives H⁻¹ = R⁻ᵀ R⁻¹ = Uᵀ U, and a
-triangular matrix with a positive diagonal that does this is unique. It takes less than half of the operations, and
-there is no second factorisation that could fail. (Of float32 arrays NumPy computes the factor in float64, CuPy not.)
+The paper inverts H and takes the upper Cholesky factor of the inverse, since OBQ's update
+of column i needs row i of the inverse of what is left of H after i columns, and that row is
+U_ii · U_i. The factor of H itself, taken from the last column to the first, leads to the
+same U without inverting H: H = R Rᵀ gives H⁻¹ = R⁻ᵀ R⁻¹ = Uᵀ U, and a triangular matrix
+with a positive diagonal that does this is unique. It takes less than half of the
+operations, and there is no second factorisation that could fail. (Of float32 arrays NumPy
+computes the factor in float64, CuPy not.)
 
 Left out: Hessians by group of rows, sharding, the Fisher matrix in place of XᵀX.
 """
@@ -43,9 +47,11 @@ def hessian(x: Array) -> Array:
 
 
 class Hessian:
-    """H over batches, joined weighted by their token counts: batching changes nothing but rounding.
+    """H over batches, joined weighted by their token counts: batching changes nothing but
+    rounding.
 
-    Upstream's GPTQ averages over sequences instead; for sequences of one length that is another unit of the loss.
+    Upstream's GPTQ averages over sequences instead; for sequences of one length that is
+    another unit of the loss.
     """
 
     def __init__(self, name: str = "x") -> None:
@@ -54,7 +60,9 @@ class Hessian:
         self._sum: Array = None  # Σ xᵀx
 
     def add(self, x: Array) -> None:
-        """One more batch x[..., N], any number of tokens; ValueError if a number is not finite, or x has no columns."""
+        """One more batch x[..., N], any number of tokens; ValueError if a number is not
+        finite, or x has no columns.
+        """
         xp = namespace(x)
         if x.ndim == 0 or x.shape[-1] == 0:
             raise ValueError(
@@ -98,7 +106,8 @@ class Factor:
 
 
 def damped(h: Array, damp: float) -> Array:
-    """H with ones on the diagonal of dead columns, plus λI, λ = damp · mean(diagonal); a new array [N, N].
+    """H with ones on the diagonal of dead columns, plus λI, λ = damp · mean(diagonal); a
+    new array [N, N].
 
     The mean includes those ones, as upstream's does.
     """
@@ -112,17 +121,21 @@ def damped(h: Array, damp: float) -> Array:
 
 
 def factor(h: Array, damp: float = 0.01, act_order: bool = False) -> Factor:
-    """U with Uᵀ U = (H + λI)⁻¹ for a Hessian h[N, N], with ``act_order`` of the columns by falling diagonal.
+    """U with Uᵀ U = (H + λI)⁻¹ for a Hessian h[N, N], with ``act_order`` of the columns by
+    falling diagonal.
 
-    Of equal diagonals the lower column comes first; dead columns come last, since nothing depends on them.
+    Of equal diagonals the lower column comes first; dead columns come last, since nothing
+    depends on them.
 
-    If the matrix is not positive definite within its precision, ``damp`` is raised to 1e-4, if it was less, and then
-    doubled, until it is: too few tokens or inputs of very different sizes do that where ``damp`` is small.
+    If the matrix is not positive definite within its precision, ``damp`` is raised to 1e-4,
+    if it was less, and then doubled, until it is: too few tokens or inputs of very
+    different sizes do that where ``damp`` is small.
 
     Raises
     ------
     ValueError
-        if h is not a square matrix of finite numbers with a diagonal of zero or more, or if no damping helps.
+        if h is not a square matrix of finite numbers with a diagonal of zero or more, or if
+        no damping helps.
     """
     xp = namespace(h)
     check(h, damp)
@@ -164,8 +177,8 @@ def _reverse_cholesky(matrix: Array) -> Array | None:
         lower = xp.linalg.cholesky(matrix[::-1, ::-1])
     except xp.linalg.LinAlgError:
         return None
-    # CuPy does not raise but returns what it got to. The rows of a true factor have the lengths of the diagonal,
-    # up to the rounding of n terms; NaN fails the comparison too.
+    # CuPy does not raise but returns what it got to. The rows of a true factor have the
+    # lengths of the diagonal, up to the rounding of n terms; NaN fails the comparison too.
     diagonal = xp.diagonal(matrix)[::-1]
     error = xp.abs(xp.einsum("ij,ij->i", lower, lower) - diagonal)
     if not bool(
@@ -176,7 +189,8 @@ def _reverse_cholesky(matrix: Array) -> Array | None:
 
 
 def _invert(r: Array, out: Array) -> None:
-    """Write the inverse of an upper-triangular r[n, n] into ``out``, zeros so far: a quarter of a general one's work.
+    """Write the inverse of an upper-triangular r[n, n] into ``out``, zeros so far: a
+    quarter of a general one's work.
 
     By halves: [[A, B], [0, C]]⁻¹ = [[A⁻¹, −A⁻¹ B C⁻¹], [0, C⁻¹]]
     """

@@ -1,7 +1,9 @@
-"""Histograms of magnitudes, and where to cut them: by percentile, and by the entropy that coarse codes lose.
+"""Histograms of magnitudes, and where to cut them: by percentile, and by the entropy that
+coarse codes lose.
 
-Sources: Migacz 2017, "8-bit inference with TensorRT" (the entropy method), as NVIDIA's modelopt (pytorch-quantization
-before it) computes both: ``modelopt.torch.quantization.calib.histogram``. Golden values of it are in the tests.
+Sources: Migacz 2017, "8-bit inference with TensorRT" (the entropy method), as NVIDIA's
+modelopt (pytorch-quantization before it) computes both:
+``modelopt.torch.quantization.calib.histogram``. Golden values of it are in the tests.
 
 | symbol   | name                                                               | shape        |
 |----------|--------------------------------------------------------------------|--------------|
@@ -12,11 +14,13 @@ before it) computes both: ``modelopt.torch.quantization.calib.histogram``. Golde
 | p        | h[:i] with all that lies beyond added to its last bin              | [i]          |
 | q        | h[:i] after ℓ codes: each level's count shared by its non-empty bins | [i]        |
 
-``entropy_cut`` asks for Σ p log(p/q) of every candidate. Written as loops that is bins² steps; here every sum over
-bins is a difference of two prefix sums, so C × ℓ numbers are enough.
+``entropy_cut`` asks for Σ p log(p/q) of every candidate. Written as loops that is bins²
+steps; here every sum over bins is a difference of two prefix sums, so C × ℓ numbers are
+enough.
 
-Left out: modelopt's "mse" cut (``observers.mse_range`` searches on the numbers themselves), strides other than 1, its
-way of growing (its edges drift from k·w as float32 sums do; here the width is kept exactly).
+Left out: modelopt's "mse" cut (``observers.mse_range`` searches on the numbers themselves),
+strides other than 1, its way of growing (its edges drift from k·w as float32 sums do; here
+the width is kept exactly).
 """
 
 from __future__ import annotations
@@ -27,9 +31,11 @@ _AT_ONCE = 1 << 20  # numbers of the table [candidates, levels] held at one time
 
 
 def count_bins(magnitudes: Array, width: float, bins: int) -> Array:
-    """Count numbers in [0, bins·width] by bins of ``width`` → h[bins], int64. Any shape; the order does not matter.
+    """Count numbers in [0, bins·width] by bins of ``width`` → h[bins], int64. Any shape;
+    the order does not matter.
 
-    Exactly ⌊x/w⌋ in float64, so that two libraries, and two ways to cut the data into batches, count the same.
+    Exactly ⌊x/w⌋ in float64, so that two libraries, and two ways to cut the data into
+    batches, count the same.
     """
     xp = namespace(magnitudes)
     index = xp.astype(xp.reshape(magnitudes, (-1,)), xp.float64) / width
@@ -39,9 +45,11 @@ def count_bins(magnitudes: Array, width: float, bins: int) -> Array:
 
 
 def percentile_cut(counts: Array, percentile: float) -> int:
-    """The bin k in which the cumulative count first reaches ``percentile`` %; k·w, its *left* edge, is the cut.
+    """The bin k in which the cumulative count first reaches ``percentile`` %; k·w, its
+    *left* edge, is the cut.
 
-    Below k·w lies less than that share of the data; with 100 all of it but the last non-empty bin.
+    Below k·w lies less than that share of the data; with 100 all of it but the last
+    non-empty bin.
 
     Raises
     ------
@@ -58,10 +66,12 @@ def percentile_cut(counts: Array, percentile: float) -> int:
 
 
 def entropy_cut(counts: Array, *, levels: int = 128, start: int = 128) -> int:
-    """The i ≥ ``start`` with the smallest KL(p ‖ q), of equal ones the largest; i·w is the cut.
+    """The i ≥ ``start`` with the smallest KL(p ‖ q), of equal ones the largest; i·w is the
+    cut.
 
-    ``start`` bins or fewer leave nothing to choose from: then it is their number. The count of bin 0 is replaced
-    by that of bin 1, as upstream does: a spike of zeros (ReLU) costs nothing in any range, and would decide it.
+    ``start`` bins or fewer leave nothing to choose from: then it is their number. The count
+    of bin 0 is replaced by that of bin 1, as upstream does: a spike of zeros (ReLU) costs
+    nothing in any range, and would decide it.
 
     Raises
     ------
@@ -93,8 +103,8 @@ def _divergences(h: Array, levels: int, low: int, high: int) -> Array:
     filled = _prefix(xp.astype(h > 0, xp.float64))
     log_h = xp.log(xp.where(h > 0, h, 1.0))
     i = xp.arange(low, high, dtype=xp.int64)
-    # level L of candidate i holds the bins k with ⌊ℓ·k/i⌋ = L, that is ⌈L·i/ℓ⌉ ≤ k < ⌈(L+1)·i/ℓ⌉
-    # [C, ℓ+1]
+    # level L of candidate i holds the bins k with ⌊ℓ·k/i⌋ = L, that is ⌈L·i/ℓ⌉ ≤ k <
+    # ⌈(L+1)·i/ℓ⌉ [C, ℓ+1]
     edges = (i[:, None] * xp.arange(levels + 1, dtype=xp.int64) + (levels - 1)) // levels
     mass = before[edges[:, 1:]] - before[edges[:, :-1]]
     width = filled[edges[:, 1:]] - filled[edges[:, :-1]]

@@ -1,11 +1,13 @@
 """The importance of a weight's columns: how large the activations are that it multiplies.
 
-An error e in column j of W changes the output by e·x_j, so that the expected square of a row's error is
-Σ_j e_j² E[x_j²] if columns are independent. E[x_j²], the mean over tokens, is what llama.cpp's imatrix holds (sums of
-squares and counts of tokens), and what its encoders weigh errors by.
+An error e in column j of W changes the output by e·x_j, so that the expected square of a
+row's error is Σ_j e_j² E[x_j²] if columns are independent. E[x_j²], the mean over tokens,
+is what llama.cpp's imatrix holds (sums of squares and counts of tokens), and what its
+encoders weigh errors by.
 
-q, k and v read the same input, and so do gate and up: they share an importance. The embedding is looked up, not
-multiplied, and has none; neither has the output matrix, as with llama.cpp's tool by default.
+q, k and v read the same input, and so do gate and up: they share an importance. The
+embedding is looked up, not multiplied, and has none; neither has the output matrix, as with
+llama.cpp's tool by default.
 
 Left out: files of llama.cpp's tool, experts.
 """
@@ -30,7 +32,8 @@ def importance(
     calibration: Any,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> dict[str, np.ndarray]:
-    """Mean square of each input of each projection over the tokens of ``calibration``: GGUF name → float32 [N].
+    """Mean square of each input of each projection over the tokens of ``calibration``: GGUF
+    name → float32 [N].
 
     Sums are float64. The text goes through the network as it is, layer by layer (``walk``).
     """

@@ -1,7 +1,9 @@
-"""Calibration: text on its way through a network, one decoder layer at a time, in view of those who quantise it.
+"""Calibration: text on its way through a network, one decoder layer at a time, in view of
+those who quantise it.
 
-Source: the order of Frantar et al. 2022 (GPTQ), §4 "true sequential": within a layer the projections are visited in
-the order in which they compute, and each sees what its already quantised predecessors make of the text.
+Source: the order of Frantar et al. 2022 (GPTQ), §4 "true sequential": within a layer the
+projections are visited in the order in which they compute, and each sees what its already
+quantised predecessors make of the text.
 
 | stage | projections            | read                                      |
 |-------|------------------------|-------------------------------------------|
@@ -15,8 +17,9 @@ the order in which they compute, and each sees what its already quantised predec
             for x in run.inputs(): ...               # [T, N], batch by batch, as often as one likes
             run.layer[name] = quantised              # from here on the text goes through it
 
-Memory: one layer, the residual stream of all the text [T, N], and for stage 1 the heads' outputs [T, H·D]. The MLP's
-hidden layer [T, F] is computed for one batch at a time, twice (to observe it, and to go on with it).
+Memory: one layer, the residual stream of all the text [T, N], and for stage 1 the heads'
+outputs [T, H·D]. The MLP's hidden layer [T, F] is computed for one batch at a time, twice
+(to observe it, and to go on with it).
 
 Which text: ``passages``. Left out: keeping streams on disk, layers of experts.
 """
@@ -52,17 +55,23 @@ BATCH = 2048  # tokens that go through a layer at a time; a longer sequence goes
 
 
 class Source(Protocol):
-    """Where layers come from: a model in memory, or a checkpoint that is read as it is needed."""
+    """Where layers come from: a model in memory, or a checkpoint that is read as it is
+    needed.
+    """
 
     @property
     def config(self) -> ModelConfig: ...
 
     def rows(self, tokens: Sequence[int]) -> Array:
-        """Embedding rows of T token ids → [T, N], in the dtype and library that is computed in."""
+        """Embedding rows of T token ids → [T, N], in the dtype and library that is computed
+        in.
+        """
         ...
 
     def layer(self, index: int) -> Layer:
-        """A new dict of layer ``index`` in floating point: projections as ``Dense``, norms and biases as arrays."""
+        """A new dict of layer ``index`` in floating point: projections as ``Dense``, norms
+        and biases as arrays.
+        """
         ...
 
 
@@ -77,7 +86,9 @@ class Batch:
 
 
 class LayerRun:
-    """One layer while the text goes through it. ``layer`` may be changed, projection by projection."""
+    """One layer while the text goes through it. ``layer`` may be changed, projection by
+    projection.
+    """
 
     def __init__(self, config: ModelConfig, index: int, layer: Layer, batches: list[Batch]):
         self.config = config
@@ -87,13 +98,16 @@ class LayerRun:
         self.stage = 0  # the projections of the stages before it have been computed for every batch
 
     def stages(self) -> Iterator[tuple[str, ...]]:
-        """The names of each stage's projections; when the next is asked for, the text goes through these."""
+        """The names of each stage's projections; when the next is asked for, the text goes
+        through these.
+        """
         while self.stage < len(STAGES):
             yield STAGES[self.stage]
             self._advance()
 
     def inputs(self, batches: Sequence[Batch] | None = None) -> Iterator[Array]:
-        """What the projections of this stage read, [T, N] batch by batch (all, or some of ``self.batches``).
+        """What the projections of this stage read, [T, N] batch by batch (all, or some of
+        ``self.batches``).
 
         Raises
         ------
@@ -147,10 +161,11 @@ class LayerRun:
 
 
 def walk(source: Source, calibration: Any) -> Iterator[LayerRun]:
-    """Every layer of ``source`` in turn, with the text of ``calibration`` (see ``sequences``) going through it.
+    """Every layer of ``source`` in turn, with the text of ``calibration`` (see
+    ``sequences``) going through it.
 
-    When the next layer is asked for, the text goes through what is left of this one, as ``run.layer`` then is. None
-    as ``calibration`` walks the layers without text.
+    When the next layer is asked for, the text goes through what is left of this one, as
+    ``run.layer`` then is. None as ``calibration`` walks the layers without text.
     """
     config = source.config
     if calibration is None:
@@ -181,7 +196,9 @@ def embed(source: Source, ids: Sequence[Sequence[int]]) -> list[Batch]:
 
 
 class Tap:
-    """A ``Linear`` that shows each of its inputs x[T, N] to ``observe`` and is otherwise the one it wraps."""
+    """A ``Linear`` that shows each of its inputs x[T, N] to ``observe`` and is otherwise
+    the one it wraps.
+    """
 
     def __init__(self, inner: Linear, observe: Callable[[Array], None]):
         self.inner = inner
@@ -208,7 +225,9 @@ class Tap:
 
 
 def tapped(weights: dict[str, Any], observe: Callable[[int, str, Array], None]) -> dict[str, Any]:
-    """A weight tree whose projections show their inputs: ``observe(layer, "q_proj", x[T, N])``; nothing is copied."""
+    """A weight tree whose projections show their inputs: ``observe(layer, "q_proj", x[T,
+    N])``; nothing is copied.
+    """
 
     def tap(index: int, name: str, inner: Linear) -> Tap:
         return Tap(inner, lambda x: observe(index, name, x))

@@ -44,7 +44,9 @@ class ModelSource:
         return self.weights["embed_tokens"].rows(asarray_like(tokens, self.weights["norm"]))
 
     def layer(self, index: int) -> Layer:
-        """ValueError if a projection is quantised already: its rounding errors would be rounded once more."""
+        """ValueError if a projection is quantised already: its rounding errors would be
+        rounded once more.
+        """
         layer: Layer = dict(self.weights["layers"][index])
         for name in PROJECTIONS:
             if not isinstance(layer[name], Dense):
@@ -56,9 +58,11 @@ class ModelSource:
 
 
 class CheckpointSource:
-    """The layers of a Hugging Face directory, each read when it is asked for; a context manager.
+    """The layers of a Hugging Face directory, each read when it is asked for; a context
+    manager.
 
-    ``dtype`` and ``backend`` say what is computed in, as in ``load``; what is stored may be narrower.
+    ``dtype`` and ``backend`` say what is computed in, as in ``load``; what is stored may be
+    narrower.
     """
 
     def __init__(self, path: str | Path, *, backend: str | None = None, dtype: str = "float32"):
@@ -104,7 +108,9 @@ class MemorySink:
 
 
 class _Converted(Mapping[str, Array]):
-    """Tensors of files in the dtype and library that is computed in, read at the moment of the look-up."""
+    """Tensors of files in the dtype and library that is computed in, read at the moment of
+    the look-up.
+    """
 
     def __init__(self, files: TensorFiles, xp: Any, dtype: str):
         self.files = files

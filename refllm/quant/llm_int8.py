@@ -1,10 +1,13 @@
-"""Activation outliers: where they are, and LLM.int8(), which multiplies their columns in floating point.
+"""Activation outliers: where they are, and LLM.int8(), which multiplies their columns in
+floating point.
 
-Source: Dettmers et al. 2022 (LLM.int8()), §2.1 (vector-wise quantisation), §3.1 (decomposition), §4 (what counts as
-an outlier); and bitsandbytes 0.50, which does not do quite what the paper says.
+Source: Dettmers et al. 2022 (LLM.int8()), §2.1 (vector-wise quantisation), §3.1
+(decomposition), §4 (what counts as an outlier); and bitsandbytes 0.50, which does not do
+quite what the paper says.
 
-A column of x is an outlier column if any of its numbers is at least θ = 6 in size. These columns O are multiplied in
-floating point, all others in 8-bit integers with one step a row of x and one a row of W:
+A column of x is an outlier column if any of its numbers is at least θ = 6 in size. These
+columns O are multiplied in floating point, all others in 8-bit integers with one step a row
+of x and one a row of W:
 
     Y = X_O W_Oᵀ + (c_x c_wᵀ / 127²) · rint(127 X'/c_x) rint(127 W/c_w)ᵀ
 
@@ -15,8 +18,8 @@ floating point, all others in 8-bit integers with one step a row of x and one a 
 |                          |                                | an outlier column still widen their row's step  |
 | memory                   | codes and the original weight  | codes                                           |
 
-Which columns are outliers is found anew in each call, from all rows together: what comes out for a token depends on
-the other tokens of the batch.
+Which columns are outliers is found anew in each call, from all rows together: what comes
+out for a token depends on the other tokens of the batch.
 
 | symbol   | name                                   | shape           |
 |----------|----------------------------------------|-----------------|
@@ -24,9 +27,10 @@ the other tokens of the batch.
 | c_x, c_w | absmax of the rows of X' and of W      | [T, 1], [M, 1]  |
 | θ        | threshold; ∞ or 0: no decomposition    |                 |
 
-Left out: bitsandbytes' arithmetic in float16 (here it is x's own, float32 at least), its constant 6.200124e-05 for
-1/127² (0.0018 % too large), training; and what it does on a CPU unless it is told that it does not train: x times the
-dequantised weight, with no integer of x at all.
+Left out: bitsandbytes' arithmetic in float16 (here it is x's own, float32 at least), its
+constant 6.200124e-05 for 1/127² (0.0018 % too large), training; and what it does on a CPU
+unless it is told that it does not train: x times the dequantised weight, with no integer of
+x at all.
 """
 
 from __future__ import annotations
@@ -42,10 +46,11 @@ RULES = ("bitsandbytes", "paper")
 
 
 class OutlierStatistics:
-    """Shown x[T, N] batch by batch: how large each input channel gets, and in how many tokens it reaches ``threshold``.
+    """Shown x[T, N] batch by batch: how large each input channel gets, and in how many
+    tokens it reaches ``threshold``.
 
-    The paper calls a channel an outlier if it reaches 6 in at least 6 % of the tokens (and in a quarter of the
-    layers, which is for the caller to count).
+    The paper calls a channel an outlier if it reaches 6 in at least 6 % of the tokens (and
+    in a quarter of the layers, which is for the caller to count).
     """
 
     def __init__(self, threshold: float = 6.0, *, name: str = "x"):
@@ -83,7 +88,9 @@ class OutlierStatistics:
 
     @property
     def spread(self) -> float:
-        """The largest channel's absmax over the median channel's: 1 if all are alike; ∞ if most are always zero."""
+        """The largest channel's absmax over the median channel's: 1 if all are alike; ∞ if
+        most are always zero.
+        """
         absmax = to_numpy(self.absmax)
         middle = float(sorted(absmax.tolist())[absmax.size // 2])
         if middle:
@@ -93,15 +100,19 @@ class OutlierStatistics:
         return 1.0
 
     def columns(self, share: float = 0.0) -> list[int]:
-        """The channels that reach the threshold in at least ``share`` of the tokens, and in one at least."""
+        """The channels that reach the threshold in at least ``share`` of the tokens, and in
+        one at least.
+        """
         hits = to_numpy(self.hits)
         return [j for j, n in enumerate(hits.tolist()) if n and n >= share * self.tokens]
 
 
 def vectorwise(x: Array, *, name: str = "x") -> tuple[Array, Array]:
-    """Codes int8 rint(x · (127/c)) and c = absmax of each row [rows, 1]; a zero row has codes 0.
+    """Codes int8 rint(x · (127/c)) and c = absmax of each row [rows, 1]; a zero row has
+    codes 0.
 
-    The factor is rounded before it is multiplied, as bitsandbytes does: x/(c/127) gives another code now and then.
+    The factor is rounded before it is multiplied, as bitsandbytes does: x/(c/127) gives
+    another code now and then.
 
     Raises
     ------
@@ -111,7 +122,8 @@ def vectorwise(x: Array, *, name: str = "x") -> tuple[Array, Array]:
     xp = namespace(x)
     refuse_non_finite(x, name)
     absmax = xp.max(xp.abs(x), axis=1, keepdims=True)
-    # below the smallest normal number 127/c may be infinite: the row is measured in units of that number instead
+    # below the smallest normal number 127/c may be infinite: the row is measured in units
+    # of that number instead
     tiny = float(xp.finfo(x.dtype).smallest_normal)
     unit = xp.where(absmax < 127 * tiny, tiny, 1.0)
     unit = xp.astype(unit, x.dtype)
@@ -121,11 +133,12 @@ def vectorwise(x: Array, *, name: str = "x") -> tuple[Array, Array]:
 
 
 class Int8Linear:
-    """W[M, N] as int8 codes with one float32 absmax a row, multiplied as LLM.int8() does; satisfies ``Linear``.
+    """W[M, N] as int8 codes with one float32 absmax a row, multiplied as LLM.int8() does;
+    satisfies ``Linear``.
 
-    It counts what the decomposition costs: ``multiplied`` numbers of x so far, ``in_float`` of them in outlier
-    columns. With ``rule="paper"`` the original weight is kept beside the codes, and counted in ``nbytes``: that is
-    why bitsandbytes does otherwise.
+    It counts what the decomposition costs: ``multiplied`` numbers of x so far, ``in_float``
+    of them in outlier columns. With ``rule="paper"`` the original weight is kept beside the
+    codes, and counted in ``nbytes``: that is why bitsandbytes does otherwise.
     """
 
     def __init__(
@@ -227,16 +240,19 @@ class Int8Linear:
     def _scaled(self, codes: Array, absmax: Array) -> Array:
         xp = namespace(codes, absmax)
         y = xp.astype(integer_matmul(codes, self.codes, sizes=(127, 127)), absmax.dtype)
-        # factor by factor: the product of two small steps may vanish where the result does not
+        # factor by factor: the product of two small steps may vanish where the result does
+        # not
         return y * (absmax / 127) * xp.astype(self.scale, absmax.dtype).T
 
 
 def int8_matmul(
     x: Array, weight: Array, threshold: float = 6.0, *, rule: str = "bitsandbytes"
 ) -> Array:
-    """LLM.int8(): x[T, N], weight[M, N] → x Wᵀ [T, M], outlier columns in floating point, the rest in 8 bits.
+    """LLM.int8(): x[T, N], weight[M, N] → x Wᵀ [T, M], outlier columns in floating point,
+    the rest in 8 bits.
 
-    ``threshold`` 0 or infinity leaves out the decomposition. For many calls keep an ``Int8Linear``.
+    ``threshold`` 0 or infinity leaves out the decomposition. For many calls keep an
+    ``Int8Linear``.
 
     Raises
     ------

@@ -1,14 +1,16 @@
 """What each method does with one decoder layer, given the text that goes through it.
 
-A method is a record of its options with ``quantize(run, scheme, tell) -> layer``: it reads its inputs stage by stage
-from the ``LayerRun``, returns the layer with its projections quantised (and what was folded into norms), and tells a
-``TensorReport`` for each projection as soon as it is done.
+A method is a record of its options with ``quantize(run, scheme, tell) -> layer``: it reads
+its inputs stage by stage from the ``LayerRun``, returns the layer with its projections
+quantised (and what was folded into norms), and tells a ``TensorReport`` for each projection
+as soon as it is done.
 
-``sequential`` methods put what they have quantised back into the run, so that later projections, and later layers,
-see its errors and can make up for them. The others look at the layer as it was, as their authors do.
+``sequential`` methods put what they have quantised back into the run, so that later
+projections, and later layers, see its errors and can make up for them. The others look at
+the layer as it was, as their authors do.
 
-``scale_dtype`` is what scales are rounded to before anything is encoded with them: two bytes a group, as the files
-have it. None keeps the dtype that is computed in.
+``scale_dtype`` is what scales are rounded to before anything is encoded with them: two
+bytes a group, as the files have it. None keeps the dtype that is computed in.
 
 Left out: the arithmetic of each technique (its own module).
 """
@@ -101,7 +103,9 @@ class RTN(_ByRow):
 
 @dataclass(frozen=True)
 class GPTQ(_ByRow):
-    """Round column by column and let the columns to come make up for the error; options as in ``gptq.gptq``."""
+    """Round column by column and let the columns to come make up for the error; options as
+    in ``gptq.gptq``.
+    """
 
     block_size: int = 128
     damp: float = 0.01
@@ -180,7 +184,9 @@ def _gptq_note(made: Solution, tokens: int, damp: float) -> str:
 
 @dataclass(frozen=True)
 class AWQ(_ByRow):
-    """Scale the columns that carry the activations, clip, round to nearest; options as in ``awq_model.awq_layer``."""
+    """Scale the columns that carry the activations, clip, round to nearest; options as in
+    ``awq_model.awq_layer``.
+    """
 
     duo: bool = False
     clipping: bool = True
@@ -247,7 +253,8 @@ def _sample(run: LayerRun) -> Array | None:
 
 @dataclass(frozen=True)
 class SmoothQuant(_ByRow):
-    """Weights and activations in 8 bits, what is hard to round moved from these into those; see ``smoothquant``.
+    """Weights and activations in 8 bits, what is hard to round moved from these into those;
+    see ``smoothquant``.
 
     ``alpha`` None smooths nothing; ``keep`` names projections that stay in floating point.
     """
@@ -323,7 +330,9 @@ class SmoothQuant(_ByRow):
 
 @dataclass(frozen=True)
 class Int8:
-    """LLM.int8(): 8 bits, but for the columns of the activations that hold outliers; see ``outliers``."""
+    """LLM.int8(): 8 bits, but for the columns of the activations that hold outliers; see
+    ``outliers``.
+    """
 
     threshold: float = 6.0
     rule: str = "bitsandbytes"
@@ -349,9 +358,11 @@ class Int8:
 
 @dataclass(frozen=True)
 class FP8:
-    """Weights and activations in 8-bit floats; see ``fp8``. Of the scheme only what shares a scale counts.
+    """Weights and activations in 8-bit floats; see ``fp8``. Of the scheme only what shares
+    a scale counts.
 
-    ``activations`` False leaves those as they are. Scales are float32, or powers of two with ``scale="ue8m0"``.
+    ``activations`` False leaves those as they are. Scales are float32, or powers of two
+    with ``scale="ue8m0"``.
     """
 
     format: str = "e4m3"
@@ -382,7 +393,9 @@ METHODS: dict[str, type[Any]] = {
 
 
 def make(method: str, **options: Any) -> Method:
-    """The method of that name with these options; ValueError for names that are unknown, listing those that are."""
+    """The method of that name with these options; ValueError for names that are unknown,
+    listing those that are.
+    """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
     known = [field.name for field in dataclasses.fields(METHODS[method])]

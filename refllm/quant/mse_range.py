@@ -1,7 +1,8 @@
 """The range whose quantised numbers lie nearest: min-max, scaled down step by step.
 
-Sources: llm-compressor's observers ``mse`` and ``memoryless_mse``; the ``mse=True`` of GPTQ's authors. Both raise the
-errors to the power 2.4, between the square and a vote for the largest.
+Sources: llm-compressor's observers ``mse`` and ``memoryless_mse``; the ``mse=True`` of
+GPTQ's authors. Both raise the errors to the power 2.4, between the square and a vote for
+the largest.
 
 | symbol   | name                                    | shape                       |
 |----------|-----------------------------------------|-----------------------------|
@@ -9,7 +10,8 @@ errors to the power 2.4, between the square and a vote for the largest.
 | lo, hi   | range of the numbers that share a step  | the scale's: (), [M, 1], …  |
 | x̂        | x through its codes and back            | as x                        |
 
-Left out: other factors for the two ends, ranges wider than min-max (NVFP4), weights of importance.
+Left out: other factors for the two ends, ranges wider than min-max (NVFP4), weights of
+importance.
 """
 
 from __future__ import annotations
@@ -38,11 +40,13 @@ def mse_range(
     patience: int | None = 5,
     name: str = "x",
 ) -> tuple[Array, Array]:
-    """The range p·[min, max], p = 1, 1 − 1/grid, …, whose quantised numbers lie nearest: Σ|x̂ − x|^norm is least.
+    """The range p·[min, max], p = 1, 1 − 1/grid, …, whose quantised numbers lie nearest:
+    Σ|x̂ − x|^norm is least.
 
-    One search for each range of the scheme → lo, hi, shaped like its scale. Of equal errors the widest range wins,
-    so p = 1 (min-max) is never worse. The defaults are llm-compressor's: 20 candidates, and an end after ``patience``
-    of them at which no range at all improved. GPTQ's authors try 80: ``max_shrink=0.8, patience=None``.
+    One search for each range of the scheme → lo, hi, shaped like its scale. Of equal errors
+    the widest range wins, so p = 1 (min-max) is never worse. The defaults are
+    llm-compressor's: 20 candidates, and an end after ``patience`` of them at which no range
+    at all improved. GPTQ's authors try 80: ``max_shrink=0.8, patience=None``.
 
     Raises
     ------
@@ -86,8 +90,9 @@ def mse_range(
 def _error(x: Array, lo: Array, hi: Array, unit: Array, scheme: Scheme, norm: float) -> Array:
     """Σ |(x̂ − x)/(2 unit)|^norm over each of the ranges lo, hi, unit, one axis each.
 
-    In halves, because x̂ may lie a step beyond the largest number: −8 steps of 2a/15 are more than a. An error of more
-    than 1024 steps (AWQ's rule, whose range need not hold zero) counts as 1024: no candidate is of use then.
+    In halves, because x̂ may lie a step beyond the largest number: −8 steps of 2a/15 are
+    more than a. An error of more than 1024 steps (AWQ's rule, whose range need not hold
+    zero) counts as 1024: no candidate is of use then.
     """
     xp = namespace(x)
     shape = scheme.scale_shape(tuple(x.shape))

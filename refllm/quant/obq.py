@@ -1,21 +1,25 @@
-"""OBQ, the plain form of GPTQ: round a column, move the others by a row of the inverse Hessian, downdate the inverse.
+"""OBQ, the plain form of GPTQ: round a column, move the others by a row of the inverse
+Hessian, downdate the inverse.
 
 Source: Frantar & Alistarh 2022 (OBC, arXiv:2208.11580), section 5, equation 7 and lemma 1.
 
-Minimising ½ δ H δᵀ over the change δ of a row, with component i held at q_i − w_i, gives (Lagrange)
+Minimising ½ δ H δᵀ over the change δ of a row, with component i held at q_i − w_i, gives
+(Lagrange)
 
     δ = −(w_i − q_i) / [H⁻¹]_ii · [H⁻¹]_i,   at the cost of ½ (w_i − q_i)² / [H⁻¹]_ii.
 
-Then column i is fixed, and what is left is the same problem without it. The inverse of H without row and column i
-is what one step of elimination leaves of H⁻¹ (lemma 1):
+Then column i is fixed, and what is left is the same problem without it. The inverse of H
+without row and column i is what one step of elimination leaves of H⁻¹ (lemma 1):
 
     H⁻¹ ← H⁻¹ − [H⁻¹]_:i [H⁻¹]_i: / [H⁻¹]_ii,   then without row and column i.
 
-**Why GPTQ may take a Cholesky factor.** Elimination that walks down the diagonal *is* the Cholesky factorisation:
-when column i is reached, what is left of H⁻¹ has the row U_ii · (U_ii, U_i,i+1, …) at its top, where Uᵀ U = H⁻¹. So
-[H⁻¹]_i / [H⁻¹]_ii = U_i / U_ii, the diagonal is U_ii², and the whole sequence of N inverses is N rows of one U. That
-needs all rows of the weight to visit the columns in one order. OBQ proper does not: each row takes next whatever
-column costs least (``greedy``), with an inverse of its own, at N times the work.
+**Why GPTQ may take a Cholesky factor.** Elimination that walks down the diagonal *is* the
+Cholesky factorisation: when column i is reached, what is left of H⁻¹ has the row U_ii ·
+(U_ii, U_i,i+1, …) at its top, where Uᵀ U = H⁻¹. So [H⁻¹]_i / [H⁻¹]_ii = U_i / U_ii, the
+diagonal is U_ii², and the whole sequence of N inverses is N rows of one U. That needs all
+rows of the weight to visit the columns in one order. OBQ proper does not: each row takes
+next whatever column costs least (``greedy``), with an inverse of its own, at N times the
+work.
 
 | symbol | name                                    | shape     |
 |--------|-----------------------------------------|-----------|
@@ -48,16 +52,18 @@ def obq(
     greedy: bool = False,
     name: str = "weight",
 ) -> Solution:
-    """Quantise W[M, N] for inputs with the Hessian H[N, N]: ``gptq`` in O(N³ + M N²) with no product worth the name.
+    """Quantise W[M, N] for inputs with the Hessian H[N, N]: ``gptq`` in O(N³ + M N²) with
+    no product worth the name.
 
-    The arguments are those of ``gptq``. ``greedy`` lets each row choose its next column by the cost; groups are then
-    static, ``act_order`` has no say, and time and memory are M times those of an inverse.
+    The arguments are those of ``gptq``. ``greedy`` lets each row choose its next column by
+    the cost; groups are then static, ``act_order`` has no say, and time and memory are M
+    times those of an inverse.
 
     Raises
     ------
     ValueError
-        naming ``name`` if W is not finite or does not fit the scheme or H, or if the damped H is not positive
-        definite (nothing is raised here: ``gptq`` does that).
+        naming ``name`` if W is not finite or does not fit the scheme or H, or if the damped
+        H is not positive definite (nothing is raised here: ``gptq`` does that).
     """
     xp = namespace(weight, hessian)
     check(hessian, damp)
@@ -106,7 +112,9 @@ def _in_order(weight: Array, inverse: Array, grids: Grids) -> tuple[Array, float
 
 
 def _greedy(weight: Array, inverse: Array, grids: Grids) -> tuple[Array, float]:
-    """``_in_order``, but each row takes the column next that costs it least, with an inverse of its own."""
+    """``_in_order``, but each row takes the column next that costs it least, with an
+    inverse of its own.
+    """
     xp = namespace(weight, inverse)
     m, n = weight.shape
     scale, zero_point = grids.arrays()

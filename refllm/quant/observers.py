@@ -1,4 +1,5 @@
-"""Observers: shown a tensor batch by batch, they say which range [lo, hi] a quantiser should cover.
+"""Observers: shown a tensor batch by batch, they say which range [lo, hi] a quantiser
+should cover.
 
 | observer      | range                                                      | depends on the order of the batches   |
 |---------------|------------------------------------------------------------|---------------------------------------|
@@ -8,20 +9,22 @@
 | Percentile    | cuts off the largest 0.01 % of magnitudes                  | only if the first batch sets the bins |
 | Entropy       | cuts where codes tell least falsely how numbers are spread | only if the first batch sets the bins |
 
-The more is cut off, the finer the steps for what is left: clipping error is traded for rounding error. ``range()``
-goes to ``formats.uniform.range_to_qparams``, which applies a scheme's rule (``qparams(scheme)`` does both).
+The more is cut off, the finer the steps for what is left: clipping error is traded for
+rounding error. ``range()`` goes to ``formats.uniform.range_to_qparams``, which applies a
+scheme's rule (``qparams(scheme)`` does both).
 
-Sources: torch.ao.quantization (MinMaxObserver, MovingAverageMinMaxObserver); llm-compressor's observers ``minmax``
-and ``mse`` (see ``mse``); NVIDIA's modelopt (Percentile, Entropy: see ``histogram``).
+Sources: torch.ao.quantization (MinMaxObserver, MovingAverageMinMaxObserver);
+llm-compressor's observers ``minmax`` and ``mse`` (see ``mse``); NVIDIA's modelopt
+(Percentile, Entropy: see ``histogram``).
 
 | symbol | name                                  | shape                                              |
 |--------|---------------------------------------|----------------------------------------------------|
 | x      | a batch                               | any; x[T, N] for activations                       |
 | lo, hi | range                                 | () or, with ``axis``, [N]; of a scheme: its scale's |
 
-Left out: torch's HistogramObserver (a greedy search on a histogram that is resampled when it grows), two-sided
-percentiles, skipping zeros by value (``Percentile(skip_zeros=True)`` leaves them out of the count), joins between
-processes.
+Left out: torch's HistogramObserver (a greedy search on a histogram that is resampled when
+it grows), two-sided percentiles, skipping zeros by value (``Percentile(skip_zeros=True)``
+leaves them out of the count), joins between processes.
 """
 
 from __future__ import annotations
@@ -50,7 +53,8 @@ MOST_BINS = 1 << 22  # of a histogram that grows: 32 MB of counts
 
 
 class Observer:
-    """What all have in common. ``axis`` keeps one axis (−1: the input channels of x[T, N]); None is one range.
+    """What all have in common. ``axis`` keeps one axis (−1: the input channels of x[T, N]);
+    None is one range.
 
     ``name`` is the tensor's, for messages.
     """
@@ -121,8 +125,9 @@ class MinMax(Observer):
 class MovingAverage(Observer):
     """m ← m + c (batch − m) for either end; the first batch sets m.
 
-    After n batches the first still weighs (1 − c)^(n−1), with c = 0.01 more than all others together up to n = 69:
-    the average was made for training, where many thousand batches come.
+    After n batches the first still weighs (1 − c)^(n−1), with c = 0.01 more than all others
+    together up to n = 69: the average was made for training, where many thousand batches
+    come.
     """
 
     def __init__(self, *, averaging: float = 0.01, axis: int | None = None, name: str = "x"):
@@ -141,12 +146,16 @@ class MovingAverage(Observer):
             self.lo, self.hi = self._mean(self.lo, lo), self._mean(self.hi, hi)
 
     def _mean(self, old: Array, new: Array) -> Array:
-        """In halves, because the difference of two numbers can overflow; otherwise bit for bit torch's."""
+        """In halves, because the difference of two numbers can overflow; otherwise bit for
+        bit torch's.
+        """
         return 2.0 * (0.5 * old + self.averaging * (0.5 * new - 0.5 * old))
 
 
 class MSE(MovingAverage):
-    """The ranges of ``mse_range``, averaged over batches as ``MovingAverage`` does (``averaging=1``: the last one)."""
+    """The ranges of ``mse_range``, averaged over batches as ``MovingAverage`` does
+    (``averaging=1``: the last one).
+    """
 
     def __init__(self, scheme: Scheme, *, averaging: float = 0.01, name: str = "x", **search: Any):
         super().__init__(averaging=averaging, name=name)
@@ -165,11 +174,13 @@ class MSE(MovingAverage):
 
 
 class Histogram(MinMax):
-    """Counts of |x|: ``counts[bins]`` and the ``width`` of a bin. Its range is that of ``MinMax``.
+    """Counts of |x|: ``counts[bins]`` and the ``width`` of a bin. Its range is that of
+    ``MinMax``.
 
-    With ``top`` given, bins are top/bins wide from the start, and the counts do not depend on the order of the
-    batches, nor on how the data is cut into them. Otherwise the first batch with a non-zero number sets the width,
-    and they do; its largest number is counted in its last bin, as upstream does. Larger numbers add bins.
+    With ``top`` given, bins are top/bins wide from the start, and the counts do not depend
+    on the order of the batches, nor on how the data is cut into them. Otherwise the first
+    batch with a non-zero number sets the width, and they do; its largest number is counted
+    in its last bin, as upstream does. Larger numbers add bins.
     """
 
     def __init__(self, *, bins: int = 2048, top: float | None = None, name: str = "x"):
@@ -212,7 +223,9 @@ class Histogram(MinMax):
         return max(-float(lo[0]), float(hi[0]))
 
     def _bins_up_to(self, bin: float) -> int:
-        """Bins that hold a number of ``bin`` widths. Half-open bins alone are independent of the order."""
+        """Bins that hold a number of ``bin`` widths. Half-open bins alone are independent
+        of the order.
+        """
         if self.preset:
             return math.floor(bin) + 1
         return math.ceil(bin)
@@ -240,7 +253,9 @@ class Histogram(MinMax):
 
 
 class Percentile(Histogram):
-    """Cuts in the bin where ``percentile`` % of the magnitudes are reached, at its left edge."""
+    """Cuts in the bin where ``percentile`` % of the magnitudes are reached, at its left
+    edge.
+    """
 
     def __init__(
         self,
@@ -266,12 +281,15 @@ class Percentile(Histogram):
         if self.skip_zeros:
             counts = counts.copy()
             counts[0] -= self.exact_zeros
-        # where the crossing bin is the first, upstream's range is [0, 0] and all of the tensor is lost: keep one bin
+        # where the crossing bin is the first, upstream's range is [0, 0] and all of the
+        # tensor is lost: keep one bin
         return max(1, percentile_cut(counts, self.percentile))
 
 
 class Entropy(Histogram):
-    """Cuts where the codes' distribution has the least relative entropy (see ``histogram.entropy_cut``)."""
+    """Cuts where the codes' distribution has the least relative entropy (see
+    ``histogram.entropy_cut``).
+    """
 
     def __init__(
         self,
@@ -294,7 +312,9 @@ class Entropy(Histogram):
 
 
 def _extremes(x: Array, axis: int | None, name: str) -> tuple[Array, Array]:
-    """Smallest and largest number, of everything, [1], or of each index of ``axis``, other axes kept at length 1."""
+    """Smallest and largest number, of everything, [1], or of each index of ``axis``, other
+    axes kept at length 1.
+    """
     xp = namespace(x)
     flat = xp.reshape(x, (x.size,)) if axis is None else x
     others = tuple(i for i in range(flat.ndim) if axis is None or i != axis % x.ndim)

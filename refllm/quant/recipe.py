@@ -1,9 +1,10 @@
 """Whole models: calibrate, transform, quantise and report, one decoder layer at a time.
 
-``quantize_model`` takes a model in memory and gives one back. ``quantize_layers`` is the same loop between two
-protocols, a ``Source`` that reads layers and a ``Sink`` that keeps them, so that a checkpoint larger than memory
-streams through: at any moment there are one layer in floating point, the calibration activations, and what the
-sink has not written yet. A sink that keeps finished layers lets a run resume: they are not quantised again.
+``quantize_model`` takes a model in memory and gives one back. ``quantize_layers`` is the
+same loop between two protocols, a ``Source`` that reads layers and a ``Sink`` that keeps
+them, so that a checkpoint larger than memory streams through: at any moment there are one
+layer in floating point, the calibration activations, and what the sink has not written yet.
+A sink that keeps finished layers lets a run resume: they are not quantised again.
 
 | method      | weights                       | activations    | text goes on through     | needs text |
 |-------------|-------------------------------|----------------|--------------------------|------------|
@@ -14,7 +15,8 @@ sink has not written yet. A sink that keeps finished layers lets a run resume: t
 | int8        | 8 bits, a scale a row         | 8 bits, but for outliers | the quantised layer | no    |
 | fp8         | 8-bit floats, in blocks       | 8-bit floats   | the quantised layer      | no         |
 
-The embedding, the norms' precision and the head stay as they are; a tied head stays the embedding itself.
+The embedding, the norms' precision and the head stay as they are; a tied head stays the
+embedding itself.
 
 Left out: mixed schemes by layer, quantising the head.
 """
@@ -53,18 +55,23 @@ class Sink(Protocol):
     """Where quantised layers go: a tree in memory, or files."""
 
     def done(self, index: int) -> Sequence[TensorReport] | None:
-        """The rows of a layer that an earlier run finished and stored whole; None if it is still to be done."""
+        """The rows of a layer that an earlier run finished and stored whole; None if it is
+        still to be done.
+        """
         ...
 
     def layer(self, index: int) -> Layer:
-        """A finished layer as the quantised network computes with it. Asked for only where ``done`` gave rows and
-        the text must go through it to reach a later layer that is still to be done."""
+        """A finished layer as the quantised network computes with it. Asked for only where
+        ``done`` gave rows and the text must go through it to reach a later layer that is
+        still to be done.
+        """
         ...
 
     def put(self, index: int, layer: Layer, rows: Sequence[TensorReport]) -> object:
         """Keep a layer, durably when this returns.
 
-        Projections are quantised ``Linear``s; norm gains and biases may have changed (folding).
+        Projections are quantised ``Linear``s; norm gains and biases may have changed
+        (folding).
         """
         ...
 
@@ -78,26 +85,30 @@ def quantize_model(
     progress: Progress | None = None,
     **options: Any,
 ) -> tuple[M, Report]:
-    """Quantise the projections of ``model``, a ``Model`` or any record with ``.config .weights .tokenizer``.
+    """Quantise the projections of ``model``, a ``Model`` or any record with ``.config
+    .weights .tokenizer``.
 
-    Returns the same kind of record, which runs through the same ``forward``, and the report; ``model`` is left as it
-    is and shares its embedding, norms and head with the result (but for gains that something was folded into).
+    Returns the same kind of record, which runs through the same ``forward``, and the
+    report; ``model`` is left as it is and shares its embedding, norms and head with the
+    result (but for gains that something was folded into).
 
     Parameters
     ----------
     method
-        ``"rtn"``, ``"gptq"``, ``"awq"``, ``"smoothquant"``, ``"int8"`` or ``"fp8"``; ``options`` are the
-        fields of its class in ``methods``.
+        ``"rtn"``, ``"gptq"``, ``"awq"``, ``"smoothquant"``, ``"int8"`` or ``"fp8"``;
+        ``options`` are the fields of its class in ``methods``.
     scheme
         of the weights; None is ``default_scheme(method)``.
     calibration
-        token ids [B, S], or any number of sequences of them; see ``calibrate.calibration_windows``.
+        token ids [B, S], or any number of sequences of them; see
+        ``calibrate.calibration_windows``.
 
     Raises
     ------
     ValueError
-        for an unknown method or option, a scheme that does not fit the method or the network's shapes, text that is
-        missing or no text, and numbers that are not finite (says where).
+        for an unknown method or option, a scheme that does not fit the method or the
+        network's shapes, text that is missing or no text, and numbers that are not finite
+        (says where).
     """
     record: Any = model
     sink = MemorySink()
@@ -124,7 +135,9 @@ def quantize_layers(
     progress: Progress | None = None,
     **options: Any,
 ) -> Report:
-    """Quantise every layer of ``source`` into ``sink``; arguments and errors as ``quantize_model``'s."""
+    """Quantise every layer of ``source`` into ``sink``; arguments and errors as
+    ``quantize_model``'s.
+    """
     began = time.perf_counter()
     config = source.config
     how = make(method, **options)
@@ -173,7 +186,9 @@ def _quantize_layer(
     tell: Callable[[TensorReport], None],
     goes_on: bool,
 ) -> None:
-    """One layer from source to sink. In a function of its own, so that nothing of it is alive at the next."""
+    """One layer from source to sink. In a function of its own, so that nothing of it is
+    alive at the next.
+    """
     run = LayerRun(source.config, index, source.layer(index), batches)
     rows: list[TensorReport] = []
 
@@ -189,7 +204,9 @@ def _quantize_layer(
 
 
 def check_shapes(config: ModelConfig, scheme: Scheme) -> None:
-    """ValueError naming a projection that the scheme does not fit, before anything is computed."""
+    """ValueError naming a projection that the scheme does not fit, before anything is
+    computed.
+    """
     for name, shape in tensor_shapes(config):
         if name.endswith(tuple(f"{path}.weight" for path in PROJECTIONS.values())):
             try:
@@ -201,7 +218,9 @@ def check_shapes(config: ModelConfig, scheme: Scheme) -> None:
 def settings(
     method: str, scheme: Scheme | None, calibration: Any, **options: Any
 ) -> dict[str, Any]:
-    """What decides the result, as JSON: a run may only resume what was begun with equal settings."""
+    """What decides the result, as JSON: a run may only resume what was begun with equal
+    settings.
+    """
     how = make(method, **options)
     text = None
     if calibration is not None:

@@ -7,7 +7,8 @@
 | output error | Σ ‖ŷ − y‖² / Σ ‖y‖² of the product on calibration inputs; none where nothing was calibrated    |
 | loss         | the method's own objective: GPTQ's Σ, AWQ's best loss; none where a method has none            |
 
-Left out: losses of a whole layer or model (``experiments.quantization_quality`` measures what text costs).
+Left out: losses of a whole layer or model (``experiments.quantization_quality`` measures
+what text costs).
 """
 
 from __future__ import annotations
@@ -119,7 +120,9 @@ def row(
     loss: float | None = None,
     note: str = "",
 ) -> TensorReport:
-    """The row of a projection: W[M, N] as it was, the ``Linear`` that it became, inputs x[T, N] to compare them on."""
+    """The row of a projection: W[M, N] as it was, the ``Linear`` that it became, inputs
+    x[T, N] to compare them on.
+    """
     if x is None:
         output_error = None
     else:

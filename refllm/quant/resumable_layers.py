@@ -1,4 +1,5 @@
-"""Quantised layers on disk, one file a layer, so that a killed run goes on where it was: a ``recipe.Sink``.
+"""Quantised layers on disk, one file a layer, so that a killed run goes on where it was: a
+``recipe.Sink``.
 
 | file                    | what                                                              |
 |-------------------------|-------------------------------------------------------------------|
@@ -6,9 +7,9 @@
 | layer-00000.safetensors | the tensors of a layer as the finished checkpoint will hold them  |
 | layer-00000.json        | its rows of the report, and the SHA-256 of the file above         |
 
-Each is written under another name, flushed to the disk and renamed, the record last. So a layer is done when its record
-is there and the digest is that of its tensors; anything else (a file cut short, a record without tensors, tensors of an
-earlier attempt) is done again.
+Each is written under another name, flushed to the disk and renamed, the record last. So a
+layer is done when its record is there and the digest is that of its tensors; anything else
+(a file cut short, a record without tensors, tensors of an earlier attempt) is done again.
 
 Left out: two runs in one folder at a time; the calibration text, which is encoded anew.
 """
@@ -41,7 +42,8 @@ SETTINGS = "settings.json"
 class LayerFiles:
     """The finished layers of a run in ``directory``, which is made if it is not there.
 
-    ``source`` gives what a layer has besides its projections, when a run that goes on asks for one.
+    ``source`` gives what a layer has besides its projections, when a run that goes on asks
+    for one.
 
     Raises
     ------
@@ -161,7 +163,8 @@ def assemble(
     max_shard_bytes: int | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write the layers of a finished run, with the ``rest`` of the network's tensors (embedding, norm, head).
+    """Write the layers of a finished run, with the ``rest`` of the network's tensors
+    (embedding, norm, head).
 
     ``finish`` is called with the new directory before it takes its name.
     """

@@ -1,7 +1,9 @@
-"""Round to nearest: every weight takes the nearest point of its grid, whatever the layer is fed. The baseline of all.
+"""Round to nearest: every weight takes the nearest point of its grid, whatever the layer is
+fed. The baseline of all.
 
-With ``mse`` the grid of each range is searched first: a narrower range clips its few largest weights and rounds all
-others finer. Source of the search: the code that Frantar et al. 2022 (GPTQ) published with their paper, ``mse``.
+With ``mse`` the grid of each range is searched first: a narrower range clips its few
+largest weights and rounds all others finer. Source of the search: the code that Frantar et
+al. 2022 (GPTQ) published with their paper, ``mse``.
 
 | symbol | name                                                        | shape            |
 |--------|-------------------------------------------------------------|------------------|
@@ -9,10 +11,11 @@ others finer. Source of the search: the code that Frantar et al. 2022 (GPTQ) pub
 | p      | how much of a range is kept: 1, 0.99, …, 0.21               |                  |
 | s, z   | scale and zero point                                        | as ``Scheme`` says |
 
-Left out: ranges from anything but the weights themselves (AWQ's clip search looks at the inputs too).
+Left out: ranges from anything but the weights themselves (AWQ's clip search looks at the
+inputs too).
 
-<<MERGED>>
-What a weight needs that is rounded column by column: the grid of each column, and what is kept of the result.
+<<MERGED>> What a weight needs that is rounded column by column: the grid of each column,
+and what is kept of the result.
 
 | symbol | name                                                                | shape     |
 |--------|---------------------------------------------------------------------|-----------|
@@ -24,10 +27,11 @@ What a weight needs that is rounded column by column: the grid of each column, a
 
 Two times at which a group of columns can get its scale:
 
-- **static**: before anything is rounded, from the weight as it came. Columns may then be visited in any order.
-- **dynamic**: when its first column is reached, from what the errors so far have made of its columns. Groups are
-  groups of columns *visited* one after the other, so with another order than the weight's own each column has to
-  remember its group: ``g_idx``.
+- **static**: before anything is rounded, from the weight as it came. Columns may then be
+  visited in any order.
+- **dynamic**: when its first column is reached, from what the errors so far have made of
+  its columns. Groups are groups of columns *visited* one after the other, so with another
+  order than the weight's own each column has to remember its group: ``g_idx``.
 
 A scale for a row or for the whole weight is always static.
 
@@ -67,9 +71,11 @@ def rtn(
     zero_dtype: str | None = None,
     name: str = "weight",
 ) -> Quantized:
-    """W[M, N] rounded to nearest. ``mse`` searches the range of each scale, at about a hundred times the time.
+    """W[M, N] rounded to nearest. ``mse`` searches the range of each scale, at about a
+    hundred times the time.
 
-    ``scale_dtype`` and ``zero_dtype`` are those of ``refllm.formats.quantized_linear.quantize``, as is what is refused.
+    ``scale_dtype`` and ``zero_dtype`` are those of
+    ``refllm.formats.quantized_linear.quantize``, as is what is refused.
     """
     if not mse:
         return quantize(weight, scheme, scale_dtype=scale_dtype, zero_dtype=zero_dtype, name=name)
@@ -95,11 +101,13 @@ def params(
 ) -> tuple[Array, Array]:
     """Scale and zero point of each range of W[M, N], shaped as the scheme says.
 
-    ``mse``: of the ranges p·[lo, hi], p = 1, 0.99, …, 0.21, each takes the one with the least Σ|x̂ − x|^2.4, of equal
-    ones the widest; so the error in that norm is never larger than that of the whole range.
+    ``mse``: of the ranges p·[lo, hi], p = 1, 0.99, …, 0.21, each takes the one with the
+    least Σ|x̂ − x|^2.4, of equal ones the widest; so the error in that norm is never larger
+    than that of the whole range.
 
-    ``one_sided`` repeats a quirk of GPTQ's published code at "half_integer_unsigned": a range without a negative
-    number gets half of the step, so that what is above 7/15 of it (at 4 bits) is clipped.
+    ``one_sided`` repeats a quirk of GPTQ's published code at "half_integer_unsigned": a
+    range without a negative number gets half of the step, so that what is above 7/15 of it
+    (at 4 bits) is clipped.
 
     Raises
     ------
@@ -169,9 +177,11 @@ _SAFE = 1e-18  # above it, no weight of a usual size divided by a scale overflow
 
 
 class Grids:
-    """The scale and zero point of each column, found before the first column or group by group.
+    """The scale and zero point of each column, found before the first column or group by
+    group.
 
-    weight[M, N] in its own order; ``order[i]`` is the column that is visited i-th (None: one after the other).
+    weight[M, N] in its own order; ``order[i]`` is the column that is visited i-th (None:
+    one after the other).
     """
 
     def __init__(
@@ -215,7 +225,9 @@ class Grids:
             self._expand_whole(int(weight.shape[1]))
 
     def open(self, columns: Array) -> None:
-        """The next dynamic group begins; columns[k, M] are its weights as they are now, one column a row."""
+        """The next dynamic group begins; columns[k, M] are its weights as they are now, one
+        column a row.
+        """
         xp = namespace(columns)
         k = int(columns.shape[0])
         size = k if self.scheme.granularity == "group" else (self.scheme.block[0], k)
@@ -225,7 +237,9 @@ class Grids:
         self._grids.append(self._as_column(s[:, 0], z[:, 0]))
 
     def round(self, i: int, w: Array) -> tuple[Array, Array]:
-        """The i-th visited column w[M] → its codes q[M] and what they stand for, s (q − z) [M]."""
+        """The i-th visited column w[M] → its codes q[M] and what they stand for, s (q − z)
+        [M].
+        """
         xp = namespace(w)
         static_order = None if self.dynamic else self.order
         s, z, check = self._grids[(i if static_order is None else static_order[i]) // self.width]
@@ -233,7 +247,9 @@ class Grids:
         return q[:, 0], decode(q, s, z, self._column)[:, 0]
 
     def arrays(self) -> tuple[Array, Array]:
-        """All scales and zero points, shaped as the scheme says; dynamic groups in the order of their visit."""
+        """All scales and zero points, shaped as the scheme says; dynamic groups in the
+        order of their visit.
+        """
         if not self.dynamic:
             return self._whole
         xp = namespace(self._parts[0][0])
@@ -242,7 +258,9 @@ class Grids:
         )
 
     def _rounded(self, s: Array, z: Array) -> tuple[Array, Array]:
-        """The scale as it will be stored: the codes must be made with the numbers that will be multiplied with."""
+        """The scale as it will be stored: the codes must be made with the numbers that will
+        be multiplied with.
+        """
         return load_scale(
             store_scale(s, self._scale_dtype, name=f"{self.name}'s scale"), s.dtype
         ), z
@@ -265,7 +283,8 @@ class Grids:
 class Solution(Reordered):
     """A weight that was rounded column by column, and what it cost.
 
-    With dynamic groups in another order than the weight's own there is an ``order`` and a ``g_idx``, see ``Reordered``.
+    With dynamic groups in another order than the weight's own there is an ``order`` and a
+    ``g_idx``, see ``Reordered``.
     """
 
     loss: float  # Σ = ½ tr(E H Eᵀ), E = W − Ŵ with the dead columns of W at zero, H damped
@@ -276,7 +295,9 @@ class Solution(Reordered):
     def collect(
         cls, codes: Array, grids: Grids, *, loss: float, damp: float, dead: Array, **stored: Any
     ) -> Solution:
-        """codes[M, N] in the order of the visit and their grids; ``stored`` as ``Quantized.from_codes`` takes it."""
+        """codes[M, N] in the order of the visit and their grids; ``stored`` as
+        ``Quantized.from_codes`` takes it.
+        """
         xp = namespace(codes)
         scale, zero_point = grids.arrays()
         order = None if grids.order is None else xp.asarray(grids.order)

@@ -1,8 +1,10 @@
-"""The experiment that AWQ starts from: keep 1 % of the input channels in full precision, chosen in three ways.
+"""The experiment that AWQ starts from: keep 1 % of the input channels in full precision,
+chosen in three ways.
 
-Source: Lin et al. 2023, §3.1 and table 1. Chosen by the size of their activations, the kept channels repair most
-of what rounding broke; chosen by the size of their weights, or at random, hardly anything. Rows of mixed precision
-are awkward for hardware, which is why AWQ scales the channels instead of keeping them.
+Source: Lin et al. 2023, §3.1 and table 1. Chosen by the size of their activations, the kept
+channels repair most of what rounding broke; chosen by the size of their weights, or at
+random, hardly anything. Rows of mixed precision are awkward for hardware, which is why AWQ
+scales the channels instead of keeping them.
 
 | symbol | name                                          | shape  |
 |--------|-----------------------------------------------|--------|
@@ -36,9 +38,11 @@ def salient_channels(
     fraction: float = 0.01,
     rng: np.random.Generator | None = None,
 ) -> Array:
-    """Indices of the ⌈fraction·N⌉ most salient input channels, ascending: x[T, N], W[M, N] → [k].
+    """Indices of the ⌈fraction·N⌉ most salient input channels, ascending: x[T, N], W[M, N]
+    → [k].
 
-    ``by`` is ``"activation"`` (mean |x_j|), ``"weight"`` (the length of column j) or ``"random"`` (needs ``rng``).
+    ``by`` is ``"activation"`` (mean |x_j|), ``"weight"`` (the length of column j) or
+    ``"random"`` (needs ``rng``).
     """
     xp = namespace(x, weight)
     columns = int(weight.shape[1])
@@ -61,8 +65,9 @@ def salient_channels(
 class Protected:
     """A quantised weight of which some input channels are kept as they were: a ``Linear``.
 
-    The steps of the other weights are those of the whole matrix, so that only the kept columns differ from rounding
-    to nearest, and an error that falls fell for that reason alone.
+    The steps of the other weights are those of the whole matrix, so that only the kept
+    columns differ from rounding to nearest, and an error that falls fell for that reason
+    alone.
     """
 
     def __init__(self, weight: Array, scheme: Scheme, kept: Array):
@@ -76,7 +81,9 @@ class Protected:
 
     @property
     def nbytes(self) -> int:
-        """Codes and scales of all columns, the kept columns in their own type, and their indices."""
+        """Codes and scales of all columns, the kept columns in their own type, and their
+        indices.
+        """
         return int(self.quantized.nbytes + self.columns.nbytes + self.kept.nbytes)
 
     @property
@@ -84,7 +91,9 @@ class Protected:
         return 8.0 * self.nbytes / (self.shape[0] * self.shape[1])
 
     def matmul(self, x: Array) -> Array:
-        """x[T, N] → [T, M]: the kept channels are taken out of x, multiplied on their own, and added."""
+        """x[T, N] → [T, M]: the kept channels are taken out of x, multiplied on their own,
+        and added.
+        """
         rest = x.copy()
         rest[:, self.kept] = 0.0
         return self.quantized.matmul(rest) + x[:, self.kept] @ self.columns.T
@@ -112,7 +121,9 @@ def output_error(x: Array, weight: Array, approximation: Linear) -> float:
 def experiment(
     x: Array, weight: Array, scheme: Scheme, *, fraction: float = 0.01, rng: np.random.Generator
 ) -> dict[str, float]:
-    """Output error with nothing kept (``"none"``) and with a fraction kept by each of ``BY``."""
+    """Output error with nothing kept (``"none"``) and with a fraction kept by each of
+    ``BY``.
+    """
     errors = {"none": output_error(x, weight, quantize(weight, scheme))}
     for by in BY:
         kept = salient_channels(x, weight, by, fraction=fraction, rng=rng)

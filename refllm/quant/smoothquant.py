@@ -1,10 +1,12 @@
-"""SmoothQuant: move the difficulty of rounding activations into the weights, where it hurts less.
+"""SmoothQuant: move the difficulty of rounding activations into the weights, where it hurts
+less.
 
 Source: Xiao et al. 2023, §4 (eq. 3, 4) and the authors' ``smooth_ln_fcs_llama_like``.
 
-Outliers of activations stay in the same few input channels for all tokens. A step belongs to a token (or a tensor),
-not to a channel, since channel steps do not factor out of the sum over N; so one large channel widens the step of all.
-Dividing each channel by its own s_j and multiplying the weights' columns by it changes nothing but what is rounded:
+Outliers of activations stay in the same few input channels for all tokens. A step belongs
+to a token (or a tensor), not to a channel, since channel steps do not factor out of the sum
+over N; so one large channel widens the step of all. Dividing each channel by its own s_j
+and multiplying the weights' columns by it changes nothing but what is rounded:
 
     Y = X Wᵀ = (X diag(s)⁻¹)(W diag(s))ᵀ,     s_j = max|X_j|^α / max|W_j|^(1−α)
 
@@ -15,8 +17,8 @@ The division costs nothing at run time: it is folded into the gain of the norm t
 | attention's input    | input_layernorm           | q_proj, k_proj, v_proj |
 | MLP's input          | post_attention_layernorm  | gate_proj, up_proj     |
 
-o_proj and down_proj are never smoothed: no norm makes their input. Where *their* inputs have outliers, SmoothQuant
-does not help.
+o_proj and down_proj are never smoothed: no norm makes their input. Where *their* inputs
+have outliers, SmoothQuant does not help.
 
 | symbol | name                                                       | shape  |
 |--------|------------------------------------------------------------|--------|
@@ -25,12 +27,14 @@ does not help.
 | s      | migration scale, > 0                                       | [N]    |
 | α      | 0: all into the activations, 1: all into the weights       |        |
 
-``level``: O1 rounds activations with a step a token, O2 with one step for the batch, O3 with one step from
-calibration. The paper's table has one step for a whole weight in all three; its code, and everyone since, has one for
-each row of it, which is what ``Scheme(8, "restricted", "channel")`` says. Pass "tensor" for the table's.
+``level``: O1 rounds activations with a step a token, O2 with one step for the batch, O3
+with one step from calibration. The paper's table has one step for a whole weight in all
+three; its code, and everyone since, has one for each row of it, which is what ``Scheme(8,
+"restricted", "channel")`` says. Pass "tensor" for the table's.
 
-Left out: llm-compressor's variant (max − min of a channel instead of a, 2w instead of w), a search for α, rounding
-q, k, v for the attention's own products, the factor 1/127 for attention probabilities.
+Left out: llm-compressor's variant (max − min of a channel instead of a, 2w instead of w), a
+search for α, rounding q, k, v for the attention's own products, the factor 1/127 for
+attention probabilities.
 """
 
 from __future__ import annotations
@@ -61,10 +65,11 @@ Absmax = Mapping[str, Array]  # projection → max |x| of each input channel, [N
 def migration_scale(
     act_absmax: Array, weights: Array | Sequence[Array], alpha: float = 0.5
 ) -> Array:
-    """s[N] = a^α / w^(1−α) for act_absmax[N] and the weights [M, N] that read these channels, in act_absmax's dtype.
+    """s[N] = a^α / w^(1−α) for act_absmax[N] and the weights [M, N] that read these
+    channels, in act_absmax's dtype.
 
-    w and s are at least 1e-5, as the authors' are. A channel that was zero throughout the text keeps s = 1: theirs
-    gets 1e-5, and if it ever wakes up it is divided by that.
+    w and s are at least 1e-5, as the authors' are. A channel that was zero throughout the
+    text keeps s = 1: theirs gets 1e-5, and if it ever wakes up it is divided by that.
 
     Raises
     ------
@@ -104,7 +109,8 @@ def migration_scale(
 def smooth_layer(
     layer: Layer, absmax: Absmax, alpha: float = 0.5
 ) -> tuple[Layer, dict[str, Array]]:
-    """A layer of the same function with smoothed inputs, and ``absmax`` as it is after smoothing.
+    """A layer of the same function with smoothed inputs, and ``absmax`` as it is after
+    smoothing.
 
     ``absmax`` names one projection of each group at least; siblings read the same x.
 
@@ -138,7 +144,8 @@ def w8a8(
     scale_dtype: str | None = None,
     name: str = "weight",
 ) -> W8A8Linear:
-    """W[M, N] rounded to nearest by ``scheme``, which rounds its inputs as ``level`` says, to ``bits`` by ``rule``.
+    """W[M, N] rounded to nearest by ``scheme``, which rounds its inputs as ``level`` says,
+    to ``bits`` by ``rule``.
 
     Level O3 needs the inputs' ``absmax``, [N] or one number.
     """
@@ -174,7 +181,9 @@ def quantize_layer(
     rule: str = "restricted",
     bits: int = 8,
 ) -> Layer:
-    """A layer whose projections round their inputs, but for those named in ``keep``, which stay in floating point."""
+    """A layer whose projections round their inputs, but for those named in ``keep``, which
+    stay in floating point.
+    """
     unknown = sorted(set(keep) - set(PROJECTIONS))
     if unknown:
         raise ValueError(
@@ -206,7 +215,8 @@ def smoothquant(
     rule: str = "restricted",
     bits: int = 8,
 ) -> Weights:
-    """A whole weight tree in W8A8: ``smooth_layer`` (not with ``alpha`` None), then ``quantize_layer``, layer by layer.
+    """A whole weight tree in W8A8: ``smooth_layer`` (not with ``alpha`` None), then
+    ``quantize_layer``, layer by layer.
 
     ``absmax`` is that of ``activation_absmax`` on the same weights.
     """
@@ -220,7 +230,9 @@ def smoothquant(
 
 
 def activation_absmax(source: Source, calibration: object) -> list[dict[str, Array]]:
-    """max |x| of each input channel of every projection over the calibration text, layer by layer: name → [N]."""
+    """max |x| of each input channel of every projection over the calibration text, layer by
+    layer: name → [N].
+    """
     found = []
     for run in walk(source, calibration):
         layer: dict[str, Array] = {}

@@ -1,8 +1,10 @@
-"""Checkpoints to GGUF: a Hugging Face directory, or a GGUF file of plain floats, into a file that llama.cpp opens.
+"""Checkpoints to GGUF: a Hugging Face directory, or a GGUF file of plain floats, into a
+file that llama.cpp opens.
 
-The tensors are cut into slabs of rows, which are independent of one another: each worker opens the source itself, reads
-its rows, encodes them, and sends back bytes. The file is written in order as they arrive. So memory holds the slabs in
-flight, and a checkpoint larger than one machine's memory passes through.
+The tensors are cut into slabs of rows, which are independent of one another: each worker
+opens the source itself, reads its rows, encodes them, and sends back bytes. The file is
+written in order as they arrive. So memory holds the slabs in flight, and a checkpoint
+larger than one machine's memory passes through.
 
 | step      | where                                                                              |
 |-----------|------------------------------------------------------------------------------------|
@@ -12,7 +14,8 @@ flight, and a checkpoint larger than one machine's memory passes through.
 | workers   | ``parallel``                                                                       |
 | importance| ``importance``                                                                     |
 
-Left out: sources that are quantised already (rounding errors would be rounded once more), chat templates.
+Left out: sources that are quantised already (rounding errors would be rounded once more),
+chat templates.
 """
 
 from __future__ import annotations
@@ -72,7 +75,9 @@ class Converted:
 
 @dataclass(frozen=True)
 class Slab:
-    """Rows ``start`` to ``stop`` of a tensor: all that a worker is told. ``weights`` is the importance, if any."""
+    """Rows ``start`` to ``stop`` of a tensor: all that a worker is told. ``weights`` is the
+    importance, if any.
+    """
 
     source: str
     name: str  # Hugging Face's
@@ -83,7 +88,9 @@ class Slab:
 
 
 def free(target: str | Path, overwrite: bool) -> Path:
-    """Where a file may be written. CheckpointError if something stands there that is not to be replaced."""
+    """Where a file may be written. CheckpointError if something stands there that is not to
+    be replaced.
+    """
     target = Path(os.path.expanduser(target))
     if target.exists() and not (overwrite and target.is_file()):
         if target.is_file():
@@ -110,16 +117,19 @@ def convert(
     Parameters
     ----------
     importance
-        GGUF name → float32 [N] (``quant.imatrix``); tensors that it does not name are encoded without.
+        GGUF name → float32 [N] (``quant.imatrix``); tensors that it does not name are
+        encoded without.
     executor
-        An ``Executor``, or what makes one; None is ``workers`` processes (all cores, None), or none at all for 1.
+        An ``Executor``, or what makes one; None is ``workers`` processes (all cores, None),
+        or none at all for 1.
     progress
         Is told the bytes that are written, and those that will be.
 
     Raises
     ------
     CheckpointError
-        for what is wrong with the source, a target that is there, and weights that the type cannot hold.
+        for what is wrong with the source, a target that is there, and weights that the type
+        cannot hold.
     """
     target = free(target, overwrite)
     config, tokenizer = open_source(source)
@@ -173,7 +183,9 @@ def convert(
 
 
 def open_source(path: str | Path) -> tuple[ModelConfig, Tokenizer]:
-    """Config and tokenizer of a checkpoint, after a check of everything that a header can tell."""
+    """Config and tokenizer of a checkpoint, after a check of everything that a header can
+    tell.
+    """
     if is_gguf(path):
         with open_file(path) as file:
             tensors = GGUFTensors(file, None, None)
@@ -211,7 +223,9 @@ def _model_name(source: str | Path) -> str:
 
 
 def _ordered(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Tensors in the order of GGUF files: output before the layers, as it reads first what is largest."""
+    """Tensors in the order of GGUF files: output before the layers, as it reads first what
+    is largest.
+    """
     shapes = dict(tensor_shapes(config))
     for name in ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"):
         if name in shapes:
@@ -275,7 +289,9 @@ def encode(slab: Slab) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def _opened(source: str) -> Callable[[str, int, int], np.ndarray]:
-    """What reads rows of a tensor as float32 [R, K], in GGUF's order; kept open for the worker's next slab."""
+    """What reads rows of a tensor as float32 [R, K], in GGUF's order; kept open for the
+    worker's next slab.
+    """
     config, _ = (open_source if is_gguf(source) else _config_only)(source)
     plain = (
         GGUFTensors(open_file(source), None, None)

@@ -1,8 +1,10 @@
-"""Independent pieces of work side by side, in order, through any executor of ``concurrent.futures``.
+"""Independent pieces of work side by side, in order, through any executor of
+``concurrent.futures``.
 
-``in_order`` keeps a few pieces in flight and yields results in the order of the work, so memory holds what is in flight
-and no more. An executor whose workers die takes all its futures with it (``BrokenExecutor``); then another one is made,
-and what was not finished is given to it. Pieces must therefore be pure: done twice, they give the same.
+``in_order`` keeps a few pieces in flight and yields results in the order of the work, so
+memory holds what is in flight and no more. An executor whose workers die takes all its
+futures with it (``BrokenExecutor``); then another one is made, and what was not finished is
+given to it. Pieces must therefore be pure: done twice, they give the same.
 
 | executor          | how                                                                     |
 |-------------------|-------------------------------------------------------------------------|
@@ -29,7 +31,9 @@ PATIENCE = 3  # pools that may break in a row without a single result
 
 
 def processes(count: int) -> Callable[[], Executor]:
-    """What makes a pool of ``count`` processes. They start afresh and share nothing, threads and locks included."""
+    """What makes a pool of ``count`` processes. They start afresh and share nothing,
+    threads and locks included.
+    """
     return lambda: ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
 
 
@@ -41,7 +45,8 @@ def in_order(
 ) -> Iterator[Result]:
     """``map(function, work)``, with at most ``flight`` pieces begun and not yet yielded.
 
-    ``executor`` may be what makes one: then it is made anew when its workers die, and shut down in the end.
+    ``executor`` may be what makes one: then it is made anew when its workers die, and shut
+    down in the end.
 
     Raises
     ------

@@ -1,1 +1,3 @@
-"""Who runs when: requests, the scheduler's plans, the memory behind them, metrics, workloads, simulation."""
+"""Who runs when: requests, the scheduler's plans, the memory behind them, metrics,
+workloads, simulation.
+"""

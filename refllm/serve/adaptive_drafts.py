@@ -1,27 +1,34 @@
-"""Drafts in the engine: a drafter for every branch, and how many drafts are worth while, measured.
+"""Drafts in the engine: a drafter for every branch, and how many drafts are worth while,
+measured.
 
-Sources: Leviathan et al. 2023 (what is gained), Liu et al. 2024 (SmartSpec: how many drafts, by load and acceptance).
+Sources: Leviathan et al. 2023 (what is gained), Liu et al. 2024 (SmartSpec: how many
+drafts, by load and acceptance).
 
-The engine takes a drafter for each branch (``Engine(…, drafter=Drafting(…))``), asks it in each step, and tells it
-how many drafts were accepted. Nobody tells of preemption, failed steps or the end: a place may be asked for again.
+The engine takes a drafter for each branch (``Engine(…, drafter=Drafting(…))``), asks it in
+each step, and tells it how many drafts were accepted. Nobody tells of preemption, failed
+steps or the end: a place may be asked for again.
 
 How many drafts γ a branch of acceptance α gets in a batch of B is the γ of the largest
 
     B · E[τ](α, γ) / (t(B (1 + γ)) + c₁(B) + (γ − 1) c(B))
 
-t(n) is the measured time of a step of n tokens, c(B) that of a draft for each of B branches, which one step of the
-draft model makes; c₁(B) that of a step's first, which also computes what the draft model has not seen yet, from
-caches that the target's step has filled with its own weights. For one sequence t is nearly flat and drafts pay; for
-many the step is bound by its products, t grows with n, and the best γ is 0: speculation is then off. A branch that
-has gone without drafts for a while tries one all the same, lest a bad beginning be the last word; each time in vain
-doubles that while, for all. What a branch is believed to accept begins with what all have accepted so far: a
-``Drafting`` that serves for long knows its draft model, and no branch pays for finding out.
+t(n) is the measured time of a step of n tokens, c(B) that of a draft for each of B
+branches, which one step of the draft model makes; c₁(B) that of a step's first, which also
+computes what the draft model has not seen yet, from caches that the target's step has
+filled with its own weights. For one sequence t is nearly flat and drafts pay; for many the
+step is bound by its products, t grows with n, and the best γ is 0: speculation is then off.
+A branch that has gone without drafts for a while tries one all the same, lest a bad
+beginning be the last word; each time in vain doubles that while, for all. What a branch is
+believed to accept begins with what all have accepted so far: a ``Drafting`` that serves for
+long knows its draft model, and no branch pays for finding out.
 
-Caches of a draft model are kept for the branches that asked last. Where more ask than it has, some go without drafts.
+Caches of a draft model are kept for the branches that asked last. Where more ask than it
+has, some go without drafts.
 
-A draft model samples by the request's own settings: at a temperature more are accepted so, and the law is kept. With
-``ModelDrafter(…, how=GREEDY)`` drafts are one-hot: fewer are accepted, but each request gets the very tokens that it
-gets without drafts (``serve.sampler``).
+A draft model samples by the request's own settings: at a temperature more are accepted so,
+and the law is kept. With ``ModelDrafter(…, how=GREEDY)`` drafts are one-hot: fewer are
+accepted, but each request gets the very tokens that it gets without drafts
+(``serve.sampler``).
 
 Left out: trees in the engine.
 """
@@ -52,7 +59,8 @@ from refllm.decode.speculative.tree_drafter import TreeDrafter
 from refllm.kv.contiguous import ContiguousCache
 
 PROBE = 32  # steps that a branch goes without drafts before it tries one again, at first
-# what drafting must promise: its costs leave out verifying, the books, and rows of unequal length
+# what drafting must promise: its costs leave out verifying, the books, and rows of unequal
+# length
 MARGIN = 1.2
 MEMORY = 0.9  # what an earlier draft of a branch counts for beside a later one
 PRIOR = (0.5, 4.0)  # α before anything was seen, and how many drafts that belief is worth
@@ -63,7 +71,9 @@ BELIEF = 16.0  # how many drafts of a branch what is believed of all is worth
 
 @dataclass(frozen=True)
 class Costs:
-    """Measured, in seconds: t(n) at some n, rising, and (B, c₁(B), c(B)) at some B; without any drafts cost nothing."""
+    """Measured, in seconds: t(n) at some n, rising, and (B, c₁(B), c(B)) at some B; without
+    any drafts cost nothing.
+    """
 
     steps: Sequence[tuple[int, float]]
     drafts: Sequence[tuple[int, float, float]] = ()
@@ -75,24 +85,32 @@ class Costs:
             )
 
     def step(self, tokens: float) -> float:
-        """t(n) by lines between the measured points; beyond the last one in proportion to n."""
+        """t(n) by lines between the measured points; beyond the last one in proportion to
+        n.
+        """
         sizes, times = zip(*self.steps, strict=True)
         if tokens > sizes[-1]:
             return float(times[-1] * tokens / sizes[-1])
         return float(np.interp(tokens, sizes, times))
 
     def best_gamma(self, alpha: float, batch: int, most: int) -> int:
-        """The γ ≤ ``most`` of the most tokens a second for ``batch`` sequences of acceptance ``alpha``."""
+        """The γ ≤ ``most`` of the most tokens a second for ``batch`` sequences of
+        acceptance ``alpha``.
+        """
         return max(range(most + 1), key=lambda g: self.rate(alpha, batch, g))
 
     def rate(self, alpha: float, batch: int, gamma: int) -> float:
-        """Tokens a second of each of ``batch`` sequences that draft ``gamma`` tokens a step."""
+        """Tokens a second of each of ``batch`` sequences that draft ``gamma`` tokens a
+        step.
+        """
         return expected_length(alpha, gamma) / (
             self.step(batch * (1 + gamma)) + self.drafting(batch, gamma)
         )
 
     def drafting(self, batch: int, gamma: int) -> float:
-        """The time of ``gamma`` drafts for each of ``batch`` branches, by lines between the measured points."""
+        """The time of ``gamma`` drafts for each of ``batch`` branches, by lines between the
+        measured points.
+        """
         if not self.drafts or gamma == 0:
             return 0.0
         sizes, first, further = zip(*self.drafts, strict=True)
@@ -103,7 +121,9 @@ class Costs:
 
 
 class Drafting:
-    """Makes the drafters of an engine's branches. ``stats``: what came of all; ``gammas``: how often each γ was."""
+    """Makes the drafters of an engine's branches. ``stats``: what came of all; ``gammas``:
+    how often each γ was.
+    """
 
     def __init__(
         self,
@@ -111,7 +131,8 @@ class Drafting:
         *,
         costs: Costs | None = None,
     ):
-        """``source`` is a ``ModelDrafter`` with some ``sequences``, or makes a drafter for each branch.
+        """``source`` is a ``ModelDrafter`` with some ``sequences``, or makes a drafter for
+        each branch.
 
         Without ``costs`` every branch gets the drafter's own γ.
         """
@@ -151,9 +172,11 @@ class Drafting:
         return (PRIOR[0] * PRIOR[1] + self.stats.accepted) / (PRIOR[1] + self.stats.judged)
 
     def worth(self, alpha: float, most: int) -> int:
-        """The best γ by the measured costs for ``alpha``, in hundredths, in the batch of now; 0 if it gains too little.
+        """The best γ by the measured costs for ``alpha``, in hundredths, in the batch of
+        now; 0 if it gains too little.
 
-        Each is worked out once: 32 branches that ask anew in every step would take longer than the draft model.
+        Each is worked out once: 32 branches that ask anew in every step would take longer
+        than the draft model.
         """
         assert self.costs is not None
         case = (round(100 * alpha), self.batch, most)
@@ -169,7 +192,9 @@ class Drafting:
     def propose_together(
         self, asks: Sequence[tuple[BranchDrafter, Ask]]
     ) -> list[Proposal | TreeProposal]:
-        """The drafts of all branches that ask in a step; a model drafts for all of them at once."""
+        """The drafts of all branches that ask in a step; a model drafts for all of them at
+        once.
+        """
         if not asks:
             return []
         self.batch = len(asks)
@@ -196,9 +221,11 @@ class Drafting:
         return proposals
 
     def _places(self, branches: Sequence[BranchDrafter]) -> dict[BranchDrafter, int]:
-        """Which sequence of the model is whose: they keep theirs, and the others get those of who does not ask.
+        """Which sequence of the model is whose: they keep theirs, and the others get those
+        of who does not ask.
 
-        Those that asked longest ago are taken first. Where there are more branches than sequences, some go without.
+        Those that asked longest ago are taken first. Where there are more branches than
+        sequences, some go without.
         """
         asking = set(branches)
         mine = {
@@ -275,10 +302,11 @@ def measure(
     context: int = 128,
     rounds: int = 7,
 ) -> Costs:
-    """t(n) of ``model`` for n = 1, 2, 3, 4, 6, 8, 12, … up to ``most`` tokens, one a sequence, and the time of a draft.
+    """t(n) of ``model`` for n = 1, 2, 3, 4, 6, 8, 12, … up to ``most`` tokens, one a
+    sequence, and the time of a draft.
 
-    Medians of ``rounds`` in turn, on this machine, now: as much as an engine needs to know at its start. ValueError for
-    ``most`` or ``rounds`` below 1, or a ``context`` below 3.
+    Medians of ``rounds`` in turn, on this machine, now: as much as an engine needs to know
+    at its start. ValueError for ``most`` or ``rounds`` below 1, or a ``context`` below 3.
     """
     if min(most, rounds) < 1 or context < 3:
         raise ValueError(
@@ -319,7 +347,9 @@ def measure(
 def _draft_times(
     draft: ModelDrafter, between: Callable[[], None], batch: int, context: int, rounds: int
 ) -> tuple[float, float]:
-    """(c₁, c) for ``batch`` sequences; a step of the target lies ``between``, one or two tokens are to be computed."""
+    """(c₁, c) for ``batch`` sequences; a step of the target lies ``between``, one or two
+    tokens are to be computed.
+    """
     rng = np.random.default_rng(0)
     gamma = max(2, draft.gamma)
     context = max(3, min(context, draft.cache.capacity - gamma))

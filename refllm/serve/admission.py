@@ -1,7 +1,9 @@
-"""Who is admitted next, and who loses his memory first: first come first served, by priority, by longest prefix.
+"""Who is admitted next, and who loses his memory first: first come first served, by
+priority, by longest prefix.
 
-Sources: vLLM's scheduler (first come, priority, their victims); SGLang, Zheng et al. 2024, section 3 and its
-schedule policy (longest prefix match, the in-batch rule, first come for a long queue).
+Sources: vLLM's scheduler (first come, priority, their victims); SGLang, Zheng et al. 2024,
+section 3 and its schedule policy (longest prefix match, the in-batch rule, first come for a
+long queue).
 
 | order      | admitted first                             | victim when blocks run out                      |
 |------------|--------------------------------------------|-------------------------------------------------|
@@ -9,10 +11,11 @@ schedule policy (longest prefix match, the in-batch rule, first come for a long 
 | priority   | the lowest (priority, arrival)             | the highest (priority, arrival)                 |
 | lpm        | the longest cached prefix                  | who was admitted last                           |
 
-Preempted branches return to the queue by their age, so they come next under fcfs. An order keeps nothing of its own.
+Preempted branches return to the queue by their age, so they come next under fcfs. An order
+keeps nothing of its own.
 
-Left out: ageing against starvation: under longest prefix match a request that shares nothing may wait as long as
-others that share keep coming.
+Left out: ageing against starvation: under longest prefix match a request that shares
+nothing may wait as long as others that share keep coming.
 """
 
 from __future__ import annotations
@@ -26,20 +29,26 @@ from refllm.serve.request import Branch
 
 
 class Order(Protocol):
-    """How a queue is kept (``push``), read (``candidates``), and who is preempted (``victim``)."""
+    """How a queue is kept (``push``), read (``candidates``), and who is preempted
+    (``victim``).
+    """
 
     def push(self, waiting: list[Branch], branch: Branch) -> None:
         """Put a branch into the queue, a new one or one that was preempted."""
 
     def candidates(self, waiting: list[Branch], memory: Memory) -> Iterator[Branch]:
-        """Who may be admitted, best first; whoever asks for the next has taken the last one out of ``waiting``."""
+        """Who may be admitted, best first; whoever asks for the next has taken the last one
+        out of ``waiting``.
+        """
 
     def victim(self, running: Sequence[Branch]) -> Branch:
         """Who of those that run is preempted; ``running`` is in the order of admission."""
 
 
 class FirstCome:
-    """The oldest first; one that was preempted is older than all that were never admitted, so it comes next."""
+    """The oldest first; one that was preempted is older than all that were never admitted,
+    so it comes next.
+    """
 
     def push(self, waiting: list[Branch], branch: Branch) -> None:
         insort(waiting, branch, key=_age)
@@ -53,7 +62,9 @@ class FirstCome:
 
 
 class Priority:
-    """The lowest (priority, arrival, order of submission, index) first, and the highest preempted first."""
+    """The lowest (priority, arrival, order of submission, index) first, and the highest
+    preempted first.
+    """
 
     def push(self, waiting: list[Branch], branch: Branch) -> None:
         insort(waiting, branch, key=_rank)
@@ -77,10 +88,12 @@ def _age(branch: Branch) -> tuple[int, int]:
 class LongestPrefix:
     """The longest cached prefix first, ties as they came.
 
-    The in-batch rule: of waiting branches that share their first ``shared`` tokens while at most so many are
-    cached, only the first may be admitted; the others wait until it has filled the cache. (SGLang puts them at the
-    end of the queue; where a step has room for them all, that alone would compute the prefix as often.) A queue of
-    more than ``longest_queue`` is served first come first served: sorting it would cost a match a branch and step.
+    The in-batch rule: of waiting branches that share their first ``shared`` tokens while at
+    most so many are cached, only the first may be admitted; the others wait until it has
+    filled the cache. (SGLang puts them at the end of the queue; where a step has room for
+    them all, that alone would compute the prefix as often.) A queue of more than
+    ``longest_queue`` is served first come first served: sorting it would cost a match a
+    branch and step.
     """
 
     def __init__(self, *, shared: int = 32, longest_queue: int = 128):

@@ -1,7 +1,8 @@
 """The books of a scheduler: which requests live, and what a step's results do to them.
 
-``serve.scheduler`` and ``serve.baselines.static_batching`` decide what a step computes; here is what comes before and after: requests
-are submitted and aborted, branches fork and end, outcomes become tokens, rejected drafts are taken back.
+``serve.scheduler`` and ``serve.baselines.static_batching`` decide what a step computes;
+here is what comes before and after: requests are submitted and aborted, branches fork and
+end, outcomes become tokens, rejected drafts are taken back.
 
 | state    | memory                   | becomes                                                                     |
 |----------|--------------------------|-----------------------------------------------------------------------------|
@@ -9,12 +10,14 @@ are submitted and aborted, branches fork and end, outcomes become tokens, reject
 | running  | tokens [0, computed)     | waiting again, when it is preempted (with its tokens, without their memory) |
 | ended    | none                     | nothing; a request has ended when all its branches have                     |
 
-An outcome is a list of continuations of one branch: one as a rule; up to n for the first token of a request with n
-branches, which fork there; and in a beam search, whose beams are sampled all in one step, any number as long as they
-remain n in all: none drops the beam. After γ drafts a continuation has 1 to γ + 1 tokens: the drafts that were
-accepted, then one that was sampled; what was computed for the others is taken back.
+An outcome is a list of continuations of one branch: one as a rule; up to n for the first
+token of a request with n branches, which fork there; and in a beam search, whose beams are
+sampled all in one step, any number as long as they remain n in all: none drops the beam.
+After γ drafts a continuation has 1 to γ + 1 tokens: the drafts that were accepted, then one
+that was sampled; what was computed for the others is taken back.
 
-Left out: text. When one ends before ``max_tokens`` the engine says so, with a continuation's ``reason``.
+Left out: text. When one ends before ``max_tokens`` the engine says so, with a
+continuation's ``reason``.
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ from refllm.serve.request import Branch, Request, Status
 
 
 class Ledger(ABC):
-    """Requests come and go; ``plan`` and ``update`` alternate, and one plan at a time is under way (``step``)."""
+    """Requests come and go; ``plan`` and ``update`` alternate, and one plan at a time is
+    under way (``step``).
+    """
 
     def __init__(
         self, memory: Memory, order: Order, max_batch_tokens: int | None, max_sequences: int | None
@@ -55,8 +60,9 @@ class Ledger(ABC):
         self._forked: dict[Hashable, int] = {}  # request → branches that it has ever had
         self._ended: list[Event] = []  # ended without a step; told with the next update
         self._submitted = 0
-        # counted: steps, tokens computed and sampled, preemptions; tokens found and asked for at first admission;
-        # tokens found and asked for when preempted branches came back
+        # counted: steps, tokens computed and sampled, preemptions; tokens found and asked
+        # for at first admission; tokens found and asked for when preempted branches came
+        # back
         self.steps = 0
         self.computed = 0
         self.sampled = 0
@@ -66,7 +72,7 @@ class Ledger(ABC):
         self.resumed_cached = 0
         self.resumed_queried = 0
 
-    # --- requests come and go ------------------------------------------------------------------------------------
+    # --- requests come and go -------------------------------------------------------------
 
     @property
     def unfinished(self) -> bool:
@@ -78,7 +84,9 @@ class Ledger(ABC):
         return name in self._live
 
     def submit(self, request: Request) -> Hashable:
-        """Queue a request; returns its id. ValueError, and nothing happens, if it could never be served."""
+        """Queue a request; returns its id. ValueError, and nothing happens, if it could
+        never be served.
+        """
         name = request.id
         if name is None:
             name = next(i for i in count(self._submitted) if i not in self._live)
@@ -112,7 +120,8 @@ class Ledger(ABC):
         return self.memory.refuses(request)
 
     def abort(self, name: Hashable) -> list[Branch]:
-        """End a request at once, also between ``plan`` and ``update``. Returns the branches that this ended.
+        """End a request at once, also between ``plan`` and ``update``. Returns the branches
+        that this ended.
 
         An empty list for one that is unknown or has ended: it may have ended just now.
         """
@@ -122,7 +131,9 @@ class Ledger(ABC):
         return branches
 
     def propose(self, name: Name, drafts: Sequence[int]) -> int:
-        """Guess a running branch's next tokens, for the next plan. Returns how many of them can be of use."""
+        """Guess a running branch's next tokens, for the next plan. Returns how many of them
+        can be of use.
+        """
         branch = next((b for b in self._live.get(name[0], ()) if b.index == name[1]), None)
         if branch is None or not self.drafts(branch):
             return 0
@@ -140,13 +151,14 @@ class Ledger(ABC):
             and not branch.request.beam
         )
 
-    # --- steps ---------------------------------------------------------------------------------------------------
+    # --- steps ----------------------------------------------------------------------------
 
     @abstractmethod
     def plan(self) -> Plan:
         """Decide the next step; it computes a token for somebody, if anybody is there.
 
-        RuntimeError if the last plan was neither carried out (``update``) nor given up (``withdraw``).
+        RuntimeError if the last plan was neither carried out (``update``) nor given up
+        (``withdraw``).
         """
 
     def _begin(self) -> Step:
@@ -172,8 +184,9 @@ class Ledger(ABC):
     def update(self, plan: Plan, outcomes: Sequence[Outcome]) -> list[Event]:
         """Carry a plan's results over: outcomes[i] for plan.sampling[i].
 
-        Returns one event for each branch that got tokens or ended. ValueError, before anything has changed, for an
-        outcome that does not fit its item. Branches that were aborted since the plan are passed over.
+        Returns one event for each branch that got tokens or ended. ValueError, before
+        anything has changed, for an outcome that does not fit its item. Branches that were
+        aborted since the plan are passed over.
         """
         step = self._under_way(plan)
         sampling = [branch for branch, item in step.items.items() if item.samples]
@@ -193,7 +206,9 @@ class Ledger(ABC):
         return events
 
     def withdraw(self, plan: Plan) -> None:
-        """Give a plan up that could not be carried out (the model failed): its branches start over."""
+        """Give a plan up that could not be carried out (the model failed): its branches
+        start over.
+        """
         step = self._under_way(plan)
         self.step = None
         for branch in reversed(step.items):  # so that they stand in the queue as they ran
@@ -207,12 +222,15 @@ class Ledger(ABC):
         return self.step
 
     def _go_on(self, branch: Branch, outcome: Outcome, events: list[Event]) -> None:
-        """A branch takes the first continuation, forks of it the others; without any it is dropped."""
+        """A branch takes the first continuation, forks of it the others; without any it is
+        dropped.
+        """
         length = len(branch.tokens)
         left = branch.left
         first = outcome[0] if outcome else Continuation((), "dropped")
         tokens = list(first.tokens[:left])
-        # verified are its own tokens and the drafts among the new ones; the last one is not computed yet
+        # verified are its own tokens and the drafts among the new ones; the last one is not
+        # computed yet
         branch.computed = length + max(0, len(tokens) - 1)
         branch.drafts = []
         branch.tokens += tokens
@@ -236,7 +254,9 @@ class Ledger(ABC):
             events.append(event)
 
     def _fork(self, parent: Branch, length: int, how: Continuation) -> Branch:
-        """Another branch with the parent's first ``length`` tokens that goes on differently."""
+        """Another branch with the parent's first ``length`` tokens that goes on
+        differently.
+        """
         name = parent.request.id
         child = Branch(parent.request, self._forked[name], parent.order)
         self._forked[name] += 1
@@ -251,7 +271,9 @@ class Ledger(ABC):
         return child
 
     def _beams(self, branch: Branch) -> list[Branch]:
-        """The branches that advance in step with this one: the beams of its search, itself alone otherwise."""
+        """The branches that advance in step with this one: the beams of its search, itself
+        alone otherwise.
+        """
         if branch.request.beam:
             return list(self._live[branch.request.id])
         return [branch]
@@ -280,7 +302,9 @@ class Ledger(ABC):
             del self._live[branch.request.id], self._forked[branch.request.id]
 
     def check(self) -> None:
-        """AssertionError if the books do not balance; between steps, when no plan is under way."""
+        """AssertionError if the books do not balance; between steps, when no plan is under
+        way.
+        """
         self.memory.check()
         live = {branch for branches in self._live.values() for branch in branches}
         assert live == {*self.waiting, *self.running}, "a branch is lost"

@@ -1,7 +1,9 @@
-"""Beam search over branches that share blocks: in each step the n best continuations of all beams together go on.
+"""Beam search over branches that share blocks: in each step the n best continuations of all
+beams together go on.
 
-Sources: Kwon et al. 2023, section 4.4 (beams fork and drop blocks, a copy at most of one partial block each); the
-bookkeeping of finished hypotheses as Hugging Face's generation has it, with an exact bound for when to stop.
+Sources: Kwon et al. 2023, section 4.4 (beams fork and drop blocks, a copy at most of one
+partial block each); the bookkeeping of finished hypotheses as Hugging Face's generation has
+it, with an exact bound for when to stop.
 
 | symbol | name                                                          | shape        |
 |--------|---------------------------------------------------------------|--------------|
@@ -10,9 +12,10 @@ bookkeeping of finished hypotheses as Hugging Face's generation has it, with an 
 | c      | candidates s + log p(next), the n (1 + e) best; e end tokens  | [n, V]       |
 | −      | score of a hypothesis: s / length ** length_penalty           |              |
 
-A candidate that ends is a hypothesis if it is among the n best; the n best that do not end are the beams of the next
-step. The search ends when n hypotheses are better than the best that a beam can still become: log p ≤ 0, so s only
-falls. Equal candidates are ranked by beam, then by token.
+A candidate that ends is a hypothesis if it is among the n best; the n best that do not end
+are the beams of the next step. The search ends when n hypotheses are better than the best
+that a beam can still become: log p ≤ 0, so s only falls. Equal candidates are ranked by
+beam, then by token.
 
 Left out: sampling within beams, diverse groups, constraints, stop strings.
 """
@@ -29,7 +32,9 @@ from refllm.serve.request import Branch, Request
 
 
 class Hypothesis(NamedTuple):
-    """A whole continuation; ``reason`` is ``"end"`` (its last token is an end token) or ``"length"``."""
+    """A whole continuation; ``reason`` is ``"end"`` (its last token is an end token) or
+    ``"length"``.
+    """
 
     score: float
     tokens: list[int]
@@ -47,7 +52,9 @@ class Search:
         self._next: list[float] = []  # scores of the beams-to-be, in the order of the outcomes
 
     def advance(self, beams: Sequence[Branch], z: Array) -> list[Outcome]:
-        """z[len(beams), V], finite → an outcome for each beam; all are dropped when the search is over."""
+        """z[len(beams), V], finite → an outcome for each beam; all are dropped when the
+        search is over.
+        """
         request = self.request
         n = self.request.n
         length = len(beams[0].output) + 1  # of every candidate
@@ -81,7 +88,9 @@ class Search:
         return sorted(self.ended, key=lambda h: -h.score)[: self.request.n]
 
     def _candidates(self, beams: Sequence[Branch], z: Array) -> list[tuple[int, int, float]]:
-        """The best (place of the beam, token, score) over all beams; enough that n of them do not end."""
+        """The best (place of the beam, token, score) over all beams; enough that n of them
+        do not end.
+        """
         xp = namespace(z)
         scores = asarray_like([self.scores[beam.index] for beam in beams], z, "float64")[:, None]
         c = (log_probabilities(z) + scores).reshape(-1)
@@ -101,10 +110,13 @@ class Search:
         )
 
     def _settled(self, score: float, length: int) -> bool:
-        """Whether no beam can still be among the n best: the best has ``score`` after ``length`` tokens."""
+        """Whether no beam can still be among the n best: the best has ``score`` after
+        ``length`` tokens.
+        """
         if len(self.ended) < self.request.n:
             return False
-        # divided by as much as it can be: at the longest length if that is rewarded, else at the next one
+        # divided by as much as it can be: at the longest length if that is rewarded, else
+        # at the next one
         if self.request.length_penalty > 0:
             most = self.request.max_tokens
         else:

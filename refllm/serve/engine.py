@@ -1,17 +1,21 @@
 """The serving engine: requests in, tokens out, one plan a step over the real network.
 
-Sources: Yu et al. 2022 (Orca), Kwon et al. 2023 (vLLM), Zheng et al. 2024 (SGLang). Who runs when is
-``serve.scheduler``'s, where keys and values lie ``kv.paged``'s, how a plan is computed ``serve.executor``'s.
+Sources: Yu et al. 2022 (Orca), Kwon et al. 2023 (vLLM), Zheng et al. 2024 (SGLang). Who
+runs when is ``serve.scheduler``'s, where keys and values lie ``kv.paged``'s, how a plan is
+computed ``serve.executor``'s.
 
-A step: drafts are proposed, the scheduler makes a plan, ``execute`` turns it into rows of logits, ``choose`` (or a beam
-search) turns those into outcomes, the scheduler books them, and whoever listens is told. A step that fails is
-withdrawn: its requests start over, with the tokens that they have, and the error is the caller's.
+A step: drafts are proposed, the scheduler makes a plan, ``execute`` turns it into rows of
+logits, ``choose`` (or a beam search) turns those into outcomes, the scheduler books them,
+and whoever listens is told. A step that fails is withdrawn: its requests start over, with
+the tokens that they have, and the error is the caller's.
 
-The tokens of a request depend on its prompt, its settings and its seed, and on nothing else: not on who is in the
-batch, the budget, chunks, cached prefixes or preemption. (But for rounding: a product rounds otherwise in another
-shape, and where two logits are as close as that, either may win.)
+The tokens of a request depend on its prompt, its settings and its seed, and on nothing
+else: not on who is in the batch, the budget, chunks, cached prefixes or preemption. (But
+for rounding: a product rounds otherwise in another shape, and where two logits are as close
+as that, either may win.)
 
-Left out: several devices, planning while the device computes, structured output, log-probabilities.
+Left out: several devices, planning while the device computes, structured output,
+log-probabilities.
 """
 
 from __future__ import annotations
@@ -42,7 +46,9 @@ FAILED = [Continuation((), "error")]
 
 
 class Engine(Counts):
-    """Serves requests with ``model`` from ``num_blocks`` blocks of keys and values; what it counts are attributes."""
+    """Serves requests with ``model`` from ``num_blocks`` blocks of keys and values; what it
+    counts are attributes.
+    """
 
     def __init__(
         self,
@@ -66,11 +72,14 @@ class Engine(Counts):
         Parameters
         ----------
         policy, prefix_cache, options
-            as ``policies.make`` describes them (``chunked``, ``long_prefill``, ``watermark``, ``eviction``, …).
+            as ``policies.make`` describes them (``chunked``, ``long_prefill``,
+            ``watermark``, ``eviction``, …).
         scheduler
-            makes another scheduler from the block pool instead: ``lambda pool: Scheduler(Paged(pool), order=…)``.
+            makes another scheduler from the block pool instead: ``lambda pool:
+            Scheduler(Paged(pool), order=…)``.
         drafter
-            makes a drafter (``decode.speculative.drafters``) for each branch: what it guesses is verified in one step.
+            makes a drafter (``decode.speculative.drafters``) for each branch: what it
+            guesses is verified in one step.
         seed
             draws seeds for the requests that bring none; None: fresh ones.
         poison
@@ -118,16 +127,18 @@ class Engine(Counts):
         return bool(self._live)
 
     def submit(self, request: Request, listener: Listener | None = None) -> Hashable:
-        """Queue a request; returns its id. ``listener(piece)`` hears what is new after each step.
+        """Queue a request; returns its id. ``listener(piece)`` hears what is new after each
+        step.
 
-        A listener may submit and abort, but not step; one that raises ends its own request, with ``"error"``.
-        A beam search is heard once, at its end.
+        A listener may submit and abort, but not step; one that raises ends its own request,
+        with ``"error"``. A beam search is heard once, at its end.
 
         Raises
         ------
         ValueError
-            for a request that can never be served (what is wrong is named), or an id that is in use: one is until
-            its result has been taken. The engine is as it was before.
+            for a request that can never be served (what is wrong is named), or an id that
+            is in use: one is until its result has been taken. The engine is as it was
+            before.
         """
         if request.id is None:
             free = next(i for i in self._ids if i not in self._live and i not in self.results)
@@ -146,7 +157,8 @@ class Engine(Counts):
         return name
 
     def abort(self, name: Hashable) -> bool:
-        """End a request now; its result has what it said so far. False if it is unknown or has ended already.
+        """End a request now; its result has what it said so far. False if it is unknown or
+        has ended already.
 
         Its listener hears nothing of that: whoever aborts knows.
         """
@@ -156,7 +168,9 @@ class Engine(Counts):
         return True
 
     def run(self) -> dict[Hashable, Result]:
-        """Step until every request has ended; returns, and lets go of, all results that nobody has taken."""
+        """Step until every request has ended; returns, and lets go of, all results that
+        nobody has taken.
+        """
         while self.unfinished:
             self.step()
         taken = self.results
@@ -188,7 +202,7 @@ class Engine(Counts):
         assert booked <= set(self._live), "a branch without a request"
         assert not set(self._live) & set(self.results)
 
-    # --- a step --------------------------------------------------------------------------------------------------
+    # --- a step ---------------------------------------------------------------------------
 
     def _compute(self) -> list[Event]:
         if self.model.weights is not self._weights:
@@ -288,7 +302,9 @@ class Engine(Counts):
     def _search(
         self, sampled: Sequence[Branch], seats: Sequence[Seat], z: Array, outcomes: list[Outcome]
     ) -> None:
-        """Replace the outcomes of beams by what their search says; they are sampled all in one step."""
+        """Replace the outcomes of beams by what their search says; they are sampled all in
+        one step.
+        """
         groups: dict[Hashable, list[int]] = {}
         for i, branch in enumerate(sampled):
             if branch.request.beam:
@@ -304,7 +320,7 @@ class Engine(Counts):
             for i, outcome in zip(places, decided, strict=True):
                 outcomes[i] = outcome
 
-    # --- who hears of it -----------------------------------------------------------------------------------------
+    # --- who hears of it ------------------------------------------------------------------
 
     def _tell(self, events: Sequence[Event]) -> list[Piece]:
         told: list[Piece] = []

@@ -1,4 +1,5 @@
-"""Execution of a plan: copies, one ragged batch through the network, the rows of logits that are sampled.
+"""Execution of a plan: copies, one ragged batch through the network, the rows of logits
+that are sampled.
 
 | symbol | name                                                     | shape     |
 |--------|----------------------------------------------------------|-----------|
@@ -6,11 +7,13 @@
 | R      | rows that are sampled from, Σ ``item.samples``           |           |
 | z      | logits, item by item in the order of ``plan.sampling``   | [R, V]    |
 
-Nothing is decided here: blocks, counts and copies are the plan's, and what the tokens are is the engine's. A padded
-batch is computed with its padding: the padded positions of a prompt as a sequence of their own, a row that has ended
-as the one token it still costs. (Only the attention of the others to their padding is saved.)
+Nothing is decided here: blocks, counts and copies are the plan's, and what the tokens are
+is the engine's. A padded batch is computed with its padding: the padded positions of a
+prompt as a sequence of their own, a row that has ended as the one token it still costs.
+(Only the attention of the others to their padding is saved.)
 
-Left out: overlapping a step with the planning of the next one; capturing it in a CUDA graph.
+Left out: overlapping a step with the planning of the next one; capturing it in a CUDA
+graph.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ from refllm.serve.plan import Name, Plan, place
 
 
 class Placed(NamedTuple):
-    """A sequence where a plan says that it lies: what ``PagedKVCache.view`` reads of a block table."""
+    """A sequence where a plan says that it lies: what ``PagedKVCache.view`` reads of a
+    block table.
+    """
 
     blocks: tuple[int, ...]
     block_size: int
@@ -46,9 +51,11 @@ def execute(
     cache: PagedKVCache,
     step: Stepper,
 ) -> Array | None:
-    """``tokens[name]``: a branch's tokens and drafts, to the end of its item at least → z[R, V]; None if R = 0.
+    """``tokens[name]``: a branch's tokens and drafts, to the end of its item at least →
+    z[R, V]; None if R = 0.
 
-    ``step``, of ``captured.stepper``, computes a step that samples from all its tokens; z is then valid until the next.
+    ``step``, of ``captured.stepper``, computes a step that samples from all its tokens; z
+    is then valid until the next.
     """
     cache.copy(plan.copies)
     if not plan.items:
@@ -85,7 +92,9 @@ def execute(
 
 
 def _padding(plan: Plan) -> list[tuple[int, int, int]]:
-    """(slot of column 0, columns before, columns computed) of everything that a padded batch computes for nobody."""
+    """(slot of column 0, columns before, columns computed) of everything that a padded
+    batch computes for nobody.
+    """
     pads = [
         (item.blocks[0] - item.pad, 0, item.pad)
         for item in plan.items

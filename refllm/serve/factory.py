@@ -1,4 +1,5 @@
-"""Policies of serving by name: who schedules, over which kind of memory, with which prefix cache.
+"""Policies of serving by name: who schedules, over which kind of memory, with which prefix
+cache.
 
 | name                            | scheduler                            | memory                                  |
 |---------------------------------|--------------------------------------|-----------------------------------------|
@@ -6,10 +7,11 @@
 | ``orca-max``, ``orca-pow2``, ``orca-oracle`` | each step anew, prompts whole | one run each, reserved at admission |
 | ``static``                      | each batch anew, padded              | a rectangle                             |
 
-All are a ``Ledger`` and are driven alike: ``submit``, ``plan``, ``update``, ``abort``. The engine and the simulator
-make theirs here, so both run the same one.
+All are a ``Ledger`` and are driven alike: ``submit``, ``plan``, ``update``, ``abort``. The
+engine and the simulator make theirs here, so both run the same one.
 
-Left out: a policy of one's own is not named here: make a ``Scheduler`` from any ``Memory`` and ``Order``.
+Left out: a policy of one's own is not named here: make a ``Scheduler`` from any ``Memory``
+and ``Order``.
 """
 
 from __future__ import annotations
@@ -47,15 +49,17 @@ def make(
     Parameters
     ----------
     prefix_cache
-        ``"hash"``, ``"radix"`` (``eviction`` is its tree's order) or None; ``"auto"`` is ``"hash"`` where memory is
-        in blocks. What reserves its memory has none.
+        ``"hash"``, ``"radix"`` (``eviction`` is its tree's order) or None; ``"auto"`` is
+        ``"hash"`` where memory is in blocks. What reserves its memory has none.
     max_batch_tokens
-        the budget of a step; those that compute prompts whole (``orca-…``, ``static``) have none.
+        the budget of a step; those that compute prompts whole (``orca-…``, ``static``) have
+        none.
     watermark
         share of the blocks that stays free when a request is admitted beside others.
     longest
-        tokens of the longest sequence: what ``orca-max`` reserves for each (default 2048), and the widest row of
-        ``static`` (default: no limit). ``buddy`` rounds runs to powers of two.
+        tokens of the longest sequence: what ``orca-max`` reserves for each (default 2048),
+        and the widest row of ``static`` (default: no limit). ``buddy`` rounds runs to
+        powers of two.
 
     ValueError for a name that is not in the table, or a cache where there can be none.
     """

@@ -1,6 +1,8 @@
-"""What the scheduler knows of memory: may a branch have room for so many more tokens? Here answered with blocks.
+"""What the scheduler knows of memory: may a branch have room for so many more tokens? Here
+answered with blocks.
 
-Source: Kwon et al. 2023, sections 4.2 to 4.5 (blocks, copy on write, preemption). The blocks are ``kv.block_pool``.
+Source: Kwon et al. 2023, sections 4.2 to 4.5 (blocks, copy on write, preemption). The
+blocks are ``kv.block_pool``.
 
 | class (file)                       | where tokens lie                 | prefixes                   | runs out     |
 |------------------------------------|----------------------------------|----------------------------|--------------|
@@ -10,14 +12,17 @@ Source: Kwon et al. 2023, sections 4.2 to 4.5 (blocks, copy on write, preemption
 | ``Reserved`` (``.reservations``)   | one run for all it may ever need | forgotten                  | at admission |
 | ``Rectangle`` (``.reservations``)  | a row of a padded static batch   | forgotten                  | at admission |
 
-The life of a branch: ``match`` (what is cached of it, without a trace), ``admit`` (take that and room for the first
-tokens), then each step ``reserve``, the step itself, ``commit``; ``fork`` for a second continuation; ``release`` at
-the end, or when it is preempted and starts over.
+The life of a branch: ``match`` (what is cached of it, without a trace), ``admit`` (take
+that and room for the first tokens), then each step ``reserve``, the step itself,
+``commit``; ``fork`` for a second continuation; ``release`` at the end, or when it is
+preempted and starts over.
 
-Ownership of a branch's tokens: [0, computed) are written and verified, and may be offered to a prefix cache by
-``commit``; [computed, computed + count) were reserved for the step under way and are nobody else's business.
+Ownership of a branch's tokens: [0, computed) are written and verified, and may be offered
+to a prefix cache by ``commit``; [computed, computed + count) were reserved for the step
+under way and are nobody else's business.
 
-Left out: a second pool, memory beyond this one (``simulate.simulator`` has swapping), the arrays (``kv.paged``).
+Left out: a second pool, memory beyond this one (``simulate.simulator`` has swapping), the
+arrays (``kv.paged``).
 """
 
 from __future__ import annotations
@@ -32,7 +37,9 @@ Copies = list[tuple[int, int]]
 
 
 class Memory(Protocol):
-    """The seam between scheduling and memory. ``admit`` and ``reserve`` can be refused, and change nothing then."""
+    """The seam between scheduling and memory. ``admit`` and ``reserve`` can be refused, and
+    change nothing then.
+    """
 
     block_size: int  # tokens a block; 0: a branch lies in one contiguous run
     shares: bool  # whether ``fork`` works
@@ -44,13 +51,19 @@ class Memory(Protocol):
         """Tokens of a waiting branch that are cached, fewer than it has; leaves no trace."""
 
     def admit(self, branch: Branch, count: int, *, alone: bool) -> bool:
-        """Take what ``match`` found and room for ``count`` ≥ 0 tokens after it; ``alone`` may use every last block."""
+        """Take what ``match`` found and room for ``count`` ≥ 0 tokens after it; ``alone``
+        may use every last block.
+        """
 
     def reserve(self, branch: Branch, count: int) -> Copies | None:
-        """Room for ``count`` tokens after ``computed``: what to copy before they are written; None if there is none."""
+        """Room for ``count`` tokens after ``computed``: what to copy before they are
+        written; None if there is none.
+        """
 
     def commit(self, branch: Branch) -> None:
-        """The branch's tokens [0, computed) are written and verified; what was reserved beyond is given back."""
+        """The branch's tokens [0, computed) are written and verified; what was reserved
+        beyond is given back.
+        """
 
     def fork(self, parent: Branch, child: Branch) -> None:
         """A second branch with the parent's tokens [0, computed)."""
@@ -76,7 +89,8 @@ class Memory(Protocol):
 class Paged:
     """Blocks from a pool, as many as the tokens need, and no memory of prefixes.
 
-    ``watermark`` is the share of the pool that stays free when a branch is admitted beside others.
+    ``watermark`` is the share of the pool that stays free when a branch is admitted beside
+    others.
     """
 
     shares = True
@@ -98,7 +112,8 @@ class Paged:
         return self.pool.num_used * self.block_size
 
     def refuses(self, request: Request) -> str | None:
-        # beams advance in step, so they must fit beside each other, whatever they come to share
+        # beams advance in step, so they must fit beside each other, whatever they come to
+        # share
         tokens = (
             -(-request.longest // self.block_size)
             * self.block_size

@@ -1,4 +1,5 @@
-"""What the engine gives back: pieces while it runs, a result at the end, and what it counted.
+"""What the engine gives back: pieces while it runs, a result at the end, and what it
+counted.
 
 | reason      | a branch has ended because                                                                  |
 |-------------|---------------------------------------------------------------------------------------------|
@@ -22,7 +23,9 @@ from refllm.serve.request import Request
 
 @dataclass(frozen=True)
 class Piece:
-    """What is new of one branch. ``text`` may lag behind ``tokens``: whole characters, no part of a stop string."""
+    """What is new of one branch. ``text`` may lag behind ``tokens``: whole characters, no
+    part of a stop string.
+    """
 
     id: Hashable
     index: int
@@ -120,7 +123,9 @@ class Counts:
 
     @property
     def used_blocks(self) -> int:
-        """Blocks that running branches hold (a prefix cache lets go of the others when it must)."""
+        """Blocks that running branches hold (a prefix cache lets go of the others when it
+        must).
+        """
         return -(-self.scheduler.memory.allocated // self.cache.pool.block_size)
 
     @property

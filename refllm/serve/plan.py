@@ -1,7 +1,8 @@
-"""What one step computes, as plain data: which branch how many tokens, in which blocks, after which copies.
+"""What one step computes, as plain data: which branch how many tokens, in which blocks,
+after which copies.
 
-A plan is made of Python ints, strings and tuples. It can be checked, traced and drawn without a model, and an
-engine that executes it decides nothing.
+A plan is made of Python ints, strings and tuples. It can be checked, traced and drawn
+without a model, and an engine that executes it decides nothing.
 
 | field    | meaning                                                                                          |
 |----------|--------------------------------------------------------------------------------------------------|
@@ -49,7 +50,9 @@ class Item(NamedTuple):
 
 
 class Ghost(NamedTuple):
-    """A row of a padded batch whose request has ended: it is computed, and nobody wants the result."""
+    """A row of a padded batch whose request has ended: it is computed, and nobody wants the
+    result.
+    """
 
     start: int  # columns before it, padding included
     count: int  # type: ignore[assignment]  # hides tuple.count
@@ -58,7 +61,9 @@ class Ghost(NamedTuple):
 
 @dataclass
 class Plan:
-    """A step. ``items`` in the order in which they were planned; copies are made first, in their order."""
+    """A step. ``items`` in the order in which they were planned; copies are made first, in
+    their order.
+    """
 
     step: int
     items: list[Item]
@@ -126,7 +131,9 @@ class Plan:
 
 
 def place(blocks: Sequence[int], block_size: int, start: int, stop: int) -> list[int]:
-    """The slots of positions [start, stop) of a sequence that lies in ``blocks`` (one run where block_size is 0)."""
+    """The slots of positions [start, stop) of a sequence that lies in ``blocks`` (one run
+    where block_size is 0).
+    """
     b = block_size
     if b == 0:
         return list(range(blocks[0] + start, blocks[0] + stop))
@@ -149,7 +156,9 @@ def _check_readers(items: Sequence[Item], written: list[int], b: int) -> None:
 
 
 class Continuation(NamedTuple):
-    """How a branch goes on: its next tokens, and why it ends with them if it does. No token only with a reason."""
+    """How a branch goes on: its next tokens, and why it ends with them if it does. No token
+    only with a reason.
+    """
 
     tokens: Sequence[int]
     reason: str | None = None  # "length" is the scheduler's own
@@ -167,7 +176,9 @@ Outcome = Sequence[Continuation]
 
 
 class Step:
-    """A plan in the making: what each branch does in it, and how much of the budget is left."""
+    """A plan in the making: what each branch does in it, and how much of the budget is
+    left.
+    """
 
     def __init__(self, plan: Plan):
         self.plan = plan
@@ -178,7 +189,9 @@ class Step:
     def put(
         self, branch: Branch, count: int, blocks: tuple[int, ...], copies: Copies, pad: int = 0
     ) -> None:
-        """Plan ``count`` tokens of a branch; of its drafts those that are not among them are dropped."""
+        """Plan ``count`` tokens of a branch; of its drafts those that are not among them
+        are dropped.
+        """
         # drafts among the tokens; below 0: not finished yet
         ahead = branch.computed + count - len(branch.tokens)
         if branch.drafts:
@@ -204,7 +217,9 @@ def check_outcomes(
     outcomes: Sequence[Outcome],
     live: Mapping[Hashable, Sequence[Branch]],
 ) -> None:
-    """ValueError unless each outcome fits its branch; ``live`` has the branches of each request."""
+    """ValueError unless each outcome fits its branch; ``live`` has the branches of each
+    request.
+    """
     if len(sampling) != len(outcomes):
         raise ValueError(f"{len(sampling)} branches were sampled, got {len(outcomes)} outcomes")
     grown: dict[Hashable, int] = {}

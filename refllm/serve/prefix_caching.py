@@ -1,7 +1,9 @@
-"""Paged memory that remembers prefixes: blocks found by a chain of hashes, or pages of a radix tree.
+"""Paged memory that remembers prefixes: blocks found by a chain of hashes, or pages of a
+radix tree.
 
-Sources: vLLM's automatic prefix caching, and Zheng et al. 2024 (SGLang), section 3: one pool for those who run and for
-what is cached. The caches themselves are ``kv.hash_prefix`` and ``kv.radix_tree``.
+Sources: vLLM's automatic prefix caching, and Zheng et al. 2024 (SGLang), section 3: one
+pool for those who run and for what is cached. The caches themselves are ``kv.hash_prefix``
+and ``kv.radix_tree``.
 
 |                          | ``Hashed``                              | ``Radix``                                    |
 |--------------------------|-----------------------------------------|----------------------------------------------|
@@ -10,10 +12,12 @@ what is cached. The caches themselves are ``kv.hash_prefix`` and ``kv.radix_tree
 | equal blocks, side by side | both stay, the first is found         | the later one is given up for the tree's     |
 | evicted                  | when the pool gives the block away      | by the tree, before the pool gives any       |
 
-A cached prefix can be found from the step after the one that computed it. (vLLM lets a request find blocks that
-the same step is about to fill; here a step that fails, or a request that is aborted in it, leaves nothing behind.)
+A cached prefix can be found from the step after the one that computed it. (vLLM lets a
+request find blocks that the same step is about to fill; here a step that fails, or a
+request that is aborted in it, leaves nothing behind.)
 
-Left out: a prefix that is shared while it is computed: see the in-batch rule of ``serve.admission``.
+Left out: a prefix that is shared while it is computed: see the in-batch rule of
+``serve.admission``.
 """
 
 from __future__ import annotations
@@ -26,7 +30,9 @@ from refllm.serve.request import Branch
 
 
 class Hashed(Paged):
-    """Paged, with prefixes found by a chain of hashes; a free block is remembered until it is given away."""
+    """Paged, with prefixes found by a chain of hashes; a free block is remembered until it
+    is given away.
+    """
 
     def __init__(self, pool: BlockPool, *, watermark: float = 0.0, hasher: Hasher = sha256_key):
         super().__init__(pool, watermark=watermark)
@@ -70,10 +76,12 @@ class Hashed(Paged):
 
 
 class Radix(Paged):
-    """Paged, with prefixes in a radix tree whose pages are the blocks; the tree is one more owner of what it holds.
+    """Paged, with prefixes in a radix tree whose pages are the blocks; the tree is one more
+    owner of what it holds.
 
-    A branch locks the deepest node that it has matched or inserted. What it computed of its prompt is inserted
-    step by step, what it generated when it forks or ends: the tree then owns it, and evicts it when blocks are needed.
+    A branch locks the deepest node that it has matched or inserted. What it computed of its
+    prompt is inserted step by step, what it generated when it forks or ends: the tree then
+    owns it, and evicts it when blocks are needed.
     """
 
     def __init__(self, pool: BlockPool, *, watermark: float = 0.0, policy: str = "lru"):
@@ -125,7 +133,9 @@ class Radix(Paged):
         super().release(branch)
 
     def _insert(self, branch: Branch) -> None:
-        """Offer the tree the whole pages of [0, computed); the branch holds the tree's blocks for them from then on."""
+        """Offer the tree the whole pages of [0, computed); the branch holds the tree's
+        blocks for them from then on.
+        """
         table = self._tables[branch]
         b = self.block_size
         node, known = self._nodes[branch]
@@ -138,7 +148,8 @@ class Radix(Paged):
             tokens, table.slots(0, end), salt=request.salt, priority=-request.priority
         )
         found = self.cache.match(tokens, salt=request.salt, record=False)
-        # [known, had) the tree had already: duplicates, given up for the tree's; [had, end) are the tree's from now on
+        # [known, had) the tree had already: duplicates, given up for the tree's; [had, end)
+        # are the tree's from now on
         for i in range(known // b, had // b):
             mine = table.blocks[i]
             table.blocks[i] = self.pool.fork(found.slots[i * b] // b)

@@ -1,4 +1,5 @@
-"""What a user asks for, and the state of one continuation while it is served: plain Python, no model, no arrays.
+"""What a user asks for, and the state of one continuation while it is served: plain Python,
+no model, no arrays.
 
 | name      | meaning                                                                                   |
 |-----------|-------------------------------------------------------------------------------------------|
@@ -9,11 +10,12 @@
 | computed  | tokens [0, computed) have their keys and values in memory                                 |
 | total     | len(tokens) + len(drafts): what a step tries to compute up to                             |
 
-A branch does not know whether it is in prefill or in decode, and nothing here asks: it is ``total - computed``
-tokens behind. Prefill, decode, a resumed request and a verification of drafts differ in these two numbers only
-(vLLM's second scheduler has it so).
+A branch does not know whether it is in prefill or in decode, and nothing here asks: it is
+``total - computed`` tokens behind. Prefill, decode, a resumed request and a verification of
+drafts differ in these two numbers only (vLLM's second scheduler has it so).
 
-Left out: the model's limits (its vocabulary, its longest context): the engine checks them on ``submit``.
+Left out: the model's limits (its vocabulary, its longest context): the engine checks them
+on ``submit``.
 """
 
 from __future__ import annotations
@@ -30,11 +32,12 @@ from typing import Any
 class Request:
     """A prompt and how to continue it. ValueError names the field that makes no sense.
 
-    ``max_tokens`` 0 is allowed and ends at once, with nothing. ``n`` continuations of the prompt share its memory;
-    with ``beam`` they are the beams of one search, which advance in step: hypotheses are ranked by the sum of their
-    log-probabilities divided by length ** ``length_penalty``. Lower ``priority`` first. ``arrival`` is in seconds.
-    Requests with different ``salt`` never share cached prefixes. ``prompt`` may be a ``range`` where only lengths
-    matter.
+    ``max_tokens`` 0 is allowed and ends at once, with nothing. ``n`` continuations of the
+    prompt share its memory; with ``beam`` they are the beams of one search, which advance
+    in step: hypotheses are ranked by the sum of their log-probabilities divided by length
+    ** ``length_penalty``. Lower ``priority`` first. ``arrival`` is in seconds. Requests
+    with different ``salt`` never share cached prefixes. ``prompt`` may be a ``range`` where
+    only lengths matter.
     """
 
     prompt: Sequence[int]
@@ -106,7 +109,9 @@ class Request:
 
     @property
     def longest(self) -> int:
-        """Tokens that can need memory at one time: the last one that is sampled is never computed."""
+        """Tokens that can need memory at one time: the last one that is sampled is never
+        computed.
+        """
         return len(self.prompt) + max(0, self.max_tokens - 1)
 
 

@@ -1,7 +1,9 @@
-"""What the engine keeps of a branch beside its tokens: its random numbers, its text so far, when that ends.
+"""What the engine keeps of a branch beside its tokens: its random numbers, its text so far,
+when that ends.
 
-Random numbers belong to places: token i of the output is drawn with uniform i of the branch's own generator. So what
-is drawn does not depend on who else is in the batch, on preemption, or on drafts.
+Random numbers belong to places: token i of the output is drawn with uniform i of the
+branch's own generator. So what is drawn does not depend on who else is in the batch, on
+preemption, or on drafts.
 
 | generator of branch i      | seeded by                                                                |
 |----------------------------|--------------------------------------------------------------------------|
@@ -10,8 +12,8 @@ is drawn does not depend on who else is in the batch, on preemption, or on draft
 
 Left out: log-probabilities of what was chosen.
 
-<<MERGED>>
-A request while the engine serves it: voices of its branches, its search, what it has said so far; and the seams.
+<<MERGED>> A request while the engine serves it: voices of its branches, its search, what it
+has said so far; and the seams.
 
 | seam       | who fills it                                                                       |
 |------------|------------------------------------------------------------------------------------|
@@ -40,7 +42,9 @@ from refllm.serve.request import Branch, Request
 
 
 class Voice:
-    """One branch as its reader hears it. ``seed`` is the request's own or one that the engine drew for it."""
+    """One branch as its reader hears it. ``seed`` is the request's own or one that the
+    engine drew for it.
+    """
 
     def __init__(
         self,
@@ -78,7 +82,9 @@ class Voice:
         return self._uniforms[place]
 
     def hear(self, tokens: Sequence[int]) -> Continuation:
-        """The next tokens as far as the text goes: up to an end token, or the one that completes a stop string."""
+        """The next tokens as far as the text goes: up to an end token, or the one that
+        completes a stop string.
+        """
         if not self.streams and self.ends.isdisjoint(tokens):
             return Continuation(tokens)
         for i, token in enumerate(tokens):
@@ -92,7 +98,9 @@ class Voice:
         return Continuation(tokens)
 
     def take(self, ended: bool) -> str:
-        """The text that is new since it was taken the last time; all of it if no more will come."""
+        """The text that is new since it was taken the last time; all of it if no more will
+        come.
+        """
         if not self.streams:
             return ""
         if ended:
@@ -103,7 +111,9 @@ class Voice:
         return piece
 
     def rewind(self, output: Sequence[int]) -> None:
-        """Back to where the text of ``output`` was taken: what was heard since has not happened."""
+        """Back to where the text of ``output`` was taken: what was heard since has not
+        happened.
+        """
         self._characters = Utf8Stream(self.tokenizer)
         self._stops = StopStrings(self.request.stop)
         self.text = ""
@@ -119,7 +129,9 @@ class Voice:
                 self._piece += self._stops.flush()
 
     def said(self, output: Sequence[int], reason: str) -> tuple[list[int], str]:
-        """(tokens, text) of a whole output: without its end token; the text without its stop string."""
+        """(tokens, text) of a whole output: without its end token; the text without its
+        stop string.
+        """
         tokens = list(output[:-1] if reason == "end" else output)
         return tokens, self.text if self.streams else self.tokenizer.decode(tokens)
 
@@ -194,7 +206,9 @@ class Live:
         return voice
 
     def voices_of(self, branch: Branch) -> list[Voice]:
-        """One for each continuation that the branch's next token may have: n where it is to fork into n."""
+        """One for each continuation that the branch's next token may have: n where it is to
+        fork into n.
+        """
         together = branch.seats if self.search is None else 1
         if together == 1:  # as a rule
             return [self.voice(branch.index)]

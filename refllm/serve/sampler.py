@@ -1,4 +1,5 @@
-"""Logits of a step → the next tokens of every branch that was sampled, each with its own settings.
+"""Logits of a step → the next tokens of every branch that was sampled, each with its own
+settings.
 
 | symbol | name                                                             | shape    |
 |--------|------------------------------------------------------------------|----------|
@@ -6,12 +7,15 @@
 | p      | what is drawn from, after all warps, of rows with temperature > 0| [·, V]   |
 | u      | uniforms, one a place in the output                              | [·]      |
 
-Drafts that were not sampled (n-gram, argmax) are judged by drawing: row i is sampled with the uniform of its place, and
-draft i stands if it is what was drawn. That is the token-wise law for a one-hot q, P(accept) = p(draft), with a further
-property: the tokens are *the same* as without drafts. Drafts that come with the distribution q they were sampled from
-are judged by ``decode.speculative.verification.verify`` with the branch's own generator: the same law, not the same tokens.
+Drafts that were not sampled (n-gram, argmax) are judged by drawing: row i is sampled with
+the uniform of its place, and draft i stands if it is what was drawn. That is the token-wise
+law for a one-hot q, P(accept) = p(draft), with a further property: the tokens are *the
+same* as without drafts. Drafts that come with the distribution q they were sampled from are
+judged by ``decode.speculative.verification.verify`` with the branch's own generator: the
+same law, not the same tokens.
 
-Left out: penalties on counts (``sampling.apply_count_penalties``), grammars (a mask on z before all this).
+Left out: penalties on counts (``sampling.apply_count_penalties``), grammars (a mask on z
+before all this).
 """
 
 from __future__ import annotations
@@ -30,7 +34,9 @@ from refllm.serve.request_state import Voice
 
 @dataclass(slots=True)
 class Seat:
-    """A branch that is sampled: its tokens, its drafts and their q if it has one, and a voice for each continuation."""
+    """A branch that is sampled: its tokens, its drafts and their q if it has one, and a
+    voice for each continuation.
+    """
 
     request: Request
     tokens: Sequence[int]
@@ -42,7 +48,9 @@ class Seat:
 
 
 def penalised(z: Array, seats: Sequence[Seat]) -> Array:
-    """z with each request's repetition penalty; row i of a seat has seen its first i drafts too."""
+    """z with each request's repetition penalty; row i of a seat has seen its first i drafts
+    too.
+    """
     if all(seat.request.repetition_penalty == 1 for seat in seats):
         return z
     seen = np.zeros(z.shape, dtype=bool)
@@ -58,7 +66,9 @@ def penalised(z: Array, seats: Sequence[Seat]) -> Array:
 
 
 def choose(z: Array, seats: Sequence[Seat]) -> list[list[list[int]] | None]:
-    """z[R, V], penalised → for each seat its voices' next tokens; None if its logits have no largest one."""
+    """z[R, V], penalised → for each seat its voices' next tokens; None if its logits have
+    no largest one.
+    """
     tops = sampling.best(z)
     chosen: list[list[list[int]] | None] = [None] * len(seats)
     drawn = []
@@ -78,7 +88,9 @@ def choose(z: Array, seats: Sequence[Seat]) -> list[list[list[int]] | None]:
 
 
 def _agreed(tokens: Sequence[int], drafts: Sequence[int]) -> list[int]:
-    """The tokens of rows 0, 1, … as long as the drafts before them are what was chosen there."""
+    """The tokens of rows 0, 1, … as long as the drafts before them are what was chosen
+    there.
+    """
     if not drafts:
         return list(tokens[:1])
     kept = next((i for i, draft in enumerate(drafts) if draft != tokens[i]), len(drafts))
@@ -86,7 +98,9 @@ def _agreed(tokens: Sequence[int], drafts: Sequence[int]) -> list[int]:
 
 
 def _draw(z: Array, seats: Sequence[Seat]) -> list[list[list[int]]]:
-    """Seats with a temperature: warp all their rows at once, then draw one token a row and voice."""
+    """Seats with a temperature: warp all their rows at once, then draw one token a row and
+    voice.
+    """
     owners = [seat for seat in seats for _ in range(seat.rows.start, seat.rows.stop)]
     rows = [row for seat in seats for row in range(seat.rows.start, seat.rows.stop)]
     how = [
@@ -114,7 +128,9 @@ def _draw(z: Array, seats: Sequence[Seat]) -> list[list[list[int]]]:
 
 
 def _dealt(seats: Sequence[Seat], p: Array, tokens: list[int]) -> list[list[list[int]]]:
-    """The drawn tokens to their seats and voices; seats whose drafts were sampled from a q are verified here."""
+    """The drawn tokens to their seats and voices; seats whose drafts were sampled from a q
+    are verified here.
+    """
     dealt: list[list[list[int]]] = []
     row = 0
     at = 0

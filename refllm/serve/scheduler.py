@@ -1,31 +1,39 @@
-"""The scheduler: one plan a step over branches that differ only in computed and total tokens.
+"""The scheduler: one plan a step over branches that differ only in computed and total
+tokens.
 
-Sources: Orca, Yu et al. 2022 (iteration-level scheduling); Sarathi-Serve, Agrawal et al. 2024 (chunked prefill,
-decode first, a budget of tokens); vLLM's second scheduler (two counters and no phases); Kwon et al. 2023, section
-4.5 (preemption).
+Sources: Orca, Yu et al. 2022 (iteration-level scheduling); Sarathi-Serve, Agrawal et al.
+2024 (chunked prefill, decode first, a budget of tokens); vLLM's second scheduler (two
+counters and no phases); Kwon et al. 2023, section 4.5 (preemption).
 
 A step, in order:
 
-1. Branches one token behind (and their drafts): decode goes first, so that no prompt stalls those who stream.
-2. Running branches further behind, as they were admitted: prompts whose first chunks are computed.
-   For both: if memory has no room, running branches are preempted, youngest or least urgent first, until it has.
-3. If nobody was preempted: waiting branches, as the order says, as long as budget, seats and memory last. The first
-   that does not fit ends it, so nobody is overtaken for being large.
+1. Branches one token behind (and their drafts): decode goes first, so that no prompt stalls
+   those who stream.
+2. Running branches further behind, as they were admitted: prompts whose first chunks are
+   computed. For both: if memory has no room, running branches are preempted, youngest or
+   least urgent first, until it has.
+3. If nobody was preempted: waiting branches, as the order says, as long as budget, seats
+   and memory last. The first that does not fit ends it, so nobody is overtaken for being
+   large.
 
-A preempted branch keeps its tokens, loses their keys and values, and computes them anew when it is admitted again:
-to the scheduler it is a longer prompt. The beams of one search are admitted and preempted together, and their last
-tokens are computed in one step, so that they are ranked against each other.
+A preempted branch keeps its tokens, loses their keys and values, and computes them anew
+when it is admitted again: to the scheduler it is a longer prompt. The beams of one search
+are admitted and preempted together, and their last tokens are computed in one step, so that
+they are ranked against each other.
 
-The oldest (or most urgent) running branch is never preempted for another, and every request that is accepted fits
-alone: so each step computes at least a token for somebody, and everybody ends.
+The oldest (or most urgent) running branch is never preempted for another, and every request
+that is accepted fits alone: so each step computes at least a token for somebody, and
+everybody ends.
 
-How it is driven (``plan`` and ``update`` alternate; what an outcome is, ``serve.base_scheduler`` says)::
+How it is driven (``plan`` and ``update`` alternate; what an outcome is,
+``serve.base_scheduler`` says)::
 
     plan = scheduler.plan()
     # copy plan.copies, compute plan.items, sample item.samples rows of each of plan.sampling
     events = scheduler.update(plan, outcomes)   # outcomes[i] for plan.sampling[i]
 
-Left out: what only a model can know: when a text ends before ``max_tokens`` (the engine says so in a continuation).
+Left out: what only a model can know: when a text ends before ``max_tokens`` (the engine
+says so in a continuation).
 """
 
 from __future__ import annotations
@@ -38,7 +46,9 @@ from refllm.serve.request import Branch, Request, Status
 
 
 class Scheduler(Ledger):
-    """Continuous batching over a ``Memory``; see the module for what a step does and how it is driven."""
+    """Continuous batching over a ``Memory``; see the module for what a step does and how it
+    is driven.
+    """
 
     def __init__(
         self,
@@ -50,7 +60,8 @@ class Scheduler(Ledger):
         chunked: bool = True,
         long_prefill: int = 0,
     ):
-        """``None`` lifts a limit. ``long_prefill`` caps the chunk of one prompt (0: the budget alone does).
+        """``None`` lifts a limit. ``long_prefill`` caps the chunk of one prompt (0: the
+        budget alone does).
 
         Not ``chunked``: a prompt is computed in one step or not yet, as Orca did.
         """
@@ -61,7 +72,8 @@ class Scheduler(Ledger):
         self.long_prefill = long_prefill
 
     def refuses(self, request: Request) -> str | None:
-        # a preempted branch comes back with its output: that too must fit into one step if it is not cut
+        # a preempted branch comes back with its output: that too must fit into one step if
+        # it is not cut
         if (
             not self.chunked
             and self.max_batch_tokens is not None
@@ -97,7 +109,9 @@ class Scheduler(Ledger):
                 self._advance(step, branch, missing)
 
     def _run_beam(self, step: Step, branch: Branch, behind: list[tuple[Branch, int]]) -> None:
-        """The last tokens of all beams in one step; what comes before them whenever there is room."""
+        """The last tokens of all beams in one step; what comes before them whenever there
+        is room.
+        """
         beams = self._beams(branch)
         missing = len(branch.tokens) - branch.computed
         if any(b.computed + 1 < len(b.tokens) for b in beams):
@@ -162,7 +176,9 @@ class Scheduler(Ledger):
                 free -= seats
 
     def _enter(self, step: Step, branch: Branch) -> bool:
-        """Admit a branch, with all beams of its search; nobody if there is no room for the first one's share."""
+        """Admit a branch, with all beams of its search; nobody if there is no room for the
+        first one's share.
+        """
         beams = self._beams(branch)
         for beam in beams:
             hit = self.memory.match(beam)

@@ -1,17 +1,20 @@
-"""Preemption by swapping: the keys and values of a preempted branch move to host memory, and back when it returns.
+"""Preemption by swapping: the keys and values of a preempted branch move to host memory,
+and back when it returns.
 
-Source: Kwon et al. 2023, section 4.5. All of a branch moves or nothing, and the host keeps at most as many blocks as
-the device has: what finds no room there is computed anew.
+Source: Kwon et al. 2023, section 4.5. All of a branch moves or nothing, and the host keeps
+at most as many blocks as the device has: what finds no room there is computed anew.
 
 | preempted by | costs when it leaves      | costs when it comes back                         |
 |--------------|---------------------------|--------------------------------------------------|
 | recompute    | nothing                   | a prefill of its prompt and of what it has said  |
 | swapping     | its blocks over the link  | its blocks over the link again                   |
 
-To the scheduler a branch that was swapped out is one with a cached prefix, which nobody else can find. Here only
-numbers move; ``simulate.simulator`` puts a clock to them. The engine recomputes.
+To the scheduler a branch that was swapped out is one with a cached prefix, which nobody
+else can find. Here only numbers move; ``simulate.simulator`` puts a clock to them. The
+engine recomputes.
 
-Left out: branches of one request that share blocks stay apart on the host (each moves all of its own).
+Left out: branches of one request that share blocks stay apart on the host (each moves all
+of its own).
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ class Moved(NamedTuple):
 
 
 class Swapping(Paged):
-    """Paged, and what is preempted is kept on the host, in ``host_blocks`` blocks (default: as many as here)."""
+    """Paged, and what is preempted is kept on the host, in ``host_blocks`` blocks (default:
+    as many as here).
+    """
 
     def __init__(self, pool: BlockPool, *, watermark: float = 0.0, host_blocks: int | None = None):
         super().__init__(pool, watermark=watermark)

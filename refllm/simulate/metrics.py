@@ -1,7 +1,7 @@
 """How well requests were served: the times of each, and what is usually reported of many.
 
-Source: the definitions of ``vllm bench serve``, one by one; normalised latency as Kwon et al. 2023 (after Orca);
-capacity as DistServe, Zhong et al. 2024, means its goodput.
+Source: the definitions of ``vllm bench serve``, one by one; normalised latency as Kwon et
+al. 2023 (after Orca); capacity as DistServe, Zhong et al. 2024, means its goodput.
 
 | symbol             | definition                                                                           | unit |
 |--------------------|--------------------------------------------------------------------------------------|------|
@@ -14,12 +14,14 @@ capacity as DistServe, Zhong et al. 2024, means its goodput.
 | normalised latency | mean over requests of E2EL / O                                                       | s    |
 | capacity           | the highest rate at which at least 90 % of the requests meet the limits              | 1/s  |
 
-What follows from the definitions, and is easily misread: ITL percentiles are those of long answers, which have most
-of the gaps; a chunk of several tokens (speculation) is one gap of ITL and several tokens of TPOT; the duration is the
-whole run with its filling and its draining, so that few requests understate the throughput; P + O counts tokens
-that were not generated. A request of one token has no TPOT, and meets every limit on it.
+What follows from the definitions, and is easily misread: ITL percentiles are those of long
+answers, which have most of the gaps; a chunk of several tokens (speculation) is one gap of
+ITL and several tokens of TPOT; the duration is the whole run with its filling and its
+draining, so that few requests understate the throughput; P + O counts tokens that were not
+generated. A request of one token has no TPOT, and meets every limit on it.
 
-Left out: the share of the peak that was used (``measure.roofline``), confidence intervals (take several seeds).
+Left out: the share of the peak that was used (``measure.roofline``), confidence intervals
+(take several seeds).
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ import numpy as np
 
 @dataclass
 class Timeline:
-    """One answer: when it was asked for, and when each chunk of it came. Seconds on any clock."""
+    """One answer: when it was asked for, and when each chunk of it came. Seconds on any
+    clock.
+    """
 
     sent: float
     prompt: int = 0  # tokens asked
@@ -96,7 +100,9 @@ class Limits(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """Mean and percentiles of a sample; percentiles lie between neighbours as ``numpy.percentile`` has it."""
+    """Mean and percentiles of a sample; percentiles lie between neighbours as
+    ``numpy.percentile`` has it.
+    """
 
     mean: float
     p50: float
@@ -136,7 +142,9 @@ class Summary:
 def summarise(
     timelines: Iterable[Timeline], duration: float, limits: Limits | None = None
 ) -> Summary:
-    """Timelines of all requests of a run that took ``duration`` seconds → the report. Only completed ones count."""
+    """Timelines of all requests of a run that took ``duration`` seconds → the report. Only
+    completed ones count.
+    """
     if not 0 < duration < inf:
         raise ValueError(f"a run takes a finite time above 0, got {duration} seconds")
     every = list(timelines)
@@ -162,7 +170,9 @@ def summarise(
 
 
 def attainment(timelines: Iterable[Timeline], limits: Limits) -> float:
-    """Share of the requests that meet the limits; those that were not completed do not. ValueError for none."""
+    """Share of the requests that meet the limits; those that were not completed do not.
+    ValueError for none.
+    """
     met = [t.meets(limits) for t in timelines]
     if not met:
         raise ValueError("no request: no share of them meets anything")
@@ -170,9 +180,11 @@ def attainment(timelines: Iterable[Timeline], limits: Limits) -> float:
 
 
 def capacity(attained: Mapping[float, float], share: float = 0.9) -> float:
-    """{rate: share that met the limits} → the highest rate before the first at which less than ``share`` did.
+    """{rate: share that met the limits} → the highest rate before the first at which less
+    than ``share`` did.
 
-    Between two rates the share is taken to be linear; 0 if the lowest rate is too high already.
+    Between two rates the share is taken to be linear; 0 if the lowest rate is too high
+    already.
     """
     if not attained or not 0 < share <= 1:
         raise ValueError(

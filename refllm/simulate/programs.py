@@ -1,6 +1,8 @@
-"""Programs whose requests share prefixes: what a prefix cache is for, and one control that shares nothing.
+"""Programs whose requests share prefixes: what a prefix cache is for, and one control that
+shares nothing.
 
-Source: the kinds of Zheng et al. 2024 (SGLang), section 6, and of Kwon et al. 2023, section 6.4, as token ids alone.
+Source: the kinds of Zheng et al. 2024 (SGLang), section 6, and of Kwon et al. 2023, section
+6.4, as token ids alone.
 
 | program            | a request's prompt is                                  | shared                      | O     |
 |--------------------|--------------------------------------------------------|-----------------------------|-------|
@@ -11,16 +13,18 @@ Source: the kinds of Zheng et al. 2024 (SGLang), section 6, and of Kwon et al. 2
 | RAG                | a document, drawn by Zipf's law, and a question        | the document, by its askers | short |
 | unique             | something that nobody else asks                        | nothing                     | some  |
 
-A conversation goes on when its answer is there, a tree when the node above has been thought: a ``Program`` is asked
-what follows after every answer, and sees the tokens. Everything else is drawn beforehand and lengths are fixed, so that
-every policy serves the same.
+A conversation goes on when its answer is there, a tree when the node above has been
+thought: a ``Program`` is asked what follows after every answer, and sees the tokens.
+Everything else is drawn beforehand and lengths are fixed, so that every policy serves the
+same.
 
 | symbol | name                                        |
 |--------|---------------------------------------------|
 | a      | Zipf's exponent: P(document i) ∝ 1 / i**a   |
 | P, O   | tokens of a prompt and of its answer        |
 
-Left out: branches that are cut for being bad, programs that fork within an answer (``Request.n`` does that).
+Left out: branches that are cut for being bad, programs that fork within an answer
+(``Request.n`` does that).
 """
 
 from __future__ import annotations
@@ -43,7 +47,9 @@ def _nothing(request: Request, answer: Sequence[int]) -> list[Request]:
 
 @dataclass
 class Program:
-    """Requests that are there at once, and ``follow(request, answer)``: those that an answer calls forth."""
+    """Requests that are there at once, and ``follow(request, answer)``: those that an
+    answer calls forth.
+    """
 
     name: str
     requests: list[Request]
@@ -51,7 +57,9 @@ class Program:
 
 
 class RandomIds:
-    """Ids that mean nothing: for speed and for sharing, where the model's words do not matter."""
+    """Ids that mean nothing: for speed and for sharing, where the model's words do not
+    matter.
+    """
 
     def __init__(self, rng: np.random.Generator, vocabulary: int):
         self.rng = rng
@@ -63,7 +71,9 @@ class RandomIds:
 
 
 class Passages:
-    """Consecutive pieces of a text, from the beginning; none is handed out twice before all were."""
+    """Consecutive pieces of a text, from the beginning; none is handed out twice before all
+    were.
+    """
 
     def __init__(self, ids: Sequence[int]):
         if not len(ids):
@@ -98,7 +108,9 @@ def few_shot(
 def self_consistency(
     tokens: Tokens, questions: int, *, samples: int = 8, question: int = 320, answer: int = 16
 ) -> Program:
-    """Every question ``samples`` times, each sampled with a seed of its own: the answers are then voted on."""
+    """Every question ``samples`` times, each sampled with a seed of its own: the answers
+    are then voted on.
+    """
     asked = []
     for i in range(questions):
         prompt = [*tokens(question)]
@@ -192,7 +204,9 @@ def unique(tokens: Tokens, questions: int, *, question: int = 400, answer: int =
 
 
 def zipf(count: int, a: float) -> np.ndarray[Any, Any]:
-    """Probability of each of ``count`` documents, the most popular first: 1 / i**a over the sum of these."""
+    """Probability of each of ``count`` documents, the most popular first: 1 / i**a over the
+    sum of these.
+    """
     p = np.arange(1, count + 1, dtype=np.float64) ** -a
     share: np.ndarray[Any, Any] = p / p.sum()
     return share
@@ -208,10 +222,10 @@ def shuffled(program: Program, rng: np.random.Generator) -> Program:
 def best_hit_rate(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]] = ()) -> float:
     """The most that any order and any cache can save of the ``prompts``, page 1.
 
-    1 − (distinct prefixes that no answer has computed) / (tokens asked): each of these must be read once.
-    ``answers[i]`` follows prompts[i]; all of it but its last token has been computed when somebody repeats it. (The
-    last token of a prompt is computed always, for its logits: where a prompt is the prefix of another, even this rate
-    is out of reach.)
+    1 − (distinct prefixes that no answer has computed) / (tokens asked): each of these must
+    be read once. ``answers[i]`` follows prompts[i]; all of it but its last token has been
+    computed when somebody repeats it. (The last token of a prompt is computed always, for
+    its logits: where a prompt is the prefix of another, even this rate is out of reach.)
     """
     nodes: dict[tuple[int, int], int] = {}  # (node above, token) → node, of the trie of all texts
     read: set[int] = set()
@@ -232,7 +246,9 @@ def _request(name: tuple[int, ...], prompt: Sequence[int], answer: int) -> Reque
 
 
 def _parts(request: Request) -> tuple[int, ...]:
-    """The id of one of these programs' requests: which conversation and turn, which problem and path."""
+    """The id of one of these programs' requests: which conversation and turn, which problem
+    and path.
+    """
     if not isinstance(request.id, tuple):
         raise ValueError(f"{request.id!r} is no request of this program")
     return request.id

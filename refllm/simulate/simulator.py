@@ -1,6 +1,8 @@
-"""Serving without a model: the real scheduler and its memory, with a clock that says what each step would take.
+"""Serving without a model: the real scheduler and its memory, with a clock that says what
+each step would take.
 
-Source: the discrete-event form of Kwon et al. 2023, section 6; the scheduler is the one that the engine runs.
+Source: the discrete-event form of Kwon et al. 2023, section 6; the scheduler is the one
+that the engine runs.
 
 | name   | meaning                                                                                        |
 |--------|------------------------------------------------------------------------------------------------|
@@ -9,13 +11,16 @@ Source: the discrete-event form of Kwon et al. 2023, section 6; the scheduler is
 | jump   | k steady steps in one plan                                                                     |
 | used   | slots that hold a token's keys and values; the rest of what is allocated is reserved or waste  |
 
-A jump proposes k − 1 drafts for everybody and accepts them all: the scheduler advances each branch by k tokens, its
-memory takes the same blocks as in k steps, and the clock is charged for k steps of one token each. Times, counts and
-tokens are the same as without jumps (``jumps=False``), which a test holds; there are only fewer plans.
+A jump proposes k − 1 drafts for everybody and accepts them all: the scheduler advances each
+branch by k tokens, its memory takes the same blocks as in k steps, and the clock is charged
+for k steps of one token each. Times, counts and tokens are the same as without jumps
+(``jumps=False``), which a test holds; there are only fewer plans.
 
-What a branch says is a number of its own, over and over: so answers of different branches share no prefix.
+What a branch says is a number of its own, over and over: so answers of different branches
+share no prefix.
 
-Left out: the model, end tokens (everybody runs to ``max_tokens``), beams; time that the scheduler itself takes.
+Left out: the model, end tokens (everybody runs to ``max_tokens``), beams; time that the
+scheduler itself takes.
 """
 
 from __future__ import annotations
@@ -45,7 +50,9 @@ class Clock(Protocol):
         """A step over (past, new) of every row of the batch, with ``rows`` rows of logits."""
 
     def decode(self, pasts: Sequence[int], count: int) -> Sequence[float]:
-        """``count`` steps, each of one token for everybody; ``pasts`` are cached before the first."""
+        """``count`` steps, each of one token for everybody; ``pasts`` are cached before the
+        first.
+        """
 
     def move(self, tokens: int, blocks: int) -> float:
         """Keys and values between device and host, blocks one by one."""
@@ -71,13 +78,16 @@ class Taken(NamedTuple):
     steps: int
     start: float
     end: float
-    # tokens with keys and values after the last of the steps; shared ones count for each who shares
+    # tokens with keys and values after the last of the steps; shared ones count for each
+    # who shares
     used: int
     allocated: int  # slots that branches hold, then
 
 
 class Tally:
-    """Sums over steps. ``batch`` and ``utilisation`` are means over steps; ValueError where there were none."""
+    """Sums over steps. ``batch`` and ``utilisation`` are means over steps; ValueError where
+    there were none.
+    """
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
@@ -113,7 +123,9 @@ class Tally:
 
     @property
     def filled(self) -> float:
-        """Share of what is allocated that holds tokens (within a jump: of what is allocated after it)."""
+        """Share of what is allocated that holds tokens (within a jump: of what is allocated
+        after it).
+        """
         return self.used / self.allocated if self._some() else 0.0
 
     def _some(self) -> int:
@@ -177,10 +189,11 @@ class Simulator:
         follow: Follow | None = None,
         progress: Callable[[int, int], object] | None = None,
     ) -> Run:
-        """Serve ``requests``, each from its ``arrival`` on, and what follows from their answers.
+        """Serve ``requests``, each from its ``arrival`` on, and what follows from their
+        answers.
 
-        ``progress(done, known)`` hears of every request that has ended. ValueError for a request that this memory
-        can never serve, or for a beam search.
+        ``progress(done, known)`` hears of every request that has ended. ValueError for a
+        request that this memory can never serve, or for a beam search.
         """
         self._pending = deque(sorted(requests, key=lambda request: request.arrival))
         done = 0
@@ -211,7 +224,7 @@ class Simulator:
             self._ended.clear()
         return self._report()
 
-    # --- inside --------------------------------------------------------------------------------------------------
+    # --- inside ---------------------------------------------------------------------------
 
     def _submit(self, request: Request, sent: float | None = None) -> None:
         if request.beam:
@@ -256,7 +269,8 @@ class Simulator:
             stamps = stamps[:count]
         for branch in running:
             self.scheduler.propose(branch.key, [_says(branch, 0)] * (count - 1))
-        # The budget is one of a single step; this much leaves no room for anybody who waits, as none of the steps does
+        # The budget is one of a single step; this much leaves no room for anybody who
+        # waits, as none of the steps does
         budget = self.scheduler.max_batch_tokens
         self.scheduler.max_batch_tokens = count * len(running)
         plan = self.scheduler.plan()
@@ -311,14 +325,17 @@ class Simulator:
             self.scheduler.order, LongestPrefix
         ):
             return quiet  # what was computed may be found by somebody who waits
-        # the first in the queue found no memory or no seat; had it been the budget, there could be more of that
+        # the first in the queue found no memory or no seat; had it been the budget, there
+        # could be more of that
         return quiet or plan.budget is None or (plan.tokens < plan.budget and self._chunked())
 
     def _chunked(self) -> bool:
         return isinstance(self.scheduler, Scheduler) and self.scheduler.chunked
 
     def _steady(self) -> int:
-        """How many steps nothing but decoding can happen in; 1 if the next one is not such a step."""
+        """How many steps nothing but decoding can happen in; 1 if the next one is not such
+        a step.
+        """
         running = self.scheduler.running
         if not self._closed or not running or not isinstance(self.scheduler, Scheduler):
             return 1
@@ -369,5 +386,7 @@ class Simulator:
 
 
 def _says(branch: Branch, fork: int) -> int:
-    """What a branch says all the time (its fork number ``fork``, if it forks with this token)."""
+    """What a branch says all the time (its fork number ``fork``, if it forks with this
+    token).
+    """
     return SAYS + branch.order * 4096 + branch.index + fork

@@ -1,4 +1,5 @@
-"""What a run of the scheduler looked like, as plain numbers that a figure draws: batch, blocks, radix tree.
+"""What a run of the scheduler looked like, as plain numbers that a figure draws: batch,
+blocks, radix tree.
 
 | record      | rows                                                                                          |
 |-------------|-----------------------------------------------------------------------------------------------|
@@ -6,7 +7,8 @@
 | blocks      | a step: for every block of the pool who holds it; FREE, SHARED by several, CACHED by the tree |
 | tree        | a node: tokens, locks, hits, and its children                                                 |
 
-Blocks need the plans themselves: trace a simulation without jumps (``Simulator(…, jumps=False)``).
+Blocks need the plans themselves: trace a simulation without jumps (``Simulator(…,
+jumps=False)``).
 
 Left out: what the steps computed (``Engine.on_plan`` has the plans).
 """
@@ -29,7 +31,9 @@ COLUMNS = ("time", "running", "waiting", "used", "allocated", "read", "written",
 
 
 class Trace:
-    """Hears of every step of a simulation (``on_step=Trace(scheduler)``); ``blocks`` steps keep their block table."""
+    """Hears of every step of a simulation (``on_step=Trace(scheduler)``); ``blocks`` steps
+    keep their block table.
+    """
 
     def __init__(self, scheduler: Ledger, *, blocks: int = 0):
         self.scheduler = scheduler
@@ -43,7 +47,8 @@ class Trace:
     def __call__(self, taken: Taken) -> None:
         plan = taken.plan
         written = sum(item.samples for item in plan.items)
-        # an item that samples reads what is not its own new token; in a jump everything is written
+        # an item that samples reads what is not its own new token; in a jump everything is
+        # written
         read = sum(item.count - item.samples for item in plan.items)
         row = (
             taken.end,
@@ -94,7 +99,9 @@ class Trace:
 
 
 def tree(cache: RadixCache) -> list[dict[str, Any]]:
-    """The nodes below the roots, each with its children: {"tokens", "locks", "hits", "used", "children"}."""
+    """The nodes below the roots, each with its children: {"tokens", "locks", "hits",
+    "used", "children"}.
+    """
     tops = [
         node for node in cache.nodes() if node.parent is not None and node.parent.parent is None
     ]

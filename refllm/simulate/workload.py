@@ -1,8 +1,10 @@
-"""Who asks for what, and when: lengths as measured on public traffic, and arrivals, without any data set.
+"""Who asks for what, and when: lengths as measured on public traffic, and arrivals, without
+any data set.
 
-Sources: means of ShareGPT and Alpaca, Kwon et al. 2023, figure 11 (161/338 and 19/58 tokens), and the filter with
-which vLLM samples the former; the public traces of Azure's language services of 2023, fitted in the logarithm;
-arrivals as ``vllm bench serve`` draws them.
+Sources: means of ShareGPT and Alpaca, Kwon et al. 2023, figure 11 (161/338 and 19/58
+tokens), and the filter with which vLLM samples the former; the public traces of Azure's
+language services of 2023, fitted in the logarithm; arrivals as ``vllm bench serve`` draws
+them.
 
 | symbol  | name                               | value                                                                |
 |---------|------------------------------------|----------------------------------------------------------------------|
@@ -11,11 +13,13 @@ arrivals as ``vllm bench serve`` draws them.
 | pmf     | probability of each length         | Φ((ln(x + ½) − μ)/σ) − Φ((ln(x − ½) − μ)/σ), over that of all        |
 | k       | shape of the gaps between arrivals | Gamma(k, 1/(k · rate)): 1 is Poisson, below it bursts                |
 
-Every length has its exact probabilities (``pmf``), so what follows for a batch can be summed instead of sampled.
+Every length has its exact probabilities (``pmf``), so what follows for a batch can be
+summed instead of sampled.
 
-Left out: correlation of P and O (Azure's rank correlations are −0.02 and 0.07), the time of day; Azure's code prompts
-beyond what a log-normal with their logarithm's mean and deviation has (their mean is 2,048, here 1,559); rescaling of
-the arrivals to a fixed end, which vLLM does and which is then no Poisson process any more.
+Left out: correlation of P and O (Azure's rank correlations are −0.02 and 0.07), the time of
+day; Azure's code prompts beyond what a log-normal with their logarithm's mean and deviation
+has (their mean is 2,048, here 1,559); rescaling of the arrivals to a fixed end, which vLLM
+does and which is then no Poisson process any more.
 """
 
 from __future__ import annotations
@@ -91,7 +95,9 @@ class Mixture:
 
 
 class Traffic(NamedTuple):
-    """Lengths of prompts and outputs; together at most ``longest``, pairs beyond are drawn again."""
+    """Lengths of prompts and outputs; together at most ``longest``, pairs beyond are drawn
+    again.
+    """
 
     prompt: Length
     output: Length
@@ -134,7 +140,8 @@ class Traffic(NamedTuple):
 
 SHAREGPT = Traffic(LogNormal(4.69, 1.0, 4, 1024), LogNormal(5.462, 1.0, 4, 1900), longest=2048)
 ALPACA = Traffic(LogNormal(2.465, 0.9, 4, 200), LogNormal(3.675, 0.9, 4, 600))
-# Answers of the conversation service end at either of two lengths: most below 200 tokens, others near 400.
+# Answers of the conversation service end at either of two lengths: most below 200 tokens,
+# others near 400.
 AZURE_CHAT = Traffic(
     LogNormal(6.63, 0.99, 1, 14_050),
     Mixture((LogNormal(4.6, 0.55, 1, 1000), LogNormal(6.02, 0.12, 1, 1000)), (0.6, 0.4)),
@@ -151,9 +158,11 @@ TRAFFIC = {
 def arrivals(
     rng: np.random.Generator, count: int, rate: float, shape: float = 1.0
 ) -> np.ndarray[Any, Any]:
-    """Times of ``count`` arrivals, ``rate`` a second on average; the first one comes after a gap too.
+    """Times of ``count`` arrivals, ``rate`` a second on average; the first one comes after
+    a gap too.
 
-    An infinite rate: all at time 0. ``shape`` 1 is Poisson, below it bursts and pauses, infinite a metronome.
+    An infinite rate: all at time 0. ``shape`` 1 is Poisson, below it bursts and pauses,
+    infinite a metronome.
     """
     if not (rate > 0 and shape > 0):
         raise ValueError(f"arrivals need a rate and a shape above 0, got {rate} and {shape}")
@@ -167,7 +176,9 @@ def arrivals(
 
 
 class Distinct:
-    """Prompts where lengths alone matter: every token a number of its own, so that nothing is shared."""
+    """Prompts where lengths alone matter: every token a number of its own, so that nothing
+    is shared.
+    """
 
     def __init__(self) -> None:
         self.at = 0
@@ -187,10 +198,11 @@ def requests(
     tokens: Callable[[int], Sequence[int]] | None = None,
     scale: float = 1.0,
 ) -> list[Request]:
-    """``count`` requests in the order of their arrival, each of which runs to its ``max_tokens``.
+    """``count`` requests in the order of their arrival, each of which runs to its
+    ``max_tokens``.
 
-    ``tokens(n)`` makes a prompt of n tokens; by default they are numbers that nobody else has (``Distinct``).
-    ``scale`` multiplies all lengths, for a model with a short context.
+    ``tokens(n)`` makes a prompt of n tokens; by default they are numbers that nobody else
+    has (``Distinct``). ``scale`` multiplies all lengths, for a model with a short context.
     """
     if scale != 1:
         traffic = Traffic(
@@ -211,7 +223,9 @@ def longest_of(pmf: np.ndarray[Any, Any], batch: int) -> float:
 
 
 def useful_share(pmf: np.ndarray[Any, Any], batch: int) -> float:
-    """Share of the decode slots of a static batch that yield a token: E[O] / E[max of ``batch`` O]."""
+    """Share of the decode slots of a static batch that yield a token: E[O] / E[max of
+    ``batch`` O].
+    """
     return longest_of(pmf, 1) / longest_of(pmf, batch)
 
 

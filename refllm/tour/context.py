@@ -35,14 +35,18 @@ class Tour:
 
     @cached_property
     def machine(self) -> Device:
-        """The limits of one core: the stops run on one BLAS thread, where two would wait for each other."""
+        """The limits of one core: the stops run on one BLAS thread, where two would wait
+        for each other.
+        """
         return measure_machine(threads=1)
 
     def say(self, text: str = "") -> None:
         self.out.print(text)
 
     def draw(self, name: str, values: dict[str, Any], kind: str, hardware: str) -> None:
-        """Record the numbers below ``output/data`` and draw the registered figure ``name`` from them."""
+        """Record the numbers below ``output/data`` and draw the registered figure ``name``
+        from them.
+        """
         from refllm.figures import registry  # matplotlib takes a second to import
 
         record = Record(f"refllm tour --model {self.name}", kind, hardware, values)

@@ -1,7 +1,9 @@
-"""A burst of prompts with a shared beginning through the serving engine: what was computed, found and held.
+"""A burst of prompts with a shared beginning through the serving engine: what was computed,
+found and held.
 
-Everything but the seconds is counted by engine, scheduler and pool themselves (kind A). The same burst is served
-without a prefix cache, with a radix tree, and with a tree and too few blocks.
+Everything but the seconds is counted by engine, scheduler and pool themselves (kind A). The
+same burst is served without a prefix cache, with a radix tree, and with a tree and too few
+blocks.
 
 Left out: arrivals over time (``simulate.simulator``).
 """
@@ -34,7 +36,9 @@ class Served:
 
 
 def prompts(tokens: list[int], shared: int, own: int, count: int) -> list[list[int]]:
-    """``count`` prompts that begin with the same ``shared`` tokens and go on with ``own`` tokens each of their own."""
+    """``count`` prompts that begin with the same ``shared`` tokens and go on with ``own``
+    tokens each of their own.
+    """
     needed = shared + own * count
     if len(tokens) < needed:
         raise ValueError(
@@ -48,7 +52,9 @@ def prompts(tokens: list[int], shared: int, own: int, count: int) -> list[list[i
 def serve(
     model: Model, texts: list[list[int]], new: int, *, cached: bool, share: float = 1.0
 ) -> Served:
-    """Serve all texts at once, ``new`` tokens each, from ``share`` of the blocks that they need side by side."""
+    """Serve all texts at once, ``new`` tokens each, from ``share`` of the blocks that they
+    need side by side.
+    """
     each = max(-(-(len(text) + new) // BLOCK) for text in texts)
     blocks = max(each, int(share * sum(-(-(len(text) + new) // BLOCK) for text in texts)))
     engine = Engine(

@@ -1,4 +1,5 @@
-"""Speculation on the tour: the same text with and without drafts, how many steps it took, and how long.
+"""Speculation on the tour: the same text with and without drafts, how many steps it took,
+and how long.
 
 Left out: sampling (notebook 14), ratios to be relied upon (``benchmarks/speculative.py``).
 """
@@ -29,7 +30,9 @@ GAMMA = {"model": 3, "n-grams": 8}
 
 
 def visit(model: Model, draft: str, backend: str, say: Callable[[str], Any], out: Console) -> None:
-    """Write from a piece of held-out code, plainly and with each drafter, and say what differed: not the text."""
+    """Write from a piece of held-out code, plainly and with each drafter, and say what
+    differed: not the text.
+    """
     text = "".join(d.text for d in held_out_documents())
     prompt = model.tokenizer.encode(text[: 8 * PROMPT])[:PROMPT]
     began = time.perf_counter()
@@ -79,7 +82,9 @@ def row(steps: list[Step], plain: list[int]) -> tuple[str, str, str]:
 
 
 def drafters(model: Model, draft: str, backend: str) -> dict[str, Drafter]:
-    """A small model, as a chain and as a tree, if there is one of this vocabulary; n-grams; and both in turn."""
+    """A small model, as a chain and as a tree, if there is one of this vocabulary; n-grams;
+    and both in turn.
+    """
     chain = GAMMA["model"]
     ngrams = NGramDrafter(GAMMA["n-grams"])
     found: dict[str, Drafter] = {}

@@ -1,10 +1,12 @@
-"""The tour: what refllm does, on a real model, in a minute and a half; every number is computed while you watch.
+"""The tour: what refllm does, on a real model, in a minute and a half; every number is
+computed while you watch.
 
-One function a stop, in ``STOPS``: each prints to the tour's console, may leave figures, takes less than ten seconds
-on two cores, and can be visited alone. A later capability adds a function and a line to the list; those that show a
-technique are in ``techniques``.
+One function a stop, in ``STOPS``: each prints to the tour's console, may leave figures,
+takes less than ten seconds on two cores, and can be visited alone. A later capability adds
+a function and a line to the list; those that show a technique are in ``techniques``.
 
-Kinds of number (design, §4): counted (parameters, FLOP, bytes), measured here (seconds, GFLOP/s), never projected.
+Kinds of number (design, §4): counted (parameters, FLOP, bytes), measured here (seconds,
+GFLOP/s), never projected.
 
 Left out: comparisons with other programs (``benchmarks/``), explanations (``notebooks/``).
 """
@@ -122,7 +124,9 @@ def write(tour: Tour) -> None:
 
 
 def measure(tour: Tour) -> None:
-    """Bits per byte on text that the model never saw, from a random sample of the evaluation's own windows."""
+    """Bits per byte on text that the model never saw, from a random sample of the
+    evaluation's own windows.
+    """
     documents = held_out_documents()
     began = time.perf_counter()
     sample = sample_bits_per_byte(tour.model, documents, SAMPLE_WINDOWS, np.random.default_rng(0))
@@ -186,7 +190,9 @@ def cost(tour: Tour) -> None:
 def _against_limits(
     tour: Tour, costs: dict[str, Cost], times: dict[str, float], rows: list[list[str]]
 ) -> None:
-    """Say this machine's limits, add to each row how near it came to them, and draw the roofline."""
+    """Say this machine's limits, add to each row how near it came to them, and draw the
+    roofline.
+    """
     machine = tour.machine
     points = []
     tour.say(

@@ -1,6 +1,8 @@
-"""The tour's stops that show a technique at work on the model: fewer bits, other formats, drafts, small caches.
+"""The tour's stops that show a technique at work on the model: fewer bits, other formats,
+drafts, small caches.
 
-Left out: what a technique is worth in general (``quality``, ``smoothing``, ``prefixes``); explanations (notebooks).
+Left out: what a technique is worth in general (``quality``, ``smoothing``, ``prefixes``);
+explanations (notebooks).
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ SCARCE = 0.2  # of the blocks that the burst needs side by side
 
 
 def shrink(tour: Tour) -> None:
-    """Four bits a weight, by rounding to nearest and by GPTQ: how many bytes it saves, and what it costs."""
+    """Four bits a weight, by rounding to nearest and by GPTQ: how many bytes it saves, and
+    what it costs.
+    """
     model = tour.model
     scheme = _four_bits(tour.model.config)
     text = list(
@@ -103,7 +107,9 @@ def shrink(tour: Tour) -> None:
 
 
 def cache(tour: Tour) -> None:
-    """Keys and values in few bits, as KIVI keeps them: how many bytes a text takes, and what it costs."""
+    """Keys and values in few bits, as KIVI keeps them: how many bytes a text takes, and
+    what it costs.
+    """
     model = tour.model
     config = tour.model.config
     length = min(CACHED, config.max_position_embeddings)
@@ -141,7 +147,9 @@ def cache(tour: Tour) -> None:
 
 
 def speculate(tour: Tour) -> None:
-    """A small model and a table of n-grams guess, the model checks: the same text in fewer steps."""
+    """A small model and a table of n-grams guess, the model checks: the same text in fewer
+    steps.
+    """
     speculation.visit(tour.model, "stdlib-draft", tour.backend, tour.say, tour.out)
 
 
@@ -157,7 +165,9 @@ def _four_bits(config: ModelConfig) -> Scheme:
 
 
 def serve(tour: Tour) -> None:
-    """A burst of prompts that begin alike, through the serving engine: with and without a prefix cache."""
+    """A burst of prompts that begin alike, through the serving engine: with and without a
+    prefix cache.
+    """
     shared, own, count, new = BURST
     text = "".join(d.text for d in held_out_documents())
     tokens = tour.model.tokenizer.encode(text[: 8 * (shared + own * count)], special=True)
@@ -196,7 +206,9 @@ def serve(tour: Tour) -> None:
 
 
 def formats(tour: Tour) -> None:
-    """One weight matrix in every format: bits, error, and a few of its numbers as each has them."""
+    """One weight matrix in every format: bits, error, and a few of its numbers as each has
+    them.
+    """
     # the block formats are not needed at the other stops
     from refllm.experiments import float_formats
 

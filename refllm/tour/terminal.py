@@ -1,7 +1,8 @@
-"""How results look in a terminal and in a pipe: plain tables, colour on terminals only, no stray control codes.
+"""How results look in a terminal and in a pipe: plain tables, colour on terminals only, no
+stray control codes.
 
-Text of models and users is never read as markup. In a pipe a table is as wide as its contents, so that a line of
-output stays a line.
+Text of models and users is never read as markup. In a pipe a table is as wide as its
+contents, so that a line of output stays a line.
 
 Left out: progress bars and command-line options (``cli.options``).
 """
@@ -21,7 +22,9 @@ NARROW = 72  # columns that the numbers of a table need: a narrower terminal bre
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console that adds nothing to what it is given except, on a terminal, colour and line breaks."""
+    """A console that adds nothing to what it is given except, on a terminal, colour and
+    line breaks.
+    """
     from rich.console import Console
 
     made = Console(
@@ -35,7 +38,9 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def table(*columns: str) -> Table:
-    """A table without a frame: names to the left, numbers to the right. A long name is folded, a number never cut."""
+    """A table without a frame: names to the left, numbers to the right. A long name is
+    folded, a number never cut.
+    """
     from rich import box
     from rich.table import Table
 
@@ -48,7 +53,9 @@ def table(*columns: str) -> Table:
 
 
 def pairs(out: Console, lines: dict[str, str]) -> None:
-    """Names on the left, what they are on the right; long text is wrapped under itself on a terminal."""
+    """Names on the left, what they are on the right; long text is wrapped under itself on a
+    terminal.
+    """
     from rich.table import Table
 
     if not out.is_terminal:
@@ -65,9 +72,11 @@ def pairs(out: Console, lines: dict[str, str]) -> None:
 
 
 def printable(text: str) -> str:
-    """``text`` with control characters written out as escapes, so that none of them steers the terminal.
+    """``text`` with control characters written out as escapes, so that none of them steers
+    the terminal.
 
-    Line breaks and tabs stay; marks that reverse the direction of writing count as control characters.
+    Line breaks and tabs stay; marks that reverse the direction of writing count as control
+    characters.
     """
     kept = (
         c if c in "\n\t" or c.isprintable() or unicodedata.category(c) == "Zs" else repr(c)[1:-1]

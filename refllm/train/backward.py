@@ -1,7 +1,9 @@
-"""The loss of a batch and its gradients, the backward pass written by hand beside the forward.
+"""The loss of a batch and its gradients, the backward pass written by hand beside the
+forward.
 
-Each layer appears as a pair: the forward keeps what the backward needs in a tuple, and the backward names
-the derivative that it implements. Parameters and gradients are flat dicts under Hugging Face's tensor names.
+Each layer appears as a pair: the forward keeps what the backward needs in a tuple, and the
+backward names the derivative that it implements. Parameters and gradients are flat dicts
+under Hugging Face's tensor names.
 
 | symbol | name                                  | shape                   |
 |--------|---------------------------------------|-------------------------|
@@ -9,14 +11,15 @@ the derivative that it implements. Parameters and gradients are flat dicts under
 | P      | attention probabilities of C queries  | [B, G, R·C, ≤S], R = H/G|
 | dY     | derivative of the loss for Y          | shape of Y              |
 
-Sources: the chain rule; the identity Σ_j dP_ij P_ij = Σ_d dO_id O_id (Dao et al. 2022, FlashAttention,
-appendix B.2) saves one pass over the S×S matrix.
+Sources: the chain rule; the identity Σ_j dP_ij P_ij = Σ_d dO_id O_id (Dao et al. 2022,
+FlashAttention, appendix B.2) saves one pass over the S×S matrix.
 
-The products of the projections, forward and backward, are a ``Product``'s: float32 matrices unless told otherwise,
-8-bit ones in ``fp8``. Those of the attention and of the output head are always float32.
+The products of the projections, forward and backward, are a ``Product``'s: float32 matrices
+unless told otherwise, 8-bit ones in ``fp8``. Those of the attention and of the output head
+are always float32.
 
-Left out: the loss itself (see ``loss``); Qwen's biases and query/key norms and sliding windows, which are all
-refused; dropout, recomputation.
+Left out: the loss itself (see ``loss``); Qwen's biases and query/key norms and sliding
+windows, which are all refused; dropout, recomputation.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ from refllm.model.layers import apply_rope, rope_frequencies, rope_table, sigmoi
 from refllm.train.loss import Rows, cross_entropy, cross_entropy_and_gradients
 
 Tensors = dict[str, Array]
-# queries at a time: their probabilities stay in the cache, and the upper triangle is skipped
+# queries at a time: their probabilities stay in the cache, and the upper triangle is
+# skipped
 _TILE = 256
 
 
@@ -79,10 +83,12 @@ def loss_and_gradients(
     teacher: Rows | None = None,
     product: Product = PLAIN,
 ) -> tuple[float, Tensors]:
-    """Mean cross-entropy (nats) of predicting ``tokens[:, 1:]`` from ``tokens[:, :-1]``, and its gradients.
+    """Mean cross-entropy (nats) of predicting ``tokens[:, 1:]`` from ``tokens[:, :-1]``,
+    and its gradients.
 
-    tokens[B, S+1] integers. ``teacher(rows)``, if given, returns target probabilities [rows, V] for a slice
-    of the flattened positions, and the loss is the cross-entropy against them (see ``distill``).
+    tokens[B, S+1] integers. ``teacher(rows)``, if given, returns target probabilities
+    [rows, V] for a slice of the flattened positions, and the loss is the cross-entropy
+    against them (see ``distill``).
 
     Raises
     ------
@@ -109,13 +115,17 @@ def loss_and_gradients(
 
 
 def mean_loss(params: Tensors, config: ModelConfig, tokens: Array) -> float:
-    """The loss of ``loss_and_gradients`` without the gradients; tokens[B, S+1] → nats per token."""
+    """The loss of ``loss_and_gradients`` without the gradients; tokens[B, S+1] → nats per
+    token.
+    """
     hidden = hidden_states(params, config, tokens[:, :-1])
     return cross_entropy(hidden, params[output_name(config)], tokens[:, 1:].reshape(-1))
 
 
 def hidden_states(params: Tensors, config: ModelConfig, inputs: Array) -> Array:
-    """Run the network up to the last norm: tokens[B, S] → [B·S, N]; logits are this times the head's transpose."""
+    """Run the network up to the last norm: tokens[B, S] → [B·S, N]; logits are this times
+    the head's transpose.
+    """
     return _forward(params, config, inputs, keep=False)[0]
 
 
@@ -134,7 +144,9 @@ def _forward(
     keep: bool = True,
     product: Product = PLAIN,
 ) -> tuple[Array, Any, list[Any]]:
-    """tokens[B, S] → last norm's output [B·S, N], what its backward needs, and (``keep``) what each layer's needs."""
+    """tokens[B, S] → last norm's output [B·S, N], what its backward needs, and (``keep``)
+    what each layer's needs.
+    """
     if config.attention_bias or config.qk_norm or config.sliding_window:
         raise UnsupportedModel(
             "training supports the plain llama network: no biases, query/key norms or window"
@@ -211,7 +223,9 @@ def _layer(
 def _layer_backward(
     params: Tensors, at: str, config: ModelConfig, dx: Array, saved: Any, grads: Tensors
 ) -> Array:
-    """The derivative for the layer's output → for its input; the weights' own go into ``grads``."""
+    """The derivative for the layer's output → for its input; the weights' own go into
+    ``grads``.
+    """
     norm1, attention_in, attention, attended, norm2, mlp_in, up, sig, act = saved
     backward = attention[0].product.backward
 
@@ -256,7 +270,9 @@ def _tokens_first(x: Array, size: int, length: int, groups: int) -> Array:
 
 
 def _query_tiles(length: int) -> list[range]:
-    """Positions in tiles: a tile's queries see keys up to the tile's end, so the upper triangle is skipped."""
+    """Positions in tiles: a tile's queries see keys up to the tile's end, so the upper
+    triangle is skipped.
+    """
     return [range(a, min(a + _TILE, length)) for a in range(0, length, _TILE)]
 
 
@@ -269,7 +285,9 @@ def _rows(x: Array, tile: range, length: int) -> Array:
 
 
 def _put_rows(x: Array, tile: range, length: int, values: Array) -> None:
-    """The inverse of ``_rows``: write values[B, G, R·C, D] into their places in x[B, G, R·S, D]."""
+    """The inverse of ``_rows``: write values[B, G, R·C, D] into their places in x[B, G,
+    R·S, D].
+    """
     size, groups, _, dim = x.shape
     places = x.reshape(size, groups, -1, length, dim)[:, :, :, tile.start : tile.stop]
     places[...] = values.reshape(places.shape)

@@ -1,4 +1,5 @@
-"""From documents to what training reads: token streams, and documents made of one's own files.
+"""From documents to what training reads: token streams, and documents made of one's own
+files.
 
 | name      | meaning                                                                     |
 |-----------|-----------------------------------------------------------------------------|
@@ -6,9 +7,10 @@
 | stream    | the ids of many documents, each behind a beginning token, int32[T]          |
 | ``Data``  | the streams' documents, how often each stream is passed through, held-out   |
 
-The standard library makes two streams, the library and its test package, because they differ in worth: tests
-repeat themselves, so the library is passed through several times for each pass through the tests, and the last
-phase sees the library alone. One's own files make one stream.
+The standard library makes two streams, the library and its test package, because they
+differ in worth: tests repeat themselves, so the library is passed through several times for
+each pass through the tests, and the last phase sees the library alone. One's own files make
+one stream.
 
 Left out: anything but UTF-8 text; streaming from disk (all text is in memory).
 """
@@ -32,7 +34,9 @@ INSTALLER_PASSES = 3  # through pip and setuptools for each pass through the tes
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains on and is judged by. ``repeats`` and ``last_repeats`` are as in ``plan.Phase``."""
+    """What a run trains on and is judged by. ``repeats`` and ``last_repeats`` are as in
+    ``plan.Phase``.
+    """
 
     name: str
     streams: dict[str, list[Document]]
@@ -43,8 +47,8 @@ class Data:
 
 
 def standard_library(*, tests: bool = True, installers: bool = False) -> Data:
-    """The running interpreter's own library; without its test package, or the installers that ``ensurepip`` carries,
-    where they are absent or not wanted.
+    """The running interpreter's own library; without its test package, or the installers
+    that ``ensurepip`` carries, where they are absent or not wanted.
     """
     streams = {"library": corpus.training_documents()}
     name = "the Python standard library"
@@ -69,8 +73,9 @@ def standard_library(*, tests: bool = True, installers: bool = False) -> Data:
 def own_files(paths: Sequence[Path], held_out: Sequence[Path] = (), share: float = 0.05) -> Data:
     """Text files, and folders of them, as one stream.
 
-    Without ``held_out``, about ``share`` of the bytes is held out: whole documents, chosen by the hash of
-    their text, so that the choice does not move when files are added; of a single document, its last lines.
+    Without ``held_out``, about ``share`` of the bytes is held out: whole documents, chosen
+    by the hash of their text, so that the choice does not move when files are added; of a
+    single document, its last lines.
 
     Raises
     ------
@@ -101,10 +106,12 @@ def own_files(paths: Sequence[Path], held_out: Sequence[Path] = (), share: float
 
 
 def read_files(paths: Iterable[Path]) -> list[Document]:
-    """One document for each non-empty UTF-8 file in ``paths``, folders walked in the order of names.
+    """One document for each non-empty UTF-8 file in ``paths``, folders walked in the order
+    of names.
 
-    In a folder, hidden files and what is no UTF-8 text are passed over; a file named outright must be text. Every
-    kind of line end is read as ``\\n``: a text's bytes are counted without the carriage returns.
+    In a folder, hidden files and what is no UTF-8 text are passed over; a file named
+    outright must be text. Every kind of line end is read as ``\\n``: a text's bytes are
+    counted without the carriage returns.
     """
     documents = []
     for path in paths:
@@ -133,7 +140,9 @@ def _document(path: Path, name: str, *, named: bool) -> list[Document]:
 
 
 def split(documents: Sequence[Document], share: float) -> tuple[list[Document], list[Document]]:
-    """(training, held-out) documents; see ``own_files``. Both together are the documents given."""
+    """(training, held-out) documents; see ``own_files``. Both together are the documents
+    given.
+    """
     if not 0 < share < 1:
         raise ValueError(f"the held-out share must be within (0, 1), got {share}")
     if len(documents) == 1:

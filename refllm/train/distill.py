@@ -1,8 +1,10 @@
-"""Distillation: a larger network's next-token distribution as the target of a smaller one's training.
+"""Distillation: a larger network's next-token distribution as the target of a smaller one's
+training.
 
-The student's loss is the cross-entropy against p, which differs from KL(p ‖ q) by the entropy of p, a constant:
-both have the same gradient, softmax(z) − p. A draft model is distilled because speculative decoding accepts a
-draft token with probability Σ min(p, q): the nearer q is to the target's p, the more tokens are accepted.
+The student's loss is the cross-entropy against p, which differs from KL(p ‖ q) by the
+entropy of p, a constant: both have the same gradient, softmax(z) − p. A draft model is
+distilled because speculative decoding accepts a draft token with probability Σ min(p, q):
+the nearer q is to the target's p, the more tokens are accepted.
 
 | symbol | name                                       | shape      |
 |--------|--------------------------------------------|------------|
@@ -11,11 +13,11 @@ draft token with probability Σ min(p, q): the nearer q is to the target's p, th
 | τ      | ``temperature`` of the teacher             | scalar > 0 |
 | α      | ``alpha``: weight of p against the label   | in [0, 1]  |
 
-Sources: Hinton et al. 2015, section 2 (soft targets, their mixture with the true label); Zhou et al. 2023,
-DistillSpec (distillation raises the acceptance of a draft model).
+Sources: Hinton et al. 2015, section 2 (soft targets, their mixture with the true label);
+Zhou et al. 2023, DistillSpec (distillation raises the acceptance of a draft model).
 
-Left out: a temperature on the student's side (the student is used at temperature 1, where acceptance is
-measured), other divergences, and training on the student's own samples.
+Left out: a temperature on the student's side (the student is used at temperature 1, where
+acceptance is measured), other divergences, and training on the student's own samples.
 """
 
 from __future__ import annotations
@@ -31,10 +33,12 @@ from refllm.train.loss import Rows, Teacher
 def teacher_of(
     params: Tensors, config: ModelConfig, temperature: float = 1.0, alpha: float = 1.0
 ) -> Teacher:
-    """Return the ``teacher`` argument of ``train`` for a network: targets α·softmax(z/τ) + (1−α)·onehot(label).
+    """Return the ``teacher`` argument of ``train`` for a network: targets α·softmax(z/τ) +
+    (1−α)·onehot(label).
 
-    ``teacher(tokens[B, S+1])`` runs the network once up to its last norm, [B·S, N]. The function that it returns
-    makes the probabilities [rows, V] of the rows asked for, so the [B·S, V] array never exists. Rows sum to 1.
+    ``teacher(tokens[B, S+1])`` runs the network once up to its last norm, [B·S, N]. The
+    function that it returns makes the probabilities [rows, V] of the rows asked for, so the
+    [B·S, V] array never exists. Rows sum to 1.
 
     Raises
     ------

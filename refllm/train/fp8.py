@@ -1,14 +1,17 @@
-"""Training with 8-bit products: all three of a projection, forward and backward, from codes that share scales.
+"""Training with 8-bit products: all three of a projection, forward and backward, from codes
+that share scales.
 
     Y = X Wᵀ (forward)      dX = dY W (dgrad)      dW = dYᵀ X (wgrad)
 
-DeepSeek-V3's recipe scales in the direction of each sum: 128 neighbours of a token in X and dY where the sum runs over
-channels, 128 tokens of a channel in both where it runs over tokens, and blocks of 128 × 128 in W. Scales come from the
-numbers at hand ("current"), and all three products use E4M3. The losing controls are one scale a tensor, and E5M2 for
-the gradients, which has more range than scaled tiles need and half of E4M3's precision.
+DeepSeek-V3's recipe scales in the direction of each sum: 128 neighbours of a token in X and
+dY where the sum runs over channels, 128 tokens of a channel in both where it runs over
+tokens, and blocks of 128 × 128 in W. Scales come from the numbers at hand ("current"), and
+all three products use E4M3. The losing controls are one scale a tensor, and E5M2 for the
+gradients, which has more range than scaled tiles need and half of E4M3's precision.
 
-A product of codes with scales in blocks equals that of the dequantised matrices but for the order of the sum
-(``formats.fp8_linear`` proves it), so this computes the latter, in float32.
+A product of codes with scales in blocks equals that of the dequantised matrices but for the
+order of the sum (``formats.fp8_linear`` proves it), so this computes the latter, in
+float32.
 
 | symbol    | name                             | shape                  |
 |-----------|----------------------------------|------------------------|
@@ -17,8 +20,8 @@ A product of codes with scales in blocks equals that of the dequantised matrices
 
 Source: DeepSeek-V3 (2024), §3.3.1 and §3.3.2.
 
-Left out: as in the paper the output head, the embedding, norms and attention stay as they are; 8-bit optimiser states
-and caches of activations.
+Left out: as in the paper the output head, the embedding, norms and attention stay as they
+are; 8-bit optimiser states and caches of activations.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Training from scratch: initial weights, data-parallel steps, checkpoint and resume.
 
-A step is: split the batch over worker threads, take loss and gradients of each share, average, clip, AdamW.
-Two Python threads with half a batch each and one BLAS thread per product beat two BLAS threads on the whole
-batch: NumPy releases the interpreter lock inside products and ufuncs, and elementwise work is shared too.
-On CuPy one worker is used.
+A step is: split the batch over worker threads, take loss and gradients of each share,
+average, clip, AdamW. Two Python threads with half a batch each and one BLAS thread per
+product beat two BLAS threads on the whole batch: NumPy releases the interpreter lock inside
+products and ufuncs, and elementwise work is shared too. On CuPy one worker is used.
 
 | symbol | name                                        | shape      |
 |--------|---------------------------------------------|------------|
@@ -11,7 +11,8 @@ On CuPy one worker is used.
 | tokens | a batch: inputs and answers                 | [B, S+1]   |
 | rate   | AdamW's learning rate at a step             | scalar     |
 
-A run that is resumed with the same plan ends with the bits of an unbroken one (see ``state``).
+A run that is resumed with the same plan ends with the bits of an unbroken one (see
+``state``).
 
 Left out: mixed precision, several devices.
 """
@@ -47,8 +48,8 @@ TokenArray = NDArray[np.integer[Any]]  # host memory: the data plane begins at t
 def initialize(config: ModelConfig, rng: np.random.Generator) -> Tensors:
     """Random float32 parameters under Hugging Face's names: normal(0, 0.02), norms 1.
 
-    The two projections that write into the residual stream are smaller by √(2L) (GPT-2's rule), so that the
-    stream's variance at the last layer does not grow with depth.
+    The two projections that write into the residual stream are smaller by √(2L) (GPT-2's
+    rule), so that the stream's variance at the last layer does not grow with depth.
     """
     n = config.hidden_size
     d = config.head_dim
@@ -98,22 +99,26 @@ def train(
     report: Callable[[dict[str, float]], None] | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> State:
-    """Train a network from random weights, or from the checkpoint in ``output`` if there is one.
+    """Train a network from random weights, or from the checkpoint in ``output`` if there is
+    one.
 
-    ``streams`` are 1-D integer token arrays on the host, mixed as ``Phase.repeats`` says. ``like`` is any array
-    of the library to train on (default NumPy). ``teacher(tokens[B, S+1])`` returns a function of rows that gives
-    the target distribution (see ``distill``); before step ``teacher_from`` the labels alone are learnt, which is
-    several times cheaper a token. ``start`` are the first weights, float32 on the host, in place of random ones.
-    ``product`` computes the projections' products (see ``backward``); evaluation is in float32 always.
-    ``report`` is called with the record of each evaluation: step,
-    loss (nats per token of the last batch), norm (of the gradient, before clipping), rate, seconds, held_out.
-    ``on_step`` is called after every step with the steps done and the batch's loss (for a progress bar).
+    ``streams`` are 1-D integer token arrays on the host, mixed as ``Phase.repeats`` says.
+    ``like`` is any array of the library to train on (default NumPy). ``teacher(tokens[B,
+    S+1])`` returns a function of rows that gives the target distribution (see ``distill``);
+    before step ``teacher_from`` the labels alone are learnt, which is several times cheaper
+    a token. ``start`` are the first weights, float32 on the host, in place of random ones.
+    ``product`` computes the projections' products (see ``backward``); evaluation is in
+    float32 always. ``report`` is called with the record of each evaluation: step, loss
+    (nats per token of the last batch), norm (of the gradient, before clipping), rate,
+    seconds, held_out. ``on_step`` is called after every step with the steps done and the
+    batch's loss (for a progress bar).
 
     Raises
     ------
     ValueError
-        for a token outside the vocabulary, a checkpoint that is damaged or of another network, a plan that does
-        not fit the streams, and a held-out stream shorter than a window.
+        for a token outside the vocabulary, a checkpoint that is damaged or of another
+        network, a plan that does not fit the streams, and a held-out stream shorter than a
+        window.
     FloatingPointError
         if the loss or a gradient is not finite.
     """
@@ -155,7 +160,9 @@ def train(
 def _check_streams(
     streams: Sequence[TokenArray], held_out: TokenArray | None, config: ModelConfig, plan: Plan
 ) -> None:
-    """Refuse bad tokens here, on the host and before the first step: NumPy would raise late, CuPy wraps silently."""
+    """Refuse bad tokens here, on the host and before the first step: NumPy would raise
+    late, CuPy wraps silently.
+    """
     for tokens in (*streams, *(() if held_out is None else (held_out,))):
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             raise ValueError(
@@ -202,7 +209,9 @@ def _data_parallel(
     teacher: Teacher | None,
     product: Product = PLAIN,
 ) -> tuple[float, Tensors]:
-    """Loss and gradients of tokens[B, S+1], averaged over equal shares of the batch, one share a thread."""
+    """Loss and gradients of tokens[B, S+1], averaged over equal shares of the batch, one
+    share a thread.
+    """
     workers = math.gcd(workers, len(tokens))  # unequal shares would need weights
     like = next(iter(params.values()))
 
@@ -224,7 +233,9 @@ def _data_parallel(
 def _evaluate(
     params: Tensors, config: ModelConfig, tokens: TokenArray, length: int, windows: int = 32
 ) -> float:
-    """Mean nats per token over evenly spread windows of ``length`` (a quick look, not the reported figure)."""
+    """Mean nats per token over evenly spread windows of ``length`` (a quick look, not the
+    reported figure).
+    """
     # no more than lie side by side
     count = min(max(1, windows * 256 // length), len(tokens) // length)
     spread = np.linspace(0, len(tokens) - length - 1, count).astype(int)
@@ -237,7 +248,9 @@ def _evaluate(
 
 
 def _resume(path: Path, config: ModelConfig, plan: Plan, start: Tensors | None) -> State:
-    """The checkpoint at ``path``, or a fresh start; a ``.partial`` file beside it is a broken write: ignored."""
+    """The checkpoint at ``path``, or a fresh start; a ``.partial`` file beside it is a
+    broken write: ignored.
+    """
     if not path.exists():
         if start is None:
             params = initialize(config, np.random.default_rng([plan.seed, 0]))

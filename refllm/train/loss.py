@@ -1,8 +1,9 @@
-"""Cross-entropy of hidden states under an output matrix, and its gradients, a few rows of logits at a time.
+"""Cross-entropy of hidden states under an output matrix, and its gradients, a few rows of
+logits at a time.
 
-The loss of one position is −Σ_v t_v log q_v with q = softmax(z), z = W h; with a label, t is one-hot. Its
-derivative for z is q − t. The full logits [T, V] would be the largest array of the whole network: here only
-``ROWS`` of them exist at once.
+The loss of one position is −Σ_v t_v log q_v with q = softmax(z), z = W h; with a label, t
+is one-hot. Its derivative for z is q − t. The full logits [T, V] would be the largest array
+of the whole network: here only ``ROWS`` of them exist at once.
 
 | symbol | name                                                | shape  |
 |--------|-----------------------------------------------------|--------|
@@ -11,7 +12,8 @@ derivative for z is q − t. The full logits [T, V] would be the largest array o
 | z, q   | logits, softmax of them                             | [T, V] |
 | t      | target distribution: one-hot label, or a teacher's  | [T, V] |
 
-Source: the softmax is shifted by its maximum (Goodfellow et al. 2016, section 4.1), so that no exp overflows.
+Source: the softmax is shifted by its maximum (Goodfellow et al. 2016, section 4.1), so that
+no exp overflows.
 
 Left out: label smoothing, ignored positions, weights for single positions.
 """
@@ -41,8 +43,8 @@ def cross_entropy_and_gradients(
 ) -> tuple[float, Array, Array]:
     """Mean loss in nats, and its gradients for hidden[T, N] and head[V, N].
 
-    With a ``teacher`` the target of a row is its distribution and ``targets[T]`` is not looked at. ValueError if
-    the teacher's vocabulary is another one.
+    With a ``teacher`` the target of a row is its distribution and ``targets[T]`` is not
+    looked at. ValueError if the teacher's vocabulary is another one.
     """
     xp = namespace(hidden, head, targets)
     count = int(hidden.shape[0])
@@ -78,7 +80,9 @@ def _chunks(count: int) -> Iterator[slice]:
 
 
 def _loss_of(z: Array, targets: Array, t: Array | None) -> tuple[Array, Array]:
-    """Summed loss (0-d) of logits z[rows, V], and Σ exp z [rows, 1]; z itself becomes exp(z − max z)."""
+    """Summed loss (0-d) of logits z[rows, V], and Σ exp z [rows, 1]; z itself becomes exp(z
+    − max z).
+    """
     xp = namespace(z)
     z -= xp.max(z, axis=-1, keepdims=True)
     if t is None:

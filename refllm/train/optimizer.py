@@ -1,9 +1,11 @@
-"""AdamW with decoupled weight decay, Muon, gradient clipping and the learning-rate schedules.
+"""AdamW with decoupled weight decay, Muon, gradient clipping and the learning-rate
+schedules.
 
-Sources: Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019, algorithm 2 (decay is multiplied by the
-learning rate, as PyTorch does); Jordan et al. 2024, "Muon", with the scale of Liu et al. 2025 (arXiv:2502.16982,
-eq. 4), which gives its updates the size of AdamW's, so that one rate serves both; clipping by global norm,
-Pascanu et al. 2013, algorithm 1.
+Sources: Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019, algorithm 2 (decay is
+multiplied by the learning rate, as PyTorch does); Jordan et al. 2024, "Muon", with the
+scale of Liu et al. 2025 (arXiv:2502.16982, eq. 4), which gives its updates the size of
+AdamW's, so that one rate serves both; clipping by global norm, Pascanu et al. 2013,
+algorithm 1.
 
 | symbol | name                                    | shape          |
 |--------|-----------------------------------------|----------------|
@@ -13,7 +15,8 @@ Pascanu et al. 2013, algorithm 1.
 | lr, λ  | ``rate``, ``weight_decay``              | scalars        |
 | O      | U Vᵀ of a matrix U Σ Vᵀ, nearly         | [M, N]         |
 
-Left out: parameter groups beyond "matrices decay, vectors do not"; mixed-precision master copies.
+Left out: parameter groups beyond "matrices decay, vectors do not"; mixed-precision master
+copies.
 """
 
 from __future__ import annotations
@@ -40,10 +43,11 @@ def optimizer(name: str) -> type[AdamW]:
 def learning_rate(
     step: int, *, peak: float, warmup: int, total: int, schedule: str = "cosine"
 ) -> float:
-    """Rate for the 0-based ``step``: linear warm-up to ``peak``, then cosine or straight line to zero.
+    """Rate for the 0-based ``step``: linear warm-up to ``peak``, then cosine or straight
+    line to zero.
 
-    The first step has the rate peak/warmup and not zero, which would waste it; the rate is zero from step
-    ``total`` on. ValueError for a schedule that is not in ``SCHEDULES``.
+    The first step has the rate peak/warmup and not zero, which would waste it; the rate is
+    zero from step ``total`` on. ValueError for a schedule that is not in ``SCHEDULES``.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
@@ -54,9 +58,11 @@ def learning_rate(
 
 
 def clip_by_global_norm(grads: Tensors, limit: float) -> float:
-    """Scale all gradients in place so that their joint L2 norm is at most ``limit``; return the norm before.
+    """Scale all gradients in place so that their joint L2 norm is at most ``limit``; return
+    the norm before.
 
-    On a GPU this waits for the device, once. A norm that is not finite says that a gradient is not.
+    On a GPU this waits for the device, once. A norm that is not finite says that a gradient
+    is not.
     """
     xp = namespace(*grads.values())
     norm = math.sqrt(
@@ -83,7 +89,8 @@ class AdamW:
     def update(self, params: Tensors, grads: Tensors, rate: float, each: Each = map) -> None:
         """One step; ``grads`` is used as scratch space and holds no meaning afterwards.
 
-        ``each`` maps over the parameters, which do not depend on each other: the ``map`` of a thread pool will do.
+        ``each`` maps over the parameters, which do not depend on each other: the ``map`` of
+        a thread pool will do.
         """
         self.step += 1
         for name, w in params.items():
@@ -104,7 +111,8 @@ class AdamW:
         correct2 = 1 - self.beta2**self.step
         m = self.m[name]
         v = self.v[name]
-        # In place throughout, g is the only scratch: a step writes no array but w, m, v and one product.
+        # In place throughout, g is the only scratch: a step writes no array but w, m, v and
+        # one product.
         m *= self.beta1
         m += (1 - self.beta1) * g
         g *= g
@@ -123,10 +131,12 @@ class AdamW:
 
 @dataclass
 class Muon(AdamW):
-    """m ← μm + (1−μ)g;  O ≈ UVᵀ of (1−μ)g + μm = UΣVᵀ;  w ← w − lr·(0.2·√max(M,N)·O + λw) for the layers' matrices.
+    """m ← μm + (1−μ)g;  O ≈ UVᵀ of (1−μ)g + μm = UΣVᵀ;  w ← w − lr·(0.2·√max(M,N)·O + λw)
+    for the layers' matrices.
 
-    The embedding, the head and the norms are AdamW's. O has singular values near 1, so every direction of a weight
-    moves by about as much, the rare ones too; 0.2·√max(M,N) makes its root mean square 0.2, as AdamW's is about.
+    The embedding, the head and the norms are AdamW's. O has singular values near 1, so
+    every direction of a weight moves by about as much, the rare ones too; 0.2·√max(M,N)
+    makes its root mean square 0.2, as AdamW's is about.
     """
 
     momentum: float = 0.95
@@ -140,7 +150,9 @@ class Muon(AdamW):
 
     @staticmethod
     def is_orthogonal(name: str, w: Array) -> bool:
-        """Whether ``name`` is a matrix inside a layer; a row of an embedding or of a head belongs to one token."""
+        """Whether ``name`` is a matrix inside a layer; a row of an embedding or of a head
+        belongs to one token.
+        """
         return bool(w.ndim == 2) and ".layers." in name
 
     def _one(self, name: str, w: Array, g: Array, rate: float) -> None:
@@ -157,11 +169,13 @@ class Muon(AdamW):
 
 
 def orthogonalize(x: Array, iterations: int = 5) -> Array:
-    """The matrix with the singular vectors of ``x[M, N]`` and singular values within about [0.7, 1.2].
+    """The matrix with the singular vectors of ``x[M, N]`` and singular values within about
+    [0.7, 1.2].
 
-    Newton and Schulz's iteration X ← aX + (bA + cA²)X, A = XXᵀ, is the odd polynomial ax + bx³ + cx⁵ on every
-    singular value; Jordan's a, b, c trade an exact limit of 1 for a steep rise from zero. A singular value below
-    1e-3 of the norm of ``x`` is still on its way up after five. A matrix of zeros stays one.
+    Newton and Schulz's iteration X ← aX + (bA + cA²)X, A = XXᵀ, is the odd polynomial ax +
+    bx³ + cx⁵ on every singular value; Jordan's a, b, c trade an exact limit of 1 for a
+    steep rise from zero. A singular value below 1e-3 of the norm of ``x`` is still on its
+    way up after five. A matrix of zeros stays one.
     """
     a = 3.4445
     b = -4.7750

@@ -1,15 +1,17 @@
-"""The plan of a training run: phases, rates and, derived from them, the windows of text that each step sees.
+"""The plan of a training run: phases, rates and, derived from them, the windows of text
+that each step sees.
 
 | symbol | name                                  | value                              |
 |--------|---------------------------------------|------------------------------------|
 | B      | ``Phase.batch``, windows in a step    |                                    |
 | S      | ``Phase.length``, tokens in a window  | a window holds S + 1: S predictions |
 
-All of it is plain Python: a plan can be tested and drawn without a network. The batch of step i depends on the
-plan, its seed and the lengths of the streams alone, so a resumed run sees what an unbroken one would have seen.
+All of it is plain Python: a plan can be tested and drawn without a network. The batch of
+step i depends on the plan, its seed and the lengths of the streams alone, so a resumed run
+sees what an unbroken one would have seen.
 
-Left out: packing by document (windows are cut from the concatenated stream and may span several documents,
-which ``<|endoftext|>`` separates), and weights for single documents.
+Left out: packing by document (windows are cut from the concatenated stream and may span
+several documents, which ``<|endoftext|>`` separates), and weights for single documents.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ Window = tuple[int, int]  # (stream, offset of its first token)
 class Phase:
     """A stretch of training with one batch shape and one mixture of streams.
 
-    ``repeats[j]`` is how often stream j is passed through in one epoch of the mixture; 0 leaves it out.
+    ``repeats[j]`` is how often stream j is passed through in one epoch of the mixture; 0
+    leaves it out.
     """
 
     steps: int
@@ -61,7 +64,8 @@ class Plan:
     def __post_init__(self) -> None:
         if min(self.workers, self.evaluate_every, self.save_every) < 1:
             raise ValueError("a plan needs workers, evaluate_every and save_every of at least 1")
-        # a rate or a limit below zero would climb the loss, and no comparison with NaN would ever clip
+        # a rate or a limit below zero would climb the loss, and no comparison with NaN
+        # would ever clip
         if not (0 <= self.peak_rate < inf and 0 <= self.weight_decay < inf and self.clip > 0):
             raise ValueError(
                 f"a plan needs a rate and a decay that are finite and not negative, and a clip above 0: "
@@ -80,9 +84,9 @@ class Plan:
 def window_starts(lengths: Sequence[int], phase: Phase, rng: np.random.Generator) -> list[Window]:
     """Every window of a phase, in training order: steps · batch pairs (stream, offset).
 
-    ``lengths[j]`` is the number of tokens of stream j. Each pass cuts a stream at a fresh random offset into
-    windows that do not overlap, so a target is seen at most once a pass and fewer than 2·length are left out;
-    the windows of all streams are then shuffled.
+    ``lengths[j]`` is the number of tokens of stream j. Each pass cuts a stream at a fresh
+    random offset into windows that do not overlap, so a target is seen at most once a pass
+    and fewer than 2·length are left out; the windows of all streams are then shuffled.
 
     Raises
     ------
@@ -115,7 +119,9 @@ def window_starts(lengths: Sequence[int], phase: Phase, rng: np.random.Generator
 def batches(
     plan: Plan, lengths: Sequence[int], first: int = 0
 ) -> Iterator[tuple[int, Phase, list[Window]]]:
-    """(step, its phase, the windows of its batch) for every step of the plan from ``first`` on."""
+    """(step, its phase, the windows of its batch) for every step of the plan from ``first``
+    on.
+    """
     step = 0
     for number, phase in enumerate(plan.phases):
         if first < step + phase.steps:  # a phase that is done costs nothing on resume

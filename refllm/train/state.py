@@ -1,4 +1,5 @@
-"""The state of a training run, and its checkpoint: one safetensors file that is whole or is not there.
+"""The state of a training run, and its checkpoint: one safetensors file that is whole or is
+not there.
 
 | tensor    | what                          | metadata | what                                      |
 |-----------|-------------------------------|----------|-------------------------------------------|
@@ -7,8 +8,9 @@
 | v.NAME    | AdamW's second moment         | config   | JSON of the network's ``config.json``     |
 |           |                               | plan     | JSON of the plan that wrote it            |
 
-NAME is the tensor's name in Hugging Face's checkpoints. Nothing random is stored: the batches follow from the plan
-and the step. The precision is that of training, so that a resumed run goes on from the very same numbers.
+NAME is the tensor's name in Hugging Face's checkpoints. Nothing random is stored: the
+batches follow from the plan and the step. The precision is that of training, so that a
+resumed run goes on from the very same numbers.
 
 Left out: a history of checkpoints, a checksum (safetensors checks sizes, not bits).
 """
@@ -42,7 +44,8 @@ class State:
 
 
 def save_state(state: State, path: Path, config: ModelConfig, plan: Plan) -> None:
-    """Write a checkpoint under a temporary name, then rename it: a kill at any moment leaves a whole one.
+    """Write a checkpoint under a temporary name, then rename it: a kill at any moment
+    leaves a whole one.
 
     OSError if the disk is full.
     """

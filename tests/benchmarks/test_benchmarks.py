@@ -1,6 +1,8 @@
-"""The benchmarks run, say what they measured on, and refuse to compare engines that compute different things.
+"""The benchmarks run, say what they measured on, and refuse to compare engines that compute
+different things.
 
-Nothing here looks at a speed: a benchmark is tried at its smallest size, and its record is held to the schema.
+Nothing here looks at a speed: a benchmark is tried at its smallest size, and its record is
+held to the schema.
 """
 
 from __future__ import annotations
@@ -109,7 +111,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(name: str, folder: Path, *more: str) -> tuple[dict[str, Any], str]:
-    """Run a benchmark as a user does, at its smallest; returns the record and what was printed."""
+    """Run a benchmark as a user does, at its smallest; returns the record and what was
+    printed.
+    """
     output = folder / f"{name}.json"
     command = [
         sys.executable,
@@ -335,7 +339,7 @@ def test_a_missing_peer_is_named_with_its_install_line(
     assert skipped == {"absent": "pip install no-such-package"}
 
 
-# --- the comparison is void if the engines compute different things ----------------------------------------------
+# --- the comparison is void if the engines compute different things -----------------------
 
 
 def scripted(tokens: list[list[int]]) -> SimpleNamespace:
@@ -393,11 +397,12 @@ def test_layouts_that_disagree_end_the_benchmark(module: Any) -> None:
         layout.check(plain, plain * (1 + 1e-4))
 
 
-# --- the shared parts --------------------------------------------------------------------------------------------
+# --- the shared parts ---------------------------------------------------------------------
 
 
 def test_a_ratio_is_formed_within_a_round(module: Any) -> None:
-    # The machine slows tenfold in the second round: a ratio of medians would see 2.2, the rounds see 2, 2 and 4.
+    # The machine slows tenfold in the second round: a ratio of medians would see 2.2, the
+    # rounds see 2, 2 and 4.
     ratio = module("common").ratios([200.0, 20.0, 440.0], [100.0, 10.0, 110.0])
     assert ratio == {"median": 2.0, "low": 2.0, "high": 4.0}
 

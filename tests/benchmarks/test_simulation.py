@@ -1,4 +1,6 @@
-"""The benchmark of the simulator runs, and its record keeps to the schema. Nothing here looks at a speed."""
+"""The benchmark of the simulator runs, and its record keeps to the schema. Nothing here
+looks at a speed.
+"""
 
 from __future__ import annotations
 

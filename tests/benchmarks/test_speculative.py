@@ -1,4 +1,6 @@
-"""The benchmark of speculation at its smallest size: which texts count, what a record and its figure hold."""
+"""The benchmark of speculation at its smallest size: which texts count, what a record and
+its figure hold.
+"""
 
 from __future__ import annotations
 

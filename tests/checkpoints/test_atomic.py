@@ -40,7 +40,9 @@ def test_a_failure_at_any_step_leaves_the_old_file_and_nothing_else(
 
 @pytest.mark.skipif(os.name != "posix", reason="the limit is POSIX's")
 def test_a_full_disk_costs_no_tokenizer(tmp_path):
-    """A resumed run writes its tokenizer anew; without it the state of the run would be of no use."""
+    """A resumed run writes its tokenizer anew; without it the state of the run would be of
+    no use.
+    """
     import resource
 
     path = tmp_path / "tokenizer.json"

@@ -1,4 +1,6 @@
-"""Writing checkpoints: round trips, the exact files, and what is left behind when it fails half-way."""
+"""Writing checkpoints: round trips, the exact files, and what is left behind when it fails
+half-way.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,7 @@ def tree(directory: Path) -> dict[str, bytes]:
     }
 
 
-# --- round trips -----------------------------------------------------------------------------------------------
+# --- round trips --------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -117,7 +119,9 @@ def test_round_trip(tmp_path_factory, tokenizer, config, seed, dtype, limit, dat
 
 
 def test_arrays_that_are_not_contiguous_are_written_as_they_read(tmp_path, tokenizer, tensors):
-    """The library's own writer takes a transposed array's memory as it lies and swaps its elements."""
+    """The library's own writer takes a transposed array's memory as it lies and swaps its
+    elements.
+    """
     strided = {name: np.ascontiguousarray(t.T).T for name, t in tensors.items()}
     assert not strided["model.embed_tokens.weight"].flags.c_contiguous
     save(tmp_path / "m", CONFIG, strided, tokenizer, dtype="float32")
@@ -216,7 +220,7 @@ def test_files_get_the_permissions_that_new_files_get(tmp_path, tokenizer, tenso
     }
 
 
-# --- what is refused -------------------------------------------------------------------------------------------
+# --- what is refused ----------------------------------------------------------------------
 
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
@@ -294,7 +298,7 @@ def test_arguments_without_sense_are_refused(tmp_path, tokenizer, tensors, wrong
         save(tmp_path / "m", CONFIG, tensors, tokenizer, **wrong)
 
 
-# --- what stands there already ---------------------------------------------------------------------------------
+# --- what stands there already ------------------------------------------------------------
 
 
 def test_an_empty_directory_is_taken_and_parents_are_made(tmp_path, tokenizer, tensors):

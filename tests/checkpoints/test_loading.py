@@ -1,4 +1,6 @@
-"""Loading: what comes out, in which memory, and every bad input by its own error (see also test_transformers)."""
+"""Loading: what comes out, in which memory, and every bad input by its own error (see also
+test_transformers).
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ from refllm.checkpoints.directory_writer import save
 from refllm.checkpoints.loading import Checkpoint, build_weights, iter_tensors, load, read_tensor
 from refllm.checkpoints.tensor_files import INDEX, SINGLE, CheckpointError
 
-# --- what is loaded --------------------------------------------------------------------------------------------
+# --- what is loaded -----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -184,7 +186,7 @@ def test_tensors_come_layer_by_layer_in_their_stored_type(good):
         read_tensor(good, "nothing")
 
 
-# --- bad input -------------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------
 
 
 def edit_config(path: Path, **entries) -> None:

@@ -1,4 +1,6 @@
-"""Reading tensors from disk: every type exactly, nothing before it is asked for, and every bad file by name."""
+"""Reading tensors from disk: every type exactly, nothing before it is asked for, and every
+bad file by name.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ def write_sharded(
     (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-# --- what is read ----------------------------------------------------------------------------------------------
+# --- what is read -------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -143,7 +145,7 @@ def test_shapes_count_up_to_the_parameters(config):
     assert sum(math.prod(shape) for shape in shapes.values()) == config.num_parameters
 
 
-# --- bad files -------------------------------------------------------------------------------------------------
+# --- bad files ----------------------------------------------------------------------------
 
 
 def opened(directory: Path) -> dict[str, np.ndarray]:
@@ -200,7 +202,9 @@ def test_other_types_are_refused_by_name(tmp_path, dtype):
 
 
 def test_a_file_that_must_not_be_read_says_so(tmp_path, monkeypatch):
-    """The library's own words are "No such file". Whoever runs this may be allowed everything, so both are made up."""
+    """The library's own words are "No such file". Whoever runs this may be allowed
+    everything, so both are made up.
+    """
 
     def refuse(path, framework):
         raise FileNotFoundError("No such file or directory")
@@ -287,7 +291,9 @@ def test_a_link_out_of_the_directory_is_refused(tmp_path):
 
 
 def test_links_of_the_download_cache_are_followed(tmp_path):
-    """models--owner--name/snapshots/<commit>/file → ../../blobs/<hash>, as huggingface_hub lays it out."""
+    """models--owner--name/snapshots/<commit>/file → ../../blobs/<hash>, as huggingface_hub
+    lays it out.
+    """
     home = tmp_path / "models--a--b" / "snapshots" / "0123"
     blobs = tmp_path / "models--a--b" / "blobs"
     home.mkdir(parents=True)
@@ -330,7 +336,7 @@ def test_a_directory_without_weights_says_so(tmp_path):
         opened(tmp_path)
 
 
-# --- values ----------------------------------------------------------------------------------------------------
+# --- values -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -355,7 +361,9 @@ def test_a_value_that_is_not_finite_is_named_with_its_place(value, dtype):
     ],
 )
 def test_a_value_that_would_become_infinite_is_refused(largest, beyond, dtype):
-    """Up to half a step beyond the largest number, rounding brings a value back; from there on it is ∞."""
+    """Up to half a step beyond the largest number, rounding brings a value back; from there
+    on it is ∞.
+    """
     for sign in (1, -1):
         assert np.isfinite(converted(np.array([sign * largest]), dtype, "w", Path("here"))).all()
         with pytest.raises(

@@ -1,4 +1,6 @@
-"""The tokenizer: round trips, the end token, and what the library does with its literal text."""
+"""The tokenizer: round trips, the end token, and what the library does with its literal
+text.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ TEXTS = [
     "for i in range(10):\n\tprint(i, 'é', '→')\r\n" * 3,
 ]
 tokenizer = Tokenizer.train(TEXTS, 300)
-# Text of every kind: any Unicode, what the tokenizer has merges for, and special tokens' literal text.
+# Text of every kind: any Unicode, what the tokenizer has merges for, and special tokens'
+# literal text.
 texts = st.lists(
     st.one_of(
         st.text(), st.sampled_from([*TEXTS, END_OF_TEXT, "<|", "|>", "\x00", "e\u0301", " \t\n"])
@@ -142,7 +145,9 @@ def test_round_trip_through_the_file(tmp_path):
 
 
 def test_a_file_that_truncates_and_pads_does_neither(tmp_path):
-    """Published files carry such settings from training; a text must not lose its end in silence."""
+    """Published files carry such settings from training; a text must not lose its end in
+    silence.
+    """
     path = tmp_path / "tokenizer.json"
     tokenizer.save(path)
     raw = json.loads(path.read_text(encoding="utf-8"))

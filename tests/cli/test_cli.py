@@ -1,4 +1,6 @@
-"""The command line: results on stdout, one sentence and exit code 2 for bad input, nothing hidden in a pipe."""
+"""The command line: results on stdout, one sentence and exit code 2 for bad input, nothing
+hidden in a pipe.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# --- help and start ------------------------------------------------------------------------------------------
+# --- help and start -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -91,7 +93,9 @@ def test_without_a_command_there_is_help():
 
 
 def test_help_imports_nothing_heavy():
-    """It takes a fifth of a second; an import of the tokenizers or of matplotlib would double that."""
+    """It takes a fifth of a second; an import of the tokenizers or of matplotlib would
+    double that.
+    """
     heavy = (
         "tokenizers",
         "safetensors",
@@ -108,7 +112,7 @@ def test_help_imports_nothing_heavy():
     assert done.stdout == "[]\n"
 
 
-# --- bad input -----------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------
 
 
 def bad_commands() -> list[tuple[str, str]]:
@@ -244,7 +248,9 @@ def raised(call) -> Exception:
 
 
 def test_a_bug_is_not_taken_for_bad_input():
-    """A ValueError that NumPy raises inside refllm is a bug of refllm's; one of refllm's own ``raise`` is not."""
+    """A ValueError that NumPy raises inside refllm is a bug of refllm's; one of refllm's
+    own ``raise`` is not.
+    """
     numpys = raised(lambda: Dense(np.ones((64, 3))).matmul(np.ones((2, 5))))
     assert isinstance(numpys, ValueError)
     assert explain(numpys) is None
@@ -310,7 +316,8 @@ def test_ctrl_c_in_the_middle_of_a_line_is_quiet(tmp_path):
         "-t",
         "1",
     ]
-    # a job started in the background ignores SIGINT, and its children inherit that: the default is put back
+    # a job started in the background ignores SIGINT, and its children inherit that: the
+    # default is put back
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, **pipes, cwd=ROOT, preexec_fn=heed)
@@ -334,7 +341,9 @@ def test_a_reader_that_goes_away_is_no_error(model):
 
 @pytest.mark.skipif(os.name != "posix", reason="the shell is POSIX's")
 def test_a_closed_stream_is_the_null_device(model):
-    """Notes stay out of stdout also where stderr is closed; a closed stdin is an empty prompt."""
+    """Notes stay out of stdout also where stderr is closed; a closed stdin is an empty
+    prompt.
+    """
     command = f"{sys.executable} -m refllm generate - --model {shlex.quote(str(model))} -n 3"
     closed = f"{command} <&- 2>&-; {command} </dev/null >&- 2>/dev/null; echo code $?"
     done = subprocess.run(
@@ -344,7 +353,7 @@ def test_a_closed_stream_is_the_null_device(model):
     assert done.stdout.decode() == f"{prompt}code 0\n"
 
 
-# --- info ----------------------------------------------------------------------------------------------------
+# --- info ---------------------------------------------------------------------------------
 
 
 def test_info_states_the_sizes(model):
@@ -440,12 +449,14 @@ def test_bundled_models_predict_no_worse_than_when_they_were_bundled(name, bits)
 
 
 def test_most_of_the_short_samples_of_the_bundled_model_tokenize():
-    """Real files cut at the same lengths tokenize in four cases of five: a cut may fall inside brackets."""
+    """Real files cut at the same lengths tokenize in four cases of five: a cut may fall
+    inside brackets.
+    """
     samples = bundled_facts("stdlib")["card"]["measured"]["samples"]
     assert samples["by length"][0]["share"] >= 0.6
 
 
-# --- generate ------------------------------------------------------------------------------------------------
+# --- generate -----------------------------------------------------------------------------
 
 
 def as_lines(text: str) -> str:
@@ -544,7 +555,7 @@ def test_sizes_have_three_digits(count, text):
     assert bytes_text(count) == text
 
 
-# --- eval ----------------------------------------------------------------------------------------------------
+# --- eval ---------------------------------------------------------------------------------
 
 
 def test_eval_prints_what_perplexity_measures(model, text_file):
@@ -571,7 +582,9 @@ def test_eval_prints_what_perplexity_measures(model, text_file):
 
 
 def test_a_cache_in_few_bits_is_what_the_options_say(model, text_file):
-    """The model's heads have 4 channels: groups of 4, and R = 8 is the least that fills words of 4-bit codes."""
+    """The model's heads have 4 channels: groups of 4, and R = 8 is the least that fills
+    words of 4-bit codes.
+    """
     few = ("--kv-bits", "4", "--kv-group", "4", "--kv-residual", "8")
     kivi = Kivi(4, 4, 4, 8)
     loaded = load(model, "numpy")
@@ -699,7 +712,7 @@ def test_eval_compares_with_a_reference(model, text_file, tmp_path):
     assert "bootstrap" in shown
 
 
-# --- train ---------------------------------------------------------------------------------------------------
+# --- train --------------------------------------------------------------------------------
 
 
 def test_json_has_null_for_what_is_not_finite(model, text_file):
@@ -911,7 +924,9 @@ def test_a_draft_reads_its_teachers_tokens(trained, text_file, tmp_path):
 
 
 def test_another_teacher_is_noticed(trained, text_file, tmp_path):
-    """While there is something left to train it is told; a finished run is not passed off as another's."""
+    """While there is something left to train it is told; a finished run is not passed off
+    as another's.
+    """
     output, _ = trained
     command = (
         "train",
@@ -1021,7 +1036,7 @@ def test_phases_can_be_spelled_out(text_file, tmp_path):
     assert [list(p.values()) for p in plan["phases"]] == [[2, 1, 16, [1]], [1, 2, 8, [1]]]
 
 
-# --- figures -------------------------------------------------------------------------------------------------
+# --- figures ------------------------------------------------------------------------------
 
 
 def test_figures_are_drawn_and_checked():

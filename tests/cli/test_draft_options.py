@@ -1,4 +1,6 @@
-"""``refllm generate --draft``: the same text, statistics, colours on a terminal and nothing but text elsewhere."""
+"""``refllm generate --draft``: the same text, statistics, colours on a terminal and nothing
+but text elsewhere.
+"""
 
 from __future__ import annotations
 

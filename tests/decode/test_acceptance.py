@@ -1,4 +1,6 @@
-"""Acceptance rate, α and acceptance length: three numbers that are not one; the formulas and where they are best."""
+"""Acceptance rate, α and acceptance length: three numbers that are not one; the formulas
+and where they are best.
+"""
 
 from __future__ import annotations
 

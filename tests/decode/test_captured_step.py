@@ -122,7 +122,9 @@ def test_a_batch_of_many_rows_goes_through_the_network(monkeypatch):
 
 
 def test_rows_that_are_added_stay_zeros_whatever_stood_in_the_memory(monkeypatch):
-    """A batch of not-a-numbers leaves its memory to the next, smaller one, which computes a row for nobody."""
+    """A batch of not-a-numbers leaves its memory to the next, smaller one, which computes a
+    row for nobody.
+    """
     monkeypatch.setattr(weights_module, "reads_in_place", lambda: True)
     weights = network(BLOCKED, 0)
     weights["embed_tokens"] = Dense(

@@ -1,4 +1,6 @@
-"""Drafters: what they return is what they sampled from; their caches are those of the text; bad ones change nothing."""
+"""Drafters: what they return is what they sampled from; their caches are those of the text;
+bad ones change nothing.
+"""
 
 from __future__ import annotations
 
@@ -54,11 +56,13 @@ def next_logits(model, text, xp=np):
     return to_host(logits(model.weights, hidden))[-1]
 
 
-# --- n-grams ------------------------------------------------------------------------------------------------------
+# --- n-grams ------------------------------------------------------------------------------
 
 
 def looked_up(text, count, longest, shortest):
-    """The rule by search: the longest n of which the last n tokens stand earlier, of equal ones the latest place."""
+    """The rule by search: the longest n of which the last n tokens stand earlier, of equal
+    ones the latest place.
+    """
     for n in range(longest, shortest - 1, -1):
         for place in range(len(text) - 1, n - 1, -1):
             if n < len(text) and text[place - n : place] == text[len(text) - n :]:
@@ -94,7 +98,7 @@ def test_the_latest_of_equal_matches_counts():
     ).tokens == [3, 7]
 
 
-# --- a model ------------------------------------------------------------------------------------------------------
+# --- a model ------------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -209,7 +213,7 @@ def test_jacobi_guesses_what_the_target_said():
     assert drafter.propose([5, 7, 8], 1, GREEDY, rng).tokens == [9]
 
 
-# --- bad input -----------------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gamma", [0, -1, 1.5, None])
@@ -248,7 +252,7 @@ def test_common_prefix(a, b):
     assert common_prefix(a * 3 + b, a * 3 + [9]) == 3 * len(a)
 
 
-# --- several sequences at once --------------------------------------------------------------------------------------
+# --- several sequences at once ------------------------------------------------------------
 
 
 @pytest.mark.theorem(

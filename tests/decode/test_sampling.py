@@ -1,7 +1,9 @@
-"""Sampling: the filters against brute force and transformers, the law of the draw by exact interval edges.
+"""Sampling: the filters against brute force and transformers, the law of the draw by exact
+interval edges.
 
-A filter's cut is a comparison of floats. Where a test compares two ways to compute the same cut, it draws cases
-whose distance from the threshold is far above the rounding of either way, or whose arithmetic is exact.
+A filter's cut is a comparison of floats. Where a test compares two ways to compute the same
+cut, it draws cases whose distance from the threshold is far above the rounding of either
+way, or whose arithmetic is exact.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ settings_ = st.fixed_dictionaries(
 
 @st.composite
 def logits(draw: st.DrawFn, rows: int = 1, masked: bool = True) -> np.ndarray:
-    """float32 [rows, V] with ties more often than not, and masked tokens (never all of a row)."""
+    """float32 [rows, V] with ties more often than not, and masked tokens (never all of a
+    row).
+    """
     z = draw(
         arrays(
             rows,
@@ -80,7 +84,8 @@ def brute_force(
             mass += weight[i]
             if mass >= top_p * total:
                 break
-            # nearer than rounding may bring it, except where every weight is 1 and sums are exact
+            # nearer than rounding may bring it, except where every weight is 1 and sums are
+            # exact
             assume(all(weight[j] == 1 for j in ranked) or abs(mass / total - top_p) > 1e-12)
         assume(all(weight[j] == 1 for j in ranked) or abs(mass / total - top_p) > 1e-12)
         ranked = nucleus
@@ -89,7 +94,7 @@ def brute_force(
     return [weight[i] / total if i in ranked else 0.0 for i in range(len(row))]
 
 
-# --- the filters ---------------------------------------------------------------------------------------------
+# --- the filters --------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -106,7 +111,8 @@ def test_filters_equal_brute_force_over_sorted_lists(pure_xp, z, how):
     p = to_host(warp(pure_xp.asarray(z), **how))
     expected = [brute_force(row, **how) for row in z]
     assert (p > 0).tolist() == [[x > 0 for x in row] for row in expected]
-    # each weight is off by the rounding of (z - max)/τ, at most |log w| ≤ 745 half-ulps, and a few of its own
+    # each weight is off by the rounding of (z - max)/τ, at most |log w| ≤ 745 half-ulps,
+    # and a few of its own
     np.testing.assert_allclose(p, expected, rtol=1000 * EPS, atol=0)
 
 
@@ -282,7 +288,7 @@ def test_a_list_of_parameters_needs_rows_and_a_row_needs_tokens():
     assert warp(np.zeros((0, 4)), top_k=2).shape == (0, 4)  # no rows is no mistake
 
 
-# --- log-probabilities and penalties -------------------------------------------------------------------------
+# --- log-probabilities and penalties ------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -347,7 +353,7 @@ def test_penalties_that_are_no_penalty_are_refused(penalty):
             apply_count_penalties(z, z.astype(int), presence=penalty)
 
 
-# --- the draw ------------------------------------------------------------------------------------------------
+# --- the draw -----------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -359,7 +365,8 @@ def test_each_token_has_its_probability_of_the_uniforms(pure_xp, cuts):
     edges = [0, *sorted(cuts), 64]
     p = [Fraction(b - a, 64) for a, b in itertools.pairwise(edges)]
     row = np.array([float(x) for x in p])
-    # ascending uniforms: each edge and the float just below it, so that every interval's ends are seen
+    # ascending uniforms: each edge and the float just below it, so that every interval's
+    # ends are seen
     u = sorted({x for e in range(64) for x in (e / 64, math.nextafter((e + 1) / 64, 0))})
     ids = to_host(sample(pure_xp.asarray(np.tile(row, (len(u), 1))), pure_xp.asarray(np.array(u))))
     assert ids.dtype == np.int64
@@ -452,7 +459,7 @@ def test_a_draw_waits_for_the_device_twice_and_moves_nothing():
         assert (cost.syncs, cost.h2d) == (2, 0)  # one look at the logits, one at the probabilities
 
 
-# --- the margin ----------------------------------------------------------------------------------------------
+# --- the margin ---------------------------------------------------------------------------
 
 
 def draw_token(xp, z, u, how):
@@ -472,7 +479,8 @@ def draw_token(xp, z, u, how):
     False,
     0,
 )
-# the threshold of one filter is nearer than any other: top-p lets the second token in, min-p throws it out
+# the threshold of one filter is nearer than any other: top-p lets the second token in,
+# min-p throws it out
 @example(
     np.array([[0.0, -1.0]]),
     {"temperature": 1.0, "top_k": 0, "top_p": 0.7, "min_p": 0.0},
@@ -505,7 +513,8 @@ def test_within_the_margin_the_token_is_the_same(pure_xp, z, how, u, greedy, see
     token = draw_token(pure_xp, z, u, how)
     rng = np.random.default_rng(seed)
     signs = [np.sign(rng.standard_normal(z.shape)) for _ in range(20)]
-    # the worst that can happen: all mass moves to one side of some token, in id order or in rank
+    # the worst that can happen: all mass moves to one side of some token, in id order or in
+    # rank
     rank = np.argsort(np.argsort(-z))
     signs += [
         np.where(o <= i, s, -s)
@@ -556,7 +565,7 @@ def test_two_backends_agree_wherever_the_margin_exceeds_their_difference(pure_xp
     assert safe.mean() > 0.9  # and the claim is about nearly all of them
 
 
-# --- peers ---------------------------------------------------------------------------------------------------
+# --- peers --------------------------------------------------------------------------------
 
 
 @pytest.mark.oracle

@@ -1,4 +1,6 @@
-"""The static tree: dynamic programming against the naive twin and against every tree there is."""
+"""The static tree: dynamic programming against the naive twin and against every tree there
+is.
+"""
 
 from __future__ import annotations
 

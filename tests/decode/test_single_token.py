@@ -49,7 +49,9 @@ def test_a_lean_step_is_the_network_at_every_position(config, seed):
 
 
 def test_it_continues_a_prefill_of_the_network():
-    """The cache is the contiguous one: what the network wrote there the lean step reads, and the other way round."""
+    """The cache is the contiguous one: what the network wrote there the lean step reads,
+    and the other way round.
+    """
     config = NETWORKS["llama"]
     weights = network(config, 1)
     expected = full_logits(weights, config)

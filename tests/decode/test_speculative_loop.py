@@ -1,4 +1,6 @@
-"""Speculative generation: the law of the text by enumeration, the text itself at temperature 0, the caches."""
+"""Speculative generation: the law of the text by enumeration, the text itself at
+temperature 0, the caches.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +118,8 @@ def test_the_law_of_the_text_is_that_of_plain_generation(how, drafter, monkeypat
             )
             return tuple(t for step in steps for t in step.tokens)
 
-        # each probability is a product of four, each of them a network's, which agree within 1e-13 however batched
+        # each probability is a product of four, each of them a network's, which agree
+        # within 1e-13 however batched
         assert distance(law(run), text_law(target, WAYS[how], length)) <= 1e-11
 
 

@@ -1,7 +1,8 @@
-"""Streaming text: whole characters, nothing past a stop string, and the same text however it is cut.
+"""Streaming text: whole characters, nothing past a stop string, and the same text however
+it is cut.
 
-The stream is compared with ``decode`` of all ids, for tokenizers of every kind of decoder; the stop strings with
-``str.find`` on the whole text, for every way to cut it.
+The stream is compared with ``decode`` of all ids, for tokenizers of every kind of decoder;
+the stop strings with ``str.find`` on the whole text, for every way to cut it.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ TOKENIZERS = {
 
 @st.composite
 def id_lists(draw: st.DrawFn, tokenizer: Tokenizer) -> list[int]:
-    """Any ids, with a few that name no token; runs of one kind of byte are common, as in broken output."""
+    """Any ids, with a few that name no token; runs of one kind of byte are common, as in
+    broken output.
+    """
     size = tokenizer.vocab_size
     anything = st.lists(st.integers(0, size + 3), max_size=12)
     bytes_ = [
@@ -179,7 +182,7 @@ def test_a_decoder_that_rewrites_shown_text_is_refused():
         stream.push(1)
 
 
-# --- stop strings --------------------------------------------------------------------------------------------
+# --- stop strings -------------------------------------------------------------------------
 
 stop_lists = st.lists(st.text("ab", min_size=1, max_size=4), max_size=3)
 

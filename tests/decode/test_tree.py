@@ -1,4 +1,6 @@
-"""Token trees: the law by exact enumeration, the mask against each path alone, compaction against recomputing."""
+"""Token trees: the law by exact enumeration, the mask against each path alone, compaction
+against recomputing.
+"""
 
 from __future__ import annotations
 
@@ -48,11 +50,13 @@ def trees(draw: st.DrawFn, most: int = 7) -> Tree:
     return Tree([draw(st.integers(-1, i - 1)) for i in range(draw(st.integers(0, most)))])
 
 
-# --- the law -----------------------------------------------------------------------------------------------------
+# --- the law ------------------------------------------------------------------------------
 
 
 def grown(tree: Tree, q, rng, replacement: bool, count=None):
-    """Tokens and q rows of a tree whose children are drawn; a shape that q cannot fill is cut to what it can."""
+    """Tokens and q rows of a tree whose children are drawn; a shape that q cannot fill is
+    cut to what it can.
+    """
     parents = []
     tokens = []
     rows = [q([])]
@@ -115,7 +119,8 @@ def loses(tree, p, q, propose, judged_with, drawn_with=None) -> float:
 def test_the_law_over_a_tree_is_the_target_s(way, propose, shape, vocab, seed, of_p, of_q):
     p = Table(vocab, seed, of_p)
     q = Table(vocab, seed + 1, of_q)
-    # products of a few probabilities, summed over V^m drafts of m ≤ 4 nodes; each rejection divides once more
+    # products of a few probabilities, summed over V^m drafts of m ≤ 4 nodes; each rejection
+    # divides once more
     assert loses(Tree(SHAPES[shape]), p, q, propose, WAYS[way]) <= 64 * EPS * vocab**5
 
 
@@ -204,7 +209,7 @@ def test_greedy_walks_down_the_argmax(tree, vocab, seed):
     assert sampled[1] == token
 
 
-# --- shape, mask, positions --------------------------------------------------------------------------------------
+# --- shape, mask, positions ---------------------------------------------------------------
 
 
 @given(tree=trees())
@@ -276,7 +281,7 @@ def test_tree_step_equals_each_path_alone(xp, name, tree, seed, before):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=atol * max(1, abs(theirs).max()))
 
 
-# --- bad input -----------------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------
 
 
 def test_bad_trees_are_named():

@@ -1,4 +1,6 @@
-"""Trees that a draft model grows: their shape, what their children were drawn from, and drafters asked in turn."""
+"""Trees that a draft model grows: their shape, what their children were drawn from, and
+drafters asked in turn.
+"""
 
 from __future__ import annotations
 

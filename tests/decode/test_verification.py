@@ -1,7 +1,9 @@
-"""Verification by exact enumeration: every path of every uniform, over tiny vocabularies. No Monte Carlo.
+"""Verification by exact enumeration: every path of every uniform, over tiny vocabularies.
+No Monte Carlo.
 
-One test, ``loses``, judges the right code and the wrong: it returns how far the law of the emitted tokens lies from
-the target's. For each law of the library it is rounding, for each planted bug far more.
+One test, ``loses``, judges the right code and the wrong: it returns how far the law of the
+emitted tokens lies from the target's. For each law of the library it is rounding, for each
+planted bug far more.
 """
 
 from __future__ import annotations
@@ -43,11 +45,13 @@ def _exact_draws():
 
 
 def rounding(vocab: int, gamma: int) -> float:
-    """Of a sum of products of γ + 1 probabilities over V^γ drafts, each with a division and a sum over V."""
+    """Of a sum of products of γ + 1 probabilities over V^γ drafts, each with a division and
+    a sum over V.
+    """
     return 8 * EPS * (gamma + 1) * vocab ** (gamma + 1)
 
 
-# --- a step, and what may go wrong in it -----------------------------------------------------------------------
+# --- a step, and what may go wrong in it --------------------------------------------------
 
 
 def sampled(q, gamma, rng):
@@ -80,7 +84,9 @@ def step(judge, propose, p, q, gamma):
 
 
 def loses(judge, propose, p, q, gamma) -> float:
-    """How far the law of the next γ + 1 tokens lies from the target's: the largest difference of a probability."""
+    """How far the law of the next γ + 1 tokens lies from the target's: the largest
+    difference of a probability.
+    """
     emitted = law(step(judge, propose, p, q, gamma))
     assert abs(sum(emitted.values()) - 1) < 1e-12
     whole = extended(emitted, p, p.vocab, gamma + 1)
@@ -106,7 +112,9 @@ def test_the_law_of_the_emitted_tokens_is_the_target_s(
 
 
 def test_the_law_holds_in_rational_numbers():
-    """P(x) = min(p, q) + (1 − Σ min(p, q)) · (p − q)₊ / Σ (p − q)₊ = p, in fractions: the proof of one place."""
+    """P(x) = min(p, q) + (1 − Σ min(p, q)) · (p − q)₊ / Σ (p − q)₊ = p, in fractions: the
+    proof of one place.
+    """
     rng = np.random.default_rng(0)
     for _ in range(200):
         n = int(rng.integers(1, 5))
@@ -125,11 +133,13 @@ def test_the_law_holds_in_rational_numbers():
         assert sum(left) == 1 - sum(kept)
 
 
-# --- the field's known bugs, each caught by the same test -------------------------------------------------------
+# --- the field's known bugs, each caught by the same test ---------------------------------
 
 
 def heated(propose):
-    """Draws from q but returns another distribution: the warp that was forgotten, or applied twice."""
+    """Draws from q but returns another distribution: the warp that was forgotten, or
+    applied twice.
+    """
 
     def run(q, gamma, rng):
         drafts, rows = propose(q, gamma, rng)
@@ -164,7 +174,9 @@ def without_the_last_row(p, q, drafts, rng):
 
 
 def dropping_the_bonus(p, q, drafts, rng):
-    """After full acceptance ends the step, so that the last draft stands where the bonus should."""
+    """After full acceptance ends the step, so that the last draft stands where the bonus
+    should.
+    """
     accepted, token = verify(p, q, drafts, rng)
     return (accepted, token) if accepted < len(drafts) else (accepted, drafts[-1])
 
@@ -259,7 +271,7 @@ def test_penalties_are_computed_on_the_prefix_with_the_drafts(counted):
     assert (lost <= rounding(3, 2)) if counted == "the drafts before it" else (lost > 1e-3)
 
 
-# --- what is accepted --------------------------------------------------------------------------------------------
+# --- what is accepted ---------------------------------------------------------------------
 
 
 def accepted_law(judge, propose, p, q, gamma):
@@ -333,7 +345,9 @@ def test_block_accepts_at_least_as_many(vocab, gamma, seed, of_p, of_q, propose)
 
 
 def test_block_accepts_more_where_it_can():
-    """The inequality is not an equality: over twenty pairs block is better by some per cent."""
+    """The inequality is not an equality: over twenty pairs block is better by some per
+    cent.
+    """
     means = []
     for seed in range(20):
         p = Table(3, 2 * seed)
@@ -383,7 +397,7 @@ def test_the_two_ends(judge):
     assert found == {(0, 0): 0.25, (0, 1): 0.75}
 
 
-# --- greedy -------------------------------------------------------------------------------------------------------
+# --- greedy -------------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -404,7 +418,7 @@ def test_greedy_is_the_limit_of_both_laws(pure_xp, vocab, gamma, seed):
         assert judge(p, None, drafts, np.random.default_rng(seed)) == expected
 
 
-# --- on arrays of every library ------------------------------------------------------------------------------------
+# --- on arrays of every library -----------------------------------------------------------
 
 
 @pytest.fixture
@@ -490,7 +504,7 @@ def test_the_residual_of_equal_distributions_is_the_target(pure_xp):
     assert REAL_DRAW(np.zeros(2), 0.2, otherwise=np.array([0.25, 0.75])) == 0
 
 
-# --- bad input ------------------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------
 
 GOOD = np.array([[0.5, 0.5, 0.0]] * 3)
 BAD = {
@@ -578,7 +592,9 @@ def test_a_numpy_integer_is_a_token_and_a_bool_is_none():
 
 
 def test_enumeration_sees_every_path():
-    """The enumerator itself: a reused uniform, a nested comparison, probabilities that sum to 1."""
+    """The enumerator itself: a reused uniform, a nested comparison, probabilities that sum
+    to 1.
+    """
     found = law(lambda rng: (lambda u: (u < 0.5, u < 0.25))(rng.random()))
     assert found == {(True, True): 0.25, (True, False): 0.25, (False, False): 0.5}
     both = law(lambda rng: tuple(rng.random() < x for x in (0.5, 0.25)))

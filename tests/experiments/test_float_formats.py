@@ -1,4 +1,6 @@
-"""The studies of small floats: rows of formats, where each wins, and 8-bit training that goes on where it stopped."""
+"""The studies of small floats: rows of formats, where each wins, and 8-bit training that
+goes on where it stopped.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from refllm.train.loop import initialize
 
 
 def test_rows_of_formats():
-    """More bits of one kind of format, less error; and a format whose groups do not fit is passed over."""
+    """More bits of one kind of format, less error; and a format whose groups do not fit is
+    passed over.
+    """
     w = np.random.default_rng(0).standard_normal((128, 256)).astype(np.float32)
     found = {name: (bits, error) for name, bits, error, _ in float_formats.rows(w)}
     assert set(found) == set(float_formats.FORMATS)
@@ -99,7 +103,9 @@ def test_gradient_errors():
 
 
 def test_planted_outliers_change_no_loss_in_float32_and_hurt_one_scale_a_tensor():
-    """The other tiles have no outlier; the tensor has, and its other numbers fall below E4M3's smallest."""
+    """The other tiles have no outlier; the tensor has, and its other numbers fall below
+    E4M3's smallest.
+    """
     directory = locate("stdlib")
     config = read_config(directory)
     held = next(iter(held_out_documents())).text

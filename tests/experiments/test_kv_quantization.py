@@ -1,4 +1,6 @@
-"""The study of quantised caches: its cases, that a row is the cache that it names, its record and its figure."""
+"""The study of quantised caches: its cases, that a row is the cache that it names, its
+record and its figure.
+"""
 
 from __future__ import annotations
 

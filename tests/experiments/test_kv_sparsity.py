@@ -1,4 +1,6 @@
-"""The study of sparse caches: its texts, that a run is the policy that it names, its record and its figure."""
+"""The study of sparse caches: its texts, that a run is the policy that it names, its record
+and its figure.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def test_texts_of_a_far_copy_end_as_they_began(model):
 
 
 def share_of_attention(experiment, caches) -> float:
-    """What the last query of each text reads of the whole text, and how much of that is still in its cache."""
+    """What the last query of each text reads of the whole text, and how much of that is
+    still in its cache.
+    """
     config = experiment.model.config
     shares = []
     plain = CausalAttend([71])

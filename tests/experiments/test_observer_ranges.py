@@ -33,7 +33,9 @@ def test_errors_and_cuts_are_those_of_the_ranges():
 
 
 def test_what_the_figure_shows():
-    """At 8 bits cutting much costs more than it brings, at 4 bits not cutting does; and the first batch decides."""
+    """At 8 bits cutting much costs more than it brings, at 4 bits not cutting does; and the
+    first batch decides.
+    """
     rows = {(row["bits"], row["observer"]): row for row in values()["rows"]}
     assert (
         rows[8, "min-max"]["error"]

@@ -1,4 +1,6 @@
-"""Planted outliers change no bit of what a network computes, and SmoothQuant takes them out again, whatever α."""
+"""Planted outliers change no bit of what a network computes, and SmoothQuant takes them out
+again, whatever α.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,8 @@ def absmax_of(config, weights):
 def test_invariance_planting_is_bit_exact(xp, family, dtype, seed, factor, inputs):
     config, weights = weights_of(family, seed, xp, dtype)
     channels = choose(config.hidden_size, 5, np.random.default_rng(seed))
-    # the same layout of memory on both sides: ``fold`` makes weights of their own, which the library multiplies alike
+    # the same layout of memory on both sides: ``fold`` makes weights of their own, which
+    # the library multiplies alike
     still = plant(weights, channels, 1.0, PLACES)
     planted = plant(weights, channels, factor, sorted(inputs))
     assert np.array_equal(full_logits(planted, config, xp), full_logits(still, config, xp))

@@ -1,4 +1,6 @@
-"""The table of what quantisation costs: paired with the original and with round to nearest, and computed once."""
+"""The table of what quantisation costs: paired with the original and with round to nearest,
+and computed once.
+"""
 
 from __future__ import annotations
 
@@ -176,9 +178,11 @@ def test_the_committed_table_is_of_the_whole_grid():
 
 
 def test_in_the_committed_table_methods_that_calibrate_beat_round_to_nearest():
-    """At 4 and 3 bits, for every draw of the text, by a paired interval that excludes 0: GPTQ in all granularities,
-    AWQ but in groups of 32 at 4 bits, where its error at the modules that it looks at is a tenth less than that of
-        round to nearest, and its KL on other text is not (with clipping or without)."""
+    """At 4 and 3 bits, for every draw of the text, by a paired interval that excludes 0:
+    GPTQ in all granularities, AWQ but in groups of 32 at 4 bits, where its error at the
+    modules that it looks at is a tenth less than that of round to nearest, and its KL on
+    other text is not (with clipping or without).
+    """
     path = Path(__file__).resolve().parents[2] / "figures" / "data" / "quantization_quality.json"
     if not path.is_file():
         pytest.skip("the table is not there yet")

@@ -66,7 +66,9 @@ def test_the_kept_channels_are_exact_and_chosen_by_their_inputs(experiment):
 
 
 def test_planted_outliers_are_what_the_activations_find(experiment):
-    """A sixteenth of the channels is one here; with three planted in sixteen, a fifth keeps all of them."""
+    """A sixteenth of the channels is one here; with three planted in sixteen, a fifth keeps
+    all of them.
+    """
     rows = {
         by: experiment.measure(Choice("planted", by, 0.19, 0 if by == "random" else None))["kl"][0]
         for by in (None, *BY)

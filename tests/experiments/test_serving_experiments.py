@@ -1,4 +1,6 @@
-"""The studies of serving at their smallest: what they count has its closed form, what they draw is drawn."""
+"""The studies of serving at their smallest: what they count has its closed form, what they
+draw is drawn.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +106,8 @@ def test_useful_slots_are_those_of_the_closed_form(monkeypatch):
     assert one["counted"] == [1.0]
     assert one["exact"] == 1
     assert eight["exact"] == pytest.approx(0.37, abs=0.03)
-    # the ratio of two means, of 32 answers and of 4 batches, whose deviations are about 1.0 and 0.5 of their means
+    # the ratio of two means, of 32 answers and of 4 batches, whose deviations are about 1.0
+    # and 0.5 of their means
     assert eight["counted"][0] == pytest.approx(
         eight["exact"], rel=3 * math.hypot(1 / math.sqrt(32), 0.5 / 2)
     )
@@ -174,7 +177,9 @@ def _requests(rows, row):
 
 
 def test_a_cache_that_calls_itself_is_timed_once(model, monkeypatch):
-    """On a clock that goes on by one at every look: the inner calls look when they begin, and add nothing."""
+    """On a clock that goes on by one at every look: the inner calls look when they begin,
+    and add nothing.
+    """
     engine = Engine(model, num_blocks=8, block_size=4, prefix_cache="radix")
     cache = engine.scheduler.memory.cache
     ticks = iter(range(100))

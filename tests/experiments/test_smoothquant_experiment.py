@@ -1,4 +1,6 @@
-"""The SmoothQuant experiment: its cases, that its networks are what they are said to be, and its record."""
+"""The SmoothQuant experiment: its cases, that its networks are what they are said to be,
+and its record.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +125,9 @@ def test_the_command_writes_what_the_figure_is_drawn_from(tmp_path, monkeypatch,
 
 
 def test_the_committed_experiment_breaks_and_repairs():
-    """Outliers of 128× cost at least 10 % of bits per byte; SmoothQuant at O1 and α = ½ leaves less than 2 %."""
+    """Outliers of 128× cost at least 10 % of bits per byte; SmoothQuant at O1 and α = ½
+    leaves less than 2 %.
+    """
     values = read(
         Path(__file__).resolve().parents[2] / "figures" / "data" / "smoothquant.json"
     ).values
@@ -137,6 +141,7 @@ def test_the_committed_experiment_breaks_and_repairs():
     assert [Case(*key) for key in loss] == cases()
     assert loss["norms", "O1", None, ()] >= 0.10
     assert loss["norms", "O1", 0.5, ()] <= 0.02
-    # where no norm makes the input it does not help; keeping that input in floating point does
+    # where no norm makes the input it does not help; keeping that input in floating point
+    # does
     assert loss["MLP hidden", "O1", 0.5, ()] > 0.9 * loss["MLP hidden", "O1", None, ()] > 0.02
     assert loss["MLP hidden", "O1", 0.5, ("down_proj",)] <= 0.02

@@ -1,4 +1,6 @@
-"""Pictures are a function of their data: same bytes each time, and stale ones are told apart."""
+"""Pictures are a function of their data: same bytes each time, and stale ones are told
+apart.
+"""
 
 from __future__ import annotations
 
@@ -361,7 +363,8 @@ def test_one_name_is_one_figure(folder):
     assert [p.name for p in redraw("kv_memory", folder)] == ["kv_memory.png"]
 
 
-# a quantity's label names its unit, as a word of its own; these are what figures count and measure in
+# a quantity's label names its unit, as a word of its own; these are what figures count and
+# measure in
 _COUNTED = (
     "tokens bits bytes byte slots requests sequences batch step block channels weights times share"
 )
@@ -380,7 +383,9 @@ PURE_OF = {"prefixes": "hit rate (A), best dotted"}
 
 
 def quantities(ax):
-    """The labels of those axes of a plot that have numbers at their ticks; of shared ones, where they are written."""
+    """The labels of those axes of a plot that have numbers at their ticks; of shared ones,
+    where they are written.
+    """
     for axis, near, label in (
         (ax.xaxis, ax.get_shared_x_axes(), "get_xlabel"),
         (ax.yaxis, ax.get_shared_y_axes(), "get_ylabel"),

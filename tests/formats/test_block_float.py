@@ -1,4 +1,6 @@
-"""Floats that share scales: error bounds, scales by bits, zero blocks, ragged edges, MX and NV formats."""
+"""Floats that share scales: error bounds, scales by bits, zero blocks, ragged edges, MX and
+NV formats.
+"""
 
 from __future__ import annotations
 
@@ -224,7 +226,9 @@ def test_effective_bits():
 
 
 def test_mx_scales_saturate_and_ue8m0_do_not():
-    """MX rounds absmax down to a power of two: what is above 1.75 times that in E4M3 (1.5 in E2M1) is cut."""
+    """MX rounds absmax down to a power of two: what is above 1.75 times that in E4M3 (1.5
+    in E2M1) is cut.
+    """
     x = np.array([[1.0, -1.999] + [0.5] * 30], dtype=np.float32)
     assert scale_of(absmax(x, MXFP4), MXFP4)[0, 0] == 0.25
     assert quantize(x, MXFP4).dequantize()[0, 1] == -1.5
@@ -234,7 +238,9 @@ def test_mx_scales_saturate_and_ue8m0_do_not():
 
 @pytest.mark.oracle
 def test_float_schemes_of_compressed_tensors():
-    """FP8 by row and block, NVFP4: codes times scales as compressed-tensors' own quantiser has them."""
+    """FP8 by row and block, NVFP4: codes times scales as compressed-tensors' own quantiser
+    has them.
+    """
     torch = oracle("torch")
     forward = oracle("compressed_tensors.quantization.lifecycle.forward")
     arguments = oracle("compressed_tensors.quantization").QuantizationArgs

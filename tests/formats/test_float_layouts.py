@@ -1,4 +1,6 @@
-"""Checkpoints in 8-bit floats: what is read back is what was written, and transformers computes the same with it."""
+"""Checkpoints in 8-bit floats: what is read back is what was written, and transformers
+computes the same with it.
+"""
 
 from __future__ import annotations
 
@@ -128,7 +130,8 @@ def test_the_files_by_definition(exported, name):
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", ["channel-weights", "block-weights", "deepseek", "deepseek-ue8m0"])
 def test_logits_in_transformers(exported, name):
-    # DeepSeek's with whole blocks: on a CPU transformers 5 cuts 144 rows with two scales into 72 and 72, not 128 and 16
+    # DeepSeek's with whole blocks: on a CPU transformers 5 cuts 144 rows with two scales
+    # into 72 and 72, not 128 and 16
     torch = oracle("torch")
     model, path = exported(name)
     for layer in model.weights["layers"]:
@@ -143,7 +146,9 @@ def test_logits_in_transformers(exported, name):
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", ["channel", "block"])
 def test_linears_with_rounded_activations_in_transformers(exported, name):
-    """On equal inputs each linear gives our product within 1e-4 of its size, but where a code is a tie in one."""
+    """On equal inputs each linear gives our product within 1e-4 of its size, but where a
+    code is a tie in one.
+    """
     _, path = exported(name)
     read = load(path)
     _, seen = products_of(their_model(path), IDS)
@@ -154,7 +159,7 @@ def test_linears_with_rounded_activations_in_transformers(exported, name):
         assert np.mean(off > 1e-4 * np.abs(y).max()) < 0.02, (index, key)
 
 
-# --- what is refused -----------------------------------------------------------------------------------------------
+# --- what is refused ----------------------------------------------------------------------
 
 
 def test_what_no_layout_holds():

@@ -1,4 +1,6 @@
-"""GGUF's block formats: golden digests, ggml's and gguf's bytes, what repeats and what does not, what is refused."""
+"""GGUF's block formats: golden digests, ggml's and gguf's bytes, what repeats and what does
+not, what is refused.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,7 @@ def decode(raw, type):
     return dequantize(raw, type)
 
 
-# --- the bytes -----------------------------------------------------------------------------------------------------
+# --- the bytes ----------------------------------------------------------------------------
 
 
 def test_the_golden_input_is_what_the_digests_were_made_of():
@@ -61,7 +63,9 @@ def test_golden_digests(xp, type):
 
 @pytest.mark.parametrize("name", edge_inputs())
 def test_golden_digests_of_edges(xp, name):
-    """Ties, zeros of both signs, denormals, the ends of float32: recorded by ``tests/golden/make_gguf.py``."""
+    """Ties, zeros of both signs, denormals, the ends of float32: recorded by
+    ``tests/golden/make_gguf.py``.
+    """
     x = edge_inputs()[name]
     w = golden_importance()
     for type, recorded in json.loads((ROOT / "tests" / "golden" / "gguf.json").read_text())[
@@ -95,7 +99,9 @@ def test_bytes_equal_ggmls(x, importance, type):
 @pytest.mark.llamacpp
 @pytest.mark.parametrize("type", BLOCKS)
 def test_bytes_equal_ggmls_where_float32_ends(type):
-    """Sums and steps overflow, and what comes out is infinite or NaN: the same all the same."""
+    """Sums and steps overflow, and what comes out is infinite or NaN: the same all the
+    same.
+    """
     for seed in range(5):
         for x in (
             build("extreme", (2, 512), seed),
@@ -121,7 +127,9 @@ def test_decoding_equals_ggufs(xp, x, type):
 @pytest.mark.oracle
 @given(seeds, st.sampled_from(BLOCKS))
 def test_decoding_any_bytes_equals_ggufs(seed, type):
-    """Files may hold any codes and scales, not only those that an encoder writes; steps are kept finite here."""
+    """Files may hold any codes and scales, not only those that an encoder writes; steps are
+    kept finite here.
+    """
     gguf = oracle("gguf")
     raw = np.random.default_rng(seed).integers(0, 256, (3, row_bytes(type, 512)), dtype=np.uint8)
     with np.errstate(all="ignore"):
@@ -142,7 +150,7 @@ def test_encoding_equals_ggufs_where_it_encodes(x, type):
     np.testing.assert_array_equal(quantize(x, type), theirs.view(np.uint8).reshape(x.shape[0], -1))
 
 
-# --- again ---------------------------------------------------------------------------------------------------------
+# --- again --------------------------------------------------------------------------------
 
 
 def steps(raw, type):
@@ -161,10 +169,12 @@ def levels(raw, type):
 
 
 def repeats(x, type):
-    """The exact condition, by block [R, B]: is the block encoded to the same bytes again after it was decoded?
+    """The exact condition, by block [R, B]: is the block encoded to the same bytes again
+    after it was decoded?
 
-    A stored step that is 0 though the numbers are not has lost them. With an offset it must be told from the levels
-    q·d + m, which are rounded to float32: they give back d, and each code that is used.
+    A stored step that is 0 though the numbers are not has lost them. With an offset it must
+    be told from the levels q·d + m, which are rounded to float32: they give back d, and
+    each code that is used.
     """
     raw = quantize(x, type)
     blocks = x.reshape(x.shape[0], -1, 32)
@@ -228,7 +238,9 @@ def test_exact_levels_repeat(x, type):
 
 
 def test_where_idempotence_breaks():
-    """A step that rounds to 0; an offset in whose float32 the levels are not where the step puts them."""
+    """A step that rounds to 0; an offset in whose float32 the levels are not where the step
+    puts them.
+    """
     tiny = np.linspace(-1e-7, 1e-7, 32, dtype=np.float32)[None]
     for type in ("Q8_0", "Q4_0", "Q5_0"):
         assert not repeats(tiny, type).any()
@@ -262,7 +274,9 @@ AGAIN = {"Q2_K": 0.92, "Q3_K": 0.58, "Q4_K": 0.965, "Q5_K": 0.78, "Q6_K": 0.78}
 
 @pytest.mark.parametrize("type", K_QUANTS)
 def test_k_quants_do_not_repeat(type):
-    """Recorded fact: the search may find another fit for its own output. The share of blocks that come out the same."""
+    """Recorded fact: the search may find another fit for its own output. The share of
+    blocks that come out the same.
+    """
     # a few large numbers, as in weights
     x = np.random.default_rng(0).standard_t(3, size=(16, 4096)).astype(np.float32)
     raw = quantize(x, type).reshape(-1, TYPES[type].size)
@@ -272,7 +286,7 @@ def test_k_quants_do_not_repeat(type):
     assert share == pytest.approx(AGAIN[type], abs=0.06)
 
 
-# --- how near ------------------------------------------------------------------------------------------------------
+# --- how near -----------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -288,7 +302,8 @@ def test_errors_of_the_legacy_types(x, type):
     raw = quantize(x, type)
     d = steps(raw, type)
     error = np.abs(dequantize(raw, type) - x).reshape(x.shape[0], -1, 32)
-    # half a step, and the float16 step's 2⁻¹¹ of the largest code: 127, 16, 8; an extreme that has no code: one step
+    # half a step, and the float16 step's 2⁻¹¹ of the largest code: 127, 16, 8; an extreme
+    # that has no code: one step
     bound = {"Q8_0": 0.563, "Q4_0": 1.01, "Q5_0": 1.01, "Q4_1": 0.52, "Q5_1": 0.52}[type] * np.abs(
         d[..., 0]
     )
@@ -371,9 +386,10 @@ def test_importance_moves_the_error_to_where_it_costs_nothing():
         assert weighted.sum() < plain.sum(), type
 
 
-# --- fields --------------------------------------------------------------------------------------------------------
+# --- fields -------------------------------------------------------------------------------
 
-# What a byte of a field holds, by the sentence that the figure shows: byte → numbers of the block
+# What a byte of a field holds, by the sentence that the figure shows: byte → numbers of the
+# block
 HOLDS = {
     "low half: number j, high half: number j + 16": lambda j: {j, j + 16},
     "bit i of the 32: number i": lambda j: set(range(8 * j, 8 * j + 8)),
@@ -438,7 +454,7 @@ def test_without_a_step_only_the_offset_is_left():
         ), type
 
 
-# --- plain floats, edges, refusals ---------------------------------------------------------------------------------
+# --- plain floats, edges, refusals --------------------------------------------------------
 
 
 def test_zeros(xp):

@@ -1,4 +1,6 @@
-"""A weight in GGUF's bytes multiplies like the matrix that it stands for, on every library, and looks up its rows."""
+"""A weight in GGUF's bytes multiplies like the matrix that it stands for, on every library,
+and looks up its rows.
+"""
 
 from __future__ import annotations
 

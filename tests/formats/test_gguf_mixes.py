@@ -1,4 +1,6 @@
-"""Which type each tensor gets: llama.cpp's own choices, the table by hand, fallbacks, published sizes."""
+"""Which type each tensor gets: llama.cpp's own choices, the table by hand, fallbacks,
+published sizes.
+"""
 
 from __future__ import annotations
 
@@ -139,7 +141,7 @@ def test_an_unknown_mix_is_refused():
         mix({}, "Q4_K", Heads("llama", 1, 1, 1))
 
 
-# --- llama.cpp -----------------------------------------------------------------------------------------------------
+# --- llama.cpp ----------------------------------------------------------------------------
 
 
 def theirs(source, target, name) -> None:
@@ -167,7 +169,9 @@ def theirs(source, target, name) -> None:
 def test_files_equal_llama_cpps_tensor_by_tensor(
     layers, kv, width, inner, tied, encoded, tmp_path, make_checkpoint
 ):
-    """The type of every tensor in every mix, and the bytes in some; shared heads, tied embeddings, rows of 288, 320."""
+    """The type of every tensor in every mix, and the bytes in some; shared heads, tied
+    embeddings, rows of 288, 320.
+    """
     config = ModelConfig(
         "llama",
         300,
@@ -200,7 +204,7 @@ def test_files_equal_llama_cpps_tensor_by_tensor(
                         )
 
 
-# --- sizes ---------------------------------------------------------------------------------------------------------
+# --- sizes --------------------------------------------------------------------------------
 
 PUBLISHED = {"Q2_K": 3.1593, "Q3_K_M": 3.9960, "Q4_K_S": 4.6672, "Q4_K_M": 4.8944, "Q5_K_M": 5.7036, "Q6_K": 6.5633,
              "Q8_0": 8.5008}  # fmt: skip

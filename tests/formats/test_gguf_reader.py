@@ -1,4 +1,6 @@
-"""GGUF files: written as the gguf package writes them, read back, and refused when they lie."""
+"""GGUF files: written as the gguf package writes them, read back, and refused when they
+lie.
+"""
 
 from __future__ import annotations
 
@@ -114,7 +116,7 @@ def test_the_gguf_package_reads_the_same(file):
             assert tuple(int(n) for n in tensor.shape[::-1]) == ours.tensors[tensor.name].shape
 
 
-# --- files that lie ------------------------------------------------------------------------------------------------
+# --- files that lie -----------------------------------------------------------------------
 
 
 def entry(key, kind, raw):
@@ -232,7 +234,7 @@ def test_mutated_files_end_in_an_error_or_are_read():
     assert seen["slowest"] < 1
 
 
-# --- what is not written -------------------------------------------------------------------------------------------
+# --- what is not written ------------------------------------------------------------------
 
 
 def test_values_without_a_type_are_refused(tmp_path):

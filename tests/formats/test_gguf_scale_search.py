@@ -1,4 +1,6 @@
-"""The searches, block beside block, against the same searches in loops over one block; sums in order; bits in place."""
+"""The searches, block beside block, against the same searches in loops over one block; sums
+in order; bits in place.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ def columns(draw, size):
     return x, np.random.default_rng(seed).uniform(0, 2, x.shape).astype(F)
 
 
-# --- twins, one block at a time, in float32 scalars ----------------------------------------------------------------
+# --- twins, one block at a time, in float32 scalars ---------------------------------------
 
 
 def total(terms):
@@ -177,7 +179,7 @@ def compare(found, expected):
         np.testing.assert_array_equal(to_host(ours), theirs.T if part == 0 else theirs)
 
 
-# --- the searches --------------------------------------------------------------------------------------------------
+# --- the searches -------------------------------------------------------------------------
 
 
 @settings(max_examples=15)
@@ -250,7 +252,9 @@ def test_symmetric_is_no_worse_than_the_largest_number_divided(drawn, n):
 
 
 def test_swept_never_refines_a_positive_extreme():
-    """The quirk: the step is negative then, and so is Σwxl; with a negative extreme many blocks are refined."""
+    """The quirk: the step is negative then, and so is Σwxl; with a negative extreme many
+    blocks are refined.
+    """
     x = build("normal", (16, 2000), 0)
     plain = np.clip(np.rint(x * (F(-4) / extreme(x))), -4, 3) + 4
     changed = (swept(x, 4)[0] != plain).any(axis=0)
@@ -281,7 +285,7 @@ def test_all_five_sweeps_are_made():
         )
 
 
-# --- sums, rounding, extremes --------------------------------------------------------------------------------------
+# --- sums, rounding, extremes -------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -337,7 +341,7 @@ def test_the_first_of_equal_extremes_counts(xp):
     assert np.signbit(largest).tolist() == [True, False, False]
 
 
-# --- bits ----------------------------------------------------------------------------------------------------------
+# --- bits ---------------------------------------------------------------------------------
 
 
 @given(st.sampled_from([(1, 32), (2, 32), (2, 4), (4, 16), (4, 32), (4, 64), (1, 1)]), seeds)

@@ -1,4 +1,6 @@
-"""Integer products against NumPy's integer loop, and the length up to which float32 adds them exactly."""
+"""Integer products against NumPy's integer loop, and the length up to which float32 adds
+them exactly.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,8 @@ def test_the_length_is_tight(p, q, length):
     # as large as it can be, in every order: no partial sum exceeds 2²⁴
     largest = np.full((1, length), p, dtype=np.float32) @ np.full((length, 1), q, dtype=np.float32)
     assert int(largest[0, 0]) == length * p * q <= 2**24
-    # one more, within the bounds, can make the sum an odd number beyond 2²⁴, which no float32 is
+    # one more, within the bounds, can make the sum an odd number beyond 2²⁴, which no
+    # float32 is
     x = np.full(length + 1, p)
     w = np.full(length + 1, q)
     one_more = ((a, b) for a in range(1, p + 1) for b in range(1, q + 1))
@@ -92,7 +95,9 @@ def test_tiles_of_the_weight_join(xp, monkeypatch):
 
 
 def test_sums_beyond_int32_are_int64():
-    """2³¹ is reached first by 131,072 products of −128·−128, which is why the accumulator is told in advance."""
+    """2³¹ is reached first by 131,072 products of −128·−128, which is why the accumulator
+    is told in advance.
+    """
     least = np.full((1, 131072), -128, dtype=np.int8)
     got = integer_matmul(least, least)
     assert got.dtype == np.int64
@@ -121,7 +126,7 @@ def test_what_cannot_be_exact_is_refused(xp):
         exact_length(-1, 2)
 
 
-# --- scaled products -----------------------------------------------------------------------------------------------
+# --- scaled products ----------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -148,7 +153,8 @@ def test_factorised_product_is_the_dequantised_one(
     y = to_host(scaled_matmul(qx.codes, qx.scale, qx.zero_point, qw.codes, qw.scale, qw.zero_point))
     assert y.dtype == dtype
     left, right = (to_host(q.dequantize()).astype(np.longdouble) for q in (qx, qw))
-    # each group: one rounding of the integer, two of the scales, one of the sum; each factor: one of s(q − z)
+    # each group: one rounding of the integer, two of the scales, one of the sum; each
+    # factor: one of s(q − z)
     bound = 16 * float(np.finfo(dtype).eps) * (np.abs(left) @ np.abs(right).T)
     assert (np.abs(y - left @ right.T) <= bound).all()
 

@@ -1,4 +1,6 @@
-"""Byte layouts: each bit where its definition puts it, equal to the libraries' own packing, and back again."""
+"""Byte layouts: each bit where its definition puts it, equal to the libraries' own packing,
+and back again.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +97,7 @@ def there_and_back(w, stored: Stored, **more):
     return from_tensors(wide, stored, w.shape, scale_dtype="float16", **more)
 
 
-# --- there and back ------------------------------------------------------------------------------------------------
+# --- there and back -----------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -152,7 +154,7 @@ def test_scales_come_back_in_the_type_they_were_stored_in(xp, dtype):
     np.testing.assert_array_equal(to_host(back.dequantize()), to_host(made.dequantize()))
 
 
-# --- each bit by definition ----------------------------------------------------------------------------------------
+# --- each bit by definition ---------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -210,7 +212,7 @@ def test_awq_by_definition():
         assert read_bits(tensors["qzeros"][g], 4, M) == made.zero_point[order, g].tolist()
 
 
-# --- the libraries' own packing ------------------------------------------------------------------------------------
+# --- the libraries' own packing -----------------------------------------------------------
 
 
 @pytest.mark.oracle
@@ -275,7 +277,7 @@ def test_tensors_equal_gptqmodels(name):
     assert (np.abs(back - read.dequantize()) <= 2.0**-11 * np.abs(read.dequantize())).all()
 
 
-# --- what is odd ---------------------------------------------------------------------------------------------------
+# --- what is odd --------------------------------------------------------------------------
 
 
 def test_version_one_reads_its_lost_zero_as_the_largest_code():

@@ -1,4 +1,6 @@
-"""Small float formats: decode tables, the nearest number by brute force, and where the libraries of others differ."""
+"""Small float formats: decode tables, the nearest number by brute force, and where the
+libraries of others differ.
+"""
 
 from __future__ import annotations
 
@@ -45,9 +47,11 @@ def same(a, b):
 
 
 def every_rounding(fmt):
-    """float32 numbers among which is each case that rounding to at most 5 bits of mantissa can tell apart.
+    """float32 numbers among which is each case that rounding to at most 5 bits of mantissa
+    can tell apart.
 
-    Rounding looks at the upper 16 bits of a float32, and at whether any of the lower 16 is set.
+    Rounding looks at the upper 16 bits of a float32, and at whether any of the lower 16 is
+    set.
     """
     upper = np.arange(1 << 16, dtype=np.uint32) << 16
     x = np.concatenate([upper, upper | 1, upper | 0xFFFF]).view(np.float32)
@@ -55,7 +59,9 @@ def every_rounding(fmt):
 
 
 def numbers(fmt, rng, count=400):
-    """float32 numbers of all sizes that a format has, its numbers, the middles between them, and their neighbours."""
+    """float32 numbers of all sizes that a format has, its numbers, the middles between
+    them, and their neighbours.
+    """
     found = FORMATS[fmt]
     low = math.log2(found.smallest) - 2
     high = min(math.log2(found.max) + 1, 127.9)
@@ -70,7 +76,7 @@ def numbers(fmt, rng, count=400):
     return x * rng.choice([-1, 1], x.size).astype(np.float32) if found.signed else x
 
 
-# --- tables --------------------------------------------------------------------------------------------------------
+# --- tables -------------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -119,7 +125,7 @@ def test_which_of_the_two_has_the_range():
     assert (e4m3.max, e5m2.max) == (448, 57344)
 
 
-# --- rounding ------------------------------------------------------------------------------------------------------
+# --- rounding -----------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -327,7 +333,9 @@ def test_float64_is_rounded_once(xp, fmt, seed):
 
 
 def test_by_way_of_float16_is_another_rounding():
-    """Double rounding: a number just above a tie is rounded onto it first, and then to the even side."""
+    """Double rounding: a number just above a tie is rounded onto it first, and then to the
+    even side.
+    """
     x = np.array([17.0 + 2.0**-12], dtype=np.float32)
     assert decode(encode(x, "e4m3"), "e4m3")[0] == 18
     assert decode(encode(decode(encode(x, "fp16"), "fp16"), "e4m3"), "e4m3")[0] == 16
@@ -344,7 +352,7 @@ def test_float16_input_is_widened(xp):
         np.testing.assert_array_equal(to_host(encode(xp.asarray(x), fmt)), expected)
 
 
-# --- beyond the range ----------------------------------------------------------------------------------------------
+# --- beyond the range ---------------------------------------------------------------------
 
 
 def test_overflow(xp):
@@ -376,7 +384,9 @@ def test_overflow(xp):
 @pytest.mark.oracle
 @pytest.mark.parametrize("fmt", TORCH)
 def test_torch_within_and_beyond_the_range(fmt):
-    """torch rounds as ml_dtypes does; beyond 448 torch saturates E4M3, and ml_dtypes makes NaN of it."""
+    """torch rounds as ml_dtypes does; beyond 448 torch saturates E4M3, and ml_dtypes makes
+    NaN of it.
+    """
     torch = oracle("torch")
     x = np.concatenate(
         [

@@ -56,7 +56,9 @@ def test_words_are_as_few_as_can_be(bits, count):
 
 
 def test_every_code_at_every_place(xp):
-    """All codes of all widths, each alone among zeros and alone among ones: 33 places meet every straddle."""
+    """All codes of all widths, each alone among zeros and alone among ones: 33 places meet
+    every straddle.
+    """
     for bits in range(1, 9):
         for background in (0, (1 << bits) - 1):
             codes = np.full((1 << bits, 33, 33), background, dtype=np.uint8)

@@ -1,4 +1,6 @@
-"""quantization_config: what is written is read again, and what would change the output is refused, not ignored."""
+"""quantization_config: what is written is read again, and what would change the output is
+refused, not ignored.
+"""
 
 from __future__ import annotations
 

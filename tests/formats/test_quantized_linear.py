@@ -1,4 +1,6 @@
-"""A weight in codes: its product, its bytes, what comes back, and how little of it is ever in floats."""
+"""A weight in codes: its product, its bytes, what comes back, and how little of it is ever
+in floats.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +103,7 @@ def test_given_steps_are_used(xp, scheme, seed):
         np.testing.assert_array_equal(to_host(bare.packed()), to_host(own.packed()))
 
 
-# --- bytes ---------------------------------------------------------------------------------------------------------
+# --- bytes --------------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -151,7 +153,9 @@ def test_effective_bits_are_real_bytes(bits, rule, group, zero_dtype, zero_bits,
 
 
 def test_no_float_copy_of_the_weight_is_ever_made():
-    """A product with 4 M weights (16 MiB of float32) needs less than 4 MiB beside what it returns."""
+    """A product with 4 M weights (16 MiB of float32) needs less than 4 MiB beside what it
+    returns.
+    """
     weight = quantize(
         build("normal", (2048, 2048), 0),
         Scheme(4, "asymmetric", "group", 128),
@@ -166,7 +170,7 @@ def test_no_float_copy_of_the_weight_is_ever_made():
     assert peak < 4 * 2**20
 
 
-# --- refusals ------------------------------------------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------
 
 
 def test_codes_that_do_not_fit_are_refused(xp):

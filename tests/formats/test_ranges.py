@@ -1,4 +1,6 @@
-"""Steps and zero points: the formulas of specs §1, where the arithmetic ends, and the peers' own."""
+"""Steps and zero points: the formulas of specs §1, where the arithmetic ends, and the
+peers' own.
+"""
 
 from __future__ import annotations
 
@@ -177,7 +179,7 @@ def test_reachable_changes_no_quotient_that_is_a_code(pure_xp, x, exponent):
     assert (np.abs(held[~inside]) >= 1022 * step).all()
 
 
-# --- refusals ------------------------------------------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -242,7 +244,7 @@ def test_ranges_that_are_none_are_refused(pure_xp, lo, hi):
         range_to_qparams(*bounds, Scheme(4, "power", "channel"), name="observer of layer 3")
 
 
-# --- peers ---------------------------------------------------------------------------------------------------------
+# --- peers --------------------------------------------------------------------------------
 
 
 @pytest.mark.oracle
@@ -276,7 +278,9 @@ def test_steps_equal_compressed_tensors(rule, bits, m, kind, seed):
 @pytest.mark.oracle
 @given(st.booleans(), st.sampled_from(["normal", "outlier_column", "constant", "one_sided"]), seeds)
 def test_steps_equal_the_observers_of_torch(symmetric, kind, seed):
-    """Its quint8 range is [0, 255] with zero forced in; its symmetric qint8 has a/127.5, our half_integer."""
+    """Its quint8 range is [0, 255] with zero forced in; its symmetric qint8 has a/127.5,
+    our half_integer.
+    """
     torch = oracle("torch")
     observer = oracle("torch.ao.quantization.observer")
     x = build(kind, (5, 8), seed)

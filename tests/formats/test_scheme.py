@@ -17,7 +17,8 @@ from refllm.formats.uniform import (
 )
 from schemes import columns, place, rows, schemes
 
-# rule: (qmin, qmax, zero point of the symmetric ones, divisor of a or hi − lo), at 4 bits: specs §1
+# rule: (qmin, qmax, zero point of the symmetric ones, divisor of a or hi − lo), at 4 bits:
+# specs §1
 AT_4_BITS = {
     "restricted": (-7, 7, 0, 7.0),
     "half_integer": (-8, 7, 0, 7.5),

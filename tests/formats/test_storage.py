@@ -1,4 +1,6 @@
-"""Scales in fewer bits: rounded to nearest, never to zero, never to infinity; zero points as codes."""
+"""Scales in fewer bits: rounded to nearest, never to zero, never to infinity; zero points
+as codes.
+"""
 
 from __future__ import annotations
 

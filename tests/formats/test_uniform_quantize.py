@@ -1,4 +1,6 @@
-"""Uniform affine quantisation: error bounds of every rule, zero, idempotence, order, symmetry, granularities, peers."""
+"""Uniform affine quantisation: error bounds of every rule, zero, idempotence, order,
+symmetry, granularities, peers.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from refllm.formats.uniform import RULES, Scheme, decode, encode, qparams
 from schemes import FORCED, columns, rows, schemes, slack, spread
 from strategies import arrays, build, seeds
 
-# all kinds but ± the largest number: its image under a rule with −2^(b−1) may be one step larger, which is infinite
+# all kinds but ± the largest number: its image under a rule with −2^(b−1) may be one step
+# larger, which is infinite
 FINITE = ("normal", "outlier_column", "zero", "constant", "denormal", "one_sided")
 dtypes = st.sampled_from(["float32", "float64"])
 
@@ -26,7 +29,7 @@ def coded(x, scheme, xp):
     return to_host(encode(x, scale, zero, scheme)), to_host(scale), to_host(zero)
 
 
-# --- the error -----------------------------------------------------------------------------------------------------
+# --- the error ----------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -103,7 +106,7 @@ def test_constant_groups_are_exact(pure_xp, scheme, m, n, dtype, seed):
     np.testing.assert_allclose(back, x, rtol=3 * np.finfo(dtype).eps, atol=0)
 
 
-# --- codes ---------------------------------------------------------------------------------------------------------
+# --- codes --------------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -210,7 +213,9 @@ def test_antisymmetry(pure_xp, scheme, m, n, kind, dtype, seed):
 
 
 def test_the_two_orders_of_rounding_differ_on_ties(pure_xp):
-    """Half a step with z = 1: round, then add gives 0 + 1; add, then round gives rint(1.5). See specs, rounding map."""
+    """Half a step with z = 1: round, then add gives 0 + 1; add, then round gives rint(1.5).
+    See specs, rounding map.
+    """
     x = pure_xp.asarray(np.array([0.5, 1.5, -0.5]))
     one = pure_xp.asarray(np.array(1.0))
     zero = pure_xp.asarray(np.array(1, dtype=np.int32))
@@ -223,7 +228,9 @@ def test_the_two_orders_of_rounding_differ_on_ties(pure_xp):
 
 
 def test_numbers_far_outside_are_clipped_before_they_become_integers(xp):
-    """x/s overflows, and a cast of infinity differs between NumPy and CuPy: the codes are the outermost ones."""
+    """x/s overflows, and a cast of infinity differs between NumPy and CuPy: the codes are
+    the outermost ones.
+    """
     x = np.array([[3e38, -3e38, 1.0, 0.0], [3e38, -3e38, 2e38, 0.0]], dtype=np.float32)
     scale = np.array([[1e-38], [1e38]], dtype=np.float32)
     for rule in RULES:
@@ -238,7 +245,7 @@ def test_numbers_far_outside_are_clipped_before_they_become_integers(xp):
         assert codes.tolist() == [[high, low, high, 0], [3, max(low, -3), 2, 0]], rule
 
 
-# --- granularities -------------------------------------------------------------------------------------------------
+# --- granularities ------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -270,7 +277,9 @@ def test_granularities_agree_where_they_are_the_same(pure_xp, rule, bits, m, n, 
 
 @given(schemes(), st.integers(1, 9), columns, st.integers(1, 40), seeds)
 def test_pieces_join(xp, scheme, m, n, piece, seed):
-    """Quantised in pieces of any size, a matrix has the same codes, and the same values come back."""
+    """Quantised in pieces of any size, a matrix has the same codes, and the same values
+    come back.
+    """
     x = xp.asarray(build("normal", (m, n), seed))
     whole = quantize(x, scheme)
     floats = to_host(fake_quantize(x, scheme))
@@ -302,7 +311,7 @@ def test_fake_quantize_takes_any_number_of_axes(pure_xp):
     assert none.shape == (0, 8)
 
 
-# --- refusals ------------------------------------------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------
 
 
 def test_what_cannot_be_quantised_is_refused_by_name(xp):
@@ -355,7 +364,7 @@ def test_sizes_of_a_scheme_are_whole_numbers(odd):
             Scheme(4, "asymmetric", granularity, odd)
 
 
-# --- accounting ----------------------------------------------------------------------------------------------------
+# --- accounting ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -375,7 +384,7 @@ def test_accountings_of_the_specs(arguments, bits):
     assert effective_bits(width, group, scale_bits=scale, zero_bits=zero) == bits
 
 
-# --- peers ---------------------------------------------------------------------------------------------------------
+# --- peers --------------------------------------------------------------------------------
 
 
 @pytest.mark.oracle
@@ -386,7 +395,9 @@ def test_accountings_of_the_specs(arguments, bits):
     arrays(4, 12, kinds=FINITE[:-2] + FINITE[-1:]),
 )
 def test_round_trip_equals_fake_quantize_of_torch(rule, bits, channels, x):
-    """torch multiplies by 1/s in float32; with steps that are powers of two that is the same division."""
+    """torch multiplies by 1/s in float32; with steps that are powers of two that is the
+    same division.
+    """
     torch = oracle("torch")
     scheme = Scheme(bits, rule, "channel" if channels else "tensor")
     scale, zero = qparams(x, scheme)
@@ -406,7 +417,9 @@ def test_round_trip_equals_fake_quantize_of_torch(rule, bits, channels, x):
 
 @pytest.mark.oracle
 def test_multiplying_by_the_reciprocal_differs_only_next_to_ties():
-    """A million numbers, any step: torch's codes differ from ours by one, and only where x/s is a tie to rounding."""
+    """A million numbers, any step: torch's codes differ from ours by one, and only where
+    x/s is a tie to rounding.
+    """
     torch = oracle("torch")
     x = build("normal", (1_000_000,), 0)
     scheme = Scheme(8, "asymmetric", "tensor")

@@ -1,4 +1,6 @@
-"""A product of two integer sides: exact sums, steps of tokens, batches and calibration, and what depends on what."""
+"""A product of two integer sides: exact sums, steps of tokens, batches and calibration, and
+what depends on what.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,8 @@ def test_equality_the_product_is_that_of_what_both_sides_stand_for(
     right = to_host(layer.dequantize()).astype(np.longdouble)
     y = to_host(layer.matmul(x))
     assert y.dtype == dtype
-    # the sums are exact; of each group: the integer, two scales and the sum are rounded, in either factor s·(q − z)
+    # the sums are exact; of each group: the integer, two scales and the sum are rounded, in
+    # either factor s·(q − z)
     info = np.finfo(dtype)
     bound = 16 * float(info.eps) * (np.abs(left) @ np.abs(right).T) + 16 * float(
         info.smallest_normal

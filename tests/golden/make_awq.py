@@ -1,13 +1,15 @@
 """Record llm-compressor's AWQ scale search on small random networks: ``awq.json``.
 
-In an environment of its own (llm-compressor holds transformers at an older release), with refllm's requirements
-``ml_dtypes`` and ``threadpoolctl`` beside it, from the root of the repository:
+In an environment of its own (llm-compressor holds transformers at an older release), with
+refllm's requirements ``ml_dtypes`` and ``threadpoolctl`` beside it, from the root of the
+repository:
 
     pip install llmcompressor ml_dtypes threadpoolctl
     PYTHONPATH=.:tests python tests/golden/make_awq.py
 
-For each case and each scale group of the first layer: the 20 losses in the order of the grid, and the scale that
-was chosen. Weights and tokens are not stored: ``networks.random_tensors`` and ``tokens`` make them again.
+For each case and each scale group of the first layer: the 20 losses in the order of the
+grid, and the scale that was chosen. Weights and tokens are not stored:
+``networks.random_tensors`` and ``tokens`` make them again.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import networks
 from refllm.checkpoints.directory_writer import save
 
-# All asymmetric: of a symmetric grid of L/2 steps the negative extreme of a group lies at −7.5 steps, a tie that the
-# last bit of the scale decides, in half of all groups.
+# All asymmetric: of a symmetric grid of L/2 steps the negative extreme of a group lies at
+# −7.5 steps, a tie that the last bit of the scale decides, in half of all groups.
 CASES: list[dict[str, Any]] = [
     {"network": "llama-tied-mha", "group_size": 8, "bits": 4, "duo": True},
     {"network": "llama-tied-mha", "group_size": 8, "bits": 3, "duo": False},

@@ -1,11 +1,13 @@
-"""Record what NVIDIA's modelopt makes of a few samples: ``entropy.json``, for ``test_histogram``, ``test_observers``.
+"""Record what NVIDIA's modelopt makes of a few samples: ``entropy.json``, for
+``test_histogram``, ``test_observers``.
 
     python -m venv peer && peer/bin/pip install nvidia-modelopt==0.47.0 scipy torch requests
     peer/bin/python tests/golden/make_entropy.py
 
-Two kinds of case. *cuts*: a histogram that NumPy counted, and the bins that modelopt's entropy and percentile
-functions keep of it. *calibrators*: batches that its ``HistogramCalibrator`` collected one after the other, with the
-largest magnitude first, and the amax of each method. Samples are drawn from a seed: the tests draw the same ones.
+Two kinds of case. *cuts*: a histogram that NumPy counted, and the bins that modelopt's
+entropy and percentile functions keep of it. *calibrators*: batches that its
+``HistogramCalibrator`` collected one after the other, with the largest magnitude first, and
+the amax of each method. Samples are drawn from a seed: the tests draw the same ones.
 """
 
 from __future__ import annotations
@@ -145,7 +147,9 @@ def histogram(case: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def batches(case: dict[str, Any]) -> list[np.ndarray]:
-    """The sample in parts, the one with the largest magnitude first: no later one makes the histogram grow."""
+    """The sample in parts, the one with the largest magnitude first: no later one makes the
+    histogram grow.
+    """
     parts = np.array_split(sample(case["kind"], case["seed"], case["size"]), case["batches"])
     first = int(np.argmax([np.abs(p).max() for p in parts]))
     return [parts[first], *parts[:first], *parts[first + 1 :]]

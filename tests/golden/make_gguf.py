@@ -1,6 +1,8 @@
-"""Digests of ggml's own bytes for inputs on which encoders disagree: ``python tests/golden/make_gguf.py``.
+"""Digests of ggml's own bytes for inputs on which encoders disagree: ``python
+tests/golden/make_gguf.py``.
 
-Needs llama-cpp-python, built for x86-64 without fused multiply-add in ggml-base (as its default build is).
+Needs llama-cpp-python, built for x86-64 without fused multiply-add in ggml-base (as its
+default build is).
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""Record what llm-compressor's GPTQ makes of a few small layers: ``gptq.npz``, read by ``test_gptq``.
+"""Record what llm-compressor's GPTQ makes of a few small layers: ``gptq.npz``, read by
+``test_gptq``.
 
     python -m venv peer && peer/bin/pip install llmcompressor==0.14.0.1
     peer/bin/python tests/golden/make_gptq.py
 
-Inputs are drawn by NumPy from a seed, without any matrix product, so the test draws the same ones. Scales come from
-compressed-tensors' own rule on the original weight (half-integer symmetric, or asymmetric signed), codes from the
-dequantised weight that ``quantize_weight`` returns.
+Inputs are drawn by NumPy from a seed, without any matrix product, so the test draws the
+same ones. Scales come from compressed-tensors' own rule on the original weight
+(half-integer symmetric, or asymmetric signed), codes from the dequantised weight that
+``quantize_weight`` returns.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ CASES = {
 
 
 def inputs(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """W[M, N] and x[T, N], float32: columns of different sizes that all follow a common signal."""
+    """W[M, N] and x[T, N], float32: columns of different sizes that all follow a common
+    signal.
+    """
     rng = np.random.default_rng(case.seed)
     m, n = case.shape
     t = case.tokens

@@ -1,10 +1,12 @@
-"""Record what bitsandbytes makes of a few products: ``int8.npz``, read by ``test_outliers``.
+"""Record what bitsandbytes makes of a few products: ``int8.npz``, read by
+``test_outliers``.
 
     python -m venv peer && peer/bin/pip install bitsandbytes==0.50.2 scipy torch
     peer/bin/python tests/golden/make_int8.py
 
-Of each case: the codes, row statistics and outlier columns of the activations, those of the weight, and the product
-in float16. Activations and weights are float16 numbers, as bitsandbytes casts them, drawn from a seed.
+Of each case: the codes, row statistics and outlier columns of the activations, those of the
+weight, and the product in float16. Activations and weights are float16 numbers, as
+bitsandbytes casts them, drawn from a seed.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ def case(name: str) -> tuple[np.ndarray, np.ndarray, float]:
     how = CASES[name]
     rng = np.random.default_rng(how["seed"])
     x = rng.standard_normal((how["tokens"], INPUTS))
-    # whole columns of about 40, with small numbers among them: those belong to the columns, and are no outliers
+    # whole columns of about 40, with small numbers among them: those belong to the columns,
+    # and are no outliers
     columns = rng.permutation(INPUTS)[: how["outliers"]]
     x[:, columns] *= rng.choice([1.0, 40.0], (how["tokens"], len(columns)))
     if len(columns):

@@ -1,10 +1,12 @@
-"""Record the tensors that GPTQModel stores a few small weights as: ``layouts.npz``, read by ``test_layouts``.
+"""Record the tensors that GPTQModel stores a few small weights as: ``layouts.npz``, read by
+``test_layouts``.
 
-    python -m venv peer && peer/bin/pip install torch==2.13.0 gptqmodel==7.6.0 optimum accelerate
-    GPTQMODEL_CPU_WORKERS=2 peer/bin/python tests/golden/make_layouts.py
+    python -m venv peer && peer/bin/pip install torch==2.13.0 gptqmodel==7.6.0 optimum
+    accelerate GPTQMODEL_CPU_WORKERS=2 peer/bin/python tests/golden/make_layouts.py
 
-Codes, scales, zero points and groups are drawn by NumPy from a seed, so the test draws the same ones; GPTQModel is
-given the weight that they stand for. Recorded are its tensors, and what its layer makes of them again: the weight.
+Codes, scales, zero points and groups are drawn by NumPy from a seed, so the test draws the
+same ones; GPTQModel is given the weight that they stand for. Recorded are its tensors, and
+what its layer makes of them again: the weight.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ COLUMNS = 64
 
 
 def draw(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Codes C[M, N], scales [M, G] (exact in float16, of three digits), zero points Z[M, G], g_idx[N]."""
+    """Codes C[M, N], scales [M, G] (exact in float16, of three digits), zero points Z[M,
+    G], g_idx[N].
+    """
     rng = np.random.default_rng([case.bits, case.group, case.symmetric, case.reordered])
     groups = COLUMNS // case.group
     top = 1 << case.bits

@@ -1,4 +1,6 @@
-"""A finished directory says what was done, with numbers that anyone can compute again, and holds no training text."""
+"""A finished directory says what was done, with numbers that anyone can compute again, and
+holds no training text.
+"""
 
 from __future__ import annotations
 
@@ -234,7 +236,7 @@ def test_a_draft_is_compared_with_its_teacher(finished, tmp_path):
     assert "Distilled from model" in (tmp_path / "draft" / "README.md").read_text()
 
 
-# --- the parts of the card -----------------------------------------------------------------------------------
+# --- the parts of the card ----------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -257,7 +259,9 @@ def test_acceptance_is_the_overlap_of_both_distributions():
 
 
 def test_samples_are_measured_beside_real_text(finished):
-    """63 tokens fit behind the beginning token; the functions above are cut within a line, which is trimmed."""
+    """63 tokens fit behind the beginning token; the functions above are cut within a line,
+    which is trimmed.
+    """
     samples = finished[2]["measured"]["samples"]
     assert samples["count"] == 100
     assert [x["tokens"] for x in samples["by length"]] == [63]

@@ -1,4 +1,6 @@
-"""``refllm quantize``: from a directory to a directory, killed and gone on, and what is refused at once."""
+"""``refllm quantize``: from a directory to a directory, killed and gone on, and what is
+refused at once.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,7 @@ def refused(run, *words: object) -> str:
     return lines[-1]
 
 
-# --- what comes out ------------------------------------------------------------------------------------------------
+# --- what comes out -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -156,7 +158,7 @@ def test_the_table_the_totals_and_the_commands_that_read_the_result(model, tmp_p
     assert "exists already" in refused(run, *words)
 
 
-# --- killed ---------------------------------------------------------------------------------------------------------
+# --- killed -------------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -247,7 +249,7 @@ def test_one_layer_is_read_at_a_time(model, tmp_path, monkeypatch):
     assert asked == list(range(LAYERS))
 
 
-# --- refused --------------------------------------------------------------------------------------------------------
+# --- refused ------------------------------------------------------------------------------
 
 
 def test_bad_input_ends_in_one_sentence(model, tmp_path, run):

@@ -1,4 +1,6 @@
-"""A run is made ready or refused before anything is trained, and its shape follows from few numbers."""
+"""A run is made ready or refused before anything is trained, and its shape follows from few
+numbers.
+"""
 
 from __future__ import annotations
 

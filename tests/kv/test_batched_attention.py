@@ -34,7 +34,8 @@ windows = st.one_of(st.none(), st.integers(1, 6))
 def test_invariance_together_is_each_alone(
     xp, lengths, count, groups, sharing, dim, window, in_place, queries, equal, seed
 ):
-    """On either kind of processor: with AVX-512 the heads of a key head are one product, without it a product each.
+    """On either kind of processor: with AVX-512 the heads of a key head are one product,
+    without it a product each.
 
     However many queries are taken at a time.
     """

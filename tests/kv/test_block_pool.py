@@ -1,4 +1,6 @@
-"""The block pool and its tables against a brute-force model: who owns what, what is remembered, what a slot holds."""
+"""The block pool and its tables against a brute-force model: who owns what, what is
+remembered, what a slot holds.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from machines import run
 from refllm.kv.block_pool import BlockPool, BlockTable, OutOfBlocks
 
-# --- the pool ------------------------------------------------------------------------------------------------
+# --- the pool -----------------------------------------------------------------------------
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """The model: a multiset of owners, the order in which blocks became free, and a dictionary of keys."""
+    """The model: a multiset of owners, the order in which blocks became free, and a
+    dictionary of keys.
+    """
 
     seen: ClassVar[Counter[str]] = Counter()
 
@@ -163,14 +167,14 @@ def test_a_pool_of_nothing_is_refused(size):
         BlockPool(*size)
 
 
-# --- tables: what is written is what is read -----------------------------------------------------------------
+# --- tables: what is written is what is read ----------------------------------------------
 
 
 class TablesMachine(RuleBasedStateMachine):
     """Sequences that append, fork, roll back and end, over memory of one number a slot.
 
-    The model is a plain list a sequence. A copy on write that was missed, a block freed too early or a slot given
-    twice shows as a number of another sequence.
+    The model is a plain list a sequence. A copy on write that was missed, a block freed too
+    early or a slot given twice shows as a number of another sequence.
     """
 
     seen: ClassVar[Counter[str]] = Counter()

@@ -55,7 +55,9 @@ def looked_up(
 
 
 class Machine(RuleBasedStateMachine):
-    """Append, roll back and overflow in any order; ``self.model[layer][b][position] = (key, value)``."""
+    """Append, roll back and overflow in any order; ``self.model[layer][b][position] = (key,
+    value)``.
+    """
 
     xp = np
 
@@ -85,7 +87,8 @@ class Machine(RuleBasedStateMachine):
                 self.model[layer][b][position] = (k[t], v[t])
             for t, (b, position) in enumerate(zip(owners, positions, strict=True)):
                 expected = looked_up(q[t], self.model[layer][b], position, self.window)
-                # scores here are below 64, so their error, and that of a weight, is below 64·(D+4)·eps
+                # scores here are below 64, so their error, and that of a weight, is below
+                # 64·(D+4)·eps
                 np.testing.assert_allclose(
                     out[t], expected, rtol=0, atol=64 * (2 * D + 4) * EPS * 8
                 )
@@ -105,7 +108,9 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: min(self.lengths()) < CAPACITY)
     @rule(data=st.data())
     def prefill(self, data):
-        """The same number of tokens for some neighbours: the batched path, wherever each of them stands."""
+        """The same number of tokens for some neighbours: the batched path, wherever each of
+        them stands.
+        """
         room = [CAPACITY - n for n in self.lengths()]
         first = data.draw(st.sampled_from([b for b, n in enumerate(room) if n]))
         count = data.draw(st.integers(1, min(4, room[first])))
@@ -123,7 +128,9 @@ class Machine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def refuse(self, data):
-        """Too many tokens, too many sequences, a length that is not there: an error, and nothing has changed."""
+        """Too many tokens, too many sequences, a length that is not there: an error, and
+        nothing has changed.
+        """
         lengths = self.lengths()
         before = to_host(self.cache.keys).copy(), to_host(self.cache.values).copy()
         b = data.draw(st.integers(0, len(lengths) - 1))
@@ -222,7 +229,9 @@ def test_bytes_are_the_formula(xp, layers, groups, half_dim, sequences, capacity
 
 @pytest.mark.parametrize("counts", [[1, 1], [3, 2]], ids=["decode", "ragged"])
 def test_keys_may_be_stored_narrower_than_they_are_computed(xp, counts):
-    """float16 strips under float32 queries: the answer is that of the rounded keys and values."""
+    """float16 strips under float32 queries: the answer is that of the rounded keys and
+    values.
+    """
     rng = np.random.default_rng(0)
     like = xp.zeros(1, dtype="float32")
     cache = ContiguousCache(network(window=2), 2, CAPACITY, like=like, dtype="float16")
@@ -244,7 +253,9 @@ def test_keys_may_be_stored_narrower_than_they_are_computed(xp, counts):
 
 @pytest.mark.parametrize("lengths", [[3, 3], [1, 3]], ids=["same length", "ragged"])
 def test_decoding_waits_for_nothing_and_moves_positions_once_a_step(lengths):
-    """On a device: no copy to the host and no wait; what goes to it goes once a step, not once a layer."""
+    """On a device: no copy to the host and no wait; what goes to it goes once a step, not
+    once a layer.
+    """
     rng = np.random.default_rng(0)
     cache = ContiguousCache(network(), 2, CAPACITY, like=fakecupy.zeros(1, dtype="float64"))
     fill = [fakecupy.asarray(x) for x in tokens(rng, sum(lengths))]

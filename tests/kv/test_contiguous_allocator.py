@@ -1,4 +1,6 @@
-"""Contiguous runs against a set of slots: first fit and the buddy system never give a slot twice, and lose none."""
+"""Contiguous runs against a set of slots: first fit and the buddy system never give a slot
+twice, and lose none.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from refllm.kv.contiguous_allocator import Buddies, FirstFit
 
 
 class RunsMachine(RuleBasedStateMachine):
-    """The model: which slots are taken. An allocation fails exactly where no hole is large enough."""
+    """The model: which slots are taken. An allocation fails exactly where no hole is large
+    enough.
+    """
 
     kind: ClassVar[Any] = FirstFit
     seen: ClassVar[Counter[str]] = Counter()
@@ -27,7 +31,9 @@ class RunsMachine(RuleBasedStateMachine):
         self.given: dict[int, range] = {}
 
     def holes(self) -> list[range]:
-        """Maximal free runs; of buddies, the aligned powers of two within the slots that are wholly free."""
+        """Maximal free runs; of buddies, the aligned powers of two within the slots that
+        are wholly free.
+        """
         taken = {slot for some in self.given.values() for slot in some}
         free = [slot not in taken for slot in range(self.runs.slots)]
         if self.kind is Buddies:

@@ -1,4 +1,6 @@
-"""The hash-chained prefix cache against a dictionary of prefixes, and what a weak hash would let through."""
+"""The hash-chained prefix cache against a dictionary of prefixes, and what a weak hash
+would let through.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ salts = st.sampled_from([None, "tenant"])
 
 
 class PrefixMachine(RuleBasedStateMachine):
-    """The model: for every block the prefix (with its salt) that it was filled with, until it is given anew."""
+    """The model: for every block the prefix (with its salt) that it was filled with, until
+    it is given anew.
+    """
 
     seen: ClassVar[Counter[str]] = Counter()
 
@@ -32,7 +36,9 @@ class PrefixMachine(RuleBasedStateMachine):
         self.running: list[tuple[Any, list[int], BlockTable, list[Key]]] = []
 
     def expected(self, text: list[int], salt: Any) -> int:
-        """Blocks of the longest cached prefix, by brute force, one token short of the whole text."""
+        """Blocks of the longest cached prefix, by brute force, one token short of the whole
+        text.
+        """
         b = self.pool.block_size
         found = 0
         while (found + 1) * b < len(text) and (
@@ -205,7 +211,9 @@ def test_tenants_do_not_see_each_other():
 
 
 def test_what_a_weak_hash_does_another_prompt_is_served_somebody_elses_keys():
-    """The sum of tokens names them whatever their order: an attacker, or chance, reads another's blocks."""
+    """The sum of tokens names them whatever their order: an attacker, or chance, reads
+    another's blocks.
+    """
     pool = BlockPool(8, 2)
     weak = PrefixCache(pool, lambda parent, tokens, salt: hash((parent, sum(tokens), salt)))
     theirs = filled(pool, weak, [5, 1])

@@ -1,4 +1,6 @@
-"""KIVI's numbers and what a query reads: against loops, the published bookkeeping, and attention query by query."""
+"""KIVI's numbers and what a query reads: against loops, the published bookkeeping, and
+attention query by query.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ kivis = st.builds(
 )
 
 
-# --- numbers -----------------------------------------------------------------------------------------------------
+# --- numbers ------------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -50,8 +52,8 @@ def test_bound_of_the_error_is_half_a_step(xp, x, bits, group):
     assert int(to_host(codes).max()) < 1 << bits
     back = to_host(decode(codes, step, low)).astype(float)
     width = np.repeat(to_host(step).astype(float), group, axis=-1)
-    # the quotient is off by (x + min)/s · eps, x̂ by as much again; subnormal numbers by their spacing
-    # (a step below the smallest of them is 1, and its group all minimum)
+    # the quotient is off by (x + min)/s · eps, x̂ by as much again; subnormal numbers by
+    # their spacing (a step below the smallest of them is 1, and its group all minimum)
     slack = 4 * EPS32 * (np.abs(x).max() + width * (1 << bits)) + 2.0**bits * float(
         np.finfo("float32").smallest_subnormal
     )
@@ -60,7 +62,9 @@ def test_bound_of_the_error_is_half_a_step(xp, x, bits, group):
 
 @given(x=arrays(st.integers(1, 3), 16, kinds=FINITE), bits=st.sampled_from([2, 4, 8]))
 def test_exact_value_codes_are_those_of_the_published_formula(xp, x, bits):
-    """rint(clamp((x − mn) / s, 0, 2^b − 1)) with mn, s in the type of x; groups that are constant have s = 0 there."""
+    """rint(clamp((x − mn) / s, 0, 2^b − 1)) with mn, s in the type of x; groups that are
+    constant have s = 0 there.
+    """
     codes, step, low = (to_host(a) for a in encode(xp.asarray(x), bits, 8))
     for r in range(len(x)):
         for i in range(0, 16, 8):
@@ -100,7 +104,9 @@ def test_degenerate_equal_numbers_and_the_least_of_a_group_come_back_exactly(xp)
 
 @given(x=arrays(2, 16, kinds=FINITE), bits=st.integers(1, 8))
 def test_codes_are_made_with_the_steps_that_are_stored(xp, x, bits):
-    """Steps in float16: the nearest of the numbers that these steps can make, not those of finer ones."""
+    """Steps in float16: the nearest of the numbers that these steps can make, not those of
+    finer ones.
+    """
     x = np.clip(x, -1e3, 1e3)
     codes, step, low = encode(xp.asarray(x), bits, 8, "float16")
     assert step.dtype == low.dtype == "float16"
@@ -135,11 +141,13 @@ def test_settings_that_fit_nothing_are_refused_with_one_that_does(arguments, mes
         Kivi(*arguments)
 
 
-# --- how many -------------------------------------------------------------------------------------------------------
+# --- how many -----------------------------------------------------------------------------
 
 
 def published(prompt: int, steps: int, size: int) -> list[tuple[int, int]]:
-    """(quantised keys, quantised values) after the prompt and after each step, by the published bookkeeping."""
+    """(quantised keys, quantised values) after the prompt and after each step, by the
+    published bookkeeping.
+    """
     keys_waiting = prompt % size
     keys = prompt - keys_waiting
     values = max(0, prompt - size)
@@ -181,7 +189,8 @@ def test_exact_value_bits_and_bytes_of_the_specification():
     per_side = 160 * 1024
     expected = (4096 + (4096 - 128)) * per_side * 3 / 16 + 128 * per_side
     assert Kivi(2, 2, 32, 128).nbytes(LLAMA_70B, 4096) == expected
-    # keys and values of other widths: 128 · 2 / 32 words a channel, 1 · 128 · 8 / 32 a token
+    # keys and values of other widths: 128 · 2 / 32 words a channel, 1 · 128 · 8 / 32 a
+    # token
     one = ModelConfig("llama", 8, 128, 128, 1, 1, 1, 128)
     assert Kivi(2, 8, 32, 128).nbytes(one, 129) == 4 * (128 * 8 + 32) + 2 * (
         2 * 129 * 4 + 1 * 128 + 128 * 128
@@ -191,7 +200,7 @@ def test_exact_value_bits_and_bytes_of_the_specification():
     assert Kivi(4, 3, 8, 8).nbytes(small, 9) == 4 * (8 * 1 + 1) + 2 * (2 * 9 + (18 - 9) * 8)
 
 
-# --- what a query reads -----------------------------------------------------------------------------------------------
+# --- what a query reads -------------------------------------------------------------------
 
 
 def hat(x: np.ndarray, bits: int, group: int, by: str, whole: int) -> np.ndarray:
@@ -267,7 +276,9 @@ def test_equality_with_plain_attention_while_everything_waits(xp, seed, lengths,
 
 
 def test_a_query_reads_codes_exactly_from_the_step_on_that_follows_the_flush(xp):
-    """Of R = 32: token 32 is the first that reads quantised keys, token 33 the first that reads a quantised value."""
+    """Of R = 32: token 32 is the first that reads quantised keys, token 33 the first that
+    reads a quantised value.
+    """
     q, k, v = (xp.asarray(a) for a in text(5, 40))
     plain = to_host(CausalAttend([40])(0, q, k, v))
     coarse_keys = to_host(attend_as_decoded(q, k, v, Kivi(1, 8, 8, 32)))
@@ -279,7 +290,9 @@ def test_a_query_reads_codes_exactly_from_the_step_on_that_follows_the_flush(xp)
 
 
 def test_keys_with_large_channels_want_steps_by_channel_and_those_with_large_tokens_by_token(xp):
-    """What KIVI found in real keys, and its mirror image, where its choice is the wrong one."""
+    """What KIVI found in real keys, and its mirror image, where its choice is the wrong
+    one.
+    """
     channels = np.arange(D) == 3
     tokens = (np.arange(128) % 8 == 3)[:, None, None]
     for seed, (large, better, worse) in product(

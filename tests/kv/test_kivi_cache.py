@@ -1,4 +1,6 @@
-"""The KIVI cache against what ``kivi`` says of each token, whatever the steps, the batch and the drafts were."""
+"""The KIVI cache against what ``kivi`` says of each token, whatever the steps, the batch
+and the drafts were.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def poisoned(
 def run(
     xp, cache: Any, data, counts: list[int], kept: list[int] | None = None
 ) -> list[list[np.ndarray]]:
-    """One step of the texts in all layers, of which ``kept`` tokens (all) are committed; outputs by layer and text."""
+    """One step of the texts in all layers, of which ``kept`` tokens (all) are committed;
+    outputs by layer and text.
+    """
     starts = cache.lengths[:]
     view = cache.view(counts)
     outputs = []
@@ -222,7 +226,7 @@ def test_a_cache_in_float16_serves_queries_in_float32(xp):
     np.testing.assert_allclose(to_host(exact), to_host(rounded), rtol=0, atol=0.01)
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------
 
 
 def test_what_the_cache_cannot_do_is_refused_and_nothing_is_lost(xp):
@@ -276,7 +280,7 @@ def test_a_decode_step_moves_nothing_between_host_and_device():
     assert (c.h2d, c.d2h, c.syncs) == (0, 0, 0)
 
 
-# --- generation -------------------------------------------------------------------------------------------------------
+# --- generation ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2", "qwen3"])

@@ -1,4 +1,6 @@
-"""The paged cache against the contiguous one: same numbers, whoever owns which block and in what order."""
+"""The paged cache against the contiguous one: same numbers, whoever owns which block and in
+what order.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def new_tokens(rng: np.random.Generator, count: int, dtype: str = "float64") -> 
     dtype=st.sampled_from(["float32", "float64"]),
 )
 def test_oracle_paged_is_contiguous(xp, steps, block, window, seed, dtype):
-    """The strips hold their keys in rows, as the pool does: BLAS sums over a transposed operand in another order."""
+    """The strips hold their keys in rows, as the pool does: BLAS sums over a transposed
+    operand in another order.
+    """
     rng = np.random.default_rng(seed)
     like = xp.zeros(1, dtype=dtype)
     config = network(window)
@@ -78,8 +82,9 @@ def test_oracle_paged_is_contiguous(xp, steps, block, window, seed, dtype):
 
 
 def same_products(counts: list[int]) -> bool:
-    """Neighbours with equally many tokens attend together in both caches; others each alone, unless a block table
-    lets one token each go together across a gap, or beside a prefill, which strips do not.
+    """Neighbours with equally many tokens attend together in both caches; others each
+    alone, unless a block table lets one token each go together across a gap, or beside a
+    prefill, which strips do not.
     """
     busy = [i for i, n in enumerate(counts) if n]
     sizes = {counts[i] for i in busy}

@@ -1,4 +1,6 @@
-"""The radix cache against a dictionary of prefixes, its orders of eviction, and what splitting must not change."""
+"""The radix cache against a dictionary of prefixes, its orders of eviction, and what
+splitting must not change.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ salts = st.sampled_from([None, "tenant"])
 
 
 class RadixMachine(RuleBasedStateMachine):
-    """The model: a dictionary from (salt, prefix to the end of the page, place of the token) to its slot."""
+    """The model: a dictionary from (salt, prefix to the end of the page, place of the
+    token) to its slot.
+    """
 
     seen: ClassVar[Counter[str]] = Counter()
 
@@ -45,7 +49,9 @@ class RadixMachine(RuleBasedStateMachine):
     def names(
         self, salt: Any, text: list[int] | tuple[int, ...]
     ) -> list[tuple[Any, tuple[int, ...], int]]:
-        """The dictionary's key of every token of the whole pages: its page may differ after it."""
+        """The dictionary's key of every token of the whole pages: its page may differ after
+        it.
+        """
         page = self.cache.page_size
         return [
             (salt, tuple(text[: (i // page + 1) * page]), i)
@@ -161,7 +167,8 @@ def test_a_partial_match_uses_the_upper_part_alone():
     assert (upper.hits, lower.hits) == (1, 0)
 
 
-# What each policy evicts first: three leaves a, b, c inserted in this order, then b found three times, a found once.
+# What each policy evicts first: three leaves a, b, c inserted in this order, then b found
+# three times, a found once.
 @pytest.mark.parametrize(
     ("policy", "first"),
     [

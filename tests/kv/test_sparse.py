@@ -1,4 +1,6 @@
-"""Policies of what to keep: the choice against sorting by hand, pooling against loops, budgets against their sum."""
+"""Policies of what to keep: the choice against sorting by hand, pooling against loops,
+budgets against their sum.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The cache that drops tokens, against a dictionary a head, and against attention that is masked to what is kept."""
+"""The cache that drops tokens, against a dictionary a head, and against attention that is
+masked to what is kept.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def config(window: int | None = None) -> ModelConfig:
 
 
 def texts(seed: int, sequences: int, length: int) -> tuple[np.ndarray, ...]:
-    """q, k, v[L, B, T, heads, D]; keys of a few tokens are large, so that attention is far from even."""
+    """q, k, v[L, B, T, heads, D]; keys of a few tokens are large, so that attention is far
+    from even.
+    """
     rng = np.random.default_rng(seed)
     q, k, v = (rng.standard_normal((L, sequences, length, heads, D)) for heads in (H, G, G))
     return q, k * (1 + 2 * (rng.random((L, sequences, length, 1, 1)) < 0.2)), v
@@ -67,7 +71,9 @@ def places(cache: SparseCache) -> list[list[np.ndarray]]:
 def rows_of(
     q: np.ndarray, k: np.ndarray, seen: list[int], t: int, window: int | None
 ) -> np.ndarray:
-    """Attention of one query head [D] at t over the keys at ``seen``; zero where the window has passed."""
+    """Attention of one query head [D] at t over the keys at ``seen``; zero where the window
+    has passed.
+    """
     visible = np.array([t - (window or math.inf) < j <= t for j in seen])
     scores = np.where(visible, k[seen] @ q / math.sqrt(D), -np.inf)
     p = np.exp(scores - scores.max())
@@ -75,7 +81,9 @@ def rows_of(
 
 
 class Simulated:
-    """One sequence in one layer, head by head in Python: what is kept, and what it has been read."""
+    """One sequence in one layer, head by head in Python: what is kept, and what it has been
+    read.
+    """
 
     def __init__(self, policy: Sparse, budget: int, window: int | None, drawn: dict):
         self.policy = policy
@@ -260,7 +268,9 @@ def test_bound_of_the_error_by_the_mass_that_is_dropped(xp, name, seed):
 @given(seed=seeds)
 @settings(max_examples=5)
 def test_invariants_of_what_is_kept_at_every_step(xp, name, seed):
-    """Sorted, within the budget, the first and the newest among it; what was dropped never comes back."""
+    """Sorted, within the budget, the first and the newest among it; what was dropped never
+    comes back.
+    """
     policy = POLICIES[name]
     data = texts(seed, 2, 40)
     cache = new_cache(xp, policy, 2)
@@ -423,7 +433,7 @@ def test_a_step_that_is_computed_again_counts_once(xp):
         assert np.array_equal(to_host(a[0].keys), to_host(b[0].keys))
 
 
-# --- generation --------------------------------------------------------------------------------------------------
+# --- generation ---------------------------------------------------------------------------
 
 
 ENDLESS = network(eos_token_ids=())

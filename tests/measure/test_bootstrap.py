@@ -1,4 +1,6 @@
-"""The percentile bootstrap against the full enumeration of its resamples, and in cases that are known exactly."""
+"""The percentile bootstrap against the full enumeration of its resamples, and in cases that
+are known exactly.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,8 @@ def test_interval_agrees_with_full_enumeration(seed, units):
         for draw in itertools.product(range(units), repeat=units)
     )
     (interval,) = bootstrap([x], unit, rng, resamples=4000, confidence=0.8)
-    # the share of resamples below a point differs from its probability by 5·sqrt(0.1·0.9/4000) = 0.024 once in 1e6
+    # the share of resamples below a point differs from its probability by
+    # 5·sqrt(0.1·0.9/4000) = 0.024 once in 1e6
     for end, share in ((interval.low, 0.1), (interval.high, 0.9)):
         low, high = (np.quantile(exact, share + d, method="inverted_cdf") for d in (-0.024, 0.024))
         assert low - 1e-12 <= end <= high + 1e-12
@@ -71,7 +74,9 @@ def test_a_constant_has_an_interval_of_no_width(value, count, size, seed):
 
 
 def test_the_interval_covers_the_mean_as_often_as_it_says():
-    """300 samples of 40 normal units: the 90 % interval covers within 5 standard errors of 0.90."""
+    """300 samples of 40 normal units: the 90 % interval covers within 5 standard errors of
+    0.90.
+    """
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(300):
@@ -83,7 +88,9 @@ def test_the_interval_covers_the_mean_as_often_as_it_says():
 
 
 def test_dependent_neighbours_need_blocks():
-    """Each number repeated 16 times: single tokens give an interval 4 times too narrow, blocks do not."""
+    """Each number repeated 16 times: single tokens give an interval 4 times too narrow,
+    blocks do not.
+    """
     rng = np.random.default_rng(1)
     x = np.repeat(rng.standard_normal(100), 16)
     (wide,), (narrow,) = (

@@ -1,4 +1,6 @@
-"""The measurement of this machine: its arithmetic by a fake clock, its labels by their words."""
+"""The measurement of this machine: its arithmetic by a fake clock, its labels by their
+words.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ def test_this_machine_is_measured_and_says_how(monkeypatch):
         word in device.source
         for word in ("sgemm 64³", "1 MB", "medians of 3", "NumPy", "1 threads")
     )
-    # a clock that gives 2 s a call: the rate is 2·64³ / 2 s, and the measurement stops at once
+    # a clock that gives 2 s a call: the rate is 2·64³ / 2 s, and the measurement stops at
+    # once
     ticks = iter(2.0 * i for i in range(100))
     monkeypatch.setattr(device_module.time, "perf_counter", lambda: next(ticks))
     slow = measure_machine(1, size=64, megabytes=1)

@@ -20,7 +20,8 @@ from strategies import seeds
 from study_models import Record, byte_tokenizer, tiny_config, tiny_model, tiny_params, uniform_model
 
 EPS = np.finfo(np.float64).eps
-# A loss passes through 2 layers of 7 products of up to 24 terms, and magnitudes of up to about 50.
+# A loss passes through 2 layers of 7 products of up to 24 terms, and magnitudes of up to
+# about 50.
 TOLERANCE = 50 * 2 * 7 * 24 * EPS
 token_lists = st.lists(st.integers(1, 256), min_size=1, max_size=40)
 windowings = st.tuples(st.integers(1, 16), st.integers(1, 16)).map(
@@ -83,7 +84,9 @@ def test_each_loss_is_that_of_its_window(tokens, shape):
     st.integers(1, 30),
 )
 def test_sharing_a_forward_pass_changes_nothing(documents, shape, batch, rows):
-    """Invariance: documents scored together equal each scored alone, whatever the batch and chunk of rows."""
+    """Invariance: documents scored together equal each scored alone, whatever the batch and
+    chunk of rows.
+    """
     model = tiny_model()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("refllm.measure.windows._BATCH", batch)
@@ -146,7 +149,8 @@ def test_divergence_is_that_of_brute_force(rows, vocab, seed, spread):
         for p, q in zip(log_p, log_q, strict=True)
     ]
     assert (kl >= 0).all()
-    # each of V terms is rounded to eps of its own size, and their sum to V·eps of the sum of sizes
+    # each of V terms is rounded to eps of its own size, and their sum to V·eps of the sum
+    # of sizes
     size = (np.exp(log_p) * np.abs(log_p - log_q)).sum(axis=-1)
     assert (np.abs(kl - exact) <= (vocab + 4) * EPS * (size + np.abs(log_p).max())).all()
     assert (divergence(log_p, log_p) == 0).all()
@@ -300,7 +304,9 @@ def test_special_tokens_alone_have_no_bits_per_byte():
 
 
 def test_another_memory_can_be_measured():
-    """``attend`` replaces the attention: one that returns zeros predicts from the last token alone."""
+    """``attend`` replaces the attention: one that returns zeros predicts from the last
+    token alone.
+    """
     model = tiny_model()
     seen = []
 

@@ -36,7 +36,8 @@ def test_a_sample_of_all_windows_is_the_evaluation(items):
     whole = evaluate(model, documents, window=16, stride=8)
     sample = sample_bits_per_byte(model, documents, 10_000, np.random.default_rng(0))
     assert (sample.tokens, sample.bytes, sample.windows) == (whole.tokens, whole.bytes, sample.of)
-    # a float64 sum of n bytes against one of tokens: n · eps, and the forward passes of other batches
+    # a float64 sum of n bytes against one of tokens: n · eps, and the forward passes of
+    # other batches
     assert sample.bits.mean == pytest.approx(whole.bits_per_byte, rel=1e-10)
 
 

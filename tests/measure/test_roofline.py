@@ -1,4 +1,6 @@
-"""Every formula against the operations and bytes that an instrumented array module counted while it ran."""
+"""Every formula against the operations and bytes that an instrumented array module counted
+while it ran.
+"""
 
 from __future__ import annotations
 
@@ -75,9 +77,11 @@ def weight_tensors(config, module):
 
 
 def run_counted(config, batch, rows):
-    """Run one step over a contiguous cache that holds each sequence's past; return the ledger of that step.
+    """Run one step over a contiguous cache that holds each sequence's past; return the
+    ledger of that step.
 
-    A prefill goes sequence by sequence: in one product it would compute the masked half of the scores too.
+    A prefill goes sequence by sequence: in one product it would compute the masked half of
+    the scores too.
     """
     module = CountingModule()
     weights = build(config, weight_tensors(config, module))
@@ -128,7 +132,8 @@ def test_decode_step_costs_what_was_executed(config, sequences, past):
 )
 def test_ragged_step_costs_what_was_executed(config, batch, data):
     assume(any(new > 1 for _, new in batch))
-    # a window in half of the cases, of any family: few random configurations bring one that is short enough
+    # a window in half of the cases, of any family: few random configurations bring one that
+    # is short enough
     config = dataclasses.replace(config, sliding_window=data.draw(st.none() | st.integers(1, 6)))
     tokens = sum(new for _, new in batch)
     rows = data.draw(st.integers(0, tokens))
@@ -147,7 +152,9 @@ def test_ragged_step_costs_what_was_executed(config, batch, data):
 
 @given(model_configs(), batches)
 def test_naive_attention_pays_for_the_masked_half(config, batch):
-    """n·(p + n) scores instead of n·p + n(n+1)/2: n(n−1)/2 more a sequence, and a window saves it nothing."""
+    """n·(p + n) scores instead of n·p + n(n+1)/2: n(n−1)/2 more a sequence, and a window
+    saves it nothing.
+    """
     assume(any(new > 1 for _, new in batch))
     config = dataclasses.replace(config, sliding_window=None)
     with pytest.MonkeyPatch.context() as patch:
@@ -160,7 +167,9 @@ def test_naive_attention_pays_for_the_masked_half(config, batch):
 
 @given(model_configs(), decodes.filter(lambda d: len(set(d)) > 1))
 def test_padded_decode_pays_for_the_longest_sequence(config, pasts):
-    """The contiguous cache's batched decode step costs what so many sequences of the longest would."""
+    """The contiguous cache's batched decode step costs what so many sequences of the
+    longest would.
+    """
     config = dataclasses.replace(config, sliding_window=None)
     ledger = run_counted(config, [(p, 1) for p in pasts], len(pasts))
     padded = step_cost(config, [(max(pasts), 1)] * len(pasts), kv_bytes_per_number=BYTES)
@@ -229,7 +238,9 @@ def test_costs_of_sequences_add_up_but_weights_are_read_once(a, b):
 
 
 def test_constants_of_the_literature():
-    """Llama-3-8B: 8.03 B parameters, 128 KiB of cache a token in fp16; its linear intensity is the batch size."""
+    """Llama-3-8B: 8.03 B parameters, 128 KiB of cache a token in fp16; its linear intensity
+    is the batch size.
+    """
     assert LLAMA_8B.num_parameters == 8_030_261_248
     assert layer_parameters(LLAMA_8B) == 218_103_808
     one = step_cost(LLAMA_8B, [(0, 1)])
@@ -253,7 +264,8 @@ def test_projection_is_the_slower_limit(batch, flops, bandwidth, overhead):
     if cost.bytes:
         limited = cost.flops / flops if cost.intensity > device.ridge else cost.bytes / bandwidth
         assert seconds == pytest.approx(limited + overhead)
-        # at the projected time without overhead one of the two resources is used to the full
+        # at the projected time without overhead one of the two resources is used to the
+        # full
         bound = projected_seconds(cost, dataclasses.replace(device, overhead=0.0))
         # counted in the bytes, not in MBU's definition
         written = cost.kv_write_bytes / bound / bandwidth

@@ -29,7 +29,9 @@ windows = st.one_of(st.none(), st.integers(1, 7))
 
 @st.composite
 def problems(draw, *, max_queries: int = 6, max_keys: int = 14):
-    """Host q[T, H, D], k[S, G, D], v[S, G, D] in float64; the scale makes some softmaxes one-hot."""
+    """Host q[T, H, D], k[S, G, D], v[S, G, D] in float64; the scale makes some softmaxes
+    one-hot.
+    """
     groups = draw(st.integers(1, 3))
     repeats = draw(st.integers(1, 3))
     dim = draw(st.integers(1, 5))
@@ -47,7 +49,9 @@ def on(xp, *arrays):
 
 
 def definition(q, k, v, visible):
-    """softmax(q kᵀ/√D) v over the keys j with ``visible(t, j)``, in loops; no key gives (0, −∞)."""
+    """softmax(q kᵀ/√D) v over the keys j with ``visible(t, j)``, in loops; no key gives (0,
+    −∞).
+    """
     count, heads, dim = q.shape
     groups = k.shape[1]
     o = np.zeros_like(q)
@@ -66,12 +70,14 @@ def definition(q, k, v, visible):
 
 
 def bounds(q, k, v, eps: float = EPS) -> tuple[float, float]:
-    """(atol of o, atol of lse) for two computations of the same attention that round differently.
+    """(atol of o, atol of lse) for two computations of the same attention that round
+    differently.
 
-    A score is a sum of D products and errs by (D+2)·eps·|q|·|k|/√D; subtracting the maximum adds as much
-    again; exp turns that into a relative error of p. The sums over S keys add S·eps each, and o is a mean of
-    v, so the relative error of the weights bounds it by max|v|. The factor 2 is for the two computations, a
-    second one for the rescalings of tiles and merges.
+    A score is a sum of D products and errs by (D+2)·eps·|q|·|k|/√D; subtracting the maximum
+    adds as much again; exp turns that into a relative error of p. The sums over S keys add
+    S·eps each, and o is a mean of v, so the relative error of the weights bounds it by
+    max|v|. The factor 2 is for the two computations, a second one for the rescalings of
+    tiles and merges.
     """
     dim = q.shape[-1]
     keys = max(len(k), 1)
@@ -158,7 +164,7 @@ def test_narrow_types_keep_their_dtype_and_the_identity_of_hidden_rows(xp, dtype
         assert math.isfinite(masked_score(xp, o.dtype))
 
 
-# --- merging ---------------------------------------------------------------------------------------------------
+# --- merging ------------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -248,7 +254,8 @@ def test_merge_is_associative(pure_xp, states):
     expected = to_host(right[1])
     np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(expected))
     finite = ~np.isneginf(expected)
-    # lse is rounded to eps·|lse| twice on each side, and e^lse carries that on as a relative error of a weight
+    # lse is rounded to eps·|lse| twice on each side, and e^lse carries that on as a
+    # relative error of a weight
     error = 8 * EPS * (1.0 + np.abs(expected[finite]).max(initial=0.0))
     np.testing.assert_allclose(lse[finite], expected[finite], rtol=0, atol=error)
     largest = max(np.abs(s[0]).max() for s in states)
@@ -257,7 +264,7 @@ def test_merge_is_associative(pure_xp, states):
     )
 
 
-# --- what changes nothing --------------------------------------------------------------------------------------
+# --- what changes nothing -----------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -276,7 +283,8 @@ def test_scores_may_be_shifted(pure_xp, problem, start, window, seed, size):
         for x in flash_attention(*on(pure_xp, q, k, v), start=start, window=window, tile_k=3)
     )
     after = flash_attention(*on(pure_xp, q, moved, v), start=start, window=window, tile_k=3)
-    # k + u was rounded by eps·|k + u|: one more error of the kind that `bounds` allows for, in D products
+    # k + u was rounded by eps·|k + u|: one more error of the kind that `bounds` allows for,
+    # in D products
     assert_same(
         after, (o, lse + shift), q, np.concatenate([k, moved, np.broadcast_to(u, k.shape)]), v
     )
@@ -301,7 +309,8 @@ def test_grouped_queries_are_repeated_heads(pure_xp, problem, start, window):
 @given(problems(max_keys=8), st.data())
 def test_a_key_of_score_minus_infinity_is_a_no_op(pure_xp, problem, data):
     q, k, v = problem
-    # an extra coordinate of the queries is 1: a key that has −∞ there and one that has 0 there score −∞ and q·k
+    # an extra coordinate of the queries is 1: a key that has −∞ there and one that has 0
+    # there score −∞ and q·k
     scale = math.sqrt((q.shape[-1] + 1) / q.shape[-1])  # 1/√D is now 1/√(D+1)
     wide_q = np.concatenate([q * scale, np.ones((*q.shape[:2], 1))], axis=-1)
     widen = [np.concatenate([x, np.zeros((*x.shape[:2], 1))], axis=-1) for x in (k, v)]
@@ -364,7 +373,7 @@ def test_causal_bias_is_the_rule_and_none_where_it_hides_nothing(
         assert not all(map(all, visible))
 
 
-# --- the plain attend ------------------------------------------------------------------------------------------
+# --- the plain attend ---------------------------------------------------------------------
 
 
 @pytest.mark.theorem(

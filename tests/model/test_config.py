@@ -1,4 +1,6 @@
-"""``ModelConfig``: round trips, each refusal, and the same reading as transformers' configuration classes."""
+"""``ModelConfig``: round trips, each refusal, and the same reading as transformers'
+configuration classes.
+"""
 
 from __future__ import annotations
 
@@ -293,7 +295,8 @@ def test_oracle_what_we_write_transformers_reads_as_we_mean(architecture):
 def test_oracle_where_the_file_is_silent_the_defaults_are_those_of_transformers(
     architecture, silent
 ):
-    # 64 heads of width 128, so that every default (8 or 32 key/value heads, head width 128) fits
+    # 64 heads of width 128, so that every default (8 or 32 key/value heads, head width 128)
+    # fits
     values = raw(
         architecture,
         hidden_size=64 * 16,

@@ -1,4 +1,6 @@
-"""The layers: what each is invariant to, where it must not overflow, and Llama 3's frequencies against a peer."""
+"""The layers: what each is invariant to, where it must not overflow, and Llama 3's
+frequencies against a peer.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ def rotated(xp, x, positions, theta=10_000.0):
     return to_host(apply_rope(xp.asarray(x), cos, sin))
 
 
-# --- RMSNorm -------------------------------------------------------------------------------------------------
+# --- RMSNorm ------------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -46,7 +48,8 @@ def test_invariance_rms_norm_does_not_see_the_scale_of_its_input(xp, x, exponent
     c = 2.0**exponent  # a power of two: scaling itself rounds nothing
     plain = to_host(rms_norm(xp.asarray(x), xp.asarray(gain), 1e-30))
     scaled = to_host(rms_norm(xp.asarray(c * x), xp.asarray(gain), 1e-30 * c * c))
-    # With ε scaled along, every intermediate differs by a power of two: only the order of a sum could differ.
+    # With ε scaled along, every intermediate differs by a power of two: only the order of a
+    # sum could differ.
     np.testing.assert_allclose(scaled, plain, rtol=8 * EPS64 * x.shape[-1], atol=0)
 
 
@@ -80,7 +83,7 @@ def test_degenerate_a_row_of_zeros_stays_zero(xp):
     assert np.array_equal(out, np.zeros((2, 8), dtype="float32"))
 
 
-# --- RoPE ----------------------------------------------------------------------------------------------------
+# --- RoPE ---------------------------------------------------------------------------------
 
 
 @pytest.mark.theorem("⟨R_m q, R_n k⟩ depends on m − n only", source="Su et al. 2021, eq. 16")
@@ -94,7 +97,8 @@ def test_degenerate_a_row_of_zeros_stays_zero(xp):
 def test_invariance_a_rope_score_depends_on_the_distance_only(xp, seed, half, m, n, shift):
     q, k = np.random.default_rng(seed).standard_normal((2, 1, 1, 2 * half))
     scores = [float(np.sum(rotated(xp, q, [m + s]) * rotated(xp, k, [n + s]))) for s in (0, shift)]
-    # An angle up to 8000 is off by 8000·ε/2; both vectors carry two such angles, and D products are summed.
+    # An angle up to 8000 is off by 8000·ε/2; both vectors carry two such angles, and D
+    # products are summed.
     bound = (4 * 8000 + 4 * half) * EPS64 * float(np.linalg.norm(q) * np.linalg.norm(k))
     assert abs(scores[0] - scores[1]) <= bound
 
@@ -106,7 +110,8 @@ def test_round_trip_the_inverse_rotation_undoes_rope_and_lengths_stay(xp, seed, 
     cos, sin = rope_table(frequencies, xp.asarray(np.array([m])), xp.float64)
     there = apply_rope(xp.asarray(x), cos, sin)
     back = to_host(apply_rope(there, cos, -sin))
-    # cos² + sin² is off by 2ε at most and four products are rounded: no angle error, both use the same table
+    # cos² + sin² is off by 2ε at most and four products are rounded: no angle error, both
+    # use the same table
     scale = np.linalg.norm(x, axis=-1, keepdims=True)
     assert np.all(np.abs(back - x) <= 8 * EPS64 * scale)
     np.testing.assert_allclose(
@@ -121,7 +126,9 @@ def test_position_zero_is_left_as_it_is(xp):
 
 @given(seed=seeds, half=st.integers(1, 4), m=st.integers(0, 500))
 def test_exact_value_rope_is_multiplication_by_a_complex_number(xp, seed, half, m):
-    """The pair (x_i, x_{i+D/2}) as x_i + j·x_{i+D/2}, times e^{jmθ_i}: the half-split pairing of the checkpoints."""
+    """The pair (x_i, x_{i+D/2}) as x_i + j·x_{i+D/2}, times e^{jmθ_i}: the half-split
+    pairing of the checkpoints.
+    """
     x = np.random.default_rng(seed).standard_normal((1, 1, 2 * half))
     theta = np.array([100.0 ** (-2.0 * i / (2 * half)) for i in range(half)])
     z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * m * theta)
@@ -131,7 +138,9 @@ def test_exact_value_rope_is_multiplication_by_a_complex_number(xp, seed, half, 
 
 
 def test_angles_are_taken_in_float64_also_for_a_float32_table(xp):
-    """At position 131,071 an angle in float32 is off by up to 0.004 radians; the table must not be."""
+    """At position 131,071 an angle in float32 is off by up to 0.004 radians; the table must
+    not be.
+    """
     position = 131_071
     frequencies = rope_frequencies(64, 10_000.0)
     cos, sin = rope_table(
@@ -176,7 +185,8 @@ def test_oracle_llama3_frequencies_are_those_of_transformers(scaling, head_dim, 
     theirs, attention_factor = functions["llama3"](config, "cpu")
     ours = np.array(rope_frequencies(head_dim, theta, RopeScaling(*scaling)))
     assert attention_factor == 1.0
-    # The peer computes in float32: θ^x costs a few ulp, and the smooth band divides by (high − low).
+    # The peer computes in float32: θ^x costs a few ulp, and the smooth band divides by
+    # (high − low).
     np.testing.assert_allclose(
         ours, theirs.double().numpy(), rtol=16 * EPS32 * (1 + high / (high - low)), atol=0
     )
@@ -199,7 +209,7 @@ def test_bound_llama3_slows_each_frequency_by_at_most_the_factor_and_keeps_the_o
     assert np.all((scaled[between] < plain[between]) & (scaled[between] > plain[between] / factor))
 
 
-# --- sigmoid, SwiGLU -----------------------------------------------------------------------------------------
+# --- sigmoid, SwiGLU ----------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -230,7 +240,8 @@ def test_exact_value_swiglu_is_silu_of_the_gate_times_up(xp, x, seed):
     x64 = x.astype("float64")
     up64 = up.astype("float64")
     expected = x64 / (1 + np.exp(-x64)) * up64
-    # σ is right to 4ε absolutely, two products follow; each product of denormals is off by half a step of its own.
+    # σ is right to 4ε absolutely, two products follow; each product of denormals is off by
+    # half a step of its own.
     steps = float(np.finfo("float32").smallest_subnormal) * (1 + np.abs(up64))
     assert np.all(np.abs(got - expected) <= 6 * EPS32 * np.abs(x64 * up64) + steps)
     assert np.array_equal(x, kept)  # the gate is not scratch space

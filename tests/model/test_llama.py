@@ -1,4 +1,6 @@
-"""The network: against its definition in loops, and against itself in other chunks, batches and positions."""
+"""The network: against its definition in loops, and against itself in other chunks, batches
+and positions.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def ids(xp, tokens: list[int]):
 def run(
     xp, weights, config: ModelConfig, sequences: list[list[int]], first: int = 0
 ) -> list[np.ndarray]:
-    """Hidden states of each sequence, all in one ragged batch without a cache; positions begin at ``first``."""
+    """Hidden states of each sequence, all in one ragged batch without a cache; positions
+    begin at ``first``.
+    """
     positions = [first + i for tokens in sequences for i in range(len(tokens))]
     attend = CausalAttend([len(tokens) for tokens in sequences], config.sliding_window)
     out = to_host(
@@ -53,7 +57,9 @@ def run(
 def run_chunked(
     xp, weights, config: ModelConfig, sequences: list[list[int]], chunks: list[list[int]]
 ) -> list[np.ndarray]:
-    """The same through a cache: step i brings ``chunks[b][i]`` tokens of sequence b, 0 once it is finished."""
+    """The same through a cache: step i brings ``chunks[b][i]`` tokens of sequence b, 0 once
+    it is finished.
+    """
     like = xp.zeros(1, dtype=weights["norm"].dtype)
     cache = ContiguousCache(config, len(sequences), max(map(len, sequences)), like=like)
     outputs: list[list[np.ndarray]] = [[] for _ in sequences]
@@ -100,7 +106,9 @@ def test_network_is_its_definition(xp, batch):
     "dropped", [(), ("k_proj",), ("up_proj",)], ids=["joint", "k alone", "up alone"]
 )
 def test_weights_side_by_side_are_the_definition_too(xp, dropped):
-    """Widths of 64, which are stored in blocks and multiplied together, unless one of them was exchanged."""
+    """Widths of 64, which are stored in blocks and multiplied together, unless one of them
+    was exchanged.
+    """
     config = ModelConfig("qwen3", 64, 64, 128, 2, 4, 2, 32, attention_bias=True, qk_norm=True)
     tensors = random_tensors(config, 0)
     tokens = list(range(9))
@@ -151,7 +159,9 @@ def test_chosen_rows_are_the_rows_of_the_full_forward(xp, batch, data):
     ids=lambda change: next(iter(change)),
 )
 def test_each_switch_changes_the_output(without):
-    """The comparison above is not vacuous: with a switch off the definition gives other logits."""
+    """The comparison above is not vacuous: with a switch off the definition gives other
+    logits.
+    """
     config = ModelConfig(
         "llama",
         29,
@@ -256,7 +266,9 @@ def test_positions_are_relative(xp, batch, shift):
 
 @given(model_configs(families=("llama",)), seeds, st.integers(1, 3), st.integers(1, 8))
 def test_training_runs_the_same_network(config, seed, count, length):
-    """``backward`` has a forward of its own, which keeps what the gradients need: it is this one."""
+    """``backward`` has a forward of its own, which keeps what the gradients need: it is
+    this one.
+    """
     tensors = random_tensors(config, seed)
     tokens = np.random.default_rng(seed).integers(0, config.vocab_size, (count, length))
     expected = np.concatenate(run(np, build(config, tensors), config, tokens.tolist()))
@@ -278,7 +290,9 @@ def test_a_tied_head_is_the_embedding_itself(xp):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("chunks", [[6], [4, 1, 1]], ids=["prefill", "decode"])
 def test_float32_stays_float32(xp, family, chunks):
-    """No float64 scalar or angle leaks into the residual stream, which would double every later product."""
+    """No float64 scalar or angle leaks into the residual stream, which would double every
+    later product.
+    """
     config = ModelConfig(
         family, 30, 16, 24, 2, 4, 2, 8, attention_bias=family == "qwen2", qk_norm=family == "qwen3"
     )
@@ -292,7 +306,9 @@ def test_float32_stays_float32(xp, family, chunks):
 
 @pytest.mark.parametrize("lengths", [[3, 3], [1, 3]], ids=["same length", "ragged"])
 def test_a_decode_step_waits_for_nothing(lengths):
-    """On a device: no value comes back to the host, and what goes there does not grow with the layers."""
+    """On a device: no value comes back to the host, and what goes there does not grow with
+    the layers.
+    """
     to_device = []
     for layers in (1, 3):
         config = ModelConfig("llama", 30, 16, 24, layers, 4, 2, 8)

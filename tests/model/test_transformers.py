@@ -1,4 +1,6 @@
-"""Our network against transformers', on random networks of every family, in both directions."""
+"""Our network against transformers', on random networks of every family, in both
+directions.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Q
 
 
 def their_network(config: ModelConfig):
-    """A transformers model of this shape with our random weights, made from transformers' own config class."""
+    """A transformers model of this shape with our random weights, made from transformers'
+    own config class.
+    """
     torch = oracle("torch")
     transformers = oracle("transformers")
     shape = {
@@ -84,7 +88,8 @@ def test_their_checkpoint_in_ours(tmp_path, name, dtype, shard):
     assert ours.config == NETWORKS[name]
     theirs = their_logits(tmp_path)
     assert close(full_logits(ours.weights, ours.config), theirs)
-    # The bound is far below what these parts do to the logits: without one of them the comparison would fail.
+    # The bound is far below what these parts do to the logits: without one of them the
+    # comparison would fail.
     for part, value in {"sliding_window": None, "rope_scaling": None, "rope_theta": 2e4}.items():
         if getattr(ours.config, part) is not None:
             changed = replace(ours.config, **{part: value})

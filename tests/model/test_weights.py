@@ -12,7 +12,8 @@ from refllm.model import weights
 from refllm.model.weights import BLOCK, Dense, Room, bound, product, side_by_side
 from strategies import arrays, seeds
 
-# one block and several, one row less and one more, and sizes that are no multiple of the block
+# one block and several, one row less and one more, and sizes that are no multiple of the
+# block
 outputs = st.sampled_from([1, 3, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK, 5 * BLOCK])
 dtypes = st.sampled_from(["float32", "float64"])
 
@@ -56,7 +57,8 @@ def test_matmul_is_the_plain_product(xp, weight, rows, most, many, wide, in_plac
     assert got.shape == (rows, weight.shape[0])
     assert got.dtype == weight.dtype
     exact = x.astype(np.longdouble) @ weight.T.astype(np.longdouble)
-    # a sum of N products errs by N·eps of the sum of their sizes, in any order; a denormal product by its spacing
+    # a sum of N products errs by N·eps of the sum of their sizes, in any order; a denormal
+    # product by its spacing
     info = np.finfo(weight.dtype)
     n = weight.shape[1]
     bound = (
@@ -131,11 +133,13 @@ def test_layout_is_chosen_by_library_and_shape(xp):
     assert not Dense(other).blocked
 
 
-# --- side by side ----------------------------------------------------------------------------------------------
+# --- side by side -------------------------------------------------------------------------
 
 
 def laid_out(xp, sizes, columns, seed, dtype="float64", room_dtype="float64"):
-    """Host weights [M, N] of ``sizes`` rows, the same in a room of their own, and that room."""
+    """Host weights [M, N] of ``sizes`` rows, the same in a room of their own, and that
+    room.
+    """
     rng = np.random.default_rng(seed)
     host = [rng.standard_normal((m, columns)).astype(dtype) for m in sizes]
     room = Room([w.shape for w in host], xp.zeros(1, dtype=room_dtype))

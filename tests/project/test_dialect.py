@@ -1,9 +1,11 @@
-"""The data plane speaks the dialect that NumPy 2 and CuPy 14 share, and nothing else: read from the syntax trees.
+"""The data plane speaks the dialect that NumPy 2 and CuPy 14 share, and nothing else: read
+from the syntax trees.
 
-The data plane is every function of arrays in ``formats``, ``kernels``, ``model``, ``kv``, ``decode`` and ``quant``.
-There ``np`` may name types, but computes nothing, except in the places of ``HOST``, each with its reason. And
-everywhere in the package each ``xp.name(…)`` is a function of both libraries that takes these arguments in both.
-``fakecupy`` holds the same rules at run time.
+The data plane is every function of arrays in ``formats``, ``kernels``, ``model``, ``kv``,
+``decode`` and ``quant``. There ``np`` may name types, but computes nothing, except in the
+places of ``HOST``, each with its reason. And everywhere in the package each ``xp.name(…)``
+is a function of both libraries that takes these arguments in both. ``fakecupy`` holds the
+same rules at run time.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ import cupy_names
 
 DATA_PLANE = ("formats", "kernels", "model", "checkpoints", "train", "kv", "decode", "quant")
 
-# Where NumPy itself is meant: a module, or a function or class in one, and why nothing there lives on a device.
+# Where NumPy itself is meant: a module, or a function or class in one, and why nothing
+# there lives on a device.
 HOST = {
     "formats.uniform:_extremes": "reduceat is twice as fast on the host; CuPy has none and takes the other branch",
     "formats.gguf.arithmetic:quietly": "NumPy warns of overflow and 0/0; CuPy has no errstate, and warns of nothing",
@@ -94,7 +97,9 @@ class _WithoutAnnotations(ast.NodeTransformer):
 
 
 def numpy_uses(tree: ast.AST) -> Iterator[tuple[str, int, str]]:
-    """(qualified name of the function, line, what) for each use of NumPy that is more than a type or a comparison."""
+    """(qualified name of the function, line, what) for each use of NumPy that is more than
+    a type or a comparison.
+    """
     tree = _WithoutAnnotations().visit(copy.deepcopy(tree))
 
     def walk(node: ast.AST, where: str) -> Iterator[tuple[str, int, str]]:
@@ -166,7 +171,7 @@ def test_the_exceptions_are_needed():
     assert not set(HOST) - used, f"no longer needed in HOST: {sorted(set(HOST) - used)}"
 
 
-# --- xp.name ---------------------------------------------------------------------------------------------------
+# --- xp.name ------------------------------------------------------------------------------
 
 
 def calls_of_xp(tree: ast.AST) -> Iterator[tuple[int, str, ast.Call | None]]:
@@ -243,7 +248,7 @@ def test_no_method_is_used_that_only_numpy_arrays_have():
     assert not found, "\n".join(found)
 
 
-# --- the rules themselves --------------------------------------------------------------------------------------
+# --- the rules themselves -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_every_name_offered_is_cupys():
             assert name in cupy_names.load()
 
 
-# --- the border ------------------------------------------------------------------------------------------------
+# --- the border ---------------------------------------------------------------------------
 
 OPERATORS = [
     operator.add,
@@ -148,7 +148,7 @@ def test_ufunc_methods_are_those_that_cupy_implements(x):
         xp.add.at(counts, xp.asarray([0, 0]), 1)
 
 
-# --- what CuPy does otherwise, and silently --------------------------------------------------------------------
+# --- what CuPy does otherwise, and silently -----------------------------------------------
 
 
 def test_repeated_indices_in_an_assignment_raise(x):
@@ -222,7 +222,7 @@ def test_dtypes_that_cupy_lacks_are_refused():
             xp.asarray(host)
 
 
-# --- counting --------------------------------------------------------------------------------------------------
+# --- counting -----------------------------------------------------------------------------
 
 
 def test_transfers_and_synchronisations_are_counted():
@@ -297,7 +297,7 @@ def test_blocks_of_counting_nest(x):
     assert (outer.launches, inner.launches, xp.counters.launches - before) == (2, 1, 2)
 
 
-# --- the same numbers as NumPy ---------------------------------------------------------------------------------
+# --- the same numbers as NumPy ------------------------------------------------------------
 
 
 @given(

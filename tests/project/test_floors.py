@@ -1,6 +1,7 @@
 """The house stands: an import never points up, and importing a module does nothing else.
 
-``FLOORS`` lists the floors, lowest first. Every import counts, those inside functions and under ``TYPE_CHECKING`` too.
+``FLOORS`` lists the floors, lowest first. Every import counts, those inside functions and
+under ``TYPE_CHECKING`` too.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ KNOW_NO_MODEL = (
     "serve.request",
 )
 
-# Importing any module of the package (bar the figures) must stay cheap and must not need an optional package.
+# Importing any module of the package (bar the figures) must stay cheap and must not need an
+# optional package.
 DRAWN = ("figures", "measure.plotting")  # what draws needs matplotlib
 HEAVY = ("cupy", "torch", "transformers", "matplotlib", "IPython", "pytest", "hypothesis")
 
@@ -61,7 +63,9 @@ def modules(package: Path = PACKAGE) -> dict[str, Path]:
 
 
 def imports(tree: ast.AST, known: set[str]) -> Iterator[tuple[int, str]]:
-    """(line, module of refllm) for each import in a syntax tree, names imported from packages resolved."""
+    """(line, module of refllm) for each import in a syntax tree, names imported from
+    packages resolved.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -161,7 +165,7 @@ def test_what_knows_no_model_reaches_none():
         assert not reached, f"refllm.{start} reaches {reached}"
 
 
-# --- nothing happens at import ---------------------------------------------------------------------------------
+# --- nothing happens at import ------------------------------------------------------------
 
 _DEFINITIONS = (
     ast.Import,
@@ -191,7 +195,8 @@ def test_modules_only_define():
         for node in tree.body
         if not _only_defines(node)
     ]
-    # typer registers commands by `app.command()(function)` or by decorators; sub-commands by `app.add_typer`
+    # typer registers commands by `app.command()(function)` or by decorators; sub-commands
+    # by `app.add_typer`
     acts = [act for act in acts if not (act.startswith("refllm/cli") and ": app." in act)]
     assert not acts, "\n".join(acts)
 

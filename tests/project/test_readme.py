@@ -1,4 +1,6 @@
-"""The README's code prints what the README says, and its numbers are those of the recorded data."""
+"""The README's code prints what the README says, and its numbers are those of the recorded
+data.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def card(name: str) -> dict:
 
 
 def test_the_code_prints_what_stands_below_it():
-    """Text is compared where rounding cannot change it; the last line where the standard library is the same one."""
+    """Text is compared where rounding cannot change it; the last line where the standard
+    library is the same one.
+    """
     code, output = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", README, re.S).groups()
     prompt, count = re.search(r'generate\("(.*?)", (\d+)\)', code).groups()
     prompt = prompt.encode().decode("unicode_escape")
@@ -35,7 +39,8 @@ def test_the_code_prints_what_stands_below_it():
     begin = model.tokenizer.encode(prompt, special=True)
     written = model.generate(begin, int(count))
     z = np.sort(model.logits(begin + written)[len(begin) - 1 : -1], axis=-1)
-    # greedy text is the same on every machine if its closest decision is far above float32 rounding (about 2e-5)
+    # greedy text is the same on every machine if its closest decision is far above float32
+    # rounding (about 2e-5)
     assert float(np.min(z[:, -1] - z[:, -2])) > 1e-3, (
         "choose a prompt whose greedy continuation is decided clearly"
     )
@@ -104,7 +109,9 @@ def test_the_share_of_products_is_the_recorded_one():
 
 
 def test_the_costs_of_quantisation_are_the_recorded_ones():
-    """KL at 8, 4, 3 and 2 bits in groups of 128, a mean over the calibration seeds, and bits per byte at 4 bits."""
+    """KL at 8, 4, 3 and 2 bits in groups of 128, a mean over the calibration seeds, and
+    bits per byte at 4 bits.
+    """
     rows = json.loads((ROOT / "figures/data/quantization.json").read_text("utf-8"))["values"][
         "rows"
     ]

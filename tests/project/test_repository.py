@@ -1,4 +1,6 @@
-"""The repository tells the truth about itself: links, versions, notebooks, and weights that are never unpickled."""
+"""The repository tells the truth about itself: links, versions, notebooks, and weights that
+are never unpickled.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""AWQ's searches: scales by their formula, losses that are what they say, clip limits against the loops they are."""
+"""AWQ's searches: scales by their formula, losses that are what they say, clip limits
+against the loops they are.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def schemes(draw, rules=RULES):
 
 @st.composite
 def problems(draw, dtypes=("float32", "float64"), rules=RULES, kinds=FINITE):
-    """(x[T, N], one to three weights [M, N], scheme): fewer and more tokens than columns, dead channels among them."""
+    """(x[T, N], one to three weights [M, N], scheme): fewer and more tokens than columns,
+    dead channels among them.
+    """
     scheme, n = draw(schemes(rules))
     dtype = draw(st.sampled_from(dtypes))
     x = build(draw(st.sampled_from(kinds)), (draw(st.integers(1, 40)), n), draw(seeds), dtype)
@@ -47,7 +51,9 @@ def problems(draw, dtypes=("float32", "float64"), rules=RULES, kinds=FINITE):
 
 
 def chosen(wanted):
-    """An ``inspect`` that makes candidate ``wanted`` the best: the first call is the reference."""
+    """An ``inspect`` that makes candidate ``wanted`` the best: the first call is the
+    reference.
+    """
     calls = []
 
     def inspect(weights):
@@ -62,7 +68,7 @@ def arrays_on(xp, x, weights):
     return xp.asarray(x), [xp.asarray(w) for w in weights]
 
 
-# --- the scale -----------------------------------------------------------------------------------------------------
+# --- the scale ----------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -160,7 +166,8 @@ def test_invariance_of_the_size_and_the_order_of_the_tokens(xp, seed, exponent, 
     order.shuffle(rows)
     plain = search_scale(*arrays_on(xp, x, [w]), W4)
     other = search_scale(*arrays_on(xp, 2.0**exponent * x[rows], [w]), W4)
-    # the scale differs by rounding, which moves no code, unless one lies within 1e-13 of a boundary
+    # the scale differs by rounding, which moves no code, unless one lies within 1e-13 of a
+    # boundary
     np.testing.assert_allclose(to_host(other.scale), to_host(plain.scale), rtol=64 * EPS["float64"])
     np.testing.assert_allclose(other.losses, np.array(plain.losses) * 4.0**exponent, rtol=1e-10)
 
@@ -249,7 +256,9 @@ def test_nothing_to_restore_weights_stay_bit_identical_whatever_inspect_does(xp,
 
 
 def test_candidates_beyond_the_dtype_lose_without_a_warning(xp):
-    """1e7 in the column of the largest scale, and errors in those of the smallest, go beyond float32 at high ratios."""
+    """1e7 in the column of the largest scale, and errors in those of the smallest, go
+    beyond float32 at high ratios.
+    """
     x = np.geomspace(1e-4, 1e30, 8, dtype="float32")[None, :]
     w = np.linspace(-1e7, 1e7, 16, dtype="float32").reshape(2, 8)
     found = search_scale(*arrays_on(xp, x, [w]), W4)
@@ -288,7 +297,7 @@ def test_refused_an_inspect_whose_output_is_not_finite(xp):
         search_scale(xp.ones((2, 8)), [xp.ones((3, 8))], W4, inspect=lambda ws: ws[0] * math.inf)
 
 
-# --- the clip limits -----------------------------------------------------------------------------------------------
+# --- the clip limits ----------------------------------------------------------------------
 
 
 def naive_errors(x, w, scheme, max_tokens=512):

@@ -1,4 +1,6 @@
-"""AWQ on a layer: folding changes nothing, the loss is taken on whole modules, and llm-compressor finds the same."""
+"""AWQ on a layer: folding changes nothing, the loss is taken on whole modules, and
+llm-compressor finds the same.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ from refllm.quant.layer_inputs import tapped
 from strategies import seeds
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "awq.json"
-# every family, with as many key/value heads as query heads (o_proj can be scaled) and with fewer
+# every family, with as many key/value heads as query heads (o_proj can be scaled) and with
+# fewer
 CASES = {
     name: replace(config, num_hidden_layers=1)
     for name, config in {
@@ -88,7 +91,7 @@ def snapshot(layer):
     return {name: (leaf.dtype, leaf.tobytes()) for name, leaf in leaves.items()}
 
 
-# --- folding -------------------------------------------------------------------------------------------------------
+# --- folding ------------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -153,7 +156,7 @@ def test_folding_multiplies_and_divides_what_the_table_says(xp, group):
         ), name
 
 
-# --- a whole layer -------------------------------------------------------------------------------------------------
+# --- a whole layer ------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -299,12 +302,14 @@ def test_one_input_of_each_group_is_enough_and_none_is_refused(xp):
         case.awq()
 
 
-# --- the peer ------------------------------------------------------------------------------------------------------
+# --- the peer -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", range(4))
 def test_oracle_losses_and_scales_are_those_of_llm_compressor(xp, number):
-    """Recorded by golden/make_awq.py. Asymmetric, because a symmetric grid decides ties by the scale's last bit."""
+    """Recorded by golden/make_awq.py. Asymmetric, because a symmetric grid decides ties by
+    the scale's last bit.
+    """
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
     wanted = golden["cases"][number]
     rng = np.random.default_rng(golden["seed"])
@@ -327,7 +332,8 @@ def test_oracle_losses_and_scales_are_those_of_llm_compressor(xp, number):
     assert by_source.keys() == wanted["groups"].keys()
     for source, ours in by_source.items():
         theirs = wanted["groups"][source]
-        # float32 throughout: sums of 72 products and of 6,400 squares in another order; no code falls otherwise
+        # float32 throughout: sums of 72 products and of 6,400 squares in another order; no
+        # code falls otherwise
         np.testing.assert_allclose(ours.losses, theirs["losses"], rtol=1e-5)
         assert ours.best == int(np.argmin(theirs["losses"]))
         np.testing.assert_allclose(to_host(ours.scale), theirs["scale"], rtol=1e-6)

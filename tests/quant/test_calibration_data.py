@@ -1,4 +1,6 @@
-"""Calibration text: drawn by a seed from training documents, and refused where it is no text."""
+"""Calibration text: drawn by a seed from training documents, and refused where it is no
+text.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Conversion on a Dask cluster: a real one, of two processes on this machine, of which one is killed on the way."""
+"""Conversion on a Dask cluster: a real one, of two processes on this machine, of which one
+is killed on the way.
+"""
 
 from __future__ import annotations
 

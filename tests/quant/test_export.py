@@ -1,4 +1,6 @@
-"""Exported checkpoints: what transformers and ``load`` make of them is the model that was quantised."""
+"""Exported checkpoints: what transformers and ``load`` make of them is the model that was
+quantised.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ COMPRESSED = [
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """A model whose floats are exact in float16, so that nothing but quantisation changes them."""
+    """A model whose floats are exact in float16, so that nothing but quantisation changes
+    them.
+    """
     path = tmp_path_factory.mktemp("original") / "m"
     save(path, CONFIG, random_tensors(CONFIG, 0, "float32"), tokenizer(), dtype="float16")
     return load(path)
@@ -84,7 +88,7 @@ def exported(original, tmp_path_factory):
     return get
 
 
-# --- read back -----------------------------------------------------------------------------------------------------
+# --- read back ----------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -128,7 +132,7 @@ def test_biases_norms_and_tied_heads_come_back(tmp_path, family):
     np.testing.assert_array_equal(output(read), output(model))
 
 
-# --- transformers --------------------------------------------------------------------------------------------------
+# --- transformers -------------------------------------------------------------------------
 
 
 @pytest.mark.oracle
@@ -187,7 +191,7 @@ def test_w8a8_checkpoints_in_transformers(exported, name):
     assert np.abs(ours - got)[same].max() <= 1e-3
 
 
-# --- which layout, and what has none -------------------------------------------------------------------------------
+# --- which layout, and what has none ------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", WAYS)

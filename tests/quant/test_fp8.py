@@ -1,4 +1,6 @@
-"""FP8 products, the narrow accumulator, FP8 as a method, delayed scales, and training in 8 bits."""
+"""FP8 products, the narrow accumulator, FP8 as a method, delayed scales, and training in 8
+bits.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ PAIRS = [
 ]
 
 
-# --- products ------------------------------------------------------------------------------------------------------
+# --- products -----------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -51,7 +53,8 @@ def test_block_scaled_is_dequantised(xp, pair, rows, outputs, n, kind, scale, se
     qw = quantize(xp.asarray(w), FloatScheme("e4m3", *pair[1], scale))
     got = to_host(scaled_matmul(qx, qw))
     a, b = (to_host(q.dequantize()).astype(np.float64) for q in (qx, qw))
-    # N products and N/slice partial sums are added; two scales, and the two roundings of x̂ and ŵ, of each term
+    # N products and N/slice partial sums are added; two scales, and the two roundings of x̂
+    # and ŵ, of each term
     bound = (n + n / 8 + 8) * EPS * (np.abs(a) @ np.abs(b).T)
     assert (np.abs(got - a @ b.T) <= bound).all()
 
@@ -99,7 +102,9 @@ def test_loss_of_a_narrow_accumulator(xp, bits, every, promote, seed):
 
 
 def test_why_partial_sums_are_promoted():
-    """K = 4096: without promotion the cuts, all towards zero, add up to tens of times the error."""
+    """K = 4096: without promotion the cuts, all towards zero, add up to tens of times the
+    error.
+    """
     rng = np.random.default_rng(0)
     x, w = (rng.standard_normal((16, 4096)).astype(np.float32) for _ in range(2))
     exact = x.astype(np.float64) @ w.astype(np.float64).T
@@ -140,7 +145,7 @@ def test_slices_that_do_not_nest_are_refused(xp):
             Accumulator(**wrong)
 
 
-# --- a weight ------------------------------------------------------------------------------------------------------
+# --- a weight -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -204,7 +209,7 @@ def test_bad_options_are_refused():
         linear.matmul(np.full((2, 8), np.nan, dtype=np.float32))
 
 
-# --- scales from the past ------------------------------------------------------------------------------------------
+# --- scales from the past -----------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -249,7 +254,7 @@ def test_where_integers_and_floats_win(xp):
         assert 3 < errors["e5m2"] / errors["e4m3"] < 5
 
 
-# --- training ------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------
 
 
 class Counting:

@@ -1,4 +1,6 @@
-"""GPTQ: what its loss is, what it equals, what does not change it; and the same codes as llm-compressor."""
+"""GPTQ: what its loss is, what it equals, what does not change it; and the same codes as
+llm-compressor.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,7 @@ def close(a, b, h):
     return abs(a - b) <= 64 * N * EPS64 * np.linalg.cond(h) * max(a, b)
 
 
-# --- the loss --------------------------------------------------------------------------------------------------
+# --- the loss -----------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -97,7 +99,7 @@ def test_the_loss_is_that_of_what_is_stored_also_with_rounded_scales(xp):
     assert q.nbytes == bits + parameters
 
 
-# --- what it equals --------------------------------------------------------------------------------------------
+# --- what it equals -----------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -121,7 +123,9 @@ def test_equality_with_a_hessian_of_one_size_it_is_round_to_nearest(xp, w, schem
 
 
 def babai(target, basis):
-    """Babai's nearest plane by Gram–Schmidt: integer coefficients of a lattice point near ``target``."""
+    """Babai's nearest plane by Gram–Schmidt: integer coefficients of a lattice point near
+    ``target``.
+    """
     n = len(basis)
     orthogonal = basis.copy()
     for i in range(n):
@@ -138,7 +142,9 @@ def babai(target, basis):
 
 
 def unclipped(seed, n, bits=8):
-    """W and a scheme of one scale that a last row makes so large that nothing in the others is clipped."""
+    """W and a scheme of one scale that a last row makes so large that nothing in the others
+    is clipped.
+    """
     w = np.random.default_rng(seed).uniform(-1, 1, (4, n))
     w[-1] = 40.0
     return w, Scheme(bits, "restricted", "tensor")
@@ -183,7 +189,7 @@ def test_bound_of_the_error_without_clipping(xp, seed, n, act_order):
     )
 
 
-# --- what does not change it -----------------------------------------------------------------------------------
+# --- what does not change it --------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -279,11 +285,13 @@ def test_weight_and_hessian_stay_as_they_are(xp):
         assert np.array_equal(to_host(moved[1]), h)
 
 
-# --- the quirks of the published code ----------------------------------------------------------------------------
+# --- the quirks of the published code -----------------------------------------------------
 
 
 def published(w, h, scheme, *, block, act_order=False, static=False, damp=0.01):
-    """The published order of operations, written down plainly; codes in the order of the visit, and Σ."""
+    """The published order of operations, written down plainly; codes in the order of the
+    visit, and Σ.
+    """
     grid = Scheme(scheme.bits, scheme.rule, "channel")
     g = scheme.group_size or w.shape[1]
     m, n = w.shape
@@ -359,7 +367,9 @@ def test_equality_with_the_published_order_of_operations(xp, seed, rule, group, 
 
 
 def test_the_quirks_make_a_difference_that_the_clean_form_does_not_have(xp):
-    """Stale scales make the block size part of the method; half of the step makes one-sided groups clip."""
+    """Stale scales make the block size part of the method; half of the step makes one-sided
+    groups clip.
+    """
     w, h = problem(7)
     scheme = Scheme(3, "asymmetric", "group", 4)
     w = xp.asarray(w)
@@ -398,12 +408,14 @@ def test_a_row_s_scale_sees_dead_columns_only_in_the_published_order(xp):
     assert np.all(to_host(quirk.scale) == 50.0 / 7.5)
 
 
-# --- the peer ----------------------------------------------------------------------------------------------------
+# --- the peer -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_oracle_the_codes_are_llm_compressor_s(xp, name):
-    """Recorded by ``golden/make_gptq.py``. In float32 a tie can fall the other way and take its row along."""
+    """Recorded by ``golden/make_gptq.py``. In float32 a tie can fall the other way and take
+    its row along.
+    """
     case = CASES[name]
     golden = np.load(FILE)
     w, x = (xp.asarray(a) for a in golden_inputs(case))
@@ -417,7 +429,7 @@ def test_oracle_the_codes_are_llm_compressor_s(xp, name):
     assert q.g_idx is None
 
 
-# --- degenerate --------------------------------------------------------------------------------------------------
+# --- degenerate ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""The grid of each column is the one that the scheme gives its group, whatever the order of the visit."""
+"""The grid of each column is the one that the scheme gives its group, whatever the order of
+the visit.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def weight(seed):
 
 
 def visit(xp, w, grids, order):
-    """Round the columns of w as they are, in this order; codes[M, N] and values[M, N] in the order of the visit."""
+    """Round the columns of w as they are, in this order; codes[M, N] and values[M, N] in
+    the order of the visit.
+    """
     codes = []
     values = []
     for i, j in enumerate(order):
@@ -45,7 +49,9 @@ def visit(xp, w, grids, order):
 @pytest.mark.parametrize("shape", SHAPES)
 @given(seed=seeds, rule=st.sampled_from(RULES), ordered=st.booleans())
 def test_equality_column_by_column_is_all_at_once(xp, static, shape, seed, rule, ordered):
-    """With no error passed on, columns rounded one by one are the matrix rounded whole; groups where they belong."""
+    """With no error passed on, columns rounded one by one are the matrix rounded whole;
+    groups where they belong.
+    """
     scheme = Scheme(3, rule, *shape)
     w = weight(seed)
     order = np.random.default_rng(seed).permutation(N) if ordered else np.arange(N)
@@ -121,7 +127,9 @@ def test_codes_are_made_with_the_scale_that_is_stored(xp):
 
 
 def test_a_column_that_outgrew_a_tiny_scale_is_clipped_without_overflow(xp):
-    """A group of denormals keeps its scale while other groups' errors move its columns: the quotient is infinite."""
+    """A group of denormals keeps its scale while other groups' errors move its columns: the
+    quotient is infinite.
+    """
     w = np.full((2, 4), 1e-40, dtype="float32")
     w[:, 2:] = 1.0
     grids = Grids(xp.asarray(w), Scheme(4, "asymmetric", "group", 2), static=True)

@@ -1,4 +1,6 @@
-"""The Hessian does not see the batches, its factor is the one that the paper means, and damping always ends."""
+"""The Hessian does not see the batches, its factor is the one that the paper means, and
+damping always ends.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ def positive(seed, n, tokens=None):
     return damped(hessian(inputs(seed, tokens or 2 * n, n)), 0.01)
 
 
-# --- accumulation --------------------------------------------------------------------------------------------
+# --- accumulation -------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -97,7 +99,7 @@ def test_no_token_and_another_width_are_refused(xp):
         accumulator.add(xp.ones((1, 3)))
 
 
-# --- damping and the factor ----------------------------------------------------------------------------------
+# --- damping and the factor ---------------------------------------------------------------
 
 
 def test_exact_value_damping_is_a_share_of_the_mean_diagonal_with_dead_columns_at_one(xp):
@@ -161,7 +163,7 @@ def test_act_order_is_stable_and_puts_dead_columns_last(xp):
     assert factor(xp.asarray(h), 0.25).order is None
 
 
-# --- what is not positive definite -------------------------------------------------------------------------------
+# --- what is not positive definite --------------------------------------------------------
 
 
 def test_fewer_tokens_than_columns_are_enough_with_damping_and_raise_it_without(xp):

@@ -1,4 +1,6 @@
-"""Histogram cuts against their definitions in loops, and against what modelopt made of the same histograms."""
+"""Histogram cuts against their definitions in loops, and against what modelopt made of the
+same histograms.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,8 @@ def test_entropy_cut_is_the_definition(xp, h, levels, start):
     naive = {i: naive_divergence(h, i, levels) for i in range(start, len(h) + 1)}
     replaced = np.concatenate([h[1:2], h[1:]]).astype(np.float64)
     ours = to_host(_divergences(xp.asarray(replaced), levels, start, len(h) + 1))
-    # sums of at most len(h) terms of size log(total), each off by a few eps; prefix sums are whole numbers, exact
+    # sums of at most len(h) terms of size log(total), each off by a few eps; prefix sums
+    # are whole numbers, exact
     tolerance = 8 * len(h) * (1 + math.log(h.sum() + h[1])) * np.finfo(np.float64).eps
     for divergence, (i, exact) in zip(ours, naive.items(), strict=True):
         assert divergence == exact or abs(divergence - exact) <= tolerance, i
@@ -88,10 +91,13 @@ def test_cuts_equal_the_recorded_ones(xp, index):
 
 
 def test_the_last_of_equal_candidates_is_cut():
-    """One count a bin, then an even spread: KL = 0 for the whole histogram and for no shorter one."""
+    """One count a bin, then an even spread: KL = 0 for the whole histogram and for no
+    shorter one.
+    """
     assert entropy_cut(np.full(64, 5), levels=8, start=8) == 64
     h = np.zeros(64, np.int64)
-    # everything in one bin: each candidate that keeps it, and has nothing beyond, loses nothing
+    # everything in one bin: each candidate that keeps it, and has nothing beyond, loses
+    # nothing
     h[3] = 7
     assert entropy_cut(h, levels=8, start=8) == 64
 

@@ -1,4 +1,6 @@
-"""The walk shows each projection the input that it has in the network made of the weights chosen so far."""
+"""The walk shows each projection the input that it has in the network made of the weights
+chosen so far.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class Layers:
 
 
 def observed(source, ids, change=lambda run, name: None):
-    """(layer, projection) → its inputs in the walk, the batches under each other; ``change`` may replace a weight."""
+    """(layer, projection) → its inputs in the walk, the batches under each other;
+    ``change`` may replace a weight.
+    """
     seen = {}
     for run in walk(source, ids):
         for names in run.stages():

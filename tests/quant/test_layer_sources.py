@@ -1,4 +1,6 @@
-"""Layers come from memory and from files alike, one at a time, and only where the files are a whole checkpoint."""
+"""Layers come from memory and from files alike, one at a time, and only where the files are
+a whole checkpoint.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""LLM.int8(): bitsandbytes' own codes and products, the bound of its error, and what the decomposition depends on."""
+"""LLM.int8(): bitsandbytes' own codes and products, the bound of its error, and what the
+decomposition depends on.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ def problem(seed, kind="outlier_column", t=4, m=5, n=12):
     return build(kind, (t, n), seed, "float64"), np.random.default_rng(seed).standard_normal((m, n))
 
 
-# --- the peer ------------------------------------------------------------------------------------------------------
+# --- the peer -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -70,14 +72,15 @@ def test_oracle_products_are_bitsandbytes_own(xp, name):
     )
     eps32 = float(np.finfo("float32").eps)
     assert np.all(np.abs(got - expected) <= (x.shape[1] + 8) * eps32 * size)
-    # bitsandbytes: float16 weights, products and sum, a half unit each, and a constant that is 1.8e-5 too large
+    # bitsandbytes: float16 weights, products and sum, a half unit each, and a constant that
+    # is 1.8e-5 too large
     half = float(np.finfo("float16").eps) / 2
     assert np.all(
         np.abs(got - golden[f"{name}/product"].astype(float)) <= (4 * half + 2e-5) * size + 1e-7
     )
 
 
-# --- the error -----------------------------------------------------------------------------------------------------
+# --- the error ----------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -125,7 +128,7 @@ def test_where_there_are_outliers_the_decomposition_repairs_what_they_break(xp):
     assert errors["paper", 0.0] == errors["bitsandbytes", 0.0]
 
 
-# --- what it depends on --------------------------------------------------------------------------------------------
+# --- what it depends on -------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -175,7 +178,9 @@ def test_what_else_is_in_the_batch_matters(xp):
 
 
 def test_the_paper_and_bitsandbytes_differ_as_the_table_says(xp):
-    """A number just below 6 in a column that is 60 elsewhere: bitsandbytes lets it widen its row's step."""
+    """A number just below 6 in a column that is 60 elsewhere: bitsandbytes lets it widen
+    its row's step.
+    """
     x = np.array([[0.02, 0.02, 5.9], [0.02, 0.02, 60.0]])
     w = np.array([[1.0, 1.0, 0.0]])
     got = {
@@ -207,7 +212,7 @@ def test_bytes_and_what_keeping_the_original_costs(xp):
     assert layer.bits_per_weight == 8 * 80 / 60
 
 
-# --- codes of rows -------------------------------------------------------------------------------------------------
+# --- codes of rows ------------------------------------------------------------------------
 
 
 @given(
@@ -262,7 +267,7 @@ def test_refused(xp, x, w, how, message):
         int8_matmul(xp.asarray(np.array(x)), xp.asarray(np.array(w)), **how)
 
 
-# --- statistics ----------------------------------------------------------------------------------------------------
+# --- statistics ---------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(

@@ -1,4 +1,6 @@
-"""Each method does with a layer what its own module does, for the inputs that it should see, and says what is odd."""
+"""Each method does with a layer what its own module does, for the inputs that it should
+see, and says what is odd.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def test_each_method_has_a_scheme_of_its_own():
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "llama-tied-mha"])
 def test_awq_and_smoothquant_look_at_the_network_as_it_was(family):
-    """Their scales, read off the gains that they were folded into, are those of the original's inputs."""
+    """Their scales, read off the gains that they were folded into, are those of the
+    original's inputs.
+    """
     model = network(NETWORKS[family])
     seen = {}
     output(

@@ -1,4 +1,6 @@
-"""The shrinking search against every candidate tried by hand, and against compressed-tensors' own rounding."""
+"""The shrinking search against every candidate tried by hand, and against
+compressed-tensors' own rounding.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ weights = arrays(st.integers(1, 5), st.sampled_from([8, 16]), dtype="float64")
 
 
 def error(x, lo, hi, scheme, norm):
-    """Σ|x̂ − x|^norm over each range, by slicing, shaped like the scale; in halves: x̂ may overflow."""
+    """Σ|x̂ − x|^norm over each range, by slicing, shaped like the scale; in halves: x̂ may
+    overflow.
+    """
     # NumPy makes numbers of 0-d arrays
     scale, zero = range_to_qparams(np.asarray(lo), np.asarray(hi), scheme)
     e = np.abs(
@@ -77,7 +81,9 @@ def test_of_equal_errors_the_widest_range_wins(x, scheme):
 
 
 def test_patience_ends_the_search_when_no_range_improves():
-    """From p = 0.99 to 0.94 the error only grows; the best is further down, where patience 5 does not arrive."""
+    """From p = 0.99 to 0.94 the error only grows; the best is further down, where patience
+    5 does not arrive.
+    """
     scheme = Scheme(2, "restricted", "tensor")  # codes −s, 0, s
     x = np.array([[1.0] * 3 + [0.8] * 4])
     far = mse_range(x, scheme, max_shrink=0.8, patience=None, norm=1.0)
@@ -134,7 +140,8 @@ def test_compressed_tensors_finds_no_better_candidate(bits, symmetric):
     scheme = Scheme(bits, "half_integer" if symmetric else "asymmetric_signed", "channel")
     lo, hi = (torch.from_numpy(v) for v in mse_range(x, scheme, patience=None))
     best = torch.stack([loss(low * (1 - i / 100), high * (1 - i / 100)) for i in range(20)]).amin(0)
-    # our errors are summed in float32: two candidates that differ by 64·eps of it count as equal
+    # our errors are summed in float32: two candidates that differ by 64·eps of it count as
+    # equal
     assert (loss(lo, hi) <= best * (1 + 64 * np.finfo(np.float32).eps)).all()
     assert (hi < high).any() or bits == 8  # at 8 bits nothing is worth clipping here
 

@@ -69,7 +69,9 @@ def test_equality_gptq_is_obq(xp, seed, rule, shape, bits, act_order, static, bl
 
 
 def test_a_tie_is_told_by_the_result_and_only_what_comes_after_it_is_let_go(xp):
-    """Column 10 begins a group and holds its extreme, −7.5 steps: −7 in one order of operations, −8 in another."""
+    """Column 10 begins a group and holds its extreme, −7.5 steps: −7 in one order of
+    operations, −8 in another.
+    """
     scheme = Scheme(4, "half_integer", "block", (2, 5))
     w = np.random.default_rng(0).standard_normal((3, 12))
     x = inputs(0, 30, 12)
@@ -90,7 +92,9 @@ def test_a_tie_is_told_by_the_result_and_only_what_comes_after_it_is_let_go(xp):
 )
 @given(seed=seeds, n=st.integers(2, 8))
 def test_exact_value_one_step_is_the_constrained_minimum(xp, seed, n):
-    """Groups of one weight at "power" store a negative weight exactly and +a as 3/4 a: only column 0 goes wrong."""
+    """Groups of one weight at "power" store a negative weight exactly and +a as 3/4 a: only
+    column 0 goes wrong.
+    """
     h = positive(seed, n)
     rng = np.random.default_rng(seed)
     w = np.concatenate([rng.uniform(0.1, 1.0, 1), -rng.uniform(1e3, 2e3, n - 1)])[None]

@@ -1,4 +1,6 @@
-"""Observers: what they see is what was shown, in any order or not, and what they choose lies within it."""
+"""Observers: what they see is what was shown, in any order or not, and what they choose
+lies within it.
+"""
 
 from __future__ import annotations
 
@@ -144,7 +146,8 @@ def test_ranges_lie_within_minmax(xp, parts, name):
     most = max(abs(float(low)), abs(float(high)))
     slack = 4 * len(parts) * (float(info.eps) * most + float(info.smallest_subnormal))
     assert float(lo) <= float(hi)
-    # zero belongs to every range that is quantised: of a one-sided tensor the near end may be cut too
+    # zero belongs to every range that is quantised: of a one-sided tensor the near end may
+    # be cut too
     assert max(float(hi), 0.0) <= max(float(high), 0.0) + slack
     assert min(float(lo), 0.0) >= min(float(low), 0.0) - slack
     scale, zero = observer.qparams(TENSOR)
@@ -179,7 +182,8 @@ def test_calibrators_equal_the_recorded_ones(xp, index):
     parts = make_entropy.batches(case)
     eps = float(np.finfo(np.float32).eps)
     counts = to_host(shown(Histogram(), parts, xp).counts)
-    # torch.histc places a number by float32 products: one at an edge may fall to the other side
+    # torch.histc places a number by float32 products: one at an edge may fall to the other
+    # side
     x = (
         np.abs(np.concatenate(parts)).astype(np.float64)
         / float(np.abs(np.concatenate(parts)).max())
@@ -271,7 +275,7 @@ def test_settings_that_make_no_sense_are_refused():
             Histogram(top=top, bins=bins)
 
 
-# --- torch ----------------------------------------------------------------------------------------------------------
+# --- torch --------------------------------------------------------------------------------
 
 
 @pytest.mark.oracle

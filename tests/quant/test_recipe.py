@@ -1,4 +1,6 @@
-"""Whole models: each method's layers are its own module's, one layer is held at a time, and a killed run goes on."""
+"""Whole models: each method's layers are its own module's, one layer is held at a time, and
+a killed run goes on.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,7 @@ def same_layers(a, b) -> None:
             np.testing.assert_array_equal(*pair, err_msg=key)
 
 
-# --- what comes out ----------------------------------------------------------------------------------------------
+# --- what comes out -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", NETWORKS.values(), ids=NETWORKS)
@@ -87,7 +89,8 @@ def test_every_method_takes_every_family(xp, method, config):
         )
     np.testing.assert_array_equal(output(model, xp=xp), before)  # the model given is left as it was
     distance = np.abs(output(quantised, xp=xp) - before).mean() / np.abs(before).mean()
-    # 8-bit floats have 3 bits of mantissa: 2.6 % an operand, where 8-bit integers have 0.8 % here
+    # 8-bit floats have 3 bits of mantissa: 2.6 % an operand, where 8-bit integers have 0.8
+    # % here
     assert 0 < distance < (0.8 if method in WEIGHT_ONLY else 0.3 if method == "fp8" else 0.1), (
         distance
     )
@@ -154,7 +157,7 @@ def test_the_kind_of_record_is_kept(tmp_path):
     assert len(quantize_model(model, "rtn", GROUPS_OF_8)[0].generate([1, 2, 3], 4)) == 4
 
 
-# --- one layer at a time, and going on -----------------------------------------------------------------------------
+# --- one layer at a time, and going on ----------------------------------------------------
 
 
 class Killed(Exception):
@@ -271,7 +274,7 @@ def test_layers_read_from_files_give_what_layers_in_memory_give(tmp_path, stored
     assert [t.nbytes for t in streamed.tensors] == [t.nbytes for t in report.tensors]
 
 
-# --- what is odd ---------------------------------------------------------------------------------------------------
+# --- what is odd --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)

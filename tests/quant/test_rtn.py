@@ -1,4 +1,6 @@
-"""Round to nearest is ``quantize``, and the searched ranges are the best of those that were tried."""
+"""Round to nearest is ``quantize``, and the searched ranges are the best of those that were
+tried.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ def test_bound_a_search_never_loses_to_the_whole_range(xp, w, scheme):
     w=arrays(st.integers(1, 6), 8, kinds=["normal", "outlier_column", "one_sided"]), scheme=schemes
 )
 def test_exact_value_the_search_finds_the_best_of_eighty_ranges(xp, w, scheme):
-    """By hand: every candidate with the definition of its error, the first of the best ones."""
+    """By hand: every candidate with the definition of its error, the first of the best
+    ones.
+    """
     w = w.astype("float64")
     scale, zero_point = (to_host(p) for p in params(xp.asarray(w), scheme, mse=True))
     lo, hi = (np.asarray(p) for p in module.ranges(w, scheme))
@@ -96,7 +100,9 @@ def test_exact_value_the_search_finds_the_best_of_eighty_ranges(xp, w, scheme):
 
 @given(seed=seeds, scheme=schemes, exponent=st.integers(-60, 60))
 def test_invariance_the_search_does_not_see_a_power_of_two(xp, seed, scheme, exponent):
-    """Errors are measured in steps: weights of any size are searched alike, with nothing lost to underflow."""
+    """Errors are measured in steps: weights of any size are searched alike, with nothing
+    lost to underflow.
+    """
     if scheme.rule == "awq" and exponent < 0:
         return  # its smallest range is 1e-5, whatever the weights are
     w = np.random.default_rng(seed).standard_normal((4, 8)).astype("float32")

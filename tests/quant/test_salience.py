@@ -1,4 +1,6 @@
-"""The 1 % experiment: which channels are chosen, what keeping them costs, and what it repairs."""
+"""The 1 % experiment: which channels are chosen, what keeping them costs, and what it
+repairs.
+"""
 
 from __future__ import annotations
 

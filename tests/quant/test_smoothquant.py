@@ -1,4 +1,6 @@
-"""SmoothQuant: its scale by the authors' loops, what α means, the same function after folding, and the levels."""
+"""SmoothQuant: its scale by the authors' loops, what α means, the same function after
+folding, and the levels.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def weights_of(family, seed=0, dtype="float64", xp=np):
 
 
 def seen_by(config, weights, xp=np):
-    """max |x| of each input of the first layers' projections, as the network computes them: a list of dicts."""
+    """max |x| of each input of the first layers' projections, as the network computes them:
+    a list of dicts.
+    """
     found = [{} for _ in weights["layers"]]
 
     def observe(i, name, x):
@@ -53,7 +57,7 @@ def seen_by(config, weights, xp=np):
     return found
 
 
-# --- the scale -----------------------------------------------------------------------------------------------------
+# --- the scale ----------------------------------------------------------------------------
 
 
 def problem(seed, kinds, n=6):
@@ -138,7 +142,7 @@ def test_refused(xp, a, w, alpha, message):
         )
 
 
-# --- folding -------------------------------------------------------------------------------------------------------
+# --- folding ------------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -205,7 +209,7 @@ def test_statistics_are_those_of_the_network(xp):
             np.testing.assert_allclose(to_host(found[name]), to_host(expected[name]), rtol=1e-12)
 
 
-# --- W8A8 ----------------------------------------------------------------------------------------------------------
+# --- W8A8 ---------------------------------------------------------------------------------
 
 
 def test_the_levels_are_the_table_s(xp):
@@ -258,7 +262,9 @@ def test_a_whole_tree_is_what_the_recipe_makes(level, alpha):
 
 
 def test_smoothing_repairs_what_an_outlier_channel_breaks():
-    """One product: the error with smoothing is a small part of the error without, as the paper's figure 2 says."""
+    """One product: the error with smoothing is a small part of the error without, as the
+    paper's figure 2 says.
+    """
     rng = np.random.default_rng(0)
     x = rng.standard_normal((64, 128))
     w = rng.standard_normal((32, 128)) / 12

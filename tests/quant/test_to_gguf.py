@@ -1,4 +1,6 @@
-"""Checkpoints to GGUF and back: tensors, tokenizer, logits; llama.cpp's logits; workers that die; bad input."""
+"""Checkpoints to GGUF and back: tensors, tokenizer, logits; llama.cpp's logits; workers
+that die; bad input.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,7 @@ def f32(source, tmp_path_factory) -> Path:
     return path
 
 
-# --- names, orders, metadata ---------------------------------------------------------------------------------------
+# --- names, orders, metadata --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -92,7 +94,9 @@ def test_rows_of_q_and_k(name):
 )
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_family_comes_back(name, tmp_path):
-    """Biases, query norms, windows, Llama 3's rotation, tied heads: the same logits to the bit."""
+    """Biases, query norms, windows, Llama 3's rotation, tied heads: the same logits to the
+    bit.
+    """
     config = replace(NETWORKS[name], bos_token_id=0, eos_token_ids=(0,))
     tensors = random_tensors(config, 0, "float32")
     loading.save(tmp_path / "hf", config, tensors, small_tokenizer(), dtype="float32")
@@ -113,7 +117,9 @@ def test_every_family_comes_back(name, tmp_path):
 
 
 def test_stretched_wavelengths_come_from_the_file(tmp_path):
-    """Without our own entry the factors alone give the rotation, as in a file of llama.cpp's converter."""
+    """Without our own entry the factors alone give the rotation, as in a file of
+    llama.cpp's converter.
+    """
     config = NETWORKS["llama3-rope"]
     assert config.rope_scaling == LLAMA3
     loading.save(
@@ -141,7 +147,7 @@ def test_stretched_wavelengths_come_from_the_file(tmp_path):
         convert(tmp_path / "y.gguf", tmp_path / "z.gguf", "F16", workers=1)
 
 
-# --- weights -------------------------------------------------------------------------------------------------------
+# --- weights ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("type", [name for name in MIXES if name not in ("F32", "F16", "BF16")])
@@ -203,7 +209,7 @@ def test_slabs_change_no_byte(source, f32, tmp_path, monkeypatch):
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
-# --- importance ----------------------------------------------------------------------------------------------------
+# --- importance ---------------------------------------------------------------------------
 
 
 def test_importance_is_the_mean_square_of_the_inputs(source, tmp_path):
@@ -245,7 +251,7 @@ def test_importance_is_the_mean_square_of_the_inputs(source, tmp_path):
         )
 
 
-# --- workers -------------------------------------------------------------------------------------------------------
+# --- workers ------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")
@@ -271,7 +277,7 @@ def test_a_conversion_whose_worker_is_killed_gives_the_same_bytes(source, tmp_pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf", "b.gguf"]
 
 
-# --- tokenizers ----------------------------------------------------------------------------------------------------
+# --- tokenizers ---------------------------------------------------------------------------
 
 
 def without(metadata, *keys):
@@ -329,7 +335,7 @@ def test_broken_tokenizers_are_refused(f32):
             tokenizer_of(metadata | change, "x")
 
 
-# --- llama.cpp -----------------------------------------------------------------------------------------------------
+# --- llama.cpp ----------------------------------------------------------------------------
 
 
 def their_logits(path: Path, ids: list[int]) -> np.ndarray:
@@ -362,7 +368,9 @@ def their_logits(path: Path, ids: list[int]) -> np.ndarray:
     "name", [n for n in NETWORKS if NETWORKS[n].head_dim % 2 == 0 and n != "mistral-window"]
 )
 def test_llama_cpp_computes_the_same_logits(name, tmp_path):
-    """F32 file, F32 cache, no flash attention: within 3e-4 of the largest logit, for every family."""
+    """F32 file, F32 cache, no flash attention: within 3e-4 of the largest logit, for every
+    family.
+    """
     config = replace(NETWORKS[name], bos_token_id=0, eos_token_ids=(0,))
     loading.save(
         tmp_path / "hf",
@@ -380,12 +388,15 @@ def test_llama_cpp_computes_the_same_logits(name, tmp_path):
 @pytest.mark.llamacpp
 @pytest.mark.parametrize("type", MIXES)
 def test_llama_cpp_opens_every_type(f32, type, tmp_path):
-    """Its activations are rounded to 8 bits, so that logits differ a little; the weights are the same."""
+    """Its activations are rounded to 8 bits, so that logits differ a little; the weights
+    are the same.
+    """
     convert(f32, tmp_path / "x.gguf", type, workers=1)
     ids = [0, *range(40, 60)]
     ours = load(tmp_path / "x.gguf").logits(ids)
     theirs = their_logits(tmp_path / "x.gguf", ids)
-    # 8-bit activations cost this random network some 5 %; a weight that was read wrongly costs 140 %
+    # 8-bit activations cost this random network some 5 %; a weight that was read wrongly
+    # costs 140 %
     assert np.linalg.norm(ours - theirs) <= 0.2 * np.linalg.norm(ours)
 
 
@@ -431,7 +442,7 @@ def test_llama_cpp_splits_text_the_same(kind, tmp_path):
     model.close()
 
 
-# --- bad input -----------------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------
 
 
 def test_a_target_that_is_there_is_kept(source, tmp_path):
@@ -541,7 +552,7 @@ def test_infinite_steps_are_refused(f32, tmp_path):
         load(tmp_path / "q.gguf")
 
 
-# --- the command ---------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------
 
 
 def test_the_command(source, tmp_path):

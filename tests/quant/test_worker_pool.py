@@ -1,4 +1,6 @@
-"""Work side by side: in order, few pieces in flight, and nothing lost when a worker is killed."""
+"""Work side by side: in order, few pieces in flight, and nothing lost when a worker is
+killed.
+"""
 
 from __future__ import annotations
 

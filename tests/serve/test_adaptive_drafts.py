@@ -1,4 +1,6 @@
-"""Drafting in the engine: the same tokens whatever is drafted, the books and caches sound after every step."""
+"""Drafting in the engine: the same tokens whatever is drafted, the books and caches sound
+after every step.
+"""
 
 from __future__ import annotations
 
@@ -181,7 +183,9 @@ def test_greedy_text_is_the_same_on_the_real_model_in_a_batch_with_preemption():
 
 @pytest.mark.parametrize("stop", [True, False])
 def test_a_stop_or_an_end_within_an_accepted_run_ends_the_text(stop):
-    """Everything is drafted and accepted, eight tokens a step; what follows the end is discarded."""
+    """Everything is drafted and accepted, eight tokens a step; what follows the end is
+    discarded.
+    """
     plain, _ = served(None, [Request([7, 8], 16, id=0)])
     tokens, text, _ = plain[0]
     options = {"stop": [text[3:6]]} if stop else {}
@@ -231,7 +235,7 @@ def test_sampled_drafts_keep_the_law_in_the_engine(monkeypatch):
     assert distance(law(run), text_law(target, Sampling(temperature=1.0), 3)) <= 1e-11
 
 
-# --- how many drafts ----------------------------------------------------------------------------------------------
+# --- how many drafts ----------------------------------------------------------------------
 
 
 def priced(steps, draft: float, first: float | None = None) -> Costs:
@@ -431,7 +435,9 @@ def test_costs_of_a_draft_model_that_is_rarely_sure_are_not_nothing():
 
 
 def test_a_failure_while_drafting_is_made_up_for(monkeypatch):
-    """Whatever fails, in the draft model, in the making of a drafter: the next step begins where that one did."""
+    """Whatever fails, in the draft model, in the making of a drafter: the next step begins
+    where that one did.
+    """
     from refllm.decode.speculative import drafters as module
 
     real = module.forward

@@ -1,4 +1,6 @@
-"""Orders of admission: what each one promises, and the order that makes a cache of prefixes optimal."""
+"""Orders of admission: what each one promises, and the order that makes a cache of prefixes
+optimal.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def distinct_prefixes(texts: list[Text]) -> int:
 
 
 def computed(texts: list[Text], order: str, capacity: int) -> int:
-    """Tokens computed when the texts are served one at a time from a radix tree of ``capacity`` tokens."""
+    """Tokens computed when the texts are served one at a time from a radix tree of
+    ``capacity`` tokens.
+    """
     scheduler = Scheduler(
         Radix(BlockPool(capacity, 1)), order=order, max_sequences=1, max_batch_tokens=None
     )

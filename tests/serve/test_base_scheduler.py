@@ -1,4 +1,6 @@
-"""The books: outcomes that do not fit are refused before anything has changed; forks, drops and ends add up."""
+"""The books: outcomes that do not fit are refused before anything has changed; forks, drops
+and ends add up.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Beam search against searches that keep whole texts: over languages that are drawn, and in the engine over a network.
+"""Beam search against searches that keep whole texts: over languages that are drawn, and in
+the engine over a network.
 
-A language is a table of logits by text, drawn from a seed: a search over it takes a millisecond, and its probabilities
-can be sharp, flat, or fond of ending, as those of one small network are not.
+A language is a table of logits by text, drawn from a seed: a search over it takes a
+millisecond, and its probabilities can be sharp, flat, or fond of ending, as those of one
+small network are not.
 """
 
 from __future__ import annotations
@@ -43,10 +45,12 @@ def language(
 def naive_search(
     request: Request, ends: frozenset[int], logits: Language, early: bool = False
 ) -> tuple[list[Hypothesis], int, float]:
-    """(the n best hypotheses, how long the search took, the smallest difference of scores that decided anything).
+    """(the n best hypotheses, how long the search took, the smallest difference of scores
+    that decided anything).
 
-    ``early``: it is over as soon as n hypotheses are at least as good as whatever the beams may come to: tried are all
-    lengths, with a probability of 1 for every token that is to come.
+    ``early``: it is over as soon as n hypotheses are at least as good as whatever the beams
+    may come to: tried are all lengths, with a probability of 1 for every token that is to
+    come.
     """
     n = request.n
     penalty = request.length_penalty
@@ -83,7 +87,9 @@ def naive_search(
 def drive(
     request: Request, ends: frozenset[int], logits: Language, xp: Any = np
 ) -> tuple[list[Hypothesis], int]:
-    """(the n best of the search, its steps), its beams kept as the scheduler keeps them: forks run last."""
+    """(the n best of the search, its steps), its beams kept as the scheduler keeps them:
+    forks run last.
+    """
     search = Search(request, ends)
     beams = [Branch(request, 0, 0)]
     indices = count(1)
@@ -111,7 +117,7 @@ def drive(
     return search.best, steps
 
 
-# --- over languages that are drawn -------------------------------------------------------------------------------
+# --- over languages that are drawn --------------------------------------------------------
 
 
 @st.composite
@@ -166,7 +172,9 @@ def test_bound_the_search_ends_as_early_as_it_may_and_no_earlier(case):
 
 
 def certain(*tokens: int) -> np.ndarray:
-    """Logits of four tokens whose probability is shared by ``tokens``; log p of one alone is 0, exactly."""
+    """Logits of four tokens whose probability is shared by ``tokens``; log p of one alone
+    is 0, exactly.
+    """
     return np.where(np.isin(np.arange(4), tokens), 0.0, -1e4)
 
 
@@ -204,7 +212,8 @@ def test_where_length_is_penalised_a_beam_may_win_as_long_as_the_next_length_may
     found, steps = drive(
         request, frozenset([0]), lambda text: np.log(table[text]) if text in table else certain(1)
     )
-    # the second best is log 0.06 = -2.8: better than 4 log(0.9 · 0.48) = -3.4, but not than three times as much
+    # the second best is log 0.06 = -2.8: better than 4 log(0.9 · 0.48) = -3.4, but not than
+    # three times as much
     assert ([h.tokens for h in found], steps) == ([[1, 0], [0]], 3)
 
 
@@ -216,7 +225,9 @@ def test_equal_candidates_are_ranked_by_beam_then_by_token():
 
 @pytest.mark.parametrize("ends", [(0,), (0, 1), (0, 1, 2)])
 def test_ends_never_crowd_out_the_beams(ends):
-    """The likeliest tokens of every beam end: n (1 + e) candidates hold n that go on, and no fewer do."""
+    """The likeliest tokens of every beam end: n (1 + e) candidates hold n that go on, and
+    no fewer do.
+    """
     z = np.array([9.0 if token in ends else -float(token) for token in range(6)])
     request = Request([1], 4, n=3, beam=True, length_penalty=9.0)
     sizes = []
@@ -229,7 +240,7 @@ def test_ends_never_crowd_out_the_beams(ends):
     assert sizes == [0, *[1] * 3, *[2] * 3, *[3] * 3]
 
 
-# --- in the engine -----------------------------------------------------------------------------------------------
+# --- in the engine ------------------------------------------------------------------------
 
 
 def network(request: Request) -> Language:

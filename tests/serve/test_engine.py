@@ -1,4 +1,6 @@
-"""The engine: what a request says depends on nothing but itself; what goes wrong with one touches no other."""
+"""The engine: what a request says depends on nothing but itself; what goes wrong with one
+touches no other.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ PROMPTS = [
 
 
 def some_request(rng: random.Random, name: int) -> Request:
-    """Prompts that share prefixes; greedy, sampled and penalised; one continuation or several."""
+    """Prompts that share prefixes; greedy, sampled and penalised; one continuation or
+    several.
+    """
     prompt = PROMPTS[rng.randrange(len(PROMPTS))] + [
         rng.randint(60, 62) for _ in range(rng.randint(0, 3))
     ]
@@ -178,7 +182,7 @@ def test_speculation_with_a_model_that_samples_says_what_the_drafts_allow():
     assert engine.steps < 8  # the target drafts for itself: all are accepted, 4 tokens a step
 
 
-# --- bad input -------------------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -378,7 +382,7 @@ def test_outputs_stand_in_the_order_of_their_branches_whoever_ended_first():
     )
 
 
-# --- listeners -------------------------------------------------------------------------------------------------
+# --- listeners ----------------------------------------------------------------------------
 
 
 def test_listeners_hear_every_token_once_and_the_text_piece_by_piece():
@@ -472,7 +476,7 @@ def test_a_listener_may_submit_and_abort_but_not_step(busy):
     assert_serves_on(busy)
 
 
-# --- a flood ---------------------------------------------------------------------------------------------------
+# --- a flood ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("cache", "count"), [("hash", 500), ("radix", 2000)])

@@ -1,4 +1,6 @@
-"""Memories of blocks: what each takes, keeps and gives back, and what ``check`` finds when somebody forgets."""
+"""Memories of blocks: what each takes, keeps and gives back, and what ``check`` finds when
+somebody forgets.
+"""
 
 from __future__ import annotations
 

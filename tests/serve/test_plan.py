@@ -1,4 +1,6 @@
-"""A plan is plain data: it says where everything lies, and ``check`` finds every promise that it breaks."""
+"""A plan is plain data: it says where everything lies, and ``check`` finds every promise
+that it breaks.
+"""
 
 from __future__ import annotations
 

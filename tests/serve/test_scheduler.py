@@ -1,4 +1,6 @@
-"""The scheduler against a model of memory and of every request's tokens: what is planned can be computed, by all."""
+"""The scheduler against a model of memory and of every request's tokens: what is planned
+can be computed, by all.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +36,11 @@ SEEN = {
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Requests come, fork, are aborted and preempted over a pool that is too small for them.
+    """Requests come, fork, are aborted and preempted over a pool that is too small for
+    them.
 
-    Hypothesis chooses what happens and a seed for how: it draws a seed evenly, and small numbers it does not.
+    Hypothesis chooses what happens and a seed for how: it draws a seed evenly, and small
+    numbers it does not.
     """
 
     kind: ClassVar[str | None] = None  # of memory
@@ -198,7 +202,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         return outcomes
 
     def listen(self, events: list[Event], before: dict[Any, list[int]]) -> None:
-        """The branches say what the outcomes told them to say, no more than they may, and end when they must."""
+        """The branches say what the outcomes told them to say, no more than they may, and
+        end when they must.
+        """
         for branch, tokens, reason in events:
             if branch.key not in self.texts:
                 parents = [text for key, text in before.items() if key[0] == branch.key[0]]
@@ -259,7 +265,7 @@ def test_state_machine_the_scheduler_over_every_memory(kind):
     )
 
 
-# --- by hand -------------------------------------------------------------------------------------------------
+# --- by hand ------------------------------------------------------------------------------
 
 
 def served(scheduler: Scheduler, plans: list[Plan] | None = None) -> list[Event]:
@@ -390,7 +396,8 @@ def test_nobody_is_preempted_for_a_guess():
     for name in ("old", "young"):
         scheduler.submit(Request(range(3), 2, id=name))
     scheduler.update(scheduler.plan(), [[Continuation([7])]] * 2)
-    # both have 4 tokens to keep in 2 blocks each: there is room for the token, and none for drafts
+    # both have 4 tokens to keep in 2 blocks each: there is room for the token, and none for
+    # drafts
     scheduler.running[0].request = Request(range(3), 9, id="old")
     assert scheduler.propose(("old", 0), [1, 2, 3]) == 3
     plan = scheduler.plan()

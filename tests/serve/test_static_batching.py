@@ -1,4 +1,6 @@
-"""Static and Orca-style batches by hand: what is padded, what computes nothing, what is reserved."""
+"""Static and Orca-style batches by hand: what is padded, what computes nothing, what is
+reserved.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,8 @@ def test_conservation_a_static_batch_computes_its_rectangle(outputs):
     [("orca-max", 2), ("orca-pow2", 4), ("orca-oracle", 5), ("static", 5), ("fcfs", 10)],
 )
 def test_who_reserves_less_runs_more(policy, batch):
-    # 64 slots; a prompt of 3, an output of 5 tokens: 32, 3 + 8 → 16, 8, 8, and what has been said so far
+    # 64 slots; a prompt of 3, an output of 5 tokens: 32, 3 + 8 → 16, 8, 8, and what has
+    # been said so far
     made = plans(
         policy, [(3, 5)] * 12, 40 if policy in ("orca-oracle", "static") else 64, longest=32
     )

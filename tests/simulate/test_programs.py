@@ -16,7 +16,9 @@ def ids(seed=0):
 
 
 def played(program, order=lambda queue: 0):
-    """All requests of a program, in an order of serving; the answer to each is told from its id alone."""
+    """All requests of a program, in an order of serving; the answer to each is told from
+    its id alone.
+    """
     queue = list(program.requests)
     served = []
     while queue:

@@ -1,4 +1,6 @@
-"""The simulator serves as the scheduler does; its jumps change nothing but the number of plans."""
+"""The simulator serves as the scheduler does; its jumps change nothing but the number of
+plans.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from refllm.simulate.workload import ALPACA, Distinct, requests
 
 
 class Whole:
-    """Whole seconds, so that sums are exact in any order: what is read, and something for each row."""
+    """Whole seconds, so that sums are exact in any order: what is read, and something for
+    each row.
+    """
 
     def step(self, batch, rows):
         return float(7 + sum(past + new for past, new in batch) + 3 * rows)
@@ -60,7 +64,9 @@ def scheduler(kind, blocks, size, budget, seats, chunked, host=None):
 
 @st.composite
 def runs(draw, kinds=KINDS):
-    """(make a scheduler, requests): small pools, so that blocks run out, and arrivals that fall into steps."""
+    """(make a scheduler, requests): small pools, so that blocks run out, and arrivals that
+    fall into steps.
+    """
     kind = draw(st.sampled_from(kinds))
     size = draw(st.integers(1, 5))
     blocks = draw(st.integers(12, 30))
@@ -155,7 +161,8 @@ def test_no_jump_right_after_a_preemption():
 
 @pytest.mark.parametrize(("budget", "chunked"), [(1, True), (3, True), (12, False)])
 def test_nobody_is_admitted_in_a_jump_for_want_of_a_budget(budget, chunked):
-    # The budget, and nothing else, keeps the later ones out: all of it is used, or a whole prompt does not fit
+    # The budget, and nothing else, keeps the later ones out: all of it is used, or a whole
+    # prompt does not fit
     asked = [Request(range(50 * i, 50 * i + 4), 9, id=i) for i in range(14)]
     make = lambda: scheduler("paged", 140, 2, budget, None, chunked)  # noqa: E731 (a fresh one for each)
     plain, jumped = (Simulator(make(), Whole(), jumps=j).run(asked) for j in (False, True))

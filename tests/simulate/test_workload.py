@@ -24,7 +24,8 @@ from refllm.simulate.workload import (
     useful_share,
 )
 
-# A mean of N samples with variance v is within 5 √(v/N) of its expectation but once in 1.7 million times.
+# A mean of N samples with variance v is within 5 √(v/N) of its expectation but once in 1.7
+# million times.
 SIGMAS = 5
 
 
@@ -63,7 +64,8 @@ def test_a_wide_log_normal_has_the_mean_of_its_closed_form():
     mu = 5.0
     sigma = 0.5
     mean, variance = moments(LogNormal(mu, sigma, 1, 10_000).pmf())  # nothing is cut: > 8 σ
-    # rounding moves a smooth density's mean by less than its largest slope, and its variance by 1/12
+    # rounding moves a smooth density's mean by less than its largest slope, and its
+    # variance by 1/12
     assert mean == pytest.approx(exp(mu + sigma**2 / 2), abs=1e-3)
     assert variance == pytest.approx(
         (exp(sigma**2) - 1) * exp(2 * mu + sigma**2) + 1 / 12, rel=1e-4

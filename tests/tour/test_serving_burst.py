@@ -1,4 +1,6 @@
-"""A burst through the engine: the same tokens whatever the memory, and a shared beginning computed once."""
+"""A burst through the engine: the same tokens whatever the memory, and a shared beginning
+computed once.
+"""
 
 from __future__ import annotations
 

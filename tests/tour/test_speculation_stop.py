@@ -1,4 +1,6 @@
-"""The tour's stop for speculation: the rows of its table, and a model for which nobody can draft but n-grams."""
+"""The tour's stop for speculation: the rows of its table, and a model for which nobody can
+draft but n-grams.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Every stop of the tour can be visited alone, prints what it computed, and leaves its figures where it was told."""
+"""Every stop of the tour can be visited alone, prints what it computed, and leaves its
+figures where it was told.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def guide(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> guides.Tour:
-    """A tour of a tiny model on a machine of round numbers, which prints into ``guide.out.file``."""
+    """A tour of a tiny model on a machine of round numbers, which prints into
+    ``guide.out.file``.
+    """
     made = guides.Tour(
         str(directory), "numpy", tmp_path / "figures", Console(file=io.StringIO(), width=10_000)
     )

@@ -1,4 +1,6 @@
-"""Every gradient of the network: against central differences, torch's autograd, and the network that serves."""
+"""Every gradient of the network: against central differences, torch's autograd, and the
+network that serves.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ llamas = model_configs(families=["llama"])
 
 
 def parameters(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
-    """float64 weights large enough that attention is far from uniform and SwiGLU far from linear; gains are not 1."""
+    """float64 weights large enough that attention is far from uniform and SwiGLU far from
+    linear; gains are not 1.
+    """
     rng = np.random.default_rng(seed)
     return {
         name: (
@@ -61,8 +65,9 @@ def check_by_differences(params, config, tokens, name, grad, direction, teacher=
     wide, narrow = (
         slope(params, config, tokens, name, direction, step, teacher) for step in (2 * h, h)
     )
-    # A central difference errs by c·h²: |D(2h) − D(h)| = 3·c·h² measures it. The loss itself, a number near
-    # log V ≤ 4, is rounded some hundred times on the way: that error is divided by h.
+    # A central difference errs by c·h²: |D(2h) − D(h)| = 3·c·h² measures it. The loss
+    # itself, a number near log V ≤ 4, is rounded some hundred times on the way: that error
+    # is divided by h.
     tolerance = abs(wide - narrow) + 256 * EPS64 * 4 / h
     assert abs(float(np.sum(grad * direction)) - narrow) <= tolerance, name
 
@@ -90,7 +95,9 @@ def test_oracle_each_gradient_is_the_central_difference_along_a_random_direction
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_oracle_each_single_element_of_a_tiny_network(tied):
-    """Exhaustive: 1 layer, 2 query heads on 1 key head; every element of every tensor by itself."""
+    """Exhaustive: 1 layer, 2 query heads on 1 key head; every element of every tensor by
+    itself.
+    """
     config = ModelConfig("llama", 5, 4, 3, 1, 2, 1, 2, tie_word_embeddings=tied)
     params = parameters(config, 3)
     tokens = batch(config, 4, length=4)
@@ -197,13 +204,15 @@ def test_a_sequence_of_one_token_predicts_nothing_and_is_refused():
         loss_and_gradients(parameters(config, 0), config, np.zeros((2, 1), dtype=int))
 
 
-# --- torch ---------------------------------------------------------------------------------------------------
+# --- torch --------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def double_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """transformers takes norms, softmax and angles in float32 whatever the model's dtype. Within this fixture
-    ``torch.float32`` reads as float64, so that its autograd is an oracle to float64's precision."""
+    """transformers takes norms, softmax and angles in float32 whatever the model's dtype.
+    Within this fixture ``torch.float32`` reads as float64, so that its autograd is an
+    oracle to float64's precision.
+    """
     torch = oracle("torch")
     oracle("transformers").LlamaForCausalLM  # noqa: B018 (its modules are imported before the names change)
     for name in ("float32", "float"):
@@ -260,7 +269,9 @@ def test_oracle_loss_and_gradients_are_those_of_torch_in_float64(config, seed, t
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.usefixtures("double_precision")
 def test_oracle_grouped_heads_two_layers_and_stretched_rope(tied):
-    """One larger case by name: 6 query heads on 2 key heads, llama3 frequencies in all three bands."""
+    """One larger case by name: 6 query heads on 2 key heads, llama3 frequencies in all
+    three bands.
+    """
     bands = RopeScaling(8.0, 1.0, 4.0, 64)
     config = ModelConfig(
         "llama", 61, 48, 40, 2, 6, 2, 16, 1e-5, 500.0, bands, tie_word_embeddings=tied

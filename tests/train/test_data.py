@@ -32,7 +32,8 @@ def test_a_split_is_a_partition_with_both_sides_filled(items, share):
     assert held
     assert sorted(train + held, key=lambda d: int(d.name)) == documents
     taken, total = (sum(len(d.text) for d in part) for part in (held, documents))
-    # the last document that was taken crossed the share; without it, the share was not reached
+    # the last document that was taken crossed the share; without it, the share was not
+    # reached
     assert taken < share * total + max(len(d.text) for d in held) + 1e-9
 
 

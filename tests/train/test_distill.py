@@ -44,7 +44,8 @@ def test_targets_are_the_mixture_of_tempered_softmax_and_label(seed, temperature
     expected = alpha * softmax(z / temperature) + (1 - alpha) * np.eye(V)[tokens[:, 1:].reshape(-1)]
     # any chunking of the rows
     got = np.concatenate([targets(slice(a, min(a + 5, 14))) for a in range(0, 14, 5)])
-    # A logit of magnitude |z| in float64 carries an error of about N·eps·|z|, and exp makes it relative.
+    # A logit of magnitude |z| in float64 carries an error of about N·eps·|z|, and exp makes
+    # it relative.
     tolerance = 16 * np.finfo(np.float64).eps * (1 + np.abs(z).max() / temperature)
     np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance)
     np.testing.assert_allclose(got.sum(axis=-1), 1.0, rtol=0, atol=V * np.finfo(np.float64).eps)
@@ -78,7 +79,9 @@ def test_invariance_every_array_library_gives_the_same_targets(xp):
 )
 @given(st.integers(0, 2**32 - 1))
 def test_a_student_equal_to_its_teacher_has_no_gradient(seed):
-    """softmax(z) − p = 0 at q = p, and the loss there is the entropy of p (Gibbs' inequality's equality case)."""
+    """softmax(z) − p = 0 at q = p, and the loss there is the entropy of p (Gibbs'
+    inequality's equality case).
+    """
     params, config = network(seed)
     tokens = np.random.default_rng(seed).integers(0, V, (2, 8))
     targets = teacher_of(params, config)(tokens)
@@ -90,7 +93,9 @@ def test_a_student_equal_to_its_teacher_has_no_gradient(seed):
 
 
 def test_distillation_brings_the_student_nearer_to_its_teacher_in_acceptance(tmp_path: Path):
-    """Σ min(p, q), the probability that speculative decoding accepts, rises on fresh tokens."""
+    """Σ min(p, q), the probability that speculative decoding accepts, rises on fresh
+    tokens.
+    """
     teacher_params, teacher_config = network(0, width=32, dtype="float32")
     _, config = network(1)
     stream = np.random.default_rng(2).integers(0, V, 4000).astype(np.int32)

@@ -1,4 +1,6 @@
-"""Training: resumed runs equal unbroken ones bit for bit, workers and array libraries agree, and it learns."""
+"""Training: resumed runs equal unbroken ones bit for bit, workers and array libraries
+agree, and it learns.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,7 @@ def bits(state: State) -> tuple[object, ...]:
     )
 
 
-# --- Muon, and weights to go on from --------------------------------------------------------------------------
+# --- Muon, and weights to go on from ------------------------------------------------------
 
 
 def test_a_run_with_muon_resumes_to_the_bits_of_an_unbroken_one(tmp_path):
@@ -93,7 +95,7 @@ def test_given_weights_are_where_a_run_begins(tmp_path):
     assert all(np.array_equal(to_host(state.params[name]), w) for name, w in start.items())
 
 
-# --- first weights -------------------------------------------------------------------------------------------
+# --- first weights ------------------------------------------------------------------------
 
 
 @given(config=model_configs(families=["llama"]), seed=seeds)
@@ -121,7 +123,7 @@ def test_the_first_weights_have_deviation_002_and_less_where_they_write_to_the_r
             assert abs(float(w.mean())) < 5 * expected / math.sqrt(w.size)
 
 
-# --- resume --------------------------------------------------------------------------------------------------
+# --- resume -------------------------------------------------------------------------------
 
 
 class Killed(Exception):
@@ -205,7 +207,9 @@ def test_a_finished_run_is_read_and_not_repeated(unbroken, tmp_path):
 
 
 def test_a_half_written_checkpoint_is_never_trusted(unbroken, tmp_path):
-    """A rest of a broken write under the temporary name is ignored; under the real name it is refused."""
+    """A rest of a broken write under the temporary name is ignored; under the real name it
+    is refused.
+    """
     (tmp_path / "state.partial").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
     assert bits(train(CONFIG, streams(), PLAN, tmp_path, held_out=streams(1)[0])) == bits(unbroken)
     path = tmp_path / "state.safetensors"
@@ -223,7 +227,7 @@ def test_the_clock_goes_on_where_the_killed_run_stopped(tmp_path):
     assert train(CONFIG, streams(), longer, tmp_path).curve[-1]["seconds"] > 1000.0
 
 
-# --- agreement -----------------------------------------------------------------------------------------------
+# --- agreement ----------------------------------------------------------------------------
 
 
 def double(folder: Path) -> Path:
@@ -239,14 +243,17 @@ def double(folder: Path) -> Path:
 
 @pytest.mark.parametrize("workers", [2, 3, 4])
 def test_invariance_the_number_of_workers_changes_nothing(tmp_path, workers):
-    """Each worker's mean gradient, averaged, is the batch's. 3 workers do not divide 4 windows: one does the work."""
+    """Each worker's mean gradient, averaged, is the batch's. 3 workers do not divide 4
+    windows: one does the work.
+    """
     whole = train(CONFIG, streams(), Plan(PLAN.phases, seed=5, workers=1), double(tmp_path / "one"))
     parts = train(
         CONFIG, streams(), Plan(PLAN.phases, seed=5, workers=workers), double(tmp_path / "many")
     )
     for name, w in whole.params.items():
         assert w.dtype == np.float64
-        # Gradients differ by their rounding, 1e-16; AdamW divides by √v̂ + 1e-8, which may enlarge it 10^8 times.
+        # Gradients differ by their rounding, 1e-16; AdamW divides by √v̂ + 1e-8, which may
+        # enlarge it 10^8 times.
         np.testing.assert_allclose(parts.params[name], w, rtol=0, atol=PLAN.steps * 1e-8)
     assert parts.curve[-1]["loss"] == pytest.approx(whole.curve[-1]["loss"], rel=1e-8)
 
@@ -269,7 +276,9 @@ def test_invariance_every_array_library_trains_the_same_network(xp, xp_kind, tmp
 
 
 def test_exact_resume_onto_a_device(xp, tmp_path):
-    """Parameters and both moments go back to where the run was; also from a checkpoint of another library."""
+    """Parameters and both moments go back to where the run was; also from a checkpoint of
+    another library.
+    """
     plan = Plan(PLAN.phases, workers=1, save_every=2)
     whole = train(CONFIG, streams(), plan, tmp_path / "whole", like=xp.zeros(1))
 
@@ -288,7 +297,7 @@ def test_exact_resume_onto_a_device(xp, tmp_path):
             assert bits(state) == bits(whole)
 
 
-# --- learning ------------------------------------------------------------------------------------------------
+# --- learning -----------------------------------------------------------------------------
 
 
 def test_training_learns_a_pattern(tmp_path):
@@ -317,7 +326,7 @@ def test_the_records_say_what_happened(tmp_path):
     assert json.loads(load_state(tmp_path / "state.safetensors")[1]["curve"]) == seen
 
 
-# --- refusals ------------------------------------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------
 
 GOOD = streams()
 
@@ -408,7 +417,9 @@ def test_a_teacher_sees_the_batch_of_its_worker(tmp_path_factory, data):
 
 
 def test_a_teacher_that_sets_in_later_is_not_asked_before_also_in_a_resumed_run(tmp_path):
-    """Steps before ``teacher_from`` are those of a run without a teacher; a kill in between changes nothing."""
+    """Steps before ``teacher_from`` are those of a run without a teacher; a kill in between
+    changes nothing.
+    """
     asked: list[int] = []
 
     def run(folder: str, kill_at: int = 0) -> State:

@@ -1,4 +1,6 @@
-"""The cross-entropy and its gradients against the plain formula, central differences and torch."""
+"""The cross-entropy and its gradients against the plain formula, central differences and
+torch.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,8 @@ def test_oracle_the_gradients_are_central_differences(xp, seed, taught):
             return (values[0] - values[1]) / (2 * h)
 
         h = 1e-5
-        # The error of a central difference is c·h²: two step sizes measure it. Rounding of the loss adds ε·|loss|/h.
+        # The error of a central difference is c·h²: two step sizes measure it. Rounding of
+        # the loss adds ε·|loss|/h.
         tolerance = (
             abs(slope(2 * h) - slope(h)) + 64 * EPS64 * (1 + abs(plain_loss(hidden, head, t))) / h
         )
@@ -106,7 +109,9 @@ def test_invariance_the_chunk_of_rows_changes_nothing(seed, rows, count):
 
 
 def test_bound_the_largest_logits_do_not_overflow(xp):
-    """A right answer that is certain costs 0, a wrong one its logit's distance, in float32 up to 1e37."""
+    """A right answer that is certain costs 0, a wrong one its logit's distance, in float32
+    up to 1e37.
+    """
     head = xp.asarray(np.eye(2, 1, dtype="float32"))  # z = (h, 0)
     for h, target, expected in ((1e37, 0, 0.0), (1e37, 1, 1e37), (-1e37, 0, 1e37)):
         hidden = xp.asarray(np.array([[h]], dtype="float32"))
@@ -127,7 +132,9 @@ def test_exact_value_an_undecided_network_pays_the_logarithm_of_the_vocabulary(x
 
 
 def test_the_loss_does_not_wait_for_the_device_between_its_chunks():
-    """Three chunks: when the teacher is asked for the last one, no number has been read back."""
+    """Three chunks: when the teacher is asked for the last one, no number has been read
+    back.
+    """
     on_device = [fakecupy.asarray(x) for x in problem(0, 3 * module.ROWS)]
     t = on_device[3]
     syncs = []

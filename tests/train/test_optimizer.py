@@ -1,4 +1,6 @@
-"""AdamW, Muon, clipping and the schedules, against PyTorch step by step and against their definitions."""
+"""AdamW, Muon, clipping and the schedules, against PyTorch step by step and against their
+definitions.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ def moved(xp, tensors):
     return {name: xp.array(t) for name, t in tensors.items()}
 
 
-# --- AdamW ---------------------------------------------------------------------------------------------------
+# --- AdamW --------------------------------------------------------------------------------
 
 
 @pytest.mark.oracle
@@ -74,7 +76,8 @@ def test_oracle_adamw_takes_the_steps_of_torch(xp, seed, beta2, decay, eps):
         reference.step()
         optimizer.update(ours, moved(xp, grads), rate)
         for name, w in theirs.items():
-            # About 16 roundings a step and element; a step moves an element by 3.2 rates at most (see the bound).
+            # About 16 roundings a step and element; a step moves an element by 3.2 rates at
+            # most (see the bound).
             tolerance = (
                 16 * (step + 1) * EPS64 * (np.abs(params[name]).max() + 4 * 1e-2 * (step + 1))
             )
@@ -84,7 +87,8 @@ def test_oracle_adamw_takes_the_steps_of_torch(xp, seed, beta2, decay, eps):
             state = reference.state[w]
             for mine, key in ((optimizer.m, "exp_avg"), (optimizer.v, "exp_avg_sq")):
                 other = state[key].numpy()
-                # m cancels: its error is measured against the largest gradient seen, 10^2 times a normal number
+                # m cancels: its error is measured against the largest gradient seen, 10^2
+                # times a normal number
                 np.testing.assert_allclose(
                     to_host(mine[name]),
                     other,
@@ -118,7 +122,9 @@ def test_decay_pulls_matrices_and_leaves_gains(xp):
 
 @given(seed=seeds)
 def test_bound_no_step_is_longer_than_the_rate_over_the_root_of_one_minus_beta2(xp, seed):
-    """|m̂|/√v̂ ≤ (1 − β₁)/√(1 − β₂) · correction for β₁² < β₂ (Kingma & Ba, section 2.1), here below 3.2."""
+    """
+    |m̂|/√v̂ ≤ (1 − β₁)/√(1 − β₂) · correction for β₁² < β₂ (Kingma & Ba, section 2.1), here below 3.2.
+    """
     params = draw(seed, scale=0.0)
     ours = moved(xp, params)
     optimizer = AdamW(weight_decay=0.0)
@@ -133,7 +139,7 @@ def test_bound_no_step_is_longer_than_the_rate_over_the_root_of_one_minus_beta2(
         assert all(np.abs(to_host(w) - before[name]).max() <= 3.2 for name, w in ours.items())
 
 
-# --- Muon ----------------------------------------------------------------------------------------------------
+# --- Muon ---------------------------------------------------------------------------------
 
 matrix_shapes = st.tuples(st.integers(1, 9), st.integers(1, 9))
 
@@ -187,7 +193,8 @@ def test_oracle_muon_takes_the_steps_of_torch(xp, shape):
         theirs.grad = torch.from_numpy(grad.copy())
         reference.step()
         mine.update(ours, {name: xp.array(grad)}, 0.1)
-        # torch iterates in bfloat16 (8 bits); an update's largest element is below 0.1 · 0.2 · √9 · 1.2 = 0.07
+        # torch iterates in bfloat16 (8 bits); an update's largest element is below 0.1 ·
+        # 0.2 · √9 · 1.2 = 0.07
         np.testing.assert_allclose(
             to_host(ours[name]), theirs.detach().numpy(), rtol=0, atol=step * 0.07 * 2**-3
         )
@@ -222,7 +229,7 @@ def test_an_unknown_optimizer_is_refused():
         optimizer("sgd")
 
 
-# --- clipping ------------------------------------------------------------------------------------------------
+# --- clipping -----------------------------------------------------------------------------
 
 
 @given(seed=seeds, scale=st.sampled_from([1e-4, 1.0, 1e4]), limit=st.sampled_from([0.1, 1.0, 50.0]))
@@ -278,7 +285,7 @@ def test_oracle_clipping_is_that_of_torch(xp, seed, limit):
         )
 
 
-# --- schedules -----------------------------------------------------------------------------------------------
+# --- schedules ----------------------------------------------------------------------------
 
 plans = st.tuples(st.integers(0, 30), st.integers(1, 200)).map(
     lambda t: {"warmup": t[0], "total": t[0] + t[1]}
@@ -323,7 +330,9 @@ def test_an_unknown_schedule_is_refused():
     [("cosine", "get_cosine_schedule_with_warmup"), ("linear", "get_linear_schedule_with_warmup")],
 )
 def test_oracle_the_schedules_are_those_of_transformers(schedule, name):
-    """The same curve; in the warm-up ours is one step ahead, because theirs wastes the first step on rate 0."""
+    """The same curve; in the warm-up ours is one step ahead, because theirs wastes the
+    first step on rate 0.
+    """
     torch = oracle("torch")
     make = getattr(oracle("transformers.optimization"), name)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)

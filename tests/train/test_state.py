@@ -79,7 +79,9 @@ def test_a_file_cut_anywhere_is_refused(whole, tmp_path_factory, data):
 
 
 def test_a_write_that_breaks_off_leaves_the_old_checkpoint_whole(monkeypatch, tmp_path, whole):
-    """The process dies with half of the new file written: the name still belongs to the old one."""
+    """The process dies with half of the new file written: the name still belongs to the old
+    one.
+    """
     path = tmp_path / "state.safetensors"
     save_state(some_state(seed=1), path, CONFIG, PLAN)
 

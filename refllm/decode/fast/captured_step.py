@@ -1,16 +1,19 @@
-"""A small batch through the network, again and again, with as few array calls as there can be.
+"""A small batch through the network, again and again, with as few array calls as there can
+be.
 
-``model.llama.forward`` serves any batch of any family, and makes its arrays anew each time. In a decode step of a small
-model a good part of the time goes by between the products. What depends on shapes alone is done here once for each
-number of rows, as a GPU captures a graph:
+``model.llama.forward`` serves any batch of any family, and makes its arrays anew each time.
+In a decode step of a small model a good part of the time goes by between the products. What
+depends on shapes alone is done here once for each number of rows, as a GPU captures a
+graph:
 
 - arrays of a step are written in place, and the views of them that the calls take are kept;
-- products are bound to their operands (``joint.bound``), with rows added where more are multiplied faster: such a row
-  is zeros from the embedding to the logits;
+- products are bound to their operands (``joint.bound``), with rows added where more are
+  multiplied faster: such a row is zeros from the embedding to the logits;
 - angles are looked up, those of the first positions.
 
-``forward`` is its oracle: equal within rounding, for any tokens at any positions of any cache, and of the weights as
-they are at the call: where one was exchanged everything is captured anew.
+``forward`` is its oracle: equal within rounding, for any tokens at any positions of any
+cache, and of the weights as they are at the call: where one was exchanged everything is
+captured anew.
 
 | symbol | name                            | shape           |
 |--------|---------------------------------|-----------------|
@@ -19,9 +22,11 @@ they are at the call: where one was exchanged everything is captured anew.
 | y      | q, k and v of all heads         | [T, H + 2G, D]  |
 | z      | logits                          | [T, V]          |
 
-For one token at a time through a draft model there is ``decode.fast.single_token``, with the weights themselves rearranged.
+For one token at a time through a draft model there is ``decode.fast.single_token``, with
+the weights themselves rearranged.
 
-Left out: biases, norms of heads, quantised weights, and GPUs: ``stepper`` gives the network itself for these.
+Left out: biases, norms of heads, quantised weights, and GPUs: ``stepper`` gives the network
+itself for these.
 """
 
 from __future__ import annotations
@@ -80,7 +85,9 @@ def whole(
 
 
 def fits(config: ModelConfig, weights: Weights) -> bool:
-    """Whether a network can be captured: on the host, unquantised, of one type, and of the plain family."""
+    """Whether a network can be captured: on the host, unquantised, of one type, and of the
+    plain family.
+    """
     norm = weights["norm"]
     if config.attention_bias or config.qk_norm or namespace(norm) is not np:
         return False
@@ -95,7 +102,9 @@ def fits(config: ModelConfig, weights: Weights) -> bool:
 
 
 class CapturedStep:
-    """The ``Stepper`` of a plain network on the host; a batch above ``ROWS`` goes through the network."""
+    """The ``Stepper`` of a plain network on the host; a batch above ``ROWS`` goes through
+    the network.
+    """
 
     def __init__(self, weights: Weights, config: ModelConfig):
         self.weights = weights
@@ -158,7 +167,9 @@ class CapturedStep:
         return rope_table(self.weights["rope_frequencies"], positions, self.weights["norm"].dtype)
 
     def _capture(self, rows: int) -> SimpleNamespace:
-        """The arrays of a step of so many rows, the views of them that calls take, and the products bound to them."""
+        """The arrays of a step of so many rows, the views of them that calls take, and the
+        products bound to them.
+        """
         config = self.config
         layers = self.weights["layers"]
         head = self.weights["lm_head"]

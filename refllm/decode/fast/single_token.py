@@ -1,13 +1,16 @@
-"""One token of one sequence through a small network, with as few array calls as there can be.
+"""One token of one sequence through a small network, with as few array calls as there can
+be.
 
-A draft model of two layers, 64 wide, multiplies for 30 microseconds a step; ``model.llama.forward`` adds 150 of Python
-between the products, as it serves any batch of any family. What does not depend on the token is done once here:
+A draft model of two layers, 64 wide, multiplies for 30 microseconds a step;
+``model.llama.forward`` adds 150 of Python between the products, as it serves any batch of
+any family. What does not depend on the token is done once here:
 
-- norm gains and 1/√D are multiplied into the weights behind them, so that a norm is one number for the whole row:
-  W (g ⊙ x / rms) = (W ⊙ g) x / rms;
-- the rotation's other half, rot(y) = (−y₂, y₁), is a row of the weight with its sign: R W beside W makes RoPE two
-  products with a table and a sum;
-- arrays are written in place; the cache is the contiguous one, of which this is just another ``attend``.
+- norm gains and 1/√D are multiplied into the weights behind them, so that a norm is one
+  number for the whole row: W (g ⊙ x / rms) = (W ⊙ g) x / rms;
+- the rotation's other half, rot(y) = (−y₂, y₁), is a row of the weight with its sign: R W
+  beside W makes RoPE two products with a table and a sum;
+- arrays are written in place; the cache is the contiguous one, of which this is just
+  another ``attend``.
 
 About 20 calls a layer. ``forward`` is its oracle: equal within rounding at every position.
 
@@ -17,8 +20,8 @@ About 20 calls a layer. ``forward`` is its oracle: equal within rounding at ever
 | y      | q, k, v and the rotated q, k           | [(H + 2G + H + G) · D]       |
 | K, V   | the cache's strips of this sequence    | [G, D, cap], [G, cap, D]     |
 
-Left out: batches (``decode.fast.captured_step``, which leaves the weights as they are), biases, norms of heads, windows,
-quantised weights, GPUs (a captured graph does this there).
+Left out: batches (``decode.fast.captured_step``, which leaves the weights as they are),
+biases, norms of heads, windows, quantised weights, GPUs (a captured graph does this there).
 """
 
 from __future__ import annotations
@@ -34,12 +37,15 @@ from refllm.model.config import ModelConfig
 from refllm.model.llama import Layer, Weights
 from refllm.model.weights import Dense
 
-# of the residual stream: beyond, products take the time, and copies of the weights the memory
+# of the residual stream: beyond, products take the time, and copies of the weights the
+# memory
 WIDEST = 128
 
 
 def fits(config: ModelConfig, weights: Weights) -> bool:
-    """Whether this form exists for a network: small, on the host, unquantised, and of the plain family."""
+    """Whether this form exists for a network: small, on the host, unquantised, and of the
+    plain family.
+    """
     plain = not (config.attention_bias or config.qk_norm or config.sliding_window)
     layers = [
         w for layer in weights["layers"] for name, w in layer.items() if name.endswith("_proj")
@@ -49,7 +55,9 @@ def fits(config: ModelConfig, weights: Weights) -> bool:
 
 
 class LeanStep:
-    """``step(token)`` → logits[V] of the next token, valid until the next call; the cache is one token longer."""
+    """``step(token)`` → logits[V] of the next token, valid until the next call; the cache
+    is one token longer.
+    """
 
     def __init__(self, weights: Weights, config: ModelConfig, cache: ContiguousCache):
         self.config = config
@@ -67,7 +75,9 @@ class LeanStep:
         self.logits = np.empty(config.vocab_size, dtype=self.head.dtype)
 
     def _layer(self, layer: Layer) -> tuple[Any, ...]:
-        """Weights as [in, out] with the gains in them: qkv and its rotated half, o, gate and up, down."""
+        """Weights as [in, out] with the gains in them: qkv and its rotated half, o, gate
+        and up, down.
+        """
         dim = self.config.head_dim
         attention = layer["input_layernorm"]
         mlp = layer["post_attention_layernorm"]
@@ -85,7 +95,9 @@ class LeanStep:
         return tuple(np.ascontiguousarray(w.T) for w in (joint, o, gate_up, down))
 
     def step(self, token: int, sequence: int = 0, *, head: bool = True) -> Array | None:
-        """The token at the next position of a sequence; without ``head`` its keys and values only."""
+        """The token at the next position of a sequence; without ``head`` its keys and
+        values only.
+        """
         config = self.config
         cache = self.cache
         b = sequence

@@ -1,6 +1,8 @@
-"""What speculation yields: one definition each of acceptance rate, α and acceptance length, and the formulas.
+"""What speculation yields: one definition each of acceptance rate, α and acceptance length,
+and the formulas.
 
-Sources: Leviathan et al. 2023, equation 1 and theorem 3.8. Three numbers are often called by one name:
+Sources: Leviathan et al. 2023, equation 1 and theorem 3.8. Three numbers are often called
+by one name:
 
 | symbol | name               | definition                                                                  |
 |--------|--------------------|-----------------------------------------------------------------------------|
@@ -10,10 +12,12 @@ Sources: Leviathan et al. 2023, equation 1 and theorem 3.8. Three numbers are of
 | t(n)   | cost of n tokens   | time of a target step that computes n tokens, in units of t(1)               |
 | c      | cost of a draft    | time of a draft step, in units of t(1)                                       |
 
-If drafts are accepted independently with probability α, τ = 1 + α + … + α^γ = (1 − α^{γ+1}) / (1 − α), and decoding
-is faster by τ / (t(γ + 1) + γ c). On a device that waits for memory t is flat; on a processor it is not.
+If drafts are accepted independently with probability α, τ = 1 + α + … + α^γ = (1 − α^{γ+1})
+/ (1 − α), and decoding is faster by τ / (t(γ + 1) + γ c). On a device that waits for memory
+t is flat; on a processor it is not.
 
-Left out: energy, and the cost of the verification itself beside a model (``benchmarks/speculative.py`` has it).
+Left out: energy, and the cost of the verification itself beside a model
+(``benchmarks/speculative.py`` has it).
 """
 
 from __future__ import annotations
@@ -34,9 +38,11 @@ class Acceptance:
     by_place: list[list[int]] = field(default_factory=list)
 
     def add(self, proposed: int, accepted: int, judged: int | None = None) -> None:
-        """A target step that judged ``proposed`` ≥ 0 drafts and accepted the first ``accepted`` of them.
+        """A target step that judged ``proposed`` ≥ 0 drafts and accepted the first
+        ``accepted`` of them.
 
-        Of a tree ``judged`` levels were looked at, and ``accepted`` of them had a node that stays.
+        Of a tree ``judged`` levels were looked at, and ``accepted`` of them had a node that
+        stays.
         """
         if not 0 <= accepted <= proposed:
             raise ValueError(f"{accepted} of {proposed} drafts cannot be accepted")
@@ -87,14 +93,18 @@ def acceptance_stats(steps: Iterable[tuple[int, int]]) -> Acceptance:
 
 
 def expected_length(alpha: float, gamma: int) -> float:
-    """E[τ] = (1 − α^{γ+1}) / (1 − α), and γ + 1 at α = 1: the sum of the series has no case of its own."""
+    """E[τ] = (1 − α^{γ+1}) / (1 − α), and γ + 1 at α = 1: the sum of the series has no case
+    of its own.
+    """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is a probability, got {alpha}")
     return sum(alpha**i for i in range(gamma + 1))
 
 
 def speedup(alpha: float, gamma: int, cost: Sequence[float], draft_cost: float) -> float:
-    """τ t(1) / (t(γ+1) + γ c), with cost[n − 1] = t(n) and ``draft_cost`` = c in the same unit."""
+    """τ t(1) / (t(γ+1) + γ c), with cost[n − 1] = t(n) and ``draft_cost`` = c in the same
+    unit.
+    """
     if not 0 <= gamma < len(cost):
         raise ValueError(
             f"gamma {gamma} needs the cost of 1 to {gamma + 1} tokens, got {len(cost)}"
@@ -103,7 +113,9 @@ def speedup(alpha: float, gamma: int, cost: Sequence[float], draft_cost: float) 
 
 
 def best_gamma(alpha: float, cost: Sequence[float], draft_cost: float) -> tuple[int, float]:
-    """The γ of the largest ``speedup``, of equal ones the smallest, and that speed-up; (0, 1.0) if drafting loses."""
+    """The γ of the largest ``speedup``, of equal ones the smallest, and that speed-up; (0,
+    1.0) if drafting loses.
+    """
     gains = [speedup(alpha, gamma, cost, draft_cost) for gamma in range(len(cost))]
     best = max(range(len(gains)), key=lambda gamma: gains[gamma])
     return best, gains[best]

@@ -1,7 +1,8 @@
-"""Drafters: guesses of the next tokens, each with the distribution that it was really sampled from.
+"""Drafters: guesses of the next tokens, each with the distribution that it was really
+sampled from.
 
-Sources: small models, Leviathan et al. 2023; prompt lookup, Saxena 2023; Jacobi decoding, Santilli et al. 2023 (the
-N = 2 case of lookahead decoding, Fu et al. 2024).
+Sources: small models, Leviathan et al. 2023; prompt lookup, Saxena 2023; Jacobi decoding,
+Santilli et al. 2023 (the N = 2 case of lookahead decoding, Fu et al. 2024).
 
 | drafter           | guesses                                              | q       | cost of a guess             |
 |-------------------|------------------------------------------------------|---------|-----------------------------|
@@ -12,15 +13,18 @@ N = 2 case of lookahead decoding, Fu et al. 2024).
 | ``PerfectDrafter``| what the target will say: the control, all accepted  | its own | a step of the target        |
 | ``Adversary``     | the least likely tokens: the other control           | one-hot | a step of the target        |
 
-A drafter is asked with *all* tokens of the sequence and keeps what it can use again: it compares them with what it
-has seen, so nothing has to be told to it about rejection, preemption or a new prompt. Lossless is whoever tells the
-truth: the returned q has every warp of the drafter in it; a draft that was not sampled has none (``None``: one-hot).
+A drafter is asked with *all* tokens of the sequence and keeps what it can use again: it
+compares them with what it has seen, so nothing has to be told to it about rejection,
+preemption or a new prompt. Lossless is whoever tells the truth: the returned q has every
+warp of the drafter in it; a draft that was not sampled has none (``None``: one-hot).
 
-``confidence`` ends a draft where the model's largest probability is below it: a guess that will be rejected costs as
-much as one that will not. The decision looks at q before the token is drawn from it; looking at the token that was
-drawn, and taking it back, would change what was sampled.
+``confidence`` ends a draft where the model's largest probability is below it: a guess that
+will be rejected costs as much as one that will not. The decision looks at q before the
+token is drawn from it; looking at the token that was drawn, and taking it back, would
+change what was sampled.
 
-Trees are ``decode.speculative.tree_drafter``. Left out: EAGLE's heads, the 2-D window of lookahead decoding, drafters that learn.
+Trees are ``decode.speculative.tree_drafter``. Left out: EAGLE's heads, the 2-D window of
+lookahead decoding, drafters that learn.
 """
 
 from __future__ import annotations
@@ -56,10 +60,12 @@ __all__ = [
 
 
 class NGramDrafter:
-    """Prompt lookup: finds the last n tokens earlier in the text, the longest n first, and copies what followed.
+    """Prompt lookup: finds the last n tokens earlier in the text, the longest n first, and
+    copies what followed.
 
-    The tie rule: of several places with the same n the latest counts. (vLLM takes the earliest.) A table of the
-    n-grams grows with the text, so a step costs the same however long it is.
+    The tie rule: of several places with the same n the latest counts. (vLLM takes the
+    earliest.) A table of the n-grams grows with the text, so a step costs the same however
+    long it is.
     """
 
     def __init__(self, gamma: int = 8, *, longest: int = 4, shortest: int = 2):
@@ -101,10 +107,12 @@ class NGramDrafter:
 
 
 class JacobiDrafter:
-    """Guesses γ tokens at once and lets the target mend them: y_i ← argmax p(· | y_<i), all i in one step.
+    """Guesses γ tokens at once and lets the target mend them: y_i ← argmax p(· | y_<i), all
+    i in one step.
 
-    Each step makes at least the first of them right, so the fixed point is the greedy text. Guesses behind the first
-    wrong one were judged after a wrong token, and are kept as better guesses than none.
+    Each step makes at least the first of them right, so the fixed point is the greedy text.
+    Guesses behind the first wrong one were judged after a wrong token, and are kept as
+    better guesses than none.
     """
 
     def __init__(self, gamma: int = 4):
@@ -125,9 +133,10 @@ class JacobiDrafter:
 class ModelDrafter:
     """A small model with its own cache; it samples as the target does, or as ``how`` says.
 
-    ``model`` is any record with ``config``, ``weights`` and ``tokenizer``, of the target's vocabulary.
-    The last draft of a step is not computed: its keys and values are missing when all were accepted, and are computed
-    with the next step's tokens, as is everything that the cache does not have.
+    ``model`` is any record with ``config``, ``weights`` and ``tokenizer``, of the target's
+    vocabulary. The last draft of a step is not computed: its keys and values are missing
+    when all were accepted, and are computed with the next step's tokens, as is everything
+    that the cache does not have.
     """
 
     def __init__(
@@ -139,7 +148,9 @@ class ModelDrafter:
         how: Sampling | None = None,
         sequences: int = 1,
     ):
-        """``sequences`` have caches side by side; each proposal says for which of them it is."""
+        """``sequences`` have caches side by side; each proposal says for which of them it
+        is.
+        """
         if not 0 <= confidence < 1:
             raise ValueError(f"confidence is a probability within [0, 1), got {confidence}")
         self.model = model
@@ -174,7 +185,9 @@ class ModelDrafter:
         return self._draft([Ask(tokens, count, how, rng, sequence)], together=False)[0]
 
     def propose_together(self, asks: Sequence[Ask]) -> list[Proposal]:
-        """``propose`` for different sequences, in as many steps of the model as the longest proposal has drafts."""
+        """``propose`` for different sequences, in as many steps of the model as the longest
+        proposal has drafts.
+        """
         if len({ask.sequence for ask in asks}) < len(asks):
             raise ValueError(
                 f"each sequence drafts once in a step, got {[ask.sequence for ask in asks]}"
@@ -183,7 +196,9 @@ class ModelDrafter:
         return self._draft(asks, together=self._lean is None or len(asks) > 2)
 
     def _draft(self, asks: Sequence[Ask], together: bool) -> list[Proposal]:
-        """Guess token by token for all that ask, in one step of the model each time or one after the other."""
+        """Guess token by token for all that ask, in one step of the model each time or one
+        after the other.
+        """
         counts = [min(ask.most, self.cache.capacity - len(ask.tokens)) for ask in asks]
         drafts: list[list[int]] = [[] for _ in asks]
         rows: list[list[Array]] = [[] for _ in asks]
@@ -218,8 +233,8 @@ class ModelDrafter:
     def _last_two(self, ask: Ask) -> list[int]:
         """The last two tokens of a sequence, after everything before them was computed.
 
-        Where one of them is cached already it gets the same keys and values once more, and all sequences of a batch
-        bring equally many.
+        Where one of them is cached already it gets the same keys and values once more, and
+        all sequences of a batch bring equally many.
         """
         behind = self._behind(ask.tokens, ask.sequence)
         if len(behind) > 2:
@@ -229,7 +244,9 @@ class ModelDrafter:
         return list(ask.tokens[-2:])
 
     def _feed_apart(self, feeds: Sequence[tuple[int, list[int]]]) -> Array | list[Array]:
-        """Compute tokens of each sequence, one after the other → logits[V] of each after its last."""
+        """Compute tokens of each sequence, one after the other → logits[V] of each after
+        its last.
+        """
         if len(feeds) == 1:
             return [self._feed(feeds[0][1], feeds[0][0])]
         # a lean step's logits last until the next
@@ -238,8 +255,9 @@ class ModelDrafter:
     def _feed_together(self, feeds: Sequence[tuple[int, list[int]]]) -> Array | list[Array]:
         """Compute equally many tokens of each sequence → logits[B, V] after the last ones.
 
-        The sequences between the first and the last compute token 0 for nobody: behind the length of a sequence its
-        cache holds nothing that is read, and one batch without gaps is what a contiguous cache attends to at once.
+        The sequences between the first and the last compute token 0 for nobody: behind the
+        length of a sequence its cache holds nothing that is read, and one batch without
+        gaps is what a contiguous cache attends to at once.
         """
         fed = dict(feeds)
         n = max(len(tokens) for tokens in fed.values())
@@ -267,7 +285,9 @@ class ModelDrafter:
         return z[asarray_like(last, z, "int64")]
 
     def _behind(self, tokens: Sequence[int], sequence: int) -> list[int]:
-        """Roll the cache back to what it shares with ``tokens`` and return the rest, at least the last one."""
+        """Roll the cache back to what it shares with ``tokens`` and return the rest, at
+        least the last one.
+        """
         fed = self._fed[sequence]
         same = min(common_prefix(fed, tokens), len(tokens) - 1)
         self.cache.truncate(sequence, same)
@@ -304,7 +324,9 @@ class ModelDrafter:
     def _choose(
         self, z: Array, how: Sampling, rng: np.random.Generator
     ) -> tuple[int | None, Array | None]:
-        """The next draft of z[V] and what it was sampled from; (None, None) where the model is not sure enough."""
+        """The next draft of z[V] and what it was sampled from; (None, None) where the model
+        is not sure enough.
+        """
         xp = namespace(z)
         if how.temperature == 0:
             token = int(xp.argmax(z))
@@ -320,8 +342,8 @@ class ModelDrafter:
 class Cascade:
     """Asks drafters in turn, the cheapest first, and takes the first proposal that is one.
 
-    ``Cascade(NGramDrafter(3), TreeDrafter(draft))``: where the text repeats itself the guess is free and mostly right;
-    elsewhere the model guesses.
+    ``Cascade(NGramDrafter(3), TreeDrafter(draft))``: where the text repeats itself the
+    guess is free and mostly right; elsewhere the model guesses.
     """
 
     def __init__(self, *drafters: Drafter):
@@ -347,11 +369,15 @@ class Cascade:
 
 
 class PerfectDrafter(ModelDrafter):
-    """The target drafts for itself, so p = q: every draft is accepted, and nothing is gained."""
+    """The target drafts for itself, so p = q: every draft is accepted, and nothing is
+    gained.
+    """
 
 
 class Adversary(ModelDrafter):
-    """Drafts what the model finds least likely: as wrong as a drafter can be, and the text must not change."""
+    """Drafts what the model finds least likely: as wrong as a drafter can be, and the text
+    must not change.
+    """
 
     def _choose(
         self, z: Array, how: Sampling, rng: np.random.Generator
@@ -360,7 +386,9 @@ class Adversary(ModelDrafter):
 
 
 def check_drafter(target: Any, drafter: Any) -> None:
-    """TypeError for what is no drafter; ValueError if a model in it does not speak the target's vocabulary."""
+    """TypeError for what is no drafter; ValueError if a model in it does not speak the
+    target's vocabulary.
+    """
     if not hasattr(drafter, "propose"):
         raise TypeError(
             f"a drafter is a Model, or one of refllm.decode.speculative.drafters such as NGramDrafter(), got {drafter!r}"

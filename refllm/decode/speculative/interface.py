@@ -1,4 +1,5 @@
-"""The seam between who guesses and who verifies: what a drafter is, what it is asked, and what it returns.
+"""The seam between who guesses and who verifies: what a drafter is, what it is asked, and
+what it returns.
 
 | name             | what it is                                                  |
 |------------------|-------------------------------------------------------------|
@@ -7,7 +8,8 @@
 | ``Ask``          | what a drafter is asked for one of several sequences        |
 | ``Drafter``      | whoever proposes: ``decode.speculative.drafters``, ``decode.speculative.tree_drafter`` |
 
-Left out: how anybody guesses (``decode.speculative.drafters``), and the laws that judge it (``decode.speculative.verification``).
+Left out: how anybody guesses (``decode.speculative.drafters``), and the laws that judge it
+(``decode.speculative.verification``).
 """
 
 from __future__ import annotations
@@ -23,14 +25,18 @@ from refllm.decode.speculative.tree import Tree
 
 
 class Proposal(NamedTuple):
-    """Drafted tokens, and row for row what they were sampled from: q[len(tokens), V]; None: one-hot."""
+    """Drafted tokens, and row for row what they were sampled from: q[len(tokens), V]; None:
+    one-hot.
+    """
 
     tokens: list[int]
     q: Array | None
 
 
 class TreeProposal(NamedTuple):
-    """The nodes of a tree; row i of q[len(tokens) + 1, V] is what the children of row i were drawn from."""
+    """The nodes of a tree; row i of q[len(tokens) + 1, V] is what the children of row i
+    were drawn from.
+    """
 
     tokens: list[int]
     q: Array | None
@@ -51,17 +57,22 @@ class Ask(NamedTuple):
 
 
 class Drafter(Protocol):
-    """What generation and engine ask of a drafter. One that may propose a tree says so: ``trees = True``."""
+    """What generation and engine ask of a drafter. One that may propose a tree says so:
+    ``trees = True``.
+    """
 
     gamma: int  # drafts a step, if nobody asks for fewer
 
     def propose(
         self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator
     ) -> Proposal | TreeProposal:
-        """At most ``count`` guesses of what follows ``tokens``, where the target samples as ``how`` says."""
+        """At most ``count`` guesses of what follows ``tokens``, where the target samples as
+        ``how`` says.
+        """
 
     def observe(self, best: Sequence[int], accepted: int) -> None:
-        """What came of a chain: the target's argmax in each place, and how many guesses were accepted.
+        """What came of a chain: the target's argmax in each place, and how many guesses
+        were accepted.
 
         Nobody tells what came of a tree, or of no guess.
         """
@@ -86,7 +97,9 @@ def checked_gamma(gamma: int) -> int:
 
 
 def check_vocabulary(target: Any, draft: Any) -> None:
-    """ValueError if a draft model does not speak the target's vocabulary: the same ids for the same text."""
+    """ValueError if a draft model does not speak the target's vocabulary: the same ids for
+    the same text.
+    """
     sizes = target.config.vocab_size, draft.config.vocab_size
     if sizes[0] != sizes[1]:
         raise ValueError(

@@ -1,16 +1,21 @@
-"""Speculative generation of one sequence: draft, compute all drafts in one step of the target, keep what it agrees to.
+"""Speculative generation of one sequence: draft, compute all drafts in one step of the
+target, keep what it agrees to.
 
 Source: Leviathan et al. 2023, algorithm 1; Chen et al. 2023, algorithm 2.
 
 A step, with text = prompt + output, of which [0, s) are cached and the last token is not:
 
 1. the drafter guesses γ tokens; fewer near ``max_tokens``, as a step emits up to γ + 1;
-2. the target computes [last, x_1 … x_γ] at positions s … s + γ: one forward, γ + 1 rows of logits;
-3. row i is penalised for the text *with* x_1 … x_{i−1}, warped, and ``verify`` judges (temperature 0: the argmax);
-4. a drafts are accepted and one token follows: the cache is longer by 1 + a. What lies behind, keys and values of
-   rejected drafts, is garbage that no query sees and the next step overwrites (a cache of codes never keeps it).
+2. the target computes [last, x_1 … x_γ] at positions s … s + γ: one forward, γ + 1 rows of
+   logits;
+3. row i is penalised for the text *with* x_1 … x_{i−1}, warped, and ``verify`` judges
+   (temperature 0: the argmax);
+4. a drafts are accepted and one token follows: the cache is longer by 1 + a. What lies
+   behind, keys and values of rejected drafts, is garbage that no query sees and the next
+   step overwrites (a cache of codes never keeps it).
 
-A tree takes the same way: the rows see their ancestors, and of its nodes the accepted path is moved together.
+A tree takes the same way: the rows see their ancestors, and of its nodes the accepted path
+is moved together.
 
 Left out: batches (``serve``), stop strings and end tokens (whoever reads the tokens).
 """
@@ -45,7 +50,9 @@ Law = Callable[[Array, Array | None, Sequence[int], np.random.Generator], tuple[
 
 
 class Step(NamedTuple):
-    """What a step of the target brought: of its drafts the first ``accepted``, then ``token``."""
+    """What a step of the target brought: of its drafts the first ``accepted``, then
+    ``token``.
+    """
 
     drafts: list[int]
     accepted: int
@@ -69,12 +76,15 @@ def speculate(
     law: Law = verify,
     policy: CachePolicy | None = None,
 ) -> Iterator[Step]:
-    """Yield steps of ``max_tokens`` tokens in all; the first is the prefill's, without drafts.
+    """Yield steps of ``max_tokens`` tokens in all; the first is the prefill's, without
+    drafts.
 
-    The tokens have the law that ``generate_tokens`` draws them from; at temperature 0 they are the same tokens. Under a
-    ``policy`` for the cache this holds given what the cache held when each step began: all tokens of a step read that.
+    The tokens have the law that ``generate_tokens`` draws them from; at temperature 0 they
+    are the same tokens. Under a ``policy`` for the cache this holds given what the cache
+    held when each step began: all tokens of a step read that.
 
-    ValueError for what ``generate_tokens`` refuses, and for a proposal that ``verify`` refuses.
+    ValueError for what ``generate_tokens`` refuses, and for a proposal that ``verify``
+    refuses.
     """
     check_prompts([prompt], max_tokens, config)
     check_policy(policy)
@@ -125,7 +135,9 @@ def judge(
     rng: np.random.Generator,
     law: Law = verify,
 ) -> tuple[Step, list[int]]:
-    """Verify a proposal after ``text`` by its logits z[γ+1, V]: the step, and the target's argmax in each place."""
+    """Verify a proposal after ``text`` by its logits z[γ+1, V]: the step, and the target's
+    argmax in each place.
+    """
     drafts = proposal.tokens
     z = penalised(z, text, drafts, how.repetition_penalty)
     if how.temperature == 0:
@@ -140,7 +152,9 @@ def judge(
 def judge_tree(
     z: Array, text: Sequence[int], proposal: TreeProposal, how: Sampling, rng: np.random.Generator
 ) -> tuple[Step, list[int]]:
-    """Verify a tree after ``text`` by its logits z[m+1, V]: the step, its path first among the drafts, and the path."""
+    """Verify a tree after ``text`` by its logits z[m+1, V]: the step, its path first among
+    the drafts, and the path.
+    """
     nodes, q, tree = proposal
     z = penalised(z, text, nodes, how.repetition_penalty, tree)
     if how.temperature == 0:
@@ -157,7 +171,9 @@ def judge_tree(
 def penalised(
     z: Array, text: Sequence[int], drafts: Sequence[int], penalty: float, tree: Tree | None = None
 ) -> Array:
-    """z[γ+1, V] with the repetition penalty: row i pays for the text and the drafts before it, in a tree above it."""
+    """z[γ+1, V] with the repetition penalty: row i pays for the text and the drafts before
+    it, in a tree above it.
+    """
     if penalty == 1:
         return z
     seen = np.zeros(z.shape, dtype=bool)

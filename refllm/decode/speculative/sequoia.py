@@ -1,9 +1,11 @@
-"""Which static tree to draft: the one whose expected accepted path is longest, by dynamic programming.
+"""Which static tree to draft: the one whose expected accepted path is longest, by dynamic
+programming.
 
-Source: Sequoia, Chen et al. 2024, section 3.1 and the hardware-aware choice of 3.3. Assumed is that the k-th child of
-any node is the accepted one with probability a_k, wherever the node stands; then a node's chance is the product of
-those on its path, and the expected path of a tree (root included, which is the token that a step always emits) is the
-sum of all its nodes' chances.
+Source: Sequoia, Chen et al. 2024, section 3.1 and the hardware-aware choice of 3.3. Assumed
+is that the k-th child of any node is the accepted one with probability a_k, wherever the
+node stands; then a node's chance is the product of those on its path, and the expected path
+of a tree (root included, which is the token that a step always emits) is the sum of all its
+nodes' chances.
 
     c(n, d) = 1 + max Σ_k a_k c(n_k, d − 1)   over n_1 + n_2 + … = n − 1
 
@@ -14,8 +16,9 @@ sum of all its nodes' chances.
 | t(n)   | cost of a target step of n tokens, in units of t(1)           |       |
 | c      | cost of drafting a level                                      |       |
 
-The naive twin, ``most_likely``, takes the n likeliest nodes: as a chance never grows downwards they are a tree, and
-no other n have a larger sum. The paper's recursion finds the same, and is kept because readers look for it.
+The naive twin, ``most_likely``, takes the n likeliest nodes: as a chance never grows
+downwards they are a tree, and no other n have a larger sum. The paper's recursion finds the
+same, and is kept because readers look for it.
 
 Left out: chances that depend on the place in the tree.
 """
@@ -29,7 +32,9 @@ from refllm.decode.speculative.tree import Tree
 
 
 def expected_path(tree: Tree, chances: Sequence[float]) -> float:
-    """Expected tokens a step: 1 + the sum over nodes of the product of their path's chances."""
+    """Expected tokens a step: 1 + the sum over nodes of the product of their path's
+    chances.
+    """
     reach = [1.0] + [0.0] * len(tree)
     for row, below in enumerate(tree.children):
         for rank, node in enumerate(below):
@@ -38,7 +43,9 @@ def expected_path(tree: Tree, chances: Sequence[float]) -> float:
 
 
 def optimal_tree(chances: Sequence[float], nodes: int, depth: int) -> Tree:
-    """The tree of ``nodes`` drafts (fewer if no more fit), at most ``depth`` deep, of the longest expected path."""
+    """The tree of ``nodes`` drafts (fewer if no more fit), at most ``depth`` deep, of the
+    longest expected path.
+    """
     _check(chances, nodes, depth)
     ranks = len(chances)
     # value[d][n] = c(n, d) with n tokens, its root included; c(0, d) = 0
@@ -92,7 +99,9 @@ def most_likely(chances: Sequence[float], nodes: int, depth: int) -> Tree:
 def best_tree(
     chances: Sequence[float], cost: Sequence[float], draft_cost: float, depth: int
 ) -> tuple[Tree, float]:
-    """The tree with the largest c(n, d) t(1) / (t(n) + d c), and that speed-up; cost[n − 1] = t(n)."""
+    """The tree with the largest c(n, d) t(1) / (t(n) + d c), and that speed-up; cost[n − 1]
+    = t(n).
+    """
     best = Tree([])
     gain = 1.0
     for levels in range(1, depth + 1):
@@ -110,7 +119,9 @@ def best_tree(
 
 
 def rank_chances(best: Sequence[int], ranked: Sequence[Sequence[int]]) -> list[float]:
-    """a_k at temperature 0: how often the target's argmax best[T] is the draft's k-th choice, ranked[T][K]."""
+    """a_k at temperature 0: how often the target's argmax best[T] is the draft's k-th
+    choice, ranked[T][K].
+    """
     if not best or len(best) != len(ranked):
         raise ValueError(
             f"needs the draft's ranking for each of the target's tokens, got {len(best)}, {len(ranked)}"

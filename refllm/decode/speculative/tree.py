@@ -1,7 +1,8 @@
-"""Token trees: many drafts share their prefixes, are verified in one step, and the path that is accepted stays.
+"""Token trees: many drafts share their prefixes, are verified in one step, and the path
+that is accepted stays.
 
-Sources: SpecInfer, Miao et al. 2024, section 4 (tree mask, multi-step verification); Chen et al. 2024 (Sequoia),
-sections 3.1 (the static tree) and 3.2 (without replacement).
+Sources: SpecInfer, Miao et al. 2024, section 4 (tree mask, multi-step verification); Chen
+et al. 2024 (Sequoia), sections 3.1 (the static tree) and 3.2 (without replacement).
 
 | symbol  | name                                                                    | shape    |
 |---------|-------------------------------------------------------------------------|----------|
@@ -11,15 +12,18 @@ sections 3.1 (the static tree) and 3.2 (without replacement).
 | q       | row i: the distribution that the children of row i were drawn from       | [m+1, V] |
 | path    | the accepted nodes, from the root down                                   |          |
 
-A step computes m + 1 tokens: the root (the last token, whose keys and values are not cached yet) and the nodes; a
-token stands at position start + depth and sees what is cached, its ancestors and itself. Its keys and values lie in
-the order of the rows, so those of the path are moved together afterwards (``compact``).
+A step computes m + 1 tokens: the root (the last token, whose keys and values are not cached
+yet) and the nodes; a token stands at position start + depth and sees what is cached, its
+ancestors and itself. Its keys and values lie in the order of the rows, so those of the path
+are moved together afterwards (``compact``).
 
-At a node its children are judged in order: accept x with probability min(1, p(x)/q(x)); after a rejection p becomes
-norm(max(p − q, 0)), and q stays (drawn with replacement) or loses x (without). When none is left the token comes from
-what p has become. For one-hot drafts (``q = None``) a rejection takes x out of p.
+At a node its children are judged in order: accept x with probability min(1, p(x)/q(x));
+after a rejection p becomes norm(max(p − q, 0)), and q stays (drawn with replacement) or
+loses x (without). When none is left the token comes from what p has become. For one-hot
+drafts (``q = None``) a rejection takes x out of p.
 
-Left out: trees that grow by the draft's own confidence (EAGLE-2), several sequences in one tree step.
+Left out: trees that grow by the draft's own confidence (EAGLE-2), several sequences in one
+tree step.
 """
 
 from __future__ import annotations
@@ -37,7 +41,9 @@ from refllm.model.attention import masked_score
 
 
 class Tree:
-    """The shape of a token tree. ``Tree([-1, 0, 0, 1])``: a node with two children, the first of which has one."""
+    """The shape of a token tree. ``Tree([-1, 0, 0, 1])``: a node with two children, the
+    first of which has one.
+    """
 
     def __init__(self, parents: Sequence[int]):
         self.parents = [int(a) for a in parents]
@@ -102,12 +108,14 @@ def verify_tree(
     *,
     replacement: bool = False,
 ) -> tuple[list[int], int]:
-    """Recursive rejection: p[m+1, V], q[m+1, V] or None, tokens[m] → (path, token); lossless for both ways to draw.
+    """Recursive rejection: p[m+1, V], q[m+1, V] or None, tokens[m] → (path, token);
+    lossless for both ways to draw.
 
-    Children must have been drawn from q's row in their order, with or without ``replacement``. A chain is judged as
-    ``verify`` judges it, uniform for uniform.
+    Children must have been drawn from q's row in their order, with or without
+    ``replacement``. A chain is judged as ``verify`` judges it, uniform for uniform.
 
-    ValueError for shapes and rows that ``verify`` would refuse, and for a child that its row cannot have drawn.
+    ValueError for shapes and rows that ``verify`` would refuse, and for a child that its
+    row cannot have drawn.
     """
     _check(p, q, tree, tokens)
     path: list[int] = []
@@ -133,7 +141,9 @@ def verify_tree(
 def verify_tree_greedy(
     best: Sequence[int], tree: Tree, tokens: Sequence[int]
 ) -> tuple[list[int], int]:
-    """Temperature 0: best[m+1], the target's argmax after each row → (path, token), as plain greedy emits them."""
+    """Temperature 0: best[m+1], the target's argmax after each row → (path, token), as
+    plain greedy emits them.
+    """
     if len(best) != len(tree) + 1 or len(tokens) != len(tree):
         raise ValueError(
             f"a tree of {len(tree)} nodes needs as many tokens and one target more, got {len(tokens)} "
@@ -152,7 +162,9 @@ def verify_tree_greedy(
 def draw_children(
     q: Array, count: int, rng: np.random.Generator, *, replacement: bool = False
 ) -> list[int]:
-    """At most ``count`` tokens from q[V], one after another; without replacement no more than q has."""
+    """At most ``count`` tokens from q[V], one after another; without replacement no more
+    than q has.
+    """
     children: list[int] = []
     while len(children) < count:
         children.append(verification.draw(q, rng.random()))
@@ -164,7 +176,9 @@ def draw_children(
 
 
 class TreeView:
-    """An ``attend`` for one tree step of one sequence in a contiguous cache; then ``compact``, not ``advance``."""
+    """An ``attend`` for one tree step of one sequence in a contiguous cache; then
+    ``compact``, not ``advance``.
+    """
 
     def __init__(self, cache: ContiguousCache, sequence: int, tree: Tree):
         self.cache = cache
@@ -212,10 +226,12 @@ class TreeView:
 
 
 def compact(cache: ContiguousCache, sequence: int, path: Sequence[int]) -> None:
-    """Keep the root and the accepted path of the last ``TreeView`` step: one gather, and the sequence is longer.
+    """Keep the root and the accepted path of the last ``TreeView`` step: one gather, and
+    the sequence is longer.
 
-    Slots [0, start) stay; the root's is start; node ``path[i]`` moves from start + 1 + path[i] to start + 1 + i, which
-    is never to the right, since parents come before their children.
+    Slots [0, start) stay; the root's is start; node ``path[i]`` moves from start + 1 +
+    path[i] to start + 1 + i, which is never to the right, since parents come before their
+    children.
     """
     start = cache.lengths[sequence]
     if list(path) != list(range(len(path))):  # a chain lies where it should
@@ -242,7 +258,9 @@ def _chance(left: Array, drawn: Array | None, x: int) -> float:
 
 
 def _rejected(left: Array, drawn: Array | None, x: int) -> Array:
-    """norm(max(p − q, 0)); for a one-hot q all of p but x. Where nothing is left, p as it was."""
+    """norm(max(p − q, 0)); for a one-hot q all of p but x. Where nothing is left, p as it
+    was.
+    """
     xp = namespace(left)
     if drawn is None:
         rest = _without(left, x)

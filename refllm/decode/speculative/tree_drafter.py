@@ -1,12 +1,16 @@
-"""Trees from a draft model: a chain as long as the model is sure, and a fan where it is not.
+"""Trees from a draft model: a chain as long as the model is sure, and a fan where it is
+not.
 
-Sources: the trade between depth and width is that of Chen et al. 2024 (Sequoia), section 3.1; that the draft's own
-probability tells which node will be accepted, Li et al. 2024 (EAGLE-2), section 3.1.
+Sources: the trade between depth and width is that of Chen et al. 2024 (Sequoia), section
+3.1; that the draft's own probability tells which node will be accepted, Li et al. 2024
+(EAGLE-2), section 3.1.
 
-A step of the draft model costs the same for one guess or for several of the same place, and on a processor a step of
-the target costs nearly the same for 2 to 4 tokens. So of a budget of γ nodes, from the root down:
+A step of the draft model costs the same for one guess or for several of the same place, and
+on a processor a step of the target costs nearly the same for 2 to 4 tokens. So of a budget
+of γ nodes, from the root down:
 
-- max q ≥ ``confidence`` and more than one node left: one child, and the draft goes on below it;
+- max q ≥ ``confidence`` and more than one node left: one child, and the draft goes on below
+  it;
 - else all nodes that are left become children here, and the draft is ready.
 
 | temperature | children                            | q in the proposal                     | judged by              |
@@ -14,9 +18,11 @@ the target costs nearly the same for 2 to 4 tokens. So of a budget of γ nodes, 
 | 0           | the most likely tokens of q         | none                                  | ``verify_tree_greedy`` |
 | above 0     | drawn from q without replacement    | row by row, what they were drawn from | ``verify_tree``        |
 
-How many children a node gets depends on q alone and not on what is drawn from it, so the law stays the target's.
+How many children a node gets depends on q alone and not on what is drawn from it, so the
+law stays the target's.
 
-Left out: expanding several nodes of a level at once (EAGLE-2), trees in the batches of ``serve``.
+Left out: expanding several nodes of a level at once (EAGLE-2), trees in the batches of
+``serve``.
 """
 
 from __future__ import annotations
@@ -36,7 +42,9 @@ from refllm.decode.speculative.tree import Tree, draw_children
 
 
 class TreeDrafter(ModelDrafter):
-    """A draft model that proposes trees of ``gamma`` nodes; ``confidence`` is where it begins to fan out."""
+    """A draft model that proposes trees of ``gamma`` nodes; ``confidence`` is where it
+    begins to fan out.
+    """
 
     trees = True  # only a cache that keeps everything verifies them
 
@@ -83,7 +91,9 @@ class TreeDrafter(ModelDrafter):
         return NOTHING
 
     def _likeliest(self, z: Array, left: int) -> list[int]:
-        """The argmax of z[V] alone where its probability reaches ``confidence``, else the ``left`` largest."""
+        """The argmax of z[V] alone where its probability reaches ``confidence``, else the
+        ``left`` largest.
+        """
         xp = namespace(z)
         best = [int(xp.argmax(z))]
         if left == 1 or float(xp.sum(xp.exp(z - z[best[0]]))) * self.confidence <= 1:

@@ -1,7 +1,9 @@
-"""Speculative decoding: the laws that accept or reject drafted tokens, and leave the target's distribution as it is.
+"""Speculative decoding: the laws that accept or reject drafted tokens, and leave the
+target's distribution as it is.
 
-Sources: token-wise, Leviathan et al. 2023, algorithm 1, and Chen et al. 2023, algorithm 2 (the same rule); block
-verification, Sun et al. 2024, algorithm 2; typical acceptance, Cai et al. 2024 (Medusa), section 2.3.1.
+Sources: token-wise, Leviathan et al. 2023, algorithm 1, and Chen et al. 2023, algorithm 2
+(the same rule); block verification, Sun et al. 2024, algorithm 2; typical acceptance, Cai
+et al. 2024 (Medusa), section 2.3.1.
 
 | symbol | name                                                                             | shape     |
 |--------|----------------------------------------------------------------------------------|-----------|
@@ -12,13 +14,16 @@ verification, Sun et al. 2024, algorithm 2; typical acceptance, Cai et al. 2024 
 | x      | the drafted tokens                                                               | [γ]       |
 | a      | how many are accepted; then one more token is emitted: a + 1 in all              | 0..γ      |
 
-Both are distributions after every warp (penalties on the prefix *with* the drafts before row i, temperature, top-k,
-top-p): p is what plain decoding would sample from, q what the drafter did sample from, and they need not be warped
-alike. ``q = None`` says that the drafts were not sampled at all (n-gram, argmax): row i is one-hot at x_i.
+Both are distributions after every warp (penalties on the prefix *with* the drafts before
+row i, temperature, top-k, top-p): p is what plain decoding would sample from, q what the
+drafter did sample from, and they need not be warped alike. ``q = None`` says that the
+drafts were not sampled at all (n-gram, argmax): row i is one-hot at x_i.
 
-A law is right if a prefix of x and the token after it, continued by p, have the law of p: proved by enumeration.
+A law is right if a prefix of x and the token after it, continued by p, have the law of p:
+proved by enumeration.
 
-Left out: verification on the device without waiting for it (here one transfer decides, one fetches the token).
+Left out: verification on the device without waiting for it (here one transfer decides, one
+fetches the token).
 """
 
 from __future__ import annotations
@@ -52,16 +57,19 @@ TOLERANCE = 1e-5
 def verify(
     p: Array, q: Array | None, draft: Sequence[int] | Array, rng: np.random.Generator
 ) -> tuple[int, int]:
-    """Token-wise law: accept x_i with probability min(1, p_i(x_i) / q_i(x_i)) until the first rejection.
+    """Token-wise law: accept x_i with probability min(1, p_i(x_i) / q_i(x_i)) until the
+    first rejection.
 
-    p[γ+1, V], q[γ, V], draft[γ] → (accepted, token). After a rejection at i the token comes from the residual
-    norm(max(p_i − q_i, 0)), after γ acceptances it is the bonus from p_{γ+1}. P(accept) = Σ min(p, q) = 1 − TV.
+    p[γ+1, V], q[γ, V], draft[γ] → (accepted, token). After a rejection at i the token comes
+    from the residual norm(max(p_i − q_i, 0)), after γ acceptances it is the bonus from
+    p_{γ+1}. P(accept) = Σ min(p, q) = 1 − TV.
 
     Raises
     ------
     ValueError
-        for shapes that do not fit, rows that are no distributions (Σ within 1e-5 of 1), ids outside the vocabulary,
-        and a draft that q gave no probability: then it was not sampled from q, and nothing here would be exact.
+        for shapes that do not fit, rows that are no distributions (Σ within 1e-5 of 1), ids
+        outside the vocabulary, and a draft that q gave no probability: then it was not
+        sampled from q, and nothing here would be exact.
     """
     accepted = 0
     chances = _chances(p, q, draft, rng)
@@ -76,12 +84,14 @@ def verify(
 def verify_block(
     p: Array, q: Array | None, draft: Sequence[int] | Array, rng: np.random.Generator
 ) -> tuple[int, int]:
-    """Block law: judge prefixes jointly, from the longest down; the same arguments and result as ``verify``.
+    """Block law: judge prefixes jointly, from the longest down; the same arguments and
+    result as ``verify``.
 
-    P_i = min(1, P_{i−1} p_i(x_i) / q_i(x_i)): a lucky token pays for an unlucky one later. A prefix of i < γ tokens is
-    kept with probability h_i = S_i / (S_i + 1 − P_i), S_i = Σ max(P_i p_{i+1} − q_{i+1}, 0); all γ with h_γ = P_γ.
-    The longest that is kept counts, and the token comes from the residual of P_i p_{i+1}. It accepts at least as many
-    as ``verify`` in expectation, whatever p and q are.
+    P_i = min(1, P_{i−1} p_i(x_i) / q_i(x_i)): a lucky token pays for an unlucky one later.
+    A prefix of i < γ tokens is kept with probability h_i = S_i / (S_i + 1 − P_i), S_i = Σ
+    max(P_i p_{i+1} − q_{i+1}, 0); all γ with h_γ = P_γ. The longest that is kept counts,
+    and the token comes from the residual of P_i p_{i+1}. It accepts at least as many as
+    ``verify`` in expectation, whatever p and q are.
     """
     chances = _chances(p, q, draft, rng)
     reach = [1.0]
@@ -102,7 +112,8 @@ def verify_block(
 
 
 def verify_greedy(best: Sequence[int] | Array, draft: Sequence[int] | Array) -> tuple[int, int]:
-    """Temperature 0: best[γ+1], the target's argmax in each place → (accepted, token), as plain greedy emits them.
+    """Temperature 0: best[γ+1], the target's argmax in each place → (accepted, token), as
+    plain greedy emits them.
 
     The token-wise law for one-hot p, where nothing is random and no distribution is needed.
     """
@@ -123,9 +134,11 @@ def verify_typical(
     epsilon: float = 0.09,
     delta: float = 0.3,
 ) -> tuple[int, int]:
-    """Medusa's typical acceptance: x_i stays if p_i(x_i) > min(ε, δ e^{−H(p_i)}). **Lossy**: the control of the tests.
+    """Medusa's typical acceptance: x_i stays if p_i(x_i) > min(ε, δ e^{−H(p_i)}).
+    **Lossy**: the control of the tests.
 
-    It asks whether a draft is plausible, not how often it should occur: likely tokens come too often.
+    It asks whether a draft is plausible, not how often it should occur: likely tokens come
+    too often.
     """
     xp = namespace(p)
     accepted = 0
@@ -139,10 +152,11 @@ def verify_typical(
 
 
 def residual(p: Array, q: Array, scale: float = 1.0) -> Array:
-    """max(scale · p − q, 0), not normalised; p[V], q[V] → [V]. Its sum is 1 − Σ min(p, q) for scale 1.
+    """max(scale · p − q, 0), not normalised; p[V], q[V] → [V]. Its sum is 1 − Σ min(p, q)
+    for scale 1.
 
-    The guard: where nothing is left (p = q) the answer is p. A draft is then never rejected but for rounding, and p is
-    the limit's law.
+    The guard: where nothing is left (p = q) the answer is p. A draft is then never rejected
+    but for rounding, and p is the limit's law.
     """
     xp = namespace(p, q)
     left = p * scale if scale != 1.0 else p
@@ -153,7 +167,9 @@ def residual(p: Array, q: Array, scale: float = 1.0) -> Array:
 def _surplus(
     p: Array, q: Array | None, draft: Sequence[int] | Array, i: int, scale: float
 ) -> Array:
-    """max(scale · p_{i+1} − q_{i+1}, 0), a new [V], without the guard; for a one-hot q all of p but the draft."""
+    """max(scale · p_{i+1} − q_{i+1}, 0), a new [V], without the guard; for a one-hot q all
+    of p but the draft.
+    """
     xp = namespace(p)
     if q is not None:
         left = (p[i, ...] * scale if scale != 1.0 else p[i, ...]) - q[i, ...]
@@ -171,17 +187,21 @@ def _follow(
     scale: float,
     rng: np.random.Generator,
 ) -> int:
-    """The token after the accepted drafts: from what the drafts left over, or the bonus after all of them."""
+    """The token after the accepted drafts: from what the drafts left over, or the bonus
+    after all of them.
+    """
     if accepted == p.shape[0] - 1:
         return draw(p[accepted, ...], rng.random())
     return draw(_surplus(p, q, draft, accepted, scale), rng.random(), otherwise=p[accepted, ...])
 
 
 def draw(weights: Array, uniform: float, otherwise: Array | None = None) -> int:
-    """A token by inverse CDF, as ``sampling.sample`` draws it: weights[V] ≥ 0 of any sum; of ``otherwise`` if it is 0.
+    """A token by inverse CDF, as ``sampling.sample`` draws it: weights[V] ≥ 0 of any sum;
+    of ``otherwise`` if it is 0.
 
-    On the host a sum from left to right never falls, so the first edge above u · total belongs to a token of weight
-    above 0; a parallel sum may round otherwise, and ``sample`` sees to that.
+    On the host a sum from left to right never falls, so the first edge above u · total
+    belongs to a token of weight above 0; a parallel sum may round otherwise, and ``sample``
+    sees to that.
     """
     xp = namespace(weights)
     if xp is not np:
@@ -197,7 +217,8 @@ def draw(weights: Array, uniform: float, otherwise: Array | None = None) -> int:
     at = int(xp.searchsorted(edges, goal, side="right"))
     if edges.shape[0] == weights.shape[0]:
         return at
-    # the same once more within the block; where rounding puts the goal behind its end, the block's last live token
+    # the same once more within the block; where rounding puts the goal behind its end, the
+    # block's last live token
     inner = xp.cumulative_sum(weights[at * STRIDE : (at + 1) * STRIDE], dtype=xp.float64)
     goal -= edges[at - 1] if at else 0.0
     inside = min(
@@ -207,7 +228,9 @@ def draw(weights: Array, uniform: float, otherwise: Array | None = None) -> int:
 
 
 def _edges(weights: Array) -> Array:
-    """Cumulative sums in float64: of each token, or in a long row of each block of ``STRIDE`` tokens."""
+    """Cumulative sums in float64: of each token, or in a long row of each block of
+    ``STRIDE`` tokens.
+    """
     xp = namespace(weights)
     n = weights.shape[0]
     if n < 16 * STRIDE:
@@ -221,7 +244,9 @@ def _edges(weights: Array) -> Array:
 def _chances(
     p: Array, q: Array | None, draft: Sequence[int] | Array, rng: np.random.Generator
 ) -> list[tuple[float, float]]:
-    """(p_i(x_i), q_i(x_i)) for each draft as Python floats, after everything was checked; one transfer in all."""
+    """(p_i(x_i), q_i(x_i)) for each draft as Python floats, after everything was checked;
+    one transfer in all.
+    """
     if not hasattr(rng, "random"):
         raise TypeError(f"rng is a generator, numpy.random.default_rng(seed), got {rng!r}")
     xp = namespace(p, q)

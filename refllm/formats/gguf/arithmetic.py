@@ -1,4 +1,5 @@
-"""The arithmetic that the bytes of the block formats depend on: sums in order, rounding, extremes, in float32.
+"""The arithmetic that the bytes of the block formats depend on: sums in order, rounding,
+extremes, in float32.
 
 | name           | what                                                                                       |
 |----------------|--------------------------------------------------------------------------------------------|
@@ -28,7 +29,9 @@ _MANY = 8  # columns from which NumPy's reduction runs along rows, one after ano
 
 
 def single(x: float) -> float:
-    """The nearest float32; of a sum or a product of float32 numbers it is what float32 arithmetic gives."""
+    """The nearest float32; of a sum or a product of float32 numbers it is what float32
+    arithmetic gives.
+    """
     rounded: float = struct.unpack("f", struct.pack("f", x))[0]
     return rounded
 
@@ -36,7 +39,8 @@ def single(x: float) -> float:
 def quietly(like: Array) -> AbstractContextManager[object]:
     """No warnings of overflow and 0/0 from NumPy; a GPU never gives any.
 
-    The searches divide and overflow as their source does, and look at the outcome afterwards.
+    The searches divide and overflow as their source does, and look at the outcome
+    afterwards.
     """
     if namespace(like) is np:
         return np.errstate(all="ignore")
@@ -47,8 +51,9 @@ def sequential_sum(terms: Array) -> Array:
     """Σ over rows, terms[S, C] → [C]: ((0 + t₀) + t₁) + …, each sum rounded to float32."""
     xp = namespace(terms)
     if xp is np and terms.shape[1] >= _MANY and terms.flags.c_contiguous:
-        # Where the summed axis is the slow one, NumPy adds whole rows to its result, one after another: the same sums
-        # in the same order in a third of the time (a test holds it to that).
+        # Where the summed axis is the slow one, NumPy adds whole rows to its result, one
+        # after another: the same sums in the same order in a third of the time (a test
+        # holds it to that).
         total: Array = xp.add.reduce(terms, axis=0)
         return total
     total = terms[0] + 0.0  # −0 becomes +0, as in a sum that starts at 0
@@ -58,7 +63,8 @@ def sequential_sum(terms: Array) -> Array:
 
 
 def nearest(x: Array) -> Array:
-    """float32 → int32: the nearest whole number, ties to even, for |x| < 2²²; what ggml's bit trick gives beyond.
+    """float32 → int32: the nearest whole number, ties to even, for |x| < 2²²; what ggml's
+    bit trick gives beyond.
 
     NaN gives 0 there, ±∞ gives −2²².
     """
@@ -68,7 +74,9 @@ def nearest(x: Array) -> Array:
 
 
 def extreme(x: Array) -> Array:
-    """The signed number of largest size in each column of x[S, C], the first of several; +0 of zeros: [C]."""
+    """The signed number of largest size in each column of x[S, C], the first of several; +0
+    of zeros: [C].
+    """
     xp = namespace(x)
     high = xp.max(x, axis=0)
     low = xp.min(x, axis=0)
@@ -79,7 +87,9 @@ def extreme(x: Array) -> Array:
 
 
 def least(x: Array) -> Array:
-    """The smallest number of each column of x[S, C], the first of several (−0 equals 0): [C]."""
+    """The smallest number of each column of x[S, C], the first of several (−0 equals 0):
+    [C].
+    """
     xp = namespace(x)
     low = xp.min(x, axis=0)
     if bool(xp.all(low != 0)):  # only zeros can be equal and not the same

@@ -1,6 +1,7 @@
 """``quantize`` and ``dequantize``: rows of numbers to the bytes of a GGUF tensor, and back.
 
-Rows are worked on in pieces that stay in a processor's cache; a piece's blocks are encoded side by side.
+Rows are worked on in pieces that stay in a processor's cache; a piece's blocks are encoded
+side by side.
 
 | symbol     | name                                          | shape                |
 |------------|-----------------------------------------------|----------------------|
@@ -33,14 +34,15 @@ def quantize(
 ) -> Array:
     """x[R, K] → uint8 [R, row_bytes]; bytes equal llama.cpp's on x86-64.
 
-    ``importance`` [K] weighs the errors of each column (Q8_0, MXFP4 and plain floats take no notice of it). A step
-    beyond float16's 65,504 becomes infinity, as in llama.cpp, and no reader can use the block;
-    ``overflow="raise"`` refuses it.
+    ``importance`` [K] weighs the errors of each column (Q8_0, MXFP4 and plain floats take
+    no notice of it). A step beyond float16's 65,504 becomes infinity, as in llama.cpp, and
+    no reader can use the block; ``overflow="raise"`` refuses it.
 
     Raises
     ------
     ValueError
-        for an unknown type, a row that blocks do not divide, and numbers that are NaN or infinite, naming the place.
+        for an unknown type, a row that blocks do not divide, and numbers that are NaN or
+        infinite, naming the place.
     """
     xp = namespace(x, importance)
     if overflow not in ("inf", "raise"):
@@ -61,8 +63,9 @@ def quantize(
         return out
     step = max(1, PIECE[0 if xp is np else 1] // columns)
     if xp is np:
-        # glibc gives freed memory back beyond twice the largest block that was ever freed, and pages taken anew cost
-        # more than the arithmetic on them. A block that is never touched costs nothing and raises that limit.
+        # glibc gives freed memory back beyond twice the largest block that was ever freed,
+        # and pages taken anew cost more than the arithmetic on them. A block that is never
+        # touched costs nothing and raises that limit.
         xp.empty(64 * PIECE[0], dtype=xp.uint8)
     with quietly(x):
         for start in range(0, rows, step):
@@ -96,7 +99,9 @@ def _encoded(x: Array, type: str, importance: Array | None) -> Array:
 
 
 def dequantize(raw: Array, type: str) -> Array:
-    """uint8 raw[R, row_bytes] → float32 [R, K]; ValueError for what no row of the type can be."""
+    """uint8 raw[R, row_bytes] → float32 [R, K]; ValueError for what no row of the type can
+    be.
+    """
     xp = namespace(raw)
     found = kind(type)
     if raw.ndim != 2 or raw.dtype != xp.uint8 or raw.shape[1] % found.size:
@@ -116,7 +121,9 @@ def dequantize(raw: Array, type: str) -> Array:
 
 
 def _checked(importance: Array, columns: int) -> Array:
-    """The importance as float32 [K]; ValueError for another shape and for what is no weight."""
+    """The importance as float32 [K]; ValueError for another shape and for what is no
+    weight.
+    """
     xp = namespace(importance)
     if tuple(importance.shape) != (columns,):
         raise ValueError(

@@ -1,4 +1,5 @@
-"""The k-quants, encoded: 256 numbers a block, in sub-blocks whose steps and offsets are themselves quantised.
+"""The k-quants, encoded: 256 numbers a block, in sub-blocks whose steps and offsets are
+themselves quantised.
 
 | type | codes  | value            | sub-block | weights of the search      | search (codes; scales)            |
 |------|--------|------------------|-----------|----------------------------|-----------------------------------|
@@ -8,13 +9,14 @@
 | Q5_K | 0…31   | d·S·q − dmin·M   | 32        | the same                   | asymmetric; largest/63            |
 | Q6_K | −32…31 | d·S·q            | 16        | x²                         | symmetric; −largest/128           |
 
-With an importance (one weight a column, usually the mean square of the activations that it multiplies) the weights are
-importance · sqrt(σ² + x²), σ² a mean square of the block, and the sub-blocks' steps and offsets are searched too, each
-weighted by what hangs on it. Q6_K takes the importance alone.
+With an importance (one weight a column, usually the mean square of the activations that it
+multiplies) the weights are importance · sqrt(σ² + x²), σ² a mean square of the block, and
+the sub-blocks' steps and offsets are searched too, each weighted by what hangs on it. Q6_K
+takes the importance alone.
 
-Three stages: steps by search; steps to codes, which moves them; the 256 codes anew for the steps that are stored.
-Where a stored step is 0 the third stage has nothing to divide by, and the search's codes stay in the bytes; they mean
-nothing.
+Three stages: steps by search; steps to codes, which moves them; the 256 codes anew for the
+steps that are stored. Where a stored step is 0 the third stage has nothing to divide by,
+and the search's codes stay in the bytes; they mean nothing.
 
 | symbol | name                                        | shape                            |
 |--------|---------------------------------------------|----------------------------------|
@@ -23,7 +25,8 @@ nothing.
 | S, M   | sub-block codes, uint8                      | [B, 256/S]                       |
 | d, dmin| float16                                     | [B]                              |
 
-Source: ggml's quantisers (ggml-quants.c). Bytes equal its x86-64 build's; builds that fuse multiply and add differ.
+Source: ggml's quantisers (ggml-quants.c). Bytes equal its x86-64 build's; builds that fuse
+multiply and add differ.
 
 Left out: bits (``kbits``), searches (``search``), decoding (``kvalues``).
 """
@@ -75,7 +78,9 @@ def _codes(levels: Array, blocks: int) -> Array:
 
 
 def _weights(x: Array, importance: Array, factor: float) -> Array:
-    """importance · sqrt(σ² + x²) with σ² = factor · mean x² of each block of 256: x[B, 256] → [B, 256]."""
+    """importance · sqrt(σ² + x²) with σ² = factor · mean x² of each block of 256: x[B, 256]
+    → [B, 256].
+    """
     xp = namespace(x, importance)
     squares = x * x
     total = sequential_sum(xp.ascontiguousarray(squares.T))
@@ -102,7 +107,9 @@ def _largest_to(values: Array, levels: int) -> tuple[Array, Array]:
 def _again(
     x: Array, levels: Array, step: Array, offset: Array | None, low: int, high: int
 ) -> Array:
-    """The third stage: codes of x[S, C] for stored steps and offsets [C]; where a step is 0, those of the search."""
+    """The third stage: codes of x[S, C] for stored steps and offsets [C]; where a step is
+    0, those of the search.
+    """
     xp = namespace(x, levels, step)
     some = step != 0
     t = x if offset is None else x + offset
@@ -120,7 +127,9 @@ def _with_offsets(
     grid: Grid,
     factor: float,
 ) -> tuple[Array, ...]:
-    """Q2_K, Q4_K and Q5_K: x[B, 256] → codes[B, 256], S and M [B, 256/size], d and dmin [B]."""
+    """Q2_K, Q4_K and Q5_K: x[B, 256] → codes[B, 256], S and M [B, 256/size], d and dmin
+    [B].
+    """
     xp = namespace(x, importance)
     blocks = x.shape[0]
     columns = _positions_first(x, size)
@@ -230,7 +239,9 @@ def q6_k(x: Array, importance: Array | None) -> Array:
 
 
 def _extreme_to(steps: Array, levels: int, high: int) -> tuple[Array, Array]:
-    """Signed steps [J, B] → codes (the largest in size becomes −``levels``, float32 [J, B]) and the unit d[B]."""
+    """Signed steps [J, B] → codes (the largest in size becomes −``levels``, float32 [J, B])
+    and the unit d[B].
+    """
     xp = namespace(steps)
     m = extreme(_numbers(steps))
     some = m != 0

@@ -1,9 +1,11 @@
 """The k-quants, decoded: bytes to the numbers that they stand for.
 
-The order of the products is part of the format: the unit d times the sub-block's code, that times the number's code,
-and then the offset, dmin times its code, taken off; each rounded to float32. All decoders agree in every bit.
+The order of the products is part of the format: the unit d times the sub-block's code, that
+times the number's code, and then the offset, dmin times its code, taken off; each rounded
+to float32. All decoders agree in every bit.
 
-Source: ggml's dequantisers (ggml-quants.c). Layouts are explained in ``kbits``, values in ``kquants``.
+Source: ggml's dequantisers (ggml-quants.c). Layouts are explained in ``kbits``, values in
+``kquants``.
 """
 
 from __future__ import annotations

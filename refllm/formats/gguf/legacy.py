@@ -8,14 +8,17 @@
 | Q4_1 | 0…15     | d·q + m     | (max − min)/15, m = min                                                       |
 | Q5_1 | 0…31     | d·q + m     | (max − min)/31, m = min                                                       |
 
-The signed step of Q4_0 and Q5_0 is the point of them: sixteen codes around 0 have one more on one side, and the extreme
-gets it, whichever sign it has. Codes are taken with the step before it becomes a float16: that step is what the error
-of a reader grows by. Blocks of zeros get d = −0, since 0/−8 is that.
+The signed step of Q4_0 and Q5_0 is the point of them: sixteen codes around 0 have one more
+on one side, and the extreme gets it, whichever sign it has. Codes are taken with the step
+before it becomes a float16: that step is what the error of a reader grows by. Blocks of
+zeros get d = −0, since 0/−8 is that.
 
-With an importance, steps are searched (``search``), weighted by importance · sqrt(σ² + x²), where σ² is the mean square
-of the whole row; the searched codes are stored as they are. Q8_0 takes no importance.
+With an importance, steps are searched (``search``), weighted by importance · sqrt(σ² + x²),
+where σ² is the mean square of the whole row; the searched codes are stored as they are.
+Q8_0 takes no importance.
 
-Bytes: d, (m,) (32-bit word of fifth bits, bit i of number i,) then nibbles: byte j holds numbers j and j + 16.
+Bytes: d, (m,) (32-bit word of fifth bits, bit i of number i,) then nibbles: byte j holds
+numbers j and j + 16.
 
 Source: ggml's quantisers (ggml-quants.c).
 
@@ -78,7 +81,9 @@ def from_offset(x: Array, bits: int, weights: Array | None) -> Array:
 
 
 def weighted(x: Array, importance: Array) -> Array:
-    """importance · sqrt(σ² + x²), σ² the mean square of each row, summed one by one: x[R, K], [K] → [R, K]."""
+    """importance · sqrt(σ² + x²), σ² the mean square of each row, summed one by one: x[R,
+    K], [K] → [R, K].
+    """
     xp = namespace(x, importance)
     squares = x * x
     variance = sequential_sum(xp.ascontiguousarray(squares.T)) / float(x.shape[1])
@@ -86,9 +91,11 @@ def weighted(x: Array, importance: Array) -> Array:
 
 
 def _shifted(x: Array, d: Array, by: float, top: int) -> Array:
-    """⌊x/d + by⌋, which is not negative, at most ``top``, as uint8: halves are rounded up. x[32, B], d[B].
+    """⌊x/d + by⌋, which is not negative, at most ``top``, as uint8: halves are rounded up.
+    x[32, B], d[B].
 
-    0 where 1/d is infinite, as it is of a denormal d, and where d is: infinity as a whole number is 0 on an x86.
+    0 where 1/d is infinite, as it is of a denormal d, and where d is: infinity as a whole
+    number is 0 on an x86.
     """
     xp = namespace(x, d)
     inverse = divided(1.0, d, d != 0)

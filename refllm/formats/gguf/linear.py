@@ -1,8 +1,9 @@
 """A weight that stays in a GGUF file's bytes and multiplies: a ``Linear``.
 
-Rows are decoded a tile at a time, multiplied and forgotten, so that memory holds the file's bytes and one tile.
-llama.cpp does it otherwise: it also rounds the *activations* to 8 bits and sums whole numbers. So the same file gives
-logits that differ by what that rounding costs; the weights are the same to the bit.
+Rows are decoded a tile at a time, multiplied and forgotten, so that memory holds the file's
+bytes and one tile. llama.cpp does it otherwise: it also rounds the *activations* to 8 bits
+and sums whole numbers. So the same file gives logits that differ by what that rounding
+costs; the weights are the same to the bit.
 
 Left out: integer products with 8-bit activations.
 """
@@ -24,7 +25,9 @@ TILE = (1 << 18, 1 << 26)  # numbers decoded at a time in a product (host, devic
 
 
 class BlockWeight:
-    """A weight W[M, N] as the bytes uint8 [M, row_bytes] of a GGUF type; ``dtype`` is what it comes back in."""
+    """A weight W[M, N] as the bytes uint8 [M, row_bytes] of a GGUF type; ``dtype`` is what
+    it comes back in.
+    """
 
     def __init__(self, raw: Array, type: str, dtype: Any = "float32"):
         found = kind(type)

@@ -1,8 +1,10 @@
-"""Mixes: which storage type each tensor of a file gets when it is asked for as Q4_K_M, Q2_K, …
+"""Mixes: which storage type each tensor of a file gets when it is asked for as Q4_K_M,
+Q2_K, …
 
-A mix has a base type. The tensors on which a model's quality hangs get more bits, in layers that were found by trying:
-the first and last eighth and every third between (``more_bits``). attn_v is small where heads are shared, and every
-error in it is seen by all of them; ffn_down sums over the widest input; the output matrix makes the logits.
+A mix has a base type. The tensors on which a model's quality hangs get more bits, in layers
+that were found by trying: the first and last eighth and every third between
+(``more_bits``). attn_v is small where heads are shared, and every error in it is seen by
+all of them; ffn_down sums over the widest input; the output matrix makes the logits.
 
 | tensor         | Q2_K               | Q3_K_M                 | Q3_K_L | Q4_K_S     | Q4_K_M, Q5_K_M  |
 |----------------|--------------------|------------------------|--------|------------|-----------------|
@@ -11,11 +13,12 @@ error in it is seen by all of them; ffn_down sums over the widest input; the out
 | attn_output    | Q3_K               | Q4_K                   | Q5_K   |            |                 |
 | output (or tied embedding) | Q6_K in all mixes but Q8_0, which keeps Q8_0                                 |
 
-(GQA: four query heads or more share a key/value head.) Everything else has the base type; norms, biases and other
-vectors stay F32. A row that blocks of 256 do not divide falls back on a type with blocks of 32, or on F16.
+(GQA: four query heads or more share a key/value head.) Everything else has the base type;
+norms, biases and other vectors stay F32. A row that blocks of 256 do not divide falls back
+on a type with blocks of 32, or on F16.
 
-A 70B (80 layers, shared heads) gets Q5_K for attn_v where it would have Q3_K or Q4_K. With an importance, Q4_0 and Q5_0
-store ffn_down of the first eighth as Q4_1 and Q5_1.
+A 70B (80 layers, shared heads) gets Q5_K for attn_v where it would have Q3_K or Q4_K. With
+an importance, Q4_0 and Q5_0 store ffn_down of the first eighth as Q4_1 and Q5_1.
 
 Source: llama.cpp's quantiser (llama-quant.cpp), compared with it tensor by tensor.
 
@@ -48,7 +51,9 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Heads:
-    """What a mix depends on besides names and shapes; ``architecture`` as in general.architecture."""
+    """What a mix depends on besides names and shapes; ``architecture`` as in
+    general.architecture.
+    """
 
     architecture: str
     layers: int
@@ -69,7 +74,8 @@ def more_bits(i: int, n: int) -> bool:
 def mix(
     shapes: Mapping[str, Shape], name: str, heads: Heads, *, importance: bool = False
 ) -> dict[str, str]:
-    """GGUF name → storage type, for tensors by GGUF's names (``shapes`` as NumPy writes them: rows last).
+    """GGUF name → storage type, for tensors by GGUF's names (``shapes`` as NumPy writes
+    them: rows last).
 
     ``importance`` says that the file is made with an importance matrix.
 

@@ -1,14 +1,17 @@
-"""Numbers that share nothing (F32, F16, BF16), and MXFP4, whose blocks share a power of two.
+"""Numbers that share nothing (F32, F16, BF16), and MXFP4, whose blocks share a power of
+two.
 
-MXFP4: 32 numbers, one byte E for 2^(E − 127), and 4-bit floats (E2M1: 0, ½, 1, 1½, 2, 3, 4, 6 and their negatives).
-ggml stores twice the values of E2M1 and half the scale, which is the same. E is chosen so that the largest number
-falls into the top binade of E2M1: E = ⌊log2 largest⌋ − 2 + 127; what is then above 6 becomes 6. Codes are the nearest
-value, the smaller code of two that are equally near.
+MXFP4: 32 numbers, one byte E for 2^(E − 127), and 4-bit floats (E2M1: 0, ½, 1, 1½, 2, 3, 4,
+6 and their negatives). ggml stores twice the values of E2M1 and half the scale, which is
+the same. E is chosen so that the largest number falls into the top binade of E2M1: E =
+⌊log2 largest⌋ − 2 + 127; what is then above 6 becomes 6. Codes are the nearest value, the
+smaller code of two that are equally near.
 
-Quirk: for a largest number below 2^−125 that E is negative, and is stored modulo 256. The scale is then huge and the
-block becomes zeros, as with E = 0 nearly all of it would.
+Quirk: for a largest number below 2^−125 that E is negative, and is stored modulo 256. The
+scale is then huge and the block becomes zeros, as with E = 0 nearly all of it would.
 
-Source: OCP Microscaling Formats 1.0 (MXFP4); ggml's quantisers for ties, zero blocks (E = 0) and tiny ones.
+Source: OCP Microscaling Formats 1.0 (MXFP4); ggml's quantisers for ties, zero blocks (E =
+0) and tiny ones.
 
 Left out: NVFP4.
 """
@@ -36,7 +39,9 @@ def f16(x: Array) -> Array:
 
 
 def bf16(x: Array) -> Array:
-    """x[B, 1] → bytes[B, 2]: the upper half of the float32, to nearest even; NaN stays NaN and becomes quiet."""
+    """x[B, 1] → bytes[B, 2]: the upper half of the float32, to nearest even; NaN stays NaN
+    and becomes quiet.
+    """
     xp = namespace(x)
     bits = bitcast(xp.ascontiguousarray(x), xp.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -49,7 +54,8 @@ def mxfp4(x: Array) -> Array:
     xp = namespace(x)
     largest = xp.max(xp.abs(x), axis=1)
     some = largest > 0
-    # log2 is rounded to float32 first: what lies a hair below a power of two counts as that power
+    # log2 is rounded to float32 first: what lies a hair below a power of two counts as that
+    # power
     binade = xp.floor(
         xp.astype(xp.log2(xp.astype(xp.where(some, largest, 1.0), xp.float64)), xp.float32)
     )

@@ -1,7 +1,9 @@
-"""GGUF files, read: metadata and tensors, every number of the file checked before it is believed.
+"""GGUF files, read: metadata and tensors, every number of the file checked before it is
+believed.
 
-Files come from strangers. Whatever a header claims, nothing is allocated, and nothing is looped over, that the file is
-too short to hold; so a hostile file costs one sentence and no memory.
+Files come from strangers. Whatever a header claims, nothing is allocated, and nothing is
+looped over, that the file is too short to hold; so a hostile file costs one sentence and no
+memory.
 
 | bytes                          | what                                                                             |
 |--------------------------------|----------------------------------------------------------------------------------|
@@ -11,12 +13,15 @@ too short to hold; so a hostile file costs one sentence and no memory.
 | tensor records                 | name (string), u32 dimensions, u64 each of them, u32 type, u64 offset            |
 | padding, tensors               | each tensor begins at a multiple of the alignment, right after the one before it |
 
-A string is a u64 of bytes and that many bytes of UTF-8. An array is a u32 type, a u64 count, and the elements. All is
-little-endian. Dimensions stand innermost first, NumPy's shape backwards. Offsets count from the first tensor.
+A string is a u64 of bytes and that many bytes of UTF-8. An array is a u32 type, a u64
+count, and the elements. All is little-endian. Dimensions stand innermost first, NumPy's
+shape backwards. Offsets count from the first tensor.
 
-Metadata come as NumPy scalars and arrays of their own type, strings as str, arrays of strings as lists.
+Metadata come as NumPy scalars and arrays of their own type, strings as str, arrays of
+strings as lists.
 
-Source: the GGUF specification; what llama.cpp's reader refuses is refused (gaps, doubled names, nested arrays).
+Source: the GGUF specification; what llama.cpp's reader refuses is refused (gaps, doubled
+names, nested arrays).
 
 Left out: big-endian files, version 1, files in several parts, types without a codec here.
 """
@@ -156,7 +161,8 @@ class _Cursor:
 
 
 def parse(data: Any, where: str = "the file") -> Header:
-    """The header of a GGUF file, given all its bytes (bytes, or a memory map, of which only the header is touched).
+    """The header of a GGUF file, given all its bytes (bytes, or a memory map, of which only
+    the header is touched).
 
     Raises
     ------
@@ -230,14 +236,17 @@ def _record(cursor: _Cursor, what: str) -> tuple[str, Kind, tuple[int, ...], int
             f"{name!r} has shape {shape}, which {kind.name} cannot store: rows are whole blocks of "
             f"{kind.block}"
         )
-    # Python's integers do not overflow: what is too large for the file is found, however large it is
+    # Python's integers do not overflow: what is too large for the file is found, however
+    # large it is
     if math.prod(shape) // kind.block * kind.size > len(cursor.data):
         raise cursor.fail(f"{name!r} has shape {shape}, more than the whole file")
     return name, kind, shape, offset
 
 
 def _placed(cursor: _Cursor, records: list[Any], alignment: int) -> dict[str, TensorRecord]:
-    """The tensors with their places: one after another from the next multiple of the alignment on."""
+    """The tensors with their places: one after another from the next multiple of the
+    alignment on.
+    """
     first = cursor.at + -cursor.at % alignment
     placed: dict[str, TensorRecord] = {}
     at = 0
@@ -257,9 +266,11 @@ def _placed(cursor: _Cursor, records: list[Any], alignment: int) -> dict[str, Te
 
 
 class GGUFFile(Mapping[str, np.ndarray]):
-    """A GGUF file on disk: ``file[name]`` is a tensor's bytes, uint8 [rows…, row_bytes], not copied.
+    """A GGUF file on disk: ``file[name]`` is a tensor's bytes, uint8 [rows…, row_bytes],
+    not copied.
 
-    Only the header is read on opening. A context manager; arrays taken from it keep the file mapped.
+    Only the header is read on opening. A context manager; arrays taken from it keep the
+    file mapped.
     """
 
     def __init__(self, path: str | Path):

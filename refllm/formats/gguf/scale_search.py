@@ -1,8 +1,10 @@
-"""The searches for a block's step: what ggml minimises, in the arithmetic that its bytes depend on.
+"""The searches for a block's step: what ggml minimises, in the arithmetic that its bytes
+depend on.
 
-Dividing by the largest number wastes codes: a little more error at the extremes buys less everywhere else. So each
-sub-block tries some steps, and for the codes that each gives, the best step in closed form. Blocks are columns here,
-x[S, C] holds position i of all of them in row i: searches run side by side, and only sums go position by position.
+Dividing by the largest number wastes codes: a little more error at the extremes buys less
+everywhere else. So each sub-block tries some steps, and for the codes that each gives, the
+best step in closed form. Blocks are columns here, x[S, C] holds position i of all of them
+in row i: searches run side by side, and only sums go position by position.
 
 | search       | model of x      | minimises                         | tries                                      |
 |--------------|-----------------|-----------------------------------|--------------------------------------------|
@@ -11,20 +13,22 @@ x[S, C] holds position i of all of them in row i: searches run side by side, and
 | swept        | s·(L − n)       | the same, w = x²                  | one start, then each code anew, five times |
 | positive     | s·L, x ≥ 0      | Σ w (s·L − x)²                    | n ± 0.1 … 0.4 steps, then each code anew   |
 
-For given codes the squares are least at s = Σwxl / Σwl² (symmetric), which leaves Σwx² − (Σwxl)²/Σwl²; hence what is
-compared is (Σwxl)²/Σwl², and no error is ever computed. The asymmetric fit is the straight line of weighted regression.
+For given codes the squares are least at s = Σwxl / Σwl² (symmetric), which leaves Σwx² −
+(Σwxl)²/Σwl²; hence what is compared is (Σwxl)²/Σwl², and no error is ever computed. The
+asymmetric fit is the straight line of weighted regression.
 
 Quirks, all part of the format's bytes:
 
-- Sums are strictly sequential in float32. Another order of additions changes a last bit, that changes which candidate
-  wins, and that changes the codes.
-- ``asymmetric`` moves its lower end to each better fit's offset, and later candidates start from there: the candidates
-  are not the grid that the parameters describe.
+- Sums are strictly sequential in float32. Another order of additions changes a last bit,
+  that changes which candidate wins, and that changes the codes.
+- ``asymmetric`` moves its lower end to each better fit's offset, and later candidates start
+  from there: the candidates are not the grid that the parameters describe.
 - With ``mad`` (Q2_K) candidates are fitted by squares and compared by absolute errors.
-- ``swept`` only takes up a code if the other codes' Σwxl is positive. With a positive extreme the step is negative
-  and Σwxl is too: such blocks are never refined.
+- ``swept`` only takes up a code if the other codes' Σwxl is positive. With a positive
+  extreme the step is negative and Σwxl is too: such blocks are never refined.
 
-Source: ggml's quantisers (ggml-quants.c), behaviour checked against the library byte for byte.
+Source: ggml's quantisers (ggml-quants.c), behaviour checked against the library byte for
+byte.
 
 Left out: the searches of the lattice types.
 """
@@ -64,9 +68,11 @@ IMPORTANT = Grid(-0.9, 0.05, 36)  # with an importance, whatever the type
 def asymmetric(
     x: Array, w: Array, levels: int, grid: Grid, *, mad: bool = False
 ) -> tuple[Array, Array, Array]:
-    """x[S, C], weights w[S, C] → codes in 0 … levels (as float32 [S, C]), s[C] and −m[C] of x ≈ s·L + m.
+    """x[S, C], weights w[S, C] → codes in 0 … levels (as float32 [S, C]), s[C] and −m[C] of
+    x ≈ s·L + m.
 
-    The start puts ``levels`` steps between the ends; candidate i puts levels + first + i·step there, i = 0 … tries.
+    The start puts ``levels`` steps between the ends; candidate i puts levels + first +
+    i·step there, i = 0 … tries.
     """
     xp = namespace(x, w)
     hi = xp.max(x, axis=0)
@@ -105,7 +111,9 @@ def asymmetric(
 
 
 def _encode(x: Array, lo: Array, inverse: Array, levels: int, code: Array) -> None:
-    """code = clip(nearest((x − lo) · inverse)); an infinite inverse gives 0, as upstream's rounding makes of it."""
+    """code = clip(nearest((x − lo) · inverse)); an infinite inverse gives 0, as upstream's
+    rounding makes of it.
+    """
     xp = namespace(x, code)
     xp.subtract(x, lo, out=code)
     xp.multiply(code, xp.where(xp.isfinite(inverse), inverse, 0.0), out=code)
@@ -137,7 +145,9 @@ def _error(x: Array, w: Array, code: Array, s: Array, m: Array, mad: bool, room:
 
 
 def symmetric(x: Array, levels: int, w: Array | None = None) -> tuple[Array, Array]:
-    """x[S, C], weights (x² if None) → codes in 0 … 2·levels − 1 (as float32 [S, C]) and s[C] of x ≈ s·(L − levels)."""
+    """x[S, C], weights (x² if None) → codes in 0 … 2·levels − 1 (as float32 [S, C]) and
+    s[C] of x ≈ s·(L − levels).
+    """
     xp = namespace(x, w)
     w = x * x if w is None else w
     m = extreme(x)
@@ -175,7 +185,9 @@ def symmetric(x: Array, levels: int, w: Array | None = None) -> tuple[Array, Arr
 
 
 def swept(x: Array, levels: int) -> tuple[Array, Array]:
-    """x[S, C] → codes in 0 … 2·levels − 1 (as float32 [S, C]) and s[C]; one start, then sweeps over the codes."""
+    """x[S, C] → codes in 0 … 2·levels − 1 (as float32 [S, C]) and s[C]; one start, then
+    sweeps over the codes.
+    """
     xp = namespace(x)
     m = extreme(x)
     some = xp.abs(m) >= TINY
@@ -190,7 +202,9 @@ def swept(x: Array, levels: int) -> tuple[Array, Array]:
 
 
 def positive(x: Array, levels: int, w: Array) -> tuple[Array, Array]:
-    """x[S, C] ≥ 0, weights w[S, C] → codes in 0 … levels (as float32 [S, C]) and s[C] of x ≈ s·L."""
+    """x[S, C] ≥ 0, weights w[S, C] → codes in 0 … levels (as float32 [S, C]) and s[C] of x
+    ≈ s·L.
+    """
     xp = namespace(x, w)
     m = xp.maximum(xp.max(x, axis=0), 0.0)
     some = m >= TINY
@@ -232,11 +246,13 @@ def _sweep(
     *,
     others: bool,
 ) -> tuple[Array, Array, Array]:
-    """Up to five times over all positions: each code anew, given all others, and kept if (Σwxl)²/Σwl² grows.
+    """Up to five times over all positions: each code anew, given all others, and kept if
+    (Σwxl)²/Σwl² grows.
 
-    A sweep that changes nothing is a block's last. Between two changes a block's sums stand still: so all its positions
-    are tried at once, and the next in turn that would be kept is the next change. Blocks with none are done, and so
-    are those whose Σwxl is not positive (the quirk above).
+    A sweep that changes nothing is a block's last. Between two changes a block's sums stand
+    still: so all its positions are tried at once, and the next in turn that would be kept
+    is the next change. Blocks with none are done, and so are those whose Σwxl is not
+    positive (the quirk above).
     """
     xp = namespace(x, w, code)
     size = int(x.shape[0])
@@ -280,7 +296,9 @@ def _trial(
     *,
     others: bool,
 ) -> tuple[Array, Array, Array, Array]:
-    """Of each code, were it alone to change: whether to keep that, the new code, and Σwxl, Σwl² with it; all [S, C]."""
+    """Of each code, were it alone to change: whether to keep that, the new code, and Σwxl,
+    Σwl² with it; all [S, C].
+    """
     xp = namespace(x, w, code)
     a = sx - wx * code  # of the other codes
     b = sl - w * code * code

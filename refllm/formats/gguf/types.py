@@ -1,6 +1,7 @@
 """The storage types of GGUF files that refllm reads and writes: sizes, numbers, names.
 
-A row of K numbers is stored as K / block blocks of ``size`` bytes each; bits a weight are 8 · size / block.
+A row of K numbers is stored as K / block blocks of ``size`` bytes each; bits a weight are 8
+· size / block.
 
 | type          | numbers a block | bytes | bits a weight | what a block holds                                    |
 |---------------|-----------------|-------|---------------|-------------------------------------------------------|
@@ -11,9 +12,11 @@ A row of K numbers is stored as K / block blocks of ``size`` bytes each; bits a 
 | MXFP4         | 32              | 17    | 4.25          | power of two, 4-bit floats                            |
 | Q2_K … Q6_K   | 256             | 84 …  | 2.625 …       | sub-blocks whose steps (and offsets) are codes, too   |
 
-Source: the GGUF specification, and ggml's block structures (the numbers of the types are ggml's).
+Source: the GGUF specification, and ggml's block structures (the numbers of the types are
+ggml's).
 
-Left out: the lattice and ternary types (IQ…, TQ…), integers, Q8_1 and Q8_K (activations, never in files).
+Left out: the lattice and ternary types (IQ…, TQ…), integers, Q8_1 and Q8_K (activations,
+never in files).
 """
 
 from __future__ import annotations
@@ -39,7 +42,9 @@ class Kind:
 
     @property
     def quantized(self) -> bool:
-        """Whether numbers share a scale: files of such types carry a version of the quantisation."""
+        """Whether numbers share a scale: files of such types carry a version of the
+        quantisation.
+        """
         return self.block > 1
 
 
@@ -66,9 +71,11 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Field:
-    """Some bytes of a block: ``role`` is "step", "offset", "scales", "high bits" or "codes"; ``holds`` says of what.
+    """Some bytes of a block: ``role`` is "step", "offset", "scales", "high bits" or
+    "codes"; ``holds`` says of what.
 
-    Numbers of a block are counted from 0, sub-blocks too; j is the byte's place in the field.
+    Numbers of a block are counted from 0, sub-blocks too; j is the byte's place in the
+    field.
     """
 
     role: str

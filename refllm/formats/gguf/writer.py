@@ -1,7 +1,9 @@
-"""GGUF files, written: version 3, one tensor in memory at a time, byte for byte what the ``gguf`` package writes.
+"""GGUF files, written: version 3, one tensor in memory at a time, byte for byte what the
+``gguf`` package writes.
 
-Metadata carry their types: str, bool, NumPy scalars and arrays, lists of str. A plain int or float is refused, since a
-reader asks for a width. The format is described in ``container``.
+Metadata carry their types: str, bool, NumPy scalars and arrays, lists of str. A plain int
+or float is refused, since a reader asks for a width. The format is described in
+``container``.
 
 Left out: other alignments than 32, files in several parts.
 """
@@ -36,14 +38,17 @@ _NUMBERS = {name: number for number, name in SCALARS.items()}
 def write(
     path: str | Path, metadata: Mapping[str, Any], plan: Plan, read: Callable[[str], np.ndarray]
 ) -> None:
-    """Write the tensors of ``plan``, in its order; ``read`` is asked for the bytes of each when its turn comes.
+    """Write the tensors of ``plan``, in its order; ``read`` is asked for the bytes of each
+    when its turn comes.
 
-    The file is written under a temporary name beside ``path`` and takes its name when it is whole and on the disk.
+    The file is written under a temporary name beside ``path`` and takes its name when it is
+    whole and on the disk.
 
     Raises
     ------
     ValueError
-        for metadata without a type, and for a tensor that its type or the format cannot hold.
+        for metadata without a type, and for a tensor that its type or the format cannot
+        hold.
     """
     target = Path(path)
     header = header_bytes(metadata, plan)

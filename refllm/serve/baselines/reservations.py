@@ -1,7 +1,8 @@
-"""Memory as it was before paging: one run of slots for all that a request may ever need, or a row of a rectangle.
+"""Memory as it was before paging: one run of slots for all that a request may ever need, or
+a row of a rectangle.
 
-Source: Kwon et al. 2023, section 6.1. Orca itself was never published: its three variants there differ in how much
-they know of the output's length.
+Source: Kwon et al. 2023, section 6.1. Orca itself was never published: its three variants
+there differ in how much they know of the output's length.
 
 | rule       | slots reserved for a prompt of P tokens                                                       |
 |------------|-----------------------------------------------------------------------------------------------|
@@ -9,8 +10,8 @@ they know of the output's length.
 | ``pow2``   | P + ``max_tokens`` rounded up to a power of two                                               |
 | ``oracle`` | P + ``max_tokens``: exact, where requests run to their ``max_tokens`` (``ignore_eos``)        |
 
-A reservation is made at admission and is never outgrown: nothing is preempted, and what will be used last is kept
-from everybody else from the beginning.
+A reservation is made at admission and is never outgrown: nothing is preempted, and what
+will be used last is kept from everybody else from the beginning.
 
 Left out: sharing (a run cannot be shared: n continuations are n requests here).
 """
@@ -62,7 +63,9 @@ class _Contiguous:
 
 
 class Reserved(_Contiguous):
-    """A run for each request, by one of ``RULES``; ``buddy`` rounds runs up to powers of two, as the baselines did."""
+    """A run for each request, by one of ``RULES``; ``buddy`` rounds runs up to powers of
+    two, as the baselines did.
+    """
 
     def __init__(self, slots: int, rule: str, *, longest: int = 2048, buddy: bool = True):
         super().__init__()
@@ -115,14 +118,17 @@ class Reserved(_Contiguous):
 
 
 class Rectangle(_Contiguous):
-    """Rows for a padded batch, every one as wide as the longest prompt and the longest output together.
+    """Rows for a padded batch, every one as wide as the longest prompt and the longest
+    output together.
 
-    Prompts are padded on the left, so that all outputs begin in one column. Rows are given back together, when the
-    last member of the batch has been released.
+    Prompts are padded on the left, so that all outputs begin in one column. Rows are given
+    back together, when the last member of the batch has been released.
     """
 
     def __init__(self, slots: int, *, longest: int | None = None):
-        """``longest`` closes a batch whose rows would be wider, as vLLM's benchmark of its predecessors does."""
+        """``longest`` closes a batch whose rows would be wider, as vLLM's benchmark of its
+        predecessors does.
+        """
         super().__init__()
         if slots < 1 or (longest is not None and longest < 1):
             raise ValueError(f"needs at least one slot a row and in all, got {longest} and {slots}")

@@ -1,17 +1,21 @@
-"""Static batching: a padded batch runs until its longest member has ended; only then the next one is formed.
+"""Static batching: a padded batch runs until its longest member has ended; only then the
+next one is formed.
 
-Source: request-level scheduling as Yu et al. 2022 (Orca), section 3, describe the servers before it; the padded
-batches that Kwon et al. 2023 compare with, as vLLM's benchmark of Hugging Face's generation forms them.
+Source: request-level scheduling as Yu et al. 2022 (Orca), section 3, describe the servers
+before it; the padded batches that Kwon et al. 2023 compare with, as vLLM's benchmark of
+Hugging Face's generation forms them.
 
 | columns of the rectangle       | hold                                                                             |
 |--------------------------------|----------------------------------------------------------------------------------|
 | [0, longest prompt)            | prompts, padded on the left: ``pad`` positions of a row are computed and masked  |
 | from there to the longest end  | outputs; a row that has ended is computed all the same, as one of the ``ghosts`` |
 
-Requests are taken in the order in which they came until the next one would not fit into ``memory.Rectangle``. The
-same interface as ``serve.scheduler``: whoever executes plans, or puts a clock to them, sees no difference.
+Requests are taken in the order in which they came until the next one would not fit into
+``memory.Rectangle``. The same interface as ``serve.scheduler``: whoever executes plans, or
+puts a clock to them, sees no difference.
 
-Left out: sorting requests by length, with which a batch is padded less and requests wait longer.
+Left out: sorting requests by length, with which a batch is padded less and requests wait
+longer.
 """
 
 from __future__ import annotations
