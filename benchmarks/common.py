@@ -199,7 +199,7 @@ def network(path: str | None) -> Iterator[tuple[Path, str]]:
     """(a checkpoint directory, what it is): ``path``, else the bundled model, else random
     weights of its shape.
     """
-    from refllm.api import BUNDLED, bundled
+    from refllm.checkpoints.loading import BUNDLED, bundled
 
     if path is not None:
         yield Path(path), path

@@ -17,44 +17,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from refllm.backend import Array, asarray_like, to_numpy
 from refllm.checkpoints import loading
+from refllm.checkpoints.loading import BUNDLED, bundled, locate
 from refllm.checkpoints.tokenizer import Tokenizer
-from refllm.decode.generate import GREEDY, CachePolicy, Sampling, generate_tokens
+from refllm.decode.generate import GREEDY, CachePolicy, SamplingParams, generate_tokens
 from refllm.decode.speculative.drafters import ModelDrafter, check_drafter
 from refllm.decode.speculative.interface import Drafter
 from refllm.decode.speculative.loop import Step, speculate
-from refllm.decode.text import StopStrings, Utf8Stream
+from refllm.decode.detokenizer import StopStrings, Utf8Stream
 from refllm.model.attention import CausalAttend
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights, forward, logits
 
-BUNDLED = Path(__file__).parent / "models"
-
-
-def bundled() -> list[str]:
-    """Names of the models that come with the package."""
-    return sorted(p.parent.name for p in BUNDLED.glob("*/config.json"))
-
-
-def locate(path_or_name: str | os.PathLike[str]) -> Path:
-    """The directory of a bundled model, or the path itself; CheckpointError if it is
-    neither.
-    """
-    if isinstance(path_or_name, str) and path_or_name in bundled():
-        return BUNDLED / path_or_name
-    path = Path(os.path.expanduser(path_or_name))  # unlike Path's, leaves an unknown ~user as it is
-    if not os.path.exists(path):  # unlike Path's, False for a name that the file system cannot hold
-        names = ", ".join(bundled()) or "none is installed"
-        raise loading.CheckpointError(
-            f"{os.fspath(path_or_name)!r} is neither a folder nor a bundled model ({names})"
-        )
-    return path
+__all__ = ["BUNDLED", "Model", "bundled", "load", "locate"]
 
 
 def load(
@@ -156,7 +136,7 @@ class Model:
         another one than with the policy alone. A policy that drops at random draws from
         ``rng``, at temperature 0 too.
         """
-        how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        how = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty)
         if isinstance(prompt, str):
             options: Any = {
                 "how": how,
@@ -183,7 +163,7 @@ class Model:
         prompts: Sequence[Sequence[int]] | Array,
         max_tokens: int,
         *,
-        how: Sampling = GREEDY,
+        how: SamplingParams = GREEDY,
         ignore_eos: bool = False,
         rng: np.random.Generator | int | None = None,
         cache: CachePolicy | None = None,
@@ -213,7 +193,7 @@ class Model:
         prompt: str,
         max_tokens: int,
         *,
-        how: Sampling = GREEDY,
+        how: SamplingParams = GREEDY,
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         rng: np.random.Generator | int | None = None,
@@ -255,7 +235,7 @@ class Model:
         self,
         prompt: Sequence[int],
         max_tokens: int,
-        how: Sampling,
+        how: SamplingParams,
         rng: np.random.Generator,
         drafter: Drafter | Model | None,
         on_step: Callable[[Step], object] | None = None,

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 import fakecupy
 import refllm
 from conftest import to_host
-from refllm.api import BUNDLED, Model, bundled, load
+from refllm.api import Model, load
 from refllm.checkpoints.directory_writer import save
+from refllm.checkpoints.loading import BUNDLED, bundled
 from refllm.checkpoints.tensor_files import CheckpointError
 from refllm.decode import generate
-from refllm.decode.generate import Sampling, generate_tokens
+from refllm.decode.generate import SamplingParams, generate_tokens
 from study_models import byte_tokenizer, tiny_config, tiny_model, tiny_params
 
 V = 257
@@ -210,7 +211,7 @@ def test_streamed_pieces_join_to_the_decoded_tokens_and_every_token_is_reported(
     character.
     """
     tokens: list[int] = []
-    how = Sampling(temperature=temperature)
+    how = SamplingParams(temperature=temperature)
     pieces = list(ENDLESS.stream("x", 24, how=how, rng=seed, on_token=tokens.append))
     assert len(tokens) == 24
     assert "".join(pieces) == ENDLESS.tokenizer.decode(tokens)
@@ -373,7 +374,7 @@ def test_every_library_gives_the_same_tokens(xp):
     expected = network(dtype="float32").generate_batch(batch, 8)
     model = network(xp=xp, dtype="float32")
     assert model.generate_batch(batch, 8) == expected
-    for how in (Sampling(temperature=0.9, top_k=20, top_p=0.9), Sampling(repetition_penalty=1.3)):
+    for how in (SamplingParams(temperature=0.9, top_k=20, top_p=0.9), SamplingParams(repetition_penalty=1.3)):
         host = network(dtype="float32").generate_batch(batch, 8, how=how, rng=3)
         assert model.generate_batch(batch, 8, how=how, rng=3) == host
     z = to_host(model.logits(xp.asarray([0, 9, 8])))
@@ -384,7 +385,7 @@ def test_every_library_gives_the_same_tokens(xp):
 
 
 @pytest.mark.parametrize(
-    ("count", "how"), [(1, Sampling()), (3, Sampling()), (3, Sampling(temperature=1.0))]
+    ("count", "how"), [(1, SamplingParams()), (3, SamplingParams()), (3, SamplingParams(temperature=1.0))]
 )
 def test_a_decode_step_crosses_the_border_a_fixed_number_of_times(count, how):
     """Tokens and positions go over in one copy, the chosen tokens come back in one,

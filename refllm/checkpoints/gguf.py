@@ -16,7 +16,6 @@ Left out: files in several parts, adapters, experts.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -42,21 +41,7 @@ from refllm.model.config import ModelConfig
 from refllm.model.layers import rope_frequencies
 from refllm.model.llama import Weights, build
 
-__all__ = ["GGUFTensors", "is_gguf", "load", "open_file"]
-
-
-def is_gguf(path: str | Path) -> bool:
-    """Whether a path names a file that calls itself GGUF, by its suffix or by its first
-    bytes.
-    """
-    path = Path(os.path.expanduser(path))  # unlike Path's, leaves an unknown ~user as it is
-    try:
-        if not path.is_file():
-            return False
-    except OSError:  # a name that the file system cannot hold
-        return False
-    with path.open("rb") as file:
-        return file.read(4) == b"GGUF" or path.suffix == ".gguf"
+__all__ = ["GGUFTensors", "load", "open_file"]
 
 
 def open_file(path: str | Path) -> GGUFFile:

@@ -49,7 +49,6 @@ from typing import Any
 import numpy as np
 
 from refllm.backend import Array, get
-from refllm.checkpoints import gguf
 from refllm.checkpoints.tensor_files import (
     EMBEDDING,
     FLOATS,
@@ -73,6 +72,41 @@ from refllm.model.llama import Weights, build
 # Written by some, of no effect when zero: zero points of symmetric weights, biases that a
 # family does not have
 OPTIONAL = (".weight_zero_point", ".bias")
+BUNDLED = Path(__file__).parent.parent / "models"  # the models that come with the package
+
+
+def bundled() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(p.parent.name for p in BUNDLED.glob("*/config.json"))
+
+
+def locate(path_or_name: str | os.PathLike[str]) -> Path:
+    """The directory of a bundled model, or the path itself; CheckpointError if it is
+    neither.
+    """
+    if isinstance(path_or_name, str) and path_or_name in bundled():
+        return BUNDLED / path_or_name
+    path = Path(os.path.expanduser(path_or_name))  # unlike Path's, leaves an unknown ~user as it is
+    if not os.path.exists(path):  # unlike Path's, False for a name that the file system cannot hold
+        names = ", ".join(bundled()) or "none is installed"
+        raise CheckpointError(
+            f"{os.fspath(path_or_name)!r} is neither a folder nor a bundled model ({names})"
+        )
+    return path
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Whether a path names a file that calls itself GGUF, by its suffix or by its first
+    bytes.
+    """
+    path = Path(os.path.expanduser(path))  # unlike Path's, leaves an unknown ~user as it is
+    try:
+        if not path.is_file():
+            return False
+    except OSError:  # a name that the file system cannot hold
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF" or path.suffix == ".gguf"
 
 
 def read(directory: Path) -> Quantization | None:
@@ -263,7 +297,9 @@ def load(path: str | Path, *, backend: str | None = None, dtype: str = "float32"
         raise ValueError(
             f"load: dtype {dtype!r} is not computed in on {xp.__name__}; choose one of {', '.join(types)}"
         )
-    if gguf.is_gguf(path):
+    if is_gguf(path):
+        from refllm.checkpoints import gguf  # only where there is such a file
+
         return Checkpoint(*gguf.load(path, xp, dtype), Path(path))
     directory = _directory(path)
     config = read_config(directory)

@@ -3,7 +3,7 @@
 
 Byte-level means that every byte is a symbol of the base alphabet: any text round-trips, and
 nothing is ever unknown. A token may therefore end in the middle of a UTF-8 character; see
-``Utf8Stream`` in ``decode.text``.
+``Utf8Stream`` in ``decode.detokenizer``.
 
 The literal text of a special token, such as ``<|endoftext|>`` inside a document, is
 ordinary text here and never becomes the special token: text from outside must not end a

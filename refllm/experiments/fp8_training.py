@@ -54,8 +54,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refllm.api import locate
-from refllm.checkpoints.loading import build_weights, iter_tensors, read_config
+from refllm.checkpoints.loading import build_weights, iter_tensors, locate, read_config
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.corpus import held_out_documents, training_documents
 from refllm.experiments.outlier_injection import PLACES, plant

@@ -34,9 +34,10 @@ from typing import Any
 import numpy as np
 
 import refllm
-from refllm.api import Model, load, locate
+from refllm.api import Model, load
 from refllm.backend import Array
 from refllm.checkpoints.atomic import write_whole
+from refllm.checkpoints.loading import locate
 from refllm.experiments.outlier_injection import choose, plant
 from refllm.experiments.quantization_quality import BLOCK, LENGTH, RESAMPLES, WINDOW, WINDOWS, Bench
 from refllm.formats.uniform import Scheme

@@ -38,8 +38,9 @@ from typing import Any
 import numpy as np
 
 import refllm
-from refllm.api import Model, load, locate
+from refllm.api import Model, load
 from refllm.checkpoints.atomic import write_whole
+from refllm.checkpoints.loading import locate
 from refllm.experiments.outlier_injection import NORMS, choose, plant
 from refllm.experiments.quantization_quality import (
     BLOCK,

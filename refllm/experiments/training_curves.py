@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from refllm.api import BUNDLED, bundled
+from refllm.checkpoints.loading import BUNDLED, bundled
 from refllm.checkpoints.tensor_files import read_json
 from refllm.measure.records import Record, write
 

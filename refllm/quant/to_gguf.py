@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from refllm.checkpoints import gguf_tokenizer
-from refllm.checkpoints.gguf import GGUFTensors, is_gguf, open_file
+from refllm.checkpoints.gguf import GGUFTensors, open_file
 from refllm.checkpoints.gguf_names import (
     ROPE_FACTORS,
     architecture,
@@ -40,8 +40,8 @@ from refllm.checkpoints.gguf_names import (
     permutation,
     rope_factors,
 )
+from refllm.checkpoints.loading import is_gguf, read_config, read_tokenizer
 from refllm.checkpoints.loading import read as read_quantization
-from refllm.checkpoints.loading import read_config, read_tokenizer
 from refllm.checkpoints.tensor_files import (
     CheckpointError,
     TensorFiles,

@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 from conftest import oracle
 from networks import LLAMA3, NETWORKS, TOKENS, full_logits, random_tensors, tolerance
 from networks import tokenizer as small_tokenizer
-from refllm.api import load, locate
+from refllm.api import load
 from refllm.checkpoints import loading
 from refllm.checkpoints.gguf_names import gguf_name, hf_name, permutation
 from refllm.checkpoints.gguf_tokenizer import WHOLE, tokenizer_of
+from refllm.checkpoints.loading import locate
 from refllm.checkpoints.tensor_files import CheckpointError, tensor_shapes
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.cli import app
