@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from refllm.cli.options import AnyModelOption, BackendOption, flag, note, opt, progress
-from refllm.tour.terminal import bytes_text, console, pairs
+from refllm.terminal import bytes_text, console, pairs
 
 
 def convert(
@@ -39,7 +39,7 @@ def convert(
       refllm convert --model ./Llama-3.2-1B --to llama.gguf --type Q5_K_M --imatrix
       refllm generate --model stdlib.gguf
     """
-    from refllm.api import locate
+    from refllm.checkpoints.loading import locate
     from refllm.quant.to_gguf import convert as convert_file
     from refllm.quant.to_gguf import free
 
@@ -74,7 +74,7 @@ def convert(
 
 def _importance(source: Path, windows: int, length: int, seed: int, backend: str) -> Any:
     """Mean squares of the activations on training text."""
-    from refllm.checkpoints.gguf import is_gguf
+    from refllm.checkpoints.loading import is_gguf
     from refllm.quant.calibration_data import calibration_windows
     from refllm.quant.imatrix import importance
     from refllm.quant.layer_sources import CheckpointSource, ModelSource

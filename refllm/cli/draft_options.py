@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from refllm.tour.terminal import printable
+from refllm.terminal import printable
 
 if TYPE_CHECKING:
     from refllm.checkpoints.tokenizer import Tokenizer
@@ -57,8 +57,8 @@ class Speculation:
     """Counts steps as they are judged, and colours the text by them."""
 
     def __init__(self, drafter: Any, tokenizer: Tokenizer):
+        from refllm.decode.detokenizer import Utf8Stream
         from refllm.decode.speculative.acceptance import Acceptance
-        from refllm.decode.text import Utf8Stream
 
         self.drafter = drafter
         self.tokenizer = tokenizer

@@ -15,7 +15,7 @@ import typer
 from refllm.cli.allocator import keep_freed_memory
 from refllm.cli.cache_options import KvBitsOption, KvGroupOption, KvResidualOption, kivi_of
 from refllm.cli.options import AnyModelOption, BackendOption, JsonOption, note, opt, progress
-from refllm.tour.terminal import console, table
+from refllm.terminal import console, table
 
 if TYPE_CHECKING:
     from refllm.measure.perplexity import Comparison

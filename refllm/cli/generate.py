@@ -22,7 +22,7 @@ from refllm.cli.cache_options import (
 )
 from refllm.cli.draft_options import Speculation, draft_named
 from refllm.cli.options import AnyModelOption, BackendOption, emit, flag, note, opt, progress
-from refllm.tour.terminal import printable
+from refllm.terminal import printable
 
 DEFAULT_TOKENS = 128
 
@@ -102,11 +102,11 @@ def generate(
     import numpy as np
 
     from refllm.api import load
-    from refllm.decode.generate import Sampling
+    from refllm.decode.generate import SamplingParams
     from refllm.measure.latency import Stopwatch
 
     text = read_prompt(prompt, prompt_file)
-    how = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    how = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty)
     if gamma is not None and draft is None:
         raise ValueError("--gamma is the number of drafted tokens: say who drafts with --draft")
     if tree and draft is None:

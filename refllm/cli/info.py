@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from refllm.cli.options import BackendOption, JsonOption, ModelOption, flag
-from refllm.tour.terminal import bytes_text, console, pairs, table
+from refllm.terminal import bytes_text, console, pairs, table
 
 
 def info(
@@ -30,7 +30,7 @@ def info(
       refllm info --model ./Llama-3.2-1B --json
       refllm info --verify
     """
-    from refllm.api import locate
+    from refllm.checkpoints.loading import locate
 
     facts = describe(locate(model), verify=verify) | {"runs on": device(backend)}
     if as_json:
@@ -91,7 +91,7 @@ def list_files(directory: Path, *, verify: bool) -> list[dict[str, Any]]:
     """Each file with its size, the hash in the manifest, and, if asked for, whether it
     still has that hash.
     """
-    from refllm.checkpoints.atomic import file_sha256
+    from refllm.checkpoints.writer import file_sha256
 
     recorded = (_json(directory / "manifest.json") or {}).get("files", {})
     if not isinstance(recorded, dict) or not all(
@@ -138,7 +138,6 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 
 def _show(facts: dict[str, Any]) -> None:
-    from refllm.jobs.publish import architecture
     from refllm.model.config import ModelConfig
 
     config = ModelConfig.from_hf(facts["config"])
@@ -151,7 +150,7 @@ def _show(facts: dict[str, Any]) -> None:
     pairs(
         out,
         {
-            "architecture": architecture(config),
+            "architecture": config.summary,
             "parameters": f"{facts['parameters']:,}",
             "weights": f"{bytes_text(weights['bytes'])} in {', '.join(weights['types'])}, "
             f"{weights['bits per weight']:.2f} bits per weight",

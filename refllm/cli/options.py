@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from refllm.backend import ENVIRONMENT_VARIABLE
-from refllm.tour.terminal import console, printable
+from refllm.terminal import console, printable
 
 Advance = Callable[[int, int], None]  # (done, total)
 

@@ -14,7 +14,7 @@ import typer
 
 from refllm.cli.allocator import keep_freed_memory
 from refllm.cli.options import BackendOption, JsonOption, ModelOption, bar_column, flag, note, opt
-from refllm.tour.terminal import bytes_text, console, pairs
+from refllm.terminal import bytes_text, console, pairs
 
 if TYPE_CHECKING:
     from refllm.jobs.quantize import Job
@@ -112,13 +112,13 @@ def quantize(
 
     \b
     Examples:
-      refllm quantize --output stdlib-w4 --method gptq refllm quantize --output stdlib-w8a8
-      --method smoothquant --alpha 0.8 refllm quantize --model ./Llama-3.2-1B --output
-      ./llama-w4 --bits 4 --group-size 128 --no-evaluate refllm generate --model ./stdlib-w4
-      'def main('
+      refllm quantize --output stdlib-w4 --method gptq
+      refllm quantize --output stdlib-w8a8 --method smoothquant --alpha 0.8
+      refllm quantize --model ./Llama-3.2-1B --output ./llama-w4 --bits 4 --group-size 128
+      refllm generate --model ./stdlib-w4 'def main('
     """
-    from refllm.api import locate
     from refllm.backend import get
+    from refllm.checkpoints.loading import locate
     from refllm.jobs import quantize
     from refllm.train.data import read_files
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from refllm.cli.options import BackendOption, JsonOption, opt, progress
-from refllm.tour.terminal import console, pairs, table
+from refllm.terminal import console, pairs, table
 
 if TYPE_CHECKING:
     from refllm.measure.device import Device
@@ -137,8 +137,7 @@ def _config(name: str) -> ModelConfig:
 
     if name in SHAPES:
         return {"llama-8b": memory.LLAMA_8B, "llama-70b": memory.LLAMA_70B}[name]
-    from refllm.api import locate
-    from refllm.checkpoints.loading import read_config
+    from refllm.checkpoints.loading import locate, read_config
 
     return read_config(locate(name))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from refllm.cli.options import BackendOption, ModelOption, flag, opt
-from refllm.tour.terminal import console
+from refllm.terminal import console
 
 
 def tour(

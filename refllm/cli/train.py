@@ -16,7 +16,7 @@ import typer
 
 from refllm.cli.allocator import keep_freed_memory
 from refllm.cli.options import BackendOption, bar_column, flag, note, opt
-from refllm.tour.terminal import bytes_text, console, pairs
+from refllm.terminal import bytes_text, console, pairs
 
 if TYPE_CHECKING:
     from refllm.jobs.train import Run
@@ -141,15 +141,15 @@ def train(
     A small model in a few minutes, then a look at it:
       refllm train --output tiny --width 128 --layers 2 --steps 600
       refllm generate --model ./tiny 'def main(' --temperature 0.8
-    Models like the bundled ones (hours; their cards have the commands in full, with all
-    runs and phases):
-      refllm train --output stdlib refllm train --output stdlib-draft --width 64 --layers 2
-      --heads 4 --teacher ./stdlib --teacher-from 3000
+    Models like the bundled ones (hours; their cards have the full commands, run by run):
+      refllm train --output stdlib
+      refllm train --output stdlib-draft --width 64 --layers 2 --heads 4 \\
+        --teacher ./stdlib --teacher-from 3000
     One's own text:
       refllm train --output mine --data ~/notes --vocab-size 2048 --steps 2000
     """
-    from refllm.api import locate
     from refllm.backend import get
+    from refllm.checkpoints.loading import locate
     from refllm.jobs import train
     from refllm.train.data import own_files, standard_library
     from refllm.train.optimizer import OPTIMIZERS, SCHEDULES
@@ -280,7 +280,6 @@ def command_line(context: typer.Context) -> str:
 
 
 def _announce(run: Run) -> None:
-    from refllm.jobs.publish import architecture
 
     out = console(stderr=True)
     out.print(run.output.name, style="bold")
@@ -292,7 +291,7 @@ def _announce(run: Run) -> None:
         f"{p.steps:,} steps of {p.batch} × {p.length} tokens" for p in run.plan.phases if p.steps
     )
     lines = {
-        "network": f"{architecture(run.config)}; {run.config.num_parameters:,} parameters",
+        "network": f"{run.config.summary}; {run.config.num_parameters:,} parameters",
         "text": f"{text}; held out: {len(run.held_out):,} tokens",
         "plan": phases,
         "state": f"{run.work}" + (f", continued after {run.done:,} steps" if run.done else ""),

@@ -25,11 +25,10 @@ import numpy as np
 
 import refllm
 from refllm.api import Model, load
-from refllm.checkpoints.atomic import file_sha256, write_whole
-from refllm.checkpoints.directory_writer import save
 from refllm.checkpoints.loading import build_weights, iter_tensors
 from refllm.checkpoints.tensor_files import converted
 from refllm.checkpoints.tokenizer import Tokenizer
+from refllm.checkpoints.writer import file_sha256, save, write_whole
 from refllm.corpus import Document
 from refllm.jobs import model_card
 from refllm.model.config import ModelConfig
@@ -100,7 +99,7 @@ def finish(
     )
     record = {
         "name": output.resolve().name,
-        "architecture": architecture(config),
+        "architecture": config.summary,
         "parameters": config.num_parameters,
         "stored as": dtype,
         "made with": {
@@ -196,18 +195,6 @@ def read_plan(about: Mapping[str, str]) -> Plan:
     raw = json.loads(about["plan"])
     phases = tuple(Phase(**{**p, "repeats": tuple(p["repeats"])}) for p in raw.pop("phases"))
     return Plan(phases, **raw)
-
-
-def architecture(config: ModelConfig) -> str:
-    """One line: family, layers, width, heads, MLP, vocabulary, context."""
-    layers = config.num_hidden_layers
-    tied = "tied" if config.tie_word_embeddings else "separate"
-    return (
-        f"{config.family} network of {layers} layer{'s' * (layers > 1)}, width {config.hidden_size}, "
-        f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads of {config.head_dim}, "
-        f"MLP {config.intermediate_size}, {config.vocab_size:,} tokens ({tied} head), "
-        f"context {config.max_position_embeddings:,}"
-    )
 
 
 def manifest(directory: Path, data: Data) -> dict[str, Any]:

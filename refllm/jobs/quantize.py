@@ -31,11 +31,10 @@ import numpy as np
 
 from refllm import __version__
 from refllm.api import load
-from refllm.checkpoints.atomic import write_text
-from refllm.checkpoints.directory_writer import STORED_TYPES, check_target, documents, resolved
 from refllm.checkpoints.loading import read_config
 from refllm.checkpoints.tensor_files import CheckpointError, tensor_shapes
 from refllm.checkpoints.tokenizer import Tokenizer
+from refllm.checkpoints.writer import STORED_TYPES, check_target, documents, resolved, write_text
 from refllm.corpus import Document, held_out_documents
 from refllm.formats.float_layouts import stored_as as stored_floats
 from refllm.formats.layouts import stored_as

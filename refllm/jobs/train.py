@@ -28,11 +28,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refllm.backend import get
-from refllm.checkpoints.atomic import file_sha256, write_whole
-from refllm.checkpoints.directory_writer import check_target
 from refllm.checkpoints.loading import iter_tensors, read_config
 from refllm.checkpoints.tensor_files import CheckpointError, tensor_shapes
 from refllm.checkpoints.tokenizer import Tokenizer
+from refllm.checkpoints.writer import check_target, file_sha256, write_whole
 from refllm.jobs import model_card, publish
 from refllm.model.config import ModelConfig
 from refllm.train.data import Data, encode, fingerprint

@@ -224,6 +224,18 @@ class ModelConfig:
             + self.vocab_size * n * (1 if self.tie_word_embeddings else 2)
         )
 
+    @property
+    def summary(self) -> str:
+        """One line for people: family, layers, width, heads, MLP, vocabulary, context."""
+        layers = self.num_hidden_layers
+        tied = "tied" if self.tie_word_embeddings else "separate"
+        return (
+            f"{self.family} network of {layers} layer{'s' * (layers > 1)}, width {self.hidden_size}, "
+            f"{self.num_attention_heads} query and {self.num_key_value_heads} key/value heads of "
+            f"{self.head_dim}, MLP {self.intermediate_size}, {self.vocab_size:,} tokens "
+            f"({tied} head), context {self.max_position_embeddings:,}"
+        )
+
 
 def _family(raw: Mapping[str, Any]) -> str:
     names = raw.get("architectures") or []

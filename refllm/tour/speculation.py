@@ -19,7 +19,7 @@ from refllm.decode.speculative.drafters import Cascade, ModelDrafter, NGramDraft
 from refllm.decode.speculative.interface import Drafter, check_vocabulary
 from refllm.decode.speculative.loop import Step, speculate
 from refllm.decode.speculative.tree_drafter import TreeDrafter
-from refllm.tour.terminal import table
+from refllm.terminal import table
 
 if TYPE_CHECKING:
     from rich.console import Console

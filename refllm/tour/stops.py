@@ -21,19 +21,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from refllm.api import locate
 from refllm.backend import namespace
+from refllm.checkpoints.loading import locate
 from refllm.corpus import held_out_documents
-from refllm.decode.generate import GREEDY, Sampling, generate_tokens
+from refllm.decode.generate import GREEDY, SamplingParams, generate_tokens
 from refllm.experiments import training_curves
-from refllm.jobs.publish import architecture
 from refllm.measure.latency import Stopwatch
 from refllm.measure.memory import kv_bytes_per_token
 from refllm.measure.quick import sample_bits_per_byte, time_step
 from refllm.measure.roofline import Cost, mbu, mfu, roofline_data, step_cost
+from refllm.terminal import bytes_text, printable, table
 from refllm.tour.context import Tour
 from refllm.tour.techniques import cache, formats, serve, shrink, speculate
-from refllm.tour.terminal import bytes_text, printable, table
 
 if TYPE_CHECKING:
     pass
@@ -42,7 +41,7 @@ PROMPT = (
     'class Stack:\n    """A list with a top."""\n\n    def __init__(self, items=()):\n        self.'
 )
 WRITTEN = 128  # tokens
-WRITING = Sampling(temperature=0.8, top_p=0.95)
+WRITING = SamplingParams(temperature=0.8, top_p=0.95)
 SAMPLE_WINDOWS = 16  # of 1,024 tokens each: two to five seconds
 CONTEXT = 256  # tokens cached in the steps that are timed
 REPEATS = 15
@@ -94,7 +93,7 @@ def meet(tour: Tour) -> None:
     config = model.config
     size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     xp = namespace(model.weights["norm"])
-    tour.say(f"{tour.name}, a {architecture(config)}.")
+    tour.say(f"{tour.name}, a {config.summary}.")
     tour.say(
         f"{config.num_parameters:,} parameters, {bytes_text(size)} on disk, loaded in {seconds:.2f} s; each token of "
         f"context will keep {kv_bytes_per_token(config, 32):,.0f} bytes of keys and values (float32)."

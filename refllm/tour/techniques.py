@@ -22,9 +22,9 @@ from refllm.measure.perplexity import compare, keep
 from refllm.model.config import ModelConfig
 from refllm.quant.calibration_data import calibration_windows
 from refllm.quant.recipe import quantize_model
+from refllm.terminal import bytes_text, table
 from refllm.tour import serving_burst, speculation
 from refllm.tour.context import Tour
-from refllm.tour.terminal import bytes_text, table
 
 if TYPE_CHECKING:
     pass

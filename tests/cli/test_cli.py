@@ -28,16 +28,16 @@ from typer.testing import CliRunner, Result
 import refllm
 from conftest import ROOT
 from refllm import backend
-from refllm.api import Model, bundled, load
-from refllm.checkpoints.atomic import file_sha256
-from refllm.checkpoints.directory_writer import save
+from refllm.api import Model, load
+from refllm.checkpoints.loading import bundled
 from refllm.checkpoints.tensor_files import CheckpointError
+from refllm.checkpoints.writer import file_sha256, save
 from refllm.cli import app
 from refllm.cli.errors import explain
 from refllm.cli.generate import read_prompt
 from refllm.cli.simulate import _digits
 from refllm.corpus import Document
-from refllm.decode.generate import Sampling
+from refllm.decode.generate import SamplingParams
 from refllm.jobs import train
 from refllm.kv.kivi import Kivi, KiviAttend
 from refllm.kv.sparse import h2o, recent_only, snapkv, streaming, tova
@@ -45,7 +45,7 @@ from refllm.measure.memory import human
 from refllm.measure.perplexity import compare, evaluate
 from refllm.model.config import ModelConfig
 from refllm.model.weights import Dense
-from refllm.tour.terminal import NARROW, bytes_text, printable, table
+from refllm.terminal import NARROW, bytes_text, printable, table
 from refllm.train import data
 from refllm.train.data import Data, standard_library
 from refllm.train.schedule import Phase
@@ -477,7 +477,7 @@ def test_generate_prints_only_what_is_new(model, text_file):
 
 
 def test_generate_passes_every_knob_on(model):
-    how = Sampling(0.9, 30, 0.95, 0.001, 1.2)
+    how = SamplingParams(0.9, 30, 0.95, 0.001, 1.2)
     expected = "".join(load(model, "numpy").stream("x", 30, how=how, rng=5, ignore_eos=True))
     knobs = shlex.split(
         "-t 0.9 --top-k 30 --top-p 0.95 --min-p 0.001 --repetition-penalty 1.2 --seed 5 --ignore-eos"

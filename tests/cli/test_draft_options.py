@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from refllm.checkpoints.directory_writer import save
+from refllm.checkpoints.writer import save
 from refllm.cli import app
 from refllm.cli.draft_options import Speculation, draft_named
 from refllm.decode.speculative.drafters import ModelDrafter, NGramDrafter

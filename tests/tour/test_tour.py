@@ -14,16 +14,17 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import fakecupy
-from refllm.api import Model, bundled, load
-from refllm.checkpoints.directory_writer import save
+from refllm.api import Model, load
+from refllm.checkpoints.loading import bundled
+from refllm.checkpoints.writer import save
 from refllm.cli import app
 from refllm.figures import registry
 from refllm.measure.device import Device
 from refllm.measure.records import read
 from refllm.measure.roofline import step_cost
+from refllm.terminal import printable
 from refllm.tour import context as guides
 from refllm.tour import stops
-from refllm.tour.terminal import printable
 from study_models import byte_tokenizer, tiny_config, tiny_model, tiny_params
 
 NAMES = [stop.name for stop in stops.STOPS]

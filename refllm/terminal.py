@@ -4,7 +4,7 @@ stray control codes.
 Text of models and users is never read as markup. In a pipe a table is as wide as its
 contents, so that a line of output stays a line.
 
-Left out: progress bars and command-line options (``cli.options``).
+Left out: command-line options (``cli.options``).
 """
 
 from __future__ import annotations
