@@ -20,7 +20,7 @@ import common
 import ml_dtypes
 import numpy as np
 
-from refllm.formats.minifloat import decode, encode
+from refllm.formats.minifloat import dequantize, quantize
 
 PEERS = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "e2m1": "float4_e2m1fn", "e8m0": "float8_e8m0fnu",
          "bf16": "bfloat16"}  # fmt: skip
@@ -35,10 +35,10 @@ def seconds(call: Callable[[], Any]) -> float:
 def measure(fmt: str, x: np.ndarray, rounds: int) -> dict[str, Any]:
     peer = np.dtype(getattr(ml_dtypes, PEERS[fmt]))
     theirs = x.astype(peer)
-    codes = encode(x, fmt, "saturate")
+    codes = quantize(x, fmt, "saturate")
     calls = {
-        "encode": (lambda: encode(x, fmt), lambda: x.astype(peer)),
-        "decode": (lambda: decode(codes, fmt), lambda: theirs.astype(np.float32)),
+        "encode": (lambda: quantize(x, fmt), lambda: x.astype(peer)),
+        "decode": (lambda: dequantize(codes, fmt), lambda: theirs.astype(np.float32)),
     }
     found: dict[str, Any] = {}
     for name, (ours, peers) in calls.items():

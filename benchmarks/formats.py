@@ -143,9 +143,9 @@ def lap(found: tuple[float, float, float], x: np.ndarray) -> dict[str, float]:
 
 def whole(name: str, type: str, workers: int) -> dict[str, Any]:
     """Seconds of a conversion of random weights in a published model's shapes."""
-    from refllm.checkpoints.directory_writer import save
     from refllm.checkpoints.tensor_files import tensor_shapes
     from refllm.checkpoints.tokenizer import Tokenizer
+    from refllm.checkpoints.writer import save
     from refllm.model.config import ModelConfig
     from refllm.quant.to_gguf import convert
 

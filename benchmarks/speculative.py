@@ -48,8 +48,9 @@ from threadpoolctl import threadpool_limits
 from refllm.api import Model, load
 from refllm.corpus import held_out_documents
 from refllm.decode.fast.captured_step import stepper
-from refllm.decode.generate import GREEDY, Sampling, generate_tokens
+from refllm.decode.generate import generate_tokens
 from refllm.decode.sampling import best
+from refllm.decode.sampling_params import GREEDY, SamplingParams
 from refllm.decode.speculative.acceptance import Acceptance, speedup
 from refllm.decode.speculative.drafters import Cascade, ModelDrafter, NGramDrafter
 from refllm.decode.speculative.interface import Drafter
@@ -115,9 +116,9 @@ def tasks(model: Model, count: int, new: int) -> dict[str, dict[str, Any]]:
     return made
 
 
-def plain(model: Model, prompt: Sequence[int], new: int, how: Sampling) -> list[int]:
+def plain(model: Model, prompt: Sequence[int], new: int, sampling: SamplingParams) -> list[int]:
     rng = np.random.default_rng(1)
-    return [t for (t,) in generate_tokens(model.weights, model.config, [prompt], new, how, rng)]
+    return [t for (t,) in generate_tokens(model.weights, model.config, [prompt], new, sampling, rng)]
 
 
 # --- wall clock ---------------------------------------------------------------------------
@@ -128,7 +129,7 @@ def race(
     make: dict[str, Callable[[], Drafter]],
     prompts: Sequence[Sequence[int]],
     new: int,
-    how: Sampling,
+    sampling: SamplingParams,
     rounds: int,
 ) -> dict[str, Any]:
     """Each drafter against plain decoding, in turn; the time of a prompt's prefill is in
@@ -151,7 +152,7 @@ def race(
             first = True
             text = []
             for (token,) in generate_tokens(
-                model.weights, model.config, [prompt], new, how, np.random.default_rng(k)
+                model.weights, model.config, [prompt], new, sampling, np.random.default_rng(k)
             ):
                 text.append(token)
                 if first:
@@ -162,13 +163,13 @@ def race(
                 rng = np.random.default_rng(100 * number + k)
                 steps = []
                 began = 0.0
-                for step in speculate(model.weights, model.config, prompt, new, how, rng, drafter):
+                for step in speculate(model.weights, model.config, prompt, new, sampling, rng, drafter):
                     steps.append(step)
                     began = began or time.perf_counter()
                 spent[name] += time.perf_counter() - began
                 for step in steps[1:]:
                     stats[name].add(len(step.drafts), step.accepted, step.judged)
-                if how.temperature == 0:
+                if sampling.temperature == 0:
                     parted[name] += [t for step in steps for t in step.tokens] != text
         for name, seconds in spent.items():
             times[name].append(seconds)
@@ -230,7 +231,7 @@ def batches(
     """
     sequences = max(sizes)
     shared = {
-        name: ModelDrafter(draft, 3, how=GREEDY, sequences=sequences)
+        name: ModelDrafter(draft, 3, sampling=GREEDY, sequences=sequences)
         for name in ("fixed", "adaptive")
     }
     costs = measure(model, shared["adaptive"], most=4 * sequences)
@@ -332,8 +333,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 make["n-gram, tree", g] = lambda g=g: Cascade(
                     NGramDrafter(g), TreeDrafter(draft, g)
                 )
-            how = Sampling(temperature=temperature)
-            results = race(model, make, found[task]["prompts"], options.new, how, options.rounds)
+            sampling = SamplingParams(temperature=temperature)
+            results = race(model, make, found[task]["prompts"], options.new, sampling, options.rounds)
             for (drafter, gamma), result in results.items():
                 paid = result["proposed_a_step"]  # n-grams do not always find something
                 passes = result["passes_a_step"]

@@ -98,7 +98,7 @@ def steps(
     """Seconds of each decode step, and of each part that ``clock`` watched."""
     out = []
     tokens = generate.generate_tokens(
-        weights, config, prompts, new, generate.Sampling(), np.random.default_rng(0)
+        weights, config, prompts, new, generate.SamplingParams(), np.random.default_rng(0)
     )
     next(tokens)  # the prefill
     clock.lap()

@@ -2,7 +2,7 @@
 CuPy.
 
 ``refllm.load(path_or_name)`` gives a ``Model``; everything else is imported from where it
-lives, for example ``from refllm.decode.sampling import warp``. ``ARCHITECTURE.md`` is the
+lives, for example ``from refllm.decode.sampling import process_logits``. ``ARCHITECTURE.md`` is the
 map.
 
 Importing this package imports nothing else: ``load`` is resolved when it is first used.

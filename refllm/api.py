@@ -25,11 +25,12 @@ from refllm.backend import Array, asarray_like, to_numpy
 from refllm.checkpoints import loading
 from refllm.checkpoints.loading import BUNDLED, bundled, locate
 from refllm.checkpoints.tokenizer import Tokenizer
-from refllm.decode.generate import GREEDY, CachePolicy, SamplingParams, generate_tokens
+from refllm.decode.detokenizer import StopStrings, Utf8Stream
+from refllm.decode.generate import CachePolicy, generate_tokens
+from refllm.decode.sampling_params import GREEDY, SamplingParams
 from refllm.decode.speculative.drafters import ModelDrafter, check_drafter
 from refllm.decode.speculative.interface import Drafter
 from refllm.decode.speculative.loop import Step, speculate
-from refllm.decode.detokenizer import StopStrings, Utf8Stream
 from refllm.model.attention import CausalAttend
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights, forward, logits
@@ -136,10 +137,10 @@ class Model:
         another one than with the policy alone. A policy that drops at random draws from
         ``rng``, at temperature 0 too.
         """
-        how = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty)
+        sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty)
         if isinstance(prompt, str):
             options: Any = {
-                "how": how,
+                "sampling": sampling,
                 "stop": stop,
                 "ignore_eos": ignore_eos,
                 "rng": rng,
@@ -154,7 +155,7 @@ class Model:
         ids = _token_lists([prompt])[0]
         ends = frozenset() if ignore_eos else frozenset(self.config.eos_token_ids)
         tokens = self._tokens(
-            ids, max_tokens, how, np.random.default_rng(rng), drafter, cache=cache
+            ids, max_tokens, sampling, np.random.default_rng(rng), drafter, cache=cache
         )
         return list(takewhile(lambda token: token not in ends, tokens))
 
@@ -163,7 +164,7 @@ class Model:
         prompts: Sequence[Sequence[int]] | Array,
         max_tokens: int,
         *,
-        how: SamplingParams = GREEDY,
+        sampling: SamplingParams = GREEDY,
         ignore_eos: bool = False,
         rng: np.random.Generator | int | None = None,
         cache: CachePolicy | None = None,
@@ -177,7 +178,7 @@ class Model:
         running = set(range(len(prompts)))
         rng = np.random.default_rng(rng)
         for step in generate_tokens(
-            self.weights, self.config, prompts, max_tokens, how, rng, cache
+            self.weights, self.config, prompts, max_tokens, sampling, rng, cache
         ):
             for b in list(running):
                 if step[b] in ends:
@@ -193,7 +194,7 @@ class Model:
         prompt: str,
         max_tokens: int,
         *,
-        how: SamplingParams = GREEDY,
+        sampling: SamplingParams = GREEDY,
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         rng: np.random.Generator | int | None = None,
@@ -215,7 +216,7 @@ class Model:
         characters = Utf8Stream(self.tokenizer)
         stops = StopStrings(stop)
         for token in self._tokens(
-            ids, max_tokens, how, np.random.default_rng(rng), drafter, on_step, cache
+            ids, max_tokens, sampling, np.random.default_rng(rng), drafter, on_step, cache
         ):
             if on_token is not None:
                 on_token(token)
@@ -235,7 +236,7 @@ class Model:
         self,
         prompt: Sequence[int],
         max_tokens: int,
-        how: SamplingParams,
+        sampling: SamplingParams,
         rng: np.random.Generator,
         drafter: Drafter | Model | None,
         on_step: Callable[[Step], object] | None = None,
@@ -244,7 +245,7 @@ class Model:
         """New tokens of one prompt one by one, those of an accepted run together."""
         if drafter is None:
             for (token,) in generate_tokens(
-                self.weights, self.config, [prompt], max_tokens, how, rng, cache
+                self.weights, self.config, [prompt], max_tokens, sampling, rng, cache
             ):
                 yield token
             return
@@ -252,7 +253,7 @@ class Model:
             drafter = ModelDrafter(drafter)
         check_drafter(self, drafter)
         for step in speculate(
-            self.weights, self.config, prompt, max_tokens, how, rng, drafter, policy=cache
+            self.weights, self.config, prompt, max_tokens, sampling, rng, drafter, policy=cache
         ):
             if on_step is not None:
                 on_step(step)

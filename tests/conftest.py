@@ -92,8 +92,8 @@ def make_checkpoint() -> Any:
     weights.
     """
     from networks import random_tensors
-    from refllm.checkpoints.directory_writer import save
-    from study_models import byte_tokenizer
+    from refllm.checkpoints.writer import save
+    from tiny_models import byte_tokenizer
 
     def make(config: Any, path: Path) -> Path:
         save(path, config, random_tensors(config, 0, "float32"), byte_tokenizer(), dtype="float32")

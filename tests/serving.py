@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from refllm.api import Model
-from refllm.decode import sampling
 from refllm.serve.request import Request
-from study_models import tiny_model
+from tiny_models import tiny_model
 
 TOLERANCE = 1e-9  # of a logit: hundreds of times what float64 sums of these sizes can differ by
 
@@ -40,7 +39,7 @@ def alone(request: Request, index: int = 0) -> tuple[list[int], float]:
     rng = np.random.default_rng(request.seed if index == 0 else [request.seed, index])
     text = list(request.prompt)
     nearest = np.inf
-    how = request.temperature, request.top_k, request.top_p, request.min_p
+    params = request.temperature, request.top_k, request.top_p, request.min_p
     for _ in range(request.max_tokens):
         z = last_logits(tuple(text))[None]
         if request.repetition_penalty != 1:
@@ -51,9 +50,9 @@ def alone(request: Request, index: int = 0) -> tuple[list[int], float]:
         token = (
             int(z.argmax())
             if request.temperature == 0
-            else int(sampling.sample(sampling.warp(z, *how), u)[0])
+            else int(sampling.sample(sampling.process_logits(z, *params), u)[0])
         )
-        nearest = min(nearest, float(sampling.margin(z, u, *how)[0]))
+        nearest = min(nearest, float(sampling.margin(z, u, *params)[0]))
         text.append(token)
         if token == 5 and not request.ignore_eos:
             break

@@ -20,12 +20,13 @@ import fakecupy
 import refllm
 from conftest import to_host
 from refllm.api import Model, load
-from refllm.checkpoints.directory_writer import save
 from refllm.checkpoints.loading import BUNDLED, bundled
 from refllm.checkpoints.tensor_files import CheckpointError
+from refllm.checkpoints.writer import save
 from refllm.decode import generate
-from refllm.decode.generate import SamplingParams, generate_tokens
-from study_models import byte_tokenizer, tiny_config, tiny_model, tiny_params
+from refllm.decode.generate import generate_tokens
+from refllm.decode.sampling_params import SamplingParams
+from tiny_models import byte_tokenizer, tiny_config, tiny_model, tiny_params
 
 V = 257
 prompts = st.lists(st.integers(0, V - 1), min_size=1, max_size=12)
@@ -211,8 +212,8 @@ def test_streamed_pieces_join_to_the_decoded_tokens_and_every_token_is_reported(
     character.
     """
     tokens: list[int] = []
-    how = SamplingParams(temperature=temperature)
-    pieces = list(ENDLESS.stream("x", 24, how=how, rng=seed, on_token=tokens.append))
+    sampling = SamplingParams(temperature=temperature)
+    pieces = list(ENDLESS.stream("x", 24, sampling=sampling, rng=seed, on_token=tokens.append))
     assert len(tokens) == 24
     assert "".join(pieces) == ENDLESS.tokenizer.decode(tokens)
     assert all(pieces)
@@ -374,9 +375,9 @@ def test_every_library_gives_the_same_tokens(xp):
     expected = network(dtype="float32").generate_batch(batch, 8)
     model = network(xp=xp, dtype="float32")
     assert model.generate_batch(batch, 8) == expected
-    for how in (SamplingParams(temperature=0.9, top_k=20, top_p=0.9), SamplingParams(repetition_penalty=1.3)):
-        host = network(dtype="float32").generate_batch(batch, 8, how=how, rng=3)
-        assert model.generate_batch(batch, 8, how=how, rng=3) == host
+    for sampling in (SamplingParams(temperature=0.9, top_k=20, top_p=0.9), SamplingParams(repetition_penalty=1.3)):
+        host = network(dtype="float32").generate_batch(batch, 8, sampling=sampling, rng=3)
+        assert model.generate_batch(batch, 8, sampling=sampling, rng=3) == host
     z = to_host(model.logits(xp.asarray([0, 9, 8])))
     # float32 products of at most 24 terms; the two libraries may sum in another order
     np.testing.assert_allclose(
@@ -385,9 +386,9 @@ def test_every_library_gives_the_same_tokens(xp):
 
 
 @pytest.mark.parametrize(
-    ("count", "how"), [(1, SamplingParams()), (3, SamplingParams()), (3, SamplingParams(temperature=1.0))]
+    ("count", "sampling"), [(1, SamplingParams()), (3, SamplingParams()), (3, SamplingParams(temperature=1.0))]
 )
-def test_a_decode_step_crosses_the_border_a_fixed_number_of_times(count, how):
+def test_a_decode_step_crosses_the_border_a_fixed_number_of_times(count, sampling):
     """Tokens and positions go over in one copy, the chosen tokens come back in one,
     whatever the context is.
 
@@ -396,7 +397,7 @@ def test_a_decode_step_crosses_the_border_a_fixed_number_of_times(count, how):
     """
     model = network(xp=fakecupy, dtype="float32", eos_token_ids=())
     steps = generate_tokens(
-        model.weights, model.config, [[0, 5]] * count, 12, how, np.random.default_rng(0)
+        model.weights, model.config, [[0, 5]] * count, 12, sampling, np.random.default_rng(0)
     )
     next(steps)  # prefill
     costs = []
@@ -404,5 +405,5 @@ def test_a_decode_step_crosses_the_border_a_fixed_number_of_times(count, how):
         with fakecupy.counting() as c:
             next(steps)
         costs.append((c.h2d, c.d2h, c.syncs))
-    sampled = how.temperature > 0
+    sampled = sampling.temperature > 0
     assert set(costs) == {(1 + sampled, 1 + 2 * sampled, 1 + 2 * sampled)}

@@ -15,21 +15,21 @@ from common import Channel
 
 from refllm.formats.uniform import Scheme
 from refllm.jobs import quantize
-from refllm.quant import layer_inputs, layer_sources, methods, resumable_layers
+from refllm.quant import layer_files, layer_inputs, methods
 
 # what belongs to which stage; whatever is called inside another stage counts there and not
 # here
 STAGES = {
     "reading": [
-        (layer_sources.CheckpointSource, "layer"),
-        (layer_sources.CheckpointSource, "rows"),
+        (layer_files.CheckpointSource, "layer"),
+        (layer_files.CheckpointSource, "rows"),
     ],
     "calibration forward": [(layer_inputs.LayerRun, "_advance"), (layer_inputs.LayerRun, "_input")],
     "Hessian": [(methods.Hessian, "add")],
     "factor": [(methods, "factor")],
     "rounding": [(methods, "gptq"), (methods, "rtn")],
     "errors of the report": [(methods, "row")],
-    "layer files": [(resumable_layers.LayerFiles, "put")],
+    "layer files": [(layer_files.LayerFiles, "put")],
     "writing": [(quantize, "assemble")],
 }
 

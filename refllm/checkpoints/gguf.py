@@ -3,7 +3,7 @@ what ``llama.build`` expects.
 
 | part       | read as                                                                                       |
 |------------|-----------------------------------------------------------------------------------------------|
-| matrices   | ``BlockWeight``, in the file's own type; F32, F16 and BF16 as plain arrays                     |
+| matrices   | ``GGUFLinear``, in the file's own type; F32, F16 and BF16 as plain arrays                     |
 | q and k    | rows put back into Hugging Face's order, which costs nothing: rows are coded one by one        |
 | vectors    | arrays in the dtype that is computed in                                                        |
 | rope_freqs | the rotation's frequencies, divided by them                                                    |
@@ -35,7 +35,7 @@ from refllm.checkpoints.tensor_files import (
 )
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.formats.gguf.codec import dequantize
-from refllm.formats.gguf.linear import BlockWeight
+from refllm.formats.gguf.linear import GGUFLinear
 from refllm.formats.gguf.reader import GGUFError, GGUFFile
 from refllm.model.config import ModelConfig
 from refllm.model.layers import rope_frequencies
@@ -142,7 +142,7 @@ class GGUFTensors(Mapping[str, Any]):
         if len(record.shape) != 2:
             raise CheckpointError(f"{self.where}: {own} is quantised, but no matrix")
         self._refuse_broken(raw, record.kind.name, own)
-        return BlockWeight(
+        return GGUFLinear(
             raw if self.xp is None else self.xp.asarray(raw), record.kind.name, self.dtype
         )
 

@@ -64,7 +64,7 @@ from refllm.checkpoints.tensor_files import (
 )
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.formats import float_layouts
-from refllm.formats.layouts import FLOAT, FLOAT8, Spec, Stored, from_tensors, tensor_specs
+from refllm.formats.layouts import FLOAT, FLOAT8, Spec, WeightLayout, from_tensors, tensor_specs
 from refllm.formats.quantization_config import Quantization, UnsupportedQuantization, parse
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights, build
@@ -123,9 +123,9 @@ def read(directory: Path) -> Quantization | None:
         raise CheckpointError(f"{file}: {error}") from error
 
 
-def stored_as(
+def layout_for(
     quantization: Quantization | None, name: str, shape: Shape, names: Container[str]
-) -> Stored | None:
+) -> WeightLayout | None:
     """How the tensor ``name`` of a network is stored in files with ``names``; None: as it
     is.
     """
@@ -135,7 +135,7 @@ def stored_as(
 
 
 def stored_specs(
-    config: ModelConfig, stored: Callable[[str, Shape], Stored | None]
+    config: ModelConfig, stored: Callable[[str, Shape], WeightLayout | None]
 ) -> Iterator[tuple[str, Spec]]:
     """Name, dtype and shape of each tensor in the files of a network, in the order of
     ``tensor_shapes``.
@@ -189,7 +189,7 @@ class NetworkTensors(Mapping[str, Any]):
         files = self.files
         where = self.files.directory
         specs = stored_specs(
-            self.config, lambda name, shape: stored_as(self.quantization, name, shape, files)
+            self.config, lambda name, shape: layout_for(self.quantization, name, shape, files)
         )
         wanted = ((name, shape) for name, (_, shape) in specs)
         spare = check_tensors(
@@ -211,7 +211,7 @@ class NetworkTensors(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         shape = self._shapes[name]
-        stored = stored_as(self.quantization, name, shape, self.files)
+        stored = layout_for(self.quantization, name, shape, self.files)
         if stored is None:
             return self._plain(name)
         return self._linear(name, stored, (shape[0], shape[1]))
@@ -226,7 +226,7 @@ class NetworkTensors(Mapping[str, Any]):
     def _moved(self, host: np.ndarray) -> Array:
         return host if self.xp is None else self.xp.asarray(host)
 
-    def _linear(self, name: str, stored: Stored, shape: tuple[int, int]) -> Any:
+    def _linear(self, name: str, stored: WeightLayout, shape: tuple[int, int]) -> Any:
         module = name.removesuffix("weight")
         tensors = {}
         scale_dtype = None

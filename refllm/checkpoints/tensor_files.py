@@ -24,15 +24,17 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes  # also teaches safetensors' NumPy reader the bfloat16 type
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from refllm.backend import Array, to_numpy
-from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from refllm.checkpoints.tokenizer import Tokenizer
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -25,7 +25,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as _Tokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from refllm.checkpoints.atomic import write_whole
+from refllm.checkpoints.writer import write_whole
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -9,22 +9,32 @@ from refllm.cli.options import AnyModelOption, BackendOption, flag, note, opt, p
 from refllm.terminal import bytes_text, console, pairs
 
 
+ToOption = Annotated[Path, opt("The file to write.", "--to", metavar="FILE")]
+TypeOption = Annotated[
+    str, opt("Which types its tensors get: Q4_K_M, Q8_0, F16 …", "--type", metavar="TYPE")
+]
+ImatrixOption = Annotated[
+    bool, flag("Weigh errors by the activations of calibration text.", "--imatrix")
+]
+WindowsOption = Annotated[int, opt("Windows of calibration text, with --imatrix.", min=1)]
+LengthOption = Annotated[int, opt("Tokens of each.", min=2)]
+SeedOption = Annotated[int, opt("Of their choice.", min=0)]
+WorkersOption = Annotated[
+    int | None, opt("Processes that encode side by side.", min=1, show_default="one a core")
+]
+OverwriteOption = Annotated[bool, flag("Replace the file if it is there.", "--overwrite")]
+
+
 def convert(
-    to: Annotated[Path, opt("The file to write.", "--to", metavar="FILE")],
+    to: ToOption,
     model: AnyModelOption = "stdlib",
-    type: Annotated[
-        str, opt("Which types its tensors get: Q4_K_M, Q8_0, F16 …", "--type", metavar="TYPE")
-    ] = "Q4_K_M",
-    imatrix: Annotated[
-        bool, flag("Weigh errors by the activations of calibration text.", "--imatrix")
-    ] = False,
-    windows: Annotated[int, opt("Windows of calibration text, with --imatrix.", min=1)] = 64,
-    length: Annotated[int, opt("Tokens of each.", min=2)] = 256,
-    seed: Annotated[int, opt("Of their choice.", min=0)] = 0,
-    workers: Annotated[
-        int | None, opt("Processes that encode side by side.", min=1, show_default="one a core")
-    ] = None,
-    overwrite: Annotated[bool, flag("Replace the file if it is there.", "--overwrite")] = False,
+    type: TypeOption = "Q4_K_M",
+    imatrix: ImatrixOption = False,
+    windows: WindowsOption = 64,
+    length: LengthOption = 256,
+    seed: SeedOption = 0,
+    workers: WorkersOption = None,
+    overwrite: OverwriteOption = False,
     backend: BackendOption = "numpy",
 ) -> None:
     """Convert a checkpoint to GGUF.
@@ -77,7 +87,7 @@ def _importance(source: Path, windows: int, length: int, seed: int, backend: str
     from refllm.checkpoints.loading import is_gguf
     from refllm.quant.calibration_data import calibration_windows
     from refllm.quant.imatrix import importance
-    from refllm.quant.layer_sources import CheckpointSource, ModelSource
+    from refllm.quant.layer_io import CheckpointSource, ModelSource
     from refllm.quant.to_gguf import open_source
 
     config, tokenizer = open_source(source)

@@ -22,35 +22,43 @@ if TYPE_CHECKING:
     from refllm.measure.windows import Score
 
 
+TextOption = Annotated[
+    list[Path] | None,
+    opt(
+        "Text files or folders; may be repeated.",
+        metavar="PATH",
+        show_default="the held-out modules",
+    ),
+]
+ReferenceOption = Annotated[
+    str | None, opt("Also KL and top-1 agreement with this model.", metavar="NAME|DIR")
+]
+WindowOption = Annotated[
+    int | None,
+    opt(
+        "Tokens that the model sees at once.",
+        min=1,
+        show_default="1024, or the model's context",
+    ),
+]
+StrideOption = Annotated[
+    int | None, opt("How far the window moves.", min=1, show_default="half a window")
+]
+MaxTokensOption = Annotated[int | None, opt("Score the first so many tokens only.", min=1)]
+SeedOption = Annotated[int, opt("Of the resampling behind the intervals.", min=0)]
+
+
 def evaluate(
     model: AnyModelOption = "stdlib",
-    text: Annotated[
-        list[Path] | None,
-        opt(
-            "Text files or folders; may be repeated.",
-            metavar="PATH",
-            show_default="the held-out modules",
-        ),
-    ] = None,
-    reference: Annotated[
-        str | None, opt("Also KL and top-1 agreement with this model.", metavar="NAME|DIR")
-    ] = None,
-    window: Annotated[
-        int | None,
-        opt(
-            "Tokens that the model sees at once.",
-            min=1,
-            show_default="1024, or the model's context",
-        ),
-    ] = None,
-    stride: Annotated[
-        int | None, opt("How far the window moves.", min=1, show_default="half a window")
-    ] = None,
-    max_tokens: Annotated[int | None, opt("Score the first so many tokens only.", min=1)] = None,
+    text: TextOption = None,
+    reference: ReferenceOption = None,
+    window: WindowOption = None,
+    stride: StrideOption = None,
+    max_tokens: MaxTokensOption = None,
     kv_bits: KvBitsOption = None,
     kv_group: KvGroupOption = None,
     kv_residual: KvResidualOption = None,
-    seed: Annotated[int, opt("Of the resampling behind the intervals.", min=0)] = 0,
+    seed: SeedOption = 0,
     as_json: JsonOption = False,
     backend: BackendOption = "numpy",
 ) -> None:

@@ -10,13 +10,15 @@ import typer
 from refllm.cli.options import BackendOption
 
 
+CheckOption = Annotated[
+    bool, typer.Option("--check", help="Draw nothing; fail if a figure is out of date.")
+]
+OutputOption = Annotated[Path, typer.Option(metavar="DIR", help="The folder of the figures.")]
+
+
 def figures(
-    check: Annotated[
-        bool, typer.Option("--check", help="Draw nothing; fail if a figure is out of date.")
-    ] = False,
-    output: Annotated[Path, typer.Option(metavar="DIR", help="The folder of the figures.")] = Path(
-        "figures"
-    ),
+    check: CheckOption = False,
+    output: OutputOption = Path("figures"),
     backend: BackendOption = "numpy",
 ) -> None:
     """Draw the project's figures anew.

@@ -27,51 +27,67 @@ from refllm.terminal import printable
 DEFAULT_TOKENS = 128
 
 
+PromptArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="PROMPT", help="Text to continue; - reads it from standard input."),
+]
+PromptFileOption = Annotated[Path | None, opt("Read the prompt from a file.", metavar="FILE")]
+MaxTokensOption = Annotated[
+    int | None,
+    opt("New tokens at most.", "--max-tokens", "-n", min=0, show_default=str(DEFAULT_TOKENS)),
+]
+TemperatureOption = Annotated[
+    float, opt("0 takes the most probable token.", "--temperature", "-t", metavar="X")
+]
+TopKOption = Annotated[int, opt("Keep the N most probable tokens; 0 is off.")]
+TopPOption = Annotated[
+    float, opt("Keep the fewest tokens of this joint probability; 1 is off.", metavar="X")
+]
+MinPOption = Annotated[
+    float, opt("Keep tokens of this share of the largest probability.", metavar="X")
+]
+RepetitionPenaltyOption = Annotated[
+    float, opt("Above 1, tokens that occurred become less likely.", metavar="X")
+]
+SeedOption = Annotated[
+    int | None, opt("The same seed gives the same text.", min=0, show_default="a fresh one")
+]
+StopOption = Annotated[
+    list[str] | None, opt("End before this text; may be repeated.", metavar="TEXT")
+]
+IgnoreEosOption = Annotated[bool, flag("Go on after an end token.", "--ignore-eos")]
+DraftOption = Annotated[
+    str | None,
+    opt(
+        "Speculate: a draft model, ngram, or both with a comma between them, asked in turn.",
+        metavar="NAME|DIR|ngram[,…]",
+        show_default="off",
+    ),
+]
+GammaOption = Annotated[
+    int | None, opt("Drafted tokens a step.", min=1, show_default="4; ngram: 8; tree: 3")
+]
+TreeOption = Annotated[
+    bool, flag("Draft a tree: a chain as long as the draft is sure, then a fan.", "--tree")
+]
+
+
 def generate(
-    prompt: Annotated[
-        str | None,
-        typer.Argument(metavar="PROMPT", help="Text to continue; - reads it from standard input."),
-    ] = None,
-    prompt_file: Annotated[Path | None, opt("Read the prompt from a file.", metavar="FILE")] = None,
+    prompt: PromptArgument = None,
+    prompt_file: PromptFileOption = None,
     model: AnyModelOption = "stdlib",
-    max_tokens: Annotated[
-        int | None,
-        opt("New tokens at most.", "--max-tokens", "-n", min=0, show_default=str(DEFAULT_TOKENS)),
-    ] = None,
-    temperature: Annotated[
-        float, opt("0 takes the most probable token.", "--temperature", "-t", metavar="X")
-    ] = 0.0,
-    top_k: Annotated[int, opt("Keep the N most probable tokens; 0 is off.")] = 0,
-    top_p: Annotated[
-        float, opt("Keep the fewest tokens of this joint probability; 1 is off.", metavar="X")
-    ] = 1.0,
-    min_p: Annotated[
-        float, opt("Keep tokens of this share of the largest probability.", metavar="X")
-    ] = 0.0,
-    repetition_penalty: Annotated[
-        float, opt("Above 1, tokens that occurred become less likely.", metavar="X")
-    ] = 1.0,
-    seed: Annotated[
-        int | None, opt("The same seed gives the same text.", min=0, show_default="a fresh one")
-    ] = None,
-    stop: Annotated[
-        list[str] | None, opt("End before this text; may be repeated.", metavar="TEXT")
-    ] = None,
-    ignore_eos: Annotated[bool, flag("Go on after an end token.", "--ignore-eos")] = False,
-    draft: Annotated[
-        str | None,
-        opt(
-            "Speculate: a draft model, ngram, or both with a comma between them, asked in turn.",
-            metavar="NAME|DIR|ngram[,…]",
-            show_default="off",
-        ),
-    ] = None,
-    gamma: Annotated[
-        int | None, opt("Drafted tokens a step.", min=1, show_default="4; ngram: 8; tree: 3")
-    ] = None,
-    tree: Annotated[
-        bool, flag("Draft a tree: a chain as long as the draft is sure, then a fan.", "--tree")
-    ] = False,
+    max_tokens: MaxTokensOption = None,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
+    repetition_penalty: RepetitionPenaltyOption = 1.0,
+    seed: SeedOption = None,
+    stop: StopOption = None,
+    ignore_eos: IgnoreEosOption = False,
+    draft: DraftOption = None,
+    gamma: GammaOption = None,
+    tree: TreeOption = False,
     kv_bits: KvBitsOption = None,
     kv_group: KvGroupOption = None,
     kv_residual: KvResidualOption = None,
@@ -102,11 +118,11 @@ def generate(
     import numpy as np
 
     from refllm.api import load
-    from refllm.decode.generate import SamplingParams
+    from refllm.decode.sampling_params import SamplingParams
     from refllm.measure.latency import Stopwatch
 
     text = read_prompt(prompt, prompt_file)
-    how = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty)
+    sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty)
     if gamma is not None and draft is None:
         raise ValueError("--gamma is the number of drafted tokens: say who drafts with --draft")
     if tree and draft is None:
@@ -148,7 +164,7 @@ def generate(
     pieces = loaded.stream(
         text,
         max_tokens,
-        how=how,
+        sampling=sampling,
         stop=stop or (),
         ignore_eos=ignore_eos,
         rng=seed,

@@ -13,9 +13,12 @@ from refllm.cli.options import BackendOption, JsonOption, ModelOption, flag
 from refllm.terminal import bytes_text, console, pairs, table
 
 
+VerifyOption = Annotated[bool, flag("Compare every file with its recorded hash.", "--verify")]
+
+
 def info(
     model: ModelOption = "stdlib",
-    verify: Annotated[bool, flag("Compare every file with its recorded hash.", "--verify")] = False,
+    verify: VerifyOption = False,
     as_json: JsonOption = False,
     backend: BackendOption = "numpy",
 ) -> None:

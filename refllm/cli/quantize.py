@@ -25,78 +25,96 @@ _METHODS = "rtn|gptq|awq|smoothquant|int8|fp8"
 _LAYOUTS = "pack-quantized|int-quantized|naive-quantized|gptq_v2|gptq|awq|float-quantized|fp8"
 
 
+OutputOption = Annotated[
+    Path, opt("Where the quantised model goes.", "--output", "-o", metavar="DIR")
+]
+MethodOption = Annotated[str, opt("How codes are chosen.", metavar=_METHODS)]
+BitsOption = Annotated[
+    int | None, opt("Bits a weight.", min=1, max=8, show_default="4; 8 with activations")
+]
+GroupSizeOption = Annotated[
+    int | None,
+    opt(
+        "Columns (fp8: and rows) that share a scale; 0: a row.",
+        min=-1,
+        show_default="128, or a row",
+    ),
+]
+SymmetricOption = Annotated[
+    bool | None,
+    opt("Without or with zero points.", "--symmetric/--asymmetric", show_default="the method's"),
+]
+LayoutOption = Annotated[
+    str | None, opt("The form of the file.", metavar=_LAYOUTS, show_default="the usual one")
+]
+DtypeOption = Annotated[
+    str | None,
+    opt(
+        "Of scales, and of what stays in floats.",
+        metavar="float16|bfloat16|float32",
+        show_default="the model's",
+    ),
+]
+TextOption = Annotated[
+    list[Path] | None,
+    opt(
+        "Calibration text; may be repeated.",
+        metavar="PATH",
+        show_default="the standard library",
+    ),
+]
+SamplesOption = Annotated[int, opt("Windows of calibration text.", min=1)]
+LengthOption = Annotated[
+    int | None, opt("Tokens in a window.", min=1, show_default="512, or the context")
+]
+SeedOption = Annotated[int, opt("Decides which windows.", min=0)]
+DampOption = Annotated[
+    float | None, opt("gptq: share of the mean diagonal.", metavar="X", show_default="0.01")
+]
+ActOrderOption = Annotated[bool, flag("gptq: the columns that matter most first.", "--act-order")]
+StaticGroupsOption = Annotated[
+    bool, flag("gptq: scales from the weight as it came.", "--static-groups")
+]
+AlphaOption = Annotated[
+    float | None, opt("smoothquant: how much moves.", metavar="X", show_default="0.5")
+]
+KeepOption = Annotated[
+    list[str] | None,
+    opt("smoothquant: leave these in floats; may be repeated.", metavar="o_proj|down_proj|…"),
+]
+EvaluateOption = Annotated[
+    bool, flag("Measure bits per byte before and after.", "--evaluate/--no-evaluate")
+]
+MaxTokensOption = Annotated[int, opt("Held-out tokens that are measured on.", min=1)]
+WorkOption = Annotated[
+    Path | None,
+    opt("Where finished layers wait.", metavar="DIR", show_default="OUTPUT.quantizing"),
+]
+OverwriteOption = Annotated[bool, flag("Replace a finished model.", "--overwrite")]
+
+
 def quantize(
-    output: Annotated[
-        Path, opt("Where the quantised model goes.", "--output", "-o", metavar="DIR")
-    ],
+    output: OutputOption,
     model: ModelOption = "stdlib",
-    method: Annotated[str, opt("How codes are chosen.", metavar=_METHODS)] = "rtn",
-    bits: Annotated[
-        int | None, opt("Bits a weight.", min=1, max=8, show_default="4; 8 with activations")
-    ] = None,
-    group_size: Annotated[
-        int | None,
-        opt(
-            "Columns (fp8: and rows) that share a scale; 0: a row.",
-            min=-1,
-            show_default="128, or a row",
-        ),
-    ] = None,
-    symmetric: Annotated[
-        bool | None,
-        opt(
-            "Without or with zero points.", "--symmetric/--asymmetric", show_default="the method's"
-        ),
-    ] = None,
-    layout: Annotated[
-        str | None, opt("The form of the file.", metavar=_LAYOUTS, show_default="the usual one")
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        opt(
-            "Of scales, and of what stays in floats.",
-            metavar="float16|bfloat16|float32",
-            show_default="the model's",
-        ),
-    ] = None,
-    text: Annotated[
-        list[Path] | None,
-        opt(
-            "Calibration text; may be repeated.",
-            metavar="PATH",
-            show_default="the standard library",
-        ),
-    ] = None,
-    samples: Annotated[int, opt("Windows of calibration text.", min=1)] = 32,
-    length: Annotated[
-        int | None, opt("Tokens in a window.", min=1, show_default="512, or the context")
-    ] = None,
-    seed: Annotated[int, opt("Decides which windows.", min=0)] = 0,
-    damp: Annotated[
-        float | None, opt("gptq: share of the mean diagonal.", metavar="X", show_default="0.01")
-    ] = None,
-    act_order: Annotated[
-        bool, flag("gptq: the columns that matter most first.", "--act-order")
-    ] = False,
-    static_groups: Annotated[
-        bool, flag("gptq: scales from the weight as it came.", "--static-groups")
-    ] = False,
-    alpha: Annotated[
-        float | None, opt("smoothquant: how much moves.", metavar="X", show_default="0.5")
-    ] = None,
-    keep: Annotated[
-        list[str] | None,
-        opt("smoothquant: leave these in floats; may be repeated.", metavar="o_proj|down_proj|…"),
-    ] = None,
-    evaluate: Annotated[
-        bool, flag("Measure bits per byte before and after.", "--evaluate/--no-evaluate")
-    ] = True,
-    max_tokens: Annotated[int, opt("Held-out tokens that are measured on.", min=1)] = 20_000,
-    work: Annotated[
-        Path | None,
-        opt("Where finished layers wait.", metavar="DIR", show_default="OUTPUT.quantizing"),
-    ] = None,
-    overwrite: Annotated[bool, flag("Replace a finished model.", "--overwrite")] = False,
+    method: MethodOption = "rtn",
+    bits: BitsOption = None,
+    group_size: GroupSizeOption = None,
+    symmetric: SymmetricOption = None,
+    layout: LayoutOption = None,
+    dtype: DtypeOption = None,
+    text: TextOption = None,
+    samples: SamplesOption = 32,
+    length: LengthOption = None,
+    seed: SeedOption = 0,
+    damp: DampOption = None,
+    act_order: ActOrderOption = False,
+    static_groups: StaticGroupsOption = False,
+    alpha: AlphaOption = None,
+    keep: KeepOption = None,
+    evaluate: EvaluateOption = True,
+    max_tokens: MaxTokensOption = 20_000,
+    work: WorkOption = None,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     backend: BackendOption = "numpy",
 ) -> None:

@@ -22,64 +22,74 @@ SHAPES = ("llama-8b", "llama-70b")
 MOST_BLOCKS = 1 << 22
 
 
+ModelOption = Annotated[
+    str,
+    opt(
+        "A bundled model, a directory with a config.json, llama-8b or llama-70b.",
+        "--model",
+        "-m",
+        metavar="NAME|DIR",
+    ),
+]
+DeviceOption = Annotated[str, opt("h200, a100, or here: this machine, measured.", metavar="NAME")]
+TrafficOption = Annotated[
+    str,
+    opt(
+        "Lengths: sharegpt, alpaca, azure-chat, azure-code. Or one of the programs that share prefixes: "
+        "few-shot, self-consistency, chat, tree, rag, unique.",
+        metavar="NAME",
+    ),
+]
+RequestsOption = Annotated[int, opt("Requests of the traffic; questions of a program.", min=1)]
+RateOption = Annotated[float | None, opt("Arrivals a second.", min=0, show_default="all at once")]
+BurstinessOption = Annotated[float, opt("Shape of the gaps: 1 is Poisson, less is bursty.", min=0)]
+PolicyOption = Annotated[
+    str, opt("fcfs, priority, lpm; orca-max, orca-pow2, orca-oracle; static.", metavar="NAME")
+]
+PrefixCacheOption = Annotated[str | None, opt("hash or radix.", metavar="NAME")]
+PreemptOption = Annotated[str, opt("recompute, or swap to host memory.", metavar="NAME")]
+SlotsOption = Annotated[
+    int | None,
+    opt(
+        "Tokens of keys and values that fit.",
+        min=1,
+        show_default="what the device has beside the weights",
+    ),
+]
+BlockSizeOption = Annotated[int, opt("Tokens in a block.", min=1)]
+MaxBatchTokensOption = Annotated[int, opt("Tokens that a step may compute.", min=1)]
+MaxSequencesOption = Annotated[int, opt("Requests that may run at a time.", min=1)]
+BitsOption = Annotated[float, opt("Bits of a weight; keys and values have 16.", min=1)]
+TtftOption = Annotated[
+    float | None, opt("Limit on the time to the first token, ms, for the goodput.", min=0)
+]
+TpotOption = Annotated[float | None, opt("Limit on the time of each further token, ms.", min=0)]
+SeedOption = Annotated[int, opt("Of lengths and arrivals.", min=0)]
+TraceOption = Annotated[
+    Path | None,
+    opt("Write every step, the first 200 block tables and the radix tree.", metavar="FILE"),
+]
+
+
 def simulate(
-    model: Annotated[
-        str,
-        opt(
-            "A bundled model, a directory with a config.json, llama-8b or llama-70b.",
-            "--model",
-            "-m",
-            metavar="NAME|DIR",
-        ),
-    ] = "llama-8b",
-    device: Annotated[
-        str, opt("h200, a100, or here: this machine, measured.", metavar="NAME")
-    ] = "h200",
-    traffic: Annotated[
-        str,
-        opt(
-            "Lengths: sharegpt, alpaca, azure-chat, azure-code. Or one of the programs that share prefixes: "
-            "few-shot, self-consistency, chat, tree, rag, unique.",
-            metavar="NAME",
-        ),
-    ] = "sharegpt",
-    requests: Annotated[int, opt("Requests of the traffic; questions of a program.", min=1)] = 500,
-    rate: Annotated[
-        float | None, opt("Arrivals a second.", min=0, show_default="all at once")
-    ] = None,
-    burstiness: Annotated[
-        float, opt("Shape of the gaps: 1 is Poisson, less is bursty.", min=0)
-    ] = 1.0,
-    policy: Annotated[
-        str, opt("fcfs, priority, lpm; orca-max, orca-pow2, orca-oracle; static.", metavar="NAME")
-    ] = "fcfs",
-    prefix_cache: Annotated[str | None, opt("hash or radix.", metavar="NAME")] = None,
-    preempt: Annotated[
-        str, opt("recompute, or swap to host memory.", metavar="NAME")
-    ] = "recompute",
-    slots: Annotated[
-        int | None,
-        opt(
-            "Tokens of keys and values that fit.",
-            min=1,
-            show_default="what the device has beside the weights",
-        ),
-    ] = None,
-    block_size: Annotated[int, opt("Tokens in a block.", min=1)] = 16,
-    max_batch_tokens: Annotated[int, opt("Tokens that a step may compute.", min=1)] = 2048,
-    max_sequences: Annotated[int, opt("Requests that may run at a time.", min=1)] = 256,
-    bits: Annotated[float, opt("Bits of a weight; keys and values have 16.", min=1)] = 16,
-    ttft: Annotated[
-        float | None, opt("Limit on the time to the first token, ms, for the goodput.", min=0)
-    ] = None,
-    tpot: Annotated[
-        float | None, opt("Limit on the time of each further token, ms.", min=0)
-    ] = None,
-    seed: Annotated[int, opt("Of lengths and arrivals.", min=0)] = 0,
-    trace: Annotated[
-        Path | None,
-        opt("Write every step, the first 200 block tables and the radix tree.", metavar="FILE"),
-    ] = None,
+    model: ModelOption = "llama-8b",
+    device: DeviceOption = "h200",
+    traffic: TrafficOption = "sharegpt",
+    requests: RequestsOption = 500,
+    rate: RateOption = None,
+    burstiness: BurstinessOption = 1.0,
+    policy: PolicyOption = "fcfs",
+    prefix_cache: PrefixCacheOption = None,
+    preempt: PreemptOption = "recompute",
+    slots: SlotsOption = None,
+    block_size: BlockSizeOption = 16,
+    max_batch_tokens: MaxBatchTokensOption = 2048,
+    max_sequences: MaxSequencesOption = 256,
+    bits: BitsOption = 16,
+    ttft: TtftOption = None,
+    tpot: TpotOption = None,
+    seed: SeedOption = 0,
+    trace: TraceOption = None,
     as_json: JsonOption = False,
     backend: BackendOption = "numpy",
 ) -> None:

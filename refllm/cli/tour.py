@@ -9,14 +9,17 @@ from refllm.cli.options import BackendOption, ModelOption, flag, opt
 from refllm.terminal import console
 
 
+StopOption = Annotated[
+    list[str] | None, opt("Visit this stop only; may be repeated.", metavar="NAME")
+]
+ListedOption = Annotated[bool, flag("List the stops and leave.", "--list")]
+OutputOption = Annotated[Path, opt("The folder that figures go to.", metavar="DIR")]
+
+
 def tour(
-    stop: Annotated[
-        list[str] | None, opt("Visit this stop only; may be repeated.", metavar="NAME")
-    ] = None,
-    listed: Annotated[bool, flag("List the stops and leave.", "--list")] = False,
-    output: Annotated[Path, opt("The folder that figures go to.", metavar="DIR")] = Path(
-        "figures/tour"
-    ),
+    stop: StopOption = None,
+    listed: ListedOption = False,
+    output: OutputOption = Path("figures/tour"),
     model: ModelOption = "stdlib",
     backend: BackendOption = "numpy",
 ) -> None:

@@ -25,106 +25,134 @@ if TYPE_CHECKING:
 _ROW = "{:>8}  {:>7}  {:>8}  {:>9}  {:>8}  {:>9}  {:>8}"
 
 
+OutputOption = Annotated[
+    Path, opt("Where the finished model goes.", "--output", "-o", metavar="DIR")
+]
+DataOption = Annotated[
+    list[Path] | None,
+    opt(
+        "Text files or folders; may be repeated.",
+        metavar="PATH",
+        show_default="the standard library",
+    ),
+]
+HeldOutOption = Annotated[
+    list[Path] | None,
+    opt("Text to measure on.", metavar="PATH", show_default="5 % of the data"),
+]
+TestsOption = Annotated[
+    bool, flag("Read the standard library's test package too.", "--tests/--no-tests")
+]
+InstallersOption = Annotated[
+    bool,
+    flag(
+        "Read the installers that Python carries too: pip and setuptools.",
+        "--installers/--no-installers",
+    ),
+]
+VocabSizeOption = Annotated[int, opt("Tokens of the vocabulary.", min=257)]
+WidthOption = Annotated[int, opt("Width of the network.", min=2)]
+LayersOption = Annotated[int, opt("Number of layers.", min=1)]
+HeadsOption = Annotated[int | None, opt("Query heads.", min=1, show_default="width / 64")]
+KvHeadsOption = Annotated[int | None, opt("Key/value heads.", min=1, show_default="heads / 2")]
+MlpOption = Annotated[int | None, opt("Width of the MLP.", min=1, show_default="3 x width")]
+PositionsOption = Annotated[int, opt("Longest context that the model states.", "--context", min=1)]
+StepsOption = Annotated[int, opt("Steps in all.", min=1)]
+BatchOption = Annotated[int, opt("Windows in a step.", min=1)]
+LengthOption = Annotated[int, opt("Tokens in a window.", min=1)]
+LongStepsOption = Annotated[
+    int | None,
+    opt("Steps at the end with long windows.", min=0, show_default="15 % of --steps"),
+]
+LongLengthOption = Annotated[
+    int, opt("Tokens in a long window; as many tokens a step as before.", min=1)
+]
+PhaseOption = Annotated[
+    list[str] | None,
+    opt(
+        "A phase spelled out, in place of the options above; may be repeated.",
+        metavar="STEPS,BATCH,LENGTH[,REPEATS…]",
+    ),
+]
+RateOption = Annotated[float, opt("Highest learning rate.", metavar="X")]
+WarmupOption = Annotated[int, opt("Steps of warm-up.", min=0)]
+ScheduleOption = Annotated[str, opt("From the highest rate to zero.", metavar="linear|cosine")]
+OptimizerOption = Annotated[str, opt("What turns gradients into steps.", metavar="adamw|muon")]
+DecayOption = Annotated[float, opt("Weight decay of the matrices.", metavar="X", min=0)]
+SeedOption = Annotated[int, opt("Decides the first weights and the order of the windows.", min=0)]
+WorkersOption = Annotated[int, opt("Threads; the result depends on them by rounding only.", min=1)]
+TeacherOption = Annotated[
+    str | None,
+    opt(
+        "Distil from this model, with its tokenizer.",
+        "--teacher",
+        "--draft-of",
+        metavar="NAME|DIR",
+    ),
+]
+StartOption = Annotated[
+    str | None, opt("Go on from this model's weights, with its tokenizer.", metavar="NAME|DIR")
+]
+StartShareOption = Annotated[
+    float,
+    opt(
+        "Share of those first weights in what is stored: a mean of two ends.",
+        metavar="X",
+        min=0,
+        max=1,
+    ),
+]
+AlphaOption = Annotated[
+    float, opt("Weight of the teacher against the text.", metavar="X", min=0, max=1)
+]
+TeacherFromOption = Annotated[
+    int, opt("Step at which distillation begins; the text alone before.", min=0)
+]
+EvaluateEveryOption = Annotated[int, opt("Steps between looks at the held-out text.", min=1)]
+SaveEveryOption = Annotated[int, opt("Steps between checkpoints.", min=1)]
+WorkOption = Annotated[
+    Path | None,
+    opt("Where the run keeps its state.", metavar="DIR", show_default="OUTPUT.training"),
+]
+OverwriteOption = Annotated[bool, flag("Replace a finished model.", "--overwrite")]
+
+
 def train(
     context: typer.Context,
-    output: Annotated[Path, opt("Where the finished model goes.", "--output", "-o", metavar="DIR")],
-    data: Annotated[
-        list[Path] | None,
-        opt(
-            "Text files or folders; may be repeated.",
-            metavar="PATH",
-            show_default="the standard library",
-        ),
-    ] = None,
-    held_out: Annotated[
-        list[Path] | None,
-        opt("Text to measure on.", metavar="PATH", show_default="5 % of the data"),
-    ] = None,
-    tests: Annotated[
-        bool, flag("Read the standard library's test package too.", "--tests/--no-tests")
-    ] = True,
-    installers: Annotated[
-        bool,
-        flag(
-            "Read the installers that Python carries too: pip and setuptools.",
-            "--installers/--no-installers",
-        ),
-    ] = False,
-    vocab_size: Annotated[int, opt("Tokens of the vocabulary.", min=257)] = 4096,
-    width: Annotated[int, opt("Width of the network.", min=2)] = 256,
-    layers: Annotated[int, opt("Number of layers.", min=1)] = 4,
-    heads: Annotated[int | None, opt("Query heads.", min=1, show_default="width / 64")] = None,
-    kv_heads: Annotated[
-        int | None, opt("Key/value heads.", min=1, show_default="heads / 2")
-    ] = None,
-    mlp: Annotated[int | None, opt("Width of the MLP.", min=1, show_default="3 x width")] = None,
-    positions: Annotated[
-        int, opt("Longest context that the model states.", "--context", min=1)
-    ] = 2048,
-    steps: Annotated[int, opt("Steps in all.", min=1)] = 12_500,
-    batch: Annotated[int, opt("Windows in a step.", min=1)] = 8,
-    length: Annotated[int, opt("Tokens in a window.", min=1)] = 256,
-    long_steps: Annotated[
-        int | None,
-        opt("Steps at the end with long windows.", min=0, show_default="15 % of --steps"),
-    ] = None,
-    long_length: Annotated[
-        int, opt("Tokens in a long window; as many tokens a step as before.", min=1)
-    ] = 1024,
-    phase: Annotated[
-        list[str] | None,
-        opt(
-            "A phase spelled out, in place of the options above; may be repeated.",
-            metavar="STEPS,BATCH,LENGTH[,REPEATS…]",
-        ),
-    ] = None,
-    rate: Annotated[float, opt("Highest learning rate.", metavar="X")] = 3e-3,
-    warmup: Annotated[int, opt("Steps of warm-up.", min=0)] = 200,
-    schedule: Annotated[
-        str, opt("From the highest rate to zero.", metavar="linear|cosine")
-    ] = "linear",
-    optimizer: Annotated[
-        str, opt("What turns gradients into steps.", metavar="adamw|muon")
-    ] = "adamw",
-    decay: Annotated[float, opt("Weight decay of the matrices.", metavar="X", min=0)] = 0.1,
-    seed: Annotated[int, opt("Decides the first weights and the order of the windows.", min=0)] = 0,
-    workers: Annotated[
-        int, opt("Threads; the result depends on them by rounding only.", min=1)
-    ] = 2,
-    teacher: Annotated[
-        str | None,
-        opt(
-            "Distil from this model, with its tokenizer.",
-            "--teacher",
-            "--draft-of",
-            metavar="NAME|DIR",
-        ),
-    ] = None,
-    start: Annotated[
-        str | None, opt("Go on from this model's weights, with its tokenizer.", metavar="NAME|DIR")
-    ] = None,
-    start_share: Annotated[
-        float,
-        opt(
-            "Share of those first weights in what is stored: a mean of two ends.",
-            metavar="X",
-            min=0,
-            max=1,
-        ),
-    ] = 0.0,
-    alpha: Annotated[
-        float, opt("Weight of the teacher against the text.", metavar="X", min=0, max=1)
-    ] = 1.0,
-    teacher_from: Annotated[
-        int, opt("Step at which distillation begins; the text alone before.", min=0)
-    ] = 0,
-    evaluate_every: Annotated[int, opt("Steps between looks at the held-out text.", min=1)] = 200,
-    save_every: Annotated[int, opt("Steps between checkpoints.", min=1)] = 500,
-    work: Annotated[
-        Path | None,
-        opt("Where the run keeps its state.", metavar="DIR", show_default="OUTPUT.training"),
-    ] = None,
-    overwrite: Annotated[bool, flag("Replace a finished model.", "--overwrite")] = False,
+    output: OutputOption,
+    data: DataOption = None,
+    held_out: HeldOutOption = None,
+    tests: TestsOption = True,
+    installers: InstallersOption = False,
+    vocab_size: VocabSizeOption = 4096,
+    width: WidthOption = 256,
+    layers: LayersOption = 4,
+    heads: HeadsOption = None,
+    kv_heads: KvHeadsOption = None,
+    mlp: MlpOption = None,
+    positions: PositionsOption = 2048,
+    steps: StepsOption = 12_500,
+    batch: BatchOption = 8,
+    length: LengthOption = 256,
+    long_steps: LongStepsOption = None,
+    long_length: LongLengthOption = 1024,
+    phase: PhaseOption = None,
+    rate: RateOption = 3e-3,
+    warmup: WarmupOption = 200,
+    schedule: ScheduleOption = "linear",
+    optimizer: OptimizerOption = "adamw",
+    decay: DecayOption = 0.1,
+    seed: SeedOption = 0,
+    workers: WorkersOption = 2,
+    teacher: TeacherOption = None,
+    start: StartOption = None,
+    start_share: StartShareOption = 0.0,
+    alpha: AlphaOption = 1.0,
+    teacher_from: TeacherFromOption = 0,
+    evaluate_every: EvaluateEveryOption = 200,
+    save_every: SaveEveryOption = 500,
+    work: WorkOption = None,
+    overwrite: OverwriteOption = False,
     backend: BackendOption = "numpy",
 ) -> None:
     """Train a small model of one's own.

@@ -19,15 +19,13 @@ Left out: speculation (``decode.speculative.loop``), continuous batching and pag
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from math import inf
-from numbers import Real
 
 import numpy as np
 
 from refllm.backend import Array, asarray_like, namespace, to_numpy
-from refllm.decode import sampling
 from refllm.decode.fast.captured_step import stepper
+from refllm.decode.sampling import apply_repetition_penalty, best, distribution, sample
+from refllm.decode.sampling_params import SamplingParams
 from refllm.kv.contiguous import ContiguousCache
 from refllm.kv.kivi import Kivi
 from refllm.kv.kivi_cache import KiviCache
@@ -36,38 +34,6 @@ from refllm.kv.sparse_cache import SparseCache
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights, forward, logits
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; the defaults are greedy."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not isinstance(value, Real):
-                raise ValueError(f"{name} must be a number, got {value!r}")
-        if not 0 <= self.temperature < inf:
-            raise ValueError(
-                f"temperature must be 0 (greedy) or finite and above, got {self.temperature}"
-            )
-        if not 0 <= self.top_k == self.top_k // 1:
-            raise ValueError(f"top_k must be 0 (off) or a whole number above, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be within (0, 1], got {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must be within [0, 1], got {self.min_p}")
-        if not 0 < self.repetition_penalty < inf:
-            raise ValueError(
-                f"repetition_penalty must be finite and above 0, got {self.repetition_penalty}"
-            )
-
-
-GREEDY = Sampling()
 Cache = ContiguousCache | KiviCache | SparseCache
 CachePolicy = Kivi | Sparse  # what a cache keeps where it does not keep everything
 PREFILL = 256  # prompt tokens a pass on the host: what they compute stays in the caches, and in memory that malloc keeps
@@ -78,7 +44,7 @@ def generate_tokens(
     config: ModelConfig,
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
-    how: Sampling,
+    sampling: SamplingParams,
     rng: np.random.Generator,
     policy: CachePolicy | None = None,
 ) -> Iterator[list[int]]:
@@ -103,7 +69,7 @@ def generate_tokens(
     like = weights["norm"]
     capacity = max(len(p) for p in prompts) + max_tokens
     cache = new_cache(config, len(prompts), capacity, like, policy, rng)
-    if how.repetition_penalty != 1:
+    if sampling.repetition_penalty != 1:
         seen = _Seen(prompts, config.vocab_size, like)
     else:
         seen = None
@@ -117,8 +83,8 @@ def generate_tokens(
         else:
             z = logits(weights, prefill(weights, config, prompts, cache))
         if seen is not None:
-            z = sampling.apply_repetition_penalty(z, seen.mask, how.repetition_penalty)
-        tokens = choose(z, how, rng)
+            z = apply_repetition_penalty(z, seen.mask, sampling.repetition_penalty)
+        tokens = choose(z, sampling, rng)
         if seen is not None:
             seen.add(tokens)
         yield tokens
@@ -204,16 +170,16 @@ def passes(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield counts
 
 
-def choose(z: Array, how: Sampling, rng: np.random.Generator) -> list[int]:
+def choose(z: Array, sampling: SamplingParams, rng: np.random.Generator) -> list[int]:
     """z[B, V] → one token a row. Greedy waits for the device once; sampling also to refuse
     what is no number.
     """
-    if how.temperature == 0:
-        ids = sampling.best(z)
+    if sampling.temperature == 0:
+        ids = best(z)
     else:
-        p = sampling.warp(z, how.temperature, how.top_k, how.top_p, how.min_p)
+        p = distribution(z, sampling)
         ids = to_numpy(
-            sampling.sample(p, asarray_like(rng.random(z.shape[0]), z, "float64"))
+            sample(p, asarray_like(rng.random(z.shape[0]), z, "float64"))
         ).tolist()
     if min(ids) < 0:
         raise ValueError(

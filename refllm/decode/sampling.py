@@ -45,12 +45,18 @@ from __future__ import annotations
 import math
 
 from refllm.backend import Array, namespace, to_numpy
-from refllm.decode.sampling_parameters import Knobs, Parameter, column, knobs
+from refllm.decode.sampling_params import (
+    Parameter,
+    SamplingParams,
+    ValidatedParams,
+    column,
+    validate_params,
+)
 
 _FAR = 700.0  # exp(-700) is nothing beside 1: `margin` looks no farther
 
 
-def warp(
+def process_logits(
     logits: Array,
     temperature: Parameter = 1.0,
     top_k: Parameter = 0,
@@ -83,12 +89,19 @@ def warp(
         token masked.
     """
     xp = namespace(logits)
-    how = knobs(logits, temperature, top_k, top_p, min_p)
-    weights = _weights(logits, how.temperature)
-    if how.filtering:
+    params = validate_params(logits, temperature, top_k, top_p, min_p)
+    weights = _weights(logits, params.temperature)
+    if params.filtering:
         ranked = _ranked(weights)
-        weights = xp.where(_largest(weights, ranked, _count(ranked, how)), weights, 0.0)
+        weights = xp.where(_largest(weights, ranked, _count(ranked, params)), weights, 0.0)
     return weights / xp.sum(weights, axis=-1, keepdims=True)
+
+
+def distribution(logits: Array, params: SamplingParams) -> Array:
+    """``process_logits`` with the parameters of one request: logits[..., V] → float64[..., V]."""
+    return process_logits(
+        logits, params.temperature, params.top_k, params.top_p, params.min_p
+    )
 
 
 def log_probabilities(logits: Array) -> Array:
@@ -116,9 +129,7 @@ def apply_repetition_penalty(logits: Array, seen: Array, penalty: Parameter) -> 
     ValueError if a penalty is not a finite number above 0.
     """
     xp = namespace(logits, seen)
-    theta = column(
-        "repetition_penalty", penalty, logits, lambda x: 0 < x < math.inf, "finite and above 0"
-    )
+    theta = column("repetition_penalty", penalty, logits)
     return xp.where(seen, xp.where(logits > 0, logits / theta, logits * theta), logits)
 
 
@@ -135,8 +146,8 @@ def apply_count_penalties(
     ValueError if a penalty is not finite.
     """
     xp = namespace(logits, counts)
-    alpha = column("presence", presence, logits, math.isfinite, "finite")
-    beta = column("frequency", frequency, logits, math.isfinite, "finite")
+    alpha = column("presence", presence, logits)
+    beta = column("frequency", frequency, logits)
     return (
         logits
         - beta * xp.astype(counts, logits.dtype)
@@ -201,7 +212,7 @@ def margin(
     top_p: Parameter = 1.0,
     min_p: Parameter = 0.0,
 ) -> Array:
-    """How far every logit may move, each its own way, before ``sample(warp(...), u)`` can
+    """How far every logit may move, each its own way, before ``sample(process_logits(...), u)`` can
     change; [...].
 
     In the unit of the logits. Two backends whose logits differ by less than this draw the
@@ -215,22 +226,22 @@ def margin(
     ``min_p``); the odds of each edge of the CDF against those of u.
     """
     xp = namespace(logits)
-    how = knobs(logits, temperature, top_k, top_p, min_p)
-    weights = _weights(logits, how.temperature)
+    params = validate_params(logits, temperature, top_k, top_p, min_p)
+    weights = _weights(logits, params.temperature)
     ranked = _ranked(weights)
-    count = _count(ranked, how)
+    count = _count(ranked, params)
     V = ranked.shape[-1]
     last_in = xp.take_along_axis(ranked, count - 1, axis=-1)
     first_out = xp.take_along_axis(ranked, xp.minimum(count, V - 1), axis=-1)
     kept = xp.where(_largest(weights, ranked, count), weights, 0.0)
     slack = _log_gap(last_in, xp.where(count < V, first_out, 0.0))
     for gaps in (
-        _log_gap(ranked, how.min_p * ranked[..., :1]),
-        _odds_gap(_first(ranked, how.top_k), how.top_p),
+        _log_gap(ranked, params.min_p * ranked[..., :1]),
+        _odds_gap(_first(ranked, params.top_k), params.top_p),
         _odds_gap(kept, xp.asarray(uniforms, dtype=xp.float64)[..., None]),
     ):
         slack = xp.minimum(slack, xp.min(gaps, axis=-1, keepdims=True))
-    return (0.5 * how.temperature * slack)[..., 0]
+    return (0.5 * params.temperature * slack)[..., 0]
 
 
 def _peak(z: Array) -> Array:
@@ -282,18 +293,18 @@ def _first(ranked: Array, k: Array) -> Array:
     return xp.where(xp.arange(ranked.shape[-1]) < k, ranked, 0.0)
 
 
-def _count(ranked: Array, how: Knobs) -> Array:
+def _count(ranked: Array, params: ValidatedParams) -> Array:
     """n, how many tokens stay: the smallest of what the three filters allow, int64[..., 1],
     at least 1.
     """
     xp = namespace(ranked)
     # of each prefix; the last is what top-k left
-    mass = xp.cumulative_sum(_first(ranked, how.top_k), axis=-1)
+    mass = xp.cumulative_sum(_first(ranked, params.top_k), axis=-1)
     # the prefixes that fall short, and one more
-    reaching = 1 + _how_many(mass < how.top_p * mass[..., -1:])
+    reaching = 1 + _count_true(mass < params.top_p * mass[..., -1:])
     # the largest weight is 1, so min_p is its own threshold
-    likely = _how_many(ranked >= how.min_p)
-    return xp.minimum(xp.minimum(reaching, likely), how.top_k)
+    likely = _count_true(ranked >= params.min_p)
+    return xp.minimum(xp.minimum(reaching, likely), params.top_k)
 
 
 def _largest(weights: Array, ranked: Array, count: Array) -> Array:
@@ -304,11 +315,11 @@ def _largest(weights: Array, ranked: Array, count: Array) -> Array:
     cut = xp.take_along_axis(ranked, count - 1, axis=-1)  # the smallest weight that stays
     above = weights > cut
     at_cut = weights == cut
-    room = count - _how_many(above)
+    room = count - _count_true(above)
     return above | (at_cut & (xp.cumulative_sum(xp.astype(at_cut, xp.int64), axis=-1) <= room))
 
 
-def _how_many(mask: Array) -> Array:
+def _count_true(mask: Array) -> Array:
     xp = namespace(mask)
     return xp.sum(xp.astype(mask, xp.int64), axis=-1, keepdims=True)
 

@@ -30,7 +30,7 @@ from refllm.formats.block_float import MXFP4, MXFP8, NVFP4, FloatScheme
 from refllm.formats.block_float import quantize as to_floats
 from refllm.formats.fp8_linear import Accumulator
 from refllm.formats.gguf.codec import quantize as to_blocks
-from refllm.formats.gguf.linear import BlockWeight
+from refllm.formats.gguf.linear import GGUFLinear
 from refllm.formats.quantized_linear import quantize
 from refllm.formats.uniform import Scheme
 from refllm.measure.records import Record, write
@@ -40,8 +40,8 @@ LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 GROWTHS = (1.0, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0)  # of the range, a step
 
 
-def _gguf(type: str, weight: Array) -> BlockWeight:
-    return BlockWeight(to_blocks(weight, type), type)
+def _gguf(type: str, weight: Array) -> GGUFLinear:
+    return GGUFLinear(to_blocks(weight, type), type)
 
 
 def _integers(bits: int, group: int, weight: Array) -> Any:

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from refllm.formats.uniform import Scheme, decode, encode
+from refllm.formats.uniform import Scheme, dequantize_codes, quantize_codes
 from refllm.measure.records import Record, write
 from refllm.quant.observers import MSE, Entropy, MinMax, MovingAverage, Observer, Percentile
 from refllm.quant.report import relative_error
@@ -73,7 +73,7 @@ def observed(parts: Sequence[np.ndarray], bits: int) -> list[dict[str, Any]]:
         for part in parts if name != "MSE" else [x]:
             observer.observe(part)
         scale, zero = observer.qparams(scheme)
-        back = decode(encode(x, scale, zero, scheme), scale, zero, scheme)
+        back = dequantize_codes(quantize_codes(x, scale, zero, scheme), scale, zero, scheme)
         cut = float(observer.absmax)
         rows.append(
             {

@@ -44,9 +44,9 @@ import numpy as np
 
 import refllm
 from refllm.api import Model, load
-from refllm.checkpoints.atomic import write_whole
 from refllm.checkpoints.loading import locate
 from refllm.checkpoints.tensor_files import tensor_shapes
+from refllm.checkpoints.writer import write_whole
 from refllm.corpus import held_out_documents
 from refllm.formats.uniform import Scheme
 from refllm.measure.bootstrap import Interval, blocks, bootstrap

@@ -36,8 +36,8 @@ import numpy as np
 import refllm
 from refllm.api import Model, load
 from refllm.backend import Array
-from refllm.checkpoints.atomic import write_whole
 from refllm.checkpoints.loading import locate
+from refllm.checkpoints.writer import write_whole
 from refllm.experiments.outlier_injection import choose, plant
 from refllm.experiments.quantization_quality import BLOCK, LENGTH, RESAMPLES, WINDOW, WINDOWS, Bench
 from refllm.formats.uniform import Scheme
@@ -45,8 +45,8 @@ from refllm.measure.device import processor
 from refllm.measure.perplexity import compare
 from refllm.measure.records import Record, write
 from refllm.model.llama import Weights
+from refllm.quant.layer_io import ModelSource
 from refllm.quant.layer_inputs import walk
-from refllm.quant.layer_sources import ModelSource
 from refllm.quant.salience import BY, Protected, salient_channels
 
 BITS = 3

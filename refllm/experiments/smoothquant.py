@@ -39,8 +39,8 @@ import numpy as np
 
 import refllm
 from refllm.api import Model, load
-from refllm.checkpoints.atomic import write_whole
 from refllm.checkpoints.loading import locate
+from refllm.checkpoints.writer import write_whole
 from refllm.experiments.outlier_injection import NORMS, choose, plant
 from refllm.experiments.quantization_quality import (
     BLOCK,
@@ -55,7 +55,7 @@ from refllm.measure.device import processor
 from refllm.measure.perplexity import compare
 from refllm.measure.records import Record, write
 from refllm.model.llama import Weights
-from refllm.quant.layer_sources import ModelSource
+from refllm.quant.layer_io import ModelSource
 from refllm.quant.smoothquant import LEVELS, activation_absmax, smoothquant
 
 FACTOR = 128.0

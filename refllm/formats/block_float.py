@@ -39,18 +39,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from refllm.backend import Array, bitcast, namespace
-from refllm.formats.minifloat import decode, encode, float_format, rounded
+from refllm.formats.minifloat import encode, float_format, rounded
 from refllm.formats.packing import pack, unpack
 from refllm.formats.uniform import (
     PIECE,
     Scheme,
     as_blocks,
+    expand_scale,
     from_blocks,
-    refuse_non_finite,
+    require_finite,
     row_pieces,
     rows_of,
-    steps_as_blocks,
 )
+from refllm.kv.kivi import decode
 
 __all__ = [
     "MXFP4",
@@ -58,7 +59,7 @@ __all__ = [
     "NVFP4",
     "SCALES",
     "FloatScheme",
-    "Scaled",
+    "BlockFloatLinear",
     "fake_quantize",
     "quantize",
     "scale_of",
@@ -159,7 +160,7 @@ def absmax(x: Array, scheme: FloatScheme, *, name: str = "x") -> Array:
         raise ValueError(f"{name}: an array of shape {tuple(x.shape)} has no range")
     found = xp.max(xp.abs(_blocks(x, scheme)), axis=(1, 3))
     if not bool(xp.all(xp.isfinite(found))):  # the maximum passes NaN on
-        refuse_non_finite(x, name)
+        require_finite(x, name)
     return xp.reshape(found, shape)
 
 
@@ -178,7 +179,7 @@ def _blocks(x: Array, scheme: FloatScheme) -> Array:
 
 def quantize(
     x: Array, scheme: FloatScheme, *, scale: Array | None = None, name: str = "x"
-) -> Scaled:
+) -> BlockFloatLinear:
     """A matrix x[M, N] in codes; ``scale`` (float32) gives a scale instead of that of the
     blocks' own range.
 
@@ -198,11 +199,11 @@ def quantize(
         scheme.scale != "float32" or not bool(xp.all((scale > 0) & xp.isfinite(scale)))
     ):
         raise ValueError(f"{name}: a given scale is float32, finite and above 0")
-    made = Scaled(
+    made = BlockFloatLinear(
         xp.empty((0, 0), dtype=xp.uint8), stored, scheme, (int(x.shape[0]), int(x.shape[1])), g
     )
     blocks = xp.astype(_blocks(x, scheme), xp.float32, copy=False)
-    codes = encode(blocks / steps_as_blocks(made.scale, scheme.blocks, made.shape), scheme.format)
+    codes = encode(blocks / expand_scale(made.scale, scheme.blocks, made.shape), scheme.format)
     return made.with_codes(from_blocks(codes, made.shape))
 
 
@@ -210,7 +211,7 @@ def fake_quantize(x: Array, scheme: FloatScheme, *, name: str = "x") -> Array:
     """``quantize(x).dequantize()`` of float32 numbers without the codes."""
     xp = namespace(x)
     blocks = _blocks(x, scheme)
-    s = steps_as_blocks(
+    s = expand_scale(
         scale_of(absmax(x, scheme, name=name), scheme), scheme.blocks, tuple(x.shape)
     )
     back = rounded(blocks / s, scheme.format)
@@ -227,7 +228,7 @@ def _stored(a: Array, scheme: FloatScheme) -> tuple[Array, Array | None]:
     return (encode(scale_of(a, scheme), "e8m0"), None)
 
 
-class Scaled:
+class BlockFloatLinear:
     """A matrix [M, N] as codes and scales; satisfies ``Linear``, with inputs as they are.
 
     ``stored`` is the scale as it is stored: float32, or uint8 codes of E8M0 or E4M3 (then
@@ -249,13 +250,13 @@ class Scaled:
         self.g = g
         self.dtype: Any = "float32"
 
-    def with_codes(self, codes: Array) -> Scaled:
+    def with_codes(self, codes: Array) -> BlockFloatLinear:
         """The same scales with codes uint8 [M, N]."""
         if self.scheme.format == "e2m1":
             held = pack(codes, 4)
         else:
             held = namespace(codes).ascontiguousarray(codes)
-        return Scaled(held, self.stored, self.scheme, self.shape, self.g)
+        return BlockFloatLinear(held, self.stored, self.scheme, self.shape, self.g)
 
     @property
     def codes(self) -> Array:
@@ -303,7 +304,7 @@ class Scaled:
             codes = xp.astype(unpack(codes, 4, self.shape[1]), xp.uint8, copy=False)
         shape = (stop - start, self.shape[1])
         values = as_blocks(decode(codes, self.scheme.format), blocks)
-        values = values * steps_as_blocks(rows_of(self.scale, blocks, start, stop), blocks, shape)
+        values = values * expand_scale(rows_of(self.scale, blocks, start, stop), blocks, shape)
         return from_blocks(values, shape)
 
     def matmul(self, x: Array) -> Array:
@@ -322,4 +323,4 @@ class Scaled:
 
     def __repr__(self) -> str:
         shape = f"{self.shape[0]}×{self.shape[1]}"
-        return f"Scaled({shape}, {self.scheme.format}, {self.bits_per_weight:.3f} bits per weight)"
+        return f"BlockFloatLinear({shape}, {self.scheme.format}, {self.bits_per_weight:.3f} bits per weight)"

@@ -23,16 +23,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from refllm.backend import Array, namespace
-from refllm.formats.block_float import FloatScheme, Scaled
+from refllm.formats.block_float import BlockFloatLinear, FloatScheme
 from refllm.formats.fp8_linear import Fp8Linear
-from refllm.formats.layouts import FLOATS, Stored
+from refllm.formats.layouts import FLOATS, WeightLayout
 
-__all__ = ["from_tensors", "stored_as", "to_tensor"]
+__all__ = ["from_tensors", "layout_for", "to_tensor"]
 
 SCALES = ("weight_scale", "weight_scale_inv")
 
 
-def stored_as(weight: Fp8Linear, layout: str | None = None) -> Stored:
+def layout_for(weight: Fp8Linear, layout: str | None = None) -> WeightLayout:
     """How a weight is stored; None is compressed-tensors' layout.
 
     Raises
@@ -59,7 +59,7 @@ def stored_as(weight: Fp8Linear, layout: str | None = None) -> Stored:
         raise ValueError(
             f"{layout}: tiles of {size[0]} columns of the activations are left out, only 128"
         )
-    return Stored(layout, 8, size[0] or None, plain_inputs=activation is None)
+    return WeightLayout(layout, 8, size[0] or None, plain_inputs=activation is None)
 
 
 def to_tensor(weight: Fp8Linear, suffix: str) -> Array:
@@ -73,7 +73,7 @@ def to_tensor(weight: Fp8Linear, suffix: str) -> Array:
 
 def from_tensors(
     tensors: Mapping[str, Array],
-    stored: Stored,
+    stored: WeightLayout,
     shape: tuple[int, int],
     *,
     dtype: str = "float32",
@@ -99,7 +99,7 @@ def from_tensors(
         scheme = FloatScheme("e4m3", "channel")
     else:
         scheme = FloatScheme("e4m3", "block", size)
-    made = Scaled(codes, xp.astype(scale, xp.float32), scheme, shape)
+    made = BlockFloatLinear(codes, xp.astype(scale, xp.float32), scheme, shape)
     made.dtype = dtype
     if stored.plain_inputs:
         activation = None

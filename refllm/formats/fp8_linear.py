@@ -36,9 +36,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from refllm.backend import Array, bitcast, namespace
-from refllm.formats.block_float import FloatScheme, Scaled, quantize
-from refllm.formats.minifloat import decode
+from refllm.formats.block_float import BlockFloatLinear, FloatScheme, quantize
 from refllm.formats.uniform import row_pieces
+from refllm.kv.kivi import decode
 
 __all__ = ["ACTIVATIONS", "Accumulator", "Fp8Linear", "scaled_matmul", "truncate"]
 
@@ -92,7 +92,7 @@ def truncate(x: Array, bits: int) -> Array:
     return bitcast(bitcast(x, xp.int32) & (-1 << (24 - bits)), xp.float32)
 
 
-def scaled_matmul(x: Scaled, w: Scaled, accumulator: Accumulator | None = None) -> Array:
+def scaled_matmul(x: BlockFloatLinear, w: BlockFloatLinear, accumulator: Accumulator | None = None) -> Array:
     """Codes x[T, N] times codes w[M, N] → Y[T, M] float32, slice by slice as in the formula
     above.
 
@@ -134,7 +134,7 @@ def scaled_matmul(x: Scaled, w: Scaled, accumulator: Accumulator | None = None) 
     return out
 
 
-def _slice(x: Scaled) -> int:
+def _slice(x: BlockFloatLinear) -> int:
     """Columns that share a scale."""
     blocks = x.scheme.blocks
     if blocks.granularity in ("group", "block"):
@@ -142,7 +142,7 @@ def _slice(x: Scaled) -> int:
     return max(1, x.shape[1])
 
 
-def _of_rows(scale: Array, x: Scaled, column: int, start: int, stop: int) -> Array:
+def _of_rows(scale: Array, x: BlockFloatLinear, column: int, start: int, stop: int) -> Array:
     """The scale of these rows at this column, [rows, 1] or [1, 1]."""
     xp = namespace(scale)
     blocks = x.scheme.blocks
@@ -166,7 +166,7 @@ class Fp8Linear:
 
     def __init__(
         self,
-        weight: Scaled,
+        weight: BlockFloatLinear,
         activation: str | None = "tile",
         *,
         accumulator: Accumulator | None = None,
@@ -200,7 +200,7 @@ class Fp8Linear:
         """W[M, N] in floating point, a new array."""
         return self.weight.dequantize()
 
-    def quantize_activations(self, x: Array) -> Scaled:
+    def quantize_activations(self, x: Array) -> BlockFloatLinear:
         """x[T, N] in E4M3 with the scales of ``activation``; ValueError naming them if a
         number is not finite.
         """

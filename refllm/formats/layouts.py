@@ -59,7 +59,7 @@ from dataclasses import dataclass
 
 from refllm.backend import Array, bitcast, namespace
 from refllm.formats.packing import pack, store_scale, store_zero, unpack, words_per_row
-from refllm.formats.quantized_linear import Quantized, Reordered, order_of
+from refllm.formats.quantized_linear import ActOrderLinear, QuantizedLinear, column_order
 from refllm.formats.uniform import Scheme
 from refllm.formats.w8a8_linear import W8A8Linear
 
@@ -73,7 +73,7 @@ Spec = tuple[str, tuple[int, ...]]  # dtype's name, shape
 
 
 @dataclass(frozen=True)
-class Stored:
+class WeightLayout:
     """How a weight is stored: what a reader must know besides the tensors.
 
     ``group_size`` None is one scale a row; ``reordered`` says that groups need not be of
@@ -122,9 +122,9 @@ class Stored:
         return columns // self.group_size
 
 
-def stored_as(
+def layout_for(
     scheme: Scheme, layout: str, *, activations: bool = False, reordered: bool = False
-) -> Stored:
+) -> WeightLayout:
     """How weights of ``scheme`` are stored in ``layout``.
 
     ``activations`` says that their inputs are quantised too, 8 bits a token; ``reordered``
@@ -150,7 +150,7 @@ def stored_as(
         group = scheme.group_size
     else:
         group = None
-    return Stored(layout, scheme.bits, group, scheme.symmetric, reordered)
+    return WeightLayout(layout, scheme.bits, group, scheme.symmetric, reordered)
 
 
 def _obstacle(scheme: Scheme, layout: str, activations: bool, reordered: bool) -> str | None:
@@ -187,7 +187,7 @@ def _obstacle(scheme: Scheme, layout: str, activations: bool, reordered: bool) -
     return None
 
 
-def tensor_specs(stored: Stored, shape: tuple[int, int], name: str = "weight") -> dict[str, Spec]:
+def tensor_specs(stored: WeightLayout, shape: tuple[int, int], name: str = "weight") -> dict[str, Spec]:
     """Suffix → (dtype, shape) of the tensors of a weight W[M, N]; a dtype of ``"float"`` is
     the checkpoint's.
 
@@ -246,7 +246,7 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight rows of W stands at each 
 
 
 def to_tensors(
-    weight: Quantized | W8A8Linear, stored: Stored, *, dtype: str = "float16", name: str = "weight"
+    weight: QuantizedLinear | W8A8Linear, stored: WeightLayout, *, dtype: str = "float16", name: str = "weight"
 ) -> dict[str, Array]:
     """The tensors of a weight by suffix, in the order of ``tensor_specs``; see
     ``to_tensor``.
@@ -258,9 +258,9 @@ def to_tensors(
 
 
 def to_tensor(
-    weight: Quantized | W8A8Linear, stored: Stored, suffix: str, *, dtype: str = "float16"
+    weight: QuantizedLinear | W8A8Linear, stored: WeightLayout, suffix: str, *, dtype: str = "float16"
 ) -> Array:
-    """One tensor of a weight whose scheme ``stored_as`` accepted.
+    """One tensor of a weight whose scheme ``layout_for`` accepted.
 
     Scales are rounded to ``dtype`` ("bfloat16" comes as the uint16 of its bits); a weight
     that was quantised with that ``scale_dtype`` is stored exactly.
@@ -291,16 +291,16 @@ def to_tensor(
             return _interleaved(zeros)
         return bitcast(pack(zeros - _lost(stored), stored.bits), xp.int32)
     if suffix == "g_idx":
-        g_idx = inner.g_idx if isinstance(inner, Reordered) else None
+        g_idx = inner.g_idx if isinstance(inner, ActOrderLinear) else None
         if g_idx is None:
             return xp.astype(xp.arange(n) // (stored.group_size or n), xp.int32)
         return g_idx
     raise ValueError(f"{stored.layout} has no tensor {suffix!r}")
 
 
-def _own_order(weight: Quantized) -> Array:
+def _own_order(weight: QuantizedLinear) -> Array:
     """Its words with the columns in the weight's own order."""
-    if not isinstance(weight, Reordered) or weight.order is None:
+    if not isinstance(weight, ActOrderLinear) or weight.order is None:
         return weight.packed()
     codes = unpack(weight.packed(), weight.scheme.bits, weight.shape[1])
     xp = namespace(codes)
@@ -315,7 +315,7 @@ def _by_row(parameter: Array, rows: int) -> Array:
     return xp.ascontiguousarray(xp.broadcast_to(parameter, (rows, 1)))
 
 
-def _lost(stored: Stored) -> int:
+def _lost(stored: WeightLayout) -> int:
     """What GPTQ's first version takes off its zero points."""
     return 1 if stored.layout == "gptq" else 0
 
@@ -335,13 +335,13 @@ def _interleaved(codes: Array) -> Array:
 
 def from_tensors(
     tensors: Mapping[str, Array],
-    stored: Stored,
+    stored: WeightLayout,
     shape: tuple[int, int],
     *,
     scale_dtype: str | None = None,
     dtype: str = "float32",
     name: str = "weight",
-) -> Quantized | W8A8Linear:
+) -> QuantizedLinear | W8A8Linear:
     """A weight W[M, N] from its tensors by suffix, of the shapes of ``tensor_specs``;
     scales in float32 or float64.
 
@@ -377,10 +377,10 @@ def from_tensors(
     scale = xp.ascontiguousarray(scale)
     held = store_scale(scale, scale_dtype, name=f"{name}'s scale")
     held = xp.where(scale > 0, held, 0)  # some writers give groups of zeros a scale of zero
-    made = (Quantized if order is None else Reordered)(
+    made = (QuantizedLinear if order is None else ActOrderLinear)(
         words, held, kept, scheme, (m, n), getattr(xp, dtype)
     )
-    if isinstance(made, Reordered):
+    if isinstance(made, ActOrderLinear):
         made.order = order
     if stored.activations:
         return W8A8Linear(made, name=f"the input of {name}")
@@ -393,11 +393,11 @@ def _order(g_idx: Array, groups: int, name: str) -> Array | None:
     columns = int(g_idx.shape[0])
     if bool(xp.all(g_idx == xp.arange(columns) // (columns // groups))):
         return None
-    return order_of(g_idx, groups, name=name)
+    return column_order(g_idx, groups, name=name)
 
 
 def _stream(
-    tensors: Mapping[str, Array], stored: Stored, shape: tuple[int, int], name: str
+    tensors: Mapping[str, Array], stored: WeightLayout, shape: tuple[int, int], name: str
 ) -> Array:
     """C as a bit stream a row, uint32 [M, ⌈N·b/32⌉]."""
     m, n = shape
@@ -414,7 +414,7 @@ def _stream(
     return pack(namespace(codes).ascontiguousarray(codes.T), 4)
 
 
-def _zeros(tensors: Mapping[str, Array], stored: Stored, rows: int) -> Array | None:
+def _zeros(tensors: Mapping[str, Array], stored: WeightLayout, rows: int) -> Array | None:
     """Z[M, G], int32; None where the layout stores none."""
     if stored.transposed:
         words = tensors["qzeros"]

@@ -154,7 +154,7 @@ def table(fmt: str) -> tuple[float, ...]:
 # --- numbers to codes ---------------------------------------------------------------------
 
 
-def encode(x: Array, fmt: str, overflow: str = "saturate", *, name: str = "x") -> Array:
+def quantize(x: Array, fmt: str, overflow: str = "saturate", *, name: str = "x") -> Array:
     """Codes of x, rounded to nearest even: uint8, or uint16 for fp16 and bf16; shaped like
     x. NaN stays NaN.
 
@@ -345,7 +345,7 @@ def nearest(x: Array, fmt: str) -> Array:
 # --- codes to numbers ---------------------------------------------------------------------
 
 
-def decode(codes: Array, fmt: str) -> Array:
+def dequantize(codes: Array, fmt: str) -> Array:
     """Codes, uint8 or uint16 → float32, exactly; shaped like the codes.
 
     Raises

@@ -27,7 +27,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from refllm.formats.layouts import FLOATS, GPTQ_BITS, Stored
+from refllm.formats.layouts import FLOATS, GPTQ_BITS, WeightLayout
 
 __all__ = ["SUPPORTED", "Quantization", "UnsupportedQuantization", "parse", "quantization_config"]
 
@@ -46,13 +46,13 @@ class Quantization:
     """
 
     method: str
-    groups: tuple[tuple[tuple[str, ...], Stored], ...]
+    groups: tuple[tuple[tuple[str, ...], WeightLayout], ...]
     ignore: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.method}: {', '.join(str(stored) for _, stored in self.groups)}"
 
-    def of(self, module: str, names: Container[str]) -> Stored | None:
+    def of(self, module: str, names: Container[str]) -> WeightLayout | None:
         """How the weight of a linear ``module`` is stored, in a checkpoint with tensors
         ``names``; None: plainly.
         """
@@ -96,7 +96,7 @@ def _matches(target: str, module: str) -> int:
 # --- writing ------------------------------------------------------------------------------
 
 
-def quantization_config(stored: Stored, ignore: Sequence[str] = ("lm_head",)) -> dict[str, Any]:
+def quantization_config(stored: WeightLayout, ignore: Sequence[str] = ("lm_head",)) -> dict[str, Any]:
     """The entry for a checkpoint whose linear weights, but for ``ignore``, are all
     ``stored`` alike.
     """
@@ -143,7 +143,7 @@ def quantization_config(stored: Stored, ignore: Sequence[str] = ("lm_head",)) ->
     return _entry(stored, weights, inputs, ignore)
 
 
-def _float_arguments(stored: Stored) -> tuple[dict[str, Any], dict[str, Any]]:
+def _float_arguments(stored: WeightLayout) -> tuple[dict[str, Any], dict[str, Any]]:
     """How compressed-tensors spells 8-bit floats: by row and token, or in blocks with
     tiles.
     """
@@ -158,7 +158,7 @@ def _float_arguments(stored: Stored) -> tuple[dict[str, Any], dict[str, Any]]:
     return number | block, number | {"strategy": "group", "group_size": size, "dynamic": True}
 
 
-def _entry(stored: Stored, weights: Any, inputs: Any, ignore: Sequence[str]) -> dict[str, Any]:
+def _entry(stored: WeightLayout, weights: Any, inputs: Any, ignore: Sequence[str]) -> dict[str, Any]:
     """compressed-tensors' entry of one group of modules."""
     scheme = {
         "targets": ["Linear"],
@@ -203,7 +203,7 @@ def parse(raw: Any) -> Quantization:
         )
     layout, bits, symmetric = _gptq(raw) if method == "gptq" else _awq(raw)
     group = raw.get("group_size", raw.get("q_group_size"))
-    stored = Stored(
+    stored = WeightLayout(
         layout, bits, None if group == -1 else _size(group), symmetric, bool(raw.get("desc_act"))
     )
     return Quantization(str(method), ((("Linear",), stored),))
@@ -237,14 +237,14 @@ def _awq(raw: Mapping[str, Any]) -> tuple[str, int, bool]:
     return "awq", 4, False
 
 
-def _deepseek(raw: Mapping[str, Any]) -> Stored:
+def _deepseek(raw: Mapping[str, Any]) -> WeightLayout:
     for key, value in (("fmt", "e4m3"), ("activation_scheme", "dynamic")):
         if raw.get(key, value) != value:
             _refuse(key, raw[key], value)
     # a power of two is a float32 number, too
     if raw.get("scale_fmt") not in (None, "float", "ue8m0"):
         _refuse("scale_fmt", raw["scale_fmt"], "float and ue8m0")
-    return Stored("fp8", 8, _square(raw.get("weight_block_size"), "weight_block_size"))
+    return WeightLayout("fp8", 8, _square(raw.get("weight_block_size"), "weight_block_size"))
 
 
 def _square(sizes: Any, key: str) -> int:
@@ -254,7 +254,7 @@ def _square(sizes: Any, key: str) -> int:
     return _size(sizes[0])
 
 
-def _float_group(weights: Mapping[str, Any], inputs: Any) -> Stored:
+def _float_group(weights: Mapping[str, Any], inputs: Any) -> WeightLayout:
     """A group of 8-bit floats: rows with tokens, or blocks with tiles."""
     if (weights.get("num_bits"), weights.get("symmetric", True)) != (8, True) or weights.get(
         "dynamic"
@@ -267,7 +267,7 @@ def _float_group(weights: Mapping[str, Any], inputs: Any) -> Stored:
         size = _square(weights.get("block_structure"), "block_structure")
     else:
         size = None
-    stored = Stored("float-quantized", 8, size, plain_inputs=inputs is None)
+    stored = WeightLayout("float-quantized", 8, size, plain_inputs=inputs is None)
     wanted = _float_arguments(stored)[1]
     if inputs is not None and not (
         isinstance(inputs, Mapping)
@@ -299,7 +299,7 @@ def _compressed(raw: Mapping[str, Any]) -> Quantization:
     )
 
 
-def _group(group: Any, raw: Mapping[str, Any]) -> tuple[tuple[str, ...], Stored]:
+def _group(group: Any, raw: Mapping[str, Any]) -> tuple[tuple[str, ...], WeightLayout]:
     if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
         _refuse("config_groups", group, "groups with 'targets' and 'weights'")
     layout = group.get("format") or raw.get("format")
@@ -340,7 +340,7 @@ def _group(group: Any, raw: Mapping[str, Any]) -> tuple[tuple[str, ...], Stored]
         _refuse(f"num_bits of {layout}", bits, f"{allowed[0]} to {allowed[-1]}")
     if layout == "int-quantized" and (strategy == "group" or not symmetric):
         _refuse("weights of int-quantized", dict(weights), "symmetric ones by channel")
-    stored = Stored(layout, bits, _size(size) if strategy == "group" else None, symmetric)
+    stored = WeightLayout(layout, bits, _size(size) if strategy == "group" else None, symmetric)
     return _strings(group.get("targets")), stored
 
 

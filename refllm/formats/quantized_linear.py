@@ -1,4 +1,4 @@
-"""A weight in b-bit codes that multiplies: ``Quantized``.
+"""A weight in b-bit codes that multiplies: ``QuantizedLinear``.
 
 It holds words, steps and zero points, and no float copy of the weight; ``nbytes`` counts
 what it holds.
@@ -22,7 +22,7 @@ orders are in use, which differ on a tie when z is odd:
 - add, then round: q = rint(clip(x/s + z)) (compressed-tensors: "half_integer" and
   "asymmetric_signed").
 
-``Quantized`` is a weight W[M, N] in b bits that multiplies: it holds words, steps and zero
+``QuantizedLinear`` is a weight W[M, N] in b bits that multiplies: it holds words, steps and zero
 points and no float copy of the weight, and ``nbytes`` counts what it holds. Zero points of
 asymmetric rules are packed to b bits too, unless a dtype is asked for.
 
@@ -70,9 +70,9 @@ from refllm.formats.packing import (
 from refllm.formats.uniform import (
     PIECE,
     Scheme,
-    decode,
-    encode,
+    dequantize_codes,
     qparams,
+    quantize_codes,
     row_pieces,
     rows_of,
 )
@@ -80,7 +80,7 @@ from refllm.formats.uniform import (
 TILE = (1 << 18, 1 << 26)  # weights in floats at a time of a product (host, device)
 
 
-class Quantized:
+class QuantizedLinear:
     """A weight W[M, N] in b-bit codes: a ``Linear``. Made by ``quantize`` or
     ``from_codes``.
 
@@ -113,7 +113,7 @@ class Quantized:
         scheme: Scheme,
         scale_dtype: str | None = None,
         zero_dtype: str | None = None,
-    ) -> Quantized:
+    ) -> QuantizedLinear:
         """Codes [M, N] that were made elsewhere (within the scheme's range), with their
         scale and zero point.
 
@@ -203,10 +203,10 @@ class Quantized:
         for start, stop in row_pieces(self._words, self.shape, self.scheme, size):
             codes = unpack_codes(self._words[start:stop, :], self.scheme, self.shape[1])
             s, z = (rows_of(p, self.scheme, start, stop) for p in (scale, zero_point))
-            yield start, stop, decode(codes, s, z, self.scheme)
+            yield start, stop, dequantize_codes(codes, s, z, self.scheme)
 
     def __repr__(self) -> str:
-        return f"Quantized({self.shape[0]}×{self.shape[1]}, {self.scheme}, {self.bits_per_weight:.3f} bits per weight)"
+        return f"QuantizedLinear({self.shape[0]}×{self.shape[1]}, {self.scheme}, {self.bits_per_weight:.3f} bits per weight)"
 
 
 def quantize(
@@ -218,7 +218,7 @@ def quantize(
     scale_dtype: str | None = None,
     zero_dtype: str | None = None,
     name: str = "x",
-) -> Quantized:
+) -> QuantizedLinear:
     """A matrix x[M, N] in packed codes. Scale and zero point come from its ranges unless
     they are given.
 
@@ -248,9 +248,9 @@ def quantize(
     check = not own or scheme.rule == "awq"
     for start, stop in row_pieces(x, shape, scheme, PIECE):
         s, z = (rows_of(p, scheme, start, stop) for p in (scale, zero_point))
-        codes = encode(x[start:stop, :], s, z, scheme, name=name, check=check)
+        codes = quantize_codes(x[start:stop, :], s, z, scheme, name=name, check=check)
         words[start:stop, :] = pack_codes(codes, scheme)
-    return Quantized(
+    return QuantizedLinear(
         words, stored, store_zero(zero_point, scheme, zero_dtype), scheme, shape, x.dtype
     )
 
@@ -268,8 +268,8 @@ def fake_quantize(x: Array, scheme: Scheme, *, name: str = "x") -> Array:
     out = xp.empty(x.shape, dtype=x.dtype)
     for start, stop in row_pieces(x, shape, scheme, PIECE):
         s, z = (rows_of(p, scheme, start, stop) for p in (scale, zero_point))
-        codes = encode(x[start:stop, :], s, z, scheme, name=name, check=scheme.rule == "awq")
-        out[start:stop, :] = decode(codes, s, z, scheme)
+        codes = quantize_codes(x[start:stop, :], s, z, scheme, name=name, check=scheme.rule == "awq")
+        out[start:stop, :] = dequantize_codes(codes, s, z, scheme)
     return xp.reshape(out, outer)
 
 
@@ -282,7 +282,7 @@ def effective_bits(
     return bits + (scale_bits + zero_bits) / group_size
 
 
-def order_of(g_idx: Array, groups: int, *, name: str = "weight") -> Array:
+def column_order(g_idx: Array, groups: int, *, name: str = "weight") -> Array:
     """The order in which the columns stand group by group, int64[N]; ValueError unless all
     groups are of one size.
     """
@@ -294,8 +294,8 @@ def order_of(g_idx: Array, groups: int, *, name: str = "weight") -> Array:
     return order
 
 
-class Reordered(Quantized):
-    """A ``Quantized`` with an ``order``; None is the weight's own, and changes nothing.
+class ActOrderLinear(QuantizedLinear):
+    """A ``QuantizedLinear`` with an ``order``; None is the weight's own, and changes nothing.
 
     ``packed()`` holds the codes in that order; ``codes``, ``dequantize`` and ``matmul`` are
     in the weight's own, and ``nbytes`` counts 4 bytes a column for ``g_idx``.

@@ -247,7 +247,7 @@ def from_blocks(blocks: Array, shape: tuple[int, ...]) -> Array:
     return xp.reshape(blocks, (down * rows, right * columns))[: shape[0], : shape[1]]
 
 
-def steps_as_blocks(scale: Array, scheme: Scheme, shape: tuple[int, ...]) -> Array:
+def expand_scale(scale: Array, scheme: Scheme, shape: tuple[int, ...]) -> Array:
     """A scale or zero point of an array of ``shape``, ready to be multiplied with its
     ``as_blocks``.
     """
@@ -284,7 +284,7 @@ def ranges(x: Array, scheme: Scheme, *, name: str = "x") -> tuple[Array, Array]:
         raise ValueError(f"{name}: an array of shape {tuple(x.shape)} has no range")
     lo, hi = _extremes(x, scheme)
     if not bool(xp.all(xp.isfinite(lo) & xp.isfinite(hi))):  # min and max pass NaN on
-        refuse_non_finite(x, name)
+        require_finite(x, name)
     return xp.reshape(lo, shape), xp.reshape(hi, shape)
 
 
@@ -369,7 +369,7 @@ def reachable(x: Array, scale: Array) -> Array:
 # --- guards -------------------------------------------------------------------------------
 
 
-def refuse_non_finite(x: Array, name: str) -> None:
+def require_finite(x: Array, name: str) -> None:
     """ValueError naming ``name`` and the first bad place if x holds NaN or infinity."""
     xp = namespace(x)
     if bool(xp.all(xp.isfinite(x))):
@@ -417,7 +417,7 @@ PIECE = (1 << 17, 1 << 26)
 _ADD_FIRST = ("half_integer", "asymmetric_signed")
 
 
-def encode(
+def quantize_codes(
     x: Array,
     scale: Array,
     zero_point: Array,
@@ -440,13 +440,13 @@ def encode(
     """
     xp = namespace(x, scale, zero_point)
     if check:
-        refuse_non_finite(x, name)
+        require_finite(x, name)
         # NaN fails it too
         if scale.size and not 0.0 < float(xp.min(scale)) <= float(xp.max(scale)) < math.inf:
             raise ValueError(f"{name}: a scale is a finite number above 0")
     shape = tuple(x.shape)
-    s = steps_as_blocks(xp.astype(scale, x.dtype, copy=False), scheme, shape)
-    z = steps_as_blocks(zero_point, scheme, shape)
+    s = expand_scale(xp.astype(scale, x.dtype, copy=False), scheme, shape)
+    z = expand_scale(zero_point, scheme, shape)
     blocks = as_blocks(x, scheme)
     if (
         check
@@ -474,12 +474,12 @@ def _codes(blocks: Array, s: Array, z: Array, scheme: Scheme) -> Array:
     return xp.astype(t, xp.int8 if scheme.signed else xp.uint8)
 
 
-def decode(codes: Array, scale: Array, zero_point: Array, scheme: Scheme) -> Array:
+def dequantize_codes(codes: Array, scale: Array, zero_point: Array, scheme: Scheme) -> Array:
     """x̂ = s (q − z) in the scale's dtype, shaped like the codes."""
     xp = namespace(codes, scale, zero_point)
     shape = tuple(codes.shape)
-    s = steps_as_blocks(scale, scheme, shape)
-    z = steps_as_blocks(zero_point, scheme, shape)
+    s = expand_scale(scale, scheme, shape)
+    z = expand_scale(zero_point, scheme, shape)
     blocks = xp.astype(as_blocks(codes, scheme), scale.dtype)
     if scheme.zero != 0 or not scheme.symmetric:
         blocks -= xp.astype(z, scale.dtype)

@@ -23,7 +23,7 @@ spends one product of integers on a product.
 |--------|----------------------------|----------------|
 | x, Y   | activations, their product | [T, N], [T, M] |
 | s_x    | step of the activations    | [T, 1] or ()   |
-| weight | ``Quantized`` W[M, N]      |                |
+| weight | ``QuantizedLinear`` W[M, N]      |                |
 
 Left out: activations in groups, asymmetric activations, the step's floor of SmoothQuant's
 code (absmax is at least 1e-5 there; here a row of any size has a step).
@@ -33,8 +33,8 @@ from __future__ import annotations
 
 from refllm.backend import Array, namespace
 from refllm.formats.int_matmul import scaled_matmul
-from refllm.formats.quantized_linear import Quantized
-from refllm.formats.uniform import Scheme, encode, qparams
+from refllm.formats.quantized_linear import QuantizedLinear
+from refllm.formats.uniform import Scheme, qparams, quantize_codes
 
 __all__ = ["W8A8Linear"]
 
@@ -48,7 +48,7 @@ class W8A8Linear:
 
     def __init__(
         self,
-        weight: Quantized,
+        weight: QuantizedLinear,
         activation: str | float = "token",
         rule: str = "half_integer",
         *,
@@ -109,7 +109,7 @@ class W8A8Linear:
             scale = xp.asarray(self.static, dtype=x.dtype)
             zero = xp.asarray(0, dtype=xp.int32)
         # the range that a step was just made of is finite and covered
-        return encode(
+        return quantize_codes(
             x, scale, zero, self.scheme, name=self.name, check=self.static is not None
         ), scale
 

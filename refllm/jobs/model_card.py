@@ -27,7 +27,7 @@ import numpy as np
 from refllm.api import Model
 from refllm.backend import namespace, to_numpy
 from refllm.corpus import Document
-from refllm.decode.generate import SamplingParams
+from refllm.decode.sampling_params import SamplingParams
 from refllm.measure.perplexity import compare, evaluate
 from refllm.measure.windows import bits_by_position
 from refllm.measure.windows import plan as windows_of
@@ -106,8 +106,8 @@ def sample_record(model: Model, real: Sequence[Document], rng: np.random.Generat
     """
     begin = model.config.bos_token_id or 0
     longest = min(SAMPLE_LENGTHS[-1], model.config.max_position_embeddings - 1)
-    how = SamplingParams(temperature=SAMPLE_TEMPERATURE)
-    ids = model.generate_batch([[begin]] * SAMPLES, longest, how=how, rng=rng)
+    sampling = SamplingParams(temperature=SAMPLE_TEMPERATURE)
+    ids = model.generate_batch([[begin]] * SAMPLES, longest, sampling=sampling, rng=rng)
     chosen = [real[i] for i in rng.permutation(len(real))[:SAMPLES]]
     texts = [model.tokenizer.encode(d.text[: 40 * longest])[:longest] for d in chosen]
 

@@ -9,7 +9,7 @@ what it costs.
 
 Memory holds one decoder layer in floats and the calibration activations. Measuring holds a
 whole model, one of the two at a time; it can be left out. ``work`` makes an interrupted run
-go on: see ``quant.resumable_layers``.
+go on: see ``quant.layer_io``.
 
 Left out: choosing a method or a scheme by what it costs
 (``experiments.quantization_quality`` has the table).
@@ -36,8 +36,8 @@ from refllm.checkpoints.tensor_files import CheckpointError, tensor_shapes
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.checkpoints.writer import STORED_TYPES, check_target, documents, resolved, write_text
 from refllm.corpus import Document, held_out_documents
-from refllm.formats.float_layouts import stored_as as stored_floats
-from refllm.formats.layouts import stored_as
+from refllm.formats.float_layouts import layout_for as float_layout_for
+from refllm.formats.layouts import layout_for
 from refllm.formats.uniform import Scheme
 from refllm.measure.perplexity import evaluate
 from refllm.model.config import ModelConfig
@@ -46,8 +46,8 @@ from refllm.quant import recipe
 from refllm.quant.calibration_data import calibration_windows
 from refllm.quant.export import Storing, default_layout
 from refllm.quant.fp8 import fp8
+from refllm.quant.layer_io import LayerFiles, assemble
 from refllm.quant.methods import make
-from refllm.quant.resumable_layers import LayerFiles, assemble
 
 RECORD = "quantization.json"
 KEPT = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -201,9 +201,9 @@ def _storing(
     if method == "fp8":
         side = scheme.block[0] if scheme.granularity == "block" else 1
         # a block tells of all
-        stored = stored_floats(fp8(np.zeros((side, side), np.float32), scheme), layout)
+        stored = float_layout_for(fp8(np.zeros((side, side), np.float32), scheme), layout)
     else:
-        stored = stored_as(scheme, layout or default_layout(scheme, **about), **about)
+        stored = layout_for(scheme, layout or default_layout(scheme, **about), **about)
     storing = Storing(stored, dtype, tuple(options.get("keep", ())))
     storing.plan(config)  # refuses shapes that the layout has no place for
     return storing

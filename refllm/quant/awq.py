@@ -37,7 +37,7 @@ from dataclasses import dataclass
 
 from refllm.backend import Array, namespace
 from refllm.formats.quantized_linear import fake_quantize
-from refllm.formats.uniform import Scheme, refuse_non_finite
+from refllm.formats.uniform import Scheme, require_finite
 
 __all__ = ["AWQScale", "channel_magnitude", "clip", "search_clip", "search_scale"]
 
@@ -95,7 +95,7 @@ def search_scale(
     run = _product(x) if inspect is None else inspect
     # copies: an ``inspect`` that writes to its arguments harms nobody
     reference = run([xp.copy(w) for w in weights])
-    refuse_non_finite(reference, "the output on the original weights")
+    require_finite(reference, "the output on the original weights")
     peak = max(float(xp.max(xp.abs(w))) for w in weights)
     found = _candidates(x, weights, scheme, duo, ratios)
     losses = []
@@ -269,5 +269,5 @@ def _check_inputs(x: Array, weights: Sequence[Array]) -> None:
             raise ValueError(
                 f"AWQ scales floating-point numbers, got x of {x.dtype} and weights[{i}] of {w.dtype}"
             )
-        refuse_non_finite(w, f"weights[{i}]")
-    refuse_non_finite(x, "x")
+        require_finite(w, f"weights[{i}]")
+    require_finite(x, "x")

@@ -29,7 +29,7 @@ Quantised models as checkpoints that ``transformers``, vLLM and ``refllm.load`` 
 
 ``export`` writes a model in memory, ``assemble`` the layers that a run left in files. Both
 write all files in a new directory, which takes its name only when it is whole
-(``checkpoints.directory_writer``).
+(``checkpoints.writer``).
 
 Readers of "int-quantized" round activations to absmax/127.5, SmoothQuant to absmax/127:
 what is loaded computes as the format's readers do, which is not bit for bit what was
@@ -49,14 +49,6 @@ from typing import Any
 import numpy as np
 
 from refllm.backend import to_numpy
-from refllm.checkpoints.directory_writer import (
-    STORED_TYPES,
-    Plan,
-    check_target,
-    documents,
-    resolved,
-    write_directory,
-)
 from refllm.checkpoints.loading import stored_specs
 from refllm.checkpoints.tensor_files import (
     EMBEDDING,
@@ -67,12 +59,20 @@ from refllm.checkpoints.tensor_files import (
     converted,
     host_dtype,
 )
+from refllm.checkpoints.writer import (
+    STORED_TYPES,
+    Plan,
+    check_target,
+    documents,
+    resolved,
+    write_directory,
+)
 from refllm.formats import float_layouts
-from refllm.formats.float_layouts import stored_as as stored_floats
+from refllm.formats.float_layouts import layout_for as float_layout_for
 from refllm.formats.fp8_linear import Fp8Linear
-from refllm.formats.layouts import FLOAT, FLOAT8, Stored, stored_as, to_tensor
+from refllm.formats.layouts import FLOAT, FLOAT8, WeightLayout, layout_for, to_tensor
 from refllm.formats.quantization_config import Quantization, parse, quantization_config
-from refllm.formats.quantized_linear import Quantized
+from refllm.formats.quantized_linear import QuantizedLinear
 from refllm.formats.uniform import Scheme
 from refllm.formats.w8a8_linear import W8A8Linear
 from refllm.model.config import ModelConfig
@@ -89,7 +89,7 @@ class Storing:
     quantised.
     """
 
-    stored: Stored
+    stored: WeightLayout
     dtype: str = "float16"
     keep: tuple[str, ...] = ()
 
@@ -106,7 +106,7 @@ class Storing:
         """The same, as a reader understands it."""
         return parse(self.entry)
 
-    def of(self, name: str, shape: Shape) -> Stored | None:
+    def of(self, name: str, shape: Shape) -> WeightLayout | None:
         """How the tensor ``name`` of a network is stored; None: in ``dtype``."""
         paths = (f".{path}.weight" for key, path in PROJECTIONS.items() if key not in self.keep)
         return self.stored if name.endswith(tuple(paths)) else None
@@ -158,7 +158,7 @@ class Storing:
         return read
 
 
-def storable(weight: Linear, name: str = "weight") -> Quantized | W8A8Linear | Fp8Linear:
+def storable(weight: Linear, name: str = "weight") -> QuantizedLinear | W8A8Linear | Fp8Linear:
     """``weight`` in a form that ``formats.layouts`` stores.
 
     Raises
@@ -167,7 +167,7 @@ def storable(weight: Linear, name: str = "weight") -> Quantized | W8A8Linear | F
         naming ``name``, for what no layout holds.
     """
     if isinstance(weight, Int8Linear):
-        return Quantized.from_codes(
+        return QuantizedLinear.from_codes(
             weight.codes, weight.scale, None, Scheme(8, "restricted", "channel")
         )
     if isinstance(weight, W8A8Linear) and (weight.scheme.granularity, weight.scheme.bits) != (
@@ -178,7 +178,7 @@ def storable(weight: Linear, name: str = "weight") -> Quantized | W8A8Linear | F
             f"{name}: stored activations have 8 bits and a step a token, found anew (level O1), not "
             f"{weight.scheme.bits} bits {'static' if weight.static else 'a tensor'}"
         )
-    if not isinstance(weight, (Quantized, W8A8Linear, Fp8Linear)):
+    if not isinstance(weight, (QuantizedLinear, W8A8Linear, Fp8Linear)):
         raise CheckpointError(
             f"{name}: {type(weight).__name__} is not quantised: quantise it, or name it in keep"
         )
@@ -266,7 +266,7 @@ def storing_of(
             if not isinstance(layer[key], Dense):
                 made = storable(layer[key], name)
                 if isinstance(made, Fp8Linear):
-                    kinds.setdefault((stored_floats(made, layout), True, False), name)
+                    kinds.setdefault((float_layout_for(made, layout), True, False), name)
                     continue
                 inner = made.weight if isinstance(made, W8A8Linear) else made
                 reordered = getattr(inner, "g_idx", None) is not None
@@ -278,11 +278,11 @@ def storing_of(
             f"export: all projections of a name must be quantised alike; found {found}"
         )
     scheme, activations, reordered = next(iter(kinds))
-    if isinstance(scheme, Stored):
+    if isinstance(scheme, WeightLayout):
         return Storing(scheme, dtype, keep)
     layout = layout or default_layout(scheme, activations=activations, reordered=reordered)
     return Storing(
-        stored_as(scheme, layout, activations=activations, reordered=reordered), dtype, keep
+        layout_for(scheme, layout, activations=activations, reordered=reordered), dtype, keep
     )
 
 

@@ -37,8 +37,8 @@ from refllm.formats.block_float import (
     MXFP4,
     MXFP8,
     NVFP4,
+    BlockFloatLinear,
     FloatScheme,
-    Scaled,
     absmax,
     fake_quantize,
     quantize,
@@ -49,7 +49,7 @@ from refllm.formats.quantized_linear import fake_quantize as fake_integers
 from refllm.formats.uniform import Scheme
 
 __all__ = [
-    "ACTIVATIONS_OF", "MXFP4", "MXFP8", "NVFP4", "Accumulator", "DelayedScale", "FloatScheme", "Fp8Linear", "Scaled",
+    "ACTIVATIONS_OF", "MXFP4", "MXFP8", "NVFP4", "Accumulator", "DelayedScale", "FloatScheme", "Fp8Linear", "BlockFloatLinear",
     "fp8", "integers_or_floats", "quantize", "scale_of", "scaled_matmul",
 ]  # fmt: skip
 
@@ -114,7 +114,7 @@ class DelayedScale:
         self.seen = 0
         self.saturated = 0
 
-    def quantize(self, x: Array, *, name: str = "x") -> Scaled:
+    def quantize(self, x: Array, *, name: str = "x") -> BlockFloatLinear:
         """x[M, N] with the scale that the steps before give (its own in the first), then
         remember its range.
         """

@@ -33,7 +33,7 @@ batches of experts.
 from __future__ import annotations
 
 from refllm.backend import Array, namespace
-from refllm.formats.uniform import Scheme, refuse_non_finite
+from refllm.formats.uniform import Scheme, require_finite
 from refllm.quant.hessian import Factor, Hessian, damped, factor, hessian
 from refllm.quant.rtn import Grids, Solution
 
@@ -86,7 +86,7 @@ def gptq(
 
     Returns
     -------
-    A ``Quantized`` with ``.loss`` Σ, ``.damp``, ``.dead`` and ``.g_idx``. Dead columns,
+    A ``QuantizedLinear`` with ``.loss`` Σ, ``.damp``, ``.dead`` and ``.g_idx``. Dead columns,
     whose input was always zero during calibration, become zero.
 
     Raises
@@ -201,7 +201,7 @@ def _check(weight: Array, f: Factor, act_order: bool, block: int, name: str) -> 
         )
     if weight.dtype.kind != "f":
         raise ValueError(f"{name}: GPTQ rounds floating-point weights, got {weight.dtype}")
-    refuse_non_finite(weight, name)
+    require_finite(weight, name)
     if act_order != (f.order is not None):
         raise ValueError(
             f"{name}: act_order={act_order}, but the factor was made with act_order={not act_order}"

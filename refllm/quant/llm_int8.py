@@ -40,7 +40,7 @@ from typing import Any
 
 from refllm.backend import Array, namespace, to_numpy
 from refllm.formats.int_matmul import integer_matmul
-from refllm.formats.uniform import refuse_non_finite
+from refllm.formats.uniform import require_finite
 
 RULES = ("bitsandbytes", "paper")
 
@@ -69,7 +69,7 @@ class OutlierStatistics:
             )
         if not x.shape[0]:
             return
-        refuse_non_finite(x, self.name)
+        require_finite(x, self.name)
         size = xp.abs(x)
         absmax = xp.max(size, axis=0)
         hits = xp.sum(xp.astype(size >= self.threshold, xp.int64), axis=0)
@@ -120,7 +120,7 @@ def vectorwise(x: Array, *, name: str = "x") -> tuple[Array, Array]:
         naming ``name`` if x holds NaN or infinity.
     """
     xp = namespace(x)
-    refuse_non_finite(x, name)
+    require_finite(x, name)
     absmax = xp.max(xp.abs(x), axis=1, keepdims=True)
     # below the smallest normal number 127/c may be infinite: the row is measured in units
     # of that number instead
@@ -203,7 +203,7 @@ class Int8Linear:
         if x.ndim != 2 or x.dtype.kind != "f":
             raise ValueError(f"int8: x is of floats [T, N], got {x.dtype} {tuple(x.shape)}")
         work = xp.astype(x, xp.result_type(x.dtype, self.dtype, xp.float32), copy=False)
-        refuse_non_finite(work, "x")  # infinity would pass for an outlier
+        require_finite(work, "x")  # infinity would pass for an outlier
         columns = self._outliers(work)
         self.multiplied += x.size
         self.in_float += int(x.shape[0]) * int(columns.size)

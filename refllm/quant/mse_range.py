@@ -20,8 +20,8 @@ from refllm.backend import Array, namespace
 from refllm.formats.uniform import (
     Scheme,
     as_blocks,
-    decode,
-    encode,
+    dequantize_codes,
+    quantize_codes,
     range_to_qparams,
     ranges,
     reachable,
@@ -98,8 +98,8 @@ def _error(x: Array, lo: Array, hi: Array, unit: Array, scheme: Scheme, norm: fl
     shape = scheme.scale_shape(tuple(x.shape))
     step, zero_point = range_to_qparams(lo, hi, scheme)
     scale, half, zero_point = (xp.reshape(v, shape) for v in (step, 0.5 * step, zero_point))
-    codes = encode(x, scale, zero_point, scheme, check=scheme.rule == "awq")
-    e = decode(codes, half, zero_point, scheme) - 0.5 * x
+    codes = quantize_codes(x, scale, zero_point, scheme, check=scheme.rule == "awq")
+    e = dequantize_codes(codes, half, zero_point, scheme) - 0.5 * x
     if scheme.granularity == "block":  # a ragged edge is filled up with nothing
         rows, columns = scheme.block
         e = xp.concat([e, xp.zeros((-e.shape[0] % rows, e.shape[1]), dtype=e.dtype)], axis=0)

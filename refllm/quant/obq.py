@@ -33,7 +33,7 @@ Left out: pruning, blocks, everything that makes it fast. ``gptq`` is this, fast
 from __future__ import annotations
 
 from refllm.backend import Array, namespace
-from refllm.formats.uniform import Scheme, decode, encode, refuse_non_finite
+from refllm.formats.uniform import Scheme, dequantize_codes, quantize_codes, require_finite
 from refllm.quant.hessian import check, damped
 from refllm.quant.rtn import Grids, Solution
 
@@ -71,7 +71,7 @@ def obq(
         raise ValueError(
             f"{name}: shape {tuple(weight.shape)} does not fit a Hessian of {hessian.shape[0]} columns"
         )
-    refuse_non_finite(weight, name)
+    require_finite(weight, name)
     diagonal = xp.diagonal(hessian)
     dead = diagonal == 0
     h = damped(hessian, damp)
@@ -121,11 +121,11 @@ def _greedy(weight: Array, inverse: Array, grids: Grids) -> tuple[Array, float]:
     rows = xp.arange(m)
     loss = 0.0
     inverse = xp.repeat(inverse[None], m, axis=0)  # [M, N, N]
-    codes = encode(weight, scale, zero_point, grids.scheme)
+    codes = quantize_codes(weight, scale, zero_point, grids.scheme)
     todo = xp.ones((m, n), dtype=xp.bool_)
     for _ in range(n):
-        q = encode(weight, scale, zero_point, grids.scheme)
-        error = weight - decode(q, scale, zero_point, grids.scheme)
+        q = quantize_codes(weight, scale, zero_point, grids.scheme)
+        error = weight - dequantize_codes(q, scale, zero_point, grids.scheme)
         d = xp.where(todo, xp.diagonal(inverse, axis1=1, axis2=2), 1.0)
         cost = xp.where(todo, error * error / d, xp.inf)
         i = xp.argmin(cost, axis=1)  # [M]

@@ -34,7 +34,7 @@ import sys
 from typing import Any
 
 from refllm.backend import Array, namespace
-from refllm.formats.uniform import Scheme, range_to_qparams, refuse_non_finite
+from refllm.formats.uniform import Scheme, range_to_qparams, require_finite
 from refllm.quant.histogram import count_bins, entropy_cut, percentile_cut
 from refllm.quant.mse_range import mse_range
 
@@ -321,5 +321,5 @@ def _extremes(x: Array, axis: int | None, name: str) -> tuple[Array, Array]:
     lo = xp.min(flat, axis=others, keepdims=True)
     hi = xp.max(flat, axis=others, keepdims=True)
     if not bool(xp.all(xp.isfinite(lo) & xp.isfinite(hi))):  # min and max pass NaN on
-        refuse_non_finite(x, name)
+        require_finite(x, name)
     return lo, hi

@@ -36,8 +36,8 @@ from refllm.formats.uniform import Scheme
 from refllm.model.config import ModelConfig
 from refllm.model.llama import PROJECTIONS, Layer
 from refllm.quant.calibration_data import sequences
+from refllm.quant.layer_io import CheckpointSource, MemorySink, ModelSource
 from refllm.quant.layer_inputs import Batch, LayerRun, Source, embed
-from refllm.quant.layer_sources import CheckpointSource, MemorySink, ModelSource
 from refllm.quant.methods import METHODS, Method, default_scheme, make
 from refllm.quant.report import Report, TensorReport
 

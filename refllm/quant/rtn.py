@@ -45,15 +45,15 @@ from typing import Any
 
 from refllm.backend import Array, namespace
 from refllm.formats.packing import load_scale, store_scale
-from refllm.formats.quantized_linear import Quantized, Reordered, quantize
+from refllm.formats.quantized_linear import ActOrderLinear, QuantizedLinear, quantize
 from refllm.formats.uniform import (
     Scheme,
     as_blocks,
-    decode,
-    encode,
+    dequantize_codes,
+    expand_scale,
+    quantize_codes,
     range_to_qparams,
     ranges,
-    steps_as_blocks,
 )
 
 GRID = 100  # p = 1 − i/100 for i = 0 … 79; errors are summed as |x̂ − x|^2.4
@@ -70,7 +70,7 @@ def rtn(
     scale_dtype: str | None = None,
     zero_dtype: str | None = None,
     name: str = "weight",
-) -> Quantized:
+) -> QuantizedLinear:
     """W[M, N] rounded to nearest. ``mse`` searches the range of each scale, at about a
     hundred times the time.
 
@@ -135,7 +135,7 @@ def _search(
     if candidates == 1:
         return best, zero
     # errors in steps: weights of any size, no underflow
-    unit = steps_as_blocks(best, scheme, tuple(weight.shape))
+    unit = expand_scale(best, scheme, tuple(weight.shape))
     least = _error(weight, best, zero, unit, scheme)
     for i in range(1, candidates):
         p = 1.0 - i / GRID
@@ -160,7 +160,7 @@ def _qparams(lo: Array, hi: Array, scheme: Scheme, one_sided: bool) -> tuple[Arr
 def _error(weight: Array, s: Array, z: Array, unit: Array, scheme: Scheme) -> Array:
     """Σ |x̂ − x|^2.4 of each range, in units of ``unit``; shaped like s."""
     xp = namespace(weight, s)
-    off = decode(encode(weight, s, z, scheme, check=False), s, z, scheme)
+    off = dequantize_codes(quantize_codes(weight, s, z, scheme, check=False), s, z, scheme)
     off -= weight
     # ragged blocks are filled up with no error, not with copies of their edge
     if scheme.granularity == "block":
@@ -243,8 +243,8 @@ class Grids:
         xp = namespace(w)
         static_order = None if self.dynamic else self.order
         s, z, check = self._grids[(i if static_order is None else static_order[i]) // self.width]
-        q = encode(xp.reshape(w, (-1, 1)), s, z, self._column, check=check, name=self.name)
-        return q[:, 0], decode(q, s, z, self._column)[:, 0]
+        q = quantize_codes(xp.reshape(w, (-1, 1)), s, z, self._column, check=check, name=self.name)
+        return q[:, 0], dequantize_codes(q, s, z, self._column)[:, 0]
 
     def arrays(self) -> tuple[Array, Array]:
         """All scales and zero points, shaped as the scheme says; dynamic groups in the
@@ -280,11 +280,11 @@ class Grids:
             self._grids.append(self._as_column(s[:, g], z[:, g]))
 
 
-class Solution(Reordered):
+class Solution(ActOrderLinear):
     """A weight that was rounded column by column, and what it cost.
 
     With dynamic groups in another order than the weight's own there is an ``order`` and a
-    ``g_idx``, see ``Reordered``.
+    ``g_idx``, see ``ActOrderLinear``.
     """
 
     loss: float  # Σ = ½ tr(E H Eᵀ), E = W − Ŵ with the dead columns of W at zero, H damped
@@ -296,7 +296,7 @@ class Solution(Reordered):
         cls, codes: Array, grids: Grids, *, loss: float, damp: float, dead: Array, **stored: Any
     ) -> Solution:
         """codes[M, N] in the order of the visit and their grids; ``stored`` as
-        ``Quantized.from_codes`` takes it.
+        ``QuantizedLinear.from_codes`` takes it.
         """
         xp = namespace(codes)
         scale, zero_point = grids.arrays()

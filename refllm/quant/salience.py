@@ -22,7 +22,7 @@ import math
 import numpy as np
 
 from refllm.backend import Array, asarray_like, namespace
-from refllm.formats.quantized_linear import Quantized, quantize
+from refllm.formats.quantized_linear import QuantizedLinear, quantize
 from refllm.formats.uniform import Scheme
 from refllm.model.weights import Linear
 from refllm.quant.awq import channel_magnitude
@@ -71,7 +71,7 @@ class Protected:
     """
 
     def __init__(self, weight: Array, scheme: Scheme, kept: Array):
-        self.quantized: Quantized = quantize(weight, scheme)
+        self.quantized: QuantizedLinear = quantize(weight, scheme)
         self.kept = kept
         self.columns = weight[:, kept]
 

@@ -26,7 +26,7 @@ Caches of a draft model are kept for the branches that asked last. Where more as
 has, some go without drafts.
 
 A draft model samples by the request's own settings: at a temperature more are accepted so,
-and the law is kept. With ``ModelDrafter(…, how=GREEDY)`` drafts are one-hot: fewer are
+and the law is kept. With ``ModelDrafter(…, sampling=GREEDY)`` drafts are one-hot: fewer are
 accepted, but each request gets the very tokens that it gets without drafts
 (``serve.sampler``).
 
@@ -43,8 +43,8 @@ from typing import Any
 import numpy as np
 
 from refllm.decode.fast.captured_step import stepper
-from refllm.decode.generate import GREEDY, Sampling
 from refllm.decode.sampling import best
+from refllm.decode.sampling_params import GREEDY, SamplingParams
 from refllm.decode.speculative.acceptance import Acceptance, expected_length
 from refllm.decode.speculative.drafters import ModelDrafter, NGramDrafter
 from refllm.decode.speculative.interface import (
@@ -208,7 +208,7 @@ class Drafting:
             if isinstance(self.source, ModelDrafter):
                 wanting[branch] = i, ask._replace(most=count)
             else:
-                proposals[i] = branch.drafter.propose(ask.tokens, count, ask.how, ask.rng)
+                proposals[i] = branch.drafter.propose(ask.tokens, count, ask.sampling, ask.rng)
         if isinstance(self.source, ModelDrafter) and wanting:
             placed = {
                 b: wanting[b][1]._replace(sequence=place)
@@ -260,10 +260,10 @@ class BranchDrafter:
         return (BELIEF * self.drafting.alpha + self.accepted) / (BELIEF + self.judged)
 
     def propose(
-        self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator
+        self, tokens: Sequence[int], count: int, sampling: SamplingParams, rng: np.random.Generator
     ) -> Proposal | TreeProposal:
         """As a ``Drafter`` by itself: for this branch alone."""
-        return self.drafting.propose_together([(self, Ask(tokens, count, how, rng, 0))])[0]
+        return self.drafting.propose_together([(self, Ask(tokens, count, sampling, rng, 0))])[0]
 
     def observe(self, best: Sequence[int], accepted: int) -> None:
         self.drafter.observe(best, accepted)

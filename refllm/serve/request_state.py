@@ -30,9 +30,9 @@ from typing import Protocol
 import numpy as np
 
 from refllm.checkpoints.tokenizer import Tokenizer
-from refllm.decode.generate import Sampling
+from refllm.decode.detokenizer import StopStrings, Utf8Stream
+from refllm.decode.sampling_params import SamplingParams
 from refllm.decode.speculative.interface import Drafter
-from refllm.decode.text import StopStrings, Utf8Stream
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights
 from refllm.serve.beam_search import Search
@@ -62,7 +62,7 @@ class Voice:
         self.streams = text or bool(request.stop)
         self.rng = np.random.default_rng(seed if index == 0 else [seed, index])
         self.drafter: Drafter | None = None
-        self.how = Sampling(
+        self.how = SamplingParams(
             request.temperature,
             request.top_k,
             request.top_p,

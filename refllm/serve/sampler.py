@@ -107,7 +107,7 @@ def _draw(z: Array, seats: Sequence[Seat]) -> list[list[list[int]]]:
         [getattr(seat.request, name) for seat in owners]
         for name in ("temperature", "top_k", "top_p", "min_p")
     ]
-    p = sampling.warp(z[asarray_like(rows, z, "int64")], *how)
+    p = sampling.process_logits(z[asarray_like(rows, z, "int64")], *how)
     picks: list[int] = []  # rows of p, repeated where several voices draw from one
     uniforms: list[float] = []
     first = 0

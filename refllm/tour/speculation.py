@@ -14,7 +14,8 @@ import numpy as np
 
 from refllm.api import Model, load
 from refllm.corpus import held_out_documents
-from refllm.decode.generate import GREEDY, generate_tokens
+from refllm.decode.generate import generate_tokens
+from refllm.decode.sampling_params import GREEDY
 from refllm.decode.speculative.drafters import Cascade, ModelDrafter, NGramDrafter
 from refllm.decode.speculative.interface import Drafter, check_vocabulary
 from refllm.decode.speculative.loop import Step, speculate

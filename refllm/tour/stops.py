@@ -24,7 +24,8 @@ import numpy as np
 from refllm.backend import namespace
 from refllm.checkpoints.loading import locate
 from refllm.corpus import held_out_documents
-from refllm.decode.generate import GREEDY, SamplingParams, generate_tokens
+from refllm.decode.generate import generate_tokens
+from refllm.decode.sampling_params import GREEDY, SamplingParams
 from refllm.experiments import training_curves
 from refllm.measure.latency import Stopwatch
 from refllm.measure.memory import kv_bytes_per_token
@@ -112,7 +113,7 @@ def write(tour: Tour) -> None:
     """Write code from a prompt, shown token by token."""
     watch = Stopwatch()
     tour.out.print(PROMPT, end="", style="dim", soft_wrap=True)
-    for piece in tour.model.stream(PROMPT, WRITTEN, how=WRITING, rng=1, on_token=watch.tick):
+    for piece in tour.model.stream(PROMPT, WRITTEN, sampling=WRITING, rng=1, on_token=watch.tick):
         tour.out.print(printable(piece), end="", soft_wrap=True)
     tour.say("\n")
     tour.say(

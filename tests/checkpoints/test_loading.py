@@ -28,9 +28,9 @@ from networks import (
     tokenizer,
 )
 from refllm.checkpoints import loading
-from refllm.checkpoints.directory_writer import save
 from refllm.checkpoints.loading import Checkpoint, build_weights, iter_tensors, load, read_tensor
 from refllm.checkpoints.tensor_files import INDEX, SINGLE, CheckpointError
+from refllm.checkpoints.writer import save
 
 # --- what is loaded -----------------------------------------------------------------------
 

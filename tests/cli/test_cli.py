@@ -37,7 +37,7 @@ from refllm.cli.errors import explain
 from refllm.cli.generate import read_prompt
 from refllm.cli.simulate import _digits
 from refllm.corpus import Document
-from refllm.decode.generate import SamplingParams
+from refllm.decode.sampling_params import SamplingParams
 from refllm.jobs import train
 from refllm.kv.kivi import Kivi, KiviAttend
 from refllm.kv.sparse import h2o, recent_only, snapkv, streaming, tova
@@ -49,7 +49,7 @@ from refllm.terminal import NARROW, bytes_text, printable, table
 from refllm.train import data
 from refllm.train.data import Data, standard_library
 from refllm.train.schedule import Phase
-from study_models import byte_tokenizer, tiny_config, tiny_params
+from tiny_models import byte_tokenizer, tiny_config, tiny_params
 
 COMMANDS = ("tour", "info", "generate", "eval", "train", "quantize", "simulate", "figures")
 TEXT = "".join(f"def function_{i}(x):\n    return x + {i}\n" for i in range(40))
@@ -477,8 +477,8 @@ def test_generate_prints_only_what_is_new(model, text_file):
 
 
 def test_generate_passes_every_knob_on(model):
-    how = SamplingParams(0.9, 30, 0.95, 0.001, 1.2)
-    expected = "".join(load(model, "numpy").stream("x", 30, how=how, rng=5, ignore_eos=True))
+    sampling = SamplingParams(0.9, 30, 0.95, 0.001, 1.2)
+    expected = "".join(load(model, "numpy").stream("x", 30, sampling=sampling, rng=5, ignore_eos=True))
     knobs = shlex.split(
         "-t 0.9 --top-k 30 --top-p 0.95 --min-p 0.001 --repetition-penalty 1.2 --seed 5 --ignore-eos"
     )

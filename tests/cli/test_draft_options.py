@@ -16,7 +16,7 @@ from refllm.cli.draft_options import Speculation, draft_named
 from refllm.decode.speculative.drafters import ModelDrafter, NGramDrafter
 from refllm.decode.speculative.loop import Step
 from refllm.decode.speculative.tree_drafter import TreeDrafter
-from study_models import byte_tokenizer, tiny_config, tiny_params
+from tiny_models import byte_tokenizer, tiny_config, tiny_params
 
 RED = "\x1b[31m\x1b[9m"
 GREEN = "\x1b[32m"

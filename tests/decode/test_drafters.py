@@ -16,8 +16,8 @@ from conftest import to_host
 from enumeration import law
 from networks import EPS, NETWORKS, random_tensors, tokenizer, tolerance
 from refllm.checkpoints.tokenizer import Tokenizer
-from refllm.decode.generate import GREEDY, Sampling
-from refllm.decode.sampling import warp
+from refllm.decode.sampling import process_logits
+from refllm.decode.sampling_params import GREEDY, SamplingParams
 from refllm.decode.speculative import verification
 from refllm.decode.speculative.drafters import (
     Adversary,
@@ -33,7 +33,7 @@ from refllm.model.llama import build, forward, logits
 from strategies import seeds
 
 SMALL = ModelConfig("llama", 3, 8, 8, 1, 2, 1, 4, max_position_embeddings=32)
-SAMPLED = Sampling(temperature=1.0)
+SAMPLED = SamplingParams(temperature=1.0)
 texts = st.lists(st.integers(0, 3), min_size=1, max_size=24)
 
 
@@ -105,25 +105,25 @@ def test_the_latest_of_equal_matches_counts():
     "A drafter's q is the law that its tokens were drawn from, after its own temperature, top-k and top-p",
     source="Leviathan et al. 2023, section 2.3",
 )
-@pytest.mark.parametrize("how", [SAMPLED, Sampling(0.5, top_k=2), Sampling(1.5, top_p=0.8)])
-@pytest.mark.parametrize("own", [None, Sampling(0.7)])
-def test_the_returned_distribution_is_the_sampled_one(how, own, monkeypatch):
+@pytest.mark.parametrize("sampling", [SAMPLED, SamplingParams(0.5, top_k=2), SamplingParams(1.5, top_p=0.8)])
+@pytest.mark.parametrize("own", [None, SamplingParams(0.7)])
+def test_the_returned_distribution_is_the_sampled_one(sampling, own, monkeypatch):
     monkeypatch.setattr(verification, "draw", enumeration.draw)
-    drafter = ModelDrafter(record(SMALL, 1), how=own)
+    drafter = ModelDrafter(record(SMALL, 1), sampling=own)
     rows = {}
 
     def run(rng):
-        proposal = drafter.propose([0, 1], 2, how, rng)
+        proposal = drafter.propose([0, 1], 2, sampling, rng)
         rows[tuple(proposal.tokens[:1])] = proposal.q
         return tuple(proposal.tokens)
 
     found = law(run)
-    used = own or how
+    used = own or sampling
     for (first, second), chance in found.items():
         q = rows[first,]
         assert chance == pytest.approx(q[0, first] * q[1, second], abs=16 * EPS)
         for i, text in enumerate(([0, 1], [0, 1, first])):
-            expected = warp(
+            expected = process_logits(
                 next_logits(drafter.model, text), used.temperature, used.top_k, used.top_p
             )
             np.testing.assert_allclose(q[i], expected, rtol=0, atol=1e-12)
@@ -184,15 +184,15 @@ def test_drafts_end_where_the_model_is_not_sure_or_has_no_positions_left():
     model = record(SMALL, 1)
     rng = np.random.default_rng(0)
     z = next_logits(model, [0, 1])
-    top = float(warp(z).max())
-    for how in (GREEDY, SAMPLED):
-        assert ModelDrafter(model, confidence=top + 1e-9).propose([0, 1], 3, how, rng).tokens == []
+    top = float(process_logits(z).max())
+    for sampling in (GREEDY, SAMPLED):
+        assert ModelDrafter(model, confidence=top + 1e-9).propose([0, 1], 3, sampling, rng).tokens == []
         assert (
-            len(ModelDrafter(model, confidence=top - 1e-9).propose([0, 1], 3, how, rng).tokens) >= 1
+            len(ModelDrafter(model, confidence=top - 1e-9).propose([0, 1], 3, sampling, rng).tokens) >= 1
         )
-        assert len(ModelDrafter(model).propose([0] * 30, 4, how, rng).tokens) == 2
-        assert ModelDrafter(model).propose([0] * 32, 4, how, rng).tokens == []
-        assert ModelDrafter(model).propose([0] * 40, 4, how, rng).tokens == []
+        assert len(ModelDrafter(model).propose([0] * 30, 4, sampling, rng).tokens) == 2
+        assert ModelDrafter(model).propose([0] * 32, 4, sampling, rng).tokens == []
+        assert ModelDrafter(model).propose([0] * 40, 4, sampling, rng).tokens == []
 
 
 def test_the_controls():
@@ -266,20 +266,20 @@ def test_drafts_made_together_are_those_made_alone(xp, name, data, seed, sampled
     config = NETWORKS[name]
     rng = np.random.default_rng(seed)
     model = record(config, seed % 7, xp)
-    how = SAMPLED if sampled else GREEDY
+    sampling = SAMPLED if sampled else GREEDY
     together = ModelDrafter(model, 3, confidence=confidence, sequences=5)
     texts = [rng.integers(0, config.vocab_size, rng.integers(1, 9)).tolist() for _ in range(5)]
     for turn in range(3):
         asked = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=5, unique=True))
         asks = [
-            Ask(texts[s], int(rng.integers(0, 4)), how, np.random.default_rng([turn, s]), s)
+            Ask(texts[s], int(rng.integers(0, 4)), sampling, np.random.default_rng([turn, s]), s)
             for s in asked
         ]
         made = together.propose_together(asks)
         for ask, proposal in zip(asks, made, strict=True):
             alone = ModelDrafter(model, 3, confidence=confidence)
             expected = alone.propose(
-                ask.tokens, ask.most, how, np.random.default_rng([turn, ask.sequence])
+                ask.tokens, ask.most, sampling, np.random.default_rng([turn, ask.sequence])
             )
             assert proposal.tokens == expected.tokens
             assert (proposal.q is None) == (expected.q is None)

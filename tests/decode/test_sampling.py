@@ -24,8 +24,8 @@ from refllm.decode.sampling import (
     apply_repetition_penalty,
     log_probabilities,
     margin,
+    process_logits,
     sample,
-    warp,
 )
 from strategies import arrays, build, seeds
 
@@ -98,18 +98,18 @@ def brute_force(
 
 
 @pytest.mark.theorem(
-    "warp is temperature, then the k largest, then the smallest prefix of mass ≥ top_p, then ≥ min_p · max, "
+    "process_logits is temperature, then the k largest, then the smallest prefix of mass ≥ top_p, then ≥ min_p · max, "
     "renormalised; of equal tokens the lowest id stays",
     source="Holtzman et al. 2020, §3.1; Fan et al. 2018; Nguyen et al. 2024",
 )
-@given(z=logits(rows=3), how=settings_ | st.fixed_dictionaries({"temperature": st.just(0.0)}))
+@given(z=logits(rows=3), params=settings_ | st.fixed_dictionaries({"temperature": st.just(0.0)}))
 @example(
-    z=np.zeros((1, 4), np.float32), how={"temperature": 1.0, "top_p": 0.5}
+    z=np.zeros((1, 4), np.float32), params={"temperature": 1.0, "top_p": 0.5}
 )  # two of four reach a half exactly
-def test_filters_equal_brute_force_over_sorted_lists(pure_xp, z, how):
-    how = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, **how}
-    p = to_host(warp(pure_xp.asarray(z), **how))
-    expected = [brute_force(row, **how) for row in z]
+def test_filters_equal_brute_force_over_sorted_lists(pure_xp, z, params):
+    params = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, **params}
+    p = to_host(process_logits(pure_xp.asarray(z), **params))
+    expected = [brute_force(row, **params) for row in z]
     assert (p > 0).tolist() == [[x > 0 for x in row] for row in expected]
     # each weight is off by the rounding of (z - max)/τ, at most |log w| ≤ 745 half-ulps,
     # and a few of its own
@@ -117,12 +117,12 @@ def test_filters_equal_brute_force_over_sorted_lists(pure_xp, z, how):
 
 
 @pytest.mark.theorem(
-    "warp is a distribution: no entry negative, sum 1 within V·eps, zero where masked",
+    "process_logits is a distribution: no entry negative, sum 1 within V·eps, zero where masked",
     source="definition",
 )
-@given(z=arrays(4, st.integers(1, 40)), how=settings_)
-def test_warp_is_a_distribution_for_logits_of_every_kind(pure_xp, z, how):
-    p = to_host(warp(pure_xp.asarray(z), **how))
+@given(z=arrays(4, st.integers(1, 40)), params=settings_)
+def test_warp_is_a_distribution_for_logits_of_every_kind(pure_xp, z, params):
+    p = to_host(process_logits(pure_xp.asarray(z), **params))
     assert p.dtype == np.float64
     assert (p >= 0).all()
     assert (abs(p.sum(axis=-1) - 1) <= z.shape[1] * EPS).all()
@@ -136,9 +136,9 @@ def test_warp_is_a_distribution_for_logits_of_every_kind(pure_xp, z, how):
 def test_the_counts_that_stay_are_exact(pure_xp, z, k, top_p):
     x = pure_xp.asarray(z)
     V = z.shape[1]
-    assert (to_host(warp(x, top_k=k)) > 0).sum() == min(k, V)
-    full = to_host(warp(x))[0]
-    kept = to_host(warp(x, top_p=top_p))[0] > 0
+    assert (to_host(process_logits(x, top_k=k)) > 0).sum() == min(k, V)
+    full = to_host(process_logits(x))[0]
+    kept = to_host(process_logits(x, top_p=top_p))[0] > 0
     if top_p == 1:
         assert kept.all()
         return
@@ -151,18 +151,18 @@ def test_the_counts_that_stay_are_exact(pure_xp, z, k, top_p):
     "the support grows with top_k and top_p and shrinks with min_p: the sets are nested",
     source="prefixes of one order",
 )
-@given(z=logits(), how=settings_, more=st.integers(1, 5), share=st.floats(0, 1))
-def test_supports_are_nested(pure_xp, z, how, more, share):
+@given(z=logits(), params=settings_, more=st.integers(1, 5), share=st.floats(0, 1))
+def test_supports_are_nested(pure_xp, z, params, more, share):
     x = pure_xp.asarray(z)
 
     def support(**change):
-        return to_host(warp(x, **{**how, **change})) > 0
+        return to_host(process_logits(x, **{**params, **change})) > 0
 
     small = support()
     for wider in (
-        support(top_k=how["top_k"] + more if how["top_k"] else 0),
-        support(top_p=how["top_p"] + share * (1 - how["top_p"])),
-        support(min_p=how["min_p"] * share),
+        support(top_k=params["top_k"] + more if params["top_k"] else 0),
+        support(top_p=params["top_p"] + share * (1 - params["top_p"])),
+        support(min_p=params["min_p"] * share),
     ):
         assert (small <= wider).all()
 
@@ -171,16 +171,16 @@ def test_supports_are_nested(pure_xp, z, how, more, share):
     "min-p before top-k and top-p, vLLM's order, never keeps a token that this order drops",
     source="vLLM's v1 sampler",
 )
-@given(z=logits(), how=settings_)
-def test_vllms_order_keeps_a_subset(pure_xp, z, how):
+@given(z=logits(), params=settings_)
+def test_vllms_order_keeps_a_subset(pure_xp, z, params):
     x = pure_xp.asarray(z)
-    first = warp(x, how["temperature"], min_p=how["min_p"])
-    brute_force(z[0], **how)  # passes over cases at a cut of top-p
+    first = process_logits(x, params["temperature"], min_p=params["min_p"])
+    brute_force(z[0], **params)  # passes over cases at a cut of top-p
     log_first = np.where(to_host(first) > 0, z, -np.inf)
     theirs = to_host(
-        warp(pure_xp.asarray(log_first), how["temperature"], how["top_k"], how["top_p"])
+        process_logits(pure_xp.asarray(log_first), params["temperature"], params["top_k"], params["top_p"])
     )
-    assert ((theirs > 0) <= (to_host(warp(x, **how)) > 0)).all()
+    assert ((theirs > 0) <= (to_host(process_logits(x, **params)) > 0)).all()
 
 
 @pytest.mark.theorem(
@@ -188,61 +188,61 @@ def test_vllms_order_keeps_a_subset(pure_xp, z, how):
     "temperature → 0 where the largest is unique",
     source="definition",
 )
-@given(z=logits(rows=2), how=settings_)
-def test_temperature_0_is_the_argmax_and_the_limit(pure_xp, z, how):
+@given(z=logits(rows=2), params=settings_)
+def test_temperature_0_is_the_argmax_and_the_limit(pure_xp, z, params):
     x = pure_xp.asarray(z)
-    greedy = to_host(warp(x, **{**how, "temperature": 0}))
+    greedy = to_host(process_logits(x, **{**params, "temperature": 0}))
     assert (greedy == np.eye(z.shape[1])[z.argmax(axis=-1)]).all()
     for row, one_hot in zip(z, greedy, strict=True):
         if (row == row.max()).sum() == 1:
             # float32 logits differ by 1e-8 or more here: exp(-1e4) is 0
             for cold in (1e-12, 5e-324):
-                assert (to_host(warp(pure_xp.asarray(row), cold)) == one_hot).all()
+                assert (to_host(process_logits(pure_xp.asarray(row), cold)) == one_hot).all()
 
 
-@pytest.mark.theorem("warp(z + c) = warp(z)", source="softmax is invariant to a shift")
-@given(z=logits(), how=settings_, c=st.integers(-1000, 1000))
-def test_a_shift_of_all_logits_changes_nothing(pure_xp, z, how, c):
+@pytest.mark.theorem("process_logits(z + c) = process_logits(z)", source="softmax is invariant to a shift")
+@given(z=logits(), params=settings_, c=st.integers(-1000, 1000))
+def test_a_shift_of_all_logits_changes_nothing(pure_xp, z, params, c):
     z = np.round(z.astype(np.float64) * 8) / 8  # eighths: adding c is exact, so equality is too
     assert (
-        to_host(warp(pure_xp.asarray(z), **how)) == to_host(warp(pure_xp.asarray(z + c), **how))
+        to_host(process_logits(pure_xp.asarray(z), **params)) == to_host(process_logits(pure_xp.asarray(z + c), **params))
     ).all()
 
 
 @pytest.mark.theorem(
-    "warp(P z) = P warp(z) for a permutation P of tokens without ties", source="definition"
+    "process_logits(P z) = P process_logits(z) for a permutation P of tokens without ties", source="definition"
 )
-@given(z=logits(), how=settings_, seed=seeds)
-def test_renaming_the_tokens_renames_the_probabilities(pure_xp, z, how, seed):
+@given(z=logits(), params=settings_, seed=seeds)
+def test_renaming_the_tokens_renames_the_probabilities(pure_xp, z, params, seed):
     live = z[np.isfinite(z)]
     assume(len(np.unique(live)) == len(live))
     order = np.random.default_rng(seed).permutation(z.shape[1])
-    p = to_host(warp(pure_xp.asarray(z), **how))
-    q = to_host(warp(pure_xp.asarray(z[:, order]), **how))
+    p = to_host(process_logits(pure_xp.asarray(z), **params))
+    q = to_host(process_logits(pure_xp.asarray(z[:, order]), **params))
     assert ((p > 0)[:, order] == (q > 0)).all()
     # the normaliser is summed in another order
     np.testing.assert_allclose(p[:, order], q, rtol=z.shape[1] * EPS)
 
 
-@given(z=logits(rows=3), hows=st.lists(settings_, min_size=3, max_size=3), greedy=st.integers(0, 2))
-def test_a_batch_with_its_own_parameters_equals_its_rows_alone(pure_xp, z, hows, greedy):
-    hows[greedy]["temperature"] = 0.0
+@given(z=logits(rows=3), each_params=st.lists(settings_, min_size=3, max_size=3), greedy=st.integers(0, 2))
+def test_a_batch_with_its_own_parameters_equals_its_rows_alone(pure_xp, z, each_params, greedy):
+    each_params[greedy]["temperature"] = 0.0
     x = pure_xp.asarray(z)
-    together = {name: [how[name] for how in hows] for name in hows[0]}
+    together = {name: [params[name] for params in each_params] for name in each_params[0]}
     u = pure_xp.asarray(np.array([0.1, 0.5, 0.9]))
-    alone = [to_host(warp(pure_xp.asarray(row), **how)) for row, how in zip(z, hows, strict=True)]
-    assert (to_host(warp(x, **together)) == np.stack(alone)).all()
-    apart = [margin(pure_xp.asarray(z[i]), (0.1, 0.5, 0.9)[i], **hows[i]) for i in range(3)]
+    alone = [to_host(process_logits(pure_xp.asarray(row), **params)) for row, params in zip(z, each_params, strict=True)]
+    assert (to_host(process_logits(x, **together)) == np.stack(alone)).all()
+    apart = [margin(pure_xp.asarray(z[i]), (0.1, 0.5, 0.9)[i], **each_params[i]) for i in range(3)]
     assert to_host(margin(x, u, **together)).tolist() == [float(m) for m in apart]
     arrays_ = {name: np.array(values) for name, values in together.items()}
-    assert (to_host(warp(x, **arrays_)) == np.stack(alone)).all()
+    assert (to_host(process_logits(x, **arrays_)) == np.stack(alone)).all()
     for name in together:  # one parameter a row, the others shared
-        shared = {**hows[0], name: together[name]}
+        shared = {**each_params[0], name: together[name]}
         rows = [
-            to_host(warp(pure_xp.asarray(z[i]), **{**hows[0], name: together[name][i]}))
+            to_host(process_logits(pure_xp.asarray(z[i]), **{**each_params[0], name: together[name][i]}))
             for i in range(3)
         ]
-        assert (to_host(warp(x, **shared)) == np.stack(rows)).all()
+        assert (to_host(process_logits(x, **shared)) == np.stack(rows)).all()
 
 
 @pytest.mark.parametrize(
@@ -257,13 +257,13 @@ def test_a_batch_with_its_own_parameters_equals_its_rows_alone(pure_xp, z, hows,
 def test_what_is_not_a_logit_is_refused_with_its_place(pure_xp, row, says):
     x = pure_xp.asarray(np.array([[1.0, 2.0, -math.inf], row], dtype=np.float32))
     u = pure_xp.asarray(np.zeros(2))
-    for function in (warp, lambda x: warp(x, 0), lambda x: margin(x, u), log_probabilities):
+    for function in (process_logits, lambda x: process_logits(x, 0), lambda x: margin(x, u), log_probabilities):
         with pytest.raises(ValueError, match=says):
             function(x)
 
 
 @pytest.mark.parametrize(
-    "how",
+    "params",
     [
         *({"temperature": t} for t in (-0.1, math.nan, math.inf)),
         *({"top_k": k} for k in (-1, 1.5, math.inf, math.nan)),
@@ -273,33 +273,33 @@ def test_what_is_not_a_logit_is_refused_with_its_place(pure_xp, row, says):
         {"top_k": [1, 2, 3]},
     ],
 )
-def test_parameters_outside_their_range_are_refused_by_name(how):
-    with pytest.raises(ValueError, match=next(iter(how))):
-        warp(np.zeros((2, 4)), **how)
+def test_parameters_outside_their_range_are_refused_by_name(params):
+    with pytest.raises(ValueError, match=next(iter(params))):
+        process_logits(np.zeros((2, 4)), **params)
 
 
 def test_a_list_of_parameters_needs_rows_and_a_row_needs_tokens():
     for shape, rows in (((4,), 1), ((4,), 4), ((2, 4), 1), ((2, 3, 4), 2)):
         with pytest.raises(ValueError, match="needs logits"):
-            warp(np.zeros(shape), temperature=[1.0] * rows)
+            process_logits(np.zeros(shape), temperature=[1.0] * rows)
     for shape in ((), (0,), (2, 0)):
         with pytest.raises(ValueError, match="no tokens"):
-            warp(np.zeros(shape))
-    assert warp(np.zeros((0, 4)), top_k=2).shape == (0, 4)  # no rows is no mistake
+            process_logits(np.zeros(shape))
+    assert process_logits(np.zeros((0, 4)), top_k=2).shape == (0, 4)  # no rows is no mistake
 
 
 # --- log-probabilities and penalties ------------------------------------------------------
 
 
 @pytest.mark.theorem(
-    "exp(log_probabilities) = warp at temperature 1, and sums to 1", source="definition"
+    "exp(log_probabilities) = process_logits at temperature 1, and sums to 1", source="definition"
 )
 @given(z=logits(rows=2))
 def test_log_probabilities_are_the_logarithm_of_warp(pure_xp, z):
     lp = to_host(log_probabilities(pure_xp.asarray(z)))
     # |lp| ≤ 745 for what is not rounded to zero: exp turns half an ulp of it into 745/2 · eps
     np.testing.assert_allclose(
-        np.exp(lp), to_host(warp(pure_xp.asarray(z))), rtol=1000 * EPS, atol=1e-300
+        np.exp(lp), to_host(process_logits(pure_xp.asarray(z))), rtol=1000 * EPS, atol=1e-300
     )
     assert (lp[np.isneginf(z)] == -np.inf).all()
     assert (lp <= 0).all()
@@ -382,9 +382,9 @@ def test_each_token_has_its_probability_of_the_uniforms(pure_xp, cuts):
     "the edges of the intervals are the cumulative sums within V·eps for any float probabilities",
     source="each of V additions rounds by eps/2 of at most 1",
 )
-@given(z=logits(), how=settings_)
-def test_the_edges_of_the_intervals_are_the_cumulative_sums(pure_xp, z, how):
-    p = warp(pure_xp.asarray(z[0]), **how)
+@given(z=logits(), params=settings_)
+def test_the_edges_of_the_intervals_are_the_cumulative_sums(pure_xp, z, params):
+    p = process_logits(pure_xp.asarray(z[0]), **params)
     exact = [Fraction(float(x)) for x in to_host(p)]
     total = sum(exact)
     for t in range(len(exact) - 1):
@@ -455,22 +455,22 @@ def test_a_draw_waits_for_the_device_twice_and_moves_nothing():
     z = fakecupy.asarray(build("normal", (4, 50), 0))
     u = fakecupy.asarray(np.full(4, 0.5))
     with fakecupy.counting() as cost:
-        sample(warp(z, 0.8, 40, 0.95, 0.05), u)
+        sample(process_logits(z, 0.8, 40, 0.95, 0.05), u)
         assert (cost.syncs, cost.h2d) == (2, 0)  # one look at the logits, one at the probabilities
 
 
 # --- the margin ---------------------------------------------------------------------------
 
 
-def draw_token(xp, z, u, how):
-    return int(sample(warp(xp.asarray(z), **how), u))
+def draw_token(xp, z, u, params):
+    return int(sample(process_logits(xp.asarray(z), **params), u))
 
 
 @pytest.mark.theorem(
     "if every logit moves by less than margin(z, u), the sampled token is the same, filters and all",
     source="ratios of (sums of) weights move by at most exp(±2δ/τ)",
 )
-@given(z=logits(), how=settings_, u=st.integers(0, 999), greedy=st.booleans(), seed=seeds)
+@given(z=logits(), params=settings_, u=st.integers(0, 999), greedy=st.booleans(), seed=seeds)
 # exp(-108) is lost beside 1: the mass after the first token has to be summed by itself
 @example(
     np.array([[0.3, 0.8, 33.0]]),
@@ -503,14 +503,14 @@ def draw_token(xp, z, u, how):
     False,
     0,
 )
-def test_within_the_margin_the_token_is_the_same(pure_xp, z, how, u, greedy, seed):
-    how = {**how, "temperature": 0.0 if greedy else how["temperature"]}
+def test_within_the_margin_the_token_is_the_same(pure_xp, z, params, u, greedy, seed):
+    params = {**params, "temperature": 0.0 if greedy else params["temperature"]}
     z = z[0].astype(np.float64)
     u = u / 1000
-    delta = float(margin(pure_xp.asarray(z), u, **how))
+    delta = float(margin(pure_xp.asarray(z), u, **params))
     assert delta >= 0
     assume(delta > 1e-6)  # far above the rounding of the sums
-    token = draw_token(pure_xp, z, u, how)
+    token = draw_token(pure_xp, z, u, params)
     rng = np.random.default_rng(seed)
     signs = [np.sign(rng.standard_normal(z.shape)) for _ in range(20)]
     # the worst that can happen: all mass moves to one side of some token, in id order or in
@@ -524,7 +524,7 @@ def test_within_the_margin_the_token_is_the_same(pure_xp, z, how, u, greedy, see
     ]
     moved = pure_xp.asarray(z + 0.999 * delta * np.stack(signs))
     assert (
-        to_host(sample(warp(moved, **how), pure_xp.asarray(np.full(len(signs), u)))) == token
+        to_host(sample(process_logits(moved, **params), pure_xp.asarray(np.full(len(signs), u)))) == token
     ).all()
 
 
@@ -536,18 +536,18 @@ def test_within_the_margin_the_token_is_the_same(pure_xp, z, how, u, greedy, see
 def test_beyond_the_margin_the_token_changes(pure_xp, z, u, temperature):
     z = z[0].astype(np.float64)
     u = u / 1000
-    how = {"temperature": temperature}
+    params = {"temperature": temperature}
     assume(len(z) > 1)
-    delta = float(margin(pure_xp.asarray(z), u, **how))
+    delta = float(margin(pure_xp.asarray(z), u, **params))
     assume(delta < 300 * (temperature or 1))
-    token = draw_token(pure_xp, z, u, how)
+    token = draw_token(pure_xp, z, u, params)
     if temperature == 0:
         pushes = [np.where(np.arange(len(z)) == token, -1.0, 1.0)]
     else:
         pushes = [
             np.where(np.arange(len(z)) <= t, s, -s) for t in (token - 1, token) for s in (1.0, -1.0)
         ]
-    moved = [draw_token(pure_xp, z + (1.001 * delta + 1e-9) * push, u, how) for push in pushes]
+    moved = [draw_token(pure_xp, z + (1.001 * delta + 1e-9) * push, u, params) for push in pushes]
     assert any(t != token for t in moved)
 
 
@@ -558,9 +558,9 @@ def test_two_backends_agree_wherever_the_margin_exceeds_their_difference(pure_xp
     z = 4 * rng.standard_normal((64, 256))
     u = pure_xp.asarray(rng.random(64))
     other = z + rng.uniform(-2e-5, 2e-5, z.shape)
-    how = {"temperature": 0.8, "top_k": 100, "top_p": 0.9, "min_p": 0.01}
-    safe = to_host(margin(pure_xp.asarray(z), u, **how)) > 2e-5
-    a, b = (to_host(sample(warp(pure_xp.asarray(x), **how), u)) for x in (z, other))
+    params = {"temperature": 0.8, "top_k": 100, "top_p": 0.9, "min_p": 0.01}
+    safe = to_host(margin(pure_xp.asarray(z), u, **params)) > 2e-5
+    a, b = (to_host(sample(process_logits(pure_xp.asarray(x), **params), u)) for x in (z, other))
     assert (a == b)[safe].all()
     assert safe.mean() > 0.9  # and the claim is about nearly all of them
 
@@ -572,23 +572,23 @@ def test_two_backends_agree_wherever_the_margin_exceeds_their_difference(pure_xp
 @pytest.mark.theorem(
     "warp = softmax of transformers' warpers in its order, without ties", source="transformers 5"
 )
-@given(seed=seeds, how=settings_)
-def test_warp_equals_transformers(pure_xp, seed, how):
+@given(seed=seeds, params=settings_)
+def test_warp_equals_transformers(pure_xp, seed, params):
     torch = oracle("torch")
     processors = oracle("transformers.generation.logits_process")
     z = 3 * np.random.default_rng(seed).standard_normal((4, 50))
-    chain = [processors.TemperatureLogitsWarper(how["temperature"])]
-    if how["top_k"]:
-        chain.append(processors.TopKLogitsWarper(how["top_k"]))
-    if how["top_p"] < 1:
-        chain.append(processors.TopPLogitsWarper(how["top_p"]))
-    if how["min_p"]:
-        chain.append(processors.MinPLogitsWarper(how["min_p"]))
+    chain = [processors.TemperatureLogitsWarper(params["temperature"])]
+    if params["top_k"]:
+        chain.append(processors.TopKLogitsWarper(params["top_k"]))
+    if params["top_p"] < 1:
+        chain.append(processors.TopPLogitsWarper(params["top_p"]))
+    if params["min_p"]:
+        chain.append(processors.MinPLogitsWarper(params["min_p"]))
     theirs = torch.tensor(z)
     for warper in chain:
         theirs = warper(None, theirs)
     expected = torch.softmax(theirs, dim=-1).numpy()
-    p = to_host(warp(pure_xp.asarray(z), **how))
+    p = to_host(process_logits(pure_xp.asarray(z), **params))
     assert ((p > 0) == (expected > 0)).all()
     np.testing.assert_allclose(p, expected, rtol=1e-13)
 
@@ -600,7 +600,7 @@ def test_of_equal_tokens_transformers_keeps_all_and_warp_the_first_k():
     z = np.array([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]])
     theirs = processors.TopKLogitsWarper(2)(None, torch.tensor(z)).numpy()
     assert np.isfinite(theirs).tolist() == [[False, True, True, True, True, False]]
-    assert (warp(z, top_k=2) > 0).tolist() == [[False, True, True, False, False, False]]
+    assert (process_logits(z, top_k=2) > 0).tolist() == [[False, True, True, False, False, False]]
 
 
 @pytest.mark.oracle

@@ -18,8 +18,9 @@ from networks import EPS
 from refllm.api import Model, load
 from refllm.corpus import held_out_documents
 from refllm.decode import generate as generation
-from refllm.decode.generate import GREEDY, Sampling, generate_tokens
-from refllm.decode.sampling import apply_repetition_penalty, warp
+from refllm.decode.generate import generate_tokens
+from refllm.decode.sampling import apply_repetition_penalty, process_logits
+from refllm.decode.sampling_params import GREEDY, SamplingParams
 from refllm.decode.speculative import loop as module
 from refllm.decode.speculative import verification
 from refllm.decode.speculative.drafters import (
@@ -41,14 +42,14 @@ from strategies import seeds
 
 PROMPT = [0, 2]
 WAYS = {
-    "plain": Sampling(temperature=1.0),
-    "warped": Sampling(temperature=0.7, top_k=2),
-    "penalised": Sampling(temperature=1.0, repetition_penalty=1.7),
+    "plain": SamplingParams(temperature=1.0),
+    "warped": SamplingParams(temperature=0.7, top_k=2),
+    "penalised": SamplingParams(temperature=1.0, repetition_penalty=1.7),
 }
 DRAFTERS = {
     "model": lambda target: ModelDrafter(record(SMALL, 9), 2),
     "a model with warps of its own": lambda target: ModelDrafter(
-        record(SMALL, 9), 2, how=Sampling(0.5, top_k=2)
+        record(SMALL, 9), 2, sampling=SamplingParams(0.5, top_k=2)
     ),
     "a model that stops": lambda target: ModelDrafter(record(SMALL, 9), 2, confidence=0.5),
     "n-gram": lambda target: NGramDrafter(2, shortest=1),
@@ -63,7 +64,7 @@ DRAFTERS = {
 }
 
 
-def text_law(target, how, length):
+def text_law(target, sampling, length):
     """The law of the next tokens, from a full forward for each prefix."""
     found = {}
     for s in itertools.product(range(3), repeat=length):
@@ -73,8 +74,8 @@ def text_law(target, how, length):
             z = next_logits(target, text)[None]
             seen = np.zeros((1, 3), dtype=bool)
             seen[0, text] = True
-            z = apply_repetition_penalty(z, seen, how.repetition_penalty)
-            chance *= warp(z, how.temperature, how.top_k)[0, token]
+            z = apply_repetition_penalty(z, seen, sampling.repetition_penalty)
+            chance *= process_logits(z, sampling.temperature, sampling.top_k)[0, token]
         found[s] = chance
     return found
 
@@ -83,24 +84,24 @@ def text_law(target, how, length):
     "The text of speculative generation has the law of plain generation, whatever drafts, with penalties and warps",
     source="Leviathan et al. 2023, theorem of section 2.3; by enumeration of every uniform of a real network",
 )
-@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("sampling", WAYS)
 @pytest.mark.parametrize("drafter", DRAFTERS)
-def test_the_law_of_the_text_is_that_of_plain_generation(how, drafter, monkeypatch):
+def test_the_law_of_the_text_is_that_of_plain_generation(sampling, drafter, monkeypatch):
     monkeypatch.setattr(verification, "draw", enumeration.draw)
     monkeypatch.setattr(
         module,
         "choose",
-        lambda z, how, rng: [
+        lambda z, sampling, rng: [
             enumeration.draw(  # the prefill's token
-                warp(z, how.temperature, how.top_k, how.top_p)[0], rng.random()
+                process_logits(z, sampling.temperature, sampling.top_k, sampling.top_p)[0], rng.random()
             )
         ],
     )
     target = record(SMALL, 4)
-    length = 4 if drafter == "model" and how == "plain" else 3
+    length = 4 if drafter == "model" and sampling == "plain" else 3
     laws = (
         [verification.verify, verify_block]
-        if (how, drafter) == ("plain", "model")
+        if (sampling, drafter) == ("plain", "model")
         else [verification.verify]
     )
     for judged in laws:
@@ -111,7 +112,7 @@ def test_the_law_of_the_text_is_that_of_plain_generation(how, drafter, monkeypat
                 SMALL,
                 PROMPT,
                 length,
-                WAYS[how],
+                WAYS[sampling],
                 rng,
                 DRAFTERS[drafter](target),
                 judged,
@@ -120,7 +121,7 @@ def test_the_law_of_the_text_is_that_of_plain_generation(how, drafter, monkeypat
 
         # each probability is a product of four, each of them a network's, which agree
         # within 1e-13 however batched
-        assert distance(law(run), text_law(target, WAYS[how], length)) <= 1e-11
+        assert distance(law(run), text_law(target, WAYS[sampling], length)) <= 1e-11
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +192,7 @@ def test_the_cache_after_verification_is_that_of_the_text(models, kind, monkeypa
     text = list(prompt)
     drafter = kind(draft, 4)
     for step in speculate(
-        target.weights, target.config, prompt, 24, Sampling(0.9), np.random.default_rng(3), drafter
+        target.weights, target.config, prompt, 24, SamplingParams(0.9), np.random.default_rng(3), drafter
     ):
         cache = kept[0]
         text += step.tokens
@@ -266,12 +267,12 @@ def test_a_draft_model_of_another_vocabulary_is_refused(models):
 def test_what_is_no_number_is_refused():
     z = np.zeros((2, 3))
     z[1, 2] = np.nan
-    for how in (GREEDY, Sampling(1.0)):
+    for sampling in (GREEDY, SamplingParams(1.0)):
         with pytest.raises(ValueError, match="NaN"):
-            judge(z, [0], Proposal([0], None), how, np.random.default_rng(0))
+            judge(z, [0], Proposal([0], None), sampling, np.random.default_rng(0))
         with pytest.raises(ValueError, match="NaN"):
             judge_tree(
-                z, [0], TreeProposal([0], None, Tree.chain(1)), how, np.random.default_rng(0)
+                z, [0], TreeProposal([0], None, Tree.chain(1)), sampling, np.random.default_rng(0)
             )
 
 

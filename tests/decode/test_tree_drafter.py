@@ -14,8 +14,8 @@ import enumeration
 from enumeration import law
 from networks import EPS, NETWORKS
 from refllm.api import load
-from refllm.decode.generate import GREEDY, Sampling
-from refllm.decode.sampling import warp
+from refllm.decode.sampling import process_logits
+from refllm.decode.sampling_params import GREEDY, SamplingParams
 from refllm.decode.speculative import verification
 from refllm.decode.speculative.acceptance import Acceptance
 from refllm.decode.speculative.drafters import Cascade, ModelDrafter, NGramDrafter, check_drafter
@@ -48,11 +48,11 @@ def below(tree, tokens, node):
     temperature=st.sampled_from([0.0, 1.0, 0.6]),
 )
 def test_a_chain_where_it_is_sure_and_a_fan_where_it_is_not(seed, gamma, confidence, temperature):
-    how = Sampling(temperature)
+    sampling = SamplingParams(temperature)
     model = record(NETWORKS["llama"], seed % 5)
     text = [0, 1]
     proposal = TreeDrafter(model, gamma, confidence=confidence).propose(
-        text, gamma, how, draw(seed)
+        text, gamma, sampling, draw(seed)
     )
     tree = proposal.tree
     tokens = proposal.tokens
@@ -64,7 +64,7 @@ def test_a_chain_where_it_is_sure_and_a_fan_where_it_is_not(seed, gamma, confide
             continue
         assert row == node + 1  # only the first child goes on, and only a single one
         z = next_logits(model, [*text, *below(tree, tokens, node)])
-        q = warp(z, temperature or 1.0)
+        q = process_logits(z, temperature or 1.0)
         left = gamma - children[0]
         if abs(float(q.max()) - confidence) > 1e-12:
             assert len(children) == (left if q.max() < confidence else 1)
@@ -104,20 +104,20 @@ def test_the_returned_rows_are_what_the_children_were_drawn_from(confidence, mon
             assert proposal.tree.parents == [-1, 0]
         assert chance == pytest.approx(expected, abs=64 * EPS)
         np.testing.assert_allclose(
-            q[0], warp(next_logits(drafter.model, [0, 1])), rtol=0, atol=1e-12
+            q[0], process_logits(next_logits(drafter.model, [0, 1])), rtol=0, atol=1e-12
         )
 
 
 def test_trees_end_with_the_positions_and_the_vocabulary():
     model = record(SMALL, 1)  # 32 positions, 3 tokens
-    for how in (GREEDY, SAMPLED):
+    for sampling in (GREEDY, SAMPLED):
         assert (
-            len(TreeDrafter(model, 4, confidence=0.0).propose([0] * 30, 4, how, draw(0)).tokens)
+            len(TreeDrafter(model, 4, confidence=0.0).propose([0] * 30, 4, sampling, draw(0)).tokens)
             == 2
         )
-        assert TreeDrafter(model, 4).propose([0] * 32, 4, how, draw(0)).tokens == []
-        assert TreeDrafter(model, 4).propose([0], 0, how, draw(0)) == NOTHING
-        wide = TreeDrafter(model, 7, confidence=0.99).propose([0, 1], 7, how, draw(0))
+        assert TreeDrafter(model, 4).propose([0] * 32, 4, sampling, draw(0)).tokens == []
+        assert TreeDrafter(model, 4).propose([0], 0, sampling, draw(0)) == NOTHING
+        wide = TreeDrafter(model, 7, confidence=0.99).propose([0, 1], 7, sampling, draw(0))
         assert sorted(wide.tokens) == [0, 1, 2]  # as many children as there are tokens
 
 
@@ -207,6 +207,6 @@ def test_what_is_left_of_q_may_be_too_little_to_draw_from():
     model = record(SMALL, 33)
     z = next_logits(model, [0, 2])
     # e^−750: the second token has next to nothing
-    how = Sampling(float(np.sort(z)[-1] - np.sort(z)[-2]) / 750)
-    proposal = TreeDrafter(model, 3, confidence=0.99).propose([0, 2], 3, how, draw(0))
+    sampling = SamplingParams(float(np.sort(z)[-1] - np.sort(z)[-2]) / 750)
+    proposal = TreeDrafter(model, 3, confidence=0.99).propose([0, 2], 3, sampling, draw(0))
     assert proposal.tokens[0] == int(z.argmax())

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import enumeration
 from conftest import to_host
 from enumeration import Table, distance, extended, law, sequence_law
-from refllm.decode.sampling import apply_repetition_penalty, sample, warp
+from refllm.decode.sampling import apply_repetition_penalty, process_logits, sample
 from refllm.decode.speculative import verification
 from refllm.decode.speculative.verification import (
     residual,
@@ -246,7 +246,7 @@ class Penalised(Table):
         z = np.log(super().__call__(prefix))[None] + 1.0
         seen = np.zeros(z.shape, dtype=bool)
         seen[0, list(counted)] = True
-        return warp(apply_repetition_penalty(z, seen, 3.0))[0]
+        return process_logits(apply_repetition_penalty(z, seen, 3.0))[0]
 
 
 @pytest.mark.theorem(
@@ -566,7 +566,7 @@ def test_randomness_is_a_generator(judge):
 
 
 def test_rounding_of_float32_passes_and_more_does_not():
-    rows = warp(np.random.default_rng(0).standard_normal((3, 1000)).astype("float32")).astype(
+    rows = process_logits(np.random.default_rng(0).standard_normal((3, 1000)).astype("float32")).astype(
         "float32"
     )
     assert verify(rows, rows[:2], [1, 2], np.random.default_rng(0))[0] == 2

@@ -11,7 +11,7 @@ import pytest
 
 from conftest import ROOT
 from refllm.api import Model
-from refllm.checkpoints.directory_writer import save
+from refllm.checkpoints.writer import save
 from refllm.experiments import kv_quantization
 from refllm.experiments.kv_quantization import CHOICES, Case, Experiment, cases, memory
 from refllm.figures.kv import kv_quantization as drawn
@@ -20,7 +20,7 @@ from refllm.kv.kivi_cache import KiviCache
 from refllm.measure.memory import LLAMA_70B, kv_bytes
 from refllm.measure.records import read
 from refllm.model.llama import forward, logits
-from study_models import byte_tokenizer, tiny_config, tiny_model, tiny_params
+from tiny_models import byte_tokenizer, tiny_config, tiny_model, tiny_params
 
 SHAPE = {"head_dim": 8, "hidden_size": 32}
 

@@ -12,7 +12,7 @@ import pytest
 
 from conftest import ROOT
 from refllm.api import Model
-from refllm.checkpoints.directory_writer import save
+from refllm.checkpoints.writer import save
 from refllm.experiments import kv_sparsity
 from refllm.experiments.kv_sparsity import CONTROL, POLICIES, TASKS, Experiment
 from refllm.figures.kv import kv_sparsity as drawn
@@ -21,7 +21,7 @@ from refllm.kv.sparse_cache import SparseCache
 from refllm.measure.records import read
 from refllm.model.attention import CausalAttend
 from refllm.model.llama import forward, logits
-from study_models import byte_tokenizer, tiny_config, tiny_model, tiny_params
+from tiny_models import byte_tokenizer, tiny_config, tiny_model, tiny_params
 
 SIZES = {"texts": 2, "prompt": 60, "new": 12, "copy": 20}
 

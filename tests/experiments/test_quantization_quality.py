@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from refllm.api import Model
-from refllm.checkpoints.directory_writer import save
+from refllm.checkpoints.writer import save
 from refllm.experiments import quantization_quality
 from refllm.experiments.quantization_quality import Bench, Cell, cells, increase, table
 from refllm.figures.quant import quantization
@@ -20,7 +20,7 @@ from refllm.measure.perplexity import compare
 from refllm.measure.records import read
 from refllm.quant.methods import METHODS
 from refllm.quant.recipe import quantize_model
-from study_models import byte_tokenizer, tiny_config, tiny_model, tiny_params
+from tiny_models import byte_tokenizer, tiny_config, tiny_model, tiny_params
 
 GROUPED = (4, 8, "half_integer")
 WANTED = [

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from refllm.api import Model
-from refllm.checkpoints.directory_writer import save
+from refllm.checkpoints.writer import save
 from refllm.experiments import salience
 from refllm.experiments.quantization_quality import Bench
 from refllm.experiments.salience import Choice, Experiment, choices
@@ -16,7 +16,7 @@ from refllm.measure.perplexity import compare
 from refllm.measure.records import read
 from refllm.quant.recipe import quantize_model
 from refllm.quant.salience import BY
-from study_models import byte_tokenizer, tiny_config, tiny_model, tiny_params
+from tiny_models import byte_tokenizer, tiny_config, tiny_model, tiny_params
 
 SCHEME = Scheme(3, "half_integer", "group", 8)
 

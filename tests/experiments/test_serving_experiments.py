@@ -19,7 +19,7 @@ from refllm.serve.engine import Engine
 from refllm.serve.request import Request
 from refllm.simulate.workload import SHAREGPT
 from serving_examples import SERVING
-from study_models import tiny_model
+from tiny_models import tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from refllm.api import Model
-from refllm.checkpoints.directory_writer import save
+from refllm.checkpoints.writer import save
 from refllm.experiments import smoothquant
 from refllm.experiments.quantization_quality import Bench
 from refllm.experiments.smoothquant import Case, Experiment, cases
@@ -19,7 +19,7 @@ from refllm.formats.w8a8_linear import W8A8Linear
 from refllm.measure.records import read
 from refllm.model.weights import Dense
 from refllm.quant.smoothquant import LEVELS
-from study_models import byte_tokenizer, tiny_config, tiny_model, tiny_params
+from tiny_models import byte_tokenizer, tiny_config, tiny_model, tiny_params
 
 
 @pytest.fixture(scope="module")

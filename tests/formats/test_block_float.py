@@ -23,7 +23,8 @@ from refllm.formats.block_float import (
     quantize,
     scale_of,
 )
-from refllm.formats.minifloat import FORMATS, decode, encode, rounded
+from refllm.formats.minifloat import FORMATS, encode, rounded
+from refllm.kv.kivi import decode
 from schemes import place
 from strategies import arrays, build, seeds
 

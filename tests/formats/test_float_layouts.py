@@ -14,11 +14,11 @@ from safetensors import safe_open
 from conftest import oracle
 from exported_models import output, products_of, their_model
 from networks import VOCAB, random_tensors, tokenizer
-from refllm.checkpoints.directory_writer import save
 from refllm.checkpoints.loading import load
 from refllm.checkpoints.tensor_files import CheckpointError, TensorFiles
-from refllm.formats.float_layouts import from_tensors, stored_as, to_tensor
-from refllm.formats.layouts import Stored, tensor_specs
+from refllm.checkpoints.writer import save
+from refllm.formats.float_layouts import from_tensors, layout_for, to_tensor
+from refllm.formats.layouts import WeightLayout, tensor_specs
 from refllm.formats.quantization_config import UnsupportedQuantization, parse, quantization_config
 from refllm.formats.uniform import Scheme
 from refllm.model.config import ModelConfig
@@ -167,19 +167,19 @@ def test_what_no_layout_holds():
     with pytest.raises(
         ValueError, match="pack-quantized cannot hold 8-bit floats; what can: float-quantized, fp8"
     ):
-        stored_as(fp8(w, CHANNEL), "pack-quantized")
+        layout_for(fp8(w, CHANNEL), "pack-quantized")
     with pytest.raises(ValueError, match="fp8 holds e4m3 in square blocks, not e4m3 by channel"):
-        stored_as(fp8(w, CHANNEL), "fp8")
+        layout_for(fp8(w, CHANNEL), "fp8")
     with pytest.raises(
         ValueError, match="holds e4m3 in square blocks or by channel, not e5m2 by channel"
     ):
-        stored_as(fp8(w, CHANNEL, format="e5m2"))
+        layout_for(fp8(w, CHANNEL, format="e5m2"))
     with pytest.raises(ValueError, match="not e4m3 by tensor"):
-        stored_as(fp8(w, Scheme(8, "restricted", "tensor")))
+        layout_for(fp8(w, Scheme(8, "restricted", "tensor")))
     with pytest.raises(ValueError, match="fp8 goes with activations by tile, not None"):
-        stored_as(fp8(w, BLOCK, activations=False), "fp8")
+        layout_for(fp8(w, BLOCK, activations=False), "fp8")
     with pytest.raises(ValueError, match="tiles of 64 columns"):
-        stored_as(fp8(w, Scheme(8, "restricted", "block", 64)))
+        layout_for(fp8(w, Scheme(8, "restricted", "block", 64)))
 
 
 def test_integers_go_into_other_layouts(original, tmp_path):
@@ -200,7 +200,7 @@ def test_integers_go_into_other_layouts(original, tmp_path):
 
 def test_damaged_tensors_are_refused(xp):
     weight = fp8(xp.asarray(np.ones((4, 8), dtype=np.float32)), BLOCK)
-    stored = stored_as(weight, "fp8")
+    stored = layout_for(weight, "fp8")
     tensors = {suffix: to_tensor(weight, suffix) for suffix in tensor_specs(stored, (4, 8))}
     assert from_tensors(tensors, stored, (4, 8)).activation == "tile"
     with pytest.raises(ValueError, match="w: a code is NaN"):
@@ -218,11 +218,11 @@ def test_damaged_tensors_are_refused(xp):
 @pytest.mark.parametrize(
     "stored",
     [
-        Stored("fp8", 8, 128),
-        Stored("float-quantized", 8),
-        Stored("float-quantized", 8, 128),
-        Stored("float-quantized", 8, plain_inputs=True),
-        Stored("float-quantized", 8, 128, plain_inputs=True),
+        WeightLayout("fp8", 8, 128),
+        WeightLayout("float-quantized", 8),
+        WeightLayout("float-quantized", 8, 128),
+        WeightLayout("float-quantized", 8, plain_inputs=True),
+        WeightLayout("float-quantized", 8, 128, plain_inputs=True),
     ],
 )
 def test_entries_are_read_as_they_are_written(stored):
@@ -254,7 +254,7 @@ def test_what_is_not_read_is_refused(entry, words):
 
 
 def test_options_of_compressed_tensors_that_are_not_read():
-    entry = quantization_config(Stored("float-quantized", 8))
+    entry = quantization_config(WeightLayout("float-quantized", 8))
     for where, key, value, words in (
         ("weights", "strategy", "tensor", "a scale a row"),
         ("weights", "num_bits", 4, "8-bit"),

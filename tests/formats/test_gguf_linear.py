@@ -13,16 +13,16 @@ from conftest import to_host
 from gguf_data import BLOCKS
 from refllm.formats.gguf import linear
 from refllm.formats.gguf.codec import dequantize, quantize
-from refllm.formats.gguf.linear import BlockWeight
+from refllm.formats.gguf.linear import GGUFLinear
 from strategies import build, seeds
 
 
 def made(xp, type, rows, seed, dtype="float32"):
     raw = quantize(build("normal", (rows, 512), seed), type)
-    return BlockWeight(xp.asarray(raw), type, dtype), dequantize(raw, type)
+    return GGUFLinear(xp.asarray(raw), type, dtype), dequantize(raw, type)
 
 
-@pytest.mark.theorem("BlockWeight.matmul(x) = x · dequantize(W)ᵀ", source="the Linear seam")
+@pytest.mark.theorem("GGUFLinear.matmul(x) = x · dequantize(W)ᵀ", source="the Linear seam")
 @given(
     st.sampled_from(BLOCKS),
     st.integers(1, 40),
@@ -61,5 +61,5 @@ def test_tiles_change_nothing(monkeypatch):
 
 
 def test_raw_bytes_of_another_width_are_refused():
-    with pytest.raises(ValueError, match=r"BlockWeight: Q4_K has no rows of \(3, 145\) bytes"):
-        BlockWeight(np.zeros((3, 145), np.uint8), "Q4_K")
+    with pytest.raises(ValueError, match=r"GGUFLinear: Q4_K has no rows of \(3, 145\) bytes"):
+        GGUFLinear(np.zeros((3, 145), np.uint8), "Q4_K")

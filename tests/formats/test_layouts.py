@@ -17,14 +17,14 @@ from conftest import oracle, to_host
 from refllm.formats.layouts import (
     AWQ_ORDER,
     LAYOUTS,
-    Stored,
+    WeightLayout,
     from_tensors,
-    stored_as,
+    layout_for,
     tensor_specs,
     to_tensor,
     to_tensors,
 )
-from refllm.formats.quantized_linear import Quantized, Reordered, order_of, quantize
+from refllm.formats.quantized_linear import ActOrderLinear, QuantizedLinear, column_order, quantize
 from refllm.formats.uniform import Scheme
 from refllm.formats.w8a8_linear import W8A8Linear
 from strategies import seeds
@@ -58,7 +58,7 @@ SCHEMES = [
 
 def fits(scheme: Scheme, layout: str, activations: bool) -> bool:
     try:
-        stored_as(scheme, layout, activations=activations)
+        layout_for(scheme, layout, activations=activations)
     except ValueError:
         return False
     return True
@@ -85,7 +85,7 @@ def read_bits(words: np.ndarray, bits: int, count: int) -> list[int]:
     return [(whole >> (bits * i)) & ((1 << bits) - 1) for i in range(count)]
 
 
-def there_and_back(w, stored: Stored, **more):
+def there_and_back(w, stored: WeightLayout, **more):
     tensors = to_tensors(w, stored)
     specs = tensor_specs(stored, w.shape)
     assert list(tensors) == list(specs)
@@ -109,7 +109,7 @@ def test_round_trip_of_every_scheme_in_every_layout_that_holds_it(xp, held, seed
     scheme, layout, activations = held
     made = quantize(weight(seed, xp), scheme, scale_dtype="float16")
     written = W8A8Linear(made) if activations else made
-    back = there_and_back(written, stored_as(scheme, layout, activations=activations))
+    back = there_and_back(written, layout_for(scheme, layout, activations=activations))
     assert isinstance(back, W8A8Linear) == activations
     np.testing.assert_array_equal(to_host(back.dequantize()), to_host(made.dequantize()))
 
@@ -118,10 +118,10 @@ def test_round_trip_of_every_scheme_in_every_layout_that_holds_it(xp, held, seed
 def test_round_trip_of_reordered_groups(xp, seed, group, layout):
     rng = np.random.default_rng(seed)
     g_idx = rng.permutation(np.arange(N) // group).astype(np.int32)
-    order = order_of(xp.asarray(g_idx), N // group)
+    order = column_order(xp.asarray(g_idx), N // group)
     w = weight(seed, xp)
     made = quantize(w[:, order], Scheme(4, "half_integer", "group", group), scale_dtype="float16")
-    reordered = Reordered(made._words, made._scale, made._zero, made.scheme, made.shape, made.dtype)
+    reordered = ActOrderLinear(made._words, made._scale, made._zero, made.scheme, made.shape, made.dtype)
     reordered.order = order
     np.testing.assert_array_equal(to_host(reordered.g_idx), g_idx)
     np.testing.assert_array_equal(
@@ -133,7 +133,7 @@ def test_round_trip_of_reordered_groups(xp, seed, group, layout):
     limit = 2 * N * 2.0**-24 * (np.abs(to_host(x)) @ np.abs(to_host(reordered.dequantize())).T)
     assert (np.abs(to_host(reordered.matmul(x)) - product_) <= limit).all()
     assert reordered.nbytes == made.nbytes + 4 * N
-    back = there_and_back(reordered, stored_as(made.scheme, layout, reordered=True))
+    back = there_and_back(reordered, layout_for(made.scheme, layout, reordered=True))
     np.testing.assert_array_equal(to_host(back.dequantize()), to_host(reordered.dequantize()))
     np.testing.assert_array_equal(to_host(back.g_idx), g_idx)
 
@@ -142,11 +142,11 @@ def test_round_trip_of_reordered_groups(xp, seed, group, layout):
 def test_scales_come_back_in_the_type_they_were_stored_in(xp, dtype):
     scheme = Scheme(4, "half_integer", "group", 32)
     made = quantize(weight(0, xp), scheme, scale_dtype=dtype)
-    tensors = to_tensors(made, stored_as(scheme, "pack-quantized"), dtype=dtype)
+    tensors = to_tensors(made, layout_for(scheme, "pack-quantized"), dtype=dtype)
     assert to_host(tensors["weight_scale"]).dtype == ("uint16" if dtype == "bfloat16" else dtype)
     back = from_tensors(
         tensors | {"weight_scale": made.scale},
-        stored_as(scheme, "pack-quantized"),
+        layout_for(scheme, "pack-quantized"),
         (M, N),
         scale_dtype=dtype,
     )
@@ -165,7 +165,7 @@ def test_scales_come_back_in_the_type_they_were_stored_in(xp, dtype):
 def test_pack_quantized_by_definition(bits):
     scheme = Scheme(bits, "half_integer", "channel")
     made = quantize(weight(bits, n=41), scheme)
-    words = to_tensor(made, stored_as(scheme, "pack-quantized"), "weight_packed")
+    words = to_tensor(made, layout_for(scheme, "pack-quantized"), "weight_packed")
     for row, codes in zip(words, made.codes, strict=True):
         assert read_bits(row, bits, 41) == [int(q) + (1 << (bits - 1)) for q in codes]
 
@@ -182,7 +182,7 @@ def test_gptq_by_definition(bits, layout):
         bits, "asymmetric" if layout == "gptq_v2" else "half_integer_unsigned", "group", 32
     )
     made = quantize(weight(bits), scheme)
-    tensors = to_tensors(made, stored_as(scheme, layout))
+    tensors = to_tensors(made, layout_for(scheme, layout))
     for o in range(M):
         assert (
             read_bits(np.ascontiguousarray(tensors["qweight"][:, o]), bits, N)
@@ -203,7 +203,7 @@ def test_gptq_by_definition(bits, layout):
 def test_awq_by_definition():
     scheme = Scheme(4, "awq", "group", 32)
     made = quantize(weight(4), scheme)
-    tensors = to_tensors(made, stored_as(scheme, "awq"))
+    tensors = to_tensors(made, layout_for(scheme, "awq"))
     assert sorted(AWQ_ORDER) == list(range(8))
     order = [8 * c + k for c in range(M // 8) for k in (0, 2, 4, 6, 1, 3, 5, 7)]
     for i in range(N):
@@ -227,26 +227,26 @@ def test_packing_equals_compressed_tensors(bits, n):
     helpers = oracle("compressed_tensors.compressors.pack_quantized.helpers")
     scheme = Scheme(bits, "half_integer", "channel")
     made = quantize(weight(bits, n=n), scheme)
-    ours = to_tensor(made, stored_as(scheme, "pack-quantized"), "weight_packed")
+    ours = to_tensor(made, layout_for(scheme, "pack-quantized"), "weight_packed")
     codes = torch.from_numpy(np.ascontiguousarray(made.codes))
     np.testing.assert_array_equal(helpers.pack_to_int32(codes, bits).numpy(), ours)
     back = helpers.unpack_from_int32(torch.from_numpy(ours), bits, torch.Size((M, n)))
     np.testing.assert_array_equal(back.numpy(), made.codes)
 
 
-def golden_weight(name: str) -> tuple[Quantized, Stored]:
+def golden_weight(name: str) -> tuple[QuantizedLinear, WeightLayout]:
     """The case's weight as ours, made of the codes that the script drew too."""
     case = golden.CASES[name]
     codes, scales, zeros, g_idx = golden.draw(case)
     order = np.argsort(g_idx, kind="stable")
     scheme = Scheme(case.bits, "asymmetric", "group", case.group)
-    made = Quantized.from_codes(
+    made = QuantizedLinear.from_codes(
         codes[:, order].astype(np.uint8), scales, zeros, scheme, scale_dtype="float16"
     )
     if case.reordered:
-        made = Reordered(made._words, made._scale, made._zero, scheme, made.shape, made.dtype)
+        made = ActOrderLinear(made._words, made._scale, made._zero, scheme, made.shape, made.dtype)
         made.order = order
-    return made, stored_as(scheme, case.layout, reordered=case.reordered)
+    return made, layout_for(scheme, case.layout, reordered=case.reordered)
 
 
 @pytest.mark.theorem(
@@ -286,15 +286,15 @@ def test_version_one_reads_its_lost_zero_as_the_largest_code():
     with pytest.raises(
         ValueError, match=r"gptq cannot hold asymmetric weights \(a zero point of 0 is lost\)"
     ):
-        stored_as(made.scheme, "gptq")
-    tensors = to_tensors(made, stored_as(made.scheme, "gptq_v2"))
+        layout_for(made.scheme, "gptq")
+    tensors = to_tensors(made, layout_for(made.scheme, "gptq_v2"))
     assert not tensors["qzeros"].any()
     tensors |= {
         "scales": tensors["scales"].astype("float32"),
         "qzeros": np.full_like(tensors["qzeros"], -1),
     }
     back = from_tensors(
-        tensors, Stored("gptq", 4, 32, symmetric=False), made.shape, scale_dtype="float16"
+        tensors, WeightLayout("gptq", 4, 32, symmetric=False), made.shape, scale_dtype="float16"
     )
     np.testing.assert_array_equal(back.zero_point, made.zero_point)
     np.testing.assert_array_equal(back.codes, made.codes)
@@ -302,7 +302,7 @@ def test_version_one_reads_its_lost_zero_as_the_largest_code():
 
 def test_scales_of_zero_and_negative_ones():
     scheme = Scheme(4, "half_integer", "channel")
-    stored = stored_as(scheme, "pack-quantized")
+    stored = layout_for(scheme, "pack-quantized")
     tensors = to_tensors(quantize(weight(0), scheme), stored)
     tensors["weight_scale"] = tensors["weight_scale"].astype("float32")
     tensors["weight_scale"][3] = 0.0
@@ -315,13 +315,13 @@ def test_scales_of_zero_and_negative_ones():
 def test_tensors_that_contradict_each_other_are_refused():
     scheme = Scheme(4, "half_integer", "group", 32)
     made = quantize(weight(0), scheme)
-    stored = stored_as(scheme, "pack-quantized")
+    stored = layout_for(scheme, "pack-quantized")
     tensors = to_tensors(made, stored)
     with pytest.raises(
         ValueError, match=r"weight_shape says \[32, 95\], but the network needs \[32, 96\]"
     ):
         from_tensors(tensors | {"weight_shape": np.array([32, 95])}, stored, (M, N))
-    stored = stored_as(scheme, "gptq_v2")
+    stored = layout_for(scheme, "gptq_v2")
     tensors = to_tensors(made, stored)
     uneven = np.zeros(N, np.int32)
     with pytest.raises(ValueError, match="g_idx does not put 32 columns into each of 3 groups"):
@@ -390,7 +390,7 @@ def test_tensors_that_contradict_each_other_are_refused():
 )
 def test_what_a_layout_cannot_hold_is_refused_with_what_can(scheme, layout, more, sentence):
     with pytest.raises(ValueError, match=sentence):
-        stored_as(scheme, layout, **more)
+        layout_for(scheme, layout, **more)
 
 
 def test_shapes_that_a_layout_has_no_words_for_are_refused():
@@ -398,6 +398,6 @@ def test_shapes_that_a_layout_has_no_words_for_are_refused():
         with pytest.raises(
             ValueError, match=rf"o_proj: {layout} packs 8 codes .* pack-quantized takes any shape"
         ):
-            tensor_specs(Stored(layout, 4), shape, "o_proj")
+            tensor_specs(WeightLayout(layout, 4), shape, "o_proj")
     with pytest.raises(ValueError, match="o_proj: groups of 7 do not divide its 32 columns"):
-        tensor_specs(Stored("pack-quantized", 4, 7), (8, 32), "o_proj")
+        tensor_specs(WeightLayout("pack-quantized", 4, 7), (8, 32), "o_proj")

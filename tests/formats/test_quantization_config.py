@@ -10,25 +10,25 @@ import json
 import pytest
 
 from conftest import oracle
-from refllm.formats.layouts import GPTQ_BITS, Stored
+from refllm.formats.layouts import GPTQ_BITS, WeightLayout
 from refllm.formats.quantization_config import UnsupportedQuantization, parse, quantization_config
 
 WRITTEN = [
-    *(Stored("pack-quantized", bits, group) for bits in (2, 3, 4, 8) for group in (None, 32)),
-    *(Stored("naive-quantized", 8, group) for group in (None, 32)),
-    Stored("int-quantized", 8),
+    *(WeightLayout("pack-quantized", bits, group) for bits in (2, 3, 4, 8) for group in (None, 32)),
+    *(WeightLayout("naive-quantized", 8, group) for group in (None, 32)),
+    WeightLayout("int-quantized", 8),
     *(
-        Stored(layout, bits, 32, symmetric=False)
+        WeightLayout(layout, bits, 32, symmetric=False)
         for layout in ("gptq", "gptq_v2")
         for bits in GPTQ_BITS
     ),
-    Stored("gptq_v2", 4, 128, symmetric=False, reordered=True),
-    Stored("awq", 4, None, symmetric=False),
+    WeightLayout("gptq_v2", 4, 128, symmetric=False, reordered=True),
+    WeightLayout("awq", 4, None, symmetric=False),
 ]
-COMPRESSED = quantization_config(Stored("pack-quantized", 4, 32))
-W8A8 = quantization_config(Stored("int-quantized", 8))
-GPTQ = quantization_config(Stored("gptq_v2", 4, 32))
-AWQ = quantization_config(Stored("awq", 4, 32))
+COMPRESSED = quantization_config(WeightLayout("pack-quantized", 4, 32))
+W8A8 = quantization_config(WeightLayout("int-quantized", 8))
+GPTQ = quantization_config(WeightLayout("gptq_v2", 4, 32))
+AWQ = quantization_config(WeightLayout("awq", 4, 32))
 
 
 @pytest.mark.parametrize("stored", WRITTEN, ids=str)
@@ -130,7 +130,7 @@ def test_what_is_no_object_is_refused():
 
 def test_an_int_quantized_file_without_activations_is_a_naive_one():
     read = parse(changed(W8A8, ".input_activations", None))
-    assert read.groups[0][1] == Stored("naive-quantized", 8)
+    assert read.groups[0][1] == WeightLayout("naive-quantized", 8)
 
 
 @pytest.mark.oracle

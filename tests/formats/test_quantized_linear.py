@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from conftest import to_host
 from refllm.formats import quantized_linear
-from refllm.formats.quantized_linear import Quantized, effective_bits, quantize
-from refllm.formats.uniform import Scheme, decode, encode
+from refllm.formats.quantized_linear import QuantizedLinear, effective_bits, quantize
+from refllm.formats.uniform import Scheme, dequantize_codes, quantize_codes
 from schemes import columns, rows, schemes
 from strategies import build, seeds
 
@@ -23,7 +23,7 @@ dtypes = st.sampled_from(["float32", "float64"])
 
 
 @pytest.mark.theorem(
-    "Quantized.matmul(x) = x Ŵᵀ for the Ŵ that dequantize() gives, whatever the tile, in float64 where x or W is",
+    "QuantizedLinear.matmul(x) = x Ŵᵀ for the Ŵ that dequantize() gives, whatever the tile, in float64 where x or W is",
     source="ARCHITECTURE.md: the weight seam",
 )
 @given(
@@ -66,19 +66,19 @@ def test_what_is_held_comes_back(xp, scheme, m, n, dtype, seed):
     assert weight.dtype == weight.scale.dtype == x.dtype
     assert weight.scale.shape == weight.zero_point.shape == scheme.scale_shape((m, n))
     assert weight.packed().shape == (m, -(-n * scheme.bits // 32))
-    back = decode(weight.codes, weight.scale, weight.zero_point, scheme)
+    back = dequantize_codes(weight.codes, weight.scale, weight.zero_point, scheme)
     np.testing.assert_array_equal(to_host(weight.dequantize()), to_host(back))
 
 
 @given(schemes(), rows, columns, st.sampled_from([None, "float16", "bfloat16"]), seeds)
 def test_from_codes_is_the_same_weight(xp, scheme, m, n, scale_dtype, seed):
     first = quantize(xp.asarray(build("normal", (m, n), seed)), scheme, scale_dtype=scale_dtype)
-    again = Quantized.from_codes(first.codes, first.scale, first.zero_point, scheme, scale_dtype)
+    again = QuantizedLinear.from_codes(first.codes, first.scale, first.zero_point, scheme, scale_dtype)
     np.testing.assert_array_equal(to_host(again.packed()), to_host(first.packed()))
     np.testing.assert_array_equal(to_host(again.dequantize()), to_host(first.dequantize()))
     assert again.nbytes == first.nbytes
     if scheme.symmetric:
-        bare = Quantized.from_codes(first.codes, first.scale, None, scheme, scale_dtype)
+        bare = QuantizedLinear.from_codes(first.codes, first.scale, None, scheme, scale_dtype)
         np.testing.assert_array_equal(to_host(bare.zero_point), to_host(first.zero_point))
 
 
@@ -86,7 +86,7 @@ def test_from_codes_is_the_same_weight(xp, scheme, m, n, scale_dtype, seed):
 def test_codes_are_made_with_the_scale_that_is_stored(xp, scheme, scale_dtype, dtype, seed):
     x = xp.asarray(build("normal", (5, 12), seed, dtype))
     weight = quantize(x, scheme, scale_dtype=scale_dtype)
-    codes = encode(x, weight.scale, weight.zero_point, scheme)
+    codes = quantize_codes(x, weight.scale, weight.zero_point, scheme)
     np.testing.assert_array_equal(to_host(weight.codes), to_host(codes))
 
 
@@ -96,7 +96,7 @@ def test_given_steps_are_used(xp, scheme, seed):
     own = quantize(x, scheme)
     wide = quantize(x, scheme, scale=own.scale * 2.0, zero_point=own.zero_point)
     np.testing.assert_array_equal(to_host(wide.scale), 2.0 * to_host(own.scale))
-    codes = encode(x, own.scale * 2.0, own.zero_point, scheme)
+    codes = quantize_codes(x, own.scale * 2.0, own.zero_point, scheme)
     np.testing.assert_array_equal(to_host(wide.codes), to_host(codes))
     if scheme.symmetric:
         bare = quantize(x, scheme, scale=own.scale)
@@ -179,18 +179,18 @@ def test_codes_that_do_not_fit_are_refused(xp):
     scale = xp.asarray(np.ones((2, 1), dtype=np.float32))
     for wrong in (codes + 1, codes - 16):
         with pytest.raises(ValueError, match=r"codes lie in -8\.\.7"):
-            Quantized.from_codes(wrong, scale, None, scheme)
+            QuantizedLinear.from_codes(wrong, scale, None, scheme)
     with pytest.raises(ValueError, match=r"codes \(2, 8\) and scale \(1, 2\) do not fit"):
-        Quantized.from_codes(codes, scale.T, None, scheme)
+        QuantizedLinear.from_codes(codes, scale.T, None, scheme)
     with pytest.raises(ValueError, match=r"codes \(8,\) and scale"):
-        Quantized.from_codes(codes[0, :], scale, None, scheme)
+        QuantizedLinear.from_codes(codes[0, :], scale, None, scheme)
     with pytest.raises(ValueError, match="zero points of rule 'half_integer' are all 0"):
-        Quantized.from_codes(codes, scale, xp.asarray(np.ones((2, 1), dtype=np.int32)), scheme)
+        QuantizedLinear.from_codes(codes, scale, xp.asarray(np.ones((2, 1), dtype=np.int32)), scheme)
     with pytest.raises(TypeError, match="the scale is float32 or float64 .* got float16"):
-        Quantized.from_codes(codes, xp.asarray(np.ones((2, 1), dtype=np.float16)), None, scheme)
+        QuantizedLinear.from_codes(codes, xp.asarray(np.ones((2, 1), dtype=np.float16)), None, scheme)
 
 
 def test_it_says_what_it_is():
     weight = quantize(build("normal", (2, 8), 0), Scheme(4, "half_integer", "channel"))
-    assert repr(weight).startswith("Quantized(2×8, Scheme(bits=4, rule='half_integer'")
+    assert repr(weight).startswith("QuantizedLinear(2×8, Scheme(bits=4, rule='half_integer'")
     assert repr(weight).endswith("8.000 bits per weight)")

@@ -12,8 +12,8 @@ from refllm.formats.uniform import (
     RULES,
     Scheme,
     as_blocks,
+    expand_scale,
     from_blocks,
-    steps_as_blocks,
 )
 from schemes import columns, place, rows, schemes
 
@@ -55,7 +55,7 @@ def test_blocks_hold_what_shares_a_step(pure_xp, scheme, m, n):
     shape = scheme.scale_shape((m, n))
     steps = pure_xp.reshape(pure_xp.arange(int(np.prod(shape)), dtype=pure_xp.float64), shape)
     back = to_host(
-        from_blocks(as_blocks(x, scheme) * 0.0 + steps_as_blocks(steps, scheme, (m, n)), (m, n))
+        from_blocks(as_blocks(x, scheme) * 0.0 + expand_scale(steps, scheme, (m, n)), (m, n))
     )
     numbers = np.arange(np.prod(shape)).reshape(shape)
     assert back.tolist() == [[numbers[place(scheme, i, j)] for j in range(n)] for i in range(m)]
@@ -132,4 +132,4 @@ def test_arrays_that_do_not_fit_are_refused(xp):
     with pytest.raises(
         ValueError, match=r"shape \(2,\): an array of shape \(2, 8\) takes \(2, 1\)"
     ):
-        steps_as_blocks(xp.asarray(np.ones(2)), Scheme(4, "power", "channel"), (2, 8))
+        expand_scale(xp.asarray(np.ones(2)), Scheme(4, "power", "channel"), (2, 8))

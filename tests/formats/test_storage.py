@@ -32,15 +32,15 @@ def scales(seed, dtype="float32", low=-6.0, high=4.5):
     st.sampled_from(["float32", "float64"]),
     seeds,
 )
-def test_stored_scales_are_rounded_to_nearest_and_take_their_bytes(xp, stored_as, dtype, seed):
+def test_stored_scales_are_rounded_to_nearest_and_take_their_bytes(xp, layout_for, dtype, seed):
     scale = scales(seed, dtype, low=-4.0)
-    held = store_scale(xp.asarray(scale), stored_as)
-    assert held.nbytes == scale.size * (4 if stored_as == "float32" else 2)
+    held = store_scale(xp.asarray(scale), layout_for)
+    assert held.nbytes == scale.size * (4 if layout_for == "float32" else 2)
     back = to_host(load_scale(held, getattr(xp, dtype)))
     assert back.dtype == dtype
     assert back.shape == scale.shape
     # half an ulp of normal numbers: 11, 8 and 24 bits
-    half = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}[stored_as]
+    half = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}[layout_for]
     assert (np.abs(back.astype("float64") - scale) <= half * scale * (1 + 2**-20)).all()
 
 
@@ -65,28 +65,28 @@ def test_bfloat16_numbers_and_their_ties(xp, bits):
 
 
 def test_scales_without_axes(xp):
-    for stored_as in ("float16", "bfloat16", "float32", "float64"):
-        held = store_scale(xp.asarray(np.array(0.75, dtype=np.float32)), stored_as)
+    for layout_for in ("float16", "bfloat16", "float32", "float64"):
+        held = store_scale(xp.asarray(np.array(0.75, dtype=np.float32)), layout_for)
         back = load_scale(held, xp.float32)
         assert back.shape == ()
         assert float(back) == 0.75
 
 
-@pytest.mark.parametrize(("stored_as", "least"), [("float16", 2.0**-24), ("bfloat16", 2.0**-133)])
-def test_a_scale_never_becomes_zero(xp, stored_as, least):
+@pytest.mark.parametrize(("layout_for", "least"), [("float16", 2.0**-24), ("bfloat16", 2.0**-133)])
+def test_a_scale_never_becomes_zero(xp, layout_for, least):
     tiny = np.array([least / 1000, least, 1.0])  # float64: in float32 the first would be 0 already
-    back = to_host(load_scale(store_scale(xp.asarray(tiny), stored_as), xp.float64))
+    back = to_host(load_scale(store_scale(xp.asarray(tiny), layout_for), xp.float64))
     assert back.tolist() == [least, least, 1.0]
 
 
 @pytest.mark.parametrize(
-    ("stored_as", "large"), [("float16", 65520.0), ("bfloat16", 3.4e38), ("float32", 1e39)]
+    ("layout_for", "large"), [("float16", 65520.0), ("bfloat16", 3.4e38), ("float32", 1e39)]
 )
-def test_a_scale_that_does_not_fit_is_refused_by_name(xp, stored_as, large):
+def test_a_scale_that_does_not_fit_is_refused_by_name(xp, layout_for, large):
     with pytest.raises(
-        ValueError, match=rf"v_proj's scale: a scale of .* does not fit {stored_as}"
+        ValueError, match=rf"v_proj's scale: a scale of .* does not fit {layout_for}"
     ):
-        store_scale(xp.asarray(np.array([1.0, large])), stored_as, name="v_proj's scale")
+        store_scale(xp.asarray(np.array([1.0, large])), layout_for, name="v_proj's scale")
 
 
 def test_other_types_are_refused(xp):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from conftest import oracle, to_host
 from refllm.formats import quantized_linear
 from refllm.formats.quantized_linear import effective_bits, fake_quantize, quantize
-from refllm.formats.uniform import RULES, Scheme, decode, encode, qparams
+from refllm.formats.uniform import RULES, Scheme, dequantize_codes, qparams, quantize_codes
 from schemes import FORCED, columns, rows, schemes, slack, spread
 from strategies import arrays, build, seeds
 
@@ -26,7 +26,7 @@ def coded(x, scheme, xp):
     """(codes, scale, zero point) on the host."""
     x = xp.asarray(x)
     scale, zero = qparams(x, scheme)
-    return to_host(encode(x, scale, zero, scheme)), to_host(scale), to_host(zero)
+    return to_host(quantize_codes(x, scale, zero, scheme)), to_host(scale), to_host(zero)
 
 
 # --- the error ----------------------------------------------------------------------------
@@ -118,9 +118,9 @@ def test_zero_is_exact(pure_xp, scheme, m, n, kind, dtype, seed):
     x = build(kind, (m, n), seed, dtype)
     scale, zero = qparams(pure_xp.asarray(x), scheme)
     nothing = pure_xp.asarray(np.zeros((m, n), dtype=dtype))
-    codes = encode(nothing, scale, zero, scheme)
+    codes = quantize_codes(nothing, scale, zero, scheme)
     np.testing.assert_array_equal(to_host(codes), spread(to_host(zero), scheme, (m, n)))
-    assert not to_host(decode(codes, scale, zero, scheme)).any()
+    assert not to_host(dequantize_codes(codes, scale, zero, scheme)).any()
 
 
 @given(schemes(), rows, columns, st.sampled_from(FINITE), dtypes, seeds)
@@ -146,8 +146,8 @@ def test_idempotence(pure_xp, scheme, exponent, dtype, seed):
     )
     scale = pure_xp.asarray((10.0**exponent * rng.uniform(0.5, 2.0, (zeros.size, 1))).astype(dtype))
     zero = pure_xp.asarray(zeros[:, None].astype(np.int32))
-    x = decode(pure_xp.asarray(codes), scale, zero, scheme)
-    np.testing.assert_array_equal(to_host(encode(x, scale, zero, scheme)), codes)
+    x = dequantize_codes(pure_xp.asarray(codes), scale, zero, scheme)
+    np.testing.assert_array_equal(to_host(quantize_codes(x, scale, zero, scheme)), codes)
 
 
 @pytest.mark.theorem(
@@ -166,7 +166,7 @@ def test_monotone(pure_xp, scheme, kind, dtype, wider, seed):
     # halves of steps, where rounding decides
     ties = (rng.integers(-40, 40, 50) + 0.5) * float(scale)
     x = np.sort(np.concatenate([x, ties.astype(dtype)]))
-    codes = to_host(encode(pure_xp.asarray(x), scale, zero, scheme)).astype(int)
+    codes = to_host(quantize_codes(pure_xp.asarray(x), scale, zero, scheme)).astype(int)
     assert (np.diff(codes) >= 0).all()
 
 
@@ -219,8 +219,8 @@ def test_the_two_orders_of_rounding_differ_on_ties(pure_xp):
     x = pure_xp.asarray(np.array([0.5, 1.5, -0.5]))
     one = pure_xp.asarray(np.array(1.0))
     zero = pure_xp.asarray(np.array(1, dtype=np.int32))
-    assert to_host(encode(x, one, zero, Scheme(4, "asymmetric", "tensor"))).tolist() == [1, 3, 1]
-    assert to_host(encode(x, one, zero, Scheme(4, "asymmetric_signed", "tensor"))).tolist() == [
+    assert to_host(quantize_codes(x, one, zero, Scheme(4, "asymmetric", "tensor"))).tolist() == [1, 3, 1]
+    assert to_host(quantize_codes(x, one, zero, Scheme(4, "asymmetric_signed", "tensor"))).tolist() == [
         2,
         2,
         0,
@@ -237,7 +237,7 @@ def test_numbers_far_outside_are_clipped_before_they_become_integers(xp):
         scheme = Scheme(4, rule, "channel")
         zero = np.full((2, 1), scheme.zero, dtype=np.int32)
         codes = (
-            to_host(encode(xp.asarray(x), xp.asarray(scale), xp.asarray(zero), scheme)).astype(int)
+            to_host(quantize_codes(xp.asarray(x), xp.asarray(scale), xp.asarray(zero), scheme)).astype(int)
             - zero
         )
         low = scheme.qmin - scheme.zero
@@ -324,7 +324,7 @@ def test_what_cannot_be_quantised_is_refused_by_name(xp):
     calls = [
         lambda: quantize(xp.asarray(bad), scheme, name="up_proj"),
         lambda: fake_quantize(xp.asarray(bad), scheme, name="up_proj"),
-        lambda: encode(xp.asarray(bad), one, zero, scheme, name="up_proj"),
+        lambda: quantize_codes(xp.asarray(bad), one, zero, scheme, name="up_proj"),
         lambda: quantize(xp.asarray(bad), scheme, scale=one, name="up_proj"),
     ]
     for call in calls:
@@ -339,11 +339,11 @@ def test_what_cannot_be_quantised_is_refused_by_name(xp):
     for step in (0.0, -1.0, np.nan, np.inf):
         scale = xp.asarray(np.array([[1.0], [step]], dtype=np.float32))
         with pytest.raises(ValueError, match="up_proj: a scale is a finite number above 0"):
-            encode(fine, scale, zero, scheme, name="up_proj")
+            quantize_codes(fine, scale, zero, scheme, name="up_proj")
     with pytest.raises(ValueError, match=r"takes \(2, 1\) at granularity 'channel'"):
-        encode(fine, xp.asarray(np.ones(2, dtype=np.float32)), zero, scheme)
+        quantize_codes(fine, xp.asarray(np.ones(2, dtype=np.float32)), zero, scheme)
     with pytest.raises(ValueError, match=r"takes \(2, 1\) at granularity 'channel'"):
-        decode(fine, one, xp.asarray(np.zeros((1, 2), dtype=np.int32)), scheme)
+        dequantize_codes(fine, one, xp.asarray(np.zeros((1, 2), dtype=np.int32)), scheme)
 
 
 @pytest.mark.parametrize("size", [3, 7, (1, 100), 10**12, (10**12, 2)])
@@ -402,7 +402,7 @@ def test_round_trip_equals_fake_quantize_of_torch(rule, bits, channels, x):
     scheme = Scheme(bits, rule, "channel" if channels else "tensor")
     scale, zero = qparams(x, scheme)
     scale = np.exp2(np.ceil(np.log2(scale))).astype(np.float32)
-    ours = decode(encode(x, scale, zero, scheme), scale, zero, scheme)
+    ours = dequantize_codes(quantize_codes(x, scale, zero, scheme), scale, zero, scheme)
     limits = scheme.qmin, scheme.qmax
     tensor = torch.from_numpy(x)
     z = torch.from_numpy(zero.reshape(-1))
@@ -424,7 +424,7 @@ def test_multiplying_by_the_reciprocal_differs_only_next_to_ties():
     x = build("normal", (1_000_000,), 0)
     scheme = Scheme(8, "asymmetric", "tensor")
     scale, zero = qparams(x, scheme)
-    ours = decode(encode(x, scale, zero, scheme), scale, zero, scheme)
+    ours = dequantize_codes(quantize_codes(x, scale, zero, scheme), scale, zero, scheme)
     theirs = torch.fake_quantize_per_tensor_affine(
         torch.from_numpy(x), float(scale), int(zero), 0, 255
     ).numpy()
@@ -473,7 +473,7 @@ def test_codes_equal_compressed_tensors(rule, bits, granularity, kind, seed):
     s = torch.from_numpy(scale.copy())
     z = torch.from_numpy(zero.astype(np.int8))
     theirs = forward.quantize(torch.from_numpy(x), s, z, args, dtype=torch.int8)
-    codes = encode(x, scale, zero, scheme)
+    codes = quantize_codes(x, scale, zero, scheme)
     np.testing.assert_array_equal(codes, theirs.numpy())
     floats = forward.fake_quantize(torch.from_numpy(x), s, z, args)
-    np.testing.assert_array_equal(decode(codes, scale, zero, scheme), floats.numpy())
+    np.testing.assert_array_equal(dequantize_codes(codes, scale, zero, scheme), floats.numpy())

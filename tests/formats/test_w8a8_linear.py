@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from conftest import to_host
 from refllm.formats.quantized_linear import quantize
-from refllm.formats.uniform import Scheme, decode
+from refllm.formats.uniform import Scheme, dequantize_codes
 from refllm.formats.w8a8_linear import W8A8Linear
 from strategies import build, seeds
 
@@ -52,7 +52,7 @@ def test_equality_the_product_is_that_of_what_both_sides_stand_for(
     layer = linear(xp, seed, scheme, activation, rule, dtype)
     x = xp.asarray(build(kind, (3, 8), seed, dtype))
     codes, step = layer.quantize_activations(x)
-    left = to_host(decode(codes, step, xp.zeros(step.shape, dtype=xp.int32), layer.scheme)).astype(
+    left = to_host(dequantize_codes(codes, step, xp.zeros(step.shape, dtype=xp.int32), layer.scheme)).astype(
         np.longdouble
     )
     right = to_host(layer.dequantize()).astype(np.longdouble)

@@ -30,7 +30,7 @@ from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import networks
-from refllm.checkpoints.directory_writer import save
+from refllm.checkpoints.writer import save
 
 # All asymmetric: of a symmetric grid of L/2 steps the negative extreme of a group lies at
 # −7.5 steps, a tie that the last bit of the scale decides, in half of all groups.

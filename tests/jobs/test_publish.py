@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from refllm.api import Model, load
-from refllm.checkpoints.atomic import file_sha256
 from refllm.checkpoints.tensor_files import CheckpointError
+from refllm.checkpoints.writer import file_sha256
 from refllm.corpus import Document
 from refllm.experiments import training_curves
 from refllm.figures import registry
@@ -23,7 +23,7 @@ from refllm.measure.perplexity import evaluate
 from refllm.train.data import Data, encode
 from refllm.train.loop import train
 from refllm.train.schedule import Phase, Plan
-from study_models import byte_tokenizer, tiny_config, tiny_model
+from tiny_models import byte_tokenizer, tiny_config, tiny_model
 
 TEXT = [
     Document(f"part{i}.py", f"def function_number_{i}(argument):\n    return argument + {i}\n" * 8)

@@ -16,18 +16,18 @@ import pytest
 
 from networks import VOCAB, random_tensors, tokenizer
 from refllm.api import load
-from refllm.checkpoints.directory_writer import save
 from refllm.checkpoints.tensor_files import CheckpointError
+from refllm.checkpoints.writer import save
 from refllm.cli import app
 from refllm.corpus import Document
 from refllm.formats.fp8_linear import Fp8Linear
-from refllm.formats.quantized_linear import Quantized
+from refllm.formats.quantized_linear import QuantizedLinear
 from refllm.formats.uniform import Scheme
 from refllm.formats.w8a8_linear import W8A8Linear
 from refllm.jobs import quantize
 from refllm.jobs.quantize import go, prepare, scheme_of
 from refllm.model.config import ModelConfig
-from refllm.quant import layer_sources
+from refllm.quant import layer_files
 from refllm.quant.methods import METHODS
 
 LAYERS = 6
@@ -92,7 +92,7 @@ def test_every_method_from_files_to_files(model, tmp_path, method):
     # no folder of layers, nothing half-written
     assert sorted(p.name for p in tmp_path.iterdir()) == ["q"]
     read = load(os.fspath(tmp_path / "q"))
-    kind = {"smoothquant": W8A8Linear, "fp8": Fp8Linear}.get(method, Quantized)
+    kind = {"smoothquant": W8A8Linear, "fp8": Fp8Linear}.get(method, QuantizedLinear)
     assert all(isinstance(layer["down_proj"], kind) for layer in read.weights["layers"])
     assert (tmp_path / "q" / "chat_template.jinja").read_text() == "{{ messages }}"
     assert json.loads((tmp_path / "q" / "quantization.json").read_text())["tensors"] == json.loads(
@@ -186,7 +186,7 @@ def test_a_killed_process_goes_on_where_it_was(model, tmp_path, run):
     program = f"""
 import sys
 from refllm.cli import app
-from refllm.quant.resumable_layers import LayerFiles
+from refllm.quant.layer_io import LayerFiles
 put = LayerFiles.put
 def told(self, index, *rest):
     put(self, index, *rest)
@@ -239,9 +239,9 @@ def test_a_run_that_dies_while_it_is_measured_keeps_its_layers_and_leaves_no_out
 def test_one_layer_is_read_at_a_time(model, tmp_path, monkeypatch):
     """What is asked of the source: each layer once, in order; embeddings only by rows."""
     asked = []
-    layer = layer_sources.CheckpointSource.layer
+    layer = layer_files.CheckpointSource.layer
     monkeypatch.setattr(
-        layer_sources.CheckpointSource,
+        layer_files.CheckpointSource,
         "layer",
         lambda self, index: asked.append(index) or layer(self, index),
     )

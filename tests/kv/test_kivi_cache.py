@@ -15,7 +15,8 @@ from test_kivi import EPS64, hat, kivis
 import fakecupy
 from conftest import to_host
 from networks import NETWORKS, TOKENS, full_logits, random_tensors
-from refllm.decode.generate import GREEDY, new_cache
+from refllm.decode.generate import new_cache
+from refllm.decode.sampling_params import GREEDY
 from refllm.decode.speculative.drafters import Cascade, ModelDrafter, NGramDrafter, PerfectDrafter
 from refllm.decode.speculative.loop import speculate
 from refllm.decode.speculative.tree_drafter import TreeDrafter

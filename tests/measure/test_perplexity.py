@@ -17,7 +17,7 @@ from refllm.model.attention import CausalAttend
 from refllm.model.llama import build, forward, logits
 from refllm.train.backward import mean_loss
 from strategies import seeds
-from study_models import Record, byte_tokenizer, tiny_config, tiny_model, tiny_params, uniform_model
+from tiny_models import Record, byte_tokenizer, tiny_config, tiny_model, tiny_params, uniform_model
 
 EPS = np.finfo(np.float64).eps
 # A loss passes through 2 layers of 7 products of up to 24 terms, and magnitudes of up to

@@ -16,7 +16,7 @@ from refllm.measure import quick
 from refllm.measure.perplexity import evaluate
 from refllm.measure.quick import sample_bits_per_byte, time_step
 from refllm.model.llama import forward
-from study_models import tiny_model
+from tiny_models import tiny_model
 
 
 def network(**changes) -> Model:

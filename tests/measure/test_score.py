@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from refllm.measure.perplexity import evaluate
 from refllm.measure.windows import Score, bits_by_position
-from study_models import tiny_model
+from tiny_models import tiny_model
 
 token_lists = st.lists(st.integers(1, 256), min_size=1, max_size=40)
 windowings = st.tuples(st.integers(1, 16), st.integers(1, 16)).map(

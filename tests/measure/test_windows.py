@@ -14,7 +14,7 @@ from tokenizers import decoders, models
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.corpus import Document
 from refllm.measure.windows import plan, token_bytes, windows
-from study_models import byte_tokenizer, tiny_model
+from tiny_models import byte_tokenizer, tiny_model
 
 shapes = st.tuples(st.integers(0, 60), st.integers(1, 24), st.integers(1, 24)).map(
     lambda t: (t[0], max(t[1], t[2]), min(t[1], t[2]))

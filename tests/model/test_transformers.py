@@ -12,9 +12,9 @@ import pytest
 
 from conftest import oracle
 from networks import NETWORKS, SIZES, TOKENS, close, full_logits, random_tensors, tokenizer
-from refllm.checkpoints.directory_writer import save
 from refllm.checkpoints.loading import build_weights, iter_tensors, load
 from refllm.checkpoints.tensor_files import INDEX
+from refllm.checkpoints.writer import save
 from refllm.model.config import ModelConfig
 
 pytestmark = pytest.mark.oracle

@@ -41,7 +41,7 @@ HOST = {
     "train.loop": "initial weights and batches; the step itself is model.backward's",
     "train.state": "a checkpoint is a host file",
     "checkpoints.tensor_files": "files hold host bytes; tensors are moved once they are checked",
-    "checkpoints.directory_writer": "files hold host bytes; what is written has come to the host before",
+    "checkpoints.writer": "files hold host bytes; what is written has come to the host before",
     "model.weights:Dense.__init__": "the blocked layout is a cure for OpenBLAS and exists on the host only",
     "model.weights:Dense.matmul": "the blocked layout is a cure for OpenBLAS and exists on the host only",
     "model.weights:Dense._dtype": "the blocked layout is a cure for OpenBLAS and exists on the host only",

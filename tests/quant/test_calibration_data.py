@@ -9,7 +9,7 @@ import pytest
 
 from refllm.corpus import Document, held_out_documents, training_documents
 from refllm.quant.calibration_data import calibration_windows, sequences
-from study_models import byte_tokenizer
+from tiny_models import byte_tokenizer
 
 
 def test_windows_are_whole_and_depend_on_the_seed_alone():

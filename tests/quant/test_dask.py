@@ -13,10 +13,10 @@ import pytest
 
 from conftest import oracle
 from networks import random_tensors
-from refllm.checkpoints.directory_writer import save
+from refllm.checkpoints.writer import save
 from refllm.quant import to_gguf as convert_module
 from refllm.quant.to_gguf import convert
-from study_models import byte_tokenizer, tiny_config
+from tiny_models import byte_tokenizer, tiny_config
 
 
 @pytest.mark.oracle

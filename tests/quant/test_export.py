@@ -14,10 +14,10 @@ import pytest
 from conftest import oracle
 from exported_models import IDS, output, products_of, their_model
 from networks import NETWORKS, VOCAB, random_tensors, tokenizer
-from refllm.checkpoints.directory_writer import save
 from refllm.checkpoints.loading import load
 from refllm.checkpoints.tensor_files import CheckpointError
-from refllm.formats.quantized_linear import Quantized
+from refllm.checkpoints.writer import save
+from refllm.formats.quantized_linear import QuantizedLinear
 from refllm.formats.uniform import Scheme
 from refllm.formats.w8a8_linear import W8A8Linear
 from refllm.model.config import ModelConfig
@@ -240,5 +240,5 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(original, tmp
     with pytest.raises(CheckpointError, match="not empty"):
         export(target, other)
     export(target, other, overwrite=True)
-    assert isinstance(load(target).weights["layers"][0]["q_proj"], Quantized)
+    assert isinstance(load(target).weights["layers"][0]["q_proj"], QuantizedLinear)
     assert not list(tmp_path.glob(".*"))

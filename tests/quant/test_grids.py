@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import to_host
-from refllm.formats.uniform import RULES, Scheme, decode, encode, qparams
+from refllm.formats.uniform import RULES, Scheme, dequantize_codes, qparams, quantize_codes
 from refllm.quant.rtn import Grids, Solution
 from strategies import seeds
 
@@ -63,8 +63,8 @@ def test_equality_column_by_column_is_all_at_once(xp, static, shape, seed, rule,
     # dynamic groups are groups of columns as they are visited
     seen = w[:, order] if grids.dynamic else w
     scale, zero_point = qparams(seen, scheme)
-    whole = encode(seen, scale, zero_point, scheme)
-    back = decode(whole, scale, zero_point, scheme)
+    whole = quantize_codes(seen, scale, zero_point, scheme)
+    back = dequantize_codes(whole, scale, zero_point, scheme)
     if not grids.dynamic:
         whole = whole[:, order]
         back = back[:, order]
@@ -114,7 +114,7 @@ def test_codes_are_made_with_the_scale_that_is_stored(xp):
     scale = to_host(grids.arrays()[0])
     assert not np.any(scale.view("uint32") & 0xFFFF)  # a bfloat16 is the upper half of a float32
     codes, _ = visit(xp, w, grids, np.arange(N))
-    assert np.array_equal(codes, encode(w, scale, np.zeros_like(scale, dtype="int32"), scheme))
+    assert np.array_equal(codes, quantize_codes(w, scale, np.zeros_like(scale, dtype="int32"), scheme))
     kept = Solution.collect(
         xp.asarray(codes),
         grids,

@@ -9,11 +9,11 @@ import pytest
 
 from conftest import to_host
 from networks import NETWORKS, random_tensors, tokenizer
-from refllm.checkpoints.directory_writer import save
 from refllm.checkpoints.loading import load
 from refllm.checkpoints.tensor_files import CheckpointError
+from refllm.checkpoints.writer import save
 from refllm.model.llama import PROJECTIONS
-from refllm.quant.layer_sources import CheckpointSource, MemorySink, ModelSource
+from refllm.quant.layer_io import CheckpointSource, MemorySink, ModelSource
 
 
 @pytest.fixture(scope="module")

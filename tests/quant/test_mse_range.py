@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import oracle, to_host
-from refllm.formats.uniform import Scheme, decode, encode, range_to_qparams, ranges
+from refllm.formats.uniform import (
+    Scheme,
+    dequantize_codes,
+    quantize_codes,
+    range_to_qparams,
+    ranges,
+)
 from refllm.quant.mse_range import mse_range
 from strategies import arrays, seeds
 
@@ -33,7 +39,7 @@ def error(x, lo, hi, scheme, norm):
     # NumPy makes numbers of 0-d arrays
     scale, zero = range_to_qparams(np.asarray(lo), np.asarray(hi), scheme)
     e = np.abs(
-        decode(encode(x, scale, zero, scheme), np.asarray(0.5 * scale), zero, scheme) - 0.5 * x
+        dequantize_codes(quantize_codes(x, scale, zero, scheme), np.asarray(0.5 * scale), zero, scheme) - 0.5 * x
     )
     # powers of the largest numbers overflow, of the smallest vanish
     e = e / (np.abs(x).max() or 1.0)

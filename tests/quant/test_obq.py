@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_hessian import inputs, positive
 
 from conftest import to_host
-from refllm.formats.uniform import RULES, Scheme, decode, encode, qparams
+from refllm.formats.uniform import RULES, Scheme, dequantize_codes, qparams, quantize_codes
 from refllm.quant.gptq import gptq
 from refllm.quant.obq import obq
 from strategies import seeds
@@ -135,8 +135,8 @@ def test_exact_value_greedy_is_the_textbook_loop(xp, seed):
         left = list(range(6))
         while left:
             inverse = np.linalg.inv(h[np.ix_(left, left)])
-            codes = encode(row[None], scale[m : m + 1], zero_point[m : m + 1], scheme)
-            error = (row - decode(codes, scale[m : m + 1], zero_point[m : m + 1], scheme)[0])[left]
+            codes = quantize_codes(row[None], scale[m : m + 1], zero_point[m : m + 1], scheme)
+            error = (row - dequantize_codes(codes, scale[m : m + 1], zero_point[m : m + 1], scheme)[0])[left]
             k = int(np.argmin(error**2 / np.diag(inverse)))
             expected[m, left[k]] = codes[0, left[k]]
             row[left] -= error[k] / inverse[k, k] * inverse[k]

@@ -16,19 +16,19 @@ from conftest import to_host
 from networks import NETWORKS, VOCAB, random_tensors
 from networks import tokenizer as small_tokenizer
 from refllm.api import Model
-from refllm.checkpoints.directory_writer import save
 from refllm.checkpoints.loading import load
+from refllm.checkpoints.writer import save
 from refllm.formats.uniform import Scheme
 from refllm.model.attention import CausalAttend
 from refllm.model.llama import PROJECTIONS, build, forward, logits
 from refllm.model.weights import Dense
 from refllm.quant.gptq import gptq
 from refllm.quant.hessian import hessian
+from refllm.quant.layer_io import CheckpointSource, MemorySink, ModelSource
 from refllm.quant.layer_inputs import STAGES, tapped
-from refllm.quant.layer_sources import CheckpointSource, MemorySink, ModelSource
 from refllm.quant.methods import METHODS
 from refllm.quant.recipe import quantize_layers, quantize_model, settings
-from study_models import Record
+from tiny_models import Record
 
 GROUPS_OF_8 = Scheme(4, "half_integer", "group", 8)
 IDS = np.random.default_rng(1).integers(0, VOCAB, (3, 20))

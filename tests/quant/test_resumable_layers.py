@@ -9,19 +9,18 @@ import numpy as np
 import pytest
 
 from networks import NETWORKS, VOCAB, random_tensors, tokenizer
-from refllm.checkpoints.directory_writer import save
 from refllm.checkpoints.tensor_files import CheckpointError
-from refllm.formats.layouts import stored_as
+from refllm.checkpoints.writer import save
+from refllm.formats.layouts import layout_for
 from refllm.formats.uniform import Scheme
 from refllm.model.llama import PROJECTIONS
 from refllm.quant.export import Storing
-from refllm.quant.layer_sources import CheckpointSource, MemorySink
+from refllm.quant.layer_io import CheckpointSource, LayerFiles, MemorySink
 from refllm.quant.recipe import quantize_layers, settings
-from refllm.quant.resumable_layers import LayerFiles
 
 SCHEME = Scheme(4, "half_integer", "group", 8)
 IDS = np.random.default_rng(1).integers(0, VOCAB, (3, 20))
-STORING = Storing(stored_as(SCHEME, "pack-quantized"))
+STORING = Storing(layout_for(SCHEME, "pack-quantized"))
 
 
 @pytest.fixture(scope="module")

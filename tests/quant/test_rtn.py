@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from conftest import to_host
 from refllm.formats.quantized_linear import quantize
-from refllm.formats.uniform import RULES, Scheme, decode, encode, qparams, range_to_qparams
+from refllm.formats.uniform import (
+    RULES,
+    Scheme,
+    dequantize_codes,
+    qparams,
+    quantize_codes,
+    range_to_qparams,
+)
 from refllm.quant import rtn as module
 from refllm.quant.rtn import params, rtn
 from strategies import KINDS, arrays, seeds
@@ -35,7 +42,7 @@ schemes = st.sampled_from(SCHEMES)
 def errors(w, scale, zero_point, scheme):
     """Σ |x̂ − x|^2.4 of each range, by the definition, float64."""
     off = (
-        np.abs(decode(encode(w, scale, zero_point, scheme), scale, zero_point, scheme) - w).astype(
+        np.abs(dequantize_codes(quantize_codes(w, scale, zero_point, scheme), scale, zero_point, scheme) - w).astype(
             "float64"
         )
         ** 2.4

@@ -18,8 +18,8 @@ from refllm.formats.uniform import Scheme
 from refllm.formats.w8a8_linear import W8A8Linear
 from refllm.model.llama import PROJECTIONS, build
 from refllm.model.weights import Dense
+from refllm.quant.layer_io import ModelSource
 from refllm.quant.layer_inputs import tapped
-from refllm.quant.layer_sources import ModelSource
 from refllm.quant.recipe import quantize_model
 from refllm.quant.smoothquant import (
     activation_absmax,
@@ -31,7 +31,7 @@ from refllm.quant.smoothquant import (
 )
 from strategies import build as array_of
 from strategies import seeds
-from study_models import Record
+from tiny_models import Record
 
 EPS64 = float(np.finfo("float64").eps)
 IDS = [TOKENS.tolist()]

@@ -27,16 +27,16 @@ from refllm.checkpoints.tensor_files import CheckpointError, tensor_shapes
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.cli import app
 from refllm.formats.gguf.codec import dequantize
-from refllm.formats.gguf.linear import BlockWeight
+from refllm.formats.gguf.linear import GGUFLinear
 from refllm.formats.gguf.mixes import MIXES
 from refllm.formats.gguf.reader import GGUFFile
 from refllm.formats.gguf.writer import write
 from refllm.quant import to_gguf as convert_module
 from refllm.quant.imatrix import importance
-from refllm.quant.layer_sources import CheckpointSource
+from refllm.quant.layer_io import CheckpointSource
 from refllm.quant.to_gguf import convert
 from refllm.quant.worker_pool import processes
-from study_models import byte_tokenizer, tiny_config
+from tiny_models import byte_tokenizer, tiny_config
 
 TEXT = "def f(x):\n    return x  # größer 12345\n\n\nclass A(B): pass\n" * 3
 
@@ -165,7 +165,7 @@ def test_weights_stay_in_their_bytes_and_multiply(source, f32, type, tmp_path):
                 weight = layer[key]
                 part = {"q_proj": "attn_q", "down_proj": "ffn_down"}[key]
                 raw = file[f"blk.{index}.{part}.weight"]
-                assert isinstance(weight, BlockWeight)
+                assert isinstance(weight, GGUFLinear)
                 assert weight.nbytes == raw.nbytes
                 floats = dequantize(raw, weight.type)
                 order = permutation(

@@ -18,7 +18,7 @@ from enumeration import distance, law
 from networks import NETWORKS
 from refllm.api import load
 from refllm.corpus import held_out_documents
-from refllm.decode.generate import GREEDY, Sampling
+from refllm.decode.sampling_params import GREEDY, SamplingParams
 from refllm.decode.speculative import verification
 from refllm.decode.speculative.acceptance import Acceptance, expected_length
 from refllm.decode.speculative.drafters import (
@@ -44,9 +44,9 @@ KINDS = {
     "n-gram": lambda: Drafting(lambda: NGramDrafter(4, shortest=1)),
     "Jacobi": lambda: Drafting(lambda: JacobiDrafter(3)),
     "model": lambda: Drafting(
-        ModelDrafter(DRAFT, 3, how=GREEDY, sequences=2)
+        ModelDrafter(DRAFT, 3, sampling=GREEDY, sequences=2)
     ),  # fewer caches than branches
-    "perfect": lambda: Drafting(PerfectDrafter(TARGET, 3, how=GREEDY, sequences=8)),
+    "perfect": lambda: Drafting(PerfectDrafter(TARGET, 3, sampling=GREEDY, sequences=8)),
     "adversary": lambda: Drafting(Adversary(TARGET, 3, sequences=8)),
 }
 
@@ -232,7 +232,7 @@ def test_sampled_drafts_keep_the_law_in_the_engine(monkeypatch):
         )
         return tuple(engine.run()[0].tokens)
 
-    assert distance(law(run), text_law(target, Sampling(temperature=1.0), 3)) <= 1e-11
+    assert distance(law(run), text_law(target, SamplingParams(temperature=1.0), 3)) <= 1e-11
 
 
 # --- how many drafts ----------------------------------------------------------------------
@@ -406,7 +406,7 @@ def test_a_probe_that_finds_nothing_and_one_among_many_do_not_lengthen_the_wait(
 
 
 def test_who_has_no_cache_left_goes_without_drafts_and_the_others_keep_theirs():
-    source = ModelDrafter(DRAFT, 3, how=GREEDY, sequences=2)
+    source = ModelDrafter(DRAFT, 3, sampling=GREEDY, sequences=2)
     asked = [Request([7 + i] * 40, 12, id=i, ignore_eos=True) for i in range(3)]
     plain, _ = served(None, asked, num_blocks=60)
     found, _ = served(Drafting(source), asked, num_blocks=60)
@@ -459,7 +459,7 @@ def test_a_failure_while_drafting_is_made_up_for(monkeypatch):
         return NGramDrafter(3, shortest=1)
 
     monkeypatch.setattr(module, "forward", fails_once)
-    for drafter in (Drafting(ModelDrafter(DRAFT, 3, how=GREEDY)), made):
+    for drafter in (Drafting(ModelDrafter(DRAFT, 3, sampling=GREEDY)), made):
         engine = Engine(TARGET, num_blocks=24, block_size=4, drafter=drafter, seed=0)
         engine.submit(asked)
         errors = 0

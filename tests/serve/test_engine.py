@@ -19,7 +19,7 @@ from refllm.serve.engine import Engine
 from refllm.serve.outputs import Piece
 from refllm.serve.request import Request
 from serving import TOLERANCE, alone, said, served_model
-from study_models import tiny_model
+from tiny_models import tiny_model
 
 PROMPTS = [
     [1, 2, 3, 4, 5, 6, 7, 8, 9, 10],

@@ -8,7 +8,7 @@ import pytest
 
 from refllm.api import Model
 from refllm.tour.serving_burst import prompts, serve
-from study_models import tiny_model
+from tiny_models import tiny_model
 
 
 def test_a_shared_beginning_is_computed_once_and_scarcity_changes_no_token():

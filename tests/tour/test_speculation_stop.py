@@ -12,7 +12,7 @@ from refllm.decode.speculative.drafters import Cascade, ModelDrafter, NGramDraft
 from refllm.decode.speculative.loop import Step
 from refllm.decode.speculative.tree_drafter import TreeDrafter
 from refllm.tour import speculation
-from study_models import tiny_model
+from tiny_models import tiny_model
 
 
 def test_a_row_counts_steps_and_drafts():

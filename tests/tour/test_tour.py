@@ -25,7 +25,7 @@ from refllm.measure.roofline import step_cost
 from refllm.terminal import printable
 from refllm.tour import context as guides
 from refllm.tour import stops
-from study_models import byte_tokenizer, tiny_config, tiny_model, tiny_params
+from tiny_models import byte_tokenizer, tiny_config, tiny_model, tiny_params
 
 NAMES = [stop.name for stop in stops.STOPS]
 
@@ -97,7 +97,7 @@ def test_an_unknown_stop_is_refused_by_name(guide):
 
 
 def test_the_text_is_the_models_own(guide):
-    expected = "".join(guide.model.stream(stops.PROMPT, stops.WRITTEN, how=stops.WRITING, rng=1))
+    expected = "".join(guide.model.stream(stops.PROMPT, stops.WRITTEN, sampling=stops.WRITING, rng=1))
     text = visit(guide, "write")
     assert stops.PROMPT in text
     shown = text.split(stops.PROMPT, 1)[1]

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refllm import corpus
-from refllm.checkpoints.atomic import file_sha256
+from refllm.checkpoints.writer import file_sha256
 from refllm.corpus import Document
 from refllm.train.data import encode, fingerprint, own_files, read_files, split, standard_library
-from study_models import byte_tokenizer
+from tiny_models import byte_tokenizer
 
 texts = st.lists(
     st.text(st.characters(codec="utf-8"), min_size=1, max_size=40), min_size=2, max_size=12

@@ -35,10 +35,10 @@ from typing import Any
 import numpy as np
 
 from refllm.backend import Array, asarray_like, namespace
-from refllm.decode import sampling
 from refllm.decode.fast import single_token
 from refllm.decode.fast.captured_step import stepper
-from refllm.decode.generate import Sampling
+from refllm.decode.sampling import distribution
+from refllm.decode.sampling_params import SamplingParams
 from refllm.decode.speculative import verification
 from refllm.decode.speculative.interface import (
     NOTHING,
@@ -80,7 +80,7 @@ class NGramDrafter:
         self._after: dict[tuple[int, ...], int] = {}
 
     def propose(
-        self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator
+        self, tokens: Sequence[int], count: int, sampling: SamplingParams, rng: np.random.Generator
     ) -> Proposal:
         self._read(tokens)
         end = len(tokens)
@@ -120,7 +120,7 @@ class JacobiDrafter:
         self._window: list[int] = []
 
     def propose(
-        self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator
+        self, tokens: Sequence[int], count: int, sampling: SamplingParams, rng: np.random.Generator
     ) -> Proposal:
         guesses = self._window[:count]
         return Proposal(guesses + [int(tokens[-1])] * (count - len(guesses)), None)
@@ -145,7 +145,7 @@ class ModelDrafter:
         gamma: int = 4,
         *,
         confidence: float = 0.0,
-        how: Sampling | None = None,
+        sampling: SamplingParams | None = None,
         sequences: int = 1,
     ):
         """``sequences`` have caches side by side; each proposal says for which of them it
@@ -157,7 +157,7 @@ class ModelDrafter:
         self.config = model.config
         self.gamma = checked_gamma(gamma)
         self.confidence = confidence
-        self.how = how
+        self.sampling = sampling
         self.cache = ContiguousCache(
             model.config,
             sequences,
@@ -178,11 +178,11 @@ class ModelDrafter:
         self,
         tokens: Sequence[int],
         count: int,
-        how: Sampling,
+        sampling: SamplingParams,
         rng: np.random.Generator,
         sequence: int = 0,
     ) -> Proposal:
-        return self._draft([Ask(tokens, count, how, rng, sequence)], together=False)[0]
+        return self._draft([Ask(tokens, count, sampling, rng, sequence)], together=False)[0]
 
     def propose_together(self, asks: Sequence[Ask]) -> list[Proposal]:
         """``propose`` for different sequences, in as many steps of the model as the longest
@@ -214,7 +214,7 @@ class ModelDrafter:
             asked = list(feeds)
             feeds = {}
             for b, i in enumerate(asked):
-                token, row = self._choose(z[b], self.how or asks[i].how, asks[i].rng)
+                token, row = self._choose(z[b], self.sampling or asks[i].sampling, asks[i].rng)
                 if token is None:
                     continue
                 drafts[i].append(token)
@@ -322,18 +322,18 @@ class ModelDrafter:
         return z[-1]
 
     def _choose(
-        self, z: Array, how: Sampling, rng: np.random.Generator
+        self, z: Array, sampling: SamplingParams, rng: np.random.Generator
     ) -> tuple[int | None, Array | None]:
         """The next draft of z[V] and what it was sampled from; (None, None) where the model
         is not sure enough.
         """
         xp = namespace(z)
-        if how.temperature == 0:
+        if sampling.temperature == 0:
             token = int(xp.argmax(z))
             if self.confidence and float(xp.sum(xp.exp(z - z[token]))) * self.confidence > 1:
                 return None, None
             return token, None
-        row = sampling.warp(z, how.temperature, how.top_k, how.top_p, how.min_p)
+        row = distribution(z, sampling)
         if self.confidence and float(xp.max(row)) < self.confidence:
             return None, None
         return verification.draw(row, rng.random()), row
@@ -355,10 +355,10 @@ class Cascade:
         self._asked = drafters[0]  # whose proposal is judged
 
     def propose(
-        self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator
+        self, tokens: Sequence[int], count: int, sampling: SamplingParams, rng: np.random.Generator
     ) -> Proposal | TreeProposal:
         for drafter in self.drafters:
-            proposal = drafter.propose(tokens, min(count, drafter.gamma), how, rng)
+            proposal = drafter.propose(tokens, min(count, drafter.gamma), sampling, rng)
             if proposal.tokens:
                 self._asked = drafter
                 return proposal
@@ -380,7 +380,7 @@ class Adversary(ModelDrafter):
     """
 
     def _choose(
-        self, z: Array, how: Sampling, rng: np.random.Generator
+        self, z: Array, sampling: SamplingParams, rng: np.random.Generator
     ) -> tuple[int | None, Array | None]:
         return int(namespace(z).argmin(z)), None
 

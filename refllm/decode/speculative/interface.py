@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from refllm.backend import Array
-from refllm.decode.generate import Sampling
+from refllm.decode.sampling_params import SamplingParams
 from refllm.decode.speculative.tree import Tree
 
 
@@ -51,7 +51,7 @@ class Ask(NamedTuple):
 
     tokens: Sequence[int]
     most: int
-    how: Sampling
+    sampling: SamplingParams
     rng: np.random.Generator
     sequence: int
 
@@ -64,7 +64,7 @@ class Drafter(Protocol):
     gamma: int  # drafts a step, if nobody asks for fewer
 
     def propose(
-        self, tokens: Sequence[int], count: int, how: Sampling, rng: np.random.Generator
+        self, tokens: Sequence[int], count: int, sampling: SamplingParams, rng: np.random.Generator
     ) -> Proposal | TreeProposal:
         """At most ``count`` guesses of what follows ``tokens``, where the target samples as
         ``how`` says.

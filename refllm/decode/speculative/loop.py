@@ -28,17 +28,17 @@ from typing import NamedTuple
 import numpy as np
 
 from refllm.backend import Array, asarray_like, namespace, to_numpy
-from refllm.decode import sampling
 from refllm.decode.fast.captured_step import stepper
 from refllm.decode.generate import (
     CachePolicy,
-    Sampling,
     check_policy,
     check_prompts,
     choose,
     new_cache,
     prefill,
 )
+from refllm.decode.sampling import apply_repetition_penalty, best, distribution
+from refllm.decode.sampling_params import SamplingParams
 from refllm.decode.speculative.interface import NOTHING, Drafter, Proposal, TreeProposal
 from refllm.decode.speculative.tree import Tree, TreeView, compact, verify_tree, verify_tree_greedy
 from refllm.decode.speculative.verification import verify, verify_greedy
@@ -70,7 +70,7 @@ def speculate(
     config: ModelConfig,
     prompt: Sequence[int],
     max_tokens: int,
-    how: Sampling,
+    sampling: SamplingParams,
     rng: np.random.Generator,
     drafter: Drafter,
     law: Law = verify,
@@ -100,7 +100,7 @@ def speculate(
     end = len(prompt) + max_tokens
     compute = stepper(weights, config)
     z = logits(weights, prefill(weights, config, [text], cache))
-    step = Step([], 0, choose(penalised(z, text, [], how.repetition_penalty), how, rng)[0])
+    step = Step([], 0, choose(penalised(z, text, [], sampling.repetition_penalty), sampling, rng)[0])
     while True:
         yield step
         text += step.tokens
@@ -108,13 +108,13 @@ def speculate(
             return
         count = min(drafter.gamma, end - len(text) - 1)
         if count > 0:
-            proposal = drafter.propose(text, count, how, rng)
+            proposal = drafter.propose(text, count, sampling, rng)
         else:
             proposal = NOTHING
         tokens = [text[-1], *proposal.tokens]
         if not isinstance(proposal, TreeProposal):
             z = compute(tokens, cache.positions([len(tokens)]), cache.view([len(tokens)]))
-            step, best = judge(z, text, proposal, how, rng, law)
+            step, best = judge(z, text, proposal, sampling, rng, law)
             drafter.observe(best, step.accepted)
             cache.advance([step.accepted + 1])
         else:
@@ -123,7 +123,7 @@ def speculate(
             )
             tree = proposal.tree
             z = compute(tokens, tree.positions(cache.lengths[0]), TreeView(cache, 0, tree))
-            step, path = judge_tree(z, text, proposal, how, rng)
+            step, path = judge_tree(z, text, proposal, sampling, rng)
             compact(cache, 0, path)
 
 
@@ -131,7 +131,7 @@ def judge(
     z: Array,
     text: Sequence[int],
     proposal: Proposal,
-    how: Sampling,
+    sampling: SamplingParams,
     rng: np.random.Generator,
     law: Law = verify,
 ) -> tuple[Step, list[int]]:
@@ -139,28 +139,28 @@ def judge(
     argmax in each place.
     """
     drafts = proposal.tokens
-    z = penalised(z, text, drafts, how.repetition_penalty)
-    if how.temperature == 0:
+    z = penalised(z, text, drafts, sampling.repetition_penalty)
+    if sampling.temperature == 0:
         found = _sound(z)
         return Step(drafts, *verify_greedy(found, drafts)), found
-    p = sampling.warp(z, how.temperature, how.top_k, how.top_p, how.min_p)
+    p = distribution(z, sampling)
     return Step(drafts, *law(p, proposal.q, drafts, rng)), to_numpy(
         namespace(z).argmax(z, axis=-1)
     ).tolist()
 
 
 def judge_tree(
-    z: Array, text: Sequence[int], proposal: TreeProposal, how: Sampling, rng: np.random.Generator
+    z: Array, text: Sequence[int], proposal: TreeProposal, sampling: SamplingParams, rng: np.random.Generator
 ) -> tuple[Step, list[int]]:
     """Verify a tree after ``text`` by its logits z[m+1, V]: the step, its path first among
     the drafts, and the path.
     """
     nodes, q, tree = proposal
-    z = penalised(z, text, nodes, how.repetition_penalty, tree)
-    if how.temperature == 0:
+    z = penalised(z, text, nodes, sampling.repetition_penalty, tree)
+    if sampling.temperature == 0:
         path, token = verify_tree_greedy(_sound(z), tree, nodes)
     else:
-        p = sampling.warp(z, how.temperature, how.top_k, how.top_p, how.min_p)
+        p = distribution(z, sampling)
         path, token = verify_tree(p, q, tree, nodes, rng)
     kept = set(path)
     order = path + [node for node in range(len(nodes)) if node not in kept]
@@ -181,12 +181,12 @@ def penalised(
     above = np.asarray((tree or Tree.chain(len(drafts))).mask())  # [γ+1, γ+1], of itself too
     for i, token in enumerate(drafts):
         seen[above[:, i + 1], token] = True
-    return sampling.apply_repetition_penalty(z, asarray_like(seen, z), penalty)
+    return apply_repetition_penalty(z, asarray_like(seen, z), penalty)
 
 
 def _sound(z: Array) -> list[int]:
     """The argmax of each row on the host; ValueError if one is no largest number."""
-    found = sampling.best(z)
+    found = best(z)
     if min(found) < 0:
         raise ValueError("the logits of a step have no largest one: NaN, +inf or nothing but -inf")
     return found

@@ -34,8 +34,8 @@ from typing import Any
 import numpy as np
 
 from refllm.backend import Array, namespace
-from refllm.decode import sampling
-from refllm.decode.generate import Sampling
+from refllm.decode.sampling import distribution
+from refllm.decode.sampling_params import SamplingParams
 from refllm.decode.speculative.drafters import ModelDrafter
 from refllm.decode.speculative.interface import NOTHING, Proposal, TreeProposal
 from refllm.decode.speculative.tree import Tree, draw_children
@@ -49,19 +49,19 @@ class TreeDrafter(ModelDrafter):
     trees = True  # only a cache that keeps everything verifies them
 
     def __init__(
-        self, model: Any, gamma: int = 3, *, confidence: float = 0.4, how: Sampling | None = None
+        self, model: Any, gamma: int = 3, *, confidence: float = 0.4, sampling: SamplingParams | None = None
     ):
-        super().__init__(model, gamma, confidence=confidence, how=how)
+        super().__init__(model, gamma, confidence=confidence, sampling=sampling)
 
     def propose(  # type: ignore[override]  # of trees
         self,
         tokens: Sequence[int],
         count: int,
-        how: Sampling,
+        sampling: SamplingParams,
         rng: np.random.Generator,
         sequence: int = 0,
     ) -> Proposal | TreeProposal:
-        how = self.how or how
+        sampling = self.sampling or sampling
         count = min(count, self.cache.capacity - len(tokens))
         parents: list[int] = []
         nodes: list[int] = []
@@ -72,10 +72,10 @@ class TreeDrafter(ModelDrafter):
         while len(nodes) < count:
             z = self._feed(feed, sequence)
             left = count - len(nodes)
-            if how.temperature == 0:
+            if sampling.temperature == 0:
                 children = self._likeliest(z, left)
             else:
-                q = sampling.warp(z, how.temperature, how.top_k, how.top_p, how.min_p)
+                q = distribution(z, sampling)
                 rows[parent + 1] = q
                 children = draw_children(
                     q, left if float(namespace(q).max(q)) < self.confidence else 1, rng

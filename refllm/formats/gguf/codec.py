@@ -20,7 +20,7 @@ from refllm.backend import Array, namespace
 from refllm.formats.gguf import kquants, kvalues, legacy, plain
 from refllm.formats.gguf.arithmetic import quietly
 from refllm.formats.gguf.types import kind, row_bytes
-from refllm.formats.uniform import refuse_non_finite
+from refllm.formats.uniform import require_finite
 
 __all__ = ["dequantize", "quantize"]
 
@@ -55,7 +55,7 @@ def quantize(
     with quietly(x):
         # what overflows here is refused as infinite
         x = xp.astype(x, xp.float32) if x.dtype == xp.float64 else x
-    refuse_non_finite(x, "quantize: x")
+    require_finite(x, "quantize: x")
     if importance is not None:
         importance = _checked(importance, columns)
     out = xp.empty((rows, width), dtype=xp.uint8)
@@ -129,7 +129,7 @@ def _checked(importance: Array, columns: int) -> Array:
         raise ValueError(
             f"quantize: importance has one number a column, [{columns}], got {tuple(importance.shape)}"
         )
-    refuse_non_finite(importance, "quantize: importance")
+    require_finite(importance, "quantize: importance")
     if not bool(xp.all(importance >= 0)):
         raise ValueError("quantize: importance is negative somewhere; it weighs squared errors")
     return xp.ascontiguousarray(xp.astype(importance, xp.float32))

@@ -19,12 +19,12 @@ from refllm.backend import Array, namespace
 from refllm.formats.gguf.codec import dequantize
 from refllm.formats.gguf.types import kind
 
-__all__ = ["BlockWeight"]
+__all__ = ["GGUFLinear"]
 
 TILE = (1 << 18, 1 << 26)  # numbers decoded at a time in a product (host, device)
 
 
-class BlockWeight:
+class GGUFLinear:
     """A weight W[M, N] as the bytes uint8 [M, row_bytes] of a GGUF type; ``dtype`` is what
     it comes back in.
     """
@@ -32,7 +32,7 @@ class BlockWeight:
     def __init__(self, raw: Array, type: str, dtype: Any = "float32"):
         found = kind(type)
         if raw.ndim != 2 or raw.shape[1] % found.size:
-            raise ValueError(f"BlockWeight: {type} has no rows of {tuple(raw.shape)} bytes")
+            raise ValueError(f"GGUFLinear: {type} has no rows of {tuple(raw.shape)} bytes")
         self.raw = raw
         self.type = type
         self.dtype = np.dtype(dtype)
@@ -77,4 +77,4 @@ class BlockWeight:
             yield start, min(start + step, self.shape[0])
 
     def __repr__(self) -> str:
-        return f"BlockWeight({self.shape[0]}×{self.shape[1]}, {self.type}, {self.bits_per_weight:.4g} bits per weight)"
+        return f"GGUFLinear({self.shape[0]}×{self.shape[1]}, {self.type}, {self.bits_per_weight:.4g} bits per weight)"

@@ -22,13 +22,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from networks import random_tensors
-from refllm.checkpoints import directory_writer
-from refllm.checkpoints.directory_writer import save
+from refllm.checkpoints import writer
 from refllm.checkpoints.loading import iter_tensors, load
 from refllm.checkpoints.tensor_files import INDEX, SINGLE, CheckpointError, TensorFiles
 from refllm.checkpoints.tokenizer import Tokenizer
+from refllm.checkpoints.writer import save, write_whole
 from refllm.model.config import ModelConfig
 from strategies import model_configs, seeds
+from tiny_models import byte_tokenizer
 
 CONFIG = ModelConfig(
     "llama", 300, 8, 12, 2, 4, 2, 4, tie_word_embeddings=True, bos_token_id=0, eos_token_ids=(0,)
@@ -54,6 +55,55 @@ def tree(directory: Path) -> dict[str, bytes]:
     }
 
 
+# --- one text file -----------------------------------------------------------------------
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_round_trip_to_the_byte(tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("whole") / "file"
+    write_whole(path, text)
+    assert path.read_bytes() == text.encode()  # line ends as they are, on every system
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_failure_at_any_step_leaves_the_old_file_and_nothing_else(
+    tmp_path, monkeypatch, step, error
+):
+    def fails(*args):
+        raise error
+
+    path = tmp_path / "file"
+    write_whole(path, "old")
+    monkeypatch.setattr(writer.os, step, fails)
+    with pytest.raises(error):
+        write_whole(path, "new")
+    with pytest.raises(error):
+        byte_tokenizer().save(path)
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the limit is POSIX's")
+def test_a_full_disk_costs_no_tokenizer(tmp_path):
+    """A resumed run writes its tokenizer anew; without it the state of the run would be of
+    no use.
+    """
+    import resource
+
+    path = tmp_path / "tokenizer.json"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    byte_tokenizer().save(path)
+    before = path.read_bytes()
+    # Python ignores its signal
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            byte_tokenizer().save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {path.name: before}
+
+
 # --- round trips --------------------------------------------------------------------------
 
 
@@ -66,7 +116,7 @@ def tree(directory: Path) -> dict[str, bytes]:
 @given(
     model_configs(),
     seeds,
-    st.sampled_from(directory_writer.STORED_TYPES),
+    st.sampled_from(writer.STORED_TYPES),
     st.one_of(st.none(), st.integers(1, 4000)),
     st.data(),
 )
@@ -141,7 +191,7 @@ def test_device_arrays_are_written(tmp_path, xp, tokenizer, tensors):
         np.testing.assert_array_equal(stored, tensors[name])
 
 
-@pytest.mark.parametrize("dtype", directory_writer.STORED_TYPES)
+@pytest.mark.parametrize("dtype", writer.STORED_TYPES)
 def test_files_are_what_outside_programs_expect(tmp_path, tokenizer, tensors, dtype):
     save(
         tmp_path / "m",
@@ -377,7 +427,7 @@ def test_a_failure_at_any_step_leaves_a_whole_checkpoint(
 
         with monkeypatch.context() as patch:
             for name in ("fsync", "rename"):
-                patch.setattr(directory_writer.os, name, partial(step, getattr(os, name)))
+                patch.setattr(writer.os, name, partial(step, getattr(os, name)))
             try:
                 save(home / "m", CONFIG, new, tokenizer, max_shard_bytes=500, overwrite=existing)
             except KeyboardInterrupt:

@@ -1,33 +1,26 @@
-"""Writing a text file so that it is whole: the old one or the new one, whatever happens in
-between.
+"""Writing files that are either whole or absent: text, safetensors, and whole checkpoint
+directories.
 
-Left out: directories (``writer``) and tensors (``state``), which do the same in their own
-way.
+| function                     | what it writes                                         |
+|------------------------------|--------------------------------------------------------|
+| write_whole                  | one text file, under a temporary name that is renamed  |
+| write_tensors, write_file    | ``model.safetensors``, or shards and their index       |
+| write_directory              | a directory that takes its name once it is complete    |
+| save                         | a Hugging Face checkpoint of full-precision weights    |
 
-<<MERGED>> Writing safetensors: tensors of any stored type, one in memory at a time, in one
-file or in shards.
+``transformers``, vLLM and llama.cpp's converter read the result: ``config.json``,
+``generation_config.json``, ``tokenizer.json``, ``tokenizer_config.json`` and the weights
+as safetensors (see ``checkpoints.tensor_files`` for the format). A tied head is stored
+once. Only one tensor is in memory at a time.
 
-The format is described in ``shards``. Each tensor is written where its type may be mapped:
-the widest types come first, as the format's own library does it, so that none begins at an
-odd place.
-
-Left out: types that a checkpoint has not (booleans, 8-bit floats but E4M3).
-
-<<MERGED>>
-Checkpoints written: all files in a new directory that takes its name only when it is whole.
-
-What is written is what ``transformers``, vLLM and llama.cpp's converter expect of a Hugging
-Face directory: ``config.json``, ``generation_config.json``, ``tokenizer.json``,
-``tokenizer_config.json`` and the weights as safetensors (the format is described in
-``shards``), in one file or in shards. A tied head is stored once.
-
-Left out: model cards (pass one in ``extra_files``), uploading. Quantised layouts are
-``quant.export``'s, which writes through ``write_directory`` too; the tensors' files are
-``tensorfile``'s.
+Left out: model cards (pass one in ``extra_files``), uploading, quantised weights
+(``quant.export`` writes them through ``write_directory``), the states of a training run
+(``train.state``).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -36,12 +29,11 @@ import shutil
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from refllm.backend import Array, to_numpy
-from refllm.checkpoints.atomic import flush, settle, write_text
 from refllm.checkpoints.tensor_files import (
     FLOATS,
     INDEX,
@@ -56,8 +48,62 @@ from refllm.checkpoints.tensor_files import (
     host_dtype,
     tensor_shapes,
 )
-from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.model.config import ModelConfig
+
+if TYPE_CHECKING:  # the tokenizer itself writes its file with ``write_whole``
+    from refllm.checkpoints.tokenizer import Tokenizer
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write UTF-8 text under a temporary name, then rename it. OSError (a full disk) leaves
+    the old file as it was.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            # the bytes reach the disk before the name does, even if the power fails
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)  # after a success it is no longer there
+
+
+def write_text(path: Path, text: str) -> None:
+    """UTF-8 text, on the disk when this returns."""
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        settle(file)
+
+
+def flush(directory: Path) -> None:
+    """Wait until a directory's entries are on the disk (POSIX; elsewhere a rename is
+    durable by itself).
+    """
+    if os.name != "posix":
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def settle(file: Any) -> None:
+    """Wait until a file is on the disk: a rename may reach it before the data does."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def file_sha256(path: Path) -> str:
+    """The digest of a file's bytes, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
 
 _CODES = {name: code for code, name in (FLOATS | INTEGERS).items()}
 

@@ -1,0 +1,153 @@
+"""Sampling parameters: what a user sets, the checks, and the form that the filters compute
+with.
+
+``SamplingParams`` holds the settings of one request. The functions of ``decode.sampling``
+also take lists, with one value per row of logits[B, V]: a batch of requests with their own
+settings. ``validate_params`` checks either form on the host, rewrites "off" and "greedy" as
+values that need no case of their own, and places them beside the logits:
+
+| given           | used                                                                |
+|-----------------|---------------------------------------------------------------------|
+| temperature 0   | top_k 1 at temperature 1: one token stays, the lowest id of the largest logit |
+| top_k 0         | V                                                                   |
+| top_p 1         | 2, a share that no prefix reaches (a prefix's mass may *round* to 1) |
+| min_p 0         | 0: every weight is at least that                                    |
+
+Left out: device arrays as parameters. They are settings, and live on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, NamedTuple
+
+from refllm.backend import Array, namespace
+
+Parameter = float | Sequence[float]  # one value, or a list or NumPy array of B values
+
+# Below it even neighbouring float32 logits are infinitely far apart; and 1/τ stays finite.
+_COLDEST = 1e-200
+
+
+class Rule(NamedTuple):
+    """Which values a parameter may take, as a predicate and in words."""
+
+    allowed: Callable[[float], bool]
+    words: str
+
+
+RULES = {
+    "temperature": Rule(lambda x: 0 <= x < math.inf, "0 (greedy) or finite and above"),
+    "top_k": Rule(lambda x: 0 <= x == x // 1, "0 (off) or a positive integer"),
+    "top_p": Rule(lambda x: 0 < x <= 1, "within (0, 1]"),
+    "min_p": Rule(lambda x: 0 <= x <= 1, "within [0, 1]"),
+    "repetition_penalty": Rule(lambda x: 0 < x < math.inf, "finite and above 0"),
+    "presence": Rule(math.isfinite, "finite"),
+    "frequency": Rule(math.isfinite, "finite"),
+}
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token of one request is chosen; the defaults are greedy.
+
+    See ``decode.sampling.process_logits`` for the meaning of each. ValueError names a
+    parameter outside its range.
+
+    >>> SamplingParams(temperature=0.8, top_p=0.9)
+    SamplingParams(temperature=0.8, top_k=0, top_p=0.9, min_p=0.0, repetition_penalty=1.0)
+    >>> SamplingParams(top_p=1.5)
+    Traceback (most recent call last):
+    ValueError: top_p must be within (0, 1], got 1.5
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, Real):
+                raise ValueError(f"{name} must be a number, got {value!r}")
+        for name, value in vars(self).items():
+            rule = RULES[name]
+            if not rule.allowed(value):
+                raise ValueError(f"{name} must be {rule.words}, got {value}")
+
+
+GREEDY = SamplingParams()
+
+
+class ValidatedParams(NamedTuple):
+    """The parameters of ``process_logits`` as it computes with them: Python numbers, or
+    columns [B, 1].
+    """
+
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    min_p: Array
+    filtering: bool  # whether any row can lose a token
+
+
+def validate_params(
+    logits: Array, temperature: Parameter, top_k: Parameter, top_p: Parameter, min_p: Parameter
+) -> ValidatedParams:
+    """Check the parameters for logits[..., V] and rewrite them as the table above says.
+
+    ValueError names the parameter, its range and the row; or says that the logits have no
+    tokens.
+    """
+    xp = namespace(logits)
+    V = logits.shape[-1] if logits.ndim else 0
+    if V == 0:
+        raise ValueError(f"logits of shape {logits.shape} have no tokens to choose from")
+    t = _checked("temperature", temperature, logits)
+    k = _checked("top_k", top_k, logits)
+    p = _checked("top_p", top_p, logits)
+    m = _checked("min_p", min_p, logits)
+    rows = max(len(t), len(k))  # one of the two may be a single value
+    stay = [1 if t[i % len(t)] == 0 else int(min(k[i % len(k)] or V, V)) for i in range(rows)]
+    return ValidatedParams(
+        temperature=_placed([max(x, _COLDEST) if x > 0 else 1.0 for x in t], logits, xp.float64),
+        top_k=_placed(stay, logits, xp.int64),
+        top_p=_placed([x if x < 1 else 2.0 for x in p], logits, xp.float64),
+        min_p=_placed(m, logits, xp.float64),
+        filtering=min(stay) < V or min(p) < 1 or max(m) > 0,
+    )
+
+
+def column(name: str, value: Parameter, logits: Array) -> Array:
+    """A checked parameter in the logits' dtype: a Python number, or a column [B, 1]."""
+    return _placed(_checked(name, value, logits), logits, logits.dtype)
+
+
+def _checked(name: str, value: Parameter, logits: Array) -> list[float]:
+    """The value or values of a parameter as a list; ValueError names one outside its range."""
+    # NumPy's arrays and scalars
+    values: Any = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(values, (int, float)):
+        values = [values]
+    elif logits.ndim != 2 or len(values) != logits.shape[0]:
+        raise ValueError(
+            f"{name} is a list of {len(values)}: that needs logits[B, V] with B rows, "
+            f"got {logits.shape}"
+        )
+    rule = RULES[name]
+    for row, x in enumerate(values):
+        if not rule.allowed(x):
+            where = f" in row {row}" if len(values) > 1 else ""
+            raise ValueError(f"{name} must be {rule.words}, got {x}{where}")
+    return list(values)
+
+
+def _placed(values: Sequence[float], logits: Array, dtype: Any) -> Array:
+    """One value as a Python number, several as a column [B, 1] beside the logits."""
+    if len(values) == 1:
+        return values[0]  # a Python number takes no transfer and decides no dtype
+    return namespace(logits).asarray(values, dtype=dtype)[:, None]
