@@ -15,21 +15,21 @@ from common import Channel
 
 from refllm.formats.uniform import Scheme
 from refllm.jobs import quantize
-from refllm.quant import layer_files, layer_inputs, methods
+from refllm.quant import layer_io, layer_inputs, methods
 
 # what belongs to which stage; whatever is called inside another stage counts there and not
 # here
 STAGES = {
     "reading": [
-        (layer_files.CheckpointSource, "layer"),
-        (layer_files.CheckpointSource, "rows"),
+        (layer_io.CheckpointSource, "layer"),
+        (layer_io.CheckpointSource, "rows"),
     ],
     "calibration forward": [(layer_inputs.LayerRun, "_advance"), (layer_inputs.LayerRun, "_input")],
     "Hessian": [(methods.Hessian, "add")],
     "factor": [(methods, "factor")],
     "rounding": [(methods, "gptq"), (methods, "rtn")],
     "errors of the report": [(methods, "row")],
-    "layer files": [(layer_files.LayerFiles, "put")],
+    "layer files": [(layer_io.LayerFiles, "put")],
     "writing": [(quantize, "assemble")],
 }
 

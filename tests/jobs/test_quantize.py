@@ -27,7 +27,7 @@ from refllm.formats.w8a8_linear import W8A8Linear
 from refllm.jobs import quantize
 from refllm.jobs.quantize import go, prepare, scheme_of
 from refllm.model.config import ModelConfig
-from refllm.quant import layer_files
+from refllm.quant import layer_io
 from refllm.quant.methods import METHODS
 
 LAYERS = 6
@@ -239,9 +239,9 @@ def test_a_run_that_dies_while_it_is_measured_keeps_its_layers_and_leaves_no_out
 def test_one_layer_is_read_at_a_time(model, tmp_path, monkeypatch):
     """What is asked of the source: each layer once, in order; embeddings only by rows."""
     asked = []
-    layer = layer_files.CheckpointSource.layer
+    layer = layer_io.CheckpointSource.layer
     monkeypatch.setattr(
-        layer_files.CheckpointSource,
+        layer_io.CheckpointSource,
         "layer",
         lambda self, index: asked.append(index) or layer(self, index),
     )
