@@ -6,7 +6,7 @@ import sys
 
 from engines.decoding import Tokens, serve
 from refllm.api import load
-from refllm.cli.allocator import keep_freed_memory
+from refllm.cli.main import keep_freed_memory
 
 keep_freed_memory()  # as the commands do
 model = load(sys.argv[1], backend="numpy")

@@ -10,7 +10,7 @@ import sys
 
 from engines.decoding import Tokens, serve
 from refllm.api import load
-from refllm.cli.allocator import keep_freed_memory
+from refllm.cli.main import keep_freed_memory
 from refllm.serve.engine import Engine
 from refllm.serve.request import Request
 

@@ -1,28 +1,38 @@
-"""The command line: ``refllm info | generate | eval | train | quantize | convert | tour |
-figures``.
+"""The command line: how does a user reach all of this without writing Python?
 
-One file a command; what they share is in ``terminal`` (what is printed, and where) and
-``errors`` (what becomes of bad input). A command imports what it needs when it runs, so
-that ``refllm --help`` is there at once.
+Read ``generate`` first: it loads a model, makes the sampling parameters and prints a
+stream. Heavy imports stand inside the commands, so that ``refllm --help`` starts at once.
+
+- ``main``           the root: version and help, exceptions as messages, the process's memory
+- ``options``        options that several commands share
+- ``generate``       ``refllm generate``: continue a prompt; ``draft_options`` (speculation)
+                     and ``cache_options`` (smaller KV caches) belong to it
+- ``evaluate``       ``refllm eval``: perplexity, bits per byte, KL to a reference model
+- ``info``           ``refllm info``: what a checkpoint holds
+- ``quantize``       ``refllm quantize``: a checkpoint in fewer bits
+- ``convert``        ``refllm convert``: a checkpoint as a GGUF file
+- ``train``          ``refllm train``: a small model from text files
+- ``simulate``       ``refllm simulate``: serving with a clock instead of a model
+- ``figures``        ``refllm figures``: draw the committed figures
+- ``tour``           ``refllm tour``: everything on the bundled model
 """
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
-from refllm import __version__
 from refllm.cli.convert import convert as convert_command
-from refllm.cli.errors import Commands
 from refllm.cli.evaluate import evaluate as evaluate_command
 from refllm.cli.figures import figures as figures_command
 from refllm.cli.generate import generate as generate_command
 from refllm.cli.info import info as info_command
+from refllm.cli.main import Commands, version_or_help
 from refllm.cli.quantize import quantize as quantize_command
 from refllm.cli.simulate import simulate as simulate_command
 from refllm.cli.tour import tour as tour_command
 from refllm.cli.train import train as train_command
+
+__all__ = ["app"]
 
 app = typer.Typer(
     name="refllm",
@@ -32,25 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a bug shows Python's own traceback
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-
-
-@app.callback(invoke_without_command=True)
-def main(
-    context: typer.Context,
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and leave.")
-    ] = False,
-) -> None:
-    """The deployment stack of a language model in readable NumPy, on a GPU through CuPy.
-
-    Every command takes --help, which shows examples. To begin: refllm tour
-    """
-    if version:
-        typer.echo(f"refllm {__version__}")
-    elif context.invoked_subcommand is None:
-        typer.echo(context.get_help())
-
-
+app.callback(invoke_without_command=True)(version_or_help)
 app.command("tour")(tour_command)
 app.command("info")(info_command)
 app.command("generate")(generate_command)

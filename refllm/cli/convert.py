@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from refllm.cli.options import AnyModelOption, BackendOption, flag, note, opt, progress
-from refllm.terminal import bytes_text, console, pairs
-
+from refllm.cli.options import AnyModelOption, BackendOption, flag, opt
+from refllm.terminal import console, format_bytes, note, pairs, progress
 
 ToOption = Annotated[Path, opt("The file to write.", "--to", metavar="FILE")]
 TypeOption = Annotated[
@@ -76,7 +75,7 @@ def convert(
         console(),
         {
             "written": str(made.path),
-            "size": f"{bytes_text(made.nbytes)}, {made.bits_per_weight:.3f} bits per weight",
+            "size": f"{format_bytes(made.nbytes)}, {made.bits_per_weight:.3f} bits per weight",
             "tensors": ", ".join(f"{count} {stored}" for stored, count in sorted(counts.items())),
         },
     )

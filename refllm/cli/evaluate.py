@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from refllm.cli.allocator import keep_freed_memory
 from refllm.cli.cache_options import KvBitsOption, KvGroupOption, KvResidualOption, kivi_of
-from refllm.cli.options import AnyModelOption, BackendOption, JsonOption, note, opt, progress
-from refllm.terminal import console, table
+from refllm.cli.main import keep_freed_memory
+from refllm.cli.options import AnyModelOption, BackendOption, JsonOption, opt
+from refllm.terminal import console, note, progress, table
 
 if TYPE_CHECKING:
     from refllm.measure.perplexity import Comparison
@@ -35,11 +35,7 @@ ReferenceOption = Annotated[
 ]
 WindowOption = Annotated[
     int | None,
-    opt(
-        "Tokens that the model sees at once.",
-        min=1,
-        show_default="1024, or the model's context",
-    ),
+    opt("Tokens that the model sees at once.", min=1, show_default="1024, or the model's context"),
 ]
 StrideOption = Annotated[
     int | None, opt("How far the window moves.", min=1, show_default="half a window")

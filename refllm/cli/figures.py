@@ -9,7 +9,6 @@ import typer
 
 from refllm.cli.options import BackendOption
 
-
 CheckOption = Annotated[
     bool, typer.Option("--check", help="Draw nothing; fail if a figure is out of date.")
 ]

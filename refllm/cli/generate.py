@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from refllm.cli.allocator import keep_freed_memory
 from refllm.cli.cache_options import (
     KvBitsOption,
     KvGroupOption,
@@ -21,8 +20,9 @@ from refllm.cli.cache_options import (
     told,
 )
 from refllm.cli.draft_options import Speculation, draft_named
-from refllm.cli.options import AnyModelOption, BackendOption, emit, flag, note, opt, progress
-from refllm.terminal import printable
+from refllm.cli.main import keep_freed_memory
+from refllm.cli.options import AnyModelOption, BackendOption, flag, opt
+from refllm.terminal import emit, note, printable, progress
 
 DEFAULT_TOKENS = 128
 

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from refllm.cli.options import BackendOption, JsonOption, ModelOption, flag
-from refllm.terminal import bytes_text, console, pairs, table
-
+from refllm.terminal import console, format_bytes, pairs, table
 
 VerifyOption = Annotated[bool, flag("Compare every file with its recorded hash.", "--verify")]
 
@@ -155,11 +154,11 @@ def _show(facts: dict[str, Any]) -> None:
         {
             "architecture": config.summary,
             "parameters": f"{facts['parameters']:,}",
-            "weights": f"{bytes_text(weights['bytes'])} in {', '.join(weights['types'])}, "
+            "weights": f"{format_bytes(weights['bytes'])} in {', '.join(weights['types'])}, "
             f"{weights['bits per weight']:.2f} bits per weight",
             "quantised": weights["quantised"] or "no",
             "KV cache": f"{kv['float16']:,} bytes a token in float16 ({kv['float32']:,} in float32); "
-            f"{bytes_text(full)} for the full context in float16",
+            f"{format_bytes(full)} for the full context in float16",
             "tokenizer": f"{tokenizer['kind']}, {tokenizer['tokens']:,} tokens, text begins with {tokenizer['begin']} "
             f"and ends with {' or '.join(map(str, tokenizer['end'])) or 'nothing'}",
             "runs on": facts["runs on"],

@@ -12,9 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from refllm.cli.allocator import keep_freed_memory
-from refllm.cli.options import BackendOption, JsonOption, ModelOption, bar_column, flag, note, opt
-from refllm.terminal import bytes_text, console, pairs
+from refllm.cli.main import keep_freed_memory
+from refllm.cli.options import (
+    BackendOption,
+    JsonOption,
+    ModelOption,
+    OverwriteOption,
+    flag,
+    opt,
+)
+from refllm.terminal import console, counted_bar, format_bytes, note, pairs
 
 if TYPE_CHECKING:
     from refllm.jobs.quantize import Job
@@ -57,11 +64,7 @@ DtypeOption = Annotated[
 ]
 TextOption = Annotated[
     list[Path] | None,
-    opt(
-        "Calibration text; may be repeated.",
-        metavar="PATH",
-        show_default="the standard library",
-    ),
+    opt("Calibration text; may be repeated.", metavar="PATH", show_default="the standard library"),
 ]
 SamplesOption = Annotated[int, opt("Windows of calibration text.", min=1)]
 LengthOption = Annotated[
@@ -87,10 +90,8 @@ EvaluateOption = Annotated[
 ]
 MaxTokensOption = Annotated[int, opt("Held-out tokens that are measured on.", min=1)]
 WorkOption = Annotated[
-    Path | None,
-    opt("Where finished layers wait.", metavar="DIR", show_default="OUTPUT.quantizing"),
+    Path | None, opt("Where finished layers wait.", metavar="DIR", show_default="OUTPUT.quantizing")
 ]
-OverwriteOption = Annotated[bool, flag("Replace a finished model.", "--overwrite")]
 
 
 def quantize(
@@ -204,18 +205,9 @@ def _display(job: Job) -> Iterator[dict[str, Any]]:
     """Callbacks that print a row for each layer and, on a terminal, keep a bar below them;
     all to stderr.
     """
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from refllm.model.llama import PROJECTIONS
 
-    out = console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        bar_column(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    bar = Progress(*columns, console=out, transient=True, disable=not out.is_terminal)
+    bar = counted_bar()
     task = bar.add_task("quantising", total=None)
     layer: list[TensorReport] = []
 
@@ -254,8 +246,8 @@ def _show(job: Job, record: dict[str, Any]) -> None:
     score = record["bits per byte"]
     lines = {
         "quantised": f"{record['quantised weights']:,} weights at {record['bits per weight']:.3f} bits, "
-        f"{bytes_text(size['quantised weights'])}",
-        "model": f"{bytes_text(size['model'])}, was {bytes_text(size['model before'])}",
+        f"{format_bytes(size['quantised weights'])}",
+        "model": f"{format_bytes(size['model'])}, was {format_bytes(size['model before'])}",
     }
     if score:
         lines["bits per byte"] = (

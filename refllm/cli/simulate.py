@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from refllm.cli.options import BackendOption, JsonOption, opt, progress
-from refllm.terminal import console, pairs, table
+from refllm.cli.options import BackendOption, JsonOption, opt
+from refllm.terminal import console, pairs, progress, table
 
 if TYPE_CHECKING:
     from refllm.measure.device import Device
     from refllm.model.config import ModelConfig
-    from refllm.serve.base_scheduler import Ledger
-    from refllm.simulate.simulator import Run
+    from refllm.serve.base_scheduler import BaseScheduler
+    from refllm.simulate.simulator import SimulationResult
 
 SHAPES = ("llama-8b", "llama-70b")
 # a few hundred MB of Python's integers; a device that holds more than this is never full
@@ -180,11 +180,11 @@ def _scheduler(
     preempt: str,
     config: ModelConfig,
     limits: Any,
-) -> Ledger:
+) -> BaseScheduler:
     from refllm.kv.block_pool import BlockPool
     from refllm.serve import factory
     from refllm.serve.scheduler import Scheduler
-    from refllm.serve.swapping import Swapping
+    from refllm.serve.swapping import SwappingKVManager
 
     if slots < block_size:
         raise ValueError(
@@ -203,7 +203,7 @@ def _scheduler(
             raise ValueError(
                 "--preempt swap goes with fcfs, priority or lpm, and without a prefix cache"
             )
-        return Scheduler(Swapping(pool), order=policy, **limits)
+        return Scheduler(SwappingKVManager(pool), order=policy, **limits)
     longest = min(2048, config.max_position_embeddings)
     if policy == "static":
         limits = {"max_sequences": limits["max_sequences"]}
@@ -240,24 +240,24 @@ def _asked(name: str, count: int, rate: float | None, shape: float, seed: int) -
     return program.requests, program.follow
 
 
-def _watcher(scheduler: Ledger, trace: Path | None) -> Any:
-    from refllm.serve.kv_manager import Paged
+def _watcher(scheduler: BaseScheduler, trace: Path | None) -> Any:
+    from refllm.serve.kv_manager import PagedKVManager
     from refllm.simulate.timeline import Trace
 
     if trace is None:
         return None
-    return Trace(scheduler, blocks=200 if isinstance(scheduler.memory, Paged) else 0)
+    return Trace(scheduler, blocks=200 if isinstance(scheduler.memory, PagedKVManager) else 0)
 
 
-def _write(path: Path, watcher: Any, scheduler: Ledger, machine: Device) -> None:
+def _write(path: Path, watcher: Any, scheduler: BaseScheduler, machine: Device) -> None:
     import sys
 
     from refllm.measure.records import Record, write
-    from refllm.serve.prefix_caching import Radix
+    from refllm.serve.prefix_caching import RadixKVManager
     from refllm.simulate.timeline import tree
 
     values = {"occupancy": watcher.occupancy(), "blocks": watcher.blocks()}
-    if isinstance(scheduler.memory, Radix):
+    if isinstance(scheduler.memory, RadixKVManager):
         values["tree"] = tree(scheduler.memory.cache)
     write(
         path,
@@ -265,7 +265,7 @@ def _write(path: Path, watcher: Any, scheduler: Ledger, machine: Device) -> None
     )
 
 
-def _facts(run: Run, limits: Any) -> dict[str, Any]:
+def _facts(run: SimulationResult, limits: Any) -> dict[str, Any]:
     report = run.summary(limits)
     times = {
         name: spread and spread._asdict()

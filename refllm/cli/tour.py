@@ -8,7 +8,6 @@ from typing import Annotated
 from refllm.cli.options import BackendOption, ModelOption, flag, opt
 from refllm.terminal import console
 
-
 StopOption = Annotated[
     list[str] | None, opt("Visit this stop only; may be repeated.", metavar="NAME")
 ]

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from refllm.cli.allocator import keep_freed_memory
-from refllm.cli.options import BackendOption, bar_column, flag, note, opt
-from refllm.terminal import bytes_text, console, pairs
+from refllm.cli.main import keep_freed_memory
+from refllm.cli.options import BackendOption, OverwriteOption, flag, opt
+from refllm.terminal import console, counted_bar, format_bytes, note, pairs
 
 if TYPE_CHECKING:
     from refllm.jobs.train import Run
@@ -37,8 +37,7 @@ DataOption = Annotated[
     ),
 ]
 HeldOutOption = Annotated[
-    list[Path] | None,
-    opt("Text to measure on.", metavar="PATH", show_default="5 % of the data"),
+    list[Path] | None, opt("Text to measure on.", metavar="PATH", show_default="5 % of the data")
 ]
 TestsOption = Annotated[
     bool, flag("Read the standard library's test package too.", "--tests/--no-tests")
@@ -61,8 +60,7 @@ StepsOption = Annotated[int, opt("Steps in all.", min=1)]
 BatchOption = Annotated[int, opt("Windows in a step.", min=1)]
 LengthOption = Annotated[int, opt("Tokens in a window.", min=1)]
 LongStepsOption = Annotated[
-    int | None,
-    opt("Steps at the end with long windows.", min=0, show_default="15 % of --steps"),
+    int | None, opt("Steps at the end with long windows.", min=0, show_default="15 % of --steps")
 ]
 LongLengthOption = Annotated[
     int, opt("Tokens in a long window; as many tokens a step as before.", min=1)
@@ -84,10 +82,7 @@ WorkersOption = Annotated[int, opt("Threads; the result depends on them by round
 TeacherOption = Annotated[
     str | None,
     opt(
-        "Distil from this model, with its tokenizer.",
-        "--teacher",
-        "--draft-of",
-        metavar="NAME|DIR",
+        "Distil from this model, with its tokenizer.", "--teacher", "--draft-of", metavar="NAME|DIR"
     ),
 ]
 StartOption = Annotated[
@@ -114,7 +109,6 @@ WorkOption = Annotated[
     Path | None,
     opt("Where the run keeps its state.", metavar="DIR", show_default="OUTPUT.training"),
 ]
-OverwriteOption = Annotated[bool, flag("Replace a finished model.", "--overwrite")]
 
 
 def train(
@@ -265,7 +259,7 @@ def train(
         f"{output}: {measured['bits per byte']:.3f} bits per byte on {measured['tokens']:,} held-out tokens"
     )
     note(
-        f"the state of the run stays in {run.work} ({bytes_text(_size(run.work))}); remove it when you are done"
+        f"the state of the run stays in {run.work} ({format_bytes(_size(run.work))}); remove it when you are done"
     )
 
 
@@ -334,17 +328,9 @@ def _display(run: Run) -> Iterator[dict[str, Any]]:
     """Callbacks that print a row for each evaluation and, on a terminal, keep a bar below
     them; all to stderr.
     """
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import TextColumn
 
-    out = console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        bar_column(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[what]}"),
-        TimeRemainingColumn(),
-    )
-    bar = Progress(*columns, console=out, transient=True, disable=not out.is_terminal)
+    bar = counted_bar(TextColumn("{task.fields[what]}"))
     task = bar.add_task("training", total=run.plan.steps, completed=run.done, what="")
     tokens_of = [p.batch * p.length for p in run.plan.phases for _ in range(p.steps)]
     meter = {"began": time.perf_counter(), "tokens": 0.0}

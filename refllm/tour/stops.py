@@ -31,7 +31,7 @@ from refllm.measure.latency import Stopwatch
 from refllm.measure.memory import kv_bytes_per_token
 from refllm.measure.quick import sample_bits_per_byte, time_step
 from refllm.measure.roofline import Cost, mbu, mfu, roofline_data, step_cost
-from refllm.terminal import bytes_text, printable, table
+from refllm.terminal import format_bytes, printable, table
 from refllm.tour.context import Tour
 from refllm.tour.techniques import cache, formats, serve, shrink, speculate
 
@@ -96,7 +96,7 @@ def meet(tour: Tour) -> None:
     xp = namespace(model.weights["norm"])
     tour.say(f"{tour.name}, a {config.summary}.")
     tour.say(
-        f"{config.num_parameters:,} parameters, {bytes_text(size)} on disk, loaded in {seconds:.2f} s; each token of "
+        f"{config.num_parameters:,} parameters, {format_bytes(size)} on disk, loaded in {seconds:.2f} s; each token of "
         f"context will keep {kv_bytes_per_token(config, 32):,.0f} bytes of keys and values (float32)."
     )
     tour.say(f"It runs in {xp.__name__} {xp.__version__} on Python {platform.python_version()}.")
@@ -135,7 +135,7 @@ def measure(tour: Tour) -> None:
     tour.say(
         f"{len(documents)} modules of Python {platform.python_version()} were kept out of training. From the "
         f"{sample.of} windows that cover them, {sample.windows} drawn at random: {sample.tokens:,} tokens, "
-        f"{bytes_text(sample.bytes)} of text, {seconds:.1f} s."
+        f"{format_bytes(sample.bytes)} of text, {seconds:.1f} s."
     )
     tour.out.print(
         f"{bits.mean:.3f} bits per byte, 95 % interval {bits.low:.3f} to {bits.high:.3f}",

@@ -22,7 +22,7 @@ from refllm.measure.perplexity import compare, keep
 from refllm.model.config import ModelConfig
 from refllm.quant.calibration_data import calibration_windows
 from refllm.quant.recipe import quantize_model
-from refllm.terminal import bytes_text, table
+from refllm.terminal import format_bytes, table
 from refllm.tour import serving_burst, speculation
 from refllm.tour.context import Tour
 
@@ -67,7 +67,7 @@ def shrink(tour: Tour) -> None:
         found = compare(quantised, reference, text, rng=np.random.default_rng(0))
         kls.append(found.kl.mean)
         if method == "rtn":
-            size = bytes_text(4 * report.weights)
+            size = format_bytes(4 * report.weights)
             made.add_row(
                 "as they were",
                 "32.00",
@@ -80,7 +80,7 @@ def shrink(tour: Tour) -> None:
         made.add_row(
             {"rtn": "rounded to nearest", "gptq": "GPTQ"}[method],
             f"{report.bits_per_weight:.2f}",
-            bytes_text(report.nbytes),
+            format_bytes(report.nbytes),
             f"{report.seconds:.2f} s",
             f"{found.model.bits_per_byte:.4f}",
             f"{found.kl.mean:.4f}",
@@ -117,7 +117,7 @@ def cache(tour: Tour) -> None:
     [text] = calibration_windows(model.tokenizer, 1, length, 0, documents=held_out_documents())
     reference = keep(model, [text], window=length, stride=length)
     made = table("keys and values", "bits a number", "cache", "KL", "same first choice")
-    made.add_row("float16", "16.00", bytes_text(kv_bytes(config, length)), "0", "100%")
+    made.add_row("float16", "16.00", format_bytes(kv_bytes(config, length)), "0", "100%")
     for bits in (8, 4, 2):
         kivi = Kivi(bits, bits, group)
         memory = partial(KiviAttend, kivi=kivi, window=config.sliding_window)
@@ -133,7 +133,7 @@ def cache(tour: Tour) -> None:
         made.add_row(
             f"KIVI, {bits} bits",
             f"{kivi.bits_per_number():.2f}",
-            bytes_text(kivi.nbytes(config, length)),
+            format_bytes(kivi.nbytes(config, length)),
             f"{found.kl.mean:.5f}",
             f"{found.agreement.mean:.1%}",
         )

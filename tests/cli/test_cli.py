@@ -33,7 +33,7 @@ from refllm.checkpoints.loading import bundled
 from refllm.checkpoints.tensor_files import CheckpointError
 from refllm.checkpoints.writer import file_sha256, save
 from refllm.cli import app
-from refllm.cli.errors import explain
+from refllm.cli.main import explain
 from refllm.cli.generate import read_prompt
 from refllm.cli.simulate import _digits
 from refllm.corpus import Document
@@ -45,7 +45,7 @@ from refllm.measure.memory import human
 from refllm.measure.perplexity import compare, evaluate
 from refllm.model.config import ModelConfig
 from refllm.model.weights import Dense
-from refllm.terminal import NARROW, bytes_text, printable, table
+from refllm.terminal import TABLE_WIDTH, format_bytes, printable, table
 from refllm.train import data
 from refllm.train.data import Data, standard_library
 from refllm.train.schedule import Phase
@@ -268,7 +268,7 @@ def test_a_bug_is_not_taken_for_bad_input():
     )
     assert explain(BrokenPipeError()) is None
     full = str(explain(OSError(errno.ENOSPC, "No space left on device")))
-    assert full == "the output: no space is left on its disk: make room, or choose another disk"
+    assert full == "the output: no space is left on its disk: free some space, or choose another disk"
     assert "out of memory: Unable to allocate" in str(
         explain(raised(lambda: np.zeros(2**60, np.int8)))
     )
@@ -527,7 +527,7 @@ def test_printable_text_steers_no_terminal(text):
         assert shown == text
 
 
-@pytest.mark.parametrize("width", [NARROW, 80, 200])
+@pytest.mark.parametrize("width", [TABLE_WIDTH, 100, 200])
 def test_a_table_folds_names_and_never_cuts_a_number(width):
     shown = io.StringIO()
     name = "folder/" * 20 + "name.py"
@@ -552,7 +552,7 @@ def test_a_table_folds_names_and_never_cuts_a_number(width):
     ],
 )
 def test_sizes_have_three_digits(count, text):
-    assert bytes_text(count) == text
+    assert format_bytes(count) == text
 
 
 # --- eval ---------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from conftest import ROOT
 PROGRAM = """
 import resource, sys
 import numpy as np
-from refllm.cli.allocator import keep_freed_memory
+from refllm.cli.main import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 for _ in range(3):
