@@ -38,8 +38,8 @@ from refllm.kv.block_pool import BlockPool
 from refllm.kv.radix_tree import RadixCache
 from refllm.serve import executor
 from refllm.serve.engine import Engine as ServingEngine
-from refllm.serve.kv_manager import Paged
-from refllm.serve.plan import Continuation
+from refllm.serve.kv_manager import PagedKVManager
+from refllm.serve.plan import SampledTokens
 from refllm.serve.request import Request
 from refllm.serve.scheduler import Scheduler
 
@@ -232,7 +232,7 @@ def radix(length: int, repeats: int = 20) -> tuple[float, float]:
 def plan_milliseconds(running: int, steps: int = 40) -> float:
     """Of a decode step's ``plan`` for so many requests of about 300 tokens."""
     scheduler = Scheduler(
-        Paged(BlockPool(running * 25, 16)), max_batch_tokens=None, max_sequences=running
+        PagedKVManager(BlockPool(running * 25, 16)), max_batch_tokens=None, max_sequences=running
     )
     for i in range(running):
         scheduler.submit(Request(range(256 + i % 64), 64))
@@ -241,7 +241,7 @@ def plan_milliseconds(running: int, steps: int = 40) -> float:
         began = time.perf_counter()
         plan = scheduler.plan()
         samples.append(time.perf_counter() - began)
-        scheduler.update(plan, [[Continuation([1])] for _ in plan.sampling])
+        scheduler.update(plan, [[SampledTokens([1])] for _ in plan.sampling])
     return 1e3 * statistics.median(samples[1:])
 
 

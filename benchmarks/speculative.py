@@ -60,7 +60,7 @@ from refllm.decode.speculative.verification import verify, verify_block
 from refllm.kv.contiguous import ContiguousCache
 from refllm.measure.records import Record
 from refllm.measure.records import write as write_record
-from refllm.serve.adaptive_drafts import Drafting, measure
+from refllm.serve.adaptive_drafts import AdaptiveDrafting, measure
 from refllm.serve.engine import Engine
 from refllm.serve.request import Request
 
@@ -238,7 +238,7 @@ def batches(
     rows = []
     for size in sizes:
         drafting = {
-            name: Drafting(shared[name], costs=costs if name == "adaptive" else None)
+            name: AdaptiveDrafting(shared[name], costs=costs if name == "adaptive" else None)
             for name in shared
         }
         times: dict[str, list[float]] = {"plain": [], "fixed": [], "adaptive": []}

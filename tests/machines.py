@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, run_state_machine_as_test
 
-from refllm.serve.base_scheduler import Ledger
+from refllm.serve.base_scheduler import BaseScheduler
 from refllm.serve.plan import Plan, place
-from refllm.serve.request import Branch
+from refllm.serve.request import Sequence
 
 NIGHTLY = 100_000  # steps of every machine under the nightly profile
 
@@ -75,7 +75,7 @@ class ShadowMemory:
         self.held: dict[int, Any] = {}
         self.seen: Counter[str] = Counter()
 
-    def execute(self, scheduler: Ledger, plan: Plan) -> None:
+    def execute(self, scheduler: BaseScheduler, plan: Plan) -> None:
         """Copies, then reads of all items, then their writes; a plan's items see each
         other's writes of no step.
         """
@@ -86,15 +86,15 @@ class ShadowMemory:
             for i in range(b):
                 self.held[target * b + i] = self.held.get(source * b + i)
         self.seen["copied"] += len(plan.copies)
-        branches = {branch.key: branch for branch in scheduler.running}
+        sequences = {sequence.key: sequence for sequence in scheduler.running}
         for item in plan.items:
-            text = spelled(branches[item.name])
+            text = spelled(sequences[item.name])
             read = place(item.blocks, b, 0, item.start) if item.start else []
             assert [self.held.get(slot) for slot in read] == text[: item.start], (
                 f"{item.name} reads what is not its own"
             )
         for item in plan.items:
-            text = spelled(branches[item.name])
+            text = spelled(sequences[item.name])
             for slot, content in zip(
                 plan.slots(item), text[item.start : item.start + item.count], strict=True
             ):
@@ -102,7 +102,7 @@ class ShadowMemory:
                 self.held[slot] = content
 
 
-def spelled(branch: Branch) -> list[tuple[Hashable, tuple[int, ...]]]:
+def spelled(sequence: Sequence) -> list[tuple[Hashable, tuple[int, ...]]]:
     """What the slot of each token, draft or not, should hold."""
-    tokens = (*branch.tokens, *branch.drafts)
-    return [(branch.request.salt, tokens[: i + 1]) for i in range(len(tokens))]
+    tokens = (*sequence.tokens, *sequence.drafts)
+    return [(sequence.request.salt, tokens[: i + 1]) for i in range(len(tokens))]

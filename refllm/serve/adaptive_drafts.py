@@ -1,28 +1,28 @@
-"""Drafts in the engine: a drafter for every branch, and how many drafts are worth while,
+"""Drafts in the engine: a drafter for every sequence, and how many drafts are worth while,
 measured.
 
 Sources: Leviathan et al. 2023 (what is gained), Liu et al. 2024 (SmartSpec: how many
 drafts, by load and acceptance).
 
-The engine takes a drafter for each branch (``Engine(…, drafter=Drafting(…))``), asks it in
+The engine takes a drafter for each sequence (``Engine(…, drafter=AdaptiveDrafting(…))``), asks it in
 each step, and tells it how many drafts were accepted. Nobody tells of preemption, failed
 steps or the end: a place may be asked for again.
 
-How many drafts γ a branch of acceptance α gets in a batch of B is the γ of the largest
+How many drafts γ a sequence of acceptance α gets in a batch of B is the γ of the largest
 
     B · E[τ](α, γ) / (t(B (1 + γ)) + c₁(B) + (γ − 1) c(B))
 
 t(n) is the measured time of a step of n tokens, c(B) that of a draft for each of B
-branches, which one step of the draft model makes; c₁(B) that of a step's first, which also
+sequences, which one step of the draft model makes; c₁(B) that of a step's first, which also
 computes what the draft model has not seen yet, from caches that the target's step has
 filled with its own weights. For one sequence t is nearly flat and drafts pay; for many the
 step is bound by its products, t grows with n, and the best γ is 0: speculation is then off.
-A branch that has gone without drafts for a while tries one all the same, lest a bad
-beginning be the last word; each time in vain doubles that while, for all. What a branch is
-believed to accept begins with what all have accepted so far: a ``Drafting`` that serves for
-long knows its draft model, and no branch pays for finding out.
+A sequence that has gone without drafts for a while tries one all the same, lest a bad
+beginning be the last word; each time in vain doubles that while, for all. What a sequence is
+believed to accept begins with what all have accepted so far: a ``AdaptiveDrafting`` that serves for
+long knows its draft model, and no sequence pays for finding out.
 
-Caches of a draft model are kept for the branches that asked last. Where more ask than it
+Caches of a draft model are kept for the sequences that asked last. Where more ask than it
 has, some go without drafts.
 
 A draft model samples by the request's own settings: at a temperature more are accepted so,
@@ -58,15 +58,15 @@ from refllm.decode.speculative.interface import (
 from refllm.decode.speculative.tree_drafter import TreeDrafter
 from refllm.kv.contiguous import ContiguousCache
 
-PROBE = 32  # steps that a branch goes without drafts before it tries one again, at first
+PROBE = 32  # steps that a sequence goes without drafts before it tries one again, at first
 # what drafting must promise: its costs leave out verifying, the books, and rows of unequal
 # length
 MARGIN = 1.2
-MEMORY = 0.9  # what an earlier draft of a branch counts for beside a later one
+MEMORY = 0.9  # what an earlier draft of a sequence counts for beside a later one
 PRIOR = (0.5, 4.0)  # α before anything was seen, and how many drafts that belief is worth
 # tokens of a step whose time depends on what the one before left in the processor's caches
 SHORT = 16
-BELIEF = 16.0  # how many drafts of a branch what is believed of all is worth
+BELIEF = 16.0  # how many drafts of a sequence what is believed of all is worth
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Costs:
         )
 
     def drafting(self, batch: int, gamma: int) -> float:
-        """The time of ``gamma`` drafts for each of ``batch`` branches, by lines between the
+        """The time of ``gamma`` drafts for each of ``batch`` sequences, by lines between the
         measured points.
         """
         if not self.drafts or gamma == 0:
@@ -120,8 +120,8 @@ class Costs:
         )
 
 
-class Drafting:
-    """Makes the drafters of an engine's branches. ``stats``: what came of all; ``gammas``:
+class AdaptiveDrafting:
+    """Makes the drafters of an engine's sequences. ``stats``: what came of all; ``gammas``:
     how often each γ was.
     """
 
@@ -132,9 +132,9 @@ class Drafting:
         costs: Costs | None = None,
     ):
         """``source`` is a ``ModelDrafter`` with some ``sequences``, or makes a drafter for
-        each branch.
+        each sequence.
 
-        Without ``costs`` every branch gets the drafter's own γ.
+        Without ``costs`` every sequence gets the drafter's own γ.
         """
         if isinstance(source, TreeDrafter):
             raise ValueError(
@@ -142,15 +142,15 @@ class Drafting:
             )
         if not (isinstance(source, ModelDrafter) or callable(source)):
             raise TypeError(
-                f"Drafting takes a ModelDrafter, or what makes a drafter for each branch, as "
+                f"AdaptiveDrafting takes a ModelDrafter, or what makes a drafter for each sequence, as "
                 f"lambda: NGramDrafter(8) does, got {source!r}"
             )
         self.source = source
         self.costs = costs
         self.stats = Acceptance()
         self.gammas: dict[int, int] = {}
-        self.batch = 1  # branches that ask in a step
-        self.wait = PROBE  # steps without drafts until a branch probes, and whether one does now
+        self.batch = 1  # sequences that ask in a step
+        self.wait = PROBE  # steps without drafts until a sequence probes, and whether one does now
         self.probing = False
         self._worth: dict[tuple[int, int, int], int] = {}
         if isinstance(source, ModelDrafter):
@@ -158,24 +158,24 @@ class Drafting:
         else:
             places = 0
         # who asked last stands last
-        self._owners: dict[int, BranchDrafter | None] = dict.fromkeys(range(places))
+        self._owners: dict[int, SequenceDrafter | None] = dict.fromkeys(range(places))
 
-    def __call__(self) -> BranchDrafter:
-        """The drafter of one more branch."""
-        return BranchDrafter(
+    def __call__(self) -> SequenceDrafter:
+        """The drafter of one more sequence."""
+        return SequenceDrafter(
             self, self.source if isinstance(self.source, ModelDrafter) else self.source()
         )
 
     @property
     def alpha(self) -> float:
-        """What is believed of a branch of which nothing is known: α of all drafts so far."""
+        """What is believed of a sequence of which nothing is known: α of all drafts so far."""
         return (PRIOR[0] * PRIOR[1] + self.stats.accepted) / (PRIOR[1] + self.stats.judged)
 
     def worth(self, alpha: float, most: int) -> int:
         """The best γ by the measured costs for ``alpha``, in hundredths, in the batch of
         now; 0 if it gains too little.
 
-        Each is worked out once: 32 branches that ask anew in every step would take longer
+        Each is worked out once: 32 sequences that ask anew in every step would take longer
         than the draft model.
         """
         assert self.costs is not None
@@ -190,9 +190,9 @@ class Drafting:
         return self._worth[case]
 
     def propose_together(
-        self, asks: Sequence[tuple[BranchDrafter, Ask]]
+        self, asks: Sequence[tuple[SequenceDrafter, Ask]]
     ) -> list[Proposal | TreeProposal]:
-        """The drafts of all branches that ask in a step; a model drafts for all of them at
+        """The drafts of all sequences that ask in a step; a model drafts for all of them at
         once.
         """
         if not asks:
@@ -200,52 +200,52 @@ class Drafting:
         self.batch = len(asks)
         self.probing = False
         proposals: list[Proposal | TreeProposal] = [NOTHING] * len(asks)
-        wanting: dict[BranchDrafter, tuple[int, Ask]] = {}
-        for i, (branch, ask) in enumerate(asks):
-            count = min(ask.most, branch.wants())
+        wanting: dict[SequenceDrafter, tuple[int, Ask]] = {}
+        for i, (sequence, ask) in enumerate(asks):
+            count = min(ask.most, sequence.wants())
             if count < 1:
                 continue
             if isinstance(self.source, ModelDrafter):
-                wanting[branch] = i, ask._replace(most=count)
+                wanting[sequence] = i, ask._replace(most=count)
             else:
-                proposals[i] = branch.drafter.propose(ask.tokens, count, ask.sampling, ask.rng)
+                proposals[i] = sequence.drafter.propose(ask.tokens, count, ask.sampling, ask.rng)
         if isinstance(self.source, ModelDrafter) and wanting:
             placed = {
                 b: wanting[b][1]._replace(sequence=place)
                 for b, place in self._places(list(wanting)).items()
             }
-            for branch, proposal in zip(
+            for sequence, proposal in zip(
                 placed, self.source.propose_together(list(placed.values())), strict=True
             ):
-                proposals[wanting[branch][0]] = proposal
+                proposals[wanting[sequence][0]] = proposal
         return proposals
 
-    def _places(self, branches: Sequence[BranchDrafter]) -> dict[BranchDrafter, int]:
+    def _places(self, sequences: Sequence[SequenceDrafter]) -> dict[SequenceDrafter, int]:
         """Which sequence of the model is whose: they keep theirs, and the others get those
         of who does not ask.
 
-        Those that asked longest ago are taken first. Where there are more branches than
+        Those that asked longest ago are taken first. Where there are more sequences than
         sequences, some go without.
         """
-        asking = set(branches)
+        asking = set(sequences)
         mine = {
             owner: place
             for place, owner in self._owners.items()
             if owner in asking and owner is not None
         }
         free = [place for place, owner in self._owners.items() if owner not in asking]
-        for branch, place in zip([b for b in branches if b not in mine], free, strict=False):
-            mine[branch] = place
-        for branch, place in mine.items():
+        for sequence, place in zip([b for b in sequences if b not in mine], free, strict=False):
+            mine[sequence] = place
+        for sequence, place in mine.items():
             del self._owners[place]
-            self._owners[place] = branch
+            self._owners[place] = sequence
         return mine
 
 
-class BranchDrafter:
-    """A branch's drafter: the source's, asked for as many drafts as pay."""
+class SequenceDrafter:
+    """A sequence's drafter: the source's, asked for as many drafts as pay."""
 
-    def __init__(self, drafting: Drafting, drafter: Drafter):
+    def __init__(self, drafting: AdaptiveDrafting, drafter: Drafter):
         self.drafting = drafting
         self.drafter = drafter
         self.gamma = drafter.gamma
@@ -262,7 +262,7 @@ class BranchDrafter:
     def propose(
         self, tokens: Sequence[int], count: int, sampling: SamplingParams, rng: np.random.Generator
     ) -> Proposal | TreeProposal:
-        """As a ``Drafter`` by itself: for this branch alone."""
+        """As a ``Drafter`` by itself: for this sequence alone."""
         return self.drafting.propose_together([(self, Ask(tokens, count, sampling, rng, 0))])[0]
 
     def observe(self, best: Sequence[int], accepted: int) -> None:

@@ -11,7 +11,7 @@ long queue).
 | priority   | the lowest (priority, arrival)             | the highest (priority, arrival)                 |
 | lpm        | the longest cached prefix                  | who was admitted last                           |
 
-Preempted branches return to the queue by their age, so they come next under fcfs. An order
+Preempted sequences return to the queue by their age, so they come next under fcfs. An order
 keeps nothing of its own.
 
 Left out: ageing against starvation: under longest prefix match a request that shares
@@ -21,11 +21,12 @@ nothing may wait as long as others that share keep coming.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Iterator, Sequence
+from collections import abc
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from refllm.serve.kv_manager import Memory
-from refllm.serve.request import Branch
+from refllm.serve.kv_manager import KVManager
+from refllm.serve.request import Sequence
 
 
 class Order(Protocol):
@@ -33,15 +34,15 @@ class Order(Protocol):
     (``victim``).
     """
 
-    def push(self, waiting: list[Branch], branch: Branch) -> None:
-        """Put a branch into the queue, a new one or one that was preempted."""
+    def push(self, waiting: list[Sequence], sequence: Sequence) -> None:
+        """Put a sequence into the queue, a new one or one that was preempted."""
 
-    def candidates(self, waiting: list[Branch], memory: Memory) -> Iterator[Branch]:
+    def candidates(self, waiting: list[Sequence], memory: KVManager) -> Iterator[Sequence]:
         """Who may be admitted, best first; whoever asks for the next has taken the last one
         out of ``waiting``.
         """
 
-    def victim(self, running: Sequence[Branch]) -> Branch:
+    def victim(self, running: abc.Sequence[Sequence]) -> Sequence:
         """Who of those that run is preempted; ``running`` is in the order of admission."""
 
 
@@ -50,14 +51,14 @@ class FirstCome:
     so it comes next.
     """
 
-    def push(self, waiting: list[Branch], branch: Branch) -> None:
-        insort(waiting, branch, key=_age)
+    def push(self, waiting: list[Sequence], sequence: Sequence) -> None:
+        insort(waiting, sequence, key=_age)
 
-    def candidates(self, waiting: list[Branch], memory: Memory) -> Iterator[Branch]:
+    def candidates(self, waiting: list[Sequence], memory: KVManager) -> Iterator[Sequence]:
         while waiting:
             yield waiting[0]
 
-    def victim(self, running: Sequence[Branch]) -> Branch:
+    def victim(self, running: abc.Sequence[Sequence]) -> Sequence:
         return running[-1]
 
 
@@ -66,34 +67,34 @@ class Priority:
     preempted first.
     """
 
-    def push(self, waiting: list[Branch], branch: Branch) -> None:
-        insort(waiting, branch, key=_rank)
+    def push(self, waiting: list[Sequence], sequence: Sequence) -> None:
+        insort(waiting, sequence, key=_rank)
 
-    def candidates(self, waiting: list[Branch], memory: Memory) -> Iterator[Branch]:
+    def candidates(self, waiting: list[Sequence], memory: KVManager) -> Iterator[Sequence]:
         while waiting:
             yield waiting[0]
 
-    def victim(self, running: Sequence[Branch]) -> Branch:
+    def victim(self, running: abc.Sequence[Sequence]) -> Sequence:
         return max(running, key=_rank)
 
 
-def _rank(branch: Branch) -> tuple[int, float, int, int]:
-    return branch.request.priority, branch.request.arrival, branch.order, branch.index
+def _rank(sequence: Sequence) -> tuple[int, float, int, int]:
+    return sequence.request.priority, sequence.request.arrival, sequence.order, sequence.index
 
 
-def _age(branch: Branch) -> tuple[int, int]:
-    return branch.order, branch.index
+def _age(sequence: Sequence) -> tuple[int, int]:
+    return sequence.order, sequence.index
 
 
 class LongestPrefix:
     """The longest cached prefix first, ties as they came.
 
-    The in-batch rule: of waiting branches that share their first ``shared`` tokens while at
+    The in-batch rule: of waiting sequences that share their first ``shared`` tokens while at
     most so many are cached, only the first may be admitted; the others wait until it has
     filled the cache. (SGLang puts them at the end of the queue; where a step has room for
     them all, that alone would compute the prefix as often.) A queue of more than
     ``longest_queue`` is served first come first served: sorting it would cost a match a
-    branch and step.
+    sequence and step.
     """
 
     def __init__(self, *, shared: int = 32, longest_queue: int = 128):
@@ -104,27 +105,27 @@ class LongestPrefix:
         self.shared = shared
         self.longest_queue = longest_queue
 
-    def push(self, waiting: list[Branch], branch: Branch) -> None:
-        insort(waiting, branch, key=_age)
+    def push(self, waiting: list[Sequence], sequence: Sequence) -> None:
+        insort(waiting, sequence, key=_age)
 
-    def candidates(self, waiting: list[Branch], memory: Memory) -> Iterator[Branch]:
+    def candidates(self, waiting: list[Sequence], memory: KVManager) -> Iterator[Sequence]:
         if len(waiting) > self.longest_queue:
             yield from FirstCome().candidates(waiting, memory)
             return
-        cached = {branch: memory.match(branch) for branch in waiting}
+        cached = {sequence: memory.match(sequence) for sequence in waiting}
         heads: set[tuple[str | None, tuple[int, ...]]] = set()
         ready = []
-        for branch in waiting:
-            head = (branch.request.salt, tuple(branch.tokens[: self.shared]))
-            if cached[branch] <= self.shared and len(head[1]) == self.shared:
+        for sequence in waiting:
+            head = (sequence.request.salt, tuple(sequence.tokens[: self.shared]))
+            if cached[sequence] <= self.shared and len(head[1]) == self.shared:
                 if head in heads:
                     continue
                 heads.add(head)
-            ready.append(branch)
+            ready.append(sequence)
         # a stable sort: ties as they came
-        yield from sorted(ready, key=lambda branch: -cached[branch])
+        yield from sorted(ready, key=lambda sequence: -cached[sequence])
 
-    def victim(self, running: Sequence[Branch]) -> Branch:
+    def victim(self, running: abc.Sequence[Sequence]) -> Sequence:
         return running[-1]
 
 

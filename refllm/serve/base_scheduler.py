@@ -1,17 +1,17 @@
 """The books of a scheduler: which requests live, and what a step's results do to them.
 
 ``serve.scheduler`` and ``serve.baselines.static_batching`` decide what a step computes;
-here is what comes before and after: requests are submitted and aborted, branches fork and
+here is what comes before and after: requests are submitted and aborted, sequences fork and
 end, outcomes become tokens, rejected drafts are taken back.
 
 | state    | memory                   | becomes                                                                     |
 |----------|--------------------------|-----------------------------------------------------------------------------|
 | waiting  | none                     | running, when it is admitted                                                |
 | running  | tokens [0, computed)     | waiting again, when it is preempted (with its tokens, without their memory) |
-| ended    | none                     | nothing; a request has ended when all its branches have                     |
+| ended    | none                     | nothing; a request has ended when all its sequences have                     |
 
-An outcome is a list of continuations of one branch: one as a rule; up to n for the first
-token of a request with n branches, which fork there; and in a beam search, whose beams are
+An outcome is a list of continuations of one sequence: one as a rule; up to n for the first
+token of a request with n sequences, which fork there; and in a beam search, whose beams are
 sampled all in one step, any number as long as they remain n in all: none drops the beam.
 After γ drafts a continuation has 1 to γ + 1 tokens: the drafts that were accepted, then one
 that was sampled; what was computed for the others is taken back.
@@ -23,23 +23,32 @@ continuation's ``reason``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections import abc
+from collections.abc import Hashable
 from dataclasses import replace
 from itertools import count
 
 from refllm.serve.admission import Order
-from refllm.serve.kv_manager import Memory
-from refllm.serve.plan import Continuation, Event, Name, Outcome, Plan, Step, check_outcomes
-from refllm.serve.request import Branch, Request, Status
+from refllm.serve.kv_manager import KVManager
+from refllm.serve.plan import (
+    Name,
+    Outcome,
+    Plan,
+    PlanBuilder,
+    SampledTokens,
+    SequenceUpdate,
+    check_outcomes,
+)
+from refllm.serve.request import Request, Sequence, Status
 
 
-class Ledger(ABC):
+class BaseScheduler(ABC):
     """Requests come and go; ``plan`` and ``update`` alternate, and one plan at a time is
     under way (``step``).
     """
 
     def __init__(
-        self, memory: Memory, order: Order, max_batch_tokens: int | None, max_sequences: int | None
+        self, memory: KVManager, order: Order, max_batch_tokens: int | None, max_sequences: int | None
     ):
         """``None`` lifts a limit."""
         for name, limit in (
@@ -52,16 +61,16 @@ class Ledger(ABC):
         self.order = order
         self.max_batch_tokens = max_batch_tokens
         self.max_sequences = max_sequences
-        self.waiting: list[Branch] = []
-        # in the order of admission, a request's branches side by side
-        self.running: list[Branch] = []
-        self.step: Step | None = None
-        self._live: dict[Hashable, list[Branch]] = {}  # request → its branches that have not ended
-        self._forked: dict[Hashable, int] = {}  # request → branches that it has ever had
-        self._ended: list[Event] = []  # ended without a step; told with the next update
+        self.waiting: list[Sequence] = []
+        # in the order of admission, a request's sequences side by side
+        self.running: list[Sequence] = []
+        self.step: PlanBuilder | None = None
+        self._live: dict[Hashable, list[Sequence]] = {}  # request → its sequences that have not ended
+        self._forked: dict[Hashable, int] = {}  # request → sequences that it has ever had
+        self._ended: list[SequenceUpdate] = []  # ended without a step; told with the next update
         self._submitted = 0
         # counted: steps, tokens computed and sampled, preemptions; tokens found and asked
-        # for at first admission; tokens found and asked for when preempted branches came
+        # for at first admission; tokens found and asked for when preempted sequences came
         # back
         self.steps = 0
         self.computed = 0
@@ -80,7 +89,7 @@ class Ledger(ABC):
         return bool(self._live or self._ended)
 
     def serves(self, name: Hashable) -> bool:
-        """Whether a branch of the request has not ended."""
+        """Whether a sequence of the request has not ended."""
         return name in self._live
 
     def submit(self, request: Request) -> Hashable:
@@ -96,59 +105,59 @@ class Ledger(ABC):
         reason = self.refuses(request)
         if reason:
             raise ValueError(f"request {name!r} {reason}")
-        branch = Branch(request, 0, self._submitted)
+        sequence = Sequence(request, 0, self._submitted)
         self._submitted += 1
         if request.max_tokens == 0:
             for index in range(request.n):
                 self._ended.append(
-                    Event(_ended(Branch(request, index, branch.order), "length"), [], "length")
+                    SequenceUpdate(_ended(Sequence(request, index, sequence.order), "length"), [], "length")
                 )
             return name
-        self._live[name] = [branch]
+        self._live[name] = [sequence]
         self._forked[name] = 1
-        self.order.push(self.waiting, branch)
+        self.order.push(self.waiting, sequence)
         return name
 
     def refuses(self, request: Request) -> str | None:
         """Why a request can never be served; None if it can."""
         if request.n > 1 and not self.memory.shares:
-            return f"asks for {request.n} branches, which this memory cannot share: submit {request.n} requests"
+            return f"asks for {request.n} sequences, which this memory cannot share: submit {request.n} requests"
         if self.max_sequences is not None and request.n > self.max_sequences:
-            return f"asks for {request.n} branches, and at most {self.max_sequences} sequences run at a time"
+            return f"asks for {request.n} sequences, and at most {self.max_sequences} sequences run at a time"
         if request.beam and self.max_batch_tokens is not None and request.n > self.max_batch_tokens:
             return f"has {request.n} beams, which advance in one step, and its budget is {self.max_batch_tokens} tokens"
         return self.memory.refuses(request)
 
-    def abort(self, name: Hashable) -> list[Branch]:
-        """End a request at once, also between ``plan`` and ``update``. Returns the branches
+    def abort(self, name: Hashable) -> list[Sequence]:
+        """End a request at once, also between ``plan`` and ``update``. Returns the sequences
         that this ended.
 
         An empty list for one that is unknown or has ended: it may have ended just now.
         """
-        branches = list(self._live.get(name, ()))
-        for branch in branches:
-            self._end(branch, "aborted")
-        return branches
+        sequences = list(self._live.get(name, ()))
+        for sequence in sequences:
+            self._end(sequence, "aborted")
+        return sequences
 
-    def propose(self, name: Name, drafts: Sequence[int]) -> int:
-        """Guess a running branch's next tokens, for the next plan. Returns how many of them
+    def propose(self, name: Name, drafts: abc.Sequence[int]) -> int:
+        """Guess a running sequence's next tokens, for the next plan. Returns how many of them
         can be of use.
         """
-        branch = next((b for b in self._live.get(name[0], ()) if b.index == name[1]), None)
-        if branch is None or not self.drafts(branch):
+        sequence = next((b for b in self._live.get(name[0], ()) if b.index == name[1]), None)
+        if sequence is None or not self.drafts(sequence):
             return 0
-        branch.drafts = [int(t) for t in drafts[: branch.left - 1]]
-        return len(branch.drafts)
+        sequence.drafts = [int(t) for t in drafts[: sequence.left - 1]]
+        return len(sequence.drafts)
 
-    def drafts(self, branch: Branch) -> bool:
-        """Whether a guess of what a branch says next is of use to the next plan."""
+    def drafts(self, sequence: Sequence) -> bool:
+        """Whether a guess of what a sequence says next is of use to the next plan."""
         return (
-            branch.status is Status.RUNNING
-            and branch.computed
-            == len(branch.tokens) - 1  # nothing is drafted in the middle of a prompt
-            and branch.seats == 1  # who is to fork goes on in several ways
-            and branch.left > 1
-            and not branch.request.beam
+            sequence.status is Status.RUNNING
+            and sequence.computed
+            == len(sequence.tokens) - 1  # nothing is drafted in the middle of a prompt
+            and sequence.seats == 1  # who is to fork goes on in several ways
+            and sequence.left > 1
+            and not sequence.request.beam
         )
 
     # --- steps ----------------------------------------------------------------------------
@@ -158,13 +167,13 @@ class Ledger(ABC):
         """Decide the next step; it computes a token for somebody, if anybody is there.
 
         RuntimeError if the last plan was neither carried out (``update``) nor given up
-        (``withdraw``).
+        (``roll_back``).
         """
 
-    def _begin(self) -> Step:
+    def _begin(self) -> PlanBuilder:
         if self.step is not None:
-            raise RuntimeError("the last plan is still under way: update or withdraw it first")
-        return Step(
+            raise RuntimeError("the last plan is still under way: update or roll_back it first")
+        return PlanBuilder(
             Plan(
                 self.steps,
                 [],
@@ -174,91 +183,91 @@ class Ledger(ABC):
             )
         )
 
-    def _finish(self, step: Step) -> Plan:
+    def _finish(self, step: PlanBuilder) -> Plan:
         step.plan.items = list(step.items.values())
         step.plan.copies = [pair for copies in step.copies.values() for pair in copies]
         step.plan.waiting = len(self.waiting)
         self.step = step
         return step.plan
 
-    def update(self, plan: Plan, outcomes: Sequence[Outcome]) -> list[Event]:
+    def update(self, plan: Plan, outcomes: abc.Sequence[Outcome]) -> list[SequenceUpdate]:
         """Carry a plan's results over: outcomes[i] for plan.sampling[i].
 
-        Returns one event for each branch that got tokens or ended. ValueError, before
+        Returns one event for each sequence that got tokens or ended. ValueError, before
         anything has changed, for an outcome that does not fit its item. Branches that were
         aborted since the plan are passed over.
         """
         step = self._under_way(plan)
-        sampling = [branch for branch, item in step.items.items() if item.samples]
+        sampling = [sequence for sequence, item in step.items.items() if item.samples]
         check_outcomes(sampling, outcomes, self._live)
         self.step = None
         self.steps += 1
         events = self._ended
         self._ended = []
         self.computed += plan.tokens
-        for branch, item in step.items.items():
-            if branch.status is Status.RUNNING and not item.samples:
-                branch.computed = item.start + item.count
-                self.memory.commit(branch)
-        for branch, outcome in zip(sampling, outcomes, strict=True):
-            if branch.status is Status.RUNNING:
-                self._go_on(branch, outcome, events)
+        for sequence, item in step.items.items():
+            if sequence.status is Status.RUNNING and not item.samples:
+                sequence.computed = item.start + item.count
+                self.memory.commit(sequence)
+        for sequence, outcome in zip(sampling, outcomes, strict=True):
+            if sequence.status is Status.RUNNING:
+                self._go_on(sequence, outcome, events)
         return events
 
-    def withdraw(self, plan: Plan) -> None:
-        """Give a plan up that could not be carried out (the model failed): its branches
+    def roll_back(self, plan: Plan) -> None:
+        """Give a plan up that could not be carried out (the model failed): its sequences
         start over.
         """
         step = self._under_way(plan)
         self.step = None
-        for branch in reversed(step.items):  # so that they stand in the queue as they ran
-            if branch.status is Status.RUNNING:
-                for beam in self._beams(branch):
+        for sequence in reversed(step.items):  # so that they stand in the queue as they ran
+            if sequence.status is Status.RUNNING:
+                for beam in self._beams(sequence):
                     self._start_over(beam)
 
-    def _under_way(self, plan: Plan) -> Step:
+    def _under_way(self, plan: Plan) -> PlanBuilder:
         if self.step is None or self.step.plan is not plan:
             raise RuntimeError("this is not the plan under way")
         return self.step
 
-    def _go_on(self, branch: Branch, outcome: Outcome, events: list[Event]) -> None:
-        """A branch takes the first continuation, forks of it the others; without any it is
+    def _go_on(self, sequence: Sequence, outcome: Outcome, events: list[SequenceUpdate]) -> None:
+        """A sequence takes the first continuation, forks of it the others; without any it is
         dropped.
         """
-        length = len(branch.tokens)
-        left = branch.left
-        first = outcome[0] if outcome else Continuation((), "dropped")
+        length = len(sequence.tokens)
+        left = sequence.left
+        first = outcome[0] if outcome else SampledTokens((), "dropped")
         tokens = list(first.tokens[:left])
         # verified are its own tokens and the drafts among the new ones; the last one is not
         # computed yet
-        branch.computed = length + max(0, len(tokens) - 1)
-        branch.drafts = []
-        branch.tokens += tokens
+        sequence.computed = length + max(0, len(tokens) - 1)
+        sequence.drafts = []
+        sequence.tokens += tokens
         if tokens:
-            self.memory.commit(branch)
-        told = [Event(branch, tokens, first.reason)]
+            self.memory.commit(sequence)
+        told = [SequenceUpdate(sequence, tokens, first.reason)]
         for other in outcome[1:]:
-            told.append(Event(self._fork(branch, length, other), list(other.tokens), other.reason))
-        if branch.request.beam:  # a search keeps n seats, however many beams it has at the moment
-            beams = self._live[branch.request.id]
-            beams[0].seats = branch.request.n + 1 - len(beams)
+            told.append(SequenceUpdate(self._fork(sequence, length, other), list(other.tokens), other.reason))
+        if sequence.request.beam:  # a search keeps n seats, however many beams it has at the moment
+            beams = self._live[sequence.request.id]
+            beams[0].seats = sequence.request.n + 1 - len(beams)
         else:
-            branch.seats = 1
+            sequence.seats = 1
         for event in told:
             one, new, reason = event
             self.sampled += len(new)
             if reason is None and one.left == 0:
-                event = Event(one, new, "length")
+                event = SequenceUpdate(one, new, "length")
             if event.reason is not None:
                 self._end(one, event.reason)
             events.append(event)
 
-    def _fork(self, parent: Branch, length: int, how: Continuation) -> Branch:
-        """Another branch with the parent's first ``length`` tokens that goes on
+    def _fork(self, parent: Sequence, length: int, how: SampledTokens) -> Sequence:
+        """Another sequence with the parent's first ``length`` tokens that goes on
         differently.
         """
         name = parent.request.id
-        child = Branch(parent.request, self._forked[name], parent.order)
+        child = Sequence(parent.request, self._forked[name], parent.order)
         self._forked[name] += 1
         child.tokens = [*parent.tokens[:length], *how.tokens]
         child.computed = parent.computed
@@ -266,69 +275,69 @@ class Ledger(ABC):
         child.status = Status.RUNNING
         self.memory.fork(parent, child)
         self._live[name].append(child)
-        last = max(i for i, branch in enumerate(self.running) if branch.request is parent.request)
+        last = max(i for i, sequence in enumerate(self.running) if sequence.request is parent.request)
         self.running.insert(last + 1, child)
         return child
 
-    def _beams(self, branch: Branch) -> list[Branch]:
-        """The branches that advance in step with this one: the beams of its search, itself
+    def _beams(self, sequence: Sequence) -> list[Sequence]:
+        """The sequences that advance in step with this one: the beams of its search, itself
         alone otherwise.
         """
-        if branch.request.beam:
-            return list(self._live[branch.request.id])
-        return [branch]
+        if sequence.request.beam:
+            return list(self._live[sequence.request.id])
+        return [sequence]
 
-    def _start_over(self, branch: Branch) -> None:
+    def _start_over(self, sequence: Sequence) -> None:
         """Back to the queue, with its tokens and without their memory."""
-        self.running.remove(branch)
-        self.memory.release(branch, preempted=True)
-        branch.computed = 0
-        branch.drafts = []
-        branch.status = Status.WAITING
-        branch.preemptions += 1
+        self.running.remove(sequence)
+        self.memory.release(sequence, preempted=True)
+        sequence.computed = 0
+        sequence.drafts = []
+        sequence.status = Status.WAITING
+        sequence.preemptions += 1
         self.preemptions += 1
-        self.order.push(self.waiting, branch)
+        self.order.push(self.waiting, sequence)
 
-    def _end(self, branch: Branch, reason: str) -> None:
-        """A branch ends; its memory is given back, whatever state it is in."""
-        (self.running if branch.status is Status.RUNNING else self.waiting).remove(branch)
-        self.memory.release(branch)
-        _ended(branch, reason)
-        branches = self._live[branch.request.id]
-        branches.remove(branch)
-        if branches and branch.request.beam:
-            branches[0].seats += branch.seats
-        if not branches:
-            del self._live[branch.request.id], self._forked[branch.request.id]
+    def _end(self, sequence: Sequence, reason: str) -> None:
+        """A sequence ends; its memory is given back, whatever state it is in."""
+        (self.running if sequence.status is Status.RUNNING else self.waiting).remove(sequence)
+        self.memory.release(sequence)
+        _ended(sequence, reason)
+        sequences = self._live[sequence.request.id]
+        sequences.remove(sequence)
+        if sequences and sequence.request.beam:
+            sequences[0].seats += sequence.seats
+        if not sequences:
+            del self._live[sequence.request.id], self._forked[sequence.request.id]
 
     def check(self) -> None:
         """AssertionError if the books do not balance; between steps, when no plan is under
         way.
         """
         self.memory.check()
-        live = {branch for branches in self._live.values() for branch in branches}
-        assert live == {*self.waiting, *self.running}, "a branch is lost"
-        assert len(live) == len(self.waiting) + len(self.running), "a branch stands in two places"
+        live = {sequence for sequences in self._live.values() for sequence in sequences}
+        assert live == {*self.waiting, *self.running}, "a sequence is lost"
+        assert len(live) == len(self.waiting) + len(self.running), "a sequence stands in two places"
         assert all(b.status is Status.RUNNING for b in self.running)
         assert all(b.status is Status.WAITING and b.computed == 0 for b in self.waiting)
         assert (
             self.max_sequences is None or sum(b.seats for b in self.running) <= self.max_sequences
         )
-        for branch in live:
-            assert len(branch.tokens) < len(branch.request.prompt) + branch.request.max_tokens, (
+        for sequence in live:
+            assert len(sequence.tokens) < len(sequence.request.prompt) + sequence.request.max_tokens, (
                 "should have ended"
             )
-            assert 0 <= branch.computed < len(branch.tokens), "computed, and not sampled"
-            assert not branch.drafts or branch.computed == len(branch.tokens) - 1
-        for branches in self._live.values():
-            assert branches, "a request without branches"
-            if branches[0].request.beam:
-                assert len({b.status for b in branches}) == 1, "beams of one search are apart"
-                assert sum(b.seats for b in branches) == branches[0].request.n
+            assert 0 <= sequence.computed < len(sequence.tokens), "computed, and not sampled"
+            assert not sequence.drafts or sequence.computed == len(sequence.tokens) - 1
+        for sequences in self._live.values():
+            assert sequences, "a request without sequences"
+            if sequences[0].request.beam:
+                assert len({b.status for b in sequences}) == 1, "beams of one search are apart"
+                assert sum(b.seats for b in sequences) == sequences[0].request.n
         assert len({b.key for b in live}) == len(live)
 
 
-def _ended(branch: Branch, reason: str) -> Branch:
-    branch.status = Status.ENDED
-    branch.reason = reason
-    return branch
+def _ended(sequence: Sequence, reason: str) -> Sequence:
+    sequence.status = Status.ENDED
+    sequence.reason = reason
+    return sequence

@@ -1,4 +1,4 @@
-"""Beam search over branches that share blocks: in each step the n best continuations of all
+"""Beam search over sequences that share blocks: in each step the n best continuations of all
 beams together go on.
 
 Sources: Kwon et al. 2023, section 4.4 (beams fork and drop blocks, a copy at most of one
@@ -22,13 +22,13 @@ Left out: sampling within beams, diverse groups, constraints, stop strings.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import abc
 from typing import NamedTuple
 
 from refllm.backend import Array, asarray_like, namespace, to_numpy, top_k
 from refllm.decode.sampling import log_probabilities
-from refllm.serve.plan import Continuation, Outcome
-from refllm.serve.request import Branch, Request
+from refllm.serve.plan import Outcome, SampledTokens
+from refllm.serve.request import Request, Sequence
 
 
 class Hypothesis(NamedTuple):
@@ -41,7 +41,7 @@ class Hypothesis(NamedTuple):
     reason: str
 
 
-class Search:
+class BeamSearch:
     """The search of one request: scores of its beams by index, hypotheses that have ended."""
 
     def __init__(self, request: Request, ends: frozenset[int]):
@@ -51,7 +51,7 @@ class Search:
         self.ended: list[Hypothesis] = []
         self._next: list[float] = []  # scores of the beams-to-be, in the order of the outcomes
 
-    def advance(self, beams: Sequence[Branch], z: Array) -> list[Outcome]:
+    def advance(self, beams: abc.Sequence[Sequence], z: Array) -> list[Outcome]:
         """z[len(beams), V], finite → an outcome for each beam; all are dropped when the
         search is over.
         """
@@ -76,18 +76,18 @@ class Search:
         for place, token, score in going:
             by_beam[place].append((token, score))
         self._next = [score for some in by_beam for _, score in some]
-        return [[Continuation([token]) for token, _ in some] for some in by_beam]
+        return [[SampledTokens([token]) for token, _ in some] for some in by_beam]
 
-    def follow(self, survivors: Sequence[Branch]) -> None:
+    def follow(self, survivors: abc.Sequence[Sequence]) -> None:
         """Who the beams are now, in the order of the outcomes."""
-        self.scores = dict(zip((branch.index for branch in survivors), self._next, strict=True))
+        self.scores = dict(zip((sequence.index for sequence in survivors), self._next, strict=True))
 
     @property
     def best(self) -> list[Hypothesis]:
         """At most n hypotheses, the best first."""
         return sorted(self.ended, key=lambda h: -h.score)[: self.request.n]
 
-    def _candidates(self, beams: Sequence[Branch], z: Array) -> list[tuple[int, int, float]]:
+    def _candidates(self, beams: abc.Sequence[Sequence], z: Array) -> list[tuple[int, int, float]]:
         """The best (place of the beam, token, score) over all beams; enough that n of them
         do not end.
         """

@@ -20,7 +20,8 @@ log-probabilities.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections import abc
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -33,19 +34,19 @@ from refllm.decode.speculative.drafters import ModelDrafter
 from refllm.decode.speculative.interface import Ask, Drafter, TreeProposal, check_vocabulary
 from refllm.kv.paged import PagedKVCache
 from refllm.serve import factory
-from refllm.serve.adaptive_drafts import Drafting
-from refllm.serve.base_scheduler import Ledger
+from refllm.serve.adaptive_drafts import AdaptiveDrafting
+from refllm.serve.base_scheduler import BaseScheduler
 from refllm.serve.executor import execute
-from refllm.serve.outputs import Counts, Piece, Result
-from refllm.serve.plan import Continuation, Event, Name, Outcome, Plan
-from refllm.serve.request import Branch, Request
-from refllm.serve.request_state import Listener, Live, Record, refuse
-from refllm.serve.sampler import Seat, choose, penalised
+from refllm.serve.outputs import EngineStats, RequestOutput, StreamChunk
+from refllm.serve.plan import Name, Outcome, Plan, SampledTokens, SequenceUpdate
+from refllm.serve.request import Request, Sequence
+from refllm.serve.request_state import Record, RequestState, StreamCallback, refuse
+from refllm.serve.sampler import SamplingInput, choose, penalised
 
-FAILED = [Continuation((), "error")]
+FAILED = [SampledTokens((), "error")]
 
 
-class Engine(Counts):
+class Engine(EngineStats):
     """Serves requests with ``model`` from ``num_blocks`` blocks of keys and values; what it
     counts are attributes.
     """
@@ -60,7 +61,7 @@ class Engine(Counts):
         max_sequences: int | None = 128,
         policy: str = "fcfs",
         prefix_cache: str | None = "auto",
-        scheduler: Callable[[Any], Ledger] | None = None,
+        scheduler: Callable[[Any], BaseScheduler] | None = None,
         drafter: Callable[[], Drafter] | None = None,
         poison: bool = False,
         seed: int | None = None,
@@ -76,9 +77,9 @@ class Engine(Counts):
             ``watermark``, ``eviction``, …).
         scheduler
             makes another scheduler from the block pool instead: ``lambda pool:
-            Scheduler(Paged(pool), order=…)``.
+            Scheduler(PagedKVManager(pool), order=…)``.
         drafter
-            makes a drafter (``decode.speculative.drafters``) for each branch: what it
+            makes a drafter (``decode.speculative.drafters``) for each sequence: what it
             guesses is verified in one step.
         seed
             draws seeds for the requests that bring none; None: fresh ones.
@@ -89,7 +90,7 @@ class Engine(Counts):
         """
         if seed is not None and seed < 0:
             raise ValueError(f"the engine's seed is None or a whole number, 0 or more, got {seed}")
-        if isinstance(drafter, Drafting) and isinstance(drafter.source, ModelDrafter):
+        if isinstance(drafter, AdaptiveDrafting) and isinstance(drafter.source, ModelDrafter):
             check_vocabulary(model, drafter.source.model)
         self.model = model
         self.drafter = drafter
@@ -111,9 +112,9 @@ class Engine(Counts):
             )
         else:
             self.scheduler = scheduler(self.pool)
-        self.results: dict[Hashable, Result] = {}  # ended, until somebody takes them; ``run`` does
-        self._live: dict[Hashable, Live] = {}
-        # the q that a branch's drafts were sampled from
+        self.results: dict[Hashable, RequestOutput] = {}  # ended, until somebody takes them; ``run`` does
+        self._live: dict[Hashable, RequestState] = {}
+        # the q that a sequence's drafts were sampled from
         self._drafted: dict[Name, Array | None] = {}
         self._seeds = np.random.default_rng(seed)
         self._ids = count()
@@ -126,7 +127,7 @@ class Engine(Counts):
         """Whether any request has not ended."""
         return bool(self._live)
 
-    def submit(self, request: Request, listener: Listener | None = None) -> Hashable:
+    def submit(self, request: Request, listener: StreamCallback | None = None) -> Hashable:
         """Queue a request; returns its id. ``listener(piece)`` hears what is new after each
         step.
 
@@ -153,7 +154,7 @@ class Engine(Counts):
             seed = int(self._seeds.integers(2**63))
         else:
             seed = request.seed
-        self._live[name] = Live(request, listener, seed, self.model, self.drafter)
+        self._live[name] = RequestState(request, listener, seed, self.model, self.drafter)
         return name
 
     def abort(self, name: Hashable) -> bool:
@@ -167,7 +168,7 @@ class Engine(Counts):
         self._close(name, self.scheduler.abort(name), "aborted")
         return True
 
-    def run(self) -> dict[Hashable, Result]:
+    def run(self) -> dict[Hashable, RequestOutput]:
         """Step until every request has ended; returns, and lets go of, all results that
         nobody has taken.
         """
@@ -177,7 +178,7 @@ class Engine(Counts):
         self.results = {}
         return taken
 
-    def step(self) -> list[Piece]:
+    def step(self) -> list[StreamChunk]:
         """Compute one plan; returns what is new, which listeners have heard by then."""
         if self._stepping:
             raise RuntimeError(
@@ -197,14 +198,14 @@ class Engine(Counts):
         """AssertionError if the books of scheduler, memory and engine do not agree."""
         self.scheduler.check()
         booked = {
-            branch.request.id for branch in (*self.scheduler.running, *self.scheduler.waiting)
+            sequence.request.id for sequence in (*self.scheduler.running, *self.scheduler.waiting)
         }
-        assert booked <= set(self._live), "a branch without a request"
+        assert booked <= set(self._live), "a sequence without a request"
         assert not set(self._live) & set(self.results)
 
     # --- a step ---------------------------------------------------------------------------
 
-    def _compute(self) -> list[Event]:
+    def _compute(self) -> list[SequenceUpdate]:
         if self.model.weights is not self._weights:
             self._weights, self._stepper = (
                 self.model.weights,
@@ -213,22 +214,22 @@ class Engine(Counts):
         self._draft()
         plan = self.scheduler.plan()
         assert self.scheduler.step is not None
-        branches = list(self.scheduler.step.items)
+        sequences = list(self.scheduler.step.items)
         try:
             if self.on_plan is not None:
                 self.on_plan(plan)
             tokens = {
-                item.name: [*branch.tokens, *branch.drafts] if branch.drafts else branch.tokens
-                for branch, item in self.scheduler.step.items.items()
+                item.name: [*sequence.tokens, *sequence.drafts] if sequence.drafts else sequence.tokens
+                for sequence, item in self.scheduler.step.items.items()
             }
             z = execute(
                 plan, tokens, self.model.weights, self.model.config, self.cache, self._stepper
             )
-            outcomes = [] if z is None else self._outcomes(plan, branches, z)
+            outcomes = [] if z is None else self._outcomes(plan, sequences, z)
         except BaseException:
-            self.scheduler.withdraw(plan)
-            for branch in branches:
-                self._live[branch.request.id].rewind(branch)
+            self.scheduler.roll_back(plan)
+            for sequence in sequences:
+                self._live[sequence.request.id].rewind(sequence)
             raise
         return self.scheduler.update(plan, outcomes)
 
@@ -236,14 +237,14 @@ class Engine(Counts):
         self._drafted.clear()
         if self.drafter is None:
             return
-        asking = [branch for branch in self.scheduler.running if self.scheduler.drafts(branch)]
+        asking = [sequence for sequence in self.scheduler.running if self.scheduler.drafts(sequence)]
         asks: list[tuple[Any, Ask]] = []
-        for branch in asking:
-            voice = self._live[branch.request.id].voice(branch.index)
+        for sequence in asking:
+            voice = self._live[sequence.request.id].voice(sequence.index)
             assert voice.drafter is not None
-            limit = min(voice.drafter.gamma, branch.left - 1)
-            asks.append((voice.drafter, Ask(branch.tokens, limit, voice.how, voice.rng, 0)))
-        if isinstance(self.drafter, Drafting):
+            limit = min(voice.drafter.gamma, sequence.left - 1)
+            asks.append((voice.drafter, Ask(sequence.tokens, limit, voice.how, voice.rng, 0)))
+        if isinstance(self.drafter, AdaptiveDrafting):
             proposals = self.drafter.propose_together(asks)
         else:
             proposals = [drafter.propose(*ask[:4]) for drafter, ask in asks]
@@ -252,42 +253,42 @@ class Engine(Counts):
             raise ValueError(
                 "the engine verifies chains: give it a ModelDrafter where this one grows trees"
             )
-        for branch, chain in zip(asking, chains, strict=True):
+        for sequence, chain in zip(asking, chains, strict=True):
             # those of a step that did not come about are replaced
-            if chain.tokens or branch.drafts:
-                self.scheduler.propose(branch.key, chain.tokens)
-                self._drafted[branch.key] = chain.q
+            if chain.tokens or sequence.drafts:
+                self.scheduler.propose(sequence.key, chain.tokens)
+                self._drafted[sequence.key] = chain.q
 
-    def _outcomes(self, plan: Plan, branches: Sequence[Branch], z: Array) -> list[Outcome]:
-        """z[R, V] → what becomes of each branch that was sampled, in the order of the plan."""
-        seats: list[Seat] = []
-        sampled: list[Branch] = []
+    def _outcomes(self, plan: Plan, sequences: abc.Sequence[Sequence], z: Array) -> list[Outcome]:
+        """z[R, V] → what becomes of each sequence that was sampled, in the order of the plan."""
+        seats: list[SamplingInput] = []
+        sampled: list[Sequence] = []
         at = 0
-        for branch, item in zip(branches, plan.items, strict=True):
+        for sequence, item in zip(sequences, plan.items, strict=True):
             if not item.samples:
                 continue
-            request = branch.request
-            drafts = branch.drafts
+            request = sequence.request
+            drafts = sequence.drafts
             rows = slice(at, at + item.samples)
-            q = self._drafted.get(branch.key) if drafts else None
+            q = self._drafted.get(sequence.key) if drafts else None
             seats.append(
-                Seat(
+                SamplingInput(
                     request,
-                    branch.tokens,
-                    self._live[request.id].voices_of(branch),
+                    sequence.tokens,
+                    self._live[request.id].voices_of(sequence),
                     drafts,
                     q,
                     rows,
                 )
             )
-            sampled.append(branch)
+            sampled.append(sequence)
             at += item.samples
         z = penalised(z, seats)
         outcomes: list[Outcome] = []
-        for branch, seat, chosen in zip(sampled, seats, choose(z, seats), strict=True):
+        for sequence, seat, chosen in zip(sampled, seats, choose(z, seats), strict=True):
             if chosen is None:
                 self._live[
-                    branch.request.id
+                    sequence.request.id
                 ].result.error = "the logits have no largest one: NaN, +inf or nothing but -inf"
                 outcomes.append(FAILED)
             else:
@@ -300,20 +301,20 @@ class Engine(Counts):
         return outcomes
 
     def _search(
-        self, sampled: Sequence[Branch], seats: Sequence[Seat], z: Array, outcomes: list[Outcome]
+        self, sampled: abc.Sequence[Sequence], seats: abc.Sequence[SamplingInput], z: Array, outcomes: list[Outcome]
     ) -> None:
         """Replace the outcomes of beams by what their search says; they are sampled all in
         one step.
         """
         groups: dict[Hashable, list[int]] = {}
-        for i, branch in enumerate(sampled):
-            if branch.request.beam:
-                groups.setdefault(branch.request.id, []).append(i)
+        for i, sequence in enumerate(sampled):
+            if sequence.request.beam:
+                groups.setdefault(sequence.request.id, []).append(i)
         for name, places in groups.items():
             search = self._live[name].search
             assert search is not None
             if any(outcomes[i] is FAILED for i in places):
-                decided: Sequence[Outcome] = [FAILED] * len(places)
+                decided: abc.Sequence[Outcome] = [FAILED] * len(places)
             else:
                 rows = asarray_like([seats[i].rows.start for i in places], z, "int64")
                 decided = search.advance([sampled[i] for i in places], z[rows])
@@ -322,12 +323,12 @@ class Engine(Counts):
 
     # --- who hears of it ------------------------------------------------------------------
 
-    def _tell(self, events: Sequence[Event]) -> list[Piece]:
-        told: list[Piece] = []
-        beams: dict[Hashable, list[Event]] = {}
+    def _tell(self, events: abc.Sequence[SequenceUpdate]) -> list[StreamChunk]:
+        told: list[StreamChunk] = []
+        beams: dict[Hashable, list[SequenceUpdate]] = {}
         for event in events:
-            name = event.branch.request.id
-            live = self._live.get(event.branch.request.id)
+            name = event.sequence.request.id
+            live = self._live.get(event.sequence.request.id)
             if live is None:
                 continue  # a listener has aborted it meanwhile
             if live.search is not None and event.reason in (None, "dropped"):
@@ -341,19 +342,19 @@ class Engine(Counts):
             live = self._live.get(name)
             if live is None or live.search is None:
                 continue
-            survivors = [event.branch for event in some if event.reason is None]
+            survivors = [event.sequence for event in some if event.reason is None]
             if survivors:
                 live.search.follow(survivors)
                 continue
-            pieces = live.found([event.branch for event in some])
+            pieces = live.found([event.sequence for event in some])
             told += pieces
             self._pass_on(name, live, pieces)
-        for name in {event.branch.request.id for event in events}:
+        for name in {event.sequence.request.id for event in events}:
             if name in self._live and not self.scheduler.serves(name):
                 self._close(name, [], "")
         return told
 
-    def _pass_on(self, name: Hashable, live: Live, pieces: Sequence[Piece]) -> None:
+    def _pass_on(self, name: Hashable, live: RequestState, pieces: abc.Sequence[StreamChunk]) -> None:
         """To the listener; one that raises ends its own request, and no other."""
         try:
             if live.listener is not None:
@@ -367,10 +368,10 @@ class Engine(Counts):
         except BaseException as interrupt:
             self._interrupt = interrupt
 
-    def _close(self, name: Hashable, branches: Sequence[Branch], reason: str) -> None:
-        """A request has ended: its result, with what ``branches``, cut off now, have said."""
+    def _close(self, name: Hashable, sequences: abc.Sequence[Sequence], reason: str) -> None:
+        """A request has ended: its result, with what ``sequences``, cut off now, have said."""
         live = self._live.pop(name)
-        for branch in branches:
-            live.hear(Event(branch, [], reason))
+        for sequence in sequences:
+            live.hear(SequenceUpdate(sequence, [], reason))
         live.result.outputs.sort(key=lambda output: output.index)
         self.results[name] = live.result

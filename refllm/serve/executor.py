@@ -51,7 +51,7 @@ def execute(
     cache: PagedKVCache,
     step: Stepper,
 ) -> Array | None:
-    """``tokens[name]``: a branch's tokens and drafts, to the end of its item at least →
+    """``tokens[name]``: a sequence's tokens and drafts, to the end of its item at least →
     z[R, V]; None if R = 0.
 
     ``step``, of ``captured.stepper``, computes a step that samples from all its tokens; z
@@ -100,4 +100,4 @@ def _padding(plan: Plan) -> list[tuple[int, int, int]]:
         for item in plan.items
         if item.pad and not item.start
     ]
-    return pads + [(ghost.first, ghost.start, ghost.count) for ghost in plan.ghosts]
+    return pads + [(row.first, row.start, row.count) for row in plan.padding_rows]

@@ -7,21 +7,21 @@ cache.
 | ``orca-max``, ``orca-pow2``, ``orca-oracle`` | each step anew, prompts whole | one run each, reserved at admission |
 | ``static``                      | each batch anew, padded              | a rectangle                             |
 
-All are a ``Ledger`` and are driven alike: ``submit``, ``plan``, ``update``, ``abort``. The
+All are a ``BaseScheduler`` and are driven alike: ``submit``, ``plan``, ``update``, ``abort``. The
 engine and the simulator make theirs here, so both run the same one.
 
-Left out: a policy of one's own is not named here: make a ``Scheduler`` from any ``Memory``
+Left out: a policy of one's own is not named here: make a ``Scheduler`` from any ``KVManager``
 and ``Order``.
 """
 
 from __future__ import annotations
 
 from refllm.kv.block_pool import BlockPool
-from refllm.serve.base_scheduler import Ledger
-from refllm.serve.baselines.reservations import Rectangle, Reserved
-from refllm.serve.baselines.static_batching import Static
-from refllm.serve.kv_manager import Memory, Paged
-from refllm.serve.prefix_caching import Hashed, Radix
+from refllm.serve.base_scheduler import BaseScheduler
+from refllm.serve.baselines.reservations import PaddedKVManager, ReservedKVManager
+from refllm.serve.baselines.static_batching import StaticBatching
+from refllm.serve.kv_manager import KVManager, PagedKVManager
+from refllm.serve.prefix_caching import HashKVManager, RadixKVManager
 from refllm.serve.scheduler import Scheduler
 
 CONTINUOUS = ("fcfs", "priority", "lpm")
@@ -43,7 +43,7 @@ def make(
     eviction: str = "lru",
     longest: int | None = None,
     buddy: bool = True,
-) -> Ledger:
+) -> BaseScheduler:
     """A scheduler for the slots of ``pool``.
 
     Parameters
@@ -75,19 +75,19 @@ def make(
         )
     slots = pool.num_blocks * pool.block_size
     if policy == "static":
-        return Static(Rectangle(slots, longest=longest), max_sequences=max_sequences)
+        return StaticBatching(PaddedKVManager(slots, longest=longest), max_sequences=max_sequences)
     if policy in ORCA:
-        reserved = Reserved(
+        reserved = ReservedKVManager(
             slots, policy.removeprefix("orca-"), longest=longest or 2048, buddy=buddy
         )
         return Scheduler(
             reserved, chunked=False, max_batch_tokens=None, max_sequences=max_sequences
         )
-    memory: Memory
+    memory: KVManager
     if prefix_cache == "radix":
-        memory = Radix(pool, watermark=watermark, policy=eviction)
+        memory = RadixKVManager(pool, watermark=watermark, policy=eviction)
     else:
-        memory = (Paged if prefix_cache is None else Hashed)(pool, watermark=watermark)
+        memory = (PagedKVManager if prefix_cache is None else HashKVManager)(pool, watermark=watermark)
     return Scheduler(
         memory,
         order=policy,

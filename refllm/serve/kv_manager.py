@@ -1,4 +1,4 @@
-"""What the scheduler knows of memory: may a branch have room for so many more tokens? Here
+"""What the scheduler knows of memory: may a sequence have room for so many more tokens? Here
 answered with blocks.
 
 Source: Kwon et al. 2023, sections 4.2 to 4.5 (blocks, copy on write, preemption). The
@@ -6,18 +6,18 @@ blocks are ``kv.block_pool``.
 
 | class (file)                       | where tokens lie                 | prefixes                   | runs out     |
 |------------------------------------|----------------------------------|----------------------------|--------------|
-| ``Paged`` (here)                   | blocks, taken as they are needed | forgotten                  | at any step  |
-| ``Hashed`` (``serve.prefix_caching``)    | the same                         | full blocks, by their hash | at any step  |
-| ``Radix`` (``serve.prefix_caching``)     | the same                         | pages of a radix tree      | at any step  |
-| ``Reserved`` (``.reservations``)   | one run for all it may ever need | forgotten                  | at admission |
-| ``Rectangle`` (``.reservations``)  | a row of a padded static batch   | forgotten                  | at admission |
+| ``PagedKVManager`` (here)                   | blocks, taken as they are needed | forgotten                  | at any step  |
+| ``HashKVManager`` (``serve.prefix_caching``)    | the same                         | full blocks, by their hash | at any step  |
+| ``RadixKVManager`` (``serve.prefix_caching``)     | the same                         | pages of a radix tree      | at any step  |
+| ``ReservedKVManager`` (``.reservations``)   | one run for all it may ever need | forgotten                  | at admission |
+| ``PaddedKVManager`` (``.reservations``)  | a row of a padded static batch   | forgotten                  | at admission |
 
-The life of a branch: ``match`` (what is cached of it, without a trace), ``admit`` (take
+The life of a sequence: ``match`` (what is cached of it, without a trace), ``admit`` (take
 that and room for the first tokens), then each step ``reserve``, the step itself,
 ``commit``; ``fork`` for a second continuation; ``release`` at the end, or when it is
 preempted and starts over.
 
-Ownership of a branch's tokens: [0, computed) are written and verified, and may be offered
+Ownership of a sequence's tokens: [0, computed) are written and verified, and may be offered
 to a prefix cache by ``commit``; [computed, computed + count) were reserved for the step
 under way and are nobody else's business.
 
@@ -31,52 +31,52 @@ from collections import Counter
 from typing import Protocol
 
 from refllm.kv.block_pool import BlockPool, BlockTable
-from refllm.serve.request import Branch, Request
+from refllm.serve.request import Request, Sequence
 
 Copies = list[tuple[int, int]]
 
 
-class Memory(Protocol):
+class KVManager(Protocol):
     """The seam between scheduling and memory. ``admit`` and ``reserve`` can be refused, and
     change nothing then.
     """
 
-    block_size: int  # tokens a block; 0: a branch lies in one contiguous run
+    block_size: int  # tokens a block; 0: a sequence lies in one contiguous run
     shares: bool  # whether ``fork`` works
 
     def refuses(self, request: Request) -> str | None:
         """Why a request can never be served, however long it waits; None if it can."""
 
-    def match(self, branch: Branch) -> int:
-        """Tokens of a waiting branch that are cached, fewer than it has; leaves no trace."""
+    def match(self, sequence: Sequence) -> int:
+        """Tokens of a waiting sequence that are cached, fewer than it has; leaves no trace."""
 
-    def admit(self, branch: Branch, count: int, *, alone: bool) -> bool:
+    def admit(self, sequence: Sequence, count: int, *, alone: bool) -> bool:
         """Take what ``match`` found and room for ``count`` ≥ 0 tokens after it; ``alone``
         may use every last block.
         """
 
-    def reserve(self, branch: Branch, count: int) -> Copies | None:
+    def reserve(self, sequence: Sequence, count: int) -> Copies | None:
         """Room for ``count`` tokens after ``computed``: what to copy before they are
         written; None if there is none.
         """
 
-    def commit(self, branch: Branch) -> None:
-        """The branch's tokens [0, computed) are written and verified; what was reserved
+    def commit(self, sequence: Sequence) -> None:
+        """The sequence's tokens [0, computed) are written and verified; what was reserved
         beyond is given back.
         """
 
-    def fork(self, parent: Branch, child: Branch) -> None:
-        """A second branch with the parent's tokens [0, computed)."""
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """A second sequence with the parent's tokens [0, computed)."""
 
-    def release(self, branch: Branch, *, preempted: bool = False) -> None:
-        """Give back everything that the branch holds, if it holds anything."""
+    def release(self, sequence: Sequence, *, preempted: bool = False) -> None:
+        """Give back everything that the sequence holds, if it holds anything."""
 
-    def blocks(self, branch: Branch) -> tuple[int, ...]:
+    def blocks(self, sequence: Sequence) -> tuple[int, ...]:
         """Where it lies, as plans state it."""
 
     @property
     def allocated(self) -> int:
-        """Slots that branches hold, used or not."""
+        """Slots that sequences hold, used or not."""
 
     @property
     def slots(self) -> int:
@@ -86,10 +86,10 @@ class Memory(Protocol):
         """AssertionError if the books do not balance."""
 
 
-class Paged:
+class PagedKVManager:
     """Blocks from a pool, as many as the tokens need, and no memory of prefixes.
 
-    ``watermark`` is the share of the pool that stays free when a branch is admitted beside
+    ``watermark`` is the share of the pool that stays free when a sequence is admitted beside
     others.
     """
 
@@ -101,7 +101,7 @@ class Paged:
         self.pool = pool
         self.block_size = pool.block_size
         self.spare = int(watermark * pool.num_blocks)
-        self._tables: dict[Branch, BlockTable] = {}
+        self._tables: dict[Sequence, BlockTable] = {}
 
     @property
     def slots(self) -> int:
@@ -123,19 +123,19 @@ class Paged:
             return None
         return f"needs {tokens} slots with {request.longest} tokens to keep, and the pool has {self.slots}"
 
-    def match(self, branch: Branch) -> int:
+    def match(self, sequence: Sequence) -> int:
         return 0
 
-    def admit(self, branch: Branch, count: int, *, alone: bool) -> bool:
+    def admit(self, sequence: Sequence, count: int, *, alone: bool) -> bool:
         table = BlockTable(self.pool)
         if table.needs(count) > self.pool.num_free - (0 if alone else self.spare):
             return False
         table.reserve(count)
-        self._tables[branch] = table
+        self._tables[sequence] = table
         return True
 
-    def reserve(self, branch: Branch, count: int) -> Copies | None:
-        table = self._tables[branch]
+    def reserve(self, sequence: Sequence, count: int) -> Copies | None:
+        table = self._tables[sequence]
         b = self.block_size
         start = table.length
         # the common case first, and fast: the last block has room and no other owner
@@ -149,22 +149,22 @@ class Paged:
             return None
         return table.reserve(count)
 
-    def commit(self, branch: Branch) -> None:
-        table = self._tables[branch]
-        table.commit(branch.computed - table.length)
+    def commit(self, sequence: Sequence) -> None:
+        table = self._tables[sequence]
+        table.commit(sequence.computed - table.length)
         if len(table.blocks) * self.block_size - table.length >= self.block_size:
             table.truncate(table.length)  # room for drafts that were rejected
 
-    def fork(self, parent: Branch, child: Branch) -> None:
+    def fork(self, parent: Sequence, child: Sequence) -> None:
         self._tables[child] = self._tables[parent].fork()
 
-    def release(self, branch: Branch, *, preempted: bool = False) -> None:
-        table = self._tables.pop(branch, None)
+    def release(self, sequence: Sequence, *, preempted: bool = False) -> None:
+        table = self._tables.pop(sequence, None)
         if table is not None:
             table.free()
 
-    def blocks(self, branch: Branch) -> tuple[int, ...]:
-        return tuple(self._tables[branch].blocks)
+    def blocks(self, sequence: Sequence) -> tuple[int, ...]:
+        return tuple(self._tables[sequence].blocks)
 
     def _make_room(self, blocks: int) -> bool:
         return blocks <= self.pool.num_free
@@ -180,6 +180,6 @@ class Paged:
             assert self.pool.ref_count(block) == owners[block], (
                 "an owner is not counted, or a block has leaked"
             )
-        for branch, table in self._tables.items():
+        for sequence, table in self._tables.items():
             table.check()
-            assert table.length == branch.computed, f"{branch} and its table disagree"
+            assert table.length == sequence.computed, f"{sequence} and its table disagree"

@@ -21,8 +21,8 @@ One step, in order:
    ``max_tokens``, or whose token is an end token, leaves at once and frees its blocks: the
    next step's batch has room for others.
 
-Left out, and found in ``serve.engine`` and the files that it names: sampling, preemption,
-chunked prefill, prefix caching, speculative drafts, beams, streaming, priorities, errors.
+Left out, and found in ``serve.engine``: sampling, preemption, chunked prefill, prefix
+caching, speculative drafts, beams, streaming, priorities.
 """
 
 from __future__ import annotations
@@ -30,12 +30,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from refllm.backend import asarray_like, to_numpy
 from refllm.kv.block_pool import BlockTable
 from refllm.kv.paged import PagedKVCache
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights, forward, logits
+
+
+class Served(Protocol):
+    """``refllm.Model``, or any record of these two."""
+
+    config: ModelConfig
+    weights: Weights
 
 
 @dataclass
@@ -65,16 +73,14 @@ class MinimalEngine:
     """Serves greedy requests from one pool of ``num_blocks`` blocks.
 
     >>> import refllm
-    >>> model = refllm.load("stdlib-draft")
-    >>> engine = MinimalEngine(model.weights, model.config, num_blocks=8)
+    >>> engine = MinimalEngine(refllm.load("stdlib-draft"), num_blocks=8)
     >>> first, second = engine.submit([5, 9, 2], 4), engine.submit([7], 2)
     >>> outputs = engine.run()
     >>> len(outputs[first]), len(outputs[second])
     (4, 2)
     """
 
-    weights: Weights
-    config: ModelConfig
+    model: Served
     num_blocks: int
     block_size: int = 16
     steps: int = 0
@@ -83,8 +89,8 @@ class MinimalEngine:
     outputs: dict[int, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        like = self.weights["norm"]
-        self.cache = PagedKVCache(self.config, self.num_blocks, self.block_size, like=like)
+        like = self.model.weights["norm"]
+        self.cache = PagedKVCache(self.model.config, self.num_blocks, self.block_size, like=like)
 
     def submit(self, prompt: Sequence[int], max_tokens: int) -> int:
         """Queue a request of at least one token to read and one to write; returns its id.
@@ -118,22 +124,18 @@ class MinimalEngine:
         for table, count in zip(tables, counts, strict=True):
             self.cache.reserve(table, count)
         view = self.cache.view(tables, counts)
-        like = self.weights["norm"]
-        hidden = forward(
-            self.weights,
-            self.config,
-            asarray_like(tokens, like, "int64"),
-            asarray_like(positions, like, "int64"),
-            view,
-            asarray_like(last_rows, like, "int64"),
-        )  # [B, N]
-        z = to_numpy(logits(self.weights, hidden))  # [B, V]
+        config = self.model.config
+        weights = self.model.weights
+        like = weights["norm"]
+        x, p, rows = (asarray_like(ids, like, "int64") for ids in (tokens, positions, last_rows))
+        hidden = forward(weights, config, x, p, view, rows)  # [B, N]
+        z = to_numpy(logits(weights, hidden))  # [B, V]
         self.cache.advance(tables, counts)
 
         self.steps += 1
         for one, token in zip(list(self.running), z.argmax(axis=-1).tolist(), strict=True):
             one.tokens.append(token)
-            ended = token in self.config.eos_token_ids
+            ended = token in config.eos_token_ids
             if ended or len(one.output) == one.max_tokens:
                 self.outputs[one.id] = one.output[:-1] if ended else one.output
                 self.running.remove(one)

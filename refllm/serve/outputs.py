@@ -1,13 +1,13 @@
 """What the engine gives back: pieces while it runs, a result at the end, and what it
 counted.
 
-| reason      | a branch has ended because                                                                  |
+| reason      | a sequence has ended because                                                                  |
 |-------------|---------------------------------------------------------------------------------------------|
 | ``end``     | it said an end token, which is not part of ``tokens``                                       |
 | ``stop``    | its text came to a stop string, which is not part of ``text``                               |
 | ``length``  | it has ``max_tokens``                                                                       |
 | ``aborted`` | somebody asked for that                                                                     |
-| ``error``   | its logits were no numbers, or its listener raised: ``Result.error`` says what              |
+| ``error``   | its logits were no numbers, or its listener raised: ``RequestOutput.error`` says what              |
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from refllm.kv.paged import PagedKVCache
-from refllm.serve.base_scheduler import Ledger
-from refllm.serve.prefix_caching import Radix
+from refllm.serve.base_scheduler import BaseScheduler
+from refllm.serve.prefix_caching import RadixKVManager
 from refllm.serve.request import Request
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What is new of one branch. ``text`` may lag behind ``tokens``: whole characters, no
+class StreamChunk:
+    """What is new of one sequence. ``text`` may lag behind ``tokens``: whole characters, no
     part of a stop string.
     """
 
@@ -35,7 +35,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Output:
+class CompletionOutput:
     """One whole continuation. ``score`` is a beam's."""
 
     index: int
@@ -46,11 +46,11 @@ class Output:
 
 
 @dataclass
-class Result:
+class RequestOutput:
     """A request that has ended. ``outputs`` by index; of a beam search the best first."""
 
     request: Request
-    outputs: list[Output] = field(default_factory=list)
+    outputs: list[CompletionOutput] = field(default_factory=list)
     preemptions: int = 0
     error: str | None = None
 
@@ -70,10 +70,10 @@ class Result:
         return self.outputs[0].reason
 
 
-class Counts:
+class EngineStats:
     """Counted by scheduler, pool and cache while they work; here they have names."""
 
-    scheduler: Ledger
+    scheduler: BaseScheduler
     cache: PagedKVCache
 
     @property
@@ -108,7 +108,7 @@ class Counts:
 
     @property
     def preemptions(self) -> int:
-        """How often a branch lost its memory."""
+        """How often a sequence lost its memory."""
         return self.scheduler.preemptions
 
     @property
@@ -123,7 +123,7 @@ class Counts:
 
     @property
     def used_blocks(self) -> int:
-        """Blocks that running branches hold (a prefix cache lets go of the others when it
+        """Blocks that running sequences hold (a prefix cache lets go of the others when it
         must).
         """
         return -(-self.scheduler.memory.allocated // self.cache.pool.block_size)
@@ -132,6 +132,6 @@ class Counts:
     def cached_blocks(self) -> int:
         """Blocks that nobody runs in and that a radix tree keeps."""
         memory = self.scheduler.memory
-        if isinstance(memory, Radix):
+        if isinstance(memory, RadixKVManager):
             return memory.cache.evictable // memory.block_size
         return 0

@@ -5,7 +5,7 @@ Sources: vLLM's automatic prefix caching, and Zheng et al. 2024 (SGLang), sectio
 pool for those who run and for what is cached. The caches themselves are ``kv.hash_prefix``
 and ``kv.radix_tree``.
 
-|                          | ``Hashed``                              | ``Radix``                                    |
+|                          | ``HashKVManager``                              | ``RadixKVManager``                                    |
 |--------------------------|-----------------------------------------|----------------------------------------------|
 | who owns a cached block  | nobody: it is free, and found           | the tree, one reference                      |
 | what is cached           | full blocks of prompt and output        | the same; of the output once it has ended    |
@@ -25,12 +25,12 @@ from __future__ import annotations
 from refllm.kv.block_pool import BlockPool, BlockTable, Key
 from refllm.kv.hash_prefix import Hasher, PrefixCache, sha256_key
 from refllm.kv.radix_tree import Node, RadixCache
-from refllm.serve.kv_manager import Paged
-from refllm.serve.request import Branch
+from refllm.serve.kv_manager import PagedKVManager
+from refllm.serve.request import Sequence
 
 
-class Hashed(Paged):
-    """Paged, with prefixes found by a chain of hashes; a free block is remembered until it
+class HashKVManager(PagedKVManager):
+    """PagedKVManager, with prefixes found by a chain of hashes; a free block is remembered until it
     is given away.
     """
 
@@ -38,48 +38,48 @@ class Hashed(Paged):
         super().__init__(pool, watermark=watermark)
         self.cache = PrefixCache(pool, hasher)
         # chains, also of those that wait: a text is hashed once
-        self._keys: dict[Branch, list[Key]] = {}
+        self._keys: dict[Sequence, list[Key]] = {}
 
-    def _found(self, branch: Branch) -> list[int]:
-        keys = self._keys.setdefault(branch, [])
-        return self.cache.match(branch.tokens, salt=branch.request.salt, keys=keys)
+    def _found(self, sequence: Sequence) -> list[int]:
+        keys = self._keys.setdefault(sequence, [])
+        return self.cache.match(sequence.tokens, salt=sequence.request.salt, keys=keys)
 
-    def match(self, branch: Branch) -> int:
-        return len(self._found(branch)) * self.block_size
+    def match(self, sequence: Sequence) -> int:
+        return len(self._found(sequence)) * self.block_size
 
-    def admit(self, branch: Branch, count: int, *, alone: bool) -> bool:
-        found = self._found(branch)
+    def admit(self, sequence: Sequence, count: int, *, alone: bool) -> bool:
+        found = self._found(sequence)
         available = self.cache.available(found) - (0 if alone else self.spare)
         if -(-count // self.block_size) > available:
             return False
         table = BlockTable(self.pool)
-        self.cache.take(table, found, len(branch.tokens))
+        self.cache.take(table, found, len(sequence.tokens))
         table.reserve(count)
-        self._tables[branch] = table
+        self._tables[sequence] = table
         return True
 
-    def commit(self, branch: Branch) -> None:
-        table = self._tables[branch]
+    def commit(self, sequence: Sequence) -> None:
+        table = self._tables[sequence]
         full = table.length // self.block_size
-        super().commit(branch)
+        super().commit(sequence)
         if table.length // self.block_size > full:
-            self.cache.insert(table, branch.tokens, self._keys[branch], salt=branch.request.salt)
+            self.cache.insert(table, sequence.tokens, self._keys[sequence], salt=sequence.request.salt)
 
-    def fork(self, parent: Branch, child: Branch) -> None:
+    def fork(self, parent: Sequence, child: Sequence) -> None:
         super().fork(parent, child)
         self._keys[child] = self._keys[parent][: self._tables[child].length // self.block_size]
 
-    def release(self, branch: Branch, *, preempted: bool = False) -> None:
-        super().release(branch)
+    def release(self, sequence: Sequence, *, preempted: bool = False) -> None:
+        super().release(sequence)
         if not preempted:
-            self._keys.pop(branch, None)
+            self._keys.pop(sequence, None)
 
 
-class Radix(Paged):
-    """Paged, with prefixes in a radix tree whose pages are the blocks; the tree is one more
+class RadixKVManager(PagedKVManager):
+    """PagedKVManager, with prefixes in a radix tree whose pages are the blocks; the tree is one more
     owner of what it holds.
 
-    A branch locks the deepest node that it has matched or inserted. What it computed of its
+    A sequence locks the deepest node that it has matched or inserted. What it computed of its
     prompt is inserted step by step, what it generated when it forks or ends: the tree then
     owns it, and evicts it when blocks are needed.
     """
@@ -87,63 +87,63 @@ class Radix(Paged):
     def __init__(self, pool: BlockPool, *, watermark: float = 0.0, policy: str = "lru"):
         super().__init__(pool, watermark=watermark)
         self.cache = RadixCache(pool.block_size, policy, on_evict=self._evicted)
-        # (locked node, tokens of the branch down to it)
-        self._nodes: dict[Branch, tuple[Node, int]] = {}
+        # (locked node, tokens of the sequence down to it)
+        self._nodes: dict[Sequence, tuple[Node, int]] = {}
 
     @property
     def allocated(self) -> int:
         return super().allocated - self.cache.evictable
 
-    def match(self, branch: Branch) -> int:
-        return len(self.cache.match(branch.tokens[:-1], salt=branch.request.salt, record=False))
+    def match(self, sequence: Sequence) -> int:
+        return len(self.cache.match(sequence.tokens[:-1], salt=sequence.request.salt, record=False))
 
-    def admit(self, branch: Branch, count: int, *, alone: bool) -> bool:
-        tokens = branch.tokens[:-1]
+    def admit(self, sequence: Sequence, count: int, *, alone: bool) -> bool:
+        tokens = sequence.tokens[:-1]
         b = self.block_size
-        found = self.cache.match(tokens, salt=branch.request.salt, record=False)
+        found = self.cache.match(tokens, salt=sequence.request.salt, record=False)
         # before there is room made: what was found must not be evicted for the rest
         self.cache.lock(found.node)
         if not self._make_room(-(-count // b), 0 if alone else self.spare):
             self.cache.unlock(found.node)
             return False
-        found = self.cache.match(tokens, salt=branch.request.salt)  # once more, to be recorded
+        found = self.cache.match(tokens, salt=sequence.request.salt)  # once more, to be recorded
         table = BlockTable(self.pool)
         table.adopt(_pages(found.slots, b))
         table.reserve(count)
-        self._tables[branch] = table
-        self._nodes[branch] = (found.node, len(found))
+        self._tables[sequence] = table
+        self._nodes[sequence] = (found.node, len(found))
         return True
 
-    def commit(self, branch: Branch) -> None:
-        super().commit(branch)
-        if branch.computed <= len(branch.request.prompt):
-            self._insert(branch)
+    def commit(self, sequence: Sequence) -> None:
+        super().commit(sequence)
+        if sequence.computed <= len(sequence.request.prompt):
+            self._insert(sequence)
 
-    def fork(self, parent: Branch, child: Branch) -> None:
-        # two branches share a full block only through the tree, which then knows its owners
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        # two sequences share a full block only through the tree, which then knows its owners
         self._insert(parent)
         super().fork(parent, child)
         self._nodes[child] = self._nodes[parent]
         self.cache.lock(self._nodes[child][0])
 
-    def release(self, branch: Branch, *, preempted: bool = False) -> None:
-        if branch in self._tables:
-            self._insert(branch)
-            self.cache.unlock(self._nodes.pop(branch)[0])
-        super().release(branch)
+    def release(self, sequence: Sequence, *, preempted: bool = False) -> None:
+        if sequence in self._tables:
+            self._insert(sequence)
+            self.cache.unlock(self._nodes.pop(sequence)[0])
+        super().release(sequence)
 
-    def _insert(self, branch: Branch) -> None:
-        """Offer the tree the whole pages of [0, computed); the branch holds the tree's
+    def _insert(self, sequence: Sequence) -> None:
+        """Offer the tree the whole pages of [0, computed); the sequence holds the tree's
         blocks for them from then on.
         """
-        table = self._tables[branch]
+        table = self._tables[sequence]
         b = self.block_size
-        node, known = self._nodes[branch]
+        node, known = self._nodes[sequence]
         end = table.length // b * b
         if end <= known:
             return
-        request = branch.request
-        tokens = branch.tokens[:end]
+        request = sequence.request
+        tokens = sequence.tokens[:end]
         had = self.cache.insert(
             tokens, table.slots(0, end), salt=request.salt, priority=-request.priority
         )
@@ -158,7 +158,7 @@ class Radix(Paged):
             self.pool.fork(block)
         self.cache.lock(found.node)
         self.cache.unlock(node)
-        self._nodes[branch] = (found.node, end)
+        self._nodes[sequence] = (found.node, end)
 
     def _make_room(self, blocks: int, spare: int = 0) -> bool:
         if blocks + spare > self.pool.num_free + self.cache.evictable // self.block_size:
@@ -191,11 +191,11 @@ class Radix(Paged):
             for block in _pages(node.slots, self.block_size)
         }
         assert set(super()._owned()) & set(in_tree) <= locked, (
-            "the tree may evict what a branch holds"
+            "the tree may evict what a sequence holds"
         )
-        for branch, (node, length) in self._nodes.items():
+        for sequence, (node, length) in self._nodes.items():
             assert node.locks > 0
-            first = self._tables[branch].blocks[: length // self.block_size]
+            first = self._tables[sequence].blocks[: length // self.block_size]
             assert first == _pages(_path_slots(node), self.block_size)
 
 

@@ -4,13 +4,13 @@ no model, no arrays.
 | name      | meaning                                                                                   |
 |-----------|-------------------------------------------------------------------------------------------|
 | request   | a prompt and how to continue it; never changes                                            |
-| branch    | one of a request's n continuations: its tokens, and how many have keys and values cached  |
+| sequence    | one of a request's n continuations: its tokens, and how many have keys and values cached  |
 | tokens    | prompt + output so far                                                                    |
 | drafts    | guesses for the next tokens (speculation); they count to ``total`` until they are judged  |
 | computed  | tokens [0, computed) have their keys and values in memory                                 |
 | total     | len(tokens) + len(drafts): what a step tries to compute up to                             |
 
-A branch does not know whether it is in prefill or in decode, and nothing here asks: it is
+A sequence does not know whether it is in prefill or in decode, and nothing here asks: it is
 ``total - computed`` tokens behind. Prefill, decode, a resumed request and a verification of
 drafts differ in these two numbers only (vLLM's second scheduler has it so).
 
@@ -20,7 +20,8 @@ on ``submit``.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections import abc
+from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import Enum
 from math import inf
@@ -40,7 +41,7 @@ class Request:
     only lengths matter.
     """
 
-    prompt: Sequence[int]
+    prompt: abc.Sequence[int]
     max_tokens: int = 16
     id: Hashable = None  # None: the scheduler gives one
     temperature: float = 0.0
@@ -49,7 +50,7 @@ class Request:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    stop: Sequence[str] = ()
+    stop: abc.Sequence[str] = ()
     ignore_eos: bool = False
     n: int = 1
     beam: bool = False
@@ -115,7 +116,7 @@ class Request:
         return len(self.prompt) + max(0, self.max_tokens - 1)
 
 
-def _tokens(prompt: Any) -> Sequence[int]:
+def _tokens(prompt: Any) -> abc.Sequence[int]:
     if isinstance(prompt, range):
         if prompt and min(prompt[0], prompt[-1]) < 0:
             raise ValueError(f"prompt must be token ids, 0 or more, got {prompt}")
@@ -143,14 +144,14 @@ def _number(x: Any) -> bool:
 
 
 class Status(Enum):
-    """Where a branch is."""
+    """Where a sequence is."""
 
     WAITING = "waiting"  # in the queue: new, or preempted
     RUNNING = "running"
     ENDED = "ended"
 
 
-class Branch:
+class Sequence:
     """One continuation of a request while it is served; the scheduler alone changes it."""
 
     __slots__ = (
@@ -188,4 +189,4 @@ class Branch:
         return len(self.request.prompt) + self.request.max_tokens - len(self.tokens)
 
     def __repr__(self) -> str:
-        return f"Branch({self.request.id!r}.{self.index}, {self.computed}/{self.total}, {self.status.value})"
+        return f"Sequence({self.request.id!r}.{self.index}, {self.computed}/{self.total}, {self.status.value})"

@@ -1,30 +1,31 @@
-"""What the engine keeps of a branch beside its tokens: its random numbers, its text so far,
+"""What the engine keeps of a sequence beside its tokens: its random numbers, its text so far,
 when that ends.
 
 Random numbers belong to places: token i of the output is drawn with uniform i of the
-branch's own generator. So what is drawn does not depend on who else is in the batch, on
+sequence's own generator. So what is drawn does not depend on who else is in the batch, on
 preemption, or on drafts.
 
-| generator of branch i      | seeded by                                                                |
+| generator of sequence i      | seeded by                                                                |
 |----------------------------|--------------------------------------------------------------------------|
 | i = 0                      | the request's seed: the same tokens as ``Model.generate(…, rng=seed)``   |
 | i > 0                      | (seed, i)                                                                |
 
 Left out: log-probabilities of what was chosen.
 
-<<MERGED>> A request while the engine serves it: voices of its branches, its search, what it
+<<MERGED>> A request while the engine serves it: voices of its sequences, its search, what it
 has said so far; and the seams.
 
 | seam       | who fills it                                                                       |
 |------------|------------------------------------------------------------------------------------|
 | Record     | what is served: a ``Model``, or any record of config, weights and tokenizer        |
 | Drafter    | ``decode.speculative.drafters``: guesses next tokens; the engine verifies them in one step       |
-| Listener   | hears each ``Piece`` as it comes                                                   |
+| StreamCallback   | hears each ``StreamChunk`` as it comes                                                   |
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import abc
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -35,14 +36,14 @@ from refllm.decode.sampling_params import SamplingParams
 from refllm.decode.speculative.interface import Drafter
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights
-from refllm.serve.beam_search import Search
-from refllm.serve.outputs import Output, Piece, Result
-from refllm.serve.plan import Continuation, Event
-from refllm.serve.request import Branch, Request
+from refllm.serve.beam_search import BeamSearch
+from refllm.serve.outputs import CompletionOutput, RequestOutput, StreamChunk
+from refllm.serve.plan import SampledTokens, SequenceUpdate
+from refllm.serve.request import Request, Sequence
 
 
-class Voice:
-    """One branch as its reader hears it. ``seed`` is the request's own or one that the
+class SequenceState:
+    """One sequence as its reader hears it. ``seed`` is the request's own or one that the
     engine drew for it.
     """
 
@@ -81,21 +82,21 @@ class Voice:
             self._uniforms.append(self.rng.random())
         return self._uniforms[place]
 
-    def hear(self, tokens: Sequence[int]) -> Continuation:
+    def hear(self, tokens: abc.Sequence[int]) -> SampledTokens:
         """The next tokens as far as the text goes: up to an end token, or the one that
         completes a stop string.
         """
         if not self.streams and self.ends.isdisjoint(tokens):
-            return Continuation(tokens)
+            return SampledTokens(tokens)
         for i, token in enumerate(tokens):
             if token in self.ends:
                 self._flush()
-                return Continuation(tokens[: i + 1], "end")
+                return SampledTokens(tokens[: i + 1], "end")
             if self.streams:
                 self._piece += self._stops.push(self._characters.push(token))
                 if self._stops.stopped:
-                    return Continuation(tokens[: i + 1], "stop")
-        return Continuation(tokens)
+                    return SampledTokens(tokens[: i + 1], "stop")
+        return SampledTokens(tokens)
 
     def take(self, ended: bool) -> str:
         """The text that is new since it was taken the last time; all of it if no more will
@@ -110,7 +111,7 @@ class Voice:
         self.text += piece
         return piece
 
-    def rewind(self, output: Sequence[int]) -> None:
+    def rewind(self, output: abc.Sequence[int]) -> None:
         """Back to where the text of ``output`` was taken: what was heard since has not
         happened.
         """
@@ -128,7 +129,7 @@ class Voice:
             if not self._stops.stopped:
                 self._piece += self._stops.flush()
 
-    def said(self, output: Sequence[int], reason: str) -> tuple[list[int], str]:
+    def said(self, output: abc.Sequence[int], reason: str) -> tuple[list[int], str]:
         """(tokens, text) of a whole output: without its end token; the text without its
         stop string.
         """
@@ -136,7 +137,7 @@ class Voice:
         return tokens, self.text if self.streams else self.tokenizer.decode(tokens)
 
 
-Listener = Callable[[Piece], object]
+StreamCallback = Callable[[StreamChunk], object]
 
 
 class Record(Protocol):
@@ -174,13 +175,13 @@ def refuse(request: Request, config: ModelConfig) -> None:
             )
 
 
-class Live:
-    """What the engine knows of a request beside its branches."""
+class RequestState:
+    """What the engine knows of a request beside its sequences."""
 
     def __init__(
         self,
         request: Request,
-        listener: Listener | None,
+        listener: StreamCallback | None,
         seed: int,
         model: Record,
         drafter: Callable[[], Drafter] | None = None,
@@ -191,53 +192,53 @@ class Live:
         self.tokenizer = model.tokenizer
         self._drafter = drafter
         self.ends = frozenset() if request.ignore_eos else frozenset(model.config.eos_token_ids)
-        self.search = Search(request, self.ends) if request.beam else None
-        self.result = Result(request)
-        self._voices: dict[int, Voice] = {}
+        self.search = BeamSearch(request, self.ends) if request.beam else None
+        self.result = RequestOutput(request)
+        self._voices: dict[int, SequenceState] = {}
 
-    def voice(self, index: int) -> Voice:
-        """The voice of branch ``index``."""
+    def voice(self, index: int) -> SequenceState:
+        """The voice of sequence ``index``."""
         voice = self._voices.get(index)
         if voice is None:
             text = self.listener is not None and self.search is None
-            voice = Voice(self.request, index, self.seed, self.tokenizer, self.ends, text)
+            voice = SequenceState(self.request, index, self.seed, self.tokenizer, self.ends, text)
             voice.drafter = None if self._drafter is None else self._drafter()
             self._voices[index] = voice
         return voice
 
-    def voices_of(self, branch: Branch) -> list[Voice]:
-        """One for each continuation that the branch's next token may have: n where it is to
+    def voices_of(self, sequence: Sequence) -> list[SequenceState]:
+        """One for each continuation that the sequence's next token may have: n where it is to
         fork into n.
         """
-        together = branch.seats if self.search is None else 1
+        together = sequence.seats if self.search is None else 1
         if together == 1:  # as a rule
-            return [self.voice(branch.index)]
-        return [self.voice(branch.index + i) for i in range(together)]
+            return [self.voice(sequence.index)]
+        return [self.voice(sequence.index + i) for i in range(together)]
 
-    def rewind(self, branch: Branch) -> None:
+    def rewind(self, sequence: Sequence) -> None:
         """The step under way has failed: what its voices heard in it was not said."""
-        for voice in self.voices_of(branch):
-            voice.rewind(branch.output)
+        for voice in self.voices_of(sequence):
+            voice.rewind(sequence.output)
 
-    def hear(self, event: Event) -> Piece:
-        """Tokens that a branch has got; its output, if it ended with them."""
-        branch, tokens, reason = event
-        voice = self.voice(branch.index)
+    def hear(self, event: SequenceUpdate) -> StreamChunk:
+        """Tokens that a sequence has got; its output, if it ended with them."""
+        sequence, tokens, reason = event
+        voice = self.voice(sequence.index)
         text = voice.take(ended=reason is not None)
         if reason is not None:
-            said, whole = voice.said(branch.output, reason)
-            self.result.outputs.append(Output(branch.index, said, whole, reason))
-            self.result.preemptions += branch.preemptions
-        return Piece(self.request.id, branch.index, tokens, text, reason)
+            said, whole = voice.said(sequence.output, reason)
+            self.result.outputs.append(CompletionOutput(sequence.index, said, whole, reason))
+            self.result.preemptions += sequence.preemptions
+        return StreamChunk(self.request.id, sequence.index, tokens, text, reason)
 
-    def found(self, beams: Sequence[Branch]) -> list[Piece]:
+    def found(self, beams: abc.Sequence[Sequence]) -> list[StreamChunk]:
         """The search is over, ``beams`` were dropped: its hypotheses, the best first."""
         assert self.search is not None
         pieces = []
         for index, (score, tokens, reason) in enumerate(self.search.best):
             said = tokens[:-1] if reason == "end" else tokens
             text = self.tokenizer.decode(said)
-            self.result.outputs.append(Output(index, said, text, reason, score))
-            pieces.append(Piece(self.request.id, index, tokens, text, reason))
-        self.result.preemptions += sum(branch.preemptions for branch in beams)
+            self.result.outputs.append(CompletionOutput(index, said, text, reason, score))
+            pieces.append(StreamChunk(self.request.id, index, tokens, text, reason))
+        self.result.preemptions += sum(sequence.preemptions for sequence in beams)
         return pieces

@@ -1,9 +1,9 @@
-"""Logits of a step → the next tokens of every branch that was sampled, each with its own
+"""Logits of a step → the next tokens of every sequence that was sampled, each with its own
 settings.
 
 | symbol | name                                                             | shape    |
 |--------|------------------------------------------------------------------|----------|
-| z      | logits: row after row of each branch, 1 + drafts rows each       | [R, V]   |
+| z      | logits: row after row of each sequence, 1 + drafts rows each       | [R, V]   |
 | p      | what is drawn from, after all warps, of rows with temperature > 0| [·, V]   |
 | u      | uniforms, one a place in the output                              | [·]      |
 
@@ -11,7 +11,7 @@ Drafts that were not sampled (n-gram, argmax) are judged by drawing: row i is sa
 the uniform of its place, and draft i stands if it is what was drawn. That is the token-wise
 law for a one-hot q, P(accept) = p(draft), with a further property: the tokens are *the
 same* as without drafts. Drafts that come with the distribution q they were sampled from are
-judged by ``decode.speculative.verification.verify`` with the branch's own generator: the
+judged by ``decode.speculative.verification.verify`` with the sequence's own generator: the
 same law, not the same tokens.
 
 Left out: penalties on counts (``sampling.apply_count_penalties``), grammars (a mask on z
@@ -29,25 +29,25 @@ from refllm.backend import Array, asarray_like, to_numpy
 from refllm.decode import sampling
 from refllm.decode.speculative.verification import verify
 from refllm.serve.request import Request
-from refllm.serve.request_state import Voice
+from refllm.serve.request_state import SequenceState
 
 
 @dataclass(slots=True)
-class Seat:
-    """A branch that is sampled: its tokens, its drafts and their q if it has one, and a
+class SamplingInput:
+    """A sequence that is sampled: its tokens, its drafts and their q if it has one, and a
     voice for each continuation.
     """
 
     request: Request
     tokens: Sequence[int]
-    voices: list[Voice]
+    voices: list[SequenceState]
     drafts: Sequence[int] = ()
     q: Array | None = None
     rows: slice = field(default_factory=lambda: slice(0, 0))  # of z
     best: Sequence[int] = ()  # the argmax of each row, once they were chosen from
 
 
-def penalised(z: Array, seats: Sequence[Seat]) -> Array:
+def penalised(z: Array, seats: Sequence[SamplingInput]) -> Array:
     """z with each request's repetition penalty; row i of a seat has seen its first i drafts
     too.
     """
@@ -65,7 +65,7 @@ def penalised(z: Array, seats: Sequence[Seat]) -> Array:
     return sampling.apply_repetition_penalty(z, asarray_like(seen, z), penalty)
 
 
-def choose(z: Array, seats: Sequence[Seat]) -> list[list[list[int]] | None]:
+def choose(z: Array, seats: Sequence[SamplingInput]) -> list[list[list[int]] | None]:
     """z[R, V], penalised → for each seat its voices' next tokens; None if its logits have
     no largest one.
     """
@@ -97,7 +97,7 @@ def _agreed(tokens: Sequence[int], drafts: Sequence[int]) -> list[int]:
     return list(tokens[: kept + 1])
 
 
-def _draw(z: Array, seats: Sequence[Seat]) -> list[list[list[int]]]:
+def _draw(z: Array, seats: Sequence[SamplingInput]) -> list[list[list[int]]]:
     """Seats with a temperature: warp all their rows at once, then draw one token a row and
     voice.
     """
@@ -127,7 +127,7 @@ def _draw(z: Array, seats: Sequence[Seat]) -> list[list[list[int]]]:
     return _dealt(seats, p, tokens)
 
 
-def _dealt(seats: Sequence[Seat], p: Array, tokens: list[int]) -> list[list[list[int]]]:
+def _dealt(seats: Sequence[SamplingInput], p: Array, tokens: list[int]) -> list[list[list[int]]]:
     """The drawn tokens to their seats and voices; seats whose drafts were sampled from a q
     are verified here.
     """

@@ -1,4 +1,4 @@
-"""The scheduler: one plan a step over branches that differ only in computed and total
+"""The scheduler: one plan a step over sequences that differ only in computed and total
 tokens.
 
 Sources: Orca, Yu et al. 2022 (iteration-level scheduling); Sarathi-Serve, Agrawal et al.
@@ -9,19 +9,19 @@ A step, in order:
 
 1. Branches one token behind (and their drafts): decode goes first, so that no prompt stalls
    those who stream.
-2. Running branches further behind, as they were admitted: prompts whose first chunks are
-   computed. For both: if memory has no room, running branches are preempted, youngest or
+2. Running sequences further behind, as they were admitted: prompts whose first chunks are
+   computed. For both: if memory has no room, running sequences are preempted, youngest or
    least urgent first, until it has.
-3. If nobody was preempted: waiting branches, as the order says, as long as budget, seats
+3. If nobody was preempted: waiting sequences, as the order says, as long as budget, seats
    and memory last. The first that does not fit ends it, so nobody is overtaken for being
    large.
 
-A preempted branch keeps its tokens, loses their keys and values, and computes them anew
+A preempted sequence keeps its tokens, loses their keys and values, and computes them anew
 when it is admitted again: to the scheduler it is a longer prompt. The beams of one search
 are admitted and preempted together, and their last tokens are computed in one step, so that
 they are ranked against each other.
 
-The oldest (or most urgent) running branch is never preempted for another, and every request
+The oldest (or most urgent) running sequence is never preempted for another, and every request
 that is accepted fits alone: so each step computes at least a token for somebody, and
 everybody ends.
 
@@ -39,20 +39,20 @@ says so in a continuation).
 from __future__ import annotations
 
 from refllm.serve.admission import Order, named
-from refllm.serve.base_scheduler import Ledger
-from refllm.serve.kv_manager import Memory
-from refllm.serve.plan import Plan, Step
-from refllm.serve.request import Branch, Request, Status
+from refllm.serve.base_scheduler import BaseScheduler
+from refllm.serve.kv_manager import KVManager
+from refllm.serve.plan import Plan, PlanBuilder
+from refllm.serve.request import Request, Sequence, Status
 
 
-class Scheduler(Ledger):
-    """Continuous batching over a ``Memory``; see the module for what a step does and how it
+class Scheduler(BaseScheduler):
+    """Continuous batching over a ``KVManager``; see the module for what a step does and how it
     is driven.
     """
 
     def __init__(
         self,
-        memory: Memory,
+        memory: KVManager,
         *,
         max_batch_tokens: int | None = 2048,
         max_sequences: int | None = 128,
@@ -72,7 +72,7 @@ class Scheduler(Ledger):
         self.long_prefill = long_prefill
 
     def refuses(self, request: Request) -> str | None:
-        # a preempted branch comes back with its output: that too must fit into one step if
+        # a preempted sequence comes back with its output: that too must fit into one step if
         # it is not cut
         if (
             not self.chunked
@@ -91,95 +91,95 @@ class Scheduler(Ledger):
                 self._run(step)
         return self._finish(step)
 
-    def _run(self, step: Step) -> None:
+    def _run(self, step: PlanBuilder) -> None:
         """Those that run already: decodes, then the rest of prompts."""
-        behind: list[tuple[Branch, int]] = []
-        for branch in self.running[:]:
-            if branch.status is not Status.RUNNING:
+        behind: list[tuple[Sequence, int]] = []
+        for sequence in self.running[:]:
+            if sequence.status is not Status.RUNNING:
                 continue  # preempted for an earlier one
-            missing = len(branch.tokens) - branch.computed
-            if branch.request.beam:
-                self._run_beam(step, branch, behind)
+            missing = len(sequence.tokens) - sequence.computed
+            if sequence.request.beam:
+                self._run_beam(step, sequence, behind)
             elif missing == 1:
-                self._advance(step, branch, 1 + len(branch.drafts))
+                self._advance(step, sequence, 1 + len(sequence.drafts))
             else:
-                behind.append((branch, missing))
-        for branch, missing in behind:
-            if branch.status is Status.RUNNING:
-                self._advance(step, branch, missing)
+                behind.append((sequence, missing))
+        for sequence, missing in behind:
+            if sequence.status is Status.RUNNING:
+                self._advance(step, sequence, missing)
 
-    def _run_beam(self, step: Step, branch: Branch, behind: list[tuple[Branch, int]]) -> None:
+    def _run_beam(self, step: PlanBuilder, sequence: Sequence, behind: list[tuple[Sequence, int]]) -> None:
         """The last tokens of all beams in one step; what comes before them whenever there
         is room.
         """
-        beams = self._beams(branch)
-        missing = len(branch.tokens) - branch.computed
+        beams = self._beams(sequence)
+        missing = len(sequence.tokens) - sequence.computed
         if any(b.computed + 1 < len(b.tokens) for b in beams):
             wanted = missing - (len(beams) > 1)
             if wanted:
-                behind.append((branch, wanted))
-        elif branch is beams[0] and (step.room is None or len(beams) <= step.room):
+                behind.append((sequence, wanted))
+        elif sequence is beams[0] and (step.room is None or len(beams) <= step.room):
             for beam in beams:
                 if beam.status is Status.RUNNING:
                     self._advance(step, beam, 1)
 
-    def _advance(self, step: Step, branch: Branch, wanted: int) -> None:
-        """Give a running branch its share of the step, at the cost of others if it must be."""
-        count = self._share(step, wanted, branch)
+    def _advance(self, step: PlanBuilder, sequence: Sequence, wanted: int) -> None:
+        """Give a running sequence its share of the step, at the cost of others if it must be."""
+        count = self._share(step, wanted, sequence)
         if count < 1:
             return
-        copies = self.memory.reserve(branch, count)
-        if copies is None and branch.drafts:  # nobody is preempted for a guess
+        copies = self.memory.reserve(sequence, count)
+        if copies is None and sequence.drafts:  # nobody is preempted for a guess
             count = 1
-            copies = self.memory.reserve(branch, count)
+            copies = self.memory.reserve(sequence, count)
         while copies is None:
             victims = self._beams(self.order.victim(self.running))
             self._preempt(step, victims)
-            if branch in victims:
+            if sequence in victims:
                 return
-            copies = self.memory.reserve(branch, count)
-        step.put(branch, count, self.memory.blocks(branch), copies)
+            copies = self.memory.reserve(sequence, count)
+        step.put(sequence, count, self.memory.blocks(sequence), copies)
 
-    def _share(self, step: Step, wanted: int, branch: Branch) -> int:
-        """How many of the tokens it wants a branch may compute now."""
+    def _share(self, step: PlanBuilder, wanted: int, sequence: Sequence) -> int:
+        """How many of the tokens it wants a sequence may compute now."""
         if 0 < self.long_prefill < wanted:
             wanted = self.long_prefill
         if step.room is None or wanted <= step.room:
             return wanted
-        return step.room if self.chunked or branch.drafts else 0
+        return step.room if self.chunked or sequence.drafts else 0
 
-    def _preempt(self, step: Step, branches: list[Branch]) -> None:
+    def _preempt(self, step: PlanBuilder, sequences: list[Sequence]) -> None:
         """Take their memory, and their shares of this step if they had any already."""
-        for branch in reversed(branches):
-            step.take_back(branch)
-            step.plan.preempted.append(branch.key)
-            self._start_over(branch)
+        for sequence in reversed(sequences):
+            step.take_back(sequence)
+            step.plan.preempted.append(sequence.key)
+            self._start_over(sequence)
 
-    def _admit(self, step: Step) -> None:
+    def _admit(self, step: PlanBuilder) -> None:
         if self.max_sequences is None:
             free = None
         else:
             free = self.max_sequences - sum(b.seats for b in self.running)
         if not self.waiting or step.room == 0 or free == 0:
             return
-        for branch in self.order.candidates(self.waiting, self.memory):
-            if branch.status is not Status.WAITING:
+        for sequence in self.order.candidates(self.waiting, self.memory):
+            if sequence.status is not Status.WAITING:
                 continue  # it came with another beam of its search
-            seats = sum(b.seats for b in self._beams(branch))
+            seats = sum(b.seats for b in self._beams(sequence))
             if (
                 step.room == 0
                 or (free is not None and seats > free)
-                or not self._enter(step, branch)
+                or not self._enter(step, sequence)
             ):
                 return
             if free is not None:
                 free -= seats
 
-    def _enter(self, step: Step, branch: Branch) -> bool:
-        """Admit a branch, with all beams of its search; nobody if there is no room for the
+    def _enter(self, step: PlanBuilder, sequence: Sequence) -> bool:
+        """Admit a sequence, with all beams of its search; nobody if there is no room for the
         first one's share.
         """
-        beams = self._beams(branch)
+        beams = self._beams(sequence)
         for beam in beams:
             hit = self.memory.match(beam)
             # the last tokens of all beams go together
@@ -203,10 +203,10 @@ class Scheduler(Ledger):
                 step.put(beam, count, self.memory.blocks(beam), [])
         return True
 
-    def _count(self, branch: Branch, hit: int) -> None:
-        if branch.preemptions:
+    def _count(self, sequence: Sequence, hit: int) -> None:
+        if sequence.preemptions:
             self.resumed_cached += hit
-            self.resumed_queried += len(branch.tokens)
+            self.resumed_queried += len(sequence.tokens)
         else:
             self.cached += hit
-            self.queried += len(branch.tokens)
+            self.queried += len(sequence.tokens)

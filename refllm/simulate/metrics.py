@@ -208,7 +208,7 @@ class Recorder:
         self.timelines: dict[Hashable, Timeline] = {}
 
     def sent(self, name: Hashable, prompt: int, time: float) -> None:
-        """A request (or a branch of one) begins to wait."""
+        """A request (or a sequence of one) begins to wait."""
         self.timelines[name] = Timeline(time, prompt)
 
     def came(self, name: Hashable, tokens: int, time: float, *, ended: bool = False) -> None:

@@ -9,7 +9,7 @@ Source: the kinds of Zheng et al. 2024 (SGLang), section 6, and of Kwon et al. 2
 | few-shot           | E examples and a question                              | the examples, by all        | short |
 | self-consistency   | a question with its instructions, asked n times        | the prompt, by its n        | some  |
 | chat               | system prompt, all turns so far, the next message      | everything but the message  | some  |
-| tree of thought    | the path of thoughts so far, and a word for the branch | each path, by its subtree   | some  |
+| tree of thought    | the path of thoughts so far, and a word for the sequence | each path, by its subtree   | some  |
 | RAG                | a document, drawn by Zipf's law, and a question        | the document, by its askers | short |
 | unique             | something that nobody else asks                        | nothing                     | some  |
 

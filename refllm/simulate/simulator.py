@@ -7,16 +7,16 @@ that the engine runs.
 | name   | meaning                                                                                        |
 |--------|------------------------------------------------------------------------------------------------|
 | clock  | seconds of a step over (past, new) of each row; of a run of decode steps; of moved blocks      |
-| steady | nobody is admitted, ends, arrives or runs out of memory: each branch gets a token a step       |
+| steady | nobody is admitted, ends, arrives or runs out of memory: each sequence gets a token a step       |
 | jump   | k steady steps in one plan                                                                     |
 | used   | slots that hold a token's keys and values; the rest of what is allocated is reserved or waste  |
 
 A jump proposes k − 1 drafts for everybody and accepts them all: the scheduler advances each
-branch by k tokens, its memory takes the same blocks as in k steps, and the clock is charged
+sequence by k tokens, its memory takes the same blocks as in k steps, and the clock is charged
 for k steps of one token each. Times, counts and tokens are the same as without jumps
 (``jumps=False``), which a test holds; there are only fewer plans.
 
-What a branch says is a number of its own, over and over: so answers of different branches
+What a sequence says is a number of its own, over and over: so answers of different sequences
 share no prefix.
 
 Left out: the model, end tokens (everybody runs to ``max_tokens``), beams; time that the
@@ -25,18 +25,18 @@ scheduler itself takes.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections import abc, deque
+from collections.abc import Callable, Hashable, Iterable
 from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 from refllm.serve.admission import LongestPrefix
-from refllm.serve.base_scheduler import Ledger
-from refllm.serve.plan import Continuation, Plan
-from refllm.serve.prefix_caching import Hashed, Radix
-from refllm.serve.request import Branch, Request
+from refllm.serve.base_scheduler import BaseScheduler
+from refllm.serve.plan import Plan, SampledTokens
+from refllm.serve.prefix_caching import HashKVManager, RadixKVManager
+from refllm.serve.request import Request, Sequence
 from refllm.serve.scheduler import Scheduler
-from refllm.serve.swapping import Moved, Swapping
+from refllm.serve.swapping import SwappingKVManager, SwapTraffic
 from refllm.simulate.metrics import Limits, Recorder, Summary
 from refllm.simulate.programs import Follow
 
@@ -46,10 +46,10 @@ SAYS = 1 << 40  # answers are numbers from here on: beyond every prompt
 class Clock(Protocol):
     """What steps take, in seconds."""
 
-    def step(self, batch: Sequence[tuple[int, int]], rows: int) -> float:
+    def step(self, batch: abc.Sequence[tuple[int, int]], rows: int) -> float:
         """A step over (past, new) of every row of the batch, with ``rows`` rows of logits."""
 
-    def decode(self, pasts: Sequence[int], count: int) -> Sequence[float]:
+    def decode(self, pasts: abc.Sequence[int], count: int) -> abc.Sequence[float]:
         """``count`` steps, each of one token for everybody; ``pasts`` are cached before the
         first.
         """
@@ -58,20 +58,20 @@ class Clock(Protocol):
         """Keys and values between device and host, blocks one by one."""
 
 
-class Ticks:
+class UnitClock:
     """A clock for counting: every step takes one second, moving nothing."""
 
-    def step(self, batch: Sequence[tuple[int, int]], rows: int) -> float:
+    def step(self, batch: abc.Sequence[tuple[int, int]], rows: int) -> float:
         return 1.0
 
-    def decode(self, pasts: Sequence[int], count: int) -> Sequence[float]:
+    def decode(self, pasts: abc.Sequence[int], count: int) -> abc.Sequence[float]:
         return [1.0] * count
 
     def move(self, tokens: int, blocks: int) -> float:
         return 0.0
 
 
-class Taken(NamedTuple):
+class ExecutedStep(NamedTuple):
     """A plan that was carried out, or a jump: ``steps`` of them in one."""
 
     plan: Plan
@@ -81,10 +81,10 @@ class Taken(NamedTuple):
     # tokens with keys and values after the last of the steps; shared ones count for each
     # who shares
     used: int
-    allocated: int  # slots that branches hold, then
+    allocated: int  # slots that sequences hold, then
 
 
-class Tally:
+class StepTotals:
     """Sums over steps. ``batch`` and ``utilisation`` are means over steps; ValueError where
     there were none.
     """
@@ -93,19 +93,19 @@ class Tally:
         self.slots = slots
         self.steps = 0
         self.rows = 0
-        self.ghosts = 0
+        self.padding_rows = 0
         self.tokens = 0
         self.used = 0
         self.allocated = 0
 
-    def add(self, taken: Taken) -> None:
+    def add(self, taken: ExecutedStep) -> None:
         plan = taken.plan
         k = taken.steps
         rows = len(plan.items)
-        ghosts = len(plan.ghosts)
+        padding_rows = len(plan.padding_rows)
         self.steps += k
         self.rows += k * rows
-        self.ghosts += k * ghosts
+        self.padding_rows += k * padding_rows
         self.tokens += plan.tokens
         # in a jump it grows by a token a row and step
         self.used += k * taken.used - rows * (k * (k - 1) // 2)
@@ -136,18 +136,18 @@ class Tally:
         return self.steps
 
 
-class Run(NamedTuple):
+class SimulationResult(NamedTuple):
     """What came of a simulation."""
 
     recorder: Recorder
     duration: float
-    all: Tally
-    saturated: Tally  # the steps with somebody waiting: what a server under full load does
+    all: StepTotals
+    saturated: StepTotals  # the steps with somebody waiting: what a server under full load does
     preemptions: int
-    moved: Moved  # by swapping
+    moved: SwapTraffic  # by swapping
     cached: int  # prompt tokens found in a cache, of those queried
     queried: int
-    tokens: dict[Hashable, list[int]]  # what each request's first branch said
+    tokens: dict[Hashable, list[int]]  # what each request's first sequence said
 
     def summary(self, limits: Limits | None = None) -> Summary:
         """Times as ``simulate.metrics`` defines them."""
@@ -163,11 +163,11 @@ class Simulator:
 
     def __init__(
         self,
-        scheduler: Ledger,
+        scheduler: BaseScheduler,
         clock: Clock,
         *,
         jumps: bool = True,
-        on_step: Callable[[Taken], object] | None = None,
+        on_step: Callable[[ExecutedStep], object] | None = None,
     ):
         self.scheduler = scheduler
         self.clock = clock
@@ -176,10 +176,10 @@ class Simulator:
         self.memory = scheduler.memory
         self.now = 0.0
         self.recorder = Recorder()
-        self.all = Tally(self.memory.slots)
-        self.saturated = Tally(self.memory.slots)
+        self.all = StepTotals(self.memory.slots)
+        self.saturated = StepTotals(self.memory.slots)
         self._pending: deque[Request] = deque()
-        self._ended: list[Branch] = []
+        self._ended: list[Sequence] = []
         self._closed = False  # nobody can be admitted until somebody ends or arrives
         self._said: dict[Hashable, list[int]] = {}
 
@@ -188,7 +188,7 @@ class Simulator:
         requests: Iterable[Request],
         follow: Follow | None = None,
         progress: Callable[[int, int], object] | None = None,
-    ) -> Run:
+    ) -> SimulationResult:
         """Serve ``requests``, each from its ``arrival`` on, and what follows from their
         answers.
 
@@ -208,11 +208,11 @@ class Simulator:
                 self._jump(count)
             else:
                 self._step()
-            for branch in self._ended:
-                if branch.index == 0:
-                    self._said[branch.request.id] = branch.output
+            for sequence in self._ended:
+                if sequence.index == 0:
+                    self._said[sequence.request.id] = sequence.output
                     if follow is not None:
-                        more = follow(branch.request, branch.output)
+                        more = follow(sequence.request, sequence.output)
                     else:
                         more = []
                     done = done + 1
@@ -242,15 +242,15 @@ class Simulator:
         before = self._moved()
         plan = self.scheduler.plan()
         assert self.scheduler.step is not None
-        branches = [branch for branch, item in self.scheduler.step.items.items() if item.samples]
+        sequences = [sequence for sequence, item in self.scheduler.step.items.items() if item.samples]
         moved = self._moved()
-        rows = len(branches) + len(plan.ghosts)
+        rows = len(sequences) + len(plan.padding_rows)
         if plan.items:  # requests with max_tokens 0 end without a step
             self.now += self.clock.step(plan.batch(), rows)
             self.now += self.clock.move(moved.tokens - before.tokens, moved.blocks - before.blocks)
         self._closed = self._closes(plan)
         outcomes = [
-            [Continuation((_says(branch, i),)) for i in range(branch.seats)] for branch in branches
+            [SampledTokens((_says(sequence, i),)) for i in range(sequence.seats)] for sequence in sequences
         ]
         start = self.now
         self._book(plan, 1, start, [self.now], outcomes)
@@ -267,8 +267,8 @@ class Simulator:
                 next((i for i, t in enumerate(stamps) if t >= self._pending[0].arrival), count) + 1,
             )
             stamps = stamps[:count]
-        for branch in running:
-            self.scheduler.propose(branch.key, [_says(branch, 0)] * (count - 1))
+        for sequence in running:
+            self.scheduler.propose(sequence.key, [_says(sequence, 0)] * (count - 1))
         # The budget is one of a single step; this much leaves no room for anybody who
         # waits, as none of the steps does
         budget = self.scheduler.max_batch_tokens
@@ -279,7 +279,7 @@ class Simulator:
         assert all(item.count == count for item in plan.items)
         start = self.now
         self.now = stamps[-1]
-        outcomes = [[Continuation([_says(branch, 0)] * count)] for branch in running]
+        outcomes = [[SampledTokens([_says(sequence, 0)] * count)] for sequence in running]
         self._book(plan, count, start, stamps, outcomes)
 
     def _book(
@@ -288,11 +288,11 @@ class Simulator:
         steps: int,
         start: float,
         stamps: list[float],
-        outcomes: list[list[Continuation]],
+        outcomes: list[list[SampledTokens]],
     ) -> None:
         """Carry a plan over, and note who got what when."""
-        used = sum([branch.computed for branch in self.scheduler.running]) + plan.tokens
-        taken = Taken(plan, steps, start, self.now, used, self.memory.allocated)
+        used = sum([sequence.computed for sequence in self.scheduler.running]) + plan.tokens
+        taken = ExecutedStep(plan, steps, start, self.now, used, self.memory.allocated)
         events = self.scheduler.update(plan, outcomes)
         if plan.items:
             self.all.add(taken)
@@ -301,18 +301,18 @@ class Simulator:
             if self.on_step is not None:
                 self.on_step(taken)
         lines = self.recorder.timelines
-        for branch, tokens, reason in events:
-            if branch.key not in lines:  # forked in this step
-                first = lines[branch.request.id, 0]
-                self.recorder.sent(branch.key, first.prompt, first.sent)
-            line = lines[branch.key]
+        for sequence, tokens, reason in events:
+            if sequence.key not in lines:  # forked in this step
+                first = lines[sequence.request.id, 0]
+                self.recorder.sent(sequence.key, first.prompt, first.sent)
+            line = lines[sequence.key]
             if tokens:
                 line.times += stamps
                 line.tokens += len(tokens)
             if reason is not None:
                 line.completed = True
                 self._closed = False
-                self._ended.append(branch)
+                self._ended.append(sequence)
 
     def _closes(self, plan: Plan) -> bool:
         """Whether nobody can be admitted after this plan until somebody ends or arrives."""
@@ -321,7 +321,7 @@ class Simulator:
         if plan.preempted:
             return False
         quiet = not plan.admitted and len(plan.sampling) == len(plan.items) == plan.tokens
-        if isinstance(self.memory, (Hashed, Radix)) or isinstance(
+        if isinstance(self.memory, (HashKVManager, RadixKVManager)) or isinstance(
             self.scheduler.order, LongestPrefix
         ):
             return quiet  # what was computed may be found by somebody who waits
@@ -351,7 +351,7 @@ class Simulator:
         if b == 0 or most == 1:
             return most
         free = (self.memory.slots - self.memory.allocated) // b
-        room = [-branch.computed % b for branch in running]  # left in the last block
+        room = [-sequence.computed % b for sequence in running]  # left in the last block
 
         def fits(count: int) -> bool:
             return sum([-((r - count) // b) for r in room if count > r]) <= free
@@ -365,14 +365,14 @@ class Simulator:
             low, high = (middle, high) if fits(middle) else (low, middle)
         return max(1, low)
 
-    def _moved(self) -> Moved:
-        if isinstance(self.memory, Swapping):
+    def _moved(self) -> SwapTraffic:
+        if isinstance(self.memory, SwappingKVManager):
             return self.memory.moved
-        return Moved(0, 0)
+        return SwapTraffic(0, 0)
 
-    def _report(self) -> Run:
+    def _report(self) -> SimulationResult:
         s = self.scheduler
-        return Run(
+        return SimulationResult(
             self.recorder,
             self.now,
             self.all,
@@ -385,8 +385,8 @@ class Simulator:
         )
 
 
-def _says(branch: Branch, fork: int) -> int:
-    """What a branch says all the time (its fork number ``fork``, if it forks with this
+def _says(sequence: Sequence, fork: int) -> int:
+    """What a sequence says all the time (its fork number ``fork``, if it forks with this
     token).
     """
-    return SAYS + branch.order * 4096 + branch.index + fork
+    return SAYS + sequence.order * 4096 + sequence.index + fork

@@ -3,7 +3,7 @@ blocks, radix tree.
 
 | record      | rows                                                                                          |
 |-------------|-----------------------------------------------------------------------------------------------|
-| occupancy   | a step: time, branches that run and wait, slots used and allocated, tokens read and written   |
+| occupancy   | a step: time, sequences that run and wait, slots used and allocated, tokens read and written   |
 | blocks      | a step: for every block of the pool who holds it; FREE, SHARED by several, CACHED by the tree |
 | tree        | a node: tokens, locks, hits, and its children                                                 |
 
@@ -19,10 +19,10 @@ from collections.abc import Hashable
 from typing import Any
 
 from refllm.kv.radix_tree import Node, RadixCache
-from refllm.serve.base_scheduler import Ledger
-from refllm.serve.kv_manager import Paged
-from refllm.serve.prefix_caching import Radix
-from refllm.simulate.simulator import Taken
+from refllm.serve.base_scheduler import BaseScheduler
+from refllm.serve.kv_manager import PagedKVManager
+from refllm.serve.prefix_caching import RadixKVManager
+from refllm.simulate.simulator import ExecutedStep
 
 FREE = -1
 SHARED = -2
@@ -35,7 +35,7 @@ class Trace:
     keep their block table.
     """
 
-    def __init__(self, scheduler: Ledger, *, blocks: int = 0):
+    def __init__(self, scheduler: BaseScheduler, *, blocks: int = 0):
         self.scheduler = scheduler
         self.limit = blocks
         self.steps: dict[str, list[float]] = {name: [] for name in COLUMNS}
@@ -44,7 +44,7 @@ class Trace:
         self.owners: list[list[int]] = []
         self.numbers: dict[Hashable, int] = {}
 
-    def __call__(self, taken: Taken) -> None:
+    def __call__(self, taken: ExecutedStep) -> None:
         plan = taken.plan
         written = sum(item.samples for item in plan.items)
         # an item that samples reads what is not its own new token; in a jump everything is
@@ -78,14 +78,14 @@ class Trace:
             "requests": [str(name) for name in self.numbers],
         }
 
-    def _holders(self, taken: Taken) -> list[int]:
+    def _holders(self, taken: ExecutedStep) -> list[int]:
         memory = self.scheduler.memory
-        if not isinstance(memory, Paged):
+        if not isinstance(memory, PagedKVManager):
             raise ValueError(
                 "only paged memory has blocks to trace: choose another policy, or trace no blocks"
             )
         held = [FREE] * memory.pool.num_blocks
-        if isinstance(memory, Radix):
+        if isinstance(memory, RadixKVManager):
             for node in memory.cache.nodes():
                 for slot in node.slots[:: memory.block_size]:
                     held[slot // memory.block_size] = CACHED

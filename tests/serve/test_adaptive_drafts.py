@@ -33,7 +33,7 @@ from refllm.decode.speculative.tree_drafter import TreeDrafter
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.llama import forward
 from refllm.serve import sampler
-from refllm.serve.adaptive_drafts import MARGIN, PRIOR, PROBE, Costs, Drafting, measure
+from refllm.serve.adaptive_drafts import MARGIN, PRIOR, PROBE, AdaptiveDrafting, Costs, measure
 from refllm.serve.engine import Engine
 from refllm.serve.request import Request
 
@@ -41,13 +41,13 @@ CONFIG = NETWORKS["llama"]
 TARGET = record(CONFIG, 1)
 DRAFT = record(CONFIG, 2)
 KINDS = {
-    "n-gram": lambda: Drafting(lambda: NGramDrafter(4, shortest=1)),
-    "Jacobi": lambda: Drafting(lambda: JacobiDrafter(3)),
-    "model": lambda: Drafting(
+    "n-gram": lambda: AdaptiveDrafting(lambda: NGramDrafter(4, shortest=1)),
+    "Jacobi": lambda: AdaptiveDrafting(lambda: JacobiDrafter(3)),
+    "model": lambda: AdaptiveDrafting(
         ModelDrafter(DRAFT, 3, sampling=GREEDY, sequences=2)
-    ),  # fewer caches than branches
-    "perfect": lambda: Drafting(PerfectDrafter(TARGET, 3, sampling=GREEDY, sequences=8)),
-    "adversary": lambda: Drafting(Adversary(TARGET, 3, sequences=8)),
+    ),  # fewer caches than sequences
+    "perfect": lambda: AdaptiveDrafting(PerfectDrafter(TARGET, 3, sampling=GREEDY, sequences=8)),
+    "adversary": lambda: AdaptiveDrafting(Adversary(TARGET, 3, sequences=8)),
 }
 
 
@@ -115,7 +115,7 @@ def test_preemption_drafts_and_forgotten_caches_all_occur():
 
 
 @pytest.mark.theorem(
-    "Keys and values in the blocks of a branch are those of its verified tokens, and the prefix caches hold no others",
+    "Keys and values in the blocks of a sequence are those of its verified tokens, and the prefix caches hold no others",
     source="Kwon et al. 2023, section 4.3; vLLM: only verified tokens are hashed",
 )
 @pytest.mark.parametrize("kind", ["model", "adversary"])
@@ -133,13 +133,13 @@ def test_caches_hold_verified_tokens_only(kind, cache):
         )
 
     def look(engine):
-        for branch in engine.scheduler.running:
-            if branch.computed:
-                blocks = engine.scheduler.memory.blocks(branch)
-                slots = [blocks[p // 4] * 4 + p % 4 for p in range(branch.computed)]
-                right(engine, branch.tokens[: branch.computed], slots)
-            texts[:] = [t for t in texts if t[: len(branch.tokens)] != branch.tokens[: len(t)]] + [
-                list(branch.tokens)
+        for sequence in engine.scheduler.running:
+            if sequence.computed:
+                blocks = engine.scheduler.memory.blocks(sequence)
+                slots = [blocks[p // 4] * 4 + p % 4 for p in range(sequence.computed)]
+                right(engine, sequence.tokens[: sequence.computed], slots)
+            texts[:] = [t for t in texts if t[: len(sequence.tokens)] != sequence.tokens[: len(t)]] + [
+                list(sequence.tokens)
             ]
 
     asked = requests(5, 3, sampled=False)
@@ -168,8 +168,8 @@ def test_greedy_text_is_the_same_on_the_real_model_in_a_batch_with_preemption():
     ]
     plain = {r.id: target.generate(list(r.prompt), 20, ignore_eos=True) for r in asked}
     for drafter in (
-        Drafting(ModelDrafter(draft, 3, sequences=4)),
-        Drafting(lambda: NGramDrafter(4)),
+        AdaptiveDrafting(ModelDrafter(draft, 3, sequences=4)),
+        AdaptiveDrafting(lambda: NGramDrafter(4)),
     ):
         engine = Engine(
             target, num_blocks=9, drafter=drafter, prefix_cache=None
@@ -196,7 +196,7 @@ def test_a_stop_or_an_end_within_an_accepted_run_ends_the_text(stop):
     model = SimpleNamespace(config=config, weights=TARGET.weights, tokenizer=TARGET.tokenizer)
     asked = Request([7, 8], 16, id=0, **options)
     results = []
-    for drafter in (None, Drafting(PerfectDrafter(TARGET, 8))):
+    for drafter in (None, AdaptiveDrafting(PerfectDrafter(TARGET, 8))):
         engine = Engine(model, num_blocks=24, block_size=4, drafter=drafter, poison=True)
         engine.submit(asked)
         results.append(engine.run()[0])
@@ -219,7 +219,7 @@ def test_sampled_drafts_keep_the_law_in_the_engine(monkeypatch):
             target,
             num_blocks=8,
             block_size=4,
-            drafter=Drafting(ModelDrafter(record(SMALL, 9), 2)),
+            drafter=AdaptiveDrafting(ModelDrafter(record(SMALL, 9), 2)),
             seed=0,
         )
         engine.submit(Request(PROMPT, 3, id=0, temperature=1.0))
@@ -239,7 +239,7 @@ def test_sampled_drafts_keep_the_law_in_the_engine(monkeypatch):
 
 
 def priced(steps, draft: float, first: float | None = None) -> Costs:
-    """Each branch drafts by itself: B times the cost of one."""
+    """Each sequence drafts by itself: B times the cost of one."""
     return Costs(
         steps, [(b, b * (draft if first is None else first), b * draft) for b in (1, 1024)]
     )
@@ -274,25 +274,25 @@ def test_gamma_is_the_best_and_zero_where_all_lose(alpha, batch, most):
 
 
 def drive(drafting, good: bool, names: int, rounds: int) -> list[int]:
-    """γ by round of the first of ``names`` branches whose drafts are all accepted, or none."""
-    branches = [drafting() for _ in range(names)]
+    """γ by round of the first of ``names`` sequences whose drafts are all accepted, or none."""
+    sequences = [drafting() for _ in range(names)]
     asks = [
-        (branch, Ask([1, 2, 3, 4, 5, 1], 100, GREEDY, np.random.default_rng(0), 0))
-        for branch in branches
+        (sequence, Ask([1, 2, 3, 4, 5, 1], 100, GREEDY, np.random.default_rng(0), 0))
+        for sequence in sequences
     ]
     gammas = []
     for _ in range(rounds):  # there is always something to look up
         made = [len(proposal.tokens) for proposal in drafting.propose_together(asks)]
         gammas.append(made[0])
-        for branch, drafts in zip(branches, made, strict=True):
+        for sequence, drafts in zip(sequences, made, strict=True):
             if drafts:
-                branch.observe([0] * (drafts + 1), drafts if good else 0)
+                sequence.observe([0] * (drafts + 1), drafts if good else 0)
     return gammas
 
 
 def test_gamma_follows_acceptance_and_probes():
     def make(costs):
-        return Drafting(lambda: NGramDrafter(4, shortest=1), costs=costs)
+        return AdaptiveDrafting(lambda: NGramDrafter(4, shortest=1), costs=costs)
 
     on = drive(make(FLAT), good=True, names=1, rounds=8)
     costly = priced([(1, 1.0), (2, 1.2), (8, 3.8)], 0.0)
@@ -304,9 +304,9 @@ def test_gamma_follows_acceptance_and_probes():
     assert make(None)().propose([1, 2, 1], 9, GREEDY, np.random.default_rng(0)).tokens == [2, 1]
 
 
-def test_a_new_branch_believes_what_all_have_accepted_and_probes_in_vain_are_ever_rarer():
+def test_a_new_sequence_believes_what_all_have_accepted_and_probes_in_vain_are_ever_rarer():
     costly = priced([(1, 1.0), (2, 1.4), (8, 3.8)], 0.0)
-    drafting = Drafting(lambda: NGramDrafter(4, shortest=1), costs=costly)
+    drafting = AdaptiveDrafting(lambda: NGramDrafter(4, shortest=1), costs=costly)
     assert drafting.alpha == PRIOR[0]
     tried = drive(drafting, good=False, names=1, rounds=8 * PROBE)
     assert drafting.alpha < 0.3
@@ -322,7 +322,7 @@ def test_a_new_branch_believes_what_all_have_accepted_and_probes_in_vain_are_eve
 
 def test_what_was_worked_out_for_one_batch_and_acceptance_is_not_taken_for_another():
     costs = priced([(1, 1.0), (8, 1.2), (64, 4.0), (512, 30.0)], 0.05)
-    drafting = Drafting(lambda: NGramDrafter(4), costs=costs)
+    drafting = AdaptiveDrafting(lambda: NGramDrafter(4), costs=costs)
     cases = [
         (alpha, batch, most) for alpha in (0.1, 0.9) for batch in (1, 64) for most in (1, 4)
     ] * 2
@@ -340,10 +340,10 @@ def test_what_was_worked_out_for_one_batch_and_acceptance_is_not_taken_for_anoth
 
 def test_drafting_is_off_in_a_large_batch_and_on_in_a_small_one():
     costs = priced([(1, 1.0), (4, 1.1), (16, 1.6), (64, 6.0), (256, 24.0)], 0.01)
-    drafting = Drafting(lambda: NGramDrafter(3, shortest=1), costs=costs)
+    drafting = AdaptiveDrafting(lambda: NGramDrafter(3, shortest=1), costs=costs)
     small = drive(drafting, good=True, names=1, rounds=8)
     assert small[-1] > 0
-    large = Drafting(lambda: NGramDrafter(3, shortest=1), costs=costs)
+    large = AdaptiveDrafting(lambda: NGramDrafter(3, shortest=1), costs=costs)
     assert drive(large, good=True, names=64, rounds=8)[-1] == 0
     assert large.batch == 64
 
@@ -365,28 +365,28 @@ def test_measured_costs_are_usable():
 
 def test_the_batch_is_who_asks_now_and_nobody_is_kept():
     costs = priced([(1, 1.0), (4, 1.05), (16, 1.6), (64, 6.0), (256, 24.0)], 0.01)
-    drafting = Drafting(lambda: NGramDrafter(3, shortest=1), costs=costs)
+    drafting = AdaptiveDrafting(lambda: NGramDrafter(3, shortest=1), costs=costs)
     engine = Engine(TARGET, num_blocks=64, drafter=drafting)
-    for i in range(40):  # each branch asks once
+    for i in range(40):  # each sequence asks once
         engine.submit(Request([5, 6, 5, 6, 5], 3, id=i, ignore_eos=True))
         engine.run()
     assert drafting.batch == 1
     assert drafting.worth(0.9, 3) > 0
 
 
-def test_a_branch_that_began_badly_is_tried_again_beside_one_that_drafts():
+def test_a_sequence_that_began_badly_is_tried_again_beside_one_that_drafts():
     costs = Costs([(1, 1.0), (9, 1.0)], [(1, 0.5, 0.5), (9, 0.5, 0.5)])
-    drafting = Drafting(lambda: NGramDrafter(1, shortest=1), costs=costs)
+    drafting = AdaptiveDrafting(lambda: NGramDrafter(1, shortest=1), costs=costs)
     drafting.stats = Acceptance(steps=1000, proposed=1000, judged=1000, accepted=900)
     asks = [(drafting(), Ask([1, 2, 1], 1, GREEDY, np.random.default_rng(0), 0)) for _ in range(2)]
     drafted = []
     for step in range(40 * PROBE):
-        for i, ((branch, _), proposal) in enumerate(
+        for i, ((sequence, _), proposal) in enumerate(
             zip(asks, drafting.propose_together(asks), strict=True)
         ):
             if proposal.tokens:
                 good = i == 0 or step > PROBE
-                branch.observe([0, 0], int(good))
+                sequence.observe([0, 0], int(good))
                 if i == 1:
                     drafted.append(step)
     assert 0 in drafted  # it began,
@@ -396,7 +396,7 @@ def test_a_branch_that_began_badly_is_tried_again_beside_one_that_drafts():
 
 def test_a_probe_that_finds_nothing_and_one_among_many_do_not_lengthen_the_wait():
     costly = priced([(1, 1.0), (2, 1.4), (1000, 500.0)], 0.0)
-    drafting = Drafting(lambda: NGramDrafter(4, shortest=1), costs=costly)
+    drafting = AdaptiveDrafting(lambda: NGramDrafter(4, shortest=1), costs=costly)
     drafting.stats = Acceptance(steps=1000, proposed=1000, judged=1000, accepted=0)
     ask = Ask([1, 2, 3, 4], 4, GREEDY, np.random.default_rng(0), 0)  # nothing repeats
     asks = [(drafting(), ask)]
@@ -409,15 +409,15 @@ def test_who_has_no_cache_left_goes_without_drafts_and_the_others_keep_theirs():
     source = ModelDrafter(DRAFT, 3, sampling=GREEDY, sequences=2)
     asked = [Request([7 + i] * 40, 12, id=i, ignore_eos=True) for i in range(3)]
     plain, _ = served(None, asked, num_blocks=60)
-    found, _ = served(Drafting(source), asked, num_blocks=60)
+    found, _ = served(AdaptiveDrafting(source), asked, num_blocks=60)
     assert found == plain
     assert source.computed < 3 * (40 + 12) + 12 * 3 * 3  # every prompt once, and what was drafted
 
     with pytest.raises(ValueError, match="vocabulary"):
-        Engine(TARGET, num_blocks=8, drafter=Drafting(ModelDrafter(record(SMALL, 1))))
+        Engine(TARGET, num_blocks=8, drafter=AdaptiveDrafting(ModelDrafter(record(SMALL, 1))))
     for wrong, error in ((NGramDrafter(3), TypeError), (TreeDrafter(DRAFT), ValueError)):
         with pytest.raises(error, match="ModelDrafter"):
-            Drafting(wrong)
+            AdaptiveDrafting(wrong)
 
 
 def test_costs_of_a_draft_model_that_is_rarely_sure_are_not_nothing():
@@ -459,7 +459,7 @@ def test_a_failure_while_drafting_is_made_up_for(monkeypatch):
         return NGramDrafter(3, shortest=1)
 
     monkeypatch.setattr(module, "forward", fails_once)
-    for drafter in (Drafting(ModelDrafter(DRAFT, 3, sampling=GREEDY)), made):
+    for drafter in (AdaptiveDrafting(ModelDrafter(DRAFT, 3, sampling=GREEDY)), made):
         engine = Engine(TARGET, num_blocks=24, block_size=4, drafter=drafter, seed=0)
         engine.submit(asked)
         errors = 0

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from refllm.kv.block_pool import BlockPool
 from refllm.serve.admission import FirstCome, LongestPrefix, Priority, named
-from refllm.serve.plan import Continuation
-from refllm.serve.prefix_caching import Radix
-from refllm.serve.request import Branch, Request
+from refllm.serve.plan import SampledTokens
+from refllm.serve.prefix_caching import RadixKVManager
+from refllm.serve.request import Request, Sequence
 from refllm.serve.scheduler import Scheduler
 from strategies import seeds
 
@@ -50,13 +50,13 @@ def computed(texts: list[Text], order: str, capacity: int) -> int:
     ``capacity`` tokens.
     """
     scheduler = Scheduler(
-        Radix(BlockPool(capacity, 1)), order=order, max_sequences=1, max_batch_tokens=None
+        RadixKVManager(BlockPool(capacity, 1)), order=order, max_sequences=1, max_batch_tokens=None
     )
     for text in texts:
         scheduler.submit(Request(text, 1))
     while scheduler.unfinished:
         plan = scheduler.plan()
-        scheduler.update(plan, [[Continuation([0])] for _ in plan.sampling])
+        scheduler.update(plan, [[SampledTokens([0])] for _ in plan.sampling])
     assert scheduler.computed == sum(map(len, texts)) - scheduler.cached
     return scheduler.computed
 
@@ -93,14 +93,14 @@ def test_first_come_first_served_is_not_optimal():
     assert computed(texts, "fcfs", 4) == 12
 
 
-def branch(order: int, prompt: Text = (1,), index: int = 0, **fields: object) -> Branch:
-    return Branch(Request(prompt, **fields), index, order)  # type: ignore[arg-type]
+def sequence(order: int, prompt: Text = (1,), index: int = 0, **fields: object) -> Sequence:
+    return Sequence(Request(prompt, **fields), index, order)  # type: ignore[arg-type]
 
 
-def queue(order: object, branches: list[Branch]) -> list[int]:
-    waiting: list[Branch] = []
-    memory = Radix(BlockPool(8, 1))
-    for one in branches:
+def queue(order: object, sequences: list[Sequence]) -> list[int]:
+    waiting: list[Sequence] = []
+    memory = RadixKVManager(BlockPool(8, 1))
+    for one in sequences:
         order.push(waiting, one)
     said = []
     for one in order.candidates(waiting, memory):
@@ -110,25 +110,25 @@ def queue(order: object, branches: list[Branch]) -> list[int]:
 
 
 def test_first_come_is_by_age_and_the_last_that_was_admitted_is_the_victim():
-    branches = [branch(i) for i in (3, 1, 2)]
-    assert queue(FirstCome(), branches) == [1, 2, 3]
-    assert FirstCome().victim(branches) is branches[-1]
+    sequences = [sequence(i) for i in (3, 1, 2)]
+    assert queue(FirstCome(), sequences) == [1, 2, 3]
+    assert FirstCome().victim(sequences) is sequences[-1]
 
 
 def test_priority_is_lowest_first_then_arrival_then_age_and_the_victim_is_last_of_all():
-    branches = [
-        branch(0, priority=2),
-        branch(1, priority=1, arrival=5.0),
-        branch(2, priority=1, arrival=1.0),
-        branch(3, priority=1, arrival=1.0),
+    sequences = [
+        sequence(0, priority=2),
+        sequence(1, priority=1, arrival=5.0),
+        sequence(2, priority=1, arrival=1.0),
+        sequence(3, priority=1, arrival=1.0),
     ]
-    assert queue(Priority(), branches) == [2, 3, 1, 0]
-    assert Priority().victim(branches) is branches[0]
+    assert queue(Priority(), sequences) == [2, 3, 1, 0]
+    assert Priority().victim(sequences) is sequences[0]
 
 
 def test_the_longest_cached_prefix_goes_first_and_ties_as_they_came():
-    waiting = [branch(0, (1, 2)), branch(1, (5, 6, 7, 8)), branch(2, (5, 6, 9)), branch(3, (3,))]
-    memory = Radix(BlockPool(8, 1))
+    waiting = [sequence(0, (1, 2)), sequence(1, (5, 6, 7, 8)), sequence(2, (5, 6, 9)), sequence(3, (3,))]
+    memory = RadixKVManager(BlockPool(8, 1))
     memory.cache.insert([5, 6, 7], [0, 1, 2])
     assert [b.order for b in LongestPrefix().candidates(list(waiting), memory)] == [1, 2, 0, 3]
     # too long to be sorted
@@ -137,12 +137,12 @@ def test_the_longest_cached_prefix_goes_first_and_ties_as_they_came():
 
 def test_of_those_that_share_a_prefix_nobody_has_cached_one_goes_ahead():
     waiting = [
-        branch(0, (1, 2, 3)),
-        branch(1, (1, 2, 4)),
-        branch(2, (9,)),
-        branch(3, (1, 2, 5), salt="other"),
+        sequence(0, (1, 2, 3)),
+        sequence(1, (1, 2, 4)),
+        sequence(2, (9,)),
+        sequence(3, (1, 2, 5), salt="other"),
     ]
-    memory = Radix(BlockPool(8, 1))
+    memory = RadixKVManager(BlockPool(8, 1))
     order = LongestPrefix(shared=2)
     assert [b.order for b in order.candidates(list(waiting), memory)] == [0, 2, 3]
     # now more than the two are cached for the first alone
@@ -156,12 +156,12 @@ def test_of_those_that_share_a_prefix_nobody_has_cached_one_goes_ahead():
 )
 def test_the_in_batch_rule_saves_what_is_shared():
     def run(order: object) -> int:
-        scheduler = Scheduler(Radix(BlockPool(400, 4)), order=order, max_batch_tokens=512)
+        scheduler = Scheduler(RadixKVManager(BlockPool(400, 4)), order=order, max_batch_tokens=512)
         for i in range(6):
             scheduler.submit(Request([*range(40), 100 + i], 2))
         while scheduler.unfinished:
             plan = scheduler.plan()
-            scheduler.update(plan, [[Continuation([0])] for _ in plan.sampling])
+            scheduler.update(plan, [[SampledTokens([0])] for _ in plan.sampling])
         return scheduler.cached
 
     assert run("fcfs") == 0  # all are admitted before anything is cached

@@ -9,33 +9,33 @@ from typing import Any
 import pytest
 
 from refllm.kv.block_pool import BlockPool
-from refllm.serve.kv_manager import Paged
-from refllm.serve.plan import Continuation, Outcome
+from refllm.serve.kv_manager import PagedKVManager
+from refllm.serve.plan import Outcome, SampledTokens
 from refllm.serve.request import Request
 from refllm.serve.scheduler import Scheduler
 
 
 def scheduler(*requests: Request, **options: Any) -> Scheduler:
-    made = Scheduler(Paged(BlockPool(20, 2)), **options)
+    made = Scheduler(PagedKVManager(BlockPool(20, 2)), **options)
     for request in requests:
         made.submit(request)
     return made
 
 
-def go(*tokens: int, reason: str | None = None) -> Continuation:
-    return Continuation(tokens, reason)
+def go(*tokens: int, reason: str | None = None) -> SampledTokens:
+    return SampledTokens(tokens, reason)
 
 
 @pytest.mark.parametrize(
     ("outcomes", "why"),
     [
-        ([], "3 branches were sampled, got 0"),
-        ([[go(1)], [go(1)]], "3 branches were sampled, got 2"),
+        ([], "3 sequences were sampled, got 0"),
+        ([[go(1)], [go(1)]], "3 sequences were sampled, got 2"),
         ([[go()], [go(1)], [go(1)]], "yields 1 to 1 tokens, got 0"),
         ([[go(1, 2)], [go(1)], [go(1)]], "yields 1 to 1 tokens, got 2"),
         ([[go(1), go(2)], [go(1)], [go(1)]], "may become 1, got 2"),
         ([[go(1)], [go(1), go(2), go(3)], [go(1)]], "may become 2, got 3"),
-        ([[go(1)], [go(1)], [go(1), go(2), go(3)]], "n = 2 branches"),
+        ([[go(1)], [go(1)], [go(1), go(2), go(3)]], "n = 2 sequences"),
     ],
 )
 def test_an_outcome_that_does_not_fit_changes_nothing(outcomes: list[Outcome], why: str):
@@ -77,7 +77,7 @@ def test_nobody_drafts_more_than_may_be_said():
     assert made.propose(("nobody", 0), [1]) == 0
 
 
-def test_a_branch_may_end_without_a_token_if_it_says_why():
+def test_a_sequence_may_end_without_a_token_if_it_says_why():
     made = scheduler(Request([1, 2], 3))
     (event,) = made.update(made.plan(), [[go(reason="error")]])
     assert (event.tokens, event.reason) == ([], "error")
@@ -90,7 +90,7 @@ def test_beams_fork_and_drop_and_keep_their_seats():
     made.update(made.plan(), [[go(1), go(2), go(3)]])
     other = made.submit(Request([1], 1, id="other"))
     events = made.update(made.plan(), [[], [go(4), go(5), go(6)], []])
-    assert [(e.branch.index, e.reason) for e in events] == [
+    assert [(e.sequence.index, e.reason) for e in events] == [
         (0, "dropped"),
         (1, None),
         (3, None),
@@ -110,7 +110,7 @@ def test_who_ends_without_a_step_is_told_with_the_next():
     assert made.unfinished
     plan = made.plan()
     assert plan.items == []
-    assert [(e.branch.key, e.reason) for e in made.update(plan, [])] == [
+    assert [(e.sequence.key, e.reason) for e in made.update(plan, [])] == [
         (("nothing", 0), "length"),
         (("nothing", 1), "length"),
     ]

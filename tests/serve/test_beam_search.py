@@ -18,10 +18,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from refllm.decode.sampling import log_probabilities
-from refllm.serve.beam_search import Hypothesis, Search
+from refllm.serve.beam_search import BeamSearch, Hypothesis
 from refllm.serve.engine import Engine
 from refllm.serve.plan import Plan
-from refllm.serve.request import Branch, Request
+from refllm.serve.request import Request, Sequence
 from serving import TOLERANCE, last_logits, served_model
 from strategies import seeds
 
@@ -90,8 +90,8 @@ def drive(
     """(the n best of the search, its steps), its beams kept as the scheduler keeps them:
     forks run last.
     """
-    search = Search(request, ends)
-    beams = [Branch(request, 0, 0)]
+    search = BeamSearch(request, ends)
+    beams = [Sequence(request, 0, 0)]
     indices = count(1)
     steps = 0
     while beams:
@@ -106,10 +106,10 @@ def drive(
         for beam, outcome in zip(beams, outcomes, strict=True):
             text = list(beam.tokens)
             for i, continuation in enumerate(outcome):
-                branch = beam if i == 0 else Branch(request, next(indices), 0)
-                branch.tokens = [*text, *continuation.tokens]
-                told.append(branch)
-                (forks if i else kept).append(branch)
+                sequence = beam if i == 0 else Sequence(request, next(indices), 0)
+                sequence.tokens = [*text, *continuation.tokens]
+                told.append(sequence)
+                (forks if i else kept).append(sequence)
         if told:
             search.follow(told)
         beams = kept + forks
@@ -343,7 +343,7 @@ def test_conservation_a_block_for_each_text_and_none_for_beams_that_were_dropped
     )
 
     def look(plan: Plan) -> None:
-        texts = {branch.key: tuple(branch.tokens) for branch in engine.scheduler.running}
+        texts = {sequence.key: tuple(sequence.tokens) for sequence in engine.scheduler.running}
         assert texts.keys() == {item.name for item in plan.items}
         full = {
             texts[item.name][:end]

@@ -16,7 +16,7 @@ from refllm.api import Model
 from refllm.decode.speculative.drafters import ModelDrafter, NGramDrafter
 from refllm.serve import factory
 from refllm.serve.engine import Engine
-from refllm.serve.outputs import Piece
+from refllm.serve.outputs import StreamChunk
 from refllm.serve.request import Request
 from serving import TOLERANCE, alone, said, served_model
 from tiny_models import tiny_model
@@ -215,7 +215,7 @@ def assert_serves_on(engine: Engine) -> None:
         (lambda: Request([1, -1], 5), "-1 at position 1"),
         (lambda: Request([1], -1), "max_tokens"),
         (lambda: Request([1], 5, id="somebody"), "'somebody' is being served"),
-        (lambda: Request([1], 5, n=200), "200 branches, and at most 128"),
+        (lambda: Request([1], 5, n=200), "200 sequences, and at most 128"),
         (lambda: Request([1], 5, n=2, beam=True, temperature=1.0), "beam search neither samples"),
         (lambda: Request([1], 5, stop=""), "stop must be"),
     ],
@@ -366,7 +366,7 @@ def test_what_was_heard_in_a_step_that_fails_was_not_said(monkeypatch):
     )
 
 
-def test_outputs_stand_in_the_order_of_their_branches_whoever_ended_first():
+def test_outputs_stand_in_the_order_of_their_sequences_whoever_ended_first():
     engine = Engine(served_model(9), num_blocks=200, block_size=4)
     ended = []
     for seed in range(12):
@@ -420,7 +420,7 @@ def test_a_stop_string_ends_the_text_before_it():
 
 
 def test_a_listener_that_raises_ends_its_own_request(busy):
-    def raises(piece: Piece) -> None:
+    def raises(piece: StreamChunk) -> None:
         raise KeyError("lost")
 
     name = busy.submit(Request([1, 2], 5, n=2), raises)
@@ -436,7 +436,7 @@ def test_ctrl_c_in_a_listener_is_raised_and_the_next_run_serves_what_is_left():
     engine = Engine(served_model(), num_blocks=40)
     calls = []
 
-    def interrupted(piece: Piece) -> None:
+    def interrupted(piece: StreamChunk) -> None:
         calls.append(piece)
         if len(calls) == 1:
             raise KeyboardInterrupt
@@ -459,7 +459,7 @@ def test_ctrl_c_in_a_listener_is_raised_and_the_next_run_serves_what_is_left():
 def test_a_listener_may_submit_and_abort_but_not_step(busy):
     errors = []
 
-    def meddles(piece: Piece) -> None:
+    def meddles(piece: StreamChunk) -> None:
         try:
             busy.step()
         except RuntimeError as error:

@@ -9,19 +9,19 @@ from collections.abc import Callable
 import pytest
 
 from refllm.kv.block_pool import BlockPool
-from refllm.serve.kv_manager import Paged
-from refllm.serve.prefix_caching import Hashed, Radix
-from refllm.serve.request import Branch, Request
+from refllm.serve.kv_manager import PagedKVManager
+from refllm.serve.prefix_caching import HashKVManager, RadixKVManager
+from refllm.serve.request import Request, Sequence
 
-Make = Callable[[BlockPool], Paged]
-KINDS = pytest.mark.parametrize("make", [Paged, Hashed, Radix])
-
-
-def branch(tokens: list[int], order: int = 0, **fields: object) -> Branch:
-    return Branch(Request(tokens, 9, id=order, **fields), 0, order)  # type: ignore[arg-type]
+Make = Callable[[BlockPool], PagedKVManager]
+KINDS = pytest.mark.parametrize("make", [PagedKVManager, HashKVManager, RadixKVManager])
 
 
-def compute(memory: Paged, one: Branch, count: int) -> None:
+def sequence(tokens: list[int], order: int = 0, **fields: object) -> Sequence:
+    return Sequence(Request(tokens, 9, id=order, **fields), 0, order)  # type: ignore[arg-type]
+
+
+def compute(memory: PagedKVManager, one: Sequence, count: int) -> None:
     one.computed += count
     memory.commit(one)
 
@@ -29,7 +29,7 @@ def compute(memory: Paged, one: Branch, count: int) -> None:
 @KINDS
 def test_room_is_taken_as_it_is_needed_and_given_back(make: Make):
     memory = make(BlockPool(4, 2))
-    one = branch([1, 2, 3, 4, 5])
+    one = sequence([1, 2, 3, 4, 5])
     assert memory.admit(one, 3, alone=True)
     assert (memory.allocated, memory.slots) == (4, 8)
     compute(memory, one, 3)
@@ -47,7 +47,7 @@ def test_room_is_taken_as_it_is_needed_and_given_back(make: Make):
 @KINDS
 def test_what_was_reserved_for_rejected_drafts_is_given_back(make: Make):
     memory = make(BlockPool(6, 2))
-    one = branch([1, 2, 3])
+    one = sequence([1, 2, 3])
     memory.admit(one, 3, alone=True)
     compute(memory, one, 3)
     one.tokens.append(7)
@@ -60,8 +60,8 @@ def test_what_was_reserved_for_rejected_drafts_is_given_back(make: Make):
 @KINDS
 def test_siblings_share_and_the_first_who_writes_copies(make: Make):
     memory = make(BlockPool(8, 2))
-    one = branch([1, 2, 3])
-    two = branch([1, 2, 3])
+    one = sequence([1, 2, 3])
+    two = sequence([1, 2, 3])
     memory.admit(one, 3, alone=True)
     compute(memory, one, 3)
     memory.fork(one, two)
@@ -81,10 +81,10 @@ def test_siblings_share_and_the_first_who_writes_copies(make: Make):
 @KINDS
 def test_a_watermark_keeps_blocks_for_those_who_run(make: Make):
     pool = BlockPool(10, 1)
-    memory = make(pool) if make is not Paged else Paged(pool)
+    memory = make(pool) if make is not PagedKVManager else PagedKVManager(pool)
     memory.spare = 3
-    one = branch([1] * 8)
-    two = branch([2] * 8, 1)
+    one = sequence([1] * 8)
+    two = sequence([2] * 8, 1)
     assert not memory.admit(one, 8, alone=False)
     assert memory.admit(one, 7, alone=False)
     assert not memory.admit(two, 1, alone=False)
@@ -93,18 +93,18 @@ def test_a_watermark_keeps_blocks_for_those_who_run(make: Make):
         make(pool, watermark=1.0)  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize("make", [Hashed, Radix])
+@pytest.mark.parametrize("make", [HashKVManager, RadixKVManager])
 def test_a_prefix_is_found_from_the_next_step_on_and_by_its_own_tenant(make: Make):
     memory = make(BlockPool(20, 2))
-    one = branch([1, 2, 3, 4, 5])
+    one = sequence([1, 2, 3, 4, 5])
     memory.admit(one, 5, alone=True)
-    assert memory.match(branch([1, 2, 3, 4, 9], 1)) == 0
+    assert memory.match(sequence([1, 2, 3, 4, 9], 1)) == 0
     compute(memory, one, 5)
-    assert memory.match(branch([1, 2, 3, 4, 9], 2)) == 4
-    assert memory.match(branch([1, 2, 3, 4], 3)) == 2  # one token is always left to compute
-    assert memory.match(branch([1, 2, 9, 9], 4)) == 2
-    assert memory.match(branch([1, 2, 3, 4, 9], 5, salt="tenant")) == 0
-    two = branch([1, 2, 3, 4, 9], 6)
+    assert memory.match(sequence([1, 2, 3, 4, 9], 2)) == 4
+    assert memory.match(sequence([1, 2, 3, 4], 3)) == 2  # one token is always left to compute
+    assert memory.match(sequence([1, 2, 9, 9], 4)) == 2
+    assert memory.match(sequence([1, 2, 3, 4, 9], 5, salt="tenant")) == 0
+    two = sequence([1, 2, 3, 4, 9], 6)
     used = memory.allocated
     assert memory.admit(two, 1, alone=True)
     assert memory.allocated == used + 2  # the two blocks that it found are not taken again
@@ -112,17 +112,17 @@ def test_a_prefix_is_found_from_the_next_step_on_and_by_its_own_tenant(make: Mak
     two.computed = 4
     memory.release(one)
     memory.check()
-    assert memory.match(branch([1, 2, 3, 4, 5, 6], 7)) == 4
+    assert memory.match(sequence([1, 2, 3, 4, 5, 6], 7)) == 4
 
 
 def test_a_match_is_not_evicted_for_the_room_beside_it():
-    memory = Radix(BlockPool(4, 1))
-    one = branch([1, 2, 3])
+    memory = RadixKVManager(BlockPool(4, 1))
+    one = sequence([1, 2, 3])
     memory.admit(one, 3, alone=True)
     compute(memory, one, 3)
     memory.release(one)
     assert memory.allocated == 0
-    two = branch([1, 2, 3, 4, 5], 1)
+    two = sequence([1, 2, 3, 4, 5], 1)
     assert memory.match(two) == 3
     # the three that were found and one free one: there is no fifth
     assert not memory.admit(two, 2, alone=True)
@@ -134,9 +134,9 @@ def test_a_match_is_not_evicted_for_the_room_beside_it():
 
 
 def test_twins_of_a_block_are_given_up_for_the_trees():
-    memory = Radix(BlockPool(8, 2))
-    one = branch([1, 2, 3, 4, 5])
-    two = branch([1, 2, 3, 4, 6], 1)
+    memory = RadixKVManager(BlockPool(8, 2))
+    one = sequence([1, 2, 3, 4, 5])
+    two = sequence([1, 2, 3, 4, 6], 1)
     for some in (one, two):  # side by side: neither finds what the other computes
         memory.admit(some, 5, alone=False)
     assert memory.allocated == 12
@@ -169,12 +169,12 @@ def test_what_never_fits_is_refused_beams_side_by_side(make: Make):
     assert memory.refuses(Request([1] * 3, 1, n=3, beam=True)) is not None
 
 
-@pytest.mark.parametrize("make", [Hashed, Radix])
+@pytest.mark.parametrize("make", [HashKVManager, RadixKVManager])
 def test_a_prompt_that_is_computed_token_by_token_is_found_block_by_block(make: Make):
     memory = make(BlockPool(20, 2))
-    one = branch([1, 2, 3, 4, 5, 6, 7])
+    one = sequence([1, 2, 3, 4, 5, 6, 7])
     memory.admit(one, 1, alone=True)
     for computed in range(1, 7):
         compute(memory, one, 1)
-        assert memory.match(branch([1, 2, 3, 4, 5, 6, 9], computed)) == computed // 2 * 2
+        assert memory.match(sequence([1, 2, 3, 4, 5, 6, 9], computed)) == computed // 2 * 2
         assert memory.reserve(one, 1) == []

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.serve.plan import Ghost, Item, Plan, place
+from refllm.serve.plan import PaddingRow, Plan, ScheduledSequence, place
 
 
 @given(blocks=st.permutations(range(9)), size=st.integers(1, 5), data=st.data())
@@ -23,7 +23,7 @@ def test_oracle_a_place_is_the_block_of_a_position_and_what_is_left(blocks, size
     assert place(blocks, 0, start, stop) == list(range(blocks[0] + start, blocks[0] + stop))
 
 
-def plan(*items: Item, **fields: Any) -> Plan:
+def plan(*items: ScheduledSequence, **fields: Any) -> Plan:
     return Plan(0, list(items), **{"block_size": 2, **fields})
 
 
@@ -32,12 +32,12 @@ B = ("b", 0)
 
 
 def test_what_a_plan_tells():
-    made = plan(Item(A, 3, 1, (5, 1), 1), Item(B, 0, 3, (2, 0), 0), ghosts=[Ghost(4, 1, 90)])
+    made = plan(ScheduledSequence(A, 3, 1, (5, 1), 1), ScheduledSequence(B, 0, 3, (2, 0), 0), padding_rows=[PaddingRow(4, 1, 90)])
     made.check()
     assert (made.tokens, made.sampling) == (4, [made.items[0]])
     assert [made.slots(item) for item in made.items] == [[3], [4, 5, 0]]
     assert made.batch() == [(3, 1), (0, 3), (4, 1)]
-    padded = plan(Item(A, 0, 3, (2,), 1, pad=2), Item(B, 3, 1, (9,), 1, pad=2), block_size=0)
+    padded = plan(ScheduledSequence(A, 0, 3, (2,), 1, pad=2), ScheduledSequence(B, 3, 1, (9,), 1, pad=2), block_size=0)
     # padding is computed with the prompt, and seen by what follows
     assert padded.batch() == [(0, 5), (5, 1)]
 
@@ -45,22 +45,22 @@ def test_what_a_plan_tells():
 @pytest.mark.parametrize(
     ("broken", "why"),
     [
-        (plan(Item(A, 0, 1, (0,), 1), Item(A, 0, 1, (1,), 1)), "stands twice"),
-        (plan(Item(A, 0, 3, (0, 1), 1), budget=2), "budget"),
-        (plan(Item(A, 0, 1, (0,), 1), Item(B, 0, 1, (1,), 1), seats=1), "seats"),
+        (plan(ScheduledSequence(A, 0, 1, (0,), 1), ScheduledSequence(A, 0, 1, (1,), 1)), "stands twice"),
+        (plan(ScheduledSequence(A, 0, 3, (0, 1), 1), budget=2), "budget"),
+        (plan(ScheduledSequence(A, 0, 1, (0,), 1), ScheduledSequence(B, 0, 1, (1,), 1), seats=1), "seats"),
         (
-            plan(Item(A, 0, 1, (0,), 1), admitted=[A], preempted=[B]),
+            plan(ScheduledSequence(A, 0, 1, (0,), 1), admitted=[A], preempted=[B]),
             "admitted in a step that preempted",
         ),
-        (plan(Item(A, 0, 1, (0,), 1), preempted=[A]), "a preempted branch computes"),
-        (plan(Item(A, 0, 1, (0,), 2)), "samples more"),
-        (plan(Item(A, 0, 0, (0,), 0)), "computes no token"),
-        (plan(Item(A, -1, 1, (0,), 0)), "below 0"),
-        (plan(Item(A, 2, 1, (0, 0), 1)), "a block twice"),
-        (plan(Item(A, 2, 1, (0,), 1)), "beyond its blocks"),
-        (plan(Item(A, 1, 1, (0,), 1), Item(B, 1, 1, (0,), 1)), "one slot"),
-        (plan(Item(A, 1, 1, (0,), 1), Item(B, 2, 1, (0, 1), 1)), "is shared"),
-        (plan(Item(A, 0, 1, (1,), 1), copies=[(0, 1), (2, 1)]), "two copies"),
+        (plan(ScheduledSequence(A, 0, 1, (0,), 1), preempted=[A]), "a preempted sequence computes"),
+        (plan(ScheduledSequence(A, 0, 1, (0,), 2)), "samples more"),
+        (plan(ScheduledSequence(A, 0, 0, (0,), 0)), "computes no token"),
+        (plan(ScheduledSequence(A, -1, 1, (0,), 0)), "below 0"),
+        (plan(ScheduledSequence(A, 2, 1, (0, 0), 1)), "a block twice"),
+        (plan(ScheduledSequence(A, 2, 1, (0,), 1)), "beyond its blocks"),
+        (plan(ScheduledSequence(A, 1, 1, (0,), 1), ScheduledSequence(B, 1, 1, (0,), 1)), "one slot"),
+        (plan(ScheduledSequence(A, 1, 1, (0,), 1), ScheduledSequence(B, 2, 1, (0, 1), 1)), "is shared"),
+        (plan(ScheduledSequence(A, 0, 1, (1,), 1), copies=[(0, 1), (2, 1)]), "two copies"),
     ],
 )
 def test_every_broken_promise_is_found(broken, why):

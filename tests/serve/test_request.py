@@ -1,4 +1,4 @@
-"""Requests say what is wrong with them; a branch is two numbers."""
+"""Requests say what is wrong with them; a sequence is two numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.serve.request import Branch, Request
+from refllm.serve.request import Request, Sequence
 
 
 @pytest.mark.parametrize(
@@ -88,16 +88,16 @@ def test_a_range_stays_a_range():
     assert Request(range(5)).prompt == range(5)
 
 
-def test_a_branch_is_behind_by_what_it_has_not_computed():
-    branch = Branch(Request([1, 2, 3], 4, id="a", n=2), 0, 0)
-    assert (branch.total, branch.output, branch.left, branch.key, branch.seats) == (
+def test_a_sequence_is_behind_by_what_it_has_not_computed():
+    sequence = Sequence(Request([1, 2, 3], 4, id="a", n=2), 0, 0)
+    assert (sequence.total, sequence.output, sequence.left, sequence.key, sequence.seats) == (
         3,
         [],
         4,
         ("a", 0),
         2,
     )
-    branch.tokens.append(7)
-    branch.drafts = [8, 9]
-    assert (branch.total, branch.output, branch.left) == (6, [7], 3)
-    assert repr(branch) == "Branch('a'.0, 0/6, waiting)"
+    sequence.tokens.append(7)
+    sequence.drafts = [8, 9]
+    assert (sequence.total, sequence.output, sequence.left) == (6, [7], 3)
+    assert repr(sequence) == "Sequence('a'.0, 0/6, waiting)"

@@ -6,19 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.serve.baselines.reservations import Rectangle, Reserved
-from refllm.serve.request import Branch, Request
+from refllm.serve.baselines.reservations import PaddedKVManager, ReservedKVManager
+from refllm.serve.request import Request, Sequence
 
 
-def branch(prompt: int, output: int, order: int = 0) -> Branch:
-    return Branch(Request(range(prompt), output, id=order), 0, order)
+def sequence(prompt: int, output: int, order: int = 0) -> Sequence:
+    return Sequence(Request(range(prompt), output, id=order), 0, order)
 
 
 @given(prompt=st.integers(1, 60), output=st.integers(0, 40))
 def test_bound_each_rule_reserves_what_may_come_and_knows_less_of_it(prompt, output):
     request = Request(range(prompt), output)
     sizes = {
-        rule: Reserved(200, rule, longest=100).size(request) for rule in ("max", "pow2", "oracle")
+        rule: ReservedKVManager(200, rule, longest=100).size(request) for rule in ("max", "pow2", "oracle")
     }
     assert sizes["max"] == 100
     assert sizes["oracle"] == prompt + output
@@ -28,13 +28,13 @@ def test_bound_each_rule_reserves_what_may_come_and_knows_less_of_it(prompt, out
 
 
 def test_a_run_is_reserved_whole_and_given_back_whole():
-    memory = Reserved(16, "oracle")
-    one = branch(3, 2)
-    two = branch(4, 4, 1)
+    memory = ReservedKVManager(16, "oracle")
+    one = sequence(3, 2)
+    two = sequence(4, 4, 1)
     assert memory.admit(one, 3, alone=True)
     assert memory.admit(two, 4, alone=False)
     assert memory.allocated == 16  # 5 and 8, rounded up
-    assert not memory.admit(branch(1, 1, 2), 1, alone=False)
+    assert not memory.admit(sequence(1, 1, 2), 1, alone=False)
     assert memory.reserve(one, 1) == []
     one.computed = 3
     memory.commit(one)
@@ -51,15 +51,15 @@ def test_a_run_is_reserved_whole_and_given_back_whole():
 
 
 def test_rows_move_apart_while_a_batch_is_formed_and_go_together():
-    memory = Rectangle(30)
-    one = branch(2, 3)
-    two = branch(4, 5, 1)
+    memory = PaddedKVManager(30)
+    one = sequence(2, 3)
+    two = sequence(4, 5, 1)
     memory.admit(one, 2, alone=True)
     assert (memory.blocks(one), memory.pad(one)) == ((0,), 0)
     memory.admit(two, 4, alone=False)
     assert (memory.blocks(one), memory.blocks(two), memory.pad(one)) == ((2,), (9,), 2)
     assert memory.allocated == 18
-    assert not memory.admit(branch(4, 9, 2), 4, alone=False)  # three rows of 13
+    assert not memory.admit(sequence(4, 9, 2), 4, alone=False)  # three rows of 13
     memory.release(one)
     assert (memory.allocated, memory.ended()) == (18, [0])
     memory.release(two)
@@ -70,10 +70,10 @@ def test_rows_move_apart_while_a_batch_is_formed_and_go_together():
 @pytest.mark.parametrize(
     ("memory", "why"),
     [
-        (Reserved(64, "max", longest=32), "30 \\+ 9 tokens, and the longest sequence is 32"),
-        (Reserved(48, "oracle"), "run of 39 slots, and the largest has 32"),
-        (Rectangle(38), "row of 39 slots, and a row may have 38"),
-        (Rectangle(99, longest=20), "row of 39 slots, and a row may have 20"),
+        (ReservedKVManager(64, "max", longest=32), "30 \\+ 9 tokens, and the longest sequence is 32"),
+        (ReservedKVManager(48, "oracle"), "run of 39 slots, and the largest has 32"),
+        (PaddedKVManager(38), "row of 39 slots, and a row may have 38"),
+        (PaddedKVManager(99, longest=20), "row of 39 slots, and a row may have 20"),
     ],
 )
 def test_what_never_fits_is_refused(memory, why):
@@ -86,8 +86,8 @@ def test_what_never_fits_is_refused(memory, why):
 
 def test_bad_sizes_are_refused():
     with pytest.raises(ValueError, match="unknown rule 'guess'"):
-        Reserved(8, "guess")
+        ReservedKVManager(8, "guess")
     with pytest.raises(ValueError, match="at least one slot"):
-        Rectangle(0)
+        PaddedKVManager(0)
     with pytest.raises(ValueError, match="at least one slot"):
-        Rectangle(8, longest=0)
+        PaddedKVManager(8, longest=0)

@@ -18,9 +18,9 @@ from machines import ShadowMemory, run
 from refllm.kv.block_pool import BlockPool
 from refllm.kv.radix_tree import POLICIES
 from refllm.serve import factory
-from refllm.serve.kv_manager import Paged
-from refllm.serve.plan import Continuation, Event, Outcome, Plan
-from refllm.serve.prefix_caching import Hashed, Radix
+from refllm.serve.kv_manager import PagedKVManager
+from refllm.serve.plan import Outcome, Plan, SampledTokens, SequenceUpdate
+from refllm.serve.prefix_caching import HashKVManager, RadixKVManager
 from refllm.serve.request import Request, Status
 from refllm.serve.scheduler import Scheduler
 from strategies import seeds
@@ -66,7 +66,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             buddy=rng.random() < 0.5,
         )
         self.memory = ShadowMemory()
-        # what each branch has been told to say
+        # what each sequence has been told to say
         self.texts: dict[tuple[Hashable, int], list[int]] = {}
         self.names = 0
 
@@ -100,8 +100,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def abort(self, seed: int) -> None:
         name = random.Random(seed).randint(-1, self.names)
         live = any(
-            branch.request.id == name
-            for branch in (*self.scheduler.running, *self.scheduler.waiting)
+            sequence.request.id == name
+            for sequence in (*self.scheduler.running, *self.scheduler.waiting)
         )
         assert bool(self.scheduler.abort(name)) == live
         assert self.scheduler.abort(name) == []
@@ -110,11 +110,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(seed=seeds)
     def propose(self, seed: int) -> None:
         rng = random.Random(seed)
-        for branch in self.scheduler.running:
+        for sequence in self.scheduler.running:
             drafts = [rng.randint(0, 1) for _ in range(rng.randint(0, 4))]
-            useful = self.scheduler.propose(branch.key, drafts)
-            assert useful <= min(len(drafts), branch.left - 1)
-            assert branch.drafts == drafts[:useful] or not useful
+            useful = self.scheduler.propose(sequence.key, drafts)
+            assert useful <= min(len(drafts), sequence.left - 1)
+            assert sequence.drafts == drafts[:useful] or not useful
 
     @rule(seed=seeds, fate=st.sampled_from(["goes well"] * 6 + ["fails", "aborted in it"]))
     def step(self, seed: int, fate: str) -> None:
@@ -131,7 +131,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         scheduler = self.scheduler
         busy = bool(scheduler.running or scheduler.waiting)
         kept = {
-            branch.key: list(branch.tokens) for branch in (*scheduler.running, *scheduler.waiting)
+            sequence.key: list(sequence.tokens) for sequence in (*scheduler.running, *scheduler.waiting)
         }
         plan = scheduler.plan()
         plan.check()
@@ -142,7 +142,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.memory.execute(scheduler, plan)
         if fate == "fails":
             self.seen["withdrawn"] += 1
-            scheduler.withdraw(plan)
+            scheduler.roll_back(plan)
             return
         outcomes = self.outcomes(plan, rng)
         if fate == "aborted in it" and scheduler.running:
@@ -153,68 +153,68 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def look(self, plan: Plan, kept: dict[Any, list[int]]) -> None:
         """What a plan promises beyond ``Plan.check``."""
-        branches = {
-            branch.key: branch for branch in (*self.scheduler.running, *self.scheduler.waiting)
+        sequences = {
+            sequence.key: sequence for sequence in (*self.scheduler.running, *self.scheduler.waiting)
         }
         for item in plan.items:
-            branch = branches[item.name]
-            assert branch.computed == item.start
-            ahead = item.start + item.count - len(branch.tokens)
-            assert item.samples == (0 if ahead < 0 else 1 + len(branch.drafts)), (
+            sequence = sequences[item.name]
+            assert sequence.computed == item.start
+            ahead = item.start + item.count - len(sequence.tokens)
+            assert item.samples == (0 if ahead < 0 else 1 + len(sequence.drafts)), (
                 "an unfinished prompt is not sampled"
             )
             self.seen["chunked"] += ahead < 0
-            if branch.request.beam and item.samples:  # all beams of a search in one step, or none
-                group = [b for b in branches.values() if b.request is branch.request]
+            if sequence.request.beam and item.samples:  # all beams of a search in one step, or none
+                group = [b for b in sequences.values() if b.request is sequence.request]
                 assert {b.key for b in group} <= {other.name for other in plan.sampling}
         for name in plan.preempted:
-            branch = branches[name]
-            assert (branch.tokens, branch.computed, branch.drafts) == (kept[name], 0, []), (
+            sequence = sequences[name]
+            assert (sequence.tokens, sequence.computed, sequence.drafts) == (kept[name], 0, []), (
                 "its tokens, not their memory"
             )
-            assert branch.status is Status.WAITING
+            assert sequence.status is Status.WAITING
         self.seen["preempted"] += len(plan.preempted)
 
     def outcomes(self, plan: Plan, rng: random.Random) -> list[Outcome]:
-        """Some drafts accepted, branches forked and dropped, texts that end."""
-        branches = {branch.key: branch for branch in self.scheduler.running}
-        live = Counter(branch.request.id for branch in branches.values())
+        """Some drafts accepted, sequences forked and dropped, texts that end."""
+        sequences = {sequence.key: sequence for sequence in self.scheduler.running}
+        live = Counter(sequence.request.id for sequence in sequences.values())
         outcomes: list[Outcome] = []
         for item in plan.sampling:
-            branch = branches[item.name]
-            accepted = rng.randint(0, len(branch.drafts))
+            sequence = sequences[item.name]
+            accepted = rng.randint(0, len(sequence.drafts))
             self.seen["accepted"] += accepted
-            self.seen["rejected"] += len(branch.drafts) - accepted
-            ways = branch.seats
-            if branch.request.beam:
-                free = branch.request.n - live[item.name[0]]
+            self.seen["rejected"] += len(sequence.drafts) - accepted
+            ways = sequence.seats
+            if sequence.request.beam:
+                free = sequence.request.n - live[item.name[0]]
                 ways = rng.randint(live[item.name[0]] == 1, 1 + free)
                 live[item.name[0]] += ways - 1
-            tokens = [[*branch.drafts[:accepted], rng.randint(0, 1)]] + [
+            tokens = [[*sequence.drafts[:accepted], rng.randint(0, 1)]] + [
                 [rng.randint(0, 1)] for _ in range(1, ways)
             ]
             outcomes.append(
                 [
-                    Continuation(new, "stop" if rng.random() < 0.03 else None)
+                    SampledTokens(new, "stop" if rng.random() < 0.03 else None)
                     for new in tokens[:ways]
                 ]
             )
         return outcomes
 
-    def listen(self, events: list[Event], before: dict[Any, list[int]]) -> None:
-        """The branches say what the outcomes told them to say, no more than they may, and
+    def listen(self, events: list[SequenceUpdate], before: dict[Any, list[int]]) -> None:
+        """The sequences say what the outcomes told them to say, no more than they may, and
         end when they must.
         """
-        for branch, tokens, reason in events:
-            if branch.key not in self.texts:
-                parents = [text for key, text in before.items() if key[0] == branch.key[0]]
-                assert branch.output[:-1] in parents
-                self.texts[branch.key] = branch.output[:-1]
+        for sequence, tokens, reason in events:
+            if sequence.key not in self.texts:
+                parents = [text for key, text in before.items() if key[0] == sequence.key[0]]
+                assert sequence.output[:-1] in parents
+                self.texts[sequence.key] = sequence.output[:-1]
                 self.seen["forked"] += 1
-            self.texts[branch.key] += tokens
-            assert branch.output == self.texts[branch.key]
-            assert (branch.left == 0) <= (reason is not None), "it has all its tokens and goes on"
-            assert reason != "length" or branch.left == 0
+            self.texts[sequence.key] += tokens
+            assert sequence.output == self.texts[sequence.key]
+            assert (sequence.left == 0) <= (reason is not None), "it has all its tokens and goes on"
+            assert reason != "length" or sequence.left == 0
             self.seen["dropped"] += reason == "dropped"
 
     @invariant()
@@ -222,8 +222,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         self.scheduler.check()
-        for branch in (*self.scheduler.running, *self.scheduler.waiting):
-            assert branch.output == self.texts[branch.key]
+        for sequence in (*self.scheduler.running, *self.scheduler.waiting):
+            assert sequence.output == self.texts[sequence.key]
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
@@ -243,7 +243,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.seen["cached"] += scheduler.cached
         self.seen["resumed from the cache"] += scheduler.resumed_cached
         self.seen["forgotten"] += self.pool.forgotten
-        if isinstance(scheduler.memory, Radix):
+        if isinstance(scheduler.memory, RadixKVManager):
             cache = scheduler.memory.cache
             self.seen["evicted"] += cache.evicted
             self.seen["splits"] += cache.splits
@@ -268,21 +268,21 @@ def test_state_machine_the_scheduler_over_every_memory(kind):
 # --- by hand ------------------------------------------------------------------------------
 
 
-def served(scheduler: Scheduler, plans: list[Plan] | None = None) -> list[Event]:
+def served(scheduler: Scheduler, plans: list[Plan] | None = None) -> list[SequenceUpdate]:
     """Run until all have ended, every token 7; returns the events in order."""
-    events: list[Event] = []
+    events: list[SequenceUpdate] = []
     while scheduler.unfinished:
         plan = scheduler.plan()
         plan.check()
         if plans is not None:
             plans.append(plan)
-        events += scheduler.update(plan, [[Continuation([7])] for _ in plan.sampling])
+        events += scheduler.update(plan, [[SampledTokens([7])] for _ in plan.sampling])
         scheduler.check()
     return events
 
 
 def paged(blocks: int, size: int = 4, **options: Any) -> Scheduler:
-    return Scheduler(Paged(BlockPool(blocks, size)), **options)
+    return Scheduler(PagedKVManager(BlockPool(blocks, size)), **options)
 
 
 @given(
@@ -302,8 +302,8 @@ def test_invariance_first_come_first_served_tells_first_tokens_in_the_order_of_a
         scheduler.submit(Request(range(length), 1))
     events = served(scheduler)
     assert scheduler.preemptions == 0  # a prompt of at most 12 tokens and no output: nobody grows
-    assert [event.branch.order for event in events] == sorted(
-        event.branch.order for event in events
+    assert [event.sequence.order for event in events] == sorted(
+        event.sequence.order for event in events
     )
 
 
@@ -311,7 +311,7 @@ def test_decodes_go_first_and_prompts_share_what_is_left():
     scheduler = paged(40, max_batch_tokens=8)
     plans = []
     scheduler.submit(Request(range(4), 6, id="streams"))
-    events = scheduler.update(scheduler.plan(), [[Continuation([7])]])
+    events = scheduler.update(scheduler.plan(), [[SampledTokens([7])]])
     scheduler.submit(Request(range(20), 1, id="long"))
     events += served(scheduler, plans)
     assert [
@@ -355,7 +355,7 @@ def test_a_prompt_that_is_not_chunked_is_computed_in_one_step_or_waits():
 
 
 def test_the_watermark_holds_for_who_is_admitted_beside_others_and_not_for_who_is_alone():
-    scheduler = Scheduler(Paged(BlockPool(4, 4), watermark=0.5))
+    scheduler = Scheduler(PagedKVManager(BlockPool(4, 4), watermark=0.5))
     for name, length in (("all", 16), ("one", 4), ("two", 4), ("three", 4)):
         scheduler.submit(Request(range(length), 1, id=name))
     plans: list[Plan] = []
@@ -378,7 +378,7 @@ def test_the_youngest_is_preempted_comes_back_first_and_keeps_its_tokens():
     again = next(plan for plan in plans[3:] if plan.admitted)
     assert again.admitted[0] == ("young", 0)
     assert again.items[0][1:3] == (0, 5)  # its prompt and the two tokens that it had
-    said = Counter(event.branch.request.id for event in events for _ in event.tokens)
+    said = Counter(event.sequence.request.id for event in events for _ in event.tokens)
     assert set(said.values()) == {5}
 
 
@@ -395,7 +395,7 @@ def test_nobody_is_preempted_for_a_guess():
     scheduler = paged(4, 2)
     for name in ("old", "young"):
         scheduler.submit(Request(range(3), 2, id=name))
-    scheduler.update(scheduler.plan(), [[Continuation([7])]] * 2)
+    scheduler.update(scheduler.plan(), [[SampledTokens([7])]] * 2)
     # both have 4 tokens to keep in 2 blocks each: there is room for the token, and none for
     # drafts
     scheduler.running[0].request = Request(range(3), 9, id="old")
@@ -408,14 +408,14 @@ def test_nobody_is_preempted_for_a_guess():
 def test_rejected_drafts_are_taken_back():
     scheduler = paged(8, 2)
     scheduler.submit(Request(range(3), 9, id=0))
-    scheduler.update(scheduler.plan(), [[Continuation([7])]])
+    scheduler.update(scheduler.plan(), [[SampledTokens([7])]])
     scheduler.propose((0, 0), [1, 2, 3, 4])
     plan = scheduler.plan()
     assert plan.items[0][1:3] == (3, 5)
     used = scheduler.memory.allocated
-    scheduler.update(plan, [[Continuation([1, 9])]])
-    (branch,) = scheduler.running
-    assert (branch.tokens[3:], branch.computed, branch.drafts) == ([7, 1, 9], 5, [])
+    scheduler.update(plan, [[SampledTokens([1, 9])]])
+    (sequence,) = scheduler.running
+    assert (sequence.tokens[3:], sequence.computed, sequence.drafts) == ([7, 1, 9], 5, [])
     assert scheduler.memory.allocated == used - 2
     scheduler.check()
 
@@ -426,7 +426,7 @@ def test_beams_are_preempted_together_and_ranked_together():
     scheduler.submit(Request(range(2), 4, id="first"))
     scheduler.submit(Request(range(2), 4, id="beams", n=2, beam=True))
     scheduler.update(
-        scheduler.plan(), [[Continuation([7])], [Continuation([7]), Continuation([8])]]
+        scheduler.plan(), [[SampledTokens([7])], [SampledTokens([7]), SampledTokens([8])]]
     )
     for _ in range(2):  # a third one joins, and then there is no room for the beams
         scheduler.submit(Request(range(4), 3))
@@ -439,15 +439,15 @@ def test_beams_are_preempted_together_and_ranked_together():
 
 
 def test_beams_that_come_back_whole_from_a_cache_advance_in_the_step_that_admits_them():
-    scheduler = Scheduler(Hashed(BlockPool(12, 1)))
+    scheduler = Scheduler(HashKVManager(BlockPool(12, 1)))
     scheduler.submit(Request(range(3), 4, id="beams", n=2, beam=True))
-    scheduler.update(scheduler.plan(), [[Continuation([7]), Continuation([8])]])
-    scheduler.withdraw(scheduler.plan())
+    scheduler.update(scheduler.plan(), [[SampledTokens([7]), SampledTokens([8])]])
+    scheduler.roll_back(scheduler.plan())
     assert not scheduler.running
     plan = scheduler.plan()
     assert plan.admitted == [("beams", 0), ("beams", 1)]
     assert [(item.start, item.count, item.samples) for item in plan.items] == [(3, 1, 1)] * 2
-    scheduler.update(plan, [[Continuation([9])]] * 2)
+    scheduler.update(plan, [[SampledTokens([9])]] * 2)
     scheduler.check()
 
 
@@ -459,7 +459,7 @@ def test_a_plan_is_carried_out_or_given_up_before_the_next():
         scheduler.plan()
     with pytest.raises(RuntimeError, match="not the plan under way"):
         scheduler.update(Plan(0, []), [])
-    scheduler.withdraw(plan)
+    scheduler.roll_back(plan)
     assert scheduler.waiting[0].computed == 0
     assert len(served(scheduler)) == 2
 
@@ -488,7 +488,7 @@ def test_limits_that_let_nobody_through_are_refused(options):
             {"chunked": False, "max_batch_tokens": 8},
             "11 tokens to compute in one step",
         ),
-        (Request(range(2), 2, n=3), {"max_sequences": 2}, "3 branches"),
+        (Request(range(2), 2, n=3), {"max_sequences": 2}, "3 sequences"),
         (Request(range(2), 2, n=3, beam=True), {"max_batch_tokens": 2}, "3 beams"),
         (Request(range(4), 2, n=3, beam=True), {}, "needs 24 slots"),
     ],

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from refllm.kv.block_pool import BlockPool
 from refllm.serve.factory import POLICIES, make
-from refllm.serve.plan import Continuation, Ghost, Plan
+from refllm.serve.plan import PaddingRow, Plan, SampledTokens
 from refllm.serve.request import Request
 
 
@@ -23,7 +23,7 @@ def plans(policy: str, lengths: list[tuple[int, int]], slots: int, **options: ob
     while scheduler.unfinished:
         plan = scheduler.plan()
         plan.check()
-        scheduler.update(plan, [[Continuation([7])] for _ in plan.sampling])
+        scheduler.update(plan, [[SampledTokens([7])] for _ in plan.sampling])
         scheduler.check()
         made.append(plan)
     assert scheduler.memory.allocated == 0
@@ -39,7 +39,7 @@ def test_a_padded_batch_runs_until_its_longest_member_has_ended():
         [(0, 1)],
         [(1, 1)],
     ]
-    assert made[1].ghosts == [Ghost(4, 1, 0)]
+    assert made[1].padding_rows == [PaddingRow(4, 1, 0)]
     assert [item.pad for item in made[0].items] == [2, 0]
     assert made[0].slots(made[0].items[0]) == [2, 3]  # a row of 4 + 3 columns, padded on the left
     assert made[0].slots(made[0].items[1]) == [7, 8, 9, 10]

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from refllm.kv.block_pool import BlockPool
 from refllm.serve import factory
-from refllm.serve.baselines.reservations import Rectangle
-from refllm.serve.baselines.static_batching import Static
-from refllm.serve.kv_manager import Paged
+from refllm.serve.baselines.reservations import PaddedKVManager
+from refllm.serve.baselines.static_batching import StaticBatching
+from refllm.serve.kv_manager import PagedKVManager
 from refllm.serve.request import Request
 from refllm.serve.scheduler import Scheduler
-from refllm.serve.swapping import Swapping
+from refllm.serve.swapping import SwappingKVManager
 from refllm.simulate import programs
-from refllm.simulate.simulator import Simulator, Ticks
+from refllm.simulate.simulator import Simulator, UnitClock
 from refllm.simulate.workload import ALPACA, Distinct, requests
 
 
@@ -47,7 +47,7 @@ def scheduler(kind, blocks, size, budget, seats, chunked, host=None):
     pool = BlockPool(blocks, size)
     if kind == "swapping":
         return Scheduler(
-            Swapping(pool, host_blocks=host), max_batch_tokens=budget, max_sequences=seats
+            SwappingKVManager(pool, host_blocks=host), max_batch_tokens=budget, max_sequences=seats
         )
     policy = {"paged": "fcfs", "hash": "fcfs", "radix": "fcfs"}.get(kind, kind)
     cache = {"hash": "hash", "radix": "radix", "lpm": "radix"}.get(kind)
@@ -79,7 +79,7 @@ def runs(draw, kinds=KINDS):
         head = draw(st.sampled_from([(), (1, 2, 3, 4, 5)]))
         prompt = [*head, *range(100 * (i + 1), 100 * (i + 1) + draw(st.integers(1, 5)))]
         output = draw(st.integers(0, min(14, blocks * size - len(prompt))))
-        branches = (
+        sequences = (
             draw(st.integers(1, 2)) if kind not in ("orca-oracle", "static") and seats != 1 else 1
         )
         arrival = float(draw(st.integers(0, 200)))
@@ -89,7 +89,7 @@ def runs(draw, kinds=KINDS):
                 prompt,
                 output,
                 id=i,
-                n=branches,
+                n=sequences,
                 arrival=arrival,
                 priority=priority,
                 ignore_eos=True,
@@ -101,7 +101,7 @@ def runs(draw, kinds=KINDS):
 
 
 def facts(run):
-    tally = [(t.steps, t.rows, t.ghosts, t.tokens, t.used) for t in (run.all, run.saturated)]
+    tally = [(t.steps, t.rows, t.padding_rows, t.tokens, t.used) for t in (run.all, run.saturated)]
     return (
         run.recorder.timelines,
         run.duration,
@@ -175,7 +175,7 @@ def test_jumps_save_plans():
     for jumps in (False, True):
         taken = []
         Simulator(
-            scheduler("paged", 200, 16, None, 8, True), Ticks(), jumps=jumps, on_step=taken.append
+            scheduler("paged", 200, 16, None, 8, True), UnitClock(), jumps=jumps, on_step=taken.append
         ).run(asked)
         plans.append(len(taken))
         assert any(t.steps > 1 for t in taken) == jumps
@@ -206,8 +206,8 @@ def test_everybody_is_served_in_full_and_nothing_is_left(case):
 
 @given(st.integers(1, 40), st.integers(1, 20), st.integers(1, 12))
 def test_a_request_alone_takes_the_steps_of_its_chunks_and_its_tokens(prompt, output, budget):
-    s = Scheduler(Paged(BlockPool(60, 1)), max_batch_tokens=budget)
-    run = Simulator(s, Ticks()).run([Request(range(prompt), output, arrival=5.0)])
+    s = Scheduler(PagedKVManager(BlockPool(60, 1)), max_batch_tokens=budget)
+    run = Simulator(s, UnitClock()).run([Request(range(prompt), output, arrival=5.0)])
     assert run.all.steps == -(-prompt // budget) + output - 1
     (line,) = run.recorder.timelines.values()
     assert line.ttft == -(-prompt // budget)
@@ -220,14 +220,14 @@ def test_a_request_alone_takes_the_steps_of_its_chunks_and_its_tokens(prompt, ou
     st.integers(1, 4),
 )
 def test_a_static_batch_runs_as_long_as_its_longest_member(lengths, batch):
-    s = Static(Rectangle(1000), max_sequences=batch)
-    run = Simulator(s, Ticks()).run(
+    s = StaticBatching(PaddedKVManager(1000), max_sequences=batch)
+    run = Simulator(s, UnitClock()).run(
         [Request(range(p), o, id=i) for i, (p, o) in enumerate(lengths)]
     )
     outputs = [[o for _, o in lengths[i : i + batch]] for i in range(0, len(lengths), batch)]
     assert run.all.steps == sum(map(max, outputs))
     assert run.all.rows == sum(map(sum, outputs))
-    assert run.all.rows + run.all.ghosts == sum(len(group) * max(group) for group in outputs)
+    assert run.all.rows + run.all.padding_rows == sum(len(group) * max(group) for group in outputs)
 
 
 @pytest.mark.theorem(
@@ -261,7 +261,7 @@ def test_swapping_moves_where_recomputing_computes():
     none = Simulator(scheduler("swapping", 10, 4, None, None, True, host=0), Whole()).run(asked)
     assert facts(none) == facts(runs["paged"])  # without room on the host it is recomputing
     with pytest.raises(ValueError, match="host_blocks"):
-        Swapping(BlockPool(1, 1), host_blocks=-1)
+        SwappingKVManager(BlockPool(1, 1), host_blocks=-1)
 
 
 def test_programs_go_on_and_are_found_in_the_cache():
@@ -269,7 +269,7 @@ def test_programs_go_on_and_are_found_in_the_cache():
         program = programs.chat(Distinct(), 3, turns=3, system=40, message=8, answer=6)
         done = []
         s = scheduler(kind, 400, 4, None, None, True)
-        run = Simulator(s, Ticks()).run(
+        run = Simulator(s, UnitClock()).run(
             program.requests,
             program.follow,
             lambda *both: done.append(both),  # noqa: B023
@@ -306,7 +306,7 @@ def test_a_tally_is_what_the_steps_say():
 def test_a_jump_counts_what_is_allocated_for_each_of_its_steps():
     taken = []
     asked = [Request(range(5), 9, id=i) for i in range(2)]
-    run = Simulator(scheduler("paged", 60, 8, None, None, True), Ticks(), on_step=taken.append).run(
+    run = Simulator(scheduler("paged", 60, 8, None, None, True), UnitClock(), on_step=taken.append).run(
         asked
     )
     assert max(t.steps for t in taken) > 1
@@ -316,7 +316,7 @@ def test_a_jump_counts_what_is_allocated_for_each_of_its_steps():
 @pytest.mark.parametrize("jumps", [False, True])
 def test_who_arrives_as_a_step_ends_is_in_the_next_and_time_never_goes_back(jumps):
     def first_tokens(*asked):
-        run = Simulator(scheduler("paged", 60, 8, None, None, True), Ticks(), jumps=jumps).run(
+        run = Simulator(scheduler("paged", 60, 8, None, None, True), UnitClock(), jumps=jumps).run(
             asked
         )
         return [run.recorder.timelines[request.id, 0].times[0] for request in asked]
@@ -337,14 +337,14 @@ def test_who_arrives_as_a_step_ends_is_in_the_next_and_time_never_goes_back(jump
 def test_what_follows_an_answer_is_sent_when_that_has_come():
     asked = Request([1], 4, id="question", arrival=2.0)
     more = {"question": [Request([2], 1, id="follow-up")], "follow-up": []}
-    simulator = Simulator(scheduler("paged", 60, 8, None, None, True), Ticks())
+    simulator = Simulator(scheduler("paged", 60, 8, None, None, True), UnitClock())
     lines = simulator.run([asked], lambda request, answer: more[request.id]).recorder.timelines
     assert (lines["question", 0].sent, lines["question", 0].times) == (2.0, [3.0, 4.0, 5.0, 6.0])
     assert (lines["follow-up", 0].sent, lines["follow-up", 0].ttft) == (6.0, 1.0)
 
 
 def test_every_block_that_is_moved_is_charged_once():
-    class Moving(Ticks):
+    class Moving(UnitClock):
         def move(self, tokens, blocks):
             return float(tokens + 1000 * blocks)
 
@@ -355,7 +355,7 @@ def test_every_block_that_is_moved_is_charged_once():
 
 
 def test_what_cannot_be_served_is_refused_by_name():
-    simulator = Simulator(scheduler("paged", 2, 4, None, None, True), Ticks())
+    simulator = Simulator(scheduler("paged", 2, 4, None, None, True), UnitClock())
     with pytest.raises(ValueError, match="request 'long' needs"):
         simulator.run([Request(range(20), 4, id="long")])
     with pytest.raises(ValueError, match="beams depend on a model"):

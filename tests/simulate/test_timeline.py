@@ -10,7 +10,7 @@ from refllm.kv.radix_tree import RadixCache
 from refllm.serve import factory
 from refllm.simulate import programs
 from refllm.simulate.programs import RandomIds
-from refllm.simulate.simulator import Simulator, Ticks
+from refllm.simulate.simulator import Simulator, UnitClock
 from refllm.simulate.timeline import CACHED, FREE, SHARED, Trace, tree
 from refllm.simulate.workload import ALPACA, requests
 
@@ -24,7 +24,7 @@ def traced(cache, asked, follow=None, blocks=60):
         trace(taken)
         held.append(taken)
 
-    run = Simulator(scheduler, Ticks(), jumps=False, on_step=both).run(asked, follow)
+    run = Simulator(scheduler, UnitClock(), jumps=False, on_step=both).run(asked, follow)
     return scheduler, trace, held, run
 
 
@@ -66,6 +66,6 @@ def test_a_tree_is_told_with_all_its_tokens():
 def test_memory_without_blocks_has_none_to_trace():
     scheduler = factory.make("orca-max", BlockPool(64, 1), longest=16)
     with pytest.raises(ValueError, match="only paged memory"):
-        Simulator(scheduler, Ticks(), on_step=Trace(scheduler, blocks=1)).run(
+        Simulator(scheduler, UnitClock(), on_step=Trace(scheduler, blocks=1)).run(
             [programs.Request([1, 2], 2)]
         )

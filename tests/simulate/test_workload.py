@@ -134,7 +134,7 @@ def test_arrivals_have_their_rate_and_burstiness(shape):
 
 
 @pytest.mark.theorem(
-    "Counts of a Poisson process in intervals have variance = mean; bursts have more",
+    "EngineStats of a Poisson process in intervals have variance = mean; bursts have more",
     source="Poisson",
 )
 def test_fano_factor_tells_poisson_from_bursts():

@@ -22,14 +22,14 @@ from dataclasses import dataclass
 
 from refllm.kv.contiguous_allocator import Buddies, FirstFit
 from refllm.serve.kv_manager import Copies
-from refllm.serve.request import Branch, Request
+from refllm.serve.request import Request, Sequence
 
 RULES = ("max", "pow2", "oracle")
 
 
 @dataclass
-class Run:
-    """Where a branch lies: slots [first, first + length) are written."""
+class Reservation:
+    """Where a sequence lies: slots [first, first + length) are written."""
 
     first: int
     length: int = 0
@@ -42,27 +42,27 @@ class _Contiguous:
     shares = False
 
     def __init__(self) -> None:
-        self._runs: dict[Branch, Run] = {}
+        self._runs: dict[Sequence, Reservation] = {}
 
-    def match(self, branch: Branch) -> int:
+    def match(self, sequence: Sequence) -> int:
         return 0
 
-    def reserve(self, branch: Branch, count: int) -> Copies | None:
+    def reserve(self, sequence: Sequence, count: int) -> Copies | None:
         return []
 
-    def commit(self, branch: Branch) -> None:
-        self._runs[branch].length = branch.computed
+    def commit(self, sequence: Sequence) -> None:
+        self._runs[sequence].length = sequence.computed
 
-    def fork(self, parent: Branch, child: Branch) -> None:
+    def fork(self, parent: Sequence, child: Sequence) -> None:
         raise ValueError(
             "a contiguous run cannot be shared: submit n requests instead of one with n"
         )
 
-    def blocks(self, branch: Branch) -> tuple[int, ...]:
-        return (self._runs[branch].first,)
+    def blocks(self, sequence: Sequence) -> tuple[int, ...]:
+        return (self._runs[sequence].first,)
 
 
-class Reserved(_Contiguous):
+class ReservedKVManager(_Contiguous):
     """A run for each request, by one of ``RULES``; ``buddy`` rounds runs up to powers of
     two, as the baselines did.
     """
@@ -97,27 +97,27 @@ class Reserved(_Contiguous):
             return f"needs a run of {self.size(request)} slots, and the largest has {self.runs.largest}"
         return None
 
-    def admit(self, branch: Branch, count: int, *, alone: bool) -> bool:
-        start = self.runs.allocate(self.size(branch.request))
+    def admit(self, sequence: Sequence, count: int, *, alone: bool) -> bool:
+        start = self.runs.allocate(self.size(sequence.request))
         if start is None:
             return False
-        self._runs[branch] = Run(start)
+        self._runs[sequence] = Reservation(start)
         return True
 
-    def release(self, branch: Branch, *, preempted: bool = False) -> None:
-        run = self._runs.pop(branch, None)
+    def release(self, sequence: Sequence, *, preempted: bool = False) -> None:
+        run = self._runs.pop(sequence, None)
         if run is not None:
             self.runs.free(run.first)
 
     def check(self) -> None:
         self.runs.check()
-        for branch, run in self._runs.items():
-            assert run.length == branch.computed <= self.runs.size(run.first), (
-                f"{branch} has outgrown its run"
+        for sequence, run in self._runs.items():
+            assert run.length == sequence.computed <= self.runs.size(run.first), (
+                f"{sequence} has outgrown its run"
             )
 
 
-class Rectangle(_Contiguous):
+class PaddedKVManager(_Contiguous):
     """Rows for a padded batch, every one as wide as the longest prompt and the longest
     output together.
 
@@ -136,7 +136,7 @@ class Rectangle(_Contiguous):
         self.longest = slots if longest is None else min(slots, longest)
         self.prompt = 0  # columns: of the longest prompt and of the longest output
         self.output = 0
-        self._rows: dict[Branch, int] = {}
+        self._rows: dict[Sequence, int] = {}
 
     @property
     def allocated(self) -> int:
@@ -148,15 +148,15 @@ class Rectangle(_Contiguous):
             return None
         return f"needs a row of {width} slots, and a row may have {self.longest}"
 
-    def admit(self, branch: Branch, count: int, *, alone: bool) -> bool:
-        prompt = max(self.prompt, len(branch.request.prompt))
-        output = max(self.output, branch.request.max_tokens)
+    def admit(self, sequence: Sequence, count: int, *, alone: bool) -> bool:
+        prompt = max(self.prompt, len(sequence.request.prompt))
+        output = max(self.output, sequence.request.max_tokens)
         if (len(self._rows) + 1) * (prompt + output) > self.slots or prompt + output > self.longest:
             return False
         self.prompt = prompt
         self.output = output
-        self._rows[branch] = len(self._rows)
-        self._runs[branch] = Run(0)
+        self._rows[sequence] = len(self._rows)
+        self._runs[sequence] = Reservation(0)
         for member, row in self._rows.items():  # a wider batch has its rows further apart
             self._runs[member].first = row * (prompt + output) + self.pad(member)
         return True
@@ -165,16 +165,16 @@ class Rectangle(_Contiguous):
         """Where the rows of members that have been released begin."""
         return [
             row * (self.prompt + self.output)
-            for branch, row in self._rows.items()
-            if branch not in self._runs
+            for sequence, row in self._rows.items()
+            if sequence not in self._runs
         ]
 
-    def pad(self, branch: Branch) -> int:
+    def pad(self, sequence: Sequence) -> int:
         """Columns before its first token."""
-        return self.prompt - len(branch.request.prompt)
+        return self.prompt - len(sequence.request.prompt)
 
-    def release(self, branch: Branch, *, preempted: bool = False) -> None:
-        if self._runs.pop(branch, None) is not None and not self._runs:
+    def release(self, sequence: Sequence, *, preempted: bool = False) -> None:
+        if self._runs.pop(sequence, None) is not None and not self._runs:
             self._rows.clear()
             self.prompt = 0
             self.output = 0
@@ -183,5 +183,5 @@ class Rectangle(_Contiguous):
         assert self.allocated <= self.slots
         assert set(self._runs) <= set(self._rows)
         assert bool(self._runs) == bool(self._rows), "rows of a batch that has ended"
-        for branch, run in self._runs.items():
-            assert run.length == branch.computed <= self.output + len(branch.request.prompt)
+        for sequence, run in self._runs.items():
+            assert run.length == sequence.computed <= self.output + len(sequence.request.prompt)

@@ -8,10 +8,10 @@ Hugging Face's generation forms them.
 | columns of the rectangle       | hold                                                                             |
 |--------------------------------|----------------------------------------------------------------------------------|
 | [0, longest prompt)            | prompts, padded on the left: ``pad`` positions of a row are computed and masked  |
-| from there to the longest end  | outputs; a row that has ended is computed all the same, as one of the ``ghosts`` |
+| from there to the longest end  | outputs; a row that has ended is computed all the same, as one of the ``padding_rows`` |
 
 Requests are taken in the order in which they came until the next one would not fit into
-``memory.Rectangle``. The same interface as ``serve.scheduler``: whoever executes plans, or
+``memory.PaddedKVManager``. The same interface as ``serve.scheduler``: whoever executes plans, or
 puts a clock to them, sees no difference.
 
 Left out: sorting requests by length, with which a batch is padded less and requests wait
@@ -21,18 +21,18 @@ longer.
 from __future__ import annotations
 
 from refllm.serve.admission import FirstCome
-from refllm.serve.base_scheduler import Ledger
-from refllm.serve.baselines.reservations import Rectangle
-from refllm.serve.plan import Ghost, Plan
+from refllm.serve.base_scheduler import BaseScheduler
+from refllm.serve.baselines.reservations import PaddedKVManager
+from refllm.serve.plan import PaddingRow, Plan
 from refllm.serve.request import Status
 
 
-class Static(Ledger):
-    """Padded batches over a ``Rectangle``, at most ``max_sequences`` rows each."""
+class StaticBatching(BaseScheduler):
+    """Padded batches over a ``PaddedKVManager``, at most ``max_sequences`` rows each."""
 
-    memory: Rectangle
+    memory: PaddedKVManager
 
-    def __init__(self, memory: Rectangle, *, max_sequences: int | None = None):
+    def __init__(self, memory: PaddedKVManager, *, max_sequences: int | None = None):
         super().__init__(memory, FirstCome(), None, max_sequences)
 
     def plan(self) -> Plan:
@@ -41,20 +41,20 @@ class Static(Ledger):
             while self.waiting and (
                 self.max_sequences is None or len(self.running) < self.max_sequences
             ):
-                branch = self.waiting[0]
-                if not self.memory.admit(branch, len(branch.tokens), alone=not self.running):
+                sequence = self.waiting[0]
+                if not self.memory.admit(sequence, len(sequence.tokens), alone=not self.running):
                     break
-                self.waiting.remove(branch)
-                self.running.append(branch)
-                branch.status = Status.RUNNING
-                self.queried += len(branch.tokens)
-                step.plan.admitted.append(branch.key)
+                self.waiting.remove(sequence)
+                self.running.append(sequence)
+                sequence.status = Status.RUNNING
+                self.queried += len(sequence.tokens)
+                step.plan.admitted.append(sequence.key)
         # the rectangle has its final width by now, and the rows their places
-        for branch in self.running:
-            count = len(branch.tokens) - branch.computed
-            step.put(branch, count, self.memory.blocks(branch), [], self.memory.pad(branch))
+        for sequence in self.running:
+            count = len(sequence.tokens) - sequence.computed
+            step.put(sequence, count, self.memory.blocks(sequence), [], self.memory.pad(sequence))
         if self.running:
             first = self.running[0]
             past = self.memory.pad(first) + first.computed  # all outputs stand in one column
-            step.plan.ghosts = [Ghost(past, 1, slot) for slot in self.memory.ended()]
+            step.plan.padding_rows = [PaddingRow(past, 1, slot) for slot in self.memory.ended()]
         return self._finish(step)
