@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from refllm import __version__
-from refllm.api import load
+from refllm.checkpoints.loading import load
 from refllm.checkpoints.loading import read_config
 from refllm.checkpoints.tensor_files import CheckpointError, tensor_shapes
 from refllm.checkpoints.tokenizer import Tokenizer
@@ -331,7 +331,7 @@ def _measured(
     """Bits per byte of both on the same held-out text, one model in memory at a time."""
     found: dict[str, Any] = {}
     for what, path in (("before", before), ("after", after)):
-        model = load(os.fspath(path), backend)
+        model = load(path, backend=backend)
         window = min(1024, model.config.max_position_embeddings)
 
         def tell(done: int, total: int, what: str = what) -> None:
