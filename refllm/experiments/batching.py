@@ -21,23 +21,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from refllm.kv.block_pool import BlockPool
 from refllm.measure.device import DEVICES
 from refllm.measure.memory import LLAMA_8B
+from refllm.measure.plotting import (
+    FULL,
+    MORE,
+    NEAREST,
+    TECHNIQUE,
+    Values,
+    coloured,
+    new_figure,
+    styled,
+)
 from refllm.measure.records import Record, write
 from refllm.measure.roofline_clock import RooflineClock
 from refllm.serve import factory
-from refllm.serve.baselines.reservations import Rectangle
-from refllm.serve.baselines.static_batching import Static
+from refllm.serve.baselines.reservations import PaddedKVManager
+from refllm.serve.baselines.static_batching import StaticBatching
 from refllm.serve.scheduler import Scheduler
-from refllm.serve.swapping import Swapping
+from refllm.serve.swapping import SwappingKVManager
 from refllm.simulate.metrics import Limits, attainment, capacity
-from refllm.simulate.simulator import Simulator, Ticks
+from refllm.simulate.simulator import Simulator, UnitClock
 from refllm.simulate.workload import AZURE_CHAT, SHAREGPT, requests, useful_share
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 BUDGETS: tuple[int | None, ...] = (128, 256, 512, 1024, 2048, None)  # None: prompts whole
@@ -57,8 +71,10 @@ def useful_data(seeds: Sequence[int], count: int) -> list[dict[str, Any]]:
         counted = []
         for seed in seeds:
             asked = requests(SHAREGPT, count // batch * batch, np.random.default_rng(seed))
-            run = Simulator(Static(Rectangle(10**9), max_sequences=batch), Ticks()).run(asked)
-            counted.append(run.all.rows / (run.all.rows + run.all.ghosts))
+            run = Simulator(
+                StaticBatching(PaddedKVManager(10**9), max_sequences=batch), UnitClock()
+            ).run(asked)
+            counted.append(run.all.rows / (run.all.rows + run.all.padding_rows))
         rows.append({"batch": batch, "exact": useful_share(exact, batch), "counted": counted})
     return rows
 
@@ -130,7 +146,7 @@ def swapping_data(count: int, slots: int = 6000) -> list[dict[str, Any]]:
         for way in ("recompute", "swap"):
             pool = BlockPool(slots // block, block)
             # without room there: recompute
-            memory = Swapping(pool, host_blocks=0 if way == "recompute" else None)
+            memory = SwappingKVManager(pool, host_blocks=0 if way == "recompute" else None)
             run = Simulator(Scheduler(memory, max_sequences=None), CLOCK).run(asked)
             row[way] = {
                 "duration": run.duration,
@@ -150,6 +166,116 @@ def batching_data(count: int = 600) -> dict[str, Any]:
         "goodput": goodput_data(count),
         "swapping": swapping_data(count // 3),
     }
+
+
+# --- the figure ----------------------------------------------------------------------
+
+
+@styled
+def draw(values: Values) -> Figure:
+    """Values of ``experiments.batching``: useful slots, chunks, goodput and swapping, a
+    panel each.
+    """
+    fig = new_figure(6.1)
+    panels = fig.subplots(2, 2)
+    _useful(panels[0, 0], values["useful"])
+    _chunks(panels[0, 1], values["chunks"])
+    _goodput(panels[1, 0], values["goodput"])
+    _swapping(panels[1, 1], values["swapping"])
+    return fig
+
+
+def _useful(ax: Axes, rows: Sequence[Any]) -> None:
+    batches = [row["batch"] for row in rows]
+    ax.plot(batches, [row["exact"] for row in rows], color=FULL, label="E[O] / E[max O], exact")
+    for row in rows:
+        label = "counted, 5 seeds" if row is rows[0] else None
+        ax.plot(
+            [row["batch"]] * len(row["counted"]),
+            row["counted"],
+            "o",
+            color=NEAREST,
+            ms=4,
+            label=label,
+        )
+    ax.axhline(1, color=TECHNIQUE, label="continuous")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(batches, [str(b) for b in batches])
+    ax.minorticks_off()
+    ax.set(
+        title="Useful slots of a static batch (A)", xlabel="requests in the batch", ylim=(0, 1.08)
+    )
+    ax.set_ylabel("share that yields a token")
+    ax.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.92))
+
+
+def _chunks(ax: Axes, rows: Sequence[Any]) -> None:
+    x = np.arange(len(rows))
+    lines = {
+        "between tokens, 99 %": (TECHNIQUE, "itl", "p99"),
+        "between tokens, median": (MORE[2], "itl", "p50"),
+        "to the first token, median": (NEAREST, "ttft", "p50"),
+    }
+    for name, (colour, what, which) in lines.items():
+        ax.plot(
+            x, [1e3 * row[what][which] for row in rows], color=colour, marker="o", ms=4, label=name
+        )
+    ax.set_yscale("log")
+    ax.set_xticks(x, ["whole" if row["budget"] is None else str(row["budget"]) for row in rows])
+    ax.yaxis.set_major_formatter("{x:,g}")
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high * 4)
+    ax.set(title="Chunked prefill (C)", xlabel="tokens a step may compute", ylabel="time (ms)")
+    ax.legend(fontsize=8, loc="upper right")
+
+
+def _goodput(ax: Axes, values: Values) -> None:
+    for colour, (name, line) in coloured(
+        (FULL, NEAREST, MORE[2], TECHNIQUE), values["lines"].items()
+    ):
+        # the highest that was tried
+        at_least = "≥ " if line["capacity"] == max(values["rates"]) else ""
+        label = f"{name}: {at_least}{line['capacity']:.3g}/s"
+        ax.plot(values["rates"], line["met"], color=colour, marker="o", ms=3.5, label=label)
+    ax.axhline(0.9, color="black", lw=0.8, ls=":")
+    ax.set_xscale("log")
+    shown = values["rates"][::2]
+    ax.set_xticks(shown, [f"{rate:g}" for rate in shown])
+    ax.minorticks_off()
+    limits = values["limits"]
+    title = f"Requests within their limits (C):\nTTFT ≤ {limits['ttft']:g} s, TPOT ≤ {1e3 * limits['tpot']:g} ms"
+    ax.set(
+        title=title,
+        xlabel="requests that arrive in a second",
+        ylabel="share of requests",
+        ylim=(0, 1.05),
+    )
+    # between the falling lines: lower it would hide the first point of those that fail at
+    # once
+    ax.legend(
+        fontsize=7.5,
+        loc="upper left",
+        bbox_to_anchor=(0.02, 0.85),
+        handlelength=1.3,
+        borderaxespad=0,
+        title="capacity, 90 % within",
+        title_fontsize=7.5,
+        alignment="left",
+    )
+
+
+def _swapping(ax: Axes, rows: Sequence[Any]) -> None:
+    x = np.arange(len(rows))
+    for colour, way, shift in ((TECHNIQUE, "recompute", -0.2), (NEAREST, "swap", 0.2)):
+        ax.bar(
+            x + shift, [row[way]["duration"] for row in rows], width=0.36, color=colour, label=way
+        )
+    ax.set_xticks(x, [str(row["block"]) for row in rows])
+    ax.set(title="Preempting: the whole run (C)", xlabel="tokens in a block", ylabel="seconds")
+    ax.set_ylim(
+        0, 1.25 * max(row[way]["duration"] for row in rows for way in ("recompute", "swap"))
+    )
+    ax.legend(fontsize=8, ncols=2)
 
 
 def main(folder: str = "figures/data") -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,8 +33,12 @@ from refllm.formats.gguf.codec import quantize as to_blocks
 from refllm.formats.gguf.linear import GGUFLinear
 from refllm.formats.quantized_linear import quantize
 from refllm.formats.uniform import Scheme
+from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, Values, new_figure, styled
 from refllm.measure.records import Record, write
 from refllm.quant.fp8 import DelayedScale, integers_or_floats
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 GROWTHS = (1.0, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0)  # of the range, a step
@@ -142,6 +146,59 @@ def values() -> dict[str, Any]:
         "growths": list(GROWTHS),
         "delayed": delayed_shares(rng),
     }
+
+
+# --- the figure ----------------------------------------------------------------------
+
+
+@styled
+def draw(values: Values) -> Figure:
+    """{"data": {kind: {format: error}}, "lengths", "accumulator": {name: errors},
+    "growths", "delayed"} → 3 panels.
+    """
+    fig = new_figure(6.2)
+    grid = fig.add_gridspec(2, 2)
+    top, left, right = (fig.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1]))
+    kinds = values["data"]
+    colours = {"int8": NEAREST, "e4m3": TECHNIQUE, "e5m2": MORE[0]}
+    for at, (name, colour) in enumerate(colours.items()):
+        places = np.arange(len(kinds)) + 0.26 * (at - 1)
+        heights = [100 * errors[name] for errors in kinds.values()]
+        bars = top.bar(places, heights, 0.24, color=colour, label=name.upper())
+        top.bar_label(bars, fmt="%.2g", fontsize=8)
+    top.set_xticks(range(len(kinds)), list(kinds))
+    top.set(
+        title="INT8 wins on even ranges, E4M3 where few numbers are large",
+        ylabel="error (% of ‖x‖)",
+    )
+    top.grid(False, axis="x")
+    top.legend(loc="upper left", ncols=3)
+    for colour, (name, errors) in zip(
+        (NEAREST, TECHNIQUE, FULL), values["accumulator"].items(), strict=True
+    ):
+        left.plot(values["lengths"], errors, marker="o", ms=3.5, color=colour, label=name)
+    left.set_xscale("log", base=2)
+    left.set_yscale("log")
+    left.set_ylim(top=2)
+    left.set(title="Sums of K products", xlabel="K", ylabel="relative error (rms)")
+    left.legend(loc="upper left", fontsize=8)
+    growth = [100 * (g - 1) for g in values["growths"]]
+    right.plot(
+        growth,
+        [100 * share for share in values["delayed"]],
+        marker="o",
+        ms=3.5,
+        color=NEAREST,
+        label="delayed",
+    )
+    right.plot(growth, [0.0] * len(growth), color=TECHNIQUE, label="current")
+    right.set(
+        title="Delayed scaling saturates",
+        xlabel="growth of the range (% a step)",
+        ylabel="saturated (%)",
+    )
+    right.legend(loc="upper left")
+    return fig
 
 
 def main(path: str = "figures/data/float_formats.json") -> None:

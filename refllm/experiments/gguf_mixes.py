@@ -16,16 +16,21 @@ for other formats).
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from refllm.checkpoints.gguf_names import architecture, gguf_name
 from refllm.checkpoints.tensor_files import tensor_shapes
 from refllm.formats.gguf.mixes import MIXES, Heads, bits_per_weight, mix
-from refllm.formats.gguf.types import FIELDS, kind
+from refllm.formats.gguf.types import kind
+from refllm.measure.plotting import MORE, NEAREST, TECHNIQUE, Values, axes, coloured, styled
 from refllm.measure.records import Record, write
 from refllm.model.config import ModelConfig
 
-__all__ = ["ARTICLE", "LLAMA_2_7B", "LLAMA_31_8B", "layouts", "mix_bits", "table"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["ARTICLE", "LLAMA_2_7B", "LLAMA_31_8B", "mix_bits", "table"]
 
 LLAMA_2_7B = ModelConfig("llama", 32_000, 4096, 11_008, 32, 32, 32, 128)
 LLAMA_31_8B = ModelConfig("llama", 128_256, 4096, 14_336, 32, 32, 8, 128)
@@ -71,43 +76,69 @@ def table() -> list[dict[str, Any]]:
     ]
 
 
-def layouts(numbers: int) -> dict[str, Any]:
-    """The bytes of each format with blocks of so many numbers, for ``gguf_layouts`` (32)
-    and ``gguf_kquants`` (256).
+# --- the figure ----------------------------------------------------------------------
+
+
+@styled
+def draw(values: Values) -> Figure:
+    """{"rows": [{"mix", "base", model: bits, …, "article"}]} → bits per weight of each mix,
+    a bar a model.
     """
-    return {
-        "types": [
-            {
-                "type": name,
-                "numbers": kind(name).block,
-                "bits": kind(name).bits_per_weight,
-                "fields": [{"role": f.role, "size": f.size, "holds": f.holds} for f in fields],
-            }
-            for name, fields in FIELDS.items()
-            if kind(name).block == numbers
-        ]
-    }
+    rows: Sequence[Any] = values["rows"]
+    models = [key for key in rows[0] if key not in ("mix", "base", "article")]
+    fig, ax = axes(
+        "What GGUF's mixes weigh", "bits per weight, all tensors counted", "mix", figsize=(7.2, 5.4)
+    )
+    for i, (colour, model) in enumerate(coloured((TECHNIQUE, MORE[2]), models)):
+        ink = ("white", "black")[i % 2]  # readable on the dark bar and on the light one
+        places = [row + 0.38 * (i - (len(models) - 1) / 2) for row in range(len(rows))]
+        ax.barh(places, [r[model] for r in rows], height=0.36, color=colour, label=model)
+        for place, r in zip(places, rows, strict=True):
+            ax.annotate(
+                f"{r[model]:.3f}",
+                (0, place),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7.5,
+                color=ink,
+            )
+    for row, r in enumerate(rows):
+        # black, which is seen on both bars; an edge would hide how little some bars reach
+        # beyond
+        ax.plot(
+            [r["base"]] * 2,
+            [row - 0.42, row + 0.42],
+            color="black",
+            lw=1.4,
+            label="" if row else "its base type alone",
+        )
+    stated = [(row, r["article"]) for row, r in enumerate(rows) if r["article"]]
+    ax.plot(
+        [bits for _, bits in stated],
+        [row for row, _ in stated],
+        "D",
+        color=NEAREST,
+        ms=6,
+        label="the article's figure, where files differ",
+    )
+    ax.set_yticks(range(len(rows)), [r["mix"] for r in rows])
+    ax.set_xlim(0, 1.1 * max(r[m] for r in rows for m in models))
+    ax.invert_yaxis()
+    ax.grid(visible=False, axis="y")
+    ax.legend(loc="upper right", fontsize=8.5)
+    return fig
 
 
 def main(folder: str = "figures/data") -> None:
-    """Print the table, and write the data of the figures ``gguf_mixes``, ``gguf_layouts``
-    and ``gguf_kquants``.
-    """
+    """Print the table, and write the data of the figure ``gguf_mixes``."""
     rows = table()
     print("mix     base type  " + "  ".join(MODELS) + "  article")
     for row in rows:
         bits = "  ".join(f"{row[model]:>{len(model)}.4f}" for model in MODELS)
         print(f"{row['mix']:<7} {row['base']:>9.4f}  {bits}  {row['article'] or ''}")
-    drawn = {
-        "gguf_mixes": {"rows": rows},
-        "gguf_layouts": layouts(32),
-        "gguf_kquants": layouts(256),
-    }
-    for name, values in drawn.items():
-        write(
-            f"{folder}/{name}.json",
-            Record("python -m refllm.experiments.gguf_mixes", "A", "none", values),
-        )
+    record = Record("python -m refllm.experiments.gguf_mixes", "A", "none", {"rows": rows})
+    write(f"{folder}/gguf_mixes.json", record)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -44,8 +44,13 @@ from refllm.measure.bootstrap import blocks, bootstrap
 from refllm.measure.device import processor
 from refllm.measure.memory import LLAMA_70B, kv_bytes
 from refllm.measure.perplexity import Comparison, Kept, compare, keep
+from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, Values, new_figure, styled
 from refllm.measure.records import Record, write
 from refllm.quant.calibration_data import calibration_windows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BITS = (8, 4, 3, 2)
 CHOICES = {
@@ -168,6 +173,111 @@ def memory(lengths: Sequence[int] = LENGTHS) -> dict[str, list[float]]:
         return Kivi(bits, bits, GROUP).nbytes(LLAMA_70B, length) / kv_bytes(LLAMA_70B, length)
 
     return {f"{bits} bits": [share(bits, length) for length in lengths] for bits in (4, 2)}
+
+
+# --- the figure ----------------------------------------------------------------------
+
+
+COLOURS = {"KIVI": TECHNIQUE, "keys by token": NEAREST, "values by channel": MORE[0]}
+
+
+@styled
+def draw(values: Values) -> Figure:
+    """A record of ``experiments.kv_quantization`` → KL by bits in both networks; by
+    position and R; bytes by length.
+    """
+    fig = new_figure(6.2)
+    panels = fig.subplots(2, 2)
+    rows: Sequence[Any] = values["rows"]
+    most = max(row["kl"][2] for row in rows)
+    for panel, network, title in (
+        (panels[0, 0], "as it is", "Keys as they are"),
+        (panels[0, 1], "planted", f"Keys with channels {values['factor']:g}× as large"),
+    ):
+        _choices(
+            panel, [row for row in rows if row["network"] == network and row["residual"] == 128]
+        )
+        panel.set(title=title, ylim=(1e-6, 2 * most))
+    panels[0, 0].legend(fontsize=8)
+    _by_position(panels[1, 0], rows, values["length"])
+    _memory(panels[1, 1], values)
+    return fig
+
+
+def _choices(panel: Axes, rows: Sequence[Any]) -> None:
+    for at, (name, colour) in enumerate(COLOURS.items()):
+        mine = sorted((row for row in rows if row["choice"] == name), key=lambda row: row["bits"])
+        means = [row["kl"][0] for row in mine]
+        spread = [
+            [mean - row["kl"][1] for mean, row in zip(means, mine, strict=True)],
+            [row["kl"][2] - mean for mean, row in zip(means, mine, strict=True)],
+        ]
+        # side by side: equal ones would hide each other
+        places = [row["bits"] + 0.12 * (at - 1) for row in mine]
+        panel.errorbar(
+            places, means, yerr=spread, color=colour, marker="o", ms=4, lw=1.4, label=name
+        )
+    panel.set(
+        xlabel="bits a code (points side by side)", ylabel="KL (nats per token, log)", yscale="log"
+    )
+    panel.set_xticks([2, 3, 4, 8])
+
+
+def _by_position(panel: Axes, rows: Sequence[Any], length: int) -> None:
+    mine = sorted(
+        (
+            row
+            for row in rows
+            if (row["network"], row["choice"], row["bits"]) == ("as it is", "KIVI", 2)
+        ),
+        key=lambda row: row["residual"],
+    )
+    for row, colour in zip(mine, (MORE[3], NEAREST, TECHNIQUE, MORE[0], MORE[1]), strict=False):
+        parts = row["kl by position"]
+        places = [length * (i + 0.5) / len(parts) for i in range(len(parts))]
+        panel.plot(
+            places, parts, color=colour, marker="o", ms=3, lw=1.4, label=f"{row['residual']}"
+        )
+    panel.set(
+        title="2 bits: the newest tokens wait",
+        xlabel="position in the text (tokens)",
+        ylabel="KL (nats per token)",
+        ylim=(0, None),
+    )
+    panel.legend(
+        title="R, tokens that wait", fontsize=8, title_fontsize=8, ncols=2, loc="upper left"
+    )
+    panel.set_ylim(top=1.6 * panel.get_ylim()[1])  # room for the legend above the lines
+
+
+def _memory(panel: Axes, values: Values) -> None:
+    for (name, shares), colour in zip(values["memory"].items(), (MORE[0], TECHNIQUE), strict=False):
+        panel.plot(
+            values["lengths"],
+            [100 * share for share in shares],
+            color=colour,
+            marker="o",
+            ms=3,
+            lw=1.4,
+        )
+        panel.annotate(
+            f"{name}: {100 * shares[-1]:.0f} %",
+            (values["lengths"][-1], 100 * shares[-1]),
+            xytext=(0, 6),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color=colour,
+        )
+    panel.axhline(100, color=FULL, lw=1.4, ls="--")
+    panel.set(
+        title="Bytes of a cache, R = 128",
+        xlabel="tokens (log)",
+        ylabel="share of float16's (%)",
+        xscale="log",
+        ylim=(0, 110),
+    )
+    panel.set_xticks([100, 1000, 10000], ["100", "1,000", "10,000"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

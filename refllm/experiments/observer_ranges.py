@@ -22,15 +22,30 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from refllm.formats.uniform import Scheme, dequantize_codes, quantize_codes
+from refllm.measure.plotting import (
+    FULL,
+    MORE,
+    NEAREST,
+    TECHNIQUE,
+    Values,
+    coloured,
+    new_figure,
+    styled,
+)
 from refllm.measure.records import Record, write
 from refllm.quant.observers import MSE, Entropy, MinMax, MovingAverage, Observer, Percentile
 from refllm.quant.report import relative_error
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BATCHES = 8
 SIZE = 1 << 14
@@ -99,6 +114,96 @@ def values(seed: int = 0) -> dict[str, Any]:
         "density": (counts / size.size / np.diff(edges)).tolist(),
         "rows": [row for bits in BITS for row in observed(parts, bits)],
     }
+
+
+# --- the figure ----------------------------------------------------------------------
+
+
+@styled
+def draw(values: Values) -> Figure:
+    """{"tensor", "edges", "density", "rows": [{"observer", "bits", "cut", "beyond",
+    "error"}]} → cuts, and errors.
+
+    A panel above for each width of codes: the tensor's density with every observer's cut;
+    below, what that costs.
+    """
+    rows: Sequence[Any] = values["rows"]
+    names = _distinct(rows, "observer")
+    colours = {
+        name: colour
+        for colour, name in coloured((FULL, NEAREST, MORE[0], MORE[3], TECHNIQUE, MORE[1]), names)
+    }
+    widths = _distinct(rows, "bits")
+    from matplotlib.lines import Line2D
+
+    fig = new_figure(6.2)
+    middle = [(a * b) ** 0.5 for a, b in pairwise(values["edges"])]
+    shown = [(x, d) for x, d in zip(middle, values["density"], strict=True) if d > 0]
+    for i, bits in enumerate(widths):
+        above = fig.add_subplot(2, len(widths), i + 1)
+        below = fig.add_subplot(2, len(widths), len(widths) + i + 1)
+        inside = [row for row in rows if row["bits"] == bits]
+        above.plot(*zip(*shown, strict=True), color="black", lw=1)
+        for row in inside:
+            above.axvline(row["cut"], color=colours[row["observer"]], lw=1.6)
+        above.set(
+            xscale="log",
+            yscale="log",
+            title=f"{bits} bits: where each cuts",
+            xlabel="|x|",
+            ylabel="density of |x|",
+        )
+        for y, row in enumerate(inside):
+            said = f"{row['error']:.2g}, clips {100 * row['beyond']:.2g} %"
+            _dot(below, row["error"], y, colours[row["observer"]], said)
+        below.set(
+            xscale="log", xlabel="error ‖x̂ − x‖² / ‖x‖²", title=f"{bits} bits: what that costs"
+        )
+        below.set_yticks(
+            range(len(inside)),
+            [row["observer"] for row in inside] if i == 0 else [""] * len(inside),
+        )
+        least, most = (f(row["error"] for row in inside) for f in (min, max))
+        # room for what the dots are labelled with
+        below.set_xlim(0.7 * least, most * (most / least) ** 1.1)
+        below.set_ylim(len(inside) - 0.5, -0.5)
+    handles = [
+        Line2D([], [], color=colour, marker="o", ms=6, lw=1.6) for colour in colours.values()
+    ]
+    fig.legend(
+        [Line2D([], [], color="black", lw=1), *handles],
+        ["density", *colours],
+        loc="outside upper left",
+        ncols=len(colours) + 1,
+        fontsize=8,
+        handlelength=1.3,
+        columnspacing=1.2,
+        title_fontsize=9.5,
+        title=f"{values['tensor']}; a line is a cut, a dot its error",
+        alignment="left",
+    )
+    return fig
+
+
+def _dot(ax: Axes, x: float, y: float, colour: str, said: str) -> None:
+    """A value on a logarithmic axis: a dot, since a bar's length would depend on where the
+    axis begins.
+    """
+    ax.plot(x, y, "o", color=colour, ms=7)
+    ax.annotate(
+        said,
+        (x, y),
+        xytext=(8, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+    )
+
+
+def _distinct(rows: Sequence[Any], key: str) -> list[Any]:
+    """The values of a column, in the order in which they occur."""
+    return list(dict.fromkeys(row[key] for row in rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -22,20 +22,26 @@ clock, ``experiments.unpadding`` for a model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from statistics import mean
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from refllm.kv.block_pool import BlockPool
+from refllm.measure.plotting import FULL, NEAREST, TECHNIQUE, Values, new_figure, styled
 from refllm.measure.records import Record, write
-from refllm.serve.base_scheduler import Ledger
-from refllm.serve.baselines.reservations import Rectangle, Reserved
-from refllm.serve.baselines.static_batching import Static
-from refllm.serve.kv_manager import Paged
+from refllm.serve.base_scheduler import BaseScheduler
+from refllm.serve.baselines.reservations import PaddedKVManager, ReservedKVManager
+from refllm.serve.baselines.static_batching import StaticBatching
+from refllm.serve.kv_manager import PagedKVManager
 from refllm.serve.request import Request
 from refllm.serve.scheduler import Scheduler
-from refllm.simulate.simulator import Run, Simulator, Ticks
+from refllm.simulate.simulator import SimulationResult, Simulator, UnitClock
 from refllm.simulate.workload import ALPACA, SHAREGPT, requests
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SLOTS = 15_700
 LONGEST = 2048
@@ -43,7 +49,7 @@ PAPER = {"Orca (Max)": 7.00, "Orca (Pow2)": 9.81, "Orca (Oracle)": 13.62, "paged
 BLOCKS = (1, 16, 32, 64, 128, 256)
 
 
-class Capped(Reserved):
+class Capped(ReservedKVManager):
     """A reservation never exceeds the longest sequence that is allowed at all."""
 
     def size(self, request: Request) -> int:
@@ -60,25 +66,27 @@ def scheduler(
     block: int = 16,
     seats: int | None = None,
     pool: BlockPool | None = None,
-) -> Ledger:
+) -> BaseScheduler:
     """A policy of the table over ``slots``, computing prompts whole; ``pool`` is an
     engine's own.
     """
     limits: dict[str, Any] = {"max_batch_tokens": None, "max_sequences": seats}
     if name == "paged":
-        return Scheduler(Paged(pool or BlockPool(slots // block, block)), **limits)
+        return Scheduler(PagedKVManager(pool or BlockPool(slots // block, block)), **limits)
     if name == "static":
         batch = max(1, slots // longest)
-        return Static(Rectangle(slots, longest=longest), max_sequences=min(batch, seats or batch))
+        return StaticBatching(
+            PaddedKVManager(slots, longest=longest), max_sequences=min(batch, seats or batch)
+        )
     rule = {"Orca (Max)": "max", "Orca (Pow2)": "pow2"}.get(name, "oracle")
     return Scheduler(
         Capped(slots, rule, longest=longest, buddy="first fit" not in name), chunked=False, **limits
     )
 
 
-def serve(name: str, asked: Sequence[Request], **options: Any) -> Run:
+def serve(name: str, asked: Sequence[Request], **options: Any) -> SimulationResult:
     """Everybody at once, counted in steps."""
-    return Simulator(scheduler(name, **{"slots": SLOTS, **options}), Ticks()).run(asked)
+    return Simulator(scheduler(name, **{"slots": SLOTS, **options}), UnitClock()).run(asked)
 
 
 def load(seed: int, count: int) -> list[Request]:
@@ -112,7 +120,7 @@ def static_data(seeds: Sequence[int], count: int) -> dict[str, Any]:
     runs = [serve("static", load(seed, count)) for seed in seeds]
     return {
         "steps": [run.all.steps for run in runs],
-        "useful": [run.all.rows / (run.all.rows + run.all.ghosts) for run in runs],
+        "useful": [run.all.rows / (run.all.rows + run.all.padding_rows) for run in runs],
     }
 
 
@@ -151,6 +159,81 @@ def paging_data(seeds: Sequence[int] = range(5), count: int = 1000) -> dict[str,
         "blocks": blocks_data(seeds[:2], count),
         "plenty": plenty_data(count),
     }
+
+
+# --- the figure ----------------------------------------------------------------------
+
+
+@styled
+def draw(values: Values) -> Figure:
+    """Values of ``experiments.paging``: mean batch by policy beside the paper's, and by the
+    size of a block.
+    """
+    rows = values["policies"]
+    blocks = values["blocks"]
+    fig = new_figure(4.4)
+    left, right = fig.subplots(1, 2, width_ratios=(4, 3))
+    for y, row in enumerate(rows):
+        batch = mean(row["batch"])
+        colour = TECHNIQUE if row["policy"] == "paged" else FULL
+        left.barh(y, batch, color=colour, height=0.62)
+        low = min(row["batch"])
+        high = max(row["batch"])
+        left.errorbar(
+            batch, y, xerr=[[batch - low], [high - batch]], color="black", lw=1, capsize=2
+        )
+        if row["paper"]:  # at the bar's lower edge: the whiskers stay in sight
+            left.plot(row["paper"], y + 0.31, "D", color=NEAREST, ms=5.5, zorder=3)
+        inside = batch > 20
+        left.annotate(
+            f"{batch:.1f}, {mean(row['utilisation']):.0%} of the slots used",
+            (low if inside else high, y),
+            xytext=(-6 if inside else 6, 0),
+            textcoords="offset points",
+            va="center",
+            ha="right" if inside else "left",
+            color="white" if inside else "black",
+            fontsize=8.5,
+        )
+    left.plot([], [], "D", color=NEAREST, ms=5.5, label="the paper's measurement")
+    left.set_yticks(range(len(rows)), [row["policy"].replace(", ", ",\n") for row in rows])
+    left.invert_yaxis()
+    left.grid(visible=False, axis="y")
+    # room for what stands behind the bars
+    left.set_xlim(0, 1.2 * max(mean(row["batch"]) for row in rows))
+    left.set(
+        title=f"Requests that run in {values['slots']:,} slots",
+        xlabel="mean batch while somebody waits",
+    )
+    left.legend(loc="upper right", fontsize=8.5)
+    _block_sizes(right, blocks)
+    return fig
+
+
+def _block_sizes(ax: Axes, blocks: Sequence[Any]) -> None:
+    """The mean batch by the tokens in a block, and the share of slots used at each point."""
+    sizes = [row["block"] for row in blocks]
+    ax.plot(sizes, [mean(row["batch"]) for row in blocks], color=TECHNIQUE, marker="o")
+    for row in blocks:  # under the line, which falls to the right
+        ax.annotate(
+            f"{mean(row['utilisation']):.0%}",
+            (row["block"], mean(row["batch"])),
+            xytext=(0, -8),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            fontsize=7,
+        )
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sizes, [str(size) for size in sizes], fontsize=8)
+    ax.minorticks_off()
+    ax.set_xlim(min(sizes) / 1.8, max(sizes) * 1.8)
+    ax.set_ylim(0, 1.15 * max(mean(row["batch"]) for row in blocks))
+    ax.set(
+        title="By size of a block",
+        xlabel="tokens in a block",
+        ylabel="mean batch; share of slots used",
+    )
 
 
 def main(folder: str = "figures/data") -> None:

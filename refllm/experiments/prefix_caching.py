@@ -38,7 +38,7 @@ from refllm.api import Model, load
 from refllm.experiments.unpadding import hardware, held_out
 from refllm.measure.records import Record, write
 from refllm.serve.engine import Engine
-from refllm.serve.prefix_caching import Hashed, Radix
+from refllm.serve.prefix_caching import HashKVManager, RadixKVManager
 from refllm.simulate import programs
 from refllm.simulate.programs import Program, best_hit_rate, shuffled
 
@@ -219,7 +219,7 @@ def _watch(engine: Engine) -> list[float]:
     memory = engine.scheduler.memory
     total = [0.0]
     depth = [0]
-    assert isinstance(memory, (Hashed, Radix))
+    assert isinstance(memory, (HashKVManager, RadixKVManager))
 
     def watched(call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*arguments: Any, **more: Any) -> Any:

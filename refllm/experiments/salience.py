@@ -29,7 +29,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -43,11 +43,15 @@ from refllm.experiments.quantization_quality import BLOCK, LENGTH, RESAMPLES, WI
 from refllm.formats.uniform import Scheme
 from refllm.measure.device import processor
 from refllm.measure.perplexity import compare
+from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, Values, new_figure, styled
 from refllm.measure.records import Record, write
 from refllm.model.llama import Weights
-from refllm.quant.layer_io import ModelSource
 from refllm.quant.layer_inputs import walk
+from refllm.quant.layer_io import ModelSource
 from refllm.quant.salience import BY, Protected, salient_channels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BITS = 3
 GROUP = 128
@@ -174,6 +178,62 @@ class Experiment:
                 cache.mkdir(parents=True, exist_ok=True)
                 write_whole(file, json.dumps(self.measure(choice)))
             yield json.loads(file.read_text("utf-8"))
+
+
+# --- the figure ----------------------------------------------------------------------
+
+
+@styled
+def draw(values: Values) -> Figure:
+    """{"bits", "factor", "rows": [{"network", "by", "fraction", "seed", "kl": [mean, low,
+    high]}]} → KL, two panels.
+    """
+    rows: Sequence[Any] = values["rows"]
+    colours = {"activation": TECHNIQUE, "weight": MORE[3], "random": FULL}
+    fig = new_figure(3.6)
+    titles = {
+        "as it is": "The network as it is",
+        "planted": f"With {values['factor']:g}× outlier channels",
+    }
+    for i, (network, title) in enumerate(titles.items()):
+        panel = fig.add_subplot(1, 2, i + 1)
+        inside = [row for row in rows if row["network"] == network]
+        fractions = sorted({row["fraction"] for row in inside if row["by"]})
+        nearest = next(row["kl"][0] for row in inside if row["by"] is None)
+        panel.axhline(nearest, color=NEAREST, label="none kept: round to nearest")
+        for at, (by, colour) in enumerate(colours.items()):
+            points = []
+            for place, fraction in enumerate(fractions):
+                kl = [row["kl"] for row in inside if (row["by"], row["fraction"]) == (by, fraction)]
+                mean = sum(k[0] for k in kl) / len(kl)
+                low = mean - min(k[1] for k in kl)
+                high = max(k[2] for k in kl) - mean
+                points.append((place + 0.08 * (at - 1), mean, low, high))
+            x, y, below, above = zip(*points, strict=True)
+            panel.errorbar(
+                x,
+                y,
+                yerr=(below, above),
+                color=colour,
+                marker="o",
+                ms=4,
+                lw=1.4,
+                label="at random" if by == "random" else f"by {by}",
+            )
+        panel.set(
+            title=title,
+            xlabel=f"input channels kept; others in {values['bits']} bits",
+            ylim=(0, None),
+        )
+        panel.set_ylabel(
+            "KL from full precision (nats per token)" if i == 0 else "KL (nats per token)"
+        )
+        panel.set_xticks(range(len(fractions)), [f"{fraction:.0%}" for fraction in fractions])
+        panel.set_xlim(-0.5, len(fractions) - 0.5)
+        if i == 0:
+            labels = panel.get_legend_handles_labels()
+    fig.legend(*labels, loc="outside upper left", ncols=4, fontsize=8.5)
+    return fig
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

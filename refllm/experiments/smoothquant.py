@@ -33,7 +33,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -53,10 +53,24 @@ from refllm.experiments.quantization_quality import (
 )
 from refllm.measure.device import processor
 from refllm.measure.perplexity import compare
+from refllm.measure.plotting import (
+    FULL,
+    MORE,
+    TECHNIQUE,
+    Values,
+    coloured,
+    end_labels,
+    new_figure,
+    styled,
+)
 from refllm.measure.records import Record, write
 from refllm.model.llama import Weights
 from refllm.quant.layer_io import ModelSource
 from refllm.quant.smoothquant import LEVELS, activation_absmax, smoothquant
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FACTOR = 128.0
 SHARE = 1 / 64  # of the channels are outliers: 4 of 256
@@ -170,6 +184,114 @@ class Experiment:
                 cache.mkdir(parents=True, exist_ok=True)
                 write_whole(file, json.dumps(self.measure(case)))
             yield json.loads(file.read_text("utf-8"))
+
+
+# --- the figure ----------------------------------------------------------------------
+
+
+# activations are rounded so
+ROUNDING = {"O1": "a step a token", "O2": "a step a batch", "O3": "a step from calibration"}
+
+
+@styled
+def draw(values: Values) -> Figure:
+    """{"rows": [{"outliers", "level", "alpha", "keep", "kl", "bits per byte", "full
+    precision"}]}.
+
+    Above, KL over α; below, where it helps and where not. KL tells networks apart whose
+    bits per byte differ by less than chance; those stand beside it, in per cent.
+    """
+    fig = new_figure(6.2)
+    # apart, so that the long names below do not make the upper plot narrow
+    parts: Any = fig.subfigures(2, 1)
+    _over_alpha(parts[0].subplots(), values)
+    _where_it_helps(parts[1].subplots(), values["rows"])
+    return fig
+
+
+def _over_alpha(ax: Axes, values: Values) -> None:
+    """KL over α for each level, and without smoothing dashed."""
+    rows = values["rows"]
+    ends = []
+    for at, (colour, level) in enumerate(
+        coloured((TECHNIQUE, MORE[0], MORE[1]), _distinct(rows, "level"))
+    ):
+        smooth = [
+            r for r in rows if (r["outliers"], r["level"], list(r["keep"])) == ("norms", level, [])
+        ]
+        curve = sorted((r["alpha"], r["kl"][0]) for r in smooth if r["alpha"] is not None)
+        ax.plot(*zip(*curve, strict=True), color=colour, marker="o", ms=4)
+        ends.append((*curve[-1], f"{level}, smoothed:\n{ROUNDING[level]}", colour))
+        plain = _network(rows, "norms", level, None)
+        # dashes in turn: where two levels are as bad as each other, both are seen
+        ax.axhline(plain["kl"][0], color=colour, ls=(6 * at, (5, 7)), lw=1.6)
+        ends.append((1, plain["kl"][0], f"{level}, not smoothed:\n{_loss(plain)}", colour))
+    ax.set(
+        title=f"W8A8, outliers of {values['factor']:g}× behind the norms", xlabel="α", yscale="log"
+    )
+    ax.set_ylabel("KL (nats per token)")
+    end_labels(ax, ends, gap=0.13, fontsize=8)
+
+
+def _where_it_helps(ax: Axes, rows: Sequence[Any]) -> None:
+    """KL of what is planted, smoothed and kept in floating point, a dot each."""
+    keep = ["o_proj", "down_proj"]
+    cases = [
+        ("no outliers, not smoothed", "nothing", None, []),
+        ("norms, not smoothed", "norms", None, []),
+        ("norms, not smoothed, o and down kept", "norms", None, keep),
+        ("norms, smoothed", "norms", 0.5, []),
+        ("norms, smoothed, o and down kept", "norms", 0.5, keep),
+        ("MLP hidden, not smoothed", "MLP hidden", None, []),
+        ("MLP hidden, smoothed", "MLP hidden", 0.5, []),
+        ("MLP hidden, smoothed, down kept", "MLP hidden", 0.5, ["down_proj"]),
+    ]
+    found = [_network(rows, outliers, "O1", alpha, kept) for _, outliers, alpha, kept in cases]
+    length = [max(r["kl"][0], 1e-9) for r in found]
+    for y, r in enumerate(found):
+        _dot(ax, length[y], y, FULL if r["alpha"] is None else TECHNIQUE, _loss(r))
+    ax.set_yticks(range(len(cases)), [case[0] for case in cases], fontsize=9)
+    ax.set(title="O1: where it helps, and where not", xscale="log", xlabel="KL (nats per token)")
+    ax.set_xlim(min(length) / 2, 60 * max(length))
+    ax.set_ylim(len(cases) - 0.5, -0.5)
+
+
+def _network(
+    rows: Sequence[Any], outliers: str, level: str, alpha: float | None, keep: Sequence[str] = ()
+) -> Any:
+    wanted = (outliers, level, alpha, list(keep))
+    return next(
+        r for r in rows if (r["outliers"], r["level"], r["alpha"], list(r["keep"])) == wanted
+    )
+
+
+def _loss(row: Any) -> str:
+    """By how much the bits per byte rise, in two significant digits."""
+    percent = float(f"{100 * (row['bits per byte'] / row['full precision'] - 1):.2g}")
+    return f"{np.format_float_positional(percent, trim='-', sign=True)} % bits per byte".replace(
+        "-", "−"
+    )
+
+
+def _distinct(rows: Sequence[Any], key: str) -> list[Any]:
+    """The values of a column, in the order in which they occur."""
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def _dot(ax: Axes, x: float, y: float, colour: str, said: str) -> None:
+    """A value on a logarithmic axis: a dot, since a bar's length would depend on where the
+    axis begins.
+    """
+    ax.plot(x, y, "o", color=colour, ms=7)
+    ax.annotate(
+        said,
+        (x, y),
+        xytext=(8, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

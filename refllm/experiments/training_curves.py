@@ -14,11 +14,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from refllm.checkpoints.loading import BUNDLED, bundled
 from refllm.checkpoints.tensor_files import read_json
+from refllm.measure.plotting import FULL, SERIES, Values, axes, coloured, styled
 from refllm.measure.records import Record, write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def has_record(directory: Path) -> bool:
@@ -63,6 +70,105 @@ def hardware(directories: Sequence[Path]) -> str:
     """Where the numbers were made, as the cards tell it."""
     made = [read_json(d / "card.json")["made with"] for d in directories]
     return "; ".join(dict.fromkeys(f"CPU, Python {m['python']}, NumPy {m['numpy']}" for m in made))
+
+
+# --- the figure ----------------------------------------------------------------------
+
+
+@styled
+def draw_curve(values: Values) -> Figure:
+    """{"runs": {name: [record of curve.json, …]}, "phases": [[tokens, label], …],
+    "bytes_per_token"} → loss by tokens.
+
+    With ``bytes_per_token`` of the held-out text a second scale gives bits per byte.
+    """
+    fig, ax = axes(
+        "Training: loss of the batch (thin) and on held-out modules",
+        "tokens read (millions)",
+        "loss (nats per token)",
+    )
+    for colour, (name, curve) in coloured(SERIES, values["runs"].items()):
+        ax.plot(
+            [1e-6 * r["tokens"] for r in curve],
+            [r["loss"] for r in curve],
+            color=colour,
+            lw=0.8,
+            alpha=0.45,
+        )
+        held = [(1e-6 * r["tokens"], r["held_out"]) for r in curve if "held_out" in r]
+        if held:
+            ax.plot(
+                *zip(*held, strict=True),
+                color=colour,
+                label=f"{name}: {held[-1][1]:.2f} at the end (a few held-out windows)",
+            )
+    phases = values.get("phases", [])
+    end = 1e-6 * max(r["tokens"] for c in values["runs"].values() for r in c)
+    ax.set_xlim(0, 1.05 * end)
+    _phases(ax, phases, end)
+    if size := values.get("bytes_per_token"):
+        factor = 1 / (np.log(2) * size)
+        right = ax.secondary_yaxis("right", functions=(lambda y: y * factor, lambda y: y / factor))
+        right.set_ylabel("bits per byte")
+        right.spines["right"].set_visible(True)
+    late = [1e-6 * tokens / ax.get_xlim()[1] for tokens, _ in phases if 1e-6 * tokens > 0.8 * end]
+    # under the names of the phases, and to the left of the last ones' lines
+    ax.legend(
+        loc="upper right",
+        bbox_to_anchor=(min(late, default=1), 0.96 - 0.06 * len(phases)),
+        fontsize=9,
+    )
+    return fig
+
+
+def _phases(ax: Axes, phases: Sequence[Any], end: float) -> None:
+    """A line where each phase ends, and its name to the left; a strip too narrow for that
+    has an arrow to it.
+    """
+    begin = 0.0
+    wide = 0.0
+    for i, (tokens, label) in enumerate(phases):
+        till = 1e-6 * tokens
+        height = 0.96 - 0.06 * i
+        arrow = None
+        if till - begin > 0.1 * end:
+            wide = till
+        else:  # the name stands before the last wide strip's end, where no line strikes it
+            arrow = {"arrowstyle": "->", "color": FULL, "lw": 0.8, "shrinkA": 1, "shrinkB": 0}
+        ax.axvline(till, color=FULL, lw=0.8, ls=":")
+        ax.annotate(
+            label,
+            ((begin + till) / 2, height),
+            (wide - 0.005 * end, height),
+            ("data", "axes fraction"),
+            arrowprops=arrow,
+            ha="right",
+            va="center",
+            fontsize=8,
+            color=FULL,
+        )
+        begin = till
+
+
+@styled
+def draw_positions(values: Values) -> Figure:
+    """{"lines": {name: [bin of ``score.bits_by_position`` as [low, high, tokens, nats,
+    bits], …]}}.
+    """
+    fig, ax = axes("What context buys", "tokens of context", "bits per byte of held-out text")
+    ticks: set[int] = set()
+    for colour, (name, bins) in coloured(SERIES, values["lines"].items()):
+        # a bin from 5 to 8 is drawn above 8: "up to 8 tokens of context"
+        ax.plot(
+            [b[1] for b in bins], [b[4] for b in bins], color=colour, marker="o", ms=4, label=name
+        )
+        ticks |= {b[1] for b in bins}
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sorted(ticks), [str(t) if t == 1 else f"≤{t}" for t in sorted(ticks)])
+    ax.minorticks_off()
+    ax.set_ylim(bottom=0)
+    ax.legend()
+    return fig
 
 
 def main(folder: str = "figures/data") -> None:

@@ -37,7 +37,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -47,13 +47,18 @@ from refllm.corpus import held_out_documents
 from refllm.experiments.paging import SLOTS, scheduler
 from refllm.kv.block_pool import BlockPool
 from refllm.measure.device import processor
+from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, Values, new_figure, styled
 from refllm.measure.records import Record, write
-from refllm.serve.base_scheduler import Ledger
+from refllm.serve.base_scheduler import BaseScheduler
 from refllm.serve.engine import Engine
 from refllm.serve.plan import Plan
 from refllm.serve.request import Request
 from refllm.simulate.programs import Passages
 from refllm.simulate.workload import SHAREGPT, requests
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 RUNS = ("static", "Orca (Max)", "Orca (Pow2)", "Orca (Oracle)", "paged, as few", "paged")
 FACTORS = {
@@ -98,7 +103,7 @@ def serve_once(model: Model, asked: Sequence[Request], name: str, scale: float) 
     longest = int(2048 * scale)
     few = slots // longest
 
-    def make(pool: BlockPool) -> Ledger:
+    def make(pool: BlockPool) -> BaseScheduler:
         seats = few if name == "paged, as few" else None
         return scheduler(name.split(",")[0], slots, longest=longest, seats=seats, pool=pool)
 
@@ -170,6 +175,74 @@ def hardware() -> str:
     return (
         f"{processor()}, {os.cpu_count()} cores, one BLAS thread, float32, NumPy {np.__version__}, load average "
         f"{load:.1f} before"
+    )
+
+
+# --- the figure ----------------------------------------------------------------------
+
+
+# which rows of ``unpadding`` a factor compares: their rates divided
+DIVIDED = {"padding": "Orca (Max) ÷ static", "kernel": "paged, as few ÷ Orca (Max)", "batch": "paged ÷ paged, as few",
+           "all three": "paged ÷ static"}  # fmt: skip
+
+
+@styled
+def draw(values: Values) -> Figure:
+    """Values of ``experiments.unpadding``: requests a second by policy, and the factors
+    between them.
+    """
+    fig = new_figure(4.85)
+    upper, lower = fig.subplots(2, 1, height_ratios=(6, 4))
+    rows = values["rows"]
+    for y, row in enumerate(rows):
+        rates = sorted(values["requests"] / seconds for seconds in row["processor"])
+        colour = TECHNIQUE if row["run"].startswith("paged") else FULL
+        _bar(upper, y, float(np.median(rates)), rates[0], rates[-1], colour)
+        upper.annotate(
+            f"batch {row['batch']:.1f}, {row['steps']:,} steps",
+            (rates[-1], y),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+        )
+    upper.set_yticks(range(len(rows)), [row["run"] for row in rows])
+    upper.set_xlim(0, 1.45 * max(values["requests"] / min(row["processor"]) for row in rows))
+    upper.set(
+        title=f"One model, one budget of {values['slots']:,} tokens",
+        xlabel="requests per second of processor time",
+    )
+    factors = values["factors"]["processor"]
+    colours = {"padding": FULL, "kernel": NEAREST, "batch": TECHNIQUE, "all three": "black"}
+    for y, (name, (middle, low, high)) in enumerate(factors.items()):
+        _bar(lower, y, middle, low, high, colours.get(name, FULL))
+        lower.annotate(
+            f"{middle:.2f}×",
+            (high, y),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+        )
+    lower.axvline(1, color="black", lw=0.8, ls=":")
+    lower.set_yticks(
+        range(len(factors)), [f"{name}: {DIVIDED[name]}" for name in factors], fontsize=9
+    )
+    lower.set_xlim(0, 1.15 * max(high for _, _, high in factors.values()))
+    lower.set(
+        title="What it is made of", xlabel="times as fast: median of the ratios within a round"
+    )
+    for ax in (upper, lower):
+        ax.invert_yaxis()
+        ax.grid(visible=False, axis="y")
+    return fig
+
+
+def _bar(ax: Axes, y: float, middle: float, low: float, high: float, colour: str) -> None:
+    """A bar to the middle, and whiskers around it that are seen on a dark bar, too."""
+    ax.barh(y, middle, color=colour, height=0.62)
+    ax.errorbar(
+        middle, y, xerr=[[middle - low], [high - middle]], color=MORE[3], lw=1.2, capsize=2.5
     )
 
 

@@ -21,9 +21,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
-from refllm.measure.records import Record, write
 from refllm.model.config import ModelConfig
 
 # The shape of Llama 2 70B: 80 layers, 64 heads of 128, 8 key/value heads.
@@ -179,32 +177,6 @@ def long_context_example(context: int = 100_000) -> dict[str, int]:
     }
 
 
-def kv_memory_data(
-    contexts: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000),
-) -> dict[str, Any]:
-    """Values of the figure ``kv_memory``: the cache of one sequence against its context,
-    fp16 unless stated.
-    """
-    every = replace(LLAMA_70B, num_key_value_heads=64)
-    lines = {
-        "70B shape, 64 KV heads": (every, 16),
-        "70B shape, 8 KV heads": (LLAMA_70B, 16),
-        "70B shape, 8 KV heads, 4-bit cache": (LLAMA_70B, 4),
-        "8B shape, 8 KV heads": (LLAMA_8B, 16),
-    }
-    return {
-        "contexts": list(contexts),
-        "marked": 100_000,
-        "lines": {
-            name: [kv_bytes(c, s, bits=bits) for s in contexts] for name, (c, bits) in lines.items()
-        },
-        "weights": {
-            "70B weights, fp16": weight_bytes(LLAMA_70B),
-            "70B weights, 4-bit": weight_bytes(LLAMA_70B, 4),
-        },
-    }
-
-
 def _fits(config: ModelConfig, budget: float, bits: float, kv_bits: float) -> int:
     """Tokens of cache that fit beside the weights."""
     if not math.isfinite(budget):
@@ -217,15 +189,3 @@ def _positive(name: str, bits: float) -> float:
     if not (bits > 0 and math.isfinite(bits)):
         raise ValueError(f"{name} must be positive and finite, got {bits}")
     return bits
-
-
-def main(folder: str = "figures/data") -> None:
-    """Write the data of the figure ``kv_memory``."""
-    write(
-        f"{folder}/kv_memory.json",
-        Record("python -m refllm.measure.memory", "A", "none", kv_memory_data()),
-    )
-
-
-if __name__ == "__main__":
-    main()

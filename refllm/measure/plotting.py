@@ -1,8 +1,11 @@
 """What every figure shares: the style, the colours and the axes.
 
-Colours mean the same everywhere (the palette of Okabe & Ito 2008, told apart by the
-colour-blind): grey is full precision or the baseline, orange round-to-nearest, blue the
-technique that the figure is about.
+A colour means the same in every figure (the palette of Okabe & Ito 2008, which colour-blind
+readers can tell apart): grey is full precision or the baseline, orange round to nearest,
+blue the technique that the figure is about.
+
+matplotlib takes half a second to import, so it is imported where a figure is drawn and not
+at the top of a module: an experiment can be imported for its numbers alone.
 
 Left out: ``pyplot`` and its global state. Every function returns a ``Figure``, which a
 notebook shows as it is (after ``%matplotlib inline``).
@@ -10,20 +13,22 @@ notebook shows as it is (after ``%matplotlib inline``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from refllm.measure.records import Json, Values
 
-FULL = "#6b6b6b"
-NEAREST = "#e69f00"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FULL = "#6b6b6b"  # full precision, or the baseline
+NEAREST = "#e69f00"  # round to nearest
 TECHNIQUE = "#0072b2"
 MORE = ("#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # further series, in this order
 SERIES = (TECHNIQUE, NEAREST, FULL, *MORE)
-STYLE: Any = {
+STYLE: dict[str, Json] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters on every machine
     "font.size": 10,
     "axes.titlesize": 11.5,
@@ -45,16 +50,19 @@ STYLE: Any = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",  # readable on a dark page too
 }
+WIDTH = 7.2  # inches, of every committed figure
 
-Values = Mapping[str, Any]
-Draw = Callable[[Values], Figure]
+Draw = Callable[[Values], "Figure"]  # the values of a record → its figure
+T = TypeVar("T")
 
 
 def styled(draw: Draw) -> Draw:
-    """Run ``draw`` under the project's style, whatever the caller's own is."""
+    """Run ``draw`` under the project's style, whatever style the caller has set."""
 
     @wraps(draw)
     def wrapper(values: Values) -> Figure:
+        import matplotlib
+
         with matplotlib.rc_context():
             matplotlib.rcdefaults()
             matplotlib.rcParams.update(STYLE)
@@ -63,46 +71,69 @@ def styled(draw: Draw) -> Draw:
     return wrapper
 
 
-def axes(title: str, x: str, y: str, **figure: Any) -> tuple[Figure, Axes]:
-    """A figure with one pair of axes; labels name the unit."""
-    fig = Figure(layout="constrained", **figure)
+def new_figure(height: float = 4.2, width: float = WIDTH) -> Figure:
+    """An empty figure of ``height`` × ``width`` inches that arranges its panels by itself."""
+    from matplotlib.figure import Figure
+
+    return Figure(layout="constrained", figsize=(width, height))
+
+
+def axes(
+    title: str, x: str, y: str, figsize: tuple[float, float] = (WIDTH, 4.2)
+) -> tuple[Figure, Axes]:
+    """A figure with one panel; the labels of its axes name the unit."""
+    fig = new_figure(figsize[1], figsize[0])
     ax = fig.add_subplot()
     ax.set(title=title, xlabel=x, ylabel=y)
     return fig, ax
 
 
-def end_labels(
-    ax: Axes, ends: Iterable[tuple[float, float, str, str]], gap: float, **text: Any
-) -> None:
-    """(x, y, name, colour) of each line's end → the name to the right of the axes, after a
-    dot in the line's colour.
+def annotate_right(ax: Axes, text: str, x: float, y: float, gap: float = 6) -> None:
+    """Write ``text`` to the right of the point (x, y) of ``ax``, ``gap`` points away from it."""
+    ax.annotate(
+        text, (x, y), xytext=(gap, 0), textcoords="offset points", va="center", fontsize=8.5
+    )
 
-    Names stand at least ``gap`` of the axes' height apart, the higher end's above; limits
-    are to be set before.
+
+def end_labels(
+    ax: Axes,
+    ends: Iterable[tuple[float, float, str, str]],
+    gap: float,
+    fontsize: float = 8.5,
+) -> None:
+    """Label lines at their right end, instead of a legend.
+
+    ``ends`` holds (x, y, name, colour) of each line's last point. The name stands to the
+    right of the axes, after a dot in the line's colour, and at least ``gap`` of the axes'
+    height below the name above it. Set the limits of the axes before.
     """
-    ax.get_ylim()  # from here on the limits are known
+    ax.get_ylim()  # computes the limits, which the transforms below need
     place = ax.transScale + ax.transLimits
     lowest = 2.0
     known = [(float(place.transform((x, y))[1]), name, colour) for x, y, name, colour in ends]
     for height, name, colour in sorted(known, reverse=True):
         lowest = min(height, lowest - gap)
-        # letters in a light colour are hard to read
-        for at, part, ink in ((4, "●", colour), (15, name, "black")):
+        # the name is black: letters in a light colour are hard to read
+        for offset, text, ink in ((4, "●", colour), (15, name, "black")):
             ax.annotate(
-                part,
+                text,
                 (1, lowest),
                 xycoords="axes fraction",
-                xytext=(at, 0),
+                xytext=(offset, 0),
                 textcoords="offset points",
                 va="center",
                 color=ink,
-                **{"fontsize": 8.5} | text,
+                fontsize=fontsize,
             )
 
 
-def coloured(colours: Sequence[str], items: Iterable[Any]) -> list[tuple[str, Any]]:
-    """Each item with its colour; ValueError rather than a figure that leaves the last ones
-    out.
+def coloured(colours: Sequence[str], items: Iterable[T]) -> list[tuple[str, T]]:
+    """Pair each item with its colour.
+
+    Raises
+    ------
+    ValueError
+        for more items than colours: a figure must not leave out the last series.
     """
     drawn = list(items)
     if len(drawn) > len(colours):

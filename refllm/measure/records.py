@@ -19,7 +19,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+# A value as ``json.loads`` gives it: None, bool, int, float, str, or a list or dict of these.
+# The type checker has no way to know which one stands behind a key.
+Json: TypeAlias = Any
+Values = Mapping[str, Json]
 
 KINDS = {"A": "counted", "B": "measured", "C": "projected"}
 
@@ -33,7 +38,7 @@ class Record:
     # C"
     kind: str
     hardware: str  # "none" for kind A
-    values: Mapping[str, Any]
+    values: Values
 
     def __post_init__(self) -> None:
         unknown = [k for k in self.kind.split(", ") if k not in KINDS]
@@ -81,7 +86,7 @@ def read(path: str | Path) -> Record:
         ) from error
 
 
-def _refuse_non_finite(value: Any, place: str) -> None:
+def _refuse_non_finite(value: Json, place: str) -> None:
     if isinstance(value, Mapping):
         for key, inner in value.items():
             _refuse_non_finite(inner, f"{place}.{key}")

@@ -25,20 +25,12 @@ read once for each tile of queries).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any
 
-from refllm.measure.device import DEVICES, Device, measure_machine
-from refllm.measure.memory import LLAMA_8B
-from refllm.measure.records import Record, write
+from refllm.measure.device import Device
 from refllm.model.config import ModelConfig
-
-__all__ = [
-    "DEVICES", "Batch", "Cost", "Device", "decode_cost_data", "keys_seen", "layer_parameters", "mbu", "measure_machine",
-    "mfu", "plot_roofline", "projected_seconds", "roofline_data", "step_cost",
-]  # fmt: skip
 
 Batch = Sequence[tuple[int, int]]  # (past, new) of every sequence
 
@@ -195,87 +187,3 @@ def _measured(seconds: float) -> float:
     if not 0 < seconds < inf:
         raise ValueError(f"a step takes a finite time above 0, got {seconds} seconds")
     return seconds
-
-
-def plot_roofline(devices: Sequence[Device], points: Mapping[str, Cost]) -> Any:
-    """The roofline of one or more devices with steps as points on the first one's: a
-    matplotlib Figure.
-    """
-    # here, since matplotlib takes half a second to import
-    from refllm.figures.costs import roofline
-
-    return roofline(roofline_data(devices, points))
-
-
-def roofline_data(devices: Sequence[Device], points: Mapping[str, Cost]) -> dict[str, Any]:
-    """Values of the figure ``roofline``: each device's roof, and where each step stands on
-    the first one's.
-
-    ValueError without a device, or for a step that computes or moves nothing: a logarithmic
-    axis has no place for it.
-    """
-    if not devices or not all(0 < c.intensity < inf for c in points.values()):
-        raise ValueError(
-            f"roofline: needs a device, and steps of finite intensity above 0, got {len(devices)} devices "
-            f"and { ({label: c.intensity for label, c in points.items()}) }"
-        )
-    return {
-        "devices": [
-            {
-                "name": d.name,
-                "peak_flops": d.peak_flops,
-                "peak_bandwidth": d.peak_bandwidth,
-                "source": d.source,
-            }
-            for d in devices
-        ],
-        "points": [{"label": label, "intensity": c.intensity} for label, c in points.items()],
-    }
-
-
-def decode_cost_data(title: str, device: Device, steps: Mapping[str, Cost]) -> dict[str, Any]:
-    """Values of the figure ``decode_cost``: what each step's projected time consists of, in
-    milliseconds.
-
-    Memory traffic first, by what is read; then the arithmetic that does not hide behind it;
-    then the overhead. The parts sum to ``projected_seconds``.
-    """
-    rows = []
-    for label, cost in steps.items():
-        moving = cost.bytes / device.peak_bandwidth
-        parts = {
-            "weights": cost.weight_bytes / device.peak_bandwidth,
-            "keys and values": (cost.kv_read_bytes + cost.kv_write_bytes) / device.peak_bandwidth,
-            "arithmetic not hidden by it": max(0.0, cost.flops / device.peak_flops - moving),
-            "overhead": device.overhead,
-        }
-        rows.append({"label": label, "parts": {k: 1e3 * v for k, v in parts.items() if v}})
-    return {"title": title, "unit": "ms", "rows": rows}
-
-
-def main(folder: str = "figures/data") -> None:
-    """Write the data of the projected figures: a Llama-3-8B shape with bf16 weights and
-    cache on an H200.
-    """
-    command = "python -m refllm.measure.roofline"
-    hardware = "H200 SXM and A100 SXM 80 GB by their data sheets, bf16"
-    h200 = DEVICES["h200"]
-    points = {f"decode, batch {b}": step_cost(LLAMA_8B, [(2048, 1)] * b) for b in (1, 8, 64)}
-    points |= {f"prefill, {n:,} tokens": step_cost(LLAMA_8B, [(0, n)]) for n in (128, 2048)}
-    values = roofline_data([h200, DEVICES["a100"]], points)
-    values["title"] = "Llama-3-8B shape, bf16: decoding at 2,048 tokens of context, and prefill"
-    write(f"{folder}/roofline.json", Record(command, "C", hardware, values))
-    # all fit into 141 GB
-    pairs = [(1, 1024), (1, 32_768), (16, 1024), (16, 32_768), (64, 1024), (64, 8192)]
-    steps = {f"batch {b}, context {s:,}": step_cost(LLAMA_8B, [(s, 1)] * b) for b, s in pairs}
-    steps["prefill of 2,048 tokens"] = step_cost(LLAMA_8B, [(0, 2048)])
-    title = "Where a step's time goes at best: Llama-3-8B shape on an H200"
-    hardware = "H200 SXM by its data sheet, bf16, no overhead"
-    write(
-        f"{folder}/decode_cost.json",
-        Record(command, "C", hardware, decode_cost_data(title, h200, steps)),
-    )
-
-
-if __name__ == "__main__":
-    main()

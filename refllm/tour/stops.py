@@ -27,10 +27,11 @@ from refllm.corpus import held_out_documents
 from refllm.decode.generate import generate_tokens
 from refllm.decode.sampling_params import GREEDY, SamplingParams
 from refllm.experiments import training_curves
+from refllm.experiments.roofline import roofline_data
 from refllm.measure.latency import Stopwatch
 from refllm.measure.memory import kv_bytes_per_token
 from refllm.measure.quick import sample_bits_per_byte, time_step
-from refllm.measure.roofline import Cost, mbu, mfu, roofline_data, step_cost
+from refllm.measure.roofline import Cost, mbu, mfu, step_cost
 from refllm.terminal import format_bytes, printable, table
 from refllm.tour.context import Tour
 from refllm.tour.techniques import cache, formats, serve, shrink, speculate

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from conftest import ROOT
-from refllm.figures.speculative import speculative
+from refllm.experiments import speculative_decoding
 from refllm.measure.records import read
 
 
@@ -97,4 +97,4 @@ def test_the_smallest_run_gives_a_record_and_a_figure(benchmark, monkeypatch, tm
         assert on == task
         assert rows[who, int(gamma)] == max(rows.values())  # whatever was fastest in this minute
         assert f"{max(rows.values()):.2f}" == ratio
-    speculative(read(figure).values)
+    speculative_decoding.draw(read(figure).values)

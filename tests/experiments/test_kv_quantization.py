@@ -14,7 +14,6 @@ from refllm.api import Model
 from refllm.checkpoints.writer import save
 from refllm.experiments import kv_quantization
 from refllm.experiments.kv_quantization import CHOICES, Case, Experiment, cases, memory
-from refllm.figures.kv import kv_quantization as drawn
 from refllm.kv.kivi import Kivi
 from refllm.kv.kivi_cache import KiviCache
 from refllm.measure.memory import LLAMA_70B, kv_bytes
@@ -117,7 +116,7 @@ def test_a_small_run_writes_a_record_that_is_drawn(tmp_path, monkeypatch):
     record = read(output)
     assert len(record.values["rows"]) == len(cases())
     assert record.values["group"] == 8
-    assert len(drawn(record.values).axes) == 4
+    assert len(kv_quantization.draw(record.values).axes) == 4
 
 
 def test_what_the_committed_record_says():

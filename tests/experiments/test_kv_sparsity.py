@@ -13,9 +13,8 @@ import pytest
 from conftest import ROOT
 from refllm.api import Model
 from refllm.checkpoints.writer import save
-from refllm.experiments import kv_sparsity
+from refllm.experiments import kv_sparsity, kv_sparsity_figure
 from refllm.experiments.kv_sparsity import CONTROL, POLICIES, TASKS, Experiment
-from refllm.figures.kv import kv_sparsity as drawn
 from refllm.kv.sparse import at_random, h2o, recent_only, snapkv
 from refllm.kv.sparse_cache import SparseCache
 from refllm.measure.records import read
@@ -186,7 +185,7 @@ def test_a_small_run_writes_a_record_that_is_drawn(tmp_path):
             assert row["against control"][0] == pytest.approx(
                 row["kl"][0] - control["kl"][0], abs=1e-12
             )
-    assert len(drawn(values).axes) == 4
+    assert len(kv_sparsity_figure.draw(values).axes) == 4
 
 
 def test_what_the_committed_record_says():

@@ -12,9 +12,8 @@ import pytest
 
 from refllm.api import Model
 from refllm.checkpoints.writer import save
-from refllm.experiments import quantization_quality
+from refllm.experiments import quantization_figure, quantization_quality
 from refllm.experiments.quantization_quality import Bench, Cell, cells, increase, table
-from refllm.figures.quant import quantization
 from refllm.measure.bootstrap import blocks
 from refllm.measure.perplexity import compare
 from refllm.measure.records import read
@@ -160,7 +159,7 @@ def test_the_command_writes_what_the_figure_is_drawn_from(tmp_path, monkeypatch,
         if n.endswith("_proj.weight")
     )
     assert len(values["rows"]) == 13
-    assert len(quantization(values).axes) == 2
+    assert len(quantization_figure.draw(values).axes) == 2
     before = output.read_bytes()
     monkeypatch.setattr(quantization_quality, "quantize_model", None)  # everything is in the cache
     quantization_quality.main(command)
@@ -168,7 +167,7 @@ def test_the_command_writes_what_the_figure_is_drawn_from(tmp_path, monkeypatch,
 
 
 def test_the_committed_table_is_of_the_whole_grid():
-    path = Path(__file__).resolve().parents[2] / "figures" / "data" / "quantization_quality.json"
+    path = Path(__file__).resolve().parents[2] / "figures" / "data" / "quantization.json"
     if not path.is_file():
         pytest.skip("the table is not there yet")
     rows = json.loads(path.read_text("utf-8"))["values"]["rows"]
@@ -183,7 +182,7 @@ def test_in_the_committed_table_methods_that_calibrate_beat_round_to_nearest():
     modules that it looks at is a tenth less than that of round to nearest, and its KL on
     other text is not (with clipping or without).
     """
-    path = Path(__file__).resolve().parents[2] / "figures" / "data" / "quantization_quality.json"
+    path = Path(__file__).resolve().parents[2] / "figures" / "data" / "quantization.json"
     if not path.is_file():
         pytest.skip("the table is not there yet")
     rows = json.loads(path.read_text("utf-8"))["values"]["rows"]

@@ -10,7 +10,6 @@ from refllm.checkpoints.writer import save
 from refllm.experiments import salience
 from refllm.experiments.quantization_quality import Bench
 from refllm.experiments.salience import Choice, Experiment, choices
-from refllm.figures.quant import salience as drawn
 from refllm.formats.uniform import Scheme
 from refllm.measure.perplexity import compare
 from refllm.measure.records import read
@@ -96,7 +95,7 @@ def test_the_command_writes_what_the_figure_is_drawn_from(tmp_path, monkeypatch,
     assert told[0].startswith("[1/22] as it is, none kept: KL ")
     record = read(output)
     assert record.command == "python -m refllm.experiments.salience"
-    assert len(drawn(record.values).axes) == 2
+    assert len(salience.draw(record.values).axes) == 2
     before = output.read_bytes()
     monkeypatch.setattr(salience, "compare", None)  # everything is in the cache
     salience.main(command)

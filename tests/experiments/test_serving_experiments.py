@@ -12,8 +12,8 @@ import pytest
 
 from conftest import ROOT
 from refllm.api import Model
-from refllm.experiments import batching, paging, prefix_caching, unpadding
-from refllm.figures import serve, timeline
+from refllm.experiments import batching, paging, prefix_caching, prefix_caching_figure, unpadding
+from refllm.figures import FIGURES
 from refllm.measure.records import read
 from refllm.serve.engine import Engine
 from refllm.serve.request import Request
@@ -148,7 +148,7 @@ def test_factors_multiply_to_the_whole(model):
         == rows["paged, as few"]["steps"]
         > rows["paged"]["steps"]
     )
-    assert serve.unpadding(values)
+    assert unpadding.draw(values)
 
 
 def test_programs_are_measured_and_the_formula_stands_beside(model):
@@ -167,7 +167,7 @@ def test_programs_are_measured_and_the_formula_stands_beside(model):
                 )
         assert (hits["radix", "lpm"] > 0.2) == (name != "unique")
     assert all(0 <= share < 1 for shares in values["inside"].values() for share in shares)
-    assert serve.prefixes(values)
+    assert prefix_caching_figure.draw(values)
 
 
 def _requests(rows, row):
@@ -201,7 +201,7 @@ def test_the_formula_at_its_ends():
 
 @pytest.mark.parametrize("name", SERVING)
 def test_every_figure_is_drawn(name):
-    draw = getattr(timeline if name.startswith("serving_") else serve, name)
+    _, draw = FIGURES[name]
     figure = draw(SERVING[name])
     assert figure.axes
     assert all(ax.get_xlabel() or ax.get_ylabel() or ax.get_title(loc="left") for ax in figure.axes)

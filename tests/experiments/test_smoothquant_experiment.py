@@ -14,7 +14,6 @@ from refllm.checkpoints.writer import save
 from refllm.experiments import smoothquant
 from refllm.experiments.quantization_quality import Bench
 from refllm.experiments.smoothquant import Case, Experiment, cases
-from refllm.figures.quant import smoothquant as drawn
 from refllm.formats.w8a8_linear import W8A8Linear
 from refllm.measure.records import read
 from refllm.model.weights import Dense
@@ -121,7 +120,7 @@ def test_the_command_writes_what_the_figure_is_drawn_from(tmp_path, monkeypatch,
     record = read(output)
     assert record.command == "python -m refllm.experiments.smoothquant"
     assert record.values["channels"].keys() == {"norms", "MLP hidden"}
-    assert len(drawn(record.values).axes) == 2
+    assert len(smoothquant.draw(record.values).axes) == 2
 
 
 def test_the_committed_experiment_breaks_and_repairs():

@@ -17,11 +17,12 @@ import matplotlib
 import pytest
 from matplotlib.figure import SubFigure
 
-from refllm.figures import kv, registry
-from refllm.figures.registry import FIGURES, check, redraw, save
-from refllm.measure import memory, plotting, roofline
+from refllm.experiments import gguf_layouts, gguf_mixes, kv_memory, kv_quantization, roofline
+from refllm.figures import FIGURES, check, redraw, registry, save
+from refllm.measure import plotting
 from refllm.measure.plotting import SERIES
 from refllm.measure.records import Record, read, write
+from refllm.simulate import timeline
 from serving_examples import SERVING
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -298,7 +299,7 @@ def test_check_is_silent_after_a_redraw_and_names_what_changed(folder):
 
 def test_check_sees_a_change_of_the_code_and_of_the_style(folder, monkeypatch):
     def other(values):
-        return registry.kv_memory(values)
+        return kv_memory.draw(values)
 
     monkeypatch.setitem(FIGURES, "kv_memory", ("kv_memory.json", other))
     assert len(check(folder)) == 1
@@ -306,18 +307,40 @@ def test_check_sees_a_change_of_the_code_and_of_the_style(folder, monkeypatch):
     assert len(check(folder)) == len(FIGURES)
 
 
-def test_a_helper_that_changed_makes_the_figures_of_its_module_stale(folder, monkeypatch):
-    """Not the drawing function alone decides what a picture looks like."""
+def stale_after(folder, monkeypatch, module, old, new):
+    """The figures that are stale once ``old`` is replaced in the source of ``module``."""
     source = inspect.getsource
-    changed = {kv: {"kv_quantization", "kv_sparsity"}, plotting: set(FIGURES)}
-    for module, stale in changed.items():
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                inspect,
-                "getsource",
-                lambda part, module=module: source(part) + "#" * (part is module),
-            )
-            assert {Path(complaint.split()[0]).stem for complaint in check(folder)} == stale
+    assert old in source(module)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            inspect,
+            "getsource",
+            lambda part: source(part).replace(old, new) if part is module else source(part),
+        )
+        return {Path(complaint.split()[0]).stem for complaint in check(folder)}
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new", "stale"),
+    [
+        # a helper of the drawing function, a constant that it uses, a constant from elsewhere
+        (kv_quantization, 'title="Bytes of a cache', 'title="bytes of a cache', {"kv_quantization"}),
+        (kv_quantization, '"KIVI": TECHNIQUE', '"KIVI": NEAREST', {"kv_quantization"}),
+        (timeline, "SHARED = -2", "SHARED = -4", {"serving_blocks"}),
+        # what all figures share
+        (plotting, '"lines.linewidth": 2,', '"lines.linewidth": 3,', set(FIGURES)),
+        (registry, "fontsize=6.5", "fontsize=7", set(FIGURES)),
+        # what measures decides the data, not the picture
+        (kv_quantization, "window=length, stride=length", "window=length, stride=1", set()),
+    ],
+)
+def test_a_figure_is_stale_where_code_that_it_is_drawn_by_changed(
+    folder, monkeypatch, module, old, new, stale
+):
+    """Not the drawing function alone decides what a picture looks like, nor its whole
+    module.
+    """
+    assert stale_after(folder, monkeypatch, module, old, new) == stale
 
 
 def test_a_picture_without_data_is_named(folder):
@@ -352,7 +375,7 @@ def test_data_of_another_shape_is_refused_by_file_and_the_old_picture_stays(fold
 
 def test_no_series_is_left_out_for_want_of_a_colour():
     draw = FIGURES["kv_memory"][1]
-    lines = {str(i): [1.0, 2.0] for i in range(len(registry.SERIES) + 1)}
+    lines = {str(i): [1.0, 2.0] for i in range(len(SERIES) + 1)}
     with pytest.raises(ValueError, match="tells 7 series apart, got 8"):
         draw({"contexts": [1, 2], "lines": lines})
     lines.popitem()
@@ -451,21 +474,22 @@ def test_colours_are_distinct_in_grey_too():
 
 
 def test_save_takes_any_figure(tmp_path):
-    fig, ax = registry.axes("title", "x (s)", "y (s)")
+    fig, ax = plotting.axes("title", "x (s)", "y (s)")
     ax.plot([0, 1], [0, 1])
     assert save(fig, tmp_path / "deep" / "a.png").read_bytes().count(b"tEXt") == 0
 
 
 def test_pyplot_is_never_imported():
-    code = "import refllm.figures.registry as f, sys; f.kv_memory({'contexts': [1], 'lines': {}}); "
+    code = "import refllm.figures as f, sys; f.FIGURES['kv_memory'][1]({'contexts': [1], 'lines': {}}); "
     code += "assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_data_of_the_counted_and_projected_figures_is_up_to_date(tmp_path):
     """The committed numbers are those that the command in the file makes now."""
-    memory.main(str(tmp_path))
-    roofline.main(str(tmp_path))
+    for experiment in (kv_memory, roofline, gguf_layouts, gguf_mixes):
+        experiment.main(str(tmp_path))
+    assert len(list(tmp_path.glob("*.json"))) == 6
     for path in tmp_path.glob("*.json"):
         assert path.read_text() == (ROOT / "figures" / "data" / path.name).read_text(), path.name
 

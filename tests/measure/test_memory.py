@@ -13,7 +13,6 @@ from test_roofline import weight_tensors
 
 from counting import CountingModule
 from refllm.kv.contiguous import ContiguousCache
-from refllm.measure import memory
 from refllm.measure.memory import (
     LLAMA_8B,
     LLAMA_70B,
@@ -130,15 +129,6 @@ def test_sizes_are_printed_in_decimal_and_binary():
     assert human(1_000_000) == "1.00 MB (0.95 MiB)"
     assert human(32_768_000_000) == "32.77 GB (30.52 GiB)"
     assert human(5e15) == "5000.00 TB (4547.47 TiB)"
-
-
-def test_the_figure_shows_the_formula():
-    data = memory.kv_memory_data((1, 1000))
-    assert data["lines"]["70B shape, 64 KV heads"] == [2_621_440, 2_621_440_000]
-    assert (
-        data["lines"]["70B shape, 8 KV heads, 4-bit cache"][0] * 4
-        == data["lines"]["70B shape, 8 KV heads"][0]
-    )
 
 
 @pytest.mark.parametrize(

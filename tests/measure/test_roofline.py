@@ -19,14 +19,11 @@ from refllm.measure.device import DEVICES, Device
 from refllm.measure.memory import LLAMA_8B
 from refllm.measure.roofline import (
     Cost,
-    decode_cost_data,
     keys_seen,
     layer_parameters,
     mbu,
     mfu,
-    plot_roofline,
     projected_seconds,
-    roofline_data,
     step_cost,
 )
 from refllm.model.attention import attention, flash_attention
@@ -287,17 +284,6 @@ def test_impossible_steps_are_refused(batch, rows):
         step_cost(LLAMA_8B, batch, logits_rows=rows)
 
 
-@given(
-    batches.filter(lambda b: any(new for _, new in b)), st.floats(1e12, 1e16), st.floats(0, 1e-3)
-)
-def test_parts_of_a_step_sum_to_its_projected_time(batch, flops, overhead):
-    device = Device("a device", flops, 4.8e12, overhead)
-    cost = step_cost(LLAMA_8B, batch)
-    (row,) = decode_cost_data("a step", device, {"the step": cost})["rows"]
-    assert sum(row["parts"].values()) == pytest.approx(1e3 * projected_seconds(cost, device))
-    assert min(row["parts"].values()) > 0
-
-
 @pytest.mark.parametrize("bytes_", [-1, float("nan"), float("inf")])
 def test_bytes_are_finite_and_not_negative(bytes_):
     for name in ("weight_bytes_per_param", "kv_bytes_per_number"):
@@ -310,24 +296,6 @@ def test_a_share_of_the_peak_needs_a_time(seconds):
     for share in (mfu, mbu):
         with pytest.raises(ValueError, match="finite time above 0"):
             share(step_cost(LLAMA_8B, [(0, 1)]), seconds, DEVICES["h200"])
-
-
-def test_a_roofline_needs_a_device_and_steps_that_do_something():
-    for devices, batch in (([], [(0, 1)]), ([DEVICES["h200"]], [])):
-        with pytest.raises(ValueError, match="roofline: needs"):
-            roofline_data(devices, {"a step": step_cost(LLAMA_8B, batch)})
-
-
-def test_the_figure_has_the_devices_and_the_points():
-    points = {
-        "decode": step_cost(LLAMA_8B, [(100, 1)]),
-        "prefill": step_cost(LLAMA_8B, [(0, 1000)]),
-    }
-    figure = plot_roofline(list(DEVICES.values()), points)
-    texts = {t.get_text() for t in figure.axes[0].texts}
-    assert texts == set(points)
-    data = roofline_data(list(DEVICES.values()), points)
-    assert [p["intensity"] for p in data["points"]] == [c.intensity for c in points.values()]
 
 
 @given(seeds)

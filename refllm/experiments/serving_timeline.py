@@ -1,38 +1,58 @@
-"""Figures of one run of the scheduler: batch and memory over time, who holds which block,
-the radix tree.
+"""One run of the scheduler, drawn: batch and memory over time, which request holds which
+block, and the radix tree at the end.
+
+The data come from the simulator (``simulate.timeline``); the committed ones are written by
+
+    refllm simulate --traffic tree --requests 3 --slots 1280 --max-batch-tokens 256
+    --prefix-cache radix --policy lpm --trace figures/data/serving_trace.json --json
+
+| figure            | from                       | shows                                          |
+|-------------------|----------------------------|------------------------------------------------|
+| serving_occupancy | "occupancy": columns       | requests that run and wait, slots, over time   |
+| serving_blocks    | "blocks": owners by step   | which request holds which block after each step|
+| serving_tree      | "tree": nested nodes       | the prefixes in the radix tree                 |
+
+Left out: what the steps computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
-from matplotlib.legend_handler import HandlerTuple
-from matplotlib.patches import Patch, Rectangle
 
-from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, Values, axes, styled
+from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, Values, axes, new_figure, styled
 from refllm.simulate.timeline import CACHED, FREE, SHARED
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # taken in turn
 HOLDERS = (TECHNIQUE, NEAREST, MORE[0], MORE[1], MORE[2], MORE[3], "#f0e442", "#8c6bb1")
+
+
 FOUND = "found again"
+
+
 NEVER = "never found again"
+
+
 LOCKED = "locked: somebody runs in it"
+
+
 STATES = {FOUND: TECHNIQUE, NEVER: FULL, LOCKED: NEAREST}  # of a node of the tree
 
 
 @styled
-def serving_occupancy(values: Values) -> Figure:
+def draw_occupancy(values: Values) -> Figure:
     """{"occupancy": columns of ``simulate.timeline``} → who runs and waits, and the slots
     they hold, over time.
     """
     steps = values["occupancy"]
     time = 1e3 * np.asarray(steps["time"])
-    fig = Figure(layout="constrained", figsize=(7.2, 4.8))
+    fig = new_figure(4.8)
     upper, lower = fig.subplots(2, 1, sharex=True)
     upper.step(time, steps["running"], color=TECHNIQUE, label="run", where="pre")
     upper.step(time, steps["waiting"], color=NEAREST, label="wait", where="pre")
@@ -61,10 +81,14 @@ def serving_occupancy(values: Values) -> Figure:
 
 
 @styled
-def serving_blocks(values: Values) -> Figure:
+def draw_blocks(values: Values) -> Figure:
     """{"blocks": {"times", "owners": [step][block]}} → the pool, step by step: a colour is
     a request.
     """
+    from matplotlib.colors import ListedColormap
+    from matplotlib.legend_handler import HandlerTuple
+    from matplotlib.patches import Patch
+
     owners = np.asarray(values["blocks"]["owners"])
     special = {FREE: "white", CACHED: "#d9d9d9", SHARED: "black"}
     picture = np.zeros(owners.shape, dtype=np.int64)
@@ -93,10 +117,12 @@ def serving_blocks(values: Values) -> Figure:
 
 
 @styled
-def serving_tree(values: Values) -> Figure:
+def draw_tree(values: Values) -> Figure:
     """{"tree": nodes of ``simulate.timeline.tree``} → the radix tree from above down, a
     node as long as its tokens.
     """
+    from matplotlib.patches import Patch
+
     fig, ax = axes("The radix tree", "", "tokens from the beginning", figsize=(7.2, 4.6))
     width = sum(_leaves(node) for node in values["tree"])
     _hang(ax, values["tree"], 0.0, 0, max(1, width))
@@ -133,6 +159,8 @@ def _hang(ax: Axes, nodes: Sequence[Any], x: float, y: int, width: int) -> None:
     """Draw nodes beside each other from (x, y) on, each as wide as its leaves, their
     children below them.
     """
+    from matplotlib.patches import Rectangle
+
     for node in nodes:
         leaves = _leaves(node)
         tokens = node["tokens"]

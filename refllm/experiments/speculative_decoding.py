@@ -1,31 +1,43 @@
-"""Figures of speculative decoding: what is accepted, what that buys, and the batch from
-which it buys nothing.
+"""What speculative decoding buys: tokens per step, speedup over γ, and the batch from which
+it buys nothing.
+
+The measurement is a benchmark, ``benchmarks/speculative.py``, which writes
+figures/data/speculative.json; this file draws it. What it measures (A: counted, B: measured
+here, C: projected) stands there.
+
+Left out: the texts themselves (``benchmarks/results/speculative.json`` says how they were
+chosen).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, Values, new_figure, styled
 
-from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, Values, styled
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _TASKS = (
     ("code", "model", "held-out code, draft model"),
     ("copy", "n-gram", "copy-heavy text, n-grams"),
 )
+
+
 _SPEED = "speed-up over\nno drafts (times)"
+
+
 _COLOURS = (TECHNIQUE, NEAREST, MORE[0])
 
 
 @styled
-def speculative(values: Values) -> Figure:
+def draw(values: Values) -> Figure:
     """The record of ``benchmarks/speculative.py``: tokens a step over γ, speed-up over γ,
     and over the batch.
     """
-    fig = Figure(layout="constrained", figsize=(7.2, 6.24))
+    fig = new_figure(6.24)
     grid = fig.add_gridspec(3, 2)
     upper = [fig.add_subplot(grid[0, 0])]
     upper.append(fig.add_subplot(grid[0, 1], sharey=upper[0]))

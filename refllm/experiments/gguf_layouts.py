@@ -1,16 +1,25 @@
-"""Figures of the number formats: where the bits of a block lie, and what the mixes of GGUF
-weigh.
+"""Where the bits of a GGUF block lie, byte by byte.
+
+    python -m refllm.experiments.gguf_layouts     # writes figures/data/gguf_layouts.json
+    and gguf_kquants.json; `refllm figures` draws them
+
+The fields are those that the codec itself uses (``formats.gguf.types.FIELDS``).
+
+Left out: the order of the codes within a byte (``formats.gguf`` has it).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from refllm.formats.gguf.types import FIELDS, kind
+from refllm.measure.plotting import MORE, NEAREST, TECHNIQUE, Values, axes, styled
+from refllm.measure.records import Record, write
 
-from refllm.measure.plotting import MORE, NEAREST, TECHNIQUE, Values, axes, coloured, styled
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 ROLES = {
     "step": NEAREST,
@@ -19,6 +28,8 @@ ROLES = {
     "high bits": MORE[2],
     "codes": TECHNIQUE,
 }
+
+
 NOTES = {
     "d": "d: the step, float16",
     "m": "m: what is added to step × code, float16",
@@ -28,7 +39,7 @@ NOTES = {
 
 
 @styled
-def gguf_layouts(values: Values) -> Figure:
+def draw(values: Values) -> Figure:
     """{"types": [{"type", "numbers", "bits", "fields": [{"role", "size", "holds"}]}]} →
     every byte of every block.
     """
@@ -107,52 +118,30 @@ def _blocks(panel: Axes, types: Sequence[Any]) -> None:
     panel.spines["left"].set_visible(False)
 
 
-@styled
-def gguf_mixes(values: Values) -> Figure:
-    """{"rows": [{"mix", "base", model: bits, …, "article"}]} → bits per weight of each mix,
-    a bar a model.
+def layouts(numbers: int) -> dict[str, Any]:
+    """The bytes of each format with blocks of so many numbers, for ``gguf_layouts`` (32)
+    and ``gguf_kquants`` (256).
     """
-    rows: Sequence[Any] = values["rows"]
-    models = [key for key in rows[0] if key not in ("mix", "base", "article")]
-    fig, ax = axes(
-        "What GGUF's mixes weigh", "bits per weight, all tensors counted", "mix", figsize=(7.2, 5.4)
-    )
-    for i, (colour, model) in enumerate(coloured((TECHNIQUE, MORE[2]), models)):
-        ink = ("white", "black")[i % 2]  # readable on the dark bar and on the light one
-        places = [row + 0.38 * (i - (len(models) - 1) / 2) for row in range(len(rows))]
-        ax.barh(places, [r[model] for r in rows], height=0.36, color=colour, label=model)
-        for place, r in zip(places, rows, strict=True):
-            ax.annotate(
-                f"{r[model]:.3f}",
-                (0, place),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=7.5,
-                color=ink,
-            )
-    for row, r in enumerate(rows):
-        # black, which is seen on both bars; an edge would hide how little some bars reach
-        # beyond
-        ax.plot(
-            [r["base"]] * 2,
-            [row - 0.42, row + 0.42],
-            color="black",
-            lw=1.4,
-            label="" if row else "its base type alone",
-        )
-    stated = [(row, r["article"]) for row, r in enumerate(rows) if r["article"]]
-    ax.plot(
-        [bits for _, bits in stated],
-        [row for row, _ in stated],
-        "D",
-        color=NEAREST,
-        ms=6,
-        label="the article's figure, where files differ",
-    )
-    ax.set_yticks(range(len(rows)), [r["mix"] for r in rows])
-    ax.set_xlim(0, 1.1 * max(r[m] for r in rows for m in models))
-    ax.invert_yaxis()
-    ax.grid(visible=False, axis="y")
-    ax.legend(loc="upper right", fontsize=8.5)
-    return fig
+    return {
+        "types": [
+            {
+                "type": name,
+                "numbers": kind(name).block,
+                "bits": kind(name).bits_per_weight,
+                "fields": [{"role": f.role, "size": f.size, "holds": f.holds} for f in fields],
+            }
+            for name, fields in FIELDS.items()
+            if kind(name).block == numbers
+        ]
+    }
+
+
+def main(folder: str = "figures/data") -> None:
+    """Write the data of the figures ``gguf_layouts`` and ``gguf_kquants``."""
+    command = "python -m refllm.experiments.gguf_layouts"
+    for name, block in (("gguf_layouts", 32), ("gguf_kquants", 256)):
+        write(f"{folder}/{name}.json", Record(command, "A", "none", layouts(block)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,16 +1,20 @@
-"""Figures of small floating-point formats."""
+"""The figure of ``experiments.fp8_training``: loss of 8-bit training against float32's, and
+where one scale per tensor leaves the range of E4M3.
+"""
 
 from __future__ import annotations
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
+from typing import TYPE_CHECKING
 
-from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, Values, styled
+from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, Values, new_figure, styled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BAND = "#e4e4e4"
+
+
 WAYS = {
     "tile": ("tiles", TECHNIQUE),
     "tensor": ("one scale a tensor", NEAREST),
@@ -20,61 +24,14 @@ WAYS = {
 
 
 @styled
-def float_formats(values: Values) -> Figure:
-    """{"data": {kind: {format: error}}, "lengths", "accumulator": {name: errors},
-    "growths", "delayed"} → 3 panels.
-    """
-    fig = Figure(layout="constrained", figsize=(7.2, 6.2))
-    grid = fig.add_gridspec(2, 2)
-    top, left, right = (fig.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1]))
-    kinds = values["data"]
-    colours = {"int8": NEAREST, "e4m3": TECHNIQUE, "e5m2": MORE[0]}
-    for at, (name, colour) in enumerate(colours.items()):
-        places = np.arange(len(kinds)) + 0.26 * (at - 1)
-        heights = [100 * errors[name] for errors in kinds.values()]
-        bars = top.bar(places, heights, 0.24, color=colour, label=name.upper())
-        top.bar_label(bars, fmt="%.2g", fontsize=8)
-    top.set_xticks(range(len(kinds)), list(kinds))
-    top.set(
-        title="INT8 wins on even ranges, E4M3 where few numbers are large",
-        ylabel="error (% of ‖x‖)",
-    )
-    top.grid(False, axis="x")
-    top.legend(loc="upper left", ncols=3)
-    for colour, (name, errors) in zip(
-        (NEAREST, TECHNIQUE, FULL), values["accumulator"].items(), strict=True
-    ):
-        left.plot(values["lengths"], errors, marker="o", ms=3.5, color=colour, label=name)
-    left.set_xscale("log", base=2)
-    left.set_yscale("log")
-    left.set_ylim(top=2)
-    left.set(title="Sums of K products", xlabel="K", ylabel="relative error (rms)")
-    left.legend(loc="upper left", fontsize=8)
-    growth = [100 * (g - 1) for g in values["growths"]]
-    right.plot(
-        growth,
-        [100 * share for share in values["delayed"]],
-        marker="o",
-        ms=3.5,
-        color=NEAREST,
-        label="delayed",
-    )
-    right.plot(growth, [0.0] * len(growth), color=TECHNIQUE, label="current")
-    right.set(
-        title="Delayed scaling saturates",
-        xlabel="growth of the range (% a step)",
-        ylabel="saturated (%)",
-    )
-    right.legend(loc="upper left")
-    return fig
-
-
-@styled
-def fp8_training(values: Values) -> Figure:
+def draw(values: Values) -> Figure:
     """``experiments.fp8_training.values`` and what is measured without training → a panel a
     start, and one of outliers.
     """
-    fig = Figure(layout="constrained", figsize=(7.2, 6.2))
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    fig = new_figure(6.2)
     grid = fig.add_gridspec(2, 2, height_ratios=(1.4, 1))
     against = values["against float32"]
     panels = grid[0, :].subgridspec(1, len(values["against float32"]))
