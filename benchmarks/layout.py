@@ -98,7 +98,7 @@ def check(plain: np.ndarray, blocked: np.ndarray) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     rng = np.random.default_rng(0)
-    if weights.reads_in_place():
+    if weights.has_small_kernels():
         layout = f"blocks of {options.block} columns"
     else:
         layout = "one block of all columns"

@@ -28,7 +28,7 @@ import numpy as np
 
 from refllm.backend import Array, asarray_like, namespace
 from refllm.model.attention import masked_score
-from refllm.model.weights import reads_in_place
+from refllm.model.weights import has_small_kernels
 
 SCORES = 2**20  # of a prefill at once; a larger one goes sequence by sequence, in tiles
 QUERIES = 64  # of a sequence at a time
@@ -84,7 +84,7 @@ def _attend(xp: Any, q: Array, keys: Array, values: Array, bias: Array | None) -
             .reshape(batch, groups, -1, dim)
         )
     # a head at a time: a matrix-vector product packs nothing
-    if n == 1 and xp is np and not reads_in_place():
+    if n == 1 and xp is np and not has_small_kernels():
         rows = rows[..., None, :]
         keys = keys[:, :, None]
         values = values[:, :, None]

@@ -1,4 +1,4 @@
-"""The plain record of a network's shape, as a Hugging Face ``config.json`` states it.
+"""A network's shape as a plain record, read from a Hugging Face ``config.json``.
 
 One dataclass covers the four supported families, which differ in five switches only:
 
@@ -9,12 +9,12 @@ One dataclass covers the four supported families, which differ in five switches 
 | qwen2   | q, k, v        | no      | no             | hidden / heads      |
 | qwen3   | no             | yes     | no             | stated in the file  |
 
-Source: the configuration classes of Hugging Face's ``transformers``, whose defaults hold
-where a file is silent.
+Source: the configuration classes of Hugging Face's ``transformers``, whose defaults apply
+where an entry is missing.
 
 Left out: other families, MLP biases, mixture of experts, windows in some layers only, RoPE
 over a part of the head, RoPE scalings other than ``llama3`` (``yarn``, ``dynamic``,
-``linear`` …). Each is refused by name.
+``linear`` …). Each is rejected by name.
 """
 
 from __future__ import annotations
@@ -31,16 +31,28 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
-# What transformers assumes where config.json is silent. A stated null is not silence: it
+# What transformers assumes where an entry is missing. A null in the file is not missing: it
 # overrides these.
 _QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32_768}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 2048},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "bos_token_id": 1, "eos_token_id": 2,
-                "max_position_embeddings": 131_072},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "bos_token_id": 1,
+                "eos_token_id": 2, "max_position_embeddings": 131_072},
     "qwen2": _QWEN,
     "qwen3": _QWEN | {"head_dim": 128},
 }  # fmt: skip
+
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 
 
 class UnsupportedModel(ValueError):
@@ -50,7 +62,7 @@ class UnsupportedModel(ValueError):
 @dataclass(frozen=True)
 class RopeScaling:
     """Llama 3's frequency scaling: long wavelengths are stretched, short ones kept (see
-    ``layers``).
+    ``layers.rope_frequencies``). UnsupportedModel for factors that make no sense.
     """
 
     factor: float
@@ -69,14 +81,21 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and constants of a decoder. Letters: N hidden, H heads, G key/value heads, D
-    head_dim, V vocab.
+    """Shape and constants of a decoder; the comments give the letters that shapes use.
+
+    >>> ModelConfig("llama", 257, 64, 96, 2, 4, 2, 16, tie_word_embeddings=True).num_parameters
+    78208
+
+    Raises
+    ------
+    UnsupportedModel
+        for a value that makes no sense.
     """
 
     family: str
     vocab_size: int  # V
     hidden_size: int  # N
-    intermediate_size: int  # width of the MLP
+    intermediate_size: int  # F, width of the MLP
     num_hidden_layers: int  # L
     num_attention_heads: int  # H
     num_key_value_heads: int  # G
@@ -93,18 +112,9 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-        ):
+        for name in _SIZES:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not _is_integer(value) or value < 1:
                 raise UnsupportedModel(f"config: {name} must be a positive integer, got {value!r}")
         for name in ("rms_norm_eps", "rope_theta"):  # ε > 0, or a row of zeros is divided by zero
             # the smallest normal number: 1/theta must be finite
@@ -120,19 +130,17 @@ class ModelConfig:
         if self.head_dim % 2:
             raise UnsupportedModel(f"config: head_dim must be even for RoPE, got {self.head_dim}")
         window = self.sliding_window
-        if window is not None and (
-            not isinstance(window, int) or isinstance(window, bool) or window < 1
-        ):
+        if window is not None and (not _is_integer(window) or window < 1):
             raise UnsupportedModel(
                 f"config: sliding_window must be a positive integer or null, got {window!r}"
             )
-        for token in (
-            *self.eos_token_ids,
-            *(() if self.bos_token_id is None else (self.bos_token_id,)),
-        ):
-            # beyond the vocabulary is common where a file is silent; -1 would be the last
-            # row of the embedding
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < 2**31:
+        tokens = list(self.eos_token_ids)
+        if self.bos_token_id is not None:
+            tokens.append(self.bos_token_id)
+        for token in tokens:
+            # ids beyond the vocabulary are common where the entry is missing; -1 would be the
+            # last row of the embedding
+            if not _is_integer(token) or not 0 <= token < 2**31:
                 raise UnsupportedModel(
                     f"config: bos_token_id and eos_token_id must be token ids, got {token!r}"
                 )
@@ -150,7 +158,7 @@ class ModelConfig:
         """
         family = _family(raw)
         raw = _DEFAULTS[family] | dict(raw)
-        _refuse_what_is_left_out(family, raw)
+        _check_supported(family, raw)
         hidden = _integer(raw, "hidden_size")
         heads = _integer(raw, "num_attention_heads")
         theta, scaling = _rope(raw)
@@ -177,8 +185,8 @@ class ModelConfig:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """The ``config.json`` that ``transformers`` reads; ``from_hf`` of it gives this
-        record back.
+        """The ``config.json`` that ``transformers`` reads; ``from_hf`` of it equals this
+        record.
         """
         architecture = next(a for a, f in ARCHITECTURES.items() if f == self.family)
         raw: dict[str, Any] = {
@@ -216,28 +224,31 @@ class ModelConfig:
         h = self.num_attention_heads
         g = self.num_key_value_heads
         per_layer = n * d * (2 * h + 2 * g) + 3 * n * self.intermediate_size + 2 * n
-        per_layer += d * (h + 2 * g) if self.attention_bias else 0
-        per_layer += 2 * d if self.qk_norm else 0
-        return (
-            self.num_hidden_layers * per_layer
-            + n
-            + self.vocab_size * n * (1 if self.tie_word_embeddings else 2)
-        )
+        if self.attention_bias:
+            per_layer += d * (h + 2 * g)
+        if self.qk_norm:
+            per_layer += 2 * d
+        vocabulary = self.vocab_size * n
+        if not self.tie_word_embeddings:
+            vocabulary *= 2
+        return self.num_hidden_layers * per_layer + n + vocabulary
 
     @property
     def summary(self) -> str:
-        """One line for people: family, layers, width, heads, MLP, vocabulary, context."""
+        """One readable line: family, layers, width, heads, MLP, vocabulary, context."""
         layers = self.num_hidden_layers
         tied = "tied" if self.tie_word_embeddings else "separate"
         return (
-            f"{self.family} network of {layers} layer{'s' * (layers > 1)}, width {self.hidden_size}, "
-            f"{self.num_attention_heads} query and {self.num_key_value_heads} key/value heads of "
-            f"{self.head_dim}, MLP {self.intermediate_size}, {self.vocab_size:,} tokens "
+            f"{self.family} network of {layers} layer{'s' * (layers > 1)}, width "
+            f"{self.hidden_size}, {self.num_attention_heads} query and "
+            f"{self.num_key_value_heads} key/value heads of {self.head_dim}, MLP "
+            f"{self.intermediate_size}, {self.vocab_size:,} tokens "
             f"({tied} head), context {self.max_position_embeddings:,}"
         )
 
 
 def _family(raw: Mapping[str, Any]) -> str:
+    """The family of the architecture that the file names first."""
     names = raw.get("architectures") or []
     supported = ", ".join(ARCHITECTURES)
     if not isinstance(names, list) or not names:
@@ -249,7 +260,8 @@ def _family(raw: Mapping[str, Any]) -> str:
     return ARCHITECTURES[names[0]]
 
 
-def _refuse_what_is_left_out(family: str, raw: Mapping[str, Any]) -> None:
+def _check_supported(family: str, raw: Mapping[str, Any]) -> None:
+    """UnsupportedModel for biases, activations and windows that refllm does not compute."""
     if raw.get("mlp_bias") or (raw.get("attention_bias") and family != "qwen2"):
         raise UnsupportedModel(
             f"config: biases are supported in qwen2's q, k, v only, not in {family}"
@@ -262,9 +274,7 @@ def _refuse_what_is_left_out(family: str, raw: Mapping[str, Any]) -> None:
     if not isinstance(layers, list) or (
         family == "mistral" and any(kind != layers[0] for kind in layers)
     ):
-        raise UnsupportedModel(
-            f"config: layer_types must be a list of one and the same kind, got {layers!r}"
-        )
+        raise UnsupportedModel(f"config: layer_types must be a list of equal kinds, got {layers!r}")
     if family != "mistral" and (
         raw.get("use_sliding_window") or any(kind != "full_attention" for kind in layers)
     ):
@@ -309,7 +319,8 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
 def _number(raw: Mapping[str, Any], key: str, default: float | None = None) -> float:
     """The number under ``key``; ``default`` if the key is missing or null."""
     value = raw.get(key)
-    value = default if value is None else value
+    if value is None:
+        value = default
     if value is None:
         raise UnsupportedModel(f"config: {key!r} is missing")
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -321,8 +332,8 @@ def _number(raw: Mapping[str, Any], key: str, default: float | None = None) -> f
 
 
 def _flag(raw: Mapping[str, Any], key: str) -> bool:
-    """The truth value under ``key``, false if it is missing or null; the word "false" is
-    none.
+    """The boolean under ``key``, false if it is missing or null; the string "false" is
+    rejected.
     """
     value = raw.get(key)
     if value not in (None, False, True):
@@ -331,22 +342,28 @@ def _flag(raw: Mapping[str, Any], key: str) -> bool:
 
 
 def _integer(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """The whole number under ``key``; ``default`` if the key is missing or null."""
+    """The integer under ``key``; ``default`` if the key is missing or null."""
     value = _number(raw, key, default)
-    if not value.is_integer():  # also what inf and nan answer
-        raise UnsupportedModel(f"config: {key} must be a whole number, got {value!r}")
+    if not value.is_integer():  # nor are inf and nan
+        raise UnsupportedModel(f"config: {key} must be an integer, got {value!r}")
     return int(value)
 
 
-def _end_tokens(value: Any) -> tuple[int, ...]:
+def _end_tokens(value: object) -> tuple[int, ...]:
+    """The end-of-text ids: ``eos_token_id`` is one id, a list of them, or null."""
     if value is None:
         ids = []
     elif isinstance(value, list):
         ids = value
     else:
         ids = [value]
-    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+    if not all(_is_integer(i) for i in ids):
         raise UnsupportedModel(
             f"config: eos_token_id must be an integer or a list of them, got {value!r}"
         )
     return tuple(ids)
+
+
+def _is_integer(value: object) -> bool:
+    """Whether a value is an int; True and False do not count."""
+    return isinstance(value, int) and not isinstance(value, bool)

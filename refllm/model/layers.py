@@ -1,18 +1,16 @@
-"""The layers of a Llama-like decoder as functions of arrays: RMSNorm, RoPE, attention,
-SwiGLU.
+"""The layers of a Llama-like decoder as functions of arrays: RMSNorm, RoPE, SwiGLU.
 
 Sources: RMSNorm, Zhang & Sennrich 2019, eq. 4; RoPE, Su et al. 2021, eq. 34 (half-split
 pairing, as the checkpoints of the four families use it) and Llama 3.1's frequency scaling;
-grouped-query attention, Ainslie et al. 2023; SwiGLU, Shazeer 2020, eq. 6.
+SwiGLU, Shazeer 2020, eq. 6.
 
-| symbol | name        | shape                                                        |
-|--------|-------------|--------------------------------------------------------------|
-| x      | residual    | [T, N]                                                       |
-| q      | queries     | [T, H, D]                                                    |
-| k, v   | keys/values | [S, G, D]: head h of H reads head h // (H/G) of G            |
-| θ_i    | frequency   | [D/2], θ^(-2i/D)                                             |
+| symbol | name        | shape                                    |
+|--------|-------------|------------------------------------------|
+| x      | residual    | [T, N]                                   |
+| q, k   | heads       | [T, H, D], [T, G, D]                     |
+| θ_i    | frequency   | [D/2], θ^(-2i/D)                         |
 
-Left out: ALiBi, learned positions, partial rotary, dropout, soft-capping.
+Left out: ALiBi, learned positions, partial rotary, dropout.
 """
 
 from __future__ import annotations
@@ -27,14 +25,18 @@ from refllm.model.config import RopeScaling
 def rms_norm(x: Array, gain: Array, eps: float) -> Array:
     """y = x / sqrt(mean(x²) + ε) · g over the last axis; x[..., N], gain[N] → [..., N].
 
-    ``rms_norm(c·x) = rms_norm(x)`` for c > 0, up to ε. A zero row gives a zero row, because
+    ``rms_norm(c·x) = rms_norm(x)`` for c > 0, up to ε. A row of zeros gives zeros, because
     ε > 0.
+
+    >>> import numpy as np
+    >>> rms_norm(np.array([[3.0, 3.0, -3.0], [0.0, 0.0, 0.0]]), np.ones(3), 1e-9).round(3).tolist()
+    [[1.0, 1.0, -1.0], [0.0, 0.0, 0.0]]
     """
     xp = namespace(x, gain)
-    size = xp.einsum("...n,...n->...", x, x)[..., None]
+    size = xp.einsum("...n,...n->...", x, x)[..., None]  # Σ x², [..., 1]
     size *= 1.0 / x.shape[-1]
     size += eps
-    y = x / xp.sqrt(size, out=size)
+    y = x / xp.sqrt(size, out=size)  # [..., N]
     y *= gain
     return y
 
@@ -47,6 +49,9 @@ def rope_frequencies(
     Llama 3's scaling: wavelengths above ``original/low_freq_factor`` are slowed by
     ``factor``, those below ``original/high_freq_factor`` are kept, and the band between is
     interpolated.
+
+    >>> rope_frequencies(4, 100.0)
+    [1.0, 0.1]
     """
     frequencies = [theta ** (-2.0 * i / head_dim) for i in range(head_dim // 2)]
     if scaling is None:
@@ -55,7 +60,8 @@ def rope_frequencies(
 
 
 def _llama3(frequency: float, s: RopeScaling) -> float:
-    # turns within the old context
+    """One frequency under Llama 3's scaling."""
+    # turns within the context that the model was first trained on
     turns = s.original_max_position_embeddings * frequency / (2 * math.pi)
     if turns < s.low_freq_factor:
         return frequency / s.factor
@@ -66,36 +72,44 @@ def _llama3(frequency: float, s: RopeScaling) -> float:
 
 
 def rope_table(frequencies: Array, positions: Array, dtype: Any) -> tuple[Array, Array]:
-    """cos and signed sin of position · θ_i: frequencies[D/2] float64, positions[T] → [T, 1,
-    1, D/2], [T, 1, 2, D/2].
+    """cos and signed sin of position · θ_i: frequencies[D/2] float64, positions[T] →
+    [T, 1, 1, D/2], [T, 1, 2, D/2].
 
-    The sine is (−sin, sin), one sign for each half of a head, ready to be multiplied with
-    all heads of a token. Angles are taken in float64: at position 100,000 a float32 angle
-    is off by 0.004 radians.
+    The sine is (−sin, sin), one sign for each half of a head, so that it can be multiplied
+    with all heads of a token. Angles are computed in float64: at position 100,000 a float32
+    angle is off by 0.004 radians.
     """
     xp = namespace(frequencies, positions)
-    angles = xp.astype(positions, xp.float64)[:, None, None, None] * frequencies
+    positions = xp.astype(positions, xp.float64)
+    angles = positions[:, None, None, None] * frequencies  # [T, 1, 1, D/2]
     sin = xp.sin(angles)
-    return xp.astype(xp.cos(angles), dtype), xp.astype(xp.concat([-sin, sin], axis=2), dtype)
+    signed = xp.concat([-sin, sin], axis=2)  # [T, 1, 2, D/2]
+    return xp.astype(xp.cos(angles), dtype), xp.astype(signed, dtype)
 
 
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotate each pair (x_i, x_{i+D/2}) by its angle: x[T, H, D] and the two of
+    """Rotate each pair (x_i, x_{i+D/2}) by its angle: x[T, H, D] and the two arrays of
     ``rope_table`` → [T, H, D].
 
     The score of a rotated query and key depends on the difference of their positions only.
     The inverse rotation, which is also the backward pass, is ``apply_rope(x, cos, -sin)``.
+
+    >>> import numpy as np
+    >>> cos, sin = rope_table(np.array([np.pi / 2]), np.array([0, 1, 2]), "float64")
+    >>> x = np.array([1.0, 0.0]).reshape(1, 1, 2).repeat(3, axis=0)  # (1, 0) three times
+    >>> [[int(v) for v in pair] for pair in apply_rope(x, cos, sin)[:, 0].round()]
+    [[1, 0], [0, 1], [-1, 0]]
     """
     xp = namespace(x, cos, sin)
     tokens, heads, dim = x.shape
-    pairs = x.reshape(tokens, heads, 2, dim // 2)  # first and second half
+    pairs = x.reshape(tokens, heads, 2, dim // 2)  # [T, H, 2, D/2]: first and second half
     out = xp.multiply(pairs, cos)
     out += pairs[:, :, ::-1] * sin  # x₁ cos − x₂ sin, x₂ cos + x₁ sin
-    return out.reshape(tokens, heads, dim)
+    return out.reshape(tokens, heads, dim)  # [T, H, D]
 
 
 def sigmoid(x: Array) -> Array:
-    """σ(x) = ½ (1 + tanh(x/2)), the form that never overflows."""
+    """σ(x) = ½ (1 + tanh(x/2)), elementwise, in the form that never overflows."""
     xp = namespace(x)
     out = xp.multiply(x, 0.5)
     xp.tanh(out, out=out)
@@ -105,8 +119,10 @@ def sigmoid(x: Array) -> Array:
 
 
 def swiglu(gate: Array, up: Array) -> Array:
-    """silu(gate) · up, elementwise; [T, F] → [T, F]. silu(x) = x σ(x) = h (1 + tanh h) with
-    h = x/2.
+    """silu(gate) · up, elementwise; [T, F], [T, F] → [T, F].
+
+    Simple version: ``gate / (1 + exp(-gate)) * up``. Computed as silu(x) = h (1 + tanh h)
+    with h = x/2, which never overflows.
     """
     xp = namespace(gate, up)
     half = xp.multiply(gate, 0.5)

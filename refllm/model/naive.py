@@ -60,7 +60,8 @@ def next_hidden(config: ModelConfig, tensors: Tensors, token: int, cache: Cache)
             if name.startswith(prefix)
         }
         h = rms_norm(x, layer["input_layernorm.weight"], config)
-        x = x + layer["self_attn.o_proj.weight"] @ attention(config, layer, h, keys, values)
+        read = attention(config, layer, h, keys, values)  # [H·D]
+        x = x + layer["self_attn.o_proj.weight"] @ read  # [N]
         h = rms_norm(x, layer["post_attention_layernorm.weight"], config)
         x = x + mlp(layer, h)
     return rms_norm(x, tensors["model.norm.weight"].astype(np.float64), config)
@@ -108,11 +109,11 @@ def attention(
 
 def heads(config: ModelConfig, layer: Tensors, h: Vector, which: str) -> Iterator[Vector]:
     """The query, key or value heads of a token before rotation; ``which`` is "q", "k", "v"."""
-    y = layer[f"self_attn.{which}_proj.weight"] @ h
+    y = layer[f"self_attn.{which}_proj.weight"] @ h  # [H·D] or [G·D]
     if config.attention_bias:
         y = y + layer[f"self_attn.{which}_proj.bias"]
     for start in range(0, len(y), config.head_dim):
-        head = y[start : start + config.head_dim]
+        head = y[start : start + config.head_dim]  # [D]
         if config.qk_norm and which != "v":
             head = rms_norm(head, layer[f"self_attn.{which}_norm.weight"], config)
         yield head

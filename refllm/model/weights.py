@@ -1,47 +1,18 @@
-"""Weights that know how to multiply: the ``Linear`` seam and its plain form, ``Dense``.
+"""Weights that know how to multiply: the ``Linear`` interface and its plain form, ``Dense``.
 
-Every quantised form has the same face, so the network never asks what a weight is made of.
+Every quantised form has the same interface, so the network never asks how a weight is
+stored.
 
-``Dense`` chooses its layout and cuts its products (``benchmarks/layout.py`` measures both).
-OpenBLAS packs the operands of a product anew each time, which for a few rows costs five
-times the product itself, unless both are small: with AVX-512 it reads up to 10⁶
-multiply-adds where they lie. There, on the host,
+| symbol | name                                          | shape      |
+|--------|-----------------------------------------------|------------|
+| W      | weight, output × input                        | [M, N]     |
+| x      | inputs of T tokens                            | [T, N]     |
+| ΣM     | outputs of weights that multiply the same x   |            |
 
-- a weight is stored as blocks of 64 output columns, [M/64, N, 64], and multiplied as one
-  batched matmul;
-- rows are cut into groups that stay below 10⁶ with a block;
-- from 128 rows on packing pays, and wide operands pay best: the blocks are laid side by
-  side for the product, a copy that costs little of it, and it is as fast as that of one
-  matrix;
-- 1 and 3 rows are multiplied as 2 and 4: the matrix-vector kernel, and three rows, take
-  twice and 1.4 times as long.
+Read ``Linear``, ``Dense`` and ``fused_matmul``; the rest of the file arranges the same
+numbers so that OpenBLAS multiplies them faster, and changes no result beyond rounding.
 
-Without AVX-512 it packs whatever is a matrix. There a weight is one block of all columns,
-[1, N, M], for packing many at a time costs least, and up to 3 rows go through the
-matrix-vector kernel, which never packs, one by one. From there on its AVX2 kernel takes
-rows in fours: 5 to 7 rows cost more than 8, so a rest is filled up.
-
-On a GPU, or where M is no multiple of 64 (the keys of a small draft model), the weight
-stays one matrix. ``Room`` lays the weights of a network side by side in memory; those that
-multiply the same input are one product in ``model.weights``.
-
-Left out: biases (the network adds them), sharding; cutting rows into groups where N is
-above 3,906, for then no 4 rows and a block stay below 10⁶.
-
-<<MERGED>>
-Weights that multiply the same input, q, k and v or gate and up, as one product.
-
-``side_by_side`` lays them out as one joint weight, of which each is a part that can still
-be used by itself; ``product`` multiplies by all at once, and ``bound`` does so again and
-again.
-
-| symbol | name                     | shape    |
-|--------|--------------------------|----------|
-| x      | what all of them multiply| [T, N]   |
-| M_i    | outputs of weight i      |          |
-
-Left out: joint weights on a GPU, without a ``Room``, or where one of them is quantised or
-its M no multiple of 64: these are multiplied one by one.
+Left out: biases (the network adds them), sharding.
 """
 
 from __future__ import annotations
@@ -56,22 +27,9 @@ from threadpoolctl import threadpool_info
 
 from refllm.backend import Array, namespace
 
-BLOCK = 64  # output columns a block: the widest that OpenBLAS multiplies without repacking
-FEW = 3  # rows that are multiplied one by one, where each product would pack the weight
-# rows that the AVX2 kernel takes at a time; 1 to 3 over are multiplied in halves, and cost
-# more than 4
-TILE = 4
-MANY = 64  # rows from which the rest no longer shows
-PREFILL = 128  # rows from which OpenBLAS had better pack, and the blocks lie side by side
-WIDE = 2**20  # numbers of a weight that are laid side by side at a time
-# multiply-adds of a product that OpenBLAS does not pack (sgemm_small_kernel_permit,
-# SkylakeX)
-SMALL = 10**6
-_LINE = 64  # bytes of a cache line, and of a vector: one that straddles two lines is read twice
-
 
 class Linear(Protocol):
-    """A weight W[M, N] (out × in) in any storage form."""
+    """A weight W[M, N] (output × input) in any storage format."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -97,221 +55,324 @@ class Linear(Protocol):
         ...
 
 
-class Room:
-    """One array for the blocks of many weights, in the order in which they are laid out.
-
-    From 4 MB on NumPy asks for huge pages. In pages of 4 KB the weights of a small model,
-    each below 4 MB, are more pages than a processor's table of them holds: a tenth of a
-    decode step at batch 1.
-    """
-
-    def __init__(self, shapes: Iterable[tuple[int, ...]], like: Array):
-        """``shapes`` of all weights to come; those that are not stored in blocks, as on a
-        GPU, take no room.
-        """
-        if namespace(like) is np:
-            count = sum(prod(shape) for shape in shapes if in_blocks(shape))
-        else:
-            count = 0
-        spare = np.empty(count + _LINE, dtype=like.dtype)
-        first = -spare.__array_interface__["data"][0] % _LINE // spare.itemsize
-        self.numbers = spare[first : first + count]
-        self.used = 0
-
-    def holds(self, weight: Any) -> bool:
-        """Is it a host array of the type that is laid out here?"""
-        return isinstance(weight, np.ndarray) and weight.dtype == self.numbers.dtype
-
-    def take(self, count: int) -> Array:
-        """The next ``count`` numbers."""
-        self.used += count
-        return self.numbers[self.used - count : self.used]
-
-
 class Dense:
-    """A floating-point weight W[M, N]; the array passed in is copied only if the layout
-    changes.
+    """A floating-point weight W[M, N]: ``matmul(x)`` is ``x @ W.T``.
 
-    ``room`` gives the place of its blocks; without one, or for another dtype, they are an
-    array of their own.
+    >>> import numpy as np
+    >>> weight = Dense(np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))  # [3, 2]
+    >>> weight.matmul(np.array([[1.0, 1.0]])).tolist()
+    [[3.0, 7.0, 11.0]]
+
+    The array is kept as it is, and copied only where it is stored in blocks (see ``Blocks``
+    below): into ``arena``, or into an array of its own if there is no arena or it holds
+    another dtype. ValueError if ``weight`` is not a matrix.
     """
 
-    joint: Dense | None = None  # the weight that this one is a part of, see ``joint.side_by_side``
-    first = 0  # its first output column there
+    fused: Dense | None = None  # the fused weight that this one is a part of, see ``fuse``
+    fused_start = 0  # its first output column there
 
-    def __init__(self, weight: Array, room: Room | None = None):
+    def __init__(self, weight: Array, arena: WeightArena | None = None):
         if weight.ndim != 2:
             raise ValueError(f"Dense: a weight is a matrix [M, N], got shape {tuple(weight.shape)}")
         self._shape: tuple[int, int] = (int(weight.shape[0]), int(weight.shape[1]))
-        self.blocked = namespace(weight) is np and in_blocks(self._shape)
-        if not self.blocked:
-            self._data = weight
-            return
-        m, n = self._shape
-        if room is not None and room.holds(weight):
-            numbers = room.take(m * n)
-        else:
-            numbers = np.empty(m * n, dtype=weight.dtype)
-        self._fill(numbers.reshape(-1, n, block_width(m)), weight)
+        self._blocks = to_blocks(weight, arena)  # None: the weight stays one matrix
+        self._data = weight if self._blocks is None else self._blocks.data
 
     @classmethod
-    def _of_blocks(cls, data: Array, weight: Array | None = None) -> Dense:
-        """The weight whose blocks [M/w, N, w] lie at ``data``, or are to be written there."""
+    def from_blocks(cls, blocks: Blocks) -> Dense:
+        """A weight that is stored in blocks already; they are not copied."""
         dense = cls.__new__(cls)
-        dense._shape = (data.shape[0] * data.shape[2], data.shape[1])
-        dense.blocked = True
-        dense._data = data
-        if weight is not None:
-            dense._fill(data, weight)
+        dense._shape = blocks.shape
+        dense._blocks = blocks
+        dense._data = blocks.data
         return dense
-
-    def _fill(self, data: Array, weight: Array) -> None:
-        blocks, n, width = data.shape
-        self._data = data
-        data[...] = weight.reshape(blocks, width, n).transpose(0, 2, 1)
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(M, N)"""
         return self._shape
 
     @property
     def dtype(self) -> Any:
+        """The floating-point type of the weight."""
         return self._data.dtype
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the array; blocks need no more than the matrix."""
         return int(self._data.nbytes)
 
     @property
     def bits_per_weight(self) -> float:
+        """Bits per value of the dtype."""
         return 8.0 * self.nbytes / (self._shape[0] * self._shape[1])
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the weight is stored in blocks."""
+        return self._blocks is not None
 
     def matmul(self, x: Array) -> Array:
         """x[T, N] → x Wᵀ [T, M]."""
-        if not self.blocked:
+        if self._blocks is None:
             return x @ self._data.T
-        rows = x.shape[0]
-        if rows >= PREFILL and not self._one_block:
-            return self._by_matrices(x)
-        if more := self.full(rows) - rows:
-            x = np.concatenate((x, x[-more:]))
-        out = np.empty((rows + more, self._shape[0]), dtype=self._dtype(x))
-        for left, right, result in self._cut(x, out):
-            np.matmul(left, right, out=result)
-        return out[:rows] if more else out
-
-    def bind(self, x: Array, out: Array) -> Callable[[], object]:
-        """A call multiplies what x[T, N] holds by then, and writes x Wᵀ to out[T, M]; on
-        the host, T < 128.
-
-        All that depends on shapes alone is done here, once. T = ``full(T)`` is fastest.
-        """
-        products = [
-            partial(np.matmul, left, right, out=result) for left, right, result in self._cut(x, out)
-        ]
-        if len(products) == 1:
-            return products[0]
-        return lambda: [product() for product in products]
-
-    def full(self, rows: int) -> int:
-        """``rows``, or a few more where these take less time."""
-        if not self.blocked:
-            return rows
-        if self._one_block:
-            return rows + -rows % TILE if FEW < rows < MANY else rows
-        return rows + 1 if rows in (1, 3) else rows
-
-    @property
-    def _one_block(self) -> bool:
-        width = self._data.shape[2]
-        return bool(width == self._shape[0] and (width != BLOCK or not reads_in_place()))
-
-    def _dtype(self, x: Array) -> Any:
-        if x.dtype == self._data.dtype:
-            return x.dtype
-        return np.result_type(x, self._data)
-
-    def _cut(self, x: Array, out: Array) -> list[tuple[Array, Array, Array]]:
-        """The products (left, right, result) that write x[T, N] Wᵀ to out[T, M], as views
-        of the three.
-        """
-        if not self.blocked:
-            return [(x, self._data.T, out)]
-        rows = x.shape[0]
-        columns, n = self._shape
-        if self._one_block:
-            one_by_one = slice(None), None
-            return [
-                (x[one_by_one], self._data[0], out[one_by_one])
-                if rows <= FEW
-                else (x, self._data[0], out)
-            ]
-        most = SMALL // (BLOCK * n)  # rows that OpenBLAS multiplies with a block as they lie
-        groups = -(-rows // most) if most >= 4 else 1
-        group = -(-rows // groups) if rows else 1  # as even as they can be
-        whole = rows - rows % group
-        # [groups, 1, group, N] by [M/64, N, 64], each product written straight to where it
-        # belongs in out
-        cut = [
-            (
-                x[:whole].reshape(-1, 1, group, n),
-                self._data,
-                out[:whole].reshape(-1, group, columns // BLOCK, BLOCK).transpose(0, 2, 1, 3),
-            )
-        ]
-        if whole < rows:
-            cut.append(
-                (
-                    x[whole:],
-                    self._data,
-                    out[whole:].reshape(-1, columns // BLOCK, BLOCK).transpose(1, 0, 2),
-                )
-            )
-        return cut
-
-    def _by_matrices(self, x: Array) -> Array:
-        """``matmul`` of many rows: some blocks at a time are laid side by side, as a matrix
-        [N, columns].
-        """
-        out = np.empty((x.shape[0], self._shape[0]), dtype=self._dtype(x))
-        n = self._shape[1]
-        at = 0
-        step = max(1, WIDE // (BLOCK * n))
-        for first in range(0, self._data.shape[0], step):
-            matrix = self._data[first : first + step].transpose(1, 0, 2).reshape(n, -1)  # a copy
-            np.matmul(x, matrix, out=out[:, at : at + matrix.shape[1]])
-            at += matrix.shape[1]
-        return out
+        return self._blocks.matmul(x)
 
     def rows(self, index: Array) -> Array:
         """W[index] for index[T] → [T, N]: the embedding lookup, also of a tied head (one
         copy serves both).
         """
-        if not self.blocked:
+        if self._blocks is None:
             return self._data[index]
-        width = self._data.shape[2]
-        if width == self._shape[0]:  # one block: a column each
-            return self._data[0].T[index]
-        return self._data[index // width, :, index % width]
+        return self._blocks.rows(index)
 
     def dequantize(self) -> Array:
         """W[M, N], a new array."""
-        if self.blocked:
-            # a copy by name: of a block as wide as it is high, reshape alone would return a
-            # view
-            return self._data.transpose(0, 2, 1).copy().reshape(self._shape)
-        return self._data.copy()
+        if self._blocks is None:
+            return self._data.copy()
+        return self._blocks.to_matrix()
+
+    def bind(self, x: Array, out: Array) -> Callable[[], object]:
+        """A call that multiplies the current contents of x[T, N] and writes x Wᵀ to
+        out[T, M].
+
+        What depends on shapes alone is computed here, once. On the host only, for fewer
+        than 128 rows; T = ``padded_rows(T)`` is fastest.
+        """
+        if self._blocks is None:
+            return partial(np.matmul, x, self._data.T, out=out)
+        return self._blocks.bind(x, out)
+
+    def padded_rows(self, rows: int) -> int:
+        """``rows``, or a few more where the padded product takes less time."""
+        if self._blocks is None:
+            return rows
+        return self._blocks.padded_rows(rows)
+
+
+def as_linear(weight: Any, arena: WeightArena | None = None) -> Any:
+    """A ``Dense`` of an array; a ``Linear``, such as a quantised weight of a file, is
+    returned as it is.
+    """
+    if hasattr(weight, "dequantize"):
+        return weight
+    return Dense(weight, arena)
+
+
+def fused_matmul(x: Array, *weights: Linear) -> Array:
+    """Multiply x[T, N] by several weights: the results side by side in a new array [T, ΣM].
+
+    Simple version: ``xp.concat([w.matmul(x) for w in weights], axis=1)``. One product where
+    the weights are the parts of one fused weight, complete and in order; if one of them has
+    been replaced, by a quantised one say, they are multiplied one by one.
+    """
+    fused = _fused(weights)
+    if fused is not None:
+        return fused.matmul(x)
+    return namespace(x).concat([weight.matmul(x) for weight in weights], axis=1)
+
+
+# --- Layout for OpenBLAS: skip on first reading ---------------------------------------------
+#
+# OpenBLAS copies ("packs") the operands of every product, which for a few rows costs five
+# times the product itself, unless both are small: with AVX-512 it has kernels that read up
+# to 10⁶ multiply-adds without packing (``benchmarks/layout.py`` measures both layouts).
+# There, on the host,
+#
+# - a weight is stored as blocks of 64 output columns, [M/64, N, 64], and multiplied as one
+#   batched matmul;
+# - rows are split into groups small enough that a group and a block stay below 10⁶;
+# - from 128 rows on packing pays, and pays best for wide operands: blocks are copied side
+#   by side for the product, which costs little and is as fast as one matrix;
+# - 1 and 3 rows are padded to 2 and 4: the matrix-vector kernel takes twice as long, and
+#   three rows 1.4 times.
+#
+# Without AVX-512 every matrix is packed. There a weight is one block of all columns,
+# [1, N, M], since packing much at once costs least, and up to 3 rows go one by one through
+# the matrix-vector kernel, which never packs. From there on the AVX2 kernel takes rows in
+# fours: 5 to 7 rows cost more than 8, so they are padded.
+#
+# On a GPU, or where M is no multiple of 64 (the keys of a small draft model), the weight
+# stays one matrix. Left out: groups of rows where N is above 3,906, for then not even
+# 4 rows and a block stay below 10⁶.
+
+BLOCK = 64  # output columns per block: the widest that OpenBLAS multiplies without packing
+MATVEC_ROWS = 3  # up to so many rows are multiplied one by one, where products are packed
+KERNEL_ROWS = 4  # rows that the AVX2 kernel takes at a time; it halves a rest of 1 to 3
+PADDED_BELOW = 64  # from so many rows on, the rest no longer shows
+PACKED_FROM = 128  # from so many rows on packing pays, and blocks are laid side by side
+PACKED_SIZE = 2**20  # elements of a weight that are laid side by side at a time
+# multiply-adds of the largest product that OpenBLAS does not pack
+# (sgemm_small_kernel_permit for SkylakeX)
+SMALL_PRODUCT = 10**6
+_CACHE_LINE = 64  # bytes, also of a vector: one that straddles two lines is read twice
+
+Product = tuple[Array, Array, Array]  # left, right, result
+
+
+class Blocks:
+    """W[M, N] as blocks of w output columns: data[M/w, N, w], on the host."""
+
+    def __init__(self, data: Array):
+        self.data = data
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, N)"""
+        count, n, width = self.data.shape
+        return count * width, n
+
+    def fill(self, weight: Array) -> Blocks:
+        """Copy W[M, N] into the blocks; returns them."""
+        count, n, width = self.data.shape
+        self.data[...] = weight.reshape(count, width, n).transpose(0, 2, 1)  # [M/w, N, w]
+        return self
+
+    def matmul(self, x: Array) -> Array:
+        """x[T, N] → x Wᵀ [T, M]."""
+        rows = x.shape[0]
+        if rows >= PACKED_FROM and not self._single:
+            return self._matmul_packed(x)
+        more = self.padded_rows(rows) - rows
+        if more:
+            x = np.concatenate((x, x[-more:]))  # any row will do: the result is cut off
+        out = np.empty((rows + more, self.shape[0]), dtype=np.result_type(x, self.data))
+        for left, right, result in self._split(x, out):
+            np.matmul(left, right, out=result)
+        return out[:rows] if more else out
+
+    def bind(self, x: Array, out: Array) -> Callable[[], object]:
+        """``Dense.bind``: a call writes the product of what x holds then to ``out``."""
+        products = [
+            partial(np.matmul, left, right, out=result)
+            for left, right, result in self._split(x, out)
+        ]
+        if len(products) == 1:
+            return products[0]
+        return lambda: [product() for product in products]
+
+    def padded_rows(self, rows: int) -> int:
+        """``Dense.padded_rows``: the number of rows, at least ``rows``, that is fastest."""
+        if self._single:
+            if MATVEC_ROWS < rows < PADDED_BELOW:
+                return rows + -rows % KERNEL_ROWS
+            return rows
+        return rows + 1 if rows in (1, 3) else rows
+
+    @property
+    def _single(self) -> bool:
+        """Whether one block holds all columns, and its products are packed."""
+        width = self.data.shape[2]
+        return bool(width == self.shape[0] and (width != BLOCK or not has_small_kernels()))
+
+    def _split(self, x: Array, out: Array) -> list[Product]:
+        """The products (left, right, result) that write x[T, N] Wᵀ to out[T, M], as views."""
+        if self._single:
+            if x.shape[0] <= MATVEC_ROWS:
+                return [(x[:, None], self.data[0], out[:, None])]  # T times [1, N] @ [N, M]
+            return [(x, self.data[0], out)]
+        rows = x.shape[0]
+        m, n = self.shape
+        most = SMALL_PRODUCT // (BLOCK * n)  # rows that are multiplied without packing
+        groups = -(-rows // most) if most >= 4 else 1
+        group = -(-rows // groups) if rows else 1  # rows of a group, as even as they can be
+        whole = rows - rows % group
+        # [groups, 1, group, N] @ [M/64, N, 64], each product written to its place in out
+        left = x[:whole].reshape(-1, 1, group, n)
+        result = out[:whole].reshape(-1, group, m // BLOCK, BLOCK).transpose(0, 2, 1, 3)
+        products = [(left, self.data, result)]
+        if whole < rows:  # the last, smaller group: [rest, N] @ [M/64, N, 64]
+            rest = out[whole:].reshape(-1, m // BLOCK, BLOCK).transpose(1, 0, 2)
+            products.append((x[whole:], self.data, rest))
+        return products
+
+    def _matmul_packed(self, x: Array) -> Array:
+        """``matmul`` of many rows: some blocks at a time are laid side by side, as a matrix
+        [N, columns].
+        """
+        out = np.empty((x.shape[0], self.shape[0]), dtype=np.result_type(x, self.data))
+        n = self.shape[1]
+        start = 0
+        count = max(1, PACKED_SIZE // (BLOCK * n))
+        for first in range(0, self.data.shape[0], count):
+            blocks = self.data[first : first + count]
+            matrix = blocks.transpose(1, 0, 2).reshape(n, -1)  # [N, columns], a copy
+            stop = start + matrix.shape[1]
+            np.matmul(x, matrix, out=out[:, start:stop])
+            start = stop
+        return out
+
+    def rows(self, index: Array) -> Array:
+        """W[index] for index[T] → [T, N]."""
+        width = self.data.shape[2]
+        if width == self.shape[0]:  # a single block, which is Wᵀ
+            return self.data[0].T[index]
+        return self.data[index // width, :, index % width]
+
+    def to_matrix(self) -> Array:
+        """W[M, N], a new array."""
+        # an explicit copy: of a block as wide as it is high, reshape alone returns a view
+        return self.data.transpose(0, 2, 1).copy().reshape(self.shape)
+
+
+class WeightArena:
+    """One array for the blocks of many weights, in the order in which they are laid out.
+
+    From 4 MB on NumPy asks for huge pages. In pages of 4 KB the weights of a small model,
+    each below 4 MB, are more pages than a processor's table of them (its TLB) holds, which
+    costs a tenth of a decode step at batch size 1.
+    """
+
+    def __init__(self, shapes: Iterable[tuple[int, ...]], like: Array):
+        """Reserve memory for weights of ``shapes``; those that are not stored in blocks, as
+        on a GPU, need none here.
+        """
+        size = 0
+        if namespace(like) is np:
+            size = sum(prod(shape) for shape in shapes if is_blocked_shape(shape))
+        spare = np.empty(size + _CACHE_LINE, dtype=like.dtype)
+        first = -spare.__array_interface__["data"][0] % _CACHE_LINE // spare.itemsize
+        self.buffer = spare[first : first + size]  # starts at a cache line
+        self.used = 0
+
+    def accepts(self, weight: Any) -> bool:
+        """Whether a weight is a host array of the dtype that is laid out here."""
+        return isinstance(weight, np.ndarray) and weight.dtype == self.buffer.dtype
+
+    def allocate(self, size: int) -> Array:
+        """The next ``size`` elements, [used, used + size)."""
+        self.used += size
+        return self.buffer[self.used - size : self.used]
+
+
+def to_blocks(weight: Array, arena: WeightArena | None = None) -> Blocks | None:
+    """W[M, N] in blocks, in ``arena`` if it accepts the weight; None if a weight of this
+    shape or library stays a matrix.
+    """
+    m, n = weight.shape
+    if namespace(weight) is not np or not is_blocked_shape((m, n)):
+        return None
+    if arena is not None and arena.accepts(weight):
+        memory = arena.allocate(m * n)
+    else:
+        memory = np.empty(m * n, dtype=weight.dtype)
+    return Blocks(memory.reshape(-1, n, block_width(m))).fill(weight)
+
+
+def is_blocked_shape(shape: tuple[int, ...]) -> bool:
+    """Whether a weight of this shape is stored in blocks on the host."""
+    return len(shape) == 2 and shape[0] % BLOCK == 0
 
 
 def block_width(columns: int) -> int:
     """Output columns of a block: 64 where small products are not packed, else all."""
-    return BLOCK if reads_in_place() else columns
+    return BLOCK if has_small_kernels() else columns
 
 
 @cache
-def reads_in_place() -> bool:
-    """Does this BLAS multiply small operands where they lie? OpenBLAS does on processors
-    with AVX-512.
+def has_small_kernels() -> bool:
+    """Whether this BLAS multiplies small operands without packing: OpenBLAS does on
+    processors with AVX-512.
     """
     with_kernels = ("SkylakeX", "Cooperlake", "SapphireRapids")
     return any(
@@ -320,94 +381,70 @@ def reads_in_place() -> bool:
     )
 
 
-def as_linear(weight: Any, room: Room | None = None) -> Any:
-    """A ``Dense`` of an array; what is a ``Linear`` already, such as a quantised weight of
-    a file, as it is.
-    """
-    if hasattr(weight, "dequantize"):
-        return weight
-    return Dense(weight, room)
+def fuse(weights: Iterable[Any], arena: WeightArena | None = None) -> list[Any]:
+    """Lay weights that multiply the same input (q, k and v, or gate and up) out as one.
 
-
-def in_blocks(shape: tuple[int, ...]) -> bool:
-    """Is a weight of this shape stored in blocks on the host?"""
-    return len(shape) == 2 and shape[0] % BLOCK == 0
-
-
-def side_by_side(weights: Iterable[Any], room: Room | None = None) -> list[Any]:
-    """A ``Dense`` each of arrays of the same N; those that find ``room`` together are also
-    views of a joint weight.
-
-    A ``Linear`` among them stays what it is.
+    Arrays [M_i, N] → a ``Dense`` each, which can still be used alone; ``fused_matmul`` then
+    multiplies by all of them at once. They are not fused but returned one by one on a GPU,
+    without an arena, or where one of them is a ``Linear`` already (it is returned as it
+    is), has M that is no multiple of 64, or has another dtype than the arena.
     """
     given = list(weights)
     shapes = [(int(w.shape[0]), int(w.shape[1])) for w in given]
     if (
-        room is None
+        arena is None
         or len(given) == 1
-        or not all(
-            room.holds(weight) and in_blocks(shape)
-            for weight, shape in zip(given, shapes, strict=True)
-        )
-    ):  # a GPU, a ragged M, another dtype
-        return [as_linear(weight, room) for weight in given]
+        or not all(arena.accepts(weight) for weight in given)
+        or not all(is_blocked_shape(shape) for shape in shapes)
+    ):
+        return [as_linear(weight, arena) for weight in given]
     m = sum(shape[0] for shape in shapes)
     n = shapes[0][1]
     width = block_width(m)
+    data = arena.allocate(m * n).reshape(-1, n, width)  # [ΣM/w, N, w]
+    fused = Dense.from_blocks(Blocks(data))
     first = 0
     parts = []
-    joint = Dense._of_blocks(room.take(m * n).reshape(-1, n, width))
     for weight, (rows, _) in zip(given, shapes, strict=True):
         last = first + rows
-        if width == m:
-            place = joint._data[:, :, first:last]
+        if width == m:  # one block of all columns: a part is a range of them
+            place = data[:, :, first:last]
         else:
-            place = joint._data[first // width : last // width]
-        part = Dense._of_blocks(place, weight)
-        part.joint = joint
-        part.first = first
+            place = data[first // width : last // width]
+        part = Dense.from_blocks(Blocks(place).fill(weight))
+        part.fused = fused
+        part.fused_start = first
         first = last
         parts.append(part)
     return parts
 
 
-def product(x: Array, *weights: Linear) -> Array:
-    """x[T, N] times each of the weights, the results side by side in a new array, [T, ΣM].
-
-    One product where they are a joint weight, whole and in order. Where one of them was
-    exchanged, for a quantised one say, they are multiplied one by one.
+def bind_fused(x: Array, out: Array, weights: Sequence[Dense]) -> Callable[[], object]:
+    """``fused_matmul`` for repeated use: a call multiplies the current contents of x[T, N]
+    and writes to out[T, ΣM].
     """
-    joint = _joint(weights)
-    if joint is not None:
-        return joint.matmul(x)
-    return namespace(x).concat([weight.matmul(x) for weight in weights], axis=1)
-
-
-def bound(x: Array, out: Array, weights: Sequence[Dense]) -> Callable[[], object]:
-    """``product`` again and again: a call multiplies what x[T, N] holds by then, and writes
-    to out[T, ΣM].
-    """
-    joint = _joint(weights)
-    if joint is not None:
-        return joint.bind(x, out)
+    fused = _fused(weights)
+    if fused is not None:
+        return fused.bind(x, out)
     calls = []
-    edge = 0
+    start = 0
     for weight in weights:
-        calls.append(weight.bind(x, out[:, edge : edge + weight.shape[0]]))
-        edge += weight.shape[0]
+        stop = start + weight.shape[0]
+        calls.append(weight.bind(x, out[:, start:stop]))
+        start = stop
     if len(calls) == 1:
         return calls[0]
     return lambda: [call() for call in calls]
 
 
-def _joint(weights: Sequence[Any]) -> Dense | None:
-    """The joint weight that these are, whole and in order."""
-    joint: Dense | None = getattr(weights[0], "joint", None)
-    edge = 0
-    for weight in weights if joint is not None else ():
-        if getattr(weight, "joint", None) is not joint or getattr(weight, "first", None) != edge:
+def _fused(weights: Sequence[Any]) -> Dense | None:
+    """The fused weight that has exactly these parts, in this order; None if there is none."""
+    fused: Dense | None = getattr(weights[0], "fused", None)
+    if fused is None:
+        return None
+    stop = 0
+    for weight in weights:
+        if getattr(weight, "fused", None) is not fused or weight.fused_start != stop:
             return None
-        edge += weight.shape[0]
-    if joint is not None and edge == joint.shape[0]:
-        return joint
-    return None
+        stop += weight.shape[0]
+    return fused if stop == fused.shape[0] else None

@@ -56,7 +56,7 @@ def test_a_captured_step_is_the_network(config, in_place, paged, steps, seed):
     rng = np.random.default_rng(seed)
     texts = rng.integers(0, config.vocab_size, (3, 16))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights_module, "reads_in_place", lambda: in_place)
+        patch.setattr(weights_module, "has_small_kernels", lambda: in_place)
         patch.setattr(captured_step, "ANGLES", 2)
         patch.setattr(captured_step, "MOST_ANGLES", 9)
         weights = network(config, seed)
@@ -125,7 +125,7 @@ def test_rows_that_are_added_stay_zeros_whatever_stood_in_the_memory(monkeypatch
     """A batch of not-a-numbers leaves its memory to the next, smaller one, which computes a
     row for nobody.
     """
-    monkeypatch.setattr(weights_module, "reads_in_place", lambda: True)
+    monkeypatch.setattr(weights_module, "has_small_kernels", lambda: True)
     weights = network(BLOCKED, 0)
     weights["embed_tokens"] = Dense(
         np.where(np.arange(128)[:, None] < 4, np.nan, weights["embed_tokens"].dequantize())

@@ -48,7 +48,7 @@ def test_invariance_together_is_each_alone(
     k, v = (rng.standard_normal((batch, longest, groups, dim)) for _ in "kv")
     bias = bias_together(lengths, count, window, xp.zeros(1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batched_attention, "reads_in_place", lambda: in_place)
+        patch.setattr(batched_attention, "has_small_kernels", lambda: in_place)
         patch.setattr(batched_attention, "QUERIES", queries)
         o = attend_together(
             xp.asarray(q.copy()),

@@ -116,10 +116,10 @@ REFUSALS = {
     "size null": (raw(intermediate_size=None), "'intermediate_size' is missing"),
     "size is a word": (raw(hidden_size="48"), "hidden_size must be a number"),
     "size is true": (raw(vocab_size=True), "vocab_size must be a number"),
-    "size broken": (raw(num_hidden_layers=2.5), "num_hidden_layers must be a whole number"),
+    "size broken": (raw(num_hidden_layers=2.5), "num_hidden_layers must be an integer"),
     "size infinite": (
         raw(num_hidden_layers=float("inf")),
-        "num_hidden_layers must be a whole number",
+        "num_hidden_layers must be an integer",
     ),
     "size zero": (raw(vocab_size=0), "vocab_size must be a positive integer"),
     "size negative": (raw(num_hidden_layers=-1), "num_hidden_layers must be a positive integer"),
@@ -151,7 +151,7 @@ REFUSALS = {
             "MistralForCausalLM",
             layer_types=["full_attention", "sliding_attention", "full_attention"],
         ),
-        "layer_types must be a list of one and the same kind",
+        "layer_types must be a list of equal kinds",
     ),
     "layer types no list": (raw(layer_types=5), "layer_types must be a list"),
     "window is true": (

@@ -114,7 +114,7 @@ def test_weights_side_by_side_are_the_definition_too(xp, dropped):
     tokens = list(range(9))
     weights = built(xp, config, 0)
     for layer in weights["layers"]:
-        assert (layer["k_proj"].joint is not None) == (xp is np)
+        assert (layer["k_proj"].fused is not None) == (xp is np)
         layer |= {name: Dense(xp.asarray(layer[name].dequantize())) for name in dropped}
     ours = to_host(logits(weights, xp.asarray(run(xp, weights, config, [tokens])[0])))
     expected = naive_logits(config, tensors, tokens)

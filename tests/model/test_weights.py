@@ -1,4 +1,4 @@
-"""Dense in both layouts against the plain matrix."""
+"""``Dense`` in both layouts against the plain matrix."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from conftest import to_host
 from refllm.model import weights
-from refllm.model.weights import BLOCK, Dense, Room, bound, product, side_by_side
+from refllm.model.weights import BLOCK, Dense, WeightArena, bind_fused, fuse, fused_matmul
 from strategies import arrays, seeds
 
 # one block and several, one row less and one more, and sizes that are no multiple of the
@@ -27,8 +27,8 @@ def matrices(draw):
 
 @pytest.fixture(params=[True, False], ids=["AVX-512", "no AVX-512"])
 def processor(request, monkeypatch):
-    """Both kinds of processor: which layout a weight gets depends on it."""
-    monkeypatch.setattr(weights, "reads_in_place", lambda: request.param)
+    """Both kinds of processor, since the layout of a weight depends on it."""
+    monkeypatch.setattr(weights, "has_small_kernels", lambda: request.param)
 
 
 @pytest.mark.theorem(
@@ -39,20 +39,20 @@ def processor(request, monkeypatch):
     matrices(),
     st.integers(0, 70),
     st.sampled_from([0, 3, 4, 5, 16, 10**6]),
-    st.sampled_from([2, 30, weights.PREFILL]),
-    st.sampled_from([0, 1, 3, weights.WIDE]),
+    st.sampled_from([2, 30, weights.PACKED_FROM]),
+    st.sampled_from([0, 1, 3, weights.PACKED_SIZE]),
     st.booleans(),
     seeds,
 )
 def test_matmul_is_the_plain_product(xp, weight, rows, most, many, wide, in_place, seed):
     x = np.random.default_rng(seed).standard_normal((rows, weight.shape[1])).astype(weight.dtype)
-    # groups of at most so many rows; below 4 there are no groups
+    # groups of at most ``most`` rows; below 4 there are no groups
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "SMALL", most * BLOCK * weight.shape[1])
-        patch.setattr(weights, "PREFILL", many)
+        patch.setattr(weights, "SMALL_PRODUCT", most * BLOCK * weight.shape[1])
+        patch.setattr(weights, "PACKED_FROM", many)
         # blocks side by side at a time
-        patch.setattr(weights, "WIDE", wide * BLOCK * weight.shape[1])
-        patch.setattr(weights, "reads_in_place", lambda: in_place)
+        patch.setattr(weights, "PACKED_SIZE", wide * BLOCK * weight.shape[1])
+        patch.setattr(weights, "has_small_kernels", lambda: in_place)
         got = to_host(Dense(xp.asarray(weight)).matmul(xp.asarray(x)))
     assert got.shape == (rows, weight.shape[0])
     assert got.dtype == weight.dtype
@@ -70,27 +70,27 @@ def test_matmul_is_the_plain_product(xp, weight, rows, most, many, wide, in_plac
 
 
 @pytest.mark.parametrize("rows", range(12))
-def test_every_row_is_in_a_group_whatever_is_left_over(rows, monkeypatch):
-    monkeypatch.setattr(weights, "SMALL", 4 * BLOCK * 7)  # groups of at most 4 rows
-    monkeypatch.setattr(weights, "reads_in_place", lambda: True)
+def test_every_row_is_in_a_group_whatever_the_rest(rows, monkeypatch):
+    monkeypatch.setattr(weights, "SMALL_PRODUCT", 4 * BLOCK * 7)  # groups of at most 4 rows
+    monkeypatch.setattr(weights, "has_small_kernels", lambda: True)
     w = np.arange(2 * BLOCK * 7.0).reshape(-1, 7)
     x = np.arange(7.0 * rows).reshape(rows, 7)
     dense = Dense(w)
     out = np.full((rows, 2 * BLOCK), np.nan)
     dense.bind(x, out)()
-    np.testing.assert_array_equal(out, x @ w.T)  # whole numbers
+    np.testing.assert_array_equal(out, x @ w.T)  # integers: exact
     np.testing.assert_array_equal(dense.matmul(x), out)
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 2, 3, 9])
 def test_many_rows_see_every_block_however_many_lie_side_by_side(blocks, monkeypatch):
-    monkeypatch.setattr(weights, "PREFILL", 4)
+    monkeypatch.setattr(weights, "PACKED_FROM", 4)
     # 0: not even one fits, and one is taken
-    monkeypatch.setattr(weights, "WIDE", blocks * BLOCK * 7)
-    monkeypatch.setattr(weights, "reads_in_place", lambda: True)
+    monkeypatch.setattr(weights, "PACKED_SIZE", blocks * BLOCK * 7)
+    monkeypatch.setattr(weights, "has_small_kernels", lambda: True)
     w = np.arange(5 * BLOCK * 7.0).reshape(-1, 7)
     x = np.arange(28.0).reshape(4, 7)
-    np.testing.assert_array_equal(Dense(w).matmul(x), x @ w.T)  # whole numbers
+    np.testing.assert_array_equal(Dense(w).matmul(x), x @ w.T)  # integers: exact
 
 
 @pytest.mark.usefixtures("processor")
@@ -133,26 +133,26 @@ def test_layout_is_chosen_by_library_and_shape(xp):
     assert not Dense(other).blocked
 
 
-# --- side by side -------------------------------------------------------------------------
+# --- fused weights ------------------------------------------------------------------------
 
 
-def laid_out(xp, sizes, columns, seed, dtype="float64", room_dtype="float64"):
-    """Host weights [M, N] of ``sizes`` rows, the same in a room of their own, and that
-    room.
+def laid_out(xp, sizes, columns, seed, dtype="float64", arena_dtype="float64"):
+    """Host weights [M, N] of ``sizes`` rows, the same in an arena of their own, and the
+    arena.
     """
     rng = np.random.default_rng(seed)
     host = [rng.standard_normal((m, columns)).astype(dtype) for m in sizes]
-    room = Room([w.shape for w in host], xp.zeros(1, dtype=room_dtype))
-    return host, side_by_side((xp.asarray(w) for w in host), room), room
+    arena = WeightArena([w.shape for w in host], xp.zeros(1, dtype=arena_dtype))
+    return host, fuse((xp.asarray(w) for w in host), arena), arena
 
 
 @pytest.mark.theorem(
-    "product(x, W₁, W₂, …) = [x W₁ᵀ | x W₂ᵀ | …], joint or one by one, of any of the weights in any order",
+    "fused_matmul(x, W₁, W₂, …) = [x W₁ᵀ | x W₂ᵀ | …], fused or one by one, of any of the weights in any order",
     source="ARCHITECTURE.md: the weight seam",
 )
 @pytest.mark.usefixtures("processor")
 @given(st.data(), st.integers(1, 9), st.integers(0, 5), seeds)
-def test_product_of_several_weights_is_the_products_side_by_side(xp, data, columns, rows, seed):
+def test_fused_product_is_the_products_side_by_side(xp, data, columns, rows, seed):
     sizes = data.draw(
         st.lists(st.sampled_from([BLOCK, 2 * BLOCK, 3 * BLOCK, 5]), min_size=1, max_size=4)
     )
@@ -161,7 +161,7 @@ def test_product_of_several_weights_is_the_products_side_by_side(xp, data, colum
     mine = [Dense(xp.asarray(host[i])) if data.draw(st.booleans()) else dense[i] for i in chosen]
     for indices, weights_there in ((range(len(sizes)), dense), (chosen, mine)):
         x = np.random.default_rng(seed).standard_normal((rows, columns))
-        got = to_host(product(xp.asarray(x), *weights_there))
+        got = to_host(fused_matmul(xp.asarray(x), *weights_there))
         expected = np.concatenate([x @ host[i].T for i in indices], axis=1)
         np.testing.assert_allclose(got, expected, rtol=0, atol=columns * 40 * np.finfo(float).eps)
     for w, d in zip(host, dense, strict=True):
@@ -175,15 +175,15 @@ def test_product_of_several_weights_is_the_products_side_by_side(xp, data, colum
 )
 @pytest.mark.usefixtures("processor")
 @given(st.data(), st.integers(1, 9), st.integers(1, 9), st.sampled_from([0, 4, 10**6]), seeds)
-def test_a_bound_product_is_the_product_of_the_moment(data, columns, rows, most, seed):
+def test_a_bound_product_reads_x_when_it_is_called(data, columns, rows, most, seed):
     sizes = data.draw(st.lists(st.sampled_from([BLOCK, 2 * BLOCK, 5]), min_size=1, max_size=3))
     _, dense, _ = laid_out(np, sizes, columns, seed)
     mine = dense if data.draw(st.booleans()) else dense[::-1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "SMALL", most * BLOCK * columns)
+        patch.setattr(weights, "SMALL_PRODUCT", most * BLOCK * columns)
         x = np.zeros((rows, columns))
         out = np.full((rows, sum(sizes)), np.nan)
-        call = bound(x, out, mine)
+        call = bind_fused(x, out, mine)
         for _ in range(2):
             x[...] = np.random.default_rng(seed).standard_normal(x.shape)
             call()
@@ -195,20 +195,20 @@ def test_a_bound_product_is_the_product_of_the_moment(data, columns, rows, most,
 
 
 @pytest.mark.parametrize(
-    ("in_place", "full"),
+    ("in_place", "padded"),
     [(True, [0, 2, 2, 4, 4, 5, 6, 7, 8, 9]), (False, [0, 1, 2, 3, 4, 8, 8, 8, 8, 12])],
 )
-def test_rows_are_filled_up_to_what_is_fastest(in_place, full, monkeypatch):
-    monkeypatch.setattr(weights, "reads_in_place", lambda: in_place)
+def test_rows_are_padded_to_what_is_fastest(in_place, padded, monkeypatch):
+    monkeypatch.setattr(weights, "has_small_kernels", lambda: in_place)
     blocked = Dense(np.ones((2 * BLOCK, 3)))
     plain = Dense(np.ones((BLOCK + 1, 3)))
-    assert [blocked.full(rows) for rows in range(10)] == full
-    assert [plain.full(rows) for rows in range(10)] == list(range(10))
+    assert [blocked.padded_rows(rows) for rows in range(10)] == padded
+    assert [plain.padded_rows(rows) for rows in range(10)] == list(range(10))
 
 
 @pytest.mark.usefixtures("processor")
-def test_weights_side_by_side_are_one_product_and_share_the_room(xp, monkeypatch):
-    _, dense, room = laid_out(xp, (2 * BLOCK, BLOCK), 3, 0)
+def test_fused_weights_are_one_product_and_share_the_arena(xp, monkeypatch):
+    _, dense, arena = laid_out(xp, (2 * BLOCK, BLOCK), 3, 0)
     multiplied = []
     monkeypatch.setattr(
         Dense,
@@ -216,25 +216,25 @@ def test_weights_side_by_side_are_one_product_and_share_the_room(xp, monkeypatch
         lambda self, x, f=Dense.matmul: (multiplied.append(self.shape), f(self, x))[1],
     )
     x = xp.ones((2, 3))
-    product(x, *dense)
+    fused_matmul(x, *dense)
     assert multiplied == ([(3 * BLOCK, 3)] if xp is np else [(2 * BLOCK, 3), (BLOCK, 3)])
-    assert room.used == (9 * BLOCK if xp is np else 0)
+    assert arena.used == (9 * BLOCK if xp is np else 0)
     for others in (dense[:1], dense[::-1], [dense[0], Dense(xp.ones((BLOCK, 3)))]):
         multiplied.clear()
-        product(x, *others)
-        assert multiplied == [w.shape for w in others]  # never the joint one
+        fused_matmul(x, *others)
+        assert multiplied == [w.shape for w in others]  # never the fused one
 
 
 @pytest.mark.usefixtures("processor")
-def test_a_room_takes_only_blocks_of_its_own_type():
+def test_an_arena_takes_only_blocks_of_its_own_dtype():
     for sizes, types in (((BLOCK, BLOCK + 1), {}), ((BLOCK, BLOCK), {"dtype": "float32"})):
         _, dense, _ = laid_out(np, sizes, 3, 0, **types)
-        assert all(w.joint is None for w in dense)
-    _, (first, second), room = laid_out(np, (BLOCK, BLOCK), 3, 0)
+        assert all(w.fused is None for w in dense)
+    _, (first, second), arena = laid_out(np, (BLOCK, BLOCK), 3, 0)
     assert first.blocked
-    assert room.numbers.__array_interface__["data"][0] % 64 == 0
-    assert np.shares_memory(first.joint._data, second._data)
-    assert room.numbers.size == room.used == 6 * BLOCK
+    assert arena.buffer.__array_interface__["data"][0] % 64 == 0
+    assert np.shares_memory(first.fused._data, second._data)
+    assert arena.buffer.size == arena.used == 6 * BLOCK
 
 
 def test_mixed_types_follow_numpys_promotion():

@@ -10,7 +10,7 @@ depends on shapes alone is therefore prepared once per number of rows, as a GPU 
 CUDA graph:
 
 - the arrays of a step are written in place, and the views of them that calls take are kept;
-- products are bound to their operands (``model.weights.bound``), with rows added where more
+- products are bound to their operands (``model.weights.bind_fused``), with rows added where more
   are multiplied faster: such a padding row is zeros from the embedding to the logits;
 - angles are looked up for the first positions.
 
@@ -48,7 +48,7 @@ from refllm.model.attention import Attend
 from refllm.model.config import ModelConfig
 from refllm.model.layers import rope_table
 from refllm.model.llama import Weights
-from refllm.model.weights import Dense, bound
+from refllm.model.weights import Dense, bind_fused
 
 ENDS = ("embed_tokens", "norm", "lm_head")
 MAX_ROWS = 64  # larger batches spend their time in the products
@@ -225,9 +225,9 @@ class CapturedStep:
             logits=z[:rows],
             products=[
                 (
-                    bound(h, y, [layer["q_proj"], layer["k_proj"], layer["v_proj"]]),
+                    bind_fused(h, y, [layer["q_proj"], layer["k_proj"], layer["v_proj"]]),
                     layer["o_proj"].bind(mixed, delta),
-                    bound(h, gate_up, [layer["gate_proj"], layer["up_proj"]]),
+                    bind_fused(h, gate_up, [layer["gate_proj"], layer["up_proj"]]),
                     layer["down_proj"].bind(act, delta),
                 )
                 for layer in layers
@@ -241,7 +241,7 @@ class CapturedStep:
         memory for them.
         """
         weights = (self.weights["lm_head"], *self.weights["layers"][0].values())
-        full: int = max(weight.full(rows) for weight in weights if isinstance(weight, Dense))
+        full: int = max(weight.padded_rows(rows) for weight in weights if isinstance(weight, Dense))
         if full > self.rows_allocated:
             self.rows_allocated = max(MIN_ROWS, 1 << (full - 1).bit_length())
             self.memory = {}
