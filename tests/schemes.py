@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from refllm.formats.granularity import Granularity
 from refllm.formats.uniform import RULES, Scheme
 
 FORCED = tuple(rule for rule in RULES if rule != "awq")  # zero is forced into the range
@@ -45,18 +46,18 @@ def spread(parameter: np.ndarray, scheme: Scheme, shape: tuple[int, int]) -> np.
     out = np.empty(shape, dtype=parameter.dtype)
     for i in range(shape[0]):
         for j in range(shape[1]):
-            out[i, j] = parameter[place(scheme, i, j)]
+            out[i, j] = parameter[place(scheme.geometry, i, j)]
     return out
 
 
-def place(scheme: Scheme, i: int, j: int) -> tuple[int, ...]:
-    """Index of the step of element (i, j)."""
-    size = scheme.group_size
-    if scheme.granularity == "tensor":
+def place(geometry: Granularity, i: int, j: int) -> tuple[int, ...]:
+    """Index of the scale of element (i, j)."""
+    size: Any = geometry.size
+    if geometry.kind == "tensor":
         return ()
-    if scheme.granularity in ("channel", "token"):
+    if geometry.kind in ("channel", "token"):
         return i, 0
-    if scheme.granularity == "group":
+    if geometry.kind == "group":
         return i, j // size
     down, right = size if isinstance(size, tuple) else (size, size)
     return i // down, j // right

@@ -244,7 +244,7 @@ class NetworkTensors(Mapping[str, Any]):
                 host = host.view("uint8") if kind == FLOAT8 else host
             tensors[suffix] = self._moved(host)
         try:
-            if stored.floats:
+            if stored.is_float:
                 return float_layouts.from_tensors(
                     tensors, stored, shape, dtype=self.dtype or "float32", name=module[:-1]
                 )

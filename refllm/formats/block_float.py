@@ -1,24 +1,23 @@
-"""Small floats in blocks that share a scale: FP8 by tensor, row, tile or block, MXFP8,
+"""Small floats in blocks that share a scale: FP8 per tensor, row, tile or block, MXFP8,
 MXFP4 and NVFP4.
 
-A block of numbers with a = max |x| is stored as codes of x/s and comes back as x̂ = s ·
-decode(code). What s is:
+A block with a = max |x| is stored as codes of x/s and comes back as x̂ = s · value(code).
+What s is:
 
-| scale     | s                                       | stored as                    | who                             |
+| scale     | s                                       | stored as                    | used by                         |
 |-----------|-----------------------------------------|------------------------------|---------------------------------|
-| "float32" | a / largest                             | float32                      | FP8 by tensor, row; DeepSeek-V3 |
+| "float32" | a / largest                             | float32                      | FP8 per tensor, row; DeepSeek-V3 |
 | "ue8m0"   | 2^⌈log2(a / largest)⌉                   | E8M0, a byte                 | DeepSeek-V3.1: never saturates  |
 | "mx"      | 2^(⌊log2 a⌋ − e), e = ⌊log2 largest⌋    | E8M0, a byte                 | OCP MXFP8, MXFP4: may saturate  |
 | "nvfp4"   | e4m3(G · a / 6) / G, G = 2688 / max a   | E4M3, a byte; G float32      | NVFP4                           |
 
 With a power of two as the scale, s · q needs no rounding; it costs up to one bit of the
-range. A block of zeros has no scale of its own: it gets 1 (the smallest there is, for E8M0
-of "mx"), where the published kernel of DeepSeek-V3 divides 0 by 0. So does a block so small
-that its scale would not be a normal float32 number: it gets 2^−126.
+range. A block of zeros gets the scale 1 (the smallest there is, for E8M0 of "mx"), where
+the published kernel of DeepSeek-V3 divides 0 by 0. A block so small that its scale would
+not be a normal float32 gets 2^−126.
 
-What shares a scale is said by the granularity of a ``Scheme`` (its rule and zero point play
-no part): a tensor, a row ("channel", "token"), g neighbours of a row ("group"), or bo × bi
-neighbours ("block", ragged at the edges).
+Which elements share a scale is a ``Granularity``: a tensor, a row ("channel", "token"), g
+neighbours of a row ("group"), or bo × bi neighbours ("block", ragged at the edges).
 
 | symbol | name                                       | shape                                    |
 |--------|--------------------------------------------|------------------------------------------|
@@ -28,50 +27,47 @@ neighbours ("block", ragged at the edges).
 
 Sources: DeepSeek-V3 (2024), §3.3; OCP Microscaling Formats 1.0, §6.3; NVIDIA's NVFP4.
 
-Left out: MXFP6, MXINT8, compressed-tensors' rounding of MX scales, codebooks; products
-(``fp8``).
+Left out: MXFP6, MXINT8, compressed-tensors' rounding of MX scales, codebooks; products of
+quantised activations (``fp8_linear``).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from refllm.backend import Array, bitcast, namespace
-from refllm.formats.minifloat import encode, float_format, rounded
+from refllm.formats import minifloat
+from refllm.formats.granularity import Granularity, from_blocks
 from refllm.formats.packing import pack, unpack
-from refllm.formats.uniform import (
-    PIECE,
-    Scheme,
-    as_blocks,
-    expand_scale,
-    from_blocks,
-    require_finite,
-    row_pieces,
-    rows_of,
-)
-from refllm.kv.kivi import decode
+from refllm.formats.uniform import require_finite
 
 __all__ = [
     "MXFP4",
     "MXFP8",
     "NVFP4",
     "SCALES",
-    "FloatScheme",
     "BlockFloatLinear",
+    "FloatScheme",
     "fake_quantize",
     "quantize",
     "scale_of",
 ]
 
 SCALES = ("float32", "ue8m0", "mx", "nvfp4")
-_NORMAL = 2.0**-126  # the smallest normal float32 number
+MATMUL_TILE = (1 << 18, 1 << 26)  # weights dequantised at a time in a product (host, device)
+_NORMAL = 2.0**-126  # the smallest normal float32
 
 
 @dataclass(frozen=True)
 class FloatScheme:
-    """The format of the codes, what shares a scale, and what the scale is."""
+    """The format of the codes, which elements share a scale, and what the scale is.
+
+    >>> FloatScheme("e4m3", "block", 128).geometry.scale_shape((300, 256))
+    (3, 2)
+    """
 
     format: str
     granularity: str
@@ -79,7 +75,7 @@ class FloatScheme:
     scale: str = "float32"
 
     def __post_init__(self) -> None:
-        found = float_format(self.format)
+        found = minifloat.float_format(self.format)
         if found.bits > 8 or not found.signed:
             raise ValueError(
                 f"FloatScheme: codes of e4m3, e5m2 or e2m1 share a scale, not {self.format}"
@@ -90,23 +86,25 @@ class FloatScheme:
             )
         if self.scale == "nvfp4" and self.format != "e2m1":
             raise ValueError(f"FloatScheme: NVFP4's scales are made for e2m1, not {self.format}")
-        # refuses a granularity that does not exist
-        Scheme(8, "restricted", self.granularity, self.group_size)
+        try:
+            self.geometry  # noqa: B018 (its checks are what is wanted)
+        except ValueError as error:
+            raise ValueError(f"FloatScheme: {error}") from None
 
-    @property
-    def blocks(self) -> Scheme:
-        """What shares a scale, as the geometry of a ``Scheme``."""
-        return Scheme(8, "restricted", self.granularity, self.group_size)
+    @cached_property
+    def geometry(self) -> Granularity:
+        """Which elements share a scale."""
+        return Granularity(self.granularity, self.group_size)
 
     @property
     def largest(self) -> float:
-        """The largest number of the format."""
-        return float_format(self.format).max
+        """The largest value of the format."""
+        return minifloat.float_format(self.format).max
 
 
 MXFP8 = FloatScheme("e4m3", "group", 32, "mx")  # 8.25 bits
 MXFP4 = FloatScheme("e2m1", "group", 32, "mx")  # 4.25 bits
-NVFP4 = FloatScheme("e2m1", "group", 16, "nvfp4")  # 4.5 bits, and 32 a tensor
+NVFP4 = FloatScheme("e2m1", "group", 16, "nvfp4")  # 4.5 bits, and 32 per tensor
 
 
 # --- scales -------------------------------------------------------------------------------
@@ -120,18 +118,18 @@ def scale_of(absmax: Array, scheme: FloatScheme) -> Array:
         return xp.where(a > 0, xp.maximum(a / scheme.largest, _NORMAL), 1.0)
     if scheme.scale == "nvfp4":
         code, g = _nvfp4(a)
-        return decode(code, "e4m3") / g
+        return minifloat.dequantize(code, "e4m3") / g
     top = math.frexp(scheme.largest)[1] - 1  # ⌊log2 largest⌋
     if scheme.scale == "ue8m0":
-        # the exponent field of a/largest, one more if any bit of the mantissa is set;
-        # 2^−126 at least
+        # the exponent field of a/largest (at least 2^−126), plus one if any bit of the
+        # mantissa is set
         bits = bitcast(xp.maximum(a / scheme.largest, _NORMAL), xp.int32)
         exponent = (bits >> 23) + xp.astype((bits & 0x7FFFFF) != 0, xp.int32)
-        # largest · s stays a float32 number
+        # largest · s stays within float32
         exponent = xp.where(a > 0, xp.clip(exponent, 1, 254 - top), 127)
     else:
         exponent = xp.clip((bitcast(a, xp.int32) >> 23) - top, 0, 254)
-    return decode(xp.astype(exponent, xp.uint8), "e8m0")
+    return minifloat.dequantize(xp.astype(exponent, xp.uint8), "e8m0")
 
 
 def _nvfp4(a: Array) -> tuple[Array, Array]:
@@ -139,7 +137,7 @@ def _nvfp4(a: Array) -> tuple[Array, Array]:
     xp = namespace(a)
     top = xp.max(a) if a.size else xp.zeros((), dtype=xp.float32)
     g = 2688.0 / xp.where(top > 0, xp.maximum(top, 2688.0 * _NORMAL), 2688.0)
-    code = encode(g * a / 6.0, "e4m3")
+    code = minifloat.quantize(g * a / 6.0, "e4m3")
     return xp.where(code == 0, 0x20, code), xp.asarray(g, dtype=xp.float32)
 
 
@@ -153,25 +151,15 @@ def absmax(x: Array, scheme: FloatScheme, *, name: str = "x") -> Array:
     """
     xp = namespace(x)
     try:
-        shape = scheme.blocks.scale_shape(tuple(x.shape))
+        shape = scheme.geometry.scale_shape(tuple(x.shape))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     if not x.size:
         raise ValueError(f"{name}: an array of shape {tuple(x.shape)} has no range")
-    found = xp.max(xp.abs(_blocks(x, scheme)), axis=(1, 3))
-    if not bool(xp.all(xp.isfinite(found))):  # the maximum passes NaN on
+    found = xp.max(xp.abs(scheme.geometry.as_blocks(x)), axis=(1, 3))
+    if not bool(xp.all(xp.isfinite(found))):  # the maximum propagates NaN
         require_finite(x, name)
     return xp.reshape(found, shape)
-
-
-def _blocks(x: Array, scheme: FloatScheme) -> Array:
-    """``as_blocks``, and no copy where the blocks are whole."""
-    if scheme.granularity == "block":
-        rows, columns = scheme.blocks.block
-        m, n = x.shape
-        if m % rows == 0 and n % columns == 0:
-            return namespace(x).reshape(x, (m // rows, rows, n // columns, columns))
-    return as_blocks(x, scheme.blocks)
 
 
 # --- arrays -------------------------------------------------------------------------------
@@ -180,43 +168,49 @@ def _blocks(x: Array, scheme: FloatScheme) -> Array:
 def quantize(
     x: Array, scheme: FloatScheme, *, scale: Array | None = None, name: str = "x"
 ) -> BlockFloatLinear:
-    """A matrix x[M, N] in codes; ``scale`` (float32) gives a scale instead of that of the
-    blocks' own range.
+    """A matrix x[M, N] in codes; ``scale`` (float32) replaces the scale of the blocks' own
+    range.
 
-    With a scale from elsewhere, numbers beyond its range become the largest one.
+    With a given scale, values beyond its range saturate.
 
     Raises
     ------
     ValueError
-        naming ``name`` if x is no matrix, empty, not finite, or does not fit the scheme, or
-        a scale is not positive.
+        naming ``name`` if x is not a matrix, is empty, not finite, or does not fit the
+        scheme, or if a scale is not positive.
+
+    >>> import numpy as np
+    >>> weight = quantize(np.array([[448.0, 1.0, -3.0, 0.1]]), FloatScheme("e4m3", "channel"))
+    >>> weight.scale.tolist(), weight.dequantize().tolist()
+    ([[1.0]], [[448.0, 1.0, -3.0, 0.1015625]])
     """
     xp = namespace(x, scale)
     if x.ndim != 2:
         raise ValueError(f"{name}: a matrix [M, N] is quantised, got shape {tuple(x.shape)}")
-    stored, g = _stored(absmax(x, scheme, name=name), scheme) if scale is None else (scale, None)
-    if scale is not None and (
-        scheme.scale != "float32" or not bool(xp.all((scale > 0) & xp.isfinite(scale)))
-    ):
-        raise ValueError(f"{name}: a given scale is float32, finite and above 0")
-    made = BlockFloatLinear(
-        xp.empty((0, 0), dtype=xp.uint8), stored, scheme, (int(x.shape[0]), int(x.shape[1])), g
-    )
-    blocks = xp.astype(_blocks(x, scheme), xp.float32, copy=False)
-    codes = encode(blocks / expand_scale(made.scale, scheme.blocks, made.shape), scheme.format)
-    return made.with_codes(from_blocks(codes, made.shape))
+    g = None
+    if scale is None:
+        stored, g = _stored(absmax(x, scheme, name=name), scheme)
+    else:
+        stored = scale
+        if scheme.scale != "float32" or not bool(xp.all((scale > 0) & xp.isfinite(scale))):
+            raise ValueError(f"{name}: a given scale is float32, finite and above 0")
+    shape = (int(x.shape[0]), int(x.shape[1]))
+    made = BlockFloatLinear(xp.empty((0, 0), dtype=xp.uint8), stored, scheme, shape, g)
+    geometry = scheme.geometry
+    blocks = xp.astype(geometry.as_blocks(x), xp.float32, copy=False)
+    scaled = blocks / geometry.expand_scale(made.scale, shape)
+    return made.with_codes(from_blocks(minifloat.quantize(scaled, scheme.format), shape))
 
 
 def fake_quantize(x: Array, scheme: FloatScheme, *, name: str = "x") -> Array:
-    """``quantize(x).dequantize()`` of float32 numbers without the codes."""
+    """``quantize(x).dequantize()`` of float32 values, without making the codes."""
     xp = namespace(x)
-    blocks = _blocks(x, scheme)
-    s = expand_scale(
-        scale_of(absmax(x, scheme, name=name), scheme), scheme.blocks, tuple(x.shape)
-    )
-    back = rounded(blocks / s, scheme.format)
+    geometry = scheme.geometry
+    shape = tuple(x.shape)
+    s = geometry.expand_scale(scale_of(absmax(x, scheme, name=name), scheme), shape)
+    back = minifloat.rounded(geometry.as_blocks(x) / s, scheme.format)
     back *= s
-    return xp.ascontiguousarray(from_blocks(back, tuple(x.shape)))
+    return xp.ascontiguousarray(from_blocks(back, shape))
 
 
 def _stored(a: Array, scheme: FloatScheme) -> tuple[Array, Array | None]:
@@ -225,14 +219,15 @@ def _stored(a: Array, scheme: FloatScheme) -> tuple[Array, Array | None]:
         return scale_of(a, scheme), None
     if scheme.scale == "nvfp4":
         return _nvfp4(a)
-    return (encode(scale_of(a, scheme), "e8m0"), None)
+    return minifloat.quantize(scale_of(a, scheme), "e8m0"), None
 
 
 class BlockFloatLinear:
-    """A matrix [M, N] as codes and scales; satisfies ``Linear``, with inputs as they are.
+    """A weight [M, N] as codes and scales; satisfies ``Linear``, with activations in
+    floating point.
 
     ``stored`` is the scale as it is stored: float32, or uint8 codes of E8M0 or E4M3 (then
-    with ``g``, NVFP4's G). Codes of E2M1 are held packed, two a byte.
+    with ``g``, NVFP4's G). Codes of E2M1 are packed, two per byte.
     """
 
     def __init__(
@@ -260,7 +255,7 @@ class BlockFloatLinear:
 
     @property
     def codes(self) -> Array:
-        """uint8 [M, N]"""
+        """Codes, uint8 [M, N]."""
         xp = namespace(self._codes)
         if self.scheme.format != "e2m1":
             return self._codes
@@ -272,15 +267,14 @@ class BlockFloatLinear:
         if self.stored.dtype != namespace(self.stored).uint8:
             return self.stored
         if self.g is None:
-            return decode(self.stored, "e8m0")
-        return decode(self.stored, "e4m3") / self.g
+            return minifloat.dequantize(self.stored, "e8m0")
+        return minifloat.dequantize(self.stored, "e4m3") / self.g
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales as they are held."""
-        return int(
-            self._codes.nbytes + self.stored.nbytes + (0 if self.g is None else self.g.nbytes)
-        )
+        g = 0 if self.g is None else self.g.nbytes
+        return int(self._codes.nbytes + self.stored.nbytes + g)
 
     @property
     def bits_per_weight(self) -> float:
@@ -288,39 +282,38 @@ class BlockFloatLinear:
         return 8.0 * self.nbytes / (self.shape[0] * self.shape[1])
 
     def dequantize(self) -> Array:
-        """x̂[M, N], a new array in ``dtype``."""
+        """Ŵ[M, N], a new array in ``dtype``."""
         xp = namespace(self._codes)
         out = xp.empty(self.shape, dtype=self.dtype)
-        for start, stop in row_pieces(self._codes, self.shape, self.scheme.blocks, PIECE):
+        for start, stop in self.scheme.geometry.row_tiles(self._codes, self.shape):
             out[start:stop, :] = self.rows(start, stop)
         return out
 
     def rows(self, start: int, stop: int) -> Array:
-        """x̂ of these rows, float32; ``start`` is the first row of a block."""
+        """Ŵ of these rows, float32; ``start`` is the first row of a block."""
         xp = namespace(self._codes)
-        blocks = self.scheme.blocks
+        geometry = self.scheme.geometry
         codes = self._codes[start:stop, :]
         if self.scheme.format == "e2m1":
             codes = xp.astype(unpack(codes, 4, self.shape[1]), xp.uint8, copy=False)
         shape = (stop - start, self.shape[1])
-        values = as_blocks(decode(codes, self.scheme.format), blocks)
-        values = values * expand_scale(rows_of(self.scale, blocks, start, stop), blocks, shape)
-        return from_blocks(values, shape)
+        values = geometry.as_blocks(minifloat.dequantize(codes, self.scheme.format))
+        scale = geometry.rows_of(self.scale, start, stop)
+        return from_blocks(values * geometry.expand_scale(scale, shape), shape)
 
     def matmul(self, x: Array) -> Array:
-        """x[T, N] → x x̂ᵀ [T, M], in the wider of x's dtype and float32; a tile of x̂ at a
-        time is in floats.
+        """x[T, N] → x Ŵᵀ [T, M], in the wider of x's dtype and float32, with at most one
+        tile of Ŵ in floats.
         """
         xp = namespace(x, self._codes)
         dtype = xp.result_type(x.dtype, self.dtype)
-        out = xp.empty((x.shape[0], self.shape[0]), dtype=dtype)
+        out = xp.empty((x.shape[0], self.shape[0]), dtype=dtype)  # [T, M]
         x = xp.astype(x, dtype, copy=False)
-        for start, stop in row_pieces(
-            self._codes, self.shape, self.scheme.blocks, (1 << 18, 1 << 26)
-        ):
+        for start, stop in self.scheme.geometry.row_tiles(self._codes, self.shape, MATMUL_TILE):
             out[:, start:stop] = x @ xp.astype(self.rows(start, stop), dtype, copy=False).T
         return out
 
     def __repr__(self) -> str:
         shape = f"{self.shape[0]}×{self.shape[1]}"
-        return f"BlockFloatLinear({shape}, {self.scheme.format}, {self.bits_per_weight:.3f} bits per weight)"
+        bits = f"{self.bits_per_weight:.3f} bits per weight"
+        return f"BlockFloatLinear({shape}, {self.scheme.format}, {bits})"

@@ -6,16 +6,18 @@ float-quantized, and DeepSeek-V3's fp8.
 | float-quantized | weight E4M3 [M, N], weight_scale [M, 1], or [⌈M/b⌉, ⌈N/b⌉] in blocks                              |
 | fp8             | weight E4M3 [M, N], weight_scale_inv [⌈M/b⌉, ⌈N/b⌉]: a multiplier, despite its name               |
 
-Scales are written in float32, so that what is stored is what was quantised; of a file any
-type is read.
+Blocks are square: b × b weights share a scale. Rows go with one activation scale per token,
+blocks with 1 × b tiles of the activations; float-quantized may leave activations in floating
+point. Scales are written in float32, so that a weight is stored exactly; scales of any
+floating-point type are read.
 
 Blocks at the edges may be ragged. transformers 5, when it dequantises fp8 on a CPU, then
-shares the rows out evenly among the scales and gets other weights.
+divides the rows evenly among the scales and gets different weights.
 
 Sources: the compressed-tensors library; DeepSeek-V3's README_WEIGHTS; transformers'
 FineGrainedFP8Config.
 
-Left out: scales a tensor, E5M2, static scales of activations.
+Left out: one scale per tensor, E5M2, static scales of activations.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from collections.abc import Mapping
 from refllm.backend import Array, namespace
 from refllm.formats.block_float import BlockFloatLinear, FloatScheme
 from refllm.formats.fp8_linear import Fp8Linear
-from refllm.formats.layouts import FLOATS, WeightLayout
+from refllm.formats.layouts import FLOAT_LAYOUTS, WeightLayout
 
 __all__ = ["from_tensors", "layout_for", "to_tensor"]
 
@@ -33,24 +35,25 @@ SCALES = ("weight_scale", "weight_scale_inv")
 
 
 def layout_for(weight: Fp8Linear, layout: str | None = None) -> WeightLayout:
-    """How a weight is stored; None is compressed-tensors' layout.
+    """The layout of that name for a weight; None is compressed-tensors' float-quantized.
 
     Raises
     ------
     ValueError
-        if the layout cannot hold it, saying what it can hold.
+        if the layout cannot hold it; the message says what it can hold.
     """
     scheme = weight.weight.scheme
     activation = weight.activation
     layout = layout or "float-quantized"
-    if layout not in FLOATS:
-        raise ValueError(f"{layout} cannot hold 8-bit floats; what can: {', '.join(FLOATS)}")
-    size = scheme.blocks.block if scheme.granularity == "block" else (0, 0)
+    if layout not in FLOAT_LAYOUTS:
+        able = ", ".join(FLOAT_LAYOUTS)
+        raise ValueError(f"{layout} cannot hold 8-bit floats; what can: {able}")
+    size = scheme.geometry.block if scheme.granularity == "block" else (0, 0)
     held = (scheme.granularity == "channel" and layout != "fp8") or (size[0] == size[1] > 0)
     if scheme.format != "e4m3" or not held:
+        able = "square blocks" if layout == "fp8" else "square blocks or by channel"
         raise ValueError(
-            f"{layout} holds e4m3 in square blocks{' or by channel' if layout != 'fp8' else ''}, not "
-            f"{scheme.format} by {scheme.granularity}"
+            f"{layout} holds e4m3 in {able}, not {scheme.format} by {scheme.granularity}"
         )
     wanted = "tile" if size[0] else "token"
     if activation != wanted and (activation is not None or layout == "fp8"):
@@ -59,11 +62,11 @@ def layout_for(weight: Fp8Linear, layout: str | None = None) -> WeightLayout:
         raise ValueError(
             f"{layout}: tiles of {size[0]} columns of the activations are left out, only 128"
         )
-    return WeightLayout(layout, 8, size[0] or None, plain_inputs=activation is None)
+    return WeightLayout(layout, 8, size[0] or None, weight_only=activation is None)
 
 
 def to_tensor(weight: Fp8Linear, suffix: str) -> Array:
-    """One tensor of a weight: codes as uint8, scales float32."""
+    """One tensor of a weight: codes as uint8, scales as float32."""
     xp = namespace(weight.weight.codes)
     inner = weight.weight
     if suffix == "weight":
@@ -73,19 +76,19 @@ def to_tensor(weight: Fp8Linear, suffix: str) -> Array:
 
 def from_tensors(
     tensors: Mapping[str, Array],
-    stored: WeightLayout,
+    layout: WeightLayout,
     shape: tuple[int, int],
     *,
     dtype: str = "float32",
     name: str = "weight",
 ) -> Fp8Linear:
-    """A weight W[M, N] from its tensors by suffix; ``dtype`` is what it comes back in.
+    """A weight W[M, N] from its tensors by suffix; ``dtype`` is the type that it comes back
+    in.
 
     Raises
     ------
     ValueError
-        naming ``name`` for a code that is NaN, or a scale that is not a finite number of 0
-        or more.
+        naming ``name`` if a code is NaN, or a scale is negative or not finite.
     """
     codes = tensors["weight"]
     xp = namespace(codes)
@@ -94,14 +97,14 @@ def from_tensors(
         raise ValueError(f"{name}: a scale is negative or not finite: the file is damaged")
     if codes.size and bool(xp.any((codes & 0x7F) == 0x7F)):
         raise ValueError(f"{name}: a code is NaN: the file is damaged")
-    size = stored.group_size
+    size = layout.group_size
     if size is None:
         scheme = FloatScheme("e4m3", "channel")
     else:
         scheme = FloatScheme("e4m3", "block", size)
     made = BlockFloatLinear(codes, xp.astype(scale, xp.float32), scheme, shape)
     made.dtype = dtype
-    if stored.plain_inputs:
+    if layout.weight_only:
         activation = None
     elif size is None:
         activation = "token"

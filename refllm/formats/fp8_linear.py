@@ -1,22 +1,22 @@
-"""Products of small floats: codes are multiplied, sums leave the narrow accumulator in
-time, scales come last.
+"""FP8 products: codes are multiplied, partial sums are promoted to float32 before the
+narrow accumulator loses them, scales are applied last.
 
     Y[t, m] = Σ_k  s_x[t, k] · s_w[m, k] · ( Σ_{i in slice k} q_x[t, i] · q_w[m, i] )
 
-A slice is what shares a scale along the sum, 128 in DeepSeek-V3. The inner sum is what a
+A slice is a run of columns that share a scale, 128 in DeepSeek-V3. The inner sum is what a
 tensor core computes; at its end the partial sum is *promoted*: multiplied by its scales and
-added to a float32 number in ordinary registers.
+added to a float32 sum in ordinary registers.
 
 Why promotion is more than a way to apply scales: Hopper's tensor cores keep about 14 bits
-when they add products of 8-bit floats. Each addition cuts off what is below 2^−13 of the
-sum so far, always towards zero. Over K = 4096 these cuts add up to about 2 % of a sum; over
-128 they cannot. ``Accumulator`` simulates it:
+when they add products of 8-bit floats. Each addition truncates what is below 2^−13 of the
+sum so far, always towards zero. Over K = 4096 these errors add up to about 2 % of a sum;
+over 128 they cannot. ``Accumulator`` simulates it:
 
 | field   | meaning                                                                                    |
 |---------|--------------------------------------------------------------------------------------------|
 | bits    | significant bits that a sum keeps (24: float32)                                            |
-| every   | products that are added exactly before the sum is cut: 16 to 32 in one instruction         |
-| promote | products after which the sum moves to float32 and begins anew; None: never                 |
+| every   | products that are added exactly before the sum is truncated: 16 to 32 in one instruction   |
+| promote | products after which the sum moves to float32 and restarts at zero; None: never            |
 
 | symbol   | name                          | shape                          |
 |----------|-------------------------------|--------------------------------|
@@ -36,15 +36,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from refllm.backend import Array, bitcast, namespace
-from refllm.formats.block_float import BlockFloatLinear, FloatScheme, quantize
-from refllm.formats.uniform import row_pieces
-from refllm.kv.kivi import decode
+from refllm.formats import minifloat
+from refllm.formats.block_float import MATMUL_TILE, BlockFloatLinear, FloatScheme, quantize
 
 __all__ = ["ACTIVATIONS", "Accumulator", "Fp8Linear", "scaled_matmul", "truncate"]
 
 TILE = 128
-_WEIGHTS = (1 << 18, 1 << 26)  # weights in floats at a time (host, device)
-# what shares a scale of the activations
+# the granularity at which activations share a scale
 ACTIVATIONS: dict[str, tuple[str, tuple[int, int] | None]] = {
     "tensor": ("tensor", None),
     "token": ("token", None),
@@ -54,18 +52,19 @@ ACTIVATIONS: dict[str, tuple[str, tuple[int, int] | None]] = {
 
 @dataclass(frozen=True)
 class Accumulator:
-    """A sum of products as a tensor core makes it; see the module's docstring."""
+    """A simulated tensor core accumulator; see the module's docstring.
+
+    >>> Accumulator(bits=14, every=32, promote=128).promote
+    128
+    """
 
     bits: int = 14
     every: int = 32
     promote: int | None = TILE
 
     def __post_init__(self) -> None:
-        if (
-            not 1 <= self.bits <= 24
-            or self.every < 1
-            or (self.promote is not None and self.promote < 1)
-        ):
+        promote = 1 if self.promote is None else self.promote
+        if not 1 <= self.bits <= 24 or self.every < 1 or promote < 1:
             raise ValueError(
                 f"Accumulator: 1 to 24 bits, every and promote of at least 1, got {self}"
             )
@@ -75,26 +74,33 @@ class Accumulator:
         xp = namespace(x, w)
         k = int(x.shape[1])
         total = xp.zeros((x.shape[0], w.shape[0]), dtype=xp.float32)
-        stretch = self.promote or max(1, k)
-        for first in range(0, k, stretch):
-            last = min(first + stretch, k)
-            acc = xp.zeros_like(total)
+        length = self.promote or max(1, k)
+        for first in range(0, k, length):
+            last = min(first + length, k)
+            partial = xp.zeros_like(total)  # the narrow accumulator
             for i in range(first, last, self.every):
                 at = slice(i, min(i + self.every, last))
-                acc = truncate(acc + x[:, at] @ w[:, at].T, self.bits)
-            total += acc
+                partial = truncate(partial + x[:, at] @ w[:, at].T, self.bits)
+            total += partial  # promotion to float32
         return total
 
 
 def truncate(x: Array, bits: int) -> Array:
-    """float32 numbers cut towards zero to ``bits`` significant bits."""
+    """float32 values truncated towards zero to ``bits`` significant bits.
+
+    >>> import numpy as np
+    >>> truncate(np.array([1.9375, -5.5], dtype="float32"), 3).tolist()
+    [1.75, -5.0]
+    """
     xp = namespace(x)
     return bitcast(bitcast(x, xp.int32) & (-1 << (24 - bits)), xp.float32)
 
 
-def scaled_matmul(x: BlockFloatLinear, w: BlockFloatLinear, accumulator: Accumulator | None = None) -> Array:
+def scaled_matmul(
+    x: BlockFloatLinear, w: BlockFloatLinear, accumulator: Accumulator | None = None
+) -> Array:
     """Codes x[T, N] times codes w[M, N] → Y[T, M] float32, slice by slice as in the formula
-    above.
+    of the module.
 
     ``accumulator`` None adds within a slice in float32.
 
@@ -108,60 +114,59 @@ def scaled_matmul(x: BlockFloatLinear, w: BlockFloatLinear, accumulator: Accumul
     outputs, k = w.shape
     if n != k:
         raise ValueError(f"scaled_matmul: rows of {n} and of {k} codes do not fit")
-    across = _slice(x), _slice(w)
-    step = min(across)
-    if max(across) % step and max(across) < n:
+    widths = _scale_width(x), _scale_width(w)
+    width = min(widths)
+    if max(widths) % width and max(widths) < n:
         raise ValueError(
-            f"scaled_matmul: scales of {across[0]} and of {across[1]} columns do not nest"
+            f"scaled_matmul: scales of {widths[0]} and of {widths[1]} columns do not nest"
         )
     out = xp.zeros((rows, outputs), dtype=xp.float32)
     x_scale = x.scale
     w_scale = w.scale
     x_codes = x.codes
     w_codes = w.codes
-    for top, bottom in row_pieces(w_codes, w.shape, w.scheme.blocks, _WEIGHTS):
-        for first in range(0, n, step):
-            at = slice(first, min(first + step, n))
-            left = decode(x_codes[:, at], x.scheme.format)
-            right = decode(w_codes[top:bottom, at], w.scheme.format)
+    for top, bottom in w.scheme.geometry.row_tiles(w_codes, w.shape, MATMUL_TILE):
+        for first in range(0, n, width):
+            at = slice(first, min(first + width, n))
+            left = minifloat.dequantize(x_codes[:, at], x.scheme.format)  # [T, width]
+            right = minifloat.dequantize(w_codes[top:bottom, at], w.scheme.format)
             if accumulator is None:
                 part = left @ right.T
             else:
                 part = accumulator.product(left, right)
-            part *= _of_rows(x_scale, x, first, 0, rows)
-            part *= _of_rows(w_scale, w, first, top, bottom).T
+            part *= _scale_at(x_scale, x, first, 0, rows)  # [T, 1]
+            part *= _scale_at(w_scale, w, first, top, bottom).T  # [1, rows of the tile]
             out[:, top:bottom] += part
     return out
 
 
-def _slice(x: BlockFloatLinear) -> int:
+def _scale_width(x: BlockFloatLinear) -> int:
     """Columns that share a scale."""
-    blocks = x.scheme.blocks
-    if blocks.granularity in ("group", "block"):
-        return blocks.block[1]
+    geometry = x.scheme.geometry
+    if geometry.kind in ("group", "block"):
+        return geometry.block[1]
     return max(1, x.shape[1])
 
 
-def _of_rows(scale: Array, x: BlockFloatLinear, column: int, start: int, stop: int) -> Array:
-    """The scale of these rows at this column, [rows, 1] or [1, 1]."""
+def _scale_at(scale: Array, x: BlockFloatLinear, column: int, start: int, stop: int) -> Array:
+    """The scale of rows ``start`` to ``stop`` at this column, [rows, 1] or [1, 1]."""
     xp = namespace(scale)
-    blocks = x.scheme.blocks
     if scale.ndim == 0:
         return xp.reshape(scale, (1, 1))
-    found = scale[:, column // _slice(x) :][:, :1]
-    high = blocks.block[0] if blocks.granularity == "block" else 1
+    found = scale[:, column // _scale_width(x) :][:, :1]
+    high = x.scheme.geometry.block_rows
     if high > 1:
         return xp.repeat(found, high, axis=0)[start:stop, :]
     return found[start:stop, :]
 
 
 class Fp8Linear:
-    """A weight in 8-bit floats times activations that are rounded to 8-bit floats first;
+    """A weight in 8-bit floats times activations that are quantised to 8-bit floats first;
     satisfies ``Linear``.
 
-    ``activation`` says what shares a scale of x, found anew in each call: "tile" (1 × 128,
-    with weights in blocks of 128 × 128), "token" or "tensor"; None leaves x as it is.
-    ``name`` is the activations', for messages.
+    ``activation`` says which activations share a scale, which is computed in each call:
+    "tile" (1 × 128, with weights in blocks of 128 × 128), "token" or "tensor"; None leaves
+    x in floating point. ``name`` names the activations in messages.
     """
 
     def __init__(
@@ -174,7 +179,8 @@ class Fp8Linear:
     ):
         if activation is not None and activation not in ACTIVATIONS:
             raise ValueError(
-                f"Fp8Linear: activation is None or one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+                f"Fp8Linear: activation is None or one of {', '.join(ACTIVATIONS)}, "
+                f"got {activation!r}"
             )
         self.weight = weight
         self.activation = activation
@@ -202,19 +208,16 @@ class Fp8Linear:
 
     def quantize_activations(self, x: Array) -> BlockFloatLinear:
         """x[T, N] in E4M3 with the scales of ``activation``; ValueError naming them if a
-        number is not finite.
+        value is not finite.
         """
-        assert self.activation is not None, "x stays as it is"
+        assert self.activation is not None, "x stays in floating point"
         granularity, size = ACTIVATIONS[self.activation]
         xp = namespace(x)
-        return quantize(
-            xp.astype(x, xp.float32, copy=False),
-            FloatScheme("e4m3", granularity, size),
-            name=self.name,
-        )
+        scheme = FloatScheme("e4m3", granularity, size)
+        return quantize(xp.astype(x, xp.float32, copy=False), scheme, name=self.name)
 
     def matmul(self, x: Array) -> Array:
-        """x[T, N] → [T, M], in x's dtype (float32 at least if x stays as it is)."""
+        """x[T, N] → [T, M], in x's dtype (at least float32 if x is not quantised)."""
         xp = namespace(x)
         if self.activation is None:
             return self.weight.matmul(x)

@@ -44,7 +44,7 @@ from functools import cache
 import numpy as np
 
 from refllm.backend import Array, bitcast, namespace
-from refllm.formats.uniform import PIECE
+from refllm.formats.granularity import TILE
 
 __all__ = [
     "FORMATS",
@@ -178,7 +178,7 @@ def quantize(x: Array, fmt: str, overflow: str = "saturate", *, name: str = "x")
         _refuse(flat, found, name, all=overflow != "saturate")
     out = xp.empty(flat.shape, dtype=xp.uint16 if found.bits == 16 else xp.uint8)
     codes = _codes if found.signed else _exponents
-    step = PIECE[0 if xp is np else 1] >> 1  # all steps of a piece find it in the cache
+    step = TILE[0 if xp is np else 1] >> 1  # all steps of a piece find it in the cache
     for i in range(0, int(flat.size), step):
         out[i : i + step] = xp.astype(
             codes(bitcast(flat[i : i + step], xp.int32), found, overflow), out.dtype
@@ -299,7 +299,7 @@ def rounded(x: Array, fmt: str) -> Array:
         )
     flat = xp.ascontiguousarray(xp.reshape(x, (-1,)))
     out = xp.empty(flat.shape, dtype=xp.float32)
-    step = PIECE[0 if xp is np else 1] >> 1
+    step = TILE[0 if xp is np else 1] >> 1
     drop = 23 - found.mantissa
     # its spacing is the smallest number; 1.5, so that −|x| changes no binade
     base = 1.5 * found.smallest * 2.0**23

@@ -1,29 +1,19 @@
-"""Codes of 1 to 8 bits as a dense little-endian bit stream in 32-bit words, one stream a
-row.
+"""Storage of codes, scales and zero points: fewer bits than they are computed with.
 
-Code i of a row takes the bits [i·b, (i+1)·b) of the row's stream; bit k is bit k mod 32 of
-word k // 32. Codes of 3, 5, 6 or 7 bits straddle words, and nothing is lost but the end of
-a row's last word. This is the layout of compressed-tensors' "pack-quantized" weights.
+**Codes** of b = 1 to 8 bits form a dense little-endian bit stream in 32-bit words, one
+stream per row. Code i of a row takes the bits [i·b, (i+1)·b) of the row's stream; bit k of
+the stream is bit k mod 32 of word k // 32. Codes of 3, 5, 6 or 7 bits straddle words, and
+only the end of a row's last word is wasted. This is the layout of compressed-tensors'
+"pack-quantized" weights. Codes are packed as they are if unsigned, and plus 2^(b−1) if
+signed.
 
-Eight codes are squeezed at once, as the eight bytes of one 64-bit number: neighbours are
-pushed together in pairs, pairs in fours, fours in eights (each step: shift, or, mask),
-which leaves 8·b bits at the low end, b whole bytes. Unpacking is the same three steps
-backwards. There is no loop over codes.
+Eight codes are packed at once, as the eight bytes of a 64-bit integer: neighbours are
+pushed together in pairs, pairs in fours, fours in eights (each time: shift, or, mask),
+which leaves 8·b bits at the low end, exactly b bytes. Unpacking reverses this. There is no
+loop over codes.
 
-| symbol | name                                      | shape              |
-|--------|-------------------------------------------|--------------------|
-| codes  | whole numbers in 0 … 2^b − 1              | [..., count]       |
-| words  | the stream, uint32                        | [..., ⌈count·b/32⌉] |
-
-Left out: other orders (GPTQ's and AWQ's are in ``layouts``), big-endian hosts (NumPy views
-follow the host's order), streams that run on from one row to the next.
-
-<<MERGED>> Codes, scales and zero points as they are stored: in fewer bits than they are
-computed with, and counted so.
-
-Codes are packed as they are if unsigned, and plus 2^(b−1) if signed. Zero points are codes,
-and packed like them, in one stream for the whole matrix; symmetric rules store none.
-Scales:
+**Zero points** are codes, packed to b bits in one stream for the whole matrix unless a
+dtype is asked for; symmetric rules store none. **Scales**:
 
 | stored as  | bytes | array held                                  |
 |------------|-------|---------------------------------------------|
@@ -33,9 +23,16 @@ Scales:
 | "bfloat16" | 2     | uint16: the upper half of a float32's bits  |
 
 Rounding is to nearest, ties to even. A scale that would round to 0 becomes the smallest
-number above 0, because something is divided by it.
+value above 0, because values are divided by it.
 
-Left out: 8-bit scales (they come with the block formats).
+| symbol | name                                      | shape               |
+|--------|-------------------------------------------|---------------------|
+| codes  | integers in 0 … 2^b − 1                   | [..., count]        |
+| words  | the bit stream, uint32                    | [..., ⌈count·b/32⌉] |
+
+Left out: other orders (GPTQ's and AWQ's are in ``layouts``), big-endian hosts (NumPy views
+follow the host's order), streams that continue from one row to the next, 8-bit scales (they
+come with the block formats).
 """
 
 from __future__ import annotations
@@ -45,7 +42,11 @@ from typing import Any
 from refllm.backend import Array, bitcast, namespace
 from refllm.formats.uniform import Scheme
 
+SCALE_DTYPES = ("float16", "bfloat16", "float32", "float64")
+ZERO_DTYPES = ("float16", "float32", "int32")  # all codes are exact in them
 _UNITS = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64"}
+
+# --- codes --------------------------------------------------------------------------------
 
 
 def words_per_row(count: int, bits: int) -> int:
@@ -55,29 +56,33 @@ def words_per_row(count: int, bits: int) -> int:
 
 
 def pack(codes: Array, bits: int, *, check: bool = True) -> Array:
-    """Whole numbers codes[..., count] in 0 … 2^bits − 1 → uint32 words[...,
-    ⌈count·bits/32⌉].
+    """Integers codes[..., count] in 0 … 2^bits − 1 → uint32 words[..., ⌈count·bits/32⌉].
 
-    ``check=False`` is for codes that are known to be in range (it spares a GPU the wait for
-    the answer).
+    ``check=False`` is for codes that are known to be in range (on a GPU the check waits for
+    the device).
 
     Raises
     ------
     ValueError
-        for bits outside 1..8, and for a code that needs more than ``bits`` bits or is
-        negative.
+        for bits outside 1..8, and for a code that is negative or needs more than ``bits``
+        bits.
     TypeError
-        if the codes are no integers.
+        if the codes are not integers.
+
+    >>> import numpy as np
+    >>> [hex(word) for word in pack(np.array([1, 2, 3, 4]), 4)]
+    ['0x4321']
+    >>> pack(np.array([7] * 11), 3).tolist()  # 33 bits: the last code straddles two words
+    [4294967295, 1]
     """
     xp = namespace(codes)
     _check_bits(bits)
     if codes.dtype.kind not in "iu":
-        raise TypeError(f"pack: codes are whole numbers, got {codes.dtype}")
+        raise TypeError(f"pack: codes are integers, got {codes.dtype}")
     count = int(codes.shape[-1])
     if check and codes.size and not 0 <= int(xp.min(codes)) <= int(xp.max(codes)) < 1 << bits:
-        raise ValueError(
-            f"pack: {bits}-bit codes lie in 0..{(1 << bits) - 1}, got {xp.min(codes)}..{xp.max(codes)}"
-        )
+        found = f"{xp.min(codes)}..{xp.max(codes)}"
+        raise ValueError(f"pack: {bits}-bit codes lie in 0..{(1 << bits) - 1}, got {found}")
     lead = codes.shape[:-1]
     eights = -(-count // 8)
     words = words_per_row(count, bits)
@@ -85,22 +90,19 @@ def pack(codes: Array, bits: int, *, check: bool = True) -> Array:
         padded = xp.zeros((*lead, 8 * eights), dtype=xp.uint8)
         padded[..., :count] = xp.astype(codes, xp.uint8)
         codes = padded
-    v = _squeeze(codes.view(xp.uint64), bits)  # [..., eights], 8·bits bits each
-    # The stream is the low `bits` bytes of each: moved in the largest units that divide
-    # them
+    squeezed = _squeeze(codes.view(xp.uint64), bits)  # [..., eights], 8·bits bits each
+    # The stream is the low `bits` bytes of each, copied in the largest units that divide them
     unit = bits & -bits
-    source = v.view(_UNITS[unit]).reshape((*lead, eights, 8 // unit))
+    source = squeezed.view(_UNITS[unit]).reshape((*lead, eights, 8 // unit))
     stream = xp.empty((*lead, eights, bits // unit), dtype=_UNITS[unit])
     for j in range(bits // unit):
         stream[..., j] = source[..., j]
-    return _fit(stream.reshape((*lead, eights * bits // unit)).view(xp.uint8), 4 * words).view(
-        xp.uint32
-    )
+    as_bytes = stream.reshape((*lead, eights * bits // unit)).view(xp.uint8)
+    return _fit(as_bytes, 4 * words).view(xp.uint32)
 
 
 def unpack(words: Array, bits: int, count: int) -> Array:
-    """The inverse of ``pack``: uint32 words[..., ⌈count·bits/32⌉] → uint8 codes[...,
-    count].
+    """The inverse of ``pack``: uint32 words[..., ⌈count·bits/32⌉] → uint8 codes[..., count].
 
     Raises
     ------
@@ -108,15 +110,21 @@ def unpack(words: Array, bits: int, count: int) -> Array:
         for bits outside 1..8, and for rows of any other number of words.
     TypeError
         if the words are not uint32.
+
+    >>> import numpy as np
+    >>> unpack(np.array([0x4321], dtype=np.uint32), 4, 4).tolist()
+    [1, 2, 3, 4]
     """
     xp = namespace(words)
     if words.dtype != xp.uint32:
         raise TypeError(
             f"unpack: words are uint32, got {words.dtype} (view signed words as uint32)"
         )
-    if words.shape[-1] != words_per_row(count, bits):
+    needed = words_per_row(count, bits)
+    if words.shape[-1] != needed:
         raise ValueError(
-            f"unpack: {count} codes of {bits} bits take {words_per_row(count, bits)} words a row, got {words.shape[-1]}"
+            f"unpack: {count} codes of {bits} bits take {needed} words per row, "
+            f"got {words.shape[-1]}"
         )
     lead = words.shape[:-1]
     eights = -(-count // 8)
@@ -126,17 +134,16 @@ def unpack(words: Array, bits: int, count: int) -> Array:
     spread = xp.zeros((*lead, eights, 8 // unit), dtype=_UNITS[unit])
     for j in range(bits // unit):
         spread[..., j] = source[..., j]
-    codes = _spread(spread.reshape((*lead, 8 * eights // unit)).view(xp.uint64), bits).view(
-        xp.uint8
-    )
+    eight_codes = spread.reshape((*lead, 8 * eights // unit)).view(xp.uint64)
+    codes = _spread(eight_codes, bits).view(xp.uint8)
     if count == 8 * eights:
         return codes
     return xp.copy(codes[..., :count])
 
 
 def _squeeze(v: Array, bits: int) -> Array:
-    """Bytes of which only the low ``bits`` bits are used → the same bits side by side at
-    the low end.
+    """Bytes of which only the low ``bits`` bits are used → those bits side by side at the
+    low end.
     """
     # of each two neighbouring fields, push the upper down to the bits used by the lower
     for width in (8, 16, 32):
@@ -158,12 +165,12 @@ def _spread(v: Array, bits: int) -> Array:
 
 
 def _mask(used: int, width: int) -> int:
-    """The low ``used`` bits of each field of ``width`` bits in a 64-bit number."""
+    """The low ``used`` bits of each field of ``width`` bits in a 64-bit integer."""
     return sum(((1 << used) - 1) << at for at in range(0, 64, width))
 
 
 def _fit(stream: Array, size: int) -> Array:
-    """Bytes [..., n] cut or filled with zeros to [..., size]: what is cut is padding."""
+    """Bytes [..., n], cut or filled with zeros to [..., size]; what is cut is padding."""
     xp = namespace(stream)
     have = int(stream.shape[-1])
     if have == size:
@@ -177,17 +184,16 @@ def _fit(stream: Array, size: int) -> Array:
 
 
 def _check_bits(bits: int) -> None:
+    """ValueError unless ``bits`` is an integer in 1..8."""
     if bits not in range(1, 9) or not hasattr(bits, "__index__"):
-        raise ValueError(f"packing: bits is a whole number in 1..8, got {bits!r}")
+        raise ValueError(f"packing: bits is an integer in 1..8, got {bits!r}")
 
 
-SCALE_DTYPES = ("float16", "bfloat16", "float32", "float64")
-ZERO_DTYPES = ("float16", "float32", "int32")  # all codes are exact in them
+# --- scales and zero points ---------------------------------------------------------------
 
 
 def store_scale(scale: Array, dtype: str | None, *, name: str = "scale") -> Array:
-    """Positive finite scales, rounded to ``dtype`` → the array to hold ("bfloat16" as
-    uint16).
+    """Positive finite scales, rounded to ``dtype`` → the array to hold (bfloat16 as uint16).
 
     Raises
     ------
@@ -202,25 +208,27 @@ def store_scale(scale: Array, dtype: str | None, *, name: str = "scale") -> Arra
         raise ValueError(
             f"scale_dtype {dtype!r} is unknown; choose one of {', '.join(SCALE_DTYPES)}"
         )
-    shape = scale.shape  # NumPy makes numbers of arrays without axes
+    shape = scale.shape  # NumPy turns results without axes into scalars
     scale = xp.reshape(scale, (scale.size,))
-    largest = float(xp.finfo(xp.float32 if dtype == "bfloat16" else getattr(xp, dtype)).max)
-    if scale.size and float(xp.max(scale)) > largest:
-        raise ValueError(f"{name}: a scale of {float(xp.max(scale)):.3g} does not fit {dtype}")
+    wide = getattr(xp, "float32" if dtype == "bfloat16" else dtype)
+    largest = float(xp.finfo(wide).max)
+    most = float(xp.max(scale)) if scale.size else 0.0
+    if most > largest:
+        raise ValueError(f"{name}: a scale of {most:.3g} does not fit {dtype}")
     if dtype == "bfloat16":
-        bits = bitcast(xp.astype(scale, xp.float32), xp.uint32)
+        bits = bitcast(xp.astype(scale, wide), xp.uint32)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # round half to even on the upper 16 bits
         if scale.size and int(xp.max(bits)) >= 0x7F80:  # infinity's bits
-            raise ValueError(f"{name}: a scale of {float(xp.max(scale)):.3g} does not fit bfloat16")
+            raise ValueError(f"{name}: a scale of {most:.3g} does not fit bfloat16")
         return xp.reshape(xp.astype(xp.clip(bits, 1, 0x7F7F), xp.uint16), shape)
-    tiny = float(xp.finfo(getattr(xp, dtype)).smallest_subnormal)
-    # a number below half of the smallest would round to 0 without this
+    tiny = float(xp.finfo(wide).smallest_subnormal)
+    # without this, a scale below half of the smallest value would round to 0
     held = xp.clip(scale, tiny, min(largest, float(xp.finfo(scale.dtype).max)))
-    return xp.reshape(xp.astype(held, getattr(xp, dtype)), shape)
+    return xp.reshape(xp.astype(held, wide), shape)
 
 
 def load_scale(stored: Array, dtype: Any) -> Array:
-    """What ``store_scale`` made → floats of ``dtype``."""
+    """The inverse of ``store_scale``: the array held → floats of ``dtype``."""
     xp = namespace(stored)
     if stored.dtype == xp.uint16:
         flat = xp.astype(xp.reshape(stored, (stored.size,)), xp.uint32)
@@ -246,8 +254,8 @@ def unpack_codes(words: Array, scheme: Scheme, count: int) -> Array:
 
 
 def store_zero(zero_point: Array, scheme: Scheme, dtype: str | None) -> Array | None:
-    """Zero points of asymmetric rules as one stream of b bits each, or as numbers of
-    ``dtype``.
+    """Zero points of an asymmetric rule as one stream of b bits each, or in ``dtype``; None
+    for a symmetric rule.
     """
     xp = namespace(zero_point)
     if scheme.symmetric:

@@ -1,5 +1,5 @@
-"""``quantization_config`` of a ``config.json``: which weights of a checkpoint are stored
-how. Plain data, no arrays.
+"""``quantization_config`` of a ``config.json``: which weights of a checkpoint are stored in
+which layout. Plain data, no arrays.
 
 | quant_method       | format                                              | which weights                            |
 |--------------------|-----------------------------------------------------|------------------------------------------|
@@ -9,15 +9,15 @@ how. Plain data, no arrays.
 | gptq               | ``checkpoint_format`` gptq (v1) or gptq_v2           | those that have a ``qweight``            |
 | awq                | ``version`` gemm                                     | those that have a ``qweight``            |
 
-What is written is what the spec of each format calls for, ``lm_head`` in ``ignore``
+Written is what the specification of each format asks for, ``lm_head`` in ``ignore``
 (readers look for a packed head otherwise) and ``quantization_status`` "compressed"
-(transformers fills in random weights otherwise). What is read is refused, with the reason,
-wherever ignoring an entry would change the output.
+(transformers fills in random weights otherwise). Reading rejects, with the reason, every
+entry that would change the output if it were ignored.
 
 Sources: compressed-tensors' QuantizationConfig, transformers' GPTQConfig and AwqConfig.
 
-Left out: 8-bit floats with static activations or a scale a tensor, per-module overrides of
-GPTQModel ("dynamic"), schemes by the name of a preset, sparsity.
+Left out: 8-bit floats with static activations or one scale per tensor, per-module overrides
+of GPTQModel ("dynamic"), schemes by the name of a preset, sparsity.
 """
 
 from __future__ import annotations
@@ -25,23 +25,36 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from refllm.formats.layouts import FLOATS, GPTQ_BITS, WeightLayout
+from refllm.formats.layouts import GPTQ_BITS, WeightLayout
 
 __all__ = ["SUPPORTED", "Quantization", "UnsupportedQuantization", "parse", "quantization_config"]
 
 COMPRESSED = ("pack-quantized", "int-quantized", "naive-quantized")
-SUPPORTED = f"compressed-tensors ({', '.join(COMPRESSED)}, float-quantized), fp8 (in blocks), gptq (v1 and v2) and awq (gemm)"
+SUPPORTED = (
+    f"compressed-tensors ({', '.join(COMPRESSED)}, float-quantized), fp8 (in blocks), "
+    "gptq (v1 and v2) and awq (gemm)"
+)
+# compressed-tensors' entry for dynamic 8-bit activations with one scale per token
+INT8_PER_TOKEN = {
+    "num_bits": 8,
+    "type": "int",
+    "symmetric": True,
+    "strategy": "token",
+    "dynamic": True,
+}
+
+Entry = Mapping[str, object]  # an object of the JSON file
 
 
 class UnsupportedQuantization(ValueError):
-    """A quantization_config that is damaged, or asks for what refllm does not read."""
+    """A quantization_config that is damaged, or needs what refllm does not read."""
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the weights of a checkpoint are stored. ``groups`` are (targets, how) in the
+    """How the weights of a checkpoint are stored. ``groups`` are (targets, layout) in the
     order of the file.
     """
 
@@ -50,58 +63,61 @@ class Quantization:
     ignore: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.method}: {', '.join(str(stored) for _, stored in self.groups)}"
+        return f"{self.method}: {', '.join(str(layout) for _, layout in self.groups)}"
 
     def of(self, module: str, names: Container[str]) -> WeightLayout | None:
-        """How the weight of a linear ``module`` is stored, in a checkpoint with tensors
-        ``names``; None: plainly.
+        """The layout of the weight of a linear ``module`` in a checkpoint with tensors
+        ``names``; None if it is not quantised.
         """
         if self.method != "compressed-tensors":
-            sign = "weight_scale_inv" if self.method == "fp8" else "qweight"
-            if f"{module}.{sign}" in names:
+            mark = "weight_scale_inv" if self.method == "fp8" else "qweight"
+            if f"{module}.{mark}" in names:
                 return self.groups[0][1]
             return None
         if any(_matches(entry, module) for entry in self.ignore):
             return None
         found = [
-            (rank, stored)
-            for targets, stored in self.groups
-            for t in targets
-            if (rank := _matches(t, module))
+            (rank, layout)
+            for targets, layout in self.groups
+            for target in targets
+            if (rank := _matches(target, module))
         ]
-        # of equals the first
-        if found:
-            return min(found, key=lambda pair: pair[0])[1]
-        return None
+        if not found:
+            return None
+        return min(found, key=lambda pair: pair[0])[1]  # the first of equal ranks
 
 
 def _matches(target: str, module: str) -> int:
-    """1 for a module's own name, 2 for a pattern, 3 for the class of all linear modules; 0
-    if it does not match.
+    """Rank of a match: 1 for the module's own name, 2 for a pattern, 3 for the class of all
+    linear modules; 0 if ``target`` does not match.
     """
     if target == module:
         return 1
     if target.startswith("re:"):
         try:
-            if re.match(target.removeprefix("re:"), module):
-                return 2
-            return 0
+            found = re.match(target.removeprefix("re:"), module)
         except re.error as error:
             raise UnsupportedQuantization(
-                f"quantization_config: {target!r} is no pattern ({error})"
+                f"quantization_config: {target!r} is not a pattern ({error})"
             ) from error
+        return 2 if found else 0
     return 3 if target == "Linear" else 0
 
 
 # --- writing ------------------------------------------------------------------------------
 
 
-def quantization_config(stored: WeightLayout, ignore: Sequence[str] = ("lm_head",)) -> dict[str, Any]:
-    """The entry for a checkpoint whose linear weights, but for ``ignore``, are all
-    ``stored`` alike.
+def quantization_config(
+    layout: WeightLayout, ignore: Sequence[str] = ("lm_head",)
+) -> dict[str, object]:
+    """The entry for a checkpoint whose linear weights, except those in ``ignore``, all have
+    the same ``layout``.
+
+    >>> quantization_config(WeightLayout("awq", 4, 128))["quant_method"]
+    'awq'
     """
-    group = -1 if stored.group_size is None else stored.group_size
-    if stored.layout == "awq":
+    group = -1 if layout.group_size is None else layout.group_size
+    if layout.name == "awq":
         return {
             "quant_method": "awq",
             "bits": 4,
@@ -110,66 +126,66 @@ def quantization_config(stored: WeightLayout, ignore: Sequence[str] = ("lm_head"
             "version": "gemm",
             "modules_to_not_convert": list(ignore),
         }
-    if stored.layout in ("gptq", "gptq_v2"):
+    if layout.name in ("gptq", "gptq_v2"):
         return {
             "quant_method": "gptq",
-            "bits": stored.bits,
+            "bits": layout.bits,
             "group_size": group,
-            "desc_act": stored.reordered,
-            "sym": stored.symmetric,
-            "checkpoint_format": stored.layout,
+            "desc_act": layout.act_order,
+            "sym": layout.symmetric,
+            "checkpoint_format": layout.name,
             "lm_head": False,
         }
-    if stored.layout == "fp8":
+    if layout.name == "fp8":
         return {
             "quant_method": "fp8",
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
-            "weight_block_size": [stored.group_size] * 2,
+            "weight_block_size": [layout.group_size] * 2,
             "modules_to_not_convert": list(ignore),
         }
-    if stored.floats:
-        weights, inputs = _float_arguments(stored)
-        return _entry(stored, weights, inputs, ignore)
+    if layout.is_float:
+        return _compressed_entry(layout, *_float_arguments(layout), ignore)
     weights = {
-        "num_bits": stored.bits,
+        "num_bits": layout.bits,
         "type": "int",
-        "symmetric": stored.symmetric,
+        "symmetric": layout.symmetric,
         "dynamic": False,
-        "strategy": "group" if stored.group_size else "channel",
-        "group_size": stored.group_size,
+        "strategy": "group" if layout.group_size else "channel",
+        "group_size": layout.group_size,
     }
-    inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    return _entry(stored, weights, inputs, ignore)
+    return _compressed_entry(layout, weights, INT8_PER_TOKEN, ignore)
 
 
-def _float_arguments(stored: WeightLayout) -> tuple[dict[str, Any], dict[str, Any]]:
-    """How compressed-tensors spells 8-bit floats: by row and token, or in blocks with
-    tiles.
+def _float_arguments(layout: WeightLayout) -> tuple[Entry, Entry]:
+    """compressed-tensors' arguments of weights and activations in 8-bit floats: per row and
+    token, or in blocks with tiles.
     """
-    number = {"num_bits": 8, "type": "float", "symmetric": True}
-    size = stored.group_size
+    e4m3: dict[str, object] = {"num_bits": 8, "type": "float", "symmetric": True}
+    size = layout.group_size
     if size is None:
-        return number | {"strategy": "channel", "dynamic": False}, number | {
-            "strategy": "token",
-            "dynamic": True,
-        }
-    block = {"strategy": "block", "dynamic": False, "block_structure": [size, size]}
-    return number | block, number | {"strategy": "group", "group_size": size, "dynamic": True}
+        weights: dict[str, object] = {"strategy": "channel", "dynamic": False}
+        inputs: dict[str, object] = {"strategy": "token", "dynamic": True}
+    else:
+        weights = {"strategy": "block", "dynamic": False, "block_structure": [size, size]}
+        inputs = {"strategy": "group", "group_size": size, "dynamic": True}
+    return e4m3 | weights, e4m3 | inputs
 
 
-def _entry(stored: WeightLayout, weights: Any, inputs: Any, ignore: Sequence[str]) -> dict[str, Any]:
-    """compressed-tensors' entry of one group of modules."""
+def _compressed_entry(
+    layout: WeightLayout, weights: Entry, inputs: Entry, ignore: Sequence[str]
+) -> dict[str, object]:
+    """compressed-tensors' entry with one group of modules."""
     scheme = {
         "targets": ["Linear"],
         "weights": weights,
-        "input_activations": inputs if stored.activations else None,
+        "input_activations": inputs if layout.activations else None,
         "output_activations": None,
-        "format": stored.layout,
+        "format": layout.name,
     }
     return {
         "quant_method": "compressed-tensors",
-        "format": stored.layout,
+        "format": layout.name,
         "quantization_status": "compressed",
         "config_groups": {"group_0": scheme},
         "ignore": list(ignore),
@@ -181,13 +197,13 @@ def _entry(stored: WeightLayout, weights: Any, inputs: Any, ignore: Sequence[str
 # --- reading ------------------------------------------------------------------------------
 
 
-def parse(raw: Any) -> Quantization:
+def parse(raw: object) -> Quantization:
     """Read the entry of a ``config.json``.
 
     Raises
     ------
     UnsupportedQuantization
-        for every method, format and option that is not read, naming what is.
+        for every method, format and option that is not read, naming those that are.
     """
     if not isinstance(raw, Mapping):
         raise UnsupportedQuantization(f"quantization_config must be an object, got {raw!r}")
@@ -201,170 +217,167 @@ def parse(raw: Any) -> Quantization:
             f"quantization_config: quant_method {method!r} is not supported; "
             f"supported are {SUPPORTED}"
         )
-    layout, bits, symmetric = _gptq(raw) if method == "gptq" else _awq(raw)
+    name, bits = _gptq(raw) if method == "gptq" else _awq(raw)
     group = raw.get("group_size", raw.get("q_group_size"))
-    stored = WeightLayout(
-        layout, bits, None if group == -1 else _size(group), symmetric, bool(raw.get("desc_act"))
-    )
-    return Quantization(str(method), ((("Linear",), stored),))
+    size = None if group == -1 else _size(group)
+    # zero points are in the file, whatever "sym" says
+    layout = WeightLayout(name, bits, size, symmetric=False, act_order=bool(raw.get("desc_act")))
+    return Quantization(str(method), ((("Linear",), layout),))
 
 
-def _gptq(raw: Mapping[str, Any]) -> tuple[str, int, bool]:
-    layout = raw.get("checkpoint_format") or raw.get("format") or "gptq"
+def _gptq(raw: Entry) -> tuple[str, int]:
+    """Layout and bits of a GPTQ entry."""
+    name = raw.get("checkpoint_format") or raw.get("format") or "gptq"
+    if raw.get("is_marlin_format"):
+        name = "marlin"
     bits = raw.get("bits")
-    if layout not in ("gptq", "gptq_v2") or raw.get("is_marlin_format"):
-        _refuse(
-            "checkpoint_format",
-            "marlin" if raw.get("is_marlin_format") else layout,
-            "gptq and gptq_v2",
-        )
+    if name not in ("gptq", "gptq_v2"):
+        _reject("checkpoint_format", name, "gptq and gptq_v2")
     if not isinstance(bits, int) or bits not in GPTQ_BITS:
-        _refuse("bits", bits, "2, 3, 4 and 8")
+        _reject("bits", bits, "2, 3, 4 and 8")
     if raw.get("dynamic"):
-        _refuse("dynamic", raw["dynamic"], "one scheme for all modules")
-    return layout, bits, False  # the zero points are in the file, whatever "sym" says
+        _reject("dynamic", raw["dynamic"], "one scheme for all modules")
+    return str(name), bits
 
 
-def _awq(raw: Mapping[str, Any]) -> tuple[str, int, bool]:
+def _awq(raw: Entry) -> tuple[str, int]:
+    """Layout and bits of an AWQ entry."""
     version = str(raw.get("version", "gemm")).lower()
     bits = raw.get("bits", raw.get("w_bit"))
     if version != "gemm":
-        _refuse("version", raw["version"], "gemm")
+        _reject("version", raw["version"], "gemm")
     if bits != 4:
-        _refuse("bits", bits, "4")
+        _reject("bits", bits, "4")
     if not raw.get("zero_point", True):
-        _refuse("zero_point", raw["zero_point"], "true")
-    return "awq", 4, False
+        _reject("zero_point", raw["zero_point"], "true")
+    return "awq", 4
 
 
-def _deepseek(raw: Mapping[str, Any]) -> WeightLayout:
+def _deepseek(raw: Entry) -> WeightLayout:
+    """The layout of DeepSeek-V3's fp8 entry."""
     for key, value in (("fmt", "e4m3"), ("activation_scheme", "dynamic")):
         if raw.get(key, value) != value:
-            _refuse(key, raw[key], value)
-    # a power of two is a float32 number, too
+            _reject(key, raw[key], value)
+    # scales that are powers of two are stored as float32 as well
     if raw.get("scale_fmt") not in (None, "float", "ue8m0"):
-        _refuse("scale_fmt", raw["scale_fmt"], "float and ue8m0")
+        _reject("scale_fmt", raw["scale_fmt"], "float and ue8m0")
     return WeightLayout("fp8", 8, _square(raw.get("weight_block_size"), "weight_block_size"))
 
 
-def _square(sizes: Any, key: str) -> int:
-    """b of a block of [b, b]."""
-    if not isinstance(sizes, list) or len(sizes) != 2 or sizes[0] != sizes[1]:
-        _refuse(key, sizes, "[128, 128] and other square blocks")
-    return _size(sizes[0])
-
-
-def _float_group(weights: Mapping[str, Any], inputs: Any) -> WeightLayout:
-    """A group of 8-bit floats: rows with tokens, or blocks with tiles."""
-    if (weights.get("num_bits"), weights.get("symmetric", True)) != (8, True) or weights.get(
-        "dynamic"
-    ):
-        _refuse("weights of float-quantized", dict(weights), "symmetric 8-bit floats")
-    strategy = weights.get("strategy")
-    if strategy not in ("channel", "block"):
-        _refuse("weights of float-quantized", dict(weights), "a scale a row, or a block")
-    if strategy == "block":
-        size = _square(weights.get("block_structure"), "block_structure")
-    else:
-        size = None
-    stored = WeightLayout("float-quantized", 8, size, plain_inputs=inputs is None)
-    wanted = _float_arguments(stored)[1]
-    if inputs is not None and not (
-        isinstance(inputs, Mapping)
-        and all(inputs.get(key) == value for key, value in wanted.items())
-    ):
-        _refuse(
-            "input_activations of float-quantized",
-            inputs,
-            f"null, or dynamic 8-bit floats like {wanted}",
-        )
-    return stored
-
-
-def _compressed(raw: Mapping[str, Any]) -> Quantization:
+def _compressed(raw: Entry) -> Quantization:
+    """A compressed-tensors entry."""
     for key in ("kv_cache_scheme", "transform_config", "moe_sparsity_config"):
         if raw.get(key):
-            _refuse(key, raw[key], "null")
+            _reject(key, raw[key], "null")
     sparsity = raw.get("sparsity_config") or {}
     if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
-        _refuse("sparsity_config", sparsity, "dense weights")
+        _reject("sparsity_config", sparsity, "dense weights")
     if raw.get("quantization_status") != "compressed":
-        _refuse("quantization_status", raw.get("quantization_status"), "compressed")
+        _reject("quantization_status", raw.get("quantization_status"), "compressed")
     groups = raw.get("config_groups")
-    ignore = raw.get("ignore") or []
     if not isinstance(groups, Mapping) or not groups:
-        _refuse("config_groups", groups, "an object of at least one group")
-    return Quantization(
-        "compressed-tensors", tuple(_group(g, raw) for g in groups.values()), _strings(ignore)
-    )
+        _reject("config_groups", groups, "an object of at least one group")
+    found = tuple(_group(group, raw) for group in groups.values())
+    return Quantization("compressed-tensors", found, _strings(raw.get("ignore") or []))
 
 
-def _group(group: Any, raw: Mapping[str, Any]) -> tuple[tuple[str, ...], WeightLayout]:
+def _group(group: object, raw: Entry) -> tuple[tuple[str, ...], WeightLayout]:
+    """(targets, layout) of one of compressed-tensors' config groups."""
     if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
-        _refuse("config_groups", group, "groups with 'targets' and 'weights'")
-    layout = group.get("format") or raw.get("format")
+        _reject("config_groups", group, "groups with 'targets' and 'weights'")
+    name = group.get("format") or raw.get("format")
     weights = group["weights"]
     inputs = group.get("input_activations")
     if group.get("output_activations"):
-        _refuse("output_activations", group["output_activations"], "null")
-    if layout in FLOATS[:1] and weights.get("type") == "float":
-        return _strings(group.get("targets")), _float_group(weights, inputs)
-    if layout not in COMPRESSED:
-        _refuse("format", layout, ", ".join((*COMPRESSED, *FLOATS[:1])))
-    if layout == "int-quantized" and inputs is None:
-        layout = "naive-quantized"
-    if (layout == "int-quantized") != (inputs is not None) or (
-        inputs is not None and not _dynamic(inputs)
-    ):
-        _refuse(
-            f"input_activations of {layout}",
-            inputs,
-            "dynamic symmetric 8-bit integers a token in int-quantized",
-        )
+        _reject("output_activations", group["output_activations"], "null")
+    if name == "float-quantized" and weights.get("type") == "float":
+        layout = _float_group(weights, inputs)
+    elif name in COMPRESSED:
+        layout = _integer_group(str(name), weights, inputs)
+    else:
+        _reject("format", name, ", ".join((*COMPRESSED, "float-quantized")))
+    return _strings(group.get("targets")), layout
+
+
+def _integer_group(name: str, weights: Entry, inputs: object) -> WeightLayout:
+    """The layout of a group of integer weights."""
+    if name == "int-quantized" and inputs is None:
+        name = "naive-quantized"
+    dynamic = inputs is None or _agrees(inputs, INT8_PER_TOKEN)
+    if (name == "int-quantized") != (inputs is not None) or not dynamic:
+        supported = "dynamic symmetric 8-bit integers per token in int-quantized"
+        _reject(f"input_activations of {name}", inputs, supported)
     strategy = weights.get("strategy")
-    size = weights.get("group_size")
-    if (
-        weights.get("type", "int") != "int"
-        or weights.get("dynamic")
-        or strategy not in ("channel", "group")
-    ):
-        _refuse("weights", dict(weights), "integers by channel or group")
+    integers = weights.get("type", "int") == "int" and not weights.get("dynamic")
+    if not integers or strategy not in ("channel", "group"):
+        _reject("weights", dict(weights), "integers by channel or group")
     if weights.get("actorder") in ("group", "dynamic"):
-        _refuse("actorder", weights["actorder"], "null and weight")
+        _reject("actorder", weights["actorder"], "null and weight")
     bits = weights.get("num_bits")
     symmetric = weights.get("symmetric", True)
     if not isinstance(symmetric, bool):
-        _refuse("symmetric", symmetric, "true and false")
-    allowed = range(1, 9) if layout == "pack-quantized" else (8,)
+        _reject("symmetric", symmetric, "true and false")
+    allowed = range(1, 9) if name == "pack-quantized" else (8,)
     if not isinstance(bits, int) or isinstance(bits, bool) or bits not in allowed:
-        _refuse(f"num_bits of {layout}", bits, f"{allowed[0]} to {allowed[-1]}")
-    if layout == "int-quantized" and (strategy == "group" or not symmetric):
-        _refuse("weights of int-quantized", dict(weights), "symmetric ones by channel")
-    stored = WeightLayout(layout, bits, _size(size) if strategy == "group" else None, symmetric)
-    return _strings(group.get("targets")), stored
+        _reject(f"num_bits of {name}", bits, f"{allowed[0]} to {allowed[-1]}")
+    if name == "int-quantized" and (strategy == "group" or not symmetric):
+        _reject("weights of int-quantized", dict(weights), "symmetric ones by channel")
+    size = _size(weights.get("group_size")) if strategy == "group" else None
+    return WeightLayout(name, bits, size, symmetric)
 
 
-def _dynamic(inputs: Any) -> bool:
-    wanted = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    return isinstance(inputs, Mapping) and all(
-        inputs.get(key) == value for key, value in wanted.items()
-    )
+def _float_group(weights: Entry, inputs: object) -> WeightLayout:
+    """The layout of a group of 8-bit floats: rows with tokens, or blocks with tiles."""
+    kind = (weights.get("num_bits"), weights.get("symmetric", True))
+    if kind != (8, True) or weights.get("dynamic"):
+        _reject("weights of float-quantized", dict(weights), "symmetric 8-bit floats")
+    strategy = weights.get("strategy")
+    if strategy not in ("channel", "block"):
+        _reject("weights of float-quantized", dict(weights), "one scale per row or block")
+    size = None
+    if strategy == "block":
+        size = _square(weights.get("block_structure"), "block_structure")
+    layout = WeightLayout("float-quantized", 8, size, weight_only=inputs is None)
+    wanted = _float_arguments(layout)[1]
+    if inputs is not None and not _agrees(inputs, wanted):
+        supported = f"null, or dynamic 8-bit floats like {wanted}"
+        _reject("input_activations of float-quantized", inputs, supported)
+    return layout
 
 
-def _size(value: Any) -> int:
+# --- values -------------------------------------------------------------------------------
+
+
+def _agrees(inputs: object, wanted: Entry) -> bool:
+    """Whether an entry for activations has all the values of ``wanted``."""
+    if not isinstance(inputs, Mapping):
+        return False
+    return all(inputs.get(key) == value for key, value in wanted.items())
+
+
+def _size(value: object) -> int:
+    """A group size."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        _refuse("group_size", value, "a positive number, or -1 for a scale a row")
-    size: int = value
-    return size
+        _reject("group_size", value, "a positive integer, or -1 for one scale per row")
+    return value
 
 
-def _strings(values: Any) -> tuple[str, ...]:
+def _square(sizes: object, key: str) -> int:
+    """b of a block of [b, b]."""
+    if not isinstance(sizes, list) or len(sizes) != 2 or sizes[0] != sizes[1]:
+        _reject(key, sizes, "[128, 128] and other square blocks")
+    return _size(sizes[0])
+
+
+def _strings(values: object) -> tuple[str, ...]:
+    """A list of names as a tuple."""
     if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
-        _refuse("targets and ignore", values, "lists of names")
+        _reject("targets and ignore", values, "lists of names")
     return tuple(values)
 
 
-def _refuse(key: str, value: Any, supported: str) -> NoReturn:
+def _reject(key: str, value: object, supported: str) -> NoReturn:
+    """UnsupportedQuantization that names the entry, and what is supported instead."""
     raise UnsupportedQuantization(
         f"quantization_config: {key} {value!r} is not supported; supported: {supported}"
     )

@@ -1,54 +1,27 @@
-"""A weight in b-bit codes that multiplies: ``QuantizedLinear``.
+"""``QuantizedLinear``: a weight W[M, N] stored in b-bit codes, which multiplies.
 
-It holds words, steps and zero points, and no float copy of the weight; ``nbytes`` counts
-what it holds.
+    Ŵ = s (Q − z),   y = x Ŵᵀ
 
-| symbol | name                                                       | shape                |
-|--------|------------------------------------------------------------|----------------------|
-| W      | weight                                                     | [M, N]               |
-| words  | q + 2^(b−1) (signed rules) or q, packed to b bits, uint32  | [M, ⌈N·b/32⌉]        |
-| s, z   | scale and zero point                                       | (), [M, 1], [M, N/g] |
+It holds packed codes, scales and zero points, and no float copy of the weight: a product
+dequantises one tile at a time. ``nbytes`` counts what is held. How s, z and Q are chosen is
+in ``uniform``.
 
-Left out: integer products (``integer``), other byte layouts (``layouts``).
+``ActOrderLinear`` is one whose groups are not of neighbouring columns. GPTQ with act-order
+("desc_act") visits columns in order of falling importance and gives each g *visited*
+columns a scale. The words then hold the columns in the order of the visit, which keeps
+groups contiguous, and ``g_idx`` names the group of each column:
+Ŵ[:, j] = s[:, g_idx[j]] (q[:, j] − z[:, g_idx[j]]).
 
-<<MERGED>> Uniform affine quantisation: q = clip(rint(x/s) + z), x̂ = s (q − z), and weights
-that are stored that way.
+| symbol | name                                                      | shape                |
+|--------|-----------------------------------------------------------|----------------------|
+| W      | weight                                                    | [M, N]               |
+| words  | q + 2^(b−1) (signed rules) or q, packed to b bits, uint32 | [M, ⌈N·b/32⌉]        |
+| s, z   | scale and zero point                                      | (), [M, 1], [M, N/g] |
+| order  | column order[i] of W is the i-th that the words hold      | int64[N]             |
+| g_idx  | group of each column, in the weight's own order           | int32[N]             |
 
-Source: Jacob et al. 2018 (arXiv:1712.05877), §2.1; the rules by which s and z are chosen
-are in ``scheme``. rint is round half to even, as everywhere in this field but ggml. Two
-orders are in use, which differ on a tie when z is odd:
-
-- round, then add: q = clip(rint(x/s) + z) (GPTQ, AWQ and most others);
-- add, then round: q = rint(clip(x/s + z)) (compressed-tensors: "half_integer" and
-  "asymmetric_signed").
-
-``QuantizedLinear`` is a weight W[M, N] in b bits that multiplies: it holds words, steps and zero
-points and no float copy of the weight, and ``nbytes`` counts what it holds. Zero points of
-asymmetric rules are packed to b bits too, unless a dtype is asked for.
-
-| symbol | name                                       | shape                       |
-|--------|--------------------------------------------|-----------------------------|
-| x      | activations or weight                      | any, [T, N], [M, N]         |
-| q      | codes, int8 (signed rules) or uint8        | as x                        |
-| s, z   | scale and zero point                       | (), [M, 1], [M, N/g], …     |
-
-Left out: integer products (``integer``), other byte layouts (``layouts``), a step that is
-itself quantised.
-
-<<MERGED>>
-A quantised weight whose groups are groups of columns in another order than their own.
-
-GPTQ with "act-order" and dynamic groups visits columns by falling importance and gives each
-g *visited* columns a scale. The words then hold the columns in the order of the visit,
-which keeps groups together, and each column's group is known by its ``g_idx``: Ŵ[:, j] =
-scale[:, g_idx[j]] · (q[:, j] − z[:, g_idx[j]]).
-
-| symbol | name                                            | shape   |
-|--------|-------------------------------------------------|---------|
-| p      | order: column p[i] stands at place i of the words | int64[N] |
-| g_idx  | group of each column, in the weight's own order | int32[N] |
-
-Left out: groups of unequal sizes.
+Left out: integer products (``int_matmul``), other byte layouts (``layouts``), scales that
+are themselves quantised (``gguf``), groups of unequal sizes.
 """
 
 from __future__ import annotations
@@ -58,6 +31,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from refllm.backend import Array, namespace
+from refllm.formats.granularity import TILE
 from refllm.formats.packing import (
     load_scale,
     load_zero,
@@ -67,25 +41,16 @@ from refllm.formats.packing import (
     unpack_codes,
     words_per_row,
 )
-from refllm.formats.uniform import (
-    PIECE,
-    Scheme,
-    dequantize_codes,
-    qparams,
-    quantize_codes,
-    row_pieces,
-    rows_of,
-)
+from refllm.formats.uniform import Scheme, dequantize_codes, qparams, quantize_codes
 
-TILE = (1 << 18, 1 << 26)  # weights in floats at a time of a product (host, device)
+MATMUL_TILE = (1 << 18, 1 << 26)  # weights dequantised at a time in a product (host, device)
 
 
 class QuantizedLinear:
-    """A weight W[M, N] in b-bit codes: a ``Linear``. Made by ``quantize`` or
-    ``from_codes``.
+    """A weight W[M, N] in b-bit codes: a ``Linear``. Made by ``quantize`` or ``from_codes``.
 
-    What it holds: ``words`` uint32 [M, ⌈N·b/32⌉], the stored scale, and the stored zero
-    points (None if symmetric). ``dtype`` is the floating-point type that it comes back in.
+    It holds ``words`` uint32 [M, ⌈N·b/32⌉], the stored scale, and the stored zero points
+    (None if symmetric). ``dtype`` is the floating-point type that the weight comes back in.
     """
 
     def __init__(
@@ -119,21 +84,30 @@ class QuantizedLinear:
 
         ``scale_dtype`` rounds the scale that is stored; codes that were made with the
         unrounded one stay as they are.
+
+        Raises
+        ------
+        ValueError
+            if codes and scale do not fit the scheme, or a code lies outside its range.
+        TypeError
+            if the scale is neither float32 nor float64.
         """
         xp = namespace(codes, scale, zero_point)
         if codes.ndim != 2 or tuple(scale.shape) != scheme.scale_shape(tuple(codes.shape)):
             raise ValueError(
-                f"from_codes: codes {tuple(codes.shape)} and scale {tuple(scale.shape)} do not fit {scheme}"
+                f"from_codes: codes {tuple(codes.shape)} and scale {tuple(scale.shape)} "
+                f"do not fit {scheme}"
             )
         if scale.dtype not in (xp.float32, xp.float64):
             raise TypeError(
-                f"from_codes: the scale is float32 or float64 (scale_dtype narrows it), got {scale.dtype}"
+                "from_codes: the scale is float32 or float64 (scale_dtype narrows it), "
+                f"got {scale.dtype}"
             )
-        if (
-            codes.size
-            and not scheme.qmin <= int(xp.min(codes)) <= int(xp.max(codes)) <= scheme.qmax
-        ):
-            raise ValueError(f"from_codes: codes lie in {scheme.qmin}..{scheme.qmax}")
+        if codes.size:
+            low = int(xp.min(codes))
+            high = int(xp.max(codes))
+            if not scheme.qmin <= low <= high <= scheme.qmax:
+                raise ValueError(f"from_codes: codes lie in {scheme.qmin}..{scheme.qmax}")
         if zero_point is None:
             zero_point = xp.full(scale.shape, scheme.zero, dtype=xp.int32)
         words = pack_codes(xp.astype(codes, xp.int8 if scheme.signed else xp.uint8), scheme)
@@ -141,29 +115,28 @@ class QuantizedLinear:
         shape = (int(codes.shape[0]), int(codes.shape[1]))
         return cls(words, store_scale(scale, scale_dtype), zero, scheme, shape, scale.dtype)
 
-    # what it holds
+    # --- what is stored ---
+
     def packed(self) -> Array:
         """The words [M, ⌈N·b/32⌉] uint32, not a copy."""
         return self._words
 
     @property
     def nbytes(self) -> int:
-        """Bytes of words, scale and zero points as they are held."""
-        return int(
-            self._words.nbytes
-            + self._scale.nbytes
-            + (0 if self._zero is None else self._zero.nbytes)
-        )
+        """Bytes of words, scale and zero points as they are stored."""
+        zero = 0 if self._zero is None else self._zero.nbytes
+        return int(self._words.nbytes + self._scale.nbytes + zero)
 
     @property
     def bits_per_weight(self) -> float:
         """8 · nbytes / (M · N)"""
         return 8.0 * self.nbytes / (self.shape[0] * self.shape[1])
 
-    # what it stands for
+    # --- the values that it represents ---
+
     @property
     def codes(self) -> Array:
-        """q[M, N], unpacked anew at each call."""
+        """q[M, N], unpacked at each call."""
         return unpack_codes(self._words, self.scheme, self.shape[1])
 
     @property
@@ -173,26 +146,26 @@ class QuantizedLinear:
 
     @property
     def zero_point(self) -> Array:
-        """z int32, shaped like the scale; one number throughout for symmetric rules."""
+        """z int32, shaped like the scale; the same value everywhere for symmetric rules."""
         return load_zero(self._zero, self._scale, self.scheme)
 
     def dequantize(self) -> Array:
         """W[M, N] in ``dtype``, a new array."""
         xp = namespace(self._words)
         out = xp.empty(self.shape, dtype=self.dtype)
-        for start, stop, tile in self._tiles(PIECE):
+        for start, stop, tile in self._tiles(TILE):
             out[start:stop, :] = tile
         return out
 
     def matmul(self, x: Array) -> Array:
-        """x[T, N] → x Wᵀ [T, M], in the wider of x's dtype and ``dtype``; at most a tile of
-        W is ever in floats.
+        """x[T, N] → x Wᵀ [T, M], in the wider of x's dtype and ``dtype``: the values of
+        ``x @ weight.dequantize().T``, with at most one tile of W in floats.
         """
         xp = namespace(x, self._words)
         dtype = xp.result_type(x.dtype, self.dtype)
-        out = xp.empty((x.shape[0], self.shape[0]), dtype=dtype)
+        out = xp.empty((x.shape[0], self.shape[0]), dtype=dtype)  # [T, M]
         x = xp.astype(x, dtype, copy=False)
-        for start, stop, tile in self._tiles(TILE):
+        for start, stop, tile in self._tiles(MATMUL_TILE):
             out[:, start:stop] = x @ xp.astype(tile, dtype, copy=False).T
         return out
 
@@ -200,105 +173,25 @@ class QuantizedLinear:
         """(first row, last row + 1, those rows of W) in turn."""
         scale = self.scale
         zero_point = self.zero_point
-        for start, stop in row_pieces(self._words, self.shape, self.scheme, size):
+        geometry = self.scheme.geometry
+        for start, stop in geometry.row_tiles(self._words, self.shape, size):
             codes = unpack_codes(self._words[start:stop, :], self.scheme, self.shape[1])
-            s, z = (rows_of(p, self.scheme, start, stop) for p in (scale, zero_point))
+            s = geometry.rows_of(scale, start, stop)
+            z = geometry.rows_of(zero_point, start, stop)
             yield start, stop, dequantize_codes(codes, s, z, self.scheme)
 
     def __repr__(self) -> str:
-        return f"QuantizedLinear({self.shape[0]}×{self.shape[1]}, {self.scheme}, {self.bits_per_weight:.3f} bits per weight)"
-
-
-def quantize(
-    x: Array,
-    scheme: Scheme,
-    *,
-    scale: Array | None = None,
-    zero_point: Array | None = None,
-    scale_dtype: str | None = None,
-    zero_dtype: str | None = None,
-    name: str = "x",
-) -> QuantizedLinear:
-    """A matrix x[M, N] in packed codes. Scale and zero point come from its ranges unless
-    they are given.
-
-    ``scale_dtype`` ("float16", "bfloat16", …) rounds the scale before the codes are made
-    and is what ``nbytes`` counts; ``zero_dtype="float16"`` holds zero points as such
-    numbers (as the article counts), not in b bits.
-
-    Raises
-    ------
-    ValueError
-        naming ``name`` if x is no matrix, is not finite or does not fit the scheme.
-    """
-    xp = namespace(x)
-    if x.ndim != 2:
-        raise ValueError(f"{name}: what is packed is a matrix [M, N], got shape {tuple(x.shape)}")
-    own = scale is None
-    if scale is None:
-        scale, zero = qparams(x, scheme, name=name)
-        zero_point = zero if zero_point is None else zero_point
-    elif zero_point is None:
-        zero_point = xp.full(scale.shape, scheme.zero, dtype=xp.int32)
-    stored = store_scale(scale, scale_dtype, name=f"{name}'s scale")
-    scale = load_scale(stored, x.dtype)
-    shape = int(x.shape[0]), int(x.shape[1])
-    words = xp.empty((shape[0], words_per_row(shape[1], scheme.bits)), dtype=xp.uint32)
-    # else qparams has seen all of x, and the scale covers it
-    check = not own or scheme.rule == "awq"
-    for start, stop in row_pieces(x, shape, scheme, PIECE):
-        s, z = (rows_of(p, scheme, start, stop) for p in (scale, zero_point))
-        codes = quantize_codes(x[start:stop, :], s, z, scheme, name=name, check=check)
-        words[start:stop, :] = pack_codes(codes, scheme)
-    return QuantizedLinear(
-        words, stored, store_zero(zero_point, scheme, zero_dtype), scheme, shape, x.dtype
-    )
-
-
-def fake_quantize(x: Array, scheme: Scheme, *, name: str = "x") -> Array:
-    """x through its codes and back, in x's dtype: ``quantize(x, scheme).dequantize()`` for
-    any shape of x.
-    """
-    xp = namespace(x)
-    scale, zero_point = qparams(x, scheme, name=name)
-    outer = tuple(x.shape)
-    shape = math.prod(outer[:-1]), outer[-1] if outer else 1
-    x = xp.reshape(x, shape)
-    scale, zero_point = (xp.reshape(p, scheme.scale_shape(shape)) for p in (scale, zero_point))
-    out = xp.empty(x.shape, dtype=x.dtype)
-    for start, stop in row_pieces(x, shape, scheme, PIECE):
-        s, z = (rows_of(p, scheme, start, stop) for p in (scale, zero_point))
-        codes = quantize_codes(x[start:stop, :], s, z, scheme, name=name, check=scheme.rule == "awq")
-        out[start:stop, :] = dequantize_codes(codes, s, z, scheme)
-    return xp.reshape(out, outer)
-
-
-def effective_bits(
-    bits: int, group_size: int, *, scale_bits: int = 16, zero_bits: int = 0
-) -> float:
-    """Bits a weight, its share of the group's scale and zero point included: b + (scale +
-    zero)/g.
-    """
-    return bits + (scale_bits + zero_bits) / group_size
-
-
-def column_order(g_idx: Array, groups: int, *, name: str = "weight") -> Array:
-    """The order in which the columns stand group by group, int64[N]; ValueError unless all
-    groups are of one size.
-    """
-    xp = namespace(g_idx)
-    size = int(g_idx.shape[0]) // groups
-    order = xp.argsort(g_idx, kind="stable")
-    if not bool(xp.all(g_idx[order] == xp.arange(groups * size) // size)):
-        raise ValueError(f"{name}: g_idx does not put {size} columns into each of {groups} groups")
-    return order
+        size = f"{self.shape[0]}×{self.shape[1]}"
+        bits = f"{self.bits_per_weight:.3f} bits per weight"
+        return f"{type(self).__name__}({size}, {self.scheme}, {bits})"
 
 
 class ActOrderLinear(QuantizedLinear):
-    """A ``QuantizedLinear`` with an ``order``; None is the weight's own, and changes nothing.
+    """A ``QuantizedLinear`` whose words hold the columns in ``order`` (act-order); None is
+    the weight's own order.
 
-    ``packed()`` holds the codes in that order; ``codes``, ``dequantize`` and ``matmul`` are
-    in the weight's own, and ``nbytes`` counts 4 bytes a column for ``g_idx``.
+    ``packed()`` holds the codes in that order; ``codes``, ``dequantize`` and ``matmul`` use
+    the weight's own, and ``nbytes`` counts 4 bytes per column for ``g_idx``.
     """
 
     order: Array | None = None
@@ -313,7 +206,7 @@ class ActOrderLinear(QuantizedLinear):
 
     @property
     def codes(self) -> Array:
-        """q[M, N] in the weight's own order, unpacked anew at each call."""
+        """q[M, N] in the weight's own order, unpacked at each call."""
         codes = super().codes
         if self.order is None:
             return codes
@@ -332,5 +225,114 @@ class ActOrderLinear(QuantizedLinear):
         return weight[:, namespace(weight).argsort(self.order)]
 
     def matmul(self, x: Array) -> Array:
-        """x[T, N] → x Wᵀ [T, M]."""
+        """x[T, N] → x Wᵀ [T, M]: x's columns are brought into the order of the words."""
         return super().matmul(x if self.order is None else x[:, self.order])
+
+
+def column_order(g_idx: Array, groups: int, *, name: str = "weight") -> Array:
+    """The order in which columns stand group by group, int64[N].
+
+    Raises
+    ------
+    ValueError
+        naming ``name`` unless all groups are of one size.
+
+    >>> import numpy as np
+    >>> column_order(np.array([1, 0, 1, 0]), 2).tolist()
+    [1, 3, 0, 2]
+    """
+    xp = namespace(g_idx)
+    size = int(g_idx.shape[0]) // groups
+    order = xp.argsort(g_idx, kind="stable")
+    if not bool(xp.all(g_idx[order] == xp.arange(groups * size) // size)):
+        raise ValueError(f"{name}: g_idx does not put {size} columns into each of {groups} groups")
+    return order
+
+
+# --- from floats --------------------------------------------------------------------------
+
+
+def quantize(
+    x: Array,
+    scheme: Scheme,
+    *,
+    scale: Array | None = None,
+    zero_point: Array | None = None,
+    scale_dtype: str | None = None,
+    zero_dtype: str | None = None,
+    name: str = "x",
+) -> QuantizedLinear:
+    """A matrix x[M, N] in packed codes. Scale and zero point come from its ranges unless
+    they are given.
+
+    ``scale_dtype`` ("float16", "bfloat16", …) rounds the scale before the codes are made
+    and is what ``nbytes`` counts; ``zero_dtype="float16"`` stores zero points in
+    16 bits (as papers often count them), not in b bits.
+
+    Raises
+    ------
+    ValueError
+        naming ``name`` if x is not a matrix, is not finite or does not fit the scheme.
+
+    >>> import numpy as np
+    >>> weight = quantize(np.eye(2, 32, dtype="float32"), Scheme(4, "restricted", "channel"))
+    >>> weight.packed().shape, weight.nbytes  # 8 codes per word, and two float32 scales
+    ((2, 4), 40)
+    """
+    xp = namespace(x)
+    if x.ndim != 2:
+        raise ValueError(f"{name}: what is packed is a matrix [M, N], got shape {tuple(x.shape)}")
+    given = scale is not None
+    if scale is None:
+        scale, zero = qparams(x, scheme, name=name)
+        zero_point = zero if zero_point is None else zero_point
+    elif zero_point is None:
+        zero_point = xp.full(scale.shape, scheme.zero, dtype=xp.int32)
+    stored = store_scale(scale, scale_dtype, name=f"{name}'s scale")
+    scale = load_scale(stored, x.dtype)
+    shape = int(x.shape[0]), int(x.shape[1])
+    words = xp.empty((shape[0], words_per_row(shape[1], scheme.bits)), dtype=xp.uint32)
+    # otherwise qparams has checked all of x, and the scale covers it
+    check = given or scheme.rule == "awq"
+    geometry = scheme.geometry
+    for start, stop in geometry.row_tiles(x, shape, TILE):
+        s = geometry.rows_of(scale, start, stop)
+        z = geometry.rows_of(zero_point, start, stop)
+        codes = quantize_codes(x[start:stop, :], s, z, scheme, name=name, check=check)
+        words[start:stop, :] = pack_codes(codes, scheme)
+    zero = store_zero(zero_point, scheme, zero_dtype)
+    return QuantizedLinear(words, stored, zero, scheme, shape, x.dtype)
+
+
+def fake_quantize(x: Array, scheme: Scheme, *, name: str = "x") -> Array:
+    """x quantised and dequantised, in x's dtype: ``quantize(x, scheme).dequantize()`` for
+    any shape of x.
+    """
+    xp = namespace(x)
+    scale, zero_point = qparams(x, scheme, name=name)
+    outer = tuple(x.shape)
+    shape = math.prod(outer[:-1]), outer[-1] if outer else 1
+    x = xp.reshape(x, shape)
+    geometry = scheme.geometry
+    scale = xp.reshape(scale, geometry.scale_shape(shape))
+    zero_point = xp.reshape(zero_point, geometry.scale_shape(shape))
+    out = xp.empty(x.shape, dtype=x.dtype)
+    check = scheme.rule == "awq"
+    for start, stop in geometry.row_tiles(x, shape, TILE):
+        s = geometry.rows_of(scale, start, stop)
+        z = geometry.rows_of(zero_point, start, stop)
+        codes = quantize_codes(x[start:stop, :], s, z, scheme, name=name, check=check)
+        out[start:stop, :] = dequantize_codes(codes, s, z, scheme)
+    return xp.reshape(out, outer)
+
+
+def effective_bits(
+    bits: int, group_size: int, *, scale_bits: int = 16, zero_bits: int = 0
+) -> float:
+    """Bits per weight including its share of the group's scale and zero point:
+    ``bits + (scale_bits + zero_bits) / group_size``.
+
+    >>> effective_bits(4, 128, zero_bits=4)
+    4.15625
+    """
+    return bits + (scale_bits + zero_bits) / group_size

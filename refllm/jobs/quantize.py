@@ -79,7 +79,7 @@ class Job:
         weights = sorted(p for p in self.source.iterdir() if p.suffix == ".safetensors")
         files = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in weights}
         return recipe.settings(self.method, self.scheme, self.calibration, **self.options) | {
-            "layout": self.storing.stored.layout,
+            "layout": self.storing.stored.name,
             "dtype": self.storing.dtype,
             "model": files,
         }
@@ -194,10 +194,10 @@ def _storing(
 ) -> Storing:
     about = {
         "activations": method == "smoothquant",
-        "reordered": bool(options.get("act_order")) and not options.get("static_groups"),
+        "act_order": bool(options.get("act_order")) and not options.get("static_groups"),
     }
-    if about["reordered"] and scheme.granularity != "group":
-        about["reordered"] = False
+    if about["act_order"] and scheme.granularity != "group":
+        about["act_order"] = False
     if method == "fp8":
         side = scheme.block[0] if scheme.granularity == "block" else 1
         # a block tells of all

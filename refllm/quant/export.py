@@ -118,7 +118,7 @@ class Storing:
         specs = stored_specs(config, self.of)
         # Scales of 8-bit floats stay in float32: rounding them would be a second error in
         # every weight.
-        scales = ("weight_scale", "weight_scale_inv") if self.stored.floats else ()
+        scales = ("weight_scale", "weight_scale_inv") if self.stored.is_float else ()
         return {
             name: (
                 dtype if dtype != FLOAT else "float32" if name.endswith(scales) else self.dtype,
@@ -269,28 +269,28 @@ def storing_of(
                     kinds.setdefault((float_layout_for(made, layout), True, False), name)
                     continue
                 inner = made.weight if isinstance(made, W8A8Linear) else made
-                reordered = getattr(inner, "g_idx", None) is not None
-                kinds.setdefault((inner.scheme, made is not inner, reordered), name)
+                act_order = getattr(inner, "g_idx", None) is not None
+                kinds.setdefault((inner.scheme, made is not inner, act_order), name)
     keep = tuple(key for key in PROJECTIONS if (key, True) in plain)
     if len(kinds) != 1 or any((key, False) in plain for key in keep):
         found = ", ".join(f"{kind[0]} ({name})" for kind, name in kinds.items()) or "none"
         raise CheckpointError(
             f"export: all projections of a name must be quantised alike; found {found}"
         )
-    scheme, activations, reordered = next(iter(kinds))
+    scheme, activations, act_order = next(iter(kinds))
     if isinstance(scheme, WeightLayout):
         return Storing(scheme, dtype, keep)
-    layout = layout or default_layout(scheme, activations=activations, reordered=reordered)
+    layout = layout or default_layout(scheme, activations=activations, act_order=act_order)
     return Storing(
-        layout_for(scheme, layout, activations=activations, reordered=reordered), dtype, keep
+        layout_for(scheme, layout, activations=activations, act_order=act_order), dtype, keep
     )
 
 
-def default_layout(scheme: Any, *, activations: bool = False, reordered: bool = False) -> str:
+def default_layout(scheme: Any, *, activations: bool = False, act_order: bool = False) -> str:
     """The layout that most programs read weights of this kind in."""
     if activations:
         return "int-quantized"
-    if reordered:
+    if act_order:
         return "gptq_v2"
     if scheme.symmetric:
         return "pack-quantized"

@@ -19,7 +19,6 @@ from __future__ import annotations
 from refllm.backend import Array, namespace
 from refllm.formats.uniform import (
     Scheme,
-    as_blocks,
     dequantize_codes,
     quantize_codes,
     range_to_qparams,
@@ -104,7 +103,7 @@ def _error(x: Array, lo: Array, hi: Array, unit: Array, scheme: Scheme, norm: fl
         rows, columns = scheme.block
         e = xp.concat([e, xp.zeros((-e.shape[0] % rows, e.shape[1]), dtype=e.dtype)], axis=0)
         e = xp.concat([e, xp.zeros((e.shape[0], -e.shape[1] % columns), dtype=e.dtype)], axis=1)
-    blocks = as_blocks(e, scheme)
+    blocks = scheme.geometry.as_blocks(e)
     steps = xp.reshape(unit, (blocks.shape[0], 1, blocks.shape[2], 1))
     return xp.reshape(
         xp.sum(xp.abs(reachable(blocks, steps) / steps) ** norm, axis=(1, 3)), unit.shape

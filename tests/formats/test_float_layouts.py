@@ -186,7 +186,7 @@ def test_integers_go_into_other_layouts(original, tmp_path):
     model, _ = quantize_model(original["even"], "rtn", Scheme(8, "restricted", "channel"))
     with pytest.raises(
         ValueError,
-        match="float-quantized cannot hold whole numbers, only 8-bit floats; what can: pack",
+        match="float-quantized cannot hold integers, only 8-bit floats; what can: pack",
     ):
         export(tmp_path / "q", model, layout="float-quantized")
     ragged, _ = quantize_model(original["ragged"], "fp8")
@@ -221,8 +221,8 @@ def test_damaged_tensors_are_refused(xp):
         WeightLayout("fp8", 8, 128),
         WeightLayout("float-quantized", 8),
         WeightLayout("float-quantized", 8, 128),
-        WeightLayout("float-quantized", 8, plain_inputs=True),
-        WeightLayout("float-quantized", 8, 128, plain_inputs=True),
+        WeightLayout("float-quantized", 8, weight_only=True),
+        WeightLayout("float-quantized", 8, 128, weight_only=True),
     ],
 )
 def test_entries_are_read_as_they_are_written(stored):
@@ -256,7 +256,7 @@ def test_what_is_not_read_is_refused(entry, words):
 def test_options_of_compressed_tensors_that_are_not_read():
     entry = quantization_config(WeightLayout("float-quantized", 8))
     for where, key, value, words in (
-        ("weights", "strategy", "tensor", "a scale a row"),
+        ("weights", "strategy", "tensor", "one scale per row or block"),
         ("weights", "num_bits", 4, "8-bit"),
         ("input_activations", "dynamic", False, "dynamic 8-bit floats"),
     ):

@@ -39,7 +39,7 @@ def test_lengths_of_the_usual_codes(p, q, length):
 
 
 @pytest.mark.theorem(
-    "float32 adds ⌊2²⁴/(p·q)⌋ products of whole numbers of at most p and q exactly, and not always one more",
+    "float32 adds ⌊2²⁴/(p·q)⌋ products of integers of at most p and q exactly, and not always one more",
     source="refllm.formats.int_matmul; IEEE 754 binary32",
 )
 @pytest.mark.parametrize(("p", "q", "length"), LENGTHS)

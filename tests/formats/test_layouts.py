@@ -121,20 +121,22 @@ def test_round_trip_of_reordered_groups(xp, seed, group, layout):
     order = column_order(xp.asarray(g_idx), N // group)
     w = weight(seed, xp)
     made = quantize(w[:, order], Scheme(4, "half_integer", "group", group), scale_dtype="float16")
-    reordered = ActOrderLinear(made._words, made._scale, made._zero, made.scheme, made.shape, made.dtype)
-    reordered.order = order
-    np.testing.assert_array_equal(to_host(reordered.g_idx), g_idx)
+    act_order = ActOrderLinear(
+        made._words, made._scale, made._zero, made.scheme, made.shape, made.dtype
+    )
+    act_order.order = order
+    np.testing.assert_array_equal(to_host(act_order.g_idx), g_idx)
     np.testing.assert_array_equal(
-        to_host(reordered.dequantize())[:, to_host(order)], to_host(made.dequantize())
+        to_host(act_order.dequantize())[:, to_host(order)], to_host(made.dequantize())
     )
     x = xp.asarray(rng.standard_normal((3, N)).astype("float32"))
-    product_ = to_host(x).astype("float64") @ to_host(reordered.dequantize()).astype("float64").T
+    product_ = to_host(x).astype("float64") @ to_host(act_order.dequantize()).astype("float64").T
     # N products of float32 are summed, in any order
-    limit = 2 * N * 2.0**-24 * (np.abs(to_host(x)) @ np.abs(to_host(reordered.dequantize())).T)
-    assert (np.abs(to_host(reordered.matmul(x)) - product_) <= limit).all()
-    assert reordered.nbytes == made.nbytes + 4 * N
-    back = there_and_back(reordered, layout_for(made.scheme, layout, reordered=True))
-    np.testing.assert_array_equal(to_host(back.dequantize()), to_host(reordered.dequantize()))
+    limit = 2 * N * 2.0**-24 * (np.abs(to_host(x)) @ np.abs(to_host(act_order.dequantize())).T)
+    assert (np.abs(to_host(act_order.matmul(x)) - product_) <= limit).all()
+    assert act_order.nbytes == made.nbytes + 4 * N
+    back = there_and_back(act_order, layout_for(made.scheme, layout, act_order=True))
+    np.testing.assert_array_equal(to_host(back.dequantize()), to_host(act_order.dequantize()))
     np.testing.assert_array_equal(to_host(back.g_idx), g_idx)
 
 
@@ -243,10 +245,10 @@ def golden_weight(name: str) -> tuple[QuantizedLinear, WeightLayout]:
     made = QuantizedLinear.from_codes(
         codes[:, order].astype(np.uint8), scales, zeros, scheme, scale_dtype="float16"
     )
-    if case.reordered:
+    if case.act_order:
         made = ActOrderLinear(made._words, made._scale, made._zero, scheme, made.shape, made.dtype)
         made.order = order
-    return made, layout_for(scheme, case.layout, reordered=case.reordered)
+    return made, layout_for(scheme, case.layout, act_order=case.act_order)
 
 
 @pytest.mark.theorem(
@@ -318,7 +320,7 @@ def test_tensors_that_contradict_each_other_are_refused():
     stored = layout_for(scheme, "pack-quantized")
     tensors = to_tensors(made, stored)
     with pytest.raises(
-        ValueError, match=r"weight_shape says \[32, 95\], but the network needs \[32, 96\]"
+        ValueError, match=r"weight_shape is \[32, 95\], but the network needs \[32, 96\]"
     ):
         from_tensors(tensors | {"weight_shape": np.array([32, 95])}, stored, (M, N))
     stored = layout_for(scheme, "gptq_v2")
@@ -354,7 +356,7 @@ def test_tensors_that_contradict_each_other_are_refused():
             Scheme(4, "half_integer", "block", 8),
             "gptq",
             {},
-            "a scale for each block; no layout can",
+            "one scale per block; no layout can",
         ),
         (
             Scheme(8, "half_integer", "channel"),
@@ -377,7 +379,7 @@ def test_tensors_that_contradict_each_other_are_refused():
         (
             Scheme(4, "half_integer", "group", 8),
             "pack-quantized",
-            {"reordered": True},
+            {"act_order": True},
             "what can: gptq_v2, gptq",
         ),
         (

@@ -155,7 +155,9 @@ def test_round_trip_of_codes(xp, fmt):
         )
     nan = codes[np.isnan(values)]
     if nan.size:
-        assert np.isnan(to_host(dequantize(quantize(dequantize(xp.asarray(nan), fmt), fmt), fmt))).all()
+        assert np.isnan(
+            to_host(dequantize(quantize(dequantize(xp.asarray(nan), fmt), fmt), fmt))
+        ).all()
 
 
 @pytest.mark.theorem(
@@ -378,7 +380,8 @@ def test_overflow(xp):
     )
     x = x.astype(np.float32)
     got = {
-        mode: to_host(quantize(xp.asarray(x), "e4m3", mode)).tolist() for mode in ("saturate", "nan")
+        mode: to_host(quantize(xp.asarray(x), "e4m3", mode)).tolist()
+        for mode in ("saturate", "nan")
     }
     assert got["saturate"] == [0x7E, 0x7E, 0x7E, 0xFE, 0x7E, 0xFE, 0x7F, 0x80]
     assert got["nan"] == [0x7E, 0x7E, 0x7F, 0xFF, 0x7F, 0xFF, 0x7F, 0x80]
@@ -472,7 +475,10 @@ def test_raise_names_the_number(xp, fmt, number):
 )
 def test_raise_lets_the_rest_through(xp, fmt, number):
     x = xp.asarray(np.array([number], dtype=np.float32))
-    same(to_host(dequantize(quantize(x, fmt, "raise"), fmt)), to_host(dequantize(quantize(x, fmt), fmt)))
+    same(
+        to_host(dequantize(quantize(x, fmt, "raise"), fmt)),
+        to_host(dequantize(quantize(x, fmt), fmt)),
+    )
 
 
 def test_what_has_no_code_is_refused(xp):
@@ -504,7 +510,7 @@ def test_shapes(xp, fmt, shape):
 
 
 def test_pieces_join(xp, monkeypatch):
-    monkeypatch.setattr(minifloat, "PIECE", (64, 64))
+    monkeypatch.setattr(minifloat, "TILE", (64, 64))
     x = np.random.default_rng(0).standard_normal((7, 30)).astype(np.float32)
     for fmt in SIGNED:
         whole = (
@@ -512,4 +518,6 @@ def test_pieces_join(xp, monkeypatch):
             if fmt in SMALL
             else x.astype(PEER[fmt]).view(np.uint16)
         )
-        np.testing.assert_array_equal(to_host(quantize(xp.asarray(x).T, fmt)), whole.reshape(7, 30).T)
+        np.testing.assert_array_equal(
+            to_host(quantize(xp.asarray(x).T, fmt)), whole.reshape(7, 30).T
+        )

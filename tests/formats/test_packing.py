@@ -1,4 +1,4 @@
-"""Bit streams against arithmetic on Python's whole numbers, and against compressed-tensors."""
+"""Bit streams against arithmetic on Python's integers, and against compressed-tensors."""
 
 from __future__ import annotations
 
@@ -88,16 +88,16 @@ def test_a_code_that_does_not_fit_is_refused(xp, bad):
 def test_other_widths_are_refused(xp, bits):
     codes = xp.asarray(np.zeros(4, dtype=np.uint8))
     for call in (lambda: pack(codes, bits), lambda: words_per_row(4, bits)):
-        with pytest.raises(ValueError, match=r"bits is a whole number in 1\.\.8"):
+        with pytest.raises(ValueError, match=r"bits is an integer in 1\.\.8"):
             call()
 
 
 def test_other_types_and_lengths_are_refused(xp):
-    with pytest.raises(TypeError, match="whole numbers, got float32"):
+    with pytest.raises(TypeError, match="integers, got float32"):
         pack(xp.asarray(np.zeros(4, dtype=np.float32)), 4)
     with pytest.raises(TypeError, match="words are uint32, got int32"):
         unpack(xp.asarray(np.zeros(1, dtype=np.int32)), 4, 8)
-    with pytest.raises(ValueError, match="9 codes of 4 bits take 2 words a row, got 1"):
+    with pytest.raises(ValueError, match="9 codes of 4 bits take 2 words per row, got 1"):
         unpack(xp.asarray(np.zeros(1, dtype=np.uint32)), 4, 9)
 
 

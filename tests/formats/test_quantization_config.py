@@ -22,7 +22,7 @@ WRITTEN = [
         for layout in ("gptq", "gptq_v2")
         for bits in GPTQ_BITS
     ),
-    WeightLayout("gptq_v2", 4, 128, symmetric=False, reordered=True),
+    WeightLayout("gptq_v2", 4, 128, symmetric=False, act_order=True),
     WeightLayout("awq", 4, None, symmetric=False),
 ]
 COMPRESSED = quantization_config(WeightLayout("pack-quantized", 4, 32))
@@ -87,7 +87,7 @@ def changed(raw, path: str, value):
         (COMPRESSED, "config_groups", {"a": 3}, "groups with 'targets' and 'weights'"),
         (COMPRESSED, "sparsity_config", {"format": "sparse-24"}, "dense weights"),
         (COMPRESSED, "ignore", "lm_head", "lists of names"),
-        (COMPRESSED, "ignore", ["re:("], "is no pattern"),
+        (COMPRESSED, "ignore", ["re:("], "is not a pattern"),
         (COMPRESSED, ".targets", None, "lists of names"),
         (COMPRESSED, ".weights.type", "float", "integers by channel or group"),
         (COMPRESSED, ".weights.strategy", "block", "integers by channel or group"),
@@ -104,15 +104,15 @@ def changed(raw, path: str, value):
             W8A8["config_groups"]["group_0"]["input_activations"],
             "of pack-quantized",
         ),
-        (W8A8, ".input_activations.dynamic", False, "dynamic symmetric 8-bit integers a token"),
-        (W8A8, ".input_activations.num_bits", 4, "dynamic symmetric 8-bit integers a token"),
+        (W8A8, ".input_activations.dynamic", False, "dynamic symmetric 8-bit integers per token"),
+        (W8A8, ".input_activations.num_bits", 4, "dynamic symmetric 8-bit integers per token"),
         (W8A8, ".weights.symmetric", False, "symmetric ones by channel"),
         (W8A8, ".weights.num_bits", 4, "num_bits of int-quantized"),
         (GPTQ, "checkpoint_format", "marlin", "gptq and gptq_v2"),
         (GPTQ, "is_marlin_format", True, "gptq and gptq_v2"),
         (GPTQ, "bits", 5, "2, 3, 4 and 8"),
         (GPTQ, "dynamic", {"-:.*": {}}, "one scheme for all modules"),
-        (GPTQ, "group_size", 0, "-1 for a scale a row"),
+        (GPTQ, "group_size", 0, "-1 for one scale per row"),
         (AWQ, "version", "gemv", "supported: gemm"),
         (AWQ, "bits", 8, "supported: 4"),
         (AWQ, "zero_point", False, "supported: true"),
@@ -134,7 +134,7 @@ def test_an_int_quantized_file_without_activations_is_a_naive_one():
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("stored", [s for s in WRITTEN if "quantized" in s.layout], ids=str)
+@pytest.mark.parametrize("stored", [s for s in WRITTEN if "quantized" in s.name], ids=str)
 def test_compressed_tensors_takes_what_is_written(stored):
     """It refuses entries that it does not know."""
     module = oracle("compressed_tensors.quantization")

@@ -43,7 +43,7 @@ def test_matmul_is_the_product_of_what_comes_back(
     weight = quantize(xp.asarray(build(kind, (m, n), seed, dtype)), scheme)
     x = np.random.default_rng(seed).standard_normal((t, n)).astype(other)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantized_linear, "TILE", (tile, tile))
+        patch.setattr(quantized_linear, "MATMUL_TILE", (tile, tile))
         got = to_host(weight.matmul(xp.asarray(x)))
     back = to_host(weight.dequantize())
     assert got.shape == (t, m)
@@ -73,7 +73,9 @@ def test_what_is_held_comes_back(xp, scheme, m, n, dtype, seed):
 @given(schemes(), rows, columns, st.sampled_from([None, "float16", "bfloat16"]), seeds)
 def test_from_codes_is_the_same_weight(xp, scheme, m, n, scale_dtype, seed):
     first = quantize(xp.asarray(build("normal", (m, n), seed)), scheme, scale_dtype=scale_dtype)
-    again = QuantizedLinear.from_codes(first.codes, first.scale, first.zero_point, scheme, scale_dtype)
+    again = QuantizedLinear.from_codes(
+        first.codes, first.scale, first.zero_point, scheme, scale_dtype
+    )
     np.testing.assert_array_equal(to_host(again.packed()), to_host(first.packed()))
     np.testing.assert_array_equal(to_host(again.dequantize()), to_host(first.dequantize()))
     assert again.nbytes == first.nbytes
@@ -185,9 +187,13 @@ def test_codes_that_do_not_fit_are_refused(xp):
     with pytest.raises(ValueError, match=r"codes \(8,\) and scale"):
         QuantizedLinear.from_codes(codes[0, :], scale, None, scheme)
     with pytest.raises(ValueError, match="zero points of rule 'half_integer' are all 0"):
-        QuantizedLinear.from_codes(codes, scale, xp.asarray(np.ones((2, 1), dtype=np.int32)), scheme)
+        QuantizedLinear.from_codes(
+            codes, scale, xp.asarray(np.ones((2, 1), dtype=np.int32)), scheme
+        )
     with pytest.raises(TypeError, match="the scale is float32 or float64 .* got float16"):
-        QuantizedLinear.from_codes(codes, xp.asarray(np.ones((2, 1), dtype=np.float16)), None, scheme)
+        QuantizedLinear.from_codes(
+            codes, xp.asarray(np.ones((2, 1), dtype=np.float16)), None, scheme
+        )
 
 
 def test_it_says_what_it_is():

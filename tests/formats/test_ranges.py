@@ -29,7 +29,7 @@ def test_ranges_are_the_extremes_of_what_shares_a_step(pure_xp, scheme, m, n, ki
     members = {}
     for i in range(m):
         for j in range(n):
-            members.setdefault(place(scheme, i, j), []).append(x[i, j])
+            members.setdefault(place(scheme.geometry, i, j), []).append(x[i, j])
     for index, values in members.items():
         assert (lo[index], hi[index]) == (min(values), max(values))
 

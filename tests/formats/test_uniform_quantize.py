@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from conftest import oracle, to_host
 from refllm.formats import quantized_linear
 from refllm.formats.quantized_linear import effective_bits, fake_quantize, quantize
-from refllm.formats.uniform import RULES, Scheme, dequantize_codes, qparams, quantize_codes
+from refllm.formats.uniform import (
+    RULES,
+    Scheme,
+    dequantize_codes,
+    qparams,
+    quantize_codes,
+    ranges,
+)
 from schemes import FORCED, columns, rows, schemes, slack, spread
 from strategies import arrays, build, seeds
 
@@ -72,8 +79,7 @@ def test_error_of_awq(pure_xp, scheme, m, n, seed):
     step = spread(to_host(scale), scheme, (m, n))
     error = np.abs(to_host(fake_quantize(pure_xp.asarray(x), scheme)) - x)
     lo, hi = (
-        spread(to_host(bound), scheme, (m, n))
-        for bound in quantized_linear.ranges(pure_xp.asarray(x), scheme)
+        spread(to_host(bound), scheme, (m, n)) for bound in ranges(pure_xp.asarray(x), scheme)
     )
     around_zero = (lo <= 0) & (hi >= 0)
     assert (error <= 0.5 * step + slack(x, step, scheme))[around_zero].all()
@@ -219,8 +225,14 @@ def test_the_two_orders_of_rounding_differ_on_ties(pure_xp):
     x = pure_xp.asarray(np.array([0.5, 1.5, -0.5]))
     one = pure_xp.asarray(np.array(1.0))
     zero = pure_xp.asarray(np.array(1, dtype=np.int32))
-    assert to_host(quantize_codes(x, one, zero, Scheme(4, "asymmetric", "tensor"))).tolist() == [1, 3, 1]
-    assert to_host(quantize_codes(x, one, zero, Scheme(4, "asymmetric_signed", "tensor"))).tolist() == [
+    assert to_host(quantize_codes(x, one, zero, Scheme(4, "asymmetric", "tensor"))).tolist() == [
+        1,
+        3,
+        1,
+    ]
+    assert to_host(
+        quantize_codes(x, one, zero, Scheme(4, "asymmetric_signed", "tensor"))
+    ).tolist() == [
         2,
         2,
         0,
@@ -237,7 +249,9 @@ def test_numbers_far_outside_are_clipped_before_they_become_integers(xp):
         scheme = Scheme(4, rule, "channel")
         zero = np.full((2, 1), scheme.zero, dtype=np.int32)
         codes = (
-            to_host(quantize_codes(xp.asarray(x), xp.asarray(scale), xp.asarray(zero), scheme)).astype(int)
+            to_host(
+                quantize_codes(xp.asarray(x), xp.asarray(scale), xp.asarray(zero), scheme)
+            ).astype(int)
             - zero
         )
         low = scheme.qmin - scheme.zero
@@ -284,7 +298,7 @@ def test_pieces_join(xp, scheme, m, n, piece, seed):
     whole = quantize(x, scheme)
     floats = to_host(fake_quantize(x, scheme))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantized_linear, "PIECE", (piece, piece))
+        patch.setattr(quantized_linear, "TILE", (piece, piece))
         pieces = quantize(x, scheme)
         np.testing.assert_array_equal(to_host(fake_quantize(x, scheme)), floats)
     np.testing.assert_array_equal(to_host(pieces.packed()), to_host(whole.packed()))
@@ -357,10 +371,10 @@ def test_a_block_may_be_larger_than_what_it_holds(pure_xp, size):
 
 @pytest.mark.parametrize("odd", [True, 4.0, "4", None])
 def test_sizes_of_a_scheme_are_whole_numbers(odd):
-    with pytest.raises(ValueError, match="bits is a whole number in 1..8, got"):
+    with pytest.raises(ValueError, match="bits is an integer in 1..8, got"):
         Scheme(odd, "asymmetric", "channel")
     for granularity in ("group", "block"):
-        with pytest.raises(ValueError, match=f"'{granularity}' takes a positive number"):
+        with pytest.raises(ValueError, match=f"'{granularity}' takes a positive integer"):
             Scheme(4, "asymmetric", granularity, odd)
 
 

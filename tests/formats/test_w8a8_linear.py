@@ -52,9 +52,9 @@ def test_equality_the_product_is_that_of_what_both_sides_stand_for(
     layer = linear(xp, seed, scheme, activation, rule, dtype)
     x = xp.asarray(build(kind, (3, 8), seed, dtype))
     codes, step = layer.quantize_activations(x)
-    left = to_host(dequantize_codes(codes, step, xp.zeros(step.shape, dtype=xp.int32), layer.scheme)).astype(
-        np.longdouble
-    )
+    left = to_host(
+        dequantize_codes(codes, step, xp.zeros(step.shape, dtype=xp.int32), layer.scheme)
+    ).astype(np.longdouble)
     right = to_host(layer.dequantize()).astype(np.longdouble)
     y = to_host(layer.matmul(x))
     assert y.dtype == dtype

@@ -26,13 +26,13 @@ class Case(NamedTuple):
     bits: int
     group: int
     symmetric: bool = False
-    reordered: bool = False
+    act_order: bool = False
 
 
 CASES = {
     "gptq-4": Case("gptq_v2", 4, 32),
     "gptq-4-sym": Case("gptq_v2", 4, 32, symmetric=True),
-    "gptq-4-g-idx": Case("gptq_v2", 4, 16, reordered=True),
+    "gptq-4-g-idx": Case("gptq_v2", 4, 16, act_order=True),
     "gptq-3": Case("gptq_v2", 3, 32),
     "gptq-2": Case("gptq_v2", 2, 16),
     "gptq-8": Case("gptq_v2", 8, 64),
@@ -46,7 +46,7 @@ def draw(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Codes C[M, N], scales [M, G] (exact in float16, of three digits), zero points Z[M,
     G], g_idx[N].
     """
-    rng = np.random.default_rng([case.bits, case.group, case.symmetric, case.reordered])
+    rng = np.random.default_rng([case.bits, case.group, case.symmetric, case.act_order])
     groups = COLUMNS // case.group
     top = 1 << case.bits
     codes = rng.integers(0, top, (ROWS, COLUMNS), dtype=np.int32)
@@ -55,7 +55,7 @@ def draw(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     if case.symmetric:
         zeros[:] = top // 2
     g_idx = (np.arange(COLUMNS) // case.group).astype(np.int32)
-    return codes, scales, zeros, rng.permutation(g_idx) if case.reordered else g_idx
+    return codes, scales, zeros, rng.permutation(g_idx) if case.act_order else g_idx
 
 
 def weight_of(case: Case) -> np.ndarray:
@@ -79,7 +79,7 @@ def record(case: Case) -> dict[str, np.ndarray]:
         "group_size": case.group,
         "sym": case.symmetric,
         "bias": False,
-        "desc_act": case.reordered,
+        "desc_act": case.act_order,
         "in_features": COLUMNS,
         "out_features": ROWS,
     }

@@ -200,13 +200,13 @@ def test_the_layout_is_the_one_that_most_programs_read(exported, name):
     raw = json.loads((path / "config.json").read_text())["quantization_config"]
     found = raw.get("format") or (raw.get("checkpoint_format") or raw["quant_method"])
     assert found == WAYS[name].layout
-    assert storing_of(model.weights, WAYS[name].layout).quantization.groups[0][1].layout == found
+    assert storing_of(model.weights, WAYS[name].layout).quantization.groups[0][1].name == found
 
 
 def test_default_layouts():
     assert default_layout(Scheme(4, "asymmetric", "channel")) == "awq"
     assert default_layout(Scheme(3, "asymmetric", "channel")) == "gptq_v2"
-    assert default_layout(Scheme(4, "half_integer", "channel"), reordered=True) == "gptq_v2"
+    assert default_layout(Scheme(4, "half_integer", "channel"), act_order=True) == "gptq_v2"
 
 
 def test_what_cannot_be_exported_is_refused_and_nothing_is_written(original, tmp_path):

@@ -66,7 +66,7 @@ def test_tiles_of_the_weight_join(xp, monkeypatch):
     qx = quantize(xp.asarray(x), FloatScheme("e4m3", "block", (1, 16)))
     qw = quantize(xp.asarray(w), scheme)
     whole = to_host(scaled_matmul(qx, qw))
-    monkeypatch.setattr("refllm.formats.fp8_linear._WEIGHTS", (16 * 40, 16 * 40))
+    monkeypatch.setattr("refllm.formats.fp8_linear.MATMUL_TILE", (16 * 40, 16 * 40))
     np.testing.assert_allclose(to_host(scaled_matmul(qx, qw)), whole, rtol=1e-5, atol=1e-6)
 
 

@@ -1,0 +1,190 @@
+"""Granularity: which elements of an array share a scale, and the array cut into such blocks.
+
+| granularity | one scale per                   | shape of the scale    |
+|-------------|---------------------------------|-----------------------|
+| "tensor"    | array                           | ()                    |
+| "channel"   | row of a weight W[M, N]         | (M, 1)                |
+| "token"     | row of activations x[T, N]      | (T, 1)                |
+| "group"     | g neighbours within a row       | (M, N/g)              |
+| "block"     | bo × bi neighbours              | (⌈M/bo⌉, ⌈N/bi⌉)      |
+
+This is the geometry alone. What scale and codes a block gets is the business of the rules
+of ``uniform`` (integers) and ``block_float`` (small floats), which share this file.
+
+Left out: groups that run over the end of a row (rejected; only blocks may be ragged).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from refllm.backend import Array, namespace
+
+GRANULARITIES = ("tensor", "channel", "token", "group", "block")
+
+# Elements per tile (host, device). On a CPU the intermediate arrays of a tile stay in cache;
+# a GPU needs enough work to be busy.
+TILE = (1 << 17, 1 << 26)
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """Which elements share a scale; ``size`` is g for "group", (bo, bi) or one size for
+    "block", None otherwise.
+
+    >>> Granularity("group", 32).scale_shape((4, 128))
+    (4, 4)
+    >>> Granularity("block", (128, 128)).scale_shape((300, 256))
+    (3, 2)
+    """
+
+    kind: str
+    size: int | tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in GRANULARITIES:
+            known = ", ".join(GRANULARITIES)
+            raise ValueError(f"unknown granularity {self.kind!r}; choose one of {known}")
+        if self.kind not in ("group", "block"):
+            if self.size is not None:
+                raise ValueError(f"granularity {self.kind!r} takes no group_size")
+            return
+        sizes = self.size if isinstance(self.size, tuple) else (self.size,)
+        positive = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes)
+        most = 1 if self.kind == "group" else 2
+        if not positive or not 1 <= len(sizes) <= most:
+            wanted = "a positive integer" + (" or a pair of them" if most == 2 else "")
+            raise ValueError(f"granularity {self.kind!r} takes {wanted}, got {self.size!r}")
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """(rows, columns) that share a scale, for "group" and "block"."""
+        if isinstance(self.size, tuple):
+            return self.size
+        assert self.size is not None, "only groups and blocks have a size"
+        return (1 if self.kind == "group" else self.size), self.size
+
+    @property
+    def block_rows(self) -> int:
+        """Rows that a block spans: 1 unless the kind is "block"."""
+        return self.block[0] if self.kind == "block" else 1
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the scale of an array of this shape.
+
+        Raises
+        ------
+        ValueError
+            if the granularity does not fit the array; of groups that do not divide a row it
+            names the nearest sizes that do.
+        """
+        if self.kind == "tensor":
+            return ()
+        if not shape or (self.kind == "block" and len(shape) != 2):
+            raise ValueError(f"granularity {self.kind!r} does not fit an array of shape {shape}")
+        if self.kind in ("channel", "token"):
+            return (*shape[:-1], 1)
+        if self.kind == "block":
+            rows, columns = self.block
+            return -(-shape[0] // rows), -(-shape[1] // columns)
+        g = self.block[1]
+        n = shape[-1]
+        if n % g:
+            raise ValueError(_no_divisor(n, g))
+        return (*shape[:-1], n // g)
+
+    def as_blocks(self, x: Array) -> Array:
+        """x as [row blocks, rows, column blocks, columns]: elements that share a scale lie
+        along axes 1 and 3.
+
+        A view where blocks are whole. Ragged blocks are filled up with copies of their last
+        row and column, which change no minimum and no maximum.
+        """
+        xp = namespace(x)
+        if self.kind == "tensor":
+            return xp.reshape(x, (1, 1, 1, x.size))
+        m = math.prod(x.shape[:-1])
+        n = int(x.shape[-1])
+        if self.kind in ("channel", "token"):
+            return xp.reshape(x, (m, 1, 1, n))
+        rows, columns = self.block
+        if self.kind == "group":
+            return xp.reshape(x, (m, 1, n // columns, columns))
+        down, across = self.scale_shape(tuple(x.shape))
+        rows = min(rows, m)  # a block larger than the array needs no filling
+        columns = min(columns, n)
+        if down * rows != m:
+            x = xp.concat([x] + [x[-1:, :]] * (down * rows - m), axis=0)
+        if across * columns != n:
+            x = xp.concat([x] + [x[:, -1:]] * (across * columns - n), axis=1)
+        return xp.reshape(x, (down, rows, across, columns))
+
+    def expand_scale(self, scale: Array, shape: tuple[int, ...]) -> Array:
+        """A scale or zero point of an array of ``shape``, shaped to broadcast against its
+        ``as_blocks``: [row blocks, 1, column blocks, 1].
+
+        Raises
+        ------
+        ValueError
+            if the scale has another shape than ``scale_shape(shape)``.
+        """
+        if tuple(scale.shape) != self.scale_shape(shape):
+            raise ValueError(
+                f"scale or zero point of shape {tuple(scale.shape)}: an array of shape {shape} "
+                f"takes {self.scale_shape(shape)} at granularity {self.kind!r}"
+            )
+        xp = namespace(scale)
+        if self.kind == "block":
+            return xp.reshape(scale, (scale.shape[0], 1, scale.shape[1], 1))
+        columns = scale.shape[-1] if self.kind == "group" else 1
+        return xp.reshape(scale, (math.prod(scale.shape[:-1]), 1, columns, 1))
+
+    def row_tiles(
+        self, like: Array, shape: tuple[int, int], size: tuple[int, int] = TILE
+    ) -> Iterator[tuple[int, int]]:
+        """(first row, last row + 1) of each tile of a matrix of ``shape``, which holds whole
+        row blocks and about ``size`` elements.
+
+        ``size`` is (host, device); the library that owns ``like`` decides which one counts.
+        """
+        high = self.block_rows
+        wanted = size[0] if namespace(like) is np else size[1]
+        rows = high * max(1, wanted // (high * max(1, shape[1])))
+        for start in range(0, shape[0], rows):
+            yield start, min(start + rows, shape[0])
+
+    def rows_of(self, parameter: Array, start: int, stop: int) -> Array:
+        """The part of a scale or zero point that belongs to rows ``start`` to ``stop``;
+        ``start`` is the first row of a block.
+        """
+        if self.kind == "tensor":
+            return parameter
+        high = self.block_rows
+        return parameter[start // high : -(-stop // high), :]
+
+
+def from_blocks(blocks: Array, shape: tuple[int, ...]) -> Array:
+    """The inverse of ``Granularity.as_blocks``: blocks [·, ·, ·, ·] → an array of ``shape``,
+    without the filling of ragged blocks.
+    """
+    xp = namespace(blocks)
+    if blocks.size == math.prod(shape):
+        return xp.reshape(blocks, shape)
+    down, rows, across, columns = blocks.shape
+    return xp.reshape(blocks, (down * rows, across * columns))[: shape[0], : shape[1]]
+
+
+def _no_divisor(n: int, g: int) -> str:
+    """The message for groups of g that do not divide a row of n."""
+    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    below = max(d for d in divisors if d < g)
+    above = min((d for d in divisors if d > g), default=n)
+    near = f"{below} and {above}" if below != above else f"{below}"
+    return (
+        f"groups of {g} do not divide a row of {n}: the nearest sizes that do are {near}, "
+        f"or pad the row with zeros to {-(-n // g) * g}"
+    )
