@@ -1,6 +1,4 @@
-"""``refllm eval``: how well a model predicts text, and how far it is from a reference
-model.
-"""
+"""``refllm eval``: how well a model predicts text, and how far it is from a reference model."""
 
 from __future__ import annotations
 
@@ -8,18 +6,26 @@ import json
 import math
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from refllm.cli.cache_options import KvBitsOption, KvGroupOption, KvResidualOption, kivi_of
+from refllm.cli.cache_options import (
+    KvBitsOption,
+    KvGroupOption,
+    KvResidualOption,
+    kivi_from_options,
+)
 from refllm.cli.main import keep_freed_memory
 from refllm.cli.options import AnyModelOption, BackendOption, JsonOption, opt
 from refllm.terminal import console, note, progress, table
 
 if TYPE_CHECKING:
-    from refllm.measure.perplexity import Comparison
-    from refllm.measure.windows import Score
+    from rich.console import Console
+
+    from refllm.kv.kivi import Kivi
+    from refllm.measure.comparison import Comparison
+    from refllm.measure.perplexity import DocumentScore, Score
 
 
 TextOption = Annotated[
@@ -40,8 +46,8 @@ WindowOption = Annotated[
 StrideOption = Annotated[
     int | None, opt("How far the window moves.", min=1, show_default="half a window")
 ]
-MaxTokensOption = Annotated[int | None, opt("Score the first so many tokens only.", min=1)]
-SeedOption = Annotated[int, opt("Of the resampling behind the intervals.", min=0)]
+MaxTokensOption = Annotated[int | None, opt("Score only the first N tokens.", min=1)]
+SeedOption = Annotated[int, opt("Seed of the bootstrap intervals.", min=0)]
 
 
 def evaluate(
@@ -73,70 +79,85 @@ def evaluate(
       refllm eval --model stdlib-draft --reference stdlib --max-tokens 20000
       refllm eval --kv-bits 2 --reference stdlib --max-tokens 8000
 
-    With --kv-bits the model reads each window as it would token by token, with all but the
-    newest keys and values in few bits; the reference reads its own in full.
+    With --kv-bits the model attends to each window as it would in token-by-token decoding,
+    with all but the newest keys and values in few bits; the reference keeps its own in full.
     """
     import numpy as np
 
     from refllm.api import load
     from refllm.corpus import held_out_documents
     from refllm.kv.kivi import KiviAttend
-    from refllm.measure.perplexity import compare
-    from refllm.measure.perplexity import evaluate as score_of
+    from refllm.measure import comparison, perplexity
     from refllm.train.data import read_files
 
     documents = read_files(text) if text else held_out_documents()
     keep_freed_memory()
     loaded = load(model, backend)
-    kivi = kivi_of(loaded.config, kv_bits, kv_group, kv_residual)
-    window = window or min(1024, loaded.config.max_position_embeddings)
-    how: dict[str, Any] = {
-        "window": window,
-        "stride": stride or max(1, window // 2),
-        "max_tokens": max_tokens,
-    }
-    if window > loaded.config.max_position_embeddings:
-        note(
-            f"the window of {window} is longer than the model's {loaded.config.max_position_embeddings} positions"
-        )
+    kivi = kivi_from_options(loaded.config, kv_bits, kv_group, kv_residual)
+    positions = loaded.config.max_position_embeddings
+    window = window or min(1024, positions)
+    stride = stride or max(1, window // 2)
+    if window > positions:
+        note(f"the window of {window} is longer than the model's {positions} positions")
+    attend = None
     if kivi is not None:
-        how["attend"] = partial(KiviAttend, kivi=kivi, window=loaded.config.sliding_window)
+        attend = partial(KiviAttend, kivi=kivi, window=loaded.config.sliding_window)
     with progress("scoring") as advance:
         if reference is None:
-            score = score_of(loaded, documents, **how, progress=advance)
             against = None
+            score = perplexity.evaluate(
+                loaded,
+                documents,
+                window=window,
+                stride=stride,
+                max_tokens=max_tokens,
+                attend=attend,
+                progress=advance,
+            )
         else:
-            other = load(reference, backend)
-            rng = np.random.default_rng(seed)
-            against = compare(loaded, other, documents, rng=rng, **how, progress=advance)
+            against = comparison.compare(
+                loaded,
+                load(reference, backend),
+                documents,
+                rng=np.random.default_rng(seed),
+                window=window,
+                stride=stride,
+                max_tokens=max_tokens,
+                attend=attend,
+                progress=advance,
+            )
             score = against.model
-    longest = min(window, max(d.tokens for d in score.documents) + 1)
-    if kivi is not None and longest <= kivi.residual:
-        note(
-            f"nothing was quantised: the newest {kivi.residual} tokens stay as they are, and the longest text read at "
-            f"once has {longest}"
-        )
+    if kivi is not None:
+        _note_unused_kivi(kivi, score)
     if as_json:
-        facts = finite(as_data(model, score, reference, against))
+        facts = as_data(model, score, reference, against)
         if kivi is not None:
             facts["kv cache"] = vars(kivi)
-        typer.echo(json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False))
-    else:
-        what = "the held-out modules" if not text else "the given text"
-        if max_tokens is not None and score.tokens == max_tokens:
-            what = f"the first {max_tokens:,} tokens of {what}"
-        if kivi is None:
-            cache = ""
-        else:
-            cache = f"keys and values in {kivi.key_bits} bits, {kivi.group} a step, the newest {kivi.residual} in full"
-        _show(model, score, what, reference, against, cache)
+        typer.echo(json.dumps(finite(facts), indent=2, ensure_ascii=False, allow_nan=False))
+        return
+    source = "the given text" if text else "the held-out modules"
+    if score.tokens == max_tokens:
+        source = f"the first {max_tokens:,} tokens of {source}"
+    _show_score(console(), f"{model} on {source}, Python {score.python}", score, kivi)
+    if against is not None:
+        _show_comparison(console(), str(reference), against)
+
+
+def _note_unused_kivi(kivi: Kivi, score: Score) -> None:
+    """Tell the user where every window fits into the full-precision residual window."""
+    longest = min(score.window, max(d.tokens for d in score.documents) + 1)
+    if longest <= kivi.residual:
+        note(
+            f"nothing was quantised: the newest {kivi.residual} tokens stay in full precision, and "
+            f"the longest window has {longest}"
+        )
 
 
 def as_data(
     model: str, score: Score, reference: str | None, against: Comparison | None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The result as plain data, with the same names as the model cards."""
-    facts: dict[str, Any] = {
+    facts: dict[str, object] = {
         "model": model,
         "python": score.python,
         "window": score.window,
@@ -154,23 +175,29 @@ def as_data(
         ],
     }
     if against is not None:
+        intervals = {
+            "KL": against.kl,
+            "top-1 agreement": against.agreement,
+            "difference in nats": against.difference,
+        }
         facts["against"] = {
             "reference": reference,
             "interval": against.method,
             "reference bits per byte": against.reference.bits_per_byte,
-        } | {
-            name: {"mean": i.mean, "low": i.low, "high": i.high}
-            for name, i in (
-                ("KL", against.kl),
-                ("top-1 agreement", against.agreement),
-                ("difference in nats", against.difference),
-            )
+            **{
+                name: {"mean": x.mean, "low": x.low, "high": x.high}
+                for name, x in intervals.items()
+            },
         }
     return facts
 
 
-def finite(value: Any) -> Any:
-    """``value`` with None for each number that is not finite: JSON has no spelling for it."""
+def finite(value: object) -> object:
+    """``value`` with None in place of numbers that are not finite, which JSON cannot hold.
+
+    >>> finite({"KL": [0.5, float("inf")]})
+    {'KL': [0.5, None]}
+    """
     if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -180,15 +207,8 @@ def finite(value: Any) -> Any:
     return value
 
 
-def _show(
-    model: str,
-    score: Score,
-    what: str,
-    reference: str | None,
-    against: Comparison | None,
-    cache: str,
-) -> None:
-    out = console()
+def _show_score(out: Console, title: str, score: Score, kivi: Kivi | None) -> None:
+    """A row per document, then the total."""
     made = table("document", "tokens", "bytes", "bits/byte", "perplexity")
     rows = [d for d in score.documents if d.tokens]
     for d in rows:
@@ -201,33 +221,40 @@ def _show(
         )
     if len(rows) > 1:
         made.add_section()
-        whole = (
+        made.add_row(
+            "all",
             f"{score.tokens:,}",
             f"{score.bytes:,}",
             f"{score.bits_per_byte:.3f}",
             f"{score.perplexity:.2f}",
+            style="bold",
         )
-        made.add_row("all", *whole, style="bold")
-    out.print(f"{model} on {what}, Python {score.python}", style="bold")
+    out.print(title, style="bold")
     out.print(made)
     out.print(f"windows of {score.window:,} tokens every {score.stride:,}; {score.seconds:.1f} s")
-    if cache:
-        out.print(cache)
-    if against is not None:
-        near = table("against " + str(reference), "mean", "low", "high")
-        for name, interval, digits in (
-            ("KL, nats per token", against.kl, 5),
-            ("same first choice", against.agreement, 4),
-            ("loss − reference's, nats", against.difference, 5),
-        ):
-            near.add_row(
-                name, *(f"{x:.{digits}f}" for x in (interval.mean, interval.low, interval.high))
-            )
-        out.print()
-        out.print(near)
-        out.print(f"intervals: {against.method}")
+    if kivi is not None:
+        out.print(
+            f"keys and values in {kivi.key_bits} bits, {kivi.group} per scale, the newest "
+            f"{kivi.residual} in full"
+        )
 
 
-def _perplexity(d: Any) -> float:
-    nats: float = d.nats / d.tokens
+def _show_comparison(out: Console, reference: str, against: Comparison) -> None:
+    """KL, top-1 agreement and difference in loss, each with its interval."""
+    made = table(f"against {reference}", "mean", "low", "high")
+    for name, interval, digits in (
+        ("KL, nats per token", against.kl, 5),
+        ("top-1 agreement", against.agreement, 4),
+        ("loss − reference's, nats", against.difference, 5),
+    ):
+        values = (interval.mean, interval.low, interval.high)
+        made.add_row(name, *(f"{x:.{digits}f}" for x in values))
+    out.print()
+    out.print(made)
+    out.print(f"intervals: {against.method}")
+
+
+def _perplexity(document: DocumentScore) -> float:
+    """exp(nats per token); infinity where float64 overflows."""
+    nats = document.nats / document.tokens
     return math.exp(nats) if nats < 700 else math.inf

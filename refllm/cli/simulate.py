@@ -1,25 +1,35 @@
-"""``refllm simulate``: serving without a model, by the roofline's clock."""
+"""``refllm simulate``: serving without a model, on the clock of the roofline."""
 
 from __future__ import annotations
 
 import json
+import math
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from refllm.cli.options import BackendOption, JsonOption, opt
+from refllm.cli.simulate_setup import (
+    MAX_BLOCKS,
+    device_slots,
+    find_device,
+    make_scheduler,
+    make_workload,
+    model_config,
+)
 from refllm.terminal import console, pairs, progress, table
 
 if TYPE_CHECKING:
     from refllm.measure.device import Device
-    from refllm.model.config import ModelConfig
+    from refllm.measure.records import Json
     from refllm.serve.base_scheduler import BaseScheduler
+    from refllm.simulate.metrics import Limits
     from refllm.simulate.simulator import SimulationResult
+    from refllm.simulate.timeline import Trace
 
-SHAPES = ("llama-8b", "llama-70b")
-# a few hundred MB of Python's integers; a device that holds more than this is never full
-MOST_BLOCKS = 1 << 22
+TRACED_BLOCK_TABLES = 200
 
 
 ModelOption = Annotated[
@@ -35,14 +45,16 @@ DeviceOption = Annotated[str, opt("h200, a100, or here: this machine, measured."
 TrafficOption = Annotated[
     str,
     opt(
-        "Lengths: sharegpt, alpaca, azure-chat, azure-code. Or one of the programs that share prefixes: "
-        "few-shot, self-consistency, chat, tree, rag, unique.",
+        "Lengths: sharegpt, alpaca, azure-chat, azure-code. Or a program whose prompts share "
+        "prefixes: few-shot, self-consistency, chat, tree, rag, unique.",
         metavar="NAME",
     ),
 ]
-RequestsOption = Annotated[int, opt("Requests of the traffic; questions of a program.", min=1)]
-RateOption = Annotated[float | None, opt("Arrivals a second.", min=0, show_default="all at once")]
-BurstinessOption = Annotated[float, opt("Shape of the gaps: 1 is Poisson, less is bursty.", min=0)]
+RequestsOption = Annotated[int, opt("Number of requests; of questions for a program.", min=1)]
+RateOption = Annotated[float | None, opt("Arrivals per second.", min=0, show_default="all at once")]
+BurstinessOption = Annotated[
+    float, opt("Shape of the arrival gaps: 1 is Poisson, less is bursty.", min=0)
+]
 PolicyOption = Annotated[
     str, opt("fcfs, priority, lpm; orca-max, orca-pow2, orca-oracle; static.", metavar="NAME")
 ]
@@ -51,20 +63,20 @@ PreemptOption = Annotated[str, opt("recompute, or swap to host memory.", metavar
 SlotsOption = Annotated[
     int | None,
     opt(
-        "Tokens of keys and values that fit.",
+        "Tokens of keys and values that fit into memory.",
         min=1,
-        show_default="what the device has beside the weights",
+        show_default="device memory minus weights",
     ),
 ]
-BlockSizeOption = Annotated[int, opt("Tokens in a block.", min=1)]
-MaxBatchTokensOption = Annotated[int, opt("Tokens that a step may compute.", min=1)]
-MaxSequencesOption = Annotated[int, opt("Requests that may run at a time.", min=1)]
-BitsOption = Annotated[float, opt("Bits of a weight; keys and values have 16.", min=1)]
+BlockSizeOption = Annotated[int, opt("Tokens per block.", min=1)]
+MaxBatchTokensOption = Annotated[int, opt("Token budget of a step.", min=1)]
+MaxSequencesOption = Annotated[int, opt("Requests that may run at once.", min=1)]
+BitsOption = Annotated[float, opt("Bits per weight; keys and values have 16.", min=1)]
 TtftOption = Annotated[
-    float | None, opt("Limit on the time to the first token, ms, for the goodput.", min=0)
+    float | None, opt("Goodput: limit on the time to the first token, ms.", min=0)
 ]
-TpotOption = Annotated[float | None, opt("Limit on the time of each further token, ms.", min=0)]
-SeedOption = Annotated[int, opt("Of lengths and arrivals.", min=0)]
+TpotOption = Annotated[float | None, opt("Goodput: limit on the time per output token, ms.", min=0)]
+SeedOption = Annotated[int, opt("Seed of lengths and arrivals.", min=0)]
 TraceOption = Annotated[
     Path | None,
     opt("Write every step, the first 200 block tables and the radix tree.", metavar="FILE"),
@@ -95,7 +107,7 @@ def simulate(
 ) -> None:
     """Simulate serving: the real scheduler and memory, with a clock instead of a model.
 
-    Steps take the time of the roofline for the device: a lower bound, projected, not
+    A step takes the time of the roofline for the device: a lower bound, projected, not
     measured. No weight is read.
 
     \b
@@ -110,170 +122,70 @@ def simulate(
     from refllm.simulate.simulator import Simulator
 
     get(backend)
-    config = _config(model)
-    machine = _device(device)
+    config = model_config(model)
+    machine = find_device(device)
     clock = RooflineClock(config, machine, weight_bytes_per_param=bits / 8)
     if slots is None:
-        room = min(_slots(clock, device), MOST_BLOCKS * block_size)
-    else:
-        room = slots
-    scheduler = _scheduler(
+        slots = min(device_slots(clock, device), MAX_BLOCKS * block_size)
+    scheduler = make_scheduler(
         policy,
-        room,
+        slots,
         block_size,
-        prefix_cache,
-        preempt,
-        config,
-        {"max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences},
+        prefix_cache=prefix_cache,
+        preempt=preempt,
+        longest=min(2048, config.max_position_embeddings),
+        max_batch_tokens=max_batch_tokens,
+        max_sequences=max_sequences,
     )
-    asked, follow = _asked(traffic, requests, rate, burstiness, seed)
-    watcher = _watcher(scheduler, trace)
-    simulator = Simulator(scheduler, clock, jumps=trace is None, on_step=watcher)
+    arriving, follow = make_workload(traffic, requests, rate, burstiness, seed)
+    steps = None if trace is None else _trace_of(scheduler)
+    simulator = Simulator(scheduler, clock, jumps=steps is None, on_step=steps)
     with progress("serving") as advance:
-        run = simulator.run(asked, follow, advance)
-    if trace is not None:
-        _write(trace, watcher, scheduler, machine)
-    inf = float("inf")
-    limits = Limits(inf if ttft is None else ttft / 1e3, inf if tpot is None else tpot / 1e3)
-    facts = _facts(run, limits) | {"slots": room, "device": machine.name, "policy": policy}
+        run = simulator.run(arriving, follow, advance)
+    if trace is not None and steps is not None:
+        _write_trace(trace, steps, scheduler, machine)
+    limits = Limits(
+        math.inf if ttft is None else ttft / 1e3,
+        math.inf if tpot is None else tpot / 1e3,
+    )
+    facts = _facts(run, limits) | {"slots": slots, "device": machine.name, "policy": policy}
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:
         _show(facts, limited=ttft is not None or tpot is not None)
 
 
-def _config(name: str) -> ModelConfig:
-    from refllm.measure import memory
-
-    if name in SHAPES:
-        return {"llama-8b": memory.LLAMA_8B, "llama-70b": memory.LLAMA_70B}[name]
-    from refllm.checkpoints.loading import locate, read_config
-
-    return read_config(locate(name))
-
-
-def _device(name: str) -> Device:
-    from refllm.measure.device import DEVICES, measure_machine
-
-    if name == "here":
-        return measure_machine()
-    if name not in DEVICES:
-        raise ValueError(f"unknown device {name!r}; choose one of {', '.join(DEVICES)}, here")
-    return DEVICES[name]
-
-
-def _slots(clock: Any, device: str) -> int:
-    from refllm.measure.roofline_clock import MEMORY
-
-    if device not in MEMORY:
-        raise ValueError(
-            f"the memory of {device!r} is not known: say how many tokens fit with --slots"
-        )
-    return int(clock.slots(0.9 * MEMORY[device]))  # a tenth for activations, as servers keep it
-
-
-def _scheduler(
-    policy: str,
-    slots: int,
-    block_size: int,
-    cache: str | None,
-    preempt: str,
-    config: ModelConfig,
-    limits: Any,
-) -> BaseScheduler:
-    from refllm.kv.block_pool import BlockPool
-    from refllm.serve import factory
-    from refllm.serve.scheduler import Scheduler
-    from refllm.serve.swapping import SwappingKVManager
-
-    if slots < block_size:
-        raise ValueError(
-            f"{slots} slots hold no block of {block_size}: take more slots or smaller blocks"
-        )
-    if slots // block_size > MOST_BLOCKS:
-        raise ValueError(
-            f"{slots:,} slots in blocks of {block_size} are more than {MOST_BLOCKS:,} blocks, of which "
-            "books can be kept: take fewer slots or larger blocks"
-        )
-    pool = BlockPool(slots // block_size, block_size)
-    if preempt not in ("recompute", "swap"):
-        raise ValueError(f"unknown way to preempt {preempt!r}; choose recompute or swap")
-    if preempt == "swap":
-        if cache is not None or policy not in factory.CONTINUOUS:
-            raise ValueError(
-                "--preempt swap goes with fcfs, priority or lpm, and without a prefix cache"
-            )
-        return Scheduler(SwappingKVManager(pool), order=policy, **limits)
-    longest = min(2048, config.max_position_embeddings)
-    if policy == "static":
-        limits = {"max_sequences": limits["max_sequences"]}
-    return factory.make(policy, pool, prefix_cache=cache, longest=longest, **limits)
-
-
-def _asked(name: str, count: int, rate: float | None, shape: float, seed: int) -> tuple[Any, Any]:
-    """(requests, what follows from their answers)"""
-    import numpy as np
-
-    from refllm.simulate import programs
-    from refllm.simulate.workload import TRAFFIC, Distinct, requests
-
-    rng = np.random.default_rng(seed)
-    tokens = Distinct()
-    rate = float("inf") if rate is None else rate
-    if name in TRAFFIC:
-        return requests(TRAFFIC[name], count, rng, rate=rate, shape=shape), None
-    made = {
-        "few-shot": lambda: programs.few_shot(tokens, count),
-        "self-consistency": lambda: programs.self_consistency(tokens, count),
-        "chat": lambda: programs.chat(tokens, count),
-        "tree": lambda: programs.tree_of_thought(tokens, count),
-        "rag": lambda: programs.rag(tokens, count, rng),
-        "unique": lambda: programs.unique(tokens, count),
-    }
-    if name not in made:
-        raise ValueError(f"unknown traffic {name!r}; choose one of {', '.join([*TRAFFIC, *made])}")
-    if rate != float("inf"):
-        raise ValueError(
-            f"--rate is for traffic: the requests of {name} come together, and when answers call for them"
-        )
-    program = made[name]()
-    return program.requests, program.follow
-
-
-def _watcher(scheduler: BaseScheduler, trace: Path | None) -> Any:
+def _trace_of(scheduler: BaseScheduler) -> Trace:
+    """A trace of the steps, with block tables where memory is paged."""
     from refllm.serve.kv_manager import PagedKVManager
     from refllm.simulate.timeline import Trace
 
-    if trace is None:
-        return None
-    return Trace(scheduler, blocks=200 if isinstance(scheduler.memory, PagedKVManager) else 0)
+    paged = isinstance(scheduler.memory, PagedKVManager)
+    return Trace(scheduler, blocks=TRACED_BLOCK_TABLES if paged else 0)
 
 
-def _write(path: Path, watcher: Any, scheduler: BaseScheduler, machine: Device) -> None:
-    import sys
-
+def _write_trace(path: Path, steps: Trace, scheduler: BaseScheduler, machine: Device) -> None:
+    """Write the trace as a record that ``refllm.figures`` can draw."""
     from refllm.measure.records import Record, write
     from refllm.serve.prefix_caching import RadixKVManager
     from refllm.simulate.timeline import tree
 
-    values = {"occupancy": watcher.occupancy(), "blocks": watcher.blocks()}
+    values: dict[str, Json] = {"occupancy": steps.occupancy(), "blocks": steps.blocks()}
     if isinstance(scheduler.memory, RadixKVManager):
         values["tree"] = tree(scheduler.memory.cache)
-    write(
-        path,
-        Record(f"refllm {' '.join(sys.argv[1:])}", "C", f"{machine.name}, by the roofline", values),
-    )
+    command = f"refllm {' '.join(sys.argv[1:])}"
+    write(path, Record(command, "C", f"{machine.name}, by the roofline", values))
 
 
-def _facts(run: SimulationResult, limits: Any) -> dict[str, Any]:
-    report = run.summary(limits)
-    times = {
-        name: spread and spread._asdict()
-        for name in ("ttft", "tpot", "itl", "e2el")
-        for spread in [getattr(report, name)]
-    }
-    rest = {key: value for key, value in vars(report).items() if key not in times}
-    steps = max(1, run.all.steps)  # none where nobody asked for a token
+def _facts(run: SimulationResult, limits: Limits) -> dict[str, Json]:
+    """The results as plain data, times in seconds."""
+    summary = run.summary(limits)
+    times = {}
+    for name in ("ttft", "tpot", "itl", "e2el"):
+        spread = getattr(summary, name)
+        times[name] = spread and spread._asdict()
+    rest = {key: value for key, value in vars(summary).items() if key not in times}
+    steps = max(1, run.all.steps)  # there are none if no request asks for a token
     return rest | {
         "times": times,
         "steps": run.all.steps,
@@ -286,29 +198,28 @@ def _facts(run: SimulationResult, limits: Any) -> dict[str, Any]:
     }
 
 
-def _show(facts: dict[str, Any], *, limited: bool) -> None:
+def _show(facts: dict[str, Json], *, limited: bool) -> None:
+    """Throughput and memory in lines, latencies in a table."""
     out = console()
-    out.print(
-        f"{facts['completed']} requests, projected for {facts['device']} (kind C)", style="bold"
-    )
+    title = f"{facts['completed']} requests, projected by the roofline for {facts['device']}"
+    out.print(title, style="bold")
+    lines = {
+        "duration": f"{facts['duration']:.4g} s, {facts['steps']:,} steps",
+        "throughput": f"{facts['request_throughput']:.4g} requests/s, "
+        f"{facts['output_throughput']:,.0f} output tokens/s, "
+        f"{facts['total_throughput']:,.0f} tokens/s with prompts",
+    }
     if limited:
-        within = {"goodput": f"{facts['goodput']:.4g} requests/s within the limits"}
-    else:
-        within = {}
-    pairs(
-        out,
-        {
-            "duration": f"{facts['duration']:.4g} s, {facts['steps']:,} steps over {facts['slots']:,} slots",
-            "throughput": f"{facts['request_throughput']:.4g} requests/s, {facts['output_throughput']:,.0f} tokens/s "
-            f"written, {facts['total_throughput']:,.0f} with those read",
-            **within,
-            "batch": f"{facts['batch']:.1f} requests a step; {facts['held']:.0%} of the slots are held",
-            "found cached": f"{facts['hit rate']:.1%} of the prompt tokens",
-            "preemptions": f"{facts['preemptions']}, {facts['swapped tokens']:,} tokens moved by swapping",
-        },
-    )
+        lines["goodput"] = f"{facts['goodput']:.4g} requests/s within the limits"
+    lines |= {
+        "batch": f"{facts['batch']:.1f} requests per step",
+        "memory": f"{facts['held']:.0%} of {facts['slots']:,} token slots allocated on average",
+        "prefix cache": f"{facts['hit rate']:.1%} of the prompt tokens hit",
+        "preemptions": f"{facts['preemptions']}, {facts['swapped tokens']:,} tokens swapped",
+    }
+    pairs(out, lines)
     out.print()
-    shown = table("time (ms)", "mean", "median", "p90", "p99", "longest")
+    shown = table("time (ms)", "mean", "median", "p90", "p99", "max")
     for name, spread in facts["times"].items():
         if spread is not None:
             shown.add_row(name.upper(), *(_digits(1e3 * value) for value in spread.values()))
@@ -316,9 +227,10 @@ def _show(facts: dict[str, Any], *, limited: bool) -> None:
 
 
 def _digits(number: float) -> str:
-    """Two decimals, or two digits of what is smaller: a step of a small model on a large
-    device takes microseconds.
+    """Two decimals, or two digits where the number is small.
+
+    >>> _digits(1234.5678), _digits(0.01234)
+    ('1,234.57', '0.012')
     """
-    if number >= 0.1:
-        return f"{number:,.2f}"
-    return f"{number:.2g}"
+    # a step of a small model on a large device takes microseconds
+    return f"{number:,.2f}" if number >= 0.1 else f"{number:.2g}"

@@ -1,1 +1,42 @@
-"""."""
+"""What does a technique cost, and what does it gain? One file per experiment: what it
+measures, and the figure that it draws.
+
+Each is a program (``python -m refllm.experiments.NAME``) that writes figures/data/NAME.json;
+``refllm figures`` draws the pictures. Read first: ``observer_ranges``, the shortest.
+
+Quantisation of weights and activations
+
+quantization_quality  KL, agreement and bits per byte by method, bits and group size
+observer_ranges       where each observer clips a heavy-tailed tensor
+outlier_injection     outlier channels for a network that has none, the same function bit for bit
+salience              what it helps to keep 1 % of the channels in full precision
+smoothquant           8-bit weights and activations with outliers, over α
+float_formats         INT8 against E4M3 and E5M2; 14-bit accumulators; delayed scaling
+fp8_training          training in 8 bits against training in float32
+gguf_layouts          where the bits of a GGUF block lie
+gguf_mixes            bits per weight of GGUF's mixes
+
+The KV cache
+
+kv_memory             bytes of one sequence's cache, by length
+kv_quantization       KIVI against the other choices of axis
+kv_sparsity           H2O, TOVA, SnapKV and others against the newest tokens alone
+
+Serving
+
+roofline              where the steps of an 8B model stand on a device's roofline
+batching              static against continuous batching, chunked prefill, preemption
+paging                mean batch by how memory is allocated
+unpadding             the engine's 24× over padded batches, taken apart
+prefix_caching        hit rates and speedups of two prefix caches on six programs
+serving_timeline      one run of the scheduler, step by step
+speculative_decoding  tokens per step and speedups
+
+Training
+
+training_curves       loss by tokens read, and by length of the context
+
+``held_out_bench`` is what the experiments on quantised networks share. Figures of the three
+longest experiments stand beside them (``*_figure``). Nothing is imported here: most
+experiments need the engine or a model.
+"""

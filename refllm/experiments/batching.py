@@ -1,12 +1,12 @@
 """What continuous batching and chunked prefill buy: useful slots counted, latencies and
 goodput projected.
 
-| part     | question                                                                       | kind |
-|----------|--------------------------------------------------------------------------------|------|
-| useful   | of the decode slots of a static batch, how many yield a token                  | A    |
-| chunks   | budget of a step against the gaps between tokens, and what it costs            | C    |
-| goodput  | at which rate of arrivals do 90 % of the requests still meet the limits        | C    |
-| swapping | preempting by recompute against moving blocks to the host, by size of a block  | C    |
+| part     | question                                                                      | kind |
+|----------|-------------------------------------------------------------------------------|------|
+| useful   | of the decode slots of a static batch, how many yield a token                 | A    |
+| chunks   | budget of a step against the gaps between tokens, and what it costs           | C    |
+| goodput  | at which rate of arrivals do 90 % of the requests still meet the limits       | C    |
+| swapping | preempting by recompute against moving blocks to the host, by size of a block | C    |
 
 Sources: Orca, Yu et al. 2022; Sarathi-Serve, Agrawal et al. 2024; DistServe, Zhong et al.
 2024 (goodput as a rate); Kwon et al. 2023, section 7.3 (swapping).
@@ -28,17 +28,8 @@ import numpy as np
 from refllm.kv.block_pool import BlockPool
 from refllm.measure.device import DEVICES
 from refllm.measure.memory import LLAMA_8B
-from refllm.measure.plotting import (
-    FULL,
-    MORE,
-    NEAREST,
-    TECHNIQUE,
-    Values,
-    coloured,
-    new_figure,
-    styled,
-)
-from refllm.measure.records import Record, write
+from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, coloured, new_figure, styled
+from refllm.measure.records import Record, Values, write
 from refllm.measure.roofline_clock import RooflineClock
 from refllm.serve import factory
 from refllm.serve.baselines.reservations import PaddedKVManager

@@ -4,11 +4,11 @@ promoted.
     python -m refllm.experiments.float_formats            # writes
     figures/data/float_formats.json; `refllm figures` draws it
 
-| part        | what is counted                                                                            |
-|-------------|--------------------------------------------------------------------------------------------|
+| part        | what is counted                                                                             |
+|-------------|---------------------------------------------------------------------------------------------|
 | data        | ‖x̂ − x‖ / ‖x‖ of INT8, E4M3 and E5M2, a scale a token: normal, heavy-tailed, with outliers |
-| accumulator | error of a sum of K products relative to its size, in 14 bits, promoted or not             |
-| delayed     | share of numbers beyond a scale from the past, while the range of a tensor grows           |
+| accumulator | error of a sum of K products relative to its size, in 14 bits, promoted or not              |
+| delayed     | share of numbers beyond a scale from the past, while the range of a tensor grows            |
 
 ``FORMATS`` lists every form of a weight; ``rows`` tells bits and error of each on a matrix
 of the reader's choice.
@@ -33,8 +33,8 @@ from refllm.formats.gguf.codec import quantize as to_blocks
 from refllm.formats.gguf.linear import GGUFLinear
 from refllm.formats.quantized_linear import quantize
 from refllm.formats.uniform import Scheme
-from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, Values, new_figure, styled
-from refllm.measure.records import Record, write
+from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, new_figure, styled
+from refllm.measure.records import Record, Values, write
 from refllm.quant.fp8 import DelayedScale, integers_or_floats
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ the arithmetic, and what seeds differ in is the first weights, not the text. Run
 in ``--work`` with a checkpoint every ``SAVE`` steps: the command goes on where it was
 stopped.
 
-| run             | products of the projections                                             |
-|-----------------|-------------------------------------------------------------------------|
-| float32         | as they are                                                             |
-| nudged          | as they are, from weights that differ by 10⁻⁶ of themselves             |
-| tile            | all three in E4M3, scales by 1 × 128 tiles and 128 × 128 blocks         |
-| tensor          | all three in E4M3, one scale a tensor                                   |
-| E5M2 gradients  | as "tile", but dY in E5M2                                               |
+| run            | products of the projections                                     |
+|----------------|-----------------------------------------------------------------|
+| float32        | as they are                                                     |
+| nudged         | as they are, from weights that differ by 10⁻⁶ of themselves     |
+| tile           | all three in E4M3, scales by 1 × 128 tiles and 128 × 128 blocks |
+| tensor         | all three in E4M3, one scale a tensor                           |
+| E5M2 gradients | as "tile", but dY in E5M2                                       |
 
 Two starts: random weights, where the loss falls fast, and the bundled ones, where most of a
 difference is the rounding of the forward. Batches of 512 tokens and a slow warm-up keep

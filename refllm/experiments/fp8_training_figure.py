@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, Values, new_figure, styled
+from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, new_figure, styled
+from refllm.measure.records import Values
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from refllm.formats.gguf.types import FIELDS, kind
-from refllm.measure.plotting import MORE, NEAREST, TECHNIQUE, Values, axes, styled
-from refllm.measure.records import Record, write
+from refllm.measure.plotting import MORE, NEAREST, TECHNIQUE, axes, styled
+from refllm.measure.records import Record, Values, write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

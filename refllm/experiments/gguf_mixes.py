@@ -23,8 +23,8 @@ from refllm.checkpoints.gguf_names import architecture, gguf_name
 from refllm.checkpoints.tensor_files import tensor_shapes
 from refllm.formats.gguf.mixes import MIXES, Heads, bits_per_weight, mix
 from refllm.formats.gguf.types import kind
-from refllm.measure.plotting import MORE, NEAREST, TECHNIQUE, Values, axes, coloured, styled
-from refllm.measure.records import Record, write
+from refllm.measure.plotting import MORE, NEAREST, TECHNIQUE, axes, coloured, styled
+from refllm.measure.records import Record, Values, write
 from refllm.model.config import ModelConfig
 
 if TYPE_CHECKING:

@@ -19,13 +19,12 @@ from refllm.measure.plotting import (
     MORE,
     NEAREST,
     TECHNIQUE,
-    Values,
     axes,
     coloured,
     end_labels,
     styled,
 )
-from refllm.measure.records import Record, write
+from refllm.measure.records import Record, Values, write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

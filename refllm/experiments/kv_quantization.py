@@ -4,12 +4,12 @@ compared with.
     python -m refllm.experiments.kv_quantization    # writes
     figures/data/kv_quantization.json; `refllm figures` draws it
 
-| part     | what varies                       | network               | question                           |
-|----------|-----------------------------------|-----------------------|------------------------------------|
-| choices  | bits × what shares a step         | as it is, and planted | by channel or by token?            |
-| waiting  | R, in 2 bits                      | as it is              | what do the newest tokens buy?     |
-| position | every row, by position            | both                  | does it get worse with the length? |
-| memory   | bits, by length                   | LLaMA-70B's shapes    | how many bytes are left?           |
+| part     | what varies               | network               | question                           |
+|----------|---------------------------|-----------------------|------------------------------------|
+| choices  | bits × what shares a step | as it is, and planted | by channel or by token?            |
+| waiting  | R, in 2 bits              | as it is              | what do the newest tokens buy?     |
+| position | every row, by position    | both                  | does it get worse with the length? |
+| memory   | bits, by length           | LLaMA-70B's shapes    | how many bytes are left?           |
 
 What is measured is KL to the same network with a cache of numbers, over windows of held-out
 text that are read as they would be read token by token (``kivi.KiviAttend``), paired as in
@@ -40,12 +40,17 @@ from refllm.api import Model, load
 from refllm.corpus import held_out_documents
 from refllm.experiments.outlier_injection import choose, plant_keys
 from refllm.kv.kivi import Kivi, KiviAttend
-from refllm.measure.bootstrap import blocks, bootstrap
+from refllm.measure.bootstrap import blocks, bootstrap_intervals
+from refllm.measure.comparison import (
+    Comparison,
+    PrecomputedReference,
+    compare,
+    precompute_reference,
+)
 from refllm.measure.device import processor
 from refllm.measure.memory import LLAMA_70B, kv_bytes
-from refllm.measure.perplexity import Comparison, Kept, compare, keep
-from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, Values, new_figure, styled
-from refllm.measure.records import Record, write
+from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, new_figure, styled
+from refllm.measure.records import Record, Values, write
 from refllm.quant.calibration_data import calibration_windows
 
 if TYPE_CHECKING:
@@ -110,7 +115,7 @@ class Experiment:
             model.tokenizer,
         )
         self.networks = {"as it is": model, "planted": planted}
-        self._kept: dict[str, Kept] = {}
+        self._kept: dict[str, PrecomputedReference] = {}
         self._kivi: dict[Case, np.ndarray] = {}  # KL of each token
 
     def compare(self, case: Case) -> Comparison:
@@ -118,7 +123,7 @@ class Experiment:
         network = self.networks[case.network]
         keys, values = CHOICES[case.choice]
         if case.network not in self._kept:
-            self._kept[case.network] = keep(
+            self._kept[case.network] = precompute_reference(
                 network, self.text, window=self.length, stride=self.length
             )
 
@@ -147,7 +152,7 @@ class Experiment:
             self._kivi[same] = (found if same == case else self.compare(same)).token_kl
         more = found.token_kl - self._kivi[same]
         texts = np.repeat(np.arange(len(self.text)), len(more) // len(self.text))
-        paired = bootstrap([more], blocks(texts, BLOCK), np.random.default_rng(0))[0]
+        paired = bootstrap_intervals([more], blocks(texts, BLOCK), np.random.default_rng(0))[0]
         by_position = found.token_kl.reshape(len(self.text), -1)
         return asdict(case) | {
             "bits a number": case.kivi.bits_per_number(),
@@ -299,7 +304,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for case, row in zip(wanted, experiment.table(wanted), strict=True):
             rows.append(row)
             print(
-                f"[{len(rows)}/{len(wanted)}] {case.network}, {case.choice}, {case.bits} bits, R = {case.residual}: "
+                f"[{len(rows)}/{len(wanted)}] {case.network}, {case.choice}, {case.bits} "
+                f"bits, R = {case.residual}: "
                 f"KL {row['kl'][0]:.5f}",
                 file=sys.stderr,
             )

@@ -9,9 +9,9 @@ drops, and the rest is read token by token, each given the true ones before. Wha
 measured is KL to the same network with all tokens in its cache, over those ``NEW`` tokens,
 in pairs with a control that keeps the newest tokens only.
 
-| task          | text                                                   | what it asks for              |
-|---------------|--------------------------------------------------------|-------------------------------|
-| "as it comes" | held-out code                                          | mostly the neighbourhood      |
+| task          | text                                                     | what it asks for             |
+|---------------|----------------------------------------------------------|------------------------------|
+| "as it comes" | held-out code                                            | mostly the neighbourhood     |
 | "a far copy"  | ``COPY`` tokens of code, other code, the same ones again | what stood there long before |
 
 A small network looks at its neighbourhood, so the newest tokens are a strong control, and
@@ -53,7 +53,7 @@ from refllm.corpus import held_out_documents
 from refllm.decode.sampling import log_probabilities
 from refllm.kv.sparse import Sparse, at_random, h2o, pyramidkv, recent_only, snapkv, streaming, tova
 from refllm.kv.sparse_cache import SparseCache
-from refllm.measure.bootstrap import Interval, blocks, bootstrap
+from refllm.measure.bootstrap import Interval, blocks, bootstrap_intervals
 from refllm.measure.device import processor
 from refllm.measure.records import Record, write
 from refllm.model.llama import forward, logits
@@ -107,7 +107,8 @@ class Experiment:
             raise ValueError(f"no task is called {task!r}; they are {', '.join(TASKS)}")
         if not new < copy <= (prompt + new) // 2:
             raise ValueError(
-                f"two copies of {copy} tokens, the last {new} of them new, need {copy} within {new + 1}.."
+                f"two copies of {copy} tokens, the last {new} of them new, need {copy} within "
+                f"{new + 1}.."
                 f"{(prompt + new) // 2}"
             )
         self.model = model
@@ -275,7 +276,9 @@ def rows(
 
 def _interval(each: np.ndarray) -> list[float]:
     texts = np.repeat(np.arange(len(each)), each.shape[1])
-    got: Interval = bootstrap([each.reshape(-1)], blocks(texts, BLOCK), np.random.default_rng(0))[0]
+    got: Interval = bootstrap_intervals(
+        [each.reshape(-1)], blocks(texts, BLOCK), np.random.default_rng(0)
+    )[0]
     return [got.mean, got.low, got.high]
 
 

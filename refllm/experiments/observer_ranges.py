@@ -9,11 +9,11 @@ falls as x⁻⁴ (activations of large networks are like that), in batches of wh
 has a fifth of the others' size: a moving average hardly gets beyond it. Every observer sees
 the same batches in the same order.
 
-| symbol | name                                                                       |
-|--------|----------------------------------------------------------------------------|
-| cut    | the largest magnitude that the observer's range keeps                      |
-| beyond | share of the numbers that are clipped                                      |
-| error  | ‖x̂ − x‖² / ‖x‖² of the whole tensor, rounded with the range's step         |
+| symbol | name                                                                |
+|--------|---------------------------------------------------------------------|
+| cut    | the largest magnitude that the observer's range keeps               |
+| beyond | share of the numbers that are clipped                               |
+| error  | ‖x̂ − x‖² / ‖x‖² of the whole tensor, rounded with the range's step |
 
 Left out: ranges by channel; what the error does to a network (``quality``).
 """
@@ -29,17 +29,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from refllm.formats.uniform import Scheme, dequantize_codes, quantize_codes
-from refllm.measure.plotting import (
-    FULL,
-    MORE,
-    NEAREST,
-    TECHNIQUE,
-    Values,
-    coloured,
-    new_figure,
-    styled,
-)
-from refllm.measure.records import Record, write
+from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, coloured, new_figure, styled
+from refllm.measure.records import Record, Values, write
 from refllm.quant.observers import MSE, Entropy, MinMax, MovingAverage, Observer, Percentile
 from refllm.quant.report import relative_error
 

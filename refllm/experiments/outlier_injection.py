@@ -16,10 +16,10 @@ migration run backwards, with s_j = 1/p.
 | p      | ``factor``, a power of two                                  |       |
 | s      | what ``fold`` multiplies columns with: 1/p where planted, 1 | [N]   |
 
-| ``inputs``                         | gets its outliers in      | smoothed by SmoothQuant |
-|------------------------------------|---------------------------|-------------------------|
-| "attention input", "MLP input"     | the gain of the norm      | yes                     |
-| "MLP hidden"                       | the rows of up_proj       | no: no norm makes it    |
+| ``inputs``                     | gets its outliers in | smoothed by SmoothQuant |
+|--------------------------------|----------------------|-------------------------|
+| "attention input", "MLP input" | the gain of the norm | yes                     |
+| "MLP hidden"                   | the rows of up_proj  | no: no norm makes it    |
 
 Keys have outliers of their own, between k_proj and the scores. There the queries take the
 opposite factor, and both channels of a rotary pair get the same one, since the rotation
@@ -155,6 +155,7 @@ def _plant(
     for name, weight in before.items():
         if not bool(xp.all(planted[name].dequantize() / scale == weight)):
             raise ValueError(
-                f"planting: layer {index}'s {name} has weights too small to be divided by {factor:g}"
+                f"planting: layer {index}'s {name} has weights too small to be divided by "
+                f"{factor:g}"
             )
     return planted

@@ -5,12 +5,12 @@ Source: Kwon et al. 2023, section 6 and figure 2: OPT-13B on a 40 GB card keeps 
 tokens; ShareGPT's lengths, at most 2,048 tokens; Orca's three variants as they are rebuilt
 there, with a buddy allocator.
 
-| policy     | memory of a request                                                    | batch in the paper |
-|------------|------------------------------------------------------------------------|--------------------|
-| Orca (Max) | 2,048 slots in one run                                                 | 7.00               |
-| Orca (Pow2)| prompt + output rounded up to a power of two, at most 2,048, one run   | 9.81               |
-| Oracle     | prompt + output in one run; buddies round it up, first fit does not    | 13.62              |
-| paged      | blocks of 16, as they are needed; preemption by recompute              | 30.42              |
+| policy      | memory of a request                                                  | batch in the paper |
+|-------------|----------------------------------------------------------------------|--------------------|
+| Orca (Max)  | 2,048 slots in one run                                               | 7.00               |
+| Orca (Pow2) | prompt + output rounded up to a power of two, at most 2,048, one run | 9.81               |
+| Oracle      | prompt + output in one run; buddies round it up, first fit does not  | 13.62              |
+| paged       | blocks of 16, as they are needed; preemption by recompute            | 30.42              |
 
 No model, no clock, no data set: lengths are drawn from a log-normal with ShareGPT's means
 (``simulate.workload``), and the real scheduler runs as long as somebody waits. Kind A.
@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from refllm.kv.block_pool import BlockPool
-from refllm.measure.plotting import FULL, NEAREST, TECHNIQUE, Values, new_figure, styled
-from refllm.measure.records import Record, write
+from refllm.measure.plotting import FULL, NEAREST, TECHNIQUE, new_figure, styled
+from refllm.measure.records import Record, Values, write
 from refllm.serve.base_scheduler import BaseScheduler
 from refllm.serve.baselines.reservations import PaddedKVManager, ReservedKVManager
 from refllm.serve.baselines.static_batching import StaticBatching

@@ -4,13 +4,13 @@ sizes of memory.
 Source: Zheng et al. 2024 (SGLang), sections 3 and 6, whose headline is up to 6.4 times the
 throughput (their article in the press: 5 to 6 times).
 
-| symbol | name                              | value                                                                |
-|--------|-----------------------------------|----------------------------------------------------------------------|
-| h      | hit rate                          | prompt tokens found cached / prompt tokens of all admissions         |
-| P, O   | tokens asked and answered         | sums over a program's requests                                       |
-| c_p    | seconds a prompt token            | measured: the program without a cache, answers of one token          |
-| c_d    | seconds an answered token         | measured: what the rest of the answers adds, without a cache         |
-| speedup| what the formula says             | (c_p·P + c_d·O) / (c_p·P·(1 − h) + c_d·O)                            |
+| symbol  | name                      | value                                                        |
+|---------|---------------------------|--------------------------------------------------------------|
+| h       | hit rate                  | prompt tokens found cached / prompt tokens of all admissions |
+| P, O    | tokens asked and answered | sums over a program's requests                               |
+| c_p     | seconds a prompt token    | measured: the program without a cache, answers of one token  |
+| c_d     | seconds an answered token | measured: what the rest of the answers adds, without a cache |
+| speedup | what the formula says     | (c_p·P + c_d·O) / (c_p·P·(1 − h) + c_d·O)                    |
 
 With h = 0.9 the speedup is 10 where nothing is answered, and below 2 where answering takes
 as long as reading. A cache saves reading alone, so it is worth most for short answers to

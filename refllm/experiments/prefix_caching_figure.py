@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, Values, new_figure, styled
+from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, new_figure, styled
+from refllm.measure.records import Values
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

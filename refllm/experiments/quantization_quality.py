@@ -13,12 +13,12 @@ A finished cell is kept in ``--cache`` under a digest of everything that decides
 text, settings and the code that quantises), so the command goes on where it was stopped,
 and computes only what has changed.
 
-| symbol    | name                                                                | unit           |
-|-----------|---------------------------------------------------------------------|----------------|
-| KL        | mean of KL(full precision ‖ quantised) over tokens                  | nats per token |
-| agreement | share of tokens at which both have the same most likely token       |                |
-| bits/byte | loss of the quantised model; ``increase`` is its paired difference  | bits per byte  |
-| bits      | stored bits a quantised weight, scales and zero points included     |                |
+| symbol    | name                                                               | unit           |
+|-----------|--------------------------------------------------------------------|----------------|
+| KL        | mean of KL(full precision ‖ quantised) over tokens                 | nats per token |
+| agreement | share of tokens at which both have the same most likely token      |                |
+| bits/byte | loss of the quantised model; ``increase`` is its paired difference | bits per byte  |
+| bits      | stored bits a quantised weight, scales and zero points included    |                |
 
 Text: ``EXCERPTS`` windows of the held-out modules. Calibration: windows of the training
 text, drawn by a seed, the same for every method. Left out: the whole held-out text
@@ -49,13 +49,17 @@ from refllm.checkpoints.tensor_files import tensor_shapes
 from refllm.checkpoints.writer import write_whole
 from refllm.corpus import held_out_documents
 from refllm.formats.uniform import Scheme
-from refllm.measure.bootstrap import Interval, blocks, bootstrap
+from refllm.measure.bootstrap import Interval, blocks, bootstrap_intervals
+from refllm.measure.comparison import (
+    Comparison,
+    PrecomputedReference,
+    compare,
+    precompute_reference,
+)
 from refllm.measure.device import processor
-from refllm.measure.perplexity import Comparison, Kept, compare, keep
 from refllm.measure.records import Record, write
 from refllm.quant.calibration_data import calibration_windows
-from refllm.quant.methods import METHODS
-from refllm.quant.recipe import quantize_model
+from refllm.quant.recipe import METHODS, quantize_model
 
 BITS = (8, 4, 3, 2)
 GROUPS = (0, 128, 64, 32)  # weights that share a scale; 0 is a whole row ("channel")
@@ -142,13 +146,13 @@ class Bench:
             "block": BLOCK,
             "resamples": RESAMPLES,
         }
-        self._kept: Kept | None = None
+        self._kept: PrecomputedReference | None = None
         self._calibration: dict[int, np.ndarray] = {}
 
     @property
-    def reference(self) -> Kept:
+    def reference(self) -> PrecomputedReference:
         if self._kept is None:
-            self._kept = keep(self.model, self.text)
+            self._kept = precompute_reference(self.model, self.text)
         return self._kept
 
     def calibration(self, seed: int | None) -> np.ndarray | None:
@@ -202,7 +206,9 @@ class Bench:
         """
         units = blocks(self.reference.plan.document, BLOCK)
         return _ends(
-            bootstrap([kl - other], units, np.random.default_rng(0), resamples=RESAMPLES)[0]
+            bootstrap_intervals([kl - other], units, np.random.default_rng(0), resamples=RESAMPLES)[
+                0
+            ]
         )
 
 
@@ -214,7 +220,7 @@ def increase(found: Comparison) -> Interval:
     some = size > 0  # special tokens stand for no text
     each = (found.model.nats - found.reference.nats)[some] / np.log(2) / size[some]
     units = blocks(found.model.document, BLOCK)[some]
-    return bootstrap(
+    return bootstrap_intervals(
         [np.repeat(each, size[some])],
         np.repeat(units, size[some]),
         np.random.default_rng(0),

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from refllm.measure.device import DEVICES, Device
+from refllm.measure.device import DEVICES, DeviceSpec
 from refllm.measure.memory import LLAMA_8B
-from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, Values, axes, coloured, styled
-from refllm.measure.records import Record, write
+from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, axes, coloured, styled
+from refllm.measure.records import Record, Values, write
 from refllm.measure.roofline import Cost, step_cost
 
 if TYPE_CHECKING:
@@ -131,14 +131,14 @@ def draw_decode_cost(values: Values) -> Figure:
     return fig
 
 
-def plot_roofline(devices: Sequence[Device], points: Mapping[str, Cost]) -> Any:
+def plot_roofline(devices: Sequence[DeviceSpec], points: Mapping[str, Cost]) -> Any:
     """The roofline of one or more devices with steps as points on the first one's: a
     matplotlib Figure.
     """
     return draw_roofline(roofline_data(devices, points))
 
 
-def roofline_data(devices: Sequence[Device], points: Mapping[str, Cost]) -> dict[str, Any]:
+def roofline_data(devices: Sequence[DeviceSpec], points: Mapping[str, Cost]) -> dict[str, Any]:
     """Values of the figure ``roofline``: each device's roof, and where each step stands on
     the first one's.
 
@@ -147,7 +147,8 @@ def roofline_data(devices: Sequence[Device], points: Mapping[str, Cost]) -> dict
     """
     if not devices or not all(0 < c.intensity < inf for c in points.values()):
         raise ValueError(
-            f"roofline: needs a device, and steps of finite intensity above 0, got {len(devices)} devices "
+            "roofline: needs a device, and steps of finite intensity above 0, got "
+            f"{len(devices)} devices "
             f"and { ({label: c.intensity for label, c in points.items()}) }"
         )
     return {
@@ -164,7 +165,7 @@ def roofline_data(devices: Sequence[Device], points: Mapping[str, Cost]) -> dict
     }
 
 
-def decode_cost_data(title: str, device: Device, steps: Mapping[str, Cost]) -> dict[str, Any]:
+def decode_cost_data(title: str, device: DeviceSpec, steps: Mapping[str, Cost]) -> dict[str, Any]:
     """Values of the figure ``decode_cost``: what each step's projected time consists of, in
     milliseconds.
 

@@ -9,11 +9,11 @@ input channels keeps its weights as they were, chosen by the size of the activat
 size of the weights or at random (``SEEDS``). What is measured is KL to full precision over
 held-out text, paired as in ``quality``.
 
-| network   | what the experiment shows there                                                                    |
-|-----------|----------------------------------------------------------------------------------------------------|
-| as it is  | a small network: its channels are nearly alike, so choosing them well gains less than in the paper |
-| planted   | with outlier channels (``planting``, ``FACTOR`` times), whose small weights rounding to nearest    |
-|           | takes for zero: activations say which they are, the size of the weights says the opposite          |
+| network  | what the experiment shows there                                                                    |
+|----------|----------------------------------------------------------------------------------------------------|
+| as it is | a small network: its channels are nearly alike, so choosing them well gains less than in the paper |
+| planted  | with outlier channels (``planting``, ``FACTOR`` times), whose small weights rounding to nearest    |
+|          | takes for zero: activations say which they are, the size of the weights says the opposite          |
 
 Finished rows are kept in ``--cache``. Left out: mixed rows in a real layout; what scaling
 (AWQ) makes of it.
@@ -41,10 +41,10 @@ from refllm.checkpoints.writer import write_whole
 from refllm.experiments.outlier_injection import choose, plant
 from refllm.experiments.quantization_quality import BLOCK, LENGTH, RESAMPLES, WINDOW, WINDOWS, Bench
 from refllm.formats.uniform import Scheme
+from refllm.measure.comparison import compare
 from refllm.measure.device import processor
-from refllm.measure.perplexity import compare
-from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, Values, new_figure, styled
-from refllm.measure.records import Record, write
+from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, new_figure, styled
+from refllm.measure.records import Record, Values, write
 from refllm.model.llama import Weights
 from refllm.quant.layer_inputs import walk
 from refllm.quant.layer_io import ModelSource

@@ -6,11 +6,11 @@ The data come from the simulator (``simulate.timeline``); the committed ones are
     refllm simulate --traffic tree --requests 3 --slots 1280 --max-batch-tokens 256
     --prefix-cache radix --policy lpm --trace figures/data/serving_trace.json --json
 
-| figure            | from                       | shows                                          |
-|-------------------|----------------------------|------------------------------------------------|
-| serving_occupancy | "occupancy": columns       | requests that run and wait, slots, over time   |
-| serving_blocks    | "blocks": owners by step   | which request holds which block after each step|
-| serving_tree      | "tree": nested nodes       | the prefixes in the radix tree                 |
+| figure            | from                     | shows                                           |
+|-------------------|--------------------------|-------------------------------------------------|
+| serving_occupancy | "occupancy": columns     | requests that run and wait, slots, over time    |
+| serving_blocks    | "blocks": owners by step | which request holds which block after each step |
+| serving_tree      | "tree": nested nodes     | the prefixes in the radix tree                  |
 
 Left out: what the steps computed.
 """
@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, Values, axes, new_figure, styled
+from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, axes, new_figure, styled
+from refllm.measure.records import Values
 from refllm.simulate.timeline import CACHED, FREE, SHARED
 
 if TYPE_CHECKING:

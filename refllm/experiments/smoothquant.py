@@ -8,13 +8,13 @@ behind the norms. Then every product rounds its inputs.
     python -m refllm.experiments.smoothquant          # writes
     figures/data/smoothquant.json; `refllm figures` draws it
 
-| outliers in | α         | levels     | kept in floating point         | question                                  |
-|-------------|-----------|------------|--------------------------------|-------------------------------------------|
-| nothing     | none      | O1, O2, O3 | nothing                        | what 8 bits cost without outliers         |
-| norms       | none      | O1, O2, O3 | nothing; o_proj and down_proj  | what outliers break                       |
-| norms       | 0 … 1     | O1, O2, O3 | nothing                        | what smoothing repairs                    |
-| norms       | ½         | O1, O2, O3 | o_proj and down_proj           | what the inputs that it leaves alone cost |
-| MLP hidden  | none and ½| O1         | nothing; down_proj             | where it does not help                    |
+| outliers in | α          | levels     | kept in floating point        | question                                  |
+|-------------|------------|------------|-------------------------------|-------------------------------------------|
+| nothing     | none       | O1, O2, O3 | nothing                       | what 8 bits cost without outliers         |
+| norms       | none       | O1, O2, O3 | nothing; o_proj and down_proj | what outliers break                       |
+| norms       | 0 … 1      | O1, O2, O3 | nothing                       | what smoothing repairs                    |
+| norms       | ½          | O1, O2, O3 | o_proj and down_proj          | what the inputs that it leaves alone cost |
+| MLP hidden  | none and ½ | O1         | nothing; down_proj            | where it does not help                    |
 
 Smoothing does not see what was planted behind a norm (s is ``FACTOR`` times as large
 there), so the curves over α are also those of the network without outliers.
@@ -51,19 +51,10 @@ from refllm.experiments.quantization_quality import (
     Bench,
     increase,
 )
+from refllm.measure.comparison import compare
 from refllm.measure.device import processor
-from refllm.measure.perplexity import compare
-from refllm.measure.plotting import (
-    FULL,
-    MORE,
-    TECHNIQUE,
-    Values,
-    coloured,
-    end_labels,
-    new_figure,
-    styled,
-)
-from refllm.measure.records import Record, write
+from refllm.measure.plotting import FULL, MORE, TECHNIQUE, coloured, end_labels, new_figure, styled
+from refllm.measure.records import Record, Values, write
 from refllm.model.llama import Weights
 from refllm.quant.layer_io import ModelSource
 from refllm.quant.smoothquant import LEVELS, activation_absmax, smoothquant
@@ -326,7 +317,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows.append(row)
             worse = row["increase"][0] / row["full precision"]
             print(
-                f"[{len(rows)}/{len(wanted)}] {case.name}: {row['bits per byte']:.4f} bits per byte, {worse:+.1%}",
+                f"[{len(rows)}/{len(wanted)}] {case.name}: {row['bits per byte']:.4f} bits "
+                f"per byte, {worse:+.1%}",
                 file=sys.stderr,
             )
     values = {

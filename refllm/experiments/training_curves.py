@@ -1,10 +1,10 @@
 """Figures of how models were trained, from the records in their own directories; nothing is
 computed again.
 
-| figure           | from                                     | shows                                          |
-|------------------|------------------------------------------|------------------------------------------------|
-| training_curve   | curve.json, and the plan in card.json    | loss by tokens read, where the phases end      |
-| bits_by_position | ``by context`` in card.json              | what more context buys                         |
+| figure           | from                                  | shows                                     |
+|------------------|---------------------------------------|-------------------------------------------|
+| training_curve   | curve.json, and the plan in card.json | loss by tokens read, where the phases end |
+| bits_by_position | ``by context`` in card.json           | what more context buys                    |
 
 Left out: models without a record (somebody else's checkpoints have none).
 """
@@ -20,8 +20,8 @@ import numpy as np
 
 from refllm.checkpoints.loading import BUNDLED, bundled
 from refllm.checkpoints.tensor_files import read_json
-from refllm.measure.plotting import FULL, SERIES, Values, axes, coloured, styled
-from refllm.measure.records import Record, write
+from refllm.measure.plotting import FULL, SERIES, axes, coloured, styled
+from refllm.measure.records import Record, Values, write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,12 +5,12 @@ Sources: vLLM's announcement of 2023 (24 times the throughput of Hugging Face's 
 and the benchmark behind it, which forms padded batches in the order of arrival; Kwon et al.
 2023, section 6.
 
-| run            | batch                                     | memory of a request      | compared with the one above |
-|----------------|-------------------------------------------|--------------------------|----------------------------|
-| static, padded | closed until the longest member has ended | a row of a rectangle     |                            |
-| Orca (Max)     | joined and left at every step             | the longest allowed      | padding                    |
-| paged, as few  | the same, at most as many as Orca (Max)   | blocks                   | kernel: contiguous to paged |
-| paged          | as many as there is memory for            | blocks                   | batch                      |
+| run            | batch                                     | memory of a request  | compared with the one above |
+|----------------|-------------------------------------------|----------------------|-----------------------------|
+| static, padded | closed until the longest member has ended | a row of a rectangle |                             |
+| Orca (Max)     | joined and left at every step             | the longest allowed  | padding                     |
+| paged, as few  | the same, at most as many as Orca (Max)   | blocks               | kernel: contiguous to paged |
+| paged          | as many as there is memory for            | blocks               | batch                       |
 
 The product of the three factors is the whole, exactly. The batch is paging's; the padding
 is iteration-level scheduling's, which Orca had before it; the kernel is what paging costs:
@@ -47,8 +47,8 @@ from refllm.corpus import held_out_documents
 from refllm.experiments.paging import SLOTS, scheduler
 from refllm.kv.block_pool import BlockPool
 from refllm.measure.device import processor
-from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, Values, new_figure, styled
-from refllm.measure.records import Record, write
+from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, new_figure, styled
+from refllm.measure.records import Record, Values, write
 from refllm.serve.base_scheduler import BaseScheduler
 from refllm.serve.engine import Engine
 from refllm.serve.plan import Plan
@@ -173,7 +173,8 @@ def hardware() -> str:
     """Where a measurement was made, and how busy the machine was."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     return (
-        f"{processor()}, {os.cpu_count()} cores, one BLAS thread, float32, NumPy {np.__version__}, load average "
+        f"{processor()}, {os.cpu_count()} cores, one BLAS thread, float32, NumPy "
+        f"{np.__version__}, load average "
         f"{load:.1f} before"
     )
 

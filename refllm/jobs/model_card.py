@@ -28,9 +28,9 @@ from refllm.api import Model
 from refllm.backend import namespace, to_numpy
 from refllm.corpus import Document
 from refllm.decode.sampling_params import SamplingParams
-from refllm.measure.perplexity import compare, evaluate
-from refllm.measure.windows import bits_by_position
-from refllm.measure.windows import plan as windows_of
+from refllm.measure.comparison import compare
+from refllm.measure.perplexity import bits_by_position, evaluate
+from refllm.measure.windows import plan_windows
 
 Progress = Callable[[str, int, int], None]  # (what, done, total)
 Record = dict[str, Any]
@@ -142,7 +142,7 @@ def acceptance(model: Model, target: Model, documents: Iterable[Document], windo
     """Mean Σ min(p, q) over every position of the documents, read in windows that do not
     overlap.
     """
-    whole = windows_of(model, list(documents), window, window)
+    whole = plan_windows(model, list(documents), window, window)
     total = 0.0
     count = 0
     for w in whole.windows:

@@ -5,11 +5,11 @@ other); the percentile interval, Efron & Tibshirani 1993, ch. 13. Paired: every 
 computed from the same resamples, and each statistic is itself a difference of two models on
 one token, so what makes a token hard for both cancels.
 
-| symbol | name                                              | shape  |
-|--------|---------------------------------------------------|--------|
-| x      | one number a token, for K statistics              | [K, T] |
-| U      | units that are drawn with replacement             |        |
-| S, c   | sum of x over a unit, and its number of tokens    | [K, U], [U] |
+| symbol | name                                           | shape       |
+|--------|------------------------------------------------|-------------|
+| x      | one value per token, for K statistics          | [K, T]      |
+| U      | units that are drawn with replacement          |             |
+| S, c   | sum of x over a unit, and its number of tokens | [K, U], [U] |
 
 The statistic of a resample is Σ S / Σ c over the units drawn: a mean over tokens, however
 unequal the units.
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_AT_ONCE = 2_000_000  # numbers of the resampling table [resamples, U] held at one time
+_AT_ONCE = 2_000_000  # entries of the table [resamples, U] that are held at one time
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,13 @@ def blocks(documents: np.ndarray, size: int) -> np.ndarray:
 
     documents[T], the document of each token, in order → unit[T], numbered from 0 without
     gaps.
+
+    >>> blocks(np.array([0, 0, 0, 1, 1]), size=2).tolist()
+    [0, 0, 1, 2, 2]
     """
     if not 1 <= size == size // 1:
         raise ValueError(
-            f"blocks: a block needs a whole number of tokens, at least one, got {size}"
+            f"blocks: a block has an integer number of tokens, at least one, got {size}"
         )
     if len(documents) == 0:
         return np.zeros(0, np.int64)
@@ -61,7 +64,7 @@ def blocks(documents: np.ndarray, size: int) -> np.ndarray:
     return unit
 
 
-def bootstrap(
+def bootstrap_intervals(
     values: Sequence[np.ndarray],
     units: np.ndarray,
     rng: np.random.Generator,
@@ -71,6 +74,14 @@ def bootstrap(
 ) -> list[Interval]:
     """Mean and percentile interval of each of ``values`` (K arrays [T]), over resamples of
     the units[T].
+
+    The simple version, for one statistic (with units numbered from 0)::
+
+        for _ in range(resamples):
+            drawn = rng.integers(0, U, U)
+            estimates.append(sum(x[units == u].sum() for u in drawn)
+                             / sum((units == u).sum() for u in drawn))
+        low, high = np.quantile(estimates, [tail, 1 - tail])
 
     One unit says nothing about the spread between units: the interval is then (−∞, ∞).
 
@@ -107,7 +118,7 @@ def bootstrap(
 def _resample(
     sums: np.ndarray, sizes: np.ndarray, rng: np.random.Generator, resamples: int
 ) -> np.ndarray:
-    """S[K, U], c[U] → the statistics of every resample, [resamples, K]."""
+    """S[K, U], c[U] → the K statistics of every resample, [resamples, K]."""
     count = len(sizes)
     even = np.full(count, 1.0 / count)
     parts = []

@@ -1,10 +1,10 @@
-"""What the roofline knows of a device: peaks from data sheets, or this machine's own,
-measured.
+"""Peaks of a device, as the roofline needs them: from data sheets, or measured on this
+machine.
 
-| quantity       | how it is measured here                                                             |
-|----------------|-------------------------------------------------------------------------------------|
-| FLOP/s         | a float32 product of two square matrices, 2·n³ operations                           |
-| bytes/s        | a dot product of two vectors that no cache holds, each number read once             |
+| quantity | how it is measured here                                                  |
+|----------|--------------------------------------------------------------------------|
+| FLOP/s   | a float32 product of two square matrices, 2·n³ operations                |
+| bytes/s  | a dot product of two vectors that no cache holds, each element read once |
 
 Sources: NVIDIA's data sheets of the H200 and the A100; Williams et al. 2009 for the model
 that needs them.
@@ -21,22 +21,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_info, threadpool_limits
+
+from refllm.measure.records import Json
 
 _MEASURE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Device:
-    """What the roofline knows of a device."""
+class DeviceSpec:
+    """The peaks of a device, and the time per step that they do not explain.
+
+    >>> DeviceSpec("a device", peak_flops=2e12, peak_bandwidth=1e11).ridge
+    20.0
+    """
 
     name: str
     peak_flops: float  # FLOP/s of dense products in the precision that the name states
     peak_bandwidth: float  # bytes/s of main memory
-    overhead: float = 0.0  # seconds a step that neither limit explains: launches, the interpreter
+    overhead: float = 0.0  # seconds per step: kernel launches, the interpreter
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -49,33 +54,34 @@ class Device:
 
     @property
     def ridge(self) -> float:
-        """FLOP a byte at which compute and memory take equally long."""
+        """FLOP per byte at which compute and memory take equally long."""
         return self.peak_flops / self.peak_bandwidth
 
 
 # Peaks of the vendor's data sheets, without structured sparsity (with it the sheets print
 # twice as much).
 DEVICES = {
-    "h200": Device(
+    "h200": DeviceSpec(
         "H200 SXM, bf16 dense",
         989e12,
         4.8e12,
         source="NVIDIA H200 data sheet: 1,979 TFLOP/s sparse",
     ),
-    "a100": Device("A100 SXM 80 GB, bf16 dense", 312e12, 2.039e12, source="NVIDIA A100 data sheet"),
+    "a100": DeviceSpec(
+        "A100 SXM 80 GB, bf16 dense", 312e12, 2.039e12, source="NVIDIA A100 data sheet"
+    ),
 }
 
 
 def measure_machine(
     threads: int = 1, *, size: int = 1024, megabytes: int = 256, repeats: int = 5
-) -> Device:
-    """Measure this machine in about a second: sgemm rate and memory bandwidth, kind B
-    (measured here).
+) -> DeviceSpec:
+    """Measure this machine in about a second: sgemm rate and memory bandwidth.
 
     ``threads`` BLAS threads. The rate is that of a float32 product of two matrices of
     ``size``; the bandwidth that of a dot product of two float32 vectors of ``megabytes``
-    together, beyond any last-level cache. Both are medians of ``repeats`` calls after one
-    to warm up, or of as many as a busy machine does in a second each.
+    together, more than any last-level cache holds. Both are medians of ``repeats`` calls
+    after one to warm up, or of as many as a busy machine completes in a second.
     """
     with threadpool_limits(limits=threads, user_api="blas"):
         a = np.ones((size, size), np.float32)
@@ -83,16 +89,20 @@ def measure_machine(
         gemm = _median_seconds(lambda: np.matmul(a, a, out=out), repeats)
         x, y = np.ones((2, megabytes * 1_000_000 // 8), np.float32)
         read = _median_seconds(lambda: np.dot(x, y), repeats)
-        blas: dict[str, Any] = next(
+        blas: dict[str, Json] = next(
             (p for p in threadpool_info() if p.get("user_api") == "blas"), {}
         )
     name = f"{processor()}, float32, {threads} thread{'s' if threads > 1 else ''}"
-    how = f"sgemm {size}³ and dot of {megabytes} MB, medians of {repeats}; NumPy {np.__version__}, "
-    how += f"{blas.get('internal_api', 'unknown BLAS')} {blas.get('version', '')}, {blas.get('num_threads', '?')} threads"
-    return Device(name, 2.0 * size**3 / gemm, (x.nbytes + y.nbytes) / read, source=how)
+    library = f"{blas.get('internal_api', 'unknown BLAS')} {blas.get('version', '')}"
+    source = (
+        f"sgemm {size}³ and dot of {megabytes} MB, medians of {repeats}; "
+        f"NumPy {np.__version__}, {library}, {blas.get('num_threads', '?')} threads"
+    )
+    return DeviceSpec(name, 2.0 * size**3 / gemm, (x.nbytes + y.nbytes) / read, source=source)
 
 
-def _median_seconds(call: Callable[[], Any], repeats: int) -> float:
+def _median_seconds(call: Callable[[], object], repeats: int) -> float:
+    """Median seconds of ``call``, after one call to warm up."""
     call()
     times: list[float] = []
     while not times or (len(times) < repeats and sum(times) < _MEASURE_SECONDS):
@@ -103,7 +113,7 @@ def _median_seconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 def processor() -> str:
-    """The processor's own name where the system tells it."""
+    """The name of the processor, where the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(
@@ -111,3 +121,8 @@ def processor() -> str:
         )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def one_thread() -> str:
+    """Hardware and versions of a measurement on one BLAS thread, for a record."""
+    return f"{processor()}, one thread, NumPy {np.__version__}, Python {platform.python_version()}"

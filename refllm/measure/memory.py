@@ -1,11 +1,11 @@
-"""How much memory a model needs: weights at any bits, keys and values at any bits, and what
-fits.
+"""How much memory a model needs: weights and KV cache at any bits, and what fits into a
+budget.
 
-| symbol | name                          | formula                                                  |
-|--------|-------------------------------|----------------------------------------------------------|
-| N      | stored parameters             | embedding, head (if untied), attention, MLP, norms, biases|
-| kv     | bytes of K and V of a token   | 2·L·G·D·bits/8, the 2 for keys and values                |
-| S      | tokens that a cache must hold | B · context                                              |
+| symbol | name                          | formula                                         |
+|--------|-------------------------------|-------------------------------------------------|
+| N      | stored parameters             | all tensors, the head only if it is untied      |
+| kv     | bytes of K and V per token    | 2·L·G·D·bits/8, the 2 for keys and values       |
+| S      | tokens that a cache must hold | B · context                                     |
 
 GB is 10⁹ bytes, GiB is 2³⁰: at cache sizes the two differ by 7 %, so both are printed.
 
@@ -13,7 +13,7 @@ Sources: elementary counting, tested against ``nbytes`` of a built weight tree a
 ``ContiguousCache``. The 70B example: Llama 2 70B's shape (Touvron et al. 2023), with 64
 key/value heads and with the 8 that it really has.
 
-Left out: activations, the allocator's and the runtime's own memory, blocks of a paged cache
+Left out: activations, the memory of the allocator and the runtime, blocks of a paged cache
 that are half full.
 """
 
@@ -61,6 +61,7 @@ class Parameters:
 
     @property
     def total(self) -> int:
+        """All of them."""
         return self.embedding + self.head + self.attention + self.mlp + self.small
 
 
@@ -86,11 +87,14 @@ def parameters(config: ModelConfig) -> Parameters:
 
 
 def weight_bytes(config: ModelConfig, bits: float = 16, *, other_bits: float | None = None) -> int:
-    """Bytes of the weights, rounded up: ``bits`` a parameter (fractions are fine: 4.5 with
+    """Bytes of the weights, rounded up: ``bits`` per parameter (fractions are fine: 4.5 with
     its scales).
 
     ``other_bits`` is for what quantisers usually leave alone, the embedding, the head,
     norms and biases; None means ``bits`` for these too.
+
+    >>> human(weight_bytes(LLAMA_70B, 4))
+    '34.49 GB (32.12 GiB)'
     """
     p = parameters(config)
     products = p.attention + p.mlp
@@ -102,9 +106,13 @@ def weight_bytes(config: ModelConfig, bits: float = 16, *, other_bits: float | N
 
 
 def kv_bytes_per_token(config: ModelConfig, bits: float = 16) -> float:
-    """kv = 2·L·G·D·bits/8: what one more token of context costs, whatever the batch."""
-    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return numbers * _positive("bits", bits) / 8
+    """kv = 2·L·G·D·bits/8: what one more token of context costs, whatever the batch.
+
+    >>> kv_bytes_per_token(LLAMA_8B)  # 128 KiB
+    131072.0
+    """
+    elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return elements * _positive("bits", bits) / 8
 
 
 def kv_bytes(
@@ -117,8 +125,8 @@ def kv_bytes(
 ) -> int:
     """Bytes of the cache for ``sequences`` of ``tokens`` each, rounded up.
 
-    ``forget_window``: a sliding-window model's cache that drops what no query can see any
-    more.
+    ``forget_window``: the cache of a sliding-window model drops the tokens that no query
+    can attend to any more.
     """
     if not (0 <= tokens < math.inf and 0 <= sequences < math.inf):
         raise ValueError(f"kv_bytes: {sequences} sequences of {tokens} tokens")
@@ -130,10 +138,10 @@ def kv_bytes(
 def max_tokens(
     config: ModelConfig, budget: float, *, sequences: int = 1, bits: float = 16, kv_bits: float = 16
 ) -> int:
-    """The longest context that ``sequences`` of them can have within ``budget`` bytes,
+    """The longest context that each of ``sequences`` can have within ``budget`` bytes,
     weights included.
 
-    0 if not even one token fits. The model's own longest position is not looked at.
+    0 if not even one token fits. The model's own limit on positions is ignored.
     """
     if sequences < 1:
         raise ValueError(f"max_tokens: needs at least one sequence, got {sequences}")
@@ -165,10 +173,10 @@ def long_context_example(context: int = 100_000) -> dict[str, int]:
     """KV bytes in fp16 of one 70B sequence of ``context`` tokens, by the number of
     key/value heads.
 
-    80 layers and 128 dimensions a head: 262.14 GB (244.14 GiB) with 64 heads, one for every
-    query head, and 32.77 GB (30.52 GiB) with the 8 that grouped-query attention keeps. The
-    article that the project follows says 40 GB, which is neither; 40 GiB is exactly what 8
-    heads take for 131,072 tokens.
+    80 layers and 128 dimensions per head: 262.14 GB (244.14 GiB) with 64 heads, one for every
+    query head, and 32.77 GB (30.52 GiB) with the 8 that grouped-query attention keeps. Lu
+    2025 ("Transformer Notes (VII): Deployment Optimization", §1.11) says 40 GB, which is
+    neither; 40 GiB is exactly what 8 heads take for 131,072 tokens.
     """
     every = replace(LLAMA_70B, num_key_value_heads=64)
     return {
@@ -186,6 +194,7 @@ def _fits(config: ModelConfig, budget: float, bits: float, kv_bits: float) -> in
 
 
 def _positive(name: str, bits: float) -> float:
+    """``bits`` as they are, or ValueError unless they are positive and finite."""
     if not (bits > 0 and math.isfinite(bits)):
         raise ValueError(f"{name} must be positive and finite, got {bits}")
     return bits

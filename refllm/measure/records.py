@@ -1,13 +1,13 @@
-"""Numbers with their provenance: the JSON files that figures and tables are made from.
+"""Values with their provenance: the JSON files that figures and tables are made from.
 
-A record says which command made it, of which kind its numbers are, and on what hardware.
-Kinds are never mixed:
+A record says which command made it, on what hardware, and how its values came about, by one
+letter each. A reader must never take one for another:
 
-| kind | meaning                                                        |
-|------|----------------------------------------------------------------|
-| A    | counted, the same on every machine                             |
-| B    | measured, with hardware, threads and versions                  |
-| C    | projected for a named device by the roofline                   |
+| letter | meaning                                       |
+|--------|-----------------------------------------------|
+| A      | counted, the same on every machine            |
+| B      | measured, with hardware, threads and versions |
+| C      | projected for a named device by the roofline  |
 
 Left out: a database, units in the file (the figure that draws a record names them).
 """
@@ -34,28 +34,31 @@ class Record:
     """The values of a figure or table, and where they come from."""
 
     command: str  # what to type to make them again
-    # "A", "B", "C", or several where a figure shows a measurement beside a projection: "B,
-    # C"
+    # "A", "B", "C", or several where a figure shows a measurement beside a projection: "B, C"
     kind: str
-    hardware: str  # "none" for kind A
+    hardware: str  # "none" for counted values
     values: Values
 
     def __post_init__(self) -> None:
         unknown = [k for k in self.kind.split(", ") if k not in KINDS]
         if unknown:
             raise ValueError(
-                f"record: kind {self.kind!r} is not made of A (counted), B (measured), C (projected)"
+                f"record: kind {self.kind!r} is not made of A (counted), B (measured), C "
+                "(projected)"
             )
         for name in ("command", "hardware"):
             if not getattr(self, name).strip():
-                raise ValueError(f"record: {name} is empty; say where the numbers come from")
+                raise ValueError(f"record: {name} is empty; say where the values come from")
 
     def provenance(self) -> str:
-        """One sentence for a caption."""
+        """One sentence for a caption.
+
+        >>> Record("make x", "B, C", "EPYC, 1 thread", {}).provenance()
+        'Measured (B) and projected (C). EPYC, 1 thread. Made by: make x'
+        """
         kinds = " and ".join(f"{KINDS[k]} ({k})" for k in self.kind.split(", "))
-        if self.hardware == "none":
-            where = ""
-        else:
+        where = ""
+        if self.hardware != "none":
             where = f" {self.hardware.rstrip('.')}."
         return f"{kinds[0].upper()}{kinds[1:]}.{where} Made by: {self.command}"
 
@@ -66,9 +69,9 @@ def write(path: str | Path, record: Record) -> None:
     Raises
     ------
     ValueError
-        for a number that is not finite: JSON has no spelling for it, and no figure a place.
+        for a value that is not finite: JSON cannot spell it, and a figure cannot place it.
     """
-    _refuse_non_finite(record.values, "values")
+    _require_finite(record.values, "values")
     text = json.dumps(vars(record), indent=1, ensure_ascii=False, allow_nan=False)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +79,7 @@ def write(path: str | Path, record: Record) -> None:
 
 
 def read(path: str | Path) -> Record:
-    """Read a record; ValueError naming the file if it is none."""
+    """Read a record; ValueError, which names the file, if it is none."""
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
         return Record(**raw)
@@ -86,12 +89,13 @@ def read(path: str | Path) -> Record:
         ) from error
 
 
-def _refuse_non_finite(value: Json, place: str) -> None:
+def _require_finite(value: Json, place: str) -> None:
+    """ValueError, which names the place, for a NaN or infinity anywhere inside ``value``."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            _refuse_non_finite(inner, f"{place}.{key}")
+            _require_finite(inner, f"{place}.{key}")
     elif isinstance(value, (list, tuple)):
         for i, inner in enumerate(value):
-            _refuse_non_finite(inner, f"{place}[{i}]")
+            _require_finite(inner, f"{place}[{i}]")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"record: {place} is {value}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refllm.api import Model, load
-from refllm.measure.device import Device, measure_machine
+from refllm.measure.device import DeviceSpec, measure_machine
 from refllm.measure.records import Record
 from refllm.measure.records import write as write_record
 
@@ -34,7 +34,7 @@ class Tour:
         return load(self.name, self.backend)
 
     @cached_property
-    def machine(self) -> Device:
+    def machine(self) -> DeviceSpec:
         """The limits of one core: the stops run on one BLAS thread, where two would wait
         for each other.
         """

@@ -30,8 +30,9 @@ from refllm.experiments import training_curves
 from refllm.experiments.roofline import roofline_data
 from refllm.measure.latency import Stopwatch
 from refllm.measure.memory import kv_bytes_per_token
-from refllm.measure.quick import sample_bits_per_byte, time_step
 from refllm.measure.roofline import Cost, mbu, mfu, step_cost
+from refllm.measure.sampled_loss import sample_bits_per_byte
+from refllm.measure.step_time import time_step
 from refllm.terminal import format_bytes, printable, table
 from refllm.tour.context import Tour
 from refllm.tour.techniques import cache, formats, serve, shrink, speculate
@@ -152,7 +153,7 @@ def cost(tour: Tour) -> None:
     steps = {f"decode, {b} sequence{'s' * (b > 1)}": [(CONTEXT, 1)] * b for b in (1, 8, 32)}
     steps[f"prefill, {CONTEXT} tokens"] = [(0, CONTEXT)]
     costs = {
-        name: step_cost(config, b, weight_bytes_per_param=4, kv_bytes_per_number=4)
+        name: step_cost(config, b, weight_bytes_per_param=4, kv_bytes_per_value=4)
         for name, b in steps.items()
     }
     times = {name: time_step(tour.model, batch, REPEATS) for name, batch in steps.items()}

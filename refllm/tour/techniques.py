@@ -17,8 +17,8 @@ from refllm.backend import to_numpy
 from refllm.corpus import held_out_documents
 from refllm.formats.uniform import Scheme
 from refllm.kv.kivi import Kivi, KiviAttend
+from refllm.measure.comparison import compare, precompute_reference
 from refllm.measure.memory import kv_bytes
-from refllm.measure.perplexity import compare, keep
 from refllm.model.config import ModelConfig
 from refllm.quant.calibration_data import calibration_windows
 from refllm.quant.recipe import quantize_model
@@ -49,7 +49,7 @@ def shrink(tour: Tour) -> None:
     calibration = calibration_windows(
         model.tokenizer, *CALIBRATION, 0, begin=model.config.bos_token_id
     )
-    reference = keep(model, text)
+    reference = precompute_reference(model, text)
     made = table(
         "weights",
         "bits a weight",
@@ -115,7 +115,7 @@ def cache(tour: Tour) -> None:
     length = min(CACHED, config.max_position_embeddings)
     group = math.gcd(32, config.head_dim)
     [text] = calibration_windows(model.tokenizer, 1, length, 0, documents=held_out_documents())
-    reference = keep(model, [text], window=length, stride=length)
+    reference = precompute_reference(model, [text], window=length, stride=length)
     made = table("keys and values", "bits a number", "cache", "KL", "same first choice")
     made.add_row("float16", "16.00", format_bytes(kv_bytes(config, length)), "0", "100%")
     for bits in (8, 4, 2):

@@ -33,16 +33,17 @@ from refllm.checkpoints.loading import bundled
 from refllm.checkpoints.tensor_files import CheckpointError
 from refllm.checkpoints.writer import file_sha256, save
 from refllm.cli import app
-from refllm.cli.main import explain
 from refllm.cli.generate import read_prompt
+from refllm.cli.main import explain
 from refllm.cli.simulate import _digits
 from refllm.corpus import Document
 from refllm.decode.sampling_params import SamplingParams
 from refllm.jobs import train
 from refllm.kv.kivi import Kivi, KiviAttend
 from refllm.kv.sparse import h2o, recent_only, snapkv, streaming, tova
+from refllm.measure.comparison import compare
 from refllm.measure.memory import human
-from refllm.measure.perplexity import compare, evaluate
+from refllm.measure.perplexity import evaluate
 from refllm.model.config import ModelConfig
 from refllm.model.weights import Dense
 from refllm.terminal import TABLE_WIDTH, format_bytes, printable, table
@@ -595,7 +596,7 @@ def test_a_cache_in_few_bits_is_what_the_options_say(model, text_file):
     assert result.stdout == as_lines(
         loaded.generate("def f(x): return x", 20, ignore_eos=True, cache=kivi)
     )
-    assert "in 4-bit codes but for the newest tokens, 8 at most" in result.stderr
+    assert "in 4-bit codes except for the newest tokens, at most 8" in result.stderr
     # 18 + 1 + 20 tokens, the last never read
     assert human(kivi.nbytes(loaded.config, 38, full=32)) in result.stderr
     assert "cache:" not in plain.stderr
@@ -611,12 +612,12 @@ def test_a_cache_in_few_bits_is_what_the_options_say(model, text_file):
     assert facts["against"]["KL"]["mean"] == expected.kl.mean > 0
     assert facts["kv cache"] == {"key_bits": 4, "value_bits": 4, "group": 4, "residual": 8}
     alone = run(*options)
-    assert "keys and values in 4 bits, 4 a step, the newest 8 in full" in alone.stdout
+    assert "keys and values in 4 bits, 4 per scale, the newest 8 in full" in alone.stdout
     assert f"{expected.model.bits_per_byte:.3f}" in alone.stdout
     assert "nothing was quantised: the newest 64 tokens" in run(*options[:-1], "64").stderr
     assert "nothing was quantised" not in alone.stderr
     short = run("generate", "x", "--model", model, "-n", "3", "--ignore-eos", *few)
-    assert "nothing of it quantised: 4 tokens are fewer than the 8 that wait" in short.stderr
+    assert "nothing quantised: 4 tokens fit into the full-precision window of 8" in short.stderr
     assert "cache:" not in run("generate", "x", "--model", model, "-n", "0", *few).stderr
 
 
@@ -640,10 +641,10 @@ def test_cache_options_that_fit_nothing_are_refused(model, options, message):
         assert message in " ".join(result.stderr.split())
     tree = run("generate", "x", "--model", model, "--kv-bits", "4", "--draft", model, "--tree")
     assert tree.exit_code == 2
-    assert "--tree verifies in a cache that keeps everything" in tree.stderr
+    assert "--tree needs a cache that keeps everything" in tree.stderr
 
 
-def test_a_cache_of_some_tokens_is_what_the_options_say(model):
+def test_kv_keep_generates_with_the_sparse_policy_of_the_options(model):
     loaded = load(model, "numpy")  # 23 tokens
     text = "def f(x): return x + 1"
     for name, policy, held in (
@@ -666,10 +667,10 @@ def test_a_cache_of_some_tokens_is_what_the_options_say(model):
             name,
         )
         assert got.stdout == as_lines(loaded.generate(text, 20, ignore_eos=True, cache=policy))
-        assert f"{held} of 42 tokens a key head" in got.stderr
+        assert f"{held} of 42 tokens per key head" in got.stderr
     got = run("generate", text * 2, "--model", model, "-n", "3", "--ignore-eos", "--kv-keep", "40")
     assert got.stdout == as_lines(loaded.generate(text * 2, 3, ignore_eos=True, cache=snapkv(40)))
-    assert "42 of 47 tokens a key head" in got.stderr
+    assert "42 of 47 tokens per key head" in got.stderr
     for options, message in (
         (
             ["--kv-keep", "16"],

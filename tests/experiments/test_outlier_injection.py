@@ -41,7 +41,8 @@ def absmax_of(config, weights):
 
 
 @pytest.mark.theorem(
-    "Measuring a channel between a norm (or up_proj) and its readers in another power of two changes no bit of the "
+    "Measuring a channel between a norm (or up_proj) and its readers in another power of two "
+    "changes no bit of the "
     "network's output",
     source="products by powers of two are exact",
 )
@@ -77,7 +78,8 @@ def test_exact_value_only_the_chosen_channels_grow_and_by_the_factor(seed, facto
 
 
 @pytest.mark.theorem(
-    "SmoothQuant's network does not depend on planted outliers, whatever α: s is p times as large where they are",
+    "SmoothQuant's network does not depend on planted outliers, whatever α: s is p times as "
+    "large where they are",
     source="(p a)^α / (w/p)^(1−α) = p · a^α / w^(1−α)",
 )
 @settings(max_examples=10)
@@ -125,8 +127,12 @@ def test_what_is_planted_in_stays_as_it_was():
 
 
 @pytest.mark.theorem(
-    "Keys measured in another power of two, and queries in its inverse, leave every bit of the output as it was",
-    source="products by powers of two are exact; a rotation mixes the two channels of a pair, and no others",
+    "Keys measured in another power of two, and queries in its inverse, leave every bit of "
+    "the output as it was",
+    source=(
+        "products by powers of two are exact; a rotation mixes the two channels of a pair, and "
+        "no others"
+    ),
 )
 @pytest.mark.parametrize(
     "family", ["llama", "qwen2", "llama3-rope", "mistral-window", "llama-tied-mha"]

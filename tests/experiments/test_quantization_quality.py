@@ -15,10 +15,9 @@ from refllm.checkpoints.writer import save
 from refllm.experiments import quantization_figure, quantization_quality
 from refllm.experiments.quantization_quality import Bench, Cell, cells, increase, table
 from refllm.measure.bootstrap import blocks
-from refllm.measure.perplexity import compare
+from refllm.measure.comparison import compare
 from refllm.measure.records import read
-from refllm.quant.methods import METHODS
-from refllm.quant.recipe import quantize_model
+from refllm.quant.recipe import METHODS, quantize_model
 from tiny_models import byte_tokenizer, tiny_config, tiny_model, tiny_params
 
 GROUPED = (4, 8, "half_integer")

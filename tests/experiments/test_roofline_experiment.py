@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refllm.experiments.roofline import decode_cost_data, plot_roofline, roofline_data
-from refllm.measure.device import DEVICES, Device
+from refllm.measure.device import DEVICES, DeviceSpec
 from refllm.measure.memory import LLAMA_8B
 from refllm.measure.roofline import projected_seconds, step_cost
 
@@ -20,7 +20,7 @@ batches = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, 
     batches.filter(lambda b: any(new for _, new in b)), st.floats(1e12, 1e16), st.floats(0, 1e-3)
 )
 def test_parts_of_a_step_sum_to_its_projected_time(batch, flops, overhead):
-    device = Device("a device", flops, 4.8e12, overhead)
+    device = DeviceSpec("a device", flops, 4.8e12, overhead)
     cost = step_cost(LLAMA_8B, batch)
     (row,) = decode_cost_data("a step", device, {"the step": cost})["rows"]
     assert sum(row["parts"].values()) == pytest.approx(1e3 * projected_seconds(cost, device))

@@ -11,7 +11,7 @@ from refllm.experiments import salience
 from refllm.experiments.quantization_quality import Bench
 from refllm.experiments.salience import Choice, Experiment, choices
 from refllm.formats.uniform import Scheme
-from refllm.measure.perplexity import compare
+from refllm.measure.comparison import compare
 from refllm.measure.records import read
 from refllm.quant.recipe import quantize_model
 from refllm.quant.salience import BY

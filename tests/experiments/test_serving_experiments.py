@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 from refllm.api import Model
 from refllm.experiments import batching, paging, prefix_caching, prefix_caching_figure, unpadding
-from refllm.figures import FIGURES
+from refllm.figures.registry import FIGURES
 from refllm.measure.records import read
 from refllm.serve.engine import Engine
 from refllm.serve.request import Request

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.measure.bootstrap import Interval, blocks, bootstrap
+from refllm.measure.bootstrap import Interval, blocks, bootstrap_intervals
 from strategies import seeds
 
 runs = st.lists(st.integers(1, 30), min_size=0, max_size=6)
@@ -40,7 +40,8 @@ def test_a_block_needs_a_token():
 
 @given(seeds, st.integers(2, 4))
 @pytest.mark.theorem(
-    "The bootstrap's interval lies between quantiles of the exact distribution over all U^U resamples of U units",
+    "The bootstrap's interval lies between quantiles of the exact distribution over all U^U "
+    "resamples of U units",
     source="Efron 1979",
 )
 def test_interval_agrees_with_full_enumeration(seed, units):
@@ -54,7 +55,7 @@ def test_interval_agrees_with_full_enumeration(seed, units):
         sums[list(draw)].sum() / counts[list(draw)].sum()
         for draw in itertools.product(range(units), repeat=units)
     )
-    (interval,) = bootstrap([x], unit, rng, resamples=4000, confidence=0.8)
+    (interval,) = bootstrap_intervals([x], unit, rng, resamples=4000, confidence=0.8)
     # the share of resamples below a point differs from its probability by
     # 5·sqrt(0.1·0.9/4000) = 0.024 once in 1e6
     for end, share in ((interval.low, 0.1), (interval.high, 0.9)):
@@ -66,7 +67,7 @@ def test_interval_agrees_with_full_enumeration(seed, units):
 @given(st.floats(-1e3, 1e3), st.integers(2, 50), st.integers(1, 8), seeds)
 def test_a_constant_has_an_interval_of_no_width(value, count, size, seed):
     unit = blocks(np.repeat([0, 1], count), size)
-    (interval,) = bootstrap(
+    (interval,) = bootstrap_intervals(
         [np.full(2 * count, value)], unit, np.random.default_rng(seed), resamples=50
     )
     for end in (interval.mean, interval.low, interval.high):  # sums of up to 100 equal numbers
@@ -80,7 +81,7 @@ def test_the_interval_covers_the_mean_as_often_as_it_says():
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(300):
-        (i,) = bootstrap(
+        (i,) = bootstrap_intervals(
             [rng.standard_normal(40)], np.arange(40), rng, resamples=400, confidence=0.9
         )
         covered += i.low <= 0 <= i.high
@@ -94,7 +95,8 @@ def test_dependent_neighbours_need_blocks():
     rng = np.random.default_rng(1)
     x = np.repeat(rng.standard_normal(100), 16)
     (wide,), (narrow,) = (
-        bootstrap([x], np.arange(1600) // size, np.random.default_rng(2)) for size in (16, 1)
+        bootstrap_intervals([x], np.arange(1600) // size, np.random.default_rng(2))
+        for size in (16, 1)
     )
     assert (wide.high - wide.low) / (narrow.high - narrow.low) == pytest.approx(4, rel=0.15)
 
@@ -104,24 +106,26 @@ def test_statistics_share_their_resamples_and_the_seed_decides(seed):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal(30)
     unit = np.arange(30) // 3
-    a, b = bootstrap([x, x + 1], unit, np.random.default_rng(seed), resamples=20)
+    a, b = bootstrap_intervals([x, x + 1], unit, np.random.default_rng(seed), resamples=20)
     assert b.low == pytest.approx(a.low + 1)
     assert b.high == pytest.approx(a.high + 1)
-    assert [a, b] == bootstrap([x, x + 1], unit, np.random.default_rng(seed), resamples=20)
+    assert [a, b] == bootstrap_intervals(
+        [x, x + 1], unit, np.random.default_rng(seed), resamples=20
+    )
 
 
 def test_chunking_of_the_resamples_changes_nothing(monkeypatch):
     x = np.random.default_rng(0).standard_normal(60)
     unit = np.arange(60) // 2
-    whole = bootstrap([x], unit, np.random.default_rng(3), resamples=100)
+    whole = bootstrap_intervals([x], unit, np.random.default_rng(3), resamples=100)
     monkeypatch.setattr("refllm.measure.bootstrap._AT_ONCE", 70)
-    assert bootstrap([x], unit, np.random.default_rng(3), resamples=100)[0].low == pytest.approx(
-        whole[0].low
-    )
+    assert bootstrap_intervals([x], unit, np.random.default_rng(3), resamples=100)[
+        0
+    ].low == pytest.approx(whole[0].low)
 
 
 def test_one_unit_gives_no_interval():
-    (interval,) = bootstrap([np.arange(4.0)], np.zeros(4, int), np.random.default_rng(0))
+    (interval,) = bootstrap_intervals([np.arange(4.0)], np.zeros(4, int), np.random.default_rng(0))
     assert interval == Interval(1.5, -math.inf, math.inf)
 
 
@@ -136,4 +140,6 @@ def test_one_unit_gives_no_interval():
 )
 def test_bad_input_is_refused(values, options, message):
     with pytest.raises(ValueError, match=message):
-        bootstrap([np.asarray(values)], np.arange(len(values)), np.random.default_rng(0), **options)
+        bootstrap_intervals(
+            [np.asarray(values)], np.arange(len(values)), np.random.default_rng(0), **options
+        )

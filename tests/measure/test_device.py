@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 
 from refllm.measure import device as device_module
-from refllm.measure.device import DEVICES, Device, measure_machine
+from refllm.measure.device import DEVICES, DeviceSpec, measure_machine
 
 
 def test_this_machine_is_measured_and_says_how(monkeypatch):
@@ -58,4 +58,4 @@ def test_named_devices_say_where_their_peaks_come_from():
 )
 def test_a_device_without_speed_is_refused(numbers):
     with pytest.raises(ValueError, match="a device needs finite peaks"):
-        Device("broken", *numbers)
+        DeviceSpec("broken", *numbers)

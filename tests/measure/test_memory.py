@@ -88,7 +88,7 @@ def test_bits_are_paid_by_the_parameters_they_belong_to(config, bits, other):
 @given(st.floats(0, 1e12) | st.floats(0, 1e10), st.integers(1, 64), bit_widths, bit_widths)
 @pytest.mark.theorem(
     "max_tokens and max_sequences are the largest that fit: one more exceeds the budget",
-    source="study/memory.py",
+    source="refllm/measure/memory.py",
 )
 def test_what_fits_is_the_most_that_fits(budget, sequences, bits, kv_bits):
     def need(tokens, count):
@@ -104,7 +104,8 @@ def test_what_fits_is_the_most_that_fits(budget, sequences, bits, kv_bits):
 
 
 @pytest.mark.theorem(
-    "A 70B model (80 layers, 64 heads of 128) needs 262.144 GB for 100,000 tokens in fp16, with 8 KV heads 32.768 GB",
+    "A 70B model (80 layers, 64 heads of 128) needs 262.144 GB for 100,000 tokens in fp16, "
+    "with 8 KV heads 32.768 GB",
     source="2·80·64·128·2 B · 100,000; the article's 40 GB is neither",
 )
 def test_the_70b_example():

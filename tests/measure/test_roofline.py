@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from counting import CountingModule
 from refllm.kv import batched_attention, contiguous
 from refllm.kv.contiguous import ContiguousCache
-from refllm.measure.device import DEVICES, Device
+from refllm.measure.device import DEVICES, DeviceSpec
 from refllm.measure.memory import LLAMA_8B
 from refllm.measure.roofline import (
     Cost,
@@ -106,14 +106,17 @@ def with_attention(monkeypatch, function):
 @given(model_configs(), st.integers(1, 4), st.integers(0, 20))
 @pytest.mark.theorem(
     "A decode step's FLOP and bytes, by formula, are those that the network executed",
-    source="counting: 2·N_mm a token, 4·L·H·D·s for attention, one read of the weights, 2·L·G·D·b·s of the cache",
+    source=(
+        "counting: 2·N_mm a token, 4·L·H·D·s for attention, one read of the weights, 2·L·G·D·b·s "
+        "of the cache"
+    ),
 )
 def test_decode_step_costs_what_was_executed(config, sequences, past):
     # the padded decode step reads the whole strip
     config = dataclasses.replace(config, sliding_window=None)
     batch = [(past, 1)] * sequences
     ledger = run_counted(config, batch, sequences)
-    cost = step_cost(config, batch, weight_bytes_per_param=BYTES, kv_bytes_per_number=BYTES)
+    cost = step_cost(config, batch, weight_bytes_per_param=BYTES, kv_bytes_per_value=BYTES)
     assert cost.linear_flops == ledger.flops["weight"]
     assert cost.attention_flops == ledger.flops["kv"]
     assert ledger.flops[""] == 0
@@ -124,7 +127,8 @@ def test_decode_step_costs_what_was_executed(config, sequences, past):
 
 @given(model_configs(), batches, st.data())
 @pytest.mark.theorem(
-    "A ragged step's FLOP (causal attention, windows included) and bytes, by formula, are those executed",
+    "A ragged step's FLOP (causal attention, windows included) and bytes, by formula, are "
+    "those executed",
     source="counting: 4·L·H·D·(n·p + n(n+1)/2) for n new tokens after p",
 )
 def test_ragged_step_costs_what_was_executed(config, batch, data):
@@ -135,7 +139,7 @@ def test_ragged_step_costs_what_was_executed(config, batch, data):
     tokens = sum(new for _, new in batch)
     rows = data.draw(st.integers(0, tokens))
     cost = step_cost(
-        config, batch, weight_bytes_per_param=BYTES, kv_bytes_per_number=BYTES, logits_rows=rows
+        config, batch, weight_bytes_per_param=BYTES, kv_bytes_per_value=BYTES, logits_rows=rows
     )
     ledger = run_counted(config, batch, rows)  # one tile of queries: keys are read once
     assert cost.linear_flops == ledger.flops["weight"]
@@ -169,7 +173,7 @@ def test_padded_decode_pays_for_the_longest_sequence(config, pasts):
     """
     config = dataclasses.replace(config, sliding_window=None)
     ledger = run_counted(config, [(p, 1) for p in pasts], len(pasts))
-    padded = step_cost(config, [(max(pasts), 1)] * len(pasts), kv_bytes_per_number=BYTES)
+    padded = step_cost(config, [(max(pasts), 1)] * len(pasts), kv_bytes_per_value=BYTES)
     assert ledger.flops["kv"] == padded.attention_flops
     assert ledger.read["kv"] == padded.kv_read_bytes
 
@@ -211,12 +215,12 @@ def test_chunking_conserves_flops(config, length, past, data):
 )
 def test_decode_attention_intensity_is_independent_of_batch_and_context(config, past, sequences, b):
     config = dataclasses.replace(config, sliding_window=None)
-    cost = step_cost(config, [(past, 1)] * sequences, kv_bytes_per_number=b)
+    cost = step_cost(config, [(past, 1)] * sequences, kv_bytes_per_value=b)
     assert (
         cost.attention_intensity
         == 2 * (config.num_attention_heads // config.num_key_value_heads) / b
     )
-    drafts = step_cost(config, [(past, 4)], kv_bytes_per_number=b)  # verifying drafts multiplies it
+    drafts = step_cost(config, [(past, 4)], kv_bytes_per_value=b)  # verifying drafts multiplies it
     assert drafts.attention_intensity > 2 * cost.attention_intensity * (past / (past + 4))
 
 
@@ -253,7 +257,7 @@ def test_constants_of_the_literature():
 
 @given(batches, st.floats(1e9, 1e15), st.floats(1e9, 1e13), st.floats(0, 1))
 def test_projection_is_the_slower_limit(batch, flops, bandwidth, overhead):
-    device = Device("a device", flops, bandwidth, overhead)
+    device = DeviceSpec("a device", flops, bandwidth, overhead)
     cost = step_cost(LLAMA_8B, batch)
     seconds = projected_seconds(cost, device)
     assert seconds - overhead >= cost.flops / flops * (1 - 1e-6) - 1e-12
@@ -273,7 +277,7 @@ def test_the_empty_step_costs_nothing():
     cost = step_cost(LLAMA_8B, [(5, 0)])
     assert cost == step_cost(LLAMA_8B, []) == Cost(0, 0, 0, 0, 0)
     assert cost.intensity == cost.linear_intensity == cost.attention_intensity == math.inf
-    assert projected_seconds(cost, Device("a device", 1, 1, 0.5)) == 0.5
+    assert projected_seconds(cost, DeviceSpec("a device", 1, 1, 0.5)) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -286,7 +290,7 @@ def test_impossible_steps_are_refused(batch, rows):
 
 @pytest.mark.parametrize("bytes_", [-1, float("nan"), float("inf")])
 def test_bytes_are_finite_and_not_negative(bytes_):
-    for name in ("weight_bytes_per_param", "kv_bytes_per_number"):
+    for name in ("weight_bytes_per_param", "kv_bytes_per_value"):
         with pytest.raises(ValueError, match="step_cost"):
             step_cost(LLAMA_8B, [(0, 1)], **{name: bytes_})
 

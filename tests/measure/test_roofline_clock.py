@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.measure.device import DEVICES, Device
+from refllm.measure.device import DEVICES, DeviceSpec
 from refllm.measure.memory import LLAMA_8B, kv_bytes_per_token, weight_bytes
 from refllm.measure.roofline import projected_seconds, step_cost
 from refllm.measure.roofline_clock import RooflineClock
@@ -29,9 +29,9 @@ batches = st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 300)), min_siz
 )
 def test_a_step_takes_what_its_cost_says(name, batch, weights, kv, slow):
     config = CONFIGS[name]
-    device = Device("slow to compute", 1e11, 1e12, overhead=1e-3) if slow else DEVICES["h200"]
+    device = DeviceSpec("slow to compute", 1e11, 1e12, overhead=1e-3) if slow else DEVICES["h200"]
     clock = RooflineClock(config, device, weights, kv)
-    cost = step_cost(config, batch, weight_bytes_per_param=weights, kv_bytes_per_number=kv)
+    cost = step_cost(config, batch, weight_bytes_per_param=weights, kv_bytes_per_value=kv)
     # four sums of positive terms, in another order
     assert clock.step(batch, len(batch)) == pytest.approx(
         projected_seconds(cost, device), rel=1e-14
@@ -44,7 +44,7 @@ def test_a_step_takes_what_its_cost_says(name, batch, weights, kv, slow):
     st.integers(1, 60),
 )
 def test_decoding_takes_its_steps_one_after_the_other(name, pasts, count):
-    for device in (DEVICES["h200"], Device("slow to compute", 1e11, 1e12, overhead=1e-3)):
+    for device in (DEVICES["h200"], DeviceSpec("slow to compute", 1e11, 1e12, overhead=1e-3)):
         clock = RooflineClock(CONFIGS[name], device)
         steps = [clock.step([(past + i, 1) for past in pasts], len(pasts)) for i in range(count)]
         assert clock.decode(pasts, count) == pytest.approx(steps, rel=1e-14)

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.measure.perplexity import evaluate
-from refllm.measure.windows import Score, bits_by_position
+from refllm.measure.perplexity import Score, bits_by_position, evaluate
 from tiny_models import tiny_model
 
 token_lists = st.lists(st.integers(1, 256), min_size=1, max_size=40)

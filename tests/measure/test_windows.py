@@ -13,7 +13,7 @@ from tokenizers import decoders, models
 
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.corpus import Document
-from refllm.measure.windows import plan, token_bytes, windows
+from refllm.measure.windows import plan_windows, token_bytes, windows
 from tiny_models import byte_tokenizer, tiny_model
 
 shapes = st.tuples(st.integers(0, 60), st.integers(1, 24), st.integers(1, 24)).map(
@@ -24,8 +24,9 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
 @given(shapes)
 @pytest.mark.theorem(
-    "Sliding windows of W inputs, S apart, predict every token but the first of a document exactly once, in order",
-    source="study/windows.py",
+    "Sliding windows of W inputs, S apart, predict every token but the first of a document "
+    "exactly once, in order",
+    source="refllm/measure/windows.py",
 )
 def test_windows_partition_the_tokens(shape):
     length, window, stride = shape
@@ -39,8 +40,9 @@ def test_windows_partition_the_tokens(shape):
 
 @given(shapes)
 @pytest.mark.theorem(
-    "A token at index t is predicted from at least min(t, W − S + 1) and at most W tokens of context",
-    source="study/windows.py",
+    "A token at index t is predicted from at least min(t, W − S + 1) and at most W tokens of "
+    "context",
+    source="refllm/measure/windows.py",
 )
 def test_context_is_bounded_on_both_sides(shape):
     length, window, stride = shape
@@ -67,9 +69,9 @@ def test_plan_bytes_are_the_bytes_of_the_text(documents, shape, vocab):
     model = tiny_model(vocab_size=vocab)
     if not any(documents):
         with pytest.raises(ValueError, match="nothing to score"):
-            plan(model, documents, shape[1], shape[2])
+            plan_windows(model, documents, shape[1], shape[2])
         return
-    p = plan(model, documents, shape[1], shape[2])
+    p = plan_windows(model, documents, shape[1], shape[2])
     for d, text in enumerate(documents):
         inside = p.document == d
         assert p.token_bytes[inside].sum() == len(text.encode())
@@ -79,7 +81,7 @@ def test_plan_bytes_are_the_bytes_of_the_text(documents, shape, vocab):
 @given(st.lists(texts, min_size=1, max_size=4).filter(any), shapes, st.integers(1, 200))
 def test_max_tokens_keeps_a_prefix(documents, shape, most):
     model = tiny_model()
-    whole, cut = (plan(model, documents, shape[1], shape[2], n) for n in (None, most))
+    whole, cut = (plan_windows(model, documents, shape[1], shape[2], n) for n in (None, most))
     count = min(most, len(whole.targets))
     for name in ("targets", "token_bytes", "context", "document"):
         np.testing.assert_array_equal(getattr(cut, name), getattr(whole, name)[:count])
@@ -122,16 +124,16 @@ def test_documents_are_texts_records_or_token_arrays_alone_or_in_lists():
         iter([[0, *ids]]),
     ]
     for documents in same:
-        p = plan(model, documents, 8, 4)
+        p = plan_windows(model, documents, 8, 4)
         # one beginning token, also where the array brought its own
         assert p.tokens[0].tolist() == [0, *ids]
         assert p.token_bytes.sum() == len(text)
-    assert plan(model, Document("a.py", text), 8, 4).names == ("a.py",)
+    assert plan_windows(model, Document("a.py", text), 8, 4).names == ("a.py",)
 
 
 def test_without_a_beginning_token_the_first_token_is_context_only():
     model = tiny_model(bos_token_id=None)
-    p = plan(model, "abc", 8, 4)
+    p = plan_windows(model, "abc", 8, 4)
     assert model.tokenizer.decode(p.targets) == "bc"
     assert p.token_bytes.sum() == 2
 
@@ -139,20 +141,20 @@ def test_without_a_beginning_token_the_first_token_is_context_only():
 @pytest.mark.parametrize("documents", [[], "", ["", ""], [[]], [[0]]])
 def test_nothing_to_score_is_refused(documents):
     with pytest.raises(ValueError, match="nothing to score"):
-        plan(tiny_model(), documents, 8, 4)
+        plan_windows(tiny_model(), documents, 8, 4)
 
 
 @pytest.mark.parametrize("ids", [[1, 257], [1, -1]])
 def test_a_token_outside_the_vocabulary_is_refused_by_document(ids):
     with pytest.raises(ValueError, match=r"document 2.*vocabulary of 257"):
-        plan(tiny_model(), ["fine", ids], 8, 4)
+        plan_windows(tiny_model(), ["fine", ids], 8, 4)
 
 
 def test_an_array_of_the_wrong_kind_is_refused():
     with pytest.raises(ValueError, match="1-D array of token ids"):
-        plan(tiny_model(), [np.zeros((2, 3), np.int64)], 8, 4)
+        plan_windows(tiny_model(), [np.zeros((2, 3), np.int64)], 8, 4)
     with pytest.raises(ValueError, match="float64"):
-        plan(tiny_model(), [np.zeros(3)], 8, 4)
+        plan_windows(tiny_model(), [np.zeros(3)], 8, 4)
 
 
 @pytest.mark.parametrize(
@@ -161,15 +163,15 @@ def test_an_array_of_the_wrong_kind_is_refused():
 def test_what_is_neither_text_nor_ids_is_refused(documents):
     """Bytes would pass for token ids, a byte each."""
     with pytest.raises(ValueError, match="texts or token ids, not|expected a text|no Unicode"):
-        plan(tiny_model(), documents, 8, 4)
+        plan_windows(tiny_model(), documents, 8, 4)
 
 
 @pytest.mark.parametrize("most", [0, -5])
 def test_a_budget_without_a_token_is_refused(most):
     with pytest.raises(ValueError, match="max_tokens must be at least 1"):
-        plan(tiny_model(), ["some text", "and more"], 8, 4, most)
+        plan_windows(tiny_model(), ["some text", "and more"], 8, 4, most)
 
 
 def test_a_beginning_token_outside_the_vocabulary_is_refused():
     with pytest.raises(ValueError, match="bos_token_id 257 lies outside"):
-        plan(tiny_model(bos_token_id=257), ["some text"], 8, 4)
+        plan_windows(tiny_model(bos_token_id=257), ["some text"], 8, 4)

@@ -19,7 +19,7 @@ from refllm.checkpoints.loading import bundled
 from refllm.checkpoints.writer import save
 from refllm.cli import app
 from refllm.figures import registry
-from refllm.measure.device import Device
+from refllm.measure.device import DeviceSpec
 from refllm.measure.records import read
 from refllm.measure.roofline import step_cost
 from refllm.terminal import printable
@@ -47,7 +47,7 @@ def guide(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> g
         str(directory), "numpy", tmp_path / "figures", Console(file=io.StringIO(), width=10_000)
     )
     # measuring one takes a second
-    made.__dict__["machine"] = Device("a machine of round numbers", 1e11, 1e10)
+    made.__dict__["machine"] = DeviceSpec("a machine of round numbers", 1e11, 1e10)
     monkeypatch.setattr(stops, "REPEATS", 2)
     monkeypatch.setattr(stops, "SAMPLE_WINDOWS", 2)
     return made
@@ -110,7 +110,7 @@ def test_the_costs_are_those_that_the_roofline_counts(guide):
     config = guide.model.config
     for batch in (1, 8, 32):
         c = step_cost(
-            config, [(stops.CONTEXT, 1)] * batch, weight_bytes_per_param=4, kv_bytes_per_number=4
+            config, [(stops.CONTEXT, 1)] * batch, weight_bytes_per_param=4, kv_bytes_per_value=4
         )
         row = next(line for line in text.splitlines() if line.startswith(f"decode, {batch} "))
         assert f"{c.flops / 1e6:,.1f}" in row.split()

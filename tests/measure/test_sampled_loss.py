@@ -1,4 +1,4 @@
-"""Quick measurements agree with the full ones where they look at everything."""
+"""A sample of every window is the evaluation; a smaller one draws without replacement."""
 
 from __future__ import annotations
 
@@ -11,11 +11,8 @@ from hypothesis import strategies as st
 
 from refllm.api import Model
 from refllm.corpus import Document
-from refllm.decode.fast.captured_step import stepper
-from refllm.measure import quick
 from refllm.measure.perplexity import evaluate
-from refllm.measure.quick import sample_bits_per_byte, time_step
-from refllm.model.llama import forward
+from refllm.measure.sampled_loss import sample_bits_per_byte
 from tiny_models import tiny_model
 
 
@@ -52,24 +49,3 @@ def test_a_smaller_sample_draws_windows_without_replacement():
         assert s.bits.low <= s.bits.mean <= s.bits.high
         assert math.isfinite(s.bits.low)
     assert samples[0].bits != samples[1].bits
-
-
-@pytest.mark.parametrize("batch", [[(8, 1)], [(8, 1)] * 3, [(0, 6)], [(4, 3), (0, 2)]])
-def test_a_step_of_any_shape_is_timed_behind_its_past(batch, monkeypatch):
-    seen = []
-
-    def watched(weights, config, tokens, positions, attend):
-        seen.append(positions.tolist())
-        return forward(weights, config, tokens, positions, attend)
-
-    def captured(weights, config):
-        step = stepper(weights, config)
-        return lambda tokens, positions, attend: (
-            seen.append(positions),
-            step(tokens, positions, attend),
-        )[1]
-
-    monkeypatch.setattr(quick, "forward", watched)
-    monkeypatch.setattr(quick, "stepper", captured)
-    assert time_step(network(), batch, repeats=2) > 0
-    assert seen == 3 * [[past + i for past, new in batch for i in range(new)]]  # one to warm up
