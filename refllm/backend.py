@@ -12,13 +12,16 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from types import ModuleType
-from typing import Any
+from typing import cast
 
 import numpy as np
 
-Array = Any  # an ndarray of NumPy, of CuPy, or of any array-API library
+from refllm.array_types import Array as Array  # "as": meant to be imported from here
+from refllm.array_types import DType as DType
+from refllm.array_types import Namespace as Namespace
+from refllm.array_types import Operand as Operand
 
+NUMPY = cast(Namespace, np)  # numpy itself, under the type that namespace() gives
 NAMES = ("numpy", "cupy")
 ENVIRONMENT_VARIABLE = "REFLLM_BACKEND"
 
@@ -29,7 +32,7 @@ class BackendUnavailable(RuntimeError):
     """
 
 
-def namespace(*arrays: Array) -> ModuleType:
+def namespace(*arrays: Operand) -> Namespace:
     """Return the array module that owns all of ``arrays``.
 
     Python scalars and ``None`` belong to nobody and are passed over.
@@ -46,8 +49,8 @@ def namespace(*arrays: Array) -> ModuleType:
             break
     else:
         if arrays:
-            return np
-    owners: list[ModuleType] = []
+            return NUMPY
+    owners: list[Namespace] = []
     for x in arrays:
         if x is None or isinstance(x, (bool, int, float)):
             continue
@@ -64,19 +67,19 @@ def namespace(*arrays: Array) -> ModuleType:
     )
 
 
-def _owner(x: Array) -> ModuleType:
+def _owner(x: Operand) -> Namespace:
     if isinstance(x, (np.ndarray, np.generic)):
-        return np
+        return NUMPY
     cupy = sys.modules.get("cupy")  # cupy.ndarray has no __array_namespace__ (14.2): ask by type
     if cupy is not None and isinstance(x, cupy.ndarray):
         return cupy
     if hasattr(x, "__array_namespace__"):
-        module: ModuleType = x.__array_namespace__()
+        module: Namespace = x.__array_namespace__()
         return module
     raise TypeError(f"{type(x).__name__} is not an array of NumPy, CuPy or an array-API library")
 
 
-def get(name: str | None = None) -> ModuleType:
+def get(name: str | None = None) -> Namespace:
     """Return the module called ``name`` (``"numpy"`` or ``"cupy"``); ``None`` reads
     ``REFLLM_BACKEND``.
 
@@ -91,7 +94,7 @@ def get(name: str | None = None) -> ModuleType:
     if name not in NAMES:
         raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(NAMES)}")
     if name == "numpy":
-        return np
+        return NUMPY
     if "cupy" not in sys.modules and importlib.util.find_spec("cupy") is None:
         raise BackendUnavailable(
             "the cupy package is not installed: pip install 'refllm[gpu]' (CUDA 12) or 'refllm[gpu-cuda13]'"
@@ -109,11 +112,11 @@ def get(name: str | None = None) -> ModuleType:
         ) from error
     if count == 0:
         raise BackendUnavailable(f"CuPy {cupy.__version__} finds no GPU; use --backend numpy")
-    module: ModuleType = cupy
+    module: Namespace = cupy
     return module
 
 
-def to_numpy(x: Array) -> np.ndarray:
+def to_numpy(x: Operand) -> np.ndarray:
     """Copy ``x`` to host memory (a NumPy array is returned as it is); on a GPU this waits
     for the device.
     """
@@ -125,14 +128,14 @@ def to_numpy(x: Array) -> np.ndarray:
     return np.asarray(x)
 
 
-def asarray_like(x: Array, like: Array, dtype: Any = None) -> Array:
+def asarray_like(x: Operand, like: Array, dtype: DType | None = None) -> Array:
     """Return host array ``x`` (or nested list) in the library, and on the device, of
     ``like``.
     """
     return namespace(like).asarray(x, dtype=dtype)
 
 
-def bitcast(x: Array, dtype: Any) -> Array:
+def bitcast(x: Array, dtype: DType) -> Array:
     """Reinterpret the bits of ``x`` as ``dtype`` of the same item size; no value is
     converted.
     """
@@ -168,7 +171,7 @@ def top_k(x: Array, k: int) -> tuple[Array, Array]:
 
 
 def normal(
-    rng: np.random.Generator, shape: tuple[int, ...], like: Array, dtype: Any = "float32"
+    rng: np.random.Generator, shape: tuple[int, ...], like: Array, dtype: DType = "float32"
 ) -> Array:
     """Standard normal draws, made on the host so that every backend sees the same ones."""
     return asarray_like(rng.standard_normal(shape).astype(dtype), like)
