@@ -1,16 +1,16 @@
-"""The text that every CPython installation carries: training and held-out documents.
+"""The text that every CPython installation includes: training and held-out documents.
 
-Read from the running interpreter, never copied into the repository: the standard library's
-``.py`` files, ``pydoc_data.topics`` and, where they are there, the ``test`` package and the
-installers (pip, setuptools and what they carry) that ``ensurepip`` brings as wheels. The
-held-out modules are excluded by name from everything that is trained on, and so are their
-tests and what copies them.
+It is read from the running interpreter, never copied into the repository: the standard
+library's ``.py`` files, ``pydoc_data.topics`` and, where present, the ``test`` package and
+the installers (pip, setuptools and what they vendor) that ``ensurepip`` includes as wheels.
+The held-out modules are excluded by name from all training documents, and so are their
+tests and copies of them.
 
 The text differs a little between Python versions, so a measurement on it names the version.
 Within one installation the documents and their order are always the same.
 
-Left out: files that are tables rather than code (the charmap codecs, and in the wheels what
-is digits for more than a tenth), lib2to3's test data, and any file that is not UTF-8.
+Left out: files that are tables rather than code (the charmap codecs, and files in the
+wheels with more than a tenth of digits), lib2to3's test data, and files that are not UTF-8.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ HELD_OUT = (
 )
 _TESTS_OF_HELD_OUT = (*("test_" + Path(name).stem for name in HELD_OUT), "test_http_cookiejar")
 _SKIPPED_FOLDERS = ("site-packages", "dist-packages", "__pycache__")
-# the package from which zipfile took its Path, line for line
+# the package that zipfile copied its Path from, line for line
 _COPIES_OF_HELD_OUT = ("zipp.py", "zipp/")
-_TABLE_DIGITS = 0.1  # share of digits among the characters of a file that is data
+_TABLE_DIGITS = 0.1  # a file with a larger share of digits is data
 _CHARMAPS = ("cp", "iso8859", "mac_", "koi8", "kz1048", "ptcp", "tis_", "hp_")
 
 
@@ -52,13 +52,14 @@ class Document:
 
     @property
     def sha256(self) -> str:
-        """Hexadecimal digest of the UTF-8 text: which text a model has seen can be recorded
+        """Hexadecimal digest of the UTF-8 text, to record which text a model has seen
         without copying it.
         """
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 def _root() -> Path:
+    """The folder of the standard library."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 
@@ -69,7 +70,7 @@ def held_out_documents() -> list[Document]:
     Raises
     ------
     FileNotFoundError
-        if the interpreter carries no source of one of them (embedded and trimmed builds).
+        if the interpreter has no source of one of them (embedded and trimmed builds).
     """
     root = _root()
     found = []
@@ -89,13 +90,13 @@ def held_out_documents() -> list[Document]:
 
 
 def training_documents(*, tests: bool = False) -> list[Document]:
-    """Everything that may be trained on: the library and its topics, or (``tests=True``)
+    """The documents that may be trained on: the library and its topics, or (``tests=True``)
     its test package.
     """
     root = _root()
     found = []
     for folder, subfolders, files in os.walk(root):
-        # os.walk goes no deeper
+        # in place: os.walk does not enter the others
         subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
         for path in (Path(folder, file) for file in files if file.endswith(".py")):
             name = path.relative_to(root).as_posix()
@@ -109,10 +110,10 @@ def training_documents(*, tests: bool = False) -> list[Document]:
 
 
 def installer_documents() -> list[Document]:
-    """The Python source in the wheels that ``ensurepip`` carries, a text that stands there
-    twice once.
+    """The Python source in the wheels of ``ensurepip``; a text that occurs twice is read
+    once.
 
-    Empty where the interpreter's packager has taken the wheels out, as Debian does.
+    Empty where the interpreter's packager has removed the wheels, as Debian does.
     """
     documents: dict[str, Document] = {}
     for wheel in sorted((_root() / "ensurepip" / "_bundled").glob("*.whl")):
@@ -122,6 +123,7 @@ def installer_documents() -> list[Document]:
 
 
 def _python_in(wheel: Path) -> Iterator[Document]:
+    """The Python source in a wheel, except for data and copies of held-out modules."""
     with ZipFile(wheel) as archive:
         for name in sorted(archive.namelist()):
             if not name.endswith(".py") or any("/" + copy in name for copy in _COPIES_OF_HELD_OUT):
@@ -135,24 +137,27 @@ def _python_in(wheel: Path) -> Iterator[Document]:
 
 
 def _is_held_out(name: str) -> bool:
+    """Whether a path below the library belongs to a held-out module."""
     return any(name in (h, h + ".py") or name.startswith(h + "/") for h in HELD_OUT)
 
 
 def _is_table(name: str) -> bool:
+    """Whether a path below the library is a table rather than code."""
     charmap = name.startswith(tuple("encodings/" + c for c in _CHARMAPS))
-    # the topics are read by name instead
+    # the topics are read by ``_topics`` instead
     return charmap or name.startswith(("lib2to3/tests/", "pydoc_data/"))
 
 
 def _is_test(name: str) -> bool:
+    """Whether a path below the library belongs to a test package."""
     return name.startswith(("test/", "tests/")) or any(
         part in name for part in ("/test/", "/tests/", "idle_test")
     )
 
 
 def _read(root: Path, paths: list[Path]) -> list[Document]:
-    """The documents at ``paths`` in the order of their names; what is not UTF-8, or empty,
-    is passed over.
+    """The documents at ``paths`` in the order of their names; empty files and files that
+    are not UTF-8 are skipped.
     """
     documents = []
     for path in sorted(paths):
@@ -166,7 +171,7 @@ def _read(root: Path, paths: list[Path]) -> list[Document]:
 
 
 def _topics() -> list[Document]:
-    """The language reference as ``help()`` carries it: prose about Python, one document a
+    """The language reference as ``help()`` prints it: prose about Python, one document per
     topic.
     """
     from pydoc_data.topics import topics

@@ -1,25 +1,26 @@
-"""The loss of a batch and its gradients, the backward pass written by hand beside the
-forward.
+"""The loss of a batch and its gradients, with the backward pass written by hand next to the
+forward pass.
 
-Each layer appears as a pair: the forward keeps what the backward needs in a tuple, and the
-backward names the derivative that it implements. Parameters and gradients are flat dicts
-under Hugging Face's tensor names.
+Each layer is a pair of functions: the forward returns what the backward needs in a tuple,
+and the backward names the derivative that it implements. Parameters and gradients are flat
+dicts under Hugging Face's tensor names.
 
 | symbol | name                                  | shape                   |
 |--------|---------------------------------------|-------------------------|
 | x      | residual stream                       | [B·S, N]                |
 | P      | attention probabilities of C queries  | [B, G, R·C, ≤S], R = H/G|
+| F      | width of the MLP                      |                         |
 | dY     | derivative of the loss for Y          | shape of Y              |
 
 Sources: the chain rule; the identity Σ_j dP_ij P_ij = Σ_d dO_id O_id (Dao et al. 2022,
 FlashAttention, appendix B.2) saves one pass over the S×S matrix.
 
-The products of the projections, forward and backward, are a ``Product``'s: float32 matrices
-unless told otherwise, 8-bit ones in ``fp8``. Those of the attention and of the output head
-are always float32.
+A ``Product`` computes the matrix products of the projections, forward and backward: in
+float32 by default, in 8 bits with ``train.fp8``. Those of the attention and of the output
+head are always float32.
 
-Left out: the loss itself (see ``loss``); Qwen's biases and query/key norms and sliding
-windows, which are all refused; dropout, recomputation.
+Left out: the loss itself (see ``train.loss``); Qwen's biases and query/key norms and sliding
+windows, which are all rejected; dropout, recomputation.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from typing import Any, NamedTuple, Protocol
 from refllm.backend import Array, asarray_like, namespace, scatter_add
 from refllm.model.config import ModelConfig, UnsupportedModel
 from refllm.model.layers import apply_rope, rope_frequencies, rope_table, sigmoid
-from refllm.train.loss import Rows, cross_entropy, cross_entropy_and_gradients
+from refllm.train.loss import TargetRows, cross_entropy, cross_entropy_and_gradients
 
 Tensors = dict[str, Array]
-# queries at a time: their probabilities stay in the cache, and the upper triangle is
-# skipped
+# queries at a time: their probabilities stay in the processor's cache, and the keys after a
+# tile are skipped
 _TILE = 256
 
 
@@ -51,14 +52,14 @@ class Product(Protocol):
 
 
 class Plain:
-    """The products as they are."""
+    """The products in the dtype of their operands."""
 
     def forward(self, x: Array, weight: Array) -> Array:
-        """X Wᵀ"""
+        """x[T, N], weight[M, N] → X Wᵀ [T, M]."""
         return x @ weight.T
 
     def backward(self, x: Array, weight: Array, d_out: Array) -> tuple[Array, Array]:
-        """dX, dW"""
+        """dY[T, M] → dX[T, N], dW[M, N]."""
         return d_out @ weight, d_out.T @ x
 
 
@@ -66,7 +67,7 @@ PLAIN = Plain()
 
 
 class _Batch(NamedTuple):
-    """What every layer needs to know about the batch."""
+    """What every layer needs of the batch."""
 
     size: int  # B
     length: int  # S
@@ -80,7 +81,7 @@ def loss_and_gradients(
     params: Tensors,
     config: ModelConfig,
     tokens: Array,
-    teacher: Rows | None = None,
+    teacher: TargetRows | None = None,
     product: Product = PLAIN,
 ) -> tuple[float, Tensors]:
     """Mean cross-entropy (nats) of predicting ``tokens[:, 1:]`` from ``tokens[:, :-1]``,
@@ -96,20 +97,20 @@ def loss_and_gradients(
         for what the module docstring leaves out.
     """
     xp = namespace(tokens, *params.values())
-    inputs = tokens[:, :-1]  # [B, S], [B·S]
-    targets = tokens[:, 1:].reshape(-1)
+    inputs = tokens[:, :-1]  # [B, S]
+    targets = tokens[:, 1:].reshape(-1)  # [B·S]
     hidden, norm_saved, kept = _forward(params, config, inputs, product=product)
     grads: Tensors = {}
     head_name = output_name(config)
     loss, d_hidden, grads[head_name] = cross_entropy_and_gradients(
         hidden, params[head_name], targets, teacher
     )
-    dx, grads["model.norm.weight"] = _norm_backward(d_hidden, norm_saved)
+    dx, grads["model.norm.weight"] = _norm_backward(d_hidden, norm_saved)  # [B·S, N]
     for i in reversed(range(config.num_hidden_layers)):
         dx = _layer_backward(params, f"model.layers.{i}.", config, dx, kept.pop(), grads)
     embedding = params["model.embed_tokens.weight"]
     d_embedding = grads.setdefault("model.embed_tokens.weight", xp.zeros_like(embedding))
-    # a tied head has left its own share there already
+    # a tied head has its own share in d_embedding already
     scatter_add(d_embedding, inputs.reshape(-1), dx)
     return loss, grads
 
@@ -124,7 +125,7 @@ def mean_loss(params: Tensors, config: ModelConfig, tokens: Array) -> float:
 
 def hidden_states(params: Tensors, config: ModelConfig, inputs: Array) -> Array:
     """Run the network up to the last norm: tokens[B, S] → [B·S, N]; logits are this times
-    the head's transpose.
+    the transposed head.
     """
     return _forward(params, config, inputs, keep=False)[0]
 
@@ -159,18 +160,16 @@ def _forward(
         )
     embedding = params["model.embed_tokens.weight"]
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    cos, sin = rope_table(
-        asarray_like(frequencies, inputs, "float64"), xp.arange(length), embedding.dtype
-    )
-    cos, sin = (xp.tile(t, (size, 1, 1, 1)) for t in (cos, sin))  # of all B·S tokens
-    batch = _Batch(
-        size, length, cos, sin, _causal_mask(xp, min(length, _TILE), embedding.dtype), product
-    )
+    frequencies = asarray_like(frequencies, inputs, "float64")  # [D/2]
+    table = rope_table(frequencies, xp.arange(length), embedding.dtype)
+    cos, sin = (xp.tile(t, (size, 1, 1, 1)) for t in table)  # of all B·S tokens
+    mask = _causal_mask(xp, min(length, _TILE), embedding.dtype)
+    batch = _Batch(size, length, cos, sin, mask, product)
     x = embedding[inputs.reshape(-1)]  # [B·S, N]
     kept: list[Any] = []
     for i in range(config.num_hidden_layers):
         x, saved = _layer(params, f"model.layers.{i}.", config, x, batch)
-        if keep:  # else each layer's memory is free for the next one, and stays in the cache
+        if keep:  # otherwise the next layer reuses this one's memory, which is in the cache
             kept.append(saved)
         del saved
     hidden, norm_saved = _norm(x, params["model.norm.weight"], config.rms_norm_eps)
@@ -178,7 +177,7 @@ def _forward(
 
 
 def _causal_mask(xp: Any, length: int, dtype: Any) -> Array:
-    """[S, S]: 0 where key ≤ query, a large negative number above the diagonal."""
+    """[S, S]: 0 where key ≤ query, a large negative value above the diagonal."""
     upper = xp.arange(length)[None, :] > xp.arange(length)[:, None]
     return xp.where(upper, xp.asarray(-1e30, dtype=dtype), xp.asarray(0, dtype=dtype))
 
@@ -186,8 +185,9 @@ def _causal_mask(xp: Any, length: int, dtype: Any) -> Array:
 def _norm(x: Array, gain: Array, eps: float) -> tuple[Array, tuple[Array, ...]]:
     """RMSNorm of x[T, N], keeping x̂ = x / rms and 1 / rms."""
     xp = namespace(x)
-    inverse = 1.0 / xp.sqrt(xp.einsum("tn,tn->t", x, x)[:, None] * (1.0 / x.shape[1]) + eps)
-    unit = x * inverse
+    square = xp.einsum("tn,tn->t", x, x)[:, None]  # [T, 1]
+    inverse = 1.0 / xp.sqrt(square * (1.0 / x.shape[1]) + eps)
+    unit = x * inverse  # x̂ [T, N]
     return unit * gain, (unit, inverse, gain)
 
 
@@ -195,83 +195,85 @@ def _norm_backward(dy: Array, saved: tuple[Array, ...]) -> tuple[Array, Array]:
     """dx = (dŷ − x̂ · mean(dŷ·x̂)) / rms with dŷ = dy·g;  dg = Σ dy·x̂."""
     xp = namespace(dy)
     unit, inverse, gain = saved
-    d_gain = xp.einsum("tn,tn->n", dy, unit)
-    dx = dy * gain
+    d_gain = xp.einsum("tn,tn->n", dy, unit)  # [N]
+    dx = dy * gain  # dŷ [T, N]
     dx -= unit * (xp.einsum("tn,tn->t", dx, unit)[:, None] * (1.0 / unit.shape[1]))
     dx *= inverse
     return dx, d_gain
 
 
 def _layer(
-    params: Tensors, at: str, config: ModelConfig, x: Array, batch: _Batch
+    params: Tensors, prefix: str, config: ModelConfig, x: Array, batch: _Batch
 ) -> tuple[Array, Any]:
-    """One decoder layer: x + Attention(norm(x)), then x + MLP(norm(x))."""
-    attention_in, norm1 = _norm(x, params[at + "input_layernorm.weight"], config.rms_norm_eps)
-    attended, attention = _attention(params, at + "self_attn.", config, attention_in, batch)
+    """One decoder layer of x[B·S, N]: x + Attention(norm(x)), then x + MLP(norm(x))."""
+    attention_in, norm1 = _norm(x, params[prefix + "input_layernorm.weight"], config.rms_norm_eps)
+    attended, attention = _attention(params, prefix + "self_attn.", config, attention_in, batch)
     forward = batch.product.forward
-    x = forward(attended, params[at + "self_attn.o_proj.weight"]) + x
-    mlp_in, norm2 = _norm(x, params[at + "post_attention_layernorm.weight"], config.rms_norm_eps)
-    gate = forward(mlp_in, params[at + "mlp.gate_proj.weight"])
-    up = forward(mlp_in, params[at + "mlp.up_proj.weight"])
+    x = forward(attended, params[prefix + "self_attn.o_proj.weight"]) + x  # [B·S, N]
+    gain = params[prefix + "post_attention_layernorm.weight"]
+    mlp_in, norm2 = _norm(x, gain, config.rms_norm_eps)
+    gate = forward(mlp_in, params[prefix + "mlp.gate_proj.weight"])  # [B·S, F]
+    up = forward(mlp_in, params[prefix + "mlp.up_proj.weight"])  # [B·S, F]
     sig = sigmoid(gate)
     act = gate * sig
-    # The product and not its factor is cheap to make again: act · up is not kept.
-    x = forward(act * up, params[at + "mlp.down_proj.weight"]) + x
+    # act · up is not kept: the backward pass recomputes it from its factors
+    x = forward(act * up, params[prefix + "mlp.down_proj.weight"]) + x  # [B·S, N]
     return x, (norm1, attention_in, attention, attended, norm2, mlp_in, up, sig, act)
 
 
 def _layer_backward(
-    params: Tensors, at: str, config: ModelConfig, dx: Array, saved: Any, grads: Tensors
+    params: Tensors, prefix: str, config: ModelConfig, dx: Array, saved: Any, grads: Tensors
 ) -> Array:
-    """The derivative for the layer's output → for its input; the weights' own go into
-    ``grads``.
+    """The derivative for the layer's output [B·S, N] → for its input; those for the weights
+    go into ``grads``.
     """
     norm1, attention_in, attention, attended, norm2, mlp_in, up, sig, act = saved
     backward = attention[0].product.backward
 
     def linear(name: str, inputs: Array, d_out: Array) -> Array:
-        d_in, grads[at + name] = backward(inputs, params[at + name], d_out)
+        """The derivative for a projection's input; that for its weight goes into ``grads``."""
+        d_in, grads[prefix + name] = backward(inputs, params[prefix + name], d_out)
         return d_in
 
-    d_product = linear("mlp.down_proj.weight", act * up, dx)
+    d_product = linear("mlp.down_proj.weight", act * up, dx)  # [B·S, F]
     d_up = d_product * act
     d_gate = d_product  # the same memory: d_product is not needed again
     d_gate *= up
     d_gate *= sig + act * (1.0 - sig)  # silu'(g) = σ + g σ (1 − σ), and act = g σ
-    d_mlp_in = linear("mlp.gate_proj.weight", mlp_in, d_gate)
+    d_mlp_in = linear("mlp.gate_proj.weight", mlp_in, d_gate)  # [B·S, N]
     d_mlp_in += linear("mlp.up_proj.weight", mlp_in, d_up)
-    d_norm, grads[at + "post_attention_layernorm.weight"] = _norm_backward(d_mlp_in, norm2)
-    dx += d_norm
+    d_norm, grads[prefix + "post_attention_layernorm.weight"] = _norm_backward(d_mlp_in, norm2)
+    dx += d_norm  # the residual connection passes dx on unchanged
 
-    d_attended = linear("self_attn.o_proj.weight", attended, dx)
+    d_attended = linear("self_attn.o_proj.weight", attended, dx)  # [B·S, H·D]
     d_q, d_k, d_v = _attention_backward(config, d_attended, attention)
-    d_attention_in = linear("self_attn.q_proj.weight", attention_in, d_q)
+    d_attention_in = linear("self_attn.q_proj.weight", attention_in, d_q)  # [B·S, N]
     d_attention_in += linear("self_attn.k_proj.weight", attention_in, d_k)
     d_attention_in += linear("self_attn.v_proj.weight", attention_in, d_v)
-    d_norm, grads[at + "input_layernorm.weight"] = _norm_backward(d_attention_in, norm1)
+    d_norm, grads[prefix + "input_layernorm.weight"] = _norm_backward(d_attention_in, norm1)
     dx += d_norm
     return dx
 
 
 def _heads_first(x: Array, size: int, length: int, groups: int) -> Array:
-    """[B·S, G·R, D] → [B, G, R·S, D]: the queries of one key head under each other."""
+    """[B·S, G·R, D] → [B, G, R·S, D]: queries that share a key head are stacked."""
     xp = namespace(x)
-    heads = x.shape[1] // groups
+    shared = x.shape[1] // groups  # R
     dim = x.shape[2]
-    x = x.reshape(size, length, groups, heads, dim).transpose(0, 2, 3, 1, 4)
-    return xp.ascontiguousarray(x).reshape(size, groups, heads * length, dim)
+    x = x.reshape(size, length, groups, shared, dim).transpose(0, 2, 3, 1, 4)  # [B, G, R, S, D]
+    return xp.ascontiguousarray(x).reshape(size, groups, shared * length, dim)
 
 
 def _tokens_first(x: Array, size: int, length: int, groups: int) -> Array:
     """The inverse of ``_heads_first``: [B, G, R·S, D] → [B·S, G·R, D]."""
     dim = x.shape[-1]
-    x = x.reshape(size, groups, -1, length, dim).transpose(0, 3, 1, 2, 4)
+    x = x.reshape(size, groups, -1, length, dim).transpose(0, 3, 1, 2, 4)  # [B, S, G, R, D]
     return x.reshape(size * length, -1, dim)
 
 
 def _query_tiles(length: int) -> list[range]:
-    """Positions in tiles: a tile's queries see keys up to the tile's end, so the upper
-    triangle is skipped.
+    """Positions in tiles: a tile's queries see keys up to the end of the tile, so the keys
+    after it are skipped.
     """
     return [range(a, min(a + _TILE, length)) for a in range(0, length, _TILE)]
 
@@ -279,49 +281,51 @@ def _query_tiles(length: int) -> list[range]:
 def _rows(x: Array, tile: range, length: int) -> Array:
     """The tile's rows of x[B, G, R·S, D], for all R heads: [B, G, R·C, D]."""
     size, groups, _, dim = x.shape
-    return x.reshape(size, groups, -1, length, dim)[:, :, :, tile.start : tile.stop].reshape(
-        size, groups, -1, dim
-    )
+    rows = x.reshape(size, groups, -1, length, dim)[:, :, :, tile.start : tile.stop]
+    return rows.reshape(size, groups, -1, dim)
 
 
-def _put_rows(x: Array, tile: range, length: int, values: Array) -> None:
-    """The inverse of ``_rows``: write values[B, G, R·C, D] into their places in x[B, G,
-    R·S, D].
+def _set_rows(x: Array, tile: range, length: int, values: Array) -> None:
+    """The inverse of ``_rows``: write values[B, G, R·C, D] to the tile's rows of
+    x[B, G, R·S, D].
     """
     size, groups, _, dim = x.shape
-    places = x.reshape(size, groups, -1, length, dim)[:, :, :, tile.start : tile.stop]
-    places[...] = values.reshape(places.shape)
+    rows = x.reshape(size, groups, -1, length, dim)[:, :, :, tile.start : tile.stop]
+    rows[...] = values.reshape(rows.shape)  # [B, G, R, C, D], a view of x
 
 
 def _attention(
-    params: Tensors, at: str, config: ModelConfig, x: Array, batch: _Batch
+    params: Tensors, prefix: str, config: ModelConfig, x: Array, batch: _Batch
 ) -> tuple[Array, Any]:
-    """Causal grouped-query attention of whole sequences; x[B·S, N] → [B·S, H·D]."""
+    """Causal grouped-query attention of complete sequences; x[B·S, N] → [B·S, H·D]."""
     xp = namespace(x)
     size, length, cos, sin, mask, product = batch
     groups = config.num_key_value_heads
     dim = config.head_dim
-    q, k, v = (
-        product.forward(x, params[at + name + "_proj.weight"]).reshape(size * length, heads, dim)
-        for name, heads in (("q", config.num_attention_heads), ("k", groups), ("v", groups))
-    )
-    q = apply_rope(q, cos, sin)
-    k = apply_rope(k, cos, sin)
+
+    def project(name: str, heads: int) -> Array:
+        """The heads of a projection, [B·S, heads, D]."""
+        y = product.forward(x, params[f"{prefix}{name}_proj.weight"])
+        return y.reshape(size * length, heads, dim)
+
+    q = apply_rope(project("q", config.num_attention_heads), cos, sin)  # [B·S, H, D]
+    k = apply_rope(project("k", groups), cos, sin)  # [B·S, G, D]
+    v = project("v", groups)
     q *= 1.0 / math.sqrt(dim)
-    q, k, v = (_heads_first(t, size, length, groups) for t in (q, k, v))
+    q, k, v = (_heads_first(t, size, length, groups) for t in (q, k, v))  # [B, G, R·S or S, D]
     out = xp.empty_like(q)
     tiles = []
     for tile in _query_tiles(length):
-        rows = _rows(q, tile, length)
-        p = rows @ k[:, :, : tile.stop].swapaxes(-1, -2)  # [B, G, R·C, keys up to the tile's end]
+        rows = _rows(q, tile, length)  # [B, G, R·C, D]
+        p = rows @ k[:, :, : tile.stop].swapaxes(-1, -2)  # [B, G, R·C, tile.stop]
         diagonal = p.reshape(size, groups, -1, len(tile), tile.stop)[..., tile.start :]
-        diagonal += mask[: len(tile), : len(tile)]  # a view: the R heads of a group share the mask
+        diagonal += mask[: len(tile), : len(tile)]  # a view of p: all R heads share the mask
         p -= xp.max(p, axis=-1, keepdims=True)
         xp.exp(p, out=p)
         p *= 1.0 / xp.sum(p, axis=-1, keepdims=True)
-        _put_rows(out, tile, length, p @ v[:, :, : tile.stop])
+        _set_rows(out, tile, length, p @ v[:, :, : tile.stop])
         tiles.append((tile, rows, p))
-    attended = _tokens_first(out, size, length, groups).reshape(size * length, -1)
+    attended = _tokens_first(out, size, length, groups).reshape(size * length, -1)  # [B·S, H·D]
     return attended, (batch, k, v, out, tiles)
 
 
@@ -333,22 +337,23 @@ def _attention_backward(
     (size, length, cos, sin, _, _), k, v, out, tiles = saved
     groups = config.num_key_value_heads
     dim = config.head_dim
-    d_out = _heads_first(d_attended.reshape(size * length, -1, dim), size, length, groups)
+    d_out = d_attended.reshape(size * length, -1, dim)  # [B·S, H, D]
+    d_out = _heads_first(d_out, size, length, groups)  # [B, G, R·S, D]
     d_q = xp.empty_like(out)
     d_k = xp.zeros_like(k)
     d_v = xp.zeros_like(v)
     for tile, rows, p in tiles:
         seen = slice(0, tile.stop)
-        d_o = _rows(d_out, tile, length)
+        d_o = _rows(d_out, tile, length)  # [B, G, R·C, D]
         d_v[:, :, seen] += p.swapaxes(-1, -2) @ d_o
-        d_s = d_o @ v[:, :, seen].swapaxes(-1, -2)
+        d_s = d_o @ v[:, :, seen].swapaxes(-1, -2)  # [B, G, R·C, tile.stop]
         d_s -= xp.einsum("bgrd,bgrd->bgr", d_o, _rows(out, tile, length))[..., None]
         d_s *= p
-        _put_rows(d_q, tile, length, d_s @ k[:, :, seen])
-        d_k[:, :, seen] += d_s.swapaxes(-1, -2) @ rows  # rows already carry 1/√D
+        _set_rows(d_q, tile, length, d_s @ k[:, :, seen])
+        d_k[:, :, seen] += d_s.swapaxes(-1, -2) @ rows  # the rows include the factor 1/√D
     d_q *= 1.0 / math.sqrt(dim)
     d_q, d_k, d_v = (_tokens_first(t, size, length, groups) for t in (d_q, d_k, d_v))
-    d_q = apply_rope(d_q, cos, -sin)  # a rotation's transpose is its inverse
+    d_q = apply_rope(d_q, cos, -sin)  # the transpose of a rotation is its inverse
     d_k = apply_rope(d_k, cos, -sin)
-    rows = size * length
-    return d_q.reshape(rows, -1), d_k.reshape(rows, -1), d_v.reshape(rows, -1)
+    count = size * length
+    return d_q.reshape(count, -1), d_k.reshape(count, -1), d_v.reshape(count, -1)

@@ -1,16 +1,15 @@
-"""From documents to what training reads: token streams, and documents made of one's own
-files.
+"""From documents to token streams: the documents of the standard library, or of given text
+files, and their token ids.
 
 | name      | meaning                                                                     |
 |-----------|-----------------------------------------------------------------------------|
-| document  | one text with a name (``corpus.Document``)                                  |
-| stream    | the ids of many documents, each behind a beginning token, int32[T]          |
-| ``Data``  | the streams' documents, how often each stream is passed through, held-out   |
+| document  | one text with a name (``corpus.Document``)                                 |
+| stream    | the ids of many documents, each after a start token, int32[T]              |
+| ``Data``  | the documents of each stream, its passes per epoch, and held-out documents |
 
-The standard library makes two streams, the library and its test package, because they
-differ in worth: tests repeat themselves, so the library is passed through several times for
-each pass through the tests, and the last phase sees the library alone. One's own files make
-one stream.
+The standard library makes two streams, the library and its test package. Tests are
+repetitive and so less valuable: each pass through them goes with several passes through the
+library, and the last phase uses the library alone. Given text files make one stream.
 
 Left out: anything but UTF-8 text; streaming from disk (all text is in memory).
 """
@@ -28,14 +27,15 @@ from refllm import corpus
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.corpus import Document
 
-LIBRARY_PASSES = 4  # through the library for each pass through its tests
-INSTALLER_PASSES = 3  # through pip and setuptools for each pass through the tests
+LIBRARY_PASSES = 4  # per pass through the tests of the library
+INSTALLER_PASSES = 3  # through pip and setuptools, per pass through the tests
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains on and is judged by. ``repeats`` and ``last_repeats`` are as in
-    ``plan.Phase``.
+    """The documents that a run trains on, and those that it is evaluated on.
+
+    ``repeats`` and ``last_repeats`` (of the last phase) are those of ``schedule.Phase``.
     """
 
     name: str
@@ -43,12 +43,12 @@ class Data:
     held_out: list[Document]
     repeats: tuple[int, ...]
     last_repeats: tuple[int, ...]
-    code: bool = False  # is it Python?
+    code: bool = False  # Python source
 
 
 def standard_library(*, tests: bool = True, installers: bool = False) -> Data:
-    """The running interpreter's own library; without its test package, or the installers
-    that ``ensurepip`` carries, where they are absent or not wanted.
+    """The library of the running interpreter, with its test package and the installers in
+    ``ensurepip`` where they are wanted and present.
     """
     streams = {"library": corpus.training_documents()}
     name = "the Python standard library"
@@ -70,12 +70,12 @@ def standard_library(*, tests: bool = True, installers: bool = False) -> Data:
     return Data(name, streams, corpus.held_out_documents(), tuple(repeats), tuple(last), code=True)
 
 
-def own_files(paths: Sequence[Path], held_out: Sequence[Path] = (), share: float = 0.05) -> Data:
+def text_files(paths: Sequence[Path], held_out: Sequence[Path] = (), share: float = 0.05) -> Data:
     """Text files, and folders of them, as one stream.
 
-    Without ``held_out``, about ``share`` of the bytes is held out: whole documents, chosen
-    by the hash of their text, so that the choice does not move when files are added; of a
-    single document, its last lines.
+    Without ``held_out``, about ``share`` of the text is held out: complete documents,
+    chosen by the hash of their text, so that the choice changes little when files are
+    added; of a single document, its last lines.
 
     Raises
     ------
@@ -87,7 +87,7 @@ def own_files(paths: Sequence[Path], held_out: Sequence[Path] = (), share: float
     documents = read_files(paths)
     if held_out:
         tests = read_files(held_out)
-        # a text that is held out is never trained on, whatever its name
+        # held-out text is never trained on, under any name
         known = {d.sha256 for d in tests}
         documents = [d for d in documents if d.sha256 not in known]
     else:
@@ -106,12 +106,12 @@ def own_files(paths: Sequence[Path], held_out: Sequence[Path] = (), share: float
 
 
 def read_files(paths: Iterable[Path]) -> list[Document]:
-    """One document for each non-empty UTF-8 file in ``paths``, folders walked in the order
-    of names.
+    """One document for each non-empty UTF-8 file in ``paths``, folders in the order of
+    names.
 
-    In a folder, hidden files and what is no UTF-8 text are passed over; a file named
-    outright must be text. Every kind of line end is read as ``\\n``: a text's bytes are
-    counted without the carriage returns.
+    In a folder, hidden files and files that are not UTF-8 are skipped; ValueError for a
+    path to a file that is not UTF-8, or if there is no text. Every kind of line end is read
+    as ``\\n``: bytes are counted without carriage returns.
     """
     documents = []
     for path in paths:
@@ -130,6 +130,9 @@ def read_files(paths: Iterable[Path]) -> list[Document]:
 
 
 def _document(path: Path, name: str, *, named: bool) -> list[Document]:
+    """The document of a file, or none if it is empty, or not UTF-8 and not ``named`` by the
+    caller.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -140,22 +143,17 @@ def _document(path: Path, name: str, *, named: bool) -> list[Document]:
 
 
 def split(documents: Sequence[Document], share: float) -> tuple[list[Document], list[Document]]:
-    """(training, held-out) documents; see ``own_files``. Both together are the documents
-    given.
+    """(training, held-out) documents, which together are the given ones; see
+    ``text_files``.
+
+    >>> training, held_out = split([Document("notes", "one\\ntwo\\nthree\\nfour\\n")], 0.25)
+    >>> training[0].text, held_out[0].text
+    ('one\\ntwo\\nthree\\n', 'four\\n')
     """
     if not 0 < share < 1:
         raise ValueError(f"the held-out share must be within (0, 1), got {share}")
     if len(documents) == 1:
-        lines = documents[0].text.splitlines(keepends=True)
-        # both sides get a line where there are two
-        kept = max(1, len(lines) - max(1, round(share * len(lines))))
-        cut = kept if len(lines) > 1 else 0
-        name = documents[0].name
-        parts = (
-            Document(name, "".join(lines[:cut])),
-            Document(f"{name} (end)", "".join(lines[cut:])),
-        )
-        return ([parts[0]] if cut else []), [parts[1]]
+        return _split_lines(documents[0], share)
     total = sum(len(d.text) for d in documents)
     taken = 0
     held: set[int] = set()
@@ -170,14 +168,25 @@ def split(documents: Sequence[Document], share: float) -> tuple[list[Document], 
     )
 
 
+def _split_lines(document: Document, share: float) -> tuple[list[Document], list[Document]]:
+    """``split`` of a single document: its last lines are held out."""
+    lines = document.text.splitlines(keepends=True)
+    if len(lines) < 2:
+        return [], [Document(f"{document.name} (end)", document.text)]
+    # both sides get a line
+    cut = max(1, len(lines) - max(1, round(share * len(lines))))
+    training = Document(document.name, "".join(lines[:cut]))
+    return [training], [Document(f"{document.name} (end)", "".join(lines[cut:]))]
+
+
 def encode(
     tokenizer: Tokenizer, documents: Sequence[Document], begin: int = 0
 ) -> NDArray[np.int32]:
-    """The documents as one stream of ids, each document behind the id ``begin``; int32[T]."""
+    """The documents as one stream of ids, each document after the id ``begin``; int32[T]."""
     ids = tokenizer.encode_batch([d.text for d in documents])
     return np.concatenate([np.array([begin, *part], dtype=np.int32) for part in ids])
 
 
 def fingerprint(documents: Iterable[Document]) -> dict[str, str]:
-    """Name → sha256 of every text: says which text was read without copying any of it."""
+    """Name → sha256 of every text: records which text was read without copying it."""
     return {d.name: d.sha256 for d in documents}

@@ -1,5 +1,4 @@
-"""Distillation: a larger network's next-token distribution as the target of a smaller one's
-training.
+"""Distillation: a smaller network is trained on a larger one's next-token distribution.
 
 The student's loss is the cross-entropy against p, which differs from KL(p ‖ q) by the
 entropy of p, a constant: both have the same gradient, softmax(z) − p. A draft model is
@@ -27,18 +26,18 @@ import math
 from refllm.backend import Array, namespace
 from refllm.model.config import ModelConfig
 from refllm.train.backward import Tensors, hidden_states, output_name
-from refllm.train.loss import Rows, Teacher
+from refllm.train.loss import TargetRows, Teacher
 
 
-def teacher_of(
+def make_teacher(
     params: Tensors, config: ModelConfig, temperature: float = 1.0, alpha: float = 1.0
 ) -> Teacher:
     """Return the ``teacher`` argument of ``train`` for a network: targets α·softmax(z/τ) +
     (1−α)·onehot(label).
 
     ``teacher(tokens[B, S+1])`` runs the network once up to its last norm, [B·S, N]. The
-    function that it returns makes the probabilities [rows, V] of the rows asked for, so the
-    [B·S, V] array never exists. Rows sum to 1.
+    function that it returns computes the probabilities [rows, V] of the requested rows, so
+    the [B·S, V] array never exists. Rows sum to 1.
 
     Raises
     ------
@@ -51,20 +50,22 @@ def teacher_of(
         raise ValueError(f"alpha must be within 0..1, got {alpha}")
     head = params[output_name(config)]  # [V, N]
 
-    def teacher(tokens: Array) -> Rows:
+    def teacher(tokens: Array) -> TargetRows:
+        """tokens[B, S+1] → the targets of the B·S positions."""
         xp = namespace(tokens, head)
         labels = tokens[:, 1:].reshape(-1)  # [B·S]
         hidden = hidden_states(params, config, tokens[:, :-1])  # [B·S, N]
-        hidden *= 1.0 / temperature  # cheaper than dividing the logits: N columns, not V
+        hidden *= 1.0 / temperature  # cheaper than dividing the logits: N columns instead of V
 
         def targets(rows: slice) -> Array:
+            """Probabilities [rows, V] of a slice of the positions."""
             p = hidden[rows] @ head.T  # [rows, V]
             p -= xp.max(p, axis=-1, keepdims=True)
             xp.exp(p, out=p)
             p *= alpha / xp.sum(p, axis=-1, keepdims=True)
             if alpha < 1:
-                label = labels[rows]
-                # one column a row: no index repeats
+                label = labels[rows]  # [rows]
+                # one column per row: no index repeats
                 p[xp.arange(label.shape[0]), label] += 1.0 - alpha
             return p
 

@@ -1,27 +1,27 @@
-"""Training with 8-bit products: all three of a projection, forward and backward, from codes
-that share scales.
+"""Training with 8-bit matrix products: all three products of a projection, forward and
+backward, have operands in FP8 with shared scales.
 
     Y = X Wᵀ (forward)      dX = dY W (dgrad)      dW = dYᵀ X (wgrad)
 
-DeepSeek-V3's recipe scales in the direction of each sum: 128 neighbours of a token in X and
-dY where the sum runs over channels, 128 tokens of a channel in both where it runs over
-tokens, and blocks of 128 × 128 in W. Scales come from the numbers at hand ("current"), and
-all three products use E4M3. The losing controls are one scale a tensor, and E5M2 for the
-gradients, which has more range than scaled tiles need and half of E4M3's precision.
+DeepSeek-V3 shares scales along the direction of each sum: 128 neighbouring channels of a
+token in X and dY where the sum runs over channels, 128 tokens of a channel in both where it
+runs over tokens, and blocks of 128 × 128 in W. Scales come from the current values, and all
+three products use E4M3. Two alternatives that do worse are here to compare with: one scale
+per tensor, and E5M2 for the gradients, which has more range than scaled tiles need and half
+of E4M3's precision.
 
-A product of codes with scales in blocks equals that of the dequantised matrices but for the
-order of the sum (``formats.fp8_linear`` proves it), so this computes the latter, in
-float32.
+A product of block-scaled codes equals that of the dequantised matrices except for the order
+of the sum (``formats.fp8_linear``), so this computes the latter, in float32.
 
 | symbol    | name                             | shape                  |
 |-----------|----------------------------------|------------------------|
 | X, W, Y   | input, weight, output            | [T, N], [M, N], [T, M] |
-| dX, dW, dY| derivatives of the loss for them | as they                |
+| dX, dW, dY| derivatives of the loss for them | as X, W, Y             |
 
 Source: DeepSeek-V3 (2024), §3.3.1 and §3.3.2.
 
-Left out: as in the paper the output head, the embedding, norms and attention stay as they
-are; 8-bit optimiser states and caches of activations.
+Left out: the output head, the embedding, norms and attention stay in float32, as in the
+paper; 8-bit optimizer states and cached activations.
 """
 
 from __future__ import annotations
@@ -31,36 +31,38 @@ from refllm.formats.block_float import FloatScheme, fake_quantize
 
 __all__ = ["Fp8"]
 
-TILE = 128
+TILE = 128  # elements that share a scale
 
 
 class Fp8:
     """A ``backward.Product`` whose operands are rounded to 8 bits first.
 
-    ``scaling`` is "tile" (DeepSeek-V3's) or "tensor"; ``gradients`` the format of dY.
+    ``scaling`` is "tile" (DeepSeek-V3's) or "tensor"; ``format`` is the format of X and W,
+    ``gradients`` that of dY. ValueError for another scaling.
     """
 
     def __init__(self, scaling: str = "tile", gradients: str = "e4m3", *, format: str = "e4m3"):
         if scaling not in ("tile", "tensor"):
             raise ValueError(f"Fp8: scaling is 'tile' or 'tensor', got {scaling!r}")
-        whole = scaling == "tensor"
 
-        def scheme(fmt: str, *block: int) -> FloatScheme:
-            if whole:
+        def scheme(fmt: str, tokens: int, channels: int) -> FloatScheme:
+            """Scales of ``tokens`` × ``channels`` elements, or of the whole tensor."""
+            if scaling == "tensor":
                 return FloatScheme(fmt, "tensor")
-            return FloatScheme(fmt, "block", (block[0], block[1]))
+            return FloatScheme(fmt, "block", (tokens, channels))
 
         self.weight = scheme(format, TILE, TILE)
-        self.along = scheme(format, 1, TILE)  # of X: along channels, tokens
-        self.across = scheme(format, TILE, 1)
-        self.d_along = scheme(gradients, 1, TILE)  # of dY
-        self.d_across = scheme(gradients, TILE, 1)
+        self.x_by_channels = scheme(format, 1, TILE)  # where the sum runs over channels
+        self.x_by_tokens = scheme(format, TILE, 1)  # where it runs over tokens
+        self.dy_by_channels = scheme(gradients, 1, TILE)
+        self.dy_by_tokens = scheme(gradients, TILE, 1)
 
     def forward(self, x: Array, weight: Array) -> Array:
-        """X Wᵀ"""
-        return fake_quantize(x, self.along) @ fake_quantize(weight, self.weight).T
+        """x[T, N], weight[M, N] → X Wᵀ [T, M]."""
+        return fake_quantize(x, self.x_by_channels) @ fake_quantize(weight, self.weight).T
 
     def backward(self, x: Array, weight: Array, d_out: Array) -> tuple[Array, Array]:
-        """dX, dW"""
-        d_in = fake_quantize(d_out, self.d_along) @ fake_quantize(weight, self.weight)
-        return d_in, fake_quantize(d_out, self.d_across).T @ fake_quantize(x, self.across)
+        """dY[T, M] → dX[T, N], dW[M, N]."""
+        d_in = fake_quantize(d_out, self.dy_by_channels) @ fake_quantize(weight, self.weight)
+        d_weight = fake_quantize(d_out, self.dy_by_tokens).T @ fake_quantize(x, self.x_by_tokens)
+        return d_in, d_weight

@@ -1,18 +1,19 @@
 """Training from scratch: initial weights, data-parallel steps, checkpoint and resume.
 
-A step is: split the batch over worker threads, take loss and gradients of each share,
-average, clip, AdamW. Two Python threads with half a batch each and one BLAS thread per
-product beat two BLAS threads on the whole batch: NumPy releases the interpreter lock inside
-products and ufuncs, and elementwise work is shared too. On CuPy one worker is used.
+A step: split the batch over worker threads, compute loss and gradients of each share,
+average, clip, update. Two Python threads with half a batch each and one BLAS thread per
+product are faster than two BLAS threads on the whole batch: NumPy releases the interpreter
+lock inside products and ufuncs, and elementwise work is shared too. On CuPy there is one
+worker.
 
-| symbol | name                                        | shape      |
-|--------|---------------------------------------------|------------|
-| B, S   | windows in a batch, predictions in a window | (``plan``) |
-| tokens | a batch: inputs and answers                 | [B, S+1]   |
-| rate   | AdamW's learning rate at a step             | scalar     |
+| symbol | name                                        | shape          |
+|--------|---------------------------------------------|----------------|
+| B, S   | windows per batch, predictions per window   | (``schedule``) |
+| tokens | a batch: inputs and labels                  | [B, S+1]       |
+| rate   | the learning rate of a step                 | scalar         |
 
-A run that is resumed with the same plan ends with the bits of an unbroken one (see
-``state``).
+A run that is resumed with the same plan ends with the same weights, bit for bit, as an
+uninterrupted one (see ``train.state``).
 
 Left out: mixed precision, several devices.
 """
@@ -32,17 +33,18 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from refllm.backend import Array, asarray_like, namespace
+from refllm.checkpoints.tensor_files import tensor_shapes
 from refllm.model.config import ModelConfig
 from refllm.train.backward import PLAIN, Product, loss_and_gradients, mean_loss
 from refllm.train.loss import Teacher
-from refllm.train.optimizer import Each, clip_by_global_norm, learning_rate, optimizer
+from refllm.train.optimizer import Map, clip_by_global_norm, learning_rate, optimizer_class
 from refllm.train.schedule import Phase, Plan, batches
 from refllm.train.state import State, load_state, save_state
 
 __all__ = ["Phase", "Plan", "State", "initialize", "load_state", "save_state", "train"]
 
 Tensors = dict[str, Array]
-TokenArray = NDArray[np.integer[Any]]  # host memory: the data plane begins at the batch
+TokenArray = NDArray[np.integer[Any]]  # in host memory; each batch is moved to the device
 
 
 def initialize(config: ModelConfig, rng: np.random.Generator) -> Tensors:
@@ -51,37 +53,17 @@ def initialize(config: ModelConfig, rng: np.random.Generator) -> Tensors:
     The two projections that write into the residual stream are smaller by √(2L) (GPT-2's
     rule), so that the stream's variance at the last layer does not grow with depth.
     """
-    n = config.hidden_size
-    d = config.head_dim
-    f = config.intermediate_size
-    h = config.num_attention_heads
-    g = config.num_key_value_heads
     residual = 1.0 / math.sqrt(2 * config.num_hidden_layers)
-    shapes: dict[str, tuple[tuple[int, ...], float]] = {
-        "model.embed_tokens.weight": ((config.vocab_size, n), 1.0)
-    }
-    for i in range(config.num_hidden_layers):
-        at = f"model.layers.{i}."
-        shapes |= {
-            at + "input_layernorm.weight": ((n,), 0.0),
-            at + "self_attn.q_proj.weight": ((h * d, n), 1.0),
-            at + "self_attn.k_proj.weight": ((g * d, n), 1.0),
-            at + "self_attn.v_proj.weight": ((g * d, n), 1.0),
-            at + "self_attn.o_proj.weight": ((n, h * d), residual),
-            at + "post_attention_layernorm.weight": ((n,), 0.0),
-            at + "mlp.gate_proj.weight": ((f, n), 1.0),
-            at + "mlp.up_proj.weight": ((f, n), 1.0),
-            at + "mlp.down_proj.weight": ((n, f), residual),
-        }
-    shapes["model.norm.weight"] = ((n,), 0.0)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = ((config.vocab_size, n), 1.0)
-    return {
-        name: np.ones(shape, np.float32)
-        if scale == 0.0
-        else (0.02 * scale * rng.standard_normal(shape)).astype(np.float32)
-        for name, (shape, scale) in shapes.items()
-    }
+    params: Tensors = {}
+    for name, shape in tensor_shapes(config):
+        if name.endswith("norm.weight"):
+            params[name] = np.ones(shape, np.float32)
+            continue
+        scale = 1.0
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            scale = residual
+        params[name] = (0.02 * scale * rng.standard_normal(shape)).astype(np.float32)
+    return params
 
 
 def train(
@@ -102,16 +84,31 @@ def train(
     """Train a network from random weights, or from the checkpoint in ``output`` if there is
     one.
 
-    ``streams`` are 1-D integer token arrays on the host, mixed as ``Phase.repeats`` says.
-    ``like`` is any array of the library to train on (default NumPy). ``teacher(tokens[B,
-    S+1])`` returns a function of rows that gives the target distribution (see ``distill``);
-    before step ``teacher_from`` the labels alone are learnt, which is several times cheaper
-    a token. ``start`` are the first weights, float32 on the host, in place of random ones.
-    ``product`` computes the projections' products (see ``backward``); evaluation is in
-    float32 always. ``report`` is called with the record of each evaluation: step, loss
-    (nats per token of the last batch), norm (of the gradient, before clipping), rate,
-    seconds, held_out. ``on_step`` is called after every step with the steps done and the
-    batch's loss (for a progress bar).
+    Parameters
+    ----------
+    streams
+        1-D integer token arrays on the host, mixed as ``Phase.repeats`` says.
+    output
+        the folder of the run's checkpoint, ``state.safetensors``.
+    like
+        any array of the library to train on (default: NumPy).
+    held_out
+        tokens for the evaluation, a stream of their own.
+    teacher
+        ``teacher(tokens[B, S+1])`` returns a function from rows to target probabilities
+        (see ``train.distill``). Steps before ``teacher_from`` use the labels only, which is
+        several times cheaper per token.
+    start
+        initial weights, float32 on the host, instead of random ones.
+    product
+        computes the products of the projections (see ``train.backward``); evaluation is
+        always in float32.
+    report
+        is called with the record of each evaluation: step, loss (nats per token of the last
+        batch), norm (of the gradient, before clipping), rate, seconds, held_out.
+    on_step
+        is called after every step with the number of steps done and the batch's loss (for a
+        progress bar).
 
     Raises
     ------
@@ -128,31 +125,35 @@ def train(
     state = _resume(path, config, plan, start)
     if like is not None:
         _move(state, like)
-    began = time.perf_counter() - (state.curve[-1]["seconds"] if state.curve else 0.0)
-    workers = plan.workers if namespace(*state.params.values()) is np else 1
-    with threadpool_limits(limits=1 if workers > 1 else None), ThreadPoolExecutor(workers) as pool:
-        for step, phase, windows in batches(
-            plan, [len(s) for s in streams], first=state.optimizer.step
-        ):
-            # [B, S+1]
-            tokens = np.stack([streams[s][a : a + phase.length + 1] for s, a in windows])
+    began = time.perf_counter()
+    if state.curve:  # time continues where the interrupted run stopped
+        began -= state.curve[-1]["seconds"]
+    on_host = namespace(*state.params.values()) is np
+    workers = plan.workers if on_host else 1
+    lengths = [len(stream) for stream in streams]
+    threads = 1 if workers > 1 else None  # of BLAS, for each worker
+    with threadpool_limits(limits=threads), ThreadPoolExecutor(workers) as pool:
+        for step, phase, windows in batches(plan, lengths, first=state.optimizer.step):
+            tokens = np.stack(
+                [streams[stream][at : at + phase.length + 1] for stream, at in windows]
+            )  # [B, S+1]
             target = teacher if step >= teacher_from else None
             loss, grads = _data_parallel(
                 state.params, config, tokens, workers, pool, target, product
             )
-            record = {"step": step + 1, "loss": loss} | _update(
-                state, grads, loss, step, plan, pool.map
-            )
+            record = {"step": step + 1, "loss": loss}
+            record |= _update(state, grads, loss, step, plan, pool.map)
             if on_step is not None:
                 on_step(step + 1, loss)
-            if (step + 1) % plan.evaluate_every == 0 or step + 1 == plan.steps:
+            last = step + 1 == plan.steps
+            if (step + 1) % plan.evaluate_every == 0 or last:
                 record["seconds"] = time.perf_counter() - began
                 if held_out is not None:
                     record["held_out"] = _evaluate(state.params, config, held_out, phase.length)
                 state.curve.append(record)
                 if report is not None:
                     report(record)
-            if (step + 1) % plan.save_every == 0 or step + 1 == plan.steps:
+            if (step + 1) % plan.save_every == 0 or last:
                 save_state(state, path, config, plan)
     return state
 
@@ -160,17 +161,21 @@ def train(
 def _check_streams(
     streams: Sequence[TokenArray], held_out: TokenArray | None, config: ModelConfig, plan: Plan
 ) -> None:
-    """Refuse bad tokens here, on the host and before the first step: NumPy would raise
-    late, CuPy wraps silently.
+    """ValueError for bad tokens, on the host and before the first step: NumPy would raise
+    late, CuPy would wrap an index silently.
     """
-    for tokens in (*streams, *(() if held_out is None else (held_out,))):
+    given = [*streams]
+    if held_out is not None:
+        given.append(held_out)
+    for tokens in given:
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             raise ValueError(
                 f"a stream is a 1-D array of integers, got {tokens.dtype}{list(tokens.shape)}"
             )
         if len(tokens) and not (tokens.min() >= 0 and tokens.max() < config.vocab_size):
             raise ValueError(
-                f"token ids {tokens.min()}..{tokens.max()} are not within the vocabulary of {config.vocab_size}"
+                f"token ids {tokens.min()}..{tokens.max()} are not within the vocabulary of "
+                f"{config.vocab_size}"
             )
     longest = max((phase.length for phase in plan.phases), default=0)
     if held_out is not None and len(held_out) <= longest:
@@ -180,14 +185,14 @@ def _check_streams(
 
 
 def _move(state: State, like: Array) -> None:
-    """Bring parameters and moments to the library and device of ``like``."""
+    """Move parameters and moments to the library and device of ``like``."""
     for tensors in (state.params, state.optimizer.m, state.optimizer.v):
         for name, t in tensors.items():
             tensors[name] = asarray_like(t, like)
 
 
 def _update(
-    state: State, grads: Tensors, loss: float, step: int, plan: Plan, each: Each
+    state: State, grads: Tensors, loss: float, step: int, plan: Plan, map: Map
 ) -> dict[str, float]:
     """Clip and take one optimizer step; returns the norm before clipping and the rate."""
     norm = clip_by_global_norm(grads, plan.clip)
@@ -196,7 +201,7 @@ def _update(
     rate = learning_rate(
         step, peak=plan.peak_rate, warmup=plan.warmup, total=plan.steps, schedule=plan.schedule
     )
-    state.optimizer.update(state.params, grads, rate, each)
+    state.optimizer.update(state.params, grads, rate, map)
     return {"norm": norm, "rate": rate}
 
 
@@ -210,16 +215,16 @@ def _data_parallel(
     product: Product = PLAIN,
 ) -> tuple[float, Tensors]:
     """Loss and gradients of tokens[B, S+1], averaged over equal shares of the batch, one
-    share a thread.
+    share per thread.
     """
     workers = math.gcd(workers, len(tokens))  # unequal shares would need weights
     like = next(iter(params.values()))
 
     def share(part: TokenArray) -> tuple[float, Tensors]:
+        """Loss and gradients of a part of the batch."""
         on_device = asarray_like(part, like)
-        return loss_and_gradients(
-            params, config, on_device, None if teacher is None else teacher(on_device), product
-        )
+        targets = None if teacher is None else teacher(on_device)
+        return loss_and_gradients(params, config, on_device, targets, product)
 
     losses, grads = zip(*pool.map(share, np.split(tokens, workers)), strict=True)
     total: Tensors = grads[0]
@@ -233,30 +238,28 @@ def _data_parallel(
 def _evaluate(
     params: Tensors, config: ModelConfig, tokens: TokenArray, length: int, windows: int = 32
 ) -> float:
-    """Mean nats per token over evenly spread windows of ``length`` (a quick look, not the
-    reported figure).
+    """Mean nats per token over evenly spread windows of ``length``: a quick estimate, not
+    the figure that is reported.
     """
-    # no more than lie side by side
+    # no more than fit without overlap
     count = min(max(1, windows * 256 // length), len(tokens) // length)
-    spread = np.linspace(0, len(tokens) - length - 1, count).astype(int)
+    starts = np.linspace(0, len(tokens) - length - 1, count).astype(int)
     like = next(iter(params.values()))
-    losses = [
-        mean_loss(params, config, asarray_like(tokens[None, a : a + length + 1], like))
-        for a in spread
-    ]
+    windows_of_tokens = (tokens[None, start : start + length + 1] for start in starts)
+    losses = [mean_loss(params, config, asarray_like(window, like)) for window in windows_of_tokens]
     return sum(losses) / len(losses)
 
 
 def _resume(path: Path, config: ModelConfig, plan: Plan, start: Tensors | None) -> State:
-    """The checkpoint at ``path``, or a fresh start; a ``.partial`` file beside it is a
-    broken write: ignored.
+    """The checkpoint at ``path``, or the initial state. A ``.partial`` file next to it is an
+    interrupted write, and ignored.
     """
     if not path.exists():
         if start is None:
             params = initialize(config, np.random.default_rng([plan.seed, 0]))
         else:
             params = dict(start)
-        return State(params, optimizer(plan.optimizer)(weight_decay=plan.weight_decay))
+        return State(params, optimizer_class(plan.optimizer)(weight_decay=plan.weight_decay))
     state, about = load_state(path)
     if ModelConfig.from_hf(json.loads(about["config"])) != config:
         raise ValueError(f"{path} is a checkpoint of another network; choose another output folder")

@@ -28,13 +28,14 @@ from dataclasses import dataclass, field
 from refllm.backend import Array, namespace
 
 Tensors = dict[str, Array]
-Each = Callable[[Callable[[str], None], list[str]], Iterable[None]]
+# ``map`` or a thread pool's: applies a function to each name
+Map = Callable[[Callable[[str], None], list[str]], Iterable[None]]
 SCHEDULES = ("cosine", "linear")
 OPTIMIZERS = ("adamw", "muon")
 
 
-def optimizer(name: str) -> type[AdamW]:
-    """The class of ``OPTIMIZERS`` by its name; ValueError for another name."""
+def optimizer_class(name: str) -> type[AdamW]:
+    """The optimizer called ``name``, one of ``OPTIMIZERS``; ValueError for another name."""
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}")
     return {"adamw": AdamW, "muon": Muon}[name]
@@ -43,31 +44,41 @@ def optimizer(name: str) -> type[AdamW]:
 def learning_rate(
     step: int, *, peak: float, warmup: int, total: int, schedule: str = "cosine"
 ) -> float:
-    """Rate for the 0-based ``step``: linear warm-up to ``peak``, then cosine or straight
-    line to zero.
+    """Learning rate of the 0-based ``step``: linear warm-up to ``peak``, then a cosine or a
+    straight line down to zero.
 
-    The first step has the rate peak/warmup and not zero, which would waste it; the rate is
-    zero from step ``total`` on. ValueError for a schedule that is not in ``SCHEDULES``.
+    The first step has the rate peak/warmup, since a rate of zero would waste it; the rate
+    is zero from step ``total`` on. ValueError for a schedule that is not in ``SCHEDULES``.
+
+    >>> [learning_rate(step, peak=1.0, warmup=2, total=6, schedule="linear") for step in range(7)]
+    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
     if step < warmup:
         return peak * (step + 1) / warmup
     done = min(1.0, (step - warmup) / max(1, total - warmup))
-    return peak * (0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1.0 - done)
+    if schedule == "cosine":
+        return peak * (0.5 * (1 + math.cos(math.pi * done)))
+    return peak * (1.0 - done)
 
 
 def clip_by_global_norm(grads: Tensors, limit: float) -> float:
     """Scale all gradients in place so that their joint L2 norm is at most ``limit``; return
-    the norm before.
+    the norm before scaling.
 
-    On a GPU this waits for the device, once. A norm that is not finite says that a gradient
-    is not.
+    On a GPU this waits for the device, once. The norm is not finite if a gradient is not.
+
+    >>> import numpy as np
+    >>> grads = {"w": np.array([3.0, 0.0]), "b": np.array([4.0])}
+    >>> clip_by_global_norm(grads, 2.5)
+    5.0
+    >>> grads["w"].tolist(), grads["b"].tolist()
+    ([1.5, 0.0], [2.0])
     """
     xp = namespace(*grads.values())
-    norm = math.sqrt(
-        float(sum(xp.sum(xp.einsum("i,i->", g.reshape(-1), g.reshape(-1))) for g in grads.values()))
-    )
+    flat = [g.reshape(-1) for g in grads.values()]
+    norm = math.sqrt(float(sum(xp.sum(xp.einsum("i,i->", g, g)) for g in flat)))
     if norm > limit:
         for g in grads.values():
             g *= limit / norm
@@ -86,33 +97,38 @@ class AdamW:
     m: Tensors = field(default_factory=dict)
     v: Tensors = field(default_factory=dict)
 
-    def update(self, params: Tensors, grads: Tensors, rate: float, each: Each = map) -> None:
-        """One step; ``grads`` is used as scratch space and holds no meaning afterwards.
+    def update(self, params: Tensors, grads: Tensors, rate: float, map: Map = map) -> None:
+        """One optimizer step; ``grads`` is used as scratch space and is meaningless
+        afterwards.
 
-        ``each`` maps over the parameters, which do not depend on each other: the ``map`` of
-        a thread pool will do.
+        ``map`` goes over the parameters, which do not depend on each other: it may be that
+        of a thread pool.
         """
         self.step += 1
         for name, w in params.items():
             if name not in self.m:
-                self.begin(name, w)
-        for _ in each(lambda name: self._one(name, params[name], grads[name], rate), list(params)):
+                self.init_moments(name, w)
+
+        def update_one(name: str) -> None:
+            self._update_one(name, params[name], grads[name], rate)
+
+        for _ in map(update_one, list(params)):
             pass
 
-    def begin(self, name: str, w: Array) -> None:
-        """Moments of zeros for a parameter."""
+    def init_moments(self, name: str, w: Array) -> None:
+        """Set the moments of a parameter to zeros."""
         xp = namespace(w)
         self.m[name] = xp.zeros_like(w)
         self.v[name] = xp.zeros_like(w)
 
-    def _one(self, name: str, w: Array, g: Array, rate: float) -> None:
+    def _update_one(self, name: str, w: Array, g: Array, rate: float) -> None:
+        """Update one parameter and its moments in place; ``g`` is scratch space."""
         xp = namespace(w)
         correct1 = 1 - self.beta1**self.step
         correct2 = 1 - self.beta2**self.step
         m = self.m[name]
         v = self.v[name]
-        # In place throughout, g is the only scratch: a step writes no array but w, m, v and
-        # one product.
+        # In place throughout, with g as the only scratch: a step allocates one temporary
         m *= self.beta1
         m += (1 - self.beta1) * g
         g *= g
@@ -123,7 +139,7 @@ class AdamW:
         g *= 1.0 / math.sqrt(correct2)  # √v̂
         g += self.eps
         xp.divide(m, g, out=g)
-        if w.ndim == 2:  # vectors are norm gains: no decay pulls them to zero
+        if w.ndim == 2:  # vectors are norm gains, which must not decay to zero
             w *= 1 - rate * self.weight_decay
         g *= rate / correct1  # lr·m̂ / (√v̂ + ε)
         w -= g
@@ -134,19 +150,19 @@ class Muon(AdamW):
     """m ← μm + (1−μ)g;  O ≈ UVᵀ of (1−μ)g + μm = UΣVᵀ;  w ← w − lr·(0.2·√max(M,N)·O + λw)
     for the layers' matrices.
 
-    The embedding, the head and the norms are AdamW's. O has singular values near 1, so
-    every direction of a weight moves by about as much, the rare ones too; 0.2·√max(M,N)
-    makes its root mean square 0.2, as AdamW's is about.
+    The embedding, the head and the norms are updated by AdamW. O has singular values near
+    1, so every direction of a weight moves by about the same amount, rare ones too;
+    0.2·√max(M,N) makes the root mean square of the update 0.2, about that of AdamW.
     """
 
     momentum: float = 0.95
 
-    def begin(self, name: str, w: Array) -> None:
-        """One moment of zeros for a matrix in a layer, two for the rest."""
+    def init_moments(self, name: str, w: Array) -> None:
+        """One moment of zeros for a matrix in a layer, two for the others."""
         if self.is_orthogonal(name, w):
             self.m[name] = namespace(w).zeros_like(w)
         else:
-            super().begin(name, w)
+            super().init_moments(name, w)
 
     @staticmethod
     def is_orthogonal(name: str, w: Array) -> bool:
@@ -155,15 +171,16 @@ class Muon(AdamW):
         """
         return bool(w.ndim == 2) and ".layers." in name
 
-    def _one(self, name: str, w: Array, g: Array, rate: float) -> None:
+    def _update_one(self, name: str, w: Array, g: Array, rate: float) -> None:
+        """As ``AdamW``'s; a matrix in a layer gets an orthogonalised update instead."""
         if not self.is_orthogonal(name, w):
-            super()._one(name, w, g, rate)
+            super()._update_one(name, w, g, rate)
             return
         m = self.m[name]
         m *= self.momentum
         m += (1 - self.momentum) * g
         g *= 1 - self.momentum
-        g += self.momentum * m  # Nesterov's look ahead
+        g += self.momentum * m  # Nesterov momentum
         w *= 1 - rate * self.weight_decay
         w -= rate * 0.2 * math.sqrt(max(w.shape)) * orthogonalize(g)
 
@@ -172,19 +189,19 @@ def orthogonalize(x: Array, iterations: int = 5) -> Array:
     """The matrix with the singular vectors of ``x[M, N]`` and singular values within about
     [0.7, 1.2].
 
-    Newton and Schulz's iteration X ← aX + (bA + cA²)X, A = XXᵀ, is the odd polynomial ax +
-    bx³ + cx⁵ on every singular value; Jordan's a, b, c trade an exact limit of 1 for a
-    steep rise from zero. A singular value below 1e-3 of the norm of ``x`` is still on its
-    way up after five. A matrix of zeros stays one.
+    The Newton-Schulz iteration X ← aX + (bA + cA²)X, A = XXᵀ, applies the odd polynomial
+    ax + bx³ + cx⁵ to every singular value; Jordan's a, b, c give up an exact limit of 1 for
+    a steep rise from zero. A singular value below 1e-3 of the norm of ``x`` is still rising
+    after five iterations. A matrix of zeros stays zero.
     """
     a = 3.4445
     b = -4.7750
     c = 2.0315
     xp = namespace(x)
     tall = x.shape[0] > x.shape[1]
-    y = x.T if tall else x  # A is the smaller square
+    y = x.T if tall else x  # so that A is the smaller square
     y = y / (xp.sqrt(xp.sum(y * y)) + 1e-30)
     for _ in range(iterations):
-        gram = y @ y.T
+        gram = y @ y.T  # A
         y = a * y + (b * gram + c * (gram @ gram)) @ y
     return y.T if tall else y

@@ -1,14 +1,14 @@
-"""The plan of a training run: phases, rates and, derived from them, the windows of text
-that each step sees.
+"""The plan of a training run: phases, learning rates and, derived from them, the token
+windows of each step.
 
-| symbol | name                                  | value                              |
-|--------|---------------------------------------|------------------------------------|
-| B      | ``Phase.batch``, windows in a step    |                                    |
-| S      | ``Phase.length``, tokens in a window  | a window holds S + 1: S predictions |
+| symbol | name                                     | value                       |
+|--------|------------------------------------------|-----------------------------|
+| B      | ``Phase.batch``, windows per step        |                             |
+| S      | ``Phase.length``, predictions per window | a window holds S + 1 tokens |
 
-All of it is plain Python: a plan can be tested and drawn without a network. The batch of
-step i depends on the plan, its seed and the lengths of the streams alone, so a resumed run
-sees what an unbroken one would have seen.
+A plan is plain Python data, so it can be tested and plotted without a network. The batch of
+step i depends only on the plan, its seed and the lengths of the streams, so a resumed run
+sees the same batches as an uninterrupted one.
 
 Left out: packing by document (windows are cut from the concatenated stream and may span
 several documents, which ``<|endoftext|>`` separates), and weights for single documents.
@@ -27,10 +27,10 @@ Window = tuple[int, int]  # (stream, offset of its first token)
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training with one batch shape and one mixture of streams.
+    """Consecutive steps with one batch shape and one mixture of streams.
 
-    ``repeats[j]`` is how often stream j is passed through in one epoch of the mixture; 0
-    leaves it out.
+    ``repeats[j]`` is the number of passes through stream j in one epoch of the mixture; 0
+    leaves it out. ValueError for a negative value, or an empty batch or window.
     """
 
     steps: int
@@ -47,7 +47,9 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides a run except the data and the network's shape."""
+    """All hyperparameters of a run except the network's shape; ValueError for values that
+    make no sense.
+    """
 
     phases: tuple[Phase, ...]
     peak_rate: float = 3e-3
@@ -64,12 +66,11 @@ class Plan:
     def __post_init__(self) -> None:
         if min(self.workers, self.evaluate_every, self.save_every) < 1:
             raise ValueError("a plan needs workers, evaluate_every and save_every of at least 1")
-        # a rate or a limit below zero would climb the loss, and no comparison with NaN
-        # would ever clip
+        # a negative rate or limit would increase the loss, and with NaN nothing is clipped
         if not (0 <= self.peak_rate < inf and 0 <= self.weight_decay < inf and self.clip > 0):
             raise ValueError(
-                f"a plan needs a rate and a decay that are finite and not negative, and a clip above 0: "
-                f"{self.peak_rate}, {self.weight_decay}, {self.clip}"
+                "a plan needs a rate and a decay that are finite and not negative, and a clip "
+                f"above 0: {self.peak_rate}, {self.weight_decay}, {self.clip}"
             )
         if self.warmup < 0 or self.seed < 0:
             raise ValueError(
@@ -78,15 +79,20 @@ class Plan:
 
     @property
     def steps(self) -> int:
+        """Optimizer steps of all phases."""
         return sum(p.steps for p in self.phases)
 
 
 def window_starts(lengths: Sequence[int], phase: Phase, rng: np.random.Generator) -> list[Window]:
-    """Every window of a phase, in training order: steps · batch pairs (stream, offset).
+    """All windows of a phase, in training order: steps · batch pairs (stream, offset).
 
-    ``lengths[j]`` is the number of tokens of stream j. Each pass cuts a stream at a fresh
-    random offset into windows that do not overlap, so a target is seen at most once a pass
-    and fewer than 2·length are left out; the windows of all streams are then shuffled.
+    ``lengths[j]`` is the number of tokens of stream j. Each pass cuts a stream from a new
+    random offset into windows that do not overlap, so a target is seen at most once per
+    pass and fewer than 2·length are left out; the windows of all streams are then shuffled.
+
+    >>> phase = Phase(steps=2, batch=2, length=3)
+    >>> window_starts([13], phase, np.random.default_rng(0))  # 13 tokens
+    [(0, 8), (0, 2), (0, 5), (0, 6)]
 
     Raises
     ------
@@ -105,7 +111,7 @@ def window_starts(lengths: Sequence[int], phase: Phase, rng: np.random.Generator
         epoch: list[Window] = []
         for stream, (count, repeats) in enumerate(zip(lengths, phase.repeats, strict=True)):
             for _ in range(repeats):
-                spare = count - 1 - phase.length
+                spare = count - 1 - phase.length  # tokens beyond one window
                 if spare < 0:
                     raise ValueError(
                         f"stream {stream} has {count} tokens: too few for windows of {phase.length}"
@@ -122,9 +128,9 @@ def batches(
     """(step, its phase, the windows of its batch) for every step of the plan from ``first``
     on.
     """
-    step = 0
+    step = 0  # the first of the phase
     for number, phase in enumerate(plan.phases):
-        if first < step + phase.steps:  # a phase that is done costs nothing on resume
+        if first < step + phase.steps:  # phases that are done cost nothing on resume
             starts = window_starts(lengths, phase, np.random.default_rng([plan.seed, 1, number]))
             for i in range(max(0, first - step), phase.steps):
                 yield step + i, phase, starts[i * phase.batch : (i + 1) * phase.batch]

@@ -1,5 +1,5 @@
-"""The state of a training run, and its checkpoint: one safetensors file that is whole or is
-not there.
+"""The state of a training run, and its checkpoint: one safetensors file, which is either
+complete or absent.
 
 | tensor    | what                          | metadata | what                                      |
 |-----------|-------------------------------|----------|-------------------------------------------|
@@ -8,9 +8,9 @@ not there.
 | v.NAME    | AdamW's second moment         | config   | JSON of the network's ``config.json``     |
 |           |                               | plan     | JSON of the plan that wrote it            |
 
-NAME is the tensor's name in Hugging Face's checkpoints. Nothing random is stored: the
+NAME is the tensor's name in Hugging Face's checkpoints. No random state is stored: the
 batches follow from the plan and the step. The precision is that of training, so that a
-resumed run goes on from the very same numbers.
+resumed run continues with exactly the same values.
 
 Left out: a history of checkpoints, a checksum (safetensors checks sizes, not bits).
 """
@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 
 from refllm.backend import Array, to_numpy
 from refllm.model.config import ModelConfig
-from refllm.train.optimizer import AdamW, optimizer
+from refllm.train.optimizer import AdamW, optimizer_class
 from refllm.train.schedule import Plan
 
 Tensors = dict[str, Array]
@@ -44,8 +44,8 @@ class State:
 
 
 def save_state(state: State, path: Path, config: ModelConfig, plan: Plan) -> None:
-    """Write a checkpoint under a temporary name, then rename it: a kill at any moment
-    leaves a whole one.
+    """Write a checkpoint under a temporary name, then rename it: if the process is killed,
+    the old checkpoint or the new one is there, complete.
 
     OSError if the disk is full.
     """
@@ -67,7 +67,7 @@ def save_state(state: State, path: Path, config: ModelConfig, plan: Plan) -> Non
     except SafetensorError as error:  # a full disk, say
         temporary.unlink(missing_ok=True)
         raise OSError(
-            f"{path} cannot be written ({error}); what was saved before is whole"
+            f"{path} cannot be written ({error}); the checkpoint saved before it is intact"
         ) from error
     with open(temporary, "rb") as file:
         # the bytes reach the disk before the name does, even if the power fails
@@ -94,16 +94,16 @@ def load_state(path: Path) -> tuple[State, dict[str, str]]:
             raise ValueError(f"no {', '.join(sorted(missing))}")
         step = int(about["step"])
         curve = json.loads(about["curve"])
-        kind = optimizer(json.loads(about["plan"]).get("optimizer", "adamw"))
+        kind = optimizer_class(json.loads(about["plan"]).get("optimizer", "adamw"))
         fresh = kind()
         for name, w in groups["w"].items():
-            fresh.begin(name, w)
+            fresh.init_moments(name, w)
         if step and not (
             fresh.m.keys() == groups["m"].keys() and fresh.v.keys() == groups["v"].keys()
         ):
             raise ValueError("the moments are not those of the parameters")
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(
-            f"{path} is damaged or no training checkpoint ({error}); delete it to start anew"
+            f"{path} is damaged or no training checkpoint ({error}); delete it to start again"
         ) from error
     return State(groups["w"], kind(step=step, m=groups["m"], v=groups["v"]), curve), about

@@ -28,7 +28,7 @@ from refllm.jobs import quantize
 from refllm.jobs.quantize import go, prepare, scheme_of
 from refllm.model.config import ModelConfig
 from refllm.quant import layer_io
-from refllm.quant.methods import METHODS
+from refllm.quant.recipe import METHODS
 
 LAYERS = 6
 CONFIG = ModelConfig(

@@ -179,7 +179,7 @@ def test_parameters_are_left_as_they_were():
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
-def test_what_the_backward_pass_leaves_out_is_refused(family):
+def test_what_the_backward_pass_leaves_out_is_rejected(family):
     config = ModelConfig(
         family,
         11,
@@ -198,7 +198,7 @@ def test_what_the_backward_pass_leaves_out_is_refused(family):
         loss_and_gradients(params, config, batch(config, 0))
 
 
-def test_a_sequence_of_one_token_predicts_nothing_and_is_refused():
+def test_a_sequence_of_one_token_predicts_nothing_and_is_rejected():
     config = ModelConfig("llama", 11, 8, 12, 1, 2, 1, 4)
     with pytest.raises(ValueError, match="no positions"):
         loss_and_gradients(parameters(config, 0), config, np.zeros((2, 1), dtype=int))

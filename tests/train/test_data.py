@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from refllm import corpus
 from refllm.checkpoints.writer import file_sha256
 from refllm.corpus import Document
-from refllm.train.data import encode, fingerprint, own_files, read_files, split, standard_library
+from refllm.train.data import encode, fingerprint, read_files, split, standard_library, text_files
 from tiny_models import byte_tokenizer
 
 texts = st.lists(
@@ -62,7 +62,7 @@ def test_of_a_single_line_nothing_is_left_to_train_on():
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -1.0, float("nan")])
-def test_a_share_outside_zero_to_one_is_refused(share):
+def test_a_share_outside_zero_to_one_is_rejected(share):
     with pytest.raises(ValueError, match="share"):
         split(documents_of(["a", "b"]), share)
 
@@ -104,11 +104,11 @@ def test_a_named_file_must_be_text(tmp_path: Path):
 def test_what_is_held_out_is_not_trained_on_under_another_name_either(tmp_path: Path):
     for name, text in (("a", "same"), ("b", "same"), ("c", "other")):
         (tmp_path / name).write_text(text)
-    data = own_files([tmp_path], [tmp_path / "a"])
+    data = text_files([tmp_path], [tmp_path / "a"])
     assert [d.text for d in data.streams["files"]] == ["other"]
     assert [d.text for d in data.held_out] == ["same"]
     with pytest.raises(ValueError, match="too small"):
-        own_files([tmp_path / "a"], [tmp_path / "b"])
+        text_files([tmp_path / "a"], [tmp_path / "b"])
 
 
 def test_the_standard_library_keeps_its_held_out_modules_apart():

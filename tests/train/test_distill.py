@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from conftest import to_host
 from refllm.model.config import ModelConfig
 from refllm.train.backward import hidden_states, loss_and_gradients, output_name
-from refllm.train.distill import teacher_of
+from refllm.train.distill import make_teacher
 from refllm.train.loop import initialize, train
 from refllm.train.schedule import Phase, Plan
 
@@ -39,7 +39,7 @@ def softmax(z):
 def test_targets_are_the_mixture_of_tempered_softmax_and_label(seed, temperature, alpha, tied):
     params, config = network(seed, tied=tied)
     tokens = np.random.default_rng(seed).integers(0, V, (2, 8))
-    targets = teacher_of(params, config, temperature, alpha)(tokens)
+    targets = make_teacher(params, config, temperature, alpha)(tokens)
     z = hidden_states(params, config, tokens[:, :-1]) @ params[output_name(config)].T
     expected = alpha * softmax(z / temperature) + (1 - alpha) * np.eye(V)[tokens[:, 1:].reshape(-1)]
     # any chunking of the rows
@@ -57,7 +57,7 @@ def test_alpha_zero_is_training_without_a_teacher(seed):
     tokens = np.random.default_rng(seed).integers(0, V, (2, 8))
     plain, plain_grads = loss_and_gradients(params, config, tokens)
     mixed, grads = loss_and_gradients(
-        params, config, tokens, teacher_of(*network(seed + 1), alpha=0.0)(tokens)
+        params, config, tokens, make_teacher(*network(seed + 1), alpha=0.0)(tokens)
     )
     assert mixed == pytest.approx(plain, rel=1e-13)
     for name, g in plain_grads.items():
@@ -67,9 +67,9 @@ def test_alpha_zero_is_training_without_a_teacher(seed):
 def test_invariance_every_array_library_gives_the_same_targets(xp):
     params, config = network(0)
     tokens = np.random.default_rng(0).integers(0, V, (2, 8))
-    expected = teacher_of(params, config, 0.7, 0.4)(tokens)(slice(3, 9))
+    expected = make_teacher(params, config, 0.7, 0.4)(tokens)(slice(3, 9))
     on_device = {name: xp.asarray(w) for name, w in params.items()}
-    got = teacher_of(on_device, config, 0.7, 0.4)(xp.asarray(tokens))(slice(3, 9))
+    got = make_teacher(on_device, config, 0.7, 0.4)(xp.asarray(tokens))(slice(3, 9))
     np.testing.assert_allclose(to_host(got), expected, rtol=0, atol=1e-13)
 
 
@@ -84,7 +84,7 @@ def test_a_student_equal_to_its_teacher_has_no_gradient(seed):
     """
     params, config = network(seed)
     tokens = np.random.default_rng(seed).integers(0, V, (2, 8))
-    targets = teacher_of(params, config)(tokens)
+    targets = make_teacher(params, config)(tokens)
     loss, grads = loss_and_gradients(params, config, tokens, targets)
     p = targets(slice(0, 14))
     assert loss == pytest.approx(float(-(p * np.log(p)).sum(axis=-1).mean()), rel=1e-12)
@@ -101,12 +101,12 @@ def test_distillation_brings_the_student_nearer_to_its_teacher_in_acceptance(tmp
     stream = np.random.default_rng(2).integers(0, V, 4000).astype(np.int32)
     fresh = np.random.default_rng(3).integers(0, V, (4, 17))
     plan = Plan((Phase(60, 4, 16),), peak_rate=1e-2, warmup=5, workers=1)
-    teacher = teacher_of(teacher_params, teacher_config)
+    teacher = make_teacher(teacher_params, teacher_config)
 
     def acceptance(params):
         whole = slice(0, 64)
         return (
-            np.minimum(teacher(fresh)(whole), teacher_of(params, config)(fresh)(whole))
+            np.minimum(teacher(fresh)(whole), make_teacher(params, config)(fresh)(whole))
             .sum(axis=-1)
             .mean()
         )
@@ -121,7 +121,7 @@ def test_bound_a_teacher_of_enormous_logits_does_not_overflow(xp):
     params, config = network(0, dtype="float32")
     tokens = xp.asarray(np.random.default_rng(0).integers(0, V, (2, 8)))
     p = to_host(
-        teacher_of({n: xp.asarray(w) for n, w in params.items()}, config, 1e-6)(tokens)(
+        make_teacher({n: xp.asarray(w) for n, w in params.items()}, config, 1e-6)(tokens)(
             slice(0, 14)
         )
     )
@@ -131,18 +131,18 @@ def test_bound_a_teacher_of_enormous_logits_does_not_overflow(xp):
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf"), float("nan")])
-def test_a_temperature_that_is_not_positive_and_finite_is_refused(temperature):
+def test_a_temperature_that_is_not_positive_and_finite_is_rejected(temperature):
     with pytest.raises(ValueError, match="temperature"):
-        teacher_of(*network(0), temperature)
+        make_teacher(*network(0), temperature)
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
-def test_an_alpha_outside_zero_to_one_is_refused(alpha):
+def test_an_alpha_outside_zero_to_one_is_rejected(alpha):
     with pytest.raises(ValueError, match="alpha"):
-        teacher_of(*network(0), alpha=alpha)
+        make_teacher(*network(0), alpha=alpha)
 
 
-def test_a_teacher_of_another_vocabulary_is_refused():
+def test_a_teacher_of_another_vocabulary_is_rejected():
     params, config = network(0)
     tokens = np.zeros((1, 5), dtype=np.int64)
     with pytest.raises(ValueError, match="teacher"):

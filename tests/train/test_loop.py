@@ -208,13 +208,13 @@ def test_a_finished_run_is_read_and_not_repeated(unbroken, tmp_path):
 
 def test_a_half_written_checkpoint_is_never_trusted(unbroken, tmp_path):
     """A rest of a broken write under the temporary name is ignored; under the real name it
-    is refused.
+    is rejected.
     """
     (tmp_path / "state.partial").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
     assert bits(train(CONFIG, streams(), PLAN, tmp_path, held_out=streams(1)[0])) == bits(unbroken)
     path = tmp_path / "state.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="delete it to start anew"):
+    with pytest.raises(ValueError, match="delete it to start again"):
         train(CONFIG, streams(), PLAN, tmp_path)
 
 
@@ -326,7 +326,7 @@ def test_the_records_say_what_happened(tmp_path):
     assert json.loads(load_state(tmp_path / "state.safetensors")[1]["curve"]) == seen
 
 
-# --- refusals -----------------------------------------------------------------------------
+# --- rejections -----------------------------------------------------------------------------
 
 GOOD = streams()
 
@@ -353,7 +353,7 @@ GOOD = streams()
         ({"held_out": GOOD[0] + V}, "are not within the vocabulary"),
     ],
 )
-def test_text_that_does_not_fit_is_refused_before_the_first_step(tmp_path, arguments, message):
+def test_text_that_does_not_fit_is_rejected_before_the_first_step(tmp_path, arguments, message):
     arguments = {"streams": GOOD} | arguments
     with pytest.raises(ValueError, match=message):
         train(
@@ -366,7 +366,7 @@ def test_text_that_does_not_fit_is_refused_before_the_first_step(tmp_path, argum
         )
 
 
-def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+def test_a_checkpoint_of_another_network_is_rejected(tmp_path):
     train(CONFIG, streams(), PLAN, tmp_path)
     other = ModelConfig("llama", V, 16, 24, 1, 4, 2, 4, tie_word_embeddings=True)
     with pytest.raises(

@@ -146,7 +146,7 @@ def test_the_loss_does_not_wait_for_the_device_between_its_chunks():
     assert counted.syncs == 3
 
 
-def test_a_teacher_of_another_vocabulary_is_refused():
+def test_a_teacher_of_another_vocabulary_is_rejected():
     hidden, head, targets, _ = problem(0)
     with pytest.raises(
         ValueError, match=r"teacher's probabilities are \(7, 12\), the network's logits \(7, 11\)"

@@ -19,7 +19,7 @@ from refllm.train.optimizer import (
     Muon,
     clip_by_global_norm,
     learning_rate,
-    optimizer,
+    optimizer_class,
     orthogonalize,
 )
 from strategies import seeds
@@ -224,9 +224,9 @@ def test_muon_leaves_embedding_head_and_gains_to_adamw(xp):
     assert muon.v.keys() == names.keys()  # one moment is enough for a matrix
 
 
-def test_an_unknown_optimizer_is_refused():
+def test_an_unknown_optimizer_is_rejected():
     with pytest.raises(ValueError, match="unknown optimizer 'sgd'; choose one of adamw, muon"):
-        optimizer("sgd")
+        optimizer_class("sgd")
 
 
 # --- clipping -----------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def test_gradients_within_the_limit_are_not_touched(xp):
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_a_gradient_that_is_not_finite_gives_a_norm_that_is_not_finite(xp, bad):
-    """``train`` refuses the step by this norm."""
+    """``train`` rejects the step by this norm."""
     grads = draw(0)
     grads["matrix"][1, 2] = bad
     with np.errstate(invalid="ignore"):  # inf · (limit/inf)
@@ -319,7 +319,7 @@ def test_half_way_down_both_schedules_are_at_half_the_peak():
     assert quarter == pytest.approx([0.5 + math.sqrt(0.125), 0.75], rel=1e-12)
 
 
-def test_an_unknown_schedule_is_refused():
+def test_an_unknown_schedule_is_rejected():
     with pytest.raises(ValueError, match="unknown schedule 'step'; choose one of cosine, linear"):
         learning_rate(0, peak=1.0, warmup=1, total=2, schedule="step")
 

@@ -124,7 +124,7 @@ def test_a_longer_last_phase_leaves_the_earlier_batches_as_they_were():
         ([50, 50], Phase(1, 1, 8, (0, 0)), "every stream is left out"),
     ],
 )
-def test_a_phase_that_does_not_fit_its_streams_is_refused(lengths, phase, message):
+def test_a_phase_that_does_not_fit_its_streams_is_rejected(lengths, phase, message):
     with pytest.raises(ValueError, match=message):
         window_starts(lengths, phase, np.random.default_rng(0))
 
@@ -134,13 +134,13 @@ def test_the_shortest_stream_holds_one_window():
 
 
 @pytest.mark.parametrize("values", [(-1, 1, 1), (1, 0, 1), (1, 1, 0), (1, 1, 1, (-1,))])
-def test_a_phase_of_nothing_is_refused(values):
+def test_a_phase_of_nothing_is_rejected(values):
     with pytest.raises(ValueError, match="a phase needs"):
         Phase(*values)
 
 
 @pytest.mark.parametrize("name", ["workers", "evaluate_every", "save_every"])
-def test_a_plan_that_never_works_evaluates_or_saves_is_refused(name):
+def test_a_plan_that_never_works_evaluates_or_saves_is_rejected(name):
     with pytest.raises(ValueError, match="at least 1"):
         Plan((Phase(1, 1, 1),), **{name: 0})
 
@@ -155,7 +155,7 @@ def test_a_plan_that_never_works_evaluates_or_saves_is_refused(name):
         ("seed", [-1]),
     ],
 )
-def test_numbers_that_would_climb_the_loss_are_refused(name, values):
+def test_numbers_that_would_climb_the_loss_are_rejected(name, values):
     for value in values:
         with pytest.raises(ValueError, match="a plan needs"):
             Plan((), **{name: value})

@@ -1,4 +1,4 @@
-"""The training checkpoint: whole or not there, and refused where it is damaged."""
+"""The training checkpoint: whole or not there, and rejected where it is damaged."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def whole(tmp_path_factory) -> bytes:
     "no proper prefix of a checkpoint is accepted as one", source="state.load_state"
 )
 @given(data=st.data())
-def test_a_file_cut_anywhere_is_refused(whole, tmp_path_factory, data):
+def test_a_file_cut_anywhere_is_rejected(whole, tmp_path_factory, data):
     path = tmp_path_factory.mktemp("cut") / "state.safetensors"
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
     with pytest.raises(ValueError, match="is damaged or no training checkpoint"):
@@ -152,7 +152,7 @@ MOMENTS = {"m.a": np.zeros(2, "float32"), "v.a": np.zeros(2, "float32")}
         (W, ABOUT, "the moments are not those of the parameters"),
     ],
 )
-def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, tensors, metadata, reason):
+def test_a_file_that_is_no_checkpoint_is_rejected(tmp_path, tensors, metadata, reason):
     path = tmp_path / "state.safetensors"
     write(path, tensors, **metadata)
     with pytest.raises(
