@@ -1,6 +1,4 @@
-"""The options of commands whose cache can keep less: keys and values in few bits, or of
-some of the tokens.
-"""
+"""Options for a smaller KV cache: keys and values in few bits, or of some tokens only."""
 
 from __future__ import annotations
 
@@ -18,13 +16,17 @@ KvBitsOption = Annotated[
     int | None,
     opt("Keep keys and values in N bits, as KIVI does.", min=1, max=8, show_default="off"),
 ]
-KvGroupOption = Annotated[int | None, opt("Numbers that share a step.", min=1, show_default="32")]
+KvGroupOption = Annotated[int | None, opt("Values that share a scale.", min=1, show_default="32")]
 KvResidualOption = Annotated[
-    int | None, opt("Newest tokens that stay as they are.", min=1, show_default="128")
+    int | None, opt("Newest tokens kept in full precision.", min=1, show_default="128")
 ]
 KvKeepOption = Annotated[
     int | None,
-    opt("Keep N tokens a key head (snapkv, pyramidkv: of the prompt).", min=1, show_default="all"),
+    opt(
+        "Keep N tokens per key head (snapkv, pyramidkv: of the prompt).",
+        min=1,
+        show_default="all",
+    ),
 ]
 KvPolicyOption = Annotated[
     str | None,
@@ -36,10 +38,10 @@ KvPolicyOption = Annotated[
 ]
 
 
-def kivi_of(
+def kivi_from_options(
     config: ModelConfig, bits: int | None, group: int | None, residual: int | None
 ) -> Kivi | None:
-    """The settings that the options ask for; None without ``--kv-bits``.
+    """The KIVI settings of the options; None without ``--kv-bits``.
 
     ValueError for a group or residual without it, and for settings that do not fit the
     model's heads.
@@ -49,24 +51,20 @@ def kivi_of(
     if bits is None:
         if group is not None or residual is not None:
             raise ValueError(
-                "--kv-group and --kv-residual say how the cache is quantised: say to how many --kv-bits"
+                "--kv-group and --kv-residual only apply to a quantised cache: add --kv-bits"
             )
         return None
-    given = {
-        name: value
-        for name, value in (("group", group), ("residual", residual))
-        if value is not None
-    }
     if group is not None:
-        # before a residual is asked for that fits it
+        # a group that does not fit the heads is reported before a residual that does not fit it
         Kivi(bits, bits, group, 32 * group).check(config.head_dim)
-    kivi = Kivi(bits, bits, **given)
+    settings = {"group": group, "residual": residual}
+    kivi = Kivi(bits, bits, **{name: n for name, n in settings.items() if n is not None})
     kivi.check(config.head_dim)
     return kivi
 
 
-def sparse_of(keep: int | None, name: str | None) -> Sparse | None:
-    """The policy that the options ask for; None without ``--kv-keep``."""
+def sparse_from_options(keep: int | None, name: str | None) -> Sparse | None:
+    """The sparse policy of the options; None without ``--kv-keep``."""
     from refllm.kv import sparse
 
     if keep is None:
@@ -82,12 +80,14 @@ def sparse_of(keep: int | None, name: str | None) -> Sparse | None:
         "recent": sparse.recent_only,
     }
     if name is not None and name not in policies:
-        raise ValueError(f"--kv-policy {name}: there is none; choose one of {', '.join(policies)}")
+        raise ValueError(f"unknown --kv-policy {name}; choose one of {', '.join(policies)}")
     return policies[name or "snapkv"](keep)
 
 
-def told(policy: Kivi | Sparse, config: ModelConfig, prompt: int, new: int) -> str:
-    """What is used of the cache after a prompt and some tokens more, and would be in full."""
+def cache_summary(policy: Kivi | Sparse, config: ModelConfig, prompt: int, new: int) -> str:
+    """The memory of a cache after a prompt and ``new`` further tokens, against a full
+    float32 cache.
+    """
     from refllm.kv.kivi import Kivi
     from refllm.measure.memory import human, kv_bytes
 
@@ -95,14 +95,17 @@ def told(policy: Kivi | Sparse, config: ModelConfig, prompt: int, new: int) -> s
     full = kv_bytes(config, tokens, bits=32)
     if not isinstance(policy, Kivi):
         held = policy.held(prompt, new, config.num_hidden_layers) / config.num_hidden_layers
-        size = human(full * held / tokens)
-        return f"cache: {size} of float32 instead of {human(full)}, {held:,.0f} of {tokens:,} tokens a key head"
-    kivi = policy
+        return (
+            f"cache: {human(full * held / tokens)} instead of {human(full)} of float32, "
+            f"{held:,.0f} of {tokens:,} tokens per key head"
+        )
     small = policy.nbytes(config, tokens, full=32)
     if small == full:
-        why = f"{tokens} tokens are fewer than the {kivi.residual} that wait"
-        return f"cache: {human(full)}, nothing of it quantised: {why}"
+        return (
+            f"cache: {human(full)}, nothing quantised: {tokens} tokens fit into the "
+            f"full-precision window of {policy.residual}"
+        )
     return (
-        f"cache: {human(small)} instead of {human(full)} of float32, in {kivi.key_bits}-bit codes but for the newest "
-        f"tokens, {kivi.residual} at most"
+        f"cache: {human(small)} instead of {human(full)} of float32, in {policy.key_bits}-bit "
+        f"codes except for the newest tokens, at most {policy.residual}"
     )

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from refllm.cli.options import AnyModelOption, BackendOption, flag, opt
 from refllm.terminal import console, format_bytes, note, pairs, progress
 
+if TYPE_CHECKING:
+    import numpy as np
+
 ToOption = Annotated[Path, opt("The file to write.", "--to", metavar="FILE")]
 TypeOption = Annotated[
-    str, opt("Which types its tensors get: Q4_K_M, Q8_0, F16 …", "--type", metavar="TYPE")
+    str, opt("The types of its tensors: Q4_K_M, Q8_0, F16 …", "--type", metavar="TYPE")
 ]
 ImatrixOption = Annotated[
-    bool, flag("Weigh errors by the activations of calibration text.", "--imatrix")
+    bool, flag("Weight errors by the activations of calibration text.", "--imatrix")
 ]
 WindowsOption = Annotated[int, opt("Windows of calibration text, with --imatrix.", min=1)]
-LengthOption = Annotated[int, opt("Tokens of each.", min=2)]
-SeedOption = Annotated[int, opt("Of their choice.", min=0)]
+LengthOption = Annotated[int, opt("Tokens per window.", min=2)]
+SeedOption = Annotated[int, opt("Decides which windows are drawn.", min=0)]
 WorkersOption = Annotated[
-    int | None, opt("Processes that encode side by side.", min=1, show_default="one a core")
+    int | None, opt("Processes that quantise in parallel.", min=1, show_default="one per core")
 ]
-OverwriteOption = Annotated[bool, flag("Replace the file if it is there.", "--overwrite")]
+OverwriteOption = Annotated[bool, flag("Replace an existing file.", "--overwrite")]
 
 
 def convert(
@@ -49,17 +53,15 @@ def convert(
       refllm generate --model stdlib.gguf
     """
     from refllm.checkpoints.loading import locate
-    from refllm.quant.to_gguf import convert as convert_file
-    from refllm.quant.to_gguf import free
+    from refllm.quant import to_gguf
 
     source = locate(model)
-    to = free(to, overwrite)
+    to = to_gguf.free(to, overwrite)
+    weights = None
     if imatrix:
         weights = _importance(source, windows, length, seed, backend)
-    else:
-        weights = None
     with progress("converting") as advance:
-        made = convert_file(
+        made = to_gguf.convert(
             source,
             to,
             type,
@@ -68,21 +70,19 @@ def convert(
             overwrite=overwrite,
             progress=advance,
         )
-    counts: dict[str, int] = {}
-    for stored in made.types.values():
-        counts[stored] = counts.get(stored, 0) + 1
-    pairs(
-        console(),
-        {
-            "written": str(made.path),
-            "size": f"{format_bytes(made.nbytes)}, {made.bits_per_weight:.3f} bits per weight",
-            "tensors": ", ".join(f"{count} {stored}" for stored, count in sorted(counts.items())),
-        },
-    )
+    counts = sorted(Counter(made.types.values()).items())
+    lines = {
+        "written": str(made.path),
+        "size": f"{format_bytes(made.nbytes)}, {made.bits_per_weight:.3f} bits per weight",
+        "tensors": ", ".join(f"{count} {name}" for name, count in counts),
+    }
+    pairs(console(), lines)
 
 
-def _importance(source: Path, windows: int, length: int, seed: int, backend: str) -> Any:
-    """Mean squares of the activations on training text."""
+def _importance(
+    source: Path, windows: int, length: int, seed: int, backend: str
+) -> dict[str, np.ndarray]:
+    """Mean squares of each projection's inputs on calibration text."""
     from refllm.checkpoints.loading import is_gguf
     from refllm.quant.calibration_data import calibration_windows
     from refllm.quant.imatrix import importance
@@ -93,7 +93,8 @@ def _importance(source: Path, windows: int, length: int, seed: int, backend: str
     if length > config.max_position_embeddings:
         longest = config.max_position_embeddings
         raise ValueError(
-            f"windows of {length} tokens are longer than the model's {longest} positions: lower --length"
+            f"windows of {length} tokens are longer than the model's {longest} positions: lower "
+            "--length"
         )
     text = calibration_windows(tokenizer, windows, length, seed, begin=config.bos_token_id)
     note(f"importance from {windows} windows of {length} tokens of the standard library's source")

@@ -1,4 +1,4 @@
-"""``refllm figures``: draw the committed figures anew, or check that they are up to date."""
+"""``refllm figures``: draw the committed figures, or check that they are up to date."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from typing import Annotated
 
 import typer
 
-from refllm.cli.options import BackendOption
+from refllm.cli.options import BackendOption, flag, opt
 
-CheckOption = Annotated[
-    bool, typer.Option("--check", help="Draw nothing; fail if a figure is out of date.")
-]
-OutputOption = Annotated[Path, typer.Option(metavar="DIR", help="The folder of the figures.")]
+CheckOption = Annotated[bool, flag("Draw nothing; fail if a figure is out of date.", "--check")]
+OutputOption = Annotated[Path, opt("The folder of the figures.", metavar="DIR")]
 
 
 def figures(
@@ -20,7 +18,7 @@ def figures(
     output: OutputOption = Path("figures"),
     backend: BackendOption = "numpy",
 ) -> None:
-    """Draw the project's figures anew.
+    """Draw the project's figures.
 
     They are drawn from the recorded numbers in the folder's data/, each with the command
     that made them. --check ends with exit code 1 and one sentence for each figure that is
@@ -36,14 +34,15 @@ def figures(
     get(backend)
     if not (output / "data").is_dir():
         raise ValueError(
-            f"{output} has no data/ to draw from: run this in the repository, or name it with --output"
+            f"{output} has no data/ to draw from: run this in the repository, or name the folder "
+            "with --output"
         )
-    from refllm.figures import registry as study
+    from refllm.figures import registry
 
     if check:
-        complaints = study.check(output)
+        complaints = registry.check(output)
         for complaint in complaints:
             typer.echo(complaint)
         raise typer.Exit(1 if complaints else 0)
-    for path in study.redraw(folder=output):
+    for path in registry.redraw(folder=output):
         typer.echo(path)

@@ -1,11 +1,12 @@
-"""``refllm generate``: text from a prompt, as it comes."""
+"""``refllm generate``: continue a prompt, printed token by token."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -15,11 +16,17 @@ from refllm.cli.cache_options import (
     KvKeepOption,
     KvPolicyOption,
     KvResidualOption,
-    kivi_of,
-    sparse_of,
-    told,
+    cache_summary,
+    kivi_from_options,
+    sparse_from_options,
 )
-from refllm.cli.draft_options import Speculation, draft_named
+from refllm.cli.draft_options import (
+    DraftDisplay,
+    DraftOption,
+    GammaOption,
+    TreeOption,
+    drafter_from_options,
+)
 from refllm.cli.main import keep_freed_memory
 from refllm.cli.options import AnyModelOption, BackendOption, flag, opt
 from refllm.terminal import emit, note, printable, progress
@@ -47,29 +54,15 @@ MinPOption = Annotated[
     float, opt("Keep tokens of this share of the largest probability.", metavar="X")
 ]
 RepetitionPenaltyOption = Annotated[
-    float, opt("Above 1, tokens that occurred become less likely.", metavar="X")
+    float, opt("Above 1, tokens that already occurred become less likely.", metavar="X")
 ]
 SeedOption = Annotated[
-    int | None, opt("The same seed gives the same text.", min=0, show_default="a fresh one")
+    int | None, opt("The same seed gives the same text.", min=0, show_default="a random one")
 ]
 StopOption = Annotated[
-    list[str] | None, opt("End before this text; may be repeated.", metavar="TEXT")
+    list[str] | None, opt("Stop before this text; may be repeated.", metavar="TEXT")
 ]
-IgnoreEosOption = Annotated[bool, flag("Go on after an end token.", "--ignore-eos")]
-DraftOption = Annotated[
-    str | None,
-    opt(
-        "Speculate: a draft model, ngram, or both with a comma between them, asked in turn.",
-        metavar="NAME|DIR|ngram[,…]",
-        show_default="off",
-    ),
-]
-GammaOption = Annotated[
-    int | None, opt("Drafted tokens a step.", min=1, show_default="4; ngram: 8; tree: 3")
-]
-TreeOption = Annotated[
-    bool, flag("Draft a tree: a chain as long as the draft is sure, then a fan.", "--tree")
-]
+IgnoreEosOption = Annotated[bool, flag("Continue after an end token.", "--ignore-eos")]
 
 
 def generate(
@@ -110,10 +103,10 @@ def generate(
       refllm generate --prompt-file long.py --kv-bits 4
       refllm generate --prompt-file long.py --kv-keep 256 --kv-policy h2o
 
-    With --draft the text is the same at temperature 0 and has the same law at others; on a
-    terminal drafted tokens are shown as they are judged, accepted ones in green, rejected
-    ones struck through in red. With --kv-bits or --kv-keep it may be another one: all
-    tokens of a step read the cache that the step found.
+    With --draft, greedy output is unchanged; at other temperatures the output distribution
+    is unchanged. On a terminal accepted drafts are shown in green, rejected ones struck
+    through in red. With --kv-bits or --kv-keep the text may change with --draft: all tokens
+    of a step read the cache as it was before the step.
     """
     import numpy as np
 
@@ -123,44 +116,26 @@ def generate(
 
     text = read_prompt(prompt, prompt_file)
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty)
-    if gamma is not None and draft is None:
-        raise ValueError("--gamma is the number of drafted tokens: say who drafts with --draft")
-    if tree and draft is None:
-        raise ValueError("--tree says how a model drafts: say which with --draft")
-    sparse = sparse_of(kv_keep, kv_policy)
+    sparse = sparse_from_options(kv_keep, kv_policy)
     if sparse is not None and kv_bits is not None:
         raise ValueError(
             "--kv-bits keeps all tokens in few bits, --kv-keep some of them in full: choose one"
         )
     if tree and (sparse is not None or kv_bits is not None):
         raise ValueError(
-            "--tree verifies in a cache that keeps everything: draft without --tree, or leave --kv-… out"
+            "--tree needs a cache that keeps everything: leave out --tree, or the --kv-… options"
         )
     keep_freed_memory()
+    drafter = drafter_from_options(draft, gamma, tree, backend)
     loaded = load(model, backend)
-    cache = sparse or kivi_of(loaded.config, kv_bits, kv_group, kv_residual)
-    if draft is None:
-        speculation = None
-    else:
-        speculation = Speculation(draft_named(draft, gamma, tree, backend), loaded.tokenizer)
+    cache = sparse or kivi_from_options(loaded.config, kv_bits, kv_group, kv_residual)
+    display = None if drafter is None else DraftDisplay(loaded.tokenizer)
     length = len(loaded.tokenizer.encode(text, special=True))
     if max_tokens is None:
         max_tokens = min(DEFAULT_TOKENS, max(1, loaded.config.max_position_embeddings - length))
     if seed is None:
         seed = int(np.random.default_rng().integers(2**32))
-    else:
-        seed = seed
-    if sys.stdout.isatty():
-        if os.environ.get("TERM") == "dumb":
-            emit(text)
-        else:
-            typer.secho(printable(text), dim=True, nl=False)
     watch = Stopwatch()
-    drafted: Any = (
-        {}
-        if speculation is None
-        else {"drafter": speculation.drafter, "on_step": speculation.judged}
-    )
     pieces = loaded.stream(
         text,
         max_tokens,
@@ -169,35 +144,51 @@ def generate(
         ignore_eos=ignore_eos,
         rng=seed,
         on_token=watch.tick,
+        drafter=drafter,
+        on_step=None if display is None else display.record,
         cache=cache,
-        **drafted,
     )
     if sys.stdout.isatty():
-        for piece in pieces if speculation is None else speculation.shown(pieces):
-            emit(piece) if speculation is None else typer.echo(piece, nl=False)
-        emit("\n")
-    else:  # the text itself shows nobody that it is being written
-        end = "\n"  # of nothing at all
+        _print_to_terminal(text, pieces, display)
+    else:
         with progress("generating") as advance:
-            for piece in pieces:
-                emit(piece)
-                end = piece[-1]
-                advance(watch.tokens, max_tokens)
-        if end != "\n":  # a file of text ends with a line
-            emit("\n")
+            _print_to_pipe(pieces, lambda: advance(watch.tokens, max_tokens))
     if watch.tokens:
         drawn = f", seed {seed}" if temperature > 0 else ""
-        if watch.tokens > 1:
-            speed = f", then {watch.tokens_per_second:,.0f} tokens/s"
-        else:
-            speed = ""
-        note(
-            f"{length} + {watch.tokens} tokens, the first after {1e3 * watch.ttft:.0f} ms{speed}{drawn}"
-        )
+        rate = f", then {watch.tokens_per_second:,.0f} tokens/s" if watch.tokens > 1 else ""
+        first = f"the first after {1e3 * watch.ttft:.0f} ms"
+        note(f"{length} + {watch.tokens} tokens, {first}{rate}{drawn}")
     if cache is not None and watch.tokens:
-        note(told(cache, loaded.config, length, watch.tokens - 1))  # the last token was never read
-    if speculation is not None:
-        note(speculation.summary())
+        # the last token was never read, so its keys and values were not computed
+        note(cache_summary(cache, loaded.config, length, watch.tokens - 1))
+    if display is not None:
+        note(display.summary())
+
+
+def _print_to_terminal(prompt: str, pieces: Iterator[str], display: DraftDisplay | None) -> None:
+    """The prompt, dimmed, then the new text; drafted tokens in colour."""
+    if os.environ.get("TERM") == "dumb":
+        emit(prompt)
+    else:
+        typer.secho(printable(prompt), dim=True, nl=False)
+    if display is None:
+        for piece in pieces:
+            emit(piece)
+    else:
+        for piece in display.coloured(pieces):
+            typer.echo(piece, nl=False)
+    emit("\n")
+
+
+def _print_to_pipe(pieces: Iterator[str], advance: Callable[[], None]) -> None:
+    """The new text alone; a newline is added unless the text ends with one, or is empty."""
+    last = "\n"
+    for piece in pieces:
+        emit(piece)
+        last = piece[-1]
+        advance()
+    if last != "\n":
+        emit("\n")
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
@@ -213,5 +204,5 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
             return file.read_text(encoding="utf-8")
         return sys.stdin.read() if prompt == "-" else str(prompt)
     except UnicodeDecodeError as error:
-        where = file or "standard input"
-        raise ValueError(f"{where} is not UTF-8 text (byte {error.start})") from error
+        source = file or "standard input"
+        raise ValueError(f"{source} is not UTF-8 text (byte {error.start})") from error

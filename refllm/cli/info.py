@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from refllm.cli.options import BackendOption, JsonOption, ModelOption, flag
 from refllm.terminal import console, format_bytes, pairs, table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from refllm.checkpoints.tokenizer import Tokenizer
+    from refllm.measure.records import Json
 
 VerifyOption = Annotated[bool, flag("Compare every file with its recorded hash.", "--verify")]
 
@@ -43,9 +49,13 @@ def info(
         raise typer.Exit(1)
 
 
-def describe(directory: Path, *, verify: bool = False) -> dict[str, Any]:
-    """Everything that ``info`` prints, as plain data; CheckpointError for what is no
-    checkpoint.
+def describe(directory: Path, *, verify: bool = False) -> Json:
+    """Everything that ``info`` prints, as plain data.
+
+    Raises
+    ------
+    CheckpointError
+        if the directory is no checkpoint that refllm reads.
     """
     from refllm.checkpoints.loading import NetworkTensors, read, read_config
     from refllm.checkpoints.tensor_files import FLOATS, INTEGERS, TensorFiles, host_dtype
@@ -84,41 +94,48 @@ def describe(directory: Path, *, verify: bool = False) -> dict[str, Any]:
             "begin": _spelling(tokenizer, config.bos_token_id),
             "end": [_spelling(tokenizer, i) for i in config.eos_token_ids],
         },
-        "card": _json(directory / "card.json"),
+        "card": _read_json(directory / "card.json"),
         "files": list_files(directory, verify=verify),
     }
 
 
-def list_files(directory: Path, *, verify: bool) -> list[dict[str, Any]]:
-    """Each file with its size, the hash in the manifest, and, if asked for, whether it
-    still has that hash.
-    """
-    from refllm.checkpoints.writer import file_sha256
+def list_files(directory: Path, *, verify: bool) -> list[Json]:
+    """Each file of the directory or its manifest: name, size, recorded hash and state.
 
-    recorded = (_json(directory / "manifest.json") or {}).get("files", {})
-    if not isinstance(recorded, dict) or not all(
-        isinstance(entry, dict) for entry in recorded.values()
-    ):
+    The state is "recorded" or "not recorded" in the manifest, "the record" (the manifest
+    itself), "missing", or with ``verify`` "verified" or "differs".
+    """
+    manifest = _read_json(directory / "manifest.json") or {}
+    recorded = manifest.get("files", {})
+    if not isinstance(recorded, dict) or not all(isinstance(f, dict) for f in recorded.values()):
         raise ValueError(f"{directory / 'manifest.json'} is no manifest of files with their hashes")
     present = {p.name: p for p in directory.iterdir() if p.is_file() and not p.name.startswith(".")}
     found = []
     for name in sorted({*present, *recorded}):
-        known = recorded.get(name, {}).get("sha256")
-        known = None if known is None else str(known)
-        state = "not recorded" if known is None else "recorded"
-        if name == "manifest.json":  # it cannot hold its own hash
-            state = "the record"
-        if name not in present:
-            state = "missing"
-        elif verify and known is not None:
-            state = "verified" if file_sha256(present[name]) == known else "differs"
-        size = present[name].stat().st_size if name in present else 0
-        found.append({"name": name, "bytes": size, "sha256": known, "state": state})
+        digest = recorded.get(name, {}).get("sha256")
+        digest = None if digest is None else str(digest)
+        file = present.get(name)
+        size = 0 if file is None else file.stat().st_size
+        state = _file_state(name, file, digest, verify)
+        found.append({"name": name, "bytes": size, "sha256": digest, "state": state})
     return found
 
 
+def _file_state(name: str, file: Path | None, digest: str | None, verify: bool) -> str:
+    """How a file compares with its entry in the manifest."""
+    from refllm.checkpoints.writer import file_sha256
+
+    if file is None:
+        return "missing"
+    if verify and digest is not None:
+        return "verified" if file_sha256(file) == digest else "differs"
+    if name == "manifest.json":  # it cannot hold its own hash
+        return "the record"
+    return "not recorded" if digest is None else "recorded"
+
+
 def device(backend: str) -> str:
-    """What a backend computes on; BackendUnavailable if it cannot run here."""
+    """The library and device of a backend; BackendUnavailable if it cannot run here."""
     from refllm.backend import get
 
     library = get(backend)
@@ -128,42 +145,46 @@ def device(backend: str) -> str:
     return f"CuPy {library.__version__} on {name}"
 
 
-def _spelling(tokenizer: Any, token: int | None) -> str | None:
-    spelling: str | None = None if token is None else tokenizer.inner.id_to_token(token)
+def _spelling(tokenizer: Tokenizer, token: int | None) -> str | None:
+    """The text of a special token."""
+    if token is None:
+        return None
+    spelling: str | None = tokenizer.inner.id_to_token(token)
     return spelling
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path) -> Json:
+    """The object in a JSON file; None if there is no such file."""
     from refllm.checkpoints.tensor_files import read_json
 
     return read_json(path) if path.is_file() else None
 
 
-def _show(facts: dict[str, Any]) -> None:
+def _show(facts: Json) -> None:
+    """Print facts, training record and files."""
     from refllm.model.config import ModelConfig
 
     config = ModelConfig.from_hf(facts["config"])
-    weights, kv, tokenizer = (
-        facts[key] for key in ("weights", "KV cache bytes per token", "tokenizer")
-    )
-    full = kv["float16"] * config.max_position_embeddings
+    weights = facts["weights"]
+    cache = facts["KV cache bytes per token"]
+    tokenizer = facts["tokenizer"]
+    full = cache["float16"] * config.max_position_embeddings
+    ends = " or ".join(map(str, tokenizer["end"])) or "nothing"
     out = console()
     out.print(facts["model"], style="bold")
-    pairs(
-        out,
-        {
-            "architecture": config.summary,
-            "parameters": f"{facts['parameters']:,}",
-            "weights": f"{format_bytes(weights['bytes'])} in {', '.join(weights['types'])}, "
-            f"{weights['bits per weight']:.2f} bits per weight",
-            "quantised": weights["quantised"] or "no",
-            "KV cache": f"{kv['float16']:,} bytes a token in float16 ({kv['float32']:,} in float32); "
-            f"{format_bytes(full)} for the full context in float16",
-            "tokenizer": f"{tokenizer['kind']}, {tokenizer['tokens']:,} tokens, text begins with {tokenizer['begin']} "
-            f"and ends with {' or '.join(map(str, tokenizer['end'])) or 'nothing'}",
-            "runs on": facts["runs on"],
-        },
-    )
+    lines = {
+        "architecture": config.summary,
+        "parameters": f"{facts['parameters']:,}",
+        "weights": f"{format_bytes(weights['bytes'])} in {', '.join(weights['types'])}, "
+        f"{weights['bits per weight']:.2f} bits per weight",
+        "quantised": weights["quantised"] or "no",
+        "KV cache": f"{cache['float16']:,} bytes per token in float16 ({cache['float32']:,} in "
+        f"float32); {format_bytes(full)} for the full context in float16",
+        "tokenizer": f"{tokenizer['kind']}, {tokenizer['tokens']:,} tokens, text begins with "
+        f"{tokenizer['begin']} and ends with {ends}",
+        "runs on": facts["runs on"],
+    }
+    pairs(out, lines)
     if facts["card"]:
         try:
             _show_record(out, facts["card"])
@@ -172,31 +193,30 @@ def _show(facts: dict[str, Any]) -> None:
     out.print()
     files = table("file", "bytes", "sha256", "state")
     for file in facts["files"]:
-        files.add_row(
-            file["name"], f"{file['bytes']:,}", (file["sha256"] or "")[:16], file["state"]
-        )
+        digest = (file["sha256"] or "")[:16]
+        files.add_row(file["name"], f"{file['bytes']:,}", digest, file["state"])
     out.print(files)
 
 
-def _show_record(out: Any, card: dict[str, Any]) -> None:
-    """The card's figures in five lines; the page itself is README.md."""
+def _show_record(out: Console, card: Json) -> None:
+    """The training record in a few lines; the whole page is README.md."""
     data = card["data"]
     training = card["training"]
     measured = card["measured"]
+    made = card["made with"]
     tokens = sum(s["tokens"] for s in data["streams"].values())
     lines = {
         "trained on": f"{data['name']}, {tokens:,} tokens",
-        "for": f"{training['steps']:,} steps, {training['tokens']:,} tokens, {training['seconds'] / 60:.0f} minutes",
-        "made with": f"refllm {card['made with']['refllm']}, Python {card['made with']['python']}, "
-        f"NumPy {card['made with']['numpy']}",
-        "held out": f"{measured['bits per byte']:.3f} bits per byte, perplexity {measured['perplexity']:.2f}, "
-        f"on {measured['tokens']:,} tokens",
+        "for": f"{training['steps']:,} steps, {training['tokens']:,} tokens, "
+        f"{training['seconds'] / 60:.0f} minutes",
+        "made with": f"refllm {made['refllm']}, Python {made['python']}, NumPy {made['numpy']}",
+        "held out": f"{measured['bits per byte']:.3f} bits per byte, perplexity "
+        f"{measured['perplexity']:.2f}, on {measured['tokens']:,} tokens",
     }
     if training["teacher"]:
+        acceptance = measured["against the teacher"]["acceptance"]
         lines["distilled from"] = training["teacher"]
-        lines["acceptance"] = (
-            f"{measured['against the teacher']['acceptance']:.3f} by {training['teacher']}"
-        )
+        lines["acceptance"] = f"{acceptance:.3f} by {training['teacher']}"
     if "samples" in measured:
         lines["samples"] = "pass Python's tokenize: " + ", ".join(
             f"{x['share']:.0%} of {x['tokens']} tokens (real files {x['share of real text']:.0%})"

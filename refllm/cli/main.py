@@ -1,13 +1,13 @@
 """The root of the command line: what ``refllm`` alone prints, what the user sees of an
 exception, and what a command changes in its process.
 
-| exception                                                    | what the user sees     | exit code |
-|--------------------------------------------------------------|------------------------|-----------|
-| a wrong option; ``BackendUnavailable``; a missing file; too  | one sentence on stderr | 2         |
-| little memory; a ``ValueError`` from a ``raise`` in refllm   |                        |           |
-| Ctrl-C                                                       | nothing                | 130       |
-| ``BrokenPipeError``: the reader of a pipe is gone            | nothing                | 1         |
-| anything else                                                | Python's traceback     | 1         |
+| exception                                                    | what the user sees     | exit |
+|--------------------------------------------------------------|------------------------|------|
+| a wrong option; ``BackendUnavailable``; a missing file; too  | one sentence on stderr | 2    |
+| little memory; a ``ValueError`` from a ``raise`` in refllm   |                        |      |
+| Ctrl-C                                                       | nothing                | 130  |
+| ``BrokenPipeError``: the reader of a pipe is gone            | nothing                | 1    |
+| anything else                                                | Python's traceback     | 1    |
 
 A ``ValueError`` that NumPy raises inside refllm is a bug in refllm and shows its traceback.
 The two are told apart by the source line on which the traceback ends.

@@ -5,10 +5,10 @@ load.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -25,7 +25,8 @@ from refllm.terminal import console, counted_bar, format_bytes, note, pairs
 
 if TYPE_CHECKING:
     from refllm.jobs.quantize import Job
-    from refllm.quant.report import TensorReport
+    from refllm.measure.records import Json
+    from refllm.quant.methods import TensorReport
 
 _ROW = "{:>5}  {:>12}  {:>12}  {:>12}  {:>8}"
 _METHODS = "rtn|gptq|awq|smoothquant|int8|fp8"
@@ -37,14 +38,14 @@ OutputOption = Annotated[
 ]
 MethodOption = Annotated[str, opt("How codes are chosen.", metavar=_METHODS)]
 BitsOption = Annotated[
-    int | None, opt("Bits a weight.", min=1, max=8, show_default="4; 8 with activations")
+    int | None, opt("Bits per weight.", min=1, max=8, show_default="4; 8 with activations")
 ]
 GroupSizeOption = Annotated[
     int | None,
     opt(
-        "Columns (fp8: and rows) that share a scale; 0: a row.",
+        "Columns (fp8: and rows) that share a scale; 0: the whole row.",
         min=-1,
-        show_default="128, or a row",
+        show_default="128, or the row",
     ),
 ]
 SymmetricOption = Annotated[
@@ -52,12 +53,12 @@ SymmetricOption = Annotated[
     opt("Without or with zero points.", "--symmetric/--asymmetric", show_default="the method's"),
 ]
 LayoutOption = Annotated[
-    str | None, opt("The form of the file.", metavar=_LAYOUTS, show_default="the usual one")
+    str | None, opt("The file layout.", metavar=_LAYOUTS, show_default="the method's")
 ]
 DtypeOption = Annotated[
     str | None,
     opt(
-        "Of scales, and of what stays in floats.",
+        "Of scales and unquantised tensors.",
         metavar="float16|bfloat16|float32",
         show_default="the model's",
     ),
@@ -70,27 +71,36 @@ SamplesOption = Annotated[int, opt("Windows of calibration text.", min=1)]
 LengthOption = Annotated[
     int | None, opt("Tokens in a window.", min=1, show_default="512, or the context")
 ]
-SeedOption = Annotated[int, opt("Decides which windows.", min=0)]
+SeedOption = Annotated[int, opt("Decides which windows are drawn.", min=0)]
 DampOption = Annotated[
-    float | None, opt("gptq: share of the mean diagonal.", metavar="X", show_default="0.01")
+    float | None,
+    opt("gptq: damping, relative to the mean diagonal.", metavar="X", show_default="0.01"),
 ]
-ActOrderOption = Annotated[bool, flag("gptq: the columns that matter most first.", "--act-order")]
+ActOrderOption = Annotated[
+    bool, flag("gptq: columns in order of their Hessian diagonal.", "--act-order")
+]
 StaticGroupsOption = Annotated[
-    bool, flag("gptq: scales from the weight as it came.", "--static-groups")
+    bool, flag("gptq: scales from the original weight.", "--static-groups")
 ]
 AlphaOption = Annotated[
-    float | None, opt("smoothquant: how much moves.", metavar="X", show_default="0.5")
+    float | None,
+    opt(
+        "smoothquant: migration strength.",
+        metavar="X",
+        show_default="0.5",
+    ),
 ]
 KeepOption = Annotated[
     list[str] | None,
-    opt("smoothquant: leave these in floats; may be repeated.", metavar="o_proj|down_proj|…"),
+    opt("smoothquant: keep these unquantised; may be repeated.", metavar="o_proj|down_proj|…"),
 ]
 EvaluateOption = Annotated[
     bool, flag("Measure bits per byte before and after.", "--evaluate/--no-evaluate")
 ]
-MaxTokensOption = Annotated[int, opt("Held-out tokens that are measured on.", min=1)]
+MaxTokensOption = Annotated[int, opt("Held-out tokens to measure on.", min=1)]
 WorkOption = Annotated[
-    Path | None, opt("Where finished layers wait.", metavar="DIR", show_default="OUTPUT.quantizing")
+    Path | None,
+    opt("Where finished layers are stored.", metavar="DIR", show_default="OUTPUT.quantizing"),
 ]
 
 
@@ -124,10 +134,10 @@ def quantize(
     Layer by layer, so that memory holds one decoder layer in floats; only measuring needs a
     whole model.
 
-    An interrupted run goes on after its last whole layer when the same command is given
-    again. Layouts: pack-quantized, int-quantized and float-quantized are
-    compressed-tensors', which transformers and vLLM load; gptq_v2, gptq and awq are
-    GPTQModel's and AutoAWQ's, fp8 is DeepSeek's.
+    An interrupted run continues after its last complete layer when the same command is
+    given again. Layouts: pack-quantized, int-quantized and float-quantized are those of
+    compressed-tensors, which transformers and vLLM load; gptq_v2, gptq and awq are those of
+    GPTQModel and AutoAWQ, fp8 is DeepSeek's.
 
     \b
     Examples:
@@ -142,22 +152,19 @@ def quantize(
     from refllm.train.data import read_files
 
     get(backend)
-    asked = {
+    given = {
         "damp": damp,
         "act_order": act_order or None,
         "static_groups": static_groups or None,
         "alpha": alpha,
         "keep": tuple(keep) if keep else None,
     }
-    options = {name: value for name, value in asked.items() if value is not None}
-    scheme = quantize.scheme_of(method, bits, group_size, symmetric)
-    work = None if work is None else Path(os.path.expanduser(work))
     job = quantize.prepare(
         locate(model),
         output,
         method,
-        scheme,
-        work=work,
+        quantize.scheme_of(method, bits, group_size, symmetric),
+        work=None if work is None else Path(os.path.expanduser(work)),
         layout=layout,
         dtype=dtype,
         texts=read_files(text) if text else None,
@@ -165,13 +172,17 @@ def quantize(
         length=length,
         seed=seed,
         overwrite=overwrite,
-        **options,
+        **{name: value for name, value in given.items() if value is not None},
     )
     keep_freed_memory()
     _announce(job)
-    with _display(job) as shown:
+    with _display() as display:
         record = quantize.go(
-            job, backend=backend, measure=max_tokens if evaluate else None, **shown
+            job,
+            backend=backend,
+            measure=max_tokens if evaluate else None,
+            progress=display.layer,
+            measuring=display.measuring,
         )
     if as_json:
         import json
@@ -182,54 +193,60 @@ def quantize(
 
 
 def _announce(job: Job) -> None:
-    ids = job.calibration
-    stored = job.storing.stored
+    """What is about to happen, to stderr."""
+    windows = job.calibration
+    layout = job.storing.layout
+    share = "one scale per row"
+    if layout.group_size:
+        share = f"{'blocks' if layout.is_float else 'groups'} of {layout.group_size}"
+    text = "none needed"
+    if windows is not None:
+        text = f"{windows.shape[0]} windows of {windows.shape[1]} tokens"
     lines = {
-        "method": f"{job.method}, {job.scheme.bits} bits, "
-        + (
-            f"{'blocks' if stored.floats else 'groups'} of {stored.group_size}"
-            if stored.group_size
-            else "a scale a row"
-        ),
-        "layout": f"{stored.layout}, floats in {job.storing.dtype}",
-        "text": "none is needed"
-        if ids is None
-        else f"{ids.shape[0]} windows of {ids.shape[1]} tokens",
-        "layers": f"wait in {job.work}",
+        "method": f"{job.method}, {job.scheme.bits} bits, {share}",
+        "layout": f"{layout.name}, floats in {job.storing.dtype}",
+        "text": text,
+        "layers": f"stored in {job.work} until all are done",
     }
     pairs(console(stderr=True), lines)
 
 
+class _Display(NamedTuple):
+    """The callbacks of ``jobs.quantize.go``."""
+
+    layer: Callable[[int, int, TensorReport], None]
+    measuring: Callable[[str, int, int], None]
+
+
 @contextmanager
-def _display(job: Job) -> Iterator[dict[str, Any]]:
-    """Callbacks that print a row for each layer and, on a terminal, keep a bar below them;
+def _display() -> Iterator[_Display]:
+    """Callbacks that print a row per layer and, on a terminal, move a bar below the rows;
     all to stderr.
     """
     from refllm.model.llama import PROJECTIONS
 
     bar = counted_bar()
     task = bar.add_task("quantising", total=None)
-    layer: list[TensorReport] = []
+    rows: list[TensorReport] = []  # of the current layer
 
-    def progress(done: int, total: int, row: TensorReport) -> None:
-        layer.append(row)
+    def layer(done: int, total: int, row: TensorReport) -> None:
+        rows.append(row)
         bar.update(task, completed=done, total=total, description=row.name)
-        if len(layer) == len(PROJECTIONS):
-            bar.console.print(_ROW.format(*_cells(layer)))
-            layer.clear()
+        if len(rows) == len(PROJECTIONS):
+            bar.console.print(_ROW.format(*_cells(rows)))
+            rows.clear()
 
-    def measuring(what: str, done: int, total: int) -> None:
-        bar.update(task, description=f"bits per byte {what}", completed=done, total=total)
+    def measuring(label: str, done: int, total: int) -> None:
+        bar.update(task, description=f"bits per byte {label}", completed=done, total=total)
 
     with bar:
-        bar.console.print(
-            _ROW.format("layer", "loss", "weight error", "output error", "seconds"), style="dim"
-        )
-        yield {"progress": progress, "measuring": measuring}
+        head = _ROW.format("layer", "loss", "weight error", "output error", "seconds")
+        bar.console.print(head, style="dim")
+        yield _Display(layer, measuring)
 
 
 def _cells(rows: list[TensorReport]) -> tuple[str, ...]:
-    """A layer's line: losses are summed, errors are those of its worst projection."""
+    """A layer's row: losses are summed, errors are those of its worst projection."""
     losses = [t.loss for t in rows if t.loss is not None]
     outputs = [t.output_error for t in rows if t.output_error is not None]
     return (
@@ -241,12 +258,13 @@ def _cells(rows: list[TensorReport]) -> tuple[str, ...]:
     )
 
 
-def _show(job: Job, record: dict[str, Any]) -> None:
+def _show(job: Job, record: Json) -> None:
+    """Sizes and bits per byte before and after."""
     size = record["bytes"]
     score = record["bits per byte"]
     lines = {
-        "quantised": f"{record['quantised weights']:,} weights at {record['bits per weight']:.3f} bits, "
-        f"{format_bytes(size['quantised weights'])}",
+        "quantised": f"{record['quantised weights']:,} weights at "
+        f"{record['bits per weight']:.3f} bits, {format_bytes(size['quantised weights'])}",
         "model": f"{format_bytes(size['model'])}, was {format_bytes(size['model before'])}",
     }
     if score:

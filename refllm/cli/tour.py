@@ -11,13 +11,13 @@ from refllm.terminal import console
 StopOption = Annotated[
     list[str] | None, opt("Visit this stop only; may be repeated.", metavar="NAME")
 ]
-ListedOption = Annotated[bool, flag("List the stops and leave.", "--list")]
-OutputOption = Annotated[Path, opt("The folder that figures go to.", metavar="DIR")]
+ListOption = Annotated[bool, flag("List the stops and exit.", "--list")]
+OutputOption = Annotated[Path, opt("The folder for figures.", metavar="DIR")]
 
 
 def tour(
     stop: StopOption = None,
-    listed: ListedOption = False,
+    listed: ListOption = False,
     output: OutputOption = Path("figures/tour"),
     model: ModelOption = "stdlib",
     backend: BackendOption = "numpy",
@@ -35,9 +35,8 @@ def tour(
     from refllm.tour.context import Tour
     from refllm.tour.stops import STOPS, run
 
-    out = console()
     if listed:
         for place in STOPS:
-            out.print(f"{place.name:10} {place.title}")
+            console().print(f"{place.name:10} {place.title}")
         return
-    run(Tour(model, backend, output, out), stop or ())
+    run(Tour(model, backend, output, console(prose=True)), stop or ())

@@ -1,4 +1,4 @@
-"""``refllm train``: one's own small model, from text files to a directory that
+"""``refllm train``: a small model of your own, from text files to a directory that
 ``transformers`` loads.
 """
 
@@ -7,10 +7,10 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -19,7 +19,8 @@ from refllm.cli.options import BackendOption, OverwriteOption, flag, opt
 from refllm.terminal import console, counted_bar, format_bytes, note, pairs
 
 if TYPE_CHECKING:
-    from refllm.jobs.train import Run
+    from refllm.jobs.train import TrainingJob
+    from refllm.train.data import Data
     from refllm.train.schedule import Phase
 
 _ROW = "{:>8}  {:>7}  {:>8}  {:>9}  {:>8}  {:>9}  {:>8}"
@@ -37,7 +38,8 @@ DataOption = Annotated[
     ),
 ]
 HeldOutOption = Annotated[
-    list[Path] | None, opt("Text to measure on.", metavar="PATH", show_default="5 % of the data")
+    list[Path] | None,
+    opt("Held-out text to measure on.", metavar="PATH", show_default="5 % of the data"),
 ]
 TestsOption = Annotated[
     bool, flag("Read the standard library's test package too.", "--tests/--no-tests")
@@ -55,15 +57,15 @@ LayersOption = Annotated[int, opt("Number of layers.", min=1)]
 HeadsOption = Annotated[int | None, opt("Query heads.", min=1, show_default="width / 64")]
 KvHeadsOption = Annotated[int | None, opt("Key/value heads.", min=1, show_default="heads / 2")]
 MlpOption = Annotated[int | None, opt("Width of the MLP.", min=1, show_default="3 x width")]
-PositionsOption = Annotated[int, opt("Longest context that the model states.", "--context", min=1)]
-StepsOption = Annotated[int, opt("Steps in all.", min=1)]
-BatchOption = Annotated[int, opt("Windows in a step.", min=1)]
-LengthOption = Annotated[int, opt("Tokens in a window.", min=1)]
+PositionsOption = Annotated[int, opt("Longest context of the model.", "--context", min=1)]
+StepsOption = Annotated[int, opt("Optimizer steps in all.", min=1)]
+BatchOption = Annotated[int, opt("Windows per step.", min=1)]
+LengthOption = Annotated[int, opt("Tokens per window.", min=1)]
 LongStepsOption = Annotated[
-    int | None, opt("Steps at the end with long windows.", min=0, show_default="15 % of --steps")
+    int | None, opt("Final steps with long windows.", min=0, show_default="15 % of --steps")
 ]
 LongLengthOption = Annotated[
-    int, opt("Tokens in a long window; as many tokens a step as before.", min=1)
+    int, opt("Tokens per long window; the tokens per step stay the same.", min=1)
 ]
 PhaseOption = Annotated[
     list[str] | None,
@@ -74,11 +76,13 @@ PhaseOption = Annotated[
 ]
 RateOption = Annotated[float, opt("Highest learning rate.", metavar="X")]
 WarmupOption = Annotated[int, opt("Steps of warm-up.", min=0)]
-ScheduleOption = Annotated[str, opt("From the highest rate to zero.", metavar="linear|cosine")]
-OptimizerOption = Annotated[str, opt("What turns gradients into steps.", metavar="adamw|muon")]
+ScheduleOption = Annotated[str, opt("How the rate falls to zero.", metavar="linear|cosine")]
+OptimizerOption = Annotated[str, opt("The optimizer.", metavar="adamw|muon")]
 DecayOption = Annotated[float, opt("Weight decay of the matrices.", metavar="X", min=0)]
-SeedOption = Annotated[int, opt("Decides the first weights and the order of the windows.", min=0)]
-WorkersOption = Annotated[int, opt("Threads; the result depends on them by rounding only.", min=1)]
+SeedOption = Annotated[
+    int, opt("Seed of the initial weights and of the order of the windows.", min=0)
+]
+WorkersOption = Annotated[int, opt("Threads; they change the result by rounding only.", min=1)]
 TeacherOption = Annotated[
     str | None,
     opt(
@@ -86,24 +90,22 @@ TeacherOption = Annotated[
     ),
 ]
 StartOption = Annotated[
-    str | None, opt("Go on from this model's weights, with its tokenizer.", metavar="NAME|DIR")
+    str | None, opt("Start from this model's weights, with its tokenizer.", metavar="NAME|DIR")
 ]
 StartShareOption = Annotated[
     float,
     opt(
-        "Share of those first weights in what is stored: a mean of two ends.",
+        "Share of the --start weights in the stored average of weights.",
         metavar="X",
         min=0,
         max=1,
     ),
 ]
 AlphaOption = Annotated[
-    float, opt("Weight of the teacher against the text.", metavar="X", min=0, max=1)
+    float, opt("Weight of the teacher's loss against the text's.", metavar="X", min=0, max=1)
 ]
-TeacherFromOption = Annotated[
-    int, opt("Step at which distillation begins; the text alone before.", min=0)
-]
-EvaluateEveryOption = Annotated[int, opt("Steps between looks at the held-out text.", min=1)]
+TeacherFromOption = Annotated[int, opt("Step at which distillation begins.", min=0)]
+EvaluateEveryOption = Annotated[int, opt("Steps between evaluations on held-out text.", min=1)]
 SaveEveryOption = Annotated[int, opt("Steps between checkpoints.", min=1)]
 WorkOption = Annotated[
     Path | None,
@@ -149,15 +151,14 @@ def train(
     overwrite: OverwriteOption = False,
     backend: BackendOption = "numpy",
 ) -> None:
-    """Train a small model of one's own.
+    """Train a small model of your own.
 
     It starts from random weights and ends as a Hugging Face directory with tokenizer, card,
     manifest and curve.
 
-    An interrupted run goes on from its last checkpoint when the same command is given
-    again. Windows of --length tokens come first, then windows of --long-length; of the
-    standard library's own text, its code is read four times for each time that its tests
-    are, and alone at the end.
+    An interrupted run continues from its last checkpoint when the same command is given
+    again. Windows of --length tokens come first, then windows of --long-length. Of the
+    standard library, code is read four times as often as tests, and code alone at the end.
 
     \b
     A small model in a few minutes, then a look at it:
@@ -167,13 +168,13 @@ def train(
       refllm train --output stdlib
       refllm train --output stdlib-draft --width 64 --layers 2 --heads 4 \\
         --teacher ./stdlib --teacher-from 3000
-    One's own text:
+    Your own text:
       refllm train --output mine --data ~/notes --vocab-size 2048 --steps 2000
     """
     from refllm.backend import get
     from refllm.checkpoints.loading import locate
     from refllm.jobs import train
-    from refllm.train.data import own_files, standard_library
+    from refllm.jobs.train_options import TrainingOptions
     from refllm.train.optimizer import OPTIMIZERS, SCHEDULES
     from refllm.train.schedule import Plan
 
@@ -183,27 +184,13 @@ def train(
         raise ValueError(f"unknown optimizer {optimizer!r}; choose one of {', '.join(OPTIMIZERS)}")
     if not 0 < rate < 1:
         raise ValueError(f"the learning rate must be within (0, 1), got {rate}")
-    # this and the next before the text is read: what cannot end well should end at once
+    # backend and output are checked before the text is read, which takes seconds
     get(backend)
-    output = Path(os.path.expanduser(output))  # the shell leaves the ~ of --output=~/tiny as it is
-    if output.name in ("", ".."):  # the folder that one stands in, or the one above
-        output = Path(os.path.abspath(output))
+    output, work = _folders(output, work)
     train.check_output(output, overwrite)
-    if work is None:
-        work = output.with_name(output.name + ".training")
-    else:
-        work = Path(os.path.expanduser(work))
     if start_share and start is None:
         raise ValueError("--start-share is a share of the weights of --start: name that model, too")
-    if held_out and not data:
-        raise ValueError(
-            "--held-out belongs to --data; the standard library has its own held-out modules"
-        )
-    if data:
-        source = own_files(data, held_out or ())
-    else:
-        source = standard_library(tests=tests, installers=installers)
-    shape = train.Shape(
+    options = TrainingOptions(
         vocab_size=vocab_size,
         width=width,
         layers=layers,
@@ -230,11 +217,11 @@ def train(
         evaluate_every=evaluate_every,
         save_every=save_every,
     )
-    run = train.prepare(
+    job = train.prepare(
         output,
         work,
-        source,
-        shape,
+        _read_text(data, held_out, tests=tests, installers=installers),
+        options,
         plan,
         overwrite=overwrite,
         teacher=None if teacher is None else locate(teacher),
@@ -244,28 +231,55 @@ def train(
         note=note,
     )
     keep_freed_memory()
-    _announce(run)
-    with _display(run) as shown:
-        record = train.go(
-            run,
+    _announce(job)
+    with _display(job) as display:
+        record = train.run(
+            job,
             command=command_line(context),
             backend=backend,
             overwrite=overwrite,
             start_share=start_share,
-            **shown,
+            report=display.report,
+            on_step=display.on_step,
+            progress=display.progress,
         )
     measured = record["measured"]
-    print(
-        f"{output}: {measured['bits per byte']:.3f} bits per byte on {measured['tokens']:,} held-out tokens"
-    )
-    note(
-        f"the state of the run stays in {run.work} ({format_bytes(_size(run.work))}); remove it when you are done"
-    )
+    bits = f"{measured['bits per byte']:.3f} bits per byte"
+    print(f"{output}: {bits} on {measured['tokens']:,} held-out tokens")
+    size = sum(p.stat().st_size for p in job.work.iterdir() if p.is_file())
+    note(f"the state of the run is kept in {job.work} ({format_bytes(size)}); it may be removed")
+
+
+def _folders(output: Path, work: Path | None) -> tuple[Path, Path]:
+    """The output directory and the work directory, which by default lies beside it."""
+    output = Path(os.path.expanduser(output))  # the shell leaves the ~ of --output=~/tiny as it is
+    if output.name in ("", ".."):  # the current directory, or the one above
+        output = Path(os.path.abspath(output))
+    if work is None:
+        return output, output.with_name(output.name + ".training")
+    return output, Path(os.path.expanduser(work))
+
+
+def _read_text(
+    data: list[Path] | None, held_out: list[Path] | None, *, tests: bool, installers: bool
+) -> Data:
+    """The user's own files, or the standard library."""
+    from refllm.train.data import text_files, standard_library
+
+    if data:
+        return text_files(data, held_out or ())
+    if held_out:
+        raise ValueError(
+            "--held-out belongs to --data; the standard library has its own held-out modules"
+        )
+    return standard_library(tests=tests, installers=installers)
 
 
 def _phase(text: str) -> Phase:
-    """``2500,8,256,4,1`` → 2,500 steps of 8 windows of 256 tokens, the streams repeated 4
-    and 1 times an epoch.
+    """A training phase from its spelling on the command line.
+
+    >>> _phase("2500,8,256,4,1")
+    Phase(steps=2500, batch=8, length=256, repeats=(4, 1))
     """
     from refllm.train.schedule import Phase
 
@@ -279,17 +293,17 @@ def _phase(text: str) -> Phase:
 
 
 def command_line(context: typer.Context) -> str:
-    """The command with every setting that decides the result spelled out, so that later
-    defaults do not matter.
+    """The command with every setting that decides the result spelled out, so that it stays
+    valid when defaults change.
     """
     left_out = {"output", "work", "overwrite", "backend", "evaluate_every", "save_every"}
-    if context.params.get("phase"):  # they replace these
+    if context.params.get("phase"):  # phases replace these
         left_out |= {"steps", "batch", "length", "long_steps", "long_length"}
     words = ["refllm", "train", "--output", Path(context.params["output"]).name]
     for parameter in context.command.params:
         name = str(parameter.name)
         value = context.params.get(name)
-        if name in left_out or value is None or name not in context.params:
+        if name in left_out or value is None:
             continue
         flag = next(iter(parameter.opts))
         if isinstance(value, bool):
@@ -301,70 +315,80 @@ def command_line(context: typer.Context) -> str:
     return shlex.join(words)
 
 
-def _announce(run: Run) -> None:
-
+def _announce(job: TrainingJob) -> None:
+    """What is about to be trained, to stderr."""
     out = console(stderr=True)
-    out.print(run.output.name, style="bold")
+    out.print(job.output.name, style="bold")
     text = "; ".join(
         f"{name}: {len(documents):,} documents, {len(stream):,} tokens"
-        for (name, documents), stream in zip(run.data.streams.items(), run.streams, strict=True)
+        for (name, documents), stream in zip(job.data.streams.items(), job.streams, strict=True)
     )
-    phases = ", then ".join(
-        f"{p.steps:,} steps of {p.batch} × {p.length} tokens" for p in run.plan.phases if p.steps
-    )
+    phases = [
+        f"{p.steps:,} steps of {p.batch} × {p.length} tokens" for p in job.plan.phases if p.steps
+    ]
+    state = f"{job.work}"
+    if job.done:
+        state += f", continued after {job.done:,} steps"
     lines = {
-        "network": f"{run.config.summary}; {run.config.num_parameters:,} parameters",
-        "text": f"{text}; held out: {len(run.held_out):,} tokens",
-        "plan": phases,
-        "state": f"{run.work}" + (f", continued after {run.done:,} steps" if run.done else ""),
+        "network": f"{job.config.summary}; {job.config.num_parameters:,} parameters",
+        "text": f"{text}; held out: {len(job.held_out):,} tokens",
+        "plan": ", then ".join(phases),
+        "state": state,
     }
-    if run.teacher is not None:
-        lines["teacher"] = run.teacher.name
+    if job.teacher is not None:
+        lines["teacher"] = job.teacher.name
     pairs(out, lines)
 
 
+class _Display(NamedTuple):
+    """The callbacks of ``jobs.train.run``."""
+
+    report: Callable[[dict[str, float]], None]
+    on_step: Callable[[int, float], None]
+    progress: Callable[[str, int, int], None]
+
+
 @contextmanager
-def _display(run: Run) -> Iterator[dict[str, Any]]:
-    """Callbacks that print a row for each evaluation and, on a terminal, keep a bar below
-    them; all to stderr.
+def _display(job: TrainingJob) -> Iterator[_Display]:
+    """Callbacks that print a row per evaluation and, on a terminal, move a bar below the
+    rows; all to stderr.
     """
     from rich.progress import TextColumn
 
-    bar = counted_bar(TextColumn("{task.fields[what]}"))
-    task = bar.add_task("training", total=run.plan.steps, completed=run.done, what="")
-    tokens_of = [p.batch * p.length for p in run.plan.phases for _ in range(p.steps)]
-    meter = {"began": time.perf_counter(), "tokens": 0.0}
+    bar = counted_bar(TextColumn("{task.fields[detail]}"))
+    task = bar.add_task("training", total=job.plan.steps, completed=job.done, detail="")
+    tokens_of = [p.batch * p.length for p in job.plan.phases for _ in range(p.steps)]
+    began = time.perf_counter()
+    tokens = 0
 
     def speed() -> float:
-        return meter["tokens"] / max(1e-9, time.perf_counter() - meter["began"])
+        return tokens / max(1e-9, time.perf_counter() - began)
 
     def on_step(step: int, loss: float) -> None:
-        meter["tokens"] += tokens_of[step - 1]
-        bar.update(task, completed=step, what=f"loss {loss:.3f}  {speed():,.0f} tokens/s")
+        nonlocal tokens
+        tokens += tokens_of[step - 1]
+        detail = f"loss {loss:.3f}  {speed():,.0f} tokens/s"
+        bar.update(task, completed=step, detail=detail)
 
     def report(record: dict[str, float]) -> None:
         minutes, seconds = divmod(int(record["seconds"]), 60)
-        held = record.get("held_out", float("nan"))
+        held_out = record.get("held_out", float("nan"))
         row = (
             f"{int(record['step']):,}",
             f"{record['loss']:.3f}",
-            f"{held:.3f}",
-            f"{run.bits_per_byte(held):.3f}",
+            f"{held_out:.3f}",
+            f"{job.bits_per_byte(held_out):.3f}",
             f"{record['rate']:.2g}",
             f"{speed():,.0f}",
             f"{minutes}:{seconds:02}",
         )
         bar.console.print(_ROW.format(*row))
 
-    def progress(what: str, done: int, total: int) -> None:
-        bar.update(task, description=f"measuring: {what}", completed=done, total=total, what="")
+    def progress(label: str, done: int, total: int) -> None:
+        bar.update(task, description=f"measuring: {label}", completed=done, total=total, detail="")
 
     with bar:
-        if run.done < run.plan.steps:
+        if job.done < job.plan.steps:
             head = ("step", "loss", "held out", "bits/byte", "rate", "tokens/s", "time")
             bar.console.print(_ROW.format(*head), style="dim")
-        yield {"report": report, "on_step": on_step, "progress": progress}
-
-
-def _size(directory: Path) -> int:
-    return sum(p.stat().st_size for p in directory.iterdir() if p.is_file())
+        yield _Display(report, on_step, progress)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,8 +29,7 @@ from typing import Any
 import numpy as np
 
 from refllm import __version__
-from refllm.checkpoints.loading import load
-from refllm.checkpoints.loading import read_config
+from refllm.checkpoints.loading import load, read_config
 from refllm.checkpoints.tensor_files import CheckpointError, tensor_shapes
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.checkpoints.writer import STORED_TYPES, check_target, documents, resolved, write_text
@@ -44,10 +42,10 @@ from refllm.model.config import ModelConfig
 from refllm.model.llama import PROJECTIONS
 from refllm.quant import recipe
 from refllm.quant.calibration_data import calibration_windows
-from refllm.quant.export import Storing, default_layout
+from refllm.quant.export import ExportSpec, default_layout
 from refllm.quant.fp8 import fp8
 from refllm.quant.layer_io import LayerFiles, assemble
-from refllm.quant.methods import make
+from refllm.quant.recipe import make
 
 RECORD = "quantization.json"
 KEPT = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -66,7 +64,7 @@ class Job:
     work: Path
     method: str
     scheme: Scheme
-    storing: Storing
+    storing: ExportSpec
     options: Mapping[str, Any]
     calibration: np.ndarray | None  # token ids [B, S]
     overwrite: bool = False
@@ -79,7 +77,7 @@ class Job:
         weights = sorted(p for p in self.source.iterdir() if p.suffix == ".safetensors")
         files = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in weights}
         return recipe.settings(self.method, self.scheme, self.calibration, **self.options) | {
-            "layout": self.storing.stored.name,
+            "layout": self.storing.layout.name,
             "dtype": self.storing.dtype,
             "model": files,
         }
@@ -191,7 +189,7 @@ def _storing(
     layout: str | None,
     dtype: str,
     options: Mapping[str, Any],
-) -> Storing:
+) -> ExportSpec:
     about = {
         "activations": method == "smoothquant",
         "act_order": bool(options.get("act_order")) and not options.get("static_groups"),
@@ -204,7 +202,7 @@ def _storing(
         stored = float_layout_for(fp8(np.zeros((side, side), np.float32), scheme), layout)
     else:
         stored = layout_for(scheme, layout or default_layout(scheme, **about), **about)
-    storing = Storing(stored, dtype, tuple(options.get("keep", ())))
+    storing = ExportSpec(stored, dtype, tuple(options.get("keep", ())))
     storing.plan(config)  # refuses shapes that the layout has no place for
     return storing
 
@@ -283,7 +281,7 @@ def go(
 
         tokenizer = Tokenizer.from_file(job.source / "tokenizer.json")
         texts = documents(
-            source.config, tokenizer, job.storing.dtype, {}, quantization_config=job.storing.entry
+            source.config, tokenizer, job.storing.dtype, {}, quantization_config=job.storing.config_entry
         )
         for name in KEPT:  # a chat template, say, is in them
             if (job.source / name).is_file():

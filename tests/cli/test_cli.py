@@ -39,6 +39,7 @@ from refllm.cli.simulate import _digits
 from refllm.corpus import Document
 from refllm.decode.sampling_params import SamplingParams
 from refllm.jobs import train
+from refllm.jobs.train_options import TrainingOptions
 from refllm.kv.kivi import Kivi, KiviAttend
 from refllm.kv.sparse import h2o, recent_only, snapkv, streaming, tova
 from refllm.measure.comparison import compare
@@ -147,10 +148,10 @@ def bad_commands() -> list[tuple[str, str]]:
             "holds no config.json: only a checkpoint is replaced",
         ),
         ("train --output TEXT --overwrite --data TEXT", "is a file"),
-        ("train --output NOWHERE --data TEXT --width 1000000000000", "more than is trained here"),
+        ("train --output NOWHERE --data TEXT --width 1000000000000", "more than can be trained here"),
         (
             "train --output NOWHERE --data TEXT --vocab-size 100000000000",
-            "more than is trained here",
+            "more than can be trained here",
         ),
         ("train --output NOWHERE --data TEXT --phase 0,2,4", "at least one step"),
         ("train --output NOWHERE --data TEXT --phase 1,2,4,0", "leaves out every stream"),
@@ -624,7 +625,7 @@ def test_a_cache_in_few_bits_is_what_the_options_say(model, text_file):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--kv-group", "8"], "say to how many --kv-bits"),
+        (["--kv-group", "8"], "add --kv-bits"),
         (["--kv-bits", "2"], "a head of 4 channels does not divide into groups of 32; 4 would fit"),
         (
             ["--kv-bits", "2", "--kv-group", "3"],
@@ -738,11 +739,11 @@ def test_the_defaults_are_the_plan_and_the_network_of_the_bundled_model():
     data = standard_library()
     if len(data.streams) == 1:
         pytest.skip("this Python carries no test package")
-    assert train.Shape().phases(data) == (
+    assert TrainingOptions().phases(data) == (
         Phase(10_625, 8, 256, (4, 1)),
         Phase(1_875, 2, 1024, (1, 0)),
     )
-    assert train.Shape().config(4096, 0) == ModelConfig(
+    assert TrainingOptions().config(4096, 0) == ModelConfig(
         "llama",
         4096,
         256,
@@ -755,7 +756,7 @@ def test_the_defaults_are_the_plan_and_the_network_of_the_bundled_model():
         bos_token_id=0,
         eos_token_ids=(0,),
     )
-    draft = train.Shape(width=64, layers=2).config(4096, 0)
+    draft = TrainingOptions(width=64, layers=2).config(4096, 0)
     assert (draft.num_attention_heads, draft.num_key_value_heads, draft.intermediate_size) == (
         1,
         1,
@@ -951,7 +952,7 @@ def test_another_teacher_is_noticed(trained, text_file, tmp_path):
     assert result.exit_code == 0
     assert "begun with another teacher, or weight of it" in result.stderr
     # of a run that an earlier version began, nothing is known
-    (tmp_path / "w" / train.LESSON).unlink()
+    (tmp_path / "w" / train.ORIGIN).unlink()
     assert run(*longer, "--alpha", "1").exit_code == 0
 
 

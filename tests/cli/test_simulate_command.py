@@ -23,7 +23,7 @@ def test_it_says_what_kind_its_numbers_are_and_repeats_itself():
     first = run(SMALL)
     second = run(SMALL)
     assert first.exit_code == 0, first.output
-    assert "12 requests, projected for H200 SXM, bf16 dense (kind C)" in first.stdout
+    assert "12 requests, projected by the roofline for H200 SXM, bf16 dense" in first.stdout
     assert "TTFT" in first.stdout
     assert first.stdout == second.stdout != run(SMALL + " --seed 1").stdout
 
@@ -94,7 +94,7 @@ def test_a_trace_is_a_record_of_every_step(tmp_path):
         ("--traffic nobody", "unknown traffic 'nobody'"),
         ("--policy best", "unknown policy 'best'"),
         ("--prefix-cache trie", "unknown prefix cache 'trie'"),
-        ("--preempt kill", "unknown way to preempt 'kill'"),
+        ("--preempt kill", "unknown preemption mode 'kill'"),
         ("--preempt swap --prefix-cache hash", "without a prefix cache"),
         ("--policy static --prefix-cache hash", "it can share no prefixes"),
         ("--slots 7", "hold no block of 16"),

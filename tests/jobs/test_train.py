@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refllm.corpus import Document
-from refllm.jobs.train import Shape, prepare
+from refllm.jobs.train import prepare
+from refllm.jobs.train_options import TrainingOptions
 from refllm.train.data import Data
 from refllm.train.schedule import Phase, Plan
 
@@ -40,20 +41,20 @@ def test_a_window_and_its_last_answer_must_fit_into_every_stream(train, held, fi
     """A window of 16 holds 17 tokens: 16 predictions."""
     output = tmp_path / "out"
     work = tmp_path / "work"
-    shape = Shape(length=16, **SMALL)
+    options = TrainingOptions(length=16, **SMALL)
     if fits:
-        made = prepare(output, work, data_of(train, held), shape, Plan((), workers=1))
+        made = prepare(output, work, data_of(train, held), options, Plan((), workers=1))
         assert [len(s) for s in (*made.streams, made.held_out)] == [train, held]
         assert made.bits_per_byte(0.0) == 0.0
     else:
         with pytest.raises(ValueError, match="too few for windows of 16"):
-            prepare(output, work, data_of(train, held), shape, Plan((), workers=1))
+            prepare(output, work, data_of(train, held), options, Plan((), workers=1))
         assert not work.exists()
 
 
 @given(st.integers(1, 20_000), st.integers(1, 16), st.sampled_from([64, 128, 256]))
 def test_the_two_phases_share_the_steps_and_read_about_as_many_tokens_in_each(steps, batch, length):
-    phases = Shape(steps=steps, batch=batch, length=length).phases(data_of(9, 9))
+    phases = TrainingOptions(steps=steps, batch=batch, length=length).phases(data_of(9, 9))
     assert sum(p.steps for p in phases) == steps
     assert phases[0] == Phase(phases[0].steps, batch, length, (1,))
     for p in phases[1:]:
@@ -63,7 +64,7 @@ def test_the_two_phases_share_the_steps_and_read_about_as_many_tokens_in_each(st
 
 @given(st.integers(1, 20).map(lambda n: 64 * n))
 def test_derived_sizes_make_a_network_of_heads_of_64(width):
-    config = Shape(width=width).config(300, 0)
+    config = TrainingOptions(width=width).config(300, 0)
     assert config.head_dim == 64
     assert config.num_attention_heads * 64 == config.hidden_size == width
     assert config.intermediate_size == 3 * width
