@@ -12,7 +12,7 @@ other operand (NumPy has a dozen overloads), and what one library has alone, suc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, Self, TypeAlias
 
 import numpy as np
@@ -23,6 +23,10 @@ DType: TypeAlias = str | type | np.dtype  # "float32", xp.float32 or x.dtype
 MaybeDType: TypeAlias = DType | None
 Shape: TypeAlias = int | Sequence[int]
 Axis: TypeAlias = int | tuple[int, ...] | None
+
+# What JSON holds: a record, a configuration, metadata. Values are checked where they are read.
+Json: TypeAlias = dict[str, Any]
+JsonView: TypeAlias = Mapping[str, Any]  # not to be changed by the reader
 
 # An operator returns ``Loose | Self``. ``Self`` is what the package sees: x + y is an array again.
 # ``Loose`` admits NumPy's overloads, which return another ndarray for each dtype: to compare them
