@@ -83,7 +83,7 @@ class MinimalEngine:
     model: Served
     num_blocks: int
     block_size: int = 16
-    steps: int = 0
+    computed: int = 0  # tokens that went through the network
     waiting: deque[Running] = field(default_factory=deque)
     running: list[Running] = field(default_factory=list)
     outputs: dict[int, list[int]] = field(default_factory=dict)
@@ -132,7 +132,7 @@ class MinimalEngine:
         z = to_numpy(logits(weights, hidden))  # [B, V]
         self.cache.advance(tables, counts)
 
-        self.steps += 1
+        self.computed += len(tokens)
         for one, token in zip(list(self.running), z.argmax(axis=-1).tolist(), strict=True):
             one.tokens.append(token)
             ended = token in config.eos_token_ids

@@ -1,0 +1,291 @@
+"""Plant faults by rule, one at a time, and print those that no test notices.
+
+    python -m tests.mutate --count 300 --seed 0            # the whole package
+    python -m tests.mutate --room kv --count 40 --jobs 2   # one room
+    python -m tests.mutate --file refllm/kv/radix_tree.py  # one file, every fault
+    python -m tests.mutate --list --count 20               # show, run nothing
+
+A fault is a change of one node of a file's syntax tree (``RULES``). Each is written into a
+copy of the package, and the tests of that file run against the copy: first the test file
+with its name, then those that import it directly, until one fails. A run that takes longer
+than ``--limit`` seconds counts as noticed, because the suite has a time limit per test.
+
+What survives is printed as file:line with the line before and after: a hole in the tests, or
+a fault that changes no result (an equivalent one), which only a reader can tell. Lines that
+say why no test can notice them end in the comment ``# mutate: equivalent``.
+
+Left out: faults in docstrings, annotations, messages of errors, defaults of the command
+line, and two faults at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("formats", "model", "checkpoints", "train", "quant", "kv", "decode", "serve", "simulate")
+EQUIVALENT = "# mutate: equivalent"
+
+COMPARE = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+}
+ARITHMETIC = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Add,
+    ast.FloorDiv: ast.Mult,
+    ast.Div: ast.Mult,
+    ast.Mod: ast.FloorDiv,
+    ast.LShift: ast.RShift,
+    ast.RShift: ast.LShift,
+}
+CALLS = {"min": "max", "max": "min", "any": "all", "all": "any", "sum": "len", "floor": "round"}
+DROPPED = ("clip", "copy", "astype", "round", "maximum")  # as methods of a namespace
+ATTRIBUTES = {"minimum": "maximum", "maximum": "minimum", "argmax": "argmin", "min": "max"}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One change: the file, the line, and the node's place in ``ast.walk`` with its variant."""
+
+    path: Path
+    line: int
+    node: int
+    variant: int
+    name: str
+
+
+def changed(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """The (rule's name, replacement) pairs of a node; the replacement is a changed copy."""
+    new = copy.deepcopy(node)
+    if isinstance(new, ast.Compare) and type(new.ops[0]) in COMPARE:
+        new.ops[0] = COMPARE[type(new.ops[0])]()
+        yield "comparison", new
+    elif isinstance(new, (ast.BinOp, ast.AugAssign)) and type(new.op) in ARITHMETIC:
+        new.op = ARITHMETIC[type(new.op)]()
+        yield "operator", new
+    elif isinstance(new, ast.BoolOp):
+        new.op = ast.Or() if isinstance(new.op, ast.And) else ast.And()
+        yield "and, or", new
+    elif isinstance(new, ast.UnaryOp) and isinstance(new.op, (ast.Not, ast.USub)):
+        yield "sign dropped", new.operand
+    elif isinstance(new, ast.Constant) and type(new.value) is bool:
+        yield "flag", ast.Constant(not new.value)
+    elif isinstance(new, ast.Constant) and type(new.value) in (int, float):
+        yield "constant", ast.Constant(new.value + 1)
+    elif isinstance(new, ast.Call) and isinstance(new.func, ast.Name) and new.func.id in CALLS:
+        new.func.id = CALLS[new.func.id]
+        yield "function", new
+    elif isinstance(new, ast.Attribute) and new.attr in ATTRIBUTES:
+        new.attr = ATTRIBUTES[new.attr]
+        yield "method", new
+    if isinstance(node, ast.Call) and node.args and _name(node.func) in DROPPED:
+        yield "call dropped", copy.deepcopy(node.args[0])
+    if isinstance(node, (ast.Expr, ast.AugAssign)) and not _is_docstring(node):
+        yield "statement dropped", ast.Pass()
+    if isinstance(node, ast.If) and not _raises(node):
+        never = copy.deepcopy(node)
+        never.test = ast.Constant(False)
+        yield "branch never taken", never
+
+
+def _name(function: ast.expr) -> str:
+    return function.attr if isinstance(function, ast.Attribute) else ""
+
+
+def _is_docstring(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def _raises(node: ast.AST) -> bool:
+    return any(isinstance(child, (ast.Raise, ast.Assert)) for child in ast.walk(node))
+
+
+def _skipped(tree: ast.AST) -> set[int]:
+    """Ids of nodes in annotations, decorators, messages of errors and module constants' docs."""
+    skipped: set[int] = set()
+    for node in ast.walk(tree):
+        parts: list[ast.AST | None] = []
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            parts += [node.returns, *node.decorator_list]
+            parts += [arg.annotation for arg in ast.walk(node.args) if isinstance(arg, ast.arg)]
+        elif isinstance(node, ast.AnnAssign):
+            parts.append(node.annotation)
+        elif isinstance(node, (ast.Raise, ast.JoinedStr)):
+            parts.append(node)
+        elif isinstance(node, ast.Assert):
+            parts.append(node.msg)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            parts.append(node)
+        for part in parts:
+            if part is not None:
+                skipped |= {id(child) for child in ast.walk(part)}
+    return skipped
+
+
+def faults_of(path: Path) -> list[Fault]:
+    """All faults of a file, in the order of its nodes."""
+    source = path.read_text(encoding="utf-8")
+    lines = source.splitlines()
+    tree = ast.parse(source)
+    skipped = _skipped(tree)
+    found = []
+    for index, node in enumerate(ast.walk(tree)):
+        line = getattr(node, "lineno", 0)
+        if id(node) in skipped or not line or EQUIVALENT in lines[line - 1]:
+            continue
+        for variant, (name, _) in enumerate(changed(node)):
+            found.append(Fault(path, line, index, variant, name))
+    return found
+
+
+def planted(fault: Fault) -> tuple[str, str, str]:
+    """(the changed file, the node before, the node after)."""
+    tree = ast.parse(fault.path.read_text(encoding="utf-8"))
+    target = list(ast.walk(tree))[fault.node]
+    replacement = list(changed(target))[fault.variant][1]
+    for parent in ast.walk(tree):
+        for field, value in ast.iter_fields(parent):
+            if value is target:
+                setattr(parent, field, replacement)
+            elif isinstance(value, list):
+                setattr(parent, field, [replacement if v is target else v for v in value])
+    ast.fix_missing_locations(tree)
+    before, after = ast.unparse(target), ast.unparse(replacement)
+    return ast.unparse(tree), before.splitlines()[0], after.splitlines()[0]
+
+
+def tests_of(path: Path) -> tuple[list[Path], list[Path]]:
+    """(the test file of the module's name, the other test files that import the module).
+
+    A module without either is tested by all the files of its room.
+    """
+    relative = path.relative_to(ROOT).with_suffix("")
+    module = ".".join(relative.parts)
+    imports = (f"{module} import", f"from {module.rpartition('.')[0]} import {relative.name}")
+    named, others = [], []
+    for test in sorted((ROOT / "tests").rglob("test_*.py")):
+        if test.stem == f"test_{relative.name}":
+            named.append(test)
+        elif any(line in test.read_text(encoding="utf-8") for line in imports):
+            others.append(test)
+    room = relative.parts[1]
+    if not named and not others:
+        named = sorted((ROOT / "tests" / room).glob("test_*.py"))
+    return named, others
+
+
+def survives(fault: Fault, workplace: Path, limit: float) -> bool:
+    """Run the tests against a copy of the project that holds the fault."""
+    target = workplace / fault.path.relative_to(ROOT)
+    original = target.read_text(encoding="utf-8")
+    target.write_text(planted(fault)[0], encoding="utf-8")
+    try:
+        named, others = tests_of(fault.path)
+        return all(_pass(tests, workplace, limit) for tests in (named, others) if tests)
+    finally:
+        target.write_text(original, encoding="utf-8")
+
+
+def _pass(tests: list[Path], workplace: Path, limit: float) -> bool:
+    names = [str(test.relative_to(ROOT)) for test in tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *names]
+    environment = {**os.environ, "PYTHONPATH": str(workplace), "CI": "true"}
+    environment |= {"OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=workplace, env=environment, capture_output=True, timeout=limit
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
+def chosen(options: argparse.Namespace) -> list[Fault]:
+    """The faults to plant: all of the named files, or a sample spread over the rooms."""
+    if options.file:
+        return [fault for name in options.file for fault in faults_of((ROOT / name).resolve())]
+    rng = random.Random(options.seed)
+    rooms = [options.room] if options.room else list(ROOMS)
+    found = []
+    for room in rooms:
+        faults = [f for p in sorted((ROOT / "refllm" / room).rglob("*.py")) for f in faults_of(p)]
+        found += rng.sample(faults, min(len(faults), -(-options.count // len(rooms))))
+    return found
+
+
+def main() -> None:
+    """Plant, run, and print what survived and the share that was noticed per room."""
+    parser = argparse.ArgumentParser(prog="python -m tests.mutate", description=__doc__)
+    parser.add_argument("--count", type=int, default=300, help="faults in all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--room", choices=ROOMS)
+    parser.add_argument("--file", action="append")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds per run of tests")
+    parser.add_argument("--list", action="store_true", help="show the faults, run nothing")
+    options = parser.parse_args()
+    faults = chosen(options)
+    if options.list:
+        for fault in faults:
+            print(f"{fault.path.relative_to(ROOT)}:{fault.line} {fault.name}: ", end="")
+            print(" -> ".join(planted(fault)[1:]))
+        return
+    run(faults, options.jobs, options.limit)
+
+
+def run(faults: list[Fault], jobs: int, limit: float) -> None:
+    """Plant every fault, ``jobs`` at a time, each in a copy of the project of its own."""
+    noticed: Counter[str] = Counter()
+    total: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        places: Queue[Path] = Queue()
+        for i in range(jobs):
+            place = Path(folder) / f"copy{i}"
+            ignore = shutil.ignore_patterns(
+                ".git", ".venv", "__pycache__", ".hypothesis", ".*cache"
+            )
+            shutil.copytree(ROOT, place, ignore=ignore)
+            places.put(place)
+
+        def one(fault: Fault) -> tuple[Fault, bool]:
+            place = places.get()
+            try:
+                return fault, survives(fault, place, limit)
+            finally:
+                places.put(place)
+
+        for fault, survived in pool.map(one, faults):
+            room = fault.path.relative_to(ROOT / "refllm").parts[0]
+            total[room] += 1
+            noticed[room] += not survived
+            if survived:
+                _, before, after = planted(fault)
+                where = f"{fault.path.relative_to(ROOT)}:{fault.line}"
+                print(f"survived  {where}  {fault.name}: {before}  ->  {after}", flush=True)
+    for room in total:
+        print(f"{room:12} {noticed[room]:4} of {total[room]:4} noticed")
+    print(f"{'all':12} {sum(noticed.values()):4} of {sum(total.values()):4} noticed")
+
+
+if __name__ == "__main__":
+    main()
