@@ -28,7 +28,7 @@ from common import environment, finish, network, ratios, shown, table
 from threadpoolctl import threadpool_limits
 
 from refllm.api import Model, load
-from refllm.decode.fast.captured_step import stepper
+from refllm.decode.fast.captured_step import make_decode_step
 from refllm.decode.generate import new_cache, prefill
 from refllm.kv.kivi import Kivi
 from refllm.measure.memory import kv_bytes
@@ -45,7 +45,7 @@ def measure(
     like = model.weights["norm"]
     prompt = rng.integers(1, config.vocab_size, context).tolist()
     settings = [None, *(Kivi(b, b) for b in bits)]
-    compute = stepper(model.weights, config)
+    compute = make_decode_step(model.weights, config)
     caches = []
     for kivi in settings:
         cache = new_cache(config, 1, context + steps * (rounds + 1), like, kivi)

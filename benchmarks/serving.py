@@ -150,7 +150,7 @@ def control_plane(
         for _ in range(options.rounds):
             engine = ServingEngine(model, num_blocks=10 * len(prompts), max_sequences=len(prompts))
             # a decode step; a prefill goes through the two above
-            engine._stepper = timed(engine._stepper)
+            engine._decode_step = timed(engine._decode_step)
             for prompt in prompts:
                 engine.submit(Request(prompt, options.new, ignore_eos=True))
             shares = []

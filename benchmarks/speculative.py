@@ -47,14 +47,15 @@ from threadpoolctl import threadpool_limits
 
 from refllm.api import Model, load
 from refllm.corpus import held_out_documents
-from refllm.decode.fast.captured_step import stepper
-from refllm.decode.generate import generate_tokens
-from refllm.decode.sampling import best
+from refllm.decode.fast.captured_step import make_decode_step
+from refllm.decode.generate import argmax_tokens, generate_tokens
 from refllm.decode.sampling_params import GREEDY, SamplingParams
 from refllm.decode.speculative.acceptance import Acceptance, speedup
-from refllm.decode.speculative.drafters import Cascade, ModelDrafter, NGramDrafter
+from refllm.decode.speculative.cascade import Cascade
 from refllm.decode.speculative.interface import Drafter
 from refllm.decode.speculative.loop import speculate
+from refllm.decode.speculative.model_drafter import ModelDrafter
+from refllm.decode.speculative.ngram_drafter import NGramDrafter
 from refllm.decode.speculative.tree_drafter import TreeDrafter
 from refllm.decode.speculative.verification import verify, verify_block
 from refllm.kv.contiguous import ContiguousCache
@@ -200,14 +201,14 @@ def step_costs(
     drafter = ModelDrafter(draft, 4)
     text = rng.integers(1, model.config.vocab_size, context).tolist()
     drafter.propose(text, 4, GREEDY, rng)
-    compute = stepper(model.weights, model.config)
+    compute = make_decode_step(model.weights, model.config)
     times: dict[int, list[float]] = {n: [] for n in range(1, most + 1)}
     drafts = []
     for _ in range(rounds):
         for n, spent in times.items():
             tokens = rng.integers(1, model.config.vocab_size, n).tolist()
             began = time.perf_counter()
-            best(compute(tokens, cache.positions([n]), cache.view([n])))
+            argmax_tokens(compute(tokens, cache.positions([n]), cache.view([n])))
             spent.append(time.perf_counter() - began)
         began = time.perf_counter()
         drafter.propose(text, 4, GREEDY, rng)

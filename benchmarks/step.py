@@ -84,7 +84,7 @@ class Clock:
             mock.patch.object(
                 ContiguousCache, "view", lambda *a: self.around("attention", view(*a))
             ),
-            mock.patch.object(generate, "choose", self.around("choosing", generate.choose)),
+            mock.patch.object(generate, "choose_tokens", self.around("choosing", generate.choose_tokens)),
         ]
         with contextlib.ExitStack() as stack:
             for patch in patches:

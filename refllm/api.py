@@ -21,16 +21,18 @@ from typing import Any
 
 import numpy as np
 
-from refllm.backend import Array, asarray_like, to_numpy
+from refllm.array_types import Array
+from refllm.backend import asarray_like, to_numpy
 from refllm.checkpoints import loading
 from refllm.checkpoints.loading import BUNDLED, bundled, locate
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.decode.detokenizer import StopStrings, Utf8Stream
 from refllm.decode.generate import CachePolicy, generate_tokens
 from refllm.decode.sampling_params import GREEDY, SamplingParams
-from refllm.decode.speculative.drafters import ModelDrafter, check_drafter
+from refllm.decode.speculative.cascade import check_drafter
 from refllm.decode.speculative.interface import Drafter
-from refllm.decode.speculative.loop import Step, speculate
+from refllm.decode.speculative.loop import SpeculativeStep, speculate
+from refllm.decode.speculative.model_drafter import ModelDrafter
 from refllm.model.attention import CausalAttend
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights, forward, logits
@@ -126,7 +128,7 @@ class Model:
         prompts only). ``rng`` is a Generator or a seed; None draws a fresh seed.
         Temperature 0 is the argmax and uses no randomness.
 
-        A ``drafter`` (see ``refllm.decode.speculative.drafters``; a ``Model`` drafts with 4
+        A ``drafter`` (see ``refllm.decode.speculative``; a ``Model`` drafts with 4
         tokens a step) changes how many steps that takes. It does not change the text at
         temperature 0, nor its law at others.
 
@@ -200,7 +202,7 @@ class Model:
         rng: np.random.Generator | int | None = None,
         on_token: Callable[[int], object] | None = None,
         drafter: Drafter | Model | None = None,
-        on_step: Callable[[Step], object] | None = None,
+        on_step: Callable[[SpeculativeStep], object] | None = None,
         cache: CachePolicy | None = None,
     ) -> Iterator[str]:
         """Yield the new text piece by piece: whole characters only, never a part of a stop
@@ -239,7 +241,7 @@ class Model:
         sampling: SamplingParams,
         rng: np.random.Generator,
         drafter: Drafter | Model | None,
-        on_step: Callable[[Step], object] | None = None,
+        on_step: Callable[[SpeculativeStep], object] | None = None,
         cache: CachePolicy | None = None,
     ) -> Iterator[int]:
         """New tokens of one prompt one by one, those of an accepted run together."""

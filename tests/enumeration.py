@@ -86,7 +86,7 @@ def draw(weights: Any, uniform: Any, otherwise: Any = None) -> int:
     )
 
 
-def law(run: Callable[[Any], Hashable]) -> dict[Any, float]:
+def exact_distribution(run: Callable[[Any], Hashable]) -> dict[Any, float]:
     """outcome → probability, of a program of ``rng`` that compares its uniforms with
     numbers.
     """
@@ -123,7 +123,7 @@ class Table:
         return np.stack([self([*prefix, *drafts[:i]]) for i in range(len(drafts) + 1)])
 
 
-def sequence_law(
+def sequence_distribution(
     model: Callable[[Sequence[int]], np.ndarray], vocab: int, length: int
 ) -> dict[tuple[int, ...], float]:
     """The law of the next ``length`` tokens after an empty prefix."""
@@ -133,7 +133,7 @@ def sequence_law(
     }
 
 
-def extended(
+def extend(
     outcomes: dict[tuple[int, ...], float],
     model: Callable[[Sequence[int]], np.ndarray],
     vocab: int,
@@ -150,6 +150,6 @@ def extended(
     return whole
 
 
-def distance(a: dict[Any, float], b: dict[Any, float]) -> float:
+def largest_difference(a: dict[Any, float], b: dict[Any, float]) -> float:
     """The largest difference between two laws, over all outcomes."""
     return max(abs(a.get(k, 0.0) - b.get(k, 0.0)) for k in {*a, *b})

@@ -155,13 +155,13 @@ def test_a_ragged_batch_gives_what_each_prompt_gives_alone(batch):
 def test_a_prefill_in_several_passes_is_one_prefill(batch, budget):
     together = ENDLESS.generate_batch(batch, 4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "PREFILL", budget)
+        patch.setattr(generate, "PREFILL_TOKENS", budget)
         assert ENDLESS.generate_batch(batch, 4) == together
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.integers(1, 30))
 def test_conservation_passes_bring_every_token_once_and_cut_only_what_fills_a_pass(lengths, budget):
-    plan = list(generate.passes(lengths, budget))
+    plan = list(generate.prefill_chunks(lengths, budget))
     assert [sum(column) for column in zip(*plan, strict=True)] == lengths
     assert all(0 < sum(counts) <= budget for counts in plan[:-1])
     assert 0 < sum(plan[-1]) <= budget + budget // 4
@@ -283,9 +283,9 @@ def test_the_repetition_penalty_counts_prompt_and_output(prompt):
         ([V], 1, {}, f"within 0..{V - 1}"),
         ([-1], 1, {}, "within 0"),
         ([0], -1, {}, "max_tokens"),
-        ([0], 2.0, {}, "max_tokens must be a whole number"),
-        ([0], "3", {}, "max_tokens must be a whole number"),
-        ([0], None, {}, "max_tokens must be a whole number"),
+        ([0], 2.0, {}, "max_tokens must be an integer"),
+        ([0], "3", {}, "max_tokens must be an integer"),
+        ([0], None, {}, "max_tokens must be an integer"),
         (b"ab", 1, {}, "sequence of token ids"),  # two bytes would pass for two ids
         (7, 1, {}, "sequence of token ids"),
         (None, 1, {}, "sequence of token ids"),
@@ -316,7 +316,7 @@ def test_bad_requests_are_refused_by_name(prompt, count, options, message):
 def test_a_drafter_is_an_object():
     with pytest.raises(
         TypeError,
-        match=r"a drafter is a Model, or one of refllm.decode.speculative.drafters .* got 'ngram'",
+        match=r"a drafter is a Model, or one of refllm.decode.speculative .* got 'ngram'",
     ):
         MODEL.generate([1], 2, drafter="ngram")
 

@@ -1,1 +1,44 @@
-"""Which token comes next: sampling, generation, and the way from token ids to text."""
+"""Which token comes next? Logits processors and sampling turn logits into a token;
+generation repeats this for a static batch; ``speculative/`` emits several tokens per step;
+and a detokenizer turns token ids into text. Read ``sampling`` first.
+
+1. ``sampling_params``: ``SamplingParams``, and the checks of its values.
+2. ``sampling``: temperature, top-k, top-p, min-p; drawing by inverse CDF.
+3. ``penalties``: repetition, presence and frequency penalties.
+4. ``margin``: how far logits may move before a sampled token changes.
+5. ``generate``: prefill and decode of a static batch.
+6. ``detokenizer``: whole characters from token ids, and stop strings.
+7. ``speculative/``: drafters and the acceptance rules that verify them.
+8. ``fast/``: decode steps without Python's overhead; skip it on a first reading.
+"""
+
+from refllm.decode.detokenizer import StopStrings, Utf8Stream
+from refllm.decode.generate import generate_tokens
+from refllm.decode.penalties import apply_count_penalties, apply_repetition_penalty
+from refllm.decode.sampling import log_probabilities, process_logits, sample
+from refllm.decode.sampling_params import GREEDY, SamplingParams
+from refllm.decode.speculative.loop import speculate
+from refllm.decode.speculative.verification import (
+    residual,
+    verify,
+    verify_block,
+    verify_greedy,
+)
+
+__all__ = [
+    "GREEDY",
+    "SamplingParams",
+    "StopStrings",
+    "Utf8Stream",
+    "apply_count_penalties",
+    "apply_repetition_penalty",
+    "generate_tokens",
+    "log_probabilities",
+    "process_logits",
+    "residual",
+    "sample",
+    "speculate",
+    "verify",
+    "verify_block",
+    "verify_greedy",
+]

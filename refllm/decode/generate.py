@@ -1,16 +1,16 @@
-"""Autoregressive decoding of a static batch: one prefill, then one token a sequence and
+"""Autoregressive decoding of a static batch: one prefill, then one token per sequence and
 step.
 
 The two phases of serving in their plainest form. *Prefill* runs all prompt tokens at once
-and yields one token; *decode* runs one token a sequence against the cache. A sequence that
-has ended stays in the batch, computed and ignored, until all have ended: that waste is what
-continuous batching removes.
+and yields one token; *decode* runs one token per sequence against the cache. A sequence
+that has ended stays in the batch, computed and ignored, until all have ended: that waste is
+what continuous batching removes.
 
-| symbol | name                      | shape     |
-|--------|---------------------------|-----------|
-| B      | sequences                 | len(prompts) |
-| z      | logits of the last tokens | [B, V]    |
-| u      | uniforms, drawn on the host | [B]     |
+| symbol | name                        | shape        |
+|--------|-----------------------------|--------------|
+| B      | sequences                   | len(prompts) |
+| z      | logits of the last tokens   | [B, V]       |
+| u      | uniforms, drawn on the host | [B]          |
 
 Left out: speculation (``decode.speculative.loop``), continuous batching and paging
 (``serve``).
@@ -22,9 +22,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from refllm.backend import Array, asarray_like, namespace, to_numpy
-from refllm.decode.fast.captured_step import stepper
-from refllm.decode.sampling import apply_repetition_penalty, best, distribution, sample
+from refllm.array_types import Array
+from refllm.backend import asarray_like, namespace, to_numpy
+from refllm.decode.fast.captured_step import make_decode_step
+from refllm.decode.penalties import apply_repetition_penalty
+from refllm.decode.sampling import distribution, sample
 from refllm.decode.sampling_params import SamplingParams
 from refllm.kv.contiguous import ContiguousCache
 from refllm.kv.kivi import Kivi
@@ -36,7 +38,9 @@ from refllm.model.llama import Weights, forward, logits
 
 Cache = ContiguousCache | KiviCache | SparseCache
 CachePolicy = Kivi | Sparse  # what a cache keeps where it does not keep everything
-PREFILL = 256  # prompt tokens a pass on the host: what they compute stays in the caches, and in memory that malloc keeps
+# Prompt tokens per forward pass on the host, so that the activations of a pass stay in the
+# processor's caches, and in memory that malloc reuses.
+PREFILL_TOKENS = 256
 
 
 def generate_tokens(
@@ -52,15 +56,14 @@ def generate_tokens(
 
     The caller decides when a sequence has ended. A greedy step moves the tokens and their
     positions to the device and the chosen tokens back, and nothing else; sampling also
-    moves its uniforms and checks. A ``policy`` for the cache keeps less than all, and the
-    text is another one.
+    moves its uniforms and checks. A cache ``policy`` keeps less than everything, which
+    changes the output.
 
     Raises
     ------
     ValueError
         for an empty prompt, an id outside the vocabulary, more positions than the model was
-        made for, or logits that are not finite (an overflow: there is no largest one to
-        choose).
+        made for, or logits that are not finite (after an overflow no token is the largest).
     """
     check_prompts(prompts, max_tokens, config)
     check_policy(policy)
@@ -69,32 +72,32 @@ def generate_tokens(
     like = weights["norm"]
     capacity = max(len(p) for p in prompts) + max_tokens
     cache = new_cache(config, len(prompts), capacity, like, policy, rng)
+    seen = None
     if sampling.repetition_penalty != 1:
-        seen = _Seen(prompts, config.vocab_size, like)
-    else:
-        seen = None
-    step = stepper(weights, config)
+        seen = _SeenTokens(prompts, config.vocab_size, like)
+    decode_step = make_decode_step(weights, config)
     counts = [1] * len(prompts)
     tokens: list[int] = []
     for _ in range(max_tokens):
         if tokens:
-            z = step(tokens, cache.positions(counts), cache.view(counts))
+            z = decode_step(tokens, cache.positions(counts), cache.view(counts))  # [B, V]
             cache.advance(counts)
         else:
-            z = logits(weights, prefill(weights, config, prompts, cache))
+            z = logits(weights, prefill(weights, config, prompts, cache))  # [B, V]
         if seen is not None:
             z = apply_repetition_penalty(z, seen.mask, sampling.repetition_penalty)
-        tokens = choose(z, sampling, rng)
+        tokens = choose_tokens(z, sampling, rng)
         if seen is not None:
             seen.add(tokens)
         yield tokens
 
 
 def check_policy(policy: CachePolicy | None) -> None:
-    """ValueError for what is no policy of a cache."""
+    """ValueError for an object that is no cache policy."""
     if not (policy is None or isinstance(policy, (Kivi, Sparse))):
         raise ValueError(
-            f"a cache policy is a Kivi(...) or one of refllm.kv.sparse, such as h2o(256), got {policy!r}"
+            "a cache policy is a Kivi(...) or one of refllm.kv.sparse, such as h2o(256), "
+            f"got {policy!r}"
         )
 
 
@@ -106,8 +109,8 @@ def new_cache(
     policy: CachePolicy | None,
     rng: np.random.Generator | None = None,
 ) -> Cache:
-    """An empty cache: of all numbers, or as the policy says. ``rng`` is for one that drops
-    at random.
+    """An empty cache that keeps everything, or what the policy says; ``rng`` is for a
+    policy that drops tokens at random.
     """
     if policy is None:
         return ContiguousCache(config, sequences, capacity, like=like)
@@ -119,77 +122,95 @@ def new_cache(
 def prefill(
     weights: Weights, config: ModelConfig, prompts: Sequence[Sequence[int]], cache: Cache
 ) -> Array:
-    """All tokens of all prompts → hidden[B, N] of the last of each, the only ones that are
-    sampled from.
+    """Compute all tokens of all prompts → hidden[B, N] of the last token of each, the only
+    ones that are sampled from.
     """
     like = weights["norm"]
     total = sum(len(prompt) for prompt in prompts)
-    ends = []
-    # KIVI's prompt reads itself as it came, whoever its neighbours are: in one pass; scores
-    # of tokens are quadratic
-    cut = isinstance(cache, SparseCache) or (
+    # KIVI's prompt attends to its unquantised keys, whatever else is in the batch: one pass.
+    # A sparse cache is always cut, since the scores that it needs are quadratic.
+    chunked = isinstance(cache, SparseCache) or (
         namespace(like) is np and not isinstance(cache, KiviCache)
     )
-    budget = PREFILL if cut else total
-    for counts in passes([len(prompt) for prompt in prompts], budget):
-        begins = cache.lengths[:]
+    budget = PREFILL_TOKENS if chunked else total
+    ends = []
+    for counts in prefill_chunks([len(prompt) for prompt in prompts], budget):
+        starts = cache.lengths[:]
+        chunks = [p[s : s + n] for p, s, n in zip(prompts, starts, counts, strict=True)]
+        ids = [token for chunk in chunks for token in chunk]
+        # ids and positions in one transfer
+        moved = asarray_like([ids, cache.positions(counts)], like, "int64")  # [2, T]
+        done = [n > 0 and s + n == len(p) for p, s, n in zip(prompts, starts, counts, strict=True)]
         last = np.cumsum(counts) - 1
-        parts = [prompt[b : b + n] for prompt, b, n in zip(prompts, begins, counts, strict=True)]
-        placed = asarray_like(
-            [[t for part in parts for t in part], cache.positions(counts)], like, "int64"
-        )
-        done = [n > 0 and b + n == len(p) for p, b, n in zip(prompts, begins, counts, strict=True)]
         rows = asarray_like(last[done], like)
-        ends.append(forward(weights, config, placed[0], placed[1], cache.view(counts), rows))
+        ends.append(forward(weights, config, moved[0], moved[1], cache.view(counts), rows))
         cache.advance(counts)
     if isinstance(cache, SparseCache):
         cache.settle()
     if len(ends) == 1:
         return ends[0]
-    return namespace(like).concat(ends)
+    return namespace(like).concat(ends)  # [B, N]
 
 
-def passes(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """How many tokens each prompt brings to each pass, about ``budget`` together at most;
-    only longer prompts are cut.
+def prefill_chunks(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """How many tokens each prompt contributes to each forward pass, about ``budget`` in
+    all; only longer prompts are cut.
 
-    A rest of up to a quarter of it goes with the last pass: a pass reads all weights,
-    however few its tokens are.
+    A rest of up to a quarter of the budget joins the last pass, since a pass reads all
+    weights however few its tokens are.
+
+    >>> list(prefill_chunks([3, 2, 9], 4))
+    [[3, 0, 0], [0, 2, 0], [0, 0, 4], [0, 0, 5]]
     """
     left = list(lengths)
     while any(left):
-        room = sum(left) if sum(left) <= budget + budget // 4 else budget
+        free = budget
+        if sum(left) <= budget + budget // 4:
+            free = sum(left)
+        most = free
         counts = [0] * len(left)
-        most = room
         for b, n in enumerate(left):
-            if n > room and room < most:
+            if n > free and free < most:
                 break
-            counts[b] = min(n, room)
-            room -= counts[b]
+            counts[b] = min(n, free)
+            free -= counts[b]
         left = [n - c for n, c in zip(left, counts, strict=True)]
         yield counts
 
 
-def choose(z: Array, sampling: SamplingParams, rng: np.random.Generator) -> list[int]:
-    """z[B, V] → one token a row. Greedy waits for the device once; sampling also to refuse
-    what is no number.
+def choose_tokens(z: Array, sampling: SamplingParams, rng: np.random.Generator) -> list[int]:
+    """z[B, V] → one token per row. Greedy waits for the device once; sampling also to
+    reject NaN and +inf.
     """
     if sampling.temperature == 0:
-        ids = best(z)
+        ids = argmax_tokens(z)
     else:
-        p = distribution(z, sampling)
-        ids = to_numpy(
-            sample(p, asarray_like(rng.random(z.shape[0]), z, "float64"))
-        ).tolist()
+        uniforms = asarray_like(rng.random(z.shape[0]), z, "float64")  # [B]
+        ids = to_numpy(sample(distribution(z, sampling), uniforms)).tolist()
     if min(ids) < 0:
         raise ValueError(
-            f"the logits of sequence {ids.index(-1)} have no largest one: NaN, +inf or nothing but -inf"
+            f"the logits of sequence {ids.index(-1)} have no largest one: "
+            "NaN, +inf or nothing but -inf"
         )
     return ids
 
 
-class _Seen:
-    """Which tokens stand in each sequence so far: mask[B, V]."""
+def argmax_tokens(z: Array) -> list[int]:
+    """z[R, V] → the argmax of each row, on the host; −1 where no logit is the largest: NaN,
+    +inf or only −inf.
+
+    >>> argmax_tokens(np.array([[0.0, 2.0, 1.0], [0.0, np.nan, 1.0]]))
+    [1, -1]
+    """
+    xp = namespace(z)
+    ids = xp.argmax(z, axis=-1)  # treats a NaN as the largest
+    sound = xp.isfinite(z[xp.arange(z.shape[0]), ids])
+    found: list[int] = to_numpy(xp.where(sound, ids, -1)).tolist()  # one copy for both
+    return found
+
+
+class _SeenTokens:
+    """Which tokens occur in each sequence so far: mask[B, V]."""
 
     def __init__(self, prompts: Sequence[Sequence[int]], vocab: int, like: Array):
         host = np.zeros((len(prompts), vocab), dtype=bool)
@@ -199,15 +220,16 @@ class _Seen:
         self.rows = asarray_like(np.arange(len(prompts)), like)
 
     def add(self, tokens: list[int]) -> None:
+        """Note one new token per sequence."""
         self.mask[self.rows, asarray_like(tokens, self.mask, "int64")] = True
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_tokens: int, config: ModelConfig) -> None:
-    """ValueError for what cannot be generated from; see ``generate_tokens``."""
+    """ValueError for prompts that cannot be continued; see ``generate_tokens``."""
     if not prompts:
         raise ValueError("no prompt was given")
     if not isinstance(max_tokens, (int, np.integer)) or max_tokens < 0:
-        raise ValueError(f"max_tokens must be a whole number, 0 or more, got {max_tokens!r}")
+        raise ValueError(f"max_tokens must be an integer, 0 or more, got {max_tokens!r}")
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompt {i} is empty: a model needs at least one token to continue")
@@ -217,6 +239,6 @@ def check_prompts(prompts: Sequence[Sequence[int]], max_tokens: int, config: Mod
             )
         if len(prompt) + max_tokens > config.max_position_embeddings:
             raise ValueError(
-                f"prompt {i} of {len(prompt)} tokens plus max_tokens {max_tokens} exceeds the model's "
-                f"{config.max_position_embeddings} positions; shorten one of them"
+                f"prompt {i} of {len(prompt)} tokens plus max_tokens {max_tokens} exceeds the "
+                f"model's {config.max_position_embeddings} positions; shorten one of them"
             )

@@ -1,16 +1,16 @@
-"""From logits to the next token: temperature, top-k, top-p, min-p, penalties, and sampling
-by inverse CDF.
+"""From logits to the next token: temperature, top-k, top-p, min-p, and sampling by inverse
+CDF.
 
 Sources: top-k, Fan et al. 2018; top-p (nucleus), Holtzman et al. 2020, §3.1; min-p, Nguyen
-et al. 2024; the repetition penalty, Keskar et al. 2019 (CTRL), §4.1.
+et al. 2024.
 
-The order is: penalties → temperature → top-k → top-p → min-p → renormalise. transformers
-has the same order. vLLM applies min-p before top-k and top-p; since min-p compares with the
-largest probability, only the mass that top-p takes its share of differs, and vLLM never
-keeps more tokens than this file does.
+The order is: penalties (``decode.penalties``) → temperature → top-k → top-p → min-p →
+renormalise. transformers has the same order. vLLM applies min-p before top-k and top-p;
+since min-p compares with the largest probability, only the mass that top-p takes its share
+of differs, and vLLM never keeps more tokens than this file does.
 
 Every filter keeps a prefix of the tokens ranked by probability, so the three together are
-one number a row: **how many tokens stay**. Ties are ranked by token id, lowest first, so
+one integer per row: **how many tokens stay**. Ties are ranked by token id, lowest first, so
 exactly that many stay:
 
 - top-k keeps exactly k tokens. transformers and vLLM keep every token that equals the k-th
@@ -33,9 +33,8 @@ exactly that many stay:
 | n      | tokens that stay                       | [..., 1]     |
 | u      | uniforms in [0, 1), drawn on the host  | [...]        |
 
-Probabilities are float64 whatever the logits are: they are compared, summed and inverted
-from here on. All but the penalties wait for the device once, to refuse what is not a
-number.
+Probabilities are float64 whatever the logits are, since they are compared, summed and
+inverted from here on. Each function waits for the device once, to reject NaN and +inf.
 
 Left out: typical, eta, top-h, mirostat, DRY and XTC sampling; beam search.
 """
@@ -44,16 +43,20 @@ from __future__ import annotations
 
 import math
 
-from refllm.backend import Array, namespace, to_numpy
+import numpy as np
+
+from refllm.array_types import Array
+from refllm.backend import namespace, to_numpy
 from refllm.decode.sampling_params import (
     Parameter,
     SamplingParams,
     ValidatedParams,
-    column,
     validate_params,
 )
 
-_FAR = 700.0  # exp(-700) is nothing beside 1: `margin` looks no farther
+EMPTY = 1e-300  # weights of a smaller sum count as none: a uniform cannot scale them
+# Tokens per block of a long row: a cumulative sum over 10⁵ values takes as long as six sums.
+STRIDE = 1024
 
 
 def process_logits(
@@ -65,6 +68,9 @@ def process_logits(
 ) -> Array:
     """The distribution that the next token is drawn from: logits[..., V] → float64
     probabilities[..., V].
+
+    Without a filter it is softmax(z / τ). Each parameter is one value, or a list of B
+    values for logits[B, V]: a batch of requests with their own settings.
 
     Parameters
     ----------
@@ -79,29 +85,37 @@ def process_logits(
         within [0, 1]: keep tokens of at least ``min_p`` times the largest probability; 0 is
         off.
 
-    Each is a number, or a list of B numbers for logits[B, V]: a batch of requests with
-    their own settings.
-
     Raises
     ------
     ValueError
         for a parameter outside its range, and for a row with NaN, with +inf, or with every
         token masked.
+
+    Examples
+    --------
+    >>> z = np.log([0.5, 0.3, 0.1, 0.1])
+    >>> process_logits(z, top_k=2).round(3).tolist()
+    [0.625, 0.375, 0.0, 0.0]
+    >>> process_logits(z, top_p=0.85).round(3).tolist()  # of two equal ones the first stays
+    [0.556, 0.333, 0.111, 0.0]
+    >>> process_logits(z, temperature=0).tolist()
+    [1.0, 0.0, 0.0, 0.0]
     """
     xp = namespace(logits)
     params = validate_params(logits, temperature, top_k, top_p, min_p)
-    weights = _weights(logits, params.temperature)
+    weights = softmax_weights(logits, params.temperature)  # [..., V]
     if params.filtering:
-        ranked = _ranked(weights)
-        weights = xp.where(_largest(weights, ranked, _count(ranked, params)), weights, 0.0)
+        ranked = rank(weights)
+        stays = largest(weights, ranked, support_size(ranked, params))
+        weights = xp.where(stays, weights, 0.0)
     return weights / xp.sum(weights, axis=-1, keepdims=True)
 
 
 def distribution(logits: Array, params: SamplingParams) -> Array:
-    """``process_logits`` with the parameters of one request: logits[..., V] → float64[..., V]."""
-    return process_logits(
-        logits, params.temperature, params.top_k, params.top_p, params.min_p
-    )
+    """``process_logits`` with the parameters of one request: logits[..., V] →
+    float64[..., V].
+    """
+    return process_logits(logits, params.temperature, params.top_k, params.top_p, params.min_p)
 
 
 def log_probabilities(logits: Array) -> Array:
@@ -116,58 +130,8 @@ def log_probabilities(logits: Array) -> Array:
     return shifted - xp.log(xp.sum(xp.exp(shifted), axis=-1, keepdims=True))
 
 
-def apply_repetition_penalty(logits: Array, seen: Array, penalty: Parameter) -> Array:
-    """Make tokens that were seen less likely (``penalty`` above 1); logits[..., V], in
-    their own dtype.
-
-    ``seen`` is a boolean mask of the logits' shape: prompt and output, as transformers and
-    vLLM count. A seen token pays once, however often it came. The paper divides every seen
-    logit by θ, which *raises* a negative one; as its successors do, negative logits are
-    multiplied instead. This is not invariant to a shift of the logits: what counts as zero
-    is an accident of training.
-
-    ValueError if a penalty is not a finite number above 0.
-    """
-    xp = namespace(logits, seen)
-    theta = column("repetition_penalty", penalty, logits)
-    return xp.where(seen, xp.where(logits > 0, logits / theta, logits * theta), logits)
-
-
-def apply_count_penalties(
-    logits: Array, counts: Array, presence: Parameter = 0.0, frequency: Parameter = 0.0
-) -> Array:
-    """z - frequency · count - presence · [count > 0], the two penalties of OpenAI's
-    interface; [..., V].
-
-    ``counts`` holds how often each token came in the *output* (the prompt does not count),
-    integers of the logits' shape. Unlike the repetition penalty these do not care where
-    zero is.
-
-    ValueError if a penalty is not finite.
-    """
-    xp = namespace(logits, counts)
-    alpha = column("presence", presence, logits)
-    beta = column("frequency", frequency, logits)
-    return (
-        logits
-        - beta * xp.astype(counts, logits.dtype)
-        - alpha * xp.astype(counts > 0, logits.dtype)
-    )
-
-
-def best(logits: Array) -> list[int]:
-    """logits[R, V] → the argmax of each row, on the host; −1 where there is no largest one:
-    NaN, +inf or only −inf.
-    """
-    xp = namespace(logits)
-    ids = xp.argmax(logits, axis=-1)  # calls a NaN the largest
-    sound = xp.isfinite(logits[xp.arange(logits.shape[0]), ids])
-    found: list[int] = to_numpy(xp.where(sound, ids, -1)).tolist()  # one copy for both
-    return found
-
-
 def sample(probabilities: Array, uniforms: Array | float) -> Array:
-    """Draw one token a row by inverse CDF: probabilities[..., V], uniforms[...] → ids
+    """Draw one token per row by inverse CDF: probabilities[..., V], uniforms[...] → ids
     int64[...].
 
     Token t is drawn for u in [F(t-1), F(t)) / F(V-1), F the cumulative sum in the order of
@@ -178,6 +142,9 @@ def sample(probabilities: Array, uniforms: Array | float) -> Array:
 
     ValueError for a uniform outside [0, 1), a negative or non-finite probability, or a row
     of zeros.
+
+    >>> sample(np.array([[0.25, 0.0, 0.75], [0.25, 0.0, 0.75]]), np.array([0.2, 0.3])).tolist()
+    [0, 2]
     """
     xp = namespace(probabilities)
     p = xp.asarray(probabilities, dtype=xp.float64)
@@ -189,67 +156,74 @@ def sample(probabilities: Array, uniforms: Array | float) -> Array:
     # Zero where p is zero: a parallel sum rounds each entry its own way, so a dead token
     # could stand out by an ulp. After this, only live tokens exceed u · total ≥ 0, and the
     # largest entry always does.
-    cdf = xp.where(p > 0, xp.cumulative_sum(p, axis=-1), 0.0)
-    total = xp.max(cdf, axis=-1)
+    cdf = xp.where(p > 0, xp.cumulative_sum(p, axis=-1), 0.0)  # [..., V]
+    total = xp.max(cdf, axis=-1)  # [...]
     # 1e-300: u · total < total for every u < 1 holds in float64 as long as total is a
-    # normal number
+    # normal number.
     sound = (xp.min(p, axis=-1) >= 0) & (total > 1e-300) & xp.isfinite(total) & (u >= 0) & (u < 1)
     if not bool(xp.all(sound)):
         row = int(to_numpy(sound).reshape(-1).argmin())
         raise ValueError(
-            f"sample: row {row} (of the flattened rows) needs probabilities that are finite, not negative and "
-            "not all zero, and a uniform within [0, 1)"
+            f"sample: row {row} (of the flattened rows) needs probabilities that are finite, "
+            "not negative and not all zero, and a uniform within [0, 1)"
         )
-    # the first that exceeds
+    # the first entry that exceeds u · total
     return xp.argmax(xp.astype(cdf > (u * total)[..., None], xp.int8), axis=-1)
 
 
-def margin(
-    logits: Array,
-    uniforms: Array | float,
-    temperature: Parameter = 1.0,
-    top_k: Parameter = 0,
-    top_p: Parameter = 1.0,
-    min_p: Parameter = 0.0,
-) -> Array:
-    """How far every logit may move, each its own way, before ``sample(process_logits(...), u)`` can
-    change; [...].
+def draw(weights: Array, uniform: float, otherwise: Array | None = None) -> int:
+    """One token by inverse CDF, as ``sample`` draws it, of weights[V] ≥ 0 of any sum; of
+    ``otherwise`` if that sum is 0.
 
-    In the unit of the logits. Two backends whose logits differ by less than this draw the
-    same token. At temperature 0 it is half the gap between the two largest logits, and the
-    uniform does not matter.
-
-    If no logit moves by more than δ, a ratio of weights, or of sums of weights, moves by at
-    most the factor exp(±2δ/τ). Three kinds of ratio decide, and the nearest to its
-    threshold sets the margin: the last token that stays against the first that does not;
-    the odds of each prefix against the odds of ``top_p`` (and each weight against
-    ``min_p``); the odds of each edge of the CDF against those of u.
+    On the host a sum from left to right never falls, so the first edge above u · total
+    belongs to a token of weight above 0; a parallel sum may round otherwise, and ``sample``
+    handles that.
     """
-    xp = namespace(logits)
-    params = validate_params(logits, temperature, top_k, top_p, min_p)
-    weights = _weights(logits, params.temperature)
-    ranked = _ranked(weights)
-    count = _count(ranked, params)
-    V = ranked.shape[-1]
-    last_in = xp.take_along_axis(ranked, count - 1, axis=-1)
-    first_out = xp.take_along_axis(ranked, xp.minimum(count, V - 1), axis=-1)
-    kept = xp.where(_largest(weights, ranked, count), weights, 0.0)
-    slack = _log_gap(last_in, xp.where(count < V, first_out, 0.0))
-    for gaps in (
-        _log_gap(ranked, params.min_p * ranked[..., :1]),
-        _odds_gap(_first(ranked, params.top_k), params.top_p),
-        _odds_gap(kept, xp.asarray(uniforms, dtype=xp.float64)[..., None]),
-    ):
-        slack = xp.minimum(slack, xp.min(gaps, axis=-1, keepdims=True))
-    return (0.5 * params.temperature * slack)[..., 0]
+    xp = namespace(weights)
+    if xp is not np:
+        empty = otherwise is not None and not float(xp.sum(weights)) > EMPTY
+        return int(sample(otherwise if empty else weights, uniform))
+    edges = _edges(weights)
+    if not edges[-1] > EMPTY:
+        if otherwise is None:
+            raise ValueError("draw: every token has weight 0")
+        weights = otherwise
+        edges = _edges(otherwise)
+    goal = uniform * edges[-1]
+    at = int(xp.searchsorted(edges, goal, side="right"))
+    if edges.shape[0] == weights.shape[0]:
+        return at
+    # The same once more within the block. Where rounding puts the goal behind the block's
+    # end, the last token of the block with a weight above 0 is drawn.
+    inner = xp.cumulative_sum(weights[at * STRIDE : (at + 1) * STRIDE], dtype=xp.float64)
+    if at > 0:
+        goal -= edges[at - 1]
+    found = xp.searchsorted(inner, goal, side="right")
+    last = xp.searchsorted(inner, inner[-1], side="left")
+    return at * STRIDE + int(min(found, last))
+
+
+def _edges(weights: Array) -> Array:
+    """Cumulative sums in float64: of each token, or in a long row of each block of
+    ``STRIDE`` tokens.
+    """
+    xp = namespace(weights)
+    n = weights.shape[0]
+    if n < 16 * STRIDE:
+        return xp.cumulative_sum(weights, dtype=xp.float64)
+    whole = n - n % STRIDE
+    blocks = xp.sum(weights[:whole].reshape(-1, STRIDE), axis=1, dtype=xp.float64)
+    if n > whole:
+        rest = xp.sum(weights[whole:], keepdims=True, dtype=xp.float64)
+        blocks = xp.concat([blocks, rest])
+    return xp.cumulative_sum(blocks)
 
 
 def _peak(z: Array) -> Array:
-    """The largest logit of each row, [..., 1]: finite in every row that can be sampled, and
-    only there.
+    """The largest logit of each row, [..., 1]; ValueError where it is not finite.
 
-    NaN and +inf are passed on by ``max``, and -inf comes out where all are masked: one look
-    finds all three.
+    NaN and +inf are passed on by ``max``, and -inf comes out where all tokens are masked:
+    one check finds all three.
     """
     xp = namespace(z)
     peak = xp.max(z, axis=-1, keepdims=True)
@@ -259,7 +233,8 @@ def _peak(z: Array) -> Array:
         for kind, bad in (("NaN", logits != logits), ("+inf", logits == math.inf)):
             if bad.any():
                 raise ValueError(
-                    f"logits: token {int(bad.argmax())} of row {row} (of the flattened rows) is {kind}"
+                    f"logits: token {int(bad.argmax())} of row {row} (of the flattened rows) "
+                    f"is {kind}"
                 )
         if logits.max() == -math.inf:
             raise ValueError(
@@ -270,8 +245,8 @@ def _peak(z: Array) -> Array:
     )
 
 
-def _weights(logits: Array, temperature: Array) -> Array:
-    """w = exp((z - max z) / τ), float64[..., V]; the largest is exactly 1, a masked one
+def softmax_weights(logits: Array, temperature: Array) -> Array:
+    """w = exp((z - max z) / τ), float64[..., V]: the largest is exactly 1, a masked one
     exactly 0.
     """
     xp = namespace(logits)
@@ -279,27 +254,25 @@ def _weights(logits: Array, temperature: Array) -> Array:
     return xp.exp((z - _peak(z)) / temperature)
 
 
-def _ranked(weights: Array) -> Array:
-    """The weights, largest first. Values only: the order of equal ones is settled in
-    ``_largest``.
-    """
+def rank(weights: Array) -> Array:
+    """The weights, largest first. Values only: ``largest`` settles the order of equal ones."""
     xp = namespace(weights)
     return xp.flip(xp.sort(weights, axis=-1), axis=-1)
 
 
-def _first(ranked: Array, k: Array) -> Array:
+def first_k(ranked: Array, k: Array) -> Array:
     """The first k weights, and zeros after them; [..., V]."""
     xp = namespace(ranked)
     return xp.where(xp.arange(ranked.shape[-1]) < k, ranked, 0.0)
 
 
-def _count(ranked: Array, params: ValidatedParams) -> Array:
-    """n, how many tokens stay: the smallest of what the three filters allow, int64[..., 1],
-    at least 1.
+def support_size(ranked: Array, params: ValidatedParams) -> Array:
+    """n, how many tokens stay: the smallest count that the three filters allow,
+    int64[..., 1], at least 1.
     """
     xp = namespace(ranked)
-    # of each prefix; the last is what top-k left
-    mass = xp.cumulative_sum(_first(ranked, params.top_k), axis=-1)
+    # mass of each prefix; the last one is what top-k left
+    mass = xp.cumulative_sum(first_k(ranked, params.top_k), axis=-1)
     # the prefixes that fall short, and one more
     reaching = 1 + _count_true(mass < params.top_p * mass[..., -1:])
     # the largest weight is 1, so min_p is its own threshold
@@ -307,7 +280,7 @@ def _count(ranked: Array, params: ValidatedParams) -> Array:
     return xp.minimum(xp.minimum(reaching, likely), params.top_k)
 
 
-def _largest(weights: Array, ranked: Array, count: Array) -> Array:
+def largest(weights: Array, ranked: Array, count: Array) -> Array:
     """Mask of the ``count`` largest weights of each row, of equal ones the lowest ids;
     bool[..., V].
     """
@@ -315,34 +288,12 @@ def _largest(weights: Array, ranked: Array, count: Array) -> Array:
     cut = xp.take_along_axis(ranked, count - 1, axis=-1)  # the smallest weight that stays
     above = weights > cut
     at_cut = weights == cut
-    room = count - _count_true(above)
-    return above | (at_cut & (xp.cumulative_sum(xp.astype(at_cut, xp.int64), axis=-1) <= room))
+    ties_kept = count - _count_true(above)
+    rank_at_cut = xp.cumulative_sum(xp.astype(at_cut, xp.int64), axis=-1)
+    return above | (at_cut & (rank_at_cut <= ties_kept))
 
 
 def _count_true(mask: Array) -> Array:
+    """How many entries of each row are True, int64[..., 1]."""
     xp = namespace(mask)
     return xp.sum(xp.astype(mask, xp.int64), axis=-1, keepdims=True)
-
-
-def _log_gap(a: Array, b: Array) -> Array:
-    """
-    |log(a / b)|, at most 700; 700 too where either is not above 0: no ratio of two weights to compare.
-    """
-    xp = namespace(a, b)
-    both = (a > 0) & (b > 0)
-    gap = xp.abs(xp.log(xp.where(both, a, 1.0)) - xp.log(xp.where(both, b, 1.0)))
-    return xp.where(both, xp.minimum(gap, _FAR), _FAR)
-
-
-def _odds_gap(weights: Array, share: Array) -> Array:
-    """How far the odds of each prefix of ``weights`` lie from those of ``share``, as |log|;
-    [..., V].
-
-    The weights after a prefix are summed by themselves: total - before would lose them
-    beside a large one.
-    """
-    xp = namespace(weights)
-    before = xp.cumulative_sum(weights, axis=-1)
-    onward = xp.flip(xp.cumulative_sum(xp.flip(weights, axis=-1), axis=-1), axis=-1)
-    after = xp.concat([onward[..., 1:], xp.zeros_like(onward[..., :1])], axis=-1)
-    return _log_gap(before * (1 - share), after * share)

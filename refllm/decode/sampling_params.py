@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NamedTuple
 
-from refllm.backend import Array, namespace
+from refllm.array_types import Array
+from refllm.backend import namespace
 
 Parameter = float | Sequence[float]  # one value, or a list or NumPy array of B values
 

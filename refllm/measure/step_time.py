@@ -14,7 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from refllm.api import Model
-from refllm.backend import Array, asarray_like, to_numpy
+from refllm.array_types import Array
+from refllm.backend import asarray_like, to_numpy
 from refllm.decode.fast.captured_step import make_decode_step
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.llama import forward, logits

@@ -1,18 +1,16 @@
-"""What the stops of the tour share: the model, where they print, where their figures go.
-
-Left out: the stops (``tour``, ``techniques``).
-"""
+"""What the stops of the tour share: the model, the console, the folder for figures."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from refllm.api import Model, load
-from refllm.measure.device import DeviceSpec, measure_machine
-from refllm.measure.records import Record
+from refllm.measure.device import Device, measure_machine
+from refllm.measure.records import Json, Record
 from refllm.measure.records import write as write_record
 
 if TYPE_CHECKING:
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Tour:
-    """What the stops share: the model, where to print, where figures go."""
+    """The state of one tour; ``figures`` lists the pictures that its stops drew."""
 
     name: str
     backend: str
@@ -31,22 +29,22 @@ class Tour:
 
     @cached_property
     def model(self) -> Model:
+        """The model, loaded at the first stop that needs it."""
         return load(self.name, self.backend)
 
     @cached_property
-    def machine(self) -> DeviceSpec:
-        """The limits of one core: the stops run on one BLAS thread, where two would wait
-        for each other.
+    def machine(self) -> Device:
+        """The measured limits of one core: the stops run on one BLAS thread, since on a busy
+        machine two would wait for each other.
         """
         return measure_machine(threads=1)
 
     def say(self, text: str = "") -> None:
+        """Print a paragraph."""
         self.out.print(text)
 
-    def draw(self, name: str, values: dict[str, Any], kind: str, hardware: str) -> None:
-        """Record the numbers below ``output/data`` and draw the registered figure ``name``
-        from them.
-        """
+    def draw(self, name: str, values: Mapping[str, Json], kind: str, hardware: str) -> None:
+        """Record the values in ``output/data`` and draw the registered figure ``name``."""
         from refllm.figures import registry  # matplotlib takes a second to import
 
         record = Record(f"refllm tour --model {self.name}", kind, hardware, values)

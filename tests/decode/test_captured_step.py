@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from networks import NETWORKS, TOKENS, full_logits, random_tensors, tolerance
 from refllm.decode.fast import captured_step
-from refllm.decode.fast.captured_step import CapturedStep, fits, stepper
+from refllm.decode.fast.captured_step import CapturedStep, can_capture, make_decode_step
 from refllm.kv.contiguous import ContiguousCache
 from refllm.kv.paged import PagedKVCache
 from refllm.model import weights as weights_module
@@ -57,10 +57,10 @@ def test_a_captured_step_is_the_network(config, in_place, paged, steps, seed):
     texts = rng.integers(0, config.vocab_size, (3, 16))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights_module, "has_small_kernels", lambda: in_place)
-        patch.setattr(captured_step, "ANGLES", 2)
-        patch.setattr(captured_step, "MOST_ANGLES", 9)
+        patch.setattr(captured_step, "INITIAL_POSITIONS", 2)
+        patch.setattr(captured_step, "MAX_POSITIONS", 9)
         weights = network(config, seed)
-        assert fits(config, weights)
+        assert can_capture(config, weights)
         step = CapturedStep(weights, config)
         expected = [whole(weights, config, text) for text in texts]
         like = weights["norm"]
@@ -107,7 +107,7 @@ def test_it_continues_a_prefill_of_the_network_and_the_other_way_round():
 
 
 def test_a_batch_of_many_rows_goes_through_the_network(monkeypatch):
-    monkeypatch.setattr(captured_step, "ROWS", 4)
+    monkeypatch.setattr(captured_step, "MAX_ROWS", 4)
     config = NETWORKS["llama"]
     weights = network(config, 1)
     step = CapturedStep(weights, config)
@@ -148,14 +148,14 @@ def test_rows_that_are_added_stay_zeros_whatever_stood_in_the_memory(monkeypatch
 
 
 def test_a_smaller_batch_uses_the_memory_of_a_larger_one(monkeypatch):
-    monkeypatch.setattr(captured_step, "LEAST", 1)
+    monkeypatch.setattr(captured_step, "MIN_ROWS", 1)
     config = NETWORKS["llama"]
     weights = network(config, 0)
     step = CapturedStep(weights, config)
     for rows in (1, 5, 2, 7):  # room for 1, then 8
         cache = ContiguousCache(config, rows, 1, like=weights["norm"])
         step([3] * rows, [0] * rows, cache.view([1] * rows))
-    assert step.room == 8
+    assert step.rows_allocated == 8
     assert list(step.captured) == [5, 2, 7]
     assert np.shares_memory(step.captured[2].logits, step.captured[7].logits)
 
@@ -164,8 +164,8 @@ def test_a_smaller_batch_uses_the_memory_of_a_larger_one(monkeypatch):
 def test_families_with_more_in_them_are_left_to_the_network(name):
     config = NETWORKS[name]
     weights = network(config, 0)
-    assert not fits(config, weights)
-    step = stepper(weights, config)
+    assert not can_capture(config, weights)
+    step = make_decode_step(weights, config)
     expected = full_logits(weights, config)
     cache = ContiguousCache(config, 1, 40, like=weights["norm"])
     got = step(TOKENS.tolist(), list(range(40)), cache.view([40]))
@@ -175,10 +175,10 @@ def test_families_with_more_in_them_are_left_to_the_network(name):
 def test_quantised_networks_and_other_libraries_are_left_to_the_network(xp):
     config = NETWORKS["llama"]
     weights = build(config, {name: xp.asarray(t) for name, t in random_tensors(config, 0).items()})
-    assert fits(config, weights) == (xp is np)
-    assert isinstance(stepper(weights, config), CapturedStep) == (xp is np)
+    assert can_capture(config, weights) == (xp is np)
+    assert isinstance(make_decode_step(weights, config), CapturedStep) == (xp is np)
     weights["layers"][0]["q_proj"] = object()
-    assert not fits(config, weights)
+    assert not can_capture(config, weights)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_far_positions_cost_no_table():
     config = NETWORKS["llama"]
     weights = network(config, 0)
     step = CapturedStep(weights, config)
-    for at in (10**6, captured_step.MOST_ANGLES, captured_step.MOST_ANGLES - 1):
+    for at in (10**6, captured_step.MAX_POSITIONS, captured_step.MAX_POSITIONS - 1):
         views = (ContiguousCache(config, 1, 1, like=weights["norm"]).view([1]) for _ in range(2))
         expected = logits(
             weights, forward(weights, config, np.array([3]), np.array([at]), next(views))
@@ -276,8 +276,8 @@ def test_far_positions_cost_no_table():
         np.testing.assert_allclose(
             step([3], [at], next(views)), expected, rtol=0, atol=tolerance(config, 1, expected)
         )
-        assert len(step.angles[0]) <= captured_step.MOST_ANGLES
-    assert len(step.angles[0]) == captured_step.MOST_ANGLES
+        assert len(step.angles[0]) <= captured_step.MAX_POSITIONS
+    assert len(step.angles[0]) == captured_step.MAX_POSITIONS
 
 
 def test_a_network_of_two_types_is_left_as_it_is():
@@ -286,7 +286,7 @@ def test_a_network_of_two_types_is_left_as_it_is():
     weights["layers"][1]["input_layernorm"] = weights["layers"][1]["input_layernorm"].astype(
         np.float32
     )
-    assert not fits(config, weights)
+    assert not can_capture(config, weights)
 
 
 def test_tokens_of_any_integer_type():
@@ -300,7 +300,10 @@ def test_an_empty_step_is_the_networks():
     config = NETWORKS["llama"]
     weights = network(config, 0)
     cache = ContiguousCache(config, 1, 4, like=weights["norm"])
-    assert stepper(weights, config)([], [], cache.view([0])).shape == (0, config.vocab_size)
+    assert make_decode_step(weights, config)([], [], cache.view([0])).shape == (
+        0,
+        config.vocab_size,
+    )
 
 
 def test_float32_networks_are_captured_in_float32():

@@ -4,56 +4,28 @@ bad ones change nothing.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import enumeration
 from conftest import to_host
-from enumeration import law
-from networks import EPS, NETWORKS, random_tensors, tokenizer, tolerance
+from drafting import SAMPLED, SMALL, next_logits, random_model, use_exact_draws
+from enumeration import exact_distribution
+from networks import EPS, NETWORKS, tolerance
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.decode.sampling import process_logits
 from refllm.decode.sampling_params import GREEDY, SamplingParams
-from refllm.decode.speculative import verification
-from refllm.decode.speculative.drafters import (
-    Adversary,
-    JacobiDrafter,
-    ModelDrafter,
-    NGramDrafter,
-    PerfectDrafter,
-)
-from refllm.decode.speculative.interface import Ask, check_vocabulary, common_prefix
+from refllm.decode.speculative.control_drafters import AdversarialDrafter, PerfectDrafter
+from refllm.decode.speculative.interface import DraftRequest, check_vocabulary, common_prefix_length
+from refllm.decode.speculative.jacobi_drafter import JacobiDrafter
+from refllm.decode.speculative.model_drafter import ModelDrafter
+from refllm.decode.speculative.ngram_drafter import NGramDrafter
 from refllm.kv.contiguous import ContiguousCache
-from refllm.model.config import ModelConfig
-from refllm.model.llama import build, forward, logits
+from refllm.model.llama import forward
 from strategies import seeds
 
-SMALL = ModelConfig("llama", 3, 8, 8, 1, 2, 1, 4, max_position_embeddings=32)
-SAMPLED = SamplingParams(temperature=1.0)
 texts = st.lists(st.integers(0, 3), min_size=1, max_size=24)
-
-
-def record(config: ModelConfig, seed: int, xp=np, dtype: str = "float64"):
-    """A network as the drafters take it."""
-    tensors = {k: xp.asarray(v) for k, v in random_tensors(config, seed, dtype).items()}
-    return SimpleNamespace(config=config, weights=build(config, tensors), tokenizer=tokenizer())
-
-
-def next_logits(model, text, xp=np):
-    cache = ContiguousCache(model.config, 1, len(text), like=model.weights["norm"])
-    positions = xp.asarray(np.arange(len(text)))
-    hidden = forward(
-        model.weights,
-        model.config,
-        xp.asarray(np.asarray(text)),
-        positions,
-        cache.view([len(text)]),
-    )
-    return to_host(logits(model.weights, hidden))[-1]
 
 
 # --- n-grams ------------------------------------------------------------------------------
@@ -105,11 +77,13 @@ def test_the_latest_of_equal_matches_counts():
     "A drafter's q is the law that its tokens were drawn from, after its own temperature, top-k and top-p",
     source="Leviathan et al. 2023, section 2.3",
 )
-@pytest.mark.parametrize("sampling", [SAMPLED, SamplingParams(0.5, top_k=2), SamplingParams(1.5, top_p=0.8)])
+@pytest.mark.parametrize(
+    "sampling", [SAMPLED, SamplingParams(0.5, top_k=2), SamplingParams(1.5, top_p=0.8)]
+)
 @pytest.mark.parametrize("own", [None, SamplingParams(0.7)])
 def test_the_returned_distribution_is_the_sampled_one(sampling, own, monkeypatch):
-    monkeypatch.setattr(verification, "draw", enumeration.draw)
-    drafter = ModelDrafter(record(SMALL, 1), sampling=own)
+    use_exact_draws(monkeypatch)
+    drafter = ModelDrafter(random_model(SMALL, 1), sampling=own)
     rows = {}
 
     def run(rng):
@@ -117,7 +91,7 @@ def test_the_returned_distribution_is_the_sampled_one(sampling, own, monkeypatch
         rows[tuple(proposal.tokens[:1])] = proposal.q
         return tuple(proposal.tokens)
 
-    found = law(run)
+    found = exact_distribution(run)
     used = own or sampling
     for (first, second), chance in found.items():
         q = rows[first,]
@@ -137,7 +111,7 @@ def test_the_returned_distribution_is_the_sampled_one(sampling, own, monkeypatch
 @pytest.mark.parametrize("name", ["llama", "mistral-window"])
 @given(seed=seeds, rounds=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), max_size=5))
 def test_a_cache_that_goes_on_is_one_that_begins_anew(xp, name, seed, rounds):
-    model = record(NETWORKS[name], 2, xp)
+    model = random_model(NETWORKS[name], 2, xp)
     rng = np.random.default_rng(seed)
     drafter = ModelDrafter(model, 4)
     text = rng.integers(0, 300, 3).tolist()
@@ -150,7 +124,7 @@ def test_a_cache_that_goes_on_is_one_that_begins_anew(xp, name, seed, rounds):
         else:
             text = [*text, *mine[:accepted], int(rng.integers(300))]
     # what the cache holds is what the network writes for these tokens
-    [fed] = drafter._fed
+    [fed] = drafter._cached
     assert drafter.cache.lengths == [len(fed)]
     if fed:
         fresh = ContiguousCache(model.config, 1, len(fed), like=model.weights["norm"])
@@ -169,7 +143,7 @@ def test_a_cache_that_goes_on_is_one_that_begins_anew(xp, name, seed, rounds):
 
 
 def test_after_full_acceptance_two_tokens_are_computed_and_after_rejection_one():
-    drafter = ModelDrafter(record(SMALL, 1), 3)
+    drafter = ModelDrafter(random_model(SMALL, 1), 3)
     rng = np.random.default_rng(0)
     first = drafter.propose([0, 1], 3, GREEDY, rng).tokens
     assert drafter.computed == 2 + 2  # the prompt, and two of the drafts: the last one is never fed
@@ -181,14 +155,18 @@ def test_after_full_acceptance_two_tokens_are_computed_and_after_rejection_one()
 
 
 def test_drafts_end_where_the_model_is_not_sure_or_has_no_positions_left():
-    model = record(SMALL, 1)
+    model = random_model(SMALL, 1)
     rng = np.random.default_rng(0)
     z = next_logits(model, [0, 1])
     top = float(process_logits(z).max())
     for sampling in (GREEDY, SAMPLED):
-        assert ModelDrafter(model, confidence=top + 1e-9).propose([0, 1], 3, sampling, rng).tokens == []
         assert (
-            len(ModelDrafter(model, confidence=top - 1e-9).propose([0, 1], 3, sampling, rng).tokens) >= 1
+            ModelDrafter(model, confidence=top + 1e-9).propose([0, 1], 3, sampling, rng).tokens
+            == []
+        )
+        assert (
+            len(ModelDrafter(model, confidence=top - 1e-9).propose([0, 1], 3, sampling, rng).tokens)
+            >= 1
         )
         assert len(ModelDrafter(model).propose([0] * 30, 4, sampling, rng).tokens) == 2
         assert ModelDrafter(model).propose([0] * 32, 4, sampling, rng).tokens == []
@@ -196,11 +174,11 @@ def test_drafts_end_where_the_model_is_not_sure_or_has_no_positions_left():
 
 
 def test_the_controls():
-    model = record(SMALL, 1)
+    model = random_model(SMALL, 1)
     rng = np.random.default_rng(0)
     z = next_logits(model, [0, 1])
     assert PerfectDrafter(model).propose([0, 1], 1, GREEDY, rng).tokens == [int(z.argmax())]
-    assert Adversary(model).propose([0, 1], 1, SAMPLED, rng) == ([int(z.argmin())], None)
+    assert AdversarialDrafter(model).propose([0, 1], 1, SAMPLED, rng) == ([int(z.argmin())], None)
 
 
 def test_jacobi_guesses_what_the_target_said():
@@ -218,10 +196,10 @@ def test_jacobi_guesses_what_the_target_said():
 
 @pytest.mark.parametrize("gamma", [0, -1, 1.5, None])
 @pytest.mark.parametrize(
-    "kind", [NGramDrafter, JacobiDrafter, lambda gamma: ModelDrafter(record(SMALL, 1), gamma)]
+    "kind", [NGramDrafter, JacobiDrafter, lambda gamma: ModelDrafter(random_model(SMALL, 1), gamma)]
 )
 def test_gamma_must_be_at_least_one(kind, gamma):
-    with pytest.raises(ValueError, match="gamma, the number of drafts a step, must be 1 or more"):
+    with pytest.raises(ValueError, match="gamma, the number of drafts per step, must be 1 or more"):
         kind(gamma)
 
 
@@ -229,15 +207,15 @@ def test_bad_settings_are_named():
     with pytest.raises(ValueError, match="shortest must be at least 1"):
         NGramDrafter(longest=1, shortest=2)
     with pytest.raises(ValueError, match="confidence is a probability"):
-        ModelDrafter(record(SMALL, 1), confidence=1.0)
+        ModelDrafter(random_model(SMALL, 1), confidence=1.0)
 
 
 def test_another_vocabulary_is_refused():
-    target = record(NETWORKS["llama"], 1)
-    other = record(SMALL, 1)
+    target = random_model(NETWORKS["llama"], 1)
+    other = random_model(SMALL, 1)
     with pytest.raises(ValueError, match="vocabulary of 3 tokens and the target of 300"):
         check_vocabulary(target, other)
-    other = record(NETWORKS["llama"], 2)
+    other = random_model(NETWORKS["llama"], 2)
     check_vocabulary(target, other)
     other.tokenizer = Tokenizer.train(["class A:\n    pass\n" * 3], 280)
     with pytest.raises(ValueError, match="is not the target's: '.*' is token"):
@@ -246,10 +224,10 @@ def test_another_vocabulary_is_refused():
 
 @given(a=texts, b=texts)
 def test_common_prefix(a, b):
-    n = common_prefix(a, b)
+    n = common_prefix_length(a, b)
     assert a[:n] == b[:n]
     assert n == min(len(a), len(b)) or a[n] != b[n]
-    assert common_prefix(a * 3 + b, a * 3 + [9]) == 3 * len(a)
+    assert common_prefix_length(a * 3 + b, a * 3 + [9]) == 3 * len(a)
 
 
 # --- several sequences at once ------------------------------------------------------------
@@ -265,21 +243,23 @@ def test_common_prefix(a, b):
 def test_drafts_made_together_are_those_made_alone(xp, name, data, seed, sampled, confidence):
     config = NETWORKS[name]
     rng = np.random.default_rng(seed)
-    model = record(config, seed % 7, xp)
+    model = random_model(config, seed % 7, xp)
     sampling = SAMPLED if sampled else GREEDY
     together = ModelDrafter(model, 3, confidence=confidence, sequences=5)
     texts = [rng.integers(0, config.vocab_size, rng.integers(1, 9)).tolist() for _ in range(5)]
     for turn in range(3):
         asked = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=5, unique=True))
         asks = [
-            Ask(texts[s], int(rng.integers(0, 4)), sampling, np.random.default_rng([turn, s]), s)
+            DraftRequest(
+                texts[s], int(rng.integers(0, 4)), sampling, np.random.default_rng([turn, s]), s
+            )
             for s in asked
         ]
-        made = together.propose_together(asks)
+        made = together.propose_batch(asks)
         for ask, proposal in zip(asks, made, strict=True):
             alone = ModelDrafter(model, 3, confidence=confidence)
             expected = alone.propose(
-                ask.tokens, ask.most, sampling, np.random.default_rng([turn, ask.sequence])
+                ask.tokens, ask.count, sampling, np.random.default_rng([turn, ask.sequence])
             )
             assert proposal.tokens == expected.tokens
             assert (proposal.q is None) == (expected.q is None)
@@ -297,18 +277,18 @@ def test_drafts_made_together_are_those_made_alone(xp, name, data, seed, sampled
 
 
 def test_a_full_sequence_between_others_and_a_text_of_one_token_are_no_obstacle():
-    model = record(SMALL, 1)  # 32 positions
+    model = random_model(SMALL, 1)  # 32 positions
     rng = np.random.default_rng(0)
     drafter = ModelDrafter(model, 2, sequences=3)
     drafter.propose([0] * 31, 1, GREEDY, rng, 1)
     assert drafter.cache.lengths[1] == 31
     for middle, length in (([0] * 31, 31), ([0] * 32, 31)):
         asks = [
-            Ask([0, 1, 2], 2, GREEDY, rng, 0),
-            Ask(middle, 2, GREEDY, rng, 1),
-            Ask([2], 2, GREEDY, rng, 2),
+            DraftRequest([0, 1, 2], 2, GREEDY, rng, 0),
+            DraftRequest(middle, 2, GREEDY, rng, 1),
+            DraftRequest([2], 2, GREEDY, rng, 2),
         ]
-        found = [p.tokens for p in drafter.propose_together(asks)]
+        found = [p.tokens for p in drafter.propose_batch(asks)]
         expected = [
             ModelDrafter(model, 2).propose(ask.tokens, 2, GREEDY, rng).tokens for ask in asks
         ]
@@ -316,16 +296,20 @@ def test_a_full_sequence_between_others_and_a_text_of_one_token_are_no_obstacle(
         assert drafter.cache.lengths[1] == length
     # two tokens of the first and the last at once, around a full one
     texts = [0, 1, 2], [0] * 32, [1, 1, 2]
-    found = drafter.propose_together([Ask(text, 2, GREEDY, rng, s) for s, text in enumerate(texts)])
+    found = drafter.propose_batch(
+        [DraftRequest(text, 2, GREEDY, rng, s) for s, text in enumerate(texts)]
+    )
     assert [p.tokens for p in found] == [
         ModelDrafter(model, 2).propose(t, 2, GREEDY, rng).tokens for t in texts
     ]
     assert drafter.cache.lengths[1] == 31
-    assert drafter.propose_together([]) == []
+    assert drafter.propose_batch([]) == []
 
 
 def test_a_sequence_drafts_once_in_a_step():
-    drafter = ModelDrafter(record(SMALL, 1), 2, sequences=3)
+    drafter = ModelDrafter(random_model(SMALL, 1), 2, sequences=3)
     rng = np.random.default_rng(0)
-    with pytest.raises(ValueError, match="drafts once in a step"):
-        drafter.propose_together([Ask([0, 1], 2, GREEDY, rng, 0), Ask([1, 1], 2, GREEDY, rng, 0)])
+    with pytest.raises(ValueError, match="drafts once per step"):
+        drafter.propose_batch(
+            [DraftRequest([0, 1], 2, GREEDY, rng, 0), DraftRequest([1, 1], 2, GREEDY, rng, 0)]
+        )

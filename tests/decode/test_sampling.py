@@ -19,14 +19,9 @@ from hypothesis import strategies as st
 
 import fakecupy
 from conftest import oracle, to_host
-from refllm.decode.sampling import (
-    apply_count_penalties,
-    apply_repetition_penalty,
-    log_probabilities,
-    margin,
-    process_logits,
-    sample,
-)
+from refllm.decode.margin import margin
+from refllm.decode.penalties import apply_count_penalties, apply_repetition_penalty
+from refllm.decode.sampling import draw, log_probabilities, process_logits, sample
 from strategies import arrays, build, seeds
 
 EPS = float(np.finfo(np.float64).eps)
@@ -178,7 +173,9 @@ def test_vllms_order_keeps_a_subset(pure_xp, z, params):
     brute_force(z[0], **params)  # passes over cases at a cut of top-p
     log_first = np.where(to_host(first) > 0, z, -np.inf)
     theirs = to_host(
-        process_logits(pure_xp.asarray(log_first), params["temperature"], params["top_k"], params["top_p"])
+        process_logits(
+            pure_xp.asarray(log_first), params["temperature"], params["top_k"], params["top_p"]
+        )
     )
     assert ((theirs > 0) <= (to_host(process_logits(x, **params)) > 0)).all()
 
@@ -200,17 +197,21 @@ def test_temperature_0_is_the_argmax_and_the_limit(pure_xp, z, params):
                 assert (to_host(process_logits(pure_xp.asarray(row), cold)) == one_hot).all()
 
 
-@pytest.mark.theorem("process_logits(z + c) = process_logits(z)", source="softmax is invariant to a shift")
+@pytest.mark.theorem(
+    "process_logits(z + c) = process_logits(z)", source="softmax is invariant to a shift"
+)
 @given(z=logits(), params=settings_, c=st.integers(-1000, 1000))
 def test_a_shift_of_all_logits_changes_nothing(pure_xp, z, params, c):
     z = np.round(z.astype(np.float64) * 8) / 8  # eighths: adding c is exact, so equality is too
     assert (
-        to_host(process_logits(pure_xp.asarray(z), **params)) == to_host(process_logits(pure_xp.asarray(z + c), **params))
+        to_host(process_logits(pure_xp.asarray(z), **params))
+        == to_host(process_logits(pure_xp.asarray(z + c), **params))
     ).all()
 
 
 @pytest.mark.theorem(
-    "process_logits(P z) = P process_logits(z) for a permutation P of tokens without ties", source="definition"
+    "process_logits(P z) = P process_logits(z) for a permutation P of tokens without ties",
+    source="definition",
 )
 @given(z=logits(), params=settings_, seed=seeds)
 def test_renaming_the_tokens_renames_the_probabilities(pure_xp, z, params, seed):
@@ -224,13 +225,20 @@ def test_renaming_the_tokens_renames_the_probabilities(pure_xp, z, params, seed)
     np.testing.assert_allclose(p[:, order], q, rtol=z.shape[1] * EPS)
 
 
-@given(z=logits(rows=3), each_params=st.lists(settings_, min_size=3, max_size=3), greedy=st.integers(0, 2))
+@given(
+    z=logits(rows=3),
+    each_params=st.lists(settings_, min_size=3, max_size=3),
+    greedy=st.integers(0, 2),
+)
 def test_a_batch_with_its_own_parameters_equals_its_rows_alone(pure_xp, z, each_params, greedy):
     each_params[greedy]["temperature"] = 0.0
     x = pure_xp.asarray(z)
     together = {name: [params[name] for params in each_params] for name in each_params[0]}
     u = pure_xp.asarray(np.array([0.1, 0.5, 0.9]))
-    alone = [to_host(process_logits(pure_xp.asarray(row), **params)) for row, params in zip(z, each_params, strict=True)]
+    alone = [
+        to_host(process_logits(pure_xp.asarray(row), **params))
+        for row, params in zip(z, each_params, strict=True)
+    ]
     assert (to_host(process_logits(x, **together)) == np.stack(alone)).all()
     apart = [margin(pure_xp.asarray(z[i]), (0.1, 0.5, 0.9)[i], **each_params[i]) for i in range(3)]
     assert to_host(margin(x, u, **together)).tolist() == [float(m) for m in apart]
@@ -239,7 +247,9 @@ def test_a_batch_with_its_own_parameters_equals_its_rows_alone(pure_xp, z, each_
     for name in together:  # one parameter a row, the others shared
         shared = {**each_params[0], name: together[name]}
         rows = [
-            to_host(process_logits(pure_xp.asarray(z[i]), **{**each_params[0], name: together[name][i]}))
+            to_host(
+                process_logits(pure_xp.asarray(z[i]), **{**each_params[0], name: together[name][i]})
+            )
             for i in range(3)
         ]
         assert (to_host(process_logits(x, **shared)) == np.stack(rows)).all()
@@ -257,7 +267,12 @@ def test_a_batch_with_its_own_parameters_equals_its_rows_alone(pure_xp, z, each_
 def test_what_is_not_a_logit_is_refused_with_its_place(pure_xp, row, says):
     x = pure_xp.asarray(np.array([[1.0, 2.0, -math.inf], row], dtype=np.float32))
     u = pure_xp.asarray(np.zeros(2))
-    for function in (process_logits, lambda x: process_logits(x, 0), lambda x: margin(x, u), log_probabilities):
+    for function in (
+        process_logits,
+        lambda x: process_logits(x, 0),
+        lambda x: margin(x, u),
+        log_probabilities,
+    ):
         with pytest.raises(ValueError, match=says):
             function(x)
 
@@ -459,6 +474,46 @@ def test_a_draw_waits_for_the_device_twice_and_moves_nothing():
         assert (cost.syncs, cost.h2d) == (2, 0)  # one look at the logits, one at the probabilities
 
 
+@given(seed=seeds, vocab=st.integers(1, 30), zeros=st.booleans())
+def test_draw_is_sample(seed, vocab, zeros):
+    """The fast inverse CDF of the host gives what ``sample`` gives, for weights of any sum."""
+    rng = np.random.default_rng(seed)
+    w = rng.random(vocab) * (rng.random(vocab) < 0.5 if zeros else 1)
+    assume(w.sum() > 0)
+    for u in (0.0, float(rng.random()), 1 - 2**-53):
+        assert draw(w, u) == int(sample(w, u))
+        assert w[draw(w, u)] > 0
+        assert draw(np.zeros(vocab), u, otherwise=w) == int(sample(w, u))
+    with pytest.raises(ValueError, match="weight 0"):
+        draw(np.zeros(vocab), 0.5)
+
+
+@pytest.mark.theorem(
+    "A draw in two levels, blocks and then tokens, is the draw in one: token t for u within its share of the mass",
+    source="the same intervals, cut in two steps",
+)
+@given(
+    seed=seeds,
+    vocab=st.integers(16 * 1024, 20_000),
+    gaps=st.booleans(),
+    dtype=st.sampled_from(["float32", "float64"]),
+)
+def test_draw_from_a_long_row(seed, vocab, gaps, dtype):
+    rng = np.random.default_rng(seed)
+    w = rng.random(vocab)
+    if gaps:
+        w *= rng.random(vocab) < 0.001
+        w[rng.integers(vocab, size=3)] = 1.0
+    w = w.astype(dtype)
+    edges = np.concatenate(([0.0], np.cumsum(w, dtype=np.float64)))
+    for u in (0.0, 1 - 2**-53, *rng.random(20)):
+        token = draw(w, float(u))
+        assert w[token] > 0
+        # sums of up to 20,000 float64 in two orders: within n·eps of each other
+        slack = vocab * EPS * edges[-1]
+        assert edges[token] - slack <= u * edges[-1] <= edges[token + 1] + slack
+
+
 # --- the margin ---------------------------------------------------------------------------
 
 
@@ -524,7 +579,8 @@ def test_within_the_margin_the_token_is_the_same(pure_xp, z, params, u, greedy, 
     ]
     moved = pure_xp.asarray(z + 0.999 * delta * np.stack(signs))
     assert (
-        to_host(sample(process_logits(moved, **params), pure_xp.asarray(np.full(len(signs), u)))) == token
+        to_host(sample(process_logits(moved, **params), pure_xp.asarray(np.full(len(signs), u))))
+        == token
     ).all()
 
 
@@ -565,12 +621,13 @@ def test_two_backends_agree_wherever_the_margin_exceeds_their_difference(pure_xp
     assert safe.mean() > 0.9  # and the claim is about nearly all of them
 
 
-# --- peers --------------------------------------------------------------------------------
+# --- reference implementations ------------------------------------------------------------
 
 
 @pytest.mark.oracle
 @pytest.mark.theorem(
-    "warp = softmax of transformers' warpers in its order, without ties", source="transformers 5"
+    "process_logits = softmax after transformers' logits warpers in its order, without ties",
+    source="transformers 5",
 )
 @given(seed=seeds, params=settings_)
 def test_warp_equals_transformers(pure_xp, seed, params):

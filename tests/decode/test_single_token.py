@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 
 from networks import NETWORKS, TOKENS, full_logits, random_tensors, tolerance
-from refllm.decode.fast.single_token import LeanStep, fits
+from refllm.decode.fast.single_token import SingleTokenStep, is_supported
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.attention import CausalAttend
 from refllm.model.config import ModelConfig
@@ -27,11 +27,11 @@ def network(config: ModelConfig, seed: int, dtype: str = "float64"):
 def test_a_lean_step_is_the_network_at_every_position(config, seed):
     weights = network(config, seed)
     rng = np.random.default_rng(seed)
-    assert fits(config, weights)
+    assert is_supported(config, weights)
     tokens = rng.integers(0, config.vocab_size, 8)
     expected = logits(weights, forward(weights, config, tokens, np.arange(8), CausalAttend([8])))
     cache = ContiguousCache(config, 2, 9, like=weights["norm"])
-    step = LeanStep(weights, config, cache)
+    step = SingleTokenStep(weights, config, cache)
     for i, token in enumerate(tokens):
         found = step.step(int(token), 1)
         np.testing.assert_allclose(found, expected[i], rtol=0, atol=tolerance(config, 8, expected))
@@ -58,7 +58,7 @@ def test_it_continues_a_prefill_of_the_network():
     cache = ContiguousCache(config, 1, 50, like=weights["norm"])
     forward(weights, config, TOKENS[:20], np.arange(20), cache.view([20]))
     cache.advance([20])
-    step = LeanStep(weights, config, cache)
+    step = SingleTokenStep(weights, config, cache)
     atol = tolerance(config, 40, expected)
     for i in range(20, 30):
         np.testing.assert_allclose(step.step(int(TOKENS[i])), expected[i], rtol=0, atol=atol)
@@ -68,14 +68,14 @@ def test_it_continues_a_prefill_of_the_network():
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral-window"])
 def test_families_with_more_in_them_are_left_to_the_network(name):
-    assert not fits(NETWORKS[name], network(NETWORKS[name], 0))
+    assert not is_supported(NETWORKS[name], network(NETWORKS[name], 0))
 
 
 def test_quantised_and_wide_networks_are_left_to_the_network():
     config = NETWORKS["llama"]
     weights = network(config, 0)
-    assert fits(config, weights)
+    assert is_supported(config, weights)
     weights["layers"][0]["q_proj"] = object()
-    assert not fits(config, weights)
+    assert not is_supported(config, weights)
     wide = ModelConfig("llama", 8, 192, 8, 1, 1, 1, 8)
-    assert not fits(wide, network(wide, 0))
+    assert not is_supported(wide, network(wide, 0))

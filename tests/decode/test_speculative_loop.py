@@ -4,35 +4,31 @@ temperature 0, the caches.
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_drafters import SMALL, next_logits, record
 
 import enumeration
-from enumeration import distance, law
+from drafting import PROMPT, SMALL, output_distribution, random_model, use_exact_draws
+from enumeration import exact_distribution, largest_difference
 from networks import EPS
 from refllm.api import Model, load
 from refllm.corpus import held_out_documents
 from refllm.decode import generate as generation
 from refllm.decode.generate import generate_tokens
-from refllm.decode.sampling import apply_repetition_penalty, process_logits
+from refllm.decode.penalties import apply_repetition_penalty
+from refllm.decode.sampling import process_logits
 from refllm.decode.sampling_params import GREEDY, SamplingParams
 from refllm.decode.speculative import loop as module
 from refllm.decode.speculative import verification
-from refllm.decode.speculative.drafters import (
-    Adversary,
-    Cascade,
-    JacobiDrafter,
-    ModelDrafter,
-    NGramDrafter,
-    PerfectDrafter,
-)
+from refllm.decode.speculative.cascade import Cascade
+from refllm.decode.speculative.control_drafters import AdversarialDrafter, PerfectDrafter
 from refllm.decode.speculative.interface import Proposal, TreeProposal
-from refllm.decode.speculative.loop import judge, judge_tree, speculate
+from refllm.decode.speculative.jacobi_drafter import JacobiDrafter
+from refllm.decode.speculative.loop import speculate, verify_proposal, verify_tree_proposal
+from refllm.decode.speculative.model_drafter import ModelDrafter
+from refllm.decode.speculative.ngram_drafter import NGramDrafter
 from refllm.decode.speculative.tree import Tree
 from refllm.decode.speculative.tree_drafter import TreeDrafter
 from refllm.decode.speculative.verification import verify_block
@@ -40,44 +36,27 @@ from refllm.kv.contiguous import ContiguousCache
 from refllm.model.llama import forward
 from strategies import seeds
 
-PROMPT = [0, 2]
 WAYS = {
     "plain": SamplingParams(temperature=1.0),
     "warped": SamplingParams(temperature=0.7, top_k=2),
     "penalised": SamplingParams(temperature=1.0, repetition_penalty=1.7),
 }
 DRAFTERS = {
-    "model": lambda target: ModelDrafter(record(SMALL, 9), 2),
+    "model": lambda target: ModelDrafter(random_model(SMALL, 9), 2),
     "a model with warps of its own": lambda target: ModelDrafter(
-        record(SMALL, 9), 2, sampling=SamplingParams(0.5, top_k=2)
+        random_model(SMALL, 9), 2, sampling=SamplingParams(0.5, top_k=2)
     ),
-    "a model that stops": lambda target: ModelDrafter(record(SMALL, 9), 2, confidence=0.5),
+    "a model that stops": lambda target: ModelDrafter(random_model(SMALL, 9), 2, confidence=0.5),
     "n-gram": lambda target: NGramDrafter(2, shortest=1),
-    "a tree that is a chain": lambda target: TreeDrafter(record(SMALL, 9), 2, confidence=0.0),
-    "a tree that fans out": lambda target: TreeDrafter(record(SMALL, 9), 2, confidence=0.99),
+    "a tree that is a chain": lambda target: TreeDrafter(random_model(SMALL, 9), 2, confidence=0.0),
+    "a tree that fans out": lambda target: TreeDrafter(random_model(SMALL, 9), 2, confidence=0.99),
     "n-gram, else a tree": lambda target: Cascade(
-        NGramDrafter(2), TreeDrafter(record(SMALL, 9), 2, confidence=0.99)
+        NGramDrafter(2), TreeDrafter(random_model(SMALL, 9), 2, confidence=0.99)
     ),
     "Jacobi": lambda target: JacobiDrafter(2),
     "perfect": lambda target: PerfectDrafter(target, 2),
-    "adversary": lambda target: Adversary(target, 2),
+    "adversary": lambda target: AdversarialDrafter(target, 2),
 }
-
-
-def text_law(target, sampling, length):
-    """The law of the next tokens, from a full forward for each prefix."""
-    found = {}
-    for s in itertools.product(range(3), repeat=length):
-        chance = 1.0
-        for i, token in enumerate(s):
-            text = [*PROMPT, *s[:i]]
-            z = next_logits(target, text)[None]
-            seen = np.zeros((1, 3), dtype=bool)
-            seen[0, text] = True
-            z = apply_repetition_penalty(z, seen, sampling.repetition_penalty)
-            chance *= process_logits(z, sampling.temperature, sampling.top_k)[0, token]
-        found[s] = chance
-    return found
 
 
 @pytest.mark.theorem(
@@ -87,17 +66,18 @@ def text_law(target, sampling, length):
 @pytest.mark.parametrize("sampling", WAYS)
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_the_law_of_the_text_is_that_of_plain_generation(sampling, drafter, monkeypatch):
-    monkeypatch.setattr(verification, "draw", enumeration.draw)
+    use_exact_draws(monkeypatch)
     monkeypatch.setattr(
         module,
-        "choose",
+        "choose_tokens",
         lambda z, sampling, rng: [
             enumeration.draw(  # the prefill's token
-                process_logits(z, sampling.temperature, sampling.top_k, sampling.top_p)[0], rng.random()
+                process_logits(z, sampling.temperature, sampling.top_k, sampling.top_p)[0],
+                rng.random(),
             )
         ],
     )
-    target = record(SMALL, 4)
+    target = random_model(SMALL, 4)
     length = 4 if drafter == "model" and sampling == "plain" else 3
     laws = (
         [verification.verify, verify_block]
@@ -121,7 +101,12 @@ def test_the_law_of_the_text_is_that_of_plain_generation(sampling, drafter, monk
 
         # each probability is a product of four, each of them a network's, which agree
         # within 1e-13 however batched
-        assert distance(law(run), text_law(target, WAYS[sampling], length)) <= 1e-11
+        assert (
+            largest_difference(
+                exact_distribution(run), output_distribution(target, WAYS[sampling], length)
+            )
+            <= 1e-11
+        )
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +137,7 @@ def test_greedy_text_is_the_same_on_the_real_model(models, kind):
         "n-gram": lambda: NGramDrafter(6),
         "Jacobi": lambda: JacobiDrafter(3),
         "perfect": lambda: PerfectDrafter(target, 3),
-        "adversary": lambda: Adversary(target, 3),
+        "adversary": lambda: AdversarialDrafter(target, 3),
         "tree": lambda: TreeDrafter(draft, 5),
         "fan": lambda: TreeDrafter(draft, 3, confidence=0.99),
         "cascade": lambda: Cascade(NGramDrafter(4), TreeDrafter(draft)),
@@ -192,7 +177,13 @@ def test_the_cache_after_verification_is_that_of_the_text(models, kind, monkeypa
     text = list(prompt)
     drafter = kind(draft, 4)
     for step in speculate(
-        target.weights, target.config, prompt, 24, SamplingParams(0.9), np.random.default_rng(3), drafter
+        target.weights,
+        target.config,
+        prompt,
+        24,
+        SamplingParams(0.9),
+        np.random.default_rng(3),
+        drafter,
     ):
         cache = kept[0]
         text += step.tokens
@@ -211,7 +202,7 @@ def test_the_cache_after_verification_is_that_of_the_text(models, kind, monkeypa
 
 @given(length=st.integers(0, 9), gamma=st.integers(1, 12))
 def test_the_length_is_what_was_asked_for(length, gamma):
-    target = record(SMALL, 4)
+    target = random_model(SMALL, 4)
     plain = [
         t
         for (t,) in generate_tokens(
@@ -244,7 +235,7 @@ def test_the_api_takes_a_drafter_for_text_and_tokens(models):
 
 
 def test_an_end_token_within_an_accepted_run_ends_the_text():
-    target = record(SMALL, 4)
+    target = random_model(SMALL, 4)
     plain = [
         t
         for (t,) in generate_tokens(
@@ -261,7 +252,7 @@ def test_an_end_token_within_an_accepted_run_ends_the_text():
 
 def test_a_draft_model_of_another_vocabulary_is_refused(models):
     with pytest.raises(ValueError, match="vocabulary of 3 tokens and the target of 4096"):
-        models[0].generate("x = ", 4, drafter=ModelDrafter(record(SMALL, 1)))
+        models[0].generate("x = ", 4, drafter=ModelDrafter(random_model(SMALL, 1)))
 
 
 def test_what_is_no_number_is_refused():
@@ -269,9 +260,9 @@ def test_what_is_no_number_is_refused():
     z[1, 2] = np.nan
     for sampling in (GREEDY, SamplingParams(1.0)):
         with pytest.raises(ValueError, match="NaN"):
-            judge(z, [0], Proposal([0], None), sampling, np.random.default_rng(0))
+            verify_proposal(z, [0], Proposal([0], None), sampling, np.random.default_rng(0))
         with pytest.raises(ValueError, match="NaN"):
-            judge_tree(
+            verify_tree_proposal(
                 z, [0], TreeProposal([0], None, Tree.chain(1)), sampling, np.random.default_rng(0)
             )
 
@@ -283,13 +274,13 @@ def test_penalties_in_vectorised_rows_are_those_of_each_prefix(seed):
     z = rng.standard_normal((4, 9))
     text = rng.integers(0, 9, 3).tolist()
     drafts = rng.integers(0, 9, 3).tolist()
-    for i, row in enumerate(module.penalised(z, text, drafts, 1.5)):
+    for i, row in enumerate(module.penalized_logits(z, text, drafts, 1.5)):
         seen = np.zeros((1, 9), dtype=bool)
         seen[0, [*text, *drafts[:i]]] = True
         np.testing.assert_allclose(
             row, apply_repetition_penalty(z[i : i + 1], seen, 1.5)[0], rtol=EPS
         )
-    assert module.penalised(z, text, drafts, 1) is z
+    assert module.penalized_logits(z, text, drafts, 1) is z
 
 
 @given(seed=seeds, parents=st.sampled_from([[-1, -1, -1], [-1, 0, 0], [-1, 0, -1], [-1, 0, 1]]))
@@ -299,7 +290,7 @@ def test_penalties_in_a_tree_are_those_of_each_path(seed, parents):
     z = rng.standard_normal((4, 9))
     text = rng.integers(0, 9, 3).tolist()
     nodes = rng.integers(0, 9, 3).tolist()
-    for i, row in enumerate(module.penalised(z, text, nodes, 1.5, tree)):
+    for i, row in enumerate(module.penalized_logits(z, text, nodes, 1.5, tree)):
         seen = np.zeros((1, 9), dtype=bool)
         seen[0, text + [nodes[a] for a in tree.ancestors(i - 1)]] = True
         np.testing.assert_allclose(

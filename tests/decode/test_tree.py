@@ -9,15 +9,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import enumeration
 from conftest import to_host
-from enumeration import Table, distance, extended, law, sequence_law
+from drafting import use_exact_draws
+from enumeration import Table, exact_distribution, extend, largest_difference, sequence_distribution
 from networks import EPS, NETWORKS, random_tensors, tolerance
-from refllm.decode.speculative import verification
-from refllm.decode.speculative.tree import (
-    Tree,
-    TreeView,
-    compact,
+from refllm.decode.speculative.tree import Tree, TreeView, compact
+from refllm.decode.speculative.tree_verification import (
     draw_children,
     verify_tree,
     verify_tree_greedy,
@@ -41,7 +38,7 @@ kinds = st.sampled_from(["dense", "sparse", "peaked"])
 @pytest.fixture(autouse=True, scope="module")
 def _exact_draws():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verification, "draw", enumeration.draw)
+        use_exact_draws(patch)
         yield
 
 
@@ -101,10 +98,12 @@ def loses(tree, p, q, propose, judged_with, drawn_with=None) -> float:
         path, token = verify_tree(target, rows, shape, tokens, rng, replacement=judged_with)
         return (*(tokens[i] for i in path), token)
 
-    emitted = law(run)
+    emitted = exact_distribution(run)
     assert abs(sum(emitted.values()) - 1) < 1e-12
     length = max(tree.depths) + 1
-    return distance(extended(emitted, p, p.vocab, length), sequence_law(p, p.vocab, length))
+    return largest_difference(
+        extend(emitted, p, p.vocab, length), sequence_distribution(p, p.vocab, length)
+    )
 
 
 @pytest.mark.theorem(
@@ -128,7 +127,7 @@ def test_children_drawn_one_way_and_judged_the_other_are_caught():
     p = Table(3, 1)
     q = Table(3, 2)
     assert loses(Tree([-1, -1]), p, q, grown, True, False) > 1e-3
-    with pytest.raises(ValueError, match="drawn from a distribution that gives it probability 0"):
+    with pytest.raises(ValueError, match="token 2 has probability 0 in the distribution"):
         loses(Tree([-1, -1]), p, q, grown, False, True)  # the same token twice
 
 
@@ -165,7 +164,7 @@ def test_more_children_accept_more(vocab, seed):
                 )[0]
             )
 
-        return law(run).get(True, 0.0)
+        return exact_distribution(run).get(True, 0.0)
 
     single = accepted(1, True)
     assert single <= accepted(2, True) + 64 * EPS
@@ -307,14 +306,12 @@ def test_bad_trees_are_named():
         ),
         (
             lambda: verify_tree_greedy([0, 1], two, [0, 1]),
-            "needs as many tokens and one target more",
+            "needs as many tokens and one more target",
         ),
     ):
         with pytest.raises(ValueError, match=message):
             call()
-    with pytest.raises(
-        ValueError, match="token 1 was drawn from a distribution that gives it probability 0"
-    ):
+    with pytest.raises(ValueError, match="token 1 has probability 0 in the distribution"):
         verify_tree(np.array([[0.5, 0.5]] * 2), np.array([[1.0, 0.0]] * 2), Tree([-1]), [1], rng)
     cache = ContiguousCache(NETWORKS["llama"], 1, 2, like=np.zeros(1))
     with pytest.raises(ValueError, match="0 cached \\+ 3 tokens of a tree exceed 2"):

@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_drafters import SAMPLED, SMALL, next_logits, record
 
-import enumeration
-from enumeration import law
+from drafting import SAMPLED, SMALL, next_logits, random_model, use_exact_draws
+from enumeration import exact_distribution
 from networks import EPS, NETWORKS
 from refllm.api import load
 from refllm.decode.sampling import process_logits
 from refllm.decode.sampling_params import GREEDY, SamplingParams
-from refllm.decode.speculative import verification
 from refllm.decode.speculative.acceptance import Acceptance
-from refllm.decode.speculative.drafters import Cascade, ModelDrafter, NGramDrafter, check_drafter
-from refllm.decode.speculative.interface import NOTHING, TreeProposal
-from refllm.decode.speculative.loop import judge_tree
+from refllm.decode.speculative.cascade import Cascade, check_drafter
+from refllm.decode.speculative.interface import NO_DRAFTS, TreeProposal
+from refllm.decode.speculative.loop import verify_tree_proposal
+from refllm.decode.speculative.model_drafter import ModelDrafter
+from refllm.decode.speculative.ngram_drafter import NGramDrafter
 from refllm.decode.speculative.tree import Tree
 from refllm.decode.speculative.tree_drafter import TreeDrafter
 from refllm.serve.engine import Engine
@@ -49,7 +49,7 @@ def below(tree, tokens, node):
 )
 def test_a_chain_where_it_is_sure_and_a_fan_where_it_is_not(seed, gamma, confidence, temperature):
     sampling = SamplingParams(temperature)
-    model = record(NETWORKS["llama"], seed % 5)
+    model = random_model(NETWORKS["llama"], seed % 5)
     text = [0, 1]
     proposal = TreeDrafter(model, gamma, confidence=confidence).propose(
         text, gamma, sampling, draw(seed)
@@ -84,8 +84,8 @@ def test_a_chain_where_it_is_sure_and_a_fan_where_it_is_not(seed, gamma, confide
 )
 @pytest.mark.parametrize("confidence", [0.0, 0.99])
 def test_the_returned_rows_are_what_the_children_were_drawn_from(confidence, monkeypatch):
-    monkeypatch.setattr(verification, "draw", enumeration.draw)
-    drafter = TreeDrafter(record(SMALL, 1), 2, confidence=confidence)
+    use_exact_draws(monkeypatch)
+    drafter = TreeDrafter(random_model(SMALL, 1), 2, confidence=confidence)
     rows = {}
 
     def run(rng):
@@ -93,7 +93,7 @@ def test_the_returned_rows_are_what_the_children_were_drawn_from(confidence, mon
         rows[tuple(proposal.tokens)] = proposal
         return tuple(proposal.tokens)
 
-    for (first, second), chance in law(run).items():
+    for (first, second), chance in exact_distribution(run).items():
         proposal = rows[first, second]
         q = proposal.q
         if confidence:  # a fan: the second from what the first left
@@ -109,26 +109,28 @@ def test_the_returned_rows_are_what_the_children_were_drawn_from(confidence, mon
 
 
 def test_trees_end_with_the_positions_and_the_vocabulary():
-    model = record(SMALL, 1)  # 32 positions, 3 tokens
+    model = random_model(SMALL, 1)  # 32 positions, 3 tokens
     for sampling in (GREEDY, SAMPLED):
         assert (
-            len(TreeDrafter(model, 4, confidence=0.0).propose([0] * 30, 4, sampling, draw(0)).tokens)
+            len(
+                TreeDrafter(model, 4, confidence=0.0).propose([0] * 30, 4, sampling, draw(0)).tokens
+            )
             == 2
         )
         assert TreeDrafter(model, 4).propose([0] * 32, 4, sampling, draw(0)).tokens == []
-        assert TreeDrafter(model, 4).propose([0], 0, sampling, draw(0)) == NOTHING
+        assert TreeDrafter(model, 4).propose([0], 0, sampling, draw(0)) == NO_DRAFTS
         wide = TreeDrafter(model, 7, confidence=0.99).propose([0, 1], 7, sampling, draw(0))
         assert sorted(wide.tokens) == [0, 1, 2]  # as many children as there are tokens
 
 
 def test_the_cache_of_a_grown_tree_goes_on_with_the_text():
-    drafter = TreeDrafter(record(SMALL, 1), 3, confidence=0.0)
+    drafter = TreeDrafter(random_model(SMALL, 1), 3, confidence=0.0)
     rng = draw(0)
     first = drafter.propose([0, 1], 3, GREEDY, rng).tokens
     assert drafter.computed == 2 + 2
     again = drafter.propose([0, 1, *first, 2], 3, GREEDY, rng)
     assert drafter.computed == 4 + 2 + 2
-    anew = TreeDrafter(record(SMALL, 1), 3, confidence=0.0).propose(
+    anew = TreeDrafter(random_model(SMALL, 1), 3, confidence=0.0).propose(
         [0, 1, *first, 2], 3, GREEDY, rng
     )
     assert (again.tokens, again.tree.parents) == (anew.tokens, anew.tree.parents)
@@ -141,7 +143,7 @@ def test_a_cascade_takes_the_first_proposal_and_tells_who_made_it():
         def observe(self, best, accepted):
             heard.append((self.gamma, accepted))
 
-    model = ModelDrafter(record(SMALL, 1), 3)
+    model = ModelDrafter(random_model(SMALL, 1), 3)
     cascade = Cascade(Told(2, shortest=2), Told(9, longest=1, shortest=1), model)
     assert cascade.gamma == 9
     for text, count, made, by in (
@@ -161,10 +163,10 @@ def test_a_cascade_takes_the_first_proposal_and_tells_who_made_it():
 
 
 def test_a_model_within_a_cascade_must_speak_the_vocabulary():
-    target = record(NETWORKS["llama"], 1)
+    target = random_model(NETWORKS["llama"], 1)
     check_drafter(target, Cascade(NGramDrafter(), TreeDrafter(target)))
     with pytest.raises(ValueError, match="vocabulary of 3 tokens"):
-        check_drafter(target, Cascade(NGramDrafter(), ModelDrafter(record(SMALL, 1))))
+        check_drafter(target, Cascade(NGramDrafter(), ModelDrafter(random_model(SMALL, 1))))
     with pytest.raises(TypeError, match="a drafter is"):
         check_drafter(target, "ngram")
 
@@ -193,7 +195,9 @@ def test_of_a_tree_the_levels_that_were_judged_are_counted():
         ([1, 5, 0, 0, 0], [1], 2),
         ([1, 4, 0, 0, 0], [1, 4], 2),
     ):
-        step, path = judge_tree(rows[best], [0], TreeProposal(nodes, None, fan), GREEDY, draw(0))
+        step, path = verify_tree_proposal(
+            rows[best], [0], TreeProposal(nodes, None, fan), GREEDY, draw(0)
+        )
         assert [nodes[node] for node in path] == kept == step.drafts[: step.accepted]
         assert sorted(step.drafts) == nodes
         assert step.token == best[path[-1] + 1 if path else 0]
@@ -204,7 +208,7 @@ def test_of_a_tree_the_levels_that_were_judged_are_counted():
 
 
 def test_what_is_left_of_q_may_be_too_little_to_draw_from():
-    model = record(SMALL, 33)
+    model = random_model(SMALL, 33)
     z = next_logits(model, [0, 2])
     # e^−750: the second token has next to nothing
     sampling = SamplingParams(float(np.sort(z)[-1] - np.sort(z)[-2]) / 750)

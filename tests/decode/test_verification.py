@@ -18,9 +18,12 @@ from hypothesis import strategies as st
 
 import enumeration
 from conftest import to_host
-from enumeration import Table, distance, extended, law, sequence_law
-from refllm.decode.sampling import apply_repetition_penalty, process_logits, sample
+from drafting import use_exact_draws
+from enumeration import Table, exact_distribution, extend, largest_difference, sequence_distribution
+from refllm.decode.penalties import apply_repetition_penalty
+from refllm.decode.sampling import draw, process_logits, sample
 from refllm.decode.speculative import verification
+from refllm.decode.speculative.acceptance import expected_length
 from refllm.decode.speculative.verification import (
     residual,
     verify,
@@ -31,7 +34,7 @@ from refllm.decode.speculative.verification import (
 from strategies import seeds
 
 EPS = float(np.finfo(np.float64).eps)
-LAWS = {"token-wise": verify, "block": verify_block}
+RULES = {"token-wise": verify, "block": verify_block}
 kinds = st.sampled_from(["dense", "sparse", "peaked"])
 vocabs = st.integers(2, 3)
 gammas = st.integers(1, 3)
@@ -40,7 +43,7 @@ gammas = st.integers(1, 3)
 @pytest.fixture(autouse=True, scope="module")
 def _exact_draws():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verification, "draw", enumeration.draw)
+        use_exact_draws(patch)
         yield
 
 
@@ -72,25 +75,25 @@ def one_hot(q, gamma, rng):
     return drafts, None
 
 
-def step(judge, propose, p, q, gamma):
+def step(rule, propose, p, q, gamma):
     """A whole step as a program of ``rng``: draft, verify, emit."""
 
     def run(rng):
         drafts, rows = propose(q, gamma, rng)
-        accepted, token = judge(p.rows([], drafts), rows, drafts, rng)
+        accepted, token = rule(p.rows([], drafts), rows, drafts, rng)
         return (*drafts[:accepted], token)
 
     return run
 
 
-def loses(judge, propose, p, q, gamma) -> float:
+def loses(rule, propose, p, q, gamma) -> float:
     """How far the law of the next γ + 1 tokens lies from the target's: the largest
     difference of a probability.
     """
-    emitted = law(step(judge, propose, p, q, gamma))
+    emitted = exact_distribution(step(rule, propose, p, q, gamma))
     assert abs(sum(emitted.values()) - 1) < 1e-12
-    whole = extended(emitted, p, p.vocab, gamma + 1)
-    return distance(whole, sequence_law(p, p.vocab, gamma + 1))
+    whole = extend(emitted, p, p.vocab, gamma + 1)
+    return largest_difference(whole, sequence_distribution(p, p.vocab, gamma + 1))
 
 
 @pytest.mark.theorem(
@@ -98,7 +101,7 @@ def loses(judge, propose, p, q, gamma) -> float:
     "drafts and of one-hot ones",
     source="Leviathan et al. 2023, appendix A.1; Sun et al. 2024, theorem 1",
 )
-@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("propose", [sampled, one_hot])
 @given(vocab=vocabs, gamma=gammas, seed=seeds, of_p=kinds, of_q=kinds)
 @example(vocab=3, gamma=3, seed=0, of_p="sparse", of_q="sparse")
@@ -108,7 +111,7 @@ def test_the_law_of_the_emitted_tokens_is_the_target_s(
     assume(vocab**gamma <= 9 or seed % 3 == 0)  # the dear cases less often
     p = Table(vocab, seed, of_p)
     q = Table(vocab, seed + 1, of_q)
-    assert loses(LAWS[name], propose, p, q, gamma) <= rounding(vocab, gamma)
+    assert loses(RULES[name], propose, p, q, gamma) <= rounding(vocab, gamma)
 
 
 def test_the_law_holds_in_rational_numbers():
@@ -229,11 +232,11 @@ BUGS = {
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_each_known_bug_is_caught_by_the_test_of_the_law(bug):
-    judge, propose = BUGS[bug]
+    rule, propose = BUGS[bug]
     p = Table(3, 11)
     q = Table(3, 12)
     assert loses(verify, sampled, p, q, 2) <= rounding(3, 2)
-    assert loses(judge, propose, p, q, 2) > 1e-3, "the wrong code passes the test of the law"
+    assert loses(rule, propose, p, q, 2) > 1e-3, "the wrong code passes the test of the law"
 
 
 class Penalised(Table):
@@ -261,27 +264,27 @@ def test_penalties_are_computed_on_the_prefix_with_the_drafts(counted):
     p = Penalised(3, 5)
     q = Table(3, 6)
 
-    def judge(_, rows, drafts, rng):
+    def rule(_, rows, drafts, rng):
         which = {"none of the drafts": lambda i: [], "all of the drafts": lambda i: drafts}
         count = which.get(counted, lambda i: drafts[:i])
         target = np.stack([p.seen_by(drafts[:i], count(i)) for i in range(len(drafts) + 1)])
         return verify(target, rows, drafts, rng)
 
-    lost = loses(judge, sampled, p, q, 2)
+    lost = loses(rule, sampled, p, q, 2)
     assert (lost <= rounding(3, 2)) if counted == "the drafts before it" else (lost > 1e-3)
 
 
 # --- what is accepted ---------------------------------------------------------------------
 
 
-def accepted_law(judge, propose, p, q, gamma):
+def accepted_distribution(rule, propose, p, q, gamma):
     """The law of how many drafts are accepted."""
 
     def run(rng):
         drafts, rows = propose(q, gamma, rng)
-        return judge(p.rows([], drafts), rows, drafts, rng)[0]
+        return rule(p.rows([], drafts), rows, drafts, rng)[0]
 
-    return law(run)
+    return exact_distribution(run)
 
 
 @pytest.mark.theorem(
@@ -296,8 +299,11 @@ def test_acceptance_is_one_minus_total_variation(vocab, seed, of_p, of_q):
     other = q([])
     overlap = np.minimum(one, other).sum()
     assert abs(overlap - (1 - 0.5 * abs(one - other).sum())) <= 4 * vocab * EPS
-    for judge in LAWS.values():
-        assert abs(accepted_law(judge, sampled, p, q, 1).get(1, 0.0) - overlap) <= 8 * vocab * EPS
+    for rule in RULES.values():
+        assert (
+            abs(accepted_distribution(rule, sampled, p, q, 1).get(1, 0.0) - overlap)
+            <= 8 * vocab * EPS
+        )
     assert abs(residual(one, other).sum() - (1 - overlap)) <= 4 * vocab * EPS or np.array_equal(
         one, other
     )
@@ -313,9 +319,9 @@ def test_one_hot_acceptance(vocab, seed, of_p, of_q):
     q = Table(vocab, seed + 1, of_q)
     one = p([])
     other = q([])
-    certain = accepted_law(verify, one_hot, p, q, 1).get(1, 0.0)
+    certain = accepted_distribution(verify, one_hot, p, q, 1).get(1, 0.0)
     assert abs(certain - one[np.argmax(other)]) <= 4 * EPS
-    as_one_hot = accepted_law(
+    as_one_hot = accepted_distribution(
         lambda rows, _, x, rng: verify(rows, None, x, rng), sampled, p, q, 1
     ).get(1, 0.0)
     assert abs(as_one_hot - (one * other).sum()) <= 8 * vocab * EPS
@@ -338,8 +344,8 @@ def test_block_accepts_at_least_as_many(vocab, gamma, seed, of_p, of_q, propose)
     p = Table(vocab, seed, of_p)
     q = Table(vocab, seed + 1, of_q)
     mean = [
-        sum(n * w for n, w in accepted_law(judge, propose, p, q, gamma).items())
-        for judge in LAWS.values()
+        sum(n * w for n, w in accepted_distribution(rule, propose, p, q, gamma).items())
+        for rule in RULES.values()
     ]
     assert mean[1] >= mean[0] - rounding(vocab, gamma)
 
@@ -354,8 +360,8 @@ def test_block_accepts_more_where_it_can():
         q = Table(3, 2 * seed + 1)
         means.append(
             [
-                sum(n * w for n, w in accepted_law(f, sampled, p, q, 2).items())
-                for f in LAWS.values()
+                sum(n * w for n, w in accepted_distribution(f, sampled, p, q, 2).items())
+                for f in RULES.values()
             ]
         )
     tokenwise, block = np.mean(means, axis=0)
@@ -377,23 +383,23 @@ class Alike(Table):
 def test_the_expected_length_is_that_of_the_formula(vocab, gamma, seed, of_p, of_q):
     p = Alike(vocab, seed, of_p)
     q = Alike(vocab, seed + 1, of_q)
-    emitted = law(step(verify, sampled, p, q, gamma))
+    emitted = exact_distribution(step(verify, sampled, p, q, gamma))
     mean = sum(len(s) * w for s, w in emitted.items())
     alpha = min(1.0, float(np.minimum(p([]), q([])).sum()))
-    assert abs(mean - verification.expected_length(alpha, gamma)) <= rounding(vocab, gamma)
+    assert abs(mean - expected_length(alpha, gamma)) <= rounding(vocab, gamma)
 
 
 @pytest.mark.theorem(
     "p = q accepts every draft; disjoint supports accept none, and the token then has the law p",
     source="Leviathan et al. 2023, definition 3.1",
 )
-@pytest.mark.parametrize("judge", LAWS.values(), ids=LAWS)
-def test_the_two_ends(judge):
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_the_two_ends(rule):
     p = Table(3, 4)
-    assert accepted_law(judge, sampled, p, p, 3).keys() == {3}
+    assert accepted_distribution(rule, sampled, p, p, 3).keys() == {3}
     one = np.array([[0.25, 0.75, 0, 0]] * 3)
     other = np.array([[0, 0, 0.5, 0.5]] * 2)
-    found = law(lambda rng: judge(one, other, [2, 3], rng))
+    found = exact_distribution(lambda rng: rule(one, other, [2, 3], rng))
     assert found == {(0, 0): 0.25, (0, 1): 0.75}
 
 
@@ -414,8 +420,8 @@ def test_greedy_is_the_limit_of_both_laws(pure_xp, vocab, gamma, seed):
     expected = verify_greedy(best, drafts)
     place = next((i for i in range(gamma) if drafts[i] != best[i]), gamma)
     assert expected == (place, best[place])
-    for judge in LAWS.values():
-        assert judge(p, None, drafts, np.random.default_rng(seed)) == expected
+    for rule in RULES.values():
+        assert rule(p, None, drafts, np.random.default_rng(seed)) == expected
 
 
 # --- on arrays of every library -----------------------------------------------------------
@@ -424,19 +430,16 @@ def test_greedy_is_the_limit_of_both_laws(pure_xp, vocab, gamma, seed):
 @pytest.fixture
 def real_draws(monkeypatch):
     """The library's own draw in the place of the exact one."""
-    monkeypatch.setattr(verification, "draw", REAL_DRAW)
-
-
-REAL_DRAW = verification.draw
+    monkeypatch.setattr(verification, "draw", draw)
 
 
 @pytest.mark.theorem(
     "The same uniforms give the same result in every array library and precision",
     source="definition",
 )
-@pytest.mark.parametrize("judge", LAWS.values(), ids=LAWS)
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_every_library_decides_alike(pure_xp, judge, dtype, real_draws):
+def test_every_library_decides_alike(pure_xp, rule, dtype, real_draws):
     for seed in range(20):
         p = Table(5, seed, "sparse")
         q = Table(5, seed + 1)
@@ -446,53 +449,13 @@ def test_every_library_decides_alike(pure_xp, judge, dtype, real_draws):
         ours = [pure_xp.asarray(x) for x in host]
         before = to_host(ours[0]).copy(), to_host(ours[1]).copy()
         for rows in (ours[1], None):
-            expected = judge(
+            expected = rule(
                 host[0], None if rows is None else host[1], drafts, np.random.default_rng(seed)
             )
-            assert judge(ours[0], rows, drafts, np.random.default_rng(seed)) == expected
+            assert rule(ours[0], rows, drafts, np.random.default_rng(seed)) == expected
         assert all(np.array_equal(to_host(x), y) for x, y in zip(ours, before, strict=True)), (
             "an argument was changed"
         )
-
-
-@given(seed=seeds, vocab=st.integers(1, 30), zeros=st.booleans())
-def test_draw_is_sample(seed, vocab, zeros):
-    """The fast inverse CDF of the host gives what ``sample`` gives, for weights of any sum."""
-    rng = np.random.default_rng(seed)
-    w = rng.random(vocab) * (rng.random(vocab) < 0.5 if zeros else 1)
-    assume(w.sum() > 0)
-    for u in (0.0, float(rng.random()), 1 - 2**-53):
-        assert REAL_DRAW(w, u) == int(sample(w, u))
-        assert w[REAL_DRAW(w, u)] > 0
-        assert REAL_DRAW(np.zeros(vocab), u, otherwise=w) == int(sample(w, u))
-    with pytest.raises(ValueError, match="weight 0"):
-        REAL_DRAW(np.zeros(vocab), 0.5)
-
-
-@pytest.mark.theorem(
-    "A draw in two levels, blocks and then tokens, is the draw in one: token t for u within its share of the mass",
-    source="the same intervals, cut in two steps",
-)
-@given(
-    seed=seeds,
-    vocab=st.integers(16 * 1024, 20_000),
-    gaps=st.booleans(),
-    dtype=st.sampled_from(["float32", "float64"]),
-)
-def test_draw_from_a_long_row(seed, vocab, gaps, dtype):
-    rng = np.random.default_rng(seed)
-    w = rng.random(vocab)
-    if gaps:
-        w *= rng.random(vocab) < 0.001
-        w[rng.integers(vocab, size=3)] = 1.0
-    w = w.astype(dtype)
-    edges = np.concatenate(([0.0], np.cumsum(w, dtype=np.float64)))
-    for u in (0.0, 1 - 2**-53, *rng.random(20)):
-        token = REAL_DRAW(w, float(u))
-        assert w[token] > 0
-        # sums of up to 20,000 float64 in two orders: within n·eps of each other
-        slack = vocab * EPS * edges[-1]
-        assert edges[token] - slack <= u * edges[-1] <= edges[token + 1] + slack
 
 
 def test_the_residual_of_equal_distributions_is_the_target(pure_xp):
@@ -501,7 +464,7 @@ def test_the_residual_of_equal_distributions_is_the_target(pure_xp):
     assert to_host(residual(p, pure_xp.asarray([0.75, 0.25]))).tolist() == [0.0, 0.5]
     assert to_host(residual(p, pure_xp.asarray([0.75, 0.25]), 0.5)).tolist() == [0.0, 0.125]
     # and where rounding rejects all the same, the token has the law of p
-    assert REAL_DRAW(np.zeros(2), 0.2, otherwise=np.array([0.25, 0.75])) == 0
+    assert draw(np.zeros(2), 0.2, otherwise=np.array([0.25, 0.75])) == 0
 
 
 # --- bad input ----------------------------------------------------------------------------
@@ -550,36 +513,36 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-@pytest.mark.parametrize("judge", LAWS.values(), ids=LAWS)
-def test_bad_input_is_named(case, judge):
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_bad_input_is_named(case, rule):
     p, q, drafts, message = BAD[case]
     with pytest.raises(ValueError, match=message):
-        judge(p, q, drafts, np.random.default_rng(0))
+        rule(p, q, drafts, np.random.default_rng(0))
 
 
-@pytest.mark.parametrize("judge", LAWS.values(), ids=LAWS)
-def test_randomness_is_a_generator(judge):
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_randomness_is_a_generator(rule):
     with pytest.raises(
         TypeError, match=r"rng is a generator, numpy.random.default_rng\(seed\), got 3"
     ):
-        judge(GOOD, GOOD[:2], [0, 1], 3)
+        rule(GOOD, GOOD[:2], [0, 1], 3)
 
 
 def test_rounding_of_float32_passes_and_more_does_not():
-    rows = process_logits(np.random.default_rng(0).standard_normal((3, 1000)).astype("float32")).astype(
-        "float32"
-    )
+    rows = process_logits(
+        np.random.default_rng(0).standard_normal((3, 1000)).astype("float32")
+    ).astype("float32")
     assert verify(rows, rows[:2], [1, 2], np.random.default_rng(0))[0] == 2
     with pytest.raises(ValueError, match="sums to"):
         verify(rows * np.float32(1 + 3e-5), rows[:2], [1, 2], np.random.default_rng(0))
 
 
-@pytest.mark.parametrize("judge", LAWS.values(), ids=LAWS)
-def test_no_drafts_are_plain_sampling(judge):
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_no_drafts_are_plain_sampling(rule):
     p = Table(3, 1)([])[None]
     for q in (None, np.zeros((0, 3))):
-        found = law(lambda rng, q=q: judge(p, q, [], rng))
-        assert distance(found, {(0, t): float(p[0, t]) for t in range(3)}) <= 4 * EPS
+        found = exact_distribution(lambda rng, q=q: rule(p, q, [], rng))
+        assert largest_difference(found, {(0, t): float(p[0, t]) for t in range(3)}) <= 4 * EPS
     assert verify_greedy([2], []) == (0, 2)
     with pytest.raises(ValueError, match="2 drafts need 3 targets, got 2"):
         verify_greedy([1, 2], [1, 2])
@@ -595,9 +558,9 @@ def test_enumeration_sees_every_path():
     """The enumerator itself: a reused uniform, a nested comparison, probabilities that sum
     to 1.
     """
-    found = law(lambda rng: (lambda u: (u < 0.5, u < 0.25))(rng.random()))
+    found = exact_distribution(lambda rng: (lambda u: (u < 0.5, u < 0.25))(rng.random()))
     assert found == {(True, True): 0.25, (True, False): 0.25, (False, False): 0.5}
-    both = law(lambda rng: tuple(rng.random() < x for x in (0.5, 0.25)))
+    both = exact_distribution(lambda rng: tuple(rng.random() < x for x in (0.5, 0.25)))
     assert both == {
         (a, b): 0.5 * (0.25 if b else 0.75) for a, b in itertools.product((True, False), repeat=2)
     }

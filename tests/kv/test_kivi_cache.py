@@ -17,8 +17,11 @@ from conftest import to_host
 from networks import NETWORKS, TOKENS, full_logits, random_tensors
 from refllm.decode.generate import new_cache
 from refllm.decode.sampling_params import GREEDY
-from refllm.decode.speculative.drafters import Cascade, ModelDrafter, NGramDrafter, PerfectDrafter
+from refllm.decode.speculative.cascade import Cascade
+from refllm.decode.speculative.control_drafters import PerfectDrafter
 from refllm.decode.speculative.loop import speculate
+from refllm.decode.speculative.model_drafter import ModelDrafter
+from refllm.decode.speculative.ngram_drafter import NGramDrafter
 from refllm.decode.speculative.tree_drafter import TreeDrafter
 from refllm.kv.kivi import Kivi, KiviAttend, attend_as_decoded
 from refllm.kv.kivi_cache import KiviCache

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_kivi_cache import run
 
 from conftest import to_host
-from refllm.decode.speculative.drafters import NGramDrafter
+from refllm.decode.speculative.ngram_drafter import NGramDrafter
 from refllm.decode.speculative.tree_drafter import TreeDrafter
 from refllm.kv.sparse import (
     Sparse,

@@ -50,7 +50,7 @@ HOST = {
     "quant.calibration_data": "token ids are host data until they are embedded",
     "decode.fast.captured_step": "removes Python's overhead between small products; a GPU captures the step in a graph instead",
     "decode.fast.single_token": "removes Python's overhead between small products; a GPU captures the step in a graph instead",
-    "decode.speculative.loop:penalised": "which tokens stand before each draft is known on the host, and moved once",
+    "decode.speculative.loop:penalized_logits": "which tokens stand before each draft is known on the host, and moved once",
     "decode.generate": "prompts are lists; what the device needs is moved in one array a step",
 }
 TYPES = {

@@ -8,15 +8,17 @@ import io
 
 from rich.console import Console
 
-from refllm.decode.speculative.drafters import Cascade, ModelDrafter, NGramDrafter
-from refllm.decode.speculative.loop import Step
+from refllm.decode.speculative.cascade import Cascade
+from refllm.decode.speculative.loop import SpeculativeStep
+from refllm.decode.speculative.model_drafter import ModelDrafter
+from refllm.decode.speculative.ngram_drafter import NGramDrafter
 from refllm.decode.speculative.tree_drafter import TreeDrafter
 from refllm.tour import speculation
 from tiny_models import tiny_model
 
 
 def test_a_row_counts_steps_and_drafts():
-    steps = [Step([], 0, 1), Step([2, 3], 1, 4), Step([5], 1, 6)]
+    steps = [SpeculativeStep([], 0, 1), SpeculativeStep([2, 3], 1, 4), SpeculativeStep([5], 1, 6)]
     assert speculation.row(steps, [1, 2, 4, 5, 6]) == ("3", "1.67", "2 of 3")
 
 

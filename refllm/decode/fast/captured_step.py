@@ -42,7 +42,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from refllm.backend import Array, asarray_like, namespace
+from refllm.array_types import Array
+from refllm.backend import asarray_like, namespace
 from refllm.model import llama
 from refllm.model.attention import Attend
 from refllm.model.config import ModelConfig

@@ -1,20 +1,22 @@
-"""What speculation yields: one definition each of acceptance rate, α and acceptance length,
-and the formulas.
+"""How much speculation gains: one definition each of acceptance rate, α and acceptance
+length, and the formulas.
 
-Sources: Leviathan et al. 2023, equation 1 and theorem 3.8. Three numbers are often called
-by one name:
+Sources: Leviathan et al. 2023, equation 1 and theorem 3.8. Three quantities are often
+called by one name:
 
-| symbol | name               | definition                                                                  |
-|--------|--------------------|-----------------------------------------------------------------------------|
-| rate   | acceptance rate    | accepted / proposed; falls with γ, as what follows a rejection never counts  |
-| α      | acceptance         | accepted / judged: the chance of a draft whose predecessors were accepted    |
-| τ      | acceptance length  | tokens emitted a target step: 1 + accepted / steps, within [1, γ + 1]        |
-| t(n)   | cost of n tokens   | time of a target step that computes n tokens, in units of t(1)               |
-| c      | cost of a draft    | time of a draft step, in units of t(1)                                       |
+| symbol | name              | definition                                                     |
+|--------|-------------------|----------------------------------------------------------------|
+| rate   | acceptance rate   | accepted / proposed; falls with γ, as drafts behind a          |
+|        |                   | rejection count as proposed                                    |
+| α      | acceptance        | accepted / judged: the probability that a draft is accepted    |
+|        |                   | if its predecessors were                                       |
+| τ      | acceptance length | tokens per target step: 1 + accepted / steps, in [1, γ + 1]    |
+| t(n)   | cost of n tokens  | time of a target step that computes n tokens, in units of t(1) |
+| c      | cost of a draft   | time of a draft step, in units of t(1)                         |
 
 If drafts are accepted independently with probability α, τ = 1 + α + … + α^γ = (1 − α^{γ+1})
-/ (1 − α), and decoding is faster by τ / (t(γ + 1) + γ c). On a device that waits for memory
-t is flat; on a processor it is not.
+/ (1 − α), and decoding is faster by τ / (t(γ + 1) + γ c). On a memory-bound device t is
+flat; on a processor it is not.
 
 Left out: energy, and the cost of the verification itself beside a model
 (``benchmarks/speculative.py`` has it).
@@ -28,25 +30,31 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Acceptance:
-    """Counts of verified steps; ``add`` one, read the three numbers."""
+    """Counts of verified steps: ``add`` each step, then read rate, α and τ.
+
+    >>> stats = acceptance_stats([(4, 4), (4, 1)])
+    >>> stats.emitted, stats.rate, round(stats.alpha, 3), stats.length
+    (7, 0.625, 0.833, 3.5)
+    """
 
     steps: int = 0
     proposed: int = 0
-    judged: int = 0  # the accepted, and the one that was rejected
+    judged: int = 0  # the accepted drafts, and the one that was rejected
     accepted: int = 0
     # [judged, accepted] of the first draft, the second, …
     by_place: list[list[int]] = field(default_factory=list)
 
     def add(self, proposed: int, accepted: int, judged: int | None = None) -> None:
-        """A target step that judged ``proposed`` ≥ 0 drafts and accepted the first
+        """Count a target step that verified ``proposed`` ≥ 0 drafts and accepted the first
         ``accepted`` of them.
 
-        Of a tree ``judged`` levels were looked at, and ``accepted`` of them had a node that
-        stays.
+        Of a tree ``judged`` levels were verified, and on ``accepted`` of them a node was
+        accepted.
         """
         if not 0 <= accepted <= proposed:
             raise ValueError(f"{accepted} of {proposed} drafts cannot be accepted")
-        judged = min(accepted + 1, proposed) if judged is None else judged
+        if judged is None:
+            judged = min(accepted + 1, proposed)
         if not accepted <= judged <= proposed:
             raise ValueError(
                 f"{judged} of {proposed} drafts cannot be judged where {accepted} are accepted"
@@ -63,7 +71,7 @@ class Acceptance:
 
     @property
     def emitted(self) -> int:
-        """Tokens: the accepted drafts and one of the target's own a step."""
+        """Tokens: the accepted drafts and one of the target's own per step."""
         return self.accepted + self.steps
 
     @property
@@ -80,12 +88,12 @@ class Acceptance:
 
     @property
     def length(self) -> float:
-        """τ, tokens a target step; 1 where no step was made, as plain decoding has it."""
+        """τ, tokens per target step; 1 where no step was made, as in plain decoding."""
         return self.emitted / self.steps if self.steps else 1.0
 
 
 def acceptance_stats(steps: Iterable[tuple[int, int]]) -> Acceptance:
-    """The counts of (proposed, accepted) pairs, one a target step."""
+    """The counts of (proposed, accepted) pairs, one per target step."""
     stats = Acceptance()
     for proposed, accepted in steps:
         stats.add(proposed, accepted)
@@ -93,8 +101,11 @@ def acceptance_stats(steps: Iterable[tuple[int, int]]) -> Acceptance:
 
 
 def expected_length(alpha: float, gamma: int) -> float:
-    """E[τ] = (1 − α^{γ+1}) / (1 − α), and γ + 1 at α = 1: the sum of the series has no case
-    of its own.
+    """E[τ] = (1 − α^{γ+1}) / (1 − α), and γ + 1 at α = 1; computed as Σ α^i, which needs no
+    special case.
+
+    >>> expected_length(0.5, 2)
+    1.75
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is a probability, got {alpha}")

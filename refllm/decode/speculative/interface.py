@@ -1,32 +1,35 @@
-"""The seam between who guesses and who verifies: what a drafter is, what it is asked, and
-what it returns.
+"""The interface between drafting and verification: what a drafter is, what it is asked for,
+and what it returns.
 
-| name             | what it is                                                  |
-|------------------|-------------------------------------------------------------|
-| ``Proposal``     | a chain of guesses, and what each was really sampled from   |
-| ``TreeProposal`` | the same for a tree, whose nodes share their prefixes       |
-| ``Ask``          | what a drafter is asked for one of several sequences        |
-| ``Drafter``      | whoever proposes: ``decode.speculative.drafters``, ``decode.speculative.tree_drafter`` |
+| name             | meaning                                                               |
+|------------------|-----------------------------------------------------------------------|
+| ``Proposal``     | a chain of drafted tokens, and what each was really sampled from      |
+| ``TreeProposal`` | the same for a tree, whose nodes share their prefixes                 |
+| ``DraftRequest`` | what a drafter is asked for, for one of several sequences             |
+| ``Drafter``      | the protocol of ``ngram_drafter``, ``model_drafter`` and the others   |
 
-Left out: how anybody guesses (``decode.speculative.drafters``), and the laws that judge it
+Left out: how drafts are made (the drafters), and the acceptance rules that verify them
 (``decode.speculative.verification``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from refllm.backend import Array
+from refllm.array_types import Array
+from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.decode.sampling_params import SamplingParams
 from refllm.decode.speculative.tree import Tree
+from refllm.model.config import ModelConfig
+from refllm.model.llama import Weights
 
 
 class Proposal(NamedTuple):
-    """Drafted tokens, and row for row what they were sampled from: q[len(tokens), V]; None:
-    one-hot.
+    """Drafted tokens, and row for row what they were sampled from: q[len(tokens), V]; None
+    means one-hot rows.
     """
 
     tokens: list[int]
@@ -43,45 +46,57 @@ class TreeProposal(NamedTuple):
     tree: Tree
 
 
-NOTHING = Proposal([], None)
+NO_DRAFTS = Proposal([], None)
 
 
-class Ask(NamedTuple):
-    """What ``propose`` is asked for a sequence, where several are asked for at once."""
+class DraftRequest(NamedTuple):
+    """The arguments of ``propose`` for one sequence, where a batch of them is asked for."""
 
     tokens: Sequence[int]
-    most: int
+    count: int
     sampling: SamplingParams
     rng: np.random.Generator
     sequence: int
 
 
+class ModelLike(Protocol):
+    """A network with its tokenizer, such as ``refllm.api.Model``."""
+
+    config: ModelConfig
+    weights: Weights
+    tokenizer: Tokenizer
+
+
 class Drafter(Protocol):
-    """What generation and engine ask of a drafter. One that may propose a tree says so:
+    """What generation and engine ask of a drafter. One that may propose a tree says so by
     ``trees = True``.
     """
 
-    gamma: int  # drafts a step, if nobody asks for fewer
+    gamma: int  # drafts per step, unless fewer are asked for
 
     def propose(
         self, tokens: Sequence[int], count: int, sampling: SamplingParams, rng: np.random.Generator
     ) -> Proposal | TreeProposal:
-        """At most ``count`` guesses of what follows ``tokens``, where the target samples as
-        ``how`` says.
+        """At most ``count`` drafts of what follows ``tokens``, where the target samples
+        with ``sampling``.
         """
 
     def observe(self, best: Sequence[int], accepted: int) -> None:
-        """What came of a chain: the target's argmax in each place, and how many guesses
-        were accepted.
+        """Learn the outcome of a chain: the target's argmax at each position, and how many
+        drafts were accepted.
 
-        Nobody tells what came of a tree, or of no guess.
+        It is not called after a tree, nor after an empty proposal.
         """
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many first tokens two sequences share."""
+def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many first tokens two sequences share.
+
+    >>> common_prefix_length([5, 6, 7], [5, 6, 8, 9])
+    2
+    """
     n = min(len(a), len(b))
-    same = max(0, n - 16)  # they differ near the end, if at all: the rest is compared at once
+    same = max(0, n - 16)  # they differ near the end, if at all: compare the rest at once
     if list(a[:same]) != list(b[:same]):
         same = 0
     while same < n and a[same] == b[same]:
@@ -90,26 +105,26 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def checked_gamma(gamma: int) -> int:
-    """γ as an int; ValueError if it is no whole number, or below 1."""
+    """γ as an int; ValueError if it is not an integer of 1 or more."""
     if not isinstance(gamma, (int, np.integer)) or gamma < 1:
-        raise ValueError(f"gamma, the number of drafts a step, must be 1 or more, got {gamma!r}")
+        raise ValueError(f"gamma, the number of drafts per step, must be 1 or more, got {gamma!r}")
     return int(gamma)
 
 
-def check_vocabulary(target: Any, draft: Any) -> None:
-    """ValueError if a draft model does not speak the target's vocabulary: the same ids for
+def check_vocabulary(target: ModelLike, draft: ModelLike) -> None:
+    """ValueError if a draft model does not share the target's vocabulary: the same ids for
     the same text.
     """
     sizes = target.config.vocab_size, draft.config.vocab_size
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"the draft model has a vocabulary of {sizes[1]} tokens and the target of {sizes[0]}: "
-            "a draft needs the target's tokenizer"
+            "a draft model needs the target's tokenizer"
         )
     ours, theirs = (m.tokenizer.inner.get_vocab(with_added_tokens=True) for m in (target, draft))
     if ours != theirs:
         word = min(w for w in {*ours, *theirs} if ours.get(w) != theirs.get(w))
         raise ValueError(
-            f"the draft model's vocabulary is not the target's: {word!r} is token {theirs.get(word)} "
-            f"in the draft and {ours.get(word)} in the target"
+            f"the draft model's vocabulary is not the target's: {word!r} is token "
+            f"{theirs.get(word)} in the draft and {ours.get(word)} in the target"
         )

@@ -1,25 +1,25 @@
-"""Trees from a draft model: a chain as long as the model is sure, and a fan where it is
+"""Trees from a draft model: a chain while the model is confident, and a fan where it is
 not.
 
 Sources: the trade between depth and width is that of Chen et al. 2024 (Sequoia), section
 3.1; that the draft's own probability tells which node will be accepted, Li et al. 2024
 (EAGLE-2), section 3.1.
 
-A step of the draft model costs the same for one guess or for several of the same place, and
-on a processor a step of the target costs nearly the same for 2 to 4 tokens. So of a budget
-of γ nodes, from the root down:
+A step of the draft model costs the same for one draft or for several at the same position,
+and on a processor a step of the target costs nearly the same for 2 to 4 tokens. So of a
+budget of γ nodes, from the root down:
 
-- max q ≥ ``confidence`` and more than one node left: one child, and the draft goes on below
-  it;
-- else all nodes that are left become children here, and the draft is ready.
+- max q ≥ ``confidence`` and more than one node left: one child, and drafting continues
+  below it;
+- else all nodes that are left become children here, and the draft is complete.
 
-| temperature | children                            | q in the proposal                     | judged by              |
-|-------------|-------------------------------------|---------------------------------------|------------------------|
-| 0           | the most likely tokens of q         | none                                  | ``verify_tree_greedy`` |
-| above 0     | drawn from q without replacement    | row by row, what they were drawn from | ``verify_tree``        |
+| temperature | children                            | q in the proposal    | verified by            |
+|-------------|-------------------------------------|----------------------|------------------------|
+| 0           | the most likely tokens of q         | none                 | ``verify_tree_greedy`` |
+| above 0     | drawn from q without replacement    | for each inner row   | ``verify_tree``        |
 
 How many children a node gets depends on q alone and not on what is drawn from it, so the
-law stays the target's.
+output distribution stays the target's.
 
 Left out: expanding several nodes of a level at once (EAGLE-2), trees in the batches of
 ``serve``.
@@ -29,31 +29,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from refllm.backend import Array, namespace
+from refllm.array_types import Array
+from refllm.backend import namespace
 from refllm.decode.sampling import distribution
 from refllm.decode.sampling_params import SamplingParams
-from refllm.decode.speculative.drafters import ModelDrafter
-from refllm.decode.speculative.interface import NOTHING, Proposal, TreeProposal
-from refllm.decode.speculative.tree import Tree, draw_children
+from refllm.decode.speculative.interface import NO_DRAFTS, ModelLike, Proposal, TreeProposal
+from refllm.decode.speculative.model_drafter import ModelDrafter
+from refllm.decode.speculative.tree import Tree
+from refllm.decode.speculative.tree_verification import draw_children
 
 
 class TreeDrafter(ModelDrafter):
-    """A draft model that proposes trees of ``gamma`` nodes; ``confidence`` is where it
-    begins to fan out.
+    """A draft model that proposes trees of ``gamma`` nodes; below ``confidence`` it fans
+    out.
     """
 
-    trees = True  # only a cache that keeps everything verifies them
+    trees = True  # only a cache that keeps everything can verify them
 
     def __init__(
-        self, model: Any, gamma: int = 3, *, confidence: float = 0.4, sampling: SamplingParams | None = None
+        self,
+        model: ModelLike,
+        gamma: int = 3,
+        *,
+        confidence: float = 0.4,
+        sampling: SamplingParams | None = None,
     ):
         super().__init__(model, gamma, confidence=confidence, sampling=sampling)
 
-    def propose(  # type: ignore[override]  # of trees
+    def propose(  # type: ignore[override]  # it returns trees
         self,
         tokens: Sequence[int],
         count: int,
@@ -61,25 +67,25 @@ class TreeDrafter(ModelDrafter):
         rng: np.random.Generator,
         sequence: int = 0,
     ) -> Proposal | TreeProposal:
+        """See ``Drafter.propose``; ``sequence`` says whose cache to use."""
         sampling = self.sampling or sampling
         count = min(count, self.cache.capacity - len(tokens))
         parents: list[int] = []
         nodes: list[int] = []
-        # of q, by the row of the node whose children were drawn from it
-        rows: dict[int, Array] = {}
+        rows: dict[int, Array] = {}  # q[V] by the row whose children were drawn from it
         parent = -1
-        feed = self._behind(tokens, sequence) if count > 0 else []
+        feed = self._roll_back(tokens, sequence) if count > 0 else []
         while len(nodes) < count:
-            z = self._feed(feed, sequence)
+            z = self._feed(feed, sequence)  # [V]
             left = count - len(nodes)
             if sampling.temperature == 0:
                 children = self._likeliest(z, left)
             else:
                 q = distribution(z, sampling)
                 rows[parent + 1] = q
-                children = draw_children(
-                    q, left if float(namespace(q).max(q)) < self.confidence else 1, rng
-                )
+                if float(namespace(q).max(q)) >= self.confidence:
+                    left = 1
+                children = draw_children(q, left, rng)
             parents += [parent] * len(children)
             parent = len(nodes)
             nodes += children
@@ -88,7 +94,7 @@ class TreeDrafter(ModelDrafter):
             feed = children
         if nodes:
             return TreeProposal(nodes, _stacked(rows, 1 + len(nodes)), Tree(parents))
-        return NOTHING
+        return NO_DRAFTS
 
     def _likeliest(self, z: Array, left: int) -> list[int]:
         """The argmax of z[V] alone where its probability reaches ``confidence``, else the
@@ -99,7 +105,7 @@ class TreeDrafter(ModelDrafter):
         if left == 1 or float(xp.sum(xp.exp(z - z[best[0]]))) * self.confidence <= 1:
             return best
         z = z * 1.0
-        # a handful: each is a pass over z, a sort would be many
+        # A few passes over z, one for each child, cost less than a sort.
         while len(best) < min(left, z.shape[0]):
             z[best[-1]] = -math.inf
             best.append(int(xp.argmax(z)))

@@ -16,9 +16,11 @@ from refllm.api import Model, load
 from refllm.corpus import held_out_documents
 from refllm.decode.generate import generate_tokens
 from refllm.decode.sampling_params import GREEDY
-from refllm.decode.speculative.drafters import Cascade, ModelDrafter, NGramDrafter
+from refllm.decode.speculative.cascade import Cascade
 from refllm.decode.speculative.interface import Drafter, check_vocabulary
-from refllm.decode.speculative.loop import Step, speculate
+from refllm.decode.speculative.loop import SpeculativeStep, speculate
+from refllm.decode.speculative.model_drafter import ModelDrafter
+from refllm.decode.speculative.ngram_drafter import NGramDrafter
 from refllm.decode.speculative.tree_drafter import TreeDrafter
 from refllm.terminal import table
 
@@ -75,7 +77,7 @@ def visit(model: Model, draft: str, backend: str, say: Callable[[str], Any], out
     )
 
 
-def row(steps: list[Step], plain: list[int]) -> tuple[str, str, str]:
+def row(steps: list[SpeculativeStep], plain: list[int]) -> tuple[str, str, str]:
     """Steps, tokens a step, accepted of guessed; the prefill's token took no step."""
     accepted = sum(s.accepted for s in steps[1:])
     guessed = sum(len(s.drafts) for s in steps[1:])

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.decode.speculative.sequoia import (
+from refllm.decode.speculative.tree import Tree
+from refllm.decode.speculative.tree_shape import (
     best_tree,
     expected_path,
     most_likely,
     optimal_tree,
     rank_chances,
 )
-from refllm.decode.speculative.tree import Tree
 from strategies import seeds
 
 EPS = float(np.finfo(np.float64).eps)
