@@ -128,9 +128,9 @@ class Model:
         prompts only). ``rng`` is a Generator or a seed; None draws a fresh seed.
         Temperature 0 is the argmax and uses no randomness.
 
-        A ``drafter`` (see ``refllm.decode.speculative``; a ``Model`` drafts with 4
-        tokens a step) changes how many steps that takes. It does not change the text at
-        temperature 0, nor its law at others.
+        A ``drafter`` (see ``refllm.decode.speculative``; a ``Model`` drafts 4 tokens per
+        step) changes how many steps that takes. Greedy output is unchanged; at other
+        temperatures the output distribution is unchanged.
 
         A ``cache`` policy changes what is remembered, and with it the text:
         ``refllm.kv.kivi.Kivi(...)`` keeps keys and values of all but the newest tokens in
@@ -140,26 +140,35 @@ class Model:
         ``rng``, at temperature 0 too.
         """
         sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty)
-        if isinstance(prompt, str):
-            options: Any = {
-                "sampling": sampling,
-                "stop": stop,
-                "ignore_eos": ignore_eos,
-                "rng": rng,
-                "drafter": drafter,
-                "cache": cache,
-            }
-            return "".join(self.stream(prompt, max_tokens, **options))
+        if isinstance(prompt, str) and (stop or isinstance(stop, str)):
+            # Only stop strings need the text while it grows; an empty one is rejected there.
+            pieces = self.stream(
+                prompt,
+                max_tokens,
+                sampling=sampling,
+                stop=stop,
+                ignore_eos=ignore_eos,
+                rng=rng,
+                drafter=drafter,
+                cache=cache,
+            )
+            return "".join(pieces)
         if stop:
             raise ValueError(
                 "stop strings need a text prompt; token prompts end at max_tokens or the end token"
             )
-        ids = _token_lists([prompt])[0]
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt, special=True)
+        else:
+            ids = _token_lists([prompt])[0]
         ends = frozenset() if ignore_eos else frozenset(self.config.eos_token_ids)
         tokens = self._tokens(
             ids, max_tokens, sampling, np.random.default_rng(rng), drafter, cache=cache
         )
-        return list(takewhile(lambda token: token not in ends, tokens))
+        new = list(takewhile(lambda token: token not in ends, tokens))
+        if isinstance(prompt, str):
+            return self.tokenizer.decode(new)
+        return new
 
     def generate_batch(
         self,
