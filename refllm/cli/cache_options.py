@@ -106,6 +106,7 @@ def cache_summary(policy: Kivi | Sparse, config: ModelConfig, prompt: int, new: 
             f"full-precision window of {policy.residual}"
         )
     return (
-        f"cache: {human(small)} instead of {human(full)} of float32, in {policy.key_bits}-bit "
-        f"codes except for the newest tokens, at most {policy.residual}"
+        f"cache: {human(small)} instead of {human(full)} of float32, in "
+        f"{policy.key_bits}-bit codes except for the newest tokens, at most "
+        f"{policy.residual}"
     )

@@ -93,8 +93,8 @@ def _importance(
     if length > config.max_position_embeddings:
         longest = config.max_position_embeddings
         raise ValueError(
-            f"windows of {length} tokens are longer than the model's {longest} positions: lower "
-            "--length"
+            f"windows of {length} tokens are longer than the model's {longest} positions: "
+            "lower --length"
         )
     text = calibration_windows(tokenizer, windows, length, seed, begin=config.bos_token_id)
     note(f"importance from {windows} windows of {length} tokens of the standard library's source")

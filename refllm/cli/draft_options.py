@@ -126,6 +126,7 @@ class DraftDisplay:
         """One line: drafted and accepted tokens, and tokens per step."""
         s = self.stats
         return (
-            f"{s.accepted} of {s.proposed} drafted tokens accepted ({s.rate:.0%}; {s.alpha:.0%} of "
-            f"those that were verified), {s.length:.2f} tokens per target step"
+            f"{s.accepted} of {s.proposed} drafted tokens accepted ({s.rate:.0%}; "
+            f"{s.alpha:.0%} of those that were verified), {s.length:.2f} tokens per target "
+            "step"
         )

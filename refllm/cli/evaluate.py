@@ -148,8 +148,8 @@ def _note_unused_kivi(kivi: Kivi, score: Score) -> None:
     longest = min(score.window, max(d.tokens for d in score.documents) + 1)
     if longest <= kivi.residual:
         note(
-            f"nothing was quantised: the newest {kivi.residual} tokens stay in full precision, and "
-            f"the longest window has {longest}"
+            f"nothing was quantised: the newest {kivi.residual} tokens stay in full "
+            f"precision, and the longest window has {longest}"
         )
 
 

@@ -34,8 +34,8 @@ def figures(
     get(backend)
     if not (output / "data").is_dir():
         raise ValueError(
-            f"{output} has no data/ to draw from: run this in the repository, or name the folder "
-            "with --output"
+            f"{output} has no data/ to draw from: run this in the repository, or name the "
+            "folder with --output"
         )
     from refllm.figures import registry
 

@@ -57,14 +57,14 @@ def describe(directory: Path, *, verify: bool = False) -> Json:
     CheckpointError
         if the directory is no checkpoint that refllm reads.
     """
-    from refllm.checkpoints.loading import NetworkTensors, read, read_config
+    from refllm.checkpoints.loading import NetworkTensors, read_config, read_quantization
     from refllm.checkpoints.tensor_files import FLOATS, INTEGERS, TensorFiles, host_dtype
     from refllm.checkpoints.tokenizer import Tokenizer
     from refllm.measure.memory import kv_bytes_per_token
 
     config = read_config(directory)
     names = FLOATS | INTEGERS
-    quantization = read(directory)
+    quantization = read_quantization(directory)
     with TensorFiles(directory) as files:
         NetworkTensors(files, config, quantization, None, None).check()
         types = {name: names.get(files.dtype(name), files.dtype(name)) for name in files}

@@ -269,8 +269,8 @@ def _show(job: Job, record: Json) -> None:
     }
     if score:
         lines["bits per byte"] = (
-            f"{score['after']:.4f}, was {score['before']:.4f}, on {score['tokens']:,} held-out "
-            f"tokens of Python {score['python']}"
+            f"{score['after']:.4f}, was {score['before']:.4f}, on {score['tokens']:,} "
+            f"held-out tokens of Python {score['python']}"
         )
     out = console()
     out.print(str(job.output), style="bold")

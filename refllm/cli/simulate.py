@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from refllm.measure.records import Json
     from refllm.serve.base_scheduler import BaseScheduler
     from refllm.simulate.metrics import Limits
-    from refllm.simulate.simulator import SimulationResult
     from refllm.simulate.timeline import Trace
+    from refllm.simulate.totals import SimulationResult
 
 TRACED_BLOCK_TABLES = 200
 
@@ -45,8 +45,8 @@ DeviceOption = Annotated[str, opt("h200, a100, or here: this machine, measured."
 TrafficOption = Annotated[
     str,
     opt(
-        "Lengths: sharegpt, alpaca, azure-chat, azure-code. Or a program whose prompts share "
-        "prefixes: few-shot, self-consistency, chat, tree, rag, unique.",
+        "Lengths: sharegpt, alpaca, azure-chat, azure-code. Or a program whose prompts "
+        "share prefixes: few-shot, self-consistency, chat, tree, rag, unique.",
         metavar="NAME",
     ),
 ]

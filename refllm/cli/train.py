@@ -264,7 +264,7 @@ def _read_text(
     data: list[Path] | None, held_out: list[Path] | None, *, tests: bool, installers: bool
 ) -> Data:
     """The user's own files, or the standard library."""
-    from refllm.train.data import text_files, standard_library
+    from refllm.train.data import standard_library, text_files
 
     if data:
         return text_files(data, held_out or ())

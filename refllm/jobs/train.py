@@ -212,8 +212,8 @@ def _check_lengths(job: TrainingJob) -> None:
         if phase.steps and shortest <= phase.length:
             raise ValueError(
                 f"a stream of the text has {shortest} tokens, too few for windows of "
-                f"{phase.length}: give more text to train on or to hold out, or shorten --length "
-                "and --long-length"
+                f"{phase.length}: give more text to train on or to hold out, or shorten "
+                "--length and --long-length"
             )
 
 
@@ -224,7 +224,8 @@ def _check_text(job: TrainingJob) -> None:
         return
     if digest.read_text("utf-8").strip() != _digest(job.data):
         raise ValueError(
-            f"{job.work} was begun with other text, or another Python: choose another --work"
+            f"{job.work} was begun with other text, or another Python: choose another "
+            "--work"
         )
 
 
@@ -236,14 +237,16 @@ def _continue(job: TrainingJob, note: Note) -> None:
     job.done = state.optimizer.step
     if ModelConfig.from_hf(json.loads(about["config"])) != job.config:
         raise ValueError(
-            f"{job.work} holds a run of another network: choose another --work, or remove it"
+            f"{job.work} holds a run of another network: choose another --work, or remove "
+            "it"
         )
     origin = _origin(job)
     path = job.work / ORIGIN
     recorded = json.loads(path.read_text("utf-8")) if path.exists() else origin
     if recorded["start"] != origin["start"]:
         raise ValueError(
-            f"{job.work} was begun from other weights: give its --start, or choose another --work"
+            f"{job.work} was begun from other weights: give its --start, or choose another "
+            "--work"
         )
     # workers change the result by rounding only, the other two only what is reported
     begun, requested = (
@@ -254,8 +257,8 @@ def _continue(job: TrainingJob, note: Note) -> None:
     for setting, unchanged in same.items():
         if not unchanged and job.done >= job.plan.steps:
             raise ValueError(
-                f"{job.work} holds {job.done:,} steps of another {setting}: choose another --work, "
-                "or remove it"
+                f"{job.work} holds {job.done:,} steps of another {setting}: choose another "
+                "--work, or remove it"
             )
         if not unchanged:
             note(f"{job.work} was begun with another {setting}; it continues with this one")

@@ -49,8 +49,8 @@ def meet(tour: Tour) -> None:
     tour.say(f"{tour.name}, a {config.summary}.")
     tour.say(
         f"{config.num_parameters:,} parameters, {format_bytes(size)} on disk, loaded in "
-        f"{seconds:.2f} s; each token of context takes {kv_bytes_per_token(config, 32):,.0f} bytes "
-        "of keys and values (float32)."
+        f"{seconds:.2f} s; each token of context takes "
+        f"{kv_bytes_per_token(config, 32):,.0f} bytes of keys and values (float32)."
     )
     tour.say(f"It runs in {xp.__name__} {xp.__version__} on Python {platform.python_version()}.")
     if training_curves.has_record(directory):
@@ -84,10 +84,10 @@ def measure(tour: Tour) -> None:
     seconds = time.perf_counter() - began
     bits = sample.bits
     tour.say(
-        f"{len(documents)} modules of Python {platform.python_version()} are held out from the "
-        f"training of the bundled models. From the {sample.of} windows that cover them, "
-        f"{sample.windows} drawn at random: {sample.tokens:,} tokens, {format_bytes(sample.bytes)} "
-        f"of text, {seconds:.1f} s."
+        f"{len(documents)} modules of Python {platform.python_version()} are held out from "
+        f"the training of the bundled models. From the {sample.of} windows that cover "
+        f"them, {sample.windows} drawn at random: {sample.tokens:,} tokens, "
+        f"{format_bytes(sample.bytes)} of text, {seconds:.1f} s."
     )
     tour.out.print(
         f"{bits.mean:.3f} bits per byte, 95 % interval {bits.low:.3f} to {bits.high:.3f}",
@@ -128,17 +128,17 @@ def cost(tour: Tour) -> None:
     shares = "The limits of a GPU are not measured here."
     if on_host:
         shares = (
-            "MFU and MBU are the shares of the two limits that were reached. More than 100 % is no "
-            "error: weights that stay in a CPU cache never wait for memory, and on a busy machine "
-            "the limits may have been higher when the step ran."
+            "MFU and MBU are the shares of the two limits that were reached. More than "
+            "100 % is no error: weights that stay in a CPU cache never wait for memory, "
+            "and on a busy machine the limits may have been higher when the step ran."
         )
     tour.say(
-        f"{CONTEXT} tokens of context. FLOP and bytes are counted; times are measured, medians of "
-        f"{REPEATS}. {shares}"
+        f"{CONTEXT} tokens of context. FLOP and bytes are counted; times are measured, "
+        f"medians of {REPEATS}. {shares}"
     )
     tour.say(
-        "A step reads every weight once, however many sequences share it: that is the gain of "
-        "batching."
+        "A step reads every weight once, however many sequences share it: that is the "
+        "gain of batching."
     )
 
 
@@ -151,8 +151,8 @@ def _against_limits(
     machine = tour.machine
     tour.say(
         f"Limits of one core, measured: {machine.peak_flops / 1e9:.0f} GFLOP/s and "
-        f"{machine.peak_bandwidth / 1e9:.0f} GB/s. A step of fewer than {machine.ridge:.1f} FLOP "
-        "per byte is bound by memory."
+        f"{machine.peak_bandwidth / 1e9:.0f} GB/s. A step of fewer than "
+        f"{machine.ridge:.1f} FLOP per byte is bound by memory."
     )
     return {
         name: (
@@ -202,13 +202,14 @@ def phases(tour: Tour) -> None:
     tour.say()
     tour.say(
         f"First token after {1e3 * watch.ttft:.0f} ms (TTFT), each further one "
-        f"{1e3 * watch.tpot:.2f} ms (TPOT), the request {1e3 * watch.e2el:.0f} ms. A generated "
-        f"token costs {watch.tpot * len(prompt) / prefill:.1f} times a prompt token: prefill reads "
-        "the weights once for all of its tokens, decode once per token."
+        f"{1e3 * watch.tpot:.2f} ms (TPOT), the request {1e3 * watch.e2el:.0f} ms. A "
+        f"generated token costs {watch.tpot * len(prompt) / prefill:.1f} times a prompt "
+        "token: prefill reads the weights once for all of its tokens, decode once per "
+        "token."
     )
     tour.say(
-        "Decoding has a different speed at each stop, because the work differs: stop 2 samples "
-        "from probabilities over the whole vocabulary, at a short context; stop 4 repeats one step "
-        f"at {CONTEXT} tokens; here the context grows from {CONTEXT} to {CONTEXT + NEW_TOKENS}, and "
-        "the largest logit is taken."
+        "Decoding has a different speed at each stop, because the work differs: stop 2 "
+        "samples from probabilities over the whole vocabulary, at a short context; stop 4 "
+        f"repeats one step at {CONTEXT} tokens; here the context grows from {CONTEXT} to "
+        f"{CONTEXT + NEW_TOKENS}, and the largest logit is taken."
     )

@@ -1,14 +1,13 @@
-"""Speculation on the tour: the same text with and without drafts, how many steps it took,
-and how long.
+"""The tour's stop for speculative decoding: the same text with several drafters, how many
+steps of the target it took, and how long.
 
-Left out: sampling (notebook 14), ratios to be relied upon (``benchmarks/speculative.py``).
+Left out: sampling (notebook 14), reliable ratios (``benchmarks/speculative.py``).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,92 +15,95 @@ from refllm.api import Model, load
 from refllm.corpus import held_out_documents
 from refllm.decode.generate import generate_tokens
 from refllm.decode.sampling_params import GREEDY
+from refllm.decode.speculative import loop
 from refllm.decode.speculative.cascade import Cascade
 from refllm.decode.speculative.interface import Drafter, check_vocabulary
-from refllm.decode.speculative.loop import SpeculativeStep, speculate
 from refllm.decode.speculative.model_drafter import ModelDrafter
 from refllm.decode.speculative.ngram_drafter import NGramDrafter
 from refllm.decode.speculative.tree_drafter import TreeDrafter
 from refllm.terminal import table
+from refllm.tour.context import Tour
 
-if TYPE_CHECKING:
-    from rich.console import Console
+DRAFT_MODEL = "stdlib-draft"
+PROMPT_TOKENS = 160
+NEW_TOKENS = 96
+MODEL_GAMMA = 3  # drafted tokens per step
+NGRAM_GAMMA = 8
 
-PROMPT = 160  # tokens
-NEW = 96
-GAMMA = {"model": 3, "n-grams": 8}
 
-
-def visit(model: Model, draft: str, backend: str, say: Callable[[str], Any], out: Console) -> None:
-    """Write from a piece of held-out code, plainly and with each drafter, and say what
-    differed: not the text.
+def speculate(tour: Tour) -> None:
+    """Continue held-out code greedily, with and without drafters, and compare steps and
+    time.
     """
+    model = tour.model
     text = "".join(d.text for d in held_out_documents())
-    prompt = model.tokenizer.encode(text[: 8 * PROMPT])[:PROMPT]
+    prompt = model.tokenizer.encode(text[: 8 * PROMPT_TOKENS])[:PROMPT_TOKENS]
     began = time.perf_counter()
-    plain = [
-        t for (t,) in generate_tokens(model.weights, model.config, [prompt], NEW, GREEDY, _rng())
-    ]
-    seconds = time.perf_counter() - began
-    made = table(
-        "who guesses",
-        "steps",
-        "tokens a step",
-        "accepted of guessed",
-        "ms",
-        "times as fast",
-        "the text",
+    steps = generate_tokens(
+        model.weights, model.config, [prompt], NEW_TOKENS, GREEDY, np.random.default_rng(0)
     )
-    made.add_row("nobody", f"{NEW}", "1.00", "", f"{1e3 * seconds:.0f}", "1.00", "")
-    for name, drafter in drafters(model, draft, backend).items():
+    plain = [token for (token,) in steps]
+    seconds = time.perf_counter() - began
+    made = table("drafter", "steps", "tokens/step", "accepted", "ms", "speedup", "output")
+    made.add_row("none", f"{NEW_TOKENS}", "1.00", "", f"{1e3 * seconds:.0f}", "1.00", "")
+    for name, drafter in drafters(model, DRAFT_MODEL, tour.backend).items():
         began = time.perf_counter()
-        steps = list(speculate(model.weights, model.config, prompt, NEW, GREEDY, _rng(), drafter))
+        drafted = list(
+            loop.speculate(
+                model.weights,
+                model.config,
+                prompt,
+                NEW_TOKENS,
+                GREEDY,
+                np.random.default_rng(0),
+                drafter,
+            )
+        )
         spent = time.perf_counter() - began
-        same = [t for step in steps for t in step.tokens] == plain
+        same = [token for step in drafted for token in step.tokens] == plain
         made.add_row(
             name,
-            *row(steps, plain),
+            *row(drafted, plain),
             f"{1e3 * spent:.0f}",
             f"{seconds / spent:.2f}",
-            "the same" if same else "parts at a near tie",
+            "same" if same else "near tie",
         )
-    out.print(made)
-    say("")
-    say(
-        f"{PROMPT} tokens of held-out code, {NEW} more, greedy. A guess stays if it is the token that the model would "
-        "have chosen: the text is the same, however bad the guesses are. One step checks them all."
+    tour.out.print(made)
+    tour.say()
+    tour.say(
+        f"{PROMPT_TOKENS} tokens of held-out code, {NEW_TOKENS} new ones, greedy. One step "
+        "verifies all drafted tokens: a token is accepted if the target would have chosen "
+        "it, so the output is the same however bad the drafts are (except where two "
+        "logits are equal up to float32 "
+        'rounding: "near tie").'
     )
-    say(
-        "What that buys depends on how easily the text is guessed and on what a step of several tokens costs: on a GPU "
-        "at batch 1 hardly more than one of a single token, on a processor or in a full batch more, and it may lose."
+    tour.say(
+        "The gain depends on how predictable the text is and on the cost of a step of "
+        "several tokens: on a GPU at batch 1 hardly more than a step of one token, on a "
+        "CPU or in a full batch more, and speculation may be slower."
     )
 
 
-def row(steps: list[SpeculativeStep], plain: list[int]) -> tuple[str, str, str]:
-    """Steps, tokens a step, accepted of guessed; the prefill's token took no step."""
+def row(steps: Sequence[loop.SpeculativeStep], plain: Sequence[int]) -> tuple[str, str, str]:
+    """Steps, tokens per step, accepted drafts; the first step is the prefill and has none."""
     accepted = sum(s.accepted for s in steps[1:])
-    guessed = sum(len(s.drafts) for s in steps[1:])
-    return f"{len(steps)}", f"{len(plain) / len(steps):.2f}", f"{accepted} of {guessed}"
+    drafted = sum(len(s.drafts) for s in steps[1:])
+    return f"{len(steps)}", f"{len(plain) / len(steps):.2f}", f"{accepted}/{drafted}"
 
 
 def drafters(model: Model, draft: str, backend: str) -> dict[str, Drafter]:
-    """A small model, as a chain and as a tree, if there is one of this vocabulary; n-grams;
-    and both in turn.
+    """Drafters by name: the draft model with a chain and with a tree, if it exists and has
+    this vocabulary; both kinds in turn; n-grams.
     """
-    chain = GAMMA["model"]
-    ngrams = NGramDrafter(GAMMA["n-grams"])
+    gamma = MODEL_GAMMA
     found: dict[str, Drafter] = {}
     try:
         small = load(draft, backend)
         check_vocabulary(model, small)
-        found[f"{draft}, {chain} a step"] = ModelDrafter(small, chain)
-        found[f"{draft}, trees of {chain}"] = TreeDrafter(small, chain)
-        found["n-grams, else such a tree"] = Cascade(NGramDrafter(chain), TreeDrafter(small, chain))
-    except ValueError:  # it is not there, or speaks another vocabulary
+        found[f"{draft}, chain of {gamma}"] = ModelDrafter(small, gamma)
+        found[f"{draft}, tree of {gamma}"] = TreeDrafter(small, gamma)
+        found["n-grams, then the tree"] = Cascade(NGramDrafter(gamma), TreeDrafter(small, gamma))
+    except ValueError:  # there is no such model, or it has another vocabulary
         pass
-    found[f"n-grams of the text, {GAMMA['n-grams']} a step"] = ngrams
+    found[f"n-grams of {NGRAM_GAMMA}"] = NGramDrafter(NGRAM_GAMMA)
     return found
-
-
-def _rng() -> np.random.Generator:
-    return np.random.default_rng(0)

@@ -23,8 +23,7 @@ from refllm.measure.device import DeviceSpec
 from refllm.measure.records import read
 from refllm.measure.roofline import step_cost
 from refllm.terminal import printable
-from refllm.tour import context as guides
-from refllm.tour import stops
+from refllm.tour import context, model_stops, stops
 from tiny_models import byte_tokenizer, tiny_config, tiny_model, tiny_params
 
 NAMES = [stop.name for stop in stops.STOPS]
@@ -39,21 +38,21 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def guide(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> guides.Tour:
+def guide(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> context.Tour:
     """A tour of a tiny model on a machine of round numbers, which prints into
     ``guide.out.file``.
     """
-    made = guides.Tour(
+    made = context.Tour(
         str(directory), "numpy", tmp_path / "figures", Console(file=io.StringIO(), width=10_000)
     )
     # measuring one takes a second
     made.__dict__["machine"] = DeviceSpec("a machine of round numbers", 1e11, 1e10)
-    monkeypatch.setattr(stops, "REPEATS", 2)
-    monkeypatch.setattr(stops, "SAMPLE_WINDOWS", 2)
+    monkeypatch.setattr(model_stops, "REPEATS", 2)
+    monkeypatch.setattr(model_stops, "SAMPLE_WINDOWS", 2)
     return made
 
 
-def visit(guide: guides.Tour, *names: str) -> str:
+def visit(guide: context.Tour, *names: str) -> str:
     stops.run(guide, names)
     text: str = guide.out.file.getvalue()
     return text
@@ -97,10 +96,14 @@ def test_an_unknown_stop_is_refused_by_name(guide):
 
 
 def test_the_text_is_the_models_own(guide):
-    expected = "".join(guide.model.stream(stops.PROMPT, stops.WRITTEN, sampling=stops.WRITING, rng=1))
+    expected = "".join(
+        guide.model.stream(
+            model_stops.PROMPT, model_stops.NEW_TOKENS, sampling=model_stops.SAMPLING, rng=1
+        )
+    )
     text = visit(guide, "write")
-    assert stops.PROMPT in text
-    shown = text.split(stops.PROMPT, 1)[1]
+    assert model_stops.PROMPT in text
+    shown = text.split(model_stops.PROMPT, 1)[1]
     # the console writes tabs as spaces; nothing else may differ
     assert printable(expected).replace("\t", "").replace(" ", "") in shown.replace(" ", "")
 
@@ -110,7 +113,10 @@ def test_the_costs_are_those_that_the_roofline_counts(guide):
     config = guide.model.config
     for batch in (1, 8, 32):
         c = step_cost(
-            config, [(stops.CONTEXT, 1)] * batch, weight_bytes_per_param=4, kv_bytes_per_value=4
+            config,
+            [(model_stops.CONTEXT, 1)] * batch,
+            weight_bytes_per_param=4,
+            kv_bytes_per_value=4,
         )
         row = next(line for line in text.splitlines() if line.startswith(f"decode, {batch} "))
         assert f"{c.flops / 1e6:,.1f}" in row.split()
@@ -182,12 +188,12 @@ def test_the_bundled_model_is_shown_without_options():
 
 def test_a_tour_loads_its_model_once(guide, monkeypatch):
     loads = []
-    monkeypatch.setattr(guides, "load", lambda *a: loads.append(a) or _model(guide))
+    monkeypatch.setattr(context, "load", lambda *a: loads.append(a) or _model(guide))
     visit(guide, "meet", "write")
     assert len(loads) == 1
 
 
-def _model(guide: guides.Tour) -> Model:
+def _model(guide: context.Tour) -> Model:
     return load(guide.name, "numpy")
 
 
