@@ -133,7 +133,7 @@ class GGUFTensors(Mapping[str, Any]):
         record = self.file.tensors[own]
         order = permutation(self.config, name)
         back = None if order is None else np.argsort(order)
-        if not record.kind.quantized:
+        if not record.type.quantized:
             floats = self._floats(own)
             host = converted(floats if back is None else floats[back], self.dtype, name, self.where)
             return host if self.xp is None else self.xp.asarray(host)
@@ -141,9 +141,9 @@ class GGUFTensors(Mapping[str, Any]):
         raw = np.array(raw if back is None else raw[back])  # a copy: the mapped file may go
         if len(record.shape) != 2:
             raise CheckpointError(f"{self.where}: {own} is quantised, but no matrix")
-        self._refuse_broken(raw, record.kind.name, own)
+        self._refuse_broken(raw, record.type.name, own)
         return GGUFLinear(
-            raw if self.xp is None else self.xp.asarray(raw), record.kind.name, self.dtype
+            raw if self.xp is None else self.xp.asarray(raw), record.type.name, self.dtype
         )
 
     def _refuse_broken(self, raw: np.ndarray, type: str, name: str) -> None:
@@ -163,7 +163,7 @@ class GGUFTensors(Mapping[str, Any]):
         record = self.file.tensors[own]
         raw = self.file[own]
         floats: np.ndarray = dequantize(
-            np.ascontiguousarray(raw.reshape(-1, raw.shape[-1])), record.kind.name
+            np.ascontiguousarray(raw.reshape(-1, raw.shape[-1])), record.type.name
         )
         return floats.reshape(record.shape)
 

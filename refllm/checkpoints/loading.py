@@ -1,46 +1,29 @@
-"""The tensors of a checkpoint as its network needs them, whether they are stored plainly or
-quantised.
+"""Load a checkpoint: find it by name or path, read its tensors, build the weight tree.
 
-| name           | what                                                                                              |
-|----------------|---------------------------------------------------------------------------------------------------|
-| read           | the ``quantization_config`` of a checkpoint's config.json; None for a plain one                   |
-| stored_specs   | each tensor in the files, the several tensors of a quantised weight included                       |
-| NetworkTensors | by their plain names: arrays, and for quantised weights a ``Linear``, each read when asked for     |
+| file                   | what is read                                                     |
+|------------------------|------------------------------------------------------------------|
+| config.json            | the network's shape, and how its weights are quantised           |
+| model.safetensors      | the weights, in one file or in shards (``tensor_files``)         |
+| tokenizer.json         | the tokenizer                                                    |
+| generation_config.json | its end-of-text ids, which take precedence over the config's     |
 
-Which tensors a quantised weight has, and what they hold, is known to ``formats.layouts``
-alone.
+A GGUF file instead of a directory is read by ``checkpoints.gguf``.
 
-Left out: quantised embeddings. Writing is ``quant.export``'s.
+Each tensor is read, checked, converted and laid out before the next one is read, so loading
+needs the memory of one model and one tensor, never of two models. Quantised weights stay
+quantised: they multiply in the format in which they are stored, and only
+``formats.layouts`` knows which tensors such a weight consists of. Pickled files are never
+opened.
 
-<<MERGED>> Checkpoints: a Hugging Face directory read into a weight tree, and written so
-that transformers loads it.
-
-Reading is here, in ``shards`` (the tensors' files) and ``quantized`` (weights of several
-tensors); writing is in ``writer``.
-
-| file                   | read                                     | written                                   |
-|------------------------|------------------------------------------|-------------------------------------------|
-| config.json            | ``ModelConfig.from_hf``, and its         | ``to_hf`` and the stored type             |
-|                        | ``quantization_config``                  |                                           |
-| model.safetensors      | or shards with an index (``shards``)     | one file, or shards of a given size       |
-| tokenizer.json         | ``Tokenizer.from_file``                  | as the tokenizers library saves it        |
-| generation_config.json | its end-of-text ids win over the config's| end and beginning of text                 |
-| tokenizer_config.json  | not read                                 | the class and special tokens              |
-
-Every tensor is read, checked, converted and laid out before the next one is read, so
-loading needs one model of memory and one tensor, never two models. Weights are never
-unpickled.
-
-Quantised weights stay quantised: they multiply in the form in which they are stored.
-
-Left out: chat templates, downloading, tensors that the network does not use (refused,
-but for the rotary tables of old Llama files, which are recomputed).
+Left out: chat templates, downloading, quantised embeddings, tensors that the network does
+not use (rejected, except for the rotary tables of old Llama files, which are recomputed).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -69,10 +52,57 @@ from refllm.formats.quantization_config import Quantization, UnsupportedQuantiza
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights, build
 
-# Written by some, of no effect when zero: zero points of symmetric weights, biases that a
-# family does not have
-OPTIONAL = (".weight_zero_point", ".bias")
 BUNDLED = Path(__file__).parent.parent / "models"  # the models that come with the package
+# Tensors that some writers store although they have no effect where they are zero: zero
+# points of symmetric weights, biases that a family does not have
+OPTIONAL = (".weight_zero_point", ".bias")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint: the network's shape, its weight tree, its tokenizer, its path."""
+
+    config: ModelConfig
+    weights: Weights
+    tokenizer: Tokenizer
+    path: Path
+
+
+def load(path: str | Path, *, backend: str | None = None, dtype: str = "float32") -> Checkpoint:
+    """Load a directory or a GGUF file for ``backend`` ("numpy", "cupy", None: the
+    environment's) in ``dtype``.
+
+    Raises
+    ------
+    CheckpointError
+        for every kind of bad input, naming the file and what to do.
+    ValueError
+        for a dtype that the backend does not compute in.
+    BackendUnavailable
+        if CuPy is asked for and cannot run.
+    """
+    xp = get(backend)
+    types = ["float32", "float64"]
+    if xp is not np:
+        types = ["float16", *types]
+    if dtype not in types:
+        raise ValueError(
+            f"load: {xp.__name__} does not compute in dtype {dtype!r}; choose one of "
+            f"{', '.join(types)}"
+        )
+    if is_gguf(path):
+        from refllm.checkpoints import gguf  # a directory does not need GGUF's modules
+
+        return Checkpoint(*gguf.load(path, xp, dtype), Path(path))
+    directory = _directory(path)
+    config = read_config(directory)
+    tokenizer = read_tokenizer(directory, config)
+    with open_tensors(directory, config, xp, dtype) as tensors:
+        weights = build(config, tensors)
+    return Checkpoint(config, weights, tokenizer, directory)
+
+
+# --- which name or path is which checkpoint -------------------------------------------------
 
 
 def bundled() -> list[str]:
@@ -96,9 +126,7 @@ def locate(path_or_name: str | os.PathLike[str]) -> Path:
 
 
 def is_gguf(path: str | Path) -> bool:
-    """Whether a path names a file that calls itself GGUF, by its suffix or by its first
-    bytes.
-    """
+    """Whether a path names a GGUF file, judged by its suffix or its first four bytes."""
     path = Path(os.path.expanduser(path))  # unlike Path's, leaves an unknown ~user as it is
     try:
         if not path.is_file():
@@ -109,9 +137,71 @@ def is_gguf(path: str | Path) -> bool:
         return file.read(4) == b"GGUF" or path.suffix == ".gguf"
 
 
-def read(directory: Path) -> Quantization | None:
-    """How the weights of a checkpoint are stored; CheckpointError for what is not read,
-    None for plain weights.
+def _directory(path: str | Path) -> Path:
+    """The path of a directory, ~ expanded; CheckpointError if it is none."""
+    directory = Path(os.path.expanduser(path))  # unlike Path's, leaves an unknown ~user as it is
+    # unlike Path's, False for a name that the file system cannot hold
+    if not os.path.exists(directory):
+        raise CheckpointError(
+            f"{directory} does not exist: pass the directory of a Hugging Face checkpoint"
+        )
+    if directory.is_file() and directory.suffix == ".gguf":
+        raise CheckpointError(
+            f"{directory} is a GGUF file: here a Hugging Face directory is needed; load, "
+            "generate, eval and convert read GGUF"
+        )
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory} is a file: pass the directory that holds it and config.json"
+        )
+    return directory
+
+
+# --- configuration and tokenizer ------------------------------------------------------------
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The network's shape from ``config.json``, with the end-of-text ids of
+    ``generation_config.json``; CheckpointError for anything wrong with either.
+    """
+    directory = _directory(path)
+    file = directory / "config.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{directory} has no config.json: pass the directory of a Hugging Face checkpoint"
+        )
+    raw = read_json(file)
+    try:
+        config = ModelConfig.from_hf(raw)
+    except KeyError as error:
+        raise CheckpointError(f"{file}: the entry {error} is missing") from error
+    # UnsupportedModel (a ValueError), or an entry of the wrong JSON type
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    eos = _generation_eos(directory / "generation_config.json")
+    if eos is None:
+        return config
+    return replace(config, eos_token_ids=eos)
+
+
+def _generation_eos(file: Path) -> tuple[int, ...] | None:
+    """The end-of-text ids of a ``generation_config.json``; None if it states none."""
+    if not file.is_file():
+        return None
+    eos = read_json(file).get("eos_token_id")
+    if eos is None:
+        return None
+    ids = eos if isinstance(eos, list) else [eos]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in ids):
+        raise CheckpointError(
+            f"{file}: eos_token_id must be a token id or a list of them, got {eos!r}"
+        )
+    return tuple(ids) or None
+
+
+def read_quantization(directory: Path) -> Quantization | None:
+    """How the weights of a checkpoint are quantised, from ``config.json``; None for plain
+    weights, CheckpointError for a quantisation that is not supported.
     """
     file = directory / "config.json"
     raw = read_json(file).get("quantization_config")
@@ -123,11 +213,26 @@ def read(directory: Path) -> Quantization | None:
         raise CheckpointError(f"{file}: {error}") from error
 
 
-def layout_for(
+def read_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer:
+    """The tokenizer of a directory; CheckpointError if it is broken, or has ids beyond the
+    model's vocabulary.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    check_vocabulary(tokenizer, config, directory / "tokenizer.json")
+    return tokenizer
+
+
+# --- tensors --------------------------------------------------------------------------------
+
+
+def weight_layout(
     quantization: Quantization | None, name: str, shape: Shape, names: Container[str]
 ) -> WeightLayout | None:
-    """How the tensor ``name`` of a network is stored in files with ``names``; None: as it
-    is.
+    """The layout of the network's tensor ``name`` in files with ``names``; None for a plain
+    tensor.
     """
     if quantization is None or len(shape) != 2 or name == EMBEDDING:
         return None
@@ -135,39 +240,39 @@ def layout_for(
 
 
 def stored_specs(
-    config: ModelConfig, stored: Callable[[str, Shape], WeightLayout | None]
+    config: ModelConfig, layout_of: Callable[[str, Shape], WeightLayout | None]
 ) -> Iterator[tuple[str, Spec]]:
-    """Name, dtype and shape of each tensor in the files of a network, in the order of
-    ``tensor_shapes``.
+    """Name, dtype and shape of each tensor in a network's files, in the order of
+    ``tensor_shapes``; a quantised weight is several tensors.
 
-    ``stored`` says of each tensor how it is stored. A dtype of ``FLOAT`` is the
-    checkpoint's own.
+    ``layout_of(name, shape)`` returns the layout of a quantised weight, None for a plain
+    tensor. A dtype of ``FLOAT`` is the checkpoint's own.
 
     Raises
     ------
     CheckpointError
-        naming a weight that its layout has no place for.
+        naming a weight that its layout cannot hold.
     """
     for name, shape in tensor_shapes(config):
-        how = stored(name, shape)
-        if how is None:
+        layout = layout_of(name, shape)
+        if layout is None:
             yield name, (FLOAT, shape)
             continue
         module = name.removesuffix("weight")
         try:
-            specs = tensor_specs(how, (shape[0], shape[1]), module[:-1])
+            specs = tensor_specs(layout, (shape[0], shape[1]), module[:-1])
         except ValueError as error:
             raise CheckpointError(str(error)) from error
         yield from ((module + suffix, spec) for suffix, spec in specs.items())
 
 
 class NetworkTensors(Mapping[str, Any]):
-    """The tensors of a network by their plain names, each read, converted and moved at the
-    moment of the look-up.
+    """The tensors of a network under their plain names: arrays, and a ``Linear`` for each
+    quantised weight, read, converted and moved when they are looked up.
 
     ``xp`` None leaves them on the host. ``dtype`` None keeps the stored type of plain
-    tensors, and gives quantised weights in float32. A look-up raises CheckpointError for
-    what ``formats.layouts`` does not read.
+    tensors, and computes with quantised weights in float32. A look-up raises CheckpointError
+    for values that are not finite, or that ``formats.layouts`` rejects.
     """
 
     def __init__(
@@ -185,76 +290,74 @@ class NetworkTensors(Mapping[str, Any]):
         self.dtype = dtype
 
     def check(self) -> NetworkTensors:
-        """Itself, if names and shapes are the network's; CheckpointError says what is not."""
+        """Itself, if names and shapes are the network's; CheckpointError otherwise."""
         files = self.files
-        where = self.files.directory
         specs = stored_specs(
-            self.config, lambda name, shape: layout_for(self.quantization, name, shape, files)
+            self.config, lambda name, shape: weight_layout(self.quantization, name, shape, files)
         )
         wanted = ((name, shape) for name, (_, shape) in specs)
-        spare = check_tensors(
-            self.config, files, where, wanted=wanted, spare=OPTIONAL if self.quantization else ()
-        )
-        check_tied(self.config, files, where)
+        optional = OPTIONAL if self.quantization else ()
+        spare = check_tensors(self.config, files, files.directory, wanted=wanted, optional=optional)
+        check_tied(self.config, files, files.directory)
         for name in spare:
-            if (files[name] if files.dtype(name) in FLOATS else files.integers(name)).any():
+            tensor = files[name] if files.dtype(name) in FLOATS else files.integers(name)
+            if tensor.any():
                 raise CheckpointError(
-                    f"{files.file(name)}: {name!r} is not zero, and the network has no place for it: "
-                    "ignoring it would change the output"
+                    f"{files.file(name)}: {name!r} is not zero, and the network has no place for "
+                    "it: ignoring it would change the output"
                 )
         return self
 
     @cached_property
     def _shapes(self) -> dict[str, Shape]:
+        """Name → shape of the network's tensors."""
         # not before the check: a config may claim a billion layers
         return dict(tensor_shapes(self.config))
 
     def __getitem__(self, name: str) -> Any:
         shape = self._shapes[name]
-        stored = layout_for(self.quantization, name, shape, self.files)
-        if stored is None:
+        layout = weight_layout(self.quantization, name, shape, self.files)
+        if layout is None:
             return self._plain(name)
-        return self._linear(name, stored, (shape[0], shape[1]))
+        return self._linear(name, layout, (shape[0], shape[1]))
 
     def _plain(self, name: str) -> Array:
+        """A tensor that is stored as an array."""
         tensor = self.files[name]
         # converted on the host: CuPy has no bfloat16
-        return self._moved(
-            converted(tensor, self.dtype or tensor.dtype.name, name, self.files.file(name))
-        )
+        dtype = self.dtype or tensor.dtype.name
+        return self._moved(converted(tensor, dtype, name, self.files.file(name)))
 
     def _moved(self, host: np.ndarray) -> Array:
+        """A host array on the library's device."""
         return host if self.xp is None else self.xp.asarray(host)
 
-    def _linear(self, name: str, stored: WeightLayout, shape: tuple[int, int]) -> Any:
+    def _linear(self, name: str, layout: WeightLayout, shape: tuple[int, int]) -> Any:
+        """A quantised weight, from its several tensors."""
         module = name.removesuffix("weight")
         tensors = {}
         scale_dtype = None
-        for suffix, (kind, _) in tensor_specs(stored, shape, name).items():
+        for suffix, (kind, _) in tensor_specs(layout, shape, name).items():
             full = module + suffix
             if kind == FLOAT:
                 scale = self.files[full]
                 scale_dtype = scale.dtype.name
-                # computed with, until they are stored
+                # scales are computed with in at least float32
                 wide = "float64" if self.dtype == "float64" else "float32"
                 host = converted(scale, wide, full, self.files.file(full))
             else:
                 host = self.files.integers(full, kind)
-                # codes: neither library computes with the type
-                host = host.view("uint8") if kind == FLOAT8 else host
+                if kind == FLOAT8:  # as codes: neither library computes with the type
+                    host = host.view("uint8")
             tensors[suffix] = self._moved(host)
+        dtype = self.dtype or "float32"
         try:
-            if stored.is_float:
+            if layout.is_float:
                 return float_layouts.from_tensors(
-                    tensors, stored, shape, dtype=self.dtype or "float32", name=module[:-1]
+                    tensors, layout, shape, dtype=dtype, name=module[:-1]
                 )
             return from_tensors(
-                tensors,
-                stored,
-                shape,
-                scale_dtype=scale_dtype,
-                dtype=self.dtype or "float32",
-                name=module[:-1],
+                tensors, layout, shape, scale_dtype=scale_dtype, dtype=dtype, name=module[:-1]
             )
         except ValueError as error:
             raise CheckpointError(f"{self.files.directory}: {error}") from error
@@ -266,75 +369,37 @@ class NetworkTensors(Mapping[str, Any]):
         return len(self._shapes)
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """What the lower floors pass around: the network's shape, its weight tree, its
-    tokenizer, its origin.
-    """
-
-    config: ModelConfig
-    weights: Weights
-    tokenizer: Tokenizer
-    path: Path
-
-
-def load(path: str | Path, *, backend: str | None = None, dtype: str = "float32") -> Checkpoint:
-    """Load a directory or a GGUF file for ``backend`` ("numpy", "cupy", None: the
-    environment's) in ``dtype``.
-
-    Raises
-    ------
-    CheckpointError
-        for every kind of bad input, naming the file and what to do.
-    ValueError
-        for a dtype that the backend does not compute in.
-    BackendUnavailable
-        if CuPy is asked for and cannot run.
-    """
-    xp = get(backend)
-    types = ("float32", "float64") if xp is np else ("float16", "float32", "float64")
-    if dtype not in types:
-        raise ValueError(
-            f"load: dtype {dtype!r} is not computed in on {xp.__name__}; choose one of {', '.join(types)}"
-        )
-    if is_gguf(path):
-        from refllm.checkpoints import gguf  # only where there is such a file
-
-        return Checkpoint(*gguf.load(path, xp, dtype), Path(path))
-    directory = _directory(path)
-    config = read_config(directory)
-    tokenizer = read_tokenizer(directory, config)
+@contextmanager
+def open_tensors(
+    directory: Path, config: ModelConfig, xp: Any = None, dtype: str | None = None
+) -> Iterator[NetworkTensors]:
+    """The checked tensors of a directory while its files are open, see ``NetworkTensors``."""
     with TensorFiles(directory) as files:
-        weights = build(config, NetworkTensors(files, config, read(directory), xp, dtype).check())
-    return Checkpoint(config, weights, tokenizer, directory)
+        yield NetworkTensors(files, config, read_quantization(directory), xp, dtype).check()
 
 
-def read_config(path: str | Path) -> ModelConfig:
-    """The network's shape from ``config.json``, with the end-of-text ids of
-    ``generation_config.json``.
+def iter_tensors(path: str | Path, dtype: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, host array) of every tensor of a network, layer by layer, one in memory at a
+    time.
+
+    ``dtype`` None keeps the stored type (bfloat16 is ml_dtypes'). Quantised weights are
+    dequantised, to float32 then.
     """
     directory = _directory(path)
-    file = directory / "config.json"
-    if not file.is_file():
-        raise CheckpointError(
-            f"{directory} has no config.json: pass the directory of a Hugging Face checkpoint"
-        )
-    raw = read_json(file)
-    try:
-        config = ModelConfig.from_hf(raw)
-    except KeyError as error:
-        raise CheckpointError(f"{file}: the entry {error} is missing") from error
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-    ) as error:  # UnsupportedModel, or a wrong JSON type
-        raise CheckpointError(f"{file}: {error}") from error
-    eos = _generation_eos(directory / "generation_config.json")
-    if eos is None:
-        return config
-    return replace(config, eos_token_ids=eos)
+    with open_tensors(directory, read_config(directory), dtype=dtype) as tensors:
+        for name in tensors:
+            yield name, _floats(tensors[name])
+
+
+def read_tensor(path: str | Path, name: str, dtype: str | None = None) -> np.ndarray:
+    """One tensor of a checkpoint directory by its Hugging Face name, as ``iter_tensors``
+    gives it; CheckpointError if there is none.
+    """
+    directory = _directory(path)
+    with open_tensors(directory, read_config(directory), dtype=dtype) as tensors:
+        if name not in tensors:
+            raise CheckpointError(f"{directory} holds no tensor {name!r}")
+        return _floats(tensors[name])
 
 
 def build_weights(config: ModelConfig, tensors: Mapping[str, Array]) -> Weights:
@@ -345,77 +410,7 @@ def build_weights(config: ModelConfig, tensors: Mapping[str, Array]) -> Weights:
     return build(config, tensors)
 
 
-def iter_tensors(path: str | Path, dtype: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, host array) of every tensor of a network, layer by layer, one in memory at a
-    time.
-
-    ``dtype`` None keeps the stored type (bfloat16 is ml_dtypes'); what is stored quantised
-    comes as the floats that it stands for, float32 then.
-    """
-    directory = _directory(path)
-    config = read_config(directory)
-    with TensorFiles(directory) as files:
-        tensors = NetworkTensors(files, config, read(directory), None, dtype).check()
-        for name in tensors:
-            yield name, _floats(tensors[name])
-
-
-def read_tensor(path: str | Path, name: str, dtype: str | None = None) -> np.ndarray:
-    """One tensor of a checkpoint directory by its Hugging Face name, as ``iter_tensors``
-    gives it.
-    """
-    directory = _directory(path)
-    config = read_config(directory)
-    with TensorFiles(directory) as files:
-        tensors = NetworkTensors(files, config, read(directory), None, dtype).check()
-        if name not in tensors:
-            raise CheckpointError(f"{directory} holds no tensor {name!r}")
-        return _floats(tensors[name])
-
-
 def _floats(tensor: Any) -> np.ndarray:
+    """An array as it is; a ``Linear`` dequantised."""
     floats: np.ndarray = tensor.dequantize() if hasattr(tensor, "dequantize") else tensor
     return floats
-
-
-def _directory(path: str | Path) -> Path:
-    directory = Path(os.path.expanduser(path))  # unlike Path's, leaves an unknown ~user as it is
-    # unlike Path's, False for a name that the file system cannot hold
-    if not os.path.exists(directory):
-        raise CheckpointError(
-            f"{directory} does not exist: pass the directory of a Hugging Face checkpoint"
-        )
-    if directory.is_file() and directory.suffix == ".gguf":
-        raise CheckpointError(
-            f"{directory} is a GGUF file: here a Hugging Face directory is needed; load, generate, eval and convert "
-            "read GGUF"
-        )
-    if not directory.is_dir():
-        raise CheckpointError(
-            f"{directory} is a file: pass the directory that holds it and config.json"
-        )
-    return directory
-
-
-def _generation_eos(file: Path) -> tuple[int, ...] | None:
-    if not file.is_file():
-        return None
-    eos = read_json(file).get("eos_token_id")
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in ids):
-        raise CheckpointError(
-            f"{file}: eos_token_id must be a token id or a list of them, got {eos!r}"
-        )
-    return tuple(ids) or None
-
-
-def read_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer:
-    """The tokenizer of a directory; CheckpointError if it is broken, or has ids beyond the
-    model's vocabulary.
-    """
-    try:
-        tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    check_vocabulary(tokenizer, config, directory / "tokenizer.json")
-    return tokenizer

@@ -1,5 +1,5 @@
-"""Tensors on disk: safetensors in one file or in shards, which there must be, and reading
-one at a time.
+"""Reading safetensors: a checkpoint's tensors in one file or in shards, each read on demand,
+and what a network requires of them.
 
 Format: eight bytes of header length (little-endian), a JSON header ``{name: {dtype, shape,
 data_offsets}}`` padded with spaces to a multiple of eight, then the tensors' bytes without
@@ -7,15 +7,15 @@ gaps. Nothing in it can run code; files that hold pickles are never opened. A sh
 checkpoint adds ``model.safetensors.index.json``, whose ``weight_map`` names the shard of
 each tensor.
 
-| name          | meaning                                                             |
-|---------------|---------------------------------------------------------------------|
-| TensorFiles   | the tensors of a directory, each read when it is asked for          |
-| converted     | a tensor in another float type, refused where a value is not finite |
-| tensor_shapes | name and shape of every tensor that a network has                   |
-| check_…       | what is there against what there must be                            |
+| name          | meaning                                                              |
+|---------------|----------------------------------------------------------------------|
+| TensorFiles   | the tensors of a directory, each read when it is looked up           |
+| converted     | a tensor in another float type, rejected if a value is not finite    |
+| tensor_shapes | name and shape of every tensor that a network needs                  |
+| check_…       | compare the tensors that are there with those that the network needs |
 
-Left out: 8-bit floats, big-endian hosts. Quantised weights are ``quantized``'s, writing is
-``writer``'s.
+Left out: 8-bit floats other than E4M3, big-endian hosts. ``loading`` puts quantised weights
+together; ``writer`` writes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ import ml_dtypes  # also teaches safetensors' NumPy reader the bfloat16 type
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from refllm.backend import Array, to_numpy
+from refllm.array_types import Array
+from refllm.backend import to_numpy
 from refllm.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -38,9 +39,9 @@ if TYPE_CHECKING:
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# safetensors' names and NumPy's
+# names of the types in safetensors → in NumPy
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-# codes of quantised weights
+# the same, for the codes of quantised weights
 INTEGERS = {"I64": "int64", "I32": "int32", "I8": "int8", "F8_E4M3": "float8_e4m3fn"}
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -55,15 +56,15 @@ class CheckpointError(ValueError):
 
 
 def host_dtype(name: str) -> np.dtype[Any]:
-    """The NumPy type of a name; ``"bfloat16"`` is ml_dtypes', since NumPy has none."""
+    """The NumPy type called ``name``; ``"bfloat16"`` is ml_dtypes', since NumPy has none."""
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds."""
+    """The object in a JSON file; CheckpointError if there is none."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, nesting without end
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, endless nesting
         raise CheckpointError(
             f"{path} is not valid JSON ({error}): download the file again"
         ) from error
@@ -80,8 +81,8 @@ class TensorFiles(Mapping[str, np.ndarray]):
     """The tensors of a checkpoint directory by name; ``files[name]`` reads one, in its
     stored type.
 
-    Only headers are read on opening: ``shape`` and ``dtype`` cost nothing, and memory holds
-    what the caller keeps. A context manager, since it keeps the files open.
+    Opening reads the headers only: ``shape`` and ``dtype`` cost nothing, and memory holds
+    only what the caller keeps. It is a context manager, since the files stay open.
 
     Raises
     ------
@@ -98,11 +99,12 @@ class TensorFiles(Mapping[str, np.ndarray]):
         if single.is_file():
             self._where = dict.fromkeys(self._open(single).keys(), single)
         elif index.is_file():
-            self._follow(index)
+            self._open_shards(index)
         else:
             raise CheckpointError(_no_weights(self.directory))
 
-    def _follow(self, index: Path) -> None:
+    def _open_shards(self, index: Path) -> None:
+        """Open the shards that an index names, and check that both agree."""
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(
             isinstance(v, str) for v in weight_map.values()
@@ -122,7 +124,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
                     "index and shards belong to different checkpoints"
                 )
             self._where[name] = paths[file]
-        # two tensors of one name: which one is meant, the index may not know
+        # two shards may hold the same name; the index says which one is meant
         for file, names in held.items():
             if twice := [name for name in sorted(names) if weight_map.get(name, file) != file]:
                 raise CheckpointError(
@@ -131,10 +133,11 @@ class TensorFiles(Mapping[str, np.ndarray]):
                 )
 
     def _open(self, path: Path) -> Any:
+        """safetensors' handle of a file."""
         try:
             self._shards[path] = safe_open(path, framework="numpy")
         except (SafetensorError, OSError) as error:
-            if not os.access(path, os.R_OK):  # the library says that there is no such file
+            if not os.access(path, os.R_OK):  # the library reports a missing file then
                 raise CheckpointError(f"{path} cannot be read: permission denied") from error
             raise CheckpointError(
                 f"{path} is truncated or no safetensors file ({error}): download or write it again"
@@ -145,13 +148,14 @@ class TensorFiles(Mapping[str, np.ndarray]):
         if self.dtype(name) not in FLOATS:
             raise CheckpointError(
                 f"{self._where[name]}: {name!r} is stored as {self.dtype(name)}; supported are "
-                f"{', '.join(sorted(FLOATS))}. A quantised checkpoint says so in config.json's quantization_config"
+                f"{', '.join(sorted(FLOATS))}. A quantised checkpoint says so in config.json's "
+                "quantization_config"
             )
         return self.raw(name)
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows ``start`` to ``stop`` of a tensor of floats, in its stored type; nothing
-        else is read. Vectors whole.
+        """Rows [start, stop) of a floating-point matrix, in its stored type; nothing else is
+        read. A vector is returned complete.
         """
         if self.dtype(name) not in FLOATS or len(self.shape(name)) == 1:
             return self[name]
@@ -159,9 +163,9 @@ class TensorFiles(Mapping[str, np.ndarray]):
         return part
 
     def integers(self, name: str, dtype: str | None = None) -> np.ndarray:
-        """A tensor of whole numbers, or of 8-bit floats, which ``__getitem__`` refuses.
+        """A tensor of integers, or of 8-bit floats, which ``__getitem__`` rejects.
 
-        ``dtype``, if given, is what it comes as: narrower whole numbers are widened.
+        ``dtype``, if given, is the type of the result: narrower integers are widened.
 
         Raises
         ------
@@ -172,20 +176,20 @@ class TensorFiles(Mapping[str, np.ndarray]):
         if kind is None or not (kind == (dtype or kind) or _widens(kind, str(dtype))):
             raise CheckpointError(
                 f"{self._where[name]}: {name!r} is stored as {self.dtype(name)}, not as "
-                f"{dtype or 'whole numbers'}: the file is damaged, or of another layout"
+                f"{dtype or 'integers'}: the file is damaged, or has another layout"
             )
         return self.raw(name).astype(dtype or kind, copy=False)
 
     def raw(self, name: str) -> np.ndarray:
-        """A tensor as it is stored, of any type that NumPy has, or in 8-bit floats."""
+        """A tensor in its stored type: any that NumPy has, or 8-bit floats."""
         if self.dtype(name) == "F8_E4M3":  # safetensors' NumPy reader has no such type (0.8)
             return self._bytes(name).view(host_dtype("float8_e4m3fn")).reshape(self.shape(name))
         tensor: np.ndarray = self._shards[self._where[name]].get_tensor(name)
         return tensor
 
     def _bytes(self, name: str) -> np.ndarray:
-        """A tensor's bytes, from where the header says that they are; opening the file has
-        checked that it can be.
+        """A tensor's bytes, at the offsets in the header (checked when the file was
+        opened).
         """
         with self._where[name].open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -222,8 +226,8 @@ class TensorFiles(Mapping[str, np.ndarray]):
 
 
 def _widens(kind: str, dtype: str) -> bool:
-    """Whether whole numbers of one type are all numbers of the other; an 8-bit float is
-    none.
+    """Whether every value of the integer type ``kind`` is a value of ``dtype``; False for
+    8-bit floats.
     """
     return "float8_e4m3fn" not in (kind, dtype) and bool(np.can_cast(kind, dtype))
 
@@ -236,32 +240,36 @@ def converted(tensor: np.ndarray, dtype: str, name: str, where: Path) -> np.ndar
         raise ValueError(f"weights are one of {', '.join(FLOATS.values())}, not {dtype!r}")
     if tensor.dtype.name not in FLOATS.values():
         raise CheckpointError(
-            f"{where}: {name!r} has type {tensor.dtype}; weights are one of {', '.join(FLOATS.values())}"
+            f"{where}: {name!r} has type {tensor.dtype}; weights are one of "
+            f"{', '.join(FLOATS.values())}"
         )
-    with np.errstate(over="ignore", invalid="ignore"):  # both are looked for below, by name
-        out = np.ascontiguousarray(tensor.astype(host_dtype(dtype), copy=False)).reshape(
-            tensor.shape
-        )
+    with np.errstate(over="ignore", invalid="ignore"):  # both are checked below
+        out = np.ascontiguousarray(tensor.astype(host_dtype(dtype), copy=False))
+        out = out.reshape(tensor.shape)  # a 0-d tensor stays 0-d
         if np.isfinite(out).all():
             return out
         bad = ~np.isfinite(tensor)
     if bad.any():
         first = tuple(int(i) for i in np.unravel_index(int(bad.argmax()), tensor.shape))
         raise CheckpointError(
-            f"{where}: {name!r} holds {int(bad.sum())} values that are NaN or infinite, the first at {first}: "
-            "the weights are damaged, or their training diverged"
+            f"{where}: {name!r} holds {int(bad.sum())} values that are NaN or infinite, the first "
+            f"at {first}: the weights are damaged, or their training diverged"
         )
     limit = float(ml_dtypes.finfo(host_dtype(dtype)).max)
     raise CheckpointError(
-        f"{where}: {name!r} holds {float(np.abs(tensor).max()):.6g}, beyond the largest {dtype}, {limit:g}: "
-        "choose float32 or bfloat16"
+        f"{where}: {name!r} holds {float(np.abs(tensor).max()):.6g}, beyond the largest {dtype}, "
+        f"{limit:g}: choose float32 or bfloat16"
     )
 
 
 def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     """Name and shape of each stored tensor, in the order in which the network uses them.
 
-    A generator: a config that claims a billion layers fails at the first that is missing.
+    A generator, so that a config that claims a billion layers fails at the first missing one.
+
+    >>> config = ModelConfig("llama", 300, 8, 12, 1, 4, 2, 2, tie_word_embeddings=True)
+    >>> [shape for name, shape in tensor_shapes(config) if "proj" in name]  # q k v o gate up down
+    [(8, 8), (4, 8), (4, 8), (8, 8), (12, 8), (12, 8), (8, 12)]
     """
     n = config.hidden_size
     d = config.head_dim
@@ -270,27 +278,27 @@ def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
     narrow = config.num_key_value_heads * d
     yield EMBEDDING, (config.vocab_size, n)
     for i in range(config.num_hidden_layers):
-        at = f"model.layers.{i}."
-        yield at + "input_layernorm.weight", (n,)
+        prefix = f"model.layers.{i}."
+        yield prefix + "input_layernorm.weight", (n,)
         for letter, rows in (("q", wide), ("k", narrow), ("v", narrow)):
-            yield f"{at}self_attn.{letter}_proj.weight", (rows, n)
+            yield f"{prefix}self_attn.{letter}_proj.weight", (rows, n)
             if config.attention_bias:
-                yield f"{at}self_attn.{letter}_proj.bias", (rows,)
+                yield f"{prefix}self_attn.{letter}_proj.bias", (rows,)
         if config.qk_norm:
-            yield at + "self_attn.q_norm.weight", (d,)
-            yield at + "self_attn.k_norm.weight", (d,)
-        yield at + "self_attn.o_proj.weight", (n, wide)
-        yield at + "post_attention_layernorm.weight", (n,)
-        yield at + "mlp.gate_proj.weight", (f, n)
-        yield at + "mlp.up_proj.weight", (f, n)
-        yield at + "mlp.down_proj.weight", (n, f)
+            yield prefix + "self_attn.q_norm.weight", (d,)
+            yield prefix + "self_attn.k_norm.weight", (d,)
+        yield prefix + "self_attn.o_proj.weight", (n, wide)
+        yield prefix + "post_attention_layernorm.weight", (n,)
+        yield prefix + "mlp.gate_proj.weight", (f, n)
+        yield prefix + "mlp.up_proj.weight", (f, n)
+        yield prefix + "mlp.down_proj.weight", (n, f)
     yield "model.norm.weight", (n,)
     if not config.tie_word_embeddings:
         yield HEAD, (config.vocab_size, n)
 
 
 def shapes_of(tensors: Mapping[str, Array]) -> dict[str, Shape]:
-    """Name → shape; of files, without reading a tensor."""
+    """Name → shape, for ``TensorFiles`` without reading a tensor."""
     if isinstance(tensors, TensorFiles):
         return {name: tensors.shape(name) for name in tensors}
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -302,17 +310,20 @@ def check_tensors(
     where: Path,
     *,
     wanted: Iterable[tuple[str, Shape]] | None = None,
-    spare: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (),
 ) -> list[str]:
-    """Compare what is there with what the network needs: nothing missing, misshapen or left
-    over.
+    """CheckpointError if a tensor that the network needs is missing or has another shape, or
+    one is left over that it does not use.
 
     ``wanted`` replaces ``tensor_shapes(config)``, for files that store some weights as
-    several tensors. Names that end on one of ``spare`` may be left over, and are returned.
+    several tensors. Names that end with one of ``optional`` may be left over, and are
+    returned.
     """
     shapes = shapes_of(tensors)
+    if wanted is None:
+        wanted = tensor_shapes(config)
     needed = set()
-    for name, shape in tensor_shapes(config) if wanted is None else wanted:
+    for name, shape in wanted:
         if name not in shapes:
             raise CheckpointError(
                 f"{where}: the tensor {name!r} is missing, which a {config.family} of "
@@ -329,16 +340,17 @@ def check_tensors(
     left = [
         name for name in shapes if name not in needed and not name.endswith("rotary_emb.inv_freq")
     ]
-    if lost := [name for name in left if not name.endswith(spare)]:
+    if unknown := [name for name in left if not name.endswith(optional)]:
         raise CheckpointError(
-            f"{where}: {len(lost)} tensors are not part of a {config.family} network as config.json "
-            f"describes it, such as {lost[0]!r}: ignoring them would change the output"
+            f"{where}: {len(unknown)} tensors are not part of a {config.family} network as "
+            f"config.json describes it, such as {unknown[0]!r}: ignoring them would change the "
+            "output"
         )
     return left
 
 
 def check_tied(config: ModelConfig, tensors: Mapping[str, Array], where: Path) -> None:
-    """Some files store a tied head all the same: it must be the embedding."""
+    """CheckpointError if a file stores a tied head that differs from the embedding."""
     if not config.tie_word_embeddings or HEAD not in tensors:
         return
     if not np.array_equal(to_numpy(tensors[HEAD]), to_numpy(tensors[EMBEDDING])):
@@ -349,8 +361,9 @@ def check_tied(config: ModelConfig, tensors: Mapping[str, Array], where: Path) -
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: Path) -> None:
-    """A smaller tokenizer is common (models pad their vocabulary); a larger one would index
-    past the end.
+    """CheckpointError if the tokenizer has ids beyond the model's vocabulary.
+
+    A smaller tokenizer is common: models pad their vocabulary.
     """
     size = tokenizer.vocab_size
     if size == 0:
@@ -363,13 +376,13 @@ def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: Path) -> 
 
 
 def _inside(directory: Path, name: str, index: Path) -> Path:
-    """The path of a shard, refused unless it stays in the directory: an index is somebody
-    else's text.
+    """The path of a shard; CheckpointError if it leaves the directory, since an index comes
+    from others and is not trusted.
     """
     for kind in (PurePosixPath(name), PureWindowsPath(name)):
         if kind.anchor or ".." in kind.parts:
             raise CheckpointError(
-                f"{index} names the shard {name!r}, which points outside {directory}: refused"
+                f"{index} names the shard {name!r}, which points outside {directory}: rejected"
             )
     path = directory / name
     # unlike Path.is_file, False for a name that the file system cannot hold
@@ -385,19 +398,21 @@ def _inside(directory: Path, name: str, index: Path) -> Path:
         roots.append(home.parent.parent / "blobs")
     if not any(real.is_relative_to(root) for root in roots):
         raise CheckpointError(
-            f"{path} is a link to {real}, outside {directory}: refused; copy the file instead"
+            f"{path} is a link to {real}, outside {directory}: rejected; copy the file instead"
         )
     return path
 
 
 def _no_weights(directory: Path) -> str:
+    """Why a directory has no readable weights."""
     pickled = sorted(
         p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")
     )
     pickled += [p.name for p in directory.iterdir() if p.name.endswith(".bin.index.json")]
     if pickled:
         return (
-            f"{directory} holds {pickled[0]} but no {SINGLE}: pickled weights can run code and are never opened. "
-            "Convert them once, where you trust them: AutoModelForCausalLM.from_pretrained(path).save_pretrained(new)"
+            f"{directory} holds {pickled[0]} but no {SINGLE}: pickled weights can run code and "
+            "are never opened. Convert them once, where you trust them: "
+            "AutoModelForCausalLM.from_pretrained(path).save_pretrained(new)"
         )
     return f"{directory} holds neither {SINGLE} nor {INDEX}: is the download complete?"

@@ -1,18 +1,18 @@
-"""The tokenizer: byte-level BPE by the ``tokenizers`` library, loaded from or trained into
-``tokenizer.json``.
+"""The tokenizer: byte-level BPE by the ``tokenizers`` library, loaded from a
+``tokenizer.json`` or trained.
 
 Byte-level means that every byte is a symbol of the base alphabet: any text round-trips, and
-nothing is ever unknown. A token may therefore end in the middle of a UTF-8 character; see
+there are no unknown tokens. A token may therefore end in the middle of a UTF-8 character; see
 ``Utf8Stream`` in ``decode.detokenizer``.
 
 The literal text of a special token, such as ``<|endoftext|>`` inside a document, is
-ordinary text here and never becomes the special token: text from outside must not end a
-document or open a system turn. The ``tokenizers`` library and ``transformers`` do the
-opposite by default; ``parse_special=True`` asks for that, for prompts which are written
-with control tokens (chat templates). Either way the ids decode to the same text.
+ordinary text here and never becomes the special token: a user's text must not end a
+document or start a system turn. The ``tokenizers`` library and ``transformers`` do the
+opposite by default; ``parse_special=True`` does so too, for prompts that are written with
+control tokens (chat templates). Either way the ids decode to the same text.
 
-Left out: other tokenizer kinds are loaded as they are (``tokenizers`` knows them) but never
-trained here; chat templates; truncation and padding.
+Left out: training other kinds of tokenizers (``tokenizers`` loads them); chat templates;
+truncation and padding.
 """
 
 from __future__ import annotations
@@ -31,22 +31,29 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class Tokenizer:
-    """Text ↔ token ids, a thin face over ``tokenizers.Tokenizer`` (kept in ``.inner``)."""
+    """Text ↔ token ids: a thin wrapper around ``tokenizers.Tokenizer`` (in ``.inner``).
+
+    >>> tokenizer = Tokenizer.train(["ab ab ab"], vocab_size=259)
+    >>> tokenizer.encode("abab")  # two merges on top of 256 bytes and the end token
+    [257, 257]
+    >>> tokenizer.decode([257, 257])
+    'abab'
+    """
 
     def __init__(self, inner: _Tokenizer) -> None:
         self.inner = inner
         # the literal text of a special token is ordinary text
         self.inner.encode_special_tokens = True
-        # some published files ask for it, and would cut a text in silence
+        # some published files enable it, and would cut a text silently
         self.inner.no_truncation()
         self.inner.no_padding()
 
     @cached_property
     def _parsing(self) -> _Tokenizer:
-        """A twin that reads special tokens; a twin, because a flag flipped in place would
-        race between threads.
+        """A second tokenizer that parses special tokens; toggling the flag of one tokenizer
+        would be a race between threads.
         """
-        # the flag is no part of the file, so it is off here
+        # the flag is not stored in the file, so it is off here
         return _Tokenizer.from_str(self.inner.to_str())
 
     @classmethod
@@ -71,7 +78,8 @@ class Tokenizer:
         """
         if not 257 <= vocab_size <= 2**20:
             raise ValueError(
-                f"a byte-level vocabulary needs at least 257 tokens, got {vocab_size}; at most 2**20"
+                "a byte-level vocabulary needs at least 257 tokens, got "
+                f"{vocab_size}; at most 2**20"
             )
         inner = _Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -83,8 +91,7 @@ class Tokenizer:
             show_progress=False,
         )
         inner.train_from_iterator(texts, trainer)
-        # documents began with the end token in training, so an encoded prompt begins with
-        # it too
+        # documents start with the end token in training, so an encoded prompt does too
         inner.post_processor = processors.TemplateProcessing(
             single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
         )
@@ -92,20 +99,20 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id in use."""
+        """The largest id in use plus one."""
         return max(self.inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str, *, special: bool = False, parse_special: bool = False) -> list[int]:
-        """Token ids of ``text``; ValueError for what is no Unicode text.
+        """Token ids of ``text``; ValueError for anything but Unicode text.
 
-        With ``special``, also what the tokenizer's file puts before and after it. With
-        ``parse_special``, the literal text of a special token becomes that token (see the
-        module's docstring).
+        With ``special``, also the tokens that the tokenizer's file adds before and after
+        it. With ``parse_special``, the literal text of a special token becomes that token
+        (see the module's docstring).
         """
         inner = self._parsing if parse_special else self.inner
         try:
             ids: list[int] = inner.encode(text, add_special_tokens=special).ids
-        except TypeError as error:  # of the library: the text has no UTF-8
+        except TypeError as error:  # from the library: the text has no UTF-8
             raise ValueError(_no_text(text)) from error
         return ids
 
@@ -115,14 +122,14 @@ class Tokenizer:
         try:
             return [e.ids for e in self.inner.encode_batch(texts, add_special_tokens=False)]
         except TypeError:
-            return [self.encode(text) for text in texts]  # says which part of which text is none
+            return [self.encode(text) for text in texts]  # names the first bad text
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; bytes that form no UTF-8 character become U+FFFD, special tokens
         are kept.
 
-        An id that the tokenizer does not know gives no text: some models have more rows
-        than tokens (padding). ValueError for what no vocabulary can hold.
+        An id that the tokenizer does not know gives no text, since some models pad their
+        vocabulary. ValueError for an id that no vocabulary can hold.
         """
         try:
             text: str = self.inner.decode([index(i) for i in ids], skip_special_tokens=False)
@@ -131,7 +138,7 @@ class Tokenizer:
         return text
 
     def save(self, path: str | Path) -> None:
-        """Write ``tokenizer.json``; OSError leaves the old one as it was."""
+        """Write ``tokenizer.json``; OSError leaves the old one unchanged."""
         write_whole(Path(path), self.inner.to_str(pretty=True))
 
 
@@ -140,4 +147,7 @@ def _no_text(text: object) -> str:
     if not isinstance(text, str):
         return f"only a str can be encoded, got {type(text).__name__}"
     at = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), 0)
-    return f"character {at} of the text is no Unicode ({text[at : at + 1]!r}, half a character): is its source UTF-8?"
+    return (
+        f"character {at} of the text is no Unicode ({text[at : at + 1]!r}, half a character): is "
+        "its source UTF-8?"
+    )

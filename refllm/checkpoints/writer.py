@@ -29,11 +29,12 @@ import shutil
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from refllm.backend import Array, to_numpy
+from refllm.array_types import Array
+from refllm.backend import to_numpy
 from refllm.checkpoints.tensor_files import (
     FLOATS,
     INDEX,
@@ -55,31 +56,27 @@ if TYPE_CHECKING:  # the tokenizer itself writes its file with ``write_whole``
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write UTF-8 text under a temporary name, then rename it. OSError (a full disk) leaves
-    the old file as it was.
+    """Write UTF-8 text under a temporary name, then rename it. OSError (a full disk, say)
+    leaves the old file unchanged.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            # the bytes reach the disk before the name does, even if the power fails
-            os.fsync(file.fileno())
+        write_text(partial, text)
         os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)  # after a success it is no longer there
+        partial.unlink(missing_ok=True)  # after a success it has been renamed
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8 text, on the disk when this returns."""
+    """Write UTF-8 text; it is on the disk when this returns."""
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
-        settle(file)
+        sync(file)
 
 
-def flush(directory: Path) -> None:
-    """Wait until a directory's entries are on the disk (POSIX; elsewhere a rename is
-    durable by itself).
+def sync_directory(directory: Path) -> None:
+    """Wait until a directory's entries are on the disk (on POSIX; elsewhere a rename is
+    durable without).
     """
     if os.name != "posix":
         return
@@ -90,108 +87,125 @@ def flush(directory: Path) -> None:
         os.close(handle)
 
 
-def settle(file: Any) -> None:
-    """Wait until a file is on the disk: a rename may reach it before the data does."""
+def sync(file: IO[Any]) -> None:
+    """Wait until a file is on the disk, even if the power fails: otherwise a rename may
+    reach it before the data does.
+    """
     file.flush()
     os.fsync(file.fileno())
 
 
 def file_sha256(path: Path) -> str:
-    """The digest of a file's bytes, read in pieces."""
+    """Hexadecimal SHA-256 of a file, read one megabyte at a time."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
 _CODES = {name: code for code, name in (FLOATS | INTEGERS).items()}
 
-# name → dtype's name ("float16", "bfloat16", "int32" …) and shape
-Plan = Mapping[str, tuple[str, Shape]]
-Read = Callable[[str], np.ndarray]  # the tensor of a name, of the planned type and shape
+STORED_TYPES = ("float16", "bfloat16", "float32")
+
+# name → dtype ("float16", "bfloat16", "int32" …) and shape of each tensor to be written
+TensorSpecs = Mapping[str, tuple[str, Shape]]
+# name → the tensor, of the specified dtype and shape; called once for each
+Read = Callable[[str], np.ndarray]
 
 
-def write_tensors(directory: Path, plan: Plan, read: Read, limit: int | None = None) -> None:
+def write_tensors(
+    directory: Path, specs: TensorSpecs, read: Read, limit: int | None = None
+) -> None:
     """Write ``model.safetensors``, or shards of at most ``limit`` bytes (or one tensor) and
     their index.
     """
-    runs = _share_out({name: _size(*plan[name]) for name in plan}, limit)
-    count = len(runs)
+    shards = _split({name: _nbytes(*specs[name]) for name in specs}, limit)
+    count = len(shards)
     if count == 1:
         files = [SINGLE]
     else:
         files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    for file, names in zip(files, runs, strict=True):
-        write_file(directory / file, {name: plan[name] for name in names}, read)
+    for file, names in zip(files, shards, strict=True):
+        write_file(directory / file, {name: specs[name] for name in names}, read)
     if count > 1:
-        weight_map = {name: file for file, names in zip(files, runs, strict=True) for name in names}
+        weight_map = {
+            name: file for file, names in zip(files, shards, strict=True) for name in names
+        }
         index = {
-            "metadata": {"total_size": sum(_size(*entry) for entry in plan.values())},
+            "metadata": {"total_size": sum(_nbytes(*spec) for spec in specs.values())},
             "weight_map": weight_map,
         }
         write_text(directory / INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def write_file(path: Path, plan: Plan, read: Read) -> None:
-    """Write one file and wait until it is on the disk; each tensor is asked for, written
-    and dropped.
+def write_file(path: Path, specs: TensorSpecs, read: Read) -> None:
+    """Write one safetensors file, one tensor in memory at a time; it is on the disk when
+    this returns.
+
+    Tensors of wide types come first (as the safetensors library does it), so that each is
+    aligned to its type and can be mapped.
     """
-    # stable: the plan's order otherwise
-    names = sorted(plan, key=lambda name: -host_dtype(plan[name][0]).itemsize)
+    # a stable sort: otherwise in the order of ``specs``
+    names = sorted(specs, key=lambda name: -host_dtype(specs[name][0]).itemsize)
     with path.open("wb") as out:
-        out.write(_header({name: plan[name] for name in names}))
+        out.write(_header({name: specs[name] for name in names}))
         for name in names:
-            dtype, shape = plan[name]
+            dtype, shape = specs[name]
             tensor = np.ascontiguousarray(read(name))
             if (tensor.dtype, tensor.shape) != (host_dtype(dtype), shape):
                 raise AssertionError(
-                    f"{name}: {tensor.dtype} {tensor.shape} is not the {dtype} {shape} of the plan"
+                    f"{name}: {tensor.dtype} {tensor.shape} is not the {dtype} {shape} of its spec"
                 )
             # bfloat16 has no buffer protocol, its bytes have
             out.write(tensor.reshape(-1).view("uint8").data)
-        settle(out)
+        sync(out)
 
 
-def _size(dtype: str, shape: Shape) -> int:
+def _nbytes(dtype: str, shape: Shape) -> int:
+    """Bytes of a tensor."""
     return int(host_dtype(dtype).itemsize) * math.prod(shape)
 
 
-def _share_out(sizes: Mapping[str, int], limit: int | None) -> list[list[str]]:
-    """Names in order, cut into runs of at most ``limit`` bytes, or of one name that is
-    larger alone.
+def _split(sizes: Mapping[str, int], limit: int | None) -> list[list[str]]:
+    """Names in order, in shards of at most ``limit`` bytes, or of one tensor that is larger
+    by itself.
+
+    >>> _split({"a": 3, "b": 3, "c": 9, "d": 1}, limit=6)
+    [['a', 'b'], ['c'], ['d']]
     """
     if limit is None:
         return [list(sizes)]
-    runs: list[list[str]] = [[]]
+    shards: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():
-        if runs[-1] and used + size > limit:
-            runs.append([])
+        if shards[-1] and used + size > limit:
+            shards.append([])
             used = 0
-        runs[-1].append(name)
+        shards[-1].append(name)
         used += size
-    return runs
+    return shards
 
 
-def _header(entries: Plan) -> bytes:
-    """The length and the JSON with which a safetensors file begins; tensors follow without
+def _header(specs: TensorSpecs) -> bytes:
+    """The length and the JSON at the start of a safetensors file; tensors follow without
     gaps.
     """
-    # transformers refuses a file that lacks it
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, (dtype, shape) in entries.items():
-        end = at + _size(dtype, shape)
-        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [at, end]}
-        at = end
+    # transformers rejects a file without this entry
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, (dtype, shape) in specs.items():
+        stop = start + _nbytes(dtype, shape)
+        header[name] = {
+            "dtype": _CODES[dtype],
+            "shape": list(shape),
+            "data_offsets": [start, stop],
+        }
+        start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
-    # data begins at a multiple of eight, so that it can be mapped as it is
+    # the data starts at a multiple of eight, so that it can be mapped
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
-
-
-STORED_TYPES = ("float16", "bfloat16", "float32")
 
 
 def save(
@@ -205,20 +219,22 @@ def save(
     extra_files: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a directory that ``load`` and transformers read. ``tensors`` go under Hugging
-    Face's names.
+    """Write a checkpoint directory that ``load`` and transformers read; ``tensors`` have
+    Hugging Face's names.
 
-    All files are written and flushed in a new directory beside ``path``, which is then
-    renamed: a reader, or a crash, finds the old checkpoint or the new one and never a part.
-    With ``overwrite`` the old directory goes as a whole, whatever else it held; between two
-    renames it waits under ``.NAME.*.old``. ``extra_files`` maps plain file names to text (a
-    model card, say).
+    All files are written to a new directory next to ``path`` and synced, and the directory
+    is then renamed: a reader finds the old checkpoint or the new one and never a part, even
+    after a crash. With ``overwrite`` the old directory is removed with everything in it;
+    between two renames it is called ``.NAME.*.old``. ``extra_files`` maps plain file names
+    to text (a model card, say).
 
     Raises
     ------
     CheckpointError
         for tensors that do not fit the config, values that are not finite in ``dtype``, and
         a ``path`` that must not be replaced. Nothing has changed then.
+    ValueError
+        for a ``dtype`` or ``max_shard_bytes`` that makes no sense.
     """
     if dtype not in STORED_TYPES:
         raise ValueError(
@@ -233,28 +249,29 @@ def save(
     check_vocabulary(tokenizer, config, target)
 
     def read(name: str) -> np.ndarray:
+        """A tensor in the stored dtype."""
         return converted(to_numpy(tensors[name]), dtype, name, target)
 
     texts = documents(config, tokenizer, dtype, extra_files or {})
-    plan = {name: (dtype, shape) for name, shape in tensor_shapes(config)}
-    write_directory(target, texts, plan, read, max_shard_bytes=max_shard_bytes)
+    specs = {name: (dtype, shape) for name, shape in tensor_shapes(config)}
+    write_directory(target, texts, specs, read, max_shard_bytes=max_shard_bytes)
 
 
 def write_directory(
     target: Path,
     texts: Mapping[str, str],
-    plan: Plan,
-    read: Callable[[str], np.ndarray],
+    specs: TensorSpecs,
+    read: Read,
     *,
     max_shard_bytes: int | None = None,
     temporary: Path | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write text files and tensors in a new directory, then give it the name ``target``
-    (see ``save``).
+    """Write text files and tensors to a new directory, then rename it to ``target`` (see
+    ``save``).
 
-    ``temporary`` is what it is called meanwhile; ``finish`` is shown it, whole, before it
-    takes its name.
+    ``temporary`` is its name until then; ``finish`` is called with the complete directory
+    before it is renamed.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     if temporary is None:
@@ -263,17 +280,17 @@ def write_directory(
     try:
         for name, text in texts.items():
             write_text(temporary / name, text)
-        write_tensors(temporary, plan, read, max_shard_bytes)
+        write_tensors(temporary, specs, read, max_shard_bytes)
         if finish is not None:
             finish(temporary)
-        flush(temporary)
+        sync_directory(temporary)
         _put_in_place(temporary, target)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # after a success it is no longer there
+        shutil.rmtree(temporary, ignore_errors=True)  # after a success it has been renamed
 
 
 def resolved(path: str | Path) -> Path:
-    """The directory that ``path`` means, links and ~ followed."""
+    """The real path, with ~ expanded and links followed."""
     return Path(os.path.realpath(os.path.expanduser(path)))
 
 
@@ -291,15 +308,14 @@ def documents(
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{key: word for key, word in words.items() if word is not None},
         "model_max_length": config.max_position_embeddings,
-        "clean_up_tokenization_spaces": False,  # else decode(encode(x)) would drop spaces before punctuation
+        # otherwise decode(encode(x)) would drop spaces before punctuation
+        "clean_up_tokenization_spaces": False,
     }
     generation = {"bos_token_id": config.bos_token_id, "eos_token_id": raw["eos_token_id"]}
+    generation = {key: token for key, token in generation.items() if token is not None}
     texts = {
         "config.json": json.dumps(raw, indent=2) + "\n",
-        "generation_config.json": json.dumps(
-            {k: v for k, v in generation.items() if v is not None}, indent=2
-        )
-        + "\n",
+        "generation_config.json": json.dumps(generation, indent=2) + "\n",
         "tokenizer_config.json": json.dumps(about_tokens, indent=2, ensure_ascii=False) + "\n",
         "tokenizer.json": tokenizer.inner.to_str(pretty=True),
     }
@@ -313,7 +329,9 @@ def documents(
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """CheckpointError if ``save`` would refuse to write there."""
+    """CheckpointError if ``save`` must not write there: a file, a directory that is not empty
+    (without ``overwrite``), or one that holds no checkpoint.
+    """
     if not target.exists():
         return
     if not target.is_dir():
@@ -331,8 +349,8 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:
-    """Rename ``temporary`` to ``target``; an old ``target`` is moved aside first, and back
-    if that fails.
+    """Rename ``temporary`` to ``target``; an old ``target`` is moved aside first, and moved
+    back if that fails.
     """
     if not target.exists():
         os.rename(temporary, target)
@@ -345,4 +363,4 @@ def _put_in_place(temporary: Path, target: Path) -> None:
             os.rename(old, target)
             raise
         shutil.rmtree(old)
-    flush(target.parent)
+    sync_directory(target.parent)

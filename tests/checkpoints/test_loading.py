@@ -313,15 +313,15 @@ def test_a_path_that_the_file_system_cannot_hold_does_not_exist(name):
 
 
 def test_a_file_that_must_not_be_read_is_named(good, monkeypatch):
-    def refuse(self: Path, encoding: str) -> str:
+    def reject(self: Path, encoding: str) -> str:
         raise PermissionError(13, "Permission denied", str(self))
 
-    monkeypatch.setattr(Path, "read_text", refuse)  # whoever runs this may be allowed everything
+    monkeypatch.setattr(Path, "read_text", reject)  # whoever runs this may be allowed everything
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read: Permission denied"):
         load(good)
 
 
-def test_arguments_without_sense_are_refused(good):
+def test_arguments_without_sense_are_rejected(good):
     for dtype in ("float16", "bfloat16", "int8", ""):
         with pytest.raises(ValueError, match="float32, float64"):
             load(good, dtype=dtype)

@@ -184,14 +184,14 @@ def raw_file(header: dict, data: bytes) -> bytes:
     ],
     ids=["pickle", "length", "no object", "shape", "hole", "type", "negative", "overflow"],
 )
-def test_a_file_that_is_no_safetensors_is_refused(tmp_path, content):
+def test_a_file_that_is_no_safetensors_is_rejected(tmp_path, content):
     (tmp_path / SINGLE).write_bytes(content)
     with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated or no safetensors"):
         opened(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["I8", "U8", "I32", "I64", "BOOL", "F8_E4M3", "F8_E5M2"])
-def test_other_types_are_refused_by_name(tmp_path, dtype):
+def test_other_types_are_rejected_by_name(tmp_path, dtype):
     size = {"I32": 4, "I64": 8}.get(dtype, 1)
     header = {"q": {"dtype": dtype, "shape": [1], "data_offsets": [0, size]}}
     (tmp_path / SINGLE).write_bytes(raw_file(header, b"\0" * size))
@@ -206,11 +206,11 @@ def test_a_file_that_must_not_be_read_says_so(tmp_path, monkeypatch):
     everything, so both are made up.
     """
 
-    def refuse(path, framework):
+    def reject(path, framework):
         raise FileNotFoundError("No such file or directory")
 
     (tmp_path / SINGLE).touch()
-    monkeypatch.setattr(tensor_files, "safe_open", refuse)
+    monkeypatch.setattr(tensor_files, "safe_open", reject)
     monkeypatch.setattr(tensor_files.os, "access", lambda path, mode: False)
     with pytest.raises(
         CheckpointError, match=r"model\.safetensors cannot be read: permission denied"
@@ -261,12 +261,12 @@ def test_a_shard_that_holds_another_shards_tensor_is_named(tmp_path):
         "\\\\host\\a",
     ],
 )
-def test_a_shard_outside_the_directory_is_refused(tmp_path, name):
+def test_a_shard_outside_the_directory_is_rejected(tmp_path, name):
     home = tmp_path / "model"
     home.mkdir()
     save_file({"x": np.zeros(1)}, tmp_path / "a.safetensors")
     write_sharded(home, {}, {"x": name})
-    with pytest.raises(CheckpointError, match="points outside .*refused"):
+    with pytest.raises(CheckpointError, match="points outside .*rejected"):
         opened(home)
 
 
@@ -280,7 +280,7 @@ def test_a_shard_name_that_is_no_file_is_missing(tmp_path, name):
         opened(tmp_path)
 
 
-def test_a_link_out_of_the_directory_is_refused(tmp_path):
+def test_a_link_out_of_the_directory_is_rejected(tmp_path):
     home = tmp_path / "model"
     home.mkdir()
     save_file({"x": np.zeros(1)}, tmp_path / "secret.safetensors")
@@ -360,7 +360,7 @@ def test_a_value_that_is_not_finite_is_named_with_its_place(value, dtype):
         (3.39e38, 3.4e38, "bfloat16"),
     ],
 )
-def test_a_value_that_would_become_infinite_is_refused(largest, beyond, dtype):
+def test_a_value_that_would_become_infinite_is_rejected(largest, beyond, dtype):
     """Up to half a step beyond the largest number, rounding brings a value back; from there
     on it is ∞.
     """

@@ -80,12 +80,12 @@ def test_too_little_text_gives_a_smaller_vocabulary():
     assert Tokenizer.train(["ab"], 300).vocab_size < 300
 
 
-def test_a_vocabulary_too_small_for_the_bytes_is_refused():
+def test_a_vocabulary_too_small_for_the_bytes_is_rejected():
     with pytest.raises(ValueError, match="at least 257 tokens, got 256"):
         Tokenizer.train(TEXTS, 256)
 
 
-def test_a_vocabulary_beyond_all_memory_is_refused():
+def test_a_vocabulary_beyond_all_memory_is_rejected():
     """The library would end the process."""
     with pytest.raises(ValueError, match="at most 2"):
         Tokenizer.train(TEXTS, 10**12)
@@ -106,7 +106,7 @@ def test_bytes_that_form_no_character_are_shown_as_replacement():
 
 
 @pytest.mark.parametrize("text", ["ab\ud800", "ab\udcff", b"ab", None, 5])  # noqa: PT014 (two surrogates)
-def test_what_is_no_unicode_text_is_refused(text):
+def test_what_is_no_unicode_text_is_rejected(text):
     """Bytes that are not UTF-8 come from a command line as halves of characters."""
     said = (
         "character 2 of the text is no Unicode"
@@ -126,7 +126,7 @@ def test_an_unknown_id_gives_no_text():
 
 
 @pytest.mark.parametrize("ids", [[-1], [2**32], [2**70], (2**32 - 1, 2**32)])
-def test_an_id_that_no_vocabulary_can_hold_is_refused(ids):
+def test_an_id_that_no_vocabulary_can_hold_is_rejected(ids):
     with pytest.raises(ValueError, match="a token id lies within"):
         tokenizer.decode(ids)
 
@@ -172,13 +172,13 @@ def test_a_file_that_truncates_and_pads_does_neither(tmp_path):
     )
 
 
-def test_a_missing_file_is_refused(tmp_path):
+def test_a_missing_file_is_rejected(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer\.json is missing"):
         Tokenizer.from_file(tmp_path / "tokenizer.json")
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"version": "1.0"', "not json", "[]"])
-def test_a_broken_file_is_refused(tmp_path, content):
+def test_a_broken_file_is_rejected(tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=r"is not a valid tokenizer\.json"):

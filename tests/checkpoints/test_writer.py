@@ -270,7 +270,7 @@ def test_files_get_the_permissions_that_new_files_get(tmp_path, tokenizer, tenso
     }
 
 
-# --- what is refused ----------------------------------------------------------------------
+# --- what is rejected ----------------------------------------------------------------------
 
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
@@ -311,7 +311,7 @@ def changed(name: str, value: float) -> Callable[[dict[str, np.ndarray]], None]:
     ],
     ids=["overflow", "negative overflow", "nan", "missing", "shape", "left over", "integers"],
 )
-def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path, tokenizer, tensors, change, message):
+def test_tensors_that_do_not_fit_are_rejected_by_name(tmp_path, tokenizer, tensors, change, message):
     change(tensors)
     with pytest.raises(CheckpointError, match=message) as caught:
         save(tmp_path / "m", CONFIG, tensors, tokenizer)
@@ -326,7 +326,7 @@ def test_the_largest_float16_is_written(tmp_path, tokenizer, tensors):
     assert dict(iter_tensors(tmp_path / "m"))[NORM][3] == 65504.0
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, tokenizer):
+def test_a_tokenizer_larger_than_the_model_is_rejected(tmp_path, tokenizer):
     config = replace(CONFIG, vocab_size=tokenizer.vocab_size - 1)
     with pytest.raises(CheckpointError, match="ids up to .* a vocabulary of"):
         save(tmp_path / "m", config, random_tensors(config, 0), tokenizer)
@@ -343,7 +343,7 @@ def test_extra_files_are_plain_new_names(tmp_path, tokenizer, tensors, name):
 
 
 @pytest.mark.parametrize("wrong", [{"dtype": "int8"}, {"dtype": "float64"}, {"max_shard_bytes": 0}])
-def test_arguments_without_sense_are_refused(tmp_path, tokenizer, tensors, wrong):
+def test_arguments_without_sense_are_rejected(tmp_path, tokenizer, tensors, wrong):
     with pytest.raises(ValueError, match="save: "):
         save(tmp_path / "m", CONFIG, tensors, tokenizer, **wrong)
 
