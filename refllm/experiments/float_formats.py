@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from refllm.backend import Array
+from refllm.array_types import Array
 from refllm.formats.block_float import MXFP4, MXFP8, NVFP4, FloatScheme
 from refllm.formats.block_float import quantize as to_floats
 from refllm.formats.fp8_linear import Accumulator

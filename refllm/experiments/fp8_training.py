@@ -57,7 +57,7 @@ from numpy.typing import NDArray
 from refllm.checkpoints.loading import build_weights, iter_tensors, locate, read_config
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.corpus import held_out_documents, training_documents
-from refllm.experiments.outlier_injection import PLACES, plant
+from refllm.experiments.outlier_injection import INPUTS, inject_outliers
 from refllm.measure.device import processor
 from refllm.measure.records import Record, write
 from refllm.model.config import ModelConfig
@@ -163,7 +163,7 @@ def planted(
     """The same network with ``channels`` of all inputs of a norm and of down_proj
     ``factor`` times as large.
     """
-    layers = plant(build_weights(config, params), channels, factor, tuple(PLACES))["layers"]
+    layers = inject_outliers(build_weights(config, params), channels, factor, tuple(INPUTS))["layers"]
     made = dict(params)
     for i, layer in enumerate(layers):
         at = f"model.layers.{i}."

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from refllm.formats.gguf.types import FIELDS, kind
+from refllm.formats.gguf.types import FIELDS, gguf_type
 from refllm.measure.plotting import MORE, NEAREST, TECHNIQUE, axes, styled
 from refllm.measure.records import Record, Values, write
 
@@ -126,12 +126,12 @@ def layouts(numbers: int) -> dict[str, Any]:
         "types": [
             {
                 "type": name,
-                "numbers": kind(name).block,
-                "bits": kind(name).bits_per_weight,
+                "numbers": gguf_type(name).block,
+                "bits": gguf_type(name).bits_per_weight,
                 "fields": [{"role": f.role, "size": f.size, "holds": f.holds} for f in fields],
             }
             for name, fields in FIELDS.items()
-            if kind(name).block == numbers
+            if gguf_type(name).block == numbers
         ]
     }
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from refllm.checkpoints.gguf_names import architecture, gguf_name
 from refllm.checkpoints.tensor_files import tensor_shapes
 from refllm.formats.gguf.mixes import MIXES, Heads, bits_per_weight, mix
-from refllm.formats.gguf.types import kind
+from refllm.formats.gguf.types import gguf_type
 from refllm.measure.plotting import MORE, NEAREST, TECHNIQUE, axes, coloured, styled
 from refllm.measure.records import Record, Values, write
 from refllm.model.config import ModelConfig
@@ -69,7 +69,7 @@ def table() -> list[dict[str, Any]]:
     where it differs.
     """
     return [
-        {"mix": name, "base": kind(MIXES[name][0]).bits_per_weight}
+        {"mix": name, "base": gguf_type(MIXES[name][0]).bits_per_weight}
         | {model: mix_bits(config, name) for model, config in MODELS.items()}
         | {"article": ARTICLE.get(name)}
         for name in SHOWN

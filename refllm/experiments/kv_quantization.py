@@ -16,7 +16,7 @@ text that are read as they would be read token by token (``kivi.KiviAttend``), p
 ``quality``.
 
 KIVI's choice was made for keys with a few large channels. The bundled model has none, so
-they are planted as well (``planting.plant_keys``: the same function bit for bit),
+they are planted as well (``planting.inject_key_outliers``: the same function bit for bit),
 ``FACTOR`` times their size in ``PAIRS`` of 32 rotary pairs. As many keys wait by token as
 by channel, so that the steps alone differ; values by channel wait in runs, half as many.
 
@@ -38,8 +38,9 @@ import numpy as np
 import refllm
 from refllm.api import Model, load
 from refllm.corpus import held_out_documents
-from refllm.experiments.outlier_injection import choose, plant_keys
+from refllm.experiments.outlier_injection import inject_key_outliers
 from refllm.kv.kivi import Kivi, KiviAttend
+from refllm.kv.sparse import choose
 from refllm.measure.bootstrap import blocks, bootstrap_intervals
 from refllm.measure.comparison import (
     Comparison,
@@ -105,13 +106,13 @@ class Experiment:
     def __init__(self, model: Model, texts: int = TEXTS, length: int = LENGTH):
         self.model = model
         self.length = length
-        self.pairs = choose(model.config.head_dim // 2, PAIRS, np.random.default_rng(0))
+        self.pairs = choose_channels(model.config.head_dim // 2, PAIRS, np.random.default_rng(0))
         self.text = list(
             calibration_windows(model.tokenizer, texts, length, 0, documents=held_out_documents())
         )
         planted = Model(
             model.config,
-            plant_keys(model.weights, model.config, self.pairs, FACTOR),
+            inject_key_outliers(model.weights, model.config, self.pairs, FACTOR),
             model.tokenizer,
         )
         self.networks = {"as it is": model, "planted": planted}

@@ -31,8 +31,8 @@ import numpy as np
 from refllm.formats.uniform import Scheme, dequantize_codes, quantize_codes
 from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, coloured, new_figure, styled
 from refllm.measure.records import Record, Values, write
+from refllm.quant.methods import relative_error
 from refllm.quant.observers import MSE, Entropy, MinMax, MovingAverage, Observer, Percentile
-from refllm.quant.report import relative_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -36,7 +36,9 @@ from refllm.serve.baselines.static_batching import StaticBatching
 from refllm.serve.kv_manager import PagedKVManager
 from refllm.serve.request import Request
 from refllm.serve.scheduler import Scheduler
-from refllm.simulate.simulator import SimulationResult, Simulator, UnitClock
+from refllm.simulate.clock import UnitClock
+from refllm.simulate.simulator import Simulator
+from refllm.simulate.totals import SimulationResult
 from refllm.simulate.workload import ALPACA, SHAREGPT, requests
 
 if TYPE_CHECKING:

@@ -2,82 +2,70 @@
 × bits × granularity.
 
 Every cell of the table is a model that was quantised once and compared with the original on
-the same held-out text, token by token, so its intervals are paired: what makes a token hard
-for both cancels. ``against rtn`` is paired in the same way: the KL of a method minus that
-of round to nearest at the same bits and granularity.
+the same held-out text, token by token (``held_out_bench``). ``against rtn`` is paired in the
+same way: the KL of a method minus that of round to nearest at the same bits and granularity.
 
-    python -m refllm.experiments.quantization_quality            # writes
+    python -m refllm.experiments.quantization_quality   # writes
     figures/data/quantization.json; `refllm figures` draws it
 
-A finished cell is kept in ``--cache`` under a digest of everything that decides it (model,
-text, settings and the code that quantises), so the command goes on where it was stopped,
-and computes only what has changed.
+A finished cell is kept in ``--cache``: a command that was interrupted continues there.
 
 | symbol    | name                                                               | unit           |
 |-----------|--------------------------------------------------------------------|----------------|
 | KL        | mean of KL(full precision ‖ quantised) over tokens                 | nats per token |
 | agreement | share of tokens at which both have the same most likely token      |                |
 | bits/byte | loss of the quantised model; ``increase`` is its paired difference | bits per byte  |
-| bits      | stored bits a quantised weight, scales and zero points included    |                |
+| bits      | stored bits per quantised weight, with scales and zero points      |                |
 
-Text: ``EXCERPTS`` windows of the held-out modules. Calibration: windows of the training
-text, drawn by a seed, the same for every method. Left out: the whole held-out text
-(``refllm eval`` scores it), speed.
+Left out: the whole held-out text (``refllm eval`` scores it), speed.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import math
-import platform
-import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
-import refllm
-from refllm.api import Model, load
-from refllm.checkpoints.loading import locate
 from refllm.checkpoints.tensor_files import tensor_shapes
-from refllm.checkpoints.writer import write_whole
-from refllm.corpus import held_out_documents
-from refllm.formats.uniform import Scheme
-from refllm.measure.bootstrap import Interval, blocks, bootstrap_intervals
-from refllm.measure.comparison import (
-    Comparison,
-    PrecomputedReference,
-    compare,
-    precompute_reference,
+from refllm.experiments.held_out_bench import (
+    EXCERPTS,
+    LENGTH,
+    HeldOutBench,
+    computed_once,
+    digest_of,
+    ends,
+    increase,
+    open_bench,
 )
-from refllm.measure.device import processor
-from refllm.measure.records import Record, write
-from refllm.quant.calibration_data import calibration_windows
+from refllm.formats.uniform import Scheme
+from refllm.measure.device import one_thread, versions
+from refllm.measure.plotting import MORE, NEAREST, TECHNIQUE, axes, styled
+from refllm.measure.records import Json, Record, Values, write
 from refllm.quant.recipe import METHODS, quantize_model
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BITS = (8, 4, 3, 2)
 GROUPS = (0, 128, 64, 32)  # weights that share a scale; 0 is a whole row ("channel")
 SEEDS = (0, 1, 2)
-# weights and activations in 8 bits, a scale a row: one cell each
-BY_ROW_8 = ("smoothquant", "int8")
-EXCERPTS = 16  # of held-out text
-LENGTH = 256
-WINDOWS = 16  # of calibration text
-WINDOW = 512
-BLOCK = 128  # tokens a block of the bootstrap, and how often it is drawn anew
-RESAMPLES = 2000
+BY_ROW_8 = ("smoothquant", "int8")  # weights and activations in 8 bits: one cell each
+ALL_METHODS = ("rtn", "gptq", "awq", *BY_ROW_8)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One quantised model. ``group`` 0 is a scale a row; ``seed`` draws the calibration
-    text, None: there is none.
+    """One quantised model. ``group`` 0 is one scale per row; ``seed`` draws the calibration
+    text, None for methods that need none.
     """
 
     method: str
@@ -88,28 +76,34 @@ class Cell:
 
     @property
     def scheme(self) -> Scheme:
+        """The number format of its weights."""
         if self.group:
             return Scheme(self.bits, self.rule, "group", self.group)
         return Scheme(self.bits, self.rule, "channel")
 
     @property
     def name(self) -> str:
-        """As a line of progress says it."""
-        share = f"groups of {self.group}" if self.group else "a scale a row"
-        return f"{self.method}, {self.bits} bits, {share}" + (
-            f", seed {self.seed}" if self.seed is not None else ""
-        )
+        """For a line of progress.
+
+        >>> Cell("gptq", 4, 64, "half_integer", 7).name
+        'gptq, 4 bits, groups of 64, seed 7'
+        """
+        parts = [self.method, f"{self.bits} bits"]
+        parts.append(f"groups of {self.group}" if self.group else "one scale per row")
+        if self.seed is not None:
+            parts.append(f"seed {self.seed}")
+        return ", ".join(parts)
 
 
 def cells(
-    methods: Iterable[str] = ("rtn", "gptq", "awq", *BY_ROW_8),
+    methods: Iterable[str] = ALL_METHODS,
     bits: Sequence[int] = BITS,
     groups: Sequence[int] = GROUPS,
     seeds: Sequence[int] = SEEDS,
     rule: str = "half_integer",
 ) -> list[Cell]:
-    """The table, round to nearest first; a method that needs no text has one cell where
-    others have one a seed.
+    """The table, round to nearest first; a method that needs no calibration has one cell
+    where others have one per seed.
     """
     found = []
     for method in sorted(methods, key=lambda name: name != "rtn"):
@@ -121,167 +115,58 @@ def cells(
     return found
 
 
-class Bench:
-    """A model, the text that it is judged by, and its own predictions there, made once."""
-
-    def __init__(
-        self, model: Model, digest: str, excerpts: int, length: int, windows: int, window: int
-    ):
-        self.model = model
-        self.windows = windows
-        self.window = window
-        self.text = list(
-            calibration_windows(
-                model.tokenizer, excerpts, length, 0, documents=held_out_documents()
-            )
-        )
-        self.settings = {
-            "model": digest,
-            "code": code_digest(),
-            "python": platform.python_version(),
-            "excerpts": excerpts,
-            "tokens each": length,
-            "calibration windows": windows,
-            "calibration tokens each": window,
-            "block": BLOCK,
-            "resamples": RESAMPLES,
-        }
-        self._kept: PrecomputedReference | None = None
-        self._calibration: dict[int, np.ndarray] = {}
-
-    @property
-    def reference(self) -> PrecomputedReference:
-        if self._kept is None:
-            self._kept = precompute_reference(self.model, self.text)
-        return self._kept
-
-    def calibration(self, seed: int | None) -> np.ndarray | None:
-        if seed is None:
-            return None
-        if seed not in self._calibration:
-            begin = self.model.config.bos_token_id
-            self._calibration[seed] = calibration_windows(
-                self.model.tokenizer, self.windows, self.window, seed, begin=begin
-            )
-        return self._calibration[seed]
-
-    def key(self, cell: Cell) -> str:
-        """The name of a cell's file in the cache."""
-        return hashlib.sha256(json.dumps([self.settings, asdict(cell)]).encode()).hexdigest()[:20]
-
-    def measure(self, cell: Cell) -> tuple[dict[str, Any], np.ndarray]:
-        """A row of the table, and the KL of each token [T]."""
-        began = time.perf_counter()
-        quantised, report = quantize_model(
-            self.model, cell.method, cell.scheme, self.calibration(cell.seed)
-        )
-        seconds = time.perf_counter() - began
-        found = compare(
-            quantised,
-            self.reference,
-            self.text,
-            rng=np.random.default_rng(0),
-            block=BLOCK,
-            resamples=RESAMPLES,
-        )
-        row = {
-            "method": cell.method,
-            "bits": cell.bits,
-            "group": cell.group,
-            "rule": cell.rule,
-            "seed": cell.seed,
-            "bits per weight": report.bits_per_weight,
-            "bytes": report.nbytes,
-            "kl": _ends(found.kl),
-            "agreement": _ends(found.agreement),
-            "bits per byte": found.model.bits_per_byte,
-            "increase": _ends(increase(found)),
-            "quantising seconds": round(seconds, 3),
-        }
-        return row, found.token_kl
-
-    def against(self, kl: np.ndarray, other: np.ndarray) -> list[float]:
-        """Mean of kl − other over tokens, with its interval from the same resamples as all
-        others.
-        """
-        units = blocks(self.reference.plan.document, BLOCK)
-        return _ends(
-            bootstrap_intervals([kl - other], units, np.random.default_rng(0), resamples=RESAMPLES)[
-                0
-            ]
-        )
+def cell_key(bench: HeldOutBench, cell: Cell) -> str:
+    """The name of a cell's file in the cache."""
+    return digest_of(bench.settings, asdict(cell))
 
 
-def increase(found: Comparison) -> Interval:
-    """Bits per byte of the model minus those of the reference: each byte carries its
-    token's share of the loss.
-    """
-    size = found.model.token_bytes
-    some = size > 0  # special tokens stand for no text
-    each = (found.model.nats - found.reference.nats)[some] / np.log(2) / size[some]
-    units = blocks(found.model.document, BLOCK)[some]
-    return bootstrap_intervals(
-        [np.repeat(each, size[some])],
-        np.repeat(units, size[some]),
-        np.random.default_rng(0),
-        resamples=RESAMPLES,
-    )[0]
+def measure(bench: HeldOutBench, cell: Cell) -> dict[str, Json]:
+    """Quantise and compare: {"row": a row of the table, "kl": the KL of each token}."""
+    began = time.perf_counter()
+    calibration = None if cell.seed is None else bench.calibration(cell.seed)
+    quantised, report = quantize_model(bench.model, cell.method, cell.scheme, calibration)
+    seconds = time.perf_counter() - began
+    found = bench.compare(quantised)
+    row = {
+        "method": cell.method,
+        "bits": cell.bits,
+        "group": cell.group,
+        "rule": cell.rule,
+        "seed": cell.seed,
+        "bits per weight": report.bits_per_weight,
+        "bytes": report.nbytes,
+        "kl": ends(found.kl),
+        "agreement": ends(found.agreement),
+        "bits per byte": found.model.bits_per_byte,
+        "increase": ends(increase(found)),
+        "quantising seconds": round(seconds, 3),
+    }
+    return {"row": row, "kl": found.token_kl.tolist()}
 
 
-def table(bench: Bench, wanted: Sequence[Cell], cache: Path) -> Iterator[dict[str, Any]]:
+def table(bench: HeldOutBench, wanted: Sequence[Cell], cache: Path) -> Iterator[dict[str, Json]]:
     """The rows of ``wanted``, each computed or taken from ``cache``, with its difference
     from round to nearest.
     """
-    nearest: dict[tuple[int, int, str], np.ndarray] = {}
+    nearest: dict[tuple[int, int, str], np.ndarray] = {}  # KL of each token [T]
     for cell in wanted:
-        file = cache / f"{bench.key(cell)}.json"
-        if file.is_file():
-            kept = json.loads(file.read_text("utf-8"))
-            row = kept["row"]
-            kl = np.asarray(kept["kl"])
-        else:
-            row, kl = bench.measure(cell)
-            cache.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps({"row": row, "kl": kl.tolist()}))
+        file = cache / f"{cell_key(bench, cell)}.json"
+        found = computed_once(file, lambda cell=cell: measure(bench, cell))
+        row: dict[str, Json] = found["row"]
+        kl = np.asarray(found["kl"])
         place = (cell.bits, cell.group, cell.rule)
         if cell.method == "rtn":
             nearest[place] = kl
         elif place in nearest:
-            row["against rtn"] = bench.against(kl, nearest[place])
+            row["against rtn"] = ends(bench.paired(kl, nearest[place]))
         yield row
 
 
-def code_digest() -> str:
-    """Of the modules that quantise: a cell that other code has made is not this code's.
-
-    ``quant.recipe`` and what it imports of ``formats`` and ``quant``, so that export
-    formats may change.
-    """
-    root = Path(refllm.__file__).parent
-    todo = ["quant/recipe.py"]
-    seen = set[str]()
-    while todo:
-        path = todo.pop()
-        if path not in seen and (root / path).is_file():
-            seen.add(path)
-            todo += [
-                f"{m[1]}/{m[2]}.py" for m in _IMPORT.finditer((root / path).read_text("utf-8"))
-            ]
-    return hashlib.sha256(
-        b"".join(path.encode() + (root / path).read_bytes() for path in sorted(seen))
-    ).hexdigest()
-
-
-_IMPORT = re.compile(r"^from refllm\.(formats|quant)\.(\w+) import", re.MULTILINE)
-
-
-def values(bench: Bench, name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def values(bench: HeldOutBench, name: str, rows: Sequence[dict[str, Json]]) -> dict[str, Json]:
     """What the record holds: the rows, and what they were measured on."""
     config = bench.model.config
     shapes = [shape for name, shape in tensor_shapes(config) if name.endswith("_proj.weight")]
-    reference = compare(
-        bench.model, bench.reference, bench.text, rng=np.random.default_rng(0), resamples=1
-    ).reference
+    reference = bench.compare(bench.model).reference
     return {
         "model": name,
         "parameters": config.num_parameters,
@@ -292,17 +177,80 @@ def values(bench: Bench, name: str, rows: Sequence[dict[str, Any]]) -> dict[str,
             "bytes": reference.bytes,
         },
         "settings": bench.settings,
-        "versions": {
-            "refllm": refllm.__version__,
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-        },
+        "versions": versions(),
         "rows": list(rows),
     }
 
 
-def _ends(interval: Interval) -> list[float]:
-    return [interval.mean, interval.low, interval.high]
+# --- the figure ---------------------------------------------------------------------------
+
+# method → colour, marker and name; W8A8 rounds activations too, which the others do not
+LINES = {
+    "rtn": (NEAREST, "o", "RTN (round to nearest)"),
+    "awq": (MORE[0], "s", "AWQ"),
+    "gptq": (TECHNIQUE, "o", "GPTQ"),
+    "int8": (MORE[3], "D", "LLM.int8(), W8A8"),
+    "smoothquant": (MORE[1], "^", "SmoothQuant, W8A8"),
+}
+
+
+@styled
+def draw(values: Values) -> Figure:
+    """{"rows": [{"method", "bits", "group", "kl": [mean, low, high], "bits per weight"}]} →
+    KL against stored bits per weight.
+
+    A line joins the group sizes of one bit width. Rows that differ in the seed alone are one
+    point: their mean, and whiskers around all of their intervals.
+    """
+    rows = values["rows"]
+    fig, ax = axes(
+        "From 3 bits upwards GPTQ is closest to full precision",
+        "stored bits per weight, scales included (log)",
+        "KL from full precision (nats per token, log)",
+        figsize=(7.2, 4.8),
+    )
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    for method in LINES:
+        for bits in dict.fromkeys(row["bits"] for row in rows):
+            _line(ax, method, [r for r in rows if (r["method"], r["bits"]) == (method, bits)])
+    for bits in dict.fromkeys(row["bits"] for row in rows):
+        cluster = [row for row in rows if row["bits"] == bits]
+        left = min(row["bits per weight"] for row in cluster)
+        top = max(row["kl"][0] for row in cluster)
+        ax.annotate(
+            f"{bits} bits", (left, top), xytext=(-2, 9), textcoords="offset points", fontsize=9
+        )
+    sizes = sorted({round(row["bits per weight"], 1) for row in rows})
+    ticks = [s for s in (2, 2.5, 3, 3.5, 4, 4.5, 8, 8.5) if sizes[0] - 0.2 <= s <= sizes[-1] + 0.2]
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()
+    ax.margins(x=0.05, y=0.08)
+    groups = sorted({row["group"] for row in rows if row["group"]}, reverse=True)
+    lines = ", ".join(map(str, groups))
+    ax.legend(
+        loc="lower left", fontsize=9, title_fontsize=8.5, alignment="left",
+        title=f"left to right: one scale per row, groups of {lines}",
+    )  # fmt: skip
+    return fig
+
+
+def _line(ax: Axes, method: str, rows: Sequence[Json]) -> None:
+    """A method's line at one bit width, if it has any rows there."""
+    colour, marker, name = LINES[method]
+    points = []
+    for size in sorted({row["bits per weight"] for row in rows}):
+        kl = [row["kl"] for row in rows if row["bits per weight"] == size]
+        mean = sum(k[0] for k in kl) / len(kl)
+        points.append((size, mean, mean - min(k[1] for k in kl), max(k[2] for k in kl) - mean))
+    if not points:
+        return
+    x, y, below, above = zip(*points, strict=True)
+    label = "_" if name in ax.get_legend_handles_labels()[1] else name
+    size = 7 if method == "rtn" else 4.5  # AWQ's markers lie on RTN's where both are equal
+    ax.errorbar(
+        x, y, yerr=(below, above), color=colour, marker=marker, ms=size, lw=1.4, label=label
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -312,35 +260,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m refllm.experiments.quantization_quality", description=main.__doc__
     )
-    parser.add_argument(
-        "--model", default="stdlib", help="a bundled model's name, or a checkpoint's folder"
-    )
-    parser.add_argument("--output", type=Path, default=Path("figures/data/quantization.json"))
-    parser.add_argument(
-        "--cache", type=Path, default=Path("build/quality"), help="where finished cells are kept"
-    )
-    parser.add_argument(
-        "--methods", nargs="+", default=["rtn", "gptq", "awq", *BY_ROW_8], choices=METHODS
-    )
-    parser.add_argument("--bits", nargs="+", type=int, default=BITS)
-    parser.add_argument(
-        "--groups", nargs="+", type=int, default=GROUPS, help="weights a scale; 0 is a whole row"
-    )
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, default=SEEDS, help="of the calibration text"
-    )
-    parser.add_argument(
-        "--excerpts", type=int, default=EXCERPTS, help=f"held-out excerpts of {LENGTH} tokens"
-    )
+    add = parser.add_argument
+    add("--model", default="stdlib", help="a bundled model's name, or a checkpoint's folder")
+    add("--output", type=Path, default=Path("figures/data/quantization.json"))
+    add("--cache", type=Path, default=Path("build/quality"), help="where finished cells are kept")
+    add("--methods", nargs="+", default=ALL_METHODS, choices=METHODS)
+    add("--bits", nargs="+", type=int, default=BITS)
+    add("--groups", nargs="+", type=int, default=GROUPS, help="weights per scale; 0 is a row")
+    add("--seeds", nargs="+", type=int, default=SEEDS, help="of the calibration text")
+    add("--excerpts", type=int, default=EXCERPTS, help=f"held-out excerpts of {LENGTH} tokens")
     chosen = parser.parse_args(arguments)
-    from threadpoolctl import threadpool_limits
-
-    weights = sorted(locate(chosen.model).glob("*.safetensors"))
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()
     with threadpool_limits(limits=1, user_api="blas"):
-        bench = Bench(
-            load(chosen.model, backend="numpy"), digest, chosen.excerpts, LENGTH, WINDOWS, WINDOW
-        )
+        bench = open_bench(chosen.model, chosen.excerpts)
         wanted = cells(chosen.methods, chosen.bits, chosen.groups, chosen.seeds)
         rows = []
         for cell, row in zip(wanted, table(bench, wanted, chosen.cache), strict=True):
@@ -351,13 +282,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 file=sys.stderr,
             )
         made = values(bench, Path(chosen.model).name, rows)
-    hardware = (
-        f"{processor()}, one thread, NumPy {np.__version__}, Python {platform.python_version()}"
-    )
-    write(
-        chosen.output,
-        Record("python -m refllm.experiments.quantization_quality", "A, B", hardware, made),
-    )
+    command = "python -m refllm.experiments.quantization_quality"
+    write(chosen.output, Record(command, "A, B", one_thread(), made))
 
 
 if __name__ == "__main__":

@@ -1,63 +1,67 @@
-"""What SmoothQuant buys: 8-bit weights and activations with outliers planted, over α, and
+"""What SmoothQuant gains: 8-bit weights and activations with injected outliers, over α, and
 where it does not help.
 
-The bundled model has no outlier channels, so some are planted (``planting``: exact, the
-same function bit for bit), ``FACTOR`` times their size, where large networks have them:
-behind the norms. Then every product rounds its inputs.
+The bundled model has no outlier channels, so some are injected (``outlier_injection``:
+exact, the same function bit for bit), ``FACTOR`` times their size, where large networks have
+them: behind the norms. Then every product rounds its inputs.
 
-    python -m refllm.experiments.smoothquant          # writes
-    figures/data/smoothquant.json; `refllm figures` draws it
+    python -m refllm.experiments.smoothquant   # writes figures/data/smoothquant.json;
+    `refllm figures` draws it
 
-| outliers in | α          | levels     | kept in floating point        | question                                  |
-|-------------|------------|------------|-------------------------------|-------------------------------------------|
-| nothing     | none       | O1, O2, O3 | nothing                       | what 8 bits cost without outliers         |
-| norms       | none       | O1, O2, O3 | nothing; o_proj and down_proj | what outliers break                       |
-| norms       | 0 … 1      | O1, O2, O3 | nothing                       | what smoothing repairs                    |
-| norms       | ½          | O1, O2, O3 | o_proj and down_proj          | what the inputs that it leaves alone cost |
-| MLP hidden  | none and ½ | O1         | nothing; down_proj            | where it does not help                    |
+| outliers in | α          | levels     | kept in floating point | question                 |
+|-------------|------------|------------|------------------------|--------------------------|
+| nothing     | none       | O1, O2, O3 | nothing                | what do 8 bits cost?     |
+| norms       | none       | O1, O2, O3 | nothing; o and down    | what do outliers break?  |
+| norms       | 0 … 1      | O1, O2, O3 | nothing                | what does smoothing fix? |
+| norms       | ½          | O1, O2, O3 | o and down             | what is left, and where? |
+| MLP hidden  | none and ½ | O1         | nothing; down          | where does it not help?  |
 
-Smoothing does not see what was planted behind a norm (s is ``FACTOR`` times as large
-there), so the curves over α are also those of the network without outliers.
+Smoothing undoes an injection behind a norm (s is ``FACTOR`` times as large there), so the
+curves over α are also those of the network without outliers.
 
-Text, calibration and intervals are those of ``quality``; finished cases are kept in
-``--cache`` as there. Left out: q, k, v rounded for the attention's own products.
+Text, calibration and intervals are those of ``held_out_bench``; finished cases are kept in
+``--cache``. Left out: q, k, v rounded for the attention's own products.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import platform
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
-import refllm
-from refllm.api import Model, load
-from refllm.checkpoints.loading import locate
-from refllm.checkpoints.writer import write_whole
-from refllm.experiments.outlier_injection import NORMS, choose, plant
-from refllm.experiments.quantization_quality import (
-    BLOCK,
+from refllm.api import Model
+from refllm.experiments.held_out_bench import (
+    EXCERPTS,
     LENGTH,
-    RESAMPLES,
-    WINDOW,
-    WINDOWS,
-    Bench,
+    HeldOutBench,
+    computed_once,
+    digest_of,
+    ends,
     increase,
+    open_bench,
 )
-from refllm.measure.comparison import compare
-from refllm.measure.device import processor
-from refllm.measure.plotting import FULL, MORE, TECHNIQUE, coloured, end_labels, new_figure, styled
-from refllm.measure.records import Record, Values, write
+from refllm.experiments.outlier_injection import NORM_INPUTS, choose_channels, inject_outliers
+from refllm.measure.device import one_thread, versions
+from refllm.measure.plotting import (
+    FULL,
+    MORE,
+    TECHNIQUE,
+    annotate_right,
+    coloured,
+    end_labels,
+    new_figure,
+    styled,
+)
+from refllm.measure.records import Json, Record, Values, write
 from refllm.model.llama import Weights
-from refllm.quant.layer_io import ModelSource
-from refllm.quant.smoothquant import LEVELS, activation_absmax, smoothquant
+from refllm.quant.recipe import quantize_model
+from refllm.quant.smoothquant import LEVELS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,14 +70,19 @@ if TYPE_CHECKING:
 FACTOR = 128.0
 SHARE = 1 / 64  # of the channels are outliers: 4 of 256
 ALPHAS = (0.0, 0.15, 0.3, 0.5, 0.7, 0.85, 1.0)
-PLANTED: dict[str, Sequence[str]] = {"nothing": (), "norms": NORMS, "MLP hidden": ("MLP hidden",)}
+# where outliers are injected → the inputs of ``inject_outliers``
+OUTLIERS: dict[str, Sequence[str]] = {
+    "nothing": (),
+    "norms": NORM_INPUTS,
+    "MLP hidden": ("MLP hidden",),
+}
 UNSMOOTHED = ("o_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class Case:
     """One network: where its outliers are, how its inputs are rounded, α (None: not
-    smoothed), what is kept.
+    smoothed), and which projections stay in floating point.
     """
 
     outliers: str
@@ -83,18 +92,18 @@ class Case:
 
     @property
     def name(self) -> str:
-        """As a line of progress says it."""
-        if self.alpha is None:
-            smoothed = "not smoothed"
-        else:
-            smoothed = f"alpha {self.alpha}"
-        return f"outliers in {self.outliers}, {self.level}, {smoothed}" + "".join(
-            f", {n} kept" for n in self.keep
-        )
+        """For a line of progress.
+
+        >>> Case("norms", "O1", 0.5, ("down_proj",)).name
+        'outliers in norms, O1, alpha 0.5, down_proj kept'
+        """
+        smoothed = "not smoothed" if self.alpha is None else f"alpha {self.alpha}"
+        kept = [f"{name} kept" for name in self.keep]
+        return ", ".join([f"outliers in {self.outliers}", self.level, smoothed, *kept])
 
 
 def cases(alphas: Sequence[float] = ALPHAS) -> list[Case]:
-    """All that the module's table names."""
+    """All cases of the table above."""
     found = [Case("nothing", level, None) for level in LEVELS]
     for level in LEVELS:
         found += [
@@ -109,101 +118,89 @@ def cases(alphas: Sequence[float] = ALPHAS) -> list[Case]:
 
 
 class Experiment:
-    """A bench, and the planted networks with their calibration, made once each."""
+    """A bench, and the networks with injected outliers, made once each."""
 
-    def __init__(self, bench: Bench, factor: float = FACTOR, share: float = SHARE, seed: int = 0):
+    def __init__(
+        self, bench: HeldOutBench, factor: float = FACTOR, share: float = SHARE, seed: int = 0
+    ):
         self.bench = bench
         self.factor = factor
         self.share = share
         self.seed = seed
-        self._made: dict[str, tuple[Weights, Any]] = {}
+        self._made: dict[str, Weights] = {}
 
     def channels(self, outliers: str) -> list[int]:
-        """The channels that are planted."""
+        """The channels that become outliers."""
         config = self.bench.model.config
-        rng = np.random.default_rng(self.seed)
         if outliers == "MLP hidden":
             width = config.intermediate_size
         else:
             width = config.hidden_size
-        return choose(width, max(1, round(self.share * width)), rng)
+        rng = np.random.default_rng(self.seed)
+        return choose_channels(width, max(1, round(self.share * width)), rng)
 
-    def planted(self, outliers: str) -> tuple[Weights, Any]:
-        """The weights with their outliers, and the absmax of all inputs over the
-        calibration text.
-        """
+    def injected(self, outliers: str) -> Weights:
+        """The weights with their outliers."""
         if outliers not in self._made:
-            model = self.bench.model
-            weights = plant(model.weights, self.channels(outliers), self.factor, PLANTED[outliers])
-            seen = activation_absmax(
-                ModelSource(model.config, weights), self.bench.calibration(self.seed)
+            self._made[outliers] = inject_outliers(
+                self.bench.model.weights,
+                self.channels(outliers),
+                self.factor,
+                OUTLIERS[outliers],
             )
-            self._made[outliers] = weights, seen
         return self._made[outliers]
 
-    def measure(self, case: Case) -> dict[str, Any]:
+    def measure(self, case: Case) -> dict[str, Json]:
         """A row of the table."""
-        weights, absmax = self.planted(case.outliers)
         model = self.bench.model
-        made = smoothquant(weights, absmax, alpha=case.alpha, level=case.level, keep=case.keep)
-        found = compare(
-            Model(model.config, made, model.tokenizer),
-            self.bench.reference,
-            self.bench.text,
-            rng=np.random.default_rng(0),
-            block=BLOCK,
-            resamples=RESAMPLES,
+        quantised, _ = quantize_model(
+            Model(model.config, self.injected(case.outliers), model.tokenizer),
+            "smoothquant",
+            calibration=self.bench.calibration(self.seed),
+            alpha=case.alpha,
+            level=case.level,
+            keep=case.keep,
         )
-        more = increase(found)
+        found = self.bench.compare(quantised)
         return asdict(case) | {
             "bits per byte": found.model.bits_per_byte,
             "full precision": found.reference.bits_per_byte,
-            "increase": [more.mean, more.low, more.high],
-            "kl": [found.kl.mean, found.kl.low, found.kl.high],
+            "increase": ends(increase(found)),
+            "kl": ends(found.kl),
         }
 
-    def key(self, case: Case) -> str:
-        """The name of a case's file in the cache."""
-        settings = [self.bench.settings, asdict(case), self.factor, self.share, self.seed]
-        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:20]
-
-    def table(self, wanted: Sequence[Case], cache: Path) -> Iterator[dict[str, Any]]:
+    def table(self, wanted: Sequence[Case], cache: Path) -> Iterator[dict[str, Json]]:
         """The rows of ``wanted``, each computed or taken from ``cache``."""
         for case in wanted:
-            file = cache / f"{self.key(case)}.json"
-            if not file.is_file():
-                cache.mkdir(parents=True, exist_ok=True)
-                write_whole(file, json.dumps(self.measure(case)))
-            yield json.loads(file.read_text("utf-8"))
+            key = digest_of(self.bench.settings, asdict(case), self.factor, self.share, self.seed)
+            yield computed_once(cache / f"{key}.json", lambda case=case: self.measure(case))
 
 
-# --- the figure ----------------------------------------------------------------------
+# --- the figure ---------------------------------------------------------------------------
 
-
-# activations are rounded so
-ROUNDING = {"O1": "a step a token", "O2": "a step a batch", "O3": "a step from calibration"}
+SCALES = {"O1": "scale per token", "O2": "scale per tensor", "O3": "static scale"}
 
 
 @styled
 def draw(values: Values) -> Figure:
     """{"rows": [{"outliers", "level", "alpha", "keep", "kl", "bits per byte", "full
-    precision"}]}.
+    precision"}]} → above, KL over α; below, where it helps and where not.
 
-    Above, KL over α; below, where it helps and where not. KL tells networks apart whose
-    bits per byte differ by less than chance; those stand beside it, in per cent.
+    KL tells networks apart whose bits per byte differ by less than chance; the latter stand
+    beside it, in per cent.
     """
-    fig = new_figure(6.2)
+    fig = new_figure(6.4)
     # apart, so that the long names below do not make the upper plot narrow
-    parts: Any = fig.subfigures(2, 1)
-    _over_alpha(parts[0].subplots(), values)
-    _where_it_helps(parts[1].subplots(), values["rows"])
+    upper, lower = fig.subfigures(2, 1)
+    _draw_alpha(upper.subplots(), values)
+    _draw_cases(lower.subplots(), values["rows"])
     return fig
 
 
-def _over_alpha(ax: Axes, values: Values) -> None:
+def _draw_alpha(ax: Axes, values: Values) -> None:
     """KL over α for each level, and without smoothing dashed."""
     rows = values["rows"]
-    ends = []
+    names = []
     for at, (colour, level) in enumerate(
         coloured((TECHNIQUE, MORE[0], MORE[1]), _distinct(rows, "level"))
     ):
@@ -212,77 +209,70 @@ def _over_alpha(ax: Axes, values: Values) -> None:
         ]
         curve = sorted((r["alpha"], r["kl"][0]) for r in smooth if r["alpha"] is not None)
         ax.plot(*zip(*curve, strict=True), color=colour, marker="o", ms=4)
-        ends.append((*curve[-1], f"{level}, smoothed:\n{ROUNDING[level]}", colour))
-        plain = _network(rows, "norms", level, None)
-        # dashes in turn: where two levels are as bad as each other, both are seen
+        names.append((*curve[-1], f"{level}, smoothed ({SCALES[level]})", colour))
+        plain = _row(rows, "norms", level, None)
+        # dashes in turn: where two levels are equally bad, both are visible
         ax.axhline(plain["kl"][0], color=colour, ls=(6 * at, (5, 7)), lw=1.6)
-        ends.append((1, plain["kl"][0], f"{level}, not smoothed:\n{_loss(plain)}", colour))
+        names.append((1, plain["kl"][0], f"{level}, not smoothed: {_loss(plain)}", colour))
     ax.set(
-        title=f"W8A8, outliers of {values['factor']:g}× behind the norms", xlabel="α", yscale="log"
+        title=f"W8A8 with outliers of {values['factor']:g}×: smoothing removes their cost",
+        xlabel="α",
+        ylabel="KL (nats per token, log)",
+        yscale="log",
     )
-    ax.set_ylabel("KL (nats per token)")
-    end_labels(ax, ends, gap=0.13, fontsize=8)
+    end_labels(ax, names, gap=0.1, fontsize=8)
 
 
-def _where_it_helps(ax: Axes, rows: Sequence[Any]) -> None:
-    """KL of what is planted, smoothed and kept in floating point, a dot each."""
+def _draw_cases(ax: Axes, rows: Sequence[Json]) -> None:
+    """KL at O1, one dot per case: smoothed or not, with o_proj and down_proj kept or not."""
     keep = ["o_proj", "down_proj"]
-    cases = [
+    drawn = [
         ("no outliers, not smoothed", "nothing", None, []),
-        ("norms, not smoothed", "norms", None, []),
-        ("norms, not smoothed, o and down kept", "norms", None, keep),
-        ("norms, smoothed", "norms", 0.5, []),
-        ("norms, smoothed, o and down kept", "norms", 0.5, keep),
+        ("behind norms, not smoothed", "norms", None, []),
+        ("behind norms, not smoothed, o and down kept", "norms", None, keep),
+        ("behind norms, smoothed", "norms", 0.5, []),
+        ("behind norms, smoothed, o and down kept", "norms", 0.5, keep),
         ("MLP hidden, not smoothed", "MLP hidden", None, []),
         ("MLP hidden, smoothed", "MLP hidden", 0.5, []),
         ("MLP hidden, smoothed, down kept", "MLP hidden", 0.5, ["down_proj"]),
     ]
-    found = [_network(rows, outliers, "O1", alpha, kept) for _, outliers, alpha, kept in cases]
-    length = [max(r["kl"][0], 1e-9) for r in found]
+    found = [_row(rows, outliers, "O1", alpha, kept) for _, outliers, alpha, kept in drawn]
+    kl = [max(r["kl"][0], 1e-9) for r in found]
     for y, r in enumerate(found):
-        _dot(ax, length[y], y, FULL if r["alpha"] is None else TECHNIQUE, _loss(r))
-    ax.set_yticks(range(len(cases)), [case[0] for case in cases], fontsize=9)
-    ax.set(title="O1: where it helps, and where not", xscale="log", xlabel="KL (nats per token)")
-    ax.set_xlim(min(length) / 2, 60 * max(length))
-    ax.set_ylim(len(cases) - 0.5, -0.5)
+        ax.plot(kl[y], y, "o", color=FULL if r["alpha"] is None else TECHNIQUE, ms=7)
+        annotate_right(ax, f"{_loss(r)} bits per byte", kl[y], y, 8)
+    ax.set_yticks(range(len(drawn)), [name for name, *_ in drawn], fontsize=9)
+    ax.set(
+        title="It helps behind norms, not in the MLP",
+        xscale="log",
+        xlabel="KL at O1 (nats per token, log)",
+    )
+    ax.set_xlim(min(kl) / 2, 400 * max(kl))
+    ax.set_ylim(len(drawn) - 0.5, -0.5)
 
 
-def _network(
-    rows: Sequence[Any], outliers: str, level: str, alpha: float | None, keep: Sequence[str] = ()
-) -> Any:
+def _row(
+    rows: Sequence[Json], outliers: str, level: str, alpha: float | None, keep: Sequence[str] = ()
+) -> Json:
+    """The row of one case."""
     wanted = (outliers, level, alpha, list(keep))
     return next(
         r for r in rows if (r["outliers"], r["level"], r["alpha"], list(r["keep"])) == wanted
     )
 
 
-def _loss(row: Any) -> str:
-    """By how much the bits per byte rise, in two significant digits."""
-    percent = float(f"{100 * (row['bits per byte'] / row['full precision'] - 1):.2g}")
-    return f"{np.format_float_positional(percent, trim='-', sign=True)} % bits per byte".replace(
-        "-", "−"
-    )
+def _loss(row: Json) -> str:
+    """By how much the bits per byte rise."""
+    percent = 100 * (row["bits per byte"] / row["full precision"] - 1)
+    if abs(percent) < 0.1:
+        return "under 0.1 %"
+    digits = 0 if abs(percent) >= 10 else 1
+    return f"{percent:+.{digits}f} %".replace("-", "−")
 
 
-def _distinct(rows: Sequence[Any], key: str) -> list[Any]:
+def _distinct(rows: Sequence[Json], key: str) -> list[Json]:
     """The values of a column, in the order in which they occur."""
     return list(dict.fromkeys(row[key] for row in rows))
-
-
-def _dot(ax: Axes, x: float, y: float, colour: str, said: str) -> None:
-    """A value on a logarithmic axis: a dot, since a bar's length would depend on where the
-    axis begins.
-    """
-    ax.plot(x, y, "o", color=colour, ms=7)
-    ax.annotate(
-        said,
-        (x, y),
-        xytext=(8, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize=8,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -292,51 +282,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m refllm.experiments.smoothquant", description=main.__doc__
     )
-    parser.add_argument(
-        "--model", default="stdlib", help="a bundled model's name, or a checkpoint's folder"
-    )
-    parser.add_argument("--output", type=Path, default=Path("figures/data/smoothquant.json"))
-    parser.add_argument(
-        "--cache", type=Path, default=Path("build/smoothing"), help="where finished cases are kept"
-    )
-    parser.add_argument("--alphas", nargs="+", type=float, default=ALPHAS)
-    parser.add_argument(
-        "--excerpts", type=int, default=16, help=f"held-out excerpts of {LENGTH} tokens"
-    )
+    add = parser.add_argument
+    add("--model", default="stdlib", help="a bundled model's name, or a checkpoint's folder")
+    add("--output", type=Path, default=Path("figures/data/smoothquant.json"))
+    add("--cache", type=Path, default=Path("build/smoothing"), help="where finished cases are kept")
+    add("--alphas", nargs="+", type=float, default=ALPHAS)
+    add("--excerpts", type=int, default=EXCERPTS, help=f"held-out excerpts of {LENGTH} tokens")
     chosen = parser.parse_args(arguments)
-    from threadpoolctl import threadpool_limits
-
-    weights = sorted(locate(chosen.model).glob("*.safetensors"))
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()
     with threadpool_limits(limits=1, user_api="blas"):
-        model = load(chosen.model, backend="numpy")
-        experiment = Experiment(Bench(model, digest, chosen.excerpts, LENGTH, WINDOWS, WINDOW))
+        experiment = Experiment(open_bench(chosen.model, chosen.excerpts))
         wanted = cases(chosen.alphas)
         rows = []
         for case, row in zip(wanted, experiment.table(wanted, chosen.cache), strict=True):
             rows.append(row)
             worse = row["increase"][0] / row["full precision"]
             print(
-                f"[{len(rows)}/{len(wanted)}] {case.name}: {row['bits per byte']:.4f} bits "
-                f"per byte, {worse:+.1%}",
+                f"[{len(rows)}/{len(wanted)}] {case.name}: "
+                f"{row['bits per byte']:.4f} bits per byte, {worse:+.1%}",
                 file=sys.stderr,
             )
     values = {
         "model": Path(chosen.model).name,
         "factor": FACTOR,
         "settings": experiment.bench.settings,
-        "channels": {name: experiment.channels(name) for name, inputs in PLANTED.items() if inputs},
-        "rows": rows,
-        "versions": {
-            "refllm": refllm.__version__,
-            "python": platform.python_version(),
-            "numpy": np.__version__,
+        "channels": {
+            name: experiment.channels(name) for name, inputs in OUTLIERS.items() if inputs
         },
+        "rows": rows,
+        "versions": versions(),
     }
-    hardware = (
-        f"{processor()}, one thread, NumPy {np.__version__}, Python {platform.python_version()}"
-    )
-    write(chosen.output, Record("python -m refllm.experiments.smoothquant", "A", hardware, values))
+    command = "python -m refllm.experiments.smoothquant"
+    write(chosen.output, Record(command, "A", one_thread(), values))
 
 
 if __name__ == "__main__":

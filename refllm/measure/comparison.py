@@ -21,7 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refllm.backend import Array, namespace, to_numpy
+from refllm.array_types import Array
+from refllm.backend import namespace, to_numpy
 from refllm.measure.bootstrap import Interval, blocks, bootstrap_intervals
 from refllm.measure.perplexity import (
     AttendFactory,

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from threadpoolctl import threadpool_info, threadpool_limits
 
+import refllm
 from refllm.measure.records import Json
 
 _MEASURE_SECONDS = 1.0
@@ -126,3 +127,12 @@ def processor() -> str:
 def one_thread() -> str:
     """Hardware and versions of a measurement on one BLAS thread, for a record."""
     return f"{processor()}, one thread, NumPy {np.__version__}, Python {platform.python_version()}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of the software behind a measurement, for a record."""
+    return {
+        "refllm": refllm.__version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }

@@ -31,7 +31,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refllm.backend import Array, asarray_like, namespace, to_numpy
+from refllm.array_types import Array
+from refllm.backend import asarray_like, namespace, to_numpy
 from refllm.measure.windows import DocumentLike, LanguageModel, Window, WindowPlan, plan_windows
 from refllm.model.attention import Attend, CausalAttend
 from refllm.model.llama import forward, logits

@@ -104,7 +104,7 @@ def end_labels(
     """Label lines at their right end, instead of a legend.
 
     ``ends`` holds (x, y, name, colour) of each line's last point. The name stands to the
-    right of the axes, after a dot in the line's colour, and at least ``gap`` of the axes'
+    right of the axes, after a stroke in the line's colour, and at least ``gap`` of the axes'
     height below the name above it. Set the limits of the axes before.
     """
     ax.get_ylim()  # computes the limits, which the transforms below need
@@ -114,7 +114,7 @@ def end_labels(
     for height, name, colour in sorted(known, reverse=True):
         lowest = min(height, lowest - gap)
         # the name is black: letters in a light colour are hard to read
-        for offset, text, ink in ((4, "●", colour), (15, name, "black")):
+        for offset, text, ink in ((4, "━", colour), (17, name, "black")):
             ax.annotate(
                 text,
                 (1, lowest),

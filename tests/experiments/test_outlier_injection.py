@@ -1,5 +1,5 @@
-"""Planted outliers change no bit of what a network computes, and SmoothQuant takes them out
-again, whatever α.
+"""Injected outliers change no bit of what a network computes, and SmoothQuant removes them,
+whatever α.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 
 from conftest import to_host
 from networks import NETWORKS, TOKENS, full_logits, random_tensors
-from refllm.experiments.outlier_injection import NORMS, PLACES, choose, plant, plant_keys
+from refllm.experiments.outlier_injection import (
+    INPUTS,
+    NORM_INPUTS,
+    choose_channels,
+    inject_key_outliers,
+    inject_outliers,
+)
 from refllm.model.attention import CausalAttend
 from refllm.model.llama import build, forward
 from refllm.quant.layer_inputs import tapped
@@ -51,34 +57,34 @@ def absmax_of(config, weights):
 )
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @settings(max_examples=4)
-@given(seed=seeds, factor=FACTORS, inputs=st.sets(st.sampled_from(sorted(PLACES))))
-def test_invariance_planting_is_bit_exact(xp, family, dtype, seed, factor, inputs):
+@given(seed=seeds, factor=FACTORS, inputs=st.sets(st.sampled_from(sorted(INPUTS))))
+def test_invariance_injection_is_bit_exact(xp, family, dtype, seed, factor, inputs):
     config, weights = weights_of(family, seed, xp, dtype)
-    channels = choose(config.hidden_size, 5, np.random.default_rng(seed))
+    channels = choose_channels(config.hidden_size, 5, np.random.default_rng(seed))
     # the same layout of memory on both sides: ``fold`` makes weights of their own, which
     # the library multiplies alike
-    still = plant(weights, channels, 1.0, PLACES)
-    planted = plant(weights, channels, factor, sorted(inputs))
-    assert np.array_equal(full_logits(planted, config, xp), full_logits(still, config, xp))
-    assert planted.keys() == weights.keys()
+    still = inject_outliers(weights, channels, 1.0, INPUTS)
+    injected = inject_outliers(weights, channels, factor, sorted(inputs))
+    assert np.array_equal(full_logits(injected, config, xp), full_logits(still, config, xp))
+    assert injected.keys() == weights.keys()
 
 
 @settings(max_examples=8)
-@given(seed=seeds, factor=FACTORS, name=st.sampled_from(sorted(PLACES)))
+@given(seed=seeds, factor=FACTORS, name=st.sampled_from(sorted(INPUTS)))
 def test_exact_value_only_the_chosen_channels_grow_and_by_the_factor(seed, factor, name):
     config, weights = weights_of("llama", seed)
-    channels = choose(config.hidden_size, 3, np.random.default_rng(seed))
+    channels = choose_channels(config.hidden_size, 3, np.random.default_rng(seed))
     before = absmax_of(config, weights)
-    after = absmax_of(config, plant(weights, channels, factor, [name]))
+    after = absmax_of(config, inject_outliers(weights, channels, factor, [name]))
     for (layer, target), old in before.items():
         grown = np.ones(len(old), dtype="float32")
-        if target in PLACES[name].targets:
+        if target in INPUTS[name].targets:
             grown[channels] = factor
         assert np.array_equal(after[layer, target], old * grown)
 
 
 @pytest.mark.theorem(
-    "SmoothQuant's network does not depend on planted outliers, whatever α: s is p times as "
+    "SmoothQuant's network does not depend on injected outliers, whatever α: s is p times as "
     "large where they are",
     source="(p a)^α / (w/p)^(1−α) = p · a^α / w^(1−α)",
 )
@@ -86,12 +92,12 @@ def test_exact_value_only_the_chosen_channels_grow_and_by_the_factor(seed, facto
 @given(seed=seeds, alpha=st.sampled_from([0.0, 0.25, 0.5, 0.8, 1.0]), factor=FACTORS)
 def test_invariance_smoothing_takes_them_out_again(seed, alpha, factor):
     config, weights = weights_of("llama", seed, dtype="float64")
-    channels = choose(config.hidden_size, 4, np.random.default_rng(seed))
-    planted = plant(weights, channels, factor)
+    channels = choose_channels(config.hidden_size, 4, np.random.default_rng(seed))
+    injected = inject_outliers(weights, channels, factor)
     seen = absmax_of(config, weights)
-    after = absmax_of(config, planted)
+    after = absmax_of(config, injected)
     eps = float(np.finfo("float64").eps)
-    for i, (plain, grown) in enumerate(zip(weights["layers"], planted["layers"], strict=True)):
+    for i, (plain, grown) in enumerate(zip(weights["layers"], injected["layers"], strict=True)):
         names = {"input_layernorm": "q_proj", "post_attention_layernorm": "up_proj"}
         smooth, _ = smooth_layer(plain, {n: seen[i, n] for n in names.values()}, alpha)
         again, _ = smooth_layer(grown, {n: after[i, n] for n in names.values()}, alpha)
@@ -103,23 +109,23 @@ def test_invariance_smoothing_takes_them_out_again(seed, alpha, factor):
             )
 
 
-def test_planting_is_the_migration_run_backwards():
+def test_injection_is_the_migration_run_backwards():
     config, weights = weights_of("llama", dtype="float64")
     weight = weights["layers"][0]["gate_proj"].dequantize()
     absmax = np.ones(config.hidden_size)
-    planted = plant(weights, [3], 128.0)["layers"][0]["gate_proj"].dequantize()
+    injected = inject_outliers(weights, [3], 128.0)["layers"][0]["gate_proj"].dequantize()
     grown = absmax * np.where(np.arange(config.hidden_size) == 3, 128.0, 1.0)
-    ratio = migration_scale(grown, planted) / migration_scale(absmax, weight)
+    ratio = migration_scale(grown, injected) / migration_scale(absmax, weight)
     np.testing.assert_allclose(ratio, grown, rtol=1e-14)
 
 
-def test_what_is_planted_in_stays_as_it_was():
+def test_the_weights_that_are_injected_into_do_not_change():
     weights = weights_of("llama")[1]
     before = [
         (layer["input_layernorm"].tobytes(), layer["up_proj"].dequantize().tobytes())
         for layer in weights["layers"]
     ]
-    plant(weights, [0, 7], 128.0, PLACES)
+    inject_outliers(weights, [0, 7], 128.0, INPUTS)
     assert [
         (layer["input_layernorm"].tobytes(), layer["up_proj"].dequantize().tobytes())
         for layer in weights["layers"]
@@ -140,11 +146,11 @@ def test_what_is_planted_in_stays_as_it_was():
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @settings(max_examples=4)
 @given(seed=seeds, factor=FACTORS)
-def test_invariance_planting_in_keys_is_bit_exact(xp, family, dtype, seed, factor):
+def test_invariance_injection_into_keys_is_bit_exact(xp, family, dtype, seed, factor):
     config, weights = weights_of(family, seed, xp, dtype)
-    pairs = choose(config.head_dim // 2, 2, np.random.default_rng(seed))
-    still, planted = (plant_keys(weights, config, pairs, by) for by in (1.0, factor))
-    assert np.array_equal(full_logits(planted, config, xp), full_logits(still, config, xp))
+    pairs = choose_channels(config.head_dim // 2, 2, np.random.default_rng(seed))
+    still, injected = (inject_key_outliers(weights, config, pairs, by) for by in (1.0, factor))
+    assert np.array_equal(full_logits(injected, config, xp), full_logits(still, config, xp))
 
 
 def keys_of(config, weights):
@@ -162,35 +168,35 @@ def keys_of(config, weights):
 
 @settings(max_examples=8)
 @given(seed=seeds, factor=FACTORS, family=st.sampled_from(["llama", "qwen2", "mistral-window"]))
-def test_exact_value_both_channels_of_a_planted_pair_grow_and_no_others(seed, factor, family):
+def test_exact_value_both_channels_of_an_outlier_pair_grow_and_no_others(seed, factor, family):
     config, weights = weights_of(family, seed, dtype="float64")
-    pairs = choose(config.head_dim // 2, 2, np.random.default_rng(seed))
+    pairs = choose_channels(config.head_dim // 2, 2, np.random.default_rng(seed))
     grown = np.ones(config.head_dim)
     grown[[*pairs, *(i + config.head_dim // 2 for i in pairs)]] = factor
     before = keys_of(config, weights)
-    after = keys_of(config, plant_keys(weights, config, pairs, factor))
+    after = keys_of(config, inject_key_outliers(weights, config, pairs, factor))
     np.testing.assert_allclose(
         after, before * grown, rtol=0, atol=1e-12 * np.abs(before * grown).max()
     )
 
 
-def test_keys_that_cannot_be_planted_are_refused():
+def test_keys_that_cannot_get_outliers_are_rejected():
     config, weights = weights_of("llama")
     for pairs in ([-1], [5]):
         with pytest.raises(ValueError, match="a head has pairs 0 to 4, got"):
-            plant_keys(weights, config, pairs)
+            inject_key_outliers(weights, config, pairs)
     with pytest.raises(ValueError, match="a factor of 3 is no power of two"):
-        plant_keys(weights, config, [0], 3)
+        inject_key_outliers(weights, config, [0], 3)
     config, weights = weights_of("qwen3")
     with pytest.raises(ValueError, match="keys that are normed take no factor"):
-        plant_keys(weights, config, [0])
+        inject_key_outliers(weights, config, [0])
     tiny = replace(NETWORKS["llama"], num_hidden_layers=1)
     tensors = random_tensors(tiny, 0, "float32")
     tensors["model.layers.0.self_attn.q_proj.weight"][2, 1] = (
         np.finfo("float32").smallest_subnormal * 3
     )
-    with pytest.raises(ValueError, match="layer 0's q_proj has numbers that 8 rounds"):
-        plant_keys(build(tiny, tensors), tiny, [2])
+    with pytest.raises(ValueError, match="layer 0's q_proj has values that 8 rounds"):
+        inject_key_outliers(build(tiny, tensors), tiny, [2])
     config, weights = weights_of("qwen2")
     for name, value in (
         ("q_bias", np.finfo("float32").smallest_subnormal),
@@ -199,34 +205,34 @@ def test_keys_that_cannot_be_planted_are_refused():
         layers = [layer | {name: np.full_like(layer[name], value)} for layer in weights["layers"]]
         with (
             np.errstate(over="ignore"),
-            pytest.raises(ValueError, match=f"layer 0's {name} has numbers that 8 rounds"),
+            pytest.raises(ValueError, match=f"layer 0's {name} has values that 8 rounds"),
         ):
-            plant_keys(weights | {"layers": layers}, config, [2])
+            inject_key_outliers(weights | {"layers": layers}, config, [2])
 
 
 def test_channels_are_drawn_without_repetition():
     rng = np.random.default_rng(0)
-    drawn = [choose(40, 3, rng) for _ in range(50)]
+    drawn = [choose_channels(40, 3, rng) for _ in range(50)]
     assert all(len(set(c)) == 3 and c == sorted(c) and 0 <= c[0] and c[-1] < 40 for c in drawn)
     assert len({tuple(c) for c in drawn}) > 40
-    assert choose(40, 0, rng) == []
+    assert choose_channels(40, 0, rng) == []
     with pytest.raises(ValueError, match="41 channels of 40"):
-        choose(40, 41, rng)
+        choose_channels(40, 41, rng)
 
 
-def test_refused():
+def test_factors_inputs_channels_and_weights_that_do_not_fit_are_rejected():
     config, weights = weights_of("llama")
     for factor in (3.0, 0.0, -2.0, float("inf"), float("nan"), 100.0):
         with pytest.raises(ValueError, match="is no power of two"):
-            plant(weights, [1], factor)
+            inject_outliers(weights, [1], factor)
     with pytest.raises(
         ValueError,
         match="no input is called heads; they are attention input, MLP input, MLP hidden",
     ):
-        plant(weights, [1], 2.0, ["heads"])
+        inject_outliers(weights, [1], 2.0, ["heads"])
     for channel in (-1, config.hidden_size):
         with pytest.raises(ValueError, match=r"the attention input has channels 0 to 39, got"):
-            plant(weights, [channel], 2.0, NORMS)
+            inject_outliers(weights, [channel], 2.0, NORM_INPUTS)
     tiny = replace(NETWORKS["llama"], num_hidden_layers=1)
     tensors = random_tensors(tiny, 0, "float32")
     tensors["model.layers.0.self_attn.k_proj.weight"][2, 1] = (
@@ -235,5 +241,5 @@ def test_refused():
     with pytest.raises(
         ValueError, match="layer 0's k_proj has weights too small to be divided by 128"
     ):
-        plant(build(tiny, tensors), [1], 128.0)
-    assert to_host(plant(build(tiny, tensors), [2], 128.0)["norm"]).shape == (40,)
+        inject_outliers(build(tiny, tensors), [1], 128.0)
+    assert to_host(inject_outliers(build(tiny, tensors), [2], 128.0)["norm"]).shape == (40,)

@@ -12,8 +12,9 @@ import pytest
 
 from refllm.api import Model
 from refllm.checkpoints.writer import save
-from refllm.experiments import quantization_figure, quantization_quality
-from refllm.experiments.quantization_quality import Bench, Cell, cells, increase, table
+from refllm.experiments import held_out_bench, quantization_quality
+from refllm.experiments.held_out_bench import HeldOutBench, code_digest, increase
+from refllm.experiments.quantization_quality import Cell, cell_key, cells, table
 from refllm.measure.bootstrap import blocks
 from refllm.measure.comparison import compare
 from refllm.measure.records import read
@@ -31,9 +32,9 @@ WANTED = [
 
 
 @pytest.fixture(scope="module")
-def bench() -> Bench:
+def bench() -> HeldOutBench:
     made = tiny_model(3, dtype="float32")
-    return Bench(Model(made.config, made.weights, made.tokenizer), "a digest", 3, 40, 2, 24)
+    return HeldOutBench(Model(made.config, made.weights, made.tokenizer), "a digest", 3, 40, 2, 24)
 
 
 def test_the_table_is_methods_by_bits_by_groups_by_seeds():
@@ -46,7 +47,7 @@ def test_the_table_is_methods_by_bits_by_groups_by_seeds():
     for c in found:
         assert (c.seed is None) == (not METHODS[c.method].calibrates)
         METHODS[c.method]().check(c.scheme)
-    assert [c.name for c in cells(["int8"])] == ["int8, 8 bits, a scale a row"]
+    assert [c.name for c in cells(["int8"])] == ["int8, 8 bits, one scale per row"]
     assert cells(["int8", "smoothquant"], bits=[4]) == []
     assert cells(["gptq"], [4], [64], [7])[0].name == "gptq, 4 bits, groups of 64, seed 7"
 
@@ -54,7 +55,7 @@ def test_the_table_is_methods_by_bits_by_groups_by_seeds():
 def test_a_row_is_the_comparison_with_the_original(bench, tmp_path):
     rows = list(table(bench, WANTED, tmp_path))
     for cell, row in zip(WANTED, rows, strict=True):
-        text = bench.calibration(cell.seed)
+        text = None if cell.seed is None else bench.calibration(cell.seed)
         quantised, report = quantize_model(bench.model, cell.method, cell.scheme, text)
         found = compare(quantised, bench.model, bench.text, rng=np.random.default_rng(0))
         assert row["kl"] == pytest.approx([found.kl.mean, found.kl.low, found.kl.high], rel=1e-5)
@@ -88,7 +89,7 @@ def test_the_increase_is_one_over_bytes(bench):
     quantised, _ = quantize_model(bench.model, "rtn", WANTED[0].scheme)
     found = compare(quantised, bench.model, bench.text, rng=np.random.default_rng(0))
     interval = increase(found)
-    units = blocks(found.model.document, quantization_quality.BLOCK)
+    units = blocks(found.model.document, held_out_bench.BLOCK)
     each = np.bincount(units, weights=(found.model.nats - found.reference.nats) / np.log(2))
     size = np.bincount(units, weights=found.model.token_bytes)
     assert interval.mean == pytest.approx(each.sum() / size.sum())
@@ -115,15 +116,16 @@ def test_a_cell_is_computed_once_and_a_killed_table_goes_on(bench, tmp_path, mon
     assert calls == [cell.method for cell in WANTED]
     assert list(table(bench, WANTED, tmp_path)) == rows
     assert len(calls) == 5
-    other = Bench(bench.model, "other weights", 3, 40, 2, 24)
-    assert not {bench.key(c) for c in WANTED} & {other.key(c) for c in WANTED}
-    assert len({bench.key(c) for c in WANTED}) == 5
+    other = HeldOutBench(bench.model, "other weights", 3, 40, 2, 24)
+    assert not {cell_key(bench, c) for c in WANTED} & {cell_key(other, c) for c in WANTED}
+    assert len({cell_key(bench, c) for c in WANTED}) == 5
 
 
 def test_the_key_knows_the_code(bench, monkeypatch):
-    assert len(quantization_quality.code_digest()) == 64
-    monkeypatch.setattr(quantization_quality, "code_digest", lambda: "other code")
-    assert Bench(bench.model, "a digest", 3, 40, 2, 24).key(WANTED[0]) != bench.key(WANTED[0])
+    assert len(code_digest()) == 64
+    monkeypatch.setattr(held_out_bench, "code_digest", lambda: "other code")
+    other = HeldOutBench(bench.model, "a digest", 3, 40, 2, 24)
+    assert cell_key(other, WANTED[0]) != cell_key(bench, WANTED[0])
 
 
 def test_the_command_writes_what_the_figure_is_drawn_from(tmp_path, monkeypatch, capsys):
@@ -136,7 +138,7 @@ def test_the_command_writes_what_the_figure_is_drawn_from(tmp_path, monkeypatch,
         dtype="float32",
     )
     for name, value in (("LENGTH", 40), ("WINDOWS", 2), ("WINDOW", 24)):
-        monkeypatch.setattr(quantization_quality, name, value)
+        monkeypatch.setattr(held_out_bench, name, value)
     output = tmp_path / "quantization_quality.json"
     paths = f"--model {directory} --output {output} --cache {tmp_path / 'cache'}"
     command = (
@@ -145,7 +147,7 @@ def test_the_command_writes_what_the_figure_is_drawn_from(tmp_path, monkeypatch,
     quantization_quality.main(command)
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 2 * 2 * (1 + 2) + 1
-    assert told[0].startswith("[1/13] rtn, 8 bits, a scale a row: KL ")
+    assert told[0].startswith("[1/13] rtn, 8 bits, one scale per row: KL ")
     record = read(output)
     assert record.command == "python -m refllm.experiments.quantization_quality"
     values = record.values
@@ -158,7 +160,7 @@ def test_the_command_writes_what_the_figure_is_drawn_from(tmp_path, monkeypatch,
         if n.endswith("_proj.weight")
     )
     assert len(values["rows"]) == 13
-    assert len(quantization_figure.draw(values).axes) == 2
+    assert len(quantization_quality.draw(values).axes) == 1
     before = output.read_bytes()
     monkeypatch.setattr(quantization_quality, "quantize_model", None)  # everything is in the cache
     quantization_quality.main(command)

@@ -7,8 +7,8 @@ import pytest
 
 from refllm.api import Model
 from refllm.checkpoints.writer import save
-from refllm.experiments import salience
-from refllm.experiments.quantization_quality import Bench
+from refllm.experiments import held_out_bench, salience
+from refllm.experiments.held_out_bench import HeldOutBench
 from refllm.experiments.salience import Choice, Experiment, choices
 from refllm.formats.uniform import Scheme
 from refllm.measure.comparison import compare
@@ -24,7 +24,8 @@ SCHEME = Scheme(3, "half_integer", "group", 8)
 def experiment() -> Experiment:
     made = tiny_model(3, dtype="float32")
     return Experiment(
-        Bench(Model(made.config, made.weights, made.tokenizer), "a digest", 3, 40, 2, 24), SCHEME
+        HeldOutBench(Model(made.config, made.weights, made.tokenizer), "a digest", 3, 40, 2, 24),
+        SCHEME,
     )
 
 
@@ -64,8 +65,8 @@ def test_the_kept_channels_are_exact_and_chosen_by_their_inputs(experiment):
             )
 
 
-def test_planted_outliers_are_what_the_activations_find(experiment):
-    """A sixteenth of the channels is one here; with three planted in sixteen, a fifth keeps
+def test_injected_outliers_are_what_the_activations_find(experiment):
+    """A sixteenth of the channels is one here; with three outliers in sixteen, a fifth keeps
     all of them.
     """
     rows = {
@@ -86,7 +87,7 @@ def test_the_command_writes_what_the_figure_is_drawn_from(tmp_path, monkeypatch,
         dtype="float32",
     )
     for name, value in (("LENGTH", 40), ("WINDOWS", 2), ("WINDOW", 24)):
-        monkeypatch.setattr(salience, name, value)
+        monkeypatch.setattr(held_out_bench, name, value)
     output = tmp_path / "salience.json"
     command = f"--model {directory} --output {output} --cache {tmp_path / 'c'} --excerpts 2 --group 8".split()
     salience.main(command)
@@ -97,6 +98,6 @@ def test_the_command_writes_what_the_figure_is_drawn_from(tmp_path, monkeypatch,
     assert record.command == "python -m refllm.experiments.salience"
     assert len(salience.draw(record.values).axes) == 2
     before = output.read_bytes()
-    monkeypatch.setattr(salience, "compare", None)  # everything is in the cache
+    monkeypatch.setattr(held_out_bench, "compare", None)  # everything is in the cache
     salience.main(command)
     assert output.read_bytes() == before

@@ -1,4 +1,4 @@
-"""The SmoothQuant experiment: its cases, that its networks are what they are said to be,
+"""The SmoothQuant experiment: its cases, that its networks are those of its cases,
 and its record.
 """
 
@@ -11,13 +11,14 @@ import pytest
 
 from refllm.api import Model
 from refllm.checkpoints.writer import save
-from refllm.experiments import smoothquant
-from refllm.experiments.quantization_quality import Bench
+from refllm.experiments import held_out_bench, smoothquant
+from refllm.experiments.held_out_bench import HeldOutBench
 from refllm.experiments.smoothquant import Case, Experiment, cases
 from refllm.formats.w8a8_linear import W8A8Linear
 from refllm.measure.records import read
 from refllm.model.weights import Dense
-from refllm.quant.smoothquant import LEVELS
+from refllm.quant.layer_io import ModelSource
+from refllm.quant.smoothquant import LEVELS, activation_absmax
 from tiny_models import byte_tokenizer, tiny_config, tiny_model, tiny_params
 
 
@@ -25,7 +26,7 @@ from tiny_models import byte_tokenizer, tiny_config, tiny_model, tiny_params
 def experiment() -> Experiment:
     made = tiny_model(3, dtype="float32")
     return Experiment(
-        Bench(Model(made.config, made.weights, made.tokenizer), "a digest", 3, 40, 2, 24)
+        HeldOutBench(Model(made.config, made.weights, made.tokenizer), "a digest", 3, 40, 2, 24)
     )
 
 
@@ -40,17 +41,23 @@ def test_the_cases_are_those_of_the_table():
     assert found[-1].name == "outliers in MLP hidden, O1, alpha 0.5, down_proj kept"
 
 
-def test_planted_networks_compute_the_same_until_they_are_rounded(experiment):
+def test_networks_with_outliers_compute_the_same_until_they_are_rounded(experiment):
     tokens = experiment.bench.text[0]
     model = experiment.bench.model
     exact = model.logits(tokens)
+
+    def absmax(outliers: str, name: str) -> np.ndarray:
+        """max |x| of each input channel of a projection of the first layer."""
+        source = ModelSource(model.config, experiment.injected(outliers))
+        return activation_absmax(source, experiment.bench.calibration(experiment.seed))[0][name]
+
     for outliers in ("norms", "MLP hidden"):
-        weights, absmax = experiment.planted(outliers)
+        weights = experiment.injected(outliers)
         # products of weights that lie elsewhere in memory may be added in another order
         again = Model(model.config, weights, model.tokenizer).logits(tokens)
         np.testing.assert_allclose(again, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
         name = "down_proj" if outliers == "MLP hidden" else "q_proj"
-        grown = absmax[0][name] / experiment.planted("nothing")[1][0][name]
+        grown = absmax(outliers, name) / absmax("nothing", name)
         expected = np.ones(len(grown))
         expected[experiment.channels(outliers)] = 128
         np.testing.assert_allclose(grown, expected, rtol=1e-4)
@@ -58,9 +65,9 @@ def test_planted_networks_compute_the_same_until_they_are_rounded(experiment):
 
 def test_a_row_is_the_network_that_its_case_says(experiment, tmp_path, monkeypatch):
     seen = []
-    compare = smoothquant.compare
+    compare = held_out_bench.compare
     monkeypatch.setattr(
-        smoothquant, "compare", lambda m, *a, **k: seen.append(m) or compare(m, *a, **k)
+        held_out_bench, "compare", lambda m, *a, **k: seen.append(m) or compare(m, *a, **k)
     )
     wanted = [
         Case("norms", "O1", None),
@@ -109,7 +116,7 @@ def test_the_command_writes_what_the_figure_is_drawn_from(tmp_path, monkeypatch,
         dtype="float32",
     )
     for name, value in (("LENGTH", 40), ("WINDOWS", 2), ("WINDOW", 24)):
-        monkeypatch.setattr(smoothquant, name, value)
+        monkeypatch.setattr(held_out_bench, name, value)
     output = tmp_path / "smoothquant.json"
     smoothquant.main(
         f"--model {directory} --output {output} --cache {tmp_path / 'c'} --excerpts 2 --alphas 0.5 1".split()
