@@ -61,7 +61,8 @@ from refllm.decode.speculative.verification import verify, verify_block
 from refllm.kv.contiguous import ContiguousCache
 from refllm.measure.records import Record
 from refllm.measure.records import write as write_record
-from refllm.serve.adaptive_drafts import AdaptiveDrafting, measure
+from refllm.serve.adaptive_drafts import AdaptiveDrafting
+from refllm.serve.draft_costs import measure_costs
 from refllm.serve.engine import Engine
 from refllm.serve.request import Request
 
@@ -235,7 +236,7 @@ def batches(
         name: ModelDrafter(draft, 3, sampling=GREEDY, sequences=sequences)
         for name in ("fixed", "adaptive")
     }
-    costs = measure(model, shared["adaptive"], most=4 * sequences)
+    costs = measure_costs(model, shared["adaptive"], most=4 * sequences)
     rows = []
     for size in sizes:
         drafting = {

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, run_state_machine_as_test
 
 from refllm.serve.base_scheduler import BaseScheduler
-from refllm.serve.plan import Plan, place
+from refllm.serve.plan import Plan, slots_of
 from refllm.serve.request import Sequence
 
 NIGHTLY = 100_000  # steps of every machine under the nightly profile
@@ -89,7 +89,7 @@ class ShadowMemory:
         sequences = {sequence.key: sequence for sequence in scheduler.running}
         for item in plan.items:
             text = spelled(sequences[item.name])
-            read = place(item.blocks, b, 0, item.start) if item.start else []
+            read = slots_of(item.blocks, b, 0, item.start) if item.start else []
             assert [self.held.get(slot) for slot in read] == text[: item.start], (
                 f"{item.name} reads what is not its own"
             )

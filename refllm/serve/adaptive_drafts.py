@@ -1,128 +1,101 @@
-"""Drafts in the engine: a drafter for every sequence, and how many drafts are worth while,
-measured.
+"""Speculative decoding in the engine: a drafter for every sequence, and as many drafts as
+pay.
 
-Sources: Leviathan et al. 2023 (what is gained), Liu et al. 2024 (SmartSpec: how many
-drafts, by load and acceptance).
+Sources: Leviathan et al. 2023 (the gain), Liu et al. 2024 (SmartSpec: the number of drafts by
+load and acceptance).
 
-The engine takes a drafter for each sequence (``Engine(…, drafter=AdaptiveDrafting(…))``), asks it in
-each step, and tells it how many drafts were accepted. Nobody tells of preemption, failed
-steps or the end: a place may be asked for again.
+The engine makes one drafter per sequence (``Engine(…, drafter=AdaptiveDrafting(…))``), asks
+it in each step, and reports how many drafts were accepted. Drafters are not told about
+preemption, failed steps or the end of a sequence: they may be asked for the same position
+again.
 
-How many drafts γ a sequence of acceptance α gets in a batch of B is the γ of the largest
+How many drafts pay depends on the batch and on the acceptance α: ``serve.draft_costs``. The
+estimate of a sequence's α starts with the acceptance of all sequences so far, so in a server
+that runs for long no new sequence pays for finding out. A sequence that has gone without
+drafts for ``PROBE`` steps probes with one draft, so that one bad start is not final. Every
+failed probe doubles the probing interval of all sequences.
 
-    B · E[τ](α, γ) / (t(B (1 + γ)) + c₁(B) + (γ − 1) c(B))
+A draft model keeps caches for the sequences that asked last. Where more ask than it has
+caches, some go without drafts.
 
-t(n) is the measured time of a step of n tokens, c(B) that of a draft for each of B
-sequences, which one step of the draft model makes; c₁(B) that of a step's first, which also
-computes what the draft model has not seen yet, from caches that the target's step has
-filled with its own weights. For one sequence t is nearly flat and drafts pay; for many the
-step is bound by its products, t grows with n, and the best γ is 0: speculation is then off.
-A sequence that has gone without drafts for a while tries one all the same, lest a bad
-beginning be the last word; each time in vain doubles that while, for all. What a sequence is
-believed to accept begins with what all have accepted so far: a ``AdaptiveDrafting`` that serves for
-long knows its draft model, and no sequence pays for finding out.
-
-Caches of a draft model are kept for the sequences that asked last. Where more ask than it
-has, some go without drafts.
-
-A draft model samples by the request's own settings: at a temperature more are accepted so,
-and the law is kept. With ``ModelDrafter(…, sampling=GREEDY)`` drafts are one-hot: fewer are
-accepted, but each request gets the very tokens that it gets without drafts
-(``serve.sampler``).
+A draft model samples with the request's own parameters. At a temperature this makes more
+drafts acceptable, and the output distribution is unchanged. With ``ModelDrafter(…,
+sampling=GREEDY)`` drafts are one-hot: fewer are accepted, but each request gets the same
+tokens as without drafts (``serve.model_runner``).
 
 Left out: trees in the engine.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
 
-from refllm.decode.fast.captured_step import stepper
-from refllm.decode.sampling import best
-from refllm.decode.sampling_params import GREEDY, SamplingParams
-from refllm.decode.speculative.acceptance import Acceptance, expected_length
-from refllm.decode.speculative.drafters import ModelDrafter, NGramDrafter
+from refllm.array_types import Array
+from refllm.decode.sampling_params import SamplingParams
+from refllm.decode.speculative.acceptance import Acceptance
 from refllm.decode.speculative.interface import (
-    NOTHING,
-    Ask,
+    NO_DRAFTS,
     Drafter,
+    DraftRequest,
     Proposal,
     TreeProposal,
-    check_vocabulary,
 )
+from refllm.decode.speculative.model_drafter import ModelDrafter
+from refllm.decode.speculative.ngram_drafter import NGramDrafter
 from refllm.decode.speculative.tree_drafter import TreeDrafter
-from refllm.kv.contiguous import ContiguousCache
+from refllm.serve.base_scheduler import BaseScheduler
+from refllm.serve.draft_costs import Costs
+from refllm.serve.plan import SequenceKey
+from refllm.serve.request_state import RequestState
 
-PROBE = 32  # steps that a sequence goes without drafts before it tries one again, at first
-# what drafting must promise: its costs leave out verifying, the books, and rows of unequal
-# length
+PROBE = 32  # steps that a sequence goes without drafts before it probes, at first
+# The gain that drafting must promise: costs leave out verification, scheduling, and rows of
+# unequal length.
 MARGIN = 1.2
-MEMORY = 0.9  # what an earlier draft of a sequence counts for beside a later one
-PRIOR = (0.5, 4.0)  # α before anything was seen, and how many drafts that belief is worth
-# tokens of a step whose time depends on what the one before left in the processor's caches
-SHORT = 16
-BELIEF = 16.0  # how many drafts of a sequence what is believed of all is worth
+DECAY = 0.9  # weight of an earlier draft of a sequence relative to the next one
+PRIOR = (0.5, 4.0)  # α before any draft was verified, and its weight in drafts
+SHARED_WEIGHT = 16.0  # weight, in drafts, of the α of all sequences in the estimate of one
+NO_TREES = "the engine verifies chains: give it a ModelDrafter where this one grows trees"
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Measured, in seconds: t(n) at some n, rising, and (B, c₁(B), c(B)) at some B; without
-    any drafts cost nothing.
+def propose_drafts(
+    drafter: Callable[[], Drafter],
+    scheduler: BaseScheduler,
+    requests: Mapping[Hashable, RequestState],
+) -> dict[SequenceKey, Array | None]:
+    """Give drafts to every running sequence that can use them; returns the q that they were
+    sampled from.
+
+    ``drafter`` is the engine's. ValueError if a drafter proposes a tree.
     """
-
-    steps: Sequence[tuple[int, float]]
-    drafts: Sequence[tuple[int, float, float]] = ()
-
-    def __post_init__(self) -> None:
-        if not self.steps:
-            raise ValueError(
-                "costs need a measured step at least: (tokens, seconds), as measure(model) returns them"
-            )
-
-    def step(self, tokens: float) -> float:
-        """t(n) by lines between the measured points; beyond the last one in proportion to
-        n.
-        """
-        sizes, times = zip(*self.steps, strict=True)
-        if tokens > sizes[-1]:
-            return float(times[-1] * tokens / sizes[-1])
-        return float(np.interp(tokens, sizes, times))
-
-    def best_gamma(self, alpha: float, batch: int, most: int) -> int:
-        """The γ ≤ ``most`` of the most tokens a second for ``batch`` sequences of
-        acceptance ``alpha``.
-        """
-        return max(range(most + 1), key=lambda g: self.rate(alpha, batch, g))
-
-    def rate(self, alpha: float, batch: int, gamma: int) -> float:
-        """Tokens a second of each of ``batch`` sequences that draft ``gamma`` tokens a
-        step.
-        """
-        return expected_length(alpha, gamma) / (
-            self.step(batch * (1 + gamma)) + self.drafting(batch, gamma)
-        )
-
-    def drafting(self, batch: int, gamma: int) -> float:
-        """The time of ``gamma`` drafts for each of ``batch`` sequences, by lines between the
-        measured points.
-        """
-        if not self.drafts or gamma == 0:
-            return 0.0
-        sizes, first, further = zip(*self.drafts, strict=True)
-        more = max(1.0, batch / sizes[-1])  # beyond what was measured, in proportion
-        return float(
-            more * (np.interp(batch, sizes, first) + (gamma - 1) * np.interp(batch, sizes, further))
-        )
+    sequences = [sequence for sequence in scheduler.running if scheduler.can_draft(sequence)]
+    asked: list[tuple[Drafter, DraftRequest]] = []
+    for sequence in sequences:
+        state = requests[sequence.request.id].sequence_state(sequence.index)
+        assert state.drafter is not None
+        count = min(state.drafter.gamma, sequence.remaining - 1)
+        request = DraftRequest(sequence.tokens, count, state.sampling, state.rng, 0)
+        asked.append((state.drafter, request))
+    if isinstance(drafter, AdaptiveDrafting):
+        proposals = drafter.propose_batch(asked)  # type: ignore[arg-type]  # it made them
+    else:
+        proposals = [one.propose(*request[:4]) for one, request in asked]
+    q: dict[SequenceKey, Array | None] = {}
+    for sequence, proposal in zip(sequences, proposals, strict=True):
+        if isinstance(proposal, TreeProposal):
+            raise ValueError(NO_TREES)
+        # drafts that are left from a step that failed are replaced
+        if proposal.tokens or sequence.drafts:
+            scheduler.propose(sequence.key, proposal.tokens)
+            q[sequence.key] = proposal.q
+    return q
 
 
 class AdaptiveDrafting:
-    """Makes the drafters of an engine's sequences. ``stats``: what came of all; ``gammas``:
-    how often each γ was.
+    """Makes the drafters of an engine's sequences. ``stats`` counts the drafts of all of
+    them; ``gammas`` how often each γ was chosen.
     """
 
     def __init__(
@@ -131,254 +104,165 @@ class AdaptiveDrafting:
         *,
         costs: Costs | None = None,
     ):
-        """``source`` is a ``ModelDrafter`` with some ``sequences``, or makes a drafter for
-        each sequence.
+        """``source`` is a ``ModelDrafter`` with some ``sequences``, or a function that makes a
+        drafter for each sequence.
 
         Without ``costs`` every sequence gets the drafter's own γ.
         """
         if isinstance(source, TreeDrafter):
-            raise ValueError(
-                "the engine verifies chains: give it a ModelDrafter where this one grows trees"
-            )
+            raise ValueError(NO_TREES)
         if not (isinstance(source, ModelDrafter) or callable(source)):
             raise TypeError(
-                f"AdaptiveDrafting takes a ModelDrafter, or what makes a drafter for each sequence, as "
-                f"lambda: NGramDrafter(8) does, got {source!r}"
+                "AdaptiveDrafting takes a ModelDrafter, or a function that makes a drafter for "
+                f"each sequence, as lambda: NGramDrafter(8) does, got {source!r}"
             )
         self.source = source
         self.costs = costs
         self.stats = Acceptance()
         self.gammas: dict[int, int] = {}
-        self.batch = 1  # sequences that ask in a step
-        self.wait = PROBE  # steps without drafts until a sequence probes, and whether one does now
-        self.probing = False
-        self._worth: dict[tuple[int, int, int], int] = {}
-        if isinstance(source, ModelDrafter):
-            places = len(source.cache.lengths)
-        else:
-            places = 0
-        # who asked last stands last
-        self._owners: dict[int, SequenceDrafter | None] = dict.fromkeys(range(places))
+        self.batch = 1  # sequences that ask in the current step
+        self.probe_interval = PROBE  # steps without drafts until a sequence probes
+        self.probing = False  # whether a sequence probes in the current step
+        self._gamma_table: dict[tuple[int, int, int], int] = {}
+        # cache of the draft model → the sequence that uses it, the last one that asked last
+        num_caches = len(source.cache.lengths) if isinstance(source, ModelDrafter) else 0
+        self._owners: dict[int, SequenceDrafter | None] = dict.fromkeys(range(num_caches))
 
     def __call__(self) -> SequenceDrafter:
         """The drafter of one more sequence."""
-        return SequenceDrafter(
-            self, self.source if isinstance(self.source, ModelDrafter) else self.source()
-        )
+        if isinstance(self.source, ModelDrafter):
+            return SequenceDrafter(self, self.source)
+        return SequenceDrafter(self, self.source())
 
     @property
     def alpha(self) -> float:
-        """What is believed of a sequence of which nothing is known: α of all drafts so far."""
-        return (PRIOR[0] * PRIOR[1] + self.stats.accepted) / (PRIOR[1] + self.stats.judged)
+        """The estimate for a new sequence: α of all drafts so far, and the prior."""
+        alpha, weight = PRIOR
+        return (alpha * weight + self.stats.accepted) / (weight + self.stats.judged)
 
-    def worth(self, alpha: float, most: int) -> int:
-        """The best γ by the measured costs for ``alpha``, in hundredths, in the batch of
-        now; 0 if it gains too little.
+    def worthwhile_gamma(self, alpha: float, most: int) -> int:
+        """The best γ by the measured costs for ``alpha``, rounded to hundredths, in the
+        current batch; 0 if it gains less than ``MARGIN``.
 
-        Each is worked out once: 32 sequences that ask anew in every step would take longer
+        Results are kept: to compute them for 32 sequences in every step would take longer
         than the draft model.
         """
         assert self.costs is not None
         case = (round(100 * alpha), self.batch, most)
-        if case not in self._worth:
+        if case not in self._gamma_table:
             alpha = case[0] / 100
             gamma = self.costs.best_gamma(alpha, self.batch, most)
-            worth = self.costs.rate(alpha, self.batch, gamma) > MARGIN * self.costs.rate(
-                alpha, self.batch, 0
-            )
-            self._worth[case] = gamma if worth else 0
-        return self._worth[case]
+            drafting = self.costs.rate(alpha, self.batch, gamma)
+            plain = self.costs.rate(alpha, self.batch, 0)
+            self._gamma_table[case] = gamma if drafting > MARGIN * plain else 0
+        return self._gamma_table[case]
 
-    def propose_together(
-        self, asks: Sequence[tuple[SequenceDrafter, Ask]]
+    def propose_batch(
+        self, asked: Sequence[tuple[SequenceDrafter, DraftRequest]]
     ) -> list[Proposal | TreeProposal]:
-        """The drafts of all sequences that ask in a step; a model drafts for all of them at
-        once.
-        """
-        if not asks:
+        """The proposals for all sequences of a step; a draft model computes them as a batch."""
+        if not asked:
             return []
-        self.batch = len(asks)
+        self.batch = len(asked)
         self.probing = False
-        proposals: list[Proposal | TreeProposal] = [NOTHING] * len(asks)
-        wanting: dict[SequenceDrafter, tuple[int, Ask]] = {}
-        for i, (sequence, ask) in enumerate(asks):
-            count = min(ask.most, sequence.wants())
+        proposals: list[Proposal | TreeProposal] = [NO_DRAFTS] * len(asked)
+        for_model: dict[SequenceDrafter, tuple[int, DraftRequest]] = {}
+        for i, (one, request) in enumerate(asked):
+            count = min(request.count, one.wanted())
             if count < 1:
                 continue
             if isinstance(self.source, ModelDrafter):
-                wanting[sequence] = i, ask._replace(most=count)
+                for_model[one] = i, request._replace(count=count)
             else:
-                proposals[i] = sequence.drafter.propose(ask.tokens, count, ask.sampling, ask.rng)
-        if isinstance(self.source, ModelDrafter) and wanting:
-            placed = {
-                b: wanting[b][1]._replace(sequence=place)
-                for b, place in self._places(list(wanting)).items()
-            }
-            for sequence, proposal in zip(
-                placed, self.source.propose_together(list(placed.values())), strict=True
-            ):
-                proposals[wanting[sequence][0]] = proposal
+                tokens, _, sampling, rng, _ = request
+                proposals[i] = one.drafter.propose(tokens, count, sampling, rng)
+        if isinstance(self.source, ModelDrafter) and for_model:
+            caches = self._assign_caches(list(for_model))
+            batch = [for_model[one][1]._replace(sequence=i) for one, i in caches.items()]
+            for one, proposal in zip(caches, self.source.propose_batch(batch), strict=True):
+                proposals[for_model[one][0]] = proposal
         return proposals
 
-    def _places(self, sequences: Sequence[SequenceDrafter]) -> dict[SequenceDrafter, int]:
-        """Which sequence of the model is whose: they keep theirs, and the others get those
-        of who does not ask.
+    def _assign_caches(self, asking: list[SequenceDrafter]) -> dict[SequenceDrafter, int]:
+        """Which cache of the model each sequence uses: a sequence keeps its own; the others
+        get those of sequences that do not ask, the longest idle first.
 
-        Those that asked longest ago are taken first. Where there are more sequences than
-        sequences, some go without.
+        Where there are more sequences than caches, some go without.
         """
-        asking = set(sequences)
-        mine = {
-            owner: place
-            for place, owner in self._owners.items()
-            if owner in asking and owner is not None
-        }
-        free = [place for place, owner in self._owners.items() if owner not in asking]
-        for sequence, place in zip([b for b in sequences if b not in mine], free, strict=False):
-            mine[sequence] = place
-        for sequence, place in mine.items():
-            del self._owners[place]
-            self._owners[place] = sequence
-        return mine
+        others = set(asking)
+        assigned: dict[SequenceDrafter, int] = {}
+        free: list[int] = []
+        for cache, owner in self._owners.items():
+            if owner is not None and owner in others:
+                assigned[owner] = cache
+            else:
+                free.append(cache)
+        new = [one for one in asking if one not in assigned]
+        assigned |= dict(zip(new, free, strict=False))
+        for one, cache in assigned.items():
+            del self._owners[cache]
+            self._owners[cache] = one
+        return assigned
 
 
 class SequenceDrafter:
-    """A sequence's drafter: the source's, asked for as many drafts as pay."""
+    """A sequence's drafter: that of the source, asked for as many drafts as pay."""
 
     def __init__(self, drafting: AdaptiveDrafting, drafter: Drafter):
         self.drafting = drafting
         self.drafter = drafter
         self.gamma = drafter.gamma
-        self.accepted = 0.0  # of its own drafts, the later ones counting more
+        self.accepted = 0.0  # of its own drafts, decayed
         self.judged = 0.0
-        self.idle = 0  # steps without a draft, and whether this step's is a probe
-        self.probes = False
+        self.idle = 0  # steps without a draft
+        self.probes = False  # whether the current step's draft is a probe
 
     @property
     def alpha(self) -> float:
-        """What it is believed to accept: its own drafts, beside what is believed of all."""
-        return (BELIEF * self.drafting.alpha + self.accepted) / (BELIEF + self.judged)
+        """The estimate of its acceptance: its own drafts beside those of all sequences."""
+        shared = SHARED_WEIGHT * self.drafting.alpha
+        return (shared + self.accepted) / (SHARED_WEIGHT + self.judged)
 
     def propose(
         self, tokens: Sequence[int], count: int, sampling: SamplingParams, rng: np.random.Generator
     ) -> Proposal | TreeProposal:
-        """As a ``Drafter`` by itself: for this sequence alone."""
-        return self.drafting.propose_together([(self, Ask(tokens, count, sampling, rng, 0))])[0]
+        """At most ``count`` drafts, of this sequence alone."""
+        ask = DraftRequest(tokens, count, sampling, rng, 0)
+        return self.drafting.propose_batch([(self, ask)])[0]
 
     def observe(self, best: Sequence[int], accepted: int) -> None:
+        """Learn how many drafts were accepted; see ``Drafter.observe``."""
         self.drafter.observe(best, accepted)
-        proposed = len(best) - 1  # those that the scheduler had room for
+        proposed = len(best) - 1  # as many as the scheduler had room for
         self.drafting.stats.add(proposed, accepted)
         if self.probes:
-            self.drafting.wait = PROBE if accepted else 2 * self.drafting.wait
-        self.accepted = MEMORY * self.accepted + accepted
-        self.judged = MEMORY * self.judged + min(accepted + 1, proposed)
+            failed_interval = 2 * self.drafting.probe_interval
+            self.drafting.probe_interval = PROBE if accepted else failed_interval
+        self.accepted = DECAY * self.accepted + accepted
+        self.judged = DECAY * self.judged + min(accepted + 1, proposed)
 
-    def wants(self) -> int:
-        """How many drafts it asks for in this step."""
-        gamma = self.gamma if self.drafting.costs is None else self._worth()
+    def wanted(self) -> int:
+        """How many drafts to ask for in this step."""
+        if self.drafting.costs is None:
+            gamma = self.gamma
+        else:
+            gamma = self._worthwhile_gamma()
         self.drafting.gammas[gamma] = self.drafting.gammas.get(gamma, 0) + 1
         return gamma
 
-    def _worth(self) -> int:
+    def _worthwhile_gamma(self) -> int:
+        """The γ that pays, or 1 if it is time to probe."""
         drafting = self.drafting
-        gamma = drafting.worth(min(1.0, self.alpha), self.gamma)
+        gamma = drafting.worthwhile_gamma(min(1.0, self.alpha), self.gamma)
         self.idle = 0 if gamma else self.idle + 1
-        # one at a time, and none where even α = 1 loses
+        # one probe per step, and none where drafts would not pay even at α = 1
         self.probes = (
-            self.idle >= drafting.wait and not drafting.probing and drafting.worth(1.0, 1) > 0
+            self.idle >= drafting.probe_interval
+            and not drafting.probing
+            and drafting.worthwhile_gamma(1.0, 1) > 0
         )
-        if self.probes:
-            self.idle = 0
-            drafting.probing = True
-        return 1 if self.probes else gamma
-
-
-def measure(
-    model: Any,
-    draft: ModelDrafter | None = None,
-    *,
-    most: int = 128,
-    context: int = 128,
-    rounds: int = 7,
-) -> Costs:
-    """t(n) of ``model`` for n = 1, 2, 3, 4, 6, 8, 12, … up to ``most`` tokens, one a
-    sequence, and the time of a draft.
-
-    Medians of ``rounds`` in turn, on this machine, now: as much as an engine needs to know
-    at its start. ValueError for ``most`` or ``rounds`` below 1, or a ``context`` below 3.
-    """
-    if min(most, rounds) < 1 or context < 3:
-        raise ValueError(
-            f"most and rounds must be at least 1 and context 3, got {most}, {rounds} and {context}"
-        )
-    config = model.config
-    sizes = sorted(
-        {n for k in range(most.bit_length()) for n in (2**k, 3 * 2**k // 2) if n <= most}
-    )
-    context = min(context, config.max_position_embeddings - 1)
-    cache = ContiguousCache(config, sizes[-1], context + 1, like=model.weights["norm"])
-    compute = stepper(model.weights, config)
-
-    def step(n: int) -> None:
-        """n sequences after ``context`` tokens each."""
-        cache.lengths = [context] * n + [0] * (len(cache.lengths) - n)
-        tokens = [i % config.vocab_size for i in range(n)]
-        best(compute(tokens, [context] * n, cache.view([1] * n)))  # waits for a GPU
-
-    times: dict[int, list[float]] = {n: [] for n in sizes}
-    for _ in range(rounds):
-        for n in sizes:
-            # as in an engine, where the steps before are of the same size
-            for _ in range(2 if n <= SHORT else 0):
-                step(n)
-            began = time.perf_counter()
-            step(n)
-            times[n].append(time.perf_counter() - began)
-    drafts: list[tuple[int, float, float]] = []
-    if draft is not None:
-        check_vocabulary(model, draft.model)
-        places = len(draft.cache.lengths)
-        for batch in sorted({min(2**k, places) for k in range(places.bit_length() + 1)}):
-            drafts.append((batch, *_draft_times(draft, lambda: step(1), batch, context, rounds)))
-    return Costs([(n, float(np.median(times[n]))) for n in sizes], drafts)
-
-
-def _draft_times(
-    draft: ModelDrafter, between: Callable[[], None], batch: int, context: int, rounds: int
-) -> tuple[float, float]:
-    """(c₁, c) for ``batch`` sequences; a step of the target lies ``between``, one or two
-    tokens are to be computed.
-    """
-    rng = np.random.default_rng(0)
-    gamma = max(2, draft.gamma)
-    context = max(3, min(context, draft.cache.capacity - gamma))
-    text = rng.integers(0, draft.config.vocab_size, context).tolist()
-    confidence = draft.confidence  # random text: it would be sure of nothing
-    draft.confidence = 0.0
-
-    def propose(behind: int, count: int) -> None:
-        asks = [Ask(text[: context - behind], count, GREEDY, rng, s) for s in range(batch)]
-        if batch == 1:
-            draft.propose(*asks[0])
-        else:
-            draft.propose_together(asks)
-
-    spent: dict[tuple[int, int], list[float]] = {
-        (behind, count): [] for behind in (1, 2) for count in (1, gamma)
-    }
-    try:
-        propose(2, 1)
-        for _ in range(rounds):
-            for (behind, count), times in spent.items():
-                propose(behind, 1)  # the caches end there
-                between()
-                began = time.perf_counter()
-                propose(0, count)
-                times.append(time.perf_counter() - began)
-    finally:
-        draft.confidence = confidence
-    first, whole = (
-        sum(float(np.median(spent[behind, n])) for behind in (1, 2)) / 2 for n in (1, gamma)
-    )
-    return first, max(0.0, whole - first) / (gamma - 1)
+        if not self.probes:
+            return gamma
+        self.idle = 0
+        drafting.probing = True
+        return 1

@@ -1,17 +1,17 @@
-"""Policies of serving by name: who schedules, over which kind of memory, with which prefix
-cache.
+"""Schedulers by the name of their policy, over the memory and the prefix cache that they
+need.
 
-| name                            | scheduler                            | memory                                  |
-|---------------------------------|--------------------------------------|-----------------------------------------|
-| ``fcfs``, ``priority``, ``lpm`` | each step anew, prompts in chunks    | blocks; prefixes by ``hash``, ``radix`` |
-| ``orca-max``, ``orca-pow2``, ``orca-oracle`` | each step anew, prompts whole | one run each, reserved at admission |
-| ``static``                      | each batch anew, padded              | a rectangle                             |
+| name                     | batch                               | memory                |
+|--------------------------|-------------------------------------|-----------------------|
+| fcfs, priority, lpm      | changes per step; prompts in chunks | blocks, prefix caches |
+| orca-max, -pow2, -oracle | changes per step; prompts whole     | one range per request |
+| static                   | padded, runs to its end             | a row of a rectangle  |
 
-All are a ``BaseScheduler`` and are driven alike: ``submit``, ``plan``, ``update``, ``abort``. The
-engine and the simulator make theirs here, so both run the same one.
+All are a ``BaseScheduler`` and are used in the same way: ``submit``, ``plan``, ``update``,
+``abort``. Engine and simulator both make theirs here, so they run the same one.
 
-Left out: a policy of one's own is not named here: make a ``Scheduler`` from any ``KVManager``
-and ``Order``.
+Left out: policies of your own need no name: make a ``Scheduler`` from any ``KVManager`` and
+``Order``.
 """
 
 from __future__ import annotations
@@ -49,17 +49,18 @@ def make(
     Parameters
     ----------
     prefix_cache
-        ``"hash"``, ``"radix"`` (``eviction`` is its tree's order) or None; ``"auto"`` is
-        ``"hash"`` where memory is in blocks. What reserves its memory has none.
-    max_batch_tokens
-        the budget of a step; those that compute prompts whole (``orca-…``, ``static``) have
+        ``"hash"``, ``"radix"`` (``eviction`` is the order in which its tree evicts) or None;
+        ``"auto"`` is ``"hash"`` where memory is in blocks. Policies that reserve memory have
         none.
+    max_batch_tokens
+        the token budget of a step; policies that compute prompts whole (``orca-…``,
+        ``static``) have none.
     watermark
         share of the blocks that stays free when a request is admitted beside others.
     longest
         tokens of the longest sequence: what ``orca-max`` reserves for each (default 2048),
-        and the widest row of ``static`` (default: no limit). ``buddy`` rounds runs to
-        powers of two.
+        and the widest row of ``static`` (default: no limit). ``buddy`` rounds reservations
+        to powers of two.
 
     ValueError for a name that is not in the table, or a cache where there can be none.
     """
@@ -71,23 +72,26 @@ def make(
         raise ValueError(f"unknown prefix cache {prefix_cache!r}; choose hash, radix or None")
     if prefix_cache is not None and policy not in CONTINUOUS:
         raise ValueError(
-            f"policy {policy!r} reserves its memory: it can share no prefixes, so prefix_cache is None"
+            f"policy {policy!r} reserves its memory: it can share no prefixes, "
+            "so prefix_cache is None"
         )
     slots = pool.num_blocks * pool.block_size
     if policy == "static":
-        return StaticBatching(PaddedKVManager(slots, longest=longest), max_sequences=max_sequences)
+        rectangle = PaddedKVManager(slots, longest=longest)
+        return StaticBatching(rectangle, max_sequences=max_sequences)
     if policy in ORCA:
-        reserved = ReservedKVManager(
-            slots, policy.removeprefix("orca-"), longest=longest or 2048, buddy=buddy
-        )
+        rule = policy.removeprefix("orca-")
+        reserved = ReservedKVManager(slots, rule, longest=longest or 2048, buddy=buddy)
         return Scheduler(
             reserved, chunked=False, max_batch_tokens=None, max_sequences=max_sequences
         )
     memory: KVManager
     if prefix_cache == "radix":
         memory = RadixKVManager(pool, watermark=watermark, policy=eviction)
+    elif prefix_cache == "hash":
+        memory = HashKVManager(pool, watermark=watermark)
     else:
-        memory = (PagedKVManager if prefix_cache is None else HashKVManager)(pool, watermark=watermark)
+        memory = PagedKVManager(pool, watermark=watermark)
     return Scheduler(
         memory,
         order=policy,

@@ -1,28 +1,30 @@
-"""What the scheduler knows of memory: may a sequence have room for so many more tokens? Here
-answered with blocks.
+"""What the scheduler asks of KV-cache memory: may a sequence have room for more tokens?
+Here answered with blocks.
 
 Source: Kwon et al. 2023, sections 4.2 to 4.5 (blocks, copy on write, preemption). The
-blocks are ``kv.block_pool``.
+blocks themselves are ``kv.block_pool``.
 
-| class (file)                       | where tokens lie                 | prefixes                   | runs out     |
-|------------------------------------|----------------------------------|----------------------------|--------------|
-| ``PagedKVManager`` (here)                   | blocks, taken as they are needed | forgotten                  | at any step  |
-| ``HashKVManager`` (``serve.prefix_caching``)    | the same                         | full blocks, by their hash | at any step  |
-| ``RadixKVManager`` (``serve.prefix_caching``)     | the same                         | pages of a radix tree      | at any step  |
-| ``ReservedKVManager`` (``.reservations``)   | one run for all it may ever need | forgotten                  | at admission |
-| ``PaddedKVManager`` (``.reservations``)  | a row of a padded static batch   | forgotten                  | at admission |
+| class                 | where tokens lie                | prefixes kept      | can run out  |
+|-----------------------|---------------------------------|--------------------|--------------|
+| ``PagedKVManager``    | blocks, taken when needed       | none               | at any step  |
+| ``HashKVManager``     | the same                        | by hash of a block | at any step  |
+| ``RadixKVManager``    | the same                        | in a radix tree    | at any step  |
+| ``SwappingKVManager`` | the same; preempted on the host | none               | at any step  |
+| ``ReservedKVManager`` | a contiguous range per request  | none               | at admission |
+| ``PaddedKVManager``   | a row of a padded batch         | none               | at admission |
 
-The life of a sequence: ``match`` (what is cached of it, without a trace), ``admit`` (take
-that and room for the first tokens), then each step ``reserve``, the step itself,
-``commit``; ``fork`` for a second continuation; ``release`` at the end, or when it is
-preempted and starts over.
+The first is here; the others are in ``prefix_caching``, ``swapping`` and
+``baselines.reservations``.
 
-Ownership of a sequence's tokens: [0, computed) are written and verified, and may be offered
-to a prefix cache by ``commit``; [computed, computed + count) were reserved for the step
-under way and are nobody else's business.
+The life of a sequence: ``match`` (how much of it is cached), ``admit`` (take that, and room
+for its first tokens), then in each step ``reserve``, the step itself and ``commit``;
+``fork`` for a second continuation; ``release`` when it finishes or is preempted.
 
-Left out: a second pool, memory beyond this one (``simulate.simulator`` has swapping), the
-arrays (``kv.paged``).
+Ownership of a sequence's tokens: [0, computed) are written and verified, and ``commit`` may
+offer them to a prefix cache; [computed, computed + count) are reserved for the current step
+and belong to the sequence alone.
+
+Left out: a second pool, and the arrays (``kv.paged``).
 """
 
 from __future__ import annotations
@@ -37,42 +39,42 @@ Copies = list[tuple[int, int]]
 
 
 class KVManager(Protocol):
-    """The seam between scheduling and memory. ``admit`` and ``reserve`` can be refused, and
+    """The interface between scheduling and memory. ``admit`` and ``reserve`` may fail, and
     change nothing then.
     """
 
-    block_size: int  # tokens a block; 0: a sequence lies in one contiguous run
-    shares: bool  # whether ``fork`` works
+    block_size: int  # tokens per block; 0: a sequence lies in one contiguous range
+    can_fork: bool
 
-    def refuses(self, request: Request) -> str | None:
-        """Why a request can never be served, however long it waits; None if it can."""
+    def rejection_reason(self, request: Request) -> str | None:
+        """Why a request can never be served, even alone; None if it can."""
 
     def match(self, sequence: Sequence) -> int:
-        """Tokens of a waiting sequence that are cached, fewer than it has; leaves no trace."""
+        """Tokens of a waiting sequence that are cached, fewer than it has; changes nothing."""
 
     def admit(self, sequence: Sequence, count: int, *, alone: bool) -> bool:
         """Take what ``match`` found and room for ``count`` ≥ 0 tokens after it; ``alone``
-        may use every last block.
+        lifts the watermark.
         """
 
     def reserve(self, sequence: Sequence, count: int) -> Copies | None:
-        """Room for ``count`` tokens after ``computed``: what to copy before they are
-        written; None if there is none.
+        """Room for ``count`` tokens after ``computed``: the blocks to copy before they are
+        written, or None if there is no room.
         """
 
     def commit(self, sequence: Sequence) -> None:
-        """The sequence's tokens [0, computed) are written and verified; what was reserved
-        beyond is given back.
+        """The sequence's tokens [0, computed) are written and verified; free what was
+        reserved beyond them.
         """
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
-        """A second sequence with the parent's tokens [0, computed)."""
+        """Let a second sequence share the parent's tokens [0, computed)."""
 
     def release(self, sequence: Sequence, *, preempted: bool = False) -> None:
-        """Give back everything that the sequence holds, if it holds anything."""
+        """Free everything that the sequence holds, if it holds anything."""
 
     def blocks(self, sequence: Sequence) -> tuple[int, ...]:
-        """Where it lies, as plans state it."""
+        """The block table, as plans state it."""
 
     @property
     def allocated(self) -> int:
@@ -80,61 +82,74 @@ class KVManager(Protocol):
 
     @property
     def slots(self) -> int:
-        """Slots that there are."""
+        """All slots."""
 
     def check(self) -> None:
-        """AssertionError if the books do not balance."""
+        """AssertionError if an invariant is broken."""
 
 
 class PagedKVManager:
-    """Blocks from a pool, as many as the tokens need, and no memory of prefixes.
+    """Blocks from a pool, as many as the tokens need; prefixes are not kept.
 
     ``watermark`` is the share of the pool that stays free when a sequence is admitted beside
     others.
+
+    >>> memory = PagedKVManager(BlockPool(num_blocks=4, block_size=2))
+    >>> sequence = Sequence(Request([5, 9, 2], max_tokens=8), index=0, order=0)
+    >>> memory.admit(sequence, 3, alone=True), memory.allocated, memory.slots
+    (True, 4, 8)
     """
 
-    shares = True
+    can_fork = True
 
     def __init__(self, pool: BlockPool, *, watermark: float = 0.0):
+        """ValueError unless ``watermark`` is within [0, 1)."""
         if not 0 <= watermark < 1:
             raise ValueError(f"watermark is a share of the pool within [0, 1), got {watermark}")
         self.pool = pool
         self.block_size = pool.block_size
-        self.spare = int(watermark * pool.num_blocks)
+        self.watermark_blocks = int(watermark * pool.num_blocks)
         self._tables: dict[Sequence, BlockTable] = {}
 
     @property
     def slots(self) -> int:
+        """All slots of the pool."""
         return self.pool.num_blocks * self.block_size
 
     @property
     def allocated(self) -> int:
+        """Slots in blocks that are in use."""
         return self.pool.num_used * self.block_size
 
-    def refuses(self, request: Request) -> str | None:
-        # beams advance in step, so they must fit beside each other, whatever they come to
-        # share
-        tokens = (
-            -(-request.longest // self.block_size)
-            * self.block_size
-            * (request.n if request.beam else 1)
-        )
-        if tokens <= self.slots:
+    def rejection_reason(self, request: Request) -> str | None:
+        """A request must fit into the empty pool."""
+        blocks = -(-request.max_cached_tokens // self.block_size)
+        if request.beam:
+            # beams advance in the same steps, so all must fit at once, sharing or not
+            blocks *= request.n
+        slots = blocks * self.block_size
+        if slots <= self.slots:
             return None
-        return f"needs {tokens} slots with {request.longest} tokens to keep, and the pool has {self.slots}"
+        return (
+            f"needs {slots} slots with {request.max_cached_tokens} tokens to keep, "
+            f"and the pool has {self.slots}"
+        )
 
     def match(self, sequence: Sequence) -> int:
+        """Nothing is cached."""
         return 0
 
     def admit(self, sequence: Sequence, count: int, *, alone: bool) -> bool:
+        """Take blocks for the first ``count`` tokens."""
         table = BlockTable(self.pool)
-        if table.needs(count) > self.pool.num_free - (0 if alone else self.spare):
+        if table.needs(count) > self.pool.num_free - self._headroom(alone):
             return False
         table.reserve(count)
         self._tables[sequence] = table
         return True
 
     def reserve(self, sequence: Sequence, count: int) -> Copies | None:
+        """Take the blocks that ``count`` more tokens need; a shared last block is copied."""
         table = self._tables[sequence]
         b = self.block_size
         start = table.length
@@ -150,23 +165,32 @@ class PagedKVManager:
         return table.reserve(count)
 
     def commit(self, sequence: Sequence) -> None:
+        """Note what was written; free the blocks that only rejected drafts needed."""
         table = self._tables[sequence]
         table.commit(sequence.computed - table.length)
         if len(table.blocks) * self.block_size - table.length >= self.block_size:
-            table.truncate(table.length)  # room for drafts that were rejected
+            table.truncate(table.length)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
+        """The child holds one more reference to each of the parent's blocks."""
         self._tables[child] = self._tables[parent].fork()
 
     def release(self, sequence: Sequence, *, preempted: bool = False) -> None:
+        """Give up a reference to each block that the sequence holds."""
         table = self._tables.pop(sequence, None)
         if table is not None:
             table.free()
 
     def blocks(self, sequence: Sequence) -> tuple[int, ...]:
+        """The sequence's block table."""
         return tuple(self._tables[sequence].blocks)
 
+    def _headroom(self, alone: bool) -> int:
+        """Blocks that must stay free at an admission."""
+        return 0 if alone else self.watermark_blocks
+
     def _make_room(self, blocks: int) -> bool:
+        """Whether that many blocks are free; a prefix cache evicts here."""
         return blocks <= self.pool.num_free
 
     def _owned(self) -> list[int]:
@@ -174,6 +198,7 @@ class PagedKVManager:
         return [block for table in self._tables.values() for block in table.blocks]
 
     def check(self) -> None:
+        """Every reference is counted, every table agrees with its sequence."""
         self.pool.check()
         owners = Counter(self._owned())
         for block in range(self.pool.num_blocks):

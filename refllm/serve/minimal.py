@@ -4,11 +4,11 @@ served, greedy. Read it before ``serve.engine``; the engine's tests use it as th
 Sources: Yu et al. 2022 (Orca), section 3 (iteration-level scheduling: the batch is formed
 anew before every step); Kwon et al. 2023 (vLLM), section 4 (blocks and block tables).
 
-| symbol | name                                                          | shape          |
-|--------|---------------------------------------------------------------|----------------|
-| T      | tokens of a step: whole prompts, and one token per decode     |                |
-| B      | sequences of a step                                           |                |
-| z      | logits of each sequence's last token                          | [B, V]         |
+| symbol | name                                                      | shape  |
+|--------|-----------------------------------------------------------|--------|
+| T      | tokens of a step: whole prompts, and one token per decode |        |
+| B      | sequences of a step                                       |        |
+| z      | logits of each sequence's last token                      | [B, V] |
 
 One step, in order:
 

@@ -1,18 +1,17 @@
-"""What the engine gives back: pieces while it runs, a result at the end, and what it
-counted.
+"""What the engine returns at the end, and what it counts. (While it runs, it returns
+``serve.plan.SequenceUpdate``.)
 
-| reason      | a sequence has ended because                                                                  |
-|-------------|---------------------------------------------------------------------------------------------|
-| ``end``     | it said an end token, which is not part of ``tokens``                                       |
-| ``stop``    | its text came to a stop string, which is not part of ``text``                               |
-| ``length``  | it has ``max_tokens``                                                                       |
-| ``aborted`` | somebody asked for that                                                                     |
-| ``error``   | its logits were no numbers, or its listener raised: ``RequestOutput.error`` says what              |
+| reason      | a sequence has finished because                               |
+|-------------|---------------------------------------------------------------|
+| ``end``     | it generated an end token, which is not part of ``tokens``    |
+| ``stop``    | its text reached a stop string, which is not part of ``text`` |
+| ``length``  | it has ``max_tokens``                                         |
+| ``aborted`` | ``Engine.abort`` was called                                   |
+| ``error``   | its logits were not finite, or its callback raised: ``error`` |
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from refllm.kv.paged import PagedKVCache
@@ -22,21 +21,8 @@ from refllm.serve.request import Request
 
 
 @dataclass(frozen=True)
-class StreamChunk:
-    """What is new of one sequence. ``text`` may lag behind ``tokens``: whole characters, no
-    part of a stop string.
-    """
-
-    id: Hashable
-    index: int
-    tokens: list[int]
-    text: str
-    reason: str | None  # None: more will come
-
-
-@dataclass(frozen=True)
 class CompletionOutput:
-    """One whole continuation. ``score`` is a beam's."""
+    """One finished continuation of a request; ``score`` is that of a beam."""
 
     index: int
     tokens: list[int]
@@ -47,7 +33,9 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """A request that has ended. ``outputs`` by index; of a beam search the best first."""
+    """A finished request. ``outputs`` are in the order of their index; those of a beam search
+    have the best first.
+    """
 
     request: Request
     outputs: list[CompletionOutput] = field(default_factory=list)
@@ -66,29 +54,29 @@ class RequestOutput:
 
     @property
     def reason(self) -> str:
-        """Why the first output ended."""
+        """Why the first output finished."""
         return self.outputs[0].reason
 
 
 class EngineStats:
-    """Counted by scheduler, pool and cache while they work; here they have names."""
+    """Names for what scheduler, block pool and cache count while they work."""
 
     scheduler: BaseScheduler
     cache: PagedKVCache
 
     @property
     def steps(self) -> int:
-        """Steps taken."""
+        """Steps so far."""
         return self.scheduler.steps
 
     @property
     def computed_tokens(self) -> int:
-        """Tokens that went through the network, those that were computed anew included."""
+        """Tokens that went through the network, recomputed ones included."""
         return self.scheduler.computed
 
     @property
     def sampled_tokens(self) -> int:
-        """Tokens that were chosen."""
+        """Tokens that were generated."""
         return self.scheduler.sampled
 
     @property
@@ -98,12 +86,12 @@ class EngineStats:
 
     @property
     def cached_tokens(self) -> int:
-        """Those of them that were found in the prefix cache."""
+        """Of these, the tokens that the prefix cache had."""
         return self.scheduler.cached
 
     @property
     def hit_rate(self) -> float:
-        """cached / queried; of nothing it is 0."""
+        """cached_tokens / queried_tokens; 0 before the first request."""
         return self.cached_tokens / max(1, self.queried_tokens)
 
     @property
@@ -113,24 +101,22 @@ class EngineStats:
 
     @property
     def copied_blocks(self) -> int:
-        """Blocks copied before a write, because somebody else read them too."""
+        """Blocks copied before a write, because another sequence shared them."""
         return self.cache.copied
 
     @property
     def peak_blocks(self) -> int:
-        """The most blocks that were in use at a time."""
+        """The most blocks that were in use at the same time."""
         return self.cache.pool.peak
 
     @property
     def used_blocks(self) -> int:
-        """Blocks that running sequences hold (a prefix cache lets go of the others when it
-        must).
-        """
+        """Blocks that running sequences hold; a prefix cache can evict all others."""
         return -(-self.scheduler.memory.allocated // self.cache.pool.block_size)
 
     @property
     def cached_blocks(self) -> int:
-        """Blocks that nobody runs in and that a radix tree keeps."""
+        """Blocks that only a radix tree holds."""
         memory = self.scheduler.memory
         if isinstance(memory, RadixKVManager):
             return memory.cache.evictable // memory.block_size

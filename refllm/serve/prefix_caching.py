@@ -1,19 +1,19 @@
-"""Paged memory that remembers prefixes: blocks found by a chain of hashes, or pages of a
-radix tree.
+"""Paged memory that keeps prefixes: blocks found by a chain of hashes, or pages of a radix
+tree.
 
 Sources: vLLM's automatic prefix caching, and Zheng et al. 2024 (SGLang), section 3: one
-pool for those who run and for what is cached. The caches themselves are ``kv.hash_prefix``
-and ``kv.radix_tree``.
+pool for running sequences and for what is cached. The caches themselves are
+``kv.hash_prefix`` and ``kv.radix_tree``.
 
-|                          | ``HashKVManager``                              | ``RadixKVManager``                                    |
-|--------------------------|-----------------------------------------|----------------------------------------------|
-| who owns a cached block  | nobody: it is free, and found           | the tree, one reference                      |
-| what is cached           | full blocks of prompt and output        | the same; of the output once it has ended    |
-| equal blocks, side by side | both stay, the first is found         | the later one is given up for the tree's     |
-| evicted                  | when the pool gives the block away      | by the tree, before the pool gives any       |
+|                         | ``HashKVManager``                | ``RadixKVManager``              |
+|-------------------------|----------------------------------|---------------------------------|
+| who owns a cached block | no sequence: it counts as free   | the tree, with one reference    |
+| what is cached          | full blocks of prompt and output | the same; outputs when finished |
+| duplicates of a block   | both stay, the first is found    | the later one is freed          |
+| evicted                 | when the pool hands it out       | by the tree, least recent first |
 
 A cached prefix can be found from the step after the one that computed it. (vLLM lets a
-request find blocks that the same step is about to fill; here a step that fails, or a
+request find blocks that the same step is about to fill. Here a step that fails, or a
 request that is aborted in it, leaves nothing behind.)
 
 Left out: a prefix that is shared while it is computed: see the in-batch rule of
@@ -30,26 +30,30 @@ from refllm.serve.request import Sequence
 
 
 class HashKVManager(PagedKVManager):
-    """PagedKVManager, with prefixes found by a chain of hashes; a free block is remembered until it
-    is given away.
+    """Paged, with prefixes found by a chain of hashes; a free block stays findable until it
+    is handed out again.
     """
 
     def __init__(self, pool: BlockPool, *, watermark: float = 0.0, hasher: Hasher = sha256_key):
+        """``hasher`` makes the key of a block; see ``kv.hash_prefix``."""
         super().__init__(pool, watermark=watermark)
         self.cache = PrefixCache(pool, hasher)
-        # chains, also of those that wait: a text is hashed once
+        # hash chains, also of waiting sequences: a prompt is hashed once
         self._keys: dict[Sequence, list[Key]] = {}
 
-    def _found(self, sequence: Sequence) -> list[int]:
+    def _find(self, sequence: Sequence) -> list[int]:
+        """The cached blocks of the longest prefix."""
         keys = self._keys.setdefault(sequence, [])
         return self.cache.match(sequence.tokens, salt=sequence.request.salt, keys=keys)
 
     def match(self, sequence: Sequence) -> int:
-        return len(self._found(sequence)) * self.block_size
+        """Tokens in the blocks that would be found."""
+        return len(self._find(sequence)) * self.block_size
 
     def admit(self, sequence: Sequence, count: int, *, alone: bool) -> bool:
-        found = self._found(sequence)
-        available = self.cache.available(found) - (0 if alone else self.spare)
+        """Take the cached blocks, and free ones for the next ``count`` tokens."""
+        found = self._find(sequence)
+        available = self.cache.available(found) - self._headroom(alone)
         if -(-count // self.block_size) > available:
             return False
         table = BlockTable(self.pool)
@@ -59,32 +63,38 @@ class HashKVManager(PagedKVManager):
         return True
 
     def commit(self, sequence: Sequence) -> None:
+        """Enter the blocks that became full."""
         table = self._tables[sequence]
         full = table.length // self.block_size
         super().commit(sequence)
         if table.length // self.block_size > full:
-            self.cache.insert(table, sequence.tokens, self._keys[sequence], salt=sequence.request.salt)
+            keys = self._keys[sequence]
+            self.cache.insert(table, sequence.tokens, keys, salt=sequence.request.salt)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
+        """The child starts with the hashes of the full blocks that it shares."""
         super().fork(parent, child)
-        self._keys[child] = self._keys[parent][: self._tables[child].length // self.block_size]
+        full = self._tables[child].length // self.block_size
+        self._keys[child] = self._keys[parent][:full]
 
     def release(self, sequence: Sequence, *, preempted: bool = False) -> None:
+        """A preempted sequence keeps its hashes: it will look for its blocks again."""
         super().release(sequence)
         if not preempted:
             self._keys.pop(sequence, None)
 
 
 class RadixKVManager(PagedKVManager):
-    """PagedKVManager, with prefixes in a radix tree whose pages are the blocks; the tree is one more
-    owner of what it holds.
+    """Paged, with prefixes in a radix tree whose pages are the blocks; the tree is one more
+    owner of the blocks that it holds.
 
-    A sequence locks the deepest node that it has matched or inserted. What it computed of its
-    prompt is inserted step by step, what it generated when it forks or ends: the tree then
-    owns it, and evicts it when blocks are needed.
+    A sequence locks the deepest node that it has matched or inserted. Its prompt is inserted
+    step by step, its output when it forks or finishes. From then on the tree owns them, and
+    evicts them when blocks are needed.
     """
 
     def __init__(self, pool: BlockPool, *, watermark: float = 0.0, policy: str = "lru"):
+        """``policy`` is the tree's order of eviction; see ``kv.radix_tree.POLICIES``."""
         super().__init__(pool, watermark=watermark)
         self.cache = RadixCache(pool.block_size, policy, on_evict=self._evicted)
         # (locked node, tokens of the sequence down to it)
@@ -92,21 +102,25 @@ class RadixKVManager(PagedKVManager):
 
     @property
     def allocated(self) -> int:
+        """Slots that sequences hold, without those that the tree may evict."""
         return super().allocated - self.cache.evictable
 
     def match(self, sequence: Sequence) -> int:
-        return len(self.cache.match(sequence.tokens[:-1], salt=sequence.request.salt, record=False))
+        """Tokens that the tree holds, the last one never: its logits must be computed."""
+        found = self.cache.match(sequence.tokens[:-1], salt=sequence.request.salt, record=False)
+        return len(found)
 
     def admit(self, sequence: Sequence, count: int, *, alone: bool) -> bool:
+        """Take the tree's blocks, and free ones for the next ``count`` tokens."""
         tokens = sequence.tokens[:-1]
         b = self.block_size
         found = self.cache.match(tokens, salt=sequence.request.salt, record=False)
-        # before there is room made: what was found must not be evicted for the rest
+        # locked first: what was found must not be evicted to make room
         self.cache.lock(found.node)
-        if not self._make_room(-(-count // b), 0 if alone else self.spare):
+        if not self._make_room(-(-count // b), self._headroom(alone)):
             self.cache.unlock(found.node)
             return False
-        found = self.cache.match(tokens, salt=sequence.request.salt)  # once more, to be recorded
+        found = self.cache.match(tokens, salt=sequence.request.salt)  # again, to be recorded
         table = BlockTable(self.pool)
         table.adopt(_pages(found.slots, b))
         table.reserve(count)
@@ -115,26 +129,28 @@ class RadixKVManager(PagedKVManager):
         return True
 
     def commit(self, sequence: Sequence) -> None:
+        """Insert what was computed of the prompt."""
         super().commit(sequence)
         if sequence.computed <= len(sequence.request.prompt):
             self._insert(sequence)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
-        # two sequences share a full block only through the tree, which then knows its owners
+        """Two sequences share a full block only through the tree, which then counts both."""
         self._insert(parent)
         super().fork(parent, child)
         self._nodes[child] = self._nodes[parent]
         self.cache.lock(self._nodes[child][0])
 
     def release(self, sequence: Sequence, *, preempted: bool = False) -> None:
+        """Leave everything that was computed in the tree, unlocked."""
         if sequence in self._tables:
             self._insert(sequence)
             self.cache.unlock(self._nodes.pop(sequence)[0])
         super().release(sequence)
 
     def _insert(self, sequence: Sequence) -> None:
-        """Offer the tree the whole pages of [0, computed); the sequence holds the tree's
-        blocks for them from then on.
+        """Insert the whole pages of [0, computed) into the tree; from then on the sequence
+        holds the tree's blocks for them.
         """
         table = self._tables[sequence]
         b = self.block_size
@@ -148,55 +164,56 @@ class RadixKVManager(PagedKVManager):
             tokens, table.slots(0, end), salt=request.salt, priority=-request.priority
         )
         found = self.cache.match(tokens, salt=request.salt, record=False)
-        # [known, had) the tree had already: duplicates, given up for the tree's; [had, end)
-        # are the tree's from now on
+        # The tree had [known, had) already: these duplicates are freed, the tree's blocks
+        # take their place. [had, end) were new to the tree, which now owns them, too.
         for i in range(known // b, had // b):
-            mine = table.blocks[i]
+            duplicate = table.blocks[i]
             table.blocks[i] = self.pool.fork(found.slots[i * b] // b)
-            self.pool.free(mine)
+            self.pool.free(duplicate)
         for block in table.blocks[had // b : end // b]:
             self.pool.fork(block)
         self.cache.lock(found.node)
         self.cache.unlock(node)
         self._nodes[sequence] = (found.node, end)
 
-    def _make_room(self, blocks: int, spare: int = 0) -> bool:
-        if blocks + spare > self.pool.num_free + self.cache.evictable // self.block_size:
+    def _make_room(self, blocks: int, headroom: int = 0) -> bool:
+        """Evict cached pages if free blocks are too few; False if even that does not help."""
+        if blocks + headroom > self.pool.num_free + self.cache.evictable // self.block_size:
             return False
         if blocks > self.pool.num_free:
             self.cache.evict((blocks - self.pool.num_free) * self.block_size)
         return True
 
     def _evicted(self, slots: list[int]) -> None:
+        """The tree gives up its reference to each of these blocks."""
         for block in reversed(_pages(slots, self.block_size)):
             self.pool.free(block)
 
     def _in_tree(self) -> list[int]:
-        return [
-            block for node in self.cache.nodes() for block in _pages(node.slots, self.block_size)
-        ]
+        """The blocks of all nodes."""
+        b = self.block_size
+        return [block for node in self.cache.nodes() for block in _pages(node.slots, b)]
 
     def _owned(self) -> list[int]:
+        """References of sequences and of the tree."""
         return super()._owned() + self._in_tree()
 
     def check(self) -> None:
+        """The tree owns each of its blocks once, and what sequences hold of it is locked."""
         super().check()
         self.cache.check()
+        b = self.block_size
         in_tree = self._in_tree()
         assert len(set(in_tree)) == len(in_tree), "a block stands twice in the tree"
-        locked = {
-            block
-            for node in self.cache.nodes()
-            if node.locks
-            for block in _pages(node.slots, self.block_size)
-        }
+        locked_nodes = [node for node in self.cache.nodes() if node.locks]
+        locked = {block for node in locked_nodes for block in _pages(node.slots, b)}
         assert set(super()._owned()) & set(in_tree) <= locked, (
             "the tree may evict what a sequence holds"
         )
         for sequence, (node, length) in self._nodes.items():
             assert node.locks > 0
-            first = self._tables[sequence].blocks[: length // self.block_size]
-            assert first == _pages(_path_slots(node), self.block_size)
+            first = self._tables[sequence].blocks[: length // b]
+            assert first == _pages(_path_slots(node), b)
 
 
 def _pages(slots: list[int], page: int) -> list[int]:
@@ -205,10 +222,10 @@ def _pages(slots: list[int], page: int) -> list[int]:
 
 
 def _path_slots(node: Node) -> list[int]:
-    """The slots from the root down to the end of a node."""
+    """The slots from the root to the end of a node."""
     slots: list[int] = []
-    step: Node | None = node
-    while step is not None:
-        slots = step.slots + slots
-        step = step.parent
+    above: Node | None = node
+    while above is not None:
+        slots = above.slots + slots
+        above = above.parent
     return slots

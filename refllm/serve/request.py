@@ -1,49 +1,55 @@
-"""What a user asks for, and the state of one continuation while it is served: plain Python,
-no model, no arrays.
+"""What a user asks for, and one sequence that is generated for it: plain Python, no model
+and no arrays.
 
-| name      | meaning                                                                                   |
-|-----------|-------------------------------------------------------------------------------------------|
-| request   | a prompt and how to continue it; never changes                                            |
-| sequence    | one of a request's n continuations: its tokens, and how many have keys and values cached  |
-| tokens    | prompt + output so far                                                                    |
-| drafts    | guesses for the next tokens (speculation); they count to ``total`` until they are judged  |
-| computed  | tokens [0, computed) have their keys and values in memory                                 |
-| total     | len(tokens) + len(drafts): what a step tries to compute up to                             |
+| name     | meaning                                                                       |
+|----------|-------------------------------------------------------------------------------|
+| request  | a prompt and how to continue it; it never changes                             |
+| sequence | one of a request's n continuations, with the prompt: what the scheduler plans |
+| tokens   | prompt + output so far                                                        |
+| drafts   | guesses of the next tokens (speculative decoding), until they are verified    |
+| computed | tokens [0, computed) have their keys and values in the cache                  |
+| total    | len(tokens) + len(drafts): what a step tries to compute up to                 |
 
-A sequence does not know whether it is in prefill or in decode, and nothing here asks: it is
-``total - computed`` tokens behind. Prefill, decode, a resumed request and a verification of
-drafts differ in these two numbers only (vLLM's second scheduler has it so).
+A sequence has no phase. It is ``total - computed`` tokens behind, and prefill, decode, a
+sequence that returns after preemption and the verification of drafts differ in these two
+counts only (the design of vLLM's V1 scheduler).
 
-Left out: the model's limits (its vocabulary, its longest context): the engine checks them
-on ``submit``.
+Left out: the model's limits (vocabulary, longest context): the engine checks them in
+``submit``.
 """
 
 from __future__ import annotations
 
 from collections import abc
-from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import Enum
 from math import inf
 from numbers import Integral, Real
-from typing import Any
+from typing import TypeGuard
 
 
 @dataclass(frozen=True)
 class Request:
     """A prompt and how to continue it. ValueError names the field that makes no sense.
 
-    ``max_tokens`` 0 is allowed and ends at once, with nothing. ``n`` continuations of the
-    prompt share its memory; with ``beam`` they are the beams of one search, which advance
-    in step: hypotheses are ranked by the sum of their log-probabilities divided by length
-    ** ``length_penalty``. Lower ``priority`` first. ``arrival`` is in seconds. Requests
-    with different ``salt`` never share cached prefixes. ``prompt`` may be a ``range`` where
-    only lengths matter.
+    ``prompt`` may be a ``range`` where only lengths matter. ``max_tokens`` 0 is allowed: the
+    request finishes at once, without output. The ``n`` continuations of a prompt share its
+    cache blocks; with ``beam`` they are the beams of one search, ranked by the sum of their
+    log-probabilities divided by length ** ``length_penalty``. A lower ``priority`` is served
+    first. ``arrival`` is in seconds. Requests with different ``salt`` never share cached
+    prefixes.
+
+    >>> request = Request([5, 9, 2], max_tokens=8)
+    >>> request.max_cached_tokens  # the last token of the output is never computed
+    10
+    >>> Request([5, 9, 2], top_p=0.0)
+    Traceback (most recent call last):
+    ValueError: request None: top_p must be within (0, 1], got 0.0
     """
 
     prompt: abc.Sequence[int]
     max_tokens: int = 16
-    id: Hashable = None  # None: the scheduler gives one
+    id: abc.Hashable = None  # None: the engine or the scheduler assigns one
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -60,45 +66,13 @@ class Request:
     salt: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompt", _tokens(self.prompt))
-        object.__setattr__(
-            self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        )
-        rules: dict[str, tuple[bool, str]] = {
-            "max_tokens": (
-                _whole(self.max_tokens) and self.max_tokens >= 0,
-                "a whole number, 0 or more",
-            ),
-            "temperature": (
-                _number(self.temperature) and self.temperature >= 0,
-                "0 (greedy) or finite and above",
-            ),
-            "top_k": (_whole(self.top_k) and self.top_k >= 0, "0 (off) or a whole number above"),
-            "top_p": (_number(self.top_p) and 0 < self.top_p <= 1, "within (0, 1]"),
-            "min_p": (_number(self.min_p) and 0 <= self.min_p <= 1, "within [0, 1]"),
-            "repetition_penalty": (
-                _number(self.repetition_penalty) and self.repetition_penalty > 0,
-                "above 0",
-            ),
-            "seed": (
-                self.seed is None or (_whole(self.seed) and self.seed >= 0),
-                "None or a whole number, 0 or more",
-            ),
-            "stop": (
-                all(isinstance(s, str) and s for s in self.stop),
-                "strings that are not empty",
-            ),
-            "n": (_whole(self.n) and self.n >= 1, "a whole number, 1 or more"),
-            "length_penalty": (_number(self.length_penalty), "a finite number"),
-            "priority": (_whole(self.priority), "a whole number, lower first"),
-            "arrival": (_number(self.arrival) and self.arrival >= 0, "seconds, 0 or more"),
-            "salt": (self.salt is None or isinstance(self.salt, str), "None or a string"),
-        }
-        for name, (holds, rule) in rules.items():
-            if not holds:
-                raise ValueError(
-                    f"request {self.id!r}: {name} must be {rule}, got {getattr(self, name)!r}"
-                )
+        object.__setattr__(self, "prompt", _token_ids(self.prompt))
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        for name, (allows, rule) in _RULES.items():
+            value = getattr(self, name)
+            if not allows(value):
+                raise ValueError(f"request {self.id!r}: {name} must be {rule}, got {value!r}")
         if not self.prompt:
             raise ValueError(
                 f"request {self.id!r}: the prompt is empty: a model needs a token to continue"
@@ -109,67 +83,98 @@ class Request:
             raise ValueError(f"a request's id must be hashable, got {self.id!r}") from error
 
     @property
-    def longest(self) -> int:
-        """Tokens that can need memory at one time: the last one that is sampled is never
-        computed.
-        """
+    def max_cached_tokens(self) -> int:
+        """The most tokens of one sequence whose keys and values are ever cached."""
         return len(self.prompt) + max(0, self.max_tokens - 1)
 
 
-def _tokens(prompt: Any) -> abc.Sequence[int]:
+def _is_integer(x: object) -> TypeGuard[int]:
+    return isinstance(x, Integral) and not isinstance(x, bool)
+
+
+def _is_finite(x: object) -> TypeGuard[float]:
+    return isinstance(x, Real) and not isinstance(x, bool) and -inf < float(x) < inf
+
+
+def _are_nonempty_strings(x: object) -> bool:
+    return isinstance(x, tuple) and all(isinstance(s, str) and s for s in x)
+
+
+# Which values a field may take, as a predicate and in words.
+_RULES: dict[str, tuple[abc.Callable[[object], bool], str]] = {
+    "max_tokens": (lambda x: _is_integer(x) and x >= 0, "an integer, 0 or more"),
+    "temperature": (lambda x: _is_finite(x) and x >= 0, "0 (greedy) or finite and above"),
+    "top_k": (lambda x: _is_integer(x) and x >= 0, "0 (off) or a positive integer"),
+    "top_p": (lambda x: _is_finite(x) and 0 < x <= 1, "within (0, 1]"),
+    "min_p": (lambda x: _is_finite(x) and 0 <= x <= 1, "within [0, 1]"),
+    "repetition_penalty": (lambda x: _is_finite(x) and x > 0, "above 0"),
+    "seed": (lambda x: x is None or (_is_integer(x) and x >= 0), "None or an integer, 0 or more"),
+    "stop": (_are_nonempty_strings, "strings that are not empty"),
+    "n": (lambda x: _is_integer(x) and x >= 1, "an integer, 1 or more"),
+    "length_penalty": (_is_finite, "a finite number"),
+    "priority": (_is_integer, "an integer, lower first"),
+    "arrival": (lambda x: _is_finite(x) and x >= 0, "seconds, 0 or more"),
+    "salt": (lambda x: x is None or isinstance(x, str), "None or a string"),
+}
+
+
+def _token_ids(prompt: object) -> abc.Sequence[int]:
+    """A prompt as a tuple of integers, or the range that it is; ValueError if it is neither."""
     if isinstance(prompt, range):
         if prompt and min(prompt[0], prompt[-1]) < 0:
             raise ValueError(f"prompt must be token ids, 0 or more, got {prompt}")
         return prompt
-    ids: Any = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # arrays of the host
-    if isinstance(ids, (str, bytes)) or not hasattr(ids, "__iter__"):
+    ids: object = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # arrays of the host
+    if isinstance(ids, (str, bytes)) or not isinstance(ids, abc.Iterable):
         raise ValueError(
             f"prompt must be token ids, got {type(prompt).__name__}: tokenise text first"
         )
-    ids = tuple(ids)
-    wrong = next((i for i, t in enumerate(ids) if not _whole(t) or t < 0), None)
-    if wrong is not None:
-        raise ValueError(
-            f"prompt must be token ids, 0 or more, got {ids[wrong]!r} at position {wrong}"
-        )
-    return tuple(int(t) for t in ids)
+    tokens = tuple(ids)
+    for position, token in enumerate(tokens):
+        if not _is_integer(token) or token < 0:
+            raise ValueError(
+                f"prompt must be token ids, 0 or more, got {token!r} at position {position}"
+            )
+    return tuple(int(token) for token in tokens)
 
 
-def _whole(x: Any) -> bool:
-    return isinstance(x, Integral) and not isinstance(x, bool)
-
-
-def _number(x: Any) -> bool:
-    return not isinstance(x, bool) and isinstance(x, Real) and -inf < float(x) < inf
-
-
-class Status(Enum):
-    """Where a sequence is."""
+class SequenceStatus(Enum):
+    """Where a sequence is in its life."""
 
     WAITING = "waiting"  # in the queue: new, or preempted
     RUNNING = "running"
-    ENDED = "ended"
+    FINISHED = "finished"
 
 
 class Sequence:
-    """One continuation of a request while it is served; the scheduler alone changes it."""
+    """One continuation of a request while it is served; only the scheduler changes it.
+
+    >>> sequence = Sequence(Request([5, 9, 2], max_tokens=8, id="a"), index=0, order=0)
+    >>> sequence.tokens.append(7)
+    >>> sequence.total - sequence.computed, sequence.output, sequence.remaining
+    (4, [7], 7)
+    >>> sequence
+    Sequence('a'.0, 0/4, waiting)
+    """
 
     __slots__ = (
-        "computed", "drafts", "index", "key", "order", "preemptions", "reason", "request", "seats", "status", "tokens",
+        "computed", "drafts", "index", "key", "order", "preemptions", "reason", "request",
+        "slots", "status", "tokens",
     )  # fmt: skip
 
     def __init__(self, request: Request, index: int, order: int):
+        """``index`` counts the sequences of the request, ``order`` the submitted requests."""
         self.request = request
         self.index = index
         self.order = order
-        self.key: tuple[Hashable, int] = (request.id, index)  # its name in plans
+        self.key: tuple[abc.Hashable, int] = (request.id, index)  # its name in plans
         self.tokens = list(request.prompt)
         self.drafts: list[int] = []
         self.computed = 0
-        # it will become so many once its prompt is computed
-        self.seats = request.n if index == 0 else 1
-        self.status = Status.WAITING
-        # why it ended: "length", "aborted", "dropped", or what the engine said
+        # Sequence slots that it takes: sequence 0 forks into n once its prompt is computed.
+        self.slots = request.n if index == 0 else 1
+        self.status = SequenceStatus.WAITING
+        # Why it finished: "length", "aborted", "dropped", or what the engine gave.
         self.reason: str | None = None
         self.preemptions = 0
 
@@ -184,9 +189,16 @@ class Sequence:
         return self.tokens[len(self.request.prompt) :]
 
     @property
-    def left(self) -> int:
-        """How many more tokens it may get."""
+    def remaining(self) -> int:
+        """How many more tokens it may generate."""
         return len(self.request.prompt) + self.request.max_tokens - len(self.tokens)
 
+    def finish(self, reason: str) -> Sequence:
+        """Mark the sequence as finished; returns it."""
+        self.status = SequenceStatus.FINISHED
+        self.reason = reason
+        return self
+
     def __repr__(self) -> str:
-        return f"Sequence({self.request.id!r}.{self.index}, {self.computed}/{self.total}, {self.status.value})"
+        progress = f"{self.computed}/{self.total}"
+        return f"Sequence({self.request.id!r}.{self.index}, {progress}, {self.status.value})"

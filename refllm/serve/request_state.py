@@ -1,244 +1,214 @@
-"""What the engine keeps of a sequence beside its tokens: its random numbers, its text so far,
-when that ends.
+"""What the engine keeps of a request beside the scheduler's sequences: random numbers, text,
+drafters, its beam search and its output so far.
 
-Random numbers belong to places: token i of the output is drawn with uniform i of the
-sequence's own generator. So what is drawn does not depend on who else is in the batch, on
-preemption, or on drafts.
+Random numbers belong to positions: token i of the output is drawn with uniform i of the
+sequence's own generator. So a token does not depend on the rest of the batch, on preemption
+or on drafts.
 
-| generator of sequence i      | seeded by                                                                |
-|----------------------------|--------------------------------------------------------------------------|
-| i = 0                      | the request's seed: the same tokens as ``Model.generate(…, rng=seed)``   |
-| i > 0                      | (seed, i)                                                                |
+| generator of sequence i | seeded by                                              |
+|-------------------------|--------------------------------------------------------|
+| i = 0                   | the request's seed, as ``Model.generate(…, rng=seed)`` |
+| i > 0                   | (seed, i)                                              |
 
-Left out: log-probabilities of what was chosen.
-
-<<MERGED>> A request while the engine serves it: voices of its sequences, its search, what it
-has said so far; and the seams.
-
-| seam       | who fills it                                                                       |
-|------------|------------------------------------------------------------------------------------|
-| Record     | what is served: a ``Model``, or any record of config, weights and tokenizer        |
-| Drafter    | ``decode.speculative.drafters``: guesses next tokens; the engine verifies them in one step       |
-| StreamCallback   | hears each ``StreamChunk`` as it comes                                                   |
+Left out: log-probabilities of the chosen tokens.
 """
 
 from __future__ import annotations
 
 from collections import abc
-from collections.abc import Callable
-from typing import Protocol
+from functools import cached_property
 
 import numpy as np
 
-from refllm.checkpoints.tokenizer import Tokenizer
-from refllm.decode.detokenizer import StopStrings, Utf8Stream
 from refllm.decode.sampling_params import SamplingParams
-from refllm.decode.speculative.interface import Drafter
+from refllm.decode.speculative.interface import Drafter, ModelLike
 from refllm.model.config import ModelConfig
-from refllm.model.llama import Weights
 from refllm.serve.beam_search import BeamSearch
-from refllm.serve.outputs import CompletionOutput, RequestOutput, StreamChunk
+from refllm.serve.detokenizer import Detokenizer
+from refllm.serve.outputs import CompletionOutput, RequestOutput
 from refllm.serve.plan import SampledTokens, SequenceUpdate
 from refllm.serve.request import Request, Sequence
 
+Callback = abc.Callable[[SequenceUpdate], object]
+
+
+def validate_request(request: Request, config: ModelConfig) -> None:
+    """ValueError if a model of this configuration can never serve the request."""
+    prompt = request.prompt
+    vocabulary = config.vocab_size
+    context = config.max_position_embeddings
+    largest = max(prompt)
+    reason = None
+    if largest >= vocabulary:
+        reason = (
+            f"token {largest} at position {prompt.index(largest)} of the prompt is outside the "
+            f"vocabulary of {vocabulary}"
+        )
+    elif len(prompt) + request.max_tokens > context:
+        reason = (
+            f"{len(prompt)} prompt tokens plus max_tokens {request.max_tokens} exceed the model's "
+            f"{context} positions: shorten one of them"
+        )
+    elif request.beam and (request.temperature or request.stop):
+        reason = "a beam search neither samples nor stops at strings: leave both out"
+    elif request.beam and request.n > vocabulary - len(config.eos_token_ids):
+        reason = f"{request.n} beams need as many first tokens, of {vocabulary}"
+    if reason is not None:
+        raise ValueError(f"request {request.id!r}: {reason}")
+
 
 class SequenceState:
-    """One sequence as its reader hears it. ``seed`` is the request's own or one that the
-    engine drew for it.
-    """
+    """One sequence: its generator, its text if that is needed while it grows, its drafter."""
 
     def __init__(
         self,
         request: Request,
         index: int,
         seed: int,
-        tokenizer: Tokenizer,
-        ends: frozenset[int],
-        text: bool,
+        end_tokens: frozenset[int],
+        detokenizer: Detokenizer | None,
+        drafter: Drafter | None,
     ):
         self.request = request
-        self.tokenizer = tokenizer
-        self.ends = ends
-        # text is made while it grows only if somebody looks
-        self.streams = text or bool(request.stop)
+        self.end_tokens = end_tokens
+        self.detokenizer = detokenizer
+        self.drafter = drafter
         self.rng = np.random.default_rng(seed if index == 0 else [seed, index])
-        self.drafter: Drafter | None = None
-        self.how = SamplingParams(
+        self._uniforms: list[float] = []
+
+    @cached_property
+    def sampling(self) -> SamplingParams:
+        """The request's parameters as a drafter takes them."""
+        request = self.request
+        return SamplingParams(
             request.temperature,
             request.top_k,
             request.top_p,
             request.min_p,
             request.repetition_penalty,
         )
-        self._uniforms: list[float] = []
-        self.text = ""  # taken, and heard since
-        self._piece = ""
-        self._characters = Utf8Stream(tokenizer)
-        self._stops = StopStrings(request.stop)
 
-    def uniform(self, place: int) -> float:
-        """The uniform that token ``place`` of the output is drawn with."""
-        while len(self._uniforms) <= place:
+    def uniform(self, position: int) -> float:
+        """The uniform that token ``position`` of the output is drawn with."""
+        while len(self._uniforms) <= position:
             self._uniforms.append(self.rng.random())
-        return self._uniforms[place]
+        return self._uniforms[position]
 
-    def hear(self, tokens: abc.Sequence[int]) -> SampledTokens:
-        """The next tokens as far as the text goes: up to an end token, or the one that
-        completes a stop string.
-        """
-        if not self.streams and self.ends.isdisjoint(tokens):
+    def consume(self, tokens: abc.Sequence[int]) -> SampledTokens:
+        """The next tokens up to an end token, or to the one that completes a stop string."""
+        if self.detokenizer is None and self.end_tokens.isdisjoint(tokens):
             return SampledTokens(tokens)
-        for i, token in enumerate(tokens):
-            if token in self.ends:
-                self._flush()
-                return SampledTokens(tokens[: i + 1], "end")
-            if self.streams:
-                self._piece += self._stops.push(self._characters.push(token))
-                if self._stops.stopped:
-                    return SampledTokens(tokens[: i + 1], "stop")
+        for count, token in enumerate(tokens, 1):
+            if token in self.end_tokens:
+                return SampledTokens(tokens[:count], "end")
+            if self.detokenizer is not None:
+                self.detokenizer.push(token)
+                if self.detokenizer.stopped:
+                    return SampledTokens(tokens[:count], "stop")
         return SampledTokens(tokens)
 
-    def take(self, ended: bool) -> str:
-        """The text that is new since it was taken the last time; all of it if no more will
-        come.
+    def take_text(self, finished: bool) -> str:
+        """The text that is new since the last call; all that is left if the sequence has
+        finished.
         """
-        if not self.streams:
+        if self.detokenizer is None:
             return ""
-        if ended:
-            self._flush()
-        piece = self._piece
-        self._piece = ""
-        self.text += piece
-        return piece
+        if finished:
+            self.detokenizer.flush()
+        return self.detokenizer.take()
 
-    def rewind(self, output: abc.Sequence[int]) -> None:
-        """Back to where the text of ``output`` was taken: what was heard since has not
-        happened.
-        """
-        self._characters = Utf8Stream(self.tokenizer)
-        self._stops = StopStrings(self.request.stop)
-        self.text = ""
-        self._piece = ""
-        self.hear(output)
-        self.text = self._piece
-        self._piece = ""
-
-    def _flush(self) -> None:
-        if self.streams and not self._stops.stopped:
-            self._piece += self._stops.push(self._characters.flush())
-            if not self._stops.stopped:
-                self._piece += self._stops.flush()
-
-    def said(self, output: abc.Sequence[int], reason: str) -> tuple[list[int], str]:
-        """(tokens, text) of a whole output: without its end token; the text without its
-        stop string.
-        """
-        tokens = list(output[:-1] if reason == "end" else output)
-        return tokens, self.text if self.streams else self.tokenizer.decode(tokens)
-
-
-StreamCallback = Callable[[StreamChunk], object]
-
-
-class Record(Protocol):
-    """What is served."""
-
-    config: ModelConfig
-    weights: Weights
-    tokenizer: Tokenizer
-
-
-def refuse(request: Request, config: ModelConfig) -> None:
-    """ValueError if a model of this kind can never serve the request; the message says why."""
-    name = request.id
-    prompt = request.prompt
-    vocab = config.vocab_size
-    high = max(prompt)
-    if high >= vocab:
-        raise ValueError(
-            f"request {name!r}: token {high} at position {prompt.index(high)} of the prompt is outside the vocabulary "
-            f"of {vocab}"
-        )
-    if len(prompt) + request.max_tokens > config.max_position_embeddings:
-        raise ValueError(
-            f"request {name!r}: {len(prompt)} prompt tokens plus max_tokens {request.max_tokens} exceed the model's "
-            f"{config.max_position_embeddings} positions: shorten one of them"
-        )
-    if request.beam:
-        if request.temperature or request.stop:
-            raise ValueError(
-                f"request {name!r}: a beam search neither samples nor stops at strings: leave both out"
-            )
-        if request.n > vocab - len(config.eos_token_ids):
-            raise ValueError(
-                f"request {name!r}: {request.n} beams need as many tokens to begin with, of {vocab}"
-            )
+    def roll_back(self, output: abc.Sequence[int]) -> None:
+        """Discard what was consumed after ``output``: the step failed."""
+        if self.detokenizer is not None:
+            self.detokenizer.restart(output)
 
 
 class RequestState:
-    """What the engine knows of a request beside its sequences."""
+    """A request while the engine serves it: the states of its sequences, and its output."""
 
     def __init__(
         self,
         request: Request,
-        listener: StreamCallback | None,
+        callback: Callback | None,
         seed: int,
-        model: Record,
-        drafter: Callable[[], Drafter] | None = None,
+        model: ModelLike,
+        make_drafter: abc.Callable[[], Drafter] | None = None,
     ):
+        """``seed`` is the request's own, or one that the engine drew for it."""
         self.request = request
-        self.listener = listener
+        self.callback = callback
         self.seed = seed
         self.tokenizer = model.tokenizer
-        self._drafter = drafter
-        self.ends = frozenset() if request.ignore_eos else frozenset(model.config.eos_token_ids)
-        self.search = BeamSearch(request, self.ends) if request.beam else None
-        self.result = RequestOutput(request)
-        self._voices: dict[int, SequenceState] = {}
+        self.end_tokens: frozenset[int] = frozenset()
+        if not request.ignore_eos:
+            self.end_tokens = frozenset(model.config.eos_token_ids)
+        self.search = BeamSearch(request, self.end_tokens) if request.beam else None
+        self.output = RequestOutput(request)
+        self._make_drafter = make_drafter
+        self._sequences: dict[int, SequenceState] = {}
 
-    def voice(self, index: int) -> SequenceState:
-        """The voice of sequence ``index``."""
-        voice = self._voices.get(index)
-        if voice is None:
-            text = self.listener is not None and self.search is None
-            voice = SequenceState(self.request, index, self.seed, self.tokenizer, self.ends, text)
-            voice.drafter = None if self._drafter is None else self._drafter()
-            self._voices[index] = voice
-        return voice
+    def sequence_state(self, index: int) -> SequenceState:
+        """The state of sequence ``index``, made at the first call."""
+        state = self._sequences.get(index)
+        if state is None:
+            detokenizer = None
+            streams = self.callback is not None and self.search is None
+            if streams or self.request.stop:
+                detokenizer = Detokenizer(self.tokenizer, self.request.stop)
+            drafter = None if self._make_drafter is None else self._make_drafter()
+            state = SequenceState(
+                self.request, index, self.seed, self.end_tokens, detokenizer, drafter
+            )
+            self._sequences[index] = state
+        return state
 
-    def voices_of(self, sequence: Sequence) -> list[SequenceState]:
-        """One for each continuation that the sequence's next token may have: n where it is to
-        fork into n.
+    def continuation_states(self, sequence: Sequence) -> list[SequenceState]:
+        """One state for each continuation of the next token: n where a sequence forks."""
+        if sequence.slots == 1 or self.search is not None:  # as a rule
+            return [self.sequence_state(sequence.index)]
+        indices = range(sequence.index, sequence.index + sequence.slots)
+        return [self.sequence_state(index) for index in indices]
+
+    def roll_back(self, sequence: Sequence) -> None:
+        """The current step has failed: discard the text of the tokens sampled in it."""
+        for state in self.continuation_states(sequence):
+            state.roll_back(sequence.output)
+
+    def record(self, update: SequenceUpdate) -> None:
+        """Fill in the text of an update; keep the sequence's output if it has finished."""
+        sequence = update.sequence
+        state = self.sequence_state(sequence.index)
+        update.text = state.take_text(finished=update.reason is not None)
+        if update.reason is None:
+            return
+        # the text of a detokenizer ends before a stop string
+        text = None if state.detokenizer is None else state.detokenizer.text
+        self._add_output(sequence, update.reason, text)
+        self.output.preemptions += sequence.preemptions
+
+    def finish_search(self, dropped: list[Sequence]) -> list[SequenceUpdate]:
+        """The search is over, and its beams were ``dropped``: one update for each hypothesis,
+        the best first.
         """
-        together = sequence.seats if self.search is None else 1
-        if together == 1:  # as a rule
-            return [self.voice(sequence.index)]
-        return [self.voice(sequence.index + i) for i in range(together)]
-
-    def rewind(self, sequence: Sequence) -> None:
-        """The step under way has failed: what its voices heard in it was not said."""
-        for voice in self.voices_of(sequence):
-            voice.rewind(sequence.output)
-
-    def hear(self, event: SequenceUpdate) -> StreamChunk:
-        """Tokens that a sequence has got; its output, if it ended with them."""
-        sequence, tokens, reason = event
-        voice = self.voice(sequence.index)
-        text = voice.take(ended=reason is not None)
-        if reason is not None:
-            said, whole = voice.said(sequence.output, reason)
-            self.result.outputs.append(CompletionOutput(sequence.index, said, whole, reason))
-            self.result.preemptions += sequence.preemptions
-        return StreamChunk(self.request.id, sequence.index, tokens, text, reason)
-
-    def found(self, beams: abc.Sequence[Sequence]) -> list[StreamChunk]:
-        """The search is over, ``beams`` were dropped: its hypotheses, the best first."""
         assert self.search is not None
-        pieces = []
-        for index, (score, tokens, reason) in enumerate(self.search.best):
-            said = tokens[:-1] if reason == "end" else tokens
-            text = self.tokenizer.decode(said)
-            self.result.outputs.append(CompletionOutput(index, said, text, reason, score))
-            pieces.append(StreamChunk(self.request.id, index, tokens, text, reason))
-        self.result.preemptions += sum(sequence.preemptions for sequence in beams)
-        return pieces
+        updates = []
+        for rank, (score, tokens, reason) in enumerate(self.search.best):
+            found = Sequence(self.request, rank, dropped[0].order)
+            found.tokens += tokens
+            found.finish(reason)
+            text = self._add_output(found, reason, None, score)
+            updates.append(SequenceUpdate(found, tokens, reason, text))
+        self.output.preemptions += sum(sequence.preemptions for sequence in dropped)
+        return updates
+
+    def _add_output(
+        self, sequence: Sequence, reason: str, text: str | None, score: float | None = None
+    ) -> str:
+        """Keep the output of a finished sequence, without its end token; returns its text."""
+        tokens = sequence.output
+        if reason == "end":
+            tokens = tokens[:-1]
+        if text is None:
+            text = self.tokenizer.decode(tokens)
+        self.output.outputs.append(CompletionOutput(sequence.index, tokens, text, reason, score))
+        return text

@@ -1,53 +1,59 @@
-"""The scheduler: one plan a step over sequences that differ only in computed and total
-tokens.
+"""Continuous batching: one plan per step, over sequences that differ only in how many of
+their tokens are computed.
 
 Sources: Orca, Yu et al. 2022 (iteration-level scheduling); Sarathi-Serve, Agrawal et al.
-2024 (chunked prefill, decode first, a budget of tokens); vLLM's second scheduler (two
-counters and no phases); Kwon et al. 2023, section 4.5 (preemption).
+2024 (chunked prefill, decode first, a token budget per step); vLLM's V1 scheduler (two
+counters, no phases); Kwon et al. 2023, section 4.5 (preemption).
 
 A step, in order:
 
-1. Branches one token behind (and their drafts): decode goes first, so that no prompt stalls
-   those who stream.
-2. Running sequences further behind, as they were admitted: prompts whose first chunks are
-   computed. For both: if memory has no room, running sequences are preempted, youngest or
-   least urgent first, until it has.
-3. If nobody was preempted: waiting sequences, as the order says, as long as budget, seats
-   and memory last. The first that does not fit ends it, so nobody is overtaken for being
-   large.
+1. Running sequences that are one token behind, with their drafts: decode goes first, so that
+   a long prompt delays no sequence that streams.
+2. Running sequences further behind, in the order of admission: prompts of which the first
+   chunks are computed. In 1 and 2, if memory has no room, running sequences are preempted,
+   the youngest or least urgent first, until it has.
+3. If none was preempted: waiting sequences, in the order of admission, as long as budget,
+   sequence slots and memory last. The first one that does not fit ends the step, so no
+   request is overtaken for being large.
 
-A preempted sequence keeps its tokens, loses their keys and values, and computes them anew
-when it is admitted again: to the scheduler it is a longer prompt. The beams of one search
-are admitted and preempted together, and their last tokens are computed in one step, so that
+A preempted sequence keeps its tokens, loses their keys and values, and recomputes them when
+it is admitted again: to the scheduler it has a longer prompt. The beams of one search are
+admitted and preempted together, and their last tokens are computed in one step, so that
 they are ranked against each other.
 
-The oldest (or most urgent) running sequence is never preempted for another, and every request
-that is accepted fits alone: so each step computes at least a token for somebody, and
-everybody ends.
+The oldest (or most urgent) running sequence is never preempted for another, and every
+request that is accepted fits into memory alone. So each step computes at least one token,
+and every request finishes.
 
-How it is driven (``plan`` and ``update`` alternate; what an outcome is,
-``serve.base_scheduler`` says)::
+Usage (``plan`` and ``update`` alternate; ``serve.base_scheduler`` defines an outcome)::
 
     plan = scheduler.plan()
     # copy plan.copies, compute plan.items, sample item.samples rows of each of plan.sampling
-    events = scheduler.update(plan, outcomes)   # outcomes[i] for plan.sampling[i]
+    updates = scheduler.update(plan, outcomes)   # outcomes[i] for plan.sampling[i]
 
 Left out: what only a model can know: when a text ends before ``max_tokens`` (the engine
-says so in a continuation).
+says so in an outcome).
 """
 
 from __future__ import annotations
 
-from refllm.serve.admission import Order, named
+from refllm.serve.admission import Order, order_named
 from refllm.serve.base_scheduler import BaseScheduler
 from refllm.serve.kv_manager import KVManager
 from refllm.serve.plan import Plan, PlanBuilder
-from refllm.serve.request import Request, Sequence, Status
+from refllm.serve.request import Request, Sequence, SequenceStatus
 
 
 class Scheduler(BaseScheduler):
-    """Continuous batching over a ``KVManager``; see the module for what a step does and how it
-    is driven.
+    """Continuous batching over a ``KVManager``; the module says what a step does.
+
+    >>> from refllm.kv.block_pool import BlockPool
+    >>> from refllm.serve.kv_manager import PagedKVManager
+    >>> scheduler = Scheduler(PagedKVManager(BlockPool(8, 4)), max_batch_tokens=6)
+    >>> for name, length in (("a", 4), ("b", 5)):
+    ...     _ = scheduler.submit(Request(range(length), max_tokens=2, id=name))
+    >>> [(item.name[0], item.count, item.samples) for item in scheduler.plan().items]
+    [('a', 4, 1), ('b', 2, 0)]
     """
 
     def __init__(
@@ -60,129 +66,128 @@ class Scheduler(BaseScheduler):
         chunked: bool = True,
         long_prefill: int = 0,
     ):
-        """``None`` lifts a limit. ``long_prefill`` caps the chunk of one prompt (0: the
-        budget alone does).
+        """Build a scheduler; ``None`` lifts a limit.
 
-        Not ``chunked``: a prompt is computed in one step or not yet, as Orca did.
+        ``long_prefill`` caps the chunk of one prompt (0: only the budget does). With
+        ``chunked=False`` a prompt is computed in a single step, as in Orca.
         """
-        super().__init__(memory, named(order), max_batch_tokens, max_sequences)
+        super().__init__(memory, order_named(order), max_batch_tokens, max_sequences)
         if long_prefill < 0:
             raise ValueError(f"long_prefill must be 0 (off) or more, got {long_prefill}")
         self.chunked = chunked
         self.long_prefill = long_prefill
 
-    def refuses(self, request: Request) -> str | None:
-        # a preempted sequence comes back with its output: that too must fit into one step if
-        # it is not cut
-        if (
-            not self.chunked
-            and self.max_batch_tokens is not None
-            and request.longest > self.max_batch_tokens
-        ):
-            return f"can have {request.longest} tokens to compute in one step, the budget is {self.max_batch_tokens}"
-        return super().refuses(request)
+    def rejection_reason(self, request: Request) -> str | None:
+        """Without chunks, a request must also fit into one step."""
+        # With its output: that too is recomputed in one step after a preemption.
+        tokens = request.max_cached_tokens
+        budget = self.max_batch_tokens
+        if not self.chunked and budget is not None and tokens > budget:
+            return f"can have {tokens} tokens to compute in one step, the budget is {budget}"
+        return super().rejection_reason(request)
 
     def plan(self) -> Plan:
-        step = self._begin()
-        self._run(step)
+        """Decide the next step."""
+        step = self._begin_plan()
+        self._schedule_running(step)
         if not step.plan.preempted:
             self._admit(step)
             if not step.items:  # beams came back whole from a cache: their last tokens go together
-                self._run(step)
-        return self._finish(step)
+                self._schedule_running(step)
+        return self._finish_plan(step)
 
-    def _run(self, step: PlanBuilder) -> None:
-        """Those that run already: decodes, then the rest of prompts."""
-        behind: list[tuple[Sequence, int]] = []
+    def _schedule_running(self, step: PlanBuilder) -> None:
+        """Decodes, then the rest of prompts."""
+        prefills: list[tuple[Sequence, int]] = []
         for sequence in self.running[:]:
-            if sequence.status is not Status.RUNNING:
+            if sequence.status is not SequenceStatus.RUNNING:
                 continue  # preempted for an earlier one
             missing = len(sequence.tokens) - sequence.computed
             if sequence.request.beam:
-                self._run_beam(step, sequence, behind)
+                self._schedule_beam(step, sequence, prefills)
             elif missing == 1:
-                self._advance(step, sequence, 1 + len(sequence.drafts))
+                self._schedule(step, sequence, 1 + len(sequence.drafts))
             else:
-                behind.append((sequence, missing))
-        for sequence, missing in behind:
-            if sequence.status is Status.RUNNING:
-                self._advance(step, sequence, missing)
+                prefills.append((sequence, missing))
+        for sequence, missing in prefills:
+            if sequence.status is SequenceStatus.RUNNING:
+                self._schedule(step, sequence, missing)
 
-    def _run_beam(self, step: PlanBuilder, sequence: Sequence, behind: list[tuple[Sequence, int]]) -> None:
-        """The last tokens of all beams in one step; what comes before them whenever there
-        is room.
-        """
-        beams = self._beams(sequence)
+    def _schedule_beam(
+        self, step: PlanBuilder, sequence: Sequence, prefills: list[tuple[Sequence, int]]
+    ) -> None:
+        """The last tokens of all beams in one step; earlier tokens whenever there is room."""
+        beams = self._group(sequence)
         missing = len(sequence.tokens) - sequence.computed
-        if any(b.computed + 1 < len(b.tokens) for b in beams):
+        if any(beam.computed + 1 < len(beam.tokens) for beam in beams):
             wanted = missing - (len(beams) > 1)
             if wanted:
-                behind.append((sequence, wanted))
-        elif sequence is beams[0] and (step.room is None or len(beams) <= step.room):
+                prefills.append((sequence, wanted))
+        elif sequence is beams[0] and (step.budget_left is None or len(beams) <= step.budget_left):
             for beam in beams:
-                if beam.status is Status.RUNNING:
-                    self._advance(step, beam, 1)
+                if beam.status is SequenceStatus.RUNNING:
+                    self._schedule(step, beam, 1)
 
-    def _advance(self, step: PlanBuilder, sequence: Sequence, wanted: int) -> None:
-        """Give a running sequence its share of the step, at the cost of others if it must be."""
+    def _schedule(self, step: PlanBuilder, sequence: Sequence, wanted: int) -> None:
+        """Give a running sequence its share of the step; preempt others if it has no room."""
         count = self._share(step, wanted, sequence)
         if count < 1:
             return
         copies = self.memory.reserve(sequence, count)
-        if copies is None and sequence.drafts:  # nobody is preempted for a guess
+        if copies is None and sequence.drafts:  # no sequence is preempted for drafts
             count = 1
             copies = self.memory.reserve(sequence, count)
         while copies is None:
-            victims = self._beams(self.order.victim(self.running))
-            self._preempt(step, victims)
+            victims = self._group(self.order.victim(self.running))
+            self._preempt_group(step, victims)
             if sequence in victims:
                 return
             copies = self.memory.reserve(sequence, count)
-        step.put(sequence, count, self.memory.blocks(sequence), copies)
+        step.add(sequence, count, self.memory.blocks(sequence), copies)
 
     def _share(self, step: PlanBuilder, wanted: int, sequence: Sequence) -> int:
-        """How many of the tokens it wants a sequence may compute now."""
+        """How many of the ``wanted`` tokens a sequence may compute in this step."""
         if 0 < self.long_prefill < wanted:
             wanted = self.long_prefill
-        if step.room is None or wanted <= step.room:
+        if step.budget_left is None or wanted <= step.budget_left:
             return wanted
-        return step.room if self.chunked or sequence.drafts else 0
+        if self.chunked or sequence.drafts:
+            return step.budget_left
+        return 0
 
-    def _preempt(self, step: PlanBuilder, sequences: list[Sequence]) -> None:
-        """Take their memory, and their shares of this step if they had any already."""
+    def _preempt_group(self, step: PlanBuilder, sequences: list[Sequence]) -> None:
+        """Preempt sequences; what they had of this step goes back into the budget."""
         for sequence in reversed(sequences):
-            step.take_back(sequence)
+            step.remove(sequence)
             step.plan.preempted.append(sequence.key)
-            self._start_over(sequence)
+            self._preempt(sequence)
 
     def _admit(self, step: PlanBuilder) -> None:
-        if self.max_sequences is None:
-            free = None
-        else:
-            free = self.max_sequences - sum(b.seats for b in self.running)
-        if not self.waiting or step.room == 0 or free == 0:
+        """Admit waiting sequences until one does not fit."""
+        free = None  # sequence slots; None: no limit
+        if self.max_sequences is not None:
+            free = self.max_sequences - sum(sequence.slots for sequence in self.running)
+        if not self.waiting or step.budget_left == 0 or free == 0:
             return
         for sequence in self.order.candidates(self.waiting, self.memory):
-            if sequence.status is not Status.WAITING:
-                continue  # it came with another beam of its search
-            seats = sum(b.seats for b in self._beams(sequence))
-            if (
-                step.room == 0
-                or (free is not None and seats > free)
-                or not self._enter(step, sequence)
-            ):
+            if sequence.status is not SequenceStatus.WAITING:
+                continue  # admitted with another beam of its search
+            slots = sum(beam.slots for beam in self._group(sequence))
+            if step.budget_left == 0 or (free is not None and slots > free):
+                return
+            if not self._admit_group(step, sequence):
                 return
             if free is not None:
-                free -= seats
+                free -= slots
 
-    def _enter(self, step: PlanBuilder, sequence: Sequence) -> bool:
-        """Admit a sequence, with all beams of its search; nobody if there is no room for the
-        first one's share.
+    def _admit_group(self, step: PlanBuilder, sequence: Sequence) -> bool:
+        """Admit a sequence with all beams of its search; False if there is no room for the
+        share of the first.
         """
-        beams = self._beams(sequence)
+        beams = self._group(sequence)
         for beam in beams:
             hit = self.memory.match(beam)
-            # the last tokens of all beams go together
+            # the last tokens of several beams are computed together, later
             wanted = len(beam.tokens) - hit - (len(beams) > 1)
             count = self._share(step, wanted, beam)
             first = beam is beams[0]
@@ -191,19 +196,20 @@ class Scheduler(BaseScheduler):
             if not self.memory.admit(beam, count, alone=not self.running):
                 if first:
                     return False
-                count = 0  # this one computes from the next step on, as those do that run
+                count = 0  # this beam computes from the next step on, as a running one
                 self.memory.admit(beam, 0, alone=True)
             self.waiting.remove(beam)
             self.running.append(beam)
-            beam.status = Status.RUNNING
+            beam.status = SequenceStatus.RUNNING
             beam.computed = hit
-            self._count(beam, hit)
+            self._count_hit(beam, hit)
             step.plan.admitted.append(beam.key)
             if count:
-                step.put(beam, count, self.memory.blocks(beam), [])
+                step.add(beam, count, self.memory.blocks(beam), [])
         return True
 
-    def _count(self, sequence: Sequence, hit: int) -> None:
+    def _count_hit(self, sequence: Sequence, hit: int) -> None:
+        """Count the tokens that the prefix cache was asked for, and those that it had."""
         if sequence.preemptions:
             self.resumed_cached += hit
             self.resumed_queried += len(sequence.tokens)

@@ -1,20 +1,21 @@
 """Preemption by swapping: the keys and values of a preempted sequence move to host memory,
-and back when it returns.
+and back when it is admitted again.
 
-Source: Kwon et al. 2023, section 4.5. All of a sequence moves or nothing, and the host keeps
-at most as many blocks as the device has: what finds no room there is computed anew.
+Source: Kwon et al. 2023, section 4.5. A sequence moves as a whole or not at all, and the
+host keeps at most as many blocks as the device has; a sequence that finds no room there is
+recomputed.
 
-| preempted by | costs when it leaves      | costs when it comes back                         |
-|--------------|---------------------------|--------------------------------------------------|
-| recompute    | nothing                   | a prefill of its prompt and of what it has said  |
-| swapping     | its blocks over the link  | its blocks over the link again                   |
+| preempted by | cost when it leaves      | cost when it returns                   |
+|--------------|--------------------------|----------------------------------------|
+| recompute    | none                     | a prefill of its prompt and its output |
+| swapping     | its blocks over the link | its blocks over the link again         |
 
-To the scheduler a sequence that was swapped out is one with a cached prefix, which nobody
-else can find. Here only numbers move; ``simulate.simulator`` puts a clock to them. The
-engine recomputes.
+To the scheduler a sequence that was swapped out is one with a cached prefix that no other
+sequence can find. Only counts move here, and ``simulate.simulator`` charges time for them;
+the engine recomputes.
 
-Left out: sequences of one request that share blocks stay apart on the host (each moves all
-of its own).
+Left out: sharing on the host: sequences of one request that share blocks each move all of
+their own.
 """
 
 from __future__ import annotations
@@ -27,53 +28,55 @@ from refllm.serve.request import Sequence
 
 
 class SwapTraffic(NamedTuple):
-    """What went over the link, in either direction, since the beginning."""
+    """What has gone over the link so far, in both directions together."""
 
     tokens: int
     blocks: int
 
 
 class SwappingKVManager(PagedKVManager):
-    """PagedKVManager, and what is preempted is kept on the host, in ``host_blocks`` blocks (default:
-    as many as here).
+    """Paged; preempted sequences are kept in ``host_blocks`` blocks on the host (default: as
+    many as the pool has).
     """
 
     def __init__(self, pool: BlockPool, *, watermark: float = 0.0, host_blocks: int | None = None):
+        """ValueError for a negative ``host_blocks``."""
         super().__init__(pool, watermark=watermark)
-        if host_blocks is None:
-            self.host_blocks = pool.num_blocks
-        else:
-            self.host_blocks = host_blocks
+        self.host_blocks = pool.num_blocks if host_blocks is None else host_blocks
         if self.host_blocks < 0:
             raise ValueError(f"host_blocks must be 0 or more, got {host_blocks}")
         self.host_used = 0
         self.moved = SwapTraffic(0, 0)
-        self.swapped = 0  # counted: sequences that left for the host, and those it had no room for
-        self.dropped = 0
-        self._away: dict[Sequence, int] = {}  # tokens of each sequence on the host
+        self.swapped = 0  # preempted sequences that moved to the host
+        self.dropped = 0  # and those for which it had no room
+        self._on_host: dict[Sequence, int] = {}  # tokens of each sequence there
 
     def match(self, sequence: Sequence) -> int:
-        return self._away.get(sequence, 0)
+        """Tokens that can be swapped in."""
+        return self._on_host.get(sequence, 0)
 
     def admit(self, sequence: Sequence, count: int, *, alone: bool) -> bool:
-        stored = self._away.get(sequence, 0)
+        """Take blocks for what is on the host and for the next ``count`` tokens."""
+        stored = self._on_host.get(sequence, 0)
         table = BlockTable(self.pool)
-        if table.needs(stored + count) > self.pool.num_free - (0 if alone else self.spare):
+        if table.needs(stored + count) > self.pool.num_free - self._headroom(alone):
             return False
         table.reserve(stored + count)
         table.commit(stored)
         self._tables[sequence] = table
-        self._forget(sequence, moved=True)
+        self._leave_host(sequence)
+        self._count(stored)
         return True
 
     def release(self, sequence: Sequence, *, preempted: bool = False) -> None:
+        """Swap a preempted sequence out if the host has room for all of it."""
         table = self._tables.get(sequence)
         if not preempted:
-            self._forget(sequence, moved=False)
+            self._leave_host(sequence)
         elif table is not None and table.length:
-            blocks = self._blocks(table.length)
+            blocks = self._num_blocks(table.length)
             if self.host_used + blocks <= self.host_blocks:
-                self._away[sequence] = table.length
+                self._on_host[sequence] = table.length
                 self.host_used += blocks
                 self.swapped += 1
                 self._count(table.length)
@@ -82,20 +85,22 @@ class SwappingKVManager(PagedKVManager):
         super().release(sequence)
 
     def check(self) -> None:
+        """A sequence is on one side of the link only, and the host is not overfull."""
         super().check()
-        assert not set(self._away) & set(self._tables), "a sequence is here and away"
-        assert self.host_used == sum(map(self._blocks, self._away.values())) <= self.host_blocks
-        assert all(0 < length < len(sequence.tokens) for sequence, length in self._away.items())
+        assert not set(self._on_host) & set(self._tables), "on the host and on the device"
+        used = sum(map(self._num_blocks, self._on_host.values()))
+        assert self.host_used == used <= self.host_blocks
+        for sequence, length in self._on_host.items():
+            assert 0 < length < len(sequence.tokens)
 
-    def _blocks(self, tokens: int) -> int:
+    def _num_blocks(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
 
-    def _forget(self, sequence: Sequence, *, moved: bool) -> None:
-        """The host gives its blocks of a sequence up."""
-        stored = self._away.pop(sequence, 0)
-        self.host_used -= self._blocks(stored)
-        if moved:
-            self._count(stored)
+    def _leave_host(self, sequence: Sequence) -> None:
+        """Free a sequence's blocks on the host."""
+        self.host_used -= self._num_blocks(self._on_host.pop(sequence, 0))
 
     def _count(self, tokens: int) -> None:
-        self.moved = SwapTraffic(self.moved.tokens + tokens, self.moved.blocks + self._blocks(tokens))
+        """Add to the traffic."""
+        moved = self.moved
+        self.moved = SwapTraffic(moved.tokens + tokens, moved.blocks + self._num_blocks(tokens))

@@ -1,165 +1,60 @@
-"""Serving without a model: the real scheduler and its memory, with a clock that says what
-each step would take.
+"""Serving without a model: the real scheduler and its memory, with a clock that says how
+long each step would take.
 
-Source: the discrete-event form of Kwon et al. 2023, section 6; the scheduler is the one
-that the engine runs.
+Source: the discrete-event simulation of Kwon et al. 2023, section 6; the scheduler is the
+one that the engine runs.
 
-| name   | meaning                                                                                        |
-|--------|------------------------------------------------------------------------------------------------|
-| clock  | seconds of a step over (past, new) of each row; of a run of decode steps; of moved blocks      |
-| steady | nobody is admitted, ends, arrives or runs out of memory: each sequence gets a token a step       |
-| jump   | k steady steps in one plan                                                                     |
-| used   | slots that hold a token's keys and values; the rest of what is allocated is reserved or waste  |
+| name   | meaning                                                                           |
+|--------|-----------------------------------------------------------------------------------|
+| clock  | seconds of a step over (past, new) of each row; of a run of decode steps; of      |
+|        | moved blocks                                                                      |
+| steady | no request is admitted, finishes, arrives or runs out of memory: each sequence    |
+|        | gets one token per step                                                           |
+| jump   | k steady steps in one plan                                                        |
 
-A jump proposes k − 1 drafts for everybody and accepts them all: the scheduler advances each
-sequence by k tokens, its memory takes the same blocks as in k steps, and the clock is charged
-for k steps of one token each. Times, counts and tokens are the same as without jumps
-(``jumps=False``), which a test holds; there are only fewer plans.
+A jump proposes k − 1 drafts for every sequence and accepts them all: the scheduler advances
+each sequence by k tokens, its memory takes the same blocks as in k steps, and the clock is
+charged for k steps of one token each. Times, counts and tokens are the same as without jumps
+(``jumps=False``; a test asserts it); only the number of plans is smaller.
 
-What a sequence says is a number of its own, over and over: so answers of different sequences
-share no prefix.
+Each sequence generates one token of its own, over and over, so outputs of different
+sequences share no prefix.
 
-Left out: the model, end tokens (everybody runs to ``max_tokens``), beams; time that the
-scheduler itself takes.
+Left out: the model, end tokens (all requests run to ``max_tokens``), beams, the time of the
+scheduler itself.
 """
 
 from __future__ import annotations
 
 from collections import abc, deque
-from collections.abc import Callable, Hashable, Iterable
 from itertools import accumulate
-from typing import NamedTuple, Protocol
 
 from refllm.serve.admission import LongestPrefix
 from refllm.serve.base_scheduler import BaseScheduler
-from refllm.serve.plan import Plan, SampledTokens
+from refllm.serve.plan import Outcome, Plan, SampledTokens
 from refllm.serve.prefix_caching import HashKVManager, RadixKVManager
 from refllm.serve.request import Request, Sequence
 from refllm.serve.scheduler import Scheduler
 from refllm.serve.swapping import SwappingKVManager, SwapTraffic
-from refllm.simulate.metrics import Limits, Recorder, Summary
+from refllm.simulate.clock import Clock
+from refllm.simulate.metrics import Recorder
 from refllm.simulate.programs import Follow
+from refllm.simulate.totals import ExecutedStep, SimulationResult, StepTotals
 
-SAYS = 1 << 40  # answers are numbers from here on: beyond every prompt
-
-
-class Clock(Protocol):
-    """What steps take, in seconds."""
-
-    def step(self, batch: abc.Sequence[tuple[int, int]], rows: int) -> float:
-        """A step over (past, new) of every row of the batch, with ``rows`` rows of logits."""
-
-    def decode(self, pasts: abc.Sequence[int], count: int) -> abc.Sequence[float]:
-        """``count`` steps, each of one token for everybody; ``pasts`` are cached before the
-        first.
-        """
-
-    def move(self, tokens: int, blocks: int) -> float:
-        """Keys and values between device and host, blocks one by one."""
-
-
-class UnitClock:
-    """A clock for counting: every step takes one second, moving nothing."""
-
-    def step(self, batch: abc.Sequence[tuple[int, int]], rows: int) -> float:
-        return 1.0
-
-    def decode(self, pasts: abc.Sequence[int], count: int) -> abc.Sequence[float]:
-        return [1.0] * count
-
-    def move(self, tokens: int, blocks: int) -> float:
-        return 0.0
-
-
-class ExecutedStep(NamedTuple):
-    """A plan that was carried out, or a jump: ``steps`` of them in one."""
-
-    plan: Plan
-    steps: int
-    start: float
-    end: float
-    # tokens with keys and values after the last of the steps; shared ones count for each
-    # who shares
-    used: int
-    allocated: int  # slots that sequences hold, then
-
-
-class StepTotals:
-    """Sums over steps. ``batch`` and ``utilisation`` are means over steps; ValueError where
-    there were none.
-    """
-
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
-        self.steps = 0
-        self.rows = 0
-        self.padding_rows = 0
-        self.tokens = 0
-        self.used = 0
-        self.allocated = 0
-
-    def add(self, taken: ExecutedStep) -> None:
-        plan = taken.plan
-        k = taken.steps
-        rows = len(plan.items)
-        padding_rows = len(plan.padding_rows)
-        self.steps += k
-        self.rows += k * rows
-        self.padding_rows += k * padding_rows
-        self.tokens += plan.tokens
-        # in a jump it grows by a token a row and step
-        self.used += k * taken.used - rows * (k * (k - 1) // 2)
-        self.allocated += k * taken.allocated
-
-    @property
-    def batch(self) -> float:
-        """Mean number of requests that run."""
-        return self.rows / self._some()
-
-    @property
-    def utilisation(self) -> float:
-        """Share of the memory that holds tokens."""
-        return self.used / (self._some() * self.slots)
-
-    @property
-    def filled(self) -> float:
-        """Share of what is allocated that holds tokens (within a jump: of what is allocated
-        after it).
-        """
-        return self.used / self.allocated if self._some() else 0.0
-
-    def _some(self) -> int:
-        if self.steps == 0:
-            raise ValueError(
-                "no step was counted, so there is no mean: nobody ever had to wait, or nobody came"
-            )
-        return self.steps
-
-
-class SimulationResult(NamedTuple):
-    """What came of a simulation."""
-
-    recorder: Recorder
-    duration: float
-    all: StepTotals
-    saturated: StepTotals  # the steps with somebody waiting: what a server under full load does
-    preemptions: int
-    moved: SwapTraffic  # by swapping
-    cached: int  # prompt tokens found in a cache, of those queried
-    queried: int
-    tokens: dict[Hashable, list[int]]  # what each request's first sequence said
-
-    def summary(self, limits: Limits | None = None) -> Summary:
-        """Times as ``simulate.metrics`` defines them."""
-        return self.recorder.summarise(self.duration, limits)
-
-    @property
-    def hit_rate(self) -> float:
-        return self.cached / max(1, self.queried)
+FIRST_OUTPUT_TOKEN = 1 << 40  # beyond the tokens of every prompt
 
 
 class Simulator:
-    """Drives a scheduler by a clock. ``now`` is the time of the simulation, in seconds."""
+    """Runs a scheduler by a clock. ``now`` is the simulated time in seconds.
+
+    >>> from refllm.kv.block_pool import BlockPool
+    >>> from refllm.serve import factory
+    >>> from refllm.simulate.clock import UnitClock
+    >>> scheduler = factory.make("fcfs", BlockPool(8, 4), max_batch_tokens=4)
+    >>> result = Simulator(scheduler, UnitClock()).run([Request(range(6), 3, id="a")])
+    >>> result.recorder.timelines["a", 0].times  # the prompt takes two steps
+    [2.0, 3.0, 4.0]
+    """
 
     def __init__(
         self,
@@ -167,8 +62,9 @@ class Simulator:
         clock: Clock,
         *,
         jumps: bool = True,
-        on_step: Callable[[ExecutedStep], object] | None = None,
+        on_step: abc.Callable[[ExecutedStep], object] | None = None,
     ):
+        """``on_step`` receives every executed plan."""
         self.scheduler = scheduler
         self.clock = clock
         self.jumps = jumps
@@ -179,21 +75,22 @@ class Simulator:
         self.all = StepTotals(self.memory.slots)
         self.saturated = StepTotals(self.memory.slots)
         self._pending: deque[Request] = deque()
-        self._ended: list[Sequence] = []
-        self._closed = False  # nobody can be admitted until somebody ends or arrives
-        self._said: dict[Hashable, list[int]] = {}
+        self._finished: list[Sequence] = []
+        # whether no request can be admitted before one finishes or arrives
+        self._closed = False
+        self._outputs: dict[abc.Hashable, list[int]] = {}
 
     def run(
         self,
-        requests: Iterable[Request],
+        requests: abc.Iterable[Request],
         follow: Follow | None = None,
-        progress: Callable[[int, int], object] | None = None,
+        progress: abc.Callable[[int, int], object] | None = None,
     ) -> SimulationResult:
-        """Serve ``requests``, each from its ``arrival`` on, and what follows from their
-        answers.
+        """Serve ``requests``, each from its ``arrival`` on, and those that ``follow`` their
+        outputs.
 
-        ``progress(done, known)`` hears of every request that has ended. ValueError for a
-        request that this memory can never serve, or for a beam search.
+        ``progress(done, known)`` is called for every request that has finished. ValueError
+        for a request that this memory can never serve, or for a beam search.
         """
         self._pending = deque(sorted(requests, key=lambda request: request.arrival))
         done = 0
@@ -203,166 +100,167 @@ class Simulator:
                 self.now = max(self.now, self._pending[0].arrival)
             while self._pending and self._pending[0].arrival <= self.now:
                 self._submit(self._pending.popleft())
-            count = self._steady() if self.jumps else 1
+            count = self._steady_steps() if self.jumps else 1
             if count > 1:
                 self._jump(count)
             else:
                 self._step()
-            for sequence in self._ended:
-                if sequence.index == 0:
-                    self._said[sequence.request.id] = sequence.output
-                    if follow is not None:
-                        more = follow(sequence.request, sequence.output)
-                    else:
-                        more = []
-                    done = done + 1
-                    known = known + len(more)
-                    for request in more:
-                        self._submit(request, self.now)
-                    if progress is not None:
-                        progress(done, known)
-            self._ended.clear()
-        return self._report()
+            for sequence in self._finished:
+                if sequence.index > 0:
+                    continue
+                self._outputs[sequence.request.id] = sequence.output
+                more = follow(sequence.request, sequence.output) if follow else []
+                done += 1
+                known += len(more)
+                for request in more:
+                    self._submit(request, self.now)
+                if progress is not None:
+                    progress(done, known)
+            self._finished.clear()
+        return self._result()
 
-    # --- inside ---------------------------------------------------------------------------
+    # --- steps ----------------------------------------------------------------------------
 
     def _submit(self, request: Request, sent: float | None = None) -> None:
+        """Queue a request that was sent at its arrival, or at ``sent``."""
         if request.beam:
             raise ValueError(
-                f"request {request.id!r}: beams depend on a model's numbers: simulate n samples instead"
+                f"request {request.id!r}: beams depend on a model's logits: "
+                "simulate n samples instead"
             )
         name = self.scheduler.submit(request)
-        self.recorder.sent(
-            (name, 0), len(request.prompt), request.arrival if sent is None else sent
-        )
+        time = request.arrival if sent is None else sent
+        self.recorder.sent((name, 0), len(request.prompt), time)
         self._closed = False
 
     def _step(self) -> None:
-        """One plan as it is."""
+        """Execute one plan as it is."""
         before = self._moved()
         plan = self.scheduler.plan()
         assert self.scheduler.step is not None
-        sequences = [sequence for sequence, item in self.scheduler.step.items.items() if item.samples]
+        sampled = [s for s, item in self.scheduler.step.items.items() if item.samples]
         moved = self._moved()
-        rows = len(sequences) + len(plan.padding_rows)
-        if plan.items:  # requests with max_tokens 0 end without a step
+        rows = len(sampled) + len(plan.padding_rows)
+        if plan.items:  # requests with max_tokens 0 finish without a step
             self.now += self.clock.step(plan.batch(), rows)
             self.now += self.clock.move(moved.tokens - before.tokens, moved.blocks - before.blocks)
         self._closed = self._closes(plan)
-        outcomes = [
-            [SampledTokens((_says(sequence, i),)) for i in range(sequence.seats)] for sequence in sequences
-        ]
-        start = self.now
-        self._book(plan, 1, start, [self.now], outcomes)
+        outcomes = []
+        for sequence in sampled:
+            tokens = [_output_token(sequence, fork) for fork in range(sequence.slots)]
+            outcomes.append([SampledTokens((token,)) for token in tokens])
+        self._apply(plan, 1, self.now, [self.now], outcomes)
 
     def _jump(self, count: int) -> None:
-        """``count`` steps at once; fewer if somebody arrives before."""
+        """Execute ``count`` steady steps in one plan; fewer if a request arrives before."""
         running = self.scheduler.running
-        stamps = list(
-            accumulate(self.clock.decode([b.computed for b in running], count), initial=self.now)
-        )[1:]
-        if self._pending:  # the step in which he arrives is under way already
-            count = min(
-                count,
-                next((i for i, t in enumerate(stamps) if t >= self._pending[0].arrival), count) + 1,
-            )
+        seconds = self.clock.decode([sequence.computed for sequence in running], count)
+        stamps = list(accumulate(seconds, initial=self.now))[1:]
+        if self._pending:  # the step in which a request arrives is the last
+            arrival = self._pending[0].arrival
+            before = sum(time < arrival for time in stamps)
+            count = min(count, before + 1)
             stamps = stamps[:count]
         for sequence in running:
-            self.scheduler.propose(sequence.key, [_says(sequence, 0)] * (count - 1))
-        # The budget is one of a single step; this much leaves no room for anybody who
-        # waits, as none of the steps does
+            self.scheduler.propose(sequence.key, [_output_token(sequence)] * (count - 1))
+        # The budget is that of a single step. This one leaves no room for a waiting request,
+        # as none of the steps does.
         budget = self.scheduler.max_batch_tokens
         self.scheduler.max_batch_tokens = count * len(running)
         plan = self.scheduler.plan()
         self.scheduler.max_batch_tokens = budget
-        assert not plan.admitted and not plan.preempted, "a jump that is not steady"  # noqa: PT018
+        assert not plan.admitted, "a jump that is not steady"
+        assert not plan.preempted, "a jump that is not steady"
         assert all(item.count == count for item in plan.items)
         start = self.now
         self.now = stamps[-1]
-        outcomes = [[SampledTokens([_says(sequence, 0)] * count)] for sequence in running]
-        self._book(plan, count, start, stamps, outcomes)
+        outcomes = [[SampledTokens([_output_token(s)] * count)] for s in running]
+        self._apply(plan, count, start, stamps, outcomes)
 
-    def _book(
+    def _apply(
         self,
         plan: Plan,
         steps: int,
         start: float,
         stamps: list[float],
-        outcomes: list[list[SampledTokens]],
+        outcomes: abc.Sequence[Outcome],
     ) -> None:
-        """Carry a plan over, and note who got what when."""
-        used = sum([sequence.computed for sequence in self.scheduler.running]) + plan.tokens
-        taken = ExecutedStep(plan, steps, start, self.now, used, self.memory.allocated)
-        events = self.scheduler.update(plan, outcomes)
+        """Apply the outcomes of a plan, and record which sequence got tokens when."""
+        used = sum(sequence.computed for sequence in self.scheduler.running) + plan.tokens
+        executed = ExecutedStep(plan, steps, start, self.now, used, self.memory.allocated)
+        updates = self.scheduler.update(plan, outcomes)
         if plan.items:
-            self.all.add(taken)
+            self.all.add(executed)
             if plan.waiting:
-                self.saturated.add(taken)
+                self.saturated.add(executed)
             if self.on_step is not None:
-                self.on_step(taken)
-        lines = self.recorder.timelines
-        for sequence, tokens, reason in events:
-            if sequence.key not in lines:  # forked in this step
-                first = lines[sequence.request.id, 0]
-                self.recorder.sent(sequence.key, first.prompt, first.sent)
-            line = lines[sequence.key]
-            if tokens:
-                line.times += stamps
-                line.tokens += len(tokens)
-            if reason is not None:
-                line.completed = True
+                self.on_step(executed)
+        timelines = self.recorder.timelines
+        for update in updates:
+            key = update.sequence.key
+            if key not in timelines:  # forked in this step
+                parent = timelines[update.id, 0]
+                self.recorder.sent(key, parent.prompt, parent.sent)
+            timeline = timelines[key]
+            if update.tokens:
+                timeline.times += stamps
+                timeline.tokens += len(update.tokens)
+            if update.reason is not None:
+                timeline.completed = True
                 self._closed = False
-                self._ended.append(sequence)
+                self._finished.append(update.sequence)
+
+    # --- when to jump ---------------------------------------------------------------------
 
     def _closes(self, plan: Plan) -> bool:
-        """Whether nobody can be admitted after this plan until somebody ends or arrives."""
+        """Whether no request can be admitted after this plan until one finishes or arrives."""
         if not plan.waiting:
             return True
         if plan.preempted:
             return False
-        quiet = not plan.admitted and len(plan.sampling) == len(plan.items) == plan.tokens
-        if isinstance(self.memory, (HashKVManager, RadixKVManager)) or isinstance(
-            self.scheduler.order, LongestPrefix
-        ):
-            return quiet  # what was computed may be found by somebody who waits
-        # the first in the queue found no memory or no seat; had it been the budget, there
-        # could be more of that
-        return quiet or plan.budget is None or (plan.tokens < plan.budget and self._chunked())
+        decodes_only = not plan.admitted and len(plan.sampling) == len(plan.items) == plan.tokens
+        keeps_prefixes = isinstance(self.memory, (HashKVManager, RadixKVManager))
+        if keeps_prefixes or isinstance(self.scheduler.order, LongestPrefix):
+            return decodes_only  # a waiting request may find what was just computed
+        if decodes_only or plan.budget is None:
+            return True
+        # The first request in the queue found no memory or no sequence slot. Had it been the
+        # budget, the next step could admit it.
+        chunked = isinstance(self.scheduler, Scheduler) and self.scheduler.chunked
+        return plan.tokens < plan.budget and chunked
 
-    def _chunked(self) -> bool:
-        return isinstance(self.scheduler, Scheduler) and self.scheduler.chunked
-
-    def _steady(self) -> int:
-        """How many steps nothing but decoding can happen in; 1 if the next one is not such
-        a step.
-        """
+    def _steady_steps(self) -> int:
+        """How many steps will only decode; 1 if the next one may do more."""
         running = self.scheduler.running
+        budget = self.scheduler.max_batch_tokens
         if not self._closed or not running or not isinstance(self.scheduler, Scheduler):
             return 1
-        if (
-            self.scheduler.max_batch_tokens is not None
-            and len(running) > self.scheduler.max_batch_tokens
-        ):
+        if budget is not None and len(running) > budget:
             return 1
-        if any(b.computed != len(b.tokens) - 1 or b.request.n > 1 for b in running):
+        if any(s.computed != len(s.tokens) - 1 or s.request.n > 1 for s in running):
             return 1
-        most = min([b.left for b in running])
-        b = self.memory.block_size
-        if b == 0 or most == 1:
+        most = min(sequence.remaining for sequence in running)
+        block_size = self.memory.block_size
+        if block_size == 0 or most == 1:
             return most
-        free = (self.memory.slots - self.memory.allocated) // b
-        room = [-sequence.computed % b for sequence in running]  # left in the last block
+        free = (self.memory.slots - self.memory.allocated) // block_size
+        in_last_block = [-sequence.computed % block_size for sequence in running]  # free slots
 
         def fits(count: int) -> bool:
-            return sum([-((r - count) // b) for r in room if count > r]) <= free
+            """Whether the free blocks last for ``count`` more tokens per sequence."""
+            needed = [-((room - count) // block_size) for room in in_last_block if count > room]
+            return sum(needed) <= free
 
         if fits(most):
             return most
-        low = 0  # fits(low), not fits(high)
+        low = 0  # fits(low), but not fits(high)
         high = most
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
+            if fits(middle):
+                low = middle
+            else:
+                high = middle
         return max(1, low)
 
     def _moved(self) -> SwapTraffic:
@@ -370,23 +268,23 @@ class Simulator:
             return self.memory.moved
         return SwapTraffic(0, 0)
 
-    def _report(self) -> SimulationResult:
-        s = self.scheduler
+    def _result(self) -> SimulationResult:
+        scheduler = self.scheduler
         return SimulationResult(
             self.recorder,
             self.now,
             self.all,
             self.saturated,
-            s.preemptions,
+            scheduler.preemptions,
             self._moved(),
-            s.cached,
-            s.queried,
-            self._said,
+            scheduler.cached,
+            scheduler.queried,
+            self._outputs,
         )
 
 
-def _says(sequence: Sequence, fork: int) -> int:
-    """What a sequence says all the time (its fork number ``fork``, if it forks with this
-    token).
+def _output_token(sequence: Sequence, fork: int = 0) -> int:
+    """The token that a sequence generates at all positions; that of its child number ``fork``
+    if it forks with this token.
     """
-    return SAYS + sequence.order * 4096 + sequence.index + fork
+    return FIRST_OUTPUT_TOKEN + sequence.order * 4096 + sequence.index + fork

@@ -10,36 +10,32 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_drafters import SMALL, record
-from test_speculative_loop import PROMPT, text_law
 
 import enumeration
-from enumeration import distance, law
+from drafting import PROMPT, SMALL, output_distribution, random_model, use_exact_draws
+from enumeration import exact_distribution, largest_difference
 from networks import NETWORKS
 from refllm.api import load
 from refllm.corpus import held_out_documents
 from refllm.decode.sampling_params import GREEDY, SamplingParams
-from refllm.decode.speculative import verification
 from refllm.decode.speculative.acceptance import Acceptance, expected_length
-from refllm.decode.speculative.drafters import (
-    Adversary,
-    JacobiDrafter,
-    ModelDrafter,
-    NGramDrafter,
-    PerfectDrafter,
-)
-from refllm.decode.speculative.interface import Ask
+from refllm.decode.speculative.control_drafters import AdversarialDrafter, PerfectDrafter
+from refllm.decode.speculative.interface import DraftRequest
+from refllm.decode.speculative.jacobi_drafter import JacobiDrafter
+from refllm.decode.speculative.model_drafter import ModelDrafter
+from refllm.decode.speculative.ngram_drafter import NGramDrafter
 from refllm.decode.speculative.tree_drafter import TreeDrafter
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.llama import forward
-from refllm.serve import sampler
-from refllm.serve.adaptive_drafts import MARGIN, PRIOR, PROBE, AdaptiveDrafting, Costs, measure
+from refllm.serve import model_runner
+from refllm.serve.adaptive_drafts import MARGIN, PRIOR, PROBE, AdaptiveDrafting
+from refllm.serve.draft_costs import Costs, measure_costs
 from refllm.serve.engine import Engine
 from refllm.serve.request import Request
 
 CONFIG = NETWORKS["llama"]
-TARGET = record(CONFIG, 1)
-DRAFT = record(CONFIG, 2)
+TARGET = random_model(CONFIG, 1)
+DRAFT = random_model(CONFIG, 2)
 KINDS = {
     "n-gram": lambda: AdaptiveDrafting(lambda: NGramDrafter(4, shortest=1)),
     "Jacobi": lambda: AdaptiveDrafting(lambda: JacobiDrafter(3)),
@@ -47,7 +43,7 @@ KINDS = {
         ModelDrafter(DRAFT, 3, sampling=GREEDY, sequences=2)
     ),  # fewer caches than sequences
     "perfect": lambda: AdaptiveDrafting(PerfectDrafter(TARGET, 3, sampling=GREEDY, sequences=8)),
-    "adversary": lambda: AdaptiveDrafting(Adversary(TARGET, 3, sequences=8)),
+    "adversary": lambda: AdaptiveDrafting(AdversarialDrafter(TARGET, 3, sequences=8)),
 }
 
 
@@ -138,9 +134,9 @@ def test_caches_hold_verified_tokens_only(kind, cache):
                 blocks = engine.scheduler.memory.blocks(sequence)
                 slots = [blocks[p // 4] * 4 + p % 4 for p in range(sequence.computed)]
                 right(engine, sequence.tokens[: sequence.computed], slots)
-            texts[:] = [t for t in texts if t[: len(sequence.tokens)] != sequence.tokens[: len(t)]] + [
-                list(sequence.tokens)
-            ]
+            texts[:] = [
+                t for t in texts if t[: len(sequence.tokens)] != sequence.tokens[: len(t)]
+            ] + [list(sequence.tokens)]
 
     asked = requests(5, 3, sampled=False)
     _, engine = served(KINDS[kind](), asked, look, prefix_cache=cache, num_blocks=60)
@@ -211,28 +207,33 @@ def test_a_stop_or_an_end_within_an_accepted_run_ends_the_text(stop):
     source="Leviathan et al. 2023; by enumeration of every uniform",
 )
 def test_sampled_drafts_keep_the_law_in_the_engine(monkeypatch):
-    monkeypatch.setattr(verification, "draw", enumeration.draw)
-    target = record(SMALL, 4)
+    use_exact_draws(monkeypatch)
+    target = random_model(SMALL, 4)
 
     def run(rng):
         engine = Engine(
             target,
             num_blocks=8,
             block_size=4,
-            drafter=AdaptiveDrafting(ModelDrafter(record(SMALL, 9), 2)),
+            drafter=AdaptiveDrafting(ModelDrafter(random_model(SMALL, 9), 2)),
             seed=0,
         )
         engine.submit(Request(PROMPT, 3, id=0, temperature=1.0))
-        engine._live[0].voice(0).rng = rng
-        engine._live[0].voice(0).uniform = lambda place: 0.5
+        engine._requests[0].sequence_state(0).rng = rng
+        engine._requests[0].sequence_state(0).uniform = lambda place: 0.5
         monkeypatch.setattr(
-            sampler.sampling,
+            model_runner.sampling,
             "sample",
             lambda p, u: np.asarray([enumeration.draw(row, rng.random()) for row in p]),
         )
         return tuple(engine.run()[0].tokens)
 
-    assert distance(law(run), text_law(target, SamplingParams(temperature=1.0), 3)) <= 1e-11
+    assert (
+        largest_difference(
+            exact_distribution(run), output_distribution(target, SamplingParams(temperature=1.0), 3)
+        )
+        <= 1e-11
+    )
 
 
 # --- how many drafts ----------------------------------------------------------------------
@@ -277,12 +278,12 @@ def drive(drafting, good: bool, names: int, rounds: int) -> list[int]:
     """γ by round of the first of ``names`` sequences whose drafts are all accepted, or none."""
     sequences = [drafting() for _ in range(names)]
     asks = [
-        (sequence, Ask([1, 2, 3, 4, 5, 1], 100, GREEDY, np.random.default_rng(0), 0))
+        (sequence, DraftRequest([1, 2, 3, 4, 5, 1], 100, GREEDY, np.random.default_rng(0), 0))
         for sequence in sequences
     ]
     gammas = []
     for _ in range(rounds):  # there is always something to look up
-        made = [len(proposal.tokens) for proposal in drafting.propose_together(asks)]
+        made = [len(proposal.tokens) for proposal in drafting.propose_batch(asks)]
         gammas.append(made[0])
         for sequence, drafts in zip(sequences, made, strict=True):
             if drafts:
@@ -328,7 +329,7 @@ def test_what_was_worked_out_for_one_batch_and_acceptance_is_not_taken_for_anoth
     ] * 2
     found = []
     for alpha, drafting.batch, most in cases:
-        found.append(drafting.worth(alpha, most))
+        found.append(drafting.worthwhile_gamma(alpha, most))
     gains = [
         costs.rate(a, b, costs.best_gamma(a, b, most)) / costs.rate(a, b, 0) for a, b, most in cases
     ]
@@ -349,18 +350,18 @@ def test_drafting_is_off_in_a_large_batch_and_on_in_a_small_one():
 
 
 def test_measured_costs_are_usable():
-    costs = measure(TARGET, ModelDrafter(DRAFT, 2), most=6, context=16, rounds=2)
+    costs = measure_costs(TARGET, ModelDrafter(DRAFT, 2), most=6, context=16, rounds=2)
     assert [n for n, _ in costs.steps] == [1, 2, 3, 4, 6]
     assert min(t for _, t in costs.steps) > 0
     [(batch, first, further)] = costs.drafts
     assert batch == 1
     assert first > 0 <= further
-    costs = measure(TARGET, ModelDrafter(DRAFT, 2, sequences=3), most=6, context=16, rounds=1)
+    costs = measure_costs(TARGET, ModelDrafter(DRAFT, 2, sequences=3), most=6, context=16, rounds=1)
     assert [b for b, _, _ in costs.drafts] == [1, 2, 3]
     assert costs.drafting(6, 2) == 2 * costs.drafting(3, 2)  # two turns
-    assert costs.drafting(3, 0) == measure(TARGET, most=2, rounds=1).drafting(3, 2) == 0
+    assert costs.drafting(3, 0) == measure_costs(TARGET, most=2, rounds=1).drafting(3, 2) == 0
     with pytest.raises(ValueError, match="vocabulary"):
-        measure(TARGET, ModelDrafter(record(SMALL, 1)), most=2, rounds=1)
+        measure_costs(TARGET, ModelDrafter(random_model(SMALL, 1)), most=2, rounds=1)
 
 
 def test_the_batch_is_who_asks_now_and_nobody_is_kept():
@@ -371,18 +372,21 @@ def test_the_batch_is_who_asks_now_and_nobody_is_kept():
         engine.submit(Request([5, 6, 5, 6, 5], 3, id=i, ignore_eos=True))
         engine.run()
     assert drafting.batch == 1
-    assert drafting.worth(0.9, 3) > 0
+    assert drafting.worthwhile_gamma(0.9, 3) > 0
 
 
 def test_a_sequence_that_began_badly_is_tried_again_beside_one_that_drafts():
     costs = Costs([(1, 1.0), (9, 1.0)], [(1, 0.5, 0.5), (9, 0.5, 0.5)])
     drafting = AdaptiveDrafting(lambda: NGramDrafter(1, shortest=1), costs=costs)
     drafting.stats = Acceptance(steps=1000, proposed=1000, judged=1000, accepted=900)
-    asks = [(drafting(), Ask([1, 2, 1], 1, GREEDY, np.random.default_rng(0), 0)) for _ in range(2)]
+    asks = [
+        (drafting(), DraftRequest([1, 2, 1], 1, GREEDY, np.random.default_rng(0), 0))
+        for _ in range(2)
+    ]
     drafted = []
     for step in range(40 * PROBE):
         for i, ((sequence, _), proposal) in enumerate(
-            zip(asks, drafting.propose_together(asks), strict=True)
+            zip(asks, drafting.propose_batch(asks), strict=True)
         ):
             if proposal.tokens:
                 good = i == 0 or step > PROBE
@@ -398,11 +402,11 @@ def test_a_probe_that_finds_nothing_and_one_among_many_do_not_lengthen_the_wait(
     costly = priced([(1, 1.0), (2, 1.4), (1000, 500.0)], 0.0)
     drafting = AdaptiveDrafting(lambda: NGramDrafter(4, shortest=1), costs=costly)
     drafting.stats = Acceptance(steps=1000, proposed=1000, judged=1000, accepted=0)
-    ask = Ask([1, 2, 3, 4], 4, GREEDY, np.random.default_rng(0), 0)  # nothing repeats
+    ask = DraftRequest([1, 2, 3, 4], 4, GREEDY, np.random.default_rng(0), 0)  # nothing repeats
     asks = [(drafting(), ask)]
     for _ in range(5 * PROBE):
-        assert drafting.propose_together(asks)[0].tokens == []
-    assert drafting.wait == PROBE
+        assert drafting.propose_batch(asks)[0].tokens == []
+    assert drafting.probe_interval == PROBE
 
 
 def test_who_has_no_cache_left_goes_without_drafts_and_the_others_keep_theirs():
@@ -414,7 +418,7 @@ def test_who_has_no_cache_left_goes_without_drafts_and_the_others_keep_theirs():
     assert source.computed < 3 * (40 + 12) + 12 * 3 * 3  # every prompt once, and what was drafted
 
     with pytest.raises(ValueError, match="vocabulary"):
-        Engine(TARGET, num_blocks=8, drafter=AdaptiveDrafting(ModelDrafter(record(SMALL, 1))))
+        Engine(TARGET, num_blocks=8, drafter=AdaptiveDrafting(ModelDrafter(random_model(SMALL, 1))))
     for wrong, error in ((NGramDrafter(3), TypeError), (TreeDrafter(DRAFT), ValueError)):
         with pytest.raises(error, match="ModelDrafter"):
             AdaptiveDrafting(wrong)
@@ -422,14 +426,14 @@ def test_who_has_no_cache_left_goes_without_drafts_and_the_others_keep_theirs():
 
 def test_costs_of_a_draft_model_that_is_rarely_sure_are_not_nothing():
     draft = ModelDrafter(DRAFT, 3, confidence=0.9, sequences=3)
-    for _, first, further in measure(TARGET, draft, most=2, context=16, rounds=2).drafts:
+    for _, first, further in measure_costs(TARGET, draft, most=2, context=16, rounds=2).drafts:
         assert first > 0
         assert further >= 0
     assert draft.confidence == 0.9
     assert draft.computed >= 2 * 2 * 3 * 3
     for bad in ({"most": 0}, {"context": 2}, {"rounds": 0}):
         with pytest.raises(ValueError, match="at least 1 and context 3"):
-            measure(TARGET, **bad)
+            measure_costs(TARGET, **bad)
     with pytest.raises(ValueError, match="a measured step at least"):
         Costs([])
 
@@ -438,9 +442,9 @@ def test_a_failure_while_drafting_is_made_up_for(monkeypatch):
     """Whatever fails, in the draft model, in the making of a drafter: the next step begins
     where that one did.
     """
-    from refllm.decode.speculative import drafters as module
+    from refllm.decode.speculative import model_drafter
 
-    real = module.forward
+    real = model_drafter.forward
     failed = []
 
     def fails_once(*arguments):
@@ -458,7 +462,7 @@ def test_a_failure_while_drafting_is_made_up_for(monkeypatch):
             raise MemoryError
         return NGramDrafter(3, shortest=1)
 
-    monkeypatch.setattr(module, "forward", fails_once)
+    monkeypatch.setattr(model_drafter, "forward", fails_once)
     for drafter in (AdaptiveDrafting(ModelDrafter(DRAFT, 3, sampling=GREEDY)), made):
         engine = Engine(TARGET, num_blocks=24, block_size=4, drafter=drafter, seed=0)
         engine.submit(asked)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refllm.kv.block_pool import BlockPool
-from refllm.serve.admission import FirstCome, LongestPrefix, Priority, named
+from refllm.serve.admission import FirstCome, LongestPrefix, Priority, order_named
 from refllm.serve.plan import SampledTokens
 from refllm.serve.prefix_caching import RadixKVManager
 from refllm.serve.request import Request, Sequence
@@ -127,7 +127,12 @@ def test_priority_is_lowest_first_then_arrival_then_age_and_the_victim_is_last_o
 
 
 def test_the_longest_cached_prefix_goes_first_and_ties_as_they_came():
-    waiting = [sequence(0, (1, 2)), sequence(1, (5, 6, 7, 8)), sequence(2, (5, 6, 9)), sequence(3, (3,))]
+    waiting = [
+        sequence(0, (1, 2)),
+        sequence(1, (5, 6, 7, 8)),
+        sequence(2, (5, 6, 9)),
+        sequence(3, (3,)),
+    ]
     memory = RadixKVManager(BlockPool(8, 1))
     memory.cache.insert([5, 6, 7], [0, 1, 2])
     assert [b.order for b in LongestPrefix().candidates(list(waiting), memory)] == [1, 2, 0, 3]
@@ -170,9 +175,9 @@ def test_the_in_batch_rule_saves_what_is_shared():
 
 def test_an_order_has_a_name():
     order = LongestPrefix()
-    assert named(order) is order
-    assert isinstance(named("lpm"), LongestPrefix)
+    assert order_named(order) is order
+    assert isinstance(order_named("lpm"), LongestPrefix)
     with pytest.raises(ValueError, match="unknown order 'best'; choose one of fcfs, priority, lpm"):
-        named("best")
+        order_named("best")
     with pytest.raises(ValueError, match="1 or more"):
         LongestPrefix(shared=0)

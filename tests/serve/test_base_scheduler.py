@@ -33,8 +33,8 @@ def go(*tokens: int, reason: str | None = None) -> SampledTokens:
         ([[go(1)], [go(1)]], "3 sequences were sampled, got 2"),
         ([[go()], [go(1)], [go(1)]], "yields 1 to 1 tokens, got 0"),
         ([[go(1, 2)], [go(1)], [go(1)]], "yields 1 to 1 tokens, got 2"),
-        ([[go(1), go(2)], [go(1)], [go(1)]], "may become 1, got 2"),
-        ([[go(1)], [go(1), go(2), go(3)], [go(1)]], "may become 2, got 3"),
+        ([[go(1), go(2)], [go(1)], [go(1)]], "may fork into 1, got 2"),
+        ([[go(1)], [go(1), go(2), go(3)], [go(1)]], "may fork into 2, got 3"),
         ([[go(1)], [go(1)], [go(1), go(2), go(3)]], "n = 2 sequences"),
     ],
 )
@@ -62,10 +62,10 @@ def test_tokens_that_were_not_drafted_are_not_accepted():
     assert made.propose((0, 0), [4, 5]) == 2
     plan = made.plan()
     for wrong in ([[go(5, 5)]], [[go(4, 5, 6, 7)]], [[go(4), go(5)]]):
-        with pytest.raises(ValueError, match="accepted|yields|may become"):
+        with pytest.raises(ValueError, match="accepted|yields|may fork"):
             made.update(plan, wrong)
-    (event,) = made.update(plan, [[go(4, 5, 6)]])
-    assert (event.tokens, made.running[0].computed, made.sampled) == ([4, 5, 6], 5, 4)
+    (update,) = made.update(plan, [[go(4, 5, 6)]])
+    assert (update.tokens, made.running[0].computed, made.sampled) == ([4, 5, 6], 5, 4)
 
 
 def test_nobody_drafts_more_than_may_be_said():
@@ -79,8 +79,8 @@ def test_nobody_drafts_more_than_may_be_said():
 
 def test_a_sequence_may_end_without_a_token_if_it_says_why():
     made = scheduler(Request([1, 2], 3))
-    (event,) = made.update(made.plan(), [[go(reason="error")]])
-    assert (event.tokens, event.reason) == ([], "error")
+    (update,) = made.update(made.plan(), [[go(reason="error")]])
+    assert (update.tokens, update.reason) == ([], "error")
     assert not made.unfinished
     assert made.memory.allocated == 0
 
@@ -89,8 +89,8 @@ def test_beams_fork_and_drop_and_keep_their_seats():
     made = scheduler(Request([1, 2], 9, n=3, beam=True), max_sequences=3)
     made.update(made.plan(), [[go(1), go(2), go(3)]])
     other = made.submit(Request([1], 1, id="other"))
-    events = made.update(made.plan(), [[], [go(4), go(5), go(6)], []])
-    assert [(e.sequence.index, e.reason) for e in events] == [
+    updates = made.update(made.plan(), [[], [go(4), go(5), go(6)], []])
+    assert [(update.sequence.index, update.reason) for update in updates] == [
         (0, "dropped"),
         (1, None),
         (3, None),
@@ -100,9 +100,9 @@ def test_beams_fork_and_drop_and_keep_their_seats():
     made.check()
     made.update(made.plan(), [[], [go(7)], []])
     made.check()
-    assert sum(b.seats for b in made.running) == 3
+    assert sum(b.slots for b in made.running) == 3
     assert made.plan().waiting == 1  # a search of three keeps three seats while it has one beam
-    assert made.serves(other)
+    assert made.has_request(other)
 
 
 def test_who_ends_without_a_step_is_told_with_the_next():
@@ -110,7 +110,7 @@ def test_who_ends_without_a_step_is_told_with_the_next():
     assert made.unfinished
     plan = made.plan()
     assert plan.items == []
-    assert [(e.sequence.key, e.reason) for e in made.update(plan, [])] == [
+    assert [(update.sequence.key, update.reason) for update in made.update(plan, [])] == [
         (("nothing", 0), "length"),
         (("nothing", 1), "length"),
     ]

@@ -264,7 +264,7 @@ def test_oracle_the_search_in_the_engine_finds_what_a_naive_one_finds(
 ):
     request = Request(prompt, longest, n=n, beam=True, length_penalty=penalty)
     # not one more than the search may need: others preempt it
-    blocks = -(-request.longest // size) * n
+    blocks = -(-request.max_cached_tokens // size) * n
     engine = Engine(
         served_model(9),
         num_blocks=blocks + seed,
@@ -273,7 +273,7 @@ def test_oracle_the_search_in_the_engine_finds_what_a_naive_one_finds(
         prefix_cache=("hash", "radix", None)[seed % 3],
         max_batch_tokens=max(n, 4),
     )
-    others = Request([1], min(request.longest, 3), ignore_eos=True)
+    others = Request([1], min(request.max_cached_tokens, 3), ignore_eos=True)
     engine.submit(others)
     name = engine.submit(request)
     engine.submit(others)

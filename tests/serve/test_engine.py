@@ -13,10 +13,11 @@ import pytest
 from hypothesis import settings
 
 from refllm.api import Model
-from refllm.decode.speculative.drafters import ModelDrafter, NGramDrafter
-from refllm.serve import factory
+from refllm.decode.speculative.model_drafter import ModelDrafter
+from refllm.decode.speculative.ngram_drafter import NGramDrafter
+from refllm.serve import factory, model_runner
 from refllm.serve.engine import Engine
-from refllm.serve.outputs import StreamChunk
+from refllm.serve.plan import SequenceUpdate
 from refllm.serve.request import Request
 from serving import TOLERANCE, alone, said, served_model
 from tiny_models import tiny_model
@@ -83,7 +84,7 @@ def some_engine(rng: random.Random, **options: Any) -> Engine:
 
 
 def holds(engine: Engine, request: Request) -> bool:
-    return engine.scheduler.refuses(request) is None
+    return engine.scheduler.rejection_reason(request) is None
 
 
 @pytest.mark.theorem(
@@ -256,7 +257,7 @@ def test_an_abort_ends_with_what_was_said_and_is_false_for_nobody(busy):
 
 def test_a_seed_is_none_or_a_whole_number():
     with pytest.raises(
-        ValueError, match="the engine's seed is None or a whole number, 0 or more, got -1"
+        ValueError, match="the engine's seed is None or an integer, 0 or more, got -1"
     ):
         Engine(served_model(), num_blocks=1, seed=-1)
 
@@ -354,7 +355,7 @@ def test_what_was_heard_in_a_step_that_fails_was_not_said(monkeypatch):
         raise MemoryError("after the tokens were chosen")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_search", fail)
+        patch.setattr(model_runner, "_advance_beams", fail)
         with pytest.raises(MemoryError, match="were chosen"):
             engine.step()
     (result,) = engine.run().values()
@@ -382,10 +383,10 @@ def test_outputs_stand_in_the_order_of_their_sequences_whoever_ended_first():
     )
 
 
-# --- listeners ----------------------------------------------------------------------------
+# --- callbacks ----------------------------------------------------------------------------
 
 
-def test_listeners_hear_every_token_once_and_the_text_piece_by_piece():
+def test_callbacks_receive_every_token_once_and_the_text_in_parts():
     engine = Engine(served_model(), num_blocks=40)
     heard = []
     request = Request(PROMPTS[0], 12, n=3, seed=1, temperature=1.0, ignore_eos=True)
@@ -419,24 +420,24 @@ def test_a_stop_string_ends_the_text_before_it():
     assert engine.used_blocks == 0
 
 
-def test_a_listener_that_raises_ends_its_own_request(busy):
-    def raises(piece: StreamChunk) -> None:
+def test_a_callback_that_raises_ends_its_own_request(busy):
+    def raises(piece: SequenceUpdate) -> None:
         raise KeyError("lost")
 
     name = busy.submit(Request([1, 2], 5, n=2), raises)
     while busy.unfinished:
         busy.step()
     result = busy.results.pop(name)
-    assert result.error == "the listener raised KeyError: 'lost'"
+    assert result.error == "the callback raised KeyError: 'lost'"
     assert {output.reason for output in result.outputs} == {"error"}
     assert_serves_on(busy)
 
 
-def test_ctrl_c_in_a_listener_is_raised_and_the_next_run_serves_what_is_left():
+def test_ctrl_c_in_a_callback_is_raised_and_the_next_run_serves_what_is_left():
     engine = Engine(served_model(), num_blocks=40)
     calls = []
 
-    def interrupted(piece: StreamChunk) -> None:
+    def interrupted(piece: SequenceUpdate) -> None:
         calls.append(piece)
         if len(calls) == 1:
             raise KeyboardInterrupt
@@ -456,10 +457,10 @@ def test_ctrl_c_in_a_listener_is_raised_and_the_next_run_serves_what_is_left():
     assert results[long].outputs[0].tokens == alone(Request([3], 4))[0]
 
 
-def test_a_listener_may_submit_and_abort_but_not_step(busy):
+def test_a_callback_may_submit_and_abort_but_not_step(busy):
     errors = []
 
-    def meddles(piece: StreamChunk) -> None:
+    def meddles(piece: SequenceUpdate) -> None:
         try:
             busy.step()
         except RuntimeError as error:
@@ -470,7 +471,7 @@ def test_a_listener_may_submit_and_abort_but_not_step(busy):
     busy.submit(Request([1, 2], 5, id="own"), meddles)
     while busy.unfinished:
         busy.step()
-    assert "listener called step" in errors[0]
+    assert "callback called step" in errors[0]
     assert busy.results.pop("own").reason == "aborted"
     assert busy.results.pop("late").reason in ("length", "end")
     assert_serves_on(busy)

@@ -82,7 +82,7 @@ def test_siblings_share_and_the_first_who_writes_copies(make: Make):
 def test_a_watermark_keeps_blocks_for_those_who_run(make: Make):
     pool = BlockPool(10, 1)
     memory = make(pool) if make is not PagedKVManager else PagedKVManager(pool)
-    memory.spare = 3
+    memory.watermark_blocks = 3
     one = sequence([1] * 8)
     two = sequence([2] * 8, 1)
     assert not memory.admit(one, 8, alone=False)
@@ -159,14 +159,14 @@ def test_a_leak_is_found(make: Make):
 @KINDS
 def test_what_never_fits_is_refused_beams_side_by_side(make: Make):
     memory = make(BlockPool(4, 2))
-    assert memory.refuses(Request([1] * 8, 1)) is None
+    assert memory.rejection_reason(Request([1] * 8, 1)) is None
     assert (
-        memory.refuses(Request([1] * 8, 2))
+        memory.rejection_reason(Request([1] * 8, 2))
         == "needs 10 slots with 9 tokens to keep, and the pool has 8"
     )
-    assert memory.refuses(Request([1] * 3, 1, n=2)) is None
-    assert memory.refuses(Request([1] * 3, 1, n=2, beam=True)) is None
-    assert memory.refuses(Request([1] * 3, 1, n=3, beam=True)) is not None
+    assert memory.rejection_reason(Request([1] * 3, 1, n=2)) is None
+    assert memory.rejection_reason(Request([1] * 3, 1, n=2, beam=True)) is None
+    assert memory.rejection_reason(Request([1] * 3, 1, n=3, beam=True)) is not None
 
 
 @pytest.mark.parametrize("make", [HashKVManager, RadixKVManager])

@@ -10,17 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.serve.plan import PaddingRow, Plan, ScheduledSequence, place
+from refllm.serve.plan import PaddingRow, Plan, ScheduledSequence, slots_of
 
 
 @given(blocks=st.permutations(range(9)), size=st.integers(1, 5), data=st.data())
 def test_oracle_a_place_is_the_block_of_a_position_and_what_is_left(blocks, size, data):
     start = data.draw(st.integers(0, 9 * size - 1))
     stop = data.draw(st.integers(start, 9 * size))
-    assert place(blocks, size, start, stop) == [
+    assert slots_of(blocks, size, start, stop) == [
         blocks[p // size] * size + p % size for p in range(start, stop)
     ]
-    assert place(blocks, 0, start, stop) == list(range(blocks[0] + start, blocks[0] + stop))
+    assert slots_of(blocks, 0, start, stop) == list(range(blocks[0] + start, blocks[0] + stop))
 
 
 def plan(*items: ScheduledSequence, **fields: Any) -> Plan:
@@ -32,12 +32,20 @@ B = ("b", 0)
 
 
 def test_what_a_plan_tells():
-    made = plan(ScheduledSequence(A, 3, 1, (5, 1), 1), ScheduledSequence(B, 0, 3, (2, 0), 0), padding_rows=[PaddingRow(4, 1, 90)])
+    made = plan(
+        ScheduledSequence(A, 3, 1, (5, 1), 1),
+        ScheduledSequence(B, 0, 3, (2, 0), 0),
+        padding_rows=[PaddingRow(4, 1, 90)],
+    )
     made.check()
     assert (made.tokens, made.sampling) == (4, [made.items[0]])
     assert [made.slots(item) for item in made.items] == [[3], [4, 5, 0]]
     assert made.batch() == [(3, 1), (0, 3), (4, 1)]
-    padded = plan(ScheduledSequence(A, 0, 3, (2,), 1, pad=2), ScheduledSequence(B, 3, 1, (9,), 1, pad=2), block_size=0)
+    padded = plan(
+        ScheduledSequence(A, 0, 3, (2,), 1, pad=2),
+        ScheduledSequence(B, 3, 1, (9,), 1, pad=2),
+        block_size=0,
+    )
     # padding is computed with the prompt, and seen by what follows
     assert padded.batch() == [(0, 5), (5, 1)]
 
@@ -45,9 +53,19 @@ def test_what_a_plan_tells():
 @pytest.mark.parametrize(
     ("broken", "why"),
     [
-        (plan(ScheduledSequence(A, 0, 1, (0,), 1), ScheduledSequence(A, 0, 1, (1,), 1)), "stands twice"),
+        (
+            plan(ScheduledSequence(A, 0, 1, (0,), 1), ScheduledSequence(A, 0, 1, (1,), 1)),
+            "stands twice",
+        ),
         (plan(ScheduledSequence(A, 0, 3, (0, 1), 1), budget=2), "budget"),
-        (plan(ScheduledSequence(A, 0, 1, (0,), 1), ScheduledSequence(B, 0, 1, (1,), 1), seats=1), "seats"),
+        (
+            plan(
+                ScheduledSequence(A, 0, 1, (0,), 1),
+                ScheduledSequence(B, 0, 1, (1,), 1),
+                max_sequences=1,
+            ),
+            "max_sequences",
+        ),
         (
             plan(ScheduledSequence(A, 0, 1, (0,), 1), admitted=[A], preempted=[B]),
             "admitted in a step that preempted",
@@ -58,8 +76,14 @@ def test_what_a_plan_tells():
         (plan(ScheduledSequence(A, -1, 1, (0,), 0)), "below 0"),
         (plan(ScheduledSequence(A, 2, 1, (0, 0), 1)), "a block twice"),
         (plan(ScheduledSequence(A, 2, 1, (0,), 1)), "beyond its blocks"),
-        (plan(ScheduledSequence(A, 1, 1, (0,), 1), ScheduledSequence(B, 1, 1, (0,), 1)), "one slot"),
-        (plan(ScheduledSequence(A, 1, 1, (0,), 1), ScheduledSequence(B, 2, 1, (0, 1), 1)), "is shared"),
+        (
+            plan(ScheduledSequence(A, 1, 1, (0,), 1), ScheduledSequence(B, 1, 1, (0,), 1)),
+            "one slot",
+        ),
+        (
+            plan(ScheduledSequence(A, 1, 1, (0,), 1), ScheduledSequence(B, 2, 1, (0, 1), 1)),
+            "is shared",
+        ),
         (plan(ScheduledSequence(A, 0, 1, (1,), 1), copies=[(0, 1), (2, 1)]), "two copies"),
     ],
 )

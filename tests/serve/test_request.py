@@ -80,7 +80,7 @@ def test_bound_the_last_token_is_never_computed(prompt, longest):
     request = Request(np.array(prompt), longest, stop="end")
     assert request.prompt == tuple(prompt)
     assert all(type(token) is int for token in request.prompt)
-    assert request.longest == len(prompt) + max(longest - 1, 0)
+    assert request.max_cached_tokens == len(prompt) + max(longest - 1, 0)
     assert request.stop == ("end",)
 
 
@@ -90,7 +90,7 @@ def test_a_range_stays_a_range():
 
 def test_a_sequence_is_behind_by_what_it_has_not_computed():
     sequence = Sequence(Request([1, 2, 3], 4, id="a", n=2), 0, 0)
-    assert (sequence.total, sequence.output, sequence.left, sequence.key, sequence.seats) == (
+    assert (sequence.total, sequence.output, sequence.remaining, sequence.key, sequence.slots) == (
         3,
         [],
         4,
@@ -99,5 +99,5 @@ def test_a_sequence_is_behind_by_what_it_has_not_computed():
     )
     sequence.tokens.append(7)
     sequence.drafts = [8, 9]
-    assert (sequence.total, sequence.output, sequence.left) == (6, [7], 3)
+    assert (sequence.total, sequence.output, sequence.remaining) == (6, [7], 3)
     assert repr(sequence) == "Sequence('a'.0, 0/6, waiting)"

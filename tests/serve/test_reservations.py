@@ -18,7 +18,8 @@ def sequence(prompt: int, output: int, order: int = 0) -> Sequence:
 def test_bound_each_rule_reserves_what_may_come_and_knows_less_of_it(prompt, output):
     request = Request(range(prompt), output)
     sizes = {
-        rule: ReservedKVManager(200, rule, longest=100).size(request) for rule in ("max", "pow2", "oracle")
+        rule: ReservedKVManager(200, rule, longest=100).size(request)
+        for rule in ("max", "pow2", "oracle")
     }
     assert sizes["max"] == 100
     assert sizes["oracle"] == prompt + output
@@ -70,15 +71,18 @@ def test_rows_move_apart_while_a_batch_is_formed_and_go_together():
 @pytest.mark.parametrize(
     ("memory", "why"),
     [
-        (ReservedKVManager(64, "max", longest=32), "30 \\+ 9 tokens, and the longest sequence is 32"),
-        (ReservedKVManager(48, "oracle"), "run of 39 slots, and the largest has 32"),
+        (
+            ReservedKVManager(64, "max", longest=32),
+            "30 \\+ 9 tokens, and the longest sequence is 32",
+        ),
+        (ReservedKVManager(48, "oracle"), "range of 39 slots, and the largest has 32"),
         (PaddedKVManager(38), "row of 39 slots, and a row may have 38"),
         (PaddedKVManager(99, longest=20), "row of 39 slots, and a row may have 20"),
     ],
 )
 def test_what_never_fits_is_refused(memory, why):
     request = Request(range(30), 9)
-    reason = memory.refuses(request)
+    reason = memory.rejection_reason(request)
     assert reason is not None
     with pytest.raises(ValueError, match=why):
         raise ValueError(reason)

@@ -21,7 +21,7 @@ from refllm.serve import factory
 from refllm.serve.kv_manager import PagedKVManager
 from refllm.serve.plan import Outcome, Plan, SampledTokens, SequenceUpdate
 from refllm.serve.prefix_caching import HashKVManager, RadixKVManager
-from refllm.serve.request import Request, Status
+from refllm.serve.request import Request, SequenceStatus
 from refllm.serve.scheduler import Scheduler
 from strategies import seeds
 
@@ -113,7 +113,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for sequence in self.scheduler.running:
             drafts = [rng.randint(0, 1) for _ in range(rng.randint(0, 4))]
             useful = self.scheduler.propose(sequence.key, drafts)
-            assert useful <= min(len(drafts), sequence.left - 1)
+            assert useful <= min(len(drafts), sequence.remaining - 1)
             assert sequence.drafts == drafts[:useful] or not useful
 
     @rule(seed=seeds, fate=st.sampled_from(["goes well"] * 6 + ["fails", "aborted in it"]))
@@ -131,7 +131,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         scheduler = self.scheduler
         busy = bool(scheduler.running or scheduler.waiting)
         kept = {
-            sequence.key: list(sequence.tokens) for sequence in (*scheduler.running, *scheduler.waiting)
+            sequence.key: list(sequence.tokens)
+            for sequence in (*scheduler.running, *scheduler.waiting)
         }
         plan = scheduler.plan()
         plan.check()
@@ -154,7 +155,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def look(self, plan: Plan, kept: dict[Any, list[int]]) -> None:
         """What a plan promises beyond ``Plan.check``."""
         sequences = {
-            sequence.key: sequence for sequence in (*self.scheduler.running, *self.scheduler.waiting)
+            sequence.key: sequence
+            for sequence in (*self.scheduler.running, *self.scheduler.waiting)
         }
         for item in plan.items:
             sequence = sequences[item.name]
@@ -172,7 +174,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert (sequence.tokens, sequence.computed, sequence.drafts) == (kept[name], 0, []), (
                 "its tokens, not their memory"
             )
-            assert sequence.status is Status.WAITING
+            assert sequence.status is SequenceStatus.WAITING
         self.seen["preempted"] += len(plan.preempted)
 
     def outcomes(self, plan: Plan, rng: random.Random) -> list[Outcome]:
@@ -185,7 +187,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             accepted = rng.randint(0, len(sequence.drafts))
             self.seen["accepted"] += accepted
             self.seen["rejected"] += len(sequence.drafts) - accepted
-            ways = sequence.seats
+            ways = sequence.slots
             if sequence.request.beam:
                 free = sequence.request.n - live[item.name[0]]
                 ways = rng.randint(live[item.name[0]] == 1, 1 + free)
@@ -201,11 +203,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             )
         return outcomes
 
-    def listen(self, events: list[SequenceUpdate], before: dict[Any, list[int]]) -> None:
+    def listen(self, updates: list[SequenceUpdate], before: dict[Any, list[int]]) -> None:
         """The sequences say what the outcomes told them to say, no more than they may, and
         end when they must.
         """
-        for sequence, tokens, reason in events:
+        for update in updates:
+            sequence, tokens, reason = update.sequence, update.tokens, update.reason
             if sequence.key not in self.texts:
                 parents = [text for key, text in before.items() if key[0] == sequence.key[0]]
                 assert sequence.output[:-1] in parents
@@ -213,8 +216,10 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.seen["forked"] += 1
             self.texts[sequence.key] += tokens
             assert sequence.output == self.texts[sequence.key]
-            assert (sequence.left == 0) <= (reason is not None), "it has all its tokens and goes on"
-            assert reason != "length" or sequence.left == 0
+            assert (sequence.remaining == 0) <= (reason is not None), (
+                "it has all its tokens and goes on"
+            )
+            assert reason != "length" or sequence.remaining == 0
             self.seen["dropped"] += reason == "dropped"
 
     @invariant()
@@ -269,16 +274,16 @@ def test_state_machine_the_scheduler_over_every_memory(kind):
 
 
 def served(scheduler: Scheduler, plans: list[Plan] | None = None) -> list[SequenceUpdate]:
-    """Run until all have ended, every token 7; returns the events in order."""
-    events: list[SequenceUpdate] = []
+    """Run until all have ended, every token 7; returns the updates in order."""
+    updates: list[SequenceUpdate] = []
     while scheduler.unfinished:
         plan = scheduler.plan()
         plan.check()
         if plans is not None:
             plans.append(plan)
-        events += scheduler.update(plan, [[SampledTokens([7])] for _ in plan.sampling])
+        updates += scheduler.update(plan, [[SampledTokens([7])] for _ in plan.sampling])
         scheduler.check()
-    return events
+    return updates
 
 
 def paged(blocks: int, size: int = 4, **options: Any) -> Scheduler:
@@ -300,10 +305,10 @@ def test_invariance_first_come_first_served_tells_first_tokens_in_the_order_of_a
     )
     for length in lengths:
         scheduler.submit(Request(range(length), 1))
-    events = served(scheduler)
+    updates = served(scheduler)
     assert scheduler.preemptions == 0  # a prompt of at most 12 tokens and no output: nobody grows
-    assert [event.sequence.order for event in events] == sorted(
-        event.sequence.order for event in events
+    assert [update.sequence.order for update in updates] == sorted(
+        update.sequence.order for update in updates
     )
 
 
@@ -311,9 +316,9 @@ def test_decodes_go_first_and_prompts_share_what_is_left():
     scheduler = paged(40, max_batch_tokens=8)
     plans = []
     scheduler.submit(Request(range(4), 6, id="streams"))
-    events = scheduler.update(scheduler.plan(), [[SampledTokens([7])]])
+    updates = scheduler.update(scheduler.plan(), [[SampledTokens([7])]])
     scheduler.submit(Request(range(20), 1, id="long"))
-    events += served(scheduler, plans)
+    updates += served(scheduler, plans)
     assert [
         [(item.name[0], item.count, item.samples) for item in plan.items] for plan in plans
     ] == [
@@ -372,13 +377,13 @@ def test_the_youngest_is_preempted_comes_back_first_and_keeps_its_tokens():
     plans = []
     for name in ("old", "young", "last"):
         scheduler.submit(Request(range(3), 5, id=name))
-    events = served(scheduler, plans)
+    updates = served(scheduler, plans)
     assert [(plan.step, name[0]) for plan in plans for name in plan.preempted] == [(2, "young")]
     assert all(not (plan.preempted and plan.admitted) for plan in plans)
     again = next(plan for plan in plans[3:] if plan.admitted)
     assert again.admitted[0] == ("young", 0)
     assert again.items[0][1:3] == (0, 5)  # its prompt and the two tokens that it had
-    said = Counter(event.sequence.request.id for event in events for _ in event.tokens)
+    said = Counter(update.sequence.request.id for update in updates for _ in update.tokens)
     assert set(said.values()) == {5}
 
 
@@ -455,9 +460,9 @@ def test_a_plan_is_carried_out_or_given_up_before_the_next():
     scheduler = paged(4)
     scheduler.submit(Request(range(3), 2))
     plan = scheduler.plan()
-    with pytest.raises(RuntimeError, match="still under way"):
+    with pytest.raises(RuntimeError, match="not completed"):
         scheduler.plan()
-    with pytest.raises(RuntimeError, match="not the plan under way"):
+    with pytest.raises(RuntimeError, match="not the current plan"):
         scheduler.update(Plan(0, []), [])
     scheduler.roll_back(plan)
     assert scheduler.waiting[0].computed == 0
@@ -498,7 +503,7 @@ def test_what_could_never_be_served_is_refused_and_nothing_happens(request_, opt
     scheduler.submit(Request(range(2), 2, id="other"))
     with pytest.raises(ValueError, match=why):
         scheduler.submit(request_)
-    assert [event.tokens for event in served(scheduler)] == [[7], [7]]
+    assert [update.tokens for update in served(scheduler)] == [[7], [7]]
 
 
 @given(fits=st.integers(1, 8))
@@ -506,7 +511,7 @@ def test_degenerate_a_pool_of_one_block_serves_what_fits(fits):
     scheduler = paged(1, 8)
     for longest in (0, 1, 9 - fits, 10 - fits):
         request = Request(range(fits), longest, id=longest)
-        if request.longest > 8:
+        if request.max_cached_tokens > 8:
             with pytest.raises(ValueError, match="pool has 8"):
                 scheduler.submit(request)
         elif longest not in {b.request.id for b in scheduler.waiting}:

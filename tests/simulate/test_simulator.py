@@ -20,7 +20,8 @@ from refllm.serve.request import Request
 from refllm.serve.scheduler import Scheduler
 from refllm.serve.swapping import SwappingKVManager
 from refllm.simulate import programs
-from refllm.simulate.simulator import Simulator, UnitClock
+from refllm.simulate.clock import UnitClock
+from refllm.simulate.simulator import Simulator
 from refllm.simulate.workload import ALPACA, Distinct, requests
 
 
@@ -175,7 +176,10 @@ def test_jumps_save_plans():
     for jumps in (False, True):
         taken = []
         Simulator(
-            scheduler("paged", 200, 16, None, 8, True), UnitClock(), jumps=jumps, on_step=taken.append
+            scheduler("paged", 200, 16, None, 8, True),
+            UnitClock(),
+            jumps=jumps,
+            on_step=taken.append,
         ).run(asked)
         plans.append(len(taken))
         assert any(t.steps > 1 for t in taken) == jumps
@@ -306,9 +310,9 @@ def test_a_tally_is_what_the_steps_say():
 def test_a_jump_counts_what_is_allocated_for_each_of_its_steps():
     taken = []
     asked = [Request(range(5), 9, id=i) for i in range(2)]
-    run = Simulator(scheduler("paged", 60, 8, None, None, True), UnitClock(), on_step=taken.append).run(
-        asked
-    )
+    run = Simulator(
+        scheduler("paged", 60, 8, None, None, True), UnitClock(), on_step=taken.append
+    ).run(asked)
     assert max(t.steps for t in taken) > 1
     assert run.all.allocated == sum(t.steps * t.allocated for t in taken)
 

@@ -9,8 +9,9 @@ from refllm.kv.block_pool import BlockPool
 from refllm.kv.radix_tree import RadixCache
 from refllm.serve import factory
 from refllm.simulate import programs
+from refllm.simulate.clock import UnitClock
 from refllm.simulate.programs import RandomIds
-from refllm.simulate.simulator import Simulator, UnitClock
+from refllm.simulate.simulator import Simulator
 from refllm.simulate.timeline import CACHED, FREE, SHARED, Trace, tree
 from refllm.simulate.workload import ALPACA, requests
 
@@ -29,7 +30,7 @@ def traced(cache, asked, follow=None, blocks=60):
 
 
 def test_every_allocated_block_has_its_holder():
-    asked = [r for r in requests(ALPACA, 30, np.random.default_rng(0)) if r.longest < 200]
+    asked = [r for r in requests(ALPACA, 30, np.random.default_rng(0)) if r.max_cached_tokens < 200]
     _, trace, taken, run = traced(None, asked)
     assert len(trace.owners) == run.all.steps
     for row, step in zip(trace.owners, taken, strict=True):

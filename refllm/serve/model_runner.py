@@ -1,0 +1,317 @@
+"""Execution of a plan: copies of blocks, one ragged batch through the network, then the next
+tokens of every sequence that is sampled, each with its own settings.
+
+| symbol | name                                                  | shape  |
+|--------|-------------------------------------------------------|--------|
+| T      | tokens of the step: those of all items, then padding  |        |
+| R      | rows that are sampled, Σ ``item.samples``             |        |
+| z      | logits, 1 + drafts rows per item of ``plan.sampling`` | [R, V] |
+| p      | distributions of the rows with temperature > 0        | [P, V] |
+| u      | uniforms, one per position of an output               | [U]    |
+
+Nothing is decided here: blocks, counts and copies are the plan's, and what becomes of the
+tokens is the engine's. A padded batch is computed with its padding: the padded positions of
+a prompt as a sequence of their own, the row of a finished request as one more token. (Only
+attention to the padding is saved.)
+
+Drafts that were not sampled (n-grams, argmax) are verified by drawing: row i is sampled with
+the uniform of its position, and draft i is accepted if it is the token that was drawn. That
+is the token-wise acceptance rule for a one-hot q, P(accept) = p(draft), and it yields *the
+same* tokens as decoding without drafts. Drafts that come with the q they were sampled from
+are verified by ``decode.speculative.verification.verify`` with the sequence's own generator:
+the same distribution, other tokens.
+
+Left out: overlapping a step with the planning of the next one, CUDA graphs, penalties on
+counts (``decode.penalties.apply_count_penalties``), grammars (a mask on z).
+"""
+
+from __future__ import annotations
+
+from collections import abc
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from refllm.backend import Array, asarray_like, to_numpy
+from refllm.decode import sampling
+from refllm.decode.fast.captured_step import make_decode_step
+from refllm.decode.generate import argmax_tokens
+from refllm.decode.penalties import apply_repetition_penalty
+from refllm.decode.speculative.interface import ModelLike
+from refllm.decode.speculative.verification import verify
+from refllm.kv.paged import PagedKVCache
+from refllm.model.llama import forward, logits
+from refllm.serve.plan import Outcome, Plan, SampledTokens, SequenceKey, slots_of
+from refllm.serve.request import Request, Sequence
+from refllm.serve.request_state import RequestState, SequenceState
+
+FAILED = [SampledTokens((), "error")]
+
+
+class _PlannedTable(NamedTuple):
+    """The block table of a planned sequence, as ``PagedKVCache.view`` reads it."""
+
+    blocks: tuple[int, ...]
+    block_size: int
+    length: int
+
+    def slots(self, start: int, stop: int) -> list[int]:
+        """The slots of positions [start, stop), in order."""
+        return slots_of(self.blocks, self.block_size, start, stop)
+
+
+class ModelRunner:
+    """Computes the logits of a plan.
+
+    Where every token of a step is sampled, ``decode.fast`` computes it with fewer array
+    calls; z is then valid until the next step.
+    """
+
+    def __init__(self, model: ModelLike, cache: PagedKVCache):
+        self.cache = cache
+        self._capture(model)
+
+    def _capture(self, model: ModelLike) -> None:
+        self._weights = model.weights
+        self._decode_step = make_decode_step(model.weights, model.config)
+
+    def execute(
+        self, plan: Plan, sequences: abc.Iterable[Sequence], model: ModelLike
+    ) -> Array | None:
+        """Compute a plan → z[R, V], or None if R = 0. ``sequences`` are those of
+        ``plan.items``, in the same order.
+        """
+        if model.weights is not self._weights:  # the user has replaced them
+            self._capture(model)
+        cache = self.cache
+        cache.copy(plan.copies)
+        if not plan.items:
+            return None
+        tables: list[_PlannedTable] = []
+        counts: list[int] = []
+        tokens: list[int] = []
+        positions: list[int] = []
+        rows: list[int] = []  # of the T tokens, those that are sampled
+        for sequence, item in zip(sequences, plan.items, strict=True):
+            _, start, count, blocks, samples, _ = item
+            tables.append(_PlannedTable(blocks, plan.block_size, start))
+            counts.append(count)
+            if count == 1:  # decode: nearly all items of a step
+                tokens.append(sequence.tokens[start])
+                positions.append(start)
+            else:
+                tokens += [*sequence.tokens, *sequence.drafts][start : start + count]
+                positions += range(start, start + count)
+            rows += range(len(tokens) - samples, len(tokens))
+        for first, start, count in _padding(plan):
+            tables.append(_PlannedTable((first,), 0, start))
+            counts.append(count)
+            tokens += [0] * count
+            positions += range(start, start + count)
+        attend = cache.view(tables, counts)
+        if len(rows) == len(tokens):
+            return self._decode_step(tokens, positions, attend)  # [R, V]
+        ids, places = asarray_like([tokens, positions], cache.keys, "int64")  # [T], [T]
+        sampled_rows = asarray_like(rows, cache.keys, "int64")  # [R]
+        hidden = forward(model.weights, model.config, ids, places, attend, sampled_rows)  # [R, N]
+        return logits(model.weights, hidden) if rows else None
+
+
+def _padding(plan: Plan) -> list[tuple[int, int, int]]:
+    """(slot of column 0, columns before, columns computed) of all padding of a batch."""
+    pads = []
+    for item in plan.items:
+        if item.pad and not item.start:
+            pads.append((item.blocks[0] - item.pad, 0, item.pad))
+    return pads + [(row.first, row.start, row.count) for row in plan.padding_rows]
+
+
+@dataclass(slots=True)
+class SamplingInput:
+    """A sequence that is sampled, and one state for each continuation that it may have."""
+
+    sequence: Sequence
+    states: list[SequenceState]
+    rows: slice  # of z
+    q: Array | None = None  # q[drafts, V], if its drafts were sampled
+    best: abc.Sequence[int] = ()  # argmax of each row, once sampled
+
+    @property
+    def request(self) -> Request:
+        """The settings."""
+        return self.sequence.request
+
+    @property
+    def num_rows(self) -> int:
+        """1 + drafts."""
+        return int(self.rows.stop - self.rows.start)
+
+
+def sample_outcomes(
+    plan: Plan,
+    sequences: list[Sequence],
+    requests: abc.Mapping[abc.Hashable, RequestState],
+    draft_q: abc.Mapping[SequenceKey, Array | None],
+    z: Array,
+) -> list[Outcome]:
+    """z[R, V] → an outcome for each sequence of ``plan.sampling``, in the same order.
+
+    ``sequences`` are those of ``plan.items``; ``draft_q`` has the q of drafts that were
+    sampled from one.
+    """
+    inputs: list[SamplingInput] = []
+    row = 0
+    for sequence, item in zip(sequences, plan.items, strict=True):
+        if item.samples:
+            states = requests[sequence.request.id].continuation_states(sequence)
+            rows = slice(row, row + item.samples)
+            q = draft_q.get(sequence.key) if sequence.drafts else None
+            inputs.append(SamplingInput(sequence, states, rows, q))
+            row += item.samples
+    z = apply_penalties(z, inputs)
+    outcomes: list[Outcome] = []
+    for one, continuations in zip(inputs, sample_tokens(z, inputs), strict=True):
+        if continuations is None:
+            message = "the logits have no largest one: NaN, +inf or nothing but -inf"
+            requests[one.request.id].output.error = message
+            outcomes.append(FAILED)
+            continue
+        pairs = zip(one.states, continuations, strict=True)
+        outcomes.append([state.consume(tokens) for state, tokens in pairs])
+        drafter = one.states[0].drafter
+        if one.sequence.drafts and drafter is not None:
+            drafter.observe(one.best, len(continuations[0]) - 1)
+    _advance_beams(inputs, z, requests, outcomes)
+    return outcomes
+
+
+def _advance_beams(
+    inputs: list[SamplingInput],
+    z: Array,
+    requests: abc.Mapping[abc.Hashable, RequestState],
+    outcomes: list[Outcome],
+) -> None:
+    """Replace the outcomes of beams by those of their search; all beams of a search are
+    sampled in one step.
+    """
+    places_of: dict[abc.Hashable, list[int]] = {}  # request → its places among the inputs
+    for i, one in enumerate(inputs):
+        if one.request.beam:
+            places_of.setdefault(one.request.id, []).append(i)
+    for name, places in places_of.items():
+        search = requests[name].search
+        assert search is not None
+        if any(outcomes[i] is FAILED for i in places):
+            decided: list[Outcome] = [FAILED] * len(places)
+        else:
+            rows = asarray_like([inputs[i].rows.start for i in places], z, "int64")
+            decided = search.advance([inputs[i].sequence for i in places], z[rows])
+        for i, outcome in zip(places, decided, strict=True):
+            outcomes[i] = outcome
+
+
+def apply_penalties(z: Array, inputs: abc.Sequence[SamplingInput]) -> Array:
+    """z[R, V] with each request's repetition penalty; row i of a sequence has seen its first
+    i drafts, too.
+    """
+    if all(one.request.repetition_penalty == 1 for one in inputs):
+        return z
+    seen = np.zeros(z.shape, dtype=bool)  # [R, V]
+    penalties = [1.0] * z.shape[0]
+    for one in inputs:
+        theta = one.request.repetition_penalty
+        if theta == 1:
+            continue
+        for i in range(one.num_rows):
+            row = one.rows.start + i
+            seen[row, [*one.sequence.tokens, *one.sequence.drafts[:i]]] = True
+            penalties[row] = theta
+    return apply_repetition_penalty(z, asarray_like(seen, z), penalties)
+
+
+def sample_tokens(z: Array, inputs: abc.Sequence[SamplingInput]) -> list[list[list[int]] | None]:
+    """z[R, V], after penalties → for each input the next tokens of each continuation; None
+    if a row of its logits has no largest one.
+    """
+    best = argmax_tokens(z)
+    sampled: list[list[list[int]] | None] = [None] * len(inputs)
+    drawn: list[int] = []  # inputs with a temperature
+    for i, one in enumerate(inputs):
+        one.best = best[one.rows]
+        if min(one.best) < 0:
+            continue
+        if one.request.temperature:
+            drawn.append(i)
+        else:
+            tokens = _accepted_tokens(one.best, one.sequence.drafts)
+            sampled[i] = [tokens] * len(one.states)
+    if drawn:
+        for i, continuations in zip(drawn, _draw(z, [inputs[i] for i in drawn]), strict=True):
+            sampled[i] = continuations
+    return sampled
+
+
+def _accepted_tokens(tokens: abc.Sequence[int], drafts: abc.Sequence[int]) -> list[int]:
+    """The tokens of rows 0, 1, … as long as each draft is the token of the row before it."""
+    accepted = 0
+    while accepted < len(drafts) and drafts[accepted] == tokens[accepted]:
+        accepted += 1
+    return list(tokens[: accepted + 1])
+
+
+def _draw(z: Array, inputs: abc.Sequence[SamplingInput]) -> list[list[list[int]]]:
+    """Inputs with a temperature: process all their rows at once, then draw one token per row
+    and continuation.
+    """
+    owners = [one for one in inputs for _ in range(one.num_rows)]
+    rows = [row for one in inputs for row in range(one.rows.start, one.rows.stop)]
+    p = sampling.process_logits(
+        z[asarray_like(rows, z, "int64")],
+        [one.request.temperature for one in owners],
+        [one.request.top_k for one in owners],
+        [one.request.top_p for one in owners],
+        [one.request.min_p for one in owners],
+    )  # [P, V]
+    picks: list[int] = []  # rows of p, repeated where several continuations draw from one
+    uniforms: list[float] = []
+    first = 0
+    for one in inputs:
+        position = len(one.sequence.output)
+        if one.q is None:
+            for state in one.states:
+                picks += range(first, first + one.num_rows)
+                uniforms += [state.uniform(position + i) for i in range(one.num_rows)]
+        first += one.num_rows
+    tokens: list[int] = []
+    if picks:
+        if picks != list(range(len(rows))):
+            picked = p[asarray_like(picks, p, "int64")]  # [U, V]
+        else:
+            picked = p
+        tokens = to_numpy(sampling.sample(picked, asarray_like(uniforms, p, "float64"))).tolist()
+    return _split_by_input(inputs, p, tokens)
+
+
+def _split_by_input(
+    inputs: abc.Sequence[SamplingInput], p: Array, tokens: list[int]
+) -> list[list[list[int]]]:
+    """The drawn tokens of each input and continuation; drafts with a q are verified here."""
+    split: list[list[list[int]]] = []
+    row = 0
+    at = 0
+    for one in inputs:
+        count = one.num_rows
+        drafts = one.sequence.drafts
+        if one.q is None:
+            continuations = []
+            for _ in one.states:
+                continuations.append(_accepted_tokens(tokens[at : at + count], drafts))
+                at += count
+            split.append(continuations)
+        else:
+            target = p[row : row + count]  # [1 + drafts, V]
+            accepted, token = verify(target, one.q[: count - 1], drafts, one.states[0].rng)
+            split.append([[*drafts[:accepted], token]])
+        row += count
+    return split
