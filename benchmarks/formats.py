@@ -64,7 +64,7 @@ class Ggml:
         out = np.empty((x.shape[0], row_bytes(type, x.shape[1])), dtype=np.uint8)
         given = None if weights is None else weights.ctypes.data_as(self.floats)
         self.lib.ggml_quantize_chunk(
-            TYPES[type].number, x.ctypes.data_as(self.floats), out.ctypes.data, 0, *x.shape, given
+            TYPES[type].id, x.ctypes.data_as(self.floats), out.ctypes.data, 0, *x.shape, given
         )
         return out
 

@@ -91,8 +91,8 @@ def run(files: int, seed: int) -> collections.Counter[str]:
             found = parse(bad)
             for record in found.tensors.values():
                 raw = np.frombuffer(bad, np.uint8, record.nbytes, record.start)
-                width = record.shape[-1] // record.kind.block * record.kind.size
-                dequantize(raw.reshape(-1, width), record.kind.name)
+                width = record.shape[-1] // record.type.block * record.type.size
+                dequantize(raw.reshape(-1, width), record.type.name)
             seen["read"] += 1
         except GGUFError as error:
             seen["refused"] += 1

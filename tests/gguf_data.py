@@ -172,7 +172,7 @@ def ggml_quantize(x: np.ndarray, type: str, importance: np.ndarray | None = None
         None if importance is None else np.ascontiguousarray(importance).ctypes.data_as(floats)
     )
     written = lib.ggml_quantize_chunk(
-        TYPES[type].number,
+        TYPES[type].id,
         x.ctypes.data_as(floats),
         out.ctypes.data,
         0,

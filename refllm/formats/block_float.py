@@ -38,7 +38,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from refllm.backend import Array, bitcast, namespace
+from refllm.array_types import Array
+from refllm.backend import bitcast, namespace
 from refllm.formats import minifloat
 from refllm.formats.granularity import Granularity, from_blocks
 from refllm.formats.packing import pack, unpack

@@ -24,7 +24,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from refllm.backend import Array, namespace
+from refllm.array_types import Array
+from refllm.backend import namespace
 from refllm.formats.block_float import BlockFloatLinear, FloatScheme
 from refllm.formats.fp8_linear import Fp8Linear
 from refllm.formats.layouts import FLOAT_LAYOUTS, WeightLayout

@@ -35,7 +35,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from refllm.backend import Array, bitcast, namespace
+from refllm.array_types import Array
+from refllm.backend import bitcast, namespace
 from refllm.formats import minifloat
 from refllm.formats.block_float import MATMUL_TILE, BlockFloatLinear, FloatScheme, quantize
 

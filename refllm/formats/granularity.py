@@ -22,7 +22,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refllm.backend import Array, namespace
+from refllm.array_types import Array
+from refllm.backend import namespace
 
 GRANULARITIES = ("tensor", "channel", "token", "group", "block")
 

@@ -34,7 +34,8 @@ none: the result is the exact sum).
 
 from __future__ import annotations
 
-from refllm.backend import Array, namespace
+from refllm.array_types import Array
+from refllm.backend import namespace
 
 __all__ = ["exact_length", "integer_matmul", "scaled_matmul"]
 

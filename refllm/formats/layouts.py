@@ -47,7 +47,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from refllm.backend import Array, bitcast, namespace
+from refllm.array_types import Array
+from refllm.backend import bitcast, namespace
 from refllm.formats.packing import pack, store_scale, store_zero, unpack, words_per_row
 from refllm.formats.quantized_linear import ActOrderLinear, QuantizedLinear, column_order
 from refllm.formats.uniform import Scheme

@@ -43,7 +43,8 @@ from functools import cache
 
 import numpy as np
 
-from refllm.backend import Array, bitcast, namespace
+from refllm.array_types import Array
+from refllm.backend import bitcast, namespace
 from refllm.formats.granularity import TILE
 
 __all__ = [

@@ -39,7 +39,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from refllm.backend import Array, bitcast, namespace
+from refllm.array_types import Array
+from refllm.backend import bitcast, namespace
 from refllm.formats.uniform import Scheme
 
 SCALE_DTYPES = ("float16", "bfloat16", "float32", "float64")

@@ -30,7 +30,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from refllm.backend import Array, namespace
+from refllm.array_types import Array
+from refllm.backend import namespace
 from refllm.formats.granularity import TILE
 from refllm.formats.packing import (
     load_scale,

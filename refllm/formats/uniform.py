@@ -56,7 +56,8 @@ from functools import cached_property
 
 import numpy as np
 
-from refllm.backend import Array, namespace
+from refllm.array_types import Array
+from refllm.backend import namespace
 from refllm.formats.granularity import Granularity, from_blocks
 
 SYMMETRIC = ("restricted", "half_integer", "half_integer_unsigned", "power")

@@ -31,7 +31,8 @@ code (absmax is at least 1e-5 there; here a row of any size has a step).
 
 from __future__ import annotations
 
-from refllm.backend import Array, namespace
+from refllm.array_types import Array
+from refllm.backend import namespace
 from refllm.formats.int_matmul import scaled_matmul
 from refllm.formats.quantized_linear import QuantizedLinear
 from refllm.formats.uniform import Scheme, qparams, quantize_codes

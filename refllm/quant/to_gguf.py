@@ -40,8 +40,7 @@ from refllm.checkpoints.gguf_names import (
     permutation,
     rope_factors,
 )
-from refllm.checkpoints.loading import is_gguf, read_config, read_tokenizer
-from refllm.checkpoints.loading import read as read_quantization
+from refllm.checkpoints.loading import is_gguf, read_config, read_quantization, read_tokenizer
 from refllm.checkpoints.tensor_files import (
     CheckpointError,
     TensorFiles,
@@ -53,7 +52,7 @@ from refllm.checkpoints.tensor_files import (
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.formats.gguf.codec import quantize
 from refllm.formats.gguf.mixes import MIXES, Heads, bits_per_weight, mix
-from refllm.formats.gguf.types import kind, row_bytes
+from refllm.formats.gguf.types import gguf_type, row_bytes
 from refllm.formats.gguf.writer import write
 from refllm.model.config import ModelConfig
 from refllm.quant.worker_pool import in_order, processes
@@ -176,7 +175,7 @@ def convert(
     metadata = metadata_of(config, _model_name(source)) | {
         "general.file_type": np.uint32(MIXES[type][1])
     }
-    if any(kind(t).quantized for t in types.values()):
+    if any(gguf_type(t).quantized for t in types.values()):
         metadata["general.quantization_version"] = np.uint32(2)
     write(target, metadata | gguf_tokenizer.metadata_of(tokenizer, config), plan, read)
     return Converted(target, types, target.stat().st_size, bits_per_weight(shapes, types))
@@ -190,7 +189,7 @@ def open_source(path: str | Path) -> tuple[ModelConfig, Tokenizer]:
         with open_file(path) as file:
             tensors = GGUFTensors(file, None, None)
             tensors.check()
-            coded = [name for name, record in file.tensors.items() if record.kind.quantized]
+            coded = [name for name, record in file.tensors.items() if record.type.quantized]
             if coded:
                 raise CheckpointError(
                     f"{path}: {coded[0]} is quantised already: start from a file of F32, F16 or BF16"

@@ -81,7 +81,7 @@ def test_pieces_change_no_byte(type, monkeypatch):
     w = golden_importance()
     whole = quantize(x, type)
     weighted = quantize(x, type, w)
-    monkeypatch.setattr(codec, "PIECE", (512, 512))
+    monkeypatch.setattr(codec, "TILE", (512, 512))
     np.testing.assert_array_equal(quantize(x, type), whole)
     np.testing.assert_array_equal(quantize(x, type, w), weighted)
     np.testing.assert_array_equal(
@@ -496,7 +496,7 @@ def test_a_step_beyond_float16_is_infinite_or_refused():
     assert np.isinf(steps(quantize(x, "Q8_0"), "Q8_0")[1]).all()
     with pytest.raises(
         ValueError,
-        match=r"Q4_K cannot hold row 1 near column 0: its step, of numbers up to .*65504",
+        match=r"Q4_K cannot hold row 1 near column 0: its scale, for values up to .*65504",
     ):
         quantize(x, "Q4_K", overflow="raise")
     assert (quantize(x[:1], "Q4_K", overflow="raise") == quantize(x, "Q4_K")[:1]).all()
@@ -520,7 +520,7 @@ def test_numbers_that_are_none_are_refused_by_place(xp, bad):
 def test_what_no_tensor_can_be_is_refused(xp):
     x = xp.asarray(np.zeros((2, 96), np.float32))
     with pytest.raises(
-        ValueError, match="Q4_K stores blocks of 256 numbers, which do not divide a row of 96"
+        ValueError, match="Q4_K stores blocks of 256 elements, which do not divide a row of 96"
     ):
         quantize(x, "Q4_K")
     with pytest.raises(ValueError, match="unknown GGUF type 'Q4_K_M'; choose one of F32"):
@@ -528,7 +528,7 @@ def test_what_no_tensor_can_be_is_refused(xp):
     with pytest.raises(ValueError, match=r"float matrix \[R, K\], got float32 \(192,\)"):
         quantize(xp.reshape(x, (192,)), "Q4_0")
     with pytest.raises(
-        ValueError, match=r"importance has one number a column, \[96\], got \(95,\)"
+        ValueError, match=r"importance has one value per column, \[96\], got \(95,\)"
     ):
         quantize(x, "Q4_0", xp.asarray(np.ones(95, np.float32)))
     with pytest.raises(ValueError, match="importance is negative somewhere"):

@@ -56,7 +56,7 @@ def test_tiles_change_nothing(monkeypatch):
     w, _ = made(np, "Q4_K", 33, 1)
     x = build("normal", (4, 512), 2, "float64")
     whole = w.matmul(x)
-    monkeypatch.setattr(linear, "TILE", (1000, 1000))
+    monkeypatch.setattr(linear, "MATMUL_TILE", (1000, 1000))
     np.testing.assert_allclose(w.matmul(x), whole, rtol=1e-12, atol=1e-12)
 
 

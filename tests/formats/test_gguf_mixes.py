@@ -18,11 +18,11 @@ from refllm.checkpoints.tensor_files import tensor_shapes
 from refllm.experiments.gguf_mixes import ARTICLE, LLAMA_2_7B, LLAMA_31_8B, table
 from refllm.formats.gguf.mixes import MIXES, Heads, bits_per_weight, mix, more_bits
 from refllm.formats.gguf.reader import GGUFFile
-from refllm.formats.gguf.types import kind
+from refllm.formats.gguf.types import gguf_type
 from refllm.model.config import ModelConfig
 from refllm.quant.to_gguf import convert
 
-QUANTISED = [name for name, (base, _) in MIXES.items() if kind(base).quantized]
+QUANTISED = [name for name, (base, _) in MIXES.items() if gguf_type(base).quantized]
 
 
 def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -132,7 +132,7 @@ def test_an_importance_lifts_the_first_ffn_down():
 def test_rows_are_whole_blocks(name, layers, width, inner, tied, importance):
     shapes, heads = network(layers, 4, 2, width, inner, tied)
     for tensor, type in mix(shapes, name, heads, importance=importance).items():
-        assert shapes[tensor][-1] % kind(type).block == 0, (tensor, type)
+        assert shapes[tensor][-1] % gguf_type(type).block == 0, (tensor, type)
         assert (type == "F32") == (len(shapes[tensor]) == 1) or name == "F32"
 
 
@@ -191,7 +191,7 @@ def test_files_equal_llama_cpps_tensor_by_tensor(
     for name in QUANTISED if layers < 32 else ("Q3_K_M", "Q4_K_M"):
         theirs(tmp_path / "f32.gguf", tmp_path / "theirs.gguf", name)
         with GGUFFile(tmp_path / "theirs.gguf") as other:
-            types = {tensor: record.kind.name for tensor, record in other.tensors.items()}
+            types = {tensor: record.type.name for tensor, record in other.tensors.items()}
             assert mix(shapes, name, Heads("llama", layers, 4, kv)) == types, name
             if name in encoded:
                 convert(
@@ -226,7 +226,8 @@ def test_the_study_counts_what_a_file_has():
     shapes = shapes_of(LLAMA_2_7B)
     types = mix(shapes, "Q2_K", Heads("llama", 32, 32, 32))
     counted = sum(
-        math.prod(s) * kind(types[n]).size // kind(types[n]).block for n, s in shapes.items()
+        math.prod(s) * gguf_type(types[n]).size // gguf_type(types[n]).block
+        for n, s in shapes.items()
     )
     assert rows["Q2_K"]["Llama-2-7B"] == pytest.approx(8 * counted / LLAMA_2_7B.num_parameters)
     for name, stated in ARTICLE.items():  # the article's two that today's files do not have

@@ -11,9 +11,16 @@ from hypothesis import strategies as st
 
 from conftest import to_host
 from gguf_data import special
-from refllm.formats.gguf import kbits
-from refllm.formats.gguf.arithmetic import extreme, least, nearest, quietly, sequential_sum
-from refllm.formats.gguf.scale_search import IMPORTANT, Grid, asymmetric, positive, swept, symmetric
+from refllm.formats.gguf import bits, kquants, kquants_symmetric
+from refllm.formats.gguf.arithmetic import extreme, least, nearest, sequential_sum, without_warnings
+from refllm.formats.gguf.scale_search import (
+    IMPORTANT,
+    Grid,
+    fit_asymmetric,
+    fit_by_sweeps,
+    fit_positive,
+    fit_symmetric,
+)
 from strategies import build, seeds
 
 F = np.float32
@@ -186,8 +193,8 @@ def compare(found, expected):
 @given(columns(16), st.sampled_from([4, 8, 16, 32]), st.booleans())
 def test_symmetric_is_the_loop(xp, drawn, n, weighted):
     x, w = drawn
-    with quietly(x):
-        found = symmetric(xp.asarray(x), n, xp.asarray(w) if weighted else None)
+    with without_warnings(x):
+        found = fit_symmetric(xp.asarray(x), n, xp.asarray(w) if weighted else None)
         compare(
             found,
             [
@@ -207,8 +214,8 @@ def test_symmetric_is_the_loop(xp, drawn, n, weighted):
 def test_asymmetric_is_the_loop(xp, drawn, how):
     x, w = drawn
     levels, grid, mad = how
-    with quietly(x):
-        found = asymmetric(xp.asarray(x), xp.asarray(w), levels, grid, mad=mad)
+    with without_warnings(x):
+        found = fit_asymmetric(xp.asarray(x), xp.asarray(w), levels, grid, mad=mad)
         compare(
             found,
             [naive_asymmetric(c, v, levels, grid, mad) for c, v in zip(x.T, w.T, strict=True)],
@@ -219,8 +226,8 @@ def test_asymmetric_is_the_loop(xp, drawn, how):
 @given(columns(16))
 def test_swept_is_the_loop(xp, drawn):
     x, _ = drawn
-    with quietly(x):
-        compare(swept(xp.asarray(x), 4), [naive_swept(c, 4) for c in x.T])
+    with without_warnings(x):
+        compare(fit_by_sweeps(xp.asarray(x), 4), [naive_swept(c, 4) for c in x.T])
 
 
 @settings(max_examples=15)
@@ -228,8 +235,8 @@ def test_swept_is_the_loop(xp, drawn):
 def test_positive_is_the_loop(xp, drawn, n):
     x = np.abs(drawn[0])
     w = drawn[1]
-    with quietly(x):
-        found = positive(xp.asarray(x), n, xp.asarray(w))
+    with without_warnings(x):
+        found = fit_positive(xp.asarray(x), n, xp.asarray(w))
         compare(found, [naive_positive(c, n, v) for c, v in zip(x.T, w.T, strict=True)])
 
 
@@ -240,8 +247,8 @@ def test_positive_is_the_loop(xp, drawn, n):
 @given(columns(16), st.sampled_from([4, 32]))
 def test_symmetric_is_no_worse_than_the_largest_number_divided(drawn, n):
     x, w = (a.astype(np.float64) for a in drawn)
-    with quietly(x):
-        codes, scale = (a.astype(np.float64) for a in symmetric(drawn[0], n, drawn[1]))
+    with without_warnings(x):
+        codes, scale = (a.astype(np.float64) for a in fit_symmetric(drawn[0], n, drawn[1]))
     found = (w * (scale * (codes - n) - x) ** 2).sum(axis=0)
     m = extreme(x)
     step = np.where(m == 0, 1, m) / -n
@@ -257,7 +264,7 @@ def test_swept_never_refines_a_positive_extreme():
     """
     x = build("normal", (16, 2000), 0)
     plain = np.clip(np.rint(x * (F(-4) / extreme(x))), -4, 3) + 4
-    changed = (swept(x, 4)[0] != plain).any(axis=0)
+    changed = (fit_by_sweeps(x, 4)[0] != plain).any(axis=0)
     assert not changed[extreme(x) > 0].any()
     assert changed[extreme(x) < 0].mean() > 0.2
 
@@ -265,7 +272,7 @@ def test_swept_never_refines_a_positive_extreme():
 def test_no_sixth_sweep_is_made():
     """One block in 200,000 would change once more; this is one."""
     x = np.random.default_rng(9).standard_normal((16, 20000)).astype(F)[:, [19316]]
-    compare(swept(x, 4), [naive_swept(x[:, 0], 4)])
+    compare(fit_by_sweeps(x, 4), [naive_swept(x[:, 0], 4)])
 
 
 def test_all_five_sweeps_are_made():
@@ -275,12 +282,12 @@ def test_all_five_sweeps_are_made():
     w = np.random.default_rng(3).uniform(0, 1, x.shape).astype(F)
     late = x[:, [4650, 5455]]
     later = [4839, 7365, 22794, 27064]
-    compare(swept(late, 4), [naive_swept(c, 4) for c in late.T])
+    compare(fit_by_sweeps(late, 4), [naive_swept(c, 4) for c in late.T])
     few = np.abs(x[:, later])
     weights = w[:, later]
-    with quietly(x):
+    with without_warnings(x):
         compare(
-            positive(few, 63, weights),
+            fit_positive(few, 63, weights),
             [naive_positive(c, 63, v) for c, v in zip(few.T, weights.T, strict=True)],
         )
 
@@ -345,30 +352,35 @@ def test_the_first_of_equal_extremes_counts(xp):
 
 
 @given(st.sampled_from([(1, 32), (2, 32), (2, 4), (4, 16), (4, 32), (4, 64), (1, 1)]), seeds)
-def test_codes_come_back(xp, how, seed):
-    bits, run = how
+def test_codes_come_back(xp, layout, seed):
+    width, run = layout
     codes = (
         np.random.default_rng(seed)
-        .integers(0, 1 << bits, (3, 8 * run // bits * 2))
+        .integers(0, 1 << width, (3, 8 * run // width * 2))
         .astype(np.uint8)
     )
-    data = kbits.combine(xp.asarray(codes), bits, run)
-    assert data.shape == (3, codes.shape[1] * bits // 8)
-    np.testing.assert_array_equal(to_host(kbits.separate(data, bits, run)), codes)
+    data = bits.pack_bits(xp.asarray(codes), width, run)
+    assert data.shape == (3, codes.shape[1] * width // 8)
+    np.testing.assert_array_equal(to_host(bits.unpack_bits(data, width, run)), codes)
     # code i of a run lies in byte i mod run, at bit (i div run)·bits
     i = int(np.random.default_rng(seed).integers(codes.shape[1]))
-    part, place = divmod(i, 8 * run // bits)
+    part, place = divmod(i, 8 * run // width)
     byte = int(to_host(data)[0, part * run + place % run])
-    assert (byte >> (place // run * bits)) & ((1 << bits) - 1) == codes[0, i]
+    assert (byte >> (place // run * width)) & ((1 << width) - 1) == codes[0, i]
 
 
 @given(seeds)
 def test_six_bit_scales_come_back(xp, seed):
     rng = np.random.default_rng(seed)
     s, m = (rng.integers(0, 64, (5, 8)).astype(np.uint8) for _ in range(2))
-    back = kbits.split_scales4(kbits.join_scales4(xp.asarray(s), xp.asarray(m)))
+    back = kquants.unpack_six_bits(kquants.pack_six_bits(xp.asarray(s), xp.asarray(m)))
     np.testing.assert_array_equal(np.stack([to_host(b) for b in back]), np.stack([s, m]))
     wide = rng.integers(0, 64, (5, 16)).astype(np.uint8)
     np.testing.assert_array_equal(
-        to_host(kbits.split_scales6(kbits.join_scales6(xp.asarray(wide)))), wide
+        to_host(
+            kquants_symmetric.unpack_wide_scales(
+                kquants_symmetric.pack_wide_scales(xp.asarray(wide))
+            )
+        ),
+        wide,
     )

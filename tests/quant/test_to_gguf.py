@@ -25,6 +25,7 @@ from refllm.checkpoints.gguf_tokenizer import WHOLE, tokenizer_of
 from refllm.checkpoints.loading import locate
 from refllm.checkpoints.tensor_files import CheckpointError, tensor_shapes
 from refllm.checkpoints.tokenizer import Tokenizer
+from refllm.checkpoints.writer import save
 from refllm.cli import app
 from refllm.formats.gguf.codec import dequantize
 from refllm.formats.gguf.linear import GGUFLinear
@@ -100,7 +101,7 @@ def test_every_family_comes_back(name, tmp_path):
     """
     config = replace(NETWORKS[name], bos_token_id=0, eos_token_ids=(0,))
     tensors = random_tensors(config, 0, "float32")
-    loading.save(tmp_path / "hf", config, tensors, small_tokenizer(), dtype="float32")
+    save(tmp_path / "hf", config, tensors, small_tokenizer(), dtype="float32")
     convert(tmp_path / "hf", tmp_path / "x.gguf", "F32", workers=1)
     hf, back = (loading.load(tmp_path / p, dtype="float64") for p in ("hf", "x.gguf"))
     # a Mistral without a window is a Llama: GGUF has no other word for it
@@ -123,7 +124,7 @@ def test_stretched_wavelengths_come_from_the_file(tmp_path):
     """
     config = NETWORKS["llama3-rope"]
     assert config.rope_scaling == LLAMA3
-    loading.save(
+    save(
         tmp_path / "hf",
         config,
         random_tensors(config, 0, "float32"),
@@ -135,7 +136,7 @@ def test_stretched_wavelengths_come_from_the_file(tmp_path):
         metadata = {
             key: value for key, value in file.metadata.items() if not key.startswith("refllm")
         }
-        plan = {name: (r.kind.name, r.shape) for name, r in file.tensors.items()}
+        plan = {name: (r.type.name, r.shape) for name, r in file.tensors.items()}
         write(tmp_path / "y.gguf", metadata, plan, lambda name: np.array(file[name]))
     ours, whole = (load(tmp_path / name) for name in ("y.gguf", "x.gguf"))
     assert ours.config == replace(whole.config, rope_scaling=None)
@@ -373,7 +374,7 @@ def test_llama_cpp_computes_the_same_logits(name, tmp_path):
     family.
     """
     config = replace(NETWORKS[name], bos_token_id=0, eos_token_ids=(0,))
-    loading.save(
+    save(
         tmp_path / "hf",
         config,
         random_tensors(config, 0, "float32"),
@@ -430,7 +431,7 @@ def test_llama_cpp_splits_text_the_same(kind, tmp_path):
     begin, end = (0, 0) if kind == "bytes" else (1, 2)
     config = tiny_config(vocab_size=352, bos_token_id=begin, eos_token_ids=(end,))
     tensors = random_tensors(config, 0, "float32")
-    loading.save(tmp_path / "hf", config, tensors, tokenizer, dtype="float32")
+    save(tmp_path / "hf", config, tensors, tokenizer, dtype="float32")
     convert(tmp_path / "hf", tmp_path / "x.gguf", "F32", workers=1)
     llama_cpp = oracle("llama_cpp", "pip install llama-cpp-python")
     model = llama_cpp.Llama(str(tmp_path / "x.gguf"), vocab_only=True, verbose=False)
@@ -470,7 +471,7 @@ def test_weights_that_a_type_cannot_hold_are_named(make_checkpoint, tmp_path, wo
     config = tiny_config(hidden_size=256, intermediate_size=256, num_hidden_layers=1)
     tensors = random_tensors(config, 0, "float32")
     tensors["model.layers.0.mlp.up_proj.weight"][5] *= 1e9
-    loading.save(tmp_path / "hf", config, tensors, byte_tokenizer(), dtype="float32")
+    save(tmp_path / "hf", config, tensors, byte_tokenizer(), dtype="float32")
     with pytest.raises(
         CheckpointError, match=r"up_proj.weight, from row 0 on: quantize: Q4_K cannot hold row 5"
     ):
@@ -482,7 +483,7 @@ def edited(f32, path, *, metadata=None, drop=(), rename=None, spoil=None):
     """A copy of a file with changes."""
     with GGUFFile(f32) as file:
         names = {name: (rename or {}).get(name, name) for name in file if name not in drop}
-        plan = {names[n]: (file.tensors[n].kind.name, file.tensors[n].shape) for n in names}
+        plan = {names[n]: (file.tensors[n].type.name, file.tensors[n].shape) for n in names}
         data = {names[n]: np.array(file[n]) for n in names}
         for name in spoil or ():
             data[name].view(np.float32).reshape(-1)[0] = np.nan

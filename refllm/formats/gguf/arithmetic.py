@@ -1,12 +1,12 @@
-"""The arithmetic that the bytes of the block formats depend on: sums in order, rounding,
-extremes, in float32.
+"""The float32 arithmetic that the bytes of the block formats depend on: sums in order,
+rounding, extremes.
 
-| name           | what                                                                                       |
-|----------------|--------------------------------------------------------------------------------------------|
-| sequential_sum | ((0 + t₀) + t₁) + …: another order of additions gives other last bits, and those other codes |
-| nearest        | to the nearest whole number as ggml does it, NaN and infinity included                      |
-| extreme, least | of several equal numbers the first, since +0 and −0 are equal and not the same               |
-| single         | Python's float rounded to float32: constants of the format, the same on every device         |
+| name           | what                                                                                        |
+|----------------|---------------------------------------------------------------------------------------------|
+| sequential_sum | ((0 + t₀) + t₁) + …: another order of additions changes last bits, and those change codes   |
+| nearest        | to the nearest integer as ggml does it, NaN and infinity included                           |
+| extreme, least | of several equal values the first, since +0 and −0 are equal but have different bits        |
+| single         | Python's float rounded to float32: constants of the format, the same on every device        |
 
 Source: ggml's quantisers (ggml-quants.c).
 
@@ -20,27 +20,30 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
-from refllm.backend import Array, bitcast, namespace
+from refllm.array_types import Array
+from refllm.backend import bitcast, namespace
 
-__all__ = ["divided", "extreme", "least", "nearest", "quietly", "sequential_sum", "single"]
+__all__ = ["divided", "extreme", "least", "nearest", "sequential_sum", "single", "without_warnings"]
 
-_MAGIC = 12582912.0  # 1.5 · 2²³: adding it leaves the whole part in the last 22 bits of a float32
-_MANY = 8  # columns from which NumPy's reduction runs along rows, one after another
+_MAGIC = 12582912.0  # 1.5 · 2²³: adding it leaves the integer in the last 22 bits of a float32
+_MANY = 8  # columns from which NumPy's reduction adds whole rows, one after another
 
 
 def single(x: float) -> float:
-    """The nearest float32; of a sum or a product of float32 numbers it is what float32
+    """The nearest float32; of a sum or a product of two float32 values it is what float32
     arithmetic gives.
+
+    >>> single(0.1)
+    0.10000000149011612
     """
     rounded: float = struct.unpack("f", struct.pack("f", x))[0]
     return rounded
 
 
-def quietly(like: Array) -> AbstractContextManager[object]:
-    """No warnings of overflow and 0/0 from NumPy; a GPU never gives any.
+def without_warnings(like: Array) -> AbstractContextManager[object]:
+    """A context without NumPy's warnings of overflow and 0/0 (CuPy never gives any).
 
-    The searches divide and overflow as their source does, and look at the outcome
-    afterwards.
+    The searches divide and overflow as their source does, and check the result afterwards.
     """
     if namespace(like) is np:
         return np.errstate(all="ignore")
@@ -52,8 +55,7 @@ def sequential_sum(terms: Array) -> Array:
     xp = namespace(terms)
     if xp is np and terms.shape[1] >= _MANY and terms.flags.c_contiguous:
         # Where the summed axis is the slow one, NumPy adds whole rows to its result, one
-        # after another: the same sums in the same order in a third of the time (a test
-        # holds it to that).
+        # after another: the same sums in the same order in a third of the time (tested).
         total: Array = xp.add.reduce(terms, axis=0)
         return total
     total = terms[0] + 0.0  # −0 becomes +0, as in a sum that starts at 0
@@ -63,10 +65,14 @@ def sequential_sum(terms: Array) -> Array:
 
 
 def nearest(x: Array) -> Array:
-    """float32 → int32: the nearest whole number, ties to even, for |x| < 2²²; what ggml's
-    bit trick gives beyond.
+    """float32 → int32: the nearest integer, ties to even, for |x| < 2²²; beyond that, the
+    result of ggml's bit trick.
 
     NaN gives 0 there, ±∞ gives −2²².
+
+    >>> import numpy as np
+    >>> nearest(np.array([0.5, 1.5, -2.7], dtype="float32")).tolist()
+    [0, 2, -3]
     """
     xp = namespace(x)
     bits = bitcast(xp.ascontiguousarray(x + _MAGIC), xp.int32)
@@ -74,25 +80,23 @@ def nearest(x: Array) -> Array:
 
 
 def extreme(x: Array) -> Array:
-    """The signed number of largest size in each column of x[S, C], the first of several; +0
-    of zeros: [C].
+    """The signed value of largest size in each column of x[S, C], the first of several; +0
+    for zeros: [C].
     """
     xp = namespace(x)
     high = xp.max(x, axis=0)
     low = xp.min(x, axis=0)
-    if not bool(xp.any((high == -low) & (high != 0))):  # of different sizes: no place need be known
+    if not bool(xp.any((high == -low) & (high != 0))):  # no ties: no need for the index
         return xp.where(high > -low, high, low) + 0.0
     first = xp.argmax(xp.abs(x), axis=0)
     return xp.take_along_axis(x, first[None, :], axis=0)[0] + 0.0
 
 
 def least(x: Array) -> Array:
-    """The smallest number of each column of x[S, C], the first of several (−0 equals 0):
-    [C].
-    """
+    """The smallest value in each column of x[S, C], the first of several (−0 equals 0): [C]."""
     xp = namespace(x)
     low = xp.min(x, axis=0)
-    if bool(xp.all(low != 0)):  # only zeros can be equal and not the same
+    if bool(xp.all(low != 0)):  # only zeros can be equal with different bits
         return low
     return xp.take_along_axis(x, xp.argmin(x, axis=0)[None, :], axis=0)[0]
 

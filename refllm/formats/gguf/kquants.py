@@ -1,83 +1,248 @@
-"""The k-quants, encoded: 256 numbers a block, in sub-blocks whose steps and offsets are
-themselves quantised.
+"""The k-quants with offsets, Q2_K, Q4_K and Q5_K: 256 elements per block, in sub-blocks
+whose scales and offsets are quantised themselves. (Q3_K and Q6_K: ``kquants_symmetric``.)
 
-| type | codes  | value            | sub-block | weights of the search      | search (codes; scales)            |
-|------|--------|------------------|-----------|----------------------------|-----------------------------------|
-| Q2_K | 0…3    | d·S·q − dmin·M   | 16        | |x|                        | asymmetric by |error|; largest/15 |
-| Q3_K | −4…3   | d·(S − 32)·q     | 16        | x²                         | swept; −largest/32                |
-| Q4_K | 0…15   | d·S·q − dmin·M   | 32        | |x| + rms of the 32        | asymmetric; largest/63            |
-| Q5_K | 0…31   | d·S·q − dmin·M   | 32        | the same                   | asymmetric; largest/63            |
-| Q6_K | −32…31 | d·S·q            | 16        | x²                         | symmetric; −largest/128           |
+| type | codes  | value            | sub-block | weights of the search      | search                         |
+|------|--------|------------------|-----------|----------------------------|--------------------------------|
+| Q2_K | 0…3    | d·S·q − dmin·M   | 16        | |x|                        | asymmetric by |error|; max/15  |
+| Q4_K | 0…15   | d·S·q − dmin·M   | 32        | |x| + rms of the 32        | asymmetric; max/63             |
+| Q5_K | 0…31   | d·S·q − dmin·M   | 32        | |x| + rms of the 32        | asymmetric; max/63             |
 
-With an importance (one weight a column, usually the mean square of the activations that it
-multiplies) the weights are importance · sqrt(σ² + x²), σ² a mean square of the block, and
-the sub-blocks' steps and offsets are searched too, each weighted by what hangs on it. Q6_K
-takes the importance alone.
+| type | bytes of a block                                                        |
+|------|-------------------------------------------------------------------------|
+| Q2_K | scales[16] (low half: scale, high half: offset), codes[64], d, dmin      |
+| Q4_K | d, dmin, scales[12], codes[128]                                          |
+| Q5_K | d, dmin, scales[12], high bits[32], low four bits[128]                   |
 
-Three stages: steps by search; steps to codes, which moves them; the 256 codes anew for the
-steps that are stored. Where a stored step is 0 the third stage has nothing to divide by,
-and the search's codes stay in the bytes; they mean nothing.
+With an importance (one weight per column, usually the mean square of the activations that
+it multiplies) the weights are importance · sqrt(σ² + x²), σ² a mean square of the block,
+and the sub-blocks' scales and offsets are searched too, each with the summed weight of its
+sub-block.
+
+Quantisation has three stages: find the scale of each sub-block; quantise the scales, which
+moves them; quantise the 256 elements again with the scales as stored. Where a stored scale
+is 0 the third stage cannot divide, and the codes of the search stay in the bytes; no reader
+sees them.
+
+The order of the products in dequantisation is part of the format: the unit d times the
+sub-block's code, that times the element's code, minus the offset, dmin times its code; each
+rounded to float32. All readers agree in every bit.
 
 | symbol | name                                        | shape                            |
 |--------|---------------------------------------------|----------------------------------|
-| x      | numbers, position in the sub-block first    | [S, C], C = B · (256/S)          |
-| L      | codes, float32 until they are packed        | [S, C]                           |
-| S, M   | sub-block codes, uint8                      | [B, 256/S]                       |
+| x      | elements, position in the sub-block first   | [S, C], C = B · (256/S)          |
+| q      | codes, float32 until they are packed        | [S, C]                           |
+| S, M   | codes of scales and offsets, uint8          | [B, 256/S]                       |
 | d, dmin| float16                                     | [B]                              |
 
-Source: ggml's quantisers (ggml-quants.c). Bytes equal its x86-64 build's; builds that fuse
-multiply and add differ.
+Source: ggml's quantisers (ggml-quants.c) and block structures (ggml-common.h). Bytes equal
+its x86-64 build's; builds that fuse multiply and add differ.
 
-Left out: bits (``kbits``), searches (``search``), decoding (``kvalues``).
+Left out: the searches (``scale_search``).
 """
 
 from __future__ import annotations
 
-from refllm.backend import Array, bitcast, namespace
-from refllm.formats.gguf.arithmetic import divided, extreme, nearest, sequential_sum
-from refllm.formats.gguf.kbits import combine, join_scales4, join_scales6
-from refllm.formats.gguf.scale_search import (
-    IMPORTANT,
-    TINY,
-    Grid,
-    asymmetric,
-    positive,
-    swept,
-    symmetric,
+from refllm.array_types import Array
+from refllm.backend import namespace
+from refllm.formats.gguf.arithmetic import divided, nearest, sequential_sum
+from refllm.formats.gguf.bits import (
+    float16_bytes,
+    float16_values,
+    pack_bits,
+    round_to_float16,
+    unpack_bits,
 )
+from refllm.formats.gguf.scale_search import IMPORTANT, Grid, fit_asymmetric, fit_positive
 
-__all__ = ["ENCODERS", "half", "half_bytes"]
+__all__ = ["DEQUANTIZERS", "QUANTIZERS"]
 
 BLOCK = 256
 
-
-def half(x: Array) -> Array:
-    """float32 → the nearest float16, as float32: the step that a reader will see."""
-    xp = namespace(x)
-    return xp.astype(xp.astype(x, xp.float16), xp.float32)
+# --- Q2_K ---------------------------------------------------------------------------------
 
 
-def half_bytes(x: Array) -> Array:
-    """float32 [B] → float16 bytes [B, 2]."""
-    xp = namespace(x)
-    return xp.reshape(
-        xp.ascontiguousarray(xp.astype(x, xp.float16)).view(xp.uint8), (x.shape[0], 2)
+def quantize_q2_k(x: Array, importance: Array | None) -> Array:
+    """x[B, 256] → bytes[B, 84]."""
+    xp = namespace(x, importance)
+    codes, s, m, d, dmin = _fit_with_offsets(
+        x, importance, size=16, levels=3, top=15, grid=Grid(-0.5, 0.1, 15), factor=1.0
     )
+    tail = [float16_bytes(d), float16_bytes(dmin)]
+    return xp.concat([s | (m << 4), pack_bits(codes, 2, 32), *tail], axis=1)
 
 
-def _positions_first(x: Array, size: int) -> Array:
-    """x[B, 256] → [S, C]."""
+def dequantize_q2_k(data: Array) -> Array:
+    """bytes[B, 84] → float32 [B, 256]."""
+    xp = namespace(data)
+    pairs = data[:, :16]
+    d, dmin = _units(data[:, 80:84])
+    scale = d * xp.astype(pairs & 15, xp.float32)
+    offset = dmin * xp.astype(pairs >> 4, xp.float32)
+    return values(unpack_bits(data[:, 16:80], 2, 32), scale, offset)
+
+
+# --- Q4_K ---------------------------------------------------------------------------------
+
+
+def quantize_q4_k(x: Array, importance: Array | None) -> Array:
+    """x[B, 256] → bytes[B, 144]."""
+    xp = namespace(x, importance)
+    codes, s, m, d, dmin = _fit_with_offsets(
+        x, importance, size=32, levels=15, top=63, grid=Grid(-1.0, 0.1, 20), factor=2.0
+    )
+    head = [float16_bytes(d), float16_bytes(dmin), pack_six_bits(s, m)]
+    return xp.concat([*head, pack_bits(codes, 4, 32)], axis=1)
+
+
+def dequantize_q4_k(data: Array) -> Array:
+    """bytes[B, 144] → float32 [B, 256]."""
+    scale, offset = _scales_and_offsets(data)
+    return values(unpack_bits(data[:, 16:], 4, 32), scale, offset)
+
+
+def pack_six_bits(scales: Array, offsets: Array) -> Array:
+    """Q4_K's and Q5_K's eight scales and eight offsets of six bits, [B, 8] each →
+    bytes[B, 12].
+
+    The first four of each lie in the low bits of bytes 0–3 and 4–7; of the last four the
+    low halves share bytes 8–11, and their two high bits fill up bytes 0–3 and 4–7.
+    """
+    xp = namespace(scales, offsets)
+    first = scales[:, :4] | ((scales[:, 4:] >> 4) << 6)
+    second = offsets[:, :4] | ((offsets[:, 4:] >> 4) << 6)
+    third = (scales[:, 4:] & 15) | ((offsets[:, 4:] & 15) << 4)
+    return xp.concat([first, second, third], axis=1)
+
+
+def unpack_six_bits(data: Array) -> tuple[Array, Array]:
+    """The inverse of ``pack_six_bits``: bytes[B, 12] → scales and offsets [B, 8]."""
+    xp = namespace(data)
+    first = data[:, :4]
+    second = data[:, 4:8]
+    third = data[:, 8:]
+    scales = xp.concat([first & 63, (third & 15) | ((first >> 6) << 4)], axis=1)
+    return scales, xp.concat([second & 63, (third >> 4) | ((second >> 6) << 4)], axis=1)
+
+
+def _scales_and_offsets(data: Array) -> tuple[Array, Array]:
+    """d·S and dmin·M of Q4_K and Q5_K, float32 [B, 8]."""
+    xp = namespace(data)
+    d, dmin = _units(data[:, :4])
+    s, m = unpack_six_bits(data[:, 4:16])
+    return d * xp.astype(s, xp.float32), dmin * xp.astype(m, xp.float32)
+
+
+# --- Q5_K ---------------------------------------------------------------------------------
+
+
+def quantize_q5_k(x: Array, importance: Array | None) -> Array:
+    """x[B, 256] → bytes[B, 176]."""
+    xp = namespace(x, importance)
+    codes, s, m, d, dmin = _fit_with_offsets(
+        x, importance, size=32, levels=31, top=63, grid=Grid(-0.5, 0.1, 15), factor=2.0
+    )
+    head = [float16_bytes(d), float16_bytes(dmin), pack_six_bits(s, m)]
+    high = pack_bits(codes >> 4, 1, 32)
+    return xp.concat([*head, high, pack_bits(codes & 15, 4, 32)], axis=1)
+
+
+def dequantize_q5_k(data: Array) -> Array:
+    """bytes[B, 176] → float32 [B, 256]."""
+    scale, offset = _scales_and_offsets(data)
+    high = unpack_bits(data[:, 16:48], 1, 32)
+    return values(unpack_bits(data[:, 48:], 4, 32) | (high << 4), scale, offset)
+
+
+QUANTIZERS = {"Q2_K": quantize_q2_k, "Q4_K": quantize_q4_k, "Q5_K": quantize_q5_k}
+DEQUANTIZERS = {"Q2_K": dequantize_q2_k, "Q4_K": dequantize_q4_k, "Q5_K": dequantize_q5_k}
+
+
+# --- scales with offsets ------------------------------------------------------------------
+
+
+def _fit_with_offsets(
+    x: Array,
+    importance: Array | None,
+    *,
+    size: int,
+    levels: int,
+    top: int,
+    grid: Grid,
+    factor: float,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """x[B, 256] → codes[B, 256], S and M [B, 256/size], d and dmin [B].
+
+    ``levels`` is the largest code of an element, ``top`` of a scale or offset.
+    """
+    xp = namespace(x, importance)
+    blocks = x.shape[0]
+    columns = positions_first(x, size)  # [S, C]
+    if importance is None:
+        w = xp.abs(columns)
+        if size == 32:
+            w = xp.sqrt(sequential_sum(columns * columns) / float(size)) + w
+        found, scales, offsets = fit_asymmetric(columns, w, levels, grid, mad=size == 16)
+        s, d = _divide_by_largest(xp.reshape(scales, (blocks, -1)), top)
+        m, dmin = _divide_by_largest(xp.reshape(offsets, (blocks, -1)), top)
+        if top == 63:
+            s = xp.minimum(s, 63)
+            m = xp.minimum(m, 63)
+        else:
+            pair = s | (m << 4)  # the two nibbles of a byte
+            s = pair & 15
+            m = pair >> 4
+    else:
+        w = positions_first(importance_weights(x, importance, factor), size)
+        found, scales, offsets = fit_asymmetric(columns, w, levels, IMPORTANT)
+        sums = by_block(sequential_sum(w), blocks)
+        codes, d = fit_positive(by_block(scales, blocks), top, sums)
+        s = xp.astype(codes.T, xp.uint8)
+        codes, dmin = fit_positive(by_block(offsets, blocks), top, sums)
+        m = xp.astype(codes.T, xp.uint8)
+    scale = xp.reshape(round_to_float16(d)[:, None] * xp.astype(s, xp.float32), (-1,))
+    offset = xp.reshape(round_to_float16(dmin)[:, None] * xp.astype(m, xp.float32), (-1,))
+    codes = block_codes(requantize(columns, found, scale, offset, 0, levels), blocks)
+    return codes, s, m, d, dmin
+
+
+def _divide_by_largest(x: Array, levels: int) -> tuple[Array, Array]:
+    """Scales x[B, J] ≥ 0 → their codes (the largest becomes ``levels``) and the unit d[B]."""
+    xp = namespace(x)
+    # without NaN, which overflow may have left
+    top = xp.max(xp.where(x > 0, x, 0.0), axis=1)
+    inverse = divided(float(levels), top, top > 0)
+    codes = nearest(inverse[:, None] * x) & 255  # modulo 256, as C stores it in a byte
+    return xp.astype(codes, xp.uint8), top / float(levels)
+
+
+def _units(data: Array) -> tuple[Array, Array]:
+    """d and dmin, float32 [B, 1] each, from bytes[B, 4]."""
+    head = float16_values(data)
+    return head[:, :1], head[:, 1:]
+
+
+# --- shared by all k-quants ---------------------------------------------------------------
+
+
+def positions_first(x: Array, size: int) -> Array:
+    """x[B, 256] → [S, C]: position i of all sub-blocks of ``size`` in row i."""
     xp = namespace(x)
     return xp.ascontiguousarray(xp.reshape(x, (-1, size)).T)
 
 
-def _codes(levels: Array, blocks: int) -> Array:
-    """Codes [S, C] → uint8 [B, 256], in the order of the numbers."""
-    xp = namespace(levels)
-    return xp.reshape(xp.ascontiguousarray(xp.astype(levels, xp.uint8).T), (blocks, BLOCK))
+def by_block(x: Array, blocks: int) -> Array:
+    """One value per sub-block, [C] → [J, B]: sub-blocks first, to be searched like positions."""
+    xp = namespace(x)
+    return xp.ascontiguousarray(xp.reshape(x, (blocks, -1)).T)
 
 
-def _weights(x: Array, importance: Array, factor: float) -> Array:
+def block_codes(codes: Array, blocks: int) -> Array:
+    """Codes [S, C] → uint8 [B, 256], in the order of the elements."""
+    xp = namespace(codes)
+    return xp.reshape(xp.ascontiguousarray(xp.astype(codes, xp.uint8).T), (blocks, BLOCK))
+
+
+def importance_weights(x: Array, importance: Array, factor: float) -> Array:
     """importance · sqrt(σ² + x²) with σ² = factor · mean x² of each block of 256: x[B, 256]
     → [B, 256].
     """
@@ -88,172 +253,24 @@ def _weights(x: Array, importance: Array, factor: float) -> Array:
     return importance * xp.sqrt(variance[:, None] + squares)
 
 
-def _bytes_of(x: Array) -> Array:
-    """nearest(x) modulo 256, as C stores it in a byte."""
-    xp = namespace(x)
-    return xp.astype(nearest(x) & 255, xp.uint8)
-
-
-def _largest_to(values: Array, levels: int) -> tuple[Array, Array]:
-    """Steps [B, J] ≥ 0 → their codes (largest = ``levels``) and the unit d[B]."""
-    xp = namespace(values)
-    # without NaN, which overflow may have left
-    top = xp.max(xp.where(values > 0, values, 0.0), axis=1)
-    inverse = divided(float(levels), top, top > 0)
-    codes = _bytes_of(inverse[:, None] * values)
-    return codes, top / float(levels)
-
-
-def _again(
-    x: Array, levels: Array, step: Array, offset: Array | None, low: int, high: int
+def requantize(
+    x: Array, codes: Array, scale: Array, offset: Array | None, low: int, high: int
 ) -> Array:
-    """The third stage: codes of x[S, C] for stored steps and offsets [C]; where a step is
-    0, those of the search.
+    """The third stage: codes of x[S, C] for stored scales and offsets [C], from 0 on; where
+    a scale is 0, ``codes``, which are those of the search.
     """
-    xp = namespace(x, levels, step)
-    some = step != 0
+    xp = namespace(x, codes, scale)
+    some = scale != 0
     t = x if offset is None else x + offset
-    t = xp.astype(nearest(t / xp.where(some, step, 1.0)), xp.float32)
-    return xp.where(some, xp.clip(t, float(low), float(high)) - float(low), levels)
+    t = xp.astype(nearest(t / xp.where(some, scale, 1.0)), xp.float32)
+    return xp.where(some, xp.clip(t, float(low), float(high)) - float(low), codes)
 
 
-def _with_offsets(
-    x: Array,
-    importance: Array | None,
-    *,
-    size: int,
-    levels: int,
-    top: int,
-    grid: Grid,
-    factor: float,
-) -> tuple[Array, ...]:
-    """Q2_K, Q4_K and Q5_K: x[B, 256] → codes[B, 256], S and M [B, 256/size], d and dmin
-    [B].
-    """
-    xp = namespace(x, importance)
-    blocks = x.shape[0]
-    columns = _positions_first(x, size)
-    if importance is None:
-        w = xp.abs(columns)
-        mad = size == 16
-        if not mad:
-            w = xp.sqrt(sequential_sum(columns * columns) / float(size)) + w
-        found, steps, offsets = asymmetric(columns, w, levels, grid, mad=mad)
-        s, d = _largest_to(xp.reshape(steps, (blocks, -1)), top)
-        m, dmin = _largest_to(xp.reshape(offsets, (blocks, -1)), top)
-        if top == 63:
-            s = xp.minimum(s, 63)
-            m = xp.minimum(m, 63)
-        else:
-            pair = s | (m << 4)  # the two nibbles of a byte
-            s = pair & 15
-            m = pair >> 4
-    else:
-        w = _positions_first(_weights(x, importance, factor), size)
-        found, steps, offsets = asymmetric(columns, w, levels, IMPORTANT)
-        hanging = _by_block(sequential_sum(w), blocks)
-        codes, d = positive(_by_block(steps, blocks), top, hanging)
-        s = xp.astype(codes.T, xp.uint8)
-        codes, dmin = positive(_by_block(offsets, blocks), top, hanging)
-        m = xp.astype(codes.T, xp.uint8)
-    step = xp.reshape(half(d)[:, None] * xp.astype(s, xp.float32), (-1,))
-    offset = xp.reshape(half(dmin)[:, None] * xp.astype(m, xp.float32), (-1,))
-    return _codes(_again(columns, found, step, offset, 0, levels), blocks), s, m, d, dmin
-
-
-def _by_block(values: Array, blocks: int) -> Array:
-    """One value a sub-block, [C] → [J, B]: sub-blocks first, to be searched like positions."""
-    xp = namespace(values)
-    return xp.ascontiguousarray(xp.reshape(values, (blocks, -1)).T)
-
-
-def q2_k(x: Array, importance: Array | None) -> Array:
-    """x[B, 256] → bytes[B, 84]."""
-    xp = namespace(x, importance)
-    codes, s, m, d, dmin = _with_offsets(
-        x, importance, size=16, levels=3, top=15, grid=Grid(-0.5, 0.1, 15), factor=1.0
-    )
-    return xp.concat([s | (m << 4), combine(codes, 2, 32), half_bytes(d), half_bytes(dmin)], axis=1)
-
-
-def q4_k(x: Array, importance: Array | None) -> Array:
-    """x[B, 256] → bytes[B, 144]."""
-    xp = namespace(x, importance)
-    codes, s, m, d, dmin = _with_offsets(
-        x, importance, size=32, levels=15, top=63, grid=Grid(-1.0, 0.1, 20), factor=2.0
-    )
-    return xp.concat(
-        [half_bytes(d), half_bytes(dmin), join_scales4(s, m), combine(codes, 4, 32)], axis=1
-    )
-
-
-def q5_k(x: Array, importance: Array | None) -> Array:
-    """x[B, 256] → bytes[B, 176]."""
-    xp = namespace(x, importance)
-    codes, s, m, d, dmin = _with_offsets(
-        x, importance, size=32, levels=31, top=63, grid=Grid(-0.5, 0.1, 15), factor=2.0
-    )
-    high = combine(codes >> 4, 1, 32)
-    low = combine(codes & 15, 4, 32)
-    return xp.concat([half_bytes(d), half_bytes(dmin), join_scales4(s, m), high, low], axis=1)
-
-
-def q3_k(x: Array, importance: Array | None) -> Array:
-    """x[B, 256] → bytes[B, 110]."""
-    xp = namespace(x, importance)
-    blocks = x.shape[0]
-    columns = _positions_first(x, 16)
-    if importance is None:
-        found, steps = swept(columns, 4)
-        s, d = _extreme_to(_by_block(steps, blocks), 32, 31)
-        s = xp.where(d == 0, 0, s + 32)
-    else:
-        w = _positions_first(_weights(x, importance, 2.0), 16)
-        found, steps = symmetric(columns, 4, w)
-        s, d = symmetric(_by_block(steps, blocks), 32, _by_block(sequential_sum(w), blocks))
-    step = xp.reshape((half(d) * (s - 32.0)).T, (-1,))
-    codes = _codes(_again(columns, found, step, None, -4, 3), blocks)
-    scales = join_scales6(xp.astype(xp.ascontiguousarray(s.T), xp.uint8))
-    return xp.concat(
-        [combine(codes >> 2, 1, 32), combine(codes & 3, 2, 32), scales, half_bytes(d)], axis=1
-    )
-
-
-def q6_k(x: Array, importance: Array | None) -> Array:
-    """x[B, 256] → bytes[B, 210]."""
-    xp = namespace(x, importance)
-    blocks = x.shape[0]
-    columns = _positions_first(x, 16)
-    w = None if importance is None else _positions_first(importance, 16)
-    found, steps = symmetric(columns, 32, w)
-    steps = _by_block(steps, blocks)
-    nothing = xp.max(xp.abs(_numbers(steps)), axis=0) < TINY
-    s, d = _extreme_to(steps, 128, 127)
-    step = xp.reshape((half(d) * s).T, (-1,))
-    codes = _codes(_again(columns, found, step, None, -32, 31), blocks)
-    scales = bitcast(xp.ascontiguousarray(xp.astype(s.T, xp.int8)), xp.uint8)
-    out = xp.concat(
-        [combine(codes & 15, 4, 64), combine(codes >> 4, 2, 32), scales, half_bytes(d)], axis=1
-    )
-    return out * xp.astype(~nothing, xp.uint8)[:, None]
-
-
-def _extreme_to(steps: Array, levels: int, high: int) -> tuple[Array, Array]:
-    """Signed steps [J, B] → codes (the largest in size becomes −``levels``, float32 [J, B])
-    and the unit d[B].
-    """
-    xp = namespace(steps)
-    m = extreme(_numbers(steps))
-    some = m != 0
-    inverse = divided(-float(levels), m, some)
-    codes = xp.clip(xp.astype(nearest(inverse * steps), xp.float32), -float(levels), float(high))
-    return codes, divided(1.0, inverse, some)
-
-
-def _numbers(steps: Array) -> Array:
-    """Steps with 0 for NaN, which is what sums that overflowed leave."""
-    xp = namespace(steps)
-    return xp.where(xp.isnan(steps), 0.0, steps)
-
-
-ENCODERS = {"Q2_K": q2_k, "Q3_K": q3_k, "Q4_K": q4_k, "Q5_K": q5_k, "Q6_K": q6_k}
+def values(codes: Array, scale: Array, offset: Array | None) -> Array:
+    """codes[B, 256] (any type) · scale[B, J] − offset[B, J] → float32 [B, 256]."""
+    xp = namespace(codes, scale)
+    blocks, parts = scale.shape
+    out = xp.astype(xp.reshape(codes, (blocks, parts, -1)), xp.float32) * scale[:, :, None]
+    if offset is not None:
+        out -= offset[:, :, None]
+    return xp.reshape(out, (blocks, -1))

@@ -1,24 +1,24 @@
-"""The first block formats: 32 numbers, one step, for Q4_1 and Q5_1 also an offset.
+"""The legacy block formats: 32 elements, one scale, for Q4_1 and Q5_1 also an offset.
 
-| type | codes    | value       | step, without importance                                                      |
+| type | codes    | value       | scale, without importance                                                     |
 |------|----------|-------------|-------------------------------------------------------------------------------|
 | Q8_0 | −127…127 | d·q         | largest/127; halves are rounded away from 0                                   |
-| Q4_0 | 0…15     | d·(q − 8)   | −extreme/8: the number of largest size is code 0, exactly                     |
+| Q4_0 | 0…15     | d·(q − 8)   | −extreme/8: the value of largest size is code 0, exactly                      |
 | Q5_0 | 0…31     | d·(q − 16)  | −extreme/16                                                                   |
 | Q4_1 | 0…15     | d·q + m     | (max − min)/15, m = min                                                       |
 | Q5_1 | 0…31     | d·q + m     | (max − min)/31, m = min                                                       |
 
-The signed step of Q4_0 and Q5_0 is the point of them: sixteen codes around 0 have one more
-on one side, and the extreme gets it, whichever sign it has. Codes are taken with the step
-before it becomes a float16: that step is what the error of a reader grows by. Blocks of
-zeros get d = −0, since 0/−8 is that.
+The signed scale of Q4_0 and Q5_0 is the idea behind them: sixteen codes around 0 have one
+more on one side, and the extreme gets it, whichever sign it has. Codes are made with the
+scale before it is rounded to float16, so that the rounding adds to a reader's error. Blocks
+of zeros get d = −0, since 0/−8 is −0.
 
-With an importance, steps are searched (``search``), weighted by importance · sqrt(σ² + x²),
-where σ² is the mean square of the whole row; the searched codes are stored as they are.
-Q8_0 takes no importance.
+With an importance, scales are searched (``scale_search``), weighted by importance · sqrt(σ²
++ x²), where σ² is the mean square of the whole row; the codes that were found are stored.
+Q8_0 ignores the importance.
 
-Bytes: d, (m,) (32-bit word of fifth bits, bit i of number i,) then nibbles: byte j holds
-numbers j and j + 16.
+Bytes: d, (m,) (32-bit word of fifth bits, bit i of element i,) then nibbles: byte j holds
+elements j and j + 16.
 
 Source: ggml's quantisers (ggml-quants.c).
 
@@ -27,62 +27,64 @@ Left out: Q8_1 (activations only).
 
 from __future__ import annotations
 
-from refllm.backend import Array, bitcast, namespace
-from refllm.formats.gguf.arithmetic import divided, extreme, least, sequential_sum
-from refllm.formats.gguf.kbits import separate
-from refllm.formats.gguf.kquants import half_bytes
-from refllm.formats.gguf.scale_search import IMPORTANT, asymmetric, symmetric
+from functools import partial
 
-__all__ = ["DECODERS", "ENCODERS", "halves"]
+from refllm.array_types import Array
+from refllm.backend import bitcast, namespace
+from refllm.formats.gguf.arithmetic import divided, extreme, least, sequential_sum
+from refllm.formats.gguf.bits import float16_bytes, float16_values, unpack_bits
+from refllm.formats.gguf.scale_search import IMPORTANT, fit_asymmetric, fit_symmetric
+
+__all__ = ["DEQUANTIZERS", "QUANTIZERS"]
 
 BLOCK = 32
 
 
-def q8_0(x: Array, bits: int, weights: Array | None) -> Array:
-    """x[B, 32] → bytes[B, 34]; weights are not used."""
+def quantize_q8_0(x: Array, weights: Array | None) -> Array:
+    """x[B, 32] → bytes[B, 34]; weights are ignored."""
     xp = namespace(x)
     d = xp.max(xp.abs(x), axis=1) / 127.0
     t = x * divided(1.0, d, d != 0)[:, None]
-    # 1/d of a denormal d is infinite, and infinity as a whole number is 0
+    # 1/d of a denormal d is infinite, and infinity as an integer is 0
     t = xp.where(xp.isfinite(t), t, 0.0)
     whole = xp.trunc(t)
-    # t − whole is exact, so is its double: a half goes away from 0
+    # t − whole is exact, so is its double: a half is rounded away from 0
     whole = whole + xp.trunc((t - whole) * 2.0)
     codes = bitcast(xp.astype(xp.clip(whole, -128.0, 127.0), xp.int8), xp.uint8)
-    return xp.concat([half_bytes(d), codes], axis=1)
+    return xp.concat([float16_bytes(d), codes], axis=1)
 
 
-def around_zero(x: Array, bits: int, weights: Array | None) -> Array:
+def quantize_symmetric(x: Array, weights: Array | None, bits: int) -> Array:
     """Q4_0 and Q5_0: x[B, 32] → bytes[B, 2 + 4·bits]."""
     xp = namespace(x, weights)
     middle = 1 << (bits - 1)
     columns = xp.ascontiguousarray(x.T)
     if weights is not None:
-        codes, d = symmetric(columns, middle, xp.ascontiguousarray(weights.T))
-        return _packed(xp.astype(codes, xp.uint8), bits, half_bytes(d))
+        codes, d = fit_symmetric(columns, middle, xp.ascontiguousarray(weights.T))
+        return _packed(xp.astype(codes, xp.uint8), bits, float16_bytes(d))
     d = extreme(columns) / -float(middle)
-    return _packed(_shifted(columns, d, middle + 0.5, 2 * middle - 1), bits, half_bytes(d))
+    return _packed(_round_up(columns, d, middle + 0.5, 2 * middle - 1), bits, float16_bytes(d))
 
 
-def from_offset(x: Array, bits: int, weights: Array | None) -> Array:
+def quantize_asymmetric(x: Array, weights: Array | None, bits: int) -> Array:
     """Q4_1 and Q5_1: x[B, 32] → bytes[B, 4 + 4·bits]."""
     xp = namespace(x, weights)
     top = (1 << bits) - 1
     columns = xp.ascontiguousarray(x.T)
     if weights is not None:
-        found, d, below = asymmetric(columns, xp.ascontiguousarray(weights.T), top, IMPORTANT)
+        found, d, below = fit_asymmetric(columns, xp.ascontiguousarray(weights.T), top, IMPORTANT)
         codes = xp.astype(found, xp.uint8)
         m = -below
     else:
         m = least(columns)
         d = (xp.max(columns, axis=0) - m + 0.0) / float(top)  # +0 of zeros of both signs
-        codes = _shifted(columns - m, d, 0.5, top)
-    return _packed(codes, bits, xp.concat([half_bytes(d), half_bytes(m)], axis=1))
+        codes = _round_up(columns - m, d, 0.5, top)
+    return _packed(codes, bits, xp.concat([float16_bytes(d), float16_bytes(m)], axis=1))
 
 
-def weighted(x: Array, importance: Array) -> Array:
-    """importance · sqrt(σ² + x²), σ² the mean square of each row, summed one by one: x[R,
-    K], [K] → [R, K].
+def importance_weights(x: Array, importance: Array) -> Array:
+    """importance · sqrt(σ² + x²), σ² the mean square of each row, summed in order: x[R, K],
+    [K] → [R, K].
     """
     xp = namespace(x, importance)
     squares = x * x
@@ -90,40 +92,36 @@ def weighted(x: Array, importance: Array) -> Array:
     return importance * xp.sqrt(variance[:, None] + squares)
 
 
-def _shifted(x: Array, d: Array, by: float, top: int) -> Array:
-    """⌊x/d + by⌋, which is not negative, at most ``top``, as uint8: halves are rounded up.
+def _round_up(x: Array, d: Array, shift: float, top: int) -> Array:
+    """⌊x/d + shift⌋ ≥ 0, clipped to ``top``, as uint8 [32, B] (halves are rounded up), for
     x[32, B], d[B].
 
-    0 where 1/d is infinite, as it is of a denormal d, and where d is: infinity as a whole
-    number is 0 on an x86.
+    0 where 1/d is infinite, as for a denormal d, and where d is: infinity as an integer is 0
+    on an x86.
     """
     xp = namespace(x, d)
     inverse = divided(1.0, d, d != 0)
     sound = xp.isfinite(inverse) & xp.isfinite(d)
     t = x * xp.where(sound, inverse, 0.0)
-    t += by
-    xp.clip(xp.where(sound, t, 0.0) if not bool(xp.all(sound)) else t, 0.0, float(top), out=t)
-    return xp.astype(t, xp.uint8)  # cuts off
+    t += shift
+    if not bool(xp.all(sound)):
+        t = xp.where(sound, t, 0.0)
+    xp.clip(t, 0.0, float(top), out=t)
+    return xp.astype(t, xp.uint8)  # truncates
 
 
 def _packed(codes: Array, bits: int, head: Array) -> Array:
-    """Codes[32, B] of 4 or 5 bits behind the bytes of step and offset → bytes[B, …]."""
+    """Codes[32, B] of 4 or 5 bits after the bytes of scale and offset → bytes[B, …]."""
     xp = namespace(codes, head)
     nibbles = (codes[:16] & 15) | ((codes[16:] & 15) << 4)
     parts = [head, nibbles.T]
-    if bits == 5:  # the four bytes of a little-endian word with bit i of number i
+    if bits == 5:  # the four bytes of a little-endian word with bit i of element i
         fifth = xp.reshape(codes >> 4, (4, 8, -1))
         word = fifth[:, 0]
         for i in range(1, 8):
             word = word | (fifth[:, i] << i)
         parts.insert(1, word.T)
     return xp.concat(parts, axis=1)
-
-
-def halves(data: Array) -> Array:
-    """Bytes [B, 2n] → n float16 numbers each, as float32 [B, n]."""
-    xp = namespace(data)
-    return xp.astype(xp.ascontiguousarray(data).view(xp.float16), xp.float32)
 
 
 def _nibbles(data: Array, bits: int) -> Array:
@@ -134,40 +132,45 @@ def _nibbles(data: Array, bits: int) -> Array:
     xp.bitwise_and(low, 15, out=codes[:, :16])
     xp.right_shift(low, 4, out=codes[:, 16:])
     if bits == 5:
-        codes |= separate(data[:, :4], 1, 1) << 4
+        codes |= unpack_bits(data[:, :4], 1, 1) << 4
     return xp.astype(codes, xp.float32)
 
 
-def decode_q8_0(data: Array) -> Array:
+def dequantize_q8_0(data: Array) -> Array:
     """bytes[B, 34] → float32 [B, 32]."""
     xp = namespace(data)
     codes = bitcast(xp.ascontiguousarray(data[:, 2:]), xp.int8)
-    return halves(data[:, :2]) * xp.astype(codes, xp.float32)
+    return float16_values(data[:, :2]) * xp.astype(codes, xp.float32)
 
 
-def decode_around_zero(data: Array, bits: int) -> Array:
+def dequantize_symmetric(data: Array, bits: int) -> Array:
     """bytes[B, 2 + 4·bits] → float32 [B, 32]."""
     out = _nibbles(data[:, 2:], bits)
     out -= float(1 << (bits - 1))
-    out *= halves(data[:, :2])
+    out *= float16_values(data[:, :2])
     return out
 
 
-def decode_from_offset(data: Array, bits: int) -> Array:
+def dequantize_asymmetric(data: Array, bits: int) -> Array:
     """bytes[B, 4 + 4·bits] → float32 [B, 32]."""
-    head = halves(data[:, :4])
+    head = float16_values(data[:, :4])
     out = _nibbles(data[:, 4:], bits)
     out *= head[:, :1]
     out += head[:, 1:]
     return out
 
 
-ENCODERS = {"Q8_0": (q8_0, 8), "Q4_0": (around_zero, 4), "Q5_0": (around_zero, 5), "Q4_1": (from_offset, 4),
-            "Q5_1": (from_offset, 5)}  # fmt: skip
-DECODERS = {
-    "Q8_0": decode_q8_0,
-    "Q4_0": lambda data: decode_around_zero(data, 4),
-    "Q5_0": lambda data: decode_around_zero(data, 5),
-    "Q4_1": lambda data: decode_from_offset(data, 4),
-    "Q5_1": lambda data: decode_from_offset(data, 5),
+QUANTIZERS = {
+    "Q8_0": quantize_q8_0,
+    "Q4_0": partial(quantize_symmetric, bits=4),
+    "Q5_0": partial(quantize_symmetric, bits=5),
+    "Q4_1": partial(quantize_asymmetric, bits=4),
+    "Q5_1": partial(quantize_asymmetric, bits=5),
+}
+DEQUANTIZERS = {
+    "Q8_0": dequantize_q8_0,
+    "Q4_0": partial(dequantize_symmetric, bits=4),
+    "Q5_0": partial(dequantize_symmetric, bits=5),
+    "Q4_1": partial(dequantize_asymmetric, bits=4),
+    "Q5_1": partial(dequantize_asymmetric, bits=5),
 }

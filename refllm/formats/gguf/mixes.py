@@ -1,10 +1,9 @@
-"""Mixes: which storage type each tensor of a file gets when it is asked for as Q4_K_M,
-Q2_K, …
+"""Mixes: which storage type each tensor of a file gets when the file is Q4_K_M, Q2_K, …
 
-A mix has a base type. The tensors on which a model's quality hangs get more bits, in layers
-that were found by trying: the first and last eighth and every third between
-(``more_bits``). attn_v is small where heads are shared, and every error in it is seen by
-all of them; ffn_down sums over the widest input; the output matrix makes the logits.
+A mix has a base type. The tensors on which a model's quality depends most get more bits, in
+layers that were found by experiment: the first and last eighth and every third between
+(``more_bits``). attn_v is small where heads are shared, and an error in it reaches all of
+them; ffn_down sums over the widest input; the output matrix makes the logits.
 
 | tensor         | Q2_K               | Q3_K_M                 | Q3_K_L | Q4_K_S     | Q4_K_M, Q5_K_M  |
 |----------------|--------------------|------------------------|--------|------------|-----------------|
@@ -13,12 +12,12 @@ all of them; ffn_down sums over the widest input; the output matrix makes the lo
 | attn_output    | Q3_K               | Q4_K                   | Q5_K   |            |                 |
 | output (or tied embedding) | Q6_K in all mixes but Q8_0, which keeps Q8_0                                 |
 
-(GQA: four query heads or more share a key/value head.) Everything else has the base type;
+(GQA: four or more query heads share a key/value head.) Everything else has the base type;
 norms, biases and other vectors stay F32. A row that blocks of 256 do not divide falls back
-on a type with blocks of 32, or on F16.
+to a type with blocks of 32, or to F16.
 
-A 70B (80 layers, shared heads) gets Q5_K for attn_v where it would have Q3_K or Q4_K. With
-an importance, Q4_0 and Q5_0 store ffn_down of the first eighth as Q4_1 and Q5_1.
+A 70B (80 layers, shared heads) gets Q5_K for attn_v instead of Q3_K or Q4_K. With an
+importance, Q4_0 and Q5_0 store ffn_down of the first eighth as Q4_1 and Q5_1.
 
 Source: llama.cpp's quantiser (llama-quant.cpp), compared with it tensor by tensor.
 
@@ -32,11 +31,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from refllm.formats.gguf.types import kind
+from refllm.formats.gguf.types import gguf_type
 
 __all__ = ["FILE_TYPES", "MIXES", "Heads", "bits_per_weight", "mix"]
 
-# mix → (base type, number in general.file_type)
+# mix → (base type, value of general.file_type)
 MIXES = {
     "F32": ("F32", 0), "F16": ("F16", 1), "BF16": ("BF16", 32), "Q4_0": ("Q4_0", 2), "Q4_1": ("Q4_1", 3),
     "Q5_0": ("Q5_0", 8), "Q5_1": ("Q5_1", 9), "Q8_0": ("Q8_0", 7), "Q2_K": ("Q2_K", 10), "Q3_K_S": ("Q3_K", 11),
@@ -51,7 +50,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Heads:
-    """What a mix depends on besides names and shapes; ``architecture`` as in
+    """What a mix depends on besides tensor names and shapes; ``architecture`` is GGUF's
     general.architecture.
     """
 
@@ -61,21 +60,25 @@ class Heads:
     kv_heads: int
 
     @property
-    def seventy(self) -> bool:
+    def is_70b(self) -> bool:
         """Whether llama.cpp takes it for a model of 70 billion parameters."""
         return self.layers == 80 and (self.architecture != "llama" or self.heads != self.kv_heads)
 
 
 def more_bits(i: int, n: int) -> bool:
-    """Whether layer i of n is one of those that are stored with more bits."""
+    """Whether layer i of n is one of those that are stored with more bits.
+
+    >>> [i for i in range(16) if more_bits(i, 16)]
+    [0, 1, 4, 7, 10, 13, 14, 15]
+    """
     return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
 
 
 def mix(
     shapes: Mapping[str, Shape], name: str, heads: Heads, *, importance: bool = False
 ) -> dict[str, str]:
-    """GGUF name → storage type, for tensors by GGUF's names (``shapes`` as NumPy writes
-    them: rows last).
+    """GGUF name → storage type, for tensors by their GGUF names (shapes as in NumPy: the
+    length of a row last).
 
     ``importance`` says that the file is made with an importance matrix.
 
@@ -83,6 +86,10 @@ def mix(
     ------
     ValueError
         for an unknown mix.
+
+    >>> shapes = {"blk.0.attn_v.weight": (64, 256), "blk.0.attn_k.weight": (64, 256)}
+    >>> mix(shapes, "Q4_K_M", Heads("llama", 1, 4, 4))
+    {'blk.0.attn_v.weight': 'Q6_K', 'blk.0.attn_k.weight': 'Q4_K'}
     """
     if name not in MIXES:
         raise ValueError(f"unknown GGUF type {name!r}; choose one of {', '.join(MIXES)}")
@@ -92,7 +99,7 @@ def mix(
     for tensor, shape in shapes.items():
         if len(shape) < 2 or not tensor.endswith("weight") or tensor.endswith("_norm.weight"):
             chosen[tensor] = "F32"
-        elif not kind(base).quantized:
+        elif not gguf_type(base).quantized:
             chosen[tensor] = base
         else:
             wanted = _wanted(tensor, shape[-1], name, base, heads, tied, importance)
@@ -103,9 +110,9 @@ def mix(
 def _wanted(
     tensor: str, columns: int, name: str, base: str, heads: Heads, tied: bool, importance: bool
 ) -> str:
-    """The type of a matrix if blocks divide its rows."""
+    """The type of a matrix whose rows blocks divide."""
     if tensor == "output.weight" or (tied and tensor == "token_embd.weight"):
-        if base == "Q8_0" or columns % kind(base).block:
+        if base == "Q8_0" or columns % gguf_type(base).block:
             return "Q8_0"
         return "Q6_K"
     found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", tensor)
@@ -123,6 +130,7 @@ def _wanted(
 
 
 def _attn_v(i: int, name: str, base: str, heads: Heads) -> str:
+    """The type of attn_v in layer i."""
     wanted = base
     if name == "Q2_K":
         wanted = "Q4_K" if heads.heads // heads.kv_heads >= 4 else "Q3_K"
@@ -132,12 +140,13 @@ def _attn_v(i: int, name: str, base: str, heads: Heads) -> str:
         wanted = "Q5_K"
     elif name in ("Q4_K_M", "Q5_K_M") and more_bits(i, heads.layers):
         wanted = "Q6_K"
-    if heads.seventy and wanted in ("Q3_K", "Q4_K"):
+    if heads.is_70b and wanted in ("Q3_K", "Q4_K"):
         return "Q5_K"
     return wanted
 
 
 def _ffn_down(i: int, name: str, base: str, layers: int, importance: bool) -> str:
+    """The type of ffn_down in layer i."""
     if name == "Q2_K":
         return "Q3_K"
     if name == "Q3_K_M":
@@ -152,18 +161,18 @@ def _ffn_down(i: int, name: str, base: str, layers: int, importance: bool) -> st
 
 
 def _fitting(wanted: str, columns: int) -> str:
-    """``wanted``, or what stands in for it where blocks do not divide rows."""
-    if columns % kind(wanted).block == 0:
+    """``wanted``, or its substitute where blocks do not divide rows."""
+    if columns % gguf_type(wanted).block == 0:
         return wanted
     instead = FALLBACK.get(wanted, "F16")
-    if columns % kind(instead).block == 0:
+    if columns % gguf_type(instead).block == 0:
         return instead
     return "F16"
 
 
 def bits_per_weight(shapes: Mapping[str, Shape], types: Mapping[str, str]) -> float:
-    """Bits of all tensors over all numbers, those that stay F32 included."""
+    """Bits of all tensors over all elements, including those that stay F32."""
     bits = sum(
-        kind(types[name]).bits_per_weight * math.prod(shape) for name, shape in shapes.items()
+        gguf_type(types[name]).bits_per_weight * math.prod(shape) for name, shape in shapes.items()
     )
     return bits / sum(math.prod(shape) for shape in shapes.values())

@@ -1,26 +1,25 @@
-"""GGUF files, read: metadata and tensors, every number of the file checked before it is
-believed.
+"""GGUF reader: metadata and tensors, every value of the header validated before it is used.
 
-Files come from strangers. Whatever a header claims, nothing is allocated, and nothing is
-looped over, that the file is too short to hold; so a hostile file costs one sentence and no
-memory.
+Files are untrusted input. Whatever a header claims, nothing is allocated and nothing is
+looped over that the file is too short to hold, so a malicious file costs one error message
+and no memory.
 
 | bytes                          | what                                                                             |
 |--------------------------------|----------------------------------------------------------------------------------|
-| ``GGUF``, u32 version          | 3; 2 is the same but for its number                                              |
-| u64 tensors, u64 entries       | how many                                                                         |
+| ``GGUF``, u32 version          | 3; version 2 has the same layout                                                 |
+| u64 tensors, u64 entries       | their counts                                                                     |
 | entries                        | key (string), u32 type, value                                                    |
-| tensor records                 | name (string), u32 dimensions, u64 each of them, u32 type, u64 offset            |
-| padding, tensors               | each tensor begins at a multiple of the alignment, right after the one before it |
+| tensor records                 | name (string), u32 dimensions, u64 per dimension, u32 type, u64 offset           |
+| padding, tensors               | each tensor begins at the next multiple of the alignment                         |
 
-A string is a u64 of bytes and that many bytes of UTF-8. An array is a u32 type, a u64
-count, and the elements. All is little-endian. Dimensions stand innermost first, NumPy's
-shape backwards. Offsets count from the first tensor.
+A string is a u64 length and that many bytes of UTF-8. An array is a u32 type, a u64 count,
+and the elements. Everything is little-endian. Dimensions are stored innermost first, NumPy's
+shape reversed. Offsets count from the first tensor.
 
-Metadata come as NumPy scalars and arrays of their own type, strings as str, arrays of
-strings as lists.
+Metadata become NumPy scalars and arrays of their own type, strings str, arrays of strings
+lists.
 
-Source: the GGUF specification; what llama.cpp's reader refuses is refused (gaps, doubled
+Source: the GGUF specification; what llama.cpp's reader rejects is rejected (gaps, duplicate
 names, nested arrays).
 
 Left out: big-endian files, version 1, files in several parts, types without a codec here.
@@ -39,7 +38,7 @@ from typing import Any
 
 import numpy as np
 
-from refllm.formats.gguf.types import TYPES, Kind
+from refllm.formats.gguf.types import TYPES, GGUFType
 
 __all__ = ["ALIGNMENT", "SCALARS", "GGUFError", "GGUFFile", "Header", "TensorRecord", "parse"]
 
@@ -48,40 +47,45 @@ SCALARS = {0: "uint8", 1: "int8", 2: "uint16", 3: "int16", 4: "uint32", 5: "int3
 STRING = 8
 ARRAY = 9
 ALIGNMENT = 32
-MOST_ENTRIES = 1 << 16  # far beyond any model: what is looped over
+# Limits far beyond any model, on everything that is looped over
+MOST_ENTRIES = 1 << 16
 MOST_TENSORS = 1 << 17
 MOST_STRINGS = 1 << 22
 LONGEST_KEY = 65535
 LONGEST_NAME = 63
 MOST_DIMENSIONS = 4
-_BY_NUMBER = {kind.number: kind for kind in TYPES.values()}
+_BY_ID = {found.id: found for found in TYPES.values()}
 _FOREIGN = {9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
             22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0",
             35: "TQ2_0", 40: "NVFP4", 41: "Q1_0", 42: "Q2_0"}  # fmt: skip
 
 
+Bytes = bytes | np.ndarray
+Record = tuple[str, GGUFType, tuple[int, ...], int]  # name, type, shape, offset
+
+
 class GGUFError(ValueError):
-    """The file is no GGUF file that can be read; the message says where, and what to do."""
+    """The file cannot be read as GGUF; the message says where, and what to do."""
 
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """What a file says of a tensor; ``start`` is its first byte in the file."""
+    """A tensor's record in the header; ``start`` is its first byte in the file."""
 
     name: str
-    kind: Kind
+    type: GGUFType
     shape: tuple[int, ...]
     start: int
 
     @property
     def nbytes(self) -> int:
         """Bytes of storage."""
-        return math.prod(self.shape) // self.kind.block * self.kind.size
+        return math.prod(self.shape) // self.type.block * self.type.size
 
 
 @dataclass(frozen=True)
 class Header:
-    """All that stands before the tensors."""
+    """Everything before the tensors."""
 
     metadata: dict[str, Any]
     tensors: dict[str, TensorRecord]
@@ -89,32 +93,33 @@ class Header:
 
 
 class _Cursor:
-    """A place in the file's bytes that cannot leave them."""
+    """A position in the file's bytes that cannot move beyond their end."""
 
-    def __init__(self, data: Any, where: str):
+    def __init__(self, data: Bytes, where: str):
         self.data = data
         self.where = where
         self.at = 0
         self.strings = 0
 
     def fail(self, what: str) -> GGUFError:
-        return GGUFError(
-            f"{self.where}: {what} (byte {self.at:,} of {len(self.data):,}): download or convert it again"
-        )
+        """The error for this position."""
+        position = f"byte {self.at:,} of {len(self.data):,}"
+        return GGUFError(f"{self.where}: {what} ({position}): download or convert it again")
 
     def need(self, count: int, what: str) -> None:
-        """GGUFError unless ``count`` more bytes are there."""
+        """GGUFError unless the file has ``count`` more bytes."""
         if count > len(self.data) - self.at:
             raise self.fail(f"{what} needs {count:,} bytes, which the file does not have")
 
-    def number(self, code: str, what: str) -> Any:
-        """One little-endian number."""
+    def number(self, code: str, what: str) -> int:
+        """One little-endian integer with ``struct``'s format ``code``."""
         self.need(struct.calcsize("<" + code), what)
-        value = struct.unpack_from("<" + code, self.data, self.at)[0]
+        value: int = struct.unpack_from("<" + code, self.data, self.at)[0]
         self.at += struct.calcsize("<" + code)
         return value
 
     def string(self, what: str, longest: int | None = None) -> str:
+        """A string of at most ``longest`` bytes."""
         length = self.number("Q", f"the length of {what}")
         if longest is not None and length > longest:
             raise self.fail(
@@ -125,49 +130,51 @@ class _Cursor:
         try:
             text = raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise self.fail(f"{what} is no UTF-8") from error
+            raise self.fail(f"{what} is not valid UTF-8") from error
         self.at += length
         return text
 
-    def numbers(self, kind: str, count: int, what: str) -> np.ndarray:
-        dtype = np.dtype("uint8" if kind == "bool" else kind).newbyteorder("<")
+    def numbers(self, dtype_name: str, count: int, what: str) -> np.ndarray:
+        """An array of ``count`` values."""
+        dtype = np.dtype("uint8" if dtype_name == "bool" else dtype_name).newbyteorder("<")
         self.need(count * dtype.itemsize, what)
         raw = np.frombuffer(self.data, dtype=dtype, count=count, offset=self.at)
         self.at += count * dtype.itemsize
-        if kind != "bool":
-            return raw.astype(kind)
+        if dtype_name != "bool":
+            return raw.astype(dtype_name)
         if raw.size and raw.max() > 1:
-            raise self.fail(f"{what} holds a truth value that is neither 0 nor 1")
+            raise self.fail(f"{what} holds a bool that is neither 0 nor 1")
         return raw.astype(bool)
 
-    def value(self, kind: int, what: str) -> Any:
-        if kind in SCALARS:
-            return self.numbers(SCALARS[kind], 1, what)[0]
-        if kind == STRING:
+    def value(self, type_id: int, what: str) -> Any:
+        """A metadata value of this type."""
+        if type_id in SCALARS:
+            return self.numbers(SCALARS[type_id], 1, what)[0]
+        if type_id == STRING:
             return self.string(what)
-        if kind != ARRAY:
-            raise self.fail(f"{what} has type {kind}, which does not exist")
+        if type_id != ARRAY:
+            raise self.fail(f"{what} has type {type_id}, which does not exist")
         inner = self.number("I", what)
         count = self.number("Q", what)
         if inner in SCALARS:
             return self.numbers(SCALARS[inner], count, what)
         if inner != STRING:
             raise self.fail(f"{what} is an array of type {inner}; arrays hold numbers or strings")
-        self.need(8 * count, what)  # each string has a length, at least
+        self.need(8 * count, what)  # each string has at least a length
         self.strings += count
         if self.strings > MOST_STRINGS:
             raise self.fail(f"{what} claims {count:,} strings, more than any vocabulary has")
         return [self.string(what) for _ in range(count)]
 
 
-def parse(data: Any, where: str = "the file") -> Header:
+def parse(data: Bytes, where: str = "the file") -> Header:
     """The header of a GGUF file, given all its bytes (bytes, or a memory map, of which only
-    the header is touched).
+    the header is read).
 
     Raises
     ------
     GGUFError
-        for whatever contradicts the format or the file's own length.
+        for everything that contradicts the format or the file's length.
     """
     cursor = _Cursor(data, where)
     if bytes(data[:4]) != b"GGUF":
@@ -185,9 +192,7 @@ def parse(data: Any, where: str = "the file") -> Header:
         (tensors, MOST_TENSORS, 24, "tensors"),
     ):
         if count > most or count * size > len(data) - cursor.at:
-            raise cursor.fail(
-                f"the header claims {count:,} {what}, more than the file has room for"
-            )
+            raise cursor.fail(f"the header claims {count:,} {what}, more than the file can hold")
     metadata = _metadata(cursor, entries)
     alignment = _alignment(cursor, metadata)
     records = [_record(cursor, f"tensor record {i}") for i in range(tensors)]
@@ -195,20 +200,21 @@ def parse(data: Any, where: str = "the file") -> Header:
 
 
 def _metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
+    """The metadata, ``count`` entries."""
     metadata: dict[str, Any] = {}
     for i in range(count):
         key = cursor.string(f"the key of entry {i}", LONGEST_KEY)
-        if not key or key in metadata:
-            raise cursor.fail(
-                f"entry {i} has no key" if not key else f"the key {key[:80]!r} occurs twice"
-            )
-        metadata[key] = cursor.value(
-            cursor.number("I", f"the type of {key[:80]!r}"), f"the value of {key[:80]!r}"
-        )
+        if not key:
+            raise cursor.fail(f"entry {i} has no key")
+        if key in metadata:
+            raise cursor.fail(f"the key {key[:80]!r} occurs twice")
+        type_id = cursor.number("I", f"the type of {key[:80]!r}")
+        metadata[key] = cursor.value(type_id, f"the value of {key[:80]!r}")
     return metadata
 
 
-def _alignment(cursor: _Cursor, metadata: Mapping[str, Any]) -> int:
+def _alignment(cursor: _Cursor, metadata: Mapping[str, object]) -> int:
+    """The alignment of tensors: a power of two, at most 2²⁰."""
     value = metadata.get("general.alignment", np.uint32(ALIGNMENT))
     if not isinstance(value, np.uint32) or value == 0 or value & (value - 1) or value > 1 << 20:
         raise cursor.fail(
@@ -217,47 +223,48 @@ def _alignment(cursor: _Cursor, metadata: Mapping[str, Any]) -> int:
     return int(value)
 
 
-def _record(cursor: _Cursor, what: str) -> tuple[str, Kind, tuple[int, ...], int]:
+def _record(cursor: _Cursor, what: str) -> Record:
+    """A tensor record as it is in the file."""
     name = cursor.string(f"the name in {what}", LONGEST_NAME)
     count = cursor.number("I", f"the dimensions of {name!r}")
     if not 1 <= count <= MOST_DIMENSIONS:
         raise cursor.fail(f"{name!r} has {count} dimensions; one to {MOST_DIMENSIONS} are allowed")
     shape = tuple(cursor.number("Q", f"the shape of {name!r}") for _ in range(count))[::-1]
-    number = cursor.number("I", f"the type of {name!r}")
+    id_ = cursor.number("I", f"the type of {name!r}")
     offset = cursor.number("Q", f"the offset of {name!r}")
-    if number not in _BY_NUMBER:
-        found = _FOREIGN.get(number, f"type {number}")
+    if id_ not in _BY_ID:
+        found = _FOREIGN.get(id_, f"type {id_}")
         raise cursor.fail(
             f"{name!r} is stored as {found}, which is not read; what is: {', '.join(TYPES)}"
         )
-    kind = _BY_NUMBER[number]
-    if 0 in shape or shape[-1] % kind.block:
+    stored = _BY_ID[id_]
+    if 0 in shape or shape[-1] % stored.block:
         raise cursor.fail(
-            f"{name!r} has shape {shape}, which {kind.name} cannot store: rows are whole blocks of "
-            f"{kind.block}"
+            f"{name!r} has shape {shape}, which {stored.name} cannot store: rows are whole blocks "
+            f"of {stored.block}"
         )
-    # Python's integers do not overflow: what is too large for the file is found, however
-    # large it is
-    if math.prod(shape) // kind.block * kind.size > len(cursor.data):
+    # Python's integers do not overflow, so this holds for any shape
+    if math.prod(shape) // stored.block * stored.size > len(cursor.data):
         raise cursor.fail(f"{name!r} has shape {shape}, more than the whole file")
-    return name, kind, shape, offset
+    return name, stored, shape, offset
 
 
-def _placed(cursor: _Cursor, records: list[Any], alignment: int) -> dict[str, TensorRecord]:
-    """The tensors with their places: one after another from the next multiple of the
+def _placed(cursor: _Cursor, records: list[Record], alignment: int) -> dict[str, TensorRecord]:
+    """The tensors with their positions: one after another, from the next multiple of the
     alignment on.
     """
     first = cursor.at + -cursor.at % alignment
     placed: dict[str, TensorRecord] = {}
     at = 0
-    for name, kind, shape, offset in records:
+    for name, stored, shape, offset in records:
         if name in placed:
             raise cursor.fail(f"the tensor {name!r} occurs twice")
         if offset != at:
             raise cursor.fail(
-                f"{name!r} begins at {offset:,} after the first tensor, but the one before it ends at {at:,}"
+                f"{name!r} begins at {offset:,} after the first tensor, but the one before it "
+                f"ends at {at:,}"
             )
-        record = TensorRecord(name, kind, shape, first + at)
+        record = TensorRecord(name, stored, shape, first + at)
         placed[name] = record
         if record.start + record.nbytes > len(cursor.data):
             raise cursor.fail(f"{name!r} ends beyond the end of the file: it is truncated")
@@ -269,8 +276,8 @@ class GGUFFile(Mapping[str, np.ndarray]):
     """A GGUF file on disk: ``file[name]`` is a tensor's bytes, uint8 [rows…, row_bytes],
     not copied.
 
-    Only the header is read on opening. A context manager; arrays taken from it keep the
-    file mapped.
+    Opening reads only the header. A context manager; arrays taken from it keep the file
+    mapped.
     """
 
     def __init__(self, path: str | Path):
@@ -279,11 +286,11 @@ class GGUFFile(Mapping[str, np.ndarray]):
             size = os.fstat(file.fileno()).st_size
             if size < 24:
                 raise GGUFError(
-                    f"{self.path} has {size} bytes, fewer than the shortest GGUF file: download it again"
+                    f"{self.path} has {size} bytes, fewer than the shortest GGUF file: "
+                    "download it again"
                 )
-            self._data = np.frombuffer(
-                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8
-            )
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._data = np.frombuffer(mapped, dtype=np.uint8)
         header = parse(self._data, str(self.path))
         self.metadata = header.metadata
         self.tensors = header.tensors
@@ -291,10 +298,9 @@ class GGUFFile(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         record = self.tensors[name]
-        width = record.shape[-1] // record.kind.block * record.kind.size
-        return self._data[record.start : record.start + record.nbytes].reshape(
-            (*record.shape[:-1], width)
-        )
+        width = record.shape[-1] // record.type.block * record.type.size
+        raw = self._data[record.start : record.start + record.nbytes]
+        return raw.reshape((*record.shape[:-1], width))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)

@@ -1,31 +1,31 @@
-"""The searches for a block's step: what ggml minimises, in the arithmetic that its bytes
-depend on.
+"""Searches for a block's scale: what ggml minimises, in the arithmetic that its bytes depend
+on.
 
-Dividing by the largest number wastes codes: a little more error at the extremes buys less
-everywhere else. So each sub-block tries some steps, and for the codes that each gives, the
-best step in closed form. Blocks are columns here, x[S, C] holds position i of all of them
-in row i: searches run side by side, and only sums go position by position.
+Dividing by the largest element wastes codes: a little more error at the extremes buys less
+everywhere else. So for each sub-block several scales are tried, and for the codes that each
+gives, the best scale in closed form. Blocks are columns here, x[S, C] holds position i of
+all of them in row i: searches run side by side, and only sums go position by position.
 
-| search       | model of x      | minimises                         | tries                                      |
-|--------------|-----------------|-----------------------------------|--------------------------------------------|
-| asymmetric   | s·L + m, m ≤ 0  | Σ w (s·L + m − x)², or Σ w |…|  | that range in n + first + i·step steps     |
-| symmetric    | s·(L − n)       | Σ w (s·(L − n) − x)²              | n ± 0.1 … 0.9 steps for the extreme        |
-| swept        | s·(L − n)       | the same, w = x²                  | one start, then each code anew, five times |
-| positive     | s·L, x ≥ 0      | Σ w (s·L − x)²                    | n ± 0.1 … 0.4 steps, then each code anew   |
+| search           | ggml              | model of x      | minimises                      | candidates                                |
+|------------------|-------------------|-----------------|--------------------------------|-------------------------------------------|
+| fit_asymmetric   | make_qkx2_quants  | s·L + m, m ≤ 0  | Σ w (s·L + m − x)², or Σ w |…| | n + first + i·step scales across the range |
+| fit_symmetric    | make_qx_quants    | s·(L − n)       | Σ w (s·(L − n) − x)²           | n ± 0.1 … 0.9 scales for the extreme      |
+| fit_by_sweeps    | make_q3_quants    | s·(L − n)       | the same, w = x²               | one, then each code again, five times     |
+| fit_positive     | make_qp_quants    | s·L, x ≥ 0      | Σ w (s·L − x)²                 | n ± 0.1 … 0.4 scales, then each code again |
 
-For given codes the squares are least at s = Σwxl / Σwl² (symmetric), which leaves Σwx² −
-(Σwxl)²/Σwl²; hence what is compared is (Σwxl)²/Σwl², and no error is ever computed. The
-asymmetric fit is the straight line of weighted regression.
+For given codes the squared error is least at s = Σwxl / Σwl² (symmetric), which leaves Σwx²
+− (Σwxl)²/Σwl²; so (Σwxl)²/Σwl² is compared, and no error is ever computed. The asymmetric
+fit is the straight line of weighted regression.
 
 Quirks, all part of the format's bytes:
 
 - Sums are strictly sequential in float32. Another order of additions changes a last bit,
   that changes which candidate wins, and that changes the codes.
-- ``asymmetric`` moves its lower end to each better fit's offset, and later candidates start
-  from there: the candidates are not the grid that the parameters describe.
+- ``fit_asymmetric`` moves its lower end to each better fit's offset, and later candidates
+  start from there: the candidates are not the grid that the parameters describe.
 - With ``mad`` (Q2_K) candidates are fitted by squares and compared by absolute errors.
-- ``swept`` only takes up a code if the other codes' Σwxl is positive. With a positive
-  extreme the step is negative and Σwxl is too: such blocks are never refined.
+- ``fit_by_sweeps`` only changes a code if the other codes' Σwxl is positive. With a positive
+  extreme the scale is negative and Σwxl is too: such blocks are never refined.
 
 Source: ggml's quantisers (ggml-quants.c), behaviour checked against the library byte for
 byte.
@@ -37,12 +37,21 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from refllm.backend import Array, namespace
+from refllm.array_types import Array
+from refllm.backend import namespace
 from refllm.formats.gguf.arithmetic import divided, extreme, least, nearest, sequential_sum, single
 
-__all__ = ["IMPORTANT", "TINY", "Grid", "asymmetric", "positive", "swept", "symmetric"]
+__all__ = [
+    "IMPORTANT",
+    "TINY",
+    "Grid",
+    "fit_asymmetric",
+    "fit_by_sweeps",
+    "fit_positive",
+    "fit_symmetric",
+]
 
-TINY = 1e-15  # a block whose numbers are all smaller is stored as zero
+TINY = 1e-15  # a block whose elements are all smaller is stored as zero
 
 
 def tenths(levels: int, i: int) -> float:
@@ -51,28 +60,30 @@ def tenths(levels: int, i: int) -> float:
 
 
 class Grid(NamedTuple):
-    """Which candidates ``asymmetric`` tries."""
+    """The candidates that ``fit_asymmetric`` tries."""
 
     first: float
     step: float
     tries: int
 
-    def steps(self, levels: int, i: int) -> float:
-        """levels + first + i·step, in float32."""
+    def divisor(self, levels: int, i: int) -> float:
+        """How many scales candidate i puts across the range: levels + first + i·step, in
+        float32.
+        """
         return single(single(single(self.first) + single(single(self.step) * i)) + levels)
 
 
-IMPORTANT = Grid(-0.9, 0.05, 36)  # with an importance, whatever the type
+IMPORTANT = Grid(-0.9, 0.05, 36)  # with an importance, for every type
 
 
-def asymmetric(
+def fit_asymmetric(
     x: Array, w: Array, levels: int, grid: Grid, *, mad: bool = False
 ) -> tuple[Array, Array, Array]:
     """x[S, C], weights w[S, C] → codes in 0 … levels (as float32 [S, C]), s[C] and −m[C] of
     x ≈ s·L + m.
 
-    The start puts ``levels`` steps between the ends; candidate i puts levels + first +
-    i·step there, i = 0 … tries.
+    The first scale is range / levels; candidate i, of i = 0 … tries, is range / (levels +
+    first + i·step).
     """
     xp = namespace(x, w)
     hi = xp.max(x, axis=0)
@@ -81,38 +92,38 @@ def asymmetric(
     some = hi > lo
     sw = sequential_sum(w)
     sx = sequential_sum(w * x)
-    code = xp.empty_like(x)  # reused: what fits into the cache need not leave it
-    room = xp.empty_like(x)
+    code = xp.empty_like(x)  # both are reused, so that they stay in cache
+    buffer = xp.empty_like(x)
     best_inverse = float(levels) / (hi - lo)
     best_lo = lo
     scale = 1.0 / best_inverse
-    _encode(x, lo, best_inverse, levels, code)
-    best = _error(x, w, code, scale, lo, mad, room)
+    _round_codes(x, lo, best_inverse, levels, code)
+    best = _error(x, w, code, scale, lo, mad, buffer)
     for i in range(grid.tries + 1):
-        inverse = grid.steps(levels, i) / (hi - lo)
-        _encode(x, lo, inverse, levels, code)
-        sl, sll, sxl = _moments(x, w, code, room)
+        inverse = grid.divisor(levels, i) / (hi - lo)
+        _round_codes(x, lo, inverse, levels, code)
+        sl, sll, sxl = _moments(x, w, code, buffer)
         d = sw * sll - sl * sl
         s = (sw * sxl - sx * sl) / d
         m = (sll * sx - sl * sxl) / d
-        above = m > 0  # the offset may only lower
+        above = m > 0  # the offset is never positive
         s = xp.where(above, sxl / sll, s)
         m = xp.where(above, 0.0, m)
-        e = _error(x, w, code, s, m, mad, room)
+        e = _error(x, w, code, s, m, mad, buffer)
         better = (d > 0) & (e < best) & some
         best = xp.where(better, e, best)
         scale = xp.where(better, s, scale)
         best_inverse = xp.where(better, inverse, best_inverse)
         best_lo = xp.where(better, lo, best_lo)
         lo = xp.where(better, m, lo)  # the quirk: later candidates start here
-    # again, which is cheaper than keeping every winner's codes
-    _encode(x, best_lo, best_inverse, levels, code)
+    # computed again, which is cheaper than keeping every winner's codes
+    _round_codes(x, best_lo, best_inverse, levels, code)
     return xp.where(some, code, 0.0), xp.where(some, scale, 0.0), -lo
 
 
-def _encode(x: Array, lo: Array, inverse: Array, levels: int, code: Array) -> None:
-    """code = clip(nearest((x − lo) · inverse)); an infinite inverse gives 0, as upstream's
-    rounding makes of it.
+def _round_codes(x: Array, lo: Array, inverse: Array, levels: int, code: Array) -> None:
+    """code = clip(nearest((x − lo) · inverse)); an infinite inverse gives 0, as ggml's
+    rounding does.
     """
     xp = namespace(x, code)
     xp.subtract(x, lo, out=code)
@@ -121,30 +132,33 @@ def _encode(x: Array, lo: Array, inverse: Array, levels: int, code: Array) -> No
     xp.clip(code, 0.0, float(levels), out=code)
 
 
-def _moments(x: Array, w: Array, code: Array, room: Array) -> tuple[Array, Array, Array]:
-    """Σwl, Σwl², Σwlx of each column; products go through ``room``."""
+def _moments(x: Array, w: Array, code: Array, buffer: Array) -> tuple[Array, Array, Array]:
+    """Σwl, Σwl², Σwlx of each column; products go through ``buffer``."""
     xp = namespace(x, w)
-    xp.multiply(w, code, out=room)
-    sl = sequential_sum(room)
-    xp.multiply(room, code, out=room)
-    sll = sequential_sum(room)
-    xp.multiply(w, code, out=room)
-    xp.multiply(room, x, out=room)
-    return sl, sll, sequential_sum(room)
+    xp.multiply(w, code, out=buffer)
+    sl = sequential_sum(buffer)
+    xp.multiply(buffer, code, out=buffer)
+    sll = sequential_sum(buffer)
+    xp.multiply(w, code, out=buffer)
+    xp.multiply(buffer, x, out=buffer)
+    return sl, sll, sequential_sum(buffer)
 
 
-def _error(x: Array, w: Array, code: Array, s: Array, m: Array, mad: bool, room: Array) -> Array:
+def _error(x: Array, w: Array, code: Array, s: Array, m: Array, mad: bool, buffer: Array) -> Array:
     """Σ w (s·code + m − x)², or Σ w |…| with ``mad``."""
     xp = namespace(x, w)
-    xp.multiply(code, s, out=room)
-    xp.add(room, m, out=room)
-    xp.subtract(room, x, out=room)
-    xp.abs(room, out=room) if mad else xp.multiply(room, room, out=room)
-    xp.multiply(room, w, out=room)
-    return sequential_sum(room)
+    xp.multiply(code, s, out=buffer)
+    xp.add(buffer, m, out=buffer)
+    xp.subtract(buffer, x, out=buffer)
+    if mad:
+        xp.abs(buffer, out=buffer)
+    else:
+        xp.multiply(buffer, buffer, out=buffer)
+    xp.multiply(buffer, w, out=buffer)
+    return sequential_sum(buffer)
 
 
-def symmetric(x: Array, levels: int, w: Array | None = None) -> tuple[Array, Array]:
+def fit_symmetric(x: Array, levels: int, w: Array | None = None) -> tuple[Array, Array]:
     """x[S, C], weights (x² if None) → codes in 0 … 2·levels − 1 (as float32 [S, C]) and
     s[C] of x ≈ s·(L − levels).
     """
@@ -157,7 +171,7 @@ def symmetric(x: Array, levels: int, w: Array | None = None) -> tuple[Array, Arr
     code = xp.empty_like(x)
 
     def fit(inverse: Array) -> tuple[Array, Array]:
-        """Σwxl, Σwl² of the codes that 1/step = ``inverse`` gives."""
+        """Σwxl, Σwl² of the codes that the scale 1/``inverse`` gives."""
         xp.multiply(x, inverse, out=code)
         xp.rint(code, out=code)
         xp.clip(code, -float(levels), float(levels - 1), out=code)
@@ -184,8 +198,8 @@ def symmetric(x: Array, levels: int, w: Array | None = None) -> tuple[Array, Arr
     return xp.where(some, code + float(levels), 0.0), xp.where(some, scale, 0.0)
 
 
-def swept(x: Array, levels: int) -> tuple[Array, Array]:
-    """x[S, C] → codes in 0 … 2·levels − 1 (as float32 [S, C]) and s[C]; one start, then
+def fit_by_sweeps(x: Array, levels: int) -> tuple[Array, Array]:
+    """x[S, C] → codes in 0 … 2·levels − 1 (as float32 [S, C]) and s[C]: one scale, then
     sweeps over the codes.
     """
     xp = namespace(x)
@@ -201,7 +215,7 @@ def swept(x: Array, levels: int) -> tuple[Array, Array]:
     return xp.where(some, code + float(levels), 0.0), xp.where(some, divided(sx, sl, sl > 0), 0.0)
 
 
-def positive(x: Array, levels: int, w: Array) -> tuple[Array, Array]:
+def fit_positive(x: Array, levels: int, w: Array) -> tuple[Array, Array]:
     """x[S, C] ≥ 0, weights w[S, C] → codes in 0 … levels (as float32 [S, C]) and s[C] of x
     ≈ s·L.
     """
@@ -246,23 +260,23 @@ def _sweep(
     *,
     others: bool,
 ) -> tuple[Array, Array, Array]:
-    """Up to five times over all positions: each code anew, given all others, and kept if
-    (Σwxl)²/Σwl² grows.
+    """Coordinate descent, up to five sweeps over all positions: each code is chosen again
+    given all others, and kept if (Σwxl)²/Σwl² grows.
 
-    A sweep that changes nothing is a block's last. Between two changes a block's sums stand
-    still: so all its positions are tried at once, and the next in turn that would be kept
-    is the next change. Blocks with none are done, and so are those whose Σwxl is not
-    positive (the quirk above).
+    A sweep without a change is a block's last. Between two changes a block's sums are
+    constant: so all its positions are tried at once, and the next one in turn that would be
+    kept is the next change. Blocks without one are finished, and so are those whose Σwxl is
+    not positive (the quirk of the module).
     """
     xp = namespace(x, w, code)
     size = int(x.shape[0])
     positions = xp.arange(size, dtype=xp.int16)[:, None]
     at = xp.flatnonzero(sx > 0)
-    # of the positions in five sweeps, the one to go on with
+    # each block's next position, counted over its five sweeps
     turn = xp.zeros(at.shape, dtype=xp.int32)
     while at.size:
         some, some_w, some_wx, now = (xp.take(rows, at, axis=1) for rows in (x, w, wx, code))
-        kept, anew, total, squares = _trial(
+        kept, tried, total, squares = _trial(
             some, some_w, some_wx, now, sx[at], sl[at], low, high, others=others
         )
         here = xp.astype(turn % size, xp.int16)
@@ -277,7 +291,7 @@ def _sweep(
         at = at[going]
         turn = turn[going]
         i = turn % size
-        code[i, at] = anew[i, going]
+        code[i, at] = tried[i, going]
         sx[at] = total[i, going]
         sl[at] = squares[i, going]
         turn += 1
@@ -296,15 +310,15 @@ def _trial(
     *,
     others: bool,
 ) -> tuple[Array, Array, Array, Array]:
-    """Of each code, were it alone to change: whether to keep that, the new code, and Σwxl,
-    Σwl² with it; all [S, C].
+    """For each code, if only that one changed: whether to keep the change, the new code, and
+    Σwxl, Σwl² with it; all [S, C].
     """
     xp = namespace(x, w, code)
-    a = sx - wx * code  # of the other codes
+    a = sx - wx * code  # sums over the other codes
     b = sl - w * code * code
     # not used where a is not positive
-    anew = xp.astype(xp.clip(nearest(x * b / a), low, high), xp.float32)
-    total = a + wx * anew
-    squares = b + w * anew * anew
-    kept = (a > 0) & (anew != code) & ((b if others else squares) > 0)
-    return kept & (total * total * sl > sx * sx * squares), anew, total, squares
+    tried = xp.astype(xp.clip(nearest(x * b / a), low, high), xp.float32)
+    total = a + wx * tried
+    squares = b + w * tried * tried
+    kept = (a > 0) & (tried != code) & ((b if others else squares) > 0)
+    return kept & (total * total * sl > sx * sx * squares), tried, total, squares

@@ -1,19 +1,18 @@
-"""The storage types of GGUF files that refllm reads and writes: sizes, numbers, names.
+"""The storage types of GGUF files that refllm reads and writes: sizes, ids, names.
 
-A row of K numbers is stored as K / block blocks of ``size`` bytes each; bits a weight are 8
-· size / block.
+A row of K elements is stored as K / block blocks of ``size`` bytes each, which are
+8 · size / block bits per weight.
 
-| type          | numbers a block | bytes | bits a weight | what a block holds                                    |
-|---------------|-----------------|-------|---------------|-------------------------------------------------------|
-| F32, F16, BF16| 1               | 4, 2  | 32, 16        | the number                                            |
-| Q8_0          | 32              | 34    | 8.5           | step, 8-bit codes                                     |
-| Q4_0, Q5_0    | 32              | 18, 22| 4.5, 5.5      | step, codes around 0                                  |
-| Q4_1, Q5_1    | 32              | 20, 24| 5, 6          | step, offset, codes from 0                            |
-| MXFP4         | 32              | 17    | 4.25          | power of two, 4-bit floats                            |
-| Q2_K … Q6_K   | 256             | 84 …  | 2.625 …       | sub-blocks whose steps (and offsets) are codes, too   |
+| type          | elements per block | bytes | bits per weight | what a block holds                                   |
+|---------------|--------------------|-------|-----------------|------------------------------------------------------|
+| F32, F16, BF16| 1                  | 4, 2  | 32, 16          | the value                                            |
+| Q8_0          | 32                 | 34    | 8.5             | scale, 8-bit codes                                   |
+| Q4_0, Q5_0    | 32                 | 18, 22| 4.5, 5.5        | scale, codes around 0                                |
+| Q4_1, Q5_1    | 32                 | 20, 24| 5, 6            | scale, offset, codes from 0                          |
+| MXFP4         | 32                 | 17    | 4.25            | power of two, 4-bit floats                           |
+| Q2_K … Q6_K   | 256                | 84 …  | 2.625 …         | sub-blocks whose scales (and offsets) are codes, too |
 
-Source: the GGUF specification, and ggml's block structures (the numbers of the types are
-ggml's).
+Source: the GGUF specification, and ggml's block structures (the ids are ggml's).
 
 Left out: the lattice and ternary types (IQ…, TQ…), integers, Q8_1 and Q8_K (activations,
 never in files).
@@ -23,15 +22,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["FIELDS", "TYPES", "Field", "Kind", "kind", "row_bytes"]
+__all__ = ["FIELDS", "TYPES", "Field", "GGUFType", "gguf_type", "row_bytes"]
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A storage type: ``number`` is its id in files."""
+class GGUFType:
+    """A storage type: ``block`` elements take ``size`` bytes; ``id`` is its number in files.
+
+    >>> TYPES["Q4_K"].bits_per_weight
+    4.5
+    """
 
     name: str
-    number: int
+    id: int
     block: int
     size: int
 
@@ -42,40 +45,40 @@ class Kind:
 
     @property
     def quantized(self) -> bool:
-        """Whether numbers share a scale: files of such types carry a version of the
-        quantisation.
+        """Whether elements share a scale; files with such types carry a quantisation
+        version.
         """
         return self.block > 1
 
 
 TYPES = {
-    kind.name: kind
-    for kind in (
-        Kind("F32", 0, 1, 4),
-        Kind("F16", 1, 1, 2),
-        Kind("Q4_0", 2, 32, 18),
-        Kind("Q4_1", 3, 32, 20),
-        Kind("Q5_0", 6, 32, 22),
-        Kind("Q5_1", 7, 32, 24),
-        Kind("Q8_0", 8, 32, 34),
-        Kind("Q2_K", 10, 256, 84),
-        Kind("Q3_K", 11, 256, 110),
-        Kind("Q4_K", 12, 256, 144),
-        Kind("Q5_K", 13, 256, 176),
-        Kind("Q6_K", 14, 256, 210),
-        Kind("BF16", 30, 1, 2),
-        Kind("MXFP4", 39, 32, 17),
+    found.name: found
+    for found in (
+        GGUFType("F32", 0, 1, 4),
+        GGUFType("F16", 1, 1, 2),
+        GGUFType("Q4_0", 2, 32, 18),
+        GGUFType("Q4_1", 3, 32, 20),
+        GGUFType("Q5_0", 6, 32, 22),
+        GGUFType("Q5_1", 7, 32, 24),
+        GGUFType("Q8_0", 8, 32, 34),
+        GGUFType("Q2_K", 10, 256, 84),
+        GGUFType("Q3_K", 11, 256, 110),
+        GGUFType("Q4_K", 12, 256, 144),
+        GGUFType("Q5_K", 13, 256, 176),
+        GGUFType("Q6_K", 14, 256, 210),
+        GGUFType("BF16", 30, 1, 2),
+        GGUFType("MXFP4", 39, 32, 17),
     )
 }
 
 
 @dataclass(frozen=True)
 class Field:
-    """Some bytes of a block: ``role`` is "step", "offset", "scales", "high bits" or
-    "codes"; ``holds`` says of what.
+    """Some bytes of a block: ``role`` is "step" (its scale), "offset", "scales", "high bits"
+    or "codes"; ``holds`` says which.
 
-    Numbers of a block are counted from 0, sub-blocks too; j is the byte's place in the
-    field.
+    The "numbers" in ``holds`` are the elements of a block, counted from 0 like sub-blocks; j
+    is the index of the byte within the field. (Both strings are stored in figure data.)
     """
 
     role: str
@@ -109,18 +112,23 @@ FIELDS: dict[str, tuple[Field, ...]] = {
 }  # fmt: skip
 
 
-def kind(name: str) -> Kind:
-    """The storage type called ``name``; ValueError names those that there are."""
+def gguf_type(name: str) -> GGUFType:
+    """The storage type called ``name``; ValueError lists the known ones."""
     if name not in TYPES:
         raise ValueError(f"unknown GGUF type {name!r}; choose one of {', '.join(TYPES)}")
     return TYPES[name]
 
 
 def row_bytes(name: str, columns: int) -> int:
-    """Bytes of a row of ``columns`` numbers; ValueError if blocks do not divide it."""
-    found = kind(name)
+    """Bytes of a row of ``columns`` elements; ValueError if blocks do not divide it.
+
+    >>> row_bytes("Q4_K", 512)
+    288
+    """
+    found = gguf_type(name)
     if columns % found.block:
         raise ValueError(
-            f"{name} stores blocks of {found.block} numbers, which do not divide a row of {columns}"
+            f"{name} stores blocks of {found.block} elements, which do not divide a row of "
+            f"{columns}"
         )
     return columns // found.block * found.size

@@ -1,9 +1,9 @@
-"""GGUF files, written: version 3, one tensor in memory at a time, byte for byte what the
-``gguf`` package writes.
+"""GGUF writer: version 3, one tensor in memory at a time, byte for byte what the ``gguf``
+package writes.
 
-Metadata carry their types: str, bool, NumPy scalars and arrays, lists of str. A plain int
-or float is refused, since a reader asks for a width. The format is described in
-``container``.
+Metadata values carry their types: str, bool, NumPy scalars and arrays, lists of str. A plain
+int or float is rejected, because the file needs a width. The format is described in
+``reader``.
 
 Left out: other alignments than 32, files in several parts.
 """
@@ -15,7 +15,6 @@ import secrets
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -27,22 +26,22 @@ from refllm.formats.gguf.reader import (
     SCALARS,
     STRING,
 )
-from refllm.formats.gguf.types import kind, row_bytes
+from refllm.formats.gguf.types import gguf_type, row_bytes
 
 __all__ = ["Plan", "header_bytes", "plan_bytes", "write"]
 
 Plan = Mapping[str, tuple[str, tuple[int, ...]]]  # name → type's name and shape
-_NUMBERS = {name: number for number, name in SCALARS.items()}
+_IDS = {name: number for number, name in SCALARS.items()}
 
 
 def write(
-    path: str | Path, metadata: Mapping[str, Any], plan: Plan, read: Callable[[str], np.ndarray]
+    path: str | Path, metadata: Mapping[str, object], plan: Plan, read: Callable[[str], np.ndarray]
 ) -> None:
-    """Write the tensors of ``plan``, in its order; ``read`` is asked for the bytes of each
-    when its turn comes.
+    """Write the tensors of ``plan``, in its order; ``read`` returns the bytes of one and is
+    called once per tensor.
 
-    The file is written under a temporary name beside ``path`` and takes its name when it is
-    whole and on the disk.
+    The file is written under a temporary name beside ``path`` and renamed when it is
+    complete and on disk.
 
     Raises
     ------
@@ -61,7 +60,8 @@ def write(
                 tensor = np.ascontiguousarray(read(name))
                 if (tensor.dtype, tensor.nbytes) != (np.dtype("uint8"), size):
                     raise AssertionError(
-                        f"{name}: {tensor.dtype} of {tensor.nbytes} bytes, not the {size} of the plan"
+                        f"{name}: {tensor.dtype} of {tensor.nbytes} bytes, not the {size} of the "
+                        "plan"
                     )
                 out.write(tensor.data)
                 out.write(b"\0" * (-size % ALIGNMENT))
@@ -81,8 +81,8 @@ def plan_bytes(plan: Plan, name: str) -> int:
     return rows * row_bytes(type, shape[-1])
 
 
-def header_bytes(metadata: Mapping[str, Any], plan: Plan) -> bytes:
-    """What stands before the tensors, padded."""
+def header_bytes(metadata: Mapping[str, object], plan: Plan) -> bytes:
+    """Everything before the tensors, padded to the alignment."""
     parts = [b"GGUF", struct.pack("<IQQ", 3, len(plan), len(metadata))]
     parts += [_string(key) + _value(key, value) for key, value in metadata.items()]
     at = 0
@@ -92,21 +92,22 @@ def header_bytes(metadata: Mapping[str, Any], plan: Plan) -> bytes:
             or not 1 <= len(shape) <= MOST_DIMENSIONS
             or 0 in shape
         ):
-            raise ValueError(f"write: GGUF has no place for {name!r} of shape {shape}")
-        record = struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], kind(type).number, at)
+            raise ValueError(f"write: GGUF cannot hold {name!r} of shape {shape}")
+        record = struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], gguf_type(type).id, at)
         parts.append(_string(name) + record)
         size = plan_bytes(plan, name)
         at += size + -size % ALIGNMENT
-    text = b"".join(parts)
-    return text + b"\0" * (-len(text) % ALIGNMENT)
+    header = b"".join(parts)
+    return header + b"\0" * (-len(header) % ALIGNMENT)
 
 
 def _string(text: str) -> bytes:
+    """A string with its length before it."""
     raw = text.encode("utf-8")
     return struct.pack("<Q", len(raw)) + raw
 
 
-def _value(key: str, value: Any) -> bytes:
+def _value(key: str, value: object) -> bytes:
     """Type and value of an entry."""
     if isinstance(value, str):
         return struct.pack("<I", STRING) + _string(value)
@@ -115,18 +116,14 @@ def _value(key: str, value: Any) -> bytes:
         return head + b"".join(map(_string, value))
     if isinstance(value, bool):
         value = np.bool_(value)
-    if (
-        isinstance(value, (np.generic, np.ndarray))
-        and value.dtype.name in _NUMBERS
-        and value.ndim <= 1
-    ):
-        number = _NUMBERS[value.dtype.name]
+    if isinstance(value, (np.generic, np.ndarray)) and value.dtype.name in _IDS and value.ndim <= 1:
+        number = _IDS[value.dtype.name]
         if value.ndim == 0:
             head = struct.pack("<I", number)
         else:
             head = struct.pack("<IIQ", ARRAY, number, value.size)
         return head + value.astype(value.dtype.newbyteorder("<")).tobytes()
     raise ValueError(
-        f"write: the value of {key!r} has no type of GGUF's: pass str, bool, a NumPy scalar or array, or "
-        f"a list of str, not {type(value).__name__}"
+        f"write: the value of {key!r} has no GGUF type: pass str, bool, a NumPy scalar or array, "
+        f"or a list of str, not {type(value).__name__}"
     )
