@@ -1,1 +1,42 @@
-"""."""
+"""How do models get in and out of files? Hugging Face directories, GGUF files and tokenizers,
+read into a weight tree and written so that other programs load them. Read ``loading`` first.
+
+In reading order:
+
+- ``loading``: find a checkpoint by name or path, read it, build the weight tree
+- ``tensor_files``: safetensors, and which tensors a network needs
+- ``writer``: files and directories that are either complete or absent
+- ``tokenizer``: text to token ids and back
+- ``gguf``: a network from a GGUF file, whose weights stay quantised
+- ``gguf_names``: names, row order and configuration in GGUF and in Hugging Face's format
+- ``gguf_tokenizer``: a tokenizer as GGUF metadata
+
+The GGUF modules are imported only where there is such a file.
+"""
+
+from refllm.checkpoints.loading import (
+    Checkpoint,
+    bundled,
+    iter_tensors,
+    load,
+    locate,
+    read_config,
+    read_tensor,
+)
+from refllm.checkpoints.tensor_files import CheckpointError, TensorFiles
+from refllm.checkpoints.tokenizer import Tokenizer
+from refllm.checkpoints.writer import save
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "TensorFiles",
+    "Tokenizer",
+    "bundled",
+    "iter_tensors",
+    "load",
+    "locate",
+    "read_config",
+    "read_tensor",
+    "save",
+]

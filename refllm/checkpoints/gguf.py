@@ -1,15 +1,15 @@
-"""A network from a GGUF file: weights stay in the file's bytes, everything else becomes
-what ``llama.build`` expects.
+"""Load a network from a GGUF file: quantised weights stay in the file's bytes.
 
-| part       | read as                                                                                       |
-|------------|-----------------------------------------------------------------------------------------------|
-| matrices   | ``GGUFLinear``, in the file's own type; F32, F16 and BF16 as plain arrays                     |
-| q and k    | rows put back into Hugging Face's order, which costs nothing: rows are coded one by one        |
-| vectors    | arrays in the dtype that is computed in                                                        |
-| rope_freqs | the rotation's frequencies, divided by them                                                    |
+| part       | read as                                                                      |
+|------------|------------------------------------------------------------------------------|
+| matrices   | ``GGUFLinear`` in the file's own type; F32, F16 and BF16 as arrays           |
+| q and k    | rows in Hugging Face's order; rows are quantised one by one, so any order is |
+|            | possible without requantising                                                |
+| vectors    | arrays in the dtype of computation                                           |
+| rope_freqs | factors that the RoPE frequencies are divided by                             |
 
-A tensor is copied out of the mapped file when it is looked up, so the file may be closed,
-or changed, afterwards.
+A tensor is copied out of the mapped file when it is looked up, so the file may be closed or
+changed afterwards.
 
 Left out: files in several parts, adapters, experts.
 """
@@ -23,8 +23,15 @@ from typing import Any
 
 import numpy as np
 
-from refllm.checkpoints.gguf_names import ROPE_FACTORS, config_of, gguf_name, hf_name, permutation
-from refllm.checkpoints.gguf_tokenizer import tokenizer_of
+from refllm.backend import Array
+from refllm.checkpoints.gguf_names import (
+    ROPE_FACTORS,
+    config_from_metadata,
+    gguf_name,
+    hf_name,
+    permutation,
+)
+from refllm.checkpoints.gguf_tokenizer import tokenizer_from_metadata
 from refllm.checkpoints.tensor_files import (
     CheckpointError,
     Shape,
@@ -45,7 +52,7 @@ __all__ = ["GGUFTensors", "load", "open_file"]
 
 
 def open_file(path: str | Path) -> GGUFFile:
-    """The file; CheckpointError for what is no such file."""
+    """Open a GGUF file; CheckpointError if it is not one, or one of several parts."""
     try:
         file = GGUFFile(path)
     except GGUFError as error:
@@ -66,29 +73,30 @@ def load(path: str | Path, xp: Any, dtype: str) -> tuple[ModelConfig, Weights, T
     Raises
     ------
     CheckpointError
-        for whatever is wrong with the file.
+        for anything wrong with the file.
     """
     with open_file(path) as file:
         tensors = GGUFTensors(file, xp, dtype)
         tensors.check()
-        tokenizer = tokenizer_of(file.metadata, str(path))
+        tokenizer = tokenizer_from_metadata(file.metadata, str(path))
         check_vocabulary(tokenizer, tensors.config, Path(path))
         weights = build(tensors.config, tensors)
-        factors = tensors.factors
+        factors = tensors.rope_factors
         if factors is not None:
             plain = rope_frequencies(tensors.config.head_dim, tensors.config.rope_theta)
-            weights["rope_frequencies"] = xp.asarray(np.array(plain) / factors)
+            weights["rope_frequencies"] = xp.asarray(np.array(plain) / factors)  # [D/2]
     return tensors.config, weights, tokenizer
 
 
 class GGUFTensors(Mapping[str, Any]):
-    """The tensors of a file by Hugging Face's names, each copied and moved when it is
+    """The tensors of a file under Hugging Face's names, each copied and moved when it is
     looked up.
 
-    ``xp`` None leaves them on the host; ``dtype`` None gives plain tensors as float32.
+    ``xp`` None leaves them on the host; ``dtype`` None is float32. A look-up raises
+    CheckpointError for values that are not finite.
     """
 
-    quantization = "gguf"  # ``build`` asks: such weights need no room for floats
+    quantization = "gguf"  # ``llama.build`` reserves no memory for floating-point weights then
 
     def __init__(self, file: GGUFFile, xp: Any, dtype: str | None):
         self.file = file
@@ -96,19 +104,20 @@ class GGUFTensors(Mapping[str, Any]):
         self.dtype = dtype or "float32"
         self.where = file.path
         shapes = {name: record.shape for name, record in file.tensors.items()}
-        self.config = config_of(file.metadata, shapes, str(file.path))
+        self.config = config_from_metadata(file.metadata, shapes, str(file.path))
 
     @property
-    def factors(self) -> np.ndarray | None:
-        """float64 [D/2]: what ``rope_freqs`` divides the frequencies by; None if the file
-        has none.
+    def rope_factors(self) -> np.ndarray | None:
+        """float64 [D/2]: ``rope_freqs``, which the frequencies are divided by; None if the
+        file has none.
         """
         if ROPE_FACTORS not in self.file:
             return None
         factors = self._floats(ROPE_FACTORS).astype(np.float64).reshape(-1)
         if factors.shape != (self.config.head_dim // 2,) or not (factors > 0).all():
             raise CheckpointError(
-                f"{self.where}: {ROPE_FACTORS} must hold {self.config.head_dim // 2} positive factors"
+                f"{self.where}: {ROPE_FACTORS} must hold {self.config.head_dim // 2} positive "
+                "factors"
             )
         return factors
 
@@ -116,14 +125,16 @@ class GGUFTensors(Mapping[str, Any]):
         """CheckpointError unless names and shapes are those of the network that the
         metadata describe.
         """
-        found: dict[str, Any] = {}
+        found: dict[str, np.ndarray] = {}
         for name, record in self.file.tensors.items():
             if name != ROPE_FACTORS:
-                found[hf_name(name) or name] = np.broadcast_to(np.float32(0), record.shape)
+                shaped = np.broadcast_to(np.float32(0), record.shape)  # no memory, only a shape
+                found[hf_name(name) or name] = shaped
         check_tensors(self.config, found, self.where)
 
     @cached_property
     def _shapes(self) -> dict[str, Shape]:
+        """Name → shape of the network's tensors."""
         return dict(tensor_shapes(self.config))
 
     def __getitem__(self, name: str) -> Any:
@@ -131,30 +142,29 @@ class GGUFTensors(Mapping[str, Any]):
             raise KeyError(name)
         own = gguf_name(name)
         record = self.file.tensors[own]
-        order = permutation(self.config, name)
-        back = None if order is None else np.argsort(order)
+        rows = permutation(self.config, name)
+        order: slice | np.ndarray = slice(None)  # of the file's rows, for Hugging Face
+        if rows is not None:
+            order = np.argsort(rows)
         if not record.type.quantized:
-            floats = self._floats(own)
-            host = converted(floats if back is None else floats[back], self.dtype, name, self.where)
-            return host if self.xp is None else self.xp.asarray(host)
-        raw = self.file[own]
-        raw = np.array(raw if back is None else raw[back])  # a copy: the mapped file may go
+            return self._moved(converted(self._floats(own)[order], self.dtype, name, self.where))
+        raw = np.array(self.file[own][order])  # a copy: the mapped file may be closed
         if len(record.shape) != 2:
             raise CheckpointError(f"{self.where}: {own} is quantised, but no matrix")
-        self._refuse_broken(raw, record.type.name, own)
-        return GGUFLinear(
-            raw if self.xp is None else self.xp.asarray(raw), record.type.name, self.dtype
-        )
+        self._require_finite(raw, record.type.name, own)
+        return GGUFLinear(self._moved(raw), record.type.name, self.dtype)
 
-    def _refuse_broken(self, raw: np.ndarray, type: str, name: str) -> None:
-        """CheckpointError if a step is infinite or NaN: no number of its block could be
-        computed with.
-        """
-        step = max(1, (1 << 22) // max(1, raw.shape[1]))
-        for start in range(0, raw.shape[0], step):
-            if not np.isfinite(dequantize(raw[start : start + step], type)).all():
+    def _moved(self, host: np.ndarray) -> Array:
+        """A host array on the library's device."""
+        return host if self.xp is None else self.xp.asarray(host)
+
+    def _require_finite(self, raw: np.ndarray, type: str, name: str) -> None:
+        """CheckpointError if a scale is infinite or NaN: its block has no usable values."""
+        rows = max(1, (1 << 22) // max(1, raw.shape[1]))  # dequantised at a time
+        for start in range(0, raw.shape[0], rows):
+            if not np.isfinite(dequantize(raw[start : start + rows], type)).all():
                 raise CheckpointError(
-                    f"{self.where}: {name} holds steps that are NaN or infinite, from row {start} "
+                    f"{self.where}: {name} holds scales that are NaN or infinite, from row {start} "
                     "on: the file is damaged, or its weights overflowed"
                 )
 
@@ -162,9 +172,8 @@ class GGUFTensors(Mapping[str, Any]):
         """A tensor of plain floats as float32, in its shape."""
         record = self.file.tensors[own]
         raw = self.file[own]
-        floats: np.ndarray = dequantize(
-            np.ascontiguousarray(raw.reshape(-1, raw.shape[-1])), record.type.name
-        )
+        rows = np.ascontiguousarray(raw.reshape(-1, raw.shape[-1]))  # [rows, bytes]
+        floats: np.ndarray = dequantize(rows, record.type.name)
         return floats.reshape(record.shape)
 
     def __iter__(self) -> Iterator[str]:

@@ -1,29 +1,29 @@
-"""A network in GGUF's words: names of tensors, order of q's and k's rows, shape of the
-network as metadata.
+"""Names, row order and configuration of a network in GGUF and in Hugging Face's format.
 
-| GGUF                          | Hugging Face                                                               |
-|-------------------------------|----------------------------------------------------------------------------|
-| token_embd, output_norm, output | model.embed_tokens, model.norm, lm_head                                  |
-| blk.N.attn_q, _k, _v, _output | model.layers.N.self_attn.q_proj, k_proj, v_proj, o_proj                    |
-| blk.N.ffn_gate, _up, _down    | model.layers.N.mlp.gate_proj, up_proj, down_proj                           |
-| blk.N.attn_norm, ffn_norm     | model.layers.N.input_layernorm, post_attention_layernorm                   |
-| blk.N.attn_q_norm, _k_norm    | model.layers.N.self_attn.q_norm, k_norm                                    |
-| rope_freqs                    | none: Llama 3's stretched wavelengths as one factor for each pair          |
+| GGUF                            | Hugging Face                                             |
+|---------------------------------|----------------------------------------------------------|
+| token_embd, output_norm, output | model.embed_tokens, model.norm, lm_head                  |
+| blk.N.attn_q, _k, _v, _output   | model.layers.N.self_attn.q_proj, k_proj, v_proj, o_proj  |
+| blk.N.ffn_gate, _up, _down      | model.layers.N.mlp.gate_proj, up_proj, down_proj         |
+| blk.N.attn_norm, ffn_norm       | model.layers.N.input_layernorm, post_attention_layernorm |
+| blk.N.attn_q_norm, _k_norm      | model.layers.N.self_attn.q_norm, k_norm                  |
+| rope_freqs                      | none: Llama 3's RoPE scaling as one factor per pair      |
 
-Architecture "llama" (Llama, Mistral) rotates neighbouring pairs, Hugging Face's code pairs
-the halves of a head. So the rows of q and k stand in another order: row (h, i, s) of GGUF
-is row (h, s, i) of Hugging Face, s the half, i the pair. Qwen's architectures rotate halves
-in both and keep their rows.
+Architecture "llama" (Llama, Mistral) rotates neighbouring pairs, while Hugging Face's code
+pairs the halves of a head. So the rows of q and k have another order: row (h, i, s) in GGUF
+is row (h, s, i) in Hugging Face, with s the half and i the pair. Qwen's architectures rotate
+halves in both formats and keep their rows.
 
 Source: the GGUF specification's keys and llama.cpp's converter.
 
-Left out: RoPE scalings other than Llama 3's, windows in llama.cpp (it ignores Mistral's;
-the key is written for us).
+Left out: RoPE scalings other than Llama 3's, sliding windows in llama.cpp (it ignores
+Mistral's; refllm alone reads the key).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -35,10 +35,10 @@ from refllm.model.layers import rope_frequencies
 __all__ = [
     "ROPE_FACTORS",
     "architecture",
-    "config_of",
+    "config_from_metadata",
+    "config_metadata",
     "gguf_name",
     "hf_name",
-    "metadata_of",
     "permutation",
     "rope_factors",
 ]
@@ -49,11 +49,13 @@ _PLAIN = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_h
 _LAYER = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm", "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
 }  # fmt: skip
 _BACK = {short: long for long, short in (_PLAIN | _LAYER).items()}
-_SCALING = "refllm.rope_scaling"  # GGUF keeps the factors, not the four numbers that they come from
+# GGUF has a place for the factors, but not for the four parameters that they are computed from
+_SCALING = "refllm.rope_scaling"
 
 
 def architecture(config: ModelConfig) -> str:
@@ -62,7 +64,11 @@ def architecture(config: ModelConfig) -> str:
 
 
 def gguf_name(name: str) -> str:
-    """Hugging Face's name of a tensor → GGUF's."""
+    """Hugging Face's name of a tensor → GGUF's.
+
+    >>> gguf_name("model.layers.3.mlp.down_proj.weight")
+    'blk.3.ffn_down.weight'
+    """
     stem, _, suffix = name.rpartition(".")
     if stem in _PLAIN:
         return f"{_PLAIN[stem]}.{suffix}"
@@ -71,10 +77,14 @@ def gguf_name(name: str) -> str:
 
 
 def hf_name(name: str) -> str | None:
-    """GGUF's name of a tensor → Hugging Face's; None for what no such network has."""
+    """GGUF's name of a tensor → Hugging Face's; None for a name that no such network has.
+
+    >>> hf_name("blk.3.ffn_down.weight"), hf_name("blk.3.ffn_gate_exps.weight")
+    ('model.layers.3.mlp.down_proj.weight', None)
+    """
     stem, _, suffix = name.rpartition(".")
     if stem.startswith("blk."):
-        _, layer, part = stem.split(".", 2) if stem.count(".") >= 2 else ("", "", "")
+        layer, _, part = stem.removeprefix("blk.").partition(".")
         if layer.isdigit() and part in _BACK:
             return f"model.layers.{layer}.{_BACK[part]}.{suffix}"
         return None
@@ -84,8 +94,12 @@ def hf_name(name: str) -> str | None:
 
 
 def permutation(config: ModelConfig, name: str) -> np.ndarray | None:
-    """Which Hugging Face row each row of the GGUF tensor ``name`` (Hugging Face's name) is;
-    None: the same.
+    """For each row of a GGUF tensor the row in Hugging Face's, by Hugging Face's ``name``;
+    None if the order is the same.
+
+    >>> config = ModelConfig("llama", 9, 6, 4, 1, 1, 1, head_dim=6)
+    >>> permutation(config, "model.layers.0.self_attn.q_proj.weight").tolist()
+    [0, 3, 1, 4, 2, 5]
     """
     part = name.split(".")[-2] if "." in name else name
     if architecture(config) != "llama" or part not in ("q_proj", "k_proj"):
@@ -95,26 +109,27 @@ def permutation(config: ModelConfig, name: str) -> np.ndarray | None:
     else:
         heads = config.num_key_value_heads
     rows = np.arange(heads * config.head_dim).reshape(heads, 2, config.head_dim // 2)
-    order: np.ndarray = rows.swapaxes(1, 2).reshape(-1)
+    order: np.ndarray = rows.swapaxes(1, 2).reshape(-1)  # (h, s, i) → (h, i, s)
     return order
 
 
 def rope_factors(config: ModelConfig) -> np.ndarray | None:
-    """float32 [D/2]: by how much each pair's rotation is slowed; None without scaling."""
+    """float32 [D/2]: the factor by which each pair's rotation is slowed; None without
+    scaling.
+    """
     if config.rope_scaling is None:
         return None
     plain = np.array(rope_frequencies(config.head_dim, config.rope_theta))
-    factors: np.ndarray = plain / rope_frequencies(
-        config.head_dim, config.rope_theta, config.rope_scaling
-    )
+    scaled = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    factors: np.ndarray = plain / scaled
     return factors.astype(np.float32)
 
 
-def metadata_of(config: ModelConfig, name: str) -> dict[str, Any]:
-    """The entries that describe the network."""
+def config_metadata(config: ModelConfig, name: str) -> dict[str, Any]:
+    """The entries that describe the network; ``name`` is ``general.name``."""
     arch = architecture(config)
     u32 = np.uint32
-    made: dict[str, Any] = {
+    entries: dict[str, Any] = {
         "general.architecture": arch,
         "general.name": name,
         f"{arch}.vocab_size": u32(config.vocab_size),
@@ -131,22 +146,16 @@ def metadata_of(config: ModelConfig, name: str) -> dict[str, Any]:
         f"{arch}.rope.freq_base": np.float32(config.rope_theta),
     }
     if config.sliding_window is not None:
-        made[f"{arch}.attention.sliding_window"] = u32(config.sliding_window)
-    if (s := config.rope_scaling) is not None:
-        numbers = (
-            s.factor,
-            s.low_freq_factor,
-            s.high_freq_factor,
-            s.original_max_position_embeddings,
-        )
-        made[_SCALING] = np.array(numbers, dtype=np.float64)
-    return made
+        entries[f"{arch}.attention.sliding_window"] = u32(config.sliding_window)
+    if config.rope_scaling is not None:
+        entries[_SCALING] = np.array(astuple(config.rope_scaling), dtype=np.float64)
+    return entries
 
 
-def config_of(
-    metadata: Mapping[str, Any], names: Mapping[str, tuple[int, ...]], where: str
+def config_from_metadata(
+    metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str
 ) -> ModelConfig:
-    """The network that a file describes; ``names`` are its tensors and their shapes.
+    """The network that a file describes; ``shapes`` are those of its tensors, by name.
 
     Raises
     ------
@@ -156,72 +165,74 @@ def config_of(
     arch = metadata.get("general.architecture")
     if not isinstance(arch, str) or arch not in _ARCHITECTURES.values():
         known = ", ".join(sorted(set(_ARCHITECTURES.values())))
-        raise CheckpointError(f"{where}: general.architecture is {arch!r:.60}; read are {known}")
+        raise CheckpointError(
+            f"{where}: general.architecture is {arch!r:.60}; supported are {known}"
+        )
     entries = _Entries(metadata, arch, where)
-    window = entries.whole("attention.sliding_window", 0) or None
-    width = entries.whole("embedding_length")
-    heads = entries.whole("attention.head_count")
+    window = entries.integer("attention.sliding_window", 0) or None
+    width = entries.integer("embedding_length")
+    heads = entries.integer("attention.head_count")
     if (scaled := metadata.get(f"{arch}.rope.scaling.type", "none")) != "none":
-        raise CheckpointError(f"{where}: RoPE scaling {scaled!r:.40} is not computed here")
-    embedding = names.get("token_embd.weight", (0,))
-    scaling = metadata.get(_SCALING)
+        raise CheckpointError(f"{where}: RoPE scaling {scaled!r:.40} is not supported")
+    ends = [entries.token(key) for key in ("eos_token_id", "eot_token_id")]
+    family = arch
+    if window and arch == "llama":
+        family = "mistral"
     try:
+        scaling = None
+        if _SCALING in metadata and ROPE_FACTORS in shapes:
+            scaling = _rope_scaling(metadata[_SCALING])
         return ModelConfig(
-            family="mistral" if window and arch == "llama" else arch,
-            vocab_size=embedding[0],
+            family=family,
+            vocab_size=shapes.get("token_embd.weight", (0,))[0],
             hidden_size=width,
-            intermediate_size=entries.whole("feed_forward_length"),
-            num_hidden_layers=entries.whole("block_count"),
+            intermediate_size=entries.integer("feed_forward_length"),
+            num_hidden_layers=entries.integer("block_count"),
             num_attention_heads=heads,
-            num_key_value_heads=entries.whole("attention.head_count_kv", heads),
-            head_dim=entries.whole("attention.key_length", width // max(1, heads)),
+            num_key_value_heads=entries.integer("attention.head_count_kv", heads),
+            head_dim=entries.integer("attention.key_length", width // max(1, heads)),
             rms_norm_eps=entries.number("attention.layer_norm_rms_epsilon"),
             rope_theta=entries.number("rope.freq_base", 10_000.0),
-            rope_scaling=_scaling(scaling)
-            if scaling is not None and ROPE_FACTORS in names
-            else None,
-            tie_word_embeddings="output.weight" not in names,
+            rope_scaling=scaling,
+            tie_word_embeddings="output.weight" not in shapes,
             attention_bias=arch == "qwen2",
             qk_norm=arch == "qwen3",
             sliding_window=window if arch == "llama" else None,
-            max_position_embeddings=entries.whole("context_length"),
+            max_position_embeddings=entries.integer("context_length"),
             bos_token_id=entries.token("bos_token_id"),
-            eos_token_ids=tuple(
-                dict.fromkeys(
-                    i
-                    for key in ("eos_token_id", "eot_token_id")
-                    if (i := entries.token(key)) is not None
-                )
-            ),
+            eos_token_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
         )
     except (ValueError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{where}: {error}") from error
 
 
-def _scaling(numbers: Any) -> RopeScaling:
-    factor, low, high, original = (float(n) for n in numbers)
+def _rope_scaling(values: Iterable[float]) -> RopeScaling:
+    """Llama 3's scaling from its four parameters."""
+    factor, low, high, original = (float(value) for value in values)
     return RopeScaling(factor, low, high, int(original))
 
 
 class _Entries:
-    """Entries of one architecture, each of the kind that is asked for."""
+    """The entries of one architecture; CheckpointError for one that has another type."""
 
     def __init__(self, metadata: Mapping[str, Any], arch: str, where: str):
         self.metadata = metadata
         self.arch = arch
         self.where = where
 
-    def whole(self, key: str, default: int | None = None) -> int:
+    def integer(self, key: str, default: int | None = None) -> int:
+        """The integer ``ARCHITECTURE.key``; ``default`` if there is no such entry."""
         value = self.metadata.get(f"{self.arch}.{key}", default)
         if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
-            value = value[0]  # some files have one number a layer
+            value = value[0]  # some files have one value per layer
         if value is None or isinstance(value, (str, list, np.bool_, np.floating, np.ndarray)):
             raise CheckpointError(
-                f"{self.where}: the entry {self.arch}.{key} is {value!r:.40}, not a whole number"
+                f"{self.where}: the entry {self.arch}.{key} is {value!r:.40}, not an integer"
             )
         return int(value)
 
     def number(self, key: str, default: float | None = None) -> float:
+        """The number ``ARCHITECTURE.key``; ``default`` if there is no such entry."""
         value = self.metadata.get(f"{self.arch}.{key}", default)
         if value is None or isinstance(value, (str, list, np.bool_, np.ndarray)):
             raise CheckpointError(
@@ -231,5 +242,6 @@ class _Entries:
         return float(str(value))
 
     def token(self, key: str) -> int | None:
+        """The token id ``tokenizer.ggml.key``, if there is one."""
         value = self.metadata.get(f"tokenizer.ggml.{key}")
         return int(value) if isinstance(value, np.integer) else None

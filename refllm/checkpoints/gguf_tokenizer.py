@@ -1,21 +1,22 @@
-"""A tokenizer as GGUF's metadata, and back.
+"""A tokenizer as GGUF metadata: written, and read back.
 
-GGUF stores what llama.cpp needs: the tokens with their kinds, the merges, and the *name* of
-the split into words, whose regular expression llama.cpp knows. It has a place for a whole
-``tokenizer.json`` too (tokenizer.huggingface.json), and that is written beside: what comes
-back from our own files is the tokenizer that went in, to the letter.
+GGUF stores what llama.cpp needs: the tokens with their types, the merges, and the *name* of
+the pre-tokenizer (how text is split into words), whose regular expression llama.cpp knows.
+It also has a place for a complete ``tokenizer.json`` (tokenizer.huggingface.json), which is
+written too: from our own files the tokenizer comes back exactly as it was.
 
-| kind                     | model   | words                           | read without tokenizer.json          |
-|--------------------------|---------|----------------------------------|--------------------------------------|
-| byte-level BPE           | "gpt2"  | gpt-2, llama-bpe, qwen2         | tokens, merges, words by name        |
-| BPE with fallback bytes  | "llama" | spaces become "▁"               | tokens; merges from the scores       |
+| kind                    | model   | pre-tokenizer             | read without tokenizer.json     |
+|-------------------------|---------|---------------------------|---------------------------------|
+| byte-level BPE          | "gpt2"  | gpt-2, llama-bpe, qwen2   | tokens, merges, pre-tokenizer   |
+| BPE with byte fallback  | "llama" | spaces become "▁"         | tokens; merges from the scores  |
 
-SentencePiece's scores order the merges: the pair whose union has the highest score goes
-first. For BPE that is minus the rank of the merge, so either can be made of the other.
+SentencePiece's scores order the merges: the pair whose union has the highest score is
+merged first. For BPE the score is minus the rank of the merge, so each can be computed from
+the other.
 
 Source: the GGUF specification's keys and llama.cpp's tokenizers.
 
-Left out: unigram and word-piece tokenizers; words that llama.cpp has no name for.
+Left out: unigram and word-piece tokenizers; pre-tokenizers that llama.cpp has no name for.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ from refllm.checkpoints.tensor_files import CheckpointError
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.model.config import ModelConfig
 
-__all__ = ["metadata_of", "tokenizer_of"]
+__all__ = ["tokenizer_from_metadata", "tokenizer_metadata"]
 
+# token types
 NORMAL = 1
 UNKNOWN = 2
 CONTROL = 3
@@ -42,8 +44,8 @@ USER_DEFINED = 4
 UNUSED = 5
 BYTE = 6
 WHOLE = "tokenizer.huggingface.json"
-# Splits into words by the names that llama.cpp has for them; None is GPT-2's own, which the
-# library has built in
+# Regular expressions of pre-tokenizers by llama.cpp's names; None is GPT-2's, which the
+# ``tokenizers`` library has built in
 _END = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 WORDS = {
     "gpt-2": None,
@@ -55,85 +57,93 @@ WORDS = {
 # --- writing ------------------------------------------------------------------------------
 
 
-def metadata_of(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
-    """The entries of a tokenizer; as many tokens as the model has rows.
+def tokenizer_metadata(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
+    """The entries of a tokenizer, padded to the vocabulary of the model.
 
     Raises
     ------
     CheckpointError
-        for a tokenizer of another kind, or words that llama.cpp has no name for.
+        for a tokenizer that is not BPE, or a pre-tokenizer that llama.cpp has no name for.
     """
     text = tokenizer.inner.to_str()
     whole = json.loads(text)
     model = whole["model"]
     if model.get("type") != "BPE":
         raise CheckpointError(
-            f"convert: a {model.get('type')} tokenizer has no place in GGUF here; BPE has"
+            f"convert: a {model.get('type')} tokenizer cannot be written to GGUF; only BPE can"
         )
-    pieces = bool(model.get("byte_fallback"))
-    tokens, kinds = _tokens(whole, config.vocab_size, pieces)
+    fallback = bool(model.get("byte_fallback"))
+    tokens, types = _tokens(whole, config.vocab_size, fallback)
     merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
-    made: dict[str, Any] = {
-        "tokenizer.ggml.model": "llama" if pieces else "gpt2",
-        "tokenizer.ggml.pre": "default" if pieces else _words_name(whole.get("pre_tokenizer")),
-        "tokenizer.ggml.tokens": tokens,
-    }
-    if pieces:
-        made["tokenizer.ggml.scores"] = _scores(tokens, merges)
-        made["tokenizer.ggml.add_space_prefix"] = "prepend" in json.dumps(
-            whole.get("normalizer")
-        ).lower() or (
-            '"first"' in json.dumps(whole.get("pre_tokenizer"))
-            or '"always"' in json.dumps(whole.get("pre_tokenizer"))
-        )
-    made["tokenizer.ggml.token_type"] = np.array(kinds, dtype=np.int32)
-    if not pieces:
-        made["tokenizer.ggml.merges"] = merges
-    for key, token in (
-        ("bos", config.bos_token_id),
-        ("eos", next(iter(config.eos_token_ids), None)),
-    ):
+    # the order of the entries is that of the files
+    entries: dict[str, Any] = {}
+    if fallback:
+        entries["tokenizer.ggml.model"] = "llama"
+        entries["tokenizer.ggml.pre"] = "default"
+        entries["tokenizer.ggml.tokens"] = tokens
+        entries["tokenizer.ggml.scores"] = _scores(tokens, merges)
+        entries["tokenizer.ggml.add_space_prefix"] = _adds_space_prefix(whole)
+        entries["tokenizer.ggml.token_type"] = np.array(types, dtype=np.int32)
+    else:
+        entries["tokenizer.ggml.model"] = "gpt2"
+        entries["tokenizer.ggml.pre"] = _pre_tokenizer_name(whole.get("pre_tokenizer"))
+        entries["tokenizer.ggml.tokens"] = tokens
+        entries["tokenizer.ggml.token_type"] = np.array(types, dtype=np.int32)
+        entries["tokenizer.ggml.merges"] = merges
+    ends = {"bos": config.bos_token_id, "eos": next(iter(config.eos_token_ids), None)}
+    for key, token in ends.items():
         if token is not None and token < config.vocab_size:
-            made[f"tokenizer.ggml.{key}_token_id"] = np.uint32(token)
-    begins = tokenizer.encode("", special=True)[:1] == [config.bos_token_id]
-    return made | {"tokenizer.ggml.add_bos_token": begins, WHOLE: text}
+            entries[f"tokenizer.ggml.{key}_token_id"] = np.uint32(token)
+    adds_bos = tokenizer.encode("", special=True)[:1] == [config.bos_token_id]
+    return entries | {"tokenizer.ggml.add_bos_token": adds_bos, WHOLE: text}
 
 
-def _tokens(whole: Mapping[str, Any], size: int, pieces: bool) -> tuple[list[str], list[int]]:
-    """The spelling and the kind of every id; ids without a token are padding."""
+def _adds_space_prefix(whole: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer.json puts a space before the first word."""
+    normalizer = json.dumps(whole.get("normalizer")).lower()
+    pre_tokenizer = json.dumps(whole.get("pre_tokenizer"))
+    return "prepend" in normalizer or '"first"' in pre_tokenizer or '"always"' in pre_tokenizer
+
+
+def _tokens(whole: Mapping[str, Any], size: int, fallback: bool) -> tuple[list[str], list[int]]:
+    """The spelling and the type of every id; ids without a token are padding."""
     tokens = [f"[PAD{i}]" for i in range(size)]
-    kinds = [UNUSED] * size
-    for token, i in whole["model"]["vocab"].items():
+    types = [UNUSED] * size
+    vocab = whole["model"]["vocab"]
+    for token, i in vocab.items():
         tokens[i] = token
-        kinds[i] = BYTE if pieces and len(token) == 6 and token.startswith("<0x") else NORMAL
-    if pieces and whole["model"].get("unk_token") in whole["model"]["vocab"]:
-        kinds[whole["model"]["vocab"][whole["model"]["unk_token"]]] = UNKNOWN
+        types[i] = NORMAL
+        if fallback and len(token) == 6 and token.startswith("<0x"):
+            types[i] = BYTE
+    unknown = whole["model"].get("unk_token")
+    if fallback and unknown in vocab:
+        types[vocab[unknown]] = UNKNOWN
     for added in whole.get("added_tokens", []):
         tokens[added["id"]] = added["content"]
-        if kinds[added["id"]] != UNKNOWN:
-            kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
-    return tokens, kinds
+        if types[added["id"]] != UNKNOWN:
+            types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    return tokens, types
 
 
 def _scores(tokens: Sequence[str], merges: Sequence[str]) -> np.ndarray:
-    """Minus the rank of the first merge that makes a token; what no merge makes comes last."""
+    """Minus the rank of the first merge that results in a token; tokens without one come
+    last.
+
+    >>> _scores(["a", "b", "c", "ab", "abc"], ["a b", "ab c"]).tolist()
+    [-2.0, -2.0, -2.0, -0.0, -1.0]
+    """
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(merges):
         ranks.setdefault(pair.replace(" ", ""), rank)
     return np.array([-float(ranks.get(token, len(merges))) for token in tokens], dtype=np.float32)
 
 
-def _words_name(pre: Any) -> str:
-    """llama.cpp's name of a split into words."""
-    text = json.dumps(pre)
+def _pre_tokenizer_name(pre_tokenizer: Any) -> str:
+    """llama.cpp's name of a tokenizer.json's pre-tokenizer."""
+    text = json.dumps(pre_tokenizer)
     for name, pattern in WORDS.items():
         if pattern is None:
-            same = (
-                isinstance(pre, dict)
-                and pre.get("type") == "ByteLevel"
-                and pre.get("use_regex", True)
-            )
-            if same and not pre.get("add_prefix_space"):
+            if _is_gpt2(pre_tokenizer):
                 return name
         elif json.dumps(pattern) in text:
             return name
@@ -143,16 +153,23 @@ def _words_name(pre: Any) -> str:
     )
 
 
+def _is_gpt2(pre_tokenizer: Any) -> bool:
+    """Whether a pre-tokenizer is the byte-level one with GPT-2's regular expression."""
+    if not isinstance(pre_tokenizer, dict) or pre_tokenizer.get("type") != "ByteLevel":
+        return False
+    return bool(pre_tokenizer.get("use_regex", True) and not pre_tokenizer.get("add_prefix_space"))
+
+
 # --- reading ------------------------------------------------------------------------------
 
 
-def tokenizer_of(metadata: Mapping[str, Any], where: str) -> Tokenizer:
+def tokenizer_from_metadata(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     """The tokenizer of a file.
 
     Raises
     ------
     CheckpointError
-        for one of another kind, or entries that contradict each other.
+        for a tokenizer that is not supported, or entries that contradict each other.
     """
     try:
         if isinstance(whole := metadata.get(WHOLE), str):
@@ -161,10 +178,11 @@ def tokenizer_of(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     except CheckpointError:
         raise
     except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{where}: the tokenizer cannot be made: {error}") from error
+        raise CheckpointError(f"{where}: the tokenizer cannot be built: {error}") from error
 
 
 def _rebuilt(metadata: Mapping[str, Any], where: str) -> Tokenizer:
+    """The tokenizer of a file without a tokenizer.json."""
     model = metadata.get("tokenizer.ggml.model")
     words = metadata.get("tokenizer.ggml.pre", "default")
     tokens = metadata.get("tokenizer.ggml.tokens")
@@ -173,33 +191,20 @@ def _rebuilt(metadata: Mapping[str, Any], where: str) -> Tokenizer:
         raise CheckpointError(f"{where}: tokenizer.ggml.tokens is missing, or holds a token twice")
     vocab = {token: i for i, token in enumerate(tokens)}
     if model == "gpt2" and words in WORDS and isinstance(merges, list):
-        pairs = [tuple(pair.split(" ", 1)) for pair in merges]
-        inner = _Tokenizer(models.BPE(vocab=vocab, merges=pairs))
-        pattern = WORDS[words]
-        level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
-        if pattern is None:
-            inner.pre_tokenizer = level
-        else:
-            split = pre_tokenizers.Split(_Regex(pattern), "isolated")
-            inner.pre_tokenizer = pre_tokenizers.Sequence([split, level])
-        inner.decoder = decoders.ByteLevel()
+        inner = _byte_level(vocab, merges, WORDS[words])
     elif model == "llama":
-        inner = _pieces(metadata, tokens, vocab, where)
+        inner = _sentencepiece(metadata, tokens, vocab, where)
     else:
         raise CheckpointError(
-            f"{where}: the tokenizer {model!r:.40} with words {words!r:.40} is not read; read are "
-            f"'gpt2' with {', '.join(WORDS)}, and 'llama'"
+            f"{where}: the tokenizer {model!r:.40} with words {words!r:.40} is not supported; "
+            f"supported are 'gpt2' with {', '.join(WORDS)}, and 'llama'"
         )
-    kinds = metadata.get("tokenizer.ggml.token_type", np.ones(len(tokens), dtype=np.int32))
-    special = [
-        i
-        for i, kind in enumerate(kinds)
-        if kind in (CONTROL, USER_DEFINED, UNKNOWN) and i < len(tokens)
-    ]
+    types = metadata.get("tokenizer.ggml.token_type", np.ones(len(tokens), dtype=np.int32))
     inner.add_tokens(
         [
-            AddedToken(tokens[i], special=bool(kinds[i] != USER_DEFINED), normalized=False)
-            for i in special
+            AddedToken(token, special=bool(kind != USER_DEFINED), normalized=False)
+            for token, kind in zip(tokens, types, strict=False)
+            if kind in (CONTROL, USER_DEFINED, UNKNOWN)
         ]
     )
     begin = metadata.get("tokenizer.ggml.bos_token_id")
@@ -211,10 +216,24 @@ def _rebuilt(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     return Tokenizer(inner)
 
 
-def _pieces(
+def _byte_level(vocab: dict[str, int], merges: Sequence[str], pattern: str | None) -> _Tokenizer:
+    """Byte-level BPE; ``pattern`` splits text into words, None: as GPT-2 does."""
+    pairs = [tuple(pair.split(" ", 1)) for pair in merges]
+    inner = _Tokenizer(models.BPE(vocab=vocab, merges=pairs))
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    if pattern is None:
+        inner.pre_tokenizer = level
+    else:
+        split = pre_tokenizers.Split(_Regex(pattern), "isolated")
+        inner.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    inner.decoder = decoders.ByteLevel()
+    return inner
+
+
+def _sentencepiece(
     metadata: Mapping[str, Any], tokens: Sequence[str], vocab: Mapping[str, int], where: str
-) -> Any:
-    """A SentencePiece model of merges: each token can be made of any two tokens, the best
+) -> _Tokenizer:
+    """SentencePiece's BPE: any two tokens whose union is a token can be merged, the highest
     score first.
     """
     scores = metadata.get("tokenizer.ggml.scores")
@@ -236,13 +255,11 @@ def _pieces(
             byte_fallback=True,
         )
     )
+    normalize = [normalizers.Replace(" ", "▁")]
+    decode = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if metadata.get("tokenizer.ggml.add_space_prefix", True):
-        prefix = [normalizers.Prepend("▁")]
-    else:
-        prefix = []
-    inner.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
-    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    inner.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+        normalize.insert(0, normalizers.Prepend("▁"))
+        decode.append(decoders.Strip(" ", 1, 0))
+    inner.normalizer = normalizers.Sequence(normalize)
+    inner.decoder = decoders.Sequence(decode)
     return inner
