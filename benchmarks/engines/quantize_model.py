@@ -4,6 +4,7 @@ ever held.
 
 from __future__ import annotations
 
+import importlib
 import resource
 import sys
 import time
@@ -15,7 +16,12 @@ from common import Channel
 
 from refllm.formats.uniform import Scheme
 from refllm.jobs import quantize
-from refllm.quant import layer_io, layer_inputs, methods
+from refllm.quant import awq_model, layer_inputs, layer_io, methods
+from refllm.quant.hessian import Hessian
+
+# the modules; the room exports functions of these names
+gptq = importlib.import_module("refllm.quant.gptq")
+rtn = importlib.import_module("refllm.quant.rtn")
 
 # what belongs to which stage; whatever is called inside another stage counts there and not
 # here
@@ -25,10 +31,10 @@ STAGES = {
         (layer_io.CheckpointSource, "rows"),
     ],
     "calibration forward": [(layer_inputs.LayerRun, "_advance"), (layer_inputs.LayerRun, "_input")],
-    "Hessian": [(methods.Hessian, "add")],
-    "factor": [(methods, "factor")],
-    "rounding": [(methods, "gptq"), (methods, "rtn")],
-    "errors of the report": [(methods, "row")],
+    "Hessian": [(Hessian, "add")],
+    "factor": [(gptq, "factor")],
+    "rounding": [(gptq, "gptq"), (rtn, "rtn"), (awq_model, "rtn")],
+    "errors of the report": [(methods, "tensor_report")],
     "layer files": [(layer_io.LayerFiles, "put")],
     "writing": [(quantize, "assemble")],
 }
@@ -77,7 +83,7 @@ def main() -> None:
         length=request["length"],
         samples=request["samples"],
     )
-    record = quantize.go(job, measure=None)
+    record = quantize.run(job, measure=None)
     whole = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024

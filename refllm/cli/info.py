@@ -15,8 +15,8 @@ from refllm.terminal import console, format_bytes, pairs, table
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from refllm.array_types import Json
     from refllm.checkpoints.tokenizer import Tokenizer
-    from refllm.measure.records import Json
 
 VerifyOption = Annotated[bool, flag("Compare every file with its recorded hash.", "--verify")]
 

@@ -24,8 +24,8 @@ from refllm.cli.options import (
 from refllm.terminal import console, counted_bar, format_bytes, note, pairs
 
 if TYPE_CHECKING:
-    from refllm.jobs.quantize import Job
-    from refllm.measure.records import Json
+    from refllm.array_types import Json
+    from refllm.jobs.quantize import QuantizationJob
     from refllm.quant.methods import TensorReport
 
 _ROW = "{:>5}  {:>12}  {:>12}  {:>12}  {:>8}"
@@ -149,6 +149,7 @@ def quantize(
     from refllm.backend import get
     from refllm.checkpoints.loading import locate
     from refllm.jobs import quantize
+    from refllm.jobs.quantize_settings import scheme_for
     from refllm.train.data import read_files
 
     get(backend)
@@ -163,7 +164,7 @@ def quantize(
         locate(model),
         output,
         method,
-        quantize.scheme_of(method, bits, group_size, symmetric),
+        scheme_for(method, bits, group_size, symmetric),
         work=None if work is None else Path(os.path.expanduser(work)),
         layout=layout,
         dtype=dtype,
@@ -177,7 +178,7 @@ def quantize(
     keep_freed_memory()
     _announce(job)
     with _display() as display:
-        record = quantize.go(
+        record = quantize.run(
             job,
             backend=backend,
             measure=max_tokens if evaluate else None,
@@ -192,10 +193,10 @@ def quantize(
         _show(job, record)
 
 
-def _announce(job: Job) -> None:
+def _announce(job: QuantizationJob) -> None:
     """What is about to happen, to stderr."""
     windows = job.calibration
-    layout = job.storing.layout
+    layout = job.export.layout
     share = "one scale per row"
     if layout.group_size:
         share = f"{'blocks' if layout.is_float else 'groups'} of {layout.group_size}"
@@ -204,7 +205,7 @@ def _announce(job: Job) -> None:
         text = f"{windows.shape[0]} windows of {windows.shape[1]} tokens"
     lines = {
         "method": f"{job.method}, {job.scheme.bits} bits, {share}",
-        "layout": f"{layout.name}, floats in {job.storing.dtype}",
+        "layout": f"{layout.name}, floats in {job.export.dtype}",
         "text": text,
         "layers": f"stored in {job.work} until all are done",
     }
@@ -212,7 +213,7 @@ def _announce(job: Job) -> None:
 
 
 class _Display(NamedTuple):
-    """The callbacks of ``jobs.quantize.go``."""
+    """The callbacks of ``jobs.quantize.run``."""
 
     layer: Callable[[int, int, TensorReport], None]
     measuring: Callable[[str, int, int], None]
@@ -258,7 +259,7 @@ def _cells(rows: list[TensorReport]) -> tuple[str, ...]:
     )
 
 
-def _show(job: Job, record: Json) -> None:
+def _show(job: QuantizationJob, record: Json) -> None:
     """Sizes and bits per byte before and after."""
     size = record["bytes"]
     score = record["bits per byte"]

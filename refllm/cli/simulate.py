@@ -22,8 +22,8 @@ from refllm.cli.simulate_setup import (
 from refllm.terminal import console, pairs, progress, table
 
 if TYPE_CHECKING:
-    from refllm.measure.device import Device
-    from refllm.measure.records import Json
+    from refllm.array_types import Json
+    from refllm.measure.device import DeviceSpec
     from refllm.serve.base_scheduler import BaseScheduler
     from refllm.simulate.metrics import Limits
     from refllm.simulate.timeline import Trace
@@ -164,20 +164,20 @@ def _trace_of(scheduler: BaseScheduler) -> Trace:
     return Trace(scheduler, blocks=TRACED_BLOCK_TABLES if paged else 0)
 
 
-def _write_trace(path: Path, steps: Trace, scheduler: BaseScheduler, machine: Device) -> None:
+def _write_trace(path: Path, steps: Trace, scheduler: BaseScheduler, machine: DeviceSpec) -> None:
     """Write the trace as a record that ``refllm.figures`` can draw."""
     from refllm.measure.records import Record, write
     from refllm.serve.prefix_caching import RadixKVManager
     from refllm.simulate.timeline import tree
 
-    values: dict[str, Json] = {"occupancy": steps.occupancy(), "blocks": steps.blocks()}
+    values: Json = {"occupancy": steps.occupancy(), "blocks": steps.blocks()}
     if isinstance(scheduler.memory, RadixKVManager):
         values["tree"] = tree(scheduler.memory.cache)
     command = f"refllm {' '.join(sys.argv[1:])}"
     write(path, Record(command, "C", f"{machine.name}, by the roofline", values))
 
 
-def _facts(run: SimulationResult, limits: Limits) -> dict[str, Json]:
+def _facts(run: SimulationResult, limits: Limits) -> Json:
     """The results as plain data, times in seconds."""
     summary = run.summary(limits)
     times = {}
@@ -198,7 +198,7 @@ def _facts(run: SimulationResult, limits: Limits) -> dict[str, Json]:
     }
 
 
-def _show(facts: dict[str, Json], *, limited: bool) -> None:
+def _show(facts: Json, *, limited: bool) -> None:
     """Throughput and memory in lines, latencies in a table."""
     out = console()
     title = f"{facts['completed']} requests, projected by the roofline for {facts['device']}"

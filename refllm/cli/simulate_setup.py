@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from refllm.measure.device import Device
+    from refllm.measure.device import DeviceSpec
     from refllm.measure.roofline_clock import RooflineClock
     from refllm.model.config import ModelConfig
     from refllm.serve.base_scheduler import BaseScheduler
@@ -32,7 +32,7 @@ def model_config(name: str) -> ModelConfig:
     return read_config(locate(name))
 
 
-def find_device(name: str) -> Device:
+def find_device(name: str) -> DeviceSpec:
     """A known device, or this machine, measured now."""
     from refllm.measure.device import DEVICES, measure_machine
 

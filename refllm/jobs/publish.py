@@ -1,16 +1,16 @@
 """From a training state to a finished model directory: weights, tokenizer, card, manifest,
 curve.
 
-| file           | what it holds                                                                        |
-|----------------|--------------------------------------------------------------------------------------|
-| README.md      | the card as a page, made from card.json                                              |
-| card.json      | data, training and measurements (see ``card``)                                       |
-| curve.json     | the record of every evaluation during training, that of the weights begun with first |
-| manifest.json  | SHA-256 of each file here and of each text trained on or held out, by name; no text  |
+| file           | what it holds                                                                  |
+|----------------|--------------------------------------------------------------------------------|
+| README.md      | the card as a page, made from card.json                                        |
+| card.json      | data, training and measurements (see ``model_card``)                           |
+| curve.json     | every evaluation during training, those of earlier runs first                  |
+| manifest.json  | SHA-256 of each file here and of each text trained on or held out, by name     |
 
-What is measured is what is stored: the weights are rounded to the stored type first.
+The stored weights are measured: they are rounded to the stored type first.
 
-Left out: uploading; anything that a number could be typed into.
+Left out: uploading; numbers that are typed in by hand.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 import refllm
 from refllm.api import Model, load
+from refllm.array_types import Json
 from refllm.checkpoints.loading import build_weights, iter_tensors
 from refllm.checkpoints.tensor_files import converted
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.checkpoints.writer import file_sha256, save, write_whole
 from refllm.corpus import Document
-from refllm.jobs import model_card
+from refllm.jobs import card_page, model_card
 from refllm.model.config import ModelConfig
 from refllm.train.data import Data, encode, fingerprint
 from refllm.train.schedule import Phase, Plan, batches
 from refllm.train.state import load_state
 
-LISTED = "manifest.json"
-Curve = list[dict[str, Any]]
+MANIFEST = "manifest.json"
+Curve = list[Json]
 
 
 def finish(
@@ -53,24 +54,24 @@ def finish(
     remark: str = "",
     dtype: str = "float16",
     overwrite: bool = False,
-    progress: model_card.Progress = lambda what, done, total: None,
+    progress: model_card.Progress = lambda label, done, total: None,
 ) -> model_card.Record:
     """Write ``output`` from the state of a finished run and return the card's record.
 
     ``data`` must be what the run was trained on: its documents are counted and hashed here.
     ``command`` goes into the card, and ``remark`` beside it (where the run departed from
     it). ``teacher`` is the directory of the model that it was distilled from, ``start``
-    that of the model whose weights it began with.
+    that of the model whose weights it started from.
 
-    What is stored is (1 − ``start_share``) · the run's last weights + ``start_share`` ·
-    those it began with. Where both ends were annealed their mean lies in a flatter place
-    and generalises better (Izmailov et al. 2018).
+    The stored weights are (1 − ``start_share``) · the run's last weights +
+    ``start_share`` · the weights that it started from. Where both were annealed, their mean
+    lies in a flatter minimum and generalises better (Izmailov et al. 2018).
 
     Raises
     ------
     ValueError
-        if the run is not finished, or the state is damaged, or there is no start to share
-        with.
+        if the run is not finished, or the state is damaged, or ``start_share`` is given
+        without ``start``.
     CheckpointError
         if ``output`` must not be replaced, or the weights are not finite in ``dtype``.
     """
@@ -79,24 +80,15 @@ def finish(
     plan = read_plan(about)
     if state.optimizer.step < plan.steps:
         raise ValueError(
-            f"{state_path} has done {state.optimizer.step} of {plan.steps} steps: let it train on first"
+            f"{state_path} has done {state.optimizer.step} of {plan.steps} steps: let it "
+            "train to the end first"
         )
     params = state.params
     if start_share:
-        if start is None:
-            raise ValueError(
-                f"a share of {start_share:g} for the first weights needs the model that they came from"
-            )
-        first = dict(iter_tensors(start, "float32"))
-        params = {
-            name: (1 - start_share) * w + start_share * first[name] for name, w in params.items()
-        }
+        params = _averaged(params, start, start_share)
     stored = {name: converted(w, dtype, name, state_path) for name, w in params.items()}
-    model = Model(
-        config,
-        build_weights(config, {n: w.astype(np.float32) for n, w in stored.items()}),
-        tokenizer,
-    )
+    rounded = {name: w.astype(np.float32) for name, w in stored.items()}
+    model = Model(config, build_weights(config, rounded), tokenizer)
     record = {
         "name": output.resolve().name,
         "architecture": config.summary,
@@ -128,55 +120,61 @@ def finish(
             teacher=None if teacher is None else load(teacher, backend="numpy"),
         ),
     }
+    curve = _history(start) + with_tokens(state.curve, plan, _tokens_before(start))
     texts = {
-        "README.md": model_card.page(record),
+        "README.md": card_page.page(record),
         "card.json": json.dumps(record, indent=2, ensure_ascii=False) + "\n",
-        "curve.json": json.dumps(
-            _history(start) + with_tokens(state.curve, plan, _seen(start)), indent=1
-        )
-        + "\n",
+        "curve.json": json.dumps(curve, indent=1) + "\n",
     }
     save(output, config, stored, tokenizer, dtype=dtype, extra_files=texts, overwrite=overwrite)
-    write_whole(
-        output / LISTED, json.dumps(manifest(output, data), indent=1, ensure_ascii=False) + "\n"
-    )
+    listed = json.dumps(manifest(output, data), indent=1, ensure_ascii=False)
+    write_whole(output / MANIFEST, listed + "\n")
     return record
 
 
-def _origin(directory: Path) -> dict[str, Any]:
-    """Which weights a run began with: their name and digest, and how they were trained if
-    their card says so.
+def _averaged(
+    params: Mapping[str, np.ndarray], start: Path | None, share: float
+) -> dict[str, np.ndarray]:
+    """(1 − share) · params + share · the weights of ``start``."""
+    if start is None:
+        raise ValueError(
+            f"a share of {share:g} for the first weights needs the model that they came from"
+        )
+    first = dict(iter_tensors(start, "float32"))
+    return {name: (1 - share) * w + share * first[name] for name, w in params.items()}
+
+
+def _origin(directory: Path) -> Json:
+    """The weights that a run started from: name, digest, and their training if a card
+    records it.
     """
     file = directory / "card.json"
+    training = {}
     if file.is_file():
         training = json.loads(file.read_text("utf-8")).get("training", {})
-    else:
-        training = {}
     weights = sorted(directory.glob("*.safetensors"))
-    told = ("command", "remark", "steps", "tokens", "start")
+    recorded = ("command", "remark", "steps", "tokens", "start")
     return {
         "name": directory.resolve().name,
         "sha256": {p.name: file_sha256(p) for p in weights},
-        "training": {key: training[key] for key in told if key in training},
+        "training": {key: training[key] for key in recorded if key in training},
     }
 
 
 def with_tokens(curve: Curve, plan: Plan, before: int = 0) -> Curve:
-    """The records of a run's evaluations, each with the tokens that had been read by then,
-    ``before`` the run included.
+    """The records of a run's evaluations, each with the number of tokens read until then;
+    ``before`` is the number read in earlier runs.
 
-    Steps of different phases read different numbers of tokens: loss is drawn over what was
-    read.
+    Steps of different phases read different numbers of tokens, so figures draw the loss over
+    tokens.
     """
-    read = [before]
-    of = [p.batch * p.length for p in plan.phases for _ in range(p.steps)]
-    for tokens in of:
-        read.append(read[-1] + tokens)
+    per_step = [p.batch * p.length for p in plan.phases for _ in range(p.steps)]
+    read = list(accumulate(per_step, initial=before))
     return [record | {"tokens": read[int(record["step"])]} for record in curve]
 
 
 def _history(start: Path | None) -> Curve:
-    """How the weights that a run began with were trained, if their directory tells."""
+    """The curve of the weights that a run started from, if their directory holds one."""
     if start is None or not ((start / "card.json").is_file() and (start / "curve.json").is_file()):
         return []
     curve: Curve = json.loads((start / "curve.json").read_text("utf-8"))
@@ -186,7 +184,8 @@ def _history(start: Path | None) -> Curve:
     return with_tokens(curve, read_plan({"plan": json.dumps(training["plan"])}))
 
 
-def _seen(start: Path | None) -> int:
+def _tokens_before(start: Path | None) -> int:
+    """Tokens read before a run, in the training of its initial weights."""
     return int(max((record["tokens"] for record in _history(start)), default=0))
 
 
@@ -197,9 +196,9 @@ def read_plan(about: Mapping[str, str]) -> Plan:
     return Plan(phases, **raw)
 
 
-def manifest(directory: Path, data: Data) -> dict[str, Any]:
-    """What is in the directory and what was read, by SHA-256."""
-    files = sorted(p for p in directory.iterdir() if p.is_file() and p.name != LISTED)
+def manifest(directory: Path, data: Data) -> Json:
+    """SHA-256 of the files in the directory and of the documents that were read."""
+    files = sorted(p for p in directory.iterdir() if p.is_file() and p.name != MANIFEST)
     return {
         "python": platform.python_version(),
         "files": {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files},
@@ -209,8 +208,8 @@ def manifest(directory: Path, data: Data) -> dict[str, Any]:
 
 
 def _data(data: Data, tokenizer: Tokenizer, plan: Plan) -> model_card.Record:
-    """Counts of each stream. The plan says which windows were seen, so the passes are
-    counted, not estimated.
+    """Documents, tokens and passes of each stream; the plan lists the windows that were read,
+    so the passes are counted, not estimated.
     """
     lengths = {name: len(encode(tokenizer, documents)) for name, documents in data.streams.items()}
     seen = dict.fromkeys(range(len(lengths)), 0)
@@ -236,4 +235,5 @@ def _python(data: Data) -> list[Document]:
 
 
 def _count(documents: Sequence[Document]) -> model_card.Record:
+    """The number of documents and of their bytes."""
     return {"documents": len(documents), "bytes": sum(len(d.text.encode()) for d in documents)}

@@ -22,19 +22,18 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from refllm.backend import get
+from refllm.array_types import Json
+from refllm.backend import Namespace, get
 from refllm.checkpoints.loading import iter_tensors, read_config
 from refllm.checkpoints.tensor_files import CheckpointError, tensor_shapes
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.checkpoints.writer import check_target, file_sha256, write_whole
 from refllm.jobs import model_card, publish
 from refllm.jobs.train_options import TrainingOptions
-from refllm.measure.records import Json
 from refllm.model.config import ModelConfig
 from refllm.train.data import Data, encode, fingerprint
 from refllm.train.distill import make_teacher
@@ -224,8 +223,7 @@ def _check_text(job: TrainingJob) -> None:
         return
     if digest.read_text("utf-8").strip() != _digest(job.data):
         raise ValueError(
-            f"{job.work} was begun with other text, or another Python: choose another "
-            "--work"
+            f"{job.work} was begun with other text, or another Python: choose another --work"
         )
 
 
@@ -237,16 +235,14 @@ def _continue(job: TrainingJob, note: Note) -> None:
     job.done = state.optimizer.step
     if ModelConfig.from_hf(json.loads(about["config"])) != job.config:
         raise ValueError(
-            f"{job.work} holds a run of another network: choose another --work, or remove "
-            "it"
+            f"{job.work} holds a run of another network: choose another --work, or remove it"
         )
     origin = _origin(job)
     path = job.work / ORIGIN
     recorded = json.loads(path.read_text("utf-8")) if path.exists() else origin
     if recorded["start"] != origin["start"]:
         raise ValueError(
-            f"{job.work} was begun from other weights: give its --start, or choose another "
-            "--work"
+            f"{job.work} was begun from other weights: give its --start, or choose another --work"
         )
     # workers change the result by rounding only, the other two only what is reported
     begun, requested = (
@@ -300,7 +296,7 @@ def _tokenizer(
     return Tokenizer.train((d.text for d in next(iter(data.streams.values()))), vocab_size)
 
 
-def _teacher(job: TrainingJob, xp: ModuleType) -> Teacher | None:
+def _teacher(job: TrainingJob, xp: Namespace) -> Teacher | None:
     """The teacher on the job's backend."""
     if job.teacher is None:
         return None

@@ -108,13 +108,11 @@ class TrainingOptions:
         for p in phases:
             if p.length > self.context:
                 raise ValueError(
-                    f"windows of {p.length} tokens are longer than the context of "
-                    f"{self.context}"
+                    f"windows of {p.length} tokens are longer than the context of {self.context}"
                 )
             if len(p.repeats) != len(data.streams):
                 raise ValueError(
-                    f"a phase has {len(p.repeats)} repeats for {len(data.streams)} streams "
-                    "of text"
+                    f"a phase has {len(p.repeats)} repeats for {len(data.streams)} streams of text"
                 )
             if p.steps and not any(p.repeats):
                 raise ValueError(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from refllm.api import Model, load
-from refllm.measure.device import Device, measure_machine
-from refllm.measure.records import Json, Record
+from refllm.measure.device import DeviceSpec, measure_machine
+from refllm.measure.records import Record, Values
 from refllm.measure.records import write as write_record
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ class Tour:
         return load(self.name, self.backend)
 
     @cached_property
-    def machine(self) -> Device:
+    def machine(self) -> DeviceSpec:
         """The measured limits of one core: the stops run on one BLAS thread, since on a busy
         machine two would wait for each other.
         """
@@ -43,7 +42,7 @@ class Tour:
         """Print a paragraph."""
         self.out.print(text)
 
-    def draw(self, name: str, values: Mapping[str, Json], kind: str, hardware: str) -> None:
+    def draw(self, name: str, values: Values, kind: str, hardware: str) -> None:
         """Record the values in ``output/data`` and draw the registered figure ``name``."""
         from refllm.figures import registry  # matplotlib takes a second to import
 

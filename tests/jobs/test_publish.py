@@ -18,7 +18,7 @@ from refllm.checkpoints.writer import file_sha256
 from refllm.corpus import Document
 from refllm.experiments import training_curves
 from refllm.figures import registry
-from refllm.jobs import model_card, publish
+from refllm.jobs import card_page, model_card, publish
 from refllm.measure.perplexity import evaluate
 from refllm.train.data import Data, encode
 from refllm.train.loop import train
@@ -73,7 +73,7 @@ def test_the_directory_loads_and_measures_as_its_card_says(finished):
 def test_the_page_is_made_from_the_record_alone(finished):
     _, output, record = finished
     text = (output / "README.md").read_text(encoding="utf-8")
-    assert text == model_card.page(json.loads((output / "card.json").read_text()))
+    assert text == card_page.page(json.loads((output / "card.json").read_text()))
     assert f"{record['measured']['bits per byte']:.3f} bits per byte" in text
     assert "refllm train --output model" in text
 

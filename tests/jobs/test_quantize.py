@@ -24,9 +24,11 @@ from refllm.formats.fp8_linear import Fp8Linear
 from refllm.formats.quantized_linear import QuantizedLinear
 from refllm.formats.uniform import Scheme
 from refllm.formats.w8a8_linear import W8A8Linear
-from refllm.jobs import quantize
-from refllm.jobs.quantize import go, prepare, scheme_of
+from refllm.jobs.quantize import prepare
+from refllm.jobs.quantize import run as run_job
+from refllm.jobs.quantize_settings import scheme_for
 from refllm.model.config import ModelConfig
+from refllm.model.llama import PROJECTIONS
 from refllm.quant import layer_io
 from refllm.quant.recipe import METHODS
 
@@ -47,7 +49,7 @@ def model(tmp_path_factory):
 
 
 def scheme(method: str) -> Scheme:
-    return scheme_of(
+    return scheme_for(
         method, None, {"fp8": 0, "smoothquant": None, "int8": None}.get(method, 32), None
     )
 
@@ -83,7 +85,7 @@ def refused(run, *words: object) -> str:
 def test_every_method_from_files_to_files(model, tmp_path, method):
     seen = []
     job = prepare(model, tmp_path / "q", method, scheme(method), **SMALL)
-    record = go(
+    record = run_job(
         job,
         measure=200,
         progress=lambda *row: seen.append(row),
@@ -108,7 +110,7 @@ def test_every_method_from_files_to_files(model, tmp_path, method):
     assert {key: record["bytes"][key] for key in files} == files
     if method != "int8":  # whose scales take four bytes in memory and two in the file
         held = sum(
-            layer[key].nbytes for layer in read.weights["layers"] for key in quantize.PROJECTIONS
+            layer[key].nbytes for layer in read.weights["layers"] for key in PROJECTIONS
         )
         assert record["bytes"]["quantised weights"] == held
     score = record["bits per byte"]
@@ -229,10 +231,10 @@ def test_a_run_that_dies_while_it_is_measured_keeps_its_layers_and_leaves_no_out
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        go(job, measure=100, measuring=dies)
+        run_job(job, measure=100, measuring=dies)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["q.quantizing"]
     told = []
-    go(job, measure=None, progress=lambda *row: told.append(row))
+    run_job(job, measure=None, progress=lambda *row: told.append(row))
     assert (tmp_path / "q" / "config.json").is_file()
 
 
@@ -245,7 +247,7 @@ def test_one_layer_is_read_at_a_time(model, tmp_path, monkeypatch):
         "layer",
         lambda self, index: asked.append(index) or layer(self, index),
     )
-    go(prepare(model, tmp_path / "q", "gptq", scheme("gptq"), **SMALL), measure=None)
+    run_job(prepare(model, tmp_path / "q", "gptq", scheme("gptq"), **SMALL), measure=None)
     assert asked == list(range(LAYERS))
 
 
@@ -343,7 +345,7 @@ def test_what_would_fail_later_is_refused_before_anything_is_written(
 ):
     asked = {"bits": None, "group_size": None, "symmetric": None} | given
     with pytest.raises(ValueError, match=sentence):
-        prepare(model, tmp_path / "q", method, scheme_of(method, **asked), **SMALL | more)
+        prepare(model, tmp_path / "q", method, scheme_for(method, **asked), **SMALL | more)
     assert not list(tmp_path.iterdir())
 
 
@@ -360,25 +362,25 @@ def test_an_output_that_is_taken_is_not_touched(model, tmp_path):
 
 
 def test_what_is_quantised_already_is_refused(model, tmp_path):
-    go(prepare(model, tmp_path / "q", "rtn", scheme("rtn")), measure=None)
+    run_job(prepare(model, tmp_path / "q", "rtn", scheme("rtn")), measure=None)
     with pytest.raises(
         CheckpointError, match="is quantised already: start from the model that it was made from"
     ):
-        go(prepare(tmp_path / "q", tmp_path / "r", "rtn", scheme("rtn")), measure=None)
+        run_job(prepare(tmp_path / "q", tmp_path / "r", "rtn", scheme("rtn")), measure=None)
 
 
 def test_schemes_are_the_methods_own_with_what_was_asked_for():
-    assert scheme_of("gptq", None, None, None) == Scheme(4, "half_integer", "group", 128)
-    assert scheme_of("rtn", 3, 0, None) == Scheme(3, "half_integer", "channel")
-    assert scheme_of("rtn", 3, -1, False) == Scheme(3, "asymmetric", "channel")
-    assert scheme_of("awq", None, None, None) == Scheme(4, "awq", "group", 128)
-    assert scheme_of("rtn", 1, 32, False).bits == 1
+    assert scheme_for("gptq", None, None, None) == Scheme(4, "half_integer", "group", 128)
+    assert scheme_for("rtn", 3, 0, None) == Scheme(3, "half_integer", "channel")
+    assert scheme_for("rtn", 3, -1, False) == Scheme(3, "asymmetric", "channel")
+    assert scheme_for("awq", None, None, None) == Scheme(4, "awq", "group", 128)
+    assert scheme_for("rtn", 1, 32, False).bits == 1
     with pytest.raises(ValueError, match="no other level than 0: take --bits 2, or --asymmetric"):
-        scheme_of("rtn", 1, 32, None)
-    assert scheme_of("awq", None, 64, True) == Scheme(4, "half_integer", "group", 64)
-    assert scheme_of("smoothquant", None, None, True) == Scheme(8, "restricted", "channel")
-    assert scheme_of("fp8", None, None, None) == Scheme(8, "restricted", "block", 128)
+        scheme_for("rtn", 1, 32, None)
+    assert scheme_for("awq", None, 64, True) == Scheme(4, "half_integer", "group", 64)
+    assert scheme_for("smoothquant", None, None, True) == Scheme(8, "restricted", "channel")
+    assert scheme_for("fp8", None, None, None) == Scheme(8, "restricted", "block", 128)
     with pytest.raises(ValueError, match="fp8 has no zero points"):
-        scheme_of("fp8", None, None, False)
+        scheme_for("fp8", None, None, False)
     with pytest.raises(ValueError, match="unknown method 'nope'"):
-        scheme_of("nope", None, None, None)
+        scheme_for("nope", None, None, None)
