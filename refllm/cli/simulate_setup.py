@@ -112,10 +112,10 @@ def make_workload(
     import numpy as np
 
     from refllm.simulate import programs
-    from refllm.simulate.workload import TRAFFIC, Distinct, requests
+    from refllm.simulate.workload import TRAFFIC, DistinctTokens, requests
 
     rng = np.random.default_rng(seed)
-    tokens = Distinct()
+    tokens = DistinctTokens()
     if name in TRAFFIC:
         arrivals = math.inf if rate is None else rate
         return requests(TRAFFIC[name], count, rng, rate=arrivals, shape=shape), None

@@ -24,7 +24,10 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
         self._tokenizer = tokenizer
         self._stop = stop
-        self.restart([])
+        self.text = ""  # published
+        self._new = ""  # not published yet
+        self._characters = Utf8Stream(tokenizer)
+        self._stop_strings = StopStrings(stop)
 
     @property
     def stopped(self) -> bool:
@@ -53,8 +56,8 @@ class Detokenizer:
         """Go back to the state in which the text of these tokens had just been published."""
         self._characters = Utf8Stream(self._tokenizer)
         self._stop_strings = StopStrings(self._stop)
-        self.text = ""  # published
-        self._new = ""  # not published yet
+        self.text = ""
+        self._new = ""
         for token in published:
             self.push(token)
         self.take()

@@ -2,7 +2,7 @@
 served, greedy. Read it before ``serve.engine``; the engine's tests use it as their oracle.
 
 Sources: Yu et al. 2022 (Orca), section 3 (iteration-level scheduling: the batch is formed
-anew before every step); Kwon et al. 2023 (vLLM), section 4 (blocks and block tables).
+again before every step); Kwon et al. 2023 (vLLM), section 4 (blocks and block tables).
 
 | symbol | name                                                      | shape  |
 |--------|-----------------------------------------------------------|--------|

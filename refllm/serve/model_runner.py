@@ -42,11 +42,10 @@ from refllm.decode.speculative.interface import ModelLike
 from refllm.decode.speculative.verification import verify
 from refllm.kv.paged import PagedKVCache
 from refllm.model.llama import forward, logits
-from refllm.serve.plan import Outcome, Plan, SampledTokens, SequenceKey, slots_of
+from refllm.serve.beam_search import advance_searches
+from refllm.serve.plan import FAILED, Outcome, Plan, SequenceKey, slots_of
 from refllm.serve.request import Request, Sequence
 from refllm.serve.request_state import RequestState, SequenceState
-
-FAILED = [SampledTokens((), "error")]
 
 
 class _PlannedTable(NamedTuple):
@@ -182,33 +181,10 @@ def sample_outcomes(
         drafter = one.states[0].drafter
         if one.sequence.drafts and drafter is not None:
             drafter.observe(one.best, len(continuations[0]) - 1)
-    _advance_beams(inputs, z, requests, outcomes)
+    searches = {one.request.id: requests[one.request.id].search for one in inputs}
+    first_rows = [one.rows.start for one in inputs]
+    advance_searches(searches, [one.sequence for one in inputs], first_rows, z, outcomes)
     return outcomes
-
-
-def _advance_beams(
-    inputs: list[SamplingInput],
-    z: Array,
-    requests: abc.Mapping[abc.Hashable, RequestState],
-    outcomes: list[Outcome],
-) -> None:
-    """Replace the outcomes of beams by those of their search; all beams of a search are
-    sampled in one step.
-    """
-    places_of: dict[abc.Hashable, list[int]] = {}  # request → its places among the inputs
-    for i, one in enumerate(inputs):
-        if one.request.beam:
-            places_of.setdefault(one.request.id, []).append(i)
-    for name, places in places_of.items():
-        search = requests[name].search
-        assert search is not None
-        if any(outcomes[i] is FAILED for i in places):
-            decided: list[Outcome] = [FAILED] * len(places)
-        else:
-            rows = asarray_like([inputs[i].rows.start for i in places], z, "int64")
-            decided = search.advance([inputs[i].sequence for i in places], z[rows])
-        for i, outcome in zip(places, decided, strict=True):
-            outcomes[i] = outcome
 
 
 def apply_penalties(z: Array, inputs: abc.Sequence[SamplingInput]) -> Array:

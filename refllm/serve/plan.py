@@ -206,6 +206,7 @@ class SampledTokens(NamedTuple):
 
 
 Outcome = abc.Sequence[SampledTokens]
+FAILED: Outcome = (SampledTokens((), "error"),)  # of logits without a largest one
 
 
 @dataclass(slots=True)

@@ -89,11 +89,11 @@ class Request:
 
 
 def _is_integer(x: object) -> TypeGuard[int]:
-    return isinstance(x, Integral) and not isinstance(x, bool)
+    return not isinstance(x, bool) and isinstance(x, Integral)
 
 
 def _is_finite(x: object) -> TypeGuard[float]:
-    return isinstance(x, Real) and not isinstance(x, bool) and -inf < float(x) < inf
+    return not isinstance(x, bool) and isinstance(x, Real) and -inf < float(x) < inf
 
 
 def _are_nonempty_strings(x: object) -> bool:

@@ -1,15 +1,15 @@
 """How would this server behave on that traffic? The real scheduler and its memory, with a
 clock in place of the network.
 
-| file            | read it for                                                       |
-|-----------------|-------------------------------------------------------------------|
-| ``simulator``   | the loop: arrivals, plans, time; jumps over steady steps (first)  |
-| ``clock``       | how long a step takes                                             |
-| ``totals``      | what the steps add up to                                          |
-| ``workload``    | lengths and arrivals of measured traffic                          |
-| ``programs``    | requests that share prefixes                                      |
-| ``metrics``     | TTFT, TPOT, ITL, goodput, capacity                                |
-| ``timeline``    | a run as values to draw                                           |
+| file          | read it for                                                      |
+|---------------|------------------------------------------------------------------|
+| ``simulator`` | the loop: arrivals, plans, time; jumps over steady steps (first) |
+| ``clock``     | how long a step takes                                            |
+| ``totals``    | what the steps add up to                                         |
+| ``workload``  | lengths and arrivals of measured traffic                         |
+| ``programs``  | requests that share prefixes                                     |
+| ``metrics``   | TTFT, TPOT, ITL, goodput, capacity                               |
+| ``timeline``  | a run as values to draw                                          |
 """
 
 from refllm.simulate.clock import Clock, UnitClock

@@ -1,33 +1,35 @@
-"""How well requests were served: the times of each, and what is usually reported of many.
+"""How well requests were served: the times of each, and the usual metrics over many.
 
 Source: the definitions of ``vllm bench serve``, one by one; normalised latency as Kwon et
-al. 2023 (after Orca); capacity as DistServe, Zhong et al. 2024, means its goodput.
+al. 2023 (after Orca); capacity as in DistServe, Zhong et al. 2024, where it is called
+goodput.
 
-| symbol             | definition                                                                           | unit |
-|--------------------|--------------------------------------------------------------------------------------|------|
-| TTFT               | first chunk − sent                                                                   | s    |
-| E2EL               | last chunk − sent                                                                    | s    |
-| ITL                | gaps between consecutive chunks, pooled over *all* requests                          | s    |
-| TPOT               | (E2EL − TTFT) / (O − 1) of a request with O > 1 output tokens                        | s    |
-| throughput         | completed, Σ O, or Σ (P + O), each over the duration                                 | 1/s  |
-| goodput            | completed requests that meet every limit given, over the duration                    | 1/s  |
-| normalised latency | mean over requests of E2EL / O                                                       | s    |
-| capacity           | the highest rate at which at least 90 % of the requests meet the limits              | 1/s  |
+| metric             | definition                                                    | unit |
+|--------------------|---------------------------------------------------------------|------|
+| TTFT               | first chunk − sent                                            | s    |
+| E2EL               | last chunk − sent                                             | s    |
+| ITL                | gaps between consecutive chunks, pooled over *all* requests   | s    |
+| TPOT               | (E2EL − TTFT) / (O − 1) of a request with O > 1 output tokens | s    |
+| throughput         | completed, Σ O, or Σ (P + O), each over the duration          | 1/s  |
+| goodput            | completed requests that meet every limit, over the duration   | 1/s  |
+| normalised latency | mean over requests of E2EL / O                                | s    |
+| capacity           | the highest rate at which 90 % of the requests meet limits    | 1/s  |
 
-What follows from the definitions, and is easily misread: ITL percentiles are those of long
-answers, which have most of the gaps; a chunk of several tokens (speculation) is one gap of
-ITL and several tokens of TPOT; the duration is the whole run with its filling and its
-draining, so that few requests understate the throughput; P + O counts tokens that were not
-generated. A request of one token has no TPOT, and meets every limit on it.
+Consequences that are easily missed: ITL percentiles are dominated by long answers, which
+have most of the gaps; a chunk of several tokens (speculation) is one gap of ITL and several
+tokens of TPOT; the duration includes the time in which the batch fills and drains, so few
+requests understate the throughput; P + O counts tokens that were not generated. A request of
+one token has no TPOT, and meets every limit on it.
 
-Left out: the share of the peak that was used (``measure.roofline``), confidence intervals
-(take several seeds).
+Left out: the share of peak performance (``measure.roofline``), confidence intervals (take
+several seeds).
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import inf
 from typing import NamedTuple
 
@@ -36,39 +38,45 @@ import numpy as np
 
 @dataclass
 class Timeline:
-    """One answer: when it was asked for, and when each chunk of it came. Seconds on any
+    """One answer: when the request was sent, and when each chunk arrived, in seconds on any
     clock.
+
+    >>> answer = Timeline(sent=1.0, prompt=5)
+    >>> for time in (3.0, 3.5, 4.5):
+    ...     answer.chunk(time)
+    >>> answer.ttft, answer.gaps, answer.tpot, answer.e2el
+    (2.0, [0.5, 1.0], 0.75, 3.5)
     """
 
     sent: float
-    prompt: int = 0  # tokens asked
-    times: list[float] = field(default_factory=list)  # one a chunk
+    prompt: int = 0  # tokens
+    times: list[float] = field(default_factory=list)  # one per chunk
     tokens: int = 0  # O, in all chunks
     completed: bool = False
 
     def chunk(self, time: float, tokens: int = 1) -> None:
-        """``tokens`` came at ``time``, together."""
+        """``tokens`` arrived at ``time``, together."""
         self.times.append(time)
         self.tokens += tokens
 
     @property
     def ttft(self) -> float:
-        """ValueError before the first chunk."""
-        return self._came()[0] - self.sent
+        """Time to the first token; ValueError before the first chunk."""
+        return self._arrived()[0] - self.sent
 
     @property
     def e2el(self) -> float:
-        """ValueError before the first chunk."""
-        return self._came()[-1] - self.sent
+        """End-to-end latency; ValueError before the first chunk."""
+        return self._arrived()[-1] - self.sent
 
     @property
     def gaps(self) -> list[float]:
-        """ITL: one fewer than chunks."""
-        return [b - a for a, b in zip(self.times, self.times[1:], strict=False)]
+        """The inter-token latencies: one fewer than chunks."""
+        return [later - earlier for earlier, later in pairwise(self.times)]
 
     @property
     def tpot(self) -> float | None:
-        """None for a single token, which nothing follows."""
+        """Time per output token after the first; None for a single token."""
         if self.tokens > 1:
             return (self.e2el - self.ttft) / (self.tokens - 1)
         return None
@@ -77,7 +85,7 @@ class Timeline:
         """Whether it was completed within every limit."""
         if not self.completed:
             return False
-        if not self.times:  # nothing was asked for, and nothing was late
+        if not self.times:  # no token was asked for, and none was late
             return True
         return (
             self.ttft <= limits.ttft
@@ -85,9 +93,10 @@ class Timeline:
             and self.e2el <= limits.e2el
         )
 
-    def _came(self) -> list[float]:
+    def _arrived(self) -> list[float]:
+        """The times, of which there must be one."""
         if not self.times:
-            raise ValueError("no chunk has come yet: there is no time to the first one")
+            raise ValueError("no chunk has arrived yet: there is no time to the first one")
         return self.times
 
 
@@ -100,9 +109,7 @@ class Limits(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """Mean and percentiles of a sample; percentiles lie between neighbours as
-    ``numpy.percentile`` has it.
-    """
+    """Mean and percentiles of a sample, interpolated as in ``numpy.percentile``."""
 
     mean: float
     p50: float
@@ -112,7 +119,7 @@ class Spread(NamedTuple):
 
 
 def spread(sample: Sequence[float]) -> Spread | None:
-    """None for an empty sample."""
+    """The spread of a sample; None for an empty one."""
     if not len(sample):
         return None
     values = np.asarray(sample, dtype=np.float64)
@@ -129,8 +136,7 @@ class Summary:
     duration: float
     request_throughput: float
     output_throughput: float  # Σ O
-    # Σ (P + O): the larger number, of which prompts are most where answers are short
-    total_throughput: float
+    total_throughput: float  # Σ (P + O); mostly prompts where answers are short
     goodput: float
     ttft: Spread | None
     tpot: Spread | None
@@ -142,8 +148,8 @@ class Summary:
 def summarise(
     timelines: Iterable[Timeline], duration: float, limits: Limits | None = None
 ) -> Summary:
-    """Timelines of all requests of a run that took ``duration`` seconds → the report. Only
-    completed ones count.
+    """Timelines of all requests of a run that took ``duration`` seconds → their metrics. Only
+    completed requests count.
     """
     if not 0 < duration < inf:
         raise ValueError(f"a run takes a finite time above 0, got {duration} seconds")
@@ -170,25 +176,27 @@ def summarise(
 
 
 def attainment(timelines: Iterable[Timeline], limits: Limits) -> float:
-    """Share of the requests that meet the limits; those that were not completed do not.
-    ValueError for none.
+    """Share of the requests that meet the limits; requests that were not completed do not.
+    ValueError without any request.
     """
     met = [t.meets(limits) for t in timelines]
     if not met:
-        raise ValueError("no request: no share of them meets anything")
+        raise ValueError("no request: there is no share that meets the limits")
     return sum(met) / len(met)
 
 
 def capacity(attained: Mapping[float, float], share: float = 0.9) -> float:
-    """{rate: share that met the limits} → the highest rate before the first at which less
-    than ``share`` did.
+    """{rate: share that met the limits} → the rate at which this first falls below ``share``.
 
-    Between two rates the share is taken to be linear; 0 if the lowest rate is too high
-    already.
+    Linear between two rates; 0 if even the lowest rate is too high, the highest if none is.
+
+    >>> capacity({1: 1.0, 2: 1.0, 4: 0.8})
+    3.0
     """
     if not attained or not 0 < share <= 1:
         raise ValueError(
-            f"needs rates with their shares, and a share within (0, 1], got {dict(attained)}, {share}"
+            "needs rates with their shares, and a share within (0, 1], "
+            f"got {dict(attained)}, {share}"
         )
     before: tuple[float, float] | None = None
     for rate, met in sorted(attained.items()):
@@ -202,21 +210,22 @@ def capacity(attained: Mapping[float, float], share: float = 0.9) -> float:
 
 
 class Recorder:
-    """Notes who was sent and what came when: of a simulation, or of an engine that streams."""
+    """Records when requests were sent and chunks arrived, of a simulation or an engine."""
 
     def __init__(self) -> None:
         self.timelines: dict[Hashable, Timeline] = {}
 
     def sent(self, name: Hashable, prompt: int, time: float) -> None:
-        """A request (or a sequence of one) begins to wait."""
+        """A request, or a sequence of it, starts to wait."""
         self.timelines[name] = Timeline(time, prompt)
 
-    def came(self, name: Hashable, tokens: int, time: float, *, ended: bool = False) -> None:
-        """A chunk; without tokens nothing but the end."""
+    def arrived(self, name: Hashable, tokens: int, time: float, *, ended: bool = False) -> None:
+        """A chunk has arrived; without tokens only the end is noted."""
         line = self.timelines[name]
         if tokens:
             line.chunk(time, tokens)
         line.completed = line.completed or ended
 
     def summarise(self, duration: float, limits: Limits | None = None) -> Summary:
+        """The metrics of all timelines."""
         return summarise(self.timelines.values(), duration, limits)

@@ -4,13 +4,13 @@ long each step would take.
 Source: the discrete-event simulation of Kwon et al. 2023, section 6; the scheduler is the
 one that the engine runs.
 
-| name   | meaning                                                                           |
-|--------|-----------------------------------------------------------------------------------|
-| clock  | seconds of a step over (past, new) of each row; of a run of decode steps; of      |
-|        | moved blocks                                                                      |
-| steady | no request is admitted, finishes, arrives or runs out of memory: each sequence    |
-|        | gets one token per step                                                           |
-| jump   | k steady steps in one plan                                                        |
+| name   | meaning                                                                        |
+|--------|--------------------------------------------------------------------------------|
+| clock  | seconds of a step over (past, new) of each row; of a run of decode steps; of   |
+|        | moved blocks                                                                   |
+| steady | no request is admitted, finishes, arrives or runs out of memory: each sequence |
+|        | gets one token per step                                                        |
+| jump   | k steady steps in one plan                                                     |
 
 A jump proposes k − 1 drafts for every sequence and accepts them all: the scheduler advances
 each sequence by k tokens, its memory takes the same blocks as in k steps, and the clock is

@@ -1,10 +1,10 @@
 """What the steps of a simulation add up to.
 
-| name      | meaning                                                                        |
-|-----------|--------------------------------------------------------------------------------|
-| used      | slots that hold the keys and values of a token; the rest of what is allocated  |
-|           | is reserved or wasted                                                          |
-| saturated | steps with requests in the queue: the state of a server under full load        |
+| name      | meaning                                                                       |
+|-----------|-------------------------------------------------------------------------------|
+| used      | slots that hold the keys and values of a token; the rest of what is allocated |
+|           | is reserved or wasted                                                         |
+| saturated | steps with requests in the queue: the state of a server under full load       |
 
 Left out: the times of requests (``simulate.metrics``).
 """

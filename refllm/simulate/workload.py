@@ -1,25 +1,27 @@
-"""Who asks for what, and when: lengths as measured on public traffic, and arrivals, without
-any data set.
+"""Requests as real users send them, without any data set: lengths fitted to public traffic,
+and random arrivals.
 
 Sources: means of ShareGPT and Alpaca, Kwon et al. 2023, figure 11 (161/338 and 19/58
 tokens), and the filter with which vLLM samples the former; the public traces of Azure's
 language services of 2023, fitted in the logarithm; arrivals as ``vllm bench serve`` draws
 them.
 
-| symbol  | name                               | value                                                                |
-|---------|------------------------------------|----------------------------------------------------------------------|
-| P, O    | tokens of prompt and output        | rounded log-normals, cut to [low, high]                              |
-| μ, σ    | of the logarithm                   | σ of ShareGPT and Alpaca is a free assumption: only means are known  |
-| pmf     | probability of each length         | Φ((ln(x + ½) − μ)/σ) − Φ((ln(x − ½) − μ)/σ), over that of all        |
-| k       | shape of the gaps between arrivals | Gamma(k, 1/(k · rate)): 1 is Poisson, below it bursts                |
+| symbol | name                               | value                                              |
+|--------|------------------------------------|----------------------------------------------------|
+| P, O   | tokens of prompt and output        | rounded log-normals, cut to [low, high]            |
+| μ, σ   | of the logarithm                   | σ of ShareGPT and Alpaca is assumed: only          |
+|        |                                    | means are published                                |
+| pmf    | probability of each length x       | Φ((ln(x + ½) − μ)/σ) − Φ((ln(x − ½) − μ)/σ), over  |
+|        |                                    | its sum                                            |
+| k      | shape of the gaps between arrivals | Gamma(k, 1/(k · rate)): 1 is Poisson, below bursty |
 
-Every length has its exact probabilities (``pmf``), so what follows for a batch can be
+Every length has its exact probabilities (``pmf``), so expectations over a batch can be
 summed instead of sampled.
 
-Left out: correlation of P and O (Azure's rank correlations are −0.02 and 0.07), the time of
-day; Azure's code prompts beyond what a log-normal with their logarithm's mean and deviation
-has (their mean is 2,048, here 1,559); rescaling of the arrivals to a fixed end, which vLLM
-does and which is then no Poisson process any more.
+Left out: the correlation of P and O (Azure's rank correlations are −0.02 and 0.07) and the
+time of day; Azure's code prompts beyond what a log-normal with their logarithm's mean and
+deviation has (their mean is 2,048, here 1,559); vLLM's rescaling of the arrivals to a fixed
+end, after which they are no Poisson process.
 """
 
 from __future__ import annotations
@@ -27,28 +29,35 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import erf, inf, log, sqrt
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from refllm.serve.request import Request
 
-Lengths = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]  # P and O of each request
+Counts = NDArray[np.int64]
+Probabilities = NDArray[np.float64]  # of the lengths 0, 1, 2, …
 
 
 class Length(Protocol):
     """A distribution of lengths."""
 
-    def sample(self, rng: np.random.Generator, count: int) -> np.ndarray[Any, Any]:
-        """count integers."""
+    def sample(self, rng: np.random.Generator, count: int) -> Counts:
+        """``count`` lengths."""
 
-    def pmf(self) -> np.ndarray[Any, Any]:
-        """Probability of each length 0, 1, 2, …; sums to 1."""
+    def pmf(self) -> Probabilities:
+        """The probability of each length; sums to 1."""
 
 
 @dataclass(frozen=True)
 class LogNormal:
-    """exp of a normal, kept if it lies within [low, high], then rounded."""
+    """exp of a normal, kept if it lies within [low, high], then rounded.
+
+    >>> length = LogNormal(mu=1.0, sigma=0.5, low=1, high=4)
+    >>> [round(float(p), 2) for p in length.pmf()]
+    [0.0, 0.12, 0.42, 0.34, 0.11]
+    """
 
     mu: float
     sigma: float
@@ -59,15 +68,17 @@ class LogNormal:
         if not (self.sigma > 0 and 1 <= self.low <= self.high):
             raise ValueError(f"a length needs sigma > 0 and 1 <= low <= high, got {self}")
 
-    def sample(self, rng: np.random.Generator, count: int) -> np.ndarray[Any, Any]:
+    def sample(self, rng: np.random.Generator, count: int) -> Counts:
+        """``count`` lengths, by rejection."""
         kept = np.empty(0)
         while len(kept) < count:
             x = np.exp(self.mu + self.sigma * rng.standard_normal(2 * count + 16))
             kept = np.concatenate([kept, x[(self.low <= x) & (x <= self.high)]])
         return np.rint(kept[:count]).astype(np.int64)
 
-    def pmf(self) -> np.ndarray[Any, Any]:
-        # cut first, rounded then
+    def pmf(self) -> Probabilities:
+        """The probability of each length."""
+        # values are cut first and rounded then, so the outer bins are half as wide
         edges = np.clip(np.arange(self.low, self.high + 2) - 0.5, self.low, self.high)
         below = np.array([_normal_cdf((log(x) - self.mu) / self.sigma) for x in edges])
         p = np.diff(below)
@@ -76,17 +87,19 @@ class LogNormal:
 
 @dataclass(frozen=True)
 class Mixture:
-    """One of several distributions, by their weights."""
+    """One of several distributions, drawn by their weights."""
 
     parts: tuple[Length, ...]
     weights: tuple[float, ...]
 
-    def sample(self, rng: np.random.Generator, count: int) -> np.ndarray[Any, Any]:
+    def sample(self, rng: np.random.Generator, count: int) -> Counts:
+        """``count`` lengths, each from a part of its own."""
         which = rng.choice(len(self.parts), count, p=self.weights)
-        every = np.stack([part.sample(rng, count) for part in self.parts])
+        every = np.stack([part.sample(rng, count) for part in self.parts])  # [parts, count]
         return every[which, np.arange(count)]
 
-    def pmf(self) -> np.ndarray[Any, Any]:
+    def pmf(self) -> Probabilities:
+        """The weighted sum of the parts'."""
         each = [part.pmf() for part in self.parts]
         out = np.zeros(max(map(len, each)))
         for weight, p in zip(self.weights, each, strict=True):
@@ -95,15 +108,15 @@ class Mixture:
 
 
 class Traffic(NamedTuple):
-    """Lengths of prompts and outputs; together at most ``longest``, pairs beyond are drawn
-    again.
+    """Lengths of prompts and outputs, of at most ``longest`` tokens together: longer pairs are
+    drawn again.
     """
 
     prompt: Length
     output: Length
     longest: float = inf
 
-    def sample(self, rng: np.random.Generator, count: int) -> Lengths:
+    def sample(self, rng: np.random.Generator, count: int) -> tuple[Counts, Counts]:
         """(P[count], O[count])."""
         pairs = np.empty((2, 0), dtype=np.int64)
         while pairs.shape[1] < count:
@@ -111,26 +124,14 @@ class Traffic(NamedTuple):
             pairs = np.concatenate([pairs, new[:, new.sum(axis=0) <= self.longest]], axis=1)
         return pairs[0, :count], pairs[1, :count]
 
-    def pmfs(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Probabilities of each P and of each O, those pairs that are too long taken out."""
+    def pmfs(self) -> tuple[Probabilities, Probabilities]:
+        """The probabilities of each P and of each O, without the pairs that are too long."""
         p = self.prompt.pmf()
         o = self.output.pmf()
         if self.longest == inf:
             return p, o
-        at = int(self.longest)
-        at_most_o = np.cumsum(o)
-        at_most_p = np.cumsum(p)
-        keep_p = (
-            p
-            * at_most_o[np.clip(at - np.arange(len(p)), 0, len(o) - 1)]
-            * (np.arange(len(p)) <= at)
-        )
-        keep_o = (
-            o
-            * at_most_p[np.clip(at - np.arange(len(o)), 0, len(p) - 1)]
-            * (np.arange(len(o)) <= at)
-        )
-        return keep_p / keep_p.sum(), keep_o / keep_o.sum()
+        longest = int(self.longest)
+        return _without_long_pairs(p, o, longest), _without_long_pairs(o, p, longest)
 
     def means(self) -> tuple[float, float]:
         """E[P], E[O], exact."""
@@ -138,10 +139,17 @@ class Traffic(NamedTuple):
         return float(p @ np.arange(len(p))), float(o @ np.arange(len(o)))
 
 
+def _without_long_pairs(p: Probabilities, other: Probabilities, longest: int) -> Probabilities:
+    """P(x | x + y ≤ longest) for independent x with pmf ``p`` and y with pmf ``other``."""
+    x = np.arange(len(p))
+    at_most = np.cumsum(other)[np.clip(longest - x, 0, len(other) - 1)]  # P(y ≤ longest − x)
+    joint = p * at_most * (x <= longest)
+    return joint / joint.sum()
+
+
 SHAREGPT = Traffic(LogNormal(4.69, 1.0, 4, 1024), LogNormal(5.462, 1.0, 4, 1900), longest=2048)
 ALPACA = Traffic(LogNormal(2.465, 0.9, 4, 200), LogNormal(3.675, 0.9, 4, 600))
-# Answers of the conversation service end at either of two lengths: most below 200 tokens,
-# others near 400.
+# Outputs of the conversation service have two peaks: most below 200 tokens, others near 400.
 AZURE_CHAT = Traffic(
     LogNormal(6.63, 0.99, 1, 14_050),
     Mixture((LogNormal(4.6, 0.55, 1, 1000), LogNormal(6.02, 0.12, 1, 1000)), (0.6, 0.4)),
@@ -157,12 +165,15 @@ TRAFFIC = {
 
 def arrivals(
     rng: np.random.Generator, count: int, rate: float, shape: float = 1.0
-) -> np.ndarray[Any, Any]:
-    """Times of ``count`` arrivals, ``rate`` a second on average; the first one comes after
-    a gap too.
+) -> NDArray[np.float64]:
+    """Times of ``count`` arrivals, ``rate`` per second on average; the first one, too, comes
+    after a gap.
 
-    An infinite rate: all at time 0. ``shape`` 1 is Poisson, below it bursts and pauses,
-    infinite a metronome.
+    An infinite rate: all at time 0. ``shape`` 1 is Poisson, below 1 comes in bursts, infinity
+    is perfectly regular.
+
+    >>> arrivals(np.random.default_rng(0), 3, rate=2.0, shape=float("inf")).tolist()
+    [0.5, 1.0, 1.5]
     """
     if not (rate > 0 and shape > 0):
         raise ValueError(f"arrivals need a rate and a shape above 0, got {rate} and {shape}")
@@ -175,17 +186,22 @@ def arrivals(
     return np.cumsum(gaps)
 
 
-class Distinct:
-    """Prompts where lengths alone matter: every token a number of its own, so that nothing
+class DistinctTokens:
+    """Prompts for simulations where only lengths matter: no token occurs twice, so no prefix
     is shared.
+
+    >>> tokens = DistinctTokens()
+    >>> tokens(3), tokens(2)
+    (range(0, 3), range(3, 5))
     """
 
     def __init__(self) -> None:
-        self.at = 0
+        self.used = 0
 
     def __call__(self, count: int) -> range:
-        self.at += count
-        return range(self.at - count, self.at)
+        """The next ``count`` integers."""
+        self.used += count
+        return range(self.used - count, self.used)
 
 
 def requests(
@@ -201,48 +217,56 @@ def requests(
     """``count`` requests in the order of their arrival, each of which runs to its
     ``max_tokens``.
 
-    ``tokens(n)`` makes a prompt of n tokens; by default they are numbers that nobody else
-    has (``Distinct``). ``scale`` multiplies all lengths, for a model with a short context.
+    ``tokens(n)`` makes a prompt of n tokens (default ``DistinctTokens``). ``scale`` multiplies
+    all lengths, for a model with a short context.
     """
     if scale != 1:
         traffic = Traffic(
-            _Scaled(traffic.prompt, scale), _Scaled(traffic.output, scale), traffic.longest * scale
+            _ScaledLength(traffic.prompt, scale),
+            _ScaledLength(traffic.output, scale),
+            traffic.longest * scale,
         )
-    tokens = Distinct() if tokens is None else tokens
-    P, output = traffic.sample(rng, count)
-    when = arrivals(rng, count, rate, shape)
-    return [
-        Request(tokens(int(p)), int(o), id=i, arrival=float(t), ignore_eos=True)
-        for i, (p, o, t) in enumerate(zip(P, output, when, strict=True))
-    ]
+    make_prompt = DistinctTokens() if tokens is None else tokens
+    prompts, outputs = (lengths.tolist() for lengths in traffic.sample(rng, count))
+    times = arrivals(rng, count, rate, shape).tolist()
+    made = []
+    for i, (p, o, time) in enumerate(zip(prompts, outputs, times, strict=True)):
+        made.append(Request(make_prompt(p), o, id=i, arrival=time, ignore_eos=True))
+    return made
 
 
-def longest_of(pmf: np.ndarray[Any, Any], batch: int) -> float:
+def expected_longest(pmf: Probabilities, batch: int) -> float:
     """E[max of ``batch`` lengths], exact: Σ 1 − F(x)^batch."""
     return float(np.sum(1 - np.cumsum(pmf) ** batch))
 
 
-def useful_share(pmf: np.ndarray[Any, Any], batch: int) -> float:
+def useful_share(pmf: Probabilities, batch: int) -> float:
     """Share of the decode slots of a static batch that yield a token: E[O] / E[max of
     ``batch`` O].
+
+    >>> round(useful_share(np.array([0.0, 0.5, 0.5]), batch=2), 3)  # 1 or 2 tokens, P = ½
+    0.857
     """
-    return longest_of(pmf, 1) / longest_of(pmf, batch)
+    return expected_longest(pmf, 1) / expected_longest(pmf, batch)
 
 
 @dataclass(frozen=True)
-class _Scaled:
+class _ScaledLength:
     """Lengths times a factor, rounded, at least 1."""
 
-    of: Length
+    length: Length
     scale: float
 
-    def sample(self, rng: np.random.Generator, count: int) -> np.ndarray[Any, Any]:
-        return np.maximum(1, np.rint(self.of.sample(rng, count) * self.scale)).astype(np.int64)
+    def sample(self, rng: np.random.Generator, count: int) -> Counts:
+        """``count`` scaled lengths."""
+        scaled = np.rint(self.length.sample(rng, count) * self.scale)
+        return np.maximum(1, scaled).astype(np.int64)
 
-    def pmf(self) -> np.ndarray[Any, Any]:
-        p = self.of.pmf()
-        at = np.maximum(1, np.rint(np.arange(len(p)) * self.scale)).astype(np.int64)
-        return np.bincount(at, weights=p)
+    def pmf(self) -> Probabilities:
+        """Lengths that are rounded to the same one add up."""
+        p = self.length.pmf()
+        scaled = np.rint(np.arange(len(p)) * self.scale)
+        return np.bincount(np.maximum(1, scaled).astype(np.int64), weights=p)
 
 
 def _normal_cdf(z: float) -> float:

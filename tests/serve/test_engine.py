@@ -355,7 +355,7 @@ def test_what_was_heard_in_a_step_that_fails_was_not_said(monkeypatch):
         raise MemoryError("after the tokens were chosen")
 
     with monkeypatch.context() as patch:
-        patch.setattr(model_runner, "_advance_beams", fail)
+        patch.setattr(model_runner, "advance_searches", fail)
         with pytest.raises(MemoryError, match="were chosen"):
             engine.step()
     (result,) = engine.run().values()

@@ -41,7 +41,7 @@ def timelines(draw):
 @given(timelines())
 def test_times_of_an_answer_add_up(line):
     if not line.times:
-        with pytest.raises(ValueError, match="no chunk has come yet"):
+        with pytest.raises(ValueError, match="no chunk has arrived yet"):
             _ = line.ttft
         return
     assert line.ttft <= line.e2el == line.ttft + sum(line.gaps)
@@ -163,15 +163,15 @@ def test_an_answer_that_was_cut_off_meets_nothing_however_fast_it_was():
 
 
 def test_a_recorder_keeps_what_it_is_told():
-    book = Recorder()
-    book.sent("a", 7, 1.0)
-    book.sent("b", 3, 1.5)
-    book.came("a", 1, 2.0)
-    book.came("a", 2, 3.0, ended=True)
-    book.came("b", 0, 4.0, ended=True)  # max_tokens 0
-    assert book.timelines["a"] == Timeline(1.0, 7, [2.0, 3.0], 3, True)
-    report = book.summarise(10.0)
+    recorder = Recorder()
+    recorder.sent("a", 7, 1.0)
+    recorder.sent("b", 3, 1.5)
+    recorder.arrived("a", 1, 2.0)
+    recorder.arrived("a", 2, 3.0, ended=True)
+    recorder.arrived("b", 0, 4.0, ended=True)  # max_tokens 0
+    assert recorder.timelines["a"] == Timeline(1.0, 7, [2.0, 3.0], 3, True)
+    report = recorder.summarise(10.0)
     assert (report.completed, report.output_throughput, report.total_throughput) == (2, 0.3, 1.3)
     assert report.normalised_latency == 2 / 3
-    book.came("a", 0, 5.0)
-    assert book.timelines["a"].completed  # once is for good
+    recorder.arrived("a", 0, 5.0)
+    assert recorder.timelines["a"].completed  # once is for good

@@ -145,7 +145,7 @@ def test_a_shuffled_program_asks_the_same():
 
 
 def test_a_strangers_request_is_named():
-    with pytest.raises(ValueError, match="no request of this program"):
+    with pytest.raises(ValueError, match="not a request of this program"):
         PROGRAMS["chat"]().follow(programs.Request([1], id="x"), [2])
     with pytest.raises(ValueError, match="need a text"):
         Passages([])

@@ -22,7 +22,7 @@ from refllm.serve.swapping import SwappingKVManager
 from refllm.simulate import programs
 from refllm.simulate.clock import UnitClock
 from refllm.simulate.simulator import Simulator
-from refllm.simulate.workload import ALPACA, Distinct, requests
+from refllm.simulate.workload import ALPACA, DistinctTokens, requests
 
 
 class Whole:
@@ -270,7 +270,7 @@ def test_swapping_moves_where_recomputing_computes():
 
 def test_programs_go_on_and_are_found_in_the_cache():
     for cache, kind in ((None, "paged"), ("radix", "radix"), ("hash", "hash")):
-        program = programs.chat(Distinct(), 3, turns=3, system=40, message=8, answer=6)
+        program = programs.chat(DistinctTokens(), 3, turns=3, system=40, message=8, answer=6)
         done = []
         s = scheduler(kind, 400, 4, None, None, True)
         run = Simulator(s, UnitClock()).run(

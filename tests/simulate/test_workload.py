@@ -19,7 +19,7 @@ from refllm.simulate.workload import (
     Mixture,
     Traffic,
     arrivals,
-    longest_of,
+    expected_longest,
     requests,
     useful_share,
 )
@@ -171,7 +171,7 @@ def test_requests_are_their_generators_own():
 
 def test_scaled_lengths_have_scaled_probabilities():
     of = LogNormal(3.0, 0.8, 4, 100)
-    scaled = workload._Scaled(of, 0.25)
+    scaled = workload._ScaledLength(of, 0.25)
     p = scaled.pmf()
     x = scaled.sample(np.random.default_rng(0), 20_000)
     mean, variance = moments(p)
@@ -188,10 +188,10 @@ def test_the_longest_of_a_batch_by_enumeration(weights, batch):
     p = np.array(weights) / sum(weights)
     grid = np.meshgrid(*[np.arange(len(p))] * batch, indexing="ij")
     chances = np.prod([p[g] for g in grid], axis=0)
-    assert longest_of(p, batch) == pytest.approx(
+    assert expected_longest(p, batch) == pytest.approx(
         float((chances * np.max(grid, axis=0)).sum()), abs=1e-12
     )
-    if longest_of(p, 1) > 0:
+    if expected_longest(p, 1) > 0:
         assert useful_share(p, 1) == 1
         assert useful_share(p, batch + 1) <= useful_share(p, batch) + 1e-12
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from refllm.kv.contiguous_allocator import Buddies, FirstFit
+from refllm.kv.contiguous_allocator import BuddyAllocator, FirstFitAllocator
 from refllm.serve.kv_manager import Copies
 from refllm.serve.request import Request, Sequence
 
@@ -79,7 +79,9 @@ class ReservedKVManager(_Contiguous):
             raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join(RULES)}")
         self.rule = rule
         self.longest = longest
-        self.allocator: Buddies | FirstFit = Buddies(slots) if buddy else FirstFit(slots)
+        self.allocator: BuddyAllocator | FirstFitAllocator = (
+            BuddyAllocator(slots) if buddy else FirstFitAllocator(slots)
+        )
 
     @property
     def slots(self) -> int:
