@@ -1,41 +1,29 @@
-"""How a quantised model is stored: its layout, the type of what stays in floats, and what
-is not quantised.
+"""Quantised models as checkpoints that ``transformers``, vLLM and ``refllm.load`` read.
 
-From a layout (``formats.layouts``) and a network this makes the list of all tensors of its
-files, and from a layer in memory the tensors themselves.
+| layout          | quantised by, typically          | activations                                |
+|-----------------|----------------------------------|--------------------------------------------|
+| pack-quantized  | rtn, gptq, awq (symmetric); int8 | not quantised                              |
+| int-quantized   | smoothquant                      | 8 bits, a scale per token (absmax/127.5)   |
+| gptq_v2         | gptq, rtn, awq                   | not quantised                              |
+| awq             | awq                              | not quantised                              |
+| float-quantized | fp8, by row or block             | 8-bit floats, a scale per token or tile    |
+| fp8             | fp8, by block                    | 8-bit floats, a scale per tile             |
 
-| name                    | stored as                                                                  |
-|-------------------------|----------------------------------------------------------------------------|
-| projections             | the tensors of the layout; those named in ``keep`` as they are             |
-| embedding, norms, biases, head | in ``dtype``, as are all scales                                      |
+An ``ExportSpec`` says how a model is stored: the layout of its quantised projections
+(``formats.layouts``), the dtype of everything else (embedding, norms, biases, head, and the
+scales), and the projections in ``keep``, which are not quantised. From it follow the list of
+all tensors of the files, their values, and the ``quantization_config`` of config.json.
 
-LLM.int8()'s weights are stored as 8-bit weights with a scale a row: which columns of the
-activations are outliers is found anew at each call, by whoever computes. Readers of
-compressed-tensors use them with activations as they are.
-
-Left out: quantised embeddings and heads.
-
-<<MERGED>>
-Quantised models as checkpoints that ``transformers``, vLLM and ``refllm.load`` read.
-
-| layout          | quantised by, typically       | activations                                |
-|-----------------|-------------------------------|--------------------------------------------|
-| pack-quantized  | rtn, gptq, awq (symmetric); int8 | as they are                             |
-| int-quantized   | smoothquant                   | 8 bits, a step a token (absmax/127.5)      |
-| gptq_v2         | gptq, rtn, awq                | as they are                                |
-| awq             | awq                           | as they are                                |
-| float-quantized | fp8, by row or block          | 8-bit floats, a scale a token or tile      |
-| fp8             | fp8, by block                 | 8-bit floats, a scale a tile               |
-
-``export`` writes a model in memory, ``assemble`` the layers that a run left in files. Both
-write all files in a new directory, which takes its name only when it is whole
+``export`` writes a model in memory, ``layer_io.assemble`` the layers that a run left in files.
+Both write all files to a new directory, which gets its name only when it is complete
 (``checkpoints.writer``).
 
-Readers of "int-quantized" round activations to absmax/127.5, SmoothQuant to absmax/127:
-what is loaded computes as the format's readers do, which is not bit for bit what was
-quantised.
+What is loaded computes as the readers of the format do, which is not always bit for bit what
+was quantised: readers of "int-quantized" round activations to absmax/127.5, SmoothQuant to
+absmax/127; LLM.int8()'s weights are stored as plain 8-bit weights with a scale per row, and
+readers do not quantise their activations.
 
-Left out: GGUF, several layouts in one checkpoint.
+Left out: GGUF, several layouts in one checkpoint, quantised embeddings and heads.
 """
 
 from __future__ import annotations
@@ -44,11 +32,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from refllm.backend import to_numpy
+from refllm.backend import Array, to_numpy
 from refllm.checkpoints.loading import stored_specs
 from refllm.checkpoints.tensor_files import (
     EMBEDDING,
@@ -61,7 +49,7 @@ from refllm.checkpoints.tensor_files import (
 )
 from refllm.checkpoints.writer import (
     STORED_TYPES,
-    Plan,
+    TensorSpecs,
     check_target,
     documents,
     resolved,
@@ -76,7 +64,7 @@ from refllm.formats.quantized_linear import QuantizedLinear
 from refllm.formats.uniform import Scheme
 from refllm.formats.w8a8_linear import W8A8Linear
 from refllm.model.config import ModelConfig
-from refllm.model.llama import PROJECTIONS, Layer
+from refllm.model.llama import PROJECTIONS, Layer, Weights
 from refllm.model.weights import Dense, Linear
 from refllm.quant.llm_int8 import Int8Linear
 
@@ -84,100 +72,100 @@ Read = Callable[[str], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Storing:
-    """``keep`` names the projections (keys of ``llama.PROJECTIONS``) that are not
-    quantised.
-    """
+class ExportSpec:
+    """How a quantised model is stored."""
 
-    stored: WeightLayout
-    dtype: str = "float16"
-    keep: tuple[str, ...] = ()
+    layout: WeightLayout  # of the quantised projections
+    dtype: str = "float16"  # of all floating-point tensors
+    keep: tuple[str, ...] = ()  # projections (keys of ``llama.PROJECTIONS``) not quantised
 
     @property
-    def entry(self) -> dict[str, Any]:
-        """The ``quantization_config`` of its config.json."""
+    def config_entry(self) -> dict[str, Any]:
+        """The ``quantization_config`` of config.json."""
         paths = [PROJECTIONS[key].replace(".", r"\.") for key in self.keep]
         return quantization_config(
-            self.stored, ["lm_head", *(rf"re:.*\.{path}$" for path in paths)]
+            self.layout, ["lm_head", *(rf"re:.*\.{path}$" for path in paths)]
         )
 
     @cached_property
     def quantization(self) -> Quantization:
-        """The same, as a reader understands it."""
-        return parse(self.entry)
+        """``config_entry`` as a reader parses it."""
+        return parse(self.config_entry)
 
-    def of(self, name: str, shape: Shape) -> WeightLayout | None:
-        """How the tensor ``name`` of a network is stored; None: in ``dtype``."""
+    def layout_of(self, name: str, shape: Shape) -> WeightLayout | None:
+        """The layout of the network's tensor ``name``; None for one that is stored in ``dtype``."""
         paths = (f".{path}.weight" for key, path in PROJECTIONS.items() if key not in self.keep)
-        return self.stored if name.endswith(tuple(paths)) else None
+        return self.layout if name.endswith(tuple(paths)) else None
 
-    def plan(self, config: ModelConfig) -> Plan:
-        """Every tensor of the files; CheckpointError naming a weight that the layout has no
-        place for.
+    def plan(self, config: ModelConfig) -> TensorSpecs:
+        """Dtype and shape of every tensor of the files; CheckpointError naming a weight that
+        the layout cannot hold.
         """
-        specs = stored_specs(config, self.of)
         # Scales of 8-bit floats stay in float32: rounding them would be a second error in
         # every weight.
-        scales = ("weight_scale", "weight_scale_inv") if self.stored.is_float else ()
-        return {
-            name: (
-                dtype if dtype != FLOAT else "float32" if name.endswith(scales) else self.dtype,
-                shape,
-            )
-            for name, (dtype, shape) in specs
-        }
+        scales = ("weight_scale", "weight_scale_inv") if self.layout.is_float else ()
+        found = {}
+        for name, (dtype, shape) in stored_specs(config, self.layout_of):
+            if dtype == FLOAT:
+                dtype = "float32" if name.endswith(scales) else self.dtype
+            found[name] = (dtype, shape)
+        return found
 
-    def reader(self, tensors: Mapping[str, Any], where: Path) -> Read:
-        """What looks up the stored tensors of ``tensors`` (plain names; arrays, or a
-        ``Linear`` each), on the host.
+    def reader(self, tensors: Mapping[str, Array | Linear], where: Path) -> Read:
+        """A function that looks up the stored tensors of ``tensors`` (names of the network;
+        arrays or ``Linear``s), on the host.
 
-        The look-up raises CheckpointError naming ``where`` for numbers that are not finite
-        in ``dtype``.
+        The function raises CheckpointError naming ``where`` for values that are not finite in
+        ``dtype``.
         """
         linears = {
-            name: storable(t, name) for name, t in tensors.items() if self.of(name, ()) is not None
+            name: storable(tensor, name)
+            for name, tensor in tensors.items()
+            if self.layout_of(name, ()) is not None
         }
 
         def read(name: str) -> np.ndarray:
             module, _, suffix = name.rpartition(".")
             weight = linears.get(f"{module}.weight")
             if weight is not None and suffix != "bias":
-                if isinstance(weight, Fp8Linear):
-                    host = to_numpy(float_layouts.to_tensor(weight, suffix))
-                    if suffix == "weight":
-                        return host.view(host_dtype(FLOAT8))
-                    return host
-                host = to_numpy(to_tensor(weight, self.stored, suffix, dtype=self.dtype))
-                if host.dtype.name == "uint16":
-                    return host.view(host_dtype("bfloat16"))
-                return host
+                return self._stored_tensor(weight, suffix)
             plain = tensors[name]
             floats = to_numpy(plain.dequantize() if hasattr(plain, "dequantize") else plain)
             return converted(floats, self.dtype, name, where)
 
         return read
 
+    def _stored_tensor(
+        self, weight: QuantizedLinear | W8A8Linear | Fp8Linear, suffix: str
+    ) -> np.ndarray:
+        """One tensor of a quantised weight (``suffix``: "weight_packed", "scales", …)."""
+        if isinstance(weight, Fp8Linear):
+            host = to_numpy(float_layouts.to_tensor(weight, suffix))
+            return host.view(host_dtype(FLOAT8)) if suffix == "weight" else host
+        host = to_numpy(to_tensor(weight, self.layout, suffix, dtype=self.dtype))
+        # bfloat16 comes as its bits
+        return host.view(host_dtype("bfloat16")) if host.dtype.name == "uint16" else host
+
 
 def storable(weight: Linear, name: str = "weight") -> QuantizedLinear | W8A8Linear | Fp8Linear:
-    """``weight`` in a form that ``formats.layouts`` stores.
+    """``weight`` in a form that ``formats.layouts`` can store.
 
     Raises
     ------
     CheckpointError
-        naming ``name``, for what no layout holds.
+        naming ``name``, for a weight that no layout can hold.
     """
     if isinstance(weight, Int8Linear):
-        return QuantizedLinear.from_codes(
-            weight.codes, weight.scale, None, Scheme(8, "restricted", "channel")
-        )
-    if isinstance(weight, W8A8Linear) and (weight.scheme.granularity, weight.scheme.bits) != (
-        "token",
-        8,
-    ):
-        raise CheckpointError(
-            f"{name}: stored activations have 8 bits and a step a token, found anew (level O1), not "
-            f"{weight.scheme.bits} bits {'static' if weight.static else 'a tensor'}"
-        )
+        scheme = Scheme(8, "restricted", "channel")
+        return QuantizedLinear.from_codes(weight.codes, weight.scale, None, scheme)
+    if isinstance(weight, W8A8Linear):
+        bits = weight.scheme.bits
+        if weight.scheme.granularity != "token" or bits != 8:
+            kind = "a static scale" if weight.static else "a scale per tensor"
+            raise CheckpointError(
+                f"{name}: stored activations have 8 bits and a dynamic scale per token (level "
+                f"O1), not {bits} bits and {kind}"
+            )
     if not isinstance(weight, (QuantizedLinear, W8A8Linear, Fp8Linear)):
         raise CheckpointError(
             f"{name}: {type(weight).__name__} is not quantised: quantise it, or name it in keep"
@@ -185,12 +173,14 @@ def storable(weight: Linear, name: str = "weight") -> QuantizedLinear | W8A8Line
     return weight
 
 
-def named(layer: Layer, index: int) -> dict[str, Any]:
-    """A layer's projections, norms and biases under their names in the checkpoint:
-    ``llama.build_layer`` backwards.
+def checkpoint_names(layer: Layer, index: int) -> dict[str, Array | Linear]:
+    """A layer's projections, norms and biases under their names in the checkpoint: the inverse
+    of ``llama.build_layer``.
     """
     at = f"model.layers.{index}."
-    found = {f"{at}{path}.weight": layer[key] for key, path in PROJECTIONS.items()}
+    found: dict[str, Array | Linear] = {
+        f"{at}{path}.weight": layer[key] for key, path in PROJECTIONS.items()
+    }
     for key, tensor in layer.items():
         if key.endswith("_bias"):
             found[f"{at}self_attn.{key[0]}_proj.bias"] = tensor
@@ -214,7 +204,7 @@ def export(
     """Write ``model`` (a record with ``.config .weights .tokenizer`` whose projections are
     quantised).
 
-    ``layout`` None is the usual one of its weights (see ``default_layout``). Embedding,
+    ``layout`` None is the usual one for its weights (see ``default_layout``). Embedding,
     norms, biases, head and scales are stored in ``dtype``: a model that was quantised with
     that ``scale_dtype`` is stored exactly.
 
@@ -222,72 +212,91 @@ def export(
     ------
     ValueError
         for weights that the layout cannot hold, naming the layouts that can; otherwise as
-        ``writer.save``. Nothing has been written then.
+        ``checkpoints.writer.save``. Nothing has been written then.
     """
     config = model.config
     weights = model.weights
     tokenizer = model.tokenizer
-    storing = storing_of(weights, layout, dtype)
+    spec = export_spec_for(weights, layout, dtype)
     target = resolved(path)
     check_target(target, overwrite)
     check_vocabulary(tokenizer, config, target)
-    plan = storing.plan(config)
+    plan = spec.plan(config)
     tensors = {
         EMBEDDING: weights["embed_tokens"],
         "model.norm.weight": weights["norm"],
         HEAD: weights["lm_head"],
     }
     for index, layer in enumerate(weights["layers"]):
-        tensors |= named(layer, index)
+        tensors |= checkpoint_names(layer, index)
     texts = documents(
-        config, tokenizer, dtype, extra_files or {}, quantization_config=storing.entry
+        config, tokenizer, dtype, extra_files or {}, quantization_config=spec.config_entry
     )
-    write_directory(
-        target, texts, plan, storing.reader(tensors, target), max_shard_bytes=max_shard_bytes
-    )
+    read = spec.reader(tensors, target)
+    write_directory(target, texts, plan, read, max_shard_bytes=max_shard_bytes)
 
 
-def storing_of(
-    weights: Mapping[str, Any], layout: str | None = None, dtype: str = "float16"
-) -> Storing:
-    """How a weight tree is stored; ValueError if its projections are not all quantised
-    alike, or no layout fits.
+class _Kind(NamedTuple):
+    """What all quantised projections of an exported model must have in common."""
+
+    scheme: Scheme | WeightLayout  # 8-bit floats know their layout
+    activations: bool = False
+    act_order: bool = False
+
+
+def export_spec_for(
+    weights: Weights, layout: str | None = None, dtype: str = "float16"
+) -> ExportSpec:
+    """How a weight tree is stored.
+
+    Raises
+    ------
+    ValueError
+        if its projections are not all quantised alike, or no layout fits.
     """
     if dtype not in STORED_TYPES:
         raise ValueError(
             f"export: dtype {dtype!r} is not stored; choose one of {', '.join(STORED_TYPES)}"
         )
-    kinds: dict[Any, str] = {}
-    plain: set[tuple[str, bool]] = set()
+    kinds: dict[_Kind, str] = {}  # and the first weight of the kind
+    plain: set[tuple[str, bool]] = set()  # (projection, in floating point?)
     for index, layer in enumerate(weights["layers"]):
         for key, path in PROJECTIONS.items():
             name = f"model.layers.{index}.{path}"
             plain.add((key, isinstance(layer[key], Dense)))
             if not isinstance(layer[key], Dense):
-                made = storable(layer[key], name)
-                if isinstance(made, Fp8Linear):
-                    kinds.setdefault((float_layout_for(made, layout), True, False), name)
-                    continue
-                inner = made.weight if isinstance(made, W8A8Linear) else made
-                act_order = getattr(inner, "g_idx", None) is not None
-                kinds.setdefault((inner.scheme, made is not inner, act_order), name)
+                kinds.setdefault(_kind(storable(layer[key], name), layout), name)
     keep = tuple(key for key in PROJECTIONS if (key, True) in plain)
     if len(kinds) != 1 or any((key, False) in plain for key in keep):
-        found = ", ".join(f"{kind[0]} ({name})" for kind, name in kinds.items()) or "none"
+        found = ", ".join(f"{kind.scheme} ({name})" for kind, name in kinds.items()) or "none"
         raise CheckpointError(
             f"export: all projections of a name must be quantised alike; found {found}"
         )
     scheme, activations, act_order = next(iter(kinds))
     if isinstance(scheme, WeightLayout):
-        return Storing(scheme, dtype, keep)
+        return ExportSpec(scheme, dtype, keep)
     layout = layout or default_layout(scheme, activations=activations, act_order=act_order)
-    return Storing(
-        layout_for(scheme, layout, activations=activations, act_order=act_order), dtype, keep
-    )
+    stored = layout_for(scheme, layout, activations=activations, act_order=act_order)
+    return ExportSpec(stored, dtype, keep)
 
 
-def default_layout(scheme: Any, *, activations: bool = False, act_order: bool = False) -> str:
-    """The layout that most programs read weights of this kind in."""
+def _kind(weight: QuantizedLinear | W8A8Linear | Fp8Linear, layout: str | None) -> _Kind:
+    """The kind of a weight that ``storable`` returned."""
+    if isinstance(weight, Fp8Linear):
+        return _Kind(float_layout_for(weight, layout), activations=True)
+    inner = weight.weight if isinstance(weight, W8A8Linear) else weight
+    act_order = getattr(inner, "g_idx", None) is not None
+    return _Kind(inner.scheme, isinstance(weight, W8A8Linear), act_order)
+
+
+def default_layout(scheme: Scheme, *, activations: bool = False, act_order: bool = False) -> str:
+    """The layout in which most programs read weights of this kind.
+
+    >>> default_layout(Scheme(4, "half_integer", "group", 128))
+    'pack-quantized'
+    >>> default_layout(Scheme(4, "half_integer", "group", 128), act_order=True)
+    'gptq_v2'
+    """
     if activations:
         return "int-quantized"
     if act_order:

@@ -1,9 +1,8 @@
-"""FP8 as a method: weights and activations in 8-bit floats, and scales from the past
-instead of the present.
+"""FP8: weights and activations in 8-bit floats, with current or delayed scales.
 
-What shares a scale decides which activations go with a weight:
+The granularity of a weight's scales decides the granularity of its activations' scales:
 
-| weights ("granularity") | activations         | who                                             |
+| weights ("granularity") | activations         | used by                                         |
 |-------------------------|---------------------|-------------------------------------------------|
 | "tensor"                | "tensor"            | Transformer Engine, per-tensor checkpoints      |
 | "channel"               | "token"             | compressed-tensors' FP8_DYNAMIC                 |
@@ -11,14 +10,14 @@ What shares a scale decides which activations go with a weight:
 | "group"                 | "tile"              |                                                 |
 
 Scales are absmax / 448 (``formats.block_float``). *Current* scaling takes absmax from the
-tensor itself, which must be read twice. *Delayed* scaling takes the largest of the last H
-steps, which is known before the tensor is: one pass, and wrong whenever the range grows.
-What is then beyond it saturates.
+tensor itself, which must be read twice. *Delayed* scaling takes the largest absmax of the
+last H training steps, which is known before the tensor is: one pass, and wrong whenever the
+range grows. Values beyond the range then saturate.
 
 | symbol | name                                         | shape          |
 |--------|----------------------------------------------|----------------|
 | W, x   | weight, activations                          | [M, N], [T, N] |
-| H      | steps that a delayed scale looks back        |                |
+| H      | history: steps that a delayed scale covers   |                |
 
 Sources: Micikevicius et al. 2022 (FP8 formats for deep learning), §4; DeepSeek-V3 (2024),
 §3.3; NVIDIA's Transformer Engine, its recipe ``DelayedScaling``.
@@ -30,7 +29,8 @@ Left out: margins of a delayed scale, static scales of activations, training
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 from refllm.backend import Array, namespace
 from refllm.formats.block_float import (
@@ -47,6 +47,8 @@ from refllm.formats.block_float import (
 from refllm.formats.fp8_linear import Accumulator, Fp8Linear, scaled_matmul
 from refllm.formats.quantized_linear import fake_quantize as fake_integers
 from refllm.formats.uniform import Scheme
+from refllm.quant.layer_inputs import LayerRun
+from refllm.quant.methods import Method, QuantizedProjection, QuantizeWeight
 
 __all__ = [
     "ACTIVATIONS_OF", "MXFP4", "MXFP8", "NVFP4", "Accumulator", "DelayedScale", "FloatScheme", "Fp8Linear", "BlockFloatLinear",
@@ -65,14 +67,21 @@ def fp8(
     activations: bool = True,
     name: str = "weight",
 ) -> Fp8Linear:
-    """W[M, N] in 8-bit floats that share scales as ``scheme`` says; its rule and its grid
-    of integers play no part.
+    """W[M, N] in 8-bit floats. Of ``scheme`` only the granularity and group size are used.
+
+    ``scale`` is the dtype of the scales: "float32", or "ue8m0" for powers of two.
+    ``activations`` False leaves activations in their own dtype.
 
     Raises
     ------
     ValueError
-        naming ``name`` if W is not finite or does not fit, or for what is no 8-bit float,
-        granularity or scale.
+        naming ``name`` if W is not finite or does not fit the scheme, or for an unknown
+        format, granularity or scale.
+
+    >>> import numpy as np
+    >>> made = fp8(np.array([[448.0, 1.0, 0.3]], "float32"), Scheme(8, "restricted", "tensor"))
+    >>> made.dequantize().tolist()  # E4M3 has 3 bits of mantissa: 0.3125 = 1.25 · 2⁻²
+    [[448.0, 1.0, 0.3125]]
     """
     check(scheme, format)
     made = quantize(
@@ -83,7 +92,7 @@ def fp8(
 
 
 def check(scheme: Scheme, format: str = "e4m3") -> None:
-    """ValueError for what ``fp8`` does not take."""
+    """ValueError for a scheme or format that ``fp8`` cannot use."""
     if scheme.bits != 8 or scheme.granularity not in ACTIVATIONS_OF:
         known = ", ".join(ACTIVATIONS_OF)
         raise ValueError(
@@ -93,17 +102,49 @@ def check(scheme: Scheme, format: str = "e4m3") -> None:
         raise ValueError(f"fp8: format is 'e4m3' or 'e5m2', got {format!r}")
     if scheme.granularity in ("block", "group") and 128 % scheme.block[1] and scheme.block[1] % 128:
         raise ValueError(
-            f"fp8: scales of {scheme.block[1]} columns do not nest with tiles of 128: choose a divisor "
-            "or a multiple of 128"
+            f"fp8: scales of {scheme.block[1]} columns do not nest with tiles of 128: choose a "
+            "divisor or a multiple of 128"
         )
 
 
-class DelayedScale:
-    """The scale of a tensor that is seen once a step: from the largest absmax of the last
-    ``history`` steps.
+@dataclass(frozen=True)
+class FP8(Method):
+    """FP8 as a method for whole models; options as in ``fp8``."""
 
-    It counts what that costs: ``seen`` numbers so far, ``saturated`` of them beyond the
-    range.
+    format: str = "e4m3"
+    scale: str = "float32"
+    activations: bool = True
+    name: ClassVar[str] = "fp8"
+    default_scheme: ClassVar[Scheme] = Scheme(8, "restricted", "block", 128)
+    calibrates: ClassVar[bool] = False
+    sequential: ClassVar[bool] = True
+
+    def check(self, scheme: Scheme) -> None:
+        """As the function ``check``."""
+        check(scheme, self.format)
+
+    def stage_quantizer(self, run: LayerRun, scheme: Scheme) -> QuantizeWeight:
+        """Each weight is converted by itself."""
+
+        def quantize_weight(name: str, weight: Array) -> QuantizedProjection:
+            made = fp8(
+                weight,
+                scheme,
+                format=self.format,
+                scale=self.scale,
+                activations=self.activations,
+                name=run.tensor(name),
+            )
+            return QuantizedProjection(made)
+
+        return quantize_weight
+
+
+class DelayedScale:
+    """The scale of a tensor that is quantised once per training step: from the largest absmax
+    of the last ``history`` steps.
+
+    It counts what that costs: ``seen`` values so far, ``saturated`` of them beyond the range.
     """
 
     def __init__(self, history: int = 16, format: str = "e4m3"):
@@ -115,8 +156,8 @@ class DelayedScale:
         self.saturated = 0
 
     def quantize(self, x: Array, *, name: str = "x") -> BlockFloatLinear:
-        """x[M, N] with the scale that the steps before give (its own in the first), then
-        remember its range.
+        """x[M, N] with the scale that the previous steps give (its own in the first step); its
+        absmax is then remembered.
         """
         xp = namespace(x)
         now = float(absmax(x, self.scheme, name=name))
@@ -132,12 +173,13 @@ def integers_or_floats(x: Array, granularity: str = "token") -> dict[str, float]
     """Relative error ‖x̂ − x‖² / ‖x‖² of x[T, N] in INT8, E4M3 and E5M2 with scales of one
     granularity.
 
-    INT8 has equal steps: it wins where a range is used evenly. Floats have steps in
-    proportion to the number: they win where few numbers are much larger than the rest.
+    The codes of INT8 are equally spaced: it wins where a range is used evenly. The spacing of
+    floats is proportional to the value: they win where few values are much larger than the
+    rest.
     """
     xp = namespace(x)
     size = float(xp.sum(xp.square(x), dtype=xp.float64))
-    made: dict[str, Any] = {"int8": fake_integers(x, Scheme(8, "restricted", granularity))}
+    made = {"int8": fake_integers(x, Scheme(8, "restricted", granularity))}
     made |= {fmt: fake_quantize(x, FloatScheme(fmt, granularity)) for fmt in ("e4m3", "e5m2")}
     return {
         name: float(xp.sum(xp.square(back - x), dtype=xp.float64)) / size

@@ -1,8 +1,8 @@
-"""The Hessian of a layer's output error, and the triangular factor that GPTQ walks along.
+"""The Hessian of a layer's output error, and the triangular factor that GPTQ needs of it.
 
-What a row w of the weight makes of T inputs goes wrong by ‖(w − q) Xᵀ‖² when it is stored
-as q. A token's share of that is ½ (w − q) H (w − q)ᵀ with H = 2 XᵀX / T, a quadratic form
-with the same matrix for all rows.
+If a row w of the weight is stored as q, its outputs for T inputs X change by
+‖(w − q) Xᵀ‖². Averaged over tokens, half of that is ½ (w − q) H (w − q)ᵀ with H = 2 XᵀX / T:
+a quadratic form with the same matrix for all rows.
 
 Sources: Frantar et al. 2022 (GPTQ), section 3 and algorithm 1; Frantar & Alistarh 2022
 (OBC), section 3 and lemma 1.
@@ -15,15 +15,15 @@ Sources: Frantar et al. 2022 (GPTQ), section 3 and algorithm 1; Frantar & Alista
 | R      | upper triangular, H = R Rᵀ                                       | [N, N] |
 | U      | upper triangular, Uᵀ U = H⁻¹: U = R⁻¹, the matrix of the paper   | [N, N] |
 
-The paper inverts H and takes the upper Cholesky factor of the inverse, since OBQ's update
-of column i needs row i of the inverse of what is left of H after i columns, and that row is
-U_ii · U_i. The factor of H itself, taken from the last column to the first, leads to the
-same U without inverting H: H = R Rᵀ gives H⁻¹ = R⁻ᵀ R⁻¹ = Uᵀ U, and a triangular matrix
-with a positive diagonal that does this is unique. It takes less than half of the
-operations, and there is no second factorisation that could fail. (Of float32 arrays NumPy
-computes the factor in float64, CuPy not.)
+The paper inverts H and takes the upper Cholesky factor of the inverse: OBQ's update of
+column i needs row i of the inverse of what is left of H after i columns, and that row is
+U_ii · U_i. Factorising H itself from the last column to the first gives the same U without
+inverting H: H = R Rᵀ gives H⁻¹ = R⁻ᵀ R⁻¹ = Uᵀ U, and there is only one triangular matrix
+with a positive diagonal that satisfies this. It takes less than half of the operations, and
+there is no second factorisation that could fail. (For float32 arrays NumPy computes the
+factor in float64; CuPy does not.)
 
-Left out: Hessians by group of rows, sharding, the Fisher matrix in place of XᵀX.
+Left out: Hessians of groups of rows, sharding, the Fisher matrix in place of XᵀX.
 """
 
 from __future__ import annotations
@@ -32,14 +32,18 @@ from dataclasses import dataclass
 
 from refllm.backend import Array, namespace
 
-STEP = 1e-4  # the damping that follows none; from there on each step doubles it
-_LEAF = 128  # a triangle of this size is inverted in one call; above it, products do the work
+LEAST_DAMP = 1e-4  # the damping that follows none; after it each attempt doubles the damping
+_LEAF = 128  # a triangle of this size is inverted in one call; larger ones by halves
 
 
 def hessian(x: Array) -> Array:
     """H = 2 xᵀx / T of x[T, N] → [N, N], in x's dtype (float32 for 16-bit inputs).
 
-    ValueError if there is no token, or a number that is not finite.
+    ValueError if there is no token, or a value is not finite.
+
+    >>> import numpy as np
+    >>> hessian(np.array([[1.0, 2.0], [3.0, 0.0]])).tolist()
+    [[10.0, 2.0], [2.0, 4.0]]
     """
     accumulator = Hessian()
     accumulator.add(x)
@@ -47,11 +51,11 @@ def hessian(x: Array) -> Array:
 
 
 class Hessian:
-    """H over batches, joined weighted by their token counts: batching changes nothing but
-    rounding.
+    """H accumulated over batches, weighted by their token counts: how tokens are batched
+    changes the result only by rounding.
 
-    Upstream's GPTQ averages over sequences instead; for sequences of one length that is
-    another unit of the loss.
+    The published code averages over sequences instead. If all sequences have one length,
+    that scales H and the loss by a constant.
     """
 
     def __init__(self, name: str = "x") -> None:
@@ -60,22 +64,23 @@ class Hessian:
         self._sum: Array = None  # Σ xᵀx
 
     def add(self, x: Array) -> None:
-        """One more batch x[..., N], any number of tokens; ValueError if a number is not
-        finite, or x has no columns.
+        """Add a batch x[..., N] of any number of tokens; ValueError if a value is not finite,
+        or x has no columns.
         """
         xp = namespace(x)
         if x.ndim == 0 or x.shape[-1] == 0:
             raise ValueError(
                 f"hessian: {self.name} needs columns, x[..., N], got shape {tuple(x.shape)}"
             )
-        x = xp.reshape(x, (-1, x.shape[-1]))
+        x = xp.reshape(x, (-1, x.shape[-1]))  # [T, N]
         if x.dtype.itemsize < 4:
             x = xp.astype(x, xp.float32)  # sums of float16 overflow at 65,504
         if not bool(xp.all(xp.isfinite(x))):
             raise ValueError(
                 f"hessian: {self.name} holds NaN or infinity after {self.count} tokens"
             )
-        gram = x.T @ x  # NumPy sees that both are one array and computes a single triangle
+        # [N, N]; NumPy sees that both operands are one array and computes one triangle only
+        gram = x.T @ x
         if self._sum is None:
             self._sum = gram
         elif self._sum.shape != gram.shape:
@@ -98,18 +103,17 @@ class Hessian:
 class Factor:
     """U of a damped Hessian. One factor serves all weights that read the same input."""
 
-    upper: Array  # U[N, N], of the columns in their order
-    # what was added to the diagonal, as a share of its mean: at least what was asked for
-    damp: float
+    upper: Array  # U[N, N], with the columns in ``order``
+    damp: float  # λ as a share of the mean diagonal: at least the value that was asked for
     dead: Array  # columns whose input was always zero, bool[N], in the weight's own order
     order: Array | None  # the columns by falling diagonal, int64[N]; None: the weight's own order
 
 
 def damped(h: Array, damp: float) -> Array:
-    """H with ones on the diagonal of dead columns, plus λI, λ = damp · mean(diagonal); a
-    new array [N, N].
+    """H with ones on the diagonal of dead columns, plus λI, λ = damp · mean(diagonal): a new
+    array [N, N].
 
-    The mean includes those ones, as upstream's does.
+    The mean includes those ones, as in the published code.
     """
     xp = namespace(h)
     diagonal = xp.diagonal(h)
@@ -121,20 +125,20 @@ def damped(h: Array, damp: float) -> Array:
 
 
 def factor(h: Array, damp: float = 0.01, act_order: bool = False) -> Factor:
-    """U with Uᵀ U = (H + λI)⁻¹ for a Hessian h[N, N], with ``act_order`` of the columns by
-    falling diagonal.
+    """U with Uᵀ U = (H + λI)⁻¹ for a Hessian h[N, N]. ``act_order`` first sorts the columns
+    by falling diagonal.
 
     Of equal diagonals the lower column comes first; dead columns come last, since nothing
     depends on them.
 
-    If the matrix is not positive definite within its precision, ``damp`` is raised to 1e-4,
-    if it was less, and then doubled, until it is: too few tokens or inputs of very
-    different sizes do that where ``damp`` is small.
+    If the matrix is not positive definite within its precision (too few tokens, or inputs
+    of very different sizes, with a small ``damp``), ``damp`` is raised to 1e-4 if it was
+    less, and then doubled until the matrix is positive definite.
 
     Raises
     ------
     ValueError
-        if h is not a square matrix of finite numbers with a diagonal of zero or more, or if
+        if h is not a square matrix of finite values with a diagonal of zero or more, or if
         no damping helps.
     """
     xp = namespace(h)
@@ -146,8 +150,8 @@ def factor(h: Array, damp: float = 0.01, act_order: bool = False) -> Factor:
         order = xp.argsort(-diagonal, kind="stable")
         h = h[order][:, order]
     while (r := _reverse_cholesky(damped(h, damp))) is None:
-        damp = max(STEP, 2 * damp)
-        if damp > 2.0 * h.shape[0] / STEP:  # far beyond the sum of all eigenvalues
+        damp = max(LEAST_DAMP, 2 * damp)
+        if damp > 2.0 * h.shape[0] / LEAST_DAMP:  # far beyond the sum of all eigenvalues
             raise ValueError(
                 "hessian: no damping makes it positive definite; it is not 2·xᵀx/T of any x"
             )
@@ -157,7 +161,7 @@ def factor(h: Array, damp: float = 0.01, act_order: bool = False) -> Factor:
 
 
 def check(h: Array, damp: float) -> None:
-    """ValueError unless h can be a Hessian and ``damp`` a share."""
+    """ValueError unless h[N, N] can be a Hessian and ``damp`` a share of its diagonal."""
     xp = namespace(h)
     if h.ndim != 2 or h.shape[0] != h.shape[1] or h.shape[0] == 0:
         raise ValueError(f"hessian: needs a square matrix [N, N], got shape {tuple(h.shape)}")
@@ -177,26 +181,25 @@ def _reverse_cholesky(matrix: Array) -> Array | None:
         lower = xp.linalg.cholesky(matrix[::-1, ::-1])
     except xp.linalg.LinAlgError:
         return None
-    # CuPy does not raise but returns what it got to. The rows of a true factor have the
-    # lengths of the diagonal, up to the rounding of n terms; NaN fails the comparison too.
+    # CuPy does not raise but returns an unfinished factor. The squared rows of a true factor
+    # sum to the diagonal, up to the rounding of n terms; NaN fails the comparison too.
     diagonal = xp.diagonal(matrix)[::-1]
     error = xp.abs(xp.einsum("ij,ij->i", lower, lower) - diagonal)
-    if not bool(
-        xp.all(error <= (lower.shape[0] + 2) * float(xp.finfo(lower.dtype).eps) * diagonal)
-    ):
+    tolerance = (lower.shape[0] + 2) * float(xp.finfo(lower.dtype).eps)
+    if not bool(xp.all(error <= tolerance * diagonal)):
         return None
     return xp.ascontiguousarray(lower[::-1, ::-1])
 
 
 def _invert(r: Array, out: Array) -> None:
-    """Write the inverse of an upper-triangular r[n, n] into ``out``, zeros so far: a
-    quarter of a general one's work.
+    """Write the inverse of an upper-triangular r[n, n] into ``out``, which holds zeros. It
+    takes a quarter of the work of inverting a general matrix.
 
     By halves: [[A, B], [0, C]]⁻¹ = [[A⁻¹, −A⁻¹ B C⁻¹], [0, C⁻¹]]
     """
     n = r.shape[0]
     if n <= _LEAF:
-        # elimination has nothing to do here: zeros below stay zeros
+        # zeros below the diagonal stay exact zeros: elimination has nothing to do there
         out[...] = namespace(r).linalg.inv(r)
         return
     first = slice(None, n // 2)

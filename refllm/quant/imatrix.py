@@ -22,13 +22,13 @@ import numpy as np
 from refllm.backend import namespace, to_numpy
 from refllm.checkpoints.gguf_names import gguf_name
 from refllm.model.llama import PROJECTIONS
-from refllm.quant.layer_inputs import Source, walk
+from refllm.quant.layer_inputs import LayerSource, walk
 
 __all__ = ["importance"]
 
 
 def importance(
-    source: Source,
+    source: LayerSource,
     calibration: Any,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> dict[str, np.ndarray]:

@@ -1,27 +1,27 @@
-"""Calibration: text on its way through a network, one decoder layer at a time, in view of
-those who quantise it.
+"""Calibration: token sequences pass through a network one decoder layer at a time, and the
+quantiser reads the inputs of each projection.
 
 Source: the order of Frantar et al. 2022 (GPTQ), §4 "true sequential": within a layer the
-projections are visited in the order in which they compute, and each sees what its already
-quantised predecessors make of the text.
+projections are visited in the order in which they compute, and the inputs of each are
+computed with its already quantised predecessors.
 
-| stage | projections            | read                                      |
-|-------|------------------------|-------------------------------------------|
-| 0     | q_proj, k_proj, v_proj | norm of the residual stream               |
-| 1     | o_proj                 | what the heads read, side by side         |
-| 2     | gate_proj, up_proj     | norm of the stream after the attention    |
-| 3     | down_proj              | silu(gate) · up                           |
+| stage | projections            | their input                                 |
+|-------|------------------------|---------------------------------------------|
+| 0     | q_proj, k_proj, v_proj | norm of the residual stream                 |
+| 1     | o_proj                 | concatenated outputs of the attention heads |
+| 2     | gate_proj, up_proj     | norm of the stream after the attention      |
+| 3     | down_proj              | silu(gate) · up                             |
 
-    for run in walk(source, sequences):              # layer by layer
-        for names in run.stages():                   # stage by stage, in the order above
-            for x in run.inputs(): ...               # [T, N], batch by batch, as often as one likes
-            run.layer[name] = quantised              # from here on the text goes through it
+    for run in walk(source, sequences):      # layer by layer
+        for names in run.stages():           # stage by stage, in the order above
+            for x in run.inputs(): ...       # [T, N] batch by batch, as often as needed
+            run.layer[name] = quantised      # from here on activations go through it
 
-Memory: one layer, the residual stream of all the text [T, N], and for stage 1 the heads'
+Memory: one layer, the residual stream of all tokens [T, N], and for stage 1 the heads'
 outputs [T, H·D]. The MLP's hidden layer [T, F] is computed for one batch at a time, twice
-(to observe it, and to go on with it).
+(once to observe it, once to continue).
 
-Which text: ``passages``. Left out: keeping streams on disk, layers of experts.
+Which tokens: ``calibration_data``. Left out: keeping streams on disk, layers of experts.
 """
 
 from __future__ import annotations
@@ -36,36 +36,25 @@ from refllm.model.config import ModelConfig
 from refllm.model.layers import rms_norm, rope_frequencies, rope_table, swiglu
 from refllm.model.llama import PROJECTIONS, Layer, mixed_heads
 from refllm.model.weights import Linear
-from refllm.quant.calibration_data import calibration_windows, sequences
+from refllm.quant.calibration_data import Calibration, calibration_windows, sequences
 
-__all__ = [
-    "STAGES",
-    "Batch",
-    "LayerRun",
-    "Source",
-    "Tap",
-    "calibration_windows",
-    "sequences",
-    "tapped",
-    "walk",
-]
+__all__ = ["STAGES", "Batch", "LayerRun", "LayerSource", "Tap", "calibration_windows",
+           "sequences", "tapped", "walk"]  # fmt: skip
 
 STAGES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 BATCH = 2048  # tokens that go through a layer at a time; a longer sequence goes alone
 
 
-class Source(Protocol):
-    """Where layers come from: a model in memory, or a checkpoint that is read as it is
-    needed.
-    """
+class LayerSource(Protocol):
+    """Where layers come from: a model in memory, or a checkpoint that is read layer by layer."""
 
     @property
-    def config(self) -> ModelConfig: ...
+    def config(self) -> ModelConfig:
+        """The shapes and constants of the network."""
+        ...
 
     def rows(self, tokens: Sequence[int]) -> Array:
-        """Embedding rows of T token ids → [T, N], in the dtype and library that is computed
-        in.
-        """
+        """Embedding rows of T token ids → [T, N], in the dtype and library of the computation."""
         ...
 
     def layer(self, index: int) -> Layer:
@@ -77,16 +66,16 @@ class Source(Protocol):
 
 @dataclass
 class Batch:
-    """Sequences that stand one after the other, as in every batch of the network."""
+    """Sequences one after the other along T, as in every batch of the network."""
 
     lengths: list[int]
     rotation: tuple[Array, Array]  # ``rope_table`` of their positions
-    x: Array  # [T, N], the residual stream at the present place
+    x: Array  # [T, N], the residual stream as far as it has been computed
     heads: Array | None = None  # [T, H·D], between stages 0 and 1
 
 
 class LayerRun:
-    """One layer while the text goes through it. ``layer`` may be changed, projection by
+    """One layer while activations pass through it. ``layer`` may be changed, projection by
     projection.
     """
 
@@ -95,32 +84,32 @@ class LayerRun:
         self.index = index
         self.layer = layer
         self.batches = batches
-        self.stage = 0  # the projections of the stages before it have been computed for every batch
+        self.stage = 0  # all earlier stages have been computed for every batch
 
     def stages(self) -> Iterator[tuple[str, ...]]:
-        """The names of each stage's projections; when the next is asked for, the text goes
-        through these.
+        """The names of each stage's projections. Asking for the next stage computes this one
+        with ``layer`` as it is then.
         """
         while self.stage < len(STAGES):
             yield STAGES[self.stage]
             self._advance()
 
     def inputs(self, batches: Sequence[Batch] | None = None) -> Iterator[Array]:
-        """What the projections of this stage read, [T, N] batch by batch (all, or some of
-        ``self.batches``).
+        """The inputs of this stage's projections, [T, N] batch by batch (all batches, or some
+        of ``self.batches``).
 
         Raises
         ------
         ValueError
-            naming layer and tensor, if a number is not finite.
+            naming layer and tensor, if a value is not finite.
         """
         for batch in self.batches if batches is None else batches:
             x = self._input(batch)
             xp = namespace(x)
             if not bool(xp.all(xp.isfinite(x))):
                 raise ValueError(
-                    f"calibration: the input of {self.tensor(STAGES[self.stage][0])} is not finite: a "
-                    "weight before it is too large or broken, or the dtype too narrow"
+                    f"calibration: the input of {self.tensor(STAGES[self.stage][0])} is not "
+                    "finite: a weight before it is too large or broken, or the dtype too narrow"
                 )
             yield x
 
@@ -129,75 +118,91 @@ class LayerRun:
         return f"model.layers.{self.index}.{PROJECTIONS[name]}"
 
     def finish(self) -> None:
-        """Let the text go through what is left of the layer."""
+        """Compute the remaining stages of the layer."""
         for _ in self.stages():
             pass
 
     def _input(self, batch: Batch) -> Array:
+        """The input x[T, N] of this stage's projections."""
         layer = self.layer
         eps = self.config.rms_norm_eps
         if self.stage == 0:
             return rms_norm(batch.x, layer["input_layernorm"], eps)
         if self.stage == 1:
-            return batch.heads
+            return batch.heads  # [T, H·D]
         h = rms_norm(batch.x, layer["post_attention_layernorm"], eps)
         if self.stage == 2:
             return h
-        return swiglu(layer["gate_proj"].matmul(h), layer["up_proj"].matmul(h))
+        return swiglu(layer["gate_proj"].matmul(h), layer["up_proj"].matmul(h))  # [T, F]
 
     def _advance(self) -> None:
+        """Compute the current stage for every batch."""
+        layer = self.layer
         for batch in self.batches:
             if self.stage == 0:
+                x = self._input(batch)
                 attend = CausalAttend(batch.lengths, self.config.sliding_window)
-                batch.heads = mixed_heads(
-                    self.layer, self.config, self._input(batch), batch.rotation, attend, self.index
-                )
+                batch.heads = mixed_heads(layer, self.config, x, batch.rotation, attend, self.index)
             elif self.stage == 1:
-                batch.x = batch.x + self.layer["o_proj"].matmul(batch.heads)
+                batch.x = batch.x + layer["o_proj"].matmul(batch.heads)
                 batch.heads = None
             elif self.stage == 3:
-                batch.x = batch.x + self.layer["down_proj"].matmul(self._input(batch))
+                batch.x = batch.x + layer["down_proj"].matmul(self._input(batch))
         self.stage += 1
 
 
-def walk(source: Source, calibration: Any) -> Iterator[LayerRun]:
-    """Every layer of ``source`` in turn, with the text of ``calibration`` (see
-    ``sequences``) going through it.
+def walk(source: LayerSource, calibration: Calibration | None) -> Iterator[LayerRun]:
+    """Every layer of ``source`` in turn, with the token sequences of ``calibration`` passing
+    through it.
 
-    When the next layer is asked for, the text goes through what is left of this one, as
-    ``run.layer`` then is. None as ``calibration`` walks the layers without text.
+    Asking for the next layer computes the remaining stages of this one, with ``run.layer``
+    as it is then. None as ``calibration`` walks the layers without tokens.
     """
     config = source.config
-    if calibration is None:
-        batches = []
-    else:
+    batches = []
+    if calibration is not None:
         batches = embed(source, sequences(calibration, config.vocab_size))
     for index in range(config.num_hidden_layers):
         run = LayerRun(config, index, source.layer(index), batches)
         yield run
-        if index + 1 < config.num_hidden_layers:  # nobody reads what comes out of the last
+        if index + 1 < config.num_hidden_layers:  # nothing reads the outputs of the last
             run.finish()
-        # whoever still holds the run must not hold its weights beside the next layer's
+        # a caller who keeps the run must not keep its weights in memory with the next layer's
         run.layer = {}
 
 
-def embed(source: Source, ids: Sequence[Sequence[int]]) -> list[Batch]:
-    """The text at the entrance of the first layer, in batches of at most ``BATCH`` tokens."""
+def embed(source: LayerSource, ids: Sequence[Sequence[int]]) -> list[Batch]:
+    """The inputs of the first layer, in batches of at most ``BATCH`` tokens."""
     config = source.config
     batches = []
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     for part in _batches(ids):
-        x = source.rows([token for sequence in part for token in sequence])
+        x = source.rows([token for sequence in part for token in sequence])  # [T, N]
         lengths = [len(sequence) for sequence in part]
-        positions = asarray_like([i for n in lengths for i in range(n)], x, "int64")
+        positions = asarray_like([i for n in lengths for i in range(n)], x, "int64")  # [T]
         rotation = rope_table(asarray_like(frequencies, x, "float64"), positions, x.dtype)
         batches.append(Batch(lengths, rotation, x))
     return batches
 
 
+def _batches(ids: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    """Consecutive sequences of at most ``BATCH`` tokens together."""
+    part: list[Sequence[int]] = []
+    for sequence in ids:
+        if part and sum(map(len, part)) + len(sequence) > BATCH:
+            yield part
+            part = []
+        part.append(sequence)
+    if part:
+        yield part
+
+
+# --- observing a network that runs ----------------------------------------------------------
+
+
 class Tap:
-    """A ``Linear`` that shows each of its inputs x[T, N] to ``observe`` and is otherwise
-    the one it wraps.
+    """A ``Linear`` that passes each of its inputs x[T, N] to ``observe`` before it multiplies
+    like the one it wraps.
     """
 
     def __init__(self, inner: Linear, observe: Callable[[Array], None]):
@@ -206,27 +211,32 @@ class Tap:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(M, N)"""
         return self.inner.shape
 
     @property
     def nbytes(self) -> int:
+        """Of the wrapped weight."""
         return self.inner.nbytes
 
     @property
     def bits_per_weight(self) -> float:
+        """Of the wrapped weight."""
         return self.inner.bits_per_weight
 
     def matmul(self, x: Array) -> Array:
+        """x[T, N] → x Wᵀ [T, M]"""
         self.observe(x)
         return self.inner.matmul(x)
 
     def dequantize(self) -> Array:
+        """W[M, N]"""
         return self.inner.dequantize()
 
 
 def tapped(weights: dict[str, Any], observe: Callable[[int, str, Array], None]) -> dict[str, Any]:
-    """A weight tree whose projections show their inputs: ``observe(layer, "q_proj", x[T,
-    N])``; nothing is copied.
+    """A weight tree whose projections call ``observe(layer, "q_proj", x[T, N])`` with each of
+    their inputs; nothing is copied.
     """
 
     def tap(index: int, name: str, inner: Linear) -> Tap:
@@ -237,14 +247,3 @@ def tapped(weights: dict[str, Any], observe: Callable[[int, str, Array], None]) 
         for index, layer in enumerate(weights["layers"])
     ]
     return weights | {"layers": layers}
-
-
-def _batches(ids: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    part: list[Sequence[int]] = []
-    for sequence in ids:
-        if part and sum(map(len, part)) + len(sequence) > BATCH:
-            yield part
-            part = []
-        part.append(sequence)
-    if part:
-        yield part

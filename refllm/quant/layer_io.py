@@ -1,28 +1,26 @@
-"""Where layers come from and where they go, in memory and on disk.
+"""Where the layers of a quantisation run come from and where they go, in memory and on disk.
 
-| name             | layers                                                                       |
-|------------------|------------------------------------------------------------------------------|
-| ModelSource      | of a weight tree in memory; nothing is copied                                |
-| CheckpointSource | read from a Hugging Face directory when asked for, and forgotten             |
-| MemorySink       | kept in a list                                                               |
+| class            | role   | layers                                                          |
+|------------------|--------|-----------------------------------------------------------------|
+| ModelSource      | source | of a weight tree in memory; nothing is copied                   |
+| CheckpointSource | source | of a Hugging Face directory, each read when it is asked for     |
+| MemorySink       | sink   | a list                                                          |
+| LayerFiles       | sink   | one file per layer, so that a killed run can be resumed         |
 
-Left out: writing files (``export`` has a sink that does).
-
-<<MERGED>>
-Quantised layers on disk, one file a layer, so that a killed run goes on where it was: a
-``recipe.Sink``.
+``LayerFiles`` writes these files; ``assemble`` makes a checkpoint of them:
 
 | file                    | what                                                              |
 |-------------------------|-------------------------------------------------------------------|
-| settings.json           | what decides the result; a run goes on only with equal settings   |
+| settings.json           | what determines the result; a run resumes only with equal settings|
 | layer-00000.safetensors | the tensors of a layer as the finished checkpoint will hold them  |
 | layer-00000.json        | its rows of the report, and the SHA-256 of the file above         |
 
 Each is written under another name, flushed to the disk and renamed, the record last. So a
-layer is done when its record is there and the digest is that of its tensors; anything else
-(a file cut short, a record without tensors, tensors of an earlier attempt) is done again.
+layer is finished when its record exists and holds the digest of its tensors; anything else
+(a file cut short, a record without tensors, tensors of an earlier attempt) is quantised again.
 
-Left out: two runs in one folder at a time; the calibration text, which is encoded anew.
+Left out: two runs in one folder at a time; keeping the calibration tokens (a resumed run
+tokenises the text again).
 """
 
 from __future__ import annotations
@@ -33,12 +31,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 
 from refllm.backend import Array, asarray_like, get, namespace, to_numpy
-from refllm.checkpoints.loading import NetworkTensors, read, read_config
+from refllm.checkpoints.loading import NetworkTensors, read_config, read_quantization
 from refllm.checkpoints.tensor_files import (
     EMBEDDING,
     CheckpointError,
@@ -48,9 +46,9 @@ from refllm.checkpoints.tensor_files import (
     converted,
 )
 from refllm.checkpoints.writer import (
-    Plan,
+    TensorSpecs,
     file_sha256,
-    flush,
+    sync_directory,
     write_directory,
     write_file,
     write_whole,
@@ -58,46 +56,56 @@ from refllm.checkpoints.writer import (
 from refllm.model.config import ModelConfig
 from refllm.model.llama import PROJECTIONS, Layer, Weights, build_layer
 from refllm.model.weights import Dense
-from refllm.quant.export import Storing, named
-from refllm.quant.layer_inputs import Source
-from refllm.quant.report import TensorReport
+from refllm.quant.export import ExportSpec, checkpoint_names
+from refllm.quant.layer_inputs import LayerSource
+from refllm.quant.methods import TensorReport
+
+SETTINGS = "settings.json"
+
+
+# --- sources --------------------------------------------------------------------------------
 
 
 class ModelSource:
-    """The layers of a model in memory."""
+    """The layers of a model in memory: a ``LayerSource``."""
 
     def __init__(self, config: ModelConfig, weights: Weights):
         self.config = config
         self.weights = weights
 
     def rows(self, tokens: Sequence[int]) -> Array:
-        return self.weights["embed_tokens"].rows(asarray_like(tokens, self.weights["norm"]))
+        """Embedding rows of T token ids → [T, N]."""
+        ids = asarray_like(tokens, self.weights["norm"])
+        rows: Array = self.weights["embed_tokens"].rows(ids)
+        return rows
 
     def layer(self, index: int) -> Layer:
-        """ValueError if a projection is quantised already: its rounding errors would be
-        rounded once more.
+        """A copy of the layer's dict.
+
+        ValueError if a projection is quantised already: its rounding errors would be rounded
+        again.
         """
         layer: Layer = dict(self.weights["layers"][index])
         for name in PROJECTIONS:
             if not isinstance(layer[name], Dense):
                 raise ValueError(
-                    f"model.layers.{index}.{PROJECTIONS[name]} is quantised already: start from the "
-                    "original weights"
+                    f"model.layers.{index}.{PROJECTIONS[name]} is quantised already: start from "
+                    "the original weights"
                 )
         return layer
 
 
 class CheckpointSource:
-    """The layers of a Hugging Face directory, each read when it is asked for; a context
-    manager.
+    """The layers of a Hugging Face directory, each read when it is asked for: a
+    ``LayerSource`` and a context manager.
 
-    ``dtype`` and ``backend`` say what is computed in, as in ``load``; what is stored may be
-    narrower.
+    ``dtype`` and ``backend`` are those of the computation, as in ``load``; the stored dtype
+    may be narrower.
     """
 
     def __init__(self, path: str | Path, *, backend: str | None = None, dtype: str = "float32"):
         self.config = read_config(path)
-        if read(Path(path).expanduser()) is not None:
+        if read_quantization(Path(path).expanduser()) is not None:
             raise CheckpointError(
                 f"{path} is quantised already: start from the model that it was made from"
             )
@@ -107,11 +115,12 @@ class CheckpointSource:
         self._tensors = _Converted(self.files, get(backend), dtype)
 
     def rows(self, tokens: Sequence[int]) -> Array:
-        # of a large vocabulary few rows are read: only these are converted
+        """Embedding rows of T token ids → [T, N]; only these rows are converted."""
         rows = self.files[EMBEDDING][tokens]
         return self._tensors.moved(rows, EMBEDDING)
 
     def layer(self, index: int) -> Layer:
+        """A layer, read from the files now."""
         return build_layer(self.config, self._tensors, index)
 
     def __enter__(self) -> CheckpointSource:
@@ -121,34 +130,20 @@ class CheckpointSource:
         self.files.__exit__(*exception)
 
 
-class MemorySink:
-    """Quantised layers in a list, in their order."""
-
-    def __init__(self) -> None:
-        self.layers: list[Layer] = []
-
-    def done(self, index: int) -> Sequence[TensorReport] | None:
-        return None
-
-    def layer(self, index: int) -> Layer:
-        return self.layers[index]
-
-    def put(self, index: int, layer: Layer, rows: Sequence[TensorReport]) -> None:
-        self.layers.append(layer)
-
-
 class _Converted(Mapping[str, Array]):
-    """Tensors of files in the dtype and library that is computed in, read at the moment of
-    the look-up.
+    """Tensors of files in the dtype and library of the computation, each read when it is
+    looked up.
     """
 
-    def __init__(self, files: TensorFiles, xp: Any, dtype: str):
+    def __init__(self, files: TensorFiles, xp: ModuleType, dtype: str):
         self.files = files
         self.xp = xp
         self.dtype = dtype
 
-    def moved(self, tensor: Any, name: str) -> Array:
-        return self.xp.asarray(converted(tensor, self.dtype, name, self.files.file(name)))
+    def moved(self, tensor: np.ndarray, name: str) -> Array:
+        """A tensor of the files, converted and on the device."""
+        array: Array = self.xp.asarray(converted(tensor, self.dtype, name, self.files.file(name)))
+        return array
 
     def __getitem__(self, name: str) -> Array:
         return self.moved(self.files[name], name)
@@ -160,14 +155,34 @@ class _Converted(Mapping[str, Array]):
         return len(self.files)
 
 
-SETTINGS = "settings.json"
+# --- sinks ----------------------------------------------------------------------------------
+
+
+class MemorySink:
+    """Quantised layers in a list, in their order: a ``LayerSink``."""
+
+    def __init__(self) -> None:
+        self.layers: list[Layer] = []
+
+    def done(self, index: int) -> Sequence[TensorReport] | None:
+        """None: nothing is kept from an earlier run."""
+        return None
+
+    def layer(self, index: int) -> Layer:
+        """A layer that was put."""
+        return self.layers[index]
+
+    def put(self, index: int, layer: Layer, rows: Sequence[TensorReport]) -> None:
+        """Append a layer."""
+        self.layers.append(layer)
 
 
 class LayerFiles:
-    """The finished layers of a run in ``directory``, which is made if it is not there.
+    """The finished layers of a run in ``directory``, which is created if it does not exist: a
+    ``LayerSink``.
 
-    ``source`` gives what a layer has besides its projections, when a run that goes on asks
-    for one.
+    ``source`` supplies what a layer has besides its projections, when a resumed run asks for
+    one.
 
     Raises
     ------
@@ -176,12 +191,16 @@ class LayerFiles:
     """
 
     def __init__(
-        self, directory: Path, source: Source, storing: Storing, settings: Mapping[str, Any]
+        self,
+        directory: Path,
+        source: LayerSource,
+        spec: ExportSpec,
+        settings: Mapping[str, object],
     ):
         self.directory = directory
         self.source = source
-        self.storing = storing
-        self.redone = 0  # layers that were found and not trusted
+        self.spec = spec
+        self.redone = 0  # layers that were found but are not intact
         known = directory / SETTINGS
         if known.is_file():
             self._compare(known, settings)
@@ -192,27 +211,28 @@ class LayerFiles:
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(known, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
-    def _compare(self, known: Path, settings: Mapping[str, Any]) -> None:
+    def _compare(self, known: Path, settings: Mapping[str, object]) -> None:
+        """CheckpointError naming the settings that differ from those of the stored run."""
         try:
-            began = json.loads(known.read_text("utf-8"))
+            stored = json.loads(known.read_text("utf-8"))
         except ValueError as error:
             raise CheckpointError(
-                f"{known} is damaged: remove {self.directory} to start anew"
+                f"{known} is damaged: remove {self.directory} to start again"
             ) from error
-        now = json.loads(json.dumps(settings))
-        if began != now:
-            keys = began.keys() | now.keys() if isinstance(began, dict) else set()
-            differing = sorted(key for key in keys if began.get(key) != now.get(key))
+        given = json.loads(json.dumps(settings))
+        if stored != given:
+            keys = stored.keys() | given.keys() if isinstance(stored, dict) else set()
+            differing = sorted(key for key in keys if stored.get(key) != given.get(key))
             what = " and ".join(differing) or "content"
             raise CheckpointError(
                 f"{self.directory} holds the layers of a run with another {what}: choose another "
                 "folder, or remove it"
             )
 
-    # --- as a sink
+    # as a sink
 
     def done(self, index: int) -> Sequence[TensorReport] | None:
-        """The rows of a layer whose record and tensors are whole; None otherwise."""
+        """The report on a layer whose record and tensors are intact; None otherwise."""
         tensors = self._tensors(index)
         record = self._record(index)
         if not record.is_file():
@@ -227,41 +247,44 @@ class LayerFiles:
             return None
 
     def layer(self, index: int) -> Layer:
-        """The layer as it was when the text went on through it."""
+        """The quantised layer, as it computed when it was written."""
         layer = self.source.layer(index)
         norm = layer["input_layernorm"]
         with TensorFiles(self.directory, self._tensors(index).name) as files:
-            quantization = self.storing.quantization
             stored = NetworkTensors(
-                files, self.source.config, quantization, namespace(norm), str(norm.dtype)
+                files,
+                self.source.config,
+                self.spec.quantization,
+                namespace(norm),
+                str(norm.dtype),
             )
             return layer | {
                 key: stored[f"model.layers.{index}.{path}.weight"]
                 for key, path in PROJECTIONS.items()
-                if key not in self.storing.keep
+                if key not in self.spec.keep
             }
 
     def put(self, index: int, layer: Layer, rows: Sequence[TensorReport]) -> None:
-        """Write a layer; it is whole on the disk when this returns."""
-        read = self.storing.reader(named(layer, index), self.directory)
+        """Write a layer; it is completely on the disk when this returns."""
+        read = self.spec.reader(checkpoint_names(layer, index), self.directory)
         tensors = self._tensors(index)
         partial = self._tensors(index).with_suffix(".partial")
         write_file(partial, self.plan(index), read)
         digest = file_sha256(partial)
         os.replace(partial, tensors)
-        flush(self.directory)
+        sync_directory(self.directory)
         about = {"sha256": digest, "rows": [dataclasses.asdict(row) for row in rows]}
         write_whole(self._record(index), json.dumps(about) + "\n")
-        flush(self.directory)
+        sync_directory(self.directory)
 
-    # --- as files
+    # as files
 
-    def plan(self, index: int) -> Plan:
+    def plan(self, index: int) -> TensorSpecs:
         """The tensors of a layer's file."""
         at = f"model.layers.{index}."
         return {
             name: spec
-            for name, spec in self.storing.plan(self.source.config).items()
+            for name, spec in self.spec.plan(self.source.config).items()
             if name.startswith(at)
         }
 
@@ -281,18 +304,18 @@ class LayerFiles:
 def assemble(
     target: Path,
     layers: LayerFiles,
-    rest: Mapping[str, Any],
+    rest: Mapping[str, Array],
     texts: Mapping[str, str],
     *,
     max_shard_bytes: int | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write the layers of a finished run, with the ``rest`` of the network's tensors
-    (embedding, norm, head).
+    """Write a checkpoint of the layers of a finished run and the ``rest`` of the network's
+    tensors (embedding, norm, head).
 
-    ``finish`` is called with the new directory before it takes its name.
+    ``finish`` is called with the new directory before it gets its final name.
     """
-    dtype = layers.storing.dtype
+    dtype = layers.spec.dtype
     config = layers.source.config
 
     def read(name: str) -> np.ndarray:
@@ -302,11 +325,10 @@ def assemble(
 
     temporary = target.with_name(f".{target.name}.quantized.partial")
     shutil.rmtree(temporary, ignore_errors=True)  # of an attempt that was killed
-    plan = layers.storing.plan(config)
     write_directory(
         target,
         texts,
-        plan,
+        layers.spec.plan(config),
         read,
         max_shard_bytes=max_shard_bytes,
         temporary=temporary,

@@ -1,25 +1,25 @@
-"""Activation outliers: where they are, and LLM.int8(), which multiplies their columns in
-floating point.
+"""LLM.int8(): 8-bit products with the outlier columns of the activations in floating point;
+and statistics of where outliers are.
 
 Source: Dettmers et al. 2022 (LLM.int8()), §2.1 (vector-wise quantisation), §3.1
-(decomposition), §4 (what counts as an outlier); and bitsandbytes 0.50, which does not do
-quite what the paper says.
+(decomposition), §4 (what counts as an outlier); and bitsandbytes 0.50, which differs from
+the paper in the ways listed below.
 
-A column of x is an outlier column if any of its numbers is at least θ = 6 in size. These
-columns O are multiplied in floating point, all others in 8-bit integers with one step a row
-of x and one a row of W:
+A column of x is an outlier column if the magnitude of any of its values is at least θ = 6.
+These columns O are multiplied in floating point, all others in 8-bit integers with one scale
+per row of x and one per row of W:
 
     Y = X_O W_Oᵀ + (c_x c_wᵀ / 127²) · rint(127 X'/c_x) rint(127 W/c_w)ᵀ
 
 |                          | ``rule="paper"``               | ``rule="bitsandbytes"`` (default)               |
 |--------------------------|--------------------------------|-------------------------------------------------|
 | W_O                      | the original weight            | 8-bit weight, dequantised: no original is kept  |
-| X', of which c_x is taken| x without the outlier columns  | x without the outlier *numbers*: small ones of  |
-|                          |                                | an outlier column still widen their row's step  |
+| X', of which c_x is taken| x without the outlier columns  | x without the outlier *values*: small values of |
+|                          |                                | an outlier column still widen their row's scale |
 | memory                   | codes and the original weight  | codes                                           |
 
-Which columns are outliers is found anew in each call, from all rows together: what comes
-out for a token depends on the other tokens of the batch.
+The outlier columns are found in each call, from all rows together: the result for a token
+depends on the other tokens of the batch.
 
 | symbol   | name                                   | shape           |
 |----------|----------------------------------------|-----------------|
@@ -27,30 +27,32 @@ out for a token depends on the other tokens of the batch.
 | c_x, c_w | absmax of the rows of X' and of W      | [T, 1], [M, 1]  |
 | θ        | threshold; ∞ or 0: no decomposition    |                 |
 
-Left out: bitsandbytes' arithmetic in float16 (here it is x's own, float32 at least), its
-constant 6.200124e-05 for 1/127² (0.0018 % too large), training; and what it does on a CPU
-unless it is told that it does not train: x times the dequantised weight, with no integer of
-x at all.
+Left out: bitsandbytes' arithmetic in float16 (here it is the dtype of x, at least float32),
+its constant 6.200124e-05 for 1/127² (0.0018 % too large), training; and what it does by
+default on a CPU: x times the dequantised weight, without quantising x at all.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from refllm.backend import Array, namespace, to_numpy
 from refllm.formats.int_matmul import integer_matmul
-from refllm.formats.uniform import require_finite
+from refllm.formats.uniform import Scheme, require_finite
+from refllm.quant.layer_inputs import LayerRun
+from refllm.quant.methods import Method, QuantizedProjection, QuantizeWeight
 
 RULES = ("bitsandbytes", "paper")
 
 
 class OutlierStatistics:
-    """Shown x[T, N] batch by batch: how large each input channel gets, and in how many
+    """Observes x[T, N] batch by batch: the absmax of each input channel, and in how many
     tokens it reaches ``threshold``.
 
     The paper calls a channel an outlier if it reaches 6 in at least 6 % of the tokens (and
-    in a quarter of the layers, which is for the caller to count).
+    in a quarter of the layers, which the caller has to count).
     """
 
     def __init__(self, threshold: float = 6.0, *, name: str = "x"):
@@ -61,23 +63,23 @@ class OutlierStatistics:
         self.hits: Array = None  # [N] int64: tokens in which the channel reaches the threshold
 
     def observe(self, x: Array) -> None:
-        """Take in x[T, N]; ValueError naming the tensor if it is no matrix or not finite."""
+        """Add a batch x[T, N]; ValueError naming the tensor if it is no matrix or not finite."""
         xp = namespace(x)
         if x.ndim != 2:
             raise ValueError(
                 f"{self.name}: outliers are counted in x[T, N], got shape {tuple(x.shape)}"
             )
         if not x.shape[0]:
-            return
+            return  # no token
         require_finite(x, self.name)
         size = xp.abs(x)
-        absmax = xp.max(size, axis=0)
-        hits = xp.sum(xp.astype(size >= self.threshold, xp.int64), axis=0)
-        if self.absmax is None:
-            self.absmax = absmax
-        else:
-            self.absmax = xp.maximum(self.absmax, absmax)
-        self.hits = hits if self.hits is None else self.hits + hits
+        absmax = xp.max(size, axis=0)  # [N]
+        hits = xp.sum(xp.astype(size >= self.threshold, xp.int64), axis=0)  # [N]
+        if self.tokens:
+            absmax = xp.maximum(self.absmax, absmax)
+            hits = self.hits + hits
+        self.absmax = absmax
+        self.hits = hits
         self.tokens += int(x.shape[0])
 
     @property
@@ -88,8 +90,8 @@ class OutlierStatistics:
 
     @property
     def spread(self) -> float:
-        """The largest channel's absmax over the median channel's: 1 if all are alike; ∞ if
-        most are always zero.
+        """The largest channel's absmax over the median channel's: 1 if all are equal, ∞ if
+        most channels are always zero.
         """
         absmax = to_numpy(self.absmax)
         middle = float(sorted(absmax.tolist())[absmax.size // 2])
@@ -100,30 +102,35 @@ class OutlierStatistics:
         return 1.0
 
     def columns(self, share: float = 0.0) -> list[int]:
-        """The channels that reach the threshold in at least ``share`` of the tokens, and in
-        one at least.
+        """The channels that reach the threshold in at least ``share`` of the tokens, and in at
+        least one.
         """
         hits = to_numpy(self.hits)
         return [j for j, n in enumerate(hits.tolist()) if n and n >= share * self.tokens]
 
 
 def vectorwise(x: Array, *, name: str = "x") -> tuple[Array, Array]:
-    """Codes int8 rint(x · (127/c)) and c = absmax of each row [rows, 1]; a zero row has
+    """Codes int8 rint(x · (127/c)), and c = absmax of each row [rows, 1]; a zero row has
     codes 0.
 
-    The factor is rounded before it is multiplied, as bitsandbytes does: x/(c/127) gives
-    another code now and then.
+    The factor 127/c is rounded before the product, as in bitsandbytes: x/(c/127) gives other
+    codes in a few cases.
 
     Raises
     ------
     ValueError
         naming ``name`` if x holds NaN or infinity.
+
+    >>> import numpy as np
+    >>> codes, absmax = vectorwise(np.array([[1.0, -0.5, 2.0], [0.0, 0.0, 0.0]]))
+    >>> codes.tolist(), absmax.tolist()
+    ([[64, -32, 127], [0, 0, 0]], [[2.0], [0.0]])
     """
     xp = namespace(x)
     require_finite(x, name)
     absmax = xp.max(xp.abs(x), axis=1, keepdims=True)
-    # below the smallest normal number 127/c may be infinite: the row is measured in units
-    # of that number instead
+    # below 127 times the smallest normal number 127/c may be infinite: such a row is measured
+    # in units of that number instead
     tiny = float(xp.finfo(x.dtype).smallest_normal)
     unit = xp.where(absmax < 127 * tiny, tiny, 1.0)
     unit = xp.astype(unit, x.dtype)
@@ -133,12 +140,12 @@ def vectorwise(x: Array, *, name: str = "x") -> tuple[Array, Array]:
 
 
 class Int8Linear:
-    """W[M, N] as int8 codes with one float32 absmax a row, multiplied as LLM.int8() does;
-    satisfies ``Linear``.
+    """W[M, N] as int8 codes with one absmax per row, multiplied as LLM.int8() does; a
+    ``Linear``.
 
-    It counts what the decomposition costs: ``multiplied`` numbers of x so far, ``in_float``
-    of them in outlier columns. With ``rule="paper"`` the original weight is kept beside the
-    codes, and counted in ``nbytes``: that is why bitsandbytes does otherwise.
+    It counts what the decomposition costs: ``multiplied`` values of x so far, ``in_float`` of
+    them in outlier columns. With ``rule="paper"`` the original weight is kept beside the
+    codes and counted in ``nbytes``: that is why bitsandbytes does not keep it.
     """
 
     def __init__(
@@ -161,7 +168,8 @@ class Int8Linear:
             raise ValueError(f"Int8Linear: unknown rule {rule!r}; choose one of {', '.join(RULES)}")
         if not threshold >= 0:
             raise ValueError(
-                f"Int8Linear: threshold is 0 or more (0 and infinity: no decomposition), got {threshold}"
+                "Int8Linear: threshold is 0 or more (0 and infinity: no decomposition), "
+                f"got {threshold}"
             )
         self.codes, self.absmax = vectorwise(weight, name=name)
         self.threshold = threshold or math.inf
@@ -193,31 +201,31 @@ class Int8Linear:
         return self.absmax / 127
 
     def dequantize(self) -> Array:
-        """W[M, N] as the codes have it, a new array."""
+        """W[M, N] from its codes, a new array."""
         xp = namespace(self.codes)
         return xp.astype(self.codes, self.dtype) * self.scale
 
     def matmul(self, x: Array) -> Array:
-        """x[T, N] → [T, M]. ValueError if a number of x is not finite."""
+        """x[T, N] → [T, M]. ValueError if a value of x is not finite."""
         xp = namespace(x, self.codes)
         if x.ndim != 2 or x.dtype.kind != "f":
             raise ValueError(f"int8: x is of floats [T, N], got {x.dtype} {tuple(x.shape)}")
         work = xp.astype(x, xp.result_type(x.dtype, self.dtype, xp.float32), copy=False)
-        require_finite(work, "x")  # infinity would pass for an outlier
+        require_finite(work, "x")  # infinity would count as an outlier
         columns = self._outliers(work)
         self.multiplied += x.size
         self.in_float += int(x.shape[0]) * int(columns.size)
         if not columns.size:
-            return xp.astype(self._in_integers(work), x.dtype, copy=False)
-        keep = xp.zeros((x.shape[1],), dtype=xp.bool_)
-        keep[columns] = True
+            return xp.astype(self._rescaled(*vectorwise(work)), x.dtype, copy=False)
         if self.rule == "paper":
-            hidden = keep[None, :]
+            hidden = xp.zeros((1, x.shape[1]), dtype=xp.bool_)
+            hidden[:, columns] = True
         else:
             hidden = xp.abs(work) >= self.threshold
-        codes, absmax = vectorwise(xp.where(hidden, 0.0, work))
+        codes, absmax = vectorwise(xp.where(hidden, 0.0, work))  # X', [T, N] and [T, 1]
         codes[:, columns] = 0
-        y = self._scaled(codes, absmax) + work[:, columns] @ self._columns(columns, work.dtype).T
+        in_float = work[:, columns] @ self._columns(columns, work.dtype).T  # X_O W_Oᵀ, [T, M]
+        y = self._rescaled(codes, absmax) + in_float
         return xp.astype(y, x.dtype, copy=False)
 
     def _outliers(self, x: Array) -> Array:
@@ -228,20 +236,18 @@ class Int8Linear:
         return xp.nonzero(xp.max(xp.abs(x), axis=0) >= self.threshold)[0]
 
     def _columns(self, columns: Array, dtype: Any) -> Array:
-        """W[:, columns] in floating point: the original, or what the codes say."""
+        """W_O = W[:, columns] in floating point: the original, or from the codes."""
         xp = namespace(columns)
         if self.original is not None:
             return xp.astype(self.original[:, columns], dtype)
         return xp.astype(self.codes[:, columns], dtype) * xp.astype(self.scale, dtype)
 
-    def _in_integers(self, x: Array) -> Array:
-        return self._scaled(*vectorwise(x))
-
-    def _scaled(self, codes: Array, absmax: Array) -> Array:
+    def _rescaled(self, codes: Array, absmax: Array) -> Array:
+        """The integer product with codes[T, N], times both scales → [T, M]."""
         xp = namespace(codes, absmax)
         y = xp.astype(integer_matmul(codes, self.codes, sizes=(127, 127)), absmax.dtype)
-        # factor by factor: the product of two small steps may vanish where the result does
-        # not
+        # one factor after the other: the product of two small scales may underflow where the
+        # result does not
         return y * (absmax / 127) * xp.astype(self.scale, absmax.dtype).T
 
 
@@ -251,13 +257,46 @@ def int8_matmul(
     """LLM.int8(): x[T, N], weight[M, N] → x Wᵀ [T, M], outlier columns in floating point,
     the rest in 8 bits.
 
-    ``threshold`` 0 or infinity leaves out the decomposition. For many calls keep an
+    ``threshold`` 0 or infinity switches the decomposition off. For many calls keep an
     ``Int8Linear``.
 
     Raises
     ------
     ValueError
-        if x or the weight is not finite, or for a threshold or rule that does not exist.
+        if x or the weight is not finite, or for an unknown threshold or rule.
+
+    >>> import numpy as np
+    >>> x = np.array([[0.1, 60.0]])  # the second channel is an outlier
+    >>> w = np.array([[1.0, 0.5]])
+    >>> exact, mixed, int8 = x @ w.T, int8_matmul(x, w), int8_matmul(x, w, threshold=0)
+    >>> [float(y[0, 0].round(2)) for y in (exact, mixed, int8)]
+    [30.1, 30.34, 30.24]
     """
     namespace(x, weight)
     return Int8Linear(weight, threshold, rule).matmul(x)
+
+
+@dataclass(frozen=True)
+class Int8(Method):
+    """LLM.int8() as a method for whole models; options as in ``int8_matmul``."""
+
+    threshold: float = 6.0
+    rule: str = "bitsandbytes"
+    name: ClassVar[str] = "int8"
+    default_scheme: ClassVar[Scheme] = Scheme(8, "restricted", "channel")
+    calibrates: ClassVar[bool] = False
+    sequential: ClassVar[bool] = True
+
+    def check(self, scheme: Scheme) -> None:
+        """ValueError for any scheme but the one that ``Int8Linear`` has."""
+        if scheme != self.default_scheme:
+            raise ValueError(f"int8 has one scheme, {self.default_scheme}; got {scheme}")
+
+    def stage_quantizer(self, run: LayerRun, scheme: Scheme) -> QuantizeWeight:
+        """Each weight is converted by itself."""
+
+        def quantize_weight(name: str, weight: Array) -> QuantizedProjection:
+            made = Int8Linear(weight, self.threshold, self.rule, name=run.tensor(name))
+            return QuantizedProjection(made)
+
+        return quantize_weight

@@ -1,417 +1,300 @@
-"""What each method does with one decoder layer, given the text that goes through it.
+"""What all quantisation methods share: the loop over a layer's projections, and the report.
 
-A method is a record of its options with ``quantize(run, scheme, tell) -> layer``: it reads
-its inputs stage by stage from the ``LayerRun``, returns the layer with its projections
-quantised (and what was folded into norms), and tells a ``TensorReport`` for each projection
-as soon as it is done.
+A method is a frozen dataclass of its options, defined in the file of its technique. Its
+``quantize`` turns one decoder layer into one with quantised projections. The loop is::
 
-``sequential`` methods put what they have quantised back into the run, so that later
-projections, and later layers, see its errors and can make up for them. The others look at
-the layer as it was, as their authors do.
+    for names in run.stages():                       # q k v | o | gate up | down
+        quantize_weight = method.stage_quantizer(run, scheme)
+        for name in names:                           # Method.quantize_projections
+            made = quantize_weight(name, run.layer[name].dequantize())
+            run.layer[name] = made.linear            # later projections see its errors
+            report(tensor_report(...))
 
-``scale_dtype`` is what scales are rounded to before anything is encoded with them: two
-bytes a group, as the files have it. None keeps the dtype that is computed in.
+*Sequential* methods (RTN, GPTQ, LLM.int8(), FP8) run exactly this, so later projections and
+later layers see the errors of earlier ones and can compensate for them. AWQ and SmoothQuant
+look at the original layer, as their authors do: they override ``quantize``, transform the
+whole layer first, and share ``quantize_projections``.
 
-Left out: the arithmetic of each technique (its own module).
+| column       | meaning                                                                    |
+|--------------|----------------------------------------------------------------------------|
+| bits         | bits per weight as stored, scales and zero points included                 |
+| weight error | ‖W − Ŵ‖² / ‖W‖² of the weight that was rounded (after folding, if any)     |
+| output error | ‖ŷ − y‖² / ‖y‖² on calibration inputs; none without calibration            |
+| loss         | the method's own objective (GPTQ's Σ, AWQ's best loss); none without one   |
+
+Left out: the arithmetic of each technique (its own file), the loss of a whole layer or
+model (``experiments.quantization_quality`` measures bits per byte).
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, NamedTuple
 
 from refllm.backend import Array, namespace
 from refllm.formats.uniform import Scheme
-from refllm.model.attention import CausalAttend
 from refllm.model.llama import PROJECTIONS, Layer
-from refllm.quant.awq_model import awq_layer, fold, scale_groups
-from refllm.quant.fp8 import check as check_fp8
-from refllm.quant.fp8 import fp8
-from refllm.quant.gptq import gptq
-from refllm.quant.hessian import Factor, Hessian, factor
-from refllm.quant.layer_inputs import STAGES, Batch, LayerRun
-from refllm.quant.llm_int8 import Int8Linear
-from refllm.quant.observers import MinMax
-from refllm.quant.report import Clock, TensorReport, row
-from refllm.quant.rtn import Solution, rtn
-from refllm.quant.smoothquant import LEVELS, smooth_layer, w8a8
+from refllm.model.weights import Linear
+from refllm.quant.layer_inputs import LayerRun
 
-__all__ = [
-    "AWQ",
-    "FP8",
-    "GPTQ",
-    "METHODS",
-    "RTN",
-    "Int8",
-    "Method",
-    "SmoothQuant",
-    "default_scheme",
-    "make",
-]
+__all__ = ["Clock", "Method", "QuantizedProjection", "Report", "TensorReport", "relative_error",
+           "sample_inputs", "tensor_report"]  # fmt: skip
 
-Tell = Callable[[TensorReport], None]
-CHECKED = 512  # tokens on which the output error of a projection is taken
+SAMPLED = 512  # tokens on which the output error of a projection is measured
 
 
-class Method(Protocol):
-    """What a recipe needs to know of a method."""
-
-    calibrates: ClassVar[bool]  # does it need text?
-    sequential: ClassVar[bool]  # does the text go on through the quantised layer?
-
-    def check(self, scheme: Scheme) -> None:
-        """ValueError for a scheme that the method has no use for."""
-        ...
-
-    def quantize(self, run: LayerRun, scheme: Scheme, tell: Tell) -> Layer: ...
+# --- the report -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _ByRow:
-    """Weights in any scheme whose steps belong to single rows."""
+class TensorReport:
+    """What quantising one projection of one layer did."""
+
+    layer: int
+    name: str  # "q_proj" …, a key of ``llama.PROJECTIONS``
+    method: str
+    shape: tuple[int, int]  # [M, N]
+    nbytes: int
+    weight_error: float
+    output_error: float | None
+    loss: float | None
+    seconds: float
+    note: str = ""  # worth knowing: dead channels, raised damping, too few tokens
+
+    @property
+    def bits(self) -> float:
+        """Bits per weight, scales and zero points included."""
+        return 8.0 * self.nbytes / (self.shape[0] * self.shape[1])
+
+    @property
+    def tensor(self) -> str:
+        """The name in the checkpoint, without ``.weight``."""
+        return f"model.layers.{self.layer}.{PROJECTIONS[self.name]}"
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The row of ``Report.table``."""
+        figures = (self.weight_error, self.output_error, self.loss)
+        errors = ["-" if figure is None else f"{figure:.3g}" for figure in figures]
+        shape = f"{self.shape[0]} × {self.shape[1]}"
+        return (self.tensor, shape, f"{self.bits:.3f}", *errors, f"{self.seconds:.2f}")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What quantising a model did: one row per tensor in the order of the network, and totals."""
+
+    method: str
+    scheme: Scheme
+    tensors: tuple[TensorReport, ...]
+    seconds: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the quantised projections; embedding, norms and head are not counted."""
+        return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def weights(self) -> int:
+        """How many weights were quantised."""
+        return sum(t.shape[0] * t.shape[1] for t in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over the quantised projections; 0 if there are none."""
+        if self.weights:
+            return 8.0 * self.nbytes / self.weights
+        return 0.0
+
+    @property
+    def notes(self) -> list[str]:
+        """One sentence for each tensor with a note."""
+        return [f"{t.tensor}: {t.note}" for t in self.tensors if t.note]
+
+    def table(self) -> str:
+        """The rows as aligned text: one line per tensor, and one for all."""
+        head = ("tensor", "shape", "bits", "weight error", "output error", "loss", "s")
+        total = ("all", f"{self.weights:,}", f"{self.bits_per_weight:.3f}", "", "", "",
+                 f"{self.seconds:.2f}")  # fmt: skip
+        return _aligned([head, *(t.cells for t in self.tensors), total])
+
+
+def tensor_report(
+    layer: int,
+    name: str,
+    method: str,
+    weight: Array,
+    made: Linear,
+    x: Array | None,
+    seconds: float,
+    loss: float | None = None,
+    note: str = "",
+) -> TensorReport:
+    """Compare W[M, N] with the ``Linear`` that it became, on inputs x[T, N] if there are any."""
+    output_error = None
+    if x is not None:
+        output_error = relative_error(x @ weight.T, made.matmul(x))  # both [T, M]
+    weight_error = relative_error(weight, made.dequantize())
+    return TensorReport(
+        layer,
+        name,
+        method,
+        made.shape,
+        made.nbytes,
+        weight_error,
+        output_error,
+        loss,
+        seconds,
+        note,
+    )
+
+
+def relative_error(exact: Array, rounded: Array) -> float:
+    """‖rounded − exact‖² / ‖exact‖², summed in float64; 0 where both are zero.
+
+    >>> import numpy as np
+    >>> relative_error(np.array([3.0, 4.0]), np.array([3.0, 4.5]))
+    0.01
+    """
+    xp = namespace(exact, rounded)
+    error = float(xp.sum(xp.square(rounded - exact), dtype=xp.float64))
+    size = float(xp.sum(xp.square(exact), dtype=xp.float64))
+    if size:
+        return error / size
+    if error == 0:
+        return 0.0
+    return math.inf
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    """A table in columns: the first flush left, the others flush right."""
+    first, *others = zip(*lines, strict=True)
+    columns = [[cell.ljust(max(map(len, first))) for cell in first]]
+    columns += [[cell.rjust(max(map(len, column))) for cell in column] for column in others]
+    return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
+
+
+# --- the loop -------------------------------------------------------------------------------
+
+
+class QuantizedProjection(NamedTuple):
+    """What a method made of one weight."""
+
+    linear: Linear
+    loss: float | None = None
+    note: str = ""
+
+
+QuantizeWeight = Callable[[str, Array], QuantizedProjection]  # (name, W[M, N]) -> made
+ReportTensor = Callable[[TensorReport], None]
+
+
+class Clock:
+    """Seconds since it was created: ``clock()``."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __call__(self) -> float:
+        return time.perf_counter() - self.began
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods: fields are options, class variables are properties of the technique.
+
+    A sequential method implements ``stage_quantizer``; any other overrides ``quantize``.
+    ``scale_dtype`` of those that have it is the dtype in which scales are stored: they are
+    rounded to it before codes are computed with them. None keeps the dtype of the weight.
+    """
+
+    name: ClassVar[str]
+    default_scheme: ClassVar[Scheme]  # of the weights
+    calibrates: ClassVar[bool]  # are calibration tokens needed?
+    sequential: ClassVar[bool]  # do later layers see the quantised layer's outputs?
 
     def check(self, scheme: Scheme) -> None:
+        """ValueError for a scheme that the method cannot use: by default each scale must
+        belong to a single row, or to the whole weight.
+        """
         if scheme.granularity not in ("channel", "group", "tensor"):
             raise ValueError(
                 f"weights are quantised by channel, group or tensor, not by {scheme.granularity!r}"
             )
 
+    def stage_quantizer(self, run: LayerRun, scheme: Scheme) -> QuantizeWeight:
+        """The function that quantises each weight of the run's current stage.
 
-@dataclass(frozen=True)
-class RTN(_ByRow):
-    """Round to nearest: the baseline of all."""
+        Work that the projections of a stage share (they read the same inputs) is done here.
+        """
+        raise NotImplementedError
 
-    scale_dtype: str | None = "float16"
-    calibrates: ClassVar[bool] = False
-    sequential: ClassVar[bool] = True
-
-    def quantize(self, run: LayerRun, scheme: Scheme, tell: Tell) -> Layer:
+    def quantize(self, run: LayerRun, scheme: Scheme, report: ReportTensor) -> Layer:
+        """The layer of ``run`` with quantised projections; ``report`` is called after each."""
         for names in run.stages():
-            sample = _sample(run)
-            for name in names:
-                clock = Clock()
-                dense = run.layer[name].dequantize()
-                run.layer[name] = rtn(
-                    dense, scheme, scale_dtype=self.scale_dtype, name=run.tensor(name)
-                )
-                tell(row(run.index, name, "rtn", dense, run.layer[name], sample, clock()))
+            sample = sample_inputs(run)
+            clock = Clock()
+            quantize_weight = self.stage_quantizer(run, scheme)
+            self.quantize_projections(
+                run,
+                run.layer,
+                dict.fromkeys(names, sample),
+                quantize_weight,
+                report,
+                shared_seconds=clock() / len(names),
+            )
         return run.layer
 
+    def quantize_projections(
+        self,
+        run: LayerRun,
+        layer: Layer,
+        samples: Mapping[str, Array | None],
+        quantize_weight: QuantizeWeight,
+        report: ReportTensor,
+        *,
+        exact: Layer | None = None,
+        shared_seconds: float = 0.0,
+    ) -> None:
+        """Replace each projection of ``layer`` that ``samples`` names, and report on it.
 
-@dataclass(frozen=True)
-class GPTQ(_ByRow):
-    """Round column by column and let the columns to come make up for the error; options as
-    in ``gptq.gptq``.
-    """
-
-    block_size: int = 128
-    damp: float = 0.01
-    act_order: bool = False
-    static_groups: bool = False
-    mse: bool = False
-    scale_dtype: str | None = "float16"
-    calibrates: ClassVar[bool] = True
-    sequential: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.damp < float("inf"):
-            raise ValueError(
-                f"gptq: damp is a share of the mean diagonal, 0 or more, got {self.damp}"
-            )
-
-    def quantize(self, run: LayerRun, scheme: Scheme, tell: Tell) -> Layer:
-        options = {
-            field: getattr(self, field)
-            for field in ("block_size", "act_order", "static_groups", "mse")
-        }
-        for names in run.stages():
+        Parameters
+        ----------
+        samples
+            projection → inputs x[T, N] on which its output error is measured, or None.
+        exact
+            the layer whose weights errors are measured against; None is ``layer`` itself.
+        shared_seconds
+            added to each projection's seconds: its part of the work done for all.
+        """
+        for name, x in samples.items():
             clock = Clock()
-            sample = _sample(run)
-            found, tokens = self._factor(run)  # siblings read the same input
-            shared = clock() / len(names)
-            for name in names:
-                clock = Clock()
-                dense = run.layer[name].dequantize()
-                made = gptq(
-                    dense,
-                    found,
-                    scheme,
-                    scale_dtype=self.scale_dtype,
-                    name=run.tensor(name),
-                    **options,
-                )
-                run.layer[name] = made
-                note = _gptq_note(made, tokens, self.damp)
-                tell(
-                    row(
-                        run.index,
-                        name,
-                        "gptq",
-                        dense,
-                        made,
-                        sample,
-                        shared + clock(),
-                        made.loss,
-                        note,
-                    )
-                )
-        return run.layer
-
-    def _factor(self, run: LayerRun) -> tuple[Factor, int]:
-        """Of the Hessian of this stage's inputs, and the tokens that it was taken over."""
-        hessian = Hessian(f"the input of {run.tensor(STAGES[run.stage][0])}")
-        for x in run.inputs():
-            hessian.add(x)
-        return factor(hessian.matrix, self.damp, self.act_order), hessian.count
-
-
-def _gptq_note(made: Solution, tokens: int, damp: float) -> str:
-    """What a reader of the report should know of a Hessian."""
-    columns = made.shape[1]
-    dead = int(made.dead.sum())
-    notes = [f"{dead} of {columns} inputs are always zero"] if dead else []
-    if tokens < columns:
-        notes.append(
-            f"{tokens} tokens for {columns} columns: only damping makes the Hessian definite"
-        )
-    if made.damp > damp:
-        notes.append(f"damping raised from {damp:g} to {made.damp:g}")
-    return "; ".join(notes)
-
-
-@dataclass(frozen=True)
-class AWQ(_ByRow):
-    """Scale the columns that carry the activations, clip, round to nearest; options as in
-    ``awq_model.awq_layer``.
-    """
-
-    duo: bool = False
-    clipping: bool = True
-    max_tokens: int = 2048  # that the search looks at: it runs attention and MLP twenty times each
-    scale_dtype: str | None = "float16"
-    calibrates: ClassVar[bool] = True
-    sequential: ClassVar[bool] = False
-
-    def quantize(self, run: LayerRun, scheme: Scheme, tell: Tell) -> Layer:
-        clock = Clock()
-        part = _first(run.batches, self.max_tokens)
-        xp = namespace(part[0].x)
-        inputs = {names[0]: xp.concat(list(run.inputs(part)), axis=0) for names in run.stages()}
-        attend = CausalAttend(
-            [n for batch in part for n in batch.lengths], run.config.sliding_window
-        )
-        rotation = tuple(xp.concat([batch.rotation[i] for batch in part], axis=0) for i in (0, 1))
-        layer, found = awq_layer(
-            run.layer,
-            run.config,
-            inputs,
-            scheme,
-            rotation=rotation,
-            attend=attend,
-            index=run.index,
-            duo=self.duo,
-            clipping=self.clipping,
-        )
-        # what is scaled and not yet clipped or rounded: the same function as the layer
-        exact = run.layer
-        for group in scale_groups(exact)[0]:
-            scale = found.scales[group.name].scale
-            exact = fold(exact, group, scale)
-            inputs[group.targets[0]] = inputs[group.targets[0]] / scale
-        shared = clock() / len(PROJECTIONS)
-        for names in STAGES:
-            for name in names:
-                clock = Clock()
-                dense = exact[name].dequantize()
-                layer[name] = rtn(
-                    layer[name].dequantize(),
-                    scheme,
-                    scale_dtype=self.scale_dtype,
-                    name=run.tensor(name),
-                )
-                sample = inputs[names[0]][:CHECKED]
-                loss = found.losses.get(name)
-                tell(
-                    row(run.index, name, "awq", dense, layer[name], sample, shared + clock(), loss)
-                )
-        return layer
-
-
-def _first(batches: list[Batch], tokens: int) -> list[Batch]:
-    """As many of the first batches as hold ``tokens`` tokens, one at least."""
-    held = list(accumulate(sum(batch.lengths) for batch in batches))
-    return batches[: max(1, sum(count <= tokens for count in held))]
-
-
-def _sample(run: LayerRun) -> Array | None:
-    """A few inputs of this stage, [≤ CHECKED, N]; None where there is no text."""
-    return next((x[:CHECKED, :] for x in run.inputs(run.batches[:1])), None)
-
-
-@dataclass(frozen=True)
-class SmoothQuant(_ByRow):
-    """Weights and activations in 8 bits, what is hard to round moved from these into those;
-    see ``smoothquant``.
-
-    ``alpha`` None smooths nothing; ``keep`` names projections that stay in floating point.
-    """
-
-    alpha: float | None = 0.5
-    level: str = "O1"
-    keep: tuple[str, ...] = ()
-    rule: str = "restricted"  # of the activations
-    scale_dtype: str | None = None
-    calibrates: ClassVar[bool] = True
-    sequential: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if unknown := sorted(set(self.keep) - set(PROJECTIONS)):
-            raise ValueError(
-                f"keep: no projection is called {', '.join(unknown)}; they are {', '.join(PROJECTIONS)}"
-            )
-        if self.level not in LEVELS:
-            raise ValueError(f"unknown level {self.level!r}; choose one of {', '.join(LEVELS)}")
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise ValueError(
-                f"smoothquant: alpha lies within 0..1, or is None to smooth nothing, got {self.alpha}"
-            )
-
-    def quantize(self, run: LayerRun, scheme: Scheme, tell: Tell) -> Layer:
-        clock = Clock()
-        absmax: dict[str, Array] = {}
-        samples: dict[str, Any] = {}
-        for names in run.stages():
-            observer = MinMax(axis=-1, name=f"the input of {run.tensor(names[0])}")
-            for x in run.inputs():
-                observer.observe(x)
-            absmax |= dict.fromkeys(names, observer.absmax)
-            samples |= dict.fromkeys(names, _sample(run))
-        smooth, after = (
-            (run.layer, absmax)
-            if self.alpha is None
-            else smooth_layer(run.layer, absmax, self.alpha)
-        )
-        layer = dict(smooth)
-        shared = clock() / len(PROJECTIONS)
-        for name in PROJECTIONS:
-            clock = Clock()
-            dense = smooth[name].dequantize()
-            if name not in self.keep:
-                layer[name] = w8a8(
-                    dense,
-                    self.level,
-                    absmax=after[name],
-                    scheme=scheme,
-                    rule=self.rule,
-                    scale_dtype=self.scale_dtype,
-                    name=run.tensor(name),
-                )
-            xp = namespace(dense)
-            x = samples[name] * (after[name] / xp.where(absmax[name] > 0, absmax[name], 1.0))  # x/s
-            note = "kept in floating point" if name in self.keep else ""
-            tell(
-                row(
+            weight = layer[name].dequantize()
+            made = quantize_weight(name, weight)
+            seconds = shared_seconds + clock()
+            layer[name] = made.linear
+            if exact is not None:
+                weight = exact[name].dequantize()
+            report(
+                tensor_report(
                     run.index,
                     name,
-                    "smoothquant",
-                    dense,
-                    layer[name],
+                    self.name,
+                    weight,
+                    made.linear,
                     x,
-                    shared + clock(),
-                    None,
-                    note,
+                    seconds,
+                    made.loss,
+                    made.note,
                 )
             )
-        return layer
 
 
-@dataclass(frozen=True)
-class Int8:
-    """LLM.int8(): 8 bits, but for the columns of the activations that hold outliers; see
-    ``outliers``.
-    """
-
-    threshold: float = 6.0
-    rule: str = "bitsandbytes"
-    calibrates: ClassVar[bool] = False
-    sequential: ClassVar[bool] = True
-
-    def check(self, scheme: Scheme) -> None:
-        if scheme != default_scheme("int8"):
-            raise ValueError(f"int8 has one scheme, {default_scheme('int8')}; got {scheme}")
-
-    def quantize(self, run: LayerRun, scheme: Scheme, tell: Tell) -> Layer:
-        for names in run.stages():
-            sample = _sample(run)
-            for name in names:
-                clock = Clock()
-                dense = run.layer[name].dequantize()
-                run.layer[name] = Int8Linear(
-                    dense, self.threshold, self.rule, name=run.tensor(name)
-                )
-                tell(row(run.index, name, "int8", dense, run.layer[name], sample, clock()))
-        return run.layer
-
-
-@dataclass(frozen=True)
-class FP8:
-    """Weights and activations in 8-bit floats; see ``fp8``. Of the scheme only what shares
-    a scale counts.
-
-    ``activations`` False leaves those as they are. Scales are float32, or powers of two
-    with ``scale="ue8m0"``.
-    """
-
-    format: str = "e4m3"
-    scale: str = "float32"
-    activations: bool = True
-    calibrates: ClassVar[bool] = False
-    sequential: ClassVar[bool] = True
-
-    def check(self, scheme: Scheme) -> None:
-        check_fp8(scheme, self.format)
-
-    def quantize(self, run: LayerRun, scheme: Scheme, tell: Tell) -> Layer:
-        for names in run.stages():
-            sample = _sample(run)
-            for name in names:
-                clock = Clock()
-                dense = run.layer[name].dequantize()
-                run.layer[name] = fp8(
-                    dense, scheme, **dataclasses.asdict(self), name=run.tensor(name)
-                )
-                tell(row(run.index, name, "fp8", dense, run.layer[name], sample, clock()))
-        return run.layer
-
-
-METHODS: dict[str, type[Any]] = {
-    "rtn": RTN, "gptq": GPTQ, "awq": AWQ, "smoothquant": SmoothQuant, "int8": Int8, "fp8": FP8,
-}  # fmt: skip
-
-
-def make(method: str, **options: Any) -> Method:
-    """The method of that name with these options; ValueError for names that are unknown,
-    listing those that are.
-    """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
-    known = [field.name for field in dataclasses.fields(METHODS[method])]
-    for name in options:
-        if name not in known:
-            raise ValueError(f"{method} has no option {name!r}; its options are {', '.join(known)}")
-    made: Method = METHODS[method](**options)
-    return made
-
-
-def default_scheme(method: str) -> Scheme:
-    """What a method is used with unless told otherwise."""
-    if method in ("smoothquant", "int8"):
-        return Scheme(8, "restricted", "channel")
-    if method == "fp8":
-        return Scheme(8, "restricted", "block", 128)
-    if method == "awq":
-        return Scheme(4, "awq", "group", 128)
-    return Scheme(4, "half_integer", "group", 128)
+def sample_inputs(run: LayerRun) -> Array | None:
+    """The first inputs of the run's current stage, [≤ SAMPLED, N]; None without calibration."""
+    for x in run.inputs(run.batches[:1]):
+        return x[:SAMPLED, :]
+    return None

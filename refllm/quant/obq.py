@@ -34,8 +34,8 @@ from __future__ import annotations
 
 from refllm.backend import Array, namespace
 from refllm.formats.uniform import Scheme, dequantize_codes, quantize_codes, require_finite
+from refllm.quant.column_quantizer import ColumnQuantizer, GPTQResult
 from refllm.quant.hessian import check, damped
-from refllm.quant.rtn import ColumnQuantizer, GPTQResult
 
 __all__ = ["obq"]
 

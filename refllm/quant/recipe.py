@@ -1,24 +1,24 @@
 """Whole models: calibrate, transform, quantise and report, one decoder layer at a time.
 
-``quantize_model`` takes a model in memory and gives one back. ``quantize_layers`` is the
-same loop between two protocols, a ``Source`` that reads layers and a ``Sink`` that keeps
-them, so that a checkpoint larger than memory streams through: at any moment there are one
-layer in floating point, the calibration activations, and what the sink has not written yet.
-A sink that keeps finished layers lets a run resume: they are not quantised again.
+``quantize_model`` takes a model in memory and returns one. ``quantize_layers`` is the same
+loop between two protocols, a ``LayerSource`` that reads layers and a ``LayerSink`` that
+keeps them, so that a checkpoint larger than memory streams through. At any moment memory
+holds one layer in floating point, the calibration activations, and what the sink has not
+written yet. A sink that keeps finished layers lets a run resume: they are not quantised
+again.
 
-| method      | weights                       | activations    | text goes on through     | needs text |
-|-------------|-------------------------------|----------------|--------------------------|------------|
-| rtn         | rounded to nearest            | as they are    | the quantised layer      | no         |
-| gptq        | rounded with compensation     | as they are    | the quantised layer      | yes        |
-| awq         | scaled, clipped, rounded      | as they are    | the layer as it was      | yes        |
-| smoothquant | 8 bits, a scale a row         | 8 bits         | the layer as it was      | yes        |
-| int8        | 8 bits, a scale a row         | 8 bits, but for outliers | the quantised layer | no    |
-| fp8         | 8-bit floats, in blocks       | 8-bit floats   | the quantised layer      | no         |
+| method      | weights                      | activations                | later layers are calibrated on | needs tokens |
+|-------------|------------------------------|----------------------------|--------------------------------|--------------|
+| rtn         | rounded to nearest           | not quantised              | the quantised layer's outputs  | no           |
+| gptq        | rounded with compensation    | not quantised              | the quantised layer's outputs  | yes          |
+| awq         | scaled, clipped, rounded     | not quantised              | the original layer's outputs   | yes          |
+| smoothquant | 8 bits, a scale per row      | 8 bits                     | the original layer's outputs   | yes          |
+| int8        | 8 bits, a scale per row      | 8 bits, except outliers    | the quantised layer's outputs  | no           |
+| fp8         | 8-bit floats, in blocks      | 8-bit floats               | the quantised layer's outputs  | no           |
 
-The embedding, the norms' precision and the head stay as they are; a tied head stays the
-embedding itself.
+Embedding, norms and head are not quantised; a tied head stays the embedding itself.
 
-Left out: mixed schemes by layer, quantising the head.
+Left out: different schemes for different layers, quantising the head.
 """
 
 from __future__ import annotations
@@ -35,40 +35,46 @@ from refllm.checkpoints.tensor_files import tensor_shapes
 from refllm.formats.uniform import Scheme
 from refllm.model.config import ModelConfig
 from refllm.model.llama import PROJECTIONS, Layer
-from refllm.quant.calibration_data import sequences
+from refllm.quant.awq_model import AWQ
+from refllm.quant.calibration_data import Calibration, sequences
+from refllm.quant.fp8 import FP8
+from refllm.quant.gptq import GPTQ
+from refllm.quant.layer_inputs import Batch, LayerRun, LayerSource, embed
 from refllm.quant.layer_io import CheckpointSource, MemorySink, ModelSource
-from refllm.quant.layer_inputs import Batch, LayerRun, Source, embed
-from refllm.quant.methods import METHODS, Method, default_scheme, make
-from refllm.quant.report import Report, TensorReport
+from refllm.quant.llm_int8 import Int8
+from refllm.quant.methods import Method, Report, ReportTensor, TensorReport
+from refllm.quant.rtn import RTN
+from refllm.quant.smoothquant import SmoothQuant
 
-__all__ = [
-    "METHODS", "CheckpointSource", "MemorySink", "ModelSource", "Progress", "Report", "Sink", "Source", "TensorReport",
-    "default_scheme", "quantize_layers", "quantize_model", "settings",
-]  # fmt: skip
+__all__ = ["METHODS", "CheckpointSource", "LayerSink", "LayerSource", "MemorySink", "ModelSource",
+           "Progress", "Report", "TensorReport", "default_scheme", "make", "quantize_layers",
+           "quantize_model", "settings"]  # fmt: skip
 
-# tensors done, tensors in all, the row of the newest
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (RTN, GPTQ, AWQ, SmoothQuant, Int8, FP8)
+}
+# (tensors done, all tensors, the report on the newest)
 Progress = Callable[[int, int, TensorReport], None]
 M = TypeVar("M")
 
 
-class Sink(Protocol):
-    """Where quantised layers go: a tree in memory, or files."""
+class LayerSink(Protocol):
+    """Where quantised layers go: a list in memory, or files."""
 
     def done(self, index: int) -> Sequence[TensorReport] | None:
-        """The rows of a layer that an earlier run finished and stored whole; None if it is
-        still to be done.
+        """The report on a layer that an earlier run finished and stored completely; None if
+        the layer still has to be quantised.
         """
         ...
 
     def layer(self, index: int) -> Layer:
-        """A finished layer as the quantised network computes with it. Asked for only where
-        ``done`` gave rows and the text must go through it to reach a later layer that is
-        still to be done.
+        """A finished layer as the quantised network computes with it. Called only where
+        ``done`` returned a report, and a later layer that is not done needs its outputs.
         """
         ...
 
     def put(self, index: int, layer: Layer, rows: Sequence[TensorReport]) -> object:
-        """Keep a layer, durably when this returns.
+        """Keep a layer; it is stored durably when this returns.
 
         Projections are quantised ``Linear``s; norm gains and biases may have changed
         (folding).
@@ -76,11 +82,39 @@ class Sink(Protocol):
         ...
 
 
+def make(method: str, **options: Any) -> Method:
+    """The method of that name with these options; ValueError for unknown names, listing the
+    known ones.
+    """
+    kind = _method(method)
+    known = [field.name for field in dataclasses.fields(kind)]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{method} has no option {name!r}; its options are {', '.join(known)}")
+    return kind(**options)
+
+
+def default_scheme(method: str) -> Scheme:
+    """The scheme that a method uses unless another one is given.
+
+    >>> print(default_scheme("awq"))
+    Scheme(bits=4, rule='awq', granularity='group', group_size=128)
+    """
+    return _method(method).default_scheme
+
+
+def _method(name: str) -> type[Method]:
+    """The class of a method; ValueError if there is none of that name."""
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
 def quantize_model(
     model: M,
     method: str,
     scheme: Scheme | None = None,
-    calibration: Any = None,
+    calibration: Calibration | None = None,
     *,
     progress: Progress | None = None,
     **options: Any,
@@ -88,27 +122,26 @@ def quantize_model(
     """Quantise the projections of ``model``, a ``Model`` or any record with ``.config
     .weights .tokenizer``.
 
-    Returns the same kind of record, which runs through the same ``forward``, and the
-    report; ``model`` is left as it is and shares its embedding, norms and head with the
-    result (but for gains that something was folded into).
+    Returns a record of the same kind, which runs through the same ``forward``, and the
+    report. ``model`` is not changed; it shares embedding, norms and head with the result
+    (except gains that scales were folded into).
 
     Parameters
     ----------
     method
         ``"rtn"``, ``"gptq"``, ``"awq"``, ``"smoothquant"``, ``"int8"`` or ``"fp8"``;
-        ``options`` are the fields of its class in ``methods``.
+        ``options`` are the fields of its class (``METHODS``).
     scheme
         of the weights; None is ``default_scheme(method)``.
     calibration
-        token ids [B, S], or any number of sequences of them; see
-        ``calibrate.calibration_windows``.
+        token ids [B, S], or sequences of them; see ``calibration_data.calibration_windows``.
 
     Raises
     ------
     ValueError
         for an unknown method or option, a scheme that does not fit the method or the
-        network's shapes, text that is missing or no text, and numbers that are not finite
-        (says where).
+        network's shapes, missing or invalid token ids, and values that are not finite
+        (naming the tensor).
     """
     record: Any = model
     sink = MemorySink()
@@ -126,78 +159,77 @@ def quantize_model(
 
 
 def quantize_layers(
-    source: Source,
-    sink: Sink,
+    source: LayerSource,
+    sink: LayerSink,
     method: str,
     scheme: Scheme | None = None,
-    calibration: Any = None,
+    calibration: Calibration | None = None,
     *,
     progress: Progress | None = None,
     **options: Any,
 ) -> Report:
-    """Quantise every layer of ``source`` into ``sink``; arguments and errors as
-    ``quantize_model``'s.
+    """Quantise every layer of ``source`` into ``sink``; arguments and errors are those of
+    ``quantize_model``.
     """
     began = time.perf_counter()
     config = source.config
-    how = make(method, **options)
+    quantizer = make(method, **options)
     scheme = default_scheme(method) if scheme is None else scheme
-    how.check(scheme)
+    quantizer.check(scheme)
     check_shapes(config, scheme)
-    if calibration is None and how.calibrates:
+    if calibration is None and quantizer.calibrates:
         raise ValueError(
-            f"{method} needs calibration text: pass token ids [B, S], from calibration_windows say"
+            f"{method} needs calibration tokens: pass token ids [B, S], for example from "
+            "calibration_windows"
         )
+    ids = None if calibration is None else sequences(calibration, config.vocab_size)
     count = config.num_hidden_layers
     finished = [sink.done(index) for index in range(count)]
-    # nobody reads what leaves this one
+    # nothing reads the outputs of this layer
     last = max((i for i in range(count) if finished[i] is None), default=-1)
-    if calibration is None:
-        ids = None
-    else:
-        ids = sequences(calibration, config.vocab_size)
     batches = embed(source, ids) if ids is not None and last >= 0 else []
     rows: list[TensorReport] = []
 
-    def tell(row: TensorReport) -> None:
+    def report(row: TensorReport) -> None:
         rows.append(row)
         if progress is not None:
             progress(len(rows), count * len(PROJECTIONS), row)
 
     for index, stored in enumerate(finished):
-        if stored is not None:
-            for row in stored:
-                tell(row)
-            if batches and index < last:
-                layer = sink.layer(index) if how.sequential else source.layer(index)
-                LayerRun(config, index, layer, batches).finish()
+        if stored is None:
+            needed = index < last
+            _quantize_layer(source, sink, index, quantizer, scheme, batches, report, needed)
             continue
-        _quantize_layer(source, sink, index, how, scheme, batches, tell, index < last)
+        for row in stored:
+            report(row)
+        if batches and index < last:
+            layer = sink.layer(index) if quantizer.sequential else source.layer(index)
+            LayerRun(config, index, layer, batches).finish()
     return Report(method, scheme, tuple(rows), time.perf_counter() - began)
 
 
 def _quantize_layer(
-    source: Source,
-    sink: Sink,
+    source: LayerSource,
+    sink: LayerSink,
     index: int,
-    how: Method,
+    method: Method,
     scheme: Scheme,
     batches: list[Batch],
-    tell: Callable[[TensorReport], None],
-    goes_on: bool,
+    report: ReportTensor,
+    outputs_needed: bool,
 ) -> None:
-    """One layer from source to sink. In a function of its own, so that nothing of it is
-    alive at the next.
+    """One layer from source to sink. A function, so that nothing of the layer is alive when
+    the next one is read.
     """
     run = LayerRun(source.config, index, source.layer(index), batches)
     rows: list[TensorReport] = []
 
-    def note(row: TensorReport) -> None:
+    def collect(row: TensorReport) -> None:
         rows.append(row)
-        tell(row)
+        report(row)
 
-    layer = how.quantize(run, scheme, note)
-    if goes_on:
+    layer = method.quantize(run, scheme, collect)
+    if outputs_needed:
         run.finish()
     run.layer = {}
     sink.put(index, layer, rows)
@@ -207,8 +239,9 @@ def check_shapes(config: ModelConfig, scheme: Scheme) -> None:
     """ValueError naming a projection that the scheme does not fit, before anything is
     computed.
     """
+    projections = tuple(f"{path}.weight" for path in PROJECTIONS.values())
     for name, shape in tensor_shapes(config):
-        if name.endswith(tuple(f"{path}.weight" for path in PROJECTIONS.values())):
+        if name.endswith(projections):
             try:
                 scheme.scale_shape(shape)
             except ValueError as error:
@@ -216,22 +249,22 @@ def check_shapes(config: ModelConfig, scheme: Scheme) -> None:
 
 
 def settings(
-    method: str, scheme: Scheme | None, calibration: Any, **options: Any
+    method: str, scheme: Scheme | None, calibration: Calibration | None, **options: Any
 ) -> dict[str, Any]:
-    """What decides the result, as JSON: a run may only resume what was begun with equal
-    settings.
+    """Everything that determines the result, as JSON: a run can only resume one that was
+    begun with equal settings.
     """
-    how = make(method, **options)
-    text = None
+    quantizer = make(method, **options)
+    tokens = None
     if calibration is not None:
         ids = sequences(calibration, 2**31)
         digest = hashlib.sha256(repr(ids).encode()).hexdigest()
-        text = {"sequences": len(ids), "tokens": sum(map(len, ids)), "sha256": digest}
+        tokens = {"sequences": len(ids), "tokens": sum(map(len, ids)), "sha256": digest}
     found = {
         "method": method,
-        "options": dataclasses.asdict(how),  # type: ignore[call-overload]
+        "options": dataclasses.asdict(quantizer),
         "scheme": dataclasses.asdict(default_scheme(method) if scheme is None else scheme),
-        "calibration": text,
+        "calibration": tokens,
     }
     # tuples become lists, as they do in a file
     plain: dict[str, Any] = json.loads(json.dumps(found))

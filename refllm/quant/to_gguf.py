@@ -35,8 +35,8 @@ from refllm.checkpoints.gguf import GGUFTensors, open_file
 from refllm.checkpoints.gguf_names import (
     ROPE_FACTORS,
     architecture,
+    config_metadata,
     gguf_name,
-    metadata_of,
     permutation,
     rope_factors,
 )
@@ -172,12 +172,12 @@ def convert(
         return out
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    metadata = metadata_of(config, _model_name(source)) | {
+    metadata = config_metadata(config, _model_name(source)) | {
         "general.file_type": np.uint32(MIXES[type][1])
     }
     if any(gguf_type(t).quantized for t in types.values()):
         metadata["general.quantization_version"] = np.uint32(2)
-    write(target, metadata | gguf_tokenizer.metadata_of(tokenizer, config), plan, read)
+    write(target, metadata | gguf_tokenizer.tokenizer_metadata(tokenizer, config), plan, read)
     return Converted(target, types, target.stat().st_size, bits_per_weight(shapes, types))
 
 
@@ -194,12 +194,12 @@ def open_source(path: str | Path) -> tuple[ModelConfig, Tokenizer]:
                 raise CheckpointError(
                     f"{path}: {coded[0]} is quantised already: start from a file of F32, F16 or BF16"
                 )
-            if tensors.factors is not None and tensors.config.rope_scaling is None:
+            if tensors.rope_factors is not None and tensors.config.rope_scaling is None:
                 raise CheckpointError(
                     f"{path}: its {ROPE_FACTORS} cannot be told from its metadata: start from the "
                     "Hugging Face checkpoint"
                 )
-            return tensors.config, gguf_tokenizer.tokenizer_of(file.metadata, str(path))
+            return tensors.config, gguf_tokenizer.tokenizer_from_metadata(file.metadata, str(path))
     config = read_config(path)
     directory = Path(os.path.expanduser(path))
     if read_quantization(directory) is not None:

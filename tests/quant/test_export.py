@@ -22,7 +22,7 @@ from refllm.formats.uniform import Scheme
 from refllm.formats.w8a8_linear import W8A8Linear
 from refllm.model.config import ModelConfig
 from refllm.model.llama import PROJECTIONS
-from refllm.quant.export import default_layout, export, storing_of
+from refllm.quant.export import default_layout, export, export_spec_for
 from refllm.quant.layer_inputs import tapped
 from refllm.quant.recipe import quantize_model
 
@@ -200,7 +200,7 @@ def test_the_layout_is_the_one_that_most_programs_read(exported, name):
     raw = json.loads((path / "config.json").read_text())["quantization_config"]
     found = raw.get("format") or (raw.get("checkpoint_format") or raw["quant_method"])
     assert found == WAYS[name].layout
-    assert storing_of(model.weights, WAYS[name].layout).quantization.groups[0][1].name == found
+    assert export_spec_for(model.weights, WAYS[name].layout).quantization.groups[0][1].name == found
 
 
 def test_default_layouts():

@@ -14,9 +14,10 @@ from conftest import to_host
 from golden.make_gptq import CASES, FILE
 from golden.make_gptq import inputs as golden_inputs
 from refllm.formats.uniform import RULES, Scheme
+from refllm.quant.column_quantizer import weight_qparams
 from refllm.quant.gptq import gptq
 from refllm.quant.hessian import damped, factor, hessian
-from refllm.quant.rtn import params, rtn
+from refllm.quant.rtn import rtn
 from strategies import KINDS, arrays, seeds
 from ties import settled
 
@@ -297,12 +298,14 @@ def published(w, h, scheme, *, block, act_order=False, static=False, damp=0.01):
     m, n = w.shape
     w = w.copy()
     h = h.copy()
-    s, z = params(w, grid, one_sided=True)
+    s, z = weight_qparams(w, grid, one_sided=True)
     dead = np.diag(h) == 0
     h[dead, dead] = 1.0
     w[:, dead] = 0.0
     fixed = (
-        [params(w[:, i : i + g], grid, one_sided=True) for i in range(0, n, g)] if static else None
+        [weight_qparams(w[:, i : i + g], grid, one_sided=True) for i in range(0, n, g)]
+        if static
+        else None
     )
     p = np.argsort(-np.diag(h), kind="stable") if act_order else np.arange(n)
     w = w[:, p]
@@ -320,7 +323,7 @@ def published(w, h, scheme, *, block, act_order=False, static=False, damp=0.01):
             if scheme.group_size and static:
                 s, z = fixed[p[c] // g]
             elif scheme.group_size and c % g == 0:
-                s, z = params(np.ascontiguousarray(w[:, c : c + g]), grid, one_sided=True)
+                s, z = weight_qparams(np.ascontiguousarray(w[:, c : c + g]), grid, one_sided=True)
             codes[:, c] = np.clip(np.rint(w1[:, i] / s[:, 0]) + z[:, 0], scheme.qmin, scheme.qmax)
             error = w1[:, i] - s[:, 0] * (codes[:, c] - z[:, 0])
             errors[:, i] = error / u[c, c]
@@ -404,7 +407,7 @@ def test_a_row_s_scale_sees_dead_columns_only_in_the_published_order(xp):
     clean, quirk = (
         gptq(xp.asarray(w), xp.asarray(h), scheme, upstream_quirks=flag) for flag in (False, True)
     )
-    assert np.array_equal(to_host(clean.scale), to_host(params(live, scheme)[0]))
+    assert np.array_equal(to_host(clean.scale), to_host(weight_qparams(live, scheme)[0]))
     assert np.all(to_host(quirk.scale) == 50.0 / 7.5)
 
 

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import to_host
-from refllm.quant import hessian as module
-from refllm.quant.hessian import Hessian, damped, factor, hessian
+from refllm.quant.hessian import LEAST_DAMP, Hessian, damped, factor, hessian
 from strategies import partitions, seeds
 
 EPS64 = float(np.finfo("float64").eps)
@@ -171,7 +170,7 @@ def test_fewer_tokens_than_columns_are_enough_with_damping_and_raise_it_without(
     assert factor(xp.asarray(h), 0.01).damp == 0.01
     f = factor(xp.asarray(h), 0.0)
     # 0 if rounding happened to leave it definite
-    assert f.damp in [0.0, *(module.STEP * 2**k for k in range(3))]
+    assert f.damp in [0.0, *(LEAST_DAMP * 2**k for k in range(3))]
     u = to_host(f.upper)
     exact = damped(h, f.damp)
     assert np.abs(u @ exact @ u.T - np.eye(40)).max() <= 8 * 40 * EPS64 * np.linalg.cond(exact)
@@ -185,7 +184,7 @@ def test_damping_is_doubled_until_the_matrix_is_positive_definite(xp, seed, n, d
     f = factor(xp.asarray(h), damp)
     steps = [damp]
     while steps[-1] < f.damp:
-        steps.append(max(module.STEP, 2 * steps[-1]))
+        steps.append(max(LEAST_DAMP, 2 * steps[-1]))
     assert f.damp == steps[-1]
     assert np.linalg.eigvalsh(damped(h, f.damp))[0] > -8 * n * EPS64 * np.abs(h).max()
     if len(steps) > 1:  # the step before was not enough

@@ -18,7 +18,7 @@ from refllm.checkpoints.writer import save
 from refllm.formats.layouts import layout_for
 from refllm.formats.uniform import Scheme
 from refllm.model.llama import PROJECTIONS
-from refllm.quant.export import Storing
+from refllm.quant.export import ExportSpec
 from refllm.quant.layer_io import CheckpointSource, LayerFiles, MemorySink, ModelSource
 from refllm.quant.recipe import quantize_layers, settings
 
@@ -96,7 +96,7 @@ def test_a_list_keeps_layers_in_their_order():
 
 SCHEME = Scheme(4, "half_integer", "group", 8)
 IDS = np.random.default_rng(1).integers(0, VOCAB, (3, 20))
-STORING = Storing(layout_for(SCHEME, "pack-quantized"))
+STORING = ExportSpec(layout_for(SCHEME, "pack-quantized"))
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +214,7 @@ def test_another_run_is_not_gone_on_with(source, folder):
     with pytest.raises(CheckpointError, match="another method and options"):
         opened(source, folder, method="rtn", options={})
     (folder / "settings.json").write_text("{")
-    with pytest.raises(CheckpointError, match="is damaged: remove .* to start anew"):
+    with pytest.raises(CheckpointError, match="is damaged: remove .* to start again"):
         opened(source, folder)
     (folder / "settings.json").unlink()
     with pytest.raises(CheckpointError, match="holds something else than a run's layers"):

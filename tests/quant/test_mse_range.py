@@ -39,7 +39,10 @@ def error(x, lo, hi, scheme, norm):
     # NumPy makes numbers of 0-d arrays
     scale, zero = range_to_qparams(np.asarray(lo), np.asarray(hi), scheme)
     e = np.abs(
-        dequantize_codes(quantize_codes(x, scale, zero, scheme), np.asarray(0.5 * scale), zero, scheme) - 0.5 * x
+        dequantize_codes(
+            quantize_codes(x, scale, zero, scheme), np.asarray(0.5 * scale), zero, scheme
+        )
+        - 0.5 * x
     )
     # powers of the largest numbers overflow, of the smallest vanish
     e = e / (np.abs(x).max() or 1.0)

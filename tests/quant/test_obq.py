@@ -136,7 +136,9 @@ def test_exact_value_greedy_is_the_textbook_loop(xp, seed):
         while left:
             inverse = np.linalg.inv(h[np.ix_(left, left)])
             codes = quantize_codes(row[None], scale[m : m + 1], zero_point[m : m + 1], scheme)
-            error = (row - dequantize_codes(codes, scale[m : m + 1], zero_point[m : m + 1], scheme)[0])[left]
+            error = (
+                row - dequantize_codes(codes, scale[m : m + 1], zero_point[m : m + 1], scheme)[0]
+            )[left]
             k = int(np.argmin(error**2 / np.diag(inverse)))
             expected[m, left[k]] = codes[0, left[k]]
             row[left] -= error[k] / inverse[k, k] * inverse[k]

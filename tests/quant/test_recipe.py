@@ -24,10 +24,9 @@ from refllm.model.llama import PROJECTIONS, build, forward, logits
 from refllm.model.weights import Dense
 from refllm.quant.gptq import gptq
 from refllm.quant.hessian import hessian
-from refllm.quant.layer_io import CheckpointSource, MemorySink, ModelSource
 from refllm.quant.layer_inputs import STAGES, tapped
-from refllm.quant.methods import METHODS
-from refllm.quant.recipe import quantize_layers, quantize_model, settings
+from refllm.quant.layer_io import CheckpointSource, MemorySink, ModelSource
+from refllm.quant.recipe import METHODS, quantize_layers, quantize_model, settings
 from tiny_models import Record
 
 GROUPS_OF_8 = Scheme(4, "half_integer", "group", 8)
@@ -292,7 +291,7 @@ def test_weights_and_activations_that_are_not_finite_are_refused_by_name(method)
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant"])
 def test_methods_that_look_at_text_ask_for_it(method):
-    with pytest.raises(ValueError, match=f"{method} needs calibration text"):
+    with pytest.raises(ValueError, match=f"{method} needs calibration tokens"):
         quantize_model(network(NETWORKS["llama"]), method, scheme_of(method))
 
 

@@ -1,6 +1,4 @@
-"""Round to nearest is ``quantize``, and the searched ranges are the best of those that were
-tried.
-"""
+"""Round to nearest is ``quantize``, and searched ranges are the best of the candidates."""
 
 from __future__ import annotations
 
@@ -21,8 +19,9 @@ from refllm.formats.uniform import (
     quantize_codes,
     range_to_qparams,
 )
-from refllm.quant import rtn as module
-from refllm.quant.rtn import params, rtn
+from refllm.quant import column_quantizer
+from refllm.quant.column_quantizer import weight_qparams
+from refllm.quant.rtn import rtn
 from strategies import KINDS, arrays, seeds
 
 EPS32 = float(np.finfo("float32").eps)
@@ -42,9 +41,12 @@ schemes = st.sampled_from(SCHEMES)
 def errors(w, scale, zero_point, scheme):
     """Σ |x̂ − x|^2.4 of each range, by the definition, float64."""
     off = (
-        np.abs(dequantize_codes(quantize_codes(w, scale, zero_point, scheme), scale, zero_point, scheme) - w).astype(
-            "float64"
-        )
+        np.abs(
+            dequantize_codes(
+                quantize_codes(w, scale, zero_point, scheme), scale, zero_point, scheme
+            )
+            - w
+        ).astype("float64")
         ** 2.4
     )
     if scheme.granularity == "tensor":
@@ -75,7 +77,7 @@ def test_without_a_search_it_is_quantize(xp, w, scheme):
 @given(w=arrays(st.integers(1, 9), 8, kinds=MODEST), scheme=schemes)
 def test_bound_a_search_never_loses_to_the_whole_range(xp, w, scheme):
     w = w.astype("float64")
-    found = params(xp.asarray(w), scheme, mse=True)
+    found = weight_qparams(xp.asarray(w), scheme, mse=True)
     whole = qparams(w, scheme)
     before = errors(w, *whole, scheme)
     after = errors(w, *map(to_host, found), scheme)
@@ -92,8 +94,8 @@ def test_exact_value_the_search_finds_the_best_of_eighty_ranges(xp, w, scheme):
     ones.
     """
     w = w.astype("float64")
-    scale, zero_point = (to_host(p) for p in params(xp.asarray(w), scheme, mse=True))
-    lo, hi = (np.asarray(p) for p in module.ranges(w, scheme))
+    scale, zero_point = (to_host(p) for p in weight_qparams(xp.asarray(w), scheme, mse=True))
+    lo, hi = (np.asarray(p) for p in column_quantizer.ranges(w, scheme))
     tried = [
         tuple(map(np.asarray, range_to_qparams(np.asarray(p * lo), np.asarray(p * hi), scheme)))
         for p in (1 - np.arange(80) / 100)
@@ -134,9 +136,9 @@ def test_the_search_clips_where_one_weight_is_far_from_all_others(xp):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_invariance_pieces_change_nothing(xp, scheme, monkeypatch):
     w = xp.asarray(np.random.default_rng(1).standard_normal((11, 8)).astype("float32"))
-    whole = params(w, scheme, mse=True)
-    monkeypatch.setattr(module, "_PIECE", 20)
-    for got, expected in zip(params(w, scheme, mse=True), whole, strict=True):
+    whole = weight_qparams(w, scheme, mse=True)
+    monkeypatch.setattr(column_quantizer, "_PIECE", 20)
+    for got, expected in zip(weight_qparams(w, scheme, mse=True), whole, strict=True):
         assert np.array_equal(to_host(got), to_host(expected))
 
 
@@ -155,13 +157,14 @@ def test_one_sided_ranges_get_half_of_the_step_where_the_quirk_is_asked_for(xp):
         [[0.0, 1.0, 15.0], [-1.0, 1.0, 15.0], [-15.0, -1.0, 0.0], [0.0, 0.0, 0.0]], dtype="float32"
     )
     plain, quirk = (
-        to_host(params(xp.asarray(w), scheme, one_sided=flag)[0])[:, 0] for flag in (False, True)
+        to_host(weight_qparams(xp.asarray(w), scheme, one_sided=flag)[0])[:, 0]
+        for flag in (False, True)
     )
     # only the row without a negative number that is not zero
     assert quirk.tolist() == [plain[0] / 2, *plain[1:]]
     other = dataclasses.replace(scheme, rule="half_integer")
     assert np.array_equal(
-        *(to_host(params(xp.asarray(w), other, one_sided=f)[0]) for f in (False, True))
+        *(to_host(weight_qparams(xp.asarray(w), other, one_sided=f)[0]) for f in (False, True))
     )
 
 

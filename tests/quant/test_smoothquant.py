@@ -18,15 +18,13 @@ from refllm.formats.uniform import Scheme
 from refllm.formats.w8a8_linear import W8A8Linear
 from refllm.model.llama import PROJECTIONS, build
 from refllm.model.weights import Dense
-from refllm.quant.layer_io import ModelSource
 from refllm.quant.layer_inputs import tapped
+from refllm.quant.layer_io import ModelSource
 from refllm.quant.recipe import quantize_model
 from refllm.quant.smoothquant import (
     activation_absmax,
     migration_scale,
-    quantize_layer,
     smooth_layer,
-    smoothquant,
     w8a8,
 )
 from strategies import build as array_of
@@ -226,7 +224,7 @@ def test_the_levels_are_the_table_s(xp):
         assert np.array_equal(
             to_host(layer.weight.codes), to_host(quantize(w, layer.weight.scheme).codes)
         )
-    with pytest.raises(ValueError, match="level O3 rounds with a step from calibration"):
+    with pytest.raises(ValueError, match="level O3 quantises with a scale from calibration"):
         w8a8(w, "O3")
     with pytest.raises(ValueError, match="unknown level 'O4'; choose one of O1, O2, O3"):
         w8a8(w, "O4")
@@ -234,21 +232,35 @@ def test_the_levels_are_the_table_s(xp):
 
 def test_what_is_kept_stays_in_floating_point():
     config, weights = weights_of("llama")
-    layer = weights["layers"][0]
-    seen = seen_by(config, weights)[0]
-    made = quantize_layer(layer, seen, keep=("o_proj", "down_proj"))
-    for name in PROJECTIONS:
-        assert isinstance(made[name], Dense if name in ("o_proj", "down_proj") else W8A8Linear)
+    model = Record(config, weights, None)
+    made, _ = quantize_model(
+        model, "smoothquant", None, IDS, alpha=None, keep=("o_proj", "down_proj")
+    )
+    for old, new in zip(weights["layers"], made.weights["layers"], strict=True):
+        for name in PROJECTIONS:
+            kept = name in ("o_proj", "down_proj")
+            assert isinstance(new[name], Dense if kept else W8A8Linear)
+            assert (new[name] is old[name]) == kept
     with pytest.raises(ValueError, match="no projection is called lm_head"):
-        quantize_layer(layer, seen, keep=("lm_head",))
+        quantize_model(model, "smoothquant", None, IDS, keep=("lm_head",))
 
 
 @pytest.mark.parametrize("level", ["O1", "O2", "O3"])
 @pytest.mark.parametrize("alpha", [None, 0.5])
-def test_a_whole_tree_is_what_the_recipe_makes(level, alpha):
+def test_a_whole_model_is_its_smoothed_layers_in_w8a8(level, alpha):
+    """By hand: the absmax of all inputs, then ``smooth_layer`` and ``w8a8`` layer by layer."""
     config, weights = weights_of("llama", dtype="float32")
     absmax = activation_absmax(ModelSource(config, weights), IDS)
-    tree = smoothquant(weights, absmax, alpha=alpha, level=level, keep=("down_proj",))
+    layers = []
+    for layer, seen in zip(weights["layers"], absmax, strict=True):
+        smooth, after = (layer, seen) if alpha is None else smooth_layer(layer, seen, alpha)
+        rounded = {
+            name: w8a8(smooth[name].dequantize(), level, absmax=after[name])
+            for name in PROJECTIONS
+            if name != "down_proj"
+        }
+        layers.append(smooth | rounded)
+    tree = weights | {"layers": layers}
     made, _ = quantize_model(
         Record(config, weights, None),
         "smoothquant",

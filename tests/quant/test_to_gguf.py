@@ -21,7 +21,7 @@ from networks import tokenizer as small_tokenizer
 from refllm.api import load
 from refllm.checkpoints import loading
 from refllm.checkpoints.gguf_names import gguf_name, hf_name, permutation
-from refllm.checkpoints.gguf_tokenizer import WHOLE, tokenizer_of
+from refllm.checkpoints.gguf_tokenizer import WHOLE, tokenizer_from_metadata
 from refllm.checkpoints.loading import locate
 from refllm.checkpoints.tensor_files import CheckpointError, tensor_shapes
 from refllm.checkpoints.tokenizer import Tokenizer
@@ -288,7 +288,7 @@ def without(metadata, *keys):
 
 def test_a_tokenizer_without_its_json_is_rebuilt(f32, source):
     with GGUFFile(f32) as file:
-        rebuilt = tokenizer_of(without(file.metadata, WHOLE), "x")
+        rebuilt = tokenizer_from_metadata(without(file.metadata, WHOLE), "x")
     original = loading.load(source).tokenizer
     for text in (TEXT, "", " a  b\t\n", "<|endoftext|>", "naïve 😀"):
         assert rebuilt.encode(text) == original.encode(text)
@@ -326,15 +326,15 @@ def test_broken_tokenizers_are_refused(f32):
     with GGUFFile(f32) as file:
         metadata = without(file.metadata, WHOLE)
     for change, said in (
-        ({"tokenizer.ggml.model": "bert"}, "the tokenizer 'bert' with words 'gpt-2' is not read"),
-        ({"tokenizer.ggml.pre": "viking"}, "'gpt2' with words 'viking' is not read"),
+        ({"tokenizer.ggml.model": "bert"}, "the tokenizer 'bert' with words 'gpt-2' is not supported"),
+        ({"tokenizer.ggml.pre": "viking"}, "'gpt2' with words 'viking' is not supported"),
         ({"tokenizer.ggml.tokens": ["a", "a"]}, "is missing, or holds a token twice"),
         ({"tokenizer.ggml.tokens": np.arange(3)}, "is missing, or holds a token twice"),
-        ({"tokenizer.ggml.merges": ["x y z"]}, "the tokenizer cannot be made"),
+        ({"tokenizer.ggml.merges": ["x y z"]}, "the tokenizer cannot be built"),
         ({"tokenizer.ggml.model": "llama"}, "has not one score for each token"),
     ):
         with pytest.raises(CheckpointError, match=said):
-            tokenizer_of(metadata | change, "x")
+            tokenizer_from_metadata(metadata | change, "x")
 
 
 # --- llama.cpp ----------------------------------------------------------------------------
@@ -436,7 +436,7 @@ def test_llama_cpp_splits_text_the_same(kind, tmp_path):
     llama_cpp = oracle("llama_cpp", "pip install llama-cpp-python")
     model = llama_cpp.Llama(str(tmp_path / "x.gguf"), vocab_only=True, verbose=False)
     with GGUFFile(tmp_path / "x.gguf") as file:
-        rebuilt = tokenizer_of(without(file.metadata, WHOLE), "x")
+        rebuilt = tokenizer_from_metadata(without(file.metadata, WHOLE), "x")
     for text in (TEXT, "a  b", "x = 1", "naïve 😀"):
         expected = tokenizer.encode(text)
         assert model.tokenize(text.encode(), add_bos=False, special=False) == expected
@@ -501,11 +501,11 @@ def edited(f32, path, *, metadata=None, drop=(), rename=None, spoil=None):
     [
         (
             {"metadata": {"general.architecture": "gpt2"}},
-            "general.architecture is 'gpt2'; read are llama",
+            "general.architecture is 'gpt2'; supported are llama",
         ),
         (
             {"metadata": {"llama.embedding_length": "256"}},
-            "the entry llama.embedding_length is '256', not a whole",
+            "the entry llama.embedding_length is '256', not an integer",
         ),
         ({"metadata": {"llama.block_count": None}}, "the entry llama.block_count is None"),
         ({"metadata": {"llama.block_count": np.uint32(2**32 - 1)}}, "the tensor 'model.layers.4"),
@@ -517,12 +517,12 @@ def edited(f32, path, *, metadata=None, drop=(), rename=None, spoil=None):
             {"metadata": {"llama.attention.layer_norm_rms_epsilon": np.float32(0)}},
             "rms_norm_eps must be positive",
         ),
-        ({"metadata": {"llama.rope.scaling.type": "yarn"}}, "RoPE scaling 'yarn' is not computed"),
+        ({"metadata": {"llama.rope.scaling.type": "yarn"}}, "RoPE scaling 'yarn' is not supported"),
         ({"metadata": {"split.count": np.uint16(2)}}, "is one of several parts"),
         ({"drop": ("blk.1.ffn_up.weight",)}, "'model.layers.1.mlp.up_proj.weight' is missing"),
         ({"rename": {"blk.1.ffn_up.weight": "blk.1.ffn_upp.weight"}}, "is missing"),
         ({"spoil": ("blk.1.ffn_up.weight",)}, "NaN or infinite"),
-        ({"metadata": {WHOLE: "{"}}, "the tokenizer cannot be made"),
+        ({"metadata": {WHOLE: "{"}}, "the tokenizer cannot be built"),
     ],
 )
 def test_files_that_are_no_such_network_are_refused(f32, changes, said, tmp_path):
@@ -549,7 +549,7 @@ def test_infinite_steps_are_refused(f32, tmp_path):
     (tmp_path / "q.gguf").write_bytes(raw)
     with pytest.raises(
         CheckpointError,
-        match=r"blk.2.attn_k.weight holds steps that are NaN or infinite, from row 0",
+        match=r"blk.2.attn_k.weight holds scales that are NaN or infinite, from row 0",
     ):
         load(tmp_path / "q.gguf")
 

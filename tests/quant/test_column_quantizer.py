@@ -1,5 +1,5 @@
-"""The grid of each column is the one that the scheme gives its group, whatever the order of
-the visit.
+"""A weight that is rounded column by column has the scales that its scheme gives each group,
+whatever the order of the visit.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from conftest import to_host
 from refllm.formats.uniform import RULES, Scheme, dequantize_codes, qparams, quantize_codes
-from refllm.quant.rtn import Grids, Solution
+from refllm.quant.column_quantizer import ColumnQuantizer, GPTQResult
 from strategies import seeds
 
 SHAPES = [
@@ -30,16 +30,16 @@ def weight(seed):
     return np.random.default_rng(seed).standard_normal((M, N))
 
 
-def visit(xp, w, grids, order):
+def visit(xp, w, columns, order):
     """Round the columns of w as they are, in this order; codes[M, N] and values[M, N] in
     the order of the visit.
     """
     codes = []
     values = []
     for i, j in enumerate(order):
-        if grids.dynamic and i % grids.width == 0:
-            grids.open(xp.asarray(w[:, order[i : i + grids.width]].T.copy()))
-        q, back = grids.round(i, xp.asarray(w[:, j].copy()))
+        if columns.dynamic and i % columns.width == 0:
+            columns.begin_group(xp.asarray(w[:, order[i : i + columns.width]].T.copy()))
+        q, back = columns.quantize(i, xp.asarray(w[:, j].copy()))
         codes.append(to_host(q))
         values.append(to_host(back))
     return np.stack(codes, axis=1), np.stack(values, axis=1)
@@ -56,31 +56,31 @@ def test_equality_column_by_column_is_all_at_once(xp, static, shape, seed, rule,
     w = weight(seed)
     order = np.random.default_rng(seed).permutation(N) if ordered else np.arange(N)
     given_order = xp.asarray(order) if ordered else None
-    grids = Grids(xp.asarray(w), scheme, order=given_order, static=static)
-    codes, values = visit(xp, w, grids, order)
-    assert grids.dynamic == (shape[0] in ("group", "block") and not static)
+    columns = ColumnQuantizer(xp.asarray(w), scheme, order=given_order, static=static)
+    codes, values = visit(xp, w, columns, order)
+    assert columns.dynamic == (shape[0] in ("group", "block") and not static)
 
     # dynamic groups are groups of columns as they are visited
-    seen = w[:, order] if grids.dynamic else w
+    seen = w[:, order] if columns.dynamic else w
     scale, zero_point = qparams(seen, scheme)
     whole = quantize_codes(seen, scale, zero_point, scheme)
     back = dequantize_codes(whole, scale, zero_point, scheme)
-    if not grids.dynamic:
+    if not columns.dynamic:
         whole = whole[:, order]
         back = back[:, order]
     assert np.array_equal(codes, whole)
     assert np.array_equal(values, back)
-    for got, expected in zip(grids.arrays(), (scale, zero_point), strict=True):
+    for got, expected in zip(columns.qparams(), (scale, zero_point), strict=True):
         assert np.array_equal(to_host(got), expected)
 
-    kept = Solution.collect(
-        xp.asarray(codes), grids, loss=1.5, damp=0.25, dead=xp.zeros(N, dtype=xp.bool_)
+    kept = GPTQResult.collect(
+        xp.asarray(codes), columns, loss=1.5, damp=0.25, dead=xp.zeros(N, dtype=xp.bool_)
     )
     assert (kept.loss, kept.damp, tuple(kept.shape)) == (1.5, 0.25, (M, N))
     there = np.argsort(order)
     assert np.array_equal(to_host(kept.codes), whole[:, there])
     assert np.array_equal(to_host(kept.dequantize()), back[:, there])
-    assert (kept.g_idx is None) == (not (ordered and grids.dynamic))
+    assert (kept.g_idx is None) == (not (ordered and columns.dynamic))
     x = np.random.default_rng(seed).standard_normal((2, N))
     assert np.abs(to_host(kept.matmul(xp.asarray(x))) - x @ back[:, there].T).max() < 1e-12 * N
 
@@ -89,19 +89,19 @@ def test_g_idx_says_which_scale_a_column_has(xp):
     scheme = Scheme(4, "asymmetric", "group", 4)
     w = weight(3)
     order = np.random.default_rng(3).permutation(N)
-    grids = Grids(xp.asarray(w), scheme, order=xp.asarray(order))
-    codes, _ = visit(xp, w, grids, order)
-    kept = Solution.collect(
-        xp.asarray(codes), grids, loss=0.0, damp=0.0, dead=xp.zeros(N, dtype=xp.bool_)
+    columns = ColumnQuantizer(xp.asarray(w), scheme, order=xp.asarray(order))
+    codes, _ = visit(xp, w, columns, order)
+    kept = GPTQResult.collect(
+        xp.asarray(codes), columns, loss=0.0, damp=0.0, dead=xp.zeros(N, dtype=xp.bool_)
     )
     g_idx, scale, zero = (to_host(a) for a in (kept.g_idx, kept.scale, kept.zero_point))
     assert g_idx.dtype == np.int32
     assert np.bincount(g_idx).tolist() == [4, 4, 4]
     by_hand = scale[:, g_idx] * (to_host(kept.codes).astype(float) - zero[:, g_idx])
     assert np.array_equal(by_hand, to_host(kept.dequantize()))
-    plain = Grids(xp.asarray(w), scheme)
+    plain = ColumnQuantizer(xp.asarray(w), scheme)
     codes, _ = visit(xp, w, plain, np.arange(N))
-    bare = Solution.collect(
+    bare = GPTQResult.collect(
         xp.asarray(codes), plain, loss=0.0, damp=0.0, dead=xp.zeros(N, dtype=xp.bool_)
     )
     assert kept.nbytes == bare.nbytes + 4 * N
@@ -110,14 +110,16 @@ def test_g_idx_says_which_scale_a_column_has(xp):
 def test_codes_are_made_with_the_scale_that_is_stored(xp):
     w = weight(4).astype("float32")
     scheme = Scheme(8, "restricted", "channel")
-    grids = Grids(xp.asarray(w), scheme, scale_dtype="bfloat16")
-    scale = to_host(grids.arrays()[0])
+    columns = ColumnQuantizer(xp.asarray(w), scheme, scale_dtype="bfloat16")
+    scale = to_host(columns.qparams()[0])
     assert not np.any(scale.view("uint32") & 0xFFFF)  # a bfloat16 is the upper half of a float32
-    codes, _ = visit(xp, w, grids, np.arange(N))
-    assert np.array_equal(codes, quantize_codes(w, scale, np.zeros_like(scale, dtype="int32"), scheme))
-    kept = Solution.collect(
+    codes, _ = visit(xp, w, columns, np.arange(N))
+    assert np.array_equal(
+        codes, quantize_codes(w, scale, np.zeros_like(scale, dtype="int32"), scheme)
+    )
+    kept = GPTQResult.collect(
         xp.asarray(codes),
-        grids,
+        columns,
         loss=0.0,
         damp=0.0,
         dead=xp.zeros(N, dtype=xp.bool_),
@@ -132,8 +134,8 @@ def test_a_column_that_outgrew_a_tiny_scale_is_clipped_without_overflow(xp):
     """
     w = np.full((2, 4), 1e-40, dtype="float32")
     w[:, 2:] = 1.0
-    grids = Grids(xp.asarray(w), Scheme(4, "asymmetric", "group", 2), static=True)
-    q, back = grids.round(0, xp.asarray(np.array([300.0, -300.0], dtype="float32")))
+    columns = ColumnQuantizer(xp.asarray(w), Scheme(4, "asymmetric", "group", 2), static=True)
+    q, back = columns.quantize(0, xp.asarray(np.array([300.0, -300.0], dtype="float32")))
     assert to_host(q).tolist() == [15, 0]
     assert np.all(np.isfinite(to_host(back)))
 
@@ -141,9 +143,9 @@ def test_a_column_that_outgrew_a_tiny_scale_is_clipped_without_overflow(xp):
 def test_granularities_and_groups_that_do_not_fit_are_refused_by_name(xp):
     w = xp.asarray(weight(0))
     with pytest.raises(ValueError, match="up_proj: granularity 'token' is for activations"):
-        Grids(w, Scheme(4, "power", "token"), name="up_proj")
+        ColumnQuantizer(w, Scheme(4, "power", "token"), name="up_proj")
     for static in (False, True):
         with pytest.raises(
             ValueError, match="up_proj: groups of 5 do not divide a row of 12.* 4 and 6"
         ):
-            Grids(w, Scheme(4, "power", "group", 5), static=static, name="up_proj")
+            ColumnQuantizer(w, Scheme(4, "power", "group", 5), static=static, name="up_proj")
