@@ -36,8 +36,8 @@ from refllm.serve.baselines.reservations import PaddedKVManager
 from refllm.serve.baselines.static_batching import StaticBatching
 from refllm.serve.scheduler import Scheduler
 from refllm.serve.swapping import SwappingKVManager
-from refllm.simulate.metrics import Limits, attainment, capacity
 from refllm.simulate.clock import UnitClock
+from refllm.simulate.metrics import Limits, attainment, capacity
 from refllm.simulate.simulator import Simulator
 from refllm.simulate.workload import AZURE_CHAT, SHAREGPT, requests, useful_share
 

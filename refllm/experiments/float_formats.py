@@ -1,16 +1,17 @@
-"""What formats cost, on one weight matrix and on data of three kinds; and why FP8 sums are
-promoted.
+"""What number formats cost, on one weight matrix and on data of four kinds; and why FP8 sums
+are promoted.
 
-    python -m refllm.experiments.float_formats            # writes
-    figures/data/float_formats.json; `refllm figures` draws it
+    python -m refllm.experiments.float_formats   # writes figures/data/float_formats.json;
+    `refllm figures` draws it
 
-| part        | what is counted                                                                             |
-|-------------|---------------------------------------------------------------------------------------------|
-| data        | ‖x̂ − x‖ / ‖x‖ of INT8, E4M3 and E5M2, a scale a token: normal, heavy-tailed, with outliers |
-| accumulator | error of a sum of K products relative to its size, in 14 bits, promoted or not              |
-| delayed     | share of numbers beyond a scale from the past, while the range of a tensor grows            |
+| part        | what is counted                                                            |
+|-------------|----------------------------------------------------------------------------|
+| data        | ‖x̂ − x‖ / ‖x‖ of INT8, E4M3 and E5M2, one scale per token                  |
+| accumulator | error of a sum of K products relative to its size, in 14 bits, promoted or |
+|             | not                                                                        |
+| delayed     | share of elements beyond a scale from the past, while the range grows      |
 
-``FORMATS`` lists every form of a weight; ``rows`` tells bits and error of each on a matrix
+``FORMATS`` lists every format of a weight; ``rows`` gives bits and error of each on a matrix
 of the reader's choice.
 
 Left out: speed.
@@ -21,40 +22,44 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from refllm.array_types import Array
+from refllm.array_types import Array, Json
 from refllm.formats.block_float import MXFP4, MXFP8, NVFP4, FloatScheme
 from refllm.formats.block_float import quantize as to_floats
 from refllm.formats.fp8_linear import Accumulator
 from refllm.formats.gguf.codec import quantize as to_blocks
 from refllm.formats.gguf.linear import GGUFLinear
-from refllm.formats.quantized_linear import quantize
+from refllm.formats.quantized_linear import QuantizedLinear, quantize
 from refllm.formats.uniform import Scheme
 from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, new_figure, styled
 from refllm.measure.records import Record, Values, write
+from refllm.model.weights import Linear
 from refllm.quant.fp8 import DelayedScale, integers_or_floats
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
-GROWTHS = (1.0, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0)  # of the range, a step
+GROWTHS = (1.0, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0)  # of the range, per step
 
 
 def _gguf(type: str, weight: Array) -> GGUFLinear:
+    """W[M, N] in blocks of a GGUF type."""
     return GGUFLinear(to_blocks(weight, type), type)
 
 
-def _integers(bits: int, group: int, weight: Array) -> Any:
+def _integers(bits: int, group: int, weight: Array) -> QuantizedLinear:
+    """W[M, N] in integer codes, one scale per group."""
     return quantize(weight, Scheme(bits, "half_integer", "group", group), scale_dtype="float16")
 
 
 # Name → a weight [M, N] in that format; further formats add a line.
-FORMATS: dict[str, Callable[[Array], Any]] = {
-    "INT8, a scale a row": lambda w: quantize(
+FORMATS: dict[str, Callable[[Array], Linear]] = {
+    "INT8, one scale per row": lambda w: quantize(
         w, Scheme(8, "restricted", "channel"), scale_dtype="float16"
     ),
     "FP8 E4M3, blocks of 128 × 128": lambda w: to_floats(w, FloatScheme("e4m3", "block", 128)),
@@ -74,8 +79,8 @@ FORMATS: dict[str, Callable[[Array], Any]] = {
 def rows(
     weight: Array, formats: Sequence[str] = tuple(FORMATS)
 ) -> list[tuple[str, float, float, Array]]:
-    """(name, stored bits a weight, ‖Ŵ − W‖ / ‖W‖, Ŵ) of W[M, N] in each format whose groups
-    fit its rows.
+    """(name, stored bits per weight, ‖Ŵ − W‖ / ‖W‖, Ŵ) of W[M, N] in each format whose
+    groups divide its rows.
     """
     found = []
     for name in formats:
@@ -90,9 +95,9 @@ def rows(
 
 
 def data(rng: np.random.Generator, tokens: int = 64, channels: int = 1024) -> dict[str, np.ndarray]:
-    """x[T, N] of four kinds."""
+    """x[T, N] of four kinds, from even to heavy-tailed."""
     normal = rng.standard_normal((tokens, channels))
-    outlier = np.where(np.arange(channels) == 5, 60.0, 1.0)  # a channel, as large models have them
+    outlier = np.where(np.arange(channels) == 5, 60.0, 1.0)  # as large models have
     kinds = {
         "uniform": rng.uniform(-1, 1, (tokens, channels)),
         "normal": normal,
@@ -122,7 +127,9 @@ def accumulator_errors(
 
 
 def delayed_shares(rng: np.random.Generator, steps: int = 40) -> list[float]:
-    """Share of numbers that a delayed scale saturates, for each growth of the range a step."""
+    """Share of elements that a delayed scale saturates, for each growth of the range per
+    step.
+    """
     shares = []
     for growth in GROWTHS:
         scale = DelayedScale()
@@ -133,8 +140,8 @@ def delayed_shares(rng: np.random.Generator, steps: int = 40) -> list[float]:
     return shares
 
 
-def values() -> dict[str, Any]:
-    """What the figure draws; counted, the same on every machine but for the last digit."""
+def values() -> Json:
+    """What the figure draws: counted, the same on every machine except for the last digit."""
     rng = np.random.default_rng(0)
     return {
         "data": {
@@ -148,7 +155,7 @@ def values() -> dict[str, Any]:
     }
 
 
-# --- the figure ----------------------------------------------------------------------
+# --- the figure ---------------------------------------------------------------------------
 
 
 @styled
@@ -158,47 +165,57 @@ def draw(values: Values) -> Figure:
     """
     fig = new_figure(6.2)
     grid = fig.add_gridspec(2, 2)
-    top, left, right = (fig.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1]))
-    kinds = values["data"]
-    colours = {"int8": NEAREST, "e4m3": TECHNIQUE, "e5m2": MORE[0]}
-    for at, (name, colour) in enumerate(colours.items()):
+    _draw_data(fig.add_subplot(grid[0, :]), values["data"])
+    _draw_accumulators(fig.add_subplot(grid[1, 0]), values)
+    _draw_delayed(fig.add_subplot(grid[1, 1]), values)
+    return fig
+
+
+def _draw_data(ax: Axes, kinds: Json) -> None:
+    """Bars: the error of each format on each kind of data."""
+    for at, (name, colour) in enumerate(
+        {"int8": NEAREST, "e4m3": TECHNIQUE, "e5m2": MORE[0]}.items()
+    ):
         places = np.arange(len(kinds)) + 0.26 * (at - 1)
         heights = [100 * errors[name] for errors in kinds.values()]
-        bars = top.bar(places, heights, 0.24, color=colour, label=name.upper())
-        top.bar_label(bars, fmt="%.2g", fontsize=8)
-    top.set_xticks(range(len(kinds)), list(kinds))
-    top.set(
-        title="INT8 wins on even ranges, E4M3 where few numbers are large",
+        bars = ax.bar(places, heights, 0.24, color=colour, label=name.upper())
+        ax.bar_label(bars, fmt="%.2g", fontsize=8)
+    ax.set_xticks(range(len(kinds)), list(kinds))
+    ax.set(
+        title="INT8 wins on even ranges, E4M3 where few elements are large",
         ylabel="error (% of ‖x‖)",
     )
-    top.grid(False, axis="x")
-    top.legend(loc="upper left", ncols=3)
+    ax.margins(y=0.12)  # room for the label of the highest bar
+    ax.grid(False, axis="x")
+    ax.legend(loc="upper left", ncols=3)
+
+
+def _draw_accumulators(ax: Axes, values: Values) -> None:
+    """Error of a sum of K products by K, a line for each accumulator."""
     for colour, (name, errors) in zip(
         (NEAREST, TECHNIQUE, FULL), values["accumulator"].items(), strict=True
     ):
-        left.plot(values["lengths"], errors, marker="o", ms=3.5, color=colour, label=name)
-    left.set_xscale("log", base=2)
-    left.set_yscale("log")
-    left.set_ylim(top=2)
-    left.set(title="Sums of K products", xlabel="K", ylabel="relative error (rms)")
-    left.legend(loc="upper left", fontsize=8)
+        ax.plot(values["lengths"], errors, marker="o", ms=3.5, color=colour, label=name)
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_ylim(top=2)
+    ax.set(title="14-bit sums drift unless promoted", xlabel="K, products in a sum (log)")
+    ax.set_ylabel("relative error (rms, log)")
+    ax.legend(loc="upper left", fontsize=8)
+
+
+def _draw_delayed(ax: Axes, values: Values) -> None:
+    """Share of elements that saturate, by the growth of the range."""
     growth = [100 * (g - 1) for g in values["growths"]]
-    right.plot(
-        growth,
-        [100 * share for share in values["delayed"]],
-        marker="o",
-        ms=3.5,
-        color=NEAREST,
-        label="delayed",
-    )
-    right.plot(growth, [0.0] * len(growth), color=TECHNIQUE, label="current")
-    right.set(
+    shares = [100 * share for share in values["delayed"]]
+    ax.plot(growth, shares, marker="o", ms=3.5, color=NEAREST, label="delayed scaling")
+    ax.plot(growth, [0.0] * len(growth), color=TECHNIQUE, label="current scaling")
+    ax.set(
         title="Delayed scaling saturates",
-        xlabel="growth of the range (% a step)",
-        ylabel="saturated (%)",
+        xlabel="growth of the range (% per step)",
+        ylabel="saturated (% of elements)",
     )
-    right.legend(loc="upper left")
-    return fig
+    ax.legend(loc="upper left", fontsize=8)
 
 
 def main(path: str = "figures/data/float_formats.json") -> None:

@@ -163,7 +163,9 @@ def planted(
     """The same network with ``channels`` of all inputs of a norm and of down_proj
     ``factor`` times as large.
     """
-    layers = inject_outliers(build_weights(config, params), channels, factor, tuple(INPUTS))["layers"]
+    layers = inject_outliers(build_weights(config, params), channels, factor, tuple(INPUTS))[
+        "layers"
+    ]
     made = dict(params)
     for i, layer in enumerate(layers):
         at = f"model.layers.{i}."

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from refllm.array_types import Json
 from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, new_figure, styled
 from refllm.measure.records import Values
 
@@ -14,52 +15,38 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BAND = "#e4e4e4"
-
-
-WAYS = {
+# method in the record → what the axis says, colour
+METHODS = {
     "tile": ("tiles", TECHNIQUE),
-    "tensor": ("one scale a tensor", NEAREST),
+    "tensor": ("one scale per tensor", NEAREST),
     "E5M2 gradients": ("tiles, E5M2 gradients", MORE[0]),
-    "nudged": ("float32,\nbegun 10⁻⁶ away", FULL),
+    "nudged": ("float32, first weights\nmoved by 10⁻⁶", FULL),
 }
 
 
 @styled
 def draw(values: Values) -> Figure:
-    """``experiments.fp8_training.values`` and what is measured without training → a panel a
-    start, and one of outliers.
+    """``experiments.fp8_training.values`` and what is measured without training → a panel
+    for each start, and one of outliers.
     """
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     fig = new_figure(6.2)
-    grid = fig.add_gridspec(2, 2, height_ratios=(1.4, 1))
     against = values["against float32"]
-    panels = grid[0, :].subgridspec(1, len(values["against float32"]))
-    first = None
-    for at, start in enumerate(against):
-        first = fig.add_subplot(panels[at], sharex=first)
-        ax = first
-        _starts(ax, against[start], values["gradient error"], named=at == 0)
-        if spread := values["spread of seeds"].get(start):
-            said = f"float32's seeds:\n{100 * spread:.2g} % apart"
-            ax.annotate(
-                said,
-                (1, 0.02),
-                xycoords="axes fraction",
-                ha="right",
-                va="bottom",
-                fontsize=8,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-            )
-        ax.set(
-            title=f"{values['steps']} steps from {start}", xlabel="mean loss against float32's (%)"
-        )
-    _outliers(fig.add_subplot(grid[1, :]), values)
+    grid = fig.add_gridspec(2, len(against), height_ratios=(1.4, 1))
+    panels = []
+    for column, start in enumerate(against):
+        share = panels[0] if panels else None
+        panels.append(fig.add_subplot(grid[0, column], sharex=share))
+        _draw_start(panels[-1], start, values)
+    labels = [_label(name, values["gradient error"]) for name in METHODS]
+    panels[0].set_yticks(range(len(METHODS)), labels, fontsize=9)
+    _draw_outliers(fig.add_subplot(grid[1, :]), values)
     dot = Line2D([], [], color=FULL, marker="o", ms=8, lw=0, alpha=0.8)
     fig.legend(
         [Patch(color=BAND), dot],
-        ["DeepSeek-V3: within 0.25 %", "a dot is a seed"],
+        ["within 0.25 %, DeepSeek-V3's bound", "one seed of the first weights"],
         loc="outside upper left",
         ncols=2,
         fontsize=8.5,
@@ -67,45 +54,55 @@ def draw(values: Values) -> Figure:
     return fig
 
 
-def _starts(ax: Axes, runs: Values, errors: Values, *, named: bool) -> None:
-    """A row of dots each way of training, above it how far each lies from float32."""
-    said = {
-        name: f"{text}\n(gradient off {100 * errors[name]:.1f} %)" if name in errors else text
-        for name, (text, _) in WAYS.items()
-    }
+def _label(name: str, errors: Json) -> str:
+    """A method's name, with the error of one gradient where it was measured."""
+    text, _ = METHODS[name]
+    if name in errors:
+        return f"{text}\n(gradient error {100 * errors[name]:.1f} %)"
+    return text
+
+
+def _draw_start(ax: Axes, start: str, values: Values) -> None:
+    """A row of dots for each method: how far its loss lies from float32's."""
+    runs = values["against float32"][start]
     ax.axvspan(-0.25, 0.25, color=BAND)
-    for place, (name, (_, colour)) in enumerate(WAYS.items()):
-        # leaves out where the numbers stand
-        ax.vlines(0, place - 0.15, place + 0.45, color=FULL, lw=1)
+    ax.axvline(0, color=FULL, lw=1)
+    for row, (name, (_, colour)) in enumerate(METHODS.items()):
         points = [100 * off for off in runs.get(name, {}).values()]
-        ax.plot(points, [place] * len(points), "o", ms=8, color=colour, alpha=0.8)
+        ax.plot(points, [row] * len(points), "o", ms=8, color=colour, alpha=0.8)
         for point in points:
             ax.annotate(
                 f"{round(point, 2) + 0.0:+.2f} %".replace("-", "−"),
-                (point, place),
+                (point, row),
                 xytext=(0, 8),
                 textcoords="offset points",
                 ha="center",
                 fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.7},
             )
-    ax.set_yticks(range(len(WAYS)), list(said.values()) if named else [""] * len(WAYS), fontsize=9)
-    ax.set_ylim(len(WAYS) - 0.4, -0.7)
+    ax.set_yticks(range(len(METHODS)), [""] * len(METHODS))
+    ax.set_ylim(len(METHODS) - 0.4, -0.7)
     ax.margins(x=0.13)
+    title = f"{values['steps']} steps from {start}"
+    if spread := values["spread of seeds"].get(start):
+        title += f"\n(seeds of float32: {100 * spread:.2g} % apart)"
+    ax.set_title(title, fontsize=10.5)
+    ax.set_xlabel("mean loss against float32's (%)")
 
 
-def _outliers(ax: Axes, values: Values) -> None:
-    """What the loss of one reading rises by."""
+def _draw_outliers(ax: Axes, values: Values) -> None:
+    """By how much the loss of held-out text rises with injected outlier channels."""
     factors = [2.0**power for power in values["powers"]]
     for (name, row), colour in zip(values["planted"].items(), (TECHNIQUE, NEAREST), strict=True):
-        label = {"tile": "tiles", "tensor": "one scale a tensor"}[name]
+        label = METHODS[name][0]
         ax.plot(factors, [100 * rise for rise in row], marker="o", ms=4, color=colour, label=label)
     ax.set_xscale("log", base=2)
     ax.set_yscale("symlog", linthresh=1, linscale=0.6)
     ax.set_ylim(min(-0.5, 100 * min(map(min, values["planted"].values()))), 200)
     ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
     ax.set(
-        title="Two channels made larger: one scale a tensor leaves the range",
-        xlabel="planted channels (times as large)",
+        title="With large outlier channels one scale per tensor fails",
+        xlabel="two outlier channels (times as large, log)",
         ylabel="loss above float32's (%)",
     )
     ax.legend(loc="upper left")

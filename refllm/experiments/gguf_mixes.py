@@ -1,12 +1,12 @@
 """What GGUF's mixes weigh: bits per weight of each on two published shapes, counted from
 the types of all tensors.
 
-Kind A: counted, nothing is measured. Metadata are left out, as in the figures that
-llama.cpp publishes for Llama-3.1-8B, which these are to the last of their four digits.
+Counted, nothing is measured. Metadata are left out, as in the figures that llama.cpp
+publishes for Llama-3.1-8B, which these match to the last of their four digits.
 
-The article that the project follows has Q5_K_M at 5.5 and Q2_K at 3.4 bits. 5.5 is the
-*type* Q5_K alone; the mix adds Q6_K for half of two tensors and the output. 3.4 was true of
-older files, whose Q2_K stored more tensors in more bits.
+Lu 2025 ("Transformer Notes (VII): Deployment Optimization", §1.9) has Q5_K_M at 5.5 and Q2_K
+at 3.4 bits. 5.5 is the *type* Q5_K alone; the mix adds Q6_K for half of two tensors and the
+output. 3.4 was true of older files, whose Q2_K stored more tensors in more bits.
 
     python -m refllm.experiments.gguf_mixes
 
@@ -16,9 +16,9 @@ for other formats).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from refllm.array_types import Json
 from refllm.checkpoints.gguf_names import architecture, gguf_name
 from refllm.checkpoints.tensor_files import tensor_shapes
 from refllm.formats.gguf.mixes import MIXES, Heads, bits_per_weight, mix
@@ -28,14 +28,13 @@ from refllm.measure.records import Record, Values, write
 from refllm.model.config import ModelConfig
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-__all__ = ["ARTICLE", "LLAMA_2_7B", "LLAMA_31_8B", "mix_bits", "table"]
 
 LLAMA_2_7B = ModelConfig("llama", 32_000, 4096, 11_008, 32, 32, 32, 128)
 LLAMA_31_8B = ModelConfig("llama", 128_256, 4096, 14_336, 32, 32, 8, 128)
 MODELS = {"Llama-2-7B": LLAMA_2_7B, "Llama-3.1-8B": LLAMA_31_8B}
-ARTICLE = {"Q2_K": 3.4, "Q5_K_M": 5.5}  # what the article says and no file of today has
+LU_2025 = {"Q2_K": 3.4, "Q5_K_M": 5.5}  # stated there, but no current file has them
 SHOWN = (
     "Q2_K",
     "Q3_K_S",
@@ -64,64 +63,48 @@ def mix_bits(config: ModelConfig, name: str) -> float:
     return bits_per_weight(shapes, mix(shapes, name, heads))
 
 
-def table() -> list[dict[str, Any]]:
-    """A row for each mix: its base type's bits, those of both shapes, and the article's
-    where it differs.
+def table() -> list[Json]:
+    """A row for each mix: bits of its base type, of both shapes, and under "article" those of
+    Lu 2025 where they differ.
     """
     return [
         {"mix": name, "base": gguf_type(MIXES[name][0]).bits_per_weight}
         | {model: mix_bits(config, name) for model, config in MODELS.items()}
-        | {"article": ARTICLE.get(name)}
+        | {"article": LU_2025.get(name)}
         for name in SHOWN
     ]
 
 
-# --- the figure ----------------------------------------------------------------------
+# --- the figure ---------------------------------------------------------------------------
 
 
 @styled
 def draw(values: Values) -> Figure:
     """{"rows": [{"mix", "base", model: bits, …, "article"}]} → bits per weight of each mix,
-    a bar a model.
+    a bar for each model.
     """
-    rows: Sequence[Any] = values["rows"]
+    rows = values["rows"]
     models = [key for key in rows[0] if key not in ("mix", "base", "article")]
     fig, ax = axes(
-        "What GGUF's mixes weigh", "bits per weight, all tensors counted", "mix", figsize=(7.2, 5.4)
+        "Most mixes store more bits than the type that they are named after",
+        "bits per weight, all tensors counted",
+        "mix",
+        figsize=(7.2, 5.4),
     )
     for i, (colour, model) in enumerate(coloured((TECHNIQUE, MORE[2]), models)):
-        ink = ("white", "black")[i % 2]  # readable on the dark bar and on the light one
         places = [row + 0.38 * (i - (len(models) - 1) / 2) for row in range(len(rows))]
         ax.barh(places, [r[model] for r in rows], height=0.36, color=colour, label=model)
+        ink = ("white", "black")[i % 2]  # readable on the dark bar and on the light one
         for place, r in zip(places, rows, strict=True):
-            ax.annotate(
-                f"{r[model]:.3f}",
-                (0, place),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=7.5,
-                color=ink,
-            )
+            _write_inside(ax, f"{r[model]:.3f}", place, ink)
     for row, r in enumerate(rows):
-        # black, which is seen on both bars; an edge would hide how little some bars reach
-        # beyond
-        ax.plot(
-            [r["base"]] * 2,
-            [row - 0.42, row + 0.42],
-            color="black",
-            lw=1.4,
-            label="" if row else "its base type alone",
-        )
-    stated = [(row, r["article"]) for row, r in enumerate(rows) if r["article"]]
-    ax.plot(
-        [bits for _, bits in stated],
-        [row for row, _ in stated],
-        "D",
-        color=NEAREST,
-        ms=6,
-        label="the article's figure, where files differ",
-    )
+        # black is visible on both bars; an edge would hide how little some bars exceed it
+        label = "" if row else "its base type alone"
+        ax.plot([r["base"]] * 2, [row - 0.42, row + 0.42], color="black", lw=1.4, label=label)
+    stated = [(r["article"], row) for row, r in enumerate(rows) if r["article"]]
+    if stated:
+        x, y = zip(*stated, strict=True)
+        ax.plot(x, y, "D", color=NEAREST, ms=6, label="stated by Lu 2025, where files differ")
     ax.set_yticks(range(len(rows)), [r["mix"] for r in rows])
     ax.set_xlim(0, 1.1 * max(r[m] for r in rows for m in models))
     ax.invert_yaxis()
@@ -130,10 +113,23 @@ def draw(values: Values) -> Figure:
     return fig
 
 
+def _write_inside(ax: Axes, text: str, y: float, colour: str) -> None:
+    """Write at the left end of a bar."""
+    ax.annotate(
+        text,
+        (0, y),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=7.5,
+        color=colour,
+    )
+
+
 def main(folder: str = "figures/data") -> None:
     """Print the table, and write the data of the figure ``gguf_mixes``."""
     rows = table()
-    print("mix     base type  " + "  ".join(MODELS) + "  article")
+    print("mix     base type  " + "  ".join(MODELS) + "  Lu 2025")
     for row in rows:
         bits = "  ".join(f"{row[model]:>{len(model)}.4f}" for model in MODELS)
         print(f"{row['mix']:<7} {row['base']:>9.4f}  {bits}  {row['article'] or ''}")

@@ -31,6 +31,7 @@ import numpy as np
 
 import refllm
 from refllm.api import Model, load, locate
+from refllm.array_types import Json
 from refllm.checkpoints.writer import write_whole
 from refllm.corpus import held_out_documents
 from refllm.measure.bootstrap import Interval, blocks, bootstrap_intervals
@@ -40,7 +41,6 @@ from refllm.measure.comparison import (
     compare,
     precompute_reference,
 )
-from refllm.measure.records import Json
 from refllm.model.llama import Weights
 from refllm.quant.calibration_data import calibration_windows
 
@@ -147,7 +147,7 @@ def ends(interval: Interval) -> list[float]:
     return [interval.mean, interval.low, interval.high]
 
 
-def digest_of(*settings: Json) -> str:
+def digest_of(*settings: object) -> str:
     """A short digest of JSON values: the name of a result's file."""
     return hashlib.sha256(json.dumps(list(settings)).encode()).hexdigest()[:20]
 
@@ -157,7 +157,8 @@ def computed_once(file: Path, compute: Callable[[], Json]) -> Json:
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(compute()))
-    return json.loads(file.read_text("utf-8"))
+    found: Json = json.loads(file.read_text("utf-8"))
+    return found
 
 
 def code_digest() -> str:

@@ -1,35 +1,45 @@
-"""What each observer does to a heavy-tailed tensor: where it cuts, and what that does to
-the error of rounding.
+"""What each observer does to a heavy-tailed tensor: where it clips, and what that does to the
+error of rounding.
 
-    python -m refllm.experiments.observer_ranges          # writes
-    figures/data/observers.json; `refllm figures` draws it
+    python -m refllm.experiments.observer_ranges   # writes figures/data/observers.json;
+    `refllm figures` draws it
 
 The tensor is drawn from Student's t distribution with 3 degrees of freedom, whose tail
 falls as x⁻⁴ (activations of large networks are like that), in batches of which the first
-has a fifth of the others' size: a moving average hardly gets beyond it. Every observer sees
-the same batches in the same order.
+has a fifth of the others' size: a moving average hardly moves away from it. Every observer
+sees the same batches in the same order.
 
-| symbol | name                                                                |
-|--------|---------------------------------------------------------------------|
-| cut    | the largest magnitude that the observer's range keeps               |
-| beyond | share of the numbers that are clipped                               |
-| error  | ‖x̂ − x‖² / ‖x‖² of the whole tensor, rounded with the range's step |
+| symbol | name                                                                 |
+|--------|----------------------------------------------------------------------|
+| cut    | the largest magnitude that the observer's range keeps                |
+| beyond | share of the elements that are clipped                               |
+| error  | ‖x̂ − x‖² / ‖x‖² of the whole tensor, rounded with the range's scale |
 
-Left out: ranges by channel; what the error does to a network (``quality``).
+Left out: ranges per channel; what the error does to a network (``quantization_quality``).
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from refllm.array_types import Json
 from refllm.formats.uniform import Scheme, dequantize_codes, quantize_codes
-from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, coloured, new_figure, styled
+from refllm.measure.plotting import (
+    FULL,
+    MORE,
+    NEAREST,
+    TECHNIQUE,
+    annotate_right,
+    coloured,
+    new_figure,
+    styled,
+)
 from refllm.measure.records import Record, Values, write
 from refllm.quant.methods import relative_error
 from refllm.quant.observers import MSE, Entropy, MinMax, MovingAverage, Observer, Percentile
@@ -47,7 +57,7 @@ BINS = 60
 
 
 def observers(bits: int) -> dict[str, Callable[[], Observer]]:
-    """Every observer by the name that the figure gives it, for codes of so many bits."""
+    """Every observer, by the name that the figure gives it, for codes of ``bits`` bits."""
     scheme = Scheme(bits, "half_integer", "tensor")
     return {
         "min-max": MinMax,
@@ -62,20 +72,20 @@ def observers(bits: int) -> dict[str, Callable[[], Observer]]:
 
 
 def batches(seed: int = 0) -> list[np.ndarray]:
-    """``BATCHES`` batches of ``SIZE`` numbers, the first of them smaller in size."""
+    """``BATCHES`` batches of ``SIZE`` elements, the first of them smaller in magnitude."""
     rng = np.random.default_rng(seed)
     parts = [rng.standard_t(FREEDOM, SIZE).astype(np.float32) for _ in range(BATCHES)]
     return [np.float32(FIRST) * parts[0], *parts[1:]]
 
 
-def observed(parts: Sequence[np.ndarray], bits: int) -> list[dict[str, Any]]:
-    """A row for each observer: what it cuts, and what its range does to all of the tensor."""
+def observed(parts: Sequence[np.ndarray], bits: int) -> list[Json]:
+    """A row for each observer: where it clips, and the error of the whole tensor."""
     x = np.concatenate(parts)
     scheme = Scheme(bits, "half_integer", "tensor")
     rows = []
     for name, make in observers(bits).items():
         observer = make()
-        # the search has no mean to take: it sees the whole
+        # the MSE search does not average over batches: it sees the whole tensor at once
         for part in parts if name != "MSE" else [x]:
             observer.observe(part)
         scale, zero = observer.qparams(scheme)
@@ -93,7 +103,7 @@ def observed(parts: Sequence[np.ndarray], bits: int) -> list[dict[str, Any]]:
     return rows
 
 
-def values(seed: int = 0) -> dict[str, Any]:
+def values(seed: int = 0) -> Json:
     """What the record holds: the histogram of |x| on logarithmic bins, and the rows."""
     parts = batches(seed)
     size = np.abs(np.concatenate(parts))
@@ -107,94 +117,74 @@ def values(seed: int = 0) -> dict[str, Any]:
     }
 
 
-# --- the figure ----------------------------------------------------------------------
+# --- the figure ---------------------------------------------------------------------------
+
+COLOURS = (FULL, NEAREST, MORE[0], MORE[3], TECHNIQUE, MORE[1])
 
 
 @styled
 def draw(values: Values) -> Figure:
     """{"tensor", "edges", "density", "rows": [{"observer", "bits", "cut", "beyond",
-    "error"}]} → cuts, and errors.
+    "error"}]} → a column for each bit width.
 
-    A panel above for each width of codes: the tensor's density with every observer's cut;
-    below, what that costs.
+    Above, the tensor's density with the place where each observer clips; below, the error.
     """
-    rows: Sequence[Any] = values["rows"]
-    names = _distinct(rows, "observer")
-    colours = {
-        name: colour
-        for colour, name in coloured((FULL, NEAREST, MORE[0], MORE[3], TECHNIQUE, MORE[1]), names)
-    }
-    widths = _distinct(rows, "bits")
-    from matplotlib.lines import Line2D
-
+    rows = values["rows"]
+    names = list(dict.fromkeys(row["observer"] for row in rows))
+    colours = {name: colour for colour, name in coloured(COLOURS, names)}
+    widths = list(dict.fromkeys(row["bits"] for row in rows))
     fig = new_figure(6.2)
-    middle = [(a * b) ** 0.5 for a, b in pairwise(values["edges"])]
-    shown = [(x, d) for x, d in zip(middle, values["density"], strict=True) if d > 0]
-    for i, bits in enumerate(widths):
-        above = fig.add_subplot(2, len(widths), i + 1)
-        below = fig.add_subplot(2, len(widths), len(widths) + i + 1)
+    panels = fig.subplots(2, len(widths), squeeze=False)
+    for (above, below), bits in zip(panels.T, widths, strict=True):
         inside = [row for row in rows if row["bits"] == bits]
-        above.plot(*zip(*shown, strict=True), color="black", lw=1)
-        for row in inside:
-            above.axvline(row["cut"], color=colours[row["observer"]], lw=1.6)
-        above.set(
-            xscale="log",
-            yscale="log",
-            title=f"{bits} bits: where each cuts",
-            xlabel="|x|",
-            ylabel="density of |x|",
-        )
-        for y, row in enumerate(inside):
-            said = f"{row['error']:.2g}, clips {100 * row['beyond']:.2g} %"
-            _dot(below, row["error"], y, colours[row["observer"]], said)
-        below.set(
-            xscale="log", xlabel="error ‖x̂ − x‖² / ‖x‖²", title=f"{bits} bits: what that costs"
-        )
-        below.set_yticks(
-            range(len(inside)),
-            [row["observer"] for row in inside] if i == 0 else [""] * len(inside),
-        )
-        least, most = (f(row["error"] for row in inside) for f in (min, max))
-        # room for what the dots are labelled with
-        below.set_xlim(0.7 * least, most * (most / least) ** 1.1)
-        below.set_ylim(len(inside) - 0.5, -0.5)
-    handles = [
-        Line2D([], [], color=colour, marker="o", ms=6, lw=1.6) for colour in colours.values()
-    ]
-    fig.legend(
-        [Line2D([], [], color="black", lw=1), *handles],
-        ["density", *colours],
-        loc="outside upper left",
-        ncols=len(colours) + 1,
-        fontsize=8,
-        handlelength=1.3,
-        columnspacing=1.2,
-        title_fontsize=9.5,
-        title=f"{values['tensor']}; a line is a cut, a dot its error",
-        alignment="left",
-    )
+        _draw_cuts(above, inside, values, colours)
+        _draw_errors(below, inside, colours)
+        above.set_title(f"{bits} bits: where each observer clips")
+        best = min(inside, key=lambda row: row["error"])["observer"]
+        below.set_title(f"{bits} bits: {best} has the least error")
+    panels[0, 0].set_ylabel("density of |x| (log)")
+    panels[1, 0].set_yticks(range(len(names)), names)
     return fig
 
 
-def _dot(ax: Axes, x: float, y: float, colour: str, said: str) -> None:
-    """A value on a logarithmic axis: a dot, since a bar's length would depend on where the
-    axis begins.
+def _draw_cuts(ax: Axes, rows: Sequence[Json], values: Values, colours: Mapping[str, str]) -> None:
+    """The density, and a labelled line where each observer clips."""
+    middles = [(a * b) ** 0.5 for a, b in pairwise(values["edges"])]
+    shown = [(x, d) for x, d in zip(middles, values["density"], strict=True) if d > 0]
+    ax.plot(*zip(*shown, strict=True), color="black", lw=1)
+    ax.set(xscale="log", yscale="log", xlabel="|x| (log)")
+    # labels on the left of their lines, one below the other, where the density is flat
+    for place, row in enumerate(sorted(rows, key=lambda row: row["cut"], reverse=True)):
+        colour = colours[row["observer"]]
+        height = 0.64 - 0.1 * place
+        ax.axvline(row["cut"], color=colour, lw=1.6)
+        ax.annotate(
+            row["observer"],
+            (row["cut"], height),
+            (0.03, height),
+            ("data", "axes fraction"),
+            "axes fraction",
+            fontsize=8,
+            va="center",
+            color="black",
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 1.2, "shrinkA": 1, "shrinkB": 0},
+        )
+
+
+def _draw_errors(ax: Axes, rows: Sequence[Json], colours: Mapping[str, str]) -> None:
+    """A dot for each observer's error, since a bar's length would depend on where the
+    logarithmic axis begins.
     """
-    ax.plot(x, y, "o", color=colour, ms=7)
-    ax.annotate(
-        said,
-        (x, y),
-        xytext=(8, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize=8,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-    )
-
-
-def _distinct(rows: Sequence[Any], key: str) -> list[Any]:
-    """The values of a column, in the order in which they occur."""
-    return list(dict.fromkeys(row[key] for row in rows))
+    for y, row in enumerate(rows):
+        ax.plot(row["error"], y, "o", color=colours[row["observer"]], ms=7)
+        label = f"{row['error']:.2g}, clips {100 * row['beyond']:.2g} %"
+        annotate_right(ax, label, row["error"], y, 8)
+    ax.set(xscale="log", xlabel="error ‖x̂ − x‖² / ‖x‖² (log)")
+    ax.set_yticks(range(len(rows)), [""] * len(rows))
+    least = min(row["error"] for row in rows)
+    most = max(row["error"] for row in rows)
+    ax.set_xlim(0.7 * least, most * (most / least) ** 1.3)  # room for the labels
+    ax.set_ylim(len(rows) - 0.5, -0.5)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

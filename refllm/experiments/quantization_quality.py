@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from refllm.array_types import Json
 from refllm.checkpoints.tensor_files import tensor_shapes
 from refllm.experiments.held_out_bench import (
     EXCERPTS,
@@ -48,7 +49,7 @@ from refllm.experiments.held_out_bench import (
 from refllm.formats.uniform import Scheme
 from refllm.measure.device import one_thread, versions
 from refllm.measure.plotting import MORE, NEAREST, TECHNIQUE, axes, styled
-from refllm.measure.records import Json, Record, Values, write
+from refllm.measure.records import Record, Values, write
 from refllm.quant.recipe import METHODS, quantize_model
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def cell_key(bench: HeldOutBench, cell: Cell) -> str:
     return digest_of(bench.settings, asdict(cell))
 
 
-def measure(bench: HeldOutBench, cell: Cell) -> dict[str, Json]:
+def measure(bench: HeldOutBench, cell: Cell) -> Json:
     """Quantise and compare: {"row": a row of the table, "kl": the KL of each token}."""
     began = time.perf_counter()
     calibration = None if cell.seed is None else bench.calibration(cell.seed)
@@ -144,7 +145,7 @@ def measure(bench: HeldOutBench, cell: Cell) -> dict[str, Json]:
     return {"row": row, "kl": found.token_kl.tolist()}
 
 
-def table(bench: HeldOutBench, wanted: Sequence[Cell], cache: Path) -> Iterator[dict[str, Json]]:
+def table(bench: HeldOutBench, wanted: Sequence[Cell], cache: Path) -> Iterator[Json]:
     """The rows of ``wanted``, each computed or taken from ``cache``, with its difference
     from round to nearest.
     """
@@ -152,7 +153,7 @@ def table(bench: HeldOutBench, wanted: Sequence[Cell], cache: Path) -> Iterator[
     for cell in wanted:
         file = cache / f"{cell_key(bench, cell)}.json"
         found = computed_once(file, lambda cell=cell: measure(bench, cell))
-        row: dict[str, Json] = found["row"]
+        row: Json = found["row"]
         kl = np.asarray(found["kl"])
         place = (cell.bits, cell.group, cell.rule)
         if cell.method == "rtn":
@@ -162,7 +163,7 @@ def table(bench: HeldOutBench, wanted: Sequence[Cell], cache: Path) -> Iterator[
         yield row
 
 
-def values(bench: HeldOutBench, name: str, rows: Sequence[dict[str, Json]]) -> dict[str, Json]:
+def values(bench: HeldOutBench, name: str, rows: Sequence[Json]) -> Json:
     """What the record holds: the rows, and what they were measured on."""
     config = bench.model.config
     shapes = [shape for name, shape in tensor_shapes(config) if name.endswith("_proj.weight")]

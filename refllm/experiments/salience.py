@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from refllm.array_types import Json
 from refllm.backend import Array
 from refllm.experiments.held_out_bench import (
     EXCERPTS,
@@ -47,7 +48,7 @@ from refllm.experiments.outlier_injection import choose_channels, inject_outlier
 from refllm.formats.uniform import Scheme
 from refllm.measure.device import one_thread, versions
 from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, new_figure, styled
-from refllm.measure.records import Json, Record, Values, write
+from refllm.measure.records import Record, Values, write
 from refllm.model.llama import Weights
 from refllm.quant.layer_inputs import walk
 from refllm.quant.layer_io import ModelSource
@@ -149,7 +150,7 @@ class Experiment:
             layers.append(made)
         return weights | {"layers": layers}, total
 
-    def measure(self, choice: Choice) -> dict[str, Json]:
+    def measure(self, choice: Choice) -> Json:
         """A row of the table."""
         weights, total = self.protected(choice)
         found = self.bench.compare_weights(weights)
@@ -160,7 +161,7 @@ class Experiment:
             "bytes": total,
         }
 
-    def table(self, wanted: Sequence[Choice], cache: Path) -> Iterator[dict[str, Json]]:
+    def table(self, wanted: Sequence[Choice], cache: Path) -> Iterator[Json]:
         """The rows of ``wanted``, each computed or taken from ``cache``."""
         for choice in wanted:
             settings = [asdict(choice), asdict(self.scheme), FACTOR, CHANNELS, TOKENS]

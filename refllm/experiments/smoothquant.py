@@ -36,6 +36,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from refllm.api import Model
+from refllm.array_types import Json
 from refllm.experiments.held_out_bench import (
     EXCERPTS,
     LENGTH,
@@ -58,7 +59,7 @@ from refllm.measure.plotting import (
     new_figure,
     styled,
 )
-from refllm.measure.records import Json, Record, Values, write
+from refllm.measure.records import Record, Values, write
 from refllm.model.llama import Weights
 from refllm.quant.recipe import quantize_model
 from refllm.quant.smoothquant import LEVELS
@@ -150,7 +151,7 @@ class Experiment:
             )
         return self._made[outliers]
 
-    def measure(self, case: Case) -> dict[str, Json]:
+    def measure(self, case: Case) -> Json:
         """A row of the table."""
         model = self.bench.model
         quantised, _ = quantize_model(
@@ -169,7 +170,7 @@ class Experiment:
             "kl": ends(found.kl),
         }
 
-    def table(self, wanted: Sequence[Case], cache: Path) -> Iterator[dict[str, Json]]:
+    def table(self, wanted: Sequence[Case], cache: Path) -> Iterator[Json]:
         """The rows of ``wanted``, each computed or taken from ``cache``."""
         for case in wanted:
             key = digest_of(self.bench.settings, asdict(case), self.factor, self.share, self.seed)
@@ -189,7 +190,7 @@ def draw(values: Values) -> Figure:
     KL tells networks apart whose bits per byte differ by less than chance; the latter stand
     beside it, in per cent.
     """
-    fig = new_figure(6.4)
+    fig = new_figure(6.2)
     # apart, so that the long names below do not make the upper plot narrow
     upper, lower = fig.subfigures(2, 1)
     _draw_alpha(upper.subplots(), values)
@@ -270,7 +271,7 @@ def _loss(row: Json) -> str:
     return f"{percent:+.{digits}f} %".replace("-", "−")
 
 
-def _distinct(rows: Sequence[Json], key: str) -> list[Json]:
+def _distinct(rows: Sequence[Json], key: str) -> list[str]:
     """The values of a column, in the order in which they occur."""
     return list(dict.fromkeys(row[key] for row in rows))
 

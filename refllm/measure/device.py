@@ -26,7 +26,7 @@ import numpy as np
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import refllm
-from refllm.measure.records import Json
+from refllm.array_types import Json
 
 _MEASURE_SECONDS = 1.0
 
@@ -90,7 +90,7 @@ def measure_machine(
         gemm = _median_seconds(lambda: np.matmul(a, a, out=out), repeats)
         x, y = np.ones((2, megabytes * 1_000_000 // 8), np.float32)
         read = _median_seconds(lambda: np.dot(x, y), repeats)
-        blas: dict[str, Json] = next(
+        blas: Json = next(
             (p for p in threadpool_info() if p.get("user_api") == "blas"), {}
         )
     name = f"{processor()}, float32, {threads} thread{'s' if threads > 1 else ''}"

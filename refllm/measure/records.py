@@ -19,12 +19,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
 
-# A value as ``json.loads`` gives it: None, bool, int, float, str, or a list or dict of these.
-# The type checker has no way to know which one stands behind a key.
-Json: TypeAlias = Any
-Values = Mapping[str, Json]
+from refllm.array_types import JsonView
+
+Values = JsonView  # the values of a record: a figure reads them and does not change them
 
 KINDS = {"A": "counted", "B": "measured", "C": "projected"}
 
@@ -89,7 +87,7 @@ def read(path: str | Path) -> Record:
         ) from error
 
 
-def _require_finite(value: Json, place: str) -> None:
+def _require_finite(value: object, place: str) -> None:
     """ValueError, which names the place, for a NaN or infinity anywhere inside ``value``."""
     if isinstance(value, Mapping):
         for key, inner in value.items():

@@ -66,10 +66,10 @@ def test_a_row_is_what_its_cache_answers_token_by_token(experiment):
     assert row["kl"][0] == pytest.approx(np.mean(expected))
     # 80 scored, 10 a part
     np.testing.assert_allclose(np.mean(row["kl by position"]), row["kl"][0], rtol=1e-9)
-    assert row["kl by position"][:2] == pytest.approx([0, 0], abs=1e-12)  # 32 wait
+    assert row["kl by position"][:2] == pytest.approx([0, 0], abs=1e-12)  # in the residual window
 
 
-def test_planted_keys_change_nothing_for_steps_by_channel_and_much_for_steps_by_token(experiment):
+def test_key_outliers_change_nothing_for_scales_per_channel_and_much_for_scales_per_token(experiment):
     kl = {
         (network, choice): experiment.row(Case(network, choice, 2, 32))["kl"][0]
         for network in ("as it is", "planted")
@@ -79,11 +79,11 @@ def test_planted_keys_change_nothing_for_steps_by_channel_and_much_for_steps_by_
     assert kl["planted", "keys by token"] > 2 * kl["as it is", "keys by token"]
 
 
-def test_shares_of_memory_are_bytes_of_codes_steps_and_what_waits():
+def test_shares_of_memory_are_bytes_of_codes_scales_and_residual_window():
     shares = memory((64, 128, 4096))
-    assert shares["2 bits"][0] == 1.0  # everything waits
+    assert shares["2 bits"][0] == 1.0  # all within the residual window
     group = kv_quantization.GROUP  # 32, or what these tests make of it
-    # 128 keys are codes, 128 values wait
+    # 128 keys are codes, 128 values are in the window
     assert shares["2 bits"][1] == (1 + (2 + 32 / group) / 16) / 2
     assert shares["4 bits"][2] * kv_bytes(LLAMA_70B, 4096) == Kivi(4, 4, group).nbytes(
         LLAMA_70B, 4096

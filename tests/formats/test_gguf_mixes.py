@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from conftest import oracle
 from refllm.checkpoints.gguf_names import gguf_name
 from refllm.checkpoints.tensor_files import tensor_shapes
-from refllm.experiments.gguf_mixes import ARTICLE, LLAMA_2_7B, LLAMA_31_8B, table
+from refllm.experiments.gguf_mixes import LU_2025, LLAMA_2_7B, LLAMA_31_8B, table
 from refllm.formats.gguf.mixes import MIXES, Heads, bits_per_weight, mix, more_bits
 from refllm.formats.gguf.reader import GGUFFile
 from refllm.formats.gguf.types import gguf_type
@@ -230,6 +230,6 @@ def test_the_study_counts_what_a_file_has():
         for n, s in shapes.items()
     )
     assert rows["Q2_K"]["Llama-2-7B"] == pytest.approx(8 * counted / LLAMA_2_7B.num_parameters)
-    for name, stated in ARTICLE.items():  # the article's two that today's files do not have
+    for name, stated in LU_2025.items():  # the article's two that today's files do not have
         for model in ("Llama-2-7B", "Llama-3.1-8B"):
             assert abs(rows[name][model] - stated) > 0.04
