@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from refllm.backend import Array
+from refllm.backend import Array, Namespace, to_numpy
 from refllm.checkpoints.gguf_names import (
     ROPE_FACTORS,
     config_from_metadata,
@@ -67,7 +67,7 @@ def open_file(path: str | Path) -> GGUFFile:
     return file
 
 
-def load(path: str | Path, xp: Any, dtype: str) -> tuple[ModelConfig, Weights, Tokenizer]:
+def load(path: str | Path, xp: Namespace, dtype: str) -> tuple[ModelConfig, Weights, Tokenizer]:
     """Config, weight tree and tokenizer of a file, on the library ``xp``.
 
     Raises
@@ -98,7 +98,7 @@ class GGUFTensors(Mapping[str, Any]):
 
     quantization = "gguf"  # ``llama.build`` reserves no memory for floating-point weights then
 
-    def __init__(self, file: GGUFFile, xp: Any, dtype: str | None):
+    def __init__(self, file: GGUFFile, xp: Namespace | None, dtype: str | None):
         self.file = file
         self.xp = xp
         self.dtype = dtype or "float32"
@@ -162,7 +162,7 @@ class GGUFTensors(Mapping[str, Any]):
         """CheckpointError if a scale is infinite or NaN: its block has no usable values."""
         rows = max(1, (1 << 22) // max(1, raw.shape[1]))  # dequantised at a time
         for start in range(0, raw.shape[0], rows):
-            if not np.isfinite(dequantize(raw[start : start + rows], type)).all():
+            if not np.isfinite(to_numpy(dequantize(raw[start : start + rows], type))).all():
                 raise CheckpointError(
                     f"{self.where}: {name} holds scales that are NaN or infinite, from row {start} "
                     "on: the file is damaged, or its weights overflowed"
@@ -173,8 +173,7 @@ class GGUFTensors(Mapping[str, Any]):
         record = self.file.tensors[own]
         raw = self.file[own]
         rows = np.ascontiguousarray(raw.reshape(-1, raw.shape[-1]))  # [rows, bytes]
-        floats: np.ndarray = dequantize(rows, record.type.name)
-        return floats.reshape(record.shape)
+        return to_numpy(dequantize(rows, record.type.name)).reshape(record.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)

@@ -218,7 +218,7 @@ def _rebuilt(metadata: Mapping[str, Any], where: str) -> Tokenizer:
 
 def _byte_level(vocab: dict[str, int], merges: Sequence[str], pattern: str | None) -> _Tokenizer:
     """Byte-level BPE; ``pattern`` splits text into words, None: as GPT-2 does."""
-    pairs = [tuple(pair.split(" ", 1)) for pair in merges]
+    pairs: Any = [tuple(pair.split(" ", 1)) for pair in merges]  # the library checks them
     inner = _Tokenizer(models.BPE(vocab=vocab, merges=pairs))
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
     if pattern is None:
@@ -255,8 +255,12 @@ def _sentencepiece(
             byte_fallback=True,
         )
     )
-    normalize = [normalizers.Replace(" ", "▁")]
-    decode = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    normalize: list[normalizers.Normalizer] = [normalizers.Replace(" ", "▁")]
+    decode: list[decoders.Decoder] = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+    ]
     if metadata.get("tokenizer.ggml.add_space_prefix", True):
         normalize.insert(0, normalizers.Prepend("▁"))
         decode.append(decoders.Strip(" ", 1, 0))

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from refllm.backend import Array, get
+from refllm.backend import NUMPY, Array, Namespace, get
 from refllm.checkpoints.tensor_files import (
     EMBEDDING,
     FLOATS,
@@ -51,6 +51,7 @@ from refllm.formats.layouts import FLOAT, FLOAT8, Spec, WeightLayout, from_tenso
 from refllm.formats.quantization_config import Quantization, UnsupportedQuantization, parse
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights, build
+from refllm.model.weights import Linear
 
 BUNDLED = Path(__file__).parent.parent / "models"  # the models that come with the package
 # Tensors that some writers store although they have no effect where they are zero: zero
@@ -83,7 +84,7 @@ def load(path: str | Path, *, backend: str | None = None, dtype: str = "float32"
     """
     xp = get(backend)
     types = ["float32", "float64"]
-    if xp is not np:
+    if xp is not NUMPY:
         types = ["float16", *types]
     if dtype not in types:
         raise ValueError(
@@ -280,7 +281,7 @@ class NetworkTensors(Mapping[str, Any]):
         files: TensorFiles,
         config: ModelConfig,
         quantization: Quantization | None,
-        xp: Any,
+        xp: Namespace | None,
         dtype: str | None,
     ):
         self.files = files
@@ -332,7 +333,7 @@ class NetworkTensors(Mapping[str, Any]):
         """A host array on the library's device."""
         return host if self.xp is None else self.xp.asarray(host)
 
-    def _linear(self, name: str, layout: WeightLayout, shape: tuple[int, int]) -> Any:
+    def _linear(self, name: str, layout: WeightLayout, shape: tuple[int, int]) -> Linear:
         """A quantised weight, from its several tensors."""
         module = name.removesuffix("weight")
         tensors = {}
@@ -371,7 +372,7 @@ class NetworkTensors(Mapping[str, Any]):
 
 @contextmanager
 def open_tensors(
-    directory: Path, config: ModelConfig, xp: Any = None, dtype: str | None = None
+    directory: Path, config: ModelConfig, xp: Namespace | None = None, dtype: str | None = None
 ) -> Iterator[NetworkTensors]:
     """The checked tensors of a directory while its files are open, see ``NetworkTensors``."""
     with TensorFiles(directory) as files:
@@ -411,6 +412,7 @@ def build_weights(config: ModelConfig, tensors: Mapping[str, Array]) -> Weights:
 
 
 def _floats(tensor: Any) -> np.ndarray:
-    """An array as it is; a ``Linear`` dequantised."""
-    floats: np.ndarray = tensor.dequantize() if hasattr(tensor, "dequantize") else tensor
-    return floats
+    """A host array as it is; a ``Linear`` dequantised."""
+    if hasattr(tensor, "dequantize"):
+        tensor = tensor.dequantize()
+    return np.asarray(tensor)

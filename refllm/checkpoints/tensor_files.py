@@ -30,8 +30,7 @@ import ml_dtypes  # also teaches safetensors' NumPy reader the bfloat16 type
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from refllm.array_types import Array
-from refllm.backend import to_numpy
+from refllm.backend import Array, to_numpy
 from refllm.model.config import ModelConfig
 
 if TYPE_CHECKING:

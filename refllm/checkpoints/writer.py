@@ -33,8 +33,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from refllm.array_types import Array
-from refllm.backend import to_numpy
+from refllm.backend import Array, to_numpy
 from refllm.checkpoints.tensor_files import (
     FLOATS,
     INDEX,

@@ -24,9 +24,9 @@ Left out: padding (batches are ragged), dropout, soft-capping, attention sinks.
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Protocol
 
-from refllm.backend import Array, namespace
+from refllm.backend import Array, DType, Namespace, namespace
 
 # a masked score: finite, so that NaN cannot arise from −∞ − (−∞); see ``masked_score``
 NEGATIVE = -1e30
@@ -191,7 +191,7 @@ def merge(o_a: Array, lse_a: Array, o_b: Array, lse_b: Array) -> tuple[Array, Ar
 
 
 def causal_bias(
-    xp: Any, count: int, keys: int, offset: int, window: int | None, dtype: Any
+    xp: Namespace, count: int, keys: int, offset: int, window: int | None, dtype: DType
 ) -> Array | None:
     """[T, S] of 0 (seen) and −10³⁰ (hidden): query t sees key j iff offset+t−window < j ≤
     offset+t.
@@ -211,7 +211,7 @@ def causal_bias(
     return xp.where(hidden, lowest, xp.asarray(0.0, dtype=dtype))
 
 
-def masked_score(xp: Any, dtype: Any) -> float:
+def masked_score(xp: Namespace, dtype: DType) -> float:
     """The score of a hidden key: far below every real score, and finite in ``dtype``
     (float16 ends at −65,504).
     """

@@ -23,7 +23,8 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+
+from refllm.array_types import Json, JsonView
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -34,7 +35,7 @@ ARCHITECTURES = {
 # What transformers assumes where an entry is missing. A null in the file is not missing: it
 # overrides these.
 _QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32_768}
-_DEFAULTS: dict[str, dict[str, Any]] = {
+_DEFAULTS: dict[str, Json] = {
     "llama": {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 2048},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "bos_token_id": 1,
                 "eos_token_id": 2, "max_position_embeddings": 131_072},
@@ -146,7 +147,7 @@ class ModelConfig:
                 )
 
     @classmethod
-    def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
+    def from_hf(cls, raw: JsonView) -> ModelConfig:
         """Read a Hugging Face ``config.json`` (both the flat and the ``rope_parameters``
         spelling).
 
@@ -184,12 +185,12 @@ class ModelConfig:
             eos_token_ids=_end_tokens(raw.get("eos_token_id")),
         )
 
-    def to_hf(self) -> dict[str, Any]:
+    def to_hf(self) -> Json:
         """The ``config.json`` that ``transformers`` reads; ``from_hf`` of it equals this
         record.
         """
         architecture = next(a for a, f in ARCHITECTURES.items() if f == self.family)
-        raw: dict[str, Any] = {
+        raw: Json = {
             "architectures": [architecture],
             "model_type": self.family,
             "hidden_act": "silu",
@@ -247,7 +248,7 @@ class ModelConfig:
         )
 
 
-def _family(raw: Mapping[str, Any]) -> str:
+def _family(raw: JsonView) -> str:
     """The family of the architecture that the file names first."""
     names = raw.get("architectures") or []
     supported = ", ".join(ARCHITECTURES)
@@ -260,7 +261,7 @@ def _family(raw: Mapping[str, Any]) -> str:
     return ARCHITECTURES[names[0]]
 
 
-def _check_supported(family: str, raw: Mapping[str, Any]) -> None:
+def _check_supported(family: str, raw: JsonView) -> None:
     """UnsupportedModel for biases, activations and windows that refllm does not compute."""
     if raw.get("mlp_bias") or (raw.get("attention_bias") and family != "qwen2"):
         raise UnsupportedModel(
@@ -283,7 +284,7 @@ def _check_supported(family: str, raw: Mapping[str, Any]) -> None:
         )
 
 
-def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+def _rope(raw: JsonView) -> tuple[float, RopeScaling | None]:
     """Return (theta, scaling) from ``rope_parameters`` (transformers ≥ 5) or the older flat
     keys.
     """
@@ -316,7 +317,7 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     )
 
 
-def _number(raw: Mapping[str, Any], key: str, default: float | None = None) -> float:
+def _number(raw: JsonView, key: str, default: float | None = None) -> float:
     """The number under ``key``; ``default`` if the key is missing or null."""
     value = raw.get(key)
     if value is None:
@@ -331,7 +332,7 @@ def _number(raw: Mapping[str, Any], key: str, default: float | None = None) -> f
         raise UnsupportedModel(f"config: {key} is too large a number") from error
 
 
-def _flag(raw: Mapping[str, Any], key: str) -> bool:
+def _flag(raw: JsonView, key: str) -> bool:
     """The boolean under ``key``, false if it is missing or null; the string "false" is
     rejected.
     """
@@ -341,7 +342,7 @@ def _flag(raw: Mapping[str, Any], key: str) -> bool:
     return bool(value)
 
 
-def _integer(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def _integer(raw: JsonView, key: str, default: int | None = None) -> int:
     """The integer under ``key``; ``default`` if the key is missing or null."""
     value = _number(raw, key, default)
     if not value.is_integer():  # nor are inf and nan

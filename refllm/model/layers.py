@@ -16,9 +16,8 @@ Left out: ALiBi, learned positions, partial rotary, dropout.
 from __future__ import annotations
 
 import math
-from typing import Any
 
-from refllm.backend import Array, namespace
+from refllm.backend import Array, DType, namespace
 from refllm.model.config import RopeScaling
 
 
@@ -71,7 +70,7 @@ def _llama3(frequency: float, s: RopeScaling) -> float:
     return (1 - smooth) * frequency / s.factor + smooth * frequency
 
 
-def rope_table(frequencies: Array, positions: Array, dtype: Any) -> tuple[Array, Array]:
+def rope_table(frequencies: Array, positions: Array, dtype: DType) -> tuple[Array, Array]:
     """cos and signed sin of position · θ_i: frequencies[D/2] float64, positions[T] →
     [T, 1, 1, D/2], [T, 1, 2, D/2].
 

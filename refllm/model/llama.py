@@ -102,7 +102,8 @@ def decoder_layer(
     h = rms_norm(x, layer["post_attention_layernorm"], config.rms_norm_eps)
     gate_up = fused_matmul(h, layer["gate_proj"], layer["up_proj"])  # [T, 2·F]
     f = config.intermediate_size
-    return x + layer["down_proj"].matmul(swiglu(gate_up[:, :f], gate_up[:, f:]))  # [T, N]
+    mlp: Array = layer["down_proj"].matmul(swiglu(gate_up[:, :f], gate_up[:, f:]))  # [T, N]
+    return x + mlp
 
 
 def mixed_heads(

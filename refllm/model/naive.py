@@ -46,7 +46,9 @@ def empty_cache(config: ModelConfig) -> Cache:
 def next_logits(config: ModelConfig, tensors: Tensors, token: int, cache: Cache) -> Vector:
     """Read one token, append its keys and values to ``cache``, return the logits [V]."""
     name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    return tensors[name].astype(np.float64) @ next_hidden(config, tensors, token, cache)
+    head: np.ndarray = tensors[name].astype(np.float64)  # [V, N]
+    logits: Vector = head @ next_hidden(config, tensors, token, cache)
+    return logits
 
 
 def next_hidden(config: ModelConfig, tensors: Tensors, token: int, cache: Cache) -> Vector:
@@ -69,7 +71,8 @@ def next_hidden(config: ModelConfig, tensors: Tensors, token: int, cache: Cache)
 
 def rms_norm(x: Vector, gain: Vector, config: ModelConfig) -> Vector:
     """x / sqrt(mean(x²) + ε) · g."""
-    return x / math.sqrt(sum(x**2) / len(x) + config.rms_norm_eps) * gain
+    y: Vector = x / math.sqrt(sum(x**2) / len(x) + config.rms_norm_eps) * gain
+    return y
 
 
 def mlp(layer: Tensors, h: Vector) -> Vector:
@@ -77,7 +80,8 @@ def mlp(layer: Tensors, h: Vector) -> Vector:
     gate = layer["mlp.gate_proj.weight"] @ h  # [F]
     up = layer["mlp.up_proj.weight"] @ h  # [F]
     silu = np.array([g / (1 + math.exp(-g)) for g in gate])
-    return layer["mlp.down_proj.weight"] @ (silu * up)  # [N]
+    out: Vector = layer["mlp.down_proj.weight"] @ (silu * up)  # [N]
+    return out
 
 
 def attention(
@@ -131,7 +135,7 @@ def rotate(head: Vector, position: int, config: ModelConfig) -> Vector:
 
 def frequency(config: ModelConfig, i: int) -> float:
     """θ_i in radians per position; Llama 3's scaling by the wavelength, as its authors did."""
-    theta = config.rope_theta ** (-2 * i / config.head_dim)
+    theta: float = config.rope_theta ** (-2 * i / config.head_dim)
     scaling = config.rope_scaling
     if scaling is None:
         return theta

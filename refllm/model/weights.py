@@ -20,12 +20,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from math import prod
-from typing import Any, Protocol
+from typing import Protocol, TypeAlias, TypeGuard, cast
 
 import numpy as np
 from threadpoolctl import threadpool_info
 
-from refllm.backend import Array, namespace
+from refllm.backend import NUMPY, Array, DType, namespace
 
 
 class Linear(Protocol):
@@ -53,6 +53,9 @@ class Linear(Protocol):
     def dequantize(self) -> Array:
         """W[M, N] in floating point, a new array."""
         ...
+
+
+Weight: TypeAlias = Array | Linear
 
 
 class Dense:
@@ -93,7 +96,7 @@ class Dense:
         return self._shape
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> DType:
         """The floating-point type of the weight."""
         return self._data.dtype
 
@@ -140,7 +143,7 @@ class Dense:
         than 128 rows; T = ``padded_rows(T)`` is fastest.
         """
         if self._blocks is None:
-            return partial(np.matmul, x, self._data.T, out=out)
+            return partial(NUMPY.matmul, x, self._data.T, out=out)
         return self._blocks.bind(x, out)
 
     def padded_rows(self, rows: int) -> int:
@@ -150,12 +153,12 @@ class Dense:
         return self._blocks.padded_rows(rows)
 
 
-def as_linear(weight: Any, arena: WeightArena | None = None) -> Any:
+def as_linear(weight: Weight, arena: WeightArena | None = None) -> Linear:
     """A ``Dense`` of an array; a ``Linear``, such as a quantised weight of a file, is
     returned as it is.
     """
     if hasattr(weight, "dequantize"):
-        return weight
+        return cast(Linear, weight)
     return Dense(weight, arena)
 
 
@@ -235,16 +238,18 @@ class Blocks:
             return self._matmul_packed(x)
         more = self.padded_rows(rows) - rows
         if more:
-            x = np.concatenate((x, x[-more:]))  # any row will do: the result is cut off
-        out = np.empty((rows + more, self.shape[0]), dtype=np.result_type(x, self.data))
+            x = NUMPY.concat((x, x[-more:]))  # any row will do: the result is cut off
+        out: Array = NUMPY.empty(
+            (rows + more, self.shape[0]), dtype=NUMPY.result_type(x, self.data)
+        )
         for left, right, result in self._split(x, out):
-            np.matmul(left, right, out=result)
+            NUMPY.matmul(left, right, out=result)
         return out[:rows] if more else out
 
     def bind(self, x: Array, out: Array) -> Callable[[], object]:
         """``Dense.bind``: a call writes the product of what x holds then to ``out``."""
         products = [
-            partial(np.matmul, left, right, out=result)
+            partial(NUMPY.matmul, left, right, out=result)
             for left, right, result in self._split(x, out)
         ]
         if len(products) == 1:
@@ -290,7 +295,7 @@ class Blocks:
         """``matmul`` of many rows: some blocks at a time are laid side by side, as a matrix
         [N, columns].
         """
-        out = np.empty((x.shape[0], self.shape[0]), dtype=np.result_type(x, self.data))
+        out: Array = NUMPY.empty((x.shape[0], self.shape[0]), dtype=NUMPY.result_type(x, self.data))
         n = self.shape[1]
         start = 0
         count = max(1, PACKED_SIZE // (BLOCK * n))
@@ -298,7 +303,7 @@ class Blocks:
             blocks = self.data[first : first + count]
             matrix = blocks.transpose(1, 0, 2).reshape(n, -1)  # [N, columns], a copy
             stop = start + matrix.shape[1]
-            np.matmul(x, matrix, out=out[:, start:stop])
+            NUMPY.matmul(x, matrix, out=out[:, start:stop])
             start = stop
         return out
 
@@ -328,14 +333,14 @@ class WeightArena:
         on a GPU, need none here.
         """
         size = 0
-        if namespace(like) is np:
+        if namespace(like) is NUMPY:
             size = sum(prod(shape) for shape in shapes if is_blocked_shape(shape))
         spare = np.empty(size + _CACHE_LINE, dtype=like.dtype)
         first = -spare.__array_interface__["data"][0] % _CACHE_LINE // spare.itemsize
         self.buffer = spare[first : first + size]  # starts at a cache line
         self.used = 0
 
-    def accepts(self, weight: Any) -> bool:
+    def accepts(self, weight: object) -> TypeGuard[np.ndarray]:
         """Whether a weight is a host array of the dtype that is laid out here."""
         return isinstance(weight, np.ndarray) and weight.dtype == self.buffer.dtype
 
@@ -350,7 +355,7 @@ def to_blocks(weight: Array, arena: WeightArena | None = None) -> Blocks | None:
     shape or library stays a matrix.
     """
     m, n = weight.shape
-    if namespace(weight) is not np or not is_blocked_shape((m, n)):
+    if namespace(weight) is not NUMPY or not is_blocked_shape((m, n)):
         return None
     if arena is not None and arena.accepts(weight):
         memory = arena.allocate(m * n)
@@ -381,7 +386,7 @@ def has_small_kernels() -> bool:
     )
 
 
-def fuse(weights: Iterable[Any], arena: WeightArena | None = None) -> list[Any]:
+def fuse(weights: Iterable[Weight], arena: WeightArena | None = None) -> list[Linear]:
     """Lay weights that multiply the same input (q, k and v, or gate and up) out as one.
 
     Arrays [M_i, N] → a ``Dense`` each, which can still be used alone; ``fused_matmul`` then
@@ -390,23 +395,20 @@ def fuse(weights: Iterable[Any], arena: WeightArena | None = None) -> list[Any]:
     is), has M that is no multiple of 64, or has another dtype than the arena.
     """
     given = list(weights)
-    shapes = [(int(w.shape[0]), int(w.shape[1])) for w in given]
-    if (
-        arena is None
-        or len(given) == 1
-        or not all(arena.accepts(weight) for weight in given)
-        or not all(is_blocked_shape(shape) for shape in shapes)
-    ):
+    arrays = []
+    if arena is not None:
+        arrays = [w for w in given if arena.accepts(w) and is_blocked_shape(w.shape)]
+    if arena is None or len(given) == 1 or len(arrays) < len(given):
         return [as_linear(weight, arena) for weight in given]
-    m = sum(shape[0] for shape in shapes)
-    n = shapes[0][1]
+    m = sum(len(weight) for weight in arrays)  # ΣM
+    n = arrays[0].shape[1]
     width = block_width(m)
     data = arena.allocate(m * n).reshape(-1, n, width)  # [ΣM/w, N, w]
     fused = Dense.from_blocks(Blocks(data))
     first = 0
-    parts = []
-    for weight, (rows, _) in zip(given, shapes, strict=True):
-        last = first + rows
+    parts: list[Linear] = []
+    for weight in arrays:
+        last = first + len(weight)
         if width == m:  # one block of all columns: a part is a range of them
             place = data[:, :, first:last]
         else:
@@ -437,14 +439,17 @@ def bind_fused(x: Array, out: Array, weights: Sequence[Dense]) -> Callable[[], o
     return lambda: [call() for call in calls]
 
 
-def _fused(weights: Sequence[Any]) -> Dense | None:
+def _fused(weights: Sequence[Linear]) -> Dense | None:
     """The fused weight that has exactly these parts, in this order; None if there is none."""
-    fused: Dense | None = getattr(weights[0], "fused", None)
+    first = weights[0]
+    fused = first.fused if isinstance(first, Dense) else None
     if fused is None:
         return None
     stop = 0
     for weight in weights:
-        if getattr(weight, "fused", None) is not fused or weight.fused_start != stop:
+        if not isinstance(weight, Dense) or weight.fused is not fused:
+            return None
+        if weight.fused_start != stop:
             return None
         stop += weight.shape[0]
     return fused if stop == fused.shape[0] else None

@@ -26,9 +26,9 @@ windows, which are all rejected; dropout, recomputation.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-from refllm.backend import Array, asarray_like, namespace, scatter_add
+from refllm.backend import Array, DType, Namespace, asarray_like, namespace, scatter_add
 from refllm.model.config import ModelConfig, UnsupportedModel
 from refllm.model.layers import apply_rope, rope_frequencies, rope_table, sigmoid
 from refllm.train.loss import TargetRows, cross_entropy, cross_entropy_and_gradients
@@ -75,6 +75,33 @@ class _Batch(NamedTuple):
     sin: Array  # [B·S, 1, 2, D/2]
     mask: Array  # [C, C]: the tile on the diagonal
     product: Product
+
+
+_NormSaved = tuple[Array, Array, Array]  # x̂[T, N], 1 / rms [T, 1], gain[N]
+
+
+class _AttentionSaved(NamedTuple):
+    """What the backward pass of the attention needs."""
+
+    batch: _Batch
+    k: Array  # [B, G, S, D], rotated
+    v: Array  # [B, G, S, D]
+    out: Array  # [B, G, R·S, D]
+    tiles: list[tuple[range, Array, Array]]  # positions, queries [B, G, R·C, D], P
+
+
+class _LayerSaved(NamedTuple):
+    """What the backward pass of a layer needs, all [B·S, …]."""
+
+    norm1: _NormSaved
+    attention_in: Array
+    attention: _AttentionSaved
+    attended: Array
+    norm2: _NormSaved
+    mlp_in: Array
+    up: Array
+    sig: Array  # σ(gate)
+    act: Array  # silu(gate)
 
 
 def loss_and_gradients(
@@ -144,7 +171,7 @@ def _forward(
     *,
     keep: bool = True,
     product: Product = PLAIN,
-) -> tuple[Array, Any, list[Any]]:
+) -> tuple[Array, _NormSaved, list[_LayerSaved]]:
     """tokens[B, S] → last norm's output [B·S, N], what its backward needs, and (``keep``)
     what each layer's needs.
     """
@@ -160,13 +187,13 @@ def _forward(
         )
     embedding = params["model.embed_tokens.weight"]
     frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    frequencies = asarray_like(frequencies, inputs, "float64")  # [D/2]
-    table = rope_table(frequencies, xp.arange(length), embedding.dtype)
+    on_device = asarray_like(frequencies, inputs, "float64")  # [D/2]
+    table = rope_table(on_device, xp.arange(length), embedding.dtype)
     cos, sin = (xp.tile(t, (size, 1, 1, 1)) for t in table)  # of all B·S tokens
     mask = _causal_mask(xp, min(length, _TILE), embedding.dtype)
     batch = _Batch(size, length, cos, sin, mask, product)
     x = embedding[inputs.reshape(-1)]  # [B·S, N]
-    kept: list[Any] = []
+    kept: list[_LayerSaved] = []
     for i in range(config.num_hidden_layers):
         x, saved = _layer(params, f"model.layers.{i}.", config, x, batch)
         if keep:  # otherwise the next layer reuses this one's memory, which is in the cache
@@ -176,13 +203,13 @@ def _forward(
     return hidden, norm_saved, kept
 
 
-def _causal_mask(xp: Any, length: int, dtype: Any) -> Array:
+def _causal_mask(xp: Namespace, length: int, dtype: DType) -> Array:
     """[S, S]: 0 where key ≤ query, a large negative value above the diagonal."""
     upper = xp.arange(length)[None, :] > xp.arange(length)[:, None]
     return xp.where(upper, xp.asarray(-1e30, dtype=dtype), xp.asarray(0, dtype=dtype))
 
 
-def _norm(x: Array, gain: Array, eps: float) -> tuple[Array, tuple[Array, ...]]:
+def _norm(x: Array, gain: Array, eps: float) -> tuple[Array, _NormSaved]:
     """RMSNorm of x[T, N], keeping x̂ = x / rms and 1 / rms."""
     xp = namespace(x)
     square = xp.einsum("tn,tn->t", x, x)[:, None]  # [T, 1]
@@ -191,7 +218,7 @@ def _norm(x: Array, gain: Array, eps: float) -> tuple[Array, tuple[Array, ...]]:
     return unit * gain, (unit, inverse, gain)
 
 
-def _norm_backward(dy: Array, saved: tuple[Array, ...]) -> tuple[Array, Array]:
+def _norm_backward(dy: Array, saved: _NormSaved) -> tuple[Array, Array]:
     """dx = (dŷ − x̂ · mean(dŷ·x̂)) / rms with dŷ = dy·g;  dg = Σ dy·x̂."""
     xp = namespace(dy)
     unit, inverse, gain = saved
@@ -204,7 +231,7 @@ def _norm_backward(dy: Array, saved: tuple[Array, ...]) -> tuple[Array, Array]:
 
 def _layer(
     params: Tensors, prefix: str, config: ModelConfig, x: Array, batch: _Batch
-) -> tuple[Array, Any]:
+) -> tuple[Array, _LayerSaved]:
     """One decoder layer of x[B·S, N]: x + Attention(norm(x)), then x + MLP(norm(x))."""
     attention_in, norm1 = _norm(x, params[prefix + "input_layernorm.weight"], config.rms_norm_eps)
     attended, attention = _attention(params, prefix + "self_attn.", config, attention_in, batch)
@@ -218,17 +245,18 @@ def _layer(
     act = gate * sig
     # act · up is not kept: the backward pass recomputes it from its factors
     x = forward(act * up, params[prefix + "mlp.down_proj.weight"]) + x  # [B·S, N]
-    return x, (norm1, attention_in, attention, attended, norm2, mlp_in, up, sig, act)
+    saved = _LayerSaved(norm1, attention_in, attention, attended, norm2, mlp_in, up, sig, act)
+    return x, saved
 
 
 def _layer_backward(
-    params: Tensors, prefix: str, config: ModelConfig, dx: Array, saved: Any, grads: Tensors
+    params: Tensors, prefix: str, config: ModelConfig, dx: Array, saved: _LayerSaved, grads: Tensors
 ) -> Array:
     """The derivative for the layer's output [B·S, N] → for its input; those for the weights
     go into ``grads``.
     """
     norm1, attention_in, attention, attended, norm2, mlp_in, up, sig, act = saved
-    backward = attention[0].product.backward
+    backward = attention.batch.product.backward
 
     def linear(name: str, inputs: Array, d_out: Array) -> Array:
         """The derivative for a projection's input; that for its weight goes into ``grads``."""
@@ -296,7 +324,7 @@ def _set_rows(x: Array, tile: range, length: int, values: Array) -> None:
 
 def _attention(
     params: Tensors, prefix: str, config: ModelConfig, x: Array, batch: _Batch
-) -> tuple[Array, Any]:
+) -> tuple[Array, _AttentionSaved]:
     """Causal grouped-query attention of complete sequences; x[B·S, N] → [B·S, H·D]."""
     xp = namespace(x)
     size, length, cos, sin, mask, product = batch
@@ -326,15 +354,16 @@ def _attention(
         _set_rows(out, tile, length, p @ v[:, :, : tile.stop])
         tiles.append((tile, rows, p))
     attended = _tokens_first(out, size, length, groups).reshape(size * length, -1)  # [B·S, H·D]
-    return attended, (batch, k, v, out, tiles)
+    return attended, _AttentionSaved(batch, k, v, out, tiles)
 
 
 def _attention_backward(
-    config: ModelConfig, d_attended: Array, saved: Any
+    config: ModelConfig, d_attended: Array, saved: _AttentionSaved
 ) -> tuple[Array, Array, Array]:
     """dV = Pᵀ dO;  dS = P ∘ (dO Vᵀ − rowsum(dO ∘ O));  dQ = dS K;  dK = dSᵀ Q."""
     xp = namespace(d_attended)
-    (size, length, cos, sin, _, _), k, v, out, tiles = saved
+    batch, k, v, out, tiles = saved
+    size, length, cos, sin, _, _ = batch
     groups = config.num_key_value_heads
     dim = config.head_dim
     d_out = d_attended.reshape(size * length, -1, dim)  # [B·S, H, D]

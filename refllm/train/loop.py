@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from refllm.backend import Array, asarray_like, namespace
+from refllm.backend import NUMPY, Array, asarray_like, namespace
 from refllm.checkpoints.tensor_files import tensor_shapes
 from refllm.model.config import ModelConfig
 from refllm.train.backward import PLAIN, Product, loss_and_gradients, mean_loss
@@ -128,7 +128,7 @@ def train(
     began = time.perf_counter()
     if state.curve:  # time continues where the interrupted run stopped
         began -= state.curve[-1]["seconds"]
-    on_host = namespace(*state.params.values()) is np
+    on_host = namespace(*state.params.values()) is NUMPY
     workers = plan.workers if on_host else 1
     lengths = [len(stream) for stream in streams]
     threads = 1 if workers > 1 else None  # of BLAS, for each worker

@@ -393,7 +393,7 @@ def test_ragged_batch_is_its_sequences_one_by_one(pure_xp, lengths, window, seed
 
 
 @pytest.mark.parametrize("lengths", [[2], [4, 2]])
-def test_lengths_that_do_not_fit_the_batch_are_refused(lengths):
+def test_lengths_that_do_not_fit_the_batch_are_rejected(lengths):
     x = np.ones((5, 2, 4))
     with pytest.raises(ValueError, match="lengths"):
         CausalAttend(lengths)(0, x, x, x)

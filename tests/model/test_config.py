@@ -1,4 +1,4 @@
-"""``ModelConfig``: round trips, each refusal, and the same reading as transformers'
+"""``ModelConfig``: round trips, each rejections, and the same reading as transformers'
 configuration classes.
 """
 
@@ -97,7 +97,7 @@ def test_a_stated_null_is_not_silence():
     assert ModelConfig.from_hf(raw(eos_token_id=...)).eos_token_ids == (2,)
 
 
-REFUSALS = {
+REJECTED = {
     "no architectures": (raw() | {"architectures": None}, "no 'architectures'"),
     "architectures is a word": (
         raw() | {"architectures": "LlamaForCausalLM"},
@@ -213,9 +213,9 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSALS)
-def test_refuses(case):
-    values, message = REFUSALS[case]
+@pytest.mark.parametrize("case", REJECTED)
+def test_rejects(case):
+    values, message = REJECTED[case]
     with pytest.raises(UnsupportedModel) as error:
         ModelConfig.from_hf(values)
     assert message in str(error.value)
