@@ -4,20 +4,20 @@ The lowest room of the data plane; it knows nothing of models. Read ``uniform`` 
 integer method of ``refllm.quant`` decides what goes into the scales, zero points and codes
 that it defines.
 
-| file                   | what it answers                                                          |
-|------------------------|--------------------------------------------------------------------------|
-| granularity            | which elements share a scale                                             |
-| uniform                | ``Scheme``: which scale, zero point and codes a range gets               |
-| packing                | codes of 1 to 8 bits as a bit stream; scales in fewer bits               |
-| quantized_linear       | a weight in packed codes that multiplies                                 |
-| int_matmul             | exact integer products by floating-point units                           |
-| w8a8_linear            | weights and activations in integers                                      |
-| minifloat              | FP16, BF16, FP8, FP4 and E8M0, from float32's own bits                   |
-| block_float            | small floats in blocks that share a scale: FP8, MXFP4, NVFP4             |
-| fp8_linear             | weights and activations in FP8, with a simulated accumulator             |
-| layouts, float_layouts | the tensors of compressed-tensors, GPTQ, AWQ and DeepSeek checkpoints    |
-| quantization_config    | their entry in ``config.json``                                           |
-| gguf/                  | llama.cpp's block formats and files                                      |
+| file                   | what it answers                                                       |
+|------------------------|-----------------------------------------------------------------------|
+| granularity            | which elements share a scale                                          |
+| uniform                | ``Scheme``: which scale, zero point and codes a range gets            |
+| packing                | codes of 1 to 8 bits as a bit stream; scales in fewer bits            |
+| quantized_linear       | a weight in packed codes that multiplies                              |
+| int_matmul             | exact integer products by floating-point units                        |
+| w8a8_linear            | weights and activations in integers                                   |
+| minifloat              | FP16, BF16, FP8, FP4 and E8M0, from float32's own bits                |
+| block_float            | small floats in blocks that share a scale: FP8, MXFP4, NVFP4          |
+| fp8_linear             | weights and activations in FP8, with a simulated accumulator          |
+| layouts, float_layouts | the tensors of compressed-tensors, GPTQ, AWQ and DeepSeek checkpoints |
+| quantization_config    | their entry in ``config.json``                                        |
+| gguf/                  | llama.cpp's block formats and files                                   |
 """
 
 from refllm.formats import gguf, minifloat

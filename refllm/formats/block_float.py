@@ -4,12 +4,14 @@ MXFP4 and NVFP4.
 A block with a = max |x| is stored as codes of x/s and comes back as x̂ = s · value(code).
 What s is:
 
-| scale     | s                                       | stored as                    | used by                         |
-|-----------|-----------------------------------------|------------------------------|---------------------------------|
-| "float32" | a / largest                             | float32                      | FP8 per tensor, row; DeepSeek-V3 |
-| "ue8m0"   | 2^⌈log2(a / largest)⌉                   | E8M0, a byte                 | DeepSeek-V3.1: never saturates  |
-| "mx"      | 2^(⌊log2 a⌋ − e), e = ⌊log2 largest⌋    | E8M0, a byte                 | OCP MXFP8, MXFP4: may saturate  |
-| "nvfp4"   | e4m3(G · a / 6) / G, G = 2688 / max a   | E4M3, a byte; G float32      | NVFP4                           |
+| scale     | s                                     | stored as       | used by          |
+|-----------|---------------------------------------|-----------------|------------------|
+| "float32" | a / largest                           | float32         | DeepSeek-V3      |
+| "ue8m0"   | 2^⌈log2(a / largest)⌉                 | E8M0            | DeepSeek-V3.1    |
+| "mx"      | 2^(⌊log2 a⌋ − e), e = ⌊log2 largest⌋  | E8M0            | OCP MXFP8, MXFP4 |
+| "nvfp4"   | e4m3(G · a / 6) / G, G = 2688 / max a | E4M3; G float32 | NVFP4            |
+
+"ue8m0" never saturates, "mx" may.
 
 With a power of two as the scale, s · q needs no rounding; it costs up to one bit of the
 range. A block of zeros gets the scale 1 (the smallest there is, for E8M0 of "mx"), where
@@ -19,11 +21,11 @@ not be a normal float32 gets 2^−126.
 Which elements share a scale is a ``Granularity``: a tensor, a row ("channel", "token"), g
 neighbours of a row ("group"), or bo × bi neighbours ("block", ragged at the edges).
 
-| symbol | name                                       | shape                                    |
-|--------|--------------------------------------------|------------------------------------------|
-| x      | activations or weight                      | [T, N], [M, N]                           |
-| codes  | of x/s, uint8                              | as x                                     |
-| s      | scale, float32                             | (), [M, 1], [M, N/g], [⌈M/bo⌉, ⌈N/bi⌉]   |
+| symbol | name                  | shape                                  |
+|--------|-----------------------|----------------------------------------|
+| x      | activations or weight | [T, N], [M, N]                         |
+| codes  | of x/s, uint8         | as x                                   |
+| s      | scale, float32        | (), [M, 1], [M, N/g], [⌈M/bo⌉, ⌈N/bi⌉] |
 
 Sources: DeepSeek-V3 (2024), §3.3; OCP Microscaling Formats 1.0, §6.3; NVIDIA's NVFP4.
 
@@ -36,10 +38,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
-from refllm.array_types import Array
-from refllm.backend import bitcast, namespace
+from refllm.backend import Array, DType, bitcast, namespace
 from refllm.formats import minifloat
 from refllm.formats.granularity import Granularity, from_blocks
 from refllm.formats.packing import pack, unpack
@@ -237,14 +237,14 @@ class BlockFloatLinear:
         stored: Array,
         scheme: FloatScheme,
         shape: tuple[int, int],
-        g: Array = None,
+        g: Array | None = None,
     ):
         self._codes = codes
         self.stored = stored
         self.scheme = scheme
         self.shape = shape
         self.g = g
-        self.dtype: Any = "float32"
+        self.dtype: DType = "float32"
 
     def with_codes(self, codes: Array) -> BlockFloatLinear:
         """The same scales with codes uint8 [M, N]."""
@@ -274,8 +274,10 @@ class BlockFloatLinear:
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales as they are held."""
-        g = 0 if self.g is None else self.g.nbytes
-        return int(self._codes.nbytes + self.stored.nbytes + g)
+        nbytes = int(self._codes.nbytes + self.stored.nbytes)
+        if self.g is not None:
+            nbytes += int(self.g.nbytes)
+        return nbytes
 
     @property
     def bits_per_weight(self) -> float:

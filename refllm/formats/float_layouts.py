@@ -1,10 +1,10 @@
 """Weights in 8-bit floats as other programs store them: compressed-tensors'
 float-quantized, and DeepSeek-V3's fp8.
 
-| layout          | tensors of a weight W[M, N]                                                                     |
-|-----------------|-------------------------------------------------------------------------------------------------|
-| float-quantized | weight E4M3 [M, N], weight_scale [M, 1], or [⌈M/b⌉, ⌈N/b⌉] in blocks                              |
-| fp8             | weight E4M3 [M, N], weight_scale_inv [⌈M/b⌉, ⌈N/b⌉]: a multiplier, despite its name               |
+| layout          | tensors of a weight W[M, N]                                            |
+|-----------------|------------------------------------------------------------------------|
+| float-quantized | weight E4M3 [M, N], weight_scale [M, 1], or [⌈M/b⌉, ⌈N/b⌉] in blocks   |
+| fp8             | weight E4M3 [M, N], weight_scale_inv [⌈M/b⌉, ⌈N/b⌉] (yet a multiplier) |
 
 Blocks are square: b × b weights share a scale. Rows go with one activation scale per token,
 blocks with 1 × b tiles of the activations; float-quantized may leave activations in floating
@@ -24,8 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from refllm.array_types import Array
-from refllm.backend import namespace
+from refllm.backend import Array, namespace
 from refllm.formats.block_float import BlockFloatLinear, FloatScheme
 from refllm.formats.fp8_linear import Fp8Linear
 from refllm.formats.layouts import FLOAT_LAYOUTS, WeightLayout

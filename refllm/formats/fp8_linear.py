@@ -12,17 +12,17 @@ when they add products of 8-bit floats. Each addition truncates what is below 2^
 sum so far, always towards zero. Over K = 4096 these errors add up to about 2 % of a sum;
 over 128 they cannot. ``Accumulator`` simulates it:
 
-| field   | meaning                                                                                    |
-|---------|--------------------------------------------------------------------------------------------|
-| bits    | significant bits that a sum keeps (24: float32)                                            |
-| every   | products that are added exactly before the sum is truncated: 16 to 32 in one instruction   |
-| promote | products after which the sum moves to float32 and restarts at zero; None: never            |
+| field   | meaning                                                                         |
+|---------|---------------------------------------------------------------------------------|
+| bits    | significant bits that a sum keeps (24: float32)                                 |
+| every   | products that are added exactly before the sum is truncated: 16 to 32           |
+| promote | products after which the sum moves to float32 and restarts at zero; None: never |
 
-| symbol   | name                          | shape                          |
-|----------|-------------------------------|--------------------------------|
-| q_x, s_x | codes, scales of activations  | [T, N], [T, ⌈N/128⌉]           |
-| q_w, s_w | codes, scales of the weight   | [M, N], [⌈M/128⌉, ⌈N/128⌉]     |
-| Y        | product                       | [T, M]                         |
+| symbol   | name                         | shape                      |
+|----------|------------------------------|----------------------------|
+| q_x, s_x | codes, scales of activations | [T, N], [T, ⌈N/128⌉]       |
+| q_w, s_w | codes, scales of the weight  | [M, N], [⌈M/128⌉, ⌈N/128⌉] |
+| Y        | product                      | [T, M]                     |
 
 Sources: DeepSeek-V3 (2024), §3.3.2 and figure 7; its ``fp8_gemm`` for the order of
 operations.
@@ -35,8 +35,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from refllm.array_types import Array
-from refllm.backend import bitcast, namespace
+from refllm.backend import Array, bitcast, namespace
 from refllm.formats import minifloat
 from refllm.formats.block_float import MATMUL_TILE, BlockFloatLinear, FloatScheme, quantize
 

@@ -1,12 +1,12 @@
 """Granularity: which elements of an array share a scale, and the array cut into such blocks.
 
-| granularity | one scale per                   | shape of the scale    |
-|-------------|---------------------------------|-----------------------|
-| "tensor"    | array                           | ()                    |
-| "channel"   | row of a weight W[M, N]         | (M, 1)                |
-| "token"     | row of activations x[T, N]      | (T, 1)                |
-| "group"     | g neighbours within a row       | (M, N/g)              |
-| "block"     | bo × bi neighbours              | (⌈M/bo⌉, ⌈N/bi⌉)      |
+| granularity | one scale per              | shape of the scale |
+|-------------|----------------------------|--------------------|
+| "tensor"    | array                      | ()                 |
+| "channel"   | row of a weight W[M, N]    | (M, 1)             |
+| "token"     | row of activations x[T, N] | (T, 1)             |
+| "group"     | g neighbours within a row  | (M, N/g)           |
+| "block"     | bo × bi neighbours         | (⌈M/bo⌉, ⌈N/bi⌉)   |
 
 This is the geometry alone. What scale and codes a block gets is the business of the rules
 of ``uniform`` (integers) and ``block_float`` (small floats), which share this file.
@@ -22,8 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from refllm.array_types import Array
-from refllm.backend import namespace
+from refllm.backend import Array, namespace
 
 GRANULARITIES = ("tensor", "channel", "token", "group", "block")
 
@@ -150,11 +149,10 @@ class Granularity:
         """(first row, last row + 1) of each tile of a matrix of ``shape``, which holds whole
         row blocks and about ``size`` elements.
 
-        ``size`` is (host, device); the library that owns ``like`` decides which one counts.
+        ``size`` is (host, device); ``like`` tells which of the two counts.
         """
         high = self.block_rows
-        wanted = size[0] if namespace(like) is np else size[1]
-        rows = high * max(1, wanted // (high * max(1, shape[1])))
+        rows = high * max(1, tile_elements(like, size) // (high * max(1, shape[1])))
         for start in range(0, shape[0], rows):
             yield start, min(start + rows, shape[0])
 
@@ -179,12 +177,18 @@ def from_blocks(blocks: Array, shape: tuple[int, ...]) -> Array:
     return xp.reshape(blocks, (down * rows, across * columns))[: shape[0], : shape[1]]
 
 
+def tile_elements(like: Array, size: tuple[int, int] = TILE) -> int:
+    """The tile size for arrays like this one, of (host, device)."""
+    on_host = isinstance(like, np.ndarray)
+    return size[0] if on_host else size[1]
+
+
 def _no_divisor(n: int, g: int) -> str:
     """The message for groups of g that do not divide a row of n."""
     divisors = [d for d in range(1, n + 1) if n % d == 0]
     below = max(d for d in divisors if d < g)
     above = min((d for d in divisors if d > g), default=n)
-    near = f"{below} and {above}" if below != above else f"{below}"
+    near = f"{below}" if below == above else f"{below} and {above}"
     return (
         f"groups of {g} do not divide a row of {n}: the nearest sizes that do are {near}, "
         f"or pad the row with zeros to {-(-n // g) * g}"

@@ -1,52 +1,54 @@
 """Integer products by floating-point units: exact sums of 8-bit codes, and the scaled
 products made of them.
 
-NumPy has no integer matrix product worth the name (its loop is many times slower than a
-BLAS call), and a float32 product of whole numbers is exact as long as no partial sum can
-exceed 2²⁴ = 16,777,216, whatever the order of summation: all whole numbers up to there are
-float32 numbers. With codes of at most p and q in size that holds for
+NumPy's integer matrix product is a loop, many times slower than a BLAS call. But a float32
+product of integers is exact as long as no partial sum can exceed 2²⁴ = 16,777,216, in any
+order of summation, because float32 represents every integer up to there. With codes of at
+most p and q in size that holds for
 
     K ≤ ⌊2²⁴ / (p·q)⌋      127·127: 1,040   128·128: 1,024   255·127: 518   255·255: 258
 
-and one more is one too many: 1,041 products of 127·127 are 16,790,289, which is odd and no
-float32. A longer sum is split along N, and the parts are added as integers.
+and no further: 1,041 products of 127·127 are 16,790,289, which is odd and not a float32. A
+longer sum is split along N, and the parts are added as integers.
 
-A product of two quantised matrices, x̂ = s_x (q_x − z_x) a row (token) and ŵ = s_w (q_w −
-z_w) a row (channel), is made of one integer product and of sums of codes:
+A product of two quantised matrices, x̂ = s_x (q_x − z_x) per row (token) and ŵ = s_w (q_w −
+z_w) per row (channel), needs one integer product and sums of codes:
 
     Y = s_x s_w (Q_x Q_wᵀ − z_x Σq_w − z_w Σq_x + N z_x z_w)
 
-Steps of a row factor out of the sum over N, steps of an input channel do not (that is why
-SmoothQuant moves them into the weight); steps of groups need one such product a group.
+Scales per row factor out of the sum over N, scales per input channel do not (that is why
+SmoothQuant moves them into the weight); scales per group need one such product per group.
 
-| symbol   | name                              | shape                      |
-|----------|-----------------------------------|----------------------------|
-| Q_x, Q_w | codes of activations and weight   | [T, N], [M, N] int8, uint8 |
-| s_x, z_x | scale, zero point of activations  | [T, 1] or ()               |
-| s_w, z_w | scale, zero point of the weight   | [M, 1], () or [M, N/g]     |
+| symbol   | name                             | shape                      |
+|----------|----------------------------------|----------------------------|
+| Q_x, Q_w | codes of activations and weight  | [T, N], [M, N] int8, uint8 |
+| s_x, z_x | scale, zero point of activations | [T, 1] or ()               |
+| s_w, z_w | scale, zero point of the weight  | [M, 1], () or [M, N/g]     |
 
 On a GPU the product must not be run in TF32 (CuPy does so only if asked to by
 ``CUPY_TF32=1``).
 
-Left out: activations in groups, accumulators of fewer than 32 bits, saturation (there is
-none: the result is the exact sum).
+Left out: activations in groups, accumulators of fewer than 32 bits, saturation (the result
+is the exact sum).
 """
 
 from __future__ import annotations
 
-from refllm.array_types import Array
-from refllm.backend import namespace
+from refllm.backend import Array, namespace
 
 __all__ = ["exact_length", "integer_matmul", "scaled_matmul"]
 
-EXACT = 1 << 24  # every whole number up to this size is a float32
-# weight codes turned to float32 at a time, so that no float copy of the weight exists
+EXACT = 1 << 24  # float32 represents every integer up to this size
+# weight codes converted to float32 at a time, so that no float copy of the weight exists
 _TILE = 1 << 20
 
 
 def exact_length(p: int, q: int) -> int:
-    """The longest sum of products of numbers of at most p and q in size that float32 adds
+    """The longest sum of products of integers of at most p and q in size that float32 adds
     exactly: ⌊2²⁴/(p·q)⌋.
+
+    >>> exact_length(127, 127)
+    1040
     """
     if p < 0 or q < 0:
         raise ValueError(f"exact_length: sizes are not negative, got {p} and {q}")
@@ -59,11 +61,11 @@ def exact_length(p: int, q: int) -> int:
 
 
 def integer_matmul(qx: Array, qw: Array, *, sizes: tuple[int, int] | None = None) -> Array:
-    """Q_x[T, N], Q_w[M, N] of whole numbers → Q_x Q_wᵀ [T, M], exactly; int32, or int64
-    where int32 may overflow.
+    """Integers Q_x[T, N], Q_w[M, N] → Q_x Q_wᵀ [T, M], exactly; int32, or int64 where int32
+    could overflow. The result of ``qx.astype(int) @ qw.astype(int).T``.
 
-    ``sizes`` are bounds of |Q_x| and |Q_w|, if known; else the codes are searched for their
-    largest (which makes a GPU wait).
+    ``sizes`` are bounds of |Q_x| and |Q_w|, if known; otherwise the codes are searched for
+    their largest (on a GPU this waits for the device).
 
     Raises
     ------
@@ -77,7 +79,8 @@ def integer_matmul(qx: Array, qw: Array, *, sizes: tuple[int, int] | None = None
     for name, codes in (("qx", qx), ("qw", qw)):
         if codes.ndim != 2 or codes.dtype.kind not in "iu":
             raise TypeError(
-                f"integer_matmul: {name} is a matrix of integers, got {codes.dtype} {tuple(codes.shape)}"
+                f"integer_matmul: {name} is a matrix of integers, got {codes.dtype} "
+                f"{tuple(codes.shape)}"
             )
     rows, n = qx.shape
     outputs, k = qw.shape
@@ -127,7 +130,8 @@ def scaled_matmul(
     groups = int(w_scale.shape[1]) if w_scale.ndim == 2 else 1
     if tuple(w_scale.shape) not in ((), (1, 1), (outputs, groups)) or groups == 0 or n % groups:
         raise ValueError(
-            f"scaled_matmul: a scale of a weight is [M, 1], () or [M, N/g], got {tuple(w_scale.shape)}"
+            "scaled_matmul: a scale of a weight is [M, 1], () or [M, N/g], "
+            f"got {tuple(w_scale.shape)}"
         )
     size = n // groups
     total = None
@@ -149,8 +153,8 @@ def scaled_matmul(
 def _centred(
     qx: Array, zx: Array | None, qw: Array, zw: Array | None, sizes: tuple[int, int] | None
 ) -> Array:
-    """(Q_x − z_x)(Q_w − z_w)ᵀ [T, M] as exact int64 numbers, for z_x [T, 1] or (), z_w [1,
-    M] or ().
+    """(Q_x − z_x)(Q_w − z_w)ᵀ [T, M], exact integers (int64 if there is a zero point), for
+    z_x [T, 1] or (), z_w [1, M] or ().
     """
     xp = namespace(qx, qw)
     out = integer_matmul(qx, qw, sizes=sizes)
@@ -169,7 +173,7 @@ def _centred(
 
 
 def _size(codes: Array) -> int:
-    """max |q|, as a Python integer (|−128| is no int8)."""
+    """max |q|, as a Python integer (|−128| is not an int8)."""
     xp = namespace(codes)
     if codes.size:
         return max(int(xp.max(codes)), -int(xp.min(codes)))

@@ -1,29 +1,32 @@
 """Weight layouts: the tensors, bit orders and restrictions of the checkpoint formats that
 other programs read.
 
-| layout          | bits       | rules      | groups      | activations  | who reads it                            |
-|-----------------|------------|------------|-------------|--------------|-----------------------------------------|
-| int-quantized   | 8          | symmetric  | row         | 8 bits       | compressed-tensors: transformers, vLLM  |
-| pack-quantized  | 1 to 8     | symmetric  | any, or row | float        | the same; vLLM at 4 and 8 bits only     |
-| naive-quantized | 8          | symmetric  | any, or row | float        | compressed-tensors: transformers        |
-| gptq_v2         | 2, 3, 4, 8 | all        | any, or row | float        | GPTQModel, newer vLLM                   |
-| gptq            | 2, 3, 4, 8 | symmetric  | any, or row | float        | GPTQModel, AutoGPTQ, vLLM               |
-| awq             | 4          | all        | any, or row | float        | GPTQModel, AutoAWQ, vLLM                |
-| float-quantized | 8, E4M3    |            | row, block  | 8 bits/float | compressed-tensors: transformers, vLLM  |
-| fp8             | 8, E4M3    |            | block       | 8 bits       | DeepSeek-V3's: transformers, vLLM       |
+| layout          | bits       | rules     | groups     | activations  | read by               |
+|-----------------|------------|-----------|------------|--------------|-----------------------|
+| int-quantized   | 8          | symmetric | row        | 8 bits       | transformers, vLLM    |
+| pack-quantized  | 1 to 8     | symmetric | any, row   | float        | the same (vLLM: 4, 8) |
+| naive-quantized | 8          | symmetric | any, row   | float        | transformers          |
+| gptq_v2         | 2, 3, 4, 8 | all       | any, row   | float        | GPTQModel, vLLM       |
+| gptq            | 2, 3, 4, 8 | symmetric | any, row   | float        | GPTQModel, vLLM       |
+| awq             | 4          | all       | any, row   | float        | GPTQModel, vLLM       |
+| float-quantized | 8, E4M3    |           | row, block | 8 bits/float | transformers, vLLM    |
+| fp8             | 8, E4M3    |           | block      | 8 bits       | transformers, vLLM    |
+
+The names with "-quantized" are compressed-tensors' formats; fp8 is DeepSeek-V3's.
 
 For a weight W[M, N] in b bits whose rows have G groups (N/g of them, or one), the tensors:
 
-| layout          | tensors of a weight                                                                   |
-|-----------------|---------------------------------------------------------------------------------------|
-| pack-quantized  | weight_packed int32 [M, ⌈N·b/32⌉], weight_scale [M, G], weight_shape int64 [2];        |
-|                 | if asymmetric, weight_zero_point int32 [⌈M·b/32⌉, G]                                  |
-| int-quantized   | weight int8 [M, N], weight_scale [M, G]; activations in 8 bits, one scale per token   |
-| naive-quantized | the same, activations in floating point                                               |
-| gptq_v2, gptq   | qweight int32 [N·b/32, M], qzeros int32 [G, M·b/32], scales [G, M], g_idx int32 [N]   |
-| awq             | qweight int32 [N, M/8], qzeros int32 [G, M/8], scales [G, M]; 4 bits                  |
-| float-quantized | weight E4M3 [M, N], weight_scale (``float_layouts``)                                  |
-| fp8             | weight E4M3 [M, N], weight_scale_inv (``float_layouts``)                              |
+| layout          | tensors of a weight                                                            |
+|-----------------|--------------------------------------------------------------------------------|
+| pack-quantized  | weight_packed int32 [M, ⌈N·b/32⌉], weight_scale [M, G], weight_shape int64 [2] |
+|                 | (asymmetric: weight_zero_point int32 [⌈M·b/32⌉, G])                            |
+| int-quantized   | weight int8 [M, N], weight_scale [M, G]; activations have one scale per token  |
+| naive-quantized | the same, activations in floating point                                        |
+| gptq_v2, gptq   | qweight int32 [N·b/32, M], qzeros int32 [G, M·b/32], scales [G, M],            |
+|                 | g_idx int32 [N]                                                                |
+| awq             | qweight int32 [N, M/8], qzeros int32 [G, M/8], scales [G, M]; 4 bits           |
+| float-quantized | weight E4M3 [M, N], weight_scale (``float_layouts``)                           |
+| fp8             | weight E4M3 [M, N], weight_scale_inv (``float_layouts``)                       |
 
 All pack integers the same way: code C = q + 2^(b−1) (q if unsigned) number i of a stream
 takes the bits [i·b, (i+1)·b) of it, as in ``packing``. pack-quantized has a stream per row.
@@ -47,8 +50,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from refllm.array_types import Array
-from refllm.backend import bitcast, namespace
+from refllm.backend import Array, bitcast, namespace
 from refllm.formats.packing import pack, store_scale, store_zero, unpack, words_per_row
 from refllm.formats.quantized_linear import ActOrderLinear, QuantizedLinear, column_order
 from refllm.formats.uniform import Scheme
@@ -372,17 +374,18 @@ def from_tensors(
         order = _act_order(tensors["g_idx"], layout.groups(n), name)
     if order is not None:
         words = pack(unpack(words, layout.bits, n)[:, order], layout.bits)
-    half = 1 << (layout.bits - 1)
-    symmetric = zero is None or bool(xp.all(zero == half))  # codes are stored as C either way
+    if zero is not None and bool(xp.all(zero == 1 << (layout.bits - 1))):
+        zero = None  # symmetric after all; codes are stored as C either way
     granularity = "channel" if layout.group_size is None else "group"
-    rule = "half_integer" if symmetric else "asymmetric"
+    rule = "half_integer" if zero is None else "asymmetric"
     scheme = Scheme(layout.bits, rule, granularity, layout.group_size)
-    kept = None if symmetric else store_zero(zero, scheme, None)
+    if zero is not None:
+        zero = store_zero(zero, scheme, None)
     scale = xp.ascontiguousarray(scale)
     held = store_scale(scale, scale_dtype, name=f"{name}'s scale")
     held = xp.where(scale > 0, held, 0)  # some writers give groups of zeros a scale of zero
     kind = QuantizedLinear if order is None else ActOrderLinear
-    made = kind(words, held, kept, scheme, (m, n), getattr(xp, dtype))
+    made = kind(words, held, zero, scheme, (m, n), getattr(xp, dtype))
     if isinstance(made, ActOrderLinear):
         made.order = order
     if layout.activations:

@@ -1,32 +1,35 @@
 """Small floating-point formats: FP16, BF16, FP8 (E4M3, E5M2), FP4 (E2M1) and the scale
 E8M0, from float32's own bits.
 
-A code is sign, exponent field E and mantissa field M of m bits; with the bias B it stands
-for
+A code is sign S, exponent field E and mantissa field M of m bits; with the bias B its value
+is
 
-    (−1)^S · 2^(E − B) · (1 + M/2^m)   if E > 0,        (−1)^S · 2^(1 − B) · M/2^m   if E =
-    0 (subnormal)
+    (−1)^S · 2^(E − B) · (1 + M/2^m)   if E > 0
+    (−1)^S · 2^(1 − B) · M/2^m         if E = 0 (subnormal)
 
-| format | bits | m  | B   | largest    | smallest normal | smallest | ∞    | NaN         | |x̂ − x|/|x| ≤ (normal) |
-|--------|------|----|-----|------------|-----------------|----------|------|-------------|-------------------------|
-| fp16   | 16   | 10 | 15  | 65,504     | 2^−14           | 2^−24    | yes  | many codes  | 1/2,049                 |
-| bf16   | 16   | 7  | 127 | 3.39·10^38 | 2^−126          | 2^−133   | yes  | many codes  | 1/257                   |
-| e4m3   | 8    | 3  | 7   | 448        | 2^−6            | 2^−9     | none | 0x7F, 0xFF  | 1/17                    |
-| e5m2   | 8    | 2  | 15  | 57,344     | 2^−14           | 2^−16    | yes  | 6 codes     | 1/9                     |
-| e2m1   | 4    | 1  | 1   | 6          | 1               | 1/2      | none | none        | 1/5                     |
-| e8m0   | 8    | 0  | 127 | 2^127      | 2^−127          | 2^−127   | none | 0xFF        | 1/3                     |
+| format | bits | m  | B   | largest    | min normal | min    | ∞    | NaN        | error   |
+|--------|------|----|-----|------------|------------|--------|------|------------|---------|
+| fp16   | 16   | 10 | 15  | 65,504     | 2^−14      | 2^−24  | yes  | many codes | 1/2,049 |
+| bf16   | 16   | 7  | 127 | 3.39·10^38 | 2^−126     | 2^−133 | yes  | many codes | 1/257   |
+| e4m3   | 8    | 3  | 7   | 448        | 2^−6       | 2^−9   | none | 0x7F, 0xFF | 1/17    |
+| e5m2   | 8    | 2  | 15  | 57,344     | 2^−14      | 2^−16  | yes  | 6 codes    | 1/9     |
+| e2m1   | 4    | 1  | 1   | 6          | 1          | 1/2    | none | none       | 1/5     |
+| e8m0   | 8    | 0  | 127 | 2^127      | 2^−127     | 2^−127 | none | 0xFF       | 1/3     |
+
+The last column bounds |x̂ − x| / |x| of normal values.
 
 E4M3 has the precision (an error of at most 1/17) and E5M2 the range (2^32 from largest to
-smallest, where E4M3 has 2^18), whichever of the two a text may call the precise one. E4M3
-gives up infinity, and all NaNs but one, for the numbers from 256 to 448. E8M0 has no sign,
-no mantissa and no zero: a power of two, for scales.
+smallest, where E4M3 has 2^18); descriptions sometimes confuse the two. E4M3 gives up
+infinity, and all NaNs but one, for the values from 256 to 448. E8M0 has no sign, no mantissa
+and no zero: it is a power of two, for scales.
 
-Rounding is to the nearest number, of two that are equally near to the even code (E8M0: to
+Rounding is to the nearest value, of two that are equally near to the even code (E8M0: to
 the larger one), once and directly from the input: by way of FP16 it would be rounded twice.
-What exceeds the largest number after rounding, and infinity, is ``overflow``'s: "saturate"
-gives the largest number (torch's casts to E4M3), "nan" infinity, or NaN where there is none
-(ml_dtypes' casts), "raise" an error. E8M0 has no code for zero: it counts as too small, and
-is the smallest number, an error or NaN; negative numbers are NaN.
+``overflow`` decides about infinity and values that exceed the largest one after rounding:
+"saturate" gives the largest value (torch's casts to E4M3), "nan" infinity, or NaN where
+there is none (ml_dtypes' casts), "raise" an error. E8M0 has no code for zero: zero is
+treated as out of range below, and becomes the smallest value, an error or NaN; negative
+values are NaN.
 
 Sources: Micikevicius et al. 2022 (FP8 formats for deep learning), table 1; OCP Microscaling
 Formats 1.0; IEEE 754.
@@ -41,33 +44,33 @@ import struct
 from dataclasses import dataclass
 from functools import cache
 
-import numpy as np
-
-from refllm.array_types import Array
-from refllm.backend import bitcast, namespace
-from refllm.formats.granularity import TILE
+from refllm.backend import Array, bitcast, namespace
+from refllm.formats.granularity import tile_elements
 
 __all__ = [
     "FORMATS",
     "OVERFLOW",
     "Format",
-    "decode",
-    "encode",
+    "dequantize",
     "float_format",
     "nearest",
+    "quantize",
     "rounded",
     "table",
 ]
 
 OVERFLOW = ("saturate", "nan", "raise")
-_SIZE = 0x7FFFFFFF  # all bits but the sign; infinity: what is above is NaN
-_INFINITY = 0x7F800000
+_SIZE = 0x7FFFFFFF  # all bits but the sign
+_INFINITY = 0x7F800000  # larger sizes are NaN
 
 
 @dataclass(frozen=True)
 class Format:
-    """A small float: ``largest`` is the code of its largest number, ``infinity`` and
-    ``nan`` codes or None.
+    """A small float format: ``largest`` is the code of its largest value, ``infinity`` and
+    ``nan`` are codes or None.
+
+    >>> FORMATS["e4m3"].max, FORMATS["e4m3"].smallest_normal == 2**-6
+    (448.0, True)
     """
 
     name: str
@@ -85,28 +88,29 @@ class Format:
 
     @property
     def max(self) -> float:
-        """The largest number."""
+        """The largest finite value."""
         return self.value(self.largest)
 
     @property
     def smallest_normal(self) -> float:
         """2^(1 − B); below it the spacing is constant."""
-        return 2.0 ** (1 - self.bias if self.signed else -self.bias)
+        lowest = 1 if self.signed else 0  # of the exponent fields of normal values
+        return 2.0 ** (lowest - self.bias)
 
     @property
     def smallest(self) -> float:
-        """The smallest number above zero."""
+        """The smallest value above zero."""
         return self.smallest_normal / (1 << self.mantissa)
 
     @property
     def relative_error(self) -> float:
-        """
-        |x̂ − x| ≤ this · |x| for normal x: half a spacing, at a number half a spacing above a power of two.
+        """The bound of |x̂ − x| / |x| for normal x: half a spacing, reached half a spacing
+        above a power of two.
         """
         return 1.0 / ((2 << self.mantissa) + 1)
 
     def value(self, code: int) -> float:
-        """What a code stands for, by the formula above; exact in a Python float."""
+        """The value of a code, by the formula of the module; exact in a Python float."""
         sign = -1.0 if self.signed and code >> (self.bits - 1) else 1.0
         size = code & ((1 << (self.bits - self.signed)) - 1)
         if size > self.largest:
@@ -117,12 +121,8 @@ class Format:
             return 2.0 ** (size - self.bias)
         exponent = size >> self.mantissa
         fraction = size & ((1 << self.mantissa) - 1)
-        normal = exponent > 0
-        return (
-            sign
-            * 2.0 ** (max(exponent, 1) - self.bias)
-            * (normal + fraction / (1 << self.mantissa))
-        )
+        significand = (exponent > 0) + fraction / (1 << self.mantissa)
+        return sign * 2.0 ** (max(exponent, 1) - self.bias) * significand
 
 
 FORMATS = {
@@ -139,7 +139,7 @@ FORMATS = {
 
 
 def float_format(name: str) -> Format:
-    """The format of that name; ValueError listing those that are."""
+    """The format of that name; ValueError lists the known ones."""
     if name not in FORMATS:
         raise ValueError(f"unknown float format {name!r}; choose one of {', '.join(FORMATS)}")
     return FORMATS[name]
@@ -152,7 +152,7 @@ def table(fmt: str) -> tuple[float, ...]:
     return tuple(found.value(code) for code in range(1 << found.bits))
 
 
-# --- numbers to codes ---------------------------------------------------------------------
+# --- values to codes ----------------------------------------------------------------------
 
 
 def quantize(x: Array, fmt: str, overflow: str = "saturate", *, name: str = "x") -> Array:
@@ -164,59 +164,64 @@ def quantize(x: Array, fmt: str, overflow: str = "saturate", *, name: str = "x")
     Raises
     ------
     ValueError
-        naming ``name`` and the number, for what is out of range with ``overflow="raise"``,
-        and always for what has no code at all: NaN in E2M1, and with ``overflow="nan"``
-        what is out of E2M1's range.
+        naming ``name`` and the value, for values out of range with ``overflow="raise"``, and
+        always for values without any code: NaN in E2M1, and with ``overflow="nan"`` values
+        out of E2M1's range.
+
+    >>> import numpy as np
+    >>> codes = quantize(np.array([1.0, -0.3, 1000.0]), "e4m3")
+    >>> [hex(code) for code in codes], dequantize(codes, "e4m3").tolist()
+    (['0x38', '0xaa', '0x7e'], [1.0, -0.3125, 448.0])
     """
     xp = namespace(x)
     found = float_format(fmt)
     if overflow not in OVERFLOW:
         raise ValueError(
-            f"encode: unknown overflow {overflow!r}; choose one of {', '.join(OVERFLOW)}"
+            f"quantize: unknown overflow {overflow!r}; choose one of {', '.join(OVERFLOW)}"
         )
     flat = xp.ascontiguousarray(xp.reshape(_as_float32(x, name), (-1,)))
     if overflow == "raise" or found.nan is None:
-        _refuse(flat, found, name, all=overflow != "saturate")
+        _reject(flat, found, name, out_of_range=overflow != "saturate")
     out = xp.empty(flat.shape, dtype=xp.uint16 if found.bits == 16 else xp.uint8)
-    codes = _codes if found.signed else _exponents
-    step = TILE[0 if xp is np else 1] >> 1  # all steps of a piece find it in the cache
+    codes_of = _codes if found.signed else _exponents
+    step = tile_elements(flat) >> 1  # the intermediate arrays of a tile stay in cache
     for i in range(0, int(flat.size), step):
-        out[i : i + step] = xp.astype(
-            codes(bitcast(flat[i : i + step], xp.int32), found, overflow), out.dtype
-        )
+        bits = bitcast(flat[i : i + step], xp.int32)
+        out[i : i + step] = xp.astype(codes_of(bits, found, overflow), out.dtype)
     return xp.reshape(out, x.shape)
 
 
 def _codes(bits: Array, fmt: Format, overflow: str) -> Array:
-    """Bits of float32 numbers, int32 [n] → codes, int32 [n]."""
+    """Bits of float32 values, int32 [n] → codes, int32 [n]."""
     xp = namespace(bits)
-    size = bits & _SIZE  # |x|, and how many bits of its mantissa go
-    drop = 23 - fmt.mantissa
-    # Half a unit of the last place that stays, less one if that place is even: adding it
-    # carries where rounding is up, into the exponent too. 127 − B is the distance of the
-    # two exponents' zeros.
+    size = bits & _SIZE  # |x|
+    drop = 23 - fmt.mantissa  # bits of the mantissa that are dropped
+    # Half a unit of the last place that is kept, less one if that place is even: adding it
+    # carries where rounding is up, into the exponent too. 127 − B is the difference of the
+    # two biases.
     code = (size >> drop) & 1
     code += size
     code += (1 << (drop - 1)) - 1 - ((127 - fmt.bias) << 23)
     code >>= drop
     if fmt.bias != 127:
-        # Below the smallest normal number the spacing is constant, and that of float32 at
-        # 2^23 times as much: adding so much leaves |x|, rounded to nearest even, in the
-        # last bits. What stands in ``code`` is never more there.
+        # Below the smallest normal value the spacing is constant, and equals that of float32
+        # at 2^23 times the smallest value: adding that leaves |x|, rounded to nearest even,
+        # in the last bits. ``code`` is never larger there.
         base = fmt.smallest * 2.0**23
         small = bitcast(xp.minimum(size, _bits(fmt.smallest_normal)), xp.float32) + base
         xp.maximum(code, bitcast(small, xp.int32) - _bits(base), out=code)
     if overflow == "saturate" or fmt.nan is None:
         code = xp.minimum(code, fmt.largest)
     else:
-        code = xp.where(code > fmt.largest, fmt.nan if fmt.infinity is None else fmt.infinity, code)
+        beyond = fmt.nan if fmt.infinity is None else fmt.infinity
+        code = xp.where(code > fmt.largest, beyond, code)
     if fmt.nan is not None:
         code = xp.where(size > _INFINITY, fmt.nan, code)
     return code | ((bits >> 31) & (1 << (fmt.bits - 1)))
 
 
 def _exponents(bits: Array, fmt: Format, overflow: str) -> Array:
-    """Bits of float32 numbers → codes of E8M0: the exponent field, one more from 1.5 times
+    """Bits of float32 values → codes of E8M0: the exponent field, plus one from 1.5 times
     its power of two on.
     """
     xp = namespace(bits)
@@ -232,101 +237,98 @@ def _exponents(bits: Array, fmt: Format, overflow: str) -> Array:
 
 
 def _bits(value: float) -> int:
-    """The bits of a float32 number, as a Python integer."""
+    """The bits of a float32, as a Python integer."""
     bits: int = struct.unpack("<i", struct.pack("<f", value))[0]
     return bits
 
 
 def _as_float32(x: Array, name: str) -> Array:
-    """x as float32; float64 is rounded to odd, so that rounding it once more is as good as
-    rounding once.
+    """x as float32; float64 is rounded to odd, so that the second rounding gives the same
+    result as a single one.
     """
     xp = namespace(x)
     if x.dtype in (xp.float32, xp.float16):
         return xp.astype(x, xp.float32, copy=False)
     if x.dtype != xp.float64:
-        raise TypeError(f"{name}: encode takes float16, float32 or float64, got {x.dtype}")
+        raise TypeError(f"{name}: quantize takes float16, float32 or float64, got {x.dtype}")
     flat = xp.reshape(x, (-1,))
     largest = float(xp.finfo(xp.float32).max)
     near = xp.astype(xp.where(xp.isinf(flat), flat, xp.clip(flat, -largest, largest)), xp.float32)
     back = xp.astype(near, xp.float64)
-    # Cut off towards zero, and the last bit set if anything went (Boldo & Melquiond 2008):
-    # no tie can arise by it.
+    # Truncated towards zero, with the last bit set if anything was lost (Boldo & Melquiond
+    # 2008): this cannot create a tie.
     bits = bitcast(near, xp.int32) - xp.astype(xp.abs(back) > xp.abs(flat), xp.int32)
     cut = (back != flat) & ~xp.isnan(flat)
     return xp.reshape(bitcast(bits | xp.astype(cut, xp.int32), xp.float32), x.shape)
 
 
-def _refuse(flat: Array, fmt: Format, name: str, *, all: bool) -> None:
-    """ValueError for a number without a code: NaN where there is none, and with ``all``
-    what is out of range.
+def _reject(flat: Array, fmt: Format, name: str, *, out_of_range: bool) -> None:
+    """ValueError for a value without a code: NaN where the format has none, and with
+    ``out_of_range`` values beyond the largest.
     """
     xp = namespace(flat)
     if fmt.nan is None:
         wrong = xp.isnan(flat)
     else:
         wrong = xp.zeros(flat.shape, dtype=xp.bool_)
-    if all:
-        # The tie above the largest number goes up from an odd code, and in E8M0 always;
-        # from an even code it does not.
+    if out_of_range:
+        # The tie above the largest value is rounded up from an odd code, and in E8M0 always;
+        # from an even code it is not.
         limit = 1.5 * fmt.max - 0.5 * (fmt.value(fmt.largest - 1) if fmt.signed else 0.0)
         size = xp.abs(flat)
-        wrong = (
-            wrong | (size > limit) | ((size == limit) & (fmt.largest % 2 == 1 or not fmt.signed))
-        )
+        tie_is_up = fmt.largest % 2 == 1 or not fmt.signed
+        wrong = wrong | (size > limit) | ((size == limit) & tie_is_up)
         if not fmt.signed:
             wrong = wrong | (flat <= 0)
     if bool(xp.any(wrong)):
         at = int(xp.argmax(wrong))
         low = -fmt.max if fmt.signed else fmt.smallest
         raise ValueError(
-            f"{name}: number {at} is {float(flat[at]):g}, which {fmt.name} has no code for: it reaches "
-            f"from {low:g} to {fmt.max:g}"
+            f"{name}: element {at} is {float(flat[at]):g}, which {fmt.name} has no code for: it "
+            f"reaches from {low:g} to {fmt.max:g}"
         )
 
 
 def rounded(x: Array, fmt: str) -> Array:
-    """decode(encode(x)) of finite float32 numbers, saturating, without the codes: a third
-    of the time.
+    """``dequantize(quantize(x))`` of finite float32 values, saturating, without making the
+    codes: a third of the time.
 
-    The same two roundings as in ``_codes``, in place of the bits; for simulating a format
+    The same two roundings as in ``_codes``, on the bits in place; for simulating a format
     in float32.
     """
     xp = namespace(x)
     found = float_format(fmt)
     if not found.signed or x.dtype != xp.float32:
-        raise TypeError(
-            f"rounded: float32 numbers in a format with a sign, got {x.dtype} and {fmt}"
-        )
+        raise TypeError(f"rounded: float32 values in a format with a sign, got {x.dtype} and {fmt}")
     flat = xp.ascontiguousarray(xp.reshape(x, (-1,)))
     out = xp.empty(flat.shape, dtype=xp.float32)
-    step = TILE[0 if xp is np else 1] >> 1
+    step = tile_elements(flat) >> 1
     drop = 23 - found.mantissa
-    # its spacing is the smallest number; 1.5, so that −|x| changes no binade
+    # the float32 spacing there is the smallest value; 1.5, so that −|x| stays in the binade
     base = 1.5 * found.smallest * 2.0**23
     for i in range(0, int(flat.size), step):
-        piece = xp.clip(flat[i : i + step], -found.max, found.max)
-        bits = bitcast(piece, xp.int32)
+        tile = xp.clip(flat[i : i + step], -found.max, found.max)
+        bits = bitcast(tile, xp.int32)
         carried = (bits >> drop) & 1
         carried += bits
         carried += (1 << (drop - 1)) - 1
         carried &= -1 << drop
         normal = bitcast(carried, xp.float32)
         if found.bias != 127:
-            small = piece + base
+            small = tile + base
             small -= base
-            xp.copysign(small, piece, out=small)  # −0 is kept
-            normal = xp.where(xp.abs(piece) < found.smallest_normal, small, normal)
+            xp.copysign(small, tile, out=small)  # −0 is kept
+            normal = xp.where(xp.abs(tile) < found.smallest_normal, small, normal)
         out[i : i + step] = normal
     return xp.reshape(out, x.shape)
 
 
 def nearest(x: Array, fmt: str) -> Array:
-    """The naive twin of ``encode``: finite x[n] is compared with every finite code; codes,
+    """The naive twin of ``quantize``: finite x[n] is compared with every finite code; codes,
     int64 [n].
 
-    Differences are exact in float64 wherever they decide. 2^bits comparisons a number: for
-    tests, and to be read.
+    Differences are exact in float64 wherever they decide. 2^bits comparisons per element:
+    for tests and for reading.
     """
     xp = namespace(x)
     found = float_format(fmt)
@@ -339,15 +341,16 @@ def nearest(x: Array, fmt: str) -> Array:
     best = xp.take(xp.asarray(finite), xp.argmin(xp.abs(x[:, None] - values[None, :]), axis=1))
     if not found.signed:
         return best
-    size = (1 << (found.bits - 1)) - 1  # ±0 are equally near to everything: the sign is that of x
+    size = (1 << (found.bits - 1)) - 1  # ±0 are equally near: take x's sign
     return xp.where(xp.signbit(x), (best & size) | (size + 1), best & size)
 
 
-# --- codes to numbers ---------------------------------------------------------------------
+# --- codes to values ----------------------------------------------------------------------
 
 
 def dequantize(codes: Array, fmt: str) -> Array:
-    """Codes, uint8 or uint16 → float32, exactly; shaped like the codes.
+    """Codes, uint8 or uint16 → float32, exactly; shaped like the codes: ``table(fmt)[code]``
+    for each.
 
     Raises
     ------
@@ -360,15 +363,14 @@ def dequantize(codes: Array, fmt: str) -> Array:
     found = float_format(fmt)
     wanted = xp.uint16 if found.bits == 16 else xp.uint8
     if codes.dtype != wanted:
-        raise TypeError(
-            f"decode: codes of {fmt} are {'uint16' if found.bits == 16 else 'uint8'}, got {codes.dtype}"
-        )
+        name = "uint16" if found.bits == 16 else "uint8"
+        raise TypeError(f"dequantize: codes of {fmt} are {name}, got {codes.dtype}")
     if fmt == "bf16":  # the upper half of a float32
         return bitcast(xp.astype(codes, xp.uint32) << 16, xp.float32)
     if fmt == "fp16":
         return xp.astype(bitcast(codes, xp.float16), xp.float32)
     if found.bits < 8 and codes.size and int(xp.max(codes)) >> found.bits:
         raise ValueError(
-            f"decode: codes of {fmt} are 0 to {(1 << found.bits) - 1}, got {int(xp.max(codes))}"
+            f"dequantize: codes of {fmt} are 0 to {(1 << found.bits) - 1}, got {int(xp.max(codes))}"
         )
     return xp.take(xp.asarray(table(fmt), dtype=xp.float32), codes)

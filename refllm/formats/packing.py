@@ -15,20 +15,20 @@ loop over codes.
 **Zero points** are codes, packed to b bits in one stream for the whole matrix unless a
 dtype is asked for; symmetric rules store none. **Scales**:
 
-| stored as  | bytes | array held                                  |
-|------------|-------|---------------------------------------------|
-| None       | 4, 8  | the scale itself                            |
-| "float32"  | 4     | float32                                     |
-| "float16"  | 2     | float16                                     |
-| "bfloat16" | 2     | uint16: the upper half of a float32's bits  |
+| stored as  | bytes | array held                                 |
+|------------|-------|--------------------------------------------|
+| None       | 4, 8  | the scale itself                           |
+| "float32"  | 4     | float32                                    |
+| "float16"  | 2     | float16                                    |
+| "bfloat16" | 2     | uint16: the upper half of a float32's bits |
 
 Rounding is to nearest, ties to even. A scale that would round to 0 becomes the smallest
 value above 0, because values are divided by it.
 
-| symbol | name                                      | shape               |
-|--------|-------------------------------------------|---------------------|
-| codes  | integers in 0 … 2^b − 1                   | [..., count]        |
-| words  | the bit stream, uint32                    | [..., ⌈count·b/32⌉] |
+| symbol | name                    | shape               |
+|--------|-------------------------|---------------------|
+| codes  | integers in 0 … 2^b − 1 | [..., count]        |
+| words  | the bit stream, uint32  | [..., ⌈count·b/32⌉] |
 
 Left out: other orders (GPTQ's and AWQ's are in ``layouts``), big-endian hosts (NumPy views
 follow the host's order), streams that continue from one row to the next, 8-bit scales (they
@@ -37,10 +37,7 @@ come with the block formats).
 
 from __future__ import annotations
 
-from typing import Any
-
-from refllm.array_types import Array
-from refllm.backend import bitcast, namespace
+from refllm.backend import Array, DType, bitcast, namespace
 from refllm.formats.uniform import Scheme
 
 SCALE_DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -228,7 +225,7 @@ def store_scale(scale: Array, dtype: str | None, *, name: str = "scale") -> Arra
     return xp.reshape(xp.astype(held, wide), shape)
 
 
-def load_scale(stored: Array, dtype: Any) -> Array:
+def load_scale(stored: Array, dtype: DType) -> Array:
     """The inverse of ``store_scale``: the array held → floats of ``dtype``."""
     xp = namespace(stored)
     if stored.dtype == xp.uint16:

@@ -1,13 +1,13 @@
 """``quantization_config`` of a ``config.json``: which weights of a checkpoint are stored in
 which layout. Plain data, no arrays.
 
-| quant_method       | format                                              | which weights                            |
-|--------------------|-----------------------------------------------------|------------------------------------------|
-| compressed-tensors | pack-quantized, int-quantized, naive-quantized       | by ``targets`` and ``ignore``            |
-| compressed-tensors | float-quantized                                      | by ``targets`` and ``ignore``            |
-| fp8                | E4M3 in blocks (DeepSeek-V3)                         | those that have a ``weight_scale_inv``   |
-| gptq               | ``checkpoint_format`` gptq (v1) or gptq_v2           | those that have a ``qweight``            |
-| awq                | ``version`` gemm                                     | those that have a ``qweight``            |
+| quant_method       | format                                     | which weights                 |
+|--------------------|--------------------------------------------|-------------------------------|
+| compressed-tensors | pack-, int- or naive-quantized             | by ``targets`` and ``ignore`` |
+| compressed-tensors | float-quantized                            | by ``targets`` and ``ignore`` |
+| fp8                | E4M3 in blocks (DeepSeek-V3)               | with a weight_scale_inv       |
+| gptq               | ``checkpoint_format`` gptq (v1) or gptq_v2 | with a qweight                |
+| awq                | ``version`` gemm                           | with a qweight                |
 
 Written is what the specification of each format asks for, ``lm_head`` in ``ignore``
 (readers look for a packed head otherwise) and ``quantization_status`` "compressed"

@@ -28,10 +28,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
-from refllm.array_types import Array
-from refllm.backend import namespace
+from refllm.backend import Array, DType, namespace
 from refllm.formats.granularity import TILE
 from refllm.formats.packing import (
     load_scale,
@@ -61,7 +59,7 @@ class QuantizedLinear:
         zero: Array | None,
         scheme: Scheme,
         shape: tuple[int, int],
-        dtype: Any,
+        dtype: DType,
     ):
         self._words = words
         self._scale = scale
@@ -125,8 +123,10 @@ class QuantizedLinear:
     @property
     def nbytes(self) -> int:
         """Bytes of words, scale and zero points as they are stored."""
-        zero = 0 if self._zero is None else self._zero.nbytes
-        return int(self._words.nbytes + self._scale.nbytes + zero)
+        held = [self._words, self._scale]
+        if self._zero is not None:
+            held.append(self._zero)
+        return sum(int(array.nbytes) for array in held)
 
     @property
     def bits_per_weight(self) -> float:
@@ -216,7 +216,10 @@ class ActOrderLinear(QuantizedLinear):
     @property
     def nbytes(self) -> int:
         """Bytes of words, scales, zero points, and of ``g_idx`` where there is one."""
-        return super().nbytes + (0 if self.order is None else 4 * self.shape[1])
+        nbytes = super().nbytes
+        if self.order is not None:
+            nbytes += 4 * self.shape[1]
+        return nbytes
 
     def dequantize(self) -> Array:
         """W[M, N] in ``dtype``, a new array."""
@@ -227,7 +230,9 @@ class ActOrderLinear(QuantizedLinear):
 
     def matmul(self, x: Array) -> Array:
         """x[T, N] → x Wᵀ [T, M]: x's columns are brought into the order of the words."""
-        return super().matmul(x if self.order is None else x[:, self.order])
+        if self.order is not None:
+            x = x[:, self.order]
+        return super().matmul(x)
 
 
 def column_order(g_idx: Array, groups: int, *, name: str = "weight") -> Array:
@@ -286,9 +291,10 @@ def quantize(
     given = scale is not None
     if scale is None:
         scale, zero = qparams(x, scheme, name=name)
-        zero_point = zero if zero_point is None else zero_point
-    elif zero_point is None:
-        zero_point = xp.full(scale.shape, scheme.zero, dtype=xp.int32)
+    else:
+        zero = xp.full(scale.shape, scheme.zero, dtype=xp.int32)
+    if zero_point is not None:
+        zero = zero_point
     stored = store_scale(scale, scale_dtype, name=f"{name}'s scale")
     scale = load_scale(stored, x.dtype)
     shape = int(x.shape[0]), int(x.shape[1])
@@ -298,11 +304,11 @@ def quantize(
     geometry = scheme.geometry
     for start, stop in geometry.row_tiles(x, shape, TILE):
         s = geometry.rows_of(scale, start, stop)
-        z = geometry.rows_of(zero_point, start, stop)
+        z = geometry.rows_of(zero, start, stop)
         codes = quantize_codes(x[start:stop, :], s, z, scheme, name=name, check=check)
         words[start:stop, :] = pack_codes(codes, scheme)
-    zero = store_zero(zero_point, scheme, zero_dtype)
-    return QuantizedLinear(words, stored, zero, scheme, shape, x.dtype)
+    stored_zero = store_zero(zero, scheme, zero_dtype)
+    return QuantizedLinear(words, stored, stored_zero, scheme, shape, x.dtype)
 
 
 def fake_quantize(x: Array, scheme: Scheme, *, name: str = "x") -> Array:

@@ -7,15 +7,18 @@ Source: Jacob et al. 2018 (arXiv:1712.05877), §2.1. With a = max |x|, lo = min(
 hi = max(max x, 0) and L = 2^b − 1 (zero must stay representable, so a range always includes
 it):
 
-| rule                   | s             | z                         | q within            | |x̂ − x| ≤ |
-|------------------------|---------------|---------------------------|---------------------|------------|
-| "restricted"           | a/(2^(b−1)−1) | 0                         | ±(2^(b−1)−1)        | s/2        |
-| "half_integer"         | a/(L/2)       | 0                         | −2^(b−1) … 2^(b−1)−1 | s/2       |
-| "half_integer_unsigned"| a/(L/2)       | 2^(b−1)                   | 0 … L               | s/2        |
-| "power"                | a/2^(b−1)     | 0                         | −2^(b−1) … 2^(b−1)−1 | s, at +a  |
-| "asymmetric"           | (hi − lo)/L   | clip(rint(−lo/s), 0, L)   | 0 … L               | s/2        |
-| "asymmetric_signed"    | (hi − lo)/L   | rint(clip(qmin − lo/s))   | −2^(b−1) … 2^(b−1)−1 | s/2       |
-| "awq"                  | (max − min)/L | clip(−rint(min/s), 0, L)  | 0 … L               | s/2 only if min ≤ 0 ≤ max |
+| rule                   | s             | z                        | q within             | error |
+|------------------------|---------------|--------------------------|----------------------|-------|
+| "restricted"           | a/(2^(b−1)−1) | 0                        | ±(2^(b−1)−1)         | s/2   |
+| "half_integer"         | a/(L/2)       | 0                        | −2^(b−1) … 2^(b−1)−1 | s/2   |
+| "half_integer_unsigned"| a/(L/2)       | 2^(b−1)                  | 0 … L                | s/2   |
+| "power"                | a/2^(b−1)     | 0                        | −2^(b−1) … 2^(b−1)−1 | s     |
+| "asymmetric"           | (hi − lo)/L   | clip(rint(−lo/s), 0, L)  | 0 … L                | s/2   |
+| "asymmetric_signed"    | (hi − lo)/L   | rint(clip(qmin − lo/s))  | −2^(b−1) … 2^(b−1)−1 | s/2   |
+| "awq"                  | (max − min)/L | clip(−rint(min/s), 0, L) | 0 … L                | s/2   |
+
+The last column bounds |x̂ − x|; for "power" it is reached at +a alone, for "awq" it holds
+only if min ≤ 0 ≤ max.
 
 Who uses which: restricted: SmoothQuant, bitsandbytes, TensorRT; half_integer and
 asymmetric_signed: compressed-tensors, llm-compressor, torch's qint8 observers;
@@ -35,13 +38,13 @@ dtype ("half_integer", "asymmetric_signed"); the scale of the range ±1 (GPTQ's 
 that of the range 1e-5 (AWQ); 1 for the other two. A scale below the smallest normal number
 becomes that number, so that x/s stays finite.
 
-| symbol | name                                   | shape                         |
-|--------|----------------------------------------|-------------------------------|
-| x      | activations or weight                  | any, [T, N], [M, N]           |
-| q      | codes, int8 (signed rules) or uint8    | as x                          |
-| lo, hi | smallest and largest value per range   | one of ``granularity``'s      |
-| s      | scale, > 0, in x's dtype               | as lo: (), [M, 1], [M, N/g] … |
-| z      | zero point, int32                      | as lo                         |
+| symbol | name                                 | shape                         |
+|--------|--------------------------------------|-------------------------------|
+| x      | activations or weight                | any, [T, N], [M, N]           |
+| q      | codes, int8 (signed rules) or uint8  | as x                          |
+| lo, hi | smallest and largest value per range | one of ``granularity``'s      |
+| s      | scale, > 0, in x's dtype             | as lo: (), [M, 1], [M, N/g] … |
+| z      | zero point, int32                    | as lo                         |
 
 Left out: the signed-maximum form of "power" (Q4_0 and Q5_0 of GGUF), floating-point codes,
 codebooks; ranges that come from elsewhere than the smallest and the largest value
@@ -56,8 +59,7 @@ from functools import cached_property
 
 import numpy as np
 
-from refllm.array_types import Array
-from refllm.backend import namespace
+from refllm.backend import Array, namespace
 from refllm.formats.granularity import Granularity, from_blocks
 
 SYMMETRIC = ("restricted", "half_integer", "half_integer_unsigned", "power")
@@ -201,12 +203,12 @@ def ranges(x: Array, scheme: Scheme, *, name: str = "x") -> tuple[Array, Array]:
 
 def _extremes(x: Array, geometry: Granularity) -> tuple[Array, Array]:
     """min and max of each range, in any shape; a range that holds NaN gives NaN."""
-    xp = namespace(x)
-    if xp is np and geometry.kind == "group" and x.size:
+    if isinstance(x, np.ndarray) and geometry.kind == "group" and x.size:
         # NumPy's max along a short last axis takes twice as long as reduceat
         flat = x.reshape(-1)
         starts = np.arange(0, flat.size, geometry.block[1])
         return np.minimum.reduceat(flat, starts), np.maximum.reduceat(flat, starts)
+    xp = namespace(x)
     blocks = geometry.as_blocks(x)
     return xp.min(blocks, axis=(1, 3)), xp.max(blocks, axis=(1, 3))
 

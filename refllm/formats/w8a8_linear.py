@@ -1,4 +1,4 @@
-"""A weight whose inputs are quantised too: both sides of the product are integers.
+"""W8A8: weight and activations are quantised, so the product is one of integers.
 
 Source: Xiao et al. 2023 (SmoothQuant), eq. 2 and table 2; the same arithmetic with
 "half_integer" activations is what compressed-tensors' "int-quantized" checkpoints mean by
@@ -6,33 +6,32 @@ W8A8.
 
     x̂ = s_x q_x,  ŵ = s_w q_w,   Y = s_x s_w (Q_x Q_wᵀ)
 
-| ``activation`` | step of x             | in SmoothQuant's table |
-|----------------|-----------------------|------------------------|
-| "token"        | of each row, now      | O1                     |
-| "tensor"       | of all rows, now      | O2                     |
-| a number       | that, from calibration| O3                     |
+| ``activation`` | scale of x                          | in SmoothQuant's table |
+|----------------|-------------------------------------|------------------------|
+| "token"        | one per row, computed per call      | O1                     |
+| "tensor"       | one for all rows, computed per call | O2                     |
+| a float        | that value, from calibration        | O3                     |
 
-With one step for all rows ("tensor"), what a token becomes depends on the other tokens of
-the batch. With a step from calibration, numbers beyond its range are clipped.
+With one scale for all rows ("tensor"), a token's codes depend on the other tokens of the
+batch. With a scale from calibration, values beyond its range are clipped.
 
-``rule`` makes the step from a = max |x|: "restricted" is a/127 (SmoothQuant),
-"half_integer" a/127.5 (readers of compressed-tensors). No zero point: a symmetric grid
-spends one product of integers on a product.
+``rule`` makes the scale from a = max |x|: "restricted" is a/127 (SmoothQuant),
+"half_integer" a/127.5 (readers of compressed-tensors). There is no zero point: with a
+symmetric rule, a product needs only one product of integers.
 
-| symbol | name                       | shape          |
-|--------|----------------------------|----------------|
-| x, Y   | activations, their product | [T, N], [T, M] |
-| s_x    | step of the activations    | [T, 1] or ()   |
-| weight | ``QuantizedLinear`` W[M, N]      |                |
+| symbol | name                        | shape          |
+|--------|-----------------------------|----------------|
+| x, Y   | activations, their product  | [T, N], [T, M] |
+| s_x    | scale of the activations    | [T, 1] or ()   |
+| weight | ``QuantizedLinear`` W[M, N] |                |
 
-Left out: activations in groups, asymmetric activations, the step's floor of SmoothQuant's
-code (absmax is at least 1e-5 there; here a row of any size has a step).
+Left out: activations in groups, asymmetric activations, the lower bound of SmoothQuant's
+code (absmax is at least 1e-5 there; here a row of any size has a scale).
 """
 
 from __future__ import annotations
 
-from refllm.array_types import Array
-from refllm.backend import namespace
+from refllm.backend import Array, namespace
 from refllm.formats.int_matmul import scaled_matmul
 from refllm.formats.quantized_linear import QuantizedLinear
 from refllm.formats.uniform import Scheme, qparams, quantize_codes
@@ -41,10 +40,10 @@ __all__ = ["W8A8Linear"]
 
 
 class W8A8Linear:
-    """``weight`` times activations that are rounded to ``bits`` bits first; satisfies
+    """``weight`` times activations that are quantised to ``bits`` bits first; satisfies
     ``Linear``.
 
-    ``name`` is the activations', for messages.
+    ``name`` names the activations in messages.
     """
 
     def __init__(
@@ -58,14 +57,14 @@ class W8A8Linear:
     ):
         static = not isinstance(activation, str)
         if static and not 0 < float(activation) < float("inf"):
-            raise ValueError(f"W8A8Linear: a static step is finite and above 0, got {activation}")
+            raise ValueError(f"W8A8Linear: a static scale is finite and above 0, got {activation}")
         if not static and activation not in ("token", "tensor"):
             raise ValueError(
-                f"W8A8Linear: activation is 'token', 'tensor' or a static step, got {activation!r}"
+                f"W8A8Linear: activation is 'token', 'tensor' or a static scale, got {activation!r}"
             )
         if weight.scheme.granularity == "block":
             raise ValueError(
-                "W8A8Linear: the steps of blocks do not factor out of a row's sum; use 'channel'"
+                "W8A8Linear: scales per block do not factor out of a row's sum; use 'channel'"
             )
         self.scheme = Scheme(bits, rule, "tensor" if static else str(activation))
         if not self.scheme.symmetric or not self.scheme.signed:
@@ -83,7 +82,7 @@ class W8A8Linear:
 
     @property
     def nbytes(self) -> int:
-        """The weight's bytes, and four of a static step."""
+        """The weight's bytes, and four for a static scale."""
         return self.weight.nbytes + (0 if self.static is None else 4)
 
     @property
@@ -96,12 +95,12 @@ class W8A8Linear:
         return self.weight.dequantize()
 
     def quantize_activations(self, x: Array) -> tuple[Array, Array]:
-        """x[T, N] → codes int8 [T, N] and their step, [T, 1] or ().
+        """x[T, N] → codes int8 [T, N] and their scale, [T, 1] or ().
 
         Raises
         ------
         ValueError
-            naming the activations, if a number is not finite.
+            naming the activations, if a value is not finite.
         """
         xp = namespace(x)
         if self.static is None:
@@ -109,10 +108,9 @@ class W8A8Linear:
         else:
             scale = xp.asarray(self.static, dtype=x.dtype)
             zero = xp.asarray(0, dtype=xp.int32)
-        # the range that a step was just made of is finite and covered
-        return quantize_codes(
-            x, scale, zero, self.scheme, name=self.name, check=self.static is not None
-        ), scale
+        # a scale that was just computed covers x, which was checked then
+        check = self.static is not None
+        return quantize_codes(x, scale, zero, self.scheme, name=self.name, check=check), scale
 
     def matmul(self, x: Array) -> Array:
         """x[T, N] → [T, M], in the wider of x's dtype and float32; the sum over N is exact."""
@@ -120,20 +118,15 @@ class W8A8Linear:
         work = xp.astype(x, xp.result_type(x.dtype, xp.float32), copy=False)
         if not x.shape[0]:
             return xp.zeros((0, self.shape[0]), dtype=x.dtype)
-        codes, step = self.quantize_activations(work)
+        codes, scale = self.quantize_activations(work)  # [T, N], [T, 1] or ()
         w = self.weight
-        if w.scheme.symmetric and w.scheme.zero == 0:
-            zero = None
-        else:
-            zero = w.zero_point
-        sizes = tuple(max(-s.qmin, s.qmax) for s in (self.scheme, w.scheme))
-        y = scaled_matmul(
-            codes,
-            step,
-            None,
-            w.codes,
-            xp.astype(w.scale, work.dtype),
-            zero,
-            sizes=(sizes[0], sizes[1]),
-        )
+        w_scale = xp.astype(w.scale, work.dtype)
+        w_zero = None if w.scheme.symmetric and w.scheme.zero == 0 else w.zero_point
+        sizes = (_largest_size(self.scheme), _largest_size(w.scheme))
+        y = scaled_matmul(codes, scale, None, w.codes, w_scale, w_zero, sizes=sizes)
         return xp.astype(y, x.dtype, copy=False)
+
+
+def _largest_size(scheme: Scheme) -> int:
+    """max |q| over the codes of a scheme."""
+    return max(-scheme.qmin, scheme.qmax)

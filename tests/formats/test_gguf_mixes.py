@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from conftest import oracle
 from refllm.checkpoints.gguf_names import gguf_name
 from refllm.checkpoints.tensor_files import tensor_shapes
-from refllm.experiments.gguf_mixes import LU_2025, LLAMA_2_7B, LLAMA_31_8B, table
+from refllm.experiments.gguf_mixes import LLAMA_2_7B, LLAMA_31_8B, LU_2025, table
 from refllm.formats.gguf.mixes import MIXES, Heads, bits_per_weight, mix, more_bits
 from refllm.formats.gguf.reader import GGUFFile
 from refllm.formats.gguf.types import gguf_type

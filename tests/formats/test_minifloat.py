@@ -466,7 +466,7 @@ def test_e8m0_has_no_zero(xp):
 )
 def test_raise_names_the_number(xp, fmt, number):
     x = xp.asarray(np.array([1.0, number, 1.0], dtype=np.float32))
-    with pytest.raises(ValueError, match=f"w: number 1 is .*, which {fmt} has no code for"):
+    with pytest.raises(ValueError, match=f"w: element 1 is .*, which {fmt} has no code for"):
         quantize(x, fmt, "raise", name="w")
 
 
@@ -484,10 +484,10 @@ def test_raise_lets_the_rest_through(xp, fmt, number):
 def test_what_has_no_code_is_refused(xp):
     one = xp.asarray(np.array([1.0, np.nan], dtype=np.float32))
     with pytest.raises(
-        ValueError, match="number 1 is nan, which e2m1 has no code for: it reaches from -6 to 6"
+        ValueError, match="element 1 is nan, which e2m1 has no code for: it reaches from -6 to 6"
     ):
         quantize(one, "e2m1")
-    with pytest.raises(ValueError, match="number 0 is inf"):
+    with pytest.raises(ValueError, match="element 0 is inf"):
         quantize(xp.asarray(np.array([np.inf], dtype=np.float32)), "e2m1", "nan")
     with pytest.raises(ValueError, match="choose one of fp16, bf16, e4m3"):
         float_format("e3m4")
@@ -510,7 +510,7 @@ def test_shapes(xp, fmt, shape):
 
 
 def test_pieces_join(xp, monkeypatch):
-    monkeypatch.setattr(minifloat, "TILE", (64, 64))
+    monkeypatch.setattr(minifloat, "tile_elements", lambda like: 64)
     x = np.random.default_rng(0).standard_normal((7, 30)).astype(np.float32)
     for fmt in SIGNED:
         whole = (

@@ -167,11 +167,11 @@ def test_refused_activations_that_are_not_finite_by_name(xp, activation, bad):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"activation": 0.0}, "a static step is finite and above 0"),
-        ({"activation": float("inf")}, "a static step is finite and above 0"),
-        ({"activation": float("nan")}, "a static step is finite and above 0"),
-        ({"activation": "row"}, "activation is 'token', 'tensor' or a static step, got 'row'"),
-        ({"scheme": Scheme(8, "restricted", "block", 4)}, "the steps of blocks do not factor out"),
+        ({"activation": 0.0}, "a static scale is finite and above 0"),
+        ({"activation": float("inf")}, "a static scale is finite and above 0"),
+        ({"activation": float("nan")}, "a static scale is finite and above 0"),
+        ({"activation": "row"}, "activation is 'token', 'tensor' or a static scale, got 'row'"),
+        ({"scheme": Scheme(8, "restricted", "block", 4)}, "scales per block do not factor out"),
         ({"rule": "asymmetric"}, "a signed rule without zero point, not 'asymmetric'"),
         ({"rule": "half_integer_unsigned"}, "a signed rule without zero point"),
     ],

@@ -30,7 +30,7 @@ DATA_PLANE = ("formats", "kernels", "model", "checkpoints", "train", "kv", "deco
 # there lives on a device.
 HOST = {
     "formats.uniform:_extremes": "reduceat is twice as fast on the host; CuPy has none and takes the other branch",
-    "formats.gguf.arithmetic:quietly": "NumPy warns of overflow and 0/0; CuPy has no errstate, and warns of nothing",
+    "formats.gguf.arithmetic:without_warnings": "NumPy warns of overflow and 0/0; CuPy has no errstate, and warns of nothing",
     "formats.gguf.reader": "files hold host bytes; tensors are moved once they are checked",
     "formats.gguf.writer": "files hold host bytes",
     "checkpoints.gguf": "files hold host bytes; tensors are moved once they are checked",

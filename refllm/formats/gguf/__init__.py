@@ -3,19 +3,19 @@
 Read ``legacy`` first: a block of 32 elements with one scale is all that the k-quants
 elaborate on.
 
-| file                | what it answers                                                        |
-|---------------------|------------------------------------------------------------------------|
-| types               | which types exist, and how many bytes they take                        |
-| legacy              | Q8_0, Q4_0, Q4_1, Q5_0, Q5_1: 32 elements, one scale                   |
-| kquants             | Q2_K, Q4_K, Q5_K: 256 elements, quantised scales and offsets           |
-| kquants_symmetric   | Q3_K, Q6_K: the same without offsets                                   |
-| scale_search        | how a block's scale is found                                           |
-| plain               | F32, F16, BF16, and MXFP4                                              |
-| bits, arithmetic    | codes in bytes; float32 arithmetic in ggml's order                     |
-| codec               | ``quantize`` and ``dequantize``, for all types                         |
-| linear              | a weight that keeps a file's bytes and multiplies                      |
-| mixes               | which type each tensor gets in Q4_K_M and its siblings                 |
-| reader, writer      | the files                                                              |
+| file              | what it answers                                              |
+|-------------------|--------------------------------------------------------------|
+| types             | which types exist, and how many bytes they take              |
+| legacy            | Q8_0, Q4_0, Q4_1, Q5_0, Q5_1: 32 elements, one scale         |
+| kquants           | Q2_K, Q4_K, Q5_K: 256 elements, quantised scales and offsets |
+| kquants_symmetric | Q3_K, Q6_K: the same without offsets                         |
+| scale_search      | how a block's scale is found                                 |
+| plain             | F32, F16, BF16, and MXFP4                                    |
+| bits, arithmetic  | codes in bytes; float32 arithmetic in ggml's order           |
+| codec             | ``quantize`` and ``dequantize``, for all types               |
+| linear            | a weight that keeps a file's bytes and multiplies            |
+| mixes             | which type each tensor gets in Q4_K_M and its siblings       |
+| reader, writer    | the files                                                    |
 """
 
 from refllm.formats.gguf.codec import dequantize, quantize

@@ -1,12 +1,12 @@
 """The float32 arithmetic that the bytes of the block formats depend on: sums in order,
 rounding, extremes.
 
-| name           | what                                                                                        |
-|----------------|---------------------------------------------------------------------------------------------|
-| sequential_sum | ((0 + t₀) + t₁) + …: another order of additions changes last bits, and those change codes   |
-| nearest        | to the nearest integer as ggml does it, NaN and infinity included                           |
-| extreme, least | of several equal values the first, since +0 and −0 are equal but have different bits        |
-| single         | Python's float rounded to float32: constants of the format, the same on every device        |
+| name           | what                                                                          |
+|----------------|-------------------------------------------------------------------------------|
+| sequential_sum | ((0 + t₀) + t₁) + …: another order changes last bits, and those change codes  |
+| nearest        | to the nearest integer as ggml does it, NaN and infinity included             |
+| extreme, least | of several equal values the first, as +0 and −0 are equal with different bits |
+| single         | Python's float rounded to float32: the same constants on every device         |
 
 Source: ggml's quantisers (ggml-quants.c).
 
@@ -20,8 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
-from refllm.array_types import Array
-from refllm.backend import bitcast, namespace
+from refllm.backend import Array, bitcast, namespace
 
 __all__ = ["divided", "extreme", "least", "nearest", "sequential_sum", "single", "without_warnings"]
 
@@ -45,7 +44,7 @@ def without_warnings(like: Array) -> AbstractContextManager[object]:
 
     The searches divide and overflow as their source does, and check the result afterwards.
     """
-    if namespace(like) is np:
+    if isinstance(like, np.ndarray):
         return np.errstate(all="ignore")
     return nullcontext()
 
@@ -53,7 +52,8 @@ def without_warnings(like: Array) -> AbstractContextManager[object]:
 def sequential_sum(terms: Array) -> Array:
     """Σ over rows, terms[S, C] → [C]: ((0 + t₀) + t₁) + …, each sum rounded to float32."""
     xp = namespace(terms)
-    if xp is np and terms.shape[1] >= _MANY and terms.flags.c_contiguous:
+    many = terms.shape[1] >= _MANY
+    if isinstance(terms, np.ndarray) and many and terms.flags.c_contiguous:
         # Where the summed axis is the slow one, NumPy adds whole rows to its result, one
         # after another: the same sums in the same order in a third of the time (tested).
         total: Array = xp.add.reduce(terms, axis=0)

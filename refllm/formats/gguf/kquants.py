@@ -1,17 +1,17 @@
 """The k-quants with offsets, Q2_K, Q4_K and Q5_K: 256 elements per block, in sub-blocks
 whose scales and offsets are quantised themselves. (Q3_K and Q6_K: ``kquants_symmetric``.)
 
-| type | codes  | value            | sub-block | weights of the search      | search                         |
-|------|--------|------------------|-----------|----------------------------|--------------------------------|
-| Q2_K | 0…3    | d·S·q − dmin·M   | 16        | |x|                        | asymmetric by |error|; max/15  |
-| Q4_K | 0…15   | d·S·q − dmin·M   | 32        | |x| + rms of the 32        | asymmetric; max/63             |
-| Q5_K | 0…31   | d·S·q − dmin·M   | 32        | |x| + rms of the 32        | asymmetric; max/63             |
+| type | codes | value          | sub-block | weights of the search | search             |
+|------|-------|----------------|-----------|-----------------------|--------------------|
+| Q2_K | 0…3   | d·S·q − dmin·M | 16        | |x|                   | by |error|; max/15 |
+| Q4_K | 0…15  | d·S·q − dmin·M | 32        | |x| + rms of the 32   | by error²; max/63  |
+| Q5_K | 0…31  | d·S·q − dmin·M | 32        | |x| + rms of the 32   | by error²; max/63  |
 
-| type | bytes of a block                                                        |
-|------|-------------------------------------------------------------------------|
-| Q2_K | scales[16] (low half: scale, high half: offset), codes[64], d, dmin      |
-| Q4_K | d, dmin, scales[12], codes[128]                                          |
-| Q5_K | d, dmin, scales[12], high bits[32], low four bits[128]                   |
+| type | bytes of a block                                                    |
+|------|---------------------------------------------------------------------|
+| Q2_K | scales[16] (low half: scale, high half: offset), codes[64], d, dmin |
+| Q4_K | d, dmin, scales[12], codes[128]                                     |
+| Q5_K | d, dmin, scales[12], high bits[32], low four bits[128]              |
 
 With an importance (one weight per column, usually the mean square of the activations that
 it multiplies) the weights are importance · sqrt(σ² + x²), σ² a mean square of the block,
@@ -42,8 +42,7 @@ Left out: the searches (``scale_search``).
 
 from __future__ import annotations
 
-from refllm.array_types import Array
-from refllm.backend import namespace
+from refllm.backend import Array, namespace
 from refllm.formats.gguf.arithmetic import divided, nearest, sequential_sum
 from refllm.formats.gguf.bits import (
     float16_bytes,

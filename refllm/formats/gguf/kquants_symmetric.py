@@ -1,15 +1,15 @@
 """The k-quants without offsets, Q3_K and Q6_K: 256 elements per block, in sub-blocks of 16
 whose scales are quantised themselves. The stages and symbols are explained in ``kquants``.
 
-| type | codes  | value            | weights of the search | search                        |
-|------|--------|------------------|-----------------------|-------------------------------|
-| Q3_K | −4…3   | d·(S − 32)·q     | x²                    | by sweeps; −extreme/32        |
-| Q6_K | −32…31 | d·S·q            | x²                    | symmetric; −extreme/128       |
+| type | codes  | value        | weights of the search | search                  |
+|------|--------|--------------|-----------------------|-------------------------|
+| Q3_K | −4…3   | d·(S − 32)·q | x²                    | by sweeps; −extreme/32  |
+| Q6_K | −32…31 | d·S·q        | x²                    | symmetric; −extreme/128 |
 
-| type | bytes of a block                                                        |
-|------|-------------------------------------------------------------------------|
-| Q3_K | high bits[32], low two bits[64], scales[12], d                           |
-| Q6_K | low four bits[128], high two bits[64], scales[16], d                     |
+| type | bytes of a block                                     |
+|------|------------------------------------------------------|
+| Q3_K | high bits[32], low two bits[64], scales[12], d       |
+| Q6_K | low four bits[128], high two bits[64], scales[16], d |
 
 With an importance, Q3_K's weights are importance · sqrt(σ² + x²) and its scales are searched
 too; Q6_K takes the importance alone.

@@ -1,12 +1,12 @@
 """The legacy block formats: 32 elements, one scale, for Q4_1 and Q5_1 also an offset.
 
-| type | codes    | value       | scale, without importance                                                     |
-|------|----------|-------------|-------------------------------------------------------------------------------|
-| Q8_0 | −127…127 | d·q         | largest/127; halves are rounded away from 0                                   |
-| Q4_0 | 0…15     | d·(q − 8)   | −extreme/8: the value of largest size is code 0, exactly                      |
-| Q5_0 | 0…31     | d·(q − 16)  | −extreme/16                                                                   |
-| Q4_1 | 0…15     | d·q + m     | (max − min)/15, m = min                                                       |
-| Q5_1 | 0…31     | d·q + m     | (max − min)/31, m = min                                                       |
+| type | codes    | value      | scale, without importance                                |
+|------|----------|------------|----------------------------------------------------------|
+| Q8_0 | −127…127 | d·q        | largest/127; halves are rounded away from 0              |
+| Q4_0 | 0…15     | d·(q − 8)  | −extreme/8: the value of largest size is code 0, exactly |
+| Q5_0 | 0…31     | d·(q − 16) | −extreme/16                                              |
+| Q4_1 | 0…15     | d·q + m    | (max − min)/15, m = min                                  |
+| Q5_1 | 0…31     | d·q + m    | (max − min)/31, m = min                                  |
 
 The signed scale of Q4_0 and Q5_0 is the idea behind them: sixteen codes around 0 have one
 more on one side, and the extreme gets it, whichever sign it has. Codes are made with the
@@ -27,10 +27,10 @@ Left out: Q8_1 (activations only).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
-from refllm.array_types import Array
-from refllm.backend import bitcast, namespace
+from refllm.backend import Array, bitcast, namespace
 from refllm.formats.gguf.arithmetic import divided, extreme, least, sequential_sum
 from refllm.formats.gguf.bits import float16_bytes, float16_values, unpack_bits
 from refllm.formats.gguf.scale_search import IMPORTANT, fit_asymmetric, fit_symmetric
@@ -160,14 +160,14 @@ def dequantize_asymmetric(data: Array, bits: int) -> Array:
     return out
 
 
-QUANTIZERS = {
+QUANTIZERS: dict[str, Callable[[Array, Array | None], Array]] = {
     "Q8_0": quantize_q8_0,
     "Q4_0": partial(quantize_symmetric, bits=4),
     "Q5_0": partial(quantize_symmetric, bits=5),
     "Q4_1": partial(quantize_asymmetric, bits=4),
     "Q5_1": partial(quantize_asymmetric, bits=5),
 }
-DEQUANTIZERS = {
+DEQUANTIZERS: dict[str, Callable[[Array], Array]] = {
     "Q8_0": dequantize_q8_0,
     "Q4_0": partial(dequantize_symmetric, bits=4),
     "Q5_0": partial(dequantize_symmetric, bits=5),

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from refllm.array_types import Array
-from refllm.backend import namespace
+from refllm.backend import Array, namespace
 from refllm.formats.gguf.codec import dequantize
 from refllm.formats.gguf.types import gguf_type
+from refllm.formats.granularity import tile_elements
 
 __all__ = ["GGUFLinear"]
 
@@ -73,8 +73,7 @@ class GGUFLinear:
 
     def _tiles(self) -> Iterator[tuple[int, int]]:
         """(first row, last row + 1) of each tile of a product."""
-        size = MATMUL_TILE[0 if namespace(self.raw) is np else 1]
-        step = max(1, size // max(1, self.shape[1]))
+        step = max(1, tile_elements(self.raw, MATMUL_TILE) // max(1, self.shape[1]))
         for start in range(0, self.shape[0], step):
             yield start, min(start + step, self.shape[0])
 

@@ -5,12 +5,13 @@ layers that were found by experiment: the first and last eighth and every third 
 (``more_bits``). attn_v is small where heads are shared, and an error in it reaches all of
 them; ffn_down sums over the widest input; the output matrix makes the logits.
 
-| tensor         | Q2_K               | Q3_K_M                 | Q3_K_L | Q4_K_S     | Q4_K_M, Q5_K_M  |
-|----------------|--------------------|------------------------|--------|------------|-----------------|
-| attn_v         | Q3_K; Q4_K if GQA  | Q4_K; Q5_K in layer 0–1 | Q5_K   | Q5_K, 0–3  | Q6_K, some      |
-| ffn_down       | Q3_K               | Q4_K; Q5_K in 1/16     | Q5_K   | Q5_K, 1/8  | Q6_K, some      |
-| attn_output    | Q3_K               | Q4_K                   | Q5_K   |            |                 |
-| output (or tied embedding) | Q6_K in all mixes but Q8_0, which keeps Q8_0                                 |
+| tensor      | Q2_K              | Q3_K_M                  | Q3_K_L | Q4_K_S    | Q4_K_M, Q5_K_M |
+|-------------|-------------------|-------------------------|--------|-----------|----------------|
+| attn_v      | Q3_K; Q4_K if GQA | Q4_K; Q5_K in layer 0–1 | Q5_K   | Q5_K, 0–3 | Q6_K, some     |
+| ffn_down    | Q3_K              | Q4_K; Q5_K in 1/16      | Q5_K   | Q5_K, 1/8 | Q6_K, some     |
+| attn_output | Q3_K              | Q4_K                    | Q5_K   |           |                |
+
+The output matrix (or the tied embedding) is Q6_K in all mixes but Q8_0, which keeps Q8_0.
 
 (GQA: four or more query heads share a key/value head.) Everything else has the base type;
 norms, biases and other vectors stay F32. A row that blocks of 256 do not divide falls back
@@ -37,9 +38,11 @@ __all__ = ["FILE_TYPES", "MIXES", "Heads", "bits_per_weight", "mix"]
 
 # mix → (base type, value of general.file_type)
 MIXES = {
-    "F32": ("F32", 0), "F16": ("F16", 1), "BF16": ("BF16", 32), "Q4_0": ("Q4_0", 2), "Q4_1": ("Q4_1", 3),
-    "Q5_0": ("Q5_0", 8), "Q5_1": ("Q5_1", 9), "Q8_0": ("Q8_0", 7), "Q2_K": ("Q2_K", 10), "Q3_K_S": ("Q3_K", 11),
-    "Q3_K_M": ("Q3_K", 12), "Q3_K_L": ("Q3_K", 13), "Q4_K_S": ("Q4_K", 14), "Q4_K_M": ("Q4_K", 15),
+    "F32": ("F32", 0), "F16": ("F16", 1), "BF16": ("BF16", 32),
+    "Q4_0": ("Q4_0", 2), "Q4_1": ("Q4_1", 3), "Q5_0": ("Q5_0", 8), "Q5_1": ("Q5_1", 9),
+    "Q8_0": ("Q8_0", 7), "Q2_K": ("Q2_K", 10),
+    "Q3_K_S": ("Q3_K", 11), "Q3_K_M": ("Q3_K", 12), "Q3_K_L": ("Q3_K", 13),
+    "Q4_K_S": ("Q4_K", 14), "Q4_K_M": ("Q4_K", 15),
     "Q5_K_S": ("Q5_K", 16), "Q5_K_M": ("Q5_K", 17), "Q6_K": ("Q6_K", 18),
 }  # fmt: skip
 FILE_TYPES = {number: name for name, (_, number) in MIXES.items()}

@@ -17,8 +17,7 @@ Left out: NVFP4.
 
 from __future__ import annotations
 
-from refllm.array_types import Array
-from refllm.backend import bitcast, namespace
+from refllm.backend import Array, bitcast, namespace
 from refllm.formats.gguf.bits import pack_bits, unpack_bits
 
 __all__ = ["DEQUANTIZERS", "QUANTIZERS"]

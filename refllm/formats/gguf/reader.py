@@ -4,13 +4,13 @@ Files are untrusted input. Whatever a header claims, nothing is allocated and no
 looped over that the file is too short to hold, so a malicious file costs one error message
 and no memory.
 
-| bytes                          | what                                                                             |
-|--------------------------------|----------------------------------------------------------------------------------|
-| ``GGUF``, u32 version          | 3; version 2 has the same layout                                                 |
-| u64 tensors, u64 entries       | their counts                                                                     |
-| entries                        | key (string), u32 type, value                                                    |
-| tensor records                 | name (string), u32 dimensions, u64 per dimension, u32 type, u64 offset           |
-| padding, tensors               | each tensor begins at the next multiple of the alignment                         |
+| bytes                    | what                                                          |
+|--------------------------|---------------------------------------------------------------|
+| ``GGUF``, u32 version    | 3; version 2 has the same layout                              |
+| u64 tensors, u64 entries | their counts                                                  |
+| entries                  | key (string), u32 type, value                                 |
+| tensor records           | name, u32 dimensions, u64 per dimension, u32 type, u64 offset |
+| padding, tensors         | each tensor begins at the next multiple of the alignment      |
 
 A string is a u64 length and that many bytes of UTF-8. An array is a u32 type, a u64 count,
 and the elements. Everything is little-endian. Dimensions are stored innermost first, NumPy's
@@ -42,8 +42,10 @@ from refllm.formats.gguf.types import TYPES, GGUFType
 
 __all__ = ["ALIGNMENT", "SCALARS", "GGUFError", "GGUFFile", "Header", "TensorRecord", "parse"]
 
-SCALARS = {0: "uint8", 1: "int8", 2: "uint16", 3: "int16", 4: "uint32", 5: "int32", 6: "float32", 7: "bool",
-           10: "uint64", 11: "int64", 12: "float64"}  # fmt: skip
+SCALARS = {
+    0: "uint8", 1: "int8", 2: "uint16", 3: "int16", 4: "uint32", 5: "int32",
+    6: "float32", 7: "bool", 10: "uint64", 11: "int64", 12: "float64",
+}  # fmt: skip
 STRING = 8
 ARRAY = 9
 ALIGNMENT = 32
@@ -55,12 +57,14 @@ LONGEST_KEY = 65535
 LONGEST_NAME = 63
 MOST_DIMENSIONS = 4
 _BY_ID = {found.id: found for found in TYPES.values()}
-_FOREIGN = {9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
-            22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0",
-            35: "TQ2_0", 40: "NVFP4", 41: "Q1_0", 42: "Q2_0"}  # fmt: skip
+_FOREIGN = {
+    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
+    20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32",
+    27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 40: "NVFP4", 41: "Q1_0",
+    42: "Q2_0",
+}  # fmt: skip
 
-
-Bytes = bytes | np.ndarray
+Bytes = bytes | memoryview
 Record = tuple[str, GGUFType, tuple[int, ...], int]  # name, type, shape, offset
 
 
@@ -290,8 +294,8 @@ class GGUFFile(Mapping[str, np.ndarray]):
                     "download it again"
                 )
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        header = parse(memoryview(mapped), str(self.path))
         self._data = np.frombuffer(mapped, dtype=np.uint8)
-        header = parse(self._data, str(self.path))
         self.metadata = header.metadata
         self.tensors = header.tensors
         self.alignment = header.alignment

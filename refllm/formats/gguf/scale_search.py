@@ -6,12 +6,15 @@ everywhere else. So for each sub-block several scales are tried, and for the cod
 gives, the best scale in closed form. Blocks are columns here, x[S, C] holds position i of
 all of them in row i: searches run side by side, and only sums go position by position.
 
-| search           | ggml              | model of x      | minimises                      | candidates                                |
-|------------------|-------------------|-----------------|--------------------------------|-------------------------------------------|
-| fit_asymmetric   | make_qkx2_quants  | s·L + m, m ≤ 0  | Σ w (s·L + m − x)², or Σ w |…| | n + first + i·step scales across the range |
-| fit_symmetric    | make_qx_quants    | s·(L − n)       | Σ w (s·(L − n) − x)²           | n ± 0.1 … 0.9 scales for the extreme      |
-| fit_by_sweeps    | make_q3_quants    | s·(L − n)       | the same, w = x²               | one, then each code again, five times     |
-| fit_positive     | make_qp_quants    | s·L, x ≥ 0      | Σ w (s·L − x)²                 | n ± 0.1 … 0.4 scales, then each code again |
+| search         | ggml             | model of x     | candidates                                 |
+|----------------|------------------|----------------|--------------------------------------------|
+| fit_asymmetric | make_qkx2_quants | s·L + m, m ≤ 0 | n + first + i·step scales in the range     |
+| fit_symmetric  | make_qx_quants   | s·(L − n)      | n ± 0.1 … 0.9 scales for the extreme       |
+| fit_by_sweeps  | make_q3_quants   | s·(L − n)      | one, then each code again, five times      |
+| fit_positive   | make_qp_quants   | s·L, x ≥ 0     | n ± 0.1 … 0.4 scales, then each code again |
+
+All minimise Σ w (model − x)², with w = x² in ``fit_by_sweeps``; ``fit_asymmetric`` can
+compare Σ w |model − x| instead.
 
 For given codes the squared error is least at s = Σwxl / Σwl² (symmetric), which leaves Σwx²
 − (Σwxl)²/Σwl²; so (Σwxl)²/Σwl² is compared, and no error is ever computed. The asymmetric
@@ -37,8 +40,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from refllm.array_types import Array
-from refllm.backend import namespace
+from refllm.backend import Array, namespace
 from refllm.formats.gguf.arithmetic import divided, extreme, least, nearest, sequential_sum, single
 
 __all__ = [

@@ -3,14 +3,14 @@
 A row of K elements is stored as K / block blocks of ``size`` bytes each, which are
 8 · size / block bits per weight.
 
-| type          | elements per block | bytes | bits per weight | what a block holds                                   |
-|---------------|--------------------|-------|-----------------|------------------------------------------------------|
-| F32, F16, BF16| 1                  | 4, 2  | 32, 16          | the value                                            |
-| Q8_0          | 32                 | 34    | 8.5             | scale, 8-bit codes                                   |
-| Q4_0, Q5_0    | 32                 | 18, 22| 4.5, 5.5        | scale, codes around 0                                |
-| Q4_1, Q5_1    | 32                 | 20, 24| 5, 6            | scale, offset, codes from 0                          |
-| MXFP4         | 32                 | 17    | 4.25            | power of two, 4-bit floats                           |
-| Q2_K … Q6_K   | 256                | 84 …  | 2.625 …         | sub-blocks whose scales (and offsets) are codes, too |
+| type           | elements per block | bytes  | bits per weight | what a block holds           |
+|----------------|--------------------|--------|-----------------|------------------------------|
+| F32, F16, BF16 | 1                  | 4, 2   | 32, 16          | the value                    |
+| Q8_0           | 32                 | 34     | 8.5             | scale, 8-bit codes           |
+| Q4_0, Q5_0     | 32                 | 18, 22 | 4.5, 5.5        | scale, codes around 0        |
+| Q4_1, Q5_1     | 32                 | 20, 24 | 5, 6            | scale, offset, codes from 0  |
+| MXFP4          | 32                 | 17     | 4.25            | power of two, 4-bit floats   |
+| Q2_K … Q6_K    | 256                | 84 …   | 2.625 …         | sub-blocks, quantised scales |
 
 Source: the GGUF specification, and ggml's block structures (the ids are ggml's).
 
