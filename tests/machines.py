@@ -56,19 +56,20 @@ def run(
         missing = [what for what in see if not Counted.seen[what]]
         if not missing and Counted.taken["steps"] >= goal:
             break
+    seconds = time.perf_counter() - began
     print(
-        f"{machine.__name__}: {Counted.taken['steps']:,} steps in {time.perf_counter() - began:.0f} s;",
+        f"{machine.__name__}: {Counted.taken['steps']:,} steps in {seconds:.0f} s;",
         ", ".join(f"{what} {count:,}" for what, count in sorted(Counted.seen.items())),
     )
     assert not missing, f"the machine has not seen: {missing}"
 
 
 class ShadowMemory:
-    """What every slot holds, as text: (salt, all tokens up to and with the one whose key
-    and value lie there).
+    """What every slot should hold: (salt, all tokens up to the one whose key and value lie
+    there).
 
-    A copy that was missed, a block that was given away too early, a prefix found under
-    another's name or a slot written twice shows when somebody reads it.
+    A copy that was missed, a block that was freed too early, a prefix found with another salt
+    or a slot written twice shows when it is read.
     """
 
     def __init__(self) -> None:
@@ -76,8 +77,8 @@ class ShadowMemory:
         self.seen: Counter[str] = Counter()
 
     def execute(self, scheduler: BaseScheduler, plan: Plan) -> None:
-        """Copies, then reads of all items, then their writes; a plan's items see each
-        other's writes of no step.
+        """Copies, then the reads of all items, then their writes: no item reads what another
+        one writes in the same step.
         """
         pool = getattr(scheduler.memory, "pool", None)
         b = plan.block_size
@@ -88,21 +89,21 @@ class ShadowMemory:
         self.seen["copied"] += len(plan.copies)
         sequences = {sequence.key: sequence for sequence in scheduler.running}
         for item in plan.items:
-            text = spelled(sequences[item.name])
+            contents = expected_contents(sequences[item.name])
             read = slots_of(item.blocks, b, 0, item.start) if item.start else []
-            assert [self.held.get(slot) for slot in read] == text[: item.start], (
+            assert [self.held.get(slot) for slot in read] == contents[: item.start], (
                 f"{item.name} reads what is not its own"
             )
         for item in plan.items:
-            text = spelled(sequences[item.name])
+            contents = expected_contents(sequences[item.name])
             for slot, content in zip(
-                plan.slots(item), text[item.start : item.start + item.count], strict=True
+                plan.slots(item), contents[item.start : item.start + item.count], strict=True
             ):
                 assert not b or pool.ref_count(slot // b) == 1, "a shared block is written"
                 self.held[slot] = content
 
 
-def spelled(sequence: Sequence) -> list[tuple[Hashable, tuple[int, ...]]]:
+def expected_contents(sequence: Sequence) -> list[tuple[Hashable, tuple[int, ...]]]:
     """What the slot of each token, draft or not, should hold."""
     tokens = (*sequence.tokens, *sequence.drafts)
     return [(sequence.request.salt, tokens[: i + 1]) for i in range(len(tokens))]

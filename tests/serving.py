@@ -1,4 +1,4 @@
-"""What the tests of serving share: a model, and what each request says if it is served
+"""What the tests of serving share: a model, and the output of each request when it is served
 alone, without a cache.
 """
 
@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 
 from refllm.api import Model
+from refllm.decode import sampling
+from refllm.decode.margin import margin
+from refllm.decode.penalties import apply_repetition_penalty
 from refllm.serve.request import Request
 from tiny_models import tiny_model
 
@@ -26,40 +29,39 @@ def served_model(vocab: int = 257, xp: Any = np) -> Model:
 
 @cache
 def last_logits(tokens: tuple[int, ...], vocab: int = 257) -> np.ndarray:
-    """z[V] after a text, by one full forward."""
+    """z[V] after some tokens, by one full forward."""
     return np.asarray(served_model(vocab).logits(list(tokens))[-1])
 
 
 def alone(request: Request, index: int = 0) -> tuple[list[int], float]:
-    """The output of branch ``index`` (end token included) and how near a logit came to
+    """The output of sequence ``index`` (end token included) and how near a logit came to
     changing a token of it.
 
-    One token after the other, each from a full forward of the whole text.
+    One token after the other, each from a full forward of all tokens.
     """
     rng = np.random.default_rng(request.seed if index == 0 else [request.seed, index])
-    text = list(request.prompt)
+    tokens = list(request.prompt)
     nearest = np.inf
     params = request.temperature, request.top_k, request.top_p, request.min_p
     for _ in range(request.max_tokens):
-        z = last_logits(tuple(text))[None]
+        z = last_logits(tuple(tokens))[None]
         if request.repetition_penalty != 1:
             seen = np.zeros(z.shape, dtype=bool)
-            seen[0, text] = True
-            z = sampling.apply_repetition_penalty(z, seen, request.repetition_penalty)
+            seen[0, tokens] = True
+            z = apply_repetition_penalty(z, seen, request.repetition_penalty)
         u = rng.random(1)
-        token = (
-            int(z.argmax())
-            if request.temperature == 0
-            else int(sampling.sample(sampling.process_logits(z, *params), u)[0])
-        )
-        nearest = min(nearest, float(sampling.margin(z, u, *params)[0]))
-        text.append(token)
+        if request.temperature == 0:
+            token = int(z.argmax())
+        else:
+            token = int(sampling.sample(sampling.process_logits(z, *params), u)[0])
+        nearest = min(nearest, float(margin(z, u, *params)[0]))
+        tokens.append(token)
         if token == 5 and not request.ignore_eos:
             break
-    return text[len(request.prompt) :], nearest
+    return tokens[len(request.prompt) :], nearest
 
 
-def said(tokens: Sequence[int], request: Request) -> list[int]:
-    """An output as results have it: without its end token."""
+def without_end(tokens: Sequence[int], request: Request) -> list[int]:
+    """The tokens as outputs have them: without the end token."""
     ended = tokens and tokens[-1] == 5 and not request.ignore_eos
     return list(tokens[:-1] if ended else tokens)

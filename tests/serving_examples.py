@@ -1,4 +1,4 @@
-"""Small values for the figures of serving: what the studies give, in their shape."""
+"""Small values for the figures of serving, in the shape that the experiments return."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Drafting in the engine: the same tokens whatever is drafted, the books and caches sound
-after every step.
+"""Drafting in the engine: the same tokens whatever is drafted; invariants of scheduler and
+caches hold after every step.
 """
 
 from __future__ import annotations
@@ -53,9 +53,12 @@ def requests(seed: int, count: int, sampled: bool) -> list[Request]:
     out = []
     for i in range(count):
         prompt = shared[: rng.integers(1, 10)] + rng.integers(0, 300, rng.integers(1, 8)).tolist()
-        how = {"temperature": 0.8, "top_k": 20, "seed": 100 + i} if sampled and i % 2 else {}
-        how |= {"repetition_penalty": 1.3} if i % 3 == 2 else {}
-        out.append(Request(prompt * (1 + i % 2), int(rng.integers(1, 14)), id=i, **how))
+        options = {}
+        if sampled and i % 2:
+            options |= {"temperature": 0.8, "top_k": 20, "seed": 100 + i}
+        if i % 3 == 2:
+            options["repetition_penalty"] = 1.3
+        out.append(Request(prompt * (1 + i % 2), int(rng.integers(1, 14)), id=i, **options))
     return out
 
 
@@ -77,8 +80,9 @@ def served(drafter, asked, each_step=None, **options):
 
 
 @pytest.mark.theorem(
-    "With one-hot drafts each request gets the tokens that it gets without, greedy and sampled, in a ragged batch of "
-    "paged memory, with preemption, prefix caches, chunks and drafts of any quality",
+    "With one-hot drafts each request gets the tokens that it gets without, greedy and sampled,"
+    " in a ragged batch of paged memory, with preemption, prefix caches, chunks and drafts of "
+    "any quality",
     source="draft i stands if it is what place i draws",
 )
 @pytest.mark.parametrize("kind", KINDS)
@@ -95,7 +99,7 @@ def test_tokens_are_those_without_drafts(kind, cache, seed, blocks, budget):
 
 
 def test_preemption_drafts_and_forgotten_caches_all_occur():
-    """The test above would mean little if its cases had none of these."""
+    """The cases of the test above have all of these."""
     asked = requests(3, 6, sampled=False)
     drafting = KINDS["perfect"]()
     found, engine = served(drafting, asked, num_blocks=12, prefix_cache=None)
@@ -111,7 +115,8 @@ def test_preemption_drafts_and_forgotten_caches_all_occur():
 
 
 @pytest.mark.theorem(
-    "Keys and values in the blocks of a sequence are those of its verified tokens, and the prefix caches hold no others",
+    "Keys and values in the blocks of a sequence are those of its verified tokens, and the "
+    "prefix caches hold no others",
     source="Kwon et al. 2023, section 4.3; vLLM: only verified tokens are hashed",
 )
 @pytest.mark.parametrize("kind", ["model", "adversary"])
@@ -178,8 +183,8 @@ def test_greedy_text_is_the_same_on_the_real_model_in_a_batch_with_preemption():
 
 
 @pytest.mark.parametrize("stop", [True, False])
-def test_a_stop_or_an_end_within_an_accepted_run_ends_the_text(stop):
-    """Everything is drafted and accepted, eight tokens a step; what follows the end is
+def test_a_stop_string_or_end_token_among_accepted_drafts_ends_the_output(stop):
+    """All tokens are drafted and accepted, eight per step; what follows the end is
     discarded.
     """
     plain, _ = served(None, [Request([7, 8], 16, id=0)])
@@ -206,7 +211,7 @@ def test_a_stop_or_an_end_within_an_accepted_run_ends_the_text(stop):
     "With sampled drafts the law of a request's text is that of plain sampling, in the engine too",
     source="Leviathan et al. 2023; by enumeration of every uniform",
 )
-def test_sampled_drafts_keep_the_law_in_the_engine(monkeypatch):
+def test_sampled_drafts_keep_the_output_distribution_in_the_engine(monkeypatch):
     use_exact_draws(monkeypatch)
     target = random_model(SMALL, 4)
 
@@ -236,7 +241,7 @@ def test_sampled_drafts_keep_the_law_in_the_engine(monkeypatch):
     )
 
 
-# --- how many drafts ----------------------------------------------------------------------
+# --- settings_of many drafts ----------------------------------------------------------------------
 
 
 def priced(steps, draft: float, first: float | None = None) -> Costs:
@@ -250,7 +255,7 @@ FLAT = priced([(1, 1.0), (1000, 1.0)], 0.05)
 STEEP = priced([(1, 1.0), (1000, 1000.0)], 0.05)
 
 
-def test_costs_are_lines_between_what_was_measured():
+def test_costs_are_interpolated_between_measured_points():
     costs = priced([(1, 1.0), (2, 1.5), (4, 2.0)], 0.1)
     assert [costs.step(n) for n in (1, 2, 3, 4, 8)] == [1.0, 1.5, 1.75, 2.0, 4.0]
     flat = [(1, 1.0), (1000, 1.0)]
@@ -262,7 +267,7 @@ def test_costs_are_lines_between_what_was_measured():
 
 
 @given(alpha=st.floats(0, 1), batch=st.integers(1, 64), most=st.integers(0, 6))
-def test_gamma_is_the_best_and_zero_where_all_lose(alpha, batch, most):
+def test_gamma_has_the_best_rate_and_is_zero_where_drafts_do_not_pay(alpha, batch, most):
     costs = priced([(1, 1.0), (8, 1.2), (64, 4.0), (512, 30.0)], 0.05)
     rates = [
         expected_length(alpha, g) / (costs.step(batch * (1 + g)) + batch * g * 0.05)
@@ -305,7 +310,7 @@ def test_gamma_follows_acceptance_and_probes():
     assert make(None)().propose([1, 2, 1], 9, GREEDY, np.random.default_rng(0)).tokens == [2, 1]
 
 
-def test_a_new_sequence_believes_what_all_have_accepted_and_probes_in_vain_are_ever_rarer():
+def test_a_new_sequence_starts_with_the_shared_acceptance_and_failed_probes_become_rarer():
     costly = priced([(1, 1.0), (2, 1.4), (8, 3.8)], 0.0)
     drafting = AdaptiveDrafting(lambda: NGramDrafter(4, shortest=1), costs=costly)
     assert drafting.alpha == PRIOR[0]
@@ -315,13 +320,13 @@ def test_a_new_sequence_believes_what_all_have_accepted_and_probes_in_vain_are_e
     waits = [b - a for a, b in itertools.pairwise(probes)]
     assert len(probes) >= 3
     assert all(b == 2 * a for a, b in itertools.pairwise(waits))
-    # it need not find out itself
+    # it does not have to find out itself
     assert drive(drafting, good=False, names=1, rounds=PROBE // 2) == [0] * (PROBE // 2)
     drafting.stats = Acceptance(steps=900, proposed=900, judged=900, accepted=890)
     assert drive(drafting, good=True, names=1, rounds=1)[0] >= 3
 
 
-def test_what_was_worked_out_for_one_batch_and_acceptance_is_not_taken_for_another():
+def test_a_gamma_is_kept_per_batch_and_acceptance():
     costs = priced([(1, 1.0), (8, 1.2), (64, 4.0), (512, 30.0)], 0.05)
     drafting = AdaptiveDrafting(lambda: NGramDrafter(4), costs=costs)
     cases = [
@@ -364,7 +369,7 @@ def test_measured_costs_are_usable():
         measure_costs(TARGET, ModelDrafter(random_model(SMALL, 1)), most=2, rounds=1)
 
 
-def test_the_batch_is_who_asks_now_and_nobody_is_kept():
+def test_the_batch_is_counted_in_each_step_and_no_sequence_is_kept():
     costs = priced([(1, 1.0), (4, 1.05), (16, 1.6), (64, 6.0), (256, 24.0)], 0.01)
     drafting = AdaptiveDrafting(lambda: NGramDrafter(3, shortest=1), costs=costs)
     engine = Engine(TARGET, num_blocks=64, drafter=drafting)
@@ -375,7 +380,7 @@ def test_the_batch_is_who_asks_now_and_nobody_is_kept():
     assert drafting.worthwhile_gamma(0.9, 3) > 0
 
 
-def test_a_sequence_that_began_badly_is_tried_again_beside_one_that_drafts():
+def test_a_sequence_with_a_bad_start_is_probed_again_beside_one_that_drafts():
     costs = Costs([(1, 1.0), (9, 1.0)], [(1, 0.5, 0.5), (9, 0.5, 0.5)])
     drafting = AdaptiveDrafting(lambda: NGramDrafter(1, shortest=1), costs=costs)
     drafting.stats = Acceptance(steps=1000, proposed=1000, judged=1000, accepted=900)
@@ -398,7 +403,7 @@ def test_a_sequence_that_began_badly_is_tried_again_beside_one_that_drafts():
     assert len([step for step in drafted if step > 30 * PROBE]) > 8 * PROBE  # and is back
 
 
-def test_a_probe_that_finds_nothing_and_one_among_many_do_not_lengthen_the_wait():
+def test_a_probe_without_drafts_does_not_lengthen_the_probing_interval():
     costly = priced([(1, 1.0), (2, 1.4), (1000, 500.0)], 0.0)
     drafting = AdaptiveDrafting(lambda: NGramDrafter(4, shortest=1), costs=costly)
     drafting.stats = Acceptance(steps=1000, proposed=1000, judged=1000, accepted=0)
@@ -409,7 +414,7 @@ def test_a_probe_that_finds_nothing_and_one_among_many_do_not_lengthen_the_wait(
     assert drafting.probe_interval == PROBE
 
 
-def test_who_has_no_cache_left_goes_without_drafts_and_the_others_keep_theirs():
+def test_sequences_without_a_cache_get_no_drafts_and_the_others_keep_theirs():
     source = ModelDrafter(DRAFT, 3, sampling=GREEDY, sequences=2)
     asked = [Request([7 + i] * 40, 12, id=i, ignore_eos=True) for i in range(3)]
     plain, _ = served(None, asked, num_blocks=60)
@@ -424,7 +429,7 @@ def test_who_has_no_cache_left_goes_without_drafts_and_the_others_keep_theirs():
             AdaptiveDrafting(wrong)
 
 
-def test_costs_of_a_draft_model_that_is_rarely_sure_are_not_nothing():
+def test_costs_of_a_draft_model_with_low_confidence_are_not_zero():
     draft = ModelDrafter(DRAFT, 3, confidence=0.9, sequences=3)
     for _, first, further in measure_costs(TARGET, draft, most=2, context=16, rounds=2).drafts:
         assert first > 0
@@ -438,9 +443,9 @@ def test_costs_of_a_draft_model_that_is_rarely_sure_are_not_nothing():
         Costs([])
 
 
-def test_a_failure_while_drafting_is_made_up_for(monkeypatch):
-    """Whatever fails, in the draft model, in the making of a drafter: the next step begins
-    where that one did.
+def test_after_a_failure_while_drafting_the_step_is_repeated(monkeypatch):
+    """Whether the draft model fails or the making of a drafter: the next step starts where
+    the failed one did.
     """
     from refllm.decode.speculative import model_drafter
 

@@ -1,5 +1,5 @@
-"""Orders of admission: what each one promises, and the order that makes a cache of prefixes
-optimal.
+"""Orders of admission: what each one guarantees, and the order that is optimal for a prefix
+cache.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def computed(texts: list[Text], order: str, capacity: int) -> int:
 
 
 def depth_first(texts: list[Text]) -> list[Text]:
-    """The texts by a walk through their tree that visits children as they came."""
+    """The texts by a depth-first walk; children in the order of their first text."""
     if len(texts) == 1:
         return texts
     at = next(i for i in range(min(map(len, texts))) if len({text[i] for text in texts}) > 1)
@@ -71,8 +71,9 @@ def depth_first(texts: list[Text]) -> list[Text]:
 
 
 @pytest.mark.theorem(
-    "Offline, one at a time, page 1, no prompt a prefix of another, a cache of the longest request: depth-first order "
-    "and longest prefix first compute every edge of the tree of prompts once, and nothing can compute less",
+    "Offline, one at a time, page 1, no prompt a prefix of another, a cache of the longest "
+    "request: depth-first order and longest prefix first compute every edge of the tree of "
+    "prompts once, and nothing can compute less",
     source="Zheng et al. 2024, theorem 3.1",
 )
 @given(seed=seeds, more=st.integers(0, 3))
@@ -86,7 +87,7 @@ def test_bound_depth_first_and_longest_prefix_first_are_optimal(seed, more):
 
 
 def test_first_come_first_served_is_not_optimal():
-    # the second throws out what the third would have found
+    # the second evicts what the third would have found
     texts = [(1, 2, 3, 4), (5, 6, 7, 8), (1, 2, 3, 9)]
     assert distinct_prefixes(texts) == 9
     assert computed(texts, "lpm", 4) == 9
@@ -102,11 +103,11 @@ def queue(order: object, sequences: list[Sequence]) -> list[int]:
     memory = RadixKVManager(BlockPool(8, 1))
     for one in sequences:
         order.push(waiting, one)
-    said = []
+    admitted = []
     for one in order.candidates(waiting, memory):
         waiting.remove(one)
-        said.append(one.order)
-    return said
+        admitted.append(one.order)
+    return admitted
 
 
 def test_first_come_is_by_age_and_the_last_that_was_admitted_is_the_victim():
@@ -126,7 +127,7 @@ def test_priority_is_lowest_first_then_arrival_then_age_and_the_victim_is_last_o
     assert Priority().victim(sequences) is sequences[0]
 
 
-def test_the_longest_cached_prefix_goes_first_and_ties_as_they_came():
+def test_the_longest_cached_prefix_goes_first_and_ties_by_age():
     waiting = [
         sequence(0, (1, 2)),
         sequence(1, (5, 6, 7, 8)),
@@ -140,7 +141,7 @@ def test_the_longest_cached_prefix_goes_first_and_ties_as_they_came():
     assert next(LongestPrefix(longest_queue=3).candidates(list(waiting), memory)).order == 0
 
 
-def test_of_those_that_share_a_prefix_nobody_has_cached_one_goes_ahead():
+def test_of_sequences_that_share_an_uncached_prefix_only_the_first_is_ready():
     waiting = [
         sequence(0, (1, 2, 3)),
         sequence(1, (1, 2, 4)),
@@ -156,10 +157,11 @@ def test_of_those_that_share_a_prefix_nobody_has_cached_one_goes_ahead():
 
 
 @pytest.mark.theorem(
-    "The in-batch rule computes a shared prefix once where first come first served computes it for everybody",
+    "The in-batch rule computes a shared prefix once where first come first served computes it "
+    "for every sequence",
     source="SGLang's schedule policy",
 )
-def test_the_in_batch_rule_saves_what_is_shared():
+def test_the_in_batch_rule_computes_a_shared_prefix_once():
     def run(order: object) -> int:
         scheduler = Scheduler(RadixKVManager(BlockPool(400, 4)), order=order, max_batch_tokens=512)
         for i in range(6):
@@ -173,7 +175,7 @@ def test_the_in_batch_rule_saves_what_is_shared():
     assert run("lpm") == 5 * 40
 
 
-def test_an_order_has_a_name():
+def test_an_order_is_found_by_its_name():
     order = LongestPrefix()
     assert order_named(order) is order
     assert isinstance(order_named("lpm"), LongestPrefix)

@@ -1,5 +1,5 @@
-"""The books: outcomes that do not fit are refused before anything has changed; forks, drops
-and ends add up.
+"""Outcomes that do not fit are rejected before anything has changed; forks, drops and ends
+add up.
 """
 
 from __future__ import annotations
@@ -68,16 +68,16 @@ def test_tokens_that_were_not_drafted_are_not_accepted():
     assert (update.tokens, made.running[0].computed, made.sampled) == ([4, 5, 6], 5, 4)
 
 
-def test_nobody_drafts_more_than_may_be_said():
+def test_no_more_is_drafted_than_a_sequence_may_generate():
     made = scheduler(Request([1, 2], 3), Request([1, 2, 3], 9, n=2), max_batch_tokens=4)
     plan = made.plan()
     made.update(plan, [[go(1)] for _ in plan.sampling])
     assert made.propose((0, 0), [1, 2, 3]) == 1  # two tokens are left, one of which is sampled
     assert made.propose((1, 0), [1]) == 0  # it is in the middle of its prompt
-    assert made.propose(("nobody", 0), [1]) == 0
+    assert made.propose(("unknown", 0), [1]) == 0
 
 
-def test_a_sequence_may_end_without_a_token_if_it_says_why():
+def test_a_sequence_may_end_without_a_token_if_it_has_a_reason():
     made = scheduler(Request([1, 2], 3))
     (update,) = made.update(made.plan(), [[go(reason="error")]])
     assert (update.tokens, update.reason) == ([], "error")
@@ -85,7 +85,7 @@ def test_a_sequence_may_end_without_a_token_if_it_says_why():
     assert made.memory.allocated == 0
 
 
-def test_beams_fork_and_drop_and_keep_their_seats():
+def test_beams_fork_and_drop_and_keep_their_slots():
     made = scheduler(Request([1, 2], 9, n=3, beam=True), max_sequences=3)
     made.update(made.plan(), [[go(1), go(2), go(3)]])
     other = made.submit(Request([1], 1, id="other"))
@@ -101,11 +101,11 @@ def test_beams_fork_and_drop_and_keep_their_seats():
     made.update(made.plan(), [[], [go(7)], []])
     made.check()
     assert sum(b.slots for b in made.running) == 3
-    assert made.plan().waiting == 1  # a search of three keeps three seats while it has one beam
+    assert made.plan().waiting == 1  # a search of three keeps three slots while it has one beam
     assert made.has_request(other)
 
 
-def test_who_ends_without_a_step_is_told_with_the_next():
+def test_a_request_that_finishes_without_a_step_is_reported_with_the_next():
     made = scheduler(Request([1], 0, id="nothing", n=2))
     assert made.unfinished
     plan = made.plan()
@@ -117,7 +117,7 @@ def test_who_ends_without_a_step_is_told_with_the_next():
     assert not made.unfinished
 
 
-def test_ids_are_given_and_not_twice():
+def test_ids_are_assigned_and_unique():
     made = scheduler(Request([1], 2, id=0))
     assert made.submit(Request([1], 2)) == 1
     with pytest.raises(ValueError, match="request 0 is being served"):

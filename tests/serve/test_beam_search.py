@@ -1,4 +1,4 @@
-"""Beam search against searches that keep whole texts: over languages that are drawn, and in
+"""Beam search against naive searches that keep whole outputs: over random languages, and in
 the engine over a network.
 
 A language is a table of logits by text, drawn from a seed: a search over it takes a
@@ -34,8 +34,8 @@ def language(
 ) -> Language:
     """Normal logits times ``sharpness``, those of end tokens raised by ``fondness``."""
 
-    def logits(text: tuple[int, ...]) -> np.ndarray:
-        z = sharpness * np.random.default_rng([seed, *text]).normal(size=vocab)
+    def logits(output: tuple[int, ...]) -> np.ndarray:
+        z = sharpness * np.random.default_rng([seed, *output]).normal(size=vocab)
         z[list(ends)] += fondness
         return z
 
@@ -45,7 +45,7 @@ def language(
 def naive_search(
     request: Request, ends: frozenset[int], logits: Language, early: bool = False
 ) -> tuple[list[Hypothesis], int, float]:
-    """(the n best hypotheses, how long the search took, the smallest difference of scores
+    """(the n best hypotheses, knobs long the search took, the smallest difference of scores
     that decided anything).
 
     ``early``: it is over as soon as n hypotheses are at least as good as whatever the beams
@@ -117,7 +117,7 @@ def drive(
     return search.best, steps
 
 
-# --- over languages that are drawn --------------------------------------------------------
+# --- over random languages ----------------------------------------------------------------
 
 
 @st.composite
@@ -132,22 +132,22 @@ def searches(draw: st.DrawFn) -> tuple[Request, frozenset[int], Language]:
         beam=True,
         length_penalty=draw(st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0])),
     )
-    how = (
+    settings_ = (
         draw(st.sampled_from([0.3, 1.0, 3.0])),
         frozenset(ends),
         draw(st.sampled_from([-2.0, 0.0, 2.0])),
     )
-    return request, frozenset(ends), language(draw(seeds), vocab, *how)
+    return request, frozenset(ends), language(draw(seeds), vocab, *settings_)
 
 
 @pytest.mark.theorem(
-    "The search finds what one over all candidates of whole texts finds that never ends early; an end token counts "
-    "only among the n best candidates",
+    "The search finds what a search over all candidates finds that never ends early; an end "
+    "token counts only among the n best candidates",
     source="Kwon et al. 2023, section 4.4; the rule of Hugging Face's generation",
 )
 @settings(max_examples=150)
 @given(case=searches())
-def test_oracle_a_search_over_whole_texts(xp, case):
+def test_oracle_a_search_over_whole_outputs(xp, case):
     expected, _, nearest = naive_search(*case)
     assume(nearest > TOLERANCE)  # otherwise either may win
     found, _ = drive(*case, xp)
@@ -158,7 +158,8 @@ def test_oracle_a_search_over_whole_texts(xp, case):
 
 
 @pytest.mark.theorem(
-    "The search is over in the first step after which no probabilities of later tokens can change what it finds",
+    "The search is over in the first step after which no probabilities of later tokens can "
+    "change what it finds",
     source="log p ≤ 0; refllm.serve.beam_search",
 )
 @settings(max_examples=150)
@@ -195,7 +196,7 @@ def test_a_hypothesis_as_good_as_the_bound_ends_the_search():
     assert ([h.tokens for h in found], steps) == ([[0]], 1)
 
 
-def test_a_long_text_may_still_win_where_length_is_rewarded():
+def test_a_long_output_may_still_win_where_length_is_rewarded():
     for penalty, longest, expected in ((0.0, 9, [0]), (1.0, 9, [1] * 9), (1.0, 2, [1, 1])):
         request = Request([1], longest, n=1, beam=True, length_penalty=penalty)
         first = np.log([0.5, 0.4, 0.08, 0.02])
@@ -232,8 +233,8 @@ def test_ends_never_crowd_out_the_beams(ends):
     request = Request([1], 4, n=3, beam=True, length_penalty=9.0)
     sizes = []
 
-    def logits(text: tuple[int, ...]) -> np.ndarray:
-        sizes.append(len(text))
+    def logits(output: tuple[int, ...]) -> np.ndarray:
+        sizes.append(len(output))
         return z
 
     drive(request, frozenset(ends), logits)
@@ -248,7 +249,8 @@ def network(request: Request) -> Language:
 
 
 @pytest.mark.theorem(
-    "Beams that share blocks, stop early and are preempted find what a search over whole texts finds",
+    "Beams that share blocks, stop early and are preempted find what a search over whole "
+    "outputs finds",
     source="Kwon et al. 2023, section 4.4",
 )
 @given(
@@ -296,7 +298,7 @@ def test_oracle_the_search_in_the_engine_finds_what_a_naive_one_finds(
 @pytest.mark.theorem(
     "With as many beams as tokens, two tokens are searched exhaustively", source="definition"
 )
-def test_exact_all_beams_find_the_best_text():
+def test_exact_all_beams_find_the_best_output():
     request = Request([1, 2], 2, n=8, beam=True, ignore_eos=True, length_penalty=0.0)
     engine = Engine(served_model(9), num_blocks=40, block_size=2)
     name = engine.submit(request)
@@ -326,7 +328,7 @@ def test_beams_share_the_blocks_of_their_prompt_and_copy_a_partial_one_at_most()
 
 
 @pytest.mark.theorem(
-    "Beams own one block for every full block of text that any of them has, and each one that it writes",
+    "Beams own one block for every distinct full block of tokens, and each the one that it writes",
     source="Kwon et al. 2023, section 4.4",
 )
 @given(
@@ -335,9 +337,7 @@ def test_beams_share_the_blocks_of_their_prompt_and_copy_a_partial_one_at_most()
     size=st.integers(1, 3),
     longest=st.integers(2, 6),
 )
-def test_conservation_a_block_for_each_text_and_none_for_beams_that_were_dropped(
-    prompt, n, size, longest
-):
+def test_conservation_a_block_for_each_prefix_and_none_for_dropped_beams(prompt, n, size, longest):
     engine = Engine(
         served_model(9), num_blocks=n * (len(prompt) + longest), block_size=size, prefix_cache=None
     )

@@ -1,5 +1,5 @@
-"""The engine: what a request says depends on nothing but itself; what goes wrong with one
-touches no other.
+"""The engine: the tokens of a request depend on it alone; an error in one request affects no
+other.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from refllm.serve import factory, model_runner
 from refllm.serve.engine import Engine
 from refllm.serve.plan import SequenceUpdate
 from refllm.serve.request import Request
-from serving import TOLERANCE, alone, said, served_model
+from serving import TOLERANCE, alone, served_model, without_end
 from tiny_models import tiny_model
 
 PROMPTS = [
@@ -38,15 +38,15 @@ def some_request(rng: random.Random, name: int) -> Request:
     prompt = PROMPTS[rng.randrange(len(PROMPTS))] + [
         rng.randint(60, 62) for _ in range(rng.randint(0, 3))
     ]
-    how: dict[str, Any] = {"seed": name}
+    sampling: dict[str, Any] = {"seed": name}
     if rng.random() < 0.6:
-        how |= {
+        sampling |= {
             "temperature": rng.choice([0.5, 1.0]),
             "top_p": rng.choice([1.0, 0.9]),
             "top_k": rng.choice([0, 20]),
         }
     if rng.random() < 0.3:
-        how["repetition_penalty"] = 1.3
+        sampling["repetition_penalty"] = 1.3
     n = rng.choice([1, 1, 1, 3])
     return Request(
         prompt,
@@ -56,12 +56,12 @@ def some_request(rng: random.Random, name: int) -> Request:
         ignore_eos=rng.random() < 0.5,
         priority=rng.randint(0, 2),
         salt=rng.choice([None, None, "tenant"]),
-        **how,
+        **sampling,
     )
 
 
 def some_engine(rng: random.Random, **options: Any) -> Engine:
-    """Any policy, any cache, and hardly enough of everything."""
+    """Any policy, any cache, and hardly enough memory, budget and slots."""
     policy = rng.choice([*factory.CONTINUOUS * 3, *factory.POLICIES])
     continuous = policy in factory.CONTINUOUS
     size = rng.choice([1, 2, 4, 5])
@@ -88,11 +88,11 @@ def holds(engine: Engine, request: Request) -> bool:
 
 
 @pytest.mark.theorem(
-    "The tokens of a request depend on its prompt, settings and seed alone: not on batch, budget, chunks, order of "
-    "arrival, policy, cached prefixes, preemption or n-gram drafts",
+    "The tokens of a request depend on its prompt, settings and seed alone: not on batch, "
+    "budget, chunks, order of arrival, policy, cached prefixes, preemption or n-gram drafts",
     source="Kwon et al. 2023; Yu et al. 2022; serve/engine.py",
 )
-def test_invariance_what_a_request_says_depends_on_nothing_else():
+def test_invariance_tokens_depend_on_the_request_alone():
     seen: Counter[str] = Counter()
     for seed in range(max(24, settings.default.max_examples // 4)):
         rng = random.Random(seed)
@@ -115,7 +115,7 @@ def test_invariance_what_a_request_says_depends_on_nothing_else():
                 assert nearest > TOLERANCE, (
                     "rounding could decide a token: the comparison would be void"
                 )
-                assert output.tokens == said(expected, request), (seed, request)
+                assert output.tokens == without_end(expected, request), (seed, request)
                 ended = expected[-1:] == [5] and not request.ignore_eos
                 assert output.reason == ("end" if ended else "length")
         assert engine.used_blocks == 0
@@ -145,7 +145,7 @@ def test_invariance_it_runs_on_every_library(xp):
     results = engine.run()
     for name, request in zip(names[:3], requests, strict=False):
         for output in results[name].outputs:
-            assert output.tokens == said(alone(request, output.index)[0], request)
+            assert output.tokens == without_end(alone(request, output.index)[0], request)
     assert len(results[names[3]].outputs) == 2
 
 
@@ -171,7 +171,7 @@ def test_invariance_physical_blocks_are_interchangeable():
     assert outputs[0][1] != outputs[1][1]
 
 
-def test_speculation_with_a_model_that_samples_says_what_the_drafts_allow():
+def test_speculation_with_a_draft_model_keeps_greedy_tokens_and_saves_steps():
     target = served_model()
     engine = Engine(target, num_blocks=40, block_size=4, drafter=lambda: ModelDrafter(target, 3))
     request = Request(PROMPTS[0], 12, ignore_eos=True, seed=3)
@@ -180,7 +180,7 @@ def test_speculation_with_a_model_that_samples_says_what_the_drafts_allow():
     results = engine.run()
     assert results[names[0]].tokens == alone(request)[0]  # greedy: the same tokens
     assert len(results[names[1]].tokens) == 12
-    assert engine.steps < 8  # the target drafts for itself: all are accepted, 4 tokens a step
+    assert engine.steps < 8  # the target drafts for itself: all are accepted, 4 tokens per step
 
 
 # --- bad input ----------------------------------------------------------------------------
@@ -188,16 +188,16 @@ def test_speculation_with_a_model_that_samples_says_what_the_drafts_allow():
 
 @pytest.fixture
 def busy() -> Engine:
-    """An engine that serves somebody already."""
+    """An engine that serves a request already."""
     engine = Engine(served_model(), num_blocks=8, block_size=4)
-    engine.submit(Request(PROMPTS[0], 8, id="somebody", ignore_eos=True))
+    engine.submit(Request(PROMPTS[0], 8, id="first", ignore_eos=True))
     engine.step()
     return engine
 
 
 def assert_serves_on(engine: Engine) -> None:
     results = engine.run()
-    assert results["somebody"].tokens == alone(Request(PROMPTS[0], 8, ignore_eos=True))[0]
+    assert results["first"].tokens == alone(Request(PROMPTS[0], 8, ignore_eos=True))[0]
     engine.check()
     assert engine.used_blocks == 0
 
@@ -215,19 +215,19 @@ def assert_serves_on(engine: Engine) -> None:
         (lambda: Request([1, 257], 5), "token 257 at position 1 .* vocabulary of 257"),
         (lambda: Request([1, -1], 5), "-1 at position 1"),
         (lambda: Request([1], -1), "max_tokens"),
-        (lambda: Request([1], 5, id="somebody"), "'somebody' is being served"),
+        (lambda: Request([1], 5, id="first"), "'first' is being served"),
         (lambda: Request([1], 5, n=200), "200 sequences, and at most 128"),
         (lambda: Request([1], 5, n=2, beam=True, temperature=1.0), "beam search neither samples"),
         (lambda: Request([1], 5, stop=""), "stop must be"),
     ],
 )
-def test_bad_input_is_one_clear_error_and_the_others_are_served_on(busy, make, why):
+def test_bad_input_is_one_clear_error_and_other_requests_continue(busy, make, why):
     with pytest.raises(ValueError, match=why):
         busy.submit(make())
     assert_serves_on(busy)
 
 
-def test_no_tokens_are_no_tokens(busy):
+def test_max_tokens_0_gives_empty_outputs(busy):
     name = busy.submit(Request([1, 2], 0, n=2))
     result = busy.run()[name]
     assert [(o.tokens, o.text, o.reason) for o in result.outputs] == [([], "", "length")] * 2
@@ -237,25 +237,25 @@ def test_an_id_is_in_use_until_its_result_is_taken(busy):
     while busy.unfinished:
         busy.step()
     with pytest.raises(ValueError, match="result was not taken"):
-        busy.submit(Request([1], 1, id="somebody"))
-    assert list(busy.run()) == ["somebody"]
-    busy.submit(Request(PROMPTS[0], 8, id="somebody", ignore_eos=True))
+        busy.submit(Request([1], 1, id="first"))
+    assert list(busy.run()) == ["first"]
+    busy.submit(Request(PROMPTS[0], 8, id="first", ignore_eos=True))
     assert_serves_on(busy)
 
 
-def test_an_abort_ends_with_what_was_said_and_is_false_for_nobody(busy):
+def test_an_abort_keeps_the_tokens_so_far_and_is_false_for_unknown_ids(busy):
     request = Request(PROMPTS[1], 9, id=7, ignore_eos=True)
     busy.submit(request)
     busy.step()
     busy.step()
     assert busy.abort(7)
     assert not busy.abort(7)  # it has ended
-    assert not busy.abort("nobody")
+    assert not busy.abort("unknown")
     assert (busy.results[7].reason, busy.results[7].tokens) == ("aborted", alone(request)[0][:2])
     assert_serves_on(busy)
 
 
-def test_a_seed_is_none_or_a_whole_number():
+def test_a_seed_is_none_or_an_integer():
     with pytest.raises(
         ValueError, match="the engine's seed is None or an integer, 0 or more, got -1"
     ):
@@ -273,7 +273,7 @@ def test_a_pool_of_one_block_serves_one_at_a_time():
         Engine(served_model(), num_blocks=0)
 
 
-def test_logits_that_are_no_numbers_end_their_own_request(busy):
+def test_nan_logits_end_their_own_request(busy):
     weights = busy.model.weights
     broken = {**weights, "embed_tokens": BrokenEmbedding(weights["embed_tokens"], 99)}
     busy.model = type(busy.model)(busy.model.config, broken, busy.model.tokenizer)
@@ -304,7 +304,7 @@ class BrokenEmbedding:
         return getattr(self.inner, name)
 
 
-def test_a_step_that_fails_is_withdrawn_and_nothing_is_lost(busy):
+def test_a_step_that_fails_is_rolled_back_and_no_token_is_lost(busy):
     sampled = Request(
         PROMPTS[1], 6, id="sampled", temperature=0.9, seed=4, ignore_eos=True, stop="\0\0"
     )
@@ -344,11 +344,11 @@ def test_a_step_that_fails_before_its_copies_leaves_no_block_half_shared():
     assert [output.tokens for output in result.outputs] == [alone(request, i)[0] for i in range(3)]
 
 
-def test_what_was_heard_in_a_step_that_fails_was_not_said(monkeypatch):
+def test_text_of_a_step_that_fails_is_discarded(monkeypatch):
     request = Request(PROMPTS[0], 6, seed=1, temperature=1.0, ignore_eos=True, stop="\0\0")
     engine = Engine(served_model(), num_blocks=40)
-    heard = []
-    engine.submit(request, heard.append)
+    received = []
+    engine.submit(request, received.append)
     engine.step()
 
     def fail(*arguments: Any) -> None:
@@ -361,25 +361,26 @@ def test_what_was_heard_in_a_step_that_fails_was_not_said(monkeypatch):
     (result,) = engine.run().values()
     assert result.tokens == alone(request)[0]
     assert (
-        "".join(piece.text for piece in heard)
+        "".join(update.text for update in received)
         == result.text
         == engine.model.tokenizer.decode(result.tokens)
     )
 
 
-def test_outputs_stand_in_the_order_of_their_sequences_whoever_ended_first():
+def test_outputs_are_in_the_order_of_their_sequences():
     engine = Engine(served_model(9), num_blocks=200, block_size=4)
     ended = []
     for seed in range(12):
         request = Request([1, 2], 20, id=seed, n=3, seed=seed, temperature=1.0)
         engine.submit(
-            request, lambda piece: ended.append((piece.id, piece.index)) if piece.reason else None
+            request,
+            lambda update: ended.append((update.id, update.index)) if update.reason else None,
         )
     results = engine.run()
     for result in results.values():
         assert [output.index for output in result.outputs] == [0, 1, 2]
     assert any([i for s, i in ended if s == seed] != [0, 1, 2] for seed in results), (
-        "nobody ended out of order"
+        "no sequence ended out of order"
     )
 
 
@@ -388,19 +389,19 @@ def test_outputs_stand_in_the_order_of_their_sequences_whoever_ended_first():
 
 def test_callbacks_receive_every_token_once_and_the_text_in_parts():
     engine = Engine(served_model(), num_blocks=40)
-    heard = []
+    received = []
     request = Request(PROMPTS[0], 12, n=3, seed=1, temperature=1.0, ignore_eos=True)
-    name = engine.submit(request, heard.append)
+    name = engine.submit(request, received.append)
     outputs = engine.run()[name].outputs
     for output in outputs:
-        pieces = [piece for piece in heard if piece.index == output.index]
-        assert [token for piece in pieces for token in piece.tokens] == output.tokens
+        updates = [update for update in received if update.index == output.index]
+        assert [token for update in updates for token in update.tokens] == output.tokens
         assert (
-            "".join(piece.text for piece in pieces)
+            "".join(update.text for update in updates)
             == output.text
             == engine.model.tokenizer.decode(output.tokens)
         )
-        assert [piece.reason for piece in pieces] == [None] * 11 + ["length"]
+        assert [update.reason for update in updates] == [None] * 11 + ["length"]
 
 
 def test_a_stop_string_ends_the_text_before_it():
@@ -409,19 +410,19 @@ def test_a_stop_string_ends_the_text_before_it():
     whole = model.tokenizer.decode(alone(request)[0])
     stop = whole[8:11]
     engine = Engine(model, num_blocks=40)
-    heard = []
+    received = []
     stopping = Request(
-        PROMPTS[0], 40, seed=9, temperature=1.0, ignore_eos=True, stop=[stop, "never said"]
+        PROMPTS[0], 40, seed=9, temperature=1.0, ignore_eos=True, stop=[stop, "never without_end"]
     )
-    result = engine.run() if engine.submit(stopping, heard.append) is not None else {}
+    result = engine.run() if engine.submit(stopping, received.append) is not None else {}
     (result,) = result.values()
     assert (result.text, result.reason) == (whole[: whole.index(stop)], "stop")
-    assert "".join(piece.text for piece in heard) == result.text
+    assert "".join(update.text for update in received) == result.text
     assert engine.used_blocks == 0
 
 
 def test_a_callback_that_raises_ends_its_own_request(busy):
-    def raises(piece: SequenceUpdate) -> None:
+    def raises(update: SequenceUpdate) -> None:
         raise KeyError("lost")
 
     name = busy.submit(Request([1, 2], 5, n=2), raises)
@@ -433,16 +434,16 @@ def test_a_callback_that_raises_ends_its_own_request(busy):
     assert_serves_on(busy)
 
 
-def test_ctrl_c_in_a_callback_is_raised_and_the_next_run_serves_what_is_left():
+def test_ctrl_c_in_a_callback_is_raised_and_the_next_run_continues():
     engine = Engine(served_model(), num_blocks=40)
     calls = []
 
-    def interrupted(piece: SequenceUpdate) -> None:
-        calls.append(piece)
+    def interrupted(update: SequenceUpdate) -> None:
+        calls.append(update)
         if len(calls) == 1:
             raise KeyboardInterrupt
 
-    # Its first piece is its last as well: the scheduler has let go of it by then
+    # Its first update is also its last: the scheduler has forgotten it by then
     short = engine.submit(Request([1, 2], 1, ignore_eos=True), interrupted)
     long = engine.submit(Request([3], 4))
     with pytest.raises(KeyboardInterrupt):
@@ -460,7 +461,7 @@ def test_ctrl_c_in_a_callback_is_raised_and_the_next_run_serves_what_is_left():
 def test_a_callback_may_submit_and_abort_but_not_step(busy):
     errors = []
 
-    def meddles(piece: SequenceUpdate) -> None:
+    def meddles(update: SequenceUpdate) -> None:
         try:
             busy.step()
         except RuntimeError as error:
@@ -477,7 +478,7 @@ def test_a_callback_may_submit_and_abort_but_not_step(busy):
     assert_serves_on(busy)
 
 
-# --- a flood ------------------------------------------------------------------------------
+# --- many requests ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("cache", "count"), [("hash", 500), ("radix", 2000)])
@@ -516,7 +517,7 @@ def test_conservation_a_flood_with_random_aborts_ends_with_every_block_free(cach
     assert engine.pool.num_free == engine.pool.num_blocks
 
 
-def test_what_is_counted():
+def test_engine_stats():
     engine = Engine(served_model(), num_blocks=40, block_size=4)
     request = Request(PROMPTS[0], 5, ignore_eos=True)
     engine.submit(request)
@@ -540,7 +541,7 @@ def test_what_is_counted():
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["the model's weights", "a weight of a layer"])
-def test_weights_that_are_exchanged_between_requests_are_those_of_the_next(whole):
+def test_weights_replaced_between_requests_are_used_by_the_next(whole):
     first, other = (tiny_model(seed, vocab_size=257, max_position_embeddings=96) for seed in (3, 4))
     model = Model(first.config, first.weights, first.tokenizer)
     engine = Engine(model, num_blocks=40, block_size=4, prefix_cache=None)

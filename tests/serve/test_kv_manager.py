@@ -1,6 +1,4 @@
-"""Memories of blocks: what each takes, keeps and gives back, and what ``check`` finds when
-somebody forgets.
-"""
+"""Managers of blocks: what each takes, keeps and frees, and the leaks that ``check`` finds."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ def compute(memory: PagedKVManager, one: Sequence, count: int) -> None:
 
 
 @KINDS
-def test_room_is_taken_as_it_is_needed_and_given_back(make: Make):
+def test_blocks_are_taken_when_needed_and_freed(make: Make):
     memory = make(BlockPool(4, 2))
     one = sequence([1, 2, 3, 4, 5])
     assert memory.admit(one, 3, alone=True)
@@ -36,7 +34,7 @@ def test_room_is_taken_as_it_is_needed_and_given_back(make: Make):
     assert memory.reserve(one, 1) == []  # within its second block
     assert memory.allocated == 4
     compute(memory, one, 1)
-    assert memory.reserve(one, 9) is None  # refused, and nothing has changed
+    assert memory.reserve(one, 9) is None  # rejected, and nothing has changed
     memory.check()
     memory.release(one)
     memory.release(one)  # it holds nothing any more
@@ -45,7 +43,7 @@ def test_room_is_taken_as_it_is_needed_and_given_back(make: Make):
 
 
 @KINDS
-def test_what_was_reserved_for_rejected_drafts_is_given_back(make: Make):
+def test_blocks_reserved_for_rejected_drafts_are_freed(make: Make):
     memory = make(BlockPool(6, 2))
     one = sequence([1, 2, 3])
     memory.admit(one, 3, alone=True)
@@ -58,7 +56,7 @@ def test_what_was_reserved_for_rejected_drafts_is_given_back(make: Make):
 
 
 @KINDS
-def test_siblings_share_and_the_first_who_writes_copies(make: Make):
+def test_forks_share_blocks_and_the_first_writer_copies(make: Make):
     memory = make(BlockPool(8, 2))
     one = sequence([1, 2, 3])
     two = sequence([1, 2, 3])
@@ -79,7 +77,7 @@ def test_siblings_share_and_the_first_who_writes_copies(make: Make):
 
 
 @KINDS
-def test_a_watermark_keeps_blocks_for_those_who_run(make: Make):
+def test_a_watermark_keeps_blocks_for_running_sequences(make: Make):
     pool = BlockPool(10, 1)
     memory = make(pool) if make is not PagedKVManager else PagedKVManager(pool)
     memory.watermark_blocks = 3
@@ -115,7 +113,7 @@ def test_a_prefix_is_found_from_the_next_step_on_and_by_its_own_tenant(make: Mak
     assert memory.match(sequence([1, 2, 3, 4, 5, 6], 7)) == 4
 
 
-def test_a_match_is_not_evicted_for_the_room_beside_it():
+def test_a_matched_prefix_is_not_evicted_to_make_room():
     memory = RadixKVManager(BlockPool(4, 1))
     one = sequence([1, 2, 3])
     memory.admit(one, 3, alone=True)
@@ -133,7 +131,7 @@ def test_a_match_is_not_evicted_for_the_room_beside_it():
     memory.check()
 
 
-def test_twins_of_a_block_are_given_up_for_the_trees():
+def test_duplicates_of_a_block_are_replaced_by_the_trees():
     memory = RadixKVManager(BlockPool(8, 2))
     one = sequence([1, 2, 3, 4, 5])
     two = sequence([1, 2, 3, 4, 6], 1)
@@ -157,7 +155,7 @@ def test_a_leak_is_found(make: Make):
 
 
 @KINDS
-def test_what_never_fits_is_refused_beams_side_by_side(make: Make):
+def test_requests_that_never_fit_are_rejected_counting_all_beams(make: Make):
     memory = make(BlockPool(4, 2))
     assert memory.rejection_reason(Request([1] * 8, 1)) is None
     assert (

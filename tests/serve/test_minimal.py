@@ -25,8 +25,8 @@ requests = st.lists(st.tuples(prompts, st.integers(1, 9)), min_size=1, max_size=
 
 
 @pytest.mark.theorem(
-    "Continuous batching over a paged cache changes no greedy output: each request gets the tokens "
-    "that it gets alone, without a cache",
+    "Continuous batching over a paged cache changes no greedy output: each request gets the "
+    "tokens that it gets alone, without a cache",
     source="Yu et al. 2022, section 3; Kwon et al. 2023, section 4",
 )
 @given(wanted=requests, size=st.sampled_from([1, 2, 5, 16]), spare=st.integers(0, 30))

@@ -1,5 +1,5 @@
-"""A plan is plain data: it says where everything lies, and ``check`` finds every promise
-that it breaks.
+"""A plan is plain data: it says where every token lies, and ``check`` finds every broken
+invariant.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from refllm.serve.plan import PaddingRow, Plan, ScheduledSequence, slots_of
 
 
 @given(blocks=st.permutations(range(9)), size=st.integers(1, 5), data=st.data())
-def test_oracle_a_place_is_the_block_of_a_position_and_what_is_left(blocks, size, data):
+def test_oracle_a_slot_is_block_times_size_plus_offset(blocks, size, data):
     start = data.draw(st.integers(0, 9 * size - 1))
     stop = data.draw(st.integers(start, 9 * size))
     assert slots_of(blocks, size, start, stop) == [
@@ -31,7 +31,7 @@ A = ("a", 0)
 B = ("b", 0)
 
 
-def test_what_a_plan_tells():
+def test_what_a_plan_derives():
     made = plan(
         ScheduledSequence(A, 3, 1, (5, 1), 1),
         ScheduledSequence(B, 0, 3, (2, 0), 0),
@@ -87,6 +87,6 @@ def test_what_a_plan_tells():
         (plan(ScheduledSequence(A, 0, 1, (1,), 1), copies=[(0, 1), (2, 1)]), "two copies"),
     ],
 )
-def test_every_broken_promise_is_found(broken, why):
+def test_every_broken_invariant_is_found(broken, why):
     with pytest.raises(AssertionError, match=why):
         broken.check()

@@ -1,4 +1,4 @@
-"""Requests say what is wrong with them; a sequence is two numbers."""
+"""Requests say which field is wrong; a sequence is two counters."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_field_that_makes_no_sense_is_named(field, value):
         (np.zeros((2, 2), int), "position 0"),
     ],
 )
-def test_a_prompt_that_is_none_is_refused(prompt, why):
+def test_an_invalid_prompt_is_rejected(prompt, why):
     with pytest.raises(ValueError, match=why):
         Request(prompt)
 
@@ -70,7 +70,7 @@ def test_no_stop_string_is_none_or_empty():
     assert Request([1], stop=None).stop == Request([1]).stop == ()
 
 
-def test_an_id_is_a_name():
+def test_an_id_must_be_hashable():
     with pytest.raises(ValueError, match="hashable"):
         Request([1], id=[])
 

@@ -1,4 +1,4 @@
-"""Memory that is reserved at admission: the sizes by rule, the runs, the rectangle."""
+"""Memory that is reserved at admission: the sizes by rule, the ranges, the rectangle."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def sequence(prompt: int, output: int, order: int = 0) -> Sequence:
 
 
 @given(prompt=st.integers(1, 60), output=st.integers(0, 40))
-def test_bound_each_rule_reserves_what_may_come_and_knows_less_of_it(prompt, output):
+def test_bound_each_rule_reserves_enough_for_the_output(prompt, output):
     request = Request(range(prompt), output)
     sizes = {
         rule: ReservedKVManager(200, rule, longest=100).size(request)
@@ -28,7 +28,7 @@ def test_bound_each_rule_reserves_what_may_come_and_knows_less_of_it(prompt, out
     assert output <= power < 2 * max(output, 1)
 
 
-def test_a_run_is_reserved_whole_and_given_back_whole():
+def test_a_range_is_reserved_and_freed_as_a_whole():
     memory = ReservedKVManager(16, "oracle")
     one = sequence(3, 2)
     two = sequence(4, 4, 1)
@@ -51,7 +51,7 @@ def test_a_run_is_reserved_whole_and_given_back_whole():
         memory.fork(two, one)
 
 
-def test_rows_move_apart_while_a_batch_is_formed_and_go_together():
+def test_rows_move_apart_while_a_batch_is_formed_and_are_freed_together():
     memory = PaddedKVManager(30)
     one = sequence(2, 3)
     two = sequence(4, 5, 1)
@@ -80,7 +80,7 @@ def test_rows_move_apart_while_a_batch_is_formed_and_go_together():
         (PaddedKVManager(99, longest=20), "row of 39 slots, and a row may have 20"),
     ],
 )
-def test_what_never_fits_is_refused(memory, why):
+def test_requests_that_never_fit_are_rejected(memory, why):
     request = Request(range(30), 9)
     reason = memory.rejection_reason(request)
     assert reason is not None
@@ -88,7 +88,7 @@ def test_what_never_fits_is_refused(memory, why):
         raise ValueError(reason)
 
 
-def test_bad_sizes_are_refused():
+def test_bad_sizes_are_rejected():
     with pytest.raises(ValueError, match="unknown rule 'guess'"):
         ReservedKVManager(8, "guess")
     with pytest.raises(ValueError, match="at least one slot"):

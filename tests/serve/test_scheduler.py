@@ -1,5 +1,5 @@
-"""The scheduler against a model of memory and of every request's tokens: what is planned
-can be computed, by all.
+"""The scheduler against a model of memory and of every request's tokens: every plan can be
+computed, and every request finishes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from machines import ShadowMemory, run
 from refllm.kv.block_pool import BlockPool
-from refllm.kv.radix_tree import POLICIES
+from refllm.kv.radix_node import POLICIES
 from refllm.serve import factory
 from refllm.serve.kv_manager import PagedKVManager
 from refllm.serve.plan import Outcome, Plan, SampledTokens, SequenceUpdate
@@ -25,7 +25,7 @@ from refllm.serve.request import Request, SequenceStatus
 from refllm.serve.scheduler import Scheduler
 from strategies import seeds
 
-ALL = {"refused", "withdrawn", "aborted in a step"}
+ALL = {"rejected request", "rolled back", "aborted in a step"}
 BLOCKS = ALL | {"preempted", "copied", "forked", "dropped", "accepted", "rejected", "chunked"}
 SEEN = {
     None: BLOCKS,
@@ -39,8 +39,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     """Requests come, fork, are aborted and preempted over a pool that is too small for
     them.
 
-    Hypothesis chooses what happens and a seed for how: it draws a seed evenly, and small
-    numbers it does not.
+    Hypothesis chooses what happens, and a seed for the details: it draws seeds evenly, but
+    not small integers.
     """
 
     kind: ClassVar[str | None] = None  # of memory
@@ -66,8 +66,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             buddy=rng.random() < 0.5,
         )
         self.memory = ShadowMemory()
-        # what each sequence has been told to say
-        self.texts: dict[tuple[Hashable, int], list[int]] = {}
+        # what each sequence should generate
+        self.expected: dict[tuple[Hashable, int], list[int]] = {}
         self.names = 0
 
     @rule(seed=seeds)
@@ -90,10 +90,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             try:
                 self.scheduler.submit(request)
             except ValueError:
-                self.seen["refused"] += 1
+                self.seen["rejected request"] += 1
                 assert self.scheduler.waiting == before
                 continue
-            self.texts |= {(self.names, index): [] for index in range(1 if longest else n)}
+            self.expected |= {(self.names, index): [] for index in range(1 if longest else n)}
             self.names += 1
 
     @rule(seed=seeds)
@@ -137,23 +137,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         plan = scheduler.plan()
         plan.check()
         assert bool(plan.items) == busy, (
-            "a step computes a token for somebody as long as anybody is there"
+            "a step computes a token as long as any request is unfinished"
         )
         self.look(plan, kept)
         self.memory.execute(scheduler, plan)
         if fate == "fails":
-            self.seen["withdrawn"] += 1
+            self.seen["rolled back"] += 1
             scheduler.roll_back(plan)
             return
         outcomes = self.outcomes(plan, rng)
         if fate == "aborted in it" and scheduler.running:
             self.seen["aborted in a step"] += 1
             scheduler.abort(rng.choice(scheduler.running).request.id)
-        before = {key: list(text) for key, text in self.texts.items()}
-        self.listen(scheduler.update(plan, outcomes), before)
+        before = {key: list(text) for key, text in self.expected.items()}
+        self.follow(scheduler.update(plan, outcomes), before)
 
     def look(self, plan: Plan, kept: dict[Any, list[int]]) -> None:
-        """What a plan promises beyond ``Plan.check``."""
+        """What a plan guarantees beyond ``Plan.check``."""
         sequences = {
             sequence.key: sequence
             for sequence in (*self.scheduler.running, *self.scheduler.waiting)
@@ -178,7 +178,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.seen["preempted"] += len(plan.preempted)
 
     def outcomes(self, plan: Plan, rng: random.Random) -> list[Outcome]:
-        """Some drafts accepted, sequences forked and dropped, texts that end."""
+        """Some drafts accepted, sequences forked and dropped, some that end."""
         sequences = {sequence.key: sequence for sequence in self.scheduler.running}
         live = Counter(sequence.request.id for sequence in sequences.values())
         outcomes: list[Outcome] = []
@@ -203,21 +203,21 @@ class SchedulerMachine(RuleBasedStateMachine):
             )
         return outcomes
 
-    def listen(self, updates: list[SequenceUpdate], before: dict[Any, list[int]]) -> None:
-        """The sequences say what the outcomes told them to say, no more than they may, and
-        end when they must.
+    def follow(self, updates: list[SequenceUpdate], before: dict[Any, list[int]]) -> None:
+        """The sequences have the tokens of their outcomes, no more than they may, and end when
+        they must.
         """
         for update in updates:
             sequence, tokens, reason = update.sequence, update.tokens, update.reason
-            if sequence.key not in self.texts:
+            if sequence.key not in self.expected:
                 parents = [text for key, text in before.items() if key[0] == sequence.key[0]]
                 assert sequence.output[:-1] in parents
-                self.texts[sequence.key] = sequence.output[:-1]
+                self.expected[sequence.key] = sequence.output[:-1]
                 self.seen["forked"] += 1
-            self.texts[sequence.key] += tokens
-            assert sequence.output == self.texts[sequence.key]
+            self.expected[sequence.key] += tokens
+            assert sequence.output == self.expected[sequence.key]
             assert (sequence.remaining == 0) <= (reason is not None), (
-                "it has all its tokens and goes on"
+                "it has all its tokens and continues"
             )
             assert reason != "length" or sequence.remaining == 0
             self.seen["dropped"] += reason == "dropped"
@@ -228,7 +228,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         self.scheduler.check()
         for sequence in (*self.scheduler.running, *self.scheduler.waiting):
-            assert sequence.output == self.texts[sequence.key]
+            assert sequence.output == self.expected[sequence.key]
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
@@ -240,7 +240,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.take(rng, "goes well")
             scheduler.check()
             steps += 1
-            assert steps < 3000, "somebody never ends"
+            assert steps < 3000, "a request never finishes"
         assert not scheduler.running
         assert not scheduler.waiting
         assert scheduler.memory.allocated == 0
@@ -257,8 +257,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.theorem(
-    "Whatever comes, forks, is aborted or preempted: every step computes a token for somebody, everybody ends, each "
-    "reads the keys of its own tokens alone, and no block leaks",
+    "Whatever is submitted, forked, aborted or preempted: every step computes a token, every "
+    "request finishes, each sequence reads the keys of its own tokens alone, and no block leaks",
     source="Kwon et al. 2023, sections 4.3 to 4.5; Yu et al. 2022",
 )
 @pytest.mark.parametrize("kind", SEEN)
@@ -274,7 +274,7 @@ def test_state_machine_the_scheduler_over_every_memory(kind):
 
 
 def served(scheduler: Scheduler, plans: list[Plan] | None = None) -> list[SequenceUpdate]:
-    """Run until all have ended, every token 7; returns the updates in order."""
+    """Run until all requests have finished, every token 7; returns the updates in order."""
     updates: list[SequenceUpdate] = []
     while scheduler.unfinished:
         plan = scheduler.plan()
@@ -295,18 +295,20 @@ def paged(blocks: int, size: int = 4, **options: Any) -> Scheduler:
     blocks=st.integers(12, 40),
     budget=st.integers(1, 16),
     chunked=st.booleans(),
-    seats=st.integers(1, 5),
+    slots=st.integers(1, 5),
 )
-def test_invariance_first_come_first_served_tells_first_tokens_in_the_order_of_arrival(
-    lengths, blocks, budget, chunked, seats
+def test_invariance_first_come_first_served_gives_first_tokens_in_the_order_of_arrival(
+    lengths, blocks, budget, chunked, slots
 ):
     scheduler = paged(
-        blocks, 1, max_batch_tokens=max(budget, 12), chunked=chunked, max_sequences=seats
+        blocks, 1, max_batch_tokens=max(budget, 12), chunked=chunked, max_sequences=slots
     )
     for length in lengths:
         scheduler.submit(Request(range(length), 1))
     updates = served(scheduler)
-    assert scheduler.preemptions == 0  # a prompt of at most 12 tokens and no output: nobody grows
+    assert (
+        scheduler.preemptions == 0
+    )  # a prompt of at most 12 tokens and no output: no sequence grows
     assert [update.sequence.order for update in updates] == sorted(
         update.sequence.order for update in updates
     )
@@ -345,13 +347,13 @@ def test_a_long_prompt_is_cut_to_long_prefill_and_leaves_the_rest_of_the_budget(
     ]
 
 
-def test_a_prompt_that_is_not_chunked_is_computed_in_one_step_or_waits():
+def test_without_chunks_a_prompt_is_computed_in_one_step_or_waits():
     scheduler = paged(40, max_batch_tokens=8, chunked=False)
     plans = []
     for name, length in (("first", 5), ("second", 5), ("third", 3)):
         scheduler.submit(Request(range(length), 1, id=name))
     served(scheduler, plans)
-    # the second would not fit whole, and nobody overtakes it
+    # the second would not fit whole, and no request overtakes it
     assert [[item.name[0] for item in plan.items] for plan in plans] == [
         ["first"],
         ["second", "third"],
@@ -359,7 +361,7 @@ def test_a_prompt_that_is_not_chunked_is_computed_in_one_step_or_waits():
     assert all(item.samples for plan in plans for item in plan.items)
 
 
-def test_the_watermark_holds_for_who_is_admitted_beside_others_and_not_for_who_is_alone():
+def test_the_watermark_applies_to_admissions_beside_others_only():
     scheduler = Scheduler(PagedKVManager(BlockPool(4, 4), watermark=0.5))
     for name, length in (("all", 16), ("one", 4), ("two", 4), ("three", 4)):
         scheduler.submit(Request(range(length), 1, id=name))
@@ -383,11 +385,11 @@ def test_the_youngest_is_preempted_comes_back_first_and_keeps_its_tokens():
     again = next(plan for plan in plans[3:] if plan.admitted)
     assert again.admitted[0] == ("young", 0)
     assert again.items[0][1:3] == (0, 5)  # its prompt and the two tokens that it had
-    said = Counter(update.sequence.request.id for update in updates for _ in update.tokens)
-    assert set(said.values()) == {5}
+    generated = Counter(update.sequence.request.id for update in updates for _ in update.tokens)
+    assert set(generated.values()) == {5}
 
 
-def test_priority_preempts_whoever_is_least_urgent():
+def test_priority_preempts_the_least_urgent():
     scheduler = paged(4, 2, order="priority")
     scheduler.submit(Request(range(3), 5, id="urgent", priority=-1))
     scheduler.submit(Request(range(3), 5, id="idle", priority=9))
@@ -396,7 +398,7 @@ def test_priority_preempts_whoever_is_least_urgent():
     assert {name[0] for plan in plans for name in plan.preempted} == {"idle"}
 
 
-def test_nobody_is_preempted_for_a_guess():
+def test_no_sequence_is_preempted_for_drafts():
     scheduler = paged(4, 2)
     for name in ("old", "young"):
         scheduler.submit(Request(range(3), 2, id=name))
@@ -410,7 +412,7 @@ def test_nobody_is_preempted_for_a_guess():
     assert [item.samples for item in plan.items] == [1, 1]
 
 
-def test_rejected_drafts_are_taken_back():
+def test_rejected_drafts_are_discarded():
     scheduler = paged(8, 2)
     scheduler.submit(Request(range(3), 9, id=0))
     scheduler.update(scheduler.plan(), [[SampledTokens([7])]])
@@ -456,7 +458,7 @@ def test_beams_that_come_back_whole_from_a_cache_advance_in_the_step_that_admits
     scheduler.check()
 
 
-def test_a_plan_is_carried_out_or_given_up_before_the_next():
+def test_a_plan_is_updated_or_rolled_back_before_the_next():
     scheduler = paged(4)
     scheduler.submit(Request(range(3), 2))
     plan = scheduler.plan()
@@ -478,7 +480,7 @@ def test_a_plan_is_carried_out_or_given_up_before_the_next():
         {"order": "alphabetical"},
     ],
 )
-def test_limits_that_let_nobody_through_are_refused(options):
+def test_limits_below_1_are_rejected(options):
     with pytest.raises(ValueError, match=next(iter(options)).replace("order", "unknown order")):
         paged(4, **options)
 
@@ -498,7 +500,7 @@ def test_limits_that_let_nobody_through_are_refused(options):
         (Request(range(4), 2, n=3, beam=True), {}, "needs 24 slots"),
     ],
 )
-def test_what_could_never_be_served_is_refused_and_nothing_happens(request_, options, why):
+def test_requests_that_can_never_be_served_are_rejected_without_any_change(request_, options, why):
     scheduler = paged(4, **options)
     scheduler.submit(Request(range(2), 2, id="other"))
     with pytest.raises(ValueError, match=why):

@@ -66,9 +66,9 @@ def test_conservation_a_static_batch_computes_its_rectangle(outputs):
     ("policy", "batch"),
     [("orca-max", 2), ("orca-pow2", 4), ("orca-oracle", 5), ("static", 5), ("fcfs", 10)],
 )
-def test_who_reserves_less_runs_more(policy, batch):
-    # 64 slots; a prompt of 3, an output of 5 tokens: 32, 3 + 8 → 16, 8, 8, and what has
-    # been said so far
+def test_smaller_reservations_run_more_requests(policy, batch):
+    # 64 slots; a prompt of 3, an output of 5 tokens: 32, 3 + 8 → 16, 8, 8, and the
+    # tokens so far
     made = plans(
         policy, [(3, 5)] * 12, 40 if policy in ("orca-oracle", "static") else 64, longest=32
     )
@@ -89,7 +89,7 @@ def test_orca_computes_a_prompt_in_one_step_and_joins_at_every_step():
 
 
 @pytest.mark.parametrize("policy", [p for p in POLICIES if p.startswith("orca") or p == "static"])
-def test_what_reserves_refuses_what_it_cannot_share(policy):
+def test_reserving_policies_reject_forks_and_oversized_requests(policy):
     scheduler = make(policy, BlockPool(64, 1), longest=32)
     with pytest.raises(ValueError, match="cannot share: submit 2 requests"):
         scheduler.submit(Request([1], 2, n=2))
@@ -97,7 +97,7 @@ def test_what_reserves_refuses_what_it_cannot_share(policy):
         scheduler.submit(Request(range(60), 30))
 
 
-def test_a_policy_has_a_name_and_a_cache_that_it_can_have():
+def test_unknown_policies_and_impossible_caches_are_rejected():
     pool = BlockPool(4, 4)
     with pytest.raises(ValueError, match="unknown policy 'best'"):
         make("best", pool)

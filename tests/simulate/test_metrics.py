@@ -24,7 +24,7 @@ whole = st.integers(0, 1000)  # whole seconds: their sums are exact
 
 @st.composite
 def timelines(draw):
-    """A completed answer or one that broke off; chunks of one token and of several."""
+    """A completed or an incomplete answer; chunks of one token and of several."""
     sent = draw(whole)
     line = Timeline(float(sent), draw(st.integers(1, 50)))
     time = sent
@@ -62,7 +62,7 @@ def test_a_report_is_that_of_the_completed_ones(lines, duration):
     assert report == summarise(done, duration).__class__(
         **{**vars(summarise(done, duration)), "requests": len(lines)}
     )
-    # no limit: everybody meets it
+    # no limit: every request meets it
     assert report.request_throughput == report.goodput == len(done) / duration
     assert report.total_throughput - report.output_throughput == pytest.approx(
         sum(x.prompt for x in done) / duration, abs=1e-12 * (1 + report.total_throughput)
@@ -92,10 +92,10 @@ def test_goodput_is_monotone_in_its_limits(lines, ttft, tpot, e2el, tighter):
     good, better = (summarise(lines, 10.0, limits).goodput for limits in (tight, loose))
     assert good <= better <= summarise(lines, 10.0).request_throughput
     assert attainment(lines, tight) <= attainment(lines, loose) <= 1
-    # each limit counts: one of them alone can fail everybody that has tokens
+    # each limit counts: one of them alone can fail every request with tokens
     for name in Limits._fields:
-        nobody = summarise(lines, 10.0, Limits(**{name: -1.0})).goodput
-        assert nobody == sum(x.completed and not x.times for x in lines) / 10
+        none_meets = summarise(lines, 10.0, Limits(**{name: -1.0})).goodput
+        assert none_meets == sum(x.completed and not x.times for x in lines) / 10
 
 
 def test_a_chunk_of_several_tokens_is_one_gap_and_several_tokens():
@@ -145,24 +145,24 @@ def test_capacity_is_where_the_share_crosses():
 
 
 @pytest.mark.parametrize("duration", [0.0, -1.0, inf, float("nan")])
-def test_a_duration_that_is_none_is_refused(duration):
+def test_a_duration_must_be_finite_and_above_0(duration):
     with pytest.raises(ValueError, match="finite time above 0"):
         summarise([], duration)
 
 
-def test_nobody_is_no_share():
+def test_attainment_needs_a_request():
     with pytest.raises(ValueError, match="no request"):
         attainment([], Limits())
 
 
-def test_an_answer_that_was_cut_off_meets_nothing_however_fast_it_was():
+def test_an_incomplete_answer_meets_no_limit():
     whole = Timeline(0.0, 1, [1.0], 1, True)
     cut = Timeline(0.0, 1, [1.0], 1, False)
     assert (whole.meets(Limits()), cut.meets(Limits())) == (True, False)
     assert attainment([whole, cut], Limits()) == 0.5
 
 
-def test_a_recorder_keeps_what_it_is_told():
+def test_a_recorder_keeps_every_arrival():
     recorder = Recorder()
     recorder.sent("a", 7, 1.0)
     recorder.sent("b", 3, 1.5)

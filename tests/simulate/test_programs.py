@@ -1,4 +1,4 @@
-"""The programs share what they say they share, and serve the same whatever the policy."""
+"""The programs share what they claim to share, and serve the same under every policy."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def ids(seed=0):
 
 
 def played(program, order=lambda queue: 0):
-    """All requests of a program, in an order of serving; the answer to each is told from
-    its id alone.
+    """All requests of a program, in an order of serving; the answer to each depends
+    on its id alone.
     """
     queue = list(program.requests)
     served = []
@@ -40,7 +40,7 @@ PROGRAMS = {
 
 @pytest.mark.parametrize("name", PROGRAMS)
 @given(data=st.data())
-def test_a_program_asks_the_same_whoever_is_served_first(name, data):
+def test_a_program_makes_the_same_requests_in_any_order_of_serving(name, data):
     straight = played(PROGRAMS[name]())
     mixed = played(PROGRAMS[name](), lambda queue: data.draw(st.integers(0, len(queue) - 1)))
     assert {r.id: r for r in straight} == {r.id: r for r in mixed}
@@ -61,15 +61,15 @@ def test_best_hit_rate_counts_distinct_prefixes(prompts):
     prefixes |= {tuple(prompts[-1][: i + 1]) for i in range(len(prompts[-1]))}
     answers = [[3, 4, 5] for _ in prompts]
     assert best_hit_rate(prompts, answers) > best_hit_rate(prompts)
-    said = {
+    answered = {
         tuple([*p, *a][:i])
         for p, a in zip(prompts, answers, strict=True)
         for i in range(len(p) + 1, len(p + a))
     }
-    assert best_hit_rate(prompts, answers) == 1 - len(prefixes - said) / sum(map(len, prompts))
+    assert best_hit_rate(prompts, answers) == 1 - len(prefixes - answered) / sum(map(len, prompts))
 
 
-def test_what_is_shared_has_its_closed_form():
+def test_shared_prefixes_have_their_closed_form():
     def rate(name):
         return best_hit_rate([r.prompt for r in played(PROGRAMS[name]())])
 
@@ -95,11 +95,11 @@ def test_a_tree_has_all_its_nodes_and_the_answers_stand_in_the_prompts():
         if len(path) > 2:
             above = by_id[path[:-1]]
             assert list(request.prompt[: len(above.prompt)]) == list(above.prompt)
-            said = [sum(above.id) + i for i in range(24)]
-            assert list(request.prompt[len(above.prompt) :][:24]) == said
+            answered = [sum(above.id) + i for i in range(24)]
+            assert list(request.prompt[len(above.prompt) :][:24]) == answered
 
 
-def test_a_conversation_repeats_what_was_said():
+def test_a_conversation_repeats_its_earlier_turns():
     by_id = {r.id: r for r in played(PROGRAMS["chat"]())}
     assert len(by_id) == 12
     first = by_id[0, 0]
@@ -131,20 +131,20 @@ def test_popular_documents_are_asked_about_most():
 @given(
     st.lists(st.integers(0, 99), min_size=1, max_size=20), st.lists(st.integers(0, 30), max_size=6)
 )
-def test_passages_are_the_text_from_its_beginning_over_and_over(text, counts):
+def test_passages_repeat_the_text_from_its_beginning(text, counts):
     source = Passages(text)
-    said = [t for count in counts for t in source(count)]
-    assert said == (text * (len(said) // len(text) + 1))[: len(said)]
+    answered = [t for count in counts for t in source(count)]
+    assert answered == (text * (len(answered) // len(text) + 1))[: len(answered)]
 
 
-def test_a_shuffled_program_asks_the_same():
+def test_a_shuffled_program_has_the_same_requests():
     program = PROGRAMS["RAG"]()
     other = shuffled(program, np.random.default_rng(0))
     assert other.requests != program.requests
     assert sorted(r.id for r in other.requests) == sorted(r.id for r in program.requests)
 
 
-def test_a_strangers_request_is_named():
+def test_a_request_of_another_program_is_rejected():
     with pytest.raises(ValueError, match="not a request of this program"):
         PROGRAMS["chat"]().follow(programs.Request([1], id="x"), [2])
     with pytest.raises(ValueError, match="need a text"):

@@ -1,4 +1,4 @@
-"""The simulator serves as the scheduler does; its jumps change nothing but the number of
+"""The simulator serves as the scheduler does; its jumps change only the number of
 plans.
 """
 
@@ -44,11 +44,11 @@ class Whole:
 KINDS = ("paged", "swapping", "hash", "radix", "priority", "lpm", "orca-oracle", "static")
 
 
-def scheduler(kind, blocks, size, budget, seats, chunked, host=None):
+def scheduler(kind, blocks, size, budget, slots, chunked, host=None):
     pool = BlockPool(blocks, size)
     if kind == "swapping":
         return Scheduler(
-            SwappingKVManager(pool, host_blocks=host), max_batch_tokens=budget, max_sequences=seats
+            SwappingKVManager(pool, host_blocks=host), max_batch_tokens=budget, max_sequences=slots
         )
     policy = {"paged": "fcfs", "hash": "fcfs", "radix": "fcfs"}.get(kind, kind)
     cache = {"hash": "hash", "radix": "radix", "lpm": "radix"}.get(kind)
@@ -57,7 +57,7 @@ def scheduler(kind, blocks, size, budget, seats, chunked, host=None):
         pool,
         prefix_cache=cache,
         max_batch_tokens=budget,
-        max_sequences=seats,
+        max_sequences=slots,
         chunked=chunked,
         longest=blocks * size,
     )
@@ -72,7 +72,7 @@ def runs(draw, kinds=KINDS):
     size = draw(st.integers(1, 5))
     blocks = draw(st.integers(12, 30))
     budget = draw(st.sampled_from([4, 9, 30, None]))
-    seats = draw(st.sampled_from([1, 3, None]))
+    slots = draw(st.sampled_from([1, 3, None]))
     chunked = draw(st.booleans()) or budget is not None
     host = draw(st.sampled_from([None, 0, 7]))
     asked = []
@@ -81,7 +81,7 @@ def runs(draw, kinds=KINDS):
         prompt = [*head, *range(100 * (i + 1), 100 * (i + 1) + draw(st.integers(1, 5)))]
         output = draw(st.integers(0, min(14, blocks * size - len(prompt))))
         sequences = (
-            draw(st.integers(1, 2)) if kind not in ("orca-oracle", "static") and seats != 1 else 1
+            draw(st.integers(1, 2)) if kind not in ("orca-oracle", "static") and slots != 1 else 1
         )
         arrival = float(draw(st.integers(0, 200)))
         priority = draw(st.integers(0, 2))
@@ -98,7 +98,7 @@ def runs(draw, kinds=KINDS):
         )
     bound = blocks * size if kind != "orca-oracle" else 1 << ((blocks * size).bit_length() - 1)
     asked = [r for r in asked if len(r.prompt) + r.max_tokens <= bound]
-    return lambda: scheduler(kind, blocks, size, budget, seats, chunked, host), asked
+    return lambda: scheduler(kind, blocks, size, budget, slots, chunked, host), asked
 
 
 def facts(run):
@@ -115,7 +115,7 @@ def facts(run):
 
 
 @pytest.mark.theorem(
-    "A jump of k steps with everybody's drafts accepted = k steps", source="drafts count as tokens"
+    "A jump of k steps with all drafts accepted = k steps", source="drafts count as tokens"
 )
 @given(runs())
 def test_jumps_change_nothing(case):
@@ -136,7 +136,7 @@ def test_jumps_change_nothing(case):
 
 
 @pytest.mark.parametrize("kind", ["hash", "radix", "lpm"])
-def test_no_jump_where_a_prefix_that_is_just_computed_lets_somebody_in(kind):
+def test_no_jump_where_a_prefix_that_was_just_computed_admits_a_request(kind):
     # the second one needs four of the three blocks that are left, until it finds some
     head = list(range(1, 13))
     asked = [Request([*head, 50 + i], 9, id=i) for i in range(2)]
@@ -161,7 +161,7 @@ def test_no_jump_right_after_a_preemption():
 
 
 @pytest.mark.parametrize(("budget", "chunked"), [(1, True), (3, True), (12, False)])
-def test_nobody_is_admitted_in_a_jump_for_want_of_a_budget(budget, chunked):
+def test_no_jump_where_only_the_budget_keeps_requests_out(budget, chunked):
     # The budget, and nothing else, keeps the later ones out: all of it is used, or a whole
     # prompt does not fit
     asked = [Request(range(50 * i, 50 * i + 4), 9, id=i) for i in range(14)]
@@ -187,7 +187,7 @@ def test_jumps_save_plans():
 
 
 @given(runs())
-def test_everybody_is_served_in_full_and_nothing_is_left(case):
+def test_all_requests_are_served_in_full_and_memory_is_empty(case):
     make, asked = case
     s = make()
     run = Simulator(s, Whole()).run(asked)
@@ -268,7 +268,7 @@ def test_swapping_moves_where_recomputing_computes():
         SwappingKVManager(BlockPool(1, 1), host_blocks=-1)
 
 
-def test_programs_go_on_and_are_found_in_the_cache():
+def test_programs_continue_and_hit_the_cache():
     for cache, kind in ((None, "paged"), ("radix", "radix"), ("hash", "hash")):
         program = programs.chat(DistinctTokens(), 3, turns=3, system=40, message=8, answer=6)
         done = []
@@ -280,7 +280,7 @@ def test_programs_go_on_and_are_found_in_the_cache():
         )
         assert len(run.tokens) == 9
         assert done[-1] == (9, 9)
-        assert all(len(said) == 6 for said in run.tokens.values())
+        assert all(len(output) == 6 for output in run.tokens.values())
         if cache is None:
             assert run.cached == 0
         else:  # whole blocks of all earlier turns; the first three came together and found nothing
@@ -291,7 +291,7 @@ def test_programs_go_on_and_are_found_in_the_cache():
             assert run.hit_rate == run.cached / (3 * (48 + sum(prompts)))
 
 
-def test_a_tally_is_what_the_steps_say():
+def test_totals_are_the_sums_over_steps():
     taken = []
     asked = requests(ALPACA, 20, np.random.default_rng(0))
     run = Simulator(
@@ -318,7 +318,7 @@ def test_a_jump_counts_what_is_allocated_for_each_of_its_steps():
 
 
 @pytest.mark.parametrize("jumps", [False, True])
-def test_who_arrives_as_a_step_ends_is_in_the_next_and_time_never_goes_back(jumps):
+def test_a_request_that_arrives_as_a_step_ends_is_in_the_next(jumps):
     def first_tokens(*asked):
         run = Simulator(scheduler("paged", 60, 8, None, None, True), UnitClock(), jumps=jumps).run(
             asked
@@ -338,7 +338,7 @@ def test_who_arrives_as_a_step_ends_is_in_the_next_and_time_never_goes_back(jump
     ]
 
 
-def test_what_follows_an_answer_is_sent_when_that_has_come():
+def test_a_follow_up_is_sent_when_its_answer_has_arrived():
     asked = Request([1], 4, id="question", arrival=2.0)
     more = {"question": [Request([2], 1, id="follow-up")], "follow-up": []}
     simulator = Simulator(scheduler("paged", 60, 8, None, None, True), UnitClock())
@@ -358,7 +358,7 @@ def test_every_block_that_is_moved_is_charged_once():
     assert run.duration == run.all.steps + run.moved.tokens + 1000 * run.moved.blocks
 
 
-def test_what_cannot_be_served_is_refused_by_name():
+def test_requests_that_cannot_be_served_are_rejected_by_name():
     simulator = Simulator(scheduler("paged", 2, 4, None, None, True), UnitClock())
     with pytest.raises(ValueError, match="request 'long' needs"):
         simulator.run([Request(range(20), 4, id="long")])

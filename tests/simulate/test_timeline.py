@@ -1,4 +1,4 @@
-"""A trace holds what the scheduler's books say."""
+"""A trace agrees with the scheduler and its memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def traced(cache, asked, follow=None, blocks=60):
     return scheduler, trace, held, run
 
 
-def test_every_allocated_block_has_its_holder():
+def test_every_allocated_block_has_an_owner():
     asked = [r for r in requests(ALPACA, 30, np.random.default_rng(0)) if r.max_cached_tokens < 200]
     _, trace, taken, run = traced(None, asked)
     assert len(trace.owners) == run.all.steps
@@ -43,7 +43,7 @@ def test_every_allocated_block_has_its_holder():
     assert seen["slots"] == 240
 
 
-def test_shared_and_cached_blocks_are_told_apart():
+def test_shared_and_cached_blocks_are_distinguished():
     program = programs.self_consistency(
         RandomIds(np.random.default_rng(0), 999), 4, samples=3, question=40, answer=6
     )
@@ -54,7 +54,7 @@ def test_shared_and_cached_blocks_are_told_apart():
     assert trace.blocks()["requests"][0] == "(0, 0)"
 
 
-def test_a_tree_is_told_with_all_its_tokens():
+def test_a_tree_is_traced_with_all_its_tokens():
     cache = RadixCache(2)
     cache.insert([1, 2, 3, 4], [0, 1, 2, 3])
     cache.insert([1, 2, 5, 6], [0, 1, 4, 5])
@@ -64,7 +64,7 @@ def test_a_tree_is_told_with_all_its_tokens():
     assert [(child["tokens"], child["locks"]) for child in top["children"]] == [(2, 0), (2, 1)]
 
 
-def test_memory_without_blocks_has_none_to_trace():
+def test_memory_without_blocks_cannot_trace_them():
     scheduler = factory.make("orca-max", BlockPool(64, 1), longest=16)
     with pytest.raises(ValueError, match="only paged memory"):
         Simulator(scheduler, UnitClock(), on_step=Trace(scheduler, blocks=1)).run(

@@ -1,4 +1,4 @@
-"""Lengths and arrivals follow the laws that their closed forms state."""
+"""Lengths and arrivals have the distributions of their closed forms."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_mixture_has_the_mean_of_its_parts():
 
 
 @pytest.mark.parametrize("name", TRAFFIC)
-def test_traffic_has_the_means_that_it_says(name):
+def test_traffic_has_its_exact_means(name):
     traffic = TRAFFIC[name]
     count = 20_000
     sampled = traffic.sample(np.random.default_rng(1), count)
@@ -100,13 +100,13 @@ def test_the_published_means_are_met_within_half_a_percent():
         assert TRAFFIC[name].means() == pytest.approx(wanted, rel=0.005)
 
 
-def test_azures_answers_are_of_two_kinds():
+def test_azures_answers_have_two_peaks():
     p = AZURE_CHAT.output.pmf()
     assert p[80] > 3 * p[250] < p[400]  # a valley between two hills
 
 
 @given(st.integers(2, 12), st.integers(2, 12), st.integers(2, 24))
-def test_pairs_that_are_too_long_are_taken_out_exactly(a, b, longest):
+def test_pairs_that_are_too_long_are_excluded_exactly(a, b, longest):
     one = LogNormal(1.0, 1.0, 1, a)
     other = LogNormal(0.5, 1.0, 1, b)
     p = one.pmf()
@@ -158,7 +158,7 @@ def test_special_arrivals():
             arrivals(rng, 3, rate, shape)
 
 
-def test_requests_are_their_generators_own():
+def test_requests_depend_on_their_generator_alone():
     def make(seed):
         return requests(SHAREGPT, 20, np.random.default_rng(seed), rate=2.0, shape=0.5, scale=0.25)
 
@@ -184,7 +184,7 @@ def test_scaled_lengths_have_scaled_probabilities():
     source="order statistics",
 )
 @given(st.lists(st.integers(0, 9), min_size=2, max_size=5).filter(any), st.integers(1, 4))
-def test_the_longest_of_a_batch_by_enumeration(weights, batch):
+def test_expected_longest_by_enumeration(weights, batch):
     p = np.array(weights) / sum(weights)
     grid = np.meshgrid(*[np.arange(len(p))] * batch, indexing="ij")
     chances = np.prod([p[g] for g in grid], axis=0)
@@ -202,6 +202,6 @@ def test_useful_share_of_static_batches_is_the_recorded_one():
 
 
 @pytest.mark.parametrize("wrong", [(1, 0, 1, 2), (1, 1, 0, 2), (1, 1, 3, 2)])
-def test_lengths_that_make_no_sense_are_refused(wrong):
+def test_invalid_lengths_are_rejected(wrong):
     with pytest.raises(ValueError, match="sigma > 0"):
         LogNormal(*wrong)
