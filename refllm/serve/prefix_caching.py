@@ -24,7 +24,8 @@ from __future__ import annotations
 
 from refllm.kv.block_pool import BlockPool, BlockTable, Key
 from refllm.kv.hash_prefix import Hasher, PrefixCache, sha256_key
-from refllm.kv.radix_tree import Node, RadixCache
+from refllm.kv.radix_node import Node
+from refllm.kv.radix_tree import RadixCache
 from refllm.serve.kv_manager import PagedKVManager
 from refllm.serve.request import Sequence
 

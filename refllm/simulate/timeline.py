@@ -20,7 +20,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import TypedDict
 
-from refllm.kv.radix_tree import Node, RadixCache
+from refllm.kv.radix_node import Node
+from refllm.kv.radix_tree import RadixCache
 from refllm.serve.base_scheduler import BaseScheduler
 from refllm.serve.kv_manager import PagedKVManager
 from refllm.serve.prefix_caching import RadixKVManager

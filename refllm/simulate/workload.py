@@ -32,7 +32,7 @@ from math import erf, inf, log, sqrt
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from refllm.serve.request import Request
 
@@ -143,8 +143,9 @@ def _without_long_pairs(p: Probabilities, other: Probabilities, longest: int) ->
     """P(x | x + y ≤ longest) for independent x with pmf ``p`` and y with pmf ``other``."""
     x = np.arange(len(p))
     at_most = np.cumsum(other)[np.clip(longest - x, 0, len(other) - 1)]  # P(y ≤ longest − x)
-    joint = p * at_most * (x <= longest)
-    return joint / joint.sum()
+    joint: Probabilities = p * at_most * (x <= longest)
+    conditional: Probabilities = joint / joint.sum()
+    return conditional
 
 
 SHAREGPT = Traffic(LogNormal(4.69, 1.0, 4, 1024), LogNormal(5.462, 1.0, 4, 1900), longest=2048)
@@ -259,14 +260,19 @@ class _ScaledLength:
 
     def sample(self, rng: np.random.Generator, count: int) -> Counts:
         """``count`` scaled lengths."""
-        scaled = np.rint(self.length.sample(rng, count) * self.scale)
-        return np.maximum(1, scaled).astype(np.int64)
+        return _at_least_1(self.length.sample(rng, count) * self.scale)
 
     def pmf(self) -> Probabilities:
         """Lengths that are rounded to the same one add up."""
         p = self.length.pmf()
-        scaled = np.rint(np.arange(len(p)) * self.scale)
-        return np.bincount(np.maximum(1, scaled).astype(np.int64), weights=p)
+        scaled = _at_least_1(np.arange(len(p)) * self.scale)
+        return np.bincount(scaled, weights=p).astype(np.float64)
+
+
+def _at_least_1(lengths: ArrayLike) -> Counts:
+    """Rounded to integers of 1 or more."""
+    rounded: Counts = np.maximum(1, np.rint(lengths)).astype(np.int64)
+    return rounded
 
 
 def _normal_cdf(z: float) -> float:

@@ -165,8 +165,10 @@ def test_no_jump_where_only_the_budget_keeps_requests_out(budget, chunked):
     # The budget, and nothing else, keeps the later ones out: all of it is used, or a whole
     # prompt does not fit
     asked = [Request(range(50 * i, 50 * i + 4), 9, id=i) for i in range(14)]
-    make = lambda: scheduler("paged", 140, 2, budget, None, chunked)  # noqa: E731 (a fresh one for each)
-    plain, jumped = (Simulator(make(), Whole(), jumps=j).run(asked) for j in (False, True))
+    plain, jumped = (
+        Simulator(scheduler("paged", 140, 2, budget, None, chunked), Whole(), jumps=j).run(asked)
+        for j in (False, True)
+    )
     assert facts(plain) == facts(jumped)
 
 
