@@ -136,7 +136,9 @@ def scale_of(absmax: Array, scheme: FloatScheme) -> Array:
 def _nvfp4(a: Array) -> tuple[Array, Array]:
     """E4M3 codes of NVFP4's scales, and G [] float32; a scale that would be zero is 1/8."""
     xp = namespace(a)
-    top = xp.max(a) if a.size else xp.zeros((), dtype=xp.float32)
+    top = xp.zeros((), dtype=xp.float32)
+    if a.size:
+        top = xp.max(a)
     g = 2688.0 / xp.where(top > 0, xp.maximum(top, 2688.0 * _NORMAL), 2688.0)
     code = minifloat.quantize(g * a / 6.0, "e4m3")
     return xp.where(code == 0, 0x20, code), xp.asarray(g, dtype=xp.float32)
@@ -157,7 +159,7 @@ def absmax(x: Array, scheme: FloatScheme, *, name: str = "x") -> Array:
         raise ValueError(f"{name}: {error}") from None
     if not x.size:
         raise ValueError(f"{name}: an array of shape {tuple(x.shape)} has no range")
-    found = xp.max(xp.abs(scheme.geometry.as_blocks(x)), axis=(1, 3))
+    found = xp.max(xp.abs(scheme.geometry.as_blocks(x)), axis=(1, 3))  # [M/bo, N/bi]
     if not bool(xp.all(xp.isfinite(found))):  # the maximum propagates NaN
         require_finite(x, name)
     return xp.reshape(found, shape)
@@ -198,7 +200,7 @@ def quantize(
     shape = (int(x.shape[0]), int(x.shape[1]))
     made = BlockFloatLinear(xp.empty((0, 0), dtype=xp.uint8), stored, scheme, shape, g)
     geometry = scheme.geometry
-    blocks = xp.astype(geometry.as_blocks(x), xp.float32, copy=False)
+    blocks = xp.astype(geometry.as_blocks(x), xp.float32, copy=False)  # [M/bo, bo, N/bi, bi]
     scaled = blocks / geometry.expand_scale(made.scale, shape)
     return made.with_codes(from_blocks(minifloat.quantize(scaled, scheme.format), shape))
 
@@ -301,7 +303,7 @@ class BlockFloatLinear:
             codes = xp.astype(unpack(codes, 4, self.shape[1]), xp.uint8, copy=False)
         shape = (stop - start, self.shape[1])
         values = geometry.as_blocks(minifloat.dequantize(codes, self.scheme.format))
-        scale = geometry.rows_of(self.scale, start, stop)
+        scale = geometry.rows_of(self.scale, start, stop)  # [rows/bo, N/bi]
         return from_blocks(values * geometry.expand_scale(scale, shape), shape)
 
     def matmul(self, x: Array) -> Array:

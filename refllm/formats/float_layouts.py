@@ -48,14 +48,21 @@ def layout_for(weight: Fp8Linear, layout: str | None = None) -> WeightLayout:
     if layout not in FLOAT_LAYOUTS:
         able = ", ".join(FLOAT_LAYOUTS)
         raise ValueError(f"{layout} cannot hold 8-bit floats; what can: {able}")
-    size = scheme.geometry.block if scheme.granularity == "block" else (0, 0)
-    held = (scheme.granularity == "channel" and layout != "fp8") or (size[0] == size[1] > 0)
+    size = (0, 0)
+    wanted = "token"
+    able = "square blocks"
+    held = False
+    if scheme.granularity == "block":
+        size = scheme.geometry.block
+        wanted = "tile"
+        held = size[0] == size[1]
+    if layout != "fp8":
+        able = "square blocks or by channel"
+        held = held or scheme.granularity == "channel"
     if scheme.format != "e4m3" or not held:
-        able = "square blocks" if layout == "fp8" else "square blocks or by channel"
         raise ValueError(
             f"{layout} holds e4m3 in {able}, not {scheme.format} by {scheme.granularity}"
         )
-    wanted = "tile" if size[0] else "token"
     if activation != wanted and (activation is not None or layout == "fp8"):
         raise ValueError(f"{layout} goes with activations by {wanted}, not {activation}")
     if activation == "tile" and size[0] != 128:

@@ -55,9 +55,12 @@ class Granularity:
             return
         sizes = self.size if isinstance(self.size, tuple) else (self.size,)
         positive = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes)
-        most = 1 if self.kind == "group" else 2
+        wanted = "a positive integer"
+        most = 1
+        if self.kind == "block":
+            wanted += " or a pair of them"
+            most = 2
         if not positive or not 1 <= len(sizes) <= most:
-            wanted = "a positive integer" + (" or a pair of them" if most == 2 else "")
             raise ValueError(f"granularity {self.kind!r} takes {wanted}, got {self.size!r}")
 
     @property
@@ -66,7 +69,9 @@ class Granularity:
         if isinstance(self.size, tuple):
             return self.size
         assert self.size is not None, "only groups and blocks have a size"
-        return (1 if self.kind == "group" else self.size), self.size
+        if self.kind == "group":
+            return 1, self.size
+        return self.size, self.size
 
     @property
     def block_rows(self) -> int:
@@ -106,14 +111,14 @@ class Granularity:
         """
         xp = namespace(x)
         if self.kind == "tensor":
-            return xp.reshape(x, (1, 1, 1, x.size))
+            return xp.reshape(x, (1, 1, 1, x.size))  # [1, 1, 1, M·N]
         m = math.prod(x.shape[:-1])
         n = int(x.shape[-1])
         if self.kind in ("channel", "token"):
-            return xp.reshape(x, (m, 1, 1, n))
+            return xp.reshape(x, (m, 1, 1, n))  # [M, 1, 1, N]
         rows, columns = self.block
         if self.kind == "group":
-            return xp.reshape(x, (m, 1, n // columns, columns))
+            return xp.reshape(x, (m, 1, n // columns, columns))  # [M, 1, N/g, g]
         down, across = self.scale_shape(tuple(x.shape))
         rows = min(rows, m)  # a block larger than the array needs no filling
         columns = min(columns, n)
@@ -121,7 +126,7 @@ class Granularity:
             x = xp.concat([x] + [x[-1:, :]] * (down * rows - m), axis=0)
         if across * columns != n:
             x = xp.concat([x] + [x[:, -1:]] * (across * columns - n), axis=1)
-        return xp.reshape(x, (down, rows, across, columns))
+        return xp.reshape(x, (down, rows, across, columns))  # [⌈M/bo⌉, bo, ⌈N/bi⌉, bi]
 
     def expand_scale(self, scale: Array, shape: tuple[int, ...]) -> Array:
         """A scale or zero point of an array of ``shape``, shaped to broadcast against its
@@ -139,7 +144,7 @@ class Granularity:
             )
         xp = namespace(scale)
         if self.kind == "block":
-            return xp.reshape(scale, (scale.shape[0], 1, scale.shape[1], 1))
+            return xp.reshape(scale, (scale.shape[0], 1, scale.shape[1], 1))  # [M/bo, 1, N/bi, 1]
         columns = scale.shape[-1] if self.kind == "group" else 1
         return xp.reshape(scale, (math.prod(scale.shape[:-1]), 1, columns, 1))
 

@@ -86,7 +86,9 @@ def integer_matmul(qx: Array, qw: Array, *, sizes: tuple[int, int] | None = None
     outputs, k = qw.shape
     if n != k:
         raise ValueError(f"integer_matmul: rows of {n} and of {k} codes do not fit")
-    p, q = sizes if sizes is not None else (_size(qx), _size(qw))
+    if sizes is None:
+        sizes = (_size(qx), _size(qw))
+    p, q = sizes
     step = min(max(1, n), exact_length(p, q))
     dtype = xp.int32 if n * p * q < 1 << 31 else xp.int64
     out = xp.zeros((rows, outputs), dtype=dtype)
@@ -138,14 +140,18 @@ def scaled_matmul(
     for group in range(groups):
         at = slice(group * size, (group + 1) * size)
         column = slice(group, group + 1)
-        s = w_scale if w_scale.ndim == 0 else w_scale[:, column].T  # [1, M]
-        if w_zero is None or w_zero.ndim == 0:
-            z = w_zero
-        else:
-            z = w_zero[:, column].T
+        s = w_scale
+        z = w_zero
+        if s.ndim:
+            s = s[:, column].T  # [1, M]
+        if z is not None and z.ndim:
+            z = z[:, column].T  # [1, M]
         part = _centred(qx[:, at], x_zero, qw[:, at], z, sizes)
         part = xp.astype(part, x_scale.dtype) * s
-        total = part if total is None else total + part
+        if total is None:
+            total = part
+        else:
+            total = total + part
     assert total is not None, "there is at least one group"
     return total * x_scale
 
@@ -161,11 +167,11 @@ def _centred(
     if zx is None and zw is None:
         return out
     out = xp.astype(out, xp.int64)
-    zx = None if zx is None else xp.astype(zx, xp.int64)
-    zw = None if zw is None else xp.astype(zw, xp.int64)
     if zx is not None:
+        zx = xp.astype(zx, xp.int64)
         out = out - zx * xp.sum(qw, axis=1, dtype=xp.int64)[None, :]
     if zw is not None:
+        zw = xp.astype(zw, xp.int64)
         out = out - zw * xp.sum(qx, axis=1, dtype=xp.int64)[:, None]
     if zx is not None and zw is not None:
         out = out + int(qx.shape[1]) * zx * zw

@@ -94,8 +94,9 @@ class WeightLayout:
             share = f"groups of {self.group_size}"
             if self.is_float:
                 share = f"blocks of {self.group_size} × {self.group_size}"
-        inputs = ", activations in 8 bits" if self.activations else ""
-        return f"{self.name}, {self.bits} bits, {share}{inputs}"
+        if self.activations:
+            share += ", activations in 8 bits"
+        return f"{self.name}, {self.bits} bits, {share}"
 
     @property
     def activations(self) -> bool:
@@ -139,7 +140,9 @@ def layout_for(
     reason = _obstacle(scheme, name, activations, act_order)
     if reason is not None:
         able = [n for n in LAYOUTS if _obstacle(scheme, n, activations, act_order) is None]
-        instead = f"what can: {', '.join(able)}" if able else "no layout can"
+        instead = "no layout can"
+        if able:
+            instead = f"what can: {', '.join(able)}"
         raise ValueError(f"{name} cannot hold {reason}; {instead}")
     group = scheme.group_size if isinstance(scheme.group_size, int) else None
     return WeightLayout(name, scheme.bits, group, scheme.symmetric, act_order)
@@ -161,7 +164,9 @@ def _obstacle(scheme: Scheme, name: str, activations: bool, act_order: bool) -> 
             return "quantised activations"
         return "weights whose activations are not quantised"
     if name == "awq":
-        return None if scheme.bits == 4 else f"{scheme.bits}-bit weights, only 4-bit ones"
+        if scheme.bits != 4:
+            return f"{scheme.bits}-bit weights, only 4-bit ones"
+        return None
     if name in ("gptq", "gptq_v2"):
         if scheme.bits not in GPTQ_BITS:
             return f"{scheme.bits}-bit weights, only those of 2, 3, 4 or 8 bits"
@@ -286,7 +291,9 @@ def to_tensor(
         return bitcast(unpack(inner.packed(), 8, n) - 128, xp.int8)
     if suffix in SCALES:
         scale = store_scale(_per_row(inner.scale, m), dtype, name="scale")
-        return xp.ascontiguousarray(scale.T) if layout.transposed else scale
+        if layout.transposed:
+            scale = xp.ascontiguousarray(scale.T)
+        return scale
     if suffix == "qweight":
         if layout.name == "awq":
             return _interleave(xp.ascontiguousarray(unpack(inner.packed(), 4, n).T))
@@ -298,9 +305,9 @@ def to_tensor(
             return _interleave(zeros)
         return bitcast(pack(zeros - _zero_offset(layout), layout.bits), xp.int32)
     if suffix == "g_idx":
-        g_idx = inner.g_idx if isinstance(inner, ActOrderLinear) else None
-        if g_idx is None:
-            return xp.astype(xp.arange(n) // (layout.group_size or n), xp.int32)
+        g_idx = xp.astype(xp.arange(n) // (layout.group_size or n), xp.int32)
+        if isinstance(inner, ActOrderLinear) and inner.g_idx is not None:
+            g_idx = inner.g_idx
         return g_idx
     raise ValueError(f"{layout.name} has no tensor {suffix!r}")
 
@@ -333,7 +340,7 @@ def _interleave(codes: Array) -> Array:
     xp = namespace(codes)
     k, m = codes.shape
     # eight slices instead of a list of indices: NumPy and CuPy both take them
-    eights = xp.reshape(codes, (k, m // 8, 8))
+    eights = xp.reshape(codes, (k, m // 8, 8))  # [K, M/8, 8]
     placed = xp.stack([eights[:, :, row] for row in AWQ_ORDER], axis=2)
     return bitcast(pack(xp.reshape(placed, (k, m)), 4), xp.int32)
 
@@ -384,9 +391,10 @@ def from_tensors(
     scale = xp.ascontiguousarray(scale)
     held = store_scale(scale, scale_dtype, name=f"{name}'s scale")
     held = xp.where(scale > 0, held, 0)  # some writers give groups of zeros a scale of zero
-    kind = QuantizedLinear if order is None else ActOrderLinear
-    made = kind(words, held, zero, scheme, (m, n), getattr(xp, dtype))
-    if isinstance(made, ActOrderLinear):
+    parts = (words, held, zero, scheme, (m, n), getattr(xp, dtype))
+    made = QuantizedLinear(*parts)
+    if order is not None:
+        made = ActOrderLinear(*parts)
         made.order = order
     if layout.activations:
         return W8A8Linear(made, name=f"the input of {name}")
@@ -444,7 +452,7 @@ def _deinterleave(words: Array) -> Array:
     """AWQ's words, int32 [K, M/8] → codes[K, M], the inverse of ``_interleave``."""
     xp = namespace(words)
     k, eighth = words.shape
-    placed = xp.reshape(unpack(_words(words), 4, 8 * eighth), (k, eighth, 8))
+    placed = xp.reshape(unpack(_words(words), 4, 8 * eighth), (k, eighth, 8))  # [K, M/8, 8]
     eights = xp.stack([placed[:, :, AWQ_ORDER.index(row)] for row in range(8)], axis=2)
     return xp.reshape(eights, (k, 8 * eighth))
 

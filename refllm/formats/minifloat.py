@@ -87,6 +87,11 @@ class Format:
         return self.mantissa > 0
 
     @property
+    def code_dtype(self) -> str:
+        """The integer type of codes."""
+        return "uint16" if self.bits == 16 else "uint8"
+
+    @property
     def max(self) -> float:
         """The largest finite value."""
         return self.value(self.largest)
@@ -111,7 +116,9 @@ class Format:
 
     def value(self, code: int) -> float:
         """The value of a code, by the formula of the module; exact in a Python float."""
-        sign = -1.0 if self.signed and code >> (self.bits - 1) else 1.0
+        sign = 1.0
+        if self.signed and code >> (self.bits - 1):
+            sign = -1.0
         size = code & ((1 << (self.bits - self.signed)) - 1)
         if size > self.largest:
             if size == self.infinity:
@@ -182,7 +189,7 @@ def quantize(x: Array, fmt: str, overflow: str = "saturate", *, name: str = "x")
     flat = xp.ascontiguousarray(xp.reshape(_as_float32(x, name), (-1,)))
     if overflow == "raise" or found.nan is None:
         _reject(flat, found, name, out_of_range=overflow != "saturate")
-    out = xp.empty(flat.shape, dtype=xp.uint16 if found.bits == 16 else xp.uint8)
+    out = xp.empty(flat.shape, dtype=getattr(xp, found.code_dtype))
     codes_of = _codes if found.signed else _exponents
     step = tile_elements(flat) >> 1  # the intermediate arrays of a tile stay in cache
     for i in range(0, int(flat.size), step):
@@ -361,10 +368,8 @@ def dequantize(codes: Array, fmt: str) -> Array:
     """
     xp = namespace(codes)
     found = float_format(fmt)
-    wanted = xp.uint16 if found.bits == 16 else xp.uint8
-    if codes.dtype != wanted:
-        name = "uint16" if found.bits == 16 else "uint8"
-        raise TypeError(f"dequantize: codes of {fmt} are {name}, got {codes.dtype}")
+    if codes.dtype != getattr(xp, found.code_dtype):
+        raise TypeError(f"dequantize: codes of {fmt} are {found.code_dtype}, got {codes.dtype}")
     if fmt == "bf16":  # the upper half of a float32
         return bitcast(xp.astype(codes, xp.uint32) << 16, xp.float32)
     if fmt == "fp16":

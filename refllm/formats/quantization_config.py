@@ -217,9 +217,12 @@ def parse(raw: object) -> Quantization:
             f"quantization_config: quant_method {method!r} is not supported; "
             f"supported are {SUPPORTED}"
         )
-    name, bits = _gptq(raw) if method == "gptq" else _awq(raw)
-    group = raw.get("group_size", raw.get("q_group_size"))
-    size = None if group == -1 else _size(group)
+    if method == "gptq":
+        name, bits = _gptq(raw)
+    else:
+        name, bits = _awq(raw)
+    size = raw.get("group_size", raw.get("q_group_size"))
+    size = None if size == -1 else _size(size)
     # zero points are in the file, whatever "sym" says
     layout = WeightLayout(name, bits, size, symmetric=False, act_order=bool(raw.get("desc_act")))
     return Quantization(str(method), ((("Linear",), layout),))
@@ -322,7 +325,9 @@ def _integer_group(name: str, weights: Entry, inputs: object) -> WeightLayout:
         _reject(f"num_bits of {name}", bits, f"{allowed[0]} to {allowed[-1]}")
     if name == "int-quantized" and (strategy == "group" or not symmetric):
         _reject("weights of int-quantized", dict(weights), "symmetric ones by channel")
-    size = _size(weights.get("group_size")) if strategy == "group" else None
+    size = None
+    if strategy == "group":
+        size = _size(weights.get("group_size"))
     return WeightLayout(name, bits, size, symmetric)
 
 

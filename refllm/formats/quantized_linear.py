@@ -109,7 +109,7 @@ class QuantizedLinear:
                 raise ValueError(f"from_codes: codes lie in {scheme.qmin}..{scheme.qmax}")
         if zero_point is None:
             zero_point = xp.full(scale.shape, scheme.zero, dtype=xp.int32)
-        words = pack_codes(xp.astype(codes, xp.int8 if scheme.signed else xp.uint8), scheme)
+        words = pack_codes(xp.astype(codes, getattr(xp, scheme.code_dtype)), scheme)
         zero = store_zero(zero_point, scheme, zero_dtype)
         shape = (int(codes.shape[0]), int(codes.shape[1]))
         return cls(words, store_scale(scale, scale_dtype), zero, scheme, shape, scale.dtype)
@@ -167,7 +167,7 @@ class QuantizedLinear:
         out = xp.empty((x.shape[0], self.shape[0]), dtype=dtype)  # [T, M]
         x = xp.astype(x, dtype, copy=False)
         for start, stop, tile in self._tiles(MATMUL_TILE):
-            out[:, start:stop] = x @ xp.astype(tile, dtype, copy=False).T
+            out[:, start:stop] = x @ xp.astype(tile, dtype, copy=False).T  # [T, rows]
         return out
 
     def _tiles(self, size: tuple[int, int]) -> Iterator[tuple[int, int, Array]]:
@@ -176,7 +176,9 @@ class QuantizedLinear:
         zero_point = self.zero_point
         geometry = self.scheme.geometry
         for start, stop in geometry.row_tiles(self._words, self.shape, size):
-            codes = unpack_codes(self._words[start:stop, :], self.scheme, self.shape[1])
+            codes = unpack_codes(
+                self._words[start:stop, :], self.scheme, self.shape[1]
+            )  # [rows, N]
             s = geometry.rows_of(scale, start, stop)
             z = geometry.rows_of(zero_point, start, stop)
             yield start, stop, dequantize_codes(codes, s, z, self.scheme)
@@ -319,7 +321,7 @@ def fake_quantize(x: Array, scheme: Scheme, *, name: str = "x") -> Array:
     scale, zero_point = qparams(x, scheme, name=name)
     outer = tuple(x.shape)
     shape = math.prod(outer[:-1]), outer[-1] if outer else 1
-    x = xp.reshape(x, shape)
+    x = xp.reshape(x, shape)  # [M, N]
     geometry = scheme.geometry
     scale = xp.reshape(scale, geometry.scale_shape(shape))
     zero_point = xp.reshape(zero_point, geometry.scale_shape(shape))

@@ -130,6 +130,11 @@ class Scheme:
         return self.rule not in _UNSIGNED
 
     @property
+    def code_dtype(self) -> str:
+        """The integer type of codes."""
+        return "int8" if self.signed else "uint8"
+
+    @property
     def symmetric(self) -> bool:
         """Whether the zero point is the same for all ranges, and need not be stored."""
         return self.rule in SYMMETRIC
@@ -209,8 +214,8 @@ def _extremes(x: Array, geometry: Granularity) -> tuple[Array, Array]:
         starts = np.arange(0, flat.size, geometry.block[1])
         return np.minimum.reduceat(flat, starts), np.maximum.reduceat(flat, starts)
     xp = namespace(x)
-    blocks = geometry.as_blocks(x)
-    return xp.min(blocks, axis=(1, 3)), xp.max(blocks, axis=(1, 3))
+    blocks = geometry.as_blocks(x)  # [M/bo, bo, N/bi, bi]
+    return xp.min(blocks, axis=(1, 3)), xp.max(blocks, axis=(1, 3))  # [M/bo, N/bi]
 
 
 def qparams(x: Array, scheme: Scheme, *, name: str = "x") -> tuple[Array, Array]:
@@ -338,9 +343,9 @@ def quantize_codes(
             raise ValueError(f"{name}: a scale is a finite number above 0")
     shape = tuple(x.shape)
     geometry = scheme.geometry
-    s = geometry.expand_scale(xp.astype(scale, x.dtype, copy=False), shape)
+    s = geometry.expand_scale(xp.astype(scale, x.dtype, copy=False), shape)  # [M/bo, 1, N/bi, 1]
     z = geometry.expand_scale(zero_point, shape)
-    blocks = geometry.as_blocks(x)
+    blocks = geometry.as_blocks(x)  # [M/bo, bo, N/bi, bi]
     if check and x.size:
         half = 0.5 * float(xp.finfo(x.dtype).max)
         if float(xp.max(xp.abs(x))) > float(xp.min(s)) * half:  # x/s could overflow
@@ -361,7 +366,7 @@ def _rounded_codes(blocks: Array, s: Array, z: Array, scheme: Scheme) -> Array:
     t = xp.clip(t, float(scheme.qmin), float(scheme.qmax))
     if add_first:
         t = xp.round(t)
-    return xp.astype(t, xp.int8 if scheme.signed else xp.uint8)
+    return xp.astype(t, getattr(xp, scheme.code_dtype))
 
 
 def dequantize_codes(codes: Array, scale: Array, zero_point: Array, scheme: Scheme) -> Array:
@@ -371,7 +376,7 @@ def dequantize_codes(codes: Array, scale: Array, zero_point: Array, scheme: Sche
     geometry = scheme.geometry
     s = geometry.expand_scale(scale, shape)
     z = geometry.expand_scale(zero_point, shape)
-    blocks = xp.astype(geometry.as_blocks(codes), scale.dtype)
+    blocks = xp.astype(geometry.as_blocks(codes), scale.dtype)  # [M/bo, bo, N/bi, bi]
     if scheme.zero != 0 or not scheme.symmetric:
         blocks -= xp.astype(z, scale.dtype)
     blocks *= s

@@ -83,7 +83,10 @@ class W8A8Linear:
     @property
     def nbytes(self) -> int:
         """The weight's bytes, and four for a static scale."""
-        return self.weight.nbytes + (0 if self.static is None else 4)
+        nbytes = self.weight.nbytes
+        if self.static is not None:
+            nbytes += 4
+        return nbytes
 
     @property
     def bits_per_weight(self) -> float:
@@ -121,7 +124,9 @@ class W8A8Linear:
         codes, scale = self.quantize_activations(work)  # [T, N], [T, 1] or ()
         w = self.weight
         w_scale = xp.astype(w.scale, work.dtype)
-        w_zero = None if w.scheme.symmetric and w.scheme.zero == 0 else w.zero_point
+        w_zero = w.zero_point
+        if w.scheme.symmetric and w.scheme.zero == 0:
+            w_zero = None
         sizes = (_largest_size(self.scheme), _largest_size(w.scheme))
         y = scaled_matmul(codes, scale, None, w.codes, w_scale, w_zero, sizes=sizes)
         return xp.astype(y, x.dtype, copy=False)

@@ -63,8 +63,8 @@ def quantize(
     columns = int(x.shape[1])
     width = row_bytes(type, columns)
     with without_warnings(x):
-        # what overflows here is rejected as infinite below
-        x = xp.astype(x, xp.float32) if x.dtype == xp.float64 else x
+        if x.dtype == xp.float64:  # what overflows here is rejected as infinite below
+            x = xp.astype(x, xp.float32)
     require_finite(x, "quantize: x")
     if importance is not None:
         importance = _checked(importance, columns)

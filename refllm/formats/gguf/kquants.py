@@ -193,12 +193,12 @@ def _fit_with_offsets(
     else:
         w = positions_first(importance_weights(x, importance, factor), size)
         found, scales, offsets = fit_asymmetric(columns, w, levels, IMPORTANT)
-        sums = by_block(sequential_sum(w), blocks)
+        sums = by_block(sequential_sum(w), blocks)  # [256/size, B]
         codes, d = fit_positive(by_block(scales, blocks), top, sums)
         s = xp.astype(codes.T, xp.uint8)
         codes, dmin = fit_positive(by_block(offsets, blocks), top, sums)
         m = xp.astype(codes.T, xp.uint8)
-    scale = xp.reshape(round_to_float16(d)[:, None] * xp.astype(s, xp.float32), (-1,))
+    scale = xp.reshape(round_to_float16(d)[:, None] * xp.astype(s, xp.float32), (-1,))  # [C]
     offset = xp.reshape(round_to_float16(dmin)[:, None] * xp.astype(m, xp.float32), (-1,))
     codes = block_codes(requantize(columns, found, scale, offset, 0, levels), blocks)
     return codes, s, m, d, dmin
@@ -260,7 +260,9 @@ def requantize(
     """
     xp = namespace(x, codes, scale)
     some = scale != 0
-    t = x if offset is None else x + offset
+    t = x
+    if offset is not None:
+        t = t + offset
     t = xp.astype(nearest(t / xp.where(some, scale, 1.0)), xp.float32)
     return xp.where(some, xp.clip(t, float(low), float(high)) - float(low), codes)
 
@@ -269,7 +271,8 @@ def values(codes: Array, scale: Array, offset: Array | None) -> Array:
     """codes[B, 256] (any type) · scale[B, J] − offset[B, J] → float32 [B, 256]."""
     xp = namespace(codes, scale)
     blocks, parts = scale.shape
-    out = xp.astype(xp.reshape(codes, (blocks, parts, -1)), xp.float32) * scale[:, :, None]
+    split = xp.reshape(codes, (blocks, parts, -1))  # [B, J, 256/J]
+    out = xp.astype(split, xp.float32) * scale[:, :, None]
     if offset is not None:
         out -= offset[:, :, None]
     return xp.reshape(out, (blocks, -1))

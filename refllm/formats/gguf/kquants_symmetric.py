@@ -99,7 +99,9 @@ def quantize_q6_k(x: Array, importance: Array | None) -> Array:
     xp = namespace(x, importance)
     blocks = x.shape[0]
     columns = positions_first(x, 16)  # [16, C]
-    w = None if importance is None else positions_first(importance, 16)
+    w = importance
+    if w is not None:
+        w = positions_first(w, 16)
     found, scales = fit_symmetric(columns, 32, w)
     scales = by_block(scales, blocks)  # [16, B]
     empty = xp.max(xp.abs(_without_nan(scales)), axis=0) < TINY

@@ -58,7 +58,7 @@ def quantize_symmetric(x: Array, weights: Array | None, bits: int) -> Array:
     """Q4_0 and Q5_0: x[B, 32] → bytes[B, 2 + 4·bits]."""
     xp = namespace(x, weights)
     middle = 1 << (bits - 1)
-    columns = xp.ascontiguousarray(x.T)
+    columns = xp.ascontiguousarray(x.T)  # [32, B]
     if weights is not None:
         codes, d = fit_symmetric(columns, middle, xp.ascontiguousarray(weights.T))
         return _packed(xp.astype(codes, xp.uint8), bits, float16_bytes(d))
@@ -70,7 +70,7 @@ def quantize_asymmetric(x: Array, weights: Array | None, bits: int) -> Array:
     """Q4_1 and Q5_1: x[B, 32] → bytes[B, 4 + 4·bits]."""
     xp = namespace(x, weights)
     top = (1 << bits) - 1
-    columns = xp.ascontiguousarray(x.T)
+    columns = xp.ascontiguousarray(x.T)  # [32, B]
     if weights is not None:
         found, d, below = fit_asymmetric(columns, xp.ascontiguousarray(weights.T), top, IMPORTANT)
         codes = xp.astype(found, xp.uint8)
@@ -113,11 +113,11 @@ def _round_up(x: Array, d: Array, shift: float, top: int) -> Array:
 def _packed(codes: Array, bits: int, head: Array) -> Array:
     """Codes[32, B] of 4 or 5 bits after the bytes of scale and offset → bytes[B, …]."""
     xp = namespace(codes, head)
-    nibbles = (codes[:16] & 15) | ((codes[16:] & 15) << 4)
+    nibbles = (codes[:16] & 15) | ((codes[16:] & 15) << 4)  # [16, B]
     parts = [head, nibbles.T]
     if bits == 5:  # the four bytes of a little-endian word with bit i of element i
-        fifth = xp.reshape(codes >> 4, (4, 8, -1))
-        word = fifth[:, 0]
+        fifth = xp.reshape(codes >> 4, (4, 8, -1))  # [4 bytes, 8 bits, B]
+        word = fifth[:, 0]  # [4, B]
         for i in range(1, 8):
             word = word | (fifth[:, i] << i)
         parts.insert(1, word.T)

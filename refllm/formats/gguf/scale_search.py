@@ -165,7 +165,8 @@ def fit_symmetric(x: Array, levels: int, w: Array | None = None) -> tuple[Array,
     s[C] of x ≈ s·(L − levels).
     """
     xp = namespace(x, w)
-    w = x * x if w is None else w
+    if w is None:
+        w = x * x
     m = extreme(x)
     some = xp.abs(m) >= TINY
     wx = w * x
@@ -234,8 +235,12 @@ def fit_positive(x: Array, levels: int, w: Array) -> tuple[Array, Array]:
             inverse = divided(tenths(levels, i), m, some)
         difference = x - divided(1.0, inverse, some) * _at_most(x * inverse, levels)
         e = sequential_sum(w * difference * difference)
-        better = e < best if best is not None else some
-        best = e if best is None else xp.where(better, e, best)
+        if best is None:
+            better = some
+            best = e
+        else:
+            better = e < best
+            best = xp.where(better, e, best)
         best_inverse = xp.where(better, inverse, best_inverse)
     code = _at_most(x * best_inverse, levels)
     sx = sequential_sum(wx * code)
