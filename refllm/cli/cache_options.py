@@ -9,7 +9,7 @@ from refllm.cli.options import opt
 
 if TYPE_CHECKING:
     from refllm.kv.kivi import Kivi
-    from refllm.kv.sparse import Sparse
+    from refllm.kv.sparse import SparsePolicy
     from refllm.model.config import ModelConfig
 
 KvBitsOption = Annotated[
@@ -63,7 +63,7 @@ def kivi_from_options(
     return kivi
 
 
-def sparse_from_options(keep: int | None, name: str | None) -> Sparse | None:
+def sparse_from_options(keep: int | None, name: str | None) -> SparsePolicy | None:
     """The sparse policy of the options; None without ``--kv-keep``."""
     from refllm.kv import sparse
 
@@ -71,7 +71,7 @@ def sparse_from_options(keep: int | None, name: str | None) -> Sparse | None:
         if name is not None:
             raise ValueError("--kv-policy says which tokens are kept: say how many with --kv-keep")
         return None
-    policies: dict[str, Callable[[int], Sparse]] = {
+    policies: dict[str, Callable[[int], SparsePolicy]] = {
         "snapkv": sparse.snapkv,
         "h2o": sparse.h2o,
         "tova": sparse.tova,
@@ -84,7 +84,7 @@ def sparse_from_options(keep: int | None, name: str | None) -> Sparse | None:
     return policies[name or "snapkv"](keep)
 
 
-def cache_summary(policy: Kivi | Sparse, config: ModelConfig, prompt: int, new: int) -> str:
+def cache_summary(policy: Kivi | SparsePolicy, config: ModelConfig, prompt: int, new: int) -> str:
     """The memory of a cache after a prompt and ``new`` further tokens, against a full
     float32 cache.
     """
@@ -94,7 +94,7 @@ def cache_summary(policy: Kivi | Sparse, config: ModelConfig, prompt: int, new: 
     tokens = prompt + new
     full = kv_bytes(config, tokens, bits=32)
     if not isinstance(policy, Kivi):
-        held = policy.held(prompt, new, config.num_hidden_layers) / config.num_hidden_layers
+        held = policy.tokens_held(prompt, new, config.num_hidden_layers) / config.num_hidden_layers
         return (
             f"cache: {human(full * held / tokens)} instead of {human(full)} of float32, "
             f"{held:,.0f} of {tokens:,} tokens per key head"

@@ -86,7 +86,7 @@ def evaluate(
 
     from refllm.api import load
     from refllm.corpus import held_out_documents
-    from refllm.kv.kivi import KiviAttend
+    from refllm.kv.kivi_attend import KiviAttend
     from refllm.measure import comparison, perplexity
     from refllm.train.data import read_files
 

@@ -31,13 +31,13 @@ from refllm.decode.sampling_params import SamplingParams
 from refllm.kv.contiguous import ContiguousCache
 from refllm.kv.kivi import Kivi
 from refllm.kv.kivi_cache import KiviCache
-from refllm.kv.sparse import Sparse
+from refllm.kv.sparse import SparsePolicy
 from refllm.kv.sparse_cache import SparseCache
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights, forward, logits
 
 Cache = ContiguousCache | KiviCache | SparseCache
-CachePolicy = Kivi | Sparse  # what a cache keeps where it does not keep everything
+CachePolicy = Kivi | SparsePolicy  # what a cache keeps where it does not keep everything
 # Prompt tokens per forward pass on the host, so that the activations of a pass stay in the
 # processor's caches, and in memory that malloc reuses.
 PREFILL_TOKENS = 256
@@ -94,7 +94,7 @@ def generate_tokens(
 
 def check_policy(policy: CachePolicy | None) -> None:
     """ValueError for an object that is no cache policy."""
-    if not (policy is None or isinstance(policy, (Kivi, Sparse))):
+    if not (policy is None or isinstance(policy, (Kivi, SparsePolicy))):
         raise ValueError(
             "a cache policy is a Kivi(...) or one of refllm.kv.sparse, such as h2o(256), "
             f"got {policy!r}"
@@ -146,7 +146,7 @@ def prefill(
         ends.append(forward(weights, config, moved[0], moved[1], cache.view(counts), rows))
         cache.advance(counts)
     if isinstance(cache, SparseCache):
-        cache.settle()
+        cache.finish_prompt()
     if len(ends) == 1:
         return ends[0]
     return namespace(like).concat(ends)  # [B, N]

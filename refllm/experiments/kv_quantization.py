@@ -41,7 +41,8 @@ from refllm.api import Model, load
 from refllm.array_types import Json
 from refllm.corpus import held_out_documents
 from refllm.experiments.outlier_injection import choose_channels, inject_key_outliers
-from refllm.kv.kivi import Kivi, KiviAttend
+from refllm.kv.kivi import Kivi
+from refllm.kv.kivi_attend import KiviAttend
 from refllm.measure.bootstrap import blocks, bootstrap_intervals
 from refllm.measure.comparison import (
     Comparison,

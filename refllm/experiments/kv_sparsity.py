@@ -51,7 +51,16 @@ from refllm.api import Model, load
 from refllm.backend import asarray_like, to_numpy
 from refllm.corpus import held_out_documents
 from refllm.decode.sampling import log_probabilities
-from refllm.kv.sparse import Sparse, at_random, h2o, pyramidkv, recent_only, snapkv, streaming, tova
+from refllm.kv.sparse import (
+    SparsePolicy,
+    at_random,
+    h2o,
+    pyramidkv,
+    recent_only,
+    snapkv,
+    streaming,
+    tova,
+)
 from refllm.kv.sparse_cache import SparseCache
 from refllm.measure.bootstrap import Interval, blocks, bootstrap_intervals
 from refllm.measure.device import processor
@@ -67,7 +76,7 @@ DRAWS = 3
 BUDGETS = (64, 128, 256, 512)
 TASKS = ("as it comes", "a far copy")
 CONTROL = "newest only"
-POLICIES: dict[str, Callable[[int], Sparse]] = {
+POLICIES: dict[str, Callable[[int], SparsePolicy]] = {
     CONTROL: recent_only, "at random": at_random, "StreamingLLM": streaming, "H2O": h2o, "TOVA": tova,
     "SnapKV": snapkv, "PyramidKV": lambda budget: pyramidkv(budget, window=32, beta=4.0),
 }  # fmt: skip
@@ -159,7 +168,7 @@ class Experiment:
         targets = np.array([text[self.prompt :] for text in self.texts])
         return -float(np.take_along_axis(log_p, targets[:, :, None], axis=-1).mean())
 
-    def run(self, policy: Sparse, seed: int = 0) -> Run:
+    def run(self, policy: SparsePolicy, seed: int = 0) -> Run:
         """The prompt at once, text by text; then all texts together, a token of each a
         step.
         """
@@ -175,20 +184,20 @@ class Experiment:
             ]
             for at, text in enumerate(self.texts)
         ]
-        cache.settle()
+        cache.finish_prompt()
         kl = [self._kl(np.concatenate(first), 0)]
         held = []
         for i in range(self.new - 1):
-            held.append(sum(k.place.size for layer in cache.layers for k in layer))
+            held.append(sum(k.positions.size for layer in cache.layers for k in layer))
             z = self._step(cache, [1] * count, [text[self.prompt + i] for text in self.texts])
             kl.append(self._kl(z, i + 1))
         heads = count * len(cache.layers) * model.config.num_key_value_heads
-        last = sum(k.place.size for layer in cache.layers for k in layer)
+        last = sum(k.positions.size for layer in cache.layers for k in layer)
         return Run(
             np.stack(kl, axis=1), float(np.mean(held)) / heads, last / heads, self._mass(cache)
         )
 
-    def drawn(self, policy: Sparse) -> Run:
+    def drawn(self, policy: SparsePolicy) -> Run:
         """``run``, or the mean of some if the policy drops at random."""
         if policy.score != "random":
             return self.run(policy)
@@ -223,7 +232,7 @@ class Experiment:
                 self.model.config, 1, like=self.model.weights["norm"], policy=tova(len(text))
             )
             self._step(everything, [len(text) - 1], text[:-1])
-            found.append([to_numpy(layer[0].merit) for layer in everything.layers])
+            found.append([to_numpy(layer[0].scores) for layer in everything.layers])
         return found
 
     def _mass(self, cache: SparseCache) -> float:
@@ -231,7 +240,7 @@ class Experiment:
         mean of texts and layers.
         """
         shares = [
-            np.take_along_axis(read, to_numpy(layer[b].place), axis=1).sum(axis=1).mean()
+            np.take_along_axis(read, to_numpy(layer[b].positions), axis=1).sum(axis=1).mean()
             for b, layers in enumerate(self.read)
             for read, layer in zip(layers, cache.layers, strict=True)
         ]
@@ -251,10 +260,10 @@ def rows(
             except ValueError:  # its window is larger than the budget
                 continue
             run = experiment.drawn(policy)
-            if policy.always not in controls:
-                newest = replace(recent_only(budget), always=policy.always)
-                controls[policy.always] = run if newest == policy else experiment.run(newest)
-            control = controls[policy.always]
+            if policy.every_step not in controls:
+                newest = replace(recent_only(budget), every_step=policy.every_step)
+                controls[policy.every_step] = run if newest == policy else experiment.run(newest)
+            control = controls[policy.every_step]
             found.append(
                 {
                     "task": task,

@@ -1,19 +1,21 @@
-"""Sequences that bring equally many tokens attend together: two products for the whole
-batch.
+"""Attention of sequences that contribute equally many new tokens: two products for the
+whole batch.
 
-What a decode step does, and a prefill of equally long prompts. It is the arithmetic that
-all caches share: they differ in where keys and values lie, and hand them over as B strips
-of one length.
+The case of a decode step, and of a prefill of equally long prompts. All caches share this
+arithmetic: they differ in where keys and values are stored, and pass them as B buffers of
+one length.
 
-| symbol | name                                         | shape        |
-|--------|----------------------------------------------|--------------|
-| q      | queries, n of each sequence                  | [B·n, H, D]  |
-| K      | keys in columns, the right-hand side of q Kᵀ | [B, G, D, S] |
-| V      | values                                       | [B, G, S, D] |
-| C      | the last slots, those that a bias is for     |              |
-| bias   | 0, or ``masked_score`` for what a query does not see | [B, 1, 1, n, C], or one for all |
+| symbol | name                                              | shape                        |
+|--------|---------------------------------------------------|------------------------------|
+| q      | queries, n of each sequence                       | [B·n, H, D]                  |
+| K      | keys in columns, the right-hand side of q Kᵀ      | [B, G, D, S]                 |
+| V      | values                                            | [B, G, S, D]                 |
+| R      | query heads per key/value head, H / G             |                              |
+| C      | the last slots, to which a bias applies           |                              |
+| bias   | 0, or ``masked_score`` where a query does not see | [B, 1, 1, n, C], or          |
+|        | a slot                                            | [1, 1, 1, n, C] for all      |
 
-Left out: sequences of different counts (``model.attention``, one after the other, in
+Left out: sequences with different counts (``model.attention``, one after the other, in
 tiles).
 """
 
@@ -22,54 +24,60 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
-from refllm.backend import Array, asarray_like, namespace
+from refllm.backend import Array, DType, Namespace, asarray_like, namespace
 from refllm.model.attention import masked_score
 from refllm.model.weights import has_small_kernels
 
-SCORES = 2**20  # of a prefill at once; a larger one goes sequence by sequence, in tiles
-QUERIES = 64  # of a sequence at a time
+MAX_SCORES = 2**20  # of a prefill at once; a larger one goes sequence by sequence, in tiles
+QUERY_TILE = 64  # queries of a sequence at a time
 
 
-def fits_together(counts: Sequence[int], lengths: Sequence[int], heads: int) -> bool:
-    """Do sequences of ``lengths`` cached tokens bring equally many new ones, and few enough
-    scores?
+def can_batch(counts: Sequence[int], lengths: Sequence[int], heads: int) -> bool:
+    """Whether sequences of ``lengths`` cached tokens contribute equally many new ones, and
+    few enough scores.
+
+    >>> can_batch([1, 1], lengths=[7, 9], heads=4), can_batch([1, 2], lengths=[7, 9], heads=4)
+    (True, False)
     """
-    if not counts or not even(counts):
+    if not counts or not all_equal(counts):
         return False
-    return counts[0] == 1 or len(counts) * heads * counts[0] * (max(lengths) + counts[0]) <= SCORES
+    scores = len(counts) * heads * counts[0] * (max(lengths) + counts[0])
+    return counts[0] == 1 or scores <= MAX_SCORES
 
 
-def attend_together(q: Array, keys: Array, values: Array, bias: Array | None = None) -> Array:
-    """softmax(q K / √D + bias) V, [B·n, H, D]; q is overwritten. ``bias`` is that of the
+def attend_batched(q: Array, keys: Array, values: Array, bias: Array | None = None) -> Array:
+    """softmax(q K / √D + bias) V, [B·n, H, D]; q is overwritten. ``bias`` applies to the
     last C of the S slots.
 
-    Many queries of a sequence are taken some at a time: of the keys behind the last of them
-    none is seen, and nearly half of the scores of a prompt are not computed.
+    Many queries per sequence are computed in tiles: no query of a tile sees the keys behind
+    its last one, so nearly half of the scores of a prompt are not computed.
     """
     xp = namespace(q, keys, values)
     rows, heads, dim = q.shape
     n = rows // keys.shape[0]
     slots = keys.shape[-1]
-    if n <= QUERIES or bias is None:
+    if n <= QUERY_TILE or bias is None:
         return _attend(xp, q, keys, values, bias)
     out = xp.empty(q.shape, dtype=q.dtype)
-    asking = q.reshape(-1, n, heads, dim)
-    found = out.reshape(-1, n, heads, dim)
-    for first in range(0, n, QUERIES):
-        last = min(first + QUERIES, n)
-        behind = n - last  # keys that nobody in this tile sees
-        tile = asking[:, first:last].reshape(-1, heads, dim)
-        some = bias[..., first:last, : bias.shape[-1] - behind]
-        o = _attend(xp, tile, keys[..., : slots - behind], values[:, :, : slots - behind], some)
-        found[:, first:last] = o.reshape(-1, last - first, heads, dim)
+    queries = q.reshape(-1, n, heads, dim)  # [B, n, H, D]
+    outputs = out.reshape(-1, n, heads, dim)
+    for first in range(0, n, QUERY_TILE):
+        last = min(first + QUERY_TILE, n)
+        behind = n - last  # keys that no query of this tile sees
+        tile = queries[:, first:last].reshape(-1, heads, dim)  # [B·tile, H, D]
+        tile_keys = keys[..., : slots - behind]
+        tile_values = values[:, :, : slots - behind]
+        tile_bias = bias[..., first:last, : bias.shape[-1] - behind]
+        o = _attend(xp, tile, tile_keys, tile_values, tile_bias)
+        outputs[:, first:last] = o.reshape(-1, last - first, heads, dim)
     return out
 
 
-def _attend(xp: Any, q: Array, keys: Array, values: Array, bias: Array | None) -> Array:
+def _attend(xp: Namespace, q: Array, keys: Array, values: Array, bias: Array | None) -> Array:
+    """One tile of ``attend_batched``."""
     batch, groups, dim, _ = keys.shape
     n = q.shape[0] // batch
     heads = q.shape[1]
@@ -77,68 +85,66 @@ def _attend(xp: Any, q: Array, keys: Array, values: Array, bias: Array | None) -
     if n == 1:  # heads that share a key head lie beside each other
         rows = q.reshape(batch, groups, -1, dim)  # [B, G, R, D]
     else:
-        shape = (batch, groups, heads // groups, n, dim)
-        rows = (
-            q.reshape(batch, n, groups, -1, dim)
-            .transpose(0, 2, 3, 1, 4)
-            .reshape(batch, groups, -1, dim)
-        )
-    # a head at a time: a matrix-vector product packs nothing
+        rows = q.reshape(batch, n, groups, -1, dim)  # [B, n, G, R, D]
+        rows = rows.transpose(0, 2, 3, 1, 4).reshape(batch, groups, -1, dim)  # [B, G, R·n, D]
+    # One head at a time: a matrix-vector product does not pack its matrix.
     if n == 1 and xp is np and not has_small_kernels():
-        rows = rows[..., None, :]
+        rows = rows[..., None, :]  # [B, G, R, 1, D]
         keys = keys[:, :, None]
         values = values[:, :, None]
     p = xp.matmul(rows, keys)  # [B, G, R·n, S], or [B, G, R, 1, S]
     if bias is not None:
-        apart = p.reshape(batch, groups, -1, n, p.shape[-1])[..., -bias.shape[-1] :]
-        apart += bias
+        scores = p.reshape(batch, groups, -1, n, p.shape[-1])  # a view
+        scores = scores[..., -bias.shape[-1] :]
+        scores += bias
     p -= p.max(axis=-1, keepdims=True)
     xp.exp(p, out=p)
     p /= p.sum(axis=-1, keepdims=True)
-    o = xp.matmul(p, values)
+    o = xp.matmul(p, values)  # [B, G, R·n, D], or [B, G, R, 1, D]
     if n > 1:
-        o = o.reshape(shape).transpose(0, 3, 1, 2, 4)
-    return o.reshape(-1, heads, dim)
+        o = o.reshape(batch, groups, heads // groups, n, dim).transpose(0, 3, 1, 2, 4)
+    return o.reshape(-1, heads, dim)  # [B·n, H, D]
 
 
-def bias_together(
+def batched_bias(
     lengths: Sequence[int], count: int, window: int | None, like: Array
 ) -> Array | None:
-    """[B, 1, 1, n, C] for sequences of ``lengths`` cached tokens and ``count`` new ones: of
-    the last C slots.
+    """[B, 1, 1, n, C] for sequences of ``lengths`` cached tokens and ``count`` new ones:
+    the bias of the last C slots.
 
     None where every query sees every key: a decode step at equal lengths, within the
-    window. At equal lengths within the window only the n new keys are hidden from some, the
-    same for all: [1, 1, 1, n, n].
+    window. At equal lengths within the window only the n new keys are hidden from some
+    queries, the same for all sequences: [1, 1, 1, n, n].
     """
     longest = max(lengths) + count
-    if even(lengths) and (window is None or longest <= window):
+    if all_equal(lengths) and (window is None or longest <= window):
         if count == 1:
             return None
         return _triangle(namespace(like), count, like.dtype)
     xp = namespace(like)
-    at = asarray_like(lengths, like, "int64")[:, None, None, None, None] + xp.arange(count)[:, None]
+    starts = asarray_like(lengths, like, "int64")[:, None, None, None, None]  # [B, 1, 1, 1, 1]
+    at = starts + xp.arange(count)[:, None]  # [B, 1, 1, n, 1]
     j = xp.arange(longest)
-    hidden = j > at
+    hidden = j > at  # [B, 1, 1, n, S]
     if window is not None:
         hidden = hidden | (j <= at - window)
-    return _masked(xp, hidden, like.dtype)
+    return _as_bias(xp, hidden, like.dtype)
 
 
 @lru_cache(maxsize=16)  # a verification asks for the same ones at each step
-def _triangle(xp: Any, count: int, dtype: Any) -> Array:
-    """[1, 1, 1, n, n]: of n new tokens each sees itself and those before it. To be read
-    only.
-    """
+def _triangle(xp: Namespace, count: int, dtype: DType) -> Array:
+    """[1, 1, 1, n, n]: each of n new tokens sees itself and those before it. Read-only."""
     j = xp.arange(count)
-    return _masked(xp, j > j[:, None], dtype)[None, None, None]
+    return _as_bias(xp, j > j[:, None], dtype)[None, None, None]
 
 
-def _masked(xp: Any, hidden: Array, dtype: Any) -> Array:
-    low, zero = (xp.asarray(v, dtype=dtype) for v in (masked_score(xp, dtype), 0.0))
+def _as_bias(xp: Namespace, hidden: Array, dtype: DType) -> Array:
+    """``masked_score`` where hidden, else 0."""
+    low = xp.asarray(masked_score(xp, dtype), dtype=dtype)
+    zero = xp.asarray(0.0, dtype=dtype)
     return xp.where(hidden, low, zero)
 
 
-def even(numbers: Sequence[int]) -> bool:
-    """Are all numbers the same?"""
-    return min(numbers) == max(numbers)
+def all_equal(values: Sequence[int]) -> bool:
+    """Whether all values are the same."""
+    return min(values) == max(values)

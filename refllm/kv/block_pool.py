@@ -4,16 +4,16 @@ onto it.
 Sources: PagedAttention, Kwon et al. 2023, sections 4.2 to 4.5 (tables, sharing, copy on
 write); the free list that remembers contents, vLLM's automatic prefix caching.
 
-| symbol | name                                   | value                                                   |
-|--------|----------------------------------------|---------------------------------------------------------|
-| b      | ``block_size``, tokens in a block      |                                                         |
-| p      | position of a token in its sequence    | lies in block ``table[p // b]``, at slot p mod b of it  |
-| slot   | place of a token in the whole pool     | ``table[p // b] · b + p mod b``                         |
+| symbol | name                                | value                                             |
+|--------|-------------------------------------|---------------------------------------------------|
+| b      | ``block_size``, tokens per block    |                                                   |
+| p      | position of a token in its sequence | lies in block ``table[p // b]``, at offset p % b  |
+| slot   | index of a token in the whole pool  | ``table[p // b] · b + p % b``                     |
 
-A block is *owned* (one reference a table that holds it) or *free*. A free block may still
-be *remembered* under a key: its contents are good until it is allocated again, and ``fork``
-takes it back. Free blocks are taken in the order in which they became free, so what is
-remembered is forgotten least recently used first.
+A block is *owned* (one reference per table that holds it) or *free*. A free block may still
+be *remembered* under a key: its contents are valid until it is allocated again, and
+``fork`` takes it back. Free blocks are allocated in the order in which they became free, so
+remembered contents are evicted least recently used first.
 
 Everything here is Python integers: it can be tested, traced and drawn without a model.
 ``kv.paged`` holds the arrays.
@@ -39,13 +39,22 @@ class OutOfBlocks(RuntimeError):
 class BlockPool:
     """``num_blocks`` blocks of ``block_size`` tokens with reference counts; every operation
     is O(1).
+
+    A freed block that is remembered can be found and taken back:
+
+    >>> pool = BlockPool(2, block_size=4)
+    >>> block = pool.allocate()
+    >>> pool.remember(block, "key")
+    >>> pool.free(block)
+    >>> pool.num_free, pool.fork(pool.find("key")) == block, pool.num_free
+    (2, True, 1)
     """
 
     def __init__(
         self, num_blocks: int, block_size: int, *, on_vacant: Callable[[int], None] | None = None
     ):
-        """``on_vacant(id)`` is called when nobody can read a block any more: no owner and
-        no key is left.
+        """``on_vacant(id)`` is called when a block's contents can no longer be read: it has
+        no owner and no key.
         """
         if not (
             isinstance(num_blocks, int)
@@ -59,24 +68,26 @@ class BlockPool:
         self.block_size = block_size
         self.on_vacant = on_vacant
         self._references = [0] * num_blocks
-        # the next to go stands first
+        # in the order of allocation
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._key_of: dict[int, Key] = {}
-        # blocks with equal contents, the first one answers
+        # blocks with equal contents, of which ``find`` returns the first
         self._holders: dict[Key, dict[int, None]] = {}
-        self.allocated = 0  # counted, for whoever wants to show the cost
+        # counters of the cost: allocations, free blocks taken back, keys evicted, and the
+        # most blocks in use
+        self.allocated = 0
         self.revived = 0
         self.forgotten = 0
         self.peak = 0
 
     @property
     def num_free(self) -> int:
-        """Blocks that ``allocate`` could give, the remembered ones included."""
+        """Blocks that ``allocate`` could return, remembered ones included."""
         return len(self._free)
 
     @property
     def num_used(self) -> int:
-        """Blocks that somebody owns."""
+        """Blocks with at least one owner."""
         return self.num_blocks - len(self._free)
 
     def ref_count(self, block: int) -> int:
@@ -88,8 +99,8 @@ class BlockPool:
         return [block for block in blocks if self._references[block] > 1]
 
     def allocate(self) -> int:
-        """Take the block that has been free the longest; what it remembered is forgotten.
-        OutOfBlocks if none is.
+        """Take the block that has been free the longest, and forget its key. OutOfBlocks if
+        no block is free.
         """
         if not self._free:
             raise OutOfBlocks(f"all {self.num_blocks} blocks are in use")
@@ -101,8 +112,8 @@ class BlockPool:
         return block
 
     def fork(self, block: int) -> int:
-        """One more owner; a free block that is remembered is taken back. ValueError for a
-        free one that is not.
+        """Add an owner; a free block that is remembered is taken back. ValueError for a
+        free block that is not.
         """
         if self._references[self._checked(block)] == 0:
             if block not in self._key_of:
@@ -114,11 +125,10 @@ class BlockPool:
         return block
 
     def free(self, block: int) -> None:
-        """One owner less; without owners the block is free, last in line to be allocated if
-        it is remembered.
+        """Remove an owner; a block without owners is free.
 
-        ValueError for a block that nobody owns. A block without a key goes to the front:
-        nothing is lost with it.
+        A remembered block is last in line to be allocated, one without a key first, as its
+        contents are of no further use. ValueError for a block without an owner.
         """
         if self._references[self._checked(block)] == 0:
             raise ValueError(f"block {block} is free already")
@@ -133,8 +143,8 @@ class BlockPool:
     # --- contents that outlive their owners -----------------------------------------------
 
     def remember(self, block: int, key: Key) -> None:
-        """Say what an owned block holds, so that ``find(key)`` gives it; a second block may
-        hold the same.
+        """Record the key of an owned block's contents, so that ``find(key)`` returns it;
+        several blocks may have one key.
         """
         if self._references[self._checked(block)] == 0:
             raise ValueError(f"block {block} is free: what it holds may be overwritten")
@@ -150,10 +160,11 @@ class BlockPool:
         return next(iter(self._holders.get(key, ())), None)
 
     def key_of(self, block: int) -> Key | None:
-        """What a block is remembered under."""
+        """The key that a block is remembered under; None if it has none."""
         return self._key_of.get(self._checked(block))
 
     def _forget(self, block: int) -> None:
+        """Drop the key of a block, if it has one."""
         if block not in self._key_of:
             return
         key = self._key_of.pop(block)
@@ -164,17 +175,19 @@ class BlockPool:
         self._vacant(block)
 
     def _vacant(self, block: int) -> None:
+        """Report that a block's contents can no longer be read."""
         if self.on_vacant is not None:
             self.on_vacant(block)
 
     def _checked(self, block: int) -> int:
+        """The block's id; ValueError if the pool does not have it."""
         if not 0 <= block < self.num_blocks:  # −1 would be the last block
             raise ValueError(f"the pool has blocks 0..{self.num_blocks - 1}, got {block}")
         return block
 
     def check(self) -> None:
-        """AssertionError if the books do not balance: free and owned are a partition, every
-        key has its block.
+        """AssertionError if an invariant is broken: every block is either free or owned,
+        every key has its block.
         """
         owned = {b for b, count in enumerate(self._references) if count > 0}
         assert min(self._references) >= 0, "a reference count is negative"
@@ -188,11 +201,21 @@ class BlockPool:
 
 class BlockTable:
     """The blocks of one sequence, in order: positions [0, length) lie in them, [length,
-    capacity) are free to write.
+    capacity) can be written.
 
     A block before the last is full and never written again, so sharing it is safe; the last
     one, if it is partly filled and shared, is copied before the first write (``reserve``
-    says what to copy).
+    returns which blocks to copy).
+
+    >>> table = BlockTable(BlockPool(4, block_size=2))
+    >>> table.reserve(3)
+    []
+    >>> table.commit(3)
+    >>> child = table.fork()  # shares both blocks; the second one is only half full
+    >>> child.reserve(1)  # copy block 1 to block 2 before position 3 is written
+    [(1, 2)]
+    >>> table.blocks, child.blocks, child.slots(0, 4)
+    ([0, 1], [0, 2], [0, 1, 4, 5])
     """
 
     def __init__(self, pool: BlockPool):
@@ -202,7 +225,7 @@ class BlockTable:
 
     @property
     def block_size(self) -> int:
-        """Tokens in a block."""
+        """Tokens per block."""
         return self.pool.block_size
 
     @property
@@ -211,12 +234,10 @@ class BlockTable:
         return len(self.blocks) * self.pool.block_size
 
     def _copies(self, count: int) -> bool:
-        """Whether writing ``count`` tokens begins within a block that others read too."""
-        return bool(
-            count
-            and self.length % self.pool.block_size
-            and self.pool.ref_count(self.blocks[self.length // self.pool.block_size]) > 1
-        )
+        """Whether writing ``count`` tokens begins within a block that other tables own."""
+        if count == 0 or self.length % self.pool.block_size == 0:
+            return False
+        return self.pool.ref_count(self.blocks[self.length // self.pool.block_size]) > 1
 
     def needs(self, count: int) -> int:
         """How many free blocks ``reserve(count)`` would take."""
@@ -248,8 +269,8 @@ class BlockTable:
         return copies
 
     def adopt(self, blocks: list[int]) -> None:
-        """Begin with full blocks that somebody else filled (a prefix-cache hit); the table
-        must be empty.
+        """Begin an empty table with full blocks that another table filled (a prefix-cache
+        hit).
         """
         if self.blocks:
             raise ValueError("only an empty table can begin with the blocks of another")
@@ -257,7 +278,7 @@ class BlockTable:
         self.length = self.capacity
 
     def commit(self, count: int) -> None:
-        """``count`` tokens have been written at the end."""
+        """Count ``count`` tokens as written at the end."""
         if not 0 <= count <= self.capacity - self.length:
             raise ValueError(
                 f"{count} tokens were not reserved: {self.length} of {self.capacity} are used"
@@ -265,8 +286,8 @@ class BlockTable:
         self.length += count
 
     def truncate(self, length: int) -> None:
-        """Forget the tokens from position ``length`` on; blocks that are empty then are
-        freed, the last one first.
+        """Drop the tokens from position ``length`` on, and free the blocks that become
+        empty, the last one first.
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"the sequence has {self.length} tokens, cannot keep {length}")
@@ -279,21 +300,20 @@ class BlockTable:
         is copied.
         """
         child = BlockTable(self.pool)
-        # what was reserved and not written stays with the parent
-        child.blocks = [
-            self.pool.fork(b) for b in self.blocks[: -(-self.length // self.pool.block_size)]
-        ]
+        # blocks that were reserved and not written stay with the parent
+        used = -(-self.length // self.pool.block_size)
+        child.blocks = [self.pool.fork(block) for block in self.blocks[:used]]
         child.length = self.length
         return child
 
     def free(self) -> None:
-        """Give all blocks back, the last one first: of a remembered prefix, its end is then
-        forgotten first.
+        """Free all blocks, the last one first, so that the end of a remembered prefix is
+        evicted before its beginning.
         """
         self.truncate(0)
 
     def slot(self, position: int) -> int:
-        """Where in the pool a position lies."""
+        """The slot of a position in the pool."""
         if not 0 <= position < self.capacity:
             raise ValueError(f"position {position} is not within the {self.capacity} reserved")
         b = self.pool.block_size
@@ -304,7 +324,7 @@ class BlockTable:
         return [self.slot(p) for p in range(start, stop)]
 
     def check(self) -> None:
-        """AssertionError if the table breaks its promises."""
+        """AssertionError if an invariant of the table is broken."""
         assert 0 <= self.length <= self.capacity
-        assert len(set(self.blocks)) == len(self.blocks), "a block stands twice in a table"
+        assert len(set(self.blocks)) == len(self.blocks), "a table holds a block twice"
         assert all(self.pool.ref_count(b) > 0 for b in self.blocks), "a table holds a free block"

@@ -1,7 +1,7 @@
-"""The contiguous cache: one preallocated strip of keys and values a sequence.
+"""The contiguous cache: one preallocated buffer of keys and values per sequence.
 
-The naive twin of the paged cache, and the baseline that pre-allocates for the longest case.
-Memory is L · B · capacity · 2 · G · D numbers from the first token on, used or not.
+The naive twin of the paged cache, and the baseline that preallocates for the longest case.
+Its memory is L · B · capacity · 2 · G · D values from the first token on, used or not.
 
 | symbol | name                    | shape               |
 |--------|-------------------------|---------------------|
@@ -14,19 +14,17 @@ Keys stand in columns, as the right-hand side of q Kᵀ: OpenBLAS then reads the
 lie, which halves the time of that product at batch 32.
 
 Ownership, written as half-open intervals: positions [0, s_b) are committed; a view may
-write [s_b, s_b + n_b); ``advance`` commits them; everything beyond is garbage that no query
-sees.
+write [s_b, s_b + n_b); ``advance`` commits them; no query sees what lies beyond.
 
-Left out: growing, sharing, a sliding window that forgets (masked keys are kept).
+Left out: growing, sharing, a sliding window that frees memory (masked keys are kept).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from refllm.backend import Array, asarray_like, namespace
-from refllm.kv.batched_attention import attend_together, bias_together, even, fits_together
+from refllm.backend import Array, DType, asarray_like, namespace
+from refllm.kv.batched_attention import all_equal, attend_batched, batched_bias, can_batch
 from refllm.model.attention import Attend, flash_attention
 from refllm.model.config import ModelConfig
 
@@ -41,36 +39,39 @@ class ContiguousCache:
         capacity: int,
         *,
         like: Array,
-        dtype: Any = None,
+        dtype: DType | None = None,
         columns: bool = True,
     ):
         """``like`` is any array of the library to live on; ``dtype`` defaults to its dtype.
 
-        ``columns=False`` lays the keys in memory row by row, token after token, as a pool
-        of slots must: the same numbers in the same products, which BLAS then reads, and
-        rounds, in another order.
+        ``columns=False`` stores the keys row by row, token after token, as a pool of slots
+        must: the same values in the same products, which BLAS then reads, and rounds, in
+        another order.
         """
         if max_sequences < 1 or capacity < 1:
             raise ValueError(
-                f"ContiguousCache: needs room for a token, got {max_sequences} × {capacity}"
+                "ContiguousCache: needs at least one sequence of one token, "
+                f"got {max_sequences} × {capacity}"
             )
         xp = namespace(like)
         heads = (config.num_hidden_layers, max_sequences, config.num_key_value_heads)
         dim = config.head_dim
-        # zeros, not empty: what is masked is multiplied by a probability of 0, and 0 · NaN
-        # is NaN
-        across = (dim, capacity) if columns else (capacity, dim)
-        keys = xp.zeros((*heads, *across), dtype=dtype or like.dtype)
-        self.keys: Array = keys if columns else keys.swapaxes(-1, -2)
-        self.values: Array = xp.zeros((*heads, capacity, dim), dtype=dtype or like.dtype)
+        dtype = dtype or like.dtype
+        # Zeros, not empty: a masked value is multiplied by a probability of 0, and 0 · NaN
+        # is NaN.
+        if columns:
+            self.keys: Array = xp.zeros((*heads, dim, capacity), dtype=dtype)
+        else:
+            self.keys = xp.zeros((*heads, capacity, dim), dtype=dtype).swapaxes(-1, -2)
+        self.values: Array = xp.zeros((*heads, capacity, dim), dtype=dtype)
         self.window = config.sliding_window
         self.heads = config.num_attention_heads
         self.capacity = capacity
-        self.lengths = [0] * max_sequences  # committed tokens a sequence
+        self.lengths = [0] * max_sequences  # committed tokens per sequence
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, whatever is used."""
+        """Bytes allocated, used or not."""
         return int(self.keys.nbytes + self.values.nbytes)
 
     def positions(self, counts: Sequence[int]) -> list[int]:
@@ -80,8 +81,8 @@ class ContiguousCache:
         return [s + i for s, n in zip(self.lengths, counts, strict=False) for i in range(n)]
 
     def view(self, counts: Sequence[int]) -> Attend:
-        """An ``attend`` for a step in which sequence b brings ``counts[b]`` new tokens (0
-        is allowed).
+        """An ``attend`` for a step in which sequence b contributes ``counts[b]`` new tokens
+        (0 is allowed).
 
         Raises
         ------
@@ -95,15 +96,14 @@ class ContiguousCache:
         for b, n in enumerate(counts):
             if n < 0 or self.lengths[b] + n > self.capacity:
                 raise ValueError(
-                    f"sequence {b}: {self.lengths[b]} cached + {n} new tokens exceed {self.capacity}"
+                    f"sequence {b}: {self.lengths[b]} cached + {n} new tokens exceed "
+                    f"{self.capacity}"
                 )
         busy = [b for b, n in enumerate(counts) if n]
-        together = fits_together(
-            [counts[b] for b in busy], [self.lengths[b] for b in busy], self.heads
-        )
-        # neighbours, so that their strips are one array
-        if together and busy[-1] - busy[0] < len(busy):
-            return _EvenView(self, slice(busy[0], busy[-1] + 1), counts[busy[0]])
+        batched = can_batch([counts[b] for b in busy], [self.lengths[b] for b in busy], self.heads)
+        # neighbours only, so that their buffers are one array
+        if batched and busy[-1] - busy[0] < len(busy):
+            return _BatchedView(self, slice(busy[0], busy[-1] + 1), counts[busy[0]])
         return _RaggedView(self, counts)
 
     def advance(self, counts: Sequence[int]) -> None:
@@ -112,8 +112,8 @@ class ContiguousCache:
             self.lengths[b] += n
 
     def truncate(self, sequence: int, length: int) -> None:
-        """Forget everything of a sequence from position ``length`` on (rollback of a
-        rejected draft).
+        """Drop the tokens of a sequence from position ``length`` on (rollback of rejected
+        drafts).
         """
         if not 0 <= sequence < len(self.lengths):
             raise ValueError(
@@ -127,7 +127,7 @@ class ContiguousCache:
 
 
 class _RaggedView:
-    """Any mixture of prefill and decode: sequence by sequence, each over its own strip."""
+    """Any mixture of prefill and decode: sequence by sequence, each over its own buffer."""
 
     def __init__(self, cache: ContiguousCache, counts: Sequence[int]):
         self.cache = cache
@@ -143,19 +143,19 @@ class _RaggedView:
                 continue
             rows = slice(at, at + n)
             start = cache.lengths[b]
-            keys = cache.keys[layer, b, :, :, : start + n]
-            values = cache.values[layer, b, :, : start + n]
-            keys[:, :, start:] = k[rows].transpose(1, 2, 0)  # of [G, D, s+n]
-            values[:, start:] = v[rows].transpose(1, 0, 2)  # of [G, s+n, D]
-            seen = keys.transpose(2, 0, 1), values.transpose(1, 0, 2)
+            keys = cache.keys[layer, b, :, :, : start + n]  # [G, D, s+n]
+            values = cache.values[layer, b, :, : start + n]  # [G, s+n, D]
+            keys[:, :, start:] = k[rows].transpose(1, 2, 0)
+            values[:, start:] = v[rows].transpose(1, 0, 2)
+            seen = keys.transpose(2, 0, 1), values.transpose(1, 0, 2)  # [s+n, G, D] each
             out[rows] = flash_attention(q[rows], *seen, start=start, window=cache.window)[0]
             at += n
         return out
 
 
-class _EvenView:
-    """Some neighbours bring n tokens each (decode: one): they attend together, up to the
-    longest strip.
+class _BatchedView:
+    """Neighbouring sequences contribute n tokens each (decode: one): they attend in one
+    batch, up to the longest of them.
     """
 
     def __init__(self, cache: ContiguousCache, sequences: slice, count: int):
@@ -164,10 +164,11 @@ class _EvenView:
         longest = max(lengths) + count
         self.keys = cache.keys[:, sequences, :, :, :longest]  # [L, B, G, D, S]
         self.values = cache.values[:, sequences, :, :longest]  # [L, B, G, S, D]
-        self.bias = bias_together(lengths, count, cache.window, cache.keys)
-        # the last columns where all stand at the same position, else a slot each
-        self.slots: Any = None
-        if not even(lengths):
+        self.bias = batched_bias(lengths, count, cache.window, cache.keys)
+        # (sequence, slot) of each new token; None for the last columns, where all sequences
+        # have the same length
+        self.slots: tuple[Array, Array] | None = None
+        if not all_equal(lengths):
             xp = namespace(cache.keys)
             at = asarray_like(lengths, cache.keys, "int64")[:, None] + xp.arange(count)  # [B, n]
             self.slots = xp.arange(len(lengths))[:, None], at
@@ -175,13 +176,13 @@ class _EvenView:
     def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
         n = self.count
         groups, dim = k.shape[1:]
-        keys = self.keys[layer]
-        values = self.values[layer]
+        keys = self.keys[layer]  # [B, G, D, S]
+        values = self.values[layer]  # [B, G, S, D]
         if self.slots is None and n == 1:  # nearly all steps
             keys[..., -1] = k
             values[:, :, -1] = v
-            return attend_together(q, keys, values, self.bias)
-        k = k.reshape(-1, n, groups, dim)
+            return attend_batched(q, keys, values, self.bias)
+        k = k.reshape(-1, n, groups, dim)  # [B, n, G, D]
         v = v.reshape(-1, n, groups, dim)
         if self.slots is None:
             keys[..., -n:] = k.transpose(0, 2, 3, 1)
@@ -190,4 +191,4 @@ class _EvenView:
             sequence, slot = self.slots
             keys[sequence, :, :, slot] = k
             values[sequence, :, slot] = v
-        return attend_together(q, keys, values, self.bias)
+        return attend_batched(q, keys, values, self.bias)

@@ -1,30 +1,30 @@
-"""A prefix cache by hashing: a full block of tokens is named by a chain of hashes, and
-found by its name.
+"""A prefix cache by hashing: a full block of tokens is identified by a chain of hashes, and
+found by its hash.
 
 Sources: vLLM's automatic prefix caching (its block pool and its design notes): chained
 keys, a salt in the first block, full blocks only, one token always left to compute. The
 blocks are ``kv.block_pool``.
 
-| symbol | name                                        | value                                                  |
-|--------|---------------------------------------------|--------------------------------------------------------|
-| b      | ``block_size``                              |                                                        |
-| k_i    | key of the full block i of a text           | H(k_{i−1}, tokens[i·b : (i+1)·b], salt if i = 0)       |
-| k_{−1} | parent of the first block                   | a constant                                             |
-| hit    | leading blocks that are found, in tokens    | a multiple of b, at most the text's length − 1         |
+| symbol | name                                      | value                                            |
+|--------|-------------------------------------------|--------------------------------------------------|
+| b      | ``block_size``                            |                                                  |
+| k_i    | key of the full block i of a sequence     | H(k_{i−1}, tokens[i·b : (i+1)·b], salt if i = 0) |
+| k_{−1} | parent of the first block                 | a constant                                       |
+| hit    | leading blocks that are found, in tokens  | a multiple of b, at most the length − 1          |
 
-Equal keys are taken for equal prefixes, so H must be one that nobody can make collide:
-sha256. The salt is hashed into the first block and reaches the others through the chain:
-tenants with different salts share nothing.
+Equal keys are taken for equal prefixes, so H must be collision resistant: sha256. The salt
+is hashed into the first block and reaches the others through the chain: tenants with
+different salts share nothing.
 
-Ownership: the cache owns no block. It names blocks that a table owns (``insert``); a named
-block whose last owner has gone is free *and* found, until the pool gives it to somebody
-else: that is the eviction, least recently freed first, and of one text the end first, since
-tables free their blocks in reverse.
+Ownership: the cache owns no block. It gives keys to blocks that a table owns (``insert``);
+a block with a key whose last owner has gone is free *and* found, until the pool allocates
+it again. That is the eviction: least recently freed first, and of one sequence the end
+first, since tables free their blocks in reverse.
 
-A text of 2·b tokens that is cached whole still has its last block computed anew: the hit is
-in whole blocks, and one token must be computed to have logits.
+A sequence of 2·b tokens that is cached completely still has its last block recomputed: the
+hit is in whole blocks, and one token must be computed to have logits.
 
-Left out: other extras than a salt (adapters, images); one copy of equal blocks that two
+Left out: other extras than a salt (adapters, images); deduplicating equal blocks that two
 sequences compute side by side (tables are append-only: both stay, the first is found); a
 random root key (sha256 does not need one).
 """
@@ -44,23 +44,33 @@ ROOT = sha256(b"refllm.kv.hash_prefix").digest()
 
 
 def sha256_key(parent: Key, tokens: Sequence[int], salt: Hashable) -> Key:
-    """The default H: 32 bytes of sha256 over the parent, 8 bytes a token, and the salt (a
+    """The default H: 32 bytes of sha256 over the parent, 8 bytes per token, and the salt (a
     string) if there is one.
 
-    The parent always has 32 bytes and a salt at least one, its mark: no two different
-    inputs spell the same bytes.
+    The parent always has 32 bytes, and a salt is marked by at least one byte, so different
+    inputs never give the same bytes. ValueError for another parent or salt.
     """
     if not isinstance(parent, bytes) or not (salt is None or isinstance(salt, str)):
         raise ValueError(
             f"sha256_key: needs the parent's 32 bytes and a salt that is a string, got {salt!r}"
         )
-    text = parent + array("q", tokens).tobytes()
-    return sha256(text if salt is None else text + b"\1" + salt.encode()).digest()
+    message = parent + array("q", tokens).tobytes()
+    if salt is not None:
+        message += b"\1" + salt.encode()
+    return sha256(message).digest()
 
 
 class PrefixCache:
-    """``match``, ``take``, ``insert`` over a pool: linear in the text's blocks, whatever
-    the pool holds.
+    """``match``, ``take``, ``insert`` over a pool: linear in the sequence's blocks,
+    whatever the pool holds.
+
+    >>> pool = BlockPool(8, block_size=2)
+    >>> cache, table = PrefixCache(pool), BlockTable(pool)
+    >>> table.reserve(4), table.commit(4)
+    ([], None)
+    >>> cache.insert(table, [5, 6, 7, 8], keys=[])
+    >>> cache.match([5, 6, 7, 8, 9]), cache.match([5, 6, 1, 1, 1]), cache.match([5, 6])
+    ([0, 1], [0], [])
     """
 
     def __init__(self, pool: BlockPool, hasher: Hasher = sha256_key):
@@ -71,27 +81,27 @@ class PrefixCache:
 
     def extend(self, keys: list[Key], tokens: Sequence[int], salt: Hashable = None) -> list[Key]:
         """Append the keys of the full blocks of ``tokens`` that ``keys``, the chain so far,
-        does not have yet.
+        lacks.
         """
         b = self.pool.block_size
         for i in range(len(keys), len(tokens) // b):
-            keys.append(self._next(keys, tokens, salt, i))
+            keys.append(self._next_key(keys, tokens, salt, i))
         return keys
 
     def match(
         self, tokens: Sequence[int], *, salt: Hashable = None, keys: list[Key] | None = None
     ) -> list[int]:
         """The blocks of the longest cached prefix, at most len(tokens) − 1 tokens of it;
-        leaves no trace.
+        changes nothing in the pool.
 
-        ``keys`` is the chain of the same text if the caller keeps it: it is extended as far
-        as the walk goes, so a text that is matched again is not hashed again.
+        ``keys`` is the chain of the same sequence if the caller keeps it: it is extended as
+        far as the search goes, so a sequence that is matched again is not hashed again.
         """
         chain = [] if keys is None else keys
         found: list[int] = []
         for i in range(max(0, len(tokens) - 1) // self.pool.block_size):
             if i == len(chain):
-                chain.append(self._next(chain, tokens, salt, i))
+                chain.append(self._next_key(chain, tokens, salt, i))
             block = self.pool.find(chain[i])
             if block is None:
                 break
@@ -99,16 +109,16 @@ class PrefixCache:
         return found
 
     def available(self, blocks: Sequence[int]) -> int:
-        """How many blocks the pool could give *after* ``blocks``, a match, were taken:
-        those of it count as taken.
+        """How many blocks the pool could allocate *after* ``blocks``, a match, were taken:
+        its free ones are not counted.
         """
         return self.pool.num_free - sum(self.pool.ref_count(block) == 0 for block in blocks)
 
     def take(self, table: BlockTable, blocks: list[int], length: int) -> None:
-        """Begin a table with a match of a text of ``length`` tokens; before anything is
-        allocated for it.
+        """Begin a table with the match of a sequence of ``length`` tokens, before anything
+        is allocated for it.
 
-        An allocation first could be given the very blocks that were matched.
+        An allocation that came first could evict the very blocks that were matched.
         """
         table.adopt(blocks)
         self.queried += length
@@ -117,25 +127,27 @@ class PrefixCache:
     def insert(
         self, table: BlockTable, tokens: Sequence[int], keys: list[Key], *, salt: Hashable = None
     ) -> None:
-        """Name the full blocks of ``table``, which holds ``tokens[:table.length]``;
-        ``keys`` is that text's chain.
+        """Give keys to the full blocks of ``table``, which holds ``tokens[:table.length]``;
+        ``keys`` is that sequence's chain.
 
-        Only what is written and verified may be in the table by now: a block that is named
-        is found at once.
+        All tokens of the table must be computed and verified: a block with a key is found
+        at once.
         """
         full = table.length // self.pool.block_size
         if not full or (len(keys) >= full and self.pool.key_of(table.blocks[full - 1]) is not None):
-            return  # nothing has become full since
+            return  # no block has become full since
         new = full
-        # blocks are named in order: [0, new) are
+        # keys are given in order, so the blocks [0, new) have theirs
         while new and self.pool.key_of(table.blocks[new - 1]) is None:
             new -= 1
         self.extend(keys, tokens[: full * self.pool.block_size], salt)
         for i in range(new, full):
             self.pool.remember(table.blocks[i], keys[i])
 
-    def _next(self, keys: list[Key], tokens: Sequence[int], salt: Hashable, i: int) -> Key:
+    def _next_key(self, keys: list[Key], tokens: Sequence[int], salt: Hashable, i: int) -> Key:
+        """k_i, with the chain up to k_{i−1} in ``keys``."""
         b = self.pool.block_size
-        return self.hasher(
-            keys[i - 1] if i else ROOT, tokens[i * b : (i + 1) * b], None if i else salt
-        )
+        block = tokens[i * b : (i + 1) * b]
+        if i == 0:
+            return self.hasher(ROOT, block, salt)
+        return self.hasher(keys[i - 1], block, None)

@@ -5,20 +5,20 @@ Source: PagedAttention, Kwon et al. 2023, sections 4.1 and 4.3; split keys, its 
 second version and Flash-Decoding. The tables and the pool are ``kv.block_pool``; here are
 the arrays, and the ``attend`` that reads them.
 
-| symbol | name                                        | shape                     |
-|--------|---------------------------------------------|---------------------------|
-| K, V   | the pool of a layer, slot by slot           | [num_blocks · b, G, D]    |
-| b      | ``block_size``                              |                           |
-| n_i    | new tokens of sequence i                    | ``counts[i]``             |
-| slot   | where position p of a sequence lies         | ``table.slot(p)``         |
+| symbol | name                                     | shape                     |
+|--------|------------------------------------------|---------------------------|
+| K, V   | the pool of a layer, slot by slot        | [num_blocks · b, G, D]    |
+| b      | ``block_size``                           |                           |
+| n_i    | new tokens of sequence i                 | ``counts[i]``             |
+| slot   | index in the pool of position p          | ``table.slot(p)``         |
 
-A step is: ``reserve`` (allocates, and copies what would be written while shared), ``view``
-(an ``attend`` that writes positions [length, length + n) and reads [0, length + n) of each
-table), the forward pass, ``advance``.
+A step is: ``reserve`` (allocates blocks, and copies shared ones that would be written),
+``view`` (an ``attend`` that writes positions [length, length + n) and reads [0, length + n)
+of each table), the forward pass, ``advance``.
 
-A gather copies what it reads, which a kernel of its own does not: on a CPU a paged step is
-therefore somewhat slower than a contiguous one of the same batch. What paging buys is the
-batch.
+Reading gathers, and so copies, keys and values, which a dedicated kernel does not: on a CPU
+a paged step is therefore somewhat slower than a contiguous one of the same batch. Paging
+saves memory, and so allows larger batches.
 
 Left out: freeing blocks that a sliding window has passed; quantised blocks (``kv.kivi``).
 """
@@ -27,34 +27,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from itertools import accumulate
+from typing import Protocol
 
-from refllm.backend import Array, asarray_like, namespace
-from refllm.kv.batched_attention import attend_together, bias_together, fits_together
+from refllm.backend import Array, DType, asarray_like, namespace
+from refllm.kv.batched_attention import attend_batched, batched_bias, can_batch
 from refllm.kv.block_pool import BlockPool, BlockTable
 from refllm.model.attention import Attend, attention, flash_attention, merge
 from refllm.model.config import ModelConfig
 
 
 class Table(Protocol):
-    """What a view reads of a sequence: ``BlockTable`` has it, and so has an item of a plan
-    that says where it lies.
+    """What a view reads of a sequence: a ``BlockTable``, or a scheduled sequence of a plan
+    with its blocks.
     """
 
     @property
-    def blocks(self) -> Sequence[int]: ...
+    def blocks(self) -> Sequence[int]:
+        """The blocks of the sequence, in order."""
+
     @property
-    def block_size(self) -> int: ...
+    def block_size(self) -> int:
+        """Tokens per block."""
+
     @property
-    def length(self) -> int: ...
-    def slots(self, start: int, stop: int) -> list[int]: ...
+    def length(self) -> int:
+        """Cached tokens."""
+
+    def slots(self, start: int, stop: int) -> list[int]:
+        """The slots of positions [start, stop), in order."""
 
 
 class PagedKVCache:
     """``num_blocks`` blocks of ``block_size`` tokens for all layers of one network.
 
-    ``poison`` fills a block with NaN as soon as nobody can read it any more: one wrong slot
-    then reaches the logits as NaN instead of as a plausible number.
+    ``poison`` fills a block with NaN as soon as its contents can no longer be read: one
+    wrong slot then reaches the logits as NaN instead of as a plausible value.
     """
 
     def __init__(
@@ -64,7 +72,7 @@ class PagedKVCache:
         block_size: int = 16,
         *,
         like: Array,
-        dtype: Any = None,
+        dtype: DType | None = None,
         poison: bool = False,
     ):
         """``like`` is any array of the library to live on; ``dtype`` defaults to its dtype."""
@@ -85,7 +93,7 @@ class PagedKVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole pool, whatever is used."""
+        """Bytes of the whole pool, used or not."""
         return int(self.keys.nbytes + self.values.nbytes)
 
     @property
@@ -98,19 +106,21 @@ class PagedKVCache:
         return BlockTable(self.pool)
 
     def reserve(self, table: BlockTable, count: int) -> None:
-        """Make room for ``count`` more tokens of a sequence. OutOfBlocks if there is none;
-        nothing has changed then.
+        """Allocate blocks for ``count`` more tokens of a sequence. OutOfBlocks if the pool
+        is too small; nothing has changed then.
         """
         self.copy(table.reserve(count))
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy blocks (from, to) in all layers, as ``BlockTable.reserve`` asks before a
-        shared one is written.
+        """Copy blocks (from, to) in all layers, which ``BlockTable.reserve`` requests before
+        a shared block is written.
         """
         b = self.pool.block_size
         for source, target in pairs:
-            for strip in (self.keys, self.values):
-                strip[:, target * b : (target + 1) * b] = strip[:, source * b : (source + 1) * b]
+            read = slice(source * b, (source + 1) * b)
+            write = slice(target * b, (target + 1) * b)
+            self.keys[:, write] = self.keys[:, read]
+            self.values[:, write] = self.values[:, read]
         self.copied += len(pairs)
 
     def positions(self, tables: Sequence[Table], counts: Sequence[int]) -> list[int]:
@@ -122,8 +132,8 @@ class PagedKVCache:
         ]
 
     def view(self, tables: Sequence[Table], counts: Sequence[int]) -> Attend:
-        """An ``attend`` for a step in which sequence i brings ``counts[i]`` ≥ 0 tokens,
-        reserved before.
+        """An ``attend`` for a step in which sequence i contributes ``counts[i]`` ≥ 0
+        tokens, reserved before.
 
         Raises
         ------
@@ -134,13 +144,22 @@ class PagedKVCache:
         slots: list[int] = []
         for table, n in zip(tables, counts, strict=True):
             slots += table.slots(table.length, table.length + n)
+        self._check_slots(tables, counts, slots)
+        return _View(self, tables, counts, slots)
+
+    def _check_slots(
+        self, tables: Sequence[Table], counts: Sequence[int], slots: list[int]
+    ) -> None:
+        """ValueError if the step would write a slot twice, one outside the pool, or one of
+        a shared block.
+        """
         # duplicate indices in an assignment are undefined on a GPU
         if len(set(slots)) != len(slots):
             raise ValueError(
                 "two tokens of the step have the same slot: reserve each sequence before the view"
             )
         b = self.pool.block_size
-        most = self.pool.num_blocks * self.pool.block_size
+        most = self.pool.num_blocks * b
         if slots and (min(slots) < 0 or max(slots) >= most):  # −1 would be the last slot
             raise ValueError(
                 f"a token lies outside the {most} slots of the pool: {min(slots)}..{max(slots)}"
@@ -154,7 +173,6 @@ class PagedKVCache:
             raise ValueError(
                 f"a block of {next(written)} is shared and would be written: reserve it first"
             )
-        return _View(self, tables, counts, slots)
 
     def advance(self, tables: Sequence[BlockTable], counts: Sequence[int]) -> None:
         """Commit what the last view wrote."""
@@ -162,16 +180,18 @@ class PagedKVCache:
             table.commit(count)
 
     def _poison(self, block: int) -> None:
+        """Fill a block with NaN in all layers."""
         rows = slice(block * self.pool.block_size, (block + 1) * self.pool.block_size)
         self.keys[:, rows] = math.nan
         self.values[:, rows] = math.nan
 
 
 class _View:
-    """Writes the step's keys and values, then reads: those that bring one token together,
-    the others one by one.
+    """Writes the step's keys and values, then reads: the sequences with one new token in
+    one batch, the others one by one.
 
-    Where all bring equally many, they attend together, as in a contiguous cache.
+    Where all sequences contribute equally many tokens, they are one batch, as in a
+    contiguous cache.
     """
 
     def __init__(
@@ -180,84 +200,81 @@ class _View:
         self.cache = cache
         like = cache.keys
         self.write = asarray_like(write, like, "int64")
-        starts = []
-        at = 0
-        for n in counts:
-            starts.append(at)
-            at += n
+        starts = [0, *accumulate(counts)]  # the first row of each sequence
         busy = [i for i, n in enumerate(counts) if n]
-        all_together = fits_together(
-            [counts[i] for i in busy], [tables[i].length for i in busy], cache.heads
-        )
-        joined = busy if all_together else [i for i in busy if counts[i] == 1]
-        alone = [] if all_together else [i for i in busy if counts[i] != 1]
-        self.apart = [
+        lengths = [tables[i].length for i in busy]
+        all_batched = can_batch([counts[i] for i in busy], lengths, cache.heads)
+        batch = [i for i in busy if all_batched or counts[i] == 1]
+        self.single = [
             (
-                slice(starts[i], starts[i] + counts[i]),
+                slice(starts[i], starts[i + 1]),
                 tables[i].length,
                 asarray_like(tables[i].slots(0, tables[i].length + counts[i]), like, "int64"),
             )
-            for i in alone
+            for i in busy
+            if not (all_batched or counts[i] == 1)
         ]
-        self.joined: Any = None  # the rows that attend together
-        if joined:
-            if all_together:
-                self.joined = slice(0, at)
+        self.rows: slice | Array | None = None  # of the batch
+        if batch:
+            if all_batched:
+                self.rows = slice(0, starts[-1])
             else:
-                self.joined = asarray_like([starts[i] for i in joined], like, "int64")
-            self.slots, self.bias = self._gathered([tables[i] for i in joined], counts[joined[0]])
+                self.rows = asarray_like([starts[i] for i in batch], like, "int64")
+            self.slots, self.bias = self._gather([tables[i] for i in batch], counts[batch[0]])
 
-    def _gathered(self, tables: list[Table], count: int) -> tuple[Array, Array | None]:
-        """Slots [B, S] of B sequences that bring ``count`` tokens each, and the bias that
+    def _gather(self, tables: list[Table], count: int) -> tuple[Array, Array | None]:
+        """Slots [B, S] of B sequences with ``count`` new tokens each, and the bias that
         hides the padding.
 
-        A shorter sequence is padded with a slot of its own: what is hidden is multiplied by
-        0, and 0 · NaN is NaN.
+        A shorter sequence is padded with its own first slot: a hidden value is multiplied
+        by 0, and 0 · NaN of another block would be NaN.
         """
+        like = self.cache.keys
         lengths = [t.length for t in tables]
         longest = max(lengths) + count
-        bias = bias_together(lengths, count, self.cache.window, self.cache.keys)
-        xp = namespace(self.cache.keys)
+        bias = batched_bias(lengths, count, self.cache.window, like)
+        xp = namespace(like)
         b = self.cache.pool.block_size
-        if any(t.block_size != b for t in tables):  # runs of slots, in the baselines before paging
+        if any(t.block_size != b for t in tables):  # slot ranges of the baselines without paging
             rows = [t.slots(0, n + count) for t, n in zip(tables, lengths, strict=True)]
             rows = [row + [row[0]] * (longest - len(row)) for row in rows]
-            return asarray_like(rows, self.cache.keys, "int64"), bias
-        # blocks; as a list of slots this would be B · S Python numbers a step
-        wide = -(-longest // b)
+            return asarray_like(rows, like, "int64"), bias
+        # Blocks are moved, not slots: those would be B · S Python integers per step.
+        width = -(-longest // b)
         host = [
-            (n + count, *t.blocks[:wide], *([t.blocks[0]] * (wide - len(t.blocks))))
+            (n + count, *t.blocks[:width], *([t.blocks[0]] * (width - len(t.blocks))))
             for t, n in zip(tables, lengths, strict=True)
         ]
-        placed = asarray_like(host, self.cache.keys, "int64")  # one transfer for both
-        slots = xp.reshape(placed[:, 1:, None] * b + xp.arange(b), (len(tables), -1))[:, :longest]
-        return xp.where(xp.arange(longest) < placed[:, :1], slots, slots[:, :1]), bias
+        moved = asarray_like(host, like, "int64")  # [B, 1 + width], one transfer for both
+        slots = moved[:, 1:, None] * b + xp.arange(b)  # [B, width, b]
+        slots = xp.reshape(slots, (len(tables), -1))[:, :longest]  # [B, S]
+        return xp.where(xp.arange(longest) < moved[:, :1], slots, slots[:, :1]), bias
 
     def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
         xp = namespace(q)
         cache = self.cache
-        keys = cache.keys[layer]
+        keys = cache.keys[layer]  # [slots, G, D]
         values = cache.values[layer]
         keys[self.write] = k
         values[self.write] = v
-        if self.joined is not None and not self.apart:
-            return self._together(q, keys, values)
+        if self.rows is not None and not self.single:
+            return self._attend_batch(q, keys, values)
         out = xp.empty_like(q)
-        if self.joined is not None:
-            out[self.joined] = self._together(q[self.joined], keys, values)
-        for rows, start, slots in self.apart:
-            seen = xp.take(keys, slots, axis=0), xp.take(values, slots, axis=0)
+        if self.rows is not None:
+            out[self.rows] = self._attend_batch(q[self.rows], keys, values)
+        for rows, start, slots in self.single:
+            seen = xp.take(keys, slots, axis=0), xp.take(values, slots, axis=0)  # [S, G, D]
             out[rows] = flash_attention(q[rows], *seen, start=start, window=cache.window)[0]
         return out
 
-    def _together(self, q: Array, keys: Array, values: Array) -> Array:
-        """Gather the strips of the sequences, [B, S, G, D], and read them as columns and
-        rows, without a copy.
+    def _attend_batch(self, q: Array, keys: Array, values: Array) -> Array:
+        """Gather keys and values of the batch, and read them as columns and rows without
+        another copy.
         """
         xp = namespace(q)
-        k = xp.take(keys, self.slots, axis=0)
-        v = xp.take(values, self.slots, axis=0)
-        return attend_together(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), self.bias)
+        k = xp.take(keys, self.slots, axis=0).transpose(0, 2, 3, 1)  # [B, G, D, S]
+        v = xp.take(values, self.slots, axis=0).transpose(0, 2, 1, 3)  # [B, G, S, D]
+        return attend_batched(q, k, v, self.bias)
 
 
 def split_attention(
@@ -273,9 +290,9 @@ def split_attention(
     """Attention of q[T, H, D] over ``slots`` of a pool [slots, G, D], ``parts`` tokens at a
     time, merged by lse.
 
-    Each part needs nothing of the others, so a GPU computes them side by side where one
-    sequence would leave it idle; returns o[T, H, D] and lse[T, H] as ``attention`` does.
-    Equal to one pass for every size of the parts.
+    The parts are independent, so a GPU computes them in parallel where one sequence would
+    leave it idle; returns o[T, H, D] and lse[T, H] as ``attention`` does. Equal to one pass
+    for every size of the parts.
     """
     xp = namespace(q, keys, values, slots)
     o = xp.zeros_like(q)

@@ -4,18 +4,18 @@ RadixAttention's prefix cache.
 Source: SGLang, Zheng et al. 2024, section 3; page size, locks and eviction orders as its
 implementation has them.
 
-| symbol | name                                  | value                                                       |
-|--------|---------------------------------------|-------------------------------------------------------------|
-| node   | a run of tokens, the edge above it    | ``tokens[a:b]`` of every prefix that passes through         |
-| slots  | where their keys and values lie       | one integer a token, opaque here                            |
-| page   | ``page_size``: runs are whole pages   | children of a node differ in their first page               |
-| lock   | how many handles stand at or below    | a locked node is never evicted                              |
+| term  | meaning                                       | value                                     |
+|-------|-----------------------------------------------|-------------------------------------------|
+| node  | some consecutive tokens, the edge above it    | ``tokens[a:b]`` of every prefix through it|
+| slots | indices of their keys and values in the pool  | one integer per token, opaque here        |
+| page  | ``page_size``: nodes hold whole pages         | children differ in their first page       |
+| lock  | number of handles at or below the node        | a locked node is never evicted            |
 
 Ownership, as half-open intervals of one request's tokens, when it inserts [0, n) after it
-had matched [0, m): [0, m) belongs to the tree and is locked by the request; of [m, n),
-``insert`` says how much, [m, e), the tree holds already (another request was faster): those
-slots of the caller are duplicates and his to free; [e, n) is the tree's from then on, and
-the tail that fills no page stays with the caller.
+had matched [0, m): [0, m) belongs to the tree and is locked by the request; of [m, n), the
+tree may hold a part [m, e) already (another request was faster), and ``insert`` returns e:
+the caller's slots of that part are duplicates, which the caller frees; [e, n) belongs to
+the tree from then on, and the tail that fills no page stays with the caller.
 
 Splitting keeps the *lower* node: handles point at it, and everything above stays locked
 through it.
@@ -27,86 +27,25 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+
+from refllm.kv.radix_node import POLICIES, Match, Node, Rank
 
 Tokens = Sequence[int]
-
-
-class Node:
-    """One edge of the tree. ``locks`` counts the handles at or below it."""
-
-    __slots__ = (
-        "children",
-        "created",
-        "hits",
-        "key",
-        "locks",
-        "parent",
-        "priority",
-        "slots",
-        "used",
-    )
-
-    def __init__(
-        self,
-        key: tuple[int, ...],
-        slots: list[int],
-        parent: Node | None,
-        now: int,
-        priority: float = 0,
-    ):
-        self.key = key
-        self.slots = slots
-        self.parent = parent
-        self.children: dict[Hashable, Node] = {}
-        self.locks = 0
-        self.hits = 0
-        self.created = now
-        self.used = now
-        self.priority = priority
-
-    def __len__(self) -> int:
-        return len(self.key)
-
-    def __bool__(self) -> bool:  # a root has no tokens and is a node all the same
-        return True
-
-
-@dataclass(frozen=True)
-class Match:
-    """The longest cached prefix: its slots in order and the node that it ends in (lock that
-    to keep it).
-    """
-
-    slots: list[int]
-    node: Node
-
-    def __len__(self) -> int:
-        return len(self.slots)
-
-
-# What is evicted first has the smallest value.
-POLICIES: dict[str, Callable[[Node], Any]] = {
-    "lru": lambda n: n.used,
-    "lfu": lambda n: (n.hits, n.used),
-    "fifo": lambda n: n.created,
-    "mru": lambda n: -n.used,
-    "filo": lambda n: -n.created,
-    "slru": lambda n: (
-        n.hits >= 2,
-        n.used,
-    ),  # segmented: what was found twice outlives what was not
-    "priority": lambda n: (n.priority, n.used),
-}
 
 
 class RadixCache:
     """``match``, ``insert``, ``lock``, ``unlock``, ``evict``: linear in the tokens,
     whatever the cache holds.
 
-    ``on_evict(slots)`` is called with the slots of every node that goes; they are free
-    then.
+    ``on_evict(slots)`` is called with the slots of every evicted node; they are free then.
+
+    >>> cache = RadixCache()
+    >>> cache.insert([5, 6, 7, 8], slots=[0, 1, 2, 3])
+    0
+    >>> cache.insert([5, 6, 9], slots=[4, 5, 6])  # splits; slots 4 and 5 stay the caller's
+    2
+    >>> cache.match([5, 6, 9, 9]).slots
+    [0, 1, 6]
     """
 
     def __init__(
@@ -123,14 +62,15 @@ class RadixCache:
         self.page_size = page_size
         self.policy = policy
         self.on_evict = on_evict
-        self.evictable = 0  # tokens in nodes without and with a lock
-        self.protected = 0
-        self.queried = 0  # counted, in tokens but for the splits
+        self.evictable = 0  # tokens in nodes without a lock
+        self.protected = 0  # tokens in nodes with a lock
+        # counters of tokens; of splits, their number
+        self.queried = 0
         self.hit = 0
         self.splits = 0
         self.evicted = 0
         self._clock = 0
-        # one tree a salt: tenants never see each other's prefixes
+        # one tree per salt: tenants never see each other's prefixes
         self._roots: dict[Hashable, Node] = {}
         self._leaves: dict[Node, None] = {}  # unlocked leaves, which ``evict`` may take
 
@@ -139,8 +79,8 @@ class RadixCache:
         ``salt``.
 
         A node that matches in part is split, so that the match ends at a node. The whole
-        path counts as used now. ``record=False`` looks without leaving a trace in counters
-        or times (a scheduler that sorts).
+        path counts as used now. ``record=False`` changes no counters and no times (for a
+        scheduler that sorts by hits).
         """
         now = self._tick()
         node = self._root(salt)
@@ -159,18 +99,18 @@ class RadixCache:
     def insert(
         self, tokens: Tokens, slots: Sequence[int], *, salt: Hashable = None, priority: float = 0
     ) -> int:
-        """Give the tree the whole pages of ``tokens`` with their ``slots``; returns how
-        many tokens it had already.
+        """Insert the whole pages of ``tokens`` with their ``slots``; returns how many
+        tokens the tree had already.
 
         The slots of [0, returned) stay the caller's (see the ownership above), those of
         [returned, whole pages) go to the tree. ValueError if the lengths differ, or a slot
-        stands twice.
+        occurs twice.
         """
         if len(tokens) != len(slots):
             raise ValueError(f"insert: {len(tokens)} tokens need as many slots, got {len(slots)}")
         if len(set(slots)) != len(slots):
             raise ValueError(
-                f"insert: a slot holds one token, but one of the {len(slots)} slots stands twice"
+                f"insert: a slot holds one token, but one of the {len(slots)} slots occurs twice"
             )
         now = self._tick()
         node = self._root(salt)
@@ -193,38 +133,38 @@ class RadixCache:
         """Keep a node and everything above it from eviction until ``unlock``; locks are
         counted.
         """
-        step: Node | None = node
-        while step is not None:
-            if step.locks == 0:
-                self.evictable -= len(step)
-                self.protected += len(step)
-                self._leaves.pop(step, None)
-            step.locks += 1
-            step = step.parent
+        above: Node | None = node
+        while above is not None:
+            if above.locks == 0:
+                self.evictable -= len(above)
+                self.protected += len(above)
+                self._leaves.pop(above, None)
+            above.locks += 1
+            above = above.parent
 
     def unlock(self, node: Node) -> None:
-        """Take one lock back. ValueError for a node that is not locked."""
+        """Release one lock. ValueError for a node that is not locked."""
         if node.locks == 0:
             raise ValueError("unlock: the node is not locked")
-        step: Node | None = node
-        while step is not None:
-            step.locks -= 1
-            if step.locks == 0:
-                self.protected -= len(step)
-                self.evictable += len(step)
-                self._offer(step)
-            step = step.parent
+        above: Node | None = node
+        while above is not None:
+            above.locks -= 1
+            if above.locks == 0:
+                self.protected -= len(above)
+                self.evictable += len(above)
+                self._offer(above)
+            above = above.parent
 
     def evict(self, count: int) -> int:
         """Free unlocked leaves, in the policy's order, until ``count`` tokens are free or
-        none is left.
+        no such leaf is left.
 
-        Returns the tokens freed: whole nodes go, so it may be more. A parent that becomes a
-        leaf is next in line.
+        Returns the tokens freed: whole nodes are evicted, so it may be more. A parent that
+        becomes a leaf is a candidate in turn.
         """
         rank = POLICIES[self.policy]
         order = 0
-        heap: list[tuple[Any, int, Node]] = []
+        heap: list[tuple[Rank, int, Node]] = []
         for order, leaf in enumerate(self._leaves):
             heap.append((rank(leaf), order, leaf))
         heapq.heapify(heap)
@@ -256,32 +196,36 @@ class RadixCache:
     # --- inside ---------------------------------------------------------------------------
 
     def _tick(self) -> int:
+        """Advance the clock of uses."""
         self._clock += 1
         return self._clock
 
     def _root(self, salt: Hashable) -> Node:
+        """The root of a salt's tree, made on first use."""
         if salt not in self._roots:
             self._roots[salt] = Node((), [], None, self._clock)
         return self._roots[salt]
 
     def _whole(self, tokens: Tokens) -> int:
+        """How many tokens fill whole pages."""
         return len(tokens) // self.page_size * self.page_size
 
     def _first_page(self, tokens: Tokens, at: int) -> Hashable:
+        """The key of a child in its parent: the page at tokens[at:]."""
         if self.page_size == 1:
             return tokens[at]
         return tuple(tokens[at : at + self.page_size])
 
     def _walk(self, node: Node, tokens: Tokens) -> Iterator[tuple[Node, int]]:
-        """(child, tokens in common) down from a node; the last pair may have fewer in
-        common than the child holds.
+        """(child, tokens in common) down from a node; the last pair may share fewer tokens
+        than the child holds.
         """
         at = 0
         end = self._whole(tokens)
         while at < end and (child := node.children.get(self._first_page(tokens, at))) is not None:
             common = self._common(child.key, tokens, at, end)
             full = common == len(child)
-            # the caller may split the child: what is below it is not ours to follow then
+            # The caller may split a child that matched in part, so the walk ends there.
             yield child, common
             if not full:
                 return
@@ -298,7 +242,7 @@ class RadixCache:
 
     def _split(self, node: Node, at: int) -> Node:
         """Put a new node above ``node`` that takes its first ``at`` tokens; handles to
-        ``node`` stay good.
+        ``node`` stay valid.
         """
         parent = node.parent
         assert parent is not None
@@ -307,40 +251,38 @@ class RadixCache:
         upper.hits = node.hits
         upper.locks = node.locks
         parent.children[self._first_page(upper.key, 0)] = upper
-        node.key, node.slots, node.parent = node.key[at:], node.slots[at:], upper
+        node.key = node.key[at:]
+        node.slots = node.slots[at:]
+        node.parent = upper
         upper.children[self._first_page(node.key, 0)] = node
         self.splits += 1
         return upper
 
     def _offer(self, node: Node) -> bool:
-        """List a node among those that may go, if it is an unlocked leaf and no root."""
+        """Make a node a candidate for eviction if it is an unlocked leaf and no root."""
         if node.locks or node.children or node.parent is None:
             return False
         self._leaves[node] = None
         return True
 
     def check(self) -> None:
-        """AssertionError if the tree breaks a promise."""
+        """AssertionError if an invariant of the tree is broken."""
         size = {True: 0, False: 0}
         leaves = set()
         for node in self.nodes():
             parent = node.parent
             assert parent is not None
-            assert parent.children[self._first_page(node.key, 0)] is node, (
-                "a child stands under another's name"
-            )
-            assert len(node.key) == len(node.slots) > 0, (
-                "a node without tokens, or without their slots"
-            )
+            first = self._first_page(node.key, 0)
+            assert parent.children[first] is node, "a child has another child's key"
+            assert len(node.key) == len(node.slots) > 0, "a node lacks tokens or slots"
             assert len(node.key) % self.page_size == 0, "a node ends within a page"
-            assert parent.locks >= sum(c.locks for c in parent.children.values()), (
-                "a lock below is missing above"
-            )
+            below = sum(child.locks for child in parent.children.values())
+            assert parent.locks >= below, "a lock below is missing above"
             assert min(node.locks, node.hits) >= 0
             size[node.locks > 0] += len(node)
             if not node.children and not node.locks:
                 leaves.add(node)
         assert (self.evictable, self.protected) == (size[False], size[True]), "the sizes are wrong"
-        assert leaves == set(self._leaves), "the list of what may go is wrong"
+        assert leaves == set(self._leaves), "the candidates for eviction are wrong"
         slots = [s for node in self.nodes() for s in node.slots]
         assert len(slots) == len(set(slots)), "a slot belongs to two nodes"

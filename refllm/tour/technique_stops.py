@@ -16,7 +16,8 @@ import numpy as np
 from refllm.backend import to_numpy
 from refllm.corpus import held_out_documents
 from refllm.formats.uniform import Scheme
-from refllm.kv.kivi import Kivi, KiviAttend
+from refllm.kv.kivi import Kivi
+from refllm.kv.kivi_attend import KiviAttend
 from refllm.measure.comparison import compare, precompute_reference
 from refllm.measure.memory import kv_bytes
 from refllm.model.config import ModelConfig
@@ -28,7 +29,7 @@ from refllm.tour.context import Tour
 EXCERPTS = (8, 256)  # number and tokens of the texts on which quantised weights are judged
 CALIBRATION = (8, 512)  # number and tokens of the windows that GPTQ sees
 CACHED = 1024  # tokens whose cache is quantised
-SHOWN_VALUES = 6  # of a weight matrix, per format
+SHOWN_VALUES = 4  # of a weight matrix, per format
 
 
 def shrink(tour: Tour) -> None:
@@ -155,7 +156,7 @@ def cache(tour: Tour) -> None:
         )
         made.add_row(
             f"KIVI, {bits} bits",
-            f"{kivi.bits_per_number():.2f}",
+            f"{kivi.bits_per_value():.2f}",
             format_bytes(kivi.nbytes(config, length)),
             f"{found.kl.mean:.5f}",
             f"{found.agreement.mean:.1%}",

@@ -40,7 +40,8 @@ from refllm.corpus import Document
 from refllm.decode.sampling_params import SamplingParams
 from refllm.jobs import train
 from refllm.jobs.train_options import TrainingOptions
-from refllm.kv.kivi import Kivi, KiviAttend
+from refllm.kv.kivi import Kivi
+from refllm.kv.kivi_attend import KiviAttend
 from refllm.kv.sparse import h2o, recent_only, snapkv, streaming, tova
 from refllm.measure.comparison import compare
 from refllm.measure.memory import human
@@ -1004,7 +1005,7 @@ def test_the_installers_are_read_where_they_are_asked_for(monkeypatch, tmp_path)
         return {"measured": {"bits per byte": 1.0, "tokens": 1}}
 
     monkeypatch.setattr(data, "standard_library", read)
-    monkeypatch.setattr(train, "go", keep)
+    monkeypatch.setattr(train, "run", keep)
     for option in ((), ("--installers",), ("--no-installers", "--no-tests")):
         assert run("train", "--output", tmp_path / "m", *SMALL, *option).exit_code == 0
     assert asked == [

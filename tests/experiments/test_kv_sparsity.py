@@ -65,7 +65,7 @@ def share_of_attention(experiment, caches) -> float:
     for text, cache in zip(experiment.texts, caches, strict=True):
 
         def attend(layer, q, k, v, cache=cache):
-            for g, kept in enumerate(cache.layers[layer][0].place):
+            for g, kept in enumerate(cache.layers[layer][0].positions):
                 heads = q[-1].reshape(config.num_key_value_heads, -1, config.head_dim)[g]
                 p = np.exp(heads @ k[:, g].T / np.sqrt(config.head_dim))  # [R, S]
                 shares.append((p[:, kept].sum(axis=1) / p.sum(axis=1)).mean())
@@ -90,7 +90,7 @@ def test_a_run_is_what_the_cache_answers_text_by_text(model, policy):
             at = np.arange(start, stop)
             tokens = np.asarray(text[start:stop])
             held.append(
-                [cache.layers[layer][0].place.shape[1] for layer in range(config.num_hidden_layers)]
+                [cache.layers[layer][0].positions.shape[1] for layer in range(config.num_hidden_layers)]
             )
             z = logits(
                 model.weights,
@@ -98,7 +98,7 @@ def test_a_run_is_what_the_cache_answers_text_by_text(model, policy):
             )[-1]
             cache.advance([stop - start])
             if start == 0:
-                cache.settle()
+                cache.finish_prompt()
                 held.pop()
             log_p, log_q = (a - np.logaddexp.reduce(a) for a in (exact[stop - 1], z))
             kept.append((b, stop - 60, np.sum(np.exp(log_p) * (log_p - log_q))))
@@ -114,7 +114,7 @@ def test_what_drops_once_has_a_control_that_holds_as_many(model):
     experiment = Experiment(model, TASKS[0], **SIZES)
     rows = kv_sparsity.rows(experiment, TASKS[0], [40])
     snap = next(row for row in rows if row["policy"] == "SnapKV")
-    control = experiment.run(replace(recent_only(40), always=False))
+    control = experiment.run(replace(recent_only(40), every_step=False))
     assert (
         (control.held, control.last) == (snap["held"], snap["held at the end"]) == (40 + 5, 40 + 11)
     )

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from conftest import to_host
 from refllm.kv import batched_attention
-from refllm.kv.batched_attention import SCORES, attend_together, bias_together, even, fits_together
+from refllm.kv.batched_attention import (
+    MAX_SCORES,
+    all_equal,
+    attend_batched,
+    batched_bias,
+    can_batch,
+)
 from refllm.model.attention import attention
 from strategies import seeds
 
@@ -46,11 +52,11 @@ def test_invariance_together_is_each_alone(
     q = rng.standard_normal((batch * count, groups * sharing, dim))
     # what lies past a sequence is garbage
     k, v = (rng.standard_normal((batch, longest, groups, dim)) for _ in "kv")
-    bias = bias_together(lengths, count, window, xp.zeros(1))
+    bias = batched_bias(lengths, count, window, xp.zeros(1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batched_attention, "has_small_kernels", lambda: in_place)
-        patch.setattr(batched_attention, "QUERIES", queries)
-        o = attend_together(
+        patch.setattr(batched_attention, "QUERY_TILE", queries)
+        o = attend_batched(
             xp.asarray(q.copy()),
             xp.asarray(k).transpose(0, 2, 3, 1),
             xp.asarray(v).transpose(0, 2, 1, 3),
@@ -77,10 +83,10 @@ def test_there_is_a_bias_exactly_where_something_is_hidden(xp, lengths, count, w
         ]
         for n in lengths
     ]
-    bias = bias_together(lengths, count, window, xp.zeros(1))
+    bias = batched_bias(lengths, count, window, xp.zeros(1))
     assert (bias is None) == (not np.any(hidden))
     if bias is not None:
-        alike = even(lengths) and (window is None or longest <= window)
+        alike = all_equal(lengths) and (window is None or longest <= window)
         assert bias.shape == (
             (1, 1, 1, count, count) if alike else (len(lengths), 1, 1, count, longest)
         )
@@ -92,16 +98,16 @@ def test_there_is_a_bias_exactly_where_something_is_hidden(xp, lengths, count, w
 
 
 def test_a_large_prefill_and_unequal_counts_go_one_by_one():
-    assert fits_together([3, 3], [0, 5], 4)
-    assert not fits_together([3, 2], [0, 5], 4)
-    assert not fits_together([], [], 4)
+    assert can_batch([3, 3], [0, 5], 4)
+    assert not can_batch([3, 2], [0, 5], 4)
+    assert not can_batch([], [], 4)
     # a decode step is as large as its sequences are long
-    assert fits_together([1] * 4, [SCORES] * 4, 4)
-    side = math.isqrt(SCORES // 4)
-    assert fits_together([side], [0], 4)
-    assert not fits_together([side], [1], 4)
+    assert can_batch([1] * 4, [MAX_SCORES] * 4, 4)
+    side = math.isqrt(MAX_SCORES // 4)
+    assert can_batch([side], [0], 4)
+    assert not can_batch([side], [1], 4)
 
 
 def test_even():
-    assert even([2, 2])
-    assert not even([2, 1])
+    assert all_equal([2, 2])
+    assert not all_equal([2, 1])

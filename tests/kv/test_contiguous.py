@@ -275,7 +275,7 @@ def test_decoding_waits_for_nothing_and_moves_positions_once_a_step(lengths):
 
 @pytest.mark.parametrize(("sequences", "capacity"), [(0, 4), (2, 0)])
 def test_a_cache_without_room_is_refused(sequences, capacity):
-    with pytest.raises(ValueError, match="room"):
+    with pytest.raises(ValueError, match="at least one sequence of one token"):
         ContiguousCache(network(), sequences, capacity, like=np.zeros(1))
 
 

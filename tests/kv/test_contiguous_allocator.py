@@ -1,5 +1,5 @@
-"""Contiguous runs against a set of slots: first fit and the buddy system never give a slot
-twice, and lose none.
+"""Contiguous slot ranges against a set of slots: first fit and the buddy system never allocate a
+slot twice, and lose none.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from machines import run
-from refllm.kv.contiguous_allocator import Buddies, FirstFit
+from refllm.kv.contiguous_allocator import BuddyAllocator, FirstFitAllocator
 
 
-class RunsMachine(RuleBasedStateMachine):
-    """The model: which slots are taken. An allocation fails exactly where no hole is large
+class AllocatorMachine(RuleBasedStateMachine):
+    """The model: which slots are allocated. An allocation fails exactly where no hole is large
     enough.
     """
 
-    kind: ClassVar[Any] = FirstFit
+    kind: ClassVar[Any] = FirstFitAllocator
     seen: ClassVar[Counter[str]] = Counter()
 
     @initialize(slots=st.integers(1, 70))
     def begin(self, slots: int) -> None:
-        self.runs = self.kind(slots)
-        self.given: dict[int, range] = {}
+        self.allocator = self.kind(slots)
+        self.allocated: dict[int, range] = {}
 
     def holes(self) -> list[range]:
-        """Maximal free runs; of buddies, the aligned powers of two within the slots that
-        are wholly free.
+        """Maximal free ranges; for buddies, the aligned powers of two within the slots that
+        are entirely free.
         """
-        taken = {slot for some in self.given.values() for slot in some}
-        free = [slot not in taken for slot in range(self.runs.slots)]
-        if self.kind is Buddies:
-            sizes = [1 << k for k in range(self.runs.slots.bit_length())]
+        used = {slot for some in self.allocated.values() for slot in some}
+        free = [slot not in used for slot in range(self.allocator.slots)]
+        if self.kind is BuddyAllocator:
+            sizes = [1 << k for k in range(self.allocator.slots.bit_length())]
             return [
                 range(s, s + n)
                 for n in sizes
-                for s in range(0, self.runs.slots - n + 1, n)
+                for s in range(0, self.allocator.slots - n + 1, n)
                 if all(free[s : s + n])
             ]
         edges = [
@@ -53,66 +53,66 @@ class RunsMachine(RuleBasedStateMachine):
 
     @rule(size=st.integers(1, 24))
     def allocate(self, size: int) -> None:
-        wanted = 1 << (size - 1).bit_length() if self.kind is Buddies else size
+        wanted = 1 << (size - 1).bit_length() if self.kind is BuddyAllocator else size
         fitting = [hole for hole in self.holes() if len(hole) >= wanted]
-        start = self.runs.allocate(size)
+        start = self.allocator.allocate(size)
         if not fitting:
             assert start is None
             self.seen["full"] += 1
             self.seen["fragmented"] += (
-                sum(map(len, self.holes())) >= wanted and self.kind is FirstFit
+                sum(map(len, self.holes())) >= wanted and self.kind is FirstFitAllocator
             )
             return
         assert start is not None
-        if self.kind is FirstFit:
+        if self.kind is FirstFitAllocator:
             assert start == fitting[0].start
         else:
             self.seen["rounded"] += wanted > size
-        assert self.runs.size(start) == wanted
-        self.given[start] = range(start, start + wanted)
+        assert self.allocator.size(start) == wanted
+        self.allocated[start] = range(start, start + wanted)
 
-    @precondition(lambda self: self.given)
+    @precondition(lambda self: self.allocated)
     @rule(seed=st.integers(0, 10**6))
     def free(self, seed: int) -> None:
-        start = random.Random(seed).choice(sorted(self.given))
-        self.runs.free(start)
-        del self.given[start]
-        with pytest.raises(ValueError, match="no run begins"):
-            self.runs.free(start)
+        start = random.Random(seed).choice(sorted(self.allocated))
+        self.allocator.free(start)
+        del self.allocated[start]
+        with pytest.raises(ValueError, match="no range begins"):
+            self.allocator.free(start)
 
     @invariant()
     def agrees(self) -> None:
-        if not hasattr(self, "runs"):
+        if not hasattr(self, "allocator"):
             return
-        self.runs.check()
-        slots = [slot for some in self.given.values() for slot in some]
-        assert len(slots) == len(set(slots)) == self.runs.used
-        assert all(0 <= slot < self.runs.slots for slot in slots)
+        self.allocator.check()
+        slots = [slot for some in self.allocated.values() for slot in some]
+        assert len(slots) == len(set(slots)) == self.allocator.used
+        assert all(0 <= slot < self.allocator.slots for slot in slots)
 
     def teardown(self) -> None:
-        if hasattr(self, "runs"):
-            for start in list(self.given):
-                self.runs.free(start)
-            assert self.runs.allocate(self.runs.largest) is not None, (
-                "runs that were given back grow together again"
+        if hasattr(self, "allocator"):
+            for start in list(self.allocated):
+                self.allocator.free(start)
+            assert self.allocator.allocate(self.allocator.largest) is not None, (
+                "freed ranges are merged again"
             )
 
 
-@pytest.mark.parametrize("kind", [FirstFit, Buddies])
-def test_state_machine_runs_are_a_set_of_slots(kind):
-    see = {"full", "fragmented" if kind is FirstFit else "rounded"}
-    run(type(kind.__name__, (RunsMachine,), {"kind": kind}), examples=40, steps=40, see=see)
+@pytest.mark.parametrize("kind", [FirstFitAllocator, BuddyAllocator])
+def test_state_machine_ranges_are_a_set_of_slots(kind):
+    see = {"full", "fragmented" if kind is FirstFitAllocator else "rounded"}
+    run(type(kind.__name__, (AllocatorMachine,), {"kind": kind}), examples=40, steps=40, see=see)
 
 
 @given(size=st.integers(1, 1000))
-def test_bound_a_buddy_wastes_less_than_half_of_a_run(size):
-    buddies = Buddies(1024)
+def test_bound_a_buddy_wastes_less_than_half_of_a_range(size):
+    buddies = BuddyAllocator(1024)
     start = buddies.allocate(size)
     assert size <= buddies.size(start) < 2 * size
 
 
-def test_a_number_that_is_no_power_of_two_is_a_row_of_buddies():
-    buddies = Buddies(15_700)
+def test_a_size_that_is_no_power_of_two_has_several_top_ranges():
+    buddies = BuddyAllocator(15_700)
     assert buddies.largest == 8192
     assert buddies.allocate(8193) is None
     sizes = []
@@ -123,12 +123,12 @@ def test_a_number_that_is_no_power_of_two_is_a_row_of_buddies():
     assert sizes[0] == 8192
 
 
-@pytest.mark.parametrize("kind", [FirstFit, Buddies])
-def test_bad_calls_are_refused(kind):
+@pytest.mark.parametrize("kind", [FirstFitAllocator, BuddyAllocator])
+def test_bad_calls_are_rejected(kind):
     with pytest.raises(ValueError, match="at least one slot"):
         kind(0)
-    runs = kind(8)
+    allocator = kind(8)
     with pytest.raises(ValueError, match="at least one slot"):
-        runs.allocate(0)
-    with pytest.raises(ValueError, match="no run begins at slot 3"):
-        runs.size(3)
+        allocator.allocate(0)
+    with pytest.raises(ValueError, match="no range begins at slot 3"):
+        allocator.size(3)

@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import to_host
+from kv_caches import kivis, quantized_by_loops
 from refllm.formats.packing import pack
-from refllm.kv.kivi import Kivi, KiviAttend, attend_as_decoded, decode, encode
+from refllm.kv.kivi import Kivi, dequantize, quantize
+from refllm.kv.kivi_attend import KiviAttend, attend_as_decoded
 from refllm.model.attention import CausalAttend, attention
 from refllm.model.config import ModelConfig
 from strategies import KINDS, arrays, build, seeds
@@ -26,16 +28,8 @@ LLAMA_70B = ModelConfig("llama", 32000, 8192, 28672, 80, 64, 8, 128)
 H = 4
 G = 2
 D = 8
-kivis = st.builds(
-    lambda k, v, g, many: Kivi(k, v, g, g * many),
-    st.sampled_from([1, 2, 4, 8]),
-    st.integers(1, 8),
-    st.sampled_from([4, 8]),
-    st.sampled_from([8, 16]),
-)
 
-
-# --- numbers ------------------------------------------------------------------------------
+# --- quantising groups --------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
@@ -47,10 +41,10 @@ kivis = st.builds(
     group=st.sampled_from([1, 2, 4, 8]),
 )
 def test_bound_of_the_error_is_half_a_step(xp, x, bits, group):
-    codes, step, low = encode(xp.asarray(x), bits, group)
+    codes, step, low = quantize(xp.asarray(x), bits, group)
     assert codes.dtype == "uint8"
     assert int(to_host(codes).max()) < 1 << bits
-    back = to_host(decode(codes, step, low)).astype(float)
+    back = to_host(dequantize(codes, step, low)).astype(float)
     width = np.repeat(to_host(step).astype(float), group, axis=-1)
     # the quotient is off by (x + min)/s · eps, x̂ by as much again; subnormal numbers by
     # their spacing (a step below the smallest of them is 1, and its group all minimum)
@@ -65,7 +59,7 @@ def test_exact_value_codes_are_those_of_the_published_formula(xp, x, bits):
     """rint(clamp((x − mn) / s, 0, 2^b − 1)) with mn, s in the type of x; groups that are
     constant have s = 0 there.
     """
-    codes, step, low = (to_host(a) for a in encode(xp.asarray(x), bits, 8))
+    codes, step, low = (to_host(a) for a in quantize(xp.asarray(x), bits, 8))
     for r in range(len(x)):
         for i in range(0, 16, 8):
             group = x[r, i : i + 8]
@@ -94,11 +88,11 @@ def test_exact_value_words_are_packed_as_the_published_code_does(xp, seed, bits)
 def test_degenerate_equal_numbers_and_the_least_of_a_group_come_back_exactly(xp):
     for value in (0.0, -3.7, 1e-45, 1e30):
         x = np.full((2, 8), value, dtype="float32")
-        codes, step, low = encode(xp.asarray(x), 2, 4)
+        codes, step, low = quantize(xp.asarray(x), 2, 4)
         assert not to_host(codes).any()
-        assert np.array_equal(to_host(decode(codes, step, low)), x)
+        assert np.array_equal(to_host(dequantize(codes, step, low)), x)
     x = build("normal", (5, 16), 3)
-    back = to_host(decode(*encode(xp.asarray(x), 3, 4))).reshape(5, 4, 4)
+    back = to_host(dequantize(*quantize(xp.asarray(x), 3, 4))).reshape(5, 4, 4)
     assert np.array_equal(back.min(axis=-1), x.reshape(5, 4, 4).min(axis=-1))
 
 
@@ -108,7 +102,7 @@ def test_codes_are_made_with_the_steps_that_are_stored(xp, x, bits):
     finer ones.
     """
     x = np.clip(x, -1e3, 1e3)
-    codes, step, low = encode(xp.asarray(x), bits, 8, "float16")
+    codes, step, low = quantize(xp.asarray(x), bits, 8, "float16")
     assert step.dtype == low.dtype == "float16"
     s, least = (np.repeat(to_host(a).astype("float32"), 8, axis=-1) for a in (step, low))
     every = s[..., None] * np.arange(1 << bits, dtype="float32") + least[..., None]
@@ -119,16 +113,16 @@ def test_codes_are_made_with_the_steps_that_are_stored(xp, x, bits):
 
 def test_rows_that_are_not_whole_groups_are_refused(xp):
     with pytest.raises(ValueError, match="rows of 10 do not divide into groups of 4"):
-        encode(xp.zeros((2, 10)), 2, 4)
+        quantize(xp.zeros((2, 10)), 2, 4)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, 2, 32, 128), "key_bits is a whole number, 1 or more, got 0"),
-        ((2, 2.0, 32, 128), "value_bits is a whole number, 1 or more, got 2.0"),
-        ((2, True, 32, 128), "value_bits is a whole number, 1 or more, got True"),
-        ((2, 2, np.array([32]), 128), r"group is a whole number, 1 or more, got array\(\[32\]\)"),
+        ((0, 2, 32, 128), "key_bits is an integer, 1 or more, got 0"),
+        ((2, 2.0, 32, 128), "value_bits is an integer, 1 or more, got 2.0"),
+        ((2, True, 32, 128), "value_bits is an integer, 1 or more, got True"),
+        ((2, 2, np.array([32]), 128), r"group is an integer, 1 or more, got array\(\[32\]\)"),
         ((9, 2, 32, 128), "codes have 1 to 8 bits, got 9 and 2"),
         ((2, 2, 32, 100), "residual 100 is no multiple of group 32; take 96"),
         ((2, 2, 8, 8), "8 keys of 2 bits fill no whole 32-bit words; take residual 16"),
@@ -176,13 +170,13 @@ def test_invariance_the_published_bookkeeping_does_not_see_where_the_prompt_ende
     for prompt in range(3 * size):
         for steps, counted in enumerate(published(prompt, 2 * size + 3, size)):
             s = prompt + steps
-            assert counted == (kivi.quantised_keys(s), kivi.quantised_values(s))
+            assert counted == (kivi.quantized_keys(s), kivi.quantized_values(s))
 
 
 def test_exact_value_bits_and_bytes_of_the_specification():
-    assert Kivi(2, 2, 32).bits_per_number() == 3.0
-    assert Kivi(2, 2, 128, 128).bits_per_number() == 2.25
-    assert Kivi(4, 2, 64).bits_per_number() == 3.5
+    assert Kivi(2, 2, 32).bits_per_value() == 3.0
+    assert Kivi(2, 2, 128, 128).bits_per_value() == 2.25
+    assert Kivi(4, 2, 64).bits_per_value() == 3.5
     # 80 layers of 8 heads of 128 in float16: 320 KiB a token in full
     assert Kivi(2, 2, 32, 128).nbytes(LLAMA_70B, 100) == 100 * 320 * 1024
     # 4096 = 32 · 128: no key waits, 128 values do; the quantised part has 3 bits of 16
@@ -203,31 +197,15 @@ def test_exact_value_bits_and_bytes_of_the_specification():
 # --- what a query reads -------------------------------------------------------------------
 
 
-def hat(x: np.ndarray, bits: int, group: int, by: str, whole: int) -> np.ndarray:
-    """x[S, G, D] with its first ``whole`` tokens there and back, group by group."""
-    x = x.copy()
-    for s in range(0, whole, group if by == "channel" else 1):
-        for c in range(0, x.shape[2], 1 if by == "channel" else group):
-            at = (
-                (slice(s, s + group), slice(None), c)
-                if by == "channel"
-                else (s, slice(None), slice(c, c + group))
-            )
-            block = x[at].T if by == "channel" else x[at]  # [G, group]
-            low = block.min(axis=1, keepdims=True)
-            step = np.ptp(block, axis=1, keepdims=True) / ((1 << bits) - 1)
-            back = np.rint((block - low) / step) * step + low
-            x[at] = back.T if by == "channel" else back
-    return x
-
-
 def one_by_one(q, k, v, kivi: Kivi, window: int | None, keys: str, values: str) -> np.ndarray:
     """Each query over keys and values that are laid out for it alone."""
-    coded = kivi.quantised_values if values == "token" else kivi.quantised_keys
+    coded = kivi.quantized_values if values == "token" else kivi.quantized_keys
     rows = []
     for t in range(len(q)):
-        seen = hat(k[: t + 1], kivi.key_bits, kivi.group, keys, kivi.quantised_keys(t))
-        read = hat(v[: t + 1], kivi.value_bits, kivi.group, values, coded(t))
+        seen = quantized_by_loops(
+            k[: t + 1], kivi.key_bits, kivi.group, keys, kivi.quantized_keys(t)
+        )
+        read = quantized_by_loops(v[: t + 1], kivi.value_bits, kivi.group, values, coded(t))
         rows.append(attention(q[t : t + 1], seen, read, start=t, window=window)[0])
     return np.concatenate(rows)
 
@@ -305,9 +283,9 @@ def test_keys_with_large_channels_want_steps_by_channel_and_those_with_large_tok
             columns = xp.asarray(
                 np.ascontiguousarray(k.transpose(1, 2, 0) if by == "channel" else k)
             )
-            back = to_host(decode(*encode(columns, 2, 8)))
+            back = to_host(dequantize(*quantize(columns, 2, 8)))
             back = back.transpose(2, 0, 1) if by == "channel" else back
-            assert np.allclose(back, hat(k, 2, 8, by, 128), rtol=0, atol=1e3 * EPS64)
+            assert np.allclose(back, quantized_by_loops(k, 2, 8, by, 128), rtol=0, atol=1e3 * EPS64)
             # the large ones are as well off either way
             error[by] = np.square(back - k)[factor == 1].mean()
         assert error[worse] > 20 * error[better]
@@ -328,7 +306,7 @@ def test_settings_of_numpy_s_integers_are_those_of_python(kind):
     kivi = Kivi(*(kind(value) for value in (2, 4, 8, 32)))
     assert [type(value) for value in vars(kivi).values()] == [int] * 4
     assert kivi == Kivi(2, 4, 8, 32)
-    assert (kivi.quantised_values(5), kivi.quantised_keys(70)) == (0, 64)
+    assert (kivi.quantized_values(5), kivi.quantized_keys(70)) == (0, 64)
     assert kivi.nbytes(LLAMA_70B, 32768) == Kivi(2, 4, 8, 32).nbytes(LLAMA_70B, 32768) > 2**32
 
 
@@ -339,7 +317,7 @@ def test_what_does_not_fit_is_refused(xp):
     with pytest.raises(ValueError, match="lengths sum to 3, the batch has 4 tokens"):
         KiviAttend([3], Kivi(2, 2, 8, 32))(0, q, k, v)
     with pytest.raises(
-        ValueError, match="keys share a step by 'channel' or by 'token', got 'head'"
+        ValueError, match="keys share a scale by 'channel' or by 'token', got 'head'"
     ):
         KiviAttend([4], Kivi(2, 2, 8, 32), keys="head")
     assert attend_as_decoded(q[:0], k[:0], v[:0], Kivi(2, 2, 8, 32)).shape == (0, H, D)

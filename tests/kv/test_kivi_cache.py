@@ -4,16 +4,14 @@ and the drafts were.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kivi import EPS64, hat, kivis
 
 import fakecupy
 from conftest import to_host
+from kv_caches import kivis, quantized_by_loops, run_step, tiny_api_model
 from networks import NETWORKS, TOKENS, full_logits, random_tensors
 from refllm.decode.generate import new_cache
 from refllm.decode.sampling_params import GREEDY
@@ -23,19 +21,20 @@ from refllm.decode.speculative.loop import speculate
 from refllm.decode.speculative.model_drafter import ModelDrafter
 from refllm.decode.speculative.ngram_drafter import NGramDrafter
 from refllm.decode.speculative.tree_drafter import TreeDrafter
-from refllm.kv.kivi import Kivi, KiviAttend, attend_as_decoded
+from refllm.kv.kivi import Kivi
+from refllm.kv.kivi_attend import KiviAttend, attend_as_decoded
 from refllm.kv.kivi_cache import KiviCache
 from refllm.model.attention import CausalAttend
 from refllm.model.config import ModelConfig
 from refllm.model.llama import build, forward, logits
 from strategies import seeds
-from test_api import network
 
 L = 2
 H = 4
 G = 2
 D = 8
 CAPACITY = 150
+EPS64 = float(np.finfo("float64").eps)
 
 
 def config(window: int | None = None) -> ModelConfig:
@@ -53,37 +52,9 @@ def poisoned(
 ) -> KiviCache:
     """A cache in which everything that was not written is NaN."""
     cache = KiviCache(config(window), sequences, CAPACITY, like=xp.zeros(1, dtype=dtype), kivi=kivi)
-    for array in (cache.key_steps, cache.key_rest, cache.value_steps, cache.value_rest):
+    for array in (cache.key_scales, cache.key_residual, cache.value_scales, cache.value_residual):
         array[...] = np.nan
     return cache
-
-
-def run(
-    xp, cache: Any, data, counts: list[int], kept: list[int] | None = None
-) -> list[list[np.ndarray]]:
-    """One step of the texts in all layers, of which ``kept`` tokens (all) are committed;
-    outputs by layer and text.
-    """
-    starts = cache.lengths[:]
-    view = cache.view(counts)
-    outputs = []
-    for layer in range(L):
-        parts = [
-            np.concatenate(
-                [
-                    a[layer, b, s : s + n]
-                    for b, (s, n) in enumerate(zip(starts, counts, strict=True))
-                ]
-            )
-            for a in data
-        ]
-        moved = [xp.asarray(part) for part in parts]
-        out = to_host(view(layer, *moved)).copy()
-        for array in moved:
-            array[...] = np.nan  # a captured step uses this memory again
-        outputs.append(np.split(out, np.cumsum(counts)[:-1]))
-    cache.advance(counts if kept is None else kept)
-    return outputs
 
 
 def contents(cache: KiviCache) -> list[np.ndarray]:
@@ -117,10 +88,10 @@ def test_invariance_of_the_way_to_a_length(xp, seed, kivi, counts, data, dtype):
         brought = [min(n, CAPACITY - s) for n, s in zip(pair, cache.lengths, strict=True)]
         kept = [data.draw(st.integers(0, n)) for n in brought]
         if sum(brought):
-            run(xp, cache, texts_of, brought, kept)
+            run_step(xp, cache, texts_of, brought, kept)
     straight = poisoned(xp, kivi, 2, dtype=dtype)
     if sum(cache.lengths):
-        run(xp, straight, texts_of, cache.lengths)
+        run_step(xp, straight, texts_of, cache.lengths)
     assert straight.lengths == cache.lengths
     for a, b in zip(contents(cache), contents(straight), strict=True):
         assert np.array_equal(a, b)
@@ -134,17 +105,17 @@ def test_exact_value_codes_stand_for_what_loops_say_and_what_waits_is_as_it_came
     _, k, v = data
     cache = poisoned(xp, kivi, 1)
     if length:
-        run(xp, cache, data, [length])
+        run_step(xp, cache, data, [length])
     for layer in range(L):
         keys, values = (to_host(a) for a in cache.read(layer, 0))
-        whole = kivi.quantised_keys(length)
-        old = kivi.quantised_values(length)
-        expected_k = hat(
+        whole = kivi.quantized_keys(length)
+        old = kivi.quantized_values(length)
+        expected_k = quantized_by_loops(
             k[layer, 0, :length], kivi.key_bits, kivi.group, "channel", whole
         ).transpose(1, 2, 0)
-        expected_v = hat(v[layer, 0, :length], kivi.value_bits, kivi.group, "token", old).transpose(
-            1, 0, 2
-        )
+        expected_v = quantized_by_loops(
+            v[layer, 0, :length], kivi.value_bits, kivi.group, "token", old
+        ).transpose(1, 0, 2)
         assert np.array_equal(keys[:, :, whole:], expected_k[:, :, whole:])
         assert np.array_equal(values[:, old:], expected_v[:, old:])
         np.testing.assert_allclose(keys, expected_k, rtol=0, atol=64 * EPS64 * 8)
@@ -179,7 +150,7 @@ def test_equality_with_a_whole_text_read_as_decoded(xp, seed, kivi, window, leng
     for step in range(length):
         counts = [1, int(step >= late)]
         at = cache.lengths[:]
-        outputs = run(xp, cache, data, counts)
+        outputs = run_step(xp, cache, data, counts)
         for layer in range(L):
             for b in (0, 1):
                 there = expected[layer][b][at[b] : at[b] + counts[b]]
@@ -191,7 +162,7 @@ def test_equality_with_a_whole_text_read_as_decoded(xp, seed, kivi, window, leng
 
 def test_a_prompt_in_one_step_reads_itself_as_it_came(xp):
     data = texts(0, 1)
-    got = run(xp, poisoned(xp, Kivi(1, 1, 8, 32), 1), data, [CAPACITY])
+    got = run_step(xp, poisoned(xp, Kivi(1, 1, 8, 32), 1), data, [CAPACITY])
     for layer in range(L):
         plain = to_host(CausalAttend([CAPACITY])(layer, *(xp.asarray(a[layer, 0]) for a in data)))
         assert np.abs(got[layer][0] - plain).max() <= 1e3 * D * EPS64 * np.abs(data[2]).max()
@@ -219,8 +190,8 @@ def test_a_cache_in_float16_serves_queries_in_float32(xp):
     )
     whole = KiviCache(config(), 1, CAPACITY, like=xp.zeros(1, dtype="float32"), kivi=kivi)
     for counts in ([100], [1], [1]):
-        a = run(xp, half, data, counts)
-        b = run(xp, whole, data, counts)
+        a = run_step(xp, half, data, counts)
+        b = run_step(xp, whole, data, counts)
     assert a[0][0].dtype == "float32"
     assert 0 < np.abs(a[1][0] - b[1][0]).max() < 0.02
     assert half.nbytes < whole.nbytes
@@ -238,11 +209,11 @@ def test_what_the_cache_cannot_do_is_refused_and_nothing_is_lost(xp):
     data = texts(0, 2)
     with pytest.raises(ValueError, match="a head of 8 channels does not divide into groups of 16"):
         KiviCache(config(), 1, 5, like=xp.zeros(1), kivi=Kivi(2, 2, 16, 32))
-    with pytest.raises(ValueError, match="needs room for a token, got 0 × 5"):
+    with pytest.raises(ValueError, match="needs at least one sequence of one token, got 0 × 5"):
         KiviCache(config(), 0, 5, like=xp.zeros(1), kivi=Kivi(2, 2, 8, 32))
     with pytest.raises(ValueError, match="run the step first"):
         cache.advance([1, 1])
-    run(xp, cache, data, [40, 3])
+    run_step(xp, cache, data, [40, 3])
     before = contents(cache)
     for counts, message in (
         ([111, 0], "sequence 0: 40 cached"),
@@ -254,13 +225,13 @@ def test_what_the_cache_cannot_do_is_refused_and_nothing_is_lost(xp):
     with pytest.raises(ValueError, match="the view is for 5 tokens, the step has 2"):
         cache.view([5, 0])(0, *(xp.zeros((2, heads, D)) for heads in (H, G, G)))
     cache.view([1, 1])(0, *(xp.zeros((2, heads, D)) for heads in (H, G, G)))
-    with pytest.raises(ValueError, match="to 2 layers: run the step first"):
+    with pytest.raises(ValueError, match="of 2 layers: run the step first"):
         cache.advance([1, 1])  # of one layer only
     view = cache.view([1, 1])
     for layer in range(L):
         view(layer, *(xp.zeros((2, heads, D)) for heads in (H, G, G)))
     for counts in ([2, 0], [1, 1, 0], [-1, 0]):
-        with pytest.raises(ValueError, match="cannot be committed"):
+        with pytest.raises(ValueError, match="cannot commit"):
             cache.advance(counts)
     assert cache.lengths == [40, 3]
     for a, b in zip(contents(cache), before, strict=True):
@@ -273,7 +244,7 @@ def test_what_the_cache_cannot_do_is_refused_and_nothing_is_lost(xp):
 def test_a_decode_step_moves_nothing_between_host_and_device():
     cache = poisoned(fakecupy, Kivi(2, 2, 8, 32), 2)
     data = texts(0, 2)
-    run(fakecupy, cache, data, [63, 40])
+    run_step(fakecupy, cache, data, [63, 40])
     tokens = [[fakecupy.asarray(np.ones((2, heads, D))) for heads in (H, G, G)] for _ in range(L)]
     with fakecupy.counting() as c:
         for _ in range(3):  # over a flush of keys
@@ -313,7 +284,7 @@ def test_decoding_is_the_forward_pass_with_the_memory_of_kivi(name):
 COARSE = Kivi(1, 1, 4, 32)  # one bit, and one bit of what is never reached
 PATIENT = Kivi(1, 1, 4, 160)
 PROMPTS = [np.random.default_rng(i).integers(1, 257, n).tolist() for i, n in enumerate((70, 33, 5))]
-ENDLESS = network(eos_token_ids=())
+ENDLESS = tiny_api_model(eos_token_ids=())
 
 
 def by_hand(prompt: list[int], count: int, kivi: Kivi) -> list[int]:
@@ -357,7 +328,7 @@ def test_a_step_of_drafts_reads_the_cache_that_it_found():
     accepted = 0
     for drafter in (
         NGramDrafter(5),
-        ModelDrafter(network(1, eos_token_ids=()), 3),
+        ModelDrafter(tiny_api_model(1, eos_token_ids=()), 3),
         PerfectDrafter(ENDLESS, 4),
     ):
         taken = list(
@@ -377,14 +348,14 @@ def test_a_step_of_drafts_reads_the_cache_that_it_found():
             text += step.tokens
         accepted += sum(step.accepted for step in taken)
         # over a flush
-        assert COARSE.quantised_keys(len(text)) >= COARSE.quantised_keys(len(prompt)) + 32
+        assert COARSE.quantized_keys(len(text)) >= COARSE.quantized_keys(len(prompt)) + 32
         assert ENDLESS.generate(prompt, 60, cache=COARSE, drafter=drafter) == text[len(prompt) :]
     assert accepted > 0
 
 
 def test_a_long_prompt_reads_itself_as_it_came_whoever_its_neighbours_are(monkeypatch):
     prompts = [np.random.default_rng(n).integers(1, 257, n).tolist() for n in (300, 200, 400)]
-    model = network(eos_token_ids=(), max_position_embeddings=512)
+    model = tiny_api_model(eos_token_ids=(), max_position_embeddings=512)
     view = KiviCache.view
     steps = []
     monkeypatch.setattr(
@@ -397,7 +368,7 @@ def test_a_long_prompt_reads_itself_as_it_came_whoever_its_neighbours_are(monkey
     # the first token is chosen as without a policy
     for prompt, new in zip(prompts, together, strict=True):
         assert new[:1] == model.generate(prompt, 1)
-    assert new_cache(model.config, 1, 9, np.zeros(1), COARSE).key_rest.dtype == "float64"
+    assert new_cache(model.config, 1, 9, np.zeros(1), COARSE).key_residual.dtype == "float64"
 
 
 def test_a_tree_of_drafts_is_refused_before_anything_is_computed():

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from machines import run
-from refllm.kv.radix_tree import POLICIES, Match, RadixCache
+from refllm.kv.radix_node import POLICIES, Match
+from refllm.kv.radix_tree import RadixCache
 
 texts = st.lists(st.integers(0, 2), max_size=9)
 salts = st.sampled_from([None, "tenant"])
@@ -257,7 +258,7 @@ def test_bad_calls_are_refused():
     cache = RadixCache()
     with pytest.raises(ValueError, match="2 tokens need as many slots, got 1"):
         cache.insert([1, 2], [0])
-    with pytest.raises(ValueError, match="one of the 2 slots stands twice"):
+    with pytest.raises(ValueError, match="one of the 2 slots occurs twice"):
         cache.insert([1, 2], [0, 0])
     with pytest.raises(ValueError, match="not locked"):
         cache.unlock(cache.match([]).node)

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from conftest import to_host
 from refllm.kv.sparse import (
-    Sparse,
+    SparsePolicy,
     at_random,
-    choose,
     h2o,
-    pooled,
+    pool_votes,
     pyramidkv,
     recent_only,
+    select_tokens,
     snapkv,
     streaming,
     tova,
@@ -41,7 +41,7 @@ from strategies import seeds
 def test_exact_value_the_choice_is_the_best_of_the_rest(xp, seed, size, first, newest, more):
     budget = max(1, first + newest + more)
     score = np.random.default_rng(seed).integers(0, 5, (3, size)).astype(float)  # with ties
-    got = to_host(choose(xp.asarray(score), budget, first, newest))
+    got = to_host(select_tokens(xp.asarray(score), budget, first, newest))
     for row, kept in zip(score, got.tolist(), strict=True):
         must = [j for j in range(size) if j < first or j >= size - newest]
         rest = sorted((j for j in range(size) if j not in must), key=lambda j: (-row[j], j))
@@ -65,7 +65,7 @@ def test_exact_value_pooling_counts_the_zeros_beyond_the_ends(xp, seed, size, ke
             ]
             expected[g, j] = max(near) if pool == "max" else sum(near) / kernel
     np.testing.assert_allclose(
-        to_host(pooled(xp.asarray(votes), kernel, pool)), expected, rtol=1e-14
+        to_host(pool_votes(xp.asarray(votes), kernel, pool)), expected, rtol=1e-14
     )
 
 
@@ -88,9 +88,9 @@ def test_conservation_a_pyramid_keeps_as_much_as_equal_budgets(budget, layers, b
 
 def test_policies_are_those_of_the_papers():
     assert (streaming(64).first, streaming(64).newest) == (4, 60)
-    assert (h2o(64).newest, h2o(64).always, h2o(64).alike) == (32, True, False)
-    assert (tova(64).newest, tova(64).alike) == (0, True)
-    assert (snapkv(64).newest, snapkv(64).window, snapkv(64).kernel, snapkv(64).always) == (
+    assert (h2o(64).newest, h2o(64).every_step, h2o(64).shared) == (32, True, False)
+    assert (tova(64).newest, tova(64).shared) == (0, True)
+    assert (snapkv(64).newest, snapkv(64).window, snapkv(64).kernel, snapkv(64).every_step) == (
         32,
         32,
         5,
@@ -102,7 +102,7 @@ def test_policies_are_those_of_the_papers():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: h2o(0), "budget is a whole number, 1 or more, got 0"),
+        (lambda: h2o(0), "budget is an integer, 1 or more, got 0"),
         (lambda: streaming(3), "a budget of 3 has no room for the first 4 and a newest one"),
         (
             lambda: h2o(8, 9),
@@ -118,16 +118,16 @@ def test_policies_are_those_of_the_papers():
             "7 tokens do not hold the first 0 and the newest 8; raise the budget to 16",
         ),
         (
-            lambda: Sparse(4, beta=100.0),
+            lambda: SparsePolicy(4, beta=100.0),
             "0 tokens do not hold the first 0 and the newest 0; raise the budget to 100",
         ),
         (lambda: snapkv(64, kernel=4), "pools by mean or max of an odd number, got 'mean' of 4"),
         (lambda: snapkv(64, pool="sum"), "got 'sum' of 5"),
         (lambda: pyramidkv(400, beta=0.5), "beta 0.5"),
-        (lambda: Sparse(8, "luck"), "no score is called 'luck'; they are none, mass"),
-        (lambda: Sparse(64, "votes", newest=32), "votes are counted once, after the prompt"),
-        (lambda: Sparse(64, "votes", newest=8, always=False), "those who vote are kept"),
-        (lambda: Sparse(8.0), "budget is a whole number"),
+        (lambda: SparsePolicy(8, "luck"), "unknown score 'luck'; choose one of none, mass"),
+        (lambda: SparsePolicy(64, "votes", newest=32), "votes are counted once, after the prompt"),
+        (lambda: SparsePolicy(64, "votes", newest=8, every_step=False), "the voting tokens"),
+        (lambda: SparsePolicy(8.0), "budget is an integer"),
     ],
 )
 def test_what_is_no_policy_is_refused(make, message):

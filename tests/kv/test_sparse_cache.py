@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kivi_cache import run
 
 from conftest import to_host
+from kv_caches import run_step, tiny_api_model
 from refllm.decode.speculative.ngram_drafter import NGramDrafter
 from refllm.decode.speculative.tree_drafter import TreeDrafter
 from refllm.kv.sparse import (
-    Sparse,
+    SparsePolicy,
     at_random,
     h2o,
-    pooled,
+    pool_votes,
     pyramidkv,
     recent_only,
     snapkv,
@@ -31,7 +31,6 @@ from refllm.model.attention import CausalAttend
 from refllm.model.config import ModelConfig
 from refllm.model.llama import forward, logits
 from strategies import seeds
-from test_api import network
 
 L = 2
 H = 4
@@ -58,14 +57,16 @@ def texts(seed: int, sequences: int, length: int) -> tuple[np.ndarray, ...]:
     return q, k * (1 + 2 * (rng.random((L, sequences, length, 1, 1)) < 0.2)), v
 
 
-def new_cache(xp, policy: Sparse, sequences: int = 1, window: int | None = None) -> SparseCache:
+def new_cache(
+    xp, policy: SparsePolicy, sequences: int = 1, window: int | None = None
+) -> SparseCache:
     return SparseCache(
         config(window), sequences, like=xp.zeros(1), policy=policy, rng=np.random.default_rng(5)
     )
 
 
 def places(cache: SparseCache) -> list[list[np.ndarray]]:
-    return [[to_host(kept.place) for kept in layer] for layer in cache.layers]
+    return [[to_host(kept.positions) for kept in layer] for layer in cache.layers]
 
 
 def rows_of(
@@ -85,7 +86,7 @@ class Simulated:
     read.
     """
 
-    def __init__(self, policy: Sparse, budget: int, window: int | None, drawn: dict):
+    def __init__(self, policy: SparsePolicy, budget: int, window: int | None, drawn: dict):
         self.policy = policy
         self.budget = budget
         self.window = window
@@ -93,7 +94,7 @@ class Simulated:
         self.kept: list[list[int]] = [[] for _ in range(G)]
         self.mass: list[dict[int, float]] = [{} for _ in range(G)]
         self.last: list[dict[int, float]] = [{} for _ in range(G)]
-        self.settled = False
+        self.prompt_done = False
 
     def step(self, q, k, v, start: int, n: int, committed: int) -> np.ndarray:
         out = np.zeros((n, H, D))
@@ -117,7 +118,7 @@ class Simulated:
                     self.mass[g][j] += p
                     if i == committed - 1:
                         self.last[g][j] += p
-        if self.settled and self.policy.always and committed:
+        if self.prompt_done and self.policy.every_step and committed:
             self.drop([self.scores(g) for g in range(G)])
         return out
 
@@ -129,7 +130,7 @@ class Simulated:
             kind, dict.fromkeys(self.kept[g], 0.0)
         )
 
-    def settle(self, q, k, length: int) -> None:
+    def finish_prompt(self, q, k, length: int) -> None:
         scores = [self.scores(g) for g in range(G)]
         if self.policy.score == "votes":
             w = min(self.policy.window, length)
@@ -140,10 +141,12 @@ class Simulated:
                         votes[: t + 1] += rows_of(
                             q[t, h], k[:, g], list(range(t + 1)), t, self.window
                         ) / (H // G)
-                near = pooled(votes[None, : length - w], self.policy.kernel, self.policy.pool)[0]
+                near = pool_votes(votes[None, : length - w], self.policy.kernel, self.policy.pool)[
+                    0
+                ]
                 scores[g] = dict(enumerate([*near, *[0.0] * w]))
         self.drop(scores)
-        self.settled = True
+        self.prompt_done = True
 
     def drop(self, scores: list[dict[int, float]]) -> None:
         for g in range(G):
@@ -188,10 +191,10 @@ def test_equality_with_a_simulation_head_by_head(xp, name, seed, window, prompt,
     for phase, n, kept in [("prompt", n, m) for n, m in prompt] + [
         ("decode", n, min(n, m)) for n, m in steps
     ]:
-        if phase == "decode" and not model[0].settled:
-            cache.settle()
+        if phase == "decode" and not model[0].prompt_done:
+            cache.finish_prompt()
             for layer, one in enumerate(model):
-                one.settle(q[layer, 0], k[layer, 0], cache.lengths[0])
+                one.finish_prompt(q[layer, 0], k[layer, 0], cache.lengths[0])
         start = cache.lengths[0]
         if policy.score == "random" and kept:
             for layer in range(L):
@@ -199,11 +202,11 @@ def test_equality_with_a_simulation_head_by_head(xp, name, seed, window, prompt,
                     drawn[layer][g] |= dict(
                         zip(range(start, start + kept), row.tolist(), strict=True)
                     )
-        outputs = run(xp, cache, data, [n], [kept])
+        outputs = run_step(xp, cache, data, [n], [kept])
         for layer, one in enumerate(model):
             expected = one.step(q[layer, 0], k[layer, 0], v[layer, 0], start, n, kept)
             assert np.abs(outputs[layer][0] - expected).max() <= 1e3 * D * EPS * np.abs(v).max()
-            assert to_host(cache.layers[layer][0].place).tolist() == one.kept
+            assert to_host(cache.layers[layer][0].positions).tolist() == one.kept
     for layer in range(L):
         stored = cache.layers[layer][0]
         for g in range(G):
@@ -226,12 +229,12 @@ def test_equality_with_a_simulation_head_by_head(xp, name, seed, window, prompt,
 def test_equality_with_plain_attention_within_the_budget(xp, make, seed, prompt, window):
     data = texts(seed, 1, 30)
     cache = new_cache(xp, make(30), 1, window)
-    got = run(xp, cache, data, [prompt])
-    cache.settle()
+    got = run_step(xp, cache, data, [prompt])
+    cache.finish_prompt()
     for _ in range(30 - prompt):
         got = [
             [np.concatenate([a[0], b[0]])]
-            for a, b in zip(got, run(xp, cache, data, [1]), strict=True)
+            for a, b in zip(got, run_step(xp, cache, data, [1]), strict=True)
         ]
     for layer in range(L):
         plain = to_host(CausalAttend([30], window)(layer, *(xp.asarray(a[layer, 0]) for a in data)))
@@ -249,10 +252,10 @@ def test_bound_of_the_error_by_the_mass_that_is_dropped(xp, name, seed):
     data = texts(seed, 1, 31)
     q, k, v = data
     cache = new_cache(xp, POLICIES[name])
-    run(xp, cache, data, [30])
-    cache.settle()
+    run_step(xp, cache, data, [30])
+    cache.finish_prompt()
     held = [[set(row) for row in layer[0].tolist()] for layer in places(cache)]
-    outputs = run(xp, cache, data, [1])
+    outputs = run_step(xp, cache, data, [1])
     for layer in range(L):
         for h in range(H):
             g = h // (H // G)
@@ -274,12 +277,12 @@ def test_invariants_of_what_is_kept_at_every_step(xp, name, seed):
     policy = POLICIES[name]
     data = texts(seed, 2, 40)
     cache = new_cache(xp, policy, 2)
-    run(xp, cache, data, [25, 7])
-    cache.settle()
+    run_step(xp, cache, data, [25, 7])
+    cache.finish_prompt()
     before = places(cache)
     lengths = cache.lengths[:]
     for _ in range(12):
-        run(xp, cache, data, [1, 1])
+        run_step(xp, cache, data, [1, 1])
         for layer, budget in enumerate(cache.budgets):
             for b in range(2):
                 now = places(cache)[layer][b]
@@ -291,13 +294,13 @@ def test_invariants_of_what_is_kept_at_every_step(xp, name, seed):
                     assert set(range(min(policy.first, length))) <= set(now[g])
                     assert (
                         set(range(max(0, length - policy.newest), length)) <= set(now[g])
-                        or not policy.always
+                        or not policy.every_step
                     )
-                if policy.always:
+                if policy.every_step:
                     assert now.shape[1] == min(length, budget)
                 else:
                     assert now.shape[1] == min(lengths[b], budget) + length - lengths[b]
-                if policy.alike:
+                if policy.shared:
                     assert np.array_equal(now, np.broadcast_to(now[0], now.shape))
         before = places(cache)
     held = sum(layer[b].size for layer in before for b in range(2))
@@ -314,30 +317,30 @@ def test_invariance_of_chunks_of_the_prompt(xp, name, seed, cuts):
     data = texts(seed, 1, 30)
     whole = new_cache(xp, POLICIES[name])
     parts = new_cache(xp, POLICIES[name])
-    run(xp, whole, data, [30])
+    run_step(xp, whole, data, [30])
     ends = sorted({*cuts, 30})
     for a, b in zip([0, *ends], ends, strict=False):
-        run(xp, parts, data, [b - a])
-    whole.settle()
-    parts.settle()
+        run_step(xp, parts, data, [b - a])
+    whole.finish_prompt()
+    parts.finish_prompt()
     for a, b in zip(places(whole), places(parts), strict=True):
         assert np.array_equal(a[0], b[0])
 
 
 def test_what_the_cache_cannot_do_is_refused(xp):
-    with pytest.raises(ValueError, match="needs room for a sequence"):
+    with pytest.raises(ValueError, match="needs at least one sequence"):
         SparseCache(config(), 0, like=xp.zeros(1), policy=h2o(8))
-    with pytest.raises(ValueError, match="drops at random needs rng="):
+    with pytest.raises(ValueError, match="evicts at random needs rng="):
         SparseCache(config(), 1, like=xp.zeros(1), policy=at_random(8))
     cache = new_cache(xp, h2o(8), 2)
     data = texts(0, 2, 9)
     cache.view([1, 1])(0, *(xp.zeros((2, heads, D)) for heads in (H, G, G)))
-    with pytest.raises(ValueError, match="to 2 layers: run the step first"):
+    with pytest.raises(ValueError, match="of 2 layers: run the step first"):
         cache.advance([1, 1])  # of one layer only
     broken = cache.view([1, 1])
     broken(0, *(xp.zeros((2, heads, D)) for heads in (H, G, G)))
     broken.brought[1] = [broken.brought[0][0]]  # as if the second sequence had failed
-    with pytest.raises(ValueError, match="to 2 layers: run the step first"):
+    with pytest.raises(ValueError, match="of 2 layers: run the step first"):
         cache.advance([1, 1])
     with pytest.raises(ValueError, match="the view is for 2 tokens, the step has 3"):
         cache.view([1, 1])(0, *(xp.zeros((3, heads, D)) for heads in (H, G, G)))
@@ -351,19 +354,19 @@ def test_what_the_cache_cannot_do_is_refused(xp):
             ValueError, match=r"run the step first|holds 2 sequences|0 tokens or more"
         ):
             step()
-    run(xp, cache, data, [5, 2])
+    run_step(xp, cache, data, [5, 2])
     view = cache.view([1, 1])
     for layer in range(L):
         view(layer, *(xp.zeros((2, heads, D)) for heads in (H, G, G)))
     for counts in ([2, 0], [1, 1, 0], [-1, 0]):
-        with pytest.raises(ValueError, match="cannot be committed"):
+        with pytest.raises(ValueError, match="cannot commit"):
             cache.advance(counts)
     assert cache.lengths == [5, 2]
-    cache.settle()
+    cache.finish_prompt()
     late = new_cache(xp, h2o(8), 2)
-    run(xp, late, data, [5, 0])
-    late.settle()
-    assert late.settled == [True, False]  # the second has no prompt yet
+    run_step(xp, late, data, [5, 0])
+    late.finish_prompt()
+    assert late.prompt_done == [True, False]  # the second has no prompt yet
 
 
 def test_one_set_for_all_heads_is_chosen_by_the_mean_of_all(xp):
@@ -379,7 +382,7 @@ def test_one_set_for_all_heads_is_chosen_by_the_mean_of_all(xp):
     for layer, view in enumerate([cache.view([4])] * L):
         view(layer, *(xp.asarray(a) for a in (q, k, v)))
     cache.advance([4])
-    cache.settle()
+    cache.finish_prompt()
     assert places(cache)[0][0].tolist() == [[0, 2]] * 2  # means: about 0.42, 0.12, 0.43 and 0.03
 
 
@@ -391,10 +394,10 @@ def test_sums_of_attention_are_no_narrower_than_float32(xp, dtype):
     for layer in range(L):
         view(layer, *one)
     cache.advance([50])
-    merit = cache.layers[0][0].merit
-    assert merit.dtype == "float32"
+    scores = cache.layers[0][0].scores
+    assert scores.dtype == "float32"
     exact = np.cumsum(1 / np.arange(50, 0, -1))[::-1]  # token j: Σ_{t ≥ j} 1/(t + 1)
-    np.testing.assert_allclose(to_host(merit)[0], exact, rtol=2e-3 if dtype == "float16" else 1e-6)
+    np.testing.assert_allclose(to_host(scores)[0], exact, rtol=2e-3 if dtype == "float16" else 1e-6)
 
 
 @pytest.mark.parametrize("name", ["tova", "h2o", "snapkv"])
@@ -403,12 +406,12 @@ def test_nothing_is_held_that_is_not_counted(name):
     data = texts(0, 1, 80)
     cache = new_cache(np, POLICIES[name])
     for n in (40, 30, 1):
-        run(np, cache, data, [n])
+        run_step(np, cache, data, [n])
     for layer in cache.layers:
-        for array in (layer[0].merit, layer[0].asked):
+        for array in (layer[0].scores, layer[0].last_queries):
             assert array is None or array.base is None or array.base.size <= array.size
-    cache.settle()
-    assert all(layer[0].asked is None for layer in cache.layers)
+    cache.finish_prompt()
+    assert all(layer[0].last_queries is None for layer in cache.layers)
 
 
 def test_a_step_that_is_computed_again_counts_once(xp):
@@ -423,10 +426,10 @@ def test_a_step_that_is_computed_again_counts_once(xp):
             for layer in range(L):
                 view(layer, *(xp.asarray(a[layer, 0, start : start + n].copy()) for a in some))
         twice.advance([n])
-        run(xp, once, data, [n])
+        run_step(xp, once, data, [n])
         if not step:
-            once.settle()
-            twice.settle()
+            once.finish_prompt()
+            twice.finish_prompt()
     for a, b in zip(places(once), places(twice), strict=True):
         assert np.array_equal(a[0], b[0])
     for a, b in zip(once.layers, twice.layers, strict=True):
@@ -436,11 +439,11 @@ def test_a_step_that_is_computed_again_counts_once(xp):
 # --- generation ---------------------------------------------------------------------------
 
 
-ENDLESS = network(eos_token_ids=())
+ENDLESS = tiny_api_model(eos_token_ids=())
 PROMPTS = [np.random.default_rng(i).integers(1, 257, n).tolist() for i, n in enumerate((70, 33, 5))]
 
 
-def by_hand(prompt: list[int], count: int, policy: Sparse) -> tuple[list[int], SparseCache]:
+def by_hand(prompt: list[int], count: int, policy: SparsePolicy) -> tuple[list[int], SparseCache]:
     """The prompt in one step, then token by token."""
     c = ENDLESS.config
     w = ENDLESS.weights
@@ -451,7 +454,7 @@ def by_hand(prompt: list[int], count: int, policy: Sparse) -> tuple[list[int], S
         at = np.arange(cache.lengths[0], len(new))
         z = logits(w, forward(w, c, fed, at, cache.view([len(fed)])))
         cache.advance([len(fed)])
-        cache.settle()
+        cache.finish_prompt()
         new.append(int(z[-1].argmax()))
     return new[len(prompt) :], cache
 
@@ -466,8 +469,8 @@ def test_generation_reads_what_the_cache_keeps_alone_and_in_a_batch(policy):
     assert expected[0] != ENDLESS.generate(PROMPTS[0], 25)
     for prompt, cache in zip(PROMPTS, caches, strict=True):
         layers = ENDLESS.config.num_hidden_layers
-        held = sum(layer[0].place.shape[1] for layer in cache.layers)
-        assert policy.held(len(prompt), 24, layers) == held
+        held = sum(layer[0].positions.shape[1] for layer in cache.layers)
+        assert policy.tokens_held(len(prompt), 24, layers) == held
 
 
 def test_within_the_budget_the_text_is_the_plain_one_with_drafts_and_without():
