@@ -9,8 +9,8 @@ A data-plane test takes ``xp`` and runs once per array library::
 
 ``xp`` is NumPy, the CPU stand-in for CuPy (``fakecupy``) and, with ``-m gpu``, CuPy itself;
 ``xp_kind`` is its name. ``pure_xp`` adds ``array_api_strict`` for modules of pure
-mathematics. A test against a peer is marked ``oracle`` and imports the peer with
-``oracle("torch")``. ``pytest --theorems`` lists what is proved.
+mathematics. A test against a reference implementation is marked ``oracle`` and imports it
+with ``oracle("torch")``. ``pytest --theorems`` lists what is proved.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _library(kind: str) -> ModuleType:
     return {"numpy": numpy, "fakecupy": fakecupy}[kind]
 
 
-# Module scope, because Hypothesis refuses fixtures that are made anew for each test
+# Module scope, because Hypothesis rejects fixtures that are created for each test
 # function.
 @pytest.fixture(scope="module", params=_LIBRARIES)
 def xp_kind(request: pytest.FixtureRequest) -> str:
@@ -117,7 +117,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def oracle(name: str, install: str = "pip install 'refllm[oracles]'") -> ModuleType:
-    """Import a peer to compare with; skip the test with the install line where it is
+    """Import a reference implementation; skip the test with the install line where it is
     missing.
 
     Call it inside a test or a fixture. ``REFLLM_REQUIRE_ORACLES=1`` turns the skip into a
@@ -127,11 +127,12 @@ def oracle(name: str, install: str = "pip install 'refllm[oracles]'") -> ModuleT
         _running[-1].get_closest_marker(mark) for mark in ("oracle", "llamacpp") if _running
     ):
         pytest.fail(
-            "oracle() belongs inside a test marked @pytest.mark.oracle, or `make test-oracles` misses it"
+            "oracle() belongs inside a test marked @pytest.mark.oracle, or `make "
+            "test-oracles` misses it"
         )
     try:
         with warnings.catch_warnings():
-            # what a peer warns of while it is imported is not ours to mend
+            # warnings of another library's import are not ours to fix
             warnings.simplefilter("ignore")
             return importlib.import_module(name)
     except ImportError as error:
@@ -187,9 +188,12 @@ def theorem_page(rows: list[tuple[str, str, str, str]]) -> str:
     lines = [
         "# What the tests prove",
         "",
-        "Generated from the tests' `theorem` markers by `make theorems`; `pytest --theorems` prints it.",
-        "A statement about real numbers is checked in floating point within a derived tolerance, on inputs that",
-        "Hypothesis draws; a statement about finite sets is checked by enumeration where the test says so.",
+        "Generated from the tests' `theorem` markers by `make theorems`; `pytest "
+        "--theorems` prints it.",
+        "A statement about real numbers is checked in floating point within a derived "
+        "tolerance, on inputs that",
+        "Hypothesis draws; a statement about finite sets is checked by enumeration where "
+        "the test says so.",
         "",
         f"{len(rows)} statements.",
     ]

@@ -1,14 +1,13 @@
-"""Random networks, and the network's definition in loops: one token, one head and one key
-at a time.
+"""Random networks of every architecture, and the rounding error that their outputs may have.
 
-The weights are larger than a fresh network's, so that attention is far from uniform and the
+The weights are larger than a new network's, so that attention is far from uniform and the
 rotation, the window, the biases and the norms all change the output: a test that passes
-without one of them proves nothing.
+without one of them would prove nothing. ``refllm.model.naive`` is what outputs are compared
+with.
 """
 
 from __future__ import annotations
 
-import cmath
 import math
 from functools import cache
 from typing import Any
@@ -87,11 +86,11 @@ def random_tensors(config: ModelConfig, seed: int, dtype: Any = "float64") -> di
 
 
 def tolerance(config: ModelConfig, count: int, out: np.ndarray) -> float:
-    """Absolute error that two float64 computations of ``out`` for ``count`` tokens may
-    differ by.
+    """The largest absolute difference of two float64 computations of ``out`` for ``count``
+    tokens.
 
-    Each of L layers sums at most n numbers, n·eps relative to their size; scores here are
-    below 64 in size, and an error of a score is that of its weight.
+    Each of L layers sums at most n terms, with an error of n·eps relative to their size;
+    scores here are below 64, and an error of a score is a relative error of its weight.
     """
     n = max(
         config.hidden_size,
@@ -100,107 +99,3 @@ def tolerance(config: ModelConfig, count: int, out: np.ndarray) -> float:
         count,
     )
     return 64 * (config.num_hidden_layers + 1) * n * EPS * float(np.abs(out).max())
-
-
-def naive_hidden(
-    config: ModelConfig, tensors: dict[str, np.ndarray], tokens: list[int]
-) -> np.ndarray:
-    """Hidden states after the last norm, [T, N] in float64, of one sequence."""
-    x = [tensors["model.embed_tokens.weight"][t].astype(np.float64) for t in tokens]
-    for i in range(config.num_hidden_layers):
-        weight = {
-            k.removeprefix(f"model.layers.{i}."): v.astype(np.float64) for k, v in tensors.items()
-        }
-        attended = _attention(
-            config, weight, [_norm(row, weight["input_layernorm.weight"], config) for row in x]
-        )
-        x = [
-            row + weight["self_attn.o_proj.weight"] @ a for row, a in zip(x, attended, strict=True)
-        ]
-        for t, row in enumerate(x):
-            h = _norm(row, weight["post_attention_layernorm.weight"], config)
-            gate = weight["mlp.gate_proj.weight"] @ h
-            silu = np.array([g / (1 + math.exp(-g)) for g in gate])
-            x[t] = row + weight["mlp.down_proj.weight"] @ (
-                silu * (weight["mlp.up_proj.weight"] @ h)
-            )
-    return np.stack(
-        [_norm(row, tensors["model.norm.weight"].astype(np.float64), config) for row in x]
-    )
-
-
-def naive_logits(
-    config: ModelConfig, tensors: dict[str, np.ndarray], tokens: list[int]
-) -> np.ndarray:
-    """Logits [T, V] in float64 of one sequence."""
-    head = tensors["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
-    return naive_hidden(config, tensors, tokens) @ head.astype(np.float64).T
-
-
-def _norm(x: np.ndarray, gain: np.ndarray, config: ModelConfig) -> np.ndarray:
-    return x / math.sqrt(sum(x**2) / len(x) + config.rms_norm_eps) * gain
-
-
-def _attention(
-    config: ModelConfig, weight: dict[str, np.ndarray], rows: list[np.ndarray]
-) -> list[np.ndarray]:
-    heads: dict[str, list[np.ndarray]] = {"q": [], "k": [], "v": []}
-    for position, row in enumerate(rows):
-        for letter, kept in heads.items():
-            y = weight[f"self_attn.{letter}_proj.weight"] @ row
-            y = y + weight.get(f"self_attn.{letter}_proj.bias", 0.0)
-            y = y.reshape(-1, config.head_dim)
-            if config.qk_norm and letter != "v":
-                y = np.stack(
-                    [_norm(head, weight[f"self_attn.{letter}_norm.weight"], config) for head in y]
-                )
-            kept.append(
-                y if letter == "v" else np.stack([_rotated(head, position, config) for head in y])
-            )
-    out = []
-    share = config.num_attention_heads // config.num_key_value_heads
-    for t in range(len(rows)):
-        seen = range(
-            0 if config.sliding_window is None else max(0, t - config.sliding_window + 1), t + 1
-        )
-        mixed = []
-        for h in range(config.num_attention_heads):
-            scores = [
-                heads["q"][t][h] @ heads["k"][j][h // share] / math.sqrt(config.head_dim)
-                for j in seen
-            ]
-            p = [math.exp(s - max(scores)) for s in scores]
-            mixed.append(
-                sum(a * heads["v"][j][h // share] for a, j in zip(p, seen, strict=True)) / sum(p)
-            )
-        out.append(np.concatenate(mixed))
-    return out
-
-
-def _rotated(head: np.ndarray, position: int, config: ModelConfig) -> np.ndarray:
-    """RoPE as multiplication of the complex numbers x_i + j·x_{i+D/2} by
-    e^{j·position·θ_i}.
-    """
-    half = config.head_dim // 2
-    turned = [
-        complex(head[i], head[i + half]) * cmath.exp(1j * position * _frequency(config, i))
-        for i in range(half)
-    ]
-    return np.array([z.real for z in turned] + [z.imag for z in turned])
-
-
-def _frequency(config: ModelConfig, i: int) -> float:
-    """θ_i; with Llama 3's scaling by the wavelength, as its authors wrote it."""
-    frequency = config.rope_theta ** (-2 * i / config.head_dim)
-    s = config.rope_scaling
-    if s is None:
-        return frequency
-    wavelength = 2 * math.pi / frequency
-    if wavelength < s.original_max_position_embeddings / s.high_freq_factor:
-        return frequency
-    if wavelength > s.original_max_position_embeddings / s.low_freq_factor:
-        return frequency / s.factor
-    smooth = (s.original_max_position_embeddings / wavelength - s.low_freq_factor) / (
-        s.high_freq_factor - s.low_freq_factor
-    )
-    return (1 - smooth) * frequency / s.factor + smooth * frequency

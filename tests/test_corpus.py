@@ -1,5 +1,5 @@
-"""The corpus: nothing held out is trained on, enough is held out, and nothing of it is in
-the repository.
+"""The corpus: held-out text is not trained on, enough is held out, and none of it is in the
+repository.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def held_out() -> list[Document]:
 
 @pytest.fixture(scope="module")
 def trained_on() -> list[Document]:
-    """All that may be trained on: the library, its topics, and, where they are there, its
-    tests and installers.
+    """All training documents: the library, its topics, and, where present, its tests and
+    installers.
     """
     return training_documents() + training_documents(tests=True) + installer_documents()
 
@@ -69,9 +69,7 @@ def test_no_held_out_module_and_no_test_of_one_is_trained_on(held_out, trained_o
 
 
 def runs_of_lines(text: str, length: int = 8) -> set[int]:
-    """Hash of every run of ``length`` lines, stripped, that says something (200 characters
-    or more).
-    """
+    """Hash of every run of ``length`` lines, stripped, of at least 200 characters."""
     lines = [line.strip() for line in text.splitlines()]
     runs = ("\n".join(lines[i : i + length]) for i in range(len(lines) - length + 1))
     return {hash(run) for run in runs if len(run) >= 200}
@@ -83,7 +81,7 @@ def passages(held_out, trained_on) -> dict[str, set[int]]:
     return {d.name: runs_of_lines(d.text) for d in held_out + trained_on}
 
 
-def test_no_passage_of_a_held_out_module_stands_anywhere_in_the_training_text(
+def test_no_passage_of_a_held_out_module_occurs_in_the_training_text(
     held_out, trained_on, passages
 ):
     """By content and not by name: a vendored or quoted copy would be found."""
@@ -115,12 +113,13 @@ def digest(documents: list[Document]) -> str:
 
 
 def test_the_documents_and_their_order_are_the_same_in_every_process(held_out, trained_on):
-    """Another process, with another seed of Python's string hash and another folder to
-    stand in.
+    """Another process, with another seed of Python's string hash and another working
+    directory.
     """
     program = (
         "from refllm.corpus import *; import hashlib;"
-        "d = training_documents() + training_documents(tests=True) + installer_documents() + held_out_documents();"
+        "d = training_documents() + training_documents(tests=True) + installer_documents() "
+        "+ held_out_documents();"
         "print(hashlib.sha256('\\n'.join(f'{x.name} {x.sha256}' for x in d).encode()).hexdigest())"
     )
     environment = {"PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
@@ -166,7 +165,7 @@ def test_an_interpreter_without_a_held_out_module_is_named(monkeypatch, tmp_path
 
 
 def test_a_small_library_by_hand(monkeypatch, tmp_path):
-    """Each rule once: what is read, what is passed over, as a module or as a package."""
+    """Each rule once: what is read and what is skipped, as a module or as a package."""
     for name, text in {
         "a.py": "a = 1\n",
         "zipfile.py": "held out, as one file\n",
@@ -202,7 +201,7 @@ def test_a_small_library_by_hand(monkeypatch, tmp_path):
 
 
 def wheel(root: Path, name: str, files: dict[str, str | bytes]) -> None:
-    """A wheel as ``ensurepip`` carries it."""
+    """A wheel as in ``ensurepip``."""
     folder = root / "ensurepip" / "_bundled"
     folder.mkdir(parents=True, exist_ok=True)
     with ZipFile(folder / name, "w") as archive:
@@ -211,7 +210,7 @@ def wheel(root: Path, name: str, files: dict[str, str | bytes]) -> None:
 
 
 def test_two_installers_by_hand(monkeypatch, tmp_path):
-    """Each rule once; of a text that stands in both wheels the first is read."""
+    """Each rule once; of a text in both wheels the first is read."""
     files = {
         "pip/a.py": "a = b\r\n",
         "pip/_vendor/zipp.py": "what zipfile took its Path from\n",

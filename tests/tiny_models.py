@@ -1,4 +1,4 @@
-"""Tiny networks with a tokenizer, for tests of what is measured on a model."""
+"""Tiny networks with a tokenizer, for tests of measurements on a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from refllm.train.loop import initialize
 
 @dataclass(frozen=True)
 class Record:
-    """The least that can be measured: configuration, weight tree, tokenizer."""
+    """The parts of a model that measurements need: configuration, weight tree, tokenizer."""
 
     config: ModelConfig
     weights: Any
@@ -68,7 +68,7 @@ def tiny_model(seed: int = 0, *, xp: Any = np, dtype: str = "float64", **changes
 
 
 def uniform_model(**changes: Any) -> Record:
-    """Every token has probability 1/V, whatever came before: the embedding, tied to the
+    """Every token has probability 1/V in any context: the embedding, tied to the
     head, is zero.
     """
     config = tiny_config(tie_word_embeddings=True, **changes)

@@ -24,10 +24,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple
-from typing import Any
 
 import numpy as np
 
+from refllm.array_types import Json, JsonView
 from refllm.checkpoints.tensor_files import CheckpointError
 from refllm.model.config import ModelConfig, RopeScaling
 from refllm.model.layers import rope_frequencies
@@ -125,11 +125,11 @@ def rope_factors(config: ModelConfig) -> np.ndarray | None:
     return factors.astype(np.float32)
 
 
-def config_metadata(config: ModelConfig, name: str) -> dict[str, Any]:
+def config_metadata(config: ModelConfig, name: str) -> Json:
     """The entries that describe the network; ``name`` is ``general.name``."""
     arch = architecture(config)
     u32 = np.uint32
-    entries: dict[str, Any] = {
+    entries: Json = {
         "general.architecture": arch,
         "general.name": name,
         f"{arch}.vocab_size": u32(config.vocab_size),
@@ -153,7 +153,7 @@ def config_metadata(config: ModelConfig, name: str) -> dict[str, Any]:
 
 
 def config_from_metadata(
-    metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str
+    metadata: JsonView, shapes: Mapping[str, tuple[int, ...]], where: str
 ) -> ModelConfig:
     """The network that a file describes; ``shapes`` are those of its tensors, by name.
 
@@ -215,7 +215,7 @@ def _rope_scaling(values: Iterable[float]) -> RopeScaling:
 class _Entries:
     """The entries of one architecture; CheckpointError for one that has another type."""
 
-    def __init__(self, metadata: Mapping[str, Any], arch: str, where: str):
+    def __init__(self, metadata: JsonView, arch: str, where: str):
         self.metadata = metadata
         self.arch = arch
         self.where = where

@@ -23,13 +23,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import cast
 
 import numpy as np
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Regex as _Regex
 from tokenizers import Tokenizer as _Tokenizer
 
+from refllm.array_types import Json, JsonView
 from refllm.checkpoints.tensor_files import CheckpointError
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.model.config import ModelConfig
@@ -57,7 +58,7 @@ WORDS = {
 # --- writing ------------------------------------------------------------------------------
 
 
-def tokenizer_metadata(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
+def tokenizer_metadata(tokenizer: Tokenizer, config: ModelConfig) -> Json:
     """The entries of a tokenizer, padded to the vocabulary of the model.
 
     Raises
@@ -76,7 +77,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, A
     tokens, types = _tokens(whole, config.vocab_size, fallback)
     merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
     # the order of the entries is that of the files
-    entries: dict[str, Any] = {}
+    entries: Json = {}
     if fallback:
         entries["tokenizer.ggml.model"] = "llama"
         entries["tokenizer.ggml.pre"] = "default"
@@ -98,14 +99,14 @@ def tokenizer_metadata(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, A
     return entries | {"tokenizer.ggml.add_bos_token": adds_bos, WHOLE: text}
 
 
-def _adds_space_prefix(whole: Mapping[str, Any]) -> bool:
+def _adds_space_prefix(whole: JsonView) -> bool:
     """Whether a tokenizer.json puts a space before the first word."""
     normalizer = json.dumps(whole.get("normalizer")).lower()
     pre_tokenizer = json.dumps(whole.get("pre_tokenizer"))
     return "prepend" in normalizer or '"first"' in pre_tokenizer or '"always"' in pre_tokenizer
 
 
-def _tokens(whole: Mapping[str, Any], size: int, fallback: bool) -> tuple[list[str], list[int]]:
+def _tokens(whole: JsonView, size: int, fallback: bool) -> tuple[list[str], list[int]]:
     """The spelling and the type of every id; ids without a token are padding."""
     tokens = [f"[PAD{i}]" for i in range(size)]
     types = [UNUSED] * size
@@ -138,7 +139,7 @@ def _scores(tokens: Sequence[str], merges: Sequence[str]) -> np.ndarray:
     return np.array([-float(ranks.get(token, len(merges))) for token in tokens], dtype=np.float32)
 
 
-def _pre_tokenizer_name(pre_tokenizer: Any) -> str:
+def _pre_tokenizer_name(pre_tokenizer: object) -> str:
     """llama.cpp's name of a tokenizer.json's pre-tokenizer."""
     text = json.dumps(pre_tokenizer)
     for name, pattern in WORDS.items():
@@ -153,7 +154,7 @@ def _pre_tokenizer_name(pre_tokenizer: Any) -> str:
     )
 
 
-def _is_gpt2(pre_tokenizer: Any) -> bool:
+def _is_gpt2(pre_tokenizer: object) -> bool:
     """Whether a pre-tokenizer is the byte-level one with GPT-2's regular expression."""
     if not isinstance(pre_tokenizer, dict) or pre_tokenizer.get("type") != "ByteLevel":
         return False
@@ -163,7 +164,7 @@ def _is_gpt2(pre_tokenizer: Any) -> bool:
 # --- reading ------------------------------------------------------------------------------
 
 
-def tokenizer_from_metadata(metadata: Mapping[str, Any], where: str) -> Tokenizer:
+def tokenizer_from_metadata(metadata: JsonView, where: str) -> Tokenizer:
     """The tokenizer of a file.
 
     Raises
@@ -181,7 +182,7 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any], where: str) -> Tokenize
         raise CheckpointError(f"{where}: the tokenizer cannot be built: {error}") from error
 
 
-def _rebuilt(metadata: Mapping[str, Any], where: str) -> Tokenizer:
+def _rebuilt(metadata: JsonView, where: str) -> Tokenizer:
     """The tokenizer of a file without a tokenizer.json."""
     model = metadata.get("tokenizer.ggml.model")
     words = metadata.get("tokenizer.ggml.pre", "default")
@@ -218,7 +219,7 @@ def _rebuilt(metadata: Mapping[str, Any], where: str) -> Tokenizer:
 
 def _byte_level(vocab: dict[str, int], merges: Sequence[str], pattern: str | None) -> _Tokenizer:
     """Byte-level BPE; ``pattern`` splits text into words, None: as GPT-2 does."""
-    pairs: Any = [tuple(pair.split(" ", 1)) for pair in merges]  # the library checks them
+    pairs = [cast(tuple[str, str], tuple(pair.split(" ", 1))) for pair in merges]
     inner = _Tokenizer(models.BPE(vocab=vocab, merges=pairs))
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
     if pattern is None:
@@ -231,7 +232,7 @@ def _byte_level(vocab: dict[str, int], merges: Sequence[str], pattern: str | Non
 
 
 def _sentencepiece(
-    metadata: Mapping[str, Any], tokens: Sequence[str], vocab: Mapping[str, int], where: str
+    metadata: JsonView, tokens: Sequence[str], vocab: Mapping[str, int], where: str
 ) -> _Tokenizer:
     """SentencePiece's BPE: any two tokens whose union is a token can be merged, the highest
     score first.

@@ -30,6 +30,7 @@ import ml_dtypes  # also teaches safetensors' NumPy reader the bfloat16 type
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from refllm.array_types import Json
 from refllm.backend import Array, to_numpy
 from refllm.model.config import ModelConfig
 
@@ -54,12 +55,12 @@ class CheckpointError(ValueError):
     """
 
 
-def host_dtype(name: str) -> np.dtype[Any]:
+def host_dtype(name: str) -> np.dtype:
     """The NumPy type called ``name``; ``"bfloat16"`` is ml_dtypes', since NumPy has none."""
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Json:
     """The object in a JSON file; CheckpointError if there is none."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -132,7 +133,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
                 )
 
     def _open(self, path: Path) -> Any:
-        """safetensors' handle of a file."""
+        """safetensors' handle of a file (its stubs have no types)."""
         try:
             self._shards[path] = safe_open(path, framework="numpy")
         except (SafetensorError, OSError) as error:

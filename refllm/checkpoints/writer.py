@@ -29,7 +29,7 @@ import shutil
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
@@ -86,7 +86,7 @@ def sync_directory(directory: Path) -> None:
         os.close(handle)
 
 
-def sync(file: IO[Any]) -> None:
+def sync(file: IO[str] | IO[bytes]) -> None:
     """Wait until a file is on the disk, even if the power fails: otherwise a rename may
     reach it before the data does.
     """
@@ -294,7 +294,11 @@ def resolved(path: str | Path) -> Path:
 
 
 def documents(
-    config: ModelConfig, tokenizer: Tokenizer, dtype: str, extra: Mapping[str, str], **entries: Any
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    dtype: str,
+    extra: Mapping[str, str],
+    **entries: object,
 ) -> dict[str, str]:
     """The text files of a checkpoint, by name; ``entries`` are added to config.json."""
     raw = config.to_hf() | {"torch_dtype": dtype} | entries

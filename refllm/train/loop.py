@@ -26,7 +26,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +43,7 @@ from refllm.train.state import State, load_state, save_state
 __all__ = ["Phase", "Plan", "State", "initialize", "load_state", "save_state", "train"]
 
 Tensors = dict[str, Array]
-TokenArray = NDArray[np.integer[Any]]  # in host memory; each batch is moved to the device
+TokenArray = NDArray[np.integer]  # in host memory; each batch is moved to the device
 
 
 def initialize(config: ModelConfig, rng: np.random.Generator) -> Tensors:

@@ -1,4 +1,4 @@
-"""Loading: what comes out, in which memory, and every bad input by its own error (see also
+"""Loading: the result, the memory it takes, and an error for every bad input (see also
 test_transformers).
 """
 
@@ -23,7 +23,6 @@ from networks import (
     TOKENS,
     close,
     full_logits,
-    naive_logits,
     random_tensors,
     tokenizer,
 )
@@ -31,13 +30,14 @@ from refllm.checkpoints import loading
 from refllm.checkpoints.loading import Checkpoint, build_weights, iter_tensors, load, read_tensor
 from refllm.checkpoints.tensor_files import INDEX, SINGLE, CheckpointError
 from refllm.checkpoints.writer import save
+from refllm.model.naive import naive_logits
 
 # --- what is loaded -----------------------------------------------------------------------
 
 
 @pytest.fixture
 def good(tmp_path) -> Path:
-    """A whole float32 checkpoint, written with the library's own writer, not ours."""
+    """A complete float32 checkpoint, written by the safetensors library, not by ours."""
     config = NETWORKS["llama"]
     path = tmp_path / "good"
     path.mkdir()
@@ -48,7 +48,7 @@ def good(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_load_gives_the_record_that_the_floors_share(good, dtype):
+def test_load_gives_config_weights_tokenizer_and_path(good, dtype):
     ours = load(good, dtype=dtype)
     assert isinstance(ours, Checkpoint)
     assert (ours.config, ours.path) == (NETWORKS["llama"], good)
@@ -101,7 +101,7 @@ def test_memory_never_holds_two_models(tmp_path):
     save(
         tmp_path / "m", config, random_tensors(config, 0, "float32"), tokenizer(), dtype="bfloat16"
     )
-    load(tmp_path / "m")  # what is loaded but once, modules and caches, is none of the model's
+    load(tmp_path / "m")  # modules and caches are loaded once and do not count
     model = 4 * config.num_parameters
     tracemalloc.start()
     try:
@@ -150,7 +150,7 @@ def test_a_padded_vocabulary_is_common(good):
     assert tokenizer().vocab_size < load(good).config.vocab_size
 
 
-def test_a_tied_head_that_is_stored_all_the_same_is_ignored(tmp_path, good):
+def test_a_tied_head_that_is_stored_is_ignored(tmp_path, good):
     raw = NETWORKS["llama"].to_hf() | {"tie_word_embeddings": True}
     (good / "config.json").write_text(json.dumps(raw))
     tensors = load_file(good / SINGLE)
@@ -212,25 +212,54 @@ HUGE = {"num_hidden_layers": 10**9}
 BAD = {
     "no path": (shutil.rmtree, r"good does not exist: pass the directory"),
     "a file": (lambda p: (shutil.rmtree(p), p.touch()), r"good is a file: pass the directory"),
-    "no config": (lambda p: (p / "config.json").unlink(), r"has no config\.json: pass the directory"),
-    "config no JSON": (lambda p: (p / "config.json").write_text("{"), r"config\.json is not valid JSON .*again"),
-    "config no UTF-8": (lambda p: (p / "config.json").write_bytes(b'{"a": "\xff"}'), r"config\.json is not valid JSON"),
-    "config no object": (lambda p: (p / "config.json").write_text("[1]"), r"config\.json holds a JSON list"),
+    "no config": (
+        lambda p: (p / "config.json").unlink(),
+        r"has no config\.json: pass the directory",
+    ),
+    "config no JSON": (
+        lambda p: (p / "config.json").write_text("{"),
+        r"config\.json is not valid JSON .*again",
+    ),
+    "config no UTF-8": (
+        lambda p: (p / "config.json").write_bytes(b'{"a": "\xff"}'),
+        r"config\.json is not valid JSON",
+    ),
+    "config no object": (
+        lambda p: (p / "config.json").write_text("[1]"),
+        r"config\.json holds a JSON list",
+    ),
     "architecture": (
         lambda p: edit_config(p, architectures=["GPT2LMHeadModel"]),
-        r"config\.json.*'GPT2LMHeadModel' is not supported.*LlamaForCausalLM, Mistral.*, Qwen2.*, Qwen3",
+        r"config\.json.*'GPT2LMHeadModel' is not supported.*LlamaForCausalLM, Mistral.*, "
+        r"Qwen2.*, Qwen3",
     ),
-    "no architecture": (lambda p: edit_config(p, architectures=...), r"config\.json.*architectures.*LlamaForCausalLM"),
-    "size missing": (lambda p: edit_config(p, hidden_size=...), r"config\.json.*'hidden_size' is missing"),
+    "no architecture": (
+        lambda p: edit_config(p, architectures=...),
+        r"config\.json.*architectures.*LlamaForCausalLM",
+    ),
+    "size missing": (
+        lambda p: edit_config(p, hidden_size=...),
+        r"config\.json.*'hidden_size' is missing",
+    ),
     "size no number": (lambda p: edit_config(p, hidden_size=[40]), r"config\.json.*hidden_size"),
-    "size negative": (lambda p: edit_config(p, num_hidden_layers=-1), r"config\.json.*num_hidden_layers must"),
+    "size negative": (
+        lambda p: edit_config(p, num_hidden_layers=-1),
+        r"config\.json.*num_hidden_layers must",
+    ),
     "rope no object": (lambda p: edit_config(p, rope_scaling=3), r"config\.json: "),
-    "rope kind": (lambda p: edit_config(p, rope_scaling={"type": "yarn"}), r"config\.json.*'yarn' is not supported"),
+    "rope kind": (
+        lambda p: edit_config(p, rope_scaling={"type": "yarn"}),
+        r"config\.json.*'yarn' is not supported",
+    ),
     "quantised": (
         lambda p: edit_config(p, quantization_config={"quant_method": "fp6"}),
-        r"config\.json: quantization_config: quant_method 'fp6' is not supported; supported are compressed-tensors",
+        r"config\.json: quantization_config: quant_method 'fp6' is not supported; supported "
+        r"are compressed-tensors",
     ),
-    "generation no JSON": (lambda p: (p / "generation_config.json").write_text("x"), r"generation_config\.json is not"),
+    "generation no JSON": (
+        lambda p: (p / "generation_config.json").write_text("x"),
+        r"generation_config\.json is not",
+    ),
     "generation eos": (
         lambda p: (p / "generation_config.json").write_text('{"eos_token_id": "<eos>"}'),
         r"generation_config\.json: eos_token_id must be a token id or a list",
@@ -240,20 +269,40 @@ BAD = {
         r"generation_config\.json: eos_token_id must be a token id or a list",
     ),
     "no tokenizer": (lambda p: (p / "tokenizer.json").unlink(), r"tokenizer\.json is missing"),
-    "tokenizer broken": (lambda p: (p / "tokenizer.json").write_text("{}"), r"tokenizer\.json is not a valid"),
+    "tokenizer broken": (
+        lambda p: (p / "tokenizer.json").write_text("{}"),
+        r"tokenizer\.json is not a valid",
+    ),
     "tokenizer empty": (
-        lambda p: (p / "tokenizer.json").write_text('{"version":"1.0","model":{"type":"BPE","vocab":{},"merges":[]}}'),
+        lambda p: (p / "tokenizer.json").write_text(
+            '{"version":"1.0","model":{"type":"BPE","vocab":{},"merges":[]}}'
+        ),
         r"tokenizer\.json: the tokenizer has no tokens",
     ),
-    "tokenizer larger": (lambda p: edit_config(p, vocab_size=270), r"tokenizer\.json: .* vocabulary of 270: "),
-    "tensor missing": (lambda p: edit_tensors(p, **{NORM: ...}), r"good: the tensor 'model\.norm\.weight' is missing"),
+    "tokenizer larger": (
+        lambda p: edit_config(p, vocab_size=270),
+        r"tokenizer\.json: .* vocabulary of 270: ",
+    ),
+    "tensor missing": (
+        lambda p: edit_tensors(p, **{NORM: ...}),
+        r"good: the tensor 'model\.norm\.weight' is missing",
+    ),
     "shape": (
         lambda p: edit_tensors(p, **{NORM: np.ones(41)}),
         r"good: 'model\.norm\.weight' has shape \(41,\), but config\.json says \(40,\)",
     ),
-    "transposed": (lambda p: edit_config(p, intermediate_size=71), r"gate_proj\.weight' has shape \(72, 40\)"),
-    "more layers": (lambda p: edit_config(p, **HUGE), r"'model\.layers\.3\..*' is missing, .* 1000000000 layers"),
-    "fewer layers": (lambda p: edit_config(p, num_hidden_layers=2), r"good: \d+ tensors are not part .*layers\.2"),
+    "transposed": (
+        lambda p: edit_config(p, intermediate_size=71),
+        r"gate_proj\.weight' has shape \(72, 40\)",
+    ),
+    "more layers": (
+        lambda p: edit_config(p, **HUGE),
+        r"'model\.layers\.3\..*' is missing, .* 1000000000 layers",
+    ),
+    "fewer layers": (
+        lambda p: edit_config(p, num_hidden_layers=2),
+        r"good: \d+ tensors are not part .*layers\.2",
+    ),
     "left-over bias": (
         lambda p: edit_tensors(p, model__layers__0__self_attn__q_proj__bias=np.ones(40)),
         r"1 tensors are not part of a llama network.*q_proj\.bias",
@@ -288,15 +337,17 @@ BAD = {
         r"holds pytorch_model\.bin .*never opened.*save_pretrained",
     ),
     "shard escapes": (
-        lambda p: ((p / SINGLE).rename(p.parent / SINGLE),
-                   (p / INDEX).write_text(json.dumps({"weight_map": {"x": f"../{SINGLE}"}}))),
+        lambda p: (
+            (p / SINGLE).rename(p.parent / SINGLE),
+            (p / INDEX).write_text(json.dumps({"weight_map": {"x": f"../{SINGLE}"}})),
+        ),
         r"index\.json names the shard '\.\./model\.safetensors', which points outside",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_has_its_own_error(good, case):
+def test_each_bad_input_has_its_own_error(good, case):
     damage, message = BAD[case]
     load(good)
     damage(good)
@@ -316,12 +367,14 @@ def test_a_file_that_must_not_be_read_is_named(good, monkeypatch):
     def reject(self: Path, encoding: str) -> str:
         raise PermissionError(13, "Permission denied", str(self))
 
-    monkeypatch.setattr(Path, "read_text", reject)  # whoever runs this may be allowed everything
+    monkeypatch.setattr(
+        Path, "read_text", reject
+    )  # the user who runs the tests may have all permissions
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read: Permission denied"):
         load(good)
 
 
-def test_arguments_without_sense_are_rejected(good):
+def test_arguments_that_make_no_sense_are_rejected(good):
     for dtype in ("float16", "bfloat16", "int8", ""):
         with pytest.raises(ValueError, match="float32, float64"):
             load(good, dtype=dtype)

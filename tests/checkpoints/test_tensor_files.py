@@ -1,5 +1,5 @@
-"""Reading tensors from disk: every type exactly, nothing before it is asked for, and every
-bad file by name.
+"""Reading tensors from disk: every type exactly, nothing before it is looked up, and errors
+that name the bad file.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def write_sharded(
     source="enumeration",
 )
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_every_16_bit_number_is_read_exactly(tmp_path, dtype):
+def test_every_16_bit_float_is_read_exactly(tmp_path, dtype):
     codes = np.arange(65536, dtype=np.uint16)
     numbers = codes.view(BF16 if dtype == "bfloat16" else dtype)
     # ml_dtypes lets a signalling NaN raise the processor's flag
@@ -81,7 +81,7 @@ def test_every_16_bit_number_is_read_exactly(tmp_path, dtype):
 
 
 def _fields(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sign, biased exponent and fraction of float16 numbers, as IEEE 754 lays them out."""
+    """Sign, biased exponent and fraction of float16 values, as IEEE 754 lays them out."""
     codes = numbers.view(np.uint16).astype(np.int64)
     return 1.0 - 2.0 * (codes >> 15), (codes >> 10) & 31, codes & 1023
 
@@ -120,7 +120,7 @@ def test_a_single_file_wins_over_an_index(tmp_path):
         np.testing.assert_array_equal(files["x"], np.ones(2))
 
 
-def test_nothing_is_read_before_it_is_asked_for(tmp_path):
+def test_nothing_is_read_before_it_is_looked_up(tmp_path):
     large = np.ones((256, 1024), dtype=np.float32)
     save_file({f"x{i}": large for i in range(8)}, tmp_path / SINGLE)
     tracemalloc.start()
@@ -202,8 +202,8 @@ def test_other_types_are_rejected_by_name(tmp_path, dtype):
 
 
 def test_a_file_that_must_not_be_read_says_so(tmp_path, monkeypatch):
-    """The library's own words are "No such file". Whoever runs this may be allowed
-    everything, so both are made up.
+    """The library reports "No such file". The user who runs the tests may have all
+    permissions, so both are simulated.
     """
 
     def reject(path, framework):
@@ -361,8 +361,8 @@ def test_a_value_that_is_not_finite_is_named_with_its_place(value, dtype):
     ],
 )
 def test_a_value_that_would_become_infinite_is_rejected(largest, beyond, dtype):
-    """Up to half a step beyond the largest number, rounding brings a value back; from there
-    on it is ∞.
+    """Up to half a spacing beyond the largest finite value, rounding returns that value;
+    from there on it is ∞.
     """
     for sign in (1, -1):
         assert np.isfinite(converted(np.array([sign * largest]), dtype, "w", Path("here"))).all()

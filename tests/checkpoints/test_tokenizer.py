@@ -59,10 +59,10 @@ def test_literal_text_of_the_end_token_never_becomes_the_end_token():
         assert 0 not in tokenizer.encode_batch([text])[0]
         assert tokenizer.encode(text, special=True).count(0) == 1  # the template's own
     assert tokenizer.encode(END_OF_TEXT, parse_special=True) == [0]
-    assert 0 not in tokenizer.encode(END_OF_TEXT)  # asking for the one has not changed the other
+    assert 0 not in tokenizer.encode(END_OF_TEXT)  # using one has not changed the other
 
 
-def test_the_library_left_alone_does_turn_literal_text_into_the_end_token():
+def test_the_library_by_default_turns_literal_text_into_the_end_token():
     """Why the wrapper sets a flag. If this fails, the library has changed its default."""
     plain = type(tokenizer.inner).from_str(tokenizer.inner.to_str())
     assert plain.encode(END_OF_TEXT, add_special_tokens=False).ids == [0]
@@ -95,7 +95,7 @@ def test_the_same_texts_train_the_same_tokenizer():
     assert Tokenizer.train(TEXTS, 300).inner.to_str() == tokenizer.inner.to_str()
 
 
-def test_merges_pay_on_the_text_they_come_from():
+def test_merges_shorten_the_text_they_were_learned_from():
     assert len(tokenizer.encode(TEXTS[0])) < len(TEXTS[0].encode()) / 2
 
 
@@ -106,17 +106,17 @@ def test_bytes_that_form_no_character_are_shown_as_replacement():
 
 
 @pytest.mark.parametrize("text", ["ab\ud800", "ab\udcff", b"ab", None, 5])  # noqa: PT014 (two surrogates)
-def test_what_is_no_unicode_text_is_rejected(text):
+def test_text_that_is_not_unicode_is_rejected(text):
     """Bytes that are not UTF-8 come from a command line as halves of characters."""
-    said = (
+    message = (
         "character 2 of the text is no Unicode"
         if isinstance(text, str)
         else "only a str can be encoded"
     )
     for parse_special in (False, True):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             tokenizer.encode(text, parse_special=parse_special)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         tokenizer.encode_batch(["fine", text])
 
 
@@ -145,8 +145,8 @@ def test_round_trip_through_the_file(tmp_path):
 
 
 def test_a_file_that_truncates_and_pads_does_neither(tmp_path):
-    """Published files carry such settings from training; a text must not lose its end in
-    silence.
+    """Published files carry such settings from training; a text must not lose its end
+    silently.
     """
     path = tmp_path / "tokenizer.json"
     tokenizer.save(path)
@@ -187,18 +187,18 @@ def test_a_broken_file_is_rejected(tmp_path, content):
 
 @pytest.mark.oracle
 @given(text=texts)
-def test_oracle_transformers_reads_the_file_as_we_do(text, peer):
+def test_oracle_transformers_reads_the_file_as_we_do(text, theirs):
     """Its default is our ``parse_special``; its ``split_special_tokens`` is our default."""
-    assert peer(text, add_special_tokens=False).input_ids == tokenizer.encode(
+    assert theirs(text, add_special_tokens=False).input_ids == tokenizer.encode(
         text, parse_special=True
     )
-    plain = peer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    plain = theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids
     assert plain == tokenizer.encode(text)
 
 
 @pytest.fixture(scope="module")
-def peer(tmp_path_factory):
-    path = tmp_path_factory.mktemp("peer") / "tokenizer.json"
+def theirs(tmp_path_factory):
+    path = tmp_path_factory.mktemp("theirs") / "tokenizer.json"
     tokenizer.save(path)
     return oracle("transformers").PreTrainedTokenizerFast(
         tokenizer_file=str(path), eos_token=END_OF_TEXT

@@ -1,5 +1,5 @@
-"""Writing checkpoints: round trips, the exact files, and what is left behind when it fails
-half-way.
+"""Writing checkpoints: round trips, the exact files, and what is left when it fails
+halfway.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def test_a_failure_at_any_step_leaves_the_old_file_and_nothing_else(
 
 @pytest.mark.skipif(os.name != "posix", reason="the limit is POSIX's")
 def test_a_full_disk_costs_no_tokenizer(tmp_path):
-    """A resumed run writes its tokenizer anew; without it the state of the run would be of
-    no use.
+    """A resumed run writes its tokenizer again; without a tokenizer its state would be
+    useless.
     """
     import resource
 
@@ -108,7 +108,8 @@ def test_a_full_disk_costs_no_tokenizer(tmp_path):
 
 
 @pytest.mark.theorem(
-    "what is written is read back: float32 bit for bit, float16 and bfloat16 as rounded once, in one file or in "
+    "what is written is read back: float32 bit for bit, float16 and bfloat16 as rounded "
+    "once, in one file or in "
     "shards of any size, with the same config and the same tokens",
     source="round trip",
 )
@@ -168,7 +169,7 @@ def test_round_trip(tmp_path_factory, tokenizer, config, seed, dtype, limit, dat
         assert not (path / INDEX).exists()
 
 
-def test_arrays_that_are_not_contiguous_are_written_as_they_read(tmp_path, tokenizer, tensors):
+def test_arrays_that_are_not_contiguous_are_written_in_their_order(tmp_path, tokenizer, tensors):
     """The library's own writer takes a transposed array's memory as it lies and swaps its
     elements.
     """
@@ -192,7 +193,7 @@ def test_device_arrays_are_written(tmp_path, xp, tokenizer, tensors):
 
 
 @pytest.mark.parametrize("dtype", writer.STORED_TYPES)
-def test_files_are_what_outside_programs_expect(tmp_path, tokenizer, tensors, dtype):
+def test_files_are_what_other_programs_expect(tmp_path, tokenizer, tensors, dtype):
     save(
         tmp_path / "m",
         CONFIG,
@@ -234,7 +235,7 @@ def test_a_tied_head_is_stored_once(tmp_path, tokenizer, tensors):
         )
 
 
-def test_a_checkpoint_is_copied_without_being_held(tmp_path, tokenizer):
+def test_a_checkpoint_is_copied_one_tensor_at_a_time(tmp_path, tokenizer):
     """``tensors`` may be files: each is read, converted and written before the next."""
     config = replace(CONFIG, hidden_size=128, intermediate_size=512, num_hidden_layers=16)
     tensors = random_tensors(config, 0, "float32")
@@ -311,7 +312,9 @@ def changed(name: str, value: float) -> Callable[[dict[str, np.ndarray]], None]:
     ],
     ids=["overflow", "negative overflow", "nan", "missing", "shape", "left over", "integers"],
 )
-def test_tensors_that_do_not_fit_are_rejected_by_name(tmp_path, tokenizer, tensors, change, message):
+def test_tensors_that_do_not_fit_are_rejected_by_name(
+    tmp_path, tokenizer, tensors, change, message
+):
     change(tensors)
     with pytest.raises(CheckpointError, match=message) as caught:
         save(tmp_path / "m", CONFIG, tensors, tokenizer)
@@ -343,7 +346,7 @@ def test_extra_files_are_plain_new_names(tmp_path, tokenizer, tensors, name):
 
 
 @pytest.mark.parametrize("wrong", [{"dtype": "int8"}, {"dtype": "float64"}, {"max_shard_bytes": 0}])
-def test_arguments_without_sense_are_rejected(tmp_path, tokenizer, tensors, wrong):
+def test_arguments_that_make_no_sense_are_rejected(tmp_path, tokenizer, tensors, wrong):
     with pytest.raises(ValueError, match="save: "):
         save(tmp_path / "m", CONFIG, tensors, tokenizer, **wrong)
 
@@ -358,7 +361,7 @@ def test_an_empty_directory_is_taken_and_parents_are_made(tmp_path, tokenizer, t
         assert load(path).config == CONFIG
 
 
-def test_nothing_is_overwritten_unasked(tmp_path, tokenizer, tensors):
+def test_nothing_is_overwritten_without_overwrite(tmp_path, tokenizer, tensors):
     save(tmp_path / "m", CONFIG, tensors, tokenizer)
     before = tree(tmp_path)
     with pytest.raises(CheckpointError, match="is not empty: .*overwrite=True"):
@@ -399,11 +402,12 @@ def test_a_link_stays_a_link(tmp_path, tokenizer, tensors):
 
 
 @pytest.mark.theorem(
-    "an error at any write, flush or rename leaves the old checkpoint or the new one, whole, and no debris",
+    "an error at any write, flush or rename leaves the old checkpoint or the new one, "
+    "complete, and no other files",
     source="every step made to fail in turn",
 )
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "overwrite"])
-def test_a_failure_at_any_step_leaves_a_whole_checkpoint(
+def test_a_failure_at_any_step_leaves_a_complete_checkpoint(
     tmp_path, monkeypatch, tokenizer, tensors, existing
 ):
     new = {name: t + 1 for name, t in tensors.items()}
@@ -416,7 +420,7 @@ def test_a_failure_at_any_step_leaves_a_whole_checkpoint(
         if existing:
             save(home / "m", CONFIG, tensors, tokenizer)
         before = tree(home)
-        left = failing  # steps that are let through
+        left = failing  # steps that succeed
 
         def step(function, *args, **named):
             nonlocal left
@@ -437,7 +441,7 @@ def test_a_failure_at_any_step_leaves_a_whole_checkpoint(
         assert tree(home) in (before, {f"m/{name}": content for name, content in after.items()})
         outcomes.add(tree(home) == before)
         shutil.rmtree(home)
-    # each file's flush, the directories' and the renames were made to fail
+    # each file's sync, the directories' and the renames were made to fail
     assert failing > len(after)
     assert outcomes == {True, False}
     assert tree(home / "m") == after

@@ -103,7 +103,8 @@ def assert_same(ours, theirs, q, k, v, eps: float = EPS):
 
 
 @pytest.mark.theorem(
-    "attention with start, window and first_key is softmax(q kᵀ/√D) v over the keys at positions in "
+    "attention with start, window and first_key is softmax(q kᵀ/√D) v over the keys at "
+    "positions in "
     "(position − window, position], head h reading key head h // (H/G)",
     source="Vaswani et al. 2017, eq. 1; Ainslie et al. 2023",
 )
@@ -168,7 +169,8 @@ def test_narrow_types_keep_their_dtype_and_the_identity_of_hidden_rows(xp, dtype
 
 
 @pytest.mark.theorem(
-    "merging attention over any partition of the keys into intervals, empty ones too, in any order, is "
+    "merging attention over any partition of the keys into intervals, empty ones too, in "
+    "any order, is "
     "attention over all of them",
     source="FlashInfer, Ye et al. 2025, §2.2",
 )
@@ -191,13 +193,14 @@ def test_merge_of_any_partition_in_any_order_is_the_whole(pure_xp, data):
 
 
 @pytest.mark.theorem(
-    "where all keys are visible their order does not matter, and any partition into subsets merges to the whole",
+    "where all keys are visible their order does not matter, and any partition into subsets "
+    "merges to the whole",
     source="softmax is symmetric in its terms",
 )
 @given(st.data())
 def test_keys_are_a_set(pure_xp, data):
     q, k, v = data.draw(problems())
-    everywhere = len(k)  # every query stands behind every key
+    everywhere = len(k)  # every query comes after every key
     part = np.array(
         data.draw(st.lists(st.integers(0, 3), min_size=len(k), max_size=len(k))), dtype=np.int64
     )
@@ -268,7 +271,8 @@ def test_merge_is_associative(pure_xp, states):
 
 
 @pytest.mark.theorem(
-    "adding one vector u to every key shifts a query's scores by q·u/√D: o stays and lse moves by as much",
+    "adding one vector u to every key shifts a query's scores by q·u/√D: o stays and lse "
+    "moves by as much",
     source="softmax(s + c) = softmax(s)",
 )
 @given(problems(), st.integers(0, 16), windows, seeds, st.sampled_from([0.1, 1.0, 100.0]))
@@ -307,7 +311,7 @@ def test_grouped_queries_are_repeated_heads(pure_xp, problem, start, window):
 
 @pytest.mark.theorem("a key whose score is −∞ changes nothing", source="e^−∞ = 0")
 @given(problems(max_keys=8), st.data())
-def test_a_key_of_score_minus_infinity_is_a_no_op(pure_xp, problem, data):
+def test_a_key_of_score_minus_infinity_changes_nothing(pure_xp, problem, data):
     q, k, v = problem
     # an extra coordinate of the queries is 1: a key that has −∞ there and one that has 0
     # there score −∞ and q·k
@@ -331,7 +335,7 @@ def test_a_key_of_score_minus_infinity_is_a_no_op(pure_xp, problem, data):
     source="identity of merge",
 )
 @given(problems(), st.integers(0, 5), st.integers(1, 3), st.integers(1, 4))
-def test_rows_that_see_nothing_give_zero(pure_xp, problem, start, window, tile_k):
+def test_queries_that_see_no_key_give_zero(pure_xp, problem, start, window, tile_k):
     q, k, v = problem
     beyond = {"start": start, "first_key": start + len(q)}  # every key lies in the future
     # every key lies before the window
@@ -346,7 +350,7 @@ def test_rows_that_see_nothing_give_zero(pure_xp, problem, start, window, tile_k
 
 
 @given(problems(), st.data())
-def test_a_key_that_is_no_number_shows_in_every_query_that_sees_it(pure_xp, problem, data):
+def test_a_nan_in_a_key_shows_in_every_query_that_sees_it(pure_xp, problem, data):
     q, k, v = problem
     assume(len(k) > 0)
     k = k.copy()

@@ -1,5 +1,5 @@
-"""``ModelConfig``: round trips, each rejections, and the same reading as transformers'
-configuration classes.
+"""``ModelConfig``: round trips, every rejection, and the values that transformers'
+configuration classes read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CLASSES = {
 
 
 def raw(architecture: str = "LlamaForCausalLM", **changes: object) -> dict[str, object]:
-    """A small, whole config.json; a change to ``...`` takes the key out."""
+    """A small, complete config.json; a change to ``...`` removes the key."""
     base: dict[str, object] = {
         "architectures": [architecture],
         "vocab_size": 97,
@@ -56,7 +56,7 @@ def test_reading_what_was_written_gives_the_same_record(config):
 
 
 @pytest.mark.parametrize("ends", [(), (7,), (7, 9)])
-def test_end_tokens_round_trip_as_none_number_or_list(ends):
+def test_end_tokens_round_trip_as_none_one_id_or_list(ends):
     config = ModelConfig("llama", 97, 48, 80, 3, 6, 2, 8, bos_token_id=None, eos_token_ids=ends)
     assert config.to_hf()["eos_token_id"] == {0: None, 1: 7, 2: [7, 9]}[len(ends)]
     assert ModelConfig.from_hf(config.to_hf()) == config
@@ -85,7 +85,7 @@ def test_the_five_switches_are_set_by_the_family():
     }
 
 
-def test_a_stated_null_is_not_silence():
+def test_a_null_is_not_a_missing_entry():
     assert (
         ModelConfig.from_hf(raw("MistralForCausalLM", sliding_window=None)).sliding_window is None
     )
@@ -221,9 +221,18 @@ def test_rejects(case):
     assert message in str(error.value)
 
 
-SHAPES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-          "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings",
-          "bos_token_id")  # fmt: skip
+SHAPES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "max_position_embeddings",
+    "bos_token_id",
+)
 
 
 def agrees_with_transformers(ours: ModelConfig, theirs) -> None:
@@ -253,7 +262,7 @@ def build(architecture: str, values: dict[str, object]):
 @pytest.mark.oracle
 @pytest.mark.parametrize("architecture", CLASSES)
 @pytest.mark.parametrize("scaling", [None, LLAMA3])
-def test_oracle_every_spelling_that_transformers_writes_is_read_as_it_means(architecture, scaling):
+def test_oracle_every_spelling_of_transformers_is_read_alike(architecture, scaling):
     values = raw(architecture, **({} if scaling is None else {"rope_scaling": scaling}))
     theirs = build(architecture, values)
     for written in (
@@ -268,7 +277,7 @@ def test_oracle_every_spelling_that_transformers_writes_is_read_as_it_means(arch
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("architecture", CLASSES)
-def test_oracle_what_we_write_transformers_reads_as_we_mean(architecture):
+def test_oracle_transformers_reads_what_we_write_alike(architecture):
     scaling = {"rope_scaling": LLAMA3} if architecture == "LlamaForCausalLM" else {}
     ours = ModelConfig.from_hf(
         raw(architecture, tie_word_embeddings=True, eos_token_id=[4, 5], **scaling)
@@ -292,9 +301,7 @@ def test_oracle_what_we_write_transformers_reads_as_we_mean(architecture):
         "tie_word_embeddings",
     ],
 )
-def test_oracle_where_the_file_is_silent_the_defaults_are_those_of_transformers(
-    architecture, silent
-):
+def test_oracle_defaults_of_missing_entries_are_those_of_transformers(architecture, silent):
     # 64 heads of width 128, so that every default (8 or 32 key/value heads, head width 128)
     # fits
     values = raw(

@@ -1,5 +1,5 @@
 """The layers: what each is invariant to, where it must not overflow, and Llama 3's
-frequencies against a peer.
+frequencies against transformers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def rotated(xp, x, positions, theta=10_000.0):
     ),
     exponent=st.integers(-20, 20),
 )
-def test_invariance_rms_norm_does_not_see_the_scale_of_its_input(xp, x, exponent):
+def test_invariance_rms_norm_ignores_the_scale_of_its_input(xp, x, exponent):
     gain = np.linspace(0.5, 2.0, x.shape[-1])
     assume(np.min(np.mean(x * x, axis=-1)) > 1e-6)
     c = 2.0**exponent  # a power of two: scaling itself rounds nothing
@@ -119,7 +119,7 @@ def test_round_trip_the_inverse_rotation_undoes_rope_and_lengths_stay(xp, seed, 
     )
 
 
-def test_position_zero_is_left_as_it_is(xp):
+def test_position_zero_is_not_rotated(xp):
     x = np.random.default_rng(0).standard_normal((3, 2, 8))
     assert np.array_equal(rotated(xp, x, [0, 0, 0]), x)
 
@@ -137,7 +137,7 @@ def test_exact_value_rope_is_multiplication_by_a_complex_number(xp, seed, half, 
     np.testing.assert_allclose(rotated(xp, x, [m], theta=100.0), expected, rtol=0, atol=tolerance)
 
 
-def test_angles_are_taken_in_float64_also_for_a_float32_table(xp):
+def test_angles_are_computed_in_float64_also_for_a_float32_table(xp):
     """At position 131,071 an angle in float32 is off by up to 0.004 radians; the table must
     not be.
     """
@@ -185,7 +185,7 @@ def test_oracle_llama3_frequencies_are_those_of_transformers(scaling, head_dim, 
     theirs, attention_factor = functions["llama3"](config, "cpu")
     ours = np.array(rope_frequencies(head_dim, theta, RopeScaling(*scaling)))
     assert attention_factor == 1.0
-    # The peer computes in float32: θ^x costs a few ulp, and the smooth band divides by
+    # transformers computes in float32: θ^x costs a few ulp, and the smooth band divides by
     # (high − low).
     np.testing.assert_allclose(
         ours, theirs.double().numpy(), rtol=16 * EPS32 * (1 + high / (high - low)), atol=0

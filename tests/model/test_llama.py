@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 import fakecupy
 from conftest import to_host
-from networks import naive_logits, random_tensors, tolerance
+from networks import random_tensors, tolerance
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.attention import CausalAttend
 from refllm.model.config import ModelConfig, RopeScaling
 from refllm.model.llama import build, forward, logits
+from refllm.model.naive import naive_logits
 from refllm.model.weights import Dense
 from refllm.train.backward import hidden_states
 from strategies import model_configs, partitions, seeds
@@ -38,7 +39,7 @@ def run(
     xp, weights, config: ModelConfig, sequences: list[list[int]], first: int = 0
 ) -> list[np.ndarray]:
     """Hidden states of each sequence, all in one ragged batch without a cache; positions
-    begin at ``first``.
+    start at ``first``.
     """
     positions = [first + i for tokens in sequences for i in range(len(tokens))]
     attend = CausalAttend([len(tokens) for tokens in sequences], config.sliding_window)
@@ -86,9 +87,10 @@ def batches(draw, most: int = 3):
 
 
 @pytest.mark.theorem(
-    "the network is its definition, of every family: RMSNorm, biases, query/key norms, RoPE as a complex rotation, "
-    "grouped heads, the window, SwiGLU",
-    source="Touvron et al. 2023; Jiang et al. 2023 (Mistral); Qwen2, Qwen3 reports; in loops in tests/networks.py",
+    "the network is its definition, of every family: RMSNorm, biases, query/key norms, RoPE "
+    "as a complex rotation, grouped heads, the window, SwiGLU",
+    source="Touvron et al. 2023; Jiang et al. 2023 (Mistral); Qwen2, Qwen3 reports; in "
+    "loops in refllm/model/naive.py",
 )
 @given(batches(most=1))
 def test_network_is_its_definition(xp, batch):
@@ -105,9 +107,9 @@ def test_network_is_its_definition(xp, batch):
 @pytest.mark.parametrize(
     "dropped", [(), ("k_proj",), ("up_proj",)], ids=["joint", "k alone", "up alone"]
 )
-def test_weights_side_by_side_are_the_definition_too(xp, dropped):
+def test_fused_weights_compute_the_definition(xp, dropped):
     """Widths of 64, which are stored in blocks and multiplied together, unless one of them
-    was exchanged.
+    was replaced.
     """
     config = ModelConfig("qwen3", 64, 64, 128, 2, 4, 2, 32, attention_bias=True, qk_norm=True)
     tensors = random_tensors(config, 0)
@@ -124,7 +126,7 @@ def test_weights_side_by_side_are_the_definition_too(xp, dropped):
 
 
 @pytest.mark.theorem(
-    "forward(…, rows) = forward(…)[rows]: the last layer may leave out what is not asked for",
+    "forward(…, rows) = forward(…)[rows]: the last layer may compute the requested rows only",
     source="row by row",
 )
 @given(batches(), st.data())
@@ -188,7 +190,8 @@ def test_each_switch_changes_the_output(without):
 
 
 @pytest.mark.theorem(
-    "prefill in any chunks, decode included, of any ragged batch = one causal forward of each sequence alone",
+    "prefill in any chunks, decode included, of any ragged batch = one causal forward of "
+    "each sequence alone",
     source="serving arithmetic; the attend seam",
 )
 @given(batches(), st.data())
@@ -251,7 +254,7 @@ def test_a_prefix_ignores_what_follows(xp, batch, data):
 
 
 @pytest.mark.theorem(
-    "adding one number to all positions changes nothing: RoPE is relative",
+    "adding a constant to all positions changes nothing: RoPE is relative",
     source="Su et al. 2021, §3.2.2",
 )
 @given(batches(most=1), st.integers(0, 5000))

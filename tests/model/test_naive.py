@@ -1,4 +1,4 @@
-"""The network in loops, held to what can be computed by hand, and to its own definition."""
+"""The network in loops, compared with what can be computed by hand and with its definition."""
 
 from __future__ import annotations
 

@@ -69,8 +69,10 @@ def their_logits(path: Path) -> np.ndarray:
 
 
 @pytest.mark.theorem(
-    "logits = transformers', |Δ| ≤ 2e-5 · max|logit| in float32: Llama (default and llama3 RoPE), Mistral with a "
-    "window, Qwen2, Qwen3, tied and untied, from single and sharded float32, float16 and bfloat16 files",
+    "logits = transformers', |Δ| ≤ 2e-5 · max|logit| in float32: Llama (default and llama3 "
+    "RoPE), Mistral with a "
+    "window, Qwen2, Qwen3, tied and untied, from single and sharded float32, float16 and "
+    "bfloat16 files",
     source="transformers 5",
 )
 @pytest.mark.parametrize(
@@ -100,7 +102,8 @@ def test_their_checkpoint_in_ours(tmp_path, name, dtype, shard):
 
 
 @pytest.mark.theorem(
-    "a directory that we write is one that transformers loads with no key missing or left over, and equal logits",
+    "a directory that we write is one that transformers loads with no key missing or left "
+    "over, and equal logits",
     source="transformers 5",
 )
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ from refllm.model import weights
 from refllm.model.weights import BLOCK, Dense, WeightArena, bind_fused, fuse, fused_matmul
 from strategies import arrays, seeds
 
-# one block and several, one row less and one more, and sizes that are no multiple of the
-# block
+# one block and several, one row less and one more, and sizes that are no multiple of 64
 outputs = st.sampled_from([1, 3, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK, 5 * BLOCK])
 dtypes = st.sampled_from(["float32", "float64"])
 
@@ -147,7 +146,8 @@ def laid_out(xp, sizes, columns, seed, dtype="float64", arena_dtype="float64"):
 
 
 @pytest.mark.theorem(
-    "fused_matmul(x, W₁, W₂, …) = [x W₁ᵀ | x W₂ᵀ | …], fused or one by one, of any of the weights in any order",
+    "fused_matmul(x, W₁, W₂, …) = [x W₁ᵀ | x W₂ᵀ | …], fused or one by one, of any of the "
+    "weights in any order",
     source="ARCHITECTURE.md: the weight seam",
 )
 @pytest.mark.usefixtures("processor")
@@ -170,7 +170,8 @@ def test_fused_product_is_the_products_side_by_side(xp, data, columns, rows, see
 
 
 @pytest.mark.theorem(
-    "A bound product multiplies what x holds when it is called, for every layout, T and choice of weights",
+    "A bound product multiplies what x holds when it is called, for every layout, T and "
+    "choice of weights",
     source="ARCHITECTURE.md: the weight seam",
 )
 @pytest.mark.usefixtures("processor")

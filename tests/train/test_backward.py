@@ -126,7 +126,7 @@ def test_invariance_every_array_library_gives_the_same_gradients(xp, config, see
 
 @given(config=llamas, seed=seeds)
 def test_invariance_the_gradient_of_a_batch_is_the_mean_over_its_sequences(config, seed):
-    """What data-parallel training rests on."""
+    """Data-parallel training relies on it."""
     params = parameters(config, seed)
     tokens = batch(config, seed, size=3)
     loss, grads = loss_and_gradients(params, config, tokens)
@@ -160,7 +160,7 @@ def test_oracle_training_and_serving_run_the_same_network(config, seed, size, le
 
 
 @given(config=llamas, seed=seeds)
-def test_a_token_that_was_not_read_gets_no_gradient_of_an_untied_embedding(config, seed):
+def test_a_token_that_does_not_occur_gets_no_gradient_in_an_untied_embedding(config, seed):
     untied = replace(config, tie_word_embeddings=False)
     params = parameters(untied, seed)
     tokens = batch(untied, seed)
@@ -169,7 +169,7 @@ def test_a_token_that_was_not_read_gets_no_gradient_of_an_untied_embedding(confi
     assert not grads["model.embed_tokens.weight"][unread].any()
 
 
-def test_parameters_are_left_as_they_were():
+def test_parameters_are_not_changed():
     config = ModelConfig("llama", 11, 8, 12, 2, 4, 2, 4, tie_word_embeddings=True)
     params = parameters(config, 0)
     tokens = batch(config, 0)

@@ -52,12 +52,12 @@ def test_a_single_document_is_cut_between_lines(count, share):
     assert train.text + held.text == text
     assert train.text.endswith("\n")
     lines = held.text.count("\n")
-    # the share, rounded to lines, but never all of them and never none
+    # the share, rounded to lines, but never all or none of them
     assert 1 <= lines < count
     assert abs(lines - share * count) <= 1
 
 
-def test_of_a_single_line_nothing_is_left_to_train_on():
+def test_a_single_line_leaves_nothing_to_train_on():
     assert split([Document("one", "no end")], 0.5) == ([], [Document("one (end)", "no end")])
 
 
@@ -68,7 +68,7 @@ def test_a_share_outside_zero_to_one_is_rejected(share):
 
 
 @given(texts)
-def test_a_stream_is_each_document_behind_the_beginning_token(items):
+def test_a_stream_is_each_document_after_the_start_token(items):
     tokenizer = byte_tokenizer()
     stream = encode(tokenizer, documents_of(items))
     assert stream.dtype == np.int32
@@ -101,7 +101,7 @@ def test_a_named_file_must_be_text(tmp_path: Path):
         read_files([tmp_path / "empty"])
 
 
-def test_what_is_held_out_is_not_trained_on_under_another_name_either(tmp_path: Path):
+def test_held_out_text_is_not_trained_on_under_another_name(tmp_path: Path):
     for name, text in (("a", "same"), ("b", "same"), ("c", "other")):
         (tmp_path / name).write_text(text)
     data = text_files([tmp_path], [tmp_path / "a"])
@@ -121,7 +121,7 @@ def test_the_standard_library_keeps_its_held_out_modules_apart():
     assert alone.repeats == alone.last_repeats == (1,)
 
 
-def test_the_installers_are_a_third_stream_where_they_are_wanted_and_there(monkeypatch):
+def test_the_installers_are_a_third_stream_where_wanted_and_present(monkeypatch):
     pieces = {
         "tests": [Document("t", "t")],
         "installers": [Document("i", "i")],

@@ -1,4 +1,4 @@
-"""Distillation targets against a plain softmax, and what the student's loss makes of them."""
+"""Distillation targets against a plain softmax, and what the loss of the student does with them."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_student_equal_to_its_teacher_has_no_gradient(seed):
     assert max(np.abs(g).max() for g in grads.values()) <= 1e-13 * scale
 
 
-def test_distillation_brings_the_student_nearer_to_its_teacher_in_acceptance(tmp_path: Path):
+def test_distillation_raises_the_acceptance_of_the_student(tmp_path: Path):
     """Σ min(p, q), the probability that speculative decoding accepts, rises on fresh
     tokens.
     """
@@ -117,7 +117,7 @@ def test_distillation_brings_the_student_nearer_to_its_teacher_in_acceptance(tmp
 
 
 def test_bound_a_teacher_of_enormous_logits_does_not_overflow(xp):
-    """A cold teacher is certain: its targets are one-hot, not NaN."""
+    """At a low temperature the teacher is certain: its targets are one-hot, not NaN."""
     params, config = network(0, dtype="float32")
     tokens = xp.asarray(np.random.default_rng(0).integers(0, V, (2, 8)))
     p = to_host(

@@ -1,4 +1,4 @@
-"""Training: resumed runs equal unbroken ones bit for bit, workers and array libraries
+"""Training: resumed runs equal uninterrupted ones bit for bit, workers and array libraries
 agree, and it learns.
 """
 
@@ -54,7 +54,7 @@ def streams(seed: int = 0) -> list[np.ndarray]:
 
 
 def bits(state: State) -> tuple[object, ...]:
-    """Everything of a run but the seconds that it took."""
+    """Everything of a run except for its times."""
     groups = (state.params, state.optimizer.m, state.optimizer.v)
     curve = [
         {key: value for key, value in record.items() if key != "seconds"} for record in state.curve
@@ -69,7 +69,7 @@ def bits(state: State) -> tuple[object, ...]:
 # --- Muon, and weights to go on from ------------------------------------------------------
 
 
-def test_a_run_with_muon_resumes_to_the_bits_of_an_unbroken_one(tmp_path):
+def test_a_resumed_run_with_muon_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
     plan = replace(PLAN, optimizer="muon")
     whole = train(CONFIG, streams(), plan, tmp_path / "whole")
 
@@ -86,7 +86,7 @@ def test_a_run_with_muon_resumes_to_the_bits_of_an_unbroken_one(tmp_path):
     assert bits(train(CONFIG, streams(), plan, tmp_path / "part")) == bits(whole)
 
 
-def test_given_weights_are_where_a_run_begins(tmp_path):
+def test_a_run_starts_from_given_weights(tmp_path):
     start = initialize(CONFIG, np.random.default_rng(77))
     still = replace(PLAN, peak_rate=0.0)
     state = train(
@@ -99,7 +99,7 @@ def test_given_weights_are_where_a_run_begins(tmp_path):
 
 
 @given(config=model_configs(families=["llama"]), seed=seeds)
-def test_the_first_weights_have_the_configs_shapes_and_depend_on_the_seed_only(config, seed):
+def test_initial_weights_have_the_configs_shapes_and_depend_on_the_seed_only(config, seed):
     params = initialize(config, np.random.default_rng(seed))
     assert sum(w.size for w in params.values()) == config.num_parameters
     assert all(w.dtype == np.float32 for w in params.values())
@@ -108,7 +108,7 @@ def test_the_first_weights_have_the_configs_shapes_and_depend_on_the_seed_only(c
     assert all(np.array_equal(w, again[name]) for name, w in params.items())
 
 
-def test_the_first_weights_have_deviation_002_and_less_where_they_write_to_the_residual_stream():
+def test_initial_weights_have_deviation_002_and_less_where_they_write_to_the_residual_stream():
     config = ModelConfig("llama", 300, 64, 128, 8, 4, 2, 16, tie_word_embeddings=False)
     params = initialize(config, np.random.default_rng(0))
     for name, w in params.items():
@@ -138,7 +138,9 @@ def unbroken(tmp_path_factory) -> State:
 
 
 @pytest.mark.theorem(
-    "a run that was killed and resumed ends with the bits of an unbroken one", source="plan.batches"
+    "a run that was killed and resumed ends with the same weights as an uninterrupted one, bit "
+    "for bit",
+    source="plan.batches",
 )
 @pytest.mark.parametrize("at", range(1, PLAN.steps + 1))
 def test_exact_resume_after_a_kill_at_every_step(unbroken, tmp_path, at):
@@ -207,8 +209,8 @@ def test_a_finished_run_is_read_and_not_repeated(unbroken, tmp_path):
 
 
 def test_a_half_written_checkpoint_is_never_trusted(unbroken, tmp_path):
-    """A rest of a broken write under the temporary name is ignored; under the real name it
-    is rejected.
+    """An interrupted write under the temporary name is ignored; under the real name it is
+    rejected.
     """
     (tmp_path / "state.partial").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
     assert bits(train(CONFIG, streams(), PLAN, tmp_path, held_out=streams(1)[0])) == bits(unbroken)
@@ -218,7 +220,7 @@ def test_a_half_written_checkpoint_is_never_trusted(unbroken, tmp_path):
         train(CONFIG, streams(), PLAN, tmp_path)
 
 
-def test_the_clock_goes_on_where_the_killed_run_stopped(tmp_path):
+def test_time_continues_where_the_killed_run_stopped(tmp_path):
     plan = Plan((Phase(2, 4, 8, (1, 1)),), evaluate_every=1, save_every=1)
     state = train(CONFIG, streams(), plan, tmp_path)
     state.curve[-1]["seconds"] = 1000.0
@@ -231,7 +233,7 @@ def test_the_clock_goes_on_where_the_killed_run_stopped(tmp_path):
 
 
 def double(folder: Path) -> Path:
-    """A run's first checkpoint in float64: training goes on in the precision that it finds."""
+    """A first checkpoint in float64: training continues in the precision of the checkpoint."""
     folder.mkdir()
     params = {
         name: w.astype("float64")
@@ -308,12 +310,12 @@ def test_training_learns_a_pattern(tmp_path):
     state = train(
         CONFIG, [cycle], plan, tmp_path, held_out=cycle, on_step=lambda _, loss: losses.append(loss)
     )
-    assert losses[0] == pytest.approx(math.log(V), rel=0.02)  # a fresh network knows nothing
+    assert losses[0] == pytest.approx(math.log(V), rel=0.02)  # a new network knows nothing
     assert losses[-1] < 0.1
     assert state.curve[-1]["held_out"] < 0.1
 
 
-def test_the_records_say_what_happened(tmp_path):
+def test_the_records_hold_what_happened(tmp_path):
     seen = []
     state = train(CONFIG, streams(), PLAN, tmp_path, held_out=streams(1)[0], report=seen.append)
     assert seen == state.curve
@@ -353,7 +355,7 @@ GOOD = streams()
         ({"held_out": GOOD[0] + V}, "are not within the vocabulary"),
     ],
 )
-def test_text_that_does_not_fit_is_rejected_before_the_first_step(tmp_path, arguments, message):
+def test_streams_that_do_not_fit_are_rejected_before_the_first_step(tmp_path, arguments, message):
     arguments = {"streams": GOOD} | arguments
     with pytest.raises(ValueError, match=message):
         train(
@@ -399,7 +401,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkp
 
 @given(data=st.data())
 def test_a_teacher_sees_the_batch_of_its_worker(tmp_path_factory, data):
-    """Every share of the batch, inputs and answers, comes to the teacher once."""
+    """Every share of the batch, inputs and labels, is given to the teacher once."""
     workers = data.draw(st.sampled_from([1, 2, 4]))
     shapes = []
 
@@ -412,11 +414,14 @@ def test_a_teacher_sees_the_batch_of_its_worker(tmp_path_factory, data):
     taught = train(CONFIG, streams(), plan, tmp_path_factory.mktemp("taught"), teacher=teacher)
     assert shapes == [(4 // workers, 9)] * (2 * workers)
     plain = train(CONFIG, streams(), plan, tmp_path_factory.mktemp("plain"))
-    for name, w in plain.params.items():  # a teacher that is certain of the label is no teacher
+    for (
+        name,
+        w,
+    ) in plain.params.items():  # a teacher that is certain of the label gives the loss of the label
         np.testing.assert_allclose(taught.params[name], w, rtol=0, atol=1e-4)
 
 
-def test_a_teacher_that_sets_in_later_is_not_asked_before_also_in_a_resumed_run(tmp_path):
+def test_a_teacher_is_not_called_before_its_first_step_also_in_a_resumed_run(tmp_path):
     """Steps before ``teacher_from`` are those of a run without a teacher; a kill in between
     changes nothing.
     """

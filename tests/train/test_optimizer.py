@@ -122,8 +122,8 @@ def test_decay_pulls_matrices_and_leaves_gains(xp):
 
 @given(seed=seeds)
 def test_bound_no_step_is_longer_than_the_rate_over_the_root_of_one_minus_beta2(xp, seed):
-    """
-    |m̂|/√v̂ ≤ (1 − β₁)/√(1 − β₂) · correction for β₁² < β₂ (Kingma & Ba, section 2.1), here below 3.2.
+    """|m̂|/√v̂ ≤ (1 − β₁)/√(1 − β₂) · correction for β₁² < β₂ (Kingma & Ba, section 2.1), here
+    below 3.2.
     """
     params = draw(seed, scale=0.0)
     ours = moved(xp, params)

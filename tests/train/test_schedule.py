@@ -35,7 +35,7 @@ def one_pass(lengths, phase: Phase, seed: int):
 
 
 def pass_size(lengths, phase: Phase, seed: int):
-    """How many windows the first pass has: the draws before its shuffle, made again."""
+    """The number of windows of the first pass: its random draws, repeated."""
     rng = np.random.default_rng(seed)
     count = 0
     firsts = []
@@ -48,11 +48,12 @@ def pass_size(lengths, phase: Phase, seed: int):
 
 
 @pytest.mark.theorem(
-    "in one pass a target is seen at most once per repeat, and fewer than 2·S targets of a stream are left out",
+    "in one pass a target is seen at most once per repeat, and fewer than 2·S targets of a "
+    "stream are left out",
     source="plan.window_starts",
 )
 @given(lengths=stream_lengths, phase=phases, seed=seeds)
-def test_conservation_each_target_is_seen_at_most_once_a_pass(lengths, phase, seed):
+def test_conservation_each_target_is_seen_at_most_once_per_pass(lengths, phase, seed):
     seen = [Counter(), Counter()]
     for stream, at in one_pass(lengths, phase, seed):
         # the window's last target lies inside the stream
@@ -76,7 +77,7 @@ def test_a_stream_left_out_is_never_seen_and_a_phase_has_its_number_of_windows(
     assert all(type(n) is int for start in starts for n in start)
 
 
-def test_passes_are_shuffled_and_cut_at_fresh_offsets():
+def test_passes_are_shuffled_and_cut_at_new_offsets():
     phase = Phase(steps=200, batch=1, length=4)
     starts = [at for _, at in window_starts([101], phase, np.random.default_rng(0))]
     assert starts[:24] != sorted(starts[:24])
@@ -85,7 +86,7 @@ def test_passes_are_shuffled_and_cut_at_fresh_offsets():
 
 @given(plan=plans, lengths=stream_lengths)
 def test_a_batch_depends_on_the_plan_and_the_step_only(plan, lengths):
-    """Resuming at any step gives the very batches that an unbroken run would have seen."""
+    """Resuming at any step gives the batches of an uninterrupted run."""
     whole = list(batches(plan, lengths))
     assert [step for step, _, _ in whole] == list(range(plan.steps))
     for first in range(plan.steps + 2):
@@ -106,7 +107,7 @@ def test_seeds_and_phases_draw_different_windows():
     assert first != [windows for _, _, windows in batches(Plan((phase, phase), seed=1), [200])]
 
 
-def test_a_longer_last_phase_leaves_the_earlier_batches_as_they_were():
+def test_a_longer_last_phase_leaves_the_earlier_batches_unchanged():
     """Training can be prolonged: the batches already seen do not change."""
     phase = Phase(steps=10, batch=4, length=4)
     short = list(batches(Plan((phase, Phase(5, 2, 8))), [200]))

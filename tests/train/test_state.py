@@ -1,4 +1,4 @@
-"""The training checkpoint: whole or not there, and rejected where it is damaged."""
+"""The training checkpoint: complete or absent, and rejected if it is damaged."""
 
 from __future__ import annotations
 
@@ -78,10 +78,8 @@ def test_a_file_cut_anywhere_is_rejected(whole, tmp_path_factory, data):
         load_state(path)
 
 
-def test_a_write_that_breaks_off_leaves_the_old_checkpoint_whole(monkeypatch, tmp_path, whole):
-    """The process dies with half of the new file written: the name still belongs to the old
-    one.
-    """
+def test_an_interrupted_write_leaves_the_old_checkpoint_intact(monkeypatch, tmp_path, whole):
+    """The process dies with half of the new file written: the name still means the old one."""
     path = tmp_path / "state.safetensors"
     save_state(some_state(seed=1), path, CONFIG, PLAN)
 
@@ -94,7 +92,7 @@ def test_a_write_that_breaks_off_leaves_the_old_checkpoint_whole(monkeypatch, tm
         save_state(some_state(seed=2), path, CONFIG, PLAN)
     assert same(load_state(path)[0], some_state(seed=1))
     monkeypatch.undo()
-    save_state(some_state(seed=3), path, CONFIG, PLAN)  # and the broken rest is no obstacle
+    save_state(some_state(seed=3), path, CONFIG, PLAN)  # and the interrupted write does not matter
     assert same(load_state(path)[0], some_state(seed=3))
     assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
 
@@ -162,7 +160,7 @@ def test_a_file_that_is_no_checkpoint_is_rejected(tmp_path, tensors, metadata, r
     assert reason in str(error.value)
 
 
-def test_the_tensors_of_the_file_carry_the_names_that_the_documentation_states(whole, tmp_path):
+def test_the_tensors_of_the_file_have_the_documented_names(whole, tmp_path):
     header = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
     assert set(header) == {"__metadata__", *(f"{kind}.{name}" for kind in "wmv" for name in "ab")}
     assert set(header["__metadata__"]) == {"step", "curve", "config", "plan"}
