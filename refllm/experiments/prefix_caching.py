@@ -1,23 +1,23 @@
-"""What prefix caching buys on the real engine: six programs, two caches, two orders, three
+"""What prefix caching gains on the real engine: six programs, two caches, two orders, three
 sizes of memory.
 
 Source: Zheng et al. 2024 (SGLang), sections 3 and 6, whose headline is up to 6.4 times the
-throughput (their article in the press: 5 to 6 times).
+throughput (Lu 2025, "Transformer Notes (VII): Deployment Optimization", §2.4: 5 to 6 times).
 
-| symbol  | name                      | value                                                        |
-|---------|---------------------------|--------------------------------------------------------------|
-| h       | hit rate                  | prompt tokens found cached / prompt tokens of all admissions |
-| P, O    | tokens asked and answered | sums over a program's requests                               |
-| c_p     | seconds a prompt token    | measured: the program without a cache, answers of one token  |
-| c_d     | seconds an answered token | measured: what the rest of the answers adds, without a cache |
-| speedup | what the formula says     | (c_p·P + c_d·O) / (c_p·P·(1 − h) + c_d·O)                    |
+| symbol  | name                      | value                                          |
+|---------|---------------------------|------------------------------------------------|
+| h       | hit rate                  | prompt tokens found cached / all of them       |
+| P, O    | prompt and output tokens  | sums over a program's requests                 |
+| c_p     | seconds per prompt token  | measured without a cache, answers of one token |
+| c_d     | seconds per output token  | measured: what the other output tokens add     |
+| speedup | what the formula predicts | (c_p·P + c_d·O) / (c_p·P·(1 − h) + c_d·O)      |
 
-With h = 0.9 the speedup is 10 where nothing is answered, and below 2 where answering takes
-as long as reading. A cache saves reading alone, so it is worth most for short answers to
-long shared prompts, and nothing for ``unique``: there the time spent inside the cache's
-calls is its whole price.
+With h = 0.9 the speedup is 10 where nothing is generated, and below 2 where decoding takes
+as long as prefill. A cache saves prefill alone, so it is worth most for short answers to
+long shared prompts, and nothing for ``unique``: there the time inside the cache's calls is
+all that it costs.
 
-Hit rates are counted (A); seconds are measured in turn within a round (B).
+Hit rates are counted; seconds are measured, in turn within a round.
 
 Left out: arrivals over time; caches beyond the pool.
 """
@@ -29,32 +29,39 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from refllm.api import Model, load
+from refllm.array_types import Json
 from refllm.experiments.unpadding import hardware, held_out
 from refllm.measure.records import Record, write
 from refllm.serve.engine import Engine
 from refllm.serve.prefix_caching import HashKVManager, RadixKVManager
 from refllm.simulate import programs
-from refllm.simulate.programs import Program, best_hit_rate, shuffled
+from refllm.simulate.programs import Passages, Program, best_hit_rate, shuffled
 
-WAYS = ((None, "fcfs"), ("hash", "fcfs"), ("hash", "lpm"), ("radix", "fcfs"), ("radix", "lpm"))
+# (prefix cache, order of admission)
+CONFIGURATIONS = (
+    (None, "fcfs"),
+    ("hash", "fcfs"),
+    ("hash", "lpm"),
+    ("radix", "fcfs"),
+    ("radix", "lpm"),
+)
 SIZES = (1, 2, 4)  # of memory, in longest requests
 BLOCK = 16
 
 
 def six(model: Model, size: int = 4) -> dict[str, Callable[[], Program]]:
-    """The programs, each made anew for every run with the same tokens; ``size`` ≥ 3 scales
-    how much is asked.
+    """Functions that make the programs, with the same tokens in every call; ``size`` ≥ 3
+    scales the number of requests.
     """
 
-    def made(make: Callable[[Any], Program]) -> Callable[[], Program]:
-        # strangers' requests come mixed: in the order of the program FCFS would be a tree's
-        # own order
+    def made(make: Callable[[Passages], Program]) -> Callable[[], Program]:
+        # requests of different users arrive mixed: in the order of the program FCFS would be
+        # the tree's own order
         return lambda: shuffled(make(held_out(model)), np.random.default_rng(0))
 
     rng = np.random.default_rng
@@ -80,9 +87,9 @@ def run(
     blocks: int,
     *,
     watched: bool = False,
-) -> dict[str, Any]:
-    """One program through the engine: seconds, tokens, hits; ``watched``: the share of time
-    inside cache calls.
+) -> Json:
+    """One program through the engine: seconds, tokens, hits; ``watched`` also measures the
+    share of time inside cache calls.
     """
     engine = Engine(
         model,
@@ -92,7 +99,9 @@ def run(
         prefix_cache=cache,
         max_sequences=None,
     )
-    inside = _watch(engine) if watched else [0.0]
+    inside = [0.0]
+    if watched:
+        inside = _watch(engine)
     began = time.perf_counter()
     busy = time.process_time()
     for request in program.requests:
@@ -123,41 +132,39 @@ def run(
 
 
 def longest(program: Program) -> int:
-    """Tokens of the longest request, those that follow included (answers count by their
-    lengths alone).
+    """Tokens of the longest request, including the requests that follow from answers (of
+    which only the length counts).
     """
     queue = list(program.requests)
     most = 0
     while queue:
         request = queue.pop()
-        most = max(most, request.longest)
+        most = max(most, request.max_cached_tokens)
         queue += program.follow(request, [0] * request.max_tokens)
     return most
 
 
-def measure(
-    model: Model, make: Callable[[], Program], size: int, rounds: int
-) -> list[dict[str, Any]]:
-    """All ways of one program at one size of memory, in turn; and what the formula says of
-    each.
+def measure(model: Model, make: Callable[[], Program], size: int, rounds: int) -> list[Json]:
+    """All configurations of one program at one size of memory, in turn, with the speedup that
+    the formula predicts for each.
     """
     blocks = size * -(-(longest(make()) + 1) // BLOCK)
-    runs: list[list[dict[str, Any]]] = [[] for _ in WAYS]
-    reading = []
+    runs: list[list[Json]] = [[] for _ in CONFIGURATIONS]
+    prefill = []
     for _ in range(rounds):
-        reading.append(run(model, _reading(make()), None, "fcfs", blocks)["processor"])
-        for i, (cache, order) in enumerate(WAYS):
+        prefill.append(run(model, _prefill_only(make()), None, "fcfs", blocks)["processor"])
+        for i, (cache, order) in enumerate(CONFIGURATIONS):
             runs[i].append(run(model, make(), cache, order, blocks))
     plain = runs[0]
-    c_p = statistics.median(reading) / plain[0]["P"]
+    c_p = statistics.median(prefill) / plain[0]["P"]
     c_d = (
         max(0.0, statistics.median(r["processor"] for r in plain) - c_p * plain[0]["P"])
         / plain[0]["O"]
     )
     rows = []
-    for (cache, order), several in zip(WAYS, runs, strict=True):
+    for (cache, order), several in zip(CONFIGURATIONS, runs, strict=True):
         one = several[0]
-        row: dict[str, Any] = {"cache": cache, "order": order, "memory": size}
+        row: Json = {"cache": cache, "order": order, "memory": size}
         row |= {
             key: one[key] for key in ("hit", "best", "P", "O", "steps", "computed", "preemptions")
         }
@@ -170,13 +177,20 @@ def measure(
 
 
 def speedup(c_p: float, c_d: float, P: int, O: int, hit: float) -> float:  # noqa: E741 (the symbols of the table)
-    """What a cache with this hit rate saves, if a step takes what its tokens take."""
+    """The speedup of a cache with this hit rate, if the time of a step is the sum over its
+    tokens.
+
+    >>> speedup(c_p=1, c_d=0, P=100, O=10, hit=0.9)  # nothing but prefill
+    10.0
+    >>> round(speedup(c_p=1, c_d=1, P=100, O=100, hit=0.9), 2)
+    1.82
+    """
     return (c_p * P + c_d * O) / (c_p * P * (1 - hit) + c_d * O)
 
 
 def overhead_data(model: Model, make: Callable[[], Program], rounds: int) -> dict[str, list[float]]:
-    """On the control: the share of the processor's time that is spent inside the calls of
-    each cache.
+    """On the control, where nothing is shared: the share of the processor's time inside the
+    calls of each cache.
     """
     blocks = 4 * -(-(longest(make()) + 1) // BLOCK)
     return {
@@ -189,7 +203,7 @@ def overhead_data(model: Model, make: Callable[[], Program], rounds: int) -> dic
 
 def prefixes_data(
     model: Model, *, size: int = 4, rounds: int = 3, sizes: tuple[int, ...] = SIZES
-) -> dict[str, Any]:
+) -> Json:
     """Values of the figure ``prefixes``."""
     made = six(model, size)
     with threadpool_limits(limits=1, user_api="blas"):
@@ -201,9 +215,9 @@ def prefixes_data(
     return {"programs": rows, "inside": inside}
 
 
-def _reading(program: Program) -> Program:
-    """The same prompts with answers of one token: the requests of all turns, so that
-    nothing follows.
+def _prefill_only(program: Program) -> Program:
+    """The same prompts with answers of one token: the requests of all turns at once, so that
+    none follows from an answer.
     """
     queue = list(program.requests)
     every = []
@@ -215,14 +229,14 @@ def _reading(program: Program) -> Program:
 
 
 def _watch(engine: Engine) -> list[float]:
-    """Add up the processor's time inside the cache's own calls, from now on."""
+    """Sum the processor's time inside the cache's own calls from now on, in a list of one."""
     memory = engine.scheduler.memory
     total = [0.0]
     depth = [0]
     assert isinstance(memory, (HashKVManager, RadixKVManager))
 
-    def watched(call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*arguments: Any, **more: Any) -> Any:
+    def timed(call: Callable[..., object]) -> Callable[..., object]:
+        def wrapper(*arguments: object, **more: object) -> object:
             depth[0] += 1
             began = time.process_time()
             try:
@@ -236,12 +250,12 @@ def _watch(engine: Engine) -> list[float]:
 
     for name in ("match", "insert", "take", "available", "lock", "unlock", "evict"):
         if hasattr(memory.cache, name):
-            setattr(memory.cache, name, watched(getattr(memory.cache, name)))
+            setattr(memory.cache, name, timed(getattr(memory.cache, name)))
     return total
 
 
 def main(folder: str = "figures/data", rounds: int = 3) -> None:
-    """Write the data of the figure ``prefixes``: minutes a round."""
+    """Write the data of the figure ``prefixes``: minutes per round."""
     where = hardware()
     values = prefixes_data(load("stdlib", backend="numpy"), rounds=rounds)
     command = f"python -m refllm.experiments.prefix_caching {rounds}"

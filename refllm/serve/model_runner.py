@@ -181,9 +181,10 @@ def sample_outcomes(
         drafter = one.states[0].drafter
         if one.sequence.drafts and drafter is not None:
             drafter.observe(one.best, len(continuations[0]) - 1)
-    searches = {one.request.id: requests[one.request.id].search for one in inputs}
-    first_rows = [one.rows.start for one in inputs]
-    advance_searches(searches, [one.sequence for one in inputs], first_rows, z, outcomes)
+    if any(one.request.beam for one in inputs):
+        searches = {one.request.id: requests[one.request.id].search for one in inputs}
+        first_rows = [one.rows.start for one in inputs]
+        advance_searches(searches, [one.sequence for one in inputs], first_rows, z, outcomes)
     return outcomes
 
 

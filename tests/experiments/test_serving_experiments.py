@@ -50,7 +50,7 @@ def test_the_recorded_batches_are_the_papers_within_eight_percent():
     # the same command gives the same numbers: one of the cells, again
     row = rows["Orca (Max)"]
     assert (
-        paging.serve("Orca (Max)", paging.load(0, record.values["requests"])).saturated.batch
+        paging.simulate_policy("Orca (Max)", paging.sharegpt_requests(0, record.values["requests"])).saturated.batch
         == row["batch"][0]
     )
 
@@ -70,33 +70,33 @@ def test_the_recorded_shares_are_those_of_the_article():
 def test_memory_is_given_out_as_the_table_says():
     asked = Request(range(100), 300)
     sizes = {
-        name: paging.scheduler(name, 15_700).memory.size(asked)
+        name: paging.make_scheduler(name, 15_700).memory.size(asked)
         for name in paging.PAPER
         if name != "paged"
     }
     assert sizes == {"Orca (Max)": 2048, "Orca (Pow2)": 100 + 512, "Orca (Oracle)": 400}
     large = Request(range(900), 1100)
-    assert paging.scheduler("Orca (Pow2)", 15_700).memory.size(large) == 2048  # not 900 + 2048
-    assert paging.scheduler("static", 15_700).max_sequences == 7
+    assert paging.make_scheduler("Orca (Pow2)", 15_700).memory.size(large) == 2048  # not 900 + 2048
+    assert paging.make_scheduler("static", 15_700).max_sequences == 7
 
 
 def test_larger_blocks_hold_no_more():
-    asked = paging.load(1, 60)
+    asked = paging.sharegpt_requests(1, 60)
     used = [
-        paging.serve("paged", asked, block=b, slots=6000).saturated.utilisation
+        paging.simulate_policy("paged", asked, block=b, slots=6000).saturated.utilisation
         for b in (1, 16, 256)
     ]
     assert used[0] > used[1] > used[2]
 
 
 def test_a_mean_of_no_steps_is_refused():
-    run = paging.serve("paged", paging.load(0, 2))
-    with pytest.raises(ValueError, match="nobody ever had to wait"):
+    run = paging.simulate_policy("paged", paging.sharegpt_requests(0, 2))
+    with pytest.raises(ValueError, match="no step was counted"):
         _ = run.saturated.batch
 
 
 def test_with_memory_for_everybody_paging_buys_nothing():
-    batches = [row["batch"] for row in paging.plenty_data(60, seats=8)]
+    batches = [row["batch"] for row in paging.plenty_data(60, max_sequences=8)]
     assert batches == [8.0] * 4
 
 

@@ -352,10 +352,11 @@ def test_text_of_a_step_that_fails_is_discarded(monkeypatch):
     engine.step()
 
     def fail(*arguments: Any) -> None:
+        model_runner.sample_outcomes(*arguments)
         raise MemoryError("after the tokens were chosen")
 
     with monkeypatch.context() as patch:
-        patch.setattr(model_runner, "advance_searches", fail)
+        patch.setattr("refllm.serve.engine.sample_outcomes", fail)
         with pytest.raises(MemoryError, match="were chosen"):
             engine.step()
     (result,) = engine.run().values()
