@@ -1,13 +1,13 @@
 """What the benchmarks share: the record of the machine, engines in processes of their own,
 turns, medians.
 
-Every wall-clock number here is a ratio (of kind B, ``ARCHITECTURE.md``): the engines take
-turns, round after round, and a ratio is formed within each round. A shared machine changes
-its speed by half from one minute to the next; a ratio of neighbours in time does not see
-that, and the median of the rounds does not see the rest.
+Every wall-clock number here is a ratio, measured on this machine: the engines take turns,
+round after round, and a ratio is formed within each round. A shared machine changes its speed
+by half from one minute to the next; that cancels in a ratio of two measurements in a row, and
+the median over the rounds removes most of the rest.
 
-One process an engine, because two engines in one process share an allocator, an OpenMP pool
-and the huge pages, and whichever is imported first decides for both. While one works, the
+Each engine has a process of its own: two engines in one process share an allocator, an OpenMP
+pool and the huge pages, and the first one imported decides for both. While one works, the
 others wait in a read of a pipe.
 
 Messages are lines of JSON over the worker's standard streams. Left out: statistics beyond
@@ -238,14 +238,12 @@ def random_checkpoint(path: Path) -> None:
     import numpy as np
 
     from refllm import corpus
-    from refllm.checkpoints import loading
     from refllm.checkpoints.tokenizer import Tokenizer
+    from refllm.checkpoints.writer import save
     from refllm.train.loop import initialize
 
     tokenizer = Tokenizer.train((d.text for d in corpus.held_out_documents()[:1]), 512)
-    loading.save(
-        path, bundled_shape(), initialize(bundled_shape(), np.random.default_rng(0)), tokenizer
-    )
+    save(path, bundled_shape(), initialize(bundled_shape(), np.random.default_rng(0)), tokenizer)
 
 
 # --- results ------------------------------------------------------------------------------
@@ -256,9 +254,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
-def ratios(ours: Sequence[float], peers: Sequence[float]) -> dict[str, float]:
-    """``spread`` of ours[i] / peers[i]: the two of a round stand beside each other in time."""
-    return spread([a / b for a, b in zip(ours, peers, strict=True)])
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """``spread`` of ours[i] / theirs[i]: the two of a round are measured right after each other."""
+    return spread([a / b for a, b in zip(ours, theirs, strict=True)])
 
 
 def shown(value: Mapping[str, float] | None) -> str:
@@ -287,13 +285,15 @@ def finish(record: dict[str, Any], output: Path | None) -> None:
     )
     packages = ", ".join(f"{name} {number}" for name, number in about["versions"].items() if number)
     print(
-        f"\n{about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB; {about['system']}, {about['libc']}"
+        f"\n{about['cpu']}, {about['cores']} cores, {about['memory_gib']} GiB; "
+        f"{about['system']}, {about['libc']}"
     )
     print(f"Python {about['python']}, {packages}; {about['blas']}; threads: {about['threads']}")
     if not about["quiet"]:
         print(
-            f"The machine was not quiet (load {about['load_before']} before, {about['load_after']} after): "
-            "the ratios hold within their range, the rates do not."
+            f"The machine was not quiet (load {about['load_before']} before, "
+            f"{about['load_after']} after): the ratios hold within their range, the rates "
+            "do not."
         )
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,15 +1,15 @@
-"""Decoding speed of refllm against its peers: the same weights, prompts and number of
+"""Decoding speed of refllm against other programs: the same weights, prompts and number of
 tokens, one thread each.
 
     python benchmarks/decode.py --rounds 5 --output benchmarks/results/decode.json
 
-Greedy, 32 prompt tokens and 48 new ones a sequence, batches of 1, 8 and 32, float32 in
+Greedy, 32 prompt tokens and 48 new ones per sequence, batches of 1, 8 and 32, float32 in
 every engine, the end token ignored. Each engine runs in a process of its own; in every
-round each takes its turn at every batch, and a ratio is refllm's tokens/s over the peer's
-in the same round. Of transformers' two caches the faster one, by the median of this run, is
-the peer. The prefill counts, as it does for a user.
+round each takes its turn at every batch, and a ratio is refllm's tokens/s over the other
+engine's in the same round. Of transformers' two caches the faster one counts, by the median of
+this run. The prefill is included, as it is for a user.
 
-The engines must give the same tokens, or the comparison is void: they may part only where
+The engines must produce the same tokens: they may differ only where
 the two best logits are closer than rounding in float32 can tell apart (checked in float64).
 
 llama.cpp takes part where it is installed (``make test-llamacpp`` compiles it). Left out:
@@ -43,7 +43,7 @@ class Engine(NamedTuple):
     install: str
 
 
-PEER_PACKAGES = ("torch", "transformers", "llama-cpp-python", "gguf")
+ENGINE_PACKAGES = ("torch", "transformers", "llama-cpp-python", "gguf")
 ORACLES = "pip install 'refllm[oracles]'"
 ENGINES = {
     "refllm": Engine("decode_refllm", (), (), ""),
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         workers, skipped = start(options.engines, path, stack)
         record = {
             "benchmark": "decode",
-            "environment": environment(PEER_PACKAGES, dict.fromkeys(workers, 1)),
+            "environment": environment(ENGINE_PACKAGES, dict.fromkeys(workers, 1)),
             "model": {"name": about, "parameters": model.config.num_parameters},
             "settings": {
                 name: getattr(options, name)
@@ -136,7 +136,7 @@ def start(
 
 
 def measure(workers: dict[str, Worker], prompts: list[list[int]], options: Any) -> dict[str, Any]:
-    """rates[clock][batch][engine][round]: new tokens a second, of all sequences together,
+    """rates[clock][batch][engine][round]: new tokens per second, of all sequences together,
     by wall and processor.
     """
     rates: dict[str, Any] = {
@@ -202,13 +202,14 @@ def near_tie(
         tolerance = 4e-5 * float(np.abs(z).max())
     if margin > tolerance:
         raise SystemExit(
-            f"{name} parts from refllm at token {at} by a margin of {margin:.1e}: the comparison is void"
+            f"{name} parts from refllm at token {at} by a margin of {margin:.1e}: the "
+            "comparison is void"
         )
     return {"token": at, "margin": margin}
 
 
 def result(batch: int, rates: dict[str, Any]) -> dict[str, Any]:
-    """The row of the table: median rates, and refllm's ratio to each peer and to the faster
+    """The row of the table: median rates, and refllm's ratio to each other engine and to the faster
     transformers.
     """
     wall, processor = (rates[clock][str(batch)] for clock in CLOCKS)
@@ -218,12 +219,12 @@ def result(batch: int, rates: dict[str, Any]) -> dict[str, Any]:
     }
     if "refllm" not in wall:
         return row | {"ratio": {}, "ratio_processor_time": {}}
-    peers = [name for name in wall if name != "refllm"]
-    row["ratio"] = {name: ratios(wall["refllm"], wall[name]) for name in peers}
+    others = [name for name in wall if name != "refllm"]
+    row["ratio"] = {name: ratios(wall["refllm"], wall[name]) for name in others}
     row["ratio_processor_time"] = {
-        name: ratios(processor["refllm"], processor[name]) for name in peers
+        name: ratios(processor["refllm"], processor[name]) for name in others
     }
-    if caches := [name for name in peers if name.startswith("transformers")]:
+    if caches := [name for name in others if name.startswith("transformers")]:
         fastest = max(caches, key=lambda name: statistics.median(wall[name]))
         row |= {
             "peer": fastest,
@@ -237,27 +238,31 @@ def show(record: dict[str, Any]) -> None:
     settings = record["settings"]
     results = record["results"]
     names = list(results[0]["tokens_per_second"])
-    peers = [name for name in names if name != "refllm"]
+    others = [name for name in names if name != "refllm"]
     print(
-        f"\nDecoding, {record['model']['name']}: {settings['prompt']} prompt + {settings['new']} new tokens, greedy, "
-        f"float32, one thread each, {settings['rounds']} rounds in turn (kind B)"
+        f"\nDecoding, {record['model']['name']}: {settings['prompt']} prompt + "
+        f"{settings['new']} new tokens, greedy, float32, one thread each, "
+        f"{settings['rounds']} rounds in turn (measured here)"
     )
     rows = [
         [r["batch"], *(f"{r['tokens_per_second'][n]['median']:.0f}" for n in names)]
         for r in results
     ]
-    table("new tokens a second, median of the rounds", ["batch", *names], rows)
+    table("new tokens per second, median of the rounds", ["batch", *names], rows)
     targets = [[f">= {r['target']:g}x" if r.get("target") else "-"] for r in results]
-    rows = [[r["batch"], *(shown(r["ratio"].get(n)) for n in peers)] for r in results]
+    rows = [[r["batch"], *(shown(r["ratio"].get(n)) for n in others)] for r in results]
     table(
-        "refllm / peer: median and range of the rounds; the target holds for the faster of transformers' two caches",
-        ["batch", *peers, "target"],
+        "refllm / other engine: median and range of the rounds; the target holds for the faster "
+        "of transformers' two caches",
+        ["batch", *others, "target"],
         [row + target for row, target in zip(rows, targets, strict=True)],
     )
     rows = [
-        [r["batch"], *(shown(r["ratio_processor_time"].get(n)) for n in peers)] for r in results
+        [r["batch"], *(shown(r["ratio_processor_time"].get(n)) for n in others)] for r in results
     ]
-    table("the same by processor time, which a busy machine distorts less", ["batch", *peers], rows)
+    table(
+        "the same by processor time, which a busy machine distorts less", ["batch", *others], rows
+    )
     ties = {
         name: sum(len(at[name]["near_ties"]) for at in record["agreement"].values())
         for name in names

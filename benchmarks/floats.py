@@ -22,8 +22,13 @@ import numpy as np
 
 from refllm.formats.minifloat import dequantize, quantize
 
-PEERS = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2", "e2m1": "float4_e2m1fn", "e8m0": "float8_e8m0fnu",
-         "bf16": "bfloat16"}  # fmt: skip
+ML_DTYPES = {
+    "e4m3": "float8_e4m3fn",
+    "e5m2": "float8_e5m2",
+    "e2m1": "float4_e2m1fn",
+    "e8m0": "float8_e8m0fnu",
+    "bf16": "bfloat16",
+}
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -33,17 +38,17 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def measure(fmt: str, x: np.ndarray, rounds: int) -> dict[str, Any]:
-    peer = np.dtype(getattr(ml_dtypes, PEERS[fmt]))
-    theirs = x.astype(peer)
+    dtype = np.dtype(getattr(ml_dtypes, ML_DTYPES[fmt]))
+    reference = x.astype(dtype)
     codes = quantize(x, fmt, "saturate")
     calls = {
-        "encode": (lambda: quantize(x, fmt), lambda: x.astype(peer)),
-        "decode": (lambda: dequantize(codes, fmt), lambda: theirs.astype(np.float32)),
+        "encode": (lambda: quantize(x, fmt), lambda: x.astype(dtype)),
+        "decode": (lambda: dequantize(codes, fmt), lambda: reference.astype(np.float32)),
     }
     found: dict[str, Any] = {}
-    for name, (ours, peers) in calls.items():
+    for name, (ours, theirs) in calls.items():
         # the first touches the memory
-        pairs = [(seconds(ours), seconds(peers)) for _ in range(rounds + 1)][1:]
+        pairs = [(seconds(ours), seconds(theirs)) for _ in range(rounds + 1)][1:]
         found[name] = {
             "ratio": common.ratios([b for _, b in pairs], [a for a, _ in pairs]),
             "ns": common.spread([1e9 * a / x.size for a, _ in pairs]),
@@ -65,7 +70,7 @@ def main() -> None:
     x = np.abs(
         np.random.default_rng(0).standard_normal(chosen.numbers).astype(np.float32)
     ) + np.float32(1e-3)
-    record["results"] = {fmt: measure(fmt, x, chosen.rounds) for fmt in PEERS}
+    record["results"] = {fmt: measure(fmt, x, chosen.rounds) for fmt in ML_DTYPES}
     rows = [
         (
             fmt,

@@ -1,19 +1,18 @@
-"""How fast numbers become GGUF's bytes and come back, against ggml's own C on one thread.
+"""How fast values are quantised to GGUF's bytes and back, against ggml's own C on one thread.
 
-    python benchmarks/formats.py --output benchmarks/results/formats.json python
-    benchmarks/formats.py --whole Llama-3.2-1B --output
-    benchmarks/results/formats_whole.json
+    python benchmarks/formats.py --output benchmarks/results/formats.json
+    python benchmarks/formats.py --whole Llama-3.2-1B --output benchmarks/results/formats_whole.json
 
 Both work on the same float32 matrix, in this process, one thread each, in turns; a ratio is
-formed within each round, and its median over the rounds is shown (kind B). The clock is the
-process's processor time: a millisecond of C fits between two interruptions by other
-programs and a hundred of NumPy do not, which would count against the latter. ``peer`` is
-ggml_quantize_chunk and dequantize_row of the shared library that llama-cpp-python brings;
-bytes are compared before anything is timed.
+formed within each round, and its median over the rounds is shown. The clock is the
+process's CPU time: a millisecond of C fits between two interruptions by other programs and a
+hundred of NumPy do not, which would count against NumPy. The comparison calls
+ggml_quantize_chunk and dequantize_row of llama-cpp-python's shared library; bytes are compared
+before anything is timed.
 
-``--whole`` writes a float32 checkpoint of random numbers in a published model's shapes (5
+``--whole`` writes a float32 checkpoint of random values in a published model's shapes (5
 GB for 1B) into a temporary folder, converts it with as many processes as there are cores,
-and says how long that took; it has no peer.
+and prints how long that took, without a comparison.
 """
 
 from __future__ import annotations
@@ -97,7 +96,7 @@ def race(
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each type: encoding, encoding with importance, decoding."""
-    peer = Ggml()
+    ggml = Ggml()
     rng = np.random.default_rng(0)
     x = rng.standard_normal((options.rows, options.columns)).astype(np.float32)
     weights = rng.uniform(0.1, 2, options.columns).astype(np.float32)
@@ -107,23 +106,23 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         for what, w in (("encode", None), ("encode with importance", weights)):
             if w is not None and type in WITHOUT:
                 continue
-            if not np.array_equal(quantize(x, type, w), peer.quantize(x, type, w)):
+            if not np.array_equal(quantize(x, type, w), ggml.quantize(x, type, w)):
                 raise AssertionError(f"{type}, {what}: the bytes differ")
             row[what] = lap(
                 race(
                     lambda t=type, w=w: quantize(x, t, w),
-                    lambda t=type, w=w: peer.quantize(x, t, w),
+                    lambda t=type, w=w: ggml.quantize(x, t, w),
                     options.rounds,
                 ),
                 x,
             )
         raw = quantize(x, type)
-        if not np.array_equal(dequantize(raw, type), peer.dequantize(raw, type)):
+        if not np.array_equal(dequantize(raw, type), ggml.dequantize(raw, type)):
             raise AssertionError(f"{type}: decoded numbers differ")
         row["decode"] = lap(
             race(
                 lambda r=raw, t=type: dequantize(r, t),
-                lambda r=raw, t=type: peer.dequantize(r, t),
+                lambda r=raw, t=type: ggml.dequantize(r, t),
                 options.rounds,
             ),
             x,
@@ -215,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             [r["type"], *(f"{c['ns']:.1f} ({c['ratio']:.2f}×)" if c else "" for c in cells)]
         )
     table(
-        "ns a number, and times ggml's (kind B)",
+        "ns per value, and times ggml's (measured here)",
         ["type", "encode", "with importance", "decode"],
         rows,
     )

@@ -1,14 +1,13 @@
-"""What a decode step costs with keys and values in few bits: KIVI's cache against a cache
-of numbers.
+"""What a decode step costs with keys and values in few bits: KIVI's cache against a float32
+cache.
 
     python benchmarks/kivi.py --output benchmarks/results/kivi.json
 
 The bundled model decodes one token after another behind a prompt of ``--contexts`` tokens,
-once with every number in float32 (``refllm.kv.contiguous``), once with codes of ``--bits``
+once with every value in float32 (``refllm.kv.contiguous``), once with codes of ``--bits``
 bits (``refllm.kv.kivi_cache``, groups of 32, the newest 128 tokens in full). The caches
 take turns, step by step, and hold the same tokens. NumPy decodes all codes before it
-multiplies, so few bits cost time here; what they buy is room, which is counted beside (kind
-A).
+multiplies, so few bits cost time here; what they save is memory, which is counted.
 
 One thread, float32. Left out: batches, kernels that decode while they multiply, and the
 time of a prompt.
@@ -114,7 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for r in record["results"]
     ]
     table(
-        "a decode step, microseconds, KIVI / full (kind B); bytes of the cache, of float32's (kind A)",
+        "a decode step, microseconds, KIVI / full (measured here); bytes of the cache, of "
+        "float32's (counted)",
         ["context", "bits", "full", "KIVI", "KIVI / full", "kB", "of full"],
         rows,
     )

@@ -6,10 +6,10 @@ blocked, for 1 to 512 rows.
 x[rows, N] times W[M, N] transposed, once with W as one matrix (``x @ W.T``), once as
 ``refllm.model.weights.Dense`` stores it on this processor: with AVX-512 in blocks of 64
 columns ([M/64, N, 64], a batched product), without it in one block of all ([1, N, M]). From
-2 rows on OpenBLAS packs the whole plain weight anew for every product, which costs more
-than the few products that it then does. With AVX-512 it multiplies a block of 64 columns as
-it is; without, it packs columns that stand side by side faster than rows, and up to 3 rows
-are multiplied one by one.
+2 rows on OpenBLAS repacks the whole plain weight for every product, which costs more than the
+few multiplications themselves. With AVX-512 it multiplies a block of 64 columns
+without packing; otherwise it packs contiguous columns faster than rows, and up to 3 rows are
+multiplied one by one.
 
 The shapes are the bundled model's: the head, the gate, the way back. Each layout walks
 through copies of the weight that fill 16 MB together, as the weights of a decode step do: a
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for r in record["results"]
             if (r["m"], r["n"]) == (m, n)
         ]
-        title = f"x[rows, {n}] by W[{m}, {n}] transposed, microseconds, blocked: {layout} (kind B)"
+        title = f"x[rows, {n}] by W[{m}, {n}] transposed, microseconds, blocked: {layout}"
         table(title, ["rows", "plain", "blocked", "plain / blocked"], rows)
     finish(record, options.output)
     return 0

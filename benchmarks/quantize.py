@@ -1,14 +1,15 @@
-"""How fast weights are quantised: one large layer by GPTQ, a whole checkpoint, rounding
-beside the memory.
+"""How fast weights are quantised: one large layer by GPTQ, a whole checkpoint, rounding.
 
     python benchmarks/quantize.py --threads 1 --output benchmarks/results/quantize.json
-    python benchmarks/quantize.py --layers 16 --gptq-layers 16          # the whole model, nothing projected: an hour
+    python benchmarks/quantize.py --layers 16 --gptq-layers 16  # nothing projected: an hour
 
-| part  | what                                                                 | beside                          |
-|-------|----------------------------------------------------------------------|---------------------------------|
-| layer | GPTQ of a 4096 × 4096 weight, 4 bits, groups of 128, from its Hessian | the paper's loop in PyTorch     |
-| model | random weights of Llama-3.2-1B's shapes, from files to files         | the stages' shares, peak memory |
-| rtn   | rounding and packing in one thread, GB of float32 a second           | summing the same array          |
+| part  | what is timed                                           | against                     |
+|-------|---------------------------------------------------------|-----------------------------|
+| layer | GPTQ of a 4096 × 4096 weight, 4 bits, groups of 128,    | the paper's loop in PyTorch |
+|       | from its Hessian                                        |                             |
+| model | random weights of Llama-3.2-1B's shapes, from files to  | the stages' shares, peak    |
+|       | files                                                   | memory                      |
+| rtn   | rounding and packing in one thread, GB of float32/s     | summing the same array      |
 
 ``--layers`` and ``--gptq-layers`` quantise a model of so many decoder layers; the whole is
 then *projected*: the time of all stages but the writing, times 16 / layers. The record says
@@ -34,10 +35,22 @@ from typing import Any
 import numpy as np
 from common import Worker, environment, finish, ratios, shown, spread, table
 
-LLAMA = {"vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32,
-         "num_key_value_heads": 8, "head_dim": 64}  # fmt: skip
-SMALL = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
+LLAMA = {
+    "vocab_size": 128_256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+}
+SMALL = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
 WHOLE = 16  # layers of Llama-3.2-1B
 ONCE = ("writing",)  # stages that are not done layer by layer alone; the embedding is most of them
 TARGETS = {"layer": 1.0, "rtn minutes": 3.0, "rtn gib": 8.0, "gptq minutes": 40.0}
@@ -129,7 +142,7 @@ def layer_part(options: argparse.Namespace, record: dict[str, Any]) -> None:
     }
     record["results"].append(row)
     table(
-        f"GPTQ of one {options.size} x {options.size} layer, {options.threads} threads (kind B)",
+        f"GPTQ of one {options.size} x {options.size} layer, {options.threads} threads",
         ["engine", "seconds", "of a processor"],
         [
             [n, f"{seconds['median']:.2f}", f"{row['cpu_seconds'][n]['median']:.2f}"]
@@ -161,7 +174,7 @@ def rtn_part(options: argparse.Namespace, record: dict[str, Any]) -> None:
     share = ratios([a["rtn"] for a in answers], [a["memory"] for a in answers])
     record["results"].append({"part": "rtn", "gb_per_second": rates, "share_of_memory": share})
     table(
-        "Rounding and packing to 4 bits, one thread (kind B)",
+        "Rounding and packing to 4 bits, one thread (measured here)",
         ["what", "GB of float32 a second"],
         [
             ["round and pack", f"{rates['rtn']['median']:.2f}"],
@@ -199,16 +212,16 @@ class Repeated(Mapping[str, np.ndarray]):
 def random_model(path: Path, layers: int, sizes: Mapping[str, int]) -> Any:
     """A checkpoint in bfloat16 with a tokenizer of few words; returns its config."""
     from refllm import corpus
-    from refllm.checkpoints import loading
     from refllm.checkpoints.tensor_files import tensor_shapes
     from refllm.checkpoints.tokenizer import Tokenizer
+    from refllm.checkpoints.writer import save
     from refllm.model.config import ModelConfig
 
     config = ModelConfig(
         "llama", **sizes, num_hidden_layers=layers, tie_word_embeddings=True, eos_token_ids=(0,)
     )
     tokenizer = Tokenizer.train((d.text for d in corpus.held_out_documents()[:1]), 512)
-    loading.save(path, config, Repeated(dict(tensor_shapes(config))), tokenizer, dtype="bfloat16")
+    save(path, config, Repeated(dict(tensor_shapes(config))), tokenizer, dtype="bfloat16")
     return config
 
 
@@ -266,16 +279,17 @@ def model_row(method: str, answer: dict[str, Any], layers: int, parameters: int)
 
 
 def show_model(row: dict[str, Any]) -> None:
-    kind = "projected (kind C)" if row["projected"] else "measured (kind B)"
+    kind = "projected" if row["projected"] else "measured here"
     table(
-        f"{row['method']}, {row['layers']} layers of Llama-3.2-1B's shapes, {row['seconds']:.0f} s, "
-        f"peak {row['peak_gib']:.2f} GiB",
+        f"{row['method']}, {row['layers']} layers of Llama-3.2-1B's shapes, "
+        f"{row['seconds']:.0f} s, peak {row['peak_gib']:.2f} GiB",
         ["stage", "share"],
         [[name, f"{share:.1%}"] for name, share in row["shares"].items()],
     )
     print(f"\n  processor time {row['cpu_seconds']:.0f} s of {row['seconds']:.0f} s")
     print(
-        f"  {WHOLE} layers: {row['minutes_of_16_layers']:.1f} min, {kind}   target <= {row['target_minutes']:g}"
+        f"  {WHOLE} layers: {row['minutes_of_16_layers']:.1f} min, {kind}   target <= "
+        f"{row['target_minutes']:g}"
     )
 
 

@@ -1,17 +1,17 @@
 """The serving engine: against transformers and llama.cpp, against the bare network, and
-what its books cost.
+what its bookkeeping costs.
 
     python benchmarks/serving.py --output benchmarks/results/serving.json
 
 1. Batches of 32 and 64 requests, 32 prompt tokens and 48 new ones each, greedy, float32,
-   one thread: new tokens a second over those of transformers' ``generate`` for the same
-   prompts (padded to nothing: all are equally long, which is the peer's best case), and
+   one thread: new tokens per second over those of transformers' ``generate`` for the same
+   prompts (padded to nothing: all are equally long, which is transformers' best case), and
    over those of a loop of continuous batching with llama.cpp where that is installed. Also
    over refllm's own static ``generate_batch``: what paging and planning cost.
 2. The control plane: of a decode step, the share that is not the network: plan, tables,
-   choosing tokens, books, results. The clock is around the network, within the same steps.
-3. The books alone: a pool operation in pools of 10³ and 10⁵ blocks (O(1): a ratio near 1),
-   a radix match and insert a token at prompts of 10³ and 8·10³ tokens (linear: a ratio near
+   sampling, bookkeeping, results. The clock is around the network, within the same steps.
+3. Bookkeeping alone: a pool operation in pools of 10³ and 10⁵ blocks (O(1): a ratio near 1),
+   a radix match and insert per token at prompts of 10³ and 8·10³ tokens (linear: a ratio near
    1), a plan for 256 running requests.
 
 Left out: arrivals over time and policies (``refllm simulate``), GPU.
@@ -32,11 +32,11 @@ from unittest import mock
 from common import environment, finish, network, ratios, shown, spread, table
 from threadpoolctl import threadpool_limits
 
-from decode import ORACLES, PEER_PACKAGES, Engine, agreement, held_out_prompts, measure, start
+from decode import ENGINE_PACKAGES, ORACLES, Engine, agreement, held_out_prompts, measure, start
 from refllm.api import Model, load
 from refllm.kv.block_pool import BlockPool
 from refllm.kv.radix_tree import RadixCache
-from refllm.serve import executor
+from refllm.serve import model_runner
 from refllm.serve.engine import Engine as ServingEngine
 from refllm.serve.kv_manager import PagedKVManager
 from refllm.serve.plan import SampledTokens
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         workers, skipped = start(options.engines, path, stack, ENGINES)
         record: dict[str, Any] = {
             "benchmark": "serving",
-            "environment": environment(PEER_PACKAGES, dict.fromkeys(workers, 1)),
+            "environment": environment(ENGINE_PACKAGES, dict.fromkeys(workers, 1)),
             "model": {"name": about},
             "settings": {
                 name: getattr(options, name)
@@ -94,7 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="The serving engine against its peers, as ratios.")
+    parser = argparse.ArgumentParser(
+        description="The serving engine against other programs, as ratios."
+    )
     parser.add_argument("--model", help="a checkpoint directory (default: the bundled model)")
     parser.add_argument(
         "--engines", nargs="+", choices=ENGINES, default=list(ENGINES), metavar="ENGINE"
@@ -114,14 +116,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def throughput(batch: int, rates: dict[str, Any]) -> dict[str, Any]:
-    """The engine's new tokens a second, and their ratio to each other's of the same rounds."""
+    """The engine's new tokens per second, and their ratio to each other's of the same rounds."""
     wall = rates["wall"][str(batch)]
     row: dict[str, Any] = {
         "batch": batch,
         "tokens_per_second": {name: spread(r) for name, r in wall.items()},
     }
-    peers = [name for name in wall if name != "engine"]
-    row["ratio"] = {name: ratios(wall["engine"], wall[name]) for name in peers if "engine" in wall}
+    others = [name for name in wall if name != "engine"]
+    row["ratio"] = {name: ratios(wall["engine"], wall[name]) for name in others if "engine" in wall}
     return row
 
 
@@ -144,13 +146,13 @@ def control_plane(
 
     rounds = []
     with (
-        mock.patch.object(executor, "forward", timed(executor.forward)),
-        mock.patch.object(executor, "logits", timed(executor.logits)),
+        mock.patch.object(model_runner, "forward", timed(model_runner.forward)),
+        mock.patch.object(model_runner, "logits", timed(model_runner.logits)),
     ):
         for _ in range(options.rounds):
             engine = ServingEngine(model, num_blocks=10 * len(prompts), max_sequences=len(prompts))
             # a decode step; a prefill goes through the two above
-            engine._decode_step = timed(engine._decode_step)
+            engine._runner._decode_step = timed(engine._runner._decode_step)
             for prompt in prompts:
                 engine.submit(Request(prompt, options.new, ignore_eos=True))
             shares = []
@@ -251,18 +253,19 @@ def show(record: dict[str, Any]) -> None:
     rows = results["throughput"]
     names = list(rows[0]["tokens_per_second"])
     print(
-        f"\nServing, {record['model']['name']}: {settings['prompt']} prompt + {settings['new']} new tokens, greedy, "
-        f"float32, one thread each, {settings['rounds']} rounds in turn (kind B)"
+        f"\nServing, {record['model']['name']}: {settings['prompt']} prompt + "
+        f"{settings['new']} new tokens, greedy, float32, one thread each, "
+        f"{settings['rounds']} rounds in turn (measured here)"
     )
     rates = [
         [r["batch"], *(f"{r['tokens_per_second'][n]['median']:.0f}" for n in names)] for r in rows
     ]
-    table("new tokens a second, median of the rounds", ["batch", *names], rates)
-    peers = list(rows[0]["ratio"])
+    table("new tokens per second, median of the rounds", ["batch", *names], rates)
+    others = list(rows[0]["ratio"])
     table(
         "engine / other",
-        ["batch", *peers],
-        [[r["batch"], *(shown(r["ratio"][n]) for n in peers)] for r in rows],
+        ["batch", *others],
+        [[r["batch"], *(shown(r["ratio"][n]) for n in others)] for r in rows],
     )
     shares = results["control_plane_share"]
     table(
@@ -278,8 +281,8 @@ def show(record: dict[str, Any]) -> None:
         costs,
     )
     print(
-        f"\nA plan for {some['running']} running requests: {some['plan_ms']['median']:.2f} ms "
-        f"(target: <= {PLAN_MS:g} ms for 256)"
+        f"\nA plan for {some['running']} running requests: {some['plan_ms']['median']:.2f} "
+        f"ms (target: <= {PLAN_MS:g} ms for 256)"
     )
     names = list(record["agreement"][str(rows[0]["batch"])])
     ties = {

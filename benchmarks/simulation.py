@@ -1,11 +1,11 @@
-"""How fast ``refllm simulate`` is: token-steps a second of the simulator, and what its
+"""How fast ``refllm simulate`` is: token-steps per second of the simulator, and what its
 jumps save.
 
     python benchmarks/simulation.py --rounds 3 --output benchmarks/results/simulation.json
 
 A token-step is a token that one request computes in one step: a prompt of P tokens and an
 answer of O are P + O − 1 of them, and as many again after a preemption. ``sequence-steps``
-count a prompt's chunk once. The peer is the same simulation plan by plan (``jumps=False``),
+count a prompt's chunk once. The baseline is the same simulation plan by plan (``jumps=False``),
 whose results are the same; the two take turns in every round.
 
 Traffic with ShareGPT's lengths, all at once; memory for about 7, 30 and 250 requests. Rates
@@ -69,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def once(name: str, asked: Sequence[Request], jumps: bool) -> dict[str, float]:
     """One simulation: its counts, and what it took."""
-    policy, slots, seats = SETTINGS[name]
-    scheduler = factory.make(policy, BlockPool(slots // 16, 16), max_sequences=seats)
+    policy, slots, sequences = SETTINGS[name]
+    scheduler = factory.make(policy, BlockPool(slots // 16, 16), max_sequences=sequences)
     simulator = Simulator(scheduler, RooflineClock(LLAMA_8B, DEVICES["a100"]), jumps=jumps)
     wall = time.perf_counter()
     busy = time.process_time()
@@ -113,7 +113,8 @@ def result(name: str, runs: list[list[dict[str, float]]]) -> dict[str, Any]:
 
 def show(record: dict[str, Any]) -> None:
     print(
-        f"\nThe simulator, {record['settings']['requests']} requests (kind B); target {TARGET:,} token-steps a second"
+        f"\nThe simulator, {record['settings']['requests']} requests (measured here); target "
+        f"{TARGET:,} token-steps a second"
     )
     rows = []
     for row in record["results"]:

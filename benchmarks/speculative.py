@@ -1,19 +1,20 @@
-"""What speculation buys on this machine: tokens a step, wall clock against plain decoding,
+r"""What speculation gains on this machine: tokens per step, wall clock against plain decoding,
 the cost of verification.
 
-    python benchmarks/speculative.py --output benchmarks/results/speculative.json --figure
-    figures/data/speculative.json
+    python benchmarks/speculative.py --output benchmarks/results/speculative.json \
+        --figure figures/data/speculative.json
 
 Batch 1, float32, one thread. The baseline is the fastest plain decoding that refllm has
 (``generate_tokens``), on the same prompts in the same round; each ratio is plain time over
 speculative time, median and range of the rounds. Greedy texts are compared token for token;
-where two float32 sums of another order part at a near tie, the number is told.
+differences at a near tie of two float32 sums are counted.
 
-| task      | prompts                                                     | left out                             |
-|-----------|-------------------------------------------------------------|--------------------------------------|
-| code      | pieces of held-out modules                                  | outputs that loop                    |
-| copy      | a piece of a held-out module, and then how it begins again  | the same, and outputs of which fewer |
-|           |                                                             | than 30 % of 8-grams are the prompt's|
+| task | prompts                                                    | left out                  |
+|------|------------------------------------------------------------|---------------------------|
+| code | pieces of held-out modules                                 | outputs that loop         |
+| copy | a piece of a held-out module, then its beginning again     | the same, and outputs     |
+|      |                                                            | with fewer than 30 % of   |
+|      |                                                            | 8-grams from the prompt   |
 
 Drafters: ``model``, a chain of γ tokens of the draft model; ``tree``, a chain as long as it
 is sure and a fan of what is left of γ nodes (``TreeDrafter``); ``n-gram``; ``n-gram,
@@ -120,7 +121,9 @@ def tasks(model: Model, count: int, new: int) -> dict[str, dict[str, Any]]:
 
 def plain(model: Model, prompt: Sequence[int], new: int, sampling: SamplingParams) -> list[int]:
     rng = np.random.default_rng(1)
-    return [t for (t,) in generate_tokens(model.weights, model.config, [prompt], new, sampling, rng)]
+    return [
+        t for (t,) in generate_tokens(model.weights, model.config, [prompt], new, sampling, rng)
+    ]
 
 
 # --- wall clock ---------------------------------------------------------------------------
@@ -165,7 +168,9 @@ def race(
                 rng = np.random.default_rng(100 * number + k)
                 steps = []
                 began = 0.0
-                for step in speculate(model.weights, model.config, prompt, new, sampling, rng, drafter):
+                for step in speculate(
+                    model.weights, model.config, prompt, new, sampling, rng, drafter
+                ):
                     steps.append(step)
                     began = began or time.perf_counter()
                 spent[name] += time.perf_counter() - began
@@ -336,7 +341,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     NGramDrafter(g), TreeDrafter(draft, g)
                 )
             sampling = SamplingParams(temperature=temperature)
-            results = race(model, make, found[task]["prompts"], options.new, sampling, options.rounds)
+            results = race(
+                model, make, found[task]["prompts"], options.new, sampling, options.rounds
+            )
             for (drafter, gamma), result in results.items():
                 paid = result["proposed_a_step"]  # n-grams do not always find something
                 passes = result["passes_a_step"]
@@ -368,7 +375,7 @@ def show(record: dict[str, Any]) -> None:
     c = record["costs_us"]["draft"]
     picked = [n for n in (1, 2, 3, 4, 5, 7, 9, 17) if n <= len(t)]
     table(
-        "cost of a step of n tokens, t(n)/t(1), and of a draft (kind B)",
+        "cost of a step of n tokens, t(n)/t(1), and of a draft (measured here)",
         ["t(1)", *(f"t({n})" for n in picked[1:]), "draft"],
         [[f"{t[0]:.0f} us", *(f"{t[n - 1] / t[0]:.2f}" for n in picked[1:]), f"{c / t[0]:.3f}"]],
     )
@@ -429,8 +436,8 @@ def show(record: dict[str, Any]) -> None:
         if some:
             best = max(some, key=lambda r: r["speedup"]["median"])
             print(
-                f"\nbest on {task} with {best['drafter']}: {shown(best['speedup'])} at γ = {best['gamma']}, "
-                f"temperature {best['temperature']} (target {target}x)"
+                f"\nbest on {task} with {best['drafter']}: {shown(best['speedup'])} at γ = "
+                f"{best['gamma']}, temperature {best['temperature']} (target {target}x)"
             )
 
 

@@ -13,7 +13,7 @@ sums, reshapes, Python itself.
 to 64: the same array calls with almost nothing to compute. It is what NumPy's and Python's
 own work costs, spread over all the parts.
 
-One thread, one process, float32. Left out: peers (``decode.py``), GPU.
+One thread, one process, float32. Left out: other programs (``decode.py``), GPU.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ class Clock:
             mock.patch.object(
                 ContiguousCache, "view", lambda *a: self.around("attention", view(*a))
             ),
-            mock.patch.object(generate, "choose_tokens", self.around("choosing", generate.choose_tokens)),
+            mock.patch.object(
+                generate, "choose_tokens", self.around("choosing", generate.choose_tokens)
+            ),
         ]
         with contextlib.ExitStack() as stack:
             for patch in patches:
@@ -173,7 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "results": measure(model, options),
         }
     print(
-        f"\nA decode step of {about}, {options.prompt} to {options.prompt + options.new} tokens of context (kind B)"
+        f"\nA decode step of {about}, {options.prompt} to {options.prompt + options.new} "
+        "tokens of context (measured here)"
     )
     rows = []
     for r in record["results"]:

@@ -3,15 +3,15 @@ and optimizer.
 
     python benchmarks/training.py --rounds 5 --output benchmarks/results/training.json
 
-The bundled model's shape (4.2 M parameters), 8 windows of 256 tokens a step, float32, two
+The bundled model's shape (4.2 M parameters), 8 windows of 256 tokens per step, float32, two
 cores: refllm as it trains by itself (two Python threads with half a batch each, one BLAS
 thread per product), PyTorch with two threads. Each engine runs in a process of its own; in
 every round each takes its turn of a few steps. The losses must agree, since all start from
 the same weights and see the same batches.
 
 A third engine is refllm once more with glibc told to keep the memory that it frees
-(``MALLOC_*``). By default every array of some megabytes goes back to the kernel when it
-dies, and the next one is mapped and zeroed anew, page by page: the page faults of each turn
+(``MALLOC_*``). By default every array of some megabytes is returned to the kernel when it is
+freed, and the next one is mapped and zeroed again, page by page: the page faults of each turn
 are counted.
 
 Left out: ``torch.compile``, bfloat16, GPU.
@@ -156,12 +156,12 @@ def result(turns: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
         "tokens_per_second": {name: spread(rate) for name, rate in rates.items()},
         "target": TARGET,
     }
-    for key, ours, peer in (
+    for key, ours, other in (
         ("ratio_to_torch", "refllm", "torch"),
         ("ratio_to_torch_memory_kept", KEEPING, "torch"),
         ("ratio_of_memory_kept", KEEPING, "refllm"),
     ):
-        row[key] = ratios(rates[ours], rates[peer]) if ours in rates and peer in rates else None
+        row[key] = ratios(rates[ours], rates[other]) if ours in rates and other in rates else None
     return row
 
 
@@ -177,8 +177,9 @@ def show(record: dict[str, Any]) -> None:
             [name, f"{rate['median']:.0f}", f"{rate['low']:.0f}-{rate['high']:.0f}", shown_faults]
         )
     title = (
-        f"Training, {record['model']['parameters'] / 1e6:.1f} M parameters, {settings['batch']} x {settings['length']} "
-        f"tokens a step, {THREADS} threads, {settings['rounds']} rounds in turn (kind B)"
+        f"Training, {record['model']['parameters'] / 1e6:.1f} M parameters, "
+        f"{settings['batch']} x {settings['length']} tokens a step, {THREADS} threads, "
+        f"{settings['rounds']} rounds in turn (measured here)"
     )
     table(title, ["engine", "tokens/s", "range", "page faults a step"], rows)
     print(

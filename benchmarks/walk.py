@@ -70,7 +70,7 @@ def trace(way: Way) -> Trace:
 def ways() -> dict[str, Way]:
     """The ways by name, ready to run on the bundled model."""
     from refllm.cli import app
-    from refllm.decode.speculative.drafters import ModelDrafter
+    from refllm.decode.speculative.model_drafter import ModelDrafter
     from refllm.serve.engine import Engine
     from refllm.serve.request import Request
 

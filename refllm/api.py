@@ -1,15 +1,15 @@
-"""``load`` and ``Model``: network, tokenizer and decoding behind one small face.
+"""``load`` and ``Model``: network, tokenizer and decoding behind one small interface.
 
-| call                                  | gives                                                        |
-|---------------------------------------|--------------------------------------------------------------|
-| ``load(path_or_name)``                | a ``Model`` on a backend                                     |
-| ``model.logits(tokens[T])``           | [T, V], one full causal forward                              |
-| ``model.generate(prompt, n)``         | what is new: text for text, ids for ids                      |
-| ``model.generate_batch(prompts, n)``  | the same for a static batch of token prompts                 |
-| ``model.stream(prompt, n)``           | the new text piece by piece                                  |
+| call                                  | returns                                            |
+|---------------------------------------|----------------------------------------------------|
+| ``load(path_or_name)``                | a ``Model`` on a backend                           |
+| ``model.logits(tokens[T])``           | [T, V], one full causal forward pass               |
+| ``model.generate(prompt, n)``         | the new text for text, the new ids for ids         |
+| ``model.generate_batch(prompts, n)``  | the new ids of each prompt of a static batch       |
+| ``model.stream(prompt, n)``           | the new text piece by piece                        |
 
-Left out: chat templates, beam search, log-probabilities of what was generated (take
-``logits`` of it).
+Left out: chat templates, beam search, log-probabilities of generated tokens (call
+``logits`` on them).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def load(
     backend
         ``"numpy"`` or ``"cupy"``; None reads the environment variable ``REFLLM_BACKEND``.
     dtype
-        ``"float32"``, ``"float64"`` (proofs use it), or ``"float16"`` (CuPy only).
+        ``"float32"``, ``"float64"`` (for exact comparisons), or ``"float16"`` (CuPy only).
 
     Raises
     ------
@@ -61,39 +61,49 @@ def load(
         for anything wrong with the files.
     BackendUnavailable
         if the backend cannot run here.
+
+    >>> model = load("stdlib-draft", backend="numpy")
+    >>> model.config.num_hidden_layers, model.config.vocab_size
+    (2, 4096)
     """
     loaded = loading.load(locate(path_or_name), backend=backend, dtype=dtype)
     return Model(loaded.config, loaded.weights, loaded.tokenizer)
 
 
 class Model:
-    """A network with its tokenizer. ``weights`` is the tree that
-    ``refllm.model.llama.build`` describes.
+    """A network with its tokenizer.
+
+    ``weights`` is the tree that ``refllm.model.llama.build`` describes.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, tokenizer: Tokenizer):
+        """Keep the three parts; nothing is copied."""
         self.config = config
         self.weights = weights
         self.tokenizer = tokenizer
 
     def logits(self, tokens: Sequence[int] | Array) -> Array:
-        """Full causal forward of one sequence: tokens[T], T ≥ 1 → [T, V], in the model's
+        """Full causal forward pass of one sequence: tokens[T], T ≥ 1 → [T, V], in the model's
         dtype and on its device.
 
-        More tokens than the model has positions are computed all the same, at positions
-        that training never saw. ValueError for what is no such sequence, or holds an id
-        outside the vocabulary.
+        T may exceed the model's positions; training never saw the positions beyond.
+
+        Raises
+        ------
+        ValueError
+            if ``tokens`` is no such sequence, or holds an id outside the vocabulary.
+
+        >>> load("stdlib-draft", backend="numpy").logits([1, 2, 3]).shape
+        (3, 4096)
         """
         like = self.weights["norm"]
-        if hasattr(tokens, "shape"):
-            ids = to_numpy(tokens)
-        else:
-            ids = np.asarray(tokens)
+        ids = to_numpy(tokens) if hasattr(tokens, "shape") else np.asarray(tokens)  # [T]
         if ids.size == 0:
             raise ValueError("logits: needs at least one token")
         if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(
-                f"logits: tokens must be a 1-D array of integers, got {ids.dtype} of shape {ids.shape}"
+                "logits: tokens must be a 1-D array of integers, got "
+                f"{ids.dtype} of shape {ids.shape}"
             )
         if not (ids.min() >= 0 and ids.max() < self.config.vocab_size):
             raise ValueError(
@@ -101,8 +111,9 @@ class Model:
             )
         attend = CausalAttend([len(ids)], self.config.sliding_window)
         positions = asarray_like(np.arange(len(ids)), like)
-        hidden = forward(self.weights, self.config, asarray_like(ids, like), positions, attend)
-        return logits(self.weights, hidden)
+        moved = asarray_like(ids, like)
+        hidden = forward(self.weights, self.config, moved, positions, attend)  # [T, N]
+        return logits(self.weights, hidden)  # [T, V]
 
     def generate(
         self,
@@ -120,24 +131,23 @@ class Model:
         drafter: Drafter | Model | None = None,
         cache: CachePolicy | None = None,
     ) -> Any:
-        """Continue ``prompt`` by at most ``max_tokens`` tokens and return only what is new.
+        """Continue ``prompt`` by at most ``max_tokens`` tokens and return the new part alone:
+        a str for a str, a list of token ids for token ids.
 
-        Text for text, a list of token ids for token ids. The end token is not part of the
-        result. Text is encoded as the tokenizer's file says (with its beginning token, if
-        it has one). ``stop`` strings end the text before their first occurrence (text
-        prompts only). ``rng`` is a Generator or a seed; None draws a fresh seed.
-        Temperature 0 is the argmax and uses no randomness.
+        The end token is not part of the result. Text is encoded as the tokenizer's file
+        specifies (with its beginning token, if it has one). ``stop`` strings end the text
+        before their first occurrence (text prompts only). ``rng`` is a Generator or a seed;
+        None draws a fresh seed. Temperature 0 is the argmax and uses no randomness.
 
         A ``drafter`` (see ``refllm.decode.speculative``; a ``Model`` drafts 4 tokens per
         step) changes how many steps that takes. Greedy output is unchanged; at other
         temperatures the output distribution is unchanged.
 
-        A ``cache`` policy changes what is remembered, and with it the text:
-        ``refllm.kv.kivi.Kivi(...)`` keeps keys and values of all but the newest tokens in
-        few bits, one of ``refllm.kv.sparse`` keeps some of the tokens. What is read depends
-        on where steps begin, so with both a cache policy and a drafter the text may be
-        another one than with the policy alone. A policy that drops at random draws from
-        ``rng``, at temperature 0 too.
+        A ``cache`` policy may change the text: ``refllm.kv.Kivi(...)`` keeps keys and values
+        of all but the newest tokens in few bits, those of ``refllm.kv.sparse`` keep some of
+        the tokens. What attention reads then depends on where steps begin, so a drafter may
+        change the text too. A policy that evicts at random draws from ``rng``, also at
+        temperature 0.
         """
         sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty)
         if isinstance(prompt, str) and (stop or isinstance(stop, str)):
@@ -161,7 +171,7 @@ class Model:
             ids = self.tokenizer.encode(prompt, special=True)
         else:
             ids = _token_lists([prompt])[0]
-        ends = frozenset() if ignore_eos else frozenset(self.config.eos_token_ids)
+        ends = self._end_tokens(ignore_eos)
         tokens = self._tokens(
             ids, max_tokens, sampling, np.random.default_rng(rng), drafter, cache=cache
         )
@@ -180,11 +190,11 @@ class Model:
         rng: np.random.Generator | int | None = None,
         cache: CachePolicy | None = None,
     ) -> list[list[int]]:
-        """``generate`` of B token prompts as one static batch; each result ends before its
-        own end token.
+        """The new tokens of B token prompts in one static batch; each result ends before its
+        end token.
         """
         prompts = _token_lists(prompts)
-        ends = frozenset() if ignore_eos else frozenset(self.config.eos_token_ids)
+        ends = self._end_tokens(ignore_eos)
         results: list[list[int]] = [[] for _ in prompts]
         running = set(range(len(prompts)))
         rng = np.random.default_rng(rng)
@@ -214,15 +224,15 @@ class Model:
         on_step: Callable[[SpeculativeStep], object] | None = None,
         cache: CachePolicy | None = None,
     ) -> Iterator[str]:
-        """Yield the new text piece by piece: whole characters only, never a part of a stop
+        """Yield the new text piece by piece: complete characters only, never a part of a stop
         string.
 
-        ``on_token`` is called with every token that was sampled, the end token included,
-        before its text: a piece of text is not a token, so whoever counts or times tokens
-        needs it. ``on_step`` is called with every step of the target if there is a
-        ``drafter``: what was drafted, and how much of it was accepted.
+        ``on_token`` is called with every sampled token, the end token included, before its
+        text: pieces of text are not tokens, so a caller that counts or times tokens needs
+        it. With a ``drafter``, ``on_step`` is called with every step of the target: the
+        drafted tokens, and how many were accepted.
         """
-        ends = frozenset() if ignore_eos else frozenset(self.config.eos_token_ids)
+        ends = self._end_tokens(ignore_eos)
         ids = self.tokenizer.encode(prompt, special=True)
         characters = Utf8Stream(self.tokenizer)
         stops = StopStrings(stop)
@@ -243,6 +253,10 @@ class Model:
         if rest:
             yield rest
 
+    def _end_tokens(self, ignore_eos: bool) -> frozenset[int]:
+        """The tokens that end a sequence; none if they are to be ignored."""
+        return frozenset() if ignore_eos else frozenset(self.config.eos_token_ids)
+
     def _tokens(
         self,
         prompt: Sequence[int],
@@ -253,7 +267,9 @@ class Model:
         on_step: Callable[[SpeculativeStep], object] | None = None,
         cache: CachePolicy | None = None,
     ) -> Iterator[int]:
-        """New tokens of one prompt one by one, those of an accepted run together."""
+        """New tokens of one prompt, one by one; a step that accepts drafts yields several in
+        a row.
+        """
         if drafter is None:
             for (token,) in generate_tokens(
                 self.weights, self.config, [prompt], max_tokens, sampling, rng, cache
@@ -272,12 +288,14 @@ class Model:
 
 
 def _token_lists(prompts: Sequence[Sequence[int]] | Array) -> list[list[int]]:
-    """Plain lists of what may be lists, arrays or iterators; ValueError for what is no
-    sequence of ids.
+    """Lists, arrays or iterators of ids as plain lists; ValueError for anything else.
+
+    >>> _token_lists([range(2), iter([7])])
+    [[0, 1], [7]]
     """
     try:
         rows = [to_numpy(row) if hasattr(row, "shape") else row for row in prompts]
-        # bytes would pass for small ids
+        # the items of bytes would pass for small ids
         if any(isinstance(row, (str, bytes, bytearray)) for row in rows):
             raise TypeError("text")
         return [list(row) for row in rows]

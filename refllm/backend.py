@@ -1,8 +1,8 @@
 """Which array library owns an array: NumPy on the host, CuPy on a GPU.
 
-Every public function of the data plane starts with ``xp = namespace(x)`` and then speaks
-the dialect that NumPy 2 and CuPy 14 share. This file holds that question, the few
-operations that the two spell differently, and nothing that NumPy already spells.
+Every public function on arrays starts with ``xp = namespace(x)`` and then uses the dialect
+that NumPy 2 and CuPy 14 share. This file holds ``namespace``, the few operations that the two
+libraries spell differently, and nothing that NumPy already has.
 
 Left out: a wrapper module. A reader who steps into ``xp.max`` lands in NumPy itself.
 """
@@ -27,7 +27,7 @@ ENVIRONMENT_VARIABLE = "REFLLM_BACKEND"
 
 
 class BackendUnavailable(RuntimeError):
-    """The backend asked for cannot run on this machine; the message says why and what to
+    """The requested backend cannot run on this machine; the message says why and what to
     install.
     """
 
@@ -35,15 +35,18 @@ class BackendUnavailable(RuntimeError):
 def namespace(*arrays: Operand) -> Namespace:
     """Return the array module that owns all of ``arrays``.
 
-    Python scalars and ``None`` belong to nobody and are passed over.
+    Python scalars and ``None`` have no owner and are skipped.
 
     Raises
     ------
     TypeError
         if two libraries own them (nothing moves silently between host and device), or if
-        nobody does.
+        there is no array.
+
+    >>> namespace(np.zeros(3), 2.0).__name__
+    'numpy'
     """
-    # the common case costs one type check an array: a decode step asks about 60 times
+    # the common case costs one type check per array: a decode step calls this about 60 times
     for x in arrays:
         if not isinstance(x, np.ndarray):
             break
@@ -68,6 +71,7 @@ def namespace(*arrays: Operand) -> Namespace:
 
 
 def _owner(x: Operand) -> Namespace:
+    """The library of one array."""
     if isinstance(x, (np.ndarray, np.generic)):
         return NUMPY
     cupy = sys.modules.get("cupy")  # cupy.ndarray has no __array_namespace__ (14.2): ask by type
@@ -97,18 +101,19 @@ def get(name: str | None = None) -> Namespace:
         return NUMPY
     if "cupy" not in sys.modules and importlib.util.find_spec("cupy") is None:
         raise BackendUnavailable(
-            "the cupy package is not installed: pip install 'refllm[gpu]' (CUDA 12) or 'refllm[gpu-cuda13]'"
+            "the cupy package is not installed: pip install 'refllm[gpu]' (CUDA 12) or "
+            "'refllm[gpu-cuda13]'"
         )
     try:
         import cupy
-    except Exception as error:  # a broken install fails in many ways: say which
+    except Exception as error:  # a broken install fails in many ways
         raise BackendUnavailable(f"the cupy package does not import: {error}") from error
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except Exception as error:  # cudaErrorInsufficientDriver, cudaErrorNoDevice
         raise BackendUnavailable(
-            f"CuPy {cupy.__version__} finds no usable GPU: {error}. Install NVIDIA's driver and the cupy "
-            "package of the same CUDA major version, or use --backend numpy"
+            f"CuPy {cupy.__version__} finds no usable GPU: {error}. Install NVIDIA's driver and "
+            "the cupy package of the same CUDA major version, or use --backend numpy"
         ) from error
     if count == 0:
         raise BackendUnavailable(f"CuPy {cupy.__version__} finds no GPU; use --backend numpy")
@@ -117,7 +122,7 @@ def get(name: str | None = None) -> Namespace:
 
 
 def to_numpy(x: Operand) -> np.ndarray:
-    """Copy ``x`` to host memory (a NumPy array is returned as it is); on a GPU this waits
+    """Copy ``x`` to host memory (a NumPy array is returned unchanged); on a GPU this waits
     for the device.
     """
     if isinstance(x, (np.ndarray, np.generic)):
@@ -129,26 +134,32 @@ def to_numpy(x: Operand) -> np.ndarray:
 
 
 def asarray_like(x: Operand, like: Array, dtype: DType | None = None) -> Array:
-    """Return host array ``x`` (or nested list) in the library, and on the device, of
-    ``like``.
-    """
+    """Move host array ``x`` (or a nested list) to the library and the device of ``like``."""
     return namespace(like).asarray(x, dtype=dtype)
 
 
 def bitcast(x: Array, dtype: DType) -> Array:
-    """Reinterpret the bits of ``x`` as ``dtype`` of the same item size; no value is
-    converted.
+    """Reinterpret the bits of ``x`` as ``dtype`` of the same item size; no value is converted.
+
+    >>> bitcast(np.float32([1.0, -0.0]), "uint32").tolist()
+    [1065353216, 2147483648]
     """
     if np.dtype(x.dtype).itemsize != np.dtype(dtype).itemsize:
         raise ValueError(
-            f"bitcast keeps the item size: {x.dtype} has not the size of {np.dtype(dtype)}"
+            f"bitcast keeps the item size: {x.dtype} is not of the size of {np.dtype(dtype)}"
         )
     return x.view(dtype)
 
 
 def scatter_add(out: Array, index: Array, values: Array) -> None:
-    """``out[index[i]] += values[i]`` for every i, repeated indices summed (plain assignment
-    loses them).
+    """``out[index[i]] += values[i]`` for every i, in place.
+
+    Repeated indices are summed; ``out[index] += values`` would keep one of them.
+
+    >>> out = np.zeros(3)
+    >>> scatter_add(out, np.array([0, 0, 2]), np.array([1.0, 1.0, 5.0]))
+    >>> out.tolist()
+    [2.0, 0.0, 5.0]
     """
     xp = namespace(out, values)
     xp.add.at(out, index, values)
@@ -158,20 +169,24 @@ def top_k(x: Array, k: int) -> tuple[Array, Array]:
     """Return the ``k`` largest values along the last axis, largest first, and their
     indices.
 
-    x[..., V] → values[..., k], indices[..., k]. Equal values come in order of their index,
-    on both libraries (``argpartition`` would leave ties to chance).
+    x[..., V] → values[..., k], indices[..., k]. Equal values are in the order of their
+    indices, in both libraries (``argpartition`` leaves the order of ties open).
+
+    >>> values, indices = top_k(np.array([3, 9, 9, 1]), 2)
+    >>> values.tolist(), indices.tolist()
+    ([9, 9], [1, 2])
     """
     xp = namespace(x)
     if not 1 <= k <= x.shape[-1]:
         raise ValueError(f"top_k: k = {k} is not within 1..{x.shape[-1]}")
     # −x overflows in an integer type, ~x reverses its order
     falling = -x if np.dtype(x.dtype).kind == "f" else ~x
-    order = xp.argsort(falling, axis=-1, kind="stable")[..., :k]
+    order = xp.argsort(falling, axis=-1, kind="stable")[..., :k]  # [..., k]
     return xp.take_along_axis(x, order, axis=-1), order
 
 
 def normal(
     rng: np.random.Generator, shape: tuple[int, ...], like: Array, dtype: DType = "float32"
 ) -> Array:
-    """Standard normal draws, made on the host so that every backend sees the same ones."""
+    """Standard normal values [*shape], drawn on the host so that every backend gets the same."""
     return asarray_like(rng.standard_normal(shape).astype(dtype), like)

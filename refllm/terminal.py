@@ -61,7 +61,12 @@ def table(*heads: str) -> Table:
     from rich.table import Table
 
     made = Table(
-        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="dim", border_style="dim"
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+        pad_edge=False,
+        header_style="dim",
+        border_style="dim",
     )
     made.add_column(heads[0], overflow="fold")
     for head in heads[1:]:

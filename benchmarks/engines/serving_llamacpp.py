@@ -24,12 +24,12 @@ import llama_cpp
 from engines.decode_llamacpp import Engine, put, write_gguf
 from engines.decoding import Tokens, serve
 
-BUDGET = 2048  # tokens a step, as refllm's engine has it and llama.cpp's server
+BUDGET = 2048  # tokens per step, as in refllm's engine and llama.cpp's server
 
 
 @dataclass
 class Sequence:
-    """A request in its slot: its text, how much of it is computed, and what it has said."""
+    """A request in its slot: its tokens, how many are computed, and its output."""
 
     request: int
     tokens: list[int]

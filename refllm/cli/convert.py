@@ -56,7 +56,7 @@ def convert(
     from refllm.quant import to_gguf
 
     source = locate(model)
-    to = to_gguf.free(to, overwrite)
+    to = to_gguf.writable(to, overwrite)
     weights = None
     if imatrix:
         weights = _importance(source, windows, length, seed, backend)

@@ -84,7 +84,7 @@ class DraftDisplay:
 
     def __init__(self, tokenizer: Tokenizer):
         from refllm.decode.speculative.acceptance import Acceptance
-        from refllm.decode.text import Utf8Stream
+        from refllm.decode.detokenizer import Utf8Stream
 
         self.tokenizer = tokenizer
         self.stats = Acceptance()

@@ -186,8 +186,14 @@ def train(
         raise ValueError(f"the learning rate must be within (0, 1), got {rate}")
     # backend and output are checked before the text is read, which takes seconds
     get(backend)
-    output, work = _folders(output, work)
+    output = Path(os.path.expanduser(output))  # the shell leaves the ~ of --output=~/tiny as it is
+    if output.name in ("", ".."):  # the current directory, or the one above
+        output = Path(os.path.abspath(output))
     train.check_output(output, overwrite)
+    if work is None:
+        work = output.with_name(output.name + ".training")
+    else:
+        work = Path(os.path.expanduser(work))
     if start_share and start is None:
         raise ValueError("--start-share is a share of the weights of --start: name that model, too")
     options = TrainingOptions(
@@ -248,16 +254,6 @@ def train(
     print(f"{output}: {bits} on {measured['tokens']:,} held-out tokens")
     size = sum(p.stat().st_size for p in job.work.iterdir() if p.is_file())
     note(f"the state of the run is kept in {job.work} ({format_bytes(size)}); it may be removed")
-
-
-def _folders(output: Path, work: Path | None) -> tuple[Path, Path]:
-    """The output directory and the work directory, which by default lies beside it."""
-    output = Path(os.path.expanduser(output))  # the shell leaves the ~ of --output=~/tiny as it is
-    if output.name in ("", ".."):  # the current directory, or the one above
-        output = Path(os.path.abspath(output))
-    if work is None:
-        return output, output.with_name(output.name + ".training")
-    return output, Path(os.path.expanduser(work))
 
 
 def _read_text(
