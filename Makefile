@@ -74,7 +74,7 @@ test: $(VENV)/.stamp-test ## the test suite; tests against torch and transformer
 
 # --- more tests ------------------------------------------------------------------------------------------------
 
-.PHONY: test-oracles test-gpu test-llamacpp nightly notebooks lint types theorems theorems-check
+.PHONY: test-oracles test-gpu test-llamacpp nightly notebooks lint types theorems theorems-check reading reading-check
 test-oracles: $(VENV)/.stamp-test $(VENV)/.stamp-oracles ## the comparisons with torch and transformers (a large install)
 	REFLLM_REQUIRE_ORACLES=1 $(PYTEST) -m oracle $(ARGS)
 
@@ -87,7 +87,7 @@ test-llamacpp: $(VENV)/.stamp-test ## the comparisons with llama.cpp (compiles i
 	else echo "no test is marked llamacpp"; fi
 
 nightly: $(VENV)/.stamp-test ## the state machines of serving, 100,000 steps each (half an hour)
-	HYPOTHESIS_PROFILE=nightly $(PYTEST) -rP -k state_machine $(addprefix tests/test_,blocks.py prefix.py radix.py runs.py scheduler.py) $(ARGS)
+	HYPOTHESIS_PROFILE=nightly $(PYTEST) -rP -k state_machine $(addprefix tests/,kv/test_block_pool.py kv/test_hash_prefix.py kv/test_radix_tree.py kv/test_contiguous_allocator.py serve/test_scheduler.py) $(ARGS)
 
 notebooks: $(VENV)/.stamp-test $(VENV)/.stamp-notebooks ## execute every notebook
 	@if ls notebooks/*.ipynb >/dev/null 2>&1; then \
@@ -107,6 +107,12 @@ theorems: $(VENV)/.stamp-test ## write THEOREMS.md from the tests' theorem marke
 theorems-check: $(VENV)/.stamp-test
 	$(PYTEST) -q --theorems-check
 
+reading: $(VENV)/.stamp-base ## write READING.md from the notebooks' last tables
+	$(BIN)/python -m tests.reading --write
+
+reading-check: $(VENV)/.stamp-base
+	$(BIN)/python -m tests.reading --check
+
 # --- use -------------------------------------------------------------------------------------------------------
 
 .PHONY: lab bench figures figures-check
@@ -116,7 +122,7 @@ lab: $(VENV)/.stamp-notebooks ## open the notebooks
 bench: $(VENV)/.stamp-base $(VENV)/.stamp-oracles ## the benchmarks, each against its peers, as ratios (minutes)
 	@set -e; for file in $$(grep -l "^if __name__" benchmarks/*.py); do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
 
-figures: $(VENV)/.stamp-base ## draw the committed figures anew
+figures: $(VENV)/.stamp-base ## draw the committed figures again
 	$(BIN)/refllm figures $(ARGS)
 
 figures-check: $(VENV)/.stamp-base
