@@ -4,29 +4,29 @@ Read ``gptq`` first, with its naive twin ``obq`` and ``hessian``; then ``recipe`
 every method over a whole model. Each technique is one file: its function on one weight (or
 layer), and its class for whole models.
 
-| file             | what it answers                                                        |
-|------------------|------------------------------------------------------------------------|
-| rtn              | round to nearest; scales of weights; one column at a time              |
-| obq              | GPTQ in its plain form, with the explicit inverse                      |
-| hessian          | the Hessian of the output error, and its triangular factor             |
-| gptq             | GPTQ                                                                   |
-| awq, awq_model   | AWQ: scale and clip search on one weight; on a decoder layer           |
-| salience         | the experiment that AWQ starts from: keep 1 % of the channels          |
-| smoothquant      | SmoothQuant: weights and activations in 8 bits                         |
-| llm_int8         | LLM.int8(): outlier columns in floating point                          |
-| fp8              | 8-bit floats, current and delayed scales                               |
-| observers        | the range of a tensor from its batches                                 |
-| histogram        | where to cut a histogram of magnitudes                                 |
-| mse_range        | the range with the least error                                         |
-| calibration_data | the token ids that a network is calibrated on                          |
-| layer_inputs     | the inputs of each projection, one decoder layer at a time             |
-| methods          | the loop and the report that all methods share                         |
-| recipe           | whole models: ``quantize_model``                                       |
-| layer_io         | where layers are read from and kept, so that a killed run resumes      |
-| export           | quantised models as checkpoints for transformers and vLLM              |
-| imatrix          | importance of columns, for the k-quants of llama.cpp                   |
-| to_gguf          | checkpoints to GGUF files                                              |
-| worker_pool      | independent pieces of work on several processes, in order              |
+| file             | what it answers                                                   |
+|------------------|-------------------------------------------------------------------|
+| rtn              | round to nearest; scales of weights; one column at a time         |
+| obq              | GPTQ in its plain form, with the explicit inverse                 |
+| hessian          | the Hessian of the output error, and its triangular factor        |
+| gptq             | GPTQ                                                              |
+| awq, awq_model   | AWQ: scale and clip search on one weight; on a decoder layer      |
+| salience         | the experiment that AWQ starts from: keep 1 % of the channels     |
+| smoothquant      | SmoothQuant: weights and activations in 8 bits                    |
+| llm_int8         | LLM.int8(): outlier columns in floating point                     |
+| fp8              | 8-bit floats, current and delayed scales                          |
+| observers        | the range of a tensor from its batches                            |
+| histogram        | where to cut a histogram of magnitudes                            |
+| mse_range        | the range with the least error                                    |
+| calibration_data | the token ids that a network is calibrated on                     |
+| layer_inputs     | the inputs of each projection, one decoder layer at a time        |
+| methods          | the loop and the report that all methods share                    |
+| recipe           | whole models: ``quantize_model``                                  |
+| layer_io         | where layers are read from and kept, so that a killed run resumes |
+| export           | quantised models as checkpoints for transformers and vLLM         |
+| imatrix          | importance of columns, for the k-quants of llama.cpp              |
+| to_gguf          | checkpoints to GGUF files                                         |
+| worker_pool      | independent pieces of work on several processes, in order         |
 
 ``gptq``, ``hessian``, ``obq``, ``rtn``, ``fp8`` and ``export`` are here the functions, not the
 modules of the same names: import from a module with ``from refllm.quant.gptq import …``.

@@ -4,12 +4,12 @@ search over the whole layer.
 Source: Lin et al. 2023, §3.2 and the authors' code (llm-awq). The division x/s costs
 nothing, because it is folded into the weights that produce x:
 
-| x                  | scaled columns          | divided                        | loss is measured on     |
-|--------------------|-------------------------|--------------------------------|-------------------------|
-| attention's input  | q_proj, k_proj, v_proj  | gain of input_layernorm        | the attention's output  |
-| heads, side by side| o_proj                  | rows of v_proj, and its bias   | o_proj's output         |
-| MLP's input        | gate_proj, up_proj      | gain of post_attention_layernorm | the MLP's output      |
-| MLP's hidden layer | down_proj               | rows of up_proj                | down_proj's output      |
+| x                   | scaled columns         | divided                    | loss of          |
+|---------------------|------------------------|----------------------------|------------------|
+| attention's input   | q_proj, k_proj, v_proj | gain of input_layernorm    | attention output |
+| heads, concatenated | o_proj                 | rows of v_proj, its bias   | o_proj output    |
+| MLP's input         | gate_proj, up_proj     | gain of the MLP's norm     | MLP output       |
+| MLP's hidden layer  | down_proj              | rows of up_proj            | down_proj output |
 
 The second is possible because attention averages values: dividing a channel of every value
 divides it in the average. With fewer key/value heads than query heads one row of v_proj
@@ -38,7 +38,7 @@ from refllm.model.attention import Attend, CausalAttend
 from refllm.model.config import ModelConfig
 from refllm.model.layers import swiglu
 from refllm.model.llama import PROJECTIONS, Layer, mixed_heads
-from refllm.model.weights import Dense
+from refllm.model.weights import Dense, Linear
 from refllm.quant.awq import AWQScale, Inspect, clip, search_clip, search_scale
 from refllm.quant.layer_inputs import STAGES, Batch, LayerRun
 from refllm.quant.methods import SAMPLED, Clock, Method, QuantizedProjection, ReportTensor
@@ -200,11 +200,12 @@ def _module(
         # a new dictionary: the layer never holds a candidate, so there is nothing to restore
         trial = layer | {name: Dense(w) for name, w in zip(group.targets, weights, strict=True)}
         if group is ATTENTION_INPUT:
-            inner = mixed_heads(trial, config, x, rotation, attend, index)  # [T, H·D]
-            return layer["o_proj"].matmul(inner)
-        return layer["down_proj"].matmul(
-            swiglu(trial["gate_proj"].matmul(x), trial["up_proj"].matmul(x))
-        )
+            hidden = mixed_heads(trial, config, x, rotation, attend, index)  # [T, H·D]
+            last: Linear = layer["o_proj"]
+        else:
+            hidden = swiglu(trial["gate_proj"].matmul(x), trial["up_proj"].matmul(x))  # [T, F]
+            last = layer["down_proj"]
+        return last.matmul(hidden)
 
     return run
 

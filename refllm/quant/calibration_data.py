@@ -80,7 +80,8 @@ def sequences(calibration: Calibration, vocab_size: int) -> list[list[int]]:
         ids = to_numpy(row).tolist() if hasattr(row, "shape") else row
         if not isinstance(ids, Sequence) or not ids or not all(map(_is_integer, ids)):
             raise ValueError(
-                f"calibration: sequence {i} must be a non-empty sequence of token ids, got {row!r:.60}"
+                f"calibration: sequence {i} must be a non-empty sequence of token ids, got "
+                f"{row!r:.60}"
             )
         if not 0 <= min(ids) <= max(ids) < vocab_size:
             raise ValueError(

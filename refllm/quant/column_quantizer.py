@@ -16,15 +16,15 @@ are still to come. A group of columns can get its scale at two times:
 
 A scale for a row or for the whole weight is always static.
 
-| symbol | name                                                                  | shape      |
-|--------|-----------------------------------------------------------------------|------------|
-| W      | weight                                                                | [M, N]     |
-| p      | share of the range that is kept: 1, 0.99, …, 0.21                     |            |
-| s, z   | scale and zero point                                                  | as ``Scheme`` says |
-| w      | one column of W, after the errors of earlier columns were compensated | [M]        |
-| q      | codes                                                                 | [M, N]     |
-| order  | order in which columns are visited                                    | [N]        |
-| g_idx  | group of each column, in the weight's own order                       | [N]        |
+| symbol | name                                                  | shape              |
+|--------|-------------------------------------------------------|--------------------|
+| W      | weight                                                | [M, N]             |
+| p      | share of the range that is kept: 1, 0.99, …, 0.21     |                    |
+| s, z   | scale and zero point                                  | as the scheme says |
+| w      | one column of W, after compensation of earlier errors | [M]                |
+| q      | codes                                                 | [M, N]             |
+| order  | order in which columns are visited                    | [N]                |
+| g_idx  | group of each column, in the weight's own order       | [N]                |
 
 Left out: scales that are updated after the codes are known.
 """

@@ -1,13 +1,13 @@
 """Quantised models as checkpoints that ``transformers``, vLLM and ``refllm.load`` read.
 
-| layout          | quantised by, typically          | activations                                |
-|-----------------|----------------------------------|--------------------------------------------|
-| pack-quantized  | rtn, gptq, awq (symmetric); int8 | not quantised                              |
-| int-quantized   | smoothquant                      | 8 bits, a scale per token (absmax/127.5)   |
-| gptq_v2         | gptq, rtn, awq                   | not quantised                              |
-| awq             | awq                              | not quantised                              |
-| float-quantized | fp8, by row or block             | 8-bit floats, a scale per token or tile    |
-| fp8             | fp8, by block                    | 8-bit floats, a scale per tile             |
+| layout          | quantised by, typically          | activations                              |
+|-----------------|----------------------------------|------------------------------------------|
+| pack-quantized  | rtn, gptq, awq (symmetric); int8 | not quantised                            |
+| int-quantized   | smoothquant                      | 8 bits, a scale per token (absmax/127.5) |
+| gptq_v2         | gptq, rtn, awq                   | not quantised                            |
+| awq             | awq                              | not quantised                            |
+| float-quantized | fp8, by row or block             | 8-bit floats, a scale per token or tile  |
+| fp8             | fp8, by block                    | 8-bit floats, a scale per tile           |
 
 An ``ExportSpec`` says how a model is stored: the layout of its quantised projections
 (``formats.layouts``), the dtype of everything else (embedding, norms, biases, head, and the
@@ -32,7 +32,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -119,7 +119,7 @@ class ExportSpec:
         ``dtype``.
         """
         linears = {
-            name: storable(tensor, name)
+            name: storable(cast(Linear, tensor), name)
             for name, tensor in tensors.items()
             if self.layout_of(name, ()) is not None
         }

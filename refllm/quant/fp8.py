@@ -2,22 +2,22 @@
 
 The granularity of a weight's scales decides the granularity of its activations' scales:
 
-| weights ("granularity") | activations         | used by                                         |
-|-------------------------|---------------------|-------------------------------------------------|
-| "tensor"                | "tensor"            | Transformer Engine, per-tensor checkpoints      |
-| "channel"               | "token"             | compressed-tensors' FP8_DYNAMIC                 |
-| "block", 128 × 128      | "tile", 1 × 128     | DeepSeek-V3                                     |
-| "group"                 | "tile"              |                                                 |
+| weights ("granularity") | activations     | used by                                    |
+|-------------------------|-----------------|--------------------------------------------|
+| "tensor"                | "tensor"        | Transformer Engine, per-tensor checkpoints |
+| "channel"               | "token"         | compressed-tensors' FP8_DYNAMIC            |
+| "block", 128 × 128      | "tile", 1 × 128 | DeepSeek-V3                                |
+| "group"                 | "tile"          |                                            |
 
 Scales are absmax / 448 (``formats.block_float``). *Current* scaling takes absmax from the
 tensor itself, which must be read twice. *Delayed* scaling takes the largest absmax of the
 last H training steps, which is known before the tensor is: one pass, and wrong whenever the
 range grows. Values beyond the range then saturate.
 
-| symbol | name                                         | shape          |
-|--------|----------------------------------------------|----------------|
-| W, x   | weight, activations                          | [M, N], [T, N] |
-| H      | history: steps that a delayed scale covers   |                |
+| symbol | name                                       | shape          |
+|--------|--------------------------------------------|----------------|
+| W, x   | weight, activations                        | [M, N], [T, N] |
+| H      | history: steps that a delayed scale covers |                |
 
 Sources: Micikevicius et al. 2022 (FP8 formats for deep learning), §4; DeepSeek-V3 (2024),
 §3.3; NVIDIA's Transformer Engine, its recipe ``DelayedScaling``.
@@ -34,9 +34,6 @@ from typing import ClassVar
 
 from refllm.backend import Array, namespace
 from refllm.formats.block_float import (
-    MXFP4,
-    MXFP8,
-    NVFP4,
     BlockFloatLinear,
     FloatScheme,
     absmax,
@@ -44,16 +41,13 @@ from refllm.formats.block_float import (
     quantize,
     scale_of,
 )
-from refllm.formats.fp8_linear import Accumulator, Fp8Linear, scaled_matmul
+from refllm.formats.fp8_linear import Fp8Linear
 from refllm.formats.quantized_linear import fake_quantize as fake_integers
 from refllm.formats.uniform import Scheme
 from refllm.quant.layer_inputs import LayerRun
 from refllm.quant.methods import Method, QuantizedProjection, QuantizeWeight
 
-__all__ = [
-    "ACTIVATIONS_OF", "MXFP4", "MXFP8", "NVFP4", "Accumulator", "DelayedScale", "FloatScheme", "Fp8Linear", "BlockFloatLinear",
-    "fp8", "integers_or_floats", "quantize", "scale_of", "scaled_matmul",
-]  # fmt: skip
+__all__ = ["ACTIVATIONS_OF", "FP8", "DelayedScale", "fp8", "integers_or_floats"]
 
 ACTIVATIONS_OF = {"tensor": "tensor", "channel": "token", "block": "tile", "group": "tile"}
 

@@ -11,12 +11,12 @@ which minimises the error given q_1 … q_i, and adds ½ e_i² to it. ``hessian`
 is the matrix that this update needs. ``obq`` is the naive twin: the same algorithm with the
 inverse Hessian itself, downdated column by column.
 
-| symbol | name                                                                    | shape  |
-|--------|-------------------------------------------------------------------------|--------|
-| W      | weight; its rows are independent of each other                          | [M, N] |
-| H, U   | damped Hessian, and the triangular factor of its inverse (``hessian``)  | [N, N] |
-| e      | scaled errors                                                           | [N, M] |
-| Σ      | loss, ½ Σ e² = ½ tr((W − Ŵ) H (W − Ŵ)ᵀ), dead columns of W at zero      |        |
+| symbol | name                                                                   | shape  |
+|--------|------------------------------------------------------------------------|--------|
+| W      | weight; its rows are independent of each other                         | [M, N] |
+| H, U   | damped Hessian, and the triangular factor of its inverse (``hessian``) | [N, N] |
+| e      | scaled errors                                                          | [N, M] |
+| Σ      | loss, ½ Σ e² = ½ tr((W − Ŵ) H (W − Ŵ)ᵀ), dead columns of W at zero     |        |
 
 How it is made fast, without changing the result except by rounding:
 

@@ -7,13 +7,13 @@ a quadratic form with the same matrix for all rows.
 Sources: Frantar et al. 2022 (GPTQ), section 3 and algorithm 1; Frantar & Alistarh 2022
 (OBC), section 3 and lemma 1.
 
-| symbol | name                                                             | shape  |
-|--------|------------------------------------------------------------------|--------|
-| x      | calibration inputs of the layer, all tokens                      | [T, N] |
-| H      | Hessian, ones on the diagonal of dead columns, plus λI           | [N, N] |
-| λ      | damping: ``damp`` times the mean of the diagonal                 |        |
-| R      | upper triangular, H = R Rᵀ                                       | [N, N] |
-| U      | upper triangular, Uᵀ U = H⁻¹: U = R⁻¹, the matrix of the paper   | [N, N] |
+| symbol | name                                                           | shape  |
+|--------|----------------------------------------------------------------|--------|
+| x      | calibration inputs of the layer, all tokens                    | [T, N] |
+| H      | Hessian, ones on the diagonal of dead columns, plus λI         | [N, N] |
+| λ      | damping: ``damp`` times the mean of the diagonal               |        |
+| R      | upper triangular, H = R Rᵀ                                     | [N, N] |
+| U      | upper triangular, Uᵀ U = H⁻¹: U = R⁻¹, the matrix of the paper | [N, N] |
 
 The paper inverts H and takes the upper Cholesky factor of the inverse: OBQ's update of
 column i needs row i of the inverse of what is left of H after i columns, and that row is
@@ -61,7 +61,7 @@ class Hessian:
     def __init__(self, name: str = "x") -> None:
         self.name = name  # of the tensor, for messages
         self.count = 0  # tokens so far
-        self._sum: Array = None  # Σ xᵀx
+        self._sum: Array | None = None  # Σ xᵀx
 
     def add(self, x: Array) -> None:
         """Add a batch x[..., N] of any number of tokens; ValueError if a value is not finite,
@@ -94,7 +94,7 @@ class Hessian:
     @property
     def matrix(self) -> Array:
         """H[N, N], a new array; ValueError before the first token."""
-        if self.count == 0:
+        if self._sum is None or self.count == 0:
             raise ValueError(f"hessian: {self.name} has seen no token")
         return self._sum * (2.0 / self.count)
 

@@ -129,6 +129,7 @@ class LayerRun:
         if self.stage == 0:
             return rms_norm(batch.x, layer["input_layernorm"], eps)
         if self.stage == 1:
+            assert batch.heads is not None
             return batch.heads  # [T, H·D]
         h = rms_norm(batch.x, layer["post_attention_layernorm"], eps)
         if self.stage == 2:
@@ -144,7 +145,7 @@ class LayerRun:
                 attend = CausalAttend(batch.lengths, self.config.sliding_window)
                 batch.heads = mixed_heads(layer, self.config, x, batch.rotation, attend, self.index)
             elif self.stage == 1:
-                batch.x = batch.x + layer["o_proj"].matmul(batch.heads)
+                batch.x = batch.x + layer["o_proj"].matmul(self._input(batch))
                 batch.heads = None
             elif self.stage == 3:
                 batch.x = batch.x + layer["down_proj"].matmul(self._input(batch))

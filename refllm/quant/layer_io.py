@@ -1,19 +1,19 @@
 """Where the layers of a quantisation run come from and where they go, in memory and on disk.
 
-| class            | role   | layers                                                          |
-|------------------|--------|-----------------------------------------------------------------|
-| ModelSource      | source | of a weight tree in memory; nothing is copied                   |
-| CheckpointSource | source | of a Hugging Face directory, each read when it is asked for     |
-| MemorySink       | sink   | a list                                                          |
-| LayerFiles       | sink   | one file per layer, so that a killed run can be resumed         |
+| class            | role   | layers                                                      |
+|------------------|--------|-------------------------------------------------------------|
+| ModelSource      | source | of a weight tree in memory; nothing is copied               |
+| CheckpointSource | source | of a Hugging Face directory, each read when it is asked for |
+| MemorySink       | sink   | a list                                                      |
+| LayerFiles       | sink   | one file per layer, so that a killed run can be resumed     |
 
 ``LayerFiles`` writes these files; ``assemble`` makes a checkpoint of them:
 
-| file                    | what                                                              |
-|-------------------------|-------------------------------------------------------------------|
-| settings.json           | what determines the result; a run resumes only with equal settings|
-| layer-00000.safetensors | the tensors of a layer as the finished checkpoint will hold them  |
-| layer-00000.json        | its rows of the report, and the SHA-256 of the file above         |
+| file                    | what                                                               |
+|-------------------------|--------------------------------------------------------------------|
+| settings.json           | what determines the result; a run resumes only with equal settings |
+| layer-00000.safetensors | the tensors of a layer as the finished checkpoint will hold them   |
+| layer-00000.json        | its rows of the report, and the SHA-256 of the file above          |
 
 Each is written under another name, flushed to the disk and renamed, the record last. So a
 layer is finished when its record exists and holds the digest of its tensors; anything else
@@ -31,11 +31,10 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
-from refllm.backend import Array, asarray_like, get, namespace, to_numpy
+from refllm.backend import Array, Namespace, asarray_like, get, namespace, to_numpy
 from refllm.checkpoints.loading import NetworkTensors, read_config, read_quantization
 from refllm.checkpoints.tensor_files import (
     EMBEDDING,
@@ -51,7 +50,7 @@ from refllm.checkpoints.writer import (
     sync_directory,
     write_directory,
     write_file,
-    write_whole,
+    write_atomic,
 )
 from refllm.model.config import ModelConfig
 from refllm.model.llama import PROJECTIONS, Layer, Weights, build_layer
@@ -135,7 +134,7 @@ class _Converted(Mapping[str, Array]):
     looked up.
     """
 
-    def __init__(self, files: TensorFiles, xp: ModuleType, dtype: str):
+    def __init__(self, files: TensorFiles, xp: Namespace, dtype: str):
         self.files = files
         self.xp = xp
         self.dtype = dtype
@@ -209,7 +208,7 @@ class LayerFiles:
                 f"{directory} holds something else than a run's layers: choose another folder"
             )
         directory.mkdir(parents=True, exist_ok=True)
-        write_whole(known, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        write_atomic(known, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
     def _compare(self, known: Path, settings: Mapping[str, object]) -> None:
         """CheckpointError naming the settings that differ from those of the stored run."""
@@ -274,7 +273,7 @@ class LayerFiles:
         os.replace(partial, tensors)
         sync_directory(self.directory)
         about = {"sha256": digest, "rows": [dataclasses.asdict(row) for row in rows]}
-        write_whole(self._record(index), json.dumps(about) + "\n")
+        write_atomic(self._record(index), json.dumps(about) + "\n")
         sync_directory(self.directory)
 
     # as files

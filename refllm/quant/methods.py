@@ -15,12 +15,12 @@ later layers see the errors of earlier ones and can compensate for them. AWQ and
 look at the original layer, as their authors do: they override ``quantize``, transform the
 whole layer first, and share ``quantize_projections``.
 
-| column       | meaning                                                                    |
-|--------------|----------------------------------------------------------------------------|
-| bits         | bits per weight as stored, scales and zero points included                 |
-| weight error | ‖W − Ŵ‖² / ‖W‖² of the weight that was rounded (after folding, if any)     |
-| output error | ‖ŷ − y‖² / ‖y‖² on calibration inputs; none without calibration            |
-| loss         | the method's own objective (GPTQ's Σ, AWQ's best loss); none without one   |
+| column       | meaning                                                                  |
+|--------------|--------------------------------------------------------------------------|
+| bits         | bits per weight as stored, scales and zero points included               |
+| weight error | ‖W − Ŵ‖² / ‖W‖² of the weight that was rounded (after folding, if any)   |
+| output error | ‖ŷ − y‖² / ‖y‖² on calibration inputs; none without calibration          |
+| loss         | the method's own objective (GPTQ's Σ, AWQ's best loss); none without one |
 
 Left out: the arithmetic of each technique (its own file), the loss of a whole layer or
 model (``experiments.quantization_quality`` measures bits per byte).

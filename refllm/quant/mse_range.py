@@ -1,17 +1,17 @@
-"""The range whose quantised numbers lie nearest: min-max, scaled down step by step.
+"""The range with the least quantisation error: min-max, shrunk on a grid of factors.
 
 Sources: llm-compressor's observers ``mse`` and ``memoryless_mse``; the ``mse=True`` of
-GPTQ's authors. Both raise the errors to the power 2.4, between the square and a vote for
-the largest.
+GPTQ's authors. Both raise the errors to the power 2.4, which weighs large errors more than
+the square does.
 
-| symbol   | name                                    | shape                       |
-|----------|-----------------------------------------|-----------------------------|
-| p        | shrinking factor, 1 − i/grid            |                             |
-| lo, hi   | range of the numbers that share a step  | the scale's: (), [M, 1], …  |
-| x̂        | x through its codes and back            | as x                        |
+| symbol | name                                   | shape                      |
+|--------|----------------------------------------|----------------------------|
+| p      | shrinking factor, 1 − i/grid           |                            |
+| lo, hi | range of the values that share a scale | the scale's: (), [M, 1], … |
+| x̂     | x, quantised and dequantised           | as x                       |
 
-Left out: other factors for the two ends, ranges wider than min-max (NVFP4), weights of
-importance.
+Left out: different factors for the two ends, ranges wider than min-max (NVFP4), errors
+weighted by importance.
 """
 
 from __future__ import annotations
@@ -39,35 +39,41 @@ def mse_range(
     patience: int | None = 5,
     name: str = "x",
 ) -> tuple[Array, Array]:
-    """The range p·[min, max], p = 1, 1 − 1/grid, …, whose quantised numbers lie nearest:
-    Σ|x̂ − x|^norm is least.
+    """The range p·[min, max], p = 1, 1 − 1/grid, …, with the least Σ|x̂ − x|^norm.
 
     One search for each range of the scheme → lo, hi, shaped like its scale. Of equal errors
-    the widest range wins, so p = 1 (min-max) is never worse. The defaults are
-    llm-compressor's: 20 candidates, and an end after ``patience`` of them at which no range
-    at all improved. GPTQ's authors try 80: ``max_shrink=0.8, patience=None``.
+    the widest range wins, so the result is never worse than min-max (p = 1). The defaults are
+    llm-compressor's: 20 candidates, and the search stops after ``patience`` candidates in a
+    row that improved no range. GPTQ's authors try 80: ``max_shrink=0.8, patience=None``.
 
     Raises
     ------
     ValueError
         if there is no candidate, or as ``ranges``.
+
+    >>> import numpy as np
+    >>> x = np.array([1.0] * 14 + [1.2])  # codes −1, 0, 1: either 1.0 or 1.2 can be exact
+    >>> _, high = mse_range(x, Scheme(2, "restricted", "tensor"))
+    >>> round(float(high), 1)
+    1.0
     """
     xp = namespace(x)
     count = int(max_shrink * grid)
     if not 1 <= count <= grid:
         raise ValueError(
-            f"mse_range: grid {grid} and max_shrink {max_shrink} leave no candidate, or one below p = 0"
+            f"mse_range: grid {grid} and max_shrink {max_shrink} leave no candidate, or one below "
+            "p = 0"
         )
     low, high = ranges(x, scheme, name=name)
     shape = tuple(low.shape)
-    best_low = xp.reshape(low, (low.size,))
-    low = best_low
-    best_high = xp.reshape(high, (high.size,))
-    high = best_high
-    # errors in steps of p = 1: no power of them overflows
+    low = xp.reshape(low, (low.size,))  # [R], one entry per range
+    high = xp.reshape(high, (high.size,))
+    best_low = low
+    best_high = high
+    # errors in units of the scale at p = 1: no power of them overflows
     unit, _ = range_to_qparams(low, high, scheme)
     best = xp.full(unit.shape, xp.inf, dtype=x.dtype)
-    still = 0
+    unimproved = 0  # candidates in a row
     for i in range(count):
         p = 1 - i / grid
         lo = p * low
@@ -75,11 +81,11 @@ def mse_range(
         error = _error(x, lo, hi, unit, scheme, norm)
         better = error < best
         if not bool(xp.any(better)):
-            still += 1
-            if patience is not None and still >= patience:
+            unimproved += 1
+            if patience is not None and unimproved >= patience:
                 break
             continue
-        still = 0
+        unimproved = 0
         best = xp.where(better, error, best)
         best_low = xp.where(better, lo, best_low)
         best_high = xp.where(better, hi, best_high)
@@ -87,24 +93,25 @@ def mse_range(
 
 
 def _error(x: Array, lo: Array, hi: Array, unit: Array, scheme: Scheme, norm: float) -> Array:
-    """Σ |(x̂ − x)/(2 unit)|^norm over each of the ranges lo, hi, unit, one axis each.
+    """Σ |(x̂ − x)/(2 unit)|^norm over each of the ranges lo, hi, unit, all [R].
 
-    In halves, because x̂ may lie a step beyond the largest number: −8 steps of 2a/15 are
-    more than a. An error of more than 1024 steps (AWQ's rule, whose range need not hold
-    zero) counts as 1024: no candidate is of use then.
+    In halves, because x̂ may lie a scale beyond the largest value: −8 scales of 2a/15 are more
+    than a. An error of more than 1024 units (AWQ's rule, whose range need not contain zero)
+    counts as 1024: such a candidate is useless anyway.
     """
     xp = namespace(x)
     shape = scheme.scale_shape(tuple(x.shape))
-    step, zero_point = range_to_qparams(lo, hi, scheme)
-    scale, half, zero_point = (xp.reshape(v, shape) for v in (step, 0.5 * step, zero_point))
+    scale, zero_point = range_to_qparams(lo, hi, scheme)
+    half = xp.reshape(0.5 * scale, shape)
+    scale = xp.reshape(scale, shape)
+    zero_point = xp.reshape(zero_point, shape)
     codes = quantize_codes(x, scale, zero_point, scheme, check=scheme.rule == "awq")
     e = dequantize_codes(codes, half, zero_point, scheme) - 0.5 * x
-    if scheme.granularity == "block":  # a ragged edge is filled up with nothing
+    if scheme.granularity == "block":  # ragged blocks are padded with zero error
         rows, columns = scheme.block
         e = xp.concat([e, xp.zeros((-e.shape[0] % rows, e.shape[1]), dtype=e.dtype)], axis=0)
         e = xp.concat([e, xp.zeros((e.shape[0], -e.shape[1] % columns), dtype=e.dtype)], axis=1)
-    blocks = scheme.geometry.as_blocks(e)
-    steps = xp.reshape(unit, (blocks.shape[0], 1, blocks.shape[2], 1))
-    return xp.reshape(
-        xp.sum(xp.abs(reachable(blocks, steps) / steps) ** norm, axis=(1, 3)), unit.shape
-    )
+    blocks = scheme.geometry.as_blocks(e)  # [row blocks, rows, column blocks, columns]
+    units = xp.reshape(unit, (blocks.shape[0], 1, blocks.shape[2], 1))
+    errors = xp.abs(reachable(blocks, units) / units) ** norm
+    return xp.reshape(xp.sum(errors, axis=(1, 3)), unit.shape)

@@ -21,11 +21,11 @@ of the weight visit the columns in one order. OBQ proper does not require that: 
 continues with the column that costs it least (``greedy``), with an inverse of its own, at N
 times the work.
 
-| symbol | name                                    | shape     |
-|--------|-----------------------------------------|-----------|
-| W      | weight                                  | [M, N]    |
-| H⁻¹    | inverse of what is left of the Hessian  | [N, N], or [M, N, N] if ``greedy`` |
-| e      | (w_i − q_i) / [H⁻¹]_ii                  | [M]       |
+| symbol | name                                   | shape                              |
+|--------|----------------------------------------|------------------------------------|
+| W      | weight                                 | [M, N]                             |
+| H⁻¹    | inverse of what is left of the Hessian | [N, N], or [M, N, N] if ``greedy`` |
+| e      | (w_i − q_i) / [H⁻¹]_ii                 | [M]                                |
 
 Left out: pruning, blocks, everything that makes it fast; ``gptq`` is the fast version.
 """

@@ -1,30 +1,30 @@
-"""Observers: shown a tensor batch by batch, they say which range [lo, hi] a quantiser
+"""Observers: they see a tensor batch by batch, and return the range [lo, hi] that a quantiser
 should cover.
 
-| observer      | range                                                      | depends on the order of the batches   |
-|---------------|------------------------------------------------------------|---------------------------------------|
-| MinMax        | everything seen                                            | no                                    |
-| MovingAverage | running mean of each batch's extremes, c = 0.01            | yes: the first batch weighs most      |
-| MSE           | the range scaled down so that Σ|x̂ − x|^2.4 is least        | yes: the same mean over batches       |
-| Percentile    | cuts off the largest 0.01 % of magnitudes                  | only if the first batch sets the bins |
-| Entropy       | cuts where codes tell least falsely how numbers are spread | only if the first batch sets the bins |
+| observer      | range                                             | batch order matters        |
+|---------------|---------------------------------------------------|----------------------------|
+| MinMax        | smallest to largest value                         | no                         |
+| MovingAverage | running mean of each batch's extremes, c = 0.01   | yes: the first weighs most |
+| MSE           | the extremes shrunk so that Σ|x̂ − x|^2.4 is least | yes: the same mean         |
+| Percentile    | cuts off the largest 0.01 % of magnitudes         | if the first sets the bins |
+| Entropy       | the cut with the least KL divergence              | if the first sets the bins |
 
-The more is cut off, the finer the steps for what is left: clipping error is traded for
-rounding error. ``range()`` goes to ``formats.uniform.range_to_qparams``, which applies a
+A narrower range clips more values and rounds the others more finely: clipping error is traded
+for rounding error. ``range()`` goes to ``formats.uniform.range_to_qparams``, which applies a
 scheme's rule (``qparams(scheme)`` does both).
 
 Sources: torch.ao.quantization (MinMaxObserver, MovingAverageMinMaxObserver);
-llm-compressor's observers ``minmax`` and ``mse`` (see ``mse``); NVIDIA's modelopt
+llm-compressor's observers ``minmax`` and ``mse`` (see ``mse_range``); NVIDIA's modelopt
 (Percentile, Entropy: see ``histogram``).
 
-| symbol | name                                  | shape                                              |
-|--------|---------------------------------------|----------------------------------------------------|
-| x      | a batch                               | any; x[T, N] for activations                       |
-| lo, hi | range                                 | () or, with ``axis``, [N]; of a scheme: its scale's |
+| symbol | name    | shape                                      |
+|--------|---------|--------------------------------------------|
+| x      | a batch | any; x[T, N] for activations               |
+| lo, hi | range   | (); with ``axis`` [N]; as a scheme's scale |
 
 Left out: torch's HistogramObserver (a greedy search on a histogram that is resampled when
 it grows), two-sided percentiles, skipping zeros by value (``Percentile(skip_zeros=True)``
-leaves them out of the count), joins between processes.
+leaves them out of the count), merging observers of several processes.
 """
 
 from __future__ import annotations
@@ -53,33 +53,32 @@ MOST_BINS = 1 << 22  # of a histogram that grows: 32 MB of counts
 
 
 class Observer:
-    """What all have in common. ``axis`` keeps one axis (−1: the input channels of x[T, N]);
-    None is one range.
-
-    ``name`` is the tensor's, for messages.
+    """Base of all observers. ``axis`` keeps one axis (−1: the input channels of x[T, N]); None
+    is one range. ``name`` is the tensor's, for messages.
     """
 
     def __init__(self, *, axis: int | None = None, name: str = "x"):
         self.axis = axis
         self.name = name
         self.batches = 0
-        # with axes of length 1 where ``range`` has none: NumPy makes numbers of 0-d arrays
-        self.lo: Array = None
-        self.hi: Array = None
+        # with an axis of length 1 where ``range`` has none: NumPy makes scalars of 0-d arrays
+        self.lo: Array | None = None
+        self.hi: Array | None = None
 
     def observe(self, x: Array) -> None:
-        """Take in one batch; an empty one says nothing.
+        """Add one batch; an empty one changes nothing.
 
         Raises
         ------
         ValueError
-            naming the tensor, if a number is not finite: nothing of the batch is taken in.
+            naming the tensor, if a value is not finite: the batch is then ignored.
         """
         if x.size:
-            self._take(x, *_extremes(x, self.axis, self.name))
+            self._add(x, *_extremes(x, self.axis, self.name))
             self.batches += 1
 
-    def _take(self, x: Array, lo: Array, hi: Array) -> None:
+    def _add(self, x: Array, lo: Array, hi: Array) -> None:
+        """Add a batch with the extremes lo, hi, both of the shape of ``self.lo``."""
         raise NotImplementedError
 
     def range(self) -> tuple[Array, Array]:
@@ -90,8 +89,8 @@ class Observer:
         ValueError
             if nothing was observed.
         """
-        self._check()
-        return self._shaped(self.lo), self._shaped(self.hi)
+        lo, hi = self._observed()
+        return self._shaped(lo), self._shaped(hi)
 
     def _shaped(self, end: Array) -> Array:
         """One end of the range, () or [N]."""
@@ -108,26 +107,39 @@ class Observer:
         """(scale, zero point) of the range under a scheme's rule."""
         return range_to_qparams(*self.range(), scheme)
 
-    def _check(self) -> None:
-        if not self.batches:
-            raise ValueError(f"{type(self).__name__}: no number of {self.name!r} was observed")
+    def _observed(self) -> tuple[Array, Array]:
+        """lo and hi so far; ValueError if there are none."""
+        if self.lo is None or self.hi is None:
+            raise ValueError(f"{type(self).__name__}: no value of {self.name!r} was observed")
+        return self.lo, self.hi
 
 
 class MinMax(Observer):
-    """Everything seen lies in the range. One outlier decides."""
+    """From the smallest to the largest value. A single outlier sets the range.
 
-    def _take(self, x: Array, lo: Array, hi: Array) -> None:
+    >>> import numpy as np
+    >>> observer = MinMax()
+    >>> for batch in ([1.0, -2.0], [5.0, 0.0]):
+    ...     observer.observe(np.array(batch))
+    >>> [float(end) for end in observer.range()]
+    [-2.0, 5.0]
+    """
+
+    def _add(self, x: Array, lo: Array, hi: Array) -> None:
         xp = namespace(lo, hi)
-        self.lo = lo if self.lo is None else xp.minimum(self.lo, lo)
-        self.hi = hi if self.hi is None else xp.maximum(self.hi, hi)
+        if self.lo is not None and self.hi is not None:
+            lo = xp.minimum(self.lo, lo)
+            hi = xp.maximum(self.hi, hi)
+        self.lo = lo
+        self.hi = hi
 
 
 class MovingAverage(Observer):
     """m ← m + c (batch − m) for either end; the first batch sets m.
 
-    After n batches the first still weighs (1 − c)^(n−1), with c = 0.01 more than all others
-    together up to n = 69: the average was made for training, where many thousand batches
-    come.
+    After n batches the first has the weight (1 − c)^(n−1). With c = 0.01 that is more than
+    all others together up to n = 69: the average was made for training, with many thousand
+    batches.
     """
 
     def __init__(self, *, averaging: float = 0.01, axis: int | None = None, name: str = "x"):
@@ -138,16 +150,16 @@ class MovingAverage(Observer):
             )
         self.averaging = averaging
 
-    def _take(self, x: Array, lo: Array, hi: Array) -> None:
-        if self.lo is None:
-            self.lo = lo
-            self.hi = hi
-        else:
-            self.lo, self.hi = self._mean(self.lo, lo), self._mean(self.hi, hi)
+    def _add(self, x: Array, lo: Array, hi: Array) -> None:
+        if self.lo is not None and self.hi is not None:
+            lo = self._mean(self.lo, lo)
+            hi = self._mean(self.hi, hi)
+        self.lo = lo
+        self.hi = hi
 
     def _mean(self, old: Array, new: Array) -> Array:
-        """In halves, because the difference of two numbers can overflow; otherwise bit for
-        bit torch's.
+        """In halves, because the difference of two values can overflow; otherwise bit for bit
+        that of torch.
         """
         return 2.0 * (0.5 * old + self.averaging * (0.5 * new - 0.5 * old))
 
@@ -162,11 +174,11 @@ class MSE(MovingAverage):
         self.scheme = scheme
         self.search = search
 
-    def _take(self, x: Array, lo: Array, hi: Array) -> None:
+    def _add(self, x: Array, lo: Array, hi: Array) -> None:
         low, high = mse_range(x, self.scheme, name=self.name, **self.search)
         self.shape = tuple(low.shape)
         xp = namespace(low, high)
-        super()._take(x, xp.reshape(low, (low.size,)), xp.reshape(high, (high.size,)))
+        super()._add(x, xp.reshape(low, (low.size,)), xp.reshape(high, (high.size,)))
 
     def _shaped(self, end: Array) -> Array:
         """One end of the ranges, shaped like the scheme's scale."""
@@ -178,53 +190,59 @@ class Histogram(MinMax):
     ``MinMax``.
 
     With ``top`` given, bins are top/bins wide from the start, and the counts do not depend
-    on the order of the batches, nor on how the data is cut into them. Otherwise the first
-    batch with a non-zero number sets the width, and they do; its largest number is counted
-    in its last bin, as upstream does. Larger numbers add bins.
+    on the order of the batches, nor on how the data is cut into them. Otherwise they do: the
+    first batch with a non-zero value sets the width, and its largest value is counted in its
+    last bin, as in modelopt. Larger values add bins.
     """
 
     def __init__(self, *, bins: int = 2048, top: float | None = None, name: str = "x"):
         super().__init__(name=name)
         if bins < 2 or (top is not None and not 0 < top < math.inf):
             raise ValueError(
-                f"{type(self).__name__}: needs two bins and a finite top above 0, got {bins} and {top}"
+                f"{type(self).__name__}: needs two bins and a finite top above 0, got {bins} and "
+                f"{top}"
             )
         self.bins = bins
         self.width = None if top is None else top / bins
         self.preset = top is not None
-        self.zeros = 0  # seen while no number had set the width
-        self.counts: Array = None
+        self.zeros = 0  # values seen before the width was set, all of them zero
+        self.counts: Array | None = None
 
-    def _take(self, x: Array, lo: Array, hi: Array) -> None:
-        xp = namespace(x, lo, hi)
+    def _add(self, x: Array, lo: Array, hi: Array) -> None:
         top = self._top(lo, hi)
         if self.width is None and top == 0:
             self.zeros += x.size
         else:
-            if self.width is None:
-                self.width = max(top / self.bins, sys.float_info.min)
-            bins = max(self.bins, self._bins_up_to(top / self.width))
-            if bins > MOST_BINS:
-                raise ValueError(
-                    f"{type(self).__name__}: {self.name!r} reaches {top:.3g}: too many bins of the first "
-                    f"batch's width; pass top={top:.3g}"
-                )
-            fresh = count_bins(xp.abs(x), self.width, bins)
-            if self.counts is None:
-                fresh[0] += self.zeros
-            else:
-                fresh[: self.bins] += self.counts
-            self.counts = fresh
-            self.bins = bins
-        super()._take(x, lo, hi)
+            self._count(x, top)
+        super()._add(x, lo, hi)
+
+    def _count(self, x: Array, top: float) -> None:
+        """Add |x| to the counts; ``top`` is the largest."""
+        xp = namespace(x)
+        if self.width is None:
+            self.width = max(top / self.bins, sys.float_info.min)
+        bins = max(self.bins, self._bins_up_to(top / self.width))
+        if bins > MOST_BINS:
+            raise ValueError(
+                f"{type(self).__name__}: {self.name!r} reaches {top:.3g}: too many bins of the "
+                f"first batch's width; pass top={top:.3g}"
+            )
+        counts = count_bins(xp.abs(x), self.width, bins)
+        if self.counts is None:
+            counts[0] += self.zeros
+        else:
+            counts[: self.bins] += self.counts
+        self.counts = counts
+        self.bins = bins
 
     @staticmethod
     def _top(lo: Array, hi: Array) -> float:
+        """The largest magnitude of a range."""
         return max(-float(lo[0]), float(hi[0]))
 
     def _bins_up_to(self, bin: float) -> int:
-        """Bins that hold a number of ``bin`` widths. Half-open bins alone are independent
-        of the order.
+        """The number of bins that a value of ``bin`` widths needs. With a preset width bins
+        are half-open, because only then the counts are independent of the order.
         """
         if self.preset:
             return math.floor(bin) + 1
@@ -232,29 +250,29 @@ class Histogram(MinMax):
 
     @property
     def amax(self) -> float:
-        """Where |x| is cut; 0 if all was zero."""
-        self._check()
-        if self.width is None or not self._top(self.lo, self.hi) > 0:
+        """Where |x| is cut; 0 if all values were zero."""
+        lo, hi = self._observed()
+        if self.width is None or not self._top(lo, hi) > 0:
             return 0.0
         return self._cut() * self.width
 
     def _cut(self) -> int:
-        """Number of bins that are kept, counted from zero."""
+        """The number of bins that are kept, counted from zero."""
         return self.bins
 
     def range(self) -> tuple[Array, Array]:
-        """What was seen, cut at ±``amax``."""
-        self._check()
-        xp = namespace(self.lo, self.hi)
+        """From the smallest to the largest value, cut at ±``amax``."""
+        lo, hi = self._observed()
+        xp = namespace(lo, hi)
         amax = self.amax
-        return self._shaped(xp.clip(self.lo, -amax, amax)), self._shaped(
-            xp.clip(self.hi, -amax, amax)
-        )
+        lo = xp.clip(lo, -amax, amax)
+        hi = xp.clip(hi, -amax, amax)
+        return self._shaped(lo), self._shaped(hi)
 
 
 class Percentile(Histogram):
-    """Cuts in the bin where ``percentile`` % of the magnitudes are reached, at its left
-    edge.
+    """Cuts at the left edge of the bin in which ``percentile`` % of the magnitudes are
+    reached. ``skip_zeros`` does not count zeros.
     """
 
     def __init__(
@@ -271,23 +289,24 @@ class Percentile(Histogram):
         self.skip_zeros = skip_zeros
         self.exact_zeros = 0
 
-    def _take(self, x: Array, lo: Array, hi: Array) -> None:
+    def _add(self, x: Array, lo: Array, hi: Array) -> None:
         xp = namespace(x)
-        super()._take(x, lo, hi)
+        super()._add(x, lo, hi)
         self.exact_zeros += int(xp.sum(xp.astype(x == 0, xp.int64)))
 
     def _cut(self) -> int:
         counts = self.counts
+        assert counts is not None
         if self.skip_zeros:
             counts = counts.copy()
             counts[0] -= self.exact_zeros
-        # where the crossing bin is the first, upstream's range is [0, 0] and all of the
+        # if the percentile is reached in the first bin, modelopt's range is [0, 0] and the whole
         # tensor is lost: keep one bin
         return max(1, percentile_cut(counts, self.percentile))
 
 
 class Entropy(Histogram):
-    """Cuts where the codes' distribution has the least relative entropy (see
+    """Cuts where the quantised distribution has the least relative entropy (see
     ``histogram.entropy_cut``).
     """
 
@@ -306,20 +325,22 @@ class Entropy(Histogram):
         self.start = start
 
     def _cut(self) -> int:
-        if not int(namespace(self.counts).sum(self.counts[1:])):
-            return self.bins  # bins too wide to tell anything apart: nothing is cut
-        return entropy_cut(self.counts, levels=self.levels, start=self.start)
+        counts = self.counts
+        assert counts is not None
+        if not int(namespace(counts).sum(counts[1:])):
+            return self.bins  # all values are in the first bin: nothing is cut
+        return entropy_cut(counts, levels=self.levels, start=self.start)
 
 
 def _extremes(x: Array, axis: int | None, name: str) -> tuple[Array, Array]:
-    """Smallest and largest number, of everything, [1], or of each index of ``axis``, other
-    axes kept at length 1.
+    """Smallest and largest value of all, [1], or of each index of ``axis``, with the other axes
+    kept at length 1.
     """
     xp = namespace(x)
     flat = xp.reshape(x, (x.size,)) if axis is None else x
     others = tuple(i for i in range(flat.ndim) if axis is None or i != axis % x.ndim)
     lo = xp.min(flat, axis=others, keepdims=True)
     hi = xp.max(flat, axis=others, keepdims=True)
-    if not bool(xp.all(xp.isfinite(lo) & xp.isfinite(hi))):  # min and max pass NaN on
+    if not bool(xp.all(xp.isfinite(lo) & xp.isfinite(hi))):  # min and max propagate NaN
         require_finite(x, name)
     return lo, hi

@@ -7,14 +7,14 @@ holds one layer in floating point, the calibration activations, and what the sin
 written yet. A sink that keeps finished layers lets a run resume: they are not quantised
 again.
 
-| method      | weights                      | activations                | later layers are calibrated on | needs tokens |
-|-------------|------------------------------|----------------------------|--------------------------------|--------------|
-| rtn         | rounded to nearest           | not quantised              | the quantised layer's outputs  | no           |
-| gptq        | rounded with compensation    | not quantised              | the quantised layer's outputs  | yes          |
-| awq         | scaled, clipped, rounded     | not quantised              | the original layer's outputs   | yes          |
-| smoothquant | 8 bits, a scale per row      | 8 bits                     | the original layer's outputs   | yes          |
-| int8        | 8 bits, a scale per row      | 8 bits, except outliers    | the quantised layer's outputs  | no           |
-| fp8         | 8-bit floats, in blocks      | 8-bit floats               | the quantised layer's outputs  | no           |
+| method      | weights                   | activations             | later layers read | tokens |
+|-------------|---------------------------|-------------------------|-------------------|--------|
+| rtn         | rounded to nearest        | not quantised           | quantised outputs | no     |
+| gptq        | rounded with compensation | not quantised           | quantised outputs | yes    |
+| awq         | scaled, clipped, rounded  | not quantised           | original outputs  | yes    |
+| smoothquant | 8 bits, a scale per row   | 8 bits                  | original outputs  | yes    |
+| int8        | 8 bits, a scale per row   | 8 bits, except outliers | quantised outputs | no     |
+| fp8         | 8-bit floats, in blocks   | 8-bit floats            | quantised outputs | no     |
 
 Embedding, norms and head are not quantised; a tied head stays the embedding itself.
 

@@ -1,9 +1,9 @@
 """The experiment that AWQ starts from: keep 1 % of the input channels in full precision,
 chosen in three ways.
 
-Source: Lin et al. 2023, §3.1 and table 1. Chosen by the size of their activations, the kept
-channels repair most of what rounding broke; chosen by the size of their weights, or at
-random, hardly anything. Rows of mixed precision are awkward for hardware, which is why AWQ
+Source: Lin et al. 2023, §3.1 and table 1. Channels chosen by the magnitude of their
+activations remove most of the rounding error; channels chosen by the magnitude of their
+weights, or at random, hardly any. Rows of mixed precision are awkward for hardware, so AWQ
 scales the channels instead of keeping them.
 
 | symbol | name                                          | shape  |
@@ -12,7 +12,7 @@ scales the channels instead of keeping them.
 | W      | weight                                        | [M, N] |
 | kept   | indices of the kept input channels, ascending | [k]    |
 
-Left out: choosing single weights or output rows, sparse layouts of what is kept.
+Left out: choosing single weights or output rows, sparse layouts of the kept weights.
 """
 
 from __future__ import annotations
@@ -41,8 +41,14 @@ def salient_channels(
     """Indices of the ⌈fraction·N⌉ most salient input channels, ascending: x[T, N], W[M, N]
     → [k].
 
-    ``by`` is ``"activation"`` (mean |x_j|), ``"weight"`` (the length of column j) or
+    ``by`` is ``"activation"`` (mean |x_j|), ``"weight"`` (the norm of column j) or
     ``"random"`` (needs ``rng``).
+
+    >>> import numpy as np
+    >>> x = np.array([[0.1, 9.0, 0.2]])
+    >>> w = np.array([[5.0, 1.0, 1.0]])
+    >>> [salient_channels(x, w, by, fraction=1 / 3).tolist() for by in ("activation", "weight")]
+    [[1], [0]]
     """
     xp = namespace(x, weight)
     columns = int(weight.shape[1])
@@ -63,11 +69,10 @@ def salient_channels(
 
 
 class Protected:
-    """A quantised weight of which some input channels are kept as they were: a ``Linear``.
+    """A quantised weight with some input channels kept in full precision: a ``Linear``.
 
-    The steps of the other weights are those of the whole matrix, so that only the kept
-    columns differ from rounding to nearest, and an error that falls fell for that reason
-    alone.
+    The scales are those of the whole matrix, so that only the kept columns differ from
+    rounding to nearest, and a smaller error is due to them alone.
     """
 
     def __init__(self, weight: Array, scheme: Scheme, kept: Array):
@@ -77,22 +82,24 @@ class Protected:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(M, N)"""
         return self.quantized.shape
 
     @property
     def nbytes(self) -> int:
-        """Codes and scales of all columns, the kept columns in their own type, and their
+        """Bytes of all codes and scales, the kept columns in their own dtype, and their
         indices.
         """
         return int(self.quantized.nbytes + self.columns.nbytes + self.kept.nbytes)
 
     @property
     def bits_per_weight(self) -> float:
+        """8 · nbytes / (M · N)"""
         return 8.0 * self.nbytes / (self.shape[0] * self.shape[1])
 
     def matmul(self, x: Array) -> Array:
-        """x[T, N] → [T, M]: the kept channels are taken out of x, multiplied on their own,
-        and added.
+        """x[T, N] → [T, M]: the kept channels of x are multiplied in full precision, the others
+        by the quantised weight.
         """
         rest = x.copy()
         rest[:, self.kept] = 0.0
@@ -121,8 +128,8 @@ def output_error(x: Array, weight: Array, approximation: Linear) -> float:
 def experiment(
     x: Array, weight: Array, scheme: Scheme, *, fraction: float = 0.01, rng: np.random.Generator
 ) -> dict[str, float]:
-    """Output error with nothing kept (``"none"``) and with a fraction kept by each of
-    ``BY``.
+    """Output error with nothing kept (``"none"``), and with a fraction of the channels kept,
+    chosen by each of ``BY``.
     """
     errors = {"none": output_error(x, weight, quantize(weight, scheme))}
     for by in BY:

@@ -12,20 +12,20 @@ by its own s_j and multiplying the weights' columns by it changes only what is r
 
 The division costs nothing at run time: it is folded into the gain of the norm that produces X.
 
-| x                    | produced by               | weights, one s for all |
-|----------------------|---------------------------|------------------------|
-| attention's input    | input_layernorm           | q_proj, k_proj, v_proj |
-| MLP's input          | post_attention_layernorm  | gate_proj, up_proj     |
+| x                 | produced by              | weights, one s for all |
+|-------------------|--------------------------|------------------------|
+| attention's input | input_layernorm          | q_proj, k_proj, v_proj |
+| MLP's input       | post_attention_layernorm | gate_proj, up_proj     |
 
 o_proj and down_proj are never smoothed, because no norm produces their input. Where *their*
 inputs have outliers, SmoothQuant does not help.
 
-| symbol | name                                                       | shape  |
-|--------|------------------------------------------------------------|--------|
-| a      | ``act_absmax``: max |x| of each channel over the tokens    | [N]    |
-| w      | max |W| of each column, over all weights that read x       | [N]    |
-| s      | migration scale, > 0                                       | [N]    |
-| α      | 0: all into the activations, 1: all into the weights       |        |
+| symbol | name                                                    | shape |
+|--------|---------------------------------------------------------|-------|
+| a      | ``act_absmax``: max |x| of each channel over the tokens | [N]   |
+| w      | max |W| of each column, over all weights that read x    | [N]   |
+| s      | migration scale, > 0                                    | [N]   |
+| α      | 0: all into the activations, 1: all into the weights    |       |
 
 ``level``: O1 quantises activations with one scale per token, O2 with one scale for the batch,
 O3 with one scale from calibration. The paper's table has one scale per weight in all three;
@@ -43,12 +43,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from refllm.backend import Array, namespace
+from refllm.backend import Array, DType, namespace
 from refllm.formats.quantized_linear import quantize
 from refllm.formats.uniform import Scheme
 from refllm.formats.w8a8_linear import W8A8Linear
 from refllm.model.llama import PROJECTIONS, Layer
 from refllm.quant.awq_model import ATTENTION_INPUT, MLP_INPUT, fold
+from refllm.quant.calibration_data import Calibration
 from refllm.quant.layer_inputs import LayerRun, LayerSource, walk
 from refllm.quant.methods import Clock, Method, QuantizedProjection, ReportTensor, sample_inputs
 from refllm.quant.observers import MinMax
@@ -82,7 +83,7 @@ def migration_scale(
     >>> migration_scale(absmax, np.array([[1.0, 1.0], [-0.5, 0.25]])).tolist()
     [1.0, 10.0]
     """
-    group: list[Array] = list(weights) if isinstance(weights, (list, tuple)) else [weights]
+    group: list[Array] = list(weights) if isinstance(weights, Sequence) else [weights]
     xp = namespace(act_absmax, *group)
     if not 0 <= alpha <= 1:
         raise ValueError(f"migration_scale: alpha lies within 0..1, got {alpha}")
@@ -185,7 +186,7 @@ def input_absmax(run: LayerRun, names: Sequence[str]) -> dict[str, Array]:
     return dict.fromkeys(names, observer.absmax)
 
 
-def activation_absmax(source: LayerSource, calibration: object) -> list[dict[str, Array]]:
+def activation_absmax(source: LayerSource, calibration: Calibration) -> list[dict[str, Array]]:
     """``input_absmax`` of all projections of a model in floating point, one dict per layer."""
     found = []
     for run in walk(source, calibration):
@@ -196,7 +197,7 @@ def activation_absmax(source: LayerSource, calibration: object) -> list[dict[str
     return found
 
 
-def _column_absmax(weights: Sequence[Array], dtype: object) -> Array:
+def _column_absmax(weights: Sequence[Array], dtype: DType) -> Array:
     """max |W| of each column over all the weights, [N]."""
     xp = namespace(*weights)
     w = xp.max(xp.abs(weights[0]), axis=0)
@@ -243,7 +244,7 @@ class SmoothQuant(Method):
         """The smoothed layer in W8A8. Errors are relative to the smoothed weights."""
         clock = Clock()
         absmax: dict[str, Array] = {}
-        samples: dict[str, Array] = {}
+        samples: dict[str, Array | None] = {}
         for names in run.stages():
             absmax |= input_absmax(run, names)
             samples |= dict.fromkeys(names, sample_inputs(run))
@@ -275,7 +276,9 @@ class SmoothQuant(Method):
         return layer
 
 
-def _smoothed(x: Array, absmax: Array, after: Array) -> Array:
-    """x[T, N] / s, with 1/s as the ratio of the channels' absmax after and before smoothing."""
+def _smoothed(x: Array | None, absmax: Array, after: Array) -> Array | None:
+    """x[T, N] / s (None stays None): 1/s is the absmax after over the absmax before smoothing."""
+    if x is None:
+        return None
     xp = namespace(x)
     return x * (after / xp.where(absmax > 0, absmax, 1.0))

@@ -1,21 +1,21 @@
-"""Checkpoints to GGUF: a Hugging Face directory, or a GGUF file of plain floats, into a
+"""Checkpoints to GGUF: a Hugging Face directory, or a GGUF file in floating point, becomes a
 file that llama.cpp opens.
 
-The tensors are cut into slabs of rows, which are independent of one another: each worker
-opens the source itself, reads its rows, encodes them, and sends back bytes. The file is
-written in order as they arrive. So memory holds the slabs in flight, and a checkpoint
-larger than one machine's memory passes through.
+The tensors are cut into slabs of rows, which are independent of each other: each worker opens
+the source itself, reads its rows, encodes them, and sends the bytes back. The file is written
+in order as they arrive. So memory holds only the slabs in flight, and a checkpoint larger
+than the memory can be converted.
 
-| step      | where                                                                              |
-|-----------|------------------------------------------------------------------------------------|
-| names, rows of q and k, metadata | ``checkpoints.gguf_names``, ``checkpoints.gguf_tokenizer``              |
-| types     | ``formats.gguf.mixes``                                                             |
-| encoding  | ``formats.gguf.quantize``                                                          |
-| workers   | ``parallel``                                                                       |
-| importance| ``importance``                                                                     |
+| part                             | where                                                      |
+|----------------------------------|------------------------------------------------------------|
+| names, rows of q and k, metadata | ``checkpoints.gguf_names``, ``checkpoints.gguf_tokenizer`` |
+| types                            | ``formats.gguf.mixes``                                     |
+| encoding                         | ``formats.gguf.codec``                                     |
+| workers                          | ``worker_pool``                                            |
+| importance                       | ``imatrix``                                                |
 
-Left out: sources that are quantised already (rounding errors would be rounded once more),
-chat templates.
+Left out: sources that are quantised already (rounding errors would be rounded again), chat
+templates.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from refllm.backend import to_numpy
 from refllm.checkpoints import gguf_tokenizer
 from refllm.checkpoints.gguf import GGUFTensors, open_file
 from refllm.checkpoints.gguf_names import (
@@ -59,12 +59,14 @@ from refllm.quant.worker_pool import in_order, processes
 
 __all__ = ["Converted", "convert", "open_source"]
 
-SLAB = 1 << 23  # numbers that a worker takes at a time
+SLAB = 1 << 23  # weights per slab
+
+Plan = dict[str, tuple[str, tuple[int, ...]]]  # GGUF name → (storage type, shape), in file order
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written."""
+    """The file that was written."""
 
     path: Path
     types: dict[str, str]  # GGUF name → storage type
@@ -74,29 +76,26 @@ class Converted:
 
 @dataclass(frozen=True)
 class Slab:
-    """Rows ``start`` to ``stop`` of a tensor: all that a worker is told. ``weights`` is the
-    importance, if any.
-    """
+    """Rows ``start`` to ``stop`` of a tensor: everything that a worker needs to know."""
 
     source: str
-    name: str  # Hugging Face's
+    name: str  # Hugging Face's name
     type: str
     start: int
     stop: int
-    weights: np.ndarray | None = None
+    importance: np.ndarray | None = None  # of the columns, float32
 
 
-def free(target: str | Path, overwrite: bool) -> Path:
-    """Where a file may be written. CheckpointError if something stands there that is not to
-    be replaced.
+def writable(target: str | Path, overwrite: bool) -> Path:
+    """The path of a file that may be written. CheckpointError if something is there that must
+    not be replaced.
     """
     target = Path(os.path.expanduser(target))
     if target.exists() and not (overwrite and target.is_file()):
+        advice = "choose another name"
         if target.is_file():
-            how = ", or replace it with --overwrite (overwrite=True)"
-        else:
-            how = ""
-        raise CheckpointError(f"{target} is there already: choose another name{how}")
+            advice += ", or replace it with --overwrite (overwrite=True)"
+        raise CheckpointError(f"{target} is there already: {advice}")
     return target
 
 
@@ -116,21 +115,19 @@ def convert(
     Parameters
     ----------
     importance
-        GGUF name → float32 [N] (``quant.imatrix``); tensors that it does not name are
-        encoded without.
+        GGUF name → float32 [N] (``imatrix``); other tensors are encoded without.
     executor
-        An ``Executor``, or what makes one; None is ``workers`` processes (all cores, None),
-        or none at all for 1.
+        an ``Executor``, or a function that creates one. None is ``workers`` processes (as
+        many as there are cores if None), or this process alone if that is 1.
     progress
-        Is told the bytes that are written, and those that will be.
+        is called with (bytes written, all bytes).
 
     Raises
     ------
     CheckpointError
-        for what is wrong with the source, a target that is there, and weights that the type
-        cannot hold.
+        for an invalid source, a target that exists, and weights that the type cannot hold.
     """
-    target = free(target, overwrite)
+    target = writable(target, overwrite)
     config, tokenizer = open_source(source)
     shapes = {gguf_name(name): shape for name, shape in _ordered(config)}
     heads = Heads(
@@ -140,21 +137,15 @@ def convert(
         config.num_key_value_heads,
     )
     types = mix(shapes, type, heads, importance=importance is not None)
-    plan = {name: (types[name], shape) for name, shape in shapes.items()}
-    _check_importance(importance or {}, shapes)
-    own = {gguf_name(name): name for name, _ in tensor_shapes(config)}
+    plan: Plan = {name: (types[name], shape) for name, shape in shapes.items()}
+    importance = importance or {}
+    _check_importance(importance, shapes)
     factors = rope_factors(config)
     if factors is not None:
         plan = {ROPE_FACTORS: ("F32", (factors.size,))} | plan
-    slabs = [
-        s
-        for name, entry in plan.items()
-        if name in own
-        for s in _slabs(str(source), own[name], *entry, (importance or {}).get(name))
-    ]
+    encoded = _encoded(_slabs(config, str(source), plan, importance), executor, workers)
     total = sum(_nbytes(entry) for entry in plan.values())
     done = 0
-    encoded = _encoded(slabs, executor, workers)
 
     def read(name: str) -> np.ndarray:
         nonlocal done
@@ -166,15 +157,14 @@ def convert(
         while at < out.size:
             part = next(encoded)
             out[at : at + part.size] = part
-            at = at + part.size
-            done = done + part.size
+            at += part.size
+            done += part.size
             progress(done, total)
         return out
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    metadata = config_metadata(config, _model_name(source)) | {
-        "general.file_type": np.uint32(MIXES[type][1])
-    }
+    metadata = config_metadata(config, _model_name(source))
+    metadata["general.file_type"] = np.uint32(MIXES[type][1])
     if any(gguf_type(t).quantized for t in types.values()):
         metadata["general.quantization_version"] = np.uint32(2)
     write(target, metadata | gguf_tokenizer.tokenizer_metadata(tokenizer, config), plan, read)
@@ -182,8 +172,8 @@ def convert(
 
 
 def open_source(path: str | Path) -> tuple[ModelConfig, Tokenizer]:
-    """Config and tokenizer of a checkpoint, after a check of everything that a header can
-    tell.
+    """Config and tokenizer of a checkpoint, after checking everything that the headers of its
+    files tell.
     """
     if is_gguf(path):
         with open_file(path) as file:
@@ -192,7 +182,8 @@ def open_source(path: str | Path) -> tuple[ModelConfig, Tokenizer]:
             coded = [name for name, record in file.tensors.items() if record.type.quantized]
             if coded:
                 raise CheckpointError(
-                    f"{path}: {coded[0]} is quantised already: start from a file of F32, F16 or BF16"
+                    f"{path}: {coded[0]} is quantised already: start from a file of F32, F16 or "
+                    "BF16"
                 )
             if tensors.rope_factors is not None and tensors.config.rope_scaling is None:
                 raise CheckpointError(
@@ -213,7 +204,7 @@ def open_source(path: str | Path) -> tuple[ModelConfig, Tokenizer]:
 
 
 def _model_name(source: str | Path) -> str:
-    """``general.name``: the directory's, or what the file already says."""
+    """``general.name``: the name of the directory, or that in the metadata of the file."""
     if not is_gguf(source):
         return Path(source).expanduser().resolve().name
     with open_file(source) as file:
@@ -222,8 +213,8 @@ def _model_name(source: str | Path) -> str:
 
 
 def _ordered(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Tensors in the order of GGUF files: output before the layers, as it reads first what
-    is largest.
+    """Tensors in the order of llama.cpp's files: output and embedding, the largest, before the
+    layers.
     """
     shapes = dict(tensor_shapes(config))
     for name in ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"):
@@ -235,6 +226,7 @@ def _ordered(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 def _check_importance(
     importance: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
+    """ValueError unless each importance belongs to a tensor and has one entry per column."""
     for name, weights in importance.items():
         if name not in shapes or weights.shape != shapes[name][-1:]:
             raise ValueError(
@@ -244,17 +236,26 @@ def _check_importance(
 
 
 def _nbytes(entry: tuple[str, tuple[int, ...]]) -> int:
+    """Bytes of a tensor, given its type and shape."""
     type, shape = entry
     return int(np.prod(shape[:-1], dtype=np.int64)) * row_bytes(type, shape[-1])
 
 
 def _slabs(
-    source: str, name: str, type: str, shape: tuple[int, ...], weights: np.ndarray | None
-) -> Iterator[Slab]:
-    rows = shape[0] if len(shape) == 2 else 1
-    step = max(1, SLAB // shape[-1])
-    for start in range(0, rows, step):
-        yield Slab(source, name, type, start, min(start + step, rows), weights)
+    config: ModelConfig, source: str, plan: Plan, importance: Mapping[str, np.ndarray]
+) -> list[Slab]:
+    """The slabs of all tensors of the network, in file order."""
+    slabs = []
+    names = {gguf_name(name): name for name, _ in tensor_shapes(config)}
+    for gguf, (type, shape) in plan.items():
+        if gguf not in names:
+            continue  # the RoPE factors, which are computed
+        rows = shape[0] if len(shape) == 2 else 1
+        count = max(1, SLAB // shape[-1])
+        for start in range(0, rows, count):
+            stop = min(start + count, rows)
+            slabs.append(Slab(source, names[gguf], type, start, stop, importance.get(gguf)))
+    return slabs
 
 
 def _encoded(
@@ -268,18 +269,18 @@ def _encoded(
 
 
 def encode(slab: Slab) -> np.ndarray:
-    """The bytes of a slab, one after another; runs in a worker.
+    """The bytes of a slab, uint8; runs in a worker.
 
     Raises
     ------
     CheckpointError
-        naming the tensor, for numbers that are not finite or beyond what the type can hold.
+        naming the tensor, for values that are not finite or that the type cannot hold.
     """
     tensors = _opened(slab.source)
     x = tensors(slab.name, slab.start, slab.stop)
     try:
-        raw: np.ndarray = quantize(x, slab.type, slab.weights, overflow="raise")
-        return raw.reshape(-1)
+        raw = quantize(x, slab.type, slab.importance, overflow="raise")
+        return to_numpy(raw).reshape(-1)
     except ValueError as error:
         raise CheckpointError(
             f"{slab.source}: {slab.name}, from row {slab.start} on: {error}"
@@ -288,36 +289,27 @@ def encode(slab: Slab) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def _opened(source: str) -> Callable[[str, int, int], np.ndarray]:
-    """What reads rows of a tensor as float32 [R, K], in GGUF's order; kept open for the
-    worker's next slab.
+    """A function (name, start, stop) that reads rows of a tensor as float32 [R, K] in GGUF's
+    order. The files stay open for the worker's next slab.
     """
-    config, _ = (open_source if is_gguf(source) else _config_only)(source)
-    plain = (
-        GGUFTensors(open_file(source), None, None)
-        if is_gguf(source)
-        else TensorFiles(os.path.expanduser(source))
-    )
+    if is_gguf(source):
+        config, _ = open_source(source)
+        tensors: GGUFTensors | TensorFiles = GGUFTensors(open_file(source), None, None)
+    else:
+        config = read_config(source)
+        tensors = TensorFiles(os.path.expanduser(source))
 
     def read(name: str, start: int, stop: int) -> np.ndarray:
         order = permutation(config, name)
-        if isinstance(plain, TensorFiles) and order is None:
-            rows = plain.rows(name, start, stop)
-            where = plain.file(name)
+        where = Path(source)
+        if isinstance(tensors, TensorFiles) and order is None:
+            rows = tensors.rows(name, start, stop)
+            where = tensors.file(name)
         else:
-            whole = plain[name]
-            where = Path(source)
-            if whole.ndim == 1:
-                rows = whole
-            elif order is None:
-                rows = whole[start:stop]
-            else:
-                rows = whole[order[start:stop]]
+            rows = tensors[name]
+            if rows.ndim > 1:
+                rows = rows[start:stop] if order is None else rows[order[start:stop]]
         floats: np.ndarray = converted(rows, "float32", name, where)
-        matrix: np.ndarray = np.atleast_2d(floats)
-        return matrix
+        return np.atleast_2d(floats)
 
     return read
-
-
-def _config_only(source: str) -> tuple[ModelConfig, Any]:
-    return read_config(source), None

@@ -1,16 +1,16 @@
-"""Independent pieces of work side by side, in order, through any executor of
-``concurrent.futures``.
+"""Independent pieces of work run concurrently and yield their results in order, on any executor
+of ``concurrent.futures``.
 
 ``in_order`` keeps a few pieces in flight and yields results in the order of the work, so
-memory holds what is in flight and no more. An executor whose workers die takes all its
-futures with it (``BrokenExecutor``); then another one is made, and what was not finished is
-given to it. Pieces must therefore be pure: done twice, they give the same.
+memory holds only what is in flight. If a worker dies, its executor loses all of its futures
+(``BrokenExecutor``); then another executor is created, and the unfinished pieces are
+submitted to it. So pieces must be pure: computing one twice gives the same result.
 
-| executor          | how                                                                     |
-|-------------------|-------------------------------------------------------------------------|
-| processes         | ``processes(n)``, the default of those who call this                    |
-| one's own         | any ``Executor``; it is neither shut down nor replaced                  |
-| a Dask cluster    | ``client.get_executor()``; Dask itself gives lost work to other workers |
+| executor       | how                                                                       |
+|----------------|---------------------------------------------------------------------------|
+| processes      | ``processes(n)``, the default of the callers                              |
+| one's own      | any ``Executor``; it is neither shut down nor replaced                    |
+| a Dask cluster | ``client.get_executor()``; Dask itself reassigns the work of lost workers |
 
 Left out: results larger than memory, priorities.
 """
@@ -31,8 +31,8 @@ PATIENCE = 3  # pools that may break in a row without a single result
 
 
 def processes(count: int) -> Callable[[], Executor]:
-    """What makes a pool of ``count`` processes. They start afresh and share nothing,
-    threads and locks included.
+    """A function that creates a pool of ``count`` processes. They are spawned, not forked, so
+    they inherit no threads and no locks.
     """
     return lambda: ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
 
@@ -43,15 +43,19 @@ def in_order(
     executor: Executor | Callable[[], Executor],
     flight: int,
 ) -> Iterator[Result]:
-    """``map(function, work)``, with at most ``flight`` pieces begun and not yet yielded.
+    """``map(function, work)``, with at most ``flight`` pieces submitted and not yet yielded.
 
-    ``executor`` may be what makes one: then it is made anew when its workers die, and shut
-    down in the end.
+    ``executor`` may be a function that creates one: it is then called again when workers die,
+    and the executor is shut down in the end.
 
     Raises
     ------
     RuntimeError
-        if pools break time after time, as where a piece needs more memory than there is.
+        if pools break repeatedly, for example because a piece needs too much memory.
+
+    >>> from concurrent.futures import ThreadPoolExecutor
+    >>> list(in_order(abs, [-1, 2, -3], lambda: ThreadPoolExecutor(2), flight=2))
+    [1, 2, 3]
     """
     make = executor if not isinstance(executor, Executor) else None
     pool = make() if make is not None else executor
@@ -71,13 +75,13 @@ def in_order(
                 broken += 1
                 if make is None or broken > PATIENCE:
                     raise RuntimeError(
-                        f"workers died {broken} times without a result ({error}): is there too little "
-                        "memory? use fewer workers"
+                        f"workers died {broken} times without a result ({error}): is there too "
+                        "little memory? use fewer workers"
                     ) from error
                 pool.shutdown(wait=False, cancel_futures=True)
                 pool = make()
                 waiting = deque(
-                    (piece, _again(pool, function, piece, future)) for piece, future in waiting
+                    (piece, _resubmit(pool, function, piece, future)) for piece, future in waiting
                 )
                 continue
             broken = 0
@@ -92,7 +96,7 @@ _END: Any = object()
 
 
 def _submit(pool: Executor, function: Callable[[Work], Result], piece: Work) -> Future[Result]:
-    """A future; of a pool that broke a moment ago, one that says so."""
+    """The future of a piece; it holds ``BrokenExecutor`` if the pool has just broken."""
     try:
         return pool.submit(function, piece)
     except BrokenExecutor as error:
@@ -101,10 +105,12 @@ def _submit(pool: Executor, function: Callable[[Work], Result], piece: Work) -> 
         return failed
 
 
-def _again(
+def _resubmit(
     pool: Executor, function: Callable[[Work], Result], piece: Work, future: Future[Result]
 ) -> Future[Result]:
-    """The future itself if it has a result, or an error of its own; else the piece anew."""
+    """The future itself if the piece has a result, or raised an error of its own; otherwise the
+    piece is submitted again.
+    """
     done = future.done() and not future.cancelled()
     if done and not isinstance(future.exception(), BrokenExecutor):
         return future

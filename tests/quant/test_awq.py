@@ -278,7 +278,7 @@ def test_candidates_beyond_the_dtype_lose_without_a_warning(xp):
             lambda x, w: (x, w[0]),
             r"a list of the weights that share x, got one array of .*: write \[weight\]",
         ),
-        (lambda x, w: (x.astype("int32"), w), "AWQ scales floating-point numbers, got x of int32"),
+        (lambda x, w: (x.astype("int32"), w), "AWQ scales floating-point weights, got x of int32"),
         (
             lambda x, w: (x[:, :4], w),
             r"weights\[0\] of shape \(3, 8\) does not take inputs of shape \(2, 4\)",

@@ -245,10 +245,10 @@ def test_mse_averages_the_ranges_of_batches(xp):
 @pytest.mark.parametrize("name", sorted(OBSERVERS))
 def test_nothing_observed_is_refused(xp, name):
     observer = OBSERVERS[name]()
-    with pytest.raises(ValueError, match=r"no number of 'x' was observed"):
+    with pytest.raises(ValueError, match=r"no value of 'x' was observed"):
         observer.range()
     observer.observe(xp.zeros((0, 3)))
-    with pytest.raises(ValueError, match=r"no number of 'x' was observed"):
+    with pytest.raises(ValueError, match=r"no value of 'x' was observed"):
         _ = observer.absmax
 
 

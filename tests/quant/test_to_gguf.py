@@ -21,7 +21,7 @@ from networks import tokenizer as small_tokenizer
 from refllm.api import load
 from refllm.checkpoints import loading
 from refllm.checkpoints.gguf_names import gguf_name, hf_name, permutation
-from refllm.checkpoints.gguf_tokenizer import WHOLE, tokenizer_from_metadata
+from refllm.checkpoints.gguf_tokenizer import TOKENIZER_JSON, tokenizer_from_metadata
 from refllm.checkpoints.loading import locate
 from refllm.checkpoints.tensor_files import CheckpointError, tensor_shapes
 from refllm.checkpoints.tokenizer import Tokenizer
@@ -288,7 +288,7 @@ def without(metadata, *keys):
 
 def test_a_tokenizer_without_its_json_is_rebuilt(f32, source):
     with GGUFFile(f32) as file:
-        rebuilt = tokenizer_from_metadata(without(file.metadata, WHOLE), "x")
+        rebuilt = tokenizer_from_metadata(without(file.metadata, TOKENIZER_JSON), "x")
     original = loading.load(source).tokenizer
     for text in (TEXT, "", " a  b\t\n", "<|endoftext|>", "naïve 😀"):
         assert rebuilt.encode(text) == original.encode(text)
@@ -324,9 +324,12 @@ def pieces() -> Tokenizer:
 
 def test_broken_tokenizers_are_refused(f32):
     with GGUFFile(f32) as file:
-        metadata = without(file.metadata, WHOLE)
+        metadata = without(file.metadata, TOKENIZER_JSON)
     for change, said in (
-        ({"tokenizer.ggml.model": "bert"}, "the tokenizer 'bert' with words 'gpt-2' is not supported"),
+        (
+            {"tokenizer.ggml.model": "bert"},
+            "the tokenizer 'bert' with words 'gpt-2' is not supported",
+        ),
         ({"tokenizer.ggml.pre": "viking"}, "'gpt2' with words 'viking' is not supported"),
         ({"tokenizer.ggml.tokens": ["a", "a"]}, "is missing, or holds a token twice"),
         ({"tokenizer.ggml.tokens": np.arange(3)}, "is missing, or holds a token twice"),
@@ -436,7 +439,7 @@ def test_llama_cpp_splits_text_the_same(kind, tmp_path):
     llama_cpp = oracle("llama_cpp", "pip install llama-cpp-python")
     model = llama_cpp.Llama(str(tmp_path / "x.gguf"), vocab_only=True, verbose=False)
     with GGUFFile(tmp_path / "x.gguf") as file:
-        rebuilt = tokenizer_from_metadata(without(file.metadata, WHOLE), "x")
+        rebuilt = tokenizer_from_metadata(without(file.metadata, TOKENIZER_JSON), "x")
     for text in (TEXT, "a  b", "x = 1", "naïve 😀"):
         expected = tokenizer.encode(text)
         assert model.tokenize(text.encode(), add_bos=False, special=False) == expected
@@ -522,7 +525,7 @@ def edited(f32, path, *, metadata=None, drop=(), rename=None, spoil=None):
         ({"drop": ("blk.1.ffn_up.weight",)}, "'model.layers.1.mlp.up_proj.weight' is missing"),
         ({"rename": {"blk.1.ffn_up.weight": "blk.1.ffn_upp.weight"}}, "is missing"),
         ({"spoil": ("blk.1.ffn_up.weight",)}, "NaN or infinite"),
-        ({"metadata": {WHOLE: "{"}}, "the tokenizer cannot be built"),
+        ({"metadata": {TOKENIZER_JSON: "{"}}, "the tokenizer cannot be built"),
     ],
 )
 def test_files_that_are_no_such_network_are_refused(f32, changes, said, tmp_path):
