@@ -1,9 +1,9 @@
 """Mutated GGUF files against the reader: each must be read or end in one ``GGUFError``,
 within a second.
 
-A mutation takes a small valid file and changes a few bytes, or a whole field to a number
-that hurts (0, 2³¹, 2⁶⁴ − 1 …), cuts it, doubles a part of it, or exchanges parts. Nearly
-all keep the magic. A file that is still read has all its tensors taken and decoded.
+A mutation takes a small valid file and changes a few bytes, sets a field to an extreme value
+(0, 2³¹, 2⁶⁴ − 1 …), truncates it, duplicates a part or swaps parts. Nearly all keep the
+magic. Of a file that can still be read, all tensors are dequantised.
 
     python tests/fuzz_gguf.py --files 100000
 """
@@ -23,12 +23,14 @@ from refllm.formats.gguf.codec import dequantize, quantize
 from refllm.formats.gguf.reader import GGUFError, parse
 from refllm.formats.gguf.writer import header_bytes
 
-HURTING = (0, 1, 2, 7, 8, 31, 32, 63, 64, 255, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**61, 2**62,
-           2**63 - 1, 2**63, 2**64 - 256, 2**64 - 1)  # fmt: skip
+EXTREME_VALUES = (
+    *(0, 1, 2, 7, 8, 31, 32, 63, 64, 255, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**32),
+    *(2**53, 2**61, 2**62, 2**63 - 1, 2**63, 2**64 - 256, 2**64 - 1),
+)
 
 
 def seed_file() -> bytes:
-    """A valid file with every kind of entry and of tensor."""
+    """A valid file with every kind of metadata and several types of tensor."""
     x = np.random.default_rng(0).standard_normal((2, 256)).astype(np.float32)
     tensors = {
         f"blk.{i}.{t}": (t, quantize(x, t))
@@ -50,25 +52,25 @@ def seed_file() -> bytes:
 
 
 def mutated(data: bytes, header: int, draw: random.Random) -> bytes:
-    """A changed copy; most changes hit the header, where the numbers are."""
+    """A changed copy; most changes hit the header, where the sizes are."""
     out = bytearray(data)
     first = 0 if draw.random() < 0.1 else 4
     for _ in range(draw.choice((1, 1, 1, 2, 3, 8))):
         end = max(first + 1, min(len(out), header if draw.random() < 0.95 else len(out)))
         at = draw.randrange(first, end)
-        how = draw.randrange(7)
-        if how <= 1:
+        change = draw.randrange(7)
+        if change <= 1:
             out[at] = draw.randrange(256)
-        elif how == 2:
+        elif change == 2:
             out[at] ^= 1 << draw.randrange(8)
-        elif how == 3:
-            out[at : at + 8] = struct.pack("<Q", draw.choice(HURTING))
-        elif how == 4:
-            out[at : at + 4] = struct.pack("<I", draw.choice(HURTING) & 0xFFFFFFFF)
-        elif how == 5:
+        elif change == 3:
+            out[at : at + 8] = struct.pack("<Q", draw.choice(EXTREME_VALUES))
+        elif change == 4:
+            out[at : at + 4] = struct.pack("<I", draw.choice(EXTREME_VALUES) & 0xFFFFFFFF)
+        elif change == 5:
             other = draw.randrange(first, end)
             length = draw.randrange(1, 64)
-            out[at : at + length] = out[other : other + length]  # doubles, shifts or exchanges
+            out[at : at + length] = out[other : other + length]  # duplicates, shifts or swaps
         else:
             del out[at if draw.random() < 0.5 else max(at, len(out) - draw.randrange(1, 200)) :]
             if len(out) <= first:
@@ -77,7 +79,7 @@ def mutated(data: bytes, header: int, draw: random.Random) -> bytes:
 
 
 def run(files: int, seed: int) -> collections.Counter[str]:
-    """Counts of what became of ``files`` mutated files, and the slowest of them in seconds."""
+    """Outcomes of ``files`` mutated files, counted, and the seconds of the slowest."""
     data = seed_file()
     header = min(record.start for record in parse(data).tensors.values())
     draw = random.Random(seed)
@@ -95,7 +97,7 @@ def run(files: int, seed: int) -> collections.Counter[str]:
                 dequantize(raw.reshape(-1, width), record.type.name)
             seen["read"] += 1
         except GGUFError as error:
-            seen["refused"] += 1
+            seen["rejected"] += 1
             if "\n" in str(error):
                 raise AssertionError(f"more than one line: {error}") from error
         slowest = max(slowest, time.process_time() - began)

@@ -39,7 +39,7 @@ def digest(x: np.ndarray) -> str:
 
 
 def golden_input() -> np.ndarray:
-    """float32 (4, 512): a sawtooth; small numbers; outliers; half zeros."""
+    """float32 (4, 512): a sawtooth; small values; outliers; half zeros."""
     i = np.arange(2048)
     x = (((7919 * i + 104729) % 20011 - 10005) / 4096).astype(np.float32).reshape(4, 512)
     x[1] = x[1] * np.float32(0.015625) * np.abs(x[1])
@@ -74,8 +74,8 @@ def tens(exponents: np.ndarray) -> np.ndarray:
 
 
 def special(name: str, shape: tuple[int, int], seed: int) -> np.ndarray:
-    """Inputs on which encoders disagree: ties, zeros of both signs, steps that round to 0,
-    one number alone.
+    """Inputs on which encoders disagree: ties, zeros of both signs, scales that round to 0,
+    one value alone.
     """
     rng = np.random.default_rng(seed)
     x = rng.standard_normal(shape).astype(np.float32)
@@ -97,7 +97,7 @@ def special(name: str, shape: tuple[int, int], seed: int) -> np.ndarray:
         x = np.repeat(x[:, ::2], 2, axis=1) * np.where(
             np.arange(shape[1]) % 2, np.float32(-1), np.float32(1)
         )
-    elif name == "offset":  # numbers a few units in the last place apart
+    elif name == "offset":  # values a few units in the last place apart
         base = tens(rng.uniform(-3, 4.8, (shape[0], 1))) * rng.choice([-1, 1])
         x = base + rng.integers(0, rng.integers(2, 3000), shape) * np.spacing(np.abs(base))
     elif name == "sparse":

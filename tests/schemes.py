@@ -66,8 +66,8 @@ def place(geometry: Granularity, i: int, j: int) -> tuple[int, ...]:
 def slack(x: np.ndarray, step: np.ndarray, scheme: Scheme) -> np.ndarray:
     """What rounding adds to |x̂ − x|.
 
-    In halves of eps: the quotient, the step (a subtraction and a division) and the product
-    err by |x| each, four times; adding z to the quotient by 2^b steps. Doubled, for
+    In halves of eps: the quotient, the scale (a subtraction and a division) and the product
+    err by |x| each, four times; adding z to the quotient by 2^b scales. Doubled, for
     products of these errors.
     """
     eps = float(np.finfo(x.dtype).eps)

@@ -66,7 +66,8 @@ def test_rounded_is_the_round_trip(xp, fmt, x, k):
 
 
 @pytest.mark.theorem(
-    "with s = absmax / largest, or the power of two above it, |x̂ − x| ≤ max(r·|x|, s·smallest/2), r the format's "
+    "with s = absmax / largest, or the power of two above it, |x̂ − x| ≤ max(r·|x|, "
+    "s·smallest/2), r the format's "
     "bound, and nothing saturates",
     source="definition: a product of what was stored",
 )
@@ -120,7 +121,8 @@ def test_powers_of_two_add_no_rounding(xp, scheme, seed):
 
 
 @pytest.mark.theorem(
-    "multiplying x by 2^k multiplies every scale by 2^k and changes no code, while scales stay normal",
+    "multiplying x by 2^k multiplies every scale by 2^k and changes no code, while scales "
+    "stay normal",
     source="a power of two moves exponents only",
 )
 @given(float_schemes(), st.integers(-30, 30), seeds)
@@ -273,7 +275,7 @@ def test_float_schemes_of_compressed_tensors():
     np.testing.assert_allclose(fake_quantize(x, NVFP4), theirs, rtol=3e-7)
 
 
-def test_bad_input_is_refused(xp):
+def test_bad_input_is_rejected(xp):
     x = np.ones((4, 8), dtype=np.float32)
     for bad, where in ((np.nan, (1, 2)), (np.inf, (3, 7))):
         y = x.copy()

@@ -84,7 +84,8 @@ def exported(original, tmp_path_factory):
 
 
 @pytest.mark.theorem(
-    "load(export(model)) = model: codes and scales equal bit for bit, in both layouts of 8-bit floats",
+    "load(export(model)) = model: codes and scales equal bit for bit, in both layouts of "
+    "8-bit floats",
     source="the formats' definitions",
 )
 @pytest.mark.parametrize("name", WAYS)
@@ -123,8 +124,9 @@ def test_the_files_by_definition(exported, name):
 
 @pytest.mark.oracle
 @pytest.mark.theorem(
-    "transformers loads float-quantized (channel, block) and DeepSeek's fp8 with no missing and no unexpected key, and "
-    "where activations stay as they are its logits are ours within 1e-4",
+    "transformers loads float-quantized (channel, block) and DeepSeek's fp8 with no missing "
+    "and no unexpected key, and "
+    "where activations stay in floating point its logits are ours within 1e-4",
     source="transformers 5 with compressed-tensors; it dequantises fp8 on a CPU",
 )
 @pytest.mark.filterwarnings("default")
@@ -159,7 +161,7 @@ def test_linears_with_rounded_activations_in_transformers(exported, name):
         assert np.mean(off > 1e-4 * np.abs(y).max()) < 0.02, (index, key)
 
 
-# --- what is refused ----------------------------------------------------------------------
+# --- what is rejected ----------------------------------------------------------------------
 
 
 def test_what_no_layout_holds():
@@ -198,7 +200,7 @@ def test_integers_go_into_other_layouts(original, tmp_path):
     assert not (tmp_path / "q").exists()
 
 
-def test_damaged_tensors_are_refused(xp):
+def test_damaged_tensors_are_rejected(xp):
     weight = fp8(xp.asarray(np.ones((4, 8), dtype=np.float32)), BLOCK)
     stored = layout_for(weight, "fp8")
     tensors = {suffix: to_tensor(weight, suffix) for suffix in tensor_specs(stored, (4, 8))}
@@ -248,7 +250,7 @@ def test_entries_are_read_as_they_are_written(stored):
         ({"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "int"}, "scale_fmt"),
     ],
 )
-def test_what_is_not_read_is_refused(entry, words):
+def test_what_is_not_read_is_rejected(entry, words):
     with pytest.raises(UnsupportedQuantization, match=words):
         parse(entry)
 
@@ -266,8 +268,8 @@ def test_options_of_compressed_tensors_that_are_not_read():
             parse(changed)
 
 
-def test_a_file_of_another_type_is_refused(exported, tmp_path):
-    """Whole numbers where E4M3 is meant, as a damaged or foreign file may have them."""
+def test_a_file_of_another_type_is_rejected(exported, tmp_path):
+    """Integers where E4M3 is meant, as a damaged or foreign file may have them."""
     _, path = exported("deepseek")
     target = tmp_path / "damaged"
     target.mkdir()

@@ -1,5 +1,5 @@
 """GGUF's block formats: golden digests, ggml's and gguf's bytes, what repeats and what does
-not, what is refused.
+not, what is rejected.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def test_bytes_equal_ggmls(x, importance, type):
 @pytest.mark.llamacpp
 @pytest.mark.parametrize("type", BLOCKS)
 def test_bytes_equal_ggmls_where_float32_ends(type):
-    """Sums and steps overflow, and what comes out is infinite or NaN: the same all the
+    """Sums and scales overflow, and and the result is infinite or NaN: equal all the
     same.
     """
     for seed in range(5):
@@ -127,7 +127,7 @@ def test_decoding_equals_ggufs(xp, x, type):
 @pytest.mark.oracle
 @given(seeds, st.sampled_from(BLOCKS))
 def test_decoding_any_bytes_equals_ggufs(seed, type):
-    """Files may hold any codes and scales, not only those that an encoder writes; steps are
+    """Files may hold any codes and scales, not only those that an encoder writes; scales are
     kept finite here.
     """
     gguf = oracle("gguf")
@@ -154,14 +154,14 @@ def test_encoding_equals_ggufs_where_it_encodes(x, type):
 
 
 def steps(raw, type):
-    """float32 [R, B, 1 or 2]: step, and offset, of each block of a legacy type."""
+    """float32 [R, B, 1 or 2]: scale, and offset, of each block of a legacy type."""
     blocks = raw.reshape(raw.shape[0], -1, TYPES[type].size)
     count = 4 if type.endswith("_1") else 2
     return np.ascontiguousarray(blocks[:, :, :count]).view(np.float16).astype(np.float32)
 
 
 def levels(raw, type):
-    """float32 [R, B, 2^bits]: the numbers that a block's codes can stand for."""
+    """float32 [R, B, 2^bits]: the values that a block's codes can have."""
     codes = np.arange(16 if type == "Q4_1" else 32, dtype=np.float32)
     d, m = (steps(raw, type)[..., i, None] for i in (0, 1))
     with np.errstate(all="ignore"):
@@ -172,7 +172,7 @@ def repeats(x, type):
     """The exact condition, by block [R, B]: is the block encoded to the same bytes again
     after it was decoded?
 
-    A stored step that is 0 though the numbers are not has lost them. With an offset it must
+    A stored scale that is 0 though the numbers are not has lost them. With an offset it must
     be told from the levels q·d + m, which are rounded to float32: they give back d, and
     each code that is used.
     """
@@ -200,14 +200,16 @@ def repeats(x, type):
 
 
 @pytest.mark.theorem(
-    "Q4_0, Q5_0 and Q8_0: encode(decode(encode(x))) = encode(x) exactly where the stored step is finite, and not 0 "
-    "unless all codes are those of zeros; Q4_1 and Q5_1: where the levels q·d + m, rounded to float32, give back d and "
+    "Q4_0, Q5_0 and Q8_0: quantize(dequantize(quantize(x))) = quantize(x) exactly where the "
+    "stored scale is finite, and not 0 "
+    "unless all codes are those of zeros; Q4_1 and Q5_1: where the levels q·d + m, rounded "
+    "to float32, give back d and "
     "each q that is used",
     source="ggml's quantisers; the condition is refllm's",
 )
 @settings(max_examples=100)
 @given(matrices(columns=64, kinds=(*USUAL, *SPECIAL, "offset")), st.sampled_from(LEGACY))
-def test_legacy_types_repeat_exactly_where_the_step_survives(x, type):
+def test_legacy_types_repeat_exactly_where_the_scale_survives(x, type):
     raw = quantize(x, type)
     expected = repeats(x, type)
     back = dequantize(raw, type)
@@ -238,14 +240,14 @@ def test_exact_levels_repeat(x, type):
 
 
 def test_where_idempotence_breaks():
-    """A step that rounds to 0; an offset in whose float32 the levels are not where the step
+    """A scale that rounds to 0; an offset in whose float32 the levels are not where the scale
     puts them.
     """
     tiny = np.linspace(-1e-7, 1e-7, 32, dtype=np.float32)[None]
     for type in ("Q8_0", "Q4_0", "Q5_0"):
         assert not repeats(tiny, type).any()
     u = np.spacing(np.float32(1.5))
-    # a step of u/3, a float32 is u
+    # a scale of u/3, a float32 is u
     near = (np.float32(1.552804) + np.arange(32) % 6 * u)[None].astype(np.float32)
     assert steps(quantize(near, "Q4_1"), "Q4_1")[..., 0] != 0
     assert (
@@ -255,7 +257,8 @@ def test_where_idempotence_breaks():
 
 
 @pytest.mark.theorem(
-    "MXFP4: encode(decode(encode(x))) = encode(x) where the largest number is at least 2^−125",
+    "MXFP4: quantize(dequantize(quantize(x))) = quantize(x) where the largest value is at "
+    "least 2^−125",
     source="OCP MX 1.0; ggml",
 )
 @given(
@@ -286,11 +289,12 @@ def test_k_quants_do_not_repeat(type):
     assert share == pytest.approx(AGAIN[type], abs=0.06)
 
 
-# --- how near -----------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
-    "|x − x̂| ≤ 0.563 d for Q8_0; ≤ 1.01 d for Q4_0 and Q5_0 (the opposite extreme is clipped); ≤ 0.52 d and half a "
+    "|x − x̂| ≤ 0.563 d for Q8_0; ≤ 1.01 d for Q4_0 and Q5_0 (the opposite extreme is "
+    "clipped); ≤ 0.52 d and half a "
     "float16 ulp of m for Q4_1 and Q5_1",
     source="ggml",
 )
@@ -302,8 +306,8 @@ def test_errors_of_the_legacy_types(x, type):
     raw = quantize(x, type)
     d = steps(raw, type)
     error = np.abs(dequantize(raw, type) - x).reshape(x.shape[0], -1, 32)
-    # half a step, and the float16 step's 2⁻¹¹ of the largest code: 127, 16, 8; an extreme
-    # that has no code: one step
+    # half a scale, and 2⁻¹¹ of the float16 scale times the largest code: 127, 16, 8; an extreme
+    # that has no code: one scale
     bound = {"Q8_0": 0.563, "Q4_0": 1.01, "Q5_0": 1.01, "Q4_1": 0.52, "Q5_1": 0.52}[type] * np.abs(
         d[..., 0]
     )
@@ -312,8 +316,19 @@ def test_errors_of_the_legacy_types(x, type):
     assert (error <= bound[..., None] + 2.0**-25).all()
 
 
-RMSE = {"Q2_K": 0.297, "Q3_K": 0.152, "Q4_0": 0.0864, "Q4_1": 0.0784, "Q4_K": 0.0716, "Q5_0": 0.0429, "Q5_1": 0.0381,
-        "Q5_K": 0.0364, "Q6_K": 0.0178, "Q8_0": 0.0054, "MXFP4": 0.116}  # fmt: skip
+RMSE = {
+    "Q2_K": 0.297,
+    "Q3_K": 0.152,
+    "Q4_0": 0.0864,
+    "Q4_1": 0.0784,
+    "Q4_K": 0.0716,
+    "Q5_0": 0.0429,
+    "Q5_1": 0.0381,
+    "Q5_K": 0.0364,
+    "Q6_K": 0.0178,
+    "Q8_0": 0.0054,
+    "MXFP4": 0.116,
+}
 
 
 @pytest.mark.parametrize("type", BLOCKS)
@@ -325,7 +340,7 @@ def test_relative_errors_on_normal_numbers(type):
 
 
 def normal_halves(raw: np.ndarray, type: str) -> bool:
-    """Whether the float16 steps and offsets of all blocks are 0 or normal numbers."""
+    """Whether the float16 scales and offsets of all blocks are 0 or normal values."""
     blocks = raw.reshape(-1, TYPES[type].size)
     at = 0
     found = []
@@ -340,7 +355,8 @@ def normal_halves(raw: np.ndarray, type: str) -> bool:
 
 
 @pytest.mark.theorem(
-    "encode(2x) is encode(x) with steps and offsets doubled, while these are normal float16 numbers",
+    "quantize(2x) is quantize(x) with scales and offsets doubled, while these are normal "
+    "float16 values",
     source="powers of two are exact",
 )
 @given(
@@ -358,11 +374,12 @@ def test_powers_of_two_pass_through(x, type, power):
 
 
 @pytest.mark.theorem(
-    "encode(−x) decodes to −decode(encode(x)) for Q4_0, Q5_0, Q8_0 and Q6_K; not for Q3_K and Q4_K",
+    "quantize(−x) dequantises to −dequantize(quantize(x)) for Q4_0, Q5_0, Q8_0 and Q6_K; not "
+    "for Q3_K and Q4_K",
     source="ggml's quantisers",
 )
 @given(matrices(kinds=("normal", "outlier_column", "sign_runs")))
-def test_signs_pass_through_where_the_step_is_signed(x):
+def test_signs_pass_through_where_the_scale_is_signed(x):
     for type in ("Q4_0", "Q5_0", "Q6_K"):
         np.testing.assert_array_equal(
             dequantize(quantize(-x, type), type), -dequantize(quantize(x, type), type)
@@ -415,7 +432,7 @@ HOLDS = {
     source="ggml's block structures",
 )
 @given(st.sampled_from(list(FIELDS)), seeds)
-def test_fields_hold_what_they_say(type, seed):
+def test_fields_hold_what_they_document(type, seed):
     rng = np.random.default_rng(seed)
     at = 0
     raw = quantize(
@@ -439,7 +456,7 @@ def test_fields_hold_what_they_say(type, seed):
     assert at == TYPES[type].size
 
 
-def test_without_a_step_only_the_offset_is_left():
+def test_without_a_scale_only_the_offset_is_left():
     x = build("normal", (1, 256), 0)
     for type, fields in FIELDS.items():
         raw = quantize(x, type).reshape(-1, TYPES[type].size)
@@ -454,7 +471,7 @@ def test_without_a_step_only_the_offset_is_left():
         ), type
 
 
-# --- plain floats, edges, refusals --------------------------------------------------------
+# --- plain floats, edges, rejections --------------------------------------------------------
 
 
 def test_zeros(xp):
@@ -490,7 +507,7 @@ def test_bfloat16_is_the_nearest_upper_half(xp, bits):
         assert np.isinf(back).all() or wide[0] <= wide[1:].min()
 
 
-def test_a_step_beyond_float16_is_infinite_or_refused():
+def test_a_scale_beyond_float16_is_infinite_or_rejected():
     x = build("normal", (2, 256), 0)
     x[1] *= 1e9
     assert np.isinf(steps(quantize(x, "Q8_0"), "Q8_0")[1]).all()
@@ -503,7 +520,7 @@ def test_a_step_beyond_float16_is_infinite_or_refused():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_numbers_that_are_none_are_refused_by_place(xp, bad):
+def test_nan_and_infinity_are_rejected_with_their_index(xp, bad):
     x = np.zeros((3, 256), np.float32)
     x[2, 17] = bad
     for type in TYPES:
@@ -517,7 +534,7 @@ def test_numbers_that_are_none_are_refused_by_place(xp, bad):
         quantize(xp.asarray(np.zeros((1, 256), np.float32)), "Q4_K", xp.asarray(x[2]))
 
 
-def test_what_no_tensor_can_be_is_refused(xp):
+def test_invalid_arguments_are_rejected(xp):
     x = xp.asarray(np.zeros((2, 96), np.float32))
     with pytest.raises(
         ValueError, match="Q4_K stores blocks of 256 elements, which do not divide a row of 96"

@@ -60,6 +60,6 @@ def test_tiles_change_nothing(monkeypatch):
     np.testing.assert_allclose(w.matmul(x), whole, rtol=1e-12, atol=1e-12)
 
 
-def test_raw_bytes_of_another_width_are_refused():
+def test_raw_bytes_of_another_width_are_rejected():
     with pytest.raises(ValueError, match=r"GGUFLinear: Q4_K has no rows of \(3, 145\) bytes"):
         GGUFLinear(np.zeros((3, 145), np.uint8), "Q4_K")

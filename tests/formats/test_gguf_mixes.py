@@ -136,7 +136,7 @@ def test_rows_are_whole_blocks(name, layers, width, inner, tied, importance):
         assert (type == "F32") == (len(shapes[tensor]) == 1) or name == "F32"
 
 
-def test_an_unknown_mix_is_refused():
+def test_an_unknown_mix_is_rejected():
     with pytest.raises(ValueError, match="unknown GGUF type 'Q4_K'; choose one of F32"):
         mix({}, "Q4_K", Heads("llama", 1, 1, 1))
 
@@ -206,8 +206,15 @@ def test_files_equal_llama_cpps_tensor_by_tensor(
 
 # --- sizes --------------------------------------------------------------------------------
 
-PUBLISHED = {"Q2_K": 3.1593, "Q3_K_M": 3.9960, "Q4_K_S": 4.6672, "Q4_K_M": 4.8944, "Q5_K_M": 5.7036, "Q6_K": 6.5633,
-             "Q8_0": 8.5008}  # fmt: skip
+PUBLISHED = {
+    "Q2_K": 3.1593,
+    "Q3_K_M": 3.9960,
+    "Q4_K_S": 4.6672,
+    "Q4_K_M": 4.8944,
+    "Q5_K_M": 5.7036,
+    "Q6_K": 6.5633,
+    "Q8_0": 8.5008,
+}
 
 
 @pytest.mark.theorem(
@@ -230,6 +237,6 @@ def test_the_study_counts_what_a_file_has():
         for n, s in shapes.items()
     )
     assert rows["Q2_K"]["Llama-2-7B"] == pytest.approx(8 * counted / LLAMA_2_7B.num_parameters)
-    for name, stated in LU_2025.items():  # the article's two that today's files do not have
+    for name, stated in LU_2025.items():  # two of the survey's that today's files do not have
         for model in ("Llama-2-7B", "Llama-3.1-8B"):
             assert abs(rows[name][model] - stated) > 0.04

@@ -1,4 +1,4 @@
-"""GGUF files: written as the gguf package writes them, read back, and refused when they
+"""GGUF files: written as the gguf package writes them, read back, and rejected when they
 lie.
 """
 
@@ -22,12 +22,24 @@ from refllm.formats.gguf.writer import write
 from strategies import build
 
 METADATA = {
-    "general.architecture": "llama", "general.name": "größer", "a.u8": np.uint8(7), "a.i8": np.int8(-7),
-    "a.u16": np.uint16(700), "a.i16": np.int16(-700), "a.u32": np.uint32(7), "a.i32": np.int32(-7),
-    "a.f32": np.float32(0.1), "a.true": True, "a.u64": np.uint64(2**60), "a.i64": np.int64(-(2**60)),
-    "a.f64": np.float64(0.1), "a.words": ["", "a", "ü" * 40], "a.numbers": np.arange(5, dtype=np.int32),
-    "a.floats": np.linspace(0, 1, 3, dtype=np.float32), "a.flags": np.array([True, False]),
-}  # fmt: skip
+    "general.architecture": "llama",
+    "general.name": "größer",
+    "a.u8": np.uint8(7),
+    "a.i8": np.int8(-7),
+    "a.u16": np.uint16(700),
+    "a.i16": np.int16(-700),
+    "a.u32": np.uint32(7),
+    "a.i32": np.int32(-7),
+    "a.f32": np.float32(0.1),
+    "a.true": True,
+    "a.u64": np.uint64(2**60),
+    "a.i64": np.int64(-(2**60)),
+    "a.f64": np.float64(0.1),
+    "a.words": ["", "a", "ü" * 40],
+    "a.numbers": np.arange(5, dtype=np.int32),
+    "a.floats": np.linspace(0, 1, 3, dtype=np.float32),
+    "a.flags": np.array([True, False]),
+}
 
 
 def tensors():
@@ -116,18 +128,18 @@ def test_the_gguf_package_reads_the_same(file):
             assert tuple(int(n) for n in tensor.shape[::-1]) == ours.tensors[tensor.name].shape
 
 
-# --- files that lie -----------------------------------------------------------------------
+# --- invalid files ------------------------------------------------------------------------
 
 
-def entry(key, kind, raw):
-    return struct.pack("<Q", len(key)) + key + struct.pack("<I", kind) + raw
+def entry(key, type_id, raw):
+    return struct.pack("<Q", len(key)) + key + struct.pack("<I", type_id) + raw
 
 
-def record(name=b"t", shape=(32,), kind=0, offset=0):
+def record(name=b"t", shape=(32,), type_id=0, offset=0):
     return (
         struct.pack("<Q", len(name))
         + name
-        + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+        + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, type_id, offset)
     )
 
 
@@ -143,7 +155,7 @@ def whole(entries=(), records=(), data=b"\0" * 128, *, version=3, tensors=None, 
 
 
 HUGE = 2**64 - 1
-LIES = {
+INVALID = {
     "does not begin with 'GGUF'": b"GGML" + b"\0" * 60,
     "is of GGUF version 1;": whole(version=1),
     "is of GGUF version 4;": whole(version=4),
@@ -157,35 +169,52 @@ LIES = {
     "the key of entry 0 is not valid UTF-8": whole([entry(b"\xff\xff", 4, b"\0" * 4)]),
     "the key 'a' occurs twice": whole([entry(b"a", 4, b"\0" * 4)] * 2),
     "the value of 'a' has type 13": whole([entry(b"a", 13, b"\0" * 4)]),
-    "the value of 'a' needs 4,611,686,018,427,387,904": whole([entry(b"a", 9, struct.pack("<IQ", 4, 2**60))]),
-    "the value of 'a' needs 8,000,000,000,000 bytes": whole([entry(b"a", 9, struct.pack("<IQ", 8, 10**12))]),
-    "the value of 'a' is an array of type 9": whole([entry(b"a", 9, struct.pack("<IQ", 9, 1) + b"\0" * 99)]),
-    "the value of 'a' needs 18,446,744,073,709,551,615": whole([entry(b"a", 8, struct.pack("<Q", HUGE))]),
+    "the value of 'a' needs 4,611,686,018,427,387,904": whole(
+        [entry(b"a", 9, struct.pack("<IQ", 4, 2**60))]
+    ),
+    "the value of 'a' needs 8,000,000,000,000 bytes": whole(
+        [entry(b"a", 9, struct.pack("<IQ", 8, 10**12))]
+    ),
+    "the value of 'a' is an array of type 9": whole(
+        [entry(b"a", 9, struct.pack("<IQ", 9, 1) + b"\0" * 99)]
+    ),
+    "the value of 'a' needs 18,446,744,073,709,551,615": whole(
+        [entry(b"a", 8, struct.pack("<Q", HUGE))]
+    ),
     "a bool that is neither": whole([entry(b"a", 7, b"\x02")]),
-    "general.alignment is np.uint32(0)": whole([entry(b"general.alignment", 4, struct.pack("<I", 0))]),
-    "general.alignment is np.uint32(24)": whole([entry(b"general.alignment", 4, struct.pack("<I", 24))]),
-    "general.alignment is '32'": whole([entry(b"general.alignment", 8, struct.pack("<Q", 2) + b"32")]),
+    "general.alignment is np.uint32(0)": whole(
+        [entry(b"general.alignment", 4, struct.pack("<I", 0))]
+    ),
+    "general.alignment is np.uint32(24)": whole(
+        [entry(b"general.alignment", 4, struct.pack("<I", 24))]
+    ),
+    "general.alignment is '32'": whole(
+        [entry(b"general.alignment", 8, struct.pack("<Q", 2) + b"32")]
+    ),
     "the name in tensor record 0 claims to be 64 bytes": whole(records=[record(b"t" * 64)]),
     "'t' has 5 dimensions": whole(records=[record(shape=(1, 1, 1, 1, 32))]),
     "'t' has 0 dimensions": whole(records=[record(shape=())]),
     "'t' has shape (0,)": whole(records=[record(shape=(0,))]),
-    "'t' is stored as IQ2_XXS": whole(records=[record(kind=16)]),
-    "'t' is stored as type 99": whole(records=[record(kind=99)]),
-    "'t' has shape (33,), which Q4_0 cannot": whole(records=[record(shape=(33,), kind=2)]),
+    "'t' is stored as IQ2_XXS": whole(records=[record(type_id=16)]),
+    "'t' is stored as type 99": whole(records=[record(type_id=99)]),
+    "'t' has shape (33,), which Q4_0 cannot": whole(records=[record(shape=(33,), type_id=2)]),
     "'t' has shape (4294967296, 4294967296), more": whole(records=[record(shape=(2**32, 2**32))]),
     "more than the whole file": whole(records=[record(shape=(HUGE, HUGE, HUGE, HUGE))]),
     "'t' begins at 32 after the first tensor": whole(records=[record(offset=32)]),
-    "'u' begins at 140 after": whole(records=[record(shape=(35,)), record(b"u", offset=140)], data=b"\0" * 400),
+    "'u' begins at 140 after": whole(
+        records=[record(shape=(35,)), record(b"u", offset=140)], data=b"\0" * 400
+    ),
     "the tensor 't' occurs twice": whole(records=[record(), record(offset=128)], data=b"\0" * 256),
     "'t' ends beyond the end of the file": whole(records=[record()], data=b"\0" * 127),
-    "the value of 'a' claims 4,194,305 strings": whole([entry(b"a", 9, struct.pack("<IQ", 8, 2**22 + 1))],
-                                                       data=b"\0" * (8 * 2**22 + 99)),
-}  # fmt: skip
+    "the value of 'a' claims 4,194,305 strings": whole(
+        [entry(b"a", 9, struct.pack("<IQ", 8, 2**22 + 1))], data=b"\0" * (8 * 2**22 + 99)
+    ),
+}
 
 
-@pytest.mark.parametrize("said", LIES)
-def test_a_lie_ends_in_one_sentence_and_costs_nothing(said, tmp_path):
-    data = LIES[said]
+@pytest.mark.parametrize("message", INVALID)
+def test_an_invalid_file_costs_one_message_and_no_memory(message, tmp_path):
+    data = INVALID[message]
     (tmp_path / "x.gguf").write_bytes(data)
     tracemalloc.start()
     began = time.process_time()
@@ -194,7 +223,7 @@ def test_a_lie_ends_in_one_sentence_and_costs_nothing(said, tmp_path):
     assert time.process_time() - began < 1
     assert tracemalloc.get_traced_memory()[1] < 1 << 20  # the file itself is mapped, not read
     tracemalloc.stop()
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 600
 
@@ -212,13 +241,13 @@ def test_the_honest_file_is_read():
 
 
 @given(st.data())
-def test_every_prefix_of_a_file_is_refused(file, data):
+def test_every_prefix_of_a_file_is_rejected(file, data):
     raw = file.read_bytes()
     with pytest.raises(GGUFError):
         parse(raw[: data.draw(st.integers(0, len(raw) - 33))])
 
 
-def test_short_files_are_refused(tmp_path):
+def test_short_files_are_rejected(tmp_path):
     for size in (0, 3, 23):
         (tmp_path / "x").write_bytes((b"GGUF" + b"\0" * 30)[:size])
         with pytest.raises(GGUFError, match=f"has {size} bytes, fewer than"):
@@ -228,23 +257,23 @@ def test_short_files_are_refused(tmp_path):
 def test_mutated_files_end_in_an_error_or_are_read():
     """A short run; ``python tests/fuzz_gguf.py`` is the long one."""
     seen = fuzz_gguf.run(3000, seed=0)
-    assert seen["files"] == 3000 == seen["read"] + seen["refused"]
+    assert seen["files"] == 3000 == seen["read"] + seen["rejected"]
     assert seen["past the magic"] >= 1500
-    assert min(seen["read"], seen["refused"]) > 100
+    assert min(seen["read"], seen["rejected"]) > 100
     assert seen["slowest"] < 1
 
 
 # --- what is not written ------------------------------------------------------------------
 
 
-def test_values_without_a_type_are_refused(tmp_path):
+def test_values_without_a_type_are_rejected(tmp_path):
     for value in (3, 0.5, None, [1, 2], {"a": 1}, np.zeros((2, 2)), np.complex64(1)):
         with pytest.raises(ValueError, match="the value of 'a' has no GGUF type"):
             write(tmp_path / "x", {"a": value}, {}, lambda name: None)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tensors_that_do_not_fit_are_refused(tmp_path):
+def test_tensors_that_do_not_fit_are_rejected(tmp_path):
     for name, shape in (("t" * 64, (1,)), ("t", ()), ("t", (1, 1, 1, 1, 1)), ("t", (0, 3))):
         with pytest.raises(ValueError, match="GGUF cannot hold"):
             write(tmp_path / "x", {}, {name: ("F32", shape)}, lambda name: None)

@@ -49,7 +49,7 @@ def columns(draw, size):
     return x, np.random.default_rng(seed).uniform(0, 2, x.shape).astype(F)
 
 
-# --- twins, one block at a time, in float32 scalars ---------------------------------------
+# --- naive twins, one block at a time, in float32 scalars ---------------------------------
 
 
 def total(terms):
@@ -180,7 +180,7 @@ def naive_positive(x, n, w):
 
 
 def compare(found, expected):
-    """Codes and numbers of all blocks against those of the loops, to the bit."""
+    """Codes and scales of all blocks against those of the loops, to the bit."""
     for part, (ours, theirs) in enumerate(zip(found, zip(*expected, strict=True), strict=True)):
         theirs = np.array(theirs, dtype=F)
         np.testing.assert_array_equal(to_host(ours), theirs.T if part == 0 else theirs)
@@ -211,9 +211,9 @@ def test_symmetric_is_the_loop(xp, drawn, n, weighted):
         [(3, Grid(-0.5, 0.1, 15), True), (15, Grid(-1.0, 0.1, 20), False), (31, IMPORTANT, False)]
     ),
 )
-def test_asymmetric_is_the_loop(xp, drawn, how):
+def test_asymmetric_is_the_loop(xp, drawn, variant):
     x, w = drawn
-    levels, grid, mad = how
+    levels, grid, mad = variant
     with without_warnings(x):
         found = fit_asymmetric(xp.asarray(x), xp.asarray(w), levels, grid, mad=mad)
         compare(
@@ -245,7 +245,7 @@ def test_positive_is_the_loop(xp, drawn, n):
     source="weighted least squares",
 )
 @given(columns(16), st.sampled_from([4, 32]))
-def test_symmetric_is_no_worse_than_the_largest_number_divided(drawn, n):
+def test_symmetric_is_no_worse_than_the_largest_value_divided(drawn, n):
     x, w = (a.astype(np.float64) for a in drawn)
     with without_warnings(x):
         codes, scale = (a.astype(np.float64) for a in fit_symmetric(drawn[0], n, drawn[1]))
@@ -259,7 +259,7 @@ def test_symmetric_is_no_worse_than_the_largest_number_divided(drawn, n):
 
 
 def test_swept_never_refines_a_positive_extreme():
-    """The quirk: the step is negative then, and so is Σwxl; with a negative extreme many
+    """The quirk: the scale is negative then, and so is Σwxl; with a negative extreme many
     blocks are refined.
     """
     x = build("normal", (16, 2000), 0)
@@ -296,7 +296,7 @@ def test_all_five_sweeps_are_made():
 
 
 @pytest.mark.theorem(
-    "The sums are ((0 + t₀) + t₁) + … in float32, whatever the number of columns",
+    "The sums are ((0 + t₀) + t₁) + … in float32, for any number of columns",
     source="the format",
 )
 @given(
@@ -333,7 +333,7 @@ def test_nearest_is_rint(xp, values):
     np.testing.assert_array_equal(to_host(nearest(xp.asarray(x))), np.rint(x).astype(np.int32))
 
 
-def test_nearest_of_what_is_no_number(xp):
+def test_nearest_of_nan_and_infinity(xp):
     x = np.array([np.nan, -np.nan, np.inf, -np.inf], dtype=F)
     assert to_host(nearest(xp.asarray(x))).tolist() == [0, 0, -(2**22), -(2**22)]
 

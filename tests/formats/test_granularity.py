@@ -65,7 +65,8 @@ def test_shapes_of_scales():
         (
             100,
             32,
-            r"groups of 32 do not divide a row of 100: .* are 25 and 50, or pad the row with zeros to 128",
+            r"groups of 32 do not divide a row of 100: .* are 25 and 50, or pad the row with "
+            r"zeros to 128",
         ),
         (7, 4, r"are 1 and 7, or .* to 8"),
         (6, 128, r"are 6, or .* to 128"),

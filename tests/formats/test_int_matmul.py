@@ -39,7 +39,8 @@ def test_lengths_of_the_usual_codes(p, q, length):
 
 
 @pytest.mark.theorem(
-    "float32 adds ⌊2²⁴/(p·q)⌋ products of integers of at most p and q exactly, and not always one more",
+    "float32 adds ⌊2²⁴/(p·q)⌋ products of integers of at most p and q exactly, and not "
+    "always one more",
     source="refllm.formats.int_matmul; IEEE 754 binary32",
 )
 @pytest.mark.parametrize(("p", "q", "length"), LENGTHS)
@@ -64,7 +65,8 @@ def test_the_length_is_tight(p, q, length):
 
 
 @pytest.mark.theorem(
-    "integer_matmul equals the product of int64 matrices, for 8-bit codes of any sign and any length",
+    "integer_matmul equals the product of int64 matrices, for 8-bit codes of any sign and "
+    "any length",
     source="refllm.formats.int_matmul",
 )
 @given(st.integers(0, 3), st.integers(0, 5), lengths, st.data())
@@ -112,7 +114,7 @@ def test_known_sizes_spare_the_search(xp):
     np.testing.assert_array_equal(to_host(got), exact(qx, qw))
 
 
-def test_what_cannot_be_exact_is_refused(xp):
+def test_what_cannot_be_exact_is_rejected(xp):
     codes = xp.asarray(np.ones((2, 3), dtype=np.int8))
     with pytest.raises(TypeError, match="qw is a matrix of integers, got float32"):
         integer_matmul(codes, xp.asarray(np.ones((2, 3), dtype=np.float32)))
@@ -130,8 +132,9 @@ def test_what_cannot_be_exact_is_refused(xp):
 
 
 @pytest.mark.theorem(
-    "Y = s_x s_w (Q_x Q_wᵀ − z_x Σq_w − z_w Σq_x + N z_x z_w) is the product of the dequantised matrices, for steps "
-    "of tokens and channels, and group by group for steps of groups",
+    "Y = s_x s_w (Q_x Q_wᵀ − z_x Σq_w − z_w Σq_x + N z_x z_w) is the product of the "
+    "dequantised matrices, for scales "
+    "of tokens and channels, and group by group for scales of groups",
     source="Jacob et al. 2018, eq. 7",
 )
 @given(
@@ -171,7 +174,7 @@ def test_missing_zero_points_are_zeros(xp):
         np.testing.assert_array_equal(to_host(got), to_host(with_zeros))
 
 
-def test_steps_that_do_not_factor_out_are_refused(xp):
+def test_scales_that_do_not_factor_out_are_rejected(xp):
     codes = xp.asarray(np.ones((3, 8), dtype=np.int8))
     one = xp.asarray(np.ones(()))
     rows = xp.asarray(np.ones((3, 1)))

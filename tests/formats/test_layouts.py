@@ -101,7 +101,8 @@ def there_and_back(w, stored: WeightLayout, **more):
 
 
 @pytest.mark.theorem(
-    "each layout that holds a scheme gives the weight back: codes, scales (float16) and zero points, bit for bit",
+    "each layout that holds a scheme gives the weight back: codes, scales (float16) and zero "
+    "points, bit for bit",
     source="the formats' definitions",
 )
 @given(st.sampled_from(HELD), seeds)
@@ -160,7 +161,8 @@ def test_scales_come_back_in_the_type_they_were_stored_in(xp, dtype):
 
 
 @pytest.mark.theorem(
-    "pack-quantized: code q + 2^(b−1) of column i takes the bits [i·b, i·b + b) of its row, for 1 to 8 bits",
+    "pack-quantized: code q + 2^(b−1) of column i takes the bits [i·b, i·b + b) of its row, "
+    "for 1 to 8 bits",
     source="compressed-tensors, pack_to_int32",
 )
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -173,7 +175,8 @@ def test_pack_quantized_by_definition(bits):
 
 
 @pytest.mark.theorem(
-    "GPTQ: code of (o, i) is number i of the bit stream that is column o of qweight; Z of (g, o) is number o of row g "
+    "GPTQ: code of (o, i) is number i of the bit stream that is column o of qweight; Z of "
+    "(g, o) is number o of row g "
     "of qzeros, less 1 in version 1",
     source="AutoGPTQ, GPTQModel: QuantLinear",
 )
@@ -199,7 +202,8 @@ def test_gptq_by_definition(bits, layout):
 
 
 @pytest.mark.theorem(
-    "AWQ GEMM: nibble n of word c of row i is the code of output 8c + (0 2 4 6 1 3 5 7)[n] and input i; zeros alike",
+    "AWQ GEMM: nibble n of word c of row i is the code of output 8c + (0 2 4 6 1 3 5 7)[n] "
+    "and input i; zeros alike",
     source="AutoAWQ, WQLinear_GEMM",
 )
 def test_awq_by_definition():
@@ -252,7 +256,8 @@ def golden_weight(name: str) -> tuple[QuantizedLinear, WeightLayout]:
 
 
 @pytest.mark.theorem(
-    "qweight, qzeros, scales, g_idx = GPTQModel's (2, 3, 4, 8 bits, with g_idx) and AWQ's, word for word, and what is "
+    "qweight, qzeros, scales, g_idx = GPTQModel's (2, 3, 4, 8 bits, with g_idx) and AWQ's, "
+    "word for word, and what is "
     "read of its files is the weight that it computes with",
     source="gptqmodel 7.6.0, recorded",
 )
@@ -314,7 +319,7 @@ def test_scales_of_zero_and_negative_ones():
         from_tensors(tensors, stored, (M, N), name="q_proj")
 
 
-def test_tensors_that_contradict_each_other_are_refused():
+def test_tensors_that_contradict_each_other_are_rejected():
     scheme = Scheme(4, "half_integer", "group", 32)
     made = quantize(weight(0), scheme)
     stored = layout_for(scheme, "pack-quantized")
@@ -390,12 +395,12 @@ def test_tensors_that_contradict_each_other_are_refused():
         ),
     ],
 )
-def test_what_a_layout_cannot_hold_is_refused_with_what_can(scheme, layout, more, sentence):
+def test_what_a_layout_cannot_hold_is_rejected_with_what_can(scheme, layout, more, sentence):
     with pytest.raises(ValueError, match=sentence):
         layout_for(scheme, layout, **more)
 
 
-def test_shapes_that_a_layout_has_no_words_for_are_refused():
+def test_shapes_that_a_layout_has_no_words_for_are_rejected():
     for layout, shape in (("awq", (12, 32)), ("gptq_v2", (32, 36)), ("gptq_v2", (12, 32))):
         with pytest.raises(
             ValueError, match=rf"o_proj: {layout} packs 8 codes .* pack-quantized takes any shape"

@@ -1,5 +1,5 @@
-"""Small float formats: decode tables, the nearest number by brute force, and where the
-libraries of others differ.
+"""Small float formats: value tables, the nearest value by brute force, and where the
+other libraries differ.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from refllm.formats.minifloat import (
 )
 from strategies import arrays, seeds
 
-PEER = {
+ML_DTYPES = {
     **{
         "fp16": np.float16,
         "bf16": ml_dtypes.bfloat16,
@@ -48,14 +48,14 @@ def all_codes(fmt):
 
 
 def same(a, b):
-    """Equal as numbers, the sign of zero included, NaN to NaN."""
+    """Equal as values, the sign of zero included, NaN to NaN."""
     np.testing.assert_array_equal(a, b)
     finite = ~np.isnan(a)
     np.testing.assert_array_equal(np.signbit(a[finite]), np.signbit(b[finite]))
 
 
 def every_rounding(fmt):
-    """float32 numbers among which is each case that rounding to at most 5 bits of mantissa
+    """float32 values among which is each case that rounding to at most 5 bits of mantissa
     can tell apart.
 
     Rounding looks at the upper 16 bits of a float32, and at whether any of the lower 16 is
@@ -67,7 +67,7 @@ def every_rounding(fmt):
 
 
 def numbers(fmt, rng, count=400):
-    """float32 numbers of all sizes that a format has, its numbers, the middles between
+    """float32 values of all sizes that a format has, its values, the midpoints between
     them, and their neighbours.
     """
     found = FORMATS[fmt]
@@ -88,13 +88,13 @@ def numbers(fmt, rng, count=400):
 
 
 @pytest.mark.theorem(
-    "every code decodes to the number that ml_dtypes (float16: NumPy) gives it",
+    "every code dequantises to the value that ml_dtypes (float16: NumPy) gives it",
     source="OCP 8-bit and MX formats; ml_dtypes",
 )
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_decode_tables(xp, fmt):
     codes = all_codes(fmt)
-    expected = codes.view(PEER[fmt]).astype(np.float32)
+    expected = codes.view(ML_DTYPES[fmt]).astype(np.float32)
     same(to_host(dequantize(xp.asarray(codes), fmt)), expected)
     same(np.array(table(fmt), dtype=np.float32), expected)
 
@@ -119,9 +119,10 @@ def test_the_table_of_the_docstring():
 
 
 @pytest.mark.theorem(
-    "E4M3 has the precision and E5M2 the range: half the relative error, against 2^14 times the range from the "
-    "smallest to the largest number",
-    source="Micikevicius et al. 2022, table 1 (the article has the two the wrong way round)",
+    "E4M3 has the precision and E5M2 the range: half the relative error, against 2^14 times "
+    "the range from the "
+    "smallest to the largest value",
+    source="Micikevicius et al. 2022, table 1 (some surveys have the two the wrong way round)",
 )
 def test_which_of_the_two_has_the_range():
     e4m3 = FORMATS["e4m3"]
@@ -137,7 +138,7 @@ def test_which_of_the_two_has_the_range():
 
 
 @pytest.mark.theorem(
-    "encode(decode(c)) = c for every code that is not NaN, infinities with overflow='nan'",
+    "quantize(dequantize(c)) = c for every code that is not NaN, infinities with overflow='nan'",
     source="OCP 8-bit and MX formats; ml_dtypes",
 )
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -161,7 +162,8 @@ def test_round_trip_of_codes(xp, fmt):
 
 
 @pytest.mark.theorem(
-    "encode gives the nearest of all codes, of two equally near the even one (E8M0: the larger), and no other",
+    "encode gives the nearest of all codes, of two equally near the even one (E8M0: the "
+    "larger), and no other",
     source="IEEE 754, roundTiesToEven; brute force over all codes",
 )
 @given(st.sampled_from(SMALL), seeds)
@@ -180,7 +182,7 @@ def test_nearest_of_16_bits(xp, fmt):
 
 
 @pytest.mark.theorem(
-    "the naive search itself: no rational number is nearer, and ties are even",
+    "the naive search itself: no representable value is nearer, and ties are even",
     source="exact fractions",
 )
 @pytest.mark.parametrize("fmt", SMALL)
@@ -197,15 +199,17 @@ def test_nearest_in_exact_fractions(fmt):
 
 
 @pytest.mark.theorem(
-    "an E4M3, E5M2 or E2M1 code is decided by the upper 16 bits of a float32 and whether a lower one is set, and for "
-    "each of these 131,072 cases it is that of ml_dtypes, signed zeros, subnormals, infinities and NaN included",
+    "an E4M3, E5M2 or E2M1 code is decided by the upper 16 bits of a float32 and whether a "
+    "lower one is set, and for "
+    "each of these 131,072 cases it is that of ml_dtypes, signed zeros, subnormals, "
+    "infinities and NaN included",
     source="enumeration; ml_dtypes",
 )
 @pytest.mark.parametrize("fmt", SMALL)
 def test_every_rounding(xp, fmt):
     x = every_rounding(fmt)
     with np.errstate(all="ignore"):
-        expected = x.astype(PEER[fmt]).view(np.uint8)
+        expected = x.astype(ML_DTYPES[fmt]).view(np.uint8)
     # ml_dtypes saturates E2M1, which has nothing else
     overflow = "saturate" if fmt == "e2m1" else "nan"
     got = to_host(quantize(xp.asarray(x), fmt, overflow))
@@ -237,13 +241,13 @@ def test_that_is_every_case(fmt):
     "16-bit codes equal NumPy's float16 and ml_dtypes' bfloat16", source="NumPy, ml_dtypes"
 )
 @given(st.sampled_from(["fp16", "bf16"]), seeds)
-def test_16_bits_against_peers(xp, fmt, seed):
+def test_16_bits_against_ml_dtypes(xp, fmt, seed):
     rng = np.random.default_rng(seed)
     x = np.concatenate(
         [rng.integers(0, 1 << 32, 3000, dtype=np.uint32).view(np.float32), numbers(fmt, rng)]
     )
     with np.errstate(over="ignore", invalid="ignore"):
-        expected = x.astype(PEER[fmt])
+        expected = x.astype(ML_DTYPES[fmt])
     same(to_host(dequantize(quantize(xp.asarray(x), fmt, "nan"), fmt)), expected.astype(np.float32))
 
 
@@ -297,7 +301,7 @@ def test_power_of_two_equivariance(xp, fmt, seed, k):
     x = numbers(fmt, np.random.default_rng(seed))
     with np.errstate(over="ignore"):
         y = x * np.float32(2.0**k)
-    # normal before and after rounding: what rounds beyond the largest number saturates
+    # normal before and after rounding: what rounds beyond the largest value saturates
     least = max(found.smallest_normal, 2.0**-126)
     limit = found.max / (1 if found.signed else 2)
     keep = (np.abs(x) >= least) & (np.abs(x) <= limit) & (np.abs(y) >= least) & (np.abs(y) <= limit)
@@ -324,7 +328,8 @@ def test_idempotent_and_odd(xp, fmt, x):
 
 
 @pytest.mark.theorem(
-    "float64 is rounded once: its codes are the nearest, where rounding to float32 first gives others",
+    "float64 is rounded once: its codes are the nearest, where rounding to float32 first "
+    "gives others",
     source="Boldo & Melquiond 2008 (rounding to odd)",
 )
 @given(st.sampled_from(["e4m3", "e5m2", "e2m1"]), seeds)
@@ -343,7 +348,7 @@ def test_float64_is_rounded_once(xp, fmt, seed):
 
 
 def test_by_way_of_float16_is_another_rounding():
-    """Double rounding: a number just above a tie is rounded onto it first, and then to the
+    """Double rounding: a value just above a tie is rounded onto it first, and then to the
     even side.
     """
     x = np.array([17.0 + 2.0**-12], dtype=np.float32)
@@ -464,7 +469,7 @@ def test_e8m0_has_no_zero(xp):
         ("e4m3", -math.inf),
     ],
 )
-def test_raise_names_the_number(xp, fmt, number):
+def test_raise_names_the_value(xp, fmt, number):
     x = xp.asarray(np.array([1.0, number, 1.0], dtype=np.float32))
     with pytest.raises(ValueError, match=f"w: element 1 is .*, which {fmt} has no code for"):
         quantize(x, fmt, "raise", name="w")
@@ -481,7 +486,7 @@ def test_raise_lets_the_rest_through(xp, fmt, number):
     )
 
 
-def test_what_has_no_code_is_refused(xp):
+def test_what_has_no_code_is_rejected(xp):
     one = xp.asarray(np.array([1.0, np.nan], dtype=np.float32))
     with pytest.raises(
         ValueError, match="element 1 is nan, which e2m1 has no code for: it reaches from -6 to 6"
@@ -516,7 +521,7 @@ def test_pieces_join(xp, monkeypatch):
         whole = (
             np.array([nearest(x.reshape(-1), fmt)])
             if fmt in SMALL
-            else x.astype(PEER[fmt]).view(np.uint16)
+            else x.astype(ML_DTYPES[fmt]).view(np.uint16)
         )
         np.testing.assert_array_equal(
             to_host(quantize(xp.asarray(x).T, fmt)), whole.reshape(7, 30).T

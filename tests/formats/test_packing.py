@@ -36,7 +36,8 @@ def test_round_trip(xp, bits, lead, count, seed, dtype):
 
 
 @pytest.mark.theorem(
-    "A row of words, read as one number, is Σ q_i 2^(i·b): dense, little end first, unused bits zero",
+    "A row of words, read as one number, is Σ q_i 2^(i·b): dense, little end first, unused "
+    "bits zero",
     source="compressed-tensors pack-quantized",
 )
 @given(widths, counts, seeds)
@@ -79,20 +80,20 @@ def test_views_that_are_not_contiguous(xp):
 
 
 @pytest.mark.parametrize("bad", [8, -1])
-def test_a_code_that_does_not_fit_is_refused(xp, bad):
+def test_a_code_that_does_not_fit_is_rejected(xp, bad):
     with pytest.raises(ValueError, match=r"pack: 3-bit codes lie in 0\.\.7"):
         pack(xp.asarray(np.array([[0, 1, bad]])), 3)
 
 
 @pytest.mark.parametrize("bits", [0, 9, -1, 4.0])
-def test_other_widths_are_refused(xp, bits):
+def test_other_widths_are_rejected(xp, bits):
     codes = xp.asarray(np.zeros(4, dtype=np.uint8))
     for call in (lambda: pack(codes, bits), lambda: words_per_row(4, bits)):
         with pytest.raises(ValueError, match=r"bits is an integer in 1\.\.8"):
             call()
 
 
-def test_other_types_and_lengths_are_refused(xp):
+def test_other_types_and_lengths_are_rejected(xp):
     with pytest.raises(TypeError, match="integers, got float32"):
         pack(xp.asarray(np.zeros(4, dtype=np.float32)), 4)
     with pytest.raises(TypeError, match="words are uint32, got int32"):
@@ -105,12 +106,12 @@ def test_other_types_and_lengths_are_refused(xp):
 @given(widths, st.integers(1, 5), st.integers(1, 70), seeds)
 def test_words_equal_compressed_tensors(bits, rows, count, seed):
     torch = oracle("torch")
-    peer = oracle("compressed_tensors.compressors.pack_quantized.helpers")
+    helpers = oracle("compressed_tensors.compressors.pack_quantized.helpers")
     codes = codes_of(bits, (rows,), count, seed)
     signed = torch.from_numpy((codes.astype(np.int16) - (1 << (bits - 1))).astype(np.int8))
-    theirs = peer.pack_to_int32(signed, bits).numpy()
+    theirs = helpers.pack_to_int32(signed, bits).numpy()
     np.testing.assert_array_equal(pack(codes, bits).view(np.int32), theirs)
-    back = peer.unpack_from_int32(
+    back = helpers.unpack_from_int32(
         torch.from_numpy(pack(codes, bits).view(np.int32)), bits, signed.shape
     )
     np.testing.assert_array_equal(back.numpy(), signed.numpy())

@@ -1,5 +1,5 @@
 """quantization_config: what is written is read again, and what would change the output is
-refused, not ignored.
+rejected, not ignored.
 """
 
 from __future__ import annotations
@@ -118,12 +118,12 @@ def changed(raw, path: str, value):
         (AWQ, "zero_point", False, "supported: true"),
     ],
 )
-def test_what_would_change_the_output_is_refused(raw, path, value, sentence):
+def test_what_would_change_the_output_is_rejected(raw, path, value, sentence):
     with pytest.raises(UnsupportedQuantization, match=sentence):
         parse(changed(raw, path, value)).of("lm_head", ())
 
 
-def test_what_is_no_object_is_refused():
+def test_what_is_no_object_is_rejected():
     with pytest.raises(UnsupportedQuantization, match="must be an object"):
         parse([])
 
@@ -136,7 +136,7 @@ def test_an_int_quantized_file_without_activations_is_a_naive_one():
 @pytest.mark.oracle
 @pytest.mark.parametrize("stored", [s for s in WRITTEN if "quantized" in s.name], ids=str)
 def test_compressed_tensors_takes_what_is_written(stored):
-    """It refuses entries that it does not know."""
+    """It rejects entries that it does not know."""
     module = oracle("compressed_tensors.quantization")
     entry = quantization_config(stored, ["lm_head", r"re:.*\.o_proj$"])
     scheme = module.QuantizationConfig.model_validate(entry).config_groups["group_0"]

@@ -23,7 +23,8 @@ dtypes = st.sampled_from(["float32", "float64"])
 
 
 @pytest.mark.theorem(
-    "QuantizedLinear.matmul(x) = x Ŵᵀ for the Ŵ that dequantize() gives, whatever the tile, in float64 where x or W is",
+    "QuantizedLinear.matmul(x) = x Ŵᵀ for the Ŵ that dequantize() gives, for every tile "
+    "size, in float64 where x or W is",
     source="ARCHITECTURE.md: the weight seam",
 )
 @given(
@@ -93,7 +94,7 @@ def test_codes_are_made_with_the_scale_that_is_stored(xp, scheme, scale_dtype, d
 
 
 @given(schemes(), seeds)
-def test_given_steps_are_used(xp, scheme, seed):
+def test_given_scales_are_used(xp, scheme, seed):
     x = xp.asarray(build("normal", (5, 12), seed))
     own = quantize(x, scheme)
     wide = quantize(x, scheme, scale=own.scale * 2.0, zero_point=own.zero_point)
@@ -109,7 +110,8 @@ def test_given_steps_are_used(xp, scheme, seed):
 
 
 @pytest.mark.theorem(
-    "nbytes = 4 M ⌈N·b/32⌉ + bytes of the scales + 4 ⌈ranges·b/32⌉ of asymmetric zero points; nothing else is held",
+    "nbytes = 4 M ⌈N·b/32⌉ + bytes of the scales + 4 ⌈ranges·b/32⌉ of asymmetric zero "
+    "points; nothing else is held",
     source="ARCHITECTURE.md: the weight seam",
 )
 @given(
@@ -130,7 +132,8 @@ def test_bytes(xp, scheme, m, n, scale_dtype, seed):
 
 
 @pytest.mark.theorem(
-    "The article's 4 + 32/128 = 4.25 bits a weight, and the other accountings, are what the bytes held come to",
+    "The article's 4 + 32/128 = 4.25 bits a weight, and the other accountings, are what the "
+    "bytes held come to",
     source="definition, from the real bytes",
 )
 @pytest.mark.parametrize(
@@ -172,10 +175,10 @@ def test_no_float_copy_of_the_weight_is_ever_made():
     assert peak < 4 * 2**20
 
 
-# --- refusals -----------------------------------------------------------------------------
+# --- rejections -----------------------------------------------------------------------------
 
 
-def test_codes_that_do_not_fit_are_refused(xp):
+def test_codes_that_do_not_fit_are_rejected(xp):
     scheme = Scheme(4, "half_integer", "channel")
     codes = xp.asarray(np.full((2, 8), 7, dtype=np.int32))
     scale = xp.asarray(np.ones((2, 1), dtype=np.float32))

@@ -1,5 +1,5 @@
-"""Steps and zero points: the formulas of specs §1, where the arithmetic ends, and the
-peers' own.
+"""Scales and zero points: the formulas of the rules, the limits of the arithmetic, and
+the reference implementations' values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PLAIN = ("normal", "outlier_column", "constant", "one_sided")
 
 
 @given(schemes(), rows, columns, st.sampled_from(KINDS), dtypes, seeds)
-def test_ranges_are_the_extremes_of_what_shares_a_step(pure_xp, scheme, m, n, kind, dtype, seed):
+def test_ranges_are_the_extremes_of_what_shares_a_scale(pure_xp, scheme, m, n, kind, dtype, seed):
     x = build(kind, (m, n), seed, dtype)
     lo, hi = map(to_host, ranges(pure_xp.asarray(x), scheme))
     assert lo.shape == hi.shape == scheme.scale_shape((m, n))
@@ -69,10 +69,10 @@ def test_formulas_of_the_table(pure_xp, scheme, kind, seed):
 
 @pytest.mark.theorem(
     "Zero points are codes of the scheme, for every rule and every kind of input",
-    source="formats/affine.py, definition of the rules",
+    source="formats/uniform.py, definition of the rules",
 )
 @given(schemes(), arrays(rows, columns, dtype="float32"))
-def test_zero_points_are_codes_and_steps_are_normal_numbers(pure_xp, scheme, x):
+def test_zero_points_are_codes_and_scales_are_normal_numbers(pure_xp, scheme, x):
     scale, zero = map(to_host, qparams(pure_xp.asarray(x), scheme))
     assert (zero >= scheme.qmin).all()
     assert (zero <= scheme.qmax).all()
@@ -81,8 +81,8 @@ def test_zero_points_are_codes_and_steps_are_normal_numbers(pure_xp, scheme, x):
 
 
 @pytest.mark.theorem(
-    "Scaling the input by 2^k scales the step by 2^k and leaves the zero point, bit for bit",
-    source="formats/affine.py, definition of the rules",
+    "Scaling the input by 2^k multiplies the scale by 2^k and leaves the zero point, bit for bit",
+    source="formats/uniform.py, definition of the rules",
 )
 @given(schemes(), rows, columns, st.sampled_from(PLAIN), dtypes, st.integers(-12, 12), seeds)
 def test_power_of_two_equivariance(pure_xp, scheme, m, n, kind, dtype, k, seed):
@@ -100,8 +100,8 @@ def test_power_of_two_equivariance(pure_xp, scheme, m, n, kind, dtype, k, seed):
 
 
 @pytest.mark.theorem(
-    "A step never grows when its range shrinks: groups within channels within the tensor",
-    source="formats/affine.py, definition of the rules",
+    "A scale never grows when its range shrinks: groups within channels within the tensor",
+    source="formats/uniform.py, definition of the rules",
 )
 @given(
     st.sampled_from(FORCED),
@@ -110,7 +110,7 @@ def test_power_of_two_equivariance(pure_xp, scheme, m, n, kind, dtype, k, seed):
     st.sampled_from(["normal", "outlier_column", "one_sided"]),
     seeds,
 )
-def test_finer_granularity_has_finer_steps(pure_xp, rule, bits, m, kind, seed):
+def test_finer_granularity_has_finer_scales(pure_xp, rule, bits, m, kind, seed):
     x = pure_xp.asarray(build(kind, (m, 12), seed))
     layouts = [("tensor", None), ("channel", None), ("group", 6), ("group", 2)]
     steps = [to_host(qparams(x, Scheme(bits, rule, *layout))[0]) for layout in layouts]
@@ -124,7 +124,7 @@ def test_finer_granularity_has_finer_steps(pure_xp, rule, bits, m, kind, seed):
 
 
 def test_all_zero_ranges_get_what_the_upstream_of_the_rule_gives(pure_xp):
-    """specs §1, "Edge cases"; the zero point of GPTQ's is that of the range ±1."""
+    """All-zero ranges; the zero point of GPTQ's rule is that of the range ±1."""
     choices = {
         "restricted": (1.0, 0),
         "power": (1.0, 0),
@@ -146,7 +146,7 @@ def test_all_zero_ranges_get_what_the_upstream_of_the_rule_gives(pure_xp):
     ("rule", "bits"),
     [(rule, bits) for rule in RULES for bits in (1, 2, 4, 8) if (rule, bits) != ("restricted", 1)],
 )
-def test_the_widest_and_the_narrowest_ranges_have_steps(pure_xp, rule, bits):
+def test_the_widest_and_the_narrowest_ranges_have_scales(pure_xp, rule, bits):
     for dtype in ("float32", "float64"):
         info = np.finfo(dtype)
         scheme = Scheme(bits, rule, "channel")
@@ -179,14 +179,14 @@ def test_reachable_changes_no_quotient_that_is_a_code(pure_xp, x, exponent):
     assert (np.abs(held[~inside]) >= 1022 * step).all()
 
 
-# --- refusals -----------------------------------------------------------------------------
+# --- rejections -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(
     "layout", [("tensor", None), ("channel", None), ("group", 4), ("block", 3)]
 )
-def test_non_finite_input_is_refused_by_name_and_place(pure_xp, bad, layout):
+def test_non_finite_input_is_rejected_by_name_and_place(pure_xp, bad, layout):
     x = np.ones((5, 8), dtype=np.float32)
     x[3, 2] = bad
     x[4, 7] = bad
@@ -194,7 +194,7 @@ def test_non_finite_input_is_refused_by_name_and_place(pure_xp, bad, layout):
         qparams(pure_xp.asarray(x), Scheme(4, "half_integer", *layout), name="q_proj")
 
 
-def test_other_input_is_refused_by_name(pure_xp):
+def test_other_input_is_rejected_by_name(pure_xp):
     channel = Scheme(4, "half_integer", "channel")
     tensor = Scheme(4, "half_integer", "tensor")
     with pytest.raises(ValueError, match=r"k_proj: groups of 3 do not divide a row of 8"):
@@ -217,7 +217,7 @@ def test_other_input_is_refused_by_name(pure_xp):
             qparams(pure_xp.zeros(shape, dtype=pure_xp.float32), scheme, name="k_proj")
 
 
-def test_no_tokens_have_no_steps(pure_xp):
+def test_no_tokens_have_no_scales(pure_xp):
     scale, zero = qparams(
         pure_xp.zeros((0, 3), dtype=pure_xp.float32), Scheme(8, "restricted", "token")
     )
@@ -228,7 +228,7 @@ def test_no_tokens_have_no_steps(pure_xp):
     assert scale.shape == (0, 2)
 
 
-def test_float16_is_refused(xp):
+def test_float16_is_rejected(xp):
     with pytest.raises(TypeError, match="got float16; convert it first"):
         qparams(xp.asarray(np.ones((2, 8), dtype=np.float16)), Scheme(4, "power", "channel"))
 
@@ -236,7 +236,7 @@ def test_float16_is_refused(xp):
 @pytest.mark.parametrize(
     ("lo", "hi"), [(1.0, 0.5), (np.nan, 1.0), (0.0, np.nan), (-np.inf, 0.0), (0.0, np.inf)]
 )
-def test_ranges_that_are_none_are_refused(pure_xp, lo, hi):
+def test_ranges_that_are_none_are_rejected(pure_xp, lo, hi):
     bounds = (pure_xp.asarray(np.array([-1.0, lo])), pure_xp.asarray(np.array([1.0, hi])))
     with pytest.raises(
         ValueError, match="observer of layer 3: a range needs finite bounds lo ≤ hi"
@@ -244,12 +244,13 @@ def test_ranges_that_are_none_are_refused(pure_xp, lo, hi):
         range_to_qparams(*bounds, Scheme(4, "power", "channel"), name="observer of layer 3")
 
 
-# --- peers --------------------------------------------------------------------------------
+# --- reference implementations ------------------------------------------------------------
 
 
 @pytest.mark.oracle
 @pytest.mark.theorem(
-    "Scale and zero point of half_integer and asymmetric_signed equal compressed-tensors', bit for bit",
+    "Scale and zero point of half_integer and asymmetric_signed equal compressed-tensors', "
+    "bit for bit",
     source="compressed_tensors.quantization.utils.calculate_qparams",
 )
 @given(
@@ -259,13 +260,13 @@ def test_ranges_that_are_none_are_refused(pure_xp, lo, hi):
     st.sampled_from(["normal", "outlier_column", "constant", "one_sided", "zero"]),
     seeds,
 )
-def test_steps_equal_compressed_tensors(rule, bits, m, kind, seed):
+def test_scales_equal_compressed_tensors(rule, bits, m, kind, seed):
     torch = oracle("torch")
-    peer = oracle("compressed_tensors.quantization")
+    reference = oracle("compressed_tensors.quantization")
     helpers = oracle("compressed_tensors.quantization.utils.helpers")
     scheme = Scheme(bits, rule, "group", 4)
     lo, hi = ranges(build(kind, (m, 12), seed), scheme)
-    args = peer.QuantizationArgs(
+    args = reference.QuantizationArgs(
         num_bits=bits, symmetric=scheme.symmetric, strategy="group", group_size=4
     )
     theirs = helpers.calculate_qparams(torch.from_numpy(lo), torch.from_numpy(hi), args)
@@ -277,7 +278,7 @@ def test_steps_equal_compressed_tensors(rule, bits, m, kind, seed):
 
 @pytest.mark.oracle
 @given(st.booleans(), st.sampled_from(["normal", "outlier_column", "constant", "one_sided"]), seeds)
-def test_steps_equal_the_observers_of_torch(symmetric, kind, seed):
+def test_scales_equal_the_observers_of_torch(symmetric, kind, seed):
     """Its quint8 range is [0, 255] with zero forced in; its symmetric qint8 has a/127.5,
     our half_integer.
     """
@@ -285,11 +286,11 @@ def test_steps_equal_the_observers_of_torch(symmetric, kind, seed):
     observer = oracle("torch.ao.quantization.observer")
     x = build(kind, (5, 8), seed)
     if symmetric:
-        peer = observer.MinMaxObserver(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric)
+        reference = observer.MinMaxObserver(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric)
     else:
-        peer = observer.MinMaxObserver(dtype=torch.quint8, qscheme=torch.per_tensor_affine)
-    peer(torch.from_numpy(x))
+        reference = observer.MinMaxObserver(dtype=torch.quint8, qscheme=torch.per_tensor_affine)
+    reference(torch.from_numpy(x))
     scale, zero = qparams(x, Scheme(8, "half_integer" if symmetric else "asymmetric", "tensor"))
-    step, point = peer.calculate_qparams()
+    step, point = reference.calculate_qparams()
     assert float(scale) == float(step)
     assert int(zero) == int(point)

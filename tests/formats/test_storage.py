@@ -39,7 +39,7 @@ def test_stored_scales_are_rounded_to_nearest_and_take_their_bytes(xp, layout_fo
     back = to_host(load_scale(held, getattr(xp, dtype)))
     assert back.dtype == dtype
     assert back.shape == scale.shape
-    # half an ulp of normal numbers: 11, 8 and 24 bits
+    # half an ulp of normal values: 11, 8 and 24 bits
     half = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}[layout_for]
     assert (np.abs(back.astype("float64") - scale) <= half * scale * (1 + 2**-20)).all()
 
@@ -82,14 +82,14 @@ def test_a_scale_never_becomes_zero(xp, layout_for, least):
 @pytest.mark.parametrize(
     ("layout_for", "large"), [("float16", 65520.0), ("bfloat16", 3.4e38), ("float32", 1e39)]
 )
-def test_a_scale_that_does_not_fit_is_refused_by_name(xp, layout_for, large):
+def test_a_scale_that_does_not_fit_is_rejected_by_name(xp, layout_for, large):
     with pytest.raises(
         ValueError, match=rf"v_proj's scale: a scale of .* does not fit {layout_for}"
     ):
         store_scale(xp.asarray(np.array([1.0, large])), layout_for, name="v_proj's scale")
 
 
-def test_other_types_are_refused(xp):
+def test_other_types_are_rejected(xp):
     with pytest.raises(
         ValueError, match="scale_dtype 'int8' is unknown; choose one of float16, bfloat16"
     ):

@@ -1,5 +1,5 @@
 """Uniform affine quantisation: error bounds of every rule, zero, idempotence, order,
-symmetry, granularities, peers.
+symmetry, granularities, reference implementations.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from refllm.formats.uniform import (
 from schemes import FORCED, columns, rows, schemes, slack, spread
 from strategies import arrays, build, seeds
 
-# all kinds but ± the largest number: its image under a rule with −2^(b−1) may be one step
+# all kinds but ± the largest value: its image under a rule with −2^(b−1) may be one scale
 # larger, which is infinite
 FINITE = ("normal", "outlier_column", "zero", "constant", "denormal", "one_sided")
 dtypes = st.sampled_from(["float32", "float64"])
@@ -40,8 +40,9 @@ def coded(x, scheme, xp):
 
 
 @pytest.mark.theorem(
-    "|x̂ − x| ≤ s/2 for every rule that forces zero into the range, ≤ s for the power form, whatever the granularity",
-    source="formats/affine.py, table of rules",
+    "|x̂ − x| ≤ s/2 for every rule that forces zero into the range, ≤ s for the power form, "
+    "at every granularity",
+    source="formats/uniform.py, table of rules",
 )
 @given(schemes(rules=FORCED), rows, columns, st.sampled_from(FINITE), dtypes, seeds)
 def test_error_bound(pure_xp, scheme, m, n, kind, dtype, seed):
@@ -56,20 +57,22 @@ def test_error_bound(pure_xp, scheme, m, n, kind, dtype, seed):
 
 
 @pytest.mark.theorem(
-    "The bounds are attained: half a step at +a by half_integer, a whole one at +a by the power form",
-    source="formats/affine.py, table of rules",
+    "The bounds are attained: half a scale at +a by half_integer, a whole one at +a by the "
+    "power form",
+    source="formats/uniform.py, table of rules",
 )
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_error_bound_is_attained(pure_xp, bits):
     for rule, whole in (("half_integer", 0.5), ("half_integer_unsigned", 0.5), ("power", 1.0)):
         scheme = Scheme(bits, rule, "tensor")
-        x = pure_xp.asarray(np.array([-1.0, 0.25, 1.0]) * scheme.steps)  # a step of 1
+        x = pure_xp.asarray(np.array([-1.0, 0.25, 1.0]) * scheme.steps)  # a scale of 1
         back = to_host(fake_quantize(x, scheme))
         assert to_host(x)[2] - back[2] == whole, rule
 
 
 @pytest.mark.theorem(
-    "AWQ's asymmetric rule errs by s/2 if min ≤ 0 ≤ max, and by more than any multiple of the range if not",
+    "AWQ's asymmetric rule errs by s/2 if min ≤ 0 ≤ max, and by more than any multiple of "
+    "the range if not",
     source="AWQ 2023, published code: one-sided groups",
 )
 @given(schemes(rules=["awq"]), rows, columns, seeds)
@@ -92,7 +95,7 @@ def test_error_of_awq(pure_xp, scheme, m, n, seed):
 
 
 @given(schemes(), rows, columns, seeds)
-def test_the_widest_numbers_have_codes_and_half_of_them_come_back(pure_xp, scheme, m, n, seed):
+def test_the_widest_values_have_codes_and_half_of_them_come_back(pure_xp, scheme, m, n, seed):
     for dtype in ("float32", "float64"):
         x = build("extreme", (m, n), seed, dtype)
         codes, _, _ = coded(x, scheme, pure_xp)
@@ -103,7 +106,7 @@ def test_the_widest_numbers_have_codes_and_half_of_them_come_back(pure_xp, schem
 
 @pytest.mark.theorem(
     "A constant group comes back as it was, to rounding, under both asymmetric rules",
-    source="formats/affine.py, definition of the rules",
+    source="formats/uniform.py, definition of the rules",
 )
 @given(schemes(rules=["asymmetric", "asymmetric_signed"]), rows, columns, dtypes, seeds)
 def test_constant_groups_are_exact(pure_xp, scheme, m, n, dtype, seed):
@@ -117,7 +120,7 @@ def test_constant_groups_are_exact(pure_xp, scheme, m, n, dtype, seed):
 
 @pytest.mark.theorem(
     "Zero comes back as exactly zero, under every rule",
-    source="formats/affine.py, definition of the rules",
+    source="formats/uniform.py, definition of the rules",
 )
 @given(schemes(), rows, columns, st.sampled_from(FINITE), dtypes, seeds)
 def test_zero_is_exact(pure_xp, scheme, m, n, kind, dtype, seed):
@@ -137,8 +140,9 @@ def test_codes_are_small_integers_within_the_scheme(xp, scheme, m, n, kind, dtyp
 
 
 @pytest.mark.theorem(
-    "encode(decode(q)) = q for every code q, zero point z and step s (all q and z up to 4 bits enumerated)",
-    source="formats/affine.py, definition of the rules",
+    "quantize(dequantize(q)) = q for every code q, zero point z and scale s (all q and z up "
+    "to 4 bits enumerated)",
+    source="formats/uniform.py, definition of the rules",
 )
 @given(schemes(layouts=[("channel", None)]), st.floats(-30, 30), dtypes, seeds)
 def test_idempotence(pure_xp, scheme, exponent, dtype, seed):
@@ -158,7 +162,7 @@ def test_idempotence(pure_xp, scheme, exponent, dtype, seed):
 
 @pytest.mark.theorem(
     "x₁ ≤ x₂ implies q₁ ≤ q₂, inside the range and outside",
-    source="formats/affine.py, definition of the rules",
+    source="formats/uniform.py, definition of the rules",
 )
 @given(
     schemes(layouts=[("tensor", None)]), st.sampled_from(FINITE), dtypes, st.floats(0.1, 10), seeds
@@ -169,7 +173,7 @@ def test_monotone(pure_xp, scheme, kind, dtype, wider, seed):
     x = np.sort(
         (wider * build(kind, (200,), seed + 1 if seed < 2**32 - 1 else 0, dtype)).astype(dtype)
     )
-    # halves of steps, where rounding decides
+    # halves of scales, where rounding decides
     ties = (rng.integers(-40, 40, 50) + 0.5) * float(scale)
     x = np.sort(np.concatenate([x, ties.astype(dtype)]))
     codes = to_host(quantize_codes(pure_xp.asarray(x), scale, zero, scheme)).astype(int)
@@ -177,7 +181,7 @@ def test_monotone(pure_xp, scheme, kind, dtype, wider, seed):
 
 
 @pytest.mark.theorem(
-    "q(2^k x) = q(x) for every whole k", source="formats/affine.py, definition of the rules"
+    "q(2^k x) = q(x) for every whole k", source="formats/uniform.py, definition of the rules"
 )
 @given(
     schemes(rules=FORCED),
@@ -196,9 +200,10 @@ def test_power_of_two_equivariance(pure_xp, scheme, m, n, kind, dtype, k, seed):
 
 
 @pytest.mark.theorem(
-    "q(−x) − z = −(q(x) − z) for symmetric rules, except where one of the two is clipped at the one code without an "
+    "q(−x) − z = −(q(x) − z) for symmetric rules, except where one of the two is clipped at "
+    "the one code without an "
     "opposite; for the restricted rule without exception",
-    source="formats/affine.py, definition of the rules",
+    source="formats/uniform.py, definition of the rules",
 )
 @given(
     schemes(rules=["restricted", "half_integer", "half_integer_unsigned", "power"]),
@@ -219,9 +224,7 @@ def test_antisymmetry(pure_xp, scheme, m, n, kind, dtype, seed):
 
 
 def test_the_two_orders_of_rounding_differ_on_ties(pure_xp):
-    """Half a step with z = 1: round, then add gives 0 + 1; add, then round gives rint(1.5).
-    See specs, rounding map.
-    """
+    """Half a scale with z = 1: round, then add gives 0 + 1; add, then round gives rint(1.5)."""
     x = pure_xp.asarray(np.array([0.5, 1.5, -0.5]))
     one = pure_xp.asarray(np.array(1.0))
     zero = pure_xp.asarray(np.array(1, dtype=np.int32))
@@ -239,7 +242,7 @@ def test_the_two_orders_of_rounding_differ_on_ties(pure_xp):
     ]
 
 
-def test_numbers_far_outside_are_clipped_before_they_become_integers(xp):
+def test_values_far_outside_are_clipped_before_they_become_integers(xp):
     """x/s overflows, and a cast of infinity differs between NumPy and CuPy: the codes are
     the outermost ones.
     """
@@ -263,9 +266,10 @@ def test_numbers_far_outside_are_clipped_before_they_become_integers(xp):
 
 
 @pytest.mark.theorem(
-    "Groups as long as a row are channels; the channel of a single row is the tensor; channels are tokens; blocks of "
+    "Groups as long as a row are channels; the channel of a single row is the tensor; "
+    "channels are tokens; blocks of "
     "1×g are groups and one block of all is the tensor: bit for bit",
-    source="formats/affine.py, definition of the rules",
+    source="formats/uniform.py, definition of the rules",
 )
 @given(
     st.sampled_from(RULES), st.integers(2, 8), rows, columns, st.sampled_from(FINITE), dtypes, seeds
@@ -325,10 +329,10 @@ def test_fake_quantize_takes_any_number_of_axes(pure_xp):
     assert none.shape == (0, 8)
 
 
-# --- refusals -----------------------------------------------------------------------------
+# --- rejections -----------------------------------------------------------------------------
 
 
-def test_what_cannot_be_quantised_is_refused_by_name(xp):
+def test_what_cannot_be_quantised_is_rejected_by_name(xp):
     scheme = Scheme(4, "half_integer", "channel")
     bad = np.ones((2, 8), dtype=np.float32)
     bad[1, 3] = np.nan
@@ -370,7 +374,7 @@ def test_a_block_may_be_larger_than_what_it_holds(pure_xp, size):
 
 
 @pytest.mark.parametrize("odd", [True, 4.0, "4", None])
-def test_sizes_of_a_scheme_are_whole_numbers(odd):
+def test_sizes_of_a_scheme_are_integers(odd):
     with pytest.raises(ValueError, match="bits is an integer in 1..8, got"):
         Scheme(odd, "asymmetric", "channel")
     for granularity in ("group", "block"):
@@ -393,12 +397,12 @@ def test_sizes_of_a_scheme_are_whole_numbers(odd):
     ],
 )
 def test_accountings_of_the_specs(arguments, bits):
-    """specs §1, "Effective bits"; the article's is the first."""
+    """Bits per weight with scale and zero point; 4.25 is the usual figure."""
     width, group, scale, zero = arguments
     assert effective_bits(width, group, scale_bits=scale, zero_bits=zero) == bits
 
 
-# --- peers --------------------------------------------------------------------------------
+# --- reference implementations ------------------------------------------------------------
 
 
 @pytest.mark.oracle
@@ -409,7 +413,7 @@ def test_accountings_of_the_specs(arguments, bits):
     arrays(4, 12, kinds=FINITE[:-2] + FINITE[-1:]),
 )
 def test_round_trip_equals_fake_quantize_of_torch(rule, bits, channels, x):
-    """torch multiplies by 1/s in float32; with steps that are powers of two that is the
+    """torch multiplies by 1/s in float32; with scales that are powers of two that is the
     same division.
     """
     torch = oracle("torch")
@@ -431,7 +435,7 @@ def test_round_trip_equals_fake_quantize_of_torch(rule, bits, channels, x):
 
 @pytest.mark.oracle
 def test_multiplying_by_the_reciprocal_differs_only_next_to_ties():
-    """A million numbers, any step: torch's codes differ from ours by one, and only where
+    """A million values, any scale: torch's codes differ from ours by one, and only where
     x/s is a tie to rounding.
     """
     torch = oracle("torch")
@@ -460,7 +464,8 @@ STRATEGIES = {
 
 @pytest.mark.oracle
 @pytest.mark.theorem(
-    "Codes and dequantised values of half_integer and asymmetric_signed equal compressed-tensors', at all "
+    "Codes and dequantised values of half_integer and asymmetric_signed equal "
+    "compressed-tensors', at all "
     "granularities, bit for bit",
     source="compressed_tensors.quantization.lifecycle.forward",
 )
@@ -473,7 +478,7 @@ STRATEGIES = {
 )
 def test_codes_equal_compressed_tensors(rule, bits, granularity, kind, seed):
     torch = oracle("torch")
-    peer = oracle("compressed_tensors.quantization")
+    reference = oracle("compressed_tensors.quantization")
     forward = oracle("compressed_tensors.quantization.lifecycle.forward")
     size = {"group": 4, "block": (2, 4)}.get(granularity)
     scheme = Scheme(bits, rule, granularity, size)
@@ -481,7 +486,7 @@ def test_codes_equal_compressed_tensors(rule, bits, granularity, kind, seed):
     x.flat[::7] = 0.0  # ties of the zero point
     scale, zero = qparams(x, scheme)
     strategy, more = STRATEGIES[granularity]
-    args = peer.QuantizationArgs(
+    args = reference.QuantizationArgs(
         num_bits=bits, symmetric=scheme.symmetric, strategy=strategy, **more
     )
     s = torch.from_numpy(scale.copy())

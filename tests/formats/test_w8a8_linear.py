@@ -1,5 +1,5 @@
-"""A product of two integer sides: exact sums, steps of tokens, batches and calibration, and
-what depends on what.
+"""A product of two integer sides: exact sums; scales per token, per batch and from calibration;
+which tokens depend on which.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def linear(
     rule=st.sampled_from(["restricted", "half_integer"]),
     dtype=st.sampled_from(["float32", "float64"]),
 )
-def test_equality_the_product_is_that_of_what_both_sides_stand_for(
+def test_the_product_is_that_of_both_dequantised_sides(
     xp, seed, kind, scheme, activation, rule, dtype
 ):
     layer = linear(xp, seed, scheme, activation, rule, dtype)
@@ -68,7 +68,8 @@ def test_equality_the_product_is_that_of_what_both_sides_stand_for(
 
 
 @pytest.mark.theorem(
-    "With a step a token, what a token becomes does not depend on the other tokens of the batch, bit for bit",
+    "With a scale per token, what a token becomes does not depend on the other tokens of the "
+    "batch, bit for bit",
     source="integer sums are exact, and everything else is elementwise",
 )
 @given(
@@ -84,10 +85,10 @@ def test_invariance_tokens_do_not_see_each_other(xp, seed, kind, scheme, static)
     assert np.array_equal(together, alone)
 
 
-def test_with_one_step_for_the_batch_they_do(xp):
+def test_with_one_scale_for_the_batch_they_do(xp):
     layer = linear(xp, 0, activation="tensor")
     x = np.random.default_rng(1).standard_normal((2, 8)).astype("float32")
-    x[1] *= 3000  # the other token's step leaves nothing of the first
+    x[1] *= 3000  # the other token's scale leaves nothing of the first
     both, alone = (to_host(layer.matmul(xp.asarray(part))) for part in (x, x[:1]))
     assert not both[0].any()
     assert alone[0].all()
@@ -113,28 +114,28 @@ def test_bound_of_the_error(xp, seed, kind, activation):
 
 
 @pytest.mark.parametrize(
-    ("rule", "steps", "lowest"), [("restricted", 127.0, -127), ("half_integer", 127.5, -128)]
+    ("rule", "divisor", "lowest"), [("restricted", 127.0, -127), ("half_integer", 127.5, -128)]
 )
-def test_exact_value_steps_of_the_two_rules(xp, rule, steps, lowest):
+def test_exact_scales_of_the_two_rules(xp, rule, divisor, lowest):
     x = np.array(
         [[-2.0, 1.0, 0.5, 0.0], [0.0, 0.0, 0.0, 0.0], [4.0, -3.0, 0.1, 1.0]], dtype="float32"
     )
     layer = linear(xp, 0, rule=rule, shape=(5, 4))
     codes, step = layer.quantize_activations(xp.asarray(x))
     assert to_host(step)[[0, 2], 0].tolist() == [
-        np.float32(a) / np.float32(steps) for a in (2.0, 4.0)
+        np.float32(a) / np.float32(divisor) for a in (2.0, 4.0)
     ]
-    # a tie at 127.5 steps, up to rounding of the step
+    # a tie at 127.5 times the scale, up to rounding of the scale
     assert to_host(codes)[0, 0] in (lowest, -127)
     assert to_host(codes)[2, 0] == 127
     assert not to_host(codes)[1].any()
     whole = linear(xp, 0, activation="tensor", rule=rule, shape=(5, 4)).quantize_activations(
         xp.asarray(x)
     )[1]
-    assert float(to_host(whole)) == np.float32(4.0) / np.float32(steps)
+    assert float(to_host(whole)) == np.float32(4.0) / np.float32(divisor)
 
 
-def test_a_static_step_clips_what_calibration_has_not_seen(xp):
+def test_a_static_scale_clips_what_calibration_has_not_seen(xp):
     layer = linear(xp, 0, activation=1.0 / 127, shape=(5, 2))
     codes, step = layer.quantize_activations(
         xp.asarray(np.array([[0.5, 100.0], [-1.0, -3e38]], dtype="float32"))
@@ -154,7 +155,7 @@ def test_it_is_a_linear_that_counts_its_bytes(xp):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_refused_activations_that_are_not_finite_by_name(xp, activation, bad):
+def test_rejected_activations_that_are_not_finite_by_name(xp, activation, bad):
     layer = linear(xp, 0, activation=activation)
     x = np.ones((2, 8), dtype="float32")
     x[1, 3] = bad
@@ -165,7 +166,7 @@ def test_refused_activations_that_are_not_finite_by_name(xp, activation, bad):
 
 
 @pytest.mark.parametrize(
-    ("how", "message"),
+    ("options", "message"),
     [
         ({"activation": 0.0}, "a static scale is finite and above 0"),
         ({"activation": float("inf")}, "a static scale is finite and above 0"),
@@ -176,6 +177,6 @@ def test_refused_activations_that_are_not_finite_by_name(xp, activation, bad):
         ({"rule": "half_integer_unsigned"}, "a signed rule without zero point"),
     ],
 )
-def test_refused_what_has_no_such_product(xp, how, message):
+def test_weights_and_activations_without_such_a_product_are_rejected(xp, options, message):
     with pytest.raises(ValueError, match=message):
-        linear(xp, 0, **how)
+        linear(xp, 0, **options)

@@ -1,8 +1,8 @@
 """Record the tensors that GPTQModel stores a few small weights as: ``layouts.npz``, read by
 ``test_layouts``.
 
-    python -m venv peer && peer/bin/pip install torch==2.13.0 gptqmodel==7.6.0 optimum
-    accelerate GPTQMODEL_CPU_WORKERS=2 peer/bin/python tests/golden/make_layouts.py
+    python -m venv env && env/bin/pip install torch==2.13.0 gptqmodel==7.6.0 optimum
+    accelerate GPTQMODEL_CPU_WORKERS=2 env/bin/python tests/golden/make_layouts.py
 
 Codes, scales, zero points and groups are drawn by NumPy from a seed, so the test draws the
 same ones; GPTQModel is given the weight that they stand for. Recorded are its tensors, and
