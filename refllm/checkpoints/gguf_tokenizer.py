@@ -44,7 +44,7 @@ CONTROL = 3
 USER_DEFINED = 4
 UNUSED = 5
 BYTE = 6
-WHOLE = "tokenizer.huggingface.json"
+TOKENIZER_JSON = "tokenizer.huggingface.json"
 # Regular expressions of pre-tokenizers by llama.cpp's names; None is GPT-2's, which the
 # ``tokenizers`` library has built in
 _END = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -67,14 +67,14 @@ def tokenizer_metadata(tokenizer: Tokenizer, config: ModelConfig) -> Json:
         for a tokenizer that is not BPE, or a pre-tokenizer that llama.cpp has no name for.
     """
     text = tokenizer.inner.to_str()
-    whole = json.loads(text)
-    model = whole["model"]
+    tokenizer_json = json.loads(text)
+    model = tokenizer_json["model"]
     if model.get("type") != "BPE":
         raise CheckpointError(
             f"convert: a {model.get('type')} tokenizer cannot be written to GGUF; only BPE can"
         )
     fallback = bool(model.get("byte_fallback"))
-    tokens, types = _tokens(whole, config.vocab_size, fallback)
+    tokens, types = _tokens(tokenizer_json, config.vocab_size, fallback)
     merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
     # the order of the entries is that of the files
     entries: Json = {}
@@ -83,11 +83,11 @@ def tokenizer_metadata(tokenizer: Tokenizer, config: ModelConfig) -> Json:
         entries["tokenizer.ggml.pre"] = "default"
         entries["tokenizer.ggml.tokens"] = tokens
         entries["tokenizer.ggml.scores"] = _scores(tokens, merges)
-        entries["tokenizer.ggml.add_space_prefix"] = _adds_space_prefix(whole)
+        entries["tokenizer.ggml.add_space_prefix"] = _adds_space_prefix(tokenizer_json)
         entries["tokenizer.ggml.token_type"] = np.array(types, dtype=np.int32)
     else:
         entries["tokenizer.ggml.model"] = "gpt2"
-        entries["tokenizer.ggml.pre"] = _pre_tokenizer_name(whole.get("pre_tokenizer"))
+        entries["tokenizer.ggml.pre"] = _pre_tokenizer_name(tokenizer_json.get("pre_tokenizer"))
         entries["tokenizer.ggml.tokens"] = tokens
         entries["tokenizer.ggml.token_type"] = np.array(types, dtype=np.int32)
         entries["tokenizer.ggml.merges"] = merges
@@ -96,30 +96,30 @@ def tokenizer_metadata(tokenizer: Tokenizer, config: ModelConfig) -> Json:
         if token is not None and token < config.vocab_size:
             entries[f"tokenizer.ggml.{key}_token_id"] = np.uint32(token)
     adds_bos = tokenizer.encode("", special=True)[:1] == [config.bos_token_id]
-    return entries | {"tokenizer.ggml.add_bos_token": adds_bos, WHOLE: text}
+    return entries | {"tokenizer.ggml.add_bos_token": adds_bos, TOKENIZER_JSON: text}
 
 
-def _adds_space_prefix(whole: JsonView) -> bool:
+def _adds_space_prefix(tokenizer_json: JsonView) -> bool:
     """Whether a tokenizer.json puts a space before the first word."""
-    normalizer = json.dumps(whole.get("normalizer")).lower()
-    pre_tokenizer = json.dumps(whole.get("pre_tokenizer"))
+    normalizer = json.dumps(tokenizer_json.get("normalizer")).lower()
+    pre_tokenizer = json.dumps(tokenizer_json.get("pre_tokenizer"))
     return "prepend" in normalizer or '"first"' in pre_tokenizer or '"always"' in pre_tokenizer
 
 
-def _tokens(whole: JsonView, size: int, fallback: bool) -> tuple[list[str], list[int]]:
+def _tokens(tokenizer_json: JsonView, size: int, fallback: bool) -> tuple[list[str], list[int]]:
     """The spelling and the type of every id; ids without a token are padding."""
     tokens = [f"[PAD{i}]" for i in range(size)]
     types = [UNUSED] * size
-    vocab = whole["model"]["vocab"]
+    vocab = tokenizer_json["model"]["vocab"]
     for token, i in vocab.items():
         tokens[i] = token
         types[i] = NORMAL
         if fallback and len(token) == 6 and token.startswith("<0x"):
             types[i] = BYTE
-    unknown = whole["model"].get("unk_token")
+    unknown = tokenizer_json["model"].get("unk_token")
     if fallback and unknown in vocab:
         types[vocab[unknown]] = UNKNOWN
-    for added in whole.get("added_tokens", []):
+    for added in tokenizer_json.get("added_tokens", []):
         tokens[added["id"]] = added["content"]
         if types[added["id"]] != UNKNOWN:
             types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
@@ -173,8 +173,8 @@ def tokenizer_from_metadata(metadata: JsonView, where: str) -> Tokenizer:
         for a tokenizer that is not supported, or entries that contradict each other.
     """
     try:
-        if isinstance(whole := metadata.get(WHOLE), str):
-            return Tokenizer(_Tokenizer.from_str(whole))
+        if isinstance(tokenizer_json := metadata.get(TOKENIZER_JSON), str):
+            return Tokenizer(_Tokenizer.from_str(tokenizer_json))
         return _rebuilt(metadata, where)
     except CheckpointError:
         raise

@@ -25,7 +25,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as _Tokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from refllm.checkpoints.writer import write_whole
+from refllm.checkpoints.writer import write_atomic
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -139,7 +139,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write ``tokenizer.json``; OSError leaves the old one unchanged."""
-        write_whole(Path(path), self.inner.to_str(pretty=True))
+        write_atomic(Path(path), self.inner.to_str(pretty=True))
 
 
 def _no_text(text: object) -> str:

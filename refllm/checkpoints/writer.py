@@ -1,9 +1,9 @@
-"""Writing files that are either whole or absent: text, safetensors, and whole checkpoint
-directories.
+"""Atomic writing: text, safetensors and checkpoint directories that are either complete or
+absent.
 
 | function                     | what it writes                                         |
 |------------------------------|--------------------------------------------------------|
-| write_whole                  | one text file, under a temporary name that is renamed  |
+| write_atomic                 | one text file, under a temporary name that is renamed  |
 | write_tensors, write_file    | ``model.safetensors``, or shards and their index       |
 | write_directory              | a directory that takes its name once it is complete    |
 | save                         | a Hugging Face checkpoint of full-precision weights    |
@@ -50,11 +50,11 @@ from refllm.checkpoints.tensor_files import (
 )
 from refllm.model.config import ModelConfig
 
-if TYPE_CHECKING:  # the tokenizer itself writes its file with ``write_whole``
+if TYPE_CHECKING:  # the tokenizer itself writes its file with ``write_atomic``
     from refllm.checkpoints.tokenizer import Tokenizer
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str) -> None:
     """Write UTF-8 text under a temporary name, then rename it. OSError (a full disk, say)
     leaves the old file unchanged.
     """

@@ -31,7 +31,7 @@ from refllm.backend import Namespace, get
 from refllm.checkpoints.loading import iter_tensors, read_config
 from refllm.checkpoints.tensor_files import CheckpointError, tensor_shapes
 from refllm.checkpoints.tokenizer import Tokenizer
-from refllm.checkpoints.writer import check_target, file_sha256, write_whole
+from refllm.checkpoints.writer import check_target, file_sha256, write_atomic
 from refllm.jobs import model_card, publish
 from refllm.jobs.train_options import TrainingOptions
 from refllm.model.config import ModelConfig
@@ -150,8 +150,8 @@ def prepare(
         _continue(job, note)
     work.mkdir(parents=True, exist_ok=True)
     tokenizer.save(work / TOKENIZER)
-    write_whole(work / TEXT_DIGEST, _digest(data) + "\n")
-    write_whole(work / ORIGIN, json.dumps(_origin(job), indent=1) + "\n")
+    write_atomic(work / TEXT_DIGEST, _digest(data) + "\n")
+    write_atomic(work / ORIGIN, json.dumps(_origin(job), indent=1) + "\n")
     return job
 
 

@@ -217,13 +217,11 @@ class Blocks:
     """W[M, N] as blocks of w output columns: data[M/w, N, w], on the host."""
 
     def __init__(self, data: Array):
+        count, n, width = data.shape
         self.data = data
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(M, N)"""
-        count, n, width = self.data.shape
-        return count * width, n
+        self.shape = (count * width, n)  # (M, N)
+        # one block holds all columns, and its products are packed
+        self._single = count == 1 and (width != BLOCK or not has_small_kernels())
 
     def fill(self, weight: Array) -> Blocks:
         """Copy W[M, N] into the blocks; returns them."""
@@ -264,12 +262,6 @@ class Blocks:
             return rows
         return rows + 1 if rows in (1, 3) else rows
 
-    @property
-    def _single(self) -> bool:
-        """Whether one block holds all columns, and its products are packed."""
-        width = self.data.shape[2]
-        return bool(width == self.shape[0] and (width != BLOCK or not has_small_kernels()))
-
     def _split(self, x: Array, out: Array) -> list[Product]:
         """The products (left, right, result) that write x[T, N] Wᵀ to out[T, M], as views."""
         if self._single:
@@ -281,14 +273,14 @@ class Blocks:
         most = SMALL_PRODUCT // (BLOCK * n)  # rows that are multiplied without packing
         groups = -(-rows // most) if most >= 4 else 1
         group = -(-rows // groups) if rows else 1  # rows of a group, as even as they can be
-        whole = rows - rows % group
+        full = rows - rows % group
         # [groups, 1, group, N] @ [M/64, N, 64], each product written to its place in out
-        left = x[:whole].reshape(-1, 1, group, n)
-        result = out[:whole].reshape(-1, group, m // BLOCK, BLOCK).transpose(0, 2, 1, 3)
+        left = x[:full].reshape(-1, 1, group, n)
+        result = out[:full].reshape(-1, group, m // BLOCK, BLOCK).transpose(0, 2, 1, 3)
         products = [(left, self.data, result)]
-        if whole < rows:  # the last, smaller group: [rest, N] @ [M/64, N, 64]
-            rest = out[whole:].reshape(-1, m // BLOCK, BLOCK).transpose(1, 0, 2)
-            products.append((x[whole:], self.data, rest))
+        if full < rows:  # the last, smaller group: [rest, N] @ [M/64, N, 64]
+            rest = out[full:].reshape(-1, m // BLOCK, BLOCK).transpose(1, 0, 2)
+            products.append((x[full:], self.data, rest))
         return products
 
     def _matmul_packed(self, x: Array) -> Array:

@@ -48,9 +48,9 @@ from refllm.checkpoints.writer import (
     TensorSpecs,
     file_sha256,
     sync_directory,
+    write_atomic,
     write_directory,
     write_file,
-    write_atomic,
 )
 from refllm.model.config import ModelConfig
 from refllm.model.llama import PROJECTIONS, Layer, Weights, build_layer

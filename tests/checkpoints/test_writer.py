@@ -26,7 +26,7 @@ from refllm.checkpoints import writer
 from refllm.checkpoints.loading import iter_tensors, load
 from refllm.checkpoints.tensor_files import INDEX, SINGLE, CheckpointError, TensorFiles
 from refllm.checkpoints.tokenizer import Tokenizer
-from refllm.checkpoints.writer import save, write_whole
+from refllm.checkpoints.writer import save, write_atomic
 from refllm.model.config import ModelConfig
 from strategies import model_configs, seeds
 from tiny_models import byte_tokenizer
@@ -61,7 +61,7 @@ def tree(directory: Path) -> dict[str, bytes]:
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_round_trip_to_the_byte(tmp_path_factory, text):
     path = tmp_path_factory.mktemp("whole") / "file"
-    write_whole(path, text)
+    write_atomic(path, text)
     assert path.read_bytes() == text.encode()  # line ends as they are, on every system
 
 
@@ -74,10 +74,10 @@ def test_a_failure_at_any_step_leaves_the_old_file_and_nothing_else(
         raise error
 
     path = tmp_path / "file"
-    write_whole(path, "old")
+    write_atomic(path, "old")
     monkeypatch.setattr(writer.os, step, fails)
     with pytest.raises(error):
-        write_whole(path, "new")
+        write_atomic(path, "new")
     with pytest.raises(error):
         byte_tokenizer().save(path)
     assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
