@@ -168,11 +168,11 @@ class AdaptiveDrafting:
         proposals: list[Proposal | TreeProposal] = [NO_DRAFTS] * len(asked)
         for_model: dict[SequenceDrafter, tuple[int, DraftRequest]] = {}
         for i, (one, request) in enumerate(asked):
-            count = min(request.count, one.wanted())
+            count = min(request.max_drafts, one.wanted())
             if count < 1:
                 continue
             if isinstance(self.source, ModelDrafter):
-                for_model[one] = i, request._replace(count=count)
+                for_model[one] = i, request._replace(max_drafts=count)
             else:
                 tokens, _, sampling, rng, _ = request
                 proposals[i] = one.drafter.propose(tokens, count, sampling, rng)

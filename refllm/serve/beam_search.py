@@ -43,7 +43,14 @@ class Hypothesis(NamedTuple):
 
 
 class BeamSearch:
-    """The search of one request: the scores of its beams, and the hypotheses found so far."""
+    """The search of one request: the scores of its beams, and the hypotheses found so far.
+
+    >>> import numpy as np
+    >>> search = BeamSearch(Request([1], max_tokens=2, n=2, beam=True), frozenset())
+    >>> beam = Sequence(search.request, index=0, order=0)
+    >>> search.advance([beam], np.log([[0.2, 0.5, 0.3]]))  # it forks into the two best
+    [[SampledTokens(tokens=[1], reason=None), SampledTokens(tokens=[2], reason=None)]]
+    """
 
     def __init__(self, request: Request, end_tokens: frozenset[int]):
         self.request = request

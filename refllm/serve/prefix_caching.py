@@ -33,6 +33,16 @@ from refllm.serve.request import Sequence
 class HashKVManager(PagedKVManager):
     """Paged, with prefixes found by a chain of hashes; a free block stays findable until it
     is handed out again.
+
+    >>> from refllm.serve.request import Request
+    >>> memory = HashKVManager(BlockPool(num_blocks=8, block_size=2))
+    >>> first = Sequence(Request([1, 2, 3, 4, 5], id="first"), index=0, order=0)
+    >>> memory.admit(first, 5, alone=True)
+    True
+    >>> first.computed = 5
+    >>> memory.commit(first)
+    >>> memory.match(Sequence(Request([1, 2, 3, 4, 9], id="second"), index=0, order=1))
+    4
     """
 
     def __init__(self, pool: BlockPool, *, watermark: float = 0.0, hasher: Hasher = sha256_key):
