@@ -32,6 +32,13 @@ def test_links_point_at_files_that_exist(page: Path):
     assert not missing
 
 
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "README.md"])
+def test_paths_in_code_font_exist(name: str):
+    page = (ROOT / name).read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:refllm|tests|benchmarks|figures)/[\w/.]+)`", page)
+    assert not [p for p in paths if "NAME" not in p and not (ROOT / p).exists()]
+
+
 def test_the_version_is_the_same_everywhere():
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert re.search(r"^version: (\S+)$", citation, re.M)[1] == refllm.__version__
