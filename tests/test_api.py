@@ -90,7 +90,7 @@ def test_a_bundled_model_is_found_by_its_name(name):
     assert isinstance(model.generate("import ", 3), str)
 
 
-def test_what_is_neither_a_folder_nor_bundled_is_refused(tmp_path):
+def test_what_is_neither_a_folder_nor_bundled_is_rejected(tmp_path):
     with pytest.raises(CheckpointError, match="neither a folder nor a bundled model"):
         load(str(tmp_path / "nowhere"))
     for name in ("x" * 5000, "~nobody-of-that-name/x"):
@@ -121,7 +121,7 @@ def test_logits_are_causal(tokens, extra):
     "tokens",
     [[], [-1], [V], [1.5], [[1, 2]], np.array([0.0]), np.array([[1]]), np.array([], np.int64)],
 )
-def test_logits_refuses_what_is_no_sequence_of_known_tokens(tokens):
+def test_logits_rejects_what_is_no_sequence_of_known_tokens(tokens):
     with pytest.raises(ValueError, match="logits:"):
         MODEL.logits(tokens)
 
@@ -308,7 +308,7 @@ def test_the_repetition_penalty_counts_prompt_and_output(prompt):
         ([0], 1, {"stop": ["x"]}, "text prompt"),
     ],
 )
-def test_bad_requests_are_refused_by_name(prompt, count, options, message):
+def test_bad_requests_are_rejected_by_name(prompt, count, options, message):
     with pytest.raises(ValueError, match=message):
         MODEL.generate(prompt, count, **options)
 
@@ -321,7 +321,7 @@ def test_a_drafter_is_an_object():
         MODEL.generate([1], 2, drafter="ngram")
 
 
-def test_no_prompt_at_all_is_refused():
+def test_no_prompt_at_all_is_rejected():
     with pytest.raises(ValueError, match="no prompt"):
         MODEL.generate_batch([], 3)
 
@@ -329,7 +329,7 @@ def test_no_prompt_at_all_is_refused():
 @pytest.mark.parametrize(
     "prompts", ["ab", b"ab", ["ab"], [b"ab"], [1, 2], [None], None, [np.array(1)]]
 )
-def test_a_batch_of_what_is_no_token_prompt_is_refused(prompts):
+def test_a_batch_of_what_is_no_token_prompt_is_rejected(prompts):
     with pytest.raises(ValueError, match="a prompt must be a sequence of token ids"):
         MODEL.generate_batch(prompts, 1)
 
@@ -375,7 +375,10 @@ def test_every_library_gives_the_same_tokens(xp):
     expected = network(dtype="float32").generate_batch(batch, 8)
     model = network(xp=xp, dtype="float32")
     assert model.generate_batch(batch, 8) == expected
-    for sampling in (SamplingParams(temperature=0.9, top_k=20, top_p=0.9), SamplingParams(repetition_penalty=1.3)):
+    for sampling in (
+        SamplingParams(temperature=0.9, top_k=20, top_p=0.9),
+        SamplingParams(repetition_penalty=1.3),
+    ):
         host = network(dtype="float32").generate_batch(batch, 8, sampling=sampling, rng=3)
         assert model.generate_batch(batch, 8, sampling=sampling, rng=3) == host
     z = to_host(model.logits(xp.asarray([0, 9, 8])))
@@ -386,7 +389,8 @@ def test_every_library_gives_the_same_tokens(xp):
 
 
 @pytest.mark.parametrize(
-    ("count", "sampling"), [(1, SamplingParams()), (3, SamplingParams()), (3, SamplingParams(temperature=1.0))]
+    ("count", "sampling"),
+    [(1, SamplingParams()), (3, SamplingParams()), (3, SamplingParams(temperature=1.0))],
 )
 def test_a_decode_step_crosses_the_border_a_fixed_number_of_times(count, sampling):
     """Tokens and positions go over in one copy, the chosen tokens come back in one,

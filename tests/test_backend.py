@@ -33,7 +33,7 @@ def test_namespace_of_the_array_api_reference():
     assert backend.namespace(strict.asarray([1.0])) is strict
 
 
-def test_namespace_refuses_a_mix_and_names_both_sides():
+def test_namespace_rejects_a_mix_and_names_both_sides():
     device = fakecupy.zeros(2)
     host = np.zeros(2)
     with pytest.raises(TypeError, match="fakecupy and numpy are mixed"):
@@ -42,7 +42,7 @@ def test_namespace_refuses_a_mix_and_names_both_sides():
         backend.namespace(device, np.float32(1))  # a NumPy scalar is NumPy's
 
 
-def test_namespace_refuses_what_is_no_array():
+def test_namespace_rejects_what_is_no_array():
     with pytest.raises(TypeError, match="only scalars"):
         backend.namespace(1.0, None)
     with pytest.raises(TypeError, match="list is not an array"):
@@ -101,7 +101,7 @@ def test_get_reads_the_environment_variable_and_an_argument_wins(monkeypatch):
     assert backend.get() is np
 
 
-def test_get_refuses_other_names():
+def test_get_rejects_other_names():
     with pytest.raises(ValueError, match="'jax'.*numpy, cupy"):
         backend.get("jax")
 
@@ -188,7 +188,7 @@ def test_bitcast_reads_ieee_754(xp):
     assert to_host(backend.bitcast(x, "uint16")).tolist() == [0x0000, 0x8000, 0x3C00, 0xC000]
 
 
-def test_bitcast_refuses_another_item_size(xp):
+def test_bitcast_rejects_another_item_size(xp):
     with pytest.raises(ValueError, match="item size"):
         backend.bitcast(xp.zeros(4, dtype="float32"), "uint16")
 
@@ -234,7 +234,7 @@ def test_top_k_of_integers_is_right_at_the_ends_of_their_range(xp, dtype):
 
 
 @pytest.mark.parametrize("k", [0, 5, -1])
-def test_top_k_refuses_more_than_there_is(xp, k):
+def test_top_k_rejects_more_than_there_is(xp, k):
     with pytest.raises(ValueError, match=f"k = {k} is not within 1..4"):
         backend.top_k(xp.zeros((2, 4)), k)
 

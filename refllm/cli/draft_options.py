@@ -66,14 +66,14 @@ def drafter_from_options(
         raise ValueError(f"--draft takes names separated by commas, got {names!r}")
     if tree and set(wanted) == {"ngram"}:
         raise ValueError("--tree needs a draft model, and ngram is none: name one with --draft")
-    options = {} if gamma is None else {"gamma": gamma}
+    gammas = () if gamma is None else (gamma,)
     model_drafter = TreeDrafter if tree else ModelDrafter
     drafters: list[Drafter] = []
     for name in wanted:
         if name == "ngram":
-            drafters.append(NGramDrafter(**options))
+            drafters.append(NGramDrafter(*gammas))
         else:
-            drafters.append(model_drafter(load(name, backend), **options))
+            drafters.append(model_drafter(load(name, backend), *gammas))
     if len(drafters) == 1:
         return drafters[0]
     return Cascade(*drafters)

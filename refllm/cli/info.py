@@ -141,7 +141,9 @@ def device(backend: str) -> str:
     library = get(backend)
     if library.__name__ == "numpy":
         return f"NumPy {library.__version__} on the CPU"
-    name = library.cuda.runtime.getDeviceProperties(library.cuda.Device().id)["name"].decode()
+    from cupy.cuda import Device, runtime
+
+    name = runtime.getDeviceProperties(Device().id)["name"].decode()
     return f"CuPy {library.__version__} on {name}"
 
 
@@ -153,7 +155,7 @@ def _spelling(tokenizer: Tokenizer, token: int | None) -> str | None:
     return spelling
 
 
-def _read_json(path: Path) -> Json:
+def _read_json(path: Path) -> Json | None:
     """The object in a JSON file; None if there is no such file."""
     from refllm.checkpoints.tensor_files import read_json
 

@@ -94,14 +94,13 @@ def make_scheduler(
             max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences,
         )
-    budget = {} if policy == "static" else {"max_batch_tokens": max_batch_tokens}
     return factory.make(
         policy,
         pool,
         prefix_cache=prefix_cache,
         longest=longest,
+        max_batch_tokens=max_batch_tokens,
         max_sequences=max_sequences,
-        **budget,
     )
 
 

@@ -26,10 +26,11 @@ import numpy as np
 import refllm
 from refllm.api import Model, load
 from refllm.array_types import Json
+from refllm.backend import to_numpy
 from refllm.checkpoints.loading import build_weights, iter_tensors
 from refllm.checkpoints.tensor_files import converted
 from refllm.checkpoints.tokenizer import Tokenizer
-from refllm.checkpoints.writer import file_sha256, save, write_whole
+from refllm.checkpoints.writer import file_sha256, save, write_atomic
 from refllm.corpus import Document
 from refllm.jobs import card_page, model_card
 from refllm.model.config import ModelConfig
@@ -83,7 +84,7 @@ def finish(
             f"{state_path} has done {state.optimizer.step} of {plan.steps} steps: let it "
             "train to the end first"
         )
-    params = state.params
+    params = {name: to_numpy(w) for name, w in state.params.items()}
     if start_share:
         params = _averaged(params, start, start_share)
     stored = {name: converted(w, dtype, name, state_path) for name, w in params.items()}
@@ -128,7 +129,7 @@ def finish(
     }
     save(output, config, stored, tokenizer, dtype=dtype, extra_files=texts, overwrite=overwrite)
     listed = json.dumps(manifest(output, data), indent=1, ensure_ascii=False)
-    write_whole(output / MANIFEST, listed + "\n")
+    write_atomic(output / MANIFEST, listed + "\n")
     return record
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from refllm.backend import namespace
+from refllm.backend import NUMPY, namespace
 from refllm.checkpoints.loading import locate
 from refllm.corpus import held_out_documents
 from refllm.decode.generate import generate_tokens
@@ -99,7 +99,7 @@ def measure(tour: Tour) -> None:
 def cost(tour: Tour) -> None:
     """What a step costs in FLOP and bytes, against the limits of this machine."""
     config = tour.model.config
-    on_host = namespace(tour.model.weights["norm"]) is np
+    on_host = namespace(tour.model.weights["norm"]) is NUMPY
     steps = {f"decode, {b} sequence{'s' * (b > 1)}": [(CONTEXT, 1)] * b for b in (1, 8, 32)}
     steps[f"prefill, {CONTEXT} tokens"] = [(0, CONTEXT)]
     costs = {

@@ -1,8 +1,8 @@
-"""The benchmarks run, say what they measured on, and refuse to compare engines that compute
+"""The benchmarks run, record what they measured on, and end with an error where engines compute
 different things.
 
-Nothing here looks at a speed: a benchmark is tried at its smallest size, and its record is
-held to the schema.
+No test looks at a speed: a benchmark runs at its smallest size, and its record must follow the
+schema.
 """
 
 from __future__ import annotations
@@ -23,8 +23,21 @@ from refllm.api import load
 
 BENCHMARKS = ROOT / "benchmarks"
 COMMITTED = sorted((BENCHMARKS / "results").glob("*.json"))
-ENVIRONMENT = {"cpu", "cores", "memory_gib", "system", "libc", "python", "blas", "versions", "threads", "load_before",
-               "load_after", "quiet", "date"}  # fmt: skip
+ENVIRONMENT = {
+    "cpu",
+    "cores",
+    "memory_gib",
+    "system",
+    "libc",
+    "python",
+    "blas",
+    "versions",
+    "threads",
+    "load_before",
+    "load_after",
+    "quiet",
+    "date",
+}
 TINY = {
     "kivi": ["--contexts", "160", "--bits", "2", "3", "--steps", "2", "--rounds", "1"],
     "layout": ["--rows", "1", "2", "--rounds", "1"],
@@ -424,8 +437,8 @@ def test_what_a_library_prints_does_not_reach_the_pipe(
     module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = (
-        "print('noise')\nchannel.send(name='loud')\n"
-        "while (r := channel.receive()) is not None:\n    print('more noise')\n    channel.send(double=2 * r['x'])\n"
+        "print('noise')\nchannel.send(name='loud')\nwhile (r := channel.receive()) is not "
+        "None:\n    print('more noise')\n    channel.send(double=2 * r['x'])\n"
     )
     worker = engine(tmp_path, "loud", code, module("common"), monkeypatch)
     assert worker.about == {"name": "loud"}

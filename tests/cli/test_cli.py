@@ -1,6 +1,4 @@
-"""The command line: results on stdout, one sentence and exit code 2 for bad input, nothing
-hidden in a pipe.
-"""
+"""The command line: results on stdout, one sentence and exit code 2 for bad input."""
 
 from __future__ import annotations
 
@@ -149,7 +147,10 @@ def bad_commands() -> list[tuple[str, str]]:
             "holds no config.json: only a checkpoint is replaced",
         ),
         ("train --output TEXT --overwrite --data TEXT", "is a file"),
-        ("train --output NOWHERE --data TEXT --width 1000000000000", "more than can be trained here"),
+        (
+            "train --output NOWHERE --data TEXT --width 1000000000000",
+            "more than can be trained here",
+        ),
         (
             "train --output NOWHERE --data TEXT --vocab-size 100000000000",
             "more than can be trained here",
@@ -197,11 +198,11 @@ def test_bad_input_is_one_sentence_and_exit_code_2(command, message, model, text
     assert last.startswith("Error: ")
     assert message in last
     assert "Traceback" not in result.stderr
-    # what is refused leaves nothing behind
+    # a rejected command leaves no file
     assert sorted(p.name for p in tmp_path.iterdir()) == ["binary", "empty", "folder"]
 
 
-def test_what_cannot_be_written_is_refused_before_anything_is_computed(text_file, monkeypatch):
+def test_an_existing_output_is_rejected_before_anything_is_computed(text_file, monkeypatch):
     def late(*_: object) -> None:
         raise AssertionError("importance was computed for a file that is not written")
 
@@ -212,13 +213,13 @@ def test_what_cannot_be_written_is_refused_before_anything_is_computed(text_file
     assert text_file.read_text(encoding="utf-8") == TEXT
 
 
-def test_a_gguf_file_is_told_who_reads_it(tmp_path):
+def test_a_gguf_file_gets_a_message_that_names_the_commands_for_it(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     result = run("info", "--model", tmp_path / "x.gguf")
     assert result.exit_code == 2
     assert (
-        "is a GGUF file: here a Hugging Face directory is needed; load, generate, eval and convert"
-        in result.stderr
+        "is a GGUF file: here a Hugging Face directory is needed; load, generate, eval "
+        "and convert" in result.stderr
     )
 
 
@@ -262,7 +263,7 @@ def test_a_bug_is_not_taken_for_bad_input():
     chained = raised(lambda: load("/nonexistent/place"))
     assert isinstance(chained, CheckpointError)
     assert explain(chained) == str(chained)
-    assert explain(raised(lambda: int("x"))) is None  # raised by nobody's `raise`
+    assert explain(raised(lambda: int("x"))) is None  # not raised by a `raise` of refllm
     assert explain(KeyError("x")) is None
     assert explain(backend.BackendUnavailable("no GPU")) == "no GPU"
     assert (
@@ -271,7 +272,9 @@ def test_a_bug_is_not_taken_for_bad_input():
     )
     assert explain(BrokenPipeError()) is None
     full = str(explain(OSError(errno.ENOSPC, "No space left on device")))
-    assert full == "the output: no space is left on its disk: free some space, or choose another disk"
+    assert (
+        full == "the output: no space is left on its disk: free some space, or choose another disk"
+    )
     assert "out of memory: Unable to allocate" in str(
         explain(raised(lambda: np.zeros(2**60, np.int8)))
     )
@@ -333,7 +336,8 @@ def test_ctrl_c_in_the_middle_of_a_line_is_quiet(tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes are POSIX")
 def test_a_reader_that_goes_away_is_no_error(model):
-    command = f"{sys.executable} -m refllm generate x --model {shlex.quote(str(model))} -n 60 -t 1 | head -c 1"
+    generate = f"{sys.executable} -m refllm generate x --model {shlex.quote(str(model))} -n 60 -t 1"
+    command = f"{generate} | head -c 1"
     done = subprocess.run(
         ["bash", "-c", command], capture_output=True, cwd=ROOT, timeout=120, check=False
     )
@@ -417,7 +421,7 @@ def test_info_verifies_the_manifest(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "code", "said"),
+    ("name", "content", "code", "message"),
     [
         ("manifest.json", '{"files": 5}', 2, "is no manifest"),
         ("manifest.json", '{"files": {"x": 5}}', 2, "is no manifest"),
@@ -425,12 +429,12 @@ def test_info_verifies_the_manifest(model, tmp_path):
         ("card.json", '{"data": 5}', 0, "no training record of refllm's"),
     ],
 )
-def test_another_tool_s_files_are_no_bug(model, tmp_path, name, content, code, said):
+def test_files_of_another_tool_are_no_bug(model, tmp_path, name, content, code, message):
     path = shutil.copytree(model, tmp_path / "copy")
     (path / name).write_text(content)
     result = run("info", "--model", path, "--verify")
     assert result.exit_code == code
-    assert said in result.output
+    assert message in result.output
 
 
 def bundled_facts(name: str) -> dict:
@@ -479,17 +483,22 @@ def test_generate_prints_only_what_is_new(model, text_file):
     assert run("generate", "--prompt-file", short, "--model", model, "-n", "20").stdout == expected
 
 
-def test_generate_passes_every_knob_on(model):
+def test_generate_passes_every_sampling_option_on(model):
     sampling = SamplingParams(0.9, 30, 0.95, 0.001, 1.2)
-    expected = "".join(load(model, "numpy").stream("x", 30, sampling=sampling, rng=5, ignore_eos=True))
-    knobs = shlex.split(
-        "-t 0.9 --top-k 30 --top-p 0.95 --min-p 0.001 --repetition-penalty 1.2 --seed 5 --ignore-eos"
+    expected = "".join(
+        load(model, "numpy").stream("x", 30, sampling=sampling, rng=5, ignore_eos=True)
     )
-    result = run("generate", "x", "--model", model, "-n", "30", *knobs)
+    options = shlex.split(
+        "-t 0.9 --top-k 30 --top-p 0.95 --min-p 0.001 --repetition-penalty 1.2 --seed 5 "
+        "--ignore-eos"
+    )
+    result = run("generate", "x", "--model", model, "-n", "30", *options)
     assert result.stdout == as_lines(expected)
     assert "seed 5" in result.stderr
     stop = expected[4:6]
-    cut = run("generate", "x", "--model", model, "-n", "30", *knobs, "--stop", "\0", "--stop", stop)
+    cut = run(
+        "generate", "x", "--model", model, "-n", "30", *options, "--stop", "\0", "--stop", stop
+    )
     assert cut.stdout == as_lines(expected[: expected.index(stop)])
 
 
@@ -500,7 +509,7 @@ def test_what_is_piped_ends_with_one_newline(model, monkeypatch):
         assert run("generate", "x", "--model", model).stdout == printed
 
 
-def test_a_fresh_seed_is_told_so_that_the_text_can_be_had_again(model):
+def test_a_random_seed_is_printed_so_that_the_text_can_be_reproduced(model):
     first = run("generate", "x", "--model", model, "-n", "20", "-t", "1")
     seed = first.stderr.rsplit("seed ", 1)[1].strip()
     assert (
@@ -584,7 +593,7 @@ def test_eval_prints_what_perplexity_measures(model, text_file):
     assert "\x1b" not in shown
 
 
-def test_a_cache_in_few_bits_is_what_the_options_say(model, text_file):
+def test_kv_bits_generates_and_evaluates_with_the_kivi_cache_of_the_options(model, text_file):
     """The model's heads have 4 channels: groups of 4, and R = 8 is the least that fills
     words of 4-bit codes.
     """
@@ -636,7 +645,7 @@ def test_a_cache_in_few_bits_is_what_the_options_say(model, text_file):
         (["--kv-bits", "9"], "--kv-bits"),
     ],
 )
-def test_cache_options_that_fit_nothing_are_refused(model, options, message):
+def test_cache_options_that_do_not_fit_are_rejected(model, options, message):
     for command in (["generate", "x"], ["eval"]):
         result = run(*command, "--model", model, *options)
         assert result.exit_code == 2
@@ -683,9 +692,9 @@ def test_kv_keep_generates_with_the_sparse_policy_of_the_options(model):
         (["--kv-keep", "16", "--kv-policy", "h2o", "--kv-bits", "4"], "choose one"),
         (["--kv-keep", "16", "--kv-policy", "h2o", "--draft", model, "--tree"], "keeps everything"),
     ):
-        refused = run("generate", "x", "--model", model, *options)
-        assert refused.exit_code == 2
-        assert message in " ".join(refused.stderr.split())
+        rejected = run("generate", "x", "--model", model, *options)
+        assert rejected.exit_code == 2
+        assert message in " ".join(rejected.stderr.split())
 
 
 def test_eval_compares_with_a_reference(model, text_file, tmp_path):
@@ -766,8 +775,9 @@ def test_the_defaults_are_the_plan_and_the_network_of_the_bundled_model():
 
 
 SMALL = shlex.split(
-    "--vocab-size 300 --width 16 --layers 1 --heads 2 --context 64 --steps 6 --batch 2 --length 16 --long-steps 2 "
-    "--long-length 24 --rate 0.01 --warmup 1 --workers 1 --evaluate-every 3 --save-every 2"
+    "--vocab-size 300 --width 16 --layers 1 --heads 2 --context 64 --steps 6 --batch 2 "
+    "--length 16 --long-steps 2 --long-length 24 --rate 0.01 --warmup 1 --workers 1 "
+    "--evaluate-every 3 --save-every 2"
 )
 
 
@@ -858,16 +868,14 @@ def test_a_home_directory_is_found_also_where_the_shell_leaves_it(text_file, tmp
     assert [p.name for p in tmp_path.iterdir()] == ["home"]
 
 
-def test_the_folder_that_one_stands_in_is_an_output_if_it_is_empty(
-    text_file, tmp_path, monkeypatch
-):
+def test_the_current_folder_is_an_output_if_it_is_empty(text_file, tmp_path, monkeypatch):
     home = tmp_path / "mine"
     home.mkdir()
     monkeypatch.chdir(home)
-    for name, refused in ((".", False), (".", True), ("..", True), ("/", True)):
+    for name, rejected in ((".", False), (".", True), ("..", True), ("/", True)):
         result = run("train", "--output", name, "--data", text_file, *SMALL)
-        assert result.exit_code == (2 if refused else 0), result.output
-        assert ("exists already" in result.stderr) == refused
+        assert result.exit_code == (2 if rejected else 0), result.output
+        assert ("exists already" in result.stderr) == rejected
         monkeypatch.chdir(home)  # it is a new folder now
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "mine.training"]
 
@@ -882,7 +890,7 @@ def test_a_run_is_not_continued_with_other_text(trained, text_file, tmp_path):
     assert "begun with other text" in result.stderr
 
 
-def test_another_plan_is_told(trained, text_file, tmp_path):
+def test_another_plan_is_noted(trained, text_file, tmp_path):
     output, _ = trained
     # the others need it
     work = shutil.copytree(output.with_name(output.name + ".training"), tmp_path / "work")
@@ -895,16 +903,16 @@ def test_another_plan_is_told(trained, text_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "said"), [("--mlp", "of another network"), ("--seed", "6 steps of another plan")]
+    ("option", "message"), [("--mlp", "of another network"), ("--seed", "6 steps of another plan")]
 )
-def test_a_finished_run_is_not_passed_off_as_another(trained, text_file, tmp_path, option, said):
+def test_a_finished_run_is_not_passed_off_as_another(trained, text_file, tmp_path, option, message):
     """Nothing would be trained, and the card would record a command that never ran."""
     work = trained[0].with_name(trained[0].name + ".training")
     before = {p.name: p.read_bytes() for p in work.iterdir()}
     command = ("train", "--output", tmp_path / "other", "--work", work, "--data", text_file, *SMALL)
     result = run(*command, option, "10")
     assert result.exit_code == 2
-    assert said in result.stderr
+    assert message in result.stderr
     assert not (tmp_path / "other").exists()
     assert {p.name: p.read_bytes() for p in work.iterdir()} == before
     assert run(*command, "--evaluate-every", "1").exit_code == 0  # what is reported does not matter
@@ -989,8 +997,8 @@ def test_the_installers_are_read_where_they_are_asked_for(monkeypatch, tmp_path)
     asked = []
     commands = []
 
-    def read(**how):
-        asked.append(how)
+    def read(**options):
+        asked.append(options)
         return Data(
             "letters",
             {"library": [Document("a", TEXT)]},
@@ -1013,10 +1021,10 @@ def test_the_installers_are_read_where_they_are_asked_for(monkeypatch, tmp_path)
         {"tests": True, "installers": True},
         {"tests": False, "installers": False},
     ]
-    said = [
+    recorded = [
         [word for word in words if "installers" in word or "tests" in word] for words in commands
     ]
-    assert said == [
+    assert recorded == [
         ["--tests", "--no-installers"],
         ["--tests", "--installers"],
         ["--no-tests", "--no-installers"],

@@ -1,4 +1,4 @@
-"""``refllm simulate``: what it prints, what it writes, what it refuses."""
+"""``refllm simulate``: what it prints, what it writes, what it rejects."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def run(line):
     return CliRunner().invoke(app, shlex.split(line))
 
 
-def test_it_says_what_kind_its_numbers_are_and_repeats_itself():
+def test_results_are_called_projected_and_depend_on_the_seed_alone():
     first = run(SMALL)
     second = run(SMALL)
     assert first.exit_code == 0, first.output
@@ -43,7 +43,7 @@ def test_it_says_what_kind_its_numbers_are_and_repeats_itself():
         "--model stdlib",
     ],
 )
-def test_json_has_the_numbers_and_everybody_is_served(more):
+def test_json_has_the_results_and_every_request_is_served(more):
     result = run(f"{SMALL} {more} --json")
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
@@ -67,7 +67,8 @@ def test_limits_cost_goodput():
 def test_a_trace_is_a_record_of_every_step(tmp_path):
     path = tmp_path / "run.json"
     result = run(
-        f"simulate --traffic chat --requests 4 --slots 900 --prefix-cache radix --trace {path} --json"
+        "simulate --traffic chat --requests 4 --slots 900 --prefix-cache radix --trace "
+        f"{path} --json"
     )
     assert result.exit_code == 0, result.output
     record = read(path)
@@ -82,7 +83,7 @@ def test_a_trace_is_a_record_of_every_step(tmp_path):
     def tokens(nodes):
         return sum(node["tokens"] + tokens(node["children"]) for node in nodes)
 
-    # the system prompt, once, and what was said after it
+    # the system prompt, once, and what followed it
     assert tokens(record.values["tree"]) > 160
 
 

@@ -129,8 +129,8 @@ def test_the_card_names_the_weights_that_a_run_began_with(finished, tmp_path):
     assert "Before it 256 tokens were read in 1 run" in page
     assert "\n1. 4 steps, 256 tokens, which gave SHA-256 " in page
     assert (
-        "…: `refllm train --output model`\n\nThe last run:\n\n```sh\nrefllm train --start ./model\n```"
-        in page
+        "…: `refllm train --output model`\n\nThe last run:\n\n```sh\nrefllm train --start "
+        "./model\n```" in page
     )
     first, whole = (
         json.loads((d / "curve.json").read_text()) for d in (before, tmp_path / "model")

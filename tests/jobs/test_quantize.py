@@ -1,5 +1,5 @@
-"""``refllm quantize``: from a directory to a directory, killed and gone on, and what is
-refused at once.
+"""``refllm quantize``: from a directory to a directory, killed and resumed, and what is
+rejected at once.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def run(capsys, monkeypatch):
     return call
 
 
-def refused(run, *words: object) -> str:
-    """What a command says that ends with exit code 2: one line."""
+def rejected(run, *words: object) -> str:
+    """The message of a command that ends with exit code 2: one line."""
     code, out, err = run("quantize", *words)
     assert code == 2, err
     assert not out
@@ -109,9 +109,7 @@ def test_every_method_from_files_to_files(model, tmp_path, method):
     }
     assert {key: record["bytes"][key] for key in files} == files
     if method != "int8":  # whose scales take four bytes in memory and two in the file
-        held = sum(
-            layer[key].nbytes for layer in read.weights["layers"] for key in PROJECTIONS
-        )
+        held = sum(layer[key].nbytes for layer in read.weights["layers"] for key in PROJECTIONS)
         assert record["bytes"]["quantised weights"] == held
     score = record["bits per byte"]
     assert abs(score["after"] / score["before"] - 1) < 0.5
@@ -157,19 +155,20 @@ def test_the_table_the_totals_and_the_commands_that_read_the_result(model, tmp_p
         code, out, err = run(name, *more, "--model", tmp_path / "q")
         assert code == 0, err
         assert name != "info" or "pack-quantized, 4 bits, groups of 32" in out
-    assert "exists already" in refused(run, *words)
+    assert "exists already" in rejected(run, *words)
 
 
 # --- killed -------------------------------------------------------------------------------
 
 
 @pytest.mark.theorem(
-    "a process killed between two layers goes on when it is started again: finished layers are not redone, the result "
-    "is that of an undisturbed run, byte for byte",
+    "A process killed between two layers continues when it is started again: finished "
+    "layers are not recomputed, and the result is that of an uninterrupted run, byte for "
+    "byte",
     source="ARCHITECTURE.md",
 )
 @pytest.mark.skipif(os.name != "posix", reason="there is no SIGKILL")
-def test_a_killed_process_goes_on_where_it_was(model, tmp_path, run):
+def test_a_killed_process_continues_where_it_was(model, tmp_path, run):
     words = (
         "-m",
         model,
@@ -190,12 +189,12 @@ import sys
 from refllm.cli import app
 from refllm.quant.layer_io import LayerFiles
 put = LayerFiles.put
-def told(self, index, *rest):
+def put_and_print(self, index, *rest):
     put(self, index, *rest)
     print("stored", index, flush=True)
     if index == 1:
         sys.stdin.read()  # until it is killed
-LayerFiles.put = told
+LayerFiles.put = put_and_print
 app({["quantize", *map(str, words), "-o", str(output)]!r})
 """
     process = subprocess.Popen(
@@ -233,8 +232,8 @@ def test_a_run_that_dies_while_it_is_measured_keeps_its_layers_and_leaves_no_out
     with pytest.raises(KeyboardInterrupt):
         run_job(job, measure=100, measuring=dies)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["q.quantizing"]
-    told = []
-    run_job(job, measure=None, progress=lambda *row: told.append(row))
+    rows = []
+    run_job(job, measure=None, progress=lambda *row: rows.append(row))
     assert (tmp_path / "q" / "config.json").is_file()
 
 
@@ -251,12 +250,12 @@ def test_one_layer_is_read_at_a_time(model, tmp_path, monkeypatch):
     assert asked == list(range(LAYERS))
 
 
-# --- refused ------------------------------------------------------------------------------
+# --- rejected -----------------------------------------------------------------------------
 
 
 def test_bad_input_ends_in_one_sentence(model, tmp_path, run):
     """As a user sees it; all others below, faster."""
-    sentence = refused(run, "-m", model, "-o", tmp_path / "q", "--method", "best")
+    sentence = rejected(run, "-m", model, "-o", tmp_path / "q", "--method", "best")
     assert "unknown method 'best'; choose one of rtn, gptq, awq, smoothquant, int8, fp8" in sentence
     broken = tmp_path / "broken"
     tensors = random_tensors(CONFIG, 0, "float32")
@@ -266,7 +265,9 @@ def test_bad_input_ends_in_one_sentence(model, tmp_path, run):
     begin = json.loads(raw[8 : 8 + length])["model.layers.3.mlp.up_proj.weight"]["data_offsets"][0]
     raw[8 + length + begin : 12 + length + begin] = np.float32(np.nan).tobytes()
     (broken / "model.safetensors").write_bytes(bytes(raw))
-    sentence = refused(run, "-m", broken, "-o", tmp_path / "q", "--group-size", 32, "--no-evaluate")
+    sentence = rejected(
+        run, "-m", broken, "-o", tmp_path / "q", "--group-size", 32, "--no-evaluate"
+    )
     assert "model.layers.3.mlp.up_proj" in sentence
     assert not (tmp_path / "q").exists()
 
@@ -340,7 +341,7 @@ def test_bad_input_ends_in_one_sentence(model, tmp_path, run):
         ("fp8", {"bits": 4}, {}, "fp8 takes 8 bits"),
     ],
 )
-def test_what_would_fail_later_is_refused_before_anything_is_written(
+def test_what_would_fail_later_is_rejected_before_anything_is_written(
     model, tmp_path, method, given, more, sentence
 ):
     asked = {"bits": None, "group_size": None, "symmetric": None} | given
@@ -361,7 +362,7 @@ def test_an_output_that_is_taken_is_not_touched(model, tmp_path):
     assert (tmp_path / "q" / "letter").read_text() == "dear"
 
 
-def test_what_is_quantised_already_is_refused(model, tmp_path):
+def test_what_is_quantised_already_is_rejected(model, tmp_path):
     run_job(prepare(model, tmp_path / "q", "rtn", scheme("rtn")), measure=None)
     with pytest.raises(
         CheckpointError, match="is quantised already: start from the model that it was made from"

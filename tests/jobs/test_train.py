@@ -1,4 +1,4 @@
-"""A run is made ready or refused before anything is trained, and its shape follows from few
+"""A run is prepared or rejected before anything is trained, and its shape follows from few
 numbers.
 """
 

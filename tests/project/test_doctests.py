@@ -6,6 +6,7 @@ import doctest
 import importlib
 from pathlib import Path
 
+import numpy
 import pytest
 
 import refllm
@@ -25,7 +26,9 @@ def examples(name: str) -> list[doctest.DocTest]:
         if (error.name or "refllm").split(".")[0] == "refllm":
             raise
         return []
-    return [test for test in doctest.DocTestFinder().find(module, name) if test.examples]
+    # as in NumPy's own docstrings, np need not be imported
+    found = doctest.DocTestFinder().find(module, name, extraglobs={"np": numpy})
+    return [test for test in found if test.examples]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -76,7 +76,7 @@ OPERATORS = [
 
 @pytest.mark.parametrize("operate", OPERATORS)
 @pytest.mark.parametrize("host", [np.ones((4, 4), np.float32), np.float32(2.0), np.float64(2.0)])
-def test_operators_refuse_host_operands_on_either_side(x, operate, host):
+def test_operators_reject_host_operands_on_either_side(x, operate, host):
     device = xp.ones((4, 4), dtype=np.float32)
     with pytest.raises(TypeError):
         operate(device, host)
@@ -114,7 +114,7 @@ def test_nothing_crosses_the_border_silently(x, leak):
         leak(x)
 
 
-def test_names_and_parameters_that_cupy_lacks_are_refused(x):
+def test_names_and_parameters_that_cupy_lacks_are_rejected(x):
     for name in ("vecdot", "errstate", "block", "insert", "matvec"):
         with pytest.raises(AttributeError, match=name):
             getattr(xp, name)
@@ -216,7 +216,7 @@ def test_an_element_is_a_view_as_on_the_device(x):
     assert to_host(x)[1, 2] == 106.0
 
 
-def test_dtypes_that_cupy_lacks_are_refused():
+def test_dtypes_that_cupy_lacks_are_rejected():
     for host in (np.array(["text"]), np.array([None]), np.zeros(2, np.longdouble)):
         with pytest.raises(TypeError, match="dtype"):
             xp.asarray(host)

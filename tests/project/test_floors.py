@@ -134,7 +134,8 @@ def test_the_rule_sees_every_way_to_point_up():
         "from refllm.serve import engine",
         "from refllm.serve.engine import Engine",
         "def f():\n    from refllm.serve.engine import Engine",
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from refllm.serve.engine import Engine",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from "
+        "refllm.serve.engine import Engine",
         "importlib.import_module('refllm.serve.engine')",
     ]
     for way in ways:
@@ -156,7 +157,8 @@ def _lies_in(name: str, places: tuple[str, ...]) -> bool:
 
 
 @pytest.mark.theorem(
-    "No path of imports leads from formats, kernels, kv.block_pool, kv.radix_tree, serve.scheduler or serve.request to a model",
+    "No path of imports leads from formats, kernels, kv.block_pool, kv.radix_tree, "
+    "serve.scheduler or serve.request to a model",
     source="ARCHITECTURE.md",
 )
 def test_what_knows_no_model_reaches_none():
@@ -196,7 +198,8 @@ def _only_defines(node: ast.stmt) -> bool:
 
 def test_modules_only_define():
     acts = [
-        f"refllm/{MODULES[name].relative_to(PACKAGE)}:{node.lineno}: {ast.unparse(node).splitlines()[0]}"
+        f"refllm/{MODULES[name].relative_to(PACKAGE)}:{node.lineno}: "
+        f"{ast.unparse(node).splitlines()[0]}"
         for name, tree in TREES.items()
         for node in tree.body
         if not _only_defines(node)

@@ -181,8 +181,9 @@ def test_the_engine_beside_its_peers_is_as_recorded():
         "results"
     ]
     *stated_ratios, share = stated(
-        r"engine writes ([\d.]+)× and ([\d.]+)× the tokens of `transformers` and ([\d.]+)× and ([\d.]+)× those of "
-        r"llama.cpp's slots in float32; what is not the network takes ([\d.]+) % of its step"
+        r"engine writes ([\d.]+)× and ([\d.]+)× the tokens of `transformers` and "
+        r"([\d.]+)× and ([\d.]+)× those of llama.cpp's slots in float32; "
+        r"what is not the network takes ([\d.]+) % of its step"
     )
     ratios = [row["ratio"] for row in results["throughput"]]
     theirs = [
@@ -221,8 +222,9 @@ def test_what_speculation_buys_is_what_was_recorded():
         for name in ("speculative", "speculative_haswell")
     ]
     here = stated(
-        r"code ([\d.]+)× as fast as plain decoding in chains and ([\d.]+)× in trees, n-grams alone ([\d.]+)×, and "
-        r"([\d.]+)× where n-grams are asked first, else a tree; n-grams write copied text ([\d.]+)× as fast"
+        r"code ([\d.]+)× as fast as plain decoding in chains and ([\d.]+)× in trees, "
+        r"n-grams alone ([\d.]+)×, and ([\d.]+)× where n-grams are asked first, else a tree; "
+        r"n-grams write copied text ([\d.]+)× as fast"
     )
     there = stated(
         r"the draft gains less: ([\d.]+)× in chains, ([\d.]+)× in trees, and copies ([\d.]+)×"
@@ -269,21 +271,21 @@ def test_the_cost_of_a_quantised_cache_is_that_of_its_record():
         if r["residual"] == 128
     }
     assert (
-        f"that costs KL {kl['as it is', 'KIVI', 2]:.3f} at 2 bits and {kl['as it is', 'KIVI', 4]:.4f} at 4"
-        in text
+        f"that costs KL {kl['as it is', 'KIVI', 2]:.3f} at 2 bits and "
+        f"{kl['as it is', 'KIVI', 4]:.4f} at 4" in text
     )
     assert f"with keys by token, {kl['as it is', 'keys by token', 2]:.3f} at 2 bits" in text
     assert (
-        f"keys by token cost {kl['planted', 'keys by token', 2]:.2f}, and KIVI's what they cost before"
-        in text
+        f"keys by token cost {kl['planted', 'keys by token', 2]:.2f}, and KIVI's what they "
+        "cost before" in text
     )
     assert kl["planted", "KIVI", 2] == pytest.approx(kl["as it is", "KIVI", 2], rel=1e-3)
     assert f"two pairs of channels made {values['factor']:g} times as large" in text
     assert len(values["pairs"]) == 2
     share = dict(zip(values["lengths"], values["memory"]["2 bits"], strict=True))
     assert (
-        f"{100 * share[4096]:.0f} % of float16's bytes at 4,096 tokens, {100 * share[128]:.0f} % at 128"
-        in text
+        f"{100 * share[4096]:.0f} % of float16's bytes at 4,096 tokens, "
+        f"{100 * share[128]:.0f} % at 128" in text
     )
     assert f"{Kivi(2, 2).bits_per_value():g} bits a number with 2-bit codes" in text
 
@@ -299,9 +301,8 @@ def test_the_cost_of_a_quantised_cache_is_that_of_its_record():
     cost = {(r["task"], r["policy"], r["budget"]): r["kl"][0] for r in rows}
     near = [cost["as it comes", name, 256] for name in ("newest only", "H2O", "at random")]
     assert (
-        "the newest 256 tokens cost KL {:.3f}, H2O's choice {:.3f}, and as many at random {:.3f}".format(
-            *near
-        )
+        "the newest 256 tokens cost KL {:.3f}, H2O's choice {:.3f}, and as many at random "
+        "{:.3f}".format(*near)
         in text
     )
     far = [
@@ -314,6 +315,6 @@ def test_the_cost_of_a_quantised_cache_is_that_of_its_record():
         if (r["task"], r["policy"], r["budget"]) == ("a far copy", "SnapKV", 512)
     )
     assert (
-        "512 tokens cost {:.3f} if they are the newest, {:.3f} by H2O, {:.3f} by TOVA, {:.3f} at random; SnapKV, which "
-        "holds {:.0f} there, {:.3f}".format(*far[:4], held, far[4])
+        "512 tokens cost {:.3f} if they are the newest, {:.3f} by H2O, {:.3f} by TOVA, {:.3f} at "
+        "random; SnapKV, which holds {:.0f} there, {:.3f}".format(*far[:4], held, far[4])
     ) in text

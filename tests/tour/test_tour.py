@@ -1,5 +1,5 @@
 """Every stop of the tour can be visited alone, prints what it computed, and leaves its
-figures where it was told.
+figures in its output folder.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def test_the_whole_tour_visits_all_stops_in_order_and_lists_its_figures(guide):
     ]  # what was drawn is up to date with its record; the other figures are not the tour's
 
 
-def test_an_unknown_stop_is_refused_by_name(guide):
+def test_an_unknown_stop_is_rejected_by_name(guide):
     with pytest.raises(ValueError, match="no stop 'nowhere'; its stops are meet"):
         stops.run(guide, ["meet", "nowhere"])
     assert guide.out.file.getvalue() == ""
