@@ -5,18 +5,37 @@ from __future__ import annotations
 _SPREAD = {"mean": 0.01, "p50": 0.01, "p90": 0.02, "p99": 0.05, "max": 0.1}
 _WAYS = ((None, "fcfs"), ("hash", "fcfs"), ("hash", "lpm"), ("radix", "fcfs"), ("radix", "lpm"))
 _TREE = [
-    {"tokens": 8, "locks": 1, "hits": 2, "used": 3, "children": [
-        {"tokens": 4, "locks": 1, "hits": 1, "used": 3, "children": []},
-        {"tokens": 2, "locks": 0, "hits": 0, "used": 1, "children": []},
-    ]},
+    {
+        "tokens": 8,
+        "locks": 1,
+        "hits": 2,
+        "used": 3,
+        "children": [
+            {"tokens": 4, "locks": 1, "hits": 1, "used": 3, "children": []},
+            {"tokens": 2, "locks": 0, "hits": 0, "used": 1, "children": []},
+        ],
+    },
     {"tokens": 3, "locks": 0, "hits": 0, "used": 2, "children": []},
-]  # fmt: skip
+]
 TRACE = {
-    "occupancy": {"slots": 64, "time": [0.1, 0.2], "running": [1, 2], "waiting": [1, 0], "used": [9, 20],
-                  "allocated": [16, 32], "read": [8, 9], "written": [1, 2], "preempted": [0, 0]},
-    "blocks": {"times": [0.1, 0.2], "owners": [[0, -1, -1, -1], [0, 1, -2, -3]], "requests": ["0", "1"]},
+    "occupancy": {
+        "slots": 64,
+        "time": [0.1, 0.2],
+        "running": [1, 2],
+        "waiting": [1, 0],
+        "used": [9, 20],
+        "allocated": [16, 32],
+        "read": [8, 9],
+        "written": [1, 2],
+        "preempted": [0, 0],
+    },
+    "blocks": {
+        "times": [0.1, 0.2],
+        "owners": [[0, -1, -1, -1], [0, 1, -2, -3]],
+        "requests": ["0", "1"],
+    },
     "tree": _TREE,
-}  # fmt: skip
+}
 PAGING = {
     "slots": 100,
     "policies": [
@@ -54,9 +73,15 @@ UNPADDING = {
         {"run": "static", "processor": [4.0, 5.0], "batch": 2.0, "steps": 90},
         {"run": "paged", "processor": [1.0, 1.2], "batch": 9.0, "steps": 9},
     ],
-    "factors": {"processor": {"padding": [2.0, 1.9, 2.1], "kernel": [0.9, 0.8, 1.0], "batch": [2.0, 2, 2],
-                              "all three": [4.0, 3.9, 4.1]}},
-}  # fmt: skip
+    "factors": {
+        "processor": {
+            "padding": [2.0, 1.9, 2.1],
+            "kernel": [0.9, 0.8, 1.0],
+            "batch": [2.0, 2, 2],
+            "all three": [4.0, 3.9, 4.1],
+        }
+    },
+}
 PREFIXES = {
     "programs": {
         name: [

@@ -32,7 +32,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
 
-from refllm.array_types import Array
+from refllm.backend import Array
 from refllm.decode.sampling_params import SamplingParams
 from refllm.decode.speculative.acceptance import Acceptance
 from refllm.decode.speculative.interface import (

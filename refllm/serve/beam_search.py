@@ -25,8 +25,7 @@ from __future__ import annotations
 from collections import abc
 from typing import NamedTuple
 
-from refllm.array_types import Array
-from refllm.backend import asarray_like, namespace, to_numpy, top_k
+from refllm.backend import Array, asarray_like, namespace, to_numpy, top_k
 from refllm.decode.sampling import log_probabilities
 from refllm.serve.plan import FAILED, Outcome, SampledTokens
 from refllm.serve.request import Request, Sequence

@@ -22,11 +22,11 @@ from __future__ import annotations
 from collections import abc
 from dataclasses import replace
 from itertools import count
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 
-from refllm.array_types import Array
+from refllm.backend import Array
 from refllm.decode.speculative.interface import Drafter, ModelLike, check_vocabulary
 from refllm.decode.speculative.model_drafter import ModelDrafter
 from refllm.kv.block_pool import BlockPool
@@ -68,7 +68,7 @@ class Engine(EngineStats):
         poison: bool = False,
         seed: int | None = None,
         on_plan: abc.Callable[[Plan], object] | None = None,
-        **options: Any,
+        **options: Unpack[factory.PolicyOptions],
     ):
         """``model`` is a ``Model``, or any record of config, weights and tokenizer.
 

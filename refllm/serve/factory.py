@@ -16,6 +16,8 @@ Left out: policies of your own need no name: make a ``Scheduler`` from any ``KVM
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 from refllm.kv.block_pool import BlockPool
 from refllm.serve.base_scheduler import BaseScheduler
 from refllm.serve.baselines.reservations import PaddedKVManager, ReservedKVManager
@@ -28,6 +30,17 @@ CONTINUOUS = ("fcfs", "priority", "lpm")
 ORCA = ("orca-max", "orca-pow2", "orca-oracle")
 POLICIES = (*CONTINUOUS, *ORCA, "static")
 PREFIX_CACHES = ("auto", "hash", "radix", None)
+
+
+class PolicyOptions(TypedDict, total=False):
+    """What ``make`` takes beside the limits of a batch, for those who pass it on."""
+
+    chunked: bool
+    long_prefill: int
+    watermark: float
+    eviction: str
+    longest: int | None
+    buddy: bool
 
 
 def make(

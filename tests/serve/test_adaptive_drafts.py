@@ -326,6 +326,14 @@ def test_a_new_sequence_starts_with_the_shared_acceptance_and_failed_probes_beco
     assert drive(drafting, good=True, names=1, rounds=1)[0] >= 3
 
 
+def test_every_draft_is_counted_once():
+    drafting = AdaptiveDrafting(lambda: NGramDrafter(4, shortest=1))
+    drafting().observe([0] * 5, 2)  # four drafts: two accepted, the third rejected
+    drafting().observe([0] * 5, 4)
+    stats = drafting.stats
+    assert (stats.steps, stats.proposed, stats.judged, stats.accepted) == (2, 8, 7, 6)
+
+
 def test_a_gamma_is_kept_per_batch_and_acceptance():
     costs = priced([(1, 1.0), (8, 1.2), (64, 4.0), (512, 30.0)], 0.05)
     drafting = AdaptiveDrafting(lambda: NGramDrafter(4), costs=costs)

@@ -156,6 +156,27 @@ def test_of_sequences_that_share_an_uncached_prefix_only_the_first_is_ready():
     assert next(order.candidates(list(waiting), memory)).order == 0
 
 
+def test_the_in_batch_rule_lets_equal_prompts_through_that_are_shorter_than_a_shared_prefix():
+    waiting = [sequence(0, (1, 2)), sequence(1, (1, 2)), sequence(2, (1, 2))]
+    memory = RadixKVManager(BlockPool(8, 1))
+    order = LongestPrefix(shared=3)
+    assert [b.order for b in order.candidates(list(waiting), memory)] == [0, 1, 2]
+
+
+def test_a_queue_of_exactly_longest_queue_is_still_sorted_by_prefix():
+    waiting = [sequence(0, (1, 2)), sequence(1, (5, 6, 7, 8))]
+    memory = RadixKVManager(BlockPool(8, 1))
+    memory.cache.insert([5, 6, 7], [0, 1, 2])
+    assert next(LongestPrefix(longest_queue=2).candidates(list(waiting), memory)).order == 1
+    assert next(LongestPrefix(longest_queue=1).candidates(list(waiting), memory)).order == 0
+    assert next(LongestPrefix(longest_queue=0).candidates(list(waiting), memory)).order == 0
+
+
+def test_the_victim_of_longest_prefix_is_the_last_that_was_admitted():
+    running = [sequence(2), sequence(0), sequence(1)]
+    assert LongestPrefix().victim(running) is running[-1]
+
+
 @pytest.mark.theorem(
     "The in-batch rule computes a shared prefix once where first come first served computes it "
     "for every sequence",
@@ -181,5 +202,6 @@ def test_an_order_is_found_by_its_name():
     assert isinstance(order_named("lpm"), LongestPrefix)
     with pytest.raises(ValueError, match="unknown order 'best'; choose one of fcfs, priority, lpm"):
         order_named("best")
-    with pytest.raises(ValueError, match="1 or more"):
-        LongestPrefix(shared=0)
+    for bad in ({"shared": 0}, {"longest_queue": -1}):
+        with pytest.raises(ValueError, match="1 or more"):
+            LongestPrefix(**bad)
