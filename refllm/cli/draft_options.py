@@ -83,8 +83,8 @@ class DraftDisplay:
     """Counts the steps of speculative decoding and colours the text by their outcome."""
 
     def __init__(self, tokenizer: Tokenizer):
-        from refllm.decode.speculative.acceptance import Acceptance
         from refllm.decode.detokenizer import Utf8Stream
+        from refllm.decode.speculative.acceptance import Acceptance
 
         self.tokenizer = tokenizer
         self.stats = Acceptance()

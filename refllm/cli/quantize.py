@@ -25,6 +25,7 @@ from refllm.terminal import console, counted_bar, format_bytes, note, pairs
 
 if TYPE_CHECKING:
     from refllm.array_types import Json
+    from refllm.formats.uniform import Scheme
     from refllm.jobs.quantize import QuantizationJob
     from refllm.quant.methods import TensorReport
 
@@ -149,7 +150,6 @@ def quantize(
     from refllm.backend import get
     from refllm.checkpoints.loading import locate
     from refllm.jobs import quantize
-    from refllm.jobs.quantize_settings import scheme_for
     from refllm.train.data import read_files
 
     get(backend)
@@ -191,6 +191,37 @@ def quantize(
         typer.echo(json.dumps(record, indent=2))
     else:
         _show(job, record)
+
+
+def scheme_for(
+    method: str, bits: int | None, group_size: int | None, symmetric: bool | None
+) -> Scheme:
+    """A method's default scheme, changed by what is not None; a group of 0 or −1 columns is
+    one scale per row.
+
+    >>> print(scheme_for("rtn", bits=3, group_size=0, symmetric=None))
+    Scheme(bits=3, rule='half_integer', granularity='channel', group_size=None)
+    """
+    from refllm.formats.uniform import Scheme
+    from refllm.quant.recipe import default_scheme
+
+    usual = default_scheme(method)
+    group = usual.group_size
+    if group_size is not None:
+        group = group_size if group_size > 0 else None
+    rule = usual.rule
+    if symmetric is not None and symmetric != usual.symmetric:
+        rule = "half_integer" if symmetric else "asymmetric"
+    if method == "fp8" and symmetric is False:
+        raise ValueError("fp8 has no zero points: its codes are floats, leave --asymmetric out")
+    if bits == 1 and rule != "asymmetric":
+        raise ValueError(
+            "one bit around zero has no other level than 0: take --bits 2, or --asymmetric"
+        )
+    granularity = "channel"
+    if group is not None:
+        granularity = "block" if usual.granularity == "block" else "group"
+    return Scheme(usual.bits if bits is None else bits, rule, granularity, group)
 
 
 def _announce(job: QuantizationJob) -> None:

@@ -31,15 +31,20 @@ import numpy as np
 from refllm import __version__
 from refllm.array_types import Json
 from refllm.checkpoints.loading import load, read_config
-from refllm.checkpoints.tensor_files import CheckpointError
+from refllm.checkpoints.tensor_files import CheckpointError, tensor_shapes
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.checkpoints.writer import STORED_TYPES, check_target, documents, resolved, write_text
 from refllm.corpus import Document, held_out_documents
+from refllm.formats.float_layouts import layout_for as float_layout_for
+from refllm.formats.layouts import layout_for
 from refllm.formats.uniform import Scheme
-from refllm.jobs.quantize_settings import calibration_tokens, export_spec, stored_dtype
 from refllm.measure.perplexity import evaluate
+from refllm.model.config import ModelConfig
+from refllm.model.llama import PROJECTIONS
 from refllm.quant import recipe
-from refllm.quant.export import ExportSpec
+from refllm.quant.calibration_data import calibration_windows
+from refllm.quant.export import ExportSpec, default_layout
+from refllm.quant.fp8 import fp8
 from refllm.quant.layer_io import CheckpointSource, LayerFiles, assemble
 from refllm.quant.methods import Report
 
@@ -52,6 +57,10 @@ COPIED = (  # text files that are copied unchanged
     "chat_template.jinja",
     "LICENSE",
 )
+
+# of a document: characters that are encoded per token of a window, to see whether it is long enough
+ENCODED_CHARACTERS = 16
+_PROJECTION_WEIGHTS = tuple(f"{path}.weight" for path in PROJECTIONS.values())
 
 Measuring = Callable[[str, int, int], None]  # ("before" or "after", tokens done, tokens in all)
 
@@ -115,7 +124,7 @@ def prepare(
     config = read_config(source)
     output = resolved(output)
     check_free(output, overwrite)
-    dtype = stored_dtype(source) if dtype is None else dtype
+    dtype = _stored_dtype(source) if dtype is None else dtype
     if dtype not in STORED_TYPES:
         raise ValueError(f"dtype {dtype!r} is not stored; choose one of {', '.join(STORED_TYPES)}")
     if method not in ("int8", "fp8"):  # whose scales stay in float32
@@ -126,15 +135,105 @@ def prepare(
     quantizer = recipe.make(method, **options)
     quantizer.check(scheme)
     recipe.check_shapes(config, scheme)
-    export = export_spec(config, method, scheme, layout, dtype, options)
+    export = _export_spec(config, method, scheme, layout, dtype, options)
     calibration = None
     if quantizer.calibrates:
         tokenizer = Tokenizer.from_file(source / "tokenizer.json")
-        calibration = calibration_tokens(config, tokenizer, method, texts, samples, length, seed)
+        calibration = _calibration_tokens(config, tokenizer, method, texts, samples, length, seed)
     if work is None:
         work = output.with_name(output.name + ".quantizing")
     return QuantizationJob(
         source, output, work, method, scheme, export, options, calibration, overwrite
+    )
+
+
+def _stored_dtype(source: Path) -> str:
+    """The dtype of the source where it has two bytes, else float16."""
+    raw = json.loads((source / "config.json").read_text("utf-8"))
+    dtype = raw.get("dtype", raw.get("torch_dtype"))
+    return str(dtype) if dtype in ("float16", "bfloat16") else "float16"
+
+
+def _export_spec(
+    config: ModelConfig,
+    method: str,
+    scheme: Scheme,
+    layout: str | None,
+    dtype: str,
+    options: Mapping[str, object],
+) -> ExportSpec:
+    """How the quantised model is stored; ``layout`` None is the usual one for its weights.
+
+    Raises
+    ------
+    ValueError
+        if the layout cannot hold such weights.
+    """
+    if method == "fp8":
+        # one block stands for all: the layout depends on the scheme alone
+        side = scheme.block[0] if scheme.granularity == "block" else 1
+        block = fp8(np.zeros((side, side), np.float32), scheme)
+        stored = float_layout_for(block, layout)
+    else:
+        activations = method == "smoothquant"
+        act_order = bool(options.get("act_order")) and not options.get("static_groups")
+        act_order = act_order and scheme.granularity == "group"
+        usual = default_layout(scheme, activations=activations, act_order=act_order)
+        stored = layout_for(scheme, layout or usual, activations=activations, act_order=act_order)
+    keep = options.get("keep", ())
+    assert isinstance(keep, tuple)
+    spec = ExportSpec(stored, dtype, keep)
+    spec.plan(config)  # raises for shapes that the layout cannot hold
+    return spec
+
+
+def _calibration_tokens(
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    method: str,
+    texts: Sequence[Document] | None,
+    samples: int,
+    length: int | None,
+    seed: int,
+) -> np.ndarray:
+    """Windows of calibration text, [samples, length]; ``length`` None is 512, or the context.
+
+    Raises
+    ------
+    ValueError
+        for windows that the model cannot read, that the text cannot fill, or that are too
+        few for GPTQ's Hessians.
+    """
+    longest = config.max_position_embeddings
+    length = min(512, longest) if length is None else length
+    if length > longest:
+        raise ValueError(
+            f"calibration: windows of {length} tokens are longer than the model's {longest} "
+            "positions"
+        )
+    if texts is not None:
+        _check_text(tokenizer, texts, length)
+    columns = max(
+        shape[1] for name, shape in tensor_shapes(config) if name.endswith(_PROJECTION_WEIGHTS)
+    )
+    if method == "gptq" and samples * length < columns:
+        raise ValueError(
+            f"calibration: {samples} windows of {length} tokens are too few for inputs of "
+            f"{columns} columns: gptq needs at least {-(-columns // length)} (--samples)"
+        )
+    return calibration_windows(tokenizer, samples, length, seed, documents=texts)
+
+
+def _check_text(tokenizer: Tokenizer, texts: Sequence[Document], length: int) -> None:
+    """ValueError if all texts together do not fill a window."""
+    tokens = 0
+    for text in texts:
+        tokens += len(tokenizer.encode(text.text[: ENCODED_CHARACTERS * length]))
+        if tokens >= length:
+            return
+    raise ValueError(
+        f"calibration: the text has {tokens} tokens, too few for a window of {length}: give more "
+        "text, or shorter windows (--length)"
     )
 
 

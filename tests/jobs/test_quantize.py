@@ -19,6 +19,7 @@ from refllm.api import load
 from refllm.checkpoints.tensor_files import CheckpointError
 from refllm.checkpoints.writer import save
 from refllm.cli import app
+from refllm.cli.quantize import scheme_for
 from refllm.corpus import Document
 from refllm.formats.fp8_linear import Fp8Linear
 from refllm.formats.quantized_linear import QuantizedLinear
@@ -26,7 +27,6 @@ from refllm.formats.uniform import Scheme
 from refllm.formats.w8a8_linear import W8A8Linear
 from refllm.jobs.quantize import prepare
 from refllm.jobs.quantize import run as run_job
-from refllm.jobs.quantize_settings import scheme_for
 from refllm.model.config import ModelConfig
 from refllm.model.llama import PROJECTIONS
 from refllm.quant import layer_io
