@@ -6,7 +6,7 @@ are promoted.
 
 | part        | what is counted                                                            |
 |-------------|----------------------------------------------------------------------------|
-| data        | ‖x̂ − x‖ / ‖x‖ of INT8, E4M3 and E5M2, one scale per token                  |
+| data        | ‖x̂ − x‖ / ‖x‖ of INT8, E4M3 and E5M2, one scale per token                 |
 | accumulator | error of a sum of K products relative to its size, in 14 bits, promoted or |
 |             | not                                                                        |
 | delayed     | share of elements beyond a scale from the past, while the range grows      |

@@ -6,14 +6,14 @@
 The fields are those that the codec itself uses (``formats.gguf.types.FIELDS``), drawn under
 the names that llama.cpp gives them in ggml-common.h:
 
-| name    | holds                                                  |
-|---------|--------------------------------------------------------|
-| d       | the scale, or the scale of the scales, float16         |
-| m, dmin | the offset, or the scale of the offsets, float16       |
-| e       | exponent of a power of two, the scale                  |
-| scales  | scales of the sub-blocks, and offsets where there are  |
-| qh      | high bits of the codes (hmask in Q3_K)                 |
-| qs      | the codes (ql in Q6_K: their low bits)                 |
+| name    | holds                                                 |
+|---------|-------------------------------------------------------|
+| d       | the scale, or the scale of the scales, float16        |
+| m, dmin | the offset, or the scale of the offsets, float16      |
+| e       | exponent of a power of two, the scale                 |
+| scales  | scales of the sub-blocks, and offsets where there are |
+| qh      | high bits of the codes (hmask in Q3_K)                |
+| qs      | the codes (ql in Q6_K: their low bits)                |
 
 Left out: the order of the codes within a byte beyond what the labels say (``formats.gguf``
 has it).

@@ -30,9 +30,10 @@ from pathlib import Path
 import numpy as np
 
 import refllm
-from refllm.api import Model, load, locate
+from refllm.api import Model, load
 from refllm.array_types import Json
-from refllm.checkpoints.writer import write_whole
+from refllm.checkpoints.loading import locate
+from refllm.checkpoints.writer import write_atomic
 from refllm.corpus import held_out_documents
 from refllm.measure.bootstrap import Interval, blocks, bootstrap_intervals
 from refllm.measure.comparison import (
@@ -156,7 +157,7 @@ def computed_once(file: Path, compute: Callable[[], Json]) -> Json:
     """The JSON value in ``file``; computed and written there if the file does not exist."""
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(compute()))
+        write_atomic(file, json.dumps(compute()))
     found: Json = json.loads(file.read_text("utf-8"))
     return found
 

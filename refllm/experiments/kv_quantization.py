@@ -4,12 +4,12 @@ it was compared with.
     python -m refllm.experiments.kv_quantization   # writes
     figures/data/kv_quantization.json; `refllm figures` draws it
 
-| part     | what varies             | network            | question                            |
-|----------|-------------------------|--------------------|-------------------------------------|
-| choices  | bits, and axis of scales| both, see below    | per channel or per token?           |
-| residual | R, in 2 bits            | without            | what does the residual window gain? |
-| position | every row, by position  | both               | does it get worse with the length?  |
-| memory   | bits, by length         | LLaMA-70B's shapes | how many bytes are left?            |
+| part     | what varies              | network            | question                            |
+|----------|--------------------------|--------------------|-------------------------------------|
+| choices  | bits, and axis of scales | both, see below    | per channel or per token?           |
+| residual | R, in 2 bits             | without            | what does the residual window gain? |
+| position | every row, by position   | both               | does it get worse with the length?  |
+| memory   | bits, by length          | LLaMA-70B's shapes | how many bytes are left?            |
 
 What is measured is KL to the same network with a full-precision cache, over windows of
 held-out text, each query reading what a cache would hold at its token (``kivi.KiviAttend``).

@@ -139,10 +139,9 @@ def draw(values: Values) -> Figure:
         inside = [row for row in rows if row["bits"] == bits]
         _draw_cuts(above, inside, values, colours)
         _draw_errors(below, inside, colours)
-        above.set_title(f"{bits} bits: where each observer clips")
+        above.set_title(f"{bits} bits: where observers clip")
         best = min(inside, key=lambda row: row["error"])["observer"]
         below.set_title(f"{bits} bits: {best} has the least error")
-    panels[0, 0].set_ylabel("density of |x| (log)")
     panels[1, 0].set_yticks(range(len(names)), names)
     return fig
 
@@ -152,7 +151,7 @@ def _draw_cuts(ax: Axes, rows: Sequence[Json], values: Values, colours: Mapping[
     middles = [(a * b) ** 0.5 for a, b in pairwise(values["edges"])]
     shown = [(x, d) for x, d in zip(middles, values["density"], strict=True) if d > 0]
     ax.plot(*zip(*shown, strict=True), color="black", lw=1)
-    ax.set(xscale="log", yscale="log", xlabel="|x| (log)")
+    ax.set(xscale="log", yscale="log", xlabel="|x| (log)", ylabel="density of |x| (log)")
     # labels on the left of their lines, one below the other, where the density is flat
     for place, row in enumerate(sorted(rows, key=lambda row: row["cut"], reverse=True)):
         colour = colours[row["observer"]]

@@ -1,21 +1,21 @@
-"""What paging buys, counted: mean batch and use of memory under full load, by how memory is
-given out.
+"""What paging gains, counted: mean batch and use of memory under full load, by how memory is
+allocated.
 
 Source: Kwon et al. 2023, section 6 and figure 2: OPT-13B on a 40 GB card keeps 15,700
 tokens; ShareGPT's lengths, at most 2,048 tokens; Orca's three variants as they are rebuilt
 there, with a buddy allocator.
 
-| policy      | memory of a request                                                  | batch in the paper |
-|-------------|----------------------------------------------------------------------|--------------------|
-| Orca (Max)  | 2,048 slots in one run                                               | 7.00               |
-| Orca (Pow2) | prompt + output rounded up to a power of two, at most 2,048, one run | 9.81               |
-| Oracle      | prompt + output in one run; buddies round it up, first fit does not  | 13.62              |
-| paged       | blocks of 16, as they are needed; preemption by recompute            | 30.42              |
+| policy      | memory of a request                                          | paper's batch |
+|-------------|--------------------------------------------------------------|---------------|
+| Orca (Max)  | a contiguous range of 2,048 slots                            | 7.00          |
+| Orca (Pow2) | prompt + output rounded up to a power of two, at most 2,048  | 9.81          |
+| Oracle      | prompt + output; buddies round it up, first fit does not     | 13.62         |
+| paged       | blocks of 16, allocated when needed; preemption by recompute | 30.42         |
 
 No model, no clock, no data set: lengths are drawn from a log-normal with ShareGPT's means
-(``simulate.workload``), and the real scheduler runs as long as somebody waits. Kind A.
+(``simulate.workload``), and the real scheduler runs as long as a request is waiting.
 
-Left out: time. A larger batch takes longer a step: see ``experiments.batching`` for a
+Left out: time. A step of a larger batch takes longer: see ``experiments.batching`` for a
 clock, ``experiments.unpadding`` for a model.
 """
 
@@ -23,12 +23,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from refllm.array_types import Json
 from refllm.kv.block_pool import BlockPool
-from refllm.measure.plotting import FULL, NEAREST, TECHNIQUE, new_figure, styled
+from refllm.measure.plotting import FULL, NEAREST, TECHNIQUE, annotate_right, new_figure, styled
 from refllm.measure.records import Record, Values, write
 from refllm.serve.base_scheduler import BaseScheduler
 from refllm.serve.baselines.reservations import PaddedKVManager, ReservedKVManager
@@ -52,55 +53,63 @@ BLOCKS = (1, 16, 32, 64, 128, 256)
 
 
 class Capped(ReservedKVManager):
-    """A reservation never exceeds the longest sequence that is allowed at all."""
+    """A reservation never exceeds the longest sequence that is allowed."""
 
     def size(self, request: Request) -> int:
+        """Slots of a reservation."""
         return max(
             len(request.prompt) + request.max_tokens, min(self.longest, super().size(request))
         )
 
 
-def scheduler(
+def make_scheduler(
     name: str,
     slots: int,
     *,
     longest: int = LONGEST,
     block: int = 16,
-    seats: int | None = None,
+    max_sequences: int | None = None,
     pool: BlockPool | None = None,
 ) -> BaseScheduler:
-    """A policy of the table over ``slots``, computing prompts whole; ``pool`` is an
+    """A policy of the table over ``slots``, which computes prompts whole; ``pool`` is an
     engine's own.
     """
-    limits: dict[str, Any] = {"max_batch_tokens": None, "max_sequences": seats}
     if name == "paged":
-        return Scheduler(PagedKVManager(pool or BlockPool(slots // block, block)), **limits)
+        memory = PagedKVManager(pool or BlockPool(slots // block, block))
+        return Scheduler(memory, max_batch_tokens=None, max_sequences=max_sequences)
     if name == "static":
         batch = max(1, slots // longest)
-        return StaticBatching(
-            PaddedKVManager(slots, longest=longest), max_sequences=min(batch, seats or batch)
-        )
+        if max_sequences is not None:
+            batch = min(batch, max_sequences)
+        return StaticBatching(PaddedKVManager(slots, longest=longest), max_sequences=batch)
     rule = {"Orca (Max)": "max", "Orca (Pow2)": "pow2"}.get(name, "oracle")
-    return Scheduler(
-        Capped(slots, rule, longest=longest, buddy="first fit" not in name), chunked=False, **limits
-    )
+    reserved = Capped(slots, rule, longest=longest, buddy="first fit" not in name)
+    return Scheduler(reserved, chunked=False, max_batch_tokens=None, max_sequences=max_sequences)
 
 
-def serve(name: str, asked: Sequence[Request], **options: Any) -> SimulationResult:
-    """Everybody at once, counted in steps."""
-    return Simulator(scheduler(name, **{"slots": SLOTS, **options}), UnitClock()).run(asked)
+def simulate_policy(
+    name: str,
+    asked: Sequence[Request],
+    *,
+    slots: int = SLOTS,
+    block: int = 16,
+    max_sequences: int | None = None,
+) -> SimulationResult:
+    """All requests arrive at once; time is counted in steps."""
+    scheduler = make_scheduler(name, slots, block=block, max_sequences=max_sequences)
+    return Simulator(scheduler, UnitClock()).run(asked)
 
 
-def load(seed: int, count: int) -> list[Request]:
-    """ShareGPT's lengths."""
+def sharegpt_requests(seed: int, count: int) -> list[Request]:
+    """Requests of ShareGPT's lengths."""
     return requests(SHAREGPT, count, np.random.default_rng(seed))
 
 
-def policies_data(seeds: Sequence[int], count: int) -> list[dict[str, Any]]:
-    """A row a policy: what it did under full load, a number for each seed."""
+def policies_data(seeds: Sequence[int], count: int) -> list[Json]:
+    """A row for each policy under full load, with one value per seed."""
     rows = []
     for name in ("Orca (Max)", "Orca (Pow2)", "Orca (Oracle)", "Orca (Oracle), first fit", "paged"):
-        runs = [serve(name, load(seed, count)) for seed in seeds]
+        runs = [simulate_policy(name, sharegpt_requests(seed, count)) for seed in seeds]
         rows.append(
             {
                 "policy": name,
@@ -115,22 +124,22 @@ def policies_data(seeds: Sequence[int], count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def static_data(seeds: Sequence[int], count: int) -> dict[str, Any]:
-    """Padded batches of at most seven, as the baselines of the paper's blog ran: steps and
+def static_data(seeds: Sequence[int], count: int) -> Json:
+    """Padded batches of at most seven, as the baselines of vLLM's announcement ran: steps and
     useful slots.
     """
-    runs = [serve("static", load(seed, count)) for seed in seeds]
+    runs = [simulate_policy("static", sharegpt_requests(seed, count)) for seed in seeds]
     return {
         "steps": [run.all.steps for run in runs],
         "useful": [run.all.rows / (run.all.rows + run.all.padding_rows) for run in runs],
     }
 
 
-def blocks_data(seeds: Sequence[int], count: int) -> list[dict[str, Any]]:
+def blocks_data(seeds: Sequence[int], count: int) -> list[Json]:
     """Paged with blocks of each size."""
     rows = []
     for block in BLOCKS:
-        runs = [serve("paged", load(seed, count), block=block) for seed in seeds]
+        runs = [simulate_policy("paged", sharegpt_requests(s, count), block=block) for s in seeds]
         rows.append(
             {
                 "block": block,
@@ -141,16 +150,19 @@ def blocks_data(seeds: Sequence[int], count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def plenty_data(count: int, seats: int = 32) -> list[dict[str, Any]]:
-    """Where paging buys nothing: memory for everybody who has a seat (Alpaca's short
-    answers, ten times the slots).
+def plenty_data(count: int, max_sequences: int = 32) -> list[Json]:
+    """Where paging gains nothing: ``max_sequences`` and not memory limits the batch (Alpaca's
+    short answers, ten times the slots).
     """
     asked = requests(ALPACA, count, np.random.default_rng(0))
-    runs = {name: serve(name, asked, slots=10 * SLOTS, seats=seats) for name in PAPER}
-    return [{"policy": name, "batch": run.saturated.batch} for name, run in runs.items()]
+    rows = []
+    for name in PAPER:
+        run = simulate_policy(name, asked, slots=10 * SLOTS, max_sequences=max_sequences)
+        rows.append({"policy": name, "batch": run.saturated.batch})
+    return rows
 
 
-def paging_data(seeds: Sequence[int] = range(5), count: int = 1000) -> dict[str, Any]:
+def paging_data(seeds: Sequence[int] = range(5), count: int = 1000) -> Json:
     """Values of the figure ``paging``."""
     return {
         "slots": SLOTS,
@@ -163,87 +175,69 @@ def paging_data(seeds: Sequence[int] = range(5), count: int = 1000) -> dict[str,
     }
 
 
-# --- the figure ----------------------------------------------------------------------
+# --- the figure ---------------------------------------------------------------------------
 
 
 @styled
 def draw(values: Values) -> Figure:
-    """Values of ``experiments.paging``: mean batch by policy beside the paper's, and by the
-    size of a block.
+    """Values of ``paging_data``: mean batch and slots used, above by policy (with the paper's
+    batch), below by block size.
     """
-    rows = values["policies"]
-    blocks = values["blocks"]
-    fig = new_figure(4.4)
-    left, right = fig.subplots(1, 2, width_ratios=(4, 3))
-    for y, row in enumerate(rows):
-        batch = mean(row["batch"])
-        colour = TECHNIQUE if row["policy"] == "paged" else FULL
-        left.barh(y, batch, color=colour, height=0.62)
-        low = min(row["batch"])
-        high = max(row["batch"])
-        left.errorbar(
-            batch, y, xerr=[[batch - low], [high - batch]], color="black", lw=1, capsize=2
-        )
-        if row["paper"]:  # at the bar's lower edge: the whiskers stay in sight
-            left.plot(row["paper"], y + 0.31, "D", color=NEAREST, ms=5.5, zorder=3)
-        inside = batch > 20
-        left.annotate(
-            f"{batch:.1f}, {mean(row['utilisation']):.0%} of the slots used",
-            (low if inside else high, y),
-            xytext=(-6 if inside else 6, 0),
-            textcoords="offset points",
-            va="center",
-            ha="right" if inside else "left",
-            color="white" if inside else "black",
-            fontsize=8.5,
-        )
-    left.plot([], [], "D", color=NEAREST, ms=5.5, label="the paper's measurement")
-    left.set_yticks(range(len(rows)), [row["policy"].replace(", ", ",\n") for row in rows])
-    left.invert_yaxis()
-    left.grid(visible=False, axis="y")
-    # room for what stands behind the bars
-    left.set_xlim(0, 1.2 * max(mean(row["batch"]) for row in rows))
-    left.set(
-        title=f"Requests that run in {values['slots']:,} slots",
-        xlabel="mean batch while somebody waits",
+    fig = new_figure(5.6)
+    panels = fig.subplots(2, 2, height_ratios=(5, 4), width_ratios=(4, 3))
+    _draw_policies(panels[0, 0], values["policies"], "batch")
+    _draw_policies(panels[0, 1], values["policies"], "utilisation")
+    panels[0, 0].set(
+        title="Paging runs the most requests at once",
+        xlabel=f"mean batch under full load (requests in {values['slots']:,} slots)",
     )
-    left.legend(loc="upper right", fontsize=8.5)
-    _block_sizes(right, blocks)
+    panels[0, 1].set(title="… and wastes the least", xlabel="slots used (share)", xlim=(0, 1.2))
+    panels[0, 1].set_yticks(panels[0, 1].get_yticks(), [])
+    _draw_block_sizes(panels[1, 0], values["blocks"], "batch")
+    _draw_block_sizes(panels[1, 1], values["blocks"], "utilisation")
+    panels[1, 0].set(title="Larger blocks waste more", ylabel="mean batch (requests)")
+    panels[1, 1].set(title="… of their last slots", ylabel="slots used (share)", ylim=(0, 1.05))
     return fig
 
 
-def _block_sizes(ax: Axes, blocks: Sequence[Any]) -> None:
-    """The mean batch by the tokens in a block, and the share of slots used at each point."""
-    sizes = [row["block"] for row in blocks]
-    ax.plot(sizes, [mean(row["batch"]) for row in blocks], color=TECHNIQUE, marker="o")
-    for row in blocks:  # under the line, which falls to the right
-        ax.annotate(
-            f"{mean(row['utilisation']):.0%}",
-            (row["block"], mean(row["batch"])),
-            xytext=(0, -8),
-            textcoords="offset points",
-            ha="center",
-            va="top",
-            fontsize=7,
+def _draw_policies(ax: Axes, rows: Sequence[Json], key: str) -> None:
+    """Bars: the mean over seeds of one quantity, with the range of the seeds."""
+    for y, row in enumerate(rows):
+        middle = mean(row[key])
+        low = min(row[key])
+        high = max(row[key])
+        colour = TECHNIQUE if row["policy"] == "paged" else FULL
+        ax.barh(y, middle, color=colour, height=0.62)
+        ax.errorbar(
+            middle, y, xerr=[[middle - low], [high - middle]], color="black", lw=1, capsize=2
         )
+        text = f"{middle:.1f}" if key == "batch" else f"{middle:.0%}"
+        annotate_right(ax, text, high, y)
+        if key == "batch" and row["paper"]:  # at the bar's lower edge: the whiskers stay visible
+            ax.plot(row["paper"], y + 0.31, "D", color=NEAREST, ms=5.5, zorder=3)
+    ax.set_yticks(range(len(rows)), [row["policy"].replace(", ", ",\n") for row in rows])
+    ax.invert_yaxis()
+    ax.grid(visible=False, axis="y")
+    if key == "batch":
+        ax.set_xlim(0, 1.2 * max(mean(row[key]) for row in rows))
+        ax.plot([], [], "D", color=NEAREST, ms=5.5, label="measured by Kwon et al.")
+        ax.legend(loc="upper right", fontsize=8.5)
+
+
+def _draw_block_sizes(ax: Axes, rows: Sequence[Json], key: str) -> None:
+    """One quantity by the tokens per block."""
+    sizes = [row["block"] for row in rows]
+    ax.plot(sizes, [mean(row[key]) for row in rows], color=TECHNIQUE, marker="o", ms=5)
     ax.set_xscale("log", base=2)
     ax.set_xticks(sizes, [str(size) for size in sizes], fontsize=8)
     ax.minorticks_off()
-    ax.set_xlim(min(sizes) / 1.8, max(sizes) * 1.8)
-    ax.set_ylim(0, 1.15 * max(mean(row["batch"]) for row in blocks))
-    ax.set(
-        title="By size of a block",
-        xlabel="tokens in a block",
-        ylabel="mean batch; share of slots used",
-    )
+    ax.set(xlabel="tokens per block (log)", ylim=(0, 1.15 * max(mean(row[key]) for row in rows)))
 
 
 def main(folder: str = "figures/data") -> None:
     """Write the data of the figure ``paging``: two minutes."""
-    write(
-        f"{folder}/paging.json",
-        Record("python -m refllm.experiments.paging", "A", "none", paging_data()),
-    )
+    record = Record("python -m refllm.experiments.paging", "A", "none", paging_data())
+    write(f"{folder}/paging.json", record)
 
 
 if __name__ == "__main__":

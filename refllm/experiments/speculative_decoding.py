@@ -1,9 +1,14 @@
-"""What speculative decoding buys: tokens per step, speedup over γ, and the batch from which
-it buys nothing.
+"""What speculative decoding gains: tokens per step, speedup over γ, and the batch size from
+which it gains nothing.
 
 The measurement is a benchmark, ``benchmarks/speculative.py``, which writes
-figures/data/speculative.json; this file draws it. What it measures (A: counted, B: measured
-here, C: projected) stands there.
+figures/data/speculative.json; this file draws it. In its panels A stands for counted, B for
+measured and C for projected values.
+
+| figure            | shows                                               |
+|-------------------|-----------------------------------------------------|
+| speculative       | per task: τ, tokens per step, and the speedup, by γ |
+| speculative_batch | the speedup in the engine, by batch size            |
 
 Left out: the texts themselves (``benchmarks/results/speculative.json`` says how they were
 chosen).
@@ -11,161 +16,131 @@ chosen).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, new_figure, styled
+from refllm.array_types import Json
+from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, axes, new_figure, styled
 from refllm.measure.records import Values
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_TASKS = (
-    ("code", "model", "held-out code, draft model"),
-    ("copy", "n-gram", "copy-heavy text, n-grams"),
+# task and drafter in the record → title
+TASKS = (
+    ("code", "model", "Held-out code, draft model"),
+    ("copy", "n-gram", "Copy-heavy text, n-grams"),
 )
-
-
-_SPEED = "speed-up over\nno drafts (times)"
-
-
-_COLOURS = (TECHNIQUE, NEAREST, MORE[0])
+GAMMA = "γ, drafted tokens per step"
+SPEEDUP = "speedup (times as fast)"
+TEMPERATURES = (TECHNIQUE, NEAREST, MORE[0])  # colours, coldest first
+# tree drafters in the record → colour, marker, label
+TREES = {
+    "tree": (NEAREST, "^", "model tree (B)"),
+    "n-gram, tree": (MORE[0], "s", "n-gram tree (B)"),
+}
 
 
 @styled
 def draw(values: Values) -> Figure:
-    """The record of ``benchmarks/speculative.py``: tokens a step over γ, speed-up over γ,
-    and over the batch.
+    """The record of ``benchmarks/speculative.py`` → a column for each task: tokens per step
+    over γ, speedup over γ.
     """
-    fig = new_figure(6.24)
-    grid = fig.add_gridspec(3, 2)
-    upper = [fig.add_subplot(grid[0, 0])]
-    upper.append(fig.add_subplot(grid[0, 1], sharey=upper[0]))
-    for column, (task, drafter, title) in enumerate(_TASKS):
-        rows = [r for r in values["results"] if (r["task"], r["drafter"]) == (task, drafter)]
-        _lengths(upper[column], rows, title)
-        others = [
-            r
-            for r in values["results"]
-            if r["task"] == task and r["drafter"] not in ("model", "n-gram")
-        ]
-        _speeds(fig.add_subplot(grid[1, column]), rows, others, title)
+    fig = new_figure(6.0)
+    panels = fig.subplots(2, len(TASKS))
+    panels[0, 1].sharey(panels[0, 0])
+    for (task, drafter, title), (above, below) in zip(TASKS, panels.T, strict=True):
+        inside = [r for r in values["results"] if r["task"] == task]
+        chain = [r for r in inside if r["drafter"] == drafter]
+        _draw_lengths(above, chain)
+        above.set_title(title)
+        _draw_speedups(below, chain, inside)
     # not before both have their lines: it ends the search for the upper limit
-    upper[0].set_ylim(bottom=1)
-    _batches(fig.add_subplot(grid[2, :]), values["batches"])
+    panels[0, 0].set_ylim(bottom=1)
     return fig
 
 
-def _lengths(ax: Axes, rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    ax.set(title=title, xlabel="γ, drafted tokens a step", ylabel="τ, tokens a step (A)")
-    for colour, temperature in zip(
-        _COLOURS, sorted({r["temperature"] for r in rows}), strict=False
-    ):
-        some = sorted(
-            (r for r in rows if r["temperature"] == temperature), key=lambda r: r["gamma"]
-        )
-        gammas = [r["gamma"] for r in some]
-        ax.plot(
-            gammas,
-            [r["length"] for r in some],
-            color=colour,
-            marker="o",
-            ms=4,
-            label=f"temperature {temperature:g}",
-        )
-        if some[0]["drafter"] != "model":
-            continue  # the formula knows no step in which nothing is found to draft
-        independent = [sum(r["alpha"] ** i for i in range(r["gamma"] + 1)) for r in some]
-        ax.plot(gammas, independent, color=colour, lw=1, ls=":")
+def _draw_lengths(ax: Axes, rows: Sequence[Json]) -> None:
+    """τ over γ, a line for each temperature, and what independent acceptance would give."""
+    temperatures = sorted({r["temperature"] for r in rows})
+    for colour, temperature in zip(TEMPERATURES, temperatures, strict=False):
+        line = _by_gamma(r for r in rows if r["temperature"] == temperature)
+        gammas = [r["gamma"] for r in line]
+        label = f"temperature {temperature:g}"
+        ax.plot(gammas, [r["length"] for r in line], color=colour, marker="o", ms=4, label=label)
+        if line[0]["drafter"] == "model":  # the formula has no steps without a draft
+            formula = [sum(r["alpha"] ** i for i in range(r["gamma"] + 1)) for r in line]
+            ax.plot(gammas, formula, color=colour, lw=1, ls=":")
     if rows[0]["drafter"] == "model":
-        ax.plot([], [], color="black", lw=1, ls=":", label="formula, if independent")
+        ax.plot([], [], color="black", lw=1, ls=":", label="(1 − αᵞ⁺¹) / (1 − α)")
     ax.set_xticks(sorted({r["gamma"] for r in rows}))
-    # the model's lines end far below the highest of the n-grams, whose scale they share:
-    # there is room over them
-    place: Any = (
-        {"loc": "upper left", "ncols": 2}
-        if rows[0]["drafter"] == "model"
-        else {"loc": "center right"}
-    )
-    ax.legend(fontsize=7, columnspacing=1, handlelength=1.5, **place)
+    ax.set(xlabel=GAMMA, ylabel="τ, tokens per step (A)")
+    if rows[0]["drafter"] == "model":
+        ax.legend(fontsize=8, loc="upper left")
+    else:
+        ax.legend(fontsize=8, loc="center right")
 
 
-def _speeds(
-    ax: Axes, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], title: str
-) -> None:
-    ax.set_xlabel("γ, drafted tokens a step")
-    ax.set_ylabel(_SPEED, fontsize=9)
+def _draw_speedups(ax: Axes, rows: Sequence[Json], all_drafters: Sequence[Json]) -> None:
+    """Speedup over γ at the lowest temperature: measured, predicted, and if memory-bound."""
     temperature = min(r["temperature"] for r in rows)
-    some = sorted((r for r in rows if r["temperature"] == temperature), key=lambda r: r["gamma"])
-    gammas = [r["gamma"] for r in some]
-    median = [r["speedup"]["median"] for r in some]
-    below = [m - r["speedup"]["low"] for m, r in zip(median, some, strict=True)]
-    above = [r["speedup"]["high"] - m for m, r in zip(median, some, strict=True)]
-    way = "chain" if some[0]["drafter"] == "model" else some[0]["drafter"]
+    line = _by_gamma(r for r in rows if r["temperature"] == temperature)
+    gammas = [r["gamma"] for r in line]
     ax.axhline(1, color=FULL, lw=1)
+    for name, (colour, marker, label) in TREES.items():
+        wanted = (name, temperature)
+        tree = _by_gamma(r for r in all_drafters if (r["drafter"], r["temperature"]) == wanted)
+        if tree:
+            medians = [r["speedup"]["median"] for r in tree]
+            x = [r["gamma"] for r in tree]
+            ax.plot(x, medians, color=colour, marker=marker, ms=4, label=label)
+    medians = [r["speedup"]["median"] for r in line]
+    below = [r["speedup"]["median"] - r["speedup"]["low"] for r in line]
+    above = [r["speedup"]["high"] - r["speedup"]["median"] for r in line]
+    label = "chain (B)" if line[0]["drafter"] == "model" else "n-grams (B)"
     ax.errorbar(
-        gammas, median, yerr=(below, above), color=TECHNIQUE, marker="o", ms=4, label=f"{way} (B)"
+        gammas, medians, yerr=(below, above), color=TECHNIQUE, marker="o", ms=4, label=label
     )
-    for name, colour, mark in (("tree", NEAREST, "^"), ("n-gram, tree", MORE[0], "s")):
-        drawn = sorted(
-            (r for r in others if (r["drafter"], r["temperature"]) == (name, temperature)),
-            key=lambda r: r["gamma"],
-        )
-        if drawn:
-            ax.plot(
-                [r["gamma"] for r in drawn],
-                [r["speedup"]["median"] for r in drawn],
-                color=colour,
-                marker=mark,
-                ms=4,
-                label=f"{name} (B)",
-            )
-    ax.plot(
-        gammas,
-        [r["formula"] for r in some],
-        color=TECHNIQUE,
-        lw=1,
-        ls="--",
-        label="τ t(1) / (t(γ+1) + γ c)",
-    )
-    ax.plot(
-        gammas,
-        [r["flat"] for r in some],
-        color=MORE[3],
-        lw=1.4,
-        ls=":",
-        label="t flat: memory-bound (C)",
-    )
-    ax.set_ylim(0, 1.65 * max(r["flat"] for r in some))  # room for the legend above the lines
+    formula = [r["formula"] for r in line]
+    ax.plot(gammas, formula, color=TECHNIQUE, lw=1, ls="--", label="τ t(1) / (t(γ+1) + γ c)")
+    flat = [r["flat"] for r in line]
+    ax.plot(gammas, flat, color=MORE[3], lw=1.4, ls=":", label="if memory-bound (C)")
+    ax.set_ylim(0, 1.75 * max(flat))  # room for the legend above the lines
     ax.set_xticks(gammas)
-    ax.set_title(f"{title}, temperature {temperature:g}", fontsize=9, pad=3)
+    ax.set(xlabel=GAMMA, ylabel=SPEEDUP, title=f"Speedup at temperature {temperature:g}")
     ax.legend(
-        fontsize=7,
-        loc="upper center",
-        ncols=2,
-        columnspacing=0.6,
-        handlelength=1.3,
+        fontsize=7.5, loc="upper center", ncols=2, columnspacing=0.8, handlelength=1.5,
         labelspacing=0.3,
-    )
+    )  # fmt: skip
 
 
-def _batches(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    ax.set(
-        title="In the engine: time without drafts ÷ with them (B)", xlabel="sequences in the batch"
+def _by_gamma(rows: Iterable[Json]) -> list[Json]:
+    """Rows in the order of γ."""
+    return sorted(rows, key=lambda row: row["gamma"])
+
+
+@styled
+def draw_batches(values: Values) -> Figure:
+    """The same record → speedup in the engine over the batch size."""
+    rows = values["batches"]
+    fig, ax = axes(
+        "In the engine drafts pay off for small batches only",
+        "sequences in the batch (log)",
+        "speedup (times as fast, B)",
+        figsize=(7.2, 3.4),
     )
-    ax.set_ylabel(_SPEED, fontsize=9)
     sizes = [r["batch"] for r in rows]
     ax.axhline(1, color=FULL, lw=1)
     for name, colour, label in (
         ("fixed", NEAREST, "γ = 3 always"),
         ("adaptive", TECHNIQUE, "γ by measured cost and α"),
     ):
-        ax.plot(
-            sizes, [r[name]["median"] for r in rows], color=colour, marker="o", ms=4, label=label
-        )
+        medians = [r[name]["median"] for r in rows]
+        ax.plot(sizes, medians, color=colour, marker="o", ms=4, label=label)
     ax.set_xscale("log", base=2)
     ax.set_xticks(sizes, [str(n) for n in sizes])
     ax.minorticks_off()
     ax.set_ylim(bottom=0)
-    ax.legend(fontsize=8.5)
+    ax.legend(fontsize=9)
+    return fig

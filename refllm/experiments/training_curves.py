@@ -1,12 +1,13 @@
 """Figures of how models were trained, from the records in their own directories; nothing is
 computed again.
 
-| figure           | from                                  | shows                                     |
-|------------------|---------------------------------------|-------------------------------------------|
-| training_curve   | curve.json, and the plan in card.json | loss by tokens read, where the phases end |
-| bits_by_position | ``by context`` in card.json           | what more context buys                    |
+| figure           | from                                  | shows                                 |
+|------------------|---------------------------------------|---------------------------------------|
+| training_curve   | curve.json, and the plan in card.json | loss by tokens read, and where phases |
+|                  |                                       | end                                   |
+| bits_by_position | ``by context`` in card.json           | what more context gains               |
 
-Left out: models without a record (somebody else's checkpoints have none).
+Left out: models without a record (checkpoints trained elsewhere have none).
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from refllm.array_types import Json
 from refllm.checkpoints.loading import BUNDLED, bundled
 from refllm.checkpoints.tensor_files import read_json
 from refllm.measure.plotting import FULL, SERIES, axes, coloured, styled
@@ -29,11 +31,11 @@ if TYPE_CHECKING:
 
 
 def has_record(directory: Path) -> bool:
-    """Does the directory hold what the figures are drawn from?"""
+    """Whether the directory holds what the figures are drawn from."""
     return (directory / "curve.json").is_file() and (directory / "card.json").is_file()
 
 
-def curve_values(directories: Sequence[Path]) -> dict[str, Any]:
+def curve_values(directories: Sequence[Path]) -> Json:
     """Values of the figure ``training_curve``; the phases marked are those of the first
     directory's last run.
     """
@@ -46,7 +48,7 @@ def curve_values(directories: Sequence[Path]) -> dict[str, Any]:
         if p["steps"]
     ]
     end = next(iter(runs.values()))[-1]["tokens"]
-    marks: list[list[Any]] = []
+    marks: list[list[int | str]] = []
     for phase in reversed(phases):
         marks.insert(0, [end, f"{phase['batch']} × {phase['length']} tokens"])
         end -= phase["steps"] * phase["batch"] * phase["length"]
@@ -55,7 +57,7 @@ def curve_values(directories: Sequence[Path]) -> dict[str, Any]:
     return {"runs": runs, "phases": marks}
 
 
-def position_values(directories: Sequence[Path]) -> dict[str, Any]:
+def position_values(directories: Sequence[Path]) -> Json:
     """Values of the figure ``bits_by_position``."""
     lines = {}
     for directory in directories:
@@ -67,12 +69,12 @@ def position_values(directories: Sequence[Path]) -> dict[str, Any]:
 
 
 def hardware(directories: Sequence[Path]) -> str:
-    """Where the numbers were made, as the cards tell it."""
+    """Where the models were trained, as their cards record it."""
     made = [read_json(d / "card.json")["made with"] for d in directories]
     return "; ".join(dict.fromkeys(f"CPU, Python {m['python']}, NumPy {m['numpy']}" for m in made))
 
 
-# --- the figure ----------------------------------------------------------------------
+# --- the figures --------------------------------------------------------------------------
 
 
 @styled
@@ -82,37 +84,30 @@ def draw_curve(values: Values) -> Figure:
 
     With ``bytes_per_token`` of the held-out text a second scale gives bits per byte.
     """
+    runs = values["runs"]
     fig, ax = axes(
-        "Training: loss of the batch (thin) and on held-out modules",
+        "Training: loss on held-out modules, and of the batch (thin)",
         "tokens read (millions)",
         "loss (nats per token)",
     )
-    for colour, (name, curve) in coloured(SERIES, values["runs"].items()):
-        ax.plot(
-            [1e-6 * r["tokens"] for r in curve],
-            [r["loss"] for r in curve],
-            color=colour,
-            lw=0.8,
-            alpha=0.45,
-        )
+    for colour, (name, curve) in coloured(SERIES, runs.items()):
+        tokens = [1e-6 * r["tokens"] for r in curve]
+        ax.plot(tokens, [r["loss"] for r in curve], color=colour, lw=0.8, alpha=0.45)
         held = [(1e-6 * r["tokens"], r["held_out"]) for r in curve if "held_out" in r]
         if held:
-            ax.plot(
-                *zip(*held, strict=True),
-                color=colour,
-                label=f"{name}: {held[-1][1]:.2f} at the end (a few held-out windows)",
-            )
+            label = f"{name}: {held[-1][1]:.2f} nats per token at the end"
+            ax.plot(*zip(*held, strict=True), color=colour, label=label)
     phases = values.get("phases", [])
-    end = 1e-6 * max(r["tokens"] for c in values["runs"].values() for r in c)
+    end = 1e-6 * max(r["tokens"] for curve in runs.values() for r in curve)
     ax.set_xlim(0, 1.05 * end)
-    _phases(ax, phases, end)
+    _draw_phases(ax, phases, end)
     if size := values.get("bytes_per_token"):
         factor = 1 / (np.log(2) * size)
         right = ax.secondary_yaxis("right", functions=(lambda y: y * factor, lambda y: y / factor))
         right.set_ylabel("bits per byte")
         right.spines["right"].set_visible(True)
+    # the legend stands below the names of the phases, and to the left of the last ones' lines
     late = [1e-6 * tokens / ax.get_xlim()[1] for tokens, _ in phases if 1e-6 * tokens > 0.8 * end]
-    # under the names of the phases, and to the left of the last ones' lines
     ax.legend(
         loc="upper right",
         bbox_to_anchor=(min(late, default=1), 0.96 - 0.06 * len(phases)),
@@ -121,24 +116,24 @@ def draw_curve(values: Values) -> Figure:
     return fig
 
 
-def _phases(ax: Axes, phases: Sequence[Any], end: float) -> None:
-    """A line where each phase ends, and its name to the left; a strip too narrow for that
-    has an arrow to it.
+def _draw_phases(ax: Axes, phases: Sequence[tuple[int, str]], end: float) -> None:
+    """A line where each phase ends, and its name to the left; a phase too narrow for that
+    gets an arrow.
     """
     begin = 0.0
     wide = 0.0
     for i, (tokens, label) in enumerate(phases):
-        till = 1e-6 * tokens
+        stop = 1e-6 * tokens
         height = 0.96 - 0.06 * i
         arrow = None
-        if till - begin > 0.1 * end:
-            wide = till
-        else:  # the name stands before the last wide strip's end, where no line strikes it
+        if stop - begin > 0.1 * end:
+            wide = stop
+        else:  # the name stands before the end of the last wide phase, where no line crosses it
             arrow = {"arrowstyle": "->", "color": FULL, "lw": 0.8, "shrinkA": 1, "shrinkB": 0}
-        ax.axvline(till, color=FULL, lw=0.8, ls=":")
+        ax.axvline(stop, color=FULL, lw=0.8, ls=":")
         ax.annotate(
             label,
-            ((begin + till) / 2, height),
+            ((begin + stop) / 2, height),
             (wide - 0.005 * end, height),
             ("data", "axes fraction"),
             arrowprops=arrow,
@@ -147,22 +142,23 @@ def _phases(ax: Axes, phases: Sequence[Any], end: float) -> None:
             fontsize=8,
             color=FULL,
         )
-        begin = till
+        begin = stop
 
 
 @styled
 def draw_positions(values: Values) -> Figure:
-    """{"lines": {name: [bin of ``score.bits_by_position`` as [low, high, tokens, nats,
+    """{"lines": {name: [bin of ``perplexity.bits_by_position`` as [low, high, tokens, nats,
     bits], …]}}.
     """
-    fig, ax = axes("What context buys", "tokens of context", "bits per byte of held-out text")
+    fig, ax = axes(
+        "What context gains", "tokens of context (log)", "bits per byte of held-out text"
+    )
     ticks: set[int] = set()
     for colour, (name, bins) in coloured(SERIES, values["lines"].items()):
         # a bin from 5 to 8 is drawn above 8: "up to 8 tokens of context"
-        ax.plot(
-            [b[1] for b in bins], [b[4] for b in bins], color=colour, marker="o", ms=4, label=name
-        )
-        ticks |= {b[1] for b in bins}
+        ends = [b[1] for b in bins]
+        ax.plot(ends, [b[4] for b in bins], color=colour, marker="o", ms=4, label=name)
+        ticks |= set(ends)
     ax.set_xscale("log", base=2)
     ax.set_xticks(sorted(ticks), [str(t) if t == 1 else f"≤{t}" for t in sorted(ticks)])
     ax.minorticks_off()
@@ -179,7 +175,7 @@ def main(folder: str = "figures/data") -> None:
     command = "python -m refllm.experiments.training_curves"
     where = hardware(directories)
     write(f"{folder}/training_curve.json", Record(command, "B", where, curve_values(directories)))
-    # no clock is in it: bits of given weights on given text
+    # counted: bits of given weights on given text, no clock
     write(
         f"{folder}/bits_by_position.json", Record(command, "A", where, position_values(directories))
     )

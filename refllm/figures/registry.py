@@ -40,7 +40,7 @@ from refllm.experiments import (
     training_curves,
     unpadding,
 )
-from refllm.figures.source_digest import sources
+from refllm.figures.source_digest import SourceReader
 from refllm.measure.plotting import FULL, SERIES, STYLE, Draw
 from refllm.measure.records import Record, read
 
@@ -60,6 +60,7 @@ FIGURES: dict[str, tuple[str, Draw]] = {
     "kv_quantization": ("kv_quantization.json", kv_quantization.draw),
     "kv_sparsity": ("kv_sparsity.json", kv_sparsity_figure.draw),
     "speculative": ("speculative.json", speculative_decoding.draw),
+    "speculative_batch": ("speculative.json", speculative_decoding.draw_batches),
     "quantization": ("quantization.json", quantization_quality.draw),
     "observers": ("observers.json", observer_ranges.draw),
     "smoothquant": ("smoothquant.json", smoothquant.draw),
@@ -121,6 +122,7 @@ def redraw(names: Iterable[str] | None = None, folder: str | Path = "figures") -
     else:
         wanted = names
     written = []
+    reader = SourceReader()
     for name in wanted:
         file, draw = FIGURES[name]
         source = folder / "data" / file
@@ -132,7 +134,7 @@ def redraw(names: Iterable[str] | None = None, folder: str | Path = "figures") -
                 f"{source} holds other values than {name} is drawn from: {error!r}"
             ) from error
         _caption(figure, record)
-        written.append(save(figure, folder / f"{name}.png", _digest(source, draw)))
+        written.append(save(figure, folder / f"{name}.png", _digest(source, draw, reader)))
     return written
 
 
@@ -142,6 +144,7 @@ def check(folder: str | Path = "figures") -> list[str]:
     """
     folder = Path(folder)
     complaints = []
+    reader = SourceReader()
     for name, (file, draw) in FIGURES.items():
         source = folder / "data" / file
         picture = folder / f"{name}.png"
@@ -149,7 +152,7 @@ def check(folder: str | Path = "figures") -> list[str]:
             complaints.append(f"{source} is missing: the figure {name} has no data")
         elif not picture.exists():
             complaints.append(f"{picture} is missing: run `make figures`")
-        elif f"{_KEY}\0{_digest(source, draw)}".encode() not in picture.read_bytes():
+        elif f"{_KEY}\0{_digest(source, draw, reader)}".encode() not in picture.read_bytes():
             complaints.append(
                 f"{picture} is stale: its data or its code changed; run `make figures`"
             )
@@ -158,9 +161,9 @@ def check(folder: str | Path = "figures") -> list[str]:
     return complaints + [f"{p} is drawn from no data: register it or remove it" for p in stray]
 
 
-def _digest(source: Path, draw: Draw) -> str:
+def _digest(source: Path, draw: Draw, reader: SourceReader) -> str:
     """SHA-256 of the data and of all code that decides what the picture looks like."""
-    code = sources(draw, save, _caption)
+    code = reader.sources(draw, save, _caption, Record)
     content = source.read_bytes() + repr((code, STYLE, SERIES, _DPI)).encode()
     return hashlib.sha256(content).hexdigest()
 
