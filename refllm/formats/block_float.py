@@ -36,12 +36,19 @@ quantised activations (``fp8_linear``).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 from refllm.backend import Array, DType, bitcast, namespace
 from refllm.formats import minifloat
-from refllm.formats.granularity import Granularity, from_blocks
+from refllm.formats.granularity import (
+    MATMUL_TILE,
+    TILE,
+    Granularity,
+    from_blocks,
+    tiled_matmul,
+)
 from refllm.formats.packing import pack, unpack
 from refllm.formats.uniform import require_finite
 
@@ -58,7 +65,6 @@ __all__ = [
 ]
 
 SCALES = ("float32", "ue8m0", "mx", "nvfp4")
-MATMUL_TILE = (1 << 18, 1 << 26)  # weights dequantised at a time in a product (host, device)
 _NORMAL = 2.0**-126  # the smallest normal float32
 
 
@@ -290,8 +296,8 @@ class BlockFloatLinear:
         """Ŵ[M, N], a new array in ``dtype``."""
         xp = namespace(self._codes)
         out = xp.empty(self.shape, dtype=self.dtype)
-        for start, stop in self.scheme.geometry.row_tiles(self._codes, self.shape):
-            out[start:stop, :] = self.rows(start, stop)
+        for start, stop, tile in self._tiles(TILE):
+            out[start:stop, :] = tile
         return out
 
     def rows(self, start: int, stop: int) -> Array:
@@ -310,13 +316,13 @@ class BlockFloatLinear:
         """x[T, N] → x Ŵᵀ [T, M], in the wider of x's dtype and float32, with at most one
         tile of Ŵ in floats.
         """
-        xp = namespace(x, self._codes)
-        dtype = xp.result_type(x.dtype, self.dtype)
-        out = xp.empty((x.shape[0], self.shape[0]), dtype=dtype)  # [T, M]
-        x = xp.astype(x, dtype, copy=False)
-        for start, stop in self.scheme.geometry.row_tiles(self._codes, self.shape, MATMUL_TILE):
-            out[:, start:stop] = x @ xp.astype(self.rows(start, stop), dtype, copy=False).T
-        return out
+        namespace(x, self._codes)  # both on one device
+        return tiled_matmul(x, self._tiles(MATMUL_TILE), self.shape[0], self.dtype)
+
+    def _tiles(self, size: tuple[int, int]) -> Iterator[tuple[int, int, Array]]:
+        """(first row, last row + 1, those rows of Ŵ) in turn."""
+        for start, stop in self.scheme.geometry.row_tiles(self._codes, self.shape, size):
+            yield start, stop, self.rows(start, stop)
 
     def __repr__(self) -> str:
         shape = f"{self.shape[0]}×{self.shape[1]}"

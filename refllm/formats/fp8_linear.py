@@ -37,7 +37,8 @@ from dataclasses import dataclass
 
 from refllm.backend import Array, bitcast, namespace
 from refllm.formats import minifloat
-from refllm.formats.block_float import MATMUL_TILE, BlockFloatLinear, FloatScheme, quantize
+from refllm.formats.block_float import BlockFloatLinear, FloatScheme, quantize
+from refllm.formats.granularity import MATMUL_TILE
 
 __all__ = ["ACTIVATIONS", "Accumulator", "Fp8Linear", "scaled_matmul", "truncate"]
 

@@ -1,4 +1,5 @@
-"""Granularity: which elements of an array share a scale, and the array cut into such blocks.
+"""Granularity: which elements of an array share a scale; arrays cut into such blocks, and
+into tiles that fit into a cache.
 
 | granularity | one scale per              | shape of the scale |
 |-------------|----------------------------|--------------------|
@@ -17,18 +18,19 @@ Left out: groups that run over the end of a row (rejected; only blocks may be ra
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from refllm.backend import Array, namespace
+from refllm.backend import Array, DType, namespace
 
 GRANULARITIES = ("tensor", "channel", "token", "group", "block")
 
 # Elements per tile (host, device). On a CPU the intermediate arrays of a tile stay in cache;
 # a GPU needs enough work to be busy.
 TILE = (1 << 17, 1 << 26)
+MATMUL_TILE = (1 << 18, 1 << 26)  # weights dequantised at a time in a product
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,23 @@ def from_blocks(blocks: Array, shape: tuple[int, ...]) -> Array:
         return xp.reshape(blocks, shape)
     down, rows, across, columns = blocks.shape
     return xp.reshape(blocks, (down * rows, across * columns))[: shape[0], : shape[1]]
+
+
+def tiled_matmul(
+    x: Array, tiles: Iterable[tuple[int, int, Array]], outputs: int, dtype: DType
+) -> Array:
+    """x[T, N] → x Wᵀ [T, M], in the wider of x's dtype and ``dtype``, where W[M, N] arrives
+    as ``tiles``: (first row, last row + 1, those rows).
+
+    With all of W at hand it is ``x @ W.T``; this way only one tile of W exists in floats.
+    """
+    xp = namespace(x)
+    wide = xp.result_type(x.dtype, dtype)
+    out = xp.empty((x.shape[0], outputs), dtype=wide)  # [T, M]
+    x = xp.astype(x, wide, copy=False)
+    for start, stop, rows in tiles:
+        out[:, start:stop] = x @ xp.astype(rows, wide, copy=False).T  # [T, rows]
+    return out
 
 
 def tile_elements(like: Array, size: tuple[int, int] = TILE) -> int:

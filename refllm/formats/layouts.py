@@ -305,10 +305,10 @@ def to_tensor(
             return _interleave(zeros)
         return bitcast(pack(zeros - _zero_offset(layout), layout.bits), xp.int32)
     if suffix == "g_idx":
-        g_idx = xp.astype(xp.arange(n) // (layout.group_size or n), xp.int32)
-        if isinstance(inner, ActOrderLinear) and inner.g_idx is not None:
-            g_idx = inner.g_idx
-        return g_idx
+        g_idx = inner.g_idx if isinstance(inner, ActOrderLinear) else None
+        if g_idx is not None:
+            return g_idx
+        return xp.astype(xp.arange(n) // (layout.group_size or n), xp.int32)
     raise ValueError(f"{layout.name} has no tensor {suffix!r}")
 
 

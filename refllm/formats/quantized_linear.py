@@ -30,7 +30,7 @@ import math
 from collections.abc import Iterator
 
 from refllm.backend import Array, DType, namespace
-from refllm.formats.granularity import TILE
+from refllm.formats.granularity import MATMUL_TILE, TILE, tiled_matmul
 from refllm.formats.packing import (
     load_scale,
     load_zero,
@@ -41,8 +41,6 @@ from refllm.formats.packing import (
     words_per_row,
 )
 from refllm.formats.uniform import Scheme, dequantize_codes, qparams, quantize_codes
-
-MATMUL_TILE = (1 << 18, 1 << 26)  # weights dequantised at a time in a product (host, device)
 
 
 class QuantizedLinear:
@@ -162,13 +160,8 @@ class QuantizedLinear:
         """x[T, N] → x Wᵀ [T, M], in the wider of x's dtype and ``dtype``: the values of
         ``x @ weight.dequantize().T``, with at most one tile of W in floats.
         """
-        xp = namespace(x, self._words)
-        dtype = xp.result_type(x.dtype, self.dtype)
-        out = xp.empty((x.shape[0], self.shape[0]), dtype=dtype)  # [T, M]
-        x = xp.astype(x, dtype, copy=False)
-        for start, stop, tile in self._tiles(MATMUL_TILE):
-            out[:, start:stop] = x @ xp.astype(tile, dtype, copy=False).T  # [T, rows]
-        return out
+        namespace(x, self._words)  # both on one device
+        return tiled_matmul(x, self._tiles(MATMUL_TILE), self.shape[0], self.dtype)
 
     def _tiles(self, size: tuple[int, int]) -> Iterator[tuple[int, int, Array]]:
         """(first row, last row + 1, those rows of W) in turn."""

@@ -124,9 +124,9 @@ class W8A8Linear:
         codes, scale = self.quantize_activations(work)  # [T, N], [T, 1] or ()
         w = self.weight
         w_scale = xp.astype(w.scale, work.dtype)
-        w_zero = w.zero_point
-        if w.scheme.symmetric and w.scheme.zero == 0:
-            w_zero = None
+        w_zero: Array | None = None
+        if not w.scheme.symmetric or w.scheme.zero != 0:
+            w_zero = w.zero_point
         sizes = (_largest_size(self.scheme), _largest_size(w.scheme))
         y = scaled_matmul(codes, scale, None, w.codes, w_scale, w_zero, sizes=sizes)
         return xp.astype(y, x.dtype, copy=False)

@@ -61,5 +61,7 @@ def test_tiles_change_nothing(monkeypatch):
 
 
 def test_raw_bytes_of_another_width_are_rejected():
-    with pytest.raises(ValueError, match=r"GGUFLinear: Q4_K has no rows of \(3, 145\) bytes"):
+    with pytest.raises(
+        ValueError, match=r"raw Q4_K is uint8 \[R, a multiple of 144\], got \(3, 145\)"
+    ):
         GGUFLinear(np.zeros((3, 145), np.uint8), "Q4_K")

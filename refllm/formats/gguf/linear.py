@@ -14,14 +14,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from refllm.backend import Array, namespace
+from refllm.backend import Array, DType, namespace
 from refllm.formats.gguf.codec import dequantize
 from refllm.formats.gguf.types import gguf_type
-from refllm.formats.granularity import tile_elements
+from refllm.formats.granularity import MATMUL_TILE, tile_elements, tiled_matmul
 
 __all__ = ["GGUFLinear"]
-
-MATMUL_TILE = (1 << 18, 1 << 26)  # elements dequantised at a time in a product (host, device)
 
 
 class GGUFLinear:
@@ -29,10 +27,12 @@ class GGUFLinear:
     type that it comes back in.
     """
 
-    def __init__(self, raw: Array, type: str, dtype: str | np.dtype[np.generic] = "float32"):
+    def __init__(self, raw: Array, type: str, dtype: DType = "float32"):
         found = gguf_type(type)
         if raw.ndim != 2 or raw.shape[1] % found.size:
-            raise ValueError(f"GGUFLinear: {type} has no rows of {tuple(raw.shape)} bytes")
+            raise ValueError(
+                f"GGUFLinear: raw {type} is uint8 [R, a multiple of {found.size}], got {tuple(raw.shape)}"
+            )
         self.raw = raw
         self.type = type
         self.dtype = np.dtype(dtype)
@@ -54,14 +54,8 @@ class GGUFLinear:
 
     def matmul(self, x: Array) -> Array:
         """x[T, N] → x Wᵀ [T, M], in the wider of x's dtype and ``dtype``."""
-        xp = namespace(x, self.raw)
-        dtype = xp.result_type(x.dtype, self.dtype)
-        out = xp.empty((x.shape[0], self.shape[0]), dtype=dtype)
-        x = xp.astype(x, dtype, copy=False)
-        for start, stop in self._tiles():
-            tile = self._dequantized(self.raw[start:stop])
-            out[:, start:stop] = x @ xp.astype(tile, dtype, copy=False).T
-        return out
+        namespace(x, self.raw)  # both on one device
+        return tiled_matmul(x, self._tiles(), self.shape[0], self.dtype)
 
     def dequantize(self) -> Array:
         """W[M, N] in ``dtype``, a new array."""
@@ -71,11 +65,12 @@ class GGUFLinear:
         """The rows with these bytes, in ``dtype``."""
         return namespace(raw).astype(dequantize(raw, self.type), self.dtype, copy=False)
 
-    def _tiles(self) -> Iterator[tuple[int, int]]:
-        """(first row, last row + 1) of each tile of a product."""
+    def _tiles(self) -> Iterator[tuple[int, int, Array]]:
+        """(first row, last row + 1, those rows of W) of each tile of a product."""
         step = max(1, tile_elements(self.raw, MATMUL_TILE) // max(1, self.shape[1]))
         for start in range(0, self.shape[0], step):
-            yield start, min(start + step, self.shape[0])
+            stop = min(start + step, self.shape[0])
+            yield start, stop, self._dequantized(self.raw[start:stop])
 
     def __repr__(self) -> str:
         size = f"{self.shape[0]}×{self.shape[1]}"
