@@ -1,10 +1,10 @@
 """Which codes two ways of computing them must share: those of the columns before the first
 tie.
 
-A weight half-way between two codes goes where the last bit of its computation sends it, and
-takes the rest of its row along. That is no rare case: the half-integer rules put an extreme
-weight at ±7.5 steps, and it is a tie wherever the first column of a group holds the extreme
-that is not clipped.
+A weight half-way between two codes is rounded by the last bit of its computation, and the
+rest of its row follows. This is not rare: the half-integer rules put an extreme weight at
+±7.5 scales, which is a tie wherever the first column of a group holds the extreme that is
+not clipped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from conftest import to_host
 from refllm.quant.hessian import factor
 from schemes import spread
 
-NEAR = 1e-9  # of a step, in float64
+NEAR = 1e-9  # relative to the scale, in float64
 
 
 def settled(
@@ -35,8 +35,8 @@ def settled(
     error = (np.where(to_host(f.dead), 0.0, weight) - to_host(q.dequantize()))[:, order]
     rounded = np.linalg.solve(upper.T, error.T).T * np.diag(upper)
     # of a dynamic group: in the order of the visit
-    steps = spread(to_host(q.scale), q.scheme, weight.shape)
-    r = rounded / (steps if q.g_idx is not None else steps[:, order])
+    scales = spread(to_host(q.scale), q.scheme, weight.shape)
+    r = rounded / (scales if q.g_idx is not None else scales[:, order])
     codes = codes[:, order]
     clipped = ((codes == q.scheme.qmin) & (r < 0)) | ((codes == q.scheme.qmax) & (r > 0))
     ties = (np.abs(np.abs(r) - 0.5) < NEAR) & ~clipped

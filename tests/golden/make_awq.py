@@ -32,8 +32,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import networks
 from refllm.checkpoints.writer import save
 
-# All asymmetric: of a symmetric grid of L/2 steps the negative extreme of a group lies at
-# −7.5 steps, a tie that the last bit of the scale decides, in half of all groups.
+# All asymmetric: on a symmetric grid the negative extreme of a group lies at −7.5 scales, a tie
+# that the last bit of the scale decides, in half of all groups.
 CASES: list[dict[str, Any]] = [
     {"network": "llama-tied-mha", "group_size": 8, "bits": 4, "duo": True},
     {"network": "llama-tied-mha", "group_size": 8, "bits": 3, "duo": False},

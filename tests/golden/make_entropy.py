@@ -1,8 +1,9 @@
 """Record what NVIDIA's modelopt makes of a few samples: ``entropy.json``, for
 ``test_histogram``, ``test_observers``.
 
-    python -m venv peer && peer/bin/pip install nvidia-modelopt==0.47.0 scipy torch requests
-    peer/bin/python tests/golden/make_entropy.py
+    python -m venv reference
+    reference/bin/pip install nvidia-modelopt==0.47.0 scipy torch requests
+    reference/bin/python tests/golden/make_entropy.py
 
 Two kinds of case. *cuts*: a histogram that NumPy counted, and the bins that modelopt's
 entropy and percentile functions keep of it. *calibrators*: batches that its

@@ -1,8 +1,8 @@
 """Record what llm-compressor's GPTQ makes of a few small layers: ``gptq.npz``, read by
 ``test_gptq``.
 
-    python -m venv peer && peer/bin/pip install llmcompressor==0.14.0.1
-    peer/bin/python tests/golden/make_gptq.py
+    python -m venv reference && reference/bin/pip install llmcompressor==0.14.0.1
+    reference/bin/python tests/golden/make_gptq.py
 
 Inputs are drawn by NumPy from a seed, without any matrix product, so the test draws the
 same ones. Scales come from compressed-tensors' own rule on the original weight
@@ -54,7 +54,7 @@ def inputs(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 
 def record(case: Case) -> dict[str, Any]:
-    """Codes, scales, zero points and the loss, as the peer finds them for H = 2 xᵀx / T."""
+    """Codes, scales, zero points and the loss of llm-compressor for H = 2 xᵀx / T."""
     import torch
     from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
     from compressed_tensors.quantization.utils import calculate_qparams

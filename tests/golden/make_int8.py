@@ -1,12 +1,12 @@
 """Record what bitsandbytes makes of a few products: ``int8.npz``, read by
-``test_outliers``.
+``test_llm_int8``.
 
-    python -m venv peer && peer/bin/pip install bitsandbytes==0.50.2 scipy torch
-    peer/bin/python tests/golden/make_int8.py
+    python -m venv reference && reference/bin/pip install bitsandbytes==0.50.2 scipy torch
+    reference/bin/python tests/golden/make_int8.py
 
 Of each case: the codes, row statistics and outlier columns of the activations, those of the
-weight, and the product in float16. Activations and weights are float16 numbers, as
-bitsandbytes casts them, drawn from a seed.
+weight, and the product in float16. Activations and weights are float16, as
+bitsandbytes casts them, drawn with a seed.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ INPUTS = 64
 
 def case(name: str) -> tuple[np.ndarray, np.ndarray, float]:
     """x[T, 64] and weight[24, 64] in float16, and the threshold."""
-    how = CASES[name]
-    rng = np.random.default_rng(how["seed"])
-    x = rng.standard_normal((how["tokens"], INPUTS))
-    # whole columns of about 40, with small numbers among them: those belong to the columns,
+    options = CASES[name]
+    rng = np.random.default_rng(options["seed"])
+    x = rng.standard_normal((options["tokens"], INPUTS))
+    # whole columns of about 40, with small values among them: those belong to the columns,
     # and are no outliers
-    columns = rng.permutation(INPUTS)[: how["outliers"]]
-    x[:, columns] *= rng.choice([1.0, 40.0], (how["tokens"], len(columns)))
+    columns = rng.permutation(INPUTS)[: options["outliers"]]
+    x[:, columns] *= rng.choice([1.0, 40.0], (options["tokens"], len(columns)))
     if len(columns):
         x[0, columns[0]] = -6.0  # exactly the threshold counts
-    if how.get("zero"):
+    if options.get("zero"):
         x[-1] = 0.0
     weight = rng.standard_normal((OUTPUTS, INPUTS)) / 8
-    return x.astype(np.float16), weight.astype(np.float16), how["threshold"]
+    return x.astype(np.float16), weight.astype(np.float16), options["threshold"]
 
 
 def main() -> None:

@@ -154,7 +154,8 @@ def test_bound_the_best_loss_is_at_most_that_of_round_to_nearest(xp, problem, du
 
 
 @pytest.mark.theorem(
-    "scaling all activations by c > 0 leaves AWQ's scales as they are (unclamped) and multiplies its losses by c²",
+    "scaling all activations by c > 0 does not change AWQ's scales (unclamped) and "
+    "multiplies its losses by c²",
     source="s = a^r / sqrt(max a^r · min a^r)",
 )
 @given(seed=seeds, exponent=st.integers(-6, 6), order=st.randoms(use_true_random=False))
@@ -198,7 +199,8 @@ def test_a_channel_that_carries_the_activations_gets_the_largest_scale_and_the_l
 
 
 @pytest.mark.theorem(
-    "the rounding error of column j after AWQ is at most Δ'/(2 s_j), Δ' the step of its group as scaled",
+    "the rounding error of column j after AWQ is at most Δ'/(2 s_j), Δ' the quantisation "
+    "scale of its scaled group",
     source="Lin et al. 2023, eq. 3",
 )
 @given(
@@ -211,14 +213,14 @@ def test_bound_the_error_of_a_column_shrinks_by_its_scale(xp, problem):
     x_, weights_ = arrays_on(xp, x, weights)
     s = search_scale(x_, weights_, scheme).scale
     for w in weights_:
-        step = np.repeat(
+        delta = np.repeat(
             to_host(qparams(w * s, scheme)[0]), scheme.group_size or w.shape[1], axis=1
         )
         error = np.abs(to_host(fake_quantize(w * s, scheme) / s - w).astype(np.float64))
-        # of x/s and s·q, relative to half a step
+        # of x/s and s·q, relative to half of Δ'
         slack = 1 + (2**scheme.bits + 8) * EPS[x.dtype.name]
         assert np.all(
-            error <= step / (2 * to_host(s)) * slack + 8 * EPS[x.dtype.name] * np.abs(to_host(w))
+            error <= delta / (2 * to_host(s)) * slack + 8 * EPS[x.dtype.name] * np.abs(to_host(w))
         )
 
 
@@ -231,7 +233,7 @@ def test_the_loss_is_taken_where_inspect_looks(xp):
 
 
 @given(fails=st.integers(1, 25), seed=seeds)
-def test_nothing_to_restore_weights_stay_bit_identical_whatever_inspect_does(xp, fails, seed):
+def test_nothing_to_restore_weights_stay_bit_identical_if_inspect_writes_to_them(xp, fails, seed):
     rng = np.random.default_rng(seed)
     host = [rng.standard_normal((m, 8)).astype("float32") for m in (5, 3)]
     x, weights = arrays_on(xp, rng.standard_normal((9, 8)).astype("float32"), host)
@@ -286,13 +288,13 @@ def test_candidates_beyond_the_dtype_lose_without_a_warning(xp):
         (lambda x, w: (x[:, :6], [w[0][:, :6]]), "the nearest sizes that do are 3 and 6"),
     ],
 )
-def test_refused_naming_what_is_wrong(xp, change, message):
+def test_rejected_naming_what_is_wrong(xp, change, message):
     x, weights = change(xp.ones((2, 8)), [xp.ones((3, 8))])
     with pytest.raises(ValueError, match=message):
         search_scale(x, weights, W4)
 
 
-def test_refused_an_inspect_whose_output_is_not_finite(xp):
+def test_rejected_an_inspect_whose_output_is_not_finite(xp):
     with pytest.raises(ValueError, match="the output on the original weights"):
         search_scale(xp.ones((2, 8)), [xp.ones((3, 8))], W4, inspect=lambda ws: ws[0] * math.inf)
 
@@ -301,7 +303,7 @@ def test_refused_an_inspect_whose_output_is_not_finite(xp):
 
 
 def naive_errors(x, w, scheme, max_tokens=512):
-    """[M, N/g, 10]: what each step costs each group, by the definition, token by token."""
+    """[M, N/g, 10]: what each limit costs each group, by the definition, token by token."""
     group = scheme.group_size or w.shape[1]
     seen = x[:: max(1, len(x) // max_tokens)]
     alone = Scheme(scheme.bits, scheme.rule, "channel")
@@ -329,20 +331,21 @@ def test_oracle_limits_are_those_of_the_loops(xp, problem, max_tokens, piece):
     errors = naive_errors(x, w, scheme, max_tokens)
     peak = np.abs(w).reshape(*limits.shape, -1).max(axis=-1)
     candidates = peak[..., None] * (1 - np.arange(10) / 20)
-    step = np.argmin(np.abs(candidates - limits[..., None]), axis=-1)
-    assert np.array_equal(np.take_along_axis(candidates, step[..., None], -1)[..., 0], limits)
-    taken = np.take_along_axis(errors, step[..., None], -1)[..., 0]
+    chosen = np.argmin(np.abs(candidates - limits[..., None]), axis=-1)
+    assert np.array_equal(np.take_along_axis(candidates, chosen[..., None], -1)[..., 0], limits)
+    taken = np.take_along_axis(errors, chosen[..., None], -1)[..., 0]
     best = errors.min(axis=-1)
     # ‖R d‖² against ‖X d‖²: QR moves each column by n·eps of its length
     size = np.abs(x).sum() ** 2 * peak**2
     slack = 64 * x.shape[1] * EPS["float64"] * size + 1e-300
     assert np.all(taken <= best + slack)
     clear = np.sort(errors, axis=-1)[..., 1] > best + 2 * slack  # no tie within rounding
-    assert np.array_equal(step[clear], np.argmin(errors, axis=-1)[clear])
+    assert np.array_equal(chosen[clear], np.argmin(errors, axis=-1)[clear])
 
 
 @pytest.mark.theorem(
-    "AWQ's clipping keeps |w| ≤ m with 0.55·max|w| ≤ m ≤ max|w|, and leaves groups with m = max|w| as they are",
+    "AWQ's clipping keeps |w| ≤ m with 0.55·max|w| ≤ m ≤ max|w|, and leaves groups with m = "
+    "max|w| unchanged",
     source="Lin et al. 2023, code: max_shrink 0.5, 20 steps",
 )
 @given(problem=problems())
@@ -400,13 +403,13 @@ def test_long_texts_are_thinned_evenly(xp):
 
 def test_a_tie_keeps_the_wider_range(xp):
     w = np.random.default_rng(0).standard_normal((3, 8))
-    # nothing fires: no step costs anything
+    # all inputs are zero: no limit costs anything
     limits = search_clip(xp.zeros((4, 8)), xp.asarray(w), W4)
     assert np.array_equal(to_host(limits), np.abs(w).reshape(3, 2, 4).max(axis=-1))
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "block"])
-def test_refused_a_scheme_whose_ranges_are_not_parts_of_rows(xp, granularity):
+def test_rejected_a_scheme_whose_ranges_are_not_parts_of_rows(xp, granularity):
     scheme = Scheme(4, "asymmetric", granularity, *((4,) if granularity == "block" else ()))
     with pytest.raises(ValueError, match="by channel or group, not by"):
         search_clip(xp.ones((2, 8)), xp.ones((3, 8)), scheme)

@@ -50,7 +50,7 @@ LENGTHS = [9, 1, 20]
 
 
 class Case:
-    """The first layer of a random network with text in front of it."""
+    """The first layer of a random network and the inputs of its projections."""
 
     def __init__(self, xp, config, seed, dtype="float64", lengths=LENGTHS, tokens=None):
         self.config = config
@@ -95,8 +95,8 @@ def snapshot(layer):
 
 
 @pytest.mark.theorem(
-    "folding a scale (columns times s, what makes their input divided by s) leaves a layer's output as it is, in "
-    "float64",
+    "folding a scale (columns times s, the source of their input divided by s) does not "
+    "change a layer's output, in float64",
     source="Lin et al. 2023, section 3.2: Q(w·s)(x/s)",
 )
 @pytest.mark.parametrize("name", CASES)
@@ -160,7 +160,8 @@ def test_folding_multiplies_and_divides_what_the_table_says(xp, group):
 
 
 @pytest.mark.theorem(
-    "AWQ without clipping and rounding computes the same function as the layer that it was given, in float64",
+    "AWQ without clipping and rounding computes the same function as the layer that it was "
+    "given, in float64",
     source="Lin et al. 2023, section 3.2",
 )
 @pytest.mark.parametrize("name", CASES)
@@ -288,7 +289,7 @@ def test_losses_by_projection_are_those_of_the_group_that_scales_its_columns(xp)
     assert len(found.skipped) == 1
 
 
-def test_one_input_of_each_group_is_enough_and_none_is_refused(xp):
+def test_one_input_of_each_group_is_enough_and_none_is_rejected(xp):
     case = Case(xp, CASES["llama"], 7)
     whole = case.awq()[1]
     case.inputs = {
@@ -302,7 +303,7 @@ def test_one_input_of_each_group_is_enough_and_none_is_refused(xp):
         case.awq()
 
 
-# --- the peer -----------------------------------------------------------------------------
+# --- the reference implementation ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", range(4))

@@ -1,5 +1,5 @@
-"""Calibration text: drawn by a seed from training documents, and refused where it is no
-text.
+"""Calibration data: drawn with a seed from training documents, and rejected where it is not
+token ids.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def test_a_long_token_stream_is_encoded_as_far_as_it_is_needed():
 @pytest.mark.parametrize(
     ("count", "length", "texts"), [(0, 4, ["a"]), (4, 0, ["a"]), (1, 1, []), (1, 1, [""])]
 )
-def test_windows_of_nothing_are_refused(count, length, texts):
+def test_windows_of_nothing_are_rejected(count, length, texts):
     with pytest.raises(ValueError, match="calibration_windows: no"):
         calibration_windows(
             byte_tokenizer(), count, length, 0, documents=[Document("x", t) for t in texts]
@@ -101,7 +101,7 @@ def test_token_ids_of_every_kind_become_lists():
 @pytest.mark.parametrize(
     ("calibration", "why"),
     [
-        ([], "no text"),
+        ([], "there is no sequence"),
         ([[1], []], "sequence 1 must be a non-empty"),
         ([[1.0, 2.0]], "sequence 0 must be"),
         (np.ones((2, 3)), "sequence 0 must be"),
@@ -114,6 +114,6 @@ def test_token_ids_of_every_kind_become_lists():
         ([[-1]], "sequence 0 holds a token outside"),
     ],
 )
-def test_what_is_no_text_is_refused(calibration, why):
+def test_what_is_no_text_is_rejected(calibration, why):
     with pytest.raises(ValueError, match=why):
         sequences(calibration, 7)

@@ -1,5 +1,5 @@
-"""A weight that is rounded column by column has the scales that its scheme gives each group,
-whatever the order of the visit.
+"""A weight that is rounded column by column gets the scales that its scheme gives each group,
+in any order of the visit.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def weight(seed):
 
 
 def visit(xp, w, columns, order):
-    """Round the columns of w as they are, in this order; codes[M, N] and values[M, N] in
+    """Round the columns of w without compensation, in this order; codes[M, N] and values[M, N] in
     the order of the visit.
     """
     codes = []
@@ -140,7 +140,7 @@ def test_a_column_that_outgrew_a_tiny_scale_is_clipped_without_overflow(xp):
     assert np.all(np.isfinite(to_host(back)))
 
 
-def test_granularities_and_groups_that_do_not_fit_are_refused_by_name(xp):
+def test_granularities_and_groups_that_do_not_fit_are_rejected_by_name(xp):
     w = xp.asarray(weight(0))
     with pytest.raises(ValueError, match="up_proj: granularity 'token' is for activations"):
         ColumnQuantizer(w, Scheme(4, "power", "token"), name="up_proj")

@@ -38,6 +38,7 @@ class Way(NamedTuple):
     options: Any = MappingProxyType({})
 
 
+W8A8_OPTIONS = {"rule": "half_integer", "scale_dtype": "float16"}  # what the layout can hold
 WAYS = {
     "w4-g32": Way("rtn", Scheme(4, "half_integer", "group", 32), "pack-quantized"),
     "w4-channel": Way("gptq", Scheme(4, "half_integer", "channel"), "pack-quantized"),
@@ -46,11 +47,12 @@ WAYS = {
     "w3-g32": Way("gptq", Scheme(3, "half_integer", "group", 32), "pack-quantized"),
     "w3-channel": Way("rtn", Scheme(3, "half_integer", "channel"), "pack-quantized"),
     "int8": Way("int8", None, "pack-quantized"),
-    "w8a8": Way("smoothquant", None, "int-quantized", {"rule": "half_integer", "scale_dtype": "float16"}),
-    "w8a8-keep": Way("smoothquant", None, "int-quantized", {"rule": "half_integer", "scale_dtype": "float16",
-                                                            "keep": ("down_proj", "o_proj")}),
+    "w8a8": Way("smoothquant", None, "int-quantized", W8A8_OPTIONS),
+    "w8a8-keep": Way("smoothquant", None, "int-quantized",
+                     W8A8_OPTIONS | {"keep": ("down_proj", "o_proj")}),
     "gptq": Way("gptq", Scheme(4, "asymmetric", "group", 32), "gptq_v2"),
-    "gptq-act-order": Way("gptq", Scheme(4, "half_integer", "group", 16), "gptq_v2", {"act_order": True}),
+    "gptq-act-order": Way("gptq", Scheme(4, "half_integer", "group", 16), "gptq_v2",
+                          {"act_order": True}),
     "gptq-3": Way("rtn", Scheme(3, "asymmetric", "group", 32), "gptq_v2"),
     "gptq-v1": Way("gptq", Scheme(4, "half_integer", "group", 32), "gptq"),
     "awq": Way("awq", Scheme(4, "awq", "group", 32), "awq"),
@@ -137,7 +139,8 @@ def test_biases_norms_and_tied_heads_come_back(tmp_path, family):
 
 @pytest.mark.oracle
 @pytest.mark.theorem(
-    "transformers loads W4A16, W8A16 and W3A16 checkpoints, group and channel, with no missing and no unexpected key, "
+    "transformers loads W4A16, W8A16 and W3A16 checkpoints, group and channel, with no "
+    "missing and no unexpected key, "
     "and its logits are ours within 1e-4",
     source="transformers 5 with compressed-tensors",
 )
@@ -155,7 +158,8 @@ def test_weight_only_checkpoints_in_transformers(exported, name):
 
 @pytest.mark.oracle
 @pytest.mark.theorem(
-    "W8A8: on equal inputs each linear of transformers gives our product within 1e-4 of its size; codes of activations "
+    "W8A8: on equal inputs each linear of transformers gives our product within 1e-4 of its "
+    "size; codes of activations "
     "differ only at ties, and the logits of sequences without one are ours within 1e-3",
     source="transformers 5 with compressed-tensors; activations by absmax/127.5",
 )
@@ -178,13 +182,13 @@ def test_w8a8_checkpoints_in_transformers(exported, name):
         )
         if not isinstance(linear, W8A8Linear):
             continue
-        (theirs_codes, step), (our_codes, _) = (
+        (theirs_codes, scale), (our_codes, _) = (
             linear.quantize_activations(a) for a in (flat, own[index, key])
         )
         differ = theirs_codes != our_codes
         sequence = np.arange(len(flat)) // IDS.shape[1]
         fresh = differ & same[sequence][:, None]  # behind a code that differs everything may
-        tie = np.abs(np.abs(flat / step % 1.0) - 0.5)
+        tie = np.abs(np.abs(flat / scale % 1.0) - 0.5)
         assert (tie[fresh] <= 1e-3).all(), (index, key)
         same[np.unique(sequence[differ.any(axis=1)])] = False
     assert same.any()
@@ -209,7 +213,7 @@ def test_default_layouts():
     assert default_layout(Scheme(4, "half_integer", "channel"), act_order=True) == "gptq_v2"
 
 
-def test_what_cannot_be_exported_is_refused_and_nothing_is_written(original, tmp_path):
+def test_what_cannot_be_exported_is_rejected_and_nothing_is_written(original, tmp_path):
     target = tmp_path / "q"
     with pytest.raises(
         CheckpointError, match="all projections of a name must be quantised alike; found none"
@@ -233,7 +237,9 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(original, tmp
     with pytest.raises(ValueError, match="dtype 'int8' is not stored"):
         export(target, other, dtype="int8")
     static, _ = quantize_model(original, "smoothquant", None, IDS, level="O3")
-    with pytest.raises(CheckpointError, match="stored activations have 8 bits and a step a token"):
+    with pytest.raises(
+        CheckpointError, match="stored activations have 8 bits and a dynamic scale per token"
+    ):
         export(target, static)
     assert not target.exists()
     export(target, other)

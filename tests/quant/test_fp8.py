@@ -34,7 +34,8 @@ PAIRS = [
 
 
 @pytest.mark.theorem(
-    "the block-scaled product is the product of the dequantised matrices, within (N + N/slice + 8) · eps · Σ|x̂||ŵ|",
+    "the block-scaled product is the product of the dequantised matrices, within (N + "
+    "N/slice + 8) · eps · Σ|x̂||ŵ|",
     source="DeepSeek-V3, §3.3.2; Higham 2002, §3.1",
 )
 @given(
@@ -71,7 +72,8 @@ def test_tiles_of_the_weight_join(xp, monkeypatch):
 
 
 @pytest.mark.theorem(
-    "truncation keeps b significant bits, towards zero: 0 ≤ |x| − |x'| < 2^(1−b) |x|, and no bit more",
+    "truncation keeps b significant bits, towards zero: 0 ≤ |x| − |x'| < 2^(1−b) |x|, and "
+    "no bit more",
     source="IEEE 754",
 )
 @given(st.integers(1, 24), seeds)
@@ -86,8 +88,8 @@ def test_truncate(xp, bits, seed):
 
 
 @pytest.mark.theorem(
-    "K products in steps of e, cut to b bits each time, lose at most ⌈K/e⌉ · 2^(1−b) · Σ|x||w|; promoted every P "
-    "products only ⌈P/e⌉ such cuts",
+    "K products added e at a time, truncated to b bits each time, lose at most "
+    "⌈K/e⌉ · 2^(1−b) · Σ|x||w|; promoted every P products only ⌈P/e⌉ such truncations",
     source="DeepSeek-V3, §3.3.2",
 )
 @given(st.sampled_from([8, 14]), st.sampled_from([16, 32]), st.sampled_from([None, 64, 128]), seeds)
@@ -133,7 +135,7 @@ def test_the_accumulator_of_a_weight(xp):
     np.testing.assert_allclose(wide, exact, rtol=1e-4, atol=1e-4)
 
 
-def test_slices_that_do_not_nest_are_refused(xp):
+def test_slices_that_do_not_nest_are_rejected(xp):
     x = xp.asarray(np.ones((2, 24), dtype=np.float32))
     a, b = (quantize(x, FloatScheme("e4m3", "block", (1, size))) for size in (6, 4))
     with pytest.raises(ValueError, match="do not nest"):
@@ -192,7 +194,7 @@ def test_tokens_are_independent(xp, granularity, seed):
         np.testing.assert_array_equal(alone[0], whole[i])
 
 
-def test_bad_options_are_refused():
+def test_bad_options_are_rejected():
     w = np.ones((4, 8), dtype=np.float32)
     with pytest.raises(
         ValueError, match="fp8 takes 8 bits by tensor, channel, block, group, got 4 bits"
@@ -213,7 +215,8 @@ def test_bad_options_are_refused():
 
 
 @pytest.mark.theorem(
-    "a delayed scale saturates nothing while the range does not grow, and all beyond it when it does",
+    "a delayed scale saturates nothing while the range does not grow, and all beyond it "
+    "when it does",
     source="Micikevicius et al. 2022, §4",
 )
 @given(st.integers(1, 6), seeds)
@@ -236,7 +239,7 @@ def test_delayed_scale(xp, history, seed):
 
 
 def test_where_integers_and_floats_win(xp):
-    """Even ranges: INT8. Few large numbers among many small ones: E4M3, by far."""
+    """Even ranges: INT8. Few large values among many small ones: E4M3, by far."""
     rng = np.random.default_rng(0)
     normal = rng.standard_normal((32, 1024)).astype(np.float32)
     outlier = normal.copy()
@@ -294,7 +297,8 @@ def test_every_projection_goes_through_the_product():
 
 
 @pytest.mark.theorem(
-    "each of the three products is that of its rounded operands, scales in the direction of its own sum",
+    "each of the three products is that of its rounded operands, scales in the direction of "
+    "its own sum",
     source="DeepSeek-V3, §3.3.1",
 )
 @pytest.mark.parametrize("gradients", ["e4m3", "e5m2"])

@@ -53,7 +53,7 @@ def loss_of(w, q, h):
 
 
 def close(a, b, h):
-    """Losses equal up to rounding: N steps, each amplified by at most the condition of H."""
+    """Losses equal up to rounding: N operations, each amplified by at most the condition of H."""
     return abs(a - b) <= 64 * N * EPS64 * np.linalg.cond(h) * max(a, b)
 
 
@@ -61,19 +61,20 @@ def close(a, b, h):
 
 
 @pytest.mark.theorem(
-    "Σ ½ e² = ½ tr(E H Eᵀ) for the damped H and the dead columns of W at zero: the loss needs no product with H",
+    "Σ ½ e² = ½ tr(E H Eᵀ) for the damped H and the dead columns of W at zero: the loss "
+    "needs no product with H",
     source="Frantar et al. 2022, section 3; expand E U⁻¹ U⁻ᵀ Eᵀ",
 )
 @given(
     seed=seeds,
     scheme=schemes,
-    how=options,
+    options=options,
     damp=st.sampled_from([0.001, 0.01, 0.3]),
     dead=st.booleans(),
 )
-def test_conservation_the_loss_is_the_quadratic_form(xp, seed, scheme, how, damp, dead):
+def test_conservation_the_loss_is_the_quadratic_form(xp, seed, scheme, options, damp, dead):
     w, h = problem(seed, dead=dead)
-    q = gptq(xp.asarray(w), xp.asarray(h), scheme, damp=damp, block_size=16, **how)
+    q = gptq(xp.asarray(w), xp.asarray(h), scheme, damp=damp, block_size=16, **options)
     exact = damped(h, damp)
     alive = w * ~to_host(q.dead)
     assert q.damp == damp
@@ -83,14 +84,14 @@ def test_conservation_the_loss_is_the_quadratic_form(xp, seed, scheme, how, damp
 
 def test_the_loss_is_that_of_what_is_stored_also_with_rounded_scales(xp):
     w, h = problem(1)
-    for how in ({}, {"act_order": True}, {"static_groups": True}):
+    for options in ({}, {"act_order": True}, {"static_groups": True}):
         q = gptq(
             xp.asarray(w),
             xp.asarray(h),
             Scheme(3, "asymmetric", "group", 8),
             scale_dtype="float16",
             zero_dtype="float16",
-            **how,
+            **options,
         )
         scale = to_host(q.scale)
         assert np.array_equal(scale, scale.astype("float16").astype("float64"))
@@ -110,14 +111,14 @@ def test_the_loss_is_that_of_what_is_stored_also_with_rounded_scales(xp):
 @given(
     w=arrays(M, N, kinds=MODEST),
     scheme=schemes,
-    how=options,
+    options=options,
     c=st.sampled_from([2.0**-9, 1.0, 3.7]),
     mse=st.booleans(),
 )
-def test_equality_with_a_hessian_of_one_size_it_is_round_to_nearest(xp, w, scheme, how, c, mse):
+def test_equality_with_a_hessian_of_one_size_it_is_round_to_nearest(xp, w, scheme, options, c, mse):
     assume(not (mse and scheme.granularity == "tensor"))
     w = xp.asarray(w)
-    got = gptq(w, xp.asarray(c * np.eye(N, dtype="float32")), scheme, mse=mse, **how)
+    got = gptq(w, xp.asarray(c * np.eye(N, dtype="float32")), scheme, mse=mse, **options)
     nearest = rtn(w, scheme, mse=mse)
     assert np.array_equal(to_host(got.codes), to_host(nearest.codes))
     assert np.array_equal(to_host(got.dequantize()), to_host(nearest.dequantize()))
@@ -152,7 +153,8 @@ def unclipped(seed, n, bits=8):
 
 
 @pytest.mark.theorem(
-    "Without clipping, GPTQ is Babai's nearest plane on the lattice of H's square root, coordinates reversed",
+    "Without clipping, GPTQ is Babai's nearest plane on the lattice of H's square root, "
+    "coordinates reversed",
     source="Chen et al. 2025 (arXiv:2507.18553)",
 )
 @given(seed=seeds, n=st.integers(1, 10), block=st.sampled_from([1, 3, 128]))
@@ -194,24 +196,29 @@ def test_bound_of_the_error_without_clipping(xp, seed, n, act_order):
 
 
 @pytest.mark.theorem(
-    "The block size changes nothing: a dynamic group's columns are brought up to date before its scale is found",
+    "The block size changes nothing: a dynamic group's columns are brought up to date "
+    "before its scale is found",
     source="lazy batch updates are linear, Frantar et al. 2022, section 3.3",
 )
 @given(
-    seed=seeds, scheme=schemes, how=options, block=st.sampled_from([1, 2, 3, 5, 7, 8, 10, 16, 23])
+    seed=seeds,
+    scheme=schemes,
+    options=options,
+    block=st.sampled_from([1, 2, 3, 5, 7, 8, 10, 16, 23]),
 )
-def test_invariance_of_the_block_size(xp, seed, scheme, how, block):
+def test_invariance_of_the_block_size(xp, seed, scheme, options, block):
     w, h = (xp.asarray(a) for a in problem(seed))
-    whole = gptq(w, h, scheme, **how)
-    blocks = gptq(w, h, scheme, block_size=block, **how)
-    same = settled(whole, to_host(w), to_host(h), act_order=how["act_order"])
+    whole = gptq(w, h, scheme, **options)
+    blocks = gptq(w, h, scheme, block_size=block, **options)
+    same = settled(whole, to_host(w), to_host(h), act_order=options["act_order"])
     assert np.array_equal(to_host(whole.codes)[:, same], to_host(blocks.codes)[:, same])
     if same.all():
         np.testing.assert_allclose(to_host(blocks.scale), to_host(whole.scale), rtol=1e4 * EPS64)
 
 
 @pytest.mark.theorem(
-    "Act-order is the plain order on permuted columns, and does not see in which order the columns came",
+    "Act-order is the plain order on permuted columns, and does not see in which order the "
+    "columns came",
     source="W ← W P, H ← Pᵀ H P",
 )
 @given(seed=seeds, rule=st.sampled_from(RULES), shape=st.sampled_from(SHAPES[:5]))
@@ -242,27 +249,27 @@ def test_equivariance_of_act_order(xp, seed, rule, shape):
 @pytest.mark.theorem(
     "A positive factor of H changes no code", source="e and U scale alike; only the loss has a unit"
 )
-@given(seed=seeds, scheme=schemes, how=options, exponent=st.integers(-20, 20))
-def test_invariance_of_the_unit_of_the_hessian(xp, seed, scheme, how, exponent):
+@given(seed=seeds, scheme=schemes, options=options, exponent=st.integers(-20, 20))
+def test_invariance_of_the_unit_of_the_hessian(xp, seed, scheme, options, exponent):
     w, h = problem(seed)
-    plain = gptq(xp.asarray(w), xp.asarray(h), scheme, **how)
+    plain = gptq(xp.asarray(w), xp.asarray(h), scheme, **options)
     # its root is exact too
-    scaled = gptq(xp.asarray(w), xp.asarray(4.0**exponent * h), scheme, **how)
+    scaled = gptq(xp.asarray(w), xp.asarray(4.0**exponent * h), scheme, **options)
     assert np.array_equal(to_host(plain.packed()), to_host(scaled.packed()))
     assert scaled.loss == 4.0**exponent * plain.loss
 
 
-@given(seed=seeds, rule=st.sampled_from(RULES), shape=st.sampled_from(SHAPES[1:5]), how=options)
-def test_invariance_rows_do_not_see_each_other_and_share_a_factor(xp, seed, rule, shape, how):
+@given(seed=seeds, rule=st.sampled_from(RULES), shape=st.sampled_from(SHAPES[1:5]), options=options)
+def test_invariance_rows_do_not_see_each_other_and_share_a_factor(xp, seed, rule, shape, options):
     """Several weights that read the same input: one factor, or one stack of rows."""
     scheme = Scheme(3, rule, *shape)
     w, h = problem(seed)
     v, _ = problem(seed + 1)
-    f = factor(xp.asarray(h), 0.01, how["act_order"])
-    alone = [gptq(xp.asarray(a), f, scheme, **how) for a in (w, v)]
+    f = factor(xp.asarray(h), 0.01, options["act_order"])
+    alone = [gptq(xp.asarray(a), f, scheme, **options) for a in (w, v)]
     both = np.concatenate([w, v])
-    stacked = gptq(xp.asarray(both), xp.asarray(h), scheme, **how)
-    same = settled(stacked, both, h, act_order=how["act_order"])
+    stacked = gptq(xp.asarray(both), xp.asarray(h), scheme, **options)
+    same = settled(stacked, both, h, act_order=options["act_order"])
     codes = np.concatenate([to_host(q.codes) for q in alone])
     assert np.array_equal(codes[:, same], to_host(stacked.codes)[:, same])
     if same.all():
@@ -274,14 +281,14 @@ def test_weight_and_hessian_stay_as_they_are(xp):
         w, h = problem(3)
         w = w[: shape[0]]
         moved = xp.asarray(w.copy()), xp.asarray(h.copy())
-        for how in (
+        for options in (
             {},
             {"act_order": True},
             {"upstream_quirks": True},
             {"upstream_quirks": True, "mse": True},
         ):
             for scheme in (Scheme(3, "asymmetric", "group", 4), Scheme(3, "asymmetric", "channel")):
-                gptq(*moved, scheme, **how)
+                gptq(*moved, scheme, **options)
         assert np.array_equal(to_host(moved[0]), w)
         assert np.array_equal(to_host(moved[1]), h)
 
@@ -342,7 +349,7 @@ def published(w, h, scheme, *, block, act_order=False, static=False, damp=0.01):
     rule=st.sampled_from(["half_integer_unsigned", "asymmetric"]),
     group=st.sampled_from([None, 2, 4, 6, 8, 12, 24]),
     block=st.sampled_from([3, 4, 8, 9, 12, 16, 24]),
-    how=options,
+    options=options,
     kind=st.sampled_from(["normal", "one-sided", "dead"]),
 )
 @example(
@@ -350,27 +357,31 @@ def published(w, h, scheme, *, block, act_order=False, static=False, damp=0.01):
     rule="half_integer_unsigned",
     group=2,
     block=8,
-    how={"act_order": False, "static_groups": False},
+    options={"act_order": False, "static_groups": False},
     kind="dead",
 )
-def test_equality_with_the_published_order_of_operations(xp, seed, rule, group, block, how, kind):
+def test_equality_with_the_published_order_of_operations(
+    xp, seed, rule, group, block, options, kind
+):
     w, h = problem(seed, dead=kind == "dead")
     w = np.abs(w) if kind == "one-sided" else w
     # there dead columns, with a diagonal of 1, stand anywhere
-    assume(not (how["act_order"] and kind == "dead"))
+    assume(not (options["act_order"] and kind == "dead"))
     scheme = Scheme(3, rule, "group" if group else "channel", group)
-    got = gptq(xp.asarray(w), xp.asarray(h), scheme, block_size=block, upstream_quirks=True, **how)
-    codes, loss, order = published(
-        w, h, scheme, block=block, act_order=how["act_order"], static=how["static_groups"]
+    got = gptq(
+        xp.asarray(w), xp.asarray(h), scheme, block_size=block, upstream_quirks=True, **options
     )
-    same = settled(got, w, h, act_order=how["act_order"])[order]
+    codes, loss, order = published(
+        w, h, scheme, block=block, act_order=options["act_order"], static=options["static_groups"]
+    )
+    same = settled(got, w, h, act_order=options["act_order"])[order]
     assert np.array_equal(to_host(got.codes)[:, order][:, same], codes[:, same])
     if same.all():
         assert close(got.loss, loss, damped(h, 0.01))
 
 
 def test_the_quirks_make_a_difference_that_the_clean_form_does_not_have(xp):
-    """Stale scales make the block size part of the method; half of the step makes one-sided
+    """Stale scales make the block size part of the method; half of the scale makes one-sided
     groups clip.
     """
     w, h = problem(7)
@@ -411,7 +422,7 @@ def test_a_row_s_scale_sees_dead_columns_only_in_the_published_order(xp):
     assert np.all(to_host(quirk.scale) == 50.0 / 7.5)
 
 
-# --- the peer -----------------------------------------------------------------------------
+# --- the reference implementation ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -438,12 +449,14 @@ def test_oracle_the_codes_are_llm_compressor_s(xp, name):
 @pytest.mark.parametrize(
     "granularity", [("channel", None), ("group", 1), ("tensor", None), ("block", 3)]
 )
-@pytest.mark.parametrize("how", [{}, {"act_order": True}, {"static_groups": True}, {"mse": True}])
-def test_degenerate_a_single_column_or_row_is_round_to_nearest(xp, granularity, how):
+@pytest.mark.parametrize(
+    "options", [{}, {"act_order": True}, {"static_groups": True}, {"mse": True}]
+)
+def test_degenerate_a_single_column_or_row_is_round_to_nearest(xp, granularity, options):
     scheme = Scheme(4, "asymmetric", *granularity)
     w = xp.asarray(np.random.default_rng(0).standard_normal((4, 1)).astype("float32"))
-    got = gptq(w, xp.asarray(np.array([[3.0]], dtype="float32")), scheme, **how)
-    assert np.array_equal(to_host(got.codes), to_host(rtn(w, scheme, mse="mse" in how).codes))
+    got = gptq(w, xp.asarray(np.array([[3.0]], dtype="float32")), scheme, **options)
+    assert np.array_equal(to_host(got.codes), to_host(rtn(w, scheme, mse="mse" in options).codes))
 
 
 def test_degenerate_all_columns_dead_gives_zeros(xp):
@@ -518,7 +531,7 @@ def test_float32_comes_close_to_float64(xp):
         ({"damp": -1.0}, "0 or more, got -1.0"),
     ],
 )
-def test_what_does_not_fit_is_refused(xp, change, message):
+def test_what_does_not_fit_is_rejected(xp, change, message):
     arguments = {
         "weight": np.ones((2, N)),
         "hessian": np.eye(N),
@@ -531,7 +544,7 @@ def test_what_does_not_fit_is_refused(xp, change, message):
         gptq(w, h, name="up", **arguments)
 
 
-def test_a_factor_for_the_other_order_is_refused(xp):
+def test_a_factor_for_the_other_order_is_rejected(xp):
     w, h = (xp.asarray(a) for a in problem(0))
     for made, asked in ((True, False), (False, True)):
         with pytest.raises(

@@ -75,7 +75,7 @@ def test_the_matrix_is_a_new_array_each_time(xp):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_inputs_that_are_not_finite_are_refused_by_name(xp, bad):
+def test_inputs_that_are_not_finite_are_rejected_by_name(xp, bad):
     accumulator = Hessian("model.layers.3.mlp.up_proj")
     accumulator.add(xp.asarray(np.ones((7, 4))))
     x = np.ones((2, 4))
@@ -87,7 +87,7 @@ def test_inputs_that_are_not_finite_are_refused_by_name(xp, bad):
     assert accumulator.count == 7
 
 
-def test_no_token_and_another_width_are_refused(xp):
+def test_no_token_and_another_width_are_rejected(xp):
     with pytest.raises(ValueError, match="x has seen no token"):
         hessian(xp.zeros((0, 4)))
     with pytest.raises(ValueError, match=r"x needs columns, x\[\.\.\., N\], got shape \(4, 0\)"):
@@ -110,7 +110,8 @@ def test_exact_value_damping_is_a_share_of_the_mean_diagonal_with_dead_columns_a
 
 
 @pytest.mark.theorem(
-    "The inverse of the reversed Cholesky factor of H is the upper Cholesky factor of H⁻¹: no inverse of H is needed",
+    "The inverse of the reversed Cholesky factor of H is the upper Cholesky factor of H⁻¹: "
+    "no inverse of H is needed",
     source="uniqueness of the Cholesky factor",
 )
 @pytest.mark.parametrize("n", [1, 2, 7, 128, 129, 300])  # 129 and 300 are inverted by halves
@@ -126,7 +127,8 @@ def test_the_factor_is_the_paper_s(xp, n):
 
 
 @pytest.mark.theorem(
-    "After i columns, the inverse of what is left of H has the first row U_ii · U_i, with Uᵀ U = H⁻¹",
+    "After i columns, the inverse of what is left of H has the first row U_ii · U_i, with "
+    "Uᵀ U = H⁻¹",
     source="Frantar et al. 2022, section 3.3",
 )
 @given(seed=seeds, n=st.integers(1, 12))
@@ -182,13 +184,13 @@ def test_damping_is_doubled_until_the_matrix_is_positive_definite(xp, seed, n, d
     h -= np.eye(n) * 3.0 * np.linalg.eigvalsh(h)[0]  # its smallest eigenvalue goes below zero
     h[np.arange(n), np.arange(n)] = np.abs(np.diag(h)) + EPS64
     f = factor(xp.asarray(h), damp)
-    steps = [damp]
-    while steps[-1] < f.damp:
-        steps.append(max(LEAST_DAMP, 2 * steps[-1]))
-    assert f.damp == steps[-1]
+    tried = [damp]
+    while tried[-1] < f.damp:
+        tried.append(max(LEAST_DAMP, 2 * tried[-1]))
+    assert f.damp == tried[-1]
     assert np.linalg.eigvalsh(damped(h, f.damp))[0] > -8 * n * EPS64 * np.abs(h).max()
-    if len(steps) > 1:  # the step before was not enough
-        assert np.linalg.eigvalsh(damped(h, steps[-2]))[0] < 8 * n * EPS64 * np.abs(h).max()
+    if len(tried) > 1:  # the previous value was not enough
+        assert np.linalg.eigvalsh(damped(h, tried[-2]))[0] < 8 * n * EPS64 * np.abs(h).max()
 
 
 def test_a_factorisation_that_fails_silently_is_found_out(monkeypatch):
@@ -229,7 +231,7 @@ def test_a_factorisation_that_fails_silently_is_found_out(monkeypatch):
         (np.array([[0.0, 1e30], [1e30, 0.0]]), 0.01, "no damping makes it positive definite"),
     ],
 )
-def test_what_is_no_hessian_is_refused(xp, h, damp, message):
+def test_what_is_no_hessian_is_rejected(xp, h, damp, message):
     with pytest.raises(ValueError, match=message):
         factor(xp.asarray(h), damp)
 

@@ -50,7 +50,8 @@ def naive_divergence(h: np.ndarray, i: int, levels: int) -> float:
 
 
 @pytest.mark.theorem(
-    "The entropy cut is the last of the candidates of least KL(p ‖ q), the divergences those of the bin-by-bin sum",
+    "The entropy cut is the last of the candidates of least KL(p ‖ q), the divergences "
+    "those of the bin-by-bin sum",
     source="Migacz 2017; NVIDIA modelopt, calib/histogram.py",
 )
 @given(histograms(), st.sampled_from([1, 2, 8, 16]), st.integers(2, 40))
@@ -65,7 +66,7 @@ def test_entropy_cut_is_the_definition(xp, h, levels, start):
     replaced = np.concatenate([h[1:2], h[1:]]).astype(np.float64)
     ours = to_host(_divergences(xp.asarray(replaced), levels, start, len(h) + 1))
     # sums of at most len(h) terms of size log(total), each off by a few eps; prefix sums
-    # are whole numbers, exact
+    # are integers, exact
     tolerance = 8 * len(h) * (1 + math.log(h.sum() + h[1])) * np.finfo(np.float64).eps
     for divergence, (i, exact) in zip(ours, naive.items(), strict=True):
         assert divergence == exact or abs(divergence - exact) <= tolerance, i
@@ -77,7 +78,8 @@ def test_entropy_cut_is_the_definition(xp, h, levels, start):
 
 
 @pytest.mark.theorem(
-    "Entropy and percentile cuts equal modelopt's on normal, t(3), Laplace, uniform, ReLU, outlier data, to the bin",
+    "Entropy and percentile cuts equal modelopt's on normal, t(3), Laplace, uniform, ReLU, "
+    "outlier data, to the bin",
     source="modelopt 0.47.0, recorded by tests/golden/make_entropy.py",
 )
 @pytest.mark.parametrize("index", range(len(make_entropy.CUTS)))
@@ -144,7 +146,7 @@ def test_the_top_edge_belongs_to_the_last_bin(xp):
     assert to_host(counts).tolist() == [2, 1, 0, 1]
 
 
-def test_what_cannot_be_cut_is_refused(xp):
+def test_what_cannot_be_cut_is_rejected(xp):
     empty = xp.asarray(np.zeros(300, np.int64))
     spike = xp.asarray(np.eye(1, 300, dtype=np.int64)[0])
     with pytest.raises(ValueError, match="without a count"):

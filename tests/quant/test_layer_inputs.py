@@ -77,7 +77,8 @@ def test_the_stages_are_all_projections_in_the_order_in_which_they_compute():
 
 
 @pytest.mark.theorem(
-    "the walk shows a projection the input that it has in the network of the weights chosen before it",
+    "the walk shows a projection the input that it has in the network of the weights chosen "
+    "before it",
     source="GPTQ's true-sequential order, Frantar et al. 2022, section 4",
 )
 @given(st.data())
@@ -183,7 +184,7 @@ def test_one_layer_is_held_at_a_time():
     ],
 )
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_an_input_that_is_not_finite_is_refused_by_name(broken, named, value):
+def test_an_input_that_is_not_finite_is_rejected_by_name(broken, named, value):
     source = Layers(np, NETWORKS["llama"], 0)
     source.tensors[broken][2] = value  # token 2, or an output column that every token has
     source.embedding = Dense(source.tensors["model.embed_tokens.weight"])

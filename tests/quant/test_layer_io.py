@@ -72,7 +72,7 @@ def load_tiny(xp):
     return {"config": config, "weights": build(config, tensors)}
 
 
-def test_what_is_no_checkpoint_is_refused_at_once(tmp_path, directory):
+def test_what_is_no_checkpoint_is_rejected_at_once(tmp_path, directory):
     with pytest.raises(CheckpointError, match="does not exist"):
         CheckpointSource(tmp_path / "nothing")
     save(
@@ -167,7 +167,8 @@ def forget_digest(path):
 
 
 @pytest.mark.theorem(
-    "a layer is trusted only if its record is whole and its tensors have the recorded digest; all others are done "
+    "a layer is trusted only if its record is whole and its tensors have the recorded "
+    "digest; all others are done "
     "again, and the run ends with the same bytes",
     source="ARCHITECTURE.md",
 )

@@ -25,7 +25,7 @@ def problem(seed, kind="outlier_column", t=4, m=5, n=12):
     return build(kind, (t, n), seed, "float64"), np.random.default_rng(seed).standard_normal((m, n))
 
 
-# --- the peer -----------------------------------------------------------------------------
+# --- the reference implementation ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -84,7 +84,8 @@ def test_oracle_products_are_bitsandbytes_own(xp, name):
 
 
 @pytest.mark.theorem(
-    "|Y − X Wᵀ| ≤ Σ_j (|x_j| s_w/2 + |w_j| s_x/2 + s_x s_w/4) over the integer columns; an outlier column adds "
+    "|Y − X Wᵀ| ≤ Σ_j (|x_j| s_w/2 + |w_j| s_x/2 + s_x s_w/4) over the integer columns; an "
+    "outlier column adds "
     "|x_j| s_w/2 where its weight is dequantised, and nothing where the original is kept",
     source="Dettmers et al. 2022, section 3",
 )
@@ -132,7 +133,8 @@ def test_where_there_are_outliers_the_decomposition_repairs_what_they_break(xp):
 
 
 @pytest.mark.theorem(
-    "Threshold ∞ (or 0) is the product of integers alone; a threshold below every number is the product in floats",
+    "Threshold ∞ (or 0) is the product of integers alone; a threshold below every value is "
+    "the product in floats",
     source="Dettmers et al. 2022, section 3; bitsandbytes, recorded",
 )
 @given(seed=seeds, kind=st.sampled_from(KINDS), rule=st.sampled_from(RULES))
@@ -178,8 +180,8 @@ def test_what_else_is_in_the_batch_matters(xp):
 
 
 def test_the_paper_and_bitsandbytes_differ_as_the_table_says(xp):
-    """A number just below 6 in a column that is 60 elsewhere: bitsandbytes lets it widen
-    its row's step.
+    """A value just below 6 in a column that is 60 elsewhere: bitsandbytes lets it widen the
+    scale of its row.
     """
     x = np.array([[0.02, 0.02, 5.9], [0.02, 0.02, 60.0]])
     w = np.array([[1.0, 1.0, 0.0]])
@@ -188,11 +190,11 @@ def test_the_paper_and_bitsandbytes_differ_as_the_table_says(xp):
     }
     exact = x @ w[0]
     assert np.allclose(got["paper"], exact, rtol=1e-2, atol=0)
-    # 0.02 is less than half a step of 5.9/127
+    # 0.02 is less than half of the scale 5.9/127
     assert abs(got["bitsandbytes"][0] - exact[0]) > 0.5 * exact[0]
-    # in the row of the outlier itself all is well
+    # the row of the outlier itself is precise
     assert np.isclose(got["bitsandbytes"][1], exact[1], rtol=1e-2)
-    weight = np.array([[1.0, 0.5 / 127]])  # its second number rounds to 0 or to twice itself
+    weight = np.array([[1.0, 0.5 / 127]])  # its second value rounds to 0 or to twice itself
     x = np.array([[0.0, 100.0]])
     got = {
         rule: float(to_host(int8_matmul(xp.asarray(x), xp.asarray(weight), rule=rule))[0, 0])
@@ -226,9 +228,9 @@ def test_bound_codes_are_within_127_and_half_a_step(xp, seed, kind, dtype):
     assert codes.dtype == np.int8
     assert np.array_equal(absmax, np.abs(x).max(axis=1, keepdims=True))
     assert np.array_equal(np.abs(codes).max(axis=1), 127 * (absmax[:, 0] > 0))
-    step = absmax.astype(np.longdouble) / 127
+    scale = absmax.astype(np.longdouble) / 127
     tiny = float(np.finfo(dtype).smallest_subnormal)
-    assert np.all(np.abs(codes * step - x) <= step / 2 * (1 + 512 * np.finfo(dtype).eps) + tiny)
+    assert np.all(np.abs(codes * scale - x) <= scale / 2 * (1 + 512 * np.finfo(dtype).eps) + tiny)
 
 
 def test_degenerate_zero_rows_and_no_rows(xp):
@@ -242,7 +244,7 @@ def test_degenerate_zero_rows_and_no_rows(xp):
 
 
 @pytest.mark.parametrize(
-    ("x", "w", "how", "message"),
+    ("x", "w", "options", "message"),
     [
         ([[np.nan, 1.0]], [[1.0, 1.0]], {}, "x: holds NaN or infinity"),
         ([[np.inf, 1.0]], [[1.0, 1.0]], {"threshold": 0.0}, "x: holds NaN or infinity"),
@@ -262,9 +264,9 @@ def test_degenerate_zero_rows_and_no_rows(xp):
         ),
     ],
 )
-def test_refused(xp, x, w, how, message):
+def test_rejected(xp, x, w, options, message):
     with pytest.raises(ValueError, match=message):
-        int8_matmul(xp.asarray(np.array(x)), xp.asarray(np.array(w)), **how)
+        int8_matmul(xp.asarray(np.array(x)), xp.asarray(np.array(w)), **options)
 
 
 # --- statistics ---------------------------------------------------------------------------
@@ -309,7 +311,7 @@ def test_exact_value_spread_and_the_threshold_itself(xp):
         assert other.spread == spread
 
 
-def test_refused_what_has_no_channels_or_is_not_finite(xp):
+def test_rejected_what_has_no_channels_or_is_not_finite(xp):
     seen = OutlierStatistics(name="layer 3's input")
     with pytest.raises(
         ValueError, match=r"layer 3's input: outliers are counted in x\[T, N\], got shape \(4,\)"

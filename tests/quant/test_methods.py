@@ -36,7 +36,7 @@ def test_round_to_nearest_is_that_of_each_tensor():
             expected = rtn(model.weights["layers"][i][name].dequantize(), GROUPS_OF_8)
             np.testing.assert_array_equal(layer[name].codes, expected.codes)
             np.testing.assert_array_equal(layer[name].scale, expected.scale)
-    # without text nobody knows them
+    # unknown without calibration tokens
     assert all(t.output_error is None and t.loss is None for t in report.tensors)
     assert report.bits_per_weight == 4 + 64 / 8
 
@@ -130,7 +130,7 @@ def test_dead_channels_leave_the_network_finite(method):
     assert all(np.isfinite([t.weight_error, t.output_error]).all() for t in report.tensors)
 
 
-def test_unknown_methods_and_options_are_refused_with_those_that_are_known():
+def test_unknown_methods_and_options_are_rejected_with_those_that_are_known():
     model = network(NETWORKS["llama"])
     with pytest.raises(
         ValueError, match="unknown method 'fp4'; choose one of rtn, gptq, awq, smoothquant, int8"
@@ -205,7 +205,7 @@ def test_the_table_has_a_line_a_tensor_and_one_for_all():
     ]
     assert lines[2].split()[4:] == ["7.000", "0.25", "0.00123", "12.5", "0.50"]
     assert lines[3].split() == ["all", "192", "6.000", "2.00"]
-    assert len({len(line) for line in lines}) == 1  # numbers end in one column
+    assert len({len(line) for line in lines}) == 1  # figures are aligned
 
 
 def test_errors_are_relative_sums_of_squares(xp):

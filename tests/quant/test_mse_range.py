@@ -36,7 +36,7 @@ def error(x, lo, hi, scheme, norm):
     """Σ|x̂ − x|^norm over each range, by slicing, shaped like the scale; in halves: x̂ may
     overflow.
     """
-    # NumPy makes numbers of 0-d arrays
+    # NumPy makes scalars of 0-d arrays
     scale, zero = range_to_qparams(np.asarray(lo), np.asarray(hi), scheme)
     e = np.abs(
         dequantize_codes(
@@ -44,7 +44,7 @@ def error(x, lo, hi, scheme, norm):
         )
         - 0.5 * x
     )
-    # powers of the largest numbers overflow, of the smallest vanish
+    # powers of the largest values overflow, those of the smallest underflow
     e = e / (np.abs(x).max() or 1.0)
     e = e**norm
     if scheme.granularity == "tensor":
@@ -57,12 +57,13 @@ def error(x, lo, hi, scheme, norm):
 
 
 @pytest.mark.theorem(
-    "The shrinking search's range has the least Σ|x̂ − x|^2.4 of all candidates, so never more than min-max's",
+    "The shrinking search's range has the least Σ|x̂ − x|^2.4 of all candidates, so never "
+    "more than min-max's",
     source="llm-compressor, observers/mse; GPTQ's authors, quant.py",
 )
 @given(weights, schemes, st.sampled_from([(100, 0.2, 2.4), (10, 0.8, 2.0), (20, 0.95, 3.0)]))
-def test_no_candidate_is_better(x, scheme, how):
-    grid, shrink, norm = how
+def test_no_candidate_is_better(x, scheme, search):
+    grid, shrink, norm = search
     lo, hi = mse_range(x, scheme, grid=grid, max_shrink=shrink, norm=norm, patience=None)
     low, high = ranges(x, scheme)
     ours = error(x, lo, hi, scheme, norm)
@@ -104,7 +105,7 @@ def test_patience_ends_the_search_when_no_range_improves():
 
 
 def test_the_exponent_matters(xp):
-    """A large exponent votes for the largest number, a small one for the many."""
+    """A large exponent favours the largest value, a small one the many others."""
     rng = np.random.default_rng(0)
     x = xp.asarray(np.concatenate([rng.standard_normal(2000), [12.0]])[None, :].astype(np.float32))
     scheme = Scheme(4, "half_integer", "tensor")
@@ -156,11 +157,11 @@ def test_compressed_tensors_finds_no_better_candidate(bits, symmetric):
 
 
 @pytest.mark.parametrize(("grid", "shrink"), [(4, 0.2), (10, 0.0), (10, 1.2)])
-def test_a_search_without_candidates_is_refused(grid, shrink):
+def test_a_search_without_candidates_is_rejected(grid, shrink):
     with pytest.raises(ValueError, match="no candidate"):
         mse_range(np.ones((2, 4)), SCHEMES[0], grid=grid, max_shrink=shrink)
 
 
-def test_what_is_not_finite_is_refused_by_name(xp):
+def test_what_is_not_finite_is_rejected_by_name(xp):
     with pytest.raises(ValueError, match="w: holds NaN"):
         mse_range(xp.asarray(np.array([[1.0, np.nan]])), SCHEMES[0], name="w")

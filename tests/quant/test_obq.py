@@ -25,7 +25,8 @@ def loss_of(w, q, h):
 
 
 @pytest.mark.theorem(
-    "GPTQ's codes and loss are those of OBQ in the same order, with the explicit inverse downdated column by column",
+    "GPTQ's codes and loss are those of OBQ in the same order, with the explicit inverse "
+    "downdated column by column",
     source="Frantar et al. 2022, section 3.3; Frantar & Alistarh 2022, lemma 1",
 )
 @given(
@@ -68,8 +69,8 @@ def test_equality_gptq_is_obq(xp, seed, rule, shape, bits, act_order, static, bl
     np.testing.assert_allclose(to_host(fast.scale), to_host(slow.scale), rtol=1e4 * EPS64)
 
 
-def test_a_tie_is_told_by_the_result_and_only_what_comes_after_it_is_let_go(xp):
-    """Column 10 begins a group and holds its extreme, −7.5 steps: −7 in one order of
+def test_a_tie_shows_in_the_result_and_only_later_columns_are_exempt(xp):
+    """Column 10 begins a group and holds its extreme, −7.5 scales: −7 in one order of
     operations, −8 in another.
     """
     scheme = Scheme(4, "half_integer", "block", (2, 5))
@@ -81,19 +82,20 @@ def test_a_tie_is_told_by_the_result_and_only_what_comes_after_it_is_let_go(xp):
     assert settled(q, w, h).tolist() == [True] * 10 + [False] * 2
     assert sorted({*to_host(q.codes)[0, 10:11].tolist(), -7, -8}) == [-8, -7]
     for rule in ("power", "restricted", "asymmetric"):
-        for how in ({}, {"act_order": True}, {"act_order": True, "static_groups": True}):
-            again = gptq(xp.asarray(w), xp.asarray(h), Scheme(4, rule, "group", 4), **how)
-            assert settled(again, w, h, act_order="act_order" in how).all()
+        for options in ({}, {"act_order": True}, {"act_order": True, "static_groups": True}):
+            again = gptq(xp.asarray(w), xp.asarray(h), Scheme(4, rule, "group", 4), **options)
+            assert settled(again, w, h, act_order="act_order" in options).all()
 
 
 @pytest.mark.theorem(
-    "An OBQ step moves the columns to come to their least-squares optimum, and costs ½ (w_i − q_i)² / [H⁻¹]_ii",
+    "Rounding a column in OBQ moves the remaining columns to their least-squares optimum, and "
+    "costs ½ (w_i − q_i)² / [H⁻¹]_ii",
     source="Frantar & Alistarh 2022, equation 7",
 )
 @given(seed=seeds, n=st.integers(2, 8))
-def test_exact_value_one_step_is_the_constrained_minimum(xp, seed, n):
+def test_exact_value_one_column_is_the_constrained_minimum(xp, seed, n):
     """Groups of one weight at "power" store a negative weight exactly and +a as 3/4 a: only
-    column 0 goes wrong.
+    column 0 has an error.
     """
     h = positive(seed, n)
     rng = np.random.default_rng(seed)
@@ -177,7 +179,7 @@ def test_dead_columns_become_zero_and_are_named(xp):
         (np.ones((2, 2)), np.diag([1.0, -1.0]), "negative"),
     ],
 )
-def test_what_does_not_fit_is_refused(xp, w, h, message):
+def test_what_does_not_fit_is_rejected(xp, w, h, message):
     with pytest.raises(ValueError, match=message):
         obq(xp.asarray(w), xp.asarray(h), Scheme(4, "power", "tensor"), name="gate")
 

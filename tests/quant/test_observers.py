@@ -48,7 +48,8 @@ def shown(observer, parts, xp=np):
 
 
 @pytest.mark.theorem(
-    "Min-max over batches is min-max over the whole, whatever the batches and their order, for a tensor and a channel",
+    "Min-max over batches is min-max over all values, for any batches in any order, per "
+    "tensor and per channel",
     source="definition",
 )
 @given(batches(), seeds, st.sampled_from([None, 0, -1]))
@@ -113,7 +114,8 @@ def test_torchs_example(xp):
 
 
 @pytest.mark.theorem(
-    "A histogram of fixed width counts the same whatever the batches and their order; so do the ranges made of it",
+    "A histogram of fixed width has the same counts for any batches in any order, and so "
+    "have the ranges made from it",
     source="counting",
 )
 @given(batches(), seeds, st.sampled_from([0.01, 1.0, 3.0]))
@@ -142,7 +144,7 @@ def test_ranges_lie_within_minmax(xp, parts, name):
     lo, hi = observer.range()
     low, high = shown(MinMax(), parts, xp).range()
     assert lo.dtype == low.dtype
-    info = np.finfo(low.dtype)  # below: relative, or of subnormal numbers
+    info = np.finfo(low.dtype)  # below: relative, or of subnormal values
     most = max(abs(float(low)), abs(float(high)))
     slack = 4 * len(parts) * (float(info.eps) * most + float(info.smallest_subnormal))
     assert float(lo) <= float(hi)
@@ -172,7 +174,8 @@ def test_percentile_of_a_spike_at_zero(xp):
 
 
 @pytest.mark.theorem(
-    "Batch by batch, Entropy and Percentile arrive where modelopt's HistogramCalibrator does, to float32's rounding",
+    "Batch by batch, Entropy and Percentile arrive where modelopt's HistogramCalibrator "
+    "does, to float32's rounding",
     source="modelopt 0.47.0, recorded by tests/golden/make_entropy.py",
 )
 @pytest.mark.parametrize("index", range(len(make_entropy.CALIBRATORS)))
@@ -182,7 +185,7 @@ def test_calibrators_equal_the_recorded_ones(xp, index):
     parts = make_entropy.batches(case)
     eps = float(np.finfo(np.float32).eps)
     counts = to_host(shown(Histogram(), parts, xp).counts)
-    # torch.histc places a number by float32 products: one at an edge may fall to the other
+    # torch.histc places a value by float32 products: one at an edge may fall to the other
     # side
     x = (
         np.abs(np.concatenate(parts)).astype(np.float64)
@@ -228,22 +231,22 @@ def test_mse_averages_the_ranges_of_batches(xp):
     rng = np.random.default_rng(0)
     parts = [rng.standard_t(2, (50, 4)) for _ in range(3)]
     scheme = Scheme(4, "half_integer", "tensor")
-    how = {"max_shrink": 0.8, "patience": None}
-    last = shown(MSE(scheme, averaging=1.0, **how), parts, xp).range()
+    options = {"max_shrink": 0.8, "patience": None}
+    last = shown(MSE(scheme, averaging=1.0, **options), parts, xp).range()
     np.testing.assert_allclose(
-        [float(v) for v in last], [float(v) for v in mse_range(parts[-1], scheme, **how)]
+        [float(v) for v in last], [float(v) for v in mse_range(parts[-1], scheme, **options)]
     )
-    ends = [[float(v) for v in mse_range(p, scheme, **how)] for p in parts]
+    ends = [[float(v) for v in mse_range(p, scheme, **options)] for p in parts]
     mean = np.array(ends[0])
     for end in ends[1:]:
         mean += 0.01 * (np.array(end) - mean)
     np.testing.assert_allclose(
-        [float(v) for v in shown(MSE(scheme, **how), parts, xp).range()], mean, rtol=1e-14
+        [float(v) for v in shown(MSE(scheme, **options), parts, xp).range()], mean, rtol=1e-14
     )
 
 
 @pytest.mark.parametrize("name", sorted(OBSERVERS))
-def test_nothing_observed_is_refused(xp, name):
+def test_nothing_observed_is_rejected(xp, name):
     observer = OBSERVERS[name]()
     with pytest.raises(ValueError, match=r"no value of 'x' was observed"):
         observer.range()
@@ -254,7 +257,7 @@ def test_nothing_observed_is_refused(xp, name):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", sorted(OBSERVERS))
-def test_what_is_not_finite_is_refused_and_leaves_no_trace(xp, name, bad):
+def test_what_is_not_finite_is_rejected_and_leaves_no_trace(xp, name, bad):
     observer = shown(OBSERVERS[name](), [np.ones((2, 3))], xp)
     before = [float(v) for v in observer.range()]
     observer.name = "layer 3"
@@ -266,7 +269,7 @@ def test_what_is_not_finite_is_refused_and_leaves_no_trace(xp, name, bad):
     assert observer.batches == 1
 
 
-def test_settings_that_make_no_sense_are_refused():
+def test_settings_that_make_no_sense_are_rejected():
     for make in (lambda: MovingAverage(averaging=0.0), lambda: MSE(TENSOR, averaging=1.5)):
         with pytest.raises(ValueError, match="averaging"):
             make()
@@ -285,7 +288,7 @@ def test_torchs_observers_agree(parts):
     ao = oracle("torch.ao.quantization")
     # torch's difference of batches overflows above
     parts = [np.clip(p, -1e30, 1e30) for p in parts if len(p)]
-    peers = {
+    pairs = {
         MinMax(): ao.MinMaxObserver(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric),
         MovingAverage(): ao.MovingAverageMinMaxObserver(
             dtype=torch.qint8, qscheme=torch.per_tensor_symmetric
@@ -294,14 +297,14 @@ def test_torchs_observers_agree(parts):
             ch_axis=1, dtype=torch.qint8, qscheme=torch.per_channel_symmetric
         ),
     }
-    for ours, theirs in peers.items():
+    for ours, theirs in pairs.items():
         shown(ours, parts)
         for x in parts:
             theirs(torch.from_numpy(np.ascontiguousarray(x)))
-        for value, peer in zip(ours.range(), (theirs.min_val, theirs.max_val), strict=True):
-            # bit for bit, but that a half of a denormal number may be rounded
+        for value, their_value in zip(ours.range(), (theirs.min_val, theirs.max_val), strict=True):
+            # bit for bit, but that half of a denormal value may be rounded
             np.testing.assert_allclose(
-                value, peer.numpy(), rtol=0, atol=len(parts) * 2.0**-148 * ours.batches
+                value, their_value.numpy(), rtol=0, atol=len(parts) * 2.0**-148 * ours.batches
             )
 
 
@@ -319,10 +322,10 @@ def test_scales_of_the_observed_range_are_torchs(parts, rule):
     for x in parts:
         theirs(torch.from_numpy(np.ascontiguousarray(x)))
     scale, zero = shown(MinMax(), parts).qparams(Scheme(8, rule, "tensor"))
-    peer_scale, peer_zero = theirs.calculate_qparams()
+    their_scale, their_zero = theirs.calculate_qparams()
     if np.abs(np.concatenate(parts)).max() > 1e-4:  # torch holds a scale at eps and above
         assert float(scale) == pytest.approx(
-            float(peer_scale), rel=4 * float(np.finfo(np.float32).eps)
+            float(their_scale), rel=4 * float(np.finfo(np.float32).eps)
         )
         # a tie may fall either way
-        assert abs(int(zero) - int(peer_zero)) <= (rule == "asymmetric")
+        assert abs(int(zero) - int(their_zero)) <= (rule == "asymmetric")

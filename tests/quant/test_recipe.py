@@ -54,7 +54,7 @@ def output(model, ids=IDS, xp=np) -> np.ndarray:
 
 
 def same_layers(a, b) -> None:
-    """Every number of two lists of layers is the same."""
+    """Two lists of layers are equal in every value."""
     assert len(a) == len(b)
     for one, other in zip(a, b, strict=True):
         assert one.keys() == other.keys()
@@ -86,7 +86,7 @@ def test_every_method_takes_every_family(xp, method, config):
             isinstance(old[name], Dense) and not isinstance(new[name], Dense)
             for name in PROJECTIONS
         )
-    np.testing.assert_array_equal(output(model, xp=xp), before)  # the model given is left as it was
+    np.testing.assert_array_equal(output(model, xp=xp), before)  # the model is not changed
     distance = np.abs(output(quantised, xp=xp) - before).mean() / np.abs(before).mean()
     # 8-bit floats have 3 bits of mantissa: 2.6 % an operand, where 8-bit integers have 0.8
     # % here
@@ -106,7 +106,8 @@ def test_every_method_takes_every_family(xp, method, config):
 
 
 @pytest.mark.theorem(
-    "GPTQ on a model: each projection is quantised for the inputs that the network of its quantised predecessors makes",
+    "GPTQ on a model: each projection is quantised for the inputs that the network of its "
+    "quantised predecessors makes",
     source="Frantar et al. 2022, section 4 (true sequential)",
 )
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral-window"])
@@ -119,7 +120,7 @@ def test_gptq_goes_on_from_what_is_quantised_already(family):
         for names in STAGES:
             seen = {}
             taps = tapped(weights, lambda i, name, x, seen=seen: seen.setdefault((i, name), x))
-            output(replace(model, weights=taps))  # the whole network as it is by now
+            output(replace(model, weights=taps))  # with what is quantised so far
             for name in names:
                 dense = model.weights["layers"][index][name].dequantize()
                 expected = gptq(dense, hessian(seen[index, name]), GROUPS_OF_8)
@@ -198,16 +199,16 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_the_same(method, dies):
         quantize_layers(source, sink, method, scheme, IDS)
     assert sorted(sink.kept) == list(range(dies))
     sink.dies = None
-    told = []
+    calls = []
     report = quantize_layers(
-        source, sink, method, scheme, IDS, progress=lambda *row: told.append(row)
+        source, sink, method, scheme, IDS, progress=lambda *row: calls.append(row)
     )
     same_layers([whole.kept[i][0] for i in range(3)], [sink.kept[i][0] for i in range(3)])
     bare = [replace(t, seconds=0.0) for t in report.tensors]
     assert bare == [replace(t, seconds=0.0) for t in expected.tensors]
     # finished layers move the bar too
-    assert [row[:2] for row in told] == [(i + 1, 21) for i in range(21)]
-    assert [row[2] for row in told] == list(report.tensors)
+    assert [row[:2] for row in calls] == [(i + 1, 21) for i in range(21)]
+    assert [row[2] for row in calls] == list(report.tensors)
     assert sink.asked == (list(range(dies)) if METHODS[method].sequential else [])
 
 
@@ -277,7 +278,7 @@ def test_layers_read_from_files_give_what_layers_in_memory_give(tmp_path, stored
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_weights_and_activations_that_are_not_finite_are_refused_by_name(method):
+def test_weights_and_activations_that_are_not_finite_are_rejected_by_name(method):
     model = network(NETWORKS["llama"])
     broken = model.weights["layers"][1]["up_proj"].dequantize()
     broken[0, 0] = np.nan
@@ -295,7 +296,7 @@ def test_methods_that_look_at_text_ask_for_it(method):
         quantize_model(network(NETWORKS["llama"]), method, scheme_of(method))
 
 
-def test_schemes_that_do_not_fit_are_refused_before_anything_is_computed():
+def test_schemes_that_do_not_fit_are_rejected_before_anything_is_computed():
     model = network(NETWORKS["llama"])
     source = ModelSource(model.config, {})  # has nothing to compute with
     with pytest.raises(
@@ -312,7 +313,7 @@ def test_schemes_that_do_not_fit_are_refused_before_anything_is_computed():
     ("method", "option", "wrong"),
     [("gptq", "damp", (-1.0, np.nan, np.inf)), ("smoothquant", "alpha", (-0.1, 2.0, np.nan))],
 )
-def test_options_out_of_range_are_refused_before_anything_is_computed(method, option, wrong):
+def test_options_out_of_range_are_rejected_before_anything_is_computed(method, option, wrong):
     source = ModelSource(network(NETWORKS["llama"]).config, {})  # has nothing to compute with
     for value in wrong:
         with pytest.raises(ValueError, match=f"{method}: {option} .* got {value}"):

@@ -71,7 +71,8 @@ def test_without_a_search_it_is_quantize(xp, w, scheme):
 
 
 @pytest.mark.theorem(
-    "The searched range of a group has at most the error, in the norm of the search, of its whole range",
+    "The searched range of a group has at most the error, in the norm of the search, of its "
+    "whole range",
     source="the whole range is the first candidate",
 )
 @given(w=arrays(st.integers(1, 9), 8, kinds=MODEST), scheme=schemes)
@@ -82,7 +83,7 @@ def test_bound_a_search_never_loses_to_the_whole_range(xp, w, scheme):
     before = errors(w, *whole, scheme)
     after = errors(w, *map(to_host, found), scheme)
     assert np.all(after <= before * (1 + 100 * np.finfo("float64").eps))
-    span = 1.0 if scheme.rule == "awq" else 1.0 + 1e-15  # narrower ranges, so smaller steps
+    span = 1.0 if scheme.rule == "awq" else 1.0 + 1e-15  # narrower ranges, so smaller scales
     assert np.all(to_host(found[0]) <= whole[0] * span)
 
 
@@ -109,11 +110,11 @@ def test_exact_value_the_search_finds_the_best_of_eighty_ranges(xp, w, scheme):
 
 @given(seed=seeds, scheme=schemes, exponent=st.integers(-60, 60))
 def test_invariance_the_search_does_not_see_a_power_of_two(xp, seed, scheme, exponent):
-    """Errors are measured in steps: weights of any size are searched alike, with nothing
-    lost to underflow.
+    """Errors are measured in units of the scale: weights of any size are searched alike, without
+    underflow.
     """
     if scheme.rule == "awq" and exponent < 0:
-        return  # its smallest range is 1e-5, whatever the weights are
+        return  # its smallest range is 1e-5, for any weights
     w = np.random.default_rng(seed).standard_normal((4, 8)).astype("float32")
     plain = rtn(xp.asarray(w), scheme, mse=True)
     scaled = rtn(xp.asarray(w * np.float32(2.0**exponent)), scheme, mse=True)
@@ -160,7 +161,7 @@ def test_one_sided_ranges_get_half_of_the_step_where_the_quirk_is_asked_for(xp):
         to_host(weight_qparams(xp.asarray(w), scheme, one_sided=flag)[0])[:, 0]
         for flag in (False, True)
     )
-    # only the row without a negative number that is not zero
+    # only the row that is not negative anywhere, and not all zero
     assert quirk.tolist() == [plain[0] / 2, *plain[1:]]
     other = dataclasses.replace(scheme, rule="half_integer")
     assert np.array_equal(
@@ -169,7 +170,7 @@ def test_one_sided_ranges_get_half_of_the_step_where_the_quirk_is_asked_for(xp):
 
 
 @pytest.mark.parametrize("mse", [False, True])
-def test_what_cannot_be_rounded_is_refused_by_name(xp, mse):
+def test_what_cannot_be_rounded_is_rejected_by_name(xp, mse):
     w = np.ones((2, 12), dtype="float32")
     with pytest.raises(ValueError, match=r"head: groups of 5 do not divide a row of 12.* 4 and 6"):
         rtn(xp.asarray(w), Scheme(4, "power", "group", 5), mse=mse, name="head")

@@ -128,6 +128,6 @@ def test_degenerate_the_error_of_a_zero_output(xp):
         ({"by": "weight", "fraction": math.nan}, "is not within"),
     ],
 )
-def test_refused(xp, options, message):
+def test_rejected(xp, options, message):
     with pytest.raises(ValueError, match=message):
         salient_channels(xp.ones((2, 24)), xp.ones((3, 24)), **options)

@@ -75,7 +75,8 @@ def test_exact_value_the_scale_is_the_authors_loop(xp, seed, alpha, kind):
 
 
 @pytest.mark.theorem(
-    "α = 1: every channel of X' reaches 1; α = 0: every column of W' does; α = ½: both reach √(max|X_j| max|W_j|)",
+    "α = 1: every channel of X' reaches 1; α = 0: every column of W' does; α = ½: both "
+    "reach √(max|X_j| max|W_j|)",
     source="Xiao et al. 2023, section 4, eq. 4",
 )
 @given(seed=seeds, kind=st.sampled_from(["normal", "outlier_column"]))
@@ -131,7 +132,7 @@ def test_degenerate_floors_are_the_authors(xp):
         (np.ones(3), [np.ones((0, 3))], 0.5, "without rows"),
     ],
 )
-def test_refused(xp, a, w, alpha, message):
+def test_rejected(xp, a, w, alpha, message):
     with pytest.raises(ValueError, match=message):
         migration_scale(
             xp.asarray(a),
@@ -144,7 +145,8 @@ def test_refused(xp, a, w, alpha, message):
 
 
 @pytest.mark.theorem(
-    "Smoothing changes nothing but what is rounded: the folded model is the original, in float64 to 1e-12",
+    "Smoothing changes nothing but what is rounded: the folded model is the original, in "
+    "float64 to 1e-12",
     source="Xiao et al. 2023, eq. 3",
 )
 @pytest.mark.parametrize("family", NETWORKS)
@@ -161,9 +163,9 @@ def test_invariance_the_folded_model_is_the_original(xp, family, seed, alpha):
     after = full_logits(weights | {"layers": [layer for layer, _ in smooth]}, config, xp)
     assert np.abs(after - before).max() <= 1e-12 * np.abs(before).max()
     measured = seen_by(config, weights | {"layers": [layer for layer, _ in smooth]}, xp)
-    for (layer, said), plain, then in zip(smooth, weights["layers"], measured, strict=True):
-        for name in PROJECTIONS:  # what is said of the smoothed inputs is what they are
-            np.testing.assert_allclose(to_host(said[name]), to_host(then[name]), rtol=1e-9)
+    for (layer, predicted), plain, then in zip(smooth, weights["layers"], measured, strict=True):
+        for name in PROJECTIONS:  # the predicted absmax is that of the smoothed inputs
+            np.testing.assert_allclose(to_host(predicted[name]), to_host(then[name]), rtol=1e-9)
         for name in ("o_proj", "down_proj"):
             assert layer[name] is plain[name]
         assert np.any(to_host(layer["input_layernorm"]) != to_host(plain["input_layernorm"]))
@@ -217,7 +219,7 @@ def test_the_levels_are_the_table_s(xp):
     assert [layer.scheme.granularity for layer in (o1, o2, o3)] == ["token", "tensor", "tensor"]
     assert [layer.static for layer in (o1, o2, o3)] == [None, None, 2.0]  # 254/127
     assert w8a8(w, "O3", absmax=absmax, rule="half_integer").static == 254 / 127.5
-    # nothing ever fired: any step will do
+    # all inputs were zero: any scale will do
     assert w8a8(w, "O3", absmax=xp.zeros((3,))).static == 1.0
     for layer in (o1, o2, o3):
         assert layer.weight.scheme == Scheme(8, "restricted", "channel")

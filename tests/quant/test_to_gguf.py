@@ -111,7 +111,9 @@ def test_every_family_comes_back(name, tmp_path):
     ours, theirs = (full_logits(c.weights, c.config) for c in (back, hf))
     if config.rope_scaling is None:
         np.testing.assert_array_equal(ours, theirs)
-    else:  # the factors are float32: an angle at position 40 is off by 40·2⁻²⁴, and so is what it turns
+    else:
+        # the factors are float32: an angle at position 40 is off by 40·2⁻²⁴, and so is what it
+        # rotates
         assert (
             np.abs(ours - theirs).max()
             <= tolerance(config, len(TOKENS), theirs) + 1e-4 * np.abs(theirs).max()
@@ -322,10 +324,10 @@ def pieces() -> Tokenizer:
     return Tokenizer(inner)
 
 
-def test_broken_tokenizers_are_refused(f32):
+def test_broken_tokenizers_are_rejected(f32):
     with GGUFFile(f32) as file:
         metadata = without(file.metadata, TOKENIZER_JSON)
-    for change, said in (
+    for change, message in (
         (
             {"tokenizer.ggml.model": "bert"},
             "the tokenizer 'bert' with words 'gpt-2' is not supported",
@@ -336,7 +338,7 @@ def test_broken_tokenizers_are_refused(f32):
         ({"tokenizer.ggml.merges": ["x y z"]}, "the tokenizer cannot be built"),
         ({"tokenizer.ggml.model": "llama"}, "has not one score for each token"),
     ):
-        with pytest.raises(CheckpointError, match=said):
+        with pytest.raises(CheckpointError, match=message):
             tokenizer_from_metadata(metadata | change, "x")
 
 
@@ -461,7 +463,7 @@ def test_a_target_that_is_there_is_kept(source, tmp_path):
         convert(source, tmp_path, overwrite=True, workers=1)
 
 
-def test_quantised_sources_are_refused(source, f32, tmp_path):
+def test_quantised_sources_are_rejected(source, f32, tmp_path):
     convert(f32, tmp_path / "q.gguf", "Q8_0", workers=1)
     with pytest.raises(
         CheckpointError, match=r"output.weight is quantised already: start from a file of F32"
@@ -500,7 +502,7 @@ def edited(f32, path, *, metadata=None, drop=(), rename=None, spoil=None):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         (
             {"metadata": {"general.architecture": "gpt2"}},
@@ -528,13 +530,13 @@ def edited(f32, path, *, metadata=None, drop=(), rename=None, spoil=None):
         ({"metadata": {TOKENIZER_JSON: "{"}}, "the tokenizer cannot be built"),
     ],
 )
-def test_files_that_are_no_such_network_are_refused(f32, changes, said, tmp_path):
+def test_files_that_are_no_such_network_are_rejected(f32, changes, message, tmp_path):
     path = edited(f32, tmp_path / "x.gguf", **changes)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         load(path)
 
 
-def test_what_is_no_gguf_file_is_refused(tmp_path):
+def test_what_is_no_gguf_file_is_rejected(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"nothing of the kind at all")
     with pytest.raises(CheckpointError, match="does not begin with 'GGUF'"):
         load(tmp_path / "x.gguf")
@@ -543,7 +545,7 @@ def test_what_is_no_gguf_file_is_refused(tmp_path):
         load(tmp_path / "x.bin")
 
 
-def test_infinite_steps_are_refused(f32, tmp_path):
+def test_infinite_steps_are_rejected(f32, tmp_path):
     convert(f32, tmp_path / "q.gguf", "Q8_0", workers=1)
     raw = bytearray((tmp_path / "q.gguf").read_bytes())
     with GGUFFile(tmp_path / "q.gguf") as file:

@@ -19,7 +19,7 @@ def square(x: int) -> int:
 
 
 def dies_once(work: tuple[int, str]) -> int:
-    """The square of a number; kills its own process the first time that it is asked for 5."""
+    """The square of a number; kills its own process when it first computes 5²."""
     x, mark = work
     if x == 5 and not os.path.exists(mark):
         Path(mark).touch()
