@@ -5,10 +5,14 @@
     python -m tests.mutate --file refllm/kv/radix_tree.py  # one file, every fault
     python -m tests.mutate --list --count 20               # show, run nothing
 
-A fault is a change of one node of a file's syntax tree (``RULES``). Each is written into a
-copy of the package, and the tests of that file run against the copy: first the test file
-with its name, then those that import it directly, until one fails. A run that takes longer
-than ``--limit`` seconds counts as noticed, because the suite has a time limit per test.
+A fault is a change of one node of a file's syntax tree (``changed``). Each is written into
+a copy of the project, and the tests of that file run against the copy until one fails: the
+test file with its name and the examples in its docstrings, then the files that import it,
+then the rest of its room's tests. Faults are drawn from the copy, so the checkout may change
+meanwhile. A file whose tests fail without any fault is left out and named.
+
+A run that takes longer than ``--limit`` seconds counts as noticed, because the suite has a
+time limit per test; it is printed, since a busy machine may be slow by itself.
 
 What survives is printed as file:line with the line before and after: a hole in the tests, or
 a fault that changes no result (an equivalent one), which only a reader can tell. Lines that
@@ -39,6 +43,7 @@ from queue import Queue
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("formats", "model", "checkpoints", "train", "quant", "kv", "decode", "serve", "simulate")
 EQUIVALENT = "# mutate: equivalent"
+EXAMPLES = "tests/project/test_doctests.py::test_the_examples_of_a_module_print_what_they_say[{}]"
 
 COMPARE = {
     ast.Lt: ast.LtE,
@@ -174,61 +179,97 @@ def planted(fault: Fault) -> tuple[str, str, str]:
     return ast.unparse(tree), before.splitlines()[0], after.splitlines()[0]
 
 
-def tests_of(path: Path) -> tuple[list[Path], list[Path]]:
-    """(the test file of the module's name, the other test files that import the module).
-
-    A module without either is tested by all the files of its room.
+def tests_of(path: Path, root: Path) -> list[list[str]]:
+    """Arguments of pytest for each run, nearest tests first: the test file of the module's
+    name and the module's own examples; the test files that import it or a name from it
+    through its room; the other test files of its room.
     """
-    relative = path.relative_to(ROOT).with_suffix("")
-    module = ".".join(relative.parts)
-    imports = (f"{module} import", f"from {module.rpartition('.')[0]} import {relative.name}")
-    named, others = [], []
-    for test in sorted((ROOT / "tests").rglob("test_*.py")):
-        if test.stem == f"test_{relative.name}":
-            named.append(test)
-        elif any(line in test.read_text(encoding="utf-8") for line in imports):
-            others.append(test)
-    room = relative.parts[1]
-    if not named and not others:
-        named = sorted((ROOT / "tests" / room).glob("test_*.py"))
-    return named, others
+    relative = path.relative_to(root)
+    module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
+    package, _, name = module.rpartition(".")
+    exported = _exported(path.parent / "__init__.py", module)
+    named, users, room = [], [], []
+    for test in sorted((root / "tests").rglob("test_*.py")):
+        where = str(test.relative_to(root))
+        tree = ast.parse(test.read_text(encoding="utf-8"))
+        if test.stem == f"test_{name}":
+            named.append(where)
+        elif _uses(tree, module, package, {name} | exported):
+            users.append(where)
+        elif where.startswith(f"tests/{relative.parts[1]}/"):
+            room.append(where)
+    runs = [[*named, EXAMPLES.format(module)], users, room]
+    return [run for run in runs if run]
 
 
-def survives(fault: Fault, workplace: Path, limit: float) -> bool:
-    """Run the tests against a copy of the project that holds the fault."""
-    target = workplace / fault.path.relative_to(ROOT)
+def _exported(init: Path, module: str) -> set[str]:
+    """The names of a module that its room's ``__init__`` exports."""
+    if not init.is_file():
+        return set()
+    nodes = ast.walk(ast.parse(init.read_text(encoding="utf-8")))
+    return {
+        alias.asname or alias.name
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and node.module == module
+        for alias in node.names
+    }
+
+
+def _uses(tree: ast.AST, module: str, package: str, names: set[str]) -> bool:
+    """Whether a test file imports from the module, or one of ``names`` from its package."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            if node.module == module:
+                return True
+            if node.module == package and any(alias.name in names for alias in node.names):
+                return True
+        elif isinstance(node, ast.Constant) and node.value == module:  # import_module("…")
+            return True
+    return False
+
+
+class Slow(Exception):
+    """A run of tests took longer than the limit."""
+
+
+def survives(fault: Fault, root: Path, workplace: Path, limit: float) -> bool:
+    """Run the tests against ``workplace``, a copy of ``root``, with the fault in it."""
+    target = workplace / fault.path.relative_to(root)
     original = target.read_text(encoding="utf-8")
     target.write_text(planted(fault)[0], encoding="utf-8")
     try:
-        named, others = tests_of(fault.path)
-        return all(_pass(tests, workplace, limit) for tests in (named, others) if tests)
+        return passes(fault.path, root, workplace, limit)
     finally:
         target.write_text(original, encoding="utf-8")
 
 
-def _pass(tests: list[Path], workplace: Path, limit: float) -> bool:
-    names = [str(test.relative_to(ROOT)) for test in tests]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *names]
+def passes(path: Path, root: Path, workplace: Path, limit: float) -> bool:
+    """Whether all the tests of a file pass in ``workplace``; Slow if a run takes too long."""
+    return all(_run(arguments, workplace, limit) for arguments in tests_of(path, root))
+
+
+def _run(arguments: list[str], workplace: Path, limit: float) -> bool:
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(workplace), "CI": "true"}
     environment |= {"OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(
             command, cwd=workplace, env=environment, capture_output=True, timeout=limit
         )
-    except subprocess.TimeoutExpired:
-        return False
+    except subprocess.TimeoutExpired as error:
+        raise Slow from error
     return done.returncode == 0
 
 
-def chosen(options: argparse.Namespace) -> list[Fault]:
+def chosen(options: argparse.Namespace, root: Path) -> list[Fault]:
     """The faults to plant: all of the named files, or a sample spread over the rooms."""
     if options.file:
-        return [fault for name in options.file for fault in faults_of((ROOT / name).resolve())]
+        return [fault for name in options.file for fault in faults_of(root / name)]
     rng = random.Random(options.seed)
     rooms = [options.room] if options.room else list(ROOMS)
     found = []
     for room in rooms:
-        faults = [f for p in sorted((ROOT / "refllm" / room).rglob("*.py")) for f in faults_of(p)]
+        faults = [f for p in sorted((root / "refllm" / room).rglob("*.py")) for f in faults_of(p)]
         found += rng.sample(faults, min(len(faults), -(-options.count // len(rooms))))
     return found
 
@@ -244,44 +285,57 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=240.0, help="seconds per run of tests")
     parser.add_argument("--list", action="store_true", help="show the faults, run nothing")
     options = parser.parse_args()
-    faults = chosen(options)
     if options.list:
-        for fault in faults:
+        for fault in chosen(options, ROOT):
             print(f"{fault.path.relative_to(ROOT)}:{fault.line} {fault.name}: ", end="")
             print(" -> ".join(planted(fault)[1:]))
         return
-    run(faults, options.jobs, options.limit)
+    with tempfile.TemporaryDirectory() as folder:
+        root = _copied(ROOT, Path(folder) / "original")
+        run(chosen(options, root), root, options.jobs, options.limit)
 
 
-def run(faults: list[Fault], jobs: int, limit: float) -> None:
+def _copied(root: Path, place: Path) -> Path:
+    """A copy of the project without its caches."""
+    ignore = shutil.ignore_patterns(
+        ".git", ".venv", "__pycache__", ".hypothesis", ".*cache", "shared"
+    )
+    shutil.copytree(root, place, ignore=ignore)
+    return place
+
+
+def run(faults: list[Fault], root: Path, jobs: int, limit: float) -> None:
     """Plant every fault, ``jobs`` at a time, each in a copy of the project of its own."""
     noticed: Counter[str] = Counter()
     total: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
-        places: Queue[Path] = Queue()
-        for i in range(jobs):
-            place = Path(folder) / f"copy{i}"
-            ignore = shutil.ignore_patterns(
-                ".git", ".venv", "__pycache__", ".hypothesis", ".*cache"
-            )
-            shutil.copytree(ROOT, place, ignore=ignore)
+    places: Queue[Path] = Queue()
+    for i in range(jobs):
+        places.put(_copied(root, root.with_name(f"copy{i}")))
+    sound: dict[Path, bool] = {}  # whether a file's tests pass without any fault
+
+    def verdict(fault: Fault) -> str:
+        place = places.get()
+        try:
+            if fault.path not in sound:
+                sound[fault.path] = passes(fault.path, root, place, limit)
+            if not sound[fault.path]:
+                return "left out, its tests fail without a fault"
+            return "survived" if survives(fault, root, place, limit) else "noticed"
+        except Slow:
+            return "slow"
+        finally:
             places.put(place)
 
-        def one(fault: Fault) -> tuple[Fault, bool]:
-            place = places.get()
-            try:
-                return fault, survives(fault, place, limit)
-            finally:
-                places.put(place)
-
-        for fault, survived in pool.map(one, faults):
-            room = fault.path.relative_to(ROOT / "refllm").parts[0]
-            total[room] += 1
-            noticed[room] += not survived
-            if survived:
+    with ThreadPoolExecutor(jobs) as pool:
+        for fault, found in zip(faults, pool.map(verdict, faults), strict=True):
+            room = fault.path.relative_to(root / "refllm").parts[0]
+            if found != "noticed":
                 _, before, after = planted(fault)
-                where = f"{fault.path.relative_to(ROOT)}:{fault.line}"
-                print(f"survived  {where}  {fault.name}: {before}  ->  {after}", flush=True)
+                where = f"{fault.path.relative_to(root)}:{fault.line}"
+                print(f"{found}  {where}  {fault.name}: {before}  ->  {after}", flush=True)
+            if found in ("survived", "noticed", "slow"):
+                total[room] += 1
+                noticed[room] += found != "survived"
     for room in total:
         print(f"{room:12} {noticed[room]:4} of {total[room]:4} noticed")
     print(f"{'all':12} {sum(noticed.values()):4} of {sum(total.values()):4} noticed")
