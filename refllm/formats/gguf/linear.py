@@ -31,7 +31,8 @@ class GGUFLinear:
         found = gguf_type(type)
         if raw.ndim != 2 or raw.shape[1] % found.size:
             raise ValueError(
-                f"GGUFLinear: raw {type} is uint8 [R, a multiple of {found.size}], got {tuple(raw.shape)}"
+                f"GGUFLinear: raw {type} is uint8 [R, a multiple of {found.size}], "
+                f"got {tuple(raw.shape)}"
             )
         self.raw = raw
         self.type = type
