@@ -326,6 +326,28 @@ def test_a_new_sequence_starts_with_the_shared_acceptance_and_failed_probes_beco
     assert drive(drafting, good=True, names=1, rounds=1)[0] >= 3
 
 
+def test_at_most_one_sequence_probes_in_a_step():
+    drafting = AdaptiveDrafting(lambda: NGramDrafter(4, shortest=1), costs=FLAT)
+    drafting.stats = Acceptance(steps=1000, proposed=1000, judged=1000, accepted=0)
+    ask = DraftRequest([1, 2, 1], 4, GREEDY, np.random.default_rng(0), 0)
+    asked = [(drafting(), ask) for _ in range(3)]
+    for _ in range(2 * PROBE):
+        proposals = drafting.propose_batch(asked)
+        assert sum(bool(proposal.tokens) for proposal in proposals) <= 1
+    assert drafting.gammas[1] >= 3  # each of them has had its turn
+
+
+def test_sampled_drafts_that_the_budget_cuts_are_verified_with_their_own_q():
+    drafting = AdaptiveDrafting(ModelDrafter(DRAFT, 4, sequences=2))
+    asked = [
+        Request([3 + i, 4, 5], 12, id=i, seed=i, temperature=1.0, ignore_eos=True) for i in range(2)
+    ]
+    found, engine = served(drafting, asked, max_batch_tokens=6)
+    assert [len(tokens) for tokens, _, _ in found.values()] == [12, 12]
+    assert drafting.stats.proposed < 4 * drafting.stats.steps  # some were cut
+    assert engine.used_blocks == 0
+
+
 def test_every_draft_is_counted_once():
     drafting = AdaptiveDrafting(lambda: NGramDrafter(4, shortest=1))
     drafting().observe([0] * 5, 2)  # four drafts: two accepted, the third rejected

@@ -176,3 +176,30 @@ def test_a_prompt_that_is_computed_token_by_token_is_found_block_by_block(make: 
         compute(memory, one, 1)
         assert memory.match(sequence([1, 2, 3, 4, 5, 6, 9], computed)) == computed // 2 * 2
         assert memory.reserve(one, 1) == []
+
+
+def test_an_output_enters_the_tree_when_its_sequence_ends():
+    memory = RadixKVManager(BlockPool(8, 1))
+    one = sequence([1, 2])
+    memory.admit(one, 2, alone=True)
+    compute(memory, one, 2)
+    for token in (7, 8):
+        one.tokens.append(token)
+        memory.reserve(one, 1)
+        compute(memory, one, 1)
+    assert memory.match(sequence([1, 2, 7, 8, 9], 1)) == 2
+    memory.release(one)
+    assert memory.match(sequence([1, 2, 7, 8, 9], 2)) == 4
+
+
+def test_by_priority_the_prefix_of_the_least_urgent_request_is_evicted_first():
+    memory = RadixKVManager(BlockPool(6, 1), policy="priority")
+    urgent = sequence([1, 2, 3], priority=-1)
+    idle = sequence([4, 5, 6], 1, priority=5)
+    for one in (idle, urgent):
+        memory.admit(one, 3, alone=True)
+        compute(memory, one, 3)
+        memory.release(one)
+    assert memory.admit(sequence([7, 8], 2), 2, alone=True)
+    assert memory.match(sequence([1, 2, 3, 9], 3)) == 3
+    assert memory.match(sequence([4, 5, 6, 9], 4)) < 3
