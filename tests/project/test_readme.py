@@ -287,7 +287,7 @@ def test_the_cost_of_a_quantised_cache_is_that_of_its_record():
         f"{100 * share[4096]:.0f} % of float16's bytes at 4,096 tokens, "
         f"{100 * share[128]:.0f} % at 128" in text
     )
-    assert f"{Kivi(2, 2).bits_per_value():g} bits a number with 2-bit codes" in text
+    assert f"{Kivi(2, 2).bits_per_value():g} bits per value with 2-bit codes" in text
 
     steps = json.loads((ROOT / "benchmarks/results/kivi.json").read_text(encoding="utf-8"))[
         "results"
