@@ -1,15 +1,15 @@
-"""Exact laws of programs that draw uniforms: run once for each way their comparisons can
-fall, no sampling.
+"""Exact distributions of programs that draw uniforms: each program runs once for each way
+its comparisons can fall; nothing is sampled.
 
-``law(run)`` calls ``run(rng)`` with a generator whose uniforms are *intervals*. Comparing
-one with a number splits it: the program goes on with one part, and is run again from the
-start with the other. Each run has the probability of its parts, and all of them together
-have 1. A uniform that is used twice stays in the part where it was: a program that reuses
-one is seen to do so.
+``exact_distribution(run)`` calls ``run(rng)`` with a generator whose uniforms are
+*intervals*. Comparing one with a number splits it: the program continues with one part, and
+is run again from the start with the other. Each run has the probability of its parts, and
+all of them together have 1. A uniform that is used twice stays in the same part, so a
+program that reuses a uniform shows it.
 
-Inverse-CDF draws go through ``draw``, which a test puts in the place of the library's own
-(``exact_draws``); that this draws each token with its share of the uniforms is proved in
-``test_sampling``.
+Inverse-CDF draws use ``draw``, which a test puts in the place of the library's own
+(``drafting.use_exact_draws``); ``test_sampling`` proves that the library draws each token
+with its share of the uniforms.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Tape:
 
 
 class Uniform:
-    """A number of [low, high) that is not known more closely yet."""
+    """A value in [low, high) that is not determined any further yet."""
 
     def __init__(self, tape: Tape):
         self.tape = tape
@@ -100,8 +100,8 @@ def exact_distribution(run: Callable[[Any], Hashable]) -> dict[Any, float]:
 
 
 class Table:
-    """A language model of ``vocab`` tokens that gives every prefix a distribution of its
-    own, drawn from the seed.
+    """A language model of ``vocab`` tokens that gives every prefix its own distribution,
+    drawn from the seed.
     """
 
     def __init__(self, vocab: int, seed: int, kind: str = "dense"):
@@ -119,14 +119,14 @@ class Table:
         return w / w.sum()
 
     def rows(self, prefix: Sequence[int], drafts: Sequence[int]) -> np.ndarray:
-        """p of every place of the drafts and the one after them, [γ+1, V]."""
+        """p at every position of the drafts and the one after them, [γ+1, V]."""
         return np.stack([self([*prefix, *drafts[:i]]) for i in range(len(drafts) + 1)])
 
 
 def sequence_distribution(
     model: Callable[[Sequence[int]], np.ndarray], vocab: int, length: int
 ) -> dict[tuple[int, ...], float]:
-    """The law of the next ``length`` tokens after an empty prefix."""
+    """The distribution of the next ``length`` tokens after an empty prefix."""
     return {
         s: float(np.prod([model(s[:i])[t] for i, t in enumerate(s)]))
         for s in itertools.product(range(vocab), repeat=length)
@@ -139,8 +139,8 @@ def extend(
     vocab: int,
     length: int,
 ) -> dict[tuple[int, ...], float]:
-    """The law of ``length`` tokens where those that an outcome does not have are drawn from
-    the model.
+    """The distribution of ``length`` tokens where the missing tokens of an outcome are
+    drawn from the model.
     """
     whole = dict.fromkeys(itertools.product(range(vocab), repeat=length), 0.0)
     for s in whole:
@@ -151,5 +151,5 @@ def extend(
 
 
 def largest_difference(a: dict[Any, float], b: dict[Any, float]) -> float:
-    """The largest difference between two laws, over all outcomes."""
+    """The largest difference between two distributions, over all outcomes."""
     return max(abs(a.get(k, 0.0) - b.get(k, 0.0)) for k in {*a, *b})

@@ -1,5 +1,5 @@
-"""From token ids to text as they come: whole characters only, and nothing past a stop
-string.
+"""From token ids to text while they are generated: whole characters only, and nothing past a
+stop string.
 
 Two filters of a stream, used one after the other. ``Utf8Stream`` turns ids into text. A
 token of byte-level BPE is a string of bytes, and may end in the middle of a character;
@@ -7,15 +7,16 @@ token of byte-level BPE is a string of bytes, and may end in the middle of a cha
 next token tells which. ``StopStrings`` ends the text before the first stop string, which
 may begin in one token and end in a later one.
 
-Decoding all ids anew for each token costs n²/2 ids for n tokens. The method of TGI and vLLM
-decodes a short window that begins with tokens already shown, for decoders that treat the
-first token apart (SentencePiece drops its leading space), and shows what is new once it
-does not end in U+FFFD. So does ``tokenizers.DecodeStream``. Two things differ here: a run
-of invalid bytes is shown as it comes, where those hold it, and decode it anew, until it
-ends; and nothing is shown that byte fallback may take back, where DecodeStream raises.
+Decoding all ids again for each token costs n²/2 ids for n tokens. The method of TGI and
+vLLM decodes a short window that begins with tokens already shown, for decoders that treat
+the first token differently (SentencePiece drops its leading space), and shows what is new
+once it does not end in U+FFFD. So does ``tokenizers.DecodeStream``. Two things differ here:
+invalid bytes are shown at once, where those hold them back, and decode them again, until a
+valid character ends them; and text that byte fallback may still change is held back, where
+DecodeStream raises an error.
 
-Left out: decoders that rewrite text which earlier tokens gave (a Replace after Fuse):
-refused when it happens.
+Left out: decoders that rewrite text of earlier tokens (a Replace after Fuse); they raise a
+ValueError when it happens.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 class Utf8Stream:
     """Text of a growing list of token ids, in whole characters.
 
-    The pieces that ``push`` and ``flush`` return, joined, are exactly
+    The strings that ``push`` and ``flush`` return, joined, are exactly
     ``tokenizer.decode(all ids)``. Held back is at most the last character of that text, and
-    only while it is U+FFFD. With SentencePiece's byte fallback a run of byte tokens is held
-    to its end: one bad byte there turns the whole run into U+FFFD.
+    only while it is U+FFFD. With SentencePiece's byte fallback consecutive byte tokens are
+    held back to their end: one bad byte there turns all of them into U+FFFD.
 
-    ``decoded`` counts the ids handed to the tokenizer: a few for each push, however long
+    ``decoded`` counts the ids passed to the tokenizer: a few for each push, however long
     the text is.
     """
 
@@ -46,7 +47,7 @@ class Utf8Stream:
         self.tokenizer = tokenizer
         self.decoded = 0
         self._window: list[int] = []  # one id for context, then those whose text is not certain
-        self._shown = ""  # what was returned of the window's text
+        self._shown = ""  # the part of the window's text that was returned
 
     def push(self, token_id: int) -> str:
         """Take the next id; return the text that is certain now, which may be empty.
@@ -55,7 +56,7 @@ class Utf8Stream:
         """
         token = self.tokenizer.inner.id_to_token(token_id)
         if token is None:
-            return ""  # decode() passes over an id that names no token
+            return ""  # decode() skips an id that names no token
         self._window.append(token_id)
         if _BYTE_TOKEN.fullmatch(token):
             return ""
@@ -73,34 +74,43 @@ class Utf8Stream:
         return new
 
     def flush(self) -> str:
-        """Return what is held back, and begin a new text."""
+        """Return the text that is held back, and start a new stream."""
         rest = self._unseen()
         self._window = []
         self._shown = ""
         return rest
 
     def _unseen(self) -> str:
+        """The window's text that was not returned yet."""
         text = self._decode()
         if not text.startswith(self._shown):
             raise ValueError(
-                f"the tokenizer's decoder turned {self._shown!r} into {text!r} after it was streamed"
+                f"the tokenizer's decoder turned {self._shown!r} into {text!r} after it was "
+                "streamed"
             )
         return text[len(self._shown) :]
 
     def _decode(self) -> str:
+        """The window's text."""
         self.decoded += len(self._window)
         return self.tokenizer.decode(self._window)
 
 
 class StopStrings:
-    """Ends a stream of text before the first stop string, wherever the pieces are cut.
+    """Ends a stream of text before the first stop string, wherever the chunks are cut.
 
     The result depends on the whole text alone: everything before ``min(text.find(s) for
-    each s that occurs)``. Of two stop strings that begin at the same place the shorter has
-    ``matched``. A piece is held back only from the first place where a stop string may have
-    begun.
+    each s that occurs)``. Of two stop strings that begin at the same position the shorter
+    is ``matched``. Text is held back only from the first position where a stop string may
+    have begun.
 
     Attributes: ``stopped``, and ``matched``, the stop string or None.
+
+    >>> stops = StopStrings("def ")
+    >>> stops.push("x = 1  # de"), stops.push("faults"), stops.push(" def f")
+    ('x = 1  # ', 'defaults', ' ')
+    >>> stops.stopped, stops.push("more")
+    (True, '')
     """
 
     def __init__(self, stops: str | Iterable[str] = ()):
@@ -115,23 +125,23 @@ class StopStrings:
         self._held = ""
 
     def push(self, text: str) -> str:
-        """Take the next piece of text; return what is safe to show. After the stop, nothing
-        is.
+        """Take the next chunk of text; return the text that is safe to show, which is empty
+        after the stop.
         """
         return self._advance(text, ended=False)
 
     def flush(self) -> str:
-        """The text has ended: return what is held back, up to a stop string."""
+        """End the text: return what is held back, up to a stop string."""
         return self._advance("", ended=True)
 
     def _advance(self, text: str, ended: bool) -> str:
+        """Append ``text`` to what is held back; return what can be shown."""
         if self.stopped:
             return ""
         held = self._held + text
-        # (where, length) puts the earliest first and, of those, the shortest
-        start, length = min(
-            ((held.find(s), len(s)) for s in self.stops if s in held), default=(len(held), 0)
-        )
+        # (position, length) puts the earliest first and, of those, the shortest
+        found = ((held.find(s), len(s)) for s in self.stops if s in held)
+        start, length = min(found, default=(len(held), 0))
         maybe = len(held) if ended else self._may_begin(held)
         if length and start <= maybe:
             self.stopped = True
@@ -139,13 +149,13 @@ class StopStrings:
             self._held = ""
             return held[:start]
         # No stop yet, or one that an earlier and longer stop string, still incomplete, may
-        # yet precede.
+        # precede.
         self._held = held[maybe:]
         return held[:maybe]
 
     def _may_begin(self, held: str) -> int:
-        """The first place from which ``held`` may run on into a stop string; its length if
-        there is none.
+        """The first position from which ``held`` may continue into a stop string; its
+        length if there is none.
         """
         longest = max(map(len, self.stops), default=1)
         for i in range(max(0, len(held) - longest + 1), len(held)):

@@ -22,8 +22,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from refllm.array_types import Array
-from refllm.backend import asarray_like, namespace, to_numpy
+from refllm.backend import NUMPY, Array, asarray_like, namespace, to_numpy
 from refllm.decode.fast.captured_step import make_decode_step
 from refllm.decode.penalties import apply_repetition_penalty
 from refllm.decode.sampling import distribution, sample
@@ -130,7 +129,7 @@ def prefill(
     # KIVI's prompt attends to its unquantised keys, whatever else is in the batch: one pass.
     # A sparse cache is always cut, since the scores that it needs are quadratic.
     chunked = isinstance(cache, SparseCache) or (
-        namespace(like) is np and not isinstance(cache, KiviCache)
+        namespace(like) is NUMPY and not isinstance(cache, KiviCache)
     )
     budget = PREFILL_TOKENS if chunked else total
     ends = []

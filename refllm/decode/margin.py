@@ -71,7 +71,7 @@ def _log_gap(a: Array, b: Array) -> Array:
     return xp.where(both, xp.minimum(gap, _FAR), _FAR)
 
 
-def _odds_gap(weights: Array, share: Array) -> Array:
+def _odds_gap(weights: Array, share: Array | float) -> Array:
     """How far the odds of each prefix of ``weights`` lie from those of ``share``, as |log|;
     [..., V].
 

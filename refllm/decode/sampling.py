@@ -43,10 +43,7 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
-from refllm.array_types import Array
-from refllm.backend import namespace, to_numpy
+from refllm.backend import NUMPY, Array, namespace, to_numpy
 from refllm.decode.sampling_params import (
     Parameter,
     SamplingParams,
@@ -93,6 +90,7 @@ def process_logits(
 
     Examples
     --------
+    >>> import numpy as np
     >>> z = np.log([0.5, 0.3, 0.1, 0.1])
     >>> process_logits(z, top_k=2).round(3).tolist()
     [0.625, 0.375, 0.0, 0.0]
@@ -143,7 +141,9 @@ def sample(probabilities: Array, uniforms: Array | float) -> Array:
     ValueError for a uniform outside [0, 1), a negative or non-finite probability, or a row
     of zeros.
 
-    >>> sample(np.array([[0.25, 0.0, 0.75], [0.25, 0.0, 0.75]]), np.array([0.2, 0.3])).tolist()
+    >>> import numpy as np
+    >>> p = np.array([0.25, 0.0, 0.75])
+    >>> sample(np.stack([p, p]), np.array([0.2, 0.3])).tolist()
     [0, 2]
     """
     xp = namespace(probabilities)
@@ -180,9 +180,10 @@ def draw(weights: Array, uniform: float, otherwise: Array | None = None) -> int:
     handles that.
     """
     xp = namespace(weights)
-    if xp is not np:
-        empty = otherwise is not None and not float(xp.sum(weights)) > EMPTY
-        return int(sample(otherwise if empty else weights, uniform))
+    if xp is not NUMPY:
+        if otherwise is not None and not float(xp.sum(weights)) > EMPTY:
+            weights = otherwise
+        return int(sample(weights, uniform))
     edges = _edges(weights)
     if not edges[-1] > EMPTY:
         if otherwise is None:
@@ -245,7 +246,7 @@ def _peak(z: Array) -> Array:
     )
 
 
-def softmax_weights(logits: Array, temperature: Array) -> Array:
+def softmax_weights(logits: Array, temperature: Array | float) -> Array:
     """w = exp((z - max z) / τ), float64[..., V]: the largest is exactly 1, a masked one
     exactly 0.
     """
@@ -260,7 +261,7 @@ def rank(weights: Array) -> Array:
     return xp.flip(xp.sort(weights, axis=-1), axis=-1)
 
 
-def first_k(ranked: Array, k: Array) -> Array:
+def first_k(ranked: Array, k: Array | float) -> Array:
     """The first k weights, and zeros after them; [..., V]."""
     xp = namespace(ranked)
     return xp.where(xp.arange(ranked.shape[-1]) < k, ranked, 0.0)

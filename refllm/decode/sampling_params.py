@@ -6,12 +6,13 @@ also take lists, with one value per row of logits[B, V]: a batch of requests wit
 settings. ``validate_params`` checks either form on the host, rewrites "off" and "greedy" as
 values that need no case of their own, and places them beside the logits:
 
-| given           | used                                                                |
-|-----------------|---------------------------------------------------------------------|
-| temperature 0   | top_k 1 at temperature 1: one token stays, the lowest id of the largest logit |
-| top_k 0         | V                                                                   |
-| top_p 1         | 2, a share that no prefix reaches (a prefix's mass may *round* to 1) |
-| min_p 0         | 0: every weight is at least that                                    |
+| given         | used                                                                    |
+|---------------|-------------------------------------------------------------------------|
+| temperature 0 | top_k 1 at temperature 1: one token stays, the lowest id of the largest |
+|               | logit                                                                   |
+| top_k 0       | V                                                                       |
+| top_p 1       | 2, a share that no prefix reaches (a prefix's mass may *round* to 1)    |
+| min_p 0       | 0: every weight is at least that                                        |
 
 Left out: device arrays as parameters. They are settings, and live on the host.
 """
@@ -22,10 +23,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from refllm.array_types import Array
-from refllm.backend import namespace
+from refllm.backend import Array, DType, Operand, namespace
 
 Parameter = float | Sequence[float]  # one value, or a list or NumPy array of B values
 
@@ -89,10 +89,10 @@ class ValidatedParams(NamedTuple):
     columns [B, 1].
     """
 
-    temperature: Array
-    top_k: Array
-    top_p: Array
-    min_p: Array
+    temperature: Array | float
+    top_k: Array | float
+    top_p: Array | float
+    min_p: Array | float
     filtering: bool  # whether any row can lose a token
 
 
@@ -123,7 +123,7 @@ def validate_params(
     )
 
 
-def column(name: str, value: Parameter, logits: Array) -> Array:
+def column(name: str, value: Parameter, logits: Array) -> Array | float:
     """A checked parameter in the logits' dtype: a Python number, or a column [B, 1]."""
     return _placed(_checked(name, value, logits), logits, logits.dtype)
 
@@ -131,7 +131,7 @@ def column(name: str, value: Parameter, logits: Array) -> Array:
 def _checked(name: str, value: Parameter, logits: Array) -> list[float]:
     """The value or values of a parameter as a list; ValueError names one outside its range."""
     # NumPy's arrays and scalars
-    values: Any = value.tolist() if hasattr(value, "tolist") else value
+    values: Operand = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(values, (int, float)):
         values = [values]
     elif logits.ndim != 2 or len(values) != logits.shape[0]:
@@ -147,7 +147,7 @@ def _checked(name: str, value: Parameter, logits: Array) -> list[float]:
     return list(values)
 
 
-def _placed(values: Sequence[float], logits: Array, dtype: Any) -> Array:
+def _placed(values: Sequence[float], logits: Array, dtype: DType) -> Array | float:
     """One value as a Python number, several as a column [B, 1] beside the logits."""
     if len(values) == 1:
         return values[0]  # a Python number takes no transfer and decides no dtype

@@ -25,9 +25,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
-import numpy as np
-
-from refllm.backend import Array, DType, Namespace, asarray_like, namespace
+from refllm.backend import NUMPY, Array, DType, Namespace, asarray_like, namespace
 from refllm.model.attention import masked_score
 from refllm.model.weights import has_small_kernels
 
@@ -88,7 +86,7 @@ def _attend(xp: Namespace, q: Array, keys: Array, values: Array, bias: Array | N
         rows = q.reshape(batch, n, groups, -1, dim)  # [B, n, G, R, D]
         rows = rows.transpose(0, 2, 3, 1, 4).reshape(batch, groups, -1, dim)  # [B, G, R·n, D]
     # One head at a time: a matrix-vector product does not pack its matrix.
-    if n == 1 and xp is np and not has_small_kernels():
+    if n == 1 and xp is NUMPY and not has_small_kernels():
         rows = rows[..., None, :]  # [B, G, R, 1, D]
         keys = keys[:, :, None]
         values = values[:, :, None]

@@ -4,11 +4,12 @@ onto it.
 Sources: PagedAttention, Kwon et al. 2023, sections 4.2 to 4.5 (tables, sharing, copy on
 write); the free list that remembers contents, vLLM's automatic prefix caching.
 
-| symbol | name                                | value                                             |
-|--------|-------------------------------------|---------------------------------------------------|
-| b      | ``block_size``, tokens per block    |                                                   |
-| p      | position of a token in its sequence | lies in block ``table[p // b]``, at offset p % b  |
-| slot   | index of a token in the whole pool  | ``table[p // b] · b + p % b``                     |
+| symbol | name                                | value                                        |
+|--------|-------------------------------------|----------------------------------------------|
+| b      | ``block_size``, tokens per block    |                                              |
+| p      | position of a token in its sequence | lies in block ``table[p // b]``, at offset p |
+|        |                                     | % b                                          |
+| slot   | index of a token in the whole pool  | ``table[p // b] · b + p % b``                |
 
 A block is *owned* (one reference per table that holds it) or *free*. A free block may still
 be *remembered* under a key: its contents are valid until it is allocated again, and
@@ -56,13 +57,11 @@ class BlockPool:
         """``on_vacant(id)`` is called when a block's contents can no longer be read: it has
         no owner and no key.
         """
-        if not (
-            isinstance(num_blocks, int)
-            and isinstance(block_size, int)
-            and num_blocks > 0 < block_size
-        ):
+        sizes = (num_blocks, block_size)
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
             raise ValueError(
-                f"BlockPool: needs a block of at least one token, got {num_blocks!r} of {block_size!r}"
+                "BlockPool: needs a block of at least one token, "
+                f"got {num_blocks!r} of {block_size!r}"
             )
         self.num_blocks = num_blocks
         self.block_size = block_size

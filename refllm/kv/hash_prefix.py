@@ -5,12 +5,13 @@ Sources: vLLM's automatic prefix caching (its block pool and its design notes): 
 keys, a salt in the first block, full blocks only, one token always left to compute. The
 blocks are ``kv.block_pool``.
 
-| symbol | name                                      | value                                            |
-|--------|-------------------------------------------|--------------------------------------------------|
-| b      | ``block_size``                            |                                                  |
-| k_i    | key of the full block i of a sequence     | H(k_{i−1}, tokens[i·b : (i+1)·b], salt if i = 0) |
-| k_{−1} | parent of the first block                 | a constant                                       |
-| hit    | leading blocks that are found, in tokens  | a multiple of b, at most the length − 1          |
+| symbol | name                                     | value                                   |
+|--------|------------------------------------------|-----------------------------------------|
+| b      | ``block_size``                           |                                         |
+| k_i    | key of the full block i of a sequence    | H(k_{i−1}, tokens[i·b : (i+1)·b], salt  |
+|        |                                          | if i = 0)                               |
+| k_{−1} | parent of the first block                | a constant                              |
+| hit    | leading blocks that are found, in tokens | a multiple of b, at most the length − 1 |
 
 Equal keys are taken for equal prefixes, so H must be collision resistant: sha256. The salt
 is hashed into the first block and reaches the others through the chain: tenants with

@@ -4,16 +4,18 @@ contiguous cache.
 Source: Liu et al. 2024 (arXiv:2402.02750), algorithm 1; words as in their code, 32/b codes
 each where b divides 32.
 
-| array          | contents                                            | shape                       |
-|----------------|-----------------------------------------------------|-----------------------------|
-| key_words      | codes of keys, for each channel a stream of tokens  | [L, B, G, D, ⌊C/R⌋ R b/32]  |
-| key_scales     | s and min of g tokens of a channel                  | [2, L, B, G, D, ⌊C/R⌋ R/g]  |
-| key_residual   | keys of the residual window, position p in column   | [L, B, G, D, min(R, C)]     |
-|                | p mod R                                             |                             |
-| value_words    | codes of values, for each token a stream of channels| [L, B, G, C − R, ⌈D b/32⌉]  |
-| value_scales   | s and min of g channels of a token                  | [2, L, B, G, C − R, D/g]    |
-| value_residual | values of the residual window, position p in row    | [L, B, G, min(R, C), D]     |
-|                | p mod R                                             |                             |
+| array          | contents                                     | shape                      |
+|----------------|----------------------------------------------|----------------------------|
+| key_words      | codes of keys, for each channel a stream of  | [L, B, G, D, ⌊C/R⌋ R b/32] |
+|                | tokens                                       |                            |
+| key_scales     | s and min of g tokens of a channel           | [2, L, B, G, D, ⌊C/R⌋ R/g] |
+| key_residual   | keys of the residual window, position p in   | [L, B, G, D, min(R, C)]    |
+|                | column p mod R                               |                            |
+| value_words    | codes of values, for each token a stream of  | [L, B, G, C − R, ⌈D b/32⌉] |
+|                | channels                                     |                            |
+| value_scales   | s and min of g channels of a token           | [2, L, B, G, C − R, D/g]   |
+| value_residual | values of the residual window, position p in | [L, B, G, min(R, C), D]    |
+|                | row p mod R                                  |                            |
 
 C is the capacity. Ownership: positions [0, s) are committed. The tokens of a step are kept
 in full precision until ``advance`` says how many of them stay, so a rejected draft leaves

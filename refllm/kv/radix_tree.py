@@ -4,12 +4,14 @@ RadixAttention's prefix cache.
 Source: SGLang, Zheng et al. 2024, section 3; page size, locks and eviction orders as its
 implementation has them.
 
-| term  | meaning                                       | value                                     |
-|-------|-----------------------------------------------|-------------------------------------------|
-| node  | some consecutive tokens, the edge above it    | ``tokens[a:b]`` of every prefix through it|
-| slots | indices of their keys and values in the pool  | one integer per token, opaque here        |
-| page  | ``page_size``: nodes hold whole pages         | children differ in their first page       |
-| lock  | number of handles at or below the node        | a locked node is never evicted            |
+| term  | meaning                                 | value                                   |
+|-------|-----------------------------------------|-----------------------------------------|
+| node  | some consecutive tokens, the edge above | ``tokens[a:b]`` of every prefix through |
+|       | it                                      | it                                      |
+| slots | indices of their keys and values in the | one integer per token, opaque here      |
+|       | pool                                    |                                         |
+| page  | ``page_size``: nodes hold whole pages   | children differ in their first page     |
+| lock  | number of handles at or below the node  | a locked node is never evicted          |
 
 Ownership, as half-open intervals of one request's tokens, when it inserts [0, n) after it
 had matched [0, m): [0, m) belongs to the tree and is locked by the request; of [m, n), the

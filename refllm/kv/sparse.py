@@ -9,16 +9,22 @@ section 3. Heads that share a key head share its tokens: their attention is aver
 All of them keep the first tokens, the newest ones, and of the others those with the highest
 scores. They differ in the score, and in when they evict:
 
-| policy          | score of token j                                       | first | newest | evicts           |
-|-----------------|--------------------------------------------------------|-------|--------|------------------|
-| ``recent_only`` | none: the control that a technique has to beat         | 0     | budget | at every step    |
-| ``streaming``   | none                                                   | 4     | rest   | at every step    |
-| ``h2o``         | Σ_t a_tj over all queries t that have read it          | 0     | half   | at every step    |
-| ``tova``        | a_tj of the newest query, one set per layer            | 0     | 0      | at every step    |
-| ``snapkv``      | Σ_t a_tj of the prompt's last w queries, pooled over k | 0     | w      | after the prompt |
-|                 | neighbouring tokens                                    |       |        |                  |
-| ``pyramidkv``   | as SnapKV, with larger budgets in low layers           | 0     | w      | after the prompt |
-| ``at_random``   | drawn when the token is cached: the other control      | 0     | half   | at every step    |
+| policy          | score of token j                       | first | newest | evicts           |
+|-----------------|----------------------------------------|-------|--------|------------------|
+| ``recent_only`` | none: the control that a technique has | 0     | budget | at every step    |
+|                 | to beat                                |       |        |                  |
+| ``streaming``   | none                                   | 4     | rest   | at every step    |
+| ``h2o``         | Σ_t a_tj over all queries t that have  | 0     | half   | at every step    |
+|                 | read it                                |       |        |                  |
+| ``tova``        | a_tj of the newest query, one set per  | 0     | 0      | at every step    |
+|                 | layer                                  |       |        |                  |
+| ``snapkv``      | Σ_t a_tj of the prompt's last w        | 0     | w      | after the prompt |
+|                 | queries, pooled over k neighbouring    |       |        |                  |
+|                 | tokens                                 |       |        |                  |
+| ``pyramidkv``   | as SnapKV, with larger budgets in low  | 0     | w      | after the prompt |
+|                 | layers                                 |       |        |                  |
+| ``at_random``   | drawn when the token is cached: the    | 0     | half   | at every step    |
+|                 | other control                          |       |        |                  |
 
 | symbol | name                                                   | shape     |
 |--------|--------------------------------------------------------|-----------|

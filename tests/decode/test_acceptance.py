@@ -1,5 +1,5 @@
-"""Acceptance rate, α and acceptance length: three numbers that are not one; the formulas
-and where they are best.
+"""Acceptance rate, α and acceptance length: three different quantities; the formulas and
+their optima.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ pairs = st.lists(
 )
 
 
-def test_the_three_numbers_by_hand():
+def test_the_three_quantities_by_hand():
     stats = acceptance_stats([(3, 3), (3, 0), (3, 1), (0, 0)])
     assert same is acceptance_stats
     assert (stats.steps, stats.proposed, stats.judged, stats.accepted, stats.emitted) == (
@@ -43,7 +43,7 @@ def test_the_three_numbers_by_hand():
 
 @pytest.mark.theorem("rate ≤ α, and 1 ≤ τ ≤ γ + 1; emitted = steps + accepted", source="definition")
 @given(steps=pairs)
-def test_the_numbers_keep_their_order(steps):
+def test_the_quantities_keep_their_order(steps):
     stats = acceptance_stats(steps)
     assert stats.rate <= stats.alpha <= 1
     assert 1 <= stats.length <= 1 + max((n for n, _ in steps), default=0)
@@ -55,13 +55,14 @@ def test_the_numbers_keep_their_order(steps):
 
 
 @pytest.mark.parametrize("pair", [(2, 3), (2, -1), (-1, -1)])
-def test_more_accepted_than_proposed_is_refused(pair):
+def test_more_accepted_than_proposed_is_rejected(pair):
     with pytest.raises(ValueError, match="cannot be accepted"):
         acceptance_stats([pair])
 
 
 @pytest.mark.theorem(
-    "E[τ] = (1 − α^{γ+1}) / (1 − α), γ + 1 at α = 1, and is the mean of min(run of acceptances, γ) + 1",
+    "E[τ] = (1 − α^{γ+1}) / (1 − α), γ + 1 at α = 1, and is the mean of min(consecutive "
+    "acceptances, γ) + 1",
     source="Leviathan et al. 2023, equation 1",
 )
 @given(alpha=st.floats(0, 1), gamma=st.integers(0, 10))

@@ -1,4 +1,4 @@
-"""The captured step against the network that it is a short form of."""
+"""The captured step against the network whose forward pass it repeats."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def network(config: ModelConfig, seed: int, dtype: str = "float64"):
     return build(config, random_tensors(config, seed, dtype))
 
 
-def whole(weights, config: ModelConfig, tokens) -> np.ndarray:
+def full_forward(weights, config: ModelConfig, tokens) -> np.ndarray:
     """Logits after each token by the network, without a cache."""
     attend = CausalAttend([len(tokens)], config.sliding_window)
     return logits(
@@ -40,7 +40,8 @@ def whole(weights, config: ModelConfig, tokens) -> np.ndarray:
 
 
 @pytest.mark.theorem(
-    "A captured step is the network: for any rows of any sequences, of a contiguous or a paged cache, in any order",
+    "A captured step is the network: for any rows of any sequences, of a contiguous or a paged "
+    "cache, in any order",
     source="what a call writes the next one reads",
 )
 @given(
@@ -62,7 +63,7 @@ def test_a_captured_step_is_the_network(config, in_place, paged, steps, seed):
         weights = network(config, seed)
         assert can_capture(config, weights)
         step = CapturedStep(weights, config)
-        expected = [whole(weights, config, text) for text in texts]
+        expected = [full_forward(weights, config, text) for text in texts]
         like = weights["norm"]
         cache = (
             PagedKVCache(config, 18, 3, like=like, poison=True)
@@ -121,9 +122,9 @@ def test_a_batch_of_many_rows_goes_through_the_network(monkeypatch):
     assert list(step.captured) == [4]
 
 
-def test_rows_that_are_added_stay_zeros_whatever_stood_in_the_memory(monkeypatch):
-    """A batch of not-a-numbers leaves its memory to the next, smaller one, which computes a
-    row for nobody.
+def test_padding_rows_stay_zeros_whatever_the_memory_held(monkeypatch):
+    """A batch of NaN leaves its memory to the next, smaller one, which computes a padding
+    row.
     """
     monkeypatch.setattr(weights_module, "has_small_kernels", lambda: True)
     weights = network(BLOCKED, 0)
@@ -152,7 +153,7 @@ def test_a_smaller_batch_uses_the_memory_of_a_larger_one(monkeypatch):
     config = NETWORKS["llama"]
     weights = network(config, 0)
     step = CapturedStep(weights, config)
-    for rows in (1, 5, 2, 7):  # room for 1, then 8
+    for rows in (1, 5, 2, 7):  # memory for 1 row, then 8
         cache = ContiguousCache(config, rows, 1, like=weights["norm"])
         step([3] * rows, [0] * rows, cache.view([1] * rows))
     assert step.rows_allocated == 8
@@ -161,7 +162,7 @@ def test_a_smaller_batch_uses_the_memory_of_a_larger_one(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
-def test_families_with_more_in_them_are_left_to_the_network(name):
+def test_families_with_more_operations_use_the_network(name):
     config = NETWORKS[name]
     weights = network(config, 0)
     assert not can_capture(config, weights)
@@ -172,7 +173,7 @@ def test_families_with_more_in_them_are_left_to_the_network(name):
     np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance(config, 40, expected))
 
 
-def test_quantised_networks_and_other_libraries_are_left_to_the_network(xp):
+def test_quantised_networks_and_other_libraries_use_the_network(xp):
     config = NETWORKS["llama"]
     weights = build(config, {name: xp.asarray(t) for name, t in random_tensors(config, 0).items()})
     assert can_capture(config, weights) == (xp is np)
@@ -195,7 +196,7 @@ def test_quantised_networks_and_other_libraries_are_left_to_the_network(xp):
         "all, in float32",
     ],
 )
-def test_weights_that_are_exchanged_count_from_the_next_step_on(change):
+def test_exchanged_weights_count_from_the_next_step_on(change):
     config = NETWORKS["llama"]
     weights = network(config, 0)
     other = network(config, 1)
@@ -264,7 +265,7 @@ def test_a_copy_computes_by_itself():
     np.testing.assert_array_equal(kept, first)
 
 
-def test_far_positions_cost_no_table():
+def test_far_positions_need_no_table():
     config = NETWORKS["llama"]
     weights = network(config, 0)
     step = CapturedStep(weights, config)
@@ -280,7 +281,7 @@ def test_far_positions_cost_no_table():
     assert len(step.angles[0]) == captured_step.MAX_POSITIONS
 
 
-def test_a_network_of_two_types_is_left_as_it_is():
+def test_a_network_of_two_dtypes_is_not_captured():
     config = NETWORKS["llama"]
     weights = network(config, 0)
     weights["layers"][1]["input_layernorm"] = weights["layers"][1]["input_layernorm"].astype(

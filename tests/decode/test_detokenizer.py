@@ -62,8 +62,8 @@ TOKENIZERS = {
 
 @st.composite
 def id_lists(draw: st.DrawFn, tokenizer: Tokenizer) -> list[int]:
-    """Any ids, with a few that name no token; runs of one kind of byte are common, as in
-    broken output.
+    """Any ids, with a few that name no token; repetitions of one kind of byte are common,
+    as in broken output.
     """
     size = tokenizer.vocab_size
     anything = st.lists(st.integers(0, size + 3), max_size=12)
@@ -82,7 +82,8 @@ def stream_all(tokenizer: Tokenizer, ids: list[int]) -> tuple[str, Utf8Stream]:
 
 
 @pytest.mark.theorem(
-    "streamed pieces, joined, are decode(all ids): for any decoder and any ids, invalid bytes and unknown ids included",
+    "streamed pieces, joined, are decode(all ids): for any decoder and any ids, invalid bytes "
+    "and unknown ids included",
     source="prefix-offset decoding, TGI and vLLM",
 )
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -100,8 +101,8 @@ def test_the_stream_of_encoded_text_is_the_text(text, vocabulary):
 
 
 @pytest.mark.theorem(
-    "with byte-level BPE at most one character is held back after any token, only where it may still be unfinished, "
-    "and no emitted piece is ever taken back",
+    "with byte-level BPE at most one character is held back after any token, only where it may "
+    "still be unfinished, and no emitted piece is ever taken back",
     source="Unicode 15, §3.9, maximal subparts: U+FFFD for each",
 )
 @given(data=st.data())
@@ -116,8 +117,8 @@ def test_after_every_token_all_but_an_unfinished_character_is_out(data):
     assert shown + stream.flush() == BYTE_LEVEL.decode(ids)
 
 
-def test_every_cut_of_a_character_into_tokens_is_healed():
-    # one token a byte, so every character of two to four bytes is cut everywhere
+def test_every_cut_of_a_character_into_tokens_is_joined():
+    # one token per byte, so every character of two to four bytes is cut everywhere
     tokenizer = Tokenizer.train([], vocab_size=257)
     for character in set(MULTI_BYTE):
         ids = tokenizer.encode(character)
@@ -127,7 +128,7 @@ def test_every_cut_of_a_character_into_tokens_is_healed():
 
 
 @pytest.mark.theorem(
-    "streaming n ids decodes at most 6 n + 6 of them, whatever the bytes: O(1) a token",
+    "streaming n ids decodes at most 6 n + 6 of them, whatever the bytes: O(1) per token",
     source="a UTF-8 character has at most 4 bytes, so at most 4 tokens are unfinished",
 )
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "word_piece"])
@@ -142,7 +143,7 @@ def test_the_work_per_token_is_bounded(kind, data):
 @pytest.mark.parametrize(
     "bytes_", [b"\x80", b"\xf0", b"\xf0\x9f", b"\xe2\x82\xac", b"\xac\xe2\x82"]
 )
-def test_endless_broken_bytes_are_streamed_as_they_come_at_constant_cost(bytes_):
+def test_endless_broken_bytes_are_streamed_at_once_at_constant_cost(bytes_):
     tokenizer = Tokenizer.train([], vocab_size=257)
     token = {b: i for c in "\x80🙂€" for b, i in zip(c.encode(), tokenizer.encode(c), strict=True)}
     ids = [token[b] for b in bytes_] * 500
@@ -154,9 +155,9 @@ def test_endless_broken_bytes_are_streamed_as_they_come_at_constant_cost(bytes_)
     assert stream.decoded <= 6 * len(ids)
 
 
-def test_byte_fallback_shows_nothing_that_a_bad_byte_may_take_back():
+def test_byte_fallback_shows_nothing_that_a_bad_byte_may_change():
     tokenizer = TOKENIZERS["byte_fallback"]
-    # é is whole after two, but a run of bytes is valid as a whole or not at all
+    # é is complete after two, but consecutive bytes are valid as a whole or not at all
     ids = [0xC3, 0xA9, 0xF0, 257]
     assert tokenizer.decode(ids[:2]) == "é"
     assert tokenizer.decode(ids) == FFFD * 3 + "  "
@@ -174,7 +175,7 @@ def test_special_tokens_and_a_second_text_after_flush():
     assert stream.flush() == ""
 
 
-def test_a_decoder_that_rewrites_shown_text_is_refused():
+def test_a_decoder_that_rewrites_shown_text_is_rejected():
     rewrites = decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "X")])
     stream = Utf8Stream(wrapped(["a", "b"], rewrites))
     assert stream.push(0) == "a"
@@ -199,12 +200,13 @@ def feed(stops: list[str], pieces: list[str]) -> tuple[str, StopStrings]:
 
 
 @pytest.mark.theorem(
-    "the text that passes the stop strings is text[:min(find(s))], for every cut of the text into pieces",
+    "the text that passes the stop strings is text[:min(find(s))], for every cut of the text "
+    "into pieces",
     source="definition: str.find on the whole text",
 )
 @given(text=st.text("ab", max_size=8), stops=stop_lists)
 @example(text="aabb", stops=["ab", "aabb"])  # the longer begins first and ends last
-@example(text="aaba", stops=["ab", "aabb"])  # as before, but it does not come
+@example(text="aaba", stops=["ab", "aabb"])  # as before, but it does not occur
 def test_stop_strings_are_found_for_every_cut_of_the_text(text, stops):
     found = [(text.find(s), len(s), s) for s in stops if s in text]
     for cuts in itertools.product([False, True], repeat=max(0, len(text) - 1)):
@@ -216,8 +218,8 @@ def test_stop_strings_are_found_for_every_cut_of_the_text(text, stops):
 
 
 @pytest.mark.theorem(
-    "after each piece exactly the text common to all continuations is out, and stopped is set exactly when no "
-    "continuation can change the result: nothing is held back in vain",
+    "after each piece exactly the text common to all continuations is out, and stopped is set "
+    "exactly when no continuation can change the result: nothing is held back needlessly",
     source="enumeration of all continuations up to the longest stop string",
 )
 @given(text=st.text("abc", max_size=7), stops=stop_lists)
@@ -268,7 +270,7 @@ def test_without_stop_strings_every_piece_passes_at_once(pieces):
 
 
 @pytest.mark.parametrize("stops", ["", [""], ["ok", ""], ["ok", None], [b"ok"], b"ok", [1]])
-def test_a_stop_string_that_is_empty_or_no_text_is_refused(stops):
+def test_a_stop_string_that_is_empty_or_no_text_is_rejected(stops):
     with pytest.raises(ValueError, match="must not be empty"):
         StopStrings(stops)
 

@@ -1,5 +1,5 @@
-"""Drafters: what they return is what they sampled from; their caches are those of the text;
-bad ones change nothing.
+"""Drafters: the q that they return is what they sampled from; their caches match the
+sequence; bad input is rejected.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from refllm.kv.contiguous import ContiguousCache
 from refllm.model.llama import forward
 from strategies import seeds
 
-texts = st.lists(st.integers(0, 3), min_size=1, max_size=24)
+token_lists = st.lists(st.integers(0, 3), min_size=1, max_size=24)
 
 
 # --- n-grams ------------------------------------------------------------------------------
 
 
 def looked_up(text, count, longest, shortest):
-    """The rule by search: the longest n of which the last n tokens stand earlier, of equal
+    """The rule by search: the longest n of which the last n tokens occur earlier, of equal
     ones the latest place.
     """
     for n in range(longest, shortest - 1, -1):
@@ -43,11 +43,12 @@ def looked_up(text, count, longest, shortest):
 
 
 @pytest.mark.theorem(
-    "Prompt lookup copies what followed the longest earlier match of the last tokens, of equal ones the latest",
+    "Prompt lookup copies what followed the longest earlier match of the last tokens, of equal "
+    "ones the latest",
     source="definition; Saxena 2023 with another tie rule",
 )
 @given(
-    text=texts,
+    text=token_lists,
     count=st.integers(0, 5),
     shortest=st.integers(1, 2),
     more=st.integers(0, 2),
@@ -56,7 +57,7 @@ def looked_up(text, count, longest, shortest):
 def test_ngrams_are_found_as_by_search(text, count, shortest, more, cuts):
     drafter = NGramDrafter(longest=shortest + more, shortest=shortest)
     rng = np.random.default_rng(0)
-    # in any order: shorter is a new text
+    # in any order: a shorter one is a new sequence
     for end in cuts.draw(st.lists(st.integers(1, len(text)), max_size=4)):
         drafter.propose(text[:end], 1, GREEDY, rng)
     found = drafter.propose(text, count, GREEDY, rng)
@@ -74,7 +75,8 @@ def test_the_latest_of_equal_matches_counts():
 
 
 @pytest.mark.theorem(
-    "A drafter's q is the law that its tokens were drawn from, after its own temperature, top-k and top-p",
+    "A drafter's q is the distribution that its tokens were drawn from, after its own "
+    "temperature, top-k and top-p",
     source="Leviathan et al. 2023, section 2.3",
 )
 @pytest.mark.parametrize(
@@ -105,12 +107,13 @@ def test_the_returned_distribution_is_the_sampled_one(sampling, own, monkeypatch
 
 
 @pytest.mark.theorem(
-    "Whatever was accepted, a drafter's cache is that of the text: it drafts as one that begins anew",
+    "Whatever was accepted, a drafter's cache is that of the sequence: it drafts like a new "
+    "drafter",
     source="definition; the missing keys and values after full acceptance",
 )
 @pytest.mark.parametrize("name", ["llama", "mistral-window"])
 @given(seed=seeds, rounds=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), max_size=5))
-def test_a_cache_that_goes_on_is_one_that_begins_anew(xp, name, seed, rounds):
+def test_a_continued_cache_drafts_like_a_new_one(xp, name, seed, rounds):
     model = random_model(NETWORKS[name], 2, xp)
     rng = np.random.default_rng(seed)
     drafter = ModelDrafter(model, 4)
@@ -120,10 +123,10 @@ def test_a_cache_that_goes_on_is_one_that_begins_anew(xp, name, seed, rounds):
         assert mine == ModelDrafter(model, 4).propose(text, count, GREEDY, rng).tokens
         assert len(mine) == count
         if accepted > len(mine):
-            text = text[::-1]  # another text, as after an end
+            text = text[::-1]  # another sequence, as after an end
         else:
             text = [*text, *mine[:accepted], int(rng.integers(300))]
-    # what the cache holds is what the network writes for these tokens
+    # the cache holds what the network writes for these tokens
     [fed] = drafter._cached
     assert drafter.cache.lengths == [len(fed)]
     if fed:
@@ -154,7 +157,7 @@ def test_after_full_acceptance_two_tokens_are_computed_and_after_rejection_one()
     assert drafter.computed == 6 + 1
 
 
-def test_drafts_end_where_the_model_is_not_sure_or_has_no_positions_left():
+def test_drafts_end_where_the_model_is_not_confident_or_has_no_positions_left():
     model = random_model(SMALL, 1)
     rng = np.random.default_rng(0)
     z = next_logits(model, [0, 1])
@@ -181,11 +184,11 @@ def test_the_controls():
     assert AdversarialDrafter(model).propose([0, 1], 1, SAMPLED, rng) == ([int(z.argmin())], None)
 
 
-def test_jacobi_guesses_what_the_target_said():
+def test_jacobi_drafts_what_the_target_predicted():
     drafter = JacobiDrafter(3)
     rng = np.random.default_rng(0)
     assert drafter.propose([5], 3, GREEDY, rng) == ([5, 5, 5], None)
-    # 7 was accepted, 8 is emitted, 9 and 10 came after wrong guesses
+    # 7 was accepted, 8 is emitted, 9 and 10 were predicted after wrong drafts
     drafter.observe([7, 8, 9, 10], 1)
     assert drafter.propose([5, 7, 8], 3, GREEDY, rng).tokens == [9, 10, 8]
     assert drafter.propose([5, 7, 8], 1, GREEDY, rng).tokens == [9]
@@ -210,7 +213,7 @@ def test_bad_settings_are_named():
         ModelDrafter(random_model(SMALL, 1), confidence=1.0)
 
 
-def test_another_vocabulary_is_refused():
+def test_another_vocabulary_is_rejected():
     target = random_model(NETWORKS["llama"], 1)
     other = random_model(SMALL, 1)
     with pytest.raises(ValueError, match="vocabulary of 3 tokens and the target of 300"):
@@ -222,8 +225,8 @@ def test_another_vocabulary_is_refused():
         check_vocabulary(target, other)
 
 
-@given(a=texts, b=texts)
-def test_common_prefix(a, b):
+@given(a=token_lists, b=token_lists)
+def test_common_prefix_length(a, b):
     n = common_prefix_length(a, b)
     assert a[:n] == b[:n]
     assert n == min(len(a), len(b)) or a[n] != b[n]
@@ -234,24 +237,30 @@ def test_common_prefix(a, b):
 
 
 @pytest.mark.theorem(
-    "What a model drafts for several sequences in one step is what it drafts for each alone, whatever their lengths, "
-    "what is cached of them, and who sits between them",
+    "What a model drafts for several sequences in one step is what it drafts for each alone, "
+    "whatever their lengths, their cached tokens, and the sequences between them",
     source="the rows of a batch do not see each other",
 )
 @pytest.mark.parametrize("name", ["llama", "mistral-window"])
 @given(data=st.data(), seed=seeds, sampled=st.booleans(), confidence=st.sampled_from([0.0, 0.01]))
-def test_drafts_made_together_are_those_made_alone(xp, name, data, seed, sampled, confidence):
+def test_batched_drafts_are_those_made_alone(xp, name, data, seed, sampled, confidence):
     config = NETWORKS[name]
     rng = np.random.default_rng(seed)
     model = random_model(config, seed % 7, xp)
     sampling = SAMPLED if sampled else GREEDY
     together = ModelDrafter(model, 3, confidence=confidence, sequences=5)
-    texts = [rng.integers(0, config.vocab_size, rng.integers(1, 9)).tolist() for _ in range(5)]
+    token_lists = [
+        rng.integers(0, config.vocab_size, rng.integers(1, 9)).tolist() for _ in range(5)
+    ]
     for turn in range(3):
         asked = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=5, unique=True))
         asks = [
             DraftRequest(
-                texts[s], int(rng.integers(0, 4)), sampling, np.random.default_rng([turn, s]), s
+                token_lists[s],
+                int(rng.integers(0, 4)),
+                sampling,
+                np.random.default_rng([turn, s]),
+                s,
             )
             for s in asked
         ]
@@ -259,7 +268,7 @@ def test_drafts_made_together_are_those_made_alone(xp, name, data, seed, sampled
         for ask, proposal in zip(asks, made, strict=True):
             alone = ModelDrafter(model, 3, confidence=confidence)
             expected = alone.propose(
-                ask.tokens, ask.count, sampling, np.random.default_rng([turn, ask.sequence])
+                ask.tokens, ask.max_drafts, sampling, np.random.default_rng([turn, ask.sequence])
             )
             assert proposal.tokens == expected.tokens
             assert (proposal.q is None) == (expected.q is None)
@@ -269,14 +278,14 @@ def test_drafts_made_together_are_those_made_alone(xp, name, data, seed, sampled
                 )
             # some of the drafts are accepted, and a token follows
             kept = expected.tokens[: rng.integers(0, 4)]
-            texts[ask.sequence] = [
+            token_lists[ask.sequence] = [
                 *ask.tokens,
                 *kept,
                 *rng.integers(0, config.vocab_size, 1).tolist(),
             ]
 
 
-def test_a_full_sequence_between_others_and_a_text_of_one_token_are_no_obstacle():
+def test_a_full_sequence_between_others_and_a_sequence_of_one_token():
     model = random_model(SMALL, 1)  # 32 positions
     rng = np.random.default_rng(0)
     drafter = ModelDrafter(model, 2, sequences=3)
@@ -295,18 +304,18 @@ def test_a_full_sequence_between_others_and_a_text_of_one_token_are_no_obstacle(
         assert found == expected
         assert drafter.cache.lengths[1] == length
     # two tokens of the first and the last at once, around a full one
-    texts = [0, 1, 2], [0] * 32, [1, 1, 2]
+    token_lists = [0, 1, 2], [0] * 32, [1, 1, 2]
     found = drafter.propose_batch(
-        [DraftRequest(text, 2, GREEDY, rng, s) for s, text in enumerate(texts)]
+        [DraftRequest(text, 2, GREEDY, rng, s) for s, text in enumerate(token_lists)]
     )
     assert [p.tokens for p in found] == [
-        ModelDrafter(model, 2).propose(t, 2, GREEDY, rng).tokens for t in texts
+        ModelDrafter(model, 2).propose(t, 2, GREEDY, rng).tokens for t in token_lists
     ]
     assert drafter.cache.lengths[1] == 31
     assert drafter.propose_batch([]) == []
 
 
-def test_a_sequence_drafts_once_in_a_step():
+def test_a_sequence_drafts_once_per_step():
     drafter = ModelDrafter(random_model(SMALL, 1), 2, sequences=3)
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="drafts once per step"):

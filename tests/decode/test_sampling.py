@@ -1,9 +1,9 @@
-"""Sampling: the filters against brute force and transformers, the law of the draw by exact
-interval edges.
+"""Sampling: the filters against brute force and transformers, the probabilities of the draw
+by exact interval edges.
 
-A filter's cut is a comparison of floats. Where a test compares two ways to compute the same
-cut, it draws cases whose distance from the threshold is far above the rounding of either
-way, or whose arithmetic is exact.
+The cut of a filter is a comparison of floats. Where a test compares two ways to compute the
+same cut, it draws cases whose distance from the threshold is far above the rounding of
+either way, or whose arithmetic is exact.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def brute_force(
             mass += weight[i]
             if mass >= top_p * total:
                 break
-            # nearer than rounding may bring it, except where every weight is 1 and sums are
+            # nearer than rounding can bring it, except where every weight is 1 and sums are
             # exact
             assume(all(weight[j] == 1 for j in ranked) or abs(mass / total - top_p) > 1e-12)
         assume(all(weight[j] == 1 for j in ranked) or abs(mass / total - top_p) > 1e-12)
@@ -93,8 +93,8 @@ def brute_force(
 
 
 @pytest.mark.theorem(
-    "process_logits is temperature, then the k largest, then the smallest prefix of mass ≥ top_p, then ≥ min_p · max, "
-    "renormalised; of equal tokens the lowest id stays",
+    "process_logits is temperature, then the k largest, then the smallest prefix of mass ≥ "
+    "top_p, then ≥ min_p · max, renormalised; of equal tokens the lowest id stays",
     source="Holtzman et al. 2020, §3.1; Fan et al. 2018; Nguyen et al. 2024",
 )
 @given(z=logits(rows=3), params=settings_ | st.fixed_dictionaries({"temperature": st.just(0.0)}))
@@ -116,7 +116,7 @@ def test_filters_equal_brute_force_over_sorted_lists(pure_xp, z, params):
     source="definition",
 )
 @given(z=arrays(4, st.integers(1, 40)), params=settings_)
-def test_warp_is_a_distribution_for_logits_of_every_kind(pure_xp, z, params):
+def test_process_logits_is_a_distribution_for_logits_of_every_kind(pure_xp, z, params):
     p = to_host(process_logits(pure_xp.asarray(z), **params))
     assert p.dtype == np.float64
     assert (p >= 0).all()
@@ -124,7 +124,8 @@ def test_warp_is_a_distribution_for_logits_of_every_kind(pure_xp, z, params):
 
 
 @pytest.mark.theorem(
-    "top_k keeps exactly min(k, V) tokens however many are equal; top_p keeps the fewest that reach it",
+    "top_k keeps exactly min(k, V) tokens however many are equal; top_p keeps the fewest that "
+    "reach it",
     source="definition; transformers and vLLM keep all that equal the k-th",
 )
 @given(z=logits(masked=False), k=st.integers(1, 14), top_p=top_ps)
@@ -181,8 +182,8 @@ def test_vllms_order_keeps_a_subset(pure_xp, z, params):
 
 
 @pytest.mark.theorem(
-    "temperature 0 is the one-hot argmax, of equal logits the lowest id, whatever the filters; it is the limit of "
-    "temperature → 0 where the largest is unique",
+    "temperature 0 is the one-hot argmax, of equal logits the lowest id, whatever the filters; "
+    "it is the limit of temperature → 0 where the largest is unique",
     source="definition",
 )
 @given(z=logits(rows=2), params=settings_)
@@ -264,7 +265,7 @@ def test_a_batch_with_its_own_parameters_equals_its_rows_alone(pure_xp, z, each_
         ([-math.inf] * 3, "every token of row 1 .* is masked"),
     ],
 )
-def test_what_is_not_a_logit_is_refused_with_its_place(pure_xp, row, says):
+def test_bad_logits_are_rejected_with_their_position(pure_xp, row, says):
     x = pure_xp.asarray(np.array([[1.0, 2.0, -math.inf], row], dtype=np.float32))
     u = pure_xp.asarray(np.zeros(2))
     for function in (
@@ -288,7 +289,7 @@ def test_what_is_not_a_logit_is_refused_with_its_place(pure_xp, row, says):
         {"top_k": [1, 2, 3]},
     ],
 )
-def test_parameters_outside_their_range_are_refused_by_name(params):
+def test_parameters_outside_their_range_are_rejected_by_name(params):
     with pytest.raises(ValueError, match=next(iter(params))):
         process_logits(np.zeros((2, 4)), **params)
 
@@ -300,7 +301,7 @@ def test_a_list_of_parameters_needs_rows_and_a_row_needs_tokens():
     for shape in ((), (0,), (2, 0)):
         with pytest.raises(ValueError, match="no tokens"):
             process_logits(np.zeros(shape))
-    assert process_logits(np.zeros((0, 4)), top_k=2).shape == (0, 4)  # no rows is no mistake
+    assert process_logits(np.zeros((0, 4)), top_k=2).shape == (0, 4)  # no rows is allowed
 
 
 # --- log-probabilities and penalties ------------------------------------------------------
@@ -310,7 +311,7 @@ def test_a_list_of_parameters_needs_rows_and_a_row_needs_tokens():
     "exp(log_probabilities) = process_logits at temperature 1, and sums to 1", source="definition"
 )
 @given(z=logits(rows=2))
-def test_log_probabilities_are_the_logarithm_of_warp(pure_xp, z):
+def test_log_probabilities_are_the_logarithm_of_process_logits(pure_xp, z):
     lp = to_host(log_probabilities(pure_xp.asarray(z)))
     # |lp| ≤ 745 for what is not rounded to zero: exp turns half an ulp of it into 745/2 · eps
     np.testing.assert_allclose(
@@ -321,7 +322,8 @@ def test_log_probabilities_are_the_logarithm_of_warp(pure_xp, z):
 
 
 @pytest.mark.theorem(
-    "a repetition penalty θ ≥ 1 never raises a logit, leaves unseen ones alone, counts once, and is undone by 1/θ",
+    "a repetition penalty θ ≥ 1 never raises a logit, leaves unseen ones alone, counts once, "
+    "and is undone by 1/θ",
     source="Keskar et al. 2019, §4.1, with the sign rule of transformers",
 )
 @given(
@@ -359,7 +361,7 @@ def test_count_penalties_are_openais_formula(pure_xp, z, seed):
 
 
 @pytest.mark.parametrize("penalty", [0.0, -1.0, math.nan, math.inf])
-def test_penalties_that_are_no_penalty_are_refused(penalty):
+def test_bad_penalties_are_rejected(penalty):
     z = np.zeros((1, 3))
     with pytest.raises(ValueError, match="repetition_penalty"):
         apply_repetition_penalty(z, z > 0, penalty)
@@ -372,7 +374,8 @@ def test_penalties_that_are_no_penalty_are_refused(penalty):
 
 
 @pytest.mark.theorem(
-    "the set of u with sample(p, u) = t is the interval [F(t-1), F(t)): its measure is p(t), exactly",
+    "the set of u with sample(p, u) = t is the interval [F(t-1), F(t)): its measure is p(t), "
+    "exactly",
     source="inverse transform; enumeration in sixty-fourths, where every sum is exact",
 )
 @given(cuts=st.lists(st.integers(0, 64), min_size=0, max_size=6))
@@ -414,7 +417,8 @@ def test_the_edges_of_the_intervals_are_the_cumulative_sums(pure_xp, z, params):
 
 
 @pytest.mark.theorem(
-    "no token of probability zero is drawn, at u = 0, at the largest float below 1, however the sum rounds",
+    "no token of probability zero is drawn, at u = 0, at the largest float below 1, however the"
+    " sum rounds",
     source="u · total < total in float64 for u ≤ 1 - 2^-53",
 )
 @given(
@@ -454,7 +458,7 @@ def test_a_token_of_probability_zero_is_not_drawn_by_a_parallel_sum_either(seed)
             assert p[int(sample(p, u))] > 0
 
 
-def test_what_is_no_distribution_or_no_uniform_is_refused(pure_xp):
+def test_bad_distributions_and_uniforms_are_rejected(pure_xp):
     good = [0.5, 0.5]
     for bad in ([-0.5, 1.5], [math.nan, 1.0], [0.5, math.nan], [math.inf, 1.0], [0.0, 0.0]):
         with pytest.raises(ValueError, match="row 1"):
@@ -471,7 +475,7 @@ def test_a_draw_waits_for_the_device_twice_and_moves_nothing():
     u = fakecupy.asarray(np.full(4, 0.5))
     with fakecupy.counting() as cost:
         sample(process_logits(z, 0.8, 40, 0.95, 0.05), u)
-        assert (cost.syncs, cost.h2d) == (2, 0)  # one look at the logits, one at the probabilities
+        assert (cost.syncs, cost.h2d) == (2, 0)  # one check of the logits, one of the probabilities
 
 
 @given(seed=seeds, vocab=st.integers(1, 30), zeros=st.booleans())
@@ -489,7 +493,8 @@ def test_draw_is_sample(seed, vocab, zeros):
 
 
 @pytest.mark.theorem(
-    "A draw in two levels, blocks and then tokens, is the draw in one: token t for u within its share of the mass",
+    "A draw in two levels, blocks and then tokens, is the draw in one: token t for u within its"
+    " share of the mass",
     source="the same intervals, cut in two steps",
 )
 @given(
@@ -522,7 +527,8 @@ def draw_token(xp, z, u, params):
 
 
 @pytest.mark.theorem(
-    "if every logit moves by less than margin(z, u), the sampled token is the same, filters and all",
+    "if every logit moves by less than margin(z, u), the sampled token is the same, filters and"
+    " all",
     source="ratios of (sums of) weights move by at most exp(±2δ/τ)",
 )
 @given(z=logits(), params=settings_, u=st.integers(0, 999), greedy=st.booleans(), seed=seeds)
@@ -585,7 +591,8 @@ def test_within_the_margin_the_token_is_the_same(pure_xp, z, params, u, greedy, 
 
 
 @pytest.mark.theorem(
-    "the margin is tight without filters and at temperature 0: logits that move by a little more change the token",
+    "the margin is tight without filters and at temperature 0: logits that move by a little "
+    "more change the token",
     source="move all before the edge up, all after it down",
 )
 @given(z=logits(masked=False), u=st.integers(1, 999), temperature=temperatures | st.just(0.0))
@@ -630,7 +637,7 @@ def test_two_backends_agree_wherever_the_margin_exceeds_their_difference(pure_xp
     source="transformers 5",
 )
 @given(seed=seeds, params=settings_)
-def test_warp_equals_transformers(pure_xp, seed, params):
+def test_process_logits_equals_transformers(pure_xp, seed, params):
     torch = oracle("torch")
     processors = oracle("transformers.generation.logits_process")
     z = 3 * np.random.default_rng(seed).standard_normal((4, 50))
@@ -651,7 +658,7 @@ def test_warp_equals_transformers(pure_xp, seed, params):
 
 
 @pytest.mark.oracle
-def test_of_equal_tokens_transformers_keeps_all_and_warp_the_first_k():
+def test_of_equal_tokens_transformers_keeps_all_and_process_logits_the_first_k():
     torch = oracle("torch")
     processors = oracle("transformers.generation.logits_process")
     z = np.array([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]])

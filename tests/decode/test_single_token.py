@@ -1,4 +1,4 @@
-"""The lean step against the network that it is a short form of."""
+"""The single-token step against the network whose forward pass it repeats."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ def network(config: ModelConfig, seed: int, dtype: str = "float64"):
 
 
 @pytest.mark.theorem(
-    "Norm gains, 1/√D and the rotation's other half multiplied into the weights leave the function as it was",
+    "Norm gains, 1/√D and the rotation's other half multiplied into the weights leave the "
+    "function unchanged",
     source="W (g ⊙ x / rms) = (W ⊙ g) x / rms; rot(W x) = rot(W) x",
 )
 @given(config=model_configs(families=["llama"]), seed=seeds)
-def test_a_lean_step_is_the_network_at_every_position(config, seed):
+def test_a_single_token_step_is_the_network_at_every_position(config, seed):
     weights = network(config, seed)
     rng = np.random.default_rng(seed)
     assert is_supported(config, weights)
@@ -36,10 +37,10 @@ def test_a_lean_step_is_the_network_at_every_position(config, seed):
         found = step.step(int(token), 1)
         np.testing.assert_allclose(found, expected[i], rtol=0, atol=tolerance(config, 8, expected))
     assert cache.lengths == [0, 8]
-    cache.truncate(1, 3)  # a rollback is the cache's business
+    cache.truncate(1, 3)  # a rollback is done by the cache
     cache.keys[:, 1, :, :, 3:] = cache.values[:, 1, :, 3:] = np.nan
     for token in tokens[3:-1]:
-        assert step.step(int(token), 1, head=False) is None
+        step.append(int(token), 1)
     np.testing.assert_allclose(
         step.step(int(tokens[-1]), 1), expected[-1], rtol=0, atol=tolerance(config, 8, expected)
     )
@@ -49,8 +50,8 @@ def test_a_lean_step_is_the_network_at_every_position(config, seed):
 
 
 def test_it_continues_a_prefill_of_the_network():
-    """The cache is the contiguous one: what the network wrote there the lean step reads,
-    and the other way round.
+    """The cache is the contiguous one: the single-token step reads what the network wrote
+    there, and the other way round.
     """
     config = NETWORKS["llama"]
     weights = network(config, 1)
@@ -67,11 +68,11 @@ def test_it_continues_a_prefill_of_the_network():
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral-window"])
-def test_families_with_more_in_them_are_left_to_the_network(name):
+def test_families_with_more_operations_use_the_network(name):
     assert not is_supported(NETWORKS[name], network(NETWORKS[name], 0))
 
 
-def test_quantised_and_wide_networks_are_left_to_the_network():
+def test_quantised_and_wide_networks_use_the_network():
     config = NETWORKS["llama"]
     weights = network(config, 0)
     assert is_supported(config, weights)

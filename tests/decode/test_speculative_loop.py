@@ -1,5 +1,5 @@
-"""Speculative generation: the law of the text by enumeration, the text itself at
-temperature 0, the caches.
+"""Speculative generation: the output distribution by enumeration, greedy output itself, the
+caches.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from strategies import seeds
 
 WAYS = {
     "plain": SamplingParams(temperature=1.0),
-    "warped": SamplingParams(temperature=0.7, top_k=2),
+    "filtered": SamplingParams(temperature=0.7, top_k=2),
     "penalised": SamplingParams(temperature=1.0, repetition_penalty=1.7),
 }
 DRAFTERS = {
     "model": lambda target: ModelDrafter(random_model(SMALL, 9), 2),
-    "a model with warps of its own": lambda target: ModelDrafter(
+    "a model with its own sampling parameters": lambda target: ModelDrafter(
         random_model(SMALL, 9), 2, sampling=SamplingParams(0.5, top_k=2)
     ),
     "a model that stops": lambda target: ModelDrafter(random_model(SMALL, 9), 2, confidence=0.5),
@@ -60,12 +60,16 @@ DRAFTERS = {
 
 
 @pytest.mark.theorem(
-    "The text of speculative generation has the law of plain generation, whatever drafts, with penalties and warps",
-    source="Leviathan et al. 2023, theorem of section 2.3; by enumeration of every uniform of a real network",
+    "Speculative generation has the output distribution of plain generation, whatever the "
+    "drafts, with penalties and filters",
+    source=(
+        "Leviathan et al. 2023, theorem of section 2.3; by enumeration of every uniform of "
+        "a real network"
+    ),
 )
 @pytest.mark.parametrize("sampling", WAYS)
 @pytest.mark.parametrize("drafter", DRAFTERS)
-def test_the_law_of_the_text_is_that_of_plain_generation(sampling, drafter, monkeypatch):
+def test_the_output_distribution_is_that_of_plain_generation(sampling, drafter, monkeypatch):
     use_exact_draws(monkeypatch)
     monkeypatch.setattr(
         module,
@@ -79,14 +83,14 @@ def test_the_law_of_the_text_is_that_of_plain_generation(sampling, drafter, monk
     )
     target = random_model(SMALL, 4)
     length = 4 if drafter == "model" and sampling == "plain" else 3
-    laws = (
+    rules = (
         [verification.verify, verify_block]
         if (sampling, drafter) == ("plain", "model")
         else [verification.verify]
     )
-    for judged in laws:
+    for rule in rules:
 
-        def run(rng, judged=judged):
+        def run(rng, rule=rule):
             steps = speculate(
                 target.weights,
                 SMALL,
@@ -95,12 +99,12 @@ def test_the_law_of_the_text_is_that_of_plain_generation(sampling, drafter, monk
                 WAYS[sampling],
                 rng,
                 DRAFTERS[drafter](target),
-                judged,
+                rule,
             )
             return tuple(t for step in steps for t in step.tokens)
 
         # each probability is a product of four, each of them a network's, which agree
-        # within 1e-13 however batched
+        # within 1e-13 in any batch
         assert (
             largest_difference(
                 exact_distribution(run), output_distribution(target, WAYS[sampling], length)
@@ -122,14 +126,15 @@ def prompts(model: Model, count: int, length: int = 60) -> list[list[int]]:
 
 
 @pytest.mark.theorem(
-    "At temperature 0 the text is plain greedy text, token for token, on the bundled model in float64",
+    "At temperature 0 the output is plain greedy output, token for token, on the bundled model "
+    "in float64",
     source="Leviathan et al. 2023, section 2.2",
 )
 @pytest.mark.parametrize(
     "kind",
     ["model", "confident", "n-gram", "Jacobi", "perfect", "adversary", "tree", "fan", "cascade"],
 )
-def test_greedy_text_is_the_same_on_the_real_model(models, kind):
+def test_greedy_output_is_the_same_on_the_bundled_model(models, kind):
     target, draft = models
     drafter = {
         "model": lambda: ModelDrafter(draft, 3),
@@ -159,11 +164,12 @@ def test_greedy_text_is_the_same_on_the_real_model(models, kind):
 
 
 @pytest.mark.theorem(
-    "After every step the target's cache holds the keys and values of the text, and what a fresh forward writes",
+    "After every step the target's cache holds the keys and values of the sequence, and what a "
+    "fresh forward writes",
     source="rollback is a length that is lower",
 )
 @pytest.mark.parametrize("kind", [ModelDrafter, TreeDrafter])
-def test_the_cache_after_verification_is_that_of_the_text(models, kind, monkeypatch):
+def test_the_cache_after_verification_is_that_of_the_sequence(models, kind, monkeypatch):
     target, draft = models
     kept = []
 
@@ -201,7 +207,7 @@ def test_the_cache_after_verification_is_that_of_the_text(models, kind, monkeypa
 
 
 @given(length=st.integers(0, 9), gamma=st.integers(1, 12))
-def test_the_length_is_what_was_asked_for(length, gamma):
+def test_the_length_is_as_requested(length, gamma):
     target = random_model(SMALL, 4)
     plain = [
         t
@@ -234,7 +240,7 @@ def test_the_api_takes_a_drafter_for_text_and_tokens(models):
     assert target.generate(text, 30, stop=plain[5:9], drafter=PerfectDrafter(target, 8)) == stopped
 
 
-def test_an_end_token_within_an_accepted_run_ends_the_text():
+def test_an_end_token_among_accepted_drafts_ends_the_output():
     target = random_model(SMALL, 4)
     plain = [
         t
@@ -250,12 +256,12 @@ def test_an_end_token_within_an_accepted_run_ends_the_text():
     assert model.generate(PROMPT, 8, drafter=drafter, ignore_eos=True) == plain
 
 
-def test_a_draft_model_of_another_vocabulary_is_refused(models):
+def test_a_draft_model_of_another_vocabulary_is_rejected(models):
     with pytest.raises(ValueError, match="vocabulary of 3 tokens and the target of 4096"):
         models[0].generate("x = ", 4, drafter=ModelDrafter(random_model(SMALL, 1)))
 
 
-def test_what_is_no_number_is_refused():
+def test_logits_that_are_not_finite_are_rejected():
     z = np.zeros((2, 3))
     z[1, 2] = np.nan
     for sampling in (GREEDY, SamplingParams(1.0)):

@@ -1,5 +1,5 @@
-"""Token trees: the law by exact enumeration, the mask against each path alone, compaction
-against recomputing.
+"""Token trees: the output distribution by exact enumeration, the mask against each path
+alone, compaction against recomputing.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def trees(draw: st.DrawFn, most: int = 7) -> Tree:
     return Tree([draw(st.integers(-1, i - 1)) for i in range(draw(st.integers(0, most)))])
 
 
-# --- the law ------------------------------------------------------------------------------
+# --- the output distribution --------------------------------------------------------------
 
 
 def grown(tree: Tree, q, rng, replacement: bool, count=None):
     """Tokens and q rows of a tree whose children are drawn; a shape that q cannot fill is
-    cut to what it can.
+    cut.
     """
     parents = []
     tokens = []
@@ -87,8 +87,8 @@ def one_hot(tree: Tree, q, rng, replacement: bool):
     return Tree(parents), tokens, None
 
 
-def loses(tree, p, q, propose, judged_with, drawn_with=None) -> float:
-    """How far the law of the next depth + 1 tokens lies from the target's."""
+def deviation(tree, p, q, propose, judged_with, drawn_with=None) -> float:
+    """How far the distribution of the next depth + 1 tokens lies from the target's."""
 
     def run(rng):
         drawn = judged_with if drawn_with is None else drawn_with
@@ -107,7 +107,8 @@ def loses(tree, p, q, propose, judged_with, drawn_with=None) -> float:
 
 
 @pytest.mark.theorem(
-    "Recursive rejection over a tree gives the target's law: children drawn with replacement, without, and one-hot",
+    "Recursive rejection over a tree gives the target's distribution: children drawn with "
+    "replacement, without, and one-hot",
     source="Miao et al. 2024, theorem 4.2; Chen et al. 2024, algorithm 2",
 )
 @pytest.mark.parametrize("way", WAYS)
@@ -115,34 +116,37 @@ def loses(tree, p, q, propose, judged_with, drawn_with=None) -> float:
 @given(
     shape=st.sampled_from(list(SHAPES)), vocab=st.integers(2, 3), seed=seeds, of_p=kinds, of_q=kinds
 )
-def test_the_law_over_a_tree_is_the_target_s(way, propose, shape, vocab, seed, of_p, of_q):
+def test_the_distribution_over_a_tree_is_the_targets(way, propose, shape, vocab, seed, of_p, of_q):
     p = Table(vocab, seed, of_p)
     q = Table(vocab, seed + 1, of_q)
     # products of a few probabilities, summed over V^m drafts of m ≤ 4 nodes; each rejection
     # divides once more
-    assert loses(Tree(SHAPES[shape]), p, q, propose, WAYS[way]) <= 64 * EPS * vocab**5
+    assert deviation(Tree(SHAPES[shape]), p, q, propose, WAYS[way]) <= 64 * EPS * vocab**5
 
 
-def test_children_drawn_one_way_and_judged_the_other_are_caught():
+def test_children_drawn_one_way_and_verified_the_other_are_caught():
     p = Table(3, 1)
     q = Table(3, 2)
-    assert loses(Tree([-1, -1]), p, q, grown, True, False) > 1e-3
+    assert deviation(Tree([-1, -1]), p, q, grown, True, False) > 1e-3
     with pytest.raises(ValueError, match="token 2 has probability 0 in the distribution"):
-        loses(Tree([-1, -1]), p, q, grown, False, True)  # the same token twice
+        deviation(Tree([-1, -1]), p, q, grown, False, True)  # the same token twice
 
 
 def test_sorted_children_treated_as_drawn_are_caught():
-    """The top children of q with q's probabilities beside them: argmax drafts once more."""
+    """The top children of q with q's probabilities beside them: argmax drafts treated as
+    sampled.
+    """
 
     def pretended(tree, q, rng, replacement):
         shape, tokens, _ = one_hot(tree, q, rng, replacement)
         return shape, tokens, np.stack([q([])] * (len(shape) + 1))
 
-    assert loses(Tree([-1, -1]), Table(3, 1), Table(3, 2), pretended, False) > 1e-3
+    assert deviation(Tree([-1, -1]), Table(3, 1), Table(3, 2), pretended, False) > 1e-3
 
 
 @pytest.mark.theorem(
-    "A second child raises the chance that one is accepted, without replacement at least as much as with it",
+    "A second child raises the probability that one is accepted, without replacement at least "
+    "as much as with it",
     source="Chen et al. 2024, section 3.2",
 )
 @given(vocab=st.integers(2, 4), seed=seeds)
@@ -173,7 +177,7 @@ def test_more_children_accept_more(vocab, seed):
 
 
 @pytest.mark.theorem(
-    "A chain is judged as token-wise verification judges it, uniform for uniform",
+    "A chain is verified as token-wise verification does it, uniform for uniform",
     source="definition",
 )
 @given(vocab=st.integers(2, 5), gamma=st.integers(0, 4), seed=seeds)
@@ -201,7 +205,7 @@ def test_greedy_walks_down_the_argmax(tree, vocab, seed):
     assert [tokens[i] for i in path] == [best[row] for row in rows[:-1]]
     assert [tree.parents[i] for i in path] == [row - 1 for row in rows[:-1]]
     assert token == best[rows[-1]]
-    # it ends only where no child goes on
+    # it ends only where no child continues
     assert all(tokens[c] != token for c in tree.children[rows[-1]])
     sampled = verify_tree(np.eye(vocab)[best], None, tree, tokens, np.random.default_rng(seed))
     assert [tokens[i] for i in sampled[0]] == [tokens[i] for i in path]
@@ -226,8 +230,8 @@ def test_mask_depth_and_paths_agree(tree):
 
 
 @pytest.mark.theorem(
-    "A tree step gives every node the hidden state that its path alone gives, and after compaction the cache is "
-    "that of the accepted path",
+    "A tree step gives every node the hidden state that its path alone gives, and after "
+    "compaction the cache is that of the accepted path",
     source="Miao et al. 2024, section 4.2",
 )
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen3"])

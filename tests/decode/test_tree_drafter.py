@@ -1,5 +1,5 @@
-"""Trees that a draft model grows: their shape, what their children were drawn from, and
-drafters asked in turn.
+"""Trees of a draft model: their shape, what their children were drawn from, and drafters
+asked in turn.
 """
 
 from __future__ import annotations
@@ -38,8 +38,12 @@ def below(tree, tokens, node):
 
 
 @pytest.mark.theorem(
-    "A tree is a chain as long as the draft is sure, and below it a fan of all nodes that are left; no node is wasted",
-    source="definition of TreeDrafter; Li et al. 2024 (EAGLE-2), section 3.1: the draft's probability tells acceptance",
+    "A tree is a chain as long as the draft is confident, and below it a fan of all nodes that "
+    "are left; no node is wasted",
+    source=(
+        "definition of TreeDrafter; Li et al. 2024 (EAGLE-2), section 3.1: the draft's "
+        "probability tells acceptance"
+    ),
 )
 @given(
     seed=seeds,
@@ -47,7 +51,9 @@ def below(tree, tokens, node):
     confidence=st.floats(0, 0.99),
     temperature=st.sampled_from([0.0, 1.0, 0.6]),
 )
-def test_a_chain_where_it_is_sure_and_a_fan_where_it_is_not(seed, gamma, confidence, temperature):
+def test_a_chain_where_it_is_confident_and_a_fan_where_it_is_not(
+    seed, gamma, confidence, temperature
+):
     sampling = SamplingParams(temperature)
     model = random_model(NETWORKS["llama"], seed % 5)
     text = [0, 1]
@@ -62,7 +68,7 @@ def test_a_chain_where_it_is_sure_and_a_fan_where_it_is_not(seed, gamma, confide
     for row, children in enumerate(tree.children):
         if not children:
             continue
-        assert row == node + 1  # only the first child goes on, and only a single one
+        assert row == node + 1  # only a single child is continued
         z = next_logits(model, [*text, *below(tree, tokens, node)])
         q = process_logits(z, temperature or 1.0)
         left = gamma - children[0]
@@ -79,7 +85,8 @@ def test_a_chain_where_it_is_sure_and_a_fan_where_it_is_not(seed, gamma, confide
 
 
 @pytest.mark.theorem(
-    "Children are drawn from the row of q that is returned for them, one after another, without replacement",
+    "Children are drawn from the row of q that is returned for them, one after another, without"
+    " replacement",
     source="Chen et al. 2024, algorithm 2",
 )
 @pytest.mark.parametrize("confidence", [0.0, 0.99])
@@ -123,7 +130,7 @@ def test_trees_end_with_the_positions_and_the_vocabulary():
         assert sorted(wide.tokens) == [0, 1, 2]  # as many children as there are tokens
 
 
-def test_the_cache_of_a_grown_tree_goes_on_with_the_text():
+def test_the_cache_of_a_tree_continues_with_the_sequence():
     drafter = TreeDrafter(random_model(SMALL, 1), 3, confidence=0.0)
     rng = draw(0)
     first = drafter.propose([0, 1], 3, GREEDY, rng).tokens
@@ -136,15 +143,15 @@ def test_the_cache_of_a_grown_tree_goes_on_with_the_text():
     assert (again.tokens, again.tree.parents) == (anew.tokens, anew.tree.parents)
 
 
-def test_a_cascade_takes_the_first_proposal_and_tells_who_made_it():
-    heard = []
+def test_a_cascade_takes_the_first_proposal_and_informs_its_drafter():
+    observed = []
 
-    class Told(NGramDrafter):
+    class Recorder(NGramDrafter):
         def observe(self, best, accepted):
-            heard.append((self.gamma, accepted))
+            observed.append((self.gamma, accepted))
 
     model = ModelDrafter(random_model(SMALL, 1), 3)
-    cascade = Cascade(Told(2, shortest=2), Told(9, longest=1, shortest=1), model)
+    cascade = Cascade(Recorder(2, shortest=2), Recorder(9, longest=1, shortest=1), model)
     assert cascade.gamma == 9
     for text, count, made, by in (
         ([0, 1, 2, 0, 1], 5, [2, 0], 2),
@@ -155,14 +162,14 @@ def test_a_cascade_takes_the_first_proposal_and_tells_who_made_it():
         expected = model.propose(text, count, GREEDY, draw(0)).tokens if made is None else made
         assert proposal.tokens == expected
         cascade.observe([0], 1)
-        assert heard[-1:] == ([(by, 1)] if by else heard[-1:])
-    assert len(heard) == 2
+        assert observed[-1:] == ([(by, 1)] if by else observed[-1:])
+    assert len(observed) == 2
     for wrong in ((), (NGramDrafter(), "ngram")):
         with pytest.raises(ValueError, match="needs drafters, such as"):
             Cascade(*wrong)
 
 
-def test_a_model_within_a_cascade_must_speak_the_vocabulary():
+def test_a_model_within_a_cascade_must_share_the_vocabulary():
     target = random_model(NETWORKS["llama"], 1)
     check_drafter(target, Cascade(NGramDrafter(), TreeDrafter(target)))
     with pytest.raises(ValueError, match="vocabulary of 3 tokens"):
@@ -171,7 +178,7 @@ def test_a_model_within_a_cascade_must_speak_the_vocabulary():
         check_drafter(target, "ngram")
 
 
-def test_the_engine_refuses_trees_and_goes_on_without_them():
+def test_the_engine_rejects_trees_and_continues_without_them():
     model = load("stdlib")
     draft = load("stdlib-draft")
     engine = Engine(model, num_blocks=16, drafter=lambda: TreeDrafter(draft))
@@ -185,7 +192,7 @@ def test_the_engine_refuses_trees_and_goes_on_without_them():
     assert engine.run()["a"].outputs[0].reason == "aborted"
 
 
-def test_of_a_tree_the_levels_that_were_judged_are_counted():
+def test_of_a_tree_the_verified_levels_are_counted():
     fan = Tree([-1, -1, -1, 0])
     rows = np.eye(6)
     nodes = [1, 2, 3, 4]
@@ -207,10 +214,10 @@ def test_of_a_tree_the_levels_that_were_judged_are_counted():
         assert (stats.judged, stats.proposed, stats.length) == (judged, 4, 1 + len(kept))
 
 
-def test_what_is_left_of_q_may_be_too_little_to_draw_from():
+def test_the_rest_of_q_may_be_too_small_to_draw_from():
     model = random_model(SMALL, 33)
     z = next_logits(model, [0, 2])
-    # e^−750: the second token has next to nothing
+    # e^−750: the second token has almost no probability
     sampling = SamplingParams(float(np.sort(z)[-1] - np.sort(z)[-2]) / 750)
     proposal = TreeDrafter(model, 3, confidence=0.99).propose([0, 2], 3, sampling, draw(0))
     assert proposal.tokens[0] == int(z.argmax())

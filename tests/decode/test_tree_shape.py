@@ -1,5 +1,5 @@
-"""The static tree: dynamic programming against the naive twin and against every tree there
-is.
+"""The static tree: dynamic programming against the naive twin and against every possible
+tree.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def every_tree(nodes: int):
 
 
 @pytest.mark.theorem(
-    "The recursion c(n, d) = 1 + max Σ a_k c(n_k, d − 1) finds a tree of the longest expected path; so does taking the "
-    "likeliest node each time",
+    "The recursion c(n, d) = 1 + max Σ a_k c(n_k, d − 1) finds a tree of the longest expected "
+    "path; so does taking the likeliest node each time",
     source="Chen et al. 2024, section 3.1",
 )
 @given(seed=seeds, ranks=st.integers(1, 3), nodes=st.integers(0, 5), depth=st.integers(0, 4))
@@ -67,12 +67,12 @@ def test_the_recursion_equals_the_naive_twin(seed, ranks, nodes, depth):
 def test_expected_path_by_hand():
     assert expected_path(Tree([-1, -1, 0]), [0.5, 0.25]) == 1 + 0.5 + 0.25 + 0.25
     assert expected_path(Tree.chain(3), [0.5]) == 1.875
-    # a child of a rank that was not measured counts nothing
+    # a child of a rank that was not measured counts as 0
     assert expected_path(Tree([-1, -1]), [0.5]) == 1.5
 
 
 @given(seed=seeds, draft=st.floats(0, 1), count=st.integers(1, 9))
-def test_the_tree_that_is_chosen_is_the_fastest_and_none_is_where_all_lose(seed, draft, count):
+def test_the_chosen_tree_is_the_fastest_and_none_where_all_lose(seed, draft, count):
     a = chances(seed, 3)
     cost = (1 + 0.3 * np.arange(count)).tolist()
     tree, gain = best_tree(a, cost, draft, 4)
@@ -83,7 +83,9 @@ def test_the_tree_that_is_chosen_is_the_fastest_and_none_is_where_all_lose(seed,
         assert gain == pytest.approx(
             expected_path(tree, a) / (cost[len(tree)] + max(tree.depths) * draft)
         )
-    assert best_tree(a, [1.0, 3.0], 0.0, 4)[1] == 1.0  # a step that costs thrice never gains twice
+    assert (
+        best_tree(a, [1.0, 3.0], 0.0, 4)[1] == 1.0
+    )  # a step of three times the cost never gains twice
 
 
 def test_rank_chances_are_shares():

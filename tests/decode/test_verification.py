@@ -1,9 +1,9 @@
 """Verification by exact enumeration: every path of every uniform, over tiny vocabularies.
 No Monte Carlo.
 
-One test, ``loses``, judges the right code and the wrong: it returns how far the law of the
-emitted tokens lies from the target's. For each law of the library it is rounding, for each
-planted bug far more.
+One test, ``deviation``, is applied to correct and to wrong code: it returns how far the
+distribution of the emitted tokens lies from the target's. For each rule of the library it
+is rounding, for each injected bug far more.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def step(rule, propose, p, q, gamma):
     return run
 
 
-def loses(rule, propose, p, q, gamma) -> float:
-    """How far the law of the next γ + 1 tokens lies from the target's: the largest
+def deviation(rule, propose, p, q, gamma) -> float:
+    """How far the distribution of the next γ + 1 tokens lies from the target's: the largest
     difference of a probability.
     """
     emitted = exact_distribution(step(rule, propose, p, q, gamma))
@@ -97,26 +97,26 @@ def loses(rule, propose, p, q, gamma) -> float:
 
 
 @pytest.mark.theorem(
-    "The emitted tokens, continued by the target, have the target's law: token-wise and block verification of sampled "
-    "drafts and of one-hot ones",
+    "The emitted tokens, continued by the target, have the target's distribution: token-wise "
+    "and block verification of sampled drafts and of one-hot ones",
     source="Leviathan et al. 2023, appendix A.1; Sun et al. 2024, theorem 1",
 )
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("propose", [sampled, one_hot])
 @given(vocab=vocabs, gamma=gammas, seed=seeds, of_p=kinds, of_q=kinds)
 @example(vocab=3, gamma=3, seed=0, of_p="sparse", of_q="sparse")
-def test_the_law_of_the_emitted_tokens_is_the_target_s(
+def test_the_distribution_of_the_emitted_tokens_is_the_targets(
     name, propose, vocab, gamma, seed, of_p, of_q
 ):
-    assume(vocab**gamma <= 9 or seed % 3 == 0)  # the dear cases less often
+    assume(vocab**gamma <= 9 or seed % 3 == 0)  # the expensive cases less often
     p = Table(vocab, seed, of_p)
     q = Table(vocab, seed + 1, of_q)
-    assert loses(RULES[name], propose, p, q, gamma) <= rounding(vocab, gamma)
+    assert deviation(RULES[name], propose, p, q, gamma) <= rounding(vocab, gamma)
 
 
-def test_the_law_holds_in_rational_numbers():
+def test_the_rule_is_exact_in_rational_numbers():
     """P(x) = min(p, q) + (1 − Σ min(p, q)) · (p − q)₊ / Σ (p − q)₊ = p, in fractions: the
-    proof of one place.
+    proof for one position.
     """
     rng = np.random.default_rng(0)
     for _ in range(200):
@@ -140,8 +140,8 @@ def test_the_law_holds_in_rational_numbers():
 
 
 def heated(propose):
-    """Draws from q but returns another distribution: the warp that was forgotten, or
-    applied twice.
+    """Draws from q but returns another distribution: a logits processor that was forgotten,
+    or applied twice.
     """
 
     def run(q, gamma, rng):
@@ -159,7 +159,7 @@ def pretended(q, gamma, rng):
 
 
 def raw_target(p, q, drafts, rng):
-    """Verifies against the distribution before the warps."""
+    """Verifies against the distribution before the logits processors."""
     raw = p**0.5
     return verify(raw / raw.sum(axis=-1, keepdims=True), q, drafts, rng)
 
@@ -185,7 +185,7 @@ def dropping_the_bonus(p, q, drafts, rng):
 
 
 def one_uniform(p, q, drafts, rng):
-    """One uniform for the whole run, as a seed set anew within the loop gives."""
+    """One uniform for all drafts, as a seed that is set again within the loop gives."""
     accepted = 0
     u = rng.random()
     while (
@@ -231,16 +231,16 @@ BUGS = {
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_each_known_bug_is_caught_by_the_test_of_the_law(bug):
+def test_each_known_bug_is_caught_by_the_test_of_the_distribution(bug):
     rule, propose = BUGS[bug]
     p = Table(3, 11)
     q = Table(3, 12)
-    assert loses(verify, sampled, p, q, 2) <= rounding(3, 2)
-    assert loses(rule, propose, p, q, 2) > 1e-3, "the wrong code passes the test of the law"
+    assert deviation(verify, sampled, p, q, 2) <= rounding(3, 2)
+    assert deviation(rule, propose, p, q, 2) > 1e-3, "the wrong code passes the test of the law"
 
 
-class Penalised(Table):
-    """A target with a repetition penalty: its law depends on which tokens came before."""
+class PenalizedTable(Table):
+    """A target with a repetition penalty: its distribution depends on the earlier tokens."""
 
     def __call__(self, prefix):
         return self.seen_by(prefix, prefix)
@@ -253,15 +253,15 @@ class Penalised(Table):
 
 
 @pytest.mark.theorem(
-    "With a repetition penalty the law is the target's if each row is penalised for the drafts before it, and is not "
-    "if all rows are penalised for the same prefix",
+    "With a repetition penalty the output distribution is the target's if each row is penalised"
+    " for the drafts before it, and is not if all rows are penalised for the same prefix",
     source="Leviathan et al. 2023, section 2.2 (p is what is sampled from)",
 )
 @pytest.mark.parametrize(
     "counted", ["the drafts before it", "none of the drafts", "all of the drafts"]
 )
 def test_penalties_are_computed_on_the_prefix_with_the_drafts(counted):
-    p = Penalised(3, 5)
+    p = PenalizedTable(3, 5)
     q = Table(3, 6)
 
     def rule(_, rows, drafts, rng):
@@ -270,7 +270,7 @@ def test_penalties_are_computed_on_the_prefix_with_the_drafts(counted):
         target = np.stack([p.seen_by(drafts[:i], count(i)) for i in range(len(drafts) + 1)])
         return verify(target, rows, drafts, rng)
 
-    lost = loses(rule, sampled, p, q, 2)
+    lost = deviation(rule, sampled, p, q, 2)
     assert (lost <= rounding(3, 2)) if counted == "the drafts before it" else (lost > 1e-3)
 
 
@@ -278,7 +278,7 @@ def test_penalties_are_computed_on_the_prefix_with_the_drafts(counted):
 
 
 def accepted_distribution(rule, propose, p, q, gamma):
-    """The law of how many drafts are accepted."""
+    """The distribution of the number of accepted drafts."""
 
     def run(rng):
         drafts, rows = propose(q, gamma, rng)
@@ -288,7 +288,8 @@ def accepted_distribution(rule, propose, p, q, gamma):
 
 
 @pytest.mark.theorem(
-    "A draft is accepted with probability Σ min(p, q) = 1 − TV(p, q), and the residual has mass 1 − Σ min(p, q)",
+    "A draft is accepted with probability Σ min(p, q) = 1 − TV(p, q), and the residual has mass"
+    " 1 − Σ min(p, q)",
     source="Leviathan et al. 2023, theorem 3.5",
 )
 @given(vocab=st.integers(2, 6), seed=seeds, of_p=kinds, of_q=kinds)
@@ -310,7 +311,8 @@ def test_acceptance_is_one_minus_total_variation(vocab, seed, of_p, of_q):
 
 
 @pytest.mark.theorem(
-    "A one-hot draft x is accepted with probability p(x); a sampled draft treated as one-hot with Σ p q ≤ Σ min(p, q)",
+    "A one-hot draft x is accepted with probability p(x); a sampled draft treated as one-hot "
+    "with Σ p q ≤ Σ min(p, q)",
     source="Leviathan et al. 2023, algorithm 1 for a deterministic draft",
 )
 @given(vocab=st.integers(2, 6), seed=seeds, of_p=kinds, of_q=kinds)
@@ -329,7 +331,8 @@ def test_one_hot_acceptance(vocab, seed, of_p, of_q):
 
 
 @pytest.mark.theorem(
-    "Block verification accepts at least as many drafts as token-wise in expectation, for all p and q",
+    "Block verification accepts at least as many drafts as token-wise in expectation, for all p"
+    " and q",
     source="Sun et al. 2024, theorem 2",
 )
 @given(
@@ -351,8 +354,8 @@ def test_block_accepts_at_least_as_many(vocab, gamma, seed, of_p, of_q, propose)
 
 
 def test_block_accepts_more_where_it_can():
-    """The inequality is not an equality: over twenty pairs block is better by some per
-    cent.
+    """The inequality is not an equality: over twenty pairs block verification accepts some
+    per cent more.
     """
     means = []
     for seed in range(20):
@@ -368,21 +371,22 @@ def test_block_accepts_more_where_it_can():
     assert 1.02 < block / tokenwise < 1.2
 
 
-class Alike(Table):
-    """The same distribution whatever came before: acceptances are independent."""
+class ConstantTable(Table):
+    """The same distribution after every prefix: acceptances are independent."""
 
     def __call__(self, prefix):
         return super().__call__([])
 
 
 @pytest.mark.theorem(
-    "If drafts are accepted independently with probability α, (1 − α^{γ+1}) / (1 − α) tokens are emitted a step",
+    "If drafts are accepted independently with probability α, (1 − α^{γ+1}) / (1 − α) tokens "
+    "are emitted per step",
     source="Leviathan et al. 2023, equation 1",
 )
 @given(vocab=vocabs, gamma=gammas, seed=seeds, of_p=kinds, of_q=kinds)
 def test_the_expected_length_is_that_of_the_formula(vocab, gamma, seed, of_p, of_q):
-    p = Alike(vocab, seed, of_p)
-    q = Alike(vocab, seed + 1, of_q)
+    p = ConstantTable(vocab, seed, of_p)
+    q = ConstantTable(vocab, seed + 1, of_q)
     emitted = exact_distribution(step(verify, sampled, p, q, gamma))
     mean = sum(len(s) * w for s, w in emitted.items())
     alpha = min(1.0, float(np.minimum(p([]), q([])).sum()))
@@ -390,7 +394,8 @@ def test_the_expected_length_is_that_of_the_formula(vocab, gamma, seed, of_p, of
 
 
 @pytest.mark.theorem(
-    "p = q accepts every draft; disjoint supports accept none, and the token then has the law p",
+    "p = q accepts every draft; disjoint supports accept none, and the token is then "
+    "distributed as p",
     source="Leviathan et al. 2023, definition 3.1",
 )
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
@@ -407,12 +412,12 @@ def test_the_two_ends(rule):
 
 
 @pytest.mark.theorem(
-    "At temperature 0 the token-wise and the block law are the greedy rule: the drafts up to the first that is not the "
-    "argmax, and then the argmax",
+    "At temperature 0 the token-wise and the block rule are the greedy rule: the drafts up to "
+    "the first that is not the argmax, and then the argmax",
     source="Leviathan et al. 2023, section 2.2 (argmax as a distribution)",
 )
 @given(vocab=st.integers(1, 4), gamma=st.integers(0, 4), seed=seeds)
-def test_greedy_is_the_limit_of_both_laws(pure_xp, vocab, gamma, seed):
+def test_greedy_is_the_limit_of_both_rules(pure_xp, vocab, gamma, seed):
     rng = np.random.default_rng(seed)
     best = rng.integers(0, vocab, gamma + 1)
     drafts = rng.integers(0, vocab, gamma).tolist()
@@ -429,7 +434,7 @@ def test_greedy_is_the_limit_of_both_laws(pure_xp, vocab, gamma, seed):
 
 @pytest.fixture
 def real_draws(monkeypatch):
-    """The library's own draw in the place of the exact one."""
+    """The library's own draw instead of the exact one."""
     monkeypatch.setattr(verification, "draw", draw)
 
 
@@ -463,7 +468,7 @@ def test_the_residual_of_equal_distributions_is_the_target(pure_xp):
     assert to_host(residual(p, p)).tolist() == [0.25, 0.75]
     assert to_host(residual(p, pure_xp.asarray([0.75, 0.25]))).tolist() == [0.0, 0.5]
     assert to_host(residual(p, pure_xp.asarray([0.75, 0.25]), 0.5)).tolist() == [0.0, 0.125]
-    # and where rounding rejects all the same, the token has the law of p
+    # and where rounding rejects nevertheless, the token is distributed as p
     assert draw(np.zeros(2), 0.2, otherwise=np.array([0.25, 0.75])) == 0
 
 

@@ -1,4 +1,4 @@
-"""Sequences that attend together against each of them alone."""
+"""Batched attention against attention of each sequence by itself."""
 
 from __future__ import annotations
 
@@ -37,20 +37,18 @@ windows = st.one_of(st.none(), st.integers(1, 6))
     equal=st.booleans(),
     seed=seeds,
 )
-def test_invariance_together_is_each_alone(
+def test_invariance_batched_is_each_sequence_alone(
     xp, lengths, count, groups, sharing, dim, window, in_place, queries, equal, seed
 ):
-    """On either kind of processor: with AVX-512 the heads of a key head are one product,
-    without it a product each.
-
-    However many queries are taken at a time.
+    """With both kinds of kernels: with AVX-512 the heads of a key head are one product,
+    without it one product each. The size of the query tiles does not matter.
     """
     lengths = lengths[:1] * len(lengths) if equal else lengths
     rng = np.random.default_rng(seed)
     batch = len(lengths)
     longest = max(lengths) + count
     q = rng.standard_normal((batch * count, groups * sharing, dim))
-    # what lies past a sequence is garbage
+    # slots past the end of a sequence hold garbage
     k, v = (rng.standard_normal((batch, longest, groups, dim)) for _ in "kv")
     bias = batched_bias(lengths, count, window, xp.zeros(1))
     with pytest.MonkeyPatch.context() as patch:
@@ -74,7 +72,7 @@ def test_invariance_together_is_each_alone(
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=4), st.integers(1, 4), windows)
-def test_there_is_a_bias_exactly_where_something_is_hidden(xp, lengths, count, window):
+def test_there_is_a_bias_exactly_where_a_key_is_hidden(xp, lengths, count, window):
     longest = max(lengths) + count
     hidden = [
         [
@@ -108,6 +106,6 @@ def test_a_large_prefill_and_unequal_counts_go_one_by_one():
     assert not can_batch([side], [1], 4)
 
 
-def test_even():
+def test_all_equal():
     assert all_equal([2, 2])
     assert not all_equal([2, 1])

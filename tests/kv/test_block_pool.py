@@ -1,5 +1,5 @@
-"""The block pool and its tables against a brute-force model: who owns what, what is
-remembered, what a slot holds.
+"""The block pool and its tables against a brute-force model: owners, remembered keys,
+contents of slots.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.owners: Counter[int] = Counter()
         self.line = list(range(count))  # free blocks, the next to be taken first
         self.keys: dict[int, int] = {}
-        self.told: list[int] = []  # what ``on_vacant`` should have said
-        self.counted: Counter[str] = Counter()  # what the pool should have counted
+        self.told: list[int] = []  # the blocks that ``on_vacant`` should have reported
+        self.counted: Counter[str] = Counter()  # the counts that the pool should have
         self.peak = 0
 
     def note(self, what: str) -> None:
@@ -130,15 +130,16 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.theorem(
-    "A pool gives its nameless free blocks first, then the named ones in the order in which they became free; a name "
-    "finds its first block until that is given away; no block is lost",
+    "A pool allocates its free blocks without a key first, then those with a key in the order "
+    "in which they became free; a key finds its first block until that is allocated again; no "
+    "block is lost",
     source="Kwon et al. 2023, section 4.2; vLLM, automatic prefix caching",
 )
 def test_state_machine_the_pool_is_a_queue_with_a_dictionary():
     run(PoolMachine, examples=50, see={"exhausted", "forgotten", "revived", "twins"})
 
 
-def test_a_free_block_that_is_remembered_is_forgotten_only_when_it_is_taken():
+def test_a_free_block_that_is_remembered_is_forgotten_only_when_it_is_allocated():
     pool = BlockPool(2, 4)
     first = pool.allocate()
     second = pool.allocate()
@@ -147,14 +148,14 @@ def test_a_free_block_that_is_remembered_is_forgotten_only_when_it_is_taken():
     pool.free(second)
     pool.free(first)
     assert (pool.find("a"), pool.find("b")) == (first, second)
-    assert pool.allocate() == second  # free the longest
+    assert pool.allocate() == second  # the block that has been free the longest
     assert (pool.find("a"), pool.find("b"), pool.forgotten) == (first, None, 1)
     assert pool.fork(first) == first
     assert pool.revived == 1
 
 
 @pytest.mark.parametrize("block", [-1, 3])
-def test_a_block_that_the_pool_does_not_have_is_refused(block):
+def test_a_block_outside_the_pool_is_rejected(block):
     pool = BlockPool(3, 4)
     for operation in (pool.free, pool.fork, pool.ref_count, pool.key_of):
         with pytest.raises(ValueError, match=r"blocks 0\.\.2"):
@@ -162,7 +163,7 @@ def test_a_block_that_the_pool_does_not_have_is_refused(block):
 
 
 @pytest.mark.parametrize("size", [(0, 4), (4, 0), (-1, 1), (2.5, 4), (2, 1.5), (None, 4)])
-def test_a_pool_of_nothing_is_refused(size):
+def test_an_empty_pool_is_rejected(size):
     with pytest.raises(ValueError, match="at least one token"):
         BlockPool(*size)
 
@@ -171,10 +172,11 @@ def test_a_pool_of_nothing_is_refused(size):
 
 
 class TablesMachine(RuleBasedStateMachine):
-    """Sequences that append, fork, roll back and end, over memory of one number a slot.
+    """Sequences that append, fork, roll back and end, over a memory of one integer per
+    slot.
 
-    The model is a plain list a sequence. A copy on write that was missed, a block freed too
-    early or a slot given twice shows as a number of another sequence.
+    The model is a plain list per sequence. A missed copy on write, a block that is freed
+    too early or a slot that is allocated twice shows as an integer of another sequence.
     """
 
     seen: ClassVar[Counter[str]] = Counter()
@@ -214,7 +216,7 @@ class TablesMachine(RuleBasedStateMachine):
             ]
             self.seen["copied"] += 1
         for slot in table.slots(table.length, table.length + count):
-            assert self.pool.ref_count(slot // size) == 1  # nobody else reads what is written
+            assert self.pool.ref_count(slot // size) == 1  # no other sequence reads what is written
             self.memory[slot] = self.clock
             self.texts[i].append(self.clock)
             self.clock += 1
@@ -227,7 +229,7 @@ class TablesMachine(RuleBasedStateMachine):
         free = self.pool.num_free
         self.tables.append(self.tables[i].fork())
         self.texts.append(list(self.texts[i]))
-        assert self.pool.num_free == free  # nothing is copied, nothing taken
+        assert self.pool.num_free == free  # nothing is copied or allocated
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data())
@@ -264,7 +266,8 @@ class TablesMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.theorem(
-    "Sequences that share blocks read what they wrote themselves; a block has as many references as tables",
+    "Sequences that share blocks read what they wrote themselves; a block has as many "
+    "references as tables",
     source="Kwon et al. 2023, section 4.4",
 )
 def test_state_machine_tables_over_one_pool():
@@ -306,7 +309,7 @@ def test_a_table_begins_with_blocks_that_another_filled():
         second.adopt(first.blocks)
 
 
-def test_what_is_reserved_and_not_written_stays_with_the_parent_and_the_block_being_filled_is_copied():
+def test_reserved_blocks_stay_with_the_parent_and_the_partly_filled_block_is_copied():
     pool = BlockPool(6, 2)
     parent = BlockTable(pool)
     parent.reserve(4)
@@ -315,13 +318,13 @@ def test_what_is_reserved_and_not_written_stays_with_the_parent_and_the_block_be
     assert (child.blocks, child.length) == (parent.blocks[:1], 1)
     assert [pool.ref_count(block) for block in parent.blocks] == [2, 1]
     shared, ahead = parent.blocks
-    assert parent.needs(3) == 1  # the copy alone
+    assert parent.needs(3) == 1  # only the copy
     # its last block is its own, and not the one that it writes first
     ((source, target),) = parent.reserve(3)
     assert (source, parent.blocks, child.blocks) == (shared, [target, ahead], [shared])
 
 
-def test_bad_calls_are_refused():
+def test_bad_calls_are_rejected():
     table = BlockTable(BlockPool(2, 2))
     table.reserve(1)
     calls = [

@@ -45,7 +45,7 @@ def tokens(rng: np.random.Generator, count: int, dim: int = 2 * D, groups: int =
 def looked_up(
     q: np.ndarray, pairs: dict[int, tuple], position: int, window: int | None
 ) -> np.ndarray:
-    """One query [H, D] over the dictionary's (key, value) at the positions that it may see."""
+    """One query [H, D] over the dictionary's (key, value) at the positions that it sees."""
     seen = [j for j in sorted(pairs) if position - (window or math.inf) < j <= position]
     # [S, H, D]
     k, v = (np.repeat(np.stack([pairs[j][i] for j in seen]), 2, axis=1) for i in (0, 1))
@@ -101,15 +101,15 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: min(self.lengths()) < CAPACITY)
     @rule()
     def decode(self):
-        """One token for each of the first sequences that have room: the batched path."""
+        """One token for each of the first sequences with free capacity: the batched path."""
         full = [n == CAPACITY for n in self.lengths()]
         self.step([1] * (full.index(True) if True in full else len(full)))
 
     @precondition(lambda self: min(self.lengths()) < CAPACITY)
     @rule(data=st.data())
     def prefill(self, data):
-        """The same number of tokens for some neighbours: the batched path, wherever each of
-        them stands.
+        """The same number of tokens for some neighbours: the batched path, whatever their
+        lengths.
         """
         room = [CAPACITY - n for n in self.lengths()]
         first = data.draw(st.sampled_from([b for b, n in enumerate(room) if n]))
@@ -127,8 +127,8 @@ class Machine(RuleBasedStateMachine):
             layer[b] = {j: pair for j, pair in layer[b].items() if j < keep}
 
     @rule(data=st.data())
-    def refuse(self, data):
-        """Too many tokens, too many sequences, a length that is not there: an error, and
+    def reject(self, data):
+        """Too many tokens, too many sequences, a length beyond the end: an error, and
         nothing has changed.
         """
         lengths = self.lengths()
@@ -150,19 +150,19 @@ class Machine(RuleBasedStateMachine):
         if not hasattr(self, "model"):
             return
         assert self.cache.lengths == self.lengths()
-        strips = to_host(self.cache.keys).swapaxes(-1, -2), to_host(self.cache.values)
+        buffers = to_host(self.cache.keys).swapaxes(-1, -2), to_host(self.cache.values)
         for layer, sequences in enumerate(self.model):
             for b, pairs in enumerate(sequences):
                 for j, pair in pairs.items():
                     assert all(
-                        (strip[layer, b, :, j] == x).all()
-                        for strip, x in zip(strips, pair, strict=True)
+                        (buffer[layer, b, :, j] == x).all()
+                        for buffer, x in zip(buffers, pair, strict=True)
                     )
 
 
 @pytest.mark.theorem(
-    "after any sequence of appends, rollbacks and refused steps the cache answers as a dictionary from "
-    "(layer, sequence, position) to (key, value) does",
+    "after any sequence of appends, rollbacks and rejected steps the cache answers as a "
+    "dictionary from (layer, sequence, position) to (key, value) does",
     source="state machine; specification of the attend seam",
 )
 def test_cache_is_a_dictionary(xp):
@@ -208,7 +208,7 @@ def test_rollback_leaves_no_trace(xp, data):
 
 
 @pytest.mark.theorem(
-    "bytes allocated = 2 · L · G · D · bytes of a number, a token, exactly",
+    "bytes allocated = 2 · L · G · D · bytes per value, per token, exactly",
     source="serving arithmetic",
 )
 @given(
@@ -229,7 +229,7 @@ def test_bytes_are_the_formula(xp, layers, groups, half_dim, sequences, capacity
 
 @pytest.mark.parametrize("counts", [[1, 1], [3, 2]], ids=["decode", "ragged"])
 def test_keys_may_be_stored_narrower_than_they_are_computed(xp, counts):
-    """float16 strips under float32 queries: the answer is that of the rounded keys and
+    """float16 buffers under float32 queries: the result is that of the rounded keys and
     values.
     """
     rng = np.random.default_rng(0)
@@ -252,9 +252,9 @@ def test_keys_may_be_stored_narrower_than_they_are_computed(xp, counts):
 
 
 @pytest.mark.parametrize("lengths", [[3, 3], [1, 3]], ids=["same length", "ragged"])
-def test_decoding_waits_for_nothing_and_moves_positions_once_a_step(lengths):
-    """On a device: no copy to the host and no wait; what goes to it goes once a step, not
-    once a layer.
+def test_decoding_never_waits_and_moves_positions_once_per_step(lengths):
+    """On a device: no copy to the host and no wait; positions are moved once per step, not
+    once per layer.
     """
     rng = np.random.default_rng(0)
     cache = ContiguousCache(network(), 2, CAPACITY, like=fakecupy.zeros(1, dtype="float64"))
@@ -274,14 +274,14 @@ def test_decoding_waits_for_nothing_and_moves_positions_once_a_step(lengths):
 
 
 @pytest.mark.parametrize(("sequences", "capacity"), [(0, 4), (2, 0)])
-def test_a_cache_without_room_is_refused(sequences, capacity):
+def test_a_cache_without_capacity_is_rejected(sequences, capacity):
     with pytest.raises(ValueError, match="at least one sequence of one token"):
         ContiguousCache(network(), sequences, capacity, like=np.zeros(1))
 
 
 @pytest.mark.parametrize("sequence", [-1, 2])
-def test_a_sequence_that_is_not_there_is_not_truncated(sequence):
-    """To Python, -1 would be the last one."""
+def test_an_unknown_sequence_is_not_truncated(sequence):
+    """In Python, -1 would be the last sequence."""
     cache = ContiguousCache(network(None), 2, 4, like=np.zeros(1))
     cache.advance([1, 1])
     with pytest.raises(ValueError, match=r"sequences 0\.\.1, got"):

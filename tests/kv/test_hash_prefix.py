@@ -1,5 +1,5 @@
 """The hash-chained prefix cache against a dictionary of prefixes, and what a weak hash
-would let through.
+would allow.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ salts = st.sampled_from([None, "tenant"])
 
 class PrefixMachine(RuleBasedStateMachine):
     """The model: for every block the prefix (with its salt) that it was filled with, until
-    it is given anew.
+    it is allocated again.
     """
 
     seen: ClassVar[Counter[str]] = Counter()
@@ -35,22 +35,24 @@ class PrefixMachine(RuleBasedStateMachine):
         self.holds: dict[int, tuple[Any, tuple[int, ...]]] = {}
         self.running: list[tuple[Any, list[int], BlockTable, list[Key]]] = []
 
-    def expected(self, text: list[int], salt: Any) -> int:
+    def expected(self, tokens: list[int], salt: Any) -> int:
         """Blocks of the longest cached prefix, by brute force, one token short of the whole
-        text.
+        sequence.
         """
         b = self.pool.block_size
         found = 0
-        while (found + 1) * b < len(text) and (
+        while (found + 1) * b < len(tokens) and (
             salt,
-            tuple(text[: (found + 1) * b]),
+            tuple(tokens[: (found + 1) * b]),
         ) in self.holds.values():
             found += 1
         return found
 
-    def grow(self, salt: Any, text: list[int], table: BlockTable, keys: list[Key]) -> bool:
-        """Write the rest of ``text`` and name what is full; False if the pool is too small."""
-        count = len(text) - table.length
+    def grow(self, salt: Any, tokens: list[int], table: BlockTable, keys: list[Key]) -> bool:
+        """Write the rest of ``tokens`` and give keys to full blocks; False if the pool is
+        too small.
+        """
+        count = len(tokens) - table.length
         b = self.pool.block_size
         if table.needs(count) > self.pool.num_free:
             self.seen["exhausted"] += 1
@@ -60,40 +62,40 @@ class PrefixMachine(RuleBasedStateMachine):
         for block in set(table.blocks) - before:
             self.seen["evicted"] += self.holds.pop(block, None) is not None
         table.commit(count)
-        self.cache.insert(table, text, keys, salt=salt)
+        self.cache.insert(table, tokens, keys, salt=salt)
         self.holds |= {
-            block: (salt, tuple(text[: (i + 1) * b]))
+            block: (salt, tuple(tokens[: (i + 1) * b]))
             for i, block in enumerate(table.blocks)
-            if (i + 1) * b <= len(text)
+            if (i + 1) * b <= len(tokens)
         }
         return True
 
-    @rule(text=texts, salt=salts)
-    def start(self, text: list[int], salt: Any) -> None:
+    @rule(tokens=texts, salt=salts)
+    def start(self, tokens: list[int], salt: Any) -> None:
         keys: list[Key] = []
-        hit = self.cache.match(text, salt=salt, keys=keys)
-        assert len(hit) == self.expected(text, salt)
-        assert len(hit) * self.pool.block_size <= max(0, len(text) - 1)
+        hit = self.cache.match(tokens, salt=salt, keys=keys)
+        assert len(hit) == self.expected(tokens, salt)
+        assert len(hit) * self.pool.block_size <= max(0, len(tokens) - 1)
         for i, block in enumerate(hit):
-            assert self.holds[block] == (salt, tuple(text[: (i + 1) * self.pool.block_size]))
+            assert self.holds[block] == (salt, tuple(tokens[: (i + 1) * self.pool.block_size]))
         table = BlockTable(self.pool)
         available = self.cache.available(hit)
         self.seen["revived"] += any(self.pool.ref_count(block) == 0 for block in hit)
         self.seen["shared"] += any(self.pool.ref_count(block) > 0 for block in hit)
-        self.cache.take(table, hit, len(text))
+        self.cache.take(table, hit, len(tokens))
         assert self.pool.num_free == available
-        if self.grow(salt, text, table, keys):
+        if self.grow(salt, tokens, table, keys):
             assert table.blocks[: len(hit)] == hit
-            self.running.append((salt, text, table, keys))
+            self.running.append((salt, tokens, table, keys))
         else:
             table.free()
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), more=texts)
-    def go_on(self, data: st.DataObject, more: list[int]) -> None:
-        salt, text, table, keys = data.draw(st.sampled_from(self.running))
-        if self.grow(salt, text + more, table, keys):
-            text += more
+    def continue_sequence(self, data: st.DataObject, more: list[int]) -> None:
+        salt, tokens, table, keys = data.draw(st.sampled_from(self.running))
+        if self.grow(salt, tokens + more, table, keys):
+            tokens += more
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
@@ -124,8 +126,8 @@ class PrefixMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.theorem(
-    "Blocks named by a hash chain are found exactly for the prefixes, under the salt, that filled them; a hit is whole "
-    "blocks and leaves a token to compute",
+    "Blocks with keys from a hash chain are found exactly for the prefixes, under the salt, "
+    "that filled them; a hit is whole blocks and leaves a token to compute",
     source="vLLM, automatic prefix caching; Kwon et al. 2023, section 4.4",
 )
 def test_state_machine_the_cache_is_a_dictionary_of_prefixes():
@@ -133,21 +135,21 @@ def test_state_machine_the_cache_is_a_dictionary_of_prefixes():
 
 
 def filled(
-    pool: BlockPool, cache: PrefixCache, text: list[int], salt: str | None = None
+    pool: BlockPool, cache: PrefixCache, tokens: list[int], salt: str | None = None
 ) -> BlockTable:
-    """A table that holds a text, all of it named."""
+    """A table that holds a sequence, with keys for all full blocks."""
     table = BlockTable(pool)
-    table.reserve(len(text))
-    table.commit(len(text))
-    cache.insert(table, text, [], salt=salt)
+    table.reserve(len(tokens))
+    table.commit(len(tokens))
+    cache.insert(table, tokens, [], salt=salt)
     return table
 
 
-def test_a_text_that_is_cached_whole_has_its_last_block_computed():
+def test_a_sequence_that_is_cached_completely_has_its_last_block_recomputed():
     pool = BlockPool(8, 4)
     cache = PrefixCache(pool)
     table = filled(pool, cache, [1, 2, 3, 4, 5, 6, 7, 8])
-    # not one token: blocks are whole
+    # not even one token: a hit is in whole blocks
     assert cache.match([1, 2, 3, 4, 5, 6, 7, 8]) == table.blocks[:1]
     assert cache.match([1, 2, 3, 4, 5, 6, 7, 8, 9]) == table.blocks
     assert cache.match([]) == cache.match([1, 2, 3]) == cache.match([2, 2, 3, 4, 5]) == []
@@ -157,17 +159,17 @@ def test_taking_before_allocating_keeps_what_was_matched():
     pool = BlockPool(2, 1)
     cache = PrefixCache(pool)
     filled(pool, cache, [7]).free()
-    # the block of 7 is the next to be given away, if nobody takes it
+    # the block of 7 is the next to be allocated, unless it is taken
     filled(pool, cache, [8, 9]).free()
     hit = cache.match([8, 9, 5])
-    assert cache.available(hit) == 0  # both blocks are free, and both are what was matched
+    assert cache.available(hit) == 0  # both blocks are free, and both were matched
     table = BlockTable(pool)
     cache.take(table, hit, 3)
     assert table.needs(1) > pool.num_free
     assert (cache.queried, cache.hit) == (3, 2)
 
 
-def test_what_is_freed_first_is_forgotten_first_and_of_one_text_the_end():
+def test_blocks_freed_first_are_evicted_first_and_of_one_sequence_the_end():
     pool = BlockPool(4, 1)
     cache = PrefixCache(pool)
     old = filled(pool, cache, [1, 2])
@@ -210,14 +212,14 @@ def test_tenants_do_not_see_each_other():
     assert cache.match([1, 2, 3], salt="") == []  # an empty salt is a salt
 
 
-def test_what_a_weak_hash_does_another_prompt_is_served_somebody_elses_keys():
-    """The sum of tokens names them whatever their order: an attacker, or chance, reads
-    another's blocks.
+def test_with_a_weak_hash_a_prompt_reads_the_keys_of_another():
+    """A sum of tokens ignores their order: an attacker, or chance, reads the keys of
+    another prompt.
     """
     pool = BlockPool(8, 2)
     weak = PrefixCache(pool, lambda parent, tokens, salt: hash((parent, sum(tokens), salt)))
     theirs = filled(pool, weak, [5, 1])
-    assert weak.match([3, 3, 9]) == theirs.blocks  # a hit, and the wrong one
+    assert weak.match([3, 3, 9]) == theirs.blocks  # a false hit
     # no chain: position is lost
     forgetful = PrefixCache(BlockPool(8, 2), lambda parent, tokens, salt: tuple(tokens))
     theirs = filled(forgetful.pool, forgetful, [1, 1, 2, 2])
@@ -237,7 +239,7 @@ def test_what_a_weak_hash_does_another_prompt_is_served_somebody_elses_keys():
     other=salts,
     size=st.integers(1, 3),
 )
-def test_round_trip_equal_chains_mean_equal_texts(one, two, salt, other, size):
+def test_round_trip_equal_chains_mean_equal_sequences(one, two, salt, other, size):
     cache = PrefixCache(BlockPool(1, size))
     first = cache.extend([], one, salt)
     second = cache.extend([], two, other)
@@ -245,12 +247,12 @@ def test_round_trip_equal_chains_mean_equal_texts(one, two, salt, other, size):
     for i, (a, b) in enumerate(zip(first, second, strict=False), 1):
         assert (a == b) == ((salt, one[: i * size]) == (other, two[: i * size]))
     grown: list[Key] = []
-    for end in range(len(one) + 1):  # a chain that grows with its text is the chain of the text
+    for end in range(len(one) + 1):  # a chain that grows with its tokens is the chain of the tokens
         cache.extend(grown, one[:end], salt)
     assert grown == first
 
 
-def test_a_text_that_is_matched_again_is_not_hashed_again():
+def test_a_sequence_that_is_matched_again_is_not_hashed_again():
     calls: list[Any] = []
 
     def counted(parent: Key, tokens: Any, salt: Any) -> Key:
@@ -268,17 +270,17 @@ def test_a_text_that_is_matched_again_is_not_hashed_again():
 
 
 def test_the_salt_is_hashed_into_the_first_block_and_reaches_the_others_through_the_chain():
-    heard: list[Any] = []
+    hashed: list[Any] = []
 
-    def listening(parent: Key, tokens: Any, salt: Any) -> Key:
-        heard.append((parent, tuple(tokens), salt))
+    def recording_hash(parent: Key, tokens: Any, salt: Any) -> Key:
+        hashed.append((parent, tuple(tokens), salt))
         return sha256_key(parent, tokens, salt)
 
-    keys = PrefixCache(BlockPool(4, 2), listening).extend([], [1, 2, 3, 4, 5], "a")
-    assert heard == [(ROOT, (1, 2), "a"), (keys[0], (3, 4), None)]
+    keys = PrefixCache(BlockPool(4, 2), recording_hash).extend([], [1, 2, 3, 4, 5], "a")
+    assert hashed == [(ROOT, (1, 2), "a"), (keys[0], (3, 4), None)]
 
 
-def test_bad_calls_are_refused():
+def test_bad_calls_are_rejected():
     with pytest.raises(ValueError, match="salt that is a string, got 7"):
         sha256_key(ROOT, [1], 7)
     with pytest.raises(ValueError, match="parent's 32 bytes"):

@@ -1,4 +1,4 @@
-"""KIVI's numbers and what a query reads: against loops, the published bookkeeping, and
+"""KIVI's quantiser and what a query reads: against loops, the published bookkeeping, and
 attention query by query.
 """
 
@@ -22,7 +22,7 @@ from refllm.model.config import ModelConfig
 from strategies import KINDS, arrays, build, seeds
 
 EPS32, EPS64 = (float(np.finfo(dtype).eps) for dtype in ("float32", "float64"))
-# max − min of ± the largest number is infinite
+# max − min of ± the largest finite value is infinite
 FINITE = [kind for kind in KINDS if kind != "extreme"]
 LLAMA_70B = ModelConfig("llama", 32000, 8192, 28672, 80, 64, 8, 128)
 H = 4
@@ -33,21 +33,21 @@ D = 8
 
 
 @pytest.mark.theorem(
-    "|x̂ − x| ≤ s/2 for every number of a group", source="Liu et al. 2024, section 2; rounding"
+    "|x̂ − x| ≤ s/2 for every value of a group", source="Liu et al. 2024, section 2; rounding"
 )
 @given(
     x=arrays(st.integers(1, 4), st.sampled_from([8, 16, 24]), kinds=FINITE),
     bits=st.integers(1, 8),
     group=st.sampled_from([1, 2, 4, 8]),
 )
-def test_bound_of_the_error_is_half_a_step(xp, x, bits, group):
+def test_bound_of_the_error_is_half_a_scale(xp, x, bits, group):
     codes, step, low = quantize(xp.asarray(x), bits, group)
     assert codes.dtype == "uint8"
     assert int(to_host(codes).max()) < 1 << bits
     back = to_host(dequantize(codes, step, low)).astype(float)
     width = np.repeat(to_host(step).astype(float), group, axis=-1)
     # the quotient is off by (x + min)/s · eps, x̂ by as much again; subnormal numbers by
-    # their spacing (a step below the smallest of them is 1, and its group all minimum)
+    # their spacing (a scale below the smallest of them is 1, and its group all minimum)
     slack = 4 * EPS32 * (np.abs(x).max() + width * (1 << bits)) + 2.0**bits * float(
         np.finfo("float32").smallest_subnormal
     )
@@ -76,7 +76,7 @@ def test_exact_value_codes_are_those_of_the_published_formula(xp, x, bits):
 
 @given(seed=seeds, bits=st.sampled_from([2, 4, 8]))
 def test_exact_value_words_are_packed_as_the_published_code_does(xp, seed, bits):
-    """32/b codes an int32, the first in the lowest bits."""
+    """32/b codes per int32, the first in the lowest bits."""
     codes = np.random.default_rng(seed).integers(0, 1 << bits, (3, 64)).astype("uint8")
     each = 32 // bits
     words = np.zeros((3, 64 // each), dtype="int32")
@@ -85,7 +85,7 @@ def test_exact_value_words_are_packed_as_the_published_code_does(xp, seed, bits)
     assert np.array_equal(to_host(pack(xp.asarray(codes), bits)), words.view("uint32"))
 
 
-def test_degenerate_equal_numbers_and_the_least_of_a_group_come_back_exactly(xp):
+def test_degenerate_equal_values_and_the_minimum_of_a_group_are_restored_exactly(xp):
     for value in (0.0, -3.7, 1e-45, 1e30):
         x = np.full((2, 8), value, dtype="float32")
         codes, step, low = quantize(xp.asarray(x), 2, 4)
@@ -97,9 +97,9 @@ def test_degenerate_equal_numbers_and_the_least_of_a_group_come_back_exactly(xp)
 
 
 @given(x=arrays(2, 16, kinds=FINITE), bits=st.integers(1, 8))
-def test_codes_are_made_with_the_steps_that_are_stored(xp, x, bits):
-    """Steps in float16: the nearest of the numbers that these steps can make, not those of
-    finer ones.
+def test_codes_are_computed_with_the_scales_that_are_stored(xp, x, bits):
+    """Scales in float16: the nearest of the values that these scales can represent, not
+    those of finer scales.
     """
     x = np.clip(x, -1e3, 1e3)
     codes, step, low = quantize(xp.asarray(x), bits, 8, "float16")
@@ -111,7 +111,7 @@ def test_codes_are_made_with_the_steps_that_are_stored(xp, x, bits):
     assert np.all(error <= best + 8 * EPS32 * (np.abs(x).max() + np.abs(every).max(axis=-1)))
 
 
-def test_rows_that_are_not_whole_groups_are_refused(xp):
+def test_rows_of_incomplete_groups_are_rejected(xp):
     with pytest.raises(ValueError, match="rows of 10 do not divide into groups of 4"):
         quantize(xp.zeros((2, 10)), 2, 4)
 
@@ -130,12 +130,12 @@ def test_rows_that_are_not_whole_groups_are_refused(xp):
         ((3, 2, 20, 20), "take residual 160"),
     ],
 )
-def test_settings_that_fit_nothing_are_refused_with_one_that_does(arguments, message):
+def test_impossible_settings_are_rejected_with_a_possible_one(arguments, message):
     with pytest.raises(ValueError, match=message):
         Kivi(*arguments)
 
 
-# --- how many -----------------------------------------------------------------------------
+# --- how many tokens are quantised --------------------------------------------------------
 
 
 def published(prompt: int, steps: int, size: int) -> list[tuple[int, int]]:
@@ -165,7 +165,7 @@ def published(prompt: int, steps: int, size: int) -> list[tuple[int, int]]:
     source="Liu et al. 2024, algorithm 1",
 )
 @pytest.mark.parametrize("size", [32, 64])
-def test_invariance_the_published_bookkeeping_does_not_see_where_the_prompt_ended(size):
+def test_invariance_the_published_bookkeeping_does_not_depend_on_the_prompt_length(size):
     kivi = Kivi(2, 2, 32, size)
     for prompt in range(3 * size):
         for steps, counted in enumerate(published(prompt, 2 * size + 3, size)):
@@ -179,7 +179,7 @@ def test_exact_value_bits_and_bytes_of_the_specification():
     assert Kivi(4, 2, 64).bits_per_value() == 3.5
     # 80 layers of 8 heads of 128 in float16: 320 KiB a token in full
     assert Kivi(2, 2, 32, 128).nbytes(LLAMA_70B, 100) == 100 * 320 * 1024
-    # 4096 = 32 · 128: no key waits, 128 values do; the quantised part has 3 bits of 16
+    # 4096 = 32 · 128: the residual window holds no key and 128 values; the rest has 3 of 16 bits
     per_side = 160 * 1024
     expected = (4096 + (4096 - 128)) * per_side * 3 / 16 + 128 * per_side
     assert Kivi(2, 2, 32, 128).nbytes(LLAMA_70B, 4096) == expected
@@ -198,7 +198,7 @@ def test_exact_value_bits_and_bytes_of_the_specification():
 
 
 def one_by_one(q, k, v, kivi: Kivi, window: int | None, keys: str, values: str) -> np.ndarray:
-    """Each query over keys and values that are laid out for it alone."""
+    """Each query over keys and values that are prepared for it alone."""
     coded = kivi.quantized_values if values == "token" else kivi.quantized_keys
     rows = []
     for t in range(len(q)):
@@ -210,13 +210,14 @@ def one_by_one(q, k, v, kivi: Kivi, window: int | None, keys: str, values: str) 
     return np.concatenate(rows)
 
 
-def text(seed: int, length: int) -> list[np.ndarray]:
+def sequence(seed: int, length: int) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     return [rng.standard_normal((length, heads, D)) for heads in (H, G, G)]
 
 
 @pytest.mark.theorem(
-    "A text read at once, with a boundary for each query, is the text read token by token",
+    "A sequence computed at once, with a boundary for each query, equals the sequence decoded "
+    "token by token",
     source="the boundary is a function of the query's position alone",
 )
 @given(
@@ -227,10 +228,10 @@ def text(seed: int, length: int) -> list[np.ndarray]:
     keys=st.sampled_from(["channel", "token"]),
     values=st.sampled_from(["channel", "token"]),
 )
-def test_equality_a_whole_text_is_read_as_one_query_after_the_other(
+def test_equality_a_whole_sequence_is_one_query_after_the_other(
     xp, seed, length, kivi, window, keys, values
 ):
-    q, k, v = text(seed, length)
+    q, k, v = sequence(seed, length)
     expected = one_by_one(q, k, v, kivi, window, keys, values)
     got = attend_as_decoded(
         *(xp.asarray(a) for a in (q, k, v)), kivi, window=window, keys=keys, values=values
@@ -243,8 +244,8 @@ def test_equality_a_whole_text_is_read_as_one_query_after_the_other(
     lengths=st.lists(st.integers(1, 31), min_size=1, max_size=3),
     window=st.sampled_from([None, 6]),
 )
-def test_equality_with_plain_attention_while_everything_waits(xp, seed, lengths, window):
-    q, k, v = (xp.asarray(a) for a in text(seed, sum(lengths)))
+def test_equality_with_plain_attention_within_the_residual_window(xp, seed, lengths, window):
+    q, k, v = (xp.asarray(a) for a in sequence(seed, sum(lengths)))
     plain = CausalAttend(lengths, window)(0, q, k, v)
     for keys in ("channel", "token"):
         got = KiviAttend(lengths, Kivi(1, 1, 8, 32), window, keys=keys)(0, q, k, v)
@@ -253,11 +254,11 @@ def test_equality_with_plain_attention_while_everything_waits(xp, seed, lengths,
         )
 
 
-def test_a_query_reads_codes_exactly_from_the_step_on_that_follows_the_flush(xp):
+def test_a_query_reads_codes_from_the_step_after_they_were_quantised(xp):
     """Of R = 32: token 32 is the first that reads quantised keys, token 33 the first that
     reads a quantised value.
     """
-    q, k, v = (xp.asarray(a) for a in text(5, 40))
+    q, k, v = (xp.asarray(a) for a in sequence(5, 40))
     plain = to_host(CausalAttend([40])(0, q, k, v))
     coarse_keys = to_host(attend_as_decoded(q, k, v, Kivi(1, 8, 8, 32)))
     coarse_values = to_host(attend_as_decoded(q, k, v, Kivi(8, 1, 8, 32)))
@@ -267,9 +268,9 @@ def test_a_query_reads_codes_exactly_from_the_step_on_that_follows_the_flush(xp)
     assert changed[1][33:].any()
 
 
-def test_keys_with_large_channels_want_steps_by_channel_and_those_with_large_tokens_by_token(xp):
-    """What KIVI found in real keys, and its mirror image, where its choice is the wrong
-    one.
+def test_large_channels_need_scales_per_channel_and_large_tokens_per_token(xp):
+    """KIVI's observation on real keys, and its mirror image, where KIVI's choice is the
+    wrong one.
     """
     channels = np.arange(D) == 3
     tokens = (np.arange(128) % 8 == 3)[:, None, None]
@@ -277,7 +278,7 @@ def test_keys_with_large_channels_want_steps_by_channel_and_those_with_large_tok
         range(5), [(channels, "channel", "token"), (tokens, "token", "channel")]
     ):
         factor = np.broadcast_to(np.where(large, 50.0, 1.0), (128, G, D))
-        k = text(seed, 128)[1] * factor
+        k = sequence(seed, 128)[1] * factor
         error = {}
         for by in ("channel", "token"):
             columns = xp.asarray(
@@ -286,14 +287,14 @@ def test_keys_with_large_channels_want_steps_by_channel_and_those_with_large_tok
             back = to_host(dequantize(*quantize(columns, 2, 8)))
             back = back.transpose(2, 0, 1) if by == "channel" else back
             assert np.allclose(back, quantized_by_loops(k, 2, 8, by, 128), rtol=0, atol=1e3 * EPS64)
-            # the large ones are as well off either way
+            # the large ones are quantised as well either way
             error[by] = np.square(back - k)[factor == 1].mean()
         assert error[worse] > 20 * error[better]
 
 
-def test_scores_may_be_as_large_as_they_are(xp):
-    """exp of a score of a thousand is infinite: the largest is taken off before."""
-    q, k, v = text(1, 50)
+def test_large_scores_do_not_overflow(xp):
+    """exp of a score of a thousand is infinite, so the largest score is subtracted first."""
+    q, k, v = sequence(1, 50)
     expected = one_by_one(1e3 * q, k, v, Kivi(2, 2, 8, 32), None, "channel", "token")
     got = to_host(attend_as_decoded(*(xp.asarray(a) for a in (1e3 * q, k, v)), Kivi(2, 2, 8, 32)))
     assert np.isfinite(got).all()
@@ -302,7 +303,7 @@ def test_scores_may_be_as_large_as_they_are(xp):
 
 
 @pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int64, np.uint64])
-def test_settings_of_numpy_s_integers_are_those_of_python(kind):
+def test_settings_may_be_numpy_integers(kind):
     kivi = Kivi(*(kind(value) for value in (2, 4, 8, 32)))
     assert [type(value) for value in vars(kivi).values()] == [int] * 4
     assert kivi == Kivi(2, 4, 8, 32)
@@ -310,8 +311,8 @@ def test_settings_of_numpy_s_integers_are_those_of_python(kind):
     assert kivi.nbytes(LLAMA_70B, 32768) == Kivi(2, 4, 8, 32).nbytes(LLAMA_70B, 32768) > 2**32
 
 
-def test_what_does_not_fit_is_refused(xp):
-    q, k, v = (xp.asarray(a) for a in text(0, 4))
+def test_bad_shapes_are_rejected(xp):
+    q, k, v = (xp.asarray(a) for a in sequence(0, 4))
     with pytest.raises(ValueError, match="a head of 8 channels does not divide into groups of 3"):
         attend_as_decoded(q, k, v, Kivi(8, 8, 3, 12))
     with pytest.raises(ValueError, match="lengths sum to 3, the batch has 4 tokens"):

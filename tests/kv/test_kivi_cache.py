@@ -1,5 +1,5 @@
-"""The KIVI cache against what ``kivi`` says of each token, whatever the steps, the batch
-and the drafts were.
+"""The KIVI cache against the definition in ``kivi`` for each token, whatever the steps, the
+batch and the drafts were.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def config(window: int | None = None) -> ModelConfig:
     return ModelConfig("mistral", 5, 8, 8, L, H, G, D, sliding_window=window)
 
 
-def texts(seed: int, sequences: int, length: int = CAPACITY) -> tuple[np.ndarray, ...]:
+def random_sequences(seed: int, sequences: int, length: int = CAPACITY) -> tuple[np.ndarray, ...]:
     """q, k, v[L, B, T, heads, D]."""
     rng = np.random.default_rng(seed)
     return tuple(rng.standard_normal((L, sequences, length, heads, D)) for heads in (H, G, G))
@@ -70,7 +70,8 @@ steps = st.lists(st.tuples(st.integers(0, 70), st.integers(0, 70)), min_size=1, 
 
 
 @pytest.mark.theorem(
-    "What the cache holds is a function of the length: no cut into steps, neighbour or rejected draft changes a bit",
+    "The contents of the cache are a function of the length: neither the cut into steps nor a "
+    "neighbour nor a rejected draft changes a bit",
     source="Liu et al. 2024, algorithm 1: flushes at multiples of R from position 0",
 )
 @given(
@@ -80,9 +81,11 @@ steps = st.lists(st.tuples(st.integers(0, 70), st.integers(0, 70)), min_size=1, 
     data=st.data(),
     dtype=st.sampled_from(["float16", "float64"]),
 )
-def test_invariance_of_the_way_to_a_length(xp, seed, kivi, counts, data, dtype):
-    """In float16 what waits is rounded, so what becomes a code at once is rounded before."""
-    texts_of = texts(seed, 2)
+def test_invariance_of_the_cut_into_steps(xp, seed, kivi, counts, data, dtype):
+    """In float16 the residual window is rounded, so tokens that skip it are rounded before
+    they are quantised.
+    """
+    texts_of = random_sequences(seed, 2)
     cache = poisoned(xp, kivi, 2, dtype=dtype)
     for pair in counts:
         brought = [min(n, CAPACITY - s) for n, s in zip(pair, cache.lengths, strict=True)]
@@ -98,10 +101,10 @@ def test_invariance_of_the_way_to_a_length(xp, seed, kivi, counts, data, dtype):
 
 
 @given(seed=seeds, kivi=kivis, length=st.integers(0, CAPACITY))
-def test_exact_value_codes_stand_for_what_loops_say_and_what_waits_is_as_it_came(
+def test_exact_value_codes_are_those_of_loops_and_the_residual_window_is_unchanged(
     xp, seed, kivi, length
 ):
-    data = texts(seed, 1)
+    data = random_sequences(seed, 1)
     _, k, v = data
     cache = poisoned(xp, kivi, 1)
     if length:
@@ -123,7 +126,8 @@ def test_exact_value_codes_stand_for_what_loops_say_and_what_waits_is_as_it_came
 
 
 @pytest.mark.theorem(
-    "Token by token, the cache answers as a whole text that is read at once with a boundary for each query",
+    "Token by token, the cache gives the output of a whole sequence that is computed at once "
+    "with a boundary for each query",
     source="refllm.kv.kivi",
 )
 @settings(max_examples=10)
@@ -134,9 +138,9 @@ def test_exact_value_codes_stand_for_what_loops_say_and_what_waits_is_as_it_came
     length=st.integers(60, 110),
     late=st.integers(0, 40),
 )
-def test_equality_with_a_whole_text_read_as_decoded(xp, seed, kivi, window, length, late):
-    """Two texts, the second ``late`` steps behind: no step of the two is at the same place."""
-    data = texts(seed, 2, length)
+def test_equality_with_a_whole_sequence_computed_as_decoded(xp, seed, kivi, window, length, late):
+    """Two sequences, the second ``late`` steps behind: their positions differ in every step."""
+    data = random_sequences(seed, 2, length)
     cache = poisoned(xp, kivi, 2, window)
     expected = [
         [
@@ -160,8 +164,8 @@ def test_equality_with_a_whole_text_read_as_decoded(xp, seed, kivi, window, leng
                 )
 
 
-def test_a_prompt_in_one_step_reads_itself_as_it_came(xp):
-    data = texts(0, 1)
+def test_a_prompt_in_one_step_attends_to_itself_in_full_precision(xp):
+    data = random_sequences(0, 1)
     got = run_step(xp, poisoned(xp, Kivi(1, 1, 8, 32), 1), data, [CAPACITY])
     for layer in range(L):
         plain = to_host(CausalAttend([CAPACITY])(layer, *(xp.asarray(a[layer, 0]) for a in data)))
@@ -171,19 +175,19 @@ def test_a_prompt_in_one_step_reads_itself_as_it_came(xp):
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("capacity", [1, 31, 32, 33, 100, 128, 150])
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
-def test_conservation_bytes_are_those_of_the_formula_and_the_room_that_is_left(
+def test_conservation_bytes_are_those_of_the_formula_and_of_the_free_capacity(
     xp, bits, capacity, dtype
 ):
     kivi = Kivi(bits, bits, 8, 32)
     cache = KiviCache(config(), 3, capacity, like=xp.zeros(1), kivi=kivi, dtype=dtype)
     item = np.dtype(dtype).itemsize
-    unused = 32 - capacity % 32 if capacity >= 32 else 0  # columns of keys in which nothing waits
+    unused = 32 - capacity % 32 if capacity >= 32 else 0  # unused columns of the residual window
     expected = kivi.nbytes(config(), capacity, full=8 * item) + L * G * D * unused * item
     assert cache.nbytes == 3 * expected
 
 
 def test_a_cache_in_float16_serves_queries_in_float32(xp):
-    data = tuple(a.astype("float32") for a in texts(1, 1))
+    data = tuple(a.astype("float32") for a in random_sequences(1, 1))
     kivi = Kivi(8, 8, 8, 32)
     half = KiviCache(
         config(), 1, CAPACITY, like=xp.zeros(1, dtype="float32"), kivi=kivi, dtype="float16"
@@ -201,12 +205,12 @@ def test_a_cache_in_float16_serves_queries_in_float32(xp):
     np.testing.assert_allclose(to_host(exact), to_host(rounded), rtol=0, atol=0.01)
 
 
-# --- refusals -----------------------------------------------------------------------------
+# --- bad calls ----------------------------------------------------------------------------
 
 
-def test_what_the_cache_cannot_do_is_refused_and_nothing_is_lost(xp):
+def test_bad_calls_are_rejected_and_nothing_is_lost(xp):
     cache = poisoned(xp, Kivi(2, 2, 8, 32), 2)
-    data = texts(0, 2)
+    data = random_sequences(0, 2)
     with pytest.raises(ValueError, match="a head of 8 channels does not divide into groups of 16"):
         KiviCache(config(), 1, 5, like=xp.zeros(1), kivi=Kivi(2, 2, 16, 32))
     with pytest.raises(ValueError, match="needs at least one sequence of one token, got 0 × 5"):
@@ -238,16 +242,16 @@ def test_what_the_cache_cannot_do_is_refused_and_nothing_is_lost(xp):
         assert np.array_equal(a, b)
     cache.advance([1, 0])
     with pytest.raises(ValueError, match="run the step first"):
-        cache.advance([0, 1])  # what was brought is committed once
+        cache.advance([0, 1])  # a step is committed once
 
 
 def test_a_decode_step_moves_nothing_between_host_and_device():
     cache = poisoned(fakecupy, Kivi(2, 2, 8, 32), 2)
-    data = texts(0, 2)
+    data = random_sequences(0, 2)
     run_step(fakecupy, cache, data, [63, 40])
     tokens = [[fakecupy.asarray(np.ones((2, heads, D))) for heads in (H, G, G)] for _ in range(L)]
     with fakecupy.counting() as c:
-        for _ in range(3):  # over a flush of keys
+        for _ in range(3):  # across a flush of keys
             view = cache.view([1, 1])
             for layer in range(L):
                 view(layer, *(a.copy() for a in tokens[layer]))
@@ -259,10 +263,10 @@ def test_a_decode_step_moves_nothing_between_host_and_device():
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2", "qwen3"])
-def test_decoding_is_the_forward_pass_with_the_memory_of_kivi(name):
+def test_decoding_is_the_forward_pass_with_kivi_attention(name):
     """Over whole networks: token by token through the cache, and all at once."""
     c = NETWORKS[name]
-    # groups of two would come back exactly
+    # groups of two would be restored exactly
     kivi = Kivi(8, 8, 5, 20) if c.head_dim == 10 else Kivi(4, 4, 8, 16)
     weights = build(c, random_tensors(c, 0, "float64"))
     cache = KiviCache(c, 1, len(TOKENS), like=np.zeros(1), kivi=kivi)
@@ -277,11 +281,11 @@ def test_decoding_is_the_forward_pass_with_the_memory_of_kivi(name):
         )
         cache.advance([1])
         assert np.abs(z[0] - whole[t]).max() <= 1e-9 * np.abs(whole).max()
-    # it is lossy, and it was used
+    # it is lossy, so it was used
     assert np.abs(whole - full_logits(weights, c)).max() > 1e-6 * np.abs(whole).max()
 
 
-COARSE = Kivi(1, 1, 4, 32)  # one bit, and one bit of what is never reached
+COARSE = Kivi(1, 1, 4, 32)  # one bit, and a residual window that is never filled
 PATIENT = Kivi(1, 1, 4, 160)
 PROMPTS = [np.random.default_rng(i).integers(1, 257, n).tolist() for i, n in enumerate((70, 33, 5))]
 ENDLESS = tiny_api_model(eos_token_ids=())
@@ -302,26 +306,28 @@ def by_hand(prompt: list[int], count: int, kivi: Kivi) -> list[int]:
     return new[len(prompt) :]
 
 
-def test_generation_reads_what_the_cache_holds_alone_and_in_a_batch():
+def test_generation_reads_the_cache_alone_and_in_a_batch():
     expected = [by_hand(prompt, 25, COARSE) for prompt in PROMPTS]
     assert ENDLESS.generate_batch(PROMPTS, 25, cache=COARSE) == expected
     assert [ENDLESS.generate(prompt, 25, cache=COARSE) for prompt in PROMPTS] == expected
     plain = ENDLESS.generate_batch(PROMPTS, 25)
-    # 30 tokens wait
+    # 30 tokens are in the residual window
     assert [a == b for a, b in zip(plain, expected, strict=True)] == [False, False, True]
     assert "".join(ENDLESS.stream("abc" * 30, 20, cache=COARSE)) == ENDLESS.generate(
         "abc" * 30, 20, cache=COARSE
     )
 
 
-def test_while_everything_waits_the_text_is_the_plain_one_with_drafts_and_without():
+def test_within_the_residual_window_the_output_is_unchanged_with_and_without_drafts():
     plain = ENDLESS.generate(PROMPTS[0], 60)
     for drafter in (None, ENDLESS, NGramDrafter(4)):
         assert ENDLESS.generate(PROMPTS[0], 60, cache=PATIENT, drafter=drafter) == plain
 
 
-def test_a_step_of_drafts_reads_the_cache_that_it_found():
-    """Chains of drafts over several flushes: each step again by hand, on the same cache."""
+def test_a_step_of_drafts_reads_the_cache_at_its_beginning():
+    """Chains of drafts over several flushes: each step is repeated by hand, on the same
+    cache.
+    """
     c = ENDLESS.config
     w = ENDLESS.weights
     prompt = PROMPTS[0]
@@ -347,13 +353,13 @@ def test_a_step_of_drafts_reads_the_cache_that_it_found():
             cache.advance([1 + step.accepted if i else len(prompt)])
             text += step.tokens
         accepted += sum(step.accepted for step in taken)
-        # over a flush
+        # across a flush
         assert COARSE.quantized_keys(len(text)) >= COARSE.quantized_keys(len(prompt)) + 32
         assert ENDLESS.generate(prompt, 60, cache=COARSE, drafter=drafter) == text[len(prompt) :]
     assert accepted > 0
 
 
-def test_a_long_prompt_reads_itself_as_it_came_whoever_its_neighbours_are(monkeypatch):
+def test_a_long_prompt_attends_to_itself_in_full_precision_in_any_batch(monkeypatch):
     prompts = [np.random.default_rng(n).integers(1, 257, n).tolist() for n in (300, 200, 400)]
     model = tiny_api_model(eos_token_ids=(), max_position_embeddings=512)
     view = KiviCache.view
@@ -362,16 +368,16 @@ def test_a_long_prompt_reads_itself_as_it_came_whoever_its_neighbours_are(monkey
         KiviCache, "view", lambda self, counts: steps.append(list(counts)) or view(self, counts)
     )
     together = model.generate_batch(prompts, 12, cache=COARSE)
-    # all of them in one step, not cut at some length of all
+    # all of them in one step, not in chunks
     assert steps == [[300, 200, 400], *[[1, 1, 1]] * 11]
     assert together == [model.generate(prompt, 12, cache=COARSE) for prompt in prompts]
-    # the first token is chosen as without a policy
+    # the first token is that of the full cache
     for prompt, new in zip(prompts, together, strict=True):
         assert new[:1] == model.generate(prompt, 1)
     assert new_cache(model.config, 1, 9, np.zeros(1), COARSE).key_residual.dtype == "float64"
 
 
-def test_a_tree_of_drafts_is_refused_before_anything_is_computed():
+def test_a_tree_of_drafts_is_rejected_before_anything_is_computed():
     for drafter in (TreeDrafter(ENDLESS, 3), Cascade(NGramDrafter(3), TreeDrafter(ENDLESS, 3))):
         for count in (0, 1, 8):
             with pytest.raises(

@@ -1,5 +1,5 @@
-"""The paged cache against the contiguous one: same numbers, whoever owns which block and in
-what order.
+"""The paged cache against the contiguous one: the same values, whatever the owners and the
+order of the blocks.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def new_tokens(rng: np.random.Generator, count: int, dtype: str = "float64") -> 
 
 
 @pytest.mark.theorem(
-    "Attention through block tables = attention over contiguous strips, bit for bit where both make the same products",
+    "Attention through block tables = attention over contiguous buffers, bit for bit where both"
+    " compute the same products",
     source="Kwon et al. 2023, section 4.1",
 )
 @given(
@@ -47,15 +48,15 @@ def new_tokens(rng: np.random.Generator, count: int, dtype: str = "float64") -> 
     dtype=st.sampled_from(["float32", "float64"]),
 )
 def test_oracle_paged_is_contiguous(xp, steps, block, window, seed, dtype):
-    """The strips hold their keys in rows, as the pool does: BLAS sums over a transposed
-    operand in another order.
+    """The contiguous buffers hold their keys in rows, as the pool does: BLAS sums over a
+    transposed operand in another order.
     """
     rng = np.random.default_rng(seed)
     like = xp.zeros(1, dtype=dtype)
     config = network(window)
-    strips = ContiguousCache(config, 3, 30, like=like, columns=False)
+    buffers = ContiguousCache(config, 3, 30, like=like, columns=False)
     paged = PagedKVCache(config, 90, block, like=like, poison=True)
-    # physical blocks in any order: some are taken first and given back in another
+    # physical blocks in any order: some are allocated first and freed in another order
     taken = [paged.pool.allocate() for _ in range(20)]
     for i in rng.permutation(20):
         paged.pool.free(taken[i])
@@ -63,9 +64,9 @@ def test_oracle_paged_is_contiguous(xp, steps, block, window, seed, dtype):
     for counts in steps:
         for table, count in zip(tables, counts, strict=True):
             paged.reserve(table, count)
-        one = strips.view(counts)
+        one = buffers.view(counts)
         other = paged.view(tables, counts)
-        assert paged.positions(tables, counts) == strips.positions(counts)
+        assert paged.positions(tables, counts) == buffers.positions(counts)
         for layer in range(L):
             new = new_tokens(rng, sum(counts), dtype)
             a, b = (
@@ -76,15 +77,17 @@ def test_oracle_paged_is_contiguous(xp, steps, block, window, seed, dtype):
                 assert np.array_equal(a, b)
             else:
                 np.testing.assert_allclose(a, b, rtol=0, atol=100 * float(np.finfo(dtype).eps))
-        strips.advance(counts)
+        buffers.advance(counts)
         paged.advance(tables, counts)
-        assert [t.length for t in tables] == strips.lengths
+        assert [t.length for t in tables] == buffers.lengths
 
 
 def same_products(counts: list[int]) -> bool:
-    """Neighbours with equally many tokens attend together in both caches; others each
-    alone, unless a block table lets one token each go together across a gap, or beside a
-    prefill, which strips do not.
+    """Whether both caches compute the same products.
+
+    Neighbours with equally many tokens are one batch in both caches; others attend one by
+    one, unless a block table lets sequences of one token be a batch across a gap, or beside
+    a prefill, which contiguous buffers do not.
     """
     busy = [i for i, n in enumerate(counts) if n]
     sizes = {counts[i] for i in busy}
@@ -93,7 +96,8 @@ def same_products(counts: list[int]) -> bool:
 
 
 @pytest.mark.theorem(
-    "After a fork both sequences read what they wrote themselves: a shared block is copied before it is written",
+    "After a fork both sequences read what they wrote themselves: a shared block is copied "
+    "before it is written",
     source="Kwon et al. 2023, section 4.4",
 )
 @given(
@@ -141,7 +145,9 @@ def test_invariance_siblings_are_independent(xp, prompt, tails, block, seed):
             for x, y in zip(mine, single, strict=True)
             for a, b in zip(x, y, strict=True)
         )
-    assert cache.copied == (1 if prompt % block else 0)  # the second writer owns the block alone
+    assert cache.copied == (
+        1 if prompt % block else 0
+    )  # the second writer is the only owner of the block
     for table in both:
         table.free()
     cache.pool.check()
@@ -183,7 +189,8 @@ def random_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.theorem(
-    "Attention over any partition of the slots, merged by log-sum-exp, = attention over all of them",
+    "Attention over any partition of the slots, merged by log-sum-exp, = attention over all of "
+    "them",
     source="Dao et al. 2023, Flash-Decoding",
 )
 @given(
@@ -207,7 +214,7 @@ def test_invariance_split_keys_are_one_pass(xp, count, past, parts, seed, window
     np.testing.assert_allclose(to_host(lse), to_host(sums), rtol=0, atol=64 * total * EPS)
 
 
-def test_a_pool_that_is_full_refuses_and_keeps_what_it_has():
+def test_a_full_pool_raises_and_keeps_its_contents():
     cache = PagedKVCache(network(), 2, 2, like=np.zeros(1))
     table = cache.table()
     cache.reserve(table, 3)
@@ -230,21 +237,21 @@ def test_a_block_that_is_shared_is_not_written():
 
 
 @pytest.mark.parametrize("slot", [-1, 16])
-def test_a_slot_outside_the_pool_is_refused(slot):
-    """A table of somebody else's: −1 would be the last slot."""
+def test_a_slot_outside_the_pool_is_rejected(slot):
+    """A table of another pool: −1 would be the last slot."""
     cache = PagedKVCache(network(), 4, 4, like=np.zeros(1))
     table = SimpleNamespace(length=0, slots=lambda a, b: [slot])
     with pytest.raises(ValueError, match="outside the 16 slots of the pool"):
         cache.view([table], [1])
 
 
-def test_the_pools_bytes_are_two_numbers_a_slot_head_dimension_and_layer():
+def test_the_pools_bytes_are_two_values_per_slot_head_dimension_and_layer():
     cache = PagedKVCache(network(), 3, 4, like=np.zeros(1, dtype="float32"))
     assert cache.nbytes == 2 * L * 3 * 4 * G * D * 4
     assert cache.block_nbytes == cache.nbytes // 3
 
 
-def test_what_nobody_can_read_is_poisoned_and_what_is_remembered_is_not():
+def test_unreachable_blocks_are_poisoned_and_remembered_ones_are_not():
     cache = PagedKVCache(network(), 2, 1, like=np.zeros(1), poison=True)
     table = cache.table()
     cache.reserve(table, 2)
@@ -253,6 +260,6 @@ def test_what_nobody_can_read_is_poisoned_and_what_is_remembered_is_not():
     first, second = table.blocks
     cache.pool.remember(first, "prefix")
     table.free()
-    for strip in (cache.keys, cache.values):
-        assert np.isfinite(strip[0, first]).all()
-        assert np.isnan(strip[:, second]).all()
+    for buffer in (cache.keys, cache.values):
+        assert np.isfinite(buffer[0, first]).all()
+        assert np.isnan(buffer[:, second]).all()

@@ -1,5 +1,5 @@
-"""The radix cache against a dictionary of prefixes, its orders of eviction, and what
-splitting must not change.
+"""The radix cache against a dictionary of prefixes, its eviction orders, and what splitting
+must not change.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ salts = st.sampled_from([None, "tenant"])
 
 
 class RadixMachine(RuleBasedStateMachine):
-    """The model: a dictionary from (salt, prefix to the end of the page, place of the
+    """The model: a dictionary from (salt, prefix to the end of the page, position of the
     token) to its slot.
     """
 
@@ -38,48 +38,48 @@ class RadixMachine(RuleBasedStateMachine):
     def forget(self, slots: list[int]) -> None:
         self.gone += slots
 
-    def cached(self, salt: Any, text: list[int]) -> list[int]:
+    def cached(self, salt: Any, tokens: list[int]) -> list[int]:
         """The slots of the longest cached prefix in whole pages, by brute force."""
         slots: list[int] = []
-        for name in self.names(salt, text):
+        for name in self.names(salt, tokens):
             if name not in self.slot_of:
                 break
             slots.append(self.slot_of[name])
         return slots
 
     def names(
-        self, salt: Any, text: list[int] | tuple[int, ...]
+        self, salt: Any, tokens: list[int] | tuple[int, ...]
     ) -> list[tuple[Any, tuple[int, ...], int]]:
         """The dictionary's key of every token of the whole pages: its page may differ after
         it.
         """
         page = self.cache.page_size
         return [
-            (salt, tuple(text[: (i // page + 1) * page]), i)
-            for i in range(len(text) // page * page)
+            (salt, tuple(tokens[: (i // page + 1) * page]), i)
+            for i in range(len(tokens) // page * page)
         ]
 
-    @rule(text=texts, salt=salts)
-    def insert(self, text: list[int], salt: Any) -> None:
-        known = self.cached(salt, text)
-        slots = list(range(self.next_slot, self.next_slot + len(text)))
-        self.next_slot += len(text)
-        assert self.cache.insert(text, slots, salt=salt) == len(known)
-        for name, slot in list(zip(self.names(salt, text), slots, strict=False))[len(known) :]:
+    @rule(tokens=texts, salt=salts)
+    def insert(self, tokens: list[int], salt: Any) -> None:
+        known = self.cached(salt, tokens)
+        slots = list(range(self.next_slot, self.next_slot + len(tokens)))
+        self.next_slot += len(tokens)
+        assert self.cache.insert(tokens, slots, salt=salt) == len(known)
+        for name, slot in list(zip(self.names(salt, tokens), slots, strict=False))[len(known) :]:
             self.slot_of[name] = slot
 
-    @rule(text=texts, salt=salts, keep=st.booleans())
-    def match(self, text: list[int], salt: Any, keep: bool) -> None:
+    @rule(tokens=texts, salt=salts, keep=st.booleans())
+    def match(self, tokens: list[int], salt: Any, keep: bool) -> None:
         splits = self.cache.splits
-        found = self.cache.match(text, salt=salt)
-        assert found.slots == self.cached(salt, text)
+        found = self.cache.match(tokens, salt=salt)
+        assert found.slots == self.cached(salt, tokens)
         assert len(found) == len(found.slots)
-        # a second look ends at the same node
-        assert self.cache.match(text, salt=salt).node is found.node
+        # a second match ends at the same node
+        assert self.cache.match(tokens, salt=salt).node is found.node
         self.seen["split"] += self.cache.splits - splits
         if keep:
             self.cache.lock(found.node)
-            self.handles.append((salt, tuple(text[: len(found)]), found))
+            self.handles.append((salt, tuple(tokens[: len(found)]), found))
 
     @precondition(lambda self: self.handles)
     @rule(data=st.data())
@@ -95,7 +95,7 @@ class RadixMachine(RuleBasedStateMachine):
         self.gone.clear()
         freed = self.cache.evict(count)
         assert freed == len(self.gone)
-        assert freed >= min(count, free)  # as much as was asked for, or everything that may go
+        assert freed >= min(count, free)  # as much as was asked for, or everything evictable
         assert freed <= free
         assert self.cache.evicted == total + freed
         self.slot_of = {k: s for k, s in self.slot_of.items() if s not in set(self.gone)}
@@ -112,12 +112,12 @@ class RadixMachine(RuleBasedStateMachine):
         assert sorted(s for node in self.cache.nodes() for s in node.slots) == sorted(
             self.slot_of.values()
         )
-        locked = {name for salt, text, _ in self.handles for name in self.names(salt, text)}
+        locked = {name for salt, tokens, _ in self.handles for name in self.names(salt, tokens)}
         assert self.cache.protected == len(locked)
-        # a handle stays good through every split and eviction
-        for salt, text, found in self.handles:
-            assert self.cached(salt, list(text)) == found.slots
-            assert spelled(found) == text
+        # a handle stays valid through every split and eviction
+        for salt, tokens, found in self.handles:
+            assert self.cached(salt, list(tokens)) == found.slots
+            assert spelled(found) == tokens
 
     def teardown(self) -> None:
         for _, _, found in getattr(self, "handles", []):
@@ -129,7 +129,7 @@ class RadixMachine(RuleBasedStateMachine):
 
 
 def spelled(found: Match) -> tuple[int, ...]:
-    """The tokens on the way from the root to a node."""
+    """The tokens on the path from the root to a node."""
     key: tuple[int, ...] = ()
     node = found.node
     while node is not None:
@@ -139,7 +139,8 @@ def spelled(found: Match) -> tuple[int, ...]:
 
 
 @pytest.mark.theorem(
-    "A radix tree matches what a dictionary of all prefixes matches; locked prefixes survive every eviction",
+    "A radix tree matches what a dictionary of all prefixes matches; locked prefixes survive "
+    "every eviction",
     source="Zheng et al. 2024, section 3",
 )
 def test_state_machine_the_cache_is_a_dictionary_of_prefixes():
@@ -206,7 +207,7 @@ def test_both_parts_of_a_node_that_is_split_have_its_whole_history():
         assert (part.created, part.used, part.hits, part.priority) == history
 
 
-def test_what_is_inserted_again_is_used_again_and_its_priority_never_falls():
+def test_inserting_again_counts_as_use_and_never_lowers_the_priority():
     cache = RadixCache()
     gone = []
     cache.on_evict = gone.extend
@@ -221,7 +222,7 @@ def test_what_is_inserted_again_is_used_again_and_its_priority_never_falls():
     assert gone == [1]  # the least recently inserted
 
 
-def test_the_segmented_order_keeps_what_was_found_twice_over_what_was_used_last():
+def test_the_segmented_order_keeps_nodes_found_twice_over_those_used_last():
     gone: list[int] = []
     cache = RadixCache(policy="slru", on_evict=gone.extend)
     cache.insert([0], [0])
@@ -239,7 +240,7 @@ def test_tenants_do_not_see_each_other():
     assert cache.match([1, 2], salt="a").slots == [0, 1]
 
 
-def test_looking_without_recording_leaves_no_trace():
+def test_matching_without_recording_changes_nothing():
     cache = RadixCache()
     cache.insert([1, 2, 3], [0, 1, 2])
     before = [(n.key, n.used, n.hits) for n in cache.nodes()]
@@ -250,7 +251,7 @@ def test_looking_without_recording_leaves_no_trace():
     assert (cache.queried, cache.hit) == (3, 2)
 
 
-def test_bad_calls_are_refused():
+def test_bad_calls_are_rejected():
     with pytest.raises(ValueError, match="at least one token"):
         RadixCache(0)
     with pytest.raises(ValueError, match="unknown policy 'oldest'; choose one of lru, "):

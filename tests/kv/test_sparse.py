@@ -1,5 +1,5 @@
-"""Policies of what to keep: the choice against sorting by hand, pooling against loops,
-budgets against their sum.
+"""Eviction policies: the selection against sorting by hand, pooling against loops, budgets
+against their sum.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from strategies import seeds
 
 
 @pytest.mark.theorem(
-    "What is kept: the first, the newest, and of the others those of the highest scores; never more than the budget",
+    "The first and the newest tokens are kept, and of the others those with the highest scores;"
+    " never more than the budget",
     source="Zhang et al. 2023, algorithm 1; Li et al. 2024, section 4",
 )
 @given(
@@ -38,7 +39,7 @@ from strategies import seeds
     newest=st.integers(0, 4),
     more=st.integers(0, 9),
 )
-def test_exact_value_the_choice_is_the_best_of_the_rest(xp, seed, size, first, newest, more):
+def test_exact_value_the_selection_is_the_best_of_the_rest(xp, seed, size, first, newest, more):
     budget = max(1, first + newest + more)
     score = np.random.default_rng(seed).integers(0, 5, (3, size)).astype(float)  # with ties
     got = to_host(select_tokens(xp.asarray(score), budget, first, newest))
@@ -70,7 +71,7 @@ def test_exact_value_pooling_counts_the_zeros_beyond_the_ends(xp, seed, size, ke
 
 
 @pytest.mark.theorem(
-    "A pyramid keeps layers · B tokens, falling by equal steps", source="Cai et al. 2024, section 3"
+    "A pyramid keeps layers · B tokens, falling in equal steps", source="Cai et al. 2024, section 3"
 )
 @given(
     budget=st.integers(200, 4000), layers=st.integers(2, 80), beta=st.sampled_from([1.0, 2.0, 20.0])
@@ -78,7 +79,7 @@ def test_exact_value_pooling_counts_the_zeros_beyond_the_ends(xp, seed, size, ke
 def test_conservation_a_pyramid_keeps_as_much_as_equal_budgets(budget, layers, beta):
     budgets = pyramidkv(budget, beta=beta).budgets(layers)
     assert sum(budgets) == budget * layers
-    # what the refusal of a budget that is too small counts on
+    # the check of a budget that is too small relies on this
     assert min(budgets) >= int(budget / beta)
     assert all(a >= b - 1 for a, b in pairwise(budgets))  # up to rounding
     assert abs(budgets[-1] - budget / beta) <= 1
@@ -130,6 +131,6 @@ def test_policies_are_those_of_the_papers():
         (lambda: SparsePolicy(8.0), "budget is an integer"),
     ],
 )
-def test_what_is_no_policy_is_refused(make, message):
+def test_bad_policies_are_rejected(make, message):
     with pytest.raises(ValueError, match=message):
         make()

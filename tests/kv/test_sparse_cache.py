@@ -1,5 +1,5 @@
-"""The cache that drops tokens, against a dictionary a head, and against attention that is
-masked to what is kept.
+"""The cache that evicts tokens, against a dictionary per head, and against attention that
+is masked to the kept tokens.
 """
 
 from __future__ import annotations
@@ -38,19 +38,25 @@ G = 2
 D = 8
 EPS = float(np.finfo("float64").eps)
 POLICIES = {
-    "recent": recent_only(12), "streaming": streaming(12, 3), "h2o": h2o(12), "h2o, all heavy": h2o(12, 0),
-    "tova": tova(12), "snapkv": snapkv(12, window=5, kernel=3), "snapkv, max": snapkv(12, window=4, pool="max"),
-    "pyramidkv": pyramidkv(12, window=4, beta=3.0), "random": at_random(12),
-}  # fmt: skip
+    "recent": recent_only(12),
+    "streaming": streaming(12, 3),
+    "h2o": h2o(12),
+    "h2o, all heavy": h2o(12, 0),
+    "tova": tova(12),
+    "snapkv": snapkv(12, window=5, kernel=3),
+    "snapkv, max": snapkv(12, window=4, pool="max"),
+    "pyramidkv": pyramidkv(12, window=4, beta=3.0),
+    "random": at_random(12),
+}
 
 
 def config(window: int | None = None) -> ModelConfig:
     return ModelConfig("mistral", 5, 8, 8, L, H, G, D, sliding_window=window)
 
 
-def texts(seed: int, sequences: int, length: int) -> tuple[np.ndarray, ...]:
+def random_sequences(seed: int, sequences: int, length: int) -> tuple[np.ndarray, ...]:
     """q, k, v[L, B, T, heads, D]; keys of a few tokens are large, so that attention is far
-    from even.
+    from uniform.
     """
     rng = np.random.default_rng(seed)
     q, k, v = (rng.standard_normal((L, sequences, length, heads, D)) for heads in (H, G, G))
@@ -82,8 +88,8 @@ def rows_of(
 
 
 class Simulated:
-    """One sequence in one layer, head by head in Python: what is kept, and what it has been
-    read.
+    """One sequence in one layer, head by head in Python: the kept tokens, and the attention
+    to each.
     """
 
     def __init__(self, policy: SparsePolicy, budget: int, window: int | None, drawn: dict):
@@ -119,7 +125,7 @@ class Simulated:
                     if i == committed - 1:
                         self.last[g][j] += p
         if self.prompt_done and self.policy.every_step and committed:
-            self.drop([self.scores(g) for g in range(G)])
+            self.evict([self.scores(g) for g in range(G)])
         return out
 
     def scores(self, g: int) -> dict[int, float]:
@@ -145,13 +151,13 @@ class Simulated:
                     0
                 ]
                 scores[g] = dict(enumerate([*near, *[0.0] * w]))
-        self.drop(scores)
+        self.evict(scores)
         self.prompt_done = True
 
-    def drop(self, scores: list[dict[int, float]]) -> None:
+    def evict(self, scores: list[dict[int, float]]) -> None:
         for g in range(G):
             kept = self.kept[g]
-            if self.window is not None:  # what the next query cannot see goes first
+            if self.window is not None:  # tokens that the next query cannot see are evicted first
                 next_one = max(kept) + 1
                 scores[g] = {
                     j: -math.inf if j <= next_one - self.window else s for j, s in scores[g].items()
@@ -166,8 +172,8 @@ class Simulated:
 
 
 @pytest.mark.theorem(
-    "A cache that drops tokens keeps and answers what its policy says, head by head, over any steps, with any drafts "
-    "rejected",
+    "A cache that evicts tokens keeps and returns what its policy says, head by head, over any "
+    "steps, with any drafts rejected",
     source="the papers that refllm.kv.sparse names",
 )
 @pytest.mark.parametrize("name", POLICIES)
@@ -183,7 +189,7 @@ def test_equality_with_a_simulation_head_by_head(xp, name, seed, window, prompt,
     prompt = [(n, max(1, n - rejected)) for n, rejected in prompt]
     cache = new_cache(xp, policy, 1, window)
     length = sum(n for n, _ in prompt) + 3 * len(steps)
-    data = texts(seed, 1, length)
+    data = random_sequences(seed, 1, length)
     q, k, v = data
     draws = np.random.default_rng(5)
     drawn: list[dict] = [{g: {} for g in range(G)} for _ in range(L)]
@@ -227,7 +233,7 @@ def test_equality_with_a_simulation_head_by_head(xp, name, seed, window, prompt,
 )
 @given(seed=seeds, prompt=st.integers(1, 20), window=st.sampled_from([None, 6]))
 def test_equality_with_plain_attention_within_the_budget(xp, make, seed, prompt, window):
-    data = texts(seed, 1, 30)
+    data = random_sequences(seed, 1, 30)
     cache = new_cache(xp, make(30), 1, window)
     got = run_step(xp, cache, data, [prompt])
     cache.finish_prompt()
@@ -243,13 +249,13 @@ def test_equality_with_plain_attention_within_the_budget(xp, make, seed, prompt,
 
 
 @pytest.mark.theorem(
-    "‖o − o_S‖ ≤ 2 ε max ‖v‖, ε the attention that falls on dropped tokens",
+    "‖o − o_S‖ ≤ 2 ε max ‖v‖, ε the attention to evicted tokens",
     source="total variation: o − o_S = Σ (a_j − a_j/(1 − ε) 1[j ∈ S]) v_j",
 )
 @pytest.mark.parametrize("name", ["recent", "h2o", "tova", "snapkv", "random"])
 @given(seed=seeds)
-def test_bound_of_the_error_by_the_mass_that_is_dropped(xp, name, seed):
-    data = texts(seed, 1, 31)
+def test_bound_of_the_error_by_the_evicted_attention(xp, name, seed):
+    data = random_sequences(seed, 1, 31)
     q, k, v = data
     cache = new_cache(xp, POLICIES[name])
     run_step(xp, cache, data, [30])
@@ -270,12 +276,12 @@ def test_bound_of_the_error_by_the_mass_that_is_dropped(xp, name, seed):
 @pytest.mark.parametrize("name", POLICIES)
 @given(seed=seeds)
 @settings(max_examples=5)
-def test_invariants_of_what_is_kept_at_every_step(xp, name, seed):
-    """Sorted, within the budget, the first and the newest among it; what was dropped never
-    comes back.
+def test_invariants_of_the_kept_tokens_at_every_step(xp, name, seed):
+    """Sorted, within the budget, the first and the newest included; evicted tokens never
+    come back.
     """
     policy = POLICIES[name]
-    data = texts(seed, 2, 40)
+    data = random_sequences(seed, 2, 40)
     cache = new_cache(xp, policy, 2)
     run_step(xp, cache, data, [25, 7])
     cache.finish_prompt()
@@ -309,12 +315,13 @@ def test_invariants_of_what_is_kept_at_every_step(xp, name, seed):
 
 
 @pytest.mark.theorem(
-    "SnapKV does not see how the prompt was cut into steps", source="only its last w queries vote"
+    "SnapKV's selection does not depend on how the prompt was cut into steps",
+    source="only its last w queries vote",
 )
 @pytest.mark.parametrize("name", ["snapkv", "snapkv, max", "pyramidkv", "h2o", "streaming"])
 @given(seed=seeds, cuts=st.sets(st.integers(1, 29), max_size=4))
 def test_invariance_of_chunks_of_the_prompt(xp, name, seed, cuts):
-    data = texts(seed, 1, 30)
+    data = random_sequences(seed, 1, 30)
     whole = new_cache(xp, POLICIES[name])
     parts = new_cache(xp, POLICIES[name])
     run_step(xp, whole, data, [30])
@@ -327,19 +334,19 @@ def test_invariance_of_chunks_of_the_prompt(xp, name, seed, cuts):
         assert np.array_equal(a[0], b[0])
 
 
-def test_what_the_cache_cannot_do_is_refused(xp):
+def test_bad_calls_are_rejected(xp):
     with pytest.raises(ValueError, match="needs at least one sequence"):
         SparseCache(config(), 0, like=xp.zeros(1), policy=h2o(8))
     with pytest.raises(ValueError, match="evicts at random needs rng="):
         SparseCache(config(), 1, like=xp.zeros(1), policy=at_random(8))
     cache = new_cache(xp, h2o(8), 2)
-    data = texts(0, 2, 9)
+    data = random_sequences(0, 2, 9)
     cache.view([1, 1])(0, *(xp.zeros((2, heads, D)) for heads in (H, G, G)))
     with pytest.raises(ValueError, match="of 2 layers: run the step first"):
         cache.advance([1, 1])  # of one layer only
     broken = cache.view([1, 1])
     broken(0, *(xp.zeros((2, heads, D)) for heads in (H, G, G)))
-    broken.brought[1] = [broken.brought[0][0]]  # as if the second sequence had failed
+    broken.new[1] = [broken.new[0][0]]  # as if the second sequence had failed
     with pytest.raises(ValueError, match="of 2 layers: run the step first"):
         cache.advance([1, 1])
     with pytest.raises(ValueError, match="the view is for 2 tokens, the step has 3"):
@@ -370,13 +377,15 @@ def test_what_the_cache_cannot_do_is_refused(xp):
 
 
 def test_one_set_for_all_heads_is_chosen_by_the_mean_of_all(xp):
-    """The second key head reads what the first does not: both count."""
+    """The second key head attends to what the first does not: both count."""
     cache = new_cache(xp, tova(2))
     q = np.zeros((4, H, D))
     k = np.zeros((4, G, D))
     v = np.zeros((4, G, D))
     q[3] = 1.0
-    k[0, 0] = 1.0  # head 0 reads token 0 most, and the others alike; head 1 tokens 2 and 1
+    k[0, 0] = (
+        1.0  # head 0 attends to token 0 most, and to the others equally; head 1 to tokens 2 and 1
+    )
     k[1, 1] = 8.5
     k[2, 1] = 9.0
     for layer, view in enumerate([cache.view([4])] * L):
@@ -401,9 +410,9 @@ def test_sums_of_attention_are_no_narrower_than_float32(xp, dtype):
 
 
 @pytest.mark.parametrize("name", ["tova", "h2o", "snapkv"])
-def test_nothing_is_held_that_is_not_counted(name):
-    """A view of a step's weights or queries would keep all of them alive."""
-    data = texts(0, 1, 80)
+def test_the_counted_bytes_are_all_that_is_held(name):
+    """A view of a step's weights or queries would keep all of them in memory."""
+    data = random_sequences(0, 1, 80)
     cache = new_cache(np, POLICIES[name])
     for n in (40, 30, 1):
         run_step(np, cache, data, [n])
@@ -415,9 +424,9 @@ def test_nothing_is_held_that_is_not_counted(name):
 
 
 def test_a_step_that_is_computed_again_counts_once(xp):
-    """After an error half-way the same view may go through all layers anew."""
-    data = texts(0, 1, 20)
-    garbage = texts(1, 1, 20)
+    """After an error half-way the same view may go through all layers again."""
+    data = random_sequences(0, 1, 20)
+    garbage = random_sequences(1, 1, 20)
     once, twice = (new_cache(xp, h2o(6)) for _ in range(2))
     for step, n in enumerate((15, 1, 1)):
         start = once.lengths[0]
@@ -462,7 +471,7 @@ def by_hand(prompt: list[int], count: int, policy: SparsePolicy) -> tuple[list[i
 @pytest.mark.parametrize(
     "policy", [h2o(12), tova(12), streaming(12), snapkv(20, window=8), recent_only(12)]
 )
-def test_generation_reads_what_the_cache_keeps_alone_and_in_a_batch(policy):
+def test_generation_reads_the_kept_tokens_alone_and_in_a_batch(policy):
     expected, caches = zip(*(by_hand(prompt, 25, policy) for prompt in PROMPTS), strict=True)
     assert ENDLESS.generate_batch(PROMPTS, 25, cache=policy) == list(expected)
     assert [ENDLESS.generate(prompt, 25, cache=policy) for prompt in PROMPTS] == list(expected)
@@ -473,7 +482,7 @@ def test_generation_reads_what_the_cache_keeps_alone_and_in_a_batch(policy):
         assert policy.tokens_held(len(prompt), 24, layers) == held
 
 
-def test_within_the_budget_the_text_is_the_plain_one_with_drafts_and_without():
+def test_within_the_budget_the_output_is_unchanged_with_and_without_drafts():
     plain = ENDLESS.generate(PROMPTS[0], 40)
     for policy in (h2o(120), snapkv(120), at_random(120)):
         for drafter in (None, ENDLESS, NGramDrafter(4)):

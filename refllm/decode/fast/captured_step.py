@@ -38,12 +38,11 @@ from collections.abc import Sequence
 from functools import partial
 from operator import is_
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from refllm.array_types import Array
-from refllm.backend import asarray_like, namespace
+from refllm.backend import NUMPY, Array, asarray_like, namespace
 from refllm.model import llama
 from refllm.model.attention import Attend
 from refllm.model.config import ModelConfig
@@ -93,7 +92,7 @@ def can_capture(config: ModelConfig, weights: Weights) -> bool:
     biases and norms of heads.
     """
     norm = weights["norm"]
-    if config.attention_bias or config.qk_norm or namespace(norm) is not np:
+    if config.attention_bias or config.qk_norm or namespace(norm) is not NUMPY:
         return False
     parts = [
         weights["lm_head"],
@@ -115,7 +114,7 @@ class CapturedStep:
         self.config = config
         self._reset()
 
-    def _reset(self, parts: Sequence[Any] = ()) -> None:
+    def _reset(self, parts: Sequence[object] = ()) -> None:
         """Forget everything that was captured, and bind to the weights as they are now."""
         self.parts = parts  # all weights that are bound; empty where they cannot be captured
         self.angles = self._angles(np.arange(INITIAL_POSITIONS))
@@ -123,7 +122,8 @@ class CapturedStep:
         self.memory = dict[str, Array]()
         self.captured: dict[int, SimpleNamespace] = {}  # by number of rows
 
-    def __reduce__(self) -> Any:  # a copy binds again: views and bound products cannot be copied
+    def __reduce__(self) -> tuple[type[CapturedStep], tuple[Weights, ModelConfig]]:
+        # a copy binds again: views and bound products cannot be copied
         return type(self), (self.weights, self.config)
 
     def __call__(self, tokens: Sequence[int], positions: Sequence[int], attend: Attend) -> Array:
@@ -273,8 +273,8 @@ def rotate(c: SimpleNamespace, cos: Array, sin: Array) -> None:
     """x₁ cos − x₂ sin, x₂ cos + x₁ sin for the pairs of q and k. Mirrors
     ``layers.apply_rope``.
     """
-    np.multiply(c.pairs, cos, out=c.rotated)  # [T, H + G, 2, D/2]
-    np.multiply(c.swapped, sin, out=c.turned)
+    NUMPY.multiply(c.pairs, cos, out=c.rotated)  # [T, H + G, 2, D/2]
+    NUMPY.multiply(c.swapped, sin, out=c.turned)
     c.rotated += c.turned
 
 

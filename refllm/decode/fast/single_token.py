@@ -34,8 +34,7 @@ import math
 
 import numpy as np
 
-from refllm.array_types import Array
-from refllm.backend import namespace, to_numpy
+from refllm.backend import NUMPY, namespace, to_numpy
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Layer, Weights
@@ -55,21 +54,21 @@ def is_supported(config: ModelConfig, weights: Weights) -> bool:
         w for layer in weights["layers"] for name, w in layer.items() if name.endswith("_proj")
     ]
     dense = all(type(w) is Dense for w in (*layers, weights["lm_head"], weights["embed_tokens"]))
-    host = namespace(weights["norm"]) is np
+    host = namespace(weights["norm"]) is NUMPY
     return plain and dense and config.hidden_size <= MAX_WIDTH and host
 
 
 class SingleTokenStep:
     """``step(token)`` → logits[V] of the next token, valid until the next call; the cache
-    is one token longer.
+    is one token longer. ``append(token)`` computes the keys and values only.
     """
 
     def __init__(self, weights: Weights, config: ModelConfig, cache: ContiguousCache):
         self.config = config
         self.cache = cache
         heads = config.num_attention_heads + config.num_key_value_heads
-        self.embedding = weights["embed_tokens"].dequantize()  # [V, N]
-        self.head = weights["lm_head"].dequantize() * weights["norm"]  # [V, N]
+        self.embedding = to_numpy(weights["embed_tokens"].dequantize())  # [V, N]
+        self.head = to_numpy(weights["lm_head"].dequantize() * weights["norm"])  # [V, N]
         self.layers = [self._fold(layer) for layer in weights["layers"]]
         self.rotating = heads * config.head_dim  # rows of y that RoPE rotates
         angles = np.arange(cache.capacity)[:, None] * to_numpy(weights["rope_frequencies"])
@@ -79,7 +78,7 @@ class SingleTokenStep:
         )
         self.logits = np.empty(config.vocab_size, dtype=self.head.dtype)
 
-    def _fold(self, layer: Layer) -> tuple[Array, Array, Array, Array]:
+    def _fold(self, layer: Layer) -> tuple[np.ndarray, ...]:
         """Weights as [in, out] with the gains in them: qkv and its rotated half, o, gate
         and up, down.
         """
@@ -100,11 +99,23 @@ class SingleTokenStep:
         joint, o, gate_up, down = (np.ascontiguousarray(w.T) for w in (joint, o, gate_up, down))
         return joint, o, gate_up, down
 
-    def step(self, token: int, sequence: int = 0, *, head: bool = True) -> Array | None:
-        """Compute the token at the next position of a sequence → logits[V]; without
-        ``head`` only its keys and values.
+    def step(self, token: int, sequence: int = 0) -> np.ndarray:
+        """Compute the token at the next position of a sequence → logits[V]. ValueError if
+        the cache is full.
 
-        Mirrors ``llama.forward`` and ``llama.logits``. ValueError if the cache is full.
+        Mirrors ``llama.logits`` of ``llama.forward``.
+        """
+        x = self._forward(token, sequence, last_output=True)
+        x *= 1.0 / math.sqrt(x @ x * (1.0 / x.shape[0]) + self.config.rms_norm_eps)
+        return np.dot(self.head, x, out=self.logits)  # [V]
+
+    def append(self, token: int, sequence: int = 0) -> None:
+        """Compute only the keys and values of the token at the next position."""
+        self._forward(token, sequence, last_output=False)
+
+    def _forward(self, token: int, sequence: int, last_output: bool) -> np.ndarray:
+        """x[N] after all layers; without ``last_output`` the last layer stops after its keys
+        and values. Mirrors ``llama.forward``.
         """
         config = self.config
         cache = self.cache
@@ -120,7 +131,7 @@ class SingleTokenStep:
         ffn = config.intermediate_size
         cos = self.cos[at]
         sin = self.sin[at]
-        x = self.embedding[token].copy()  # [N]
+        x: np.ndarray = self.embedding[token].copy()  # [N]
         for index, (joint, o, gate_up, down) in enumerate(self.layers):
             y = x @ joint  # [(H + 2G + H + G)·D]
             y *= 1.0 / math.sqrt(x @ x * per_width + eps)
@@ -130,8 +141,8 @@ class SingleTokenStep:
             values = cache.values[index, sequence, :, : at + 1]  # [G, S, D]
             keys[:, :, at] = qk[queries:].reshape(groups, dim)
             values[:, at] = y[rotating : rotating + groups * dim].reshape(groups, dim)
-            if not head and index == len(self.layers) - 1:
-                break  # the rest of the last layer serves the logits only
+            if not last_output and index == len(self.layers) - 1:
+                break
             p = qk[:queries].reshape(groups, -1, dim) @ keys  # [G, R, S]
             p -= p.max(axis=-1, keepdims=True)
             np.exp(p, out=p)
@@ -148,7 +159,4 @@ class SingleTokenStep:
             silu *= h[ffn:]
             x += silu @ down
         cache.lengths[sequence] = at + 1
-        if not head:
-            return None
-        x *= 1.0 / math.sqrt(x @ x * per_width + eps)
-        return np.dot(self.head, x, out=self.logits)  # [V]
+        return x

@@ -17,16 +17,21 @@ the distribution it sampled from.
 11. ``control_drafters``: all drafts right, all drafts wrong.
 12. ``acceptance``: acceptance rate, α, acceptance length, and the speed-up that they predict.
 
-| drafter                 | drafts                                          | q       | cost of a draft        |
-|-------------------------|-------------------------------------------------|---------|------------------------|
-| ``NGramDrafter``        | what followed the last tokens at an earlier     | one-hot | none                   |
-|                         | occurrence                                      |         |                        |
-| ``JacobiDrafter``       | the target's predictions after the last drafts  | one-hot | none                   |
-| ``ModelDrafter``        | what a small model samples (or its argmax)      | its own | a step of that model   |
-| ``TreeDrafter``         | the same as a tree                              | its own | a step of that model   |
-| ``Cascade``             | those of the first drafter that has any         | its     | its                    |
-| ``PerfectDrafter``      | what the target will emit: a control            | its own | a step of the target   |
-| ``AdversarialDrafter``  | the least likely tokens: the other control      | one-hot | a step of the target   |
+| drafter                | drafts                             | q       | cost of a draft      |
+|------------------------|------------------------------------|---------|----------------------|
+| ``NGramDrafter``       | what followed the last tokens at   | one-hot | none                 |
+|                        | an earlier occurrence              |         |                      |
+| ``JacobiDrafter``      | the target's predictions after the | one-hot | none                 |
+|                        | last drafts                        |         |                      |
+| ``ModelDrafter``       | what a small model samples (or its | its own | a step of that model |
+|                        | argmax)                            |         |                      |
+| ``TreeDrafter``        | the same as a tree                 | its own | a step of that model |
+| ``Cascade``            | those of the first drafter that    | its     | its                  |
+|                        | has any                            |         |                      |
+| ``PerfectDrafter``     | what the target will emit: a       | its own | a step of the target |
+|                        | control                            |         |                      |
+| ``AdversarialDrafter`` | the least likely tokens: the other | one-hot | a step of the target |
+|                        | control                            |         |                      |
 """
 
 from refllm.decode.speculative.acceptance import (

@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from refllm.array_types import Array
+from refllm.backend import Array
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.decode.sampling_params import SamplingParams
 from refllm.decode.speculative.tree import Tree
@@ -53,7 +53,7 @@ class DraftRequest(NamedTuple):
     """The arguments of ``propose`` for one sequence, where a batch of them is asked for."""
 
     tokens: Sequence[int]
-    count: int
+    max_drafts: int
     sampling: SamplingParams
     rng: np.random.Generator
     sequence: int

@@ -27,8 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refllm.array_types import Array
-from refllm.backend import asarray_like, namespace, to_numpy
+from refllm.backend import Array, asarray_like, namespace, to_numpy
 from refllm.decode.fast.captured_step import make_decode_step
 from refllm.decode.generate import (
     CachePolicy,

@@ -113,7 +113,7 @@ class ModelDrafter:
         """Draft token by token for all requests, in one batched step of the model each time
         or one sequence after the other.
         """
-        counts = [min(r.count, self.cache.capacity - len(r.tokens)) for r in requests]
+        counts = [min(r.max_drafts, self.cache.capacity - len(r.tokens)) for r in requests]
         drafts: list[list[int]] = [[] for _ in requests]
         rows: list[list[Array]] = [[] for _ in requests]
         feeds: dict[int, list[int]] = {}  # request → tokens to compute in the next step
@@ -215,7 +215,7 @@ class ModelDrafter:
         """The forward pass of ``_feed``, in the fastest form for so many tokens."""
         if self._single_token is not None and len(tokens) <= 4:
             for token in tokens[:-1]:
-                self._single_token.step(token, sequence, head=False)
+                self._single_token.append(token, sequence)
             return self._single_token.step(tokens[-1], sequence)
         weights = self.model.weights
         counts = [0] * len(self._cached)

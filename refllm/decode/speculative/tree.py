@@ -26,8 +26,7 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 
-from refllm.array_types import Array
-from refllm.backend import asarray_like, namespace
+from refllm.backend import Array, asarray_like, namespace
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.attention import masked_score
 

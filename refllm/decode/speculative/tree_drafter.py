@@ -13,10 +13,10 @@ budget of γ nodes, from the root down:
   below it;
 - else all nodes that are left become children here, and the draft is complete.
 
-| temperature | children                            | q in the proposal    | verified by            |
-|-------------|-------------------------------------|----------------------|------------------------|
-| 0           | the most likely tokens of q         | none                 | ``verify_tree_greedy`` |
-| above 0     | drawn from q without replacement    | for each inner row   | ``verify_tree``        |
+| temperature | children                         | q in the proposal  | verified by            |
+|-------------|----------------------------------|--------------------|------------------------|
+| 0           | the most likely tokens of q      | none               | ``verify_tree_greedy`` |
+| above 0     | drawn from q without replacement | for each inner row | ``verify_tree``        |
 
 How many children a node gets depends on q alone and not on what is drawn from it, so the
 output distribution stays the target's.
@@ -32,8 +32,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from refllm.array_types import Array
-from refllm.backend import namespace
+from refllm.backend import Array, namespace
 from refllm.decode.sampling import distribution
 from refllm.decode.sampling_params import SamplingParams
 from refllm.decode.speculative.interface import NO_DRAFTS, ModelLike, Proposal, TreeProposal

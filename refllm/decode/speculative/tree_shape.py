@@ -61,7 +61,7 @@ def optimal_tree(chances: Sequence[float], nodes: int, depth: int) -> Tree:
     for _ in range(depth):
         best, parts = _best_split(chances, value[-1], nodes)
         value.append([0.0, 1.0] + [1 + gain for gain in best[1:]])
-        split.append([[], []] + parts[1:])
+        split.append([[], [], *parts[1:]])
     return _build(split, nodes + 1, depth)
 
 

@@ -35,8 +35,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from refllm.array_types import Array
-from refllm.backend import namespace, to_numpy
+from refllm.backend import Array, namespace, to_numpy
 from refllm.decode.sampling import EMPTY, draw
 
 # Of Σ = 1 in each row: what a softmax in float32 over 10⁵ tokens keeps, with a margin.
