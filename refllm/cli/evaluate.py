@@ -23,6 +23,7 @@ from refllm.terminal import console, note, progress, table
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from refllm.array_types import Json
     from refllm.kv.kivi import Kivi
     from refllm.measure.comparison import Comparison
     from refllm.measure.perplexity import DocumentScore, Score
@@ -102,29 +103,21 @@ def evaluate(
     attend = None
     if kivi is not None:
         attend = partial(KiviAttend, kivi=kivi, window=loaded.config.sliding_window)
+    settings: Json = {
+        "window": window,
+        "stride": stride,
+        "max_tokens": max_tokens,
+        "attend": attend,
+    }
     with progress("scoring") as advance:
         if reference is None:
             against = None
-            score = perplexity.evaluate(
-                loaded,
-                documents,
-                window=window,
-                stride=stride,
-                max_tokens=max_tokens,
-                attend=attend,
-                progress=advance,
-            )
+            score = perplexity.evaluate(loaded, documents, **settings, progress=advance)
         else:
+            other = load(reference, backend)
+            rng = np.random.default_rng(seed)
             against = comparison.compare(
-                loaded,
-                load(reference, backend),
-                documents,
-                rng=np.random.default_rng(seed),
-                window=window,
-                stride=stride,
-                max_tokens=max_tokens,
-                attend=attend,
-                progress=advance,
+                loaded, other, documents, rng=rng, **settings, progress=advance
             )
             score = against.model
     if kivi is not None:
@@ -153,11 +146,9 @@ def _note_unused_kivi(kivi: Kivi, score: Score) -> None:
         )
 
 
-def as_data(
-    model: str, score: Score, reference: str | None, against: Comparison | None
-) -> dict[str, object]:
+def as_data(model: str, score: Score, reference: str | None, against: Comparison | None) -> Json:
     """The result as plain data, with the same names as the model cards."""
-    facts: dict[str, object] = {
+    facts: Json = {
         "model": model,
         "python": score.python,
         "window": score.window,

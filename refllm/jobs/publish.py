@@ -26,11 +26,12 @@ import numpy as np
 import refllm
 from refllm.api import Model, load
 from refllm.array_types import Json
+from refllm.atomic import write_atomic
 from refllm.backend import to_numpy
 from refllm.checkpoints.loading import build_weights, iter_tensors
 from refllm.checkpoints.tensor_files import converted
 from refllm.checkpoints.tokenizer import Tokenizer
-from refllm.checkpoints.writer import file_sha256, save, write_atomic
+from refllm.checkpoints.writer import file_sha256, save
 from refllm.corpus import Document
 from refllm.jobs import card_page, model_card
 from refllm.model.config import ModelConfig

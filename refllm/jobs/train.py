@@ -27,11 +27,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refllm.array_types import Json
+from refllm.atomic import write_atomic
 from refllm.backend import Namespace, get
 from refllm.checkpoints.loading import iter_tensors, read_config
 from refllm.checkpoints.tensor_files import CheckpointError, tensor_shapes
 from refllm.checkpoints.tokenizer import Tokenizer
-from refllm.checkpoints.writer import check_target, file_sha256, write_atomic
+from refllm.checkpoints.writer import check_target, file_sha256
 from refllm.jobs import model_card, publish
 from refllm.jobs.train_options import TrainingOptions
 from refllm.model.config import ModelConfig

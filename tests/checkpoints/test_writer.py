@@ -26,10 +26,9 @@ from refllm.checkpoints import writer
 from refllm.checkpoints.loading import iter_tensors, load
 from refllm.checkpoints.tensor_files import INDEX, SINGLE, CheckpointError, TensorFiles
 from refllm.checkpoints.tokenizer import Tokenizer
-from refllm.checkpoints.writer import save, write_atomic
+from refllm.checkpoints.writer import save
 from refllm.model.config import ModelConfig
 from strategies import model_configs, seeds
-from tiny_models import byte_tokenizer
 
 CONFIG = ModelConfig(
     "llama", 300, 8, 12, 2, 4, 2, 4, tie_word_embeddings=True, bos_token_id=0, eos_token_ids=(0,)
@@ -53,55 +52,6 @@ def tree(directory: Path) -> dict[str, bytes]:
         for p in directory.rglob("*")
         if p.is_file()
     }
-
-
-# --- one text file -----------------------------------------------------------------------
-
-
-@given(st.text(st.characters(exclude_categories=["Cs"])))
-def test_round_trip_to_the_byte(tmp_path_factory, text):
-    path = tmp_path_factory.mktemp("whole") / "file"
-    write_atomic(path, text)
-    assert path.read_bytes() == text.encode()  # line ends as they are, on every system
-
-
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_a_failure_at_any_step_leaves_the_old_file_and_nothing_else(
-    tmp_path, monkeypatch, step, error
-):
-    def fails(*args):
-        raise error
-
-    path = tmp_path / "file"
-    write_atomic(path, "old")
-    monkeypatch.setattr(writer.os, step, fails)
-    with pytest.raises(error):
-        write_atomic(path, "new")
-    with pytest.raises(error):
-        byte_tokenizer().save(path)
-    assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
-
-
-@pytest.mark.skipif(os.name != "posix", reason="the limit is POSIX's")
-def test_a_full_disk_costs_no_tokenizer(tmp_path):
-    """A resumed run writes its tokenizer again; without a tokenizer its state would be
-    useless.
-    """
-    import resource
-
-    path = tmp_path / "tokenizer.json"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    byte_tokenizer().save(path)
-    before = path.read_bytes()
-    # Python ignores its signal
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
-    try:
-        with pytest.raises(OSError, match="too large"):
-            byte_tokenizer().save(path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {path.name: before}
 
 
 # --- round trips --------------------------------------------------------------------------

@@ -19,7 +19,10 @@ from tokenizers import decoders, models
 from refllm.checkpoints.tokenizer import END_OF_TEXT, Tokenizer
 from refllm.decode.detokenizer import StopStrings, Utf8Stream
 
-MULTI_BYTE = "naïve café déjà 你好世界 日本語テキスト 🙂🙃 👩‍👩‍👧 🇫🇷 e\u0301 o\u0302\u0323 שלום \ufffd € ½ \x00"
+MULTI_BYTE = (
+    "naïve café déjà 你好世界 日本語テキスト 🙂🙃 👩‍👩‍👧 🇫🇷 "
+    "e\u0301 o\u0302\u0323 שלום \ufffd € ½ \x00"
+)
 FFFD = "\ufffd"
 
 

@@ -1,5 +1,5 @@
-"""The studies of small floats: rows of formats, where each wins, and 8-bit training that
-goes on where it stopped.
+"""The experiments on small floats: rows of formats, where each wins, and 8-bit training that
+continues where it stopped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from refllm.train.loop import initialize
 
 def test_rows_of_formats():
     """More bits of one kind of format, less error; and a format whose groups do not fit is
-    passed over.
+    left out.
     """
     w = np.random.default_rng(0).standard_normal((128, 256)).astype(np.float32)
     found = {name: (bits, error) for name, bits, error, _ in float_formats.rows(w)}
@@ -45,7 +45,7 @@ def test_what_is_counted(tmp_path):
 CONFIG = ModelConfig("llama", 40, 16, 24, 1, 2, 1, 8, tie_word_embeddings=True)
 
 
-def test_training_goes_on_and_is_compared(tmp_path, monkeypatch):
+def test_training_continues_and_is_compared(tmp_path, monkeypatch):
     text = np.random.default_rng(0).integers(0, 40, 400)
     monkeypatch.setattr(fp8_training, "SAVE", 2)
     runs: dict = {}
@@ -72,8 +72,8 @@ def test_training_goes_on_and_is_compared(tmp_path, monkeypatch):
 
 def test_seeds_change_first_weights_and_a_nudge_hardly_does():
     made = [
-        fp8_training.first_weights(CONFIG, {}, "random weights", *how)["model.embed_tokens.weight"]
-        for how in (("float32", 0), ("tile", 0), ("nudged", 0), ("float32", 1))
+        fp8_training.first_weights(CONFIG, {}, "random weights", *run)["model.embed_tokens.weight"]
+        for run in (("float32", 0), ("tile", 0), ("nudged", 0), ("float32", 1))
     ]
     np.testing.assert_array_equal(made[0], made[1])
     assert 0 < np.max(np.abs(made[2] - made[0])) < 1e-5 * np.max(np.abs(made[0]))
@@ -101,8 +101,8 @@ def test_gradient_errors():
     assert found["E5M2 gradients"] > found["tile"]
 
 
-def test_planted_outliers_change_no_loss_in_float32_and_hurt_one_scale_a_tensor():
-    """The other tiles have no outlier; the tensor has, and its other numbers fall below
+def test_outliers_change_no_loss_in_float32_and_hurt_one_scale_per_tensor():
+    """The other tiles have no outlier; the tensor has, and its other values fall below
     E4M3's smallest.
     """
     directory = locate("stdlib")
@@ -112,9 +112,9 @@ def test_planted_outliers_change_no_loss_in_float32_and_hurt_one_scale_a_tensor(
     tokens = np.array([Tokenizer.from_file(directory / "tokenizer.json").encode(held)[:129]])
     plain, _ = loss_and_gradients(network, config, tokens)
     assert (
-        loss_and_gradients(fp8_training.planted(network, config, 2.0**16), config, tokens)[0]
+        loss_and_gradients(fp8_training.with_outliers(network, config, 2.0**16), config, tokens)[0]
         == plain
     )
-    found = fp8_training.outliers(network, config, tokens, powers=(0, 16))
+    found = fp8_training.outlier_losses(network, config, tokens, powers=(0, 16))
     assert found["tensor"][1] > 0.1 > 3 * max(abs(found["tensor"][0]), abs(found["tile"][0]))
     assert found["tensor"][1] > 3 * abs(found["tile"][1])

@@ -69,7 +69,9 @@ def test_a_row_is_what_its_cache_answers_token_by_token(experiment):
     assert row["kl by position"][:2] == pytest.approx([0, 0], abs=1e-12)  # in the residual window
 
 
-def test_key_outliers_change_nothing_for_scales_per_channel_and_much_for_scales_per_token(experiment):
+def test_key_outliers_change_nothing_for_scales_per_channel_and_much_for_scales_per_token(
+    experiment,
+):
     kl = {
         (network, choice): experiment.row(Case(network, choice, 2, 32))["kl"][0]
         for network in ("as it is", "planted")

@@ -90,7 +90,10 @@ def test_a_run_is_what_the_cache_answers_text_by_text(model, policy):
             at = np.arange(start, stop)
             tokens = np.asarray(text[start:stop])
             held.append(
-                [cache.layers[layer][0].positions.shape[1] for layer in range(config.num_hidden_layers)]
+                [
+                    cache.layers[layer][0].positions.shape[1]
+                    for layer in range(config.num_hidden_layers)
+                ]
             )
             z = logits(
                 model.weights,

@@ -50,7 +50,9 @@ def test_the_recorded_batches_are_the_papers_within_eight_percent():
     # the same command gives the same numbers: one of the cells, again
     row = rows["Orca (Max)"]
     assert (
-        paging.simulate_policy("Orca (Max)", paging.sharegpt_requests(0, record.values["requests"])).saturated.batch
+        paging.simulate_policy(
+            "Orca (Max)", paging.sharegpt_requests(0, record.values["requests"])
+        ).saturated.batch
         == row["batch"][0]
     )
 

@@ -17,7 +17,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "refllm"
 FLOORS = [
-    ["array_types"],
+    ["array_types", "atomic"],
     ["backend"],
     ["kernels"],
     ["formats"],
