@@ -161,7 +161,7 @@ def clip(weight: Array, limits: Array) -> Array:
     [[1.0, -3.0, 0.5, 2.0]]
     """
     xp = namespace(weight, limits)
-    grouped = xp.reshape(weight, (*limits.shape, -1))
+    grouped = xp.reshape(weight, (*limits.shape, -1))  # [M, N/g, g]
     bound = limits[..., None]
     return xp.reshape(xp.clip(grouped, -bound, bound), weight.shape)
 
@@ -174,7 +174,7 @@ def _candidates(
 ) -> list[tuple[float, Array]]:
     """(ratio, s[N] in x's dtype), round to nearest first."""
     xp = namespace(x)
-    a = channel_magnitude(x)
+    a = channel_magnitude(x)  # [N]
     pairs = [(0.0, xp.ones_like(a))]
     if duo:
         w = _weight_magnitude(weights, scheme)
@@ -205,7 +205,7 @@ def _weight_magnitude(weights: Sequence[Array], scheme: Scheme) -> Array:
     total = xp.zeros(weights[0].shape[1], dtype=xp.float64)
     rows = 0
     for w in weights:
-        grouped = xp.abs(xp.reshape(w, (w.shape[0], _groups(scheme, w), -1)))
+        grouped = xp.abs(xp.reshape(w, (w.shape[0], _groups(scheme, w), -1)))  # [M, N/g, g]
         share = xp.reshape(grouped / (xp.max(grouped, axis=-1, keepdims=True) + 1e-6), w.shape)
         total += xp.sum(share, axis=0, dtype=xp.float64)
         rows += int(w.shape[0])
@@ -241,14 +241,14 @@ def _search_piece(weight: Array, factor: Array, scheme: Scheme) -> Array:
     """Clip limits of some rows: W[m, N], Rᵀ[N/g, g, r] → [m, N/g]."""
     xp = namespace(weight, factor)
     groups, group = factor.shape[:2]
-    peak = xp.max(xp.abs(xp.reshape(weight, (-1, groups, group))), axis=-1)
+    peak = xp.max(xp.abs(xp.reshape(weight, (-1, groups, group))), axis=-1)  # [m, N/g]
     best = peak
     least = xp.full_like(peak, math.inf)
     for i in range(CLIP_STEPS):
         limit = peak * (1.0 - i / CLIP_GRID)
-        delta = fake_quantize(clip(weight, limit), scheme) - weight
+        delta = fake_quantize(clip(weight, limit), scheme) - weight  # Q(clip(w)) − w, [m, N]
         moved = xp.swapaxes(xp.reshape(delta, (-1, groups, group)), 0, 1) @ factor  # [N/g, m, r]
-        error = xp.sum(moved * moved, axis=-1).T
+        error = xp.sum(moved * moved, axis=-1).T  # ‖R δ‖², [m, N/g]
         better = error < least  # [m, N/g]; strict: of equal errors the wider range stays
         best = xp.where(better, limit, best)
         least = xp.where(better, error, least)

@@ -209,7 +209,7 @@ class ColumnQuantizer:
         xp = namespace(w)
         # static groups are groups of the weight's own columns, dynamic ones of visited columns
         column = i if self.dynamic or self.order is None else self.order[i]
-        s, z, check = self._columns[column // self.width]
+        s, z, check = self._columns[column // self.width]  # [M, 1] each
         w = xp.reshape(w, (-1, 1))  # [M, 1]
         q = quantize_codes(w, s, z, self._column_scheme, check=check, name=self.name)
         return q[:, 0], dequantize_codes(q, s, z, self._column_scheme)[:, 0]

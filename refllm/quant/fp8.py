@@ -156,7 +156,7 @@ class DelayedScale:
         xp = namespace(x)
         now = float(absmax(x, self.scheme, name=name))
         largest = xp.asarray(max(self.past) if self.past else now, dtype=xp.float32)
-        scale = scale_of(largest, self.scheme)
+        scale = scale_of(largest, self.scheme)  # known before x is read
         self.past.append(now)
         self.seen += int(x.size)
         self.saturated += int(xp.sum(xp.abs(x) > scale * self.scheme.largest * (1 + 2.0**-20)))

@@ -125,7 +125,7 @@ def gptq(
         f = factor(hessian, damp, act_order)
     _check(weight, f, act_order, block_size, name)
     upper = xp.astype(f.upper, weight.dtype, copy=False)  # U[N, N]
-    alive = xp.where(f.dead, 0.0, weight)
+    alive = xp.where(f.dead, 0.0, weight)  # [M, N]; an input that is always zero needs no weight
     whole_rows = scheme.granularity in ("tensor", "channel")
     columns = ColumnQuantizer(
         weight if upstream_quirks and whole_rows else alive,
@@ -138,7 +138,7 @@ def gptq(
         name=name,
     )
     if f.order is not None:
-        alive = alive[:, f.order]
+        alive = alive[:, f.order]  # columns in the order of the visit
     # [N, M], will be overwritten: a copy, or a view of ``alive``, which is one
     work = xp.ascontiguousarray(alive.T)
     codes = xp.empty(work.shape, dtype=xp.int8 if scheme.signed else xp.uint8)  # [N, M]
@@ -172,10 +172,10 @@ def _walk(work: Array, upper: Array, columns: ColumnQuantizer, codes: Array, blo
         inner = width
     for c in range(0, n, outer):
         d = min(c + outer, n)
-        _compensate(work, upper, 0, c, d)
+        _compensate(work, upper, 0, c, d)  # one product for all earlier blocks
         for a in range(c, d, inner):
             b = min(a + inner, d)
-            _compensate(work, upper, c, a, b)
+            _compensate(work, upper, c, a, b)  # and one for the rest of this block
             if columns.dynamic and a % columns.width == 0:
                 columns.begin_group(work[a : a + columns.width])  # all of them up to date
             _round_columns(work, upper, columns, codes, a, a, b)
@@ -220,7 +220,7 @@ def _round_columns(
         if i > start:
             w -= upper[start:i, i] @ work[start:i]  # w_i −= Σ_j e_j U_ji
         codes[i], back = columns.quantize(i, w)
-        w -= back
+        w -= back  # w_i − q_i
         w /= upper[i, i]  # e_i = (w_i − q_i) / U_ii, from here on in the place of w_i
 
 

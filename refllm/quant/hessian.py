@@ -120,7 +120,7 @@ def damped(h: Array, damp: float) -> Array:
     diagonal = xp.where(diagonal == 0, 1.0, diagonal)
     index = xp.arange(h.shape[0])
     out = xp.astype(h, h.dtype, copy=True)
-    out[index, index] = diagonal + damp * float(xp.mean(diagonal))
+    out[index, index] = diagonal + damp * float(xp.mean(diagonal))  # + λ
     return out
 
 
@@ -143,12 +143,12 @@ def factor(h: Array, damp: float = 0.01, act_order: bool = False) -> Factor:
     """
     xp = namespace(h)
     check(h, damp)
-    diagonal = xp.diagonal(h)
-    dead = diagonal == 0
+    diagonal = xp.diagonal(h)  # [N]
+    dead = diagonal == 0  # bool[N]
     order = None
     if act_order:
         order = xp.argsort(-diagonal, kind="stable")
-        h = h[order][:, order]
+        h = h[order][:, order]  # rows and columns alike
     while (r := _reverse_cholesky(damped(h, damp))) is None:
         damp = max(LEAST_DAMP, 2 * damp)
         if damp > 2.0 * h.shape[0] / LEAST_DAMP:  # far beyond the sum of all eigenvalues

@@ -144,7 +144,7 @@ class LayerRun:
                 x = self._input(batch)
                 attend = CausalAttend(batch.lengths, self.config.sliding_window)
                 batch.heads = mixed_heads(layer, self.config, x, batch.rotation, attend, self.index)
-            elif self.stage == 1:
+            elif self.stage == 1:  # stage 2 changes nothing: its products are stage 3's input
                 batch.x = batch.x + layer["o_proj"].matmul(self._input(batch))
                 batch.heads = None
             elif self.stage == 3:

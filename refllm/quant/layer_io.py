@@ -27,13 +27,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from refllm.atomic import replacing, sync_directory, write_atomic
 from refllm.backend import Array, Namespace, asarray_like, get, namespace, to_numpy
 from refllm.checkpoints.loading import NetworkTensors, read_config, read_quantization
 from refllm.checkpoints.tensor_files import (
@@ -47,8 +47,6 @@ from refllm.checkpoints.tensor_files import (
 from refllm.checkpoints.writer import (
     TensorSpecs,
     file_sha256,
-    sync_directory,
-    write_atomic,
     write_directory,
     write_file,
 )
@@ -267,10 +265,9 @@ class LayerFiles:
         """Write a layer; it is completely on the disk when this returns."""
         read = self.spec.reader(checkpoint_names(layer, index), self.directory)
         tensors = self._tensors(index)
-        partial = self._tensors(index).with_suffix(".partial")
-        write_file(partial, self.plan(index), read)
-        digest = file_sha256(partial)
-        os.replace(partial, tensors)
+        with replacing(tensors) as partial:
+            write_file(partial, self.plan(index), read)
+            digest = file_sha256(partial)
         sync_directory(self.directory)
         about = {"sha256": digest, "rows": [dataclasses.asdict(row) for row in rows]}
         write_atomic(self._record(index), json.dumps(about) + "\n")

@@ -140,7 +140,7 @@ def vectorwise(x: Array, *, name: str = "x") -> tuple[Array, Array]:
     """
     xp = namespace(x)
     require_finite(x, name)
-    absmax = xp.max(xp.abs(x), axis=1, keepdims=True)
+    absmax = xp.max(xp.abs(x), axis=1, keepdims=True)  # c, [rows, 1]
     # below 127 times the smallest normal number 127/c may be infinite: such a row is measured
     # in units of that number instead
     tiny = float(xp.finfo(x.dtype).smallest_normal)
@@ -235,7 +235,7 @@ class Int8Linear:
         else:
             hidden = xp.abs(work) >= self.threshold
         codes, absmax = vectorwise(xp.where(hidden, 0.0, work))  # X', [T, N] and [T, 1]
-        codes[:, columns] = 0
+        codes[:, columns] = 0  # outlier columns take no part in the integer product
         in_float = work[:, columns] @ self._columns(columns, work.dtype).T  # X_O W_Oᵀ, [T, M]
         y = self._rescaled(codes, absmax) + in_float
         return xp.astype(y, x.dtype, copy=False)
@@ -257,7 +257,7 @@ class Int8Linear:
     def _rescaled(self, codes: Array, absmax: Array) -> Array:
         """The integer product with codes[T, N], times both scales → [T, M]."""
         xp = namespace(codes, absmax)
-        y = xp.astype(integer_matmul(codes, self.codes, sizes=(127, 127)), absmax.dtype)
+        y = xp.astype(integer_matmul(codes, self.codes, sizes=(127, 127)), absmax.dtype)  # [T, M]
         # one factor after the other: the product of two small scales may underflow where the
         # result does not
         return y * (absmax / 127) * xp.astype(self.scale, absmax.dtype).T

@@ -101,16 +101,16 @@ def _in_order(weight: Array, inverse: Array, columns: ColumnQuantizer) -> tuple[
     for i in range(weight.shape[1]):
         if columns.dynamic and i % columns.width == 0:
             columns.begin_group(weight[:, i : i + columns.width].T)
-        q, back = columns.quantize(i, weight[:, i])
-        error = weight[:, i] - back
-        d = inverse[i, i]
+        q, back = columns.quantize(i, weight[:, i])  # both [M]
+        error = weight[:, i] - back  # w_i − q_i
+        d = inverse[i, i]  # [H⁻¹]_ii
         loss += 0.5 * float(xp.sum(error * error) / d)
         # equation 7; column i becomes q, earlier columns do not move: H⁻¹ is zero there
         weight = weight - (error / d)[:, None] * inverse[i, :]
         # lemma 1; row and column i become zero
         inverse = inverse - inverse[:, i : i + 1] * inverse[i : i + 1, :] / d
         codes.append(q)
-    return xp.stack(codes, axis=1), loss
+    return xp.stack(codes, axis=1), loss  # [M, N]
 
 
 def _greedy(weight: Array, inverse: Array, columns: ColumnQuantizer) -> tuple[Array, float]:
@@ -127,8 +127,8 @@ def _greedy(weight: Array, inverse: Array, columns: ColumnQuantizer) -> tuple[Ar
     todo = xp.ones((m, n), dtype=xp.bool_)
     for _ in range(n):
         q = quantize_codes(weight, scale, zero_point, columns.scheme)
-        error = weight - dequantize_codes(q, scale, zero_point, columns.scheme)
-        d = xp.where(todo, xp.diagonal(inverse, axis1=1, axis2=2), 1.0)
+        error = weight - dequantize_codes(q, scale, zero_point, columns.scheme)  # [M, N]
+        d = xp.where(todo, xp.diagonal(inverse, axis1=1, axis2=2), 1.0)  # [M, N]
         cost = xp.where(todo, error * error / d, xp.inf)
         i = xp.argmin(cost, axis=1)  # [M]
         loss += 0.5 * float(xp.sum(cost[rows, i]))

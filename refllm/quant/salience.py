@@ -101,7 +101,7 @@ class Protected:
         """x[T, N] → [T, M]: the kept channels of x are multiplied in full precision, the others
         by the quantised weight.
         """
-        rest = x.copy()
+        rest = x.copy()  # [T, N], without the kept channels
         rest[:, self.kept] = 0.0
         return self.quantized.matmul(rest) + x[:, self.kept] @ self.columns.T
 
@@ -115,7 +115,7 @@ class Protected:
 def output_error(x: Array, weight: Array, approximation: Linear) -> float:
     """‖x Wᵀ − x Ŵᵀ‖² / ‖x Wᵀ‖² for x[T, N], W[M, N]; 0 where both are zero."""
     xp = namespace(x, weight)
-    exact = xp.astype(x @ weight.T, xp.float64)
+    exact = xp.astype(x @ weight.T, xp.float64)  # [T, M]
     error = float(xp.sum((exact - approximation.matmul(x)) ** 2))
     size = float(xp.sum(exact**2))
     if size:

@@ -109,7 +109,7 @@ def migration_scale(
         )
     alive = act_absmax > 0
     a = xp.where(alive, act_absmax, 1.0)
-    s = a**alpha / xp.maximum(w, FLOOR) ** (1.0 - alpha)
+    s = a**alpha / xp.maximum(w, FLOOR) ** (1.0 - alpha)  # eq. 4, [N]
     return xp.astype(xp.where(alive, xp.maximum(s, FLOOR), 1.0), act_absmax.dtype)
 
 
@@ -136,7 +136,7 @@ def smooth_layer(
             )
         weights = [layer[name].dequantize() for name in group.targets]
         s = migration_scale(absmax[named[0]], weights, alpha)
-        layer = fold(layer, group, s)
+        layer = fold(layer, group, s)  # columns of W times s, the norm's gain divided by it
         after |= dict.fromkeys(group.targets, absmax[named[0]] / s)
     return layer, after
 
