@@ -296,9 +296,11 @@ def finish(record: dict[str, Any], output: Path | None) -> None:
             "do not."
         )
     if output is not None:
+        from refllm.atomic import write_atomic
+
         output.parent.mkdir(parents=True, exist_ok=True)
         head = {"format": FORMAT, "benchmark": record["benchmark"], "kind": "B"}
-        output.write_text(json.dumps({**head, **record}, indent=1) + "\n")
+        write_atomic(output, json.dumps({**head, **record}, indent=1) + "\n")
         print(f"written: {output}")
 
 

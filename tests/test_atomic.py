@@ -10,7 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refllm.atomic import write_atomic
+import refllm
+from refllm.atomic import replacing, write_atomic
+from refllm.figures import registry
+from refllm.formats.gguf import writer as gguf_writer
+from refllm.measure import records
 from tiny_models import byte_tokenizer
 
 
@@ -64,9 +68,14 @@ def test_a_full_disk_costs_no_tokenizer(tmp_path):
 def test_an_exception_halfway_leaves_the_old_file_and_nothing_else(tmp_path, error):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(error), replacing(path) as partial:
-        partial.write_text("half")
-        raise error
+
+    def interrupted() -> None:
+        with replacing(path) as partial:
+            partial.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"file": "old"}
 
 

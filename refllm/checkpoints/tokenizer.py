@@ -25,7 +25,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as _Tokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from refllm.checkpoints.writer import write_atomic
+from refllm.atomic import write_atomic
 
 END_OF_TEXT = "<|endoftext|>"
 

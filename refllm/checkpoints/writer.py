@@ -1,9 +1,7 @@
-"""Atomic writing: text, safetensors and checkpoint directories that are either complete or
-absent.
+"""Writing checkpoints: safetensors, and directories that are either complete or absent.
 
 | function                     | what it writes                                         |
 |------------------------------|--------------------------------------------------------|
-| write_atomic                 | one text file, under a temporary name that is renamed  |
 | write_tensors, write_file    | ``model.safetensors``, or shards and their index       |
 | write_directory              | a directory that takes its name once it is complete    |
 | save                         | a Hugging Face checkpoint of full-precision weights    |
@@ -15,7 +13,7 @@ once. Only one tensor is in memory at a time.
 
 Left out: model cards (pass one in ``extra_files``), uploading, quantised weights
 (``quant.export`` writes them through ``write_directory``), the states of a training run
-(``train.state``).
+(``train.state``), the atomic writing of one file (``refllm.atomic``).
 """
 
 from __future__ import annotations
@@ -29,10 +27,10 @@ import shutil
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
+from refllm.atomic import sync, sync_directory
 from refllm.backend import Array, to_numpy
 from refllm.checkpoints.tensor_files import (
     FLOATS,
@@ -48,22 +46,8 @@ from refllm.checkpoints.tensor_files import (
     host_dtype,
     tensor_shapes,
 )
+from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.model.config import ModelConfig
-
-if TYPE_CHECKING:  # the tokenizer itself writes its file with ``write_atomic``
-    from refllm.checkpoints.tokenizer import Tokenizer
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write UTF-8 text under a temporary name, then rename it. OSError (a full disk, say)
-    leaves the old file unchanged.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        write_text(partial, text)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)  # after a success it has been renamed
 
 
 def write_text(path: Path, text: str) -> None:
@@ -71,27 +55,6 @@ def write_text(path: Path, text: str) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         sync(file)
-
-
-def sync_directory(directory: Path) -> None:
-    """Wait until a directory's entries are on the disk (on POSIX; elsewhere a rename is
-    durable without).
-    """
-    if os.name != "posix":
-        return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sync(file: IO[str] | IO[bytes]) -> None:
-    """Wait until a file is on the disk, even if the power fails: otherwise a rename may
-    reach it before the data does.
-    """
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def file_sha256(path: Path) -> str:

@@ -32,8 +32,8 @@ import numpy as np
 import refllm
 from refllm.api import Model, load
 from refllm.array_types import Json
+from refllm.atomic import write_atomic
 from refllm.checkpoints.loading import locate
-from refllm.checkpoints.writer import write_atomic
 from refllm.corpus import held_out_documents
 from refllm.measure.bootstrap import Interval, blocks, bootstrap_intervals
 from refllm.measure.comparison import (

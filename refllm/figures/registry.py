@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from refllm.atomic import replacing
 from refllm.experiments import (
     batching,
     float_formats,
@@ -97,7 +98,8 @@ def save(figure: Figure, path: str | Path, digest: str = "") -> Path:
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
-        figure.savefig(path, format="png", dpi=_DPI, metadata=metadata)
+        with replacing(path) as partial:
+            figure.savefig(partial, format="png", dpi=_DPI, metadata=metadata)
     return path
 
 

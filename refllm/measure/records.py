@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from refllm.array_types import JsonView
+from refllm.atomic import write_atomic
 
 Values = JsonView  # the values of a record: a figure reads them and does not change them
 
@@ -73,7 +74,7 @@ def write(path: str | Path, record: Record) -> None:
     text = json.dumps(vars(record), indent=1, ensure_ascii=False, allow_nan=False)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_atomic(path, text + "\n")
 
 
 def read(path: str | Path) -> Record:

@@ -250,8 +250,8 @@ def _evaluate(
 
 
 def _resume(path: Path, config: ModelConfig, plan: Plan, start: Tensors | None) -> State:
-    """The checkpoint at ``path``, or the initial state. A ``.partial`` file next to it is an
-    interrupted write, and ignored.
+    """The checkpoint at ``path``, or the initial state. A ``.partial`` file next to it was
+    left by a process that was killed as it wrote, and is ignored.
     """
     if not path.exists():
         if start is None:

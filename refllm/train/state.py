@@ -18,7 +18,6 @@ Left out: a history of checkpoints, a checksum (safetensors checks sizes, not bi
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,6 +25,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from refllm.atomic import replacing
 from refllm.backend import Array, to_numpy
 from refllm.model.config import ModelConfig
 from refllm.train.optimizer import AdamW, optimizer_class
@@ -44,8 +44,8 @@ class State:
 
 
 def save_state(state: State, path: Path, config: ModelConfig, plan: Plan) -> None:
-    """Write a checkpoint under a temporary name, then rename it: if the process is killed,
-    the old checkpoint or the new one is there, complete.
+    """Write a checkpoint atomically: if the process is killed, the old checkpoint or the new
+    one is there, complete.
 
     OSError if the disk is full.
     """
@@ -61,18 +61,13 @@ def save_state(state: State, path: Path, config: ModelConfig, plan: Plan) -> Non
         "config": json.dumps(config.to_hf()),
         "plan": json.dumps(asdict(plan)),
     }
-    temporary = path.with_suffix(".partial")
     try:
-        save_file(tensors, temporary, metadata=about)
+        with replacing(path) as partial:
+            save_file(tensors, partial, metadata=about)
     except SafetensorError as error:  # a full disk, say
-        temporary.unlink(missing_ok=True)
         raise OSError(
             f"{path} cannot be written ({error}); the checkpoint saved before it is intact"
         ) from error
-    with open(temporary, "rb") as file:
-        # the bytes reach the disk before the name does, even if the power fails
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def load_state(path: Path) -> tuple[State, dict[str, str]]:

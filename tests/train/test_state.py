@@ -117,10 +117,10 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path, whole)
 
 def test_the_bytes_are_on_the_disk_before_the_name_is(monkeypatch, tmp_path):
     order = []
-    sync = module.os.fsync
-    replace = module.os.replace
-    monkeypatch.setattr(module.os, "fsync", lambda handle: (order.append("sync"), sync(handle)))
-    monkeypatch.setattr(module.os, "replace", lambda a, b: (order.append("name"), replace(a, b)))
+    sync = os.fsync
+    replace = os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (order.append("sync"), sync(handle)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append("name"), replace(a, b)))
     save_state(some_state(), tmp_path / "state.safetensors", CONFIG, PLAN)
     assert order == ["sync", "name"]
 

@@ -10,14 +10,13 @@ Left out: other alignments than 32, files in several parts.
 
 from __future__ import annotations
 
-import os
-import secrets
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from refllm.atomic import replacing
 from refllm.formats.gguf.reader import (
     ALIGNMENT,
     ARRAY,
@@ -51,25 +50,17 @@ def write(
     """
     target = Path(path)
     header = header_bytes(metadata, plan)
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with partial.open("wb") as out:
-            out.write(header)
-            for name in plan:
-                size = plan_bytes(plan, name)
-                tensor = np.ascontiguousarray(read(name))
-                if (tensor.dtype, tensor.nbytes) != (np.dtype("uint8"), size):
-                    raise AssertionError(
-                        f"{name}: {tensor.dtype} of {tensor.nbytes} bytes, not the {size} of the "
-                        "plan"
-                    )
-                out.write(tensor.data)
-                out.write(b"\0" * (-size % ALIGNMENT))
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(target) as partial, partial.open("wb") as out:
+        out.write(header)
+        for name in plan:
+            size = plan_bytes(plan, name)
+            tensor = np.ascontiguousarray(read(name))
+            if (tensor.dtype, tensor.nbytes) != (np.dtype("uint8"), size):
+                raise AssertionError(
+                    f"{name}: {tensor.dtype} of {tensor.nbytes} bytes, not the {size} of the plan"
+                )
+            out.write(tensor.data)
+            out.write(b"\0" * (-size % ALIGNMENT))
 
 
 def plan_bytes(plan: Plan, name: str) -> int:
