@@ -1,4 +1,4 @@
-"""An array module that counts: NumPy inside, and a ledger of multiply-adds and of bytes
+"""An array module that counts: NumPy inside, and counts of multiply-adds and of bytes
 read and written.
 
 A ``Counted`` array carries a ``role`` ("weight", "kv" or "" for activations) that its views
@@ -37,7 +37,7 @@ OPERATORS = (
 )
 
 
-class Ledger:
+class Counts:
     """What has been executed: FLOP of products by role, bytes by role."""
 
     def __init__(self) -> None:
@@ -56,13 +56,13 @@ class Ledger:
 
 class CountingModule:
     """The array module of ``Counted`` arrays: ``module.name(...)`` runs ``numpy.name`` and
-    keeps the ledger.
+    keeps the counts.
     """
 
     __name__ = "counting"
 
     def __init__(self) -> None:
-        self.ledger = Ledger()
+        self.counts = Counts()
 
     def __getattr__(self, name: str) -> Any:
         target = getattr(np, name)
@@ -79,7 +79,7 @@ class CountingModule:
         """
         operands = [x for x in _flat(args) if isinstance(x, Counted)]
         if name == "matmul":
-            self.ledger.product(*operands[:2])
+            self.counts.product(*operands[:2])
         result = function(*_bare(args), **{k: _bare(v) for k, v in kwargs.items()})
         if isinstance(kwargs.get("out"), Counted):
             self._read(operands)
@@ -96,7 +96,7 @@ class CountingModule:
     def _read(self, operands: list[Counted]) -> None:
         for x in operands:
             if x.role:
-                self.ledger.read[x.role] += x.bare.nbytes
+                self.counts.read[x.role] += x.bare.nbytes
 
 
 class Counted:
@@ -131,13 +131,13 @@ class Counted:
         taken = np.asarray(self.bare[_bare(index)])
         view = np.shares_memory(taken, self.bare)
         if self.role and not view:
-            self.module.ledger.read[self.role] += taken.nbytes
+            self.module.counts.read[self.role] += taken.nbytes
         return Counted(taken, self.module, self.role if view else "")
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.bare[_bare(index)] = _bare(value)
         if self.role:
-            self.module.ledger.written[self.role] += np.asarray(self.bare[_bare(index)]).nbytes
+            self.module.counts.written[self.role] += np.asarray(self.bare[_bare(index)]).nbytes
 
     def __neg__(self) -> Counted:
         return self.module.negative(self)

@@ -77,8 +77,8 @@ FORMATS: dict[str, Callable[[Array], Linear]] = {
 
 
 def rows(
-    weight: Array, formats: Sequence[str] = tuple(FORMATS)
-) -> list[tuple[str, float, float, Array]]:
+    weight: np.ndarray, formats: Sequence[str] = tuple(FORMATS)
+) -> list[tuple[str, float, float, np.ndarray]]:
     """(name, stored bits per weight, ‖Ŵ − W‖ / ‖W‖, Ŵ) of W[M, N] in each format whose
     groups divide its rows.
     """
@@ -121,7 +121,7 @@ def accumulator_errors(
         x, w = (rng.standard_normal((16, k)).astype(np.float32) for _ in range(2))
         exact = x.astype(np.float64) @ w.astype(np.float64).T
         for name, accumulator in kinds.items():
-            off = accumulator.product(x, w) - exact
+            off = np.asarray(accumulator.product(x, w)) - exact
             found[name].append(math.sqrt(float(np.mean(off**2)) / float(np.mean(exact**2))))
     return found
 

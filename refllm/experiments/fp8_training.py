@@ -1,43 +1,44 @@
-"""Training in 8 bits against training in float32: how far the loss moves, beside how far
-chance moves it.
+"""Training in 8 bits against training in float32: how far the loss moves, compared with how
+far chance moves it.
 
-    python -m refllm.experiments.fp8_training       # writes figures/data/fp8_training.json;
+    python -m refllm.experiments.fp8_training   # writes figures/data/fp8_training.json;
     `refllm figures` draws it
 
-The whole bundled architecture learns the standard library, once for each row of ``RUNS``.
-Its number is the mean loss of the last ``LAST`` steps, beside that of float32 with the same
-first weights and, as in every run, the same windows in the same order: so what differs is
-the arithmetic, and what seeds differ in is the first weights, not the text. Runs are kept
-in ``--work`` with a checkpoint every ``SAVE`` steps: the command goes on where it was
-stopped.
+The bundled architecture learns the standard library, once for each row of ``RUNS``. What
+counts is the mean loss of the last ``LAST`` steps, against that of float32 with the same
+first weights and, as in every run, the same windows in the same order: so only the
+arithmetic differs, and seeds differ in the first weights, not in the text. Runs are kept in
+``--work`` with a checkpoint every ``SAVE`` steps: a command that was interrupted continues
+there.
 
-| run            | products of the projections                                     |
-|----------------|-----------------------------------------------------------------|
-| float32        | as they are                                                     |
-| nudged         | as they are, from weights that differ by 10⁻⁶ of themselves     |
-| tile           | all three in E4M3, scales by 1 × 128 tiles and 128 × 128 blocks |
-| tensor         | all three in E4M3, one scale a tensor                           |
-| E5M2 gradients | as "tile", but dY in E5M2                                       |
+| run            | products of the projections                                    |
+|----------------|----------------------------------------------------------------|
+| float32        | in float32                                                     |
+| nudged         | in float32, from weights that differ by 10⁻⁶ of themselves     |
+| tile           | all three in E4M3, scales per 1 × 128 tile and 128 × 128 block |
+| tensor         | all three in E4M3, one scale per tensor                        |
+| E5M2 gradients | as "tile", but dY in E5M2                                      |
 
 Two starts: random weights, where the loss falls fast, and the bundled ones, where most of a
-difference is the rounding of the forward. Batches of 512 tokens and a slow warm-up keep
-float32 itself from being chaotic, which "nudged" tests. Eight bits are a far larger nudge:
-from random weights, runs of one method and several seeds end as far apart as seeds of
-float32 do, some tenths of a percent. So there, at this size and length, the losing controls
-do not lose: no method can be told from chance, and a bound of 0.25 % cannot be tested. From
-the bundled weights it can: all methods stay within it, and tiles are the nearest to
-float32, one scale a tensor next, E5M2 gradients last, but by very little.
+difference is the rounding of the forward pass. Batches of 512 tokens and a slow warm-up keep
+float32 itself from being chaotic, which "nudged" tests. Eight bits are a far larger
+perturbation: from random weights, runs of one method and several seeds end as far apart as
+seeds of float32 do, some tenths of a per cent. So there, at this size and length, no method
+can be told from chance, and a bound of 0.25 % cannot be tested. From the bundled weights it
+can: all methods stay within it; tiles are the nearest to float32, one scale per tensor next,
+E5M2 gradients last, but by very little.
 
 Two measures need no training: ‖g₈ − g‖ / ‖g‖ of one gradient over all projections, and the
-loss of one reading of held-out text while two channels are made 2ᵉ times as large without
-changing the network (``planting``). The first hardly tells "tile" from "tensor": a trained
-small network has no outliers, and a float forgives a bad scale. The second shows how wide
-E4M3's range is, and where one scale a tensor leaves it.
+loss of one forward pass over held-out text while two channels are made 2ᵉ times as large
+without changing the network (``outlier_injection``). The first hardly separates "tile" from
+"tensor": a trained small network has no outliers, and a float tolerates a bad scale. The
+second shows how wide E4M3's range is, and where one scale per tensor leaves it.
 
 Source: DeepSeek-V3 (2024), §3.3 (relative error of the loss below 0.25 % of BF16's) and
 appendix B.
 
-Left out: networks large enough to grow outliers by themselves.
+The figure stands in ``fp8_training_figure``. Left out: networks large enough to develop
+outliers in training.
 """
 
 from __future__ import annotations
@@ -45,20 +46,21 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
+from refllm.array_types import Array, Json
+from refllm.backend import to_numpy
 from refllm.checkpoints.loading import build_weights, iter_tensors, locate, read_config
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.corpus import held_out_documents, training_documents
 from refllm.experiments.outlier_injection import INPUTS, inject_outliers
-from refllm.measure.device import processor
+from refllm.measure.device import one_thread
 from refllm.measure.records import Record, write
 from refllm.model.config import ModelConfig
 from refllm.model.llama import PROJECTIONS
@@ -78,9 +80,13 @@ RATES = {"random weights": 1e-3, "bundled weights": 3e-4}  # at the peak
 DOCUMENTS = 120  # of the training text: more tokens than the runs read
 NUDGE = 1e-6  # about ten float32 roundings
 METHODS: dict[str, Product] = {
-    "float32": PLAIN, "nudged": PLAIN, "tile": Fp8(), "tensor": Fp8("tensor"), "E5M2 gradients": Fp8(gradients="e5m2"),
-}  # fmt: skip
-# In the order of what they are worth if there is no time for all.
+    "float32": PLAIN,
+    "nudged": PLAIN,
+    "tile": Fp8(),
+    "tensor": Fp8("tensor"),
+    "E5M2 gradients": Fp8(gradients="e5m2"),
+}
+# (start, method, seed), the most informative first: ``--runs`` stops after some
 RUNS = (
     *(("random weights", method, 0) for method in METHODS),
     *(("random weights", method, 1) for method in ("float32", "tile")),
@@ -90,7 +96,7 @@ RUNS = (
         for method, seed in (("tensor", 1), ("float32", 2), ("tile", 2))
     ),
 )
-CHANNELS = (3, 77)  # planted channels, of the first tile
+CHANNELS = (3, 77)  # that become outliers; both lie in the first tile
 POWERS = (0, 4, 8, 10, 12, 14, 16)
 WINDOWS = 16
 
@@ -98,7 +104,7 @@ WINDOWS = 16
 def first_weights(
     config: ModelConfig, bundled: Tensors, start: str, method: str, seed: int
 ) -> Tensors:
-    """What a run begins with: copies, since training writes into them."""
+    """The weights that a run starts with: copies, since training writes into them."""
     random = start == "random weights"
     if random:
         params = initialize(config, np.random.default_rng([seed, 0]))
@@ -114,7 +120,7 @@ def first_weights(
 
 def losses(
     config: ModelConfig,
-    text: NDArray[Any],
+    text: NDArray[np.integer],
     first: Tensors,
     method: str,
     rate: float,
@@ -124,7 +130,7 @@ def losses(
     batch: int = BATCH,
     length: int = LENGTH,
 ) -> list[float]:
-    """The loss of every step of a run, nats per token; goes on from the checkpoint in
+    """The loss of every step of a run, nats per token; continues from the checkpoint in
     ``work``, if there is one.
     """
     plan = Plan(
@@ -139,25 +145,30 @@ def losses(
     return [record["loss"] for record in state.curve]
 
 
-def gradient_errors(params: Tensors, config: ModelConfig, tokens: NDArray[Any]) -> dict[str, float]:
+def gradient_errors(
+    params: Tensors, config: ModelConfig, tokens: NDArray[np.integer]
+) -> dict[str, float]:
     """‖g₈ − g‖ / ‖g‖ of each 8-bit method over the gradients of all projections; tokens[B,
     S+1].
     """
     _, exact = loss_and_gradients(params, config, tokens)
     names = [name for name in exact if name.endswith("_proj.weight")]
-    size = math.sqrt(sum(float(np.sum(np.square(exact[name], dtype=np.float64))) for name in names))
+    size = math.sqrt(sum(_squared(exact[name]) for name in names))
     found = {}
     for method, product in METHODS.items():
         if product is not PLAIN:
             _, rounded = loss_and_gradients(params, config, tokens, product=product)
-            off = sum(
-                float(np.sum(np.square(rounded[n] - exact[n], dtype=np.float64))) for n in names
-            )
+            off = sum(_squared(rounded[name] - exact[name]) for name in names)
             found[method] = math.sqrt(off) / size
     return found
 
 
-def planted(
+def _squared(x: Array) -> float:
+    """Sum of squares, in float64."""
+    return float(np.sum(np.square(to_numpy(x), dtype=np.float64)))
+
+
+def with_outliers(
     params: Tensors, config: ModelConfig, factor: float, channels: Sequence[int] = CHANNELS
 ) -> Tensors:
     """The same network with ``channels`` of all inputs of a norm and of down_proj
@@ -177,16 +188,19 @@ def planted(
     return made
 
 
-def outliers(
-    params: Tensors, config: ModelConfig, tokens: NDArray[Any], powers: Sequence[int] = POWERS
+def outlier_losses(
+    params: Tensors,
+    config: ModelConfig,
+    tokens: NDArray[np.integer],
+    powers: Sequence[int] = POWERS,
 ) -> dict[str, list[float]]:
-    """How far above float32's the loss of tokens[B, S+1] lies (0.01 = 1 %), channels
-    planted 2ᵉ times as large.
+    """By how much the loss of tokens[B, S+1] exceeds float32's (0.01 = 1 %), with outlier
+    channels 2ᵉ times as large.
     """
     exact, _ = loss_and_gradients(params, config, tokens)
     found: dict[str, list[float]] = {"tile": [], "tensor": []}
     for power in powers:
-        network = planted(params, config, 2.0**power)
+        network = with_outliers(params, config, 2.0**power)
         for method, row in found.items():
             row.append(
                 loss_and_gradients(network, config, tokens, product=METHODS[method])[0] / exact - 1
@@ -194,7 +208,7 @@ def outliers(
     return found
 
 
-def values(runs: dict[str, dict[str, dict[str, list[float]]]], last: int = LAST) -> dict[str, Any]:
+def values(runs: dict[str, dict[str, dict[str, list[float]]]], last: int = LAST) -> Json:
     """{start: {method: {seed: losses}}} → the means of the last steps, and how far they are
     apart.
 
@@ -202,84 +216,84 @@ def values(runs: dict[str, dict[str, dict[str, list[float]]]], last: int = LAST)
     "spread of seeds" the largest relative difference between two seeds of float32.
     """
     means = {
-        s: {m: {k: sum(c[-last:]) / last for k, c in by.items()} for m, by in of.items()}
-        for s, of in runs.items()
-    }
-    against = {
         start: {
-            m: {k: x / of["float32"][k] - 1 for k, x in by.items()}
-            for m, by in of.items()
-            if m != "float32"
+            method: {seed: sum(curve[-last:]) / last for seed, curve in seeds.items()}
+            for method, seeds in methods.items()
         }
-        for start, of in means.items()
+        for start, methods in runs.items()
     }
-    spread = {
-        start: max(of["float32"].values()) / min(of["float32"].values()) - 1
-        for start, of in means.items()
-    }
+    against = {}
+    spread = {}
+    for start, methods in means.items():
+        exact = methods["float32"]
+        against[start] = {
+            method: {seed: loss / exact[seed] - 1 for seed, loss in seeds.items()}
+            for method, seeds in methods.items()
+            if method != "float32"
+        }
+        spread[start] = max(exact.values()) / min(exact.values()) - 1
     return {"last": last, "means": means, "against float32": against, "spread of seeds": spread}
 
 
+def train_all(
+    config: ModelConfig,
+    bundled: Tensors,
+    text: NDArray[np.integer],
+    work: Path,
+    steps: int,
+    count: int,
+) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """{start: {method: {seed: losses}}} of the first ``count`` of ``RUNS``."""
+    digest = hashlib.sha256(b"".join(to_numpy(t).tobytes() for t in bundled.values())).hexdigest()[
+        :8
+    ]
+    runs: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for start, method, seed in RUNS[:count]:
+        first = first_weights(config, bundled, start, method, seed)
+        # runs from other bundled weights have another folder
+        name = start if start == "random weights" else f"{start} {digest}"
+        folder = work / f"{name} {method} {seed}".replace(" ", "-")
+        curve = losses(config, text, first, method, RATES[start], folder, steps=steps)
+        runs.setdefault(start, {}).setdefault(method, {})[str(seed)] = curve
+        mean = sum(curve[-LAST:]) / LAST
+        print(f"{start}, {method}, {seed}: {mean:.4f}", file=sys.stderr, flush=True)
+    return runs
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train, or go on training, and write the record that the figure is drawn from."""
+    """Train, or continue training, and write the record that the figure is drawn from."""
     parser = argparse.ArgumentParser(
         prog="python -m refllm.experiments.fp8_training", description=main.__doc__
     )
-    parser.add_argument(
-        "--model", default="stdlib", help="whose architecture, tokenizer and weights are used"
-    )
-    parser.add_argument("--output", type=Path, default=Path("figures/data/fp8_training.json"))
-    parser.add_argument(
-        "--work", type=Path, default=Path("build/fp8_training"), help="where checkpoints are kept"
-    )
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument(
-        "--runs", type=int, default=len(RUNS), help="how many of the runs, in their order"
-    )
+    add = parser.add_argument
+    add("--model", default="stdlib", help="whose architecture, tokenizer and weights are used")
+    add("--output", type=Path, default=Path("figures/data/fp8_training.json"))
+    add("--work", type=Path, default=Path("build/fp8_training"), help="where checkpoints are kept")
+    add("--steps", type=int, default=STEPS)
+    add("--runs", type=int, default=len(RUNS), help="how many of the runs, in their order")
     chosen = parser.parse_args(arguments)
-    from threadpoolctl import threadpool_limits
-
     directory = locate(chosen.model)
     config = read_config(directory)
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
-    bundled = {name: np.asarray(t) for name, t in iter_tensors(directory, dtype="float32")}
-    text = encode(tokenizer, training_documents()[:DOCUMENTS], config.bos_token_id or 0)
+    begin = config.bos_token_id or 0
+    bundled: Tensors = {name: np.asarray(t) for name, t in iter_tensors(directory, dtype="float32")}
+    text = encode(tokenizer, training_documents()[:DOCUMENTS], begin)
     print(f"{len(text):,} tokens; a run reads {chosen.steps * BATCH * LENGTH:,}", file=sys.stderr)
-    digest = hashlib.sha256(b"".join(t.tobytes() for t in bundled.values())).hexdigest()[:8]
-    runs: dict[str, dict[str, dict[str, list[float]]]] = {}
     with threadpool_limits(limits=1, user_api="blas"):
-        for start, method, seed in RUNS[: chosen.runs]:
-            first = first_weights(config, bundled, start, method, seed)
-            # other weights are another run
-            of = start if start == "random weights" else f"{start} {digest}"
-            work = chosen.work / f"{of} {method} {seed}".replace(" ", "-")
-            curve = losses(config, text, first, method, RATES[start], work, steps=chosen.steps)
-            runs.setdefault(start, {}).setdefault(method, {})[str(seed)] = curve
-            print(
-                f"{start}, {method}, {seed}: {sum(curve[-LAST:]) / LAST:.4f}",
-                file=sys.stderr,
-                flush=True,
-            )
-        held = encode(tokenizer, held_out_documents(), config.bos_token_id or 0)
+        runs = train_all(config, bundled, text, chosen.work, chosen.steps, chosen.runs)
+        held = encode(tokenizer, held_out_documents(), begin)
         window = held[: WINDOWS * (LENGTH + 1)].reshape(WINDOWS, LENGTH + 1)
         measured = {
             "gradient error": gradient_errors(bundled, config, window),
             "powers": list(POWERS),
-            "planted": outliers(bundled, config, window),
+            "planted": outlier_losses(bundled, config, window),
         }
-    hardware = (
-        f"{processor()}, one thread, NumPy {np.__version__}, Python {platform.python_version()}"
-    )
-    made = (
-        values(runs)
-        | measured
-        | {"steps": chosen.steps, "batch": BATCH, "length": LENGTH, "model": chosen.model}
-    )
-    some = f" --runs {chosen.runs}" if chosen.runs < len(RUNS) else ""
-    write(
-        chosen.output,
-        Record(f"python -m refllm.experiments.fp8_training{some}", "A, B", hardware, made),
-    )
+    settings = {"steps": chosen.steps, "batch": BATCH, "length": LENGTH, "model": chosen.model}
+    command = "python -m refllm.experiments.fp8_training"
+    if chosen.runs < len(RUNS):
+        command += f" --runs {chosen.runs}"
+    made = values(runs) | measured | settings
+    write(chosen.output, Record(command, "A, B", one_thread(), made))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def draw(values: Values) -> Figure:
     fig = new_figure(6.2)
     against = values["against float32"]
     grid = fig.add_gridspec(2, len(against), height_ratios=(1.4, 1))
-    panels = []
+    panels: list[Axes] = []
     for column, start in enumerate(against):
         share = panels[0] if panels else None
         panels.append(fig.add_subplot(grid[0, column], sharex=share))

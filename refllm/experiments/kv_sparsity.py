@@ -1,53 +1,53 @@
 """What dropping tokens costs: the policies of ``kv.sparse`` beside two controls that hold
-as many.
+equally many.
 
-    python -m refllm.experiments.kv_sparsity        # writes figures/data/kv_sparsity.json;
+    python -m refllm.experiments.kv_sparsity   # writes figures/data/kv_sparsity.json;
     `refllm figures` draws it
 
 Held-out texts of ``PROMPT`` + ``NEW`` tokens: the prompt is read in full, then the policy
-drops, and the rest is read token by token, each given the true ones before. What is
+drops, and the rest is read token by token, each given the true tokens before it. What is
 measured is KL to the same network with all tokens in its cache, over those ``NEW`` tokens,
 in pairs with a control that keeps the newest tokens only.
 
-| task          | text                                                     | what it asks for             |
-|---------------|----------------------------------------------------------|------------------------------|
-| "as it comes" | held-out code                                            | mostly the neighbourhood     |
-| "a far copy"  | ``COPY`` tokens of code, other code, the same ones again | what stood there long before |
+| task          | text                                     | what it needs          |
+|---------------|------------------------------------------|------------------------|
+| "as it comes" | held-out code                            | mostly the last tokens |
+| "a far copy"  | ``COPY`` tokens of code, other code, the | what stood there long  |
+|               | first ones again                         | before                 |
 
-A small network looks at its neighbourhood, so the newest tokens are a strong control, and
-on code as it comes the techniques lose to it. They were made for something far back that is
-asked for at the end: the second task, of which ``without`` says how much worse the network
-is when the first copy is not in the text at all.
+A small network attends mostly to the last tokens, so the newest tokens are a strong control,
+and on ordinary code the techniques lose to it. They were made for text that asks at the end
+for something far back: the second task, where ``without`` says how much worse the network is
+when the first copy is not in the text at all.
 
-SnapKV and PyramidKV drop once, after the prompt, and keep what comes then: they hold more
+SnapKV and PyramidKV drop once, after the prompt, and keep all later tokens: they hold more
 tokens than their budget. Their control does the same. All are drawn by the tokens that a
 key head held at a step, in the mean. ``mass`` is the share of a text's last query's
 attention, with all tokens there, that falls on what a policy kept at the end, drawn by what
-it held then. What is kept at random is the mean of ``DRAWS`` draws; intervals are those of
-the texts.
+it held then. What is kept at random is the mean of ``DRAWS`` draws; intervals resample the
+texts.
 
-PyramidKV has SnapKV's window here, so that the budgets alone differ, and β = 4: with the
+PyramidKV has SnapKV's window here, so that only the budgets differ, and β = 4: with the
 paper's 20 its top layer would hold fewer tokens than vote.
 
-Left out: needles in haystacks (the network answers no questions), speed (a fused kernel has
-no weights to sum).
+The figure stands in ``kv_sparsity_figure``. Left out: needles in haystacks (the network
+answers no questions), speed (a fused kernel has no weights to sum).
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
-import refllm
 from refllm.api import Model, load
+from refllm.array_types import Json
 from refllm.backend import asarray_like, to_numpy
 from refllm.corpus import held_out_documents
 from refllm.decode.sampling import log_probabilities
@@ -62,8 +62,8 @@ from refllm.kv.sparse import (
     tova,
 )
 from refllm.kv.sparse_cache import SparseCache
-from refllm.measure.bootstrap import Interval, blocks, bootstrap_intervals
-from refllm.measure.device import processor
+from refllm.measure.bootstrap import blocks, bootstrap_intervals
+from refllm.measure.device import one_thread, versions
 from refllm.measure.records import Record, write
 from refllm.model.llama import forward, logits
 from refllm.quant.calibration_data import calibration_windows
@@ -74,30 +74,33 @@ TEXTS = 24
 COPY = 192
 DRAWS = 3
 BUDGETS = (64, 128, 256, 512)
-TASKS = ("as it comes", "a far copy")
+TASKS = ("as it comes", "a far copy")  # the names in the record
 CONTROL = "newest only"
 POLICIES: dict[str, Callable[[int], SparsePolicy]] = {
-    CONTROL: recent_only, "at random": at_random, "StreamingLLM": streaming, "H2O": h2o, "TOVA": tova,
-    "SnapKV": snapkv, "PyramidKV": lambda budget: pyramidkv(budget, window=32, beta=4.0),
-}  # fmt: skip
-BLOCK = 64  # tokens a block of the bootstrap
+    CONTROL: recent_only,
+    "at random": at_random,
+    "StreamingLLM": streaming,
+    "H2O": h2o,
+    "TOVA": tova,
+    "SnapKV": snapkv,
+    "PyramidKV": lambda budget: pyramidkv(budget, window=32, beta=4.0),
+}
+BLOCK = 64  # tokens per block of the bootstrap
 
 
 @dataclass(frozen=True)
 class Run:
-    """One policy over all texts: KL of each token [texts, new], tokens held a key head,
-    share of attention.
-    """
+    """One policy over all texts."""
 
-    kl: np.ndarray
-    held: float  # mean of the steps
+    kl: np.ndarray  # [texts, new], of each token
+    held: float  # tokens held per key head, mean of the steps
     last: float  # at the end
-    mass: float
+    mass: float  # share of the last query's attention
 
 
 class Experiment:
-    """Texts of a task, read once with everything in the cache, and then as each policy
-    keeps it.
+    """Texts of a task, read once with everything in the cache, and then with what each
+    policy keeps.
 
     In "a far copy" the last ``new`` tokens end the second copy of ``copy`` > ``new`` ones,
     begun within the prompt.
@@ -114,63 +117,54 @@ class Experiment:
     ):
         if task not in TASKS:
             raise ValueError(f"no task is called {task!r}; they are {', '.join(TASKS)}")
-        if not new < copy <= (prompt + new) // 2:
+        most = (prompt + new) // 2
+        if not new < copy <= most:
             raise ValueError(
-                f"two copies of {copy} tokens, the last {new} of them new, need {copy} within "
-                f"{new + 1}.."
-                f"{(prompt + new) // 2}"
+                f"two copies of {copy} tokens, the last {new} of them new, "
+                f"need {copy} within {new + 1}..{most}"
             )
         self.model = model
         self.prompt = prompt
         self.new = new
-        if model.config.bos_token_id is None:
-            begin = []
-        else:
-            begin = [model.config.bos_token_id]
+        begin = []
+        if model.config.bos_token_id is not None:
+            begin.append(model.config.bos_token_id)
         length = prompt + new - len(begin)
-        drawn = [
-            [int(t) for t in text]
-            for text in calibration_windows(
-                model.tokenizer, 2 * texts, length, 0, documents=held_out_documents()
-            )
-        ]
+        windows = calibration_windows(
+            model.tokenizer, 2 * texts, length, 0, documents=held_out_documents()
+        )
+        drawn = [[int(t) for t in window] for window in windows]
         if task == TASKS[1]:
-            drawn = [
-                [*a[:copy], *b[: length - 2 * copy], *a[:copy]]
-                for a, b in zip(drawn, drawn[texts:], strict=False)
-            ]
-        self.texts = [begin + text for text in drawn[:texts]]
-        self.after = len(begin) + copy  # where what follows the first copy begins
+            pairs = zip(drawn, drawn[texts:], strict=False)
+            drawn = [[*a[:copy], *b[: length - 2 * copy], *a[:copy]] for a, b in pairs]
+        self.texts = [begin + tokens for tokens in drawn[:texts]]
+        self.after = len(begin) + copy  # where the first copy has ended
 
     @cached_property
     def exact(self) -> np.ndarray:
         """log p of the network with all tokens, [texts, new, V]."""
         rows = slice(self.prompt - 1, self.prompt + self.new - 1)
-        return np.stack(
-            [to_numpy(log_probabilities(self.model.logits(text)[rows])) for text in self.texts]
-        )
+        return np.stack([self._log_p(tokens)[rows] for tokens in self.texts])
 
     @cached_property
     def loss(self) -> tuple[float, float]:
-        """Nats a new token, of the whole text and without its first ``copy`` tokens."""
-        return self._loss(self.exact), self._loss(
-            np.stack(
-                [
-                    to_numpy(
-                        log_probabilities(self.model.logits(text[self.after :])[-self.new - 1 : -1])
-                    )
-                    for text in self.texts
-                ]
-            )
-        )
+        """Nats per new token, of the whole text and without its first ``copy`` tokens."""
+        rows = slice(-self.new - 1, -1)
+        without = np.stack([self._log_p(tokens[self.after :])[rows] for tokens in self.texts])
+        return self._loss(self.exact), self._loss(without)
+
+    def _log_p(self, tokens: list[int]) -> np.ndarray:
+        """Log-probabilities after each token, [S, V]."""
+        return to_numpy(log_probabilities(self.model.logits(tokens)))
 
     def _loss(self, log_p: np.ndarray) -> float:
-        targets = np.array([text[self.prompt :] for text in self.texts])
+        """Mean loss of the new tokens; log_p[texts, new, V]."""
+        targets = np.array([tokens[self.prompt :] for tokens in self.texts])
         return -float(np.take_along_axis(log_p, targets[:, :, None], axis=-1).mean())
 
     def run(self, policy: SparsePolicy, seed: int = 0) -> Run:
-        """The prompt at once, text by text; then all texts together, a token of each a
-        step.
+        """The prompts one after another, each in one step; then all texts together, one
+        token of each per step.
         """
         model = self.model
         count = len(self.texts)
@@ -178,27 +172,27 @@ class Experiment:
         cache = SparseCache(
             model.config, count, like=like, policy=policy, rng=np.random.default_rng(seed)
         )
-        first = [
-            self._step(cache, [self.prompt * (b == at) for b in range(count)], text[: self.prompt])[
-                -1:
-            ]
-            for at, text in enumerate(self.texts)
-        ]
+        first = []
+        for at, tokens in enumerate(self.texts):
+            counts = [self.prompt if b == at else 0 for b in range(count)]
+            first.append(self._step(cache, counts, tokens[: self.prompt])[-1:])
         cache.finish_prompt()
         kl = [self._kl(np.concatenate(first), 0)]
         held = []
         for i in range(self.new - 1):
-            held.append(sum(k.positions.size for layer in cache.layers for k in layer))
-            z = self._step(cache, [1] * count, [text[self.prompt + i] for text in self.texts])
-            kl.append(self._kl(z, i + 1))
+            held.append(_tokens_held(cache))
+            newest = [tokens[self.prompt + i] for tokens in self.texts]
+            kl.append(self._kl(self._step(cache, [1] * count, newest), i + 1))
         heads = count * len(cache.layers) * model.config.num_key_value_heads
-        last = sum(k.positions.size for layer in cache.layers for k in layer)
         return Run(
-            np.stack(kl, axis=1), float(np.mean(held)) / heads, last / heads, self._mass(cache)
+            kl=np.stack(kl, axis=1),
+            held=float(np.mean(held)) / heads,
+            last=_tokens_held(cache) / heads,
+            mass=self._mass(cache),
         )
 
     def drawn(self, policy: SparsePolicy) -> Run:
-        """``run``, or the mean of some if the policy drops at random."""
+        """``run``, or the mean of ``DRAWS`` runs if the policy drops at random."""
         if policy.score != "random":
             return self.run(policy)
         runs = [self.run(policy, seed) for seed in range(DRAWS)]
@@ -207,50 +201,56 @@ class Experiment:
         return replace(runs[0], kl=kl, mass=mass)
 
     def _step(self, cache: SparseCache, counts: list[int], tokens: Sequence[int]) -> np.ndarray:
+        """Log-probabilities after a step: of every sequence in a decode step, else of the last
+        token.
+        """
         weights = self.model.weights
-        config = self.model.config
         placed = asarray_like([list(tokens), cache.positions(counts)], weights["norm"], "int64")
-        hidden = forward(weights, config, placed[0], placed[1], cache.view(counts))
+        hidden = forward(weights, self.model.config, placed[0], placed[1], cache.view(counts))
         cache.advance(counts)
-        return to_numpy(
-            log_probabilities(
-                logits(weights, hidden if sum(counts) == len(counts) else hidden[-1:])
-            )
-        )
+        if sum(counts) != len(counts):
+            hidden = hidden[-1:]
+        return to_numpy(log_probabilities(logits(weights, hidden)))
 
     def _kl(self, log_q: np.ndarray, i: int) -> np.ndarray:
+        """KL of the i-th new token of each text, [texts]."""
         log_p = self.exact[:, i]
         kl: np.ndarray = np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
         return kl
 
     @cached_property
-    def read(self) -> list[list[np.ndarray]]:
-        """What each text's last query reads of all its tokens, [texts][layers] of [G, S]."""
+    def attention(self) -> list[list[np.ndarray]]:
+        """Attention of each text's last query over all its tokens, [texts][layers] of
+        [G, S].
+        """
         found = []
-        for text in self.texts:
+        for tokens in self.texts:
             everything = SparseCache(
-                self.model.config, 1, like=self.model.weights["norm"], policy=tova(len(text))
+                self.model.config, 1, like=self.model.weights["norm"], policy=tova(len(tokens))
             )
-            self._step(everything, [len(text) - 1], text[:-1])
+            self._step(everything, [len(tokens) - 1], tokens[:-1])
             found.append([to_numpy(layer[0].scores) for layer in everything.layers])
         return found
 
     def _mass(self, cache: SparseCache) -> float:
-        """The share of what each text's last query reads that falls on what is kept, the
+        """The share of each text's last query's attention that falls on what is kept, the
         mean of texts and layers.
         """
         shares = [
-            np.take_along_axis(read, to_numpy(layer[b].positions), axis=1).sum(axis=1).mean()
-            for b, layers in enumerate(self.read)
-            for read, layer in zip(layers, cache.layers, strict=True)
+            np.take_along_axis(scores, to_numpy(layer[b].positions), axis=1).sum(axis=1).mean()
+            for b, layers in enumerate(self.attention)
+            for scores, layer in zip(layers, cache.layers, strict=True)
         ]
         return float(np.mean(shares))
 
 
-def rows(
-    experiment: Experiment, task: str, budgets: Sequence[int] = BUDGETS
-) -> list[dict[str, Any]]:
-    """The table of a task: every policy at every budget that holds what it must."""
+def _tokens_held(cache: SparseCache) -> int:
+    """Tokens in all key heads of all layers and sequences."""
+    return sum(int(k.positions.size) for layer in cache.layers for k in layer)
+
+
+def rows(experiment: Experiment, task: str, budgets: Sequence[int] = BUDGETS) -> list[Json]:
+    """The table of a task: every policy at every budget that its window fits into."""
     found = []
     for budget in budgets:
         controls: dict[bool, Run] = {}  # by whether tokens are dropped at every step
@@ -284,11 +284,11 @@ def rows(
 
 
 def _interval(each: np.ndarray) -> list[float]:
+    """[mean, low, high] of values [texts, new]."""
     texts = np.repeat(np.arange(len(each)), each.shape[1])
-    got: Interval = bootstrap_intervals(
-        [each.reshape(-1)], blocks(texts, BLOCK), np.random.default_rng(0)
-    )[0]
-    return [got.mean, got.low, got.high]
+    rng = np.random.default_rng(0)
+    found = bootstrap_intervals([each.reshape(-1)], blocks(texts, BLOCK), rng)[0]
+    return [found.mean, found.low, found.high]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -296,46 +296,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m refllm.experiments.kv_sparsity", description=main.__doc__
     )
-    parser.add_argument("--model", default="stdlib", help="a bundled name or a checkpoint")
-    parser.add_argument("--output", type=Path, default=Path("figures/data/kv_sparsity.json"))
-    parser.add_argument("--texts", type=int, default=TEXTS, help="held-out texts")
-    parser.add_argument("--prompt", type=int, default=PROMPT, help="tokens that are read at once")
-    parser.add_argument(
-        "--new", type=int, default=NEW, help="tokens that are read one by one and scored"
-    )
-    parser.add_argument("--copy", type=int, default=COPY, help="tokens of a far copy")
-    parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
+    add = parser.add_argument
+    add("--model", default="stdlib", help="a bundled name or a checkpoint")
+    add("--output", type=Path, default=Path("figures/data/kv_sparsity.json"))
+    add("--texts", type=int, default=TEXTS, help="held-out texts")
+    add("--prompt", type=int, default=PROMPT, help="tokens that are read in one step")
+    add("--new", type=int, default=NEW, help="tokens that are read one by one and scored")
+    add("--copy", type=int, default=COPY, help="tokens of a far copy")
+    add("--budgets", type=int, nargs="+", default=BUDGETS)
     chosen = parser.parse_args(arguments)
-    from threadpoolctl import threadpool_limits
-
+    sizes = (chosen.texts, chosen.prompt, chosen.new, chosen.copy)
+    table = []
+    losses = {}
     with threadpool_limits(limits=1, user_api="blas"):
         model = load(chosen.model, backend="numpy")
-        table = []
-        losses = {}
         for task in TASKS:
-            experiment = Experiment(
-                model, task, chosen.texts, chosen.prompt, chosen.new, chosen.copy
-            )
+            experiment = Experiment(model, task, *sizes)
             table += rows(experiment, task, chosen.budgets)
             losses[task] = dict(zip(("whole", "without"), experiment.loss, strict=True))
-        values = {
-            "model": Path(chosen.model).name,
-            "texts": chosen.texts,
-            "prompt": chosen.prompt,
-            "new": chosen.new,
-            "copy": chosen.copy,
-            "loss": losses,
-            "rows": table,
-            "versions": {
-                "refllm": refllm.__version__,
-                "python": platform.python_version(),
-                "numpy": np.__version__,
-            },
-        }
-    hardware = (
-        f"{processor()}, one thread, NumPy {np.__version__}, Python {platform.python_version()}"
-    )
-    write(chosen.output, Record("python -m refllm.experiments.kv_sparsity", "A", hardware, values))
+    values = {
+        "model": Path(chosen.model).name,
+        "texts": chosen.texts,
+        "prompt": chosen.prompt,
+        "new": chosen.new,
+        "copy": chosen.copy,
+        "loss": losses,
+        "rows": table,
+        "versions": versions(),
+    }
+    command = "python -m refllm.experiments.kv_sparsity"
+    write(chosen.output, Record(command, "A", one_thread(), values))
 
 
 if __name__ == "__main__":

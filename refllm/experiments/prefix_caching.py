@@ -176,7 +176,13 @@ def measure(model: Model, make: Callable[[], Program], size: int, rounds: int) -
     return rows
 
 
-def speedup(c_p: float, c_d: float, P: int, O: int, hit: float) -> float:  # noqa: E741 (the symbols of the table)
+def speedup(
+    c_p: float,
+    c_d: float,
+    P: int,
+    O: int,
+    hit: float,  # noqa: E741 (symbols of the table)
+) -> float:
     """The speedup of a cache with this hit rate, if the time of a step is the sum over its
     tokens.
 

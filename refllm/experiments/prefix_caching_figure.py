@@ -32,7 +32,9 @@ def draw(values: Values) -> Figure:
     programs = values["programs"]
     sizes = sorted({row["memory"] for rows in programs.values() for row in rows})
     fig = new_figure(6.2)
-    upper, lower = fig.subfigures(2, 1, height_ratios=(1, 1))
+    grid = fig.add_gridspec(2, 1)
+    upper = fig.add_subfigure(grid[0])
+    lower = fig.add_subfigure(grid[1])
     panels = upper.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
     for panel, size in zip(panels, sizes, strict=True):
         _draw_hit_rates(panel, programs, size)

@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -152,7 +153,7 @@ def table(bench: HeldOutBench, wanted: Sequence[Cell], cache: Path) -> Iterator[
     nearest: dict[tuple[int, int, str], np.ndarray] = {}  # KL of each token [T]
     for cell in wanted:
         file = cache / f"{cell_key(bench, cell)}.json"
-        found = computed_once(file, lambda cell=cell: measure(bench, cell))
+        found = computed_once(file, partial(measure, bench, cell))
         row: Json = found["row"]
         kl = np.asarray(found["kl"])
         place = (cell.bits, cell.group, cell.rule)

@@ -13,13 +13,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from refllm.array_types import Json
 from refllm.measure.device import DEVICES, DeviceSpec
 from refllm.measure.memory import LLAMA_8B
-from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, axes, coloured, styled
+from refllm.measure.plotting import (
+    FULL,
+    MORE,
+    NEAREST,
+    TECHNIQUE,
+    annotate_right,
+    axes,
+    coloured,
+    styled,
+)
 from refllm.measure.records import Record, Values, write
 from refllm.measure.roofline import Cost, step_cost
 
@@ -28,117 +38,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@styled
-def draw_roofline(values: Values) -> Figure:
-    """{"devices": [{name, peak_flops, peak_bandwidth}], "points": [{label, intensity,
-    flops_per_second?}]}.
-
-    A point without a measured rate stands on the first device's roof: the most that it can
-    reach.
-    """
-    title = values.get("title", "Roofline")
-    fig, ax = axes(title, "arithmetic intensity (FLOP per byte)", "rate (FLOP per second)")
-    devices = values["devices"]
-    points = values["points"]
-    ridges = [d["peak_flops"] / d["peak_bandwidth"] for d in devices]
-    shown = [p["intensity"] for p in points] + ridges
-    x = np.geomspace(min(shown) / 20, max(shown) * 4, 400)  # room for the labels on the left
-    for colour, (device, ridge) in coloured(
-        (FULL, NEAREST, *MORE), zip(devices, ridges, strict=True)
-    ):
-        roof = np.minimum(device["peak_flops"], x * device["peak_bandwidth"])
-        ax.plot(x, roof, color=colour, label=f"{device['name']}: ridge at {ridge:.3g} FLOP/byte")
-        ax.axvline(ridge, color=colour, lw=0.8, ls=":")
-    for point in points:
-        _point(ax, point, devices[0], points)
-    if any("flops_per_second" not in point for point in points):
-        ax.plot(
-            [],
-            [],
-            "o",
-            color=TECHNIQUE,
-            ms=7,
-            label=f"the most that {devices[0]['name']} can reach, not measured",
-        )
-    if any("flops_per_second" in point for point in points):
-        ax.plot([], [], "o", color=TECHNIQUE, ms=7, label="measured")
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set_xlim(x[0], x[-1])
-    ax.set_ylim(top=4 * max(d["peak_flops"] for d in devices))
-    ax.legend(loc="lower right", fontsize=8.5)
-    return fig
-
-
-def _point(ax: Axes, point: Values, device: Values, points: Sequence[Values]) -> None:
-    """A step, named where the roof does not pass: beside or over its roof if it stands on
-    it, else under it.
-    """
-    intensity = point["intensity"]
-    slope = point["intensity"] < device["peak_flops"] / device["peak_bandwidth"]
-    rate = point.get(
-        "flops_per_second", min(device["peak_flops"], intensity * device["peak_bandwidth"])
-    )
-    ax.plot(intensity, rate, "o", color=TECHNIQUE, ms=7, zorder=3)
-    text: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8.5, "zorder": 4}
-    if "flops_per_second" in point:
-        # lower where the next point stands close by, so that their names do not meet
-        close = [
-            p
-            for p in points
-            if 1 < p["intensity"] / intensity < 8 and p.get("flops_per_second", inf) < 3 * rate
-        ]
-        offset, ha = ((8, -2 - 12 * len(close)), "left") if slope else ((0, -8), "center")
-        text |= {"va": "top", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.5}}
-    else:
-        offset, ha = ((-9, 0), "right") if slope else ((0, 8), "center")
-        text |= {"va": "center" if slope else "bottom"}
-    ax.annotate(point["label"], (intensity, rate), xytext=offset, ha=ha, **text)
-
-
-@styled
-def draw_decode_cost(values: Values) -> Figure:
-    """{"title", "unit", "rows": [{"label", "parts": {part: time}}]} → where a step's time
-    goes, stacked bars.
-    """
-    rows: Sequence[Any] = values["rows"]
-    fig, ax = axes(
-        values["title"],
-        f"time per step ({values['unit']})",
-        "",
-        figsize=(7.2, 1.6 + 0.42 * len(rows)),
-    )
-    names = list(dict.fromkeys(part for row in rows for part in row["parts"]))
-    left = np.zeros(len(rows))
-    for colour, name in coloured((FULL, TECHNIQUE, NEAREST, *MORE), names):
-        widths = np.asarray([row["parts"].get(name, 0.0) for row in rows])
-        ax.barh(range(len(rows)), widths, left=left, color=colour, label=name, height=0.68)
-        left += widths
-    for y, total in enumerate(left):
-        ax.annotate(
-            f"{total:.3g}",
-            (total, y),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8.5,
-        )
-    ax.set_yticks(range(len(rows)), [row["label"] for row in rows])
-    ax.invert_yaxis()
-    ax.grid(visible=False, axis="y")
-    ax.set_xlim(0, 1.1 * max(left))  # room for the number behind the longest bar
-    fig.legend(loc="outside upper right", ncols=len(names), fontsize=8.5)
-    return fig
-
-
-def plot_roofline(devices: Sequence[DeviceSpec], points: Mapping[str, Cost]) -> Any:
-    """The roofline of one or more devices with steps as points on the first one's: a
-    matplotlib Figure.
-    """
+def plot_roofline(devices: Sequence[DeviceSpec], points: Mapping[str, Cost]) -> Figure:
+    """The roofline of one or more devices, with steps as points on the first one's."""
     return draw_roofline(roofline_data(devices, points))
 
 
-def roofline_data(devices: Sequence[DeviceSpec], points: Mapping[str, Cost]) -> dict[str, Any]:
+def roofline_data(devices: Sequence[DeviceSpec], points: Mapping[str, Cost]) -> Json:
     """Values of the figure ``roofline``: each device's roof, and where each step stands on
     the first one's.
 
@@ -146,10 +51,10 @@ def roofline_data(devices: Sequence[DeviceSpec], points: Mapping[str, Cost]) -> 
     axis has no place for it.
     """
     if not devices or not all(0 < c.intensity < inf for c in points.values()):
+        intensities = {label: c.intensity for label, c in points.items()}
         raise ValueError(
-            "roofline: needs a device, and steps of finite intensity above 0, got "
-            f"{len(devices)} devices "
-            f"and { ({label: c.intensity for label, c in points.items()}) }"
+            "roofline: needs a device, and steps of finite intensity above 0, "
+            f"got {len(devices)} devices and {intensities}"
         )
     return {
         "devices": [
@@ -165,12 +70,12 @@ def roofline_data(devices: Sequence[DeviceSpec], points: Mapping[str, Cost]) -> 
     }
 
 
-def decode_cost_data(title: str, device: DeviceSpec, steps: Mapping[str, Cost]) -> dict[str, Any]:
+def decode_cost_data(title: str, device: DeviceSpec, steps: Mapping[str, Cost]) -> Json:
     """Values of the figure ``decode_cost``: what each step's projected time consists of, in
     milliseconds.
 
-    Memory traffic first, by what is read; then the arithmetic that does not hide behind it;
-    then the overhead. The parts sum to ``projected_seconds``.
+    Memory traffic first, by what is read; then the arithmetic that takes longer than the
+    traffic; then the overhead. The parts sum to ``projected_seconds``.
     """
     rows = []
     for label, cost in steps.items():
@@ -183,6 +88,116 @@ def decode_cost_data(title: str, device: DeviceSpec, steps: Mapping[str, Cost]) 
         }
         rows.append({"label": label, "parts": {k: 1e3 * v for k, v in parts.items() if v}})
     return {"title": title, "unit": "ms", "rows": rows}
+
+
+# --- the figures --------------------------------------------------------------------------
+
+
+@styled
+def draw_roofline(values: Values) -> Figure:
+    """{"devices": [{name, peak_flops, peak_bandwidth}], "points": [{label, intensity,
+    flops_per_second?}]}.
+
+    A point without a measured rate stands on the first device's roof: an upper bound.
+    """
+    title = values.get("title", "Roofline")
+    fig, ax = axes(
+        title, "arithmetic intensity (FLOP per byte, log)", "rate (FLOP per second, log)"
+    )
+    devices = values["devices"]
+    points = values["points"]
+    ridges = [d["peak_flops"] / d["peak_bandwidth"] for d in devices]
+    shown = [p["intensity"] for p in points] + ridges
+    x = np.geomspace(min(shown) / 20, max(shown) * 4, 400)  # room for the labels on the left
+    for colour, (device, ridge) in coloured(
+        (FULL, NEAREST, *MORE), zip(devices, ridges, strict=True)
+    ):
+        roof = np.minimum(device["peak_flops"], x * device["peak_bandwidth"])
+        ax.plot(x, roof, color=colour, label=f"{device['name']}: ridge at {ridge:.3g} FLOP/byte")
+        ax.axvline(ridge, color=colour, lw=0.8, ls=":")
+    for point in points:
+        _draw_point(ax, point, devices[0], points)
+    measured = ["flops_per_second" in point for point in points]
+    if not all(measured):
+        label = f"upper bound on {devices[0]['name']}, not measured"
+        ax.plot([], [], "o", color=TECHNIQUE, ms=7, label=label)
+    if any(measured):
+        ax.plot([], [], "o", color=TECHNIQUE, ms=7, label="measured")
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlim(x[0], x[-1])
+    ax.set_ylim(top=4 * max(d["peak_flops"] for d in devices))
+    ax.legend(loc="lower right", fontsize=8.5)
+    return fig
+
+
+def _draw_point(ax: Axes, point: Json, device: Json, points: Sequence[Json]) -> None:
+    """A step, labelled where the roof does not pass: beside or above its roof if it stands
+    on it, else below it.
+    """
+    intensity = point["intensity"]
+    memory_bound = intensity < device["peak_flops"] / device["peak_bandwidth"]
+    roof = min(device["peak_flops"], intensity * device["peak_bandwidth"])
+    rate = point.get("flops_per_second", roof)
+    ax.plot(intensity, rate, "o", color=TECHNIQUE, ms=7, zorder=3)
+    box = None
+    if "flops_per_second" not in point:
+        if memory_bound:
+            place = ((-9, 0), "right", "center")
+        else:
+            place = ((0, 8), "center", "bottom")
+    else:
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        if memory_bound:
+            # lower where the next points stand close by, so that their labels do not meet
+            close = [
+                p
+                for p in points
+                if 1 < p["intensity"] / intensity < 8 and p.get("flops_per_second", inf) < 3 * rate
+            ]
+            place = ((8, -2 - 12 * len(close)), "left", "top")
+        else:
+            place = ((0, -8), "center", "top")
+    offset, horizontal, vertical = place
+    ax.annotate(
+        point["label"],
+        (intensity, rate),
+        xytext=offset,
+        textcoords="offset points",
+        ha=horizontal,
+        va=vertical,
+        fontsize=8.5,
+        zorder=4,
+        bbox=box,
+    )
+
+
+@styled
+def draw_decode_cost(values: Values) -> Figure:
+    """{"title", "unit", "rows": [{"label", "parts": {part: time}}]} → where the time of a step
+    goes, stacked bars.
+    """
+    rows = values["rows"]
+    fig, ax = axes(
+        values["title"],
+        f"time per step ({values['unit']})",
+        "",
+        figsize=(7.2, 1.6 + 0.42 * len(rows)),
+    )
+    names = list(dict.fromkeys(part for row in rows for part in row["parts"]))
+    left = np.zeros(len(rows))
+    for colour, name in coloured((FULL, TECHNIQUE, NEAREST, *MORE), names):
+        widths = np.asarray([row["parts"].get(name, 0.0) for row in rows])
+        ax.barh(range(len(rows)), widths, left=left, color=colour, label=name, height=0.68)
+        left += widths
+    for y, total in enumerate(left):
+        annotate_right(ax, f"{total:.3g}", float(total), y, 4)
+    ax.set_yticks(range(len(rows)), [row["label"] for row in rows])
+    ax.invert_yaxis()
+    ax.grid(visible=False, axis="y")
+    ax.set_xlim(0, 1.1 * max(left))  # room for the label behind the longest bar
+    fig.legend(loc="outside upper right", ncols=len(names), fontsize=8.5)
+    return fig
 
 
 def main(folder: str = "figures/data") -> None:

@@ -13,8 +13,8 @@ held-out text (``held_out_bench``).
 |-----------|------------------------------------------------------------------------------|
 | as it is  | a small network: its channels are nearly alike, so choosing them well gains  |
 |           | less than in the paper                                                       |
-| "planted" | with injected outlier channels (``outlier_injection``, ``FACTOR`` times),    |
-|           | whose small weights RTN rounds to zero: activations tell which they are, the |
+| with      | with injected outlier channels (``outlier_injection``, ``FACTOR`` times),    |
+| outliers  | whose small weights RTN rounds to zero: activations tell which they are, the |
 |           | size of the weights tells the opposite                                       |
 
 Finished rows are kept in ``--cache``. Left out: mixed rows in a real layout; what scaling
@@ -27,6 +27,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,7 +73,7 @@ TOKENS = 2048  # of calibration text that the channels are chosen by
 class Choice:
     """Which channels keep their weights; ``by`` None: none."""
 
-    network: str  # "as it is" or "planted", with injected outliers
+    network: str  # as in the record: without or with injected outliers
     by: str | None
     fraction: float
     seed: int | None = None
@@ -166,7 +167,7 @@ class Experiment:
         for choice in wanted:
             settings = [asdict(choice), asdict(self.scheme), FACTOR, CHANNELS, TOKENS]
             key = digest_of(self.bench.settings, *settings)
-            yield computed_once(cache / f"{key}.json", lambda choice=choice: self.measure(choice))
+            yield computed_once(cache / f"{key}.json", partial(self.measure, choice))
 
 
 # --- the figure ---------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def draw_blocks(values: Values) -> Figure:
     names = {FREE: "free", CACHED: "cached, not in use", SHARED: "shared by several requests"}
     patches: list[object] = [Patch(facecolor=special[code], edgecolor="#999999") for code in names]
     patches.append(tuple(Patch(facecolor=colour) for colour in REQUESTS[:4]))
-    fig.legend(
+    fig.legend(  # type: ignore[call-overload]  # handles may be tuples, which the stubs omit
         patches,
         [*names.values(), "one request's own (colours in turn)"],
         loc="outside upper left",

@@ -29,6 +29,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -174,7 +175,7 @@ class Experiment:
         """The rows of ``wanted``, each computed or taken from ``cache``."""
         for case in wanted:
             key = digest_of(self.bench.settings, asdict(case), self.factor, self.share, self.seed)
-            yield computed_once(cache / f"{key}.json", lambda case=case: self.measure(case))
+            yield computed_once(cache / f"{key}.json", partial(self.measure, case))
 
 
 # --- the figure ---------------------------------------------------------------------------
@@ -192,9 +193,9 @@ def draw(values: Values) -> Figure:
     """
     fig = new_figure(6.2)
     # apart, so that the long names below do not make the upper plot narrow
-    upper, lower = fig.subfigures(2, 1)
-    _draw_alpha(upper.subplots(), values)
-    _draw_cases(lower.subplots(), values["rows"])
+    grid = fig.add_gridspec(2, 1)
+    _draw_alpha(fig.add_subfigure(grid[0]).subplots(), values)
+    _draw_cases(fig.add_subfigure(grid[1]).subplots(), values["rows"])
     return fig
 
 

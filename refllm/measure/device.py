@@ -90,9 +90,7 @@ def measure_machine(
         gemm = _median_seconds(lambda: np.matmul(a, a, out=out), repeats)
         x, y = np.ones((2, megabytes * 1_000_000 // 8), np.float32)
         read = _median_seconds(lambda: np.dot(x, y), repeats)
-        blas: Json = next(
-            (p for p in threadpool_info() if p.get("user_api") == "blas"), {}
-        )
+        blas: Json = next((p for p in threadpool_info() if p.get("user_api") == "blas"), {})
     name = f"{processor()}, float32, {threads} thread{'s' if threads > 1 else ''}"
     library = f"{blas.get('internal_api', 'unknown BLAS')} {blas.get('version', '')}"
     source = (

@@ -15,9 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from refllm.array_types import Json
 from refllm.measure.records import Values
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ NEAREST = "#e69f00"  # round to nearest
 TECHNIQUE = "#0072b2"
 MORE = ("#009e73", "#cc79a7", "#56b4e9", "#d55e00")  # further series, in this order
 SERIES = (TECHNIQUE, NEAREST, FULL, *MORE)
-STYLE: Json = {
+STYLE: Any = {  # Any, since matplotlib types its settings one by one
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters on every machine
     "font.size": 10,
     "axes.titlesize": 11.5,

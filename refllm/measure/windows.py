@@ -137,6 +137,30 @@ def plan_windows(
         if there is nothing to score, a token lies outside the vocabulary, or ``max_tokens``
         is below 1.
     """
+    names, tokens, sizes = _tokenize_all(model, documents, max_tokens)
+    found = [
+        Window(d, *w) for d, ids in enumerate(tokens) for w in windows(len(ids), window, stride)
+    ]
+    if not found:
+        raise ValueError(
+            "nothing to score: no document has two tokens, the beginning token included"
+        )
+    spans = [(w.document, slice(w.begin + w.first + 1, w.end + 1)) for w in found]
+    return WindowPlan(
+        tuple(names),
+        tuple(tokens),
+        tuple(found),
+        targets=np.concatenate([tokens[d][s] for d, s in spans]),
+        token_bytes=np.concatenate([sizes[d][s] for d, s in spans]),
+        context=np.concatenate([np.arange(w.first + 1, w.end - w.begin + 1) for w in found]),
+        document=np.concatenate([np.full(s.stop - s.start, d) for d, s in spans]),
+    )
+
+
+def _tokenize_all(
+    model: LanguageModel, documents: Iterable[DocumentLike] | DocumentLike, max_tokens: int | None
+) -> tuple[list[str], list[np.ndarray], list[np.ndarray]]:
+    """Names, token ids and bytes of each document, up to ``max_tokens`` scored tokens."""
     bos = model.config.bos_token_id
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
@@ -158,23 +182,7 @@ def plan_windows(
         sizes.append(size)
         if budget == 0:
             break
-    found = [
-        Window(d, *w) for d, ids in enumerate(tokens) for w in windows(len(ids), window, stride)
-    ]
-    if not found:
-        raise ValueError(
-            "nothing to score: no document has two tokens, the beginning token included"
-        )
-    spans = [(w.document, slice(w.begin + w.first + 1, w.end + 1)) for w in found]
-    return WindowPlan(
-        tuple(names),
-        tuple(tokens),
-        tuple(found),
-        targets=np.concatenate([tokens[d][s] for d, s in spans]),
-        token_bytes=np.concatenate([sizes[d][s] for d, s in spans]),
-        context=np.concatenate([np.arange(w.first + 1, w.end - w.begin + 1) for w in found]),
-        document=np.concatenate([np.full(s.stop - s.start, d) for d, s in spans]),
-    )
+    return names, tokens, sizes
 
 
 def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:

@@ -89,7 +89,8 @@ def test_the_command_writes_what_the_figure_is_drawn_from(tmp_path, monkeypatch,
     for name, value in (("LENGTH", 40), ("WINDOWS", 2), ("WINDOW", 24)):
         monkeypatch.setattr(held_out_bench, name, value)
     output = tmp_path / "salience.json"
-    command = f"--model {directory} --output {output} --cache {tmp_path / 'c'} --excerpts 2 --group 8".split()
+    paths = f"--model {directory} --output {output} --cache {tmp_path / 'c'}"
+    command = f"{paths} --excerpts 2 --group 8".split()
     salience.main(command)
     told = capsys.readouterr().err.splitlines()
     assert len(told) == len(choices())

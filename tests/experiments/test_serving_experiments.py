@@ -57,7 +57,7 @@ def test_the_recorded_batches_are_the_papers_within_eight_percent():
     )
 
 
-def test_the_recorded_shares_are_those_of_the_article():
+def test_the_recorded_shares_of_useful_slots_are_about_those_of_the_closed_form():
     useful = {
         row["batch"]: row
         for row in read(ROOT / "figures" / "data" / "batching.json").values["useful"]
@@ -91,7 +91,7 @@ def test_larger_blocks_hold_no_more():
     assert used[0] > used[1] > used[2]
 
 
-def test_a_mean_of_no_steps_is_refused():
+def test_a_mean_of_no_steps_is_rejected():
     run = paging.simulate_policy("paged", paging.sharegpt_requests(0, 2))
     with pytest.raises(ValueError, match="no step was counted"):
         _ = run.saturated.batch

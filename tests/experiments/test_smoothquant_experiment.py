@@ -118,9 +118,8 @@ def test_the_command_writes_what_the_figure_is_drawn_from(tmp_path, monkeypatch,
     for name, value in (("LENGTH", 40), ("WINDOWS", 2), ("WINDOW", 24)):
         monkeypatch.setattr(held_out_bench, name, value)
     output = tmp_path / "smoothquant.json"
-    smoothquant.main(
-        f"--model {directory} --output {output} --cache {tmp_path / 'c'} --excerpts 2 --alphas 0.5 1".split()
-    )
+    paths = f"--model {directory} --output {output} --cache {tmp_path / 'c'}"
+    smoothquant.main(f"{paths} --excerpts 2 --alphas 0.5 1".split())
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 3 + 3 * (4 + 1) + 4
     assert told[0].startswith("[1/22] outliers in nothing, O1, not smoothed: ")

@@ -352,7 +352,7 @@ def test_a_picture_without_data_is_named(folder):
     assert "drawn_by_hand.png is drawn from no data" in complaint
 
 
-def test_redraw_draws_what_has_data_and_refuses_what_is_asked_for_without(folder):
+def test_redraw_draws_what_has_data_and_rejects_what_is_asked_for_without(folder):
     for file in {FIGURES[name][0] for name in FIGURES} - {"kv_memory.json"}:
         (folder / "data" / file).unlink()
     assert [p.name for p in redraw(folder=folder)] == ["kv_memory.png"]
@@ -362,7 +362,7 @@ def test_redraw_draws_what_has_data_and_refuses_what_is_asked_for_without(folder
         redraw(["no such figure"], folder)
 
 
-def test_data_of_another_shape_is_refused_by_file_and_the_old_picture_stays(folder):
+def test_data_of_another_shape_is_rejected_by_file_and_the_old_picture_stays(folder):
     redraw(["kv_memory"], folder)
     before = (folder / "kv_memory.png").read_bytes()
     path = folder / "data" / "kv_memory.json"
@@ -483,7 +483,8 @@ def test_save_takes_any_figure(tmp_path):
 
 
 def test_pyplot_is_never_imported():
-    code = "import refllm.figures as f, sys; f.FIGURES['kv_memory'][1]({'contexts': [1], 'lines': {}}); "
+    code = "import refllm.figures as f, sys; "
+    code += "f.FIGURES['kv_memory'][1]({'contexts': [1], 'lines': {}}); "
     code += "assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

@@ -138,7 +138,7 @@ def test_one_unit_gives_no_interval():
         ([1.0, 2.0], {"confidence": 1.0}, "confidence"),
     ],
 )
-def test_bad_input_is_refused(values, options, message):
+def test_bad_input_is_rejected(values, options, message):
     with pytest.raises(ValueError, match=message):
         bootstrap_intervals(
             [np.asarray(values)], np.arange(len(values)), np.random.default_rng(0), **options

@@ -119,7 +119,7 @@ def test_a_reference_that_was_kept_is_the_reference(documents, seed, shape):
         assert again.kl.high == pytest.approx(plain.kl.high, abs=TOLERANCE)
 
 
-def test_a_reference_that_was_kept_otherwise_is_refused():
+def test_a_reference_that_was_kept_otherwise_is_rejected():
     model = tiny_model()
     tokens = list(range(1, 30))
     rng = np.random.default_rng(0)
@@ -143,7 +143,7 @@ def test_the_unit_of_the_interval_is_stated():
     assert by_block.kl.low < by_block.kl.mean < by_block.kl.high
 
 
-def test_models_that_read_different_tokens_are_refused():
+def test_models_that_read_different_tokens_are_rejected():
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="different tokens"):
         compare(tiny_model(vocab_size=257), tiny_model(vocab_size=300), "return self", rng=rng)

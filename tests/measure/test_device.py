@@ -10,7 +10,7 @@ from refllm.measure import device as device_module
 from refllm.measure.device import DEVICES, DeviceSpec, measure_machine
 
 
-def test_this_machine_is_measured_and_says_how(monkeypatch):
+def test_this_machine_is_measured_and_described(monkeypatch):
     device = measure_machine(1, size=64, megabytes=1, repeats=3)
     assert device.peak_flops > 1e6
     assert device.peak_bandwidth > 1e6
@@ -56,6 +56,6 @@ def test_named_devices_say_where_their_peaks_come_from():
 @pytest.mark.parametrize(
     "numbers", [(0, 1), (1, 0), (-1, 1), (1, float("nan")), (float("inf"), 1), (1, 1, -1)]
 )
-def test_a_device_without_speed_is_refused(numbers):
+def test_a_device_without_speed_is_rejected(numbers):
     with pytest.raises(ValueError, match="a device needs finite peaks"):
         DeviceSpec("broken", *numbers)

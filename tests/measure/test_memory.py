@@ -63,7 +63,7 @@ def test_weight_bytes_are_those_of_the_tree(config):
     st.sampled_from(["float16", "float32", "float64"]),
 )
 @pytest.mark.theorem(
-    "KV bytes by formula, 2·L·G·D·b a token, are the bytes that the cache allocated",
+    "KV bytes by formula, 2·L·G·D·b per token, are the bytes that the cache allocated",
     source="counting: a key and a value for each layer, key head and dimension",
 )
 def test_kv_bytes_are_those_of_the_cache(config, sequences, tokens, dtype):
@@ -106,7 +106,7 @@ def test_what_fits_is_the_most_that_fits(budget, sequences, bits, kv_bits):
 @pytest.mark.theorem(
     "A 70B model (80 layers, 64 heads of 128) needs 262.144 GB for 100,000 tokens in fp16, "
     "with 8 KV heads 32.768 GB",
-    source="2·80·64·128·2 B · 100,000; the article's 40 GB is neither",
+    source="2·80·64·128·2 B · 100,000; the 40 GB of Lu 2025, §1.11, is neither",
 )
 def test_the_70b_example():
     assert list(long_context_example().values()) == [262_144_000_000, 32_768_000_000]
@@ -147,6 +147,6 @@ def test_sizes_are_printed_in_decimal_and_binary():
         lambda: max_sequences(LLAMA_8B, 1e9, 0),
     ],
 )
-def test_impossible_sizes_are_refused(call):
+def test_impossible_sizes_are_rejected(call):
     with pytest.raises(ValueError, match=r"must be positive|sequence|context|budget"):
         call()

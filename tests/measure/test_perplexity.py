@@ -104,7 +104,7 @@ def test_sharing_a_forward_pass_changes_nothing(documents, shape, batch, rows):
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60), windowings)
 @pytest.mark.theorem(
-    "A uniform model over the 256 bytes needs exactly 8 bits a byte, for any text and any windows",
+    "A uniform model over the 256 bytes needs exactly 8 bits per byte, for any text and windows",
     source="Shannon 1948",
 )
 def test_uniform_bytes_cost_eight_bits(text, shape):
@@ -123,7 +123,7 @@ def test_uniform_bytes_cost_eight_bits(text, shape):
     st.integers(257, 300),
 )
 @pytest.mark.theorem(
-    "A uniform model over V tokens scores log2(V) · tokens / bytes bits a byte, whatever the "
+    "A uniform model over V tokens scores log2(V) · tokens / bytes bits per byte, whatever the "
     "tokenisation",
     source="Shannon 1948",
 )
@@ -138,7 +138,7 @@ def test_uniform_tokens_cost_log_v(text, vocab):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_logit_that_is_not_finite_is_refused_with_its_place(value):
+def test_a_logit_that_is_not_finite_is_rejected_with_its_place(value):
     model = tiny_model()
     head = np.zeros((257, 16))
     bad = Record(

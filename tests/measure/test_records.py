@@ -1,4 +1,4 @@
-"""Records keep their provenance: round trip, and refusal of what has none."""
+"""Records keep their provenance: round trip, and what has none is rejected."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_round_trip(tmp_path_factory, values, kind):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_numbers_that_are_not_finite_are_refused_with_their_place(tmp_path, value):
+def test_numbers_that_are_not_finite_are_rejected_with_their_place(tmp_path, value):
     with pytest.raises(ValueError, match=r"values\.a\[1\]\.b"):
         write(tmp_path / "x.json", Record("make x", "A", "none", {"a": [0, {"b": value}]}))
     assert not (tmp_path / "x.json").exists()
@@ -46,7 +46,7 @@ def test_numbers_that_are_not_finite_are_refused_with_their_place(tmp_path, valu
 @pytest.mark.parametrize(
     ("command", "kind", "hardware"), [("", "A", "none"), ("x", "A", " "), ("x", "D", "none")]
 )
-def test_a_record_without_provenance_is_refused(command, kind, hardware):
+def test_a_record_without_provenance_is_rejected(command, kind, hardware):
     with pytest.raises(ValueError, match="record"):
         Record(command, kind, hardware, {})
 

@@ -74,8 +74,8 @@ def weight_tensors(config, module):
 
 
 def run_counted(config, batch, rows):
-    """Run one step over a contiguous cache that holds each sequence's past; return the
-    ledger of that step.
+    """Run one step over a contiguous cache that holds each sequence's past; return what it
+    counted.
 
     A prefill goes sequence by sequence: in one product it would compute the masked half of
     the scores too.
@@ -96,7 +96,7 @@ def run_counted(config, batch, rows):
         hidden = forward(weights, config, tokens, positions, cache.view(counts))
     if rows:
         logits(weights, hidden[:rows])
-    return module.ledger
+    return module.counts
 
 
 def with_attention(monkeypatch, function):
@@ -107,7 +107,7 @@ def with_attention(monkeypatch, function):
 @pytest.mark.theorem(
     "A decode step's FLOP and bytes, by formula, are those that the network executed",
     source=(
-        "counting: 2·N_mm a token, 4·L·H·D·s for attention, one read of the weights, 2·L·G·D·b·s "
+        "counting: 2·N_mm per token, 4·L·H·D·s for attention, one read of the weights, 2·L·G·D·b·s "
         "of the cache"
     ),
 )
@@ -115,14 +115,14 @@ def test_decode_step_costs_what_was_executed(config, sequences, past):
     # the padded decode step reads the whole strip
     config = dataclasses.replace(config, sliding_window=None)
     batch = [(past, 1)] * sequences
-    ledger = run_counted(config, batch, sequences)
+    counted = run_counted(config, batch, sequences)
     cost = step_cost(config, batch, weight_bytes_per_param=BYTES, kv_bytes_per_value=BYTES)
-    assert cost.linear_flops == ledger.flops["weight"]
-    assert cost.attention_flops == ledger.flops["kv"]
-    assert ledger.flops[""] == 0
-    assert cost.weight_bytes == ledger.read["weight"]
-    assert cost.kv_read_bytes == ledger.read["kv"]
-    assert cost.kv_write_bytes == ledger.written["kv"]
+    assert cost.linear_flops == counted.flops["weight"]
+    assert cost.attention_flops == counted.flops["kv"]
+    assert counted.flops[""] == 0
+    assert cost.weight_bytes == counted.read["weight"]
+    assert cost.kv_read_bytes == counted.read["kv"]
+    assert cost.kv_write_bytes == counted.written["kv"]
 
 
 @given(model_configs(), batches, st.data())
@@ -141,11 +141,11 @@ def test_ragged_step_costs_what_was_executed(config, batch, data):
     cost = step_cost(
         config, batch, weight_bytes_per_param=BYTES, kv_bytes_per_value=BYTES, logits_rows=rows
     )
-    ledger = run_counted(config, batch, rows)  # one tile of queries: keys are read once
-    assert cost.linear_flops == ledger.flops["weight"]
-    assert cost.weight_bytes == ledger.read["weight"]
-    assert cost.kv_read_bytes == ledger.read["kv"]
-    assert cost.kv_write_bytes == ledger.written["kv"]
+    counted = run_counted(config, batch, rows)  # one tile of queries: keys are read once
+    assert cost.linear_flops == counted.flops["weight"]
+    assert cost.weight_bytes == counted.read["weight"]
+    assert cost.kv_read_bytes == counted.read["kv"]
+    assert cost.kv_write_bytes == counted.written["kv"]
     with pytest.MonkeyPatch.context() as patch:  # tiles of one query compute no masked score
         with_attention(patch, lambda *a, **k: flash_attention(*a, **k, tile_q=1))
         assert cost.attention_flops == run_counted(config, batch, rows).flops["kv"]
@@ -172,10 +172,10 @@ def test_padded_decode_pays_for_the_longest_sequence(config, pasts):
     longest would.
     """
     config = dataclasses.replace(config, sliding_window=None)
-    ledger = run_counted(config, [(p, 1) for p in pasts], len(pasts))
+    counted = run_counted(config, [(p, 1) for p in pasts], len(pasts))
     padded = step_cost(config, [(max(pasts), 1)] * len(pasts), kv_bytes_per_value=BYTES)
-    assert ledger.flops["kv"] == padded.attention_flops
-    assert ledger.read["kv"] == padded.kv_read_bytes
+    assert counted.flops["kv"] == padded.attention_flops
+    assert counted.read["kv"] == padded.kv_read_bytes
 
 
 @given(st.integers(0, 30), st.integers(0, 30), st.none() | st.integers(1, 20))
@@ -210,7 +210,7 @@ def test_chunking_conserves_flops(config, length, past, data):
 
 @given(model_configs(), st.integers(1, 60), st.integers(1, 9), st.sampled_from([1, 2, 4]))
 @pytest.mark.theorem(
-    "Decode attention does 2·(H/G)/b FLOP a byte, whatever the batch and the context",
+    "Decode attention does 2·(H/G)/b FLOP per byte, whatever the batch and the context",
     source="counting: 4·H·D·s FLOP over 2·G·D·s·b bytes",
 )
 def test_decode_attention_intensity_is_independent_of_batch_and_context(config, past, sequences, b):
@@ -283,7 +283,7 @@ def test_the_empty_step_costs_nothing():
 @pytest.mark.parametrize(
     ("batch", "rows"), [([(-1, 1)], None), ([(1, -1)], None), ([(0, 2)], 3), ([(0, 2)], -1)]
 )
-def test_impossible_steps_are_refused(batch, rows):
+def test_impossible_steps_are_rejected(batch, rows):
     with pytest.raises(ValueError, match="step_cost"):
         step_cost(LLAMA_8B, batch, logits_rows=rows)
 

@@ -58,7 +58,7 @@ def test_window_count_is_the_fewest_at_that_stride(shape):
 
 
 @pytest.mark.parametrize(("window", "stride"), [(4, 0), (4, -1), (4, 5), (0, 0)])
-def test_a_stride_outside_the_window_is_refused(window, stride):
+def test_a_stride_outside_the_window_is_rejected(window, stride):
     with pytest.raises(ValueError, match="stride"):
         windows(10, window, stride)
 
@@ -139,18 +139,18 @@ def test_without_a_beginning_token_the_first_token_is_context_only():
 
 
 @pytest.mark.parametrize("documents", [[], "", ["", ""], [[]], [[0]]])
-def test_nothing_to_score_is_refused(documents):
+def test_nothing_to_score_is_rejected(documents):
     with pytest.raises(ValueError, match="nothing to score"):
         plan_windows(tiny_model(), documents, 8, 4)
 
 
 @pytest.mark.parametrize("ids", [[1, 257], [1, -1]])
-def test_a_token_outside_the_vocabulary_is_refused_by_document(ids):
+def test_a_token_outside_the_vocabulary_is_rejected_by_document(ids):
     with pytest.raises(ValueError, match=r"document 2.*vocabulary of 257"):
         plan_windows(tiny_model(), ["fine", ids], 8, 4)
 
 
-def test_an_array_of_the_wrong_kind_is_refused():
+def test_an_array_of_the_wrong_kind_is_rejected():
     with pytest.raises(ValueError, match="1-D array of token ids"):
         plan_windows(tiny_model(), [np.zeros((2, 3), np.int64)], 8, 4)
     with pytest.raises(ValueError, match="float64"):
@@ -160,18 +160,18 @@ def test_an_array_of_the_wrong_kind_is_refused():
 @pytest.mark.parametrize(
     "documents", [b"ab", bytearray(b"ab"), [b"ab"], ["ab\ud800"], [None], None, 5, Path("x")]
 )
-def test_what_is_neither_text_nor_ids_is_refused(documents):
+def test_what_is_neither_text_nor_ids_is_rejected(documents):
     """Bytes would pass for token ids, a byte each."""
     with pytest.raises(ValueError, match="texts or token ids, not|expected a text|no Unicode"):
         plan_windows(tiny_model(), documents, 8, 4)
 
 
 @pytest.mark.parametrize("most", [0, -5])
-def test_a_budget_without_a_token_is_refused(most):
+def test_a_budget_without_a_token_is_rejected(most):
     with pytest.raises(ValueError, match="max_tokens must be at least 1"):
         plan_windows(tiny_model(), ["some text", "and more"], 8, 4, most)
 
 
-def test_a_beginning_token_outside_the_vocabulary_is_refused():
+def test_a_beginning_token_outside_the_vocabulary_is_rejected():
     with pytest.raises(ValueError, match="bos_token_id 257 lies outside"):
         plan_windows(tiny_model(bos_token_id=257), ["some text"], 8, 4)
