@@ -1,4 +1,4 @@
-"""What every test shares: Hypothesis profiles, the array libraries to run on, oracles and
+"""What all tests share: Hypothesis profiles, the array libraries to run on, oracles and
 the theorem table.
 
 A data-plane test takes ``xp`` and runs once per array library::
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 
-# Before NumPy is imported: on a busy machine two BLAS threads wait for each other longer
+# Set before NumPy is imported: on a busy machine two BLAS threads wait for each other longer
 # than they compute.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")

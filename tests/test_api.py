@@ -93,7 +93,7 @@ def test_a_bundled_model_is_found_by_its_name(name):
 def test_what_is_neither_a_folder_nor_bundled_is_rejected(tmp_path):
     with pytest.raises(CheckpointError, match="neither a folder nor a bundled model"):
         load(str(tmp_path / "nowhere"))
-    for name in ("x" * 5000, "~nobody-of-that-name/x"):
+    for name in ("x" * 5000, "~no-user-of-that-name/x"):
         with pytest.raises(CheckpointError, match="neither a folder nor a bundled model"):
             load(name)
     (tmp_path / "file").write_text("x")

@@ -21,7 +21,7 @@ from strategies import arrays, seeds
 # --- namespace ----------------------------------------------------------------------------
 
 
-def test_namespace_is_the_owner_and_scalars_belong_to_nobody(xp):
+def test_namespace_is_the_owner_and_scalars_have_none(xp):
     x = xp.zeros(3, dtype=xp.float32)
     assert backend.namespace(x) is xp
     assert backend.namespace(None, 1, 2.0, True, x, x[0]) is xp

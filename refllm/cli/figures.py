@@ -43,6 +43,6 @@ def figures(
         complaints = registry.check(output)
         for complaint in complaints:
             typer.echo(complaint)
-        raise typer.Exit(1 if complaints else 0)
+        raise typer.Exit(int(bool(complaints)))
     for path in registry.redraw(folder=output):
         typer.echo(path)

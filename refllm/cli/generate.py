@@ -154,10 +154,12 @@ def generate(
         with progress("generating") as advance:
             _print_to_pipe(pieces, lambda: advance(watch.tokens, max_tokens))
     if watch.tokens:
-        drawn = f", seed {seed}" if temperature > 0 else ""
-        rate = f", then {watch.tokens_per_second:,.0f} tokens/s" if watch.tokens > 1 else ""
-        first = f"the first after {1e3 * watch.ttft:.0f} ms"
-        note(f"{length} + {watch.tokens} tokens, {first}{rate}{drawn}")
+        facts = [f"{length} + {watch.tokens} tokens", f"the first after {1e3 * watch.ttft:.0f} ms"]
+        if watch.tokens > 1:
+            facts.append(f"then {watch.tokens_per_second:,.0f} tokens/s")
+        if temperature > 0:
+            facts.append(f"seed {seed}")
+        note(", ".join(facts))
     if cache is not None and watch.tokens:
         # the last token was never read, so its keys and values were not computed
         note(cache_summary(cache, loaded.config, length, watch.tokens - 1))

@@ -113,9 +113,12 @@ def list_files(directory: Path, *, verify: bool) -> list[Json]:
     found = []
     for name in sorted({*present, *recorded}):
         digest = recorded.get(name, {}).get("sha256")
-        digest = None if digest is None else str(digest)
+        if digest is not None:
+            digest = str(digest)
+        size = 0
         file = present.get(name)
-        size = 0 if file is None else file.stat().st_size
+        if file is not None:
+            size = file.stat().st_size
         state = _file_state(name, file, digest, verify)
         found.append({"name": name, "bytes": size, "sha256": digest, "state": state})
     return found

@@ -89,7 +89,9 @@ def explain(error: Exception) -> str | None:
     # a usage error of click, which newer versions of typer bundle under another name
     if hasattr(error, "format_message"):
         context = getattr(error, "ctx", None)
-        hint = "" if context is None else f" (see {context.command_path} --help)"
+        hint = ""
+        if context is not None:
+            hint = f" (see {context.command_path} --help)"
         return f"{error.format_message().rstrip('.')}{hint}"
     if isinstance(error, BackendUnavailable):
         return str(error)
@@ -97,8 +99,9 @@ def explain(error: Exception) -> str | None:
         return f"out of memory: {error}" if str(error) else "out of memory"
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
         return _explain_file_error(error)
-    if isinstance(error, (ValueError, FloatingPointError)):
-        return str(error) if _raised_by_refllm(error.__traceback__) else None
+    deliberate = isinstance(error, (ValueError, FloatingPointError))
+    if deliberate and _raised_by_refllm(error.__traceback__):
+        return str(error)
     return None
 
 

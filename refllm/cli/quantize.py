@@ -153,6 +153,7 @@ def quantize(
     from refllm.train.data import read_files
 
     get(backend)
+    calibration = read_files(text) if text else None
     given = {
         "damp": damp,
         "act_order": act_order or None,
@@ -165,10 +166,10 @@ def quantize(
         output,
         method,
         scheme_for(method, bits, group_size, symmetric),
-        work=None if work is None else Path(os.path.expanduser(work)),
+        work=work and Path(os.path.expanduser(work)),
         layout=layout,
         dtype=dtype,
-        texts=read_files(text) if text else None,
+        texts=calibration,
         samples=samples,
         length=length,
         seed=seed,
@@ -206,9 +207,12 @@ def scheme_for(
     from refllm.quant.recipe import default_scheme
 
     usual = default_scheme(method)
-    group = usual.group_size
-    if group_size is not None:
-        group = group_size if group_size > 0 else None
+    if bits is None:
+        bits = usual.bits
+    if group_size is None:
+        group_size = usual.group_size
+    elif group_size <= 0:
+        group_size = None
     rule = usual.rule
     if symmetric is not None and symmetric != usual.symmetric:
         rule = "half_integer" if symmetric else "asymmetric"
@@ -218,10 +222,10 @@ def scheme_for(
         raise ValueError(
             "one bit around zero has no other level than 0: take --bits 2, or --asymmetric"
         )
-    granularity = "channel"
-    if group is not None:
-        granularity = "block" if usual.granularity == "block" else "group"
-    return Scheme(usual.bits if bits is None else bits, rule, granularity, group)
+    if group_size is None:
+        return Scheme(bits, rule, "channel")
+    granularity = "block" if usual.granularity == "block" else "group"
+    return Scheme(bits, rule, granularity, group_size)
 
 
 def _announce(job: QuantizationJob) -> None:

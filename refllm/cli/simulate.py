@@ -144,15 +144,17 @@ def simulate(
         run = simulator.run(arriving, follow, advance)
     if trace is not None and steps is not None:
         _write_trace(trace, steps, scheduler, machine)
-    limits = Limits(
-        math.inf if ttft is None else ttft / 1e3,
-        math.inf if tpot is None else tpot / 1e3,
-    )
+    limits = Limits(_seconds(ttft), _seconds(tpot))
     facts = _facts(run, limits) | {"slots": slots, "device": machine.name, "policy": policy}
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:
         _show(facts, limited=ttft is not None or tpot is not None)
+
+
+def _seconds(limit: float | None) -> float:
+    """A limit in milliseconds as seconds; None is no limit."""
+    return math.inf if limit is None else limit / 1e3
 
 
 def _trace_of(scheduler: BaseScheduler) -> Trace:

@@ -124,7 +124,8 @@ def prepare(
     config = read_config(source)
     output = resolved(output)
     check_free(output, overwrite)
-    dtype = _stored_dtype(source) if dtype is None else dtype
+    if dtype is None:
+        dtype = _stored_dtype(source)
     if dtype not in STORED_TYPES:
         raise ValueError(f"dtype {dtype!r} is not stored; choose one of {', '.join(STORED_TYPES)}")
     if method not in ("int8", "fp8"):  # whose scales stay in float32
@@ -205,7 +206,8 @@ def _calibration_tokens(
         few for GPTQ's Hessians.
     """
     longest = config.max_position_embeddings
-    length = min(512, longest) if length is None else length
+    if length is None:
+        length = min(512, longest)
     if length > longest:
         raise ValueError(
             f"calibration: windows of {length} tokens are longer than the model's {longest} "

@@ -176,7 +176,7 @@ def test_the_24_times_are_taken_apart_as_recorded():
     assert 0.85 < factors["kernel"] < 0.95
 
 
-def test_the_engine_beside_its_peers_is_as_recorded():
+def test_the_engine_against_other_programs_is_as_recorded():
     results = json.loads((ROOT / "benchmarks" / "results" / "serving.json").read_text("utf-8"))[
         "results"
     ]

@@ -110,13 +110,16 @@ def test_notebooks_are_committed_without_outputs(path: Path):
 
 def test_oracles_are_imported_by_the_helper_only():
     """``importorskip`` would hide a missing comparison from continuous integration."""
-    peers = {"torch", "transformers", "accelerate", "compressed_tensors", "gguf", "llama_cpp"}
+    optional = {"torch", "transformers", "accelerate", "compressed_tensors", "gguf", "llama_cpp"}
     found = []
-    for path in sorted((ROOT / "tests").glob("*.py")):
+    tests = ROOT / "tests"
+    for path in sorted([*tests.glob("*.py"), *tests.rglob("test_*.py")]):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("importorskip"):
                 names += [a.value for a in node.args if isinstance(a, ast.Constant)]
-            found += [f"{path.name}:{node.lineno}: {n}" for n in names if n.split(".")[0] in peers]
+            found += [
+                f"{path.name}:{node.lineno}: {n}" for n in names if n.split(".")[0] in optional
+            ]
     assert not found, "use oracle('…') from conftest: " + "; ".join(found)
