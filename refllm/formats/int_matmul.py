@@ -129,12 +129,7 @@ def scaled_matmul(
         raise ValueError(
             f"scaled_matmul: a scale of activations is [T, 1] or (), got {tuple(x_scale.shape)}"
         )
-    groups = int(w_scale.shape[1]) if w_scale.ndim == 2 else 1
-    if tuple(w_scale.shape) not in ((), (1, 1), (outputs, groups)) or groups == 0 or n % groups:
-        raise ValueError(
-            "scaled_matmul: a scale of a weight is [M, 1], () or [M, N/g], "
-            f"got {tuple(w_scale.shape)}"
-        )
+    groups = _groups(w_scale, outputs, n)
     size = n // groups
     total = None
     for group in range(groups):
@@ -154,6 +149,19 @@ def scaled_matmul(
             total = total + part
     assert total is not None, "there is at least one group"
     return total * x_scale
+
+
+def _groups(w_scale: Array, outputs: int, n: int) -> int:
+    """Groups per row of a weight [outputs, n] with this scale; ValueError if it has no
+    possible shape.
+    """
+    groups = int(w_scale.shape[1]) if w_scale.ndim == 2 else 1
+    if tuple(w_scale.shape) not in ((), (1, 1), (outputs, groups)) or groups == 0 or n % groups:
+        raise ValueError(
+            "scaled_matmul: a scale of a weight is [M, 1], () or [M, N/g], "
+            f"got {tuple(w_scale.shape)}"
+        )
+    return groups
 
 
 def _centred(

@@ -388,8 +388,7 @@ def from_tensors(
     scheme = Scheme(layout.bits, rule, granularity, layout.group_size)
     if zero is not None:
         zero = store_zero(zero, scheme, None)
-    scale = xp.ascontiguousarray(scale)
-    held = store_scale(scale, scale_dtype, name=f"{name}'s scale")
+    held = store_scale(xp.ascontiguousarray(scale), scale_dtype, name=f"{name}'s scale")
     held = xp.where(scale > 0, held, 0)  # some writers give groups of zeros a scale of zero
     parts = (words, held, zero, scheme, (m, n), getattr(xp, dtype))
     made = QuantizedLinear(*parts)

@@ -38,6 +38,7 @@ come with the block formats).
 from __future__ import annotations
 
 from refllm.backend import Array, DType, bitcast, namespace
+from refllm.formats import minifloat
 from refllm.formats.uniform import Scheme
 
 SCALE_DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -214,11 +215,10 @@ def store_scale(scale: Array, dtype: str | None, *, name: str = "scale") -> Arra
     if most > largest:
         raise ValueError(f"{name}: a scale of {most:.3g} does not fit {dtype}")
     if dtype == "bfloat16":
-        bits = bitcast(xp.astype(scale, wide), xp.uint32)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # round half to even on the upper 16 bits
-        if scale.size and int(xp.max(bits)) >= 0x7F80:  # infinity's bits
+        codes = minifloat.quantize(xp.astype(scale, wide), "bf16", "nan")
+        if scale.size and int(xp.max(codes)) >= 0x7F80:  # infinity's bits
             raise ValueError(f"{name}: a scale of {most:.3g} does not fit bfloat16")
-        return xp.reshape(xp.astype(xp.clip(bits, 1, 0x7F7F), xp.uint16), shape)
+        return xp.reshape(xp.clip(codes, 1, 0x7F7F), shape)
     tiny = float(xp.finfo(wide).smallest_subnormal)
     # without this, a scale below half of the smallest value would round to 0
     held = xp.clip(scale, tiny, min(largest, float(xp.finfo(scale.dtype).max)))
@@ -229,8 +229,8 @@ def load_scale(stored: Array, dtype: DType) -> Array:
     """The inverse of ``store_scale``: the array held → floats of ``dtype``."""
     xp = namespace(stored)
     if stored.dtype == xp.uint16:
-        flat = xp.astype(xp.reshape(stored, (stored.size,)), xp.uint32)
-        stored = xp.reshape(bitcast(flat << 16, xp.float32), stored.shape)
+        flat = xp.reshape(stored, (stored.size,))
+        stored = xp.reshape(minifloat.dequantize(flat, "bf16"), stored.shape)
     return xp.astype(stored, dtype, copy=False)
 
 

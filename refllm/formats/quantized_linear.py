@@ -292,18 +292,18 @@ def quantize(
         zero = zero_point
     stored = store_scale(scale, scale_dtype, name=f"{name}'s scale")
     scale = load_scale(stored, x.dtype)
-    shape = int(x.shape[0]), int(x.shape[1])
-    words = xp.empty((shape[0], words_per_row(shape[1], scheme.bits)), dtype=xp.uint32)
+    m, n = (int(size) for size in x.shape)
+    words = xp.empty((m, words_per_row(n, scheme.bits)), dtype=xp.uint32)
     # otherwise qparams has checked all of x, and the scale covers it
     check = given or scheme.rule == "awq"
     geometry = scheme.geometry
-    for start, stop in geometry.row_tiles(x, shape, TILE):
+    for start, stop in geometry.row_tiles(x, (m, n), TILE):
         s = geometry.rows_of(scale, start, stop)
         z = geometry.rows_of(zero, start, stop)
         codes = quantize_codes(x[start:stop, :], s, z, scheme, name=name, check=check)
         words[start:stop, :] = pack_codes(codes, scheme)
     stored_zero = store_zero(zero, scheme, zero_dtype)
-    return QuantizedLinear(words, stored, stored_zero, scheme, shape, x.dtype)
+    return QuantizedLinear(words, stored, stored_zero, scheme, (m, n), x.dtype)
 
 
 def fake_quantize(x: Array, scheme: Scheme, *, name: str = "x") -> Array:

@@ -72,11 +72,7 @@ def quantize(
     if not out.size:
         return out
     step = max(1, tile_elements(x, TILE) // columns)
-    if isinstance(x, np.ndarray):
-        # glibc returns freed memory to the system above twice the largest block that was
-        # ever freed, and fresh pages cost more than the arithmetic on them. A block that is
-        # never touched costs nothing and raises that limit.
-        xp.empty(64 * TILE[0], dtype=xp.uint8)
+    _keep_freed_memory(x)
     with without_warnings(x):
         for start in range(0, rows, step):
             tile = xp.ascontiguousarray(xp.astype(x[start : start + step], xp.float32))
@@ -85,6 +81,18 @@ def quantize(
     if overflow == "raise":
         _reject_overflow(out, x, type)
     return out
+
+
+def _keep_freed_memory(like: Array) -> None:
+    """Make glibc keep the memory of freed arrays, because fresh pages cost more than the
+    arithmetic on them.
+
+    It returns freed memory to the system above twice the largest block that was ever freed.
+    A block that is never touched costs nothing and raises that limit.
+    """
+    if isinstance(like, np.ndarray):
+        xp = namespace(like)
+        xp.empty(64 * TILE[0], dtype=xp.uint8)
 
 
 def _quantize_tile(x: Array, type: str, importance: Array | None) -> Array:

@@ -18,6 +18,7 @@ Left out: NVFP4.
 from __future__ import annotations
 
 from refllm.backend import Array, bitcast, namespace
+from refllm.formats import minifloat
 from refllm.formats.gguf.bits import pack_bits, unpack_bits
 
 __all__ = ["DEQUANTIZERS", "QUANTIZERS"]
@@ -42,10 +43,10 @@ def quantize_bf16(x: Array) -> Array:
     quiet NaN.
     """
     xp = namespace(x)
-    bits = bitcast(xp.ascontiguousarray(x), xp.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    out = xp.where(xp.isnan(x), (bits >> 16) | 64, rounded)
-    return xp.ascontiguousarray(xp.astype(out, xp.uint16)).view(xp.uint8)
+    codes = minifloat.quantize(x, "bf16", "nan")
+    upper = xp.astype(bitcast(xp.ascontiguousarray(x), xp.uint32) >> 16, xp.uint16)
+    codes = xp.where(xp.isnan(x), upper | 64, codes)  # a NaN keeps its payload's upper bits
+    return xp.ascontiguousarray(codes).view(xp.uint8)
 
 
 def quantize_mxfp4(x: Array) -> Array:
@@ -96,8 +97,7 @@ def dequantize_f16(data: Array) -> Array:
 def dequantize_bf16(data: Array) -> Array:
     """bytes[B, 2] → float32 [B, 1]."""
     xp = namespace(data)
-    upper = xp.astype(xp.ascontiguousarray(data).view(xp.uint16), xp.uint32)
-    return bitcast(upper << 16, xp.float32)
+    return minifloat.dequantize(xp.ascontiguousarray(data).view(xp.uint16), "bf16")
 
 
 def dequantize_mxfp4(data: Array) -> Array:

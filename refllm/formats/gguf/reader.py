@@ -34,10 +34,10 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from refllm.array_types import Json
 from refllm.formats.gguf.types import TYPES, GGUFType
 
 __all__ = ["ALIGNMENT", "SCALARS", "GGUFError", "GGUFFile", "Header", "TensorRecord", "parse"]
@@ -91,7 +91,7 @@ class TensorRecord:
 class Header:
     """Everything before the tensors."""
 
-    metadata: dict[str, Any]
+    metadata: Json
     tensors: dict[str, TensorRecord]
     alignment: int
 
@@ -150,7 +150,7 @@ class _Cursor:
             raise self.fail(f"{what} holds a bool that is neither 0 nor 1")
         return raw.astype(bool)
 
-    def value(self, type_id: int, what: str) -> Any:
+    def value(self, type_id: int, what: str) -> object:
         """A metadata value of this type."""
         if type_id in SCALARS:
             return self.numbers(SCALARS[type_id], 1, what)[0]
@@ -203,9 +203,9 @@ def parse(data: Bytes, where: str = "the file") -> Header:
     return Header(metadata, _placed(cursor, records, alignment), alignment)
 
 
-def _metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
+def _metadata(cursor: _Cursor, count: int) -> Json:
     """The metadata, ``count`` entries."""
-    metadata: dict[str, Any] = {}
+    metadata: Json = {}
     for i in range(count):
         key = cursor.string(f"the key of entry {i}", LONGEST_KEY)
         if not key:
