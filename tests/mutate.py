@@ -7,12 +7,13 @@
 
 A fault is a change of one node of a file's syntax tree (``changed``). Each is written into
 a copy of the project, and the tests of that file run against the copy until one fails: the
-test file with its name and the examples in its docstrings, then the files that import it,
-then the rest of its room's tests. Faults are drawn from the copy, so the checkout may change
-meanwhile. A file whose tests fail without any fault is left out and named.
+test file with its name and the examples in its docstrings, then the rest of its room's
+tests, then the files elsewhere that use it most. Faults are drawn from the copy, so the
+checkout may change meanwhile. A file whose tests fail without any fault is left out and
+named.
 
-A run that takes longer than ``--limit`` seconds counts as noticed, because the suite has a
-time limit per test; it is printed, since a busy machine may be slow by itself.
+A run that takes far longer than the same run without a fault, and longer than ``--limit``
+seconds, counts as noticed, because the suite has a time limit per test.
 
 What survives is printed as file:line with the line before and after: a hole in the tests, or
 a fault that changes no result (an equivalent one), which only a reader can tell. Lines that
@@ -27,12 +28,15 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +47,7 @@ from queue import Queue
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("formats", "model", "checkpoints", "train", "quant", "kv", "decode", "serve", "simulate")
 EQUIVALENT = "# mutate: equivalent"
+OUTSIDE = 2  # test files of other rooms that are run at most
 EXAMPLES = "tests/project/test_doctests.py::test_the_examples_of_a_module_print_what_they_say[{}]"
 
 COMPARE = {
@@ -181,24 +186,26 @@ def planted(fault: Fault) -> tuple[str, str, str]:
 
 def tests_of(path: Path, root: Path) -> list[list[str]]:
     """Arguments of pytest for each run, nearest tests first: the test file of the module's
-    name and the module's own examples; the test files that import it or a name from it
-    through its room; the other test files of its room.
+    name and the module's own examples; the other test files of its room; the ``OUTSIDE``
+    files elsewhere that name it, or what it exports, most often.
     """
     relative = path.relative_to(root)
     module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
     package, _, name = module.rpartition(".")
     exported = _exported(path.parent / "__init__.py", module)
-    named, users, room = [], [], []
+    named, room = [], []
+    users: Counter[str] = Counter()
     for test in sorted((root / "tests").rglob("test_*.py")):
         where = str(test.relative_to(root))
-        tree = ast.parse(test.read_text(encoding="utf-8"))
+        source = test.read_text(encoding="utf-8")
         if test.stem == f"test_{name}":
             named.append(where)
-        elif _uses(tree, module, package, {name} | exported):
-            users.append(where)
         elif where.startswith(f"tests/{relative.parts[1]}/"):
             room.append(where)
-    runs = [[*named, EXAMPLES.format(module)], users, room]
+        elif used := _used(ast.parse(source), module, package, {name} | exported):
+            users[where] = sum(len(re.findall(rf"\b{word}\b", source)) for word in used)
+    outside = [where for where, _ in users.most_common(OUTSIDE)]
+    runs = [[*named, EXAMPLES.format(module)], room, outside]
     return [run for run in runs if run]
 
 
@@ -215,24 +222,19 @@ def _exported(init: Path, module: str) -> set[str]:
     }
 
 
-def _uses(tree: ast.AST, module: str, package: str, names: set[str]) -> bool:
-    """Whether a test file imports from the module, or one of ``names`` from its package."""
+def _used(tree: ast.AST, module: str, package: str, names: set[str]) -> set[str]:
+    """What a test file imports from the module, or of ``names`` from its package."""
+    found: set[str] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            if node.module == module:
-                return True
-            if node.module == package and any(alias.name in names for alias in node.names):
-                return True
+        if isinstance(node, ast.ImportFrom) and node.module in (module, package):
+            imported = {alias.name for alias in node.names}
+            found |= imported if node.module == module else imported & names
         elif isinstance(node, ast.Constant) and node.value == module:  # import_module("…")
-            return True
-    return False
+            found.add(module)
+    return found
 
 
-class Slow(Exception):
-    """A run of tests took longer than the limit."""
-
-
-def survives(fault: Fault, root: Path, workplace: Path, limit: float) -> bool:
+def survives(fault: Fault, root: Path, workplace: Path, limit: float | None) -> bool:
     """Run the tests against ``workplace``, a copy of ``root``, with the fault in it."""
     target = workplace / fault.path.relative_to(root)
     original = target.read_text(encoding="utf-8")
@@ -243,12 +245,12 @@ def survives(fault: Fault, root: Path, workplace: Path, limit: float) -> bool:
         target.write_text(original, encoding="utf-8")
 
 
-def passes(path: Path, root: Path, workplace: Path, limit: float) -> bool:
-    """Whether all the tests of a file pass in ``workplace``; Slow if a run takes too long."""
+def passes(path: Path, root: Path, workplace: Path, limit: float | None) -> bool:
+    """Whether all the tests of a file pass in ``workplace``, each run within ``limit``."""
     return all(_run(arguments, workplace, limit) for arguments in tests_of(path, root))
 
 
-def _run(arguments: list[str], workplace: Path, limit: float) -> bool:
+def _run(arguments: list[str], workplace: Path, limit: float | None) -> bool:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(workplace), "CI": "true"}
     environment |= {"OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -256,8 +258,8 @@ def _run(arguments: list[str], workplace: Path, limit: float) -> bool:
         done = subprocess.run(
             command, cwd=workplace, env=environment, capture_output=True, timeout=limit
         )
-    except subprocess.TimeoutExpired as error:
-        raise Slow from error
+    except subprocess.TimeoutExpired:
+        return False
     return done.returncode == 0
 
 
@@ -311,18 +313,20 @@ def run(faults: list[Fault], root: Path, jobs: int, limit: float) -> None:
     places: Queue[Path] = Queue()
     for i in range(jobs):
         places.put(_copied(root, root.with_name(f"copy{i}")))
-    sound: dict[Path, bool] = {}  # whether a file's tests pass without any fault
+    # seconds that a file's tests take without any fault; infinite if they fail
+    sound: dict[Path, float] = {}
 
     def verdict(fault: Fault) -> str:
         place = places.get()
         try:
             if fault.path not in sound:
-                sound[fault.path] = passes(fault.path, root, place, limit)
-            if not sound[fault.path]:
+                began = time.monotonic()
+                good = passes(fault.path, root, place, None)
+                sound[fault.path] = time.monotonic() - began if good else math.inf
+            if math.isinf(sound[fault.path]):
                 return "left out, its tests fail without a fault"
-            return "survived" if survives(fault, root, place, limit) else "noticed"
-        except Slow:
-            return "slow"
+            patience = max(limit, 4 * sound[fault.path])
+            return "survived" if survives(fault, root, place, patience) else "noticed"
         finally:
             places.put(place)
 
@@ -333,7 +337,7 @@ def run(faults: list[Fault], root: Path, jobs: int, limit: float) -> None:
                 _, before, after = planted(fault)
                 where = f"{fault.path.relative_to(root)}:{fault.line}"
                 print(f"{found}  {where}  {fault.name}: {before}  ->  {after}", flush=True)
-            if found in ("survived", "noticed", "slow"):
+            if found in ("survived", "noticed"):
                 total[room] += 1
                 noticed[room] += found != "survived"
     for room in total:
