@@ -48,13 +48,15 @@ def environment(packages: Iterable[str], threads: Mapping[str, int]) -> dict[str
     import numpy  # noqa: F401 (brings its BLAS, which the next line asks about)
     from threadpoolctl import threadpool_info
 
+    from refllm.measure.device import processor_details
+
     blas = [
         f"{p['internal_api']} {p['version']} ({p.get('architecture', '?')})"
         for p in threadpool_info()
         if p["user_api"] == "blas"
     ]
     return {
-        "cpu": _cpu(),
+        "cpu": processor_details(),
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
@@ -80,25 +82,6 @@ def version(package: str) -> str | None:
         import refllm  # run from a clone that is not installed
 
         return refllm.__version__
-
-
-def _cpu() -> str:
-    """Model name and the widest vector instructions; virtual machines often hide the exact
-    model.
-    """
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = {
-        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
-    }
-    flags = fields.get("flags", "").split()
-    vectors = next((name for name in ("amx_tile", "avx512f", "avx2") if name in flags), "")
-    number = "/".join(fields.get(key, "?") for key in ("cpu family", "model"))
-    return (
-        f"{fields.get('model name', platform.machine())}, family/model {number} {vectors}".strip()
-    )
 
 
 def _memory() -> float | None:

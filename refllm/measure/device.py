@@ -113,13 +113,29 @@ def _median_seconds(call: Callable[[], object], repeats: int) -> float:
 
 def processor() -> str:
     """The name of the processor, where the system reports it."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def processor_details() -> str:
+    """Name, family and model number, and the widest vector instructions of the processor:
+    virtual machines often hide the exact name.
+    """
+    fields = _cpuinfo()
+    if not fields:
+        return processor()
+    flags = fields.get("flags", "").split()
+    vectors = next((name for name in ("amx_tile", "avx512f", "avx2") if name in flags), "")
+    number = "/".join(fields.get(key, "?") for key in ("cpu family", "model"))
+    return f"{processor()}, family/model {number} {vectors}".strip()
+
+
+def _cpuinfo() -> dict[str, str]:
+    """What Linux says about the last of its processors; empty elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
 def one_thread() -> str:
