@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from refllm.cli import app
+from refllm.cli.simulate import _digits
 from refllm.measure.records import read
 from refllm.simulate.timeline import COLUMNS
 
@@ -115,3 +116,12 @@ def test_bad_input_is_one_sentence_and_exit_code_2(line, message):
     assert result.stdout == ""
     assert result.stderr.splitlines()[-1].startswith("Error: ")
     assert message in result.stderr.splitlines()[-1]
+
+
+def test_small_times_keep_two_digits():
+    assert [_digits(ms) for ms in (1234.5678, 0.1, 0.01234, 0.0)] == [
+        "1,234.57",
+        "0.10",
+        "0.012",
+        "0",
+    ]
