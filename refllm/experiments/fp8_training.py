@@ -63,7 +63,7 @@ from refllm.experiments.outlier_injection import INPUTS, inject_outliers
 from refllm.measure.device import one_thread
 from refllm.measure.records import Record, write
 from refllm.model.config import ModelConfig
-from refllm.model.llama import PROJECTIONS
+from refllm.model.llama import PROJECTIONS, projection_name
 from refllm.train.backward import PLAIN, Product, Tensors, loss_and_gradients
 from refllm.train.data import encode
 from refllm.train.fp8 import Fp8
@@ -180,7 +180,9 @@ def with_outliers(
     made = dict(params)
     for i, layer in enumerate(layers):
         at = f"model.layers.{i}."
-        made |= {f"{at}{name}.weight": layer[key].dequantize() for key, name in PROJECTIONS.items()}
+        made |= {
+            f"{projection_name(i, key)}.weight": layer[key].dequantize() for key in PROJECTIONS
+        }
         made |= {
             f"{at}{key}.weight": layer[key]
             for key in ("input_layernorm", "post_attention_layernorm")

@@ -40,7 +40,7 @@ from refllm.formats.layouts import layout_for
 from refllm.formats.uniform import Scheme
 from refllm.measure.perplexity import evaluate
 from refllm.model.config import ModelConfig
-from refllm.model.llama import PROJECTIONS
+from refllm.model.llama import PROJECTION_WEIGHTS
 from refllm.quant import recipe
 from refllm.quant.calibration_data import calibration_windows
 from refllm.quant.export import ExportSpec, default_layout
@@ -60,7 +60,6 @@ COPIED = (  # text files that are copied unchanged
 
 # of a document: characters that are encoded per token of a window, to see whether it is long enough
 ENCODED_CHARACTERS = 16
-_PROJECTION_WEIGHTS = tuple(f"{path}.weight" for path in PROJECTIONS.values())
 
 Measuring = Callable[[str, int, int], None]  # ("before" or "after", tokens done, tokens in all)
 
@@ -216,7 +215,7 @@ def _calibration_tokens(
     if texts is not None:
         _check_text(tokenizer, texts, length)
     columns = max(
-        shape[1] for name, shape in tensor_shapes(config) if name.endswith(_PROJECTION_WEIGHTS)
+        shape[1] for name, shape in tensor_shapes(config) if name.endswith(PROJECTION_WEIGHTS)
     )
     if method == "gptq" and samples * length < columns:
         raise ValueError(

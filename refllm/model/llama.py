@@ -45,6 +45,9 @@ PROJECTIONS = {
     "down_proj": "mlp.down_proj",
 }
 
+# How the names of their weights end in a checkpoint, for ``str.endswith``
+PROJECTION_WEIGHTS = tuple(f".{path}.weight" for path in PROJECTIONS.values())
+
 # Keys whose weights multiply the same input, in the order of PROJECTIONS
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
@@ -178,7 +181,7 @@ def build_layer(
     prefix = f"model.layers.{index}."
     layer: Layer = {}
     for keys in SAME_INPUT:
-        weights = (tensors[f"{prefix}{PROJECTIONS[key]}.weight"] for key in keys)
+        weights = (tensors[f"{projection_name(index, key)}.weight"] for key in keys)
         layer |= zip(keys, fuse(weights, arena), strict=True)
     for norm in ("input_layernorm", "post_attention_layernorm"):
         layer[norm] = tensors[f"{prefix}{norm}.weight"]
@@ -187,6 +190,15 @@ def build_layer(
     if config.qk_norm:
         layer |= {f"{c}_norm": tensors[f"{prefix}self_attn.{c}_norm.weight"] for c in "qk"}
     return layer
+
+
+def projection_name(index: int, key: str) -> str:
+    """The name of a layer's projection in a checkpoint, without ``.weight``.
+
+    >>> projection_name(3, "down_proj")
+    'model.layers.3.mlp.down_proj'
+    """
+    return f"model.layers.{index}.{PROJECTIONS[key]}"
 
 
 def projection_shapes(config: ModelConfig) -> list[tuple[int, int]]:

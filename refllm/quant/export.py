@@ -64,7 +64,7 @@ from refllm.formats.quantized_linear import QuantizedLinear
 from refllm.formats.uniform import Scheme
 from refllm.formats.w8a8_linear import W8A8Linear
 from refllm.model.config import ModelConfig
-from refllm.model.llama import PROJECTIONS, Layer, Weights
+from refllm.model.llama import PROJECTIONS, Layer, Weights, projection_name
 from refllm.model.weights import Dense, Linear
 from refllm.quant.llm_int8 import Int8Linear
 
@@ -179,7 +179,7 @@ def checkpoint_names(layer: Layer, index: int) -> dict[str, Array | Linear]:
     """
     at = f"model.layers.{index}."
     found: dict[str, Array | Linear] = {
-        f"{at}{path}.weight": layer[key] for key, path in PROJECTIONS.items()
+        f"{projection_name(index, key)}.weight": layer[key] for key in PROJECTIONS
     }
     for key, tensor in layer.items():
         if key.endswith("_bias"):
@@ -261,8 +261,8 @@ def export_spec_for(
     kinds: dict[_Kind, str] = {}  # and the first weight of the kind
     plain: set[tuple[str, bool]] = set()  # (projection, in floating point?)
     for index, layer in enumerate(weights["layers"]):
-        for key, path in PROJECTIONS.items():
-            name = f"model.layers.{index}.{path}"
+        for key in PROJECTIONS:
+            name = projection_name(index, key)
             plain.add((key, isinstance(layer[key], Dense)))
             if not isinstance(layer[key], Dense):
                 kinds.setdefault(_kind(storable(layer[key], name), layout), name)

@@ -20,7 +20,6 @@ import numpy as np
 
 from refllm.backend import Array, namespace, to_numpy
 from refllm.checkpoints.gguf_names import gguf_name
-from refllm.model.llama import PROJECTIONS
 from refllm.quant.calibration_data import Calibration
 from refllm.quant.layer_inputs import LayerSource, walk
 
@@ -48,7 +47,7 @@ def importance(
                 tokens += int(x.shape[0])
             mean = (squares / tokens).astype("float32")  # [N]
             for name in names:
-                found[gguf_name(f"model.layers.{run.index}.{PROJECTIONS[name]}.weight")] = mean
+                found[gguf_name(f"{run.tensor(name)}.weight")] = mean
         progress(run.index + 1, source.config.num_hidden_layers)
     return found
 

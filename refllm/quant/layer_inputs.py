@@ -34,14 +34,14 @@ from refllm.backend import Array, asarray_like, namespace
 from refllm.model.attention import CausalAttend
 from refllm.model.config import ModelConfig
 from refllm.model.layers import rms_norm, rope_frequencies, rope_table, swiglu
-from refllm.model.llama import PROJECTIONS, Layer, mixed_heads
+from refllm.model.llama import PROJECTIONS, SAME_INPUT, Layer, mixed_heads, projection_name
 from refllm.model.weights import Linear
 from refllm.quant.calibration_data import Calibration, calibration_windows, sequences
 
 __all__ = ["STAGES", "Batch", "LayerRun", "LayerSource", "Tap", "calibration_windows",
            "sequences", "tapped", "walk"]  # fmt: skip
 
-STAGES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+STAGES = SAME_INPUT  # projections whose inputs are final at the same time
 BATCH = 2048  # tokens that go through a layer at a time; a longer sequence goes alone
 
 
@@ -115,7 +115,7 @@ class LayerRun:
 
     def tensor(self, name: str) -> str:
         """The name of a projection in the checkpoint, without ``.weight``."""
-        return f"model.layers.{self.index}.{PROJECTIONS[name]}"
+        return projection_name(self.index, name)
 
     def finish(self) -> None:
         """Compute the remaining stages of the layer."""

@@ -51,7 +51,7 @@ from refllm.checkpoints.writer import (
     write_file,
 )
 from refllm.model.config import ModelConfig
-from refllm.model.llama import PROJECTIONS, Layer, Weights, build_layer
+from refllm.model.llama import PROJECTIONS, Layer, Weights, build_layer, projection_name
 from refllm.model.weights import Dense
 from refllm.quant.export import ExportSpec, checkpoint_names
 from refllm.quant.layer_inputs import LayerSource
@@ -86,8 +86,8 @@ class ModelSource:
         for name in PROJECTIONS:
             if not isinstance(layer[name], Dense):
                 raise ValueError(
-                    f"model.layers.{index}.{PROJECTIONS[name]} is quantised already: start from "
-                    "the original weights"
+                    f"{projection_name(index, name)} is quantised already: start from the "
+                    "original weights"
                 )
         return layer
 
@@ -256,8 +256,8 @@ class LayerFiles:
                 str(norm.dtype),
             )
             return layer | {
-                key: stored[f"model.layers.{index}.{path}.weight"]
-                for key, path in PROJECTIONS.items()
+                key: stored[f"{projection_name(index, key)}.weight"]
+                for key in PROJECTIONS
                 if key not in self.spec.keep
             }
 

@@ -36,7 +36,7 @@ from typing import ClassVar, NamedTuple
 
 from refllm.backend import Array, namespace
 from refllm.formats.uniform import Scheme
-from refllm.model.llama import PROJECTIONS, Layer
+from refllm.model.llama import Layer, projection_name
 from refllm.model.weights import Linear
 from refllm.quant.layer_inputs import LayerRun
 
@@ -72,7 +72,7 @@ class TensorReport:
     @property
     def tensor(self) -> str:
         """The name in the checkpoint, without ``.weight``."""
-        return f"model.layers.{self.layer}.{PROJECTIONS[self.name]}"
+        return projection_name(self.layer, self.name)
 
     @property
     def cells(self) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ from typing import Any, Protocol, TypeVar
 from refllm.checkpoints.tensor_files import tensor_shapes
 from refllm.formats.uniform import Scheme
 from refllm.model.config import ModelConfig
-from refllm.model.llama import PROJECTIONS, Layer
+from refllm.model.llama import PROJECTION_WEIGHTS, PROJECTIONS, Layer
 from refllm.quant.awq_model import AWQ
 from refllm.quant.calibration_data import Calibration, sequences
 from refllm.quant.fp8 import FP8
@@ -239,9 +239,8 @@ def check_shapes(config: ModelConfig, scheme: Scheme) -> None:
     """ValueError naming a projection that the scheme does not fit, before anything is
     computed.
     """
-    projections = tuple(f"{path}.weight" for path in PROJECTIONS.values())
     for name, shape in tensor_shapes(config):
-        if name.endswith(projections):
+        if name.endswith(PROJECTION_WEIGHTS):
             try:
                 scheme.scale_shape(shape)
             except ValueError as error:
