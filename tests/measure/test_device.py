@@ -4,10 +4,13 @@ words.
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 import pytest
 
 from refllm.measure import device as device_module
-from refllm.measure.device import DEVICES, DeviceSpec, measure_machine
+from refllm.measure.device import DEVICES, DeviceSpec, measure_machine, processor, processor_details
 
 
 def test_this_machine_is_measured_and_described(monkeypatch):
@@ -59,3 +62,46 @@ def test_named_devices_say_where_their_peaks_come_from():
 def test_a_device_without_speed_is_rejected(numbers):
     with pytest.raises(ValueError, match="a device needs finite peaks"):
         DeviceSpec("broken", *numbers)
+
+
+# --- the name of the processor -----------------------------------------------------------
+
+CPUINFO = """processor\t: 0
+cpu family\t: 6
+model\t\t: 143
+model name\t: Some CPU: 2 GHz
+flags\t\t: fpu avx2 avx512f
+
+"""
+
+
+@pytest.fixture
+def described(monkeypatch):
+    def by(text: str | None) -> None:
+        def read(path: Path, *args: object, **kwargs: object) -> str:
+            if text is None:
+                raise FileNotFoundError(path)
+            return text
+
+        monkeypatch.setattr(Path, "read_text", read)
+        monkeypatch.setattr(platform, "processor", lambda: "")
+        monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+
+    return by
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "details"),
+    [
+        (CPUINFO, "Some CPU: 2 GHz", "Some CPU: 2 GHz, family/model 6/143 avx512f"),
+        (CPUINFO.replace("avx512f", "amx_tile avx512f"), "Some CPU: 2 GHz", "6/143 amx_tile"),
+        (CPUINFO.replace("avx512f", ""), "Some CPU: 2 GHz", "6/143 avx2"),
+        ("processor\t: 0\n", "riscv64", "riscv64, family/model ?/?"),
+        ("", "riscv64", "riscv64"),
+        (None, "riscv64", "riscv64"),
+    ],
+)
+def test_the_name_and_what_virtual_machines_hide(described, text, name, details):
+    described(text)
+    assert processor() == name
+    assert processor_details().endswith(details)
