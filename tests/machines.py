@@ -22,16 +22,13 @@ NIGHTLY = 100_000  # steps of every machine under the nightly profile
 def run(
     machine: type[RuleBasedStateMachine], examples: int, steps: int = 50, see: Iterable[str] = ()
 ) -> None:
-    """``examples`` runs of ``steps`` rules, then more if ``machine.seen`` lacks anything
-    that is to be seen.
+    """``examples`` runs of ``steps`` rules, then more while ``machine.seen`` lacks an event
+    of ``see``.
 
     The nightly profile runs 100,000 rules and says how long that took (``make nightly``).
     """
-    goal = (
-        NIGHTLY
-        if settings.default.max_examples >= settings.get_profile("nightly").max_examples
-        else 0
-    )
+    nightly = settings.get_profile("nightly").max_examples
+    goal = NIGHTLY if settings.default.max_examples >= nightly else 0
 
     class Counted(machine):  # type: ignore[misc, valid-type]
         seen: ClassVar[Counter[str]] = Counter()
@@ -41,18 +38,18 @@ def run(
         def one_more(self) -> None:
             self.taken["steps"] += 1
 
-    Counted.__name__ = machine.__name__  # what failed is printed under its name
+    Counted.__name__ = machine.__name__  # a failure is printed under this name
     began = time.perf_counter()
-    # what is rare has come by then; the first half is not new in CI's profile
+    # Rare events have occurred by then; in CI's profile the first half of the runs repeats.
     for more in (1, 2, 4, 8):
         # a tenth more: long draws end a run early
         runs = max(examples, -(-goal * 11 // (10 * steps))) * more
-        how = settings(
+        chosen = settings(
             max_examples=runs,
             stateful_step_count=steps,
             suppress_health_check=[HealthCheck.too_slow],
         )
-        run_state_machine_as_test(Counted, settings=how)
+        run_state_machine_as_test(Counted, settings=chosen)
         missing = [what for what in see if not Counted.seen[what]]
         if not missing and Counted.taken["steps"] >= goal:
             break
