@@ -32,10 +32,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 
+from refllm.array_types import Json
 from refllm.backend import Array, to_numpy
 from refllm.checkpoints.loading import stored_specs
 from refllm.checkpoints.tensor_files import (
@@ -47,6 +48,7 @@ from refllm.checkpoints.tensor_files import (
     converted,
     host_dtype,
 )
+from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.checkpoints.writer import (
     STORED_TYPES,
     TensorSpecs,
@@ -71,6 +73,25 @@ from refllm.quant.llm_int8 import Int8Linear
 Read = Callable[[str], np.ndarray]
 
 
+class ModelRecord(Protocol):
+    """What ``export`` needs of a model; ``refllm.api.Model`` is one."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The shapes and constants of the network."""
+        ...
+
+    @property
+    def weights(self) -> Weights:
+        """The weight tree, with quantised projections."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, whose vocabulary must fit the embedding."""
+        ...
+
+
 @dataclass(frozen=True)
 class ExportSpec:
     """How a quantised model is stored."""
@@ -80,7 +101,7 @@ class ExportSpec:
     keep: tuple[str, ...] = ()  # projections (keys of ``llama.PROJECTIONS``) not quantised
 
     @property
-    def config_entry(self) -> dict[str, Any]:
+    def config_entry(self) -> Json:
         """The ``quantization_config`` of config.json."""
         paths = [PROJECTIONS[key].replace(".", r"\.") for key in self.keep]
         return quantization_config(
@@ -193,7 +214,7 @@ def checkpoint_names(layer: Layer, index: int) -> dict[str, Array | Linear]:
 
 def export(
     path: str | Path,
-    model: Any,
+    model: ModelRecord,
     *,
     layout: str | None = None,
     dtype: str = "float16",

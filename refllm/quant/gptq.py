@@ -67,7 +67,8 @@ def gptq(
     The simple version (``obq`` with U in place of the inverse)::
 
         for i in range(N):
-            q[:, i] = nearest(W[:, i]);  e = (W[:, i] - q[:, i]) / U[i, i]
+            q[:, i] = nearest(W[:, i])
+            e = (W[:, i] - q[:, i]) / U[i, i]
             W[:, i + 1:] -= outer(e, U[i, i + 1:])
 
     Parameters
@@ -88,7 +89,7 @@ def gptq(
         find the scales of all groups from the original weight, not from what compensation
         has made of a group when it begins.
     mse
-        search the range of each scale (``rtn.weight_qparams``).
+        search the range of each scale (``column_quantizer.weight_qparams``).
     upstream_quirks
         do as the published code does: a dynamic group's scale is found from columns that
         lack the errors of their own block; one-sided ranges of "half_integer_unsigned" get

@@ -28,13 +28,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from refllm.backend import Array, asarray_like, namespace
 from refllm.model.attention import CausalAttend
 from refllm.model.config import ModelConfig
 from refllm.model.layers import rms_norm, rope_frequencies, rope_table, swiglu
-from refllm.model.llama import PROJECTIONS, SAME_INPUT, Layer, mixed_heads, projection_name
+from refllm.model.llama import PROJECTIONS, SAME_INPUT, Layer, Weights, mixed_heads, projection_name
 from refllm.model.weights import Linear
 from refllm.quant.calibration_data import Calibration, calibration_windows, sequences
 
@@ -235,7 +235,7 @@ class Tap:
         return self.inner.dequantize()
 
 
-def tapped(weights: dict[str, Any], observe: Callable[[int, str, Array], None]) -> dict[str, Any]:
+def tapped(weights: Weights, observe: Callable[[int, str, Array], None]) -> Weights:
     """A weight tree whose projections call ``observe(layer, "q_proj", x[T, N])`` with each of
     their inputs; nothing is copied.
     """

@@ -36,9 +36,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from refllm.backend import Array, namespace, to_numpy
+from refllm.backend import Array, DType, namespace, to_numpy
 from refllm.formats.int_matmul import integer_matmul
 from refllm.formats.uniform import Scheme, require_finite
 from refllm.quant.layer_inputs import LayerRun
@@ -247,7 +247,7 @@ class Int8Linear:
             return xp.zeros((0,), dtype=xp.int64)
         return xp.nonzero(xp.max(xp.abs(x), axis=0) >= self.threshold)[0]
 
-    def _columns(self, columns: Array, dtype: Any) -> Array:
+    def _columns(self, columns: Array, dtype: DType) -> Array:
         """W_O = W[:, columns] in floating point: the original, or from the codes."""
         xp = namespace(columns)
         if self.original is not None:

@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
+from refllm.array_types import Json
 from refllm.checkpoints.tensor_files import tensor_shapes
 from refllm.formats.uniform import Scheme
 from refllm.model.config import ModelConfig
@@ -82,7 +83,7 @@ class LayerSink(Protocol):
         ...
 
 
-def make(method: str, **options: Any) -> Method:
+def make(method: str, **options: object) -> Method:
     """The method of that name with these options; ValueError for unknown names, listing the
     known ones.
     """
@@ -117,7 +118,7 @@ def quantize_model(
     calibration: Calibration | None = None,
     *,
     progress: Progress | None = None,
-    **options: Any,
+    **options: object,
 ) -> tuple[M, Report]:
     """Quantise the projections of ``model``, a ``Model`` or any record with ``.config
     .weights .tokenizer``.
@@ -166,7 +167,7 @@ def quantize_layers(
     calibration: Calibration | None = None,
     *,
     progress: Progress | None = None,
-    **options: Any,
+    **options: object,
 ) -> Report:
     """Quantise every layer of ``source`` into ``sink``; arguments and errors are those of
     ``quantize_model``.
@@ -248,8 +249,8 @@ def check_shapes(config: ModelConfig, scheme: Scheme) -> None:
 
 
 def settings(
-    method: str, scheme: Scheme | None, calibration: Calibration | None, **options: Any
-) -> dict[str, Any]:
+    method: str, scheme: Scheme | None, calibration: Calibration | None, **options: object
+) -> Json:
     """Everything that determines the result, as JSON: a run can only resume one that was
     begun with equal settings.
     """
@@ -266,5 +267,5 @@ def settings(
         "calibration": tokens,
     }
     # tuples become lists, as they do in a file
-    plain: dict[str, Any] = json.loads(json.dumps(found))
+    plain: Json = json.loads(json.dumps(found))
     return plain
