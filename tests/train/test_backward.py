@@ -16,6 +16,7 @@ from conftest import oracle, to_host
 from refllm.model import llama
 from refllm.model.attention import CausalAttend
 from refllm.model.config import ModelConfig, RopeScaling, UnsupportedModel
+from refllm.train import backward as module
 from refllm.train.backward import hidden_states, loss_and_gradients, mean_loss, output_name
 from refllm.train.loop import initialize
 from strategies import model_configs, seeds
@@ -135,6 +136,38 @@ def test_invariance_the_gradient_of_a_batch_is_the_mean_over_its_sequences(confi
     for name, grad in grads.items():
         mean = sum(part[1][name] for part in parts) / 3
         np.testing.assert_allclose(mean, grad, rtol=0, atol=1e-13 * (1 + np.abs(grad).max()))
+
+
+@given(config=llamas, seed=seeds, tile=st.integers(1, 8))
+def test_invariance_the_tile_of_queries_changes_nothing(xp, config, seed, tile):
+    """Later tiles have their own rows, their own mask and a share in the gradients of
+    earlier keys and values.
+    """
+    params = {name: xp.asarray(w) for name, w in parameters(config, seed).items()}
+    tokens = xp.asarray(batch(config, seed, length=7))
+    loss, grads = loss_and_gradients(params, config, tokens)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_TILE", tile)
+        in_tiles, others = loss_and_gradients(params, config, tokens)
+    assert in_tiles == pytest.approx(loss, rel=64 * EPS64)
+    for name, grad in grads.items():
+        expected = to_host(grad)
+        np.testing.assert_allclose(
+            to_host(others[name]), expected, rtol=0, atol=1e-12 * (1 + np.abs(expected).max())
+        )
+
+
+@pytest.mark.parametrize("beyond", [0, 1, 5])
+def test_oracle_gradients_of_a_sequence_that_is_longer_than_a_tile(beyond):
+    """Exactly one tile, one query beyond it, some more: central differences."""
+    config = ModelConfig("llama", 7, 8, 6, 1, 4, 2, 4)
+    params = parameters(config, 1)
+    tokens = batch(config, 2, size=1, length=module._TILE + beyond)
+    _, grads = loss_and_gradients(params, config, tokens)
+    rng = np.random.default_rng(3)
+    for name, grad in grads.items():
+        direction = rng.standard_normal(grad.shape)
+        check_by_differences(params, config, tokens, name, grad, direction)
 
 
 @given(config=llamas, seed=seeds, size=st.integers(1, 3), length=st.integers(1, 9))

@@ -200,6 +200,43 @@ def test_oracle_muon_takes_the_steps_of_torch(xp, shape):
         )
 
 
+@given(shape=matrix_shapes, seed=seeds)
+def test_exact_value_of_two_steps_of_muon(xp, shape, seed):
+    """The second step sees the momentum of the first; both are Nesterov's look ahead."""
+    rng = np.random.default_rng(seed)
+    name = "model.layers.0.mlp.up_proj.weight"
+    w = rng.standard_normal(shape)
+    ours = {name: xp.array(w)}
+    muon = Muon(weight_decay=0.3, momentum=0.8)
+    m = np.zeros(shape)
+    for rate in (0.1, 0.05):
+        g = rng.standard_normal(shape)
+        muon.update(ours, {name: xp.array(g)}, rate)
+        m = 0.8 * m + 0.2 * g
+        direction = orthogonalize(0.2 * g + 0.8 * m)
+        w = (1 - rate * 0.3) * w - rate * 0.2 * math.sqrt(max(shape)) * direction
+        # five iterations enlarge an error of the first by at most 490
+        np.testing.assert_allclose(to_host(ours[name]), w, rtol=0, atol=490 * 256 * EPS64)
+        np.testing.assert_allclose(to_host(muon.m[name]), m, rtol=0, atol=16 * EPS64)
+
+
+@pytest.mark.theorem(
+    "the root mean square of Muon's update is about 0.2 times the rate, whatever the shape",
+    source="Liu et al. 2025, arXiv:2502.16982, eq. 4",
+)
+@pytest.mark.parametrize("shape", [(16, 4), (4, 16), (64, 8), (8, 8)])
+def test_bound_the_size_of_an_update_of_muon(xp, shape):
+    """An O of min(M, N) singular values s has the mean square s²·min(M, N)/(M·N) = s²/max(M, N);
+    s lies within about [0.7, 1.2].
+    """
+    name = "model.layers.1.self_attn.q_proj.weight"
+    params = {name: xp.zeros(shape)}
+    gradient = np.random.default_rng(0).standard_normal(shape)
+    Muon().update(params, {name: xp.array(gradient)}, 0.5)
+    rms = float(np.sqrt((to_host(params[name]) ** 2).mean()))
+    assert 0.5 * 0.2 * 0.7 < rms < 0.5 * 0.2 * 1.2
+
+
 def test_muon_leaves_embedding_head_and_gains_to_adamw(xp):
     names = {
         "model.embed_tokens.weight": (4, 3),
@@ -317,6 +354,19 @@ def test_half_way_down_both_schedules_are_at_half_the_peak():
         learning_rate(40, peak=1.0, warmup=20, total=100, schedule=s) for s in ("cosine", "linear")
     ]
     assert quarter == pytest.approx([0.5 + math.sqrt(0.125), 0.75], rel=1e-12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_degenerate_schedules(schedule):
+    """A run that is all warm-up ends at the peak; one without warm-up begins there."""
+
+    def rate(step: int, warmup: int, total: int) -> float:
+        return learning_rate(step, peak=1.0, warmup=warmup, total=total, schedule=schedule)
+
+    assert [rate(step, 10, 10) for step in (0, 8, 9, 10)] == [0.1, 0.9, 1.0, 1.0]
+    assert [rate(step, 0, 1) for step in (0, 1)] == pytest.approx([1.0, 0.0], abs=1e-16)
+    assert rate(0, 0, 0) == 1.0
+    assert rate(11, 10, 10) == pytest.approx(0.0, abs=1e-16)
 
 
 def test_an_unknown_schedule_is_rejected():
