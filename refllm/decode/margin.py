@@ -51,6 +51,7 @@ def margin(
     last_in = xp.take_along_axis(ranked, count - 1, axis=-1)
     first_out = xp.take_along_axis(ranked, xp.minimum(count, V - 1), axis=-1)
     kept = xp.where(largest(weights, ranked, count), weights, 0.0)
+    # the smallest log-ratio to a threshold, in units of 2δ/τ
     slack = _log_gap(last_in, xp.where(count < V, first_out, 0.0))
     for gaps in (
         _log_gap(ranked, params.min_p * ranked[..., :1]),

@@ -43,6 +43,7 @@ def can_batch(counts: Sequence[int], lengths: Sequence[int], heads: int) -> bool
     if not counts or not all_equal(counts):
         return False
     scores = len(counts) * heads * counts[0] * (max(lengths) + counts[0])
+    # a decode step has one query per sequence, so its scores always fit
     return counts[0] == 1 or scores <= MAX_SCORES
 
 
@@ -95,6 +96,7 @@ def _attend(xp: Namespace, q: Array, keys: Array, values: Array, bias: Array | N
         scores = p.reshape(batch, groups, -1, n, p.shape[-1])  # a view
         scores = scores[..., -bias.shape[-1] :]
         scores += bias
+    # softmax in place; the maximum is subtracted so that exp cannot overflow
     p -= p.max(axis=-1, keepdims=True)
     xp.exp(p, out=p)
     p /= p.sum(axis=-1, keepdims=True)

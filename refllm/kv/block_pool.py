@@ -104,7 +104,7 @@ class BlockPool:
         if not self._free:
             raise OutOfBlocks(f"all {self.num_blocks} blocks are in use")
         block, _ = self._free.popitem(last=False)
-        self._forget(block)
+        self._forget(block)  # its contents are about to be overwritten
         self._references[block] = 1
         self.allocated += 1
         self.peak = max(self.peak, self.num_used)
@@ -117,7 +117,7 @@ class BlockPool:
         if self._references[self._checked(block)] == 0:
             if block not in self._key_of:
                 raise ValueError(f"block {block} is free and holds nothing: allocate it first")
-            del self._free[block]
+            del self._free[block]  # O(1): an OrderedDict, where a deque would be searched
             self.revived += 1
             self.peak = max(self.peak, self.num_used)
         self._references[block] += 1
@@ -134,7 +134,7 @@ class BlockPool:
         self._references[block] -= 1
         if self._references[block]:
             return
-        self._free[block] = None
+        self._free[block] = None  # last in line
         if block not in self._key_of:
             self._free.move_to_end(block, last=False)
             self._vacant(block)
@@ -252,6 +252,7 @@ class BlockTable:
         """
         if count < 0:
             raise ValueError(f"reserve: count must be 0 or more, got {count}")
+        # checked before anything changes, so that a failed call has no effect
         if (needed := self.needs(count)) > self.pool.num_free:
             raise OutOfBlocks(
                 f"{needed} blocks are needed for {count} tokens, {self.pool.num_free} are free"
@@ -259,7 +260,7 @@ class BlockTable:
         copies = []
         if self._copies(count):
             at = self.length // self.pool.block_size
-            fresh = self.pool.allocate()
+            fresh = self.pool.allocate()  # copy on write
             copies.append((self.blocks[at], fresh))
             self.pool.free(self.blocks[at])  # it has another owner: never the last reference
             self.blocks[at] = fresh
@@ -291,6 +292,7 @@ class BlockTable:
         if not 0 <= length <= self.length:
             raise ValueError(f"the sequence has {self.length} tokens, cannot keep {length}")
         self.length = length
+        # the last block first, so that of a remembered prefix the end is evicted first
         while len(self.blocks) > -(-length // self.pool.block_size):
             self.pool.free(self.blocks.pop())
 

@@ -70,9 +70,9 @@ class FirstFitAllocator:
         del self._sizes[start]
         self.used -= size
         i = bisect_left(self._holes, (start, 0))
-        if i < len(self._holes) and start + size == self._holes[i][0]:
+        if i < len(self._holes) and start + size == self._holes[i][0]:  # the hole behind
             size += self._holes.pop(i)[1]
-        if i and sum(self._holes[i - 1]) == start:
+        if i and sum(self._holes[i - 1]) == start:  # the hole in front
             i -= 1
             start, before = self._holes.pop(i)
             size += before
@@ -108,7 +108,7 @@ class BuddyAllocator:
         # (start, size) of the largest aligned ranges: merging ends there
         self._tops: list[tuple[int, int]] = []
         start = 0
-        for size in reversed(self._free):
+        for size in reversed(self._free):  # the binary digits of ``slots``, largest first
             if slots & size:
                 self._tops.append((start, size))
                 self._free[size].append(start)

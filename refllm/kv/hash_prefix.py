@@ -100,12 +100,13 @@ class PrefixCache:
         """
         chain = [] if keys is None else keys
         found: list[int] = []
+        # one token is always left to compute, for its logits
         for i in range(max(0, len(tokens) - 1) // self.pool.block_size):
             if i == len(chain):
                 chain.append(self._next_key(chain, tokens, salt, i))
             block = self.pool.find(chain[i])
             if block is None:
-                break
+                break  # a longer prefix cannot be cached: its keys contain this one
             found.append(block)
         return found
 
@@ -113,6 +114,7 @@ class PrefixCache:
         """How many blocks the pool could allocate *after* ``blocks``, a match, were taken:
         its free ones are not counted.
         """
+        # free blocks of the match would be taken back, not allocated
         return self.pool.num_free - sum(self.pool.ref_count(block) == 0 for block in blocks)
 
     def take(self, table: BlockTable, blocks: list[int], length: int) -> None:

@@ -85,6 +85,7 @@ class Kivi:
             raise ValueError(
                 f"Kivi: codes have 1 to 8 bits, got {self.key_bits} and {self.value_bits}"
             )
+        # R keys of a channel must fill whole groups and whole 32-bit words
         unit = math.lcm(self.group, 32 // math.gcd(32, self.key_bits))
         near = unit * max(1, round(self.residual / unit))
         if self.residual % self.group:
@@ -170,6 +171,7 @@ def quantize(
     low = xp.min(grouped, axis=-1, keepdims=True)  # [..., n/g, 1]
     most = (1 << bits) - 1
     scale = (xp.max(grouped, axis=-1, keepdims=True) - low) / most
+    # rounded as they are stored, before the codes are computed with them
     low = xp.astype(low, dtype or x.dtype)
     scale = xp.astype(scale, dtype or x.dtype)
     scale = xp.where(scale > 0, scale, xp.ones_like(scale))

@@ -107,6 +107,7 @@ def attend_as_decoded(
         ends_v = [quantized_values(t) for t in range(first, first + count)]
         coarse_k = j < xp.asarray(ends_k)[:, None]  # [T, S]: the key is dequantised
         coarse_v = j < xp.asarray(ends_v)[:, None]
+        # both products in full, since each query has its own boundary
         scores = xp.where(coarse_k, rows @ k_hat[:, None], rows @ k[:, None])  # [G, R, T, S]
         bias = causal_bias(xp, count, total, first, window, q.dtype)
         if bias is not None:

@@ -145,7 +145,7 @@ class KiviCache:
             not 0 <= n <= m for n, m in zip(counts, view.counts, strict=False)
         ):
             raise ValueError(f"the step has {view.counts} tokens, cannot commit {list(counts)}")
-        k, v = view.new  # [L, T, G, D] each
+        k, v = view.new  # [L, T, G, D] each; all layers at once, with few large calls
         at = 0
         for b, n in enumerate(counts):
             if n:
@@ -165,10 +165,10 @@ class KiviCache:
         k = kivi.quantized_keys(s)
         v = kivi.quantized_values(s)
         dim = self.key_residual.shape[-2]
-        words = self.key_words[layer, b, :, :, : k * kivi.key_bits // 32]
+        words = self.key_words[layer, b, :, :, : k * kivi.key_bits // 32]  # [G, D, words]
         scale, low = self.key_scales[:, layer, b, :, :, : k // kivi.group]
         keys = dequantize(unpack(words, kivi.key_bits, k), scale, low, dtype)  # [G, D, k]
-        words = self.value_words[layer, b, :, :v]
+        words = self.value_words[layer, b, :, :v]  # [G, v, words]
         scale, low = self.value_scales[:, layer, b, :, :v]
         values = dequantize(unpack(words, kivi.value_bits, dim), scale, low, dtype)  # [G, v, D]
         residual_keys = self.key_residual[layer, b, :, :, : s - k]
@@ -189,7 +189,7 @@ class KiviCache:
         stop = kivi.quantized_keys(s + int(new.shape[-1]))
         old = self.key_residual[:, b, :, :, : s - start]
         recent = xp.concat([old, xp.astype(new, old.dtype)], axis=-1)  # positions [start, s + n)
-        if stop > start:
+        if stop > start:  # the window has been filled, once or more often
             codes, *grid = quantize(recent[..., : stop - start], kivi.key_bits, kivi.group)
             words = slice(start * kivi.key_bits // 32, stop * kivi.key_bits // 32)
             self.key_words[:, b, :, :, words] = pack(codes, kivi.key_bits, check=False)

@@ -84,12 +84,13 @@ class PagedKVCache:
             config.num_key_value_heads,
             config.head_dim,
         )
+        # 0, not uninitialised: a masked value is multiplied by 0, and 0 · NaN is NaN
         empty = math.nan if poison else 0.0
         self.keys: Array = xp.full(shape, empty, dtype=dtype or like.dtype)
         self.values: Array = xp.full(shape, empty, dtype=dtype or like.dtype)
         self.window = config.sliding_window
         self.heads = config.num_attention_heads
-        self.copied = 0  # blocks copied before a write
+        self.copied = 0  # blocks copied before a write; a measure of what sharing costs
 
     @property
     def nbytes(self) -> int:
@@ -199,7 +200,7 @@ class _View:
     ):
         self.cache = cache
         like = cache.keys
-        self.write = asarray_like(write, like, "int64")
+        self.write = asarray_like(write, like, "int64")  # [T], slots of the new tokens
         starts = [0, *accumulate(counts)]  # the first row of each sequence
         busy = [i for i, n in enumerate(counts) if n]
         lengths = [tables[i].length for i in busy]
@@ -296,7 +297,7 @@ def split_attention(
     """
     xp = namespace(q, keys, values, slots)
     o = xp.zeros_like(q)
-    lse = xp.full(q.shape[:2], -math.inf, dtype=q.dtype)
+    lse = xp.full(q.shape[:2], -math.inf, dtype=q.dtype)  # with o = 0 the identity of merge
     for first in range(0, int(slots.shape[0]), parts):
         part = slots[first : first + parts]
         seen = xp.take(keys, part, axis=0), xp.take(values, part, axis=0)

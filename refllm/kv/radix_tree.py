@@ -89,7 +89,8 @@ class RadixCache:
         slots = []
         for child, common in self._walk(node, tokens):
             node = child if common == len(child) else self._split(child, common)
-            if record:  # after the split: the lower part was not used
+            # after the split, since the lower part was not used
+            if record:
                 node.used = now
                 node.hits = node.hits + 1
             slots += node.slots
@@ -123,10 +124,10 @@ class RadixCache:
             node.priority = max(node.priority, priority)
             at += common
         end = self._whole(tokens)
-        if at < end:
+        if at < end:  # the rest becomes a new leaf
             leaf = Node(tuple(tokens[at:end]), list(slots[at:end]), node, now, priority)
             node.children[self._first_page(leaf.key, 0)] = leaf
-            self._leaves.pop(node, None)
+            self._leaves.pop(node, None)  # no leaf any more
             self._leaves[leaf] = None
             self.evictable += len(leaf)
         return at
@@ -167,6 +168,7 @@ class RadixCache:
         rank = POLICIES[self.policy]
         order = 0
         heap: list[tuple[Rank, int, Node]] = []
+        # ``order`` breaks ties, so that nodes are never compared
         for order, leaf in enumerate(self._leaves):
             heap.append((rank(leaf), order, leaf))
         heapq.heapify(heap)
@@ -179,6 +181,7 @@ class RadixCache:
             freed += len(leaf)
             if self.on_evict is not None:
                 self.on_evict(leaf.slots)
+            # a parent without children is a leaf now, and may follow in this very call
             if self._offer(parent):
                 order += 1
                 heapq.heappush(heap, (rank(parent), order, parent))
@@ -237,6 +240,7 @@ class RadixCache:
     def _common(self, key: tuple[int, ...], tokens: Tokens, at: int, end: int) -> int:
         """Tokens that ``key`` shares with tokens[at:end], in whole pages."""
         length = min(len(key), end - at)
+        # equal in most calls: one comparison in C, before the search in Python
         if key[:length] == tuple(tokens[at : at + length]):
             return length // self.page_size * self.page_size
         same = next(i for i in range(length) if key[i] != tokens[at + i])
@@ -251,7 +255,7 @@ class RadixCache:
         upper = Node(node.key[:at], node.slots[:at], parent, node.created, node.priority)
         upper.used = node.used
         upper.hits = node.hits
-        upper.locks = node.locks
+        upper.locks = node.locks  # every handle of the lower node holds the upper one, too
         parent.children[self._first_page(upper.key, 0)] = upper
         node.key = node.key[at:]
         node.slots = node.slots[at:]

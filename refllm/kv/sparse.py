@@ -120,8 +120,9 @@ class SparsePolicy:
         """
         if self.beta is None or layers == 1:
             return [self.budget] * layers
-        low = self.budget / self.beta
+        low = self.budget / self.beta  # of the highest layer
         fall = 2 * (self.budget - low) / (layers - 1)
+        # differences of rounded sums, so that the budgets add up to layers · B exactly
         ends = [
             round(sum(2 * self.budget - low - i * fall for i in range(n)))
             for n in range(layers + 1)
@@ -220,6 +221,7 @@ def select_tokens(score: Array, budget: int, first: int, newest: int) -> Array:
     size = int(score.shape[-1])
     index = xp.arange(size)
     always_kept = (index < first) | (index >= size - newest)  # [S]
+    # infinite scores put the tokens that are always kept first
     ranked = xp.where(always_kept, xp.asarray(math.inf, dtype=score.dtype), score)
     return xp.sort(top_k(ranked, min(budget, size))[1], axis=-1)
 

@@ -194,6 +194,7 @@ class SparseCache:
             kept.scores = xp.astype(a[:, n - 1, :end], dtype)
         if kept.last_queries is not None:
             queries = xp.concat([kept.last_queries, new.q[:, :n]], axis=1)
+            # a copy: a view would keep the queries of the whole prompt in memory
             kept.last_queries = xp.copy(queries[:, -self.policy.window :])
 
     def _evict(self, layer: int, b: int, score: Array) -> None:
@@ -207,7 +208,7 @@ class SparseCache:
         if size <= budget:
             return
         xp = namespace(score)
-        if policy.shared:
+        if policy.shared:  # one set of tokens: every head gets the mean of all
             score = xp.broadcast_to(xp.mean(score, axis=0), score.shape)
         # the next query, at the newest's position + 1, sees the last ``window`` positions
         if self.window is not None:

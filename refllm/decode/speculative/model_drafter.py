@@ -113,6 +113,7 @@ class ModelDrafter:
         """Draft token by token for all requests, in one batched step of the model each time
         or one sequence after the other.
         """
+        # a sequence drafts only as far as the draft model has positions
         counts = [min(r.max_drafts, self.cache.capacity - len(r.tokens)) for r in requests]
         drafts: list[list[int]] = [[] for _ in requests]
         rows: list[list[Array]] = [[] for _ in requests]
@@ -198,6 +199,7 @@ class ModelDrafter:
         at least the last token.
         """
         cached = self._cached[sequence]
+        # at least one token is computed, for its logits
         same = min(common_prefix_length(cached, tokens), len(tokens) - 1)
         self.cache.truncate(sequence, same)
         del cached[same:]
@@ -213,6 +215,7 @@ class ModelDrafter:
 
     def _compute(self, tokens: list[int], sequence: int) -> Array:
         """The forward pass of ``_feed``, in the fastest form for so many tokens."""
+        # more than four tokens are faster in one batch than one by one
         if self._single_token is not None and len(tokens) <= 4:
             for token in tokens[:-1]:
                 self._single_token.append(token, sequence)

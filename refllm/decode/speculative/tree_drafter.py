@@ -82,13 +82,14 @@ class TreeDrafter(ModelDrafter):
             else:
                 q = distribution(z, sampling)
                 rows[parent + 1] = q
+                # decided by q, before anything is drawn from it
                 if float(namespace(q).max(q)) >= self.confidence:
                     left = 1
                 children = draw_children(q, left, rng)
             parents += [parent] * len(children)
             parent = len(nodes)
             nodes += children
-            if len(children) > 1:
+            if len(children) > 1:  # a fan ends the tree
                 break
             feed = children
         if nodes:

@@ -79,7 +79,7 @@ def _best_split(
         wider = best[:]
         longer = parts[:]
         for n in range(1, nodes + 1):
-            for mine in range(1, n + 1):
+            for mine in range(1, n + 1):  # tokens of the k-th child's subtree
                 gain = best[n - mine] + chance * below[mine]
                 if len(parts[n - mine]) == k and gain > wider[n] + 1e-15:
                     wider[n] = gain
@@ -93,7 +93,8 @@ def most_likely(chances: Sequence[float], nodes: int, depth: int) -> Tree:
     """The same as ``optimal_tree``, by taking the likeliest remaining node ``nodes`` times."""
     _check(chances, nodes, depth)
     parents: list[int] = []
-    heap = [(-chances[0], 0, -1, 0, 1)] if depth else []  # (−chance, order, parent, rank, depth)
+    # (−probability, order, parent, rank among its siblings, depth)
+    heap = [(-chances[0], 0, -1, 0, 1)] if depth else []
     while heap and len(parents) < nodes:
         chance, _, parent, rank, level = heapq.heappop(heap)
         node = len(parents)

@@ -57,6 +57,7 @@ def verify_tree(
         accepted = None
         for node in tree.children[row]:
             x = int(tokens[node])
+            # left and drawn are what p and q have become after the rejections so far
             if rng.random() < _chance(left, drawn, x):
                 accepted = node
                 break

@@ -93,7 +93,7 @@ def verify_block(
     for target, drafted in probabilities:
         reach.append(min(1.0, reach[-1] * target / drafted))
     accepted = 0
-    for i in range(len(probabilities), 0, -1):
+    for i in range(len(probabilities), 0, -1):  # the longest prefix first
         keep = reach[i]  # h_γ
         if i < len(probabilities):
             surplus = float(namespace(p).sum(_surplus(p, q, draft, i, reach[i])))  # S_i
@@ -179,7 +179,7 @@ def _surplus(
             left = left * scale
         left = left - q[i, ...]
         return xp.maximum(left, xp.zeros_like(left[:1]))
-    left = left * scale
+    left = left * scale  # a new array, also for scale 1
     left[_token_ids(draft)[i]] = 0.0
     return left
 
@@ -213,6 +213,7 @@ def _draft_probabilities(
     count = len(x)
     _check_shapes(p, q, x)
     at = xp.arange(count), xp.asarray(x, dtype=xp.int64)
+    # everything that is checked or compared on the host, in one transfer
     facts = [xp.sum(p, axis=-1), xp.min(p, axis=-1), p[at]]  # [γ+1], [γ+1], [γ]
     if q is not None:
         facts += [xp.sum(q, axis=-1), xp.min(q, axis=-1), q[at]]  # [γ] each
