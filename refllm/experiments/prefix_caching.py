@@ -180,13 +180,13 @@ def speedup(
     c_p: float,
     c_d: float,
     P: int,
-    O: int,
-    hit: float,  # noqa: E741 (symbols of the table)
+    O: int,  # noqa: E741 (the symbols of the table)
+    hit: float,
 ) -> float:
     """The speedup of a cache with this hit rate, if the time of a step is the sum over its
     tokens.
 
-    >>> speedup(c_p=1, c_d=0, P=100, O=10, hit=0.9)  # nothing but prefill
+    >>> round(speedup(c_p=1, c_d=0, P=100, O=10, hit=0.9), 2)  # nothing but prefill
     10.0
     >>> round(speedup(c_p=1, c_d=1, P=100, O=100, hit=0.9), 2)
     1.82

@@ -215,7 +215,9 @@ def _draw_alpha(ax: Axes, values: Values) -> None:
         plain = _row(rows, "norms", level, None)
         # dashes in turn: where two levels are equally bad, both are visible
         ax.axhline(plain["kl"][0], color=colour, ls=(6 * at, (5, 7)), lw=1.6)
-        names.append((1, plain["kl"][0], f"{level}, not smoothed: {_loss(plain)}", colour))
+        names.append(
+            (1, plain["kl"][0], f"{level}, not smoothed: {_loss(plain)} bits per byte", colour)
+        )
     ax.set(
         title=f"W8A8 with outliers of {values['factor']:g}×: smoothing removes their cost",
         xlabel="α",

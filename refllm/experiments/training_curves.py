@@ -151,7 +151,7 @@ def draw_positions(values: Values) -> Figure:
     bits], …]}}.
     """
     fig, ax = axes(
-        "What context gains", "tokens of context (log)", "bits per byte of held-out text"
+        "More context, fewer bits", "tokens of context (log)", "bits per byte of held-out text"
     )
     ticks: set[int] = set()
     for colour, (name, bins) in coloured(SERIES, values["lines"].items()):

@@ -1,4 +1,4 @@
-"""The study of quantised caches: its cases, that a row is the cache that it names, its
+"""The experiment on quantised caches: its cases, that a row is the cache that it names, its
 record and its figure.
 """
 

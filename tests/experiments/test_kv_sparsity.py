@@ -1,4 +1,4 @@
-"""The study of sparse caches: its texts, that a run is the policy that it names, its record
+"""The experiment on sparse caches: its texts, that a run is the policy that it names, its record
 and its figure.
 """
 

@@ -54,6 +54,6 @@ def test_the_density_is_one_and_the_command_writes_it(tmp_path):
     observer_ranges.main(["--output", str(output)])
     made = read(output).values
     share = np.sum(np.asarray(made["density"]) * np.diff(made["edges"]))
-    assert 0.98 < share <= 1 + 1e-12  # the smallest numbers lie before the first edge
+    assert 0.98 < share <= 1 + 1e-12  # the smallest elements lie before the first edge
     assert made["rows"] == values()["rows"]
     assert len(made["rows"]) == 2 * len(observers(8))

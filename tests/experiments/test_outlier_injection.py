@@ -216,7 +216,7 @@ def test_channels_are_drawn_without_repetition():
     assert all(len(set(c)) == 3 and c == sorted(c) and 0 <= c[0] and c[-1] < 40 for c in drawn)
     assert len({tuple(c) for c in drawn}) > 40
     assert choose_channels(40, 0, rng) == []
-    with pytest.raises(ValueError, match="41 channels of 40"):
+    with pytest.raises(ValueError, match="41 of 40 channels"):
         choose_channels(40, 41, rng)
 
 

@@ -1,4 +1,4 @@
-"""The studies of serving at their smallest: what they count has its closed form, what they
+"""The serving experiments at their smallest: what they count has its closed form, what they
 draw is drawn.
 """
 
@@ -47,7 +47,7 @@ def test_the_recorded_batches_are_the_papers_within_eight_percent():
         assert mean(rows[name]["batch"]) == pytest.approx(measured, rel=0.08)
     assert mean(rows["Orca (Max)"]["utilisation"]) < 0.25
     assert mean(rows["paged"]["utilisation"]) > 0.93
-    # the same command gives the same numbers: one of the cells, again
+    # the same command gives the same values: one of the cells, computed again
     row = rows["Orca (Max)"]
     assert (
         paging.simulate_policy(
@@ -97,7 +97,7 @@ def test_a_mean_of_no_steps_is_rejected():
         _ = run.saturated.batch
 
 
-def test_with_memory_for_everybody_paging_buys_nothing():
+def test_with_memory_for_every_request_paging_gains_nothing():
     batches = [row["batch"] for row in paging.plenty_data(60, max_sequences=8)]
     assert batches == [8.0] * 4
 

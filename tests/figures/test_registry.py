@@ -408,7 +408,7 @@ PURE = (
 
 
 def quantities(ax):
-    """The labels of those axes of a plot that have numbers at their ticks; of shared ones,
+    """The labels of those axes of a plot that have values at their ticks; of shared ones,
     where they are written.
     """
     for axis, near, label in (
@@ -490,7 +490,7 @@ def test_pyplot_is_never_imported():
 
 
 def test_data_of_the_counted_and_projected_figures_is_up_to_date(tmp_path):
-    """The committed numbers are those that the command in the file makes now."""
+    """The committed values are those that the command in the file makes now."""
     for experiment in (kv_memory, roofline, gguf_layouts, gguf_mixes):
         experiment.main(str(tmp_path))
     assert len(list(tmp_path.glob("*.json"))) == 6

@@ -70,7 +70,7 @@ def test_a_constant_has_an_interval_of_no_width(value, count, size, seed):
     (interval,) = bootstrap_intervals(
         [np.full(2 * count, value)], unit, np.random.default_rng(seed), resamples=50
     )
-    for end in (interval.mean, interval.low, interval.high):  # sums of up to 100 equal numbers
+    for end in (interval.mean, interval.low, interval.high):  # sums of up to 100 equal values
         assert end == pytest.approx(value, rel=200 * np.finfo(float).eps, abs=1e-300)
 
 

@@ -37,7 +37,7 @@ def test_round_trip(tmp_path_factory, values, kind):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_numbers_that_are_not_finite_are_rejected_with_their_place(tmp_path, value):
+def test_values_that_are_not_finite_are_rejected_with_their_place(tmp_path, value):
     with pytest.raises(ValueError, match=r"values\.a\[1\]\.b"):
         write(tmp_path / "x.json", Record("make x", "A", "none", {"a": [0, {"b": value}]}))
     assert not (tmp_path / "x.json").exists()

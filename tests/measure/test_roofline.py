@@ -92,7 +92,7 @@ def run_counted(config, batch, rows):
     tokens = module.array(np.zeros(sum(counts), np.int64))
     positions = module.array(np.asarray(cache.positions(counts), np.int64))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batched_attention, "SCORES", 0)
+        patch.setattr(batched_attention, "MAX_SCORES", 0)
         hidden = forward(weights, config, tokens, positions, cache.view(counts))
     if rows:
         logits(weights, hidden[:rows])
@@ -239,7 +239,7 @@ def test_costs_of_sequences_add_up_but_weights_are_read_once(a, b):
 
 
 def test_constants_of_the_literature():
-    """Llama-3-8B: 8.03 B parameters, 128 KiB of cache a token in fp16; its linear intensity
+    """Llama-3-8B: 8.03 B parameters, 128 KiB of cache per token in fp16; its linear intensity
     is the batch size.
     """
     assert LLAMA_8B.num_parameters == 8_030_261_248
