@@ -47,9 +47,10 @@ from common import environment, finish, ratios, shown, table
 from threadpoolctl import threadpool_limits
 
 from refllm.api import Model, load
+from refllm.backend import finite_argmax
 from refllm.corpus import held_out_documents
 from refllm.decode.fast.captured_step import make_decode_step
-from refllm.decode.generate import argmax_tokens, generate_tokens
+from refllm.decode.generate import generate_tokens
 from refllm.decode.sampling_params import GREEDY, SamplingParams
 from refllm.decode.speculative.acceptance import Acceptance, speedup
 from refllm.decode.speculative.cascade import Cascade
@@ -214,7 +215,7 @@ def step_costs(
         for n, spent in times.items():
             tokens = rng.integers(1, model.config.vocab_size, n).tolist()
             began = time.perf_counter()
-            argmax_tokens(compute(tokens, cache.positions([n]), cache.view([n])))
+            finite_argmax(compute(tokens, cache.positions([n]), cache.view([n])))
             spent.append(time.perf_counter() - began)
         began = time.perf_counter()
         drafter.propose(text, 4, GREEDY, rng)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from refllm.checkpoints.loading import BUNDLED, bundled, locate
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.decode.detokenizer import StopStrings, Utf8Stream
 from refllm.decode.generate import CachePolicy, generate_tokens
-from refllm.decode.sampling_params import GREEDY, SamplingParams
+from refllm.decode.sampling_params import SamplingOptions, SamplingParams, sampling_params
 from refllm.decode.speculative.cascade import check_drafter
 from refllm.decode.speculative.interface import Drafter
 from refllm.decode.speculative.loop import SpeculativeStep, speculate
@@ -120,24 +120,24 @@ class Model:
         prompt: str | Sequence[int],
         max_tokens: int,
         *,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
+        sampling: SamplingParams | None = None,
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         rng: np.random.Generator | int | None = None,
         drafter: Drafter | Model | None = None,
         cache: CachePolicy | None = None,
+        **shorthand: Unpack[SamplingOptions],
     ) -> Any:
         """Continue ``prompt`` by at most ``max_tokens`` tokens and return the new part alone:
         a str for a str, a list of token ids for token ids.
 
         The end token is not part of the result. Text is encoded as the tokenizer's file
         specifies (with its beginning token, if it has one). ``stop`` strings end the text
-        before their first occurrence (text prompts only). ``rng`` is a Generator or a seed;
-        None draws a fresh seed. Temperature 0 is the argmax and uses no randomness.
+        before their first occurrence (text prompts only).
+
+        ``sampling`` says how tokens are chosen; ``temperature``, ``top_k``, ``top_p``,
+        ``min_p`` and ``repetition_penalty`` are a shorthand for it. The default is the argmax,
+        which uses no randomness. ``rng`` is a Generator or a seed; None draws a fresh seed.
 
         A ``drafter`` (see ``refllm.decode.speculative``; a ``Model`` drafts 4 tokens per
         step) changes how many steps that takes. Greedy output is unchanged; at other
@@ -149,13 +149,13 @@ class Model:
         change the text too. A policy that evicts at random draws from ``rng``, also at
         temperature 0.
         """
-        sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty)
+        params = sampling_params(sampling, shorthand)
         if isinstance(prompt, str) and (stop or isinstance(stop, str)):
             # Only stop strings need the text while it grows; an empty one is rejected there.
             pieces = self.stream(
                 prompt,
                 max_tokens,
-                sampling=sampling,
+                sampling=params,
                 stop=stop,
                 ignore_eos=ignore_eos,
                 rng=rng,
@@ -173,7 +173,7 @@ class Model:
             ids = _token_lists([prompt])[0]
         ends = self._end_tokens(ignore_eos)
         tokens = self._tokens(
-            ids, max_tokens, sampling, np.random.default_rng(rng), drafter, cache=cache
+            ids, max_tokens, params, np.random.default_rng(rng), drafter, cache=cache
         )
         new = list(takewhile(lambda token: token not in ends, tokens))
         if isinstance(prompt, str):
@@ -185,21 +185,23 @@ class Model:
         prompts: Sequence[Sequence[int]] | Array,
         max_tokens: int,
         *,
-        sampling: SamplingParams = GREEDY,
+        sampling: SamplingParams | None = None,
         ignore_eos: bool = False,
         rng: np.random.Generator | int | None = None,
         cache: CachePolicy | None = None,
+        **shorthand: Unpack[SamplingOptions],
     ) -> list[list[int]]:
         """The new tokens of B token prompts in one static batch; each result ends before its
-        end token.
+        end token. Parameters are those of ``generate``.
         """
+        params = sampling_params(sampling, shorthand)
         prompts = _token_lists(prompts)
         ends = self._end_tokens(ignore_eos)
         results: list[list[int]] = [[] for _ in prompts]
         running = set(range(len(prompts)))
         rng = np.random.default_rng(rng)
         for step in generate_tokens(
-            self.weights, self.config, prompts, max_tokens, sampling, rng, cache
+            self.weights, self.config, prompts, max_tokens, params, rng, cache
         ):
             for b in list(running):
                 if step[b] in ends:
@@ -215,7 +217,7 @@ class Model:
         prompt: str,
         max_tokens: int,
         *,
-        sampling: SamplingParams = GREEDY,
+        sampling: SamplingParams | None = None,
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         rng: np.random.Generator | int | None = None,
@@ -223,21 +225,23 @@ class Model:
         drafter: Drafter | Model | None = None,
         on_step: Callable[[SpeculativeStep], object] | None = None,
         cache: CachePolicy | None = None,
+        **shorthand: Unpack[SamplingOptions],
     ) -> Iterator[str]:
         """Yield the new text piece by piece: complete characters only, never a part of a stop
-        string.
+        string. Parameters are those of ``generate``.
 
         ``on_token`` is called with every sampled token, the end token included, before its
         text: pieces of text are not tokens, so a caller that counts or times tokens needs
         it. With a ``drafter``, ``on_step`` is called with every step of the target: the
         drafted tokens, and how many were accepted.
         """
+        params = sampling_params(sampling, shorthand)
         ends = self._end_tokens(ignore_eos)
         ids = self.tokenizer.encode(prompt, special=True)
         characters = Utf8Stream(self.tokenizer)
         stops = StopStrings(stop)
         for token in self._tokens(
-            ids, max_tokens, sampling, np.random.default_rng(rng), drafter, on_step, cache
+            ids, max_tokens, params, np.random.default_rng(rng), drafter, on_step, cache
         ):
             if on_token is not None:
                 on_token(token)

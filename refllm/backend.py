@@ -185,6 +185,20 @@ def top_k(x: Array, k: int) -> tuple[Array, Array]:
     return xp.take_along_axis(x, order, axis=-1), order
 
 
+def finite_argmax(x: Array) -> list[int]:
+    """The index of the largest element of each row of x[R, V], on the host; −1 where that is
+    not finite: NaN, +inf, or only −inf.
+
+    >>> finite_argmax(np.array([[0.0, 2.0, 1.0], [0.0, np.nan, 1.0]]))
+    [1, -1]
+    """
+    xp = namespace(x)
+    index = xp.argmax(x, axis=-1)  # treats a NaN as the largest
+    finite = xp.isfinite(x[xp.arange(x.shape[0]), index])
+    found: list[int] = to_numpy(xp.where(finite, index, -1)).tolist()  # one copy for both
+    return found
+
+
 def normal(
     rng: np.random.Generator, shape: tuple[int, ...], like: Array, dtype: DType = "float32"
 ) -> Array:

@@ -42,15 +42,16 @@ def alone(request: Request, index: int = 0) -> tuple[list[int], float]:
     rng = np.random.default_rng(request.seed if index == 0 else [request.seed, index])
     tokens = list(request.prompt)
     nearest = np.inf
-    params = request.temperature, request.top_k, request.top_p, request.min_p
+    chosen = request.sampling
+    params = chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p
     for _ in range(request.max_tokens):
         z = last_logits(tuple(tokens))[None]
-        if request.repetition_penalty != 1:
+        if chosen.repetition_penalty != 1:
             seen = np.zeros(z.shape, dtype=bool)
             seen[0, tokens] = True
-            z = apply_repetition_penalty(z, seen, request.repetition_penalty)
+            z = apply_repetition_penalty(z, seen, chosen.repetition_penalty)
         u = rng.random(1)
-        if request.temperature == 0:
+        if chosen.temperature == 0:
             token = int(z.argmax())
         else:
             token = int(sampling.sample(sampling.process_logits(z, *params), u)[0])

@@ -306,11 +306,42 @@ def test_the_repetition_penalty_counts_prompt_and_output(prompt):
         ([0], 1, {"min_p": 1.1}, "min_p"),
         ([0], 1, {"repetition_penalty": 0.0}, "repetition_penalty"),
         ([0], 1, {"stop": ["x"]}, "text prompt"),
+        ([0], 1, {"sampling": SamplingParams(), "top_k": 1}, r"either sampling=.*\(top_k\), not"),
+        ([0], 1, {"sampling": 0.7}, "sampling must be a SamplingParams"),
     ],
 )
 def test_bad_requests_are_rejected_by_name(prompt, count, options, message):
     with pytest.raises(ValueError, match=message):
         MODEL.generate(prompt, count, **options)
+
+
+def test_the_keywords_of_sampling_are_a_shorthand_everywhere():
+    shorthand = {
+        "temperature": 1.5,
+        "top_k": 9,
+        "top_p": 0.9,
+        "min_p": 0.01,
+        "repetition_penalty": 1.3,
+    }
+    sampling = SamplingParams(**shorthand)
+
+    def run(**options):
+        return [
+            ENDLESS.generate([0, 1], 12, rng=1, **options),
+            ENDLESS.generate("x", 12, rng=1, **options),
+            ENDLESS.generate("x", 12, rng=1, stop="\0\0", **options),
+            "".join(ENDLESS.stream("x", 12, rng=1, **options)),
+            ENDLESS.generate_batch([[0, 1], [2]], 12, rng=1, **options),
+        ]
+
+    assert run(**shorthand) == run(sampling=sampling)
+    assert run(**shorthand) != run()
+    for call in (
+        lambda **options: ENDLESS.generate_batch([[0]], 1, **options),
+        lambda **options: list(ENDLESS.stream("x", 1, **options)),
+    ):
+        with pytest.raises(ValueError, match=r"either sampling=.*\(temperature\), not both"):
+            call(sampling=sampling, temperature=1.5)
 
 
 def test_a_drafter_is_an_object():

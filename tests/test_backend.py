@@ -242,6 +242,21 @@ def test_top_k_rejects_more_than_there_is(xp, k):
 # --- normal -------------------------------------------------------------------------------
 
 
+def test_finite_argmax_is_the_first_of_the_largest_and_none_where_that_is_not_finite(xp):
+    rows = [
+        ([1.0, 3.0, 3.0], 1),
+        ([-np.inf, -2.0, -np.inf], 1),
+        ([0.0, np.inf, 1.0], -1),
+        ([5.0, 0.0, np.nan], -1),
+        ([np.nan, np.inf, 1.0], -1),
+        ([-np.inf] * 3, -1),
+    ]
+    x = xp.asarray(np.array([row for row, _ in rows]))
+    found = backend.finite_argmax(x)
+    assert found == [index for _, index in rows]
+    assert all(type(index) is int for index in found)
+
+
 @given(seed=seeds)
 def test_normal_draws_are_the_hosts_on_every_library(xp, seed):
     drawn = backend.normal(np.random.default_rng(seed), (3, 4), xp.zeros(1))

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from refllm.backend import NUMPY, Array, asarray_like, namespace, to_numpy
+from refllm.backend import NUMPY, Array, asarray_like, finite_argmax, namespace, to_numpy
 from refllm.decode.fast.captured_step import make_decode_step
 from refllm.decode.penalties import apply_repetition_penalty
 from refllm.decode.sampling import distribution, sample
@@ -75,7 +75,7 @@ def generate_tokens(
     if sampling.repetition_penalty != 1:
         seen = _SeenTokens(prompts, config.vocab_size, like)
     decode_step = make_decode_step(weights, config)
-    counts = [1] * len(prompts)
+    counts = [1] * len(prompts)  # new tokens per sequence in a decode step
     tokens: list[int] = []
     for _ in range(max_tokens):
         if tokens:
@@ -170,7 +170,7 @@ def prefill_chunks(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         counts = [0] * len(left)
         for b, n in enumerate(left):
             if n > free and free < most:
-                break
+                break  # a prompt is cut only where a pass begins
             counts[b] = min(n, free)
             free -= counts[b]
         left = [n - c for n, c in zip(left, counts, strict=True)]
@@ -182,7 +182,7 @@ def choose_tokens(z: Array, sampling: SamplingParams, rng: np.random.Generator) 
     reject NaN and +inf.
     """
     if sampling.temperature == 0:
-        ids = argmax_tokens(z)
+        ids = finite_argmax(z)
     else:
         uniforms = asarray_like(rng.random(z.shape[0]), z, "float64")  # [B]
         ids = to_numpy(sample(distribution(z, sampling), uniforms)).tolist()
@@ -192,20 +192,6 @@ def choose_tokens(z: Array, sampling: SamplingParams, rng: np.random.Generator) 
             "NaN, +inf or nothing but -inf"
         )
     return ids
-
-
-def argmax_tokens(z: Array) -> list[int]:
-    """z[R, V] → the argmax of each row, on the host; −1 where no logit is the largest: NaN,
-    +inf or only −inf.
-
-    >>> argmax_tokens(np.array([[0.0, 2.0, 1.0], [0.0, np.nan, 1.0]]))
-    [1, -1]
-    """
-    xp = namespace(z)
-    ids = xp.argmax(z, axis=-1)  # treats a NaN as the largest
-    sound = xp.isfinite(z[xp.arange(z.shape[0]), ids])
-    found: list[int] = to_numpy(xp.where(sound, ids, -1)).tolist()  # one copy for both
-    return found
 
 
 class _SeenTokens:

@@ -42,6 +42,7 @@ Left out: typical, eta, top-h, mirostat, DRY and XTC sampling; beam search.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from refllm.backend import NUMPY, Array, namespace, to_numpy
 from refllm.decode.sampling_params import (
@@ -109,11 +110,19 @@ def process_logits(
     return weights / xp.sum(weights, axis=-1, keepdims=True)
 
 
-def distribution(logits: Array, params: SamplingParams) -> Array:
-    """``process_logits`` with the parameters of one request: logits[..., V] →
-    float64[..., V].
+def distribution(logits: Array, params: SamplingParams | Sequence[SamplingParams]) -> Array:
+    """``process_logits`` with the parameters of one request, or with those of each row:
+    logits[..., V] or [B, V] → float64 of the same shape.
     """
-    return process_logits(logits, params.temperature, params.top_k, params.top_p, params.min_p)
+    if isinstance(params, SamplingParams):
+        return process_logits(logits, params.temperature, params.top_k, params.top_p, params.min_p)
+    return process_logits(
+        logits,
+        [one.temperature for one in params],
+        [one.top_k for one in params],
+        [one.top_p for one in params],
+        [one.min_p for one in params],
+    )
 
 
 def log_probabilities(logits: Array) -> Array:
@@ -286,6 +295,8 @@ def largest(weights: Array, ranked: Array, count: Array) -> Array:
     bool[..., V].
     """
     xp = namespace(weights)
+    # Equal weights at the cut are counted in the order of token ids, so the sort's order of
+    # equal values does not matter.
     cut = xp.take_along_axis(ranked, count - 1, axis=-1)  # the smallest weight that stays
     above = weights > cut
     at_cut = weights == cut

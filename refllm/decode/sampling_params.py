@@ -1,10 +1,12 @@
 """Sampling parameters: what a user sets, the checks, and the form that the filters compute
 with.
 
-``SamplingParams`` holds the settings of one request. The functions of ``decode.sampling``
+``SamplingParams`` holds the settings of one request. Entrances for users (``Model.generate``,
+``serve.request.Request``) take ``sampling=SamplingParams(…)`` or, as a shorthand, its fields
+as keywords; ``sampling_params`` makes one of the two. The functions of ``decode.sampling``
 also take lists, with one value per row of logits[B, V]: a batch of requests with their own
-settings. ``validate_params`` checks either form on the host, rewrites "off" and "greedy" as
-values that need no case of their own, and places them beside the logits:
+settings. ``validate_params`` checks either form on the host, by the same ``RULES``, rewrites
+"off" and "greedy" as values that need no case of their own, and places them beside the logits:
 
 | given         | used                                                                    |
 |---------------|-------------------------------------------------------------------------|
@@ -14,7 +16,9 @@ values that need no case of their own, and places them beside the logits:
 | top_p 1       | 2, a share that no prefix reaches (a prefix's mass may *round* to 1)    |
 | min_p 0       | 0: every weight is at least that                                        |
 
-Left out: device arrays as parameters. They are settings, and live on the host.
+Left out: device arrays as parameters: they are settings, and live on the host; a seed, stop
+strings and ``ignore_eos``, which vLLM has here: they are not about the next token's
+distribution, which is all that a drafter and ``decode.sampling`` need to know.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, TypeGuard
 
 from refllm.backend import Array, DType, Operand, namespace
 
@@ -34,12 +38,13 @@ _COLDEST = 1e-200
 
 
 class Rule(NamedTuple):
-    """Which values a parameter may take, as a predicate and in words."""
+    """Which numbers a parameter may be, as a predicate and in words."""
 
     allowed: Callable[[float], bool]
     words: str
 
 
+# The only place that says what is allowed, for single parameters and for lists of them.
 RULES = {
     "temperature": Rule(lambda x: 0 <= x < math.inf, "0 (greedy) or finite and above"),
     "top_k": Rule(lambda x: 0 <= x == x // 1, "0 (off) or a positive integer"),
@@ -51,12 +56,25 @@ RULES = {
 }
 
 
+def _check(name: str, value: object, where: str = "") -> None:
+    """ValueError unless a parameter may have this value."""
+    rule = RULES[name]
+    if not _is_number(value):
+        raise ValueError(f"{name} must be a number, got {value!r}{where}")
+    if not rule.allowed(value):
+        raise ValueError(f"{name} must be {rule.words}, got {value}{where}")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token of one request is chosen; the defaults are greedy.
 
     See ``decode.sampling.process_logits`` for the meaning of each. ValueError names a
-    parameter outside its range.
+    parameter that is no number, or outside its range.
 
     >>> SamplingParams(temperature=0.8, top_p=0.9)
     SamplingParams(temperature=0.8, top_k=0, top_p=0.9, min_p=0.0, repetition_penalty=1.0)
@@ -73,15 +91,45 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not isinstance(value, Real):
-                raise ValueError(f"{name} must be a number, got {value!r}")
-        for name, value in vars(self).items():
-            rule = RULES[name]
-            if not rule.allowed(value):
-                raise ValueError(f"{name} must be {rule.words}, got {value}")
+            _check(name, value)
 
 
 GREEDY = SamplingParams()
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of ``SamplingParams`` as keywords: the shorthand for ``sampling=``."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+
+
+def sampling_params(sampling: SamplingParams | None, shorthand: SamplingOptions) -> SamplingParams:
+    """``sampling``, or the parameters that were given as keywords, or greedy.
+
+    ValueError if both were given, or ``sampling`` is something else.
+
+    >>> sampling_params(None, {}) == GREEDY
+    True
+    >>> sampling_params(None, {"temperature": 0.8}).temperature
+    0.8
+    >>> sampling_params(GREEDY, {"temperature": 0.8})
+    Traceback (most recent call last):
+    ValueError: give either sampling=SamplingParams(…) or its shorthand (temperature), not both
+    """
+    if sampling is None:
+        return SamplingParams(**shorthand) if shorthand else GREEDY
+    if not isinstance(sampling, SamplingParams):
+        raise ValueError(f"sampling must be a SamplingParams(…), got {sampling!r}")
+    if shorthand:
+        names = ", ".join(shorthand)
+        raise ValueError(
+            f"give either sampling=SamplingParams(…) or its shorthand ({names}), not both"
+        )
+    return sampling
 
 
 class ValidatedParams(NamedTuple):
@@ -139,11 +187,8 @@ def _checked(name: str, value: Parameter, logits: Array) -> list[float]:
             f"{name} is a list of {len(values)}: that needs logits[B, V] with B rows, "
             f"got {logits.shape}"
         )
-    rule = RULES[name]
     for row, x in enumerate(values):
-        if not rule.allowed(x):
-            where = f" in row {row}" if len(values) > 1 else ""
-            raise ValueError(f"{name} must be {rule.words}, got {x}{where}")
+        _check(name, x, where=f" in row {row}" if len(values) > 1 else "")
     return list(values)
 
 

@@ -76,7 +76,8 @@ def propose_drafts(
         state = requests[sequence.request.id].sequence_state(sequence.index)
         assert state.drafter is not None
         count = min(state.drafter.gamma, sequence.remaining - 1)
-        request = DraftRequest(sequence.tokens, count, state.sampling, state.rng, 0)
+        sampling = sequence.request.sampling
+        request = DraftRequest(sequence.tokens, count, sampling, state.rng, 0)
         asked.append((state.drafter, request))
     if isinstance(drafter, AdaptiveDrafting):
         proposals = drafter.propose_batch(asked)  # type: ignore[arg-type]  # it made them

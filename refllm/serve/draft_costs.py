@@ -29,8 +29,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from refllm.backend import finite_argmax
 from refllm.decode.fast.captured_step import make_decode_step
-from refllm.decode.generate import argmax_tokens
 from refllm.decode.sampling_params import GREEDY
 from refllm.decode.speculative.acceptance import expected_length
 from refllm.decode.speculative.interface import DraftRequest, ModelLike, check_vocabulary
@@ -120,7 +120,7 @@ def measure_costs(
         """One decode step of n sequences with ``context`` cached tokens each."""
         cache.lengths = [context] * n + [0] * (len(cache.lengths) - n)
         tokens = [i % config.vocab_size for i in range(n)]
-        argmax_tokens(decode_step(tokens, [context] * n, cache.view([1] * n)))  # waits for a GPU
+        finite_argmax(decode_step(tokens, [context] * n, cache.view([1] * n)))  # waits for a GPU
 
     times: dict[int, list[float]] = {n: [] for n in sizes}
     for _ in range(rounds):

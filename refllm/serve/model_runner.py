@@ -33,11 +33,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refllm.backend import Array, asarray_like, to_numpy
+from refllm.backend import Array, asarray_like, finite_argmax, to_numpy
 from refllm.decode import sampling
 from refllm.decode.fast.captured_step import make_decode_step
-from refllm.decode.generate import argmax_tokens
 from refllm.decode.penalties import apply_repetition_penalty
+from refllm.decode.sampling_params import SamplingParams
 from refllm.decode.speculative.interface import ModelLike
 from refllm.decode.speculative.verification import verify
 from refllm.kv.paged import PagedKVCache
@@ -138,8 +138,13 @@ class SamplingInput:
 
     @property
     def request(self) -> Request:
-        """The settings."""
+        """Whose sequence it is."""
         return self.sequence.request
+
+    @property
+    def params(self) -> SamplingParams:
+        """How its tokens are chosen."""
+        return self.sequence.request.sampling
 
     @property
     def num_rows(self) -> int:
@@ -192,12 +197,12 @@ def apply_penalties(z: Array, inputs: abc.Sequence[SamplingInput]) -> Array:
     """z[R, V] with each request's repetition penalty; row i of a sequence has seen its first
     i drafts, too.
     """
-    if all(one.request.repetition_penalty == 1 for one in inputs):
+    if all(one.params.repetition_penalty == 1 for one in inputs):
         return z
     seen = np.zeros(z.shape, dtype=bool)  # [R, V]
     penalties = [1.0] * z.shape[0]
     for one in inputs:
-        theta = one.request.repetition_penalty
+        theta = one.params.repetition_penalty
         if theta == 1:
             continue
         for i in range(one.num_rows):
@@ -211,14 +216,14 @@ def sample_tokens(z: Array, inputs: abc.Sequence[SamplingInput]) -> list[list[li
     """z[R, V], after penalties → for each input the next tokens of each continuation; None
     if a row of its logits has no largest one.
     """
-    best = argmax_tokens(z)
+    best = finite_argmax(z)
     sampled: list[list[list[int]] | None] = [None] * len(inputs)
     drawn: list[int] = []  # inputs with a temperature
     for i, one in enumerate(inputs):
         one.best = best[one.rows]
         if min(one.best) < 0:
             continue
-        if one.request.temperature:
+        if one.params.temperature:
             drawn.append(i)
         else:
             tokens = _accepted_tokens(one.best, one.sequence.drafts)
@@ -241,15 +246,9 @@ def _draw(z: Array, inputs: abc.Sequence[SamplingInput]) -> list[list[list[int]]
     """Inputs with a temperature: process all their rows at once, then draw one token per row
     and continuation.
     """
-    owners = [one for one in inputs for _ in range(one.num_rows)]
+    params = [one.params for one in inputs for _ in range(one.num_rows)]
     rows = [row for one in inputs for row in range(one.rows.start, one.rows.stop)]
-    p = sampling.process_logits(
-        z[asarray_like(rows, z, "int64")],
-        [one.request.temperature for one in owners],
-        [one.request.top_k for one in owners],
-        [one.request.top_p for one in owners],
-        [one.request.min_p for one in owners],
-    )  # [P, V]
+    p = sampling.distribution(z[asarray_like(rows, z, "int64")], params)  # [P, V]
     picks: list[int] = []  # rows of p, repeated where several continuations draw from one
     uniforms: list[float] = []
     first = 0

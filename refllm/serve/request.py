@@ -25,50 +25,101 @@ from dataclasses import dataclass
 from enum import Enum
 from math import inf
 from numbers import Integral, Real
-from typing import TypeGuard
+from typing import TypeGuard, Unpack
+
+from refllm.decode.sampling_params import (
+    GREEDY,
+    SamplingOptions,
+    SamplingParams,
+    sampling_params,
+)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Request:
     """A prompt and how to continue it. ValueError names the field that makes no sense.
 
     ``prompt`` may be a ``range`` where only lengths matter. ``max_tokens`` 0 is allowed: the
-    request finishes at once, without output. The ``n`` continuations of a prompt share its
-    cache blocks; with ``beam`` they are the beams of one search, ranked by the sum of their
-    log-probabilities divided by length ** ``length_penalty``. A lower ``priority`` is served
-    first. ``arrival`` is in seconds. Requests with different ``salt`` never share cached
-    prefixes.
+    request finishes at once, without output. ``sampling`` (default: greedy) says how tokens
+    are chosen; ``temperature``, ``top_k``, ``top_p``, ``min_p`` and ``repetition_penalty`` are
+    a shorthand for it. The ``n`` continuations of a prompt share its cache blocks; with
+    ``beam`` they are the beams of one search, ranked by the sum of their log-probabilities
+    divided by length ** ``length_penalty``. A lower ``priority`` is served first. ``arrival``
+    is in seconds. Requests with different ``salt`` never share cached prefixes.
 
     >>> request = Request([5, 9, 2], max_tokens=8)
     >>> request.max_cached_tokens  # the last token of the output is never computed
     10
+    >>> Request([5, 9, 2], temperature=0.8).sampling == SamplingParams(temperature=0.8)
+    True
     >>> Request([5, 9, 2], top_p=0.0)
     Traceback (most recent call last):
     ValueError: request None: top_p must be within (0, 1], got 0.0
     """
 
     prompt: abc.Sequence[int]
-    max_tokens: int = 16
-    id: abc.Hashable = None  # None: the engine or the scheduler assigns one
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop: abc.Sequence[str] = ()
-    ignore_eos: bool = False
-    n: int = 1
-    beam: bool = False
-    length_penalty: float = 1.0
-    priority: int = 0
-    arrival: float = 0.0
-    salt: str | None = None
+    max_tokens: int
+    id: abc.Hashable  # None: the engine or the scheduler assigns one
+    sampling: SamplingParams
+    seed: int | None
+    stop: tuple[str, ...]
+    ignore_eos: bool
+    n: int
+    beam: bool
+    length_penalty: float
+    priority: int
+    arrival: float
+    salt: str | None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "prompt", _token_ids(self.prompt))
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
+    def __init__(
+        self,
+        prompt: abc.Sequence[int],
+        max_tokens: int = 16,
+        id: abc.Hashable = None,
+        *,
+        sampling: SamplingParams | None = None,
+        seed: int | None = None,
+        stop: str | abc.Sequence[str] | None = (),
+        ignore_eos: bool = False,
+        n: int = 1,
+        beam: bool = False,
+        length_penalty: float = 1.0,
+        priority: int = 0,
+        arrival: float = 0.0,
+        salt: str | None = None,
+        **shorthand: Unpack[SamplingOptions],
+    ):
+        # written by hand for the shorthand's sake; past __setattr__, which frozen forbids
+        vars(self).update(
+            prompt=_token_ids(prompt),
+            max_tokens=max_tokens,
+            id=id,
+            sampling=GREEDY if sampling is None else sampling,
+            seed=seed,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
+            ignore_eos=ignore_eos,
+            n=n,
+            beam=beam,
+            length_penalty=length_penalty,
+            priority=priority,
+            arrival=arrival,
+            salt=salt,
+        )
+        if shorthand:
+            vars(self).update(sampling=self._from_shorthand(sampling, shorthand))
+        self._check()
+
+    def _from_shorthand(
+        self, sampling: SamplingParams | None, shorthand: SamplingOptions
+    ) -> SamplingParams:
+        """The settings of the shorthand; ValueError if ``sampling`` was given, too."""
+        try:
+            return sampling_params(sampling, shorthand)
+        except ValueError as error:
+            raise ValueError(f"request {self.id!r}: {error}") from None
+
+    def _check(self) -> None:
+        """ValueError for a field that makes no sense."""
         for name, (allows, rule) in _RULES.items():
             value = getattr(self, name)
             if not allows(value):
@@ -100,14 +151,11 @@ def _are_nonempty_strings(x: object) -> bool:
     return isinstance(x, tuple) and all(isinstance(s, str) and s for s in x)
 
 
-# Which values a field may take, as a predicate and in words.
+# Which values a field may take, as a predicate and in words; ``decode.sampling_params`` has the
+# rules of ``sampling``.
 _RULES: dict[str, tuple[abc.Callable[[object], bool], str]] = {
     "max_tokens": (lambda x: _is_integer(x) and x >= 0, "an integer, 0 or more"),
-    "temperature": (lambda x: _is_finite(x) and x >= 0, "0 (greedy) or finite and above"),
-    "top_k": (lambda x: _is_integer(x) and x >= 0, "0 (off) or a positive integer"),
-    "top_p": (lambda x: _is_finite(x) and 0 < x <= 1, "within (0, 1]"),
-    "min_p": (lambda x: _is_finite(x) and 0 <= x <= 1, "within [0, 1]"),
-    "repetition_penalty": (lambda x: _is_finite(x) and x > 0, "above 0"),
+    "sampling": (lambda x: isinstance(x, SamplingParams), "a SamplingParams(…)"),
     "seed": (lambda x: x is None or (_is_integer(x) and x >= 0), "None or an integer, 0 or more"),
     "stop": (_are_nonempty_strings, "strings that are not empty"),
     "n": (lambda x: _is_integer(x) and x >= 1, "an integer, 1 or more"),

@@ -16,11 +16,9 @@ Left out: log-probabilities of the chosen tokens.
 from __future__ import annotations
 
 from collections import abc
-from functools import cached_property
 
 import numpy as np
 
-from refllm.decode.sampling_params import SamplingParams
 from refllm.decode.speculative.interface import Drafter, ModelLike
 from refllm.model.config import ModelConfig
 from refllm.serve.beam_search import BeamSearch
@@ -49,7 +47,7 @@ def validate_request(request: Request, config: ModelConfig) -> None:
             f"{len(prompt)} prompt tokens plus max_tokens {request.max_tokens} exceed the model's "
             f"{context} positions: shorten one of them"
         )
-    elif request.beam and (request.temperature or request.stop):
+    elif request.beam and (request.sampling.temperature or request.stop):
         reason = "a beam search neither samples nor stops at strings: leave both out"
     elif request.beam and request.n > vocabulary - len(config.eos_token_ids):
         reason = f"{request.n} beams need as many first tokens, of {vocabulary}"
@@ -75,18 +73,6 @@ class SequenceState:
         self.drafter = drafter
         self.rng = np.random.default_rng(seed if index == 0 else [seed, index])
         self._uniforms: list[float] = []
-
-    @cached_property
-    def sampling(self) -> SamplingParams:
-        """The request's parameters as a drafter takes them."""
-        request = self.request
-        return SamplingParams(
-            request.temperature,
-            request.top_k,
-            request.top_p,
-            request.min_p,
-            request.repetition_penalty,
-        )
 
     def uniform(self, position: int) -> float:
         """The uniform that token ``position`` of the output is drawn with."""

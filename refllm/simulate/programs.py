@@ -35,6 +35,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from refllm.decode.sampling_params import SamplingParams
 from refllm.serve.request import Request
 
 TokenSource = Callable[[int], Sequence[int]]  # number of tokens → tokens
@@ -114,11 +115,12 @@ def self_consistency(
     tokens: TokenSource, questions: int, *, samples: int = 8, question: int = 320, answer: int = 16
 ) -> Program:
     """Every question ``samples`` times, each with its own seed, to vote on the answers."""
+    sampling = SamplingParams(temperature=0.7)
     asked = []
     for i in range(questions):
         prompt = [*tokens(question)]
         asked += [
-            replace(_request((i, j), prompt, answer), temperature=0.7, seed=i * samples + j)
+            replace(_request((i, j), prompt, answer), sampling=sampling, seed=i * samples + j)
             for j in range(samples)
         ]
     return Program("self-consistency", asked)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refllm.decode.sampling_params import GREEDY, SamplingParams
 from refllm.serve.request import Request, Sequence
 
 
@@ -21,6 +23,8 @@ from refllm.serve.request import Request, Sequence
         ("temperature", -0.1),
         ("temperature", math.inf),
         ("temperature", math.nan),
+        ("temperature", True),
+        ("temperature", "1"),
         ("top_k", -1),
         ("top_k", 0.5),
         ("top_p", 0),
@@ -44,6 +48,49 @@ from refllm.serve.request import Request, Sequence
 def test_a_field_that_makes_no_sense_is_named(field, value):
     with pytest.raises(ValueError, match=rf"request 'r': {field} must be .*got"):
         Request([1], id="r", **{field: value})
+
+
+SETTINGS = {
+    "temperature": 0.5,
+    "top_k": 3,
+    "top_p": 0.9,
+    "min_p": 0.1,
+    "repetition_penalty": 1.2,
+}
+
+
+def test_the_keywords_of_sampling_are_a_shorthand_for_it():
+    assert Request([1]).sampling == SamplingParams()
+    for name, value in SETTINGS.items():
+        assert Request([1], **{name: value}).sampling == SamplingParams(**{name: value})
+    sampling = SamplingParams(**SETTINGS)
+    assert Request([1], **SETTINGS) == Request([1], sampling=sampling)
+    assert Request([1], sampling=sampling).sampling is sampling
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(top_k=2)])
+def test_sampling_and_its_shorthand_together_are_an_error(sampling):
+    with pytest.raises(ValueError, match=r"request 'r': give either sampling=.*\(top_k, min_p\)"):
+        Request([1], id="r", sampling=sampling, top_k=2, min_p=0.0)
+
+
+@pytest.mark.parametrize("wrong", [0.7, {"temperature": 0.7}, ()])
+def test_sampling_must_be_sampling_params(wrong):
+    with pytest.raises(ValueError, match=r"request None: sampling must be a SamplingParams"):
+        Request([1], sampling=wrong)
+    with pytest.raises(TypeError, match="temprature"):
+        Request([1], temprature=0.7)
+
+
+def test_a_request_with_another_id_is_the_same_but_for_that():
+    asked = Request(
+        [1], 5, sampling=SamplingParams(0.7), seed=3, stop="x", n=2, arrival=2.0, salt="s"
+    )
+    named = replace(asked, id="a")
+    assert named.id == "a"
+    assert replace(named, id=None) == asked
+    with pytest.raises(FrozenInstanceError):
+        asked.sampling = GREEDY
 
 
 @pytest.mark.parametrize(

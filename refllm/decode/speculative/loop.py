@@ -27,11 +27,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refllm.backend import Array, asarray_like, namespace, to_numpy
+from refllm.backend import Array, asarray_like, finite_argmax, namespace, to_numpy
 from refllm.decode.fast.captured_step import make_decode_step
 from refllm.decode.generate import (
     CachePolicy,
-    argmax_tokens,
     check_policy,
     check_prompts,
     choose_tokens,
@@ -112,11 +111,12 @@ def speculate(
         tokens += step.tokens
         if len(tokens) == end:
             return
+        # a step emits up to count + 1 tokens
         count = min(drafter.gamma, end - len(tokens) - 1)
         proposal: Proposal | TreeProposal = NO_DRAFTS
         if count > 0:
             proposal = drafter.propose(tokens, count, sampling, rng)
-        new = [tokens[-1], *proposal.tokens]
+        new = [tokens[-1], *proposal.tokens]  # the last token is not cached yet
         if isinstance(proposal, TreeProposal):
             assert isinstance(cache, ContiguousCache), "a drafter of trees needs trees = True"
             tree = proposal.tree
@@ -170,6 +170,7 @@ def verify_tree_proposal(
     else:
         p = distribution(z, sampling)  # [m+1, V]
         path, token = verify_tree(p, q, tree, nodes, rng)
+    # the path first, so that ``drafts[:accepted]`` are the accepted tokens
     kept = set(path)
     order = path + [node for node in range(len(nodes)) if node not in kept]
     end = path[-1] + 1 if path else 0  # the row where the path ends
@@ -195,7 +196,7 @@ def penalized_logits(
 
 def _checked_argmax(z: Array) -> list[int]:
     """The argmax of each row on the host; ValueError if no logit of a row is the largest."""
-    found = argmax_tokens(z)
+    found = finite_argmax(z)
     if min(found) < 0:
         raise ValueError("the logits of a step have no largest one: NaN, +inf or nothing but -inf")
     return found
