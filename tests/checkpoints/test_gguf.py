@@ -1,0 +1,227 @@
+"""Loading a GGUF file: names, row orders, copies, and every entry that can be wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from networks import LLAMA3, full_logits, random_tensors
+from refllm.checkpoints.gguf import GGUFTensors, load, open_file
+from refllm.checkpoints.gguf_names import (
+    ROPE_FACTORS,
+    config_metadata,
+    gguf_name,
+    permutation,
+    rope_factors,
+)
+from refllm.checkpoints.gguf_tokenizer import tokenizer_metadata
+from refllm.checkpoints.tensor_files import CheckpointError
+from refllm.formats.gguf.codec import quantize
+from refllm.formats.gguf.linear import GGUFLinear
+from refllm.formats.gguf.writer import write
+from refllm.model.config import ModelConfig
+from refllm.model.layers import rope_frequencies
+from tiny_models import byte_tokenizer
+
+CONFIG = ModelConfig("llama", 300, 64, 96, 2, 4, 2, 16, bos_token_id=0, eos_token_ids=(0,))
+
+
+def tensors_of(config: ModelConfig) -> dict[str, np.ndarray]:
+    return random_tensors(config, 0, "float32")
+
+
+def make(
+    path: Path,
+    config: ModelConfig = CONFIG,
+    type: str = "F32",
+    *,
+    metadata: Mapping[str, object] | None = None,
+    extra: Mapping[str, np.ndarray] | None = None,
+) -> Path:
+    """A file of the random network: matrices in ``type``, vectors in F32; ``extra`` are more
+    float32 tensors under their names in the file. Entries of None are left out.
+    """
+    data: dict[str, np.ndarray] = {}
+    plan: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, tensor in tensors_of(config).items():
+        rows = permutation(config, name)
+        stored = type if tensor.ndim == 2 else "F32"
+        matrix = np.atleast_2d(tensor if rows is None else tensor[rows])
+        data[gguf_name(name)] = quantize(matrix, stored).reshape(-1)
+        plan[gguf_name(name)] = (stored, tensor.shape)
+    for name, tensor in (extra or {}).items():
+        data[name] = tensor.astype(np.float32).view(np.uint8).reshape(-1)
+        plan[name] = ("F32", tensor.shape)
+    entries = config_metadata(config, "x") | tokenizer_metadata(byte_tokenizer(), config)
+    entries |= metadata or {}
+    write(path, {k: v for k, v in entries.items() if v is not None}, plan, data.__getitem__)
+    return path
+
+
+# --- what is read -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_plain_weights_are_those_that_were_written(tmp_path, dtype):
+    expected = tensors_of(CONFIG)
+    with open_file(make(tmp_path / "x.gguf")) as file:
+        tensors = GGUFTensors(file, None, dtype)
+        assert set(tensors) == set(expected)
+        assert len(tensors) == len(expected)
+        for name, tensor in expected.items():
+            assert tensors[name].dtype == dtype
+            np.testing.assert_array_equal(tensors[name], tensor)
+        with pytest.raises(KeyError):
+            tensors["model.layers.2.mlp.up_proj.weight"]
+        assert GGUFTensors(file, None, None)["model.norm.weight"].dtype == "float32"
+
+
+@pytest.mark.parametrize("type", ["F32", "F16", "Q8_0"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_file_that_is_overwritten_after_loading_changes_no_weight(tmp_path, type, dtype):
+    """Weights are copied out of the mapped file, quantised ones too: the same bytes of the
+    disk may become another model while this one answers.
+    """
+    path = make(tmp_path / "x.gguf", type=type)
+    config, weights, _ = load(path, np, dtype)
+    layer = weights["layers"][1]
+    assert isinstance(layer["up_proj"], GGUFLinear) is (type == "Q8_0")
+    before = full_logits(weights, config)
+    codes = {key: np.array(layer[key].dequantize()) for key in ("q_proj", "up_proj")}
+    with path.open("r+b") as file:  # in place: the map of an old file would show it
+        size = path.stat().st_size
+        file.seek(size // 8)
+        file.write(b"\xff" * (size - size // 8))
+    for key, expected in codes.items():
+        np.testing.assert_array_equal(layer[key].dequantize(), expected)
+    np.testing.assert_array_equal(full_logits(weights, config), before)
+
+
+def test_quantised_rows_of_q_and_k_come_in_the_order_of_hugging_face(tmp_path):
+    expected = tensors_of(CONFIG)
+    with open_file(make(tmp_path / "x.gguf", type="Q8_0")) as file:
+        tensors = GGUFTensors(file, np, "float32")
+        for part in ("q_proj", "k_proj", "v_proj"):
+            name = f"model.layers.1.self_attn.{part}.weight"
+            weight = tensors[name]
+            assert isinstance(weight, GGUFLinear)
+            largest = np.abs(expected[name]).max()
+            # half a scale, and a scale that is rounded to float16
+            np.testing.assert_allclose(
+                weight.dequantize(), expected[name], rtol=0, atol=largest / 127
+            )
+
+
+def test_rope_factors_divide_the_frequencies(tmp_path):
+    config = replace(CONFIG, rope_scaling=LLAMA3)
+    factors = rope_factors(config)
+    assert factors is not None
+    path = make(tmp_path / "x.gguf", config, extra={ROPE_FACTORS: factors})
+    loaded, weights, _ = load(path, np, "float64")
+    assert loaded.rope_scaling == LLAMA3
+    expected = rope_frequencies(16, config.rope_theta, LLAMA3)
+    np.testing.assert_allclose(weights["rope_frequencies"], expected, rtol=2**-23)
+
+
+# --- what is rejected ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [
+        [1, 1, 1, 1, 1, 1, 1, -2],
+        [0, 1, 1, 1, 1, 1, 1, 1],
+        [1] * 7,
+        [1] * 9,
+    ],
+    ids=["negative", "zero", "too few", "too many"],
+)
+def test_rope_factors_that_make_no_sense_are_rejected(tmp_path, factors):
+    path = make(tmp_path / "x.gguf", extra={ROPE_FACTORS: np.array(factors, "float32")})
+    with pytest.raises(CheckpointError, match=r"rope_freqs.weight must hold 8 positive factors"):
+        load(path, np, "float32")
+
+
+@pytest.mark.parametrize(
+    "count", ["two", np.uint16(2), np.float32(1.0), np.array([1, 1], "uint16"), ["1"]]
+)
+def test_a_file_of_several_parts_is_rejected(tmp_path, count):
+    path = make(tmp_path / "x.gguf", metadata={"split.count": count})
+    with pytest.raises(CheckpointError, match="one of several parts"):
+        open_file(path)
+
+
+@pytest.mark.parametrize("count", [np.uint16(0), np.uint16(1), None])
+def test_a_file_in_one_part_says_so_or_nothing(tmp_path, count):
+    assert len(open_file(make(tmp_path / "x.gguf", metadata={"split.count": count}))) == 21
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"y\.gguf cannot be read: No such file"):
+        open_file(tmp_path / "y.gguf")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_scale_that_is_not_finite_is_named_with_its_row(tmp_path, value):
+    path = make(tmp_path / "x.gguf", type="Q8_0")
+    with open_file(path) as file:
+        record = file.tensors["blk.1.ffn_up.weight"]
+        width = record.nbytes // record.shape[0]
+    raw = bytearray(path.read_bytes())
+    at = record.start + 95 * width  # the last row
+    raw[at : at + 2] = np.float16(value).tobytes()
+    path.write_bytes(raw)
+    with pytest.raises(CheckpointError, match=r"blk.1.ffn_up.weight holds scales that are NaN or"):
+        load(path, np, "float32")
+
+
+def test_a_bad_scale_beyond_the_first_tile_is_found(tmp_path):
+    """Rows are checked 2²² bytes at a time: the row that is named begins the tile."""
+    config = replace(CONFIG, vocab_size=70_000, tie_word_embeddings=True)
+    path = make(tmp_path / "x.gguf", config, "Q8_0")
+    with open_file(path) as file:
+        record = file.tensors["token_embd.weight"]
+    raw = bytearray(path.read_bytes())
+    at = record.start + record.nbytes - 34
+    raw[at : at + 2] = np.float16(np.nan).tobytes()
+    path.write_bytes(raw)
+    tile = (1 << 22) // 68
+    with pytest.raises(CheckpointError, match=f"from row {tile} on"):
+        load(path, np, "float32")
+
+
+def test_a_quantised_vector_is_rejected(tmp_path):
+    """GGUF allows it; a norm has no quantised form here."""
+    path = tmp_path / "x.gguf"
+    make(tmp_path / "plain.gguf")
+    with open_file(tmp_path / "plain.gguf") as file:
+        plan = {name: (r.type.name, r.shape) for name, r in file.tensors.items()}
+        data = {name: np.array(file[name]).reshape(-1) for name in file}
+        plan["output_norm.weight"] = ("Q8_0", (64,))
+        data["output_norm.weight"] = quantize(np.ones((1, 64), "float32"), "Q8_0").reshape(-1)
+        write(path, file.metadata, plan, data.__getitem__)
+    with pytest.raises(CheckpointError, match=r"output_norm.weight is quantised, but no matrix"):
+        load(path, np, "float32")
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_rejected(tmp_path):
+    config = replace(CONFIG, vocab_size=256)
+    metadata = tokenizer_metadata(byte_tokenizer(), CONFIG)
+    path = make_with(tmp_path / "x.gguf", config, metadata)
+    with pytest.raises(CheckpointError, match="the tokenizer has ids up to 256, the model a voc"):
+        load(path, np, "float32")
+
+
+def make_with(path: Path, config: ModelConfig, metadata: Mapping[str, object]) -> Path:
+    """A file of the random network with these entries of the tokenizer."""
+    data = {}
+    plan = {}
+    for name, tensor in tensors_of(config).items():
+        data[gguf_name(name)] = quantize(np.atleast_2d(tensor), "F32").reshape(-1)
+        plan[gguf_name(name)] = ("F32", tensor.shape)
+    write(path, config_metadata(config, "x") | metadata, plan, data.__getitem__)
+    return path

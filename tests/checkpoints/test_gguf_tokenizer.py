@@ -1,0 +1,316 @@
+"""Tokenizers as GGUF metadata: what is written, and what is rebuilt from it alone."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Inner
+
+from refllm.checkpoints.gguf_tokenizer import (
+    TOKENIZER_JSON,
+    WORDS,
+    tokenizer_from_metadata,
+    tokenizer_metadata,
+)
+from refllm.checkpoints.tensor_files import CheckpointError
+from refllm.checkpoints.tokenizer import Tokenizer
+from tiny_models import byte_tokenizer, tiny_config
+
+BYTES = [f"<0x{i:02X}>" for i in range(256)]
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's llama_token_type
+
+
+def sentencepiece(scores: dict[str, float], **entries: Any) -> dict[str, Any]:
+    """The entries of a tokenizer of single characters and these pieces, without a prefix."""
+    singles = dict.fromkeys(sorted(set("".join(scores))), -1e6)
+    tokens = ["<unk>", "<s>", "</s>", *BYTES, *(singles | scores)]
+    values = [0.0] * (len(tokens) - len(singles | scores)) + list((singles | scores).values())
+    types = [UNKNOWN, CONTROL, CONTROL] + [BYTE] * 256
+    types += [NORMAL] * (len(tokens) - len(types))
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": np.array(values, dtype=np.float32),
+        "tokenizer.ggml.token_type": np.array(types, dtype=np.int32),
+        "tokenizer.ggml.add_space_prefix": False,
+    } | entries
+
+
+def spelled(tokenizer: Tokenizer, text: str, **how: bool) -> list[str]:
+    """The tokens of a text by their spelling."""
+    return [tokenizer.inner.id_to_token(i) for i in tokenizer.encode(text, **how)]
+
+
+def with_fallback(vocab: list[str], merges: list[tuple[str, str]]) -> Tokenizer:
+    """BPE with fallback bytes, as Llama 2 has it."""
+    tokens = ["<unk>", "<s>", "</s>", *BYTES, *vocab]
+    inner = Inner(
+        models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)},
+            merges=merges,
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    inner.normalizer = normalizers.Replace(" ", "▁")
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    inner.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return Tokenizer(inner)
+
+
+# --- SentencePiece's scores ---------------------------------------------------------------
+
+
+@pytest.mark.theorem(
+    "SentencePiece merges the pair whose union has the highest score first",
+    source="Kudo & Richardson 2018; llama.cpp's llm_tokenizer_spm",
+)
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ({"ab": 0.0, "bc": -1.0}, ["ab", "c"]),
+        ({"ab": -1.0, "bc": 0.0}, ["a", "bc"]),
+        ({"bc": 0.0, "ab": -1.0}, ["a", "bc"]),  # the order of ids does not matter
+        ({"bc": 0.0, "ab": 0.0}, ["a", "bc"]),  # equal scores: the smaller id
+        ({"ab": 0.0, "bc": 0.0}, ["ab", "c"]),
+        ({"ab": 0.0, "abc": -1.0}, ["abc"]),
+        ({"bc": -1.0, "ab": -2.0, "abc": 5.0}, ["abc"]),
+        ({"abc": 0.0}, ["a", "b", "c"]),  # no two tokens whose union it is
+    ],
+)
+def test_the_highest_score_is_merged_first(scores, expected):
+    tokenizer = tokenizer_from_metadata(sentencepiece(scores), "x")
+    assert spelled(tokenizer, "abc") == expected
+    assert tokenizer.decode(tokenizer.encode("abc")) == "abc"
+
+
+def test_of_two_merges_that_make_one_token_the_first_rank_is_its_score():
+    merges = [("b", "c"), ("a", "bc"), ("a", "b"), ("ab", "c")]
+    tokenizer = with_fallback(["a", "b", "c", "ab", "bc", "abc"], merges)
+    written = tokenizer_metadata(tokenizer, tiny_config(vocab_size=265))
+    tokens = written["tokenizer.ggml.tokens"]
+    scores = dict(zip(tokens, written["tokenizer.ggml.scores"].tolist(), strict=True))
+    assert [scores[token] for token in ("bc", "abc", "ab")] == [0.0, -1.0, -2.0]
+    assert {scores[token] for token in ("a", "b", "c", "<unk>", "<0x41>")} == {-4.0}  # last
+    rebuilt = tokenizer_from_metadata(without_json(written), "x")
+    for text in ("abc", "ab", "bc", "cab", "abbc", "aabc c"):
+        assert rebuilt.encode(text) == tokenizer.encode(text)
+
+
+def without_json(metadata: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in metadata.items() if key != TOKENIZER_JSON}
+
+
+def test_a_space_before_the_first_word_is_added_and_taken_away_again():
+    scores = {"▁a": 0.0, "a": -9.0, "▁": -9.0}
+    for entries, expected in (
+        ({"tokenizer.ggml.add_space_prefix": True}, ["▁a", "▁a"]),
+        ({"tokenizer.ggml.add_space_prefix": False}, ["a", "▁a"]),
+    ):
+        tokenizer = tokenizer_from_metadata(sentencepiece(scores, **entries), "x")
+        assert spelled(tokenizer, "a a") == expected
+        assert tokenizer.decode(tokenizer.encode("a a")) == "a a"
+    missing = sentencepiece(scores)
+    del missing["tokenizer.ggml.add_space_prefix"]  # SentencePiece's own default is to add it
+    assert spelled(tokenizer_from_metadata(missing, "x"), "a") == ["▁a"]
+
+
+def test_what_no_token_spells_falls_back_to_bytes():
+    tokenizer = tokenizer_from_metadata(sentencepiece({"ab": 0.0}), "x")
+    assert spelled(tokenizer, "é") == ["<0xC3>", "<0xA9>"]
+    assert tokenizer.decode(tokenizer.encode("abé😀")) == "abé😀"
+
+
+def test_the_unknown_token_is_the_one_that_is_named():
+    entries = sentencepiece({"ab": 0.0})
+    tokens = [token for token in entries["tokenizer.ggml.tokens"] if token not in BYTES]
+    keep = len(tokens)
+    short = {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": entries["tokenizer.ggml.scores"][-keep:],
+        "tokenizer.ggml.token_type": np.ones(keep, dtype=np.int32),
+    }
+    assert spelled(tokenizer_from_metadata(entries | short, "x"), "éa") == ["<unk>", "a"]
+    other = {"tokenizer.ggml.unknown_token_id": np.uint32(2)}
+    assert spelled(tokenizer_from_metadata(entries | short | other, "x"), "éa") == ["</s>", "a"]
+
+
+@pytest.mark.parametrize("scores", [None, [0.0], np.zeros(3, "float32"), np.zeros((262, 1))])
+def test_scores_of_another_length_are_rejected(scores):
+    entries = sentencepiece({"ab": 0.0}) | {"tokenizer.ggml.scores": scores}
+    with pytest.raises(CheckpointError, match="has not one score for each token"):
+        tokenizer_from_metadata(entries, "x")
+
+
+# --- types of tokens ----------------------------------------------------------------------
+
+
+def test_the_type_of_every_token_is_written():
+    tokenizer = with_fallback(["a", "b", "ab", "<0xZ>", "<user>"], [("a", "b")])
+    tokenizer.inner.add_tokens([AddedToken("<user>", special=False)])
+    written = tokenizer_metadata(tokenizer, tiny_config(vocab_size=267))
+    types = written["tokenizer.ggml.token_type"]
+    assert types.dtype == np.int32
+    found = dict(zip(written["tokenizer.ggml.tokens"], types.tolist(), strict=True))
+    assert {found[token] for token in BYTES} == {BYTE}
+    assert [found[token] for token in ("<unk>", "<s>", "</s>")] == [UNKNOWN, CONTROL, CONTROL]
+    # "<0xZ>" has one character less than a byte
+    assert [found[token] for token in ("a", "ab", "<0xZ>")] == [NORMAL] * 3
+    assert found["<user>"] == USER_DEFINED
+    assert written["tokenizer.ggml.tokens"][264:] == ["[PAD264]", "[PAD265]", "[PAD266]"]
+    assert types[264:].tolist() == [UNUSED] * 3
+
+
+def test_a_byte_level_vocabulary_has_no_bytes_of_the_other_kind():
+    """ "<0x41>" is six plain characters there, and the unknown token a normal one."""
+    inner = Inner(models.BPE(vocab={"<0x41>": 0, "a": 1}, merges=[], unk_token="a"))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    written = tokenizer_metadata(Tokenizer(inner), tiny_config(vocab_size=3))
+    assert written["tokenizer.ggml.token_type"].tolist() == [NORMAL, NORMAL, UNUSED]
+
+
+def test_control_and_user_defined_tokens_are_parsed_as_their_types_say():
+    entries = sentencepiece({"ab": 0.0, "<u>": -1.0, "<c>": -1.0, "<x>": -1.0})
+    types = entries["tokenizer.ggml.token_type"]
+    types[-3:] = (USER_DEFINED, CONTROL, UNUSED)
+    tokenizer = tokenizer_from_metadata(entries, "x")
+    text = "a<u>b<c>a<x>"
+    # a user's text never becomes a control token; a user-defined one is always found
+    assert spelled(tokenizer, text)[:3] == ["a", "<u>", "b"]
+    assert "<c>" not in spelled(tokenizer, text)
+    parsed = spelled(tokenizer, text, parse_special=True)
+    assert parsed[:5] == ["a", "<u>", "b", "<c>", "a"]
+    assert "<x>" not in parsed
+    special = {token.content for token in tokenizer.inner.get_added_tokens_decoder().values()
+               if token.special}  # fmt: skip
+    assert special == {"<unk>", "<s>", "</s>", "<c>"}
+
+
+@pytest.mark.parametrize("more", [-3, -1, 0, 1, 5])
+def test_types_for_fewer_or_more_tokens_than_there_are(more):
+    """What is missing is normal, what is too many is ignored, as llama.cpp reads it."""
+    entries = sentencepiece({"ab": 0.0})
+    types = entries["tokenizer.ggml.token_type"]
+    count = len(types) + more
+    entries["tokenizer.ggml.token_type"] = np.resize(types, count)
+    tokenizer = tokenizer_from_metadata(entries, "x")
+    assert tokenizer.vocab_size == len(entries["tokenizer.ggml.tokens"])
+    assert spelled(tokenizer, "ab") == ["ab"]
+    del entries["tokenizer.ggml.token_type"]
+    assert tokenizer_from_metadata(entries, "x").encode("ab") == tokenizer.encode("ab")
+
+
+# --- the beginning of a text --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entries", "first"),
+    [
+        ({}, []),  # no such token
+        ({"tokenizer.ggml.bos_token_id": np.uint32(1)}, [1]),  # Llama's files need not say it
+        ({"tokenizer.ggml.bos_token_id": np.uint32(0)}, [0]),
+        (
+            {"tokenizer.ggml.bos_token_id": np.uint32(1), "tokenizer.ggml.add_bos_token": False},
+            [],
+        ),
+        ({"tokenizer.ggml.add_bos_token": True}, []),
+    ],
+)
+def test_the_beginning_token_of_a_llama(entries, first):
+    tokenizer = tokenizer_from_metadata(sentencepiece({"ab": 0.0}, **entries), "x")
+    assert tokenizer.encode("ab", special=True) == [*first, *tokenizer.encode("ab")]
+    assert tokenizer.encode("ab") == [tokenizer.inner.token_to_id("ab")]
+
+
+@pytest.mark.parametrize(("added", "first"), [(None, []), (False, []), (True, [0])])
+def test_the_beginning_token_of_a_byte_level_vocabulary(added, first):
+    entries = without_json(tokenizer_metadata(byte_tokenizer(), tiny_config()))
+    assert entries["tokenizer.ggml.add_bos_token"] is True  # our template adds it
+    entries["tokenizer.ggml.add_bos_token"] = added
+    known = {key: value for key, value in entries.items() if value is not None}
+    tokenizer = tokenizer_from_metadata(known, "x")
+    assert tokenizer.encode("a", special=True) == [*first, *byte_tokenizer().encode("a")]
+
+
+@pytest.mark.parametrize(
+    ("bos", "eos", "expected"),
+    [
+        (0, (256,), {"bos": 0, "eos": 256}),
+        (None, (), {}),
+        (1, (5, 6), {"bos": 1, "eos": 5}),  # the first of several
+        (257, (258,), {}),  # beyond the vocabulary
+    ],
+)
+def test_ids_of_the_ends_are_written_where_the_vocabulary_has_them(bos, eos, expected):
+    config = tiny_config(bos_token_id=bos, eos_token_ids=eos)
+    written = tokenizer_metadata(byte_tokenizer(), config)
+    found = {
+        end: written[key] for end in ("bos", "eos") if (key := f"tokenizer.ggml.{end}_token_id")
+        in written
+    }  # fmt: skip
+    assert found == expected
+    assert all(type(value) is np.uint32 for value in found.values())
+    assert written["tokenizer.ggml.add_bos_token"] is (bos == 0)
+
+
+# --- pre-tokenizers -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_the_words_of_every_known_pre_tokenizer_come_back(name):
+    pattern = WORDS[name]
+    inner = Inner.from_str(byte_tokenizer(300).inner.to_str())
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    if pattern is not None:
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
+        inner.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    tokenizer = Tokenizer(inner)
+    written = tokenizer_metadata(tokenizer, tiny_config(vocab_size=300))
+    assert written["tokenizer.ggml.pre"] == name
+    rebuilt = tokenizer_from_metadata(without_json(written), "x")
+    for text in ("def return 12345 it's\r\n\n  x", " ", "self.import1234"):
+        assert rebuilt.encode(text) == tokenizer.encode(text)
+        words = [word for word, _ in rebuilt.inner.pre_tokenizer.pre_tokenize_str(text)]
+        assert words == [word for word, _ in inner.pre_tokenizer.pre_tokenize_str(text)]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pre_tokenizers.Whitespace(),
+        pre_tokenizers.ByteLevel(add_prefix_space=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        None,
+    ],
+)
+def test_words_that_llama_cpp_has_no_name_for_are_rejected(words):
+    inner = Inner.from_str(byte_tokenizer().inner.to_str())
+    if words is None:
+        raw = json.loads(inner.to_str())
+        raw["pre_tokenizer"] = None
+        inner = Inner.from_str(json.dumps(raw))
+    else:
+        inner.pre_tokenizer = words
+    with pytest.raises(CheckpointError, match=r"no name for the tokenizer's words; it knows gpt-2"):
+        tokenizer_metadata(Tokenizer(inner), tiny_config())
+
+
+def test_only_bpe_is_written():
+    inner = Inner(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    with pytest.raises(CheckpointError, match="a WordLevel tokenizer cannot be written to GGUF"):
+        tokenizer_metadata(Tokenizer(inner), tiny_config(vocab_size=2))
+
+
+def test_the_files_own_json_wins_over_its_other_entries():
+    written = tokenizer_metadata(byte_tokenizer(), tiny_config())
+    spoiled = written | {"tokenizer.ggml.tokens": ["a", "a"]}
+    assert tokenizer_from_metadata(spoiled, "x").inner.to_str() == byte_tokenizer().inner.to_str()
+    with pytest.raises(CheckpointError, match="holds a token twice"):
+        tokenizer_from_metadata(spoiled | {TOKENIZER_JSON: np.uint32(1)}, "x")
