@@ -120,6 +120,9 @@ def test_memory_never_holds_two_models(tmp_path):
         ({"eos_token_id": 5}, (5,)),
         ({"eos_token_id": [5, 9]}, (5, 9)),
         ({"eos_token_id": None}, (0,)),
+        ({"eos_token_id": []}, (0,)),
+        ({"eos_token_id": 0}, (0,)),
+        ({"eos_token_id": [2147483647]}, (2**31 - 1,)),
         ({}, (0,)),
         (None, (0,)),
     ],
@@ -267,6 +270,22 @@ BAD = {
     "generation eos below zero": (
         lambda p: (p / "generation_config.json").write_text('{"eos_token_id": [2, -1]}'),
         r"generation_config\.json: eos_token_id must be a token id or a list",
+    ),
+    "generation eos is true": (
+        lambda p: (p / "generation_config.json").write_text('{"eos_token_id": true}'),
+        r"generation_config\.json: eos_token_id must be a token id or a list of them, got True",
+    ),
+    "a generation eos is true": (
+        lambda p: (p / "generation_config.json").write_text('{"eos_token_id": [2, true]}'),
+        r"generation_config\.json: eos_token_id must be a token id or a list of them, got \[2, T",
+    ),
+    "generation eos beyond any vocabulary": (
+        lambda p: (p / "generation_config.json").write_text('{"eos_token_id": 2147483648}'),
+        r"generation_config\.json: eos_token_id must be a token id or a list",
+    ),
+    "config eos is true": (
+        lambda p: edit_config(p, eos_token_id=True),
+        r"config\.json: config: eos_token_id must be an integer or a list of them, got True",
     ),
     "no tokenizer": (lambda p: (p / "tokenizer.json").unlink(), r"tokenizer\.json is missing"),
     "tokenizer broken": (

@@ -5,6 +5,7 @@ configuration classes read.
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from hypothesis import given
@@ -192,6 +193,39 @@ REJECTED = {
         raw(rope_scaling=LLAMA3 | {"factor": 0.0}),
         "llama3 RoPE scaling needs positive",
     ),
+    "llama3 with a negative factor": (
+        raw(rope_scaling=LLAMA3 | {"factor": -8.0}),
+        "llama3 RoPE scaling needs positive",
+    ),
+    "llama3 with a low factor of zero": (
+        raw(rope_scaling=LLAMA3 | {"low_freq_factor": 0.0}),
+        "llama3 RoPE scaling needs positive",
+    ),
+    "llama3 with an infinite band": (
+        raw(rope_scaling=LLAMA3 | {"high_freq_factor": float("inf")}),
+        "llama3 RoPE scaling needs positive",
+    ),
+    "llama3 without a context": (
+        raw(rope_scaling=LLAMA3 | {"original_max_position_embeddings": 0}),
+        "llama3 RoPE scaling needs positive",
+    ),
+    "end token is true": (
+        raw(eos_token_id=True),
+        "eos_token_id must be an integer or a list of them, got True",
+    ),
+    "an end token is true": (
+        raw(eos_token_id=[2, True]),
+        "eos_token_id must be an integer or a list of them, got [2, True]",
+    ),
+    "an end token of an object": (raw(eos_token_id={"id": 2}), "must be an integer or a list"),
+    "end token beyond any vocabulary": (
+        raw(eos_token_id=2**31),
+        "eos_token_id must be token ids, got 2147483648",
+    ),
+    "beginning token is true": (
+        raw(bos_token_id=True),
+        "bos_token_id and eos_token_id must be token ids, got True",
+    ),
     "end token is a word": (raw(eos_token_id="</s>"), "eos_token_id must be an integer or a list"),
     "end token below zero": (raw(eos_token_id=-1), "eos_token_id must be token ids, got -1"),
     "beginning token is a word": (
@@ -219,6 +253,16 @@ def test_rejects(case):
     with pytest.raises(UnsupportedModel) as error:
         ModelConfig.from_hf(values)
     assert message in str(error.value)
+
+
+def test_boundaries_that_are_accepted():
+    """The largest token id, the smallest theta, one of everything."""
+    config = ModelConfig.from_hf(raw(eos_token_id=[2**31 - 1, 0], bos_token_id=2**31 - 1))
+    assert (config.bos_token_id, config.eos_token_ids) == (2**31 - 1, (2**31 - 1, 0))
+    tiny = sys.float_info.min
+    assert ModelConfig.from_hf(raw(rope_theta=tiny)).rope_theta == tiny
+    least = ModelConfig("mistral", 1, 1, 1, 1, 1, 1, 2, sliding_window=1, max_position_embeddings=1)
+    assert least.num_parameters == 1 + 1 * 2 * 4 + 3 + 2 + 1 + 1  # embedding, q k v o, MLP, norms
 
 
 SHAPES = (
