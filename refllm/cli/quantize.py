@@ -209,10 +209,9 @@ def scheme_for(
     usual = default_scheme(method)
     if bits is None:
         bits = usual.bits
-    if group_size is None:
-        group_size = usual.group_size
-    elif group_size <= 0:
-        group_size = None
+    group = usual.group_size if group_size is None else group_size
+    if group_size in (0, -1):
+        group = None
     rule = usual.rule
     if symmetric is not None and symmetric != usual.symmetric:
         rule = "half_integer" if symmetric else "asymmetric"
@@ -222,10 +221,10 @@ def scheme_for(
         raise ValueError(
             "one bit around zero has no other level than 0: take --bits 2, or --asymmetric"
         )
-    if group_size is None:
+    if group is None:
         return Scheme(bits, rule, "channel")
     granularity = "block" if usual.granularity == "block" else "group"
-    return Scheme(bits, rule, granularity, group_size)
+    return Scheme(bits, rule, granularity, group)
 
 
 def _announce(job: QuantizationJob) -> None:

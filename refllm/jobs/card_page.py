@@ -194,11 +194,21 @@ def _measured(m: Record, python: str) -> str:
 
 
 def _range(low: int, high: int) -> str:
-    """An inclusive range of token counts."""
+    """An inclusive range of token counts.
+
+    >>> _range(0, 0), _range(1, 1023)
+    ('0', '1–1,023')
+    """
     return f"{low:,}" if low == high else f"{low:,}–{high:,}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its first column to the left and the others to the right."""
+    """A Markdown table, its first column to the left and the others to the right.
+
+    >>> print(_table(["file", "bytes"], [["a.py", "12"]]))
+    | file | bytes |
+    | --- | ---: |
+    | a.py | 12 |
+    """
     rule = ["---"] + ["---:"] * (len(header) - 1)
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])

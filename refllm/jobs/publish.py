@@ -169,6 +169,10 @@ def with_tokens(curve: Curve, plan: Plan, before: int = 0) -> Curve:
 
     Steps of different phases read different numbers of tokens, so figures draw the loss over
     tokens.
+
+    >>> plan = Plan((Phase(2, 4, 8), Phase(1, 1, 64)))
+    >>> with_tokens([{"step": 2}, {"step": 3}], plan)
+    [{'step': 2, 'tokens': 64}, {'step': 3, 'tokens': 128}]
     """
     per_step = [p.batch * p.length for p in plan.phases for _ in range(p.steps)]
     read = list(accumulate(per_step, initial=before))
