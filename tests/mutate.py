@@ -20,7 +20,7 @@ a fault that changes no result (an equivalent one), which only a reader can tell
 say why no test can notice them end in the comment ``# mutate: equivalent``.
 
 Left out: faults in docstrings, annotations, messages of errors, defaults of the command
-line, and two faults at once.
+line, the settings of an experiment (its module's constants), and two faults at once.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ from pathlib import Path
 from queue import Queue
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("formats", "model", "checkpoints", "train", "quant", "kv", "decode", "serve", "simulate")
+ROOMS = (
+    *("formats", "model", "checkpoints", "train", "quant", "kv", "decode", "serve", "simulate"),
+    *("measure", "experiments", "jobs"),
+)
 EQUIVALENT = "# mutate: equivalent"
 OUTSIDE = 2  # test files of other rooms that are run at most
 EXAMPLES = "tests/project/test_doctests.py::test_the_examples_of_a_module_print_what_they_say[{}]"
@@ -146,10 +149,14 @@ def _skipped(tree: ast.AST) -> set[int]:
             parts.append(node.msg)
         elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             parts.append(node)
-        for part in parts:
-            if part is not None:
-                skipped |= {id(child) for child in ast.walk(part)}
+        skipped |= {id(child) for part in parts if part is not None for child in ast.walk(part)}
     return skipped
+
+
+def _settings(tree: ast.Module) -> set[int]:
+    """Ids of nodes in assignments of a module: an experiment's windows, seeds and sizes."""
+    assigned = [node for node in tree.body if isinstance(node, (ast.Assign, ast.AnnAssign))]
+    return {id(child) for node in assigned for child in ast.walk(node)}
 
 
 def faults_of(path: Path) -> list[Fault]:
@@ -158,6 +165,8 @@ def faults_of(path: Path) -> list[Fault]:
     lines = source.splitlines()
     tree = ast.parse(source)
     skipped = _skipped(tree)
+    if path.parent.name == "experiments":
+        skipped |= _settings(tree)
     found = []
     for index, node in enumerate(ast.walk(tree)):
         line = getattr(node, "lineno", 0)
