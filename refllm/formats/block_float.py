@@ -41,6 +41,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from refllm.backend import Array, DType, bitcast, namespace
+from refllm.errors import InputError
 from refllm.formats import minifloat
 from refllm.formats.granularity import (
     MATMUL_TILE,
@@ -84,19 +85,19 @@ class FloatScheme:
     def __post_init__(self) -> None:
         found = minifloat.float_format(self.format)
         if found.bits > 8 or not found.signed:
-            raise ValueError(
+            raise InputError(
                 f"FloatScheme: codes of e4m3, e5m2 or e2m1 share a scale, not {self.format}"
             )
         if self.scale not in SCALES:
-            raise ValueError(
+            raise InputError(
                 f"FloatScheme: unknown scale {self.scale!r}; choose one of {', '.join(SCALES)}"
             )
         if self.scale == "nvfp4" and self.format != "e2m1":
-            raise ValueError(f"FloatScheme: NVFP4's scales are made for e2m1, not {self.format}")
+            raise InputError(f"FloatScheme: NVFP4's scales are made for e2m1, not {self.format}")
         try:
             self.geometry  # noqa: B018 (its checks are what is wanted)
         except ValueError as error:
-            raise ValueError(f"FloatScheme: {error}") from None
+            raise InputError(f"FloatScheme: {error}") from None
 
     @cached_property
     def geometry(self) -> Granularity:
@@ -162,9 +163,9 @@ def absmax(x: Array, scheme: FloatScheme, *, name: str = "x") -> Array:
     try:
         shape = scheme.geometry.scale_shape(tuple(x.shape))
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise InputError(f"{name}: {error}") from None
     if not x.size:
-        raise ValueError(f"{name}: an array of shape {tuple(x.shape)} has no range")
+        raise InputError(f"{name}: an array of shape {tuple(x.shape)} has no range")
     found = xp.max(xp.abs(scheme.geometry.as_blocks(x)), axis=(1, 3))  # [M/bo, N/bi]
     if not bool(xp.all(xp.isfinite(found))):  # the maximum propagates NaN
         require_finite(x, name)
@@ -195,14 +196,14 @@ def quantize(
     """
     xp = namespace(x, scale)
     if x.ndim != 2:
-        raise ValueError(f"{name}: a matrix [M, N] is quantised, got shape {tuple(x.shape)}")
+        raise InputError(f"{name}: a matrix [M, N] is quantised, got shape {tuple(x.shape)}")
     g = None
     if scale is None:
         stored, g = _stored(absmax(x, scheme, name=name), scheme)
     else:
         stored = scale
         if scheme.scale != "float32" or not bool(xp.all((scale > 0) & xp.isfinite(scale))):
-            raise ValueError(f"{name}: a given scale is float32, finite and above 0")
+            raise InputError(f"{name}: a given scale is float32, finite and above 0")
     shape = (int(x.shape[0]), int(x.shape[1]))
     made = BlockFloatLinear(xp.empty((0, 0), dtype=xp.uint8), stored, scheme, shape, g)
     geometry = scheme.geometry

@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from refllm.backend import Array, namespace
+from refllm.errors import InputError
 from refllm.formats.block_float import BlockFloatLinear, FloatScheme
 from refllm.formats.fp8_linear import Fp8Linear
 from refllm.formats.layouts import FLOAT_LAYOUTS, WeightLayout
@@ -47,7 +48,7 @@ def layout_for(weight: Fp8Linear, layout: str | None = None) -> WeightLayout:
     layout = layout or "float-quantized"
     if layout not in FLOAT_LAYOUTS:
         able = ", ".join(FLOAT_LAYOUTS)
-        raise ValueError(f"{layout} cannot hold 8-bit floats; what can: {able}")
+        raise InputError(f"{layout} cannot hold 8-bit floats; what can: {able}")
     size = (0, 0)
     wanted = "token"
     able = "square blocks"
@@ -60,13 +61,13 @@ def layout_for(weight: Fp8Linear, layout: str | None = None) -> WeightLayout:
         able = "square blocks or by channel"
         held = held or scheme.granularity == "channel"
     if scheme.format != "e4m3" or not held:
-        raise ValueError(
+        raise InputError(
             f"{layout} holds e4m3 in {able}, not {scheme.format} by {scheme.granularity}"
         )
     if activation != wanted and (activation is not None or layout == "fp8"):
-        raise ValueError(f"{layout} goes with activations by {wanted}, not {activation}")
+        raise InputError(f"{layout} goes with activations by {wanted}, not {activation}")
     if activation == "tile" and size[0] != 128:
-        raise ValueError(
+        raise InputError(
             f"{layout}: tiles of {size[0]} columns of the activations are left out, only 128"
         )
     return WeightLayout(layout, 8, size[0] or None, weight_only=activation is None)
@@ -101,9 +102,9 @@ def from_tensors(
     xp = namespace(codes)
     scale = next(tensors[key] for key in SCALES if key in tensors)
     if not bool(xp.all((scale >= 0) & xp.isfinite(scale))):
-        raise ValueError(f"{name}: a scale is negative or not finite: the file is damaged")
+        raise InputError(f"{name}: a scale is negative or not finite: the file is damaged")
     if codes.size and bool(xp.any((codes & 0x7F) == 0x7F)):
-        raise ValueError(f"{name}: a code is NaN: the file is damaged")
+        raise InputError(f"{name}: a code is NaN: the file is damaged")
     size = layout.group_size
     if size is None:
         scheme = FloatScheme("e4m3", "channel")

@@ -36,6 +36,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from refllm.backend import Array, bitcast, namespace
+from refllm.errors import InputError
 from refllm.formats import minifloat
 from refllm.formats.block_float import BlockFloatLinear, FloatScheme, quantize
 from refllm.formats.granularity import MATMUL_TILE
@@ -66,7 +67,7 @@ class Accumulator:
     def __post_init__(self) -> None:
         promote = 1 if self.promote is None else self.promote
         if not 1 <= self.bits <= 24 or self.every < 1 or promote < 1:
-            raise ValueError(
+            raise InputError(
                 f"Accumulator: 1 to 24 bits, every and promote of at least 1, got {self}"
             )
 
@@ -114,11 +115,11 @@ def scaled_matmul(
     rows, n = x.shape
     outputs, k = w.shape
     if n != k:
-        raise ValueError(f"scaled_matmul: rows of {n} and of {k} codes do not fit")
+        raise InputError(f"scaled_matmul: rows of {n} and of {k} codes do not fit")
     widths = _scale_width(x), _scale_width(w)
     width = min(widths)
     if max(widths) % width and max(widths) < n:
-        raise ValueError(
+        raise InputError(
             f"scaled_matmul: scales of {widths[0]} and of {widths[1]} columns do not nest"
         )
     out = xp.zeros((rows, outputs), dtype=xp.float32)
@@ -179,7 +180,7 @@ class Fp8Linear:
         name: str = "activations",
     ):
         if activation is not None and activation not in ACTIVATIONS:
-            raise ValueError(
+            raise InputError(
                 f"Fp8Linear: activation is None or one of {', '.join(ACTIVATIONS)}, "
                 f"got {activation!r}"
             )

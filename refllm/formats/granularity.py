@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from refllm.backend import Array, DType, namespace
+from refllm.errors import InputError
 
 GRANULARITIES = ("tensor", "channel", "token", "group", "block")
 
@@ -50,10 +51,10 @@ class Granularity:
     def __post_init__(self) -> None:
         if self.kind not in GRANULARITIES:
             known = ", ".join(GRANULARITIES)
-            raise ValueError(f"unknown granularity {self.kind!r}; choose one of {known}")
+            raise InputError(f"unknown granularity {self.kind!r}; choose one of {known}")
         if self.kind not in ("group", "block"):
             if self.size is not None:
-                raise ValueError(f"granularity {self.kind!r} takes no group_size")
+                raise InputError(f"granularity {self.kind!r} takes no group_size")
             return
         sizes = self.size if isinstance(self.size, tuple) else (self.size,)
         positive = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes)
@@ -63,7 +64,7 @@ class Granularity:
             wanted += " or a pair of them"
             most = 2
         if not positive or not 1 <= len(sizes) <= most:
-            raise ValueError(f"granularity {self.kind!r} takes {wanted}, got {self.size!r}")
+            raise InputError(f"granularity {self.kind!r} takes {wanted}, got {self.size!r}")
 
     @property
     def block(self) -> tuple[int, int]:
@@ -92,7 +93,7 @@ class Granularity:
         if self.kind == "tensor":
             return ()
         if not shape or (self.kind == "block" and len(shape) != 2):
-            raise ValueError(f"granularity {self.kind!r} does not fit an array of shape {shape}")
+            raise InputError(f"granularity {self.kind!r} does not fit an array of shape {shape}")
         if self.kind in ("channel", "token"):
             return (*shape[:-1], 1)
         if self.kind == "block":
@@ -101,7 +102,7 @@ class Granularity:
         g = self.block[1]
         n = shape[-1]
         if n % g:
-            raise ValueError(_no_divisor(n, g))
+            raise InputError(_no_divisor(n, g))
         return (*shape[:-1], n // g)
 
     def as_blocks(self, x: Array) -> Array:
@@ -140,7 +141,7 @@ class Granularity:
             if the scale has another shape than ``scale_shape(shape)``.
         """
         if tuple(scale.shape) != self.scale_shape(shape):
-            raise ValueError(
+            raise InputError(
                 f"scale or zero point of shape {tuple(scale.shape)}: an array of shape {shape} "
                 f"takes {self.scale_shape(shape)} at granularity {self.kind!r}"
             )

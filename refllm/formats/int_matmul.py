@@ -35,6 +35,7 @@ is the exact sum).
 from __future__ import annotations
 
 from refllm.backend import Array, namespace
+from refllm.errors import InputError
 
 __all__ = ["exact_length", "integer_matmul", "scaled_matmul"]
 
@@ -51,10 +52,10 @@ def exact_length(p: int, q: int) -> int:
     1040
     """
     if p < 0 or q < 0:
-        raise ValueError(f"exact_length: sizes are not negative, got {p} and {q}")
+        raise InputError(f"exact_length: sizes are not negative, got {p} and {q}")
     length = EXACT // max(1, p * q)
     if length == 0:
-        raise ValueError(
+        raise InputError(
             f"exact_length: one product of {p}·{q} may exceed 2²⁴: float32 cannot hold it"
         )
     return length
@@ -85,7 +86,7 @@ def integer_matmul(qx: Array, qw: Array, *, sizes: tuple[int, int] | None = None
     rows, n = qx.shape
     outputs, k = qw.shape
     if n != k:
-        raise ValueError(f"integer_matmul: rows of {n} and of {k} codes do not fit")
+        raise InputError(f"integer_matmul: rows of {n} and of {k} codes do not fit")
     if sizes is None:
         sizes = (_size(qx), _size(qw))
     p, q = sizes
@@ -126,7 +127,7 @@ def scaled_matmul(
     rows, n = qx.shape
     outputs = int(qw.shape[0])
     if tuple(x_scale.shape) not in ((), (1, 1), (rows, 1)):
-        raise ValueError(
+        raise InputError(
             f"scaled_matmul: a scale of activations is [T, 1] or (), got {tuple(x_scale.shape)}"
         )
     groups = _groups(w_scale, outputs, n)
@@ -157,7 +158,7 @@ def _groups(w_scale: Array, outputs: int, n: int) -> int:
     """
     groups = int(w_scale.shape[1]) if w_scale.ndim == 2 else 1
     if tuple(w_scale.shape) not in ((), (1, 1), (outputs, groups)) or groups == 0 or n % groups:
-        raise ValueError(
+        raise InputError(
             "scaled_matmul: a scale of a weight is [M, 1], () or [M, N/g], "
             f"got {tuple(w_scale.shape)}"
         )

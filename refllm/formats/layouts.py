@@ -51,6 +51,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from refllm.backend import Array, bitcast, namespace
+from refllm.errors import InputError
 from refllm.formats.packing import pack, store_scale, store_zero, unpack, words_per_row
 from refllm.formats.quantized_linear import ActOrderLinear, QuantizedLinear, column_order
 from refllm.formats.uniform import Scheme
@@ -135,7 +136,7 @@ def layout_for(
         if the layout cannot hold them; the message says which layouts can.
     """
     if name not in LAYOUTS:
-        raise ValueError(f"unknown layout {name!r}; choose one of {', '.join(LAYOUTS)}")
+        raise InputError(f"unknown layout {name!r}; choose one of {', '.join(LAYOUTS)}")
     act_order = act_order and scheme.granularity == "group"
     reason = _obstacle(scheme, name, activations, act_order)
     if reason is not None:
@@ -143,7 +144,7 @@ def layout_for(
         instead = "no layout can"
         if able:
             instead = f"what can: {', '.join(able)}"
-        raise ValueError(f"{name} cannot hold {reason}; {instead}")
+        raise InputError(f"{name} cannot hold {reason}; {instead}")
     group = scheme.group_size if isinstance(scheme.group_size, int) else None
     return WeightLayout(name, scheme.bits, group, scheme.symmetric, act_order)
 
@@ -206,7 +207,7 @@ def tensor_specs(
     if layout.is_float:
         return _float_specs(layout, shape, name)
     if layout.group_size is not None and n % layout.group_size:
-        raise ValueError(f"{name}: groups of {layout.group_size} do not divide its {n} columns")
+        raise InputError(f"{name}: groups of {layout.group_size} do not divide its {n} columns")
     b = layout.bits
     g = layout.groups(n)
     specs: dict[str, Spec]
@@ -226,7 +227,7 @@ def tensor_specs(
         return specs
     unit = 32 if b == 3 else 32 // b  # codes that fill whole words
     if m % unit or (layout.name != "awq" and n % unit):
-        raise ValueError(
+        raise InputError(
             f"{name}: {layout.name} packs {unit} codes of {b} bits at once, which does not "
             f"divide {m} × {n}; pack-quantized takes any shape"
         )
@@ -241,7 +242,7 @@ def _float_specs(layout: WeightLayout, shape: tuple[int, int], name: str) -> dic
     m, n = shape
     size = layout.group_size
     if size is not None and n % size and layout.name != "fp8" and layout.activations:
-        raise ValueError(
+        raise InputError(
             f"{name}: the readers of {layout.name} cut activations into whole tiles of {size}, "
             f"which do not divide its {n} columns; fp8 takes any shape"
         )
@@ -309,7 +310,7 @@ def to_tensor(
         if g_idx is not None:
             return g_idx
         return xp.astype(xp.arange(n) // (layout.group_size or n), xp.int32)
-    raise ValueError(f"{layout.name} has no tensor {suffix!r}")
+    raise InputError(f"{layout.name} has no tensor {suffix!r}")
 
 
 def _words_in_own_order(weight: QuantizedLinear) -> Array:
@@ -373,7 +374,7 @@ def from_tensors(
     scale = tensors["scales"].T if layout.transposed else tensors["weight_scale"]
     xp = namespace(scale)
     if not bool(xp.all(scale >= 0)):
-        raise ValueError(f"{name}: a scale is negative: the file is damaged")
+        raise InputError(f"{name}: a scale is negative: the file is damaged")
     words = _stream(tensors, layout, shape, name)
     zero = _zeros(tensors, layout, m)
     order = None
@@ -417,7 +418,7 @@ def _stream(
     if layout.name == "pack-quantized":
         found = [int(size) for size in tensors["weight_shape"]]
         if found != [m, n]:
-            raise ValueError(f"{name}: weight_shape is {found}, but the network needs {[m, n]}")
+            raise InputError(f"{name}: weight_shape is {found}, but the network needs {[m, n]}")
         return _words(tensors["weight_packed"])
     if not layout.transposed:
         return pack(bitcast(tensors["weight"], "uint8") + 128, 8)

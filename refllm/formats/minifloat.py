@@ -45,6 +45,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from refllm.backend import Array, bitcast, namespace
+from refllm.errors import InputError
 from refllm.formats.granularity import tile_elements
 
 __all__ = [
@@ -148,7 +149,7 @@ FORMATS = {
 def float_format(name: str) -> Format:
     """The format of that name; ValueError lists the known ones."""
     if name not in FORMATS:
-        raise ValueError(f"unknown float format {name!r}; choose one of {', '.join(FORMATS)}")
+        raise InputError(f"unknown float format {name!r}; choose one of {', '.join(FORMATS)}")
     return FORMATS[name]
 
 
@@ -163,10 +164,10 @@ def table(fmt: str) -> tuple[float, ...]:
 
 
 def quantize(x: Array, fmt: str, overflow: str = "saturate", *, name: str = "x") -> Array:
-    """Codes of x, rounded to nearest even: uint8, or uint16 for fp16 and bf16; shaped like
-    x. NaN stays NaN.
+    """Codes of x (float16, float32 or float64), rounded to nearest even: uint8, or uint16
+    for fp16 and bf16; shaped like x. NaN stays NaN, of the same sign.
 
-    x is float16, float32 or float64.
+    All of refllm that rounds to bfloat16 calls this; to float16 an array library can cast.
 
     Raises
     ------
@@ -183,7 +184,7 @@ def quantize(x: Array, fmt: str, overflow: str = "saturate", *, name: str = "x")
     xp = namespace(x)
     found = float_format(fmt)
     if overflow not in OVERFLOW:
-        raise ValueError(
+        raise InputError(
             f"quantize: unknown overflow {overflow!r}; choose one of {', '.join(OVERFLOW)}"
         )
     flat = xp.ascontiguousarray(xp.reshape(_as_float32(x, name), (-1,)))
@@ -290,7 +291,7 @@ def _reject(flat: Array, fmt: Format, name: str, *, out_of_range: bool) -> None:
     if bool(xp.any(wrong)):
         at = int(xp.argmax(wrong))
         low = -fmt.max if fmt.signed else fmt.smallest
-        raise ValueError(
+        raise InputError(
             f"{name}: element {at} is {float(flat[at]):g}, which {fmt.name} has no code for: it "
             f"reaches from {low:g} to {fmt.max:g}"
         )
@@ -375,7 +376,7 @@ def dequantize(codes: Array, fmt: str) -> Array:
     if fmt == "fp16":
         return xp.astype(bitcast(codes, xp.float16), xp.float32)
     if found.bits < 8 and codes.size and int(xp.max(codes)) >> found.bits:
-        raise ValueError(
+        raise InputError(
             f"dequantize: codes of {fmt} are 0 to {(1 << found.bits) - 1}, got {int(xp.max(codes))}"
         )
     return xp.take(xp.asarray(table(fmt), dtype=xp.float32), codes)

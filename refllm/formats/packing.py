@@ -38,6 +38,7 @@ come with the block formats).
 from __future__ import annotations
 
 from refllm.backend import Array, DType, bitcast, namespace
+from refllm.errors import InputError
 from refllm.formats import minifloat
 from refllm.formats.uniform import Scheme
 
@@ -81,7 +82,7 @@ def pack(codes: Array, bits: int, *, check: bool = True) -> Array:
     count = int(codes.shape[-1])
     if check and codes.size and not 0 <= int(xp.min(codes)) <= int(xp.max(codes)) < 1 << bits:
         found = f"{xp.min(codes)}..{xp.max(codes)}"
-        raise ValueError(f"pack: {bits}-bit codes lie in 0..{(1 << bits) - 1}, got {found}")
+        raise InputError(f"pack: {bits}-bit codes lie in 0..{(1 << bits) - 1}, got {found}")
     lead = codes.shape[:-1]
     eights = -(-count // 8)
     words = words_per_row(count, bits)
@@ -121,7 +122,7 @@ def unpack(words: Array, bits: int, count: int) -> Array:
         )
     needed = words_per_row(count, bits)
     if words.shape[-1] != needed:
-        raise ValueError(
+        raise InputError(
             f"unpack: {count} codes of {bits} bits take {needed} words per row, "
             f"got {words.shape[-1]}"
         )
@@ -185,7 +186,7 @@ def _fit(stream: Array, size: int) -> Array:
 def _check_bits(bits: int) -> None:
     """ValueError unless ``bits`` is an integer in 1..8."""
     if bits not in range(1, 9) or not hasattr(bits, "__index__"):
-        raise ValueError(f"packing: bits is an integer in 1..8, got {bits!r}")
+        raise InputError(f"packing: bits is an integer in 1..8, got {bits!r}")
 
 
 # --- scales and zero points ---------------------------------------------------------------
@@ -204,7 +205,7 @@ def store_scale(scale: Array, dtype: str | None, *, name: str = "scale") -> Arra
     if dtype is None:
         return scale
     if dtype not in SCALE_DTYPES:
-        raise ValueError(
+        raise InputError(
             f"scale_dtype {dtype!r} is unknown; choose one of {', '.join(SCALE_DTYPES)}"
         )
     shape = scale.shape  # NumPy turns results without axes into scalars
@@ -213,16 +214,15 @@ def store_scale(scale: Array, dtype: str | None, *, name: str = "scale") -> Arra
     largest = float(xp.finfo(wide).max)
     most = float(xp.max(scale)) if scale.size else 0.0
     if most > largest:
-        raise ValueError(f"{name}: a scale of {most:.3g} does not fit {dtype}")
+        raise InputError(f"{name}: a scale of {most:.3g} does not fit {dtype}")
     if dtype == "bfloat16":
-        codes = minifloat.quantize(xp.astype(scale, wide), "bf16", "nan")
+        codes = minifloat.quantize(scale, "bf16", "nan")
         if scale.size and int(xp.max(codes)) >= 0x7F80:  # infinity's bits
-            raise ValueError(f"{name}: a scale of {most:.3g} does not fit bfloat16")
-        return xp.reshape(xp.clip(codes, 1, 0x7F7F), shape)
+            raise InputError(f"{name}: a scale of {most:.3g} does not fit bfloat16")
+        return xp.reshape(xp.maximum(codes, 1), shape)
     tiny = float(xp.finfo(wide).smallest_subnormal)
     # without this, a scale below half of the smallest value would round to 0
-    held = xp.clip(scale, tiny, min(largest, float(xp.finfo(scale.dtype).max)))
-    return xp.reshape(xp.astype(held, wide), shape)
+    return xp.reshape(xp.astype(xp.maximum(scale, tiny), wide), shape)
 
 
 def load_scale(stored: Array, dtype: DType) -> Array:
@@ -258,13 +258,13 @@ def store_zero(zero_point: Array, scheme: Scheme, dtype: str | None) -> Array | 
     xp = namespace(zero_point)
     if scheme.symmetric:
         if not bool(xp.all(zero_point == scheme.zero)):
-            raise ValueError(
+            raise InputError(
                 f"zero points of rule {scheme.rule!r} are all {scheme.zero}; use an asymmetric rule"
             )
         return None
     if dtype is not None:
         if dtype not in ZERO_DTYPES:
-            raise ValueError(
+            raise InputError(
                 f"zero_dtype {dtype!r} is unknown; choose one of {', '.join(ZERO_DTYPES)}, or None"
             )
         return xp.astype(zero_point, getattr(xp, dtype))

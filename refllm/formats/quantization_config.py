@@ -27,6 +27,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from refllm.errors import InputError
 from refllm.formats.layouts import GPTQ_BITS, WeightLayout
 
 __all__ = ["SUPPORTED", "Quantization", "UnsupportedQuantization", "parse", "quantization_config"]
@@ -48,7 +49,7 @@ INT8_PER_TOKEN = {
 Entry = Mapping[str, object]  # an object of the JSON file
 
 
-class UnsupportedQuantization(ValueError):
+class UnsupportedQuantization(InputError):
     """A quantization_config that is damaged, or needs what refllm does not read."""
 
 

@@ -30,6 +30,7 @@ import math
 from collections.abc import Iterator
 
 from refllm.backend import Array, DType, namespace
+from refllm.errors import InputError
 from refllm.formats.granularity import MATMUL_TILE, TILE, tiled_matmul
 from refllm.formats.packing import (
     load_scale,
@@ -91,7 +92,7 @@ class QuantizedLinear:
         """
         xp = namespace(codes, scale, zero_point)
         if codes.ndim != 2 or tuple(scale.shape) != scheme.scale_shape(tuple(codes.shape)):
-            raise ValueError(
+            raise InputError(
                 f"from_codes: codes {tuple(codes.shape)} and scale {tuple(scale.shape)} "
                 f"do not fit {scheme}"
             )
@@ -104,7 +105,7 @@ class QuantizedLinear:
             low = int(xp.min(codes))
             high = int(xp.max(codes))
             if not scheme.qmin <= low <= high <= scheme.qmax:
-                raise ValueError(f"from_codes: codes lie in {scheme.qmin}..{scheme.qmax}")
+                raise InputError(f"from_codes: codes lie in {scheme.qmin}..{scheme.qmax}")
         if zero_point is None:
             zero_point = xp.full(scale.shape, scheme.zero, dtype=xp.int32)
         words = pack_codes(xp.astype(codes, getattr(xp, scheme.code_dtype)), scheme)
@@ -246,7 +247,7 @@ def column_order(g_idx: Array, groups: int, *, name: str = "weight") -> Array:
     size = int(g_idx.shape[0]) // groups
     order = xp.argsort(g_idx, kind="stable")
     if not bool(xp.all(g_idx[order] == xp.arange(groups * size) // size)):
-        raise ValueError(f"{name}: g_idx does not put {size} columns into each of {groups} groups")
+        raise InputError(f"{name}: g_idx does not put {size} columns into each of {groups} groups")
     return order
 
 
@@ -282,7 +283,7 @@ def quantize(
     """
     xp = namespace(x)
     if x.ndim != 2:
-        raise ValueError(f"{name}: what is packed is a matrix [M, N], got shape {tuple(x.shape)}")
+        raise InputError(f"{name}: what is packed is a matrix [M, N], got shape {tuple(x.shape)}")
     given = scale is not None
     if scale is None:
         scale, zero = qparams(x, scheme, name=name)

@@ -60,6 +60,7 @@ from functools import cached_property
 import numpy as np
 
 from refllm.backend import Array, namespace
+from refllm.errors import InputError
 from refllm.formats.granularity import Granularity, from_blocks
 
 SYMMETRIC = ("restricted", "half_integer", "half_integer_unsigned", "power")
@@ -90,19 +91,19 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool | float) or self.bits not in range(1, 9):
-            raise ValueError(f"Scheme: bits is an integer in 1..8, got {self.bits!r}")
+            raise InputError(f"Scheme: bits is an integer in 1..8, got {self.bits!r}")
         if self.rule not in RULES:
-            raise ValueError(
+            raise InputError(
                 f"Scheme: unknown rule {self.rule!r}; choose one of {', '.join(RULES)}"
             )
         if self.rule == "restricted" and self.bits == 1:
-            raise ValueError(
+            raise InputError(
                 "Scheme: 'restricted' has the one code 0 at 1 bit; use 2 bits or another rule"
             )
         try:
             self.geometry  # noqa: B018 (its checks are what is wanted)
         except ValueError as error:
-            raise ValueError(f"Scheme: {error}") from None
+            raise InputError(f"Scheme: {error}") from None
 
     # --- geometry ---
 
@@ -197,9 +198,9 @@ def ranges(x: Array, scheme: Scheme, *, name: str = "x") -> tuple[Array, Array]:
     try:
         shape = scheme.scale_shape(tuple(x.shape))
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise InputError(f"{name}: {error}") from None
     if 0 in x.shape[-1:] or (x.size == 0 and scheme.granularity in ("tensor", "block")):
-        raise ValueError(f"{name}: an array of shape {tuple(x.shape)} has no range")
+        raise InputError(f"{name}: an array of shape {tuple(x.shape)} has no range")
     lo, hi = _extremes(x, scheme.geometry)
     if not bool(xp.all(xp.isfinite(lo) & xp.isfinite(hi))):  # min and max propagate NaN
         require_finite(x, name)
@@ -250,7 +251,7 @@ def range_to_qparams(
     lo = xp.reshape(lo, (lo.size,))  # NumPy turns results without axes into scalars
     hi = xp.reshape(hi, (hi.size,))
     if not bool(xp.all((lo <= hi) & xp.isfinite(lo) & xp.isfinite(hi))):
-        raise ValueError(f"{name}: a range needs finite bounds lo ≤ hi")
+        raise InputError(f"{name}: a range needs finite bounds lo ≤ hi")
     if scheme.rule != "awq":  # zero lies in every range
         lo = xp.clip(lo, -largest, 0.0)
         hi = xp.clip(hi, 0.0, largest)
@@ -340,7 +341,7 @@ def quantize_codes(
         require_finite(x, name)
         # NaN fails this comparison too
         if scale.size and not 0.0 < float(xp.min(scale)) <= float(xp.max(scale)) < math.inf:
-            raise ValueError(f"{name}: a scale is a finite number above 0")
+            raise InputError(f"{name}: a scale is a finite number above 0")
     shape = tuple(x.shape)
     geometry = scheme.geometry
     s = geometry.expand_scale(xp.astype(scale, x.dtype, copy=False), shape)  # [M/bo, 1, N/bi, 1]
@@ -406,7 +407,7 @@ def require_finite(x: Array, name: str) -> None:
     for size in reversed(x.shape):
         at, k = divmod(at, size)
         index.append(k)
-    raise ValueError(f"{name}: holds NaN or infinity, first at index {tuple(reversed(index))}")
+    raise InputError(f"{name}: holds NaN or infinity, first at index {tuple(reversed(index))}")
 
 
 def _limits(x: Array, name: str) -> tuple[float, float]:

@@ -32,6 +32,7 @@ code (absmax is at least 1e-5 there; here a row of any size has a scale).
 from __future__ import annotations
 
 from refllm.backend import Array, namespace
+from refllm.errors import InputError
 from refllm.formats.int_matmul import scaled_matmul
 from refllm.formats.quantized_linear import QuantizedLinear
 from refllm.formats.uniform import Scheme, qparams, quantize_codes
@@ -57,18 +58,18 @@ class W8A8Linear:
     ):
         static = not isinstance(activation, str)
         if static and not 0 < float(activation) < float("inf"):
-            raise ValueError(f"W8A8Linear: a static scale is finite and above 0, got {activation}")
+            raise InputError(f"W8A8Linear: a static scale is finite and above 0, got {activation}")
         if not static and activation not in ("token", "tensor"):
-            raise ValueError(
+            raise InputError(
                 f"W8A8Linear: activation is 'token', 'tensor' or a static scale, got {activation!r}"
             )
         if weight.scheme.granularity == "block":
-            raise ValueError(
+            raise InputError(
                 "W8A8Linear: scales per block do not factor out of a row's sum; use 'channel'"
             )
         self.scheme = Scheme(bits, rule, "tensor" if static else str(activation))
         if not self.scheme.symmetric or not self.scheme.signed:
-            raise ValueError(
+            raise InputError(
                 f"W8A8Linear: activations take a signed rule without zero point, not {rule!r}"
             )
         self.weight = weight

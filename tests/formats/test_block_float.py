@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import oracle, to_host
-from refllm.formats import minifloat
+from refllm.formats import block_float, minifloat
 from refllm.formats.block_float import (
     MXFP4,
     MXFP8,
@@ -65,6 +65,27 @@ def test_rounded_is_the_round_trip(xp, fmt, x, k):
     np.testing.assert_array_equal(np.signbit(got), np.signbit(twice))
 
 
+@pytest.mark.parametrize("fmt", [n for n in FORMATS if n != "e8m0"])
+def test_rounded_is_the_round_trip_of_every_upper_half(xp, fmt, monkeypatch):
+    """Every upper half of a float32, with nothing, one or all below it, in several tiles."""
+    monkeypatch.setattr(minifloat, "tile_elements", lambda like: 10_000)
+    upper = np.arange(1 << 16, dtype=np.uint32) << 16
+    x = np.concatenate([upper, upper | 1, upper | 0xFFFF]).view(np.float32)
+    x = x[np.isfinite(x)]
+    got = to_host(rounded(xp.asarray(x), fmt))
+    twice = to_host(minifloat.dequantize(minifloat.quantize(xp.asarray(x), fmt), fmt))
+    np.testing.assert_array_equal(got.view(np.uint32), twice.view(np.uint32))
+    assert to_host(rounded(xp.asarray(x[:6].reshape(2, 3)), fmt)).shape == (2, 3)
+
+
+def test_what_rounded_does_not_take(xp):
+    one = np.ones(3, dtype=np.float32)
+    with pytest.raises(TypeError, match="a format with a sign, got float32 and e8m0"):
+        rounded(xp.asarray(one), "e8m0")
+    with pytest.raises(TypeError, match="float32 values .* got float64 and e4m3"):
+        rounded(xp.asarray(one.astype(np.float64)), "e4m3")
+
+
 @pytest.mark.theorem(
     "with s = absmax / largest, or the power of two above it, |x̂ − x| ≤ max(r·|x|, "
     "s·smallest/2), r the format's "
@@ -105,6 +126,47 @@ def test_ue8m0_is_the_power_of_two_above(xp, fmt, seed):
     np.testing.assert_array_equal(got, np.ldexp(np.float32(1), exponent - (fraction == 0.5)))
     assert (got >= quotient).all()
     assert (got < 2 * quotient).all()
+
+
+def test_mx_scales_follow_the_binade_of_absmax(xp):
+    """The exponent of a, less that of the largest value; E8M0 ends at 2^−127."""
+    for fmt, top in (("e4m3", 8), ("e5m2", 15), ("e2m1", 2)):
+        a = np.float32(2.0) ** np.arange(-100, 128, 19).astype(np.float32)
+        a = np.concatenate([a, np.nextafter(a, np.float32(0)), np.float32([3.4e38, 1.5, 448.0])])
+        scheme = FloatScheme(fmt, "tensor", scale="mx")
+        got = to_host(scale_of(xp.asarray(a), scheme))
+        exponent = np.floor(np.log2(a.astype(np.float64))).astype(np.int32)
+        np.testing.assert_array_equal(got, np.ldexp(np.float32(1), exponent - top))
+        small = np.float32([0.0, 1e-45, 2.0**-126, 2.0 ** (top - 127), 2.0 ** (top - 126)])
+        held = to_host(scale_of(xp.asarray(small), scheme))
+        assert np.log2(held).tolist() == [-127, -127, -127, -127, -126]
+
+
+def test_scales_of_the_smallest_and_the_largest_blocks(xp):
+    """2^−126 where a/largest is less; ue8m0 stays so small that largest · s is finite."""
+    a = np.float32([0.0, 1e-45, 448 * 2.0**-126, 448 * 2.0**-125, 2.0**127, 3.4e38])
+    plain = to_host(scale_of(xp.asarray(a), FloatScheme("e4m3", "tensor")))
+    assert plain[:4].tolist() == [1.0, 2.0**-126, 2.0**-126, 2.0**-125]
+    powers = to_host(scale_of(xp.asarray(a), FloatScheme("e4m3", "tensor", scale="ue8m0")))
+    assert np.log2(powers).tolist() == [0, -126, -126, -125, 119, 119]
+
+
+@pytest.mark.parametrize(
+    ("small", "code", "back"),
+    [
+        (5e-4, 0x20, 0),  # less than half of E4M3's smallest value: 1/8 in its place
+        (6 * 2.0**-10, 0x20, 0),  # half of it exactly: a tie, and zero is even
+        (np.nextafter(np.float32(6 * 2.0**-10), np.float32(1)), 0x01, 6 * 2.0**-10),
+        (6 * 2.0**-9, 0x01, 6 * 2.0**-9),
+        (0.0, 0x20, 0),
+    ],
+)
+def test_a_scale_of_nvfp4_that_rounds_to_zero_is_an_eighth(xp, small, code, back):
+    x = np.array([[2688] * 16 + [small] * 16], dtype=np.float32)  # G = 1
+    made = quantize(xp.asarray(x), NVFP4)
+    assert to_host(made.stored).tolist() == [[0x7E, code]]
+    assert float(to_host(made.g)) == 1.0
+    np.testing.assert_array_equal(to_host(made.dequantize()), [[2688] * 16 + [back] * 16])
 
 
 @pytest.mark.theorem(
@@ -208,6 +270,35 @@ def test_ragged_blocks(xp, m, n, seed):
     assert tuple(a.stored.shape) == (-(-m // 4), -(-n // 4))
 
 
+@pytest.mark.parametrize("fmt", ["e4m3", "e5m2", "e2m1"])
+@pytest.mark.parametrize("size", [3, (1, 4), (4, 32)])
+def test_tiles_of_ragged_blocks_join(xp, monkeypatch, fmt, size):
+    """Ten rows of eleven columns: tiles end within the matrix and are whole row blocks."""
+    x = build("normal", (10, 11), 3)
+    made = quantize(xp.asarray(x), FloatScheme(fmt, "block", size))
+    dense = to_host(made.dequantize())
+    exact = minifloat.dequantize(to_host(made.codes), fmt) * spread(
+        to_host(made.scale), made.scheme, x.shape
+    ).astype(np.float32)
+    np.testing.assert_array_equal(dense, exact)
+    y = np.random.default_rng(1).standard_normal((2, 11))
+    monkeypatch.setattr(block_float, "TILE", (1, 1))
+    monkeypatch.setattr(block_float, "MATMUL_TILE", (50, 50))
+    np.testing.assert_array_equal(to_host(made.dequantize()), dense)
+    product = to_host(made.matmul(xp.asarray(y)))
+    np.testing.assert_allclose(product, y @ dense.T.astype(np.float64), rtol=1e-12, atol=1e-12)
+    assert to_host(made.matmul(xp.asarray(y.astype(np.float16)))).dtype == np.float32
+
+
+def test_the_weight_comes_back_in_its_dtype():
+    made = quantize(build("normal", (4, 8), 0), FloatScheme("e4m3", "channel"))
+    single = made.dequantize()
+    made.dtype = "float64"
+    assert made.dequantize().dtype == np.float64
+    np.testing.assert_array_equal(made.dequantize(), single)
+    assert made.matmul(np.ones((1, 8), dtype=np.float32)).dtype == np.float64
+
+
 def test_effective_bits():
     x = np.random.default_rng(0).standard_normal((256, 256)).astype(np.float32)
     block = FloatScheme("e4m3", "block", 128)
@@ -277,19 +368,31 @@ def test_float_schemes_of_compressed_tensors():
 
 def test_bad_input_is_rejected(xp):
     x = np.ones((4, 8), dtype=np.float32)
-    for bad, where in ((np.nan, (1, 2)), (np.inf, (3, 7))):
+    for bad, where in ((np.nan, (1, 2)), (np.inf, (3, 7)), (-np.inf, (0, 1))):
         y = x.copy()
+        y[3, 7] = np.nan  # NaN beside infinity
         y[where] = bad
-        with pytest.raises(ValueError, match="w.*"):
-            quantize(xp.asarray(y), FloatScheme("e4m3", "channel"), name="w")
+        message = rf"w: holds NaN or infinity, first at index \({where[0]}, {where[1]}\)"
+        for granularity in ("tensor", "channel"):
+            with pytest.raises(ValueError, match=message):
+                quantize(xp.asarray(y), FloatScheme("e4m3", granularity), name="w")
+            with pytest.raises(ValueError, match=message):
+                fake_quantize(xp.asarray(y), FloatScheme("e4m3", granularity), name="w")
     with pytest.raises(ValueError, match="w: groups of 3 do not divide"):
         quantize(xp.asarray(x), FloatScheme("e4m3", "group", 3), name="w")
     with pytest.raises(ValueError, match="has no range"):
         quantize(xp.asarray(x[:0]), FloatScheme("e4m3", "tensor"))
     with pytest.raises(ValueError, match="a matrix"):
         quantize(xp.asarray(x[0]), FloatScheme("e4m3", "tensor"))
-    with pytest.raises(ValueError, match="finite and above 0"):
-        quantize(xp.asarray(x), FloatScheme("e4m3", "tensor"), scale=xp.asarray(np.float32(0)))
+    for scale in (0.0, -1.0, np.nan, np.inf):
+        column = np.array([[1.0], [scale], [1.0], [1.0]], dtype=np.float32)
+        with pytest.raises(ValueError, match="w: a given scale is float32, finite and above 0"):
+            quantize(
+                xp.asarray(x), FloatScheme("e4m3", "channel"), scale=xp.asarray(column), name="w"
+            )
+    ones = xp.asarray(np.ones((4, 1), dtype=np.float32))
+    with pytest.raises(ValueError, match="a given scale is float32"):
+        quantize(xp.asarray(x), FloatScheme("e4m3", "channel", scale="ue8m0"), scale=ones)
     for wrong in (
         ("fp16", "tensor"),
         ("e4m3", "rows"),

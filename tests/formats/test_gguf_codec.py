@@ -75,7 +75,7 @@ def test_golden_digests_of_edges(xp, name):
         assert found == recorded, type
 
 
-@pytest.mark.parametrize("type", ["Q4_K", "Q3_K", "Q4_0", "Q5_1"])
+@pytest.mark.parametrize("type", ["Q4_K", "Q3_K", "Q4_0", "Q5_1", "Q8_0", "MXFP4", "BF16"])
 def test_pieces_change_no_byte(type, monkeypatch):
     x = golden_input()
     w = golden_importance()
@@ -148,6 +148,49 @@ def test_encoding_equals_ggufs_where_it_encodes(x, type):
     gguf = oracle("gguf")
     theirs = gguf.quants.quantize(x, getattr(gguf.GGMLQuantizationType, type))
     np.testing.assert_array_equal(quantize(x, type), theirs.view(np.uint8).reshape(x.shape[0], -1))
+
+
+def test_q8_0_of_a_block_whose_largest_value_is_127(xp):
+    """d = 1, so codes are the values, halves rounded away from zero; bytes as gguf's."""
+    values = [127, -127, 0.5, -0.5, 1.5, -1.5, 2.5, 126.5, -126.5, 0.49999997, -0.49999997, 1]
+    codes = [127, -127, 1, -1, 2, -2, 3, 127, -127, 0, 0, 1]
+    x = np.zeros((2, 32), np.float32)
+    x[0, :12] = values
+    x[1, 31] = -127  # the largest size is that of a negative value
+    raw = encode(xp, x, "Q8_0")
+    np.testing.assert_array_equal(raw[:, :2], [[0x00, 0x3C]] * 2)
+    np.testing.assert_array_equal(raw[0, 2:].view(np.int8), codes + [0] * 20)
+    np.testing.assert_array_equal(raw[1, 2:].view(np.int8), [0] * 31 + [-127])
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 127, 1024])
+def test_q8_0_of_other_blocks_by_definition(xp, divisor):
+    """d = largest/127 and d's inverse are float32, the product is rounded half away from 0."""
+    x = (np.arange(-64, 64, dtype=np.float32) * 1.984375 / np.float32(divisor)).reshape(2, 64)
+    blocks = x.reshape(4, 32)
+    d = np.abs(blocks).max(axis=1) / np.float32(127)
+    t = blocks * (np.float32(1) / d)[:, None]
+    codes = np.trunc(t.astype(np.float64) + np.copysign(0.5, t)).astype(np.int8)
+    raw = encode(xp, x, "Q8_0").reshape(4, 34)
+    np.testing.assert_array_equal(raw[:, 2:].view(np.int8), codes)
+    np.testing.assert_array_equal(
+        np.ascontiguousarray(raw[:, :2]).view(np.float16)[:, 0], d.astype(np.float16)
+    )
+
+
+@pytest.mark.parametrize(
+    ("type", "largest", "beyond"),
+    [("F16", 0x7BFF, 0x7C00), ("BF16", 0x7F7F, 0x7F80)],
+)
+def test_16_bit_floats_at_the_end_of_their_range(xp, type, largest, beyond):
+    """The largest value, the value below the tie above it, the tie; both signs."""
+    top = {"F16": 65504.0, "BF16": 2.0**128 * (1 - 2.0**-8)}[type]
+    tie = np.float32({"F16": 65520.0, "BF16": 2.0**128 * (1 - 2.0**-9)}[type])
+    x = np.array([[top, np.nextafter(tie, np.float32(0)), tie, -top, -tie, 0.0, -0.0, 1e-45]])
+    raw = encode(xp, x.astype(np.float32), type)
+    minus = 0x8000
+    codes = [largest, largest, beyond, largest | minus, beyond | minus, 0, minus, 0]
+    np.testing.assert_array_equal(raw.view(np.uint16)[0], codes)
 
 
 # --- again --------------------------------------------------------------------------------
@@ -517,6 +560,12 @@ def test_a_scale_beyond_float16_is_infinite_or_rejected():
     ):
         quantize(x, "Q4_K", overflow="raise")
     assert (quantize(x[:1], "Q4_K", overflow="raise") == quantize(x, "Q4_K")[:1]).all()
+    x = build("normal", (3, 512), 0)
+    x[2, 300] = 1e12  # in the last row's second block of 256, and its tenth of 32
+    for type, column in (("Q4_K", 256), ("Q6_K", 256), ("Q8_0", 288), ("Q4_1", 288)):
+        with pytest.raises(ValueError, match=f"{type} cannot hold row 2 near column {column}:"):
+            quantize(x, type, overflow="raise")
+    assert not np.isfinite(dequantize(quantize(x, "Q8_0"), "Q8_0")).all()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -96,6 +96,53 @@ def test_the_table_by_hand(name, kv, tensor, expected):
     assert mix(shapes, name, heads)[tensor + ".weight"] == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "inner", "expected"),
+    [
+        ("Q2_K", 288, ("Q4_0", "Q4_0")),
+        ("Q3_K_S", 288, ("Q4_0", "Q4_0")),
+        ("Q4_K_S", 288, ("Q5_1", "Q5_0")),
+        ("Q4_K_M", 288, ("Q8_0", "Q5_0")),
+        ("Q5_K_S", 288, ("Q5_1", "Q5_1")),
+        ("Q6_K", 288, ("Q8_0", "Q8_0")),
+        ("Q4_0", 288, ("Q4_0", "Q4_0")),
+        ("Q4_K_M", 104, ("F16", "F16")),
+        ("Q4_0", 104, ("F16", "F16")),
+        ("Q8_0", 104, ("F16", "F16")),
+    ],
+)
+def test_rows_that_256_or_32_do_not_divide_by_hand(name, inner, expected):
+    """ffn_down of the first layer, and of one in the middle, with rows of ``inner``."""
+    shapes, heads = network(inner=inner)
+    types = mix(shapes, name, heads)
+    assert (types["blk.0.ffn_down.weight"], types["blk.5.ffn_down.weight"]) == expected
+    assert types["blk.0.ffn_up.weight"] == MIXES[name][0]  # its rows are whole blocks
+
+
+def test_an_output_that_256_does_not_divide_is_q8_0():
+    for width, expected in ((288, "Q8_0"), (104, "F16")):
+        shapes, heads = network(width=width)
+        for name in ("Q4_K_M", "Q8_0"):
+            assert mix(shapes, name, heads)["output.weight"] == expected
+    # the blocks of the base type count: 32 divides 288, and Q6_K then falls back
+    shapes, heads = network(width=288)
+    assert mix(shapes, "Q4_0", heads)["output.weight"] == "Q8_0"
+
+
+def test_other_tensors_have_the_base_type_or_f32():
+    shapes = {
+        "blk.0.attn_q.weight": (256, 256),
+        "blk.0.attn_q.bias": (256,),
+        "rope_freqs.weight": (64,),
+        "blk.0.ffn_norm.weight": (2, 256),
+        "blk.0.other": (256, 256),
+        "blk.0.other.weight": (256, 256),
+        "cls.weight": (256, 256),
+    }
+    found = mix(shapes, "Q4_K_M", Heads("llama", 1, 4, 4))
+    assert list(found.values()) == ["Q4_K", "F32", "F32", "F32", "F32", "Q4_K", "Q4_K"]
+
+
 def test_tied_embeddings_are_the_output():
     shapes, heads = network(tied=True)
     assert mix(shapes, "Q4_K_M", heads)["token_embd.weight"] == "Q6_K"

@@ -17,6 +17,7 @@ import fuzz_gguf
 from conftest import oracle
 from gguf_data import K_QUANTS, LEGACY
 from refllm.formats.gguf.codec import quantize
+from refllm.formats.gguf import reader
 from refllm.formats.gguf.reader import GGUFError, GGUFFile, parse
 from refllm.formats.gguf.writer import write
 from strategies import build
@@ -240,6 +241,135 @@ def test_the_honest_file_is_read():
     assert {name: r.shape for name, r in header.tensors.items()} == {"t": (32,), "u": (16, 2)}
 
 
+def strings(*words):
+    """An array of strings as a value."""
+    return struct.pack("<IQ", 8, len(words)) + b"".join(
+        struct.pack("<Q", len(word)) + word for word in words
+    )
+
+
+ENTRIES = [
+    entry(b"a", 4, b"\1\0\0\0"),
+    entry(b"n", 9, struct.pack("<IQ3h", 3, 3, 1, -2, 3)),
+    entry(b"s", 9, strings(b"x", b"", "ü".encode())),
+    entry(b"last", 8, struct.pack("<Q", 2) + b"ok"),
+]
+
+
+@pytest.mark.parametrize("count", range(1, 5))
+def test_a_file_may_end_with_the_last_byte_of_its_header(tmp_path, count):
+    """Without tensors there is nothing to be aligned. One byte less is one too few."""
+    data = b"GGUF" + struct.pack("<IQQ", 3, 0, count) + b"".join(ENTRIES[:count])
+    path = tmp_path / "x.gguf"
+    path.write_bytes(data)
+    with GGUFFile(path) as file:
+        assert len(file) == 0
+        assert list(file.metadata) == ["a", "n", "s", "last"][:count]
+        if count == 4:
+            assert file.metadata["n"].tolist() == [1, -2, 3]
+            assert file.metadata["s"] == ["x", "", "ü"]
+            assert file.metadata["last"] == "ok"
+    for size in range(4, len(data)):
+        with pytest.raises(GGUFError):
+            parse(data[:size])
+
+
+def test_the_smallest_file_has_24_bytes(tmp_path):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
+    with GGUFFile(path) as file:
+        assert (len(file), file.metadata, file.alignment) == (0, {}, 32)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 2, 0, 0))
+    GGUFFile(path)
+
+
+def test_the_last_tensor_ends_with_the_file_and_its_header_does_not(tmp_path):
+    header = whole(records=[record()], data=b"")
+    assert parse(header + b"\0" * 128).tensors["t"].nbytes == 128
+    for data in (header + b"\0" * 127, header, header.rstrip(b"\0")):
+        with pytest.raises(GGUFError):
+            parse(data)
+
+
+def test_limits_are_attained(monkeypatch):
+    """What a limit names is read, one more is not."""
+    long = entry(b"a" * 65535, 4, b"\0" * 4)
+    assert list(parse(whole([long])).metadata) == ["a" * 65535]
+    with pytest.raises(GGUFError, match="65,536 bytes long, at most 65,535"):
+        parse(whole([entry(b"a" * 65536, 4, b"\0" * 4)]))
+    assert list(parse(whole(records=[record(b"t" * 63)])).tensors) == ["t" * 63]
+    four = record(shape=(4, 2, 2, 2))
+    assert parse(whole(records=[four])).tensors["t"].shape == (2, 2, 2, 4)
+    two = [record(), record(b"u", offset=128)]
+    data = whole([entry(b"a", 0, b"\1"), entry(b"b", 0, b"\2")], two, b"\0" * 256)
+    for name in ("MOST_ENTRIES", "MOST_TENSORS"):
+        monkeypatch.setattr(reader, name, 2)
+        assert len(parse(data).metadata) == len(parse(data).tensors) == 2
+        monkeypatch.setattr(reader, name, 1)
+        with pytest.raises(GGUFError, match=f"claims 2 {name[5:].lower()}"):
+            parse(data)
+        monkeypatch.setattr(reader, name, 2)
+
+
+def test_strings_are_counted_over_all_arrays(monkeypatch):
+    monkeypatch.setattr(reader, "MOST_STRINGS", 5)
+    two, three, four = (entry(b"%d" % n, 9, strings(*[b"w"] * n)) for n in (2, 3, 4))
+    assert parse(whole([two, three])).metadata == {"2": ["w"] * 2, "3": ["w"] * 3}
+    for entries in ([three, four], [four, two], [entry(b"6", 9, strings(*[b"w"] * 6))]):
+        with pytest.raises(GGUFError, match="more than any vocabulary has"):
+            parse(whole(entries))
+    # numbers are bounded by the bytes of the file alone
+    many = entry(b"n", 9, struct.pack("<IQ", 0, 99) + b"\7" * 99)
+    assert parse(whole([many, two])).metadata["n"].tolist() == [7] * 99
+
+
+def test_a_name_is_as_long_as_its_bytes(tmp_path):
+    """40 letters of two bytes are 80 bytes; 31 of them and an a are 63, the longest name."""
+    long = "ü" * 40
+    with pytest.raises(GGUFError, match="the name in tensor record 0 claims to be 80 bytes"):
+        parse(whole(records=[record(long.encode())]))
+    with pytest.raises(ValueError, match="write: GGUF cannot hold 'üüü"):
+        write(tmp_path / "x", {}, {long: ("F32", (1,))}, lambda name: np.zeros(4, np.uint8))
+    with pytest.raises(ValueError, match="write: GGUF cannot hold 'üüü"):
+        write(tmp_path / "x", {}, {"ü" * 32: ("F32", (1,))}, lambda name: np.zeros(4, np.uint8))
+    longest = "ü" * 31 + "a"
+    write(tmp_path / "x", {}, {longest: ("F32", (1,))}, lambda name: np.arange(4, dtype=np.uint8))
+    with GGUFFile(tmp_path / "x") as file:
+        assert file[longest].tolist() == [0, 1, 2, 3]
+
+
+def aligned(value, type_id=4, code="<I"):
+    return entry(b"general.alignment", type_id, struct.pack(code, value))
+
+
+@pytest.mark.parametrize("alignment", [1, 8, 64, 1 << 20])
+def test_tensors_begin_at_multiples_of_the_files_alignment(alignment):
+    offset = -(-12 // alignment) * alignment
+    head = b"GGUF" + struct.pack("<IQQ", 3, 2, 1) + aligned(alignment)
+    head += record(shape=(3,)) + record(b"u", (2,), offset=offset)
+    first = -(-len(head) // alignment) * alignment
+    data = head + b"\0" * (first - len(head) + offset + 8)
+    found = parse(data)
+    assert found.alignment == alignment
+    assert [r.start for r in found.tensors.values()] == [first, first + offset]
+    with pytest.raises(GGUFError, match="'u' ends beyond the end"):
+        parse(data[:-1])
+
+
+def test_other_alignments_are_rejected():
+    for made in (aligned(1 << 21), aligned(3), aligned(32, 10, "<Q"), aligned(32, 5, "<i")):
+        with pytest.raises(GGUFError, match=r"general\.alignment is .* a power of two, as a u32"):
+            parse(whole([made]))
+
+
+def test_bools_are_bools():
+    found = parse(whole([entry(b"a", 9, struct.pack("<IQ3B", 7, 3, 1, 0, 1))])).metadata["a"]
+    assert (found.dtype, found.tolist()) == (np.dtype(bool), [True, False, True])
+    assert parse(whole([entry(b"a", 9, struct.pack("<IQ", 7, 0))])).metadata["a"].size == 0
+    with pytest.raises(GGUFError, match="a bool that is neither 0 nor 1"):
+        parse(whole([entry(b"a", 9, struct.pack("<IQ3B", 7, 3, 1, 0, 2))]))
+
+
 @given(st.data())
 def test_every_prefix_of_a_file_is_rejected(file, data):
     raw = file.read_bytes()
@@ -279,6 +409,24 @@ def test_tensors_that_do_not_fit_are_rejected(tmp_path):
             write(tmp_path / "x", {}, {name: ("F32", shape)}, lambda name: None)
     with pytest.raises(ValueError, match="Q4_0 stores blocks of 32"):
         write(tmp_path / "x", {}, {"t": ("Q4_0", (3, 33))}, lambda name: None)
+
+
+def test_values_of_either_byte_order_and_empty_arrays_are_written(tmp_path):
+    metadata = {
+        "big": np.arange(3, dtype=">i4"),
+        "one": np.array(7, dtype=">u2"),
+        "none": np.zeros(0, dtype=np.float32),
+        "words": [],
+        "no": False,
+        "flag": np.bool_(True),
+    }
+    write(tmp_path / "x", metadata, {}, lambda name: None)
+    with GGUFFile(tmp_path / "x") as file:
+        assert file.metadata["big"].tolist() == [0, 1, 2]
+        assert file.metadata["one"] == 7
+        assert file.metadata["none"].shape == (0,)
+        assert file.metadata["words"] == []
+        assert (file.metadata["no"], file.metadata["flag"]) == (False, True)
 
 
 def test_a_failure_leaves_the_old_file(tmp_path):

@@ -347,6 +347,42 @@ def test_float64_is_rounded_once(xp, fmt, seed):
     )
 
 
+def test_float64_is_rounded_once_to_bfloat16(xp):
+    """Just above a tie, which float32 would make a tie; normal values, the smallest ones,
+    and a cast that carries into infinity.
+    """
+    cases = [
+        (1 + 2.0**-8, 0x3F80),  # the tie: even
+        (1 + 2.0**-8 + 2.0**-40, 0x3F81),
+        (1 + 3 * 2.0**-8 - 2.0**-40, 0x3F81),
+        (2.5 * 2.0**-133, 0x0002),
+        (2.5 * 2.0**-133 * (1 + 2.0**-40), 0x0003),
+        (0.5 * 2.0**-133, 0x0000),
+        (0.5 * 2.0**-133 * (1 + 2.0**-40), 0x0001),
+        (5e-324, 0x0000),
+        (2.0**128 * (1 - 2.0**-9) * (1 - 2.0**-50), 0x7F7F),
+        (2.0**128 * (1 - 2.0**-9), 0x7F80),
+        (1e300, 0x7F80),
+        (np.inf, 0x7F80),
+    ]
+    x = np.array([value for value, _ in cases])
+    codes = np.array([code for _, code in cases], dtype=np.uint16)
+    for sign, bit in ((1.0, 0), (-1.0, 0x8000)):
+        got = to_host(quantize(xp.asarray(sign * x), "bf16", "nan"))
+        np.testing.assert_array_equal(got, codes | bit)
+
+
+@pytest.mark.parametrize("fmt", ["fp16", "bf16", "e4m3", "e5m2"])
+def test_nan_beside_infinity_in_every_dtype(xp, fmt):
+    for dtype in (np.float16, np.float32, np.float64):
+        x = np.array([np.inf, np.nan, -np.inf, -np.nan, 1.0], dtype=dtype)
+        for overflow, beyond in (("saturate", FORMATS[fmt].max), ("nan", np.inf)):
+            if fmt == "e4m3" and overflow == "nan":
+                beyond = np.nan
+            back = to_host(dequantize(quantize(xp.asarray(x), fmt, overflow), fmt))
+            np.testing.assert_array_equal(back, [beyond, np.nan, -beyond, np.nan, 1.0])
+
+
 def test_by_way_of_float16_is_another_rounding():
     """Double rounding: a value just above a tie is rounded onto it first, and then to the
     even side.

@@ -64,6 +64,36 @@ def test_bfloat16_numbers_and_their_ties(xp, bits):
     )
 
 
+def test_scales_in_float64_are_rounded_once(xp):
+    """Just above a tie of the narrow type, which float32 would make a tie."""
+    nudge = 1 + 2.0**-40
+    scale = xp.asarray(np.array([1 + 2.0**-8, (1 + 2.0**-8) * nudge]))
+    assert to_host(store_scale(scale, "bfloat16")).tolist() == [0x3F80, 0x3F81]
+    scale = xp.asarray(np.array([1 + 2.0**-11, (1 + 2.0**-11) * nudge]))
+    assert to_host(store_scale(scale, "float16")).tolist() == [1.0, 1 + 2.0**-10]
+
+
+@pytest.mark.parametrize(
+    ("layout_for", "largest", "tie"),
+    [("float16", 65504.0, 65520.0), ("bfloat16", 2.0**128 * (1 - 2.0**-8), 2.0**128 * 255.5 / 256)],
+)
+def test_the_largest_scale_fits_and_its_tie_does_not(xp, layout_for, largest, tie):
+    for value in (largest, np.nextafter(np.float32(tie), np.float32(0))):
+        scale = np.array([value], dtype=np.float32)
+        if layout_for == "float16" and value > largest:
+            continue  # rejected, although it would be rounded down
+        back = to_host(load_scale(store_scale(xp.asarray(scale), layout_for), xp.float32))
+        assert back.tolist() == [largest]
+    with pytest.raises(ValueError, match=f"does not fit {layout_for}"):
+        store_scale(xp.asarray(np.array([1.0, tie, 1.0], dtype=np.float32)), layout_for)
+
+
+def test_no_scales_are_stored(xp):
+    for layout_for in ("float16", "bfloat16", "float32"):
+        none = store_scale(xp.asarray(np.ones((0, 1), dtype=np.float32)), layout_for)
+        assert load_scale(none, xp.float32).shape == (0, 1)
+
+
 def test_scales_without_axes(xp):
     for layout_for in ("float16", "bfloat16", "float32", "float64"):
         held = store_scale(xp.asarray(np.array(0.75, dtype=np.float32)), layout_for)

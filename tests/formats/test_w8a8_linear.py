@@ -113,6 +113,63 @@ def test_bound_of_the_error(xp, seed, kind, activation):
     assert (np.abs(to_host(layer.matmul(xp.asarray(x))) - x @ w.T) <= bound + slack).all()
 
 
+@pytest.mark.parametrize("activation", ["token", "tensor"])
+@pytest.mark.parametrize("rule", ["restricted", "half_integer"])
+def test_tiny_inputs_have_a_scale_of_their_own(xp, activation, rule):
+    """Inputs of 1e-21: their codes are those of inputs of 1, and the product is as exact."""
+    layer = linear(xp, 0, activation=activation, rule=rule)
+    x = build("normal", (3, 8), 1)
+    small = x * np.float32(2.0**-70)
+    assert 1e-22 < np.abs(small).max() < 1e-20
+    codes, scale = layer.quantize_activations(xp.asarray(x))
+    tiny_codes, tiny_scale = layer.quantize_activations(xp.asarray(small))
+    np.testing.assert_array_equal(to_host(tiny_codes), to_host(codes))
+    np.testing.assert_array_equal(to_host(tiny_scale), to_host(scale) * np.float32(2.0**-70))
+    y = to_host(layer.matmul(xp.asarray(x)))
+    np.testing.assert_array_equal(
+        to_host(layer.matmul(xp.asarray(small))), y * np.float32(2.0**-70)
+    )
+
+
+def test_a_tiny_token_beside_a_huge_one(xp):
+    layer = linear(xp, 0)
+    x = build("normal", (2, 8), 1) * np.array([[1e-21], [1e21]], dtype=np.float32)
+    both = to_host(layer.matmul(xp.asarray(x)))
+    for t in range(2):
+        np.testing.assert_array_equal(both[t], to_host(layer.matmul(xp.asarray(x[t : t + 1])))[0])
+    wide = x.astype(np.float64) @ to_host(layer.dequantize()).astype(np.float64).T
+    assert (np.abs(both - wide) <= 0.05 * np.abs(wide).max(axis=1, keepdims=True)).all()
+
+
+def test_float16_activations_are_computed_in_float32(xp):
+    layer = linear(xp, 0)
+    x = build("normal", (3, 8), 1).astype(np.float16)
+    y = to_host(layer.matmul(xp.asarray(x)))
+    assert y.dtype == np.float16
+    wide = to_host(layer.matmul(xp.asarray(x.astype(np.float32))))
+    np.testing.assert_array_equal(y, wide.astype(np.float16))
+    assert to_host(layer.matmul(xp.asarray(x[:0]))).dtype == np.float16
+
+
+@pytest.mark.parametrize("rule", ["restricted", "half_integer"])
+@pytest.mark.parametrize("weight_rule", ["restricted", "half_integer", "half_integer_unsigned"])
+def test_sums_longer_than_float32_adds_exactly(xp, rule, weight_rule):
+    """2,101 products of the largest codes: an odd sum beyond 2²⁴, exact in float64."""
+    n = 2101
+    x = np.ones((1, n))
+    x[0, 0] = -1.0
+    scheme = Scheme(8, weight_rule, "channel")
+    w = np.full((2, n), -1.0)
+    w[1, 1:] = 1.0
+    layer = W8A8Linear(quantize(xp.asarray(w), scheme), "token", rule)
+    codes, scale = layer.quantize_activations(xp.asarray(x))
+    centred = to_host(layer.weight.codes).astype(np.int64) - scheme.zero
+    total = to_host(codes).astype(np.int64) @ centred.T
+    assert (np.abs(total) > 2**24).all()
+    expected = total * to_host(layer.weight.scale).T * to_host(scale)
+    np.testing.assert_array_equal(to_host(layer.matmul(xp.asarray(x))), expected)
+
+
 @pytest.mark.parametrize(
     ("rule", "divisor", "lowest"), [("restricted", 127.0, -127), ("half_integer", 127.5, -128)]
 )

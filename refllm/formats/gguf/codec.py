@@ -17,6 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from refllm.backend import Array, namespace
+from refllm.errors import InputError
 from refllm.formats.gguf import kquants, kquants_symmetric, legacy, plain
 from refllm.formats.gguf.arithmetic import without_warnings
 from refllm.formats.gguf.types import gguf_type, row_bytes
@@ -56,9 +57,9 @@ def quantize(
     """
     xp = namespace(x, importance)
     if overflow not in ("inf", "raise"):
-        raise ValueError(f"quantize: overflow is 'inf' or 'raise', not {overflow!r}")
+        raise InputError(f"quantize: overflow is 'inf' or 'raise', not {overflow!r}")
     if x.ndim != 2 or np.dtype(x.dtype).kind != "f":
-        raise ValueError(f"quantize: x is a float matrix [R, K], got {x.dtype} {tuple(x.shape)}")
+        raise InputError(f"quantize: x is a float matrix [R, K], got {x.dtype} {tuple(x.shape)}")
     rows = int(x.shape[0])
     columns = int(x.shape[1])
     width = row_bytes(type, columns)
@@ -122,7 +123,7 @@ def dequantize(raw: Array, type: str) -> Array:
     xp = namespace(raw)
     found = gguf_type(type)
     if raw.ndim != 2 or raw.dtype != xp.uint8 or raw.shape[1] % found.size:
-        raise ValueError(
+        raise InputError(
             f"dequantize: raw {type} is uint8 [R, a multiple of {found.size}], "
             f"got {raw.dtype} {tuple(raw.shape)}"
         )
@@ -143,13 +144,13 @@ def _checked(importance: Array, columns: int) -> Array:
     """
     xp = namespace(importance)
     if tuple(importance.shape) != (columns,):
-        raise ValueError(
+        raise InputError(
             f"quantize: importance has one value per column, [{columns}], "
             f"got {tuple(importance.shape)}"
         )
     require_finite(importance, "quantize: importance")
     if not bool(xp.all(importance >= 0)):
-        raise ValueError("quantize: importance is negative somewhere; it weighs squared errors")
+        raise InputError("quantize: importance is negative somewhere; it weighs squared errors")
     return xp.ascontiguousarray(xp.astype(importance, xp.float32))
 
 
@@ -161,7 +162,7 @@ def _reject_overflow(out: Array, x: Array, type: str) -> None:
         return
     row, column = divmod(int(xp.argmin(xp.reshape(good, (-1,)))), int(x.shape[1]))
     most = float(xp.max(xp.abs(x[row])))
-    raise ValueError(
+    raise InputError(
         f"quantize: {type} cannot hold row {row} near column {column}: its scale, for values up "
         f"to {most:.3g}, is beyond float16's 65504; choose BF16 or F32"
     )

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from refllm.backend import Array, DType, namespace
+from refllm.errors import InputError
 from refllm.formats.gguf.codec import dequantize
 from refllm.formats.gguf.types import gguf_type
 from refllm.formats.granularity import MATMUL_TILE, tile_elements, tiled_matmul
@@ -30,7 +31,7 @@ class GGUFLinear:
     def __init__(self, raw: Array, type: str, dtype: DType = "float32"):
         found = gguf_type(type)
         if raw.ndim != 2 or raw.shape[1] % found.size:
-            raise ValueError(
+            raise InputError(
                 f"GGUFLinear: raw {type} is uint8 [R, a multiple of {found.size}], "
                 f"got {tuple(raw.shape)}"
             )

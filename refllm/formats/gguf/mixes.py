@@ -32,6 +32,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from refllm.errors import InputError
 from refllm.formats.gguf.types import gguf_type
 
 __all__ = ["FILE_TYPES", "MIXES", "Heads", "bits_per_weight", "mix"]
@@ -95,7 +96,7 @@ def mix(
     {'blk.0.attn_v.weight': 'Q6_K', 'blk.0.attn_k.weight': 'Q4_K'}
     """
     if name not in MIXES:
-        raise ValueError(f"unknown GGUF type {name!r}; choose one of {', '.join(MIXES)}")
+        raise InputError(f"unknown GGUF type {name!r}; choose one of {', '.join(MIXES)}")
     tied = "output.weight" not in shapes
     base = MIXES[name][0]
     chosen = {}

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from refllm.backend import Array, bitcast, namespace
 from refllm.formats import minifloat
-from refllm.formats.gguf.bits import pack_bits, unpack_bits
+from refllm.formats.gguf.bits import float16_bytes, float16_values, pack_bits, unpack_bits
 
 __all__ = ["DEQUANTIZERS", "QUANTIZERS"]
 
@@ -34,19 +34,14 @@ def quantize_f32(x: Array) -> Array:
 
 def quantize_f16(x: Array) -> Array:
     """x[B, 1] → bytes[B, 2], to nearest even; infinity from 65,520 on."""
-    xp = namespace(x)
-    return xp.ascontiguousarray(xp.astype(x, xp.float16)).view(xp.uint8)
+    return float16_bytes(x[:, 0])
 
 
 def quantize_bf16(x: Array) -> Array:
-    """x[B, 1] → bytes[B, 2]: the upper half of the float32, to nearest even; NaN becomes a
-    quiet NaN.
+    """x[B, 1] → bytes[B, 2]: the upper half of the float32, to nearest even; infinity beyond
+    the largest value.
     """
-    xp = namespace(x)
-    codes = minifloat.quantize(x, "bf16", "nan")
-    upper = xp.astype(bitcast(xp.ascontiguousarray(x), xp.uint32) >> 16, xp.uint16)
-    codes = xp.where(xp.isnan(x), upper | 64, codes)  # a NaN keeps its payload's upper bits
-    return xp.ascontiguousarray(codes).view(xp.uint8)
+    return minifloat.quantize(x, "bf16", "nan").view(namespace(x).uint8)
 
 
 def quantize_mxfp4(x: Array) -> Array:
@@ -90,8 +85,7 @@ def dequantize_f32(data: Array) -> Array:
 
 def dequantize_f16(data: Array) -> Array:
     """bytes[B, 2] → float32 [B, 1]."""
-    xp = namespace(data)
-    return xp.astype(xp.ascontiguousarray(data).view(xp.float16), xp.float32)
+    return float16_values(data)
 
 
 def dequantize_bf16(data: Array) -> Array:

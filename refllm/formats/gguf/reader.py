@@ -38,6 +38,7 @@ from pathlib import Path
 import numpy as np
 
 from refllm.array_types import Json
+from refllm.errors import InputError
 from refllm.formats.gguf.types import TYPES, GGUFType
 
 __all__ = ["ALIGNMENT", "SCALARS", "GGUFError", "GGUFFile", "Header", "TensorRecord", "parse"]
@@ -68,7 +69,7 @@ Bytes = bytes | memoryview
 Record = tuple[str, GGUFType, tuple[int, ...], int]  # name, type, shape, offset
 
 
-class GGUFError(ValueError):
+class GGUFError(InputError):
     """The file cannot be read as GGUF; the message says where, and what to do."""
 
 

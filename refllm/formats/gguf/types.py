@@ -22,6 +22,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from refllm.errors import InputError
+
 __all__ = ["FIELDS", "TYPES", "Field", "GGUFType", "gguf_type", "row_bytes"]
 
 
@@ -115,7 +117,7 @@ FIELDS: dict[str, tuple[Field, ...]] = {
 def gguf_type(name: str) -> GGUFType:
     """The storage type called ``name``; ValueError lists the known ones."""
     if name not in TYPES:
-        raise ValueError(f"unknown GGUF type {name!r}; choose one of {', '.join(TYPES)}")
+        raise InputError(f"unknown GGUF type {name!r}; choose one of {', '.join(TYPES)}")
     return TYPES[name]
 
 
@@ -127,7 +129,7 @@ def row_bytes(name: str, columns: int) -> int:
     """
     found = gguf_type(name)
     if columns % found.block:
-        raise ValueError(
+        raise InputError(
             f"{name} stores blocks of {found.block} elements, which do not divide a row of "
             f"{columns}"
         )

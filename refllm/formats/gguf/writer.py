@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from refllm.atomic import replacing
+from refllm.errors import InputError
 from refllm.formats.gguf.reader import (
     ALIGNMENT,
     ARRAY,
@@ -83,7 +84,7 @@ def header_bytes(metadata: Mapping[str, object], plan: Plan) -> bytes:
             or not 1 <= len(shape) <= MOST_DIMENSIONS
             or 0 in shape
         ):
-            raise ValueError(f"write: GGUF cannot hold {name!r} of shape {shape}")
+            raise InputError(f"write: GGUF cannot hold {name!r} of shape {shape}")
         record = struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], gguf_type(type).id, at)
         parts.append(_string(name) + record)
         size = plan_bytes(plan, name)
@@ -114,7 +115,7 @@ def _value(key: str, value: object) -> bytes:
         else:
             head = struct.pack("<IIQ", ARRAY, number, value.size)
         return head + value.astype(value.dtype.newbyteorder("<")).tobytes()
-    raise ValueError(
+    raise InputError(
         f"write: the value of {key!r} has no GGUF type: pass str, bool, a NumPy scalar or array, "
         f"or a list of str, not {type(value).__name__}"
     )
