@@ -146,3 +146,51 @@ def test_the_installers_are_a_third_stream_where_wanted_and_present(monkeypatch)
 def test_fingerprints_are_of_the_bytes(tmp_path: Path):
     (tmp_path / "x").write_bytes("tüt\n".encode())
     assert fingerprint([Document("x", "tüt\n")]) == {"x": file_sha256(tmp_path / "x")}
+
+
+@pytest.mark.parametrize(
+    ("share", "held"), [(0.3, 3), (0.31, 4), (0.05, 1), (0.1, 1), (0.99, 9), (0.9, 9)]
+)
+def test_a_share_that_is_reached_exactly_takes_no_more(share, held):
+    """Ten documents of ten characters: 0.3 of them is three, and training keeps one."""
+    documents = documents_of([f"{i}" * 10 for i in range(10)])
+    assert len(split(documents, share)[1]) == held
+    assert len(split(documents, share)[0]) == 10 - held
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "held"),
+    [(4, 0.25, 1), (4, 0.5, 2), (4, 0.01, 1), (2, 0.9, 1), (10, 0.36, 4)],
+)
+def test_the_share_of_a_single_document_in_lines(count, share, held):
+    text = "".join(f"{i}\n" for i in range(count))
+    (train,), (end,) = split([Document("one", text)], share)
+    assert (train.name, end.name) == ("one", "one (end)")
+    assert end.text == "".join(f"{i}\n" for i in range(count - held, count))
+
+
+def test_folders_and_files_are_read_in_the_order_that_is_given(tmp_path: Path):
+    (tmp_path / "docs" / ".git").mkdir(parents=True)
+    (tmp_path / "docs" / ".git" / "config").write_text("hidden by its folder")
+    (tmp_path / "docs" / "z").write_text("z\r\nz")
+    (tmp_path / "a").write_text("a")
+    (tmp_path / ".dot").write_text("named, so it is read")
+    (tmp_path / "blank").write_text("\n")
+    paths = [tmp_path / name for name in ("docs", ".dot", "blank", "a")]
+    found = read_files(paths)
+    assert [(d.name, d.text) for d in found] == [
+        ("docs/z", "z\nz"),
+        (".dot", "named, so it is read"),
+        ("a", "a"),
+    ]
+    data = text_files([tmp_path / "docs", tmp_path / "a"], share=0.5)
+    assert data.name == "a, docs"
+    assert sorted(d.name for d in [*data.streams["files"], *data.held_out]) == ["a", "docs/z"]
+    assert (data.repeats, data.last_repeats, data.code) == ((1,), (1,), False)
+
+
+def test_the_start_token_stands_before_every_document():
+    stream = encode(byte_tokenizer(), documents_of(["a", "bc"]), begin=7)
+    ids = byte_tokenizer().encode("abc")
+    assert stream.tolist() == [7, ids[0], 7, *byte_tokenizer().encode("bc")]
+    assert standard_library(tests=False).code

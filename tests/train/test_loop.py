@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 
 from conftest import ROOT, to_host
 from refllm.backend import namespace
+from refllm.errors import InputError
 from refllm.model.config import ModelConfig
+from refllm.train import loop
 from refllm.train.loop import initialize, train
 from refllm.train.optimizer import AdamW
 from refllm.train.schedule import Phase, Plan
@@ -328,6 +330,42 @@ def test_the_records_hold_what_happened(tmp_path):
     assert json.loads(load_state(tmp_path / "state.safetensors")[1]["curve"]) == seen
 
 
+@pytest.mark.parametrize(
+    ("count", "length", "starts"),
+    [
+        (10, 3, [0, 3, 6]),  # three windows of 3 + 1 tokens fit without overlap of their inputs
+        (9, 3, [0, 2, 5]),
+        (7, 3, [0, 3]),
+        (4, 3, [0]),  # the shortest stream
+        (20_001, 10_000, [0]),  # longer than the 8,192 tokens of an estimate: one window
+        (40_000, 4096, [0, 35_903]),
+    ],
+)
+def test_the_estimate_is_the_mean_over_windows_that_are_spread_evenly(
+    monkeypatch, count, length, starts
+):
+    seen = []
+
+    def mean_loss(params, config, tokens):
+        assert tokens.shape == (1, length + 1)
+        seen.append(int(tokens[0, 0]))
+        assert np.array_equal(tokens[0], np.arange(seen[-1], seen[-1] + length + 1))
+        return float(len(seen))
+
+    monkeypatch.setattr(loop, "mean_loss", mean_loss)
+    estimate = loop._evaluate({"w": np.zeros(1)}, CONFIG, np.arange(count), length)
+    assert seen == starts
+    assert estimate == (1 + len(starts)) / 2
+
+
+def test_the_estimate_reads_8192_tokens_of_a_long_stream(monkeypatch):
+    seen = []
+    monkeypatch.setattr(loop, "mean_loss", lambda p, c, tokens: seen.append(tokens) or 0.0)
+    loop._evaluate({"w": np.zeros(1)}, CONFIG, np.arange(100_000), 256)
+    assert len(seen) == 32
+    assert (seen[0][0, 0], seen[-1][0, -1]) == (0, 99_999)
+
+
 # --- rejections -----------------------------------------------------------------------------
 
 GOOD = streams()
@@ -368,6 +406,20 @@ def test_streams_that_do_not_fit_are_rejected_before_the_first_step(tmp_path, ar
         )
 
 
+def test_streams_at_the_boundaries_are_accepted(tmp_path):
+    """The last token of the vocabulary, unsigned tokens, a held-out stream of one window, a
+    stream that no phase uses.
+    """
+    state = train(
+        CONFIG,
+        [np.full(40, V - 1, np.uint16), np.zeros(0, np.int64)],
+        Plan((Phase(1, 2, 16, (1, 0)),), workers=1),
+        tmp_path,
+        held_out=np.full(17, V - 1),
+    )
+    assert state.curve[-1]["held_out"] > 0
+
+
 def test_a_checkpoint_of_another_network_is_rejected(tmp_path):
     train(CONFIG, streams(), PLAN, tmp_path)
     other = ModelConfig("llama", V, 16, 24, 1, 4, 2, 4, tie_word_embeddings=True)
@@ -385,7 +437,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkp
         return lambda rows: np.full((rows.stop - rows.start, V), value, dtype="float32")
 
     plan = Plan(PLAN.phases, workers=1, save_every=2)
-    with pytest.raises(FloatingPointError, match="step 5: loss .*lower the rate"):
+    with pytest.raises(InputError, match="step 5: loss .*lower the rate"):
         train(
             CONFIG,
             streams(),
