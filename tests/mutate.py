@@ -340,7 +340,9 @@ def run(faults: list[Fault], root: Path, jobs: int, limit: float) -> None:
             places.put(place)
 
     with ThreadPoolExecutor(jobs) as pool:
-        for fault, found in zip(faults, pool.map(verdict, faults), strict=True):
+        verdicts = zip(faults, pool.map(verdict, faults), strict=True)
+        for done, (fault, found) in enumerate(verdicts, start=1):
+            print(f"{done} of {len(faults)}", end="\r", file=sys.stderr, flush=True)
             room = fault.path.relative_to(root / "refllm").parts[0]
             if found != "noticed":
                 _, before, after = planted(fault)
