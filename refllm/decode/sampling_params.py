@@ -30,6 +30,7 @@ from numbers import Real
 from typing import NamedTuple, TypedDict, TypeGuard
 
 from refllm.backend import Array, DType, Operand, namespace
+from refllm.errors import InputError
 
 Parameter = float | Sequence[float]  # one value, or a list or NumPy array of B values
 
@@ -60,13 +61,14 @@ def _check(name: str, value: object, where: str = "") -> None:
     """ValueError unless a parameter may have this value."""
     rule = RULES[name]
     if not _is_number(value):
-        raise ValueError(f"{name} must be a number, got {value!r}{where}")
+        raise InputError(f"{name} must be a number, got {value!r}{where}")
     if not rule.allowed(value):
-        raise ValueError(f"{name} must be {rule.words}, got {value}{where}")
+        raise InputError(f"{name} must be {rule.words}, got {value}{where}")
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    # float and int come first: asking the abstract class Real takes ten times as long
+    return isinstance(value, (float, int, Real)) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class SamplingParams:
     SamplingParams(temperature=0.8, top_k=0, top_p=0.9, min_p=0.0, repetition_penalty=1.0)
     >>> SamplingParams(top_p=1.5)
     Traceback (most recent call last):
-    ValueError: top_p must be within (0, 1], got 1.5
+    refllm.errors.InputError: top_p must be within (0, 1], got 1.5
     """
 
     temperature: float = 0.0
@@ -118,15 +120,15 @@ def sampling_params(sampling: SamplingParams | None, shorthand: SamplingOptions)
     0.8
     >>> sampling_params(GREEDY, {"temperature": 0.8})
     Traceback (most recent call last):
-    ValueError: give either sampling=SamplingParams(…) or its shorthand (temperature), not both
+    refllm.errors.InputError: give either sampling=SamplingParams(…) or its shorthand (temperature), not both
     """
     if sampling is None:
         return SamplingParams(**shorthand) if shorthand else GREEDY
     if not isinstance(sampling, SamplingParams):
-        raise ValueError(f"sampling must be a SamplingParams(…), got {sampling!r}")
+        raise InputError(f"sampling must be a SamplingParams(…), got {sampling!r}")
     if shorthand:
         names = ", ".join(shorthand)
-        raise ValueError(
+        raise InputError(
             f"give either sampling=SamplingParams(…) or its shorthand ({names}), not both"
         )
     return sampling
@@ -155,7 +157,7 @@ def validate_params(
     xp = namespace(logits)
     V = logits.shape[-1] if logits.ndim else 0
     if V == 0:
-        raise ValueError(f"logits of shape {logits.shape} have no tokens to choose from")
+        raise InputError(f"logits of shape {logits.shape} have no tokens to choose from")
     t = _checked("temperature", temperature, logits)
     k = _checked("top_k", top_k, logits)
     p = _checked("top_p", top_p, logits)
@@ -183,7 +185,7 @@ def _checked(name: str, value: Parameter, logits: Array) -> list[float]:
     if isinstance(values, (int, float)):
         values = [values]
     elif logits.ndim != 2 or len(values) != logits.shape[0]:
-        raise ValueError(
+        raise InputError(
             f"{name} is a list of {len(values)}: that needs logits[B, V] with B rows, "
             f"got {logits.shape}"
         )

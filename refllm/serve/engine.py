@@ -29,6 +29,7 @@ import numpy as np
 from refllm.backend import Array
 from refllm.decode.speculative.interface import Drafter, ModelLike, check_vocabulary
 from refllm.decode.speculative.model_drafter import ModelDrafter
+from refllm.errors import InputError
 from refllm.kv.block_pool import BlockPool
 from refllm.kv.paged import PagedKVCache
 from refllm.serve import factory
@@ -91,7 +92,7 @@ class Engine(EngineStats):
             receives every plan before it is executed.
         """
         if seed is not None and seed < 0:
-            raise ValueError(f"the engine's seed is None or an integer, 0 or more, got {seed}")
+            raise InputError(f"the engine's seed is None or an integer, 0 or more, got {seed}")
         if isinstance(drafter, AdaptiveDrafting) and isinstance(drafter.source, ModelDrafter):
             check_vocabulary(model, drafter.source.model)
         self.model = model
@@ -115,8 +116,6 @@ class Engine(EngineStats):
             self.scheduler = scheduler(self.pool)
         self.results: dict[abc.Hashable, RequestOutput] = {}  # finished; ``run`` takes them
         self._requests: dict[abc.Hashable, RequestState] = {}
-        # the q that a sequence's drafts were sampled from
-        self._draft_q: dict[SequenceKey, Array | None] = {}
         self._seeds = np.random.default_rng(seed)
         self._ids = count()
         self._stepping = False
@@ -145,7 +144,7 @@ class Engine(EngineStats):
             free = (i for i in self._ids if i not in self._requests and i not in self.results)
             request = replace(request, id=next(free))
         if request.id in self.results:
-            raise ValueError(
+            raise InputError(
                 f"request {request.id!r} has ended and its result was not taken: use another id"
             )
         validate_request(request, self.model.config)
@@ -203,9 +202,9 @@ class Engine(EngineStats):
 
     def _compute(self) -> list[SequenceUpdate]:
         """Plan a step, execute it, sample, and apply the outcomes; roll back on any error."""
-        self._draft_q.clear()
+        draft_q: dict[SequenceKey, Array | None] = {}  # what its drafts were sampled from
         if self.drafter is not None:
-            self._draft_q |= propose_drafts(self.drafter, self.scheduler, self._requests)
+            draft_q = propose_drafts(self.drafter, self.scheduler, self._requests)
         plan = self.scheduler.plan()
         assert self.scheduler.step is not None
         sequences = list(self.scheduler.step.items)
@@ -215,7 +214,7 @@ class Engine(EngineStats):
             z = self._runner.execute(plan, sequences, self.model)
             outcomes: list[Outcome] = []
             if z is not None:
-                outcomes = sample_outcomes(plan, sequences, self._requests, self._draft_q, z)
+                outcomes = sample_outcomes(plan, sequences, self._requests, draft_q, z)
         except BaseException:
             self.scheduler.roll_back(plan)
             for sequence in sequences:

@@ -208,10 +208,12 @@ def test_a_stop_string_or_end_token_among_accepted_drafts_ends_the_output(stop):
 
 
 @pytest.mark.theorem(
-    "With sampled drafts the law of a request's text is that of plain sampling, in the engine too",
+    "With sampled drafts the distribution of a request's output is that of plain sampling, in the "
+    "engine too, also where the budget of a step cuts the drafts",
     source="Leviathan et al. 2023; by enumeration of every uniform",
 )
-def test_sampled_drafts_keep_the_output_distribution_in_the_engine(monkeypatch):
+@pytest.mark.parametrize("budget", [2048, 2], ids=["whole", "cut by the budget"])
+def test_sampled_drafts_keep_the_output_distribution_in_the_engine(monkeypatch, budget):
     use_exact_draws(monkeypatch)
     target = random_model(SMALL, 4)
 
@@ -221,6 +223,7 @@ def test_sampled_drafts_keep_the_output_distribution_in_the_engine(monkeypatch):
             num_blocks=8,
             block_size=4,
             drafter=AdaptiveDrafting(ModelDrafter(random_model(SMALL, 9), 2)),
+            max_batch_tokens=budget,
             seed=0,
         )
         engine.submit(Request(PROMPT, 3, id=0, temperature=1.0))

@@ -4,9 +4,11 @@ other.
 
 from __future__ import annotations
 
+import gc
 import random
 from collections import Counter
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from refllm.api import Model
 from refllm.decode.speculative.model_drafter import ModelDrafter
 from refllm.decode.speculative.ngram_drafter import NGramDrafter
 from refllm.serve import factory, model_runner
+from refllm.serve.adaptive_drafts import AdaptiveDrafting
 from refllm.serve.engine import Engine
 from refllm.serve.plan import SequenceUpdate
 from refllm.serve.request import Request
@@ -516,6 +519,54 @@ def test_conservation_a_flood_with_random_aborts_ends_with_every_block_free(cach
     if cache == "radix":
         engine.scheduler.memory.cache.evict(engine.pool.num_blocks * 4)
     assert engine.pool.num_free == engine.pool.num_blocks
+
+
+class Name:
+    """An id that can be referred to weakly: whatever keeps anything of a request keeps this."""
+
+
+MEMORIES = [(policy, None) for policy in factory.POLICIES] + [
+    (policy, cache) for policy in factory.CONTINUOUS for cache in ("hash", "radix")
+]
+
+
+@pytest.mark.parametrize(("policy", "cache"), MEMORIES)
+def test_conservation_nothing_is_kept_of_requests_whose_outputs_were_taken(policy, cache):
+    """Neither of those that have finished nor of those that were aborted while they waited,
+    ran or were preempted, nor after a step that failed.
+    """
+    engine = Engine(
+        served_model(9),
+        num_blocks=14,
+        block_size=2,
+        policy=policy,
+        prefix_cache=cache,
+        drafter=AdaptiveDrafting(lambda: NGramDrafter(2, shortest=1)),
+        max_sequences=6,
+        longest=12,
+    )
+    names: WeakSet[Name] = WeakSet()
+    for i in range(24):
+        forks = engine.scheduler.memory.can_fork and i % 3 == 0
+        options = {"n": 2, "beam": i % 2 == 0} if forks else {}
+        name = Name()
+        names.add(name)
+        engine.submit(Request([1, 2, i % 5, 4], i % 7, id=name, **options))
+        if i % 5 == 0:
+            engine.on_plan = lambda plan: [][0]
+            with pytest.raises(IndexError):
+                engine.step()
+            engine.on_plan = None
+        if i % 4 == 0:
+            engine.step()
+        if i % 11 == 3:
+            engine.abort(min(names, key=id))
+        engine.check()
+    assert len(names) == 24
+    assert len(engine.run()) == 24
+    del name
+    gc.collect()
+    assert not names
 
 
 def test_engine_stats():
