@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 from refllm.cli.options import opt
+from refllm.errors import InputError
 
 if TYPE_CHECKING:
+    from refllm.kv.interface import CachePolicy
     from refllm.kv.kivi import Kivi
     from refllm.kv.sparse import SparsePolicy
     from refllm.model.config import ModelConfig
@@ -50,7 +52,7 @@ def kivi_from_options(
 
     if bits is None:
         if group is not None or residual is not None:
-            raise ValueError(
+            raise InputError(
                 "--kv-group and --kv-residual only apply to a quantised cache: add --kv-bits"
             )
         return None
@@ -69,7 +71,7 @@ def sparse_from_options(keep: int | None, name: str | None) -> SparsePolicy | No
 
     if keep is None:
         if name is not None:
-            raise ValueError("--kv-policy says which tokens are kept: say how many with --kv-keep")
+            raise InputError("--kv-policy says which tokens are kept: say how many with --kv-keep")
         return None
     policies: dict[str, Callable[[int], SparsePolicy]] = {
         "snapkv": sparse.snapkv,
@@ -80,33 +82,18 @@ def sparse_from_options(keep: int | None, name: str | None) -> SparsePolicy | No
         "recent": sparse.recent_only,
     }
     if name is not None and name not in policies:
-        raise ValueError(f"unknown --kv-policy {name}; choose one of {', '.join(policies)}")
+        raise InputError(f"unknown --kv-policy {name}; choose one of {', '.join(policies)}")
     return policies[name or "snapkv"](keep)
 
 
-def cache_summary(policy: Kivi | SparsePolicy, config: ModelConfig, prompt: int, new: int) -> str:
+def cache_summary(policy: CachePolicy, config: ModelConfig, prompt: int, new: int) -> str:
     """The memory of a cache after a prompt and ``new`` further tokens, against a full
     float32 cache.
     """
-    from refllm.kv.kivi import Kivi
     from refllm.measure.memory import human, kv_bytes
 
-    tokens = prompt + new
-    full = kv_bytes(config, tokens, bits=32)
-    if not isinstance(policy, Kivi):
-        held = policy.tokens_held(prompt, new, config.num_hidden_layers) / config.num_hidden_layers
-        return (
-            f"cache: {human(full * held / tokens)} instead of {human(full)} of float32, "
-            f"{held:,.0f} of {tokens:,} tokens per key head"
-        )
-    small = policy.nbytes(config, tokens, full=32)
-    if small == full:
-        return (
-            f"cache: {human(full)}, nothing quantised: {tokens} tokens fit into the "
-            f"full-precision window of {policy.residual}"
-        )
-    return (
-        f"cache: {human(small)} instead of {human(full)} of float32, in "
-        f"{policy.key_bits}-bit codes except for the newest tokens, at most "
-        f"{policy.residual}"
-    )
+    full = human(kv_bytes(config, prompt + new, bits=32))
+    nbytes, kept = policy.usage(config, prompt, new)
+    if nbytes is None:
+        return f"cache: {full}, {kept}"
+    return f"cache: {human(nbytes)} instead of {full} of float32, {kept}"

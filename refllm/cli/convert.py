@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from refllm.cli.options import AnyModelOption, BackendOption, flag, opt
+from refllm.errors import InputError
 from refllm.terminal import console, format_bytes, note, pairs, progress
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _importance(
     config, tokenizer = open_source(source)
     if length > config.max_position_embeddings:
         longest = config.max_position_embeddings
-        raise ValueError(
+        raise InputError(
             f"windows of {length} tokens are longer than the model's {longest} positions: "
             "lower --length"
         )

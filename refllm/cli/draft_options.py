@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from refllm.cli.options import flag, opt
+from refllm.errors import InputError
 from refllm.terminal import printable
 
 if TYPE_CHECKING:
@@ -54,18 +55,18 @@ def drafter_from_options(
 
     if names is None:
         if gamma is not None:
-            raise ValueError("--gamma is the number of drafted tokens: add --draft")
+            raise InputError("--gamma is the number of drafted tokens: add --draft")
         if tree:
-            raise ValueError("--tree says how a model drafts: name the model with --draft")
+            raise InputError("--tree says how a model drafts: name the model with --draft")
         return None
     if Path(names).is_dir():
         wanted = [names]
     else:
         wanted = [name.strip() for name in names.split(",")]
     if not all(wanted):
-        raise ValueError(f"--draft takes names separated by commas, got {names!r}")
+        raise InputError(f"--draft takes names separated by commas, got {names!r}")
     if tree and set(wanted) == {"ngram"}:
-        raise ValueError("--tree needs a draft model, and ngram is none: name one with --draft")
+        raise InputError("--tree needs a draft model, and ngram is none: name one with --draft")
     gammas = () if gamma is None else (gamma,)
     model_drafter = TreeDrafter if tree else ModelDrafter
     drafters: list[Drafter] = []

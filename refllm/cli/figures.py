@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from refllm.cli.options import BackendOption, flag, opt
+from refllm.errors import InputError
 
 CheckOption = Annotated[bool, flag("Draw nothing; fail if a figure is out of date.", "--check")]
 OutputOption = Annotated[Path, opt("The folder of the figures.", metavar="DIR")]
@@ -33,7 +34,7 @@ def figures(
 
     get(backend)
     if not (output / "data").is_dir():
-        raise ValueError(
+        raise InputError(
             f"{output} has no data/ to draw from: run this in the repository, or name the "
             "folder with --output"
         )

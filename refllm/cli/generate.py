@@ -29,6 +29,7 @@ from refllm.cli.draft_options import (
 )
 from refllm.cli.main import keep_freed_memory
 from refllm.cli.options import AnyModelOption, BackendOption, flag, opt
+from refllm.errors import InputError
 from refllm.terminal import emit, note, printable, progress
 
 DEFAULT_TOKENS = 128
@@ -118,11 +119,11 @@ def generate(
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty)
     sparse = sparse_from_options(kv_keep, kv_policy)
     if sparse is not None and kv_bits is not None:
-        raise ValueError(
+        raise InputError(
             "--kv-bits keeps all tokens in few bits, --kv-keep some of them in full: choose one"
         )
     if tree and (sparse is not None or kv_bits is not None):
-        raise ValueError(
+        raise InputError(
             "--tree needs a cache that keeps everything: leave out --tree, or the --kv-… options"
         )
     keep_freed_memory()
@@ -198,7 +199,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     or it is not text.
     """
     if (prompt is None) == (file is None):
-        raise ValueError(
+        raise InputError(
             "give one prompt: as an argument, as - for standard input, or with --prompt-file"
         )
     try:
@@ -207,4 +208,4 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         return sys.stdin.read() if prompt == "-" else str(prompt)
     except UnicodeDecodeError as error:
         source = file or "standard input"
-        raise ValueError(f"{source} is not UTF-8 text (byte {error.start})") from error
+        raise InputError(f"{source} is not UTF-8 text (byte {error.start})") from error

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from refllm.cli.options import BackendOption, JsonOption, ModelOption, flag
+from refllm.errors import InputError
 from refllm.terminal import console, format_bytes, pairs, table
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def list_files(directory: Path, *, verify: bool) -> list[Json]:
     manifest = _read_json(directory / "manifest.json") or {}
     recorded = manifest.get("files", {})
     if not isinstance(recorded, dict) or not all(isinstance(f, dict) for f in recorded.values()):
-        raise ValueError(f"{directory / 'manifest.json'} is no manifest of files with their hashes")
+        raise InputError(f"{directory / 'manifest.json'} is no manifest of files with their hashes")
     present = {p.name: p for p in directory.iterdir() if p.is_file() and not p.name.startswith(".")}
     found = []
     for name in sorted({*present, *recorded}):
@@ -162,7 +163,9 @@ def _read_json(path: Path) -> Json | None:
     """The object in a JSON file; None if there is no such file."""
     from refllm.checkpoints.tensor_files import read_json
 
-    return read_json(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    return read_json(path)
 
 
 def _show(facts: Json) -> None:

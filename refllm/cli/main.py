@@ -4,25 +4,22 @@ exception, and what a command changes in its process.
 | exception                                                    | what the user sees     | exit |
 |--------------------------------------------------------------|------------------------|------|
 | a wrong option; ``BackendUnavailable``; a missing file; too  | one sentence on stderr | 2    |
-| little memory; a ``ValueError`` from a ``raise`` in refllm   |                        |      |
+| little memory; an ``InputError``                             |                        |      |
 | Ctrl-C                                                       | nothing                | 130  |
 | ``BrokenPipeError``: the reader of a pipe is gone            | nothing                | 1    |
 | anything else                                                | Python's traceback     | 1    |
 
-A ``ValueError`` that NumPy raises inside refllm is a bug in refllm and shows its traceback.
-The two are told apart by the source line on which the traceback ends.
+A ``ValueError`` that NumPy raises inside refllm is a bug in refllm and shows its traceback;
+what the user did wrong is an ``InputError`` (``refllm.errors``).
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import linecache
 import os
 import platform
 import sys
-from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Any
 
 import typer
@@ -31,10 +28,10 @@ from typer.core import TyperGroup
 from refllm import __version__
 from refllm.backend import BackendUnavailable
 from refllm.cli.options import flag
+from refllm.errors import InputError
 
 VersionOption = Annotated[bool, flag("Print the version and exit.", "--version")]
 
-_PACKAGE = Path(__file__).resolve().parent.parent
 _M_TRIM_THRESHOLD = -1  # malloc.h
 _M_TOP_PAD = -2
 _M_MMAP_THRESHOLD = -3
@@ -96,11 +93,10 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, BackendUnavailable):
         return str(error)
     if isinstance(error, MemoryError):  # NumPy and CuPy say how much was requested
-        return f"out of memory: {error}" if str(error) else "out of memory"
+        return f"out of memory: {error}".removesuffix(": ")
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
         return _explain_file_error(error)
-    deliberate = isinstance(error, (ValueError, FloatingPointError))
-    if deliberate and _raised_by_refllm(error.__traceback__):
+    if isinstance(error, InputError):
         return str(error)
     return None
 
@@ -113,17 +109,6 @@ def _explain_file_error(error: OSError) -> str:
     if error.filename:
         return f"{error.filename}: {error.strerror}"
     return str(error)
-
-
-def _raised_by_refllm(traceback: TracebackType | None) -> bool:
-    """Whether the traceback ends on a ``raise`` statement in this package."""
-    if traceback is None:
-        return False
-    while traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    file = traceback.tb_frame.f_code.co_filename
-    line = linecache.getline(file, traceback.tb_lineno).strip()
-    return Path(file).resolve().is_relative_to(_PACKAGE) and line.startswith("raise ")
 
 
 def keep_freed_memory() -> bool:

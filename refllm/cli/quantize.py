@@ -21,6 +21,7 @@ from refllm.cli.options import (
     flag,
     opt,
 )
+from refllm.errors import InputError
 from refllm.terminal import console, counted_bar, format_bytes, note, pairs
 
 if TYPE_CHECKING:
@@ -216,9 +217,9 @@ def scheme_for(
     if symmetric is not None and symmetric != usual.symmetric:
         rule = "half_integer" if symmetric else "asymmetric"
     if method == "fp8" and symmetric is False:
-        raise ValueError("fp8 has no zero points: its codes are floats, leave --asymmetric out")
+        raise InputError("fp8 has no zero points: its codes are floats, leave --asymmetric out")
     if bits == 1 and rule != "asymmetric":
-        raise ValueError(
+        raise InputError(
             "one bit around zero has no other level than 0: take --bits 2, or --asymmetric"
         )
     if group is None:
@@ -233,7 +234,9 @@ def _announce(job: QuantizationJob) -> None:
     layout = job.export.layout
     share = "one scale per row"
     if layout.group_size:
-        share = f"{'blocks' if layout.is_float else 'groups'} of {layout.group_size}"
+        share = f"groups of {layout.group_size}"
+        if layout.is_float:
+            share = f"blocks of {layout.group_size}"
     text = "none needed"
     if windows is not None:
         text = f"{windows.shape[0]} windows of {windows.shape[1]} tokens"

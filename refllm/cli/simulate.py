@@ -162,8 +162,9 @@ def _trace_of(scheduler: BaseScheduler) -> Trace:
     from refllm.serve.kv_manager import PagedKVManager
     from refllm.simulate.timeline import Trace
 
-    paged = isinstance(scheduler.memory, PagedKVManager)
-    return Trace(scheduler, blocks=TRACED_BLOCK_TABLES if paged else 0)
+    if isinstance(scheduler.memory, PagedKVManager):
+        return Trace(scheduler, blocks=TRACED_BLOCK_TABLES)
+    return Trace(scheduler)
 
 
 def _write_trace(path: Path, steps: Trace, scheduler: BaseScheduler, machine: DeviceSpec) -> None:

@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from refllm.errors import InputError
+
 if TYPE_CHECKING:
     from refllm.measure.device import DeviceSpec
     from refllm.measure.roofline_clock import RooflineClock
@@ -39,7 +41,7 @@ def find_device(name: str) -> DeviceSpec:
     if name == "here":
         return measure_machine()
     if name not in DEVICES:
-        raise ValueError(f"unknown device {name!r}; choose one of {', '.join(DEVICES)}, here")
+        raise InputError(f"unknown device {name!r}; choose one of {', '.join(DEVICES)}, here")
     return DEVICES[name]
 
 
@@ -48,7 +50,7 @@ def device_slots(clock: RooflineClock, device: str) -> int:
     from refllm.measure.roofline_clock import DEVICE_MEMORY
 
     if device not in DEVICE_MEMORY:
-        raise ValueError(
+        raise InputError(
             f"the memory of {device!r} is not known: say how many tokens fit with --slots"
         )
     return clock.slots(0.9 * DEVICE_MEMORY[device])  # 10 % is left for activations, as servers do
@@ -72,20 +74,20 @@ def make_scheduler(
     from refllm.serve.swapping import SwappingKVManager
 
     if slots < block_size:
-        raise ValueError(
+        raise InputError(
             f"{slots} slots hold no block of {block_size}: take more slots or smaller blocks"
         )
     if slots // block_size > MAX_BLOCKS:
-        raise ValueError(
+        raise InputError(
             f"{slots:,} slots in blocks of {block_size} exceed the limit of {MAX_BLOCKS:,} "
             "simulated blocks: take fewer slots or larger blocks"
         )
     pool = BlockPool(slots // block_size, block_size)
     if preempt not in ("recompute", "swap"):
-        raise ValueError(f"unknown preemption mode {preempt!r}; choose recompute or swap")
+        raise InputError(f"unknown preemption mode {preempt!r}; choose recompute or swap")
     if preempt == "swap":
         if prefix_cache is not None or policy not in factory.CONTINUOUS:
-            raise ValueError(
+            raise InputError(
                 "--preempt swap goes with fcfs, priority or lpm, and without a prefix cache"
             )
         return Scheduler(
@@ -116,8 +118,9 @@ def make_workload(
     rng = np.random.default_rng(seed)
     tokens = DistinctTokens()
     if name in TRAFFIC:
-        arrivals = math.inf if rate is None else rate
-        return requests(TRAFFIC[name], count, rng, rate=arrivals, shape=shape), None
+        if rate is None:
+            rate = math.inf
+        return requests(TRAFFIC[name], count, rng, rate=rate, shape=shape), None
     makers: dict[str, Callable[[], programs.Program]] = {
         "few-shot": lambda: programs.few_shot(tokens, count),
         "self-consistency": lambda: programs.self_consistency(tokens, count),
@@ -128,9 +131,9 @@ def make_workload(
     }
     if name not in makers:
         known = ", ".join([*TRAFFIC, *makers])
-        raise ValueError(f"unknown traffic {name!r}; choose one of {known}")
+        raise InputError(f"unknown traffic {name!r}; choose one of {known}")
     if rate not in (None, math.inf):
-        raise ValueError(
+        raise InputError(
             f"--rate is for traffic: the requests of {name} come together, and after answers"
         )
     program = makers[name]()

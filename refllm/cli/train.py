@@ -16,6 +16,7 @@ import typer
 
 from refllm.cli.main import keep_freed_memory
 from refllm.cli.options import BackendOption, OverwriteOption, flag, opt
+from refllm.errors import InputError
 from refllm.terminal import console, counted_bar, format_bytes, note, pairs
 
 if TYPE_CHECKING:
@@ -179,11 +180,11 @@ def train(
     from refllm.train.schedule import Plan
 
     if schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
+        raise InputError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
     if optimizer not in OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {optimizer!r}; choose one of {', '.join(OPTIMIZERS)}")
+        raise InputError(f"unknown optimizer {optimizer!r}; choose one of {', '.join(OPTIMIZERS)}")
     if not 0 < rate < 1:
-        raise ValueError(f"the learning rate must be within (0, 1), got {rate}")
+        raise InputError(f"the learning rate must be within (0, 1), got {rate}")
     # backend and output are checked before the text is read, which takes seconds
     get(backend)
     output = Path(os.path.expanduser(output))  # the shell leaves the ~ of --output=~/tiny as it is
@@ -195,7 +196,7 @@ def train(
     else:
         work = Path(os.path.expanduser(work))
     if start_share and start is None:
-        raise ValueError("--start-share is a share of the weights of --start: name that model, too")
+        raise InputError("--start-share is a share of the weights of --start: name that model, too")
     options = TrainingOptions(
         vocab_size=vocab_size,
         width=width,
@@ -265,7 +266,7 @@ def _read_text(
     if data:
         return text_files(data, held_out or ())
     if held_out:
-        raise ValueError(
+        raise InputError(
             "--held-out belongs to --data; the standard library has its own held-out modules"
         )
     return standard_library(tests=tests, installers=installers)
@@ -282,7 +283,7 @@ def _phase(text: str) -> Phase:
     try:
         steps, batch, length, *repeats = (int(word) for word in text.split(","))
     except ValueError as error:
-        raise ValueError(
+        raise InputError(
             f"--phase takes STEPS,BATCH,LENGTH and the repeats of each stream, got {text!r}"
         ) from error
     return Phase(steps, batch, length, tuple(repeats))

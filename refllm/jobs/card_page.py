@@ -38,21 +38,26 @@ def _front(record: Record) -> str:
     """The YAML header that the hub reads."""
     python = record["data"]["code"]
     lines = ["license: mit", "library_name: transformers", "pipeline_tag: text-generation"]
-    lines += ["tags:", "  - refllm"] + (["  - python", "  - code"] if python else [])
+    lines += ["tags:", "  - refllm"]
+    if python:
+        lines += ["  - python", "  - code"]
     return "\n".join(["---", *lines, "---"])
 
 
 def _what_it_is(record: Record) -> str:
     """Size, type and origin in one paragraph."""
     made = record["made with"]
-    went_on = bool(record["training"].get("start"))
+    origin = "from random weights"
+    source = "the command"
+    if record["training"].get("start"):
+        origin = "in several runs"
+        source = "the last of the commands"
     return (
         f"A {record['architecture']}. {record['parameters']:,} parameters, stored as "
-        f"{record['stored as']}, trained "
-        f"{'in several runs' if went_on else 'from random weights'} by refllm "
+        f"{record['stored as']}, trained {origin} by refllm "
         f"{made['refllm']} (NumPy {made['numpy']}, Python {made['python']}); "
         "`transformers` loads this directory as it is. Every number on this page was "
-        f"computed by {'the last of the commands' if went_on else 'the command'} below; "
+        f"computed by {source} below; "
         "`card.json` holds them for programs."
     )
 
@@ -94,10 +99,9 @@ def _training(training: Record) -> str:
         for p in plan["phases"]
         if p["steps"]
     )
+    taught = ""
     if training["teacher"]:
         taught = f" Distilled from {training['teacher']}."
-    else:
-        taught = ""
     name = {"adamw": "AdamW", "muon": "Muon for the layers' matrices and AdamW for the rest"}[
         plan.get("optimizer", "adamw")
     ]

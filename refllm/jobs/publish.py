@@ -33,6 +33,7 @@ from refllm.checkpoints.tensor_files import converted
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.checkpoints.writer import file_sha256, save
 from refllm.corpus import Document
+from refllm.errors import InputError
 from refllm.jobs import card_page, model_card
 from refllm.model.config import ModelConfig
 from refllm.train.data import Data, encode, fingerprint
@@ -81,7 +82,7 @@ def finish(
     config = ModelConfig.from_hf(json.loads(about["config"]))
     plan = read_plan(about)
     if state.optimizer.step < plan.steps:
-        raise ValueError(
+        raise InputError(
             f"{state_path} has done {state.optimizer.step} of {plan.steps} steps: let it "
             "train to the end first"
         )
@@ -108,7 +109,7 @@ def finish(
             "steps": plan.steps,
             "teacher": None if teacher is None else teacher.resolve().name,
             "start": None if start is None else _origin(start),
-            **({"start share": start_share} if start_share else {}),
+            **_given({"start share": start_share}),
             "tokens": sum(p.steps * p.batch * p.length for p in plan.phases),
             "seconds": state.curve[-1]["seconds"] if state.curve else 0.0,
             "plan": json.loads(about["plan"]),
@@ -134,12 +135,17 @@ def finish(
     return record
 
 
+def _given(settings: Json) -> Json:
+    """The settings that are not zero."""
+    return {name: value for name, value in settings.items() if value}
+
+
 def _averaged(
     params: Mapping[str, np.ndarray], start: Path | None, share: float
 ) -> dict[str, np.ndarray]:
     """(1 − share) · params + share · the weights of ``start``."""
     if start is None:
-        raise ValueError(
+        raise InputError(
             f"a share of {share:g} for the first weights needs the model that they came from"
         )
     first = dict(iter_tensors(start, "float32"))

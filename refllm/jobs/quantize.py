@@ -35,6 +35,7 @@ from refllm.checkpoints.tensor_files import CheckpointError, tensor_shapes
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.checkpoints.writer import STORED_TYPES, check_target, documents, resolved, write_text
 from refllm.corpus import Document, held_out_documents
+from refllm.errors import InputError
 from refllm.formats.float_layouts import layout_for as float_layout_for
 from refllm.formats.layouts import layout_for
 from refllm.formats.uniform import Scheme
@@ -126,7 +127,7 @@ def prepare(
     if dtype is None:
         dtype = _stored_dtype(source)
     if dtype not in STORED_TYPES:
-        raise ValueError(f"dtype {dtype!r} is not stored; choose one of {', '.join(STORED_TYPES)}")
+        raise InputError(f"dtype {dtype!r} is not stored; choose one of {', '.join(STORED_TYPES)}")
     if method not in ("int8", "fp8"):  # whose scales stay in float32
         options["scale_dtype"] = dtype
     if method == "smoothquant":
@@ -208,7 +209,7 @@ def _calibration_tokens(
     if length is None:
         length = min(512, longest)
     if length > longest:
-        raise ValueError(
+        raise InputError(
             f"calibration: windows of {length} tokens are longer than the model's {longest} "
             "positions"
         )
@@ -218,7 +219,7 @@ def _calibration_tokens(
         shape[1] for name, shape in tensor_shapes(config) if name.endswith(PROJECTION_WEIGHTS)
     )
     if method == "gptq" and samples * length < columns:
-        raise ValueError(
+        raise InputError(
             f"calibration: {samples} windows of {length} tokens are too few for inputs of "
             f"{columns} columns: gptq needs at least {-(-columns // length)} (--samples)"
         )
@@ -232,7 +233,7 @@ def _check_text(tokenizer: Tokenizer, texts: Sequence[Document], length: int) ->
         tokens += len(tokenizer.encode(text.text[: ENCODED_CHARACTERS * length]))
         if tokens >= length:
             return
-    raise ValueError(
+    raise InputError(
         f"calibration: the text has {tokens} tokens, too few for a window of {length}: give more "
         "text, or shorter windows (--length)"
     )

@@ -33,6 +33,7 @@ from refllm.checkpoints.loading import iter_tensors, read_config
 from refllm.checkpoints.tensor_files import CheckpointError, tensor_shapes
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.checkpoints.writer import check_target, file_sha256
+from refllm.errors import InputError
 from refllm.jobs import model_card, publish
 from refllm.jobs.train_options import TrainingOptions
 from refllm.model.config import ModelConfig
@@ -128,7 +129,7 @@ def prepare(
     config = options.config(vocab_size, begin)
     note("encoding the text")
     if start is not None and shape_of(read_config(start)) != shape_of(config):
-        raise ValueError(
+        raise InputError(
             f"{start} is not of the shape that the options describe: it cannot be the start"
         )
     job = TrainingJob(
@@ -210,7 +211,7 @@ def _check_lengths(job: TrainingJob) -> None:
         read = [s for s, repeats in zip(job.streams, phase.repeats, strict=True) if repeats]
         shortest = min(map(len, [*read, job.held_out]))
         if phase.steps and shortest <= phase.length:
-            raise ValueError(
+            raise InputError(
                 f"a stream of the text has {shortest} tokens, too few for windows of "
                 f"{phase.length}: give more text to train on or to hold out, or shorten "
                 "--length and --long-length"
@@ -223,7 +224,7 @@ def _check_text(job: TrainingJob) -> None:
     if not (job.work / STATE).exists() or not digest.exists():
         return
     if digest.read_text("utf-8").strip() != _digest(job.data):
-        raise ValueError(
+        raise InputError(
             f"{job.work} was begun with other text, or another Python: choose another --work"
         )
 
@@ -235,14 +236,14 @@ def _continue(job: TrainingJob, note: Note) -> None:
     state, about = load_state(job.work / STATE)
     job.done = state.optimizer.step
     if ModelConfig.from_hf(json.loads(about["config"])) != job.config:
-        raise ValueError(
+        raise InputError(
             f"{job.work} holds a run of another network: choose another --work, or remove it"
         )
     origin = _origin(job)
     path = job.work / ORIGIN
     recorded = json.loads(path.read_text("utf-8")) if path.exists() else origin
     if recorded["start"] != origin["start"]:
-        raise ValueError(
+        raise InputError(
             f"{job.work} was begun from other weights: give its --start, or choose another --work"
         )
     # workers change the result by rounding only, the other two only what is reported
@@ -253,7 +254,7 @@ def _continue(job: TrainingJob, note: Note) -> None:
     same = {"plan": begun == requested, "teacher, or weight of it": recorded == origin}
     for setting, unchanged in same.items():
         if not unchanged and job.done >= job.plan.steps:
-            raise ValueError(
+            raise InputError(
                 f"{job.work} holds {job.done:,} steps of another {setting}: choose another "
                 "--work, or remove it"
             )

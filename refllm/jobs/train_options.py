@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from refllm.errors import InputError
 from refllm.model.config import ModelConfig
 from refllm.train.data import Data
 from refllm.train.schedule import Phase
@@ -51,7 +52,7 @@ class TrainingOptions:
         """The network; ValueError if the numbers make none."""
         heads = self.heads or max(1, self.width // 64)
         if self.width % heads:
-            raise ValueError(f"a width of {self.width} does not divide into {heads} heads")
+            raise InputError(f"a width of {self.width} does not divide into {heads} heads")
         kv_heads = next(g for g in range(max(1, heads // 2), 0, -1) if heads % g == 0)
         config = ModelConfig(
             "llama",
@@ -68,7 +69,7 @@ class TrainingOptions:
             eos_token_ids=(begin,),
         )
         if config.num_parameters > MAX_PARAMETERS:
-            raise ValueError(
+            raise InputError(
                 f"{config.num_parameters:,} parameters are more than can be trained here: "
                 f"{MAX_PARAMETERS:,}"
             )
@@ -85,15 +86,15 @@ class TrainingOptions:
         if self.explicit:
             return self._explicit_phases(data)
         if self.steps < 1:
-            raise ValueError(f"a run needs at least one step, got {self.steps}")
+            raise InputError(f"a run needs at least one step, got {self.steps}")
         long = self.long_steps
         if long is None:
             long = int(LONG_SHARE * self.steps)
         if not 0 <= long <= self.steps:
-            raise ValueError(f"{long} long steps do not fit into {self.steps} steps")
+            raise InputError(f"{long} long steps do not fit into {self.steps} steps")
         longest = max(self.length, self.long_length if long else 0)
         if longest > self.context:
-            raise ValueError(
+            raise InputError(
                 f"windows of {longest} tokens are longer than the context of {self.context}"
             )
         short = Phase(self.steps - long, self.batch, self.length, data.repeats)
@@ -107,17 +108,17 @@ class TrainingOptions:
         phases = tuple(p if p.repeats else replace(p, repeats=data.repeats) for p in self.explicit)
         for p in phases:
             if p.length > self.context:
-                raise ValueError(
+                raise InputError(
                     f"windows of {p.length} tokens are longer than the context of {self.context}"
                 )
             if len(p.repeats) != len(data.streams):
-                raise ValueError(
+                raise InputError(
                     f"a phase has {len(p.repeats)} repeats for {len(data.streams)} streams of text"
                 )
             if p.steps and not any(p.repeats):
-                raise ValueError(
+                raise InputError(
                     "a phase leaves out every stream of text: it needs a repeat above zero"
                 )
         if not any(p.steps for p in phases):
-            raise ValueError("a run needs at least one step, the phases have none")
+            raise InputError("a run needs at least one step, the phases have none")
         return phases
