@@ -27,12 +27,14 @@ from refllm.checkpoints import loading
 from refllm.checkpoints.loading import BUNDLED, bundled, locate
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.decode.detokenizer import StopStrings, Utf8Stream
-from refllm.decode.generate import CachePolicy, generate_tokens
+from refllm.decode.generate import generate_tokens
 from refllm.decode.sampling_params import SamplingOptions, SamplingParams, sampling_params
 from refllm.decode.speculative.cascade import check_drafter
 from refllm.decode.speculative.interface import Drafter
 from refllm.decode.speculative.loop import SpeculativeStep, speculate
 from refllm.decode.speculative.model_drafter import ModelDrafter
+from refllm.errors import InputError
+from refllm.kv.interface import CachePolicy
 from refllm.model.attention import CausalAttend
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights, forward, logits
@@ -99,14 +101,14 @@ class Model:
         like = self.weights["norm"]
         ids = to_numpy(tokens) if hasattr(tokens, "shape") else np.asarray(tokens)  # [T]
         if ids.size == 0:
-            raise ValueError("logits: needs at least one token")
+            raise InputError("logits: needs at least one token")
         if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-            raise ValueError(
+            raise InputError(
                 "logits: tokens must be a 1-D array of integers, got "
                 f"{ids.dtype} of shape {ids.shape}"
             )
         if not (ids.min() >= 0 and ids.max() < self.config.vocab_size):
-            raise ValueError(
+            raise InputError(
                 f"logits: a token lies outside the vocabulary of {self.config.vocab_size}"
             )
         attend = CausalAttend([len(ids)], self.config.sliding_window)
@@ -164,7 +166,7 @@ class Model:
             )
             return "".join(pieces)
         if stop:
-            raise ValueError(
+            raise InputError(
                 "stop strings need a text prompt; token prompts end at max_tokens or the end token"
             )
         if isinstance(prompt, str):
@@ -304,6 +306,6 @@ def _token_lists(prompts: Sequence[Sequence[int]] | Array) -> list[list[int]]:
             raise TypeError("text")
         return [list(row) for row in rows]
     except TypeError as error:
-        raise ValueError(
+        raise InputError(
             "a prompt must be a sequence of token ids, or, outside a batch, a str"
         ) from error

@@ -20,6 +20,7 @@ from refllm.array_types import Array as Array  # "as": meant to be imported from
 from refllm.array_types import DType as DType
 from refllm.array_types import Namespace as Namespace
 from refllm.array_types import Operand as Operand
+from refllm.errors import InputError
 
 NUMPY = cast(Namespace, np)  # numpy itself, under the type that namespace() gives
 NAMES = ("numpy", "cupy")
@@ -96,7 +97,7 @@ def get(name: str | None = None) -> Namespace:
     """
     name = name or os.environ.get(ENVIRONMENT_VARIABLE) or "numpy"
     if name not in NAMES:
-        raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(NAMES)}")
+        raise InputError(f"unknown backend {name!r}; choose one of {', '.join(NAMES)}")
     if name == "numpy":
         return NUMPY
     if "cupy" not in sys.modules and importlib.util.find_spec("cupy") is None:
@@ -145,7 +146,7 @@ def bitcast(x: Array, dtype: DType) -> Array:
     [1065353216, 2147483648]
     """
     if np.dtype(x.dtype).itemsize != np.dtype(dtype).itemsize:
-        raise ValueError(
+        raise InputError(
             f"bitcast keeps the item size: {x.dtype} is not of the size of {np.dtype(dtype)}"
         )
     return x.view(dtype)
@@ -178,7 +179,7 @@ def top_k(x: Array, k: int) -> tuple[Array, Array]:
     """
     xp = namespace(x)
     if not 1 <= k <= x.shape[-1]:
-        raise ValueError(f"top_k: k = {k} is not within 1..{x.shape[-1]}")
+        raise InputError(f"top_k: k = {k} is not within 1..{x.shape[-1]}")
     # −x overflows in an integer type, ~x reverses its order
     falling = -x if np.dtype(x.dtype).kind == "f" else ~x
     order = xp.argsort(falling, axis=-1, kind="stable")[..., :k]  # [..., k]

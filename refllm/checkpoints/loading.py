@@ -46,6 +46,7 @@ from refllm.checkpoints.tensor_files import (
     tensor_shapes,
 )
 from refllm.checkpoints.tokenizer import Tokenizer
+from refllm.errors import InputError
 from refllm.formats import float_layouts
 from refllm.formats.layouts import FLOAT, FLOAT8, Spec, WeightLayout, from_tensors, tensor_specs
 from refllm.formats.quantization_config import Quantization, UnsupportedQuantization, parse
@@ -87,7 +88,7 @@ def load(path: str | Path, *, backend: str | None = None, dtype: str = "float32"
     if xp is not NUMPY:
         types = ["float16", *types]
     if dtype not in types:
-        raise ValueError(
+        raise InputError(
             f"load: {xp.__name__} does not compute in dtype {dtype!r}; choose one of "
             f"{', '.join(types)}"
         )

@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 
 from refllm.array_types import Json
 from refllm.backend import Array, to_numpy
+from refllm.errors import InputError
 from refllm.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ HEAD = "lm_head.weight"
 Shape = tuple[int, ...]
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint cannot be read or written; the message names the file and says what to
     do.
     """
@@ -237,7 +238,7 @@ def converted(tensor: np.ndarray, dtype: str, name: str, where: Path) -> np.ndar
     becomes, NaN or ±∞.
     """
     if dtype not in FLOATS.values():
-        raise ValueError(f"weights are one of {', '.join(FLOATS.values())}, not {dtype!r}")
+        raise InputError(f"weights are one of {', '.join(FLOATS.values())}, not {dtype!r}")
     if tensor.dtype.name not in FLOATS.values():
         raise CheckpointError(
             f"{where}: {name!r} has type {tensor.dtype}; weights are one of "

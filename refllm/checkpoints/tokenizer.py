@@ -26,6 +26,7 @@ from tokenizers import Tokenizer as _Tokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from refllm.atomic import write_atomic
+from refllm.errors import InputError
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -61,11 +62,11 @@ class Tokenizer:
         """Load a ``tokenizer.json``; ValueError if it is missing or broken."""
         path = Path(path)
         if not path.is_file():
-            raise ValueError(f"{path} is missing: refllm needs the fast tokenizer's tokenizer.json")
+            raise InputError(f"{path} is missing: refllm needs the fast tokenizer's tokenizer.json")
         try:
             return cls(_Tokenizer.from_file(str(path)))
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path} is not a valid tokenizer.json: {error}") from error
+            raise InputError(f"{path} is not a valid tokenizer.json: {error}") from error
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -77,7 +78,7 @@ class Tokenizer:
         memory for all of it, and a failure there ends the process.
         """
         if not 257 <= vocab_size <= 2**20:
-            raise ValueError(
+            raise InputError(
                 "a byte-level vocabulary needs at least 257 tokens, got "
                 f"{vocab_size}; at most 2**20"
             )
@@ -113,7 +114,7 @@ class Tokenizer:
         try:
             ids: list[int] = inner.encode(text, add_special_tokens=special).ids
         except TypeError as error:  # from the library: the text has no UTF-8
-            raise ValueError(_no_text(text)) from error
+            raise InputError(_no_text(text)) from error
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -134,7 +135,7 @@ class Tokenizer:
         try:
             text: str = self.inner.decode([index(i) for i in ids], skip_special_tokens=False)
         except OverflowError as error:
-            raise ValueError("a token id lies within 0..2**32 - 1") from error
+            raise InputError("a token id lies within 0..2**32 - 1") from error
         return text
 
     def save(self, path: str | Path) -> None:

@@ -47,6 +47,7 @@ from refllm.checkpoints.tensor_files import (
     tensor_shapes,
 )
 from refllm.checkpoints.tokenizer import Tokenizer
+from refllm.errors import InputError
 from refllm.model.config import ModelConfig
 
 
@@ -199,11 +200,11 @@ def save(
         for a ``dtype`` or ``max_shard_bytes`` that makes no sense.
     """
     if dtype not in STORED_TYPES:
-        raise ValueError(
+        raise InputError(
             f"save: dtype {dtype!r} is not stored; choose one of {', '.join(STORED_TYPES)}"
         )
     if max_shard_bytes is not None and max_shard_bytes < 1:
-        raise ValueError(f"save: max_shard_bytes must be positive, got {max_shard_bytes}")
+        raise InputError(f"save: max_shard_bytes must be positive, got {max_shard_bytes}")
     target = resolved(path)
     check_target(target, overwrite)
     check_tensors(config, tensors, target)

@@ -25,6 +25,7 @@ import re
 from collections.abc import Iterable
 
 from refllm.checkpoints.tokenizer import Tokenizer
+from refllm.errors import InputError
 
 _REPLACEMENT = "\ufffd"  # what decode() writes for bytes that form no character
 # SentencePiece's byte fallback: one token, one byte
@@ -84,7 +85,7 @@ class Utf8Stream:
         """The window's text that was not returned yet."""
         text = self._decode()
         if not text.startswith(self._shown):
-            raise ValueError(
+            raise InputError(
                 f"the tokenizer's decoder turned {self._shown!r} into {text!r} after it was "
                 "streamed"
             )
@@ -119,7 +120,7 @@ class StopStrings:
         """
         self.stops = (stops,) if isinstance(stops, str) else tuple(stops)
         if not all(isinstance(s, str) and s for s in self.stops):
-            raise ValueError(f"a stop string must be text, and must not be empty: {self.stops}")
+            raise InputError(f"a stop string must be text, and must not be empty: {self.stops}")
         self.stopped = False
         self.matched: str | None = None
         self._held = ""

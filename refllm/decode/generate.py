@@ -27,16 +27,12 @@ from refllm.decode.fast.captured_step import make_decode_step
 from refllm.decode.penalties import apply_repetition_penalty
 from refllm.decode.sampling import distribution, sample
 from refllm.decode.sampling_params import SamplingParams
-from refllm.kv.contiguous import ContiguousCache
-from refllm.kv.kivi import Kivi
-from refllm.kv.kivi_cache import KiviCache
-from refllm.kv.sparse import SparsePolicy
-from refllm.kv.sparse_cache import SparseCache
+from refllm.errors import InputError
+from refllm.kv.contiguous import ContiguousPolicy
+from refllm.kv.interface import Cache, CachePolicy
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights, forward, logits
 
-Cache = ContiguousCache | KiviCache | SparseCache
-CachePolicy = Kivi | SparsePolicy  # what a cache keeps where it does not keep everything
 # Prompt tokens per forward pass on the host, so that the activations of a pass stay in the
 # processor's caches, and in memory that malloc reuses.
 PREFILL_TOKENS = 256
@@ -65,12 +61,12 @@ def generate_tokens(
         made for, or logits that are not finite (after an overflow no token is the largest).
     """
     check_prompts(prompts, max_tokens, config)
-    check_policy(policy)
+    policy = checked_policy(policy)
     if max_tokens == 0:
         return
     like = weights["norm"]
     capacity = max(len(p) for p in prompts) + max_tokens
-    cache = new_cache(config, len(prompts), capacity, like, policy, rng)
+    cache = policy.new_cache(config, len(prompts), capacity, like=like, rng=rng)
     seen = None
     if sampling.repetition_penalty != 1:
         seen = _SeenTokens(prompts, config.vocab_size, like)
@@ -91,31 +87,18 @@ def generate_tokens(
         yield tokens
 
 
-def check_policy(policy: CachePolicy | None) -> None:
-    """ValueError for an object that is no cache policy."""
-    if not (policy is None or isinstance(policy, (Kivi, SparsePolicy))):
-        raise ValueError(
+def checked_policy(policy: CachePolicy | None) -> CachePolicy:
+    """The policy, by default that which keeps everything; ValueError for an object that is
+    no cache policy.
+    """
+    if policy is None:
+        return ContiguousPolicy()
+    if isinstance(policy, type) or not hasattr(policy, "new_cache"):
+        raise InputError(
             "a cache policy is a Kivi(...) or one of refllm.kv.sparse, such as h2o(256), "
             f"got {policy!r}"
         )
-
-
-def new_cache(
-    config: ModelConfig,
-    sequences: int,
-    capacity: int,
-    like: Array,
-    policy: CachePolicy | None,
-    rng: np.random.Generator | None = None,
-) -> Cache:
-    """An empty cache that keeps everything, or what the policy says; ``rng`` is for a
-    policy that drops tokens at random.
-    """
-    if policy is None:
-        return ContiguousCache(config, sequences, capacity, like=like)
-    if isinstance(policy, Kivi):
-        return KiviCache(config, sequences, capacity, like=like, kivi=policy)
-    return SparseCache(config, sequences, like=like, policy=policy, rng=rng)
+    return policy
 
 
 def prefill(
@@ -126,11 +109,9 @@ def prefill(
     """
     like = weights["norm"]
     total = sum(len(prompt) for prompt in prompts)
-    # KIVI's prompt attends to its unquantised keys, whatever else is in the batch: one pass.
-    # A sparse cache is always cut, since the scores that it needs are quadratic.
-    chunked = isinstance(cache, SparseCache) or (
-        namespace(like) is NUMPY and not isinstance(cache, KiviCache)
-    )
+    chunked = cache.chunked_prefill
+    if chunked is None:
+        chunked = namespace(like) is NUMPY
     budget = PREFILL_TOKENS if chunked else total
     ends = []
     for counts in prefill_chunks([len(prompt) for prompt in prompts], budget):
@@ -144,8 +125,7 @@ def prefill(
         rows = asarray_like(last[done], like)
         ends.append(forward(weights, config, moved[0], moved[1], cache.view(counts), rows))
         cache.advance(counts)
-    if isinstance(cache, SparseCache):
-        cache.finish_prompt()
+    cache.finish_prompt()
     if len(ends) == 1:
         return ends[0]
     return namespace(like).concat(ends)  # [B, N]
@@ -187,7 +167,7 @@ def choose_tokens(z: Array, sampling: SamplingParams, rng: np.random.Generator) 
         uniforms = asarray_like(rng.random(z.shape[0]), z, "float64")  # [B]
         ids = to_numpy(sample(distribution(z, sampling), uniforms)).tolist()
     if min(ids) < 0:
-        raise ValueError(
+        raise InputError(
             f"the logits of sequence {ids.index(-1)} have no largest one: "
             "NaN, +inf or nothing but -inf"
         )
@@ -212,18 +192,18 @@ class _SeenTokens:
 def check_prompts(prompts: Sequence[Sequence[int]], max_tokens: int, config: ModelConfig) -> None:
     """ValueError for prompts that cannot be continued; see ``generate_tokens``."""
     if not prompts:
-        raise ValueError("no prompt was given")
+        raise InputError("no prompt was given")
     if not isinstance(max_tokens, (int, np.integer)) or max_tokens < 0:
-        raise ValueError(f"max_tokens must be an integer, 0 or more, got {max_tokens!r}")
+        raise InputError(f"max_tokens must be an integer, 0 or more, got {max_tokens!r}")
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise ValueError(f"prompt {i} is empty: a model needs at least one token to continue")
+            raise InputError(f"prompt {i} is empty: a model needs at least one token to continue")
         if not all(isinstance(t, (int, np.integer)) and 0 <= t < config.vocab_size for t in prompt):
-            raise ValueError(
+            raise InputError(
                 f"prompt {i} has a token that is no integer within 0..{config.vocab_size - 1}"
             )
         if len(prompt) + max_tokens > config.max_position_embeddings:
-            raise ValueError(
+            raise InputError(
                 f"prompt {i} of {len(prompt)} tokens plus max_tokens {max_tokens} exceeds the "
                 f"model's {config.max_position_embeddings} positions; shorten one of them"
             )

@@ -51,6 +51,7 @@ from refllm.decode.sampling_params import (
     ValidatedParams,
     validate_params,
 )
+from refllm.errors import InputError
 
 EMPTY = 1e-300  # weights of a smaller sum count as none: a uniform cannot scale them
 # Tokens per block of a long row: a cumulative sum over 10⁵ values takes as long as six sums.
@@ -159,7 +160,7 @@ def sample(probabilities: Array, uniforms: Array | float) -> Array:
     p = xp.asarray(probabilities, dtype=xp.float64)
     u = xp.asarray(uniforms, dtype=xp.float64)
     if u.shape != p.shape[:-1]:
-        raise ValueError(
+        raise InputError(
             f"sample: probabilities {p.shape} need uniforms {p.shape[:-1]}, got {u.shape}"
         )
     # Zero where p is zero: a parallel sum rounds each entry its own way, so a dead token
@@ -172,7 +173,7 @@ def sample(probabilities: Array, uniforms: Array | float) -> Array:
     sound = (xp.min(p, axis=-1) >= 0) & (total > 1e-300) & xp.isfinite(total) & (u >= 0) & (u < 1)
     if not bool(xp.all(sound)):
         row = int(to_numpy(sound).reshape(-1).argmin())
-        raise ValueError(
+        raise InputError(
             f"sample: row {row} (of the flattened rows) needs probabilities that are finite, "
             "not negative and not all zero, and a uniform within [0, 1)"
         )
@@ -196,7 +197,7 @@ def draw(weights: Array, uniform: float, otherwise: Array | None = None) -> int:
     edges = _edges(weights)
     if not edges[-1] > EMPTY:
         if otherwise is None:
-            raise ValueError("draw: every token has weight 0")
+            raise InputError("draw: every token has weight 0")
         weights = otherwise
         edges = _edges(otherwise)
     goal = uniform * edges[-1]
@@ -242,12 +243,12 @@ def _peak(z: Array) -> Array:
     for row, logits in enumerate(to_numpy(z).reshape(-1, z.shape[-1])):
         for kind, bad in (("NaN", logits != logits), ("+inf", logits == math.inf)):
             if bad.any():
-                raise ValueError(
+                raise InputError(
                     f"logits: token {int(bad.argmax())} of row {row} (of the flattened rows) "
                     f"is {kind}"
                 )
         if logits.max() == -math.inf:
-            raise ValueError(
+            raise InputError(
                 f"logits: every token of row {row} (of the flattened rows) is masked (-inf)"
             )
     raise AssertionError(

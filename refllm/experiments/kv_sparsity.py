@@ -51,6 +51,7 @@ from refllm.array_types import Json
 from refllm.backend import asarray_like, to_numpy
 from refllm.corpus import held_out_documents
 from refllm.decode.sampling import log_probabilities
+from refllm.errors import InputError
 from refllm.kv.sparse import (
     SparsePolicy,
     at_random,
@@ -116,10 +117,10 @@ class Experiment:
         copy: int = COPY,
     ):
         if task not in TASKS:
-            raise ValueError(f"no task is called {task!r}; they are {', '.join(TASKS)}")
+            raise InputError(f"no task is called {task!r}; they are {', '.join(TASKS)}")
         most = (prompt + new) // 2
         if not new < copy <= most:
-            raise ValueError(
+            raise InputError(
                 f"two copies of {copy} tokens, the last {new} of them new, "
                 f"need {copy} within {new + 1}..{most}"
             )

@@ -38,6 +38,7 @@ import numpy as np
 
 from refllm.array_types import Array
 from refllm.backend import asarray_like, namespace
+from refllm.errors import InputError
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Layer, Weights
 from refllm.model.weights import Dense
@@ -54,7 +55,7 @@ def choose_channels(width: int, count: int, rng: np.random.Generator) -> list[in
     [2, 3, 4]
     """
     if not 0 <= count <= width:
-        raise ValueError(f"outlier injection: cannot choose {count} of {width} channels")
+        raise InputError(f"outlier injection: cannot choose {count} of {width} channels")
     return sorted(rng.permutation(width)[:count].tolist())
 
 
@@ -78,7 +79,7 @@ def inject_outliers(
     """
     _check_power_of_two(factor)
     if unknown := sorted(set(inputs) - set(INPUTS)):
-        raise ValueError(
+        raise InputError(
             f"outlier injection: no input is called {', '.join(unknown)}; "
             f"they are {', '.join(INPUTS)}"
         )
@@ -109,9 +110,9 @@ def inject_key_outliers(
     _check_power_of_two(factor)
     half = config.head_dim // 2
     if config.qk_norm:
-        raise ValueError("outlier injection: keys that are normed take no factor from k_proj")
+        raise InputError("outlier injection: keys that are normed take no factor from k_proj")
     if pairs and not 0 <= min(pairs) <= max(pairs) < half:
-        raise ValueError(f"outlier injection: a head has pairs 0 to {half - 1}, got {list(pairs)}")
+        raise InputError(f"outlier injection: a head has pairs 0 to {half - 1}, got {list(pairs)}")
     of_head = np.ones(config.head_dim)  # [D]
     of_head[[*pairs, *(i + half for i in pairs)]] = factor
     layers = []
@@ -132,7 +133,7 @@ def inject_key_outliers(
 def _check_power_of_two(factor: float) -> None:
     """ValueError for a factor whose products would be rounded."""
     if not 0 < factor < math.inf or math.frexp(factor)[0] != 0.5:
-        raise ValueError(
+        raise InputError(
             f"outlier injection: a factor of {factor} is no power of two, so it would round"
         )
 
@@ -141,7 +142,7 @@ def _scale_exactly(tensor: Array, scale: Array, index: int, name: str, factor: f
     """tensor · scale; ValueError, which names layer and tensor, if that loses a bit."""
     scaled = tensor * scale
     if not bool(namespace(tensor).all(scaled / scale == tensor)):
-        raise ValueError(
+        raise InputError(
             f"outlier injection: layer {index}'s {name} has values that {factor:g} rounds"
         )
     return scaled
@@ -156,7 +157,7 @@ def _scale_input(
     xp = namespace(like)
     width = int(like.shape[1])
     if channels and not 0 <= min(channels) <= max(channels) < width:
-        raise ValueError(
+        raise InputError(
             f"outlier injection: the {group.name} has channels 0 to {width - 1}, "
             f"got {list(channels)}"
         )
@@ -166,7 +167,7 @@ def _scale_input(
     scaled = fold(layer, group, scale)
     for name, weight in before.items():
         if not bool(xp.all(scaled[name].dequantize() / scale == weight)):
-            raise ValueError(
+            raise InputError(
                 f"outlier injection: layer {index}'s {name} has weights too small to be "
                 f"divided by {factor:g}"
             )

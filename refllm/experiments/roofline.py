@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from refllm.array_types import Json
+from refllm.errors import InputError
 from refllm.measure.device import DEVICES, DeviceSpec
 from refllm.measure.memory import LLAMA_8B
 from refllm.measure.plotting import (
@@ -52,7 +53,7 @@ def roofline_data(devices: Sequence[DeviceSpec], points: Mapping[str, Cost]) -> 
     """
     if not devices or not all(0 < c.intensity < inf for c in points.values()):
         intensities = {label: c.intensity for label, c in points.items()}
-        raise ValueError(
+        raise InputError(
             "roofline: needs a device, and steps of finite intensity above 0, "
             f"got {len(devices)} devices and {intensities}"
         )

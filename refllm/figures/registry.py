@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from refllm.atomic import replacing
+from refllm.errors import InputError
 from refllm.experiments import (
     batching,
     float_formats,
@@ -132,7 +133,7 @@ def redraw(names: Iterable[str] | None = None, folder: str | Path = "figures") -
         try:
             figure = draw(record.values)
         except (KeyError, TypeError) as error:
-            raise ValueError(
+            raise InputError(
                 f"{source} holds other values than {name} is drawn from: {error!r}"
             ) from error
         _caption(figure, record)

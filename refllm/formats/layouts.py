@@ -373,8 +373,8 @@ def from_tensors(
     m, n = shape
     scale = tensors["scales"].T if layout.transposed else tensors["weight_scale"]
     xp = namespace(scale)
-    if not bool(xp.all(scale >= 0)):
-        raise InputError(f"{name}: a scale is negative: the file is damaged")
+    if not bool(xp.all((scale >= 0) & xp.isfinite(scale))):
+        raise InputError(f"{name}: a scale is negative or not finite: the file is damaged")
     words = _stream(tensors, layout, shape, name)
     zero = _zeros(tensors, layout, m)
     order = None

@@ -28,6 +28,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 
+from refllm.errors import InputError
+
 Key = Hashable
 
 
@@ -59,7 +61,7 @@ class BlockPool:
         """
         sizes = (num_blocks, block_size)
         if not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise ValueError(
+            raise InputError(
                 "BlockPool: needs a block of at least one token, "
                 f"got {num_blocks!r} of {block_size!r}"
             )
@@ -116,7 +118,7 @@ class BlockPool:
         """
         if self._references[self._checked(block)] == 0:
             if block not in self._key_of:
-                raise ValueError(f"block {block} is free and holds nothing: allocate it first")
+                raise InputError(f"block {block} is free and holds nothing: allocate it first")
             del self._free[block]  # O(1): an OrderedDict, where a deque would be searched
             self.revived += 1
             self.peak = max(self.peak, self.num_used)
@@ -130,7 +132,7 @@ class BlockPool:
         contents are of no further use. ValueError for a block without an owner.
         """
         if self._references[self._checked(block)] == 0:
-            raise ValueError(f"block {block} is free already")
+            raise InputError(f"block {block} is free already")
         self._references[block] -= 1
         if self._references[block]:
             return
@@ -146,9 +148,9 @@ class BlockPool:
         several blocks may have one key.
         """
         if self._references[self._checked(block)] == 0:
-            raise ValueError(f"block {block} is free: what it holds may be overwritten")
+            raise InputError(f"block {block} is free: what it holds may be overwritten")
         if block in self._key_of:
-            raise ValueError(f"block {block} is remembered already")
+            raise InputError(f"block {block} is remembered already")
         self._key_of[block] = key
         self._holders.setdefault(key, {})[block] = None
 
@@ -181,7 +183,7 @@ class BlockPool:
     def _checked(self, block: int) -> int:
         """The block's id; ValueError if the pool does not have it."""
         if not 0 <= block < self.num_blocks:  # −1 would be the last block
-            raise ValueError(f"the pool has blocks 0..{self.num_blocks - 1}, got {block}")
+            raise InputError(f"the pool has blocks 0..{self.num_blocks - 1}, got {block}")
         return block
 
     def check(self) -> None:
@@ -251,7 +253,7 @@ class BlockTable:
         the pool is too small at the moment; nothing has changed then.
         """
         if count < 0:
-            raise ValueError(f"reserve: count must be 0 or more, got {count}")
+            raise InputError(f"reserve: count must be 0 or more, got {count}")
         # checked before anything changes, so that a failed call has no effect
         if (needed := self.needs(count)) > self.pool.num_free:
             raise OutOfBlocks(
@@ -273,14 +275,14 @@ class BlockTable:
         hit).
         """
         if self.blocks:
-            raise ValueError("only an empty table can begin with the blocks of another")
+            raise InputError("only an empty table can begin with the blocks of another")
         self.blocks = [self.pool.fork(block) for block in blocks]
         self.length = self.capacity
 
     def commit(self, count: int) -> None:
         """Count ``count`` tokens as written at the end."""
         if not 0 <= count <= self.capacity - self.length:
-            raise ValueError(
+            raise InputError(
                 f"{count} tokens were not reserved: {self.length} of {self.capacity} are used"
             )
         self.length += count
@@ -290,7 +292,7 @@ class BlockTable:
         empty, the last one first.
         """
         if not 0 <= length <= self.length:
-            raise ValueError(f"the sequence has {self.length} tokens, cannot keep {length}")
+            raise InputError(f"the sequence has {self.length} tokens, cannot keep {length}")
         self.length = length
         # the last block first, so that of a remembered prefix the end is evicted first
         while len(self.blocks) > -(-length // self.pool.block_size):
@@ -316,7 +318,7 @@ class BlockTable:
     def slot(self, position: int) -> int:
         """The slot of a position in the pool."""
         if not 0 <= position < self.capacity:
-            raise ValueError(f"position {position} is not within the {self.capacity} reserved")
+            raise InputError(f"position {position} is not within the {self.capacity} reserved")
         b = self.pool.block_size
         return self.blocks[position // b] * b + position % b
 

@@ -16,21 +16,55 @@ lie, which halves the time of that product at batch 32.
 Ownership, written as half-open intervals: positions [0, s_b) are committed; a view may
 write [s_b, s_b + n_b); ``advance`` commits them; no query sees what lies beyond.
 
+A tree of drafts is computed in one step too: its rows lie in slots [s_b, s_b + m + 1), row 0
+being the last token. A row sees what is committed, its ancestors and itself; then
+``advance_path`` moves the accepted rows together.
+
 Left out: growing, sharing, a sliding window that frees memory (masked keys are kept).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
 
 from refllm.backend import Array, DType, asarray_like, namespace
+from refllm.errors import InputError
 from refllm.kv.batched_attention import all_equal, attend_batched, batched_bias, can_batch
-from refllm.model.attention import Attend, flash_attention
+from refllm.kv.interface import CacheUsage, TokenTree
+from refllm.model.attention import Attend, flash_attention, masked_score
 from refllm.model.config import ModelConfig
+
+
+class ContiguousPolicy:
+    """The policy that keeps every token in full precision."""
+
+    trees: ClassVar[bool] = True
+
+    def new_cache(
+        self,
+        config: ModelConfig,
+        sequences: int,
+        capacity: int,
+        *,
+        like: Array,
+        rng: np.random.Generator | None = None,
+    ) -> ContiguousCache:
+        """See ``CachePolicy.new_cache``; ``rng`` is not used."""
+        return ContiguousCache(config, sequences, capacity, like=like)
+
+    def usage(self, config: ModelConfig, prompt: int, new: int) -> CacheUsage:
+        """See ``CachePolicy.usage``."""
+        return CacheUsage(None, f"all {prompt + new} tokens in full precision")
 
 
 class ContiguousCache:
     """Keys and values of up to ``max_sequences`` sequences of up to ``capacity`` tokens."""
+
+    chunked_prefill: ClassVar[bool | None] = None
 
     def __init__(
         self,
@@ -49,7 +83,7 @@ class ContiguousCache:
         another order.
         """
         if max_sequences < 1 or capacity < 1:
-            raise ValueError(
+            raise InputError(
                 "ContiguousCache: needs at least one sequence of one token, "
                 f"got {max_sequences} × {capacity}"
             )
@@ -90,12 +124,12 @@ class ContiguousCache:
             if a sequence would outgrow the capacity; nothing has been written then.
         """
         if len(counts) > len(self.lengths):
-            raise ValueError(
+            raise InputError(
                 f"the cache holds {len(self.lengths)} sequences, the batch has {len(counts)}"
             )
         for b, n in enumerate(counts):
             if n < 0 or self.lengths[b] + n > self.capacity:
-                raise ValueError(
+                raise InputError(
                     f"sequence {b}: {self.lengths[b]} cached + {n} new tokens exceed "
                     f"{self.capacity}"
                 )
@@ -111,16 +145,44 @@ class ContiguousCache:
         for b, n in enumerate(counts):
             self.lengths[b] += n
 
+    def finish_prompt(self) -> None:
+        """Nothing is dropped after the prompt."""
+
+    def view_tree(self, sequence: int, tree: TokenTree) -> Attend:
+        """An ``attend`` for a step of one sequence with a tree of m drafts: m + 1 tokens;
+        then ``advance_path``, not ``advance``.
+
+        ValueError if the tree exceeds the capacity.
+        """
+        return _TreeView(self, sequence, tree)
+
+    def advance_path(self, sequence: int, path: Sequence[int]) -> None:
+        """Keep row 0 and the accepted path of the last ``view_tree``: one gather, and the
+        sequence is longer.
+
+        Slots [0, start) stay, and so does row 0 in slot start; node ``path[i]`` moves from
+        start + 1 + path[i] to start + 1 + i, which is never to the right, since parents come
+        before their children.
+        """
+        start = self.lengths[sequence]
+        if list(path) != list(range(len(path))):  # a chain lies where it should
+            source = asarray_like([start + 1 + node for node in path], self.keys, "int64")
+            target = slice(start + 1, start + 1 + len(path))
+            # indexing with an array copies, so source and target may overlap
+            self.keys[:, sequence, :, :, target] = self.keys[:, sequence][:, :, :, source]
+            self.values[:, sequence, :, target] = self.values[:, sequence][:, :, source]
+        self.lengths[sequence] = start + 1 + len(path)
+
     def truncate(self, sequence: int, length: int) -> None:
         """Drop the tokens of a sequence from position ``length`` on (rollback of rejected
         drafts).
         """
         if not 0 <= sequence < len(self.lengths):
-            raise ValueError(
+            raise InputError(
                 f"the cache holds sequences 0..{len(self.lengths) - 1}, got {sequence}"
             )
         if not 0 <= length <= self.lengths[sequence]:
-            raise ValueError(
+            raise InputError(
                 f"sequence {sequence} has {self.lengths[sequence]} tokens, cannot keep {length}"
             )
         self.lengths[sequence] = length
@@ -192,3 +254,54 @@ class _BatchedView:
             keys[sequence, :, :, slot] = k
             values[sequence, :, slot] = v
         return attend_batched(q, keys, values, self.bias)
+
+
+class _TreeView:
+    """One sequence computes a tree of drafts: a row sees every cached token, its ancestors
+    and itself.
+    """
+
+    def __init__(self, cache: ContiguousCache, sequence: int, tree: TokenTree):
+        self.cache = cache
+        self.sequence = sequence
+        self.start = cache.lengths[sequence]
+        self.end = self.start + len(tree) + 1
+        if self.end > cache.capacity:
+            raise InputError(
+                f"{self.start} cached + {len(tree) + 1} tokens of a tree exceed {cache.capacity}"
+            )
+        like = cache.keys
+        xp = namespace(like)
+        self.first = self.start  # all rows see every cached slot before this one
+        sees = asarray_like(tree.mask(), like, "bool")  # [m+1, m+1]
+        if cache.window is not None:  # distances are those of positions, not of rows
+            at = asarray_like(tree.positions(self.start), like, "int64")
+            since = at[:, None] - cache.window  # [m+1, 1]
+            self.first = 0
+            sees_cached = xp.arange(self.start)[None, :] > since
+            sees = xp.concat([sees_cached, sees & (at[None, :] > since)], axis=1)
+        low = xp.asarray(masked_score(xp, like.dtype), dtype=like.dtype)
+        zero = xp.asarray(0.0, dtype=like.dtype)
+        self.bias = xp.where(sees, zero, low)  # [m+1, S − first]
+
+    def __call__(self, layer: int, q: Array, k: Array, v: Array) -> Array:
+        """Store the rows' keys and values, and attend to all that each row sees."""
+        xp = namespace(q)
+        cache = self.cache
+        count, heads, dim = q.shape
+        keys = cache.keys[layer, self.sequence, :, :, : self.end]  # [G, D, S]
+        values = cache.values[layer, self.sequence, :, : self.end]  # [G, S, D]
+        keys[:, :, self.start :] = k.transpose(1, 2, 0)
+        values[:, self.start :] = v.transpose(1, 0, 2)
+        groups = keys.shape[0]
+        q = q * (1.0 / math.sqrt(dim))
+        rows = q.reshape(count, groups, heads // groups, dim).transpose(
+            1, 2, 0, 3
+        )  # [G, R, m+1, D]
+        p = xp.matmul(rows, keys[:, None])  # [G, R, m+1, S]
+        p[..., self.first :] += self.bias
+        p -= p.max(axis=-1, keepdims=True)
+        xp.exp(p, out=p)
+        p /= p.sum(axis=-1, keepdims=True)
+        o = xp.matmul(p, values[:, None])  # [G, R, m+1, D]
+        return o.transpose(2, 0, 1, 3).reshape(count, heads, dim)

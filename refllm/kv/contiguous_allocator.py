@@ -24,6 +24,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from itertools import pairwise
 
+from refllm.errors import InputError
+
 
 class FirstFitAllocator:
     """Ranges of exactly the requested size, each in the lowest hole that is large enough.
@@ -35,7 +37,7 @@ class FirstFitAllocator:
 
     def __init__(self, slots: int):
         if slots < 1:
-            raise ValueError(f"needs at least one slot, got {slots}")
+            raise InputError(f"needs at least one slot, got {slots}")
         self.slots = slots
         self.used = 0  # allocated slots
         self._sizes: dict[int, int] = {}  # start of a range → its size
@@ -99,7 +101,7 @@ class BuddyAllocator:
 
     def __init__(self, slots: int):
         if slots < 1:
-            raise ValueError(f"needs at least one slot, got {slots}")
+            raise InputError(f"needs at least one slot, got {slots}")
         self.slots = slots
         self.used = 0  # allocated slots, rounding included
         self._sizes: dict[int, int] = {}
@@ -176,14 +178,14 @@ class BuddyAllocator:
 def _checked(size: int) -> int:
     """The size of a range; ValueError below 1."""
     if size < 1:
-        raise ValueError(f"a range has at least one slot, got {size}")
+        raise InputError(f"a range has at least one slot, got {size}")
     return size
 
 
 def _size_of(sizes: dict[int, int], start: int) -> int:
     """The size of the range that begins at ``start``; ValueError if none begins there."""
     if start not in sizes:
-        raise ValueError(f"no range begins at slot {start}")
+        raise InputError(f"no range begins at slot {start}")
     return sizes[start]
 
 

@@ -36,6 +36,7 @@ from array import array
 from collections.abc import Callable, Hashable, Sequence
 from hashlib import sha256
 
+from refllm.errors import InputError
 from refllm.kv.block_pool import BlockPool, BlockTable, Key
 
 # (parent's key, the block's tokens, salt or None) → key
@@ -52,7 +53,7 @@ def sha256_key(parent: Key, tokens: Sequence[int], salt: Hashable) -> Key:
     inputs never give the same bytes. ValueError for another parent or salt.
     """
     if not isinstance(parent, bytes) or not (salt is None or isinstance(salt, str)):
-        raise ValueError(
+        raise InputError(
             f"sha256_key: needs the parent's 32 bytes and a salt that is a string, got {salt!r}"
         )
     message = parent + array("q", tokens).tobytes()

@@ -45,12 +45,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from refllm.backend import Array, DType, namespace
+from refllm.errors import InputError
 from refllm.formats.packing import words_per_row
+from refllm.kv.interface import CacheUsage
 from refllm.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from refllm.kv.kivi_cache import KiviCache
 
 
 @dataclass(frozen=True)
@@ -77,23 +83,24 @@ class Kivi:
     value_bits: int = 2
     group: int = 32
     residual: int = 128
+    trees: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name, value in list(vars(self).items()):
             object.__setattr__(self, name, checked_int(f"Kivi: {name}", value, 1))
         if max(self.key_bits, self.value_bits) > 8:
-            raise ValueError(
+            raise InputError(
                 f"Kivi: codes have 1 to 8 bits, got {self.key_bits} and {self.value_bits}"
             )
         # R keys of a channel must fill whole groups and whole 32-bit words
         unit = math.lcm(self.group, 32 // math.gcd(32, self.key_bits))
         near = unit * max(1, round(self.residual / unit))
         if self.residual % self.group:
-            raise ValueError(
+            raise InputError(
                 f"Kivi: residual {self.residual} is no multiple of group {self.group}; take {near}"
             )
         if self.residual % unit:
-            raise ValueError(
+            raise InputError(
                 f"Kivi: {self.residual} keys of {self.key_bits} bits fill no whole 32-bit words; "
                 f"take residual {near}"
             )
@@ -102,7 +109,7 @@ class Kivi:
         """ValueError if the group does not divide a head's channels."""
         if head_dim % self.group:
             fits = max(g for g in range(1, min(self.group, head_dim) + 1) if not head_dim % g)
-            raise ValueError(
+            raise InputError(
                 f"Kivi: a head of {head_dim} channels does not divide into groups of "
                 f"{self.group}; {fits} would fit"
             )
@@ -134,6 +141,30 @@ class Kivi:
         per_head = 4 * words + full // 8 * (scales + residual)
         return config.num_hidden_layers * config.num_key_value_heads * per_head
 
+    def usage(self, config: ModelConfig, prompt: int, new: int) -> CacheUsage:
+        """See ``CachePolicy.usage``."""
+        tokens = prompt + new
+        if self.quantized_keys(tokens) == self.quantized_values(tokens) == 0:
+            window = f"the full-precision window of {self.residual}"
+            return CacheUsage(None, f"nothing quantised: {tokens} tokens fit into {window}")
+        newest = f"the newest tokens, at most {self.residual}"
+        kept = f"in {self.key_bits}-bit codes except for {newest}"
+        return CacheUsage(self.nbytes(config, tokens, full=32), kept)
+
+    def new_cache(
+        self,
+        config: ModelConfig,
+        sequences: int,
+        capacity: int,
+        *,
+        like: Array,
+        rng: np.random.Generator | None = None,
+    ) -> KiviCache:
+        """See ``CachePolicy.new_cache``; ``rng`` is not used."""
+        from refllm.kv.kivi_cache import KiviCache  # which imports this module
+
+        return KiviCache(config, sequences, capacity, like=like, kivi=self)
+
 
 def checked_int(what: str, value: object, least: int) -> int:
     """``value`` as a Python int; ValueError naming ``what`` if it is no integer, or below
@@ -141,7 +172,7 @@ def checked_int(what: str, value: object, least: int) -> int:
     """
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least:
         return int(value)
-    raise ValueError(f"{what} is an integer, {least} or more, got {value!r}")
+    raise InputError(f"{what} is an integer, {least} or more, got {value!r}")
 
 
 # --- quantising groups --------------------------------------------------------------------
@@ -166,7 +197,7 @@ def quantize(
     """
     xp = namespace(x)
     if x.shape[-1] % group:
-        raise ValueError(f"quantize: rows of {x.shape[-1]} do not divide into groups of {group}")
+        raise InputError(f"quantize: rows of {x.shape[-1]} do not divide into groups of {group}")
     grouped = xp.reshape(x, (*x.shape[:-1], x.shape[-1] // group, group))  # [..., n/g, g]
     low = xp.min(grouped, axis=-1, keepdims=True)  # [..., n/g, 1]
     most = (1 << bits) - 1

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 
 from refllm.backend import Array, namespace
+from refllm.errors import InputError
 from refllm.kv.kivi import Kivi, dequantize, quantize
 from refllm.model.attention import causal_bias
 
@@ -42,7 +43,7 @@ class KiviAttend:
     ):
         for name, value in (("keys", keys), ("values", values)):
             if value not in ("channel", "token"):
-                raise ValueError(
+                raise InputError(
                     f"KiviAttend: {name} share a scale by 'channel' or by 'token', got {value!r}"
                 )
         self.lengths = lengths
@@ -69,7 +70,7 @@ class KiviAttend:
             outputs.append(o)
             at += length
         if at != q.shape[0]:
-            raise ValueError(f"KiviAttend: lengths sum to {at}, the batch has {q.shape[0]} tokens")
+            raise InputError(f"KiviAttend: lengths sum to {at}, the batch has {q.shape[0]} tokens")
         return namespace(q).concat(outputs, axis=0)
 
 

@@ -32,9 +32,12 @@ function of the length).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from refllm.backend import Array, DType, namespace
+from refllm.errors import InputError
 from refllm.formats.packing import pack, unpack, words_per_row
+from refllm.kv.interface import NO_TREES, TokenTree
 from refllm.kv.kivi import Kivi, dequantize, quantize
 from refllm.model.attention import Attend, flash_attention
 from refllm.model.config import ModelConfig
@@ -44,6 +47,9 @@ class KiviCache:
     """Keys and values of up to ``max_sequences`` sequences of up to ``capacity`` tokens,
     most of them quantised.
     """
+
+    # a prompt attends to its own unquantised keys, whatever else is in the batch: one pass
+    chunked_prefill: ClassVar[bool | None] = False
 
     def __init__(
         self,
@@ -64,7 +70,7 @@ class KiviCache:
         self.kivi = kivi
         kivi.check(config.head_dim)
         if max_sequences < 1 or capacity < 1:
-            raise ValueError(
+            raise InputError(
                 "KiviCache: needs at least one sequence of one token, "
                 f"got {max_sequences} × {capacity}"
             )
@@ -117,12 +123,12 @@ class KiviCache:
         ValueError if a sequence would outgrow the capacity.
         """
         if len(counts) > len(self.lengths):
-            raise ValueError(
+            raise InputError(
                 f"the cache holds {len(self.lengths)} sequences, the batch has {len(counts)}"
             )
         for b, n in enumerate(counts):
             if n < 0 or self.lengths[b] + n > self.capacity:
-                raise ValueError(
+                raise InputError(
                     f"sequence {b}: {self.lengths[b]} cached + {n} new tokens exceed "
                     f"{self.capacity}"
                 )
@@ -138,13 +144,13 @@ class KiviCache:
         view = self._view
         layers = self.key_residual.shape[0]
         if view is None or view.new is None or len(view.done) != layers:
-            raise ValueError(
+            raise InputError(
                 f"advance commits the tokens of a view of {layers} layers: run the step first"
             )
         if len(counts) > len(view.counts) or any(
             not 0 <= n <= m for n, m in zip(counts, view.counts, strict=False)
         ):
-            raise ValueError(f"the step has {view.counts} tokens, cannot commit {list(counts)}")
+            raise InputError(f"the step has {view.counts} tokens, cannot commit {list(counts)}")
         k, v = view.new  # [L, T, G, D] each; all layers at once, with few large calls
         at = 0
         for b, n in enumerate(counts):
@@ -154,6 +160,17 @@ class KiviCache:
                 self.lengths[b] += n
             at += view.counts[b]
         self._view = None
+
+    def finish_prompt(self) -> None:
+        """Nothing happens between prompt and decode."""
+
+    def view_tree(self, sequence: int, tree: TokenTree) -> Attend:
+        """ValueError: of a step, only a first part can be committed."""
+        raise InputError(NO_TREES)
+
+    def advance_path(self, sequence: int, path: Sequence[int]) -> None:
+        """ValueError: of a step, only a first part can be committed."""
+        raise InputError(NO_TREES)
 
     def read(self, layer: int, b: int, dtype: DType | None = None) -> tuple[Array, Array]:
         """What sequence b's next query reads of the cache: K̂[G, D, s] and V̂[G, s, D],
@@ -250,7 +267,7 @@ class _View:
         cache = self.cache
         at = 0
         if q.shape[0] != sum(self.counts):
-            raise ValueError(
+            raise InputError(
                 f"the view is for {sum(self.counts)} tokens, the step has {q.shape[0]}"
             )
         if self.new is None:

@@ -31,6 +31,7 @@ from itertools import accumulate
 from typing import Protocol
 
 from refllm.backend import Array, DType, asarray_like, namespace
+from refllm.errors import InputError
 from refllm.kv.batched_attention import attend_batched, batched_bias, can_batch
 from refllm.kv.block_pool import BlockPool, BlockTable
 from refllm.model.attention import Attend, attention, flash_attention, merge
@@ -156,13 +157,13 @@ class PagedKVCache:
         """
         # duplicate indices in an assignment are undefined on a GPU
         if len(set(slots)) != len(slots):
-            raise ValueError(
+            raise InputError(
                 "two tokens of the step have the same slot: reserve each sequence before the view"
             )
         b = self.pool.block_size
         most = self.pool.num_blocks * b
         if slots and (min(slots) < 0 or max(slots) >= most):  # −1 would be the last slot
-            raise ValueError(
+            raise InputError(
                 f"a token lies outside the {most} slots of the pool: {min(slots)}..{max(slots)}"
             )
         if shared := self.pool.shared([slot // b for slot in slots]):
@@ -171,7 +172,7 @@ class PagedKVCache:
                 for t, n in zip(tables, counts, strict=True)
                 if any(slot // b == shared[0] for slot in t.slots(t.length, t.length + n))
             )
-            raise ValueError(
+            raise InputError(
                 f"a block of {next(written)} is shared and would be written: reserve it first"
             )
 

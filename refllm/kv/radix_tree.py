@@ -30,6 +30,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
+from refllm.errors import InputError
 from refllm.kv.radix_node import POLICIES, Match, Node, Rank
 
 Tokens = Sequence[int]
@@ -58,9 +59,9 @@ class RadixCache:
         on_evict: Callable[[list[int]], None] | None = None,
     ) -> None:
         if page_size < 1:
-            raise ValueError(f"a page holds at least one token, got {page_size}")
+            raise InputError(f"a page holds at least one token, got {page_size}")
         if policy not in POLICIES:
-            raise ValueError(f"unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")
+            raise InputError(f"unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")
         self.page_size = page_size
         self.policy = policy
         self.on_evict = on_evict
@@ -110,9 +111,9 @@ class RadixCache:
         occurs twice.
         """
         if len(tokens) != len(slots):
-            raise ValueError(f"insert: {len(tokens)} tokens need as many slots, got {len(slots)}")
+            raise InputError(f"insert: {len(tokens)} tokens need as many slots, got {len(slots)}")
         if len(set(slots)) != len(slots):
-            raise ValueError(
+            raise InputError(
                 f"insert: a slot holds one token, but one of the {len(slots)} slots occurs twice"
             )
         now = self._tick()
@@ -148,7 +149,7 @@ class RadixCache:
     def unlock(self, node: Node) -> None:
         """Release one lock. ValueError for a node that is not locked."""
         if node.locks == 0:
-            raise ValueError("unlock: the node is not locked")
+            raise InputError("unlock: the node is not locked")
         above: Node | None = node
         while above is not None:
             above.locks -= 1

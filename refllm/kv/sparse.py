@@ -47,9 +47,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
 
 from refllm.backend import Array, namespace, top_k
+from refllm.errors import InputError
+from refllm.kv.interface import CacheUsage
 from refllm.kv.kivi import checked_int
+from refllm.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from refllm.kv.sparse_cache import SparseCache
 
 SCORES = ("none", "mass", "last", "votes", "random")
 
@@ -78,6 +87,7 @@ class SparsePolicy:
     kernel: int = 5
     pool: str = "mean"
     beta: float | None = None
+    trees: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("budget", "first", "newest", "window", "kernel"):
@@ -85,28 +95,28 @@ class SparsePolicy:
             value = checked_int(f"SparsePolicy: {name}", getattr(self, name), least)
             object.__setattr__(self, name, value)
         if self.score not in SCORES:
-            raise ValueError(
+            raise InputError(
                 f"SparsePolicy: unknown score {self.score!r}; choose one of {', '.join(SCORES)}"
             )
         if self.score == "votes" and (self.every_step or self.newest < self.window):
-            raise ValueError(
+            raise InputError(
                 "SparsePolicy: votes are counted once, after the prompt, and the voting tokens "
                 "are kept"
             )
         if self.pool not in ("mean", "max") or not self.kernel % 2:
-            raise ValueError(
+            raise InputError(
                 "SparsePolicy: pools by mean or max of an odd number, "
                 f"got {self.pool!r} of {self.kernel}"
             )
         if self.beta is not None and not self.beta >= 1:
-            raise ValueError(
+            raise InputError(
                 "SparsePolicy: the lowest layer's share is at least the highest's, "
                 f"got beta {self.beta}"
             )
         least = int(self.budget / (self.beta or 1))
         must = max(1, self.first + self.newest)
         if least < must:
-            raise ValueError(
+            raise InputError(
                 f"SparsePolicy: {least} tokens do not hold the first {self.first} and the newest "
                 f"{self.newest}; raise the budget to {math.ceil(must * (self.beta or 1))}"
             )
@@ -137,6 +147,30 @@ class SparsePolicy:
             return sum(min(budget, prompt + new) for budget in self.budgets(layers))
         return sum(min(budget, prompt) + new for budget in self.budgets(layers))
 
+    def usage(self, config: ModelConfig, prompt: int, new: int) -> CacheUsage:
+        """See ``CachePolicy.usage``; bytes of keys and values alone."""
+        layers = config.num_hidden_layers
+        held = self.tokens_held(prompt, new, layers)
+        nbytes = 2 * 4 * held * config.num_key_value_heads * config.head_dim
+        kept = f"{held / layers:,.0f} of {prompt + new:,} tokens per key head"
+        return CacheUsage(nbytes, kept)
+
+    def new_cache(
+        self,
+        config: ModelConfig,
+        sequences: int,
+        capacity: int,
+        *,
+        like: Array,
+        rng: np.random.Generator | None = None,
+    ) -> SparseCache:
+        """See ``CachePolicy.new_cache``; its memory grows as needed, so ``capacity`` is not
+        used.
+        """
+        from refllm.kv.sparse_cache import SparseCache  # which imports this module
+
+        return SparseCache(config, sequences, like=like, policy=self, rng=rng)
+
 
 def recent_only(budget: int) -> SparsePolicy:
     """The newest ``budget`` tokens, a sliding window."""
@@ -148,7 +182,7 @@ def streaming(budget: int, first: int = 4) -> SparsePolicy:
     newest.
     """
     if not budget > first:
-        raise ValueError(
+        raise InputError(
             f"streaming: a budget of {budget} has no room for the first {first} and a newest one; "
             f"take {first + 1} or more"
         )

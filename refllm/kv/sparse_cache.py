@@ -28,11 +28,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from refllm.backend import Array, asarray_like, namespace
+from refllm.errors import InputError
+from refllm.kv.interface import NO_TREES, TokenTree
 from refllm.kv.sparse import SparsePolicy, pool_votes, select_tokens
 from refllm.model.attention import Attend, masked_score
 from refllm.model.config import ModelConfig
@@ -76,6 +78,9 @@ class SparseCache:
     Under a policy that evicts once, also all tokens after the prompt.
     """
 
+    # the scores that a policy needs are quadratic in the tokens of a step
+    chunked_prefill: ClassVar[bool | None] = True
+
     def __init__(
         self,
         config: ModelConfig,
@@ -89,9 +94,9 @@ class SparseCache:
         scores of ``at_random``.
         """
         if max_sequences < 1:
-            raise ValueError(f"SparseCache: needs at least one sequence, got {max_sequences}")
+            raise InputError(f"SparseCache: needs at least one sequence, got {max_sequences}")
         if policy.score == "random" and rng is None:
-            raise ValueError("SparseCache: a policy that evicts at random needs rng=")
+            raise InputError("SparseCache: a policy that evicts at random needs rng=")
         self.policy = policy
         self.rng = rng
         self.budgets = policy.budgets(config.num_hidden_layers)
@@ -121,11 +126,11 @@ class SparseCache:
         (0 is allowed).
         """
         if len(counts) > len(self.lengths):
-            raise ValueError(
+            raise InputError(
                 f"the cache holds {len(self.lengths)} sequences, the batch has {len(counts)}"
             )
         if min(counts) < 0:
-            raise ValueError(f"a sequence contributes 0 tokens or more, got {list(counts)}")
+            raise InputError(f"a sequence contributes 0 tokens or more, got {list(counts)}")
         self._view = _View(self, counts)
         return self._view
 
@@ -139,14 +144,14 @@ class SparseCache:
         if view is None or any(
             len(view.new.get(i, ())) < len(view.counts) for i in range(len(self.layers))
         ):
-            raise ValueError(
+            raise InputError(
                 f"advance commits the tokens of a view of {len(self.layers)} layers: "
                 "run the step first"
             )
         if len(counts) > len(view.counts) or any(
             not 0 <= n <= m for n, m in zip(counts, view.counts, strict=False)
         ):
-            raise ValueError(f"the step has {view.counts} tokens, cannot commit {list(counts)}")
+            raise InputError(f"the step has {view.counts} tokens, cannot commit {list(counts)}")
         self._view = None
         for b, n in enumerate(counts):
             if n == 0:
@@ -172,6 +177,14 @@ class SparseCache:
                     self._evict(layer, b, self._votes(kept, self.lengths[b]))
                 kept.last_queries = None
             self.prompt_done[b] = True
+
+    def view_tree(self, sequence: int, tree: TokenTree) -> Attend:
+        """ValueError: of a step, only a first part can be committed."""
+        raise InputError(NO_TREES)
+
+    def advance_path(self, sequence: int, path: Sequence[int]) -> None:
+        """ValueError: of a step, only a first part can be committed."""
+        raise InputError(NO_TREES)
 
     def _append(self, kept: KeptTokens, n: int, new: NewTokens) -> None:
         """Append the first n tokens of a step to what is kept, and update the scores."""
@@ -266,7 +279,7 @@ class _View:
         cache = self.cache
         at = 0
         if q.shape[0] != sum(self.counts):
-            raise ValueError(
+            raise InputError(
                 f"the view is for {sum(self.counts)} tokens, the step has {q.shape[0]}"
             )
         out = xp.empty_like(q)

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from refllm.errors import InputError
+
 _AT_ONCE = 2_000_000  # entries of the table [resamples, U] that are held at one time
 
 
@@ -51,7 +53,7 @@ def blocks(documents: np.ndarray, size: int) -> np.ndarray:
     [0, 0, 1, 2, 2]
     """
     if not 1 <= size == size // 1:
-        raise ValueError(
+        raise InputError(
             f"blocks: a block has an integer number of tokens, at least one, got {size}"
         )
     if len(documents) == 0:
@@ -93,13 +95,13 @@ def bootstrap_intervals(
     """
     x = np.stack([np.asarray(v, np.float64) for v in values])  # [K, T]
     if x.shape[1] == 0 or x.shape[1] != len(units):
-        raise ValueError(f"bootstrap: {x.shape[1]} values for {len(units)} tokens")
+        raise InputError(f"bootstrap: {x.shape[1]} values for {len(units)} tokens")
     if not np.isfinite(x).all():
-        raise ValueError(
+        raise InputError(
             f"bootstrap: value {int(np.argmin(np.isfinite(x).all(axis=0)))} is not finite"
         )
     if resamples < 1 or not 0 < confidence < 1:
-        raise ValueError(
+        raise InputError(
             f"bootstrap: {resamples} resamples at confidence {confidence} make no interval"
         )
     names, unit = np.unique(units, return_inverse=True)

@@ -23,6 +23,7 @@ import numpy as np
 
 from refllm.array_types import Array
 from refllm.backend import namespace, to_numpy
+from refllm.errors import InputError
 from refllm.measure.bootstrap import Interval, blocks, bootstrap_intervals
 from refllm.measure.perplexity import (
     AttendFactory,
@@ -177,11 +178,11 @@ def _check_same_tokens(
     """Reject a reference that reads other tokens, or was run with another window or stride."""
     same_vocabulary = model.config.vocab_size == reference.config.vocab_size
     if not same_vocabulary or not np.array_equal(plan.targets, other.targets):
-        raise ValueError(
+        raise InputError(
             "compare: the two models read different tokens; KL needs one vocabulary and tokenizer"
         )
     if plan.windows != other.windows:
-        raise ValueError("compare: the reference was run with another window or stride")
+        raise InputError("compare: the reference was run with another window or stride")
 
 
 def _compare_tokens(

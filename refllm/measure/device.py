@@ -27,6 +27,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 import refllm
 from refllm.array_types import Json
+from refllm.errors import InputError
 
 _MEASURE_SECONDS = 1.0
 
@@ -49,7 +50,7 @@ class DeviceSpec:
         if not (
             0 < self.peak_flops < inf and 0 < self.peak_bandwidth < inf and 0 <= self.overhead < inf
         ):
-            raise ValueError(
+            raise InputError(
                 f"a device needs finite peaks above 0 and an overhead of 0 or more, got {self}"
             )
 

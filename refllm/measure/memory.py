@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from refllm.errors import InputError
 from refllm.model.config import ModelConfig
 
 # The shape of Llama 2 70B: 80 layers, 64 heads of 128, 8 key/value heads.
@@ -129,7 +130,7 @@ def kv_bytes(
     can attend to any more.
     """
     if not (0 <= tokens < math.inf and 0 <= sequences < math.inf):
-        raise ValueError(f"kv_bytes: {sequences} sequences of {tokens} tokens")
+        raise InputError(f"kv_bytes: {sequences} sequences of {tokens} tokens")
     if forget_window and config.sliding_window is not None:
         tokens = min(tokens, config.sliding_window)
     return math.ceil(kv_bytes_per_token(config, bits) * tokens * sequences)
@@ -144,7 +145,7 @@ def max_tokens(
     0 if not even one token fits. The model's own limit on positions is ignored.
     """
     if sequences < 1:
-        raise ValueError(f"max_tokens: needs at least one sequence, got {sequences}")
+        raise InputError(f"max_tokens: needs at least one sequence, got {sequences}")
     return _fits(config, budget, bits, kv_bits) // sequences
 
 
@@ -155,7 +156,7 @@ def max_sequences(
     included.
     """
     if context < 1:
-        raise ValueError(f"max_sequences: needs a context of at least one token, got {context}")
+        raise InputError(f"max_sequences: needs a context of at least one token, got {context}")
     return _fits(config, budget, bits, kv_bits) // context
 
 
@@ -188,7 +189,7 @@ def long_context_example(context: int = 100_000) -> dict[str, int]:
 def _fits(config: ModelConfig, budget: float, bits: float, kv_bits: float) -> int:
     """Tokens of cache that fit beside the weights."""
     if not math.isfinite(budget):
-        raise ValueError(f"the budget must be a finite number of bytes, got {budget}")
+        raise InputError(f"the budget must be a finite number of bytes, got {budget}")
     left = budget - weight_bytes(config, bits)
     return max(0, math.floor(left / kv_bytes_per_token(config, kv_bits)))
 
@@ -196,5 +197,5 @@ def _fits(config: ModelConfig, budget: float, bits: float, kv_bits: float) -> in
 def _positive(name: str, bits: float) -> float:
     """``bits`` as they are, or ValueError unless they are positive and finite."""
     if not (bits > 0 and math.isfinite(bits)):
-        raise ValueError(f"{name} must be positive and finite, got {bits}")
+        raise InputError(f"{name} must be positive and finite, got {bits}")
     return bits

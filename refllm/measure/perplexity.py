@@ -33,6 +33,7 @@ import numpy as np
 
 from refllm.array_types import Array
 from refllm.backend import asarray_like, namespace, to_numpy
+from refllm.errors import InputError
 from refllm.measure.windows import DocumentLike, LanguageModel, Window, WindowPlan, plan_windows
 from refllm.model.attention import Attend, CausalAttend
 from refllm.model.llama import forward, logits
@@ -229,7 +230,7 @@ def log_softmax(model: LanguageModel, hidden: Array, plan: WindowPlan, first: in
     finite = xp.isfinite(z)
     if not bool(xp.all(finite)):
         bad = int(xp.argmin(xp.all(finite, axis=-1)))
-        raise ValueError(f"a logit is not finite where {plan.describe(first + bad)} is predicted")
+        raise InputError(f"a logit is not finite where {plan.describe(first + bad)} is predicted")
     # the exponentials stay within [0, 1], their sum within [1, V]
     z -= xp.max(z, axis=-1, keepdims=True)
     z -= xp.log(xp.sum(xp.exp(z), axis=-1, keepdims=True))

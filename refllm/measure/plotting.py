@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from refllm.errors import InputError
 from refllm.measure.records import Values
 
 if TYPE_CHECKING:
@@ -137,5 +138,5 @@ def coloured(colours: Sequence[str], items: Iterable[T]) -> list[tuple[str, T]]:
     """
     drawn = list(items)
     if len(drawn) > len(colours):
-        raise ValueError(f"a figure tells {len(colours)} series apart, got {len(drawn)}")
+        raise InputError(f"a figure tells {len(colours)} series apart, got {len(drawn)}")
     return list(zip(colours, drawn, strict=False))

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from refllm.array_types import JsonView
 from refllm.atomic import write_atomic
+from refllm.errors import InputError
 
 Values = JsonView  # the values of a record: a figure reads them and does not change them
 
@@ -41,13 +42,13 @@ class Record:
     def __post_init__(self) -> None:
         unknown = [k for k in self.kind.split(", ") if k not in KINDS]
         if unknown:
-            raise ValueError(
+            raise InputError(
                 f"record: kind {self.kind!r} is not made of A (counted), B (measured), C "
                 "(projected)"
             )
         for name in ("command", "hardware"):
             if not getattr(self, name).strip():
-                raise ValueError(f"record: {name} is empty; say where the values come from")
+                raise InputError(f"record: {name} is empty; say where the values come from")
 
     def provenance(self) -> str:
         """One sentence for a caption.
@@ -83,7 +84,7 @@ def read(path: str | Path) -> Record:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
         return Record(**raw)
     except (TypeError, ValueError, AttributeError) as error:  # JSON's errors are ValueErrors
-        raise ValueError(
+        raise InputError(
             f"{path}: not a record of command, kind, hardware and values: {error}"
         ) from error
 
@@ -97,4 +98,4 @@ def _require_finite(value: object, place: str) -> None:
         for i, inner in enumerate(value):
             _require_finite(inner, f"{place}[{i}]")
     elif isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"record: {place} is {value}")
+        raise InputError(f"record: {place} is {value}")

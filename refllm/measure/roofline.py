@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
+from refllm.errors import InputError
 from refllm.measure.device import DeviceSpec
 from refllm.model.config import ModelConfig
 
@@ -151,18 +152,18 @@ def step_cost(
         are negative or not finite.
     """
     if not (0 <= weight_bytes_per_param < inf and 0 <= kv_bytes_per_value < inf):
-        raise ValueError(
+        raise InputError(
             f"step_cost: {weight_bytes_per_param} bytes per weight, "
             f"{kv_bytes_per_value} per cached value"
         )
     if any(past < 0 or new < 0 for past, new in batch):
-        raise ValueError(f"step_cost: past and new must not be negative, got {list(batch)}")
+        raise InputError(f"step_cost: past and new must not be negative, got {list(batch)}")
     tokens = sum(new for _, new in batch)
     rows = logits_rows
     if rows is None:
         rows = sum(new > 0 for _, new in batch)
     if not 0 <= rows <= tokens:
-        raise ValueError(f"step_cost: {rows} rows of logits from {tokens} tokens")
+        raise InputError(f"step_cost: {rows} rows of logits from {tokens} tokens")
     if tokens == 0:
         return Cost(0, 0, 0, 0, 0)
     layers = config.num_hidden_layers
@@ -204,5 +205,5 @@ def mbu(cost: Cost, seconds: float, device: DeviceSpec) -> float:
 def _measured(seconds: float) -> float:
     """``seconds`` as they are, or ValueError unless they are positive and finite."""
     if not 0 < seconds < inf:
-        raise ValueError(f"a step takes a finite time above 0, got {seconds} seconds")
+        raise InputError(f"a step takes a finite time above 0, got {seconds} seconds")
     return seconds

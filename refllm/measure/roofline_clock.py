@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from refllm.errors import InputError
 from refllm.measure.device import DeviceSpec
 from refllm.measure.memory import kv_bytes_per_token, max_tokens
 from refllm.measure.roofline import keys_read, keys_seen, layer_parameters
@@ -46,7 +47,7 @@ class RooflineClock:
         c = self.config
         b = self.weight_bytes_per_param
         if not (self.link > 0 and self.latency >= 0):
-            raise ValueError(
+            raise InputError(
                 "a link needs a rate above 0 and a latency of 0 or more, "
                 f"got {self.link}, {self.latency}"
             )
@@ -114,7 +115,7 @@ class RooflineClock:
             kv_bits=8 * self.kv_bytes_per_value,
         )
         if fit < 1:
-            raise ValueError(
+            raise InputError(
                 f"{memory / 1e9:.3g} GB are too little for "
                 f"{self.config.num_parameters / 1e9:.3g} billion parameters and any context: "
                 "take more memory or fewer bytes per weight"

@@ -27,6 +27,7 @@ import numpy as np
 
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.corpus import Document
+from refllm.errors import InputError
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights
 
@@ -108,7 +109,7 @@ def windows(length: int, window: int, stride: int) -> list[tuple[int, int, int]]
         unless 1 ≤ stride ≤ window.
     """
     if not 1 <= stride <= window:
-        raise ValueError(
+        raise InputError(
             f"windows: stride must be within 1..window, got stride {stride} and window {window}"
         )
     found = []
@@ -142,7 +143,7 @@ def plan_windows(
         Window(d, *w) for d, ids in enumerate(tokens) for w in windows(len(ids), window, stride)
     ]
     if not found:
-        raise ValueError(
+        raise InputError(
             "nothing to score: no document has two tokens, the beginning token included"
         )
     spans = [(w.document, slice(w.begin + w.first + 1, w.end + 1)) for w in found]
@@ -163,9 +164,9 @@ def _tokenize_all(
     """Names, token ids and bytes of each document, up to ``max_tokens`` scored tokens."""
     bos = model.config.bos_token_id
     if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+        raise InputError(f"max_tokens must be at least 1, got {max_tokens}")
     if bos is not None and bos >= model.config.vocab_size:
-        raise ValueError(f"bos_token_id {bos} lies outside the model's vocabulary")
+        raise InputError(f"bos_token_id {bos} lies outside the model's vocabulary")
     lengths_of = token_bytes(model.tokenizer, model.config.vocab_size)
     names = []
     tokens = []
@@ -224,7 +225,7 @@ def as_documents(documents: Iterable[DocumentLike] | DocumentLike) -> list[Docum
         return [documents]
     # bytes would pass for ids
     if isinstance(documents, (bytes, bytearray)) or not isinstance(documents, Iterable):
-        raise ValueError(
+        raise InputError(
             f"documents are texts or token ids, not {type(documents).__name__}: "
             "read or decode it first"
         )
@@ -248,13 +249,13 @@ def _tokenize(
         text = document
     ids = np.asarray(model.tokenizer.encode(text) if isinstance(text, str) else text)
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-        raise ValueError(
+        raise InputError(
             f"{name}: expected a text or a 1-D array of token ids, "
             f"got {ids.dtype} of shape {ids.shape}"
         )
     # the table below is indexed with these, and CuPy wraps a wrong index silently
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab:
-        raise ValueError(f"{name}: a token lies outside the model's vocabulary of {vocab}")
+        raise InputError(f"{name}: a token lies outside the model's vocabulary of {vocab}")
     ids = ids.astype(np.int64)
     size = sizes[ids]
     if isinstance(text, str) and len(ids):

@@ -27,6 +27,7 @@ import math
 from typing import Protocol
 
 from refllm.backend import Array, DType, Namespace, namespace
+from refllm.errors import InputError
 
 # a masked score: finite, so that NaN cannot arise from −∞ − (−∞); see ``masked_score``
 NEGATIVE = -1e30
@@ -242,7 +243,7 @@ class CausalAttend:
             outputs.append(o)  # [length, H, D]
             start += length
         if start != q.shape[0]:
-            raise ValueError(
+            raise InputError(
                 f"CausalAttend: lengths sum to {start}, the batch has {q.shape[0]} tokens"
             )
         if len(outputs) == 1:

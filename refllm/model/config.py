@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from refllm.array_types import Json, JsonView
+from refllm.errors import InputError
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -56,7 +57,7 @@ _SIZES = (
 )
 
 
-class UnsupportedModel(ValueError):
+class UnsupportedModel(InputError):
     """The configuration asks for something that refllm does not compute."""
 
 

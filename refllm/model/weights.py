@@ -26,6 +26,7 @@ import numpy as np
 from threadpoolctl import threadpool_info
 
 from refllm.backend import NUMPY, Array, DType, namespace
+from refllm.errors import InputError
 
 
 class Linear(Protocol):
@@ -76,7 +77,7 @@ class Dense:
 
     def __init__(self, weight: Array, arena: WeightArena | None = None):
         if weight.ndim != 2:
-            raise ValueError(f"Dense: a weight is a matrix [M, N], got shape {tuple(weight.shape)}")
+            raise InputError(f"Dense: a weight is a matrix [M, N], got shape {tuple(weight.shape)}")
         self._shape: tuple[int, int] = (int(weight.shape[0]), int(weight.shape[1]))
         self._blocks = to_blocks(weight, arena)  # None: the weight stays one matrix
         self._data = weight if self._blocks is None else self._blocks.data

@@ -36,6 +36,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from refllm.backend import Array, namespace
+from refllm.errors import InputError
 from refllm.formats.quantized_linear import fake_quantize
 from refllm.formats.uniform import Scheme, require_finite
 
@@ -260,7 +261,7 @@ def _groups(scheme: Scheme, weight: Array) -> int:
     not parts of rows.
     """
     if scheme.granularity not in ("channel", "group"):
-        raise ValueError(
+        raise InputError(
             "AWQ's clip search and duo scaling go by channel or group, not by "
             f"{scheme.granularity!r}"
         )
@@ -270,22 +271,22 @@ def _groups(scheme: Scheme, weight: Array) -> int:
 def _check_inputs(x: Array, weights: Sequence[Array]) -> None:
     """ValueError unless x[T, N] and the weights [M_i, N] are finite floats that fit."""
     if hasattr(weights, "ndim"):
-        raise ValueError(
+        raise InputError(
             "AWQ takes a list of the weights that share x, got one array of "
             f"{type(weights).__name__}: write [weight]"
         )
     if x.ndim != 2 or x.shape[0] == 0 or not weights:
-        raise ValueError(
+        raise InputError(
             f"AWQ needs inputs x[T, N] of at least one token, and weights; got x {tuple(x.shape)}"
         )
     for i, w in enumerate(weights):
         if w.ndim != 2 or w.shape[1] != x.shape[1]:
-            raise ValueError(
+            raise InputError(
                 f"weights[{i}] of shape {tuple(w.shape)} does not take inputs of shape "
                 f"{tuple(x.shape)}"
             )
         if w.dtype.kind != "f" or x.dtype.kind != "f":
-            raise ValueError(
+            raise InputError(
                 f"AWQ scales floating-point weights, got x of {x.dtype} and weights[{i}] of "
                 f"{w.dtype}"
             )

@@ -33,6 +33,7 @@ from itertools import accumulate
 from typing import ClassVar
 
 from refllm.backend import Array, namespace
+from refllm.errors import InputError
 from refllm.formats.uniform import Scheme
 from refllm.model.attention import Attend, CausalAttend
 from refllm.model.config import ModelConfig
@@ -176,7 +177,7 @@ def _input(inputs: Mapping[str, Array], group: ScaleGroup) -> Array:
     for name in group.targets:
         if name in inputs:
             return inputs[name]
-    raise ValueError(
+    raise InputError(
         f"AWQ needs the inputs of one of {', '.join(group.targets)}; captured: {', '.join(inputs)}"
     )
 

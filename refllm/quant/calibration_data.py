@@ -16,6 +16,7 @@ import numpy as np
 from refllm.backend import Array, to_numpy
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.corpus import Document, training_documents
+from refllm.errors import InputError
 
 # token ids [B, S], or sequences of different lengths
 Calibration: TypeAlias = Array | Iterable[Array | Sequence[int]]
@@ -42,7 +43,7 @@ def calibration_windows(
     """
     texts = [d.text for d in (training_documents() if documents is None else documents) if d.text]
     if count < 1 or length < 1 or not texts:
-        raise ValueError(
+        raise InputError(
             f"calibration_windows: no {count} windows of {length} tokens from {len(texts)} "
             "documents"
         )
@@ -79,17 +80,17 @@ def sequences(calibration: Calibration, vocab_size: int) -> list[list[int]]:
     for i, row in enumerate(calibration):
         ids = to_numpy(row).tolist() if hasattr(row, "shape") else row
         if not isinstance(ids, Sequence) or not ids or not all(map(_is_integer, ids)):
-            raise ValueError(
+            raise InputError(
                 f"calibration: sequence {i} must be a non-empty sequence of token ids, got "
                 f"{row!r:.60}"
             )
         if not 0 <= min(ids) <= max(ids) < vocab_size:
-            raise ValueError(
+            raise InputError(
                 f"calibration: sequence {i} holds a token outside the vocabulary of {vocab_size}"
             )
         found.append([int(token) for token in ids])
     if not found:
-        raise ValueError("calibration: there is no sequence; pass at least one of token ids")
+        raise InputError("calibration: there is no sequence; pass at least one of token ids")
     return found
 
 

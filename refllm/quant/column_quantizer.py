@@ -34,6 +34,7 @@ from __future__ import annotations
 import dataclasses
 
 from refllm.backend import Array, namespace
+from refllm.errors import InputError
 from refllm.formats.packing import load_scale, store_scale
 from refllm.formats.quantized_linear import ActOrderLinear
 from refllm.formats.uniform import (
@@ -166,13 +167,13 @@ class ColumnQuantizer:
         name: str = "weight",
     ):
         if scheme.granularity == "token":
-            raise ValueError(
+            raise InputError(
                 f"{name}: granularity 'token' is for activations; a weight takes 'channel'"
             )
         try:
             scheme.scale_shape(tuple(weight.shape))
         except ValueError as error:  # ragged groups: the message names the sizes that fit
-            raise ValueError(f"{name}: {error}") from None
+            raise InputError(f"{name}: {error}") from None
         grouped = scheme.granularity in ("group", "block")
         self.scheme = scheme
         self.name = name

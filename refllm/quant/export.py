@@ -57,6 +57,7 @@ from refllm.checkpoints.writer import (
     resolved,
     write_directory,
 )
+from refllm.errors import InputError
 from refllm.formats import float_layouts
 from refllm.formats.float_layouts import layout_for as float_layout_for
 from refllm.formats.fp8_linear import Fp8Linear
@@ -276,7 +277,7 @@ def export_spec_for(
         if its projections are not all quantised alike, or no layout fits.
     """
     if dtype not in STORED_TYPES:
-        raise ValueError(
+        raise InputError(
             f"export: dtype {dtype!r} is not stored; choose one of {', '.join(STORED_TYPES)}"
         )
     kinds: dict[_Kind, str] = {}  # and the first weight of the kind

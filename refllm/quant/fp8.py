@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from refllm.backend import Array, namespace
+from refllm.errors import InputError
 from refllm.formats.block_float import (
     BlockFloatLinear,
     FloatScheme,
@@ -89,13 +90,13 @@ def check(scheme: Scheme, format: str = "e4m3") -> None:
     """ValueError for a scheme or format that ``fp8`` cannot use."""
     if scheme.bits != 8 or scheme.granularity not in ACTIVATIONS_OF:
         known = ", ".join(ACTIVATIONS_OF)
-        raise ValueError(
+        raise InputError(
             f"fp8 takes 8 bits by {known}, got {scheme.bits} bits by {scheme.granularity!r}"
         )
     if format not in ("e4m3", "e5m2"):
-        raise ValueError(f"fp8: format is 'e4m3' or 'e5m2', got {format!r}")
+        raise InputError(f"fp8: format is 'e4m3' or 'e5m2', got {format!r}")
     if scheme.granularity in ("block", "group") and 128 % scheme.block[1] and scheme.block[1] % 128:
-        raise ValueError(
+        raise InputError(
             f"fp8: scales of {scheme.block[1]} columns do not nest with tiles of 128: choose a "
             "divisor or a multiple of 128"
         )
@@ -143,7 +144,7 @@ class DelayedScale:
 
     def __init__(self, history: int = 16, format: str = "e4m3"):
         if history < 1:
-            raise ValueError(f"DelayedScale: a history of at least 1 step, got {history}")
+            raise InputError(f"DelayedScale: a history of at least 1 step, got {history}")
         self.past: deque[float] = deque(maxlen=history)
         self.scheme = FloatScheme(format, "tensor")
         self.seen = 0

@@ -38,6 +38,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from refllm.backend import Array, namespace
+from refllm.errors import InputError
 from refllm.formats.uniform import Scheme, require_finite
 from refllm.quant.column_quantizer import ColumnQuantizer, GPTQResult
 from refllm.quant.hessian import Factor, Hessian, damped, factor, hessian
@@ -235,19 +236,19 @@ def _loss(errors: Array) -> float:
 def _check(weight: Array, f: Factor, act_order: bool, block: int, name: str) -> None:
     """ValueError for a weight and factor that do not fit each other."""
     if weight.ndim != 2 or weight.shape[1] != f.upper.shape[0]:
-        raise ValueError(
+        raise InputError(
             f"{name}: shape {tuple(weight.shape)} does not fit a Hessian of "
             f"{f.upper.shape[0]} columns"
         )
     if weight.dtype.kind != "f":
-        raise ValueError(f"{name}: GPTQ rounds floating-point weights, got {weight.dtype}")
+        raise InputError(f"{name}: GPTQ rounds floating-point weights, got {weight.dtype}")
     require_finite(weight, name)
     if act_order != (f.order is not None):
-        raise ValueError(
+        raise InputError(
             f"{name}: act_order={act_order}, but the factor was made with act_order={not act_order}"
         )
     if block < 1:
-        raise ValueError(f"gptq: a block has one column or more, got block_size={block}")
+        raise InputError(f"gptq: a block has one column or more, got block_size={block}")
 
 
 # --- as a method for whole models -----------------------------------------------------------
@@ -270,7 +271,7 @@ class GPTQ(Method):
 
     def __post_init__(self) -> None:
         if not 0 <= self.damp < float("inf"):
-            raise ValueError(
+            raise InputError(
                 f"gptq: damp is a share of the mean diagonal, 0 or more, got {self.damp}"
             )
 

@@ -31,6 +31,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from refllm.backend import Array, namespace
+from refllm.errors import InputError
 
 LEAST_DAMP = 1e-4  # the damping that follows none; after it each attempt doubles the damping
 _LEAF = 128  # a triangle of this size is inverted in one call; larger ones by halves
@@ -69,14 +70,14 @@ class Hessian:
         """
         xp = namespace(x)
         if x.ndim == 0 or x.shape[-1] == 0:
-            raise ValueError(
+            raise InputError(
                 f"hessian: {self.name} needs columns, x[..., N], got shape {tuple(x.shape)}"
             )
         x = xp.reshape(x, (-1, x.shape[-1]))  # [T, N]
         if x.dtype.itemsize < 4:
             x = xp.astype(x, xp.float32)  # sums of float16 overflow at 65,504
         if not bool(xp.all(xp.isfinite(x))):
-            raise ValueError(
+            raise InputError(
                 f"hessian: {self.name} holds NaN or infinity after {self.count} tokens"
             )
         # [N, N]; NumPy sees that both operands are one array and computes one triangle only
@@ -84,7 +85,7 @@ class Hessian:
         if self._sum is None:
             self._sum = gram
         elif self._sum.shape != gram.shape:
-            raise ValueError(
+            raise InputError(
                 f"hessian: {self.name} has {gram.shape[0]} columns, earlier {self._sum.shape[0]}"
             )
         else:
@@ -95,7 +96,7 @@ class Hessian:
     def matrix(self) -> Array:
         """H[N, N], a new array; ValueError before the first token."""
         if self._sum is None or self.count == 0:
-            raise ValueError(f"hessian: {self.name} has seen no token")
+            raise InputError(f"hessian: {self.name} has seen no token")
         return self._sum * (2.0 / self.count)
 
 
@@ -152,7 +153,7 @@ def factor(h: Array, damp: float = 0.01, act_order: bool = False) -> Factor:
     while (r := _reverse_cholesky(damped(h, damp))) is None:
         damp = max(LEAST_DAMP, 2 * damp)
         if damp > 2.0 * h.shape[0] / LEAST_DAMP:  # far beyond the sum of all eigenvalues
-            raise ValueError(
+            raise InputError(
                 "hessian: no damping makes it positive definite; it is not 2·xᵀx/T of any x"
             )
     upper = xp.zeros_like(h)
@@ -164,13 +165,13 @@ def check(h: Array, damp: float) -> None:
     """ValueError unless h[N, N] can be a Hessian and ``damp`` a share of its diagonal."""
     xp = namespace(h)
     if h.ndim != 2 or h.shape[0] != h.shape[1] or h.shape[0] == 0:
-        raise ValueError(f"hessian: needs a square matrix [N, N], got shape {tuple(h.shape)}")
+        raise InputError(f"hessian: needs a square matrix [N, N], got shape {tuple(h.shape)}")
     if not bool(xp.all(xp.isfinite(h))):
-        raise ValueError("hessian: it holds NaN or infinity; look at the calibration inputs")
+        raise InputError("hessian: it holds NaN or infinity; look at the calibration inputs")
     if not bool(xp.all(xp.diagonal(h) >= 0)):
-        raise ValueError("hessian: its diagonal is negative somewhere; it is not 2·xᵀx/T of any x")
+        raise InputError("hessian: its diagonal is negative somewhere; it is not 2·xᵀx/T of any x")
     if not 0 <= damp < float("inf"):
-        raise ValueError(f"hessian: damp is a share of the mean diagonal, 0 or more, got {damp}")
+        raise InputError(f"hessian: damp is a share of the mean diagonal, 0 or more, got {damp}")
 
 
 def _reverse_cholesky(matrix: Array) -> Array | None:

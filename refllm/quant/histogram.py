@@ -26,6 +26,7 @@ here the width is exact).
 from __future__ import annotations
 
 from refllm.backend import Array, namespace
+from refllm.errors import InputError
 
 _AT_ONCE = 1 << 20  # entries of the table [candidates, levels] in memory at one time
 
@@ -66,10 +67,10 @@ def percentile_cut(counts: Array, percentile: float) -> int:
     """
     xp = namespace(counts)
     if not 0 <= percentile <= 100:
-        raise ValueError(f"a percentile lies within 0..100, got {percentile}")
+        raise InputError(f"a percentile lies within 0..100, got {percentile}")
     reached = xp.astype(xp.cumulative_sum(counts), xp.float64)  # integers below 2^53: exact
     if not float(reached[-1]) > 0:
-        raise ValueError("percentile of a histogram without a count")
+        raise InputError("percentile of a histogram without a count")
     return int(xp.sum(xp.astype(reached < percentile / 100 * reached[-1], xp.int64)))
 
 
@@ -89,12 +90,12 @@ def entropy_cut(counts: Array, *, levels: int = 128, start: int = 128) -> int:
     xp = namespace(counts)
     bins = int(counts.shape[0])
     if bins < 2:
-        raise ValueError("entropy of a histogram of fewer than two bins")
+        raise InputError("entropy of a histogram of fewer than two bins")
     if bins <= start:
         return bins
     h = xp.astype(xp.concat([counts[1:2], counts[1:]]), xp.float64)
     if not float(xp.sum(h)) > 0:
-        raise ValueError("entropy of a histogram without a count outside bin 0")
+        raise InputError("entropy of a histogram without a count outside bin 0")
     count = max(1, _AT_ONCE // levels)
     parts = [
         _divergences(h, levels, low, min(low + count, bins + 1))

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from refllm.backend import Array, asarray_like, namespace
+from refllm.errors import InputError
 from refllm.model.attention import CausalAttend
 from refllm.model.config import ModelConfig
 from refllm.model.layers import rms_norm, rope_frequencies, rope_table, swiglu
@@ -107,7 +108,7 @@ class LayerRun:
             x = self._input(batch)
             xp = namespace(x)
             if not bool(xp.all(xp.isfinite(x))):
-                raise ValueError(
+                raise InputError(
                     f"calibration: the input of {self.tensor(STAGES[self.stage][0])} is not "
                     "finite: a weight before it is too large or broken, or the dtype too narrow"
                 )

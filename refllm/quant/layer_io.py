@@ -50,6 +50,7 @@ from refllm.checkpoints.writer import (
     write_directory,
     write_file,
 )
+from refllm.errors import InputError
 from refllm.model.config import ModelConfig
 from refllm.model.llama import PROJECTIONS, Layer, Weights, build_layer, projection_name
 from refllm.model.weights import Dense
@@ -85,7 +86,7 @@ class ModelSource:
         layer: Layer = dict(self.weights["layers"][index])
         for name in PROJECTIONS:
             if not isinstance(layer[name], Dense):
-                raise ValueError(
+                raise InputError(
                     f"{projection_name(index, name)} is quantised already: start from the "
                     "original weights"
                 )
@@ -237,7 +238,7 @@ class LayerFiles:
         try:
             about = json.loads(record.read_text("utf-8"))
             if about["sha256"] != file_sha256(tensors):
-                raise ValueError("another digest")
+                raise InputError("another digest")
             return [TensorReport(**row | {"shape": tuple(row["shape"])}) for row in about["rows"]]
         except (ValueError, KeyError, TypeError, OSError):
             self.redone += 1

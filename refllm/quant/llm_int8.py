@@ -39,6 +39,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from refllm.backend import Array, DType, namespace, to_numpy
+from refllm.errors import InputError
 from refllm.formats.int_matmul import integer_matmul
 from refllm.formats.uniform import Scheme, require_finite
 from refllm.quant.layer_inputs import LayerRun
@@ -66,7 +67,7 @@ class OutlierStatistics:
         """Add a batch x[T, N]; ValueError naming the tensor if it is no matrix or not finite."""
         xp = namespace(x)
         if x.ndim != 2:
-            raise ValueError(
+            raise InputError(
                 f"{self.name}: outliers are counted in x[T, N], got shape {tuple(x.shape)}"
             )
         if not x.shape[0]:
@@ -169,17 +170,17 @@ class Int8Linear:
         name: str = "weight",
     ):
         if weight.ndim != 2:
-            raise ValueError(
+            raise InputError(
                 f"Int8Linear: {name} is a matrix [M, N], got shape {tuple(weight.shape)}"
             )
         if weight.dtype.kind != "f":
-            raise ValueError(
+            raise InputError(
                 f"Int8Linear: {name} is of floats, got {weight.dtype}: convert it first"
             )
         if rule not in RULES:
-            raise ValueError(f"Int8Linear: unknown rule {rule!r}; choose one of {', '.join(RULES)}")
+            raise InputError(f"Int8Linear: unknown rule {rule!r}; choose one of {', '.join(RULES)}")
         if not threshold >= 0:
-            raise ValueError(
+            raise InputError(
                 "Int8Linear: threshold is 0 or more (0 and infinity: no decomposition), "
                 f"got {threshold}"
             )
@@ -221,7 +222,7 @@ class Int8Linear:
         """x[T, N] → [T, M]. ValueError if a value of x is not finite."""
         xp = namespace(x, self.codes)
         if x.ndim != 2 or x.dtype.kind != "f":
-            raise ValueError(f"int8: x is of floats [T, N], got {x.dtype} {tuple(x.shape)}")
+            raise InputError(f"int8: x is of floats [T, N], got {x.dtype} {tuple(x.shape)}")
         work = xp.astype(x, xp.result_type(x.dtype, self.dtype, xp.float32), copy=False)
         require_finite(work, "x")  # infinity would count as an outlier
         columns = self._outliers(work)
@@ -301,7 +302,7 @@ class Int8(Method):
     def check(self, scheme: Scheme) -> None:
         """ValueError for any scheme but the one that ``Int8Linear`` has."""
         if scheme != self.default_scheme:
-            raise ValueError(f"int8 has one scheme, {self.default_scheme}; got {scheme}")
+            raise InputError(f"int8 has one scheme, {self.default_scheme}; got {scheme}")
 
     def stage_quantizer(self, run: LayerRun, scheme: Scheme) -> QuantizeWeight:
         """Each weight is converted by itself."""

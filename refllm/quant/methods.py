@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from refllm.backend import Array, namespace
+from refllm.errors import InputError
 from refllm.formats.uniform import Scheme
 from refllm.model.llama import Layer, projection_name
 from refllm.model.weights import Linear
@@ -221,7 +222,7 @@ class Method:
         belong to a single row, or to the whole weight.
         """
         if scheme.granularity not in ("channel", "group", "tensor"):
-            raise ValueError(
+            raise InputError(
                 f"weights are quantised by channel, group or tensor, not by {scheme.granularity!r}"
             )
 

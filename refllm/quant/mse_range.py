@@ -17,6 +17,7 @@ weighted by importance.
 from __future__ import annotations
 
 from refllm.backend import Array, namespace
+from refllm.errors import InputError
 from refllm.formats.uniform import (
     Scheme,
     dequantize_codes,
@@ -60,7 +61,7 @@ def mse_range(
     xp = namespace(x)
     count = int(max_shrink * grid)
     if not 1 <= count <= grid:
-        raise ValueError(
+        raise InputError(
             f"mse_range: grid {grid} and max_shrink {max_shrink} leave no candidate, or one below "
             "p = 0"
         )

@@ -33,6 +33,7 @@ Left out: pruning, blocks, everything that makes it fast; ``gptq`` is the fast v
 from __future__ import annotations
 
 from refllm.backend import Array, namespace
+from refllm.errors import InputError
 from refllm.formats.uniform import Scheme, dequantize_codes, quantize_codes, require_finite
 from refllm.quant.column_quantizer import ColumnQuantizer, GPTQResult
 from refllm.quant.hessian import check, damped
@@ -68,7 +69,7 @@ def obq(
     xp = namespace(weight, hessian)
     check(hessian, damp)
     if weight.ndim != 2 or weight.shape[1] != hessian.shape[0]:
-        raise ValueError(
+        raise InputError(
             f"{name}: shape {tuple(weight.shape)} does not fit a Hessian of "
             f"{hessian.shape[0]} columns"
         )
@@ -87,7 +88,7 @@ def obq(
         h = h[order][:, order]
     inverse = xp.linalg.inv(h)
     if not bool(xp.all(xp.diagonal(inverse) > 0)):
-        raise ValueError(f"{name}: the Hessian is not positive definite at damp={damp}; raise it")
+        raise InputError(f"{name}: the Hessian is not positive definite at damp={damp}; raise it")
     round_all = _greedy if greedy else _in_order
     codes, loss = round_all(alive, inverse, columns)
     return GPTQResult.collect(codes, columns, loss=loss, damp=damp, dead=dead)

@@ -34,6 +34,7 @@ import sys
 from typing import Any
 
 from refllm.backend import Array, namespace
+from refllm.errors import InputError
 from refllm.formats.uniform import Scheme, range_to_qparams, require_finite
 from refllm.quant.histogram import count_bins, entropy_cut, percentile_cut
 from refllm.quant.mse_range import mse_range
@@ -110,7 +111,7 @@ class Observer:
     def _observed(self) -> tuple[Array, Array]:
         """lo and hi so far; ValueError if there are none."""
         if self.lo is None or self.hi is None:
-            raise ValueError(f"{type(self).__name__}: no value of {self.name!r} was observed")
+            raise InputError(f"{type(self).__name__}: no value of {self.name!r} was observed")
         return self.lo, self.hi
 
 
@@ -145,7 +146,7 @@ class MovingAverage(Observer):
     def __init__(self, *, averaging: float = 0.01, axis: int | None = None, name: str = "x"):
         super().__init__(axis=axis, name=name)
         if not 0 < averaging <= 1:
-            raise ValueError(
+            raise InputError(
                 f"{type(self).__name__}: averaging lies within (0, 1], got {averaging}"
             )
         self.averaging = averaging
@@ -198,7 +199,7 @@ class Histogram(MinMax):
     def __init__(self, *, bins: int = 2048, top: float | None = None, name: str = "x"):
         super().__init__(name=name)
         if bins < 2 or (top is not None and not 0 < top < math.inf):
-            raise ValueError(
+            raise InputError(
                 f"{type(self).__name__}: needs two bins and a finite top above 0, got {bins} and "
                 f"{top}"
             )
@@ -223,7 +224,7 @@ class Histogram(MinMax):
             self.width = max(top / self.bins, sys.float_info.min)
         bins = max(self.bins, self._bins_up_to(top / self.width))
         if bins > MOST_BINS:
-            raise ValueError(
+            raise InputError(
                 f"{type(self).__name__}: {self.name!r} reaches {top:.3g}: too many bins of the "
                 f"first batch's width; pass top={top:.3g}"
             )

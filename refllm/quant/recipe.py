@@ -33,6 +33,7 @@ from typing import Any, Protocol, TypeVar
 
 from refllm.array_types import Json
 from refllm.checkpoints.tensor_files import tensor_shapes
+from refllm.errors import InputError
 from refllm.formats.uniform import Scheme
 from refllm.model.config import ModelConfig
 from refllm.model.llama import PROJECTION_WEIGHTS, PROJECTIONS, Layer
@@ -91,7 +92,7 @@ def make(method: str, **options: object) -> Method:
     known = [field.name for field in dataclasses.fields(kind)]
     for name in options:
         if name not in known:
-            raise ValueError(f"{method} has no option {name!r}; its options are {', '.join(known)}")
+            raise InputError(f"{method} has no option {name!r}; its options are {', '.join(known)}")
     return kind(**options)
 
 
@@ -107,7 +108,7 @@ def default_scheme(method: str) -> Scheme:
 def _method(name: str) -> type[Method]:
     """The class of a method; ValueError if there is none of that name."""
     if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
+        raise InputError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
     return METHODS[name]
 
 
@@ -179,7 +180,7 @@ def quantize_layers(
     quantizer.check(scheme)
     check_shapes(config, scheme)
     if calibration is None and quantizer.calibrates:
-        raise ValueError(
+        raise InputError(
             f"{method} needs calibration tokens: pass token ids [B, S], for example from "
             "calibration_windows"
         )
@@ -245,7 +246,7 @@ def check_shapes(config: ModelConfig, scheme: Scheme) -> None:
             try:
                 scheme.scale_shape(shape)
             except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
+                raise InputError(f"{name}: {error}") from error
 
 
 def settings(

@@ -22,6 +22,7 @@ import math
 import numpy as np
 
 from refllm.backend import Array, asarray_like, namespace
+from refllm.errors import InputError
 from refllm.formats.quantized_linear import QuantizedLinear, quantize
 from refllm.formats.uniform import Scheme
 from refllm.model.weights import Linear
@@ -53,7 +54,7 @@ def salient_channels(
     xp = namespace(x, weight)
     columns = int(weight.shape[1])
     if not 0 <= fraction <= 1:
-        raise ValueError(f"salient_channels: fraction {fraction} is not within 0..1")
+        raise InputError(f"salient_channels: fraction {fraction} is not within 0..1")
     if by == "activation":
         size = channel_magnitude(x)
     elif by == "weight":
@@ -61,7 +62,7 @@ def salient_channels(
     elif by == "random" and rng is not None:
         size = asarray_like(rng.permutation(columns), weight, "float64")
     else:
-        raise ValueError(
+        raise InputError(
             f"salient_channels: choose by one of {', '.join(BY)} (random needs rng), not {by!r}"
         )
     count = math.ceil(fraction * columns)

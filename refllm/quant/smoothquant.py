@@ -44,6 +44,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from refllm.backend import Array, DType, namespace
+from refllm.errors import InputError
 from refllm.formats.quantized_linear import quantize
 from refllm.formats.uniform import Scheme
 from refllm.formats.w8a8_linear import W8A8Linear
@@ -86,25 +87,25 @@ def migration_scale(
     group: list[Array] = list(weights) if isinstance(weights, Sequence) else [weights]
     xp = namespace(act_absmax, *group)
     if not 0 <= alpha <= 1:
-        raise ValueError(f"migration_scale: alpha lies within 0..1, got {alpha}")
+        raise InputError(f"migration_scale: alpha lies within 0..1, got {alpha}")
     if not group or any(
         w.ndim != 2 or tuple(w.shape[1:]) != tuple(act_absmax.shape) for w in group
     ):
         shapes = ", ".join(str(tuple(w.shape)) for w in group)
-        raise ValueError(
+        raise InputError(
             f"migration_scale: weights {shapes or 'of none'} do not read "
             f"{tuple(act_absmax.shape)} channels"
         )
     if act_absmax.dtype.kind != "f":
-        raise ValueError(
+        raise InputError(
             f"migration_scale: absmax is of floats, got {act_absmax.dtype}: integers hold no scale"
         )
     if any(w.shape[0] == 0 for w in group):
-        raise ValueError("migration_scale: a weight without rows has no absmax")
+        raise InputError("migration_scale: a weight without rows has no absmax")
     w = _column_absmax(group, act_absmax.dtype)  # [N]
     valid = xp.isfinite(act_absmax) & (act_absmax >= 0) & xp.isfinite(w)
     if not bool(xp.all(valid)):
-        raise ValueError(
+        raise InputError(
             "migration_scale: absmax of activations and weights must be finite, and not negative"
         )
     alive = act_absmax > 0
@@ -130,7 +131,7 @@ def smooth_layer(
     for group in SMOOTHED:
         named = [name for name in group.targets if name in absmax]
         if not named:
-            raise ValueError(
+            raise InputError(
                 f"SmoothQuant needs the absmax of one of {', '.join(group.targets)}: "
                 "calibrate first"
             )
@@ -158,14 +159,14 @@ def w8a8(
     Level O3 needs the inputs' ``absmax``, [N] or ().
     """
     if level not in LEVELS:
-        raise ValueError(f"unknown level {level!r}; choose one of {', '.join(LEVELS)}")
+        raise InputError(f"unknown level {level!r}; choose one of {', '.join(LEVELS)}")
     if scheme is None:
         scheme = Scheme(8, "restricted", "channel")
     made = quantize(weight, scheme, scale_dtype=scale_dtype, name=name)
     activation: str | float = LEVELS[level]
     if activation == "static":
         if absmax is None:
-            raise ValueError(
+            raise InputError(
                 "level O3 quantises with a scale from calibration: pass the inputs' absmax"
             )
         xp = namespace(absmax)
@@ -228,14 +229,14 @@ class SmoothQuant(Method):
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.keep) - set(PROJECTIONS)):
-            raise ValueError(
+            raise InputError(
                 f"keep: no projection is called {', '.join(unknown)}; they are "
                 f"{', '.join(PROJECTIONS)}"
             )
         if self.level not in LEVELS:
-            raise ValueError(f"unknown level {self.level!r}; choose one of {', '.join(LEVELS)}")
+            raise InputError(f"unknown level {self.level!r}; choose one of {', '.join(LEVELS)}")
         if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise ValueError(
+            raise InputError(
                 "smoothquant: alpha lies within 0..1, or is None to smooth nothing, "
                 f"got {self.alpha}"
             )

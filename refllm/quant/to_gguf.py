@@ -50,6 +50,7 @@ from refllm.checkpoints.tensor_files import (
     tensor_shapes,
 )
 from refllm.checkpoints.tokenizer import Tokenizer
+from refllm.errors import InputError
 from refllm.formats.gguf.codec import quantize
 from refllm.formats.gguf.mixes import MIXES, Heads, bits_per_weight, mix
 from refllm.formats.gguf.types import gguf_type, row_bytes
@@ -229,7 +230,7 @@ def _check_importance(
     """ValueError unless each importance belongs to a tensor and has one entry per column."""
     for name, weights in importance.items():
         if name not in shapes or weights.shape != shapes[name][-1:]:
-            raise ValueError(
+            raise InputError(
                 f"convert: the importance of {name!r} has shape {weights.shape}, and the network "
                 f"{shapes.get(name, 'no such tensor')}"
             )

@@ -45,6 +45,7 @@ from refllm.decode.speculative.interface import (
 from refllm.decode.speculative.model_drafter import ModelDrafter
 from refllm.decode.speculative.ngram_drafter import NGramDrafter
 from refllm.decode.speculative.tree_drafter import TreeDrafter
+from refllm.errors import InputError
 from refllm.serve.base_scheduler import BaseScheduler
 from refllm.serve.draft_costs import Costs
 from refllm.serve.plan import SequenceKey
@@ -86,7 +87,7 @@ def propose_drafts(
     q: dict[SequenceKey, Array | None] = {}
     for sequence, proposal in zip(sequences, proposals, strict=True):
         if isinstance(proposal, TreeProposal):
-            raise ValueError(NO_TREES)
+            raise InputError(NO_TREES)
         # drafts that are left from a step that failed are replaced
         if proposal.tokens or sequence.drafts:
             scheduler.propose(sequence.key, proposal.tokens)
@@ -111,7 +112,7 @@ class AdaptiveDrafting:
         Without ``costs`` every sequence gets the drafter's own γ.
         """
         if isinstance(source, TreeDrafter):
-            raise ValueError(NO_TREES)
+            raise InputError(NO_TREES)
         if not (isinstance(source, ModelDrafter) or callable(source)):
             raise TypeError(
                 "AdaptiveDrafting takes a ModelDrafter, or a function that makes a drafter for "

@@ -23,6 +23,7 @@ from bisect import insort
 from collections import abc
 from typing import Protocol
 
+from refllm.errors import InputError
 from refllm.serve.kv_manager import KVManager
 from refllm.serve.request import Sequence
 
@@ -101,7 +102,7 @@ class LongestPrefix:
     def __init__(self, *, shared: int = 32, longest_queue: int = 128):
         """ValueError for ``shared`` below 1 or a negative ``longest_queue``."""
         if shared < 1 or longest_queue < 0:
-            raise ValueError(
+            raise InputError(
                 "shared must be 1 or more and longest_queue 0 or more, "
                 f"got {shared}, {longest_queue}"
             )
@@ -145,5 +146,5 @@ def order_named(order: str | Order) -> Order:
         "lpm": LongestPrefix,
     }
     if order not in kinds:
-        raise ValueError(f"unknown order {order!r}; choose one of {', '.join(kinds)}")
+        raise InputError(f"unknown order {order!r}; choose one of {', '.join(kinds)}")
     return kinds[order]()

@@ -27,6 +27,7 @@ from collections import abc
 from dataclasses import replace
 from itertools import count
 
+from refllm.errors import InputError
 from refllm.serve.admission import Order
 from refllm.serve.kv_manager import KVManager
 from refllm.serve.plan import (
@@ -57,7 +58,7 @@ class BaseScheduler(ABC):
         limits = {"max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences}
         for name, limit in limits.items():
             if limit is not None and limit < 1:
-                raise ValueError(f"{name} must be at least 1, or None for no limit, got {limit}")
+                raise InputError(f"{name} must be at least 1, or None for no limit, got {limit}")
         self.memory = memory
         self.order = order
         self.max_batch_tokens = max_batch_tokens
@@ -101,10 +102,10 @@ class BaseScheduler(ABC):
             name = next(i for i in count(self._submitted) if i not in self._active)
             request = replace(request, id=name)
         if name in self._active:
-            raise ValueError(f"request {name!r} is being served: another one needs another id")
+            raise InputError(f"request {name!r} is being served: another one needs another id")
         reason = self.rejection_reason(request)
         if reason:
-            raise ValueError(f"request {name!r} {reason}")
+            raise InputError(f"request {name!r} {reason}")
         order = self._submitted
         self._submitted += 1
         if request.max_tokens == 0:

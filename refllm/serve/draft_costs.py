@@ -35,6 +35,7 @@ from refllm.decode.sampling_params import GREEDY
 from refllm.decode.speculative.acceptance import expected_length
 from refllm.decode.speculative.interface import DraftRequest, ModelLike, check_vocabulary
 from refllm.decode.speculative.model_drafter import ModelDrafter
+from refllm.errors import InputError
 from refllm.kv.contiguous import ContiguousCache
 
 # The time of a step of so few tokens depends on what the step before left in the caches.
@@ -58,7 +59,7 @@ class Costs:
 
     def __post_init__(self) -> None:
         if not self.steps:
-            raise ValueError(
+            raise InputError(
                 "costs need a measured step at least: (tokens, seconds), as measure_costs(model) "
                 "returns them"
             )
@@ -106,7 +107,7 @@ def measure_costs(
     ValueError for ``most`` or ``rounds`` below 1, or a ``context`` below 3.
     """
     if min(most, rounds) < 1 or context < 3:
-        raise ValueError(
+        raise InputError(
             f"most and rounds must be at least 1 and context 3, got {most}, {rounds} and {context}"
         )
     config = model.config

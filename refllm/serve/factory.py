@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
+from refllm.errors import InputError
 from refllm.kv.block_pool import BlockPool
 from refllm.serve.base_scheduler import BaseScheduler
 from refllm.serve.baselines.reservations import PaddedKVManager, ReservedKVManager
@@ -78,13 +79,13 @@ def make(
     ValueError for a name that is not in the table, or a cache where there can be none.
     """
     if policy not in POLICIES:
-        raise ValueError(f"unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")
+        raise InputError(f"unknown policy {policy!r}; choose one of {', '.join(POLICIES)}")
     if prefix_cache == "auto":
         prefix_cache = "hash" if policy in CONTINUOUS else None
     if prefix_cache not in PREFIX_CACHES:
-        raise ValueError(f"unknown prefix cache {prefix_cache!r}; choose hash, radix or None")
+        raise InputError(f"unknown prefix cache {prefix_cache!r}; choose hash, radix or None")
     if prefix_cache is not None and policy not in CONTINUOUS:
-        raise ValueError(
+        raise InputError(
             f"policy {policy!r} reserves its memory: it can share no prefixes, "
             "so prefix_cache is None"
         )

@@ -32,6 +32,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Protocol
 
+from refllm.errors import InputError
 from refllm.kv.block_pool import BlockPool, BlockTable
 from refllm.serve.request import Request, Sequence
 
@@ -105,7 +106,7 @@ class PagedKVManager:
     def __init__(self, pool: BlockPool, *, watermark: float = 0.0):
         """ValueError unless ``watermark`` is within [0, 1)."""
         if not 0 <= watermark < 1:
-            raise ValueError(f"watermark is a share of the pool within [0, 1), got {watermark}")
+            raise InputError(f"watermark is a share of the pool within [0, 1), got {watermark}")
         self.pool = pool
         self.block_size = pool.block_size
         self.watermark_blocks = int(watermark * pool.num_blocks)

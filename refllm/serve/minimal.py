@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from refllm.backend import asarray_like, to_numpy
+from refllm.errors import InputError
 from refllm.kv.block_pool import BlockTable
 from refllm.kv.paged import PagedKVCache
 from refllm.model.config import ModelConfig
@@ -98,11 +99,11 @@ class MinimalEngine:
         ValueError if the whole pool is too small for it.
         """
         if not prompt or max_tokens < 1:
-            raise ValueError("a request needs a prompt of at least 1 token and max_tokens >= 1")
+            raise InputError("a request needs a prompt of at least 1 token and max_tokens >= 1")
         number = len(self.outputs) + len(self.waiting) + len(self.running)
         request = Running(number, list(prompt), len(prompt), max_tokens, self.cache.table())
         if request.blocks > self.num_blocks:
-            raise ValueError(f"the request needs {request.blocks} blocks of {self.num_blocks}")
+            raise InputError(f"the request needs {request.blocks} blocks of {self.num_blocks}")
         self.waiting.append(request)
         return number
 

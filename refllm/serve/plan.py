@@ -32,6 +32,7 @@ from collections import abc
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from refllm.errors import InputError
 from refllm.serve.kv_manager import Copies
 from refllm.serve.request import Sequence
 
@@ -242,7 +243,7 @@ def check_outcomes(
     sequences of each request.
     """
     if len(sampled) != len(outcomes):
-        raise ValueError(f"{len(sampled)} sequences were sampled, got {len(outcomes)} outcomes")
+        raise InputError(f"{len(sampled)} sequences were sampled, got {len(outcomes)} outcomes")
     growth: dict[abc.Hashable, int] = {}  # request → sequences that the step adds to it
     for sequence, outcome in zip(sampled, outcomes, strict=True):
         if len(outcome) == 1:
@@ -256,7 +257,7 @@ def check_outcomes(
         sequences = active.get(name)
         if sequences and len(sequences) + added > sequences[0].request.n:
             n = sequences[0].request.n
-            raise ValueError(f"request {name!r} has n = {n} sequences, not more")
+            raise InputError(f"request {name!r} has n = {n} sequences, not more")
 
 
 def _check_outcome(sequence: Sequence, outcome: Outcome) -> None:
@@ -264,11 +265,11 @@ def _check_outcome(sequence: Sequence, outcome: Outcome) -> None:
     drafts = sequence.drafts
     most = 1 if drafts else sequence.slots
     if len(outcome) > 1 and (drafts or (len(outcome) > most and not sequence.request.beam)):
-        raise ValueError(f"{sequence} may fork into {most}, got {len(outcome)} continuations")
+        raise InputError(f"{sequence} may fork into {most}, got {len(outcome)} continuations")
     for tokens, reason in outcome:
         least = 0 if reason else 1
         if not least <= len(tokens) <= 1 + len(drafts):
-            raise ValueError(f"{sequence} yields 1 to {1 + len(drafts)} tokens, got {len(tokens)}")
+            raise InputError(f"{sequence} yields 1 to {1 + len(drafts)} tokens, got {len(tokens)}")
         accepted = list(tokens[:-1])
         if len(tokens) > 1 and accepted != drafts[: len(accepted)]:
-            raise ValueError(f"{sequence}: accepted {accepted}, but its drafts were {drafts}")
+            raise InputError(f"{sequence}: accepted {accepted}, but its drafts were {drafts}")

@@ -33,6 +33,7 @@ from refllm.decode.sampling_params import (
     SamplingParams,
     sampling_params,
 )
+from refllm.errors import InputError
 
 
 @dataclass(frozen=True, init=False)
@@ -54,7 +55,7 @@ class Request:
     True
     >>> Request([5, 9, 2], top_p=0.0)
     Traceback (most recent call last):
-    ValueError: request None: top_p must be within (0, 1], got 0.0
+    refllm.errors.InputError: request None: top_p must be within (0, 1], got 0.0
     """
 
     prompt: abc.Sequence[int]
@@ -116,22 +117,22 @@ class Request:
         try:
             return sampling_params(sampling, shorthand)
         except ValueError as error:
-            raise ValueError(f"request {self.id!r}: {error}") from None
+            raise InputError(f"request {self.id!r}: {error}") from None
 
     def _check(self) -> None:
         """ValueError for a field that makes no sense."""
         for name, (allows, rule) in _RULES.items():
             value = getattr(self, name)
             if not allows(value):
-                raise ValueError(f"request {self.id!r}: {name} must be {rule}, got {value!r}")
+                raise InputError(f"request {self.id!r}: {name} must be {rule}, got {value!r}")
         if not self.prompt:
-            raise ValueError(
+            raise InputError(
                 f"request {self.id!r}: the prompt is empty: a model needs a token to continue"
             )
         try:
             hash(self.id)
         except TypeError as error:
-            raise ValueError(f"a request's id must be hashable, got {self.id!r}") from error
+            raise InputError(f"a request's id must be hashable, got {self.id!r}") from error
 
     @property
     def max_cached_tokens(self) -> int:
@@ -170,17 +171,17 @@ def _token_ids(prompt: object) -> abc.Sequence[int]:
     """A prompt as a tuple of integers, or the range that it is; ValueError if it is neither."""
     if isinstance(prompt, range):
         if prompt and min(prompt[0], prompt[-1]) < 0:
-            raise ValueError(f"prompt must be token ids, 0 or more, got {prompt}")
+            raise InputError(f"prompt must be token ids, 0 or more, got {prompt}")
         return prompt
     ids: object = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # arrays of the host
     if isinstance(ids, (str, bytes)) or not isinstance(ids, abc.Iterable):
-        raise ValueError(
+        raise InputError(
             f"prompt must be token ids, got {type(prompt).__name__}: tokenise text first"
         )
     tokens = tuple(ids)
     for position, token in enumerate(tokens):
         if not _is_integer(token) or token < 0:
-            raise ValueError(
+            raise InputError(
                 f"prompt must be token ids, 0 or more, got {token!r} at position {position}"
             )
     return tuple(int(token) for token in tokens)

@@ -20,6 +20,7 @@ from collections import abc
 import numpy as np
 
 from refllm.decode.speculative.interface import Drafter, ModelLike
+from refllm.errors import InputError
 from refllm.model.config import ModelConfig
 from refllm.serve.beam_search import BeamSearch
 from refllm.serve.detokenizer import Detokenizer
@@ -52,7 +53,7 @@ def validate_request(request: Request, config: ModelConfig) -> None:
     elif request.beam and request.n > vocabulary - len(config.eos_token_ids):
         reason = f"{request.n} beams need as many first tokens, of {vocabulary}"
     if reason is not None:
-        raise ValueError(f"request {request.id!r}: {reason}")
+        raise InputError(f"request {request.id!r}: {reason}")
 
 
 class SequenceState:

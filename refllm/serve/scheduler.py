@@ -37,6 +37,7 @@ says so in an outcome).
 
 from __future__ import annotations
 
+from refllm.errors import InputError
 from refllm.serve.admission import Order, order_named
 from refllm.serve.base_scheduler import BaseScheduler
 from refllm.serve.kv_manager import KVManager
@@ -73,7 +74,7 @@ class Scheduler(BaseScheduler):
         """
         super().__init__(memory, order_named(order), max_batch_tokens, max_sequences)
         if long_prefill < 0:
-            raise ValueError(f"long_prefill must be 0 (off) or more, got {long_prefill}")
+            raise InputError(f"long_prefill must be 0 (off) or more, got {long_prefill}")
         self.chunked = chunked
         self.long_prefill = long_prefill
 

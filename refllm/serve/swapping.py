@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from refllm.errors import InputError
 from refllm.kv.block_pool import BlockPool, BlockTable
 from refllm.serve.kv_manager import PagedKVManager
 from refllm.serve.request import Sequence
@@ -44,7 +45,7 @@ class SwappingKVManager(PagedKVManager):
         super().__init__(pool, watermark=watermark)
         self.host_blocks = pool.num_blocks if host_blocks is None else host_blocks
         if self.host_blocks < 0:
-            raise ValueError(f"host_blocks must be 0 or more, got {host_blocks}")
+            raise InputError(f"host_blocks must be 0 or more, got {host_blocks}")
         self.host_used = 0
         self.moved = SwapTraffic(0, 0)
         self.swapped = 0  # preempted sequences that moved to the host

@@ -35,6 +35,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from refllm.errors import InputError
+
 
 @dataclass
 class Timeline:
@@ -96,7 +98,7 @@ class Timeline:
     def _arrived(self) -> list[float]:
         """The times, of which there must be one."""
         if not self.times:
-            raise ValueError("no chunk has arrived yet: there is no time to the first one")
+            raise InputError("no chunk has arrived yet: there is no time to the first one")
         return self.times
 
 
@@ -152,7 +154,7 @@ def summarise(
     completed requests count.
     """
     if not 0 < duration < inf:
-        raise ValueError(f"a run takes a finite time above 0, got {duration} seconds")
+        raise InputError(f"a run takes a finite time above 0, got {duration} seconds")
     every = list(timelines)
     done = [t for t in every if t.completed]
     answered = [t for t in done if t.times]
@@ -181,7 +183,7 @@ def attainment(timelines: Iterable[Timeline], limits: Limits) -> float:
     """
     met = [t.meets(limits) for t in timelines]
     if not met:
-        raise ValueError("no request: there is no share that meets the limits")
+        raise InputError("no request: there is no share that meets the limits")
     return sum(met) / len(met)
 
 
@@ -194,7 +196,7 @@ def capacity(attained: Mapping[float, float], share: float = 0.9) -> float:
     3.0
     """
     if not attained or not 0 < share <= 1:
-        raise ValueError(
+        raise InputError(
             "needs rates with their shares, and a share within (0, 1], "
             f"got {dict(attained)}, {share}"
         )

@@ -36,6 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refllm.decode.sampling_params import SamplingParams
+from refllm.errors import InputError
 from refllm.serve.request import Request
 
 TokenSource = Callable[[int], Sequence[int]]  # number of tokens → tokens
@@ -82,7 +83,7 @@ class Passages:
 
     def __init__(self, ids: Sequence[int]):
         if not len(ids):
-            raise ValueError("passages need a text")
+            raise InputError("passages need a text")
         self.ids = list(ids)
         self.position = 0
 
@@ -261,5 +262,5 @@ def _id_parts(request: Request) -> tuple[int, ...]:
     path.
     """
     if not isinstance(request.id, tuple):
-        raise ValueError(f"{request.id!r} is not a request of this program")
+        raise InputError(f"{request.id!r} is not a request of this program")
     return request.id

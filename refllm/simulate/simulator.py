@@ -29,6 +29,7 @@ from __future__ import annotations
 from collections import abc, deque
 from itertools import accumulate
 
+from refllm.errors import InputError
 from refllm.serve.admission import LongestPrefix
 from refllm.serve.base_scheduler import BaseScheduler
 from refllm.serve.plan import Outcome, Plan, SampledTokens
@@ -124,7 +125,7 @@ class Simulator:
     def _submit(self, request: Request, sent: float | None = None) -> None:
         """Queue a request that was sent at its arrival, or at ``sent``."""
         if request.beam:
-            raise ValueError(
+            raise InputError(
                 f"request {request.id!r}: beams depend on a model's logits: "
                 "simulate n samples instead"
             )

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import TypedDict
 
+from refllm.errors import InputError
 from refllm.kv.radix_node import Node
 from refllm.kv.radix_tree import RadixCache
 from refllm.serve.base_scheduler import BaseScheduler
@@ -90,7 +91,7 @@ class Trace:
         """The owner of each block; ValueError if memory is not in blocks."""
         memory = self.scheduler.memory
         if not isinstance(memory, PagedKVManager):
-            raise ValueError(
+            raise InputError(
                 "only paged memory has blocks to trace: choose another policy, or trace no blocks"
             )
         owners = [FREE] * memory.pool.num_blocks

@@ -15,6 +15,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from refllm.errors import InputError
 from refllm.serve.plan import Plan
 from refllm.serve.swapping import SwapTraffic
 from refllm.simulate.metrics import Limits, Recorder, Summary
@@ -80,7 +81,7 @@ class StepTotals:
 
     def _num_steps(self) -> int:
         if self.steps == 0:
-            raise ValueError(
+            raise InputError(
                 "no step was counted, so there is no mean: no request came, or none had to wait"
             )
         return self.steps

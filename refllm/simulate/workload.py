@@ -34,6 +34,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from refllm.errors import InputError
 from refllm.serve.request import Request
 
 Counts = NDArray[np.int64]
@@ -66,7 +67,7 @@ class LogNormal:
 
     def __post_init__(self) -> None:
         if not (self.sigma > 0 and 1 <= self.low <= self.high):
-            raise ValueError(f"a length needs sigma > 0 and 1 <= low <= high, got {self}")
+            raise InputError(f"a length needs sigma > 0 and 1 <= low <= high, got {self}")
 
     def sample(self, rng: np.random.Generator, count: int) -> Counts:
         """``count`` lengths, by rejection."""
@@ -177,7 +178,7 @@ def arrivals(
     [0.5, 1.0, 1.5]
     """
     if not (rate > 0 and shape > 0):
-        raise ValueError(f"arrivals need a rate and a shape above 0, got {rate} and {shape}")
+        raise InputError(f"arrivals need a rate and a shape above 0, got {rate} and {shape}")
     if rate == inf:
         return np.zeros(count)
     if shape == inf:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from refllm.api import Model
 from refllm.corpus import held_out_documents
+from refllm.errors import InputError
 from refllm.serve.engine import Engine
 from refllm.serve.request import Request
 from refllm.terminal import table
@@ -93,7 +94,7 @@ def prompts(tokens: list[int], shared: int, own: int, count: int) -> list[list[i
     """
     needed = shared + own * count
     if len(tokens) < needed:
-        raise ValueError(
+        raise InputError(
             f"{count} prompts of {shared} shared and {own} own tokens need {needed}, got "
             f"{len(tokens)}"
         )

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from refllm.errors import InputError
 from refllm.tour.context import Tour
 from refllm.tour.model_stops import cost, measure, meet, phases, write
 from refllm.tour.serving_stop import serve
@@ -56,7 +57,7 @@ def run(tour: Tour, names: Sequence[str] = ()) -> None:
     known = [stop.name for stop in STOPS]
     for name in names:
         if name not in known:
-            raise ValueError(f"the tour has no stop {name!r}; its stops are {', '.join(known)}")
+            raise InputError(f"the tour has no stop {name!r}; its stops are {', '.join(known)}")
     chosen = [stop for stop in STOPS if not names or stop.name in names]
     began = time.perf_counter()
     with threadpool_limits(limits=1, user_api="blas"):

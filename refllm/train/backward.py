@@ -29,6 +29,7 @@ import math
 from typing import NamedTuple, Protocol
 
 from refllm.backend import Array, DType, Namespace, asarray_like, namespace, scatter_add
+from refllm.errors import InputError
 from refllm.model.config import ModelConfig, UnsupportedModel
 from refllm.model.layers import apply_rope, rope_frequencies, rope_table, sigmoid
 from refllm.train.loss import TargetRows, cross_entropy, cross_entropy_and_gradients
@@ -182,7 +183,7 @@ def _forward(
     xp = namespace(inputs, *params.values())
     size, length = inputs.shape
     if size * length == 0:
-        raise ValueError(
+        raise InputError(
             "there are no positions to predict: a batch needs a sequence of two tokens or more"
         )
     embedding = params["model.embed_tokens.weight"]

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from refllm import corpus
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.corpus import Document
+from refllm.errors import InputError
 
 LIBRARY_PASSES = 4  # per pass through the tests of the library
 INSTALLER_PASSES = 3  # through pip and setuptools, per pass through the tests
@@ -93,7 +94,7 @@ def text_files(paths: Sequence[Path], held_out: Sequence[Path] = (), share: floa
     else:
         documents, tests = split(documents, share)
     if not documents or not tests:
-        raise ValueError(
+        raise InputError(
             "the data is too small to be split into training and held-out text: give more of it"
         )
     return Data(
@@ -125,7 +126,7 @@ def read_files(paths: Iterable[Path]) -> list[Document]:
         else:
             documents += _document(path, path.name, named=True)
     if not documents:
-        raise ValueError(f"no text was found in {', '.join(map(str, paths))}")
+        raise InputError(f"no text was found in {', '.join(map(str, paths))}")
     return documents
 
 
@@ -137,7 +138,7 @@ def _document(path: Path, name: str, *, named: bool) -> list[Document]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         if named:
-            raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from error
+            raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from error
         return []
     return [Document(name, text)] if text.strip() else []
 
@@ -151,7 +152,7 @@ def split(documents: Sequence[Document], share: float) -> tuple[list[Document], 
     ('one\\ntwo\\nthree\\n', 'four\\n')
     """
     if not 0 < share < 1:
-        raise ValueError(f"the held-out share must be within (0, 1), got {share}")
+        raise InputError(f"the held-out share must be within (0, 1), got {share}")
     if len(documents) == 1:
         return _split_lines(documents[0], share)
     total = sum(len(d.text) for d in documents)

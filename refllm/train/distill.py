@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 
 from refllm.backend import Array, namespace
+from refllm.errors import InputError
 from refllm.model.config import ModelConfig
 from refllm.train.backward import Tensors, hidden_states, output_name
 from refllm.train.loss import TargetRows, Teacher
@@ -45,9 +46,9 @@ def make_teacher(
         if ``temperature`` is not positive and finite, or ``alpha`` not within 0..1.
     """
     if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        raise InputError(f"temperature must be positive and finite, got {temperature}")
     if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be within 0..1, got {alpha}")
+        raise InputError(f"alpha must be within 0..1, got {alpha}")
     head = params[output_name(config)]  # [V, N]
 
     def teacher(tokens: Array) -> TargetRows:

@@ -27,6 +27,7 @@ paper; 8-bit optimizer states and cached activations.
 from __future__ import annotations
 
 from refllm.backend import Array
+from refllm.errors import InputError
 from refllm.formats.block_float import FloatScheme, fake_quantize
 
 __all__ = ["Fp8"]
@@ -43,7 +44,7 @@ class Fp8:
 
     def __init__(self, scaling: str = "tile", gradients: str = "e4m3", *, format: str = "e4m3"):
         if scaling not in ("tile", "tensor"):
-            raise ValueError(f"Fp8: scaling is 'tile' or 'tensor', got {scaling!r}")
+            raise InputError(f"Fp8: scaling is 'tile' or 'tensor', got {scaling!r}")
 
         def scheme(fmt: str, tokens: int, channels: int) -> FloatScheme:
             """Scales of ``tokens`` × ``channels`` elements, or of the whole tensor."""

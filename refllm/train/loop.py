@@ -33,6 +33,7 @@ from threadpoolctl import threadpool_limits
 
 from refllm.backend import NUMPY, Array, asarray_like, namespace
 from refllm.checkpoints.tensor_files import tensor_shapes
+from refllm.errors import InputError
 from refllm.model.config import ModelConfig
 from refllm.train.backward import PLAIN, Product, loss_and_gradients, mean_loss
 from refllm.train.loss import Teacher
@@ -114,9 +115,7 @@ def train(
     ValueError
         for a token outside the vocabulary, a checkpoint that is damaged or of another
         network, a plan that does not fit the streams, and a held-out stream shorter than a
-        window.
-    FloatingPointError
-        if the loss or a gradient is not finite.
+        window; during training, if the loss or a gradient is not finite.
     """
     _check_streams(streams, held_out, config, plan)
     output.mkdir(parents=True, exist_ok=True)
@@ -168,17 +167,17 @@ def _check_streams(
         given.append(held_out)
     for tokens in given:
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            raise ValueError(
+            raise InputError(
                 f"a stream is a 1-D array of integers, got {tokens.dtype}{list(tokens.shape)}"
             )
         if len(tokens) and not (tokens.min() >= 0 and tokens.max() < config.vocab_size):
-            raise ValueError(
+            raise InputError(
                 f"token ids {tokens.min()}..{tokens.max()} are not within the vocabulary of "
                 f"{config.vocab_size}"
             )
     longest = max((phase.length for phase in plan.phases), default=0)
     if held_out is not None and len(held_out) <= longest:
-        raise ValueError(
+        raise InputError(
             f"the held-out stream has {len(held_out)} tokens: too few for windows of {longest}"
         )
 
@@ -196,7 +195,7 @@ def _update(
     """Clip and take one optimizer step; returns the norm before clipping and the rate."""
     norm = clip_by_global_norm(grads, plan.clip)
     if not math.isfinite(loss + norm):
-        raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}: lower the rate")
+        raise InputError(f"step {step}: loss {loss}, gradient norm {norm}: lower the rate")
     rate = learning_rate(
         step, peak=plan.peak_rate, warmup=plan.warmup, total=plan.steps, schedule=plan.schedule
     )
@@ -261,6 +260,6 @@ def _resume(path: Path, config: ModelConfig, plan: Plan, start: Tensors | None) 
         return State(params, optimizer_class(plan.optimizer)(weight_decay=plan.weight_decay))
     state, about = load_state(path)
     if ModelConfig.from_hf(json.loads(about["config"])) != config:
-        raise ValueError(f"{path} is a checkpoint of another network; choose another output folder")
+        raise InputError(f"{path} is a checkpoint of another network; choose another output folder")
     state.optimizer.weight_decay = plan.weight_decay
     return state

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from refllm.backend import Array, namespace
+from refllm.errors import InputError
 
 # slice of the T positions → target probabilities t[rows, V], each row summing to 1
 TargetRows = Callable[[slice], Array]
@@ -61,7 +62,7 @@ def cross_entropy_and_gradients(
         z = hidden[rows] @ head.T  # [rows, V]
         t = None if teacher is None else teacher(rows)  # [rows, V]
         if t is not None and t.shape != z.shape:
-            raise ValueError(
+            raise InputError(
                 f"the teacher's probabilities are {t.shape}, the network's logits {z.shape}"
             )
         loss, total = _loss_of(z, targets[rows], t)
@@ -80,7 +81,7 @@ def cross_entropy_and_gradients(
 def _chunks(count: int) -> Iterator[slice]:
     """Slices of at most ``ROWS`` positions; ValueError if there is none."""
     if count == 0:
-        raise ValueError(
+        raise InputError(
             "the mean over no positions is not defined: a sequence needs two tokens or more"
         )
     return (slice(start, min(start + ROWS, count)) for start in range(0, count, ROWS))

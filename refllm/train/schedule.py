@@ -22,6 +22,8 @@ from math import inf
 
 import numpy as np
 
+from refllm.errors import InputError
+
 Window = tuple[int, int]  # (stream, offset of its first token)
 
 
@@ -40,7 +42,7 @@ class Phase:
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.batch < 1 or self.length < 1 or min(self.repeats, default=0) < 0:
-            raise ValueError(
+            raise InputError(
                 f"a phase needs steps ≥ 0, batch ≥ 1, length ≥ 1 and repeats ≥ 0: {self}"
             )
 
@@ -65,15 +67,15 @@ class Plan:
 
     def __post_init__(self) -> None:
         if min(self.workers, self.evaluate_every, self.save_every) < 1:
-            raise ValueError("a plan needs workers, evaluate_every and save_every of at least 1")
+            raise InputError("a plan needs workers, evaluate_every and save_every of at least 1")
         # a negative rate or limit would increase the loss, and with NaN nothing is clipped
         if not (0 <= self.peak_rate < inf and 0 <= self.weight_decay < inf and self.clip > 0):
-            raise ValueError(
+            raise InputError(
                 "a plan needs a rate and a decay that are finite and not negative, and a clip "
                 f"above 0: {self.peak_rate}, {self.weight_decay}, {self.clip}"
             )
         if self.warmup < 0 or self.seed < 0:
-            raise ValueError(
+            raise InputError(
                 f"a plan needs warmup and seed of 0 or more, got {self.warmup} and {self.seed}"
             )
 
@@ -100,11 +102,11 @@ def window_starts(lengths: Sequence[int], phase: Phase, rng: np.random.Generator
         if a stream is shorter than a window, or the phase uses no stream.
     """
     if len(lengths) != len(phase.repeats):
-        raise ValueError(
+        raise InputError(
             f"the phase mixes {len(phase.repeats)} streams, but {len(lengths)} are given"
         )
     if phase.steps and not any(phase.repeats):
-        raise ValueError("every stream is left out: a phase needs at least one repeat above zero")
+        raise InputError("every stream is left out: a phase needs at least one repeat above zero")
     wanted = phase.steps * phase.batch
     starts: list[Window] = []
     while len(starts) < wanted:
@@ -113,7 +115,7 @@ def window_starts(lengths: Sequence[int], phase: Phase, rng: np.random.Generator
             for _ in range(repeats):
                 spare = count - 1 - phase.length  # tokens beyond one window
                 if spare < 0:
-                    raise ValueError(
+                    raise InputError(
                         f"stream {stream} has {count} tokens: too few for windows of {phase.length}"
                     )
                 first = int(rng.integers(0, min(phase.length, spare + 1)))

@@ -27,6 +27,7 @@ from safetensors.numpy import save_file
 
 from refllm.atomic import replacing
 from refllm.backend import Array, to_numpy
+from refllm.errors import InputError
 from refllm.model.config import ModelConfig
 from refllm.train.optimizer import AdamW, optimizer_class
 from refllm.train.schedule import Plan
@@ -86,7 +87,7 @@ def load_state(path: Path) -> tuple[State, dict[str, str]]:
                 kind, name = key.split(".", 1)
                 groups[kind][name] = file.get_tensor(key)
         if missing := {"step", "curve", "config", "plan"} - about.keys():
-            raise ValueError(f"no {', '.join(sorted(missing))}")
+            raise InputError(f"no {', '.join(sorted(missing))}")
         step = int(about["step"])
         curve = json.loads(about["curve"])
         kind = optimizer_class(json.loads(about["plan"]).get("optimizer", "adamw"))
@@ -96,9 +97,9 @@ def load_state(path: Path) -> tuple[State, dict[str, str]]:
         if step and not (
             fresh.m.keys() == groups["m"].keys() and fresh.v.keys() == groups["v"].keys()
         ):
-            raise ValueError("the moments are not those of the parameters")
+            raise InputError("the moments are not those of the parameters")
     except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"{path} is damaged or no training checkpoint ({error}); delete it to start again"
         ) from error
     return State(groups["w"], kind(step=step, m=groups["m"], v=groups["v"]), curve), about

@@ -35,6 +35,7 @@ import math
 import numpy as np
 
 from refllm.backend import NUMPY, namespace, to_numpy
+from refllm.errors import InputError
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Layer, Weights
@@ -121,7 +122,7 @@ class SingleTokenStep:
         cache = self.cache
         at = cache.lengths[sequence]
         if at >= cache.capacity:
-            raise ValueError(f"the cache of the draft holds {cache.capacity} tokens and is full")
+            raise InputError(f"the cache of the draft holds {cache.capacity} tokens and is full")
         per_width = 1.0 / config.hidden_size
         eps = config.rms_norm_eps
         groups = config.num_key_value_heads

@@ -27,6 +27,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from refllm.errors import InputError
+
 
 @dataclass
 class Acceptance:
@@ -52,11 +54,11 @@ class Acceptance:
         accepted.
         """
         if not 0 <= accepted <= proposed:
-            raise ValueError(f"{accepted} of {proposed} drafts cannot be accepted")
+            raise InputError(f"{accepted} of {proposed} drafts cannot be accepted")
         if judged is None:
             judged = min(accepted + 1, proposed)
         if not accepted <= judged <= proposed:
-            raise ValueError(
+            raise InputError(
                 f"{judged} of {proposed} drafts cannot be judged where {accepted} are accepted"
             )
         self.steps += 1
@@ -108,7 +110,7 @@ def expected_length(alpha: float, gamma: int) -> float:
     1.75
     """
     if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha is a probability, got {alpha}")
+        raise InputError(f"alpha is a probability, got {alpha}")
     return sum(alpha**i for i in range(gamma + 1))
 
 
@@ -117,7 +119,7 @@ def speedup(alpha: float, gamma: int, cost: Sequence[float], draft_cost: float) 
     unit.
     """
     if not 0 <= gamma < len(cost):
-        raise ValueError(
+        raise InputError(
             f"gamma {gamma} needs the cost of 1 to {gamma + 1} tokens, got {len(cost)}"
         )
     return expected_length(alpha, gamma) * cost[0] / (cost[gamma] + gamma * draft_cost)

@@ -19,6 +19,7 @@ from refllm.decode.speculative.interface import (
     check_vocabulary,
 )
 from refllm.decode.speculative.model_drafter import ModelDrafter
+from refllm.errors import InputError
 
 
 class Cascade:
@@ -31,7 +32,7 @@ class Cascade:
 
     def __init__(self, *drafters: Drafter):
         if not drafters or not all(hasattr(drafter, "propose") for drafter in drafters):
-            raise ValueError(f"a cascade needs drafters, such as NGramDrafter(), got {drafters!r}")
+            raise InputError(f"a cascade needs drafters, such as NGramDrafter(), got {drafters!r}")
         self.drafters = drafters
         self.gamma = max(drafter.gamma for drafter in drafters)
         self.trees = any(getattr(drafter, "trees", False) for drafter in drafters)

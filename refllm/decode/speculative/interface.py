@@ -23,6 +23,7 @@ from refllm.backend import Array
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.decode.sampling_params import SamplingParams
 from refllm.decode.speculative.tree import Tree
+from refllm.errors import InputError
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights
 
@@ -107,7 +108,7 @@ def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
 def checked_gamma(gamma: int) -> int:
     """γ as an int; ValueError if it is not an integer of 1 or more."""
     if not isinstance(gamma, (int, np.integer)) or gamma < 1:
-        raise ValueError(f"gamma, the number of drafts per step, must be 1 or more, got {gamma!r}")
+        raise InputError(f"gamma, the number of drafts per step, must be 1 or more, got {gamma!r}")
     return int(gamma)
 
 
@@ -117,14 +118,14 @@ def check_vocabulary(target: ModelLike, draft: ModelLike) -> None:
     """
     sizes = target.config.vocab_size, draft.config.vocab_size
     if sizes[0] != sizes[1]:
-        raise ValueError(
+        raise InputError(
             f"the draft model has a vocabulary of {sizes[1]} tokens and the target of {sizes[0]}: "
             "a draft model needs the target's tokenizer"
         )
     ours, theirs = (m.tokenizer.inner.get_vocab(with_added_tokens=True) for m in (target, draft))
     if ours != theirs:
         word = min(w for w in {*ours, *theirs} if ours.get(w) != theirs.get(w))
-        raise ValueError(
+        raise InputError(
             f"the draft model's vocabulary is not the target's: {word!r} is token "
             f"{theirs.get(word)} in the draft and {ours.get(word)} in the target"
         )

@@ -29,22 +29,16 @@ import numpy as np
 
 from refllm.backend import Array, asarray_like, finite_argmax, namespace, to_numpy
 from refllm.decode.fast.captured_step import make_decode_step
-from refllm.decode.generate import (
-    CachePolicy,
-    check_policy,
-    check_prompts,
-    choose_tokens,
-    new_cache,
-    prefill,
-)
+from refllm.decode.generate import check_prompts, checked_policy, choose_tokens, prefill
 from refllm.decode.penalties import apply_repetition_penalty
 from refllm.decode.sampling import distribution
 from refllm.decode.sampling_params import SamplingParams
 from refllm.decode.speculative.interface import NO_DRAFTS, Drafter, Proposal, TreeProposal
-from refllm.decode.speculative.tree import Tree, TreeView, compact
+from refllm.decode.speculative.tree import Tree
 from refllm.decode.speculative.tree_verification import verify_tree, verify_tree_greedy
 from refllm.decode.speculative.verification import verify, verify_greedy
-from refllm.kv.contiguous import ContiguousCache
+from refllm.errors import InputError
+from refllm.kv.interface import NO_TREES, CachePolicy
 from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights, logits
 
@@ -92,15 +86,13 @@ def speculate(
     rejects.
     """
     check_prompts([prompt], max_tokens, config)
-    check_policy(policy)
-    if policy is not None and getattr(drafter, "trees", False):
-        raise ValueError(
-            "a tree of drafts is verified in a cache that keeps everything: draft chains instead"
-        )
+    policy = checked_policy(policy)
+    if getattr(drafter, "trees", False) and not policy.trees:
+        raise InputError(NO_TREES)
     if max_tokens == 0:
         return
     end = len(prompt) + max_tokens
-    cache = new_cache(config, 1, end, weights["norm"], policy, rng)
+    cache = policy.new_cache(config, 1, end, like=weights["norm"], rng=rng)
     tokens = [int(t) for t in prompt]
     decode_step = make_decode_step(weights, config)
     z = logits(weights, prefill(weights, config, [tokens], cache))  # [1, V]
@@ -118,12 +110,11 @@ def speculate(
             proposal = drafter.propose(tokens, count, sampling, rng)
         new = [tokens[-1], *proposal.tokens]  # the last token is not cached yet
         if isinstance(proposal, TreeProposal):
-            assert isinstance(cache, ContiguousCache), "a drafter of trees needs trees = True"
             tree = proposal.tree
             positions = tree.positions(cache.lengths[0])
-            z = decode_step(new, positions, TreeView(cache, 0, tree))  # [m+1, V]
+            z = decode_step(new, positions, cache.view_tree(0, tree))  # [m+1, V]
             step, path = verify_tree_proposal(z, tokens, proposal, sampling, rng)
-            compact(cache, 0, path)
+            cache.advance_path(0, path)
         else:
             positions = cache.positions([len(new)])
             z = decode_step(new, positions, cache.view([len(new)]))  # [γ+1, V]
@@ -198,5 +189,5 @@ def _checked_argmax(z: Array) -> list[int]:
     """The argmax of each row on the host; ValueError if no logit of a row is the largest."""
     found = finite_argmax(z)
     if min(found) < 0:
-        raise ValueError("the logits of a step have no largest one: NaN, +inf or nothing but -inf")
+        raise InputError("the logits of a step have no largest one: NaN, +inf or nothing but -inf")
     return found

@@ -33,6 +33,7 @@ from refllm.decode.speculative.interface import (
     checked_gamma,
     common_prefix_length,
 )
+from refllm.errors import InputError
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.llama import forward, logits
 
@@ -60,7 +61,7 @@ class ModelDrafter:
         is for.
         """
         if not 0 <= confidence < 1:
-            raise ValueError(f"confidence is a probability within [0, 1), got {confidence}")
+            raise InputError(f"confidence is a probability within [0, 1), got {confidence}")
         self.model = model
         self.config = model.config
         self.gamma = checked_gamma(gamma)
@@ -102,7 +103,7 @@ class ModelDrafter:
         """
         sequences = [request.sequence for request in requests]
         if len(set(sequences)) < len(requests):
-            raise ValueError(f"each sequence drafts once per step, got {sequences}")
+            raise InputError(f"each sequence drafts once per step, got {sequences}")
         # two sequences are as fast one after the other
         return self._draft(requests, batched=self._single_token is None or len(requests) > 2)
 

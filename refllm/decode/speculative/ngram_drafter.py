@@ -14,6 +14,7 @@ import numpy as np
 
 from refllm.decode.sampling_params import SamplingParams
 from refllm.decode.speculative.interface import NO_DRAFTS, Proposal, checked_gamma
+from refllm.errors import InputError
 
 
 class NGramDrafter:
@@ -32,7 +33,7 @@ class NGramDrafter:
 
     def __init__(self, gamma: int = 8, *, longest: int = 4, shortest: int = 2):
         if not 1 <= shortest <= longest:
-            raise ValueError(
+            raise InputError(
                 f"n-grams of {shortest} to {longest} tokens: the shortest must be at least 1, "
                 "and not longer than the longest"
             )

@@ -29,6 +29,7 @@ import heapq
 from collections.abc import Sequence
 
 from refllm.decode.speculative.tree import Tree
+from refllm.errors import InputError
 
 
 def expected_path(tree: Tree, chances: Sequence[float]) -> float:
@@ -131,7 +132,7 @@ def rank_chances(best: Sequence[int], ranked: Sequence[Sequence[int]]) -> list[f
     choice, ranked[T][K].
     """
     if not best or len(best) != len(ranked):
-        raise ValueError(
+        raise InputError(
             "needs the draft's ranking for each of the target's tokens, got "
             f"{len(best)}, {len(ranked)}"
         )
@@ -160,14 +161,14 @@ def _check(chances: Sequence[float], nodes: int, depth: int) -> None:
     negative sizes.
     """
     if not chances or not all(0 <= a <= 1 for a in chances) or sum(chances) > 1 + 1e-9:
-        raise ValueError(
+        raise InputError(
             "the chances of the children are probabilities of exclusive events, got "
             f"{list(chances)}"
         )
     if list(chances) != sorted(chances, reverse=True):
-        raise ValueError(
+        raise InputError(
             "the first child is the likeliest: give the chances in falling order, got "
             f"{list(chances)}"
         )
     if min(nodes, depth) < 0:
-        raise ValueError(f"a tree has 0 or more nodes and levels, got {nodes} and {depth}")
+        raise InputError(f"a tree has 0 or more nodes and levels, got {nodes} and {depth}")

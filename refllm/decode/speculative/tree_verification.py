@@ -28,6 +28,7 @@ from refllm.backend import Array, namespace
 from refllm.decode.sampling import EMPTY, draw
 from refllm.decode.speculative.tree import Tree
 from refllm.decode.speculative.verification import check_rows
+from refllm.errors import InputError
 
 
 def verify_tree(
@@ -82,7 +83,7 @@ def verify_tree_greedy(
     ([1], 7)
     """
     if len(best) != len(tree) + 1 or len(tokens) != len(tree):
-        raise ValueError(
+        raise InputError(
             f"a tree of {len(tree)} nodes needs as many tokens and one more target, got "
             f"{len(tokens)} and {len(best)}"
         )
@@ -120,7 +121,7 @@ def _chance(left: Array, drawn: Array | None, x: int) -> float:
         return target
     drafted = float(drawn[x]) / float(xp.sum(drawn))
     if not drafted > 0:
-        raise ValueError(
+        raise InputError(
             f"token {x} has probability 0 in the distribution that it is said to be drawn from"
         )
     return target / drafted
@@ -151,10 +152,10 @@ def _without(weights: Array, x: int) -> Array:
 def _check(p: Array, q: Array | None, tree: Tree, tokens: Sequence[int]) -> None:
     """The checks of ``verify``, for all rows of a tree."""
     if len(tokens) != len(tree):
-        raise ValueError(f"a tree of {len(tree)} nodes needs as many tokens, got {len(tokens)}")
+        raise InputError(f"a tree of {len(tree)} nodes needs as many tokens, got {len(tokens)}")
     if p.shape[0] != len(tree) + 1 or (q is not None and q.shape != p.shape):
         shapes = f"{tuple(p.shape)} and {None if q is None else tuple(q.shape)}"
-        raise ValueError(
+        raise InputError(
             f"a tree of {len(tree)} nodes needs p and q of shape ({len(tree) + 1}, V), got {shapes}"
         )
     check_rows("p", p)
@@ -164,6 +165,6 @@ def _check(p: Array, q: Array | None, tree: Tree, tokens: Sequence[int]) -> None
         check_rows("q", xp.take(q, xp.asarray(inner, dtype=xp.int64), axis=0))
     wrong = next((i for i, t in enumerate(tokens) if not 0 <= t < p.shape[1]), None)
     if wrong is not None:
-        raise ValueError(
+        raise InputError(
             f"node {wrong} is token {tokens[wrong]}, outside the vocabulary of {p.shape[1]}"
         )

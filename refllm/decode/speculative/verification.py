@@ -37,6 +37,7 @@ import numpy as np
 
 from refllm.backend import Array, namespace, to_numpy
 from refllm.decode.sampling import EMPTY, draw
+from refllm.errors import InputError
 
 # Of Σ = 1 in each row: what a softmax in float32 over 10⁵ tokens keeps, with a margin.
 TOLERANCE = 1e-5
@@ -119,7 +120,7 @@ def verify_greedy(best: Sequence[int] | Array, draft: Sequence[int] | Array) -> 
     targets = _token_ids(best)
     drafts = _token_ids(draft)
     if len(targets) != len(drafts) + 1:
-        raise ValueError(f"{len(drafts)} drafts need {len(drafts) + 1} targets, got {len(targets)}")
+        raise InputError(f"{len(drafts)} drafts need {len(drafts) + 1} targets, got {len(targets)}")
     accepted = 0
     while accepted < len(drafts) and drafts[accepted] == targets[accepted]:
         accepted += 1
@@ -227,7 +228,7 @@ def _draft_probabilities(
     drafted = host[end + 2 * count :]
     if drafted and min(drafted) <= 0:
         i = drafted.index(min(drafted))
-        raise ValueError(
+        raise InputError(
             f"draft {i} is token {x[i]}, to which q gives probability 0: it was not sampled "
             "from this q"
         )
@@ -239,15 +240,15 @@ def _check_shapes(p: Array, q: Array | None, drafts: Sequence[int]) -> None:
     count = len(drafts)
     vocab = p.shape[-1] if p.ndim else 0
     if p.shape != (count + 1, vocab) or vocab == 0:
-        raise ValueError(f"{count} drafts need p of shape ({count + 1}, V), got {tuple(p.shape)}")
+        raise InputError(f"{count} drafts need p of shape ({count + 1}, V), got {tuple(p.shape)}")
     if q is not None and q.shape != (count, vocab):
-        raise ValueError(
+        raise InputError(
             f"{count} drafts and p{tuple(p.shape)} need q of shape ({count}, {vocab}), "
             f"got {tuple(q.shape)}"
         )
     wrong = next((i for i, t in enumerate(drafts) if not 0 <= t < vocab), None)
     if wrong is not None:
-        raise ValueError(
+        raise InputError(
             f"draft {wrong} is token {drafts[wrong]}, outside the vocabulary of {vocab}"
         )
 
@@ -264,9 +265,9 @@ def _check_sums(name: str, sums: Sequence[float], smallest: Sequence[float]) -> 
     for i, (total, low) in enumerate(zip(sums, smallest, strict=True)):
         if not low >= 0:
             kind = "negative" if low < 0 else "NaN"
-            raise ValueError(f"row {i} of {name} has a probability that is {kind}: {low}")
+            raise InputError(f"row {i} of {name} has a probability that is {kind}: {low}")
         if not abs(total - 1.0) <= TOLERANCE:
-            raise ValueError(
+            raise InputError(
                 f"row {i} of {name} sums to {total}, not to 1 within {TOLERANCE}: "
                 "normalise it first"
             )
@@ -277,11 +278,11 @@ def _token_ids(ids: Sequence[int] | Array) -> list[int]:
     if not hasattr(ids, "shape"):
         values = list(ids)
         if not all(isinstance(t, (int, np.integer)) and not isinstance(t, bool) for t in values):
-            raise ValueError(f"drafts are token ids, got {values}")
+            raise InputError(f"drafts are token ids, got {values}")
         return [int(t) for t in values]
     host = to_numpy(ids)
     if host.ndim != 1 or host.dtype.kind not in "iu":
-        raise ValueError(
+        raise InputError(
             f"drafts are a 1-D array of token ids, got {host.dtype} of shape {host.shape}"
         )
     found: list[int] = host.tolist()

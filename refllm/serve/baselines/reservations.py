@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from refllm.errors import InputError
 from refllm.kv.contiguous_allocator import BuddyAllocator, FirstFitAllocator
 from refllm.serve.kv_manager import Copies
 from refllm.serve.request import Request, Sequence
@@ -58,7 +59,7 @@ class _Contiguous:
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Always a ValueError."""
-        raise ValueError(
+        raise InputError(
             "a contiguous range cannot be shared: submit n requests instead of one with n"
         )
 
@@ -76,7 +77,7 @@ class ReservedKVManager(_Contiguous):
         """ValueError for an unknown rule."""
         super().__init__()
         if rule not in RULES:
-            raise ValueError(f"unknown rule {rule!r}; choose one of {', '.join(RULES)}")
+            raise InputError(f"unknown rule {rule!r}; choose one of {', '.join(RULES)}")
         self.rule = rule
         self.longest = longest
         self.allocator: BuddyAllocator | FirstFitAllocator = (
@@ -153,7 +154,7 @@ class PaddedKVManager(_Contiguous):
         """
         super().__init__()
         if slots < 1 or (longest is not None and longest < 1):
-            raise ValueError(
+            raise InputError(
                 f"needs at least one slot per row and in all, got {longest} and {slots}"
             )
         self.slots = slots
