@@ -74,7 +74,7 @@ test: $(VENV)/.stamp-test ## the test suite; tests against torch and transformer
 
 # --- more tests ------------------------------------------------------------------------------------------------
 
-.PHONY: test-oracles test-gpu test-llamacpp nightly notebooks lint types theorems theorems-check reading reading-check
+.PHONY: style test-kernels test-oracles test-gpu test-llamacpp nightly notebooks lint types theorems theorems-check reading reading-check readme readme-check
 test-oracles: $(VENV)/.stamp-test $(VENV)/.stamp-oracles ## the comparisons with torch and transformers (a large install)
 	REFLLM_REQUIRE_ORACLES=1 $(PYTEST) -m oracle $(ARGS)
 
@@ -85,6 +85,15 @@ test-llamacpp: $(VENV)/.stamp-test ## the comparisons with llama.cpp (compiles i
 	@if grep -rqs 'mark.llamacpp' tests; then \
 	  set -e; $(INSTALL) 'llama-cpp-python>=0.3.16' gguf; REFLLM_REQUIRE_ORACLES=1 $(PYTEST) -m llamacpp $(ARGS); \
 	else echo "no test is marked llamacpp"; fi
+
+# OpenBLAS picks its kernels by the processor, and two families round differently: the tests that compare bits, and
+# the notebooks, run under the other family too, where this processor has one.
+test-kernels: $(VENV)/.stamp-test $(VENV)/.stamp-notebooks ## tests that compare bits, and notebooks, under the other family of BLAS kernels
+	@other=$$($(BIN)/python -m tests.kernel_families); \
+	if [ -z "$$other" ]; then echo "this processor has no second family of OpenBLAS kernels: nothing was run"; exit 0; fi; \
+	set -ex; export OPENBLAS_CORETYPE=$$other OPENBLAS_NUM_THREADS=1; \
+	$(PYTEST) -m 'float_equality and not oracle' $(ARGS); \
+	$(PYTEST) --nbmake --nbmake-timeout=300 -W default notebooks $(ARGS)
 
 nightly: $(VENV)/.stamp-test ## the state machines of serving, 100,000 steps each (half an hour)
 	HYPOTHESIS_PROFILE=nightly $(PYTEST) -rP -k state_machine $(addprefix tests/,kv/test_block_pool.py kv/test_hash_prefix.py kv/test_radix_tree.py kv/test_contiguous_allocator.py serve/test_scheduler.py) $(ARGS)
@@ -97,6 +106,10 @@ notebooks: $(VENV)/.stamp-test $(VENV)/.stamp-notebooks ## execute every noteboo
 lint: $(VENV)/.stamp-test ## formatting and lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+style: $(VENV)/.stamp-base ## readability measured: names, lines, docstrings (tests/style.py)
+	$(BIN)/python -m tests.style
+	$(BIN)/python -m tests.style --check
 
 types: $(VENV)/.stamp-test ## mypy, strict, on the package
 	$(BIN)/mypy
@@ -112,6 +125,12 @@ reading: $(VENV)/.stamp-base ## write READING.md from the notebooks' last tables
 
 reading-check: $(VENV)/.stamp-base
 	$(BIN)/python -m tests.reading --check
+
+readme: $(VENV)/.stamp-base ## write the numbers of README.md from the committed records
+	$(BIN)/python tests/readme.py --write
+
+readme-check: $(VENV)/.stamp-base
+	$(BIN)/python tests/readme.py --check
 
 # --- use -------------------------------------------------------------------------------------------------------
 

@@ -23,9 +23,12 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import importlib
+import inspect
+import re
 import warnings
+from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import hypothesis
@@ -211,11 +214,25 @@ def theorem_page(rows: list[tuple[str, str, str, str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+# What a test that asserts equality of floating-point results, bit for bit, says in its source.
+_EQUALITY = re.compile(r"array_equal|tobytes\(|\.view\(|same_bits|bits\(|max_ulp|== 0\.0")
+
+
+@cache
+def _compares_bits(test: FunctionType) -> bool:
+    return _EQUALITY.search(inspect.getsource(test)) is not None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave the GPU's tests out unless they are asked for: a machine without one would skip
-    a third of the suite.
+    a third of the suite. Mark the tests that compare bits, where those are asked for.
     """
-    if "gpu" in (config.option.markexpr or ""):
+    markers = config.option.markexpr or ""
+    if "float_equality" in markers:
+        for item in items:
+            if isinstance(item, pytest.Function) and _compares_bits(item.function):
+                item.add_marker("float_equality")
+    if "gpu" in markers:
         return
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu:

@@ -1,4 +1,6 @@
-"""Which other family of OpenBLAS kernels this processor can run: ``python -m tests.kernel_families``.
+"""Which other family of OpenBLAS kernels this processor can run.
+
+    python -m tests.kernel_families
 
 OpenBLAS chooses its kernels by the processor, and two families round the same product
 differently. A test that asserts equality of floating-point results may hold under one and fail
