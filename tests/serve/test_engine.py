@@ -221,6 +221,7 @@ def assert_serves_on(engine: Engine) -> None:
         (lambda: Request([1], 5, id="first"), "'first' is being served"),
         (lambda: Request([1], 5, n=200), "200 sequences, and at most 128"),
         (lambda: Request([1], 5, n=2, beam=True, temperature=1.0), "beam search neither samples"),
+        (lambda: Request([1], 5, n=2, beam=True, stop="x"), "beam search neither samples"),
         (lambda: Request([1], 5, stop=""), "stop must be"),
     ],
 )
@@ -228,6 +229,48 @@ def test_bad_input_is_one_clear_error_and_other_requests_continue(busy, make, wh
     with pytest.raises(ValueError, match=why):
         busy.submit(make())
     assert_serves_on(busy)
+
+
+@pytest.mark.parametrize(("prompt", "new"), [(95, 1), (1, 95), (96, 0)])
+def test_a_request_may_fill_the_positions_of_the_model_but_not_exceed_them(prompt, new):
+    engine = Engine(served_model(), num_blocks=24, block_size=4)
+    name = engine.submit(Request([1] * prompt, new, ignore_eos=True))
+    with pytest.raises(ValueError, match="exceed the model's 96 positions"):
+        engine.submit(Request([1] * prompt, new + 1))
+    assert len(engine.run()[name].tokens) == new
+
+
+def test_a_search_may_have_as_many_beams_as_there_are_tokens_that_do_not_end():
+    engine = Engine(served_model(9), num_blocks=40, block_size=2)
+    with pytest.raises(ValueError, match="9 beams need as many first tokens, of 9"):
+        engine.submit(Request([1], 1, n=9, beam=True))
+    name = engine.submit(Request([1], 1, n=8, beam=True))
+    assert len(engine.run()[name].outputs) == 8
+
+
+def test_an_id_that_the_engine_assigns_is_free():
+    engine = Engine(served_model(), num_blocks=8)
+    engine.submit(Request([1], 1, id=0))
+    engine.step()  # its result is not taken
+    engine.submit(Request([1], 1, id=1))
+    assert [engine.submit(Request([1], 1)) for _ in range(2)] == [2, 3]
+    assert sorted(engine.run()) == [0, 1, 2, 3]
+
+
+def test_requests_without_a_seed_draw_theirs_from_the_engines():
+    def run(seed: int | None) -> list[list[int]]:
+        engine = Engine(served_model(), num_blocks=40, seed=seed)
+        names = [engine.submit(Request([1], 8, temperature=1.0, ignore_eos=True)) for _ in range(2)]
+        own = engine.submit(Request([1], 8, temperature=1.0, ignore_eos=True, seed=5))
+        results = engine.run()
+        return [results[name].tokens for name in (*names, own)]
+
+    first, second, own = run(0)
+    assert first != second
+    assert run(0) == [first, second, own]
+    assert run(1)[:2] != [first, second]
+    assert run(None)[:2] != run(None)[:2]
+    assert run(None)[2] == own
 
 
 def test_max_tokens_0_gives_empty_outputs(busy):
@@ -590,6 +633,19 @@ def test_engine_stats():
     assert engine.computed_tokens == 14 + 14 - 8
     assert engine.peak_blocks == 4
     assert engine.used_blocks == engine.cached_blocks == 0
+
+
+def test_used_and_cached_blocks_are_told_apart():
+    engine = Engine(served_model(), num_blocks=40, block_size=4, prefix_cache="radix")
+    assert engine.hit_rate == 0
+    plans = []
+    engine.on_plan = plans.append
+    engine.submit(Request(PROMPTS[0], 5, ignore_eos=True))
+    engine.step()
+    assert (engine.used_blocks, engine.cached_blocks) == (3, 0)
+    engine.run()
+    assert (engine.used_blocks, engine.cached_blocks) == (0, 3)  # 14 tokens: three are full
+    assert [plan.step for plan in plans] == list(range(engine.steps)) == list(range(5))
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["the model's weights", "a weight of a layer"])

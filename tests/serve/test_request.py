@@ -113,6 +113,21 @@ def test_an_invalid_prompt_is_rejected(prompt, why):
         Request(prompt)
 
 
+def test_defaults():
+    asked = Request([1])
+    assert (asked.max_tokens, asked.id, asked.seed, asked.ignore_eos) == (16, None, None, False)
+    assert (asked.n, asked.beam, asked.length_penalty) == (1, False, 1.0)
+    assert (asked.priority, asked.arrival, asked.salt) == (0, 0.0, None)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"max_tokens": 0}, {"seed": 0}, {"n": 1}, {"priority": -3}, {"length_penalty": -1}]
+)
+def test_values_at_the_ends_of_their_ranges_are_allowed(fields):
+    (name, value), *_ = fields.items()
+    assert getattr(Request([0], **fields), name) == value
+
+
 def test_no_stop_string_is_none_or_empty():
     assert Request([1], stop=None).stop == Request([1]).stop == ()
 
