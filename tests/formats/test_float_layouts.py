@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from conftest import oracle
+from conftest import oracle, to_host
 from exported_models import output, products_of, their_model
 from networks import VOCAB, random_tensors, tokenizer
 from refllm.checkpoints.loading import load
 from refllm.checkpoints.tensor_files import CheckpointError, TensorFiles
 from refllm.checkpoints.writer import save
+from refllm.formats.block_float import FloatScheme, quantize
 from refllm.formats.float_layouts import from_tensors, layout_for, to_tensor
+from refllm.formats.fp8_linear import Fp8Linear
 from refllm.formats.layouts import WeightLayout, tensor_specs
 from refllm.formats.quantization_config import UnsupportedQuantization, parse, quantization_config
 from refllm.formats.uniform import Scheme
@@ -26,6 +28,7 @@ from refllm.model.llama import PROJECTIONS
 from refllm.quant.export import export
 from refllm.quant.fp8 import fp8
 from refllm.quant.recipe import quantize_model
+from strategies import build
 
 # 144 and 160 are no multiples of 128: blocks at the edges are ragged
 CONFIG = ModelConfig("llama", VOCAB, 144, 160, 2, 3, 1, 48, bos_token_id=0, eos_token_ids=(0,))
@@ -180,8 +183,18 @@ def test_what_no_layout_holds():
         layout_for(fp8(w, Scheme(8, "restricted", "tensor")))
     with pytest.raises(ValueError, match="fp8 goes with activations by tile, not None"):
         layout_for(fp8(w, BLOCK, activations=False), "fp8")
-    with pytest.raises(ValueError, match="tiles of 64 columns"):
-        layout_for(fp8(w, Scheme(8, "restricted", "block", 64)))
+    for layout in ("fp8", None):
+        with pytest.raises(ValueError, match="tiles of 64 columns of the activations .* only 128"):
+            layout_for(fp8(w, Scheme(8, "restricted", "block", 64)), layout)
+    blocks = fp8(w, Scheme(8, "restricted", "block", 64), activations=False)
+    assert layout_for(blocks) == WeightLayout("float-quantized", 8, 64, weight_only=True)
+    with pytest.raises(ValueError, match="not e4m3 by block"):
+        layout_for(Fp8Linear(quantize(w, FloatScheme("e4m3", "block", (128, 64)))))
+    tokens = Fp8Linear(quantize(w, FloatScheme("e4m3", "block", 128)), "token")
+    with pytest.raises(ValueError, match="float-quantized goes with activations by tile, not tok"):
+        layout_for(tokens)
+    with pytest.raises(ValueError, match="goes with activations by token, not tensor"):
+        layout_for(Fp8Linear(quantize(w, FloatScheme("e4m3", "channel")), "tensor"))
 
 
 def test_integers_go_into_other_layouts(original, tmp_path):
@@ -200,17 +213,71 @@ def test_integers_go_into_other_layouts(original, tmp_path):
     assert not (tmp_path / "q").exists()
 
 
-def test_damaged_tensors_are_rejected(xp):
-    weight = fp8(xp.asarray(np.ones((4, 8), dtype=np.float32)), BLOCK)
-    stored = layout_for(weight, "fp8")
-    tensors = {suffix: to_tensor(weight, suffix) for suffix in tensor_specs(stored, (4, 8))}
-    assert from_tensors(tensors, stored, (4, 8)).activation == "tile"
-    with pytest.raises(ValueError, match="w: a code is NaN"):
-        from_tensors(tensors | {"weight": tensors["weight"] | 0x7F}, stored, (4, 8), name="w")
-    for wrong in (-1.0, np.inf, np.nan):
-        scale = xp.asarray(np.full((1, 1), wrong, dtype=np.float32))
+@pytest.mark.parametrize("layout", ["fp8", "float-quantized"])
+def test_damaged_tensors_are_rejected(xp, layout):
+    """One damaged code or scale among good ones, in the last block or row."""
+    x = build("normal", (130, 140), 0)
+    weight = fp8(xp.asarray(x), BLOCK if layout == "fp8" else CHANNEL)
+    stored = layout_for(weight, layout)
+    tensors = {suffix: to_tensor(weight, suffix) for suffix in tensor_specs(stored, x.shape)}
+    read = from_tensors(tensors, stored, x.shape)
+    np.testing.assert_array_equal(to_host(read.dequantize()), to_host(weight.dequantize()))
+    key = "weight_scale_inv" if layout == "fp8" else "weight_scale"
+    for code in (0x7F, 0xFF):
+        codes = to_host(tensors["weight"]).copy()
+        codes[129, 139] = code
+        with pytest.raises(ValueError, match="w: a code is NaN"):
+            from_tensors(tensors | {"weight": xp.asarray(codes)}, stored, x.shape, name="w")
+    for wrong in (-1.0, -1e-45, np.inf, -np.inf, np.nan):
+        scale = to_host(tensors[key]).copy()
+        scale[-1, -1] = wrong
         with pytest.raises(ValueError, match="w: a scale is negative or not finite"):
-            from_tensors(tensors | {"weight_scale_inv": scale}, stored, (4, 8), name="w")
+            from_tensors(tensors | {key: xp.asarray(scale)}, stored, x.shape, name="w")
+
+
+def test_every_code_but_nan_and_any_scale_from_zero_up_is_read(xp):
+    """Codes 0x00 to 0x7E of both signs times scales of any floating-point type."""
+    codes = np.array([c for c in range(256) if c & 0x7F != 0x7F], dtype=np.uint8).reshape(2, 127)
+    stored = WeightLayout("float-quantized", 8)
+    for dtype in ("float16", "float32", "float64"):
+        scale = np.array([[0.5], [0.0]], dtype=dtype)
+        tensors = {"weight": xp.asarray(codes), "weight_scale": xp.asarray(scale)}
+        read = from_tensors(tensors, stored, (2, 127), dtype="float64")
+        back = to_host(read.dequantize())
+        assert back.dtype == np.float64
+        values = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
+        np.testing.assert_array_equal(back, values * [[0.5], [0.0]])
+        assert read.weight.scale.dtype == xp.float32
+        assert read.nbytes == codes.size + 8
+    nothing = {
+        "weight": xp.asarray(np.zeros((0, 4), np.uint8)),
+        "weight_scale": xp.asarray(np.zeros((0, 1), np.float32)),
+    }
+    assert from_tensors(nothing, stored, (0, 4)).shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("stored", "activation"),
+    [
+        (WeightLayout("float-quantized", 8), "token"),
+        (WeightLayout("float-quantized", 8, 128), "tile"),
+        (WeightLayout("fp8", 8, 128), "tile"),
+        (WeightLayout("float-quantized", 8, weight_only=True), None),
+        (WeightLayout("float-quantized", 8, 128, weight_only=True), None),
+    ],
+)
+def test_a_layout_says_how_activations_are_quantised(stored, activation):
+    specs = tensor_specs(stored, (4, 128))
+    tensors = {
+        suffix: np.ones(shape, dtype="uint8" if suffix == "weight" else "float32")
+        for suffix, (_, shape) in specs.items()
+    }
+    read = from_tensors(tensors, stored, (4, 128), name="q_proj")
+    assert read.activation == activation
+    assert layout_for(read, stored.name) == stored
+    if activation is not None:
+        with pytest.raises(ValueError, match="the input of q_proj: holds NaN"):
+            read.matmul(np.full((1, 128), np.nan, dtype=np.float32))
 
 
 @pytest.mark.theorem(
@@ -260,7 +327,12 @@ def test_options_of_compressed_tensors_that_are_not_read():
     for where, key, value, words in (
         ("weights", "strategy", "tensor", "one scale per row or block"),
         ("weights", "num_bits", 4, "8-bit"),
+        ("weights", "symmetric", False, "symmetric 8-bit floats"),
+        ("weights", "dynamic", True, "symmetric 8-bit floats"),
+        ("weights", "type", "int", "format 'float-quantized' is not supported"),
         ("input_activations", "dynamic", False, "dynamic 8-bit floats"),
+        ("input_activations", "num_bits", 4, "dynamic 8-bit floats"),
+        ("input_activations", "strategy", "tensor", "dynamic 8-bit floats"),
     ):
         changed = json.loads(json.dumps(entry))
         changed["config_groups"]["group_0"][where][key] = value

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 import fuzz_gguf
 from conftest import oracle
 from gguf_data import K_QUANTS, LEGACY
-from refllm.formats.gguf.codec import quantize
 from refllm.formats.gguf import reader
+from refllm.formats.gguf.codec import quantize
 from refllm.formats.gguf.reader import GGUFError, GGUFFile, parse
 from refllm.formats.gguf.writer import write
 from strategies import build

@@ -307,16 +307,261 @@ def test_version_one_reads_its_lost_zero_as_the_largest_code():
     np.testing.assert_array_equal(back.codes, made.codes)
 
 
-def test_scales_of_zero_and_negative_ones():
+@pytest.mark.parametrize("scale_dtype", [None, "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("layout", ["pack-quantized", "gptq", "gptq_v2", "awq"])
+def test_scales_of_zero_and_negative_ones(xp, layout, scale_dtype):
+    """A scale of zero is kept, though scales that are stored never round to zero."""
+    scheme = Scheme(4, "half_integer", "group", 32)
+    stored = layout_for(scheme, layout)
+    tensors = to_tensors(quantize(weight(0, xp), scheme), stored)
+    key = "scales" if stored.transposed else "weight_scale"
+    at = (2, 3) if stored.transposed else (3, 2)  # row 3, the last of three groups
+
+    def read(value):
+        scale = to_host(tensors[key]).astype("float32")
+        scale[at] = value
+        changed = tensors | {key: xp.asarray(scale)}
+        return from_tensors(changed, stored, (M, N), scale_dtype=scale_dtype, name="q_proj")
+
+    back = to_host(read(0.0).dequantize())
+    assert not back[3, 64:].any()
+    assert back[3, :64].any()
+    for bad in (-1.0, np.nan, np.inf, -np.inf, -1e-45):
+        with pytest.raises(ValueError, match="q_proj: a scale is negative or not finite"):
+            read(bad)
+
+
+# --- asymmetric compressed-tensors weights, which are only read ---------------------------
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("group", [8, None])
+def test_packed_zero_points_are_read_column_by_column(xp, bits, group):
+    """Z of (o, g) is number o of the stream that is column g of weight_zero_point; 13 rows
+    end within a word.
+    """
+    m, n = 13, 24
+    scheme = Scheme(bits, "asymmetric", *(("group", group) if group else ("channel",)))
+    made = quantize(weight(bits, xp, m, n), scheme)
+    stored = WeightLayout("pack-quantized", bits, group, symmetric=False)
+    zeros = to_host(made.zero_point)
+    words = np.zeros((-(-m * bits // 32), zeros.shape[1]), dtype=np.int64)
+    for g in range(zeros.shape[1]):
+        whole = sum(int(z) << (bits * o) for o, z in enumerate(zeros[:, g]))
+        words[:, g] = [(whole >> (32 * i)) & (2**32 - 1) for i in range(words.shape[0])]
+    tensors = {
+        "weight_packed": made.packed().view(xp.int32),
+        "weight_scale": made.scale,
+        "weight_shape": xp.asarray(np.array([m, n])),
+        "weight_zero_point": xp.asarray(words.astype(np.uint32).view(np.int32)),
+    }
+    specs = tensor_specs(stored, (m, n))
+    assert {s: tuple(t.shape) for s, t in tensors.items()} == {s: v[1] for s, v in specs.items()}
+    back = from_tensors(tensors, stored, (m, n))
+    np.testing.assert_array_equal(to_host(back.zero_point), zeros)
+    np.testing.assert_array_equal(to_host(back.dequantize()), to_host(made.dequantize()))
+    assert back.nbytes == made.nbytes
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_packed_zero_points_are_those_of_compressed_tensors(bits):
+    torch = oracle("torch")
+    helpers = oracle("compressed_tensors.compressors.pack_quantized.helpers")
+    made = quantize(weight(bits, m=13), Scheme(bits, "asymmetric_signed", "group", 32))
+    zeros = torch.from_numpy(made.zero_point.astype(np.int8))
+    tensors = {
+        "weight_packed": made.packed().view(np.int32),
+        "weight_scale": made.scale,
+        "weight_shape": np.array([13, N]),
+        "weight_zero_point": helpers.pack_to_int32(zeros, bits, packed_dim=0).numpy(),
+    }
+    back = from_tensors(tensors, WeightLayout("pack-quantized", bits, 32, False), (13, N))
+    np.testing.assert_array_equal(back.dequantize(), made.dequantize())
+
+
+@pytest.mark.parametrize("layout", ["int-quantized", "naive-quantized"])
+def test_asymmetric_8_bit_weights_are_read(xp, layout):
+    """Codes and zero points are int8; each is stored as what it is plus 128."""
+    made = quantize(weight(0, xp), Scheme(8, "asymmetric_signed", "channel"))
+    tensors = {
+        "weight": made.codes,
+        "weight_scale": made.scale,
+        "weight_zero_point": xp.astype(made.zero_point, xp.int8),
+    }
+    stored = WeightLayout(layout, 8, symmetric=False)
+    assert list(tensor_specs(stored, (M, N))) == list(tensors)
+    back = from_tensors(tensors, stored, (M, N))
+    assert isinstance(back, W8A8Linear) == (layout == "int-quantized")
+    inner = back.weight if layout == "int-quantized" else back
+    np.testing.assert_array_equal(to_host(inner.zero_point), to_host(made.zero_point) + 128)
+    np.testing.assert_array_equal(to_host(back.dequantize()), to_host(made.dequantize()))
+
+
+def test_zero_points_are_dropped_only_where_all_are_the_middle():
+    made = quantize(weight(0), Scheme(4, "half_integer_unsigned", "group", 32))
+    stored = WeightLayout("gptq_v2", 4, 32, symmetric=False)
+    tensors = to_tensors(made, stored) | {"scales": made.scale.T}
+    assert (tensors["qzeros"].view(np.uint32) == 0x88888888).all()
+    same = from_tensors(tensors, stored, (M, N))
+    assert same.scheme.rule == "half_integer"
+    np.testing.assert_array_equal(same.dequantize(), made.dequantize())
+    other = tensors["qzeros"].view(np.uint32).copy()
+    other[2, 3] += 1  # row 24, the last group
+    back = from_tensors(tensors | {"qzeros": other.view(np.int32)}, stored, (M, N))
+    assert back.scheme.rule == "asymmetric"
+    expected = np.full((M, 3), 8)
+    expected[24, 2] = 9
+    np.testing.assert_array_equal(back.zero_point, expected)
+
+
+# --- which class, which type --------------------------------------------------------------
+
+
+def test_an_order_is_kept_only_where_groups_need_it():
+    scheme = Scheme(4, "half_integer", "group", 32)
+    stored = WeightLayout("gptq_v2", 4, 32, act_order=True)
+    tensors = to_tensors(quantize(weight(0), scheme), stored)
+    tensors |= {"scales": tensors["scales"].astype("float32")}
+    plain = from_tensors(tensors, stored, (M, N))
+    assert type(plain) is QuantizedLinear
+    np.testing.assert_array_equal(tensors["g_idx"], np.arange(N) // 32)
+    swapped = tensors["g_idx"].copy()
+    swapped[[31, 32]] = swapped[[32, 31]]  # the two columns at the first edge
+    back = from_tensors(tensors | {"g_idx": swapped}, stored, (M, N))
+    assert type(back) is ActOrderLinear
+    np.testing.assert_array_equal(back.g_idx, swapped)
+    np.testing.assert_array_equal(back.codes, plain.codes)
+    scale = np.repeat(plain.scale, 32, axis=1)
+    scale[:, [31, 32]] = scale[:, [32, 31]]
+    np.testing.assert_array_equal(back.dequantize(), scale * back.codes)
+
+
+@pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
+def test_one_scale_per_row_is_one_group(layout):
+    made = quantize(weight(0), Scheme(4, "half_integer", "channel"))
+    tensors = to_tensors(made, layout_for(made.scheme, layout))
+    np.testing.assert_array_equal(tensors["g_idx"], np.zeros(N, np.int32))
+    assert tensors["qzeros"].shape == (1, M // 8)
+
+
+def test_the_weight_comes_back_in_the_dtype_that_is_asked_for():
+    scheme = Scheme(8, "half_integer", "channel")
+    made = quantize(weight(0), scheme)
+    for layout, activations in (("naive-quantized", False), ("int-quantized", True)):
+        stored = layout_for(scheme, layout, activations=activations)
+        tensors = to_tensors(made, stored, dtype="float32")
+        back = from_tensors(tensors, stored, (M, N), dtype="float64", name="q_proj")
+        assert back.dequantize().dtype == np.float64
+        exact = made.scale.astype("float64") * made.codes
+        np.testing.assert_array_equal(back.dequantize(), exact)
+    with pytest.raises(ValueError, match="the input of q_proj: holds NaN"):
+        back.matmul(np.full((1, N), np.nan))
+
+
+def test_a_scale_that_does_not_fit_its_type_is_named():
     scheme = Scheme(4, "half_integer", "channel")
     stored = layout_for(scheme, "pack-quantized")
-    tensors = to_tensors(quantize(weight(0), scheme), stored)
-    tensors["weight_scale"] = tensors["weight_scale"].astype("float32")
-    tensors["weight_scale"][3] = 0.0
-    assert not from_tensors(tensors, stored, (M, N)).dequantize()[3].any()
-    tensors["weight_scale"][3] = -1.0
-    with pytest.raises(ValueError, match="q_proj: a scale is negative"):
-        from_tensors(tensors, stored, (M, N), name="q_proj")
+    tensors = to_tensors(quantize(weight(0), scheme), stored, dtype="float32")
+    tensors["weight_scale"][1] = 1e6
+    with pytest.raises(ValueError, match=r"k_proj's scale: a scale of 1e\+06 does not fit float16"):
+        from_tensors(tensors, stored, (M, N), scale_dtype="float16", name="k_proj")
+    with pytest.raises(ValueError, match="scale: a scale of 1e\\+06 does not fit float16"):
+        to_tensors(from_tensors(tensors, stored, (M, N)), stored)
+
+
+@pytest.mark.parametrize(
+    ("layout", "text"),
+    [
+        (WeightLayout("awq", 4, 128), "awq, 4 bits, groups of 128"),
+        (WeightLayout("pack-quantized", 3), "pack-quantized, 3 bits, one scale per row"),
+        (
+            WeightLayout("int-quantized", 8),
+            "int-quantized, 8 bits, one scale per row, activations in 8 bits",
+        ),
+        (
+            WeightLayout("fp8", 8, 128),
+            "fp8, 8 bits, blocks of 128 × 128, activations in 8 bits",
+        ),
+        (
+            WeightLayout("float-quantized", 8, weight_only=True),
+            "float-quantized, 8 bits, one scale per row",
+        ),
+        (
+            WeightLayout("float-quantized", 8),
+            "float-quantized, 8 bits, one scale per row, activations in 8 bits",
+        ),
+    ],
+)
+def test_layouts_say_what_they_are(layout, text):
+    assert str(layout) == text
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape", "specs"),
+    [
+        (
+            WeightLayout("pack-quantized", 3, 8, symmetric=False),
+            (13, 24),
+            {
+                "weight_packed": ("int32", (13, 3)),
+                "weight_scale": ("float", (13, 3)),
+                "weight_shape": ("int64", (2,)),
+                "weight_zero_point": ("int32", (2, 3)),
+            },
+        ),
+        (
+            WeightLayout("naive-quantized", 8, 12, symmetric=False),
+            (13, 24),
+            {
+                "weight": ("int8", (13, 24)),
+                "weight_scale": ("float", (13, 2)),
+                "weight_zero_point": ("int8", (13, 2)),
+            },
+        ),
+        (
+            WeightLayout("gptq", 3),
+            (32, 64),
+            {
+                "qweight": ("int32", (6, 32)),
+                "qzeros": ("int32", (1, 3)),
+                "scales": ("float", (1, 32)),
+                "g_idx": ("int32", (64,)),
+            },
+        ),
+        (
+            WeightLayout("float-quantized", 8, 128),
+            (130, 256),
+            {"weight": ("float8_e4m3fn", (130, 256)), "weight_scale": ("float", (2, 2))},
+        ),
+        (
+            WeightLayout("float-quantized", 8, 128, weight_only=True),
+            (128, 130),
+            {"weight": ("float8_e4m3fn", (128, 130)), "weight_scale": ("float", (1, 2))},
+        ),
+        (
+            WeightLayout("float-quantized", 8),
+            (3, 130),
+            {"weight": ("float8_e4m3fn", (3, 130)), "weight_scale": ("float", (3, 1))},
+        ),
+        (
+            WeightLayout("fp8", 8, 64),
+            (65, 130),
+            {"weight": ("float8_e4m3fn", (65, 130)), "weight_scale_inv": ("float", (2, 3))},
+        ),
+    ],
+)
+def test_names_and_shapes_of_tensors_by_hand(layout, shape, specs):
+    assert tensor_specs(layout, shape) == specs
+
+
+def test_a_tensor_that_the_layout_does_not_have():
+    scheme = Scheme(4, "half_integer", "channel")
+    with pytest.raises(ValueError, match="awq has no tensor 'bias'"):
+        to_tensor(quantize(weight(0), scheme), layout_for(scheme, "awq"), "bias")
+
+
+# --- what is rejected ---------------------------------------------------------------------
 
 
 def test_tensors_that_contradict_each_other_are_rejected():
@@ -401,6 +646,12 @@ def test_what_a_layout_cannot_hold_is_rejected_with_what_can(scheme, layout, mor
 
 
 def test_shapes_that_a_layout_has_no_words_for_are_rejected():
+    assert tensor_specs(WeightLayout("awq", 4), (8, 31))["qweight"] == ("int32", (31, 1))
+    for shape in ((32, 32), (64, 96)):
+        tensor_specs(WeightLayout("gptq", 3), shape)
+    for shape in ((16, 64), (64, 48), (33, 32)):
+        with pytest.raises(ValueError, match="gptq packs 32 codes of 3 bits at once"):
+            tensor_specs(WeightLayout("gptq", 3), shape)
     for layout, shape in (("awq", (12, 32)), ("gptq_v2", (32, 36)), ("gptq_v2", (12, 32))):
         with pytest.raises(
             ValueError, match=rf"o_proj: {layout} packs 8 codes .* pack-quantized takes any shape"
