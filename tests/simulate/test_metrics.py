@@ -128,7 +128,8 @@ def test_long_answers_dominate_pooled_gaps():
 
 def test_spread_is_numpys_percentiles():
     values = np.random.default_rng(0).standard_normal(101)
-    assert spread(values).p90 == np.percentile(values, 90)
+    percentiles = tuple(np.percentile(values, (50, 90, 99)))
+    assert spread(values) == (values.mean(), *percentiles, values.max())
     assert spread([]) is None
 
 
@@ -167,6 +168,7 @@ def test_a_recorder_keeps_every_arrival():
     recorder.sent("a", 7, 1.0)
     recorder.sent("b", 3, 1.5)
     recorder.arrived("a", 1, 2.0)
+    assert not recorder.timelines["a"].completed
     recorder.arrived("a", 2, 3.0, ended=True)
     recorder.arrived("b", 0, 4.0, ended=True)  # max_tokens 0
     assert recorder.timelines["a"] == Timeline(1.0, 7, [2.0, 3.0], 3, True)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refllm.decode.sampling_params import SamplingParams
 from refllm.simulate import programs
 from refllm.simulate.programs import Passages, RandomIds, best_hit_rate, shuffled, zipf
 
@@ -135,6 +136,41 @@ def test_passages_repeat_the_text_from_its_beginning(text, counts):
     source = Passages(text)
     answered = [t for count in counts for t in source(count)]
     assert answered == (text * (len(answered) // len(text) + 1))[: len(answered)]
+
+
+def test_random_ids_are_all_but_the_first_of_the_vocabulary():
+    assert set(RandomIds(np.random.default_rng(0), 5)(200)) == {1, 2, 3, 4}
+
+
+DEFAULTS = {  # requests, tokens of the first prompt and of its answer
+    "few-shot": (programs.few_shot, 3, 5 * 80 + 40, 4),
+    "self-consistency": (programs.self_consistency, 3 * 8, 320, 16),
+    "chat": (programs.chat, 3 * 4, 160 + 40, 24),
+    "tree of thought": (programs.tree_of_thought, 3 * (3 + 9 + 27), 200 + 4, 24),
+    "unique": (programs.unique, 3, 400, 12),
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_programs_have_these_sizes_unless_told_otherwise(name):
+    make, count, prompt, answer = DEFAULTS[name]
+    served = played(make(ids(), 3))
+    assert len(served) == count
+    assert (len(served[0].prompt), served[0].max_tokens) == (prompt, answer)
+    assert {request.max_tokens for request in served} == {answer}
+    assert all(request.ignore_eos for request in served)
+
+
+def test_questions_are_about_twenty_documents_unless_told_otherwise():
+    asked = programs.rag(ids(), 2000, np.random.default_rng(0)).requests
+    assert {(len(request.prompt), request.max_tokens) for request in asked} == {(432, 12)}
+    assert len({request.prompt[:400] for request in asked}) == 20
+
+
+def test_the_samples_of_a_question_are_drawn_with_seeds_of_their_own():
+    asked = programs.self_consistency(ids(), 3, samples=4).requests
+    assert sorted(request.seed for request in asked) == list(range(12))
+    assert {request.sampling for request in asked} == {SamplingParams(temperature=0.7)}
 
 
 def test_a_shuffled_program_has_the_same_requests():

@@ -188,6 +188,24 @@ def test_jumps_save_plans():
     assert plans[1] < plans[0] / 2
 
 
+def test_a_jump_ends_only_where_memory_or_a_request_does():
+    def jumped(blocks, *asked):
+        taken = []
+        Simulator(
+            scheduler("paged", blocks, 2, None, None, True), UnitClock(), on_step=taken.append
+        ).run(asked)
+        return [(t.steps, len(t.plan.items)) for t in taken]
+
+    # a prompt, and all but the first token of its output
+    assert jumped(40, Request([1, 2], 30)) == [(1, 1), (29, 1)]
+    assert jumped(40, Request([1, 2], 2)) == [(1, 1), (1, 1)]
+    # both begin with a block of two tokens, and get a token each per step from then on; five
+    # blocks last for four tokens each, then one is preempted
+    both = [Request([1, 2], 8, id="a"), Request([3, 4], 8, id="b")]
+    assert jumped(5, *both)[:3] == [(1, 2), (2, 2), (1, 1)]
+    assert jumped(9, *both)[:2] == [(1, 2), (6, 2)]
+
+
 @given(runs())
 def test_all_requests_are_served_in_full_and_memory_is_empty(case):
     make, asked = case

@@ -64,6 +64,47 @@ def test_a_tree_is_traced_with_all_its_tokens():
     assert [(child["tokens"], child["locks"]) for child in top["children"]] == [(2, 0), (2, 1)]
 
 
+def test_a_node_is_traced_with_its_hits_and_its_last_use():
+    cache = RadixCache(1)
+    cache.insert([1, 2, 3], [0, 1, 2])
+    for _ in range(2):
+        cache.match([1, 2, 3])
+    (node,) = (node for node in cache.nodes() if len(node))
+    (top,) = tree(cache)
+    assert top == {
+        "tokens": 3,
+        "locks": 0,
+        "hits": node.hits,
+        "used": node.used,
+        "children": [],
+    }
+    assert top["hits"] == 2
+
+
+def test_the_columns_of_a_trace_are_those_of_its_steps():
+    asked = [programs.Request(range(100 * i, 100 * i + 8), 20, id=i) for i in range(4)]
+    scheduler, trace, taken, run = traced(None, asked, blocks=10)
+    columns = trace.occupancy()
+    assert columns["time"] == [step.end for step in taken] == trace.blocks()["times"]
+    assert columns["running"] == [len(step.plan.items) for step in taken]
+    assert columns["waiting"] == [step.plan.waiting for step in taken]
+    assert columns["used"] == [step.used for step in taken]
+    assert columns["allocated"] == [step.allocated for step in taken]
+    assert sum(columns["preempted"]) == run.preemptions > 0
+    assert trace.blocks()["requests"] == ["0", "1", "2", "3"]
+    assert scheduler.memory.allocated == 0
+
+
+@pytest.mark.parametrize("blocks", [0, 3])
+def test_block_tables_are_traced_for_as_many_steps_as_were_asked_for(blocks):
+    scheduler = factory.make("fcfs", BlockPool(8, 4))
+    trace = Trace(scheduler, blocks=blocks) if blocks else Trace(scheduler)
+    request = programs.Request(range(6), 5, id="a")
+    Simulator(scheduler, UnitClock(), jumps=False, on_step=trace).run([request])
+    assert len(trace.owners) == len(trace.times) == blocks
+    assert len(trace.steps["time"]) == 5
+
+
 def test_memory_without_blocks_cannot_trace_them():
     scheduler = factory.make("orca-max", BlockPool(64, 1), longest=16)
     with pytest.raises(ValueError, match="only paged memory"):

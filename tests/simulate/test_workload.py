@@ -100,6 +100,27 @@ def test_the_published_means_are_met_within_half_a_percent():
         assert TRAFFIC[name].means() == pytest.approx(wanted, rel=0.005)
 
 
+def test_the_means_of_azures_traces_are_the_fits():
+    assert TRAFFIC["azure-chat"].means() == pytest.approx((1207.51, 235.25), rel=1e-4)
+    assert TRAFFIC["azure-code"].means() == pytest.approx((1559.06, 23.38), rel=1e-3)
+
+
+# vLLM's filter of ShareGPT; the shortest and the longest of Azure's traces
+RANGES = {
+    "sharegpt": ((4, 1024), (4, 1900)),
+    "alpaca": ((4, 200), (4, 600)),
+    "azure-chat": ((1, 14_050), (1, 1000)),
+    "azure-code": ((1, 7437), (1, 1899)),
+}
+
+
+@pytest.mark.parametrize("name", TRAFFIC)
+def test_no_length_is_outside_the_range_of_its_source(name):
+    for pmf, (low, high) in zip(TRAFFIC[name].pmfs(), RANGES[name], strict=True):
+        assert len(pmf) == high + 1
+        assert np.flatnonzero(pmf)[[0, -1]].tolist() == [low, high]
+
+
 def test_azures_answers_have_two_peaks():
     p = AZURE_CHAT.output.pmf()
     assert p[80] > 3 * p[250] < p[400]  # a valley between two hills
@@ -134,7 +155,7 @@ def test_arrivals_have_their_rate_and_burstiness(shape):
 
 
 @pytest.mark.theorem(
-    "EngineStats of a Poisson process in intervals have variance = mean; bursts have more",
+    "Counts of a Poisson process in intervals have variance = mean; bursts have more",
     source="Poisson",
 )
 def test_fano_factor_tells_poisson_from_bursts():
@@ -167,6 +188,29 @@ def test_requests_depend_on_their_generator_alone():
     assert [r.id for r in mine] == list(range(20))
     assert all(a.arrival < b.arrival for a, b in pairwise(mine))
     assert all(len(r.prompt) + r.max_tokens <= 512 and r.ignore_eos for r in mine)
+
+
+def test_requests_have_the_lengths_of_their_traffic_and_the_prompts_of_their_source():
+    made = requests(SHAREGPT, 20, np.random.default_rng(3))
+    prompts, outputs = SHAREGPT.sample(np.random.default_rng(3), 20)
+    assert [len(r.prompt) for r in made] == prompts.tolist()
+    assert [r.max_tokens for r in made] == outputs.tolist()
+    assert {r.arrival for r in made} == {0.0}
+    # no token occurs twice
+    assert made[0].prompt[0] == 0
+    assert all(b.prompt.start == a.prompt.stop for a, b in pairwise(made))
+    same = requests(SHAREGPT, 5, np.random.default_rng(3), tokens=lambda count: [7] * count)
+    assert {token for r in same for token in r.prompt} == {7}
+
+
+def test_a_scaled_length_is_rounded_and_at_least_1():
+    scaled = workload._ScaledLength(LogNormal(1.0, 0.5, 1, 4), 0.4)
+    # 0.4 and 0.8 → 1, 1.2 → 1, 1.6 → 2
+    p = LogNormal(1.0, 0.5, 1, 4).pmf()
+    np.testing.assert_allclose(scaled.pmf(), [0, p[1] + p[2] + p[3], p[4]], rtol=1e-12)
+    drawn = np.bincount(scaled.sample(np.random.default_rng(0), 500), minlength=3)
+    assert drawn[0] == 0 < min(drawn[1:])
+    assert len(drawn) == 3
 
 
 def test_scaled_lengths_have_scaled_probabilities():
