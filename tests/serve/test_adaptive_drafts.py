@@ -20,7 +20,7 @@ from refllm.corpus import held_out_documents
 from refllm.decode.sampling_params import GREEDY, SamplingParams
 from refllm.decode.speculative.acceptance import Acceptance, expected_length
 from refllm.decode.speculative.control_drafters import AdversarialDrafter, PerfectDrafter
-from refllm.decode.speculative.interface import DraftRequest
+from refllm.decode.speculative.interface import NO_DRAFTS, DraftRequest
 from refllm.decode.speculative.jacobi_drafter import JacobiDrafter
 from refllm.decode.speculative.model_drafter import ModelDrafter
 from refllm.decode.speculative.ngram_drafter import NGramDrafter
@@ -349,6 +349,26 @@ def test_sampled_drafts_that_the_budget_cuts_are_verified_with_their_own_q():
     assert [len(tokens) for tokens, _, _ in found.values()] == [12, 12]
     assert drafting.stats.proposed < 4 * drafting.stats.steps  # some were cut
     assert engine.used_blocks == 0
+
+
+class Silent(NGramDrafter):
+    """Never drafts; remembers how many drafts it was asked for."""
+
+    def __init__(self, counts: list[int]):
+        super().__init__(4)
+        self.counts = counts
+
+    def propose(self, tokens, count, sampling, rng):
+        self.counts.append(count)
+        return NO_DRAFTS
+
+
+@pytest.mark.parametrize("wrap", [lambda make: make, AdaptiveDrafting], ids=["plain", "adaptive"])
+def test_no_drafts_are_asked_for_that_the_output_has_no_room_for(wrap):
+    counts: list[int] = []
+    served(wrap(lambda: Silent(counts)), [Request([1, 2], 7, ignore_eos=True)])
+    # one token of a step is no draft, and the last token of an output needs no drafts
+    assert counts == [4, 4, 3, 2, 1]
 
 
 def test_every_draft_is_counted_once():
