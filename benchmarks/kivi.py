@@ -28,7 +28,9 @@ from threadpoolctl import threadpool_limits
 
 from refllm.api import Model, load
 from refllm.decode.fast.captured_step import make_decode_step
-from refllm.decode.generate import new_cache, prefill
+from refllm.decode.generate import prefill
+from refllm.kv.contiguous import ContiguousPolicy
+from refllm.kv.interface import CachePolicy
 from refllm.kv.kivi import Kivi
 from refllm.measure.memory import kv_bytes
 
@@ -43,11 +45,12 @@ def measure(
     config = model.config
     like = model.weights["norm"]
     prompt = rng.integers(1, config.vocab_size, context).tolist()
-    settings = [None, *(Kivi(b, b) for b in bits)]
+    settings = [Kivi(b, b) for b in bits]
+    policies: list[CachePolicy] = [ContiguousPolicy(), *settings]
     compute = make_decode_step(model.weights, config)
     caches = []
-    for kivi in settings:
-        cache = new_cache(config, 1, context + steps * (rounds + 1), like, kivi)
+    for policy in policies:
+        cache = policy.new_cache(config, 1, context + steps * (rounds + 1), like=like)
         prefill(model.weights, config, [prompt], cache)
         caches.append(cache)
     times: list[list[float]] = [[] for _ in caches]
@@ -73,8 +76,7 @@ def measure(
             "bytes": kivi.nbytes(config, context, full=32),
             "full_bytes": full,
         }
-        for kivi, mine in zip(settings, times, strict=True)
-        if kivi is not None
+        for kivi, mine in zip(settings, times[1:], strict=True)
     ]
 
 

@@ -2,7 +2,8 @@
 an ``attend``: it stores the new keys and values of a step, and returns what the queries
 read. Read ``contiguous`` first.
 
-1. ``contiguous``: one preallocated buffer per sequence.
+1. ``contiguous``: one preallocated buffer per sequence; ``interface``: what every cache and
+   every policy offers.
 2. ``batched_attention``: the arithmetic that contiguous and paged caches share.
 3. ``block_pool``: reference-counted blocks and block tables, in Python integers.
 4. ``paged``: keys and values in blocks (PagedAttention).
@@ -15,9 +16,10 @@ read. Read ``contiguous`` first.
 """
 
 from refllm.kv.block_pool import BlockPool, BlockTable, OutOfBlocks
-from refllm.kv.contiguous import ContiguousCache
+from refllm.kv.contiguous import ContiguousCache, ContiguousPolicy
 from refllm.kv.contiguous_allocator import BuddyAllocator, FirstFitAllocator
 from refllm.kv.hash_prefix import PrefixCache, sha256_key
+from refllm.kv.interface import Cache, CachePolicy, CacheUsage
 from refllm.kv.kivi import Kivi
 from refllm.kv.kivi_attend import KiviAttend
 from refllm.kv.kivi_cache import KiviCache
@@ -40,7 +42,11 @@ __all__ = [
     "BlockPool",
     "BlockTable",
     "BuddyAllocator",
+    "Cache",
+    "CachePolicy",
+    "CacheUsage",
     "ContiguousCache",
+    "ContiguousPolicy",
     "FirstFitAllocator",
     "Kivi",
     "KiviAttend",

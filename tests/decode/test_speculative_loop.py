@@ -15,7 +15,6 @@ from enumeration import exact_distribution, largest_difference
 from networks import EPS
 from refllm.api import Model, load
 from refllm.corpus import held_out_documents
-from refllm.decode import generate as generation
 from refllm.decode.generate import generate_tokens
 from refllm.decode.penalties import apply_repetition_penalty
 from refllm.decode.sampling import process_logits
@@ -32,7 +31,7 @@ from refllm.decode.speculative.ngram_drafter import NGramDrafter
 from refllm.decode.speculative.tree import Tree
 from refllm.decode.speculative.tree_drafter import TreeDrafter
 from refllm.decode.speculative.verification import verify_block
-from refllm.kv.contiguous import ContiguousCache
+from refllm.kv.contiguous import ContiguousCache, ContiguousPolicy
 from refllm.model.llama import forward
 from strategies import seeds
 
@@ -169,16 +168,15 @@ def test_greedy_output_is_the_same_on_the_bundled_model(models, kind):
     source="rollback is a length that is lower",
 )
 @pytest.mark.parametrize("kind", [ModelDrafter, TreeDrafter])
-def test_the_cache_after_verification_is_that_of_the_sequence(models, kind, monkeypatch):
+def test_the_cache_after_verification_is_that_of_the_sequence(models, kind):
     target, draft = models
     kept = []
 
-    class Kept(ContiguousCache):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            kept.append(self)
+    class Kept(ContiguousPolicy):
+        def new_cache(self, *args, **kwargs):
+            kept.append(super().new_cache(*args, **kwargs))
+            return kept[-1]
 
-    monkeypatch.setattr(generation, "ContiguousCache", Kept)
     [prompt] = prompts(target, 1)
     text = list(prompt)
     drafter = kind(draft, 4)
@@ -190,8 +188,9 @@ def test_the_cache_after_verification_is_that_of_the_sequence(models, kind, monk
         SamplingParams(0.9),
         np.random.default_rng(3),
         drafter,
+        policy=Kept(),
     ):
-        cache = kept[0]
+        [cache] = kept
         text += step.tokens
         # the token that was just emitted has no keys and values yet
         assert cache.lengths == [len(text) - 1]

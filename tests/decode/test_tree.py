@@ -13,7 +13,7 @@ from conftest import to_host
 from drafting import use_exact_draws
 from enumeration import Table, exact_distribution, extend, largest_difference, sequence_distribution
 from networks import EPS, NETWORKS, random_tensors, tolerance
-from refllm.decode.speculative.tree import Tree, TreeView, compact
+from refllm.decode.speculative.tree import Tree
 from refllm.decode.speculative.tree_verification import (
     draw_children,
     verify_tree,
@@ -261,7 +261,7 @@ def test_tree_step_equals_each_path_alone(xp, name, tree, seed, before):
         return cache, None
 
     cache, _ = cached(prefix)
-    view = TreeView(cache, 1, tree)
+    view = cache.view_tree(1, tree)
     positions = xp.asarray(tree.positions(before))
     hidden = to_host(forward(weights, config, xp.asarray(tokens), positions, view))
     atol = tolerance(config, before + len(tree) + 1, hidden)
@@ -271,7 +271,7 @@ def test_tree_step_equals_each_path_alone(xp, name, tree, seed, before):
         np.testing.assert_allclose(hidden[node + 1], alone[-1], rtol=0, atol=atol)
     node = int(rng.integers(-1, len(tree)))
     path = tree.ancestors(node)
-    compact(cache, 1, path)
+    cache.advance_path(1, path)
     expected, _ = cached([*prefix, tokens[0], *(tokens[a + 1] for a in path)])
     assert cache.lengths == expected.lengths
     end = cache.lengths[1]
@@ -319,7 +319,7 @@ def test_bad_trees_are_named():
         verify_tree(np.array([[0.5, 0.5]] * 2), np.array([[1.0, 0.0]] * 2), Tree([-1]), [1], rng)
     cache = ContiguousCache(NETWORKS["llama"], 1, 2, like=np.zeros(1))
     with pytest.raises(ValueError, match="0 cached \\+ 3 tokens of a tree exceed 2"):
-        TreeView(cache, 0, two)
+        cache.view_tree(0, two)
 
 
 def test_children_run_out_without_replacement():

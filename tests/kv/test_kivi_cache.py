@@ -13,7 +13,6 @@ import fakecupy
 from conftest import to_host
 from kv_caches import kivis, quantized_by_loops, run_step, tiny_api_model
 from networks import NETWORKS, TOKENS, full_logits, random_tensors
-from refllm.decode.generate import new_cache
 from refllm.decode.sampling_params import GREEDY
 from refllm.decode.speculative.cascade import Cascade
 from refllm.decode.speculative.control_drafters import PerfectDrafter
@@ -374,7 +373,7 @@ def test_a_long_prompt_attends_to_itself_in_full_precision_in_any_batch(monkeypa
     # the first token is that of the full cache
     for prompt, new in zip(prompts, together, strict=True):
         assert new[:1] == model.generate(prompt, 1)
-    assert new_cache(model.config, 1, 9, np.zeros(1), COARSE).key_residual.dtype == "float64"
+    assert COARSE.new_cache(model.config, 1, 9, like=np.zeros(1)).key_residual.dtype == "float64"
 
 
 def test_a_tree_of_drafts_is_rejected_before_anything_is_computed():

@@ -491,7 +491,7 @@ def test_within_the_budget_the_output_is_unchanged_with_and_without_drafts():
         ValueError, match="a tree of drafts is verified in a cache that keeps everything"
     ):
         ENDLESS.generate(PROMPTS[0], 8, cache=h2o(12), drafter=TreeDrafter(ENDLESS, 3))
-    for wrong in ("h2o", h2o, 256):
+    for wrong in ("h2o", h2o, 256, SparsePolicy):
         for count in (0, 8):
             with pytest.raises(
                 ValueError, match=r"a cache policy is a Kivi\(...\) or one of refllm.kv.sparse"

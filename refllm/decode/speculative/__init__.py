@@ -54,7 +54,7 @@ from refllm.decode.speculative.jacobi_drafter import JacobiDrafter
 from refllm.decode.speculative.loop import AcceptanceRule, SpeculativeStep, speculate
 from refllm.decode.speculative.model_drafter import ModelDrafter
 from refllm.decode.speculative.ngram_drafter import NGramDrafter
-from refllm.decode.speculative.tree import Tree, TreeView, compact
+from refllm.decode.speculative.tree import Tree
 from refllm.decode.speculative.tree_drafter import TreeDrafter
 from refllm.decode.speculative.tree_shape import best_tree, expected_path, optimal_tree
 from refllm.decode.speculative.tree_verification import (
@@ -87,12 +87,10 @@ __all__ = [
     "Tree",
     "TreeDrafter",
     "TreeProposal",
-    "TreeView",
     "acceptance_stats",
     "best_gamma",
     "best_tree",
     "check_drafter",
-    "compact",
     "draw_children",
     "expected_length",
     "expected_path",
