@@ -115,13 +115,13 @@ def write_file(path: Path, specs: TensorSpecs, read: Read) -> None:
         out.write(_header({name: specs[name] for name in names}))
         for name in names:
             dtype, shape = specs[name]
-            tensor = np.ascontiguousarray(read(name))
+            tensor = read(name)
             if (tensor.dtype, tensor.shape) != (host_dtype(dtype), shape):
                 raise AssertionError(
                     f"{name}: {tensor.dtype} {tensor.shape} is not the {dtype} {shape} of its spec"
                 )
             # bfloat16 has no buffer protocol, its bytes have
-            out.write(tensor.reshape(-1).view("uint8").data)
+            out.write(np.ascontiguousarray(tensor).reshape(-1).view("uint8").data)
         sync(out)
 
 

@@ -169,6 +169,48 @@ def test_files_are_what_other_programs_expect(tmp_path, tokenizer, tensors, dtyp
     assert (8 + int.from_bytes(raw[:8], "little")) % 8 == 0
 
 
+def test_shards_are_named_as_transformers_names_them(tmp_path, tokenizer, tensors):
+    """One tensor per shard, counted from one, in the order of the network."""
+    save(tmp_path / "m", CONFIG, tensors, tokenizer, max_shard_bytes=1)
+    count = len(tensors)
+    names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    assert sorted(p.name for p in (tmp_path / "m").glob("*.safetensors")) == names
+    weight_map = json.loads((tmp_path / "m" / INDEX).read_text())["weight_map"]
+    assert list(weight_map.items()) == list(zip(tensors, names, strict=True))
+
+
+def test_wide_types_come_first_so_that_every_tensor_is_aligned(tmp_path):
+    """Otherwise in the order that is given; zero bytes and scalars have a place too."""
+    data = {
+        "a": np.arange(3, dtype=np.int8),
+        "b": np.arange(3, dtype=np.float16),
+        "c": np.arange(5, dtype=np.int64),
+        "d": np.ones((2, 1), dtype=np.float32),
+        "e": np.zeros((0, 4), dtype=np.float32),
+        "f": np.array(7.5, dtype=np.float16),
+        "g": np.arange(2, dtype=np.int64),
+    }
+    specs = {name: (tensor.dtype.name, tensor.shape) for name, tensor in data.items()}
+    writer.write_file(tmp_path / "x.safetensors", specs, data.__getitem__)
+    raw = (tmp_path / "x.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    del header["__metadata__"]
+    assert list(header) == ["c", "g", "d", "e", "b", "f", "a"]
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        assert (8 + length + begin) % data[name].itemsize == 0
+        assert raw[8 + length + begin : 8 + length + end] == data[name].tobytes()
+    with safe_open(tmp_path / "x.safetensors", framework="numpy") as file:
+        assert all(np.array_equal(file.get_tensor(name), data[name]) for name in data)
+
+
+@pytest.mark.parametrize("wrong", [np.zeros(3, "float16"), np.zeros((3, 1)), np.zeros(4)])
+def test_a_tensor_that_is_not_as_it_was_announced_is_a_mistake_of_the_caller(tmp_path, wrong):
+    with pytest.raises(AssertionError, match=r"a: float.* is not the float64 \(3,\) of its spec"):
+        writer.write_file(tmp_path / "x", {"a": ("float64", (3,))}, lambda _: wrong)
+
+
 def test_a_tied_head_is_stored_once(tmp_path, tokenizer, tensors):
     both = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
     save(tmp_path / "m", CONFIG, both, tokenizer)

@@ -5,6 +5,7 @@ computes the same with it.
 from __future__ import annotations
 
 import json
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -278,6 +279,23 @@ def test_a_layout_says_how_activations_are_quantised(stored, activation):
     if activation is not None:
         with pytest.raises(ValueError, match="the input of q_proj: holds NaN"):
             read.matmul(np.full((1, 128), np.nan, dtype=np.float32))
+
+
+def test_a_damaged_file_is_named_with_its_weight(exported, tmp_path):
+    """The scale of a row becomes −1 in the file."""
+    path = tmp_path / "m"
+    shutil.copytree(exported("channel")[1], path)
+    file = path / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    length = int.from_bytes(raw[:8], "little")
+    entry = json.loads(raw[8 : 8 + length])["model.layers.0.mlp.down_proj.weight_scale"]
+    at = 8 + length + entry["data_offsets"][0]
+    raw[at : at + 4] = np.float32(-1).tobytes()
+    file.write_bytes(raw)
+    with pytest.raises(
+        CheckpointError, match=r"m: model\.layers\.0\.mlp\.down_proj: a scale is negative or not"
+    ):
+        load(path)
 
 
 @pytest.mark.theorem(

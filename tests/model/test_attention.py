@@ -165,6 +165,21 @@ def test_narrow_types_keep_their_dtype_and_the_identity_of_hidden_rows(xp, dtype
         assert math.isfinite(masked_score(xp, o.dtype))
 
 
+@pytest.mark.parametrize("size", [1.0, 1e3, 6e3])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_hidden_rows_of_float16_stay_hidden_beside_large_scores(xp, size, sign):
+    """float16 ends at 65,504: a masked score is −58,950 plus the score, and no score that fits
+    beside it may make a hidden key visible.
+    """
+    q, k, v = (np.ones((3, 1, 1)), np.full((5, 1, 1), sign * size), np.ones((5, 1, 1)))
+    q, k, v = (xp.asarray(x.astype("float16")) for x in (q, k, v))
+    for form in (attention, flash_attention):
+        tiles = {"tile_k": 2, "tile_q": 2} if form is flash_attention else {}
+        o, lse = form(q, k, v, start=0, first_key=1, **tiles)
+        assert to_host(o)[:, 0, 0].tolist() == [0, 1, 1]  # the first query comes before every key
+        assert np.isneginf(to_host(lse)[:, 0]).tolist() == [True, False, False]
+
+
 # --- merging ------------------------------------------------------------------------------
 
 

@@ -255,6 +255,29 @@ def test_rejects(case):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["sliding_attention", "full_attention"])
+def test_equal_kinds_of_layers_are_accepted(layers, kind):
+    values = raw(
+        "MistralForCausalLM",
+        num_hidden_layers=layers,
+        layer_types=[kind] * layers,
+        sliding_window=9,
+    )
+    assert ModelConfig.from_hf(values).sliding_window == 9
+    plain = raw(num_hidden_layers=layers, layer_types=["full_attention"] * layers)
+    assert ModelConfig.from_hf(plain).sliding_window is None
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_one_layer_of_another_kind_is_rejected(at):
+    kinds = ["full_attention"] * 3
+    kinds[at] = "sliding_attention"
+    for architecture in ("MistralForCausalLM", "Qwen3ForCausalLM"):
+        with pytest.raises(UnsupportedModel):
+            ModelConfig.from_hf(raw(architecture, layer_types=kinds))
+
+
 def test_boundaries_that_are_accepted():
     """The largest token id, the smallest theta, one of everything."""
     config = ModelConfig.from_hf(raw(eos_token_id=[2**31 - 1, 0], bos_token_id=2**31 - 1))

@@ -233,7 +233,7 @@ def test_what_the_backward_pass_leaves_out_is_rejected(family):
 
 def test_a_sequence_of_one_token_predicts_nothing_and_is_rejected():
     config = ModelConfig("llama", 11, 8, 12, 1, 2, 1, 4)
-    with pytest.raises(ValueError, match="no positions"):
+    with pytest.raises(ValueError, match="there are no positions to predict"):
         loss_and_gradients(parameters(config, 0), config, np.zeros((2, 1), dtype=int))
 
 

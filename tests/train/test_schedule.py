@@ -161,3 +161,12 @@ def test_numbers_that_would_climb_the_loss_are_rejected(name, values):
         with pytest.raises(ValueError, match="a plan needs"):
             Plan((), **{name: value})
     assert Plan((), clip=math.inf).clip == math.inf  # no clipping at all
+
+
+def test_zeros_that_are_accepted():
+    """A run that stands still, without decay or warm-up; a phase of no steps."""
+    plan = Plan((Phase(0, 1, 1, (0,)),), peak_rate=0.0, weight_decay=0.0, warmup=0, seed=0)
+    assert plan.steps == 0
+    assert list(batches(plan, [2])) == []
+    once = Plan((), workers=1, evaluate_every=1, save_every=1)
+    assert once.steps == 0
