@@ -14,14 +14,20 @@ than the memory can be converted.
 | workers                          | ``worker_pool``                                            |
 | importance                       | ``imatrix``                                                |
 
+The files that a worker has open belong to one conversion: the next one opens them again, since
+the source may have been rewritten in between. They are closed when a conversion ends; only the
+processes of a caller's own executor keep the newest source open, until their next conversion.
+
 Left out: sources that are quantised already (rounding errors would be rounded again), chat
 templates.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -80,6 +86,7 @@ class Slab:
     """Rows ``start`` to ``stop`` of a tensor: everything that a worker needs to know."""
 
     source: str
+    conversion: str  # different for each call of ``convert``, whatever the source
     name: str  # Hugging Face's name
     type: str
     start: int
@@ -144,11 +151,11 @@ def convert(
     factors = rope_factors(config)
     if factors is not None:
         plan = {ROPE_FACTORS: ("F32", (factors.size,))} | plan
-    encoded = _encoded(_slabs(config, str(source), plan, importance), executor, workers)
+    slabs = _slabs(config, str(source), plan, importance)
     total = sum(_nbytes(entry) for entry in plan.values())
     done = 0
 
-    def read(name: str) -> np.ndarray:
+    def read(name: str, encoded: Iterator[np.ndarray]) -> np.ndarray:
         nonlocal done
         if name == ROPE_FACTORS:
             assert factors is not None
@@ -168,7 +175,9 @@ def convert(
     metadata["general.file_type"] = np.uint32(MIXES[type][1])
     if any(gguf_type(t).quantized for t in types.values()):
         metadata["general.quantization_version"] = np.uint32(2)
-    write(target, metadata | gguf_tokenizer.tokenizer_metadata(tokenizer, config), plan, read)
+    metadata |= gguf_tokenizer.tokenizer_metadata(tokenizer, config)
+    with contextlib.closing(_encoded(slabs, executor, workers)) as encoded:
+        write(target, metadata, plan, lambda name: read(name, encoded))
     return Converted(target, types, target.stat().st_size, bits_per_weight(shapes, types))
 
 
@@ -247,6 +256,7 @@ def _slabs(
 ) -> list[Slab]:
     """The slabs of all tensors of the network, in file order."""
     slabs = []
+    conversion = uuid.uuid4().hex
     names = {gguf_name(name): name for name, _ in tensor_shapes(config)}
     for gguf, (type, shape) in plan.items():
         if gguf not in names:
@@ -255,18 +265,23 @@ def _slabs(
         count = max(1, SLAB // shape[-1])
         for start in range(0, rows, count):
             stop = min(start + count, rows)
-            slabs.append(Slab(source, names[gguf], type, start, stop, importance.get(gguf)))
+            weights = importance.get(gguf)
+            slabs.append(Slab(source, conversion, names[gguf], type, start, stop, weights))
     return slabs
 
 
 def _encoded(
     slabs: list[Slab], executor: Executor | Callable[[], Executor] | None, workers: int | None
-) -> Iterator[np.ndarray]:
-    """The bytes of each slab, in order."""
+) -> Generator[np.ndarray, None, None]:
+    """The bytes of each slab, in order. Closing it stops the workers and closes the source."""
     count = workers or os.cpu_count() or 1
-    if executor is None and count == 1:
-        return map(encode, slabs)
-    return in_order(encode, slabs, executor or processes(count), flight=2 * count)
+    try:
+        if executor is None and count == 1:
+            yield from map(encode, slabs)
+        else:
+            yield from in_order(encode, slabs, executor or processes(count), flight=2 * count)
+    finally:
+        _opened.cache_clear()
 
 
 def encode(slab: Slab) -> np.ndarray:
@@ -277,7 +292,7 @@ def encode(slab: Slab) -> np.ndarray:
     CheckpointError
         naming the tensor, for values that are not finite or that the type cannot hold.
     """
-    tensors = _opened(slab.source)
+    tensors = _opened(slab.source, slab.conversion)
     x = tensors(slab.name, slab.start, slab.stop)
     try:
         raw = quantize(x, slab.type, slab.importance, overflow="raise")
@@ -288,10 +303,10 @@ def encode(slab: Slab) -> np.ndarray:
         ) from error
 
 
-@lru_cache(maxsize=2)
-def _opened(source: str) -> Callable[[str, int, int], np.ndarray]:
+@lru_cache(maxsize=1)
+def _opened(source: str, conversion: str) -> Callable[[str, int, int], np.ndarray]:
     """A function (name, start, stop) that reads rows of a tensor as float32 [R, K] in GGUF's
-    order. The files stay open for the worker's next slab.
+    order. The files stay open for the worker's next slab of the same conversion.
     """
     if is_gguf(source):
         config, _ = open_source(source)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from typing import Any, TypeVar
 
 __all__ = ["in_order", "processes"]
@@ -46,7 +46,8 @@ def in_order(
     """``map(function, work)``, with at most ``flight`` pieces submitted and not yet yielded.
 
     ``executor`` may be a function that creates one: it is then called again when workers die,
-    and the executor is shut down in the end.
+    and the executor is shut down in the end. When the iterator ends or is closed, no piece of it
+    is running or waiting in any executor.
 
     Raises
     ------
@@ -90,6 +91,8 @@ def in_order(
     finally:
         if make is not None:
             pool.shutdown(wait=True, cancel_futures=True)
+        else:  # the caller's executor lives on, and nothing reads the results of these pieces
+            wait([future for _, future in waiting if not future.cancel()])
 
 
 _END: Any = object()

@@ -4,9 +4,11 @@ that die; bad input.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import shutil
 import signal
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -279,6 +281,93 @@ def test_a_conversion_whose_worker_is_killed_gives_the_same_bytes(source, tmp_pa
     assert killed
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf", "b.gguf"]
+
+
+# --- a source that is rewritten ------------------------------------------------------------
+
+MAPS = Path("/proc/self/maps")  # Linux: the files that a process has mapped
+
+
+def weights_file(kind: str, source: Path) -> Path:
+    return source / "model.safetensors" if kind == "hf" else source
+
+
+def rewrite(kind: str, source: Path, seed: int) -> dict[str, np.ndarray]:
+    """Replace the weights of a checkpoint: the same names, sizes and times, other values."""
+    file = weights_file(kind, source)
+    before = file.stat() if file.exists() else None
+    config = tiny_config(hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+    tensors = random_tensors(config, seed, "float32")
+    made = source.with_name("made")
+    save(made, config, tensors, byte_tokenizer(), dtype="float32")
+    if kind == "gguf":
+        convert(made, source.with_name("made.gguf"), "F32", workers=1)
+        made = made.rename(source.with_name(f"directory{seed}")).with_name("made.gguf")
+    if before is None:
+        made.rename(source)
+    else:
+        os.replace(weights_file(kind, made), file)
+        assert file.stat().st_size == before.st_size
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        shutil.rmtree(source.with_name("made"), ignore_errors=True)
+    return tensors
+
+
+def written(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of an F32 file that are rows in the order of the checkpoint."""
+    with GGUFFile(path) as file:
+        return {
+            name: np.array(file[gguf_name(name)]).view(np.float32)
+            for name in ("model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight")
+        }
+
+
+@pytest.mark.parametrize("kind", ["hf", "gguf"])
+@pytest.mark.parametrize("workers", ["this process", "threads", "own processes", "new processes"])
+def test_a_source_that_is_rewritten_is_read_again(kind, workers, tmp_path):
+    """Twice in one process, and twice on workers that live on between the conversions."""
+    source = tmp_path / ("source" if kind == "hf" else "source.gguf")
+    spawn = multiprocessing.get_context("spawn")
+    executor: Executor | None = None
+    if workers == "threads":
+        executor = ThreadPoolExecutor(2)
+    elif workers == "own processes":
+        executor = ProcessPoolExecutor(1, mp_context=spawn)
+    count = 1 if workers == "this process" else 2
+    try:
+        for seed in (1, 2):
+            tensors = rewrite(kind, source, seed)
+            target = tmp_path / f"{seed}.gguf"
+            convert(source, target, "F32", executor=executor, workers=count)
+            for name, rows in written(target).items():
+                np.testing.assert_array_equal(rows, tensors[name])
+        if workers == "own processes" and MAPS.exists():
+            mapped = executor.submit(Path.read_text, MAPS).result()
+            assert mapped.count(f"{weights_file(kind, source)}\n") <= 1  # the newest source
+            assert f"{weights_file(kind, source)} (deleted)" not in mapped
+    finally:
+        if executor is not None:
+            executor.shutdown()
+    if MAPS.exists():
+        assert str(source) not in MAPS.read_text()
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="reads Linux's table of mapped files")
+@pytest.mark.parametrize("kind", ["hf", "gguf"])
+def test_the_source_is_closed_after_a_conversion_that_failed(kind, tmp_path):
+    source = tmp_path / ("source" if kind == "hf" else "source.gguf")
+    rewrite(kind, source, 1)
+    seen = []
+
+    def progress(done: int, total: int) -> None:
+        seen.append(str(source) in MAPS.read_text())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "x.gguf", "F32", workers=1, progress=progress)
+    assert seen == [True]
+    assert str(source) not in MAPS.read_text()
+    assert not (tmp_path / "x.gguf").exists()
 
 
 # --- tokenizers ---------------------------------------------------------------------------

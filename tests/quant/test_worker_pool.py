@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
@@ -70,6 +71,26 @@ def test_a_killed_worker_loses_nothing(tmp_path):
 def test_a_piece_that_always_kills_ends_in_one_sentence():
     with pytest.raises(RuntimeError, match="workers died 4 times without a result"):
         list(in_order(always_dies, range(2), processes(1), flight=2))
+
+
+def test_nothing_runs_on_in_a_caller_s_executor_after_the_iterator_is_closed():
+    begun: list[int] = []
+    ended: list[int] = []
+
+    def slow(x: int) -> int:
+        begun.append(x)
+        time.sleep(0.05)
+        ended.append(x)
+        return x
+
+    with ThreadPoolExecutor(2) as pool:
+        results = in_order(slow, range(100), pool, flight=20)
+        assert next(results) == 0
+        results.close()
+        assert begun  # 0, and what the two threads had begun
+        assert sorted(ended) == sorted(begun)
+        assert len(begun) < 10
+        assert pool.submit(len, begun).result() == len(ended)
 
 
 def test_an_error_of_the_work_is_raised():
