@@ -25,6 +25,8 @@ here the width is exact).
 
 from __future__ import annotations
 
+import math
+
 from refllm.backend import Array, namespace
 from refllm.errors import InputError
 
@@ -76,7 +78,7 @@ def percentile_cut(counts: Array, percentile: float) -> int:
 
 def entropy_cut(counts: Array, *, levels: int = 128, start: int = 128) -> int:
     """The i ≥ ``start`` with the smallest KL(p ‖ q), the largest of equal ones; i·w is the
-    cut.
+    cut. Divergences that differ by less than what rounding can add are equal.
 
     With ``start`` bins or fewer there is nothing to choose: the result is their number. The
     count of bin 0 is replaced by that of bin 1, as in modelopt: a spike of zeros (ReLU) costs
@@ -94,7 +96,8 @@ def entropy_cut(counts: Array, *, levels: int = 128, start: int = 128) -> int:
     if bins <= start:
         return bins
     h = xp.astype(xp.concat([counts[1:2], counts[1:]]), xp.float64)
-    if not float(xp.sum(h)) > 0:
+    total = float(xp.sum(h))
+    if not total > 0:
         raise InputError("entropy of a histogram without a count outside bin 0")
     count = max(1, _AT_ONCE // levels)
     parts = [
@@ -102,7 +105,10 @@ def entropy_cut(counts: Array, *, levels: int = 128, start: int = 128) -> int:
         for low in range(start, bins + 1, count)
     ]
     divergence = xp.concat(parts)  # [C]
-    return bins - int(xp.argmin(xp.flip(divergence)))  # the last of equal ones
+    # two prefix sums of up to ``bins`` terms, each term at most log(total) after the division
+    rounding = 4 * bins * (1 + math.log(total)) * float(xp.finfo(xp.float64).eps)
+    equal = xp.flip(divergence) <= xp.min(divergence) + rounding
+    return bins - int(xp.argmax(xp.astype(equal, xp.int64)))  # the last of equal ones
 
 
 def _divergences(h: Array, levels: int, low: int, high: int) -> Array:
