@@ -293,8 +293,24 @@ def test_a_network_of_two_dtypes_is_not_captured():
 def test_tokens_of_any_integer_type():
     config = NETWORKS["llama"]
     weights = network(config, 0)
-    view = ContiguousCache(config, 2, 1, like=weights["norm"]).view([1, 1])
-    assert np.isfinite(CapturedStep(weights, config)([1, np.uint64(2)], [0, 0], view)).all()
+    step = CapturedStep(weights, config)
+
+    def logits_of(tokens, positions) -> np.ndarray:
+        cache = ContiguousCache(config, 2, 8, like=weights["norm"])
+        cache.lengths = [3, 5]
+        return step(tokens, positions, cache.view([1, 1])).copy()
+
+    expected = logits_of([1, 200], [3, 5])
+    for tokens in (
+        [1, np.uint64(200)],  # NumPy would make floats of the two
+        [np.int8(1), np.uint8(200)],
+        np.array([1, 200], dtype=np.uint8),
+        np.array([1, 200], dtype=np.int16),
+        np.array([1, 200], dtype=np.uint64),
+        (1, 200),
+    ):
+        for positions in ([3, np.uint64(5)], np.array([3, 5], dtype=np.uint8), (3, 5)):
+            np.testing.assert_array_equal(logits_of(tokens, positions), expected)
 
 
 def test_an_empty_step_is_the_networks():

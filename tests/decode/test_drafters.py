@@ -71,6 +71,16 @@ def test_the_latest_of_equal_matches_counts():
     ).tokens == [3, 7]
 
 
+def test_a_drafter_that_is_used_for_another_sequence_forgets_the_first():
+    """[5, 6] was followed by 9 in the first sequence; the second begins in the same way."""
+    drafter = NGramDrafter()
+    rng = np.random.default_rng(0)
+    # the last two tokens, [6, 4], are new
+    assert drafter.propose([5, 6, 9, 5, 6, 4], 3, GREEDY, rng).tokens == []
+    assert drafter.propose([5, 6, 1, 2, 3, 0, 5, 6], 3, GREEDY, rng).tokens == [1, 2, 3]
+    assert drafter.propose([5, 6, 9, 5, 6], 3, GREEDY, rng).tokens == [9, 5, 6]
+
+
 # --- a model ------------------------------------------------------------------------------
 
 

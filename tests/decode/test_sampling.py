@@ -519,6 +519,30 @@ def test_draw_from_a_long_row(seed, vocab, gaps, dtype):
         assert edges[token] - slack <= u * edges[-1] <= edges[token + 1] + slack
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("zeros", [1, 24, 1023])
+def test_a_long_row_draws_no_token_of_weight_0_behind_a_block(zeros, dtype):
+    """Blocks that end in zeros, and whose sum is larger than their running sum: just below an
+    edge, the goal lies behind the block's last token.
+    """
+    vocab = 20 * 1024 + 7
+    w = np.zeros(vocab, dtype=dtype)
+    for block in (0, 3, 4, 19):
+        at = block * 1024
+        w[at + 5 : at + 1024 - zeros] = np.finfo(np.float64).eps / 2.1  # too small to add to 1
+        w[at] = 1.0
+    sums = [w[i : i + 1024].sum(dtype=np.float64) for i in range(0, vocab, 1024)]
+    edges = np.cumsum(sums)
+    for edge in edges / edges[-1]:
+        for u in (np.nextafter(edge, 0), edge, np.nextafter(edge, 1)):
+            if u < 1:
+                token = draw(w, float(u))
+                assert w[token] > 0
+                # in the block that the edge ends or begins
+                share = np.searchsorted(edges, u * edges[-1], side="right")
+                assert token // 1024 == share
+
+
 # --- the margin ---------------------------------------------------------------------------
 
 

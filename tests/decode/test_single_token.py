@@ -67,6 +67,23 @@ def test_it_continues_a_prefill_of_the_network():
     np.testing.assert_allclose(logits(weights, hidden), expected[30:], rtol=0, atol=atol)
 
 
+def test_large_queries_and_keys_stay_finite():
+    """q and k times 300: scores of 10⁵ whose exponentials would overflow."""
+    config = NETWORKS["llama"]
+    tensors = random_tensors(config, 1)
+    for name in list(tensors):
+        if "q_proj" in name or "k_proj" in name:
+            tensors[name] = tensors[name] * 300.0
+    weights = build(config, tensors)
+    expected = full_logits(weights, config)
+    cache = ContiguousCache(config, 1, 40, like=weights["norm"])
+    step = SingleTokenStep(weights, config, cache)
+    found = np.stack([step.step(int(token)).copy() for token in TOKENS[:40]])
+    atol = 300.0**2 * tolerance(config, 40, expected)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
+    assert atol < 1e-3 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral-window"])
 def test_families_with_more_operations_use_the_network(name):
     assert not is_supported(NETWORKS[name], network(NETWORKS[name], 0))

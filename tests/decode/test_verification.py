@@ -569,3 +569,33 @@ def test_enumeration_sees_every_path():
     assert both == {
         (a, b): 0.5 * (0.25 if b else 0.75) for a, b in itertools.product((True, False), repeat=2)
     }
+
+
+# --- typical acceptance -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab", [4, 16, 64])
+def test_typical_acceptance_of_a_uniform_distribution(vocab):
+    """H = ln V, so the threshold is min(ε, δ / V): every draft has 1 / V, which is more for
+    δ < 1 and less for δ > 1.
+    """
+    p = np.full((3, vocab), 1 / vocab)
+    rng = np.random.default_rng(0)
+    assert verify_typical(p, [0, vocab - 1], rng, epsilon=1.0)[0] == 2
+    assert verify_typical(p, [0, vocab - 1], rng, epsilon=1.0, delta=0.99)[0] == 2
+    assert verify_typical(p, [0, vocab - 1], rng, epsilon=1.0, delta=1.01)[0] == 0
+    assert verify_typical(p, [0, vocab - 1], rng, epsilon=0.99 / vocab, delta=1.01)[0] == 2
+
+
+def test_typical_acceptance_by_hand():
+    """The defaults: of [0.09, 0.91], H = 0.302 and δ e^{−H} = 0.22, so ε = 0.09 is the
+    threshold, which a draft must exceed; of a one-hot row H = 0.
+    """
+    rng = np.random.default_rng(0)
+    row = np.array([0.09, 0.91, 0.0])
+    sure = np.array([0.0, 0.0, 1.0])
+    assert verify_typical(np.stack([row, sure]), [0], rng)[0] == 0
+    assert verify_typical(np.stack([row, sure]), [1], rng) == (1, 2)
+    assert verify_typical(np.stack([sure, sure, row]), [2, 1], rng) == (1, 2)
+    # the row of the rejected draft is the one whose token follows
+    assert verify_typical(np.stack([row, sure, sure]), [1, 0], rng) == (1, 2)

@@ -154,6 +154,20 @@ def test_a_free_block_that_is_remembered_is_forgotten_only_when_it_is_allocated(
     assert pool.revived == 1
 
 
+def test_a_block_that_is_taken_back_counts_for_the_peak():
+    pool = BlockPool(2, 4)
+    first = pool.allocate()
+    pool.remember(first, "a")
+    pool.free(first)
+    second = pool.allocate()  # the other one: a remembered block is last in line
+    assert (second != first, pool.num_used, pool.peak) == (True, 1, 1)
+    pool.fork(first)
+    assert (pool.num_used, pool.peak) == (2, 2)
+    pool.fork(first)  # a second owner of a block in use
+    pool.free(second)
+    assert (pool.num_used, pool.peak) == (1, 2)
+
+
 @pytest.mark.parametrize("block", [-1, 3])
 def test_a_block_outside_the_pool_is_rejected(block):
     pool = BlockPool(3, 4)

@@ -51,6 +51,13 @@ class AllocatorMachine(RuleBasedStateMachine):
         ]
         return [range(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
+    @staticmethod
+    def parent(hole: range) -> range:
+        """The range that a buddy range and its buddy make together."""
+        size = 2 * len(hole)
+        start = hole.start // size * size
+        return range(start, start + size)
+
     @rule(size=st.integers(1, 24))
     def allocate(self, size: int) -> None:
         wanted = 1 << (size - 1).bit_length() if self.kind is BuddyAllocator else size
@@ -68,6 +75,12 @@ class AllocatorMachine(RuleBasedStateMachine):
             assert start == fitting[0].start
         else:
             self.seen["rounded"] += wanted > size
+            # of the smallest ranges that are large enough, which no free buddy enlarges, the
+            # lowest
+            ranges = [hole for hole in fitting if self.parent(hole) not in fitting]
+            chosen = min(ranges, key=lambda hole: (len(hole), hole.start))
+            assert start == chosen.start
+            self.seen["another"] += any(len(hole) == len(chosen) for hole in ranges[1:])
         assert self.allocator.size(start) == wanted
         self.allocated[start] = range(start, start + wanted)
 
@@ -100,8 +113,16 @@ class AllocatorMachine(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("kind", [FirstFitAllocator, BuddyAllocator])
 def test_state_machine_ranges_are_a_set_of_slots(kind):
-    see = {"full", "fragmented" if kind is FirstFitAllocator else "rounded"}
+    see = {"full", "fragmented"} if kind is FirstFitAllocator else {"full", "rounded", "another"}
     run(type(kind.__name__, (AllocatorMachine,), {"kind": kind}), examples=40, steps=40, see=see)
+
+
+def test_a_buddy_allocates_the_lowest_of_the_smallest_ranges_in_whatever_order_they_were_freed():
+    buddies = BuddyAllocator(16)
+    assert [buddies.allocate(2) for _ in range(8)] == [0, 2, 4, 6, 8, 10, 12, 14]
+    for start in (12, 4, 8):  # their buddies are allocated, so none is merged
+        buddies.free(start)
+    assert [buddies.allocate(size) for size in (1, 2, 1, 2, 2)] == [4, 8, 5, 12, None]
 
 
 @given(size=st.integers(1, 1000))

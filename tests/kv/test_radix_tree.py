@@ -233,6 +233,44 @@ def test_the_segmented_order_keeps_nodes_found_twice_over_those_used_last():
     assert gone == [1]
 
 
+def test_both_parts_of_a_locked_node_that_is_split_stay_locked():
+    """A handle is to the lower part; each of its locks holds the upper part too."""
+    gone: list[int] = []
+    cache = RadixCache(on_evict=gone.extend)
+    cache.insert([1, 2, 3, 4], [0, 1, 2, 3])
+    handle = cache.match([1, 2, 3, 4]).node
+    cache.lock(handle)
+    cache.lock(handle)
+    cache.insert([1, 2, 9], [4, 5, 6])
+    assert (cache.splits, handle.key, handle.locks) == (1, (3, 4), 2)
+    upper = handle.parent
+    assert (upper.key, upper.locks) == ((1, 2), 2)
+    assert (cache.protected, cache.evictable) == (4, 1)
+    assert cache.evict(5) == 1
+    assert gone == [6]
+    cache.unlock(handle)
+    assert (cache.evict(5), cache.protected) == (0, 4)
+    cache.unlock(handle)
+    cache.check()
+    assert (cache.evict(5), cache.protected, cache.evictable) == (4, 0, 0)
+    assert gone == [6, 2, 3, 0, 1]
+
+
+def test_a_split_by_a_match_keeps_the_locks_of_the_handle_below():
+    cache = RadixCache()
+    cache.insert([1, 2, 3], [0, 1, 2])
+    lower = cache.match([1, 2, 3]).node
+    cache.lock(lower)
+    upper = cache.match([1]).node
+    cache.lock(upper)
+    assert (lower.locks, upper.locks, cache.protected) == (1, 2, 3)
+    cache.unlock(lower)
+    assert (lower.locks, upper.locks, cache.protected, cache.evictable) == (0, 1, 1, 2)
+    assert cache.evict(9) == 2  # the lower part alone
+    cache.unlock(upper)
+    assert cache.evict(9) == 1
+
+
 def test_tenants_do_not_see_each_other():
     cache = RadixCache()
     cache.insert([1, 2], [0, 1], salt="a")

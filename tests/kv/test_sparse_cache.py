@@ -445,6 +445,25 @@ def test_a_step_that_is_computed_again_counts_once(xp):
         assert np.array_equal(to_host(a[0].keys), to_host(b[0].keys))
 
 
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_large_scores_stay_finite(xp, scale, dtype):
+    """exp of a score of 1,000 overflows; relative to the largest one it does not."""
+    q, k, v = (array.astype(dtype) for array in random_sequences(3, 1, 20))
+    q = q * np.asarray(scale, dtype=dtype)
+    policy = h2o(30)  # keeps everything
+    cache = SparseCache(config(), 1, like=xp.zeros(1, dtype=dtype), policy=policy)
+    outputs = [run_step(xp, cache, (q, k, v), [n])[0][0] for n in (13, 1, 6)]
+    attend = CausalAttend([20])
+    expected = attend(0, q[0, 0].astype("float64"), k[0, 0], v[0, 0])
+    top = np.abs(q).max() * np.abs(k).max() * D
+    atol = 50 * float(np.finfo(dtype).eps) * top * np.abs(v).max()
+    np.testing.assert_allclose(np.concatenate(outputs), expected, rtol=0, atol=min(atol, 0.05))
+    # a query's weights sum to 1 over the keys, in every head
+    total = to_host(cache.layers[0][0].scores).sum(axis=1)
+    np.testing.assert_allclose(total, 20, rtol=100 * float(np.finfo(dtype).eps))
+
+
 # --- generation ---------------------------------------------------------------------------
 
 
