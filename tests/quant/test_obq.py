@@ -11,9 +11,10 @@ from test_hessian import inputs, positive
 from conftest import to_host
 from refllm.formats.uniform import RULES, Scheme, dequantize_codes, qparams, quantize_codes
 from refllm.quant.gptq import gptq
+from refllm.quant.hessian import damped
 from refllm.quant.obq import obq
 from strategies import seeds
-from ties import settled
+from ties import exact_ties, settled
 
 EPS64 = float(np.finfo("float64").eps)
 SHAPES = [("tensor", None), ("channel", None), ("group", 4), ("group", 6), ("block", (2, 5))]
@@ -57,11 +58,16 @@ def test_equality_gptq_is_obq(xp, seed, rule, shape, bits, act_order, static, bl
     fast = gptq(xp.asarray(w), h, scheme, block_size=block, **options)
     slow = obq(xp.asarray(w), h, scheme, **options)
     same = settled(fast, w, to_host(h), act_order=act_order)
-    assert np.array_equal(to_host(fast.codes)[:, same], to_host(slow.codes)[:, same])
+    assert np.array_equal(same, settled(slow, w, to_host(h), act_order=act_order))
+    assert np.array_equal(to_host(fast.codes)[same], to_host(slow.codes)[same])
     assert (fast.g_idx is None) == (slow.g_idx is None)
     if fast.g_idx is not None:
         assert np.array_equal(to_host(fast.g_idx), to_host(slow.g_idx))
     assert np.array_equal(to_host(fast.dead), to_host(slow.dead))
+    exact = damped(to_host(h), 0.01)
+    for made in (fast, slow):  # from a tie on each has a loss of its own: that of its codes
+        expected = loss_of(w * ~to_host(made.dead), to_host(made.dequantize()), exact)
+        assert abs(made.loss - expected) <= 64 * 12 * EPS64 * np.linalg.cond(exact) * expected
     if not same.all():
         return
     assert abs(fast.loss - slow.loss) <= 1e3 * 12 * EPS64 * slow.loss
@@ -79,12 +85,32 @@ def test_a_tie_shows_in_the_result_and_only_later_columns_are_exempt(xp):
     x[:, 0] = 0
     h = 2 * x.T @ x / 30
     q = gptq(xp.asarray(w), xp.asarray(h), scheme, block_size=1)
-    assert settled(q, w, h).tolist() == [True] * 10 + [False] * 2
+    assert settled(q, w, h).tolist() == [[True] * 10 + [False] * 2] * 3
     assert sorted({*to_host(q.codes)[0, 10:11].tolist(), -7, -8}) == [-8, -7]
     for rule in ("power", "restricted", "asymmetric"):
         for options in ({}, {"act_order": True}, {"act_order": True, "static_groups": True}):
             again = gptq(xp.asarray(w), xp.asarray(h), Scheme(4, rule, "group", 4), **options)
             assert settled(again, w, h, act_order="act_order" in options).all()
+
+
+@pytest.mark.parametrize("rule", ["half_integer", "half_integer_unsigned"])
+@pytest.mark.parametrize("shape", [("group", 2), ("group", 6), ("block", (2, 5))])
+def test_ties_are_those_of_exact_arithmetic(rule, shape):
+    """The computation of ``settled`` in float64 beside one in fractions."""
+    met = 0
+    for seed in range(6):
+        scheme = Scheme(3 + seed % 2, rule, *shape)
+        w = np.random.default_rng(seed).standard_normal((3, 12))
+        x = inputs(seed, 30, 12)
+        x[:, seed % 12] *= seed % 3 > 0
+        h = 2 * x.T @ x / 30
+        ties = exact_ties(w, h, scheme)
+        if scheme.granularity == "block":
+            ties = np.broadcast_to(ties.any(axis=0), ties.shape)
+        same = settled(gptq(w, h, scheme, block_size=1 + seed), w, h)
+        assert np.array_equal(same, np.cumsum(ties, axis=1) == 0)
+        met += not same.all()
+    assert met >= 2
 
 
 @pytest.mark.theorem(
