@@ -40,6 +40,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
@@ -243,20 +244,47 @@ def _used(tree: ast.AST, module: str, package: str, names: set[str]) -> set[str]
     return found
 
 
-def survives(fault: Fault, root: Path, workplace: Path, limit: float | None) -> bool:
-    """Run the tests against ``workplace``, a copy of ``root``, with the fault in it."""
+@contextmanager
+def broken(fault: Fault, root: Path, workplace: Path) -> Iterator[None]:
+    """Within the block ``workplace``, a copy of ``root``, holds the fault."""
     target = workplace / fault.path.relative_to(root)
     original = target.read_text(encoding="utf-8")
     target.write_text(planted(fault)[0], encoding="utf-8")
     try:
-        return passes(fault.path, root, workplace, limit)
+        yield
     finally:
         target.write_text(original, encoding="utf-8")
 
 
-def passes(path: Path, root: Path, workplace: Path, limit: float | None) -> bool:
-    """Whether all the tests of a file pass in ``workplace``, each run within ``limit``."""
-    return all(_run(arguments, workplace, limit) for arguments in tests_of(path, root))
+class Usual(dict[tuple[str, ...], float]):
+    """Seconds that a run of tests takes without any fault; infinite if it fails.
+
+    Each run is tried when it is first asked about, so that tests which notice a fault early
+    spare the later ones.
+    """
+
+    def of(self, arguments: list[str], workplace: Path) -> float:
+        """The seconds of a run, tried once in ``workplace``, which holds no fault."""
+        key = tuple(arguments)
+        if key not in self:
+            began = time.monotonic()
+            good = _run(arguments, workplace, None)
+            self[key] = time.monotonic() - began if good else math.inf
+        return self[key]
+
+
+def verdict(fault: Fault, root: Path, workplace: Path, usual: Usual, limit: float) -> str:
+    """ "noticed", "survived", or "left out" if its tests fail without it and no other notices."""
+    sound = True
+    for arguments in tests_of(fault.path, root):
+        seconds = usual.of(arguments, workplace)
+        if math.isinf(seconds):
+            sound = False
+            continue
+        with broken(fault, root, workplace):
+            if not _run(arguments, workplace, max(limit, 4 * seconds)):
+                return "noticed"
+    return "survived" if sound else "left out, tests fail without a fault"
 
 
 def _run(arguments: list[str], workplace: Path, limit: float | None) -> bool:
@@ -322,25 +350,17 @@ def run(faults: list[Fault], root: Path, jobs: int, limit: float) -> None:
     places: Queue[Path] = Queue()
     for i in range(jobs):
         places.put(_copied(root, root.with_name(f"copy{i}")))
-    # seconds that a file's tests take without any fault; infinite if they fail
-    sound: dict[Path, float] = {}
+    usual = Usual()
 
-    def verdict(fault: Fault) -> str:
+    def judged(fault: Fault) -> str:
         place = places.get()
         try:
-            if fault.path not in sound:
-                began = time.monotonic()
-                good = passes(fault.path, root, place, None)
-                sound[fault.path] = time.monotonic() - began if good else math.inf
-            if math.isinf(sound[fault.path]):
-                return "left out, its tests fail without a fault"
-            patience = max(limit, 4 * sound[fault.path])
-            return "survived" if survives(fault, root, place, patience) else "noticed"
+            return verdict(fault, root, place, usual, limit)
         finally:
             places.put(place)
 
     with ThreadPoolExecutor(jobs) as pool:
-        verdicts = zip(faults, pool.map(verdict, faults), strict=True)
+        verdicts = zip(faults, pool.map(judged, faults), strict=True)
         for done, (fault, found) in enumerate(verdicts, start=1):
             print(f"{done} of {len(faults)}", end="\r", file=sys.stderr, flush=True)
             room = fault.path.relative_to(root / "refllm").parts[0]
