@@ -9,7 +9,7 @@ the distribution it sampled from.
 3. ``loop``: speculative generation of one sequence.
 4. ``ngram_drafter``, ``jacobi_drafter``: drafts that cost no model.
 5. ``model_drafter``: a small model with its own cache.
-6. ``tree``: token trees, their attention mask and cache.
+6. ``tree``: token trees, and which node sees which.
 7. ``tree_verification``: the acceptance rules for trees.
 8. ``tree_drafter``: a draft model that fans out where it is not confident.
 9. ``tree_shape``: the best static tree (Sequoia).
