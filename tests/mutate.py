@@ -105,7 +105,8 @@ def changed(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
     elif isinstance(new, ast.Constant) and type(new.value) is bool:
         yield "flag", ast.Constant(not new.value)
     elif isinstance(new, ast.Constant) and type(new.value) in (int, float):
-        yield "constant", ast.Constant(new.value + 1)
+        if new.value + 1 != new.value:  # 1e30 + 1 is 1e30
+            yield "constant", ast.Constant(new.value + 1)
     elif isinstance(new, ast.Call) and isinstance(new.func, ast.Name) and new.func.id in CALLS:
         new.func.id = CALLS[new.func.id]
         yield "function", new
@@ -142,6 +143,10 @@ def _skipped(tree: ast.AST) -> set[int]:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             parts += [node.returns, *node.decorator_list]
             parts += [arg.annotation for arg in ast.walk(node.args) if isinstance(arg, ast.arg)]
+        elif isinstance(node, ast.ClassDef):
+            parts += node.decorator_list
+        elif isinstance(node, ast.keyword) and node.arg == "strict":  # zip's own check
+            parts.append(node.value)
         elif isinstance(node, ast.AnnAssign):
             parts.append(node.annotation)
         elif isinstance(node, (ast.Raise, ast.JoinedStr)):

@@ -89,6 +89,25 @@ def test_two_writers_at_once_never_mix_their_bytes(tmp_path):
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"file": "the first writer"}
 
 
+def test_the_bytes_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
+    order = []
+    fsync = os.fsync
+    replace = os.replace
+
+    def synced(handle: int) -> None:
+        order.append(("sync", os.fstat(handle).st_size))
+        fsync(handle)
+
+    def named(old: Path, new: Path) -> None:
+        order.append(("name", new.name))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", named)
+    write_atomic(tmp_path / "file", "twelve bytes")
+    assert order == [("sync", 12), ("name", "file")]
+
+
 def gguf(path: Path, value: int) -> None:
     plan = {"a": ("F32", (1, 4)), "b": ("F32", (1, 4))}
     gguf_writer.write(path, {}, plan, lambda _: np.full(16, value, "uint8"))

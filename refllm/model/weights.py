@@ -204,11 +204,12 @@ BLOCK = 64  # output columns per block: the widest that OpenBLAS multiplies with
 MATVEC_ROWS = 3  # up to so many rows are multiplied one by one, where products are packed
 KERNEL_ROWS = 4  # rows that the AVX2 kernel takes at a time; it halves a rest of 1 to 3
 PADDED_BELOW = 64  # from so many rows on, the rest no longer shows
-PACKED_FROM = 128  # from so many rows on packing pays, and blocks are laid side by side
+# from so many rows on packing pays, and blocks are laid side by side
+PACKED_FROM = 128  # mutate: equivalent (speed alone)
 PACKED_SIZE = 2**20  # elements of a weight that are laid side by side at a time
 # multiply-adds of the largest product that OpenBLAS does not pack
 # (sgemm_small_kernel_permit for SkylakeX)
-SMALL_PRODUCT = 10**6
+SMALL_PRODUCT = 10**6  # mutate: equivalent (speed alone)
 _CACHE_LINE = 64  # bytes, also of a vector: one that straddles two lines is read twice
 
 Product = tuple[Array, Array, Array]  # left, right, result
@@ -233,7 +234,7 @@ class Blocks:
     def matmul(self, x: Array) -> Array:
         """x[T, N] → x Wᵀ [T, M]."""
         rows = x.shape[0]
-        if rows >= PACKED_FROM and not self._single:
+        if rows >= PACKED_FROM and not self._single:  # mutate: equivalent (speed alone)
             return self._matmul_packed(x)
         more = self.padded_rows(rows) - rows
         if more:
@@ -272,7 +273,7 @@ class Blocks:
         rows = x.shape[0]
         m, n = self.shape
         most = SMALL_PRODUCT // (BLOCK * n)  # rows that are multiplied without packing
-        groups = -(-rows // most) if most >= 4 else 1
+        groups = -(-rows // most) if most >= 4 else 1  # mutate: equivalent (speed alone)
         group = -(-rows // groups) if rows else 1  # rows of a group, as even as they can be
         full = rows - rows % group
         # [groups, 1, group, N] @ [M/64, N, 64], each product written to its place in out

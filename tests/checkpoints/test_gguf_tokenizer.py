@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Inner
 
 from refllm.checkpoints.gguf_tokenizer import (
@@ -237,6 +237,15 @@ def test_the_beginning_token_of_a_byte_level_vocabulary(added, first):
     known = {key: value for key, value in entries.items() if value is not None}
     tokenizer = tokenizer_from_metadata(known, "x")
     assert tokenizer.encode("a", special=True) == [*first, *byte_tokenizer().encode("a")]
+
+
+def test_a_template_that_also_ends_a_text_begins_it():
+    inner = Inner.from_str(byte_tokenizer().inner.to_str())
+    inner.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
+    )
+    written = tokenizer_metadata(Tokenizer(inner), tiny_config())
+    assert written["tokenizer.ggml.add_bos_token"] is True
 
 
 @pytest.mark.parametrize(

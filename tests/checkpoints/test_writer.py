@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -398,6 +399,37 @@ def test_a_link_stays_a_link(tmp_path, tokenizer, tensors):
     "complete, and no other files",
     source="every step made to fail in turn",
 )
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells which file a handle is")
+def test_everything_is_on_the_disk_before_the_directory_gets_its_name(
+    tmp_path, monkeypatch, tokenizer, tensors
+):
+    """And the name itself when ``save`` returns: a power failure at any time leaves the old
+    checkpoint or the new one.
+    """
+    calls: list[tuple[str, str]] = []
+    fsync = os.fsync
+    rename = os.rename
+
+    def synced(handle: int) -> None:
+        calls.append(("sync", Path(os.readlink(f"/proc/self/fd/{handle}")).name))
+        fsync(handle)
+
+    def renamed(old: Path, new: Path) -> None:
+        calls.append(("name", new.name))
+        rename(old, new)
+        calls.append(("named", new.name))
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    save(tmp_path / "m", CONFIG, tensors, tokenizer, max_shard_bytes=500)
+    at = calls.index(("name", "m"))
+    files = {path.name for path in (tmp_path / "m").iterdir()}
+    before = [name for kind, name in calls[:at] if kind == "sync"]
+    assert files == set(before[:-1])
+    assert before[-1].endswith(".partial")  # the new directory, with the names of its files
+    assert calls[at + 1 :] == [("named", "m"), ("sync", tmp_path.name)]
+
+
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "overwrite"])
 def test_a_failure_at_any_step_leaves_a_complete_checkpoint(
     tmp_path, monkeypatch, tokenizer, tensors, existing

@@ -176,6 +176,10 @@ REJECTED = {
         raw(rope_parameters={"full_attention": {"rope_type": "yarn", "factor": 4.0}}),
         "RoPE's parameters must be one object for all layers",
     ),
+    "RoPE of one kind of layer beside its own": (
+        raw(rope_parameters={"rope_type": "default", "full_attention": {"rope_type": "yarn"}}),
+        "RoPE's parameters must be one object for all layers",
+    ),
     "linear": (
         raw(rope_scaling={"type": "linear", "factor": 2.0}),
         "RoPE scaling 'linear' is not supported",
