@@ -226,7 +226,7 @@ def test_sampled_drafts_keep_the_output_distribution_in_the_engine(monkeypatch, 
             max_batch_tokens=budget,
             seed=0,
         )
-        engine.submit(Request(PROMPT, 3, id=0, temperature=1.0))
+        engine.submit(Request(PROMPT, 4, id=0, temperature=1.0))
         engine._requests[0].sequence_state(0).rng = rng
         engine._requests[0].sequence_state(0).uniform = lambda place: 0.5
         monkeypatch.setattr(
@@ -238,7 +238,7 @@ def test_sampled_drafts_keep_the_output_distribution_in_the_engine(monkeypatch, 
 
     assert (
         largest_difference(
-            exact_distribution(run), output_distribution(target, SamplingParams(temperature=1.0), 3)
+            exact_distribution(run), output_distribution(target, SamplingParams(temperature=1.0), 4)
         )
         <= 1e-11
     )
@@ -369,6 +369,28 @@ def test_no_drafts_are_asked_for_that_the_output_has_no_room_for(wrap):
     served(wrap(lambda: Silent(counts)), [Request([1, 2], 7, ignore_eos=True)])
     # one token of a step is no draft, and the last token of an output needs no drafts
     assert counts == [4, 4, 3, 2, 1]
+
+
+def test_recent_drafts_of_a_sequence_weigh_most_beside_those_of_all():
+    drafting = AdaptiveDrafting(lambda: NGramDrafter(4, shortest=1))
+    first = drafting()
+    assert drafting.alpha == first.alpha == 0.5  # nothing is known yet
+    first.observe([0] * 5, 2)  # four drafts: two accepted, the third rejected
+    first.observe([0] * 5, 4)
+    assert (first.accepted, first.judged) == (0.9 * 2 + 4, 0.9 * 3 + 4)
+    shared = (0.5 * 4 + 6) / (4 + 7)
+    assert drafting.alpha == drafting().alpha == pytest.approx(shared)
+    assert first.alpha == pytest.approx((16 * shared + 5.8) / (16 + 6.7))
+
+
+def test_drafting_must_gain_more_than_the_margin():
+    def gamma(draft):
+        costs = Costs([(1, 1.0), (1000, 1.0)], [(1, draft, draft)])
+        return AdaptiveDrafting(NGramDrafter, costs=costs).worthwhile_gamma(1.0, 1)
+
+    # two tokens in the time of a step and a draft, over one token per step
+    assert gamma(2 / 1.2 - 1.001) == 1
+    assert gamma(2 / 1.2 - 0.999) == 0
 
 
 def test_every_draft_is_counted_once():

@@ -21,7 +21,7 @@ from refllm.serve import factory
 from refllm.serve.kv_manager import PagedKVManager
 from refllm.serve.plan import Outcome, Plan, SampledTokens, SequenceUpdate
 from refllm.serve.prefix_caching import HashKVManager, RadixKVManager
-from refllm.serve.request import Request, SequenceStatus
+from refllm.serve.request import Request, Sequence, SequenceStatus
 from refllm.serve.scheduler import Scheduler
 from strategies import seeds
 
@@ -456,6 +456,26 @@ def test_beams_that_come_back_whole_from_a_cache_advance_in_the_step_that_admits
     assert [(item.start, item.count, item.samples) for item in plan.items] == [(3, 1, 1)] * 2
     scheduler.update(plan, [[SampledTokens([9])]] * 2)
     scheduler.check()
+
+
+def test_every_preemption_is_counted_once():
+    scheduler = paged(5)  # 20 slots for three requests of up to 12
+    plans: list[Plan] = []
+    ended: list[Sequence] = []
+    for name in range(3):
+        scheduler.submit(Request(range(4), 9, id=name))
+    while scheduler.unfinished:
+        plan = scheduler.plan()
+        plans.append(plan)
+        updates = scheduler.update(plan, [[SampledTokens([7])] for _ in plan.sampling])
+        ended += [update.sequence for update in updates if update.reason]
+    preempted = Counter(name for plan in plans for name in plan.preempted)
+    assert scheduler.preemptions == preempted.total() > 0
+    assert {s.key: s.preemptions for s in ended if s.preemptions} == dict(preempted)
+    assert scheduler.steps == len(plans)
+    assert [plan.step for plan in plans] == list(range(len(plans)))
+    assert scheduler.sampled == 27
+    assert scheduler.computed == sum(plan.tokens for plan in plans)
 
 
 def test_a_plan_is_updated_or_rolled_back_before_the_next():
