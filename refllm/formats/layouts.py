@@ -52,7 +52,14 @@ from dataclasses import dataclass
 
 from refllm.backend import Array, bitcast, namespace
 from refllm.errors import InputError
-from refllm.formats.packing import pack, store_scale, store_zero, unpack, words_per_row
+from refllm.formats.packing import (
+    pack,
+    pack_codes,
+    store_scale,
+    store_zero,
+    unpack,
+    words_per_row,
+)
 from refllm.formats.quantized_linear import ActOrderLinear, QuantizedLinear, column_order
 from refllm.formats.uniform import Scheme
 from refllm.formats.w8a8_linear import W8A8Linear
@@ -156,10 +163,8 @@ def _obstacle(scheme: Scheme, name: str, activations: bool, act_order: bool) -> 
     if scheme.granularity not in ("tensor", "channel", "group"):
         return f"one scale per {scheme.granularity}"
     if act_order and name not in ("gptq", "gptq_v2"):
-        return (
-            "groups of columns in another order (act-order without static groups: "
-            "there is no g_idx)"
-        )
+        reordered = "groups of columns in another order"
+        return f"{reordered} (act-order without static groups: there is no g_idx)"
     if activations != (name == "int-quantized"):
         if activations:
             return "quantised activations"
@@ -298,7 +303,10 @@ def to_tensor(
     if suffix == "qweight":
         if layout.name == "awq":
             return _interleave(xp.ascontiguousarray(unpack(inner.packed(), 4, n).T))
-        return bitcast(xp.ascontiguousarray(_words_in_own_order(inner).T), xp.int32)
+        words = inner.packed()
+        if isinstance(inner, ActOrderLinear):  # with the columns in their own order
+            words = pack_codes(inner.codes, inner.scheme)
+        return bitcast(xp.ascontiguousarray(words.T), xp.int32)
     if suffix == "qzeros":
         zeros = xp.astype(_per_row(inner.zero_point, m) + inner.scheme.offset, xp.uint8)
         zeros = xp.ascontiguousarray(zeros.T)  # Z[G, M]
@@ -311,16 +319,6 @@ def to_tensor(
             return g_idx
         return xp.astype(xp.arange(n) // (layout.group_size or n), xp.int32)
     raise InputError(f"{layout.name} has no tensor {suffix!r}")
-
-
-def _words_in_own_order(weight: QuantizedLinear) -> Array:
-    """The words of a weight with its columns in their own order."""
-    if not isinstance(weight, ActOrderLinear) or weight.order is None:
-        return weight.packed()
-    bits = weight.scheme.bits
-    codes = unpack(weight.packed(), bits, weight.shape[1])
-    xp = namespace(codes)
-    return pack(xp.ascontiguousarray(codes[:, xp.argsort(weight.order)]), bits)
 
 
 def _per_row(parameter: Array, rows: int) -> Array:

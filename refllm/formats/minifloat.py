@@ -264,9 +264,9 @@ def _as_float32(x: Array, name: str) -> Array:
     near = xp.astype(xp.where(xp.isinf(flat), flat, xp.clip(flat, -largest, largest)), xp.float32)
     back = xp.astype(near, xp.float64)
     # Truncated towards zero, with the last bit set if anything was lost (Boldo & Melquiond
-    # 2008): this cannot create a tie.
+    # 2008): this cannot create a tie. NaN stays NaN with any last bit.
     bits = bitcast(near, xp.int32) - xp.astype(xp.abs(back) > xp.abs(flat), xp.int32)
-    cut = (back != flat) & ~xp.isnan(flat)
+    cut = back != flat
     return xp.reshape(bitcast(bits | xp.astype(cut, xp.int32), xp.float32), x.shape)
 
 
@@ -275,10 +275,7 @@ def _reject(flat: Array, fmt: Format, name: str, *, out_of_range: bool) -> None:
     ``out_of_range`` values beyond the largest.
     """
     xp = namespace(flat)
-    if fmt.nan is None:
-        wrong = xp.isnan(flat)
-    else:
-        wrong = xp.zeros(flat.shape, dtype=xp.bool_)
+    wrong = xp.isnan(flat) & (fmt.nan is None)
     if out_of_range:
         # The tie above the largest value is rounded up from an odd code, and in E8M0 always;
         # from an even code it is not.

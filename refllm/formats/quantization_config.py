@@ -37,16 +37,11 @@ SUPPORTED = (
     f"compressed-tensors ({', '.join(COMPRESSED)}, float-quantized), fp8 (in blocks), "
     "gptq (v1 and v2) and awq (gemm)"
 )
-# compressed-tensors' entry for dynamic 8-bit activations with one scale per token
-INT8_PER_TOKEN = {
-    "num_bits": 8,
-    "type": "int",
-    "symmetric": True,
-    "strategy": "token",
-    "dynamic": True,
-}
-
 Entry = Mapping[str, object]  # an object of the JSON file
+
+# compressed-tensors' entry for dynamic 8-bit activations with one scale per token
+PER_TOKEN: Entry = {"strategy": "token", "dynamic": True}
+INT8_PER_TOKEN: Entry = {"num_bits": 8, "type": "int", "symmetric": True, **PER_TOKEN}
 
 
 class UnsupportedQuantization(InputError):
@@ -165,12 +160,9 @@ def _float_arguments(layout: WeightLayout) -> tuple[Entry, Entry]:
     e4m3: dict[str, object] = {"num_bits": 8, "type": "float", "symmetric": True}
     size = layout.group_size
     if size is None:
-        weights: dict[str, object] = {"strategy": "channel", "dynamic": False}
-        inputs: dict[str, object] = {"strategy": "token", "dynamic": True}
-    else:
-        weights = {"strategy": "block", "dynamic": False, "block_structure": [size, size]}
-        inputs = {"strategy": "group", "group_size": size, "dynamic": True}
-    return e4m3 | weights, e4m3 | inputs
+        return {**e4m3, "strategy": "channel", "dynamic": False}, {**e4m3, **PER_TOKEN}
+    weights = {**e4m3, "strategy": "block", "dynamic": False, "block_structure": [size, size]}
+    return weights, {**e4m3, "strategy": "group", "group_size": size, "dynamic": True}
 
 
 def _compressed_entry(
@@ -326,9 +318,7 @@ def _integer_group(name: str, weights: Entry, inputs: object) -> WeightLayout:
         _reject(f"num_bits of {name}", bits, f"{allowed[0]} to {allowed[-1]}")
     if name == "int-quantized" and (strategy == "group" or not symmetric):
         _reject("weights of int-quantized", dict(weights), "symmetric ones by channel")
-    size = None
-    if strategy == "group":
-        size = _size(weights.get("group_size"))
+    size = _size(weights.get("group_size")) if strategy == "group" else None
     return WeightLayout(name, bits, size, symmetric)
 
 
