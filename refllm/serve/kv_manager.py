@@ -155,7 +155,7 @@ class PagedKVManager:
         b = self.block_size
         start = table.length
         # the common case first, and fast: the last block has room and no other owner
-        if (
+        if (  # mutate: equivalent (a table answers the same, but slower)
             start % b
             and start + count <= len(table.blocks) * b
             and self.pool.ref_count(table.blocks[start // b]) == 1

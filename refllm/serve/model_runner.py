@@ -109,7 +109,7 @@ class ModelRunner:
             tokens += [0] * count
             positions += range(start, start + count)
         attend = cache.view(tables, counts)
-        if len(rows) == len(tokens):
+        if len(rows) == len(tokens):  # mutate: equivalent (fewer array calls, the same logits)
             return self._decode_step(tokens, positions, attend)  # [R, V]
         ids, places = asarray_like([tokens, positions], cache.keys, "int64")  # [T], [T]
         sampled_rows = asarray_like(rows, cache.keys, "int64")  # [R]

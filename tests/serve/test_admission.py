@@ -151,6 +151,9 @@ def test_of_sequences_that_share_an_uncached_prefix_only_the_first_is_ready():
     memory = RadixKVManager(BlockPool(8, 1))
     order = LongestPrefix(shared=2)
     assert [b.order for b in order.candidates(list(waiting), memory)] == [0, 2, 3]
+    # with exactly the two cached, sharing saves nothing yet: still one at a time
+    memory.cache.insert([1, 2], [0, 1])
+    assert [b.order for b in order.candidates(list(waiting), memory)] == [0, 2, 3]
     # now more than the two are cached for the first alone
     memory.cache.insert([1, 2, 3], [0, 1, 2])
     assert next(order.candidates(list(waiting), memory)).order == 0
