@@ -144,7 +144,7 @@ class Kivi:
     def usage(self, config: ModelConfig, prompt: int, new: int) -> CacheUsage:
         """See ``CachePolicy.usage``."""
         tokens = prompt + new
-        if self.quantized_keys(tokens) == self.quantized_values(tokens) == 0:
+        if self.quantized_keys(tokens) == 0:  # fewer than R tokens, so no value is either
             window = f"the full-precision window of {self.residual}"
             return CacheUsage(None, f"nothing quantised: {tokens} tokens fit into {window}")
         newest = f"the newest tokens, at most {self.residual}"

@@ -332,3 +332,16 @@ def test_a_sequence_drafts_once_per_step():
         drafter.propose_batch(
             [DraftRequest([0, 1], 2, GREEDY, rng, 0), DraftRequest([1, 1], 2, GREEDY, rng, 0)]
         )
+
+
+@pytest.mark.parametrize("at", [0, 1, 13, 14, 15, 29])
+@pytest.mark.parametrize("more", [0, 5])
+def test_the_common_prefix_of_long_sequences_ends_at_the_first_difference(at, more):
+    """Sequences of 30 tokens that differ at one place: within the last 16, where the search is
+    token by token, before it, and at its first token.
+    """
+    one = list(range(30))
+    other = [*one, *[7] * more]
+    other[at] = 99
+    assert common_prefix_length(one, other) == common_prefix_length(other, one) == at
+    assert common_prefix_length([], one) == common_prefix_length(one, []) == 0

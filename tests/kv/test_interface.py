@@ -4,6 +4,7 @@ they need.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from conftest import to_host
 from kv_caches import run_step, tiny_api_model
 from refllm.decode.speculative.tree import Tree
+from refllm.decode.speculative.tree_drafter import TreeDrafter
 from refllm.kv import interface
 from refllm.kv.contiguous import ContiguousPolicy
 from refllm.kv.interface import Cache, CachePolicy
@@ -57,6 +59,16 @@ def test_a_policy_makes_a_cache_with_the_whole_interface(name):
         assert inspect.getdoc(getattr(type(cache), method))
 
 
+@pytest.mark.parametrize("make", [lambda: Kivi(2, 2, 8, 16), lambda: h2o(12), lambda: snapkv(40)])
+def test_the_settings_of_a_policy_are_a_value(make):
+    """Checked when they are made, they cannot become others, and may be keys."""
+    policy = make()
+    assert {policy: 1}[make()] == 1
+    for name in vars(policy):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(policy, name, 3)
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_step_reads_what_was_committed_and_rolls_back_the_rest(xp, name):
     """Two sequences, of which one contributes nothing to a step: the rejected tokens of a step
@@ -92,6 +104,11 @@ def test_a_policy_says_whether_its_caches_verify_trees(name):
     with pytest.raises(ValueError, match=interface.NO_TREES):
         cache.advance_path(0, [1])
     assert cache.lengths == [0]
+    # and generation asks before it computes anything
+    model = tiny_api_model()
+    for count in (0, 1, 8):
+        with pytest.raises(ValueError, match=interface.NO_TREES):
+            model.generate([1, 2], count, cache=POLICIES[name], drafter=TreeDrafter(model, 3))
 
 
 @pytest.mark.parametrize("name", ["h2o", "snapkv", "pyramidkv", "random"])

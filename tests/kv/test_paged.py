@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from conftest import to_host
 from networks import NETWORKS, TOKENS, full_logits
+from refllm.backend import asarray_like
+from refllm.kv import paged
 from refllm.kv.block_pool import OutOfBlocks
 from refllm.kv.contiguous import ContiguousCache
 from refllm.kv.paged import PagedKVCache, split_attention
@@ -234,6 +236,26 @@ def test_a_block_that_is_shared_is_not_written():
         cache.view([other], [1])
     with pytest.raises(ValueError, match="same slot"):
         cache.view([table, other], [1, 1])
+
+
+def test_a_batch_moves_as_many_block_ids_as_its_longest_sequence_has(monkeypatch):
+    """A decode step of a long and a short sequence, with blocks reserved ahead: 1 + width
+    integers per sequence reach the device, not one per slot.
+    """
+    cache = PagedKVCache(network(), 40, 4, like=np.zeros(1))
+    tables = [cache.table() for _ in range(2)]
+    for table, length in zip(tables, (9, 3), strict=True):
+        cache.reserve(table, length)
+        cache.advance([table], [length])
+        cache.reserve(table, 30)
+    moved = []
+    monkeypatch.setattr(
+        paged,
+        "asarray_like",
+        lambda values, *rest: moved.append(np.shape(values)) or asarray_like(values, *rest),
+    )
+    cache.view(tables, [1, 1])
+    assert moved == [(2,), (2, 1 + 3)]  # slots to write; lengths and blocks of 10 tokens
 
 
 @pytest.mark.parametrize("slot", [-1, 16])
