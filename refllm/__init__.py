@@ -2,10 +2,10 @@
 
 ``refllm.load("stdlib")`` loads a bundled model, ``refllm.load(path)`` a Hugging Face
 directory or a GGUF file; both return a ``refllm.Model`` with ``logits``, ``generate`` and
-``stream``. Everything else is imported from its room, for example
+``stream``. Everything else is imported from its package, for example
 ``from refllm.quant import gptq``. ``ARCHITECTURE.md`` is the map.
 
-The rooms in reading order; ``help(refllm.model)`` names the file to read first:
+The packages in reading order; ``help(refllm.model)`` names the file to read first:
 
 - ``backend``      which array library owns an array: NumPy or CuPy
 - ``model``        the network: configuration, layers, attention, weights

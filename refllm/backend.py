@@ -167,8 +167,7 @@ def scatter_add(out: Array, index: Array, values: Array) -> None:
 
 
 def top_k(x: Array, k: int) -> tuple[Array, Array]:
-    """Return the ``k`` largest values along the last axis, largest first, and their
-    indices.
+    """Return the ``k`` largest values along the last axis, largest first, and their indices.
 
     x[..., V] → values[..., k], indices[..., k]. Equal values are in the order of their
     indices, in both libraries (``argpartition`` leaves the order of ties open).

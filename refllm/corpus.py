@@ -64,8 +64,7 @@ def _root() -> Path:
 
 
 def held_out_documents() -> list[Document]:
-    """The held-out modules of the running interpreter, sorted by name (479 kB in CPython
-    3.11.7).
+    """The held-out modules of the running interpreter, sorted by name (479 kB in CPython 3.11.7).
 
     Raises
     ------
@@ -110,8 +109,7 @@ def training_documents(*, tests: bool = False) -> list[Document]:
 
 
 def installer_documents() -> list[Document]:
-    """The Python source in the wheels of ``ensurepip``; a text that occurs twice is read
-    once.
+    """The Python source in the wheels of ``ensurepip``; a text that occurs twice is read once.
 
     Empty where the interpreter's packager has removed the wheels, as Debian does.
     """

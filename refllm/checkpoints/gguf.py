@@ -89,8 +89,7 @@ def load(path: str | Path, xp: Namespace, dtype: str) -> tuple[ModelConfig, Weig
 
 
 class GGUFTensors(Mapping[str, Any]):
-    """The tensors of a file under Hugging Face's names, each copied and moved when it is
-    looked up.
+    """The tensors of a file under Hugging Face's names, each copied and moved when it is looked up.
 
     ``xp`` None leaves them on the host; ``dtype`` None is float32. A look-up raises
     CheckpointError for values that are not finite.

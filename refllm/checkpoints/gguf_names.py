@@ -114,9 +114,7 @@ def permutation(config: ModelConfig, name: str) -> np.ndarray | None:
 
 
 def rope_factors(config: ModelConfig) -> np.ndarray | None:
-    """float32 [D/2]: the factor by which each pair's rotation is slowed; None without
-    scaling.
-    """
+    """float32 [D/2]: the factor by which each pair's rotation is slowed; None without scaling."""
     if config.rope_scaling is None:
         return None
     plain = np.array(rope_frequencies(config.head_dim, config.rope_theta))

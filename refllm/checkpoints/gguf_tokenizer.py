@@ -127,8 +127,7 @@ def _tokens(tokenizer_json: JsonView, size: int, fallback: bool) -> tuple[list[s
 
 
 def _scores(tokens: Sequence[str], merges: Sequence[str]) -> np.ndarray:
-    """Minus the rank of the first merge that results in a token; tokens without one come
-    last.
+    """Minus the rank of the first merge that results in a token; tokens without one come last.
 
     >>> _scores(["a", "b", "c", "ab", "abc"], ["a b", "ab c"]).tolist()
     [-2.0, -2.0, -2.0, -0.0, -1.0]

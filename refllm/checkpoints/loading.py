@@ -5,7 +5,7 @@
 | config.json            | the network's shape, and how its weights are quantised           |
 | model.safetensors      | the weights, in one file or in shards (``tensor_files``)         |
 | tokenizer.json         | the tokenizer                                                    |
-| generation_config.json | its end-of-text ids, which take precedence over the config's     |
+| generation_config.json | its eos ids, which take precedence over the config's             |
 
 A GGUF file instead of a directory is read by ``checkpoints.gguf``.
 
@@ -163,7 +163,7 @@ def _directory(path: str | Path) -> Path:
 
 
 def read_config(path: str | Path) -> ModelConfig:
-    """The network's shape from ``config.json``, with the end-of-text ids of
+    """The network's shape from ``config.json``, with the eos ids of
     ``generation_config.json``; CheckpointError for anything wrong with either.
     """
     directory = _directory(path)
@@ -187,7 +187,7 @@ def read_config(path: str | Path) -> ModelConfig:
 
 
 def _generation_eos(file: Path) -> tuple[int, ...] | None:
-    """The end-of-text ids of a ``generation_config.json``; None if it states none."""
+    """The eos ids of a ``generation_config.json``; None if it states none."""
     if not file.is_file():
         return None
     eos = read_json(file).get("eos_token_id")

@@ -151,9 +151,7 @@ def _split(sizes: Mapping[str, int], limit: int | None) -> list[list[str]]:
 
 
 def _header(specs: TensorSpecs) -> bytes:
-    """The length and the JSON at the start of a safetensors file; tensors follow without
-    gaps.
-    """
+    """The length and the JSON at the start of a safetensors file; tensors follow without gaps."""
     # transformers rejects a file without this entry
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
@@ -230,8 +228,7 @@ def write_directory(
     temporary: Path | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write text files and tensors to a new directory, then rename it to ``target`` (see
-    ``save``).
+    """Write text files and tensors to a new directory, then rename it to ``target`` (see ``save``).
 
     ``temporary`` is its name until then; ``finish`` is called with the complete directory
     before it is renamed.

@@ -112,8 +112,7 @@ def _explain_file_error(error: OSError) -> str:
 
 
 def keep_freed_memory() -> bool:
-    """Ask glibc to keep freed memory; return whether it agreed. Without glibc, nothing
-    changes.
+    """Ask glibc to keep freed memory; return whether it agreed. Without glibc, nothing changes.
 
     glibc returns large freed blocks to the kernel and requests zeroed pages again a moment
     later. A training step, or a prefill, frees and allocates the same arrays hundreds of

@@ -1,6 +1,4 @@
-"""``refllm quantize``: a checkpoint in fewer bits, in a layout that transformers and vLLM
-load.
-"""
+"""``refllm quantize``: a checkpoint in fewer bits, in a layout that transformers and vLLM load."""
 
 from __future__ import annotations
 

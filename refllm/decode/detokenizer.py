@@ -100,10 +100,9 @@ class Utf8Stream:
 class StopStrings:
     """Ends a stream of text before the first stop string, wherever the chunks are cut.
 
-    The result depends on the whole text alone: everything before ``min(text.find(s) for
-    each s that occurs)``. Of two stop strings that begin at the same position the shorter
-    is ``matched``. Text is held back only from the first position where a stop string may
-    have begun.
+    The result depends on the whole text alone: everything before the first occurrence of any
+    stop string. Of two that begin at the same position the shorter is ``matched``. Text is
+    held back only from the first position where a stop string may have begun.
 
     Attributes: ``stopped``, and ``matched``, the stop string or None.
 

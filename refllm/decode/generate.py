@@ -88,7 +88,7 @@ def generate_tokens(
 
 
 def checked_policy(policy: CachePolicy | None) -> CachePolicy:
-    """The policy, by default that which keeps everything; ValueError for an object that is
+    """The policy, by default the one that keeps everything; ValueError for an object that is
     no cache policy.
     """
     if policy is None:

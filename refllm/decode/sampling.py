@@ -5,9 +5,9 @@ Sources: top-k, Fan et al. 2018; top-p (nucleus), Holtzman et al. 2020, §3.1; m
 et al. 2024.
 
 The order is: penalties (``decode.penalties``) → temperature → top-k → top-p → min-p →
-renormalise. transformers has the same order. vLLM applies min-p before top-k and top-p;
-since min-p compares with the largest probability, only the mass that top-p takes its share
-of differs, and vLLM never keeps more tokens than this file does.
+renormalise. transformers has the same order. vLLM applies min-p before top-k and top-p.
+Since min-p compares with the largest probability, this changes only the mass of which top-p
+keeps a share, and vLLM never keeps more tokens than this file does.
 
 Every filter keeps a prefix of the tokens ranked by probability, so the three together are
 one integer per row: **how many tokens stay**. Ties are ranked by token id, lowest first, so

@@ -1,9 +1,9 @@
 """Sampling parameters: what a user sets, the checks, and the form that the filters compute
 with.
 
-``SamplingParams`` holds the settings of one request. Entrances for users (``Model.generate``,
-``serve.request.Request``) take ``sampling=SamplingParams(…)`` or, as a shorthand, its fields
-as keywords; ``sampling_params`` makes one of the two. The functions of ``decode.sampling``
+``SamplingParams`` holds the settings of one request. What users call (``Model.generate``,
+``serve.request.Request``) takes ``sampling=SamplingParams(…)`` or, as a shorthand, its fields
+as keywords; ``sampling_params`` makes a record of either. The functions of ``decode.sampling``
 also take lists, with one value per row of logits[B, V]: a batch of requests with their own
 settings. ``validate_params`` checks either form on the host, by the same ``RULES``, rewrites
 "off" and "greedy" as values that need no case of their own, and places them beside the logits:
@@ -118,9 +118,9 @@ def sampling_params(sampling: SamplingParams | None, shorthand: SamplingOptions)
     True
     >>> sampling_params(None, {"temperature": 0.8}).temperature
     0.8
-    >>> sampling_params(GREEDY, {"temperature": 0.8})
+    >>> sampling_params(GREEDY, {"temperature": 0.8})  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    refllm.errors.InputError: give either sampling=SamplingParams(…) or its shorthand (temperature), not both
+    refllm.errors.InputError: give either sampling=SamplingParams(…) or its shorthand ...
     """
     if sampling is None:
         return SamplingParams(**shorthand) if shorthand else GREEDY

@@ -55,9 +55,7 @@ CLOCK = RooflineClock(LLAMA_8B, DEVICES["a100"])
 
 
 def useful_data(seeds: Sequence[int], count: int) -> list[Json]:
-    """Static batches of each size: the exact expectation, and what the real scheduler
-    counted.
-    """
+    """Static batches of each size: the exact expectation, and what the real scheduler counted."""
     exact = SHAREGPT.pmfs()[1]
     rows = []
     for batch in BATCHES:

@@ -1,8 +1,8 @@
 """What number formats cost, on one weight matrix and on data of four kinds; and why FP8 sums
 are promoted.
 
-    python -m refllm.experiments.float_formats   # writes figures/data/float_formats.json;
-    `refllm figures` draws it
+    python -m refllm.experiments.float_formats  # writes figures/data/float_formats.json
+    refllm figures                              # draws it
 
 | part        | what is counted                                                            |
 |-------------|----------------------------------------------------------------------------|

@@ -1,8 +1,8 @@
 """Training in 8 bits against training in float32: how far the loss moves, compared with how
 far chance moves it.
 
-    python -m refllm.experiments.fp8_training   # writes figures/data/fp8_training.json;
-    `refllm figures` draws it
+    python -m refllm.experiments.fp8_training  # writes figures/data/fp8_training.json
+    refllm figures                             # draws it
 
 The bundled architecture learns the standard library, once for each row of ``RUNS``. What
 counts is the mean loss of the last ``LAST`` steps, against that of float32 with the same

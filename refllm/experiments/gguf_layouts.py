@@ -1,7 +1,7 @@
 """Where the bits of a GGUF block lie, byte by byte.
 
-    python -m refllm.experiments.gguf_layouts   # writes figures/data/gguf_layouts.json and
-    gguf_kquants.json; `refllm figures` draws them
+    python -m refllm.experiments.gguf_layouts  # writes gguf_layouts.json and gguf_kquants.json
+    refllm figures                             # draws them
 
 The fields are those that the codec itself uses (``formats.gguf.types.FIELDS``), drawn under
 the names that llama.cpp gives them in ggml-common.h:

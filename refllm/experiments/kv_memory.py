@@ -1,8 +1,8 @@
 """How large the KV cache of one sequence grows, beside the weights: counted, for published
 shapes.
 
-    python -m refllm.experiments.kv_memory        # writes figures/data/kv_memory.json;
-    `refllm figures` draws it
+    python -m refllm.experiments.kv_memory  # writes figures/data/kv_memory.json
+    refllm figures                          # draws it
 
 Left out: activations, and blocks of a paged cache that are half full.
 """

@@ -1,8 +1,8 @@
 """What a quantised cache costs, and what it saves: KIVI beside the two choices of axes that
 it was compared with.
 
-    python -m refllm.experiments.kv_quantization   # writes
-    figures/data/kv_quantization.json; `refllm figures` draws it
+    python -m refllm.experiments.kv_quantization  # writes figures/data/kv_quantization.json
+    refllm figures                                # draws it
 
 | part     | what varies              | network            | question                            |
 |----------|--------------------------|--------------------|-------------------------------------|

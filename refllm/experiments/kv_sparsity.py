@@ -1,8 +1,8 @@
 """What dropping tokens costs: the policies of ``kv.sparse`` beside two controls that hold
 equally many.
 
-    python -m refllm.experiments.kv_sparsity   # writes figures/data/kv_sparsity.json;
-    `refllm figures` draws it
+    python -m refllm.experiments.kv_sparsity  # writes figures/data/kv_sparsity.json
+    refllm figures                            # draws it
 
 Held-out texts of ``PROMPT`` + ``NEW`` tokens: the prompt is read in full, then the policy
 drops, and the rest is read token by token, each given the true tokens before it. What is

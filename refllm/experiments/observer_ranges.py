@@ -1,8 +1,8 @@
 """What each observer does to a heavy-tailed tensor: where it clips, and what that does to the
 error of rounding.
 
-    python -m refllm.experiments.observer_ranges   # writes figures/data/observers.json;
-    `refllm figures` draws it
+    python -m refllm.experiments.observer_ranges  # writes figures/data/observers.json
+    refllm figures                                # draws it
 
 The tensor is drawn from Student's t distribution with 3 degrees of freedom, whose tail
 falls as x⁻⁴ (activations of large networks are like that), in batches of which the first

@@ -183,8 +183,7 @@ def speedup(
     O: int,  # noqa: E741 (the symbols of the table)
     hit: float,
 ) -> float:
-    """The speedup of a cache with this hit rate, if the time of a step is the sum over its
-    tokens.
+    """The speedup of a cache with this hit rate, if the time of a step is the sum over its tokens.
 
     >>> round(speedup(c_p=1, c_d=0, P=100, O=10, hit=0.9), 2)  # nothing but prefill
     10.0

@@ -5,8 +5,8 @@ Every cell of the table is a model that was quantised once and compared with the
 the same held-out text, token by token (``held_out_bench``). ``against rtn`` is paired in the
 same way: the KL of a method minus that of round to nearest at the same bits and granularity.
 
-    python -m refllm.experiments.quantization_quality   # writes
-    figures/data/quantization.json; `refllm figures` draws it
+    python -m refllm.experiments.quantization_quality  # writes figures/data/quantization.json
+    refllm figures                                     # draws it
 
 A finished cell is kept in ``--cache``: a command that was interrupted continues there.
 

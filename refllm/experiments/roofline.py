@@ -1,8 +1,8 @@
 """Where the steps of a Llama-3-8B shape stand on the roofline of an H200, and what their
 time consists of: projected.
 
-    python -m refllm.experiments.roofline         # writes figures/data/roofline.json and
-    decode_cost.json; `refllm figures` draws them
+    python -m refllm.experiments.roofline  # writes roofline.json and decode_cost.json
+    refllm figures                         # draws them
 
 ``plot_roofline`` draws steps of any model on any device.
 

@@ -1,8 +1,8 @@
 """The experiment that AWQ starts from, on a whole network: a few input channels of every
 weight are left in floating point.
 
-    python -m refllm.experiments.salience   # writes figures/data/salience.json;
-    `refllm figures` draws it
+    python -m refllm.experiments.salience  # writes figures/data/salience.json
+    refllm figures                         # draws it
 
 Every projection is rounded to nearest in ``BITS`` bits, groups of ``GROUP``; a share of its
 input channels keeps its weights unrounded, chosen by the size of the activations, by the

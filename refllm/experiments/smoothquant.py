@@ -5,8 +5,8 @@ The bundled model has no outlier channels, so some are injected (``outlier_injec
 exact, the same function bit for bit), ``FACTOR`` times their size, where large networks have
 them: behind the norms. Then every product rounds its inputs.
 
-    python -m refllm.experiments.smoothquant   # writes figures/data/smoothquant.json;
-    `refllm figures` draws it
+    python -m refllm.experiments.smoothquant  # writes figures/data/smoothquant.json
+    refllm figures                            # draws it
 
 | outliers in | α          | levels     | kept in floating point | question                 |
 |-------------|------------|------------|------------------------|--------------------------|

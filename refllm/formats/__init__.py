@@ -1,6 +1,6 @@
 """Formats: how a value becomes bits, and how a weight in few bits multiplies.
 
-The lowest room of the data plane; it knows nothing of models. Read ``uniform`` first: every
+The lowest package of the data plane; it knows no model. Read ``uniform`` first: every
 integer method of ``refllm.quant`` decides what goes into the scales, zero points and codes
 that it defines.
 

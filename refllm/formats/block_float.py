@@ -178,8 +178,7 @@ def absmax(x: Array, scheme: FloatScheme, *, name: str = "x") -> Array:
 def quantize(
     x: Array, scheme: FloatScheme, *, scale: Array | None = None, name: str = "x"
 ) -> BlockFloatLinear:
-    """A matrix x[M, N] in codes; ``scale`` (float32) replaces the scale of the blocks' own
-    range.
+    """A matrix x[M, N] in codes; ``scale`` (float32) replaces the scale of the blocks' own range.
 
     With a given scale, values beyond its range saturate.
 

@@ -90,8 +90,7 @@ def from_tensors(
     dtype: str = "float32",
     name: str = "weight",
 ) -> Fp8Linear:
-    """A weight W[M, N] from its tensors by suffix; ``dtype`` is the type that it comes back
-    in.
+    """A weight W[M, N] from its tensors by suffix; ``dtype`` is the type that it comes back in.
 
     Raises
     ------

@@ -9,8 +9,8 @@ into tiles that fit into a cache.
 | "group"     | g neighbours within a row  | (M, N/g)           |
 | "block"     | bo × bi neighbours         | (⌈M/bo⌉, ⌈N/bi⌉)   |
 
-This is the geometry alone. What scale and codes a block gets is the business of the rules
-of ``uniform`` (integers) and ``block_float`` (small floats), which share this file.
+This is the geometry alone. Which scale and codes a block gets is decided in ``uniform``
+(integers) and ``block_float`` (small floats), which share this file.
 
 Left out: groups that run over the end of a row (rejected; only blocks may be ragged).
 """
@@ -154,10 +154,10 @@ class Granularity:
     def row_tiles(
         self, like: Array, shape: tuple[int, int], size: tuple[int, int] = TILE
     ) -> Iterator[tuple[int, int]]:
-        """(first row, last row + 1) of each tile of a matrix of ``shape``, which holds whole
+        """(start, stop) of the rows of each tile of a matrix of ``shape``; a tile holds whole
         row blocks and about ``size`` elements.
 
-        ``size`` is (host, device); ``like`` tells which of the two counts.
+        ``size`` is (host, device); the library of ``like`` decides which of the two applies.
         """
         high = self.block_rows
         rows = high * max(1, tile_elements(like, size) // (high * max(1, shape[1])))
@@ -189,7 +189,7 @@ def tiled_matmul(
     x: Array, tiles: Iterable[tuple[int, int, Array]], outputs: int, dtype: DType
 ) -> Array:
     """x[T, N] → x Wᵀ [T, M], in the wider of x's dtype and ``dtype``, where W[M, N] arrives
-    as ``tiles``: (first row, last row + 1, those rows).
+    as ``tiles``: (start, stop, rows [start, stop)).
 
     With all of W at hand it is ``x @ W.T``; this way only one tile of W exists in floats.
     """

@@ -11,8 +11,8 @@ most p and q in size that holds for
 and no further: 1,041 products of 127·127 are 16,790,289, which is odd and not a float32. A
 longer sum is split along N, and the parts are added as integers.
 
-A product of two quantised matrices, x̂ = s_x (q_x − z_x) per row (token) and ŵ = s_w (q_w −
-z_w) per row (channel), needs one integer product and sums of codes:
+A product of two quantised matrices, x̂ = s_x (q_x − z_x) per row (token) and
+ŵ = s_w (q_w − z_w) per row (channel), needs one integer product and sums of codes:
 
     Y = s_x s_w (Q_x Q_wᵀ − z_x Σq_w − z_w Σq_x + N z_x z_w)
 

@@ -7,7 +7,7 @@ dequantises one tile at a time. ``nbytes`` counts what is held. How s, z and Q a
 in ``uniform``.
 
 ``ActOrderLinear`` is one whose groups are not of neighbouring columns. GPTQ with act-order
-("desc_act") visits columns in order of falling importance and gives each g *visited*
+("desc_act") visits columns in order of decreasing importance and gives each g *visited*
 columns a scale. The words then hold the columns in the order of the visit, which keeps
 groups contiguous, and ``g_idx`` names the group of each column:
 Ŵ[:, j] = s[:, g_idx[j]] (q[:, j] − z[:, g_idx[j]]).
@@ -165,7 +165,7 @@ class QuantizedLinear:
         return tiled_matmul(x, self._tiles(MATMUL_TILE), self.shape[0], self.dtype)
 
     def _tiles(self, size: tuple[int, int]) -> Iterator[tuple[int, int, Array]]:
-        """(first row, last row + 1, those rows of W) in turn."""
+        """(start, stop, rows [start, stop) of W) in turn."""
         scale = self.scale
         zero_point = self.zero_point
         geometry = self.scheme.geometry

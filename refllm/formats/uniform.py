@@ -318,8 +318,8 @@ def quantize_codes(
     name: str = "x",
     check: bool = True,
 ) -> Array:
-    """Codes of x, int8 or uint8, shaped like x: for one range ``clip(rint(x / scale) +
-    zero_point, qmin, qmax)``.
+    """Codes of x, int8 or uint8, shaped like x; for one range they are
+    ``clip(rint(x / scale) + zero_point, qmin, qmax)``.
 
     The quotient is clipped before it becomes an integer. ``check=False`` is for a caller
     that knows x to be finite and within the range that the scale was made for.

@@ -41,8 +41,7 @@ __all__ = ["W8A8Linear"]
 
 
 class W8A8Linear:
-    """``weight`` times activations that are quantised to ``bits`` bits first; satisfies
-    ``Linear``.
+    """``weight`` times activations that are quantised to ``bits`` bits first; satisfies ``Linear``.
 
     ``name`` names the activations in messages.
     """

@@ -66,9 +66,9 @@ def finish(
     it). ``teacher`` is the directory of the model that it was distilled from, ``start``
     that of the model whose weights it started from.
 
-    The stored weights are (1 − ``start_share``) · the run's last weights +
-    ``start_share`` · the weights that it started from. Where both were annealed, their mean
-    lies in a flatter minimum and generalises better (Izmailov et al. 2018).
+    The stored weights are an average: ``start_share`` of the weights that the run started
+    from, 1 − ``start_share`` of its last ones. Where both were annealed, their mean lies in a
+    flatter minimum and generalises better (Izmailov et al. 2018).
 
     Raises
     ------

@@ -101,8 +101,7 @@ def prepare(
     overwrite: bool = False,
     note: Note = lambda text: None,
 ) -> TrainingJob:
-    """Check everything and encode the text; ``plan``'s phases are replaced by those of
-    ``options``.
+    """Check everything and encode the text; ``plan``'s phases are replaced by those of ``options``.
 
     ``start`` is the directory of a model of the same shape to continue from, with its
     tokenizer; None starts from random weights.

@@ -1,5 +1,4 @@
-"""Attention of sequences that contribute equally many new tokens: two products for the
-whole batch.
+"""Attention of sequences that contribute equally many new tokens: two products for the whole batch.
 
 The case of a decode step, and of a prefill of equally long prompts. All caches share this
 arithmetic: they differ in where keys and values are stored, and pass them as B buffers of

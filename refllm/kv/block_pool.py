@@ -7,8 +7,7 @@ write); the free list that remembers contents, vLLM's automatic prefix caching.
 | symbol | name                                | value                                        |
 |--------|-------------------------------------|----------------------------------------------|
 | b      | ``block_size``, tokens per block    |                                              |
-| p      | position of a token in its sequence | lies in block ``table[p // b]``, at offset p |
-|        |                                     | % b                                          |
+| p      | position of a token in its sequence | in block ``table[p // b]`` at offset p % b   |
 | slot   | index of a token in the whole pool  | ``table[p // b] · b + p % b``                |
 
 A block is *owned* (one reference per table that holds it) or *free*. A free block may still
@@ -201,8 +200,8 @@ class BlockPool:
 
 
 class BlockTable:
-    """The blocks of one sequence, in order: positions [0, length) lie in them, [length,
-    capacity) can be written.
+    """The blocks of one sequence, in order: positions [0, length) lie in them, and positions
+    [length, capacity) can be written.
 
     A block before the last is full and never written again, so sharing it is safe; the last
     one, if it is partly filled and shared, is copied before the first write (``reserve``

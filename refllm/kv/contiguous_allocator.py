@@ -13,8 +13,8 @@ Sources: Knuth, The Art of Computer Programming 1, section 2.5; Kwon et al. 2023
 | external fragmentation | holes between ranges      | free ranges without a free buddy       |
 | (free, holes too small)|                           |                                        |
 
-A number of slots that is no power of two is split into several top ranges: 15,700 = 8192 +
-4096 + 2048 + 1024 + ….
+A number of slots that is no power of two is split into several top ranges:
+15,700 = 8192 + 4096 + 2048 + 1024 + ….
 
 Left out: moving ranges together (compaction), which would copy the keys and values.
 """

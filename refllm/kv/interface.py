@@ -12,8 +12,8 @@ A step is: ``view(counts)``, an ``attend`` that the network calls once per layer
 forward pass; ``advance(counts)``. Rollback is an ``advance`` by fewer tokens than the view
 had: what it leaves out has never been part of the cache.
 
-Callers never ask which kind of cache they have: what a cache needs of its caller, and what
-a policy cannot do, its attributes say.
+Callers never ask which kind of cache they have: the attributes of a cache say what it needs
+of its caller, those of a policy what it cannot do.
 
 Left out: the paged cache, whose sequences are block tables that come and go
 (``kv.paged``).

@@ -13,19 +13,19 @@ probability: they share a scale among g channels of one *token*. With b bits
     |x̂ − x| ≤ s / 2,
 
 up to rounding: in float16 and 8 bits, the rounding of min alone may exceed s. A group of
-keys is complete only after g tokens, so the newest tokens stay in full precision. Of s
-cached tokens
+keys is complete only after g tokens, so the newest tokens stay in full precision. With S
+cached tokens:
 
-|        | are quantised                    | are in the residual window         |
+|        | quantised                        | in the residual window             |
 |--------|----------------------------------|------------------------------------|
-| keys   | [0, ⌊s/R⌋ R): R tokens at a time | [⌊s/R⌋ R, s): 0 … R − 1 of them    |
-| values | [0, s − R): one token at a time  | [s − R, s): the last R, exactly    |
+| keys   | [0, ⌊S/R⌋ R): R tokens at a time | [⌊S/R⌋ R, S): 0 … R − 1 of them    |
+| values | [0, S − R): one token at a time  | [S − R, S): the last R, exactly    |
 
-and the queries of a step read the tokens of that step in full precision: a prompt that is
-one step attends to itself in full, as in the paper. Given K and V, the contents of the
-cache are thus a function of s alone, however the sequence was cut into steps; keys are
-quantised once and never again. What a query reads depends on where its step began, and with
-it the keys and values of the layers above.
+The queries of a step read the tokens of that step in full precision: a prompt that is
+computed in one step attends to itself in full precision, as in the paper. Given K and V, the
+contents of the cache are thus a function of S alone, however the sequence was cut into
+steps; keys are quantised once and never again. What a query reads does depend on where its
+step began, and so do the keys and values of the layers above.
 
 | symbol | name                                 | shape               |
 |--------|--------------------------------------|---------------------|

@@ -216,9 +216,7 @@ class KiviCache:
         self.key_residual[:, b, :, :, : residual.shape[-1]] = residual
 
     def _append_values(self, b: int, new: Array) -> None:
-        """Append new[L, G, n, D] to the residual window, and quantise all but the last R
-        tokens.
-        """
+        """Append new[L, G, n, D] to the residual window, and quantise all but the last R tokens."""
         xp = namespace(new)
         kivi = self.kivi
         s = self.lengths[b]

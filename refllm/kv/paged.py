@@ -1,9 +1,9 @@
 """The paged cache: keys and values in blocks that any sequence may own, read through block
 tables.
 
-Source: PagedAttention, Kwon et al. 2023, sections 4.1 and 4.3; split keys, its kernel's
-second version and Flash-Decoding. The tables and the pool are ``kv.block_pool``; here are
-the arrays, and the ``attend`` that reads them.
+Sources: PagedAttention, Kwon et al. 2023, sections 4.1 and 4.3; for ``split_attention``
+version 2 of its kernel, and Flash-Decoding. The tables and the pool are in
+``kv.block_pool``; here are the arrays, and the ``attend`` that reads them.
 
 | symbol | name                                     | shape                     |
 |--------|------------------------------------------|---------------------------|
@@ -207,7 +207,7 @@ class _View:
         lengths = [tables[i].length for i in busy]
         all_batched = can_batch([counts[i] for i in busy], lengths, cache.heads)
         batch = [i for i in busy if all_batched or counts[i] == 1]
-        self.single = [
+        self.one_by_one = [  # (rows of the step, cached tokens, slots [S]) of each sequence
             (
                 slice(starts[i], starts[i + 1]),
                 tables[i].length,
@@ -259,19 +259,19 @@ class _View:
         values = cache.values[layer]
         keys[self.write] = k
         values[self.write] = v
-        if self.rows is not None and not self.single:
+        if self.rows is not None and not self.one_by_one:
             return self._attend_batch(q, keys, values)
         out = xp.empty_like(q)
         if self.rows is not None:
             out[self.rows] = self._attend_batch(q[self.rows], keys, values)
-        for rows, start, slots in self.single:
+        for rows, start, slots in self.one_by_one:
             seen = xp.take(keys, slots, axis=0), xp.take(values, slots, axis=0)  # [S, G, D]
             out[rows] = flash_attention(q[rows], *seen, start=start, window=cache.window)[0]
         return out
 
     def _attend_batch(self, q: Array, keys: Array, values: Array) -> Array:
-        """Gather keys and values of the batch, and read them as columns and rows without
-        another copy.
+        """Gather the batch's keys and values, and attend to transposed views of them: only the
+        gathering copies.
         """
         xp = namespace(q)
         k = xp.take(keys, self.slots, axis=0).transpose(0, 2, 3, 1)  # [B, G, D, S]

@@ -78,8 +78,7 @@ class RadixCache:
         self._leaves: dict[Node, None] = {}  # unlocked leaves, which ``evict`` may take
 
     def match(self, tokens: Tokens, *, salt: Hashable = None, record: bool = True) -> Match:
-        """The longest prefix of ``tokens``, in whole pages, that the cache holds under
-        ``salt``.
+        """The longest prefix of ``tokens``, in whole pages, that the cache holds under ``salt``.
 
         A node that matches in part is split, so that the match ends at a node. The whole
         path counts as used now. ``record=False`` changes no counters and no times (for a
@@ -134,9 +133,7 @@ class RadixCache:
         return at
 
     def lock(self, node: Node) -> None:
-        """Keep a node and everything above it from eviction until ``unlock``; locks are
-        counted.
-        """
+        """Keep a node and everything above it from eviction until ``unlock``; locks are counted."""
         above: Node | None = node
         while above is not None:
             if above.locks == 0:

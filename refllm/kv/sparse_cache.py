@@ -211,9 +211,7 @@ class SparseCache:
             kept.last_queries = xp.copy(queries[:, -self.policy.window :])
 
     def _evict(self, layer: int, b: int, score: Array) -> None:
-        """Keep the tokens of one layer and sequence that the policy selects by
-        score[G, S].
-        """
+        """Keep the tokens of one layer and sequence that the policy selects by score[G, S]."""
         kept = self.layers[layer][b]
         policy = self.policy
         budget = self.budgets[layer]

@@ -192,9 +192,7 @@ def _compare_tokens(
     progress: Progress | None,
     attend: AttendFactory | None,
 ) -> _TokenValues:
-    """Run both models (or only ``model``) and compare their predictions, a few rows at a
-    time.
-    """
+    """Run both models (or only ``model``) and compare their predictions, a few rows at a time."""
     if isinstance(reference, PrecomputedReference):
         network = reference.model
         runs = [(model, attend)]

@@ -1,5 +1,4 @@
-"""Peaks of a device, as the roofline needs them: from data sheets, or measured on this
-machine.
+"""Peaks of a device, as the roofline needs them: from data sheets, or measured on this machine.
 
 | quantity | how it is measured here                                                  |
 |----------|--------------------------------------------------------------------------|

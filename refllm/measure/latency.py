@@ -22,8 +22,7 @@ from itertools import pairwise
 
 
 class Stopwatch:
-    """Records the time of each token. It starts when it is made; call ``tick()`` for every
-    token.
+    """Records the time of each token. It starts when it is made; call ``tick()`` for every token.
 
     >>> watch = Stopwatch(clock=iter([10.0, 10.5, 10.7, 10.9]).__next__)
     >>> for token in range(3):
@@ -74,9 +73,7 @@ class Stopwatch:
 
     @property
     def tokens_per_second(self) -> float:
-        """1 / TPOT: the speed of decoding alone, without prefill; NaN for fewer than two
-        tokens.
-        """
+        """1 / TPOT: the speed of decoding alone, without prefill; NaN for fewer than two tokens."""
         if self.tpot > 0:
             return 1.0 / self.tpot
         return math.nan

@@ -1,5 +1,4 @@
-"""How much memory a model needs: weights and KV cache at any bits, and what fits into a
-budget.
+"""How much memory a model needs: weights and KV cache at any bits, and what fits into a budget.
 
 | symbol | name                          | formula                                         |
 |--------|-------------------------------|-------------------------------------------------|
@@ -171,8 +170,7 @@ def human(size: float) -> str:
 
 
 def long_context_example(context: int = 100_000) -> dict[str, int]:
-    """KV bytes in fp16 of one 70B sequence of ``context`` tokens, by the number of
-    key/value heads.
+    """KV bytes in fp16 of one 70B sequence of ``context`` tokens, by the number of key/value heads.
 
     80 layers and 128 dimensions per head: 262.14 GB (244.14 GiB) with 64 heads, one for every
     query head, and 32.77 GB (30.52 GiB) with the 8 that grouped-query attention keeps. Lu

@@ -106,9 +106,7 @@ class Score:
 
 
 class PositionBin(NamedTuple):
-    """The tokens that were predicted from ``low`` to ``high`` (inclusive) tokens of
-    context.
-    """
+    """The tokens that were predicted from ``low`` to ``high`` (inclusive) tokens of context."""
 
     low: int
     high: int

@@ -75,9 +75,7 @@ class WindowPlan:
     document: np.ndarray  # [T] index into ``names``
 
     def batches(self) -> Iterator[list[Window]]:
-        """Consecutive windows that share a forward pass: short ones together, long ones
-        alone.
-        """
+        """Consecutive windows that share a forward pass: short ones together, long ones alone."""
         batch: list[Window] = []
         for w in self.windows:
             if batch and sum(v.end - v.begin for v in batch) + w.end - w.begin > _BATCH:

@@ -97,9 +97,14 @@ def flash_attention(
 ) -> tuple[Array, Array]:
     """``attention`` in tiles: never more than tile_q × tile_k scores per head at a time.
 
-    For each tile of keys: m' = max(m, max s), l' = l·e^(m−m') + Σ e^(s−m'), o' = o·e^(m−m')
-    + Σ e^(s−m') v. Tiles that the causal mask or the window hides completely are skipped,
-    which halves the work of a prefill.
+    For each tile of keys, with its scores s::
+
+        m' = max(m, max s)
+        l' = l·e^(m−m') + Σ e^(s−m')
+        o' = o·e^(m−m') + Σ e^(s−m') v
+
+    Tiles that the causal mask or the window hides completely are skipped, which halves the
+    work of a prefill.
     """
     xp = namespace(q, k, v)
     outputs = []

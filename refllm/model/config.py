@@ -149,8 +149,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, raw: JsonView) -> ModelConfig:
-        """Read a Hugging Face ``config.json`` (both the flat and the ``rope_parameters``
-        spelling).
+        """Read a Hugging Face ``config.json`` (both the flat and the ``rope_parameters`` spelling).
 
         Raises
         ------
@@ -187,9 +186,7 @@ class ModelConfig:
         )
 
     def to_hf(self) -> Json:
-        """The ``config.json`` that ``transformers`` reads; ``from_hf`` of it equals this
-        record.
-        """
+        """The ``config.json`` that ``transformers`` reads; ``from_hf`` of it equals this record."""
         architecture = next(a for a, f in ARCHITECTURES.items() if f == self.family)
         raw: Json = {
             "architectures": [architecture],
@@ -334,9 +331,7 @@ def _number(raw: JsonView, key: str, default: float | None = None) -> float:
 
 
 def _flag(raw: JsonView, key: str) -> bool:
-    """The boolean under ``key``, false if it is missing or null; the string "false" is
-    rejected.
-    """
+    """The boolean under ``key``, false if it is missing or null; the string "false" is rejected."""
     value = raw.get(key)
     if value not in (None, False, True):
         raise UnsupportedModel(f"config: {key} must be true or false, got {value!r}")

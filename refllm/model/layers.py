@@ -71,8 +71,8 @@ def _llama3(frequency: float, s: RopeScaling) -> float:
 
 
 def rope_table(frequencies: Array, positions: Array, dtype: DType) -> tuple[Array, Array]:
-    """cos and signed sin of position · θ_i: frequencies[D/2] float64, positions[T] →
-    [T, 1, 1, D/2], [T, 1, 2, D/2].
+    """cos[T, 1, 1, D/2] and signed sin[T, 1, 2, D/2] of position · θ_i, from
+    frequencies[D/2] (float64) and positions[T].
 
     The sine is (−sin, sin), one sign for each half of a head, so that it can be multiplied
     with all heads of a token. Angles are computed in float64: at position 100,000 a float32

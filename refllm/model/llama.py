@@ -112,7 +112,7 @@ def decoder_layer(
 def mixed_heads(
     layer: Layer, config: ModelConfig, h: Array, rotation: Rotation, attend: Attend, index: int
 ) -> Array:
-    """h[T, N] → what each head read, side by side, [T, H·D]: the input of ``o_proj``."""
+    """h[T, N] → the attention outputs of all heads, concatenated, [T, H·D]: ``o_proj``'s input."""
     attended = attend(index, *_heads(layer, config, h, rotation))  # [T, H, D]
     width = config.num_attention_heads * config.head_dim
     return attended.reshape(h.shape[0], width)  # [T, H·D]

@@ -91,7 +91,7 @@ def attention(
     keys: list[list[Vector]],
     values: list[list[Vector]],
 ) -> Vector:
-    """h[N] → what each query head reads, side by side, [H·D]; appends to keys and values."""
+    """h[N] → the outputs of all query heads, concatenated, [H·D]; appends to keys and values."""
     position = len(keys)
     queries = [rotate(head, position, config) for head in heads(config, layer, h, "q")]
     keys.append([rotate(head, position, config) for head in heads(config, layer, h, "k")])

@@ -10,7 +10,7 @@ stored.
 | ΣM     | outputs of weights that multiply the same x   |            |
 
 Read ``Linear``, ``Dense`` and ``fused_matmul``; the rest of the file arranges the same
-numbers so that OpenBLAS multiplies them faster, and changes no result beyond rounding.
+values so that OpenBLAS multiplies them faster, and changes no result beyond rounding.
 
 Left out: biases (the network adds them), sharding.
 """
@@ -203,7 +203,7 @@ def fused_matmul(x: Array, *weights: Linear) -> Array:
 BLOCK = 64  # output columns per block: the widest that OpenBLAS multiplies without packing
 MATVEC_ROWS = 3  # up to so many rows are multiplied one by one, where products are packed
 KERNEL_ROWS = 4  # rows that the AVX2 kernel takes at a time; it halves a rest of 1 to 3
-PADDED_BELOW = 64  # from so many rows on, the rest no longer shows
+PADDED_BELOW = 64  # from so many rows on, padding the last few gains nothing measurable
 # from so many rows on packing pays, and blocks are laid side by side
 PACKED_FROM = 128  # mutate: equivalent (speed alone)
 PACKED_SIZE = 2**20  # elements of a weight that are laid side by side at a time

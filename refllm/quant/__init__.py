@@ -6,7 +6,8 @@ layer), and its class for whole models.
 
 | file             | what it answers                                                   |
 |------------------|-------------------------------------------------------------------|
-| rtn              | round to nearest; scales of weights; one column at a time         |
+| rtn              | round to nearest                                                  |
+| column_quantizer | scales of weights; rounding one column at a time                  |
 | obq              | GPTQ in its plain form, with the explicit inverse                 |
 | hessian          | the Hessian of the output error, and its triangular factor        |
 | gptq             | GPTQ                                                              |

@@ -47,9 +47,9 @@ from refllm.formats.uniform import (
 
 __all__ = ["ColumnQuantizer", "GPTQResult", "weight_qparams"]
 
-GRID = 100  # p = 1 − i/100 for i = 0 … 79; errors are summed as |x̂ − x|^2.4
+GRID = 100  # the candidates are p = 1 − i/GRID for i = 0 … CANDIDATES − 1
 CANDIDATES = 80
-NORM = 2.4
+NORM = 2.4  # errors are summed as |x̂ − x|^NORM
 _PIECE = 1 << 19  # weights per piece, so that all 80 candidates find them in a cache
 _SAFE = 1e-18  # above it, no weight of a usual size divided by a scale overflows float32
 
@@ -237,7 +237,7 @@ class ColumnQuantizer:
         return load_scale(stored, s.dtype), z
 
     def _as_column(self, s: Array, z: Array) -> tuple[Array, Array, bool]:
-        """s and z of the row blocks → those of each row, [M, 1]."""
+        """s and z of the row blocks → those of each row, [M, 1], and whether w/s may overflow."""
         xp = namespace(s)
         if self.scheme.granularity == "block":
             s, z = (xp.repeat(a, self.scheme.block[0])[: self.rows] for a in (s, z))

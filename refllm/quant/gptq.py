@@ -83,7 +83,7 @@ def gptq(
         λ as a share of the mean diagonal of H; raised if H is not positive definite
         (``factor``). The result's ``.damp`` is the value that was used.
     act_order
-        visit the columns by falling diagonal of H, so that the columns that matter most
+        visit the columns by decreasing diagonal of H, so that the columns that matter most
         have the most columns left to compensate for them. With dynamic groups the result
         has a ``g_idx``.
     static_groups
@@ -101,8 +101,8 @@ def gptq(
 
     Returns
     -------
-    A ``QuantizedLinear`` with ``.loss`` Σ, ``.damp``, ``.dead`` and ``.g_idx``. Dead columns,
-    whose input was always zero during calibration, become zero.
+    A ``GPTQResult``: a ``QuantizedLinear`` with ``.loss`` Σ, ``.damp``, ``.dead`` and
+    ``.g_idx``. Dead columns, whose input was always zero during calibration, become zero.
 
     Raises
     ------
@@ -141,7 +141,7 @@ def gptq(
     )
     if f.order is not None:
         alive = alive[:, f.order]  # columns in the order of the visit
-    # [N, M], will be overwritten: a copy, or a view of ``alive``, which is one
+    # [N, M], overwritten below: a copy, or a view of ``alive``, which is itself a new array
     work = xp.ascontiguousarray(alive.T)
     codes = xp.empty(work.shape, dtype=xp.int8 if scheme.signed else xp.uint8)  # [N, M]
     walk = _stale_walk if upstream_quirks and columns.dynamic else _walk
@@ -206,7 +206,7 @@ def _stale_walk(
 
 
 def _compensate(work: Array, upper: Array, start: int, a: int, b: int) -> None:
-    """Columns a … b receive the errors of columns start … a: w_j −= Σ_i e_i U_ij."""
+    """Columns [a, b) receive the errors of columns [start, a): w_j −= Σ_i e_i U_ij."""
     if a > start:
         work[a:b] -= upper[start:a, a:b].T @ work[start:a]  # [b − a, M]
 
@@ -214,8 +214,8 @@ def _compensate(work: Array, upper: Array, start: int, a: int, b: int) -> None:
 def _round_columns(
     work: Array, upper: Array, columns: ColumnQuantizer, codes: Array, start: int, a: int, b: int
 ) -> None:
-    """Round columns a … b one after the other. They lack the errors of columns start … a, and
-    each other's.
+    """Round columns [a, b) one after the other. They have not yet received the errors of
+    columns [start, a), nor each other's.
     """
     for i in range(a, b):
         w = work[i]  # [M], a view: what changes w changes the column

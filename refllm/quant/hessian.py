@@ -1,15 +1,15 @@
 """The Hessian of a layer's output error, and the triangular factor that GPTQ needs of it.
 
-If a row w of the weight is stored as q, its outputs for T inputs X change by
-‖(w − q) Xᵀ‖². Averaged over tokens, half of that is ½ (w − q) H (w − q)ᵀ with H = 2 XᵀX / T:
-a quadratic form with the same matrix for all rows.
+If a row w of the weight is stored as q, the squared error of its outputs for T inputs X is
+‖(w − q) Xᵀ‖². Its mean over the tokens is ½ (w − q) H (w − q)ᵀ with H = 2 XᵀX / T: a
+quadratic form with the same matrix for all rows.
 
 Sources: Frantar et al. 2022 (GPTQ), section 3 and algorithm 1; Frantar & Alistarh 2022
 (OBC), section 3 and lemma 1.
 
 | symbol | name                                                           | shape  |
 |--------|----------------------------------------------------------------|--------|
-| x      | calibration inputs of the layer, all tokens                    | [T, N] |
+| X      | calibration inputs of the layer, all tokens                    | [T, N] |
 | H      | Hessian, ones on the diagonal of dead columns, plus λI         | [N, N] |
 | λ      | damping: ``damp`` times the mean of the diagonal               |        |
 | R      | upper triangular, H = R Rᵀ                                     | [N, N] |
@@ -33,7 +33,8 @@ from dataclasses import dataclass
 from refllm.backend import Array, namespace
 from refllm.errors import InputError
 
-LEAST_DAMP = 1e-4  # the damping that follows none; after it each attempt doubles the damping
+# the least damping that is tried after ``damp`` has failed; each further attempt doubles it
+LEAST_DAMP = 1e-4
 _LEAF = 128  # a triangle of this size is inverted in one call; larger ones by halves
 
 
@@ -107,7 +108,8 @@ class Factor:
     upper: Array  # U[N, N], with the columns in ``order``
     damp: float  # λ as a share of the mean diagonal: at least the value that was asked for
     dead: Array  # columns whose input was always zero, bool[N], in the weight's own order
-    order: Array | None  # the columns by falling diagonal, int64[N]; None: the weight's own order
+    # the columns by decreasing diagonal, int64[N]; None: the weight's own order
+    order: Array | None
 
 
 def damped(h: Array, damp: float) -> Array:
@@ -127,7 +129,7 @@ def damped(h: Array, damp: float) -> Array:
 
 def factor(h: Array, damp: float = 0.01, act_order: bool = False) -> Factor:
     """U with Uᵀ U = (H + λI)⁻¹ for a Hessian h[N, N]. ``act_order`` first sorts the columns
-    by falling diagonal.
+    by decreasing diagonal.
 
     Of equal diagonals the lower column comes first; dead columns come last, since nothing
     depends on them.

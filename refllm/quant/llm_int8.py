@@ -123,8 +123,7 @@ class OutlierStatistics:
 
 
 def vectorwise(x: Array, *, name: str = "x") -> tuple[Array, Array]:
-    """Codes int8 rint(x · (127/c)), and c = absmax of each row [rows, 1]; a zero row has
-    codes 0.
+    """Codes int8 rint(x · (127/c)), and c = absmax of each row [rows, 1]; a zero row has codes 0.
 
     The factor 127/c is rounded before the product, as in bitsandbytes: x/(c/127) gives other
     codes in a few cases.
@@ -153,8 +152,7 @@ def vectorwise(x: Array, *, name: str = "x") -> tuple[Array, Array]:
 
 
 class Int8Linear:
-    """W[M, N] as int8 codes with one absmax per row, multiplied as LLM.int8() does; a
-    ``Linear``.
+    """W[M, N] as int8 codes with one absmax per row, multiplied as LLM.int8() does; a ``Linear``.
 
     It counts what the decomposition costs: ``multiplied`` values of x so far, ``in_float`` of
     them in outlier columns. With ``rule="paper"`` the original weight is kept beside the

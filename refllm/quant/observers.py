@@ -187,8 +187,7 @@ class MSE(MovingAverage):
 
 
 class Histogram(MinMax):
-    """Counts of |x|: ``counts[bins]`` and the ``width`` of a bin. Its range is that of
-    ``MinMax``.
+    """Counts of |x|: ``counts[bins]`` and the ``width`` of a bin. Its range is that of ``MinMax``.
 
     With ``top`` given, bins are top/bins wide from the start, and the counts do not depend
     on the order of the batches, nor on how the data is cut into them. Otherwise they do: the

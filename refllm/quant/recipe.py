@@ -121,8 +121,8 @@ def quantize_model(
     progress: Progress | None = None,
     **options: object,
 ) -> tuple[M, Report]:
-    """Quantise the projections of ``model``, a ``Model`` or any record with ``.config
-    .weights .tokenizer``.
+    """Quantise the projections of ``model``: a ``Model``, or any record of config, weights
+    and tokenizer.
 
     Returns a record of the same kind, which runs through the same ``forward``, and the
     report. ``model`` is not changed; it shares embedding, norms and head with the result

@@ -39,8 +39,7 @@ def salient_channels(
     fraction: float = 0.01,
     rng: np.random.Generator | None = None,
 ) -> Array:
-    """Indices of the ⌈fraction·N⌉ most salient input channels, ascending: x[T, N], W[M, N]
-    → [k].
+    """Indices of the ⌈fraction·N⌉ most salient input channels, ascending: x[T, N], W[M, N] → [k].
 
     ``by`` is ``"activation"`` (mean |x_j|), ``"weight"`` (the norm of column j) or
     ``"random"`` (needs ``rng``).
@@ -88,9 +87,7 @@ class Protected:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all codes and scales, the kept columns in their own dtype, and their
-        indices.
-        """
+        """Bytes of all codes and scales, the kept columns in their own dtype, and their indices."""
         return int(self.quantized.nbytes + self.columns.nbytes + self.kept.nbytes)
 
     @property

@@ -29,8 +29,8 @@ inputs have outliers, SmoothQuant does not help.
 
 ``level``: O1 quantises activations with one scale per token, O2 with one scale for the batch,
 O3 with one scale from calibration. The paper's table has one scale per weight in all three;
-its code, and everyone since, has one per row, which is ``Scheme(8, "restricted",
-"channel")``. Pass "tensor" for the table's.
+its code, and every implementation since, has one per row:
+``Scheme(8, "restricted", "channel")``. Pass "tensor" for the table's.
 
 Left out: llm-compressor's variant (max − min of a channel instead of a, 2w instead of w), a
 search for α, quantising q, k, v for the attention's own products, the factor 1/127 for

@@ -15,13 +15,13 @@ that runs for long no new sequence pays for finding out. A sequence that has gon
 drafts for ``PROBE`` steps probes with one draft, so that one bad start is not final. Every
 failed probe doubles the probing interval of all sequences.
 
-A draft model keeps caches for the sequences that asked last. Where more ask than it has
-caches, some go without drafts.
+A draft model keeps caches for the sequences that it drafted for last. With more sequences
+than caches, some get no drafts.
 
 A draft model samples with the request's own parameters. At a temperature this makes more
-drafts acceptable, and the output distribution is unchanged. With ``ModelDrafter(…,
-sampling=GREEDY)`` drafts are one-hot: fewer are accepted, but each request gets the same
-tokens as without drafts (``serve.model_runner``).
+drafts acceptable, and the output distribution is unchanged. With
+``ModelDrafter(…, sampling=GREEDY)`` drafts are one-hot: fewer are accepted, but each request
+gets the same tokens as without drafts (``serve.model_runner``).
 
 Left out: trees in the engine.
 """

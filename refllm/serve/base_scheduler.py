@@ -43,8 +43,8 @@ from refllm.serve.request import Request, Sequence, SequenceStatus
 
 
 class BaseScheduler(ABC):
-    """Keeps queue and batch. ``plan`` and ``update`` alternate; ``step`` is the plan between
-    them.
+    """Keeps the queue and the running sequences. ``plan`` and ``update`` alternate; between
+    them ``step`` holds the current plan.
     """
 
     def __init__(

@@ -32,9 +32,7 @@ from refllm.serve.request import Request, Sequence
 
 
 class Hypothesis(NamedTuple):
-    """A whole output; ``reason`` is ``"end"`` (its last token is an end token) or
-    ``"length"``.
-    """
+    """A whole output; ``reason`` is ``"end"`` (its last token is an end token) or ``"length"``."""
 
     score: float
     tokens: list[int]
@@ -96,9 +94,7 @@ class BeamSearch:
         return sorted(self.finished, key=lambda h: -h.score)[: self.request.n]
 
     def _candidates(self, beams: abc.Sequence[Sequence], z: Array) -> list[tuple[int, int, float]]:
-        """The best (row of the beam, token, score) of all beams; at least n of them do not
-        end.
-        """
+        """The best (row of the beam, token, score) of all beams; at least n of them do not end."""
         xp = namespace(z)
         vocabulary = int(z.shape[-1])
         scores = asarray_like([self.scores[beam.index] for beam in beams], z, "float64")

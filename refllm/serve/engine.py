@@ -79,8 +79,8 @@ class Engine(EngineStats):
             see ``factory.make`` (``chunked``, ``long_prefill``, ``watermark``,
             ``eviction``, …).
         scheduler
-            makes another scheduler from the block pool: ``lambda pool:
-            Scheduler(PagedKVManager(pool), order=…)``.
+            makes another scheduler from the block pool:
+            ``lambda pool: Scheduler(PagedKVManager(pool), order=…)``.
         drafter
             makes a drafter (``decode.speculative``) for each sequence; its drafts are
             verified in one step.

@@ -1,5 +1,4 @@
-"""Schedulers by the name of their policy, over the memory and the prefix cache that they
-need.
+"""Schedulers by the name of their policy, over the memory and the prefix cache that they need.
 
 | name                     | batch                               | memory                |
 |--------------------------|-------------------------------------|-----------------------|

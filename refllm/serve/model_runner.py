@@ -138,12 +138,12 @@ class SamplingInput:
 
     @property
     def request(self) -> Request:
-        """Whose sequence it is."""
+        """The request that the sequence belongs to."""
         return self.sequence.request
 
     @property
     def params(self) -> SamplingParams:
-        """How its tokens are chosen."""
+        """The request's sampling parameters."""
         return self.sequence.request.sampling
 
     @property

@@ -1,5 +1,4 @@
-"""Paged memory that keeps prefixes: blocks found by a chain of hashes, or pages of a radix
-tree.
+"""Paged memory that keeps prefixes: blocks found by a chain of hashes, or pages of a radix tree.
 
 Sources: vLLM's automatic prefix caching, and Zheng et al. 2024 (SGLang), section 3: one
 pool for running sequences and for what is cached. The caches themselves are

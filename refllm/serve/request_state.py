@@ -1,8 +1,8 @@
 """What the engine keeps of a request beside the scheduler's sequences: random numbers, text,
 drafters, its beam search and its output so far.
 
-Random numbers belong to positions: token i of the output is drawn with uniform i of the
-sequence's own generator. So a token does not depend on the rest of the batch, on preemption
+Each position of the output has its own uniform: token i is drawn with the i-th uniform of
+the sequence's generator. So a token does not depend on the rest of the batch, on preemption
 or on drafts.
 
 | generator of sequence i | seeded by                                              |
@@ -57,7 +57,7 @@ def validate_request(request: Request, config: ModelConfig) -> None:
 
 
 class SequenceState:
-    """One sequence: its generator, its text if that is needed while it grows, its drafter."""
+    """One sequence: its generator, its drafter, and its detokenizer if text is needed early."""
 
     def __init__(
         self,
@@ -151,7 +151,7 @@ class RequestState:
 
     def continuation_states(self, sequence: Sequence) -> list[SequenceState]:
         """One state for each continuation of the next token: n where a sequence forks."""
-        if sequence.slots == 1 or self.search is not None:  # as a rule
+        if sequence.slots == 1 or self.search is not None:  # it does not fork here
             return [self.sequence_state(sequence.index)]
         indices = range(sequence.index, sequence.index + sequence.slots)
         return [self.sequence_state(index) for index in indices]

@@ -93,12 +93,12 @@ class Scheduler(BaseScheduler):
         self._schedule_running(step)
         if not step.plan.preempted:
             self._admit(step)
-            if not step.items:  # beams came back whole from a cache: their last tokens go together
+            if not step.items:  # only beams were admitted, all cached except for their last tokens
                 self._schedule_running(step)
         return self._finish_plan(step)
 
     def _schedule_running(self, step: PlanBuilder) -> None:
-        """Decodes, then the rest of prompts."""
+        """Schedule running sequences: decodes first, then prompts that are partly computed."""
         prefills: list[tuple[Sequence, int]] = []
         for sequence in self.running[:]:
             if sequence.status is not SequenceStatus.RUNNING:

@@ -40,8 +40,7 @@ from refllm.errors import InputError
 
 @dataclass
 class Timeline:
-    """One answer: when the request was sent, and when each chunk arrived, in seconds on any
-    clock.
+    """One answer: when the request was sent, and when each chunk arrived, in seconds on any clock.
 
     >>> answer = Timeline(sent=1.0, prompt=5)
     >>> for time in (3.0, 3.5, 4.5):

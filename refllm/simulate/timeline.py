@@ -9,8 +9,8 @@ blocks, radix tree.
 |           |             | CACHED by the tree alone                                             |
 | tree      | node        | tokens, locks, hits, children                                        |
 
-Block tables need every single plan: trace a simulation without jumps (``Simulator(…,
-jumps=False)``).
+Block tables need every single plan: trace a simulation without jumps
+(``Simulator(…, jumps=False)``).
 
 Left out: what the steps computed (``Engine.on_plan`` receives the plans).
 """

@@ -73,9 +73,7 @@ class StepTotals:
 
     @property
     def filled(self) -> float:
-        """Share of the allocated memory that holds tokens (of a jump: allocated at its
-        end).
-        """
+        """Share of the allocated memory that holds tokens (of a jump: allocated at its end)."""
         self._num_steps()
         return self.used / self.allocated
 

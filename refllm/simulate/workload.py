@@ -216,8 +216,7 @@ def requests(
     tokens: Callable[[int], Sequence[int]] | None = None,
     scale: float = 1.0,
 ) -> list[Request]:
-    """``count`` requests in the order of their arrival, each of which runs to its
-    ``max_tokens``.
+    """``count`` requests in the order of their arrival, each of which runs to its ``max_tokens``.
 
     ``tokens(n)`` makes a prompt of n tokens (default ``DistinctTokens``). ``scale`` multiplies
     all lengths, for a model with a short context.
@@ -243,8 +242,7 @@ def expected_longest(pmf: Probabilities, batch: int) -> float:
 
 
 def useful_share(pmf: Probabilities, batch: int) -> float:
-    """Share of the decode slots of a static batch that yield a token: E[O] / E[max of
-    ``batch`` O].
+    """Share of the decode slots of a static batch that yield a token: E[O] / E[max of ``batch`` O].
 
     >>> round(useful_share(np.array([0.0, 0.5, 0.5]), batch=2), 3)  # 1 or 2 tokens, P = ½
     0.857

@@ -145,9 +145,7 @@ def cost(tour: Tour) -> None:
 def _against_limits(
     tour: Tour, costs: Mapping[str, Cost], times: Mapping[str, float]
 ) -> dict[str, tuple[str, str, str]]:
-    """Print this machine's limits; per step, which one binds and how much of each was
-    reached.
-    """
+    """Print this machine's limits; per step, which one binds and how much of each was reached."""
     machine = tour.machine
     tour.say(
         f"Limits of one core, measured: {machine.peak_flops / 1e9:.0f} GFLOP/s and "

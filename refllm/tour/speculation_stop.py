@@ -32,9 +32,7 @@ NGRAM_GAMMA = 8
 
 
 def speculate(tour: Tour) -> None:
-    """Continue held-out code greedily, with and without drafters, and compare steps and
-    time.
-    """
+    """Continue held-out code greedily, with and without drafters, and compare steps and time."""
     model = tour.model
     text = "".join(d.text for d in held_out_documents())
     prompt = model.tokenizer.encode(text[: 8 * PROMPT_TOKENS])[:PROMPT_TOKENS]

@@ -144,9 +144,7 @@ def loss_and_gradients(
 
 
 def mean_loss(params: Tensors, config: ModelConfig, tokens: Array) -> float:
-    """The loss of ``loss_and_gradients`` without the gradients; tokens[B, S+1] → nats per
-    token.
-    """
+    """The loss of ``loss_and_gradients`` without the gradients; tokens[B, S+1] → nats per token."""
     hidden = hidden_states(params, config, tokens[:, :-1])
     return cross_entropy(hidden, params[output_name(config)], tokens[:, 1:].reshape(-1))
 

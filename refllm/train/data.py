@@ -107,8 +107,7 @@ def text_files(paths: Sequence[Path], held_out: Sequence[Path] = (), share: floa
 
 
 def read_files(paths: Iterable[Path]) -> list[Document]:
-    """One document for each non-empty UTF-8 file in ``paths``, folders in the order of
-    names.
+    """One document for each non-empty UTF-8 file in ``paths``, folders in the order of names.
 
     In a folder, hidden files and files that are not UTF-8 are skipped; ValueError for a
     path to a file that is not UTF-8, or if there is no text. Every kind of line end is read
@@ -144,8 +143,7 @@ def _document(path: Path, name: str, *, named: bool) -> list[Document]:
 
 
 def split(documents: Sequence[Document], share: float) -> tuple[list[Document], list[Document]]:
-    """(training, held-out) documents, which together are the given ones; see
-    ``text_files``.
+    """(training, held-out) documents, which together are the given ones; see ``text_files``.
 
     >>> training, held_out = split([Document("notes", "one\\ntwo\\nthree\\nfour\\n")], 0.25)
     >>> training[0].text, held_out[0].text

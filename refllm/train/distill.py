@@ -33,8 +33,8 @@ from refllm.train.loss import TargetRows, Teacher
 def make_teacher(
     params: Tensors, config: ModelConfig, temperature: float = 1.0, alpha: float = 1.0
 ) -> Teacher:
-    """Return the ``teacher`` argument of ``train`` for a network: targets α·softmax(z/τ) +
-    (1−α)·onehot(label).
+    """Return the ``teacher`` argument of ``train`` for a network, whose targets are
+    α·softmax(z/τ) + (1−α)·onehot(label).
 
     ``teacher(tokens[B, S+1])`` runs the network once up to its last norm, [B·S, N]. The
     function that it returns computes the probabilities [rows, V] of the requested rows, so

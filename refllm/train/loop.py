@@ -81,8 +81,7 @@ def train(
     report: Callable[[dict[str, float]], None] | None = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> State:
-    """Train a network from random weights, or from the checkpoint in ``output`` if there is
-    one.
+    """Train a network from random weights, or from the checkpoint in ``output`` if there is one.
 
     Parameters
     ----------

@@ -1,5 +1,4 @@
-"""AdamW with decoupled weight decay, Muon, gradient clipping and the learning-rate
-schedules.
+"""AdamW with decoupled weight decay, Muon, gradient clipping and the learning-rate schedules.
 
 Sources: Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019, algorithm 2 (decay is
 multiplied by the learning rate, as PyTorch does); Jordan et al. 2024, "Muon", with the
@@ -99,8 +98,7 @@ class AdamW:
     v: Tensors = field(default_factory=dict)
 
     def update(self, params: Tensors, grads: Tensors, rate: float, map: Map = map) -> None:
-        """One optimizer step; ``grads`` is used as scratch space and is meaningless
-        afterwards.
+        """One optimizer step; ``grads`` is used as scratch space and is meaningless afterwards.
 
         ``map`` goes over the parameters, which do not depend on each other: it may be that
         of a thread pool.

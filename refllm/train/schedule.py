@@ -127,9 +127,7 @@ def window_starts(lengths: Sequence[int], phase: Phase, rng: np.random.Generator
 def batches(
     plan: Plan, lengths: Sequence[int], first: int = 0
 ) -> Iterator[tuple[int, Phase, list[Window]]]:
-    """(step, its phase, the windows of its batch) for every step of the plan from ``first``
-    on.
-    """
+    """(step, its phase, the windows of its batch) for every step of the plan from ``first`` on."""
     step = 0  # the first of the phase
     for number, phase in enumerate(plan.phases):
         if first < step + phase.steps:  # phases that are done cost nothing on resume

@@ -1,9 +1,8 @@
-"""Skip this room on a first reading: it computes nothing that ``model/llama.py`` does not.
+"""Skip this package on a first reading: it computes nothing that ``model/llama.py`` does not.
 
-Its question: how does one decode a small model without spending more time in Python than
-in its matrix products? The definition of every operation is ``model.llama.forward``; the
-two files repeat it in the shape that OpenBLAS and NumPy execute fastest, and the tests
-compare them with it.
+How can a small model decode without spending more time in Python than in its matrix
+products? The definition of every operation is ``model.llama.forward``; the two files repeat
+it in the form that OpenBLAS and NumPy execute fastest, and the tests compare them with it.
 
 1. ``captured_step``: a batch of few tokens, with all arrays and bound products prepared
    once per batch size, as a GPU captures a CUDA graph.

@@ -270,9 +270,7 @@ def norm(c: SimpleNamespace, gain: Array, eps: float) -> None:
 
 
 def rotate(c: SimpleNamespace, cos: Array, sin: Array) -> None:
-    """x₁ cos − x₂ sin, x₂ cos + x₁ sin for the pairs of q and k. Mirrors
-    ``layers.apply_rope``.
-    """
+    """x₁ cos − x₂ sin, x₂ cos + x₁ sin for the pairs of q and k. Mirrors ``layers.apply_rope``."""
     NUMPY.multiply(c.pairs, cos, out=c.rotated)  # [T, H + G, 2, D/2]
     NUMPY.multiply(c.swapped, sin, out=c.turned)
     c.rotated += c.turned

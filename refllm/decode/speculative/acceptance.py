@@ -14,9 +14,12 @@ called by one name:
 | t(n)   | cost of n tokens  | time of a target step that computes n tokens, in units of t(1) |
 | c      | cost of a draft   | time of a draft step, in units of t(1)                         |
 
-If drafts are accepted independently with probability α, τ = 1 + α + … + α^γ = (1 − α^{γ+1})
-/ (1 − α), and decoding is faster by τ / (t(γ + 1) + γ c). On a memory-bound device t is
-flat; on a processor it is not.
+If drafts are accepted independently with probability α,
+
+    τ = 1 + α + … + α^γ = (1 − α^{γ+1}) / (1 − α),
+
+and decoding is faster by τ / (t(γ + 1) + γ c). On a memory-bound device t is flat; on a
+processor it is not.
 
 Left out: energy, and the cost of the verification itself beside a model
 (``benchmarks/speculative.py`` has it).
@@ -126,8 +129,8 @@ def speedup(alpha: float, gamma: int, cost: Sequence[float], draft_cost: float) 
 
 
 def best_gamma(alpha: float, cost: Sequence[float], draft_cost: float) -> tuple[int, float]:
-    """The γ of the largest ``speedup``, of equal ones the smallest, and that speed-up; (0,
-    1.0) if drafting loses.
+    """The γ of the largest ``speedup``, of equal ones the smallest, and that speed-up;
+    (0, 1.0) if drafting loses.
     """
     gains = [speedup(alpha, gamma, cost, draft_cost) for gamma in range(len(cost))]
     best = max(range(len(gains)), key=lambda gamma: gains[gamma])

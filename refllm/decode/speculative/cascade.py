@@ -23,8 +23,7 @@ from refllm.errors import InputError
 
 
 class Cascade:
-    """Asks drafters in turn, the cheapest first, and takes the first proposal that is not
-    empty.
+    """Asks drafters in turn, the cheapest first, and takes the first proposal that is not empty.
 
     ``Cascade(NGramDrafter(3), TreeDrafter(draft))``: where the text repeats itself the
     drafts are free and mostly right; elsewhere the model drafts.

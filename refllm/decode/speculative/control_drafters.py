@@ -14,9 +14,7 @@ from refllm.decode.speculative.model_drafter import ModelDrafter
 
 
 class PerfectDrafter(ModelDrafter):
-    """The target drafts for itself, so p = q: every draft is accepted, and no time is
-    saved.
-    """
+    """The target drafts for itself, so p = q: every draft is accepted, and no time is saved."""
 
 
 class AdversarialDrafter(ModelDrafter):

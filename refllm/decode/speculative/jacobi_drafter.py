@@ -32,14 +32,10 @@ class JacobiDrafter:
     def propose(
         self, tokens: Sequence[int], count: int, sampling: SamplingParams, rng: np.random.Generator
     ) -> Proposal:
-        """See ``Drafter.propose``; where no prediction exists yet, the last token is
-        repeated.
-        """
+        """See ``Drafter.propose``; where no prediction exists yet, the last token is repeated."""
         drafts = self._window[:count]
         return Proposal(drafts + [int(tokens[-1])] * (count - len(drafts)), None)
 
     def observe(self, best: Sequence[int], accepted: int) -> None:
-        """Keep the target's predictions behind the token that is emitted now,
-        best[accepted].
-        """
+        """Keep the target's predictions behind the token that is emitted now, best[accepted]."""
         self._window = [int(t) for t in best[accepted + 1 :]]

@@ -14,8 +14,8 @@ A step, with tokens = prompt + output, of which [0, s) are cached and the last o
    behind hold keys and values of rejected drafts, which no query sees and the next step
    overwrites (a quantised cache never keeps them).
 
-A tree is treated alike: a row sees its ancestors, and the nodes of the accepted path are
-moved together in the cache.
+A tree works the same way: a row sees its ancestors, and the keys and values of the accepted
+path are moved together in the cache.
 
 Left out: batches (``serve``), stop strings and end tokens (the caller's).
 """

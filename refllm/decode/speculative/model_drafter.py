@@ -39,8 +39,7 @@ from refllm.model.llama import forward, logits
 
 
 class ModelDrafter:
-    """A small model with its own cache; it samples as the target does, or with
-    ``sampling``.
+    """A small model with its own cache; it samples as the target does, or with ``sampling``.
 
     ``model`` is any record with ``config``, ``weights`` and ``tokenizer``, of the target's
     vocabulary. The last draft of a step is not computed: its keys and values are missing

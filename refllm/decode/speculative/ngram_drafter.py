@@ -58,9 +58,7 @@ class NGramDrafter:
         """Nothing to learn: the next call brings all tokens."""
 
     def _read(self, tokens: Sequence[int]) -> None:
-        """Enter every n-gram that is followed by a token: those that end before the last
-        one.
-        """
+        """Enter every n-gram that is followed by a token: those that end before the last one."""
         known = len(self._known)
         if len(tokens) < known or list(tokens[:known]) != self._known:
             self._known = []

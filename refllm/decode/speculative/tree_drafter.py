@@ -1,5 +1,4 @@
-"""Trees from a draft model: a chain while the model is confident, and a fan where it is
-not.
+"""Trees from a draft model: a chain while the model is confident, and a fan where it is not.
 
 Sources: the trade between depth and width is that of Chen et al. 2024 (Sequoia), section
 3.1; that the draft's own probability tells which node will be accepted, Li et al. 2024
@@ -42,9 +41,7 @@ from refllm.decode.speculative.tree_verification import draw_children
 
 
 class TreeDrafter(ModelDrafter):
-    """A draft model that proposes trees of ``gamma`` nodes; below ``confidence`` it fans
-    out.
-    """
+    """A draft model that proposes trees of ``gamma`` nodes; below ``confidence`` it fans out."""
 
     trees = True  # only a cache that keeps everything can verify them
 

@@ -111,8 +111,8 @@ def most_likely(chances: Sequence[float], nodes: int, depth: int) -> Tree:
 def best_tree(
     chances: Sequence[float], cost: Sequence[float], draft_cost: float, depth: int
 ) -> tuple[Tree, float]:
-    """The tree with the largest c(n, d) t(1) / (t(n) + d c), and that speed-up; cost[n − 1]
-    = t(n).
+    """The tree with the largest speed-up c(n, d) t(1) / (t(n) + d c), and that speed-up;
+    cost[n − 1] = t(n).
     """
     best = Tree([])
     gain = 1.0

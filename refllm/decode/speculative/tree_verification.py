@@ -128,9 +128,7 @@ def _chance(left: Array, drawn: Array | None, x: int) -> float:
 
 
 def _rejected(left: Array, drawn: Array | None, x: int) -> Array:
-    """norm(max(p − q, 0)); for a one-hot q all of p but x. Where nothing is left, p
-    unchanged.
-    """
+    """norm(max(p − q, 0)); for a one-hot q all of p but x. Where nothing is left, p unchanged."""
     xp = namespace(left)
     if drawn is None:
         rest = _without(left, x)

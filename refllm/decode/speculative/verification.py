@@ -21,8 +21,9 @@ q what the drafter did sample from, and their processors need not be the same. `
 says that the drafts were not sampled at all (n-gram, argmax): row i is one-hot at x_i.
 
 An acceptance rule is right if the accepted prefix of x and the token after it, continued by
-p, are distributed as p: proved by enumeration. The uniforms come from ``rng``: a
-caller with uniforms of its own passes any object whose ``random()`` returns them.
+p, are distributed as p; the tests check this by enumerating all outcomes. The uniforms come
+from ``rng``: a caller with uniforms of its own passes any object whose ``random()`` returns
+them.
 
 Left out: verification on the device without waiting for it (here one transfer decides, one
 fetches the token).
@@ -39,7 +40,8 @@ from refllm.backend import Array, namespace, to_numpy
 from refllm.decode.sampling import EMPTY, draw
 from refllm.errors import InputError
 
-# Of Σ = 1 in each row: what a softmax in float32 over 10⁵ tokens keeps, with a margin.
+# How far the sum of a row may be from 1: the rounding of a float32 softmax over 10⁵ tokens,
+# with a margin.
 TOLERANCE = 1e-5
 
 
@@ -84,10 +86,10 @@ def verify_block(
     result as ``verify``.
 
     P_i = min(1, P_{i−1} p_i(x_i) / q_i(x_i)): a lucky token pays for an unlucky one later.
-    A prefix of i < γ tokens is kept with probability h_i = S_i / (S_i + 1 − P_i), S_i = Σ
-    max(P_i p_{i+1} − q_{i+1}, 0); all γ with h_γ = P_γ. The longest that is kept counts,
-    and the token comes from the residual of P_i p_{i+1}. It accepts at least as many as
-    ``verify`` in expectation, whatever p and q are.
+    A prefix of i < γ tokens is kept with probability h_i = S_i / (S_i + 1 − P_i), where
+    S_i = Σ max(P_i p_{i+1} − q_{i+1}, 0); all γ with h_γ = P_γ. The longest that is kept
+    counts, and the token comes from the residual of P_i p_{i+1}. It accepts at least as many
+    as ``verify`` in expectation, whatever p and q are.
     """
     probabilities = _draft_probabilities(p, q, draft, rng)
     reach = [1.0]  # P_0 … P_γ

@@ -1,11 +1,14 @@
 """The k-quants with offsets, Q2_K, Q4_K and Q5_K: 256 elements per block, in sub-blocks
 whose scales and offsets are quantised themselves. (Q3_K and Q6_K: ``kquants_symmetric``.)
 
-| type | codes | value          | sub-block | weights of the search | search             |
-|------|-------|----------------|-----------|-----------------------|--------------------|
-| Q2_K | 0…3   | d·S·q − dmin·M | 16        | |x|                   | by |error|; max/15 |
-| Q4_K | 0…15  | d·S·q − dmin·M | 32        | |x| + rms of the 32   | by error²; max/63  |
-| Q5_K | 0…31  | d·S·q − dmin·M | 32        | |x| + rms of the 32   | by error²; max/63  |
+| type | codes | value          | sub-block | weights w of the search | it minimises   | d       |
+|------|-------|----------------|-----------|-------------------------|----------------|---------|
+| Q2_K | 0…3   | d·S·q − dmin·M | 16        | abs(x)                  | Σ w abs(error) | max/15  |
+| Q4_K | 0…15  | d·S·q − dmin·M | 32        | abs(x) + rms of the 32  | Σ w error²     | max/63  |
+| Q5_K | 0…31  | d·S·q − dmin·M | 32        | abs(x) + rms of the 32  | Σ w error²     | max/63  |
+
+d is the largest scale of the block over the largest code of a scale, dmin the same of the
+offsets.
 
 | type | bytes of a block                                                    |
 |------|---------------------------------------------------------------------|
@@ -242,8 +245,8 @@ def block_codes(codes: Array, blocks: int) -> Array:
 
 
 def importance_weights(x: Array, importance: Array, factor: float) -> Array:
-    """importance · sqrt(σ² + x²) with σ² = factor · mean x² of each block of 256: x[B, 256]
-    → [B, 256].
+    """x[B, 256] → importance · sqrt(σ² + x²), [B, 256], with σ² = factor · mean x² of each
+    block.
     """
     xp = namespace(x, importance)
     squares = x * x
@@ -255,8 +258,8 @@ def importance_weights(x: Array, importance: Array, factor: float) -> Array:
 def requantize(
     x: Array, codes: Array, scale: Array, offset: Array | None, low: int, high: int
 ) -> Array:
-    """The third stage: codes of x[S, C] for stored scales and offsets [C], from 0 on; where
-    a scale is 0, ``codes``, which are those of the search.
+    """The third stage: codes of x[S, C] for stored scales and offsets [C], counted from 0;
+    where a scale is 0, the codes of the search, ``codes``.
     """
     xp = namespace(x, codes, scale)
     some = scale != 0

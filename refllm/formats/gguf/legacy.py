@@ -13,9 +13,9 @@ more on one side, and the extreme gets it, whichever sign it has. Codes are made
 scale before it is rounded to float16, so that the rounding adds to a reader's error. Blocks
 of zeros get d = −0, since 0/−8 is −0.
 
-With an importance, scales are searched (``scale_search``), weighted by importance · sqrt(σ²
-+ x²), where σ² is the mean square of the whole row; the codes that were found are stored.
-Q8_0 ignores the importance.
+With an importance, scales are searched (``scale_search``), weighted by
+importance · sqrt(σ² + x²), where σ² is the mean square of the whole row; the codes that were
+found are stored. Q8_0 ignores the importance.
 
 Bytes: d, (m,) (32-bit word of fifth bits, bit i of element i,) then nibbles: byte j holds
 elements j and j + 16.

@@ -2,15 +2,15 @@
 
 MXFP4: 32 elements, one byte E for 2^(E − 127), and 4-bit floats (E2M1: 0, ½, 1, 1½, 2, 3,
 4, 6 and their negatives). ggml keeps twice the values of E2M1 and half the scale, which is
-the same. E is chosen so that the largest element falls into the top binade of E2M1: E =
-⌊log2 largest⌋ − 2 + 127; what is then above 6 becomes 6. Codes are the nearest value, of
+the same. E is chosen so that the largest element falls into the top binade of E2M1,
+E = ⌊log2 largest⌋ − 2 + 127; what is then above 6 becomes 6. Codes are the nearest value, of
 two that are equally near the smaller code.
 
 Quirk: for a largest element below 2^−125 this E is negative, and is stored modulo 256. The
 scale is then huge and the block becomes zeros, as nearly all of it would with E = 0.
 
-Source: OCP Microscaling Formats 1.0 (MXFP4); ggml's quantisers for ties, zero blocks (E =
-0) and tiny ones.
+Source: OCP Microscaling Formats 1.0 (MXFP4); ggml's quantisers for ties, zero blocks
+(E = 0) and tiny ones.
 
 Left out: NVFP4.
 """

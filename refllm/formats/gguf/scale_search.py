@@ -16,9 +16,9 @@ all of them in row i: searches run side by side, and only sums go position by po
 All minimise Σ w (model − x)², with w = x² in ``fit_by_sweeps``; ``fit_asymmetric`` can
 compare Σ w |model − x| instead.
 
-For given codes the squared error is least at s = Σwxl / Σwl² (symmetric), which leaves Σwx²
-− (Σwxl)²/Σwl²; so (Σwxl)²/Σwl² is compared, and no error is ever computed. The asymmetric
-fit is the straight line of weighted regression.
+For given codes the squared error is least at s = Σwxl / Σwl² (symmetric), where it is
+Σwx² − (Σwxl)²/Σwl²; so (Σwxl)²/Σwl² is compared, and no error is ever computed. The
+asymmetric fit is the straight line of weighted regression.
 
 Quirks, all part of the format's bytes:
 
@@ -84,8 +84,8 @@ def fit_asymmetric(
     """x[S, C], weights w[S, C] → codes in 0 … levels (as float32 [S, C]), s[C] and −m[C] of
     x ≈ s·L + m.
 
-    The first scale is range / levels; candidate i, of i = 0 … tries, is range / (levels +
-    first + i·step).
+    The first scale is range / levels; candidate i, of i = 0 … tries, is
+    range / (levels + first + i·step).
     """
     xp = namespace(x, w)
     hi = xp.max(x, axis=0)

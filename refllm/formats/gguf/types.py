@@ -47,9 +47,7 @@ class GGUFType:
 
     @property
     def quantized(self) -> bool:
-        """Whether elements share a scale; files with such types carry a quantisation
-        version.
-        """
+        """Whether elements share a scale; files with such types carry a quantisation version."""
         return self.block > 1
 
 

@@ -141,8 +141,7 @@ class ReservedKVManager(_Contiguous):
 
 
 class PaddedKVManager(_Contiguous):
-    """Rows for a padded batch, each as wide as the longest prompt and the longest output
-    together.
+    """Rows for a padded batch, each as wide as the longest prompt and the longest output together.
 
     Prompts are padded on the left, so that all outputs start in one column. Rows are freed
     together, when the last member of the batch has been released.
