@@ -212,8 +212,8 @@ def serving() -> str:
         f"""With {first["batch"]} and {second["batch"]} equal requests the engine writes
         {theirs[0]:.1f}× and {theirs[1]:.1f}× the tokens of `transformers` and
         {first["ratio"]["llama.cpp"]["median"]:.1f}× and
-        {second["ratio"]["llama.cpp"]["median"]:.1f}× those of llama.cpp's slots in float32; what
-        is not the network takes {share:.1f} % of its step, of 10 % that were the aim
+        {second["ratio"]["llama.cpp"]["median"]:.1f}× those of llama.cpp's slots in float32; all
+        work outside the network takes {share:.1f} % of a step, and at most 10 % was the target
         ([data](benchmarks/results/serving.json))."""
     )
 
@@ -295,7 +295,7 @@ def speed() -> str:
             claim(ratio["median"] < row["target"], "the targets are not reached")
     settings = machines[""]["settings"]
     opening = paragraphs(
-        f"""Measured on two machines, one thread an engine, one process each, turns taken, greedy,
+        f"""Measured on two machines, one process and one thread per engine, in alternation, greedy,
         {settings["new"]} tokens after prompts of {settings["prompt"]}, the same weights in
         float32; medians of ratios within a round. `python benchmarks/decode.py` repeats it; the
         data name machine and versions ([AVX-512](benchmarks/results/decode.json),
@@ -313,7 +313,7 @@ def _products() -> str:
     share = {r["batch"]: 100 * r["parts_us"]["products"] / r["whole_us"] for r in steps}
     megabytes = 4 * card("stdlib")["parameters"] / 1e6
     return f"""The targets are not reached. At batch 1 the first machine (AVX-512) reads
-        {megabytes:.0f} MB of weights a step: products take {share[1]:.0f} % of its time there,
+        {megabytes:.0f} MB of weights per step: products take {share[1]:.0f} % of its time there,
         and {share[32]:.0f} % with 32 sequences ([data](benchmarks/results/step.json)). On the
         second (AVX2) OpenBLAS copies a weight before it multiplies four rows or more. Which
         layout a weight gets depends on the processor: blocks of 64 output columns with AVX-512,
