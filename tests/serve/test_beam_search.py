@@ -187,11 +187,12 @@ def test_an_end_that_is_not_among_the_n_best_is_no_hypothesis():
         found, _ = drive(request, frozenset([end]), lambda text: later if text else z)
         # p = 0.2, 0.2, and the end's 0.15 that beats 0.3 · 0.4
         assert [h.tokens for h in found] == expected
-    # the third best, not among two, though it is better than what the two best come to
+    # two ends, the first and the third best: the third is not among two, though its 0.15 beats
+    # 0.3 · 0.25, what the best beam comes to
     request = Request([1], 2, n=2, beam=True, length_penalty=0.0)
     flat = np.log([0.25] * 4)
-    found, _ = drive(request, frozenset([2]), lambda text: flat if text else z)
-    assert [h.tokens for h in found] == [[0, 0], [0, 1]]
+    found, _ = drive(request, frozenset([0, 2]), lambda text: flat if text else z)
+    assert [h.tokens for h in found] == [[0], [1, 0]]
 
 
 def test_a_hypothesis_as_good_as_the_bound_ends_the_search():

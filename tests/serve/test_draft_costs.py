@@ -70,5 +70,8 @@ def test_steps_are_measured_at_powers_of_two_and_between_them(most, sizes):
     assert costs.drafts == []
 
 
-def test_the_context_is_cut_to_the_positions_of_the_model():
-    assert measure_costs(TARGET, most=1, context=10**9, rounds=1).steps[0][1] > 0
+def test_the_context_is_cut_to_the_positions_of_both_models():
+    draft = ModelDrafter(DRAFT, 3)
+    costs = measure_costs(TARGET, draft, most=1, context=10**9, rounds=1)
+    assert costs.steps[0][1] > 0
+    assert costs.drafts[0][1] > 0

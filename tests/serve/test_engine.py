@@ -525,6 +525,25 @@ def test_a_callback_may_submit_and_abort_but_not_step(busy):
     assert_serves_on(busy)
 
 
+def test_a_callback_may_abort_a_search_that_has_just_ended_or_gone_on(busy):
+    """Its updates of this step are not published yet, and never will be."""
+    search = busy.submit(Request([1, 2], 2, id="search", n=2, beam=True))
+    aborted = []
+
+    def abort(update: SequenceUpdate) -> None:
+        aborted.append(busy.abort(search))
+
+    busy.submit(Request([3], 4, id="other"), abort)
+    while busy.unfinished:
+        updates = busy.step()
+        assert all(update.id != "search" for update in updates)
+        busy.check()
+    assert aborted[0]
+    assert {output.reason for output in busy.results.pop("search").outputs} == {"aborted"}
+    assert not busy.results.pop("other").error
+    assert_serves_on(busy)
+
+
 # --- many requests ------------------------------------------------------------------------
 
 

@@ -56,6 +56,22 @@ def test_blocks_reserved_for_rejected_drafts_are_freed(make: Make):
 
 
 @KINDS
+def test_a_single_block_that_only_a_rejected_draft_needed_is_freed(make: Make):
+    memory = make(BlockPool(6, 2))
+    one = sequence([1, 2, 3, 4])
+    memory.admit(one, 4, alone=True)
+    compute(memory, one, 4)
+    one.tokens.append(7)
+    memory.reserve(one, 2)
+    compute(memory, one, 1)
+    assert memory.allocated == 6  # the second token lies in the block of the first
+    one.tokens.append(8)
+    memory.reserve(one, 2)
+    compute(memory, one, 1)
+    assert memory.allocated == 6  # the block of the seventh is free again
+
+
+@KINDS
 def test_forks_share_blocks_and_the_first_writer_copies(make: Make):
     memory = make(BlockPool(8, 2))
     one = sequence([1, 2, 3])
@@ -151,6 +167,28 @@ def test_a_leak_is_found(make: Make):
     memory.check()
     memory.pool.allocate()
     with pytest.raises(AssertionError, match="leaked"):
+        memory.check()
+
+
+@KINDS
+def test_a_table_that_holds_too_few_blocks_is_found(make: Make):
+    memory = make(BlockPool(4, 2))
+    one = sequence([1, 2, 3, 4, 5])
+    memory.admit(one, 4, alone=True)
+    one.computed = memory._tables[one].length = 5
+    with pytest.raises(AssertionError):
+        memory.check()
+
+
+def test_a_tree_that_is_broken_is_found():
+    memory = RadixKVManager(BlockPool(8, 2))
+    one = sequence([1, 2, 3, 4, 5])
+    memory.admit(one, 5, alone=True)
+    compute(memory, one, 5)
+    memory.release(one)
+    memory.check()
+    memory.cache.evictable += 2
+    with pytest.raises(AssertionError):
         memory.check()
 
 

@@ -88,6 +88,27 @@ def test_requests_that_never_fit_are_rejected(memory, why):
         raise ValueError(reason)
 
 
+@pytest.mark.parametrize(
+    "memory",
+    [
+        ReservedKVManager(64, "max", longest=39),
+        ReservedKVManager(39, "oracle", buddy=False),
+        PaddedKVManager(39),
+        PaddedKVManager(99, longest=39),
+    ],
+)
+def test_a_request_that_just_fits_is_served(memory):
+    one = sequence(30, 9)
+    assert memory.rejection_reason(one.request) is None
+    assert memory.admit(one, 30, alone=True)
+    memory.check()
+
+
+def test_a_row_may_have_a_single_slot():
+    assert PaddedKVManager(1).admit(sequence(1, 0), 1, alone=True)
+    assert PaddedKVManager(5, longest=1).admit(sequence(1, 0), 1, alone=True)
+
+
 def test_bad_sizes_are_rejected():
     with pytest.raises(ValueError, match="unknown rule 'guess'"):
         ReservedKVManager(8, "guess")

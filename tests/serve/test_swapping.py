@@ -50,6 +50,16 @@ def test_a_sequence_for_which_the_host_has_no_room_is_dropped(host_blocks, swapp
     memory.check()
 
 
+def test_a_sequence_of_which_nothing_was_computed_has_nothing_to_move():
+    memory = SwappingKVManager(BlockPool(8, 2))
+    sequence = Sequence(Request(range(6), 9, id="new"), 0, 0)
+    memory.admit(sequence, 5, alone=True)
+    memory.release(sequence, preempted=True)
+    assert (memory.moved, memory.host_used, memory.match(sequence)) == ((0, 0), 0, 0)
+    assert (memory.swapped, memory.dropped) == (0, 0)
+    memory.check()
+
+
 def test_a_sequence_comes_back_only_where_all_of_it_has_room():
     memory = SwappingKVManager(BlockPool(4, 2), watermark=0.25)
     sequence = preempted(memory)
