@@ -1,4 +1,4 @@
-"""``InputError``: what the caller did wrong, told in one sentence.
+"""``InputError``: what the caller did wrong, stated in one sentence.
 
 Functions that document a ``ValueError`` raise this subclass of it, so that a program can
 tell a wrong argument or a damaged file from a fault of refllm or of NumPy: the command

@@ -113,9 +113,7 @@ def bundled() -> list[str]:
 
 
 def locate(path_or_name: str | os.PathLike[str]) -> Path:
-    """The directory of a bundled model, or the path itself; CheckpointError if it is
-    neither.
-    """
+    """The directory of a bundled model, or the path itself; CheckpointError if it is neither."""
     if isinstance(path_or_name, str) and path_or_name in bundled():
         return BUNDLED / path_or_name
     path = Path(os.path.expanduser(path_or_name))  # unlike Path's, leaves an unknown ~user as it is
@@ -381,8 +379,7 @@ def open_tensors(
 
 
 def iter_tensors(path: str | Path, dtype: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, host array) of every tensor of a network, layer by layer, one in memory at a
-    time.
+    """(name, host array) of every tensor of a network, layer by layer, one in memory at a time.
 
     ``dtype`` None keeps the stored type (bfloat16 is ml_dtypes'). Quantised weights are
     dequantised, to float32 then.

@@ -52,9 +52,7 @@ Shape = tuple[int, ...]
 
 
 class CheckpointError(InputError):
-    """A checkpoint cannot be read or written; the message names the file and says what to
-    do.
-    """
+    """A checkpoint cannot be read or written; the message names the file and says what to do."""
 
 
 def host_dtype(name: str) -> np.dtype:
@@ -80,8 +78,7 @@ def read_json(path: Path) -> Json:
 
 
 class TensorFiles(Mapping[str, np.ndarray]):
-    """The tensors of a checkpoint directory by name; ``files[name]`` reads one, in its
-    stored type.
+    """The tensors of a checkpoint directory by name; ``files[name]`` reads one, in its stored type.
 
     Opening reads the headers only: ``shape`` and ``dtype`` cost nothing, and memory holds
     only what the caller keeps. It is a context manager, since the files stay open.
@@ -190,9 +187,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
         return tensor
 
     def _bytes(self, name: str) -> np.ndarray:
-        """A tensor's bytes, at the offsets in the header (checked when the file was
-        opened).
-        """
+        """A tensor's bytes, at the offsets in the header (checked when the file was opened)."""
         with self._where[name].open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             begin, end = json.loads(file.read(length))[name]["data_offsets"]

@@ -1,5 +1,4 @@
-"""Autoregressive decoding of a static batch: one prefill, then one token per sequence and
-step.
+"""Autoregressive decoding of a static batch: one prefill, then one token per sequence and step.
 
 The two phases of serving in their plainest form. *Prefill* runs all prompt tokens at once
 and yields one token; *decode* runs one token per sequence against the cache. A sequence

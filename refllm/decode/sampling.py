@@ -1,5 +1,4 @@
-"""From logits to the next token: temperature, top-k, top-p, min-p, and sampling by inverse
-CDF.
+"""From logits to the next token: temperature, top-k, top-p, min-p, and sampling by inverse CDF.
 
 Sources: top-k, Fan et al. 2018; top-p (nucleus), Holtzman et al. 2020, §3.1; min-p, Nguyen
 et al. 2024.
@@ -139,8 +138,7 @@ def log_probabilities(logits: Array) -> Array:
 
 
 def sample(probabilities: Array, uniforms: Array | float) -> Array:
-    """Draw one token per row by inverse CDF: probabilities[..., V], uniforms[...] → ids
-    int64[...].
+    """Draw one token per row by inverse CDF: probabilities[..., V], uniforms[...] → ids int64[...].
 
     Token t is drawn for u in [F(t-1), F(t)) / F(V-1), F the cumulative sum in the order of
     token ids, so its share of the uniforms is its probability. A token of probability zero

@@ -1,5 +1,4 @@
-"""Sampling parameters: what a user sets, the checks, and the form that the filters compute
-with.
+"""Sampling parameters: what a user sets, the checks, and the form that the filters compute with.
 
 ``SamplingParams`` holds the settings of one request. What users call (``Model.generate``,
 ``serve.request.Request``) takes ``sampling=SamplingParams(…)`` or, as a shorthand, its fields

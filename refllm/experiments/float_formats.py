@@ -127,9 +127,7 @@ def accumulator_errors(
 
 
 def delayed_shares(rng: np.random.Generator, steps: int = 40) -> list[float]:
-    """Share of elements that a delayed scale saturates, for each growth of the range per
-    step.
-    """
+    """Share of elements that a delayed scale saturates, for each growth of the range per step."""
     shares = []
     for growth in GROWTHS:
         scale = DelayedScale()

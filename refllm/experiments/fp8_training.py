@@ -148,9 +148,7 @@ def losses(
 def gradient_errors(
     params: Tensors, config: ModelConfig, tokens: NDArray[np.integer]
 ) -> dict[str, float]:
-    """‖g₈ − g‖ / ‖g‖ of each 8-bit method over the gradients of all projections; tokens[B,
-    S+1].
-    """
+    """‖g₈ − g‖ / ‖g‖ of each 8-bit method over the gradients of all projections; tokens[B, S+1]."""
     _, exact = loss_and_gradients(params, config, tokens)
     names = [name for name in exact if name.endswith("_proj.weight")]
     size = math.sqrt(sum(_squared(exact[name]) for name in names))
@@ -211,8 +209,7 @@ def outlier_losses(
 
 
 def values(runs: dict[str, dict[str, dict[str, list[float]]]], last: int = LAST) -> Json:
-    """{start: {method: {seed: losses}}} → the means of the last steps, and how far they are
-    apart.
+    """{start: {method: {seed: losses}}} → the means of the last steps, and how far they are apart.
 
     "against float32" is the relative difference to float32 with the same first weights;
     "spread of seeds" the largest relative difference between two seeds of float32.

@@ -1,5 +1,4 @@
-"""How large the KV cache of one sequence grows, beside the weights: counted, for published
-shapes.
+"""How large the KV cache of one sequence grows, beside the weights: counted, for published shapes.
 
     python -m refllm.experiments.kv_memory  # writes figures/data/kv_memory.json
     refllm figures                          # draws it

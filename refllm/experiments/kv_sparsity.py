@@ -221,9 +221,7 @@ class Experiment:
 
     @cached_property
     def attention(self) -> list[list[np.ndarray]]:
-        """Attention of each text's last query over all its tokens, [texts][layers] of
-        [G, S].
-        """
+        """Attention of each text's last query over all its tokens, [texts][layers] of [G, S]."""
         found = []
         for tokens in self.texts:
             everything = SparseCache(

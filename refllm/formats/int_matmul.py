@@ -112,8 +112,7 @@ def scaled_matmul(
     *,
     sizes: tuple[int, int] | None = None,
 ) -> Array:
-    """Y[T, M] = s_x s_w (Q_x − z_x)(Q_w − z_w)ᵀ in the scales' dtype, through exact
-    integers.
+    """Y[T, M] = s_x s_w (Q_x − z_x)(Q_w − z_w)ᵀ in the scales' dtype, through exact integers.
 
     s_x is [T, 1] or (), s_w is [M, 1], () or, in groups along N, [M, N/g]; a zero point is
     shaped like its scale, and None stands for zeros.

@@ -1,5 +1,4 @@
-"""Uniform (affine) quantisation: seven rules for scale and zero point, and codes made with
-them.
+"""Uniform (affine) quantisation: seven rules for scale and zero point, and codes made with them.
 
     q = clip(rint(x/s) + z, qmin, qmax)        x̂ = s (q − z)
 

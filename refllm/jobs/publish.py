@@ -1,5 +1,4 @@
-"""From a training state to a finished model directory: weights, tokenizer, card, manifest,
-curve.
+"""From a training state to a finished model directory: weights, tokenizer, card, manifest, curve.
 
 | file           | what it holds                                                                  |
 |----------------|--------------------------------------------------------------------------------|

@@ -1,5 +1,4 @@
-"""Blocks of key/value memory: a reference-counted pool, and the table that maps a sequence
-onto it.
+"""Blocks of key/value memory: a reference-counted pool, and the table that maps a sequence onto it.
 
 Sources: PagedAttention, Kwon et al. 2023, sections 4.2 to 4.5 (tables, sharing, copy on
 write); the free list that remembers contents, vLLM's automatic prefix caching.
@@ -154,9 +153,7 @@ class BlockPool:
         self._holders.setdefault(key, {})[block] = None
 
     def find(self, key: Key) -> int | None:
-        """The first of the blocks remembered under a key, owned or free; None if there is
-        none.
-        """
+        """The first of the blocks remembered under a key, owned or free; None if there is none."""
         return next(iter(self._holders.get(key, ())), None)
 
     def key_of(self, block: int) -> Key | None:
@@ -270,9 +267,7 @@ class BlockTable:
         return copies
 
     def adopt(self, blocks: list[int]) -> None:
-        """Begin an empty table with full blocks that another table filled (a prefix-cache
-        hit).
-        """
+        """Begin an empty table with full blocks that another table filled (a prefix-cache hit)."""
         if self.blocks:
             raise InputError("only an empty table can begin with the blocks of another")
         self.blocks = [self.pool.fork(block) for block in blocks]

@@ -1,5 +1,4 @@
-"""Contiguous slot ranges, as servers allocated them before paging: first fit, and the buddy
-system.
+"""Contiguous slot ranges, as servers allocated them before paging: first fit, and the buddy system.
 
 Sources: Knuth, The Art of Computer Programming 1, section 2.5; Kwon et al. 2023, section
 6.1, whose baselines keep each request in one range from a buddy allocator.
@@ -65,9 +64,7 @@ class FirstFitAllocator:
         return _size_of(self._sizes, start)
 
     def free(self, start: int) -> None:
-        """Free a range; adjacent holes become one. ValueError for a range that is not
-        allocated.
-        """
+        """Free a range; adjacent holes become one. ValueError for a range that is not allocated."""
         size = _size_of(self._sizes, start)
         del self._sizes[start]
         self.used -= size
@@ -81,9 +78,7 @@ class FirstFitAllocator:
         self._holes.insert(i, (start, size))
 
     def check(self) -> None:
-        """AssertionError if ranges and holes do not tile the slots, or two holes are
-        adjacent.
-        """
+        """AssertionError if ranges and holes do not tile the slots, or two holes are adjacent."""
         _check_tiling([*self._sizes.items(), *self._holes], self.slots)
         for first, second in pairwise(self._holes):
             assert sum(first) < second[0], "two holes are adjacent"

@@ -181,8 +181,7 @@ def checked_int(what: str, value: object, least: int) -> int:
 def quantize(
     x: Array, bits: int, group: int, dtype: DType | None = None
 ) -> tuple[Array, Array, Array]:
-    """x[..., n] → codes uint8[..., n], s[..., n/g] and min[..., n/g], in ``dtype`` (that of
-    x).
+    """x[..., n] → codes uint8[..., n], s[..., n/g] and min[..., n/g], in ``dtype`` (that of x).
 
     Codes are computed with s and min as they are stored, so that a ``dtype`` of fewer bits
     costs no more than its own rounding. A group of equal values has s = 1 and is restored

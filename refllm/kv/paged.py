@@ -1,5 +1,4 @@
-"""The paged cache: keys and values in blocks that any sequence may own, read through block
-tables.
+"""The paged cache: keys and values in blocks that any sequence may own, read through block tables.
 
 Sources: PagedAttention, Kwon et al. 2023, sections 4.1 and 4.3; for ``split_attention``
 version 2 of its kernel, and Flash-Decoding. The tables and the pool are in

@@ -199,8 +199,7 @@ def merge(o_a: Array, lse_a: Array, o_b: Array, lse_b: Array) -> tuple[Array, Ar
 def causal_bias(
     xp: Namespace, count: int, keys: int, offset: int, window: int | None, dtype: DType
 ) -> Array | None:
-    """[T, S] of 0 (seen) and −10³⁰ (hidden): query t sees key j iff offset+t−window < j ≤
-    offset+t.
+    """[T, S] of 0 (seen) and −10³⁰ (hidden): query t sees key j iff offset+t−window < j ≤ offset+t.
 
     None if every query sees every key (decoding, a tile below the diagonal).
     """
@@ -225,8 +224,7 @@ def masked_score(xp: Namespace, dtype: DType) -> float:
 
 
 class CausalAttend:
-    """The plain ``attend`` without a cache: each sequence of the ragged batch sees its own
-    past.
+    """The plain ``attend`` without a cache: each sequence of the ragged batch sees its own past.
 
     The ``lengths[b]`` tokens of each sequence b are concatenated, T = Σ lengths; positions
     start at 0. ValueError if a batch has another number of tokens.

@@ -1,5 +1,4 @@
-"""The network: one pure function over a ragged batch, from tokens to hidden states to
-logits.
+"""The network: one pure function over a ragged batch, from tokens to hidden states to logits.
 
 Source: Touvron et al. 2023 (Llama), with grouped-query attention (Llama 2), Mistral's
 window, Qwen2's biases on q, k, v and Qwen3's RMSNorm on the query and key heads (before
@@ -121,9 +120,7 @@ def mixed_heads(
 def _heads(
     layer: Layer, config: ModelConfig, h: Array, rotation: Rotation
 ) -> tuple[Array, Array, Array]:
-    """h[T, N] → rotated q[T, H, D], rotated k[T, G, D], v[T, G, D]: views of one array or
-    two.
-    """
+    """h[T, N] → rotated q[T, H, D], rotated k[T, G, D], v[T, G, D]: views of one array or two."""
     heads = config.num_attention_heads
     groups = config.num_key_value_heads
     y = fused_matmul(h, layer["q_proj"], layer["k_proj"], layer["v_proj"])  # [T, (H+2G)·D]

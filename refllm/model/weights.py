@@ -137,8 +137,7 @@ class Dense:
         return self._blocks.to_matrix()
 
     def bind(self, x: Array, out: Array) -> Callable[[], object]:
-        """A call that multiplies the current contents of x[T, N] and writes x Wᵀ to
-        out[T, M].
+        """A call that multiplies the current contents of x[T, N] and writes x Wᵀ to out[T, M].
 
         What depends on shapes alone is computed here, once. On the host only, for fewer
         than 128 rows; T = ``padded_rows(T)`` is fastest.

@@ -76,8 +76,7 @@ def search_scale(
     duo: bool = False,
     ratios: Sequence[float] | None = None,
 ) -> AWQScale:
-    """Search the scale of the N input channels that ``weights`` [M_i, N] share, on inputs
-    x[T, N].
+    """Search the scale of the N input channels that ``weights`` [M_i, N] share, on inputs x[T, N].
 
     ``inspect(weights) -> output`` runs the module whose output the loss is measured on (the
     whole attention, the whole MLP) with these weights in place of its own; the default is

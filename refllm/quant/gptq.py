@@ -158,8 +158,7 @@ def gptq(
 
 
 def _walk(work: Array, upper: Array, columns: ColumnQuantizer, codes: Array, block: int) -> None:
-    """Round all columns. work[N, M] holds W before and the errors e after; codes[N, M] is
-    written.
+    """Round all columns. work[N, M] holds W before and the errors e after; codes[N, M] is written.
 
     Two levels of blocks, [c, d) and within it [a, b): a dynamic group is one of them,
     ``block`` the other.

@@ -214,8 +214,8 @@ class Method:
 
     name: ClassVar[str]
     default_scheme: ClassVar[Scheme]  # of the weights
-    calibrates: ClassVar[bool]  # are calibration tokens needed?
-    sequential: ClassVar[bool]  # do later layers see the quantised layer's outputs?
+    calibrates: ClassVar[bool]  # whether it needs calibration tokens
+    sequential: ClassVar[bool]  # whether later layers read the quantised layer's outputs
 
     def check(self, scheme: Scheme) -> None:
         """ValueError for a scheme that the method cannot use: by default each scale must

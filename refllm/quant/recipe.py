@@ -238,9 +238,7 @@ def _quantize_layer(
 
 
 def check_shapes(config: ModelConfig, scheme: Scheme) -> None:
-    """ValueError naming a projection that the scheme does not fit, before anything is
-    computed.
-    """
+    """ValueError naming a projection that the scheme does not fit, before anything is computed."""
     for name, shape in tensor_shapes(config):
         if name.endswith(PROJECTION_WEIGHTS):
             try:

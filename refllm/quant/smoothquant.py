@@ -117,8 +117,7 @@ def migration_scale(
 def smooth_layer(
     layer: Layer, absmax: Absmax, alpha: float = 0.5
 ) -> tuple[Layer, dict[str, Array]]:
-    """A layer that computes the same function with smoothed inputs, and ``absmax`` after
-    smoothing.
+    """A layer that computes the same function with smoothed inputs, and ``absmax`` after smoothing.
 
     ``absmax`` names at least one projection of each group; siblings read the same x.
 

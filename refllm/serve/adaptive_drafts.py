@@ -1,5 +1,4 @@
-"""Speculative decoding in the engine: a drafter for every sequence, and as many drafts as
-pay.
+"""Speculative decoding in the engine: a drafter for every sequence, and as many drafts as pay.
 
 Sources: Leviathan et al. 2023 (the gain), Liu et al. 2024 (SmartSpec: the number of drafts by
 load and acceptance).

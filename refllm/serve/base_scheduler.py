@@ -94,9 +94,7 @@ class BaseScheduler(ABC):
         return name in self._active
 
     def submit(self, request: Request) -> abc.Hashable:
-        """Queue a request; returns its id. ValueError, and no change, if it can never be
-        served.
-        """
+        """Queue a request; returns its id. ValueError, and no change, if it can never be served."""
         name = request.id
         if name is None:
             name = next(i for i in count(self._submitted) if i not in self._active)

@@ -1,5 +1,5 @@
-"""What the scheduler asks of KV-cache memory: may a sequence have room for more tokens?
-Here answered with blocks.
+"""The interface by which the scheduler asks for KV-cache memory, and ``PagedKVManager``, which
+answers with blocks.
 
 Source: Kwon et al. 2023, sections 4.2 to 4.5 (blocks, copy on write, preemption). The
 blocks themselves are ``kv.block_pool``.

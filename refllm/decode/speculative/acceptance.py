@@ -118,9 +118,7 @@ def expected_length(alpha: float, gamma: int) -> float:
 
 
 def speedup(alpha: float, gamma: int, cost: Sequence[float], draft_cost: float) -> float:
-    """τ t(1) / (t(γ+1) + γ c), with cost[n − 1] = t(n) and ``draft_cost`` = c in the same
-    unit.
-    """
+    """τ t(1) / (t(γ+1) + γ c), with cost[n − 1] = t(n) and ``draft_cost`` = c in the same unit."""
     if not 0 <= gamma < len(cost):
         raise InputError(
             f"gamma {gamma} needs the cost of 1 to {gamma + 1} tokens, got {len(cost)}"

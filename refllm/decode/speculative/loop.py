@@ -75,8 +75,7 @@ def speculate(
     rule: AcceptanceRule = verify,
     policy: CachePolicy | None = None,
 ) -> Iterator[SpeculativeStep]:
-    """Yield steps of ``max_tokens`` tokens in all; the first is the prefill's, without
-    drafts.
+    """Yield steps of ``max_tokens`` tokens in all; the first is the prefill's, without drafts.
 
     Greedy output is that of ``generate_tokens``; at other temperatures the output
     distribution is. Under a cache ``policy`` this holds given the cache's contents at the

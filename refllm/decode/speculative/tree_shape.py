@@ -33,8 +33,7 @@ from refllm.errors import InputError
 
 
 def expected_path(tree: Tree, chances: Sequence[float]) -> float:
-    """Expected tokens per step: 1 + the sum over nodes of the product of the chances on
-    their path.
+    """Expected tokens per step: 1 + the sum over nodes of the product of the chances on their path.
 
     >>> round(expected_path(Tree([-1, 0]), [0.5]), 3)  # 1 + 0.5 + 0.25
     1.75

@@ -195,9 +195,7 @@ def _next_token(
     scale: float,
     rng: np.random.Generator,
 ) -> int:
-    """The token after the accepted drafts: from the residual, or the bonus after all of
-    them.
-    """
+    """The token after the accepted drafts: from the residual, or the bonus after all of them."""
     if accepted == p.shape[0] - 1:
         return draw(p[accepted, ...], rng.random())
     return draw(_surplus(p, q, draft, accepted, scale), rng.random(), otherwise=p[accepted, ...])

@@ -103,8 +103,7 @@ def dequantize_q4_k(data: Array) -> Array:
 
 
 def pack_six_bits(scales: Array, offsets: Array) -> Array:
-    """Q4_K's and Q5_K's eight scales and eight offsets of six bits, [B, 8] each →
-    bytes[B, 12].
+    """Q4_K's and Q5_K's eight scales and eight offsets of six bits, [B, 8] each → bytes[B, 12].
 
     The first four of each lie in the low bits of bytes 0–3 and 4–7; of the last four the
     low halves share bytes 8–11, and their two high bits fill up bytes 0–3 and 4–7.

@@ -1,5 +1,4 @@
-"""Searches for a block's scale: what ggml minimises, in the arithmetic that its bytes depend
-on.
+"""Searches for a block's scale: what ggml minimises, in the arithmetic that its bytes depend on.
 
 Dividing by the largest element wastes codes: a little more error at the extremes buys less
 everywhere else. So for each sub-block several scales are tried, and for the codes that each
