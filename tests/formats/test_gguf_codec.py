@@ -593,6 +593,13 @@ def test_invalid_arguments_are_rejected(xp):
         quantize(x, "Q4_K_M")
     with pytest.raises(ValueError, match=r"float matrix \[R, K\], got float32 \(192,\)"):
         quantize(xp.reshape(x, (192,)), "Q4_0")
+    with pytest.raises(ValueError, match=r"float matrix \[R, K\], got int32 \(2, 96\)"):
+        quantize(xp.astype(x, xp.int32), "Q4_0")
+    with pytest.raises(ValueError, match=r"one value per column, \[96\], got \(1, 96\)"):
+        quantize(x, "Q4_0", xp.asarray(np.ones((1, 96), np.float32)))
+    for raw in (np.zeros(18, np.uint8), np.zeros((1, 18), np.int8)):
+        with pytest.raises(ValueError, match=r"raw Q4_0 is uint8 \[R, a multiple of 18\]"):
+            dequantize(xp.asarray(raw), "Q4_0")
     with pytest.raises(
         ValueError, match=r"importance has one value per column, \[96\], got \(95,\)"
     ):

@@ -65,3 +65,5 @@ def test_raw_bytes_of_another_width_are_rejected():
         ValueError, match=r"raw Q4_K is uint8 \[R, a multiple of 144\], got \(3, 145\)"
     ):
         GGUFLinear(np.zeros((3, 145), np.uint8), "Q4_K")
+    with pytest.raises(ValueError, match=r"a multiple of 144\], got \(144,\)"):
+        GGUFLinear(np.zeros(144, np.uint8), "Q4_K")

@@ -275,6 +275,24 @@ def test_no_sixth_sweep_is_made():
     compare(fit_by_sweeps(x, 4), [naive_swept(x[:, 0], 4)])
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_blocks_are_zero_below_the_threshold_and_not_at_it(sign):
+    edge = F(1e-15)
+    below = np.nextafter(edge, F(0))
+    x = np.zeros((16, 2), dtype=F)
+    x[3] = [sign * edge, sign * below]
+    x[7] = x[3] / 2
+    w = np.full((16, 2), 1e20, dtype=F)
+    with without_warnings(x):
+        found = fit_symmetric(x, 8, w)
+        compare(found, [naive_symmetric(c, 8, v) for c, v in zip(x.T, w.T, strict=True)])
+        assert (found[1] != 0).tolist() == [True, False]
+        compare(fit_by_sweeps(x, 4), [naive_swept(c, 4) for c in x.T])
+        found = fit_positive(np.abs(x), 15, w)
+        compare(found, [naive_positive(c, 15, v) for c, v in zip(np.abs(x).T, w.T, strict=True)])
+        assert (found[1] != 0).tolist() == [True, False]
+
+
 def test_all_five_sweeps_are_made():
     """A code that only the fifth sweep changes is one in 10,000: these blocks have one."""
     rng = np.random.default_rng(0)
@@ -313,6 +331,24 @@ def test_sums_are_in_order(xp, rows, count, seed):
     for row in terms:
         expected = expected + row
     np.testing.assert_array_equal(to_host(sequential_sum(xp.asarray(terms))), expected)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 40])
+def test_sums_of_views_are_in_order(count):
+    """NumPy adds pairwise where the summed axis is the fast one, however many columns."""
+    rng = np.random.default_rng(0)
+    terms = (rng.standard_normal((256, count)) * 10.0 ** rng.uniform(-4, 4, (256, 1))).astype(F)
+    expected = total_of_rows(terms)
+    wide = np.repeat(terms, 2, axis=1)
+    for view in (np.asfortranarray(terms), wide[:, ::2], terms[::-1][::-1]):
+        np.testing.assert_array_equal(sequential_sum(view), expected)
+
+
+def total_of_rows(terms):
+    out = np.zeros(terms.shape[1], dtype=F)
+    for row in terms:
+        out = out + row
+    return out
 
 
 def test_sums_of_minus_zero_are_plus_zero(xp):

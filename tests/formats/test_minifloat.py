@@ -502,6 +502,7 @@ def test_e8m0_has_no_zero(xp):
         ("e8m0", 0.0),
         ("e8m0", -1.0),
         ("e8m0", 2.9e38),
+        ("e8m0", 1.5 * 2.0**127),
         ("e4m3", -math.inf),
     ],
 )
@@ -512,7 +513,19 @@ def test_raise_names_the_value(xp, fmt, number):
 
 
 @pytest.mark.parametrize(
-    ("fmt", "number"), [("e4m3", 464.0), ("e5m2", 61439.0), ("e2m1", 6.9), ("e4m3", math.nan)]
+    ("fmt", "number"),
+    [
+        ("e4m3", 464.0),
+        ("e4m3", -464.0),
+        ("e5m2", 61439.0),
+        ("e2m1", 6.9),
+        ("fp16", 65519.0),
+        ("bf16", 3.396e38),
+        ("e8m0", 2.55e38),
+        ("e8m0", 1e-45),
+        ("e8m0", math.nan),
+        ("e4m3", math.nan),
+    ],
 )
 def test_raise_lets_the_rest_through(xp, fmt, number):
     x = xp.asarray(np.array([number], dtype=np.float32))
@@ -520,6 +533,15 @@ def test_raise_lets_the_rest_through(xp, fmt, number):
         to_host(dequantize(quantize(x, fmt, "raise"), fmt)),
         to_host(dequantize(quantize(x, fmt), fmt)),
     )
+
+
+def test_raise_names_the_first_of_several(xp):
+    x = np.ones(9, dtype=np.float32)
+    x[[5, 3, 8]] = [1e9, -1e9, np.inf]
+    with pytest.raises(ValueError, match="element 3 is -1e\\+09, .* from -448 to 448"):
+        quantize(xp.asarray(x), "e4m3", "raise")
+    with pytest.raises(ValueError, match="element 3 is -1e\\+09, .* from 5.87747e-39 to"):
+        quantize(xp.asarray(x), "e8m0", "raise")
 
 
 def test_what_has_no_code_is_rejected(xp):

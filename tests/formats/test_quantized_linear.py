@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 
 from conftest import to_host
 from refllm.formats import quantized_linear
-from refllm.formats.quantized_linear import QuantizedLinear, effective_bits, quantize
+from refllm.formats.quantized_linear import (
+    ActOrderLinear,
+    QuantizedLinear,
+    column_order,
+    effective_bits,
+    quantize,
+)
 from refllm.formats.uniform import Scheme, dequantize_codes, quantize_codes
 from schemes import columns, rows, schemes
 from strategies import build, seeds
@@ -104,6 +110,51 @@ def test_given_scales_are_used(xp, scheme, seed):
     if scheme.symmetric:
         bare = quantize(x, scheme, scale=own.scale)
         np.testing.assert_array_equal(to_host(bare.packed()), to_host(own.packed()))
+
+
+# --- act-order ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["half_integer", "asymmetric"])
+@pytest.mark.parametrize("tile", [1, 24, 10_000])
+def test_act_order_by_definition(xp, monkeypatch, rule, tile):
+    """Ŵ[:, j] = s[:, g_idx[j]] (q[:, j] − z[:, g_idx[j]]), in tiles of any size."""
+    w = build("normal", (7, 24), 0)
+    order = np.random.default_rng(1).permutation(24)
+    held = quantize(xp.asarray(w[:, order]), Scheme(4, rule, "group", 8))
+    parts = (held.packed(), held.scale, held._zero, held.scheme, held.shape, held.dtype)
+    made = ActOrderLinear(*parts)
+    for same in (made.codes, made.dequantize()):
+        expected = held.codes if same.dtype != np.float32 else held.dequantize()
+        np.testing.assert_array_equal(to_host(same), to_host(expected))
+    assert made.g_idx is None
+    assert made.nbytes == held.nbytes
+    made.order = xp.asarray(order)
+    monkeypatch.setattr(quantized_linear, "MATMUL_TILE", (tile, tile))
+    monkeypatch.setattr(quantized_linear, "TILE", (tile, tile))
+    g_idx = to_host(made.g_idx)
+    assert g_idx.dtype == np.int32
+    assert [int(g_idx[j]) for j in order] == [i // 8 for i in range(24)]
+    codes = to_host(made.codes)
+    np.testing.assert_array_equal(codes[:, order], to_host(held.codes))
+    s, z = (to_host(part)[:, g_idx] for part in (made.scale, made.zero_point))
+    dense = s * (codes.astype(np.float32) - z.astype(np.float32))
+    np.testing.assert_array_equal(to_host(made.dequantize()), dense)
+    x = np.random.default_rng(2).standard_normal((3, 24))
+    product = to_host(made.matmul(xp.asarray(x)))
+    np.testing.assert_allclose(product, x @ dense.T.astype(np.float64), rtol=1e-12, atol=1e-12)
+    assert made.nbytes == held.nbytes + 4 * 24
+
+
+def test_columns_of_a_group_keep_their_order(xp):
+    g_idx = np.random.default_rng(0).permutation(np.arange(4096) % 2).astype(np.int32)
+    order = to_host(column_order(xp.asarray(g_idx), 2))
+    np.testing.assert_array_equal(order, np.argsort(g_idx, kind="stable"))
+    for wrong in (np.zeros(8), [0, 0, 0, 1], [1, 1, 2, 2], [0, 0, 2, 2], [-1, 0, 0, 1]):
+        bad = xp.asarray(np.array(wrong, dtype=np.int32))
+        message = f"q_proj: g_idx does not put {len(wrong) // 2} columns into each of 2 groups"
+        with pytest.raises(ValueError, match=message):
+            column_order(bad, 2, name="q_proj")
 
 
 # --- bytes --------------------------------------------------------------------------------

@@ -12,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import oracle, to_host
-from refllm.formats.uniform import RULES, Scheme, qparams, range_to_qparams, ranges, reachable
+from refllm.formats.uniform import (
+    RULES,
+    Scheme,
+    qparams,
+    range_to_qparams,
+    ranges,
+    reachable,
+    require_finite,
+)
 from schemes import FORCED, columns, place, rows, schemes
 from strategies import KINDS, arrays, build, seeds
 
@@ -192,6 +200,24 @@ def test_non_finite_input_is_rejected_by_name_and_place(pure_xp, bad, layout):
     x[4, 7] = bad
     with pytest.raises(ValueError, match=r"q_proj: holds NaN or infinity, first at index \(3, 2\)"):
         qparams(pure_xp.asarray(x), Scheme(4, "half_integer", *layout), name="q_proj")
+
+
+@pytest.mark.parametrize(
+    ("shape", "bad", "index"),
+    [
+        ((2, 3, 4), [(1, 2, 3)], r"\(1, 2, 3\)"),
+        ((2, 3, 4), [(1, 0, 1), (0, 2, 0)], r"\(0, 2, 0\)"),
+        ((5,), [(4,), (3,)], r"\(3,\)"),
+        ((), [()], r"\(\)"),
+    ],
+)
+def test_the_first_index_in_any_number_of_axes(pure_xp, shape, bad, index):
+    x = np.zeros(shape, dtype=np.float32)
+    require_finite(pure_xp.asarray(x), "w")
+    for at, value in zip(bad, (np.nan, np.inf), strict=False):
+        x[at] = value
+    with pytest.raises(ValueError, match=f"w: holds NaN or infinity, first at index {index}"):
+        require_finite(pure_xp.asarray(x), "w")
 
 
 def test_other_input_is_rejected_by_name(pure_xp):

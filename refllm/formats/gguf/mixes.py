@@ -116,9 +116,7 @@ def _wanted(
 ) -> str:
     """The type of a matrix whose rows blocks divide."""
     if tensor == "output.weight" or (tied and tensor == "token_embd.weight"):
-        if base == "Q8_0" or columns % gguf_type(base).block:
-            return "Q8_0"
-        return "Q6_K"
+        return "Q8_0" if base == "Q8_0" else "Q6_K"
     found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", tensor)
     if found is None:
         return base
