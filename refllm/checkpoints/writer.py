@@ -62,7 +62,7 @@ def file_sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file, read one megabyte at a time."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
+        while chunk := file.read(1 << 20):  # mutate: equivalent (any size will do)
             digest.update(chunk)
     return digest.hexdigest()
 

@@ -99,6 +99,20 @@ def test_wide_types_are_read_bit_for_bit(tmp_path, dtype):
         assert files.file("x") == tmp_path / SINGLE
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", BF16])
+def test_rows_are_the_rows_of_a_matrix_and_all_of_a_vector(tmp_path, dtype):
+    matrix = np.arange(12).reshape(6, 2).astype(dtype)
+    save_file({"m": matrix, "v": matrix[:, 0].copy(), "i": np.arange(4)}, tmp_path / SINGLE)
+    with TensorFiles(tmp_path) as files:
+        for start, stop in ((0, 6), (0, 1), (2, 5), (5, 6), (3, 3), (4, 6)):
+            part = files.rows("m", start, stop)
+            assert part.dtype == matrix.dtype
+            np.testing.assert_array_equal(part, matrix[start:stop])
+        np.testing.assert_array_equal(files.rows("v", 2, 3), matrix[:, 0])
+        with pytest.raises(CheckpointError, match="'i' is stored as I64"):
+            files.rows("i", 0, 1)
+
+
 def test_shards_are_one_mapping(tmp_path):
     x = np.arange(4.0)
     y = np.arange(6.0).reshape(2, 3)

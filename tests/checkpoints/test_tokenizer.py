@@ -76,6 +76,16 @@ def test_the_vocabulary_has_the_size_asked_for_and_begins_with_the_end_token():
     assert all(len(token) == 1 for token in singles)
 
 
+def test_added_tokens_beyond_the_vocabulary_count():
+    """A model needs a row of its embedding for each of them."""
+    inner = type(tokenizer.inner).from_str(tokenizer.inner.to_str())
+    inner.add_tokens(["<|user|>", "→→"])
+    more = Tokenizer(inner)
+    assert more.vocab_size == 302
+    assert more.decode([301]) == "→→"
+    assert more.encode("→→") == [301]  # an added token of several bytes
+
+
 def test_too_little_text_gives_a_smaller_vocabulary():
     assert Tokenizer.train(["ab"], 300).vocab_size < 300
 

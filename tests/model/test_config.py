@@ -282,6 +282,12 @@ def test_one_layer_of_another_kind_is_rejected(at):
             ModelConfig.from_hf(raw(architecture, layer_types=kinds))
 
 
+@pytest.mark.parametrize(("heads", "width"), [(1, 48), (2, 24), (6, 8)])
+def test_the_width_of_a_head_is_the_quotient_where_it_is_missing(heads, width):
+    values = raw(num_attention_heads=heads, num_key_value_heads=1, head_dim=...)
+    assert ModelConfig.from_hf(values).head_dim == width
+
+
 def test_boundaries_that_are_accepted():
     """The largest token id, the smallest theta, one of everything."""
     config = ModelConfig.from_hf(raw(eos_token_id=[2**31 - 1, 0], bos_token_id=2**31 - 1))

@@ -137,6 +137,14 @@ def test_exact_value_rope_is_multiplication_by_a_complex_number(xp, seed, half, 
     np.testing.assert_allclose(rotated(xp, x, [m], theta=100.0), expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_a_table_has_the_dtype_that_is_asked_for(xp, dtype):
+    frequencies = xp.asarray(np.array(rope_frequencies(6, 100.0)))
+    cos, sin = rope_table(frequencies, xp.asarray(np.arange(4)), dtype)
+    assert cos.dtype == sin.dtype == np.dtype(dtype)
+    assert (cos.shape, sin.shape) == ((4, 1, 1, 3), (4, 1, 2, 3))
+
+
 def test_angles_are_computed_in_float64_also_for_a_float32_table(xp):
     """At position 131,071 an angle in float32 is off by up to 0.004 radians; the table must
     not be.

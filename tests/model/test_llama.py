@@ -290,6 +290,22 @@ def test_a_tied_head_is_the_embedding_itself(xp):
     np.testing.assert_allclose(ours, expected, rtol=0, atol=tolerance(config, 3, expected))
 
 
+@pytest.mark.parametrize("foreign", ["tokens", "positions", "weights"])
+def test_libraries_are_not_mixed(foreign):
+    config = ModelConfig("llama", 64, 8, 8, 1, 2, 1, 4)
+    libraries = dict.fromkeys(("tokens", "positions", "weights"), np) | {foreign: fakecupy}
+    weights = built(libraries["weights"], config, 0)
+    ids = np.arange(3)
+    tokens = libraries["tokens"].asarray(ids)
+    positions = libraries["positions"].asarray(ids)
+
+    def attend(layer, q, k, v):
+        raise AssertionError("computed before the check")
+
+    with pytest.raises(TypeError, match="fakecupy and numpy are mixed"):
+        forward(weights, config, tokens, positions, attend)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("chunks", [[6], [4, 1, 1]], ids=["prefill", "decode"])
 def test_float32_stays_float32(xp, family, chunks):
