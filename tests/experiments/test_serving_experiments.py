@@ -13,12 +13,10 @@ import pytest
 from conftest import ROOT
 from refllm.api import Model
 from refllm.experiments import batching, paging, prefix_caching, prefix_caching_figure, unpadding
-from refllm.figures.registry import FIGURES
 from refllm.measure.records import read
 from refllm.serve.engine import Engine
 from refllm.serve.request import Request
 from refllm.simulate.workload import SHAREGPT
-from serving_examples import SERVING
 from tiny_models import tiny_model
 
 
@@ -150,7 +148,14 @@ def test_factors_multiply_to_the_whole(model):
         == rows["paged, as few"]["steps"]
         > rows["paged"]["steps"]
     )
-    assert unpadding.draw(values)
+    upper, lower = unpadding.draw(values).axes
+    # a bar per run, to the rate of its processor time; a bar per factor, to its median
+    rates = [values["requests"] / np.asarray(row["processor"]) for row in values["rows"]]
+    assert [bar.get_width() for bar in upper.patches] == pytest.approx(
+        [np.median(each) for each in rates]
+    )
+    factors = [middle for middle, _, _ in values["factors"]["processor"].values()]
+    assert [bar.get_width() for bar in lower.patches] == pytest.approx(factors)
 
 
 def test_programs_are_measured_and_the_formula_stands_beside(model):
@@ -169,7 +174,10 @@ def test_programs_are_measured_and_the_formula_stands_beside(model):
                 )
         assert (hits["radix", "lpm"] > 0.2) == (name != "unique")
     assert all(0 <= share < 1 for shares in values["inside"].values() for share in shares)
-    assert prefix_caching_figure.draw(values)
+    hits, *_ = prefix_caching_figure.draw(values).axes
+    drawn = {float(line.get_xdata()[0]) for line in hits.lines}
+    for rows in values["programs"].values():
+        assert {row["hit"] for row in rows if row["cache"]} | {rows[0]["best"]} <= drawn
 
 
 def _requests(rows, row):
@@ -199,11 +207,3 @@ def test_the_formula_at_its_ends():
     assert prefix_caching.speedup(1, 0, 100, 10, 0.9) == pytest.approx(10)
     assert prefix_caching.speedup(1, 1, 100, 100, 0.9) == pytest.approx(2 / 1.1)
     assert prefix_caching.speedup(1, 1, 100, 10, 0) == 1
-
-
-@pytest.mark.parametrize("name", SERVING)
-def test_every_figure_is_drawn(name):
-    _, draw = FIGURES[name]
-    figure = draw(SERVING[name])
-    assert figure.axes
-    assert all(ax.get_xlabel() or ax.get_ylabel() or ax.get_title(loc="left") for ax in figure.axes)
