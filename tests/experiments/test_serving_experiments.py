@@ -56,12 +56,16 @@ def test_the_recorded_batches_are_the_papers_within_eight_percent():
 
 
 def test_the_recorded_shares_of_useful_slots_are_about_those_of_the_closed_form():
-    useful = {
-        row["batch"]: row
-        for row in read(ROOT / "figures" / "data" / "batching.json").values["useful"]
-    }
+    recorded = read(ROOT / "figures" / "data" / "batching.json").values
+    useful = {row["batch"]: row for row in recorded["useful"]}
     for batch, share in {4: 0.49, 8: 0.37, 16: 0.30, 32: 0.25}.items():
         assert mean(useful[batch]["counted"]) == pytest.approx(share, abs=0.03)
+    # the settings of the code are those of the record
+    assert tuple(useful) == batching.BATCHES
+    assert tuple(row["budget"] for row in recorded["chunks"]) == batching.BUDGETS
+    assert tuple(recorded["goodput"]["rates"]) == batching.RATES
+    limits = recorded["goodput"]["limits"]
+    assert (limits["ttft"], limits["tpot"]) == (batching.LIMITS.ttft, batching.LIMITS.tpot)
     # what a cache costs where nothing is shared
     inside = read(ROOT / "figures" / "data" / "prefixes.json").values["inside"]
     assert all(share <= 0.02 for shares in inside.values() for share in shares)

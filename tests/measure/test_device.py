@@ -7,21 +7,37 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import refllm
 from refllm.measure import device as device_module
-from refllm.measure.device import DEVICES, DeviceSpec, measure_machine, processor, processor_details
+from refllm.measure.device import (
+    DEVICES,
+    DeviceSpec,
+    measure_machine,
+    one_thread,
+    processor,
+    processor_details,
+    versions,
+)
 
 
 def test_this_machine_is_measured_and_described(monkeypatch):
+    monkeypatch.setattr(device_module, "processor", lambda: "Some CPU")
     device = measure_machine(1, size=64, megabytes=1, repeats=3)
-    assert device.peak_flops > 1e6
-    assert device.peak_bandwidth > 1e6
-    assert "1 thread" in device.name
-    assert all(
-        word in device.source
-        for word in ("sgemm 64³", "1 MB", "medians of 3", "NumPy", "1 threads")
-    )
+    assert device.name == "Some CPU, float32, 1 thread"
+    assert device.overhead == 0
+    opening = f"sgemm 64³ and dot of 1 MB, medians of 3; NumPy {np.__version__}, "
+    assert device.source.startswith(opening)
+    assert device.source.endswith(", 1 threads")
+    # of what the host can do, not more than 64 cores of 100 GFLOP/s and 1 TB/s of a cache each
+    assert 1e6 < device.peak_flops < 64e11
+    assert 1e6 < device.peak_bandwidth < 64e12
+    # as many threads as asked for, whatever the library was set to
+    two = measure_machine(2, size=8, megabytes=1)
+    assert two.name == "Some CPU, float32, 2 threads"
+    assert two.source.endswith(", 2 threads")
     # a clock that gives 2 s a call: the rate is 2·64³ / 2 s, and the measurement stops at
     # once
     ticks = iter(2.0 * i for i in range(100))
@@ -49,15 +65,33 @@ def test_a_quiet_machine_gives_as_many_repeats_as_asked_for_and_their_median(mon
     assert abs(device.peak_bandwidth - 1e6 / 0.1) < 1e-3
 
 
-def test_named_devices_say_where_their_peaks_come_from():
-    assert all(
-        "data sheet" in d.source and d.peak_flops > 1e14 and d.overhead == 0
-        for d in DEVICES.values()
-    )
+@pytest.mark.parametrize(
+    ("key", "flops", "bandwidth", "ridge"),
+    [("h200", 1979e12 / 2, 4.8e12, 206), ("a100", 312e12, 2.039e12, 153)],
+)
+def test_named_devices_have_the_peaks_of_their_data_sheets(key, flops, bandwidth, ridge):
+    """The H200's sheet prints the rate of sparse products, twice the dense one's."""
+    device = DEVICES[key]
+    assert device.peak_flops == pytest.approx(flops, rel=1e-3)
+    assert device.peak_bandwidth == bandwidth
+    assert device.overhead == 0
+    assert device.ridge == pytest.approx(ridge, abs=0.5)
+    assert device.name.split()[0].lower() == key
+    assert f"NVIDIA {key.upper()} data sheet" in device.source
 
 
 @pytest.mark.parametrize(
-    "numbers", [(0, 1), (1, 0), (-1, 1), (1, float("nan")), (float("inf"), 1), (1, 1, -1)]
+    "numbers",
+    [
+        (0, 1),
+        (1, 0),
+        (-1, 1),
+        (1, float("nan")),
+        (float("inf"), 1),
+        (1, 1, -1),
+        (1, 1, float("inf")),
+        (1, float("inf")),
+    ],
 )
 def test_a_device_without_speed_is_rejected(numbers):
     with pytest.raises(ValueError, match="a device needs finite peaks"):
@@ -105,3 +139,17 @@ def test_the_name_and_what_virtual_machines_hide(described, text, name, details)
     described(text)
     assert processor() == name
     assert processor_details().endswith(details)
+
+
+def test_without_linux_the_system_s_own_name_of_the_processor(described, monkeypatch):
+    described(None)
+    monkeypatch.setattr(platform, "processor", lambda: "arm")
+    assert processor() == processor_details() == "arm"
+
+
+def test_a_measurement_states_processor_threads_and_versions(described):
+    described(CPUINFO)
+    python = platform.python_version()
+    numpy = np.__version__
+    assert one_thread() == f"Some CPU: 2 GHz, one thread, NumPy {numpy}, Python {python}"
+    assert versions() == {"refllm": refllm.__version__, "python": python, "numpy": numpy}

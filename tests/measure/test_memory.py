@@ -73,6 +73,17 @@ def test_kv_bytes_are_those_of_the_cache(config, sequences, tokens, dtype):
     assert kv_bytes_per_token(config, bits) * tokens * sequences == cache.nbytes
 
 
+def test_bytes_of_a_cache_are_rounded_up_once():
+    """2·1·1·2 elements of 3 bits are 1.5 bytes per token: 2, 3 and 5 bytes for 1, 2 and 3."""
+    config = dataclasses.replace(
+        LLAMA_8B, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=2
+    )
+    assert kv_bytes_per_token(config, 3) == 1.5
+    assert [kv_bytes(config, n, bits=3) for n in (0, 1, 2, 3)] == [0, 2, 3, 5]
+    assert kv_bytes(config, 1, 3, bits=3) == 5  # the sequences lie behind each other
+    assert kv_bytes(config, 5, 0, bits=3) == 0
+
+
 @given(model_configs(), bit_widths, bit_widths)
 def test_bits_are_paid_by_the_parameters_they_belong_to(config, bits, other):
     p = parameters(config)

@@ -36,7 +36,7 @@ def brute_force(model, tokens, begin):
     )
     z = logits(model.weights, hidden)
     return [
-        math.log(math.fsum(np.exp(row - row.max()))) + row.max() - row[t]
+        _loss(row, t)
         for row, t in zip(z, ids[1:])  # noqa: B905
     ]
 
@@ -150,25 +150,91 @@ def test_a_logit_that_is_not_finite_is_rejected_with_its_place(value):
         evaluate(bad, ["abc", "defg"])  # rows 0–2 predict a, b, c; row 4 predicts e
 
 
+@pytest.mark.parametrize(
+    ("row", "place"),
+    [
+        (127, "token 128 of document 'document 1'"),
+        (130, "token 131 of document 'document 1'"),
+        (149, "token 150 of document 'document 1'"),
+        (150, "token 1 of document 'document 2'"),
+        (299, "token 150 of document 'document 2'"),
+    ],
+)
+def test_the_place_of_a_bad_logit_counts_the_chunks_before_it(row, place):
+    """Logits are computed for 128 tokens at a time."""
+    model = tiny_model()
+    head = _Poisoned(np.zeros((257, 16)), row, np.nan)
+    bad = Record(model.config, model.weights | {"lm_head": head}, model.tokenizer)
+    with pytest.raises(ValueError, match=f"not finite where {place} is predicted"):
+        evaluate(bad, ["a" * 150, "b" * 150])
+    head.done = 0
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match=f"not finite where {place} is predicted"):
+        compare(bad, model, ["a" * 150, "b" * 150], rng=rng)
+
+
 class _Poisoned:
-    """A head whose logits are 0 but for one entry of one row."""
+    """A head whose logits are 0 but for one entry of one row, counted over all calls."""
 
     def __init__(self, weight, row, value):
         self.weight = weight
         self.row = row
         self.value = value
+        self.done = 0
 
     def matmul(self, x):
         z = x @ self.weight.T
-        z[self.row, 7] = self.value
+        if 0 <= self.row - self.done < len(z):
+            z[self.row - self.done, 7] = self.value
+        self.done += len(z)
         return z
 
 
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_losses_are_float64_of_the_model_s_own_logits(scale):
+    """float32 logits are exact in float64; a log softmax in float32 would be 1e-7 off."""
+    model = tiny_model(dtype="float32")
+    head = _Kept(model.weights["lm_head"], np.float32(scale))
+    scaled = Record(model.config, model.weights | {"lm_head": head}, model.tokenizer)
+    tokens = list(range(1, 120))
+    score = evaluate(scaled, tokens)
+    assert head.logits.dtype == np.float32
+    assert score.nats.dtype == np.float64
+    expected = [_loss(row, t) for row, t in zip(head.logits, tokens, strict=True)]
+    # V + 4 roundings of float64 in the sum and its logarithm, and one of the result
+    np.testing.assert_allclose(score.nats, expected, rtol=300 * EPS, atol=300 * EPS)
+
+
+def _loss(logits_of_row, target):
+    row = logits_of_row.astype(np.float64)
+    return math.log(math.fsum(np.exp(row - row.max()))) + row.max() - row[target]
+
+
+class _Kept:
+    """A head that multiplies its logits and keeps the last ones."""
+
+    def __init__(self, head, scale):
+        self.head = head
+        self.scale = scale
+
+    def matmul(self, x):
+        self.logits = self.head.matmul(x) * self.scale
+        return self.logits.copy()
+
+
 def test_documents_without_a_token_have_a_row_of_zeros():
-    score = evaluate(tiny_model(), ["", "ab", "", "c"])
-    assert [(d.tokens, d.bytes) for d in score.documents] == [(0, 0), (2, 2), (0, 0), (1, 1)]
-    assert math.isnan(score.documents[0].bits_per_byte)
-    assert score.documents[0].nats == 0
+    score = evaluate(tiny_model(), ["", "ab", "", "c", ""])
+    assert [(d.tokens, d.bytes) for d in score.documents] == [
+        (0, 0),
+        (2, 2),
+        (0, 0),
+        (1, 1),
+        (0, 0),
+    ]
+    for empty in (0, 2, 4):
+        assert math.isnan(score.documents[empty].bits_per_byte)
+        assert score.documents[empty].nats == 0
+    assert sum(d.nats for d in score.documents) == pytest.approx(score.nats.sum())
 
 
 def test_special_tokens_alone_have_no_bits_per_byte():

@@ -110,6 +110,18 @@ def test_byte_lengths_of_a_sentencepiece_spelling():
     assert token_bytes(Tokenizer(inner), 8).tolist() == [5, 3, 1, 1, 4, 2, 1, 2]
 
 
+def test_an_added_token_counts_the_bytes_of_its_text():
+    """In a byte-level vocabulary, too, where each character of another token is one byte."""
+    trained = byte_tokenizer()
+    inner = Inner.from_str(trained.inner.to_str())
+    inner.add_special_tokens(["<é漢>"])
+    inner.add_tokens(["\N{THUMBS UP SIGN}"])
+    lengths = token_bytes(Tokenizer(inner), 259)
+    assert lengths[257:].tolist() == [1 + 2 + 3 + 1, 4]
+    assert lengths[0] == len("<|endoftext|>")
+    assert lengths[1:257].tolist() == [1] * 256
+
+
 def test_documents_are_texts_records_or_token_arrays_alone_or_in_lists():
     model = tiny_model()
     text = "for x in y"
