@@ -16,9 +16,9 @@ from conftest import oracle
 from refllm.checkpoints.gguf_names import gguf_name
 from refllm.checkpoints.tensor_files import tensor_shapes
 from refllm.experiments.gguf_mixes import LLAMA_2_7B, LLAMA_31_8B, LU_2025, table
-from refllm.formats.gguf.mixes import MIXES, Heads, bits_per_weight, mix, more_bits
-from refllm.formats.gguf.reader import GGUFFile
-from refllm.formats.gguf.types import gguf_type
+from refllm.formats.gguf.mixes import FILE_TYPES, MIXES, Heads, bits_per_weight, mix, more_bits
+from refllm.formats.gguf.reader import _FOREIGN, GGUFFile
+from refllm.formats.gguf.types import TYPES, gguf_type
 from refllm.model.config import ModelConfig
 from refllm.quant.to_gguf import convert
 
@@ -94,6 +94,30 @@ def test_the_most_used_mix_by_hand():
 def test_the_table_by_hand(name, kv, tensor, expected):
     shapes, heads = network(kv=kv)
     assert mix(shapes, name, heads)[tensor + ".weight"] == expected
+
+
+def test_file_types_are_llama_cpps_numbers():
+    """``general.file_type`` as in llama.h's ``llama_ftype``."""
+    numbers = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}
+    numbers |= {"Q2_K": 10, "Q3_K_S": 11, "Q3_K_M": 12, "Q3_K_L": 13, "Q4_K_S": 14, "Q4_K_M": 15}
+    numbers |= {"Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "BF16": 32}
+    assert {name: number for name, (_, number) in MIXES.items()} == numbers
+    assert {name: number for number, name in FILE_TYPES.items()} == numbers
+
+
+@pytest.mark.oracle
+def test_numbers_and_sizes_are_those_of_the_gguf_package():
+    """File types, and the id and block of every storage type; foreign types by their ids."""
+    gguf = oracle("gguf")
+    for name, (_, number) in MIXES.items():
+        known = gguf.LlamaFileType(number).name
+        assert known in (f"ALL_{name}", f"MOSTLY_{name}")
+    for name, found in TYPES.items():
+        type = gguf.GGMLQuantizationType[name]
+        assert (found.id, found.block, found.size) == (type, *gguf.GGML_QUANT_SIZES[type])
+    known = {type.value: type.name for type in gguf.GGMLQuantizationType}
+    for number, name in _FOREIGN.items():
+        assert known.get(number, name) == name
 
 
 @pytest.mark.parametrize(
