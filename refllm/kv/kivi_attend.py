@@ -132,8 +132,6 @@ def _round_trip(x: Array, bits: int, group: int, by: str) -> Array:
     if by == "token":
         return dequantize(*quantize(x, bits, group))
     whole = x.shape[0] // group * group
-    if not whole:
-        return x
     columns = xp.permute_dims(x[:whole, ...], (1, 2, 0))  # [G, D, S]
     restored = xp.permute_dims(dequantize(*quantize(columns, bits, group)), (2, 0, 1))
     return xp.concat([restored, x[whole:, ...]], axis=0)

@@ -597,5 +597,11 @@ def test_typical_acceptance_by_hand():
     assert verify_typical(np.stack([row, sure]), [0], rng)[0] == 0
     assert verify_typical(np.stack([row, sure]), [1], rng) == (1, 2)
     assert verify_typical(np.stack([sure, sure, row]), [2, 1], rng) == (1, 2)
+    # 16 likely tokens have H = 2.8, and a draft just below or above 0.3 e^{−H} = 0.018
+    for share, accepted in ((0.28, 0), (0.30, 1), (0.34, 1)):
+        row16 = np.array([*[(1 - share / 16) / 16] * 16, share / 16])
+        entropy = -(row16 * np.log(row16)).sum()
+        assert (row16[16] > 0.3 * np.exp(-entropy)) == bool(accepted)
+        assert verify_typical(np.stack([row16, row16]), [16], rng)[0] == accepted
     # the row of the rejected draft is the one whose token follows
     assert verify_typical(np.stack([row, sure, sure]), [1, 0], rng) == (1, 2)

@@ -148,6 +148,7 @@ def test_a_size_that_is_no_power_of_two_has_several_top_ranges():
 def test_bad_calls_are_rejected(kind):
     with pytest.raises(ValueError, match="at least one slot"):
         kind(0)
+    assert [(one := kind(1)).allocate(1), one.allocate(1), one.largest] == [0, None, 1]
     allocator = kind(8)
     with pytest.raises(ValueError, match="at least one slot"):
         allocator.allocate(0)
