@@ -189,7 +189,7 @@ def theorem_rows(items: list[pytest.Item]) -> list[tuple[str, str, str, str]]:
 def theorem_page(rows: list[tuple[str, str, str, str]]) -> str:
     """THEOREMS.md as text."""
     lines = [
-        "# What the tests prove",
+        "# What the tests check",
         "",
         "Generated from the tests' `theorem` markers by `make theorems`; `pytest "
         "--theorems` prints it.",
