@@ -458,6 +458,27 @@ def test_beams_that_come_back_whole_from_a_cache_advance_in_the_step_that_admits
     scheduler.check()
 
 
+def test_a_watermark_does_not_part_the_beams_of_a_search():
+    scheduler = Scheduler(PagedKVManager(BlockPool(10, 1), watermark=0.7))
+    scheduler.submit(Request(range(4), 2, id="beams", n=2, beam=True))
+    scheduler.update(scheduler.plan(), [[SampledTokens([7]), SampledTokens([8])]])
+    scheduler.roll_back(scheduler.plan())
+    # the first takes four of ten blocks: fewer than seven are left, but the second comes too
+    plan = scheduler.plan()
+    assert plan.admitted == [("beams", 0), ("beams", 1)]
+    assert [(item.name[1], item.count) for item in plan.items] == [(0, 4)]
+    scheduler.update(plan, [])
+    scheduler.check()
+    sampled = []
+    while scheduler.unfinished:
+        plan = scheduler.plan()
+        sampled.append(len(plan.sampling))
+        scheduler.update(plan, [[SampledTokens([9])] for _ in plan.sampling])
+        scheduler.check()
+    assert sampled == [0, 2]  # the rest of the second, then the last tokens of both
+    assert scheduler.memory.allocated == 0
+
+
 def test_every_preemption_is_counted_once():
     scheduler = paged(5)  # 20 slots for three requests of up to 12
     plans: list[Plan] = []

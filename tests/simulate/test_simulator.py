@@ -189,10 +189,10 @@ def test_jumps_save_plans():
 
 
 def test_a_jump_ends_only_where_memory_or_a_request_does():
-    def jumped(blocks, *asked):
+    def jumped(blocks, *asked, kind="paged", slots=None):
         taken = []
         Simulator(
-            scheduler("paged", blocks, 2, None, None, True), UnitClock(), on_step=taken.append
+            scheduler(kind, blocks, 2, None, slots, True), UnitClock(), on_step=taken.append
         ).run(asked)
         return [(t.steps, len(t.plan.items)) for t in taken]
 
@@ -204,6 +204,10 @@ def test_a_jump_ends_only_where_memory_or_a_request_does():
     both = [Request([1, 2], 8, id="a"), Request([3, 4], 8, id="b")]
     assert jumped(5, *both)[:3] == [(1, 2), (2, 2), (1, 1)]
     assert jumped(9, *both)[:2] == [(1, 2), (6, 2)]
+    # where prefixes are kept, a waiting request may find one, unless a step only decoded
+    for kind in ("hash", "radix", "lpm"):
+        steps = jumped(40, *both, kind=kind, slots=1)
+        assert steps == [(1, 1), (1, 1), (6, 1), (1, 1), (7, 1)]
 
 
 @given(runs())
