@@ -267,7 +267,7 @@ def test_every_code_but_nan_and_any_scale_from_zero_up_is_read(xp):
         (WeightLayout("float-quantized", 8, 128, weight_only=True), None),
     ],
 )
-def test_a_layout_says_how_activations_are_quantised(stored, activation):
+def test_activations_of_each_layout(stored, activation):
     specs = tensor_specs(stored, (4, 128))
     tensors = {
         suffix: np.ones(shape, dtype="uint8" if suffix == "weight" else "float32")

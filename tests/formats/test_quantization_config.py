@@ -176,7 +176,7 @@ def test_older_names_of_gptq_and_awq():
     assert parse(awq | {"q_group_size": -1}).groups[0][1].group_size is None
     gptq = {"quant_method": "gptq", "bits": 3, "group_size": 128}
     layout = WeightLayout("gptq", 3, 128, symmetric=False)
-    assert parse(gptq).groups[0][1] == layout  # version 1 where nothing is said
+    assert parse(gptq).groups[0][1] == layout  # version 1 by default
     assert parse(gptq | {"format": "gptq_v2"}).groups[0][1].name == "gptq_v2"
     assert parse(gptq | {"desc_act": True}).groups[0][1].act_order
     both = gptq | {"format": "marlin", "checkpoint_format": "gptq"}
