@@ -219,11 +219,14 @@ def _product(x: Array) -> Inspect:
 
 
 def _mean_square(reference: Array, output: Array) -> float:
-    """mean (reference − output)² in float64; infinity if that is not finite."""
+    """mean (reference − output)² in float64; infinity if the sum is not finite."""
     xp = namespace(reference, output)
     difference = xp.astype(reference - output, xp.float64)
-    loss = float(xp.mean(difference * difference))
-    return loss if math.isfinite(loss) else math.inf
+    largest = float(xp.max(xp.abs(difference)))
+    # a product of Python's floats: NumPy's would warn of the overflow
+    if not math.isfinite(largest * largest * difference.size):
+        return math.inf
+    return float(xp.mean(difference * difference))
 
 
 def _representable(peak: float, s: Array) -> bool:

@@ -64,7 +64,9 @@ class OutlierStatistics:
         self._hits: Array | None = None  # [N] int64
 
     def observe(self, x: Array) -> None:
-        """Add a batch x[T, N]; ValueError naming the tensor if it is no matrix or not finite."""
+        """Add a batch x[T, N]; ValueError naming the tensor if it is no matrix, not finite, or
+        of another width than earlier batches.
+        """
         xp = namespace(x)
         if x.ndim != 2:
             raise InputError(
@@ -72,6 +74,10 @@ class OutlierStatistics:
             )
         if not x.shape[0]:
             return  # no token
+        if self._absmax is not None and self._absmax.shape != x.shape[1:]:
+            raise InputError(
+                f"{self.name}: x has {x.shape[1]} channels, earlier {self._absmax.shape[0]}"
+            )
         require_finite(x, self.name)
         size = xp.abs(x)
         absmax = xp.max(size, axis=0)  # [N]

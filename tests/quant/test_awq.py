@@ -269,6 +269,25 @@ def test_candidates_beyond_the_dtype_lose_without_a_warning(xp):
     assert np.all(np.isfinite(to_host(found.scale)))
 
 
+def test_activations_near_1e200_in_float64(xp):
+    """The product of the largest and the smallest a^r is beyond float64; the scale is not."""
+    rng = np.random.default_rng(0)
+    x = rng.uniform(1.0, 8.0, (5, 8)) * np.geomspace(1.0, 64.0, 8)
+    w = rng.standard_normal((6, 8))
+    plain = search_scale(*arrays_on(xp, x, [w]), W4)
+    assert plain.ratio > 0
+    huge = search_scale(*arrays_on(xp, x * 2.0**660, [w * 2.0**-600]), W4)
+    assert np.abs(x * 2.0**660).min() > 1e198
+    assert huge.ratio == plain.ratio
+    np.testing.assert_allclose(to_host(huge.scale), to_host(plain.scale), rtol=64 * EPS["float64"])
+    np.testing.assert_allclose(huge.losses, np.array(plain.losses) * 2.0**120, rtol=1e-10)
+    # squares of the errors are beyond float64: no candidate is better than round to nearest
+    beyond = search_scale(*arrays_on(xp, x * 2.0**660, [w]), W4)
+    assert set(beyond.losses) == {math.inf}
+    assert beyond.ratio == 0.0
+    assert np.all(to_host(beyond.scale) == 1.0)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

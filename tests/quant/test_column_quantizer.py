@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from conftest import to_host
 from refllm.formats.uniform import RULES, Scheme, dequantize_codes, qparams, quantize_codes
-from refllm.quant.column_quantizer import ColumnQuantizer, GPTQResult
+from refllm.quant import column_quantizer
+from refllm.quant.column_quantizer import ColumnQuantizer, GPTQResult, weight_qparams
 from strategies import seeds
 
 SHAPES = [
@@ -105,6 +106,23 @@ def test_g_idx_says_which_scale_a_column_has(xp):
         xp.asarray(codes), plain, loss=0.0, damp=0.0, dead=xp.zeros(N, dtype=xp.bool_)
     )
     assert kept.nbytes == bare.nbytes + 4 * N
+
+
+@pytest.mark.parametrize("rule", ["half_integer", "asymmetric"])
+def test_the_searched_scales_of_ragged_blocks_are_those_of_their_own_values(xp, rule, monkeypatch):
+    """Blocks of (3, 5) over 7 × 12, also where a piece ends with each row of blocks. They are so
+    small that an error in the padding would hide theirs in float32.
+    """
+    w = (np.random.default_rng(5).standard_t(2, (M, N)) * 2.0**-20).astype("float32")
+    expected = np.empty((2, 3, 3))
+    for i, j in np.ndindex(3, 3):
+        block = np.ascontiguousarray(w[3 * i : 3 * i + 3, 5 * j : 5 * j + 5])
+        alone = Scheme(3, rule, "block", block.shape)
+        expected[:, i, j] = [a[0, 0] for a in weight_qparams(block, alone, mse=True)]
+    for piece in (1, 1 << 19):
+        monkeypatch.setattr(column_quantizer, "_PIECE", piece)
+        found = weight_qparams(xp.asarray(w), Scheme(3, rule, "block", (3, 5)), mse=True)
+        assert np.array_equal([to_host(a) for a in found], expected)
 
 
 def test_codes_are_made_with_the_scale_that_is_stored(xp):

@@ -94,8 +94,16 @@ def test_no_token_and_another_width_are_rejected(xp):
         hessian(xp.zeros((4, 0)))
     accumulator = Hessian()
     accumulator.add(xp.ones((1, 4)))
+    kept = to_host(accumulator.matrix)
     with pytest.raises(ValueError, match="x has 3 columns, earlier 4"):
         accumulator.add(xp.ones((1, 3)))
+    accumulator.add(xp.zeros((0, 4)))
+    # what was rejected is not counted
+    assert accumulator.count == 1
+    assert np.array_equal(to_host(accumulator.matrix), kept)
+    accumulator.add(xp.asarray(np.full((3, 4), 2.0)))
+    assert accumulator.count == 4
+    assert np.array_equal(to_host(accumulator.matrix), np.full((4, 4), 2 * (1 + 3 * 4) / 4))
 
 
 # --- damping and the factor ---------------------------------------------------------------
@@ -191,6 +199,22 @@ def test_damping_is_doubled_until_the_matrix_is_positive_definite(xp, seed, n, d
     assert np.linalg.eigvalsh(damped(h, f.damp))[0] > -8 * n * EPS64 * np.abs(h).max()
     if len(tried) > 1:  # the previous value was not enough
         assert np.linalg.eigvalsh(damped(h, tried[-2]))[0] < 8 * n * EPS64 * np.abs(h).max()
+
+
+def test_exact_value_a_damping_below_the_least_is_followed_by_the_least(xp):
+    """From 1e-9 to 1e-4, not to 2e-9; from there on, and above it, by doubling."""
+    ones = xp.asarray(np.ones((2, 2), dtype="float32"))  # 1 + 1e-9 is 1 in float32
+    assert factor(ones, 1e-9).damp == LEAST_DAMP
+    for below, damp, found in (
+        (1e-6, 1e-9, 1e-4),
+        (1e-6, 0.0, 1e-4),
+        (1e-6, 0.9e-4, 0.9e-4),
+        (3e-4, 1e-9, 4e-4),
+        (3e-4, 2e-4, 4e-4),
+        (1e-3, 3e-4, 1.2e-3),
+    ):
+        h = np.array([[1.0, 1.0 + below], [1.0 + below, 1.0]])  # its least eigenvalue is −below
+        assert factor(xp.asarray(h), damp).damp == found
 
 
 def test_a_factorisation_that_fails_silently_is_found_out(monkeypatch):

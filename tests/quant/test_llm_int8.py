@@ -320,3 +320,23 @@ def test_rejected_what_has_no_channels_or_is_not_finite(xp):
     with pytest.raises(ValueError, match="layer 3's input: holds NaN"):
         seen.observe(xp.full((2, 2), math.nan))
     assert seen.tokens == 0
+
+
+def test_a_rejected_batch_leaves_no_trace_in_what_is_counted(xp):
+    seen = OutlierStatistics()
+    layer = Int8Linear(xp.asarray(np.eye(3)))
+    good = np.array([[7.0, 0.0, 1.0], [1.0, 2.0, 3.0]])
+    seen.observe(xp.asarray(good))
+    layer.matmul(xp.asarray(good))
+    for bad in (good * math.nan, np.array([[9.0, 9.0, math.inf]]), np.full(3, 9.0)):
+        with pytest.raises(ValueError, match="NaN or infinity|x\\[T, N\\]|\\[T, N\\], got"):
+            seen.observe(xp.asarray(bad))
+        with pytest.raises(ValueError, match="NaN or infinity|x is of floats"):
+            layer.matmul(xp.asarray(bad))
+    with pytest.raises(ValueError, match="x has 1 channels, earlier 3"):
+        seen.observe(xp.asarray(np.full((4, 1), 9.0)))
+    seen.observe(xp.zeros((0, 3)))
+    assert (seen.tokens, layer.multiplied, layer.in_float) == (2, 6, 2)
+    assert to_host(seen.absmax).tolist() == [7.0, 2.0, 3.0]
+    assert to_host(seen.hits).tolist() == [1, 0, 0]
+    assert to_host(seen.share).tolist() == [0.5, 0.0, 0.0]

@@ -120,14 +120,39 @@ def test_few_tokens_dead_channels_and_raised_damping_are_noted():
     assert not quantize_model(model, "gptq", GROUPS_OF_8, IDS)[1].tensors[0].note
 
 
-@pytest.mark.parametrize("method", ["awq", "smoothquant", "gptq"])
-def test_dead_channels_leave_the_network_finite(method):
+@pytest.mark.parametrize("method", METHODS)
+def test_dead_channels_leave_the_network_finite_and_right(method):
+    """What the network computes with a dead channel is what it computes without it, and the
+    live channels are quantised as well as in a network where all are alive.
+    """
     model = network(NETWORKS["llama"])
     model.weights["layers"][1]["input_layernorm"][:] = 0.0  # no input of the attention at all
     model.weights["layers"][2]["post_attention_layernorm"][7] = 0.0
     quantised, report = quantize_model(model, method, scheme_of(method), IDS)
-    assert np.isfinite(output(quantised)).all()
+    before = output(model)
+    after = output(quantised)
+    assert np.isfinite(after).all()
     assert all(np.isfinite([t.weight_error, t.output_error]).all() for t in report.tensors)
+    eight_bits = default_scheme(method).bits == 8
+    most = 2.5e-4 if eight_bits and method != "fp8" else 0.02  # relative, of one projection
+    assert relative_error(before, after) <= 10 * most
+    norms = {
+        "input_layernorm": ("q_proj", "k_proj", "v_proj"),
+        "post_attention_layernorm": ("gate_proj", "up_proj"),
+    }
+    for old, new in zip(model.weights["layers"], quantised.weights["layers"], strict=True):
+        for norm, names in norms.items():
+            np.testing.assert_array_equal(old[norm] == 0, new[norm] == 0)
+            for name in names:  # with their gains, since a method may have moved them
+                whole = old[name].dequantize() * old[norm]
+                # weights of small activations may be rounded coarsely, by AWQ above all
+                assert relative_error(whole, new[name].dequantize() * new[norm]) <= 2 * most
+    errors = {(t.layer, t.name): t.output_error for t in report.tensors}
+    assert {errors[1, name] for name in norms["input_layernorm"]} == {0.0}
+    assert all(0 < error <= most for (layer, _), error in errors.items() if layer != 1)
+    if method == "gptq":
+        assert not quantised.weights["layers"][1]["q_proj"].dequantize().any()
+        assert not quantised.weights["layers"][2]["up_proj"].dequantize()[:, 7].any()
 
 
 def test_unknown_methods_and_options_are_rejected_with_those_that_are_known():

@@ -4,6 +4,8 @@ compressed-tensors' own rounding.
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from conftest import oracle, to_host
 from refllm.formats.uniform import (
+    RULES,
     Scheme,
     dequantize_codes,
     quantize_codes,
@@ -102,6 +105,55 @@ def test_patience_ends_the_search_when_no_range_improves():
     # now it falls slower, up to s = 0.8: a walk uphill all the way
     x = np.array([[1.0] * 5 + [0.8] * 4])
     assert float(mse_range(x, scheme, max_shrink=0.8, patience=None, norm=1.0)[1]) == 1.0
+
+
+def test_patience_is_the_number_of_candidates_in_a_row_that_improve_nothing(monkeypatch):
+    """p = 1, 0.99, …, with errors of which the third after each improvement is the next one."""
+    module = importlib.import_module("refllm.quant.mse_range")
+    script = [5.0, 6.0, 5.0, 4.0, 4.0, 9.0, 3.0, 3.0, 3.0, 3.0, 0.0]
+    tried: list[float] = []
+
+    def error(x, lo, hi, unit, scheme, norm):
+        tried.append(float(hi[0]))
+        return np.full(unit.shape, script[len(tried) - 1])
+
+    monkeypatch.setattr(module, "_error", error)
+    scheme = Scheme(4, "half_integer", "tensor")
+    for patience, candidates, best in ((1, 2, 0), (2, 3, 0), (3, 10, 6), (4, 11, 10)):
+        tried.clear()
+        _, hi = mse_range(np.ones((1, 2)), scheme, max_shrink=0.11, patience=patience)
+        assert len(tried) == candidates
+        assert float(hi) == tried[best] == 1 - best / 100
+
+
+def test_patience_waits_for_an_improvement_and_not_longer():
+    """2·(1 − s) costs more at first; below s = 0.985 the five others are rounded to s, and
+    cost less the smaller s is: the third candidate is the first that improves.
+    """
+    scheme = Scheme(2, "restricted", "tensor")  # codes −s, 0, s
+    x = np.array([[1.0] * 2 + [0.4925] * 5])
+    ends = [
+        float(mse_range(x, scheme, norm=1.0, patience=patience)[1]) for patience in (1, 2, 3, 5)
+    ]
+    assert ends == [1.0, 1.0, 1 - 19 / 100, 1 - 19 / 100]
+
+
+def test_ragged_blocks_are_searched_by_their_own_values(xp):
+    """Blocks of (2, 3) over 3 × 4: each has the range that its values have alone. They are so
+    small that an error in the padding, of any usual size, would hide theirs in float32.
+    """
+    rng = np.random.default_rng(3)
+    x = (rng.standard_t(2, (3, 4)) * 2.0**-20).astype(np.float32)
+    for rule in RULES:
+        scheme = Scheme(3, rule, "block", (2, 3))
+        alone = Scheme(3, rule, "tensor")
+        options = {"max_shrink": 0.8, "patience": None}
+        whole = [to_host(end) for end in mse_range(xp.asarray(x), scheme, **options)]
+        for i, rows in enumerate((slice(0, 2), slice(2, 3))):
+            for j, columns in enumerate((slice(0, 3), slice(3, 4))):
+                piece = xp.asarray(np.ascontiguousarray(x[rows, columns]))
+                for end, expected in zip(whole, mse_range(piece, alone, **options), strict=True):
+                    assert end[i, j] == float(expected)
 
 
 def test_the_exponent_matters(xp):

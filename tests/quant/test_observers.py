@@ -208,6 +208,30 @@ def test_a_histogram_grows_without_changing_its_width(xp):
         shown(Histogram(bins=4, name="h"), [[[1.0]], [[1e9]]], xp)
 
 
+def test_a_preset_edge_has_one_bin_whichever_batch_comes_first(xp):
+    """6.0 is the left edge of bin 6: it needs seven bins as 6.5 does."""
+    for parts in ([[[6.0]], [[6.5]]], [[[6.5]], [[6.0]]], [[[6.0]]] * 2):
+        observer = shown(Histogram(bins=4, top=4.0), parts, xp)
+        assert to_host(observer.counts).tolist() == [0, 0, 0, 0, 0, 0, 2]
+        assert observer.bins == 7
+    # the largest value of all: its own bin only where the width was preset
+    assert to_host(shown(Histogram(bins=4, top=4.0), [[[4.0]]], xp).counts).tolist() == [0] * 4 + [
+        1
+    ]
+    assert to_host(shown(Histogram(bins=4), [[[4.0]]], xp).counts).tolist() == [0, 0, 0, 1]
+
+
+def test_asking_for_the_range_changes_nothing(xp):
+    x = np.concatenate([np.zeros((50, 1)), np.arange(1.0, 11.0)[:, None]])
+    for name, make in OBSERVERS.items():
+        observer = shown(make(), [x, x], xp)
+        ends = [[float(end) for end in observer.range()] for _ in range(3)]
+        assert ends[0] == ends[1] == ends[2], name
+    observer = shown(Percentile(90.0, bins=10, skip_zeros=True), [x], xp)
+    assert [observer.amax for _ in range(3)] == [9.0, 9.0, 9.0]  # 9 of the 10 are not above
+    assert to_host(observer.counts).tolist() == [50, 1, 1, 1, 1, 1, 1, 1, 1, 2]
+
+
 def test_zeros_before_the_first_number_are_counted(xp):
     for make in (Histogram, lambda **k: Percentile(50.0, **k)):
         observer = shown(
