@@ -4,6 +4,7 @@ Read first: ``perplexity``. In reading order:
 
 windows         which token is predicted from which context
 perplexity      loss, perplexity and bits per byte of a text
+protocol        the text and windows of a figure, and whether a model has seen the text
 bootstrap       confidence intervals for means over tokens
 comparison      KL divergence and top-1 agreement with a reference model
 sampled_loss    bits per byte from a random sample of windows

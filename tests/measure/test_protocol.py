@@ -1,0 +1,74 @@
+"""A figure of bits per byte says its text and windows, and claims only what a manifest lists."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from refllm.checkpoints.loading import locate
+from refllm.corpus import Document, held_out_documents
+from refllm.measure.perplexity import evaluate
+from refllm.measure.protocol import (
+    MANIFEST,
+    default_windows,
+    describe_text,
+    describe_windows,
+    is_held_out,
+)
+from tiny_models import tiny_model
+
+
+def write_manifest(directory, held_out=(), **streams):
+    listed = {
+        "held out": dict.fromkeys(held_out, "a digest"),
+        "trained on": {name: dict.fromkeys(files, "a digest") for name, files in streams.items()},
+    }
+    (directory / MANIFEST).write_text(json.dumps(listed))
+
+
+def test_a_document_is_held_out_if_the_manifest_says_so_of_each(tmp_path):
+    assert not is_held_out(tmp_path, ["a.py"])  # no manifest
+    write_manifest(tmp_path, ["a.py", "b.py", "c.py"], library=["c.py", "d.py"], tests=["e.py"])
+    assert is_held_out(tmp_path, ["a.py"])
+    assert is_held_out(str(tmp_path), iter(["b.py", "a.py"]))
+    assert not is_held_out(tmp_path, ["a.py", "f.py"])  # one that it does not know
+    assert not is_held_out(tmp_path, ["c.py"])  # trained on as well
+    assert not is_held_out(tmp_path, ["d.py"])
+    assert not is_held_out(tmp_path / MANIFEST, ["a.py"])  # a file, as a GGUF is
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"held out": {}}', '{"held out": 1}', "3"])
+def test_of_a_broken_manifest_nothing_is_claimed(tmp_path, text):
+    (tmp_path / MANIFEST).write_text(text)
+    assert not is_held_out(tmp_path, ["a.py"])
+
+
+@pytest.mark.parametrize("name", ["stdlib", "stdlib-draft"])
+def test_the_bundled_models_have_not_seen_the_held_out_modules(name):
+    listed = json.loads((locate(name) / MANIFEST).read_text("utf-8"))["held out"]
+    assert is_held_out(locate(name), listed)
+    # of another Python, zipfile may be a package
+    common = [d.name for d in held_out_documents() if not d.name.startswith("zipfile")]
+    assert is_held_out(locate(name), common)
+    assert not is_held_out(locate(name), [*common, "abc.py"])
+
+
+@pytest.mark.parametrize(
+    ("positions", "windows"),
+    [(1, (1, 1)), (3, (3, 1)), (1023, (1023, 511)), (1024, (1024, 512)), (9999, (1024, 512))],
+)
+def test_windows_are_as_long_as_the_model_reads(positions, windows):
+    assert default_windows(positions) == windows
+
+
+def test_a_figure_says_its_text_and_its_windows():
+    documents = [Document(f"{name}.py", "some text") for name in "abcd"]
+    model = tiny_model()
+    score = evaluate(model, documents[:3], window=8, stride=4)
+    assert describe_text(score) == f"27 tokens of a.py, b.py, c.py, Python {score.python}"
+    every = evaluate(model, [Document("empty.py", ""), *documents], window=8, stride=4)
+    assert describe_text(every) == f"36 tokens of 4 documents, Python {score.python}"
+    first = evaluate(model, documents, window=8, stride=4, max_tokens=9)
+    assert describe_text(first) == f"9 tokens of a.py, Python {score.python}"
+    assert describe_windows(1024, 512) == "windows of 1,024 tokens every 512"
