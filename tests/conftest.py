@@ -10,7 +10,7 @@ A data-plane test takes ``xp`` and runs once per array library::
 ``xp`` is NumPy, the CPU stand-in for CuPy (``fakecupy``) and, with ``-m gpu``, CuPy itself;
 ``xp_kind`` is its name. ``pure_xp`` adds ``array_api_strict`` for modules of pure
 mathematics. A test against a reference implementation is marked ``oracle`` and imports it
-with ``oracle("torch")``. ``pytest --theorems`` lists what is proved.
+with ``oracle("torch")``. ``pytest --theorems`` lists what is checked.
 """
 
 from __future__ import annotations

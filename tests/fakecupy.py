@@ -111,7 +111,8 @@ def _check_cast(source: np.ndarray, dtype: Any) -> None:
     high = float(np.iinfo(dtype).max + 1)
     if not np.all((whole >= low) & (whole < high)):  # NaN fails both
         raise ValueError(
-            f"cast of {source.dtype} to {dtype}: a value does not fit, the result is undefined: clip first"
+            f"cast of {source.dtype} to {dtype}: a value does not fit, the result is undefined: "
+            "clip first"
         )
 
 
@@ -263,7 +264,8 @@ class _Ufunc:
             raise NotImplementedError(f"cupy.{self.__name__}.at is not supported")
         if a.dtype.name not in _ATOMIC_DTYPES:
             raise TypeError(
-                f"cupy.{self.__name__}.at does not support {a.dtype}: there is no atomic operation for it"
+                f"cupy.{self.__name__}.at does not support {a.dtype}: there is no atomic operation "
+                "for it"
             )
         _count(launches=1)
         self._numpy.at(a._host, _index(indices)[0], _unwrap(b))
@@ -417,7 +419,8 @@ class ndarray:
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
         raise TypeError(
-            f"numpy.{ufunc.__name__} of a device array: use xp.{ufunc.__name__}, and no host operands"
+            f"numpy.{ufunc.__name__} of a device array: use xp.{ufunc.__name__}, "
+            "and no host operands"
         )
 
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
