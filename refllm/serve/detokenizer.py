@@ -40,10 +40,8 @@ class Detokenizer:
 
     def flush(self) -> None:
         """No more tokens will come: release the text that is held back."""
-        if not self.stopped:
-            self._new += self._stop_strings.push(self._characters.flush())
-        if not self.stopped:
-            self._new += self._stop_strings.flush()
+        self._new += self._stop_strings.push(self._characters.flush())
+        self._new += self._stop_strings.flush()  # nothing follows a stop string
 
     def take(self) -> str:
         """The text since the last call; it counts as published from now on."""

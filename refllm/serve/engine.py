@@ -242,11 +242,13 @@ class Engine(EngineStats):
             state = self._requests.get(name)
             if state is None or state.search is None:
                 continue
+            dropped = [update.sequence for update in group if update.reason == "dropped"]
+            state.output.preemptions += sum(sequence.preemptions for sequence in dropped)
             survivors = [update.sequence for update in group if update.reason is None]
             if survivors:
                 state.search.follow(survivors)
                 continue
-            hypotheses = state.finish_search([update.sequence for update in group])
+            hypotheses = state.finish_search(dropped)
             published += hypotheses
             self._call_back(name, state, hypotheses)
         for name in {update.id for update in updates}:

@@ -185,7 +185,6 @@ class RequestState:
             found.finish(reason)
             text = self._add_output(found, reason, None, score)
             updates.append(SequenceUpdate(found, tokens, reason, text))
-        self.output.preemptions += sum(sequence.preemptions for sequence in dropped)
         return updates
 
     def _add_output(

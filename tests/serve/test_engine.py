@@ -654,6 +654,16 @@ def test_engine_stats():
     assert engine.used_blocks == engine.cached_blocks == 0
 
 
+@pytest.mark.parametrize("beam", [False, True])
+def test_the_preemptions_of_a_request_are_those_of_its_sequences(beam):
+    engine = Engine(served_model(), num_blocks=9, block_size=2, prefix_cache=None)
+    names = [engine.submit(Request([1, 2], 6, ignore_eos=True)) for _ in range(2)]
+    names.append(engine.submit(Request([1, 2, 3], 5, n=2, beam=beam, ignore_eos=True)))
+    results = engine.run()
+    assert sum(results[name].preemptions for name in names) == engine.preemptions > 0
+    assert results[names[-1]].preemptions > 0
+
+
 def test_used_and_cached_blocks_are_told_apart():
     engine = Engine(served_model(), num_blocks=40, block_size=4, prefix_cache="radix")
     assert engine.hit_rate == 0

@@ -458,6 +458,20 @@ def test_beams_that_come_back_whole_from_a_cache_advance_in_the_step_that_admits
     scheduler.check()
 
 
+@pytest.mark.parametrize(
+    ("cap", "counts"), [(0, [7]), (1, [1] * 7), (3, [3, 3, 1]), (7, [7]), (8, [7])]
+)
+def test_the_chunks_of_one_prompt_are_capped(cap, counts):
+    scheduler = paged(4, long_prefill=cap)
+    scheduler.submit(Request(range(7), 1))
+    found = []
+    while scheduler.unfinished:
+        plan = scheduler.plan()
+        found.append(plan.tokens)
+        scheduler.update(plan, [[SampledTokens([7])] for _ in plan.sampling])
+    assert found == counts
+
+
 def test_a_watermark_does_not_part_the_beams_of_a_search():
     scheduler = Scheduler(PagedKVManager(BlockPool(10, 1), watermark=0.7))
     scheduler.submit(Request(range(4), 2, id="beams", n=2, beam=True))

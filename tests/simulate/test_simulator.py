@@ -362,6 +362,19 @@ def test_a_request_that_arrives_as_a_step_ends_is_in_the_next(jumps):
     ]
 
 
+def test_every_sequence_generates_a_token_of_its_own_that_is_in_no_prompt():
+    asked = [Request([order * 4096, 5, 6], 3, id=order, n=2) for order in range(3)]
+    s = scheduler("radix", 60, 1, None, None, True)
+    run = Simulator(s, UnitClock()).run(asked)
+    outputs = [tuple(output) for output in run.tokens.values()]
+    assert all(len(set(output)) == 1 and output[0] >= 1 << 40 for output in outputs)
+    assert len(set(outputs)) == 3
+    for order, request in enumerate(asked):
+        for index in range(2):
+            text = [*request.prompt, *[(1 << 40) + 4096 * order + index] * 2]
+            assert len(s.memory.cache.match(text, record=False)) == 5
+
+
 def test_a_follow_up_is_sent_when_its_answer_has_arrived():
     asked = Request([1], 4, id="question", arrival=2.0)
     more = {"question": [Request([2], 1, id="follow-up")], "follow-up": []}
