@@ -85,8 +85,8 @@ def _importance(
 ) -> dict[str, np.ndarray]:
     """Mean squares of each projection's inputs on calibration text."""
     from refllm.checkpoints.loading import is_gguf
-    from refllm.quant.calibration_data import calibration_windows
     from refllm.quant.imatrix import importance
+    from refllm.quant.layer_inputs import calibration_windows
     from refllm.quant.layer_io import CheckpointSource, ModelSource
     from refllm.quant.to_gguf import open_source
 

@@ -43,7 +43,7 @@ from refllm.measure.comparison import (
     precompute_reference,
 )
 from refllm.model.llama import Weights
-from refllm.quant.calibration_data import calibration_windows
+from refllm.quant.layer_inputs import calibration_windows
 
 EXCERPTS = 16  # of held-out text
 LENGTH = 256

@@ -54,7 +54,7 @@ from refllm.measure.device import one_thread, versions
 from refllm.measure.memory import LLAMA_70B, kv_bytes
 from refllm.measure.plotting import FULL, MORE, NEAREST, TECHNIQUE, new_figure, styled
 from refllm.measure.records import Record, Values, write
-from refllm.quant.calibration_data import calibration_windows
+from refllm.quant.layer_inputs import calibration_windows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -67,7 +67,7 @@ from refllm.measure.bootstrap import blocks, bootstrap_intervals
 from refllm.measure.device import one_thread, versions
 from refllm.measure.records import Record, write
 from refllm.model.llama import forward, logits
-from refllm.quant.calibration_data import calibration_windows
+from refllm.quant.layer_inputs import calibration_windows
 
 PROMPT = 768
 NEW = 128

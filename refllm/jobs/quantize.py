@@ -43,9 +43,9 @@ from refllm.measure.perplexity import evaluate
 from refllm.model.config import ModelConfig
 from refllm.model.llama import PROJECTION_WEIGHTS
 from refllm.quant import recipe
-from refllm.quant.calibration_data import calibration_windows
 from refllm.quant.export import ExportSpec, default_layout
 from refllm.quant.fp8 import fp8
+from refllm.quant.layer_inputs import calibration_windows
 from refllm.quant.layer_io import CheckpointSource, LayerFiles, assemble
 from refllm.quant.methods import Report
 

@@ -19,8 +19,8 @@ layer), and its class for whole models.
 | observers        | the range of a tensor from its batches                            |
 | histogram        | where to cut a histogram of magnitudes                            |
 | mse_range        | the range with the least error                                    |
-| calibration_data | the token ids that a network is calibrated on                     |
-| layer_inputs     | the inputs of each projection, one decoder layer at a time        |
+| layer_inputs     | the tokens and the inputs of each projection, layer by layer      |
+| taps             | the inputs of each projection, observed while a network runs      |
 | methods          | the loop and the report that all methods share                    |
 | recipe           | whole models: ``quantize_model``                                  |
 | layer_io         | where layers are read from and kept, so that a killed run resumes |
@@ -34,13 +34,13 @@ modules of the same names: import from a module with ``from refllm.quant.gptq im
 """
 
 from refllm.quant.awq import search_clip, search_scale
-from refllm.quant.calibration_data import calibration_windows
 from refllm.quant.column_quantizer import GPTQResult
 from refllm.quant.export import export
 from refllm.quant.fp8 import fp8
 from refllm.quant.gptq import gptq
 from refllm.quant.hessian import Hessian, hessian
 from refllm.quant.imatrix import importance
+from refllm.quant.layer_inputs import calibration_windows
 from refllm.quant.llm_int8 import Int8Linear, OutlierStatistics, int8_matmul
 from refllm.quant.methods import Report, TensorReport
 from refllm.quant.mse_range import mse_range

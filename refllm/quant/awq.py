@@ -49,7 +49,7 @@ GRID = 20  # candidates of the scale search; the first is round to nearest in ev
 FLOOR = 1e-4  # least a^r: a channel that is always zero must not get a scale of 0
 CLIP_GRID = 20  # limits 1, 0.95, …, 0.55 of a group's largest weight
 CLIP_STEPS = 10
-_PIECE = 1 << 20  # weights per piece in the clip search
+_PIECE = 1 << 20  # weights per piece of the clip search  # mutate: equivalent (speed alone)
 
 
 @dataclass(frozen=True, eq=False)

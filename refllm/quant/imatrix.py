@@ -20,8 +20,7 @@ import numpy as np
 
 from refllm.backend import Array, namespace, to_numpy
 from refllm.checkpoints.gguf_names import gguf_name
-from refllm.quant.calibration_data import Calibration
-from refllm.quant.layer_inputs import LayerSource, walk
+from refllm.quant.layer_inputs import Calibration, LayerSource, walk
 
 __all__ = ["importance"]
 

@@ -1,5 +1,5 @@
-"""Calibration: token sequences pass through a network one decoder layer at a time, and the
-quantiser reads the inputs of each projection.
+"""Calibration: token sequences are drawn from training text and pass through a network one
+decoder layer at a time, and the quantiser reads the inputs of each projection.
 
 Source: the order of Frantar et al. 2022 (GPTQ), §4 "true sequential": within a layer the
 projections are visited in the order in which they compute, and the inputs of each are
@@ -21,29 +21,40 @@ Memory: one layer, the residual stream of all tokens [T, N], and for stage 1 the
 outputs [T, H·D]. The MLP's hidden layer [T, F] is computed for one batch at a time, twice
 (once to observe it, once to continue).
 
-Which tokens: ``calibration_data``. Left out: keeping streams on disk, layers of experts.
+Which tokens: the windows of the same paper, §5, equally long and drawn at random from training
+text with a seed.
+
+Left out: keeping streams on disk, layers of experts, choosing windows by their content,
+packing short documents. (``taps`` observes a complete network instead.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
-from refllm.backend import Array, asarray_like, namespace
+import numpy as np
+
+from refllm.backend import Array, asarray_like, namespace, to_numpy
+from refllm.checkpoints.tokenizer import Tokenizer
+from refllm.corpus import Document, training_documents
 from refllm.errors import InputError
 from refllm.model.attention import CausalAttend
 from refllm.model.config import ModelConfig
 from refllm.model.layers import rms_norm, rope_frequencies, rope_table, swiglu
-from refllm.model.llama import PROJECTIONS, SAME_INPUT, Layer, Weights, mixed_heads, projection_name
-from refllm.model.weights import Linear
-from refllm.quant.calibration_data import Calibration, calibration_windows, sequences
+from refllm.model.llama import SAME_INPUT, Layer, mixed_heads, projection_name
 
-__all__ = ["STAGES", "Batch", "LayerRun", "LayerSource", "Tap", "calibration_windows",
-           "sequences", "tapped", "walk"]  # fmt: skip
+__all__ = ["STAGES", "Batch", "Calibration", "LayerRun", "LayerSource", "calibration_windows",
+           "embed", "sequences", "walk"]  # fmt: skip
 
 STAGES = SAME_INPUT  # projections whose inputs are final at the same time
 BATCH = 2048  # tokens that go through a layer at a time; a longer sequence goes alone
+# characters that are tokenised first per token that is wanted: source code needs four
+CHARACTERS_PER_TOKEN = 8
+
+# token ids [B, S], or sequences of different lengths
+Calibration: TypeAlias = Array | Iterable[Array | Sequence[int]]
 
 
 class LayerSource(Protocol):
@@ -199,53 +210,88 @@ def _batches(ids: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
         yield part
 
 
-# --- observing a network that runs ----------------------------------------------------------
+# --- which tokens ---------------------------------------------------------------------------
 
 
-class Tap:
-    """A ``Linear`` that passes each of its inputs x[T, N] to ``observe`` before it multiplies
-    like the one it wraps.
+def calibration_windows(
+    tokenizer: Tokenizer,
+    count: int,
+    length: int,
+    seed: int | np.random.Generator,
+    *,
+    documents: Sequence[Document] | None = None,
+    begin: int | None = None,
+) -> np.ndarray:
+    """``count`` windows of ``length`` tokens of training text, never of the held-out modules:
+    int64[count, length].
+
+    Each starts at the beginning of the line that holds a character drawn uniformly from
+    ``documents`` (default: the standard library). Where its document ends the window
+    continues with the next one, after the id ``begin`` if one is given.
     """
-
-    def __init__(self, inner: Linear, observe: Callable[[Array], None]):
-        self.inner = inner
-        self.observe = observe
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(M, N)"""
-        return self.inner.shape
-
-    @property
-    def nbytes(self) -> int:
-        """Of the wrapped weight."""
-        return self.inner.nbytes
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Of the wrapped weight."""
-        return self.inner.bits_per_weight
-
-    def matmul(self, x: Array) -> Array:
-        """x[T, N] → x Wᵀ [T, M]"""
-        self.observe(x)
-        return self.inner.matmul(x)
-
-    def dequantize(self) -> Array:
-        """W[M, N]"""
-        return self.inner.dequantize()
+    texts = [d.text for d in (training_documents() if documents is None else documents) if d.text]
+    if count < 1 or length < 1 or not texts:
+        raise InputError(
+            f"calibration_windows: no {count} windows of {length} tokens from {len(texts)} "
+            "documents"
+        )
+    ends = np.cumsum([len(text) for text in texts])
+    windows = []
+    for place in np.random.default_rng(seed).integers(0, ends[-1], count).tolist():
+        at = int(np.searchsorted(ends, place, side="right"))  # the document of that character
+        character = place - int(ends[at]) + len(texts[at])
+        text = texts[at][texts[at].rfind("\n", 0, character) + 1 :]
+        ids = _tokenize(tokenizer, text, length)
+        while len(ids) < length:
+            at = (at + 1) % len(texts)
+            if begin is not None:
+                ids.append(begin)
+            ids += _tokenize(tokenizer, texts[at], length)
+        windows.append(ids[:length])
+    return np.asarray(windows, dtype=np.int64)
 
 
-def tapped(weights: Weights, observe: Callable[[int, str, Array], None]) -> Weights:
-    """A weight tree whose projections call ``observe(layer, "q_proj", x[T, N])`` with each of
-    their inputs; nothing is copied.
+def sequences(calibration: Calibration, vocab_size: int) -> list[list[int]]:
+    """Token ids as lists: ``calibration`` is an integer array [B, S], or an iterable of 1-D
+    sequences of token ids.
+
+    Raises
+    ------
+    ValueError
+        if there is no sequence, one is empty or not of integers, or an id lies outside the
+        vocabulary.
+
+    >>> sequences([[1, 2, 3], (4,)], vocab_size=5)
+    [[1, 2, 3], [4]]
     """
+    found = []
+    for i, row in enumerate(calibration):
+        ids = to_numpy(row).tolist() if hasattr(row, "shape") else row
+        if not isinstance(ids, Sequence) or not ids or not all(map(_is_integer, ids)):
+            raise InputError(
+                f"calibration: sequence {i} must be a non-empty sequence of token ids, got "
+                f"{row!r:.60}"
+            )
+        if not 0 <= min(ids) <= max(ids) < vocab_size:
+            raise InputError(
+                f"calibration: sequence {i} holds a token outside the vocabulary of {vocab_size}"
+            )
+        found.append([int(token) for token in ids])
+    if not found:
+        raise InputError("calibration: there is no sequence; pass at least one of token ids")
+    return found
 
-    def tap(index: int, name: str, inner: Linear) -> Tap:
-        return Tap(inner, lambda x: observe(index, name, x))
 
-    layers = [
-        layer | {name: tap(index, name, layer[name]) for name in PROJECTIONS}
-        for index, layer in enumerate(weights["layers"])
-    ]
-    return weights | {"layers": layers}
+def _tokenize(tokenizer: Tokenizer, text: str, length: int) -> list[int]:
+    """At least the first ``length`` tokens of ``text``, or all if it has fewer; a long text is
+    not tokenised beyond them.
+    """
+    size = CHARACTERS_PER_TOKEN * length
+    while len(ids := tokenizer.encode(text[:size])) < length and size < len(text):
+        size *= 2
+    return ids
+
+
+def _is_integer(token: object) -> bool:
+    """Whether ``token`` is an integer of Python or NumPy, and not a bool."""
+    return isinstance(token, (int, np.integer)) and not isinstance(token, bool)

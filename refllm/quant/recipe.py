@@ -38,10 +38,9 @@ from refllm.formats.uniform import Scheme
 from refllm.model.config import ModelConfig
 from refllm.model.llama import PROJECTION_WEIGHTS, PROJECTIONS, Layer
 from refllm.quant.awq_model import AWQ
-from refllm.quant.calibration_data import Calibration, sequences
 from refllm.quant.fp8 import FP8
 from refllm.quant.gptq import GPTQ
-from refllm.quant.layer_inputs import Batch, LayerRun, LayerSource, embed
+from refllm.quant.layer_inputs import Batch, Calibration, LayerRun, LayerSource, embed, sequences
 from refllm.quant.layer_io import CheckpointSource, MemorySink, ModelSource
 from refllm.quant.llm_int8 import Int8
 from refllm.quant.methods import Method, Report, ReportTensor, TensorReport
@@ -136,7 +135,7 @@ def quantize_model(
     scheme
         of the weights; None is ``default_scheme(method)``.
     calibration
-        token ids [B, S], or sequences of them; see ``calibration_data.calibration_windows``.
+        token ids [B, S], or sequences of them; see ``layer_inputs.calibration_windows``.
 
     Raises
     ------

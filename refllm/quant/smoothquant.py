@@ -50,8 +50,7 @@ from refllm.formats.uniform import Scheme
 from refllm.formats.w8a8_linear import W8A8Linear
 from refllm.model.llama import PROJECTIONS, Layer
 from refllm.quant.awq_model import ATTENTION_INPUT, MLP_INPUT, fold
-from refllm.quant.calibration_data import Calibration
-from refllm.quant.layer_inputs import LayerRun, LayerSource, walk
+from refllm.quant.layer_inputs import Calibration, LayerRun, LayerSource, walk
 from refllm.quant.methods import Clock, Method, QuantizedProjection, ReportTensor, sample_inputs
 from refllm.quant.observers import MinMax
 

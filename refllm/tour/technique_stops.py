@@ -21,7 +21,7 @@ from refllm.kv.kivi_attend import KiviAttend
 from refllm.measure.comparison import compare, precompute_reference
 from refllm.measure.memory import kv_bytes
 from refllm.model.config import ModelConfig
-from refllm.quant.calibration_data import calibration_windows
+from refllm.quant.layer_inputs import calibration_windows
 from refllm.quant.recipe import quantize_model
 from refllm.terminal import format_bytes, table
 from refllm.tour.context import Tour

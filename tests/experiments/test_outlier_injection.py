@@ -22,8 +22,8 @@ from refllm.experiments.outlier_injection import (
 )
 from refllm.model.attention import CausalAttend
 from refllm.model.llama import build, forward
-from refllm.quant.layer_inputs import tapped
 from refllm.quant.smoothquant import migration_scale, smooth_layer
+from refllm.quant.taps import tapped
 from strategies import seeds
 
 FACTORS = st.sampled_from([2.0**k for k in (-3, 0, 1, 7, 10)])

@@ -51,7 +51,7 @@ HOST = {
     "model.weights:to_blocks": BLOCKS,
     "quant.to_gguf": "from files to files; encoders are formats.gguf's",
     "quant.imatrix:importance": "sums of a layer's inputs are moved to the host and kept there",
-    "quant.calibration_data": "token ids are host data until they are embedded",
+    "quant.layer_inputs:calibration_windows": "token ids are host data until they are embedded",
     "decode.fast.captured_step": OVERHEAD,
     "decode.fast.single_token": OVERHEAD,
     "decode.speculative.loop:penalized_logits": "the tokens before a draft are host data",

@@ -31,7 +31,7 @@ from refllm.quant.awq_model import (
     fold,
     scale_groups,
 )
-from refllm.quant.layer_inputs import tapped
+from refllm.quant.taps import tapped
 from strategies import seeds
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "awq.json"

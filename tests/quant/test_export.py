@@ -23,8 +23,8 @@ from refllm.formats.w8a8_linear import W8A8Linear
 from refllm.model.config import ModelConfig
 from refllm.model.llama import PROJECTIONS
 from refllm.quant.export import default_layout, export, export_spec_for
-from refllm.quant.layer_inputs import tapped
 from refllm.quant.recipe import quantize_model
+from refllm.quant.taps import tapped
 
 CONFIG = ModelConfig("llama", VOCAB, 64, 96, 2, 4, 2, 16, bos_token_id=0, eos_token_ids=(0,))
 

@@ -20,12 +20,12 @@ from refllm.model.llama import PROJECTIONS
 from refllm.model.weights import Dense
 from refllm.quant import layer_inputs
 from refllm.quant.awq_model import awq_layer
-from refllm.quant.layer_inputs import tapped
 from refllm.quant.llm_int8 import Int8Linear
 from refllm.quant.methods import Report, TensorReport, relative_error, tensor_report
 from refllm.quant.recipe import METHODS, default_scheme, quantize_model
 from refllm.quant.rtn import rtn
 from refllm.quant.smoothquant import smooth_layer
+from refllm.quant.taps import tapped
 
 
 def test_round_to_nearest_is_that_of_each_tensor():

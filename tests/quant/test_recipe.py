@@ -24,9 +24,10 @@ from refllm.model.llama import PROJECTIONS, build, forward, logits
 from refllm.model.weights import Dense
 from refllm.quant.gptq import gptq
 from refllm.quant.hessian import hessian
-from refllm.quant.layer_inputs import STAGES, tapped
+from refllm.quant.layer_inputs import STAGES
 from refllm.quant.layer_io import CheckpointSource, MemorySink, ModelSource
 from refllm.quant.recipe import METHODS, quantize_layers, quantize_model, settings
+from refllm.quant.taps import tapped
 from tiny_models import Record
 
 GROUPS_OF_8 = Scheme(4, "half_integer", "group", 8)

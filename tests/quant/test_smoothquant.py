@@ -18,7 +18,6 @@ from refllm.formats.uniform import Scheme
 from refllm.formats.w8a8_linear import W8A8Linear
 from refllm.model.llama import PROJECTIONS, build
 from refllm.model.weights import Dense
-from refllm.quant.layer_inputs import tapped
 from refllm.quant.layer_io import ModelSource
 from refllm.quant.recipe import quantize_model
 from refllm.quant.smoothquant import (
@@ -27,6 +26,7 @@ from refllm.quant.smoothquant import (
     smooth_layer,
     w8a8,
 )
+from refllm.quant.taps import tapped
 from strategies import build as array_of
 from strategies import seeds
 from tiny_models import Record

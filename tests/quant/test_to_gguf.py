@@ -224,7 +224,7 @@ def test_importance_is_the_mean_square_of_the_inputs(source, tmp_path):
     with CheckpointSource(source) as layers:
         found = importance(layers, windows)
     seen: dict[str, list[np.ndarray]] = {}
-    from refllm.quant.layer_inputs import tapped
+    from refllm.quant.taps import tapped
 
     loaded.weights = tapped(
         loaded.weights, lambda i, key, x: seen.setdefault(f"{i}{key}", []).append(np.array(x))
