@@ -19,6 +19,7 @@ from hypothesis.stateful import (
 
 import fakecupy
 from conftest import to_host
+from refllm.decode.speculative.tree import Tree
 from refllm.kv.contiguous import ContiguousCache
 from refllm.model.config import ModelConfig
 from strategies import seeds
@@ -271,6 +272,73 @@ def test_decoding_never_waits_and_moves_positions_once_per_step(lengths):
     assert counted.h2d == to_device
     # the slots, the bias and its two constants
     assert to_device <= (0 if lengths[0] == lengths[1] else 4)
+
+
+TREES = {
+    "root alone": [],
+    "chain": [-1, 0, 1],
+    "fork": [-1, -1, 0, 1, 1],
+    "two levels": [-1, -1, 1, 0, 3],
+}
+
+
+@pytest.mark.parametrize("window", [None, 2, 3])
+@pytest.mark.parametrize("before", [0, 4])
+@pytest.mark.parametrize("name", TREES)
+def test_a_row_of_a_tree_sees_its_ancestors_alone_and_the_accepted_path_stays(
+    xp, name, before, window
+):
+    """Against a dictionary of the keys and values on each node's path; then the path to each
+    node is committed, and the next token reads it.
+    """
+    tree = Tree(TREES[name])
+    rows = len(tree) + 1
+    rng = np.random.default_rng(rows + before)
+    like = xp.zeros(1, dtype="float64")
+    cached, drafted, after = ([tokens(rng, count) for _ in range(L)] for count in (before, rows, 1))
+
+    def moved(arrays):
+        return [xp.asarray(array.copy()) for array in arrays]
+
+    for node in range(-1, len(tree)):
+        path = tree.ancestors(node)
+        cache = ContiguousCache(network(window), 2, before + rows + 1, like=like)
+        if before:
+            attend = cache.view([0, before])
+            for layer in range(L):
+                attend(layer, *moved(cached[layer]))
+            cache.advance([0, before])
+        attend = cache.view_tree(1, tree)
+        for layer in range(L):
+            q, k, v = drafted[layer]
+            out = to_host(attend(layer, *moved(drafted[layer])))
+            assert out.shape == q.shape
+            old = {j: (cached[layer][1][j], cached[layer][2][j]) for j in range(before)}
+            pairs = {**old, before: (k[0], v[0])}
+            pairs |= {before + 1 + i: (k[a + 1], v[a + 1]) for i, a in enumerate(path)}
+            expected = looked_up(q[node + 1], pairs, before + len(path), window)
+            np.testing.assert_allclose(out[node + 1], expected, rtol=0, atol=100 * EPS)
+        cache.advance_path(1, path)
+        assert cache.lengths == [0, before + 1 + len(path)]
+        assert cache.positions([0, 1]) == [before + 1 + len(path)]
+        attend = cache.view([0, 1])
+        for layer in range(L):
+            q, k, v = after[layer]
+            out = to_host(attend(layer, *moved(after[layer])))
+            pairs = {j: (cached[layer][1][j], cached[layer][2][j]) for j in range(before)}
+            for i, row in enumerate([0, *(a + 1 for a in path)]):
+                pairs[before + i] = (drafted[layer][1][row], drafted[layer][2][row])
+            pairs[before + 1 + len(path)] = (k[0], v[0])
+            expected = looked_up(q[0], pairs, before + 1 + len(path), window)
+            np.testing.assert_allclose(out[0], expected, rtol=0, atol=100 * EPS)
+
+
+def test_a_tree_may_fill_the_cache_exactly_and_no_more():
+    cache = ContiguousCache(network(), 1, 3, like=np.zeros(1))
+    cache.view_tree(0, Tree([-1, -1]))
+    with pytest.raises(ValueError, match="0 cached \\+ 4 tokens of a tree exceed 3"):
+        cache.view_tree(0, Tree([-1, -1, -1]))
+    assert cache.lengths == [0]
 
 
 @pytest.mark.parametrize(("sequences", "capacity"), [(0, 4), (2, 0)])
