@@ -67,7 +67,7 @@ def evaluate(
 ) -> None:
     """Measure how well a model predicts text.
 
-    In bits per byte and perplexity, on text that it was not trained on.
+    In bits per byte and perplexity.
 
     The default text is the modules of the running Python's standard library that the
     bundled models were not trained on; the Python version is part of the result. Bits per
@@ -89,6 +89,7 @@ def evaluate(
     from refllm.corpus import held_out_documents
     from refllm.kv.kivi_attend import KiviAttend
     from refllm.measure import comparison, perplexity
+    from refllm.measure.windows import default_windows
     from refllm.train.data import read_files
 
     documents = read_files(text) if text else held_out_documents()
@@ -96,7 +97,7 @@ def evaluate(
     loaded = load(model, backend)
     kivi = kivi_from_options(loaded.config, kv_bits, kv_group, kv_residual)
     positions = loaded.config.max_position_embeddings
-    window = window or min(1024, positions)
+    window = window or default_windows(positions)[0]
     stride = stride or max(1, window // 2)
     if window > positions:
         note(f"the window of {window} is longer than the model's {positions} positions")
@@ -128,12 +129,22 @@ def evaluate(
             facts["kv cache"] = vars(kivi)
         typer.echo(json.dumps(finite(facts), indent=2, ensure_ascii=False, allow_nan=False))
         return
-    source = "the given text" if text else "the held-out modules"
+    source = "the given text" if text else _name_modules(model, score)
     if score.tokens == max_tokens:
         source = f"the first {max_tokens:,} tokens of {source}"
     _show_score(console(), f"{model} on {source}, Python {score.python}", score, kivi)
     if against is not None:
         _show_comparison(console(), str(reference), against)
+
+
+def _name_modules(model: str, score: Score) -> str:
+    """The default text: held out only from a model whose manifest says so."""
+    from refllm.checkpoints.loading import locate
+    from refllm.measure.protocol import is_held_out
+
+    if is_held_out(locate(model), [d.name for d in score.documents]):
+        return "the held-out modules"
+    return "modules of the standard library (no manifest says that they are held out)"
 
 
 def _note_unused_kivi(kivi: Kivi, score: Score) -> None:

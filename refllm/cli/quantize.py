@@ -22,6 +22,8 @@ from refllm.cli.options import (
 from refllm.errors import InputError
 from refllm.terminal import console, counted_bar, format_bytes, note, pairs
 
+NOT_KNOWN = "not known: no manifest of the model lists this text"
+
 if TYPE_CHECKING:
     from refllm.array_types import Json
     from refllm.formats.uniform import Scheme
@@ -295,7 +297,9 @@ def _cells(rows: list[TensorReport]) -> tuple[str, ...]:
 
 
 def _show(job: QuantizationJob, record: Json) -> None:
-    """Sizes and bits per byte before and after."""
+    """Sizes, and bits per byte before and after with the text and windows behind them."""
+    from refllm.measure.protocol import describe_text, describe_windows, is_held_out
+
     size = record["bytes"]
     score = record["bits per byte"]
     lines = {
@@ -304,10 +308,12 @@ def _show(job: QuantizationJob, record: Json) -> None:
         "model": f"{format_bytes(size['model'])}, was {format_bytes(size['model before'])}",
     }
     if score:
-        lines["bits per byte"] = (
-            f"{score['after']:.4f}, was {score['before']:.4f}, on {score['tokens']:,} "
-            f"held-out tokens of Python {score['python']}"
-        )
+        lines["bits per byte"] = f"{score['after']:.4f}, was {score['before']:.4f}"
+        documents = score["documents"]
+        lines["measured on"] = describe_text(score["tokens"], documents, score["python"])
+        lines["windows"] = describe_windows(score["window"], score["stride"])
+        held_out = is_held_out(job.source, documents)
+        lines["held out"] = "yes, by the model's manifest" if held_out else NOT_KNOWN
     out = console()
     out.print(str(job.output), style="bold")
     pairs(out, lines)

@@ -40,6 +40,7 @@ from refllm.formats.float_layouts import layout_for as float_layout_for
 from refllm.formats.layouts import layout_for
 from refllm.formats.uniform import Scheme
 from refllm.measure.perplexity import evaluate
+from refllm.measure.windows import default_windows
 from refllm.model.config import ModelConfig
 from refllm.model.llama import PROJECTION_WEIGHTS
 from refllm.quant import recipe
@@ -256,8 +257,8 @@ def run(
     progress: recipe.Progress | None = None,
     measuring: Measuring | None = None,
 ) -> Json:
-    """Quantise, write, measure on the first ``measure`` held-out tokens (None: not at all);
-    return the record.
+    """Quantise, write, measure on the first ``measure`` tokens of the standard library's
+    held-out modules (None: not at all); return the record.
 
     The record is also the file ``quantization.json`` of the new directory.
     """
@@ -333,11 +334,13 @@ def _file_bytes(directory: Path) -> int:
 def _bits_per_byte(
     before: Path, after: Path, backend: str | None, tokens: int, measuring: Measuring | None
 ) -> Json:
-    """Bits per byte of both models on the same held-out text, one model in memory at a time."""
+    """Bits per byte of both models by ``measure.protocol``, on its first
+    ``tokens``, one model in memory at a time.
+    """
     found: Json = {}
     for label, path in (("before", before), ("after", after)):
         model = load(path, backend=backend)
-        window = min(1024, model.config.max_position_embeddings)
+        window, stride = default_windows(model.config.max_position_embeddings)
 
         def progress(done: int, total: int, label: str = label) -> None:
             if measuring is not None:
@@ -347,9 +350,11 @@ def _bits_per_byte(
             model,
             held_out_documents(),
             window=window,
-            stride=max(1, window // 2),
+            stride=stride,
             max_tokens=tokens,
             progress=progress,
         )
         found |= {label: score.bits_per_byte, "tokens": score.tokens, "python": score.python}
+        names = [document.name for document in score.documents if document.tokens]
+        found |= {"documents": names, "window": score.window, "stride": score.stride}
     return found

@@ -17,24 +17,11 @@ which nothing is claimed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from refllm.measure.perplexity import Score
-
-WINDOW = 1024
 MANIFEST = "manifest.json"  # written beside the weights by ``refllm train``
 _NAMED = 3  # documents that are named at most
-
-
-def default_windows(positions: int) -> tuple[int, int]:
-    """(window, stride) for a model of ``positions``.
-
-    >>> default_windows(4096), default_windows(256)
-    ((1024, 512), (256, 128))
-    """
-    window = min(WINDOW, positions)
-    return window, max(1, window // 2)
 
 
 def is_held_out(model: str | Path, documents: Iterable[str]) -> bool:
@@ -50,13 +37,22 @@ def is_held_out(model: str | Path, documents: Iterable[str]) -> bool:
     return set(documents) <= held_out - trained_on
 
 
-def describe_text(score: Score) -> str:
-    """The scored text: "20,000 tokens of argparse.py, Python 3.11.7"."""
-    names = [document.name for document in score.documents if document.tokens]
-    text = ", ".join(names) if len(names) <= _NAMED else f"{len(names)} documents"
-    return f"{score.tokens:,} tokens of {text}, Python {score.python}"
+def describe_text(tokens: int, documents: Sequence[str], python: str) -> str:
+    """The scored text, by the names of its documents.
+
+    >>> describe_text(20_000, ["argparse.py"], "3.11.7")
+    '20,000 tokens of argparse.py, Python 3.11.7'
+    """
+    text = f"{len(documents)} documents"
+    if len(documents) <= _NAMED:
+        text = ", ".join(documents)
+    return f"{tokens:,} tokens of {text}, Python {python}"
 
 
 def describe_windows(window: int, stride: int) -> str:
-    """The windows: "windows of 1,024 tokens every 512"."""
-    return f"windows of {window:,} tokens every {stride:,}"
+    """The windows: how many tokens the model reads at once, and how far they move.
+
+    >>> describe_windows(1024, 512)
+    '1,024 tokens every 512'
+    """
+    return f"{window:,} tokens every {stride:,}"

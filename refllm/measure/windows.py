@@ -32,6 +32,7 @@ from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights
 
 DocumentLike = str | Document | Sequence[int] | np.ndarray  # a text, or its token ids
+_WINDOW = 1024
 _BATCH = 1024  # tokens of short windows that share one forward pass
 
 
@@ -90,6 +91,16 @@ class WindowPlan:
         document = int(self.document[index])
         nth = index - int(np.searchsorted(self.document, document)) + 1
         return f"token {nth} of document {self.names[document]!r}"
+
+
+def default_windows(positions: int) -> tuple[int, int]:
+    """(window, stride) for a model of ``positions``: 1,024 tokens at most, every half of them.
+
+    >>> default_windows(4096), default_windows(256)
+    ((1024, 512), (256, 128))
+    """
+    window = min(_WINDOW, positions)
+    return window, max(1, window // 2)
 
 
 def windows(length: int, window: int, stride: int) -> list[tuple[int, int, int]]:

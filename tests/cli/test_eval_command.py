@@ -95,3 +95,13 @@ def test_json_has_null_for_what_is_not_finite(model, text_file):
     )
     facts = json.loads(result.stdout, parse_constant=pytest.fail)
     assert facts["against"]["KL"] == {"mean": 0.0, "low": None, "high": None}
+
+
+def test_text_is_called_held_out_only_where_the_manifest_says_so(model, monkeypatch):
+    """The bundled model's manifest lists the modules; a checkpoint from elsewhere has none."""
+    module = Document("sched.py", "import time\n")
+    monkeypatch.setattr("refllm.corpus.held_out_documents", lambda: [module])
+    assert run("eval", "--model", "stdlib-draft").stdout.startswith(
+        "stdlib-draft on the held-out modules, Python"
+    )
+    assert "no manifest says that they are held out" in run("eval", "--model", model).stdout

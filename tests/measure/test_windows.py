@@ -13,7 +13,7 @@ from tokenizers import decoders, models
 
 from refllm.checkpoints.tokenizer import Tokenizer
 from refllm.corpus import Document
-from refllm.measure.windows import plan_windows, token_bytes, windows
+from refllm.measure.windows import default_windows, plan_windows, token_bytes, windows
 from tiny_models import byte_tokenizer, tiny_model
 
 shapes = st.tuples(st.integers(0, 60), st.integers(1, 24), st.integers(1, 24)).map(
@@ -187,3 +187,11 @@ def test_a_budget_without_a_token_is_rejected(most):
 def test_a_beginning_token_outside_the_vocabulary_is_rejected():
     with pytest.raises(ValueError, match="bos_token_id 257 lies outside"):
         plan_windows(tiny_model(bos_token_id=257), ["some text"], 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("positions", "expected"),
+    [(1, (1, 1)), (3, (3, 1)), (1023, (1023, 511)), (1024, (1024, 512)), (9999, (1024, 512))],
+)
+def test_windows_are_as_long_as_the_model_reads(positions, expected):
+    assert default_windows(positions) == expected

@@ -70,20 +70,20 @@ def test_the_command_that_quantises_prints_what_stands_below_it(tmp_path):
         r"```text\n\$ refllm (quantize .*?)\n…\n(.*?)```", README, re.S
     ).groups()
     arguments = command.replace("stdlib-w4", "w4").split()
-    with contextlib.chdir(tmp_path):
-        printed = (
-            CliRunner().invoke(app, arguments, catch_exceptions=False).output.splitlines()[-3:]
-        )
     lines = output.splitlines()
+    with contextlib.chdir(tmp_path):
+        shown = CliRunner().invoke(app, arguments, catch_exceptions=False).output
+    printed = shown.splitlines()[-len(lines) :]
     assert printed[:2] == lines[:2]
     # the text is that of this Python
     if platform.python_version() == card("stdlib")["made with"]["python"]:
-        (*numbers, _), (*given, _) = (
-            re.findall(r"\d[\d,.]*\d", line) for line in (printed[2], lines[2])
+        bits, stated = (
+            [float(number) for number in re.findall(r"\d\.\d+", text[2])]
+            for text in (printed, lines)
         )
-        assert [float(n.replace(",", "")) for n in numbers] == pytest.approx(
-            [float(n.replace(",", "")) for n in given], abs=2e-3
-        )
+        assert len(bits) == 2
+        assert bits == pytest.approx(stated, abs=2e-3)
+        assert printed[3:] == lines[3:]
 
 
 # --- numbers from records ----------------------------------------------------------------
