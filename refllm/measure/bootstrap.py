@@ -56,7 +56,7 @@ def blocks(documents: np.ndarray, size: int) -> np.ndarray:
         raise InputError(
             f"blocks: a block has an integer number of tokens, at least one, got {size}"
         )
-    if len(documents) == 0:
+    if len(documents) == 0:  # mutate: equivalent (empty arrays broadcast below)
         return np.zeros(0, np.int64)
     begins = np.concatenate(([True], documents[1:] != documents[:-1]))
     # [T], index of the document's first token

@@ -273,5 +273,5 @@ def _tokenize(
         size[0] += len(text.encode()) - int(size.sum())
     if bos is not None and (isinstance(text, str) or not len(ids) or ids[0] != bos):
         ids = np.concatenate(([bos], ids))
-        size = np.concatenate(([0], size))
+        size = np.concatenate(([0], size))  # mutate: equivalent (never scored)
     return name, ids, size

@@ -295,6 +295,17 @@ def test_bytes_are_finite_and_not_negative(bytes_):
             step_cost(LLAMA_8B, [(0, 1)], **{name: bytes_})
 
 
+def test_what_takes_no_bytes_is_free():
+    """Weights that never leave the cache, or a step without a cache: 0 bytes are allowed."""
+    plain = step_cost(LLAMA_8B, [(5, 1)])
+    cached = step_cost(LLAMA_8B, [(5, 1)], weight_bytes_per_param=0)
+    assert cached.weight_bytes == 0
+    assert cached.kv_read_bytes == plain.kv_read_bytes > 0
+    without = step_cost(LLAMA_8B, [(5, 1)], kv_bytes_per_value=0)
+    assert without.kv_read_bytes == without.kv_write_bytes == 0
+    assert without.weight_bytes == plain.weight_bytes > 0
+
+
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
 def test_a_share_of_the_peak_needs_a_time(seconds):
     for share in (mfu, mbu):

@@ -74,3 +74,15 @@ def test_slots_are_what_the_weights_leave():
         clock.slots(10e9)
     with pytest.raises(ValueError, match="a link needs"):
         RooflineClock(LLAMA_8B, DEVICES["a100"], link=0)
+
+
+@pytest.mark.parametrize(("link", "latency"), [(0.5, 0.0), (1e9, 0.0), (0.5, 2.0)])
+def test_a_slow_link_and_copies_without_latency_are_accepted(link, latency):
+    clock = RooflineClock(LLAMA_8B, DEVICES["a100"], link=link, latency=latency)
+    assert clock.move(1, 1) == kv_bytes_per_token(LLAMA_8B) / link + 64 * latency
+
+
+@pytest.mark.parametrize(("link", "latency"), [(0.0, 0.0), (-1.0, 0.0), (1e9, -1e-9)])
+def test_a_link_without_speed_or_with_negative_latency_is_rejected(link, latency):
+    with pytest.raises(ValueError, match="a link needs"):
+        RooflineClock(LLAMA_8B, DEVICES["a100"], link=link, latency=latency)
