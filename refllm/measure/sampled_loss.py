@@ -27,7 +27,7 @@ from refllm.corpus import Document
 from refllm.decode.sampling import log_probabilities
 from refllm.measure.bootstrap import Interval, bootstrap_intervals
 from refllm.measure.perplexity import target_loss
-from refllm.measure.windows import plan_windows
+from refllm.measure.windows import default_windows, plan_windows
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ def sample_bits_per_byte(
     interval is one of bits per byte too. ``count`` may exceed the number of windows: then
     all are scored.
     """
-    window = min(1024, model.config.max_position_embeddings)
-    plan = plan_windows(model, documents, window, max(1, window // 2))
+    plan = plan_windows(model, documents, *default_windows(model.config.max_position_embeddings))
     sizes = [w.end - w.begin - w.first for w in plan.windows]  # scored tokens of each window
     starts = np.cumsum([0, *sizes])
     chosen = sorted(rng.permutation(len(plan.windows))[:count])

@@ -21,9 +21,11 @@ from refllm.experiments import training_curves
 from refllm.experiments.roofline import roofline_data
 from refllm.measure.latency import Stopwatch
 from refllm.measure.memory import kv_bytes_per_token
+from refllm.measure.protocol import describe_windows
 from refllm.measure.roofline import Cost, mbu, mfu, step_cost
 from refllm.measure.sampled_loss import sample_bits_per_byte
 from refllm.measure.step_time import time_step
+from refllm.measure.windows import default_windows
 from refllm.terminal import format_bytes, printable, table
 from refllm.tour.context import Tour
 
@@ -83,10 +85,12 @@ def measure(tour: Tour) -> None:
     sample = sample_bits_per_byte(tour.model, documents, SAMPLE_WINDOWS, np.random.default_rng(0))
     seconds = time.perf_counter() - began
     bits = sample.bits
+    windows = default_windows(tour.model.config.max_position_embeddings)
     tour.say(
         f"{len(documents)} modules of Python {platform.python_version()} are held out from "
         f"the training of the bundled models. From the {sample.of} windows that cover "
-        f"them, {sample.windows} drawn at random: {sample.tokens:,} tokens, "
+        f"them ({describe_windows(*windows)}), {sample.windows} drawn at random: "
+        f"{sample.tokens:,} tokens, "
         f"{format_bytes(sample.bytes)} of text, {seconds:.1f} s."
     )
     tour.out.print(

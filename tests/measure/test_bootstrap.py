@@ -143,3 +143,15 @@ def test_bad_input_is_rejected(values, options, message):
         bootstrap_intervals(
             [np.asarray(values)], np.arange(len(values)), np.random.default_rng(0), **options
         )
+
+
+def test_one_resample_is_enough_and_none_is_not():
+    """With one resample both ends of the interval are its estimate."""
+    x = np.arange(6.0)
+    units = np.array([0, 0, 1, 1, 2, 2])
+    [interval] = bootstrap_intervals([x], units, np.random.default_rng(0), resamples=1)
+    # three draws of units with the means 0.5, 2.5 and 4.5: their mean is 0.5 + 2/3 of an integer
+    assert interval.low == interval.high
+    assert (interval.low - 0.5) * 1.5 == pytest.approx(round((interval.low - 0.5) * 1.5))
+    with pytest.raises(ValueError, match="0 resamples"):
+        bootstrap_intervals([x], units, np.random.default_rng(0), resamples=0)
