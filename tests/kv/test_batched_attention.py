@@ -71,6 +71,29 @@ def test_invariance_batched_is_each_sequence_alone(
         )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("lengths", "count"), [([5, 5], 1), ([5, 2], 1), ([5, 2], 3), ([4, 4], 3)])
+def test_large_scores_stay_finite(xp, dtype, lengths, count):
+    """exp of a score of 1,000 overflows; relative to the largest one it does not."""
+    rng = np.random.default_rng(0)
+    longest = max(lengths) + count
+    q = (1000 * rng.standard_normal((2 * count, 4, 4))).astype(dtype)
+    k, v = (rng.standard_normal((2, longest, 2, 4)).astype(dtype) for _ in "kv")
+    bias = batched_bias(lengths, count, None, xp.zeros(1, dtype=dtype))
+    keys = xp.asarray(k).transpose(0, 2, 3, 1)
+    values = xp.asarray(v).transpose(0, 2, 1, 3)
+    o = to_host(attend_batched(xp.asarray(q.copy()), keys, values, bias))
+    for b, past in enumerate(lengths):
+        rows = slice(b * count, (b + 1) * count)
+        seen = past + count
+        alone, _ = attention(
+            *(x.astype("float64") for x in (q[rows], k[b, :seen], v[b, :seen])), start=past
+        )
+        # scores are below 10⁴, so their error, and that of a weight, is below 10⁴·(D + S)·eps
+        atol = 1e4 * (4 + longest) * float(np.finfo(dtype).eps)
+        np.testing.assert_allclose(o[rows], alone, rtol=0, atol=atol)
+
+
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=4), st.integers(1, 4), windows)
 def test_there_is_a_bias_exactly_where_a_key_is_hidden(xp, lengths, count, window):
     longest = max(lengths) + count
