@@ -227,7 +227,8 @@ class Int8Linear:
         xp = namespace(x, self.codes)
         if x.ndim != 2 or x.dtype.kind != "f":
             raise InputError(f"int8: x is of floats [T, N], got {x.dtype} {tuple(x.shape)}")
-        work = xp.astype(x, xp.result_type(x.dtype, self.dtype, xp.float32), copy=False)
+        wide = xp.result_type(x.dtype, self.dtype, xp.float32)
+        work = xp.astype(x, wide, copy=False)  # mutate: equivalent (a copy costs time alone)
         require_finite(work, "x")  # infinity would count as an outlier
         columns = self._outliers(work)
         self.multiplied += x.size

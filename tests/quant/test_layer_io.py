@@ -5,7 +5,9 @@ they were written, and what is not whole is done again.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from refllm.checkpoints.writer import save
 from refllm.formats.layouts import layout_for
 from refllm.formats.uniform import Scheme
 from refllm.model.llama import PROJECTIONS
+from refllm.quant import layer_io
 from refllm.quant.export import ExportSpec
 from refllm.quant.layer_io import CheckpointSource, LayerFiles, MemorySink, ModelSource
 from refllm.quant.recipe import quantize_layers, settings
@@ -199,6 +202,25 @@ def test_what_is_not_whole_is_done_again(source, finished, folder, name, damage,
     for index in range(3):
         file = f"layer-{index:05}.safetensors"
         assert (folder / file).read_bytes() == (finished[0] / file).read_bytes()
+
+
+def test_a_record_gets_its_name_when_the_tensors_are_on_the_disk(
+    source, finished, tmp_path, monkeypatch
+):
+    """Also their names: a directory is flushed after each, as a power failure would show."""
+    layer = opened(source, finished[0]).layer(0)
+    sink = opened(source, tmp_path / "layers")
+    events: list[str] = []
+    replace = os.replace
+
+    def named(old, new):
+        events.append(Path(new).name)
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", named)
+    monkeypatch.setattr(layer_io, "sync_directory", lambda path: events.append(path.name))
+    sink.put(0, layer, [])
+    assert events == ["layer-00000.safetensors", "layers", "layer-00000.json", "layers"]
 
 
 def test_a_file_that_was_being_written_is_no_layer(source, folder):
