@@ -20,7 +20,8 @@ a fault that changes no result (an equivalent one), which only a reader can tell
 say why no test can notice them end in the comment ``# mutate: equivalent``.
 
 Left out: faults in docstrings, annotations, messages of errors, defaults of the command
-line, the settings of an experiment (its module's constants), and two faults at once.
+line, the settings of an experiment (its module's constants, and those of its figure's look),
+and two faults at once.
 """
 
 from __future__ import annotations
@@ -160,9 +161,17 @@ def _skipped(tree: ast.AST) -> set[int]:
 
 
 def _settings(tree: ast.Module) -> set[int]:
-    """Ids of nodes in assignments of a module: an experiment's windows, seeds and sizes."""
-    assigned = [node for node in tree.body if isinstance(node, (ast.Assign, ast.AnnAssign))]
-    return {id(child) for node in assigned for child in ast.walk(node)}
+    """Ids of nodes that set up an experiment or the look of its figure: the assignments of a
+    module (windows, seeds, sizes), its call as a script, and constants where it draws.
+    """
+    settings: set[int] = set()
+    for node in tree.body:
+        parts = ast.walk(node)
+        if isinstance(node, ast.FunctionDef) and re.match("_?(draw|plot)", node.name):
+            settings |= {id(part) for part in parts if isinstance(part, ast.Constant)}
+        elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.If)):
+            settings |= {id(part) for part in parts}
+    return settings
 
 
 def faults_of(path: Path) -> list[Fault]:
@@ -220,6 +229,8 @@ def tests_of(path: Path, root: Path) -> list[list[str]]:
         elif used := _used(ast.parse(source), module, package, {name} | exported):
             users[where] = sum(len(re.findall(rf"\b{word}\b", source)) for word in used)
     outside = [where for where, _ in users.most_common(OUTSIDE)]
+    if relative.parts[1] == "experiments":  # whose figures are drawn by way of the registry
+        outside.append("tests/figures/test_shown.py")
     runs = [[*named, EXAMPLES.format(module)], room, outside]
     return [run for run in runs if run]
 

@@ -150,3 +150,27 @@ def test_the_committed_experiment_breaks_and_repairs():
     # does
     assert loss["MLP hidden", "O1", 0.5, ()] > 0.9 * loss["MLP hidden", "O1", None, ()] > 0.02
     assert loss["MLP hidden", "O1", 0.5, ("down_proj",)] <= 0.02
+
+
+def test_each_dot_of_the_figure_is_that_of_its_case():
+    """Every case has a KL and a loss of its own."""
+    values = {"factor": 128.0, "rows": []}
+    for i, case in enumerate(cases(), 1):
+        row = {"outliers": case.outliers, "level": case.level, "alpha": case.alpha}
+        row |= {"keep": list(case.keep), "kl": [i / 100, 0, 1], "full precision": 1.0}
+        values["rows"].append(row | {"bits per byte": 1 + i / 100})
+    place = {case: i for i, case in enumerate(cases(), 1)}
+    both = ("o_proj", "down_proj")
+    wanted = [
+        Case("nothing", "O1", None),
+        *(Case("norms", "O1", alpha, keep) for alpha in (None, 0.5) for keep in ((), both)),
+        *(Case("MLP hidden", "O1", alpha) for alpha in (None, 0.5)),
+        Case("MLP hidden", "O1", 0.5, ("down_proj",)),
+    ]
+    upper, lower = smoothquant.draw(values).axes
+    assert [line.get_xdata()[0] for line in lower.lines] == [place[c] / 100 for c in wanted]
+    texts = [text.get_text() for text in lower.texts]
+    digits = [f"{place[c]:+.{0 if place[c] >= 10 else 1}f} %" for c in wanted]
+    assert texts == [f"{text} bits per byte" for text in digits]
+    dashed = [line.get_ydata()[0] for line in upper.lines if line.get_marker() == "None"]
+    assert dashed == [place[Case("norms", level, None)] / 100 for level in LEVELS]
