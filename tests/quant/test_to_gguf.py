@@ -543,13 +543,16 @@ def test_llama_cpp_splits_text_the_same(kind, tmp_path):
 
 def test_a_target_that_is_there_is_kept(source, tmp_path):
     (tmp_path / "x.gguf").write_text("mine")
-    with pytest.raises(CheckpointError, match="is there already"):
+    advice = r"is there already: choose another name, or replace it with --overwrite"
+    with pytest.raises(CheckpointError, match=advice):
         convert(source, tmp_path / "x.gguf", workers=1)
     assert (tmp_path / "x.gguf").read_text() == "mine"
     convert(source, tmp_path / "x.gguf", overwrite=True, workers=1)
     load(tmp_path / "x.gguf")
-    with pytest.raises(CheckpointError, match="is there already"):
+    with pytest.raises(CheckpointError, match="is there already: choose another name$"):
         convert(source, tmp_path, overwrite=True, workers=1)
+    made = convert(source, tmp_path / "new" / "folder" / "x.gguf", workers=1)
+    assert made.path.read_bytes() == (tmp_path / "x.gguf").read_bytes()
 
 
 def test_quantised_sources_are_rejected(source, f32, tmp_path):

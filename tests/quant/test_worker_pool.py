@@ -69,8 +69,15 @@ def test_a_killed_worker_loses_nothing(tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")
 def test_a_piece_that_always_kills_ends_in_one_sentence():
+    made: list[Executor] = []
+
+    def pool() -> Executor:
+        made.append(processes(1)())
+        return made[-1]
+
     with pytest.raises(RuntimeError, match="workers died 4 times without a result"):
-        list(in_order(always_dies, range(2), processes(1), flight=2))
+        list(in_order(always_dies, range(2), pool, flight=2))
+    assert len(made) == 4
 
 
 def test_nothing_runs_on_in_a_caller_s_executor_after_the_iterator_is_closed():
