@@ -64,6 +64,7 @@ def naive_divergence(h: np.ndarray, i: int, levels: int) -> Decimal:
 )
 @given(histograms(), st.sampled_from([1, 2, 8, 16]), st.integers(2, 40))
 @example(np.array([1, 0, 2, 1, 0, 1]), 1, 2)  # KL = 0 for 3 and 4 bins; 4 rounds to 2e-16
+@example(np.array([0, 4, 1, 3, 9, 2]), 2, 3)  # the last bin is alone in its level
 @example(np.array([0, 1, 0, 2, 0, 0, 0]), 1, 2)  # 4 to 7 are equal, and not 0
 def test_entropy_cut_is_the_definition(xp, h, levels, start):
     cut = entropy_cut(xp.asarray(h), levels=levels, start=start)
