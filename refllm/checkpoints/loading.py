@@ -152,7 +152,7 @@ def _directory(path: str | Path) -> Path:
         )
     if not directory.is_dir():
         raise CheckpointError(
-            f"{directory} is a file: pass the directory that holds it and config.json"
+            f"{directory} is a file, and no GGUF file: pass the directory of a checkpoint"
         )
     return directory
 

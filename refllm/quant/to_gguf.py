@@ -102,7 +102,7 @@ def writable(target: str | Path, overwrite: bool) -> Path:
     if target.exists() and not (overwrite and target.is_file()):
         advice = "choose another name"
         if target.is_file():
-            advice += ", or replace it with --overwrite (overwrite=True)"
+            advice += ", or replace it with --overwrite"
         raise CheckpointError(f"{target} is there already: {advice}")
     return target
 

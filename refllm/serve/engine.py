@@ -82,7 +82,8 @@ class Engine(EngineStats):
             makes another scheduler from the block pool:
             ``lambda pool: Scheduler(PagedKVManager(pool), order=…)``.
         drafter
-            makes a drafter (``decode.speculative``) for each sequence; its drafts are
+            makes a drafter (``decode.speculative``) for each sequence, as
+            ``lambda: NGramDrafter(4)`` or ``AdaptiveDrafting(…)`` does; its drafts are
             verified in one step.
         seed
             draws the seeds of requests that have none; None: unpredictable ones.
@@ -93,6 +94,11 @@ class Engine(EngineStats):
         """
         if seed is not None and seed < 0:
             raise InputError(f"the engine's seed is None or an integer, 0 or more, got {seed}")
+        if drafter is not None and not callable(drafter):
+            raise InputError(
+                "Engine: drafter makes one drafter per sequence: pass AdaptiveDrafting(…) or, for "
+                f"example, lambda: NGramDrafter(4), not {type(drafter).__name__}"
+            )
         if isinstance(drafter, AdaptiveDrafting) and isinstance(drafter.source, ModelDrafter):
             check_vocabulary(model, drafter.source.model)
         self.model = model

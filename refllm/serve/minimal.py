@@ -10,7 +10,7 @@ again before every step); Kwon et al. 2023 (vLLM), section 4 (blocks and block t
 | B      | sequences of a step                                       |        |
 | z      | logits of each sequence's last token                      | [B, V] |
 
-One step, in order:
+One step:
 
 1. ``admit``: requests leave the queue as long as the pool has blocks for all the tokens
    that they can ever hold. Nothing is preempted, because nothing can run out of blocks.
@@ -30,21 +30,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from refllm.backend import asarray_like, to_numpy
+from refllm.decode.speculative.interface import ModelLike
 from refllm.errors import InputError
 from refllm.kv.block_pool import BlockTable
 from refllm.kv.paged import PagedKVCache
-from refllm.model.config import ModelConfig
-from refllm.model.llama import Weights, forward, logits
-
-
-class Served(Protocol):
-    """``refllm.Model``, or any record of these two."""
-
-    config: ModelConfig
-    weights: Weights
+from refllm.model.llama import forward, logits
+from refllm.serve.request import Request
+from refllm.serve.request_state import validate_request
 
 
 @dataclass
@@ -81,7 +75,7 @@ class MinimalEngine:
     (4, 2)
     """
 
-    model: Served
+    model: ModelLike
     num_blocks: int
     block_size: int = 16
     computed: int = 0  # tokens that went through the network
@@ -96,15 +90,16 @@ class MinimalEngine:
     def submit(self, prompt: Sequence[int], max_tokens: int) -> int:
         """Queue a request of at least one token to read and one to write; returns its id.
 
-        ValueError if the whole pool is too small for it.
+        ValueError if it can never be served: ids, length, or the whole pool is too small.
         """
-        if not prompt or max_tokens < 1:
-            raise InputError("a request needs a prompt of at least 1 token and max_tokens >= 1")
         number = len(self.outputs) + len(self.waiting) + len(self.running)
-        request = Running(number, list(prompt), len(prompt), max_tokens, self.cache.table())
-        if request.blocks > self.num_blocks:
-            raise InputError(f"the request needs {request.blocks} blocks of {self.num_blocks}")
-        self.waiting.append(request)
+        checked = Request(prompt, max_tokens, number)
+        validate_request(checked, self.model.config)
+        tokens = list(checked.prompt)
+        one = Running(number, tokens, len(tokens), max_tokens, self.cache.table())
+        if max_tokens < 1 or one.blocks > self.num_blocks:
+            raise InputError(f"needs max_tokens >= 1, and {one.blocks} of {self.num_blocks} blocks")
+        self.waiting.append(one)
         return number
 
     def run(self) -> dict[int, list[int]]:

@@ -123,3 +123,9 @@ def test_oracles_are_imported_by_the_helper_only():
                 f"{path.name}:{node.lineno}: {n}" for n in names if n.split(".")[0] in optional
             ]
     assert not found, "use oracle('…') from conftest: " + "; ".join(found)
+
+
+def test_names_of_test_files_are_unique():
+    """pytest imports test files by their names alone: a second one would not be collected."""
+    names = [path.name for path in sorted((ROOT / "tests").rglob("test_*.py"))]
+    assert len(names) == len(set(names)), sorted({name for name in names if names.count(name) > 1})

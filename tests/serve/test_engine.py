@@ -697,3 +697,9 @@ def test_weights_replaced_between_requests_are_used_by_the_next(whole):
     for _ in range(8):
         text.append(int(fresh.logits(text)[-1].argmax()))
     assert run() == text[3:]
+
+
+@pytest.mark.parametrize("drafter", [NGramDrafter(3), "ngram", served_model()])
+def test_a_drafter_in_place_of_what_makes_one_is_rejected_at_once(drafter):
+    with pytest.raises(ValueError, match="makes one drafter per sequence"):
+        Engine(served_model(), num_blocks=8, drafter=drafter)

@@ -125,7 +125,17 @@ def test_requests_that_come_later_get_names_of_their_own():
 
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "message"),
-    [([], 1, "at least 1 token"), ([7], 0, "max_tokens >= 1"), ([7] * 9, 8, "needs 4 blocks of 3")],
+    [
+        ([], 1, "the prompt is empty"),
+        ([7], 0, "max_tokens >= 1"),
+        ([7] * 9, 8, "4 of 3 blocks"),
+        ([-1], 1, "token ids, 0 or more"),
+        ([1.5], 1, "token ids"),
+        ([257], 1, "outside the vocabulary of 257"),
+        ([7] * 90, 7, "exceed the model's 96 positions"),
+        ([7], 2.5, "max_tokens must be an integer"),
+        ("ab", 1, "tokenise text first"),
+    ],
 )
 def test_what_can_never_be_served_is_rejected(prompt, max_tokens, message):
     engine = MinimalEngine(served_model(), num_blocks=3, block_size=4)
