@@ -40,3 +40,27 @@ training_curves       loss by tokens read, and by length of the context
 longest experiments stand beside them (``*_figure``). Nothing is imported here: most
 experiments need the engine or a model.
 """
+
+__all__ = [
+    "batching",
+    "float_formats",
+    "fp8_training",
+    "gguf_layouts",
+    "gguf_mixes",
+    "held_out_bench",
+    "kv_memory",
+    "kv_quantization",
+    "kv_sparsity",
+    "observer_ranges",
+    "outlier_injection",
+    "paging",
+    "prefix_caching",
+    "quantization_quality",
+    "roofline",
+    "salience",
+    "serving_timeline",
+    "smoothquant",
+    "speculative_decoding",
+    "training_curves",
+    "unpadding",
+]
