@@ -124,7 +124,8 @@ def _resample(
     count = len(sizes)
     even = np.full(count, 1.0 / count)
     parts = []
-    for start in range(0, resamples, step := max(1, _AT_ONCE // count)):
+    step = max(1, _AT_ONCE // count)  # mutate: equivalent (memory alone)
+    for start in range(0, resamples, step):
         # how often each unit was drawn: U draws with replacement are one multinomial draw
         drawn = rng.multinomial(count, even, size=min(step, resamples - start)).astype(np.float64)
         parts.append((drawn @ sums.T) / (drawn @ sizes)[:, None])

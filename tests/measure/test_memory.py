@@ -125,6 +125,8 @@ def test_the_70b_example():
     assert list(long_context_example(102_400).values()) == [250 * 2**30, 31.25 * 2**30]
     assert kv_bytes(LLAMA_70B, 131_072) == 40 * 2**30  # the length at which 8 heads do take 40 GiB
     assert LLAMA_70B.num_parameters == 68_976_648_192
+    assert LLAMA_8B.num_parameters == 8_030_261_248
+    assert (LLAMA_70B.max_position_embeddings, LLAMA_8B.max_position_embeddings) == (4096, 8192)
     assert kv_bytes_per_token(LLAMA_8B) == 128 * 1024
 
 
