@@ -214,7 +214,10 @@ NORM = "model__norm__weight"
 HUGE = {"num_hidden_layers": 10**9}
 BAD = {
     "no path": (shutil.rmtree, r"good does not exist: pass the directory"),
-    "a file": (lambda p: (shutil.rmtree(p), p.touch()), r"good is a file, and no GGUF file: pass the directory"),
+    "a file": (
+        lambda p: (shutil.rmtree(p), p.touch()),
+        r"good is a file, and no GGUF file: pass the directory",
+    ),
     "no config": (
         lambda p: (p / "config.json").unlink(),
         r"has no config\.json: pass the directory",
