@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import refllm
 from command_line import run, save_tiny_model
-from refllm.checkpoints.loading import bundled
 from refllm.checkpoints.writer import file_sha256
 from refllm.model.config import ModelConfig
 from tiny_models import tiny_config
@@ -96,8 +94,6 @@ def test_files_of_another_tool_are_no_bug(model, tmp_path, name, content, code, 
 
 
 def bundled_facts(name: str) -> dict:
-    if name not in bundled() or not (refllm.api.BUNDLED / name / "manifest.json").exists():
-        pytest.skip(f"refllm/models/{name} is not there yet")
     return json.loads(run("info", "--model", name, "--verify", "--json").stdout)
 
 

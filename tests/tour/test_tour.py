@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 import fakecupy
 from refllm.api import Model, load
-from refllm.checkpoints.loading import bundled
 from refllm.checkpoints.writer import save
 from refllm.cli import app
 from refllm.figures import registry
@@ -179,8 +178,6 @@ def test_a_model_with_a_record_shows_its_training_curve(guide, directory, tmp_pa
 
 
 def test_the_bundled_model_is_shown_without_options():
-    if "stdlib" not in bundled():
-        pytest.skip("refllm/models/stdlib is not there yet")
     result = CliRunner().invoke(app, ["tour", "--stop", "write"])
     assert result.exit_code == 0, result.output
     assert "tokens/s" in result.output
