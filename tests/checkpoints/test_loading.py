@@ -28,12 +28,10 @@ from networks import (
 )
 from refllm.checkpoints import loading
 from refllm.checkpoints.loading import (
-    BUNDLED,
     Checkpoint,
     build_weights,
     iter_tensors,
     load,
-    locate,
     read_tensor,
 )
 from refllm.checkpoints.tensor_files import INDEX, SINGLE, CheckpointError
@@ -424,15 +422,3 @@ def test_a_tree_is_built_from_checked_tensors_only():
         CheckpointError, match=r"'model\.layers\.2\.self_attn\.k_norm\.weight' is missing"
     ):
         build_weights(config, tensors)
-
-
-def test_a_name_is_a_bundled_model_and_any_other_string_a_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "stdlib").mkdir()
-    assert locate("mine") == Path("mine")
-    assert locate("stdlib") == BUNDLED / "stdlib"  # the name wins
-    assert locate(Path("stdlib")) == Path("stdlib")  # a path is never a name
-    assert locate("./stdlib") == Path("./stdlib")
-    with pytest.raises(CheckpointError, match="'nothing' is neither a folder nor a bundled model"):
-        locate("nothing")
